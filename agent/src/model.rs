@@ -1,0 +1,23 @@
+//! Pure types of the overlay: what a network, subnet, lease, peer and endpoint are. No I/O, no clock, no kernel.
+
+pub mod api;
+pub mod device;
+pub mod endpoint;
+pub mod event;
+pub mod family;
+pub mod lease;
+pub mod mac;
+pub mod network;
+pub mod peer;
+pub mod subnet;
+pub mod vni;
+
+pub use device::{Device, Role};
+pub use endpoint::Endpoint;
+pub use family::{Cidr, Family, PerFamily};
+pub use lease::{Backend, Lease, Node, Record, Refusal, RefusalKind};
+pub use mac::Mac;
+pub use network::NetworkConfig;
+pub use peer::Peer;
+pub use subnet::Subnet;
+pub use vni::Vni;

@@ -1,0 +1,539 @@
+//! The network's configuration in etcd: every rule of flannel's schema, checked as a whole.
+//!
+//! Source of the rules: `docs/wire.md`. Keys are matched without regard to case, as Go does it.
+
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::lease::printable;
+use super::{Cidr, Family, PerFamily, Subnet, Vni};
+
+/// The configured network.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkConfig {
+    /// The pool of each family that is switched on.
+    pub pools: PerFamily<Pool>,
+    /// VXLAN settings.
+    pub vxlan: VxlanConfig,
+}
+
+/// The subnets of one family: the network cut into ranges of one length, of which those from `min` to `max` are leased.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pool {
+    /// The whole address space.
+    pub network: Cidr,
+    /// Prefix length of each subnet.
+    pub subnet_length: u8,
+    /// The first subnet that is leased.
+    pub min: Cidr,
+    /// The last subnet that is leased.
+    pub max: Cidr,
+}
+
+/// Settings of the VXLAN backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VxlanConfig {
+    /// The VXLAN network identifier; 1 unless set.
+    pub vni: Vni,
+    /// The UDP destination port; 8472 unless set.
+    pub port: u16,
+    /// The underlay's MTU in bytes where it is set here; the external interface's otherwise.
+    pub mtu: Option<u32>,
+}
+
+/// flannel's default VXLAN port: Linux' own from before RFC 7348, which has 4789.
+pub const DEFAULT_PORT: u16 = 8472;
+
+/// One thing that is wrong in a configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{field}: `{value}` {rule}")]
+pub struct FieldError {
+    /// The field, as documented.
+    pub field: String,
+    /// The value found, cut to 80 characters.
+    pub value: String,
+    /// What is allowed.
+    pub rule: String,
+}
+
+/// Everything that is wrong in a configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+pub struct ConfigErrors(pub Vec<FieldError>);
+
+/// A configuration that is good, and what is worth saying of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Parsed {
+    /// The configuration.
+    pub config: NetworkConfig,
+    /// Unknown fields, and known ones without effect here.
+    pub warnings: Vec<FieldError>,
+}
+
+impl Pool {
+    /// How many subnets the pool leases. Shape: at least 1.
+    pub fn count(&self) -> u128 {
+        ((self.value(self.max) - self.value(self.min)) >> self.shift()) + 1
+    }
+
+    /// The subnet number `index`, from 0 at `min`; `None` behind `max`.
+    pub fn nth(&self, index: u128) -> Option<Cidr> {
+        if index >= self.count() {
+            return None;
+        }
+        let base = self.network.family().address(self.value(self.min) + (index << self.shift()));
+        Cidr::containing(base, self.subnet_length)
+    }
+
+    /// The number of a subnet in the pool; `None` where it is not one of it.
+    pub fn index_of(&self, subnet: Cidr) -> Option<u128> {
+        self.leases(subnet).then(|| (self.value(subnet) - self.value(self.min)) >> self.shift())
+    }
+
+    /// Whether the pool leases this very subnet.
+    pub fn leases(&self, subnet: Cidr) -> bool {
+        subnet.length() == self.subnet_length
+            && subnet.family() == self.network.family()
+            && (self.min..=self.max).contains(&subnet)
+    }
+
+    fn value(&self, cidr: Cidr) -> u128 {
+        super::family::address_value(cidr.base())
+    }
+
+    fn shift(&self) -> u32 {
+        u32::from(self.network.family().bits() - self.subnet_length)
+    }
+}
+
+impl NetworkConfig {
+    /// The families of the network.
+    pub fn families(&self) -> impl Iterator<Item = Family> + '_ {
+        self.pools.families()
+    }
+
+    /// The address space of a family.
+    pub fn network(&self, family: Family) -> Option<Cidr> {
+        self.pools.get(family).map(|pool| pool.network)
+    }
+
+    /// Whether a host may hold this subnet: its families are the network's and each range is one of its pool.
+    pub fn leases(&self, subnet: &Subnet) -> bool {
+        Family::ALL.into_iter().all(|family| match (self.pools.get(family), subnet.get(family)) {
+            (Some(pool), Some(cidr)) => pool.leases(cidr),
+            (None, None) => true,
+            _ => false,
+        })
+    }
+
+    /// Reads the JSON text under `<prefix>/config`. All mistakes are reported at once.
+    pub fn parse(text: &str) -> Result<Parsed, ConfigErrors> {
+        let fields = match serde_json::from_str::<Value>(text) {
+            Ok(Value::Object(map)) => map,
+            Ok(_) => return Err(ConfigErrors(vec![error("config", text, "is not a JSON object")])),
+            Err(e) => return Err(ConfigErrors(vec![error("config", text, &format!("is not JSON: {e}"))])),
+        };
+        let mut reader = Reader::new("", fields);
+        let v4 = reader.family(Family::V4);
+        let v6 = reader.family(Family::V6);
+        if !v4.enabled && !v6.enabled {
+            reader.errors.push(error("EnableIPv4", "false", "switches IPv4 off while EnableIPv6 is not on: no family is left"));
+        }
+        let pools: PerFamily<Pool> =
+            [v4, v6].into_iter().filter_map(|f| reader.pool(f).map(|pool| (pool.network.family(), pool))).collect();
+        if reader.boolean("EnableNFTables").is_some() {
+            reader.ignore("EnableNFTables", "has no effect: nftables is always used");
+        }
+        let vxlan = reader.vxlan();
+        let (errors, warnings) = reader.finish();
+        match (errors.is_empty(), vxlan) {
+            (true, Some(vxlan)) => Ok(Parsed { config: NetworkConfig { pools, vxlan }, warnings }),
+            _ => Err(ConfigErrors(errors)),
+        }
+    }
+}
+
+fn error(field: &str, value: &str, rule: &str) -> FieldError {
+    FieldError { field: field.to_owned(), value: printable(value), rule: rule.to_owned() }
+}
+
+/// The fields of one family before they are put together.
+struct FamilyFields {
+    family: Family,
+    enabled: bool,
+    network: Option<(String, Result<Cidr, String>)>,
+    length: Option<u64>,
+    min: Option<(String, Option<IpAddr>)>,
+    max: Option<(String, Option<IpAddr>)>,
+}
+
+impl Family {
+    fn field(self, name: &str) -> String {
+        match self {
+            Family::V4 => name.to_owned(),
+            Family::V6 => format!("IPv6{name}"),
+        }
+    }
+
+    /// The default subnet length.
+    fn default_length(self) -> u8 {
+        match self {
+            Family::V4 => 24,
+            Family::V6 => 64,
+        }
+    }
+
+    /// The longest subnet: two bits for base, gateway and at least one container.
+    fn longest(self) -> u8 {
+        self.bits() - 2
+    }
+}
+
+/// Takes known fields out of a JSON object; what is left over is unknown.
+struct Reader {
+    path: String,
+    fields: Map<String, Value>,
+    errors: Vec<FieldError>,
+    warnings: Vec<FieldError>,
+}
+
+impl Reader {
+    fn new(path: &str, fields: Map<String, Value>) -> Reader {
+        Reader { path: path.to_owned(), fields, errors: Vec::new(), warnings: Vec::new() }
+    }
+
+    /// A field by name without regard to case. Of several spellings the last one counts, as in Go. `null` is absent.
+    fn take(&mut self, name: &str) -> Option<Value> {
+        let spellings: Vec<String> = self.fields.keys().filter(|k| k.eq_ignore_ascii_case(name)).cloned().collect();
+        let mut found = None;
+        for key in spellings {
+            found = self.fields.remove(&key);
+        }
+        found.filter(|value| !value.is_null())
+    }
+
+    fn fail(&mut self, name: &str, value: &str, rule: &str) {
+        self.errors.push(error(&format!("{}{name}", self.path), value, rule));
+    }
+
+    fn ignore(&mut self, name: &str, why: &str) {
+        self.warnings.push(error(&format!("{}{name}", self.path), "", why));
+    }
+
+    fn boolean(&mut self, name: &str) -> Option<bool> {
+        match self.take(name)? {
+            Value::Bool(value) => Some(value),
+            other => {
+                self.fail(name, &other.to_string(), "is neither true nor false");
+                None
+            }
+        }
+    }
+
+    fn number(&mut self, name: &str, min: u64, max: u64) -> Option<u64> {
+        let value = self.take(name)?;
+        match value.as_u64() {
+            Some(number) if (min..=max).contains(&number) => Some(number),
+            _ => {
+                self.fail(name, &value.to_string(), &format!("is not a whole number from {min} to {max}"));
+                None
+            }
+        }
+    }
+
+    fn string(&mut self, name: &str) -> Option<String> {
+        match self.take(name)? {
+            Value::String(text) => Some(text),
+            other => {
+                self.fail(name, &other.to_string(), "is not a string");
+                None
+            }
+        }
+    }
+
+    fn family(&mut self, family: Family) -> FamilyFields {
+        let enabled = match family {
+            Family::V4 => self.boolean("EnableIPv4").unwrap_or(true),
+            Family::V6 => self.boolean("EnableIPv6").unwrap_or(false),
+        };
+        let parse_bound = |text: String| {
+            let address = text.parse().ok().filter(|a| Family::of(*a) == family);
+            (text, address)
+        };
+        FamilyFields {
+            family,
+            enabled,
+            network: self.string(&family.field("Network")).map(|text| {
+                let cidr = text
+                    .parse::<Cidr>()
+                    .map_err(|e| e.to_string())
+                    .and_then(|cidr| if cidr.family() == family { Ok(cidr) } else { Err(format!("is not an {family} CIDR")) });
+                (text, cidr)
+            }),
+            length: self.number(&family.field("SubnetLen"), 0, u64::from(family.bits())),
+            min: self.string(&family.field("SubnetMin")).map(parse_bound),
+            max: self.string(&family.field("SubnetMax")).map(parse_bound),
+        }
+    }
+
+    /// The pool of a family that is switched on and whose fields are good; reports the others.
+    fn pool(&mut self, fields: FamilyFields) -> Option<Pool> {
+        let family = fields.family;
+        if !fields.enabled {
+            return None;
+        }
+        let network_field = family.field("Network");
+        let network = match fields.network {
+            None => {
+                self.fail(&network_field, "", &format!("is missing: an {family} CIDR is needed"));
+                return None;
+            }
+            Some((text, Err(rule))) => {
+                let rule = rule.strip_prefix(&format!("`{text}` ")).unwrap_or(&rule).to_owned();
+                self.fail(&network_field, &text, &rule);
+                return None;
+            }
+            Some((text, Ok(cidr))) => {
+                if let Some(rule) = unusable(cidr) {
+                    self.fail(&network_field, &text, rule);
+                    return None;
+                }
+                cidr
+            }
+        };
+        let shortest = network.length() + 2;
+        if shortest > family.longest() {
+            self.fail(
+                &network_field,
+                &network.to_string(),
+                &format!("is too small: /{} is the longest, for subnets of /{}", family.longest() - 2, family.longest()),
+            );
+            return None;
+        }
+        // flannel writes 0 for "not set".
+        let length = match fields.length.filter(|length| *length != 0) {
+            None => family.default_length().max(shortest),
+            Some(length) => match u8::try_from(length).ok().filter(|l| (shortest..=family.longest()).contains(l)) {
+                Some(length) => length,
+                None => {
+                    let rule = format!(
+                        "is outside {shortest} to {}: at least four subnets in {network}, each of at least four addresses",
+                        family.longest()
+                    );
+                    self.fail(&family.field("SubnetLen"), &length.to_string(), &rule);
+                    return None;
+                }
+            },
+        };
+        let whole =
+            Pool { network, subnet_length: length, min: first(network, length)?, max: Cidr::containing(network.last(), length)? };
+        // The first subnet is never used: its base is the network's own address.
+        let default_min = whole.nth(1)?;
+        let min = self.bound(&family.field("SubnetMin"), fields.min, default_min, &whole)?;
+        let max = self.bound(&family.field("SubnetMax"), fields.max, whole.max, &whole)?;
+        if min > max {
+            let rule = format!("is above {} {}", family.field("SubnetMax"), max.base());
+            self.fail(&family.field("SubnetMin"), &min.base().to_string(), &rule);
+            return None;
+        }
+        Some(Pool { min, max, ..whole })
+    }
+
+    fn bound(&mut self, field: &str, value: Option<(String, Option<IpAddr>)>, default: Cidr, whole: &Pool) -> Option<Cidr> {
+        let Some((text, address)) = value else { return Some(default) };
+        let network = whole.network;
+        let rule = match address {
+            None => format!("is not an {} address", network.family()),
+            Some(address) if !network.contains(address) => format!("is not inside {network}"),
+            Some(address) => match Cidr::containing(address, whole.subnet_length) {
+                Some(subnet) if subnet.base() == address => return Some(subnet),
+                Some(subnet) => {
+                    format!("is not the base address of a /{}: the nearest below is {}", whole.subnet_length, subnet.base())
+                }
+                None => format!("is not an {} address", network.family()),
+            },
+        };
+        self.fail(field, &text, &rule);
+        None
+    }
+
+    fn vxlan(&mut self) -> Option<VxlanConfig> {
+        let defaults = VxlanConfig { vni: Vni::DEFAULT, port: DEFAULT_PORT, mtu: None };
+        let fields = match self.take("Backend") {
+            None => return Some(defaults),
+            Some(Value::Object(fields)) => fields,
+            Some(other) => {
+                self.fail("Backend", &other.to_string(), "is not a JSON object");
+                return None;
+            }
+        };
+        let mut backend = Reader::new("Backend.", fields);
+        let kind = backend.string("Type").unwrap_or_else(|| "vxlan".to_owned());
+        if kind != "vxlan" {
+            backend.fail("Type", &kind, "is not served: only vxlan is");
+        }
+        // As in flannel, 0 stands for the default.
+        let vni = backend.number("VNI", 0, (1 << 24) - 1).filter(|v| *v != 0);
+        let port = backend.number("Port", 0, u64::from(u16::MAX)).filter(|p| *p != 0);
+        let mtu = backend.number("MTU", 0, 65_535).filter(|m| *m != 0);
+        if let Some(mtu) = mtu.filter(|m| *m < 1350) {
+            // 1280, the least that IPv6 works with (RFC 8200 section 5), and the 70 bytes of VXLAN over IPv6.
+            backend.fail("MTU", &mtu.to_string(), "is below 1350 bytes");
+        }
+        for (name, why) in [
+            ("GBP", "is not served: group policy tags are not set"),
+            ("Learning", "is not served: forwarding entries come from leases only"),
+            ("DirectRouting", "is not served: all peers are reached by VXLAN, which also works where they share a link"),
+        ] {
+            if backend.boolean(name) == Some(true) {
+                backend.ignore(name, why);
+            }
+        }
+        let (errors, warnings) = backend.finish();
+        let good = errors.is_empty();
+        self.errors.extend(errors);
+        self.warnings.extend(warnings);
+        good.then(|| VxlanConfig {
+            vni: vni.and_then(|v| u32::try_from(v).ok()).and_then(|v| Vni::try_from(v).ok()).unwrap_or(defaults.vni),
+            port: port.and_then(|p| u16::try_from(p).ok()).unwrap_or(defaults.port),
+            mtu: mtu.and_then(|m| u32::try_from(m).ok()),
+        })
+    }
+
+    fn finish(mut self) -> (Vec<FieldError>, Vec<FieldError>) {
+        for (name, value) in std::mem::take(&mut self.fields) {
+            self.warnings.push(error(
+                &format!("{}{}", self.path, printable(&name)),
+                &value.to_string(),
+                "is an unknown field, ignored",
+            ));
+        }
+        (self.errors, self.warnings)
+    }
+}
+
+fn first(network: Cidr, length: u8) -> Option<Cidr> {
+    Cidr::containing(network.base(), length)
+}
+
+/// Address space that no overlay can have.
+fn unusable(network: Cidr) -> Option<&'static str> {
+    let hits = |text: &str| text.parse::<Cidr>().is_ok_and(|other| other.overlaps(network));
+    if network.length() == 0 {
+        Some("is every address there is")
+    } else if hits("127.0.0.0/8") || hits("::1/128") {
+        Some("holds loopback addresses")
+    } else if hits("224.0.0.0/4") || hits("ff00::/8") {
+        Some("holds multicast addresses")
+    } else if hits("169.254.0.0/16") || hits("fe80::/10") {
+        Some("holds link-local addresses")
+    } else if hits("0.0.0.0/8") || hits("240.0.0.0/4") {
+        Some("holds reserved addresses")
+    } else {
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn good(text: &str) -> NetworkConfig {
+        NetworkConfig::parse(text).unwrap_or_else(|e| panic!("{text}: {e}")).config
+    }
+
+    fn bad(text: &str) -> String {
+        match NetworkConfig::parse(text) {
+            Ok(parsed) => panic!("{text} was accepted: {parsed:?}"),
+            Err(errors) => errors.to_string(),
+        }
+    }
+
+    #[test]
+    fn defaults() {
+        let config = good(r#"{"Network":"10.244.0.0/16"}"#);
+        let pool = config.pools.v4.expect("IPv4");
+        assert_eq!((pool.subnet_length, pool.count()), (24, 255));
+        assert_eq!(pool.min.to_string(), "10.244.1.0/24");
+        assert_eq!(pool.max.to_string(), "10.244.255.0/24");
+        assert_eq!(config.vxlan, VxlanConfig { vni: Vni::DEFAULT, port: 8472, mtu: None });
+        assert_eq!(config.pools.v6, None);
+    }
+
+    #[test]
+    fn lengths_of_small_networks() {
+        let pool = |text: &str| good(text).pools.iter().next().map(|(_, p)| *p).expect("a pool");
+        assert_eq!(pool(r#"{"Network":"10.0.0.0/22"}"#).subnet_length, 24);
+        assert_eq!(pool(r#"{"Network":"10.0.0.0/24"}"#).subnet_length, 26);
+        assert_eq!(pool(r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00::/63"}"#).subnet_length, 65);
+        assert_eq!(pool(r#"{"Network":"10.0.0.0/28"}"#).subnet_length, 30);
+        assert!(bad(r#"{"Network":"10.0.0.0/29"}"#).contains("too small"));
+    }
+
+    #[test]
+    fn case_of_keys_is_ignored() {
+        let config = good(r#"{"network":"10.244.0.0/16","subnetlen":26,"backend":{"type":"vxlan","vni":42,"PORT":4789}}"#);
+        assert_eq!(config.vxlan, VxlanConfig { vni: Vni::try_from(42).expect("a VNI"), port: 4789, mtu: None });
+        assert_eq!(config.pools.v4.map(|p| p.subnet_length), Some(26));
+    }
+
+    #[test]
+    fn every_mistake_is_named_with_field_value_and_rule() {
+        for (text, wanted) in [
+            ("[]", "is not a JSON object"),
+            ("{", "is not JSON"),
+            ("{}", "Network: `` is missing"),
+            (
+                r#"{"Network":"10.244.1.0/16"}"#,
+                "Network: `10.244.1.0/16` has host bits set: the network of that length is 10.244.0.0/16",
+            ),
+            (r#"{"Network":"fd00::/64"}"#, "is not an IPv4 CIDR"),
+            (r#"{"Network":7}"#, "Network: `7` is not a string"),
+            (r#"{"Network":"127.0.0.0/8"}"#, "loopback"),
+            (r#"{"Network":"0.0.0.0/0"}"#, "every address"),
+            (r#"{"Network":"10.0.0.0/16","SubnetLen":31}"#, "SubnetLen: `31` is outside 18 to 30"),
+            (r#"{"Network":"10.0.0.0/16","SubnetLen":17}"#, "SubnetLen: `17` is outside 18 to 30"),
+            (r#"{"Network":"10.0.0.0/16","SubnetMin":"10.1.0.0"}"#, "SubnetMin: `10.1.0.0` is not inside 10.0.0.0/16"),
+            (r#"{"Network":"10.0.0.0/16","SubnetMin":"10.0.1.9"}"#, "the nearest below is 10.0.1.0"),
+            (
+                r#"{"Network":"10.0.0.0/16","SubnetMin":"10.0.9.0","SubnetMax":"10.0.3.0"}"#,
+                "SubnetMin: `10.0.9.0` is above SubnetMax 10.0.3.0",
+            ),
+            (r#"{"Network":"10.0.0.0/16","EnableIPv4":false}"#, "no family is left"),
+            (r#"{"Network":"10.0.0.0/16","EnableIPv6":true}"#, "IPv6Network: `` is missing"),
+            (r#"{"Network":"10.0.0.0/16","Backend":{"Type":"host-gw"}}"#, "Backend.Type: `host-gw` is not served"),
+            (r#"{"Network":"10.0.0.0/16","Backend":{"VNI":16777216}}"#, "Backend.VNI: `16777216`"),
+            (r#"{"Network":"10.0.0.0/16","Backend":{"Port":-1}}"#, "Backend.Port: `-1`"),
+            (r#"{"Network":"10.0.0.0/16","Backend":{"MTU":900}}"#, "Backend.MTU: `900` is below 1350"),
+        ] {
+            let message = bad(text);
+            assert!(message.contains(wanted), "{text}: {message}");
+        }
+        let all = bad(r#"{"Network":"10.0.0.1/16","Backend":{"Type":"udp","VNI":"x"}}"#);
+        assert_eq!(all.matches(';').count(), 2, "all at once: {all}");
+    }
+
+    #[test]
+    fn unknown_fields_are_warnings() {
+        let parsed = NetworkConfig::parse(r#"{"Network":"10.0.0.0/16","Netwrk":1,"Backend":{"DirectRouting":true,"Foo":2}}"#)
+            .expect("unknown fields are ignored");
+        let fields: Vec<_> = parsed.warnings.iter().map(|w| w.field.as_str()).collect();
+        assert_eq!(fields, ["Backend.DirectRouting", "Backend.Foo", "Netwrk"]);
+    }
+
+    #[test]
+    fn pool_numbers_its_subnets() {
+        let pool = good(r#"{"Network":"10.244.0.0/16","SubnetLen":26,"SubnetMin":"10.244.10.0","SubnetMax":"10.244.20.0"}"#)
+            .pools
+            .v4
+            .expect("IPv4");
+        assert_eq!(pool.count(), 41);
+        for index in 0..41 {
+            assert_eq!(pool.nth(index).and_then(|s| pool.index_of(s)), Some(index));
+        }
+        assert_eq!(pool.nth(41), None);
+        assert_eq!(pool.index_of("10.244.0.0/26".parse().expect("a CIDR")), None);
+    }
+}

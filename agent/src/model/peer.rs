@@ -1,0 +1,27 @@
+//! Another host, as far as the data path is concerned.
+
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Cidr, Mac, PerFamily, Subnet};
+
+/// How one family of a peer's subnet is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reach {
+    /// The peer's range in the overlay.
+    pub subnet: Cidr,
+    /// The peer's underlay address.
+    pub public_ip: IpAddr,
+    /// The MAC of the peer's VXLAN device.
+    pub vtep: Mac,
+}
+
+/// A peer whose lease has passed every check.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Peer {
+    /// What the peer holds.
+    pub subnet: Subnet,
+    /// The way to it, per family.
+    pub reach: PerFamily<Reach>,
+}

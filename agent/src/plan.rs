@@ -1,0 +1,14 @@
+//! Pure functions from what is known to what the kernel should do. No tokio, no I/O: [`desired`] says what the kernel should hold,
+//! [`diff`] what has to change, [`roster`] which leases count, [`underlay`] which interface is the external one.
+
+pub mod desired;
+pub mod diff;
+pub mod ops;
+pub mod roster;
+pub mod ruleset;
+pub mod state;
+pub mod underlay;
+
+pub use ops::{ApplyReport, Batch, ContainerPath, DataPath, KernelEvent, Op, OpError, Plug};
+pub use ruleset::Ruleset;
+pub use state::{Key, LinkKind, LinkState, State, Value};

@@ -1,0 +1,118 @@
+//! One kernel change, an ordered list of them, and what became of it.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::state::{Key, State, Value};
+
+/// One change of the kernel. Setting is idempotent: what is there with another value is replaced.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Op {
+    /// Make the entry, or give it this value.
+    Set(Key, Value),
+    /// Take the entry away. That it is gone already is success. The value is what stands there now: the kernel wants part of it.
+    Delete(Key, Value),
+}
+
+/// Ops in the order in which they are applied.
+pub type Batch = Vec<Op>;
+
+impl Op {
+    /// The entry that changes.
+    pub fn key(&self) -> &Key {
+        match self {
+            Op::Set(key, _) | Op::Delete(key, _) => key,
+        }
+    }
+}
+
+impl fmt::Display for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Op::Set(key, value) => write!(f, "set {key} {value}"),
+            Op::Delete(key, value) => write!(f, "delete {key} {value}"),
+        }
+    }
+}
+
+/// Why the kernel refused an op.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct OpError {
+    /// The kernel's error number (positive); 0 where it did not come from the kernel.
+    pub errno: i32,
+    /// What it said (extended acknowledgement where there is one), and the remedy where one is known.
+    pub message: String,
+}
+
+/// What became of a batch: every op that is not named here was applied.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ApplyReport {
+    /// Indices into the batch, ascending, with the error of each.
+    pub failed: Vec<(usize, OpError)>,
+}
+
+/// The data path as `reconcile` sees it; `kernel` implements it.
+pub trait DataPath: Send {
+    /// Everything of ours that the kernel holds. Errors are fit for a person.
+    fn dump(&mut self) -> impl Future<Output = Result<State, OpError>> + Send;
+
+    /// Applies a batch in its order. An op that fails stops no other.
+    fn apply(&mut self, batch: &Batch) -> impl Future<Output = ApplyReport> + Send;
+
+    /// Links, addresses and default routes of the host that are not ours: what the external interface is chosen from.
+    fn inventory(&mut self) -> impl Future<Output = Result<super::underlay::Inventory, OpError>> + Send;
+
+    /// The interface by which the kernel would send to an address; `None` where there is no route.
+    fn route_to(&mut self, address: std::net::IpAddr) -> impl Future<Output = Result<Option<u32>, OpError>> + Send;
+}
+
+/// What happened in the kernel through others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum KernelEvent {
+    /// Entries changed: the value now, or `None` where the entry is gone.
+    Changed(Vec<(Key, Option<Value>)>),
+    /// More changed than the event says (a device went down or away and took entries with it, events were lost): dump again.
+    Stale {
+        /// What happened, for the log.
+        reason: &'static str,
+    },
+    /// Links, addresses or default routes that are not ours changed.
+    Underlay,
+}
+
+/// What a container's attachment needs in the kernel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plug {
+    /// Path of the container's network namespace.
+    pub netns: std::path::PathBuf,
+    /// The interface to make in it.
+    pub interface: String,
+    /// The host's end of the veth pair.
+    pub host_interface: String,
+    /// The bridge that the host's end becomes a port of.
+    pub bridge: crate::model::Device,
+    /// The inner interface's MAC.
+    pub mac: crate::model::Mac,
+    /// MTU of both ends in bytes.
+    pub mtu: u32,
+    /// The inner interface's addresses, with the subnet's prefix length.
+    pub addresses: Vec<ipnetwork::IpNetwork>,
+    /// Default routes: the bridge's address in each family.
+    pub gateways: Vec<std::net::IpAddr>,
+}
+
+/// How `endpoint` has containers wired; `kernel` implements it.
+pub trait ContainerPath: Send + Sync {
+    /// Makes the veth pair, its addresses, routes and loopback; all or nothing. Where the very same plug is in place it succeeds
+    /// without a change.
+    fn plug(&self, plug: &Plug) -> impl Future<Output = Result<(), OpError>> + Send;
+
+    /// Removes the pair by its host end. That it is gone already is success.
+    fn unplug(&self, host_interface: &str) -> impl Future<Output = Result<(), OpError>> + Send;
+
+    /// Whether the namespace is still there, for the audit of leaked endpoints.
+    fn netns_alive(&self, netns: &std::path::Path) -> bool;
+}

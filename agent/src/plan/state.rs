@@ -1,0 +1,264 @@
+//! What a kernel holds, or should hold, for the overlay: one map from [`Key`] to [`Value`], the same type for desired and actual state.
+//!
+//! The order of keys is the order in which entries are made; they are removed in reverse. It is chosen so that an entry comes behind all that
+//! it stands on: sysctls, links, addresses, then per peer the FDB entry (so that a neighbour never points to a MAC without a destination),
+//! the neighbour, the next hop and last the route, which draws the traffic.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::IpAddr;
+
+use ipnetwork::IpNetwork;
+use serde::{Deserialize, Serialize};
+
+use super::Ruleset;
+use crate::model::{Cidr, Device, Family, Mac, Role, Vni};
+
+/// The protocol number of all that is ours in the kernel (`ip route show proto 86`); unassigned in `/etc/iproute2/rt_protos` and
+/// `linux/rtnetlink.h`.
+pub const PROTOCOL: u8 = 86;
+
+/// The ids of our next-hop objects: a range of 16 million behind this one.
+pub const NEXTHOP_IDS: std::ops::Range<u32> = 0x5600_0000..0x5700_0000;
+
+/// The `ifalias` of each link of ours: how we know them again.
+pub const LINK_ALIAS: &str = "overlayd";
+
+/// The name of one entry.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Key {
+    /// A file below `/proc/sys/net`, by its path from there: `ipv4/ip_forward`.
+    Sysctl(String),
+    /// A link of ours by interface name: VXLAN devices, the bridge, and the host's ends of the endpoints' veth pairs.
+    Link(String),
+    /// An address on a device of ours, with its prefix length and host bits.
+    Address(Device, IpNetwork),
+    /// The table `inet overlayd`.
+    Ruleset,
+    /// Our accept rules in iptables' FORWARD chain (`ip filter` or `ip6 filter`), where its policy is DROP.
+    ForwardAccept(Family),
+    /// Where a VTEP's MAC is reached (`bridge fdb`, flags self permanent).
+    Fdb(Device, Mac),
+    /// The MAC of a peer's subnet base (`ip neigh`, permanent).
+    Neigh(Device, IpAddr),
+    /// A next-hop object of ours by id.
+    Nexthop(u32),
+    /// A route of ours in the main table.
+    Route(Cidr),
+}
+
+/// What stands under a [`Key`]. Each kind of key has its kind of value; [`Key::fits`] tells.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Value {
+    /// The text of a sysctl, without the line end.
+    Sysctl(String),
+    /// A link.
+    Link(Box<LinkState>),
+    /// An address is there or not.
+    Address,
+    /// The rules.
+    Ruleset(Box<Ruleset>),
+    /// The network from and to which forwarding is accepted there.
+    ForwardAccept(Cidr),
+    /// The underlay address behind a MAC.
+    Fdb(IpAddr),
+    /// The MAC of an address.
+    Neigh(Mac),
+    /// The gateway, on link of the device.
+    Nexthop {
+        /// Our device towards the gateway.
+        device: Device,
+        /// The peer's subnet base.
+        gateway: IpAddr,
+    },
+    /// Where a route leads.
+    Route(Via),
+}
+
+/// Where a route leads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Via {
+    /// By a next-hop object of ours.
+    Nexthop(u32),
+    /// By a gateway that is on link of our device (kernel without next-hop objects).
+    Gateway(Device, IpAddr),
+    /// Neither of these: somebody else's route to the same destination. Only in actual state.
+    Foreign,
+}
+
+/// A link of ours.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinkState {
+    /// What kind of link.
+    pub kind: LinkKind,
+    /// Its MAC; `None` in desired state where any will do.
+    pub mac: Option<Mac>,
+    /// MTU in bytes.
+    pub mtu: u32,
+    /// Administratively up.
+    pub up: bool,
+    /// The bridge it is a port of.
+    pub master: Option<Device>,
+}
+
+/// The kinds of link, with what cannot be changed on a link that exists.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LinkKind {
+    /// A VXLAN device.
+    Vxlan(Vxlan),
+    /// A bridge.
+    Bridge,
+    /// The host's end of an endpoint's veth pair. Never created by a batch: endpoints make them.
+    Port,
+    /// A link of that name which is not ours (other kind, or without our alias). Only in actual state; it is never touched.
+    Foreign {
+        /// What the kernel calls it: `vxlan`, `dummy`, empty for hardware.
+        kind: String,
+    },
+}
+
+/// Settings of a VXLAN device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vxlan {
+    /// The VNI.
+    pub vni: Vni,
+    /// UDP destination port.
+    pub port: u16,
+    /// The underlay address that outer packets carry as source.
+    pub local: IpAddr,
+    /// Interface index of the external interface.
+    pub underlay: u32,
+    /// Whether the device learns forwarding entries from traffic; ours never do.
+    pub learning: bool,
+    /// Transmit checksum offload (`ethtool -K DEV tx-checksum-ip-generic`); off for NICs that break it.
+    pub tx_checksum: bool,
+}
+
+impl Vxlan {
+    /// Whether a device with these settings can be changed into the other without being made again. VNI, port and learning are
+    /// fixed at creation (`vxlan_changelink` in the kernel's `drivers/net/vxlan/vxlan_core.c` takes local address and underlay link).
+    pub fn changes_in_place(&self, wanted: &Vxlan) -> bool {
+        self.vni == wanted.vni
+            && self.port == wanted.port
+            && self.learning == wanted.learning
+            && Family::of(self.local) == Family::of(wanted.local)
+    }
+}
+
+/// Entries by name.
+pub type State = BTreeMap<Key, Value>;
+
+impl Key {
+    /// The device that the entry lives on; `None` for what stands alone. A next hop's and a route's device is in their values.
+    pub fn device(&self) -> Option<Device> {
+        match self {
+            Key::Address(device, _) | Key::Fdb(device, _) | Key::Neigh(device, _) => Some(*device),
+            Key::Link(_) | Key::Sysctl(_) | Key::Ruleset | Key::ForwardAccept(_) | Key::Nexthop(_) | Key::Route(_) => None,
+        }
+    }
+
+    /// Whether the value is of this key's kind.
+    pub fn fits(&self, value: &Value) -> bool {
+        matches!(
+            (self, value),
+            (Key::Sysctl(_), Value::Sysctl(_))
+                | (Key::Link(_), Value::Link(_))
+                | (Key::Address(..), Value::Address)
+                | (Key::Ruleset, Value::Ruleset(_))
+                | (Key::ForwardAccept(_), Value::ForwardAccept(_))
+                | (Key::Fdb(..), Value::Fdb(_))
+                | (Key::Neigh(..), Value::Neigh(_))
+                | (Key::Nexthop(_), Value::Nexthop { .. })
+                | (Key::Route(_), Value::Route(_))
+        )
+    }
+
+    /// The kind of entry in one word, for metrics and messages.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Key::Sysctl(_) => "sysctl",
+            Key::Link(_) => "link",
+            Key::Address(..) => "address",
+            Key::Ruleset => "ruleset",
+            Key::ForwardAccept(_) => "forward-accept",
+            Key::Fdb(..) => "fdb",
+            Key::Neigh(..) => "neigh",
+            Key::Nexthop(_) => "nexthop",
+            Key::Route(_) => "route",
+        }
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Key::Sysctl(path) => write!(f, "sysctl net/{path}"),
+            Key::Link(name) => write!(f, "link {name}"),
+            Key::Address(device, address) => write!(f, "address {address} dev {device}"),
+            Key::Ruleset => f.write_str("table inet overlayd"),
+            Key::ForwardAccept(family) => write!(f, "accept in the {family} FORWARD chain of iptables"),
+            Key::Fdb(device, mac) => write!(f, "fdb {mac} dev {device}"),
+            Key::Neigh(device, address) => write!(f, "neigh {address} dev {device}"),
+            Key::Nexthop(id) => write!(f, "nexthop id {id}"),
+            Key::Route(destination) => write!(f, "route {destination}"),
+        }
+    }
+}
+
+impl fmt::Display for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Value::Sysctl(text) => f.write_str(text),
+            Value::Link(link) => {
+                match &link.kind {
+                    LinkKind::Vxlan(v) => write!(f, "vxlan id {} local {} dstport {}", v.vni, v.local, v.port)?,
+                    LinkKind::Bridge => f.write_str("bridge")?,
+                    LinkKind::Port => f.write_str("veth")?,
+                    LinkKind::Foreign { kind } => write!(f, "foreign {kind}")?,
+                }
+                if let Some(mac) = link.mac {
+                    write!(f, " address {mac}")?;
+                }
+                if let Some(master) = link.master {
+                    write!(f, " master {master}")?;
+                }
+                write!(f, " mtu {} {}", link.mtu, if link.up { "up" } else { "down" })
+            }
+            Value::Address => f.write_str("present"),
+            Value::Ruleset(rules) => write!(f, "{} chains", rules.chains.len()),
+            Value::ForwardAccept(network) => write!(f, "{network}"),
+            Value::Fdb(address) => write!(f, "dst {address}"),
+            Value::Neigh(mac) => write!(f, "lladdr {mac}"),
+            Value::Nexthop { device, gateway } => write!(f, "via {gateway} dev {device}"),
+            Value::Route(Via::Nexthop(id)) => write!(f, "nhid {id}"),
+            Value::Route(Via::Gateway(device, gateway)) => write!(f, "via {gateway} dev {device} onlink"),
+            Value::Route(Via::Foreign) => f.write_str("of others"),
+        }
+    }
+}
+
+/// The device that has the entry's traffic: also for next hops and routes, whose device is in the value.
+pub fn device_of(key: &Key, value: &Value, state: &State) -> Option<Device> {
+    match (key, value) {
+        (_, Value::Nexthop { device, .. }) | (_, Value::Route(Via::Gateway(device, _))) => Some(*device),
+        (_, Value::Route(Via::Nexthop(id))) => match state.get(&Key::Nexthop(*id)) {
+            Some(Value::Nexthop { device, .. }) => Some(*device),
+            _ => None,
+        },
+        _ => key.device(),
+    }
+}
+
+impl Device {
+    /// The family whose traffic the device carries; both for the bridge.
+    pub fn carries(self, family: Family) -> bool {
+        match self.role {
+            Role::Vxlan(f) => f == family,
+            Role::Bridge => true,
+        }
+    }
+}
