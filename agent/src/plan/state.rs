@@ -1,8 +1,4 @@
 //! What a kernel holds, or should hold, for the overlay: one map from [`Key`] to [`Value`], the same type for desired and actual state.
-//!
-//! The order of keys is the order in which entries are made; they are removed in reverse. It is chosen so that an entry comes behind all that
-//! it stands on: sysctls, links, addresses, then per peer the FDB entry (so that a neighbour never points to a MAC without a destination),
-//! the neighbour, the next hop and last the route, which draws the traffic.
 
 use std::collections::BTreeMap;
 use std::fmt;
