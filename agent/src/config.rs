@@ -18,6 +18,7 @@ pub use settings::{Kind, SETTINGS, Setting, command};
 
 use crate::model::PerFamily;
 use crate::plan::underlay::Selection;
+use crate::telemetry::{LogFormat, parse_filter};
 
 /// Everything that a host's agent is told from outside.
 #[derive(Debug, Clone)]
@@ -65,15 +66,6 @@ pub struct EtcdConfig {
     pub client_certificate: Option<(PathBuf, PathBuf)>,
     /// User and the file that holds the password.
     pub user: Option<(String, PathBuf)>,
-}
-
-/// How log lines look.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LogFormat {
-    /// For people.
-    Text,
-    /// One JSON object a line.
-    Json,
 }
 
 /// One thing that is wrong.
@@ -246,12 +238,8 @@ impl Checker {
 
     fn log_level(&mut self) -> String {
         let text = self.raw.text("log-level").unwrap_or_default();
-        if tracing_subscriber::EnvFilter::builder().parse(&text).is_err() || text.is_empty() {
-            self.fail(
-                "log-level",
-                &text,
-                "is not error, warn, info, debug, trace or a filter such as info,overlay_agent::store=debug",
-            );
+        if let Err(error) = parse_filter(&text) {
+            self.fail("log-level", &text, &format!("is no filter: {error}"));
         }
         text
     }
