@@ -174,16 +174,15 @@ impl Default for NexthopIds {
 }
 
 impl NexthopIds {
-    /// Takes the ids of the objects that the kernel holds already. Of two objects for one gateway the first counts.
+    /// Takes the ids of the objects that the kernel holds already. Of two objects for one gateway the first counts; the other's id is
+    /// not given to anybody else, because routes may still use it.
     pub fn adopt(&mut self, actual: &State) {
         for (key, value) in actual.range(Key::Nexthop(0)..=Key::Nexthop(u32::MAX)) {
             if let (Key::Nexthop(id), Value::Nexthop { device, gateway }) = (key, value)
                 && NEXTHOP_IDS.contains(id)
-                && !self.used.contains(id)
-                && !self.ids.contains_key(&(*device, *gateway))
+                && self.used.insert(*id)
             {
-                self.ids.insert((*device, *gateway), *id);
-                self.used.insert(*id);
+                self.ids.entry((*device, *gateway)).or_insert(*id);
             }
         }
     }
