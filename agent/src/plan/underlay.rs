@@ -128,12 +128,7 @@ pub struct Underlay {
 impl Selection {
     /// Chooses the external interface for these families. `reach` is the interface by which the kernel would send to
     /// [`Selection::can_reach`], `None` where there is no route.
-    pub fn choose(
-        &self,
-        inventory: &Inventory,
-        families: impl Iterator<Item = Family> + Clone,
-        reach: Option<u32>,
-    ) -> Result<Underlay, UnderlayError> {
+    pub fn choose(&self, inventory: &Inventory, families: &[Family], reach: Option<u32>) -> Result<Underlay, UnderlayError> {
         let candidates = || inventory.candidates();
         let usable = || inventory.links.iter().filter(|link| !link.loopback);
         let by_index = |index: u32| inventory.links.iter().find(|link| link.index == index);
@@ -166,7 +161,7 @@ impl Selection {
                 .filter(|link| !link.loopback)
                 .ok_or_else(|| UnderlayError::Unreachable { address, candidates: candidates() })?
         } else {
-            let family = families.clone().next().unwrap_or(Family::V4);
+            let family = families.first().copied().unwrap_or(Family::V4);
             inventory
                 .defaults
                 .iter()
@@ -175,7 +170,7 @@ impl Selection {
                 .ok_or_else(|| UnderlayError::NoDefaultRoute { family, candidates: candidates() })?
         };
         let mut local = PerFamily::default();
-        for family in families {
+        for family in families.iter().copied() {
             let address = asked_address
                 .filter(|address| Family::of(*address) == family)
                 .or_else(|| link.addresses.iter().copied().find(|address| Family::of(*address) == family))
@@ -239,7 +234,7 @@ mod tests {
     }
 
     fn choose(selection: &Selection, families: &[Family], reach: Option<u32>) -> Result<Underlay, String> {
-        selection.choose(&inventory(), families.iter().copied(), reach).map_err(|e| e.to_string())
+        selection.choose(&inventory(), families, reach).map_err(|e| e.to_string())
     }
 
     fn by_interface(wanted: &[&str]) -> Selection {
