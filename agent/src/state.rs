@@ -59,7 +59,7 @@ pub enum StateError {
 }
 
 /// What this host remembers of itself (`state.json`), so that a restart or reboot changes nothing for its peers.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostState {
     /// The MAC of each VXLAN device, by the device's name, which says VNI and family.
     #[serde(default)]
@@ -70,12 +70,6 @@ pub struct HostState {
     /// The underlay addresses published last.
     #[serde(default)]
     pub public_ip: PerFamily<IpAddr>,
-}
-
-impl Default for HostState {
-    fn default() -> Self {
-        HostState { vtep: BTreeMap::new(), subnet: None, public_ip: PerFamily::default() }
-    }
 }
 
 impl HostState {
