@@ -18,6 +18,7 @@ const FILE_LIMIT: u64 = 1 << 20;
 pub enum Args {
     /// Print the configuration
     Show {
+        /// How to reach etcd
         #[command(flatten)]
         etcd: EtcdArgs,
     },
@@ -25,6 +26,7 @@ pub enum Args {
     Set {
         /// The file with the JSON; `-` is standard input
         file: PathBuf,
+        /// How to reach etcd
         #[command(flatten)]
         etcd: EtcdArgs,
     },
