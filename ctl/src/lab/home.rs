@@ -71,7 +71,8 @@ impl Home {
             let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
             made.map_err(|source| LabError::File { action: "make", path: path.clone(), source })?;
             // In /tmp anybody can have made it first.
-            let found = fs::symlink_metadata(path).map_err(|source| LabError::File { action: "examine", path: path.clone(), source })?;
+            let found =
+                fs::symlink_metadata(path).map_err(|source| LabError::File { action: "examine", path: path.clone(), source })?;
             if !found.is_dir() || found.uid() != geteuid().as_raw() {
                 return Err(LabError::File {
                     action: "use",
@@ -94,7 +95,8 @@ impl Home {
         }
         let path = dir.join(DESCRIPTION);
         let temporary = dir.join(format!("{DESCRIPTION}.{}", std::process::id()));
-        let text = serde_json::to_string_pretty(layout).map_err(|e| LabError::Damaged { path: path.clone(), reason: e.to_string() })?;
+        let text =
+            serde_json::to_string_pretty(layout).map_err(|e| LabError::Damaged { path: path.clone(), reason: e.to_string() })?;
         let file = |action, path: &Path| {
             let path = path.to_owned();
             move |source| LabError::File { action, path, source }

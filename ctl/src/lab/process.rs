@@ -73,9 +73,11 @@ impl ProcessId {
     pub fn record(&self, path: &Path) -> Result<(), LabError> {
         let temporary = path.with_extension("new");
         let text = format!("{} {}\n", self.pid, self.start_time);
-        fs::write(&temporary, text)
-            .and_then(|()| fs::rename(&temporary, path))
-            .map_err(|source| LabError::File { action: "write", path: path.to_owned(), source })
+        fs::write(&temporary, text).and_then(|()| fs::rename(&temporary, path)).map_err(|source| LabError::File {
+            action: "write",
+            path: path.to_owned(),
+            source,
+        })
     }
 
     /// The id kept in a file; `None` where none is, or the file is torn.
@@ -123,7 +125,11 @@ pub fn tail(log: &Path) -> String {
     let text = String::from_utf8_lossy(&fs::read(log).unwrap_or_default()).into_owned();
     let lines: Vec<&str> = text.lines().collect();
     let from = lines.len().saturating_sub(12);
-    if lines.is_empty() { "  (empty)".to_owned() } else { lines[from..].iter().map(|l| format!("  {l}")).collect::<Vec<_>>().join("\n") }
+    if lines.is_empty() {
+        "  (empty)".to_owned()
+    } else {
+        lines[from..].iter().map(|l| format!("  {l}")).collect::<Vec<_>>().join("\n")
+    }
 }
 
 /// Ends processes: SIGTERM, a wait, SIGKILL, a wait. What could not be ended is named. Blocks.
