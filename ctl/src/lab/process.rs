@@ -177,8 +177,12 @@ mod tests {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let (log, record) = (dir.path().join("log"), dir.path().join("pid"));
         let mut command = Command::new("sh");
-        command.args(["-c", "echo started; trap '' TERM; while :; do sleep 0.05; done"]);
+        command.args(["-c", "trap '' TERM; echo started; while :; do sleep 0.05; done"]);
         let id = start(command, None, &log, &record).expect("sh starts");
+        let end = Instant::now() + GRACE;
+        while tail(&log) != "  started" && Instant::now() < end {
+            std::thread::sleep(POLL);
+        }
         assert!(id.is_alive());
         assert_eq!(ProcessId::recorded(&record), Some(id));
         let stranger = ProcessId { start_time: id.start_time + 1, ..id };
