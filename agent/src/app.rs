@@ -15,7 +15,7 @@ use std::time::Duration;
 use anyhow::Context;
 use tokio::sync::{mpsc, watch};
 
-use crate::admin;
+use crate::admin::{self, AdminSocket};
 use crate::config::{EtcdConfig, HostConfig};
 use crate::endpoint::{EndpointNetwork, Endpoints};
 use crate::kernel::{Kernel, KernelOptions, Plugger};
@@ -46,15 +46,15 @@ pub async fn run(config: HostConfig, level: LevelHandle) -> anyhow::Result<()> {
     let _namespace_lock = guard::lock_namespace()?;
     let state = Arc::new(StateDir::open(&config.state_dir)?);
     let node = Node { name: config.node_name.clone(), id: state.node_id()? };
-    let listener = admin::bind(&config.run_dir.join(admin::SOCKET)).await?;
+    let socket = AdminSocket::bind(&config.run_dir.join(admin::SOCKET))?;
     let metrics_listener = match config.metrics_listen {
         Some(address) => {
-            let listener = tokio::net::TcpListener::bind(address).await;
+            let listener = admin::bind_tcp(address).await;
             Some(listener.with_context(|| format!("--metrics-listen: cannot listen on {address}: choose a free address"))?)
         }
         None => None,
     };
-    let (kernel, kernel_events, follow) = Kernel::open(KernelOptions { force_classic_routes: !config.nexthop_objects })?;
+    let (kernel, kernel_events, follow) = Kernel::open(&KernelOptions { force_classic_routes: !config.nexthop_objects, ..KernelOptions::default() })?;
     let endpoints: Endpoints<Plugger> = Endpoints::restore(Arc::clone(&state), kernel.plugger()).await?;
     let memory = HostMemory::load(Arc::clone(&state))?;
     let metrics = Arc::new(Metrics::new());
@@ -93,21 +93,14 @@ pub async fn run(config: HostConfig, level: LevelHandle) -> anyhow::Result<()> {
         memory.clone(),
         Arc::clone(&metrics),
     );
-    let channels = Channels {
-        store: store_events,
-        kernel: kernel_events,
-        queries,
-        ports: endpoints.ports(),
-        wish,
-        overlay,
-        changes,
-        ready,
-    };
-    let store = Arc::new(Store::new(store_config));
+    let channels =
+        Channels { store: store_events, kernel: kernel_events, queries, ports: endpoints.ports(), wish, overlay, changes, ready };
+    let store = Store::new(store_config.clone());
     let backend = Arc::new(AgentBackend {
         queries: queries_in,
         endpoints: endpoints.clone(),
-        store: Arc::clone(&store),
+        store: store_config.clone(),
+        time_left: tokio::sync::Mutex::new(None),
         metrics: Arc::clone(&metrics),
         changed,
         readiness,
@@ -131,7 +124,7 @@ pub async fn run(config: HostConfig, level: LevelHandle) -> anyhow::Result<()> {
     }
     tasks.spawn("kernel", follow.run(begin()));
     {
-        let (store, stop) = (Arc::clone(&store), begin());
+        let stop = begin();
         tasks.spawn("store", async move { store.run(store_events_in, wishes, stop).await });
     }
     tasks.spawn("reconcile", infallible(reconciler.run(channels, begin())));
@@ -142,11 +135,10 @@ pub async fn run(config: HostConfig, level: LevelHandle) -> anyhow::Result<()> {
     tasks.spawn("overlay", tell_overlay(overlays, endpoints, config.clone(), memory, begin()));
     {
         let (backend, stop) = (Arc::clone(&backend), begin());
-        tasks.spawn("admin", async move { admin::serve(listener, backend, stop).await });
+        tasks.spawn("admin", infallible(admin::serve(socket, backend, stop)));
     }
     if let Some(listener) = metrics_listener {
-        let stop = begin();
-        tasks.spawn("metrics", async move { admin::serve_metrics(listener, backend, stop).await });
+        tasks.spawn("metrics", infallible(admin::serve_metrics(listener, backend, begin())));
     }
     supervise(tasks, shutdown).await
 }
@@ -201,7 +193,9 @@ async fn tell_overlay(
             let networks: PerFamily<_> = overlay.network.pools.map(|_, pool| pool.network);
             let text = subnet_env(&networks, &overlay.subnet, overlay.mtu, config.ip_masq);
             match write_subnet_env(&config.subnet_file, &text) {
-                Ok(true) => tracing::info!(file = %config.subnet_file.display(), subnet = %overlay.subnet, mtu = overlay.mtu, "overlay in place"),
+                Ok(true) => {
+                    tracing::info!(file = %config.subnet_file.display(), subnet = %overlay.subnet, mtu = overlay.mtu, "overlay in place")
+                }
                 Ok(false) => {}
                 // Containers are attached all the same; only other tools miss the file.
                 Err(error) => tracing::error!(%error, "the subnet file cannot be written"),

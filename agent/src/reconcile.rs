@@ -10,6 +10,8 @@
 mod inputs;
 mod repair;
 mod report;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -338,33 +340,14 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
     /// An op that the kernel accepted is actual state now.
     fn fold_applied(&mut self, op: Op) {
         match op {
-            Op::Set(key, value) => {
-                self.actual.insert(key, value);
-            }
-            Op::Delete(key, value) => {
-                self.actual.remove(&key);
-                match (&key, value) {
-                    (Key::Nexthop(_), Value::Nexthop { device, gateway }) if !self.desired.contains_key(&key) => {
-                        self.ids.release(device, gateway);
-                    }
-                    (Key::Link(name), _) => self.forget_device(name),
-                    _ => {}
+            // By far the most: the routes of a next hop that goes were deleted before it, so there is nothing to follow.
+            Op::Delete(key @ Key::Nexthop(_), value) => {
+                if let (Value::Nexthop { device, gateway }, false) = (value, self.desired.contains_key(&key)) {
+                    self.ids.release(device, gateway);
                 }
+                self.actual.remove(&key);
             }
-        }
-    }
-
-    /// Everything on a link that is gone is gone with it.
-    fn forget_device(&mut self, name: &str) {
-        let Some(device) = Device::from_name(name) else { return };
-        let gone: Vec<Key> = self
-            .actual
-            .iter()
-            .filter(|(key, value)| crate::plan::state::device_of(key, value, &self.actual) == Some(device))
-            .map(|(key, _)| key.clone())
-            .collect();
-        for key in gone {
-            self.actual.remove(&key);
+            op => op.record(&mut self.actual),
         }
     }
 

@@ -116,6 +116,25 @@ impl StateDir {
         Ok(StateDir { path: path.to_owned(), _lock: lock })
     }
 
+    /// Removes everything that the agent keeps, and the directory where nothing else is in it.
+    pub fn remove(self) -> Result<(), StateError> {
+        let removed = ["endpoints.json", "state.json", "node-id", lock::STATE_LOCK].iter().map(|name| {
+            let path = self.path.join(name);
+            match std::fs::remove_file(&path) {
+                Err(source) if source.kind() != std::io::ErrorKind::NotFound => Err(FileError::new("remove", &path, source)),
+                _ => Ok(()),
+            }
+        });
+        removed.collect::<Result<(), FileError>>()?;
+        match std::fs::remove_dir(&self.path) {
+            // Files that were set aside as torn are for a person to look at.
+            Err(source) if source.kind() != std::io::ErrorKind::DirectoryNotEmpty => {
+                Err(FileError::new("remove the directory", &self.path, source).into())
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// The directory.
     pub fn path(&self) -> &Path {
         &self.path

@@ -6,10 +6,8 @@ use std::os::unix::net::{SocketAddr, UnixListener};
 use anyhow::{Context, bail};
 
 /// `CAP_NET_ADMIN` and `CAP_SYS_ADMIN` in `linux/capability.h`.
-const NEEDED: [(u32, &str, &str); 2] = [
-    (12, "CAP_NET_ADMIN", "to make links, routes and rules"),
-    (21, "CAP_SYS_ADMIN", "to enter containers' network namespaces"),
-];
+const NEEDED: [(u32, &str, &str); 2] =
+    [(12, "CAP_NET_ADMIN", "to make links, routes and rules"), (21, "CAP_SYS_ADMIN", "to enter containers' network namespaces")];
 
 /// Fails unless the process has the capabilities it needs.
 pub(super) fn check_capabilities() -> anyhow::Result<()> {
@@ -19,7 +17,10 @@ pub(super) fn check_capabilities() -> anyhow::Result<()> {
         return Ok(());
     }
     let list: Vec<String> = missing.iter().map(|(_, name, purpose)| format!("{name} ({purpose})")).collect();
-    bail!("the agent lacks {}: run it as root, or by the systemd unit, which grants them. Nothing was touched", list.join(" and "))
+    bail!(
+        "the agent lacks {}: run it as root, or by the systemd unit, which grants them. Nothing was touched",
+        list.join(" and ")
+    )
 }
 
 fn missing(status: &str) -> Vec<&'static (u32, &'static str, &'static str)> {

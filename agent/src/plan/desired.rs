@@ -94,17 +94,15 @@ impl Host {
                 state.insert(Key::Sysctl((*path).to_owned()), Value::Sysctl("1".to_owned()));
             }
         }
-        let uses_v6 = self.families().any(|family| family == Family::V6);
-        if uses_v6 {
-            // What we create takes no router advertisement, neither from a container nor through the tunnel.
-            for device in self.families().map(|family| Device::vxlan(family, vni)).chain([bridge]) {
-                state.insert(Key::Sysctl(format!("ipv6/conf/{device}/accept_ra")), Value::Sysctl("0".to_owned()));
-            }
-            if self.underlay.router_advertisements {
-                // A host that forwards ignores advertisements unless told otherwise: its default route would run out.
-                let path = format!("ipv6/conf/{}/accept_ra", self.underlay.name);
-                state.insert(Key::Sysctl(path), Value::Sysctl("2".to_owned()));
-            }
+        // What we create takes no router advertisement, neither from a container nor through the tunnel; also where the network has no
+        // IPv6, because the host may have it.
+        for device in self.families().map(|family| Device::vxlan(family, vni)).chain([bridge]) {
+            state.insert(Key::Sysctl(format!("ipv6/conf/{device}/accept_ra")), Value::Sysctl("0".to_owned()));
+        }
+        if self.underlay.router_advertisements && self.families().any(|family| family == Family::V6) {
+            // A host that forwards ignores advertisements unless told otherwise: its default route would run out.
+            let path = format!("ipv6/conf/{}/accept_ra", self.underlay.name);
+            state.insert(Key::Sysctl(path), Value::Sysctl("2".to_owned()));
         }
         let link = |kind, mac, master| Value::Link(Box::new(LinkState { kind, mac, mtu: self.mtu(), up: true, master }));
         state.insert(Key::Link(bridge.name()), link(LinkKind::Bridge, Some(self.bridge_mac), None));
@@ -213,3 +211,6 @@ impl NexthopIds {
         self.next = if self.next + 1 < NEXTHOP_IDS.end { self.next + 1 } else { NEXTHOP_IDS.start };
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,13 +1,13 @@
 //! Single requests for programs that are no agent: `overlayctl` straight at etcd, and `overlayd cleanup`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use etcd_client::{Compare, CompareOp, Txn, TxnOp};
 use futures_util::{StreamExt, TryStreamExt, stream};
 use tracing::debug;
 
-use super::connect::{StoreConfig, connect};
+use super::connect::{Session, StoreConfig, connect};
 use super::lease::{Claim, Look};
 use super::{StoreError, codec};
 use crate::model::event::StoreEntry;
@@ -65,21 +65,30 @@ pub async fn read_all(config: &StoreConfig, time_left: bool) -> Result<Snapshot,
     let session = connect(config).await?;
     let listing = session.list().await?;
     let entries: Vec<StoreEntry> = listing.entries.iter().map(codec::decode).collect();
-    let mut left = BTreeMap::new();
-    if time_left {
-        let mut ids: Vec<i64> = listing.entries.iter().filter_map(|entry| entry.etcd_lease).collect();
-        ids.sort_unstable();
-        ids.dedup();
-        let session = &session;
-        left = stream::iter(ids)
-            .map(|id| async move { Ok::<_, StoreError>((id, session.time_to_live(id).await?)) })
-            .buffer_unordered(PARALLEL)
-            .try_filter_map(|(id, ttl)| async move { Ok(ttl.map(|ttl| (id, ttl.remaining))) })
-            .try_collect()
-            .await?;
-    }
+    let left = match time_left {
+        true => ask_time_left(&session, listing.entries.iter().filter_map(|entry| entry.etcd_lease)).await?,
+        false => BTreeMap::new(),
+    };
     let config = config_text(listing.config);
     Ok(Snapshot { revision: listing.revision, config, entries, time_left: left })
+}
+
+/// What is left of these etcd leases; one that is gone is not in the answer.
+///
+/// # Errors
+/// Whatever keeps etcd from answering.
+pub async fn time_left(config: &StoreConfig, ids: Vec<i64>) -> Result<BTreeMap<i64, Duration>, StoreError> {
+    ask_time_left(&connect(config).await?, ids).await
+}
+
+async fn ask_time_left(session: &Session, ids: impl IntoIterator<Item = i64>) -> Result<BTreeMap<i64, Duration>, StoreError> {
+    let ids: BTreeSet<i64> = ids.into_iter().collect();
+    stream::iter(ids)
+        .map(|id| async move { Ok::<_, StoreError>((id, session.time_to_live(id).await?)) })
+        .buffer_unordered(PARALLEL)
+        .try_filter_map(|(id, ttl)| async move { Ok(ttl.map(|ttl| (id, ttl.remaining))) })
+        .try_collect()
+        .await
 }
 
 /// Reads the network's configuration.

@@ -353,9 +353,11 @@ fn kernel_error(errno: i32, text: Option<String>) -> OpError {
 
 /// A failed system call.
 pub(super) fn io_error(doing: impl Display, error: &io::Error) -> OpError {
-    let mut message = format!("{doing}: {error}");
-    if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) {
-        message.push_str(": the kernel has no nfnetlink, `modprobe nfnetlink nf_tables`");
-    }
+    let advice = match error.raw_os_error() {
+        Some(libc::EPROTONOSUPPORT) => ": the kernel has no nfnetlink, `modprobe nfnetlink nf_tables`",
+        Some(libc::EMSGSIZE) => ": more than the socket may send, raise the sysctl net.core.wmem_max",
+        _ => "",
+    };
+    let message = format!("{doing}: {error}{advice}");
     OpError { errno: error.raw_os_error().unwrap_or(0), message }
 }

@@ -10,7 +10,7 @@ use crate::model::peer::Reach;
 use crate::model::{Cidr, Device, Family, Mac, NetworkConfig, Peer, PerFamily, Subnet, Vni};
 use crate::plan::Op;
 use crate::plan::desired::{Host, NexthopIds};
-use crate::plan::ruleset::{Expr, Rule, Ruleset};
+use crate::plan::ruleset::{Expr, Rule};
 use crate::plan::state::{Key, LinkKind, LinkState, NEXTHOP_IDS, State, Value, Via, device_of};
 use crate::plan::underlay::Underlay;
 
@@ -122,9 +122,9 @@ pub struct Setup {
 }
 
 impl Setup {
-    pub fn families(&self) -> impl Iterator<Item = Family> + Clone + PartialEq + use<> {
-        let families = [&Family::ALL[..1], &Family::ALL[1..], &Family::ALL[..]][usize::from(self.families)];
-        Families(families.to_vec().into_iter())
+    pub fn families(&self) -> impl Iterator<Item = Family> + use<> {
+        let which = self.families;
+        Family::ALL.into_iter().filter(move |family| which == 2 || *family == Family::ALL[usize::from(which)])
     }
 
     /// All that the devices follow from.
@@ -159,7 +159,7 @@ impl Setup {
                 mtu: self.underlay_mtu,
                 public_ip: local,
                 local,
-                router_advertisements: self.own_address % 3 == 0,
+                router_advertisements: self.own_address == 3,
             },
             vtep: self.families().map(|family| (family, Mac([2, 1, 0, 0, 0, self.own_mac]))).collect(),
             bridge_mac: Mac([2, 2, 0, 0, 0, self.own_mac]),
@@ -187,22 +187,6 @@ impl Setup {
             state.extend(host.peer_entries(&Peer { subnet, reach }, ids));
         }
         state
-    }
-}
-
-#[derive(Clone)]
-struct Families(std::vec::IntoIter<Family>);
-
-impl Iterator for Families {
-    type Item = Family;
-    fn next(&mut self) -> Option<Family> {
-        self.0.next()
-    }
-}
-
-impl PartialEq for Families {
-    fn eq(&self, other: &Self) -> bool {
-        self.0.as_slice() == other.0.as_slice()
     }
 }
 
@@ -307,7 +291,7 @@ fn any_entry() -> impl Strategy<Value = (Key, Value)> {
         1 => (device(), any::<bool>()).prop_map(|(d, on)| sysctl(&format!("ipv6/conf/{d}/accept_ra"), on)),
         1 => select(vec!["ipv4/ip_forward", "ipv6/conf/all/forwarding", "ipv4/tcp_sack"]).prop_map(|path| sysctl(path, false)),
         1 => family().prop_map(|f| (Key::ForwardAccept(f), Value::ForwardAccept(subnet(f, 9)))),
-        1 => Just((Key::Ruleset, Value::Ruleset(Box::new(Ruleset::default())))),
+        1 => Just((Key::Ruleset, Value::Ruleset(Box::default()))),
         1 => any_setup().prop_map(|setup| drifted_ruleset(&setup)),
         4 => any_link(),
     ]
