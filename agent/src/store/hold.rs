@@ -376,10 +376,10 @@ impl<'a> Holder<'a> {
         self.tell(OwnLease::Held(held.lease.clone())).await?;
         let mut sightings = self.board.sightings.subscribe();
         loop {
-            // The guard of what was seen is let go at once: it must not live over an await.
-            let touched = async { drop(sightings.wait_for(|seen| seen.held > held.mod_revision).await) };
+            // Only whether, not the guard that comes with it: no guard may live across the awaits below.
+            let touched = async { sightings.wait_for(|seen| seen.held > held.mod_revision).await.is_ok() };
             tokio::select! {
-                () = touched => return Ok(()),
+                _ = touched => return Ok(()),
                 () = changed(&mut self.wish) => {
                     if self.wish.borrow_and_update().as_ref().is_none_or(|new| new != wish) {
                         return Ok(());
