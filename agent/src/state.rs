@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::model::{Device, Family, Mac, PerFamily, Subnet, Vni};
+use crate::model::{Device, Mac, PerFamily, Subnet};
 
 pub use file::{FileError, write_if_changed, write_whole};
 pub use lock::{LockError, RunLock};
@@ -61,26 +61,30 @@ pub enum StateError {
 /// What this host remembers of itself (`state.json`), so that a restart or reboot changes nothing for its peers.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostState {
-    /// The MAC of each VXLAN device, by the device's name, which says VNI and family.
+    /// The MAC of each device of ours, by the device's name, which says VNI and family.
     #[serde(default)]
-    vtep: BTreeMap<String, Mac>,
+    macs: BTreeMap<String, Mac>,
     /// The subnet held last.
     #[serde(default)]
     pub subnet: Option<Subnet>,
     /// The underlay addresses published last.
     #[serde(default)]
     pub public_ip: PerFamily<IpAddr>,
+    /// The values of sysctls before the agent first changed them, by path below `/proc/sys/net`; `overlayd cleanup` puts them back.
+    #[serde(default)]
+    pub sysctls: BTreeMap<String, String>,
 }
 
 impl HostState {
-    /// The MAC that the VXLAN device of this network and family has had; `None` before its first creation.
-    pub fn vtep_mac(&self, vni: Vni, family: Family) -> Option<Mac> {
-        self.vtep.get(&Device::vxlan(family, vni).name()).copied()
-    }
-
-    /// The same, made up at random and remembered (in this value; it still has to be saved) where there was none.
-    pub fn vtep_mac_or_new(&mut self, vni: Vni, family: Family) -> Mac {
-        *self.vtep.entry(Device::vxlan(family, vni).name()).or_insert_with(|| Mac::local(rand::random()))
+    /// The MAC of a device: the one remembered, else the one found on the device (whose peers know it), else a new one. Returns whether it
+    /// has to be saved.
+    pub fn mac(&mut self, device: Device, found: Option<Mac>) -> (Mac, bool) {
+        let mut new = false;
+        let mac = *self.macs.entry(device.name()).or_insert_with(|| {
+            new = true;
+            found.filter(|mac| mac.is_unicast()).unwrap_or_else(|| Mac::local(rand::random()))
+        });
+        (mac, new)
     }
 }
 
@@ -110,6 +114,25 @@ impl StateDir {
             .map_err(|source| FileError::new("set the mode of", path, source))?;
         let lock = RunLock::acquire_named(path, lock::STATE_LOCK)?;
         Ok(StateDir { path: path.to_owned(), _lock: lock })
+    }
+
+    /// Removes everything that the agent keeps, and the directory where nothing else is in it.
+    pub fn remove(self) -> Result<(), StateError> {
+        let removed = ["endpoints.json", "state.json", "node-id", lock::STATE_LOCK].iter().map(|name| {
+            let path = self.path.join(name);
+            match std::fs::remove_file(&path) {
+                Err(source) if source.kind() != std::io::ErrorKind::NotFound => Err(FileError::new("remove", &path, source)),
+                _ => Ok(()),
+            }
+        });
+        removed.collect::<Result<(), FileError>>()?;
+        match std::fs::remove_dir(&self.path) {
+            // Files that were set aside as torn are for a person to look at.
+            Err(source) if source.kind() != std::io::ErrorKind::DirectoryNotEmpty => {
+                Err(FileError::new("remove the directory", &self.path, source).into())
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The directory.

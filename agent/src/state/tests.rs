@@ -1,6 +1,7 @@
 use std::os::unix::fs::{MetadataExt, symlink};
 
 use super::*;
+use crate::model::{Device, Family, Vni};
 
 fn torn_files(directory: &Path) -> Vec<String> {
     let names = std::fs::read_dir(directory).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
@@ -23,7 +24,7 @@ fn torn_files_are_set_aside_and_the_agent_starts() {
     let dir = tempfile::tempdir().unwrap();
     let state = StateDir::open(dir.path()).unwrap();
     let mut host = HostState::default();
-    let mac = host.vtep_mac_or_new(Vni::DEFAULT, Family::V6);
+    let (mac, _) = host.mac(Device::vxlan(Family::V6, Vni::DEFAULT), None);
     state.save_host(&host).unwrap();
     let whole = std::fs::read(dir.path().join("state.json")).unwrap();
     // Every way of losing the end of the file, and what is no text at all.
@@ -40,8 +41,9 @@ fn torn_files_are_set_aside_and_the_agent_starts() {
         assert_eq!(torn_files(dir.path()).len(), n + 1);
     }
     state.save_host(&host).unwrap();
-    assert_eq!(state.load_host().unwrap().vtep_mac(Vni::DEFAULT, Family::V6), Some(mac));
-    assert_eq!(state.load_host().unwrap().vtep_mac(Vni::DEFAULT, Family::V4), None);
+    assert_eq!(state.load_host().unwrap().mac(Device::vxlan(Family::V6, Vni::DEFAULT), None), (mac, false));
+    let found = Some(Mac([2, 0, 0, 0, 0, 7]));
+    assert_eq!(state.load_host().unwrap().mac(Device::vxlan(Family::V4, Vni::DEFAULT), found), (Mac([2, 0, 0, 0, 0, 7]), true));
 
     std::fs::write(dir.path().join("node-id"), "").unwrap();
     assert_eq!(state.node_id().unwrap().len(), 32);
@@ -67,8 +69,8 @@ fn the_host_state_round_trips_and_an_equal_one_is_not_written() {
     let dir = tempfile::tempdir().unwrap();
     let state = StateDir::open(dir.path()).unwrap();
     let mut host = HostState::default();
-    let mac = host.vtep_mac_or_new(Vni::DEFAULT, Family::V4);
-    assert_eq!(host.vtep_mac_or_new(Vni::DEFAULT, Family::V4), mac);
+    let (mac, _) = host.mac(Device::vxlan(Family::V4, Vni::DEFAULT), None);
+    assert_eq!(host.mac(Device::vxlan(Family::V4, Vni::DEFAULT), None), (mac, false));
     assert!(mac.is_unicast());
     host.subnet = Some(Subnet::from_key("10.244.101.0-24&fd00:10:244:51::-64").unwrap());
     host.public_ip.v4 = Some("10.99.1.1".parse().unwrap());

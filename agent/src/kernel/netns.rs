@@ -1,0 +1,273 @@
+//! Network namespaces by file: made, opened, entered by a thread of its own, and deleted, as `ip netns` does (`ip-netns(8)`).
+//!
+//! No function here changes the calling thread's namespace: what has to run inside one runs on a thread that is made for it. Everything works
+//! inside a user namespace too, where the caller owns a mount namespace and has a writable `/run/netns`.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::panic;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, setns, unshare};
+
+use super::request::{IFF_UP, link, link_set};
+use super::socket::RouteSocket;
+use crate::plan::OpError;
+
+/// Where named namespaces are.
+pub const DIRECTORY: &str = "/run/netns";
+/// The calling thread's namespace. `/proc/self` would be the main thread's.
+const OWN: &str = "/proc/thread-self/ns/net";
+
+/// Why a namespace could not be made, opened, entered or deleted.
+#[derive(Debug, thiserror::Error)]
+pub enum NetnsError {
+    /// The name cannot be a file name.
+    #[error("`{name}` cannot name a network namespace: 1 to 255 bytes, no slash, neither `.` nor `..`")]
+    Name {
+        /// The refused name.
+        name: String,
+    },
+    /// The name is taken.
+    #[error("network namespace {path} exists already: delete it (ip netns delete) or choose another name")]
+    Exists {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// Nothing is there.
+    #[error("there is no network namespace {path}: `ip netns list` shows the named ones, a process has /proc/PID/ns/net")]
+    Missing {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Something else is there.
+    #[error("{path} is not a network namespace")]
+    NotNetns {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The system refused.
+    #[error("cannot {action} {path}: {source}{}", advice(source))]
+    System {
+        /// What was tried.
+        action: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The loopback device of a new namespace did not come up.
+    #[error("cannot bring up the loopback device of {path}: {source}")]
+    Loopback {
+        /// The namespace.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: OpError,
+    },
+}
+
+fn advice(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => {
+            "; this needs CAP_SYS_ADMIN: run as root, or inside `unshare --user --map-root-user --mount --net` with a tmpfs on /run/netns"
+        }
+        Some(libc::ENOSPC) => "; a limit of namespaces is reached: see /proc/sys/user/max_net_namespaces and max_mnt_namespaces",
+        _ => "",
+    }
+}
+
+/// An open network namespace. Clones share the descriptor.
+#[derive(Debug, Clone)]
+pub struct Netns {
+    path: PathBuf,
+    fd: Arc<OwnedFd>,
+}
+
+impl Netns {
+    /// Makes a named namespace with its loopback device up. Nothing is left where it fails.
+    pub fn create(name: &str) -> Result<Netns, NetnsError> {
+        let path = named_path(name)?;
+        prepare_directory()?;
+        File::options().write(true).create_new(true).open(&path).map_err(|source| match source.kind() {
+            io::ErrorKind::AlreadyExists => NetnsError::Exists { path: path.clone() },
+            _ => NetnsError::System { action: "create", path: path.clone(), source },
+        })?;
+        let made = on_thread(&path, || {
+            unshare(CloneFlags::CLONE_NEWNET).map_err(system("make a network namespace for", &path))?;
+            mount(Some(OWN), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(system("mount on", &path))?;
+            loopback_up().map_err(|source| NetnsError::Loopback { path: path.clone(), source })
+        });
+        match made.and_then(|up| up).and_then(|()| Netns::open(&path)) {
+            Ok(netns) => Ok(netns),
+            Err(error) => {
+                if let Err(second) = Netns::delete(name) {
+                    tracing::warn!(error = %second, "a half-made network namespace stays behind");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Opens the namespace of a file: `/run/netns/NAME`, `/proc/PID/ns/net`. Any other file is refused.
+    pub fn open(path: impl AsRef<Path>) -> Result<Netns, NetnsError> {
+        let path = path.as_ref().to_owned();
+        // Opening a FIFO would wait, opening a device may do anything: a namespace is a regular file of nsfs.
+        let is_file = fs::metadata(&path).map(|m| m.is_file());
+        let opened = match is_file {
+            Ok(true) => File::open(&path),
+            Ok(false) => return Err(NetnsError::NotNetns { path }),
+            Err(source) => Err(source),
+        };
+        let fd = match opened {
+            Ok(file) => OwnedFd::from(file),
+            Err(source) if source.kind() == io::ErrorKind::NotFound => return Err(NetnsError::Missing { path }),
+            Err(source) => return Err(NetnsError::System { action: "open", path, source }),
+        };
+        // SAFETY: NS_GET_NSTYPE takes no argument and only reads; on a file that is no namespace the kernel answers ENOTTY (ioctl_nsfs(2)).
+        let kind = unsafe { libc::ioctl(fd.as_raw_fd(), libc::NS_GET_NSTYPE) };
+        if kind != libc::CLONE_NEWNET {
+            return Err(NetnsError::NotNetns { path });
+        }
+        Ok(Netns { path, fd: Arc::new(fd) })
+    }
+
+    /// Opens a namespace by its name in `/run/netns`.
+    pub fn named(name: &str) -> Result<Netns, NetnsError> {
+        Netns::open(named_path(name)?)
+    }
+
+    /// The calling thread's namespace.
+    pub fn current() -> Result<Netns, NetnsError> {
+        Netns::open(OWN)
+    }
+
+    /// Unmounts and removes a named namespace. The namespace itself goes when its last process and open file are gone. That it is gone
+    /// already is success.
+    pub fn delete(name: &str) -> Result<(), NetnsError> {
+        let path = named_path(name)?;
+        match umount2(&path, MntFlags::MNT_DETACH) {
+            // EINVAL: the file is no mount point, as a crash between its creation and the mount leaves it.
+            Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
+            Err(errno) => return Err(system("unmount", &path)(errno)),
+        }
+        match fs::remove_file(&path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(NetnsError::System { action: "remove", path, source }),
+            _ => Ok(()),
+        }
+    }
+
+    /// The names in `/run/netns`, sorted; none where the directory is missing.
+    pub fn list() -> Result<BTreeSet<String>, NetnsError> {
+        let failed = |source| NetnsError::System { action: "read", path: PathBuf::from(DIRECTORY), source };
+        let entries = match fs::read_dir(DIRECTORY) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(BTreeSet::new()),
+            Err(source) => return Err(failed(source)),
+        };
+        let mut names = BTreeSet::new();
+        for entry in entries {
+            names.extend(entry.map_err(failed)?.file_name().into_string());
+        }
+        Ok(names)
+    }
+
+    /// The path by which it was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Runs a function inside the namespace, on a thread of its own, and waits for it. A panic of the function goes on in the caller.
+    ///
+    /// Sockets opened inside stay in the namespace, so do threads and processes started inside.
+    pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T, NetnsError> {
+        on_thread(&self.path, || {
+            setns(&self.fd, CloneFlags::CLONE_NEWNET).map_err(system("enter", &self.path))?;
+            Ok(work())
+        })?
+    }
+
+    /// Whether both are the same namespace.
+    pub fn is_same(&self, other: &Netns) -> Result<bool, NetnsError> {
+        Ok(self.identity()? == other.identity()?)
+    }
+
+    /// The processes whose main thread is in the namespace, except this one.
+    pub fn pids(&self) -> Result<Vec<i32>, NetnsError> {
+        let identity = self.identity()?;
+        let proc = Path::new("/proc");
+        let entries =
+            fs::read_dir(proc).map_err(|source| NetnsError::System { action: "read", path: proc.to_owned(), source })?;
+        let own = std::process::id().cast_signed();
+        let in_namespace = |pid: &i32| {
+            // A process that ended meanwhile, or whose namespace we may not see, is none that we could end.
+            fs::metadata(proc.join(pid.to_string()).join("ns/net")).is_ok_and(|m| (m.dev(), m.ino()) == identity)
+        };
+        let pids = entries.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok());
+        Ok(pids.filter(|pid| *pid != own).filter(in_namespace).collect())
+    }
+
+    fn identity(&self) -> Result<(u64, u64), NetnsError> {
+        let stat = nix::sys::stat::fstat(&self.fd).map_err(system("examine", &self.path))?;
+        Ok((stat.st_dev, stat.st_ino))
+    }
+}
+
+impl AsFd for Netns {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// The path of a named namespace, whether it is there or not.
+pub fn named_path(name: &str) -> Result<PathBuf, NetnsError> {
+    let bad = name.is_empty() || name.len() > 255 || name == "." || name == ".." || name.contains(['/', '\0']);
+    if bad {
+        return Err(NetnsError::Name { name: name.chars().take(80).collect() });
+    }
+    Ok(Path::new(DIRECTORY).join(name))
+}
+
+/// Makes `/run/netns` a shared mount point, as `ip netns add` does, so that a deletion in one mount namespace reaches the others.
+fn prepare_directory() -> Result<(), NetnsError> {
+    let path = Path::new(DIRECTORY);
+    fs::create_dir_all(path).map_err(|source| NetnsError::System { action: "create", path: path.to_owned(), source })?;
+    let share = || mount(None::<&str>, path, None::<&str>, MsFlags::MS_SHARED | MsFlags::MS_REC, None::<&str>);
+    match share() {
+        Err(nix::Error::EINVAL) => {
+            mount(Some(path), path, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)
+                .map_err(system("mount on itself", path))?;
+            share().map_err(system("share", path))
+        }
+        other => other.map_err(system("share", path)),
+    }
+}
+
+fn system(action: &'static str, path: &Path) -> impl FnOnce(nix::Error) -> NetnsError {
+    let path = path.to_owned();
+    move |errno| NetnsError::System { action, path, source: errno.into() }
+}
+
+/// Runs on a thread that ends with the work, so that whatever namespace it enters is nobody else's.
+fn on_thread<T: Send>(path: &Path, work: impl FnOnce() -> T + Send) -> Result<T, NetnsError> {
+    thread::scope(|scope| {
+        let thread = thread::Builder::new()
+            .name("netns".to_owned())
+            .spawn_scoped(scope, work)
+            .map_err(|source| NetnsError::System { action: "start a thread for", path: path.to_owned(), source })?;
+        thread.join().map_err(|cause| panic::resume_unwind(cause))
+    })
+}
+
+fn loopback_up() -> Result<(), OpError> {
+    let mut socket = RouteSocket::open()?;
+    let lo = link(&mut socket, "lo").map_err(|e| e.during("cannot find lo"))?;
+    link_set(&mut socket, lo.index, IFF_UP, IFF_UP, |_| ()).map_err(|e| e.during("cannot set lo up"))
+}
