@@ -163,18 +163,14 @@ pub async fn run(config: HostConfig, level: LevelHandle) -> anyhow::Result<()> {
 
 /// Waits for the signal, or for a task that ends without being told to.
 async fn supervise(mut tasks: Tasks, shutdown: Shutdown) -> anyhow::Result<()> {
-    let broken = loop {
-        tokio::select! {
-            () = shutdown.begin.cancelled() => break None,
-            Some(end) = tasks.next_end() => {
-                if shutdown.begin.is_cancelled() {
-                    break None;
-                }
-                tracing::error!(%end, "a task ended that should not have");
-                break Some(end);
-            }
-        }
+    let broken = tokio::select! {
+        biased;
+        () = shutdown.begin.cancelled() => None,
+        end = tasks.next_end() => end,
     };
+    if let Some(end) = &broken {
+        tracing::error!(%end, "a task ended that should not have");
+    }
     shutdown.begin.cancel();
     let failed = tokio::select! {
         failed = tasks.finish(SHUTDOWN_DEADLINE) => failed,
