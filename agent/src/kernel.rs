@@ -5,6 +5,7 @@
 
 pub mod message;
 pub mod netns;
+pub mod nft;
 pub mod request;
 pub mod setup;
 pub mod socket;

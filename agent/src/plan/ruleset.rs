@@ -1,6 +1,9 @@
 //! The nftables table `inet overlayd` as a value: what `kernel::nft` writes, reads back and compares.
 //!
-//! A rule is a list of [`Expr`], the few nf_tables expressions that our rules need. Rules of others never appear here.
+//! A rule is a list of [`Expr`], the few nf_tables expressions that our rules need. Rules of others never appear here. As text
+//! (`Display`) it is what `nft -s list table inet overlayd` prints.
+
+mod text;
 
 use std::net::IpAddr;
 
@@ -14,8 +17,12 @@ pub const TABLE: &str = "overlayd";
 /// Everything in our table.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ruleset {
-    /// The base chains, by name.
+    /// The base chains, in the order in which they are made.
     pub chains: Vec<Chain>,
+    /// What the table holds beside them, each in words: `flags 0x1`, `chain extra`, `1 set, map or other object`. Only in actual
+    /// state: it makes the ruleset differ. Later sets and maps of ours get fields of their own.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub foreign: Vec<String>,
 }
 
 /// A base chain with its rules.
@@ -130,7 +137,7 @@ pub fn ruleset(network: &NetworkConfig, masquerade: bool) -> Ruleset {
             rules: postrouting,
         });
     }
-    Ruleset { chains }
+    Ruleset { chains, foreign: Vec::new() }
 }
 
 fn multicast(family: Family) -> Cidr {

@@ -1,0 +1,317 @@
+//! One nfnetlink socket: requests with an answer, dumps and transactions. Blocking; the kernel does the work inside `send`, so the
+//! answers wait to be read when it returns.
+
+use std::fmt::Display;
+use std::io;
+use std::time::Duration;
+
+use netlink_sys::protocols::NETLINK_NETFILTER;
+use netlink_sys::{Socket, SocketAddr};
+use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::time::TimeVal;
+
+use super::wire::{self, Content, Object, Writer};
+use crate::plan::OpError;
+
+/// How often a dump is repeated because others changed nf_tables meanwhile. A dump takes some hundred microseconds.
+const DUMP_TRIES: u32 = 32;
+
+/// How long the kernel may take to answer: far more than it ever does, also while another process holds its nf_tables lock.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Bytes of a receive: the kernel's answers have at most 32 KiB (`netlink_dump` in `net/netlink/af_netlink.c`).
+const RECEIVE: usize = 64 * 1024;
+
+/// Socket buffers in bytes: a transaction is one datagram, and with set elements it grows with the number of peers.
+const BUFFERS: usize = 4 * 1024 * 1024;
+
+/// A socket for requests.
+pub(super) struct Channel {
+    socket: Socket,
+    port: u32,
+    sequence: u32,
+    buffer: Vec<u8>,
+}
+
+/// Why a transaction was refused as a whole: nothing of it is in force.
+pub(super) struct Refused {
+    /// Which of its changes was refused, counted from 0; `None` where it was none in particular.
+    pub(super) index: Option<u32>,
+    /// The reason.
+    pub(super) error: OpError,
+}
+
+/// The changes of a transaction.
+pub(super) struct Transaction {
+    writer: Writer,
+    first: u32,
+    count: u32,
+    total: u32,
+}
+
+impl Channel {
+    /// Opens a socket in the calling thread's network namespace.
+    ///
+    /// # Errors
+    /// The kernel has no nfnetlink, or the process no file descriptors left.
+    pub(super) fn open() -> Result<Channel, OpError> {
+        let open = || -> io::Result<(Socket, SocketAddr)> {
+            let mut socket = Socket::new(NETLINK_NETFILTER)?;
+            let address = socket.bind_auto()?;
+            socket.set_cap_ack(true)?;
+            socket.set_ext_ack(true)?;
+            let seconds = i64::try_from(ANSWER_TIMEOUT.as_secs()).unwrap_or(i64::MAX);
+            setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::new(seconds, 0))?;
+            // Forced sizes need CAP_NET_ADMIN; without it the system's limits hold and nothing else works either.
+            if setsockopt(&socket, sockopt::SndBufForce, &BUFFERS).is_err() {
+                setsockopt(&socket, sockopt::SndBuf, &BUFFERS)?;
+            }
+            if setsockopt(&socket, sockopt::RcvBufForce, &BUFFERS).is_err() {
+                setsockopt(&socket, sockopt::RcvBuf, &BUFFERS)?;
+            }
+            Ok((socket, address))
+        };
+        let (socket, address) = open().map_err(|error| io_error("opening an nfnetlink socket", &error))?;
+        Ok(Channel { socket, port: address.port_number(), sequence: 0, buffer: Vec::with_capacity(RECEIVE) })
+    }
+
+    /// The port id that events of this socket's changes carry.
+    pub(super) fn port(&self) -> u32 {
+        self.port
+    }
+
+    /// Asks for one object. `None` where it does not exist.
+    pub(super) fn get<T>(
+        &mut self,
+        message: u8,
+        family: u8,
+        body: impl FnOnce(&mut Writer),
+        mut read: impl FnMut(Object<'_>) -> T,
+    ) -> Result<Option<T>, OpError> {
+        let mut found = None;
+        match self.request(message, 0, family, body, |object| found = Some(read(object))) {
+            Ok(()) => Ok(found),
+            Err(error) if error.errno == libc::ENOENT => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Asks for all objects of a kind in a family that `body` does not exclude.
+    pub(super) fn dump(
+        &mut self,
+        message: u8,
+        family: u8,
+        body: impl FnOnce(&mut Writer),
+        read: impl FnMut(Object<'_>),
+    ) -> Result<(), OpError> {
+        self.request(message, wire::NLM_F_DUMP, family, body, read)
+    }
+
+    /// Reads several things as they stand at one moment, and says which generation that is. `read` is called again when others
+    /// changed nf_tables meanwhile.
+    pub(super) fn consistent<T>(
+        &mut self,
+        mut read: impl FnMut(&mut Channel) -> Result<T, OpError>,
+    ) -> Result<(T, u32), OpError> {
+        for attempt in 0..DUMP_TRIES {
+            let before = self.generation()?;
+            let outcome = read(self);
+            let after = self.generation()?;
+            match outcome {
+                Ok(value) if before == after => return Ok((value, before)),
+                Ok(_) => {}
+                Err(error) if matches!(error.errno, libc::EINTR | libc::ENOBUFS) => {}
+                Err(error) => return Err(error),
+            }
+            std::thread::sleep(Duration::from_micros(50) * attempt);
+        }
+        let message =
+            format!("nf_tables changed during each of {DUMP_TRIES} dumps: find what rewrites it so often with `nft monitor`");
+        Err(OpError { errno: libc::EINTR, message })
+    }
+
+    /// Puts `total` changes into force together, or none of them. With a generation, only where that is still the present one
+    /// (`ERESTART` otherwise).
+    pub(super) fn commit(
+        &mut self,
+        generation: Option<u32>,
+        total: u32,
+        changes: impl FnOnce(&mut Transaction),
+    ) -> Result<(), Refused> {
+        let begin = self.advance(total + 2);
+        let resource = u16::from(wire::NFNL_SUBSYS_NFTABLES);
+        let mut writer = Writer::default();
+        writer.message(wire::NFNL_MSG_BATCH_BEGIN, wire::NLM_F_REQUEST, begin, 0, resource, |w| {
+            if let Some(generation) = generation {
+                w.u32(wire::NFNL_BATCH_GENID, generation);
+            }
+        });
+        let mut transaction = Transaction { writer, first: begin.wrapping_add(1), count: 0, total };
+        changes(&mut transaction);
+        let Transaction { mut writer, count, .. } = transaction;
+        debug_assert_eq!(count, total, "the announced number of changes");
+        let end = begin.wrapping_add(1).wrapping_add(count);
+        writer.message(wire::NFNL_MSG_BATCH_END, wire::NLM_F_REQUEST, end, 0, resource, |_| {});
+
+        let mut refused: Option<Refused> = None;
+        let outcome = self.send(&writer).and_then(|()| {
+            self.receive(|received| {
+                let index = received.sequence.wrapping_sub(begin);
+                let Content::Answer { errno, text } = received.content else { return Flow::More };
+                if index > count {
+                    // Left over from an earlier transaction.
+                    return Flow::More;
+                }
+                if errno != 0 && refused.is_none() {
+                    refused = Some(Refused { index: index.checked_sub(1), error: kernel_error(errno, text) });
+                }
+                // The opening message is answered only when the whole was refused, the last change always.
+                if index == 0 || index == count { Flow::End } else { Flow::More }
+            })
+        });
+        match (outcome, refused) {
+            (Err(error), _) => Err(Refused { index: None, error }),
+            (Ok(()), Some(refused)) => Err(refused),
+            (Ok(()), None) => Ok(()),
+        }
+    }
+
+    /// The number of transactions that nf_tables has seen in this namespace.
+    fn generation(&mut self) -> Result<u32, OpError> {
+        let read = |object: Object<'_>| wire::number(object.attributes, wire::NFTA_GEN_ID);
+        self.get(wire::NFT_MSG_GETGEN, 0, |_| {}, read)?
+            .flatten()
+            .ok_or_else(|| OpError { errno: 0, message: "the kernel did not say the generation of nf_tables".to_owned() })
+    }
+
+    fn request(
+        &mut self,
+        message: u8,
+        flags: u16,
+        family: u8,
+        body: impl FnOnce(&mut Writer),
+        mut read: impl FnMut(Object<'_>),
+    ) -> Result<(), OpError> {
+        let sequence = self.advance(1);
+        let dump = flags & wire::NLM_F_DUMP != 0;
+        // A dump ends by a message of its own, other requests by the acknowledgement.
+        let flags = flags | wire::NLM_F_REQUEST | if dump { 0 } else { wire::NLM_F_ACK };
+        let mut writer = Writer::default();
+        writer.message(wire::nftables(message), flags, sequence, family, 0, body);
+        self.send(&writer)?;
+        let mut interrupted = false;
+        let mut failure = None;
+        self.receive(|received| {
+            if received.sequence != sequence {
+                return Flow::More;
+            }
+            interrupted |= received.interrupted;
+            match received.content {
+                Content::Nftables(object) => read(object),
+                Content::Done { errno: 0 } | Content::Answer { errno: 0, .. } => return Flow::End,
+                Content::Done { errno } => {
+                    failure = Some(kernel_error(errno, None));
+                    return Flow::End;
+                }
+                Content::Answer { errno, text } => {
+                    failure = Some(kernel_error(errno, text));
+                    return Flow::End;
+                }
+                Content::Other => {}
+            }
+            Flow::More
+        })?;
+        match failure {
+            Some(error) => Err(error),
+            None if interrupted => Err(kernel_error(libc::EINTR, None)),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes sequence numbers for as many messages; the first of them.
+    fn advance(&mut self, messages: u32) -> u32 {
+        let first = self.sequence.wrapping_add(1);
+        self.sequence = self.sequence.wrapping_add(messages);
+        first
+    }
+
+    fn send(&mut self, writer: &Writer) -> Result<(), OpError> {
+        let Some(bytes) = writer.finish() else {
+            return Err(OpError {
+                errno: libc::EMSGSIZE,
+                message: "a rule is too long for a netlink attribute (64 KiB)".to_owned(),
+            });
+        };
+        match self.socket.send(bytes, 0) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(io_error(format_args!("sending {} bytes to nf_tables", bytes.len()), &error)),
+        }
+    }
+
+    /// Hands each message that arrives to `handle` until that has what it wants, to the end of the datagram.
+    fn receive(&mut self, mut handle: impl FnMut(wire::Received<'_>) -> Flow) -> Result<(), OpError> {
+        loop {
+            self.buffer.clear();
+            match self.socket.recv(&mut self.buffer, 0) {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let message = format!("nf_tables gave no answer within {} s", ANSWER_TIMEOUT.as_secs());
+                    return Err(OpError { errno: libc::ETIMEDOUT, message });
+                }
+                Err(error) => return Err(io_error("reading the answer of nf_tables", &error)),
+            }
+            let mut end = false;
+            for received in wire::messages(&self.buffer) {
+                end |= matches!(handle(received), Flow::End);
+            }
+            if end {
+                return Ok(());
+            }
+        }
+    }
+}
+
+impl Transaction {
+    /// Adds a change.
+    pub(super) fn change(&mut self, message: u8, flags: u16, family: u8, body: impl FnOnce(&mut Writer)) {
+        let sequence = self.first.wrapping_add(self.count);
+        self.count += 1;
+        // Errors are always answered; one acknowledgement at the end says that all was looked at.
+        let last = if self.count == self.total { wire::NLM_F_ACK } else { 0 };
+        self.writer.message(wire::nftables(message), flags | last | wire::NLM_F_REQUEST, sequence, family, 0, body);
+    }
+}
+
+enum Flow {
+    More,
+    End,
+}
+
+/// An error that the kernel answered, with the remedy where one is known.
+fn kernel_error(errno: i32, text: Option<String>) -> OpError {
+    let mut message = text.unwrap_or_else(|| io::Error::from_raw_os_error(errno).to_string());
+    let advice = match errno {
+        libc::EPERM => {
+            "nf_tables needs CAP_NET_ADMIN in the network namespace's user namespace, and a table with the owner flag is its owner's alone"
+        }
+        libc::EINVAL | libc::EOPNOTSUPP | libc::EPROTONOSUPPORT => {
+            "does the kernel have nf_tables, NAT included? `modprobe nf_tables nft_chain_nat nft_masq`"
+        }
+        _ => "",
+    };
+    if !advice.is_empty() {
+        message.push_str(": ");
+        message.push_str(advice);
+    }
+    OpError { errno, message }
+}
+
+/// A failed system call.
+pub(super) fn io_error(doing: impl Display, error: &io::Error) -> OpError {
+    let mut message = format!("{doing}: {error}");
+    if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) {
+        message.push_str(": the kernel has no nfnetlink, `modprobe nfnetlink nf_tables`");
+    }
+    OpError { errno: error.raw_os_error().unwrap_or(0), message }
+}

@@ -1,0 +1,145 @@
+//! Changes of nf_tables by others, as they happen. No task of its own: whoever awaits [`NftMonitor::changed`] does the work.
+
+use std::future::poll_fn;
+use std::io;
+
+use netlink_sys::protocols::NETLINK_NETFILTER;
+use netlink_sys::{AsyncSocket, TokioSocket};
+use nix::sys::socket::{setsockopt, sockopt};
+
+use super::channel::io_error;
+use super::expr::protocol_family;
+use super::forward;
+use super::table::is_named;
+use super::wire::{self, Content, NFPROTO_INET, Object};
+use crate::plan::OpError;
+use crate::plan::ruleset::TABLE;
+
+/// Bytes of a receive: events come in datagrams of at most a page (`NLMSG_GOODSIZE`), several to one.
+const RECEIVE: usize = 64 * 1024;
+
+/// Receive buffer in bytes: `kube-proxy` or Docker starting anew write some thousand rules at once.
+const BUFFER: usize = 4 * 1024 * 1024;
+
+/// What others changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NftChange {
+    /// Something in the table `inet overlayd`, or the table itself.
+    Ours,
+    /// The FORWARD chain of iptables in one of the families: its rules, its policy, or that it exists.
+    Forward,
+    /// Events were lost: anything may have changed.
+    Lost,
+}
+
+/// Follows nf_tables in one network namespace.
+pub struct NftMonitor {
+    socket: TokioSocket,
+    own: Vec<u32>,
+    buffer: Vec<u8>,
+    pending: Pending,
+}
+
+/// What was seen and not handed out yet.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+struct Pending {
+    ours: bool,
+    forward: bool,
+    lost: bool,
+}
+
+impl NftMonitor {
+    /// Begins to follow the calling thread's network namespace. Changes through sockets with these port ids ([`super::Nft::port_id`]) are
+    /// left out. Must be called inside a tokio runtime with I/O.
+    ///
+    /// # Errors
+    /// The kernel has no nfnetlink, or the process may not listen (`CAP_NET_ADMIN`).
+    pub fn open(own_port_ids: &[u32]) -> Result<NftMonitor, OpError> {
+        let open = || -> io::Result<TokioSocket> {
+            let mut socket = TokioSocket::new(NETLINK_NETFILTER)?;
+            socket.socket_mut().bind_auto()?;
+            if setsockopt(socket.socket_ref(), sockopt::RcvBufForce, &BUFFER).is_err() {
+                setsockopt(socket.socket_ref(), sockopt::RcvBuf, &BUFFER)?;
+            }
+            socket.socket_mut().add_membership(wire::NFNLGRP_NFTABLES)?;
+            Ok(socket)
+        };
+        let socket = open().map_err(|error| io_error("listening to changes of nf_tables", &error))?;
+        Ok(NftMonitor { socket, own: own_port_ids.to_vec(), buffer: Vec::with_capacity(RECEIVE), pending: Pending::default() })
+    }
+
+    /// Waits for the next change by others. Changes of a kind that arrive before it is asked for come out as one. Cancel-safe: what
+    /// was received is kept in `self` before anything is awaited.
+    ///
+    /// # Errors
+    /// The socket failed; open a new monitor.
+    pub async fn changed(&mut self) -> Result<NftChange, OpError> {
+        loop {
+            if let Some(change) = self.pending.take() {
+                return Ok(change);
+            }
+            self.buffer.clear();
+            let (socket, buffer) = (&self.socket, &mut self.buffer);
+            match poll_fn(|context| socket.poll_recv(context, buffer)).await {
+                // A full buffer means that the end was cut off.
+                Ok(()) if self.buffer.len() == self.buffer.capacity() => self.pending.lost = true,
+                Ok(()) => self.pending.note(&self.buffer, &self.own),
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => self.pending.lost = true,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(io_error("reading changes of nf_tables", &error)),
+            }
+        }
+    }
+}
+
+impl Pending {
+    fn take(&mut self) -> Option<NftChange> {
+        if std::mem::take(&mut self.lost) {
+            // Who dumps again sees the rest as well.
+            *self = Pending::default();
+            Some(NftChange::Lost)
+        } else if std::mem::take(&mut self.ours) {
+            Some(NftChange::Ours)
+        } else {
+            std::mem::take(&mut self.forward).then_some(NftChange::Forward)
+        }
+    }
+
+    /// Folds in the events of a datagram.
+    fn note(&mut self, datagram: &[u8], own: &[u32]) {
+        for received in wire::messages(datagram) {
+            if own.contains(&received.port) {
+                continue;
+            }
+            if let Content::Nftables(object) = received.content {
+                match concerns(object) {
+                    Some(NftChange::Ours) => self.ours = true,
+                    Some(NftChange::Forward) => self.forward = true,
+                    Some(NftChange::Lost) | None => {}
+                }
+            }
+        }
+    }
+}
+
+/// Whom an event concerns. The table's name is the first attribute of each kind of event, so that this costs little.
+fn concerns(object: Object<'_>) -> Option<NftChange> {
+    // Attribute 1 is the table's name in every nf_tables message but this one, which closes each transaction.
+    if object.kind == wire::NFT_MSG_NEWGEN {
+        return None;
+    }
+    if object.family == NFPROTO_INET {
+        return is_named(object.attributes, wire::NFTA_TABLE_NAME, TABLE).then_some(NftChange::Ours);
+    }
+    protocol_family(object.family)?;
+    if !is_named(object.attributes, wire::NFTA_TABLE_NAME, forward::TABLE) {
+        return None;
+    }
+    let concerned = match object.kind {
+        wire::NFT_MSG_NEWTABLE | wire::NFT_MSG_DELTABLE => true,
+        wire::NFT_MSG_NEWCHAIN | wire::NFT_MSG_DELCHAIN => is_named(object.attributes, wire::NFTA_CHAIN_NAME, forward::CHAIN),
+        wire::NFT_MSG_NEWRULE | wire::NFT_MSG_DELRULE => is_named(object.attributes, wire::NFTA_RULE_CHAIN, forward::CHAIN),
+        _ => false,
+    };
+    concerned.then_some(NftChange::Forward)
+}

@@ -1,0 +1,176 @@
+//! Changes of others are events, our own are none.
+
+use std::time::Duration;
+
+use super::table::{ALTERATIONS, alter};
+use super::*;
+use crate::kernel::nft::{Nft, NftChange, NftMonitor};
+use crate::model::Family;
+
+/// Longer than an event ever takes: the kernel delivers it before the change's command returns.
+const SOON: Duration = Duration::from_secs(5);
+
+/// An event that is there comes at once, so that this suffices to see that there is none.
+const QUIET: Duration = Duration::from_millis(50);
+
+fn with_runtime<F: Future>(body: impl FnOnce() -> F + Send) {
+    in_namespace(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+        runtime.block_on(async { body().await });
+    });
+}
+
+/// All that comes until it is quiet.
+async fn events(monitor: &mut NftMonitor) -> Vec<NftChange> {
+    let mut seen = Vec::new();
+    let mut wait = SOON;
+    while let Ok(change) = tokio::time::timeout(wait, monitor.changed()).await {
+        seen.push(change.expect("monitor"));
+        assert!(seen.len() < 1000, "no end of events");
+        wait = QUIET;
+    }
+    seen
+}
+
+async fn quiet(monitor: &mut NftMonitor) {
+    if let Ok(change) = tokio::time::timeout(QUIET, monitor.changed()).await {
+        panic!("unexpected {change:?}");
+    }
+}
+
+#[test]
+fn alterations_are_events_and_own_changes_are_none() {
+    with_runtime(|| async {
+        let mut nft = Nft::open().expect("open");
+        let mut monitor = NftMonitor::open(&[nft.port_id()]).expect("monitor");
+        for (what, script) in ALTERATIONS {
+            nft.set_ruleset(&rules()).expect("set");
+            quiet(&mut monitor).await;
+            alter(script);
+            let seen = events(&mut monitor).await;
+            assert!(!seen.is_empty() && seen.iter().all(|change| *change == NftChange::Ours), "{what}: {seen:?}");
+        }
+        nft.delete_ruleset().expect("delete");
+        quiet(&mut monitor).await;
+    });
+}
+
+#[test]
+fn another_agents_socket_is_another() {
+    with_runtime(|| async {
+        let nft = Nft::open().expect("open");
+        let mut other = Nft::open().expect("open");
+        let mut monitor = NftMonitor::open(&[nft.port_id()]).expect("monitor");
+        other.set_ruleset(&rules()).expect("set");
+        assert_eq!(monitor.changed().await.expect("event"), NftChange::Ours);
+    });
+}
+
+#[test]
+fn forward_chains_are_followed_and_other_tables_are_not() {
+    with_runtime(|| async {
+        let mut nft = Nft::open().expect("open");
+        let mut monitor = NftMonitor::open(&[nft.port_id()]).expect("monitor");
+        let forward = [
+            "iptables -P FORWARD DROP",
+            "iptables -P FORWARD ACCEPT",
+            "iptables -I FORWARD -j DROP",
+            "iptables -D FORWARD 1",
+            "iptables -A FORWARD -s 192.0.2.0/24 -j ACCEPT",
+            "iptables -F FORWARD",
+            "nft delete table ip filter",
+            "ip6tables -P FORWARD DROP",
+            "ip6tables -A FORWARD -j ACCEPT",
+            "nft flush ruleset",
+        ];
+        for line in forward {
+            iptables(line);
+            let seen = events(&mut monitor).await;
+            assert!(!seen.is_empty() && seen.iter().all(|change| *change == NftChange::Forward), "{line}: {seen:?}");
+        }
+
+        iptables("iptables -P FORWARD DROP");
+        iptables("ip6tables -P FORWARD DROP");
+        events(&mut monitor).await;
+        for (family, network) in [(Family::V4, "10.244.0.0/16"), (Family::V6, "fd00::/8")] {
+            nft.set_forward_accept(family, network.parse().expect("cidr")).expect("set");
+            nft.delete_forward_accept(family).expect("delete");
+        }
+        let unrelated = [
+            "iptables -A INPUT -j ACCEPT",
+            "iptables -N OTHER",
+            "iptables -A OTHER -j ACCEPT",
+            "iptables -t nat -A POSTROUTING -j ACCEPT",
+            "nft add table inet overlayd2",
+            "nft add chain inet overlayd2 forward",
+            "nft add table ip overlayd",
+            "nft delete table ip overlayd",
+        ];
+        for line in unrelated {
+            iptables(line);
+        }
+        quiet(&mut monitor).await;
+    });
+}
+
+#[test]
+fn both_in_one_transaction_are_two_events() {
+    with_runtime(|| async {
+        let mut nft = Nft::open().expect("open");
+        iptables("iptables -P FORWARD DROP");
+        nft.set_ruleset(&rules()).expect("set");
+        let mut monitor = NftMonitor::open(&[nft.port_id()]).expect("monitor");
+        super::nft("flush ruleset");
+        let seen = events(&mut monitor).await;
+        assert!(seen.contains(&NftChange::Ours) && seen.contains(&NftChange::Forward), "{seen:?}");
+    });
+}
+
+#[test]
+fn an_abandoned_wait_loses_nothing() {
+    with_runtime(|| async {
+        let mut monitor = NftMonitor::open(&[]).expect("monitor");
+        for _ in 0..20 {
+            assert!(tokio::time::timeout(Duration::from_millis(1), monitor.changed()).await.is_err());
+        }
+        super::nft("add table inet overlayd");
+        assert!(tokio::time::timeout(SOON, monitor.changed()).await.is_ok());
+    });
+}
+
+#[test]
+fn lost_events_are_reported() {
+    with_runtime(|| async {
+        let mut nft = Nft::open().expect("open");
+        let mut monitor = NftMonitor::open(&[]).expect("monitor");
+        // Some KiB an event and none read: the receive buffer overflows long before the bound.
+        for _ in 0..20_000 {
+            nft.set_ruleset(&rules()).expect("set");
+        }
+        let mut seen = Vec::new();
+        while let Ok(change) = tokio::time::timeout(QUIET, monitor.changed()).await {
+            seen.push(change.expect("monitor"));
+            assert!(seen.len() < 100_000, "no end of events");
+        }
+        assert!(seen.contains(&NftChange::Lost));
+        super::nft("flush ruleset");
+        assert_eq!(events(&mut monitor).await, [NftChange::Ours]);
+    });
+}
+
+/// Others' rules written by the thousand cost the follower little: printed as time of this process.
+#[test]
+fn a_storm_of_others_passes_by() {
+    with_runtime(|| async {
+        let mut monitor = NftMonitor::open(&[]).expect("monitor");
+        let rules: String =
+            (0..5000).map(|i| format!("add rule inet storm c ip saddr 10.{}.{}.0/24 accept\n", i / 256, i % 256)).collect();
+        super::nft(&format!("add table inet storm\nadd chain inet storm c\n{rules}"));
+        let begin = std::time::Instant::now();
+        // Behind the storm, so that it has been read through when this comes.
+        super::nft("add table inet overlayd");
+        let written = begin.elapsed();
+        assert_eq!(monitor.changed().await.expect("event"), NftChange::Ours);
+        println!("5,000 unrelated rules read through in {:?}", begin.elapsed() - written);
+    });
+}

@@ -1,0 +1,239 @@
+//! The table as it is set, read, listed by `nft`, and altered by others.
+
+use super::*;
+use crate::kernel::nft::Nft;
+use crate::plan::ruleset::{Chain, ChainKind, Expr, Hook, Rule};
+
+#[test]
+fn what_is_set_is_read() {
+    in_namespace(|| {
+        let mut nft = Nft::open().expect("open");
+        assert_eq!(nft.dump().expect("dump").ruleset, None);
+        for config in [ipv4(), ipv6(), dual()] {
+            for masquerade in [true, false] {
+                let rules = ruleset(&config, masquerade);
+                nft.set_ruleset(&rules).expect("set");
+                assert_eq!(nft.dump().expect("dump").ruleset.as_ref(), Some(&rules));
+                nft.set_ruleset(&rules).expect("set again");
+                assert_eq!(nft.dump().expect("dump").ruleset.as_ref(), Some(&rules));
+            }
+        }
+        nft.delete_ruleset().expect("delete");
+        nft.delete_ruleset().expect("delete what is gone");
+        assert_eq!(nft.dump().expect("dump").ruleset, None);
+        assert_eq!(output("nft", &["list", "ruleset"], ""), "");
+    });
+}
+
+#[test]
+fn every_expression_and_hook_is_read_and_listed() {
+    let cidr = |text: &str| text.parse().expect(text);
+    let chain = |name: &str, hook, kind, priority, rules| Chain { name: name.to_owned(), hook, kind, priority, rules };
+    let mut matches = Vec::new();
+    for length in [0, 1, 7, 8, 9, 15, 16, 24, 31, 32, 33, 47, 56, 64, 65, 120, 127, 128] {
+        for address in ["10.244.3.7", "fd00:10:244:51:a:b:c:d"] {
+            let address: std::net::IpAddr = address.parse().expect("address");
+            if let Some(cidr) = crate::model::Cidr::containing(address, length) {
+                let negate = length % 2 == 1;
+                matches.push(Rule { exprs: vec![Expr::Source { cidr, negate }, Expr::Counter, Expr::Drop] });
+                matches.push(Rule { exprs: vec![Expr::Destination { cidr, negate: !negate }, Expr::Accept] });
+            }
+        }
+    }
+    let names =
+        ["ovb.1", "fifteen.bytes.x"].map(|name| Rule { exprs: vec![Expr::InputInterface(name.to_owned()), Expr::Accept] });
+    let rules = Ruleset {
+        chains: vec![
+            chain("guard", Hook::Prerouting, ChainKind::Filter, -300, names.to_vec()),
+            chain("dnat", Hook::Prerouting, ChainKind::Nat, -100, Vec::new()),
+            chain("in", Hook::Input, ChainKind::Filter, 10, Vec::new()),
+            chain("forward", Hook::Forward, ChainKind::Filter, 0, matches),
+            chain("out", Hook::Output, ChainKind::Filter, -160, Vec::new()),
+            chain(
+                "postrouting",
+                Hook::Postrouting,
+                ChainKind::Nat,
+                95,
+                vec![Rule { exprs: vec![Expr::Source { cidr: cidr("fd00::/8"), negate: false }, Expr::Masquerade] }],
+            ),
+        ],
+        ..Ruleset::default()
+    };
+    in_namespace(|| {
+        let mut nft = Nft::open().expect("open");
+        nft.set_ruleset(&rules).expect("set");
+        assert_eq!(nft.dump().expect("dump").ruleset.as_ref(), Some(&rules));
+        assert_eq!(output("nft", &["-s", "list", "table", "inet", "overlayd"], ""), rules.to_string());
+    });
+}
+
+#[test]
+fn nft_lists_it_so() {
+    const GOLDEN: &str = "\
+table inet overlayd {
+\tchain forward {
+\t\ttype filter hook forward priority filter; policy accept;
+\t\tip saddr 10.244.0.0/16 accept
+\t\tip daddr 10.244.0.0/16 accept
+\t\tip6 saddr fd00:10:244::/53 accept
+\t\tip6 daddr fd00:10:244::/53 accept
+\t}
+
+\tchain postrouting {
+\t\ttype nat hook postrouting priority srcnat; policy accept;
+\t\tip saddr 10.244.0.0/16 ip daddr != 10.244.0.0/16 ip daddr != 224.0.0.0/4 masquerade random,fully-random
+\t\tip6 saddr fd00:10:244::/53 ip6 daddr != fd00:10:244::/53 ip6 daddr != ff00::/8 masquerade random,fully-random
+\t}
+}
+";
+    assert_eq!(rules().to_string(), GOLDEN);
+    in_namespace(|| {
+        let mut nft = Nft::open().expect("open");
+        nft.set_ruleset(&rules()).expect("set");
+        assert_eq!(output("nft", &["list", "table", "inet", "overlayd"], ""), GOLDEN);
+        // And what `nft` writes from that text is the same to us.
+        super::nft(&format!("flush ruleset\n{GOLDEN}"));
+        assert_eq!(nft.dump().expect("dump").ruleset, Some(rules()));
+    });
+}
+
+/// Alterations by others, as scripts for `nft`; each must show. `@N` stands for the handle of the N-th rule of chain forward.
+pub(super) const ALTERATIONS: [(&str, &str); 17] = [
+    ("rule deleted", "delete rule inet overlayd forward handle @1"),
+    ("rule added", "add rule inet overlayd forward drop"),
+    ("rule inserted", "insert rule inet overlayd forward ip saddr 10.0.0.0/8 drop"),
+    ("rule replaced", "replace rule inet overlayd forward handle @1 ip saddr 10.244.0.0/17 accept"),
+    (
+        "rules reordered",
+        "delete rule inet overlayd forward handle @1; add rule inet overlayd forward ip saddr 10.244.0.0/16 accept",
+    ),
+    ("rule with an unknown expression", "add rule inet overlayd forward ct state established accept"),
+    ("rule with a vmap", "add rule inet overlayd forward ip protocol vmap { tcp : accept, udp : drop }"),
+    ("masquerade in another way", "add rule inet overlayd postrouting masquerade"),
+    ("policy changed", "add chain inet overlayd forward { policy drop; }"),
+    ("chain flushed", "flush chain inet overlayd forward"),
+    ("chain added", "add chain inet overlayd extra"),
+    ("base chain added", "add chain inet overlayd extra { type filter hook input priority 0; }"),
+    ("set added", "add set inet overlayd s { type ipv4_addr; }"),
+    ("counter added", "add counter inet overlayd c"),
+    ("table put to sleep", "add table inet overlayd { flags dormant; }"),
+    ("table deleted", "delete table inet overlayd"),
+    ("all flushed", "flush ruleset"),
+];
+
+/// Carries out one of them.
+pub(super) fn alter(script: &str) {
+    let mut script = script.to_owned();
+    if script.contains('@') {
+        let listed = output("nft", &["-a", "list", "chain", "inet", "overlayd", "forward"], "");
+        let rules = listed.lines().filter(|line| line.contains("accept #")).filter_map(|line| line.split("# handle ").nth(1));
+        for (index, handle) in rules.enumerate() {
+            script = script.replace(&format!("@{}", index + 1), handle);
+        }
+    }
+    nft(&script);
+}
+
+#[test]
+fn every_alteration_shows_and_is_repaired() {
+    in_namespace(|| {
+        let mut nft = Nft::open().expect("open");
+        for (what, script) in ALTERATIONS {
+            nft.set_ruleset(&rules()).expect("set");
+            assert_eq!(nft.dump().expect("dump").ruleset, Some(rules()));
+            alter(script);
+            assert_ne!(nft.dump().expect("dump").ruleset, Some(rules()), "{what}");
+        }
+        nft.set_ruleset(&rules()).expect("set");
+        assert_eq!(nft.dump().expect("dump").ruleset, Some(rules()));
+    });
+}
+
+#[test]
+fn other_tables_are_left_alone() {
+    const OTHERS: &str = "\
+table inet overlayd2 {
+\tset s {
+\t\ttype ipv4_addr
+\t\telements = { 10.0.0.1 }
+\t}
+
+\tchain forward {
+\t\ttype filter hook forward priority filter; policy drop;
+\t\tip saddr @s accept
+\t}
+}
+table ip overlayd {
+\tchain forward {
+\t\taccept
+\t}
+}
+";
+    in_namespace(|| {
+        super::nft(OTHERS);
+        let mut nft = Nft::open().expect("open");
+        assert_eq!(nft.dump().expect("dump").ruleset, None);
+        nft.set_ruleset(&rules()).expect("set");
+        assert_eq!(nft.dump().expect("dump").ruleset, Some(rules()));
+        nft.delete_ruleset().expect("delete");
+        assert_eq!(output("nft", &["list", "ruleset"], ""), OTHERS);
+    });
+}
+
+#[test]
+fn what_cannot_be_written_is_refused_by_name() {
+    in_namespace(|| {
+        let mut nft = Nft::open().expect("open");
+        nft.set_ruleset(&rules()).expect("set");
+        let with = |expr: Expr| {
+            let mut rules = rules();
+            rules.chains[0].rules.push(Rule { exprs: vec![expr] });
+            rules
+        };
+        let mut refused = |rules: &Ruleset| nft.set_ruleset(rules).expect_err("refused").message;
+        assert_eq!(refused(&with(Expr::Foreign)), "rule 5 of chain forward was read and is not ours");
+        assert_eq!(
+            refused(&with(Expr::InputInterface("sixteen.bytes.xy".to_owned()))),
+            "interface name `sixteen.bytes.xy` in rule 5 of chain forward: 1 to 15 bytes are allowed"
+        );
+        // By the kernel: masquerade belongs into a nat chain, and a chain's name is not empty.
+        let message = refused(&with(Expr::Masquerade));
+        assert!(
+            message.starts_with("table inet overlayd, rule `masquerade random,fully-random` of chain forward: "),
+            "{message}"
+        );
+        let mut long = rules();
+        long.chains[1].name = "x".repeat(300);
+        let message = refused(&long);
+        assert!(message.starts_with(&format!("table inet overlayd, chain {}: ", long.chains[1].name)), "{message}");
+        assert_eq!(nft.dump().expect("dump").ruleset, Some(rules()), "what was in force stays so");
+    });
+}
+
+#[test]
+fn dumps_are_whole_while_others_write() {
+    in_namespace(|| {
+        let mut nft = Nft::open().expect("open");
+        let mut writer = Nft::open().expect("open");
+        let (one, two) = (ruleset(&ipv4(), true), ruleset(&dual(), true));
+        writer.set_ruleset(&one).expect("set");
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for _ in 0..300 {
+                    writer.set_ruleset(&two).expect("set");
+                    writer.set_ruleset(&one).expect("set");
+                    std::thread::sleep(std::time::Duration::from_micros(300));
+                }
+                stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            });
+            let mut dumps = 0;
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) && dumps < 100_000 {
+                let read = nft.dump().expect("dump").ruleset;
+                assert!(read.as_ref() == Some(&one) || read.as_ref() == Some(&two), "{read:?}");
+                dumps += 1;
+            }
+            assert!(dumps > 0);
+        });
+    });
+}
