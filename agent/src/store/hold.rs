@@ -14,7 +14,7 @@ use tracing::{debug, info, warn};
 
 use super::connect::Session;
 use super::lease::{self, Held, Life, Look, Memory, RETRY, Step, Ttl, keep_alive_interval};
-use super::watch::{Board, send};
+use super::watch::{Board, Sightings, send};
 use super::{StoreError, codec};
 use crate::backoff::Backoff;
 use crate::model::Subnet;
@@ -153,11 +153,11 @@ impl<'a> Holder<'a> {
     async fn rest(&mut self, delay: Duration) {
         let mut sightings = self.board.sightings.subscribe();
         let removals = sightings.borrow_and_update().removals;
-        let removed = sightings.wait_for(|seen| seen.removals != removals);
+        let removed = until(&mut sightings, |seen| seen.removals != removals);
         tokio::select! {
             () = tokio::time::sleep(delay) => {}
             () = changed(&mut self.wish) => {}
-            _ = removed => {}
+            () = removed => {}
         }
     }
 
@@ -376,9 +376,9 @@ impl<'a> Holder<'a> {
         self.tell(OwnLease::Held(held.lease.clone())).await?;
         let mut sightings = self.board.sightings.subscribe();
         loop {
-            let touched = sightings.wait_for(|seen| seen.held > held.mod_revision);
+            let touched = until(&mut sightings, |seen| seen.held > held.mod_revision);
             tokio::select! {
-                _ = touched => return Ok(()),
+                () = touched => return Ok(()),
                 () = changed(&mut self.wish) => {
                     if self.wish.borrow_and_update().as_ref().is_none_or(|new| new != wish) {
                         return Ok(());
@@ -440,6 +440,12 @@ async fn changed(wish: &mut watch::Receiver<Option<LeaseWish>>) {
     if wish.changed().await.is_err() {
         std::future::pending::<()>().await;
     }
+}
+
+/// Waits for a sighting.
+async fn until(sightings: &mut watch::Receiver<Sightings>, wanted: impl FnMut(&Sightings) -> bool) {
+    // The board lives longer than whoever waits on it.
+    let _ = sightings.wait_for(wanted).await;
 }
 
 /// One etcd lease kept alive over one open stream.
