@@ -149,6 +149,7 @@ async fn compaction_makes_another_snapshot() {
     }
     let (_, revision) = etcd.subnets().await;
     etcd.client().await.compact(revision, Some(CompactionOptions::new().with_physical())).await.unwrap();
+    let session = connect(&etcd.config()).await.unwrap();
     let again = async {
         loop {
             match events.recv().await.unwrap() {
@@ -163,6 +164,7 @@ async fn compaction_makes_another_snapshot() {
         entries = again => assert_eq!(entries, 4),
     }
     etcd.put_subnet("10.244.7.0-24", VALUE, None).await;
+    let session = connect(&etcd.config()).await.unwrap();
     tokio::select! {
         error = follower.run(&session, &board, &sender) => panic!("{error}"),
         event = events.recv() => assert!(matches!(event, Some(StoreEvent::Upsert(e)) if e.key == "10.244.7.0-24")),
