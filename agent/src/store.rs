@@ -1,7 +1,7 @@
 //! The etcd cluster, as this host sees it: the network's configuration, every host's lease, and this host's own. Only here is
 //! `etcd-client` named.
 //!
-//! [`Store::run`] is one task. In it the watch ([`watch`]) and the lease holder ([`hold`]) run side by side over one connection to one
+//! [`Store::run`] is one task. In it the watch (`watch`) and the lease holder (`hold`) run side by side over one connection to one
 //! server; where either fails, both are dropped and start again over a new connection, after a jittered wait. Neither spawns anything.
 //!
 //! ```text

@@ -38,6 +38,8 @@ pub(super) struct Holder<'a> {
     memory: Memory,
     /// What was handed on last.
     told: Option<OwnLease>,
+    /// The revision up to which the state of the held entry is known.
+    known: i64,
     /// An etcd lease that was granted and is not bound to a key yet.
     spare: Option<i64>,
     /// The etcd lease of an entry that was lost.
@@ -76,6 +78,7 @@ impl<'a> Holder<'a> {
             wish,
             memory: Memory::default(),
             told: None,
+            known: 0,
             spare: None,
             orphan: None,
             suspect: None,
@@ -121,7 +124,8 @@ impl<'a> Holder<'a> {
 
     /// Looks, decides, acts; returns when it is time to look again.
     async fn turn(&mut self, session: &Session, wish: &LeaseWish) -> Result<(), StoreError> {
-        let look = Look::of(session.list().await?);
+        let look = Look::of(session.list().await?, &wish.node.id);
+        self.known = look.revision;
         if let Some((lost, reason)) = self.memory.notice_loss(&look, wish) {
             warn!(subnet = %lost.lease.subnet, reason, "this host's lease is lost, taking one again");
             self.orphan = lost.lease.etcd_lease.or(self.orphan);
@@ -172,10 +176,11 @@ impl<'a> Holder<'a> {
                 if seen > look.revision {
                     // The watch is already behind the look and did not look out for this entry.
                     drop(look);
-                    let now = session.get_entry(&held.key).await?;
+                    let (now, revision) = session.get_entry(&held.key).await?;
                     if now.is_none_or(|entry| entry.mod_revision != held.mod_revision) {
                         return Ok(Next::Again);
                     }
+                    self.known = revision;
                 }
                 self.got(held);
                 Ok(Next::Hold)
@@ -261,7 +266,7 @@ impl<'a> Holder<'a> {
             self.memory.attempt = self.memory.attempt.saturating_add(1);
             return Ok(Next::Race);
         };
-        match self.memory.last {
+        match self.memory.last.or(wish.preferred) {
             Some(last) if last != subnet => {
                 warn!(from = %last, to = %subnet, "THIS HOST'S SUBNET HAS CHANGED: its old one is not free any more or does not fit the network");
             }
@@ -358,13 +363,14 @@ impl<'a> Holder<'a> {
             },
         };
         self.tell(OwnLease::Held(held.lease.clone())).await?;
+        let known = self.known.max(held.mod_revision);
         let mut sightings = self.board.sightings.subscribe();
         loop {
-            let touched = until(&mut sightings, |seen| seen.held > held.mod_revision);
+            let touched = until(&mut sightings, |seen| seen.held > known);
             tokio::select! {
                 () = touched => return Ok(()),
                 () = changed(&mut self.wish) => {
-                    if self.wish.borrow_and_update().as_ref().is_none_or(|new| new != wish) {
+                    if self.wish.borrow_and_update().as_ref().is_some_and(|new| new != wish) {
                         return Ok(());
                     }
                 }

@@ -24,6 +24,7 @@ pub(super) struct Claim {
     /// Every range that the key names in any form.
     ranges: Vec<Cidr>,
     pub(super) owner: Owner,
+    /// The value, where it is of this host.
     value: Vec<u8>,
     pub(super) mod_revision: i64,
     create_revision: i64,
@@ -88,8 +89,9 @@ pub(super) enum Step {
 }
 
 impl Look {
-    pub(super) fn of(listing: Listing) -> Look {
-        let claims = listing.entries.into_iter().map(Claim::of).collect();
+    /// What a listing says to the host with this identity.
+    pub(super) fn of(listing: Listing, id: &str) -> Look {
+        let claims = listing.entries.into_iter().map(|entry| Claim::of(entry, id)).collect();
         Look { revision: listing.revision, config: listing.config, claims }
     }
 
@@ -103,13 +105,16 @@ impl Look {
 }
 
 impl Claim {
-    pub(super) fn of(entry: RawEntry) -> Claim {
+    fn of(entry: RawEntry, id: &str) -> Claim {
+        let owner = codec::owner(&entry.value);
+        // Others' values are not needed again, and there can be many.
+        let ours = owner.node.as_ref().is_some_and(|node| node.id == id);
         Claim {
             subnet: Subnet::from_key(&entry.key).ok(),
             ranges: claimed_ranges(&entry.key),
-            owner: codec::owner(&entry.value),
+            owner,
             key: entry.key,
-            value: entry.value,
+            value: if ours { entry.value } else { Vec::new() },
             mod_revision: entry.mod_revision,
             create_revision: entry.create_revision,
             etcd_lease: entry.etcd_lease,
@@ -296,7 +301,6 @@ fn new_entry(look: &Look, wish: &LeaseWish, memory: &Memory) -> Step {
         network.leases(subnet) && subnet.iter().all(|(_, cidr)| clear(cidr))
     };
     let known = [memory.last, wish.preferred].into_iter().flatten().find(|subnet| free(subnet));
-    let known = known.filter(|_| memory.attempt == 0);
     let Some(subnet) = known.or_else(|| pick::pick(network, &taken, &wish.node.id, memory.attempt)) else {
         let pools: Vec<String> =
             network.pools.iter().map(|(_, p)| format!("{} of {} (/{})", p.count(), p.network, p.subnet_length)).collect();

@@ -218,3 +218,19 @@ async fn from_put_to_event_takes_a_moment() {
     assert!(times[100].as_millis() < 50, "{:?}", times[100]);
     agent.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_hangs_is_noticed() {
+    let etcd = Etcd::start().await;
+    etcd.put_config(NETWORK).await;
+    let mut agent = Agent::start(etcd.config(), None);
+    agent.find(snapshot_keys).await;
+    etcd.freeze(true);
+    let begun = Instant::now();
+    agent.find(|event| matches!(event, StoreEvent::Connection(Connection::Down { .. })).then_some(())).await;
+    println!("a server that hangs was noticed after {:?}", begun.elapsed());
+    assert!(begun.elapsed().as_secs() < 15, "{:?}", begun.elapsed());
+    etcd.freeze(false);
+    agent.find(|event| matches!(event, StoreEvent::Connection(Connection::Up { .. })).then_some(())).await;
+    agent.stop().await;
+}

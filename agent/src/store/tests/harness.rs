@@ -100,6 +100,25 @@ impl Etcd {
         std::fs::remove_dir_all(self.directory.path().join("data")).unwrap();
     }
 
+    /// Stops it from running at all, or lets it go on: as a machine that hangs.
+    pub(super) fn freeze(&self, frozen: bool) {
+        use nix::sys::signal::{Signal, kill};
+        let pid = nix::unistd::Pid::from_raw(self.child.as_ref().unwrap().id().try_into().unwrap());
+        kill(pid, if frozen { Signal::SIGSTOP } else { Signal::SIGCONT }).unwrap();
+    }
+
+    /// How many requests of this kind it has answered.
+    pub(super) async fn requests(&self, method: &str) -> u64 {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let mut stream = tokio::net::TcpStream::connect((Ipv4Addr::LOCALHOST, self.ports[0])).await.unwrap();
+        stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").await.unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await.unwrap();
+        let wanted = format!("grpc_method=\"{method}\"");
+        let lines = text.lines().filter(|line| line.starts_with("grpc_server_handled_total") && line.contains(&wanted));
+        lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
+    }
+
     pub(super) fn endpoint(&self) -> String {
         let scheme = if self.tls.is_some() { "https" } else { "http" };
         format!("{scheme}://127.0.0.1:{}", self.ports[0])

@@ -335,3 +335,42 @@ async fn nothing_changes_while_etcd_is_away() {
     assert_eq!(etcd.subnets().await.0[0].2, held.etcd_lease.unwrap());
     agent.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_holds_its_lease_asks_for_nothing() {
+    let etcd = started(NETWORK).await;
+    // Found again behind other hosts' changes, and after a new connection: each must come to rest.
+    for _ in 0..2 {
+        let mut agent = Agent::start(etcd.config(), Some(wish(NETWORK, 7)));
+        agent.held().await;
+        for n in 100..103 {
+            etcd.put_subnet(&format!("10.244.{n}.0-24"), FLANNEL.replace("0.7", "9.9").as_str(), None).await;
+        }
+        while tokio::time::timeout(Duration::from_millis(500), agent.events.recv()).await.is_ok() {}
+        let before = (etcd.requests("Range").await, etcd.requests("LeaseKeepAlive").await);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!((etcd.requests("Range").await, etcd.requests("LeaseKeepAlive").await), before);
+        agent.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_configuration_that_the_agent_has_not_seen_is_waited_for() {
+    let etcd = started(NETWORK).await;
+    let mut agent = Agent::start(etcd.config(), Some(wish(NETWORK, 7)));
+    let held = agent.held().await;
+    etcd.put_config(r#"{"Network":"10.244.0.0/16","SubnetMin":"10.244.1.0"}"#).await;
+    let (entries, _) = etcd.subnets().await;
+    // Touched while the wish is still the old one: looked at once, not again and again.
+    etcd.put_config(r#"{"Network":"10.244.0.0/15"}"#).await;
+    etcd.put_subnet(&entries[0].0, &entries[0].1, Some(entries[0].2)).await;
+    while tokio::time::timeout(Duration::from_millis(500), agent.events.recv()).await.is_ok() {}
+    let before = etcd.requests("Range").await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(etcd.requests("Range").await, before);
+    let mut wish = wish(r#"{"Network":"10.244.0.0/15"}"#, 7);
+    wish.vtep.v4 = Some(crate::model::Mac::local([2, 9, 9, 9, 9, 9]));
+    agent.wish.send(Some(wish)).unwrap();
+    agent.find(|event| matches!(event, StoreEvent::Upsert(e) if e.key == held.subnet.to_key()).then_some(())).await;
+    agent.stop().await;
+}

@@ -32,7 +32,7 @@ fn look(entries: &[(&str, String, Option<i64>)]) -> Look {
         etcd_lease: *etcd_lease,
     });
     let config = Some(RawConfig { text: NETWORK.to_owned(), mod_revision: 2 });
-    Look::of(Listing { revision: 100, config, entries: entries.collect() })
+    Look::of(Listing { revision: 100, config, entries: entries.collect() }, "id7")
 }
 
 fn held(key: &str, mod_revision: i64, etcd_lease: Option<i64>, origin: LeaseOrigin) -> Held {
@@ -80,6 +80,8 @@ fn what_was_held_comes_before_what_is_remembered() {
     assert_eq!(subnet(decide(&look(&[]), &wish, &memory)), A);
     memory.last = Some(Subnet::from_key(B).unwrap());
     assert_eq!(subnet(decide(&look(&[]), &wish, &memory)), B);
+    memory.attempt = 3;
+    assert_eq!(subnet(decide(&look(&[]), &wish, &memory)), B, "a lost race is no reason to move while it is free");
     let taken = look(&[(B, value("x", "192.168.0.9"), Some(1))]);
     assert_eq!(subnet(decide(&taken, &wish, &memory)), A);
     wish.preferred = Some(Subnet::from_key("10.9.0.0-24").unwrap());

@@ -164,3 +164,39 @@ async fn user_and_password() {
     assert!(!matches!(quiet, Ok(Some(StoreEvent::Connection(Connection::Down { .. })))), "{quiet:?}");
     agent.stop().await;
 }
+
+/// Everything that is logged at any level, as text.
+#[derive(Clone, Default)]
+struct Log(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
+
+impl std::io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn the_password_is_in_no_log() {
+    let etcd = Etcd::start().await;
+    etcd.put_config(NETWORK).await;
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("password");
+    fs::write(&file, "s3cret of all").unwrap();
+    let config = StoreConfig { password_file: Some(file.clone()), ..with_login(&etcd).await };
+    let log = Log::default();
+    let writer = log.clone();
+    let subscriber = tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_writer(move || writer.clone()).finish();
+    // One thread runs everything, so this thread's subscriber sees everything.
+    let _guard = tracing::subscriber::set_default(subscriber);
+    get_config(&config).await.unwrap();
+    fs::write(&file, "s3cret of none").unwrap();
+    get_config(&config).await.unwrap_err();
+    let text = String::from_utf8_lossy(&log.0.lock().unwrap()).into_owned();
+    assert!(text.contains("connected to etcd"), "the log was written: {} bytes", text.len());
+    assert!(!text.contains("s3cret"));
+}
