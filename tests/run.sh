@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 PACKAGES=(ca-certificates etcd-client etcd-server gcc iproute2 iptables iputils-ping libc6-dev nftables openssl procps
-    protobuf-compiler tcpdump util-linux)
+    libprotobuf-dev protobuf-compiler tcpdump util-linux)
 WELCOME=(shellcheck) # looked for and used, not needed
 SCRIPTS=(.ci/run tests/run.sh)
 
