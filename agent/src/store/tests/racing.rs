@@ -65,7 +65,7 @@ async fn chaos(network: &str, seed: u64) {
     etcd.put_config(network).await;
     let start = |etcd: &Etcd, host: u16| Agent::start(etcd.config(), Some(wish(network, host + 1)));
     let mut agents: Vec<Agent> = (0..HOSTS).map(|host| start(&etcd, host)).collect();
-    for _ in 0..60 {
+    for _ in 0..40 {
         for agent in &mut agents {
             while agent.events.try_recv().is_ok() {}
         }
@@ -95,7 +95,8 @@ async fn chaos(network: &str, seed: u64) {
         }
         disjoint(&etcd.subnets().await.0);
     }
-    let deadline = Instant::now() + LIMIT;
+    let settling = Instant::now();
+    let deadline = settling + LIMIT;
     loop {
         for agent in &mut agents {
             while agent.events.try_recv().is_ok() {}
@@ -104,6 +105,7 @@ async fn chaos(network: &str, seed: u64) {
         disjoint(&entries);
         if (1..=HOSTS).all(|n| entries.iter().filter(|(_, value, _)| value.contains(&format!("\"id-{n}\""))).count() == 1) {
             assert_eq!(entries.len(), usize::from(HOSTS), "{entries:#?}");
+            println!("seed {seed}: came to rest after {:?}", settling.elapsed());
             break;
         }
         assert!(Instant::now() < deadline, "seed {seed}: not every host has one entry: {entries:#?}");
