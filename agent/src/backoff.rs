@@ -1,1 +1,86 @@
-//! (to come)
+//! Waiting times between tries of what failed: exponential with full jitter, so that many hosts that lost the same etcd do not come
+//! back at the same moment. Pure: the caller brings the random numbers and does the waiting.
+
+use std::time::Duration;
+
+use rand::{Rng, RngExt};
+
+/// The waiting times of one thing that is tried again and again.
+#[derive(Debug, Clone)]
+pub struct Backoff {
+    base: Duration,
+    cap: Duration,
+    failures: u32,
+}
+
+impl Backoff {
+    /// Waits from `base` up to `cap`.
+    pub const fn new(base: Duration, cap: Duration) -> Backoff {
+        Backoff { base, cap, failures: 0 }
+    }
+
+    /// The waiting time after one more failure: evenly distributed from `base` to `base * 2^failures`, at most `cap`.
+    pub fn next_delay(&mut self, random: &mut impl Rng) -> Duration {
+        let ceiling = self.base.saturating_mul(1_u32.checked_shl(self.failures).unwrap_or(u32::MAX)).min(self.cap).max(self.base);
+        self.failures = self.failures.saturating_add(1);
+        if ceiling == self.base { self.base } else { random.random_range(self.base..=ceiling) }
+    }
+
+    /// Starts from the shortest wait again, after a success.
+    pub fn reset(&mut self) {
+        self.failures = 0;
+    }
+
+    /// Failures since the last success.
+    pub fn failures(&self) -> u32 {
+        self.failures
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::SeedableRng;
+    use rand::rngs::SmallRng;
+
+    const BASE: Duration = Duration::from_millis(100);
+    const CAP: Duration = Duration::from_secs(15);
+
+    #[test]
+    fn stays_between_base_and_a_ceiling_that_doubles() {
+        for seed in 0..200 {
+            let mut random = SmallRng::seed_from_u64(seed);
+            let mut backoff = Backoff::new(BASE, CAP);
+            let mut ceiling = BASE;
+            for _ in 0..40 {
+                let delay = backoff.next_delay(&mut random);
+                assert!(delay >= BASE && delay <= ceiling, "{delay:?} is not within {BASE:?} to {ceiling:?}");
+                ceiling = (ceiling * 2).min(CAP);
+            }
+        }
+    }
+
+    #[test]
+    fn spreads_over_the_whole_range() {
+        let mut random = SmallRng::seed_from_u64(7);
+        let mut delays = Vec::new();
+        for _ in 0..300 {
+            let mut backoff = Backoff::new(BASE, CAP);
+            backoff.failures = 20;
+            delays.push(backoff.next_delay(&mut random));
+        }
+        assert!(delays.iter().any(|d| *d < CAP / 4) && delays.iter().any(|d| *d > CAP / 4 * 3));
+    }
+
+    #[test]
+    fn starts_again_after_a_success() {
+        let mut random = SmallRng::seed_from_u64(1);
+        let mut backoff = Backoff::new(BASE, CAP);
+        for _ in 0..10 {
+            backoff.next_delay(&mut random);
+        }
+        assert_eq!(backoff.failures(), 10);
+        backoff.reset();
+        assert_eq!(backoff.next_delay(&mut random), BASE);
+    }
+}

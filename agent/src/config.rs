@@ -1,1 +1,388 @@
-//! (to come)
+//! Flags, environment and file made into one validated [`HostConfig`]; all mistakes are reported at once, before anything is touched.
+//!
+//! [`SETTINGS`] is the one list of settings: flags, environment variables, keys of the file and the reference in
+//! `docs/configuration.md` follow from it. A flag wins over the environment, the environment over the file, the file over the default.
+
+mod raw;
+mod settings;
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use regex::Regex;
+
+pub use raw::{Origin, Raw, gather};
+pub use settings::{Kind, SETTINGS, Setting, command};
+
+use crate::model::PerFamily;
+use crate::plan::underlay::Selection;
+use crate::telemetry::{LogFormat, parse_filter};
+
+/// Everything that a host's agent is told from outside.
+#[derive(Debug, Clone)]
+pub struct HostConfig {
+    /// How etcd is reached.
+    pub etcd: EtcdConfig,
+    /// How the external interface is chosen.
+    pub selection: Selection,
+    /// The name that people see.
+    pub node_name: String,
+    /// Whether what leaves the overlay gets the host's address.
+    pub ip_masq: bool,
+    /// Where socket, lock and `subnet.env` are.
+    pub run_dir: PathBuf,
+    /// Where identity, MACs and endpoints are kept.
+    pub state_dir: PathBuf,
+    /// The file for other tools.
+    pub subnet_file: PathBuf,
+    /// TCP address for metrics and health; off where absent.
+    pub metrics_listen: Option<SocketAddr>,
+    /// A filter of the `tracing` crate.
+    pub log_level: String,
+    /// How log lines look.
+    pub log_format: LogFormat,
+    /// Transmit checksum offload on the VXLAN devices.
+    pub vxlan_tx_checksum: bool,
+    /// Whether next-hop objects may be used; classic routes otherwise.
+    pub nexthop_objects: bool,
+    /// Time between two full comparisons with the kernel.
+    pub resync_interval: Duration,
+}
+
+/// How etcd is reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EtcdConfig {
+    /// URLs; empty where they are discovered.
+    pub endpoints: Vec<String>,
+    /// Domain whose SRV records name the endpoints.
+    pub discovery_srv: Option<String>,
+    /// Key prefix without a slash at the end.
+    pub prefix: String,
+    /// CA certificate file (PEM).
+    pub cafile: Option<PathBuf>,
+    /// Client certificate and its key (PEM).
+    pub client_certificate: Option<(PathBuf, PathBuf)>,
+    /// User and the file that holds the password.
+    pub user: Option<(String, PathBuf)>,
+}
+
+/// One thing that is wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mistake {
+    /// Where the value stands: flag, variable, or key and file.
+    pub place: String,
+    /// The value.
+    pub value: String,
+    /// What is wrong, and what is allowed.
+    pub rule: String,
+}
+
+/// Everything that is wrong.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub struct Mistakes(pub Vec<Mistake>);
+
+impl fmt::Display for Mistakes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let count = self.0.len();
+        write!(f, "{count} {} in the configuration:", if count == 1 { "mistake" } else { "mistakes" })?;
+        for Mistake { place, value, rule } in &self.0 {
+            write!(f, "\n  {place}: `{value}` {rule}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Takes values out of [`Raw`] and collects what is wrong with them.
+struct Checker {
+    raw: Raw,
+    mistakes: Vec<Mistake>,
+}
+
+impl HostConfig {
+    /// Checks all values together. The file system is only read.
+    pub fn check(raw: Raw) -> Result<HostConfig, Mistakes> {
+        let mistakes = raw.mistakes.clone();
+        let mut checker = Checker { raw, mistakes };
+        let config = checker.host();
+        if checker.mistakes.is_empty() { Ok(config) } else { Err(Mistakes(checker.mistakes)) }
+    }
+}
+
+impl Checker {
+    fn host(&mut self) -> HostConfig {
+        let run_dir = self.absolute("run-dir");
+        let subnet_file = if self.raw.is_set("subnet-file") { self.absolute("subnet-file") } else { run_dir.join("subnet.env") };
+        HostConfig {
+            etcd: self.etcd(),
+            selection: self.selection(),
+            node_name: self.node_name(),
+            ip_masq: self.boolean("ip-masq"),
+            subnet_file,
+            run_dir,
+            state_dir: self.absolute("state-dir"),
+            metrics_listen: self.parsed("metrics-listen", "is not ADDRESS:PORT such as 127.0.0.1:9780"),
+            log_level: self.log_level(),
+            log_format: self.one_of("log-format", &[("text", LogFormat::Text), ("json", LogFormat::Json)], LogFormat::Text),
+            vxlan_tx_checksum: self.boolean("vxlan-tx-checksum"),
+            nexthop_objects: self.boolean("nexthop-objects"),
+            resync_interval: self.duration("resync-interval", Duration::from_secs(1), Duration::from_secs(86_400)),
+        }
+    }
+
+    fn etcd(&mut self) -> EtcdConfig {
+        let discovery_srv = self.raw.text("etcd-discovery-srv");
+        if let Some(domain) = &discovery_srv {
+            let plain = domain.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_'));
+            if domain.is_empty() || domain.len() > 253 || !plain {
+                self.fail("etcd-discovery-srv", domain, "is not a domain name");
+            }
+            if self.raw.is_set("etcd-endpoints") {
+                self.fail("etcd-discovery-srv", domain, "cannot go with --etcd-endpoints: choose one of the two");
+            }
+        }
+        let endpoints = if discovery_srv.is_some() { Vec::new() } else { self.raw.list("etcd-endpoints") };
+        for endpoint in &endpoints {
+            let rest = endpoint.strip_prefix("http://").or_else(|| endpoint.strip_prefix("https://"));
+            let good = rest.is_some_and(|rest| {
+                let host = rest.strip_suffix('/').unwrap_or(rest);
+                let port = host.rsplit_once(':').map(|(name, port)| (!name.is_empty(), port.parse::<u16>().is_ok()));
+                port == Some((true, true)) && !host.contains(['/', '@', ' '])
+            });
+            if !good {
+                self.fail("etcd-endpoints", endpoint, "is not a URL such as http://192.0.2.10:2379 or https://etcd-1:2379");
+            }
+        }
+        let prefix = self.raw.text("etcd-prefix").unwrap_or_default();
+        let trimmed = prefix.trim_end_matches('/').to_owned();
+        if !trimmed.starts_with('/') || trimmed.contains("//") || trimmed.chars().any(char::is_control) {
+            self.fail("etcd-prefix", &prefix, "is not a key prefix such as /coreos.com/network: it begins with a slash");
+        }
+        let cafile = self.readable("etcd-cafile");
+        let client_certificate = match (self.readable("etcd-certfile"), self.readable("etcd-keyfile")) {
+            (Some(certificate), Some(key)) => Some((certificate, key)),
+            (Some(certificate), None) => {
+                self.fail("etcd-certfile", &certificate.display().to_string(), "needs --etcd-keyfile beside it");
+                None
+            }
+            (None, Some(key)) => {
+                self.fail("etcd-keyfile", &key.display().to_string(), "needs --etcd-certfile beside it");
+                None
+            }
+            (None, None) => None,
+        };
+        if (cafile.is_some() || client_certificate.is_some()) && !endpoints.is_empty() {
+            let plain: Vec<&String> = endpoints.iter().filter(|e| e.starts_with("http://")).collect();
+            for endpoint in plain {
+                self.fail("etcd-endpoints", endpoint, "is not https://, although certificates are given");
+            }
+        }
+        let user = match (self.raw.text("etcd-username"), self.readable("etcd-password-file")) {
+            (Some(user), Some(file)) => Some((user, file)),
+            (Some(user), None) => {
+                if !self.raw.is_set("etcd-password-file") {
+                    self.fail("etcd-username", &user, "needs --etcd-password-file beside it");
+                }
+                None
+            }
+            (None, Some(file)) => {
+                self.fail("etcd-password-file", &file.display().to_string(), "needs --etcd-username beside it");
+                None
+            }
+            (None, None) => None,
+        };
+        EtcdConfig { endpoints, discovery_srv, prefix: trimmed, cafile, client_certificate, user }
+    }
+
+    fn selection(&mut self) -> Selection {
+        let regex = self.raw.text("iface-regex").and_then(|text| match Regex::new(&text) {
+            Ok(regex) => Some(regex),
+            Err(error) => {
+                let detail = error.to_string().lines().last().unwrap_or_default().trim().to_owned();
+                self.fail("iface-regex", &text, &format!("is no regular expression: {detail}"));
+                None
+            }
+        });
+        let can_reach: Option<IpAddr> = self.parsed("iface-can-reach", "is not an IP address");
+        let public_ip = PerFamily {
+            v4: self.public_ip("public-ip", IpAddr::is_ipv4, "is not an IPv4 address that peers can send to"),
+            v6: self.public_ip("public-ipv6", IpAddr::is_ipv6, "is not an IPv6 address that peers can send to"),
+        };
+        Selection { interfaces: self.raw.list("iface"), regex, can_reach, public_ip }
+    }
+
+    fn public_ip(&mut self, name: &str, family: impl Fn(&IpAddr) -> bool, rule: &str) -> Option<IpAddr> {
+        let text = self.raw.text(name)?;
+        let address =
+            text.parse::<IpAddr>().ok().filter(|a| family(a) && !a.is_loopback() && !a.is_multicast() && !a.is_unspecified());
+        if address.is_none() {
+            self.fail(name, &text, rule);
+        }
+        address
+    }
+
+    fn node_name(&mut self) -> String {
+        let given = self.raw.text("node-name");
+        let name = given
+            .clone()
+            .unwrap_or_else(|| nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default());
+        let good =
+            (1..=253).contains(&name.len()) && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_'));
+        if !good {
+            let rule = "is not 1 to 253 of a-z A-Z 0-9 . - _ (the default is the host's name)";
+            self.fail("node-name", &name, rule);
+        }
+        name
+    }
+
+    fn log_level(&mut self) -> String {
+        let text = self.raw.text("log-level").unwrap_or_default();
+        if let Err(error) = parse_filter(&text) {
+            self.fail("log-level", &text, &format!("is no filter: {error}"));
+        }
+        text
+    }
+
+    fn fail(&mut self, name: &str, value: &str, rule: &str) {
+        let place = self.raw.place(name);
+        self.mistakes.push(Mistake { place, value: value.chars().take(200).collect(), rule: rule.to_owned() });
+    }
+
+    fn boolean(&mut self, name: &str) -> bool {
+        self.one_of(name, &[("true", true), ("false", false)], false)
+    }
+
+    fn one_of<T: Copy>(&mut self, name: &str, allowed: &[(&str, T)], default: T) -> T {
+        let text = self.raw.text(name).unwrap_or_default();
+        if let Some((_, value)) = allowed.iter().find(|(word, _)| *word == text) {
+            return *value;
+        }
+        let words: Vec<&str> = allowed.iter().map(|(word, _)| *word).collect();
+        self.fail(name, &text, &format!("is not {}", words.join(" or ")));
+        default
+    }
+
+    fn parsed<T: std::str::FromStr>(&mut self, name: &str, rule: &str) -> Option<T> {
+        let text = self.raw.text(name)?;
+        let value = text.parse().ok();
+        if value.is_none() {
+            self.fail(name, &text, rule);
+        }
+        value
+    }
+
+    fn duration(&mut self, name: &str, least: Duration, most: Duration) -> Duration {
+        let text = self.raw.text(name).unwrap_or_default();
+        match humantime::parse_duration(&text) {
+            Ok(value) if (least..=most).contains(&value) => value,
+            _ => {
+                let (least, most) = (humantime::format_duration(least), humantime::format_duration(most));
+                self.fail(name, &text, &format!("is not a duration from {least} to {most}, such as 5m or 30s"));
+                most_sensible()
+            }
+        }
+    }
+
+    fn absolute(&mut self, name: &str) -> PathBuf {
+        let text = self.raw.text(name).unwrap_or_default();
+        if !Path::new(&text).is_absolute() {
+            self.fail(name, &text, "is not an absolute path");
+        }
+        PathBuf::from(text)
+    }
+
+    fn readable(&mut self, name: &str) -> Option<PathBuf> {
+        let text = self.raw.text(name)?;
+        match std::fs::File::open(&text) {
+            Ok(_) => Some(PathBuf::from(text)),
+            Err(error) => {
+                self.fail(name, &text, &format!("cannot be read: {error}"));
+                None
+            }
+        }
+    }
+}
+
+/// Stands in for a value that was refused: the configuration as a whole is refused then.
+const fn most_sensible() -> Duration {
+    Duration::from_secs(300)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsString;
+
+    use super::*;
+
+    fn check(args: &[&str], file: &str) -> Result<HostConfig, String> {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("overlayd.toml");
+        std::fs::write(&path, file).expect("a file");
+        let mut all: Vec<OsString> = vec!["overlayd".into(), "--config".into(), path.into()];
+        all.extend(args.iter().map(OsString::from));
+        let matches = settings::command().try_get_matches_from(all).map_err(|e| e.to_string())?;
+        HostConfig::check(gather(&matches)).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn defaults() {
+        let config = check(&["--node-name", "h1"], "").expect("defaults are good");
+        assert_eq!(config.etcd.endpoints, ["http://127.0.0.1:2379"]);
+        assert_eq!(config.etcd.prefix, "/coreos.com/network");
+        assert_eq!(config.subnet_file, Path::new("/run/overlayd/subnet.env"));
+        assert!(config.ip_masq && config.vxlan_tx_checksum && config.nexthop_objects);
+        assert_eq!(config.resync_interval, Duration::from_secs(300));
+    }
+
+    #[test]
+    fn a_flag_wins_over_the_file() {
+        let file =
+            "run-dir = \"/run/a\"\nip-masq = false\niface = [\"eth1\", \"eth2\"]\netcd-endpoints = \"http://a:1,http://b:2\"\n";
+        let config = check(&["--run-dir=/run/b", "--ip-masq"], file).expect("good");
+        assert_eq!(config.run_dir, Path::new("/run/b"));
+        assert!(config.ip_masq);
+        assert_eq!(config.selection.interfaces, ["eth1", "eth2"]);
+        assert_eq!(config.etcd.endpoints, ["http://a:1", "http://b:2"]);
+    }
+
+    #[test]
+    fn all_mistakes_at_once_each_with_its_place() {
+        let error = check(
+            &["--public-ip=::1", "--etcd-endpoints=127.0.0.1:2379", "--iface-regex=("],
+            "run-dri = 1\nlog-format = \"xml\"\nresync-interval = \"0s\"\netcd-certfile = \"/nonexistent\"\nip-masq = 3\n",
+        )
+        .expect_err("mistakes");
+        for wanted in [
+            "8 mistakes",
+            "--public-ip: `::1`",
+            "--etcd-endpoints: `127.0.0.1:2379` is not a URL",
+            "--iface-regex: `(` is no regular expression",
+            "run-dri in ",
+            "is no setting: did you mean `run-dir`?",
+            "log-format in ",
+            "`xml` is not text or json",
+            "resync-interval in ",
+            "etcd-certfile in ",
+            "ip-masq in ",
+        ] {
+            assert!(error.contains(wanted), "no `{wanted}` in {error}");
+        }
+    }
+
+    #[test]
+    fn things_that_belong_together() {
+        for (args, wanted) in [
+            (&["--etcd-username=u"][..], "needs --etcd-password-file"),
+            (&["--etcd-certfile=/dev/null"][..], "needs --etcd-keyfile"),
+            (&["--etcd-keyfile=/dev/null"][..], "needs --etcd-certfile"),
+            (&["--etcd-cafile=/dev/null", "--etcd-endpoints=http://a:1"][..], "is not https://"),
+            (&["--etcd-discovery-srv=example.org", "--etcd-endpoints=http://a:1"][..], "choose one of the two"),
+            (&["--run-dir=run"][..], "is not an absolute path"),
+            (&["--node-name=a b"][..], "is not 1 to 253"),
+        ] {
+            let error = check(args, "").expect_err(wanted);
+            assert!(error.contains(wanted), "{error}");
+        }
+    }
+}

@@ -1,1 +1,298 @@
-//! (to come)
+//! The containers of this host on the overlay: names, addresses, and the order of work when one is attached or detached.
+//!
+//! Owns `endpoints.json` in the state directory. Touches the kernel only through [`ContainerPath`]. An endpoint is written down before
+//! anything is made in the kernel and marked complete afterwards, so that what a crash leaves half made is removed at the next start.
+//!
+//! Tasks: each attach and detach runs as a task of its own, so that a client that goes away cannot stop it half way; at most
+//! [`MOST_AT_ONCE`] of them, one at a time for each name. [`Endpoints::run`] is a task that the caller runs: it audits, and at the end waits for
+//! the others.
+
+mod error;
+pub mod ipam;
+mod request;
+mod table;
+mod work;
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{OwnedMutexGuard, Semaphore, oneshot, watch};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::model::api::{AttachRequest, Attached};
+use crate::model::endpoint::EndpointName;
+use crate::model::{Device, Endpoint, Subnet};
+use crate::plan::ContainerPath;
+use crate::state::{StateDir, StateError};
+
+pub use error::{Class, EndpointError};
+
+use request::Wish;
+use table::{Phase, Stored, Table};
+
+/// How many attaches and detaches run at the same time: far above what two cores can use, far below what would hurt.
+pub const MOST_AT_ONCE: usize = 64;
+
+/// How often the namespaces are looked at.
+const AUDIT_INTERVAL: Duration = Duration::from_secs(30);
+
+/// The file in the state directory.
+const FILE: &str = "endpoints.json";
+
+/// What the containers of this host are attached to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EndpointNetwork {
+    /// The host's subnet.
+    pub subnet: Subnet,
+    /// The bridge.
+    pub bridge: Device,
+    /// The overlay's MTU in bytes.
+    pub mtu: u32,
+}
+
+/// The endpoints of this host: a handle, cheap to clone.
+#[derive(Debug)]
+pub struct Endpoints<C>(Arc<Inner<C>>);
+
+impl<C> Clone for Endpoints<C> {
+    fn clone(&self) -> Self {
+        Endpoints(Arc::clone(&self.0))
+    }
+}
+
+#[derive(Debug)]
+struct Inner<C> {
+    state: Arc<StateDir>,
+    path: C,
+    table: Mutex<Table>,
+    /// The version of the table that stands in the file; held while it is written.
+    written: tokio::sync::Mutex<u64>,
+    /// One lock for each name that is worked on.
+    names: Mutex<HashMap<EndpointName, Arc<tokio::sync::Mutex<()>>>>,
+    permits: Arc<Semaphore>,
+    /// Running work; `None` when the agent is ending.
+    work: Mutex<Option<JoinSet<()>>>,
+    ports: watch::Sender<Vec<String>>,
+    /// Endpoints whose namespace was gone at the last look.
+    missing: Mutex<BTreeSet<EndpointName>>,
+}
+
+/// A lock whose holder panicked protects data that is still whole: each change of it is made at once.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<C: ContainerPath + 'static> Endpoints<C> {
+    /// Reads `endpoints.json`, removes what was left half made, and takes a first look at the namespaces. No subnet is set yet.
+    pub async fn restore(state: Arc<StateDir>, path: C) -> Result<Endpoints<C>, StateError> {
+        let reader = Arc::clone(&state);
+        let stored: Option<Stored> =
+            tokio::task::spawn_blocking(move || reader.load(FILE)).await.unwrap_or_else(|e| Err(work::interrupted(&state, e)))?;
+        let table = Table::from_stored(stored.unwrap_or_default());
+        let unfinished: Vec<EndpointName> =
+            table.records().filter(|r| r.phase != Phase::Attached).map(|r| r.endpoint.name.clone()).collect();
+        let ports = watch::Sender::new(table.ports(&BTreeSet::new()));
+        let endpoints = Endpoints(Arc::new(Inner {
+            state,
+            path,
+            table: Mutex::new(table),
+            written: tokio::sync::Mutex::new(0),
+            names: Mutex::default(),
+            permits: Arc::new(Semaphore::new(MOST_AT_ONCE)),
+            work: Mutex::new(Some(JoinSet::new())),
+            ports,
+            missing: Mutex::default(),
+        }));
+        for name in unfinished {
+            tracing::info!(endpoint = %name, "removing an endpoint that was left half attached");
+            endpoints.clear(&name).await;
+        }
+        endpoints.audit().await;
+        Ok(endpoints)
+    }
+
+    /// Sets what containers are attached to from now on; `None` while no subnet is leased. Endpoints that are there stay as they are; those
+    /// with an address outside a new subnet are named in a warning and by [`Endpoints::stale`].
+    pub fn set_network(&self, network: Option<EndpointNetwork>) {
+        let stale = {
+            let mut table = lock(&self.0.table);
+            table.set_network(network);
+            table.stale()
+        };
+        for endpoint in stale {
+            tracing::warn!(
+                endpoint = %endpoint.name, addresses = ?endpoint.addresses, subnet = ?network.map(|n| n.subnet),
+                "the endpoint's address is outside the present subnet: detach it and attach it again"
+            );
+        }
+    }
+
+    /// Attaches a container. Asked again with the same, it answers the same endpoint, and puts back what is missing of it. Goes on to its end
+    /// when the returned future is dropped.
+    pub async fn attach(&self, name: EndpointName, request: AttachRequest) -> Result<Attached, EndpointError> {
+        let wish = Wish::check(request)?;
+        let inner = Arc::clone(&self.0);
+        self.work(name.clone(), async move { inner.attach(name, wish).await }).await
+    }
+
+    /// Detaches a container; `None` where there was none of that name, which is no error. Goes on to its end when the returned future is
+    /// dropped.
+    pub async fn detach(&self, name: EndpointName) -> Result<Option<EndpointName>, EndpointError> {
+        let inner = Arc::clone(&self.0);
+        self.work(name.clone(), async move { inner.detach(name).await }).await
+    }
+
+    /// The attached endpoints, by name.
+    pub fn list(&self) -> Vec<Endpoint> {
+        let table = lock(&self.0.table);
+        table.records().filter(|r| r.phase == Phase::Attached).map(|r| r.endpoint.clone()).collect()
+    }
+
+    /// Endpoints with an address outside the present subnet.
+    pub fn stale(&self) -> Vec<Endpoint> {
+        lock(&self.0.table).stale()
+    }
+
+    /// The host's ends of the attached endpoints, sorted: the ports that the bridge should have, but for endpoints whose namespace was gone at
+    /// the last look. Changes are announced. A pair exists in the kernel some moments before it is here and after it has gone from
+    /// here: a port that is not here is left alone.
+    pub fn ports(&self) -> watch::Receiver<Vec<String>> {
+        self.0.ports.subscribe()
+    }
+
+    /// Looks at each endpoint's namespace. One that is gone now and was at the last look is detached (twice, because a runtime may be replacing
+    /// it), and what an earlier failure left half detached is tried again. Returns the names of the detached ones.
+    pub async fn audit(&self) -> Vec<EndpointName> {
+        let inner = Arc::clone(&self.0);
+        let looked = tokio::task::spawn_blocking(move || {
+            let records: Vec<_> = lock(&inner.table).records().cloned().collect();
+            let dead = |r: &table::Record| !inner.path.netns_alive(&r.endpoint.netns);
+            records.into_iter().filter(|r| r.phase != Phase::Attached || dead(r)).collect::<Vec<_>>()
+        });
+        // It fails only while the runtime ends.
+        let Ok(suspects) = looked.await else { return Vec::new() };
+        let gone: BTreeSet<EndpointName> =
+            suspects.iter().filter(|r| r.phase == Phase::Attached).map(|r| r.endpoint.name.clone()).collect();
+        let twice: Vec<EndpointName> = {
+            let mut missing = lock(&self.0.missing);
+            let twice = gone.intersection(&missing).cloned().collect();
+            *missing = gone;
+            twice
+        };
+        self.0.publish();
+        let mut released = Vec::new();
+        for name in twice {
+            let inner = Arc::clone(&self.0);
+            let of_work = name.clone();
+            match self.work(name.clone(), async move { inner.release_gone(of_work).await }).await {
+                Ok(true) => released.push(name),
+                Ok(false) => {}
+                Err(error) => tracing::warn!(endpoint = %name, %error, "cannot detach an endpoint whose namespace is gone"),
+            }
+        }
+        for name in suspects.into_iter().filter(|r| r.phase != Phase::Attached).map(|r| r.endpoint.name) {
+            self.clear(&name).await;
+        }
+        released
+    }
+
+    /// Plugs each endpoint again whose namespace is there: for the case that others removed interfaces. Changes nothing where all is in
+    /// place. Returns what failed.
+    pub async fn heal(&self) -> Vec<(EndpointName, EndpointError)> {
+        let names: Vec<EndpointName> = self.list().into_iter().map(|e| e.name).collect();
+        let mut failed = Vec::new();
+        for name in names {
+            let inner = Arc::clone(&self.0);
+            let of_work = name.clone();
+            if let Err(error) = self.work(name.clone(), async move { inner.replug(of_work).await }).await {
+                failed.push((name, error));
+            }
+        }
+        failed
+    }
+
+    /// The task: audits, and when told to stop, lets running work come to its end. What is asked for then is refused.
+    pub async fn run(&self, stop: CancellationToken) {
+        let mut ticks = tokio::time::interval(AUDIT_INTERVAL);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        // The first tick is at once, and `restore` has just looked.
+        ticks.tick().await;
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => break,
+                _ = ticks.tick() => {
+                    self.audit().await;
+                }
+            }
+        }
+        self.close().await;
+    }
+
+    /// Refuses new work and waits for what is running.
+    pub async fn close(&self) {
+        let work = lock(&self.0.work).take();
+        let Some(mut work) = work else { return };
+        while let Some(end) = work.join_next().await {
+            report(end);
+        }
+        if let Err(error) = self.0.persist().await {
+            tracing::warn!(%error, "the endpoints could not be written down at the end");
+        }
+    }
+
+    /// Takes down what is left of an endpoint that is not attached.
+    async fn clear(&self, name: &EndpointName) {
+        let inner = Arc::clone(&self.0);
+        let of_work = name.clone();
+        if let Err(error) = self.work(name.clone(), async move { inner.clear(of_work).await }).await {
+            tracing::warn!(endpoint = %name, %error, "an endpoint is half detached; it is tried again");
+        }
+    }
+
+    /// Runs work on one name as a task: waits for the name and a permit (both given up when the caller goes away), then runs to its end.
+    async fn work<T: Send + 'static>(
+        &self,
+        name: EndpointName,
+        work: impl Future<Output = Result<T, EndpointError>> + Send + 'static,
+    ) -> Result<T, EndpointError> {
+        let guard = self.lock_name(&name).await;
+        let permit = Arc::clone(&self.0.permits).acquire_owned().await.map_err(|_| EndpointError::Ending)?;
+        let (answer, answered) = oneshot::channel();
+        {
+            let mut running = lock(&self.0.work);
+            let running = running.as_mut().ok_or(EndpointError::Ending)?;
+            while let Some(end) = running.try_join_next() {
+                report(end);
+            }
+            running.spawn(async move {
+                let outcome = work.await;
+                drop((guard, permit));
+                // The caller may have gone away; the work is done all the same.
+                let _ = answer.send(outcome);
+            });
+        }
+        answered.await.unwrap_or_else(|_| {
+            Err(EndpointError::Defect { name, text: "the work on it ended without an answer (see the log)".to_owned() })
+        })
+    }
+
+    async fn lock_name(&self, name: &EndpointName) -> OwnedMutexGuard<()> {
+        let of_name = {
+            let mut names = lock(&self.0.names);
+            names.retain(|_, lock| Arc::strong_count(lock) > 1);
+            Arc::clone(names.entry(name.clone()).or_default())
+        };
+        of_name.lock_owned().await
+    }
+}
+
+fn report(end: Result<(), tokio::task::JoinError>) {
+    if let Some(panic) = end.err().and_then(crate::shutdown::panic_text) {
+        tracing::error!(panic, "work on an endpoint panicked");
+    }
+}
+
+#[cfg(test)]
+mod tests;

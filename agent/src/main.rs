@@ -1,1 +1,46 @@
-fn main() {}
+//! `overlayd`: arguments, log, runtime, exit code.
+
+use std::process::ExitCode;
+
+use overlay_agent::config::{HostConfig, command, gather};
+use overlay_agent::{app, telemetry};
+
+/// Two threads: the reconciler can apply a large batch on one while the store and the socket go on on the other.
+const WORKERS: usize = 2;
+
+/// Exit codes of the command line: error, usage.
+const ERROR: u8 = 1;
+const USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    let matches = command().get_matches();
+    let config = match HostConfig::check(gather(&matches)) {
+        Ok(config) => config,
+        Err(mistakes) => return fail(&mistakes, USAGE),
+    };
+    let level = match telemetry::init(&config.log_level, config.log_format) {
+        Ok(level) => level,
+        Err(error) => return fail(&error, ERROR),
+    };
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(WORKERS).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&error, ERROR),
+    };
+    let result = runtime.block_on(async {
+        match matches.subcommand_name() {
+            Some("cleanup") => app::cleanup(config).await,
+            _ => app::run(config, level).await,
+        }
+    });
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&format!("{error:#}"), ERROR),
+    }
+}
+
+fn fail(error: &dyn std::fmt::Display, code: u8) -> ExitCode {
+    use std::io::Write;
+    // A closed stderr is no reason to panic.
+    let _ = writeln!(std::io::stderr(), "overlayd: {error}");
+    ExitCode::from(code)
+}

@@ -1,1 +1,402 @@
-//! (to come)
+//! The one owner of state: an event loop that folds what the store, the kernel and the endpoints report, plans, and applies.
+//!
+//! One task, [`Reconciler::run`]. It owns the roster of leases, desired and actual state; nobody else has them, so nothing is locked. Each round
+//! takes one event, folds whatever else is waiting, then converges: dump where actual state is in doubt, rebuild what is dirty, diff, apply, fold
+//! the outcomes. The batch is applied inside the round, before the next event is folded: an event that others caused after our write is folded after
+//! our write, so the last word is always the kernel's.
+//!
+//! Cancel safety: every await of the `select!` is a channel's `recv`, `changed` or a timer; nothing is lost when another arm wins.
+
+mod inputs;
+mod repair;
+mod report;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::metrics::Metrics;
+use crate::model::api;
+use crate::model::event::{Connection, LeaseWish, OwnLease, StoreEvent};
+use crate::model::network::ConfigErrors;
+use crate::model::{Device, Mac, NetworkConfig, Node, Peer, PerFamily, Refusal, Subnet};
+use crate::plan::desired::{Host, NexthopIds};
+use crate::plan::diff::{diff, diff_keys};
+use crate::plan::roster::{LeaseKey, OwnHost, Roster};
+use crate::plan::underlay::{Inventory, Selection, Underlay};
+use crate::plan::{Batch, DataPath, KernelEvent, Key, Op, State, Value};
+
+use repair::Repairs;
+
+/// How long changes of foreign links and addresses settle before the external interface is looked at again.
+const UNDERLAY_SETTLE: Duration = Duration::from_millis(100);
+/// The least time between two dumps, and how many times its own duration a dump rests, so that a storm of changes is no loop of dumps.
+const DUMP_REST: Duration = Duration::from_millis(20);
+const DUMP_REST_FACTOR: u32 = 5;
+/// How many refusals and repairs of one round are logged one by one before the rest is counted.
+const LOG_LINES: usize = 20;
+
+/// What the reconciler knows from the start.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Who this host is.
+    pub node: Node,
+    /// How the external interface is chosen.
+    pub selection: Selection,
+    /// Whether what leaves the overlay gets the host's address.
+    pub masquerade: bool,
+    /// Transmit checksum offload on the VXLAN devices.
+    pub tx_checksum: bool,
+    /// Whether routes use next-hop objects.
+    pub nexthop_objects: bool,
+    /// Time between two full comparisons with the kernel.
+    pub resync: Duration,
+    /// The store's endpoints and prefix, for the status.
+    pub store_endpoints: Vec<String>,
+    /// The key prefix, for the status.
+    pub store_prefix: String,
+}
+
+/// What is kept over restarts; `app` keeps it in the state directory.
+pub trait Memory: Send {
+    /// The MAC of a device of ours: the one kept, else the one found on the device, else a new one; kept from then on.
+    fn mac(&mut self, device: Device, found: Option<Mac>) -> Mac;
+    /// The subnet that this host held last.
+    fn preferred(&self) -> Option<Subnet>;
+    /// The value of a sysctl before the agent first changed it, so that `overlayd cleanup` can put it back.
+    fn sysctl_was(&mut self, path: &str, value: &str);
+}
+
+/// The overlay as this host has it, for all who build on it (endpoints, `subnet.env`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Overlay {
+    /// The network.
+    pub network: NetworkConfig,
+    /// This host's subnet.
+    pub subnet: Subnet,
+    /// The bridge.
+    pub bridge: Device,
+    /// MTU in bytes.
+    pub mtu: u32,
+    /// This host's underlay addresses.
+    pub public_ip: PerFamily<std::net::IpAddr>,
+}
+
+/// A lease for the table, with its etcd lease so that the time left can be asked for.
+pub type SubnetRow = (api::SubnetEntry, Option<i64>);
+
+/// Questions to the reconciler.
+#[derive(Debug)]
+pub enum Query {
+    /// The agent's status, the endpoints' number aside.
+    Status(oneshot::Sender<api::Status>),
+    /// Every lease.
+    Subnets(oneshot::Sender<Vec<SubnetRow>>),
+    /// Every peer in the data path.
+    Peers(oneshot::Sender<api::Peers>),
+}
+
+/// The ends of the channels that the reconciler holds; all are bounded.
+#[derive(Debug)]
+pub struct Channels {
+    /// From the store.
+    pub store: mpsc::Receiver<StoreEvent>,
+    /// From the kernel.
+    pub kernel: mpsc::Receiver<KernelEvent>,
+    /// From the admin socket.
+    pub queries: mpsc::Receiver<Query>,
+    /// The host's ends of the endpoints' veth pairs.
+    pub ports: watch::Receiver<Vec<String>>,
+    /// To the store: what this host wants to hold.
+    pub wish: watch::Sender<Option<LeaseWish>>,
+    /// To the endpoints and `subnet.env`: the overlay once it is in place.
+    pub overlay: watch::Sender<Option<Overlay>>,
+    /// Counts up whenever an answer to a [`Query`] may have changed.
+    pub changes: watch::Sender<u64>,
+    /// Whether the agent is ready.
+    pub ready: watch::Sender<bool>,
+    /// Counts up whenever others removed the host's end of an endpoint's veth pair: only the endpoints can make it again.
+    pub ports_lost: watch::Sender<u64>,
+}
+
+/// The owner of state.
+pub struct Reconciler<D, M> {
+    settings: Settings,
+    data_path: D,
+    memory: M,
+    metrics: Arc<Metrics>,
+    started: Instant,
+
+    // What the store says.
+    connection: Connection,
+    network: Option<NetworkConfig>,
+    config_missing: bool,
+    config_errors: Option<ConfigErrors>,
+    snapshot_seen: bool,
+    roster: Roster,
+    own: OwnLease,
+
+    // What the host is like.
+    inventory: Inventory,
+    underlay: Option<Underlay>,
+    underlay_error: Option<String>,
+    ports: Vec<String>,
+
+    // What follows.
+    host: Option<Host>,
+    own_host: Option<OwnHost>,
+    peers: BTreeMap<LeaseKey, Peer>,
+    refused: BTreeMap<LeaseKey, Refusal>,
+    ids: NexthopIds,
+    desired: State,
+    actual: State,
+
+    // What is to be done.
+    host_dirty: bool,
+    leases_dirty: BTreeSet<LeaseKey>,
+    dirty: BTreeSet<Key>,
+    all_dirty: bool,
+    stale: Option<&'static str>,
+    dump_error: Option<String>,
+    not_before: Instant,
+    underlay_due: Option<Instant>,
+    resync_due: Instant,
+    repairs: Repairs,
+    changed: bool,
+    port_lost: bool,
+}
+
+impl<D: DataPath, M: Memory> Reconciler<D, M> {
+    /// A reconciler that knows nothing yet.
+    pub fn new(settings: Settings, data_path: D, memory: M, metrics: Arc<Metrics>) -> Self {
+        let now = Instant::now();
+        Reconciler {
+            resync_due: now + settings.resync,
+            settings,
+            data_path,
+            memory,
+            metrics,
+            started: now,
+            connection: Connection::Down { error: "not connected yet".to_owned() },
+            network: None,
+            config_missing: false,
+            config_errors: None,
+            snapshot_seen: false,
+            roster: Roster::default(),
+            own: OwnLease::Wanted { reason: "not asked for yet".to_owned() },
+            inventory: Inventory::default(),
+            underlay: None,
+            underlay_error: None,
+            ports: Vec::new(),
+            host: None,
+            own_host: None,
+            peers: BTreeMap::new(),
+            refused: BTreeMap::new(),
+            ids: NexthopIds::default(),
+            desired: State::new(),
+            actual: State::new(),
+            host_dirty: false,
+            leases_dirty: BTreeSet::new(),
+            dirty: BTreeSet::new(),
+            all_dirty: false,
+            stale: Some("start"),
+            dump_error: None,
+            not_before: now,
+            underlay_due: Some(now),
+            repairs: Repairs::default(),
+            changed: true,
+            port_lost: false,
+        }
+    }
+
+    /// Runs until `shutdown`. The data path is left as it is then.
+    pub async fn run(mut self, mut channels: Channels, shutdown: CancellationToken) {
+        self.ports = channels.ports.borrow_and_update().clone();
+        self.converge(&channels).await;
+        loop {
+            let timer = tokio::time::sleep_until(self.next_deadline().into());
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                Some(event) = channels.store.recv() => self.fold_store(event),
+                Some(event) = channels.kernel.recv() => self.fold_kernel(event),
+                Some(query) = channels.queries.recv() => {
+                    self.answer(query);
+                    continue;
+                }
+                Ok(()) = channels.ports.changed() => {
+                    self.ports = channels.ports.borrow_and_update().clone();
+                    self.host_dirty = true;
+                }
+                () = timer => {}
+            }
+            // What waits already is folded into the same round. Bounded by the channels' sizes.
+            while let Ok(event) = channels.kernel.try_recv() {
+                self.fold_kernel(event);
+            }
+            while let Ok(event) = channels.store.try_recv() {
+                self.fold_store(event);
+            }
+            self.converge(&channels).await;
+        }
+    }
+
+    /// The next moment at which something is due without an event.
+    fn next_deadline(&self) -> Instant {
+        let stale = self.stale.map(|_| self.not_before);
+        [stale, self.underlay_due, self.repairs.next_due()].into_iter().flatten().fold(self.resync_due, Instant::min)
+    }
+
+    /// Brings actual state as near to desired state as it can be brought now.
+    async fn converge(&mut self, channels: &Channels) {
+        let now = Instant::now();
+        if now >= self.resync_due {
+            self.stale.get_or_insert("periodic resync");
+            self.resync_due = now + self.settings.resync;
+        }
+        let before_dump = if self.stale.is_some() && now >= self.not_before { self.dump().await } else { None };
+        if self.underlay_due.is_some_and(|due| now >= due) {
+            self.look_at_underlay().await;
+        }
+        self.rebuild(channels);
+        self.settle();
+        self.dirty.extend(self.repairs.due(now));
+        let mut batch = self.plan();
+        if let Some(before) = before_dump {
+            self.count_drift_of_dump(&before, &batch);
+        }
+        batch.retain(|op| !self.repairs.holds_back(op.key(), now));
+        if !batch.is_empty() {
+            self.apply(batch).await;
+        }
+        self.publish(channels);
+    }
+
+    /// Reads actual state anew. Returns the state as it was believed to be, once there has been a plan to compare with.
+    async fn dump(&mut self) -> Option<State> {
+        let reason = self.stale.take().unwrap_or_default();
+        let begun = Instant::now();
+        match self.data_path.dump().await {
+            Ok(state) => {
+                let took = begun.elapsed();
+                tracing::debug!(reason, entries = state.len(), ms = took.as_millis(), "kernel state read");
+                self.not_before = Instant::now() + DUMP_REST.max(took * DUMP_REST_FACTOR);
+                self.dump_error = None;
+                let before = std::mem::replace(&mut self.actual, state);
+                self.ids.adopt(&self.actual);
+                self.all_dirty = true;
+                let missing = |port: &String| !self.actual.contains_key(&Key::Link(port.clone()));
+                self.port_lost |= self.ports.iter().any(missing);
+                self.host.is_some().then_some(before)
+            }
+            Err(error) => {
+                tracing::error!(reason, %error, "kernel state cannot be read, trying again in a second");
+                self.dump_error = Some(error.to_string());
+                self.stale = Some("retry after an error");
+                self.not_before = Instant::now() + Duration::from_secs(1);
+                None
+            }
+        }
+    }
+
+    /// The ops that are due.
+    fn plan(&mut self) -> Batch {
+        let dirty = std::mem::take(&mut self.dirty);
+        // Until there is a lease nothing is known to be wrong: what an earlier run left forwards on, untouched.
+        if self.host.is_none() {
+            return Batch::new();
+        }
+        if std::mem::take(&mut self.all_dirty) {
+            diff(&self.desired, &self.actual)
+        } else {
+            diff_keys(&self.desired, &self.actual, dirty.iter())
+        }
+    }
+
+    /// Applies a batch and folds what became of it.
+    async fn apply(&mut self, batch: Batch) {
+        for op in &batch {
+            if let Op::Set(Key::Sysctl(path), _) = op
+                && let Some(Value::Sysctl(was)) = self.actual.get(op.key())
+            {
+                self.memory.sysctl_was(path, was);
+            }
+        }
+        let begun = Instant::now();
+        let report = self.data_path.apply(&batch).await;
+        let took = begun.elapsed();
+        self.metrics.batch_applied(batch.len(), report.failed.len(), took);
+        tracing::debug!(ops = batch.len(), failed = report.failed.len(), ms = took.as_secs_f64() * 1e3, "batch applied");
+        let mut failed = report.failed.into_iter().peekable();
+        for (index, op) in batch.into_iter().enumerate() {
+            if let Some((_, error)) = failed.next_if(|(i, _)| *i == index) {
+                self.repairs.failed(&op, error);
+            } else {
+                self.repairs.succeeded(op.key());
+                self.fold_applied(op);
+            }
+        }
+        self.changed = true;
+    }
+
+    /// An op that the kernel accepted is actual state now.
+    fn fold_applied(&mut self, op: Op) {
+        match op {
+            // By far the most: the routes of a next hop that goes were deleted before it, so there is nothing to follow.
+            Op::Delete(key @ Key::Nexthop(_), value) => {
+                if let (Value::Nexthop { device, gateway }, false) = (value, self.desired.contains_key(&key)) {
+                    self.ids.release(device, gateway);
+                }
+                self.actual.remove(&key);
+            }
+            op => op.record(&mut self.actual),
+        }
+    }
+
+    /// Tells the others what is new.
+    fn publish(&mut self, channels: &Channels) {
+        self.metrics.set_peers(self.peers.len());
+        self.metrics.set_leases(self.roster.len(), self.refused.len());
+        self.metrics.set_failed_entries(self.repairs.len());
+        let ready = self.is_ready();
+        self.metrics.set_ready(ready);
+        channels.ready.send_if_modified(|was| std::mem::replace(was, ready) != ready);
+        if let Some(host) = &self.host
+            && !self.repairs.any(|key| matches!(key, Key::Link(_) | Key::Address(..) | Key::Sysctl(_) | Key::Ruleset))
+        {
+            let overlay = Overlay {
+                network: host.network.clone(),
+                subnet: host.subnet,
+                bridge: Device::bridge(host.network.vxlan.vni),
+                mtu: host.mtu(),
+                public_ip: host.underlay.public_ip,
+            };
+            channels.overlay.send_if_modified(|was| {
+                let new = was.as_ref() != Some(&overlay);
+                if new {
+                    *was = Some(overlay);
+                }
+                new
+            });
+        }
+        if std::mem::take(&mut self.port_lost) {
+            channels.ports_lost.send_modify(|count| *count += 1);
+        }
+        if std::mem::take(&mut self.changed) {
+            channels.changes.send_modify(|count| *count += 1);
+        }
+    }
+
+    /// Snapshot seen, own lease held, nothing failed pending.
+    fn is_ready(&self) -> bool {
+        self.snapshot_seen
+            && self.host.is_some()
+            && matches!(self.own, OwnLease::Held(_))
+            && self.stale.is_none_or(|reason| reason == "periodic resync")
+            && self.repairs.is_empty()
+    }
+}

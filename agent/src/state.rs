@@ -1,1 +1,204 @@
-//! (to come)
+//! What the agent keeps on disk: the state directory (`--state-dir`), the locks that keep a second agent out, and `subnet.env`.
+//!
+//! All functions block on the file system; asynchronous callers use `tokio::task::spawn_blocking`. No tasks of its own. Files are
+//! written whole by [`write_whole`], so that a reader or a crash sees the old text or the new one and nothing between.
+
+mod file;
+mod lock;
+mod subnet_env;
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::model::{Device, Mac, PerFamily, Subnet};
+
+pub use file::{FileError, write_if_changed, write_whole};
+pub use lock::{LockError, RunLock};
+pub use subnet_env::{subnet_env, write_subnet_env};
+
+/// The version of the files' shapes. A file of a later version is refused, not set aside: a newer agent wrote it.
+const VERSION: u32 = 1;
+
+/// Mode of the state directory: its files say how containers are wired, which is nobody else's business.
+const DIRECTORY_MODE: u32 = 0o700;
+
+/// Mode of the files in it.
+const FILE_MODE: u32 = 0o600;
+
+/// The state directory, held by a lock for as long as this value lives.
+#[derive(Debug)]
+pub struct StateDir {
+    path: PathBuf,
+    _lock: RunLock,
+}
+
+/// Why the state directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// The file system refused.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// Another agent holds the directory.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// The file was written by a later version.
+    #[error(
+        "{path} has version {found}, this overlayd knows {VERSION}: a newer overlayd wrote it; run that one, or move the file away"
+    )]
+    Version {
+        /// The file.
+        path: PathBuf,
+        /// The version in it.
+        found: u32,
+    },
+}
+
+/// What this host remembers of itself (`state.json`), so that a restart or reboot changes nothing for its peers.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostState {
+    /// The MAC of each device of ours, by the device's name, which says VNI and family.
+    #[serde(default)]
+    macs: BTreeMap<String, Mac>,
+    /// The subnet held last.
+    #[serde(default)]
+    pub subnet: Option<Subnet>,
+    /// The underlay addresses published last.
+    #[serde(default)]
+    pub public_ip: PerFamily<IpAddr>,
+    /// The values of sysctls before the agent first changed them, by path below `/proc/sys/net`; `overlayd cleanup` puts them back.
+    #[serde(default)]
+    pub sysctls: BTreeMap<String, String>,
+}
+
+impl HostState {
+    /// The MAC of a device: the one remembered, else the one found on the device (whose peers know it), else a new one. Returns whether it
+    /// has to be saved.
+    pub fn mac(&mut self, device: Device, found: Option<Mac>) -> (Mac, bool) {
+        let mut new = false;
+        let mac = *self.macs.entry(device.name()).or_insert_with(|| {
+            new = true;
+            found.filter(|mac| mac.is_unicast()).unwrap_or_else(|| Mac::local(rand::random()))
+        });
+        (mac, new)
+    }
+}
+
+/// A file's content behind its version.
+#[derive(Serialize, Deserialize)]
+struct Versioned<T> {
+    version: u32,
+    #[serde(flatten)]
+    content: T,
+}
+
+/// The version alone, read first so that a later shape is not taken for a torn file.
+#[derive(Deserialize)]
+struct VersionOnly {
+    version: u32,
+}
+
+impl StateDir {
+    /// Opens the directory, made with mode 0700 where it is missing, and locks it. Two agents cannot share one: the second is refused.
+    pub fn open(path: &Path) -> Result<StateDir, StateError> {
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(DIRECTORY_MODE)
+            .create(path)
+            .map_err(|source| FileError::new("make the directory", path, source))?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(DIRECTORY_MODE))
+            .map_err(|source| FileError::new("set the mode of", path, source))?;
+        let lock = RunLock::acquire_named(path, lock::STATE_LOCK)?;
+        Ok(StateDir { path: path.to_owned(), _lock: lock })
+    }
+
+    /// Removes everything that the agent keeps, and the directory where nothing else is in it.
+    pub fn remove(self) -> Result<(), StateError> {
+        let removed = ["endpoints.json", "state.json", "node-id", lock::STATE_LOCK].iter().map(|name| {
+            let path = self.path.join(name);
+            match std::fs::remove_file(&path) {
+                Err(source) if source.kind() != std::io::ErrorKind::NotFound => Err(FileError::new("remove", &path, source)),
+                _ => Ok(()),
+            }
+        });
+        removed.collect::<Result<(), FileError>>()?;
+        match std::fs::remove_dir(&self.path) {
+            // Files that were set aside as torn are for a person to look at.
+            Err(source) if source.kind() != std::io::ErrorKind::DirectoryNotEmpty => {
+                Err(FileError::new("remove the directory", &self.path, source).into())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The host's identity (`node-id`): 32 hex digits, made at the first start.
+    pub fn node_id(&self) -> Result<String, StateError> {
+        let path = self.path.join("node-id");
+        if let Some(text) = file::read(&path)? {
+            let id = String::from_utf8_lossy(&text).trim_end().to_owned();
+            if id.len() == 32 && id.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
+                return Ok(id);
+            }
+            file::set_aside(&path, "it is not 32 hex digits")?;
+        }
+        let id = format!("{:032x}", rand::random::<u128>());
+        write_whole(&path, format!("{id}\n").as_bytes(), FILE_MODE)?;
+        tracing::info!(node_id = id, path = %path.display(), "made this host's identity");
+        Ok(id)
+    }
+
+    /// What the host remembers (`state.json`); nothing at the first start and where the file was torn.
+    pub fn load_host(&self) -> Result<HostState, StateError> {
+        Ok(self.load("state.json")?.unwrap_or_default())
+    }
+
+    /// Keeps what the host is to remember; without a write where it stands there already.
+    pub fn save_host(&self, state: &HostState) -> Result<(), StateError> {
+        self.save("state.json", state)
+    }
+
+    /// The content of a JSON file in the directory; `None` where it is not there, or was torn and has been set aside.
+    pub fn load<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, StateError> {
+        let path = self.path.join(name);
+        let Some(bytes) = file::read(&path)? else { return Ok(None) };
+        let version = match serde_json::from_slice::<VersionOnly>(&bytes) {
+            Ok(head) => head.version,
+            Err(e) => {
+                file::set_aside(&path, &e.to_string())?;
+                return Ok(None);
+            }
+        };
+        if version > VERSION {
+            return Err(StateError::Version { path, found: version });
+        }
+        match serde_json::from_slice::<Versioned<T>>(&bytes) {
+            Ok(file) => Ok(Some(file.content)),
+            Err(e) => {
+                file::set_aside(&path, &e.to_string())?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// Writes a JSON file of the directory whole; not at all where the same text stands there.
+    pub fn save<T: Serialize>(&self, name: &str, content: &T) -> Result<(), StateError> {
+        let path = self.path.join(name);
+        let mut bytes = serde_json::to_vec_pretty(&Versioned { version: VERSION, content })
+            .map_err(|e| FileError::new("encode", &path, std::io::Error::other(e)))?;
+        bytes.push(b'\n');
+        write_if_changed(&path, &bytes, FILE_MODE)?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

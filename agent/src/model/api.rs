@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::endpoint::EndpointName;
 use super::network::FieldError;
-use super::{Cidr, Endpoint, Mac, NetworkConfig, PerFamily, Refusal, Subnet, Vni};
+use super::{Backend, Cidr, Endpoint, Mac, NetworkConfig, PerFamily, Record, Refusal, Subnet, Vni};
 
 /// The version of these shapes, the first part of each path: `/v1/...`.
 pub const VERSION: u32 = 1;
@@ -167,6 +167,49 @@ pub struct SubnetEntry {
     pub own: bool,
     /// Why it is left out of the data path; absent where it is in it.
     pub refused: Option<String>,
+}
+
+impl SubnetEntry {
+    /// The lease as it stands in the store; whose it is and whether it counts is for the caller to add.
+    pub fn from_record(key: &str, record: &Record) -> SubnetEntry {
+        let lease = &record.lease;
+        let (vni, vtep) = match &lease.backend {
+            Backend::Vxlan { vni, vtep } => (Some(*vni), *vtep),
+            Backend::Other { .. } => (None, PerFamily::default()),
+        };
+        SubnetEntry {
+            key: key.to_owned(),
+            subnet: Some(record.subnet),
+            host: lease.node.as_ref().map(|node| node.name.clone()),
+            node_id: lease.node.as_ref().map(|node| node.id.clone()),
+            public_ip: lease.public_ip,
+            backend: Some(lease.backend.name().to_owned()),
+            vni,
+            vtep,
+            expires_in_seconds: None,
+            reservation: record.etcd_lease.is_none(),
+            own: false,
+            refused: None,
+        }
+    }
+
+    /// An entry that is no lease.
+    pub fn from_refusal(refusal: &Refusal) -> SubnetEntry {
+        SubnetEntry {
+            key: refusal.key.clone(),
+            subnet: Subnet::from_key(&refusal.key).ok(),
+            host: None,
+            node_id: None,
+            public_ip: PerFamily::default(),
+            backend: None,
+            vni: None,
+            vtep: PerFamily::default(),
+            expires_in_seconds: None,
+            reservation: false,
+            own: false,
+            refused: Some(refusal.kind.to_string()),
+        }
+    }
 }
 
 /// `GET /v1/peers`.

@@ -128,7 +128,15 @@ pub enum RefusalKind {
         /// The offending range.
         subnet: Cidr,
     },
-    /// The range is the overlay network as a whole, or as large.
+    /// The subnet is more of the network than one host can hold.
+    #[error("{subnet} is more than a quarter of the network {network}")]
+    TooWide {
+        /// The offending range.
+        subnet: Cidr,
+        /// The configured network.
+        network: Cidr,
+    },
+    /// The range is part of this host's own subnet, or holds it.
     #[error("{subnet} overlaps this host's own subnet {own}")]
     OverlapsOwn {
         /// The offending subnet.
@@ -187,6 +195,7 @@ impl RefusalKind {
             RefusalKind::Malformed { .. } => "malformed",
             RefusalKind::Field { .. } => "field",
             RefusalKind::OutsideNetwork { .. } => "outside-network",
+            RefusalKind::TooWide { .. } => "too-wide",
             RefusalKind::FamilyNotUsed { .. } => "family-not-used",
             RefusalKind::OverlapsOwn { .. } => "overlaps-own",
             RefusalKind::Overlap { .. } => "overlap",

@@ -1,1 +1,220 @@
-//! (to come)
+//! What has to change so that actual state becomes desired state, in an order in which nothing that carries traffic breaks.
+//!
+//! The comparison goes over the union of keys: what is desired and differs is set, what is there and not desired is deleted. All settings come
+//! before all deletions (make before break); settings in the order of their stages, each standing on those before, deletions in reverse.
+//! Only what lives on a device that has to be made again goes first, and comes back with it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::ops::{Batch, Op};
+use super::state::{Key, LinkKind, LinkState, State, Value, Via, device_of};
+use crate::model::Device;
+
+/// The batch that makes all of `actual` equal to `desired`.
+pub fn diff(desired: &State, actual: &State) -> Batch {
+    compare(desired, actual, desired.keys().chain(actual.keys().filter(|key| !desired.contains_key(key))))
+}
+
+/// The same for some keys only, each named once. A device's link stands for all that lives on it where the device is made, made again or
+/// removed. Costs in time grow with the number of keys, not with that of the entries.
+pub fn diff_keys<'a>(desired: &'a State, actual: &'a State, keys: impl IntoIterator<Item = &'a Key>) -> Batch {
+    let mut keys: BTreeSet<&Key> = keys.into_iter().collect();
+    let mut fates = Fates::new(desired, actual);
+    let changing: BTreeSet<Device> = keys
+        .iter()
+        .filter_map(|key| link_device(key))
+        .filter(|device| !matches!(fates.of(*device), Fate::Kept | Fate::InTheWay))
+        .collect();
+    if !changing.is_empty() {
+        for state in [desired, actual] {
+            let on_them =
+                |key: &Key, value: &Value| stands_on(key, value, state).is_some_and(|device| changing.contains(&device));
+            keys.extend(state.iter().filter(|(key, value)| on_them(key, value)).map(|(key, _)| key));
+        }
+    }
+    compare(desired, actual, keys)
+}
+
+fn compare<'a>(desired: &State, actual: &State, keys: impl IntoIterator<Item = &'a Key>) -> Batch {
+    let mut fates = Fates::new(desired, actual);
+    let mut teardown = Vec::new();
+    let mut sets = Vec::new();
+    let mut deletions = Vec::new();
+    for key in keys {
+        let (wanted, mut found) = (desired.get(key), actual.get(key));
+        let wanted_on = wanted.and_then(|value| stands_on(key, value, desired)).map(|device| fates.of(device));
+        let found_on = found.and_then(|value| stands_on(key, value, actual)).map(|device| fates.of(device));
+        if wanted_on == Some(Fate::InTheWay) || (key.device().is_some() && found_on == Some(Fate::InTheWay)) {
+            // The link is somebody else's: setting it fails with advice, and nothing is done to it.
+            continue;
+        }
+        if let Some(value) = found
+            && let Some(fate) = found_on
+            && fate.takes(key)
+        {
+            // Left to the kernel, each next hop that goes with its device walks the whole routing table.
+            if fate == Fate::MadeAgain && matches!(key, Key::Route(_) | Key::Nexthop(_)) {
+                teardown.push(Op::Delete(key.clone(), value.clone()));
+            }
+            found = None;
+        }
+        match (wanted, found) {
+            (Some(wanted), Some(found)) if satisfied(wanted, found) => {}
+            (Some(wanted), found) => {
+                if let Some(found) = found
+                    && must_be_made_again(wanted, found)
+                {
+                    teardown.push(Op::Delete(key.clone(), found.clone()));
+                }
+                sets.push(Op::Set(key.clone(), wanted.clone()));
+            }
+            (None, Some(found)) if ours(key, found) => {
+                // What stands on a device alone goes with it.
+                if key.device().is_none() || found_on != Some(Fate::Removed) {
+                    deletions.push(Op::Delete(key.clone(), found.clone()));
+                }
+            }
+            (None, _) => {}
+        }
+    }
+    teardown.sort_by_key(|op| std::cmp::Reverse(stage(op.key())));
+    sets.sort_by_key(|op| stage(op.key()));
+    deletions.sort_by_key(|op| std::cmp::Reverse(stage(op.key())));
+    teardown.append(&mut sets);
+    teardown.append(&mut deletions);
+    teardown
+}
+
+/// What becomes of a device, and so of what lives on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    /// It stays as it is, or changes in a way that what lives on it survives.
+    Kept,
+    /// It gets another MAC: the kernel forgets its neighbours then, permanent ones included (`neigh_changeaddr` in
+    /// `net/core/neighbour.c`).
+    NewMac,
+    /// It is not there yet.
+    Made,
+    /// It is deleted and made.
+    MadeAgain,
+    /// It is deleted.
+    Removed,
+    /// A link of its name is not ours.
+    InTheWay,
+}
+
+impl Fate {
+    /// Whether the entry is gone, or a port loose, once the link is as wanted.
+    fn takes(self, key: &Key) -> bool {
+        match self {
+            Fate::Made | Fate::MadeAgain => true,
+            Fate::NewMac => matches!(key, Key::Neigh(..)),
+            Fate::Kept | Fate::Removed | Fate::InTheWay => false,
+        }
+    }
+}
+
+/// The fates of devices, each found once.
+struct Fates<'a> {
+    desired: &'a State,
+    actual: &'a State,
+    known: BTreeMap<Device, Fate>,
+}
+
+impl<'a> Fates<'a> {
+    fn new(desired: &'a State, actual: &'a State) -> Fates<'a> {
+        Fates { desired, actual, known: BTreeMap::new() }
+    }
+
+    fn of(&mut self, device: Device) -> Fate {
+        let Fates { desired, actual, known } = self;
+        *known.entry(device).or_insert_with(|| {
+            let key = Key::Link(device.name());
+            match (desired.get(&key), actual.get(&key)) {
+                (_, Some(Value::Link(found))) if matches!(found.kind, LinkKind::Foreign { .. }) => Fate::InTheWay,
+                (Some(wanted), Some(found)) if must_be_made_again(wanted, found) => Fate::MadeAgain,
+                (Some(Value::Link(wanted)), Some(Value::Link(found))) if wanted.mac.is_some_and(|mac| found.mac != Some(mac)) => {
+                    Fate::NewMac
+                }
+                (Some(_), None) => Fate::Made,
+                (None, Some(_)) => Fate::Removed,
+                _ => Fate::Kept,
+            }
+        })
+    }
+}
+
+/// The device that an entry needs: the one it lives on, and for a port its bridge.
+fn stands_on(key: &Key, value: &Value, state: &State) -> Option<Device> {
+    match value {
+        Value::Link(link) => link.master,
+        _ => device_of(key, value, state),
+    }
+}
+
+/// The device that a link is; `None` for ports and for entries that are no links.
+fn link_device(key: &Key) -> Option<Device> {
+    match key {
+        Key::Link(name) => Device::from_name(name),
+        _ => None,
+    }
+}
+
+/// Whether what is found is as good as what is wanted.
+pub fn satisfied(wanted: &Value, found: &Value) -> bool {
+    match (wanted, found) {
+        (Value::Link(wanted), Value::Link(found)) => {
+            let LinkState { kind, mac, mtu, up, master } = &**wanted;
+            *kind == found.kind
+                && mac.is_none_or(|mac| found.mac == Some(mac))
+                && *mtu == found.mtu
+                && *up == found.up
+                && *master == found.master
+        }
+        _ => wanted == found,
+    }
+}
+
+/// Whether a link has to be deleted before it can be as wanted.
+fn must_be_made_again(wanted: &Value, found: &Value) -> bool {
+    match (wanted, found) {
+        (Value::Link(wanted), Value::Link(found)) => match (&wanted.kind, &found.kind) {
+            (LinkKind::Vxlan(wanted), LinkKind::Vxlan(found)) => !found.changes_in_place(wanted),
+            // A foreign link is never touched: setting it fails with advice.
+            _ => false,
+        },
+        _ => false,
+    }
+}
+
+/// Whether an entry may be deleted: sysctls have no absence, foreign things are not ours, and endpoints own their links.
+fn ours(key: &Key, found: &Value) -> bool {
+    match (key, found) {
+        (Key::Sysctl(_), _) | (_, Value::Route(Via::Foreign)) => false,
+        (_, Value::Link(link)) => !matches!(link.kind, LinkKind::Foreign { .. } | LinkKind::Port),
+        _ => true,
+    }
+}
+
+/// The order in which entries are made: each stands on those of earlier stages.
+///
+/// Router advertisements are settled before forwarding is switched on, because the kernel drops default routes that came from them at that
+/// moment (`rt6_purge_dflt_routers` in `net/ipv6/route.c`). The FDB entry comes before the neighbour, so that no neighbour points to a MAC
+/// without a destination; the route comes last, because it draws the traffic.
+fn stage(key: &Key) -> u8 {
+    match key {
+        // Ports need their bridge.
+        Key::Link(name) => u8::from(Device::from_name(name).is_none()),
+        Key::Sysctl(path) if path.ends_with("accept_ra") => 2,
+        Key::Sysctl(_) => 3,
+        Key::Address(..) => 4,
+        Key::Ruleset | Key::ForwardAccept(_) => 5,
+        Key::Fdb(..) => 6,
+        Key::Neigh(..) => 7,
+        Key::Nexthop(_) => 8,
+        Key::Route(_) => 9,
+    }
+}
+
+#[cfg(test)]
+mod tests;

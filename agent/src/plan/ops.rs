@@ -4,7 +4,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::state::{Key, State, Value};
+use super::state::{Key, State, Value, Via, device_of};
+use crate::model::Device;
 
 /// One change of the kernel. Setting is idempotent: what is there with another value is replaced.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,6 +25,57 @@ impl Op {
     pub fn key(&self) -> &Key {
         match self {
             Op::Set(key, _) | Op::Delete(key, _) => key,
+        }
+    }
+
+    /// Follows in `state` what the kernel does when it has applied the op: a device takes along what lives on it, a next hop the routes
+    /// that use it, and a device with a new MAC forgets its neighbours (`neigh_changeaddr` in `net/core/neighbour.c`).
+    pub fn record(&self, state: &mut State) {
+        match self {
+            Op::Set(key, value) => {
+                let mut value = value.clone();
+                if let Value::Link(new) = &mut value
+                    && let Some(Value::Link(old)) = state.get(key)
+                {
+                    let old_mac = old.mac;
+                    new.mac = new.mac.or(old_mac);
+                    if new.mac != old_mac {
+                        forget(state, key, |key| matches!(key, Key::Neigh(..)));
+                    }
+                }
+                state.insert(key.clone(), value);
+            }
+            Op::Delete(key, _) => {
+                match key {
+                    Key::Link(_) => forget(state, key, |_| true),
+                    Key::Nexthop(id) => state.retain(|_, value| *value != Value::Route(Via::Nexthop(*id))),
+                    _ => {}
+                }
+                state.remove(key);
+            }
+        }
+    }
+}
+
+/// Removes the entries of one kind from the device that `link` is; a bridge's ports lose their master.
+fn forget(state: &mut State, link: &Key, kind: impl Fn(&Key) -> bool) {
+    let Key::Link(name) = link else { return };
+    let Some(device) = Device::from_name(name) else { return };
+    let mut gone = Vec::new();
+    for (key, value) in &*state {
+        if kind(key) && device_of(key, value, state) == Some(device) {
+            gone.push(key.clone());
+        }
+    }
+    for key in gone {
+        state.remove(&key);
+    }
+    for (key, value) in state.iter_mut() {
+        if let Value::Link(port) = value
+            && kind(key)
+            && port.master == Some(device)
+        {
+            port.master = None;
         }
     }
 }

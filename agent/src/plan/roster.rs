@@ -1,1 +1,278 @@
-//! (to come)
+//! Which leases count: every entry of the store, indexed so that one change is judged without looking at the others.
+//!
+//! An entry is left out where it cannot be right by itself (outside the network, another backend), where it contradicts this host (its
+//! subnet, address or MAC), and where it contradicts another entry that ranks before it. Rank is: leases that the network's pools would give
+//! out before others, then the older before the younger. An entry that is itself left out still ranks, so that the verdict on each entry
+//! depends on its neighbours only, never on a chain.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use crate::model::event::StoreEntry;
+use crate::model::peer::Reach;
+use crate::model::{Backend, Cidr, Family, Mac, NetworkConfig, Peer, PerFamily, Record, Refusal, RefusalKind, Subnet};
+
+/// The part of a lease's key behind `<prefix>/subnets/`.
+pub type LeaseKey = Arc<str>;
+
+/// This host, as far as other leases can contradict it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OwnHost {
+    /// The subnet it holds.
+    pub subnet: Subnet,
+    /// Its underlay addresses.
+    pub public_ip: PerFamily<IpAddr>,
+    /// The MACs of its VXLAN devices.
+    pub vtep: PerFamily<Mac>,
+}
+
+/// What an entry is to this host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Standing {
+    /// This host's own lease.
+    Own,
+    /// A peer in the data path.
+    Peer(Peer),
+    /// Left out.
+    Refused(Refusal),
+}
+
+/// All entries of the store.
+#[derive(Debug, Default)]
+pub struct Roster {
+    entries: BTreeMap<LeaseKey, Result<Record, Refusal>>,
+    by_cidr: BTreeMap<Cidr, BTreeSet<LeaseKey>>,
+    by_mac: HashMap<(Family, Mac), BTreeSet<LeaseKey>>,
+}
+
+impl Roster {
+    /// Every entry, by key.
+    pub fn iter(&self) -> impl Iterator<Item = (&LeaseKey, &Result<Record, Refusal>)> {
+        self.entries.iter()
+    }
+
+    /// One entry.
+    pub fn get(&self, key: &str) -> Option<&Result<Record, Refusal>> {
+        self.entries.get(key)
+    }
+
+    /// Number of entries, those left out included.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Makes the entries those of a snapshot: what it lacks is gone. Returns the keys whose verdict may have changed.
+    pub fn replace(&mut self, snapshot: Vec<StoreEntry>) -> BTreeSet<LeaseKey> {
+        let new: BTreeSet<&str> = snapshot.iter().map(|entry| entry.key.as_str()).collect();
+        let gone: Vec<LeaseKey> = self.entries.keys().filter(|key| !new.contains(key.as_ref())).cloned().collect();
+        let mut affected = BTreeSet::new();
+        for key in gone {
+            affected.extend(self.remove(&key));
+        }
+        for entry in snapshot {
+            affected.extend(self.upsert(entry));
+        }
+        affected
+    }
+
+    /// Adds or changes an entry. Returns the keys whose verdict may have changed: none where nothing that matters did.
+    pub fn upsert(&mut self, entry: StoreEntry) -> BTreeSet<LeaseKey> {
+        let StoreEntry { key, value } = entry;
+        if let Some(old) = self.entries.get(key.as_str())
+            && same(old, &value)
+        {
+            // A renewal: the revisions change, the meaning does not.
+            self.entries.insert(key.into(), value);
+            return BTreeSet::new();
+        }
+        let mut affected = self.remove(&key);
+        let key: LeaseKey = key.into();
+        if let Ok(record) = &value {
+            for (_, cidr) in record.subnet.iter() {
+                self.by_cidr.entry(cidr).or_default().insert(key.clone());
+            }
+            for mac in macs(record) {
+                self.by_mac.entry(mac).or_default().insert(key.clone());
+            }
+            affected.extend(self.neighbours(record));
+        }
+        self.entries.insert(key.clone(), value);
+        affected.insert(key);
+        affected
+    }
+
+    /// Takes an entry away. Returns the keys whose verdict may have changed, its own included.
+    pub fn remove(&mut self, key: &str) -> BTreeSet<LeaseKey> {
+        let Some((key, value)) = self.entries.remove_entry(key) else { return BTreeSet::new() };
+        let mut affected = BTreeSet::new();
+        if let Ok(record) = &value {
+            affected = self.neighbours(record);
+            for (_, cidr) in record.subnet.iter() {
+                forget(self.by_cidr.entry(cidr), &key);
+            }
+            for mac in macs(record) {
+                if let Some(keys) = self.by_mac.get_mut(&mac) {
+                    keys.remove(&key);
+                    if keys.is_empty() {
+                        self.by_mac.remove(&mac);
+                    }
+                }
+            }
+        }
+        affected.insert(key);
+        affected
+    }
+
+    /// What an entry is to this host; `None` for a key that is not there.
+    pub fn standing(&self, key: &str, network: &NetworkConfig, own: Option<&OwnHost>) -> Option<Standing> {
+        let record = match self.entries.get(key)? {
+            Ok(record) => record,
+            Err(refusal) => return Some(Standing::Refused(refusal.clone())),
+        };
+        if own.is_some_and(|own| own.subnet == record.subnet) {
+            return Some(Standing::Own);
+        }
+        let verdict = judge(record, network, own).and_then(|peer| self.conflict(key, record, network).map_or(Ok(peer), Err));
+        Some(match verdict {
+            Ok(peer) => Standing::Peer(peer),
+            Err(kind) => Standing::Refused(Refusal { key: crate::model::lease::printable(key), kind }),
+        })
+    }
+
+    /// The first contradiction with an entry that ranks before this one.
+    fn conflict(&self, key: &str, record: &Record, network: &NetworkConfig) -> Option<RefusalKind> {
+        let before = |other: &LeaseKey| match self.entries.get(other) {
+            Some(Ok(o)) if other.as_ref() != key => (rank(o, network), other.as_ref()) < (rank(record, network), key),
+            _ => false,
+        };
+        for (_, cidr) in record.subnet.iter() {
+            if let Some(other) = self.overlapping(cidr).into_iter().find(|other| before(other)) {
+                return Some(RefusalKind::Overlap { other: other.to_string() });
+            }
+        }
+        macs(record).find_map(|(family, mac)| {
+            let other = self.by_mac.get(&(family, mac))?.iter().find(|other| {
+                // The same host twice (a lease that it has left behind) has one address behind the MAC: no contradiction.
+                let same_place = self.entries.get(*other).is_some_and(|value| {
+                    value.as_ref().is_ok_and(|o| o.lease.public_ip.get(family) == record.lease.public_ip.get(family))
+                });
+                !same_place && before(other)
+            })?;
+            Some(RefusalKind::DuplicateMac { mac, other: other.to_string() })
+        })
+    }
+
+    /// The entries that share an address or a MAC with a record.
+    fn neighbours(&self, record: &Record) -> BTreeSet<LeaseKey> {
+        let mut keys = BTreeSet::new();
+        for (_, cidr) in record.subnet.iter() {
+            keys.extend(self.overlapping(cidr));
+        }
+        for mac in macs(record) {
+            keys.extend(self.by_mac.get(&mac).into_iter().flatten().cloned());
+        }
+        keys
+    }
+
+    /// The entries whose range overlaps: those that cover it (one look-up per shorter length) and those that lie in it.
+    fn overlapping(&self, cidr: Cidr) -> Vec<LeaseKey> {
+        let covering = (0..cidr.length()).filter_map(|length| self.by_cidr.get(&Cidr::containing(cidr.base(), length)?));
+        let inside = self.by_cidr.range(cidr..).take_while(|(other, _)| cidr.contains(other.base())).map(|(_, keys)| keys);
+        covering.chain(inside).flatten().cloned().collect()
+    }
+}
+
+fn forget(place: std::collections::btree_map::Entry<'_, Cidr, BTreeSet<LeaseKey>>, key: &LeaseKey) {
+    if let std::collections::btree_map::Entry::Occupied(mut keys) = place {
+        keys.get_mut().remove(key);
+        if keys.get().is_empty() {
+            keys.remove();
+        }
+    }
+}
+
+/// Whether two values mean the same: all but the revision of the last change.
+fn same(a: &Result<Record, Refusal>, b: &Result<Record, Refusal>) -> bool {
+    match (a, b) {
+        (Ok(a), Ok(b)) => a.subnet == b.subnet && a.lease == b.lease && a.create_revision == b.create_revision,
+        (a, b) => a == b,
+    }
+}
+
+/// Lower ranks first.
+fn rank(record: &Record, network: &NetworkConfig) -> (bool, i64) {
+    let of_pools = record.subnet.iter().all(|(family, cidr)| network.pools.get(family).is_some_and(|pool| pool.leases(cidr)));
+    (!of_pools, record.create_revision)
+}
+
+fn macs(record: &Record) -> impl Iterator<Item = (Family, Mac)> + '_ {
+    let vtep = match &record.lease.backend {
+        Backend::Vxlan { vtep, .. } => Some(vtep),
+        Backend::Other { .. } => None,
+    };
+    vtep.into_iter().flat_map(|vtep| vtep.iter().map(|(family, mac)| (family, *mac)))
+}
+
+/// What can be said of a record without looking at others.
+fn judge(record: &Record, network: &NetworkConfig, own: Option<&OwnHost>) -> Result<Peer, RefusalKind> {
+    let (vni, vtep) = match &record.lease.backend {
+        Backend::Vxlan { vni, vtep } => (*vni, vtep),
+        Backend::Other { name } => return Err(RefusalKind::OtherBackend { name: name.clone() }),
+    };
+    if vni != network.vxlan.vni {
+        return Err(RefusalKind::OtherVni { theirs: vni, ours: network.vxlan.vni });
+    }
+    let mut reach = PerFamily::default();
+    for (family, subnet) in record.subnet.iter() {
+        let Some(pool) = network.pools.get(family) else { continue };
+        if !pool.network.covers(subnet) {
+            return Err(RefusalKind::OutsideNetwork { subnet, network: pool.network });
+        }
+        // The least that a network is cut into (`SubnetLen`): nobody holds more than a quarter of it.
+        if subnet.length() < pool.network.length() + 2 {
+            return Err(RefusalKind::TooWide { subnet, network: pool.network });
+        }
+        let missing = |field: &str| RefusalKind::Field {
+            field: field.to_owned(),
+            value: "null".to_owned(),
+            rule: format!("needed for {subnet}"),
+        };
+        let public_ip = *record.lease.public_ip.get(family).ok_or_else(|| missing("PublicIP"))?;
+        let vtep = *vtep.get(family).ok_or_else(|| missing("VtepMAC"))?;
+        if let Some(own) = own {
+            if own.public_ip.get(family) == Some(&public_ip) {
+                return Err(RefusalKind::OwnAddress { address: public_ip });
+            }
+            if own.vtep.get(family) == Some(&vtep) {
+                return Err(RefusalKind::OwnMac { mac: vtep });
+            }
+        }
+        if pool.network.contains(public_ip) {
+            // The outer packet would be routed into the overlay again.
+            return Err(RefusalKind::Field {
+                field: "PublicIP".to_owned(),
+                value: public_ip.to_string(),
+                rule: format!("must not lie in the overlay network {}", pool.network),
+            });
+        }
+        *reach.slot(family) = Some(Reach { subnet, public_ip, vtep });
+    }
+    if let Some(own) = own
+        && own.subnet.overlaps(&record.subnet)
+    {
+        return Err(RefusalKind::OverlapsOwn { subnet: record.subnet, own: own.subnet });
+    }
+    match record.subnet.iter().next() {
+        Some((_, subnet)) if reach.is_empty() => Err(RefusalKind::FamilyNotUsed { subnet }),
+        _ => Ok(Peer { subnet: record.subnet, reach }),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -19,7 +19,7 @@ pub const TABLE: &str = "overlayd";
 pub struct Ruleset {
     /// The base chains, in the order in which they are made.
     pub chains: Vec<Chain>,
-    /// What the table holds beside them, each in words: `flags 0x1`, `chain extra`, `1 set, map or other object`. Only in actual
+    /// What the table holds beside them, each in words: `flags 0x1`, `chain extra`, `set s`. Only in actual
     /// state: it makes the ruleset differ. Later sets and maps of ours get fields of their own.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub foreign: Vec<String>,

@@ -1,8 +1,4 @@
 //! What a kernel holds, or should hold, for the overlay: one map from [`Key`] to [`Value`], the same type for desired and actual state.
-//!
-//! The order of keys is the order in which entries are made; they are removed in reverse. It is chosen so that an entry comes behind all that
-//! it stands on: sysctls, links, addresses, then per peer the FDB entry (so that a neighbour never points to a MAC without a destination),
-//! the neighbour, the next hop and last the route, which draws the traffic.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -153,11 +149,14 @@ impl Vxlan {
 pub type State = BTreeMap<Key, Value>;
 
 impl Key {
-    /// The device that the entry lives on; `None` for what stands alone. A next hop's and a route's device is in their values.
+    /// The device that the entry lives on and goes with; `None` for what stands alone. A next hop's and a route's device is in their
+    /// values.
     pub fn device(&self) -> Option<Device> {
         match self {
             Key::Address(device, _) | Key::Fdb(device, _) | Key::Neigh(device, _) => Some(*device),
-            Key::Link(_) | Key::Sysctl(_) | Key::Ruleset | Key::ForwardAccept(_) | Key::Nexthop(_) | Key::Route(_) => None,
+            // `ipv6/conf/ovx6.1/accept_ra`
+            Key::Sysctl(path) => path.split('/').nth(2).and_then(Device::from_name),
+            Key::Link(_) | Key::Ruleset | Key::ForwardAccept(_) | Key::Nexthop(_) | Key::Route(_) => None,
         }
     }
 

@@ -1,0 +1,155 @@
+//! What the socket answers from: the reconciler for what it owns, the endpoints for containers, the store for the time left of leases.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Mutex, mpsc, oneshot, watch};
+
+use crate::admin::{ApiError, Backend, ErrorKind};
+use crate::endpoint::{Class, EndpointError, Endpoints};
+use crate::kernel::Plugger;
+use crate::metrics::Metrics;
+use crate::model::api;
+use crate::model::endpoint::EndpointName;
+use crate::reconcile::Query;
+use crate::store::{self, StoreConfig};
+use crate::telemetry::LevelHandle;
+
+/// How long a look at the leases' ends counts: a table that is watched asks etcd no more often.
+const TIME_LEFT_AGE: Duration = Duration::from_secs(10);
+/// How long etcd may take to tell; the table comes without the ends of leases then.
+const TIME_LEFT_WAIT: Duration = Duration::from_secs(1);
+
+/// The agent behind its socket.
+pub(super) struct AgentBackend {
+    pub(super) queries: mpsc::Sender<Query>,
+    pub(super) endpoints: Endpoints<Plugger>,
+    pub(super) store: StoreConfig,
+    pub(super) time_left: Mutex<Option<TimeLeft>>,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) changed: watch::Receiver<u64>,
+    pub(super) readiness: watch::Receiver<bool>,
+    pub(super) level: LevelHandle,
+}
+
+/// When each etcd lease ends, as far as was known at some moment.
+pub(super) struct TimeLeft {
+    at: Instant,
+    left: BTreeMap<i64, Duration>,
+}
+
+impl AgentBackend {
+    async fn ask<T>(&self, query: impl FnOnce(oneshot::Sender<T>) -> Query) -> Result<T, ApiError> {
+        let (reply, answer) = oneshot::channel();
+        let ending = || ApiError::new(ErrorKind::NotReady, "the agent is ending");
+        self.queries.send(query(reply)).await.map_err(|_| ending())?;
+        answer.await.map_err(|_| ending())
+    }
+
+    /// Seconds until each of these etcd leases ends; what is not known is not there.
+    async fn seconds_left(&self, ids: Vec<i64>) -> BTreeMap<i64, i64> {
+        let mut known = self.time_left.lock().await;
+        if known.as_ref().is_none_or(|known| known.at.elapsed() > TIME_LEFT_AGE) {
+            let left = match tokio::time::timeout(TIME_LEFT_WAIT, store::time_left(&self.store, ids)).await {
+                Ok(Ok(left)) => left,
+                Ok(Err(error)) => {
+                    tracing::debug!(%error, "etcd does not tell when leases end");
+                    BTreeMap::new()
+                }
+                Err(_) => BTreeMap::new(),
+            };
+            *known = Some(TimeLeft { at: Instant::now(), left });
+        }
+        let Some(known) = known.as_ref() else { return BTreeMap::new() };
+        let age = known.at.elapsed();
+        let seconds = |left: Duration| i64::try_from(left.saturating_sub(age).as_secs()).unwrap_or(i64::MAX);
+        known.left.iter().map(|(id, left)| (*id, seconds(*left))).collect()
+    }
+}
+
+impl Backend for AgentBackend {
+    async fn status(&self) -> Result<api::Status, ApiError> {
+        let mut status = self.ask(Query::Status).await?;
+        let stale = self.endpoints.stale();
+        if !stale.is_empty() {
+            let names: Vec<String> = stale.iter().map(|endpoint| endpoint.name.to_string()).collect();
+            status
+                .problems
+                .push(format!("endpoints with an address outside this host's subnet, restart them: {}", names.join(", ")));
+            status.health = status.health.max(api::Health::Degraded);
+        }
+        status.endpoints = self.endpoints.list().len();
+        Ok(status)
+    }
+
+    async fn subnets(&self) -> Result<api::Subnets, ApiError> {
+        let rows = self.ask(Query::Subnets).await?;
+        let left = self.seconds_left(rows.iter().filter_map(|(_, lease)| *lease).collect()).await;
+        let subnets = rows
+            .into_iter()
+            .map(|(mut entry, lease)| {
+                entry.expires_in_seconds = lease.and_then(|id| left.get(&id).copied());
+                entry
+            })
+            .collect();
+        Ok(api::Subnets { subnets })
+    }
+
+    async fn peers(&self) -> Result<api::Peers, ApiError> {
+        self.ask(Query::Peers).await
+    }
+
+    async fn endpoints(&self) -> Result<api::Endpoints, ApiError> {
+        Ok(api::Endpoints { endpoints: self.endpoints.list() })
+    }
+
+    async fn attach(&self, name: EndpointName, request: api::AttachRequest) -> Result<api::Attached, ApiError> {
+        self.endpoints.attach(name, request).await.map_err(api_error)
+    }
+
+    async fn detach(&self, name: EndpointName) -> Result<api::Detached, ApiError> {
+        Ok(api::Detached { endpoint: self.endpoints.detach(name).await.map_err(api_error)? })
+    }
+
+    async fn ready(&self) -> Result<(), Vec<String>> {
+        if *self.readiness.borrow() {
+            return Ok(());
+        }
+        match self.ask(Query::Status).await {
+            Ok(status) if status.ready => Ok(()),
+            Ok(status) if status.problems.is_empty() => Err(vec!["the data path is being programmed".to_owned()]),
+            Ok(status) => Err(status.problems),
+            Err(error) => Err(vec![error.to_string()]),
+        }
+    }
+
+    fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.clone()
+    }
+
+    fn metrics(&self) -> String {
+        self.metrics.set_endpoints(self.endpoints.list().len());
+        self.metrics.render()
+    }
+
+    fn log_level(&self) -> String {
+        self.level.get()
+    }
+
+    fn set_log_level(&self, level: &str) -> Result<(), ApiError> {
+        self.level.set(level).map_err(|error| ApiError::new(ErrorKind::BadValue, error))?;
+        tracing::info!(level, "log level set through the socket");
+        Ok(())
+    }
+}
+
+fn api_error(error: EndpointError) -> ApiError {
+    let kind = match error.class() {
+        Class::BadValue => ErrorKind::BadValue,
+        Class::Conflict => ErrorKind::Conflict,
+        Class::NotReady => ErrorKind::NotReady,
+        Class::Internal => ErrorKind::Internal,
+    };
+    ApiError::new(kind, error)
+}

@@ -1,0 +1,65 @@
+//! What the reconciler keeps over restarts, in the state directory's `state.json`.
+
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::model::{Device, Mac, PerFamily, Subnet};
+use crate::reconcile::Memory;
+use crate::state::{HostState, StateDir, StateError};
+
+/// The host's state and its file. A write that fails is logged and tried again at the next change: what is in memory counts meanwhile.
+#[derive(Debug, Clone)]
+pub(super) struct HostMemory {
+    state: Arc<StateDir>,
+    host: Arc<Mutex<HostState>>,
+}
+
+impl HostMemory {
+    pub(super) fn load(state: Arc<StateDir>) -> Result<HostMemory, StateError> {
+        let host = state.load_host()?;
+        Ok(HostMemory { state, host: Arc::new(Mutex::new(host)) })
+    }
+
+    /// Notes the subnet that is held.
+    pub(super) fn held(&self, subnet: Subnet, public_ip: PerFamily<IpAddr>) {
+        let mut host = self.lock();
+        if host.subnet != Some(subnet) || host.public_ip != public_ip {
+            host.subnet = Some(subnet);
+            host.public_ip = public_ip;
+            self.save(&host);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HostState> {
+        self.host.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn save(&self, host: &HostState) {
+        if let Err(error) = self.state.save_host(host) {
+            tracing::error!(%error, "the host's state cannot be kept: a restart may change its MAC or subnet");
+        }
+    }
+}
+
+impl Memory for HostMemory {
+    fn mac(&mut self, device: Device, found: Option<Mac>) -> Mac {
+        let mut host = self.lock();
+        let (mac, new) = host.mac(device, found);
+        if new {
+            self.save(&host);
+        }
+        mac
+    }
+
+    fn preferred(&self) -> Option<Subnet> {
+        self.lock().subnet
+    }
+
+    fn sysctl_was(&mut self, path: &str, value: &str) {
+        let mut host = self.lock();
+        if !host.sysctls.contains_key(path) {
+            host.sysctls.insert(path.to_owned(), value.to_owned());
+            self.save(&host);
+        }
+    }
+}

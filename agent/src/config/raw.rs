@@ -1,0 +1,139 @@
+//! Values as they were written, with the place where each stands.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use clap::ArgMatches;
+use clap::parser::ValueSource;
+
+use super::Mistake;
+use super::settings::{DEFAULT_FILE, Kind, SETTINGS, variable};
+
+/// Where a value stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    /// On the command line.
+    Flag,
+    /// In the environment.
+    Environment,
+    /// In the file.
+    File(PathBuf),
+    /// Nowhere: it is the default.
+    Default,
+}
+
+/// All values as they were written, and the mistakes of the file itself.
+#[derive(Debug, Clone, Default)]
+pub struct Raw {
+    values: BTreeMap<&'static str, (Vec<String>, Origin)>,
+    pub(super) mistakes: Vec<Mistake>,
+}
+
+impl Raw {
+    /// A setting's value; `None` where there is none, not even by default. An empty text is no value.
+    pub fn text(&self, name: &str) -> Option<String> {
+        self.values.get(name).and_then(|(values, _)| values.last()).filter(|text| !text.is_empty()).cloned()
+    }
+
+    /// A setting's values.
+    pub fn list(&self, name: &str) -> Vec<String> {
+        let values = self.values.get(name).map(|(values, _)| values.clone()).unwrap_or_default();
+        values.iter().map(|v| v.trim().to_owned()).filter(|v| !v.is_empty()).collect()
+    }
+
+    /// Whether somebody set it.
+    pub fn is_set(&self, name: &str) -> bool {
+        self.values.get(name).is_some_and(|(_, origin)| *origin != Origin::Default)
+    }
+
+    /// Where a setting's value stands, for messages.
+    pub fn place(&self, name: &str) -> String {
+        match self.values.get(name).map(|(_, origin)| origin) {
+            Some(Origin::Environment) => variable(name),
+            Some(Origin::File(path)) => format!("{name} in {}", path.display()),
+            Some(Origin::Flag | Origin::Default) | None => format!("--{name}"),
+        }
+    }
+}
+
+/// Puts flags, environment, file and defaults together.
+pub fn gather(matches: &ArgMatches) -> Raw {
+    let mut raw = Raw::default();
+    let named = matches.get_one::<String>("config").map(PathBuf::from);
+    let path = named.clone().unwrap_or_else(|| PathBuf::from(DEFAULT_FILE));
+    let mut file = match std::fs::read_to_string(&path) {
+        Ok(text) => parse(&text, &path, &mut raw.mistakes),
+        Err(error) if named.is_none() && error.kind() == std::io::ErrorKind::NotFound => BTreeMap::new(),
+        Err(error) => {
+            let place = "--config".to_owned();
+            raw.mistakes.push(Mistake { place, value: path.display().to_string(), rule: format!("cannot be read: {error}") });
+            BTreeMap::new()
+        }
+    };
+    for setting in SETTINGS {
+        let given = matches.get_many::<String>(setting.name).map(|values| values.cloned().collect::<Vec<_>>());
+        let from_file = file.remove(setting.name);
+        let value = match (given, matches.value_source(setting.name), from_file) {
+            (Some(values), Some(ValueSource::EnvVariable), _) => Some((values, Origin::Environment)),
+            (Some(values), _, _) => Some((values, Origin::Flag)),
+            (None, _, Some(values)) => Some((values, Origin::File(path.clone()))),
+            (None, _, None) if !setting.default.is_empty() => Some((vec![setting.default.to_owned()], Origin::Default)),
+            (None, _, None) => None,
+        };
+        if let Some(value) = value {
+            raw.values.insert(setting.name, value);
+        }
+    }
+    raw
+}
+
+/// The file's values as texts. Unknown keys and values of another type are mistakes.
+fn parse(text: &str, path: &Path, mistakes: &mut Vec<Mistake>) -> BTreeMap<&'static str, Vec<String>> {
+    let mut values = BTreeMap::new();
+    let table = match text.parse::<toml::Table>() {
+        Ok(table) => table,
+        Err(error) => {
+            let line = error.span().map_or(0, |span| text[..span.start.min(text.len())].lines().count().max(1));
+            let place = format!("{} line {line}", path.display());
+            let value = text.lines().nth(line.saturating_sub(1)).unwrap_or_default().to_owned();
+            mistakes.push(Mistake { place, value, rule: format!("is not TOML: {}", error.message()) });
+            return values;
+        }
+    };
+    for (key, value) in table {
+        let place = format!("{key} in {}", path.display());
+        let mut fail = |rule: String| mistakes.push(Mistake { place: place.clone(), value: value.to_string(), rule });
+        let Some(setting) = SETTINGS.iter().find(|setting| setting.name == key) else {
+            let near = nearest(&key).map_or_else(String::new, |name| format!(": did you mean `{name}`?"));
+            fail(format!("is no setting{near}"));
+            continue;
+        };
+        let texts = match (&value, setting.kind) {
+            (toml::Value::String(text), Kind::List) => Some(text.split(',').map(str::to_owned).collect()),
+            (toml::Value::String(text), _) => Some(vec![text.clone()]),
+            (toml::Value::Boolean(value), Kind::Boolean) => Some(vec![value.to_string()]),
+            (toml::Value::Array(items), Kind::List) => {
+                items.iter().map(|item| item.as_str().map(str::to_owned)).collect::<Option<Vec<_>>>()
+            }
+            _ => None,
+        };
+        match texts {
+            Some(texts) => {
+                values.insert(setting.name, texts);
+            }
+            None => fail(match setting.kind {
+                Kind::Text => "is not a string".to_owned(),
+                Kind::List => "is neither a string nor an array of strings".to_owned(),
+                Kind::Boolean => "is neither true nor false".to_owned(),
+            }),
+        }
+    }
+    values
+}
+
+/// The setting whose name is nearest, where one is near: at most two letters added, left out or changed.
+fn nearest(key: &str) -> Option<&'static str> {
+    let key = key.replace('_', "-");
+    let distance = |name| strsim::damerau_levenshtein(&key, name);
+    SETTINGS.iter().map(|setting| (distance(setting.name), setting.name)).filter(|(d, _)| *d <= 2).min().map(|(_, name)| name)
+}

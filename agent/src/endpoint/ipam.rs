@@ -1,0 +1,340 @@
+//! The addresses of one family of the host's subnet: which are in use, and which comes next. Pure: no clock, no files, no tasks.
+//!
+//! Addresses are handed out in the order of their last use: those that were never in use first, ascending from a cursor, then those that were
+//! given back, the oldest first. So an address is not in other hands a moment after it was given back, while neighbours and
+//! connections still remember its last owner. Memory grows with the addresses in use and given back, never with the size of the range.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use crate::model::family::address_value;
+use crate::model::{Cidr, Family};
+
+/// How many addresses given back are remembered. Beyond that (only a range larger than a /16 comes there) the oldest are as good as never
+/// used.
+const REMEMBERED: usize = 65_536;
+
+/// The allocator of one range.
+#[derive(Debug, Clone)]
+pub struct Ipam {
+    range: Cidr,
+    /// The lowest and the highest address that can be handed out.
+    first: u128,
+    last: u128,
+    used: BTreeSet<u128>,
+    /// Given back and not in use since: by the order in which they were, and the same the other way round.
+    resting: BTreeMap<u64, u128>,
+    rested_at: BTreeMap<u128, u64>,
+    releases: u64,
+    cursor: u128,
+}
+
+/// Why an address is not handed out.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum IpamError {
+    /// Nothing is left.
+    #[error("subnet {range} is full: {in_use} addresses in use; detach endpoints, or give the hosts larger subnets (SubnetLen)")]
+    Full {
+        /// The range.
+        range: Cidr,
+        /// How many addresses are handed out.
+        in_use: usize,
+    },
+    /// The wished address lies elsewhere.
+    #[error("address {address} is outside this host's subnet {range}")]
+    Outside {
+        /// The wished address.
+        address: IpAddr,
+        /// The range.
+        range: Cidr,
+    },
+    /// The wished address has another use.
+    #[error("address {address} is the {purpose} of subnet {range}; from {first} to {last} are for containers")]
+    Reserved {
+        /// The wished address.
+        address: IpAddr,
+        /// What it is for.
+        purpose: &'static str,
+        /// The range.
+        range: Cidr,
+        /// The lowest address that can be handed out.
+        first: IpAddr,
+        /// The highest one.
+        last: IpAddr,
+    },
+    /// The wished address is handed out.
+    #[error("address {address} is in use")]
+    InUse {
+        /// The wished address.
+        address: IpAddr,
+    },
+}
+
+impl Ipam {
+    /// The allocator of a range with nothing handed out. Never handed out: the base, the gateway (base + 1), and in IPv4 the broadcast
+    /// address.
+    pub fn new(range: Cidr) -> Ipam {
+        let first = address_value(range.base()).saturating_add(2);
+        let last = match range.family() {
+            Family::V4 => address_value(range.last()).saturating_sub(1),
+            Family::V6 => address_value(range.last()),
+        };
+        Ipam {
+            range,
+            first,
+            last,
+            used: BTreeSet::new(),
+            resting: BTreeMap::new(),
+            rested_at: BTreeMap::new(),
+            releases: 0,
+            cursor: first,
+        }
+    }
+
+    /// The range.
+    pub fn range(&self) -> Cidr {
+        self.range
+    }
+
+    /// How many addresses the range can hand out.
+    pub fn capacity(&self) -> u128 {
+        self.last.saturating_add(1).saturating_sub(self.first)
+    }
+
+    /// How many are handed out.
+    pub fn in_use(&self) -> usize {
+        self.used.len()
+    }
+
+    /// Where the search for a never used address goes on; kept over a restart by [`Ipam::resume`].
+    pub fn cursor(&self) -> IpAddr {
+        self.range.family().address(self.cursor)
+    }
+
+    /// Goes on where an earlier allocator of the range stopped; an address outside the range is ignored.
+    pub fn resume(&mut self, cursor: IpAddr) {
+        let value = address_value(cursor);
+        if Family::of(cursor) == self.range.family() && (self.first..=self.last).contains(&value) {
+            self.cursor = value;
+        }
+    }
+
+    /// Hands out the address that has been out of use the longest.
+    pub fn allocate(&mut self) -> Result<IpAddr, IpamError> {
+        let value = self.fresh().or_else(|| self.resting.values().next().copied());
+        let Some(value) = value else { return Err(IpamError::Full { range: self.range, in_use: self.used.len() }) };
+        self.occupy(value);
+        Ok(self.range.family().address(value))
+    }
+
+    /// Hands out this very address.
+    pub fn take(&mut self, address: IpAddr) -> Result<(), IpamError> {
+        self.check(address)?;
+        self.occupy(address_value(address));
+        Ok(())
+    }
+
+    /// Whether [`Ipam::take`] would succeed.
+    pub fn check(&self, address: IpAddr) -> Result<(), IpamError> {
+        let range = self.range;
+        if !range.contains(address) {
+            return Err(IpamError::Outside { address, range });
+        }
+        let value = address_value(address);
+        if !(self.first..=self.last).contains(&value) {
+            let purpose = match value - address_value(range.base()) {
+                0 => "base",
+                1 => "gateway",
+                _ => "broadcast address",
+            };
+            let (first, last) = (range.family().address(self.first), range.family().address(self.last));
+            return Err(IpamError::Reserved { address, purpose, range, first, last });
+        }
+        if self.used.contains(&value) { Err(IpamError::InUse { address }) } else { Ok(()) }
+    }
+
+    /// Takes an address back. That it was not handed out is no error.
+    pub fn release(&mut self, address: IpAddr) {
+        let value = address_value(address);
+        if Family::of(address) != self.range.family() || !self.used.remove(&value) {
+            return;
+        }
+        self.releases += 1;
+        self.resting.insert(self.releases, value);
+        self.rested_at.insert(value, self.releases);
+        if self.resting.len() > REMEMBERED
+            && let Some((_, oldest)) = self.resting.pop_first()
+        {
+            self.rested_at.remove(&oldest);
+        }
+    }
+
+    fn occupy(&mut self, value: u128) {
+        self.used.insert(value);
+        if let Some(order) = self.rested_at.remove(&value) {
+            self.resting.remove(&order);
+        }
+        if value == self.cursor {
+            self.cursor = if value == self.last { self.first } else { value + 1 };
+        }
+    }
+
+    /// The next address from the cursor on that is neither in use nor resting; `None` where each address is one or the other.
+    fn fresh(&mut self) -> Option<u128> {
+        if (self.used.len() + self.resting.len()) as u128 >= self.capacity() {
+            return None;
+        }
+        // One of at most `used + resting + 1` addresses in a row is free, so this ends.
+        while self.used.contains(&self.cursor) || self.rested_at.contains_key(&self.cursor) {
+            self.cursor = if self.cursor == self.last { self.first } else { self.cursor + 1 };
+        }
+        Some(self.cursor)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn ipam(range: &str) -> Ipam {
+        Ipam::new(range.parse().expect(range))
+    }
+
+    #[test]
+    fn a_slash_24_holds_253() {
+        let mut ipam = ipam("10.244.1.0/24");
+        let all: BTreeSet<IpAddr> = (0..253).map(|_| ipam.allocate().unwrap()).collect();
+        assert_eq!(all.len(), 253);
+        assert_eq!(all.first().unwrap().to_string(), "10.244.1.2");
+        assert_eq!(all.last().unwrap().to_string(), "10.244.1.254");
+        let error = ipam.allocate().unwrap_err().to_string();
+        assert!(error.starts_with("subnet 10.244.1.0/24 is full: 253 addresses in use"), "{error}");
+    }
+
+    #[test]
+    fn the_smallest_and_the_largest_ranges() {
+        let mut small = ipam("10.0.0.4/30");
+        assert_eq!(small.allocate().unwrap().to_string(), "10.0.0.6");
+        assert!(small.allocate().is_err());
+        let mut six = ipam("fd00::/126");
+        assert_eq!(six.capacity(), 2);
+        assert_eq!([six.allocate().unwrap().to_string(), six.allocate().unwrap().to_string()], ["fd00::2", "fd00::3"]);
+        for tiny in ["10.0.0.0/31", "10.0.0.0/32", "fd00::/127", "fd00::/128", "255.255.255.255/32"] {
+            assert!(ipam(tiny).allocate().is_err(), "{tiny}");
+        }
+        let mut huge = ipam("fd00:10:244:51::/64");
+        let first = huge.allocate().unwrap();
+        assert_eq!(first.to_string(), "fd00:10:244:51::2");
+        huge.release(first);
+        assert_eq!(huge.allocate().unwrap().to_string(), "fd00:10:244:51::3");
+        huge.take("fd00:10:244:51:ffff:ffff:ffff:ffff".parse().unwrap()).unwrap();
+    }
+
+    #[test]
+    fn what_was_given_back_comes_last_and_in_that_order() {
+        let mut ipam = ipam("10.0.0.0/29");
+        let all: Vec<IpAddr> = (0..5).map(|_| ipam.allocate().unwrap()).collect();
+        for i in [3, 0, 4] {
+            ipam.release(all[i]);
+        }
+        assert_eq!((0..3).map(|_| ipam.allocate().unwrap()).collect::<Vec<_>>(), [all[3], all[0], all[4]]);
+    }
+
+    #[test]
+    fn a_restart_goes_on_behind_the_last_address() {
+        let mut ipam = ipam("10.0.0.0/24");
+        ipam.resume("10.0.0.200".parse().unwrap());
+        ipam.take("10.0.0.200".parse().unwrap()).unwrap();
+        assert_eq!(ipam.allocate().unwrap().to_string(), "10.0.0.201");
+        ipam.resume("10.0.1.5".parse().unwrap());
+        ipam.resume("10.0.0.255".parse().unwrap());
+        assert_eq!(ipam.cursor().to_string(), "10.0.0.202");
+        ipam.resume("10.0.0.254".parse().unwrap());
+        assert_eq!(ipam.allocate().unwrap().to_string(), "10.0.0.254");
+        assert_eq!(ipam.allocate().unwrap().to_string(), "10.0.0.2");
+    }
+
+    #[test]
+    fn wishes_that_cannot_be_granted_are_named() {
+        let mut ipam = ipam("10.244.1.0/24");
+        for (address, expected) in [
+            ("10.244.1.0", "is the base of"),
+            ("10.244.1.1", "is the gateway of"),
+            ("10.244.1.255", "is the broadcast address of subnet 10.244.1.0/24; from 10.244.1.2 to 10.244.1.254"),
+            ("10.244.2.7", "is outside this host's subnet 10.244.1.0/24"),
+            ("fd00::7", "is outside"),
+        ] {
+            let error = ipam.take(address.parse().unwrap()).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+        ipam.take("10.244.1.7".parse().unwrap()).unwrap();
+        assert!(matches!(ipam.take("10.244.1.7".parse().unwrap()), Err(IpamError::InUse { .. })));
+    }
+
+    #[test]
+    fn memory_is_bounded_in_a_large_range() {
+        let mut ipam = ipam("fd00::/64");
+        for _ in 0..REMEMBERED + 100 {
+            let address = ipam.allocate().unwrap();
+            ipam.release(address);
+        }
+        assert_eq!((ipam.resting.len(), ipam.rested_at.len(), ipam.in_use()), (REMEMBERED, REMEMBERED, 0));
+    }
+
+    proptest! {
+        /// Against a simple model, in ranges small enough to run full: no address twice, none that is reserved, full only when full, and a
+        /// released one only when all others were in use since or are.
+        #[test]
+        fn behaves_as_the_model(
+            v6 in any::<bool>(), bits in 2u8..6, steps in proptest::collection::vec((0u8..4, any::<u16>()), 1..300)
+        ) {
+            let range = if v6 { format!("fd00:0:0:7::/{}", 128 - bits) } else { format!("10.9.8.0/{}", 32 - bits) };
+            let mut ipam = ipam(&range);
+            let range = ipam.range();
+            let size = 1u128 << bits;
+            let capacity = if v6 { size - 2 } else { size - 3 };
+            prop_assert_eq!(ipam.capacity(), capacity);
+            let mut used: Vec<IpAddr> = Vec::new();
+            let mut released: HashMap<IpAddr, usize> = HashMap::new();
+            for (now, (kind, pick)) in steps.into_iter().enumerate() {
+                match kind {
+                    0 | 1 => match ipam.allocate() {
+                        Ok(address) => {
+                            prop_assert!(range.contains(address) && !used.contains(&address));
+                            prop_assert!(address != range.base() && Some(address) != range.nth(1));
+                            prop_assert!(v6 || address != range.last());
+                            // Nothing that is free has rested longer.
+                            let age = released.get(&address).copied();
+                            for free in (0..size).filter_map(|n| range.nth(n)).filter(|a| !used.contains(a) && ipam.check(*a).is_ok()) {
+                                prop_assert!(age <= released.get(&free).copied(), "{} before {}", address, free);
+                            }
+                            used.push(address);
+                        }
+                        Err(_) => prop_assert_eq!(used.len() as u128, capacity),
+                    },
+                    2 => {
+                        let wish = range.nth(u128::from(pick) % size).unwrap();
+                        let free = !used.contains(&wish)
+                            && wish != range.base() && Some(wish) != range.nth(1) && (v6 || wish != range.last());
+                        prop_assert_eq!(ipam.take(wish).is_ok(), free);
+                        if free {
+                            used.push(wish);
+                        }
+                    }
+                    _ if used.is_empty() => {}
+                    _ => {
+                        let address = used.swap_remove(usize::from(pick) % used.len());
+                        ipam.release(address);
+                        ipam.release(address);
+                        released.insert(address, now);
+                    }
+                }
+                prop_assert_eq!(ipam.in_use(), used.len());
+            }
+        }
+    }
+}

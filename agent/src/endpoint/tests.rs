@@ -1,0 +1,290 @@
+//! Attach and detach over a kernel that is made up: what it holds survives the agent, it can refuse, and it can be slow.
+
+mod crash;
+mod kernel;
+
+use std::net::IpAddr;
+
+use super::*;
+use crate::model::{PerFamily, Vni};
+use kernel::FakeKernel;
+
+struct Host {
+    directory: tempfile::TempDir,
+    kernel: FakeKernel,
+}
+
+impl Host {
+    fn new(namespaces: &[&str]) -> Host {
+        Host { directory: tempfile::tempdir().unwrap(), kernel: FakeKernel::new(namespaces) }
+    }
+
+    /// Starts an agent; the network is set where a subnet is given.
+    async fn start(&self, subnet: &str) -> Endpoints<FakeKernel> {
+        let state = Arc::new(StateDir::open(self.directory.path()).unwrap());
+        let endpoints = Endpoints::restore(state, self.kernel.clone()).await.unwrap();
+        if !subnet.is_empty() {
+            endpoints.set_network(Some(network(subnet)));
+        }
+        endpoints
+    }
+
+    fn file(&self) -> String {
+        std::fs::read_to_string(self.directory.path().join(FILE)).unwrap_or_default()
+    }
+}
+
+fn network(key: &str) -> EndpointNetwork {
+    EndpointNetwork { subnet: Subnet::from_key(key).unwrap(), bridge: Device::bridge(Vni::DEFAULT), mtu: 1430 }
+}
+
+fn name(text: &str) -> EndpointName {
+    text.parse().unwrap()
+}
+
+fn ask(netns: &str) -> AttachRequest {
+    AttachRequest { netns: netns.into(), interface: None, addresses: PerFamily::default() }
+}
+
+fn ask_for(netns: &str, addresses: &[&str]) -> AttachRequest {
+    let parsed = addresses.iter().map(|a| a.parse::<IpAddr>().unwrap());
+    AttachRequest { addresses: parsed.map(|a| (crate::model::Family::of(a), a)).collect(), ..ask(netns) }
+}
+
+const DUAL: &str = "10.244.1.0-24&fd00:10:244:1::-64";
+
+#[tokio::test]
+async fn an_attach_gives_an_address_in_each_family_and_plugs_it() {
+    let host = Host::new(&["/ns/a"]);
+    let endpoints = host.start(DUAL).await;
+    let mut ports = endpoints.ports();
+    let attached = endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
+    assert_eq!(attached.endpoint.addresses.v4.unwrap().to_string(), "10.244.1.2");
+    assert_eq!(attached.endpoint.addresses.v6.unwrap().to_string(), "fd00:10:244:1::2");
+    assert_eq!(attached.prefix_length, PerFamily { v4: Some(24), v6: Some(64) });
+    assert_eq!(attached.gateway.v4.unwrap().to_string(), "10.244.1.1");
+    assert_eq!((attached.endpoint.interface.as_str(), attached.mtu), ("eth0", 1430));
+    let plugs = host.kernel.plugs();
+    let plug = &plugs[&attached.endpoint.host_interface];
+    assert_eq!(plug.addresses.iter().map(ToString::to_string).collect::<Vec<_>>(), ["10.244.1.2/24", "fd00:10:244:1::2/64"]);
+    assert_eq!(plug.gateways.iter().map(ToString::to_string).collect::<Vec<_>>(), ["10.244.1.1", "fd00:10:244:1::1"]);
+    assert_eq!((plug.mac, plug.bridge.name().as_str()), (attached.endpoint.mac, "ovb.1"));
+    assert!(ports.has_changed().unwrap());
+    assert_eq!(*ports.borrow_and_update(), vec![attached.endpoint.host_interface.clone()]);
+
+    // The same again is the same endpoint, and one that others took away is put back.
+    host.kernel.remove(&attached.endpoint.host_interface);
+    assert_eq!(endpoints.attach(name("a"), ask("/ns/a")).await.unwrap(), attached);
+    assert_eq!(host.kernel.plugs(), plugs);
+    host.kernel.remove(&attached.endpoint.host_interface);
+    assert!(endpoints.heal().await.is_empty());
+    assert_eq!(host.kernel.plugs(), plugs);
+
+    assert_eq!(endpoints.detach(name("a")).await.unwrap(), Some(name("a")));
+    assert_eq!(endpoints.detach(name("a")).await.unwrap(), None);
+    assert!(host.kernel.plugs().is_empty() && endpoints.list().is_empty() && ports.borrow().is_empty());
+    assert_eq!(endpoints.attach(name("a"), ask("/ns/a")).await.unwrap().endpoint.addresses.v4.unwrap().to_string(), "10.244.1.3");
+}
+
+#[tokio::test]
+async fn what_cannot_be_is_refused_by_name_and_leaves_nothing() {
+    let host = Host::new(&["/ns/a", "/ns/b"]);
+    let endpoints = host.start("").await;
+    let error = endpoints.attach(name("a"), ask("/ns/a")).await.unwrap_err();
+    assert!(error.to_string().starts_with("no subnet is leased yet") && error.class() == Class::NotReady);
+    endpoints.set_network(Some(network("10.244.1.0-24")));
+    endpoints.attach(name("a"), ask_for("/ns/a", &["10.244.1.77"])).await.unwrap();
+    let before = (host.file(), host.kernel.plugs());
+    let other_interface = AttachRequest { interface: Some("eth1".to_owned()), ..ask("/ns/a") };
+    for (who, request, class, expected) in [
+        ("a", ask("/ns/b"), Class::Conflict, "endpoint a is attached with network namespace /ns/a, not network namespace /ns/b"),
+        ("a", other_interface, Class::Conflict, "endpoint a is attached with interface eth0, not eth1"),
+        (
+            "a",
+            ask_for("/ns/a", &["10.244.1.78"]),
+            Class::Conflict,
+            "endpoint a is attached with address 10.244.1.77, not 10.244.1.78",
+        ),
+        ("a", ask_for("/ns/a", &["fd00::1"]), Class::Conflict, "endpoint a is attached with no IPv6 address, not fd00::1"),
+        ("b", ask("/ns/a"), Class::Conflict, "interface eth0 in /ns/a belongs to endpoint a"),
+        ("b", ask("/ns/c"), Class::BadValue, "there is no network namespace at /ns/c"),
+        ("b", ask("ns/b"), Class::BadValue, "is not an absolute path"),
+        ("b", ask_for("/ns/b", &["10.244.1.77"]), Class::Conflict, "address 10.244.1.77 is in use by endpoint a"),
+        ("b", ask_for("/ns/b", &["10.244.1.1"]), Class::BadValue, "is the gateway of"),
+        ("b", ask_for("/ns/b", &["10.244.2.7"]), Class::BadValue, "is outside this host's subnet 10.244.1.0/24"),
+        ("b", ask_for("/ns/b", &["fd00::7"]), Class::BadValue, "this host's subnet 10.244.1.0/24 has no IPv6"),
+    ] {
+        let error = endpoints.attach(name(who), request).await.expect_err(expected);
+        assert!(error.to_string().contains(expected), "{error}");
+        assert_eq!(error.class(), class, "{error}");
+    }
+    assert_eq!((host.file(), host.kernel.plugs()), before);
+    // The holder's namespace is gone: nothing is lost by taking the name over.
+    host.kernel.kill("/ns/a");
+    endpoints.attach(name("a"), ask("/ns/b")).await.unwrap();
+    assert_eq!(host.kernel.plugs().len(), 1);
+}
+
+#[tokio::test]
+async fn a_full_subnet_says_so_and_gives_nothing_of_the_other_family_away() {
+    let host = Host::new(&["/ns/a", "/ns/b", "/ns/c"]);
+    let endpoints = host.start("10.244.1.4-30&fd00:10:244:1::-64").await;
+    endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
+    let error = endpoints.attach(name("b"), ask("/ns/b")).await.unwrap_err();
+    assert!(error.to_string().starts_with("subnet 10.244.1.4/30 is full: 1 addresses in use"), "{error}");
+    assert_eq!(error.class(), Class::Conflict);
+    endpoints.detach(name("a")).await.unwrap();
+    let again = endpoints.attach(name("c"), ask("/ns/c")).await.unwrap();
+    assert_eq!(again.endpoint.addresses.v4.unwrap().to_string(), "10.244.1.6");
+    assert_eq!(again.endpoint.addresses.v6.unwrap().to_string(), "fd00:10:244:1::3");
+}
+
+#[tokio::test]
+async fn a_refusing_kernel_leaves_nothing_behind() {
+    let host = Host::new(&["/ns/a"]);
+    let endpoints = host.start(DUAL).await;
+    host.kernel.refuse_plugs(1);
+    let error = endpoints.attach(name("a"), ask("/ns/a")).await.unwrap_err();
+    assert!(error.to_string().contains("endpoint a: no plug today"), "{error}");
+    assert_eq!(error.class(), Class::Internal);
+    assert!(host.kernel.plugs().is_empty() && endpoints.list().is_empty() && !host.file().contains("\"a\""));
+    // Neither plugs nor unplugs: what is left is cleared by the audit, or by the next attach.
+    for cleared_by_audit in [true, false] {
+        host.kernel.refuse_plugs(1);
+        host.kernel.refuse_unplugs_after(1);
+        endpoints.attach(name("a"), ask("/ns/a")).await.unwrap_err();
+        assert!(endpoints.list().is_empty() && host.file().contains("\"a\""));
+        host.kernel.refuse_nothing();
+        if cleared_by_audit {
+            assert!(endpoints.audit().await.is_empty());
+            assert!(!host.file().contains("\"a\""));
+        } else {
+            endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
+            assert_eq!(endpoints.list().len(), 1);
+        }
+    }
+}
+
+#[tokio::test]
+async fn endpoints_and_the_order_of_addresses_survive_a_restart() {
+    let host = Host::new(&["/ns/a", "/ns/b", "/ns/c"]);
+    let endpoints = host.start(DUAL).await;
+    let a = endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
+    endpoints.attach(name("b"), ask("/ns/b")).await.unwrap();
+    endpoints.detach(name("b")).await.unwrap();
+    endpoints.close().await;
+    assert!(matches!(endpoints.attach(name("b"), ask("/ns/b")).await, Err(EndpointError::Ending)));
+    drop(endpoints);
+
+    let plugged = host.kernel.changes();
+    let endpoints = host.start(DUAL).await;
+    assert_eq!(host.kernel.changes(), plugged, "a restart changes nothing in the kernel");
+    assert_eq!(endpoints.list(), vec![a.endpoint.clone()]);
+    assert_eq!(*endpoints.ports().borrow(), vec![a.endpoint.host_interface.clone()]);
+    assert_eq!(endpoints.attach(name("a"), ask("/ns/a")).await.unwrap(), a);
+    let c = endpoints.attach(name("c"), ask("/ns/c")).await.unwrap();
+    assert_eq!(c.endpoint.addresses.v4.unwrap().to_string(), "10.244.1.4");
+}
+
+#[tokio::test]
+async fn an_endpoint_whose_namespace_is_gone_is_detached_at_the_second_look() {
+    let host = Host::new(&["/ns/a", "/ns/b"]);
+    let endpoints = host.start(DUAL).await;
+    endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
+    endpoints.attach(name("b"), ask("/ns/b")).await.unwrap();
+    host.kernel.kill("/ns/a");
+    let ports = endpoints.ports();
+    assert!(endpoints.audit().await.is_empty());
+    assert_eq!((endpoints.list().len(), ports.borrow().len()), (2, 1), "its port went with the namespace");
+    host.kernel.revive("/ns/a");
+    assert!(endpoints.audit().await.is_empty());
+    assert_eq!(ports.borrow().len(), 2);
+    // A namespace that is there again under the same path, as after a reboot, is known again at once when it is asked for.
+    host.kernel.kill("/ns/a");
+    assert!(endpoints.audit().await.is_empty());
+    host.kernel.revive("/ns/a");
+    endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
+    assert_eq!(ports.borrow().len(), 2);
+    host.kernel.kill("/ns/a");
+    endpoints.close().await;
+    drop(endpoints);
+    // The start is the first look.
+    let endpoints = host.start(DUAL).await;
+    assert_eq!(endpoints.list().len(), 2);
+    assert_eq!(endpoints.audit().await, vec![name("a")]);
+    assert_eq!(endpoints.list().len(), 1);
+    assert_eq!(host.kernel.plugs().len(), 1);
+}
+
+#[tokio::test]
+async fn another_subnet_makes_endpoints_stale_but_not_unreachable_to_detach() {
+    let host = Host::new(&["/ns/a", "/ns/b"]);
+    let endpoints = host.start("10.244.1.0-24").await;
+    endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
+    endpoints.set_network(None);
+    assert!(endpoints.stale().is_empty());
+    endpoints.set_network(Some(network("10.244.9.0-24")));
+    assert_eq!(endpoints.stale().len(), 1);
+    let error = endpoints.attach(name("a"), ask("/ns/a")).await.unwrap_err().to_string();
+    assert!(error.contains("endpoint a has 10.244.1.2, outside the present subnet 10.244.9.0/24"), "{error}");
+    let b = endpoints.attach(name("b"), ask("/ns/b")).await.unwrap();
+    assert_eq!(b.endpoint.addresses.v4.unwrap().to_string(), "10.244.9.2");
+    endpoints.detach(name("a")).await.unwrap();
+    let a = endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
+    assert_eq!(a.endpoint.addresses.v4.unwrap().to_string(), "10.244.9.3");
+    assert!(endpoints.stale().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_at_once_get_addresses_of_their_own_and_one_name_is_one_endpoint() {
+    let namespaces: Vec<String> = (0..200).map(|i| format!("/ns/{i}")).collect();
+    let host = Host::new(&namespaces.iter().map(String::as_str).collect::<Vec<_>>());
+    let endpoints = host.start(DUAL).await;
+    let mut all = JoinSet::new();
+    for i in 0..200 {
+        // Each name is asked for twice at the same time.
+        for _ in 0..2 {
+            let endpoints = endpoints.clone();
+            all.spawn(async move { endpoints.attach(name(&format!("c{i}")), ask(&format!("/ns/{i}"))).await.unwrap() });
+        }
+    }
+    let attached = all.join_all().await;
+    let distinct = |of: fn(&Attached) -> String| attached.iter().map(of).collect::<BTreeSet<_>>().len();
+    assert_eq!(distinct(|a| a.endpoint.addresses.v4.unwrap().to_string()), 200);
+    assert_eq!(distinct(|a| a.endpoint.addresses.v6.unwrap().to_string()), 200);
+    assert_eq!(distinct(|a| a.endpoint.mac.to_string()), 200);
+    assert_eq!(distinct(|a| a.endpoint.host_interface.clone()), 200);
+    assert_eq!(host.kernel.plugs().len(), 200);
+    let mut all = JoinSet::new();
+    for endpoint in endpoints.list() {
+        let endpoints = endpoints.clone();
+        all.spawn(async move { endpoints.detach(endpoint.name).await.unwrap() });
+    }
+    all.join_all().await;
+    assert!(host.kernel.plugs().is_empty());
+    assert!(lock(&endpoints.0.names).len() <= MOST_AT_ONCE + 200);
+}
+
+#[tokio::test]
+async fn a_client_that_goes_away_does_not_stop_an_attach_half_way() {
+    let host = Host::new(&["/ns/a"]);
+    let endpoints = host.start(DUAL).await;
+    let gate = host.kernel.hang_before_plug();
+    let asked = tokio::time::timeout(Duration::from_millis(50), endpoints.attach(name("a"), ask("/ns/a"))).await;
+    assert!(asked.is_err());
+    gate.add_permits(1);
+    endpoints.close().await;
+    assert_eq!(endpoints.list().len(), 1);
+    assert_eq!(host.kernel.plugs().len(), 1);
+}
+
+#[tokio::test]
+async fn a_panic_below_is_an_error_and_the_name_stays_usable() {
+    let host = Host::new(&["/ns/a"]);
+    let endpoints = host.start(DUAL).await;
+    host.kernel.panic_at_next_plug();
+    let error = endpoints.attach(name("a"), ask("/ns/a")).await.unwrap_err();
+    assert!(matches!(error, EndpointError::Defect { .. }), "{error}");
+    endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
+    assert_eq!(endpoints.list().len(), 1);
+}

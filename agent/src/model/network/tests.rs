@@ -1,0 +1,100 @@
+//! Every rule of the configuration, by an example of a value that keeps it or breaks it.
+
+use super::*;
+
+fn good(text: &str) -> NetworkConfig {
+    NetworkConfig::parse(text).unwrap_or_else(|e| panic!("{text}: {e}")).config
+}
+
+fn bad(text: &str) -> String {
+    match NetworkConfig::parse(text) {
+        Ok(parsed) => panic!("{text} was accepted: {parsed:?}"),
+        Err(errors) => errors.to_string(),
+    }
+}
+
+#[test]
+fn defaults() {
+    let config = good(r#"{"Network":"10.244.0.0/16"}"#);
+    let pool = config.pools.v4.expect("IPv4");
+    assert_eq!((pool.subnet_length, pool.count()), (24, 255));
+    assert_eq!(pool.min.to_string(), "10.244.1.0/24");
+    assert_eq!(pool.max.to_string(), "10.244.255.0/24");
+    assert_eq!(config.vxlan, VxlanConfig { vni: Vni::DEFAULT, port: 8472, mtu: None });
+    assert_eq!(config.pools.v6, None);
+}
+
+#[test]
+fn lengths_of_small_networks() {
+    let pool = |text: &str| good(text).pools.iter().next().map(|(_, p)| *p).expect("a pool");
+    assert_eq!(pool(r#"{"Network":"10.0.0.0/22"}"#).subnet_length, 24);
+    assert_eq!(pool(r#"{"Network":"10.0.0.0/24"}"#).subnet_length, 26);
+    assert_eq!(pool(r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00::/63"}"#).subnet_length, 65);
+    assert_eq!(pool(r#"{"Network":"10.0.0.0/28"}"#).subnet_length, 30);
+    assert!(bad(r#"{"Network":"10.0.0.0/29"}"#).contains("too small"));
+}
+
+#[test]
+fn case_of_keys_is_ignored() {
+    let config = good(r#"{"network":"10.244.0.0/16","subnetlen":26,"backend":{"type":"vxlan","vni":42,"PORT":4789}}"#);
+    assert_eq!(config.vxlan, VxlanConfig { vni: Vni::try_from(42).expect("a VNI"), port: 4789, mtu: None });
+    assert_eq!(config.pools.v4.map(|p| p.subnet_length), Some(26));
+}
+
+#[test]
+fn every_mistake_is_named_with_field_value_and_rule() {
+    for (text, wanted) in [
+        ("[]", "is not a JSON object"),
+        ("{", "is not JSON"),
+        ("{}", "Network: `` is missing"),
+        (
+            r#"{"Network":"10.244.1.0/16"}"#,
+            "Network: `10.244.1.0/16` has host bits set: the network of that length is 10.244.0.0/16",
+        ),
+        (r#"{"Network":"fd00::/64"}"#, "is not an IPv4 CIDR"),
+        (r#"{"Network":7}"#, "Network: `7` is not a string"),
+        (r#"{"Network":"127.0.0.0/8"}"#, "loopback"),
+        (r#"{"Network":"0.0.0.0/0"}"#, "every address"),
+        (r#"{"Network":"10.0.0.0/16","SubnetLen":31}"#, "SubnetLen: `31` is outside 18 to 30"),
+        (r#"{"Network":"10.0.0.0/16","SubnetLen":17}"#, "SubnetLen: `17` is outside 18 to 30"),
+        (r#"{"Network":"10.0.0.0/16","SubnetMin":"10.1.0.0"}"#, "SubnetMin: `10.1.0.0` is not inside 10.0.0.0/16"),
+        (r#"{"Network":"10.0.0.0/16","SubnetMin":"10.0.1.9"}"#, "the nearest below is 10.0.1.0"),
+        (
+            r#"{"Network":"10.0.0.0/16","SubnetMin":"10.0.9.0","SubnetMax":"10.0.3.0"}"#,
+            "SubnetMin: `10.0.9.0` is above SubnetMax 10.0.3.0",
+        ),
+        (r#"{"Network":"10.0.0.0/16","EnableIPv4":false}"#, "no family is left"),
+        (r#"{"Network":"10.0.0.0/16","EnableIPv6":true}"#, "IPv6Network: `` is missing"),
+        (r#"{"Network":"10.0.0.0/16","Backend":{"Type":"host-gw"}}"#, "Backend.Type: `host-gw` is not served"),
+        (r#"{"Network":"10.0.0.0/16","Backend":{"VNI":16777216}}"#, "Backend.VNI: `16777216`"),
+        (r#"{"Network":"10.0.0.0/16","Backend":{"Port":-1}}"#, "Backend.Port: `-1`"),
+        (r#"{"Network":"10.0.0.0/16","Backend":{"MTU":900}}"#, "Backend.MTU: `900` is below 1350"),
+    ] {
+        let message = bad(text);
+        assert!(message.contains(wanted), "{text}: {message}");
+    }
+    let all = bad(r#"{"Network":"10.0.0.1/16","Backend":{"Type":"udp","VNI":"x"}}"#);
+    assert_eq!(all.matches(';').count(), 2, "all at once: {all}");
+}
+
+#[test]
+fn unknown_fields_are_warnings() {
+    let parsed = NetworkConfig::parse(r#"{"Network":"10.0.0.0/16","Netwrk":1,"Backend":{"DirectRouting":true,"Foo":2}}"#)
+        .expect("unknown fields are ignored");
+    let fields: Vec<_> = parsed.warnings.iter().map(|w| w.field.as_str()).collect();
+    assert_eq!(fields, ["Backend.DirectRouting", "Backend.Foo", "Netwrk"]);
+}
+
+#[test]
+fn pool_numbers_its_subnets() {
+    let pool = good(r#"{"Network":"10.244.0.0/16","SubnetLen":26,"SubnetMin":"10.244.10.0","SubnetMax":"10.244.20.0"}"#)
+        .pools
+        .v4
+        .expect("IPv4");
+    assert_eq!(pool.count(), 41);
+    for index in 0..41 {
+        assert_eq!(pool.nth(index).and_then(|s| pool.index_of(s)), Some(index));
+    }
+    assert_eq!(pool.nth(41), None);
+    assert_eq!(pool.index_of("10.244.0.0/26".parse().expect("a CIDR")), None);
+}

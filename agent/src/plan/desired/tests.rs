@@ -1,0 +1,218 @@
+//! What a host wants of its kernel, entry by entry.
+
+use super::*;
+use crate::model::peer::Reach;
+use crate::model::{Cidr, Vni};
+use crate::plan::state::device_of;
+
+fn address(text: &str) -> IpAddr {
+    text.parse().expect(text)
+}
+
+fn cidr(text: &str) -> Cidr {
+    text.parse().expect(text)
+}
+
+fn host(config: &str, key: &str) -> Host {
+    let network = NetworkConfig::parse(config).expect("a configuration").config;
+    let local = network
+        .families()
+        .map(|family| (family, address(if family == Family::V4 { "192.0.2.1" } else { "2001:db8::1" })))
+        .collect();
+    Host {
+        subnet: Subnet::from_key(key).expect("a key"),
+        underlay: Underlay {
+            index: 2,
+            name: "eth0".to_owned(),
+            mtu: 1500,
+            public_ip: local,
+            local,
+            router_advertisements: false,
+        },
+        vtep: network.families().map(|family| (family, Mac([2, 1, 0, 0, 0, 1]))).collect(),
+        bridge_mac: Mac([0xc6, 0xb3, 0xec, 0x32, 0x65, 0x47]),
+        network,
+        masquerade: true,
+        tx_checksum: true,
+        nexthop_objects: true,
+        ports: vec!["veth7".to_owned()],
+        forward_drops: vec![Family::V6],
+    }
+}
+
+const V4: &str = r#"{"Network":"10.244.0.0/16"}"#;
+const V6: &str = r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:10:244::/56"}"#;
+const DUAL: &str = r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/56"}"#;
+const DUAL_KEY: &str = "10.244.7.0-24&fd00:10:244:7::-64";
+
+fn peer() -> Peer {
+    let reach = |subnet: &str, public_ip: &str, last: u8| Reach {
+        subnet: cidr(subnet),
+        public_ip: address(public_ip),
+        vtep: Mac([2, 0, 0, 0, 9, last]),
+    };
+    Peer {
+        subnet: Subnet::from_key("10.244.9.0-24&fd00:10:244:9::-64").expect("a key"),
+        reach: PerFamily {
+            v4: Some(reach("10.244.9.0/24", "192.0.2.9", 4)),
+            v6: Some(reach("fd00:10:244:9::/64", "2001:db8::9", 6)),
+        },
+    }
+}
+
+fn lines<'a>(entries: impl IntoIterator<Item = (&'a Key, &'a Value)>) -> Vec<String> {
+    entries.into_iter().map(|(key, value)| format!("{key} {value}")).collect()
+}
+
+#[test]
+fn a_dual_stack_host_has_exactly_these_entries() {
+    let wanted = [
+        "sysctl net/ipv4/ip_forward 1",
+        "sysctl net/ipv6/conf/all/forwarding 1",
+        "sysctl net/ipv6/conf/ovb.1/accept_ra 0",
+        "sysctl net/ipv6/conf/ovx.1/accept_ra 0",
+        "sysctl net/ipv6/conf/ovx6.1/accept_ra 0",
+        "link ovb.1 bridge address c6:b3:ec:32:65:47 mtu 1430 up",
+        "link ovx.1 vxlan id 1 local 192.0.2.1 dstport 8472 address 02:01:00:00:00:01 mtu 1450 up",
+        "link ovx6.1 vxlan id 1 local 2001:db8::1 dstport 8472 address 02:01:00:00:00:01 mtu 1430 up",
+        "link veth7 veth master ovb.1 mtu 1430 up",
+        "address 10.244.7.0/32 dev ovx.1 present",
+        "address fd00:10:244:7::/128 dev ovx6.1 present",
+        "address 10.244.7.1/24 dev ovb.1 present",
+        "address fd00:10:244:7::1/64 dev ovb.1 present",
+        "address fe80::c4b3:ecff:fe32:6547/64 dev ovb.1 present",
+        "table inet overlayd 2 chains",
+        "accept in the IPv6 FORWARD chain of iptables fd00:10:244::/56",
+    ];
+    assert_eq!(lines(&host(DUAL, DUAL_KEY).entries()), wanted);
+}
+
+#[test]
+fn a_peer_has_four_entries_a_family() {
+    let mut ids = NexthopIds::default();
+    let entries = host(DUAL, DUAL_KEY).peer_entries(&peer(), &mut ids);
+    let wanted = [
+        "fdb 02:00:00:00:09:04 dev ovx.1 dst 192.0.2.9",
+        "neigh 10.244.9.0 dev ovx.1 lladdr 02:00:00:00:09:04",
+        "nexthop id 1442840576 via 10.244.9.0 dev ovx.1",
+        "route 10.244.9.0/24 nhid 1442840576",
+        "fdb 02:00:00:00:09:06 dev ovx6.1 dst 2001:db8::9",
+        "neigh fd00:10:244:9:: dev ovx6.1 lladdr 02:00:00:00:09:06",
+        "nexthop id 1442840577 via fd00:10:244:9:: dev ovx6.1",
+        "route fd00:10:244:9::/64 nhid 1442840577",
+    ];
+    assert_eq!(lines(entries.iter().map(|(key, value)| (key, value))), wanted);
+
+    let classic = Host { nexthop_objects: false, ..host(V4, "10.244.7.0-24") };
+    let entries = classic.peer_entries(&peer(), &mut ids);
+    let wanted = [
+        "fdb 02:00:00:00:09:04 dev ovx.1 dst 192.0.2.9",
+        "neigh 10.244.9.0 dev ovx.1 lladdr 02:00:00:00:09:04",
+        "route 10.244.9.0/24 via 10.244.9.0 dev ovx.1 onlink",
+    ];
+    assert_eq!(lines(entries.iter().map(|(key, value)| (key, value))), wanted, "only the family that this host has");
+}
+
+#[test]
+fn every_entry_fits_its_key_and_stands_on_a_desired_device() {
+    for (config, key) in [(V4, "10.244.7.0-24"), (V6, "fd00:10:244:7::-64"), (DUAL, DUAL_KEY)] {
+        let host = host(config, key);
+        let mut state = host.entries();
+        state.extend(host.peer_entries(&peer(), &mut NexthopIds::default()));
+        for (key, value) in &state {
+            assert!(key.fits(value), "{key} {value}");
+            if let Some(device) = device_of(key, value, &state) {
+                assert!(state.contains_key(&Key::Link(device.name())), "{key} {value} without {device}");
+            }
+        }
+    }
+}
+
+#[test]
+fn mtu_leaves_room_for_the_encapsulation() {
+    for (config, key, vxlan, bridge) in [
+        (V4, "10.244.7.0-24", PerFamily { v4: Some(1450), v6: None }, 1450),
+        (V6, "fd00:10:244:7::-64", PerFamily { v4: None, v6: Some(1430) }, 1430),
+        (DUAL, DUAL_KEY, PerFamily { v4: Some(1450), v6: Some(1430) }, 1430),
+    ] {
+        let host = host(config, key);
+        let found: PerFamily<u32> = host.families().map(|family| (family, host.vxlan_mtu(family))).collect();
+        assert_eq!((found, host.mtu()), (vxlan, bridge), "{config}");
+    }
+    let set = host(r#"{"Network":"10.244.0.0/16","Backend":{"MTU":9000}}"#, "10.244.7.0-24");
+    assert_eq!(set.mtu(), 8950, "the configured underlay MTU counts");
+}
+
+#[test]
+fn router_advertisements_are_taken_from_the_underlay_only() {
+    let sysctls = |config: &str, key: &str, router_advertisements: bool| -> Vec<String> {
+        let mut host = host(config, key);
+        host.underlay.router_advertisements = router_advertisements;
+        lines(&host.entries()).into_iter().filter(|line| line.contains("accept_ra")).collect()
+    };
+    let ours = ["sysctl net/ipv6/conf/ovb.1/accept_ra 0", "sysctl net/ipv6/conf/ovx.1/accept_ra 0"];
+    assert_eq!(sysctls(V4, "10.244.7.0-24", true), ours, "forwarding of IPv6 stays as it is, so does the external interface");
+    assert!(!sysctls(DUAL, DUAL_KEY, false).iter().any(|line| line.contains("eth0")));
+    assert!(sysctls(V6, "fd00:10:244:7::-64", true).contains(&"sysctl net/ipv6/conf/eth0/accept_ra 2".to_owned()));
+}
+
+#[test]
+fn masquerade_and_offload_follow_the_switches() {
+    let host = Host { masquerade: false, tx_checksum: false, ..host(V4, "10.244.7.0-24") };
+    let entries = host.entries();
+    assert!(
+        matches!(&entries[&Key::Ruleset], Value::Ruleset(rules) if rules.chains.iter().all(|chain| chain.name != "postrouting"))
+    );
+    let Value::Link(link) = &entries[&Key::Link("ovx.1".to_owned())] else { panic!("a link") };
+    assert!(matches!(&link.kind, LinkKind::Vxlan(vxlan) if !vxlan.tx_checksum && !vxlan.learning));
+}
+
+fn ovx() -> Device {
+    Device::vxlan(Family::V4, Vni::DEFAULT)
+}
+
+fn gateway(i: u8) -> IpAddr {
+    std::net::Ipv4Addr::new(10, 244, i, 0).into()
+}
+
+fn held(objects: &[(u32, u8)]) -> State {
+    objects.iter().map(|(id, i)| (Key::Nexthop(*id), Value::Nexthop { device: ovx(), gateway: gateway(*i) })).collect()
+}
+
+#[test]
+fn nexthop_ids_are_unique_and_stay() {
+    let mut ids = NexthopIds::default();
+    let all: HashSet<u32> = (0..200).map(|i| ids.id_for(ovx(), gateway(i))).collect();
+    assert_eq!(all.len(), 200);
+    assert!(all.iter().all(|id| NEXTHOP_IDS.contains(id)));
+    assert_eq!(ids.id_for(ovx(), gateway(7)), ids.id_for(ovx(), gateway(7)));
+    assert_ne!(
+        ids.id_for(Device::vxlan(Family::V6, Vni::DEFAULT), gateway(7)),
+        ids.id_for(ovx(), gateway(7)),
+        "of another device"
+    );
+}
+
+#[test]
+fn nexthop_ids_in_the_kernel_are_kept() {
+    let start = NEXTHOP_IDS.start;
+    let mut ids = NexthopIds::default();
+    ids.adopt(&held(&[(start, 1), (start + 1, 2), (start + 2, 1), (5, 3)]));
+    assert_eq!(ids.id_for(ovx(), gateway(1)), start, "the first of two counts");
+    assert_eq!(ids.id_for(ovx(), gateway(2)), start + 1);
+    assert_eq!(ids.id_for(ovx(), gateway(4)), start + 3, "the second one's id is nobody's: routes may still use it");
+    assert_eq!(ids.id_for(ovx(), gateway(3)), start + 4, "an id outside our range is not ours");
+}
+
+#[test]
+fn nexthop_ids_are_not_used_again_at_once() {
+    let mut ids = NexthopIds::default();
+    let first = ids.id_for(ovx(), gateway(1));
+    ids.release(ovx(), gateway(1));
+    assert_ne!(ids.id_for(ovx(), gateway(2)), first);
+    assert_ne!(ids.id_for(ovx(), gateway(1)), first);
+
+    let mut ids = NexthopIds { next: NEXTHOP_IDS.end - 1, ..NexthopIds::default() };
+    assert_eq!(ids.id_for(ovx(), gateway(1)), NEXTHOP_IDS.end - 1);
+    assert_eq!(ids.id_for(ovx(), gateway(2)), NEXTHOP_IDS.start, "they go round");
+}

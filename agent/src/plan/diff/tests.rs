@@ -1,0 +1,183 @@
+//! Properties of the comparison, from any actual state to any desired one, on a kernel that follows the real one's rules.
+
+mod cases;
+mod world;
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use proptest::prelude::*;
+
+use self::world::{Kernel, Setup, any_setup, any_state, normalise, similar_setups};
+use super::*;
+use crate::model::{Cidr, Mac};
+use crate::plan::desired::NexthopIds;
+
+/// Devices and ports that somebody else's link of that name keeps us from.
+fn foreign_links(state: &State) -> BTreeSet<Key> {
+    state
+        .iter()
+        .filter(|(_, value)| matches!(value, Value::Link(link) if matches!(link.kind, LinkKind::Foreign { .. })))
+        .map(|(key, _)| key.clone())
+        .collect()
+}
+
+fn on_foreign_link(device: Option<Device>, foreign: &BTreeSet<Key>) -> bool {
+    device.is_some_and(|device| foreign.contains(&Key::Link(device.name())))
+}
+
+/// Whether nothing that the agent may do makes this entry as desired: a link of others is in the way, or an endpoint's port is gone.
+fn out_of_reach(key: &Key, desired: &State, actual: &State, foreign: &BTreeSet<Key>) -> bool {
+    let wanted = &desired[key];
+    let lost_port = matches!(wanted, Value::Link(link) if link.kind == LinkKind::Port) && !actual.contains_key(key);
+    lost_port || foreign.contains(key) || on_foreign_link(stands_on(key, wanted, desired), foreign)
+}
+
+/// Where the data path sends a packet for a subnet: the inner MAC and the outer address. `None` where it is lost on the way.
+fn resolve(state: &State, subnet: Cidr) -> Option<(Mac, IpAddr)> {
+    let Some(Value::Route(via)) = state.get(&Key::Route(subnet)) else { return None };
+    let (device, gateway) = match via {
+        Via::Nexthop(id) => match state.get(&Key::Nexthop(*id)) {
+            Some(Value::Nexthop { device, gateway }) => (*device, *gateway),
+            _ => return None,
+        },
+        Via::Gateway(device, gateway) => (*device, *gateway),
+        Via::Foreign => return None,
+    };
+    let up = matches!(state.get(&Key::Link(device.name())), Some(Value::Link(link)) if link.up);
+    let Some(Value::Neigh(mac)) = state.get(&Key::Neigh(device, gateway)) else { return None };
+    let Some(Value::Fdb(public_ip)) = state.get(&Key::Fdb(device, *mac)) else { return None };
+    (up && gateway == subnet.base()).then_some((*mac, *public_ip))
+}
+
+/// Whether what lives on the device of a subnet's desired route survives the batch.
+fn device_survives(subnet: Cidr, desired: &State, actual: &State) -> bool {
+    let key = Key::Route(subnet);
+    let device = desired.get(&key).and_then(|value| device_of(&key, value, desired));
+    device.is_some_and(|device| Fates::new(desired, actual).of(device) == Fate::Kept)
+}
+
+/// Checks at each step of a batch that every subnet that works before and is desired after goes the old way or the new one. Returns how many
+/// were watched.
+fn watch_traffic(desired: &State, actual: &State, new_macs_only: bool) -> usize {
+    let macs_before: BTreeSet<Mac> =
+        actual.keys().filter_map(|key| if let Key::Fdb(_, mac) = key { Some(*mac) } else { None }).collect();
+    let watched: Vec<_> = desired
+        .keys()
+        .filter_map(|key| if let Key::Route(subnet) = key { Some(*subnet) } else { None })
+        .filter(|subnet| device_survives(*subnet, desired, actual))
+        .filter_map(|subnet| Some((subnet, resolve(actual, subnet)?, resolve(desired, subnet)?)))
+        .filter(|(_, old, new)| old == new || (new_macs_only && (old.0 == new.0 || !macs_before.contains(&new.0))))
+        .collect();
+    let mut kernel = Kernel::new(actual.clone());
+    for op in diff(desired, actual) {
+        kernel.apply(&op);
+        for (subnet, old, new) in &watched {
+            let now = resolve(&kernel.state, *subnet);
+            assert!(now == Some(*old) || now == Some(*new), "{subnet}: {now:?} is neither {old:?} nor {new:?} after `{op}`");
+        }
+    }
+    for (subnet, _, new) in &watched {
+        assert_eq!(resolve(&kernel.state, *subnet), Some(*new), "{subnet} at the end");
+    }
+    watched.len()
+}
+
+/// The batch with the ops of each stage, whose order is free, sorted.
+fn in_one_order(mut batch: Batch) -> Batch {
+    let step = |op: &Op| (matches!(op, Op::Set(..)), stage(op.key()));
+    for ops in batch.chunk_by_mut(|a, b| step(a) == step(b)) {
+        ops.sort_by(|a, b| a.key().cmp(b.key()));
+    }
+    batch
+}
+
+/// Desired state on a host whose kernel holds `actual`.
+fn desired_over(setup: &Setup, actual: &State) -> State {
+    let mut ids = NexthopIds::default();
+    ids.adopt(actual);
+    setup.desired(&mut ids)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// From any actual state one batch leads to the desired one, a second has nothing to do, and what is not ours stays.
+    #[test]
+    fn any_actual_becomes_desired(setup in any_setup(), actual in any_state()) {
+        let desired = desired_over(&setup, &actual);
+        let mut kernel = Kernel::new(actual.clone());
+        for op in diff(&desired, &actual) {
+            kernel.apply(&op);
+        }
+        let after = &kernel.state;
+        let foreign = foreign_links(&actual);
+        for (key, wanted) in &desired {
+            let reached = after.get(key).is_some_and(|found| satisfied(wanted, found));
+            prop_assert!(reached || out_of_reach(key, &desired, &actual, &foreign), "{key}: {:?} is not {wanted:?}", after.get(key));
+        }
+        for (key, found) in after.iter().filter(|(key, _)| !desired.contains_key(key)) {
+            prop_assert!(!ours(key, found) || on_foreign_link(key.device(), &foreign), "{key} {found} is left over");
+        }
+        for (key, found) in &actual {
+            let not_ours = !ours(key, found) && !matches!(found, Value::Sysctl(_));
+            if not_ours && !desired.contains_key(key) || foreign.contains(key) || on_foreign_link(key.device(), &foreign) {
+                match (found, after.get(key)) {
+                    // A port may lose its bridge, but never goes.
+                    (Value::Link(old), Some(Value::Link(new))) => prop_assert_eq!(&old.kind, &new.kind),
+                    (_, now) => prop_assert_eq!(now, Some(found), "{}", key),
+                }
+            }
+        }
+        for op in diff(&desired, after) {
+            let refused = !Kernel::new(after.clone()).apply(&op);
+            prop_assert!(refused && matches!(op, Op::Set(Key::Link(_), _)), "the second batch has `{op}`");
+        }
+    }
+
+    /// What works before and after works at every step between, whatever else stands in the kernel.
+    #[test]
+    fn what_carries_traffic_is_never_cut(setup in any_setup(), actual in any_state()) {
+        watch_traffic(&desired_over(&setup, &actual), &actual, false);
+    }
+
+    /// The same where the agent's own state changes into another: peers that change address or MAC go the old way or the new one.
+    #[test]
+    fn peers_that_change_are_never_lost((before, after) in similar_setups()) {
+        let mut ids = NexthopIds::default();
+        let actual = before.desired(&mut ids);
+        let desired = after.desired(&mut ids);
+        let watched = watch_traffic(&desired, &actual, true);
+        if before.links() == after.links() {
+            prop_assert!(watched >= before.peers_that_stay(&after), "{watched} of {}", before.peers_that_stay(&after));
+        }
+    }
+
+    /// Comparing some keys gives what comparing all gives for them, and for all that lives on a device whose link is among them and changes.
+    #[test]
+    fn some_keys_are_the_same_part_of_all(setup in any_setup(), actual in any_state(), picks in prop::collection::vec(any::<prop::sample::Index>(), 0..12)) {
+        let desired = desired_over(&setup, &actual);
+        let all: Vec<&Key> = desired.keys().chain(actual.keys()).collect();
+        let some: BTreeSet<&Key> = picks.iter().filter(|_| !all.is_empty()).map(|pick| all[pick.index(all.len())]).collect();
+        let mut fates = Fates::new(&desired, &actual);
+        let changing: BTreeSet<Device> = some
+            .iter()
+            .filter_map(|key| link_device(key))
+            .filter(|device| !matches!(fates.of(*device), Fate::Kept | Fate::InTheWay))
+            .collect();
+        let included = |key: &Key| {
+            some.contains(key)
+                || [&desired, &actual].into_iter().any(|state| {
+                    state.get(key).and_then(|value| stands_on(key, value, state)).is_some_and(|device| changing.contains(&device))
+                })
+        };
+        let wanted: Batch = diff(&desired, &actual).into_iter().filter(|op| included(op.key())).collect();
+        prop_assert_eq!(in_one_order(diff_keys(&desired, &actual, some.iter().copied())), in_one_order(wanted));
+    }
+
+    /// The made-up kernel states are such as a kernel can hold.
+    #[test]
+    fn made_up_states_are_possible(actual in any_state()) {
+        prop_assert_eq!(normalise(actual.clone()), actual);
+    }
+}

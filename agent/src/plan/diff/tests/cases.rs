@@ -1,0 +1,205 @@
+//! Cases to read: `tests/fixtures/diff/<case>/` holds desired and actual state as JSON and the ops as text, one a line.
+//!
+//! `OVERLAY_REGENERATE=1 cargo test -p overlay-agent plan::diff` writes them anew; look at the difference before committing it.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::super::{diff, satisfied};
+use super::world::{Kernel, Setup, subnet};
+use crate::model::{Family, Mac};
+use crate::plan::Op;
+use crate::plan::desired::NexthopIds;
+use crate::plan::state::{Key, LinkKind, State, Value, Via};
+
+struct Case {
+    name: &'static str,
+    actual: State,
+    desired: State,
+}
+
+const V4: u8 = 0;
+const V6: u8 = 1;
+const DUAL: u8 = 2;
+
+/// A host with masquerade and next-hop objects and three peers of its families.
+fn host(families: u8) -> Setup {
+    let peer = Some((0, 0, families));
+    Setup {
+        families,
+        vni: 1,
+        port: 8472,
+        underlay_mtu: 1500,
+        own_subnet: 1,
+        own_address: 1,
+        own_mac: 1,
+        flags: [true, true, false, true],
+        ports: Vec::new(),
+        peers: [peer, peer, peer, None, None],
+    }
+}
+
+/// What a kernel holds, in a state that the agent made and `spoil` changed, becomes what `wish` wants.
+fn case(name: &'static str, before: Setup, spoil: impl Fn(&mut State), wish: impl Fn(&mut Setup)) -> Case {
+    let mut actual = before.desired(&mut NexthopIds::default());
+    spoil(&mut actual);
+    let mut after = before;
+    wish(&mut after);
+    let mut ids = NexthopIds::default();
+    ids.adopt(&actual);
+    Case { name, actual, desired: after.desired(&mut ids) }
+}
+
+fn empty(name: &'static str, families: u8) -> Case {
+    case(name, host(families), State::clear, |_| {})
+}
+
+fn nothing(_: &mut State) {}
+
+/// The ports as endpoints have just made them: on no bridge yet.
+fn loose_ports(state: &mut State, host: &Setup) {
+    for (key, value) in host.desired(&mut NexthopIds::default()) {
+        if let Value::Link(mut link) = value
+            && link.kind == LinkKind::Port
+        {
+            link.master = None;
+            link.mac = Some(Mac([2, 3, 0, 0, 0, 1]));
+            state.insert(key, Value::Link(link));
+        }
+    }
+}
+
+fn cases() -> Vec<Case> {
+    let link = |name: &str| Key::Link(name.to_owned());
+    let with_ports = || Setup { ports: vec![1, 2], ..host(V4) };
+    let foreign = |state: &mut State| {
+        for (key, value) in state.iter_mut() {
+            if let Value::Link(found) = value
+                && *key == link("ovx.1")
+            {
+                found.kind = LinkKind::Foreign { kind: "vxlan".to_owned() };
+            }
+        }
+        state.retain(|key, value| match value {
+            Value::Fdb(_) | Value::Neigh(_) | Value::Nexthop { .. } | Value::Route(_) => false,
+            _ => key.device().is_none_or(|device| device.name() != "ovx.1"),
+        });
+    };
+    vec![
+        empty("empty-to-three-peers-v4", V4),
+        empty("empty-to-three-peers-v6", V6),
+        empty("empty-to-three-peers-dual", DUAL),
+        case("nothing-to-do", host(DUAL), nothing, |_| {}),
+        case("peer-changes-address", host(DUAL), nothing, |host| host.peers[1] = Some((1, 0, DUAL))),
+        case("peer-changes-mac", host(DUAL), nothing, |host| host.peers[1] = Some((0, 1, DUAL))),
+        case("peer-leaves", host(DUAL), nothing, |host| host.peers[1] = None),
+        case("peer-leaves-another-joins", host(V4), nothing, |host| {
+            host.peers[1] = None;
+            host.peers[4] = Some((0, 0, V4));
+        }),
+        case("own-subnet-moves", host(DUAL), nothing, |host| host.own_subnet = 2),
+        case("own-mac-changes", host(V4), nothing, |host| host.own_mac = 2),
+        case("vni-changes", with_ports(), nothing, |host| host.vni = 2),
+        case("port-changes", host(DUAL), nothing, |host| host.port = 4789),
+        case("underlay-address-changes", host(DUAL), nothing, |host| host.own_address = 2),
+        case("underlay-mtu-changes", with_ports(), nothing, |host| host.underlay_mtu = 1400),
+        case("foreign-link-in-the-way", host(V4), foreign, |_| {}),
+        case(
+            "foreign-route-at-a-peers-subnet",
+            host(V4),
+            |state| {
+                state.insert(Key::Route(subnet(Family::V4, 10)), Value::Route(Via::Foreign));
+                state.insert(Key::Route(subnet(Family::V4, 99)), Value::Route(Via::Foreign));
+            },
+            |_| {},
+        ),
+        case("to-classic-routes", host(DUAL), nothing, |host| host.flags[3] = false),
+        case("from-classic-routes", Setup { flags: [true, true, false, false], ..host(DUAL) }, nothing, |host| {
+            host.flags[3] = true
+        }),
+        case("masquerade-off", host(DUAL), nothing, |host| host.flags[0] = false),
+        case("forward-chain-drops", host(DUAL), nothing, |host| host.flags[2] = true),
+        case("ports-join-the-bridge", host(V4), |state| loose_ports(state, &with_ports()), |host| host.ports = vec![1, 2]),
+        case("ports-lost-their-bridge", with_ports(), |state| loose_ports(state, &with_ports()), |_| {}),
+        case("bridge-is-gone", with_ports(), |state| Op::Delete(link("ovb.1"), Value::Address).record(state), |_| {}),
+        case(
+            "drift",
+            host(V4),
+            |state| {
+                let lost = [Key::Route(subnet(Family::V4, 11)), Key::Neigh(ovx(), subnet(Family::V4, 12).base())];
+                state.retain(|key, _| !lost.contains(key));
+                state.insert(Key::Sysctl("ipv4/ip_forward".to_owned()), Value::Sysctl("0".to_owned()));
+                state.insert(Key::Fdb(ovx(), Mac([2, 9, 9, 9, 9, 9])), Value::Fdb(super::world::public_ip(Family::V4, 99)));
+            },
+            |_| {},
+        ),
+    ]
+}
+
+fn ovx() -> crate::model::Device {
+    crate::model::Device::vxlan(Family::V4, crate::model::Vni::DEFAULT)
+}
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/diff")
+}
+
+/// A state as JSON, one entry a line.
+fn to_json(state: &State) -> String {
+    let lines: Vec<String> = state.iter().map(|entry| serde_json::to_string(&entry).expect("an entry is JSON")).collect();
+    format!("[\n{}\n]\n", lines.join(",\n"))
+}
+
+fn to_text(batch: &[Op]) -> String {
+    let mut text = String::new();
+    for op in batch {
+        writeln!(text, "{op}").expect("a String takes text");
+    }
+    text
+}
+
+fn read(path: &Path) -> String {
+    fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}; OVERLAY_REGENERATE=1 writes the cases", path.display()))
+}
+
+#[test]
+fn written_cases() {
+    let regenerate = std::env::var_os("OVERLAY_REGENERATE").is_some_and(|value| value == "1");
+    for case in cases() {
+        let (name, folder) = (case.name, folder().join(case.name));
+        if regenerate {
+            fs::create_dir_all(&folder).expect(name);
+            fs::write(folder.join("desired.json"), to_json(&case.desired)).expect(name);
+            fs::write(folder.join("actual.json"), to_json(&case.actual)).expect(name);
+            fs::write(folder.join("ops.txt"), to_text(&diff(&case.desired, &case.actual))).expect(name);
+        }
+        let state = |file: &str| -> State {
+            let entries: Vec<(Key, Value)> = serde_json::from_str(&read(&folder.join(file))).expect(name);
+            entries.into_iter().collect()
+        };
+        let (desired, actual) = (state("desired.json"), state("actual.json"));
+        assert_eq!(to_json(&desired), to_json(&case.desired), "{name}: what the host and its peers want has changed");
+        assert_eq!(to_json(&actual), to_json(&case.actual), "{name}: actual state has changed");
+        let batch = diff(&desired, &actual);
+        assert_eq!(to_text(&batch), read(&folder.join("ops.txt")), "{name}");
+
+        let mut kernel = Kernel::new(actual);
+        let applied = batch.iter().filter(|op| kernel.apply(op)).count();
+        if applied == batch.len() {
+            for (key, wanted) in &desired {
+                assert!(kernel.state.get(key).is_some_and(|found| satisfied(wanted, found)), "{name}: {key}");
+            }
+        } else {
+            assert_eq!(name, "foreign-link-in-the-way");
+        }
+    }
+
+    let written: BTreeSet<String> = fs::read_dir(folder())
+        .expect("the fixtures")
+        .map(|entry| entry.expect("an entry").file_name().into_string().expect("UTF-8"))
+        .collect();
+    let known: BTreeSet<String> = cases().iter().map(|case| case.name.to_owned()).collect();
+    assert_eq!(written, known, "each folder has its case");
+}

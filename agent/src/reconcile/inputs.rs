@@ -1,0 +1,355 @@
+//! Folding: what each event makes dirty, and how desired state follows from what is known.
+
+use std::time::Instant;
+
+use super::{Channels, LOG_LINES, Memory, Reconciler, UNDERLAY_SETTLE};
+use crate::model::event::{Connection, LeaseWish, OwnLease, StoreEvent};
+use crate::model::{Device, Family, NetworkConfig, PerFamily};
+use crate::plan::desired::Host;
+use crate::plan::diff::satisfied;
+use crate::plan::roster::{OwnHost, Standing};
+use crate::plan::state::{State, Value};
+use crate::plan::{DataPath, KernelEvent, Key, LinkKind, Op};
+
+impl<D: DataPath, M: Memory> Reconciler<D, M> {
+    pub(super) fn fold_store(&mut self, event: StoreEvent) {
+        self.changed = true;
+        match event {
+            StoreEvent::Config(None) => {
+                self.config_missing = true;
+                self.config_errors = None;
+            }
+            StoreEvent::Config(Some(Err(errors))) => {
+                tracing::error!(%errors, "the network's configuration in etcd is bad: {}", match self.network {
+                    Some(_) => "the last good one stays in force",
+                    None => "waiting for a good one",
+                });
+                self.config_missing = false;
+                self.config_errors = Some(errors);
+            }
+            StoreEvent::Config(Some(Ok(network))) => {
+                self.config_missing = false;
+                self.config_errors = None;
+                if self.network.as_ref() != Some(&network) {
+                    tracing::info!(network = %describe(&network), vni = network.vxlan.vni.get(), port = network.vxlan.port, "network configured");
+                    self.network = Some(network);
+                    // Which families the external interface has to serve may have changed.
+                    self.underlay_due = Some(Instant::now());
+                    self.host_dirty = true;
+                }
+            }
+            StoreEvent::Snapshot(entries) => {
+                let affected = self.roster.replace(entries);
+                self.snapshot_seen = true;
+                self.leases_dirty.extend(affected);
+            }
+            StoreEvent::Upsert(entry) => {
+                let affected = self.roster.upsert(entry);
+                self.leases_dirty.extend(affected);
+            }
+            StoreEvent::Remove { key } => {
+                let affected = self.roster.remove(&key);
+                self.leases_dirty.extend(affected);
+            }
+            StoreEvent::Own(own) => {
+                if let (OwnLease::Held(old), OwnLease::Held(new)) = (&self.own, &own)
+                    && old.subnet != new.subnet
+                {
+                    tracing::error!(old = %old.subnet, new = %new.subnet, "this host moved to another subnet: its containers need a restart");
+                }
+                self.own = own;
+                self.host_dirty = true;
+            }
+            StoreEvent::Connection(connection) => {
+                self.metrics.set_store_connected(matches!(connection, Connection::Up { .. }));
+                self.connection = connection;
+            }
+        }
+    }
+
+    pub(super) fn fold_kernel(&mut self, event: KernelEvent) {
+        match event {
+            KernelEvent::Changed(entries) => {
+                let mut lines = 0;
+                for (key, value) in entries {
+                    if self.fold_change(key, value, lines < LOG_LINES) {
+                        lines += 1;
+                    }
+                }
+                if lines > LOG_LINES {
+                    tracing::warn!(entries = lines, "entries changed by others, putting them back");
+                }
+            }
+            KernelEvent::Stale { reason } => {
+                tracing::debug!(reason, "kernel state in doubt");
+                self.stale = Some(reason);
+            }
+            KernelEvent::Underlay => {
+                self.underlay_due.get_or_insert(Instant::now() + UNDERLAY_SETTLE);
+            }
+        }
+    }
+
+    /// Folds one entry that others changed. Returns whether that is drift.
+    fn fold_change(&mut self, key: Key, value: Option<Value>, log: bool) -> bool {
+        let was_right = self.is_right(&key);
+        match value {
+            Some(value) => self.actual.insert(key.clone(), value),
+            None => self.actual.remove(&key),
+        };
+        if self.host.is_none() || self.is_right(&key) {
+            return false;
+        }
+        if let Key::Link(name) = &key {
+            self.port_lost |= !self.actual.contains_key(&key) && self.ports.contains(name);
+        }
+        self.dirty.insert(key.clone());
+        if was_right {
+            self.drifted(&key, log);
+        }
+        was_right
+    }
+
+    fn drifted(&mut self, key: &Key, log: bool) {
+        if log {
+            let show = |value: Option<&Value>| value.map_or_else(|| "absent".to_owned(), ToString::to_string);
+            tracing::warn!(
+                entry = %key,
+                found = show(self.actual.get(key)),
+                wanted = show(self.desired.get(key)),
+                "an entry was changed by others, putting it back"
+            );
+        }
+        self.repairs.drifted(key);
+        self.metrics.drift_repaired(key.kind());
+        self.changed = true;
+    }
+
+    /// After a dump: what was right before and is not now has drifted.
+    pub(super) fn count_drift_of_dump(&mut self, before: &State, batch: &[Op]) {
+        let drifted: Vec<Key> = batch
+            .iter()
+            .map(Op::key)
+            .filter(|key| matches_entry(self.desired.get(key), before.get(key)))
+            .filter(|key| !self.is_right(key))
+            .cloned()
+            .collect();
+        for (line, key) in drifted.iter().enumerate() {
+            self.drifted(key, line < LOG_LINES);
+        }
+        if drifted.len() > LOG_LINES {
+            tracing::warn!(entries = drifted.len(), "entries changed by others, putting them back");
+        }
+    }
+
+    /// What waits for another try although nothing is wrong with it any more waits no longer.
+    pub(super) fn settle(&mut self) {
+        let (desired, actual) = (&self.desired, &self.actual);
+        self.repairs.settle(|key| matches_entry(desired.get(key), actual.get(key)));
+    }
+
+    fn is_right(&self, key: &Key) -> bool {
+        matches_entry(self.desired.get(key), self.actual.get(key))
+    }
+
+    /// Looks at the host's interfaces and chooses the external one.
+    pub(super) async fn look_at_underlay(&mut self) {
+        self.underlay_due = None;
+        let inventory = match self.data_path.inventory().await {
+            Ok(inventory) => inventory,
+            Err(error) => {
+                tracing::error!(%error, "the host's interfaces cannot be read, trying again in a second");
+                self.underlay_error = Some(error.to_string());
+                self.underlay_due = Some(Instant::now() + std::time::Duration::from_secs(1));
+                return;
+            }
+        };
+        self.inventory = inventory;
+        let Some(network) = &self.network else { return };
+        let families: Vec<Family> = network.families().collect();
+        let reach = match self.settings.selection.can_reach {
+            Some(address) => self.data_path.route_to(address).await.unwrap_or_default(),
+            None => None,
+        };
+        match self.settings.selection.choose(&self.inventory, &families, reach) {
+            Ok(underlay) => {
+                if self.underlay.as_ref() != Some(&underlay) {
+                    let addresses: Vec<String> = underlay.public_ip.iter().map(|(_, a)| a.to_string()).collect();
+                    tracing::info!(
+                        interface = underlay.name,
+                        mtu = underlay.mtu,
+                        addresses = addresses.join(" "),
+                        "external interface"
+                    );
+                    self.underlay = Some(underlay);
+                    self.changed = true;
+                }
+                self.underlay_error = None;
+            }
+            Err(error) => {
+                let error = error.to_string();
+                if self.underlay_error.as_ref() != Some(&error) {
+                    tracing::error!(
+                        error,
+                        "no external interface{}",
+                        if self.underlay.is_some() { ": the last one stays in use" } else { "" }
+                    );
+                    self.changed = true;
+                }
+                self.underlay_error = Some(error);
+            }
+        }
+        self.host_dirty = true;
+    }
+
+    /// Makes desired state follow from what has changed: all of it where this host did, else the peers of the leases that did.
+    pub(super) fn rebuild(&mut self, channels: &Channels) {
+        if std::mem::take(&mut self.host_dirty) {
+            self.wish(channels);
+            if let Some(host) = self.wanted_host()
+                && self.host.as_ref() != Some(&host)
+            {
+                self.rebuild_all(host);
+            }
+        }
+        let leases = std::mem::take(&mut self.leases_dirty);
+        if self.host.is_none() {
+            // Judged once there is a host: `rebuild_all` goes over the whole roster.
+            return;
+        }
+        for key in &leases {
+            if let Some(peer) = self.peers.remove(key) {
+                self.retract(&peer);
+            }
+            self.refused.remove(key);
+        }
+        let mut lines = 0;
+        for key in leases {
+            self.admit(key, &mut lines);
+        }
+    }
+
+    /// This host as it should be; `None` while something is not known yet. A lease that was lost leaves things as they were.
+    fn wanted_host(&mut self) -> Option<Host> {
+        let network = self.network.clone()?;
+        let underlay = self.underlay.clone()?;
+        let subnet = match &self.own {
+            OwnLease::Held(held) => held.subnet,
+            OwnLease::Wanted { .. } => self.host.as_ref()?.subnet,
+        };
+        if !self.snapshot_seen {
+            return None;
+        }
+        let vtep = self.vtep(&network);
+        let bridge_mac = self.mac(Device::bridge(network.vxlan.vni));
+        Some(Host {
+            subnet,
+            underlay,
+            vtep,
+            bridge_mac,
+            masquerade: self.settings.masquerade,
+            tx_checksum: self.settings.tx_checksum,
+            nexthop_objects: self.settings.nexthop_objects,
+            ports: self.ports.clone(),
+            forward_drops: self.inventory.forward_drops.clone(),
+            network,
+        })
+    }
+
+    fn vtep(&mut self, network: &NetworkConfig) -> PerFamily<crate::model::Mac> {
+        let families: Vec<Family> = network.families().collect();
+        families.into_iter().map(|family| (family, self.mac(Device::vxlan(family, network.vxlan.vni)))).collect()
+    }
+
+    fn mac(&mut self, device: Device) -> crate::model::Mac {
+        let found = match self.actual.get(&Key::Link(device.name())) {
+            Some(Value::Link(link)) if !matches!(link.kind, LinkKind::Foreign { .. }) => link.mac,
+            _ => None,
+        };
+        self.memory.mac(device, found)
+    }
+
+    /// Tells the store what this host wants to hold.
+    fn wish(&mut self, channels: &Channels) {
+        let (Some(network), Some(underlay)) = (self.network.clone(), self.underlay.clone()) else { return };
+        let preferred = match &self.own {
+            OwnLease::Held(held) => Some(held.subnet),
+            OwnLease::Wanted { .. } => self.host.as_ref().map(|host| host.subnet).or_else(|| self.memory.preferred()),
+        };
+        let vtep = self.vtep(&network);
+        let wish = LeaseWish { node: self.settings.node.clone(), public_ip: underlay.public_ip, vtep, preferred, network };
+        channels.wish.send_if_modified(|was| {
+            let new = was.as_ref() != Some(&wish);
+            if new {
+                *was = Some(wish);
+            }
+            new
+        });
+    }
+
+    fn rebuild_all(&mut self, host: Host) {
+        self.own_host = Some(OwnHost { subnet: host.subnet, public_ip: host.underlay.public_ip, vtep: host.vtep });
+        self.desired = host.entries();
+        self.host = Some(host);
+        self.peers.clear();
+        self.refused.clear();
+        let mut lines = 0;
+        let keys: Vec<_> = self.roster.iter().map(|(key, _)| key.clone()).collect();
+        for key in keys {
+            self.admit(key, &mut lines);
+        }
+        self.leases_dirty.clear();
+        self.repairs.forget_all();
+        self.all_dirty = true;
+        self.changed = true;
+    }
+
+    /// Takes a lease into the data path, or notes why not.
+    fn admit(&mut self, key: crate::plan::roster::LeaseKey, lines: &mut usize) {
+        let Some(host) = &self.host else { return };
+        match self.roster.standing(&key, &host.network, self.own_host.as_ref()) {
+            None | Some(Standing::Own) => {}
+            Some(Standing::Peer(peer)) => {
+                for (entry, value) in host.peer_entries(&peer, &mut self.ids) {
+                    self.repairs.forget(&entry);
+                    self.dirty.insert(entry.clone());
+                    self.desired.insert(entry, value);
+                }
+                self.peers.insert(key, peer);
+            }
+            Some(Standing::Refused(refusal)) => {
+                *lines += 1;
+                if *lines <= LOG_LINES {
+                    tracing::warn!(key = refusal.key, reason = refusal.kind.word(), "{refusal}");
+                } else if *lines == LOG_LINES + 1 {
+                    tracing::warn!("more leases are left out: `overlayctl subnets` lists them");
+                }
+                self.refused.insert(key, refusal);
+            }
+        }
+    }
+
+    /// Takes a peer's entries out of desired state. What another peer has in common with it is put in again when that one is admitted.
+    fn retract(&mut self, peer: &crate::model::Peer) {
+        let Some(host) = &self.host else { return };
+        for (entry, _) in host.peer_entries(peer, &mut self.ids) {
+            self.desired.remove(&entry);
+            self.repairs.forget(&entry);
+            self.dirty.insert(entry);
+        }
+    }
+}
+
+fn matches_entry(wanted: Option<&Value>, found: Option<&Value>) -> bool {
+    match (wanted, found) {
+        (Some(wanted), Some(found)) => satisfied(wanted, found),
+        (None, None) | (None, Some(Value::Sysctl(_))) => true,
+        (None, Some(Value::Link(link))) => matches!(link.kind, LinkKind::Foreign { .. } | LinkKind::Port),
+        (None, Some(Value::Route(crate::plan::state::Via::Foreign))) => true,
+        _ => false,
+    }
+}
+
+fn describe(network: &NetworkConfig) -> String {
+    network.pools.iter().map(|(_, pool)| pool.network.to_string()).collect::<Vec<_>>().join(" ")
+}

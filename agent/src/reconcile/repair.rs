@@ -1,0 +1,172 @@
+//! Which entries wait for another try, and who keeps changing them: jittered back-off for what the kernel refuses, and a bounded rate for what
+//! others undo again and again.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use rand::RngExt;
+
+use crate::model::api::{Drift, FailedOp};
+use crate::plan::{Key, Op, OpError};
+
+/// The first and the longest pause before another try.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// Repairs of one entry within [`FIGHT_WINDOW`] that are taken for accidents; from then on it is a fight.
+const FIGHT_REPAIRS: u32 = 10;
+const FIGHT_WINDOW: Duration = Duration::from_secs(10);
+
+/// The entries that are not as they should be for a known reason, and the account of repairs.
+#[derive(Debug, Default)]
+pub(super) struct Repairs {
+    waiting: BTreeMap<Key, Waiting>,
+    fights: BTreeMap<Key, Fight>,
+    count: u64,
+    last: Option<Drift>,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    entry: String,
+    error: String,
+    attempts: u32,
+    due: Instant,
+}
+
+#[derive(Debug)]
+struct Fight {
+    since: Instant,
+    repairs: u32,
+    at: u64,
+}
+
+impl Repairs {
+    /// The kernel refused an op: it is tried again later.
+    pub(super) fn failed(&mut self, op: &Op, error: OpError) {
+        let attempts = self.waiting.get(op.key()).map_or(0, |w| w.attempts) + 1;
+        // Once at the first failure, then each time the pause has grown eightfold: a log that tells and does not flood.
+        if attempts == 1 || attempts.is_multiple_of(3) {
+            tracing::warn!(op = %op, errno = error.errno, error = %error, attempts, "the kernel refused an entry, trying again");
+        }
+        self.wait(op.key().clone(), op.to_string(), error.message, attempts);
+    }
+
+    fn wait(&mut self, key: Key, entry: String, error: String, attempts: u32) {
+        let pause = FIRST_PAUSE.saturating_mul(1 << attempts.clamp(1, 12)).min(LONGEST_PAUSE);
+        let due = Instant::now() + pause.mul_f64(rand::rng().random_range(0.5..1.0));
+        self.waiting.insert(key, Waiting { entry, error, attempts, due });
+    }
+
+    /// The entry is as it should be.
+    pub(super) fn succeeded(&mut self, key: &Key) {
+        self.waiting.remove(key);
+    }
+
+    /// What is wanted has changed: old failures say nothing any more.
+    pub(super) fn forget(&mut self, key: &Key) {
+        self.waiting.remove(key);
+    }
+
+    /// The same for every entry.
+    pub(super) fn forget_all(&mut self) {
+        self.waiting.clear();
+    }
+
+    /// Others changed an entry of ours. Returns whether it is to be put back at once; otherwise it waits.
+    pub(super) fn drifted(&mut self, key: &Key) -> bool {
+        let (now, at) = (Instant::now(), unix_time());
+        self.count += 1;
+        self.last = Some(Drift { entry: key.to_string(), at });
+        let fight = self.fights.entry(key.clone()).or_insert(Fight { since: now, repairs: 0, at });
+        if now.duration_since(fight.since) > FIGHT_WINDOW {
+            *fight = Fight { since: now, repairs: 0, at };
+        }
+        fight.repairs += 1;
+        fight.at = at;
+        let repairs = fight.repairs;
+        if self.fights.len() > 4096 {
+            self.fights.retain(|_, fight| now.duration_since(fight.since) <= FIGHT_WINDOW);
+        }
+        if repairs <= FIGHT_REPAIRS {
+            return true;
+        }
+        if repairs == FIGHT_REPAIRS + 1 {
+            tracing::error!(entry = %key, repairs, "something on this host keeps undoing an entry: it is put back at a bounded rate from now on");
+        }
+        let error =
+            format!("changed by others {repairs} times within {} s: find who does it with `ip monitor`", FIGHT_WINDOW.as_secs());
+        self.wait(key.clone(), key.to_string(), error, repairs - FIGHT_REPAIRS);
+        false
+    }
+
+    /// Whether an entry waits at this moment.
+    pub(super) fn holds_back(&self, key: &Key, now: Instant) -> bool {
+        self.waiting.get(key).is_some_and(|waiting| waiting.due > now)
+    }
+
+    /// The entries whose pause is over.
+    pub(super) fn due(&self, now: Instant) -> Vec<Key> {
+        self.waiting.iter().filter(|(_, waiting)| waiting.due <= now).map(|(key, _)| key.clone()).collect()
+    }
+
+    /// When the next pause is over.
+    pub(super) fn next_due(&self) -> Option<Instant> {
+        self.waiting.values().map(|waiting| waiting.due).min()
+    }
+
+    /// Forgets entries that wait although nothing is wrong with them any more.
+    pub(super) fn settle(&mut self, is_right: impl Fn(&Key) -> bool) {
+        self.waiting.retain(|key, _| !is_right(key));
+    }
+
+    /// Whether an entry of some kind waits.
+    pub(super) fn any(&self, wanted: impl Fn(&Key) -> bool) -> bool {
+        self.waiting.keys().any(wanted)
+    }
+
+    /// How many entries wait.
+    pub(super) fn len(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Nothing waits.
+    pub(super) fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    /// What waits, for the status.
+    pub(super) fn failures(&self) -> impl Iterator<Item = FailedOp> + '_ {
+        self.waiting.values().map(|w| FailedOp { entry: w.entry.clone(), error: w.error.clone(), attempts: w.attempts })
+    }
+
+    /// Why one entry waits.
+    pub(super) fn failure(&self, key: &Key) -> Option<&str> {
+        self.waiting.get(key).map(|w| w.error.as_str())
+    }
+
+    /// The entries that others change again and again at present, with how often.
+    pub(super) fn fights(&self) -> impl Iterator<Item = (&Key, u32)> {
+        let lasts = |fight: &Fight| fight.repairs > FIGHT_REPAIRS && fight.since.elapsed() <= FIGHT_WINDOW;
+        self.fights.iter().filter(move |(_, fight)| lasts(fight)).map(|(key, fight)| (key, fight.repairs))
+    }
+
+    /// Number of repairs since the start.
+    pub(super) fn count(&self) -> u64 {
+        self.count
+    }
+
+    /// The last repair.
+    pub(super) fn last(&self) -> Option<&Drift> {
+        self.last.as_ref()
+    }
+
+    /// When one entry was put back last, in seconds since the epoch; repairs are remembered for a while only.
+    pub(super) fn last_of(&self, key: &Key) -> Option<u64> {
+        self.fights.get(key).map(|fight| fight.at)
+    }
+}
+
+/// Seconds since the epoch.
+fn unix_time() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}

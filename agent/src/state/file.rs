@@ -1,0 +1,149 @@
+//! Files that are written whole, and errors of the file system that say what to do.
+
+use std::fs::{File, OpenOptions, Permissions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// The largest file that is read, in bytes: 65,536 endpoints take some 20 MiB; anything above is not ours.
+const LARGEST: u64 = 64 << 20;
+
+/// The file system refused.
+#[derive(Debug)]
+pub struct FileError {
+    /// What was to be done, as a verb: `write`.
+    pub action: &'static str,
+    /// The file or directory.
+    pub path: PathBuf,
+    /// The system's answer.
+    pub source: io::Error,
+}
+
+impl FileError {
+    /// The error of an action on a path.
+    pub fn new(action: &'static str, path: &Path, source: io::Error) -> FileError {
+        FileError { action, path: path.to_owned(), source }
+    }
+
+    /// What helps against the error; `None` where the system's own words have to do.
+    fn remedy(&self) -> Option<&'static str> {
+        match self.source.raw_os_error()? {
+            libc::ENOSPC => Some("the file system is full: free space on it (`df -h`, and `df -i` for inodes)"),
+            libc::EDQUOT => Some("the quota is used up: free space or raise it"),
+            libc::EROFS => Some("the file system is read-only: remount it writable, or choose another directory"),
+            libc::EACCES | libc::EPERM => {
+                Some("overlayd runs as root and needs to own this path; look at its owner, mode and attributes")
+            }
+            libc::EIO => Some("the disk reports an error: look at `dmesg`"),
+            libc::ENOTDIR => Some("a part of the path is a file where a directory is needed: remove it"),
+            libc::EISDIR => Some("there is a directory where a file is needed: remove it"),
+            libc::ENOENT => Some("the directory is not there: make it, or choose another path"),
+            libc::EMFILE | libc::ENFILE => Some("too many open files: raise the limit (`LimitNOFILE=` in the unit)"),
+            libc::ENAMETOOLONG => Some("choose a shorter path"),
+            _ => None,
+        }
+    }
+}
+
+impl std::fmt::Display for FileError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "cannot {} {}: {}", self.action, self.path.display(), self.source)?;
+        self.remedy().map_or(Ok(()), |remedy| write!(f, "; {remedy}"))
+    }
+}
+
+impl std::error::Error for FileError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.source)
+    }
+}
+
+/// Replaces a file as a whole: temporary file in the same directory, fsync, rename, fsync of the directory. After an error the old
+/// file is as it was. The mode is set exactly, whatever the umask.
+pub fn write_whole(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
+    let name = path.file_name().ok_or_else(|| FileError::new("write", path, io::Error::from(io::ErrorKind::IsADirectory)))?;
+    let mut hidden = std::ffi::OsString::from(".");
+    hidden.push(name);
+    hidden.push(".tmp");
+    let temporary = path.with_file_name(hidden);
+    let written = write_and_sync(&temporary, bytes, mode)
+        .map_err(|source| FileError::new("write", &temporary, source))
+        .and_then(|()| std::fs::rename(&temporary, path).map_err(|source| FileError::new("replace", path, source)));
+    if let Err(error) = written {
+        // The first error is the one worth reporting; a temporary file that stays is taken over by the next write.
+        let _ = std::fs::remove_file(&temporary);
+        return Err(error);
+    }
+    sync_directory(path)
+}
+
+/// As [`write_whole`], but only where content or mode differ. Returns whether it wrote.
+pub fn write_if_changed(path: &Path, bytes: &[u8], mode: u32) -> Result<bool, FileError> {
+    if holds(path, bytes, mode).unwrap_or(false) {
+        return Ok(false);
+    }
+    write_whole(path, bytes, mode).map(|()| true)
+}
+
+fn holds(path: &Path, bytes: &[u8], mode: u32) -> io::Result<bool> {
+    let metadata = std::fs::symlink_metadata(path)?;
+    let same_shape = metadata.is_file() && metadata.mode() & 0o7777 == mode && metadata.len() == bytes.len() as u64;
+    Ok(same_shape && std::fs::read(path)? == bytes)
+}
+
+fn write_and_sync(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    // Left over by a crash; never followed if somebody put a symbolic link there, because the file is created anew.
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path)?;
+    file.set_permissions(Permissions::from_mode(mode))?;
+    file.write_all(bytes)?;
+    file.sync_all()
+}
+
+fn sync_directory(path: &Path) -> Result<(), FileError> {
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    File::open(directory).and_then(|d| d.sync_all()).map_err(|source| FileError::new("sync the directory", directory, source))
+}
+
+/// The content of a file; `None` where there is none, or where it could not be read as a file and has been set aside.
+pub(super) fn read(path: &Path) -> Result<Option<Vec<u8>>, FileError> {
+    let unreadable = |e: &io::Error| matches!(e.raw_os_error(), Some(libc::EIO | libc::EISDIR | libc::ELOOP));
+    let mut bytes = Vec::new();
+    let outcome = File::open(path).and_then(|file| file.take(LARGEST + 1).read_to_end(&mut bytes));
+    match outcome {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) if unreadable(&e) => set_aside(path, &e.to_string()).map(|()| None),
+        Err(e) => Err(FileError::new("read", path, e)),
+        Ok(_) if bytes.len() as u64 > LARGEST => set_aside(path, "it is larger than 64 MiB").map(|()| None),
+        Ok(_) => Ok(Some(bytes)),
+    }
+}
+
+/// Moves a file that cannot be used to `NAME.torn-<unix time>` and says so.
+pub(super) fn set_aside(path: &Path, reason: &str) -> Result<(), FileError> {
+    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let candidate = |attempt: u32| {
+        let mut name = path.as_os_str().to_owned();
+        name.push(format!(".torn-{seconds}"));
+        if attempt > 0 {
+            name.push(format!("-{attempt}"));
+        }
+        PathBuf::from(name)
+    };
+    // At most as many as one second can leave behind; the last one is overwritten.
+    let aside = (0..100).map(candidate).find(|p| !p.exists()).unwrap_or_else(|| candidate(100));
+    std::fs::rename(path, &aside).map_err(|source| FileError::new("set aside", path, source))?;
+    sync_directory(path)?;
+    tracing::warn!(
+        path = %path.display(), aside = %aside.display(), reason,
+        "a state file cannot be used and was set aside; starting without what it held"
+    );
+    Ok(())
+}

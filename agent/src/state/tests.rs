@@ -1,0 +1,199 @@
+use std::os::unix::fs::{MetadataExt, symlink};
+
+use super::*;
+use crate::model::{Device, Family, Vni};
+
+fn torn_files(directory: &Path) -> Vec<String> {
+    let names = std::fs::read_dir(directory).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+    names.filter(|n| n.contains(".torn-")).collect()
+}
+
+#[test]
+fn the_node_id_is_made_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a/state");
+    let id = StateDir::open(&path).unwrap().node_id().unwrap();
+    assert_eq!(id.len(), 32);
+    assert_eq!(StateDir::open(&path).unwrap().node_id().unwrap(), id);
+    assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o7777, 0o700);
+    assert_eq!(std::fs::metadata(path.join("node-id")).unwrap().mode() & 0o7777, 0o600);
+}
+
+#[test]
+fn torn_files_are_set_aside_and_the_agent_starts() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    let mut host = HostState::default();
+    let (mac, _) = host.mac(Device::vxlan(Family::V6, Vni::DEFAULT), None);
+    state.save_host(&host).unwrap();
+    let whole = std::fs::read(dir.path().join("state.json")).unwrap();
+    // Every way of losing the end of the file, and what is no text at all.
+    let mut torn: Vec<Vec<u8>> = (0..whole.len() - 2).step_by(7).map(|n| whole[..n].to_vec()).collect();
+    torn.extend([
+        b"\xff\xfe\0\0".to_vec(),
+        b"[]".to_vec(),
+        b"{\"version\":\"x\"}".to_vec(),
+        b"{\"version\":1,\"subnet\":7}".to_vec(),
+    ]);
+    for (n, bytes) in torn.iter().enumerate() {
+        std::fs::write(dir.path().join("state.json"), bytes).unwrap();
+        assert_eq!(state.load_host().unwrap(), HostState::default(), "{:?}", String::from_utf8_lossy(bytes));
+        assert_eq!(torn_files(dir.path()).len(), n + 1);
+    }
+    state.save_host(&host).unwrap();
+    assert_eq!(state.load_host().unwrap().mac(Device::vxlan(Family::V6, Vni::DEFAULT), None), (mac, false));
+    let found = Some(Mac([2, 0, 0, 0, 0, 7]));
+    assert_eq!(state.load_host().unwrap().mac(Device::vxlan(Family::V4, Vni::DEFAULT), found), (Mac([2, 0, 0, 0, 0, 7]), true));
+
+    std::fs::write(dir.path().join("node-id"), "").unwrap();
+    assert_eq!(state.node_id().unwrap().len(), 32);
+    std::fs::remove_file(dir.path().join("state.json")).unwrap();
+    std::fs::create_dir(dir.path().join("state.json")).unwrap();
+    assert_eq!(state.load_host().unwrap(), HostState::default());
+    assert!(torn_files(dir.path()).iter().any(|n| n.starts_with("node-id.torn-")));
+}
+
+#[test]
+fn a_later_version_is_refused_and_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    let path = dir.path().join("state.json");
+    std::fs::write(&path, "{\"version\":2,\"subnet\":{\"other\":1}}").unwrap();
+    let error = state.load_host().unwrap_err().to_string();
+    assert!(error.contains("has version 2, this overlayd knows 1"), "{error}");
+    assert!(path.exists() && torn_files(dir.path()).is_empty());
+}
+
+#[test]
+fn the_host_state_round_trips_and_an_equal_one_is_not_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    let mut host = HostState::default();
+    let (mac, _) = host.mac(Device::vxlan(Family::V4, Vni::DEFAULT), None);
+    assert_eq!(host.mac(Device::vxlan(Family::V4, Vni::DEFAULT), None), (mac, false));
+    assert!(mac.is_unicast());
+    host.subnet = Some(Subnet::from_key("10.244.101.0-24&fd00:10:244:51::-64").unwrap());
+    host.public_ip.v4 = Some("10.99.1.1".parse().unwrap());
+    state.save_host(&host).unwrap();
+    let inode = std::fs::metadata(dir.path().join("state.json")).unwrap().ino();
+    state.save_host(&host).unwrap();
+    assert_eq!(std::fs::metadata(dir.path().join("state.json")).unwrap().ino(), inode);
+    assert_eq!(state.load_host().unwrap(), host);
+    assert!(!dir.path().join(".state.json.tmp").exists());
+}
+
+#[test]
+fn a_second_agent_is_refused_by_pid_and_directory() {
+    let dir = tempfile::tempdir().unwrap();
+    let held = RunLock::acquire(dir.path()).unwrap();
+    let error = RunLock::acquire(dir.path()).unwrap_err().to_string();
+    assert!(error.contains(&format!("pid {}", std::process::id())), "{error}");
+    assert!(error.contains(&dir.path().display().to_string()), "{error}");
+    drop(held);
+    let state = StateDir::open(dir.path()).unwrap();
+    assert!(matches!(StateDir::open(dir.path()), Err(StateError::Lock(LockError::Held { .. }))));
+    // One directory may be both run and state directory of one agent.
+    let run = RunLock::acquire(dir.path()).unwrap();
+    drop((state, run));
+    StateDir::open(dir.path()).unwrap();
+}
+
+#[test]
+fn a_planted_link_is_not_followed() {
+    let dir = tempfile::tempdir().unwrap();
+    let victim = dir.path().join("victim");
+    std::fs::write(&victim, "mine").unwrap();
+    symlink(&victim, dir.path().join(".file.tmp")).unwrap();
+    symlink(&victim, dir.path().join("file")).unwrap();
+    write_whole(&dir.path().join("file"), b"new", 0o640).unwrap();
+    assert_eq!(std::fs::read(&victim).unwrap(), b"mine");
+    assert_eq!(std::fs::read(dir.path().join("file")).unwrap(), b"new");
+    assert_eq!(std::fs::symlink_metadata(dir.path().join("file")).unwrap().mode() & 0o7777, 0o640);
+}
+
+#[test]
+fn subnet_env_is_flannels_byte_for_byte() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/flannel-v0.20.2");
+    let cases = [
+        ("vxlan", "10.244.0.0/16", "", "10.244.27.0-24", 1450, ""),
+        ("vxlan-directrouting", "10.244.0.0/16", "", "10.244.18.192-26", 1450, ""),
+        ("host-gw", "10.244.0.0/16", "", "10.244.15.0-24", 1500, ""),
+        // flannel writes the IPv4 MTU; ours is that of the smaller family.
+        ("vxlan-dualstack", "10.244.0.0/16", "fd00:10:244::/56", "10.244.101.0-24&fd00:10:244:51::-64", 1430, "FLANNEL_MTU=1450"),
+    ];
+    for (name, v4, v6, key, mtu, flannels_mtu) in cases {
+        let network = PerFamily { v4: v4.parse().ok(), v6: v6.parse().ok() };
+        let text = subnet_env(&network, &Subnet::from_key(key).unwrap(), mtu, true);
+        let mut recorded = std::fs::read_to_string(fixtures.join(name).join("subnet.env")).unwrap();
+        if !flannels_mtu.is_empty() {
+            recorded = recorded.replace(flannels_mtu, &format!("FLANNEL_MTU={mtu}"));
+        }
+        assert_eq!(text, recorded, "{name}");
+    }
+    let six = subnet_env(
+        &PerFamily { v4: None, v6: "fd00:10:244::/56".parse().ok() },
+        &Subnet::from_key("fd00:10:244:51::-64").unwrap(),
+        1430,
+        false,
+    );
+    assert_eq!(
+        six,
+        "FLANNEL_IPV6_NETWORK=fd00:10:244::/56\nFLANNEL_IPV6_SUBNET=fd00:10:244:51::1/64\nFLANNEL_MTU=1430\nFLANNEL_IPMASQ=false\n"
+    );
+}
+
+#[test]
+fn subnet_env_is_world_readable_and_written_only_when_it_differs() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("run/flannel/subnet.env");
+    assert!(write_subnet_env(&path, "A=1\n").unwrap());
+    assert!(!write_subnet_env(&path, "A=1\n").unwrap());
+    assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o7777, 0o644);
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+    assert!(write_subnet_env(&path, "A=1\n").unwrap());
+    assert!(write_subnet_env(&path, "A=2\n").unwrap());
+}
+
+/// Runs on a thread with a mount namespace of its own in which `directory` is a tmpfs with these options.
+fn on_tmpfs(directory: &Path, options: &str, test: impl FnOnce() + Send) {
+    use nix::mount::{MsFlags, mount};
+    use nix::sched::{CloneFlags, unshare};
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNS)
+                .expect("this test needs root (CAP_SYS_ADMIN): run it with sudo, or in `unshare -rm`");
+            let none: Option<&str> = None;
+            mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+            mount(Some("tmpfs"), directory, Some("tmpfs"), MsFlags::empty(), Some(options)).unwrap();
+            test();
+            nix::mount::umount2(directory, nix::mount::MntFlags::MNT_DETACH).unwrap();
+        });
+        thread.join().expect("the test on the tmpfs");
+    });
+}
+
+#[test]
+fn a_full_disk_leaves_the_old_file_and_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("state.json");
+    on_tmpfs(dir.path(), "size=64k", || {
+        write_whole(&file, b"old", 0o600).unwrap();
+        let error = write_whole(&file, &vec![b'x'; 1 << 20], 0o600).unwrap_err().to_string();
+        assert!(
+            error.contains(&dir.path().display().to_string()) && error.contains("file system is full: free space"),
+            "{error}"
+        );
+        assert_eq!(std::fs::read(&file).unwrap(), b"old");
+        // What the failed write took is free again.
+        write_whole(&file, &vec![b'x'; 30 << 10], 0o600).unwrap();
+    });
+}
+
+#[test]
+fn a_read_only_file_system_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    on_tmpfs(dir.path(), "ro", || {
+        let error = StateDir::open(&dir.path().join("state")).unwrap_err().to_string();
+        assert!(error.contains("read-only: remount it writable"), "{error}");
+    });
+}

@@ -1,0 +1,248 @@
+//! Lease values between JSON and [`Lease`]. Pure. Source of the form: `docs/wire.md`, recorded from a real flanneld.
+//!
+//! Only what can be told from the entry alone is checked here; what depends on the network or on other leases is `plan`'s.
+
+use std::net::IpAddr;
+
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use super::read::RawEntry;
+use crate::model::event::StoreEntry;
+use crate::model::lease::printable;
+use crate::model::{Backend, Family, Lease, Mac, Node, PerFamily, Record, Refusal, RefusalKind, Subnet, Vni};
+
+/// The largest value that is looked at, in bytes. A lease of ours has some 300.
+pub const MAX_VALUE: usize = 16 * 1024;
+/// The longest host name, in bytes (RFC 1035 section 2.3.4, without the root's length byte and dots at either end).
+pub const MAX_NODE_NAME: usize = 253;
+/// The longest host identity, in bytes.
+pub const MAX_NODE_ID: usize = 64;
+/// The longest name of a backend, in bytes.
+const MAX_BACKEND: usize = 32;
+
+/// What an entry says of its holder, read leniently: reservations made by hand often hold no more.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) struct Owner {
+    /// The underlay addresses.
+    pub(super) public_ip: PerFamily<IpAddr>,
+    /// The host.
+    pub(super) node: Option<Node>,
+}
+
+/// Reads an entry; every value that is no lease becomes a [`Refusal`].
+pub(super) fn decode(entry: &RawEntry) -> StoreEntry {
+    let value = decode_record(entry).map_err(|kind| Refusal { key: printable(&entry.key), kind });
+    StoreEntry { key: entry.key.clone(), value }
+}
+
+fn decode_record(entry: &RawEntry) -> Result<Record, RefusalKind> {
+    let subnet = Subnet::from_key(&entry.key).map_err(|e| RefusalKind::Key { detail: printable(&e.to_string()) })?;
+    Ok(Record {
+        subnet,
+        lease: decode_value(&subnet, &entry.value)?,
+        create_revision: entry.create_revision,
+        mod_revision: entry.mod_revision,
+        etcd_lease: entry.etcd_lease,
+    })
+}
+
+/// Reads the value of a lease of this subnet.
+pub(super) fn decode_value(subnet: &Subnet, value: &[u8]) -> Result<Lease, RefusalKind> {
+    if value.len() > MAX_VALUE {
+        return Err(RefusalKind::TooLarge { size: value.len(), limit: MAX_VALUE });
+    }
+    let fields = object(value)?;
+    let mut public_ip = PerFamily::default();
+    for family in subnet.families() {
+        *public_ip.slot(family) = Some(address(&fields, family)?);
+    }
+    let kind = text(&fields, "BackendType", "")?;
+    if kind.is_empty() || kind.len() > MAX_BACKEND || !kind.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(field("BackendType", &kind, "must be a word of at most 32 printable characters"));
+    }
+    let backend = if kind == "vxlan" { vxlan(&fields, subnet)? } else { Backend::Other { name: kind } };
+    let node = match get(&fields, "Node") {
+        None => None,
+        Some(Value::Object(node)) => Some(decode_node(node)?),
+        Some(other) => return Err(field("Node", &other.to_string(), "must be an object with Name and Id")),
+    };
+    Ok(Lease { public_ip, backend, node })
+}
+
+/// Writes a lease as flannel does, with our addition.
+pub(super) fn encode(lease: &Lease) -> Result<String, serde_json::Error> {
+    let data = |family: Family| match &lease.backend {
+        Backend::Vxlan { vni, vtep } => vtep.get(family).map(|mac| VxlanData { vni: *vni, vtep_mac: *mac }),
+        Backend::Other { .. } => None,
+    };
+    serde_json::to_string(&LeaseValue {
+        public_ip: lease.public_ip.v4,
+        public_ipv6: lease.public_ip.v6,
+        backend_type: lease.backend.name(),
+        backend_data: data(Family::V4),
+        backend_v6_data: data(Family::V6),
+        node: lease.node.as_ref().map(|node| NodeValue { name: &node.name, id: &node.id }),
+    })
+}
+
+/// Who an entry belongs to, as far as its value says; nothing where it says nothing.
+pub(super) fn owner(value: &[u8]) -> Owner {
+    if value.len() > MAX_VALUE {
+        return Owner::default();
+    }
+    let Ok(fields) = object(value) else { return Owner::default() };
+    let public_ip = Family::ALL.into_iter().filter_map(|family| Some((family, address(&fields, family).ok()?))).collect();
+    let node = match get(&fields, "Node") {
+        Some(Value::Object(node)) => decode_node(node).ok(),
+        _ => None,
+    };
+    Owner { public_ip, node }
+}
+
+#[derive(Serialize)]
+struct LeaseValue<'a> {
+    #[serde(rename = "PublicIP")]
+    public_ip: Option<IpAddr>,
+    #[serde(rename = "PublicIPv6")]
+    public_ipv6: Option<IpAddr>,
+    #[serde(rename = "BackendType")]
+    backend_type: &'a str,
+    #[serde(rename = "BackendData", skip_serializing_if = "Option::is_none")]
+    backend_data: Option<VxlanData>,
+    #[serde(rename = "BackendV6Data", skip_serializing_if = "Option::is_none")]
+    backend_v6_data: Option<VxlanData>,
+    #[serde(rename = "Node", skip_serializing_if = "Option::is_none")]
+    node: Option<NodeValue<'a>>,
+}
+
+#[derive(Serialize)]
+struct VxlanData {
+    #[serde(rename = "VNI")]
+    vni: Vni,
+    #[serde(rename = "VtepMAC")]
+    vtep_mac: Mac,
+}
+
+#[derive(Serialize)]
+struct NodeValue<'a> {
+    #[serde(rename = "Name")]
+    name: &'a str,
+    #[serde(rename = "Id")]
+    id: &'a str,
+}
+
+fn field(name: &str, value: &str, rule: &str) -> RefusalKind {
+    let value = if value.is_empty() { "missing".to_owned() } else { format!("`{}`", printable(value)) };
+    RefusalKind::Field { field: name.to_owned(), value, rule: rule.to_owned() }
+}
+
+fn object(value: &[u8]) -> Result<Map<String, Value>, RefusalKind> {
+    match serde_json::from_slice(value) {
+        Ok(Value::Object(fields)) => Ok(fields),
+        Ok(_) => Err(RefusalKind::Malformed { detail: "it is not a JSON object".to_owned() }),
+        Err(e) => Err(RefusalKind::Malformed { detail: format!("it is not JSON: {}", printable(&e.to_string())) }),
+    }
+}
+
+/// A field by its exact name, or as Go finds it: without regard to case. `null` is absent.
+fn get<'a>(fields: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
+    fields
+        .get(name)
+        .or_else(|| fields.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value))
+        .filter(|value| !value.is_null())
+}
+
+/// A field that must be a string; empty where it is absent.
+fn text(fields: &Map<String, Value>, name: &str, path: &str) -> Result<String, RefusalKind> {
+    match get(fields, name) {
+        None => Ok(String::new()),
+        Some(Value::String(text)) => Ok(text.clone()),
+        Some(other) => Err(field(&format!("{path}{name}"), &other.to_string(), "must be a string")),
+    }
+}
+
+fn address(fields: &Map<String, Value>, family: Family) -> Result<IpAddr, RefusalKind> {
+    let name = match family {
+        Family::V4 => "PublicIP",
+        Family::V6 => "PublicIPv6",
+    };
+    let value = text(fields, name, "")?;
+    let address = match value.parse::<IpAddr>() {
+        Ok(address) if Family::of(address) == family => address,
+        _ => return Err(field(name, &value, &format!("must be an {family} address"))),
+    };
+    match unusable(address) {
+        Some(what) => Err(field(name, &value, &format!("{what} is no address of a host on the underlay"))),
+        None => Ok(address),
+    }
+}
+
+/// Why no tunnel can end at an address.
+fn unusable(address: IpAddr) -> Option<&'static str> {
+    if address.is_unspecified() {
+        Some("the unspecified address")
+    } else if address.is_loopback() {
+        Some("a loopback address")
+    } else if address.is_multicast() {
+        Some("a multicast address")
+    } else {
+        match address {
+            IpAddr::V4(a) if a.is_broadcast() => Some("the broadcast address"),
+            IpAddr::V4(a) if a.is_link_local() => Some("a link-local address"),
+            IpAddr::V4(a) if a.octets()[0] == 0 => Some("an address of `this network` (RFC 1122)"),
+            IpAddr::V6(a) if a.is_unicast_link_local() => Some("a link-local address"),
+            IpAddr::V6(a) if a.to_ipv4_mapped().is_some() => Some("an IPv4-mapped address"),
+            _ => None,
+        }
+    }
+}
+
+fn vxlan(fields: &Map<String, Value>, subnet: &Subnet) -> Result<Backend, RefusalKind> {
+    let mut vtep = PerFamily::default();
+    let mut vni: Option<Vni> = None;
+    for family in subnet.families() {
+        let name = match family {
+            Family::V4 => "BackendData",
+            Family::V6 => "BackendV6Data",
+        };
+        let data = match get(fields, name) {
+            Some(Value::Object(data)) => data,
+            Some(other) => return Err(field(name, &other.to_string(), "must be an object with VNI and VtepMAC")),
+            None => return Err(field(name, "", "a vxlan lease names its VNI and VTEP MAC here")),
+        };
+        let path = format!("{name}.");
+        let number = get(data, "VNI").map(ToString::to_string).unwrap_or_default();
+        let here = number.parse::<u32>().ok().and_then(|n| Vni::try_from(n).ok());
+        let here = here.ok_or_else(|| field(&format!("{path}VNI"), &number, "must be a whole number from 1 to 16777215"))?;
+        if vni.is_some_and(|other| other != here) {
+            return Err(field(&format!("{path}VNI"), &number, "both families of a host have the same VNI"));
+        }
+        vni = Some(here);
+        let mac = text(data, "VtepMAC", &path)?;
+        let parsed = mac.parse::<Mac>().ok().filter(|mac| mac.is_unicast());
+        let parsed = parsed.ok_or_else(|| {
+            field(&format!("{path}VtepMAC"), &mac, "must be a unicast MAC address, six bytes as in 02:00:5e:10:00:01")
+        })?;
+        *vtep.slot(family) = Some(parsed);
+    }
+    // A subnet has at least one family.
+    Ok(Backend::Vxlan { vni: vni.unwrap_or(Vni::DEFAULT), vtep })
+}
+
+fn decode_node(fields: &Map<String, Value>) -> Result<Node, RefusalKind> {
+    let word = |name: &str, limit: usize| {
+        let value = text(fields, name, "Node.")?;
+        let good = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
+        if value.is_empty() || value.len() > limit || !value.bytes().all(good) {
+            let rule = format!("must be 1 to {limit} letters, digits, `.`, `_` or `-`");
+            return Err(field(&format!("Node.{name}"), &value, &rule));
+        }
+        Ok(value)
+    };
+    Ok(Node { name: word("Name", MAX_NODE_NAME)?, id: word("Id", MAX_NODE_ID)? })
+}
+
+#[cfg(test)]
+#[path = "tests/codec.rs"]
+mod tests;

@@ -1,0 +1,382 @@
+//! From settings to a connection with one etcd server that answers: endpoints, TLS, login, timeouts.
+//!
+//! One server at a time: a session reads, watches and writes through the same one, so that what it has written it also sees; when it
+//! fails, the next one in the list is tried. Files are read at each connect: renewed certificates and passwords are taken up by themselves.
+
+use std::fs;
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
+use rand::seq::SliceRandom;
+use tracing::{debug, warn};
+
+use super::error::Context;
+use super::keys::{DEFAULT_PREFIX, Keys};
+use super::{StoreError, discovery};
+
+/// How long opening a connection may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long an answer may take.
+pub(super) const RPC_TIMEOUT: Duration = Duration::from_secs(5);
+/// A ping is sent after this long without a frame. etcd ends connections that ping more often than every 5 s
+/// (`--grpc-keepalive-min-time`).
+const PING_INTERVAL: Duration = Duration::from_secs(6);
+/// A server that does not answer a ping for this long is dead; with the interval: noticed within 10 s.
+const PING_TIMEOUT: Duration = Duration::from_secs(4);
+/// The port of an endpoint that names none.
+const DEFAULT_PORT: u16 = 2379;
+/// The largest answer that is accepted, in bytes: 2,000 leases have some 0.6 MB.
+const MAX_ANSWER: usize = 32 << 20;
+/// Where distributions keep the certificates of public CAs in one file.
+const SYSTEM_CAS: &str = "/etc/ssl/certs/ca-certificates.crt";
+/// TTL of the etcd lease behind a subnet: flannel's.
+const LEASE_TTL: Duration = Duration::from_secs(24 * 60 * 60);
+/// The longest time between two renewals of an etcd lease. Far shorter than the TTL needs: so that a host that stopped renewing can be
+/// told from a living one within half a minute.
+const KEEP_ALIVE: Duration = Duration::from_secs(20);
+
+/// How to reach etcd, and where in it the network stands. Holds no secret, only the paths of files that do.
+#[derive(Debug, Clone)]
+pub struct StoreConfig {
+    /// URLs such as `https://etcd1:2379`; without a scheme, https where TLS files are given and http otherwise; port 2379 unless given.
+    pub endpoints: Vec<String>,
+    /// A domain whose SRV records name the endpoints, in place of `endpoints`.
+    pub discovery_srv: Option<String>,
+    /// The key prefix.
+    pub prefix: String,
+    /// PEM file of the CAs that sign the servers' certificates; the system's where it is absent.
+    pub cafile: Option<PathBuf>,
+    /// PEM file of the client certificate.
+    pub certfile: Option<PathBuf>,
+    /// PEM file of the client certificate's key.
+    pub keyfile: Option<PathBuf>,
+    /// The user.
+    pub username: Option<String>,
+    /// The file whose content, without the line end, is the user's password.
+    pub password_file: Option<PathBuf>,
+    /// TTL of the etcd lease behind a subnet; for tests only, 24 h otherwise.
+    #[doc(hidden)]
+    pub lease_ttl: Duration,
+    /// The longest time between two renewals, the same on all hosts; for tests only, 20 s otherwise.
+    #[doc(hidden)]
+    pub keep_alive: Duration,
+}
+
+impl Default for StoreConfig {
+    fn default() -> Self {
+        StoreConfig {
+            endpoints: Vec::new(),
+            discovery_srv: None,
+            prefix: DEFAULT_PREFIX.to_owned(),
+            cafile: None,
+            certfile: None,
+            keyfile: None,
+            username: None,
+            password_file: None,
+            lease_ttl: LEASE_TTL,
+            keep_alive: KEEP_ALIVE,
+        }
+    }
+}
+
+impl StoreConfig {
+    /// Finds what no retry can heal: missing and contradicting settings. Files are not looked at.
+    ///
+    /// # Errors
+    /// [`StoreError::NoEndpoint`], [`StoreError::Prefix`], [`StoreError::Endpoint`], [`StoreError::Incomplete`].
+    pub fn validate(&self) -> Result<Keys, StoreError> {
+        let pairs = [
+            ("--etcd-certfile", self.certfile.is_some(), "--etcd-keyfile", self.keyfile.is_some()),
+            ("--etcd-username", self.username.is_some(), "--etcd-password-file", self.password_file.is_some()),
+        ];
+        for (one, has_one, other, has_other) in pairs {
+            match (has_one, has_other) {
+                (true, false) => return Err(StoreError::Incomplete { given: one, missing: other }),
+                (false, true) => return Err(StoreError::Incomplete { given: other, missing: one }),
+                _ => {}
+            }
+        }
+        if self.endpoints.is_empty() && self.discovery_srv.is_none() {
+            return Err(StoreError::NoEndpoint);
+        }
+        for endpoint in &self.endpoints {
+            normalise(endpoint, self.wants_tls())?;
+        }
+        Keys::new(&self.prefix)
+    }
+
+    pub(super) fn wants_tls(&self) -> bool {
+        self.cafile.is_some() || self.certfile.is_some()
+    }
+
+    /// The endpoints in the order in which they are to be tried.
+    async fn candidates(&self) -> Result<Vec<String>, StoreError> {
+        if let Some(name) = &self.discovery_srv {
+            return discovery::endpoints(name, self.wants_tls()).await;
+        }
+        let mut endpoints =
+            self.endpoints.iter().map(|e| normalise(e, self.wants_tls())).collect::<Result<Vec<_>, StoreError>>()?;
+        // So that the agents of many hosts spread over the servers.
+        endpoints.shuffle(&mut rand::rng());
+        Ok(endpoints)
+    }
+
+    fn tls(&self) -> Result<TlsOptions, StoreError> {
+        let system = PathBuf::from(SYSTEM_CAS);
+        let cafile = self.cafile.as_ref().unwrap_or(&system);
+        let mut tls =
+            TlsOptions::new().ca_certificate(Certificate::from_pem(pem("etcd CA (--etcd-cafile)", cafile, "CERTIFICATE")?));
+        if let (Some(certfile), Some(keyfile)) = (&self.certfile, &self.keyfile) {
+            let certificate = pem("client certificate (--etcd-certfile)", certfile, "CERTIFICATE")?;
+            let key = pem("client certificate's key (--etcd-keyfile)", keyfile, "PRIVATE KEY")?;
+            tls = tls.identity(Identity::from_pem(certificate, key));
+        }
+        Ok(tls)
+    }
+
+    fn credentials(&self) -> Result<Option<(String, String)>, StoreError> {
+        let (Some(user), Some(path)) = (&self.username, &self.password_file) else { return Ok(None) };
+        let purpose = "etcd password file (--etcd-password-file)";
+        let text = fs::read_to_string(path).map_err(|source| StoreError::File { purpose, path: path.clone(), source })?;
+        let password = text.strip_suffix('\n').unwrap_or(&text);
+        let password = password.strip_suffix('\r').unwrap_or(password);
+        if password.is_empty() {
+            return Err(StoreError::Content { purpose, path: path.clone(), rule: "is empty: it must hold the password" });
+        }
+        Ok(Some((user.clone(), password.to_owned())))
+    }
+}
+
+/// A PEM file that has at least one block of this kind.
+fn pem(purpose: &'static str, path: &Path, kind: &str) -> Result<Vec<u8>, StoreError> {
+    let bytes = fs::read(path).map_err(|source| StoreError::File { purpose, path: path.to_owned(), source })?;
+    let text = String::from_utf8_lossy(&bytes);
+    if text.lines().any(|line| line.starts_with("-----BEGIN ") && line.trim_end().ends_with(&format!("{kind}-----"))) {
+        Ok(bytes)
+    } else {
+        Err(StoreError::Content { purpose, path: path.to_owned(), rule: "holds none in PEM form" })
+    }
+}
+
+/// An endpoint as URL with scheme and port.
+fn normalise(endpoint: &str, tls: bool) -> Result<String, StoreError> {
+    let error = |rule: &str| StoreError::Endpoint { endpoint: crate::model::lease::printable(endpoint), rule: rule.to_owned() };
+    let (scheme, rest) = match endpoint.trim().split_once("://") {
+        Some((scheme, rest)) => (scheme.to_ascii_lowercase(), rest),
+        None => (if tls { "https" } else { "http" }.to_owned(), endpoint.trim()),
+    };
+    match scheme.as_str() {
+        "http" if tls => return Err(error("is not TLS although TLS files are given: use https://")),
+        "http" | "https" => {}
+        _ => return Err(error("has another scheme than http:// or https://")),
+    }
+    let authority = rest.trim_end_matches('/');
+    if authority.contains('@') {
+        return Err(error("holds a user: use --etcd-username and --etcd-password-file"));
+    }
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "-._:[]%".contains(c);
+    if authority.is_empty() || !authority.chars().all(allowed) {
+        return Err(error("is not of the form https://HOST:PORT"));
+    }
+    let host_end = authority.rfind(']').map_or(0, |at| at + 1);
+    if host_end == 0 && authority.matches(':').count() > 1 {
+        return Err(error("has an IPv6 address without brackets: use https://[ADDRESS]:PORT"));
+    }
+    match authority[host_end..].rsplit_once(':') {
+        None => Ok(format!("{scheme}://{authority}:{DEFAULT_PORT}")),
+        Some((_, port)) if port.parse::<u16>().is_ok_and(|port| port > 0) => Ok(format!("{scheme}://{authority}")),
+        Some(_) => Err(error("has a port outside 1 to 65535")),
+    }
+}
+
+/// A connection to one etcd server that has answered.
+#[derive(Clone)]
+pub(super) struct Session {
+    pub(super) client: Client,
+    pub(super) context: Context,
+    pub(super) keys: Keys,
+    /// What the server's first answer said of it.
+    pub(super) greeting: Greeting,
+}
+
+/// Where a server stands; tells a restored or replaced cluster from the one seen before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Greeting {
+    pub(super) cluster: u64,
+    pub(super) term: u64,
+    pub(super) revision: i64,
+}
+
+impl Greeting {
+    /// Whether a server that answers like this may be of the cluster that was seen before: revisions and terms only grow.
+    pub(super) fn continues(&self, before: &Greeting, seen: i64) -> bool {
+        self.cluster == before.cluster && self.term >= before.term && self.revision >= seen
+    }
+}
+
+/// Connects to the first endpoint that answers.
+///
+/// # Errors
+/// [`StoreError::AllFailed`] with every endpoint's error, or the error of the settings.
+pub(super) async fn connect(config: &StoreConfig) -> Result<Session, StoreError> {
+    let keys = config.validate()?;
+    let credentials = config.credentials()?;
+    let mut errors = Vec::new();
+    for endpoint in config.candidates().await? {
+        let context = Context { endpoint, user: config.username.clone(), prefix: keys.prefix().to_owned(), greeted: false };
+        match connect_to(config, context, &keys, credentials.clone()).await {
+            Ok(session) => {
+                debug!(endpoint = session.context.endpoint, revision = session.greeting.revision, "connected to etcd");
+                return Ok(session);
+            }
+            Err(error) => {
+                debug!(%error, "an etcd endpoint cannot be used");
+                errors.push(error);
+            }
+        }
+    }
+    if errors.len() == 1
+        && let Some(only) = errors.pop()
+    {
+        return Err(only);
+    }
+    let mut errors: Vec<String> = errors.iter().map(ToString::to_string).collect();
+    errors.sort();
+    Err(StoreError::AllFailed { errors })
+}
+
+async fn connect_to(
+    config: &StoreConfig,
+    context: Context,
+    keys: &Keys,
+    credentials: Option<(String, String)>,
+) -> Result<Session, StoreError> {
+    let mut options = ConnectOptions::new()
+        .with_connect_timeout(CONNECT_TIMEOUT)
+        .with_keep_alive(PING_INTERVAL, PING_TIMEOUT)
+        // etcd counts pings without an open stream as abuse.
+        .with_keep_alive_while_idle(false)
+        .with_tcp_keepalive(PING_INTERVAL)
+        .with_require_leader(true)
+        .with_auto_token_refresh(true);
+    if context.endpoint.starts_with("https://") {
+        options = options.with_tls(config.tls()?);
+    }
+    let with_user = match credentials {
+        Some((user, password)) => options.clone().with_user(user, password),
+        None => options.clone(),
+    };
+    let open = |options| within(&context, "log in", Client::connect([context.endpoint.clone()], Some(options)));
+    let client = match open(with_user).await {
+        Err(StoreError::Answer { detail, .. }) if detail.contains("authentication is not enabled") => {
+            warn!(endpoint = context.endpoint, "etcd has no authentication enabled: --etcd-username is not needed");
+            open(options).await?
+        }
+        other => other?,
+    };
+    let greeting = Greeting { cluster: 0, term: 0, revision: 0 };
+    let mut session = Session { client, context, keys: keys.clone(), greeting };
+    let (_, header) = session.get_config().await?;
+    session.greeting = header;
+    session.context.greeted = true;
+    Ok(session)
+}
+
+/// Waits for an answer, but not for ever, and turns the library's errors into ours.
+pub(super) async fn within<T>(
+    context: &Context,
+    what: &'static str,
+    request: impl Future<Output = Result<T, etcd_client::Error>>,
+) -> Result<T, StoreError> {
+    match tokio::time::timeout(RPC_TIMEOUT, request).await {
+        Ok(answer) => answer.map_err(|error| context.error(what, error)),
+        Err(_) => {
+            let seconds = RPC_TIMEOUT.as_secs_f32();
+            Err(StoreError::Timeout { endpoint: context.endpoint.clone(), what, seconds })
+        }
+    }
+}
+
+impl Session {
+    pub(super) fn kv(&self) -> etcd_client::KvClient {
+        self.client.kv_client().max_decoding_message_size(MAX_ANSWER)
+    }
+
+    pub(super) fn watcher(&self) -> etcd_client::WatchClient {
+        self.client.watch_client().max_decoding_message_size(MAX_ANSWER)
+    }
+
+    /// Waits for an answer of this server.
+    pub(super) async fn within<T>(
+        &self,
+        what: &'static str,
+        request: impl Future<Output = Result<T, etcd_client::Error>>,
+    ) -> Result<T, StoreError> {
+        within(&self.context, what, request).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn endpoints_are_made_whole() {
+        for (given, tls, wanted) in [
+            ("http://127.0.0.1:2379", false, "http://127.0.0.1:2379"),
+            ("https://etcd1:2379/", true, "https://etcd1:2379"),
+            ("etcd1", false, "http://etcd1:2379"),
+            ("etcd1:4001", true, "https://etcd1:4001"),
+            ("HTTPS://[fd00::1]", false, "https://[fd00::1]:2379"),
+            ("https://[fd00::1]:77", false, "https://[fd00::1]:77"),
+        ] {
+            assert_eq!(normalise(given, tls).expect(given), wanted);
+        }
+    }
+
+    #[test]
+    fn endpoints_that_are_none_are_refused_with_the_remedy() {
+        for (given, tls, wanted) in [
+            ("", false, "is not of the form"),
+            ("http://", false, "is not of the form"),
+            ("ftp://x", false, "another scheme"),
+            ("http://x", true, "use https://"),
+            ("http://x:0", false, "a port outside"),
+            ("http://x:99999", false, "a port outside"),
+            ("http://fd00::1:2379", false, "without brackets"),
+            ("http://root:secret@x", false, "holds a user"),
+            ("http://x/path", false, "is not of the form"),
+            ("http://x y", false, "is not of the form"),
+        ] {
+            let error = normalise(given, tls).expect_err(given).to_string();
+            assert!(error.contains(wanted), "{error}");
+        }
+    }
+
+    #[test]
+    fn settings_that_contradict_each_other_are_refused() {
+        let good = StoreConfig { endpoints: vec!["x".to_owned()], ..StoreConfig::default() };
+        assert!(good.validate().is_ok());
+        let errors = [
+            StoreConfig::default(),
+            StoreConfig { prefix: "/".to_owned(), ..good.clone() },
+            StoreConfig { username: Some("u".to_owned()), ..good.clone() },
+            StoreConfig { keyfile: Some("k".into()), ..good.clone() },
+        ]
+        .map(|config| config.validate().expect_err("refused").to_string());
+        assert!(errors[0].contains("--etcd-endpoints") && errors[1].contains("prefix"), "{errors:?}");
+        assert!(errors[2].contains("--etcd-password-file") && errors[3].contains("--etcd-certfile"), "{errors:?}");
+    }
+
+    #[test]
+    fn a_restored_cluster_is_told_from_the_one_before() {
+        let before = Greeting { cluster: 1, term: 5, revision: 100 };
+        assert!(Greeting { revision: 130, ..before }.continues(&before, 120));
+        assert!(Greeting { term: 6, revision: 130, ..before }.continues(&before, 120));
+        assert!(!Greeting { revision: 119, ..before }.continues(&before, 120));
+        assert!(!Greeting { cluster: 2, revision: 130, ..before }.continues(&before, 120));
+        assert!(!Greeting { term: 2, revision: 130, ..before }.continues(&before, 120));
+    }
+}

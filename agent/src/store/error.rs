@@ -1,0 +1,293 @@
+//! What can go wrong between the agent and etcd, each with the place, the value and the remedy. No message ever holds a password.
+
+use std::error::Error;
+use std::io;
+use std::path::PathBuf;
+
+/// Why something could not be read from or written to etcd.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// Neither endpoints nor a discovery name are given.
+    #[error("no etcd endpoint is given: set --etcd-endpoints or --etcd-discovery-srv")]
+    NoEndpoint,
+    /// The key prefix cannot be one.
+    #[error("etcd prefix `{prefix}` {rule}: use one such as /coreos.com/network")]
+    Prefix {
+        /// The refused prefix.
+        prefix: String,
+        /// What is wrong with it.
+        rule: &'static str,
+    },
+    /// An endpoint is no URL of an etcd server.
+    #[error("etcd endpoint `{endpoint}` {rule}")]
+    Endpoint {
+        /// The refused endpoint.
+        endpoint: String,
+        /// What is wrong with it and what is allowed.
+        rule: String,
+    },
+    /// A file that the connection needs cannot be read.
+    #[error("the {purpose} {} cannot be read: {source}", path.display())]
+    File {
+        /// What the file is for, with the flag that names it.
+        purpose: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// A file that the connection needs has another content than it must have.
+    #[error("the {purpose} {} {rule}", path.display())]
+    Content {
+        /// What the file is for, with the flag that names it.
+        purpose: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        rule: &'static str,
+    },
+    /// A user without a password file, a certificate without a key, or the reverse.
+    #[error("{given} needs {missing} as well")]
+    Incomplete {
+        /// The flag that is given.
+        given: &'static str,
+        /// The flag that is missing.
+        missing: &'static str,
+    },
+    /// The SRV records could not be had.
+    #[error("etcd discovery by SRV records of `{name}` failed: {detail}; look at `dig SRV _etcd-client._tcp.{name}`")]
+    Discovery {
+        /// The domain.
+        name: String,
+        /// The resolver's answer.
+        detail: String,
+    },
+    /// An endpoint cannot be reached.
+    #[error("etcd {endpoint} cannot be reached: {detail}")]
+    Unreachable {
+        /// The endpoint.
+        endpoint: String,
+        /// The cause.
+        detail: String,
+    },
+    /// An endpoint does not answer in time.
+    #[error("etcd {endpoint} did not answer within {seconds} s ({what})")]
+    Timeout {
+        /// The endpoint.
+        endpoint: String,
+        /// What was asked.
+        what: &'static str,
+        /// How long was waited, in seconds.
+        seconds: f32,
+    },
+    /// The TLS connection failed.
+    #[error("TLS with etcd {endpoint} failed: {detail}; {remedy}")]
+    Tls {
+        /// The endpoint.
+        endpoint: String,
+        /// The TLS library's words.
+        detail: String,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// The user is refused.
+    #[error("etcd {endpoint} refuses {who}: {detail}; check --etcd-username and --etcd-password-file")]
+    Login {
+        /// The endpoint.
+        endpoint: String,
+        /// Who was refused.
+        who: String,
+        /// etcd's words.
+        detail: String,
+    },
+    /// The user may not do this.
+    #[error(
+        "{who} may not {what} at etcd {endpoint}: grant it with `etcdctl role grant-permission ROLE readwrite --prefix {prefix}/`"
+    )]
+    Permission {
+        /// The endpoint.
+        endpoint: String,
+        /// Who was refused.
+        who: String,
+        /// What was asked.
+        what: &'static str,
+        /// The prefix.
+        prefix: String,
+    },
+    /// etcd's database is full.
+    #[error("etcd {endpoint} is out of space and accepts no writes: compact and defragment it, then `etcdctl alarm disarm`")]
+    NoSpace {
+        /// The endpoint.
+        endpoint: String,
+    },
+    /// An etcd lease has expired or was revoked.
+    #[error("etcd lease {lease:x} is not there any more")]
+    LeaseGone {
+        /// The etcd lease.
+        lease: i64,
+    },
+    /// The revision that is asked for has been compacted away.
+    #[error("etcd has compacted the revisions behind {revision} away")]
+    Compacted {
+        /// The revision that was asked for.
+        revision: i64,
+    },
+    /// An answer is larger than is accepted.
+    #[error("etcd {endpoint} sent an answer that is too large: {detail}")]
+    TooLarge {
+        /// The endpoint.
+        endpoint: String,
+        /// The sizes.
+        detail: String,
+    },
+    /// Any other answer that is no success.
+    #[error("etcd {endpoint} could not {what}: {detail}")]
+    Answer {
+        /// The endpoint.
+        endpoint: String,
+        /// What was asked.
+        what: &'static str,
+        /// etcd's words.
+        detail: String,
+    },
+    /// None of the endpoints can be used.
+    #[error("no etcd endpoint can be used: {}", errors.join("; "))]
+    AllFailed {
+        /// What each of them said.
+        errors: Vec<String>,
+    },
+    /// The configuration was changed by somebody else in the meantime.
+    #[error(
+        "the configuration was changed meanwhile (revision {found} instead of {expected}): look at it again, then write it again"
+    )]
+    Conflict {
+        /// The revision of the last change that the caller knew; 0 for none.
+        expected: i64,
+        /// The revision found; 0 for none.
+        found: i64,
+    },
+    /// Nobody receives events any more.
+    #[error("the receiver of store events is gone")]
+    ReceiverGone,
+}
+
+impl StoreError {
+    /// Whether the connection is of no use any more, as against an answer that is no success.
+    pub(super) fn ends_session(&self) -> bool {
+        use StoreError as E;
+        matches!(self, E::Unreachable { .. } | E::Timeout { .. } | E::Tls { .. } | E::Login { .. } | E::ReceiverGone)
+    }
+}
+
+/// Where and for whom a request was made; turns the client library's errors into ours.
+#[derive(Debug, Clone)]
+pub(super) struct Context {
+    /// The endpoint.
+    pub(super) endpoint: String,
+    /// The user, where there is one.
+    pub(super) user: Option<String>,
+    /// The prefix.
+    pub(super) prefix: String,
+    /// Whether the server has answered anything yet.
+    pub(super) greeted: bool,
+}
+
+// gRPC status codes (grpc.io, `statuscodes.md`).
+const DEADLINE_EXCEEDED: i32 = 4;
+const NOT_FOUND: i32 = 5;
+const PERMISSION_DENIED: i32 = 7;
+const RESOURCE_EXHAUSTED: i32 = 8;
+const UNAVAILABLE: i32 = 14;
+const UNAUTHENTICATED: i32 = 16;
+
+/// How a connection looks that the server ended after it was made.
+const ENDED: [&str; 3] = ["connection closed", "broken pipe", "reset by peer"];
+
+impl Context {
+    pub(super) fn who(&self) -> String {
+        self.user.as_ref().map_or_else(|| "a client without a user name".to_owned(), |user| format!("user `{user}`"))
+    }
+
+    /// Our error for the library's.
+    pub(super) fn error(&self, what: &'static str, error: etcd_client::Error) -> StoreError {
+        use etcd_client::Error as E;
+        let endpoint = self.endpoint.clone();
+        match error {
+            E::GRpcStatus(status) => {
+                let detail = chain(status.message(), status.source());
+                self.status(what, i32::from(status.code()), status.source().is_some(), detail)
+            }
+            E::TransportError(error) => self.transport(chain("", Some(&error))),
+            E::IoError(error) => StoreError::Unreachable { endpoint, detail: error.to_string() },
+            E::InvalidUri(error) => StoreError::Endpoint { endpoint, rule: format!("is no URL: {error}") },
+            other => StoreError::Answer { endpoint, what, detail: other.to_string() },
+        }
+    }
+
+    fn status(&self, what: &'static str, code: i32, local: bool, detail: String) -> StoreError {
+        let endpoint = self.endpoint.clone();
+        let says = |text: &str| detail.contains(text);
+        if says("required revision has been compacted") {
+            return StoreError::Compacted { revision: 0 };
+        }
+        if says("decoded message length too large") || says("message larger than max") {
+            return StoreError::TooLarge { endpoint, detail };
+        }
+        if says("database space exceeded") {
+            return StoreError::NoSpace { endpoint };
+        }
+        if says("authentication failed") || says("user name is empty") || says("invalid auth token") || code == UNAUTHENTICATED {
+            return StoreError::Login { endpoint, who: self.who(), detail };
+        }
+        match code {
+            PERMISSION_DENIED => StoreError::Permission { endpoint, who: self.who(), what, prefix: self.prefix.clone() },
+            NOT_FOUND if says("lease not found") => StoreError::LeaseGone { lease: 0 },
+            UNAVAILABLE if !local => StoreError::Answer { endpoint, what, detail },
+            UNAVAILABLE => self.transport(detail),
+            DEADLINE_EXCEEDED | RESOURCE_EXHAUSTED => StoreError::Answer { endpoint, what, detail },
+            _ if local => self.transport(detail),
+            _ => StoreError::Answer { endpoint, what, detail },
+        }
+    }
+
+    /// A failure below gRPC: TLS tells what is wrong only in words.
+    fn transport(&self, detail: String) -> StoreError {
+        let endpoint = self.endpoint.clone();
+        let says = |text: &str| detail.contains(text);
+        let remedy = if says("UnknownIssuer") || says("BadSignature") {
+            "its certificate is not signed by the CA of --etcd-cafile"
+        } else if says("NotValidForName") || says("not valid for name") {
+            "its certificate names other hosts: use the name in the certificate as endpoint"
+        } else if says("Expired") || says("expired") {
+            "a certificate has expired: renew it"
+        } else if says("CertificateRequired") || says("certificate required") || says("BadCertificate") || says("UnknownCA") {
+            "it wants a client certificate of its CA: set --etcd-certfile and --etcd-keyfile"
+        } else if says("InvalidContentType") || says("corrupt message") || says("handshake eof") {
+            "where it does not speak TLS, use an http:// endpoint"
+        } else if endpoint.starts_with("https://") && !self.greeted && ENDED.iter().any(|words| says(words)) {
+            // TLS 1.3 servers look at the client's certificate only after the handshake.
+            "servers that want a client certificate of their CA end the connection so: set --etcd-certfile and --etcd-keyfile"
+        } else if says("certificate") || says("tls") || says("TLS") || says("fatal alert") {
+            "check --etcd-cafile, --etcd-certfile and --etcd-keyfile"
+        } else {
+            return StoreError::Unreachable { endpoint, detail };
+        };
+        StoreError::Tls { endpoint, detail, remedy }
+    }
+}
+
+/// An error's words and those of its sources, without repetition.
+fn chain(first: &str, source: Option<&(dyn Error + 'static)>) -> String {
+    let mut parts: Vec<String> = if first.is_empty() { Vec::new() } else { vec![first.to_owned()] };
+    let mut next = source;
+    while let Some(error) = next {
+        let text = error.to_string();
+        if !parts.iter().any(|part| part.contains(&text)) {
+            parts.push(text);
+        }
+        next = error.source();
+    }
+    // Long enough for a chain of causes, short enough for a log line.
+    parts.join(": ").chars().take(400).map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+}

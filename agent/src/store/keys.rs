@@ -1,0 +1,138 @@
+//! Where things stand in etcd: `<prefix>/config` and `<prefix>/subnets/<subnet>`. Pure.
+
+use super::StoreError;
+use crate::model::Cidr;
+
+/// flannel's default prefix.
+pub const DEFAULT_PREFIX: &str = "/coreos.com/network";
+
+/// The keys below one prefix. The prefix is kept as flannel's `path.Join` leaves it: no slash at the end, none doubled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Keys {
+    prefix: String,
+}
+
+/// What a key below the prefix is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Place {
+    /// The network's configuration.
+    Config,
+    /// An entry of `subnets/`, by the part behind it.
+    Subnet(String),
+    /// Something else, which is none of our business.
+    Other,
+}
+
+impl Keys {
+    /// The keys below this prefix.
+    ///
+    /// # Errors
+    /// [`StoreError::Prefix`] where it is empty or holds control characters.
+    pub fn new(prefix: &str) -> Result<Keys, StoreError> {
+        let error = |rule| StoreError::Prefix { prefix: crate::model::lease::printable(prefix), rule };
+        if prefix.chars().any(char::is_control) {
+            return Err(error("holds control characters"));
+        }
+        let parts: Vec<&str> = prefix.split('/').filter(|part| !part.is_empty()).collect();
+        if parts.is_empty() {
+            return Err(error("names no key"));
+        }
+        let root = if prefix.starts_with('/') { "/" } else { "" };
+        Ok(Keys { prefix: format!("{root}{}", parts.join("/")) })
+    }
+
+    /// The prefix without a slash at the end.
+    pub fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
+    /// The key of the network's configuration.
+    pub fn config(&self) -> String {
+        format!("{}/config", self.prefix)
+    }
+
+    /// The key of an entry by its last part.
+    pub fn subnet(&self, key: &str) -> String {
+        format!("{}/subnets/{key}", self.prefix)
+    }
+
+    /// The range that holds everything below the prefix: from (inclusive), to (exclusive).
+    pub(super) fn everything(&self) -> (String, String) {
+        (format!("{}/", self.prefix), format!("{}0", self.prefix))
+    }
+
+    /// The range that holds every entry: from (inclusive), to (exclusive).
+    pub(super) fn subnets(&self) -> (String, String) {
+        (format!("{}/subnets/", self.prefix), format!("{}/subnets0", self.prefix))
+    }
+
+    /// What a key is.
+    pub(super) fn place(&self, key: &[u8]) -> Place {
+        let Some(rest) = key.strip_prefix(self.prefix.as_bytes()) else { return Place::Other };
+        if rest == b"/config" {
+            return Place::Config;
+        }
+        match rest.strip_prefix(b"/subnets/") {
+            Some(part) => Place::Subnet(String::from_utf8_lossy(part).into_owned()),
+            None => Place::Other,
+        }
+    }
+}
+
+/// Every range that an entry's key claims, also where it is not in canonical form: such a key is refused as a lease, but nobody else may
+/// take what it names.
+pub(super) fn claimed_ranges(key: &str) -> Vec<Cidr> {
+    key.split('&')
+        .filter_map(|part| {
+            let (address, length) = part.rsplit_once(['-', '/'])?;
+            Cidr::containing(address.trim().parse().ok()?, length.trim().parse().ok()?)
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn keys(prefix: &str) -> Keys {
+        Keys::new(prefix).expect(prefix)
+    }
+
+    #[test]
+    fn prefixes_are_normalised() {
+        for (prefix, wanted) in [
+            ("/coreos.com/network", "/coreos.com/network"),
+            ("/coreos.com/network/", "/coreos.com/network"),
+            ("//coreos.com///network//", "/coreos.com/network"),
+            ("overlay", "overlay"),
+        ] {
+            assert_eq!(keys(prefix).prefix(), wanted);
+        }
+        for prefix in ["", "/", "///", "/a\nb"] {
+            assert!(matches!(Keys::new(prefix), Err(StoreError::Prefix { .. })), "{prefix:?}");
+        }
+    }
+
+    #[test]
+    fn keys_and_places_agree() {
+        let keys = keys("/p");
+        assert_eq!(keys.place(keys.config().as_bytes()), Place::Config);
+        assert_eq!(keys.place(keys.subnet("10.1.0.0-24").as_bytes()), Place::Subnet("10.1.0.0-24".to_owned()));
+        for other in ["/p", "/p/config2", "/p/endpoints/x", "/pp/config", "/p/subnets", ""] {
+            assert_eq!(keys.place(other.as_bytes()), Place::Other, "{other}");
+        }
+        let (from, to) = keys.subnets();
+        assert!(from < keys.subnet("0") && keys.subnet("~") < to);
+        let (from, to) = keys.everything();
+        assert!(from < keys.config() && keys.subnet("~") < to);
+    }
+
+    #[test]
+    fn claims_of_keys_that_are_no_leases() {
+        let claims = |key: &str| claimed_ranges(key).iter().map(ToString::to_string).collect::<Vec<_>>();
+        assert_eq!(claims("10.244.1.7-24"), ["10.244.1.0/24"]);
+        assert_eq!(claims("FD00:0::-64"), ["fd00::/64"]);
+        assert_eq!(claims("10.1.0.0-16&fd00::-64"), ["10.1.0.0/16", "fd00::/64"]);
+        assert!(claims("rubbish").is_empty() && claims("").is_empty() && claims("10.0.0.0-99").is_empty());
+    }
+}

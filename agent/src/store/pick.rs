@@ -1,0 +1,197 @@
+//! Which subnet a host without one takes. Pure.
+//!
+//! The first choice follows from the host's identity alone, so that a host that lost everything lands on its old subnet where it is
+//! free. Where it is taken, or a race was lost, the next choice is an even one among the free subnets, so that many hosts that start
+//! together scatter and do not run after each other through the pool.
+
+use crate::model::family::address_value;
+use crate::model::network::Pool;
+use crate::model::{Cidr, Family, NetworkConfig, PerFamily, Subnet};
+
+/// The subnets of a pool that are taken: disjoint ranges of indexes (first and last, inclusive), ascending.
+struct Taken(Vec<(u128, u128)>);
+
+impl Taken {
+    fn of(pool: &Pool, ranges: &[Cidr]) -> Taken {
+        let shift = u32::from(pool.network.family().bits() - pool.subnet_length);
+        let (first, last) = (address_value(pool.min.base()), address_value(pool.max.last()));
+        // A range as large as the network is nobody's subnet: it must not keep every host out.
+        let ours = |range: &&Cidr| range.family() == pool.network.family() && !range.covers(pool.network);
+        let spans = ranges.iter().filter(ours).filter_map(|range| {
+            let low = address_value(range.base()).max(first);
+            let high = address_value(range.last()).min(last);
+            (low <= high).then(|| ((low - first) >> shift, (high - first) >> shift))
+        });
+        Taken::merge(spans.collect())
+    }
+
+    fn merge(mut spans: Vec<(u128, u128)>) -> Taken {
+        spans.sort_unstable();
+        let mut merged: Vec<(u128, u128)> = Vec::with_capacity(spans.len());
+        for (low, high) in spans {
+            match merged.last_mut() {
+                Some(previous) if low <= previous.1.saturating_add(1) => previous.1 = previous.1.max(high),
+                _ => merged.push((low, high)),
+            }
+        }
+        Taken(merged)
+    }
+
+    fn union(&self, other: &Taken) -> Taken {
+        Taken::merge(self.0.iter().chain(&other.0).copied().collect())
+    }
+
+    fn holds(&self, index: u128) -> bool {
+        self.0.iter().any(|(low, high)| (*low..=*high).contains(&index))
+    }
+
+    /// How many of the first `count` indexes are free.
+    fn free(&self, count: u128) -> u128 {
+        let taken = self.0.iter().filter(|(low, _)| *low < count).map(|(low, high)| (*high).min(count - 1) - low + 1);
+        count - taken.sum::<u128>()
+    }
+
+    /// The free index number `n`, from 0; the caller knows that there are as many.
+    fn nth_free(&self, n: u128) -> u128 {
+        let mut index = n;
+        for (low, high) in &self.0 {
+            if index < *low {
+                break;
+            }
+            index += high - low + 1;
+        }
+        index
+    }
+
+    /// The choice number `attempt` of a host among the first `count` indexes; `None` where none is free.
+    fn choose(&self, count: u128, identity: &str, attempt: u32) -> Option<u128> {
+        let first = hash(identity, 0) % count;
+        if attempt == 0 && !self.holds(first) {
+            return Some(first);
+        }
+        let free = self.free(count);
+        (free > 0).then(|| self.nth_free(hash(identity, attempt.wrapping_add(1)) % free))
+    }
+}
+
+/// A free subnet of the network for this host; another one for each attempt. `None` where a family has no free one left.
+///
+/// `taken` is every range that any entry of the store names. With two families the same index in both pools is preferred, which makes
+/// the two subnets of a host look alike.
+pub(super) fn pick(network: &NetworkConfig, taken: &[Cidr], identity: &str, attempt: u32) -> Option<Subnet> {
+    let pools: Vec<(Family, Pool, Taken)> =
+        network.pools.iter().map(|(family, pool)| (family, *pool, Taken::of(pool, taken))).collect();
+    let common = pools.iter().map(|(_, pool, _)| pool.count()).min()?;
+    let union = pools.iter().fold(Taken(Vec::new()), |all, (_, _, taken)| all.union(taken));
+    let same = union.choose(common, identity, attempt);
+    let mut cidrs = PerFamily::default();
+    for (family, pool, taken) in &pools {
+        let index = match same {
+            Some(index) => index,
+            None => taken.choose(pool.count(), identity, attempt)?,
+        };
+        *cidrs.slot(*family) = Some(pool.nth(index)?);
+    }
+    Subnet::new(cidrs).ok()
+}
+
+/// FNV-1a over 128 bits (draft-eastlake-fnv), the attempt behind the text; stable over versions of this program, and folded once so that
+/// all bits depend on all of the text.
+fn hash(text: &str, attempt: u32) -> u128 {
+    const OFFSET: u128 = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d;
+    const PRIME: u128 = 0x0000_0000_0100_0000_0000_0000_0000_013b;
+    let bytes = text.bytes().chain(attempt.to_be_bytes());
+    let hash = bytes.fold(OFFSET, |hash, byte| (hash ^ u128::from(byte)).wrapping_mul(PRIME));
+    let folded = (hash ^ (hash >> 61)).wrapping_mul(PRIME);
+    folded ^ (folded >> 67)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn network(text: &str) -> NetworkConfig {
+        NetworkConfig::parse(text).expect(text).config
+    }
+
+    fn cidrs(texts: &[&str]) -> Vec<Cidr> {
+        texts.iter().map(|t| t.parse().expect(t)).collect()
+    }
+
+    const SMALL: &str = r#"{"Network":"10.1.0.0/16","SubnetLen":24,"SubnetMin":"10.1.10.0","SubnetMax":"10.1.19.0"}"#;
+    const DUAL: &str = r#"{"Network":"10.1.0.0/16","SubnetMin":"10.1.10.0","SubnetMax":"10.1.13.0","EnableIPv6":true,"IPv6Network":"fd00::/56"}"#;
+
+    #[test]
+    fn takes_every_subnet_of_a_pool_and_then_none() {
+        let network = network(SMALL);
+        let mut taken = Vec::new();
+        for host in 0..10 {
+            let subnet = pick(&network, &taken, &format!("host{host}"), 0).expect("a free subnet");
+            assert!(network.leases(&subnet), "{subnet}");
+            let cidr = subnet.get(Family::V4).expect("IPv4");
+            assert!(!taken.contains(&cidr), "{cidr} twice");
+            taken.push(cidr);
+        }
+        assert_eq!(pick(&network, &taken, "one more", 3), None);
+    }
+
+    #[test]
+    fn foreign_ranges_of_any_length_are_kept_clear() {
+        let network = network(SMALL);
+        let taken = cidrs(&["10.1.8.0/21", "10.1.16.0/23", "10.1.19.128/25", "fd00::/8", "10.9.0.0/16"]);
+        for attempt in 0..50 {
+            assert_eq!(pick(&network, &taken, "h", attempt).map(|s| s.to_string()).as_deref(), Some("10.1.18.0/24"));
+        }
+        assert!(pick(&network, &cidrs(&["0.0.0.0/0", "10.1.0.0/16"]), "h", 0).is_some(), "nonsense keeps nobody out");
+    }
+
+    #[test]
+    fn families_have_the_same_index_where_that_is_free() {
+        let network = network(DUAL);
+        let index = |subnet: &Subnet, family| {
+            network.pools.get(family).and_then(|pool| pool.index_of(subnet.get(family)?)).expect("of the pool")
+        };
+        let subnet = pick(&network, &[], "h", 0).expect("free");
+        assert_eq!(index(&subnet, Family::V4), index(&subnet, Family::V6));
+        // Crosswise taken: no index is free in both, each family still has one.
+        let taken = cidrs(&["10.1.10.0/24", "10.1.11.0/24", "fd00:0:0:3::/64", "fd00:0:0:4::/64"]);
+        let subnet = pick(&network, &taken, "h", 5).expect("free");
+        assert!(network.leases(&subnet) && subnet.iter().all(|(_, c)| !taken.contains(&c)), "{subnet}");
+        assert_eq!(pick(&network, &cidrs(&["10.1.8.0/21"]), "h", 0), None, "one family is exhausted");
+    }
+
+    #[test]
+    fn hosts_scatter() {
+        let network = network(r#"{"Network":"10.0.0.0/8"}"#);
+        for attempt in [0, 1, 7] {
+            let mut all: Vec<_> = (0..1000).filter_map(|n| pick(&network, &[], &format!("host-{n}"), attempt)).collect();
+            all.sort_unstable();
+            all.dedup();
+            assert!(all.len() > 980, "{} of 1000 hosts have a choice of their own", all.len());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_picked_is_free_and_of_the_pool(
+            ranges in prop::collection::vec((any::<u32>(), 8_u8..=32), 0..60), identity in "[a-z0-9]{1,12}", attempt in 0_u32..9,
+        ) {
+            let network = network(r#"{"Network":"10.0.0.0/12","SubnetLen":20}"#);
+            let taken: Vec<Cidr> = ranges
+                .into_iter()
+                .filter_map(|(bits, length)| Cidr::containing(Family::V4.address(u128::from(0x0a00_0000 | (bits & 0xf_ffff))), length))
+                .collect();
+            let pool = network.pools.v4.expect("IPv4");
+            let taken: Vec<Cidr> = taken.into_iter().filter(|t| !t.covers(pool.network)).collect();
+            let free = (0..pool.count()).filter_map(|i| pool.nth(i)).filter(|s| !taken.iter().any(|t| t.overlaps(*s))).count();
+            match pick(&network, &taken, &identity, attempt) {
+                None => prop_assert_eq!(free, 0),
+                Some(subnet) => {
+                    prop_assert!(network.leases(&subnet));
+                    prop_assert!(subnet.iter().all(|(_, c)| !taken.iter().any(|t| t.overlaps(c))), "{} is taken", subnet);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,90 @@
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use hickory_resolver::config::{ConnectionConfig, NameServerConfig, ResolverConfig};
+use hickory_resolver::net::runtime::TokioRuntimeProvider;
+use hickory_resolver::proto::op::{Message, OpCode, ResponseCode};
+use hickory_resolver::proto::rr::rdata::SRV;
+use hickory_resolver::proto::rr::{Name, Record};
+use rand::SeedableRng;
+use rand::rngs::SmallRng;
+use tokio::net::UdpSocket;
+
+use super::*;
+
+fn target(priority: u16, weight: u16, host: &str) -> Target {
+    Target { priority, weight, host: host.to_owned(), port: 2379 }
+}
+
+#[test]
+fn lower_priorities_come_first_and_weights_draw() {
+    let targets = vec![target(20, 0, "last"), target(10, 90, "heavy"), target(10, 10, "light"), target(10, 0, "nil")];
+    let mut first = std::collections::BTreeMap::new();
+    for seed in 0..1000 {
+        let sorted = order(targets.clone(), &mut SmallRng::seed_from_u64(seed));
+        assert_eq!(sorted.len(), 4);
+        assert_eq!(sorted[3].host, "last");
+        *first.entry(sorted[0].host.clone()).or_insert(0) += 1;
+    }
+    let count = |host: &str| first.get(host).copied().unwrap_or(0);
+    assert!(count("heavy") > 820 && count("light") > 50 && count("nil") < 30, "{first:?}");
+}
+
+/// A name server on a loopback port that knows some SRV records and that all other names do not exist.
+async fn name_server(records: Vec<(&'static str, SRV)>) -> SocketAddr {
+    let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let address = socket.local_addr().unwrap();
+    tokio::spawn(async move {
+        let mut buffer = [0; 1500];
+        while let Ok((size, from)) = socket.recv_from(&mut buffer).await {
+            let request = Message::from_vec(&buffer[..size]).unwrap();
+            let query = request.queries[0].clone();
+            let mut answer = Message::response(request.metadata.id, OpCode::Query);
+            answer.metadata.recursion_desired = true;
+            answer.metadata.recursion_available = true;
+            for (name, srv) in &records {
+                if query.name() == &Name::from_ascii(name).unwrap() {
+                    answer.add_answer(Record::from_rdata(query.name().clone(), 60, RData::SRV(srv.clone())));
+                }
+            }
+            if answer.answers.is_empty() {
+                answer.metadata.response_code = ResponseCode::NXDomain;
+            }
+            answer.add_query(query);
+            socket.send_to(&answer.to_vec().unwrap(), from).await.unwrap();
+        }
+    });
+    address
+}
+
+fn resolver(server: SocketAddr) -> TokioResolver {
+    let mut udp = ConnectionConfig::udp();
+    udp.port = server.port();
+    let server = NameServerConfig::new(IpAddr::V4(Ipv4Addr::LOCALHOST), true, vec![udp]);
+    let config = ResolverConfig::from_parts(None, Vec::new(), vec![server]);
+    TokioResolver::builder_with_config(config, TokioRuntimeProvider::default()).build().unwrap()
+}
+
+#[tokio::test]
+async fn endpoints_come_from_srv_records() {
+    let srv = |priority, port, host| SRV::new(priority, 0, port, Name::from_ascii(host).unwrap());
+    let server = name_server(vec![
+        ("_etcd-client-ssl._tcp.example.test.", srv(20, 2379, "etcd2.example.test.")),
+        ("_etcd-client-ssl._tcp.example.test.", srv(10, 2380, "etcd1.example.test.")),
+        ("_etcd-client._tcp.example.test.", srv(1, 4001, "plain.example.test.")),
+        ("_etcd-client._tcp.plain.test.", srv(1, 4001, "plain.example.test.")),
+        ("_etcd-client._tcp.none.test.", srv(0, 0, ".")),
+    ])
+    .await;
+    let resolver = resolver(server);
+    let tls = ["https://etcd1.example.test:2380", "https://etcd2.example.test:2379"];
+    assert_eq!(endpoints_by(&resolver, "example.test", true).await.unwrap(), tls);
+    let all = endpoints_by(&resolver, "example.test.", false).await.unwrap();
+    assert_eq!((&all[..2], all[2].as_str()), (&tls.map(str::to_owned)[..], "http://plain.example.test:4001"));
+    assert_eq!(endpoints_by(&resolver, "plain.test", false).await.unwrap(), ["http://plain.example.test:4001"]);
+    for name in ["none.test", "nothing.test"] {
+        let error = endpoints_by(&resolver, name, false).await.unwrap_err().to_string();
+        assert!(error.contains(name) && error.contains("dig SRV"), "{error}");
+    }
+    // Records without TLS are not good enough where TLS is asked for.
+    assert!(endpoints_by(&resolver, "plain.test", true).await.is_err());
+}

@@ -1,0 +1,267 @@
+//! Following the store: a snapshot at one revision, then every change behind it, in etcd's order.
+//!
+//! Runs inside the task of [`Store::run`](super::Store::run). The place to go on from survives a lost connection: it moves only when
+//! everything of an answer has been handed on, so that being dropped at any await repeats events and never loses one.
+
+use etcd_client::{EventType, WatchOptions, WatchResponse};
+use tokio::sync::{mpsc, watch};
+use tracing::{debug, info, warn};
+
+use super::connect::{Greeting, Session};
+use super::keys::Place;
+use super::read::{RawConfig, RawEntry};
+use super::{StoreError, codec};
+use crate::model::NetworkConfig;
+use crate::model::event::{Connection, StoreEvent};
+
+/// How often a read is tried again at once because its revision was compacted away under it.
+const READ_TRIES: u32 = 5;
+
+/// What the watch and the lease holder tell each other. Both run in one task; each side only ever looks at the latest state.
+#[derive(Debug)]
+pub(super) struct Board {
+    /// The entry that the holder holds or is about to take, by the last part of its key.
+    pub(super) held: watch::Sender<Option<String>>,
+    /// What the watch has seen.
+    pub(super) sightings: watch::Sender<Sightings>,
+}
+
+/// What the watch has seen, as far as the lease holder is concerned.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Sightings {
+    /// The revision up to which everything was seen.
+    pub(super) revision: i64,
+    /// The revision of the last change of the held entry.
+    pub(super) held: i64,
+    /// Number of entries seen to go.
+    pub(super) removals: u64,
+}
+
+impl Board {
+    pub(super) fn new() -> Board {
+        Board { held: watch::Sender::new(None), sightings: watch::Sender::new(Sightings::default()) }
+    }
+}
+
+/// Follows the store over any number of connections.
+#[derive(Debug)]
+pub(super) struct Follower {
+    /// The first revision that has not been handed on, and where the server stood; absent until the first snapshot.
+    resume: Option<(i64, Greeting)>,
+    /// The configuration that was handed on last; absent before the first.
+    config: Option<Option<RawConfig>>,
+    connected: bool,
+}
+
+impl Follower {
+    pub(super) fn new() -> Follower {
+        Follower { resume: None, config: None, connected: false }
+    }
+
+    /// Hands on what happens until something fails.
+    pub(super) async fn run(&mut self, session: &Session, board: &Board, events: &mpsc::Sender<StoreEvent>) -> StoreError {
+        match self.follow(session, board, events).await {
+            Err(error) => error,
+            Ok(never) => match never {},
+        }
+    }
+
+    /// Hands on that the store does not answer, once for each reason.
+    pub(super) async fn down(
+        &mut self,
+        error: String,
+        told: &mut Option<Connection>,
+        events: &mpsc::Sender<StoreEvent>,
+    ) -> Result<(), StoreError> {
+        self.connected = false;
+        let event = Connection::Down { error };
+        if told.as_ref() == Some(&event) {
+            return Ok(());
+        }
+        *told = Some(event.clone());
+        send(events, StoreEvent::Connection(event)).await
+    }
+
+    async fn up(&mut self, revision: i64, events: &mpsc::Sender<StoreEvent>) -> Result<(), StoreError> {
+        if !self.connected {
+            self.connected = true;
+            send(events, StoreEvent::Connection(Connection::Up { revision })).await?;
+        }
+        Ok(())
+    }
+
+    /// Whether the current connection has been reported as up.
+    pub(super) fn connected(&self) -> bool {
+        self.connected
+    }
+
+    async fn follow(
+        &mut self,
+        session: &Session,
+        board: &Board,
+        events: &mpsc::Sender<StoreEvent>,
+    ) -> Result<std::convert::Infallible, StoreError> {
+        if let Some((next, before)) = self.resume
+            && !session.greeting.continues(&before, next - 1)
+        {
+            warn!(
+                seen = next - 1,
+                revision = session.greeting.revision,
+                "etcd is behind what was seen: it was restored or replaced"
+            );
+            self.resume = None;
+        }
+        loop {
+            let next = match self.resume {
+                Some((next, _)) => next,
+                None => self.snapshot(session, board, events).await?,
+            };
+            self.resume = Some((next, session.greeting));
+            let (from, to) = session.keys.everything();
+            let options = WatchOptions::new().with_range(to).with_start_revision(next).with_progress_notify();
+            let mut stream = session.within("watch the network", session.watcher().watch(from, Some(options))).await?;
+            self.up(session.greeting.revision, events).await?;
+            debug!(from = next, endpoint = session.context.endpoint, "watching");
+            loop {
+                let message = match stream.message().await {
+                    Ok(Some(message)) => message,
+                    Ok(None) => {
+                        let detail = "the server ended the watch".to_owned();
+                        return Err(StoreError::Unreachable { endpoint: session.context.endpoint.clone(), detail });
+                    }
+                    Err(error) => match session.context.error("watch the network", error) {
+                        StoreError::Compacted { .. } | StoreError::TooLarge { .. } => {
+                            self.resume = None;
+                            break;
+                        }
+                        error => return Err(error),
+                    },
+                };
+                if message.compact_revision() > 0 {
+                    info!(
+                        from = next,
+                        compacted = message.compact_revision(),
+                        "revisions were compacted away, reading all leases again"
+                    );
+                    self.resume = None;
+                    break;
+                }
+                if message.canceled() {
+                    return Err(cancelled(session, message.cancel_reason()));
+                }
+                self.hand_on(session, board, events, &message).await?;
+            }
+        }
+    }
+
+    /// Reads everything and hands it on; returns the revision to watch from.
+    async fn snapshot(&mut self, session: &Session, board: &Board, events: &mpsc::Sender<StoreEvent>) -> Result<i64, StoreError> {
+        let mut tries = 0;
+        let listing = loop {
+            match session.list().await {
+                Err(StoreError::Compacted { .. }) if tries < READ_TRIES => tries += 1,
+                other => break other?,
+            }
+        };
+        self.up(listing.revision, events).await?;
+        self.config(session, listing.config, events).await?;
+        let entries: Vec<_> = listing.entries.iter().map(codec::decode).collect();
+        drop(listing.entries);
+        info!(revision = listing.revision, leases = entries.len(), "read all leases");
+        send(events, StoreEvent::Snapshot(entries)).await?;
+        board.sightings.send_modify(|seen| {
+            seen.revision = listing.revision;
+            // Whatever happened in between, the holder looks for itself.
+            seen.held = listing.revision;
+            seen.removals += 1;
+        });
+        Ok(listing.revision + 1)
+    }
+
+    async fn hand_on(
+        &mut self,
+        session: &Session,
+        board: &Board,
+        events: &mpsc::Sender<StoreEvent>,
+        message: &WatchResponse,
+    ) -> Result<(), StoreError> {
+        let mut last = None;
+        for event in message.events() {
+            let Some(kv) = event.kv() else { continue };
+            let revision = kv.mod_revision();
+            last = Some(revision);
+            let deleted = event.event_type() == EventType::Delete;
+            match session.keys.place(kv.key()) {
+                Place::Config => self.config(session, (!deleted).then(|| RawConfig::of(kv)), events).await?,
+                Place::Subnet(key) => {
+                    let held = board.held.borrow().as_ref() == Some(&key);
+                    board.sightings.send_if_modified(|seen| {
+                        seen.held = if held { revision } else { seen.held };
+                        seen.removals += u64::from(deleted);
+                        held || deleted
+                    });
+                    let event = match deleted {
+                        true => StoreEvent::Remove { key },
+                        false => StoreEvent::Upsert(codec::decode(&RawEntry::of(key, kv))),
+                    };
+                    send(events, event).await?;
+                }
+                Place::Other => {}
+            }
+        }
+        // The header of an answer with events can be ahead of them; only that of a progress notification is a place to go on from.
+        let progress = (!message.created()).then(|| message.header().map(|header| header.revision())).flatten();
+        if let Some(seen) = last.or(progress) {
+            let next = self.resume.map_or(0, |(next, _)| next).max(seen + 1);
+            self.resume = Some((next, session.greeting));
+            board.sightings.send_if_modified(|sightings| {
+                sightings.revision = sightings.revision.max(seen);
+                false
+            });
+        }
+        Ok(())
+    }
+
+    /// Hands on the configuration where it differs from what was handed on before.
+    async fn config(
+        &mut self,
+        session: &Session,
+        config: Option<RawConfig>,
+        events: &mpsc::Sender<StoreEvent>,
+    ) -> Result<(), StoreError> {
+        if self.config.as_ref().is_some_and(|known| known.as_ref().map(|c| &c.text) == config.as_ref().map(|c| &c.text)) {
+            return Ok(());
+        }
+        let key = session.keys.config();
+        let parsed = config.as_ref().map(|config| NetworkConfig::parse(&config.text));
+        match &parsed {
+            None => info!(key, "waiting for the network's configuration: `overlayctl config set FILE` writes it"),
+            Some(Err(errors)) => warn!(key, %errors, "the network's configuration is wrong"),
+            Some(Ok(parsed)) => {
+                for warning in &parsed.warnings {
+                    warn!(key, %warning, "the network's configuration");
+                }
+                info!(key, "read the network's configuration");
+            }
+        }
+        send(events, StoreEvent::Config(parsed.map(|result| result.map(|parsed| parsed.config)))).await?;
+        self.config = Some(config);
+        Ok(())
+    }
+}
+
+/// What a watch that etcd cancelled for another reason than compaction means.
+fn cancelled(session: &Session, reason: &str) -> StoreError {
+    let context = &session.context;
+    let what = "watch the network";
+    if reason.contains("permission denied") {
+        StoreError::Permission { endpoint: context.endpoint.clone(), who: context.who(), what, prefix: context.prefix.clone() }
+    } else {
+        StoreError::Answer { endpoint: context.endpoint.clone(), what, detail: format!("cancelled: {reason}") }
+    }
+}
+
+/// Hands on an event; waits while the receiver is busy.
+pub(super) async fn send(events: &mpsc::Sender<StoreEvent>, event: StoreEvent) -> Result<(), StoreError> {
+    events.send(event).await.map_err(|_| StoreError::ReceiverGone)
+}
