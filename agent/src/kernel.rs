@@ -40,6 +40,7 @@ pub use monitor::Monitor;
 
 use self::batch::BatchSocket;
 use self::ethtool::Ethtool;
+use self::events::Foreign;
 use self::known::Known;
 use self::link::Links;
 use self::nft::Nft;
@@ -102,9 +103,10 @@ impl Kernel {
         let own = [shared.socket.port(), batch.port()];
         let nft_port = shared.nft.port_id();
         let nexthop_objects = !options.force_classic_routes && has_nexthop_objects(&mut shared.socket)?;
+        let foreign = Foreign::read(&mut shared.socket)?;
         let shared = Arc::new(Mutex::new(shared));
         let (sender, events) = mpsc::channel(options.event_capacity.max(1));
-        let monitor = Monitor::open(Arc::clone(&shared), own, nft_port, sender)?;
+        let monitor = Monitor::open(Arc::clone(&shared), own, nft_port, foreign, sender)?;
         Ok((Kernel { shared, batch, nexthop_objects }, events, monitor))
     }
 

@@ -6,6 +6,7 @@
 //! can be repeated.
 
 use std::io;
+use std::net::IpAddr;
 
 use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_ROUTE;
@@ -15,6 +16,7 @@ use super::known::Known;
 use super::message::{flag, messages};
 use super::socket::{Refusal, outcome};
 use super::wire;
+use crate::plan::state::Via;
 use crate::plan::{ApplyReport, Key, Op, OpError, Value};
 
 /// Ops to one `send`: with more, the gain is below a percent, and the table locks are held longer.
@@ -97,7 +99,7 @@ impl BatchSocket {
             }
             failed.sort_by_key(|(i, _)| *i);
             failed.dedup_by_key(|(i, _)| *i);
-            report.failed.extend(failed.into_iter().map(|(i, refusal)| (first + i, refusal.during(&chunk[i]))));
+            report.failed.extend(failed.into_iter().map(|(i, refusal)| (first + i, explain(&chunk[i], &refusal))));
         }
     }
 
@@ -217,4 +219,20 @@ impl BatchSocket {
         }
         fits
     }
+}
+
+/// The error of an op, with the remedy where one is known.
+fn explain(op: &Op, refusal: &Refusal) -> OpError {
+    let mut error = refusal.during(op);
+    // `ip6_route_check_nh_onlink` in `net/ipv6/route.c` looks the gateway up although it is on link, and ignores only default routes.
+    let gateway = match op {
+        Op::Set(_, Value::Nexthop { gateway, .. } | Value::Route(Via::Gateway(_, gateway))) => Some(*gateway),
+        _ => None,
+    };
+    if let (libc::EINVAL, Some(gateway @ IpAddr::V6(_))) = (refusal.errno, gateway) {
+        let remedy =
+            format!("; does a route by another interface cover {gateway}? ip -6 route show match {gateway} tells: remove it");
+        error.message.push_str(&remedy);
+    }
+    error
 }

@@ -1,20 +1,22 @@
 //! What rtnetlink's events mean to the overlay: each message is judged against what is known, and what is new is kept until it is handed on.
 
+use std::collections::btree_map::Entry as Place;
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 
 use super::Shared;
-use super::dump::{AddressInfo, change};
+use super::dump::{AddressInfo, all_addresses, change};
 use super::inventory::is_default;
 use super::is_ours;
 use super::known::Known;
 use super::message::{Header, attributes, flag, u32_at};
-use super::request::{IFF_UP, LinkInfo, family_of};
+use super::request::{self, IFF_UP, LinkInfo, family_of};
+use super::socket::RouteSocket;
 use super::sysctl;
 use super::uapi::*;
 use super::wire::Entry;
 use crate::model::{Device, Family, Mac, Role};
-use crate::plan::{KernelEvent, Key, LinkKind, Value};
+use crate::plan::{KernelEvent, Key, LinkKind, OpError, Value};
 
 /// Changes that are kept one by one; where more wait, a dump is cheaper.
 const LIMIT: usize = 16 * 1024;
@@ -22,9 +24,17 @@ const LIMIT: usize = 16 * 1024;
 /// News that nobody has taken yet; of each entry the last.
 #[derive(Debug, Default)]
 pub struct Pending {
-    changed: BTreeMap<Key, Option<Value>>,
+    changed: BTreeMap<Key, Change>,
     stale: Option<&'static str>,
     underlay: bool,
+}
+
+/// A change of an entry.
+#[derive(Debug)]
+struct Change {
+    /// What was known before, where that is kept.
+    before: Option<Option<Value>>,
+    now: Option<Value>,
 }
 
 impl Pending {
@@ -36,7 +46,8 @@ impl Pending {
     /// The next event.
     pub fn take(&mut self) -> Option<KernelEvent> {
         if !self.changed.is_empty() {
-            return Some(KernelEvent::Changed(std::mem::take(&mut self.changed).into_iter().collect()));
+            let changed = std::mem::take(&mut self.changed).into_iter().map(|(key, change)| (key, change.now));
+            return Some(KernelEvent::Changed(changed.collect()));
         }
         if let Some(reason) = self.stale.take() {
             return Some(KernelEvent::Stale { reason });
@@ -44,13 +55,32 @@ impl Pending {
         std::mem::take(&mut self.underlay).then_some(KernelEvent::Underlay)
     }
 
-    /// An entry changed.
-    pub fn changed(&mut self, key: Key, value: Option<Value>) {
+    /// An entry changed, and what was known of it is not kept.
+    pub fn changed(&mut self, key: Key, now: Option<Value>) {
+        self.put(key, None, now);
+    }
+
+    /// An entry changed from what was known of it.
+    pub fn changed_from(&mut self, key: Key, before: Option<Value>, now: Option<Value>) {
+        self.put(key, Some(before), now);
+    }
+
+    /// Drops what changed there and back again: one change of ours to a link is several events, the last of which says what is known.
+    pub fn prune(&mut self) {
+        self.changed.retain(|_, change| change.before.as_ref() != Some(&change.now));
+    }
+
+    fn put(&mut self, key: Key, before: Option<Option<Value>>, now: Option<Value>) {
         if self.changed.len() >= LIMIT {
             self.changed.clear();
             self.stale("more changed at once than is kept one by one");
         }
-        self.changed.insert(key, value);
+        match self.changed.entry(key) {
+            Place::Occupied(mut change) => change.get_mut().now = now,
+            Place::Vacant(place) => {
+                place.insert(Change { before, now });
+            }
+        }
     }
 
     /// More changed than events say.
@@ -69,6 +99,18 @@ impl Pending {
 pub struct Foreign {
     links: HashMap<u32, (String, u32, bool)>,
     addresses: HashMap<(u32, IpAddr), bool>,
+}
+
+impl Foreign {
+    /// What there is to begin with.
+    pub fn read(socket: &mut RouteSocket) -> Result<Foreign, OpError> {
+        let links = request::links(socket).map_err(|e| e.during("cannot list the links"))?;
+        let addresses = all_addresses(socket, 0)?;
+        Ok(Foreign {
+            links: links.into_iter().map(|link| (link.index, (link.name.clone(), link.mtu, link.up()))).collect(),
+            addresses: addresses.iter().map(|a| ((a.index, a.address.ip()), a.flags & IFA_F_DEPRECATED != 0)).collect(),
+        })
+    }
 }
 
 /// Judges one message.
@@ -99,16 +141,22 @@ pub fn note(header: Header, body: &[u8], shared: &mut Shared, foreign: &mut Fore
 
 fn note_link(present: bool, link: &LinkInfo, shared: &mut Shared, foreign: &mut Foreign, pending: &mut Pending) {
     let known = &mut shared.known;
+    // We removed it: what it went through on its way out is no news.
+    if known.is_removed(link.index) {
+        return;
+    }
     // A link of ours that has another name now is gone under its own.
-    if let Some(old) = known.link_name(link.index).map(str::to_owned)
-        && (old != link.name || !present)
+    let ours = known.link_name(link.index).map(str::to_owned);
+    if let Some(old) = &ours
+        && (*old != link.name || !present)
     {
-        known.drop_link(&old);
-        pending.changed(Key::Link(old), None);
+        let before = known.drop_link(old).map(|state| Value::Link(Box::new(state)));
+        pending.changed_from(Key::Link(old.clone()), before, None);
         pending.stale("a link of ours went away, and what was on it");
     }
     if !present {
-        if foreign.links.remove(&link.index).is_some() || Device::from_name(&link.name).is_none() {
+        foreign.links.remove(&link.index);
+        if ours.is_none() {
             pending.underlay();
         }
         return;
@@ -122,19 +170,21 @@ fn note_link(present: bool, link: &LinkInfo, shared: &mut Shared, foreign: &mut 
         }
     }
     let Some(state) = state else { return };
-    let went_down = !link.up() && link.changed & IFF_UP != 0;
-    match known.links.get(&link.name) {
+    // All bits: the announcement of a new link. Other changes than of flags announce no bits.
+    let went_down = !link.up() && link.changed & IFF_UP != 0 && link.changed != u32::MAX;
+    let before = known.links.get(&link.name).map(|(index, old)| (*index, old.clone()));
+    match &before {
         Some((index, _)) if *index != link.index => pending.stale("a link of ours was made again by others"),
         // IPv4 routes, next hops and neighbours of a device that goes down are removed without an event of their own.
         Some((_, old)) if went_down && old.up && Device::from_name(&link.name).is_some() => {
             pending.stale("a device of ours went down, and routes with it");
         }
         Some((_, old)) if *old == state => return,
-        Some(_) => {}
-        None => pending.stale("a link of one of our names was made by others"),
+        _ => {}
     }
     known.put_link(&link.name, link.index, state.clone());
-    pending.changed(Key::Link(link.name.clone()), Some(Value::Link(Box::new(state))));
+    let value = |state| Value::Link(Box::new(state));
+    pending.changed_from(Key::Link(link.name.clone()), before.map(|(_, old)| value(old)), Some(value(state)));
 }
 
 fn note_address(present: bool, info: &AddressInfo, known: &mut Known, foreign: &mut Foreign, pending: &mut Pending) {
@@ -143,9 +193,11 @@ fn note_address(present: bool, info: &AddressInfo, known: &mut Known, foreign: &
         let address = (device, info.address);
         let news = if present { known.addresses.insert(address) } else { known.addresses.remove(&address) };
         if news {
-            pending.changed(key, present.then_some(Value::Address));
+            let (absent, there) = (None, Some(Value::Address));
+            let (before, now) = if present { (absent, there) } else { (there, absent) };
+            pending.changed_from(key, before, now);
         }
-    } else if info.scope == RT_SCOPE_UNIVERSE {
+    } else if info.scope == RT_SCOPE_UNIVERSE && !known.is_removed(info.index) {
         let key = (info.index, info.address.ip());
         let deprecated = info.flags & IFA_F_DEPRECATED != 0;
         let news = if present {
@@ -177,8 +229,9 @@ fn note_netconf(body: &[u8], known: &mut Known, pending: &mut Pending) {
         None => return,
     };
     let text = forwarding.to_string();
-    if known.sysctls.insert(path.to_owned(), text.clone()).as_ref() != Some(&text) {
-        pending.changed(Key::Sysctl(path.to_owned()), Some(Value::Sysctl(text)));
+    let before = known.sysctls.insert(path.to_owned(), text.clone());
+    if before.as_ref() != Some(&text) {
+        pending.changed_from(Key::Sysctl(path.to_owned()), before.map(Value::Sysctl), Some(Value::Sysctl(text)));
     }
 }
 
@@ -186,10 +239,14 @@ fn note_entry(header: Header, entry: &Entry, known: &mut Known, pending: &mut Pe
     let present = matches!(header.kind, libc::RTM_NEWNEIGH | RTM_NEWNEXTHOP | libc::RTM_NEWROUTE);
     match *entry {
         Entry::Fdb { index, mac, remote, permanent } => {
-            let vxlan = known.device(index).is_some_and(|d| matches!(d.role, Role::Vxlan(_)));
-            if !vxlan || !note_fdb(known, index, mac, remote.filter(|_| permanent || !present), present) {
-                return;
+            if let Some(device) = known.device(index).filter(|d| matches!(d.role, Role::Vxlan(_))) {
+                let before = known.fdb.get(&(index, mac)).copied();
+                if note_fdb(known, index, mac, remote.filter(|_| permanent || !present), present) {
+                    let now = known.fdb.get(&(index, mac)).copied();
+                    pending.changed_from(Key::Fdb(device, mac), before.map(Value::Fdb), now.map(Value::Fdb));
+                }
             }
+            return;
         }
         Entry::Neigh { index, address, .. } => {
             if !present && known.removed_neighbours.remove(&(index, address)) {
@@ -232,6 +289,9 @@ fn note_fdb(known: &mut Known, index: u32, mac: Mac, remote: Option<IpAddr>, pre
             }
             false
         }
-        _ => known.fdb.remove(&at).is_some(),
+        _ => {
+            known.strays.remove(&at);
+            known.fdb.remove(&at).is_some()
+        }
     }
 }

@@ -19,6 +19,8 @@ use crate::plan::{Key, State};
 pub const LINK_GROUP: u32 = 0x5656;
 /// What the names of the host's ends of endpoints' veth pairs begin with.
 pub const PORT_PREFIX: &str = "ove";
+/// How many links that we removed are remembered.
+const REMEMBERED: usize = 4096;
 
 /// The memory.
 #[derive(Debug, Default)]
@@ -37,6 +39,8 @@ pub struct Known {
     pub strays: HashMap<(u32, Mac), Vec<IpAddr>>,
     /// Neighbours that we removed: the kernel's event does not say that it was us.
     pub removed_neighbours: HashSet<(u32, IpAddr)>,
+    /// Links that we removed, by index, the latest ones: their last events are still to come, or were filtered out.
+    removed_links: BTreeSet<u32>,
     devices: Vec<(u32, Device)>,
 }
 
@@ -75,9 +79,9 @@ impl Known {
         self.links.insert(name.to_owned(), (index, state));
     }
 
-    /// Forgets a link and all that went with it.
-    pub fn drop_link(&mut self, name: &str) {
-        let Some((index, _)) = self.links.remove(name) else { return };
+    /// Forgets a link and all that went with it; what it was.
+    pub fn drop_link(&mut self, name: &str) -> Option<LinkState> {
+        let (index, state) = self.links.remove(name)?;
         self.devices.retain(|(i, _)| *i != index);
         if let Some(device) = Device::from_name(name) {
             self.addresses.retain(|(d, _)| *d != device);
@@ -85,11 +89,25 @@ impl Known {
         self.fdb.retain(|(i, _), _| *i != index);
         self.strays.retain(|(i, _), _| *i != index);
         self.removed_neighbours.retain(|(i, _)| *i != index);
+        Some(state)
+    }
+
+    /// Notes that we removed the link with that index. Indices only grow: the smallest one is the oldest.
+    pub fn removed_link(&mut self, index: u32) {
+        self.removed_links.insert(index);
+        if self.removed_links.len() > REMEMBERED {
+            self.removed_links.pop_first();
+        }
+    }
+
+    /// Whether we removed the link with that index.
+    pub fn is_removed(&self, index: u32) -> bool {
+        self.removed_links.contains(&index)
     }
 
     /// What a dump begins with: nothing, but which sysctls to read.
     pub fn fresh(&self) -> Known {
-        Known { sysctls: self.sysctls.clone(), ..Known::default() }
+        Known { sysctls: self.sysctls.clone(), removed_links: self.removed_links.clone(), ..Known::default() }
     }
 
     /// A link as plans see it: `None` where its name is none of ours. `tx_checksum` is asked only about VXLAN devices.

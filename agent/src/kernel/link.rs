@@ -63,7 +63,7 @@ impl Links<'_> {
             }
             match request::link_delete(self.socket, link.index) {
                 Err(e) if e.errno != libc::ENODEV => return Err(e.during(format!("cannot delete interface {name}"))),
-                _ => {}
+                _ => self.known.removed_link(link.index),
             }
         }
         self.known.drop_link(name);
@@ -73,7 +73,9 @@ impl Links<'_> {
     /// Reads a link anew and notes it.
     pub fn note(&mut self, name: &str) -> Result<(), OpError> {
         match self.find(name)? {
-            None => self.known.drop_link(name),
+            None => {
+                self.known.drop_link(name);
+            }
             Some(link) => {
                 let ethtool = self.ethtool;
                 if let Some(state) = self.known.link_state(&link, |name| ethtool.tx_checksum(name)) {

@@ -9,14 +9,14 @@
 //! (`known`), which our own changes update first. What the kernel does by itself because of a change of ours may carry our port id too, and
 //! is not reported then: whoever removes a next hop or a device has to know that its routes go with it.
 
+use std::future::poll_fn;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_ROUTE;
+use netlink_sys::{AsyncSocket, Socket, TokioSocket};
 use nix::sys::socket::{setsockopt, sockopt};
-use tokio::io::unix::AsyncFd;
 use tokio::sync::{Mutex, mpsc};
 
 use super::events::{Foreign, Pending, note};
@@ -38,22 +38,25 @@ const TURN: usize = 8192;
 
 /// The monitor of one network namespace.
 pub struct Monitor {
-    socket: AsyncFd<Socket>,
+    socket: TokioSocket,
     nft: NftMonitor,
     shared: Arc<Mutex<Shared>>,
     sender: mpsc::Sender<KernelEvent>,
     pending: Pending,
     foreign: Foreign,
     forward_drops: Option<Vec<Family>>,
+    first: Vec<u8>,
     input: Vec<u8>,
 }
 
 impl Monitor {
-    /// Begins to listen in the calling thread's network namespace. Messages caused by sockets with the port ids `own` are dropped.
+    /// Begins to listen in the calling thread's network namespace. Messages caused by sockets with the port ids `own` are dropped;
+    /// `foreign` is what is there and not ours.
     pub(super) fn open(
         shared: Arc<Mutex<Shared>>,
         own: [u32; 2],
         nft_port: u32,
+        foreign: Foreign,
         sender: mpsc::Sender<KernelEvent>,
     ) -> Result<Monitor, OpError> {
         let nft = NftMonitor::open(&[nft_port])?;
@@ -64,8 +67,9 @@ impl Monitor {
             shared,
             sender,
             pending: Pending::default(),
-            foreign: Foreign::default(),
+            foreign,
             forward_drops: None,
+            first: Vec::with_capacity(RECEIVE),
             input: vec![0; RECEIVE],
         })
     }
@@ -78,13 +82,12 @@ impl Monitor {
         let sender = self.sender.clone();
         loop {
             tokio::select! {
-                ready = self.socket.readable() => {
-                    let mut ready = ready.map_err(failed)?;
+                received = first(&self.socket, &mut self.first) => {
                     let mut shared = self.shared.lock().await;
-                    let drained = drain(ready.get_inner(), &mut self.input, &mut shared, &mut self.foreign, &mut self.pending);
-                    if drained.map_err(failed)? {
-                        ready.clear_ready();
-                    }
+                    let mut news = News { shared: &mut shared, foreign: &mut self.foreign, pending: &mut self.pending };
+                    news.take(received.map(|()| self.first.as_slice())).map_err(failed)?;
+                    news.drain(self.socket.socket_ref(), &mut self.input).map_err(failed)?;
+                    self.pending.prune();
                 }
                 change = self.nft.changed() => {
                     let change = change?;
@@ -138,7 +141,7 @@ impl Monitor {
     /// A receive buffer of that many bytes, so small that events get lost.
     #[cfg(test)]
     pub fn shrink(&self, bytes: usize) {
-        setsockopt(self.socket.get_ref(), sockopt::RcvBuf, &bytes).expect("a small buffer");
+        setsockopt(self.socket.socket_ref(), sockopt::RcvBuf, &bytes).expect("a small buffer");
     }
 }
 
@@ -146,44 +149,65 @@ fn failed(error: io::Error) -> OpError {
     Refusal::from(error).during("cannot read the kernel's changes")
 }
 
-/// Reads what is there; true: all of it.
-fn drain(
-    socket: &Socket,
-    input: &mut [u8],
-    shared: &mut Shared,
-    foreign: &mut Foreign,
-    pending: &mut Pending,
-) -> io::Result<bool> {
-    for _ in 0..TURN {
-        match socket.recv(&mut &mut *input, libc::MSG_DONTWAIT | libc::MSG_TRUNC) {
-            Ok(received) => match input.get(..received) {
-                Some(bytes) => {
-                    for (header, body) in messages(bytes) {
-                        note(header, body, shared, foreign, pending);
-                    }
-                }
-                None => pending.stale("an event was too long to be read"),
-            },
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(true),
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => {
-                pending.stale("events were lost: more came than the receive buffer holds");
-                pending.underlay();
-            }
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(false)
+/// Waits for a message. Cancel-safe: it is read only where the wait ends.
+async fn first(socket: &TokioSocket, buffer: &mut Vec<u8>) -> io::Result<()> {
+    buffer.clear();
+    poll_fn(|context| socket.poll_recv(context, buffer)).await?;
+    // A full buffer means that the end was cut off.
+    if buffer.len() == buffer.capacity() { Err(io::Error::from_raw_os_error(libc::EMSGSIZE)) } else { Ok(()) }
 }
 
-fn listen(own: [u32; 2]) -> io::Result<AsyncFd<Socket>> {
-    let mut socket = Socket::new(NETLINK_ROUTE)?;
-    socket.set_non_blocking(true)?;
-    // Without CAP_NET_ADMIN in the initial user namespace the size is cut to net.core.rmem_max: overruns are more likely, no more.
-    if setsockopt(&socket, sockopt::RcvBufForce, &BUFFER).is_err() {
-        setsockopt(&socket, sockopt::RcvBuf, &BUFFER)?;
+/// Where messages are judged, with the shared state held.
+struct News<'a> {
+    shared: &'a mut Shared,
+    foreign: &'a mut Foreign,
+    pending: &'a mut Pending,
+}
+
+impl News<'_> {
+    /// Reads what is there, up to a bound.
+    fn drain(&mut self, socket: &Socket, input: &mut [u8]) -> io::Result<()> {
+        for _ in 0..TURN {
+            let received = socket.recv(&mut &mut *input, libc::MSG_DONTWAIT | libc::MSG_TRUNC);
+            let bytes = received.and_then(|n| input.get(..n).ok_or_else(|| io::Error::from_raw_os_error(libc::EMSGSIZE)));
+            match bytes {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                other => self.take(other)?,
+            }
+        }
+        Ok(())
     }
-    attach_filter(&socket, own)?;
+
+    /// Judges what was received.
+    fn take(&mut self, received: io::Result<&[u8]>) -> io::Result<()> {
+        match received {
+            Ok(bytes) => {
+                for (header, body) in messages(bytes) {
+                    note(header, body, self.shared, self.foreign, self.pending);
+                }
+            }
+            Err(e) => match e.raw_os_error() {
+                Some(libc::EINTR) => {}
+                Some(libc::EMSGSIZE) => self.pending.stale("an event was too long to be read"),
+                Some(libc::ENOBUFS) => {
+                    self.pending.stale("events were lost: more came than the receive buffer holds");
+                    self.pending.underlay();
+                }
+                _ => return Err(e),
+            },
+        }
+        Ok(())
+    }
+}
+
+fn listen(own: [u32; 2]) -> io::Result<TokioSocket> {
+    let mut listener = TokioSocket::new(NETLINK_ROUTE)?;
+    let socket = listener.socket_mut();
+    // Without CAP_NET_ADMIN in the initial user namespace the size is cut to net.core.rmem_max: overruns are more likely, no more.
+    if setsockopt(socket, sockopt::RcvBufForce, &BUFFER).is_err() {
+        setsockopt(socket, sockopt::RcvBuf, &BUFFER)?;
+    }
+    attach_filter(socket, own)?;
     socket.bind_auto()?;
     for group in RTNLGRP {
         match socket.add_membership(group) {
@@ -192,7 +216,7 @@ fn listen(own: [u32; 2]) -> io::Result<AsyncFd<Socket>> {
             other => other?,
         }
     }
-    Ok(unsafe { AsyncFd::register(socket)? })
+    Ok(listener)
 }
 
 /// Drops messages whose `nlmsg_pid` is one of ours: a classic BPF program (`linux/filter.h`), run by the kernel on each message before it is queued.

@@ -50,8 +50,6 @@ fn devices_are_made_as_wanted_and_set_again_without_a_change() {
 fn a_link_is_changed_in_place_where_it_can_be() {
     on_host("inplace", KernelOptions::default(), async |host| {
         host.make_devices().await;
-        let index = run("cat /sys/class/net/ovx.1/ifindex");
-        let _ = index;
         let before = run("ip -o link show ovx.1");
         let mut wanted = vxlan_link(Family::V4, host.underlay);
         wanted.mac = Some(Mac([2, 0, 0, 0, 1, 99]));
@@ -78,13 +76,13 @@ fn a_link_is_changed_in_place_where_it_can_be() {
 #[test]
 fn a_foreign_link_of_our_name_is_refused_and_left_alone() {
     on_host("foreign", KernelOptions::default(), async |host| {
-        run("ip link add ovx.1 type dummy");
-        run("ip link add ovb.1 type bridge");
+        run("ip link add ovx.1 type bridge");
+        run("ip link add ovb.1 type veth peer name other");
         let state = host.dump().await;
-        let dummy = link_of(state.get(&Key::Link("ovx.1".to_owned())));
-        assert_eq!(dummy.kind, LinkKind::Foreign { kind: "dummy".to_owned() });
+        let stranger = link_of(state.get(&Key::Link("ovx.1".to_owned())));
+        assert_eq!(stranger.kind, LinkKind::Foreign { kind: "bridge".to_owned() });
         let unmarked = link_of(state.get(&Key::Link("ovb.1".to_owned())));
-        assert_eq!(unmarked.kind, LinkKind::Foreign { kind: "bridge".to_owned() });
+        assert_eq!(unmarked.kind, LinkKind::Foreign { kind: "veth".to_owned() });
         let before = run("ip -d link");
         let mut batch = devices(host.underlay);
         batch.extend(removal(&batch));
@@ -96,10 +94,10 @@ fn a_foreign_link_of_our_name_is_refused_and_left_alone() {
         let message = of("ovx.1", 0);
         assert_eq!(
             message,
-            "interface ovx.1 exists and is not ours (kind dummy, no alias `overlayd`): remove or rename it: ip link delete ovx.1"
+            "interface ovx.1 exists and is not ours (kind bridge, no alias `overlayd`): remove or rename it: ip link delete ovx.1"
         );
         assert_eq!(of("ovx.1", 1), message, "nor is it deleted");
-        assert!(of("ovb.1", 0).contains("kind bridge"));
+        assert!(of("ovb.1", 0).contains("kind veth"));
         assert_eq!(before, run("ip -d link"), "untouched");
         assert!(report.failed.is_sorted_by_key(|(i, _)| *i));
     });
@@ -176,15 +174,17 @@ fn sysctls_are_written_where_they_differ() {
 fn the_inventory_lists_what_is_not_ours() {
     on_host("inventory", KernelOptions::default(), async |host| {
         host.make_devices().await;
-        run("ip link add eth1 mtu 9000 type dummy");
+        run("ip link add eth1 mtu 9000 type veth peer name far1");
+        run("ip link set far1 up");
         run("ip address add 192.0.2.7/24 dev eth1");
         run("ip link set eth1 up");
         run("ip route add default via 192.0.2.1 metric 50");
         run("ip -6 route add default via fd99::aa dev eth0 metric 10 proto ra");
         let inventory = host.kernel.inventory().await.expect("an inventory");
         let names: Vec<_> = inventory.links.iter().map(|l| l.name.as_str()).collect();
-        assert_eq!(names, ["lo", "eth0", "eth1"]);
-        let [lo, eth0, eth1] = &inventory.links[..] else { panic!("three links") };
+        let named = |name| inventory.links.iter().find(|l| l.name == name).expect(name);
+        assert_eq!(names.len(), 5, "{names:?}");
+        let (lo, eth0, eth1) = (named("lo"), named("eth0"), named("eth1"));
         assert!(lo.loopback && !eth0.loopback);
         assert_eq!(eth0.addresses, [ip("10.99.0.1"), ip("fd99::1")]);
         assert_eq!((eth1.mtu, eth1.up, eth1.addresses.clone()), (9000, true, vec![ip("192.0.2.7")]));

@@ -44,7 +44,8 @@ fn entries_removed_or_altered_by_others() {
             assert_eq!(host.changed(neigh).await, None);
             run(&format!("ip {flag} route replace {cidr} dev eth0"));
             assert_eq!(host.changed(route).await, Some(Value::Route(Via::Foreign)));
-            host.apply(&batch).await;
+            // Not the next hop: IPv6 refuses it while another interface's route covers the gateway.
+            host.apply(&vec![batch[0].clone(), batch[1].clone(), batch[3].clone()]).await;
             host.quiet().await;
             let state = host.dump().await;
             assert_eq!(state.get(fdb), Some(fdb_value));
@@ -95,9 +96,9 @@ fn links_and_addresses_altered_by_others() {
         run("ip link delete ovx.1");
         assert_eq!(host.changed(&key).await, None);
         host.settle().await;
-        run("ip link add ovx.1 type dummy");
+        run("ip link add ovx.1 type bridge");
         match host.changed(&key).await {
-            Some(Value::Link(link)) => assert_eq!(link.kind, LinkKind::Foreign { kind: "dummy".to_owned() }),
+            Some(Value::Link(link)) => assert_eq!(link.kind, LinkKind::Foreign { kind: "bridge".to_owned() }),
             other => panic!("{other:?}"),
         }
         run("ip link delete ovx.1");
@@ -154,7 +155,7 @@ fn the_underlay_changes() {
             "ip link set eth0 mtu 1400",
             "ip route replace default via 10.99.0.253",
             "ip -6 route del default",
-            "ip link add eth1 type dummy",
+            "ip link add eth1 type bridge",
             "ip link delete eth1",
         ] {
             run(command);

@@ -91,10 +91,11 @@ pub fn on_tuned_host(
     let netns = scratch.netns.clone();
     scratch.block_on(async move || {
         let setup = Setup::open(&netns).expect("a socket");
-        setup.add_dummy("eth0").await.expect("a dummy device");
+        setup.add_veth("eth0", "far", &netns).await.expect("a pair");
         for address in ["10.99.0.1/24", "fd99::1/64"] {
             setup.add_address("eth0", address.parse().expect("address")).await.expect("an address");
         }
+        setup.set_up("far").await.expect("up");
         setup.set_up("eth0").await.expect("up");
         for gateway in ["10.99.0.254", "fd99::fe"] {
             setup.add_route(None, Some(gateway.parse().expect("address")), Some("eth0")).await.expect("a route");
@@ -104,6 +105,7 @@ pub fn on_tuned_host(
         tune(&monitor);
         let monitor = tokio::spawn(async { monitor.run().await.expect("the monitor") });
         let mut host = Host { kernel, events, monitor, underlay };
+        host.settle().await;
         test(&mut host).await;
         assert!(!host.monitor.is_finished(), "the monitor runs on");
     });
