@@ -1,1 +1,17 @@
-//! a
+//! The command line of the overlay network, as a library: the binaries are a few lines each and the test suite uses the same code.
+//!
+//! | module | owns |
+//! | --- | --- |
+//! | [`cmd`] | one file a command: its arguments and what it does |
+//! | [`client`] | HTTP to the agent's socket |
+//! | [`etcd`] | the flags that reach etcd without an agent |
+//! | [`netns`] | the named namespaces that `attach` makes |
+//! | [`output`] | table, wide, json, yaml |
+//! | [`lab`] | several hosts on one machine |
+
+pub mod client;
+pub mod cmd;
+pub mod etcd;
+pub mod lab;
+pub mod netns;
+pub mod output;

@@ -1,0 +1,294 @@
+//! HTTP/1 to the agent's UNIX socket. One connection a request: the socket is local, and no state outlives a command.
+//!
+//! The shapes are those of `overlay_agent::model::api`.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Incoming;
+use hyper::{Method, Request, StatusCode};
+use hyper_util::rt::TokioIo;
+use overlay_agent::model::api::{
+    AttachRequest, Attached, Detached, Endpoints, LogLevel, Peers, Problem, Status, Subnets, VERSION,
+};
+use overlay_agent::model::endpoint::EndpointName;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::net::UnixStream;
+
+/// Where the agent listens unless told otherwise.
+pub const DEFAULT_SOCKET: &str = "/run/overlayd/overlayd.sock";
+
+/// How long one request may take: a little more than the agent's own limit of 30 s, so that its answer is seen.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(35);
+
+/// The largest answer read, in bytes. 10,000 peers are about 3 MB.
+const ANSWER_LIMIT: usize = 256 << 20;
+
+/// Why the agent's answer is not there.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nothing is at the socket's path.
+    #[error(
+        "no agent at {}: there is no such socket. Is overlayd running? See `systemctl status overlayd`; an agent with another run \
+         directory is reached with --socket PATH",
+        socket.display()
+    )]
+    NoSocket {
+        /// The path.
+        socket: PathBuf,
+    },
+    /// A socket is there that nobody listens on.
+    #[error("no agent answers at {}: the socket is left over from one that has ended. Start it: systemctl start overlayd", socket.display())]
+    Refused {
+        /// The path.
+        socket: PathBuf,
+    },
+    /// The user may not use the socket.
+    #[error(
+        "permission to use {} is denied: become root (sudo overlayctl ...) or a member of the socket's group",
+        socket.display()
+    )]
+    Denied {
+        /// The path.
+        socket: PathBuf,
+    },
+    /// The path cannot be connected to.
+    #[error("cannot connect to {}: {source}", socket.display())]
+    Connect {
+        /// The path.
+        socket: PathBuf,
+        /// What the system says.
+        source: std::io::Error,
+    },
+    /// The conversation broke.
+    #[error("the agent at {} broke off while answering {request}: {reason}. Its log says more: journalctl -u overlayd", socket.display())]
+    Broken {
+        /// The path.
+        socket: PathBuf,
+        /// Method and path.
+        request: String,
+        /// What happened.
+        reason: String,
+    },
+    /// No answer in time.
+    #[error("the agent at {} did not answer {request} within {}", socket.display(), humantime::format_duration(*limit))]
+    TimedOut {
+        /// The path.
+        socket: PathBuf,
+        /// Method and path.
+        request: String,
+        /// The time allowed.
+        limit: Duration,
+    },
+    /// The agent refuses, and says why.
+    #[error("{message}")]
+    Problem {
+        /// The HTTP status.
+        status: StatusCode,
+        /// The agent's words.
+        message: String,
+    },
+    /// The answer has another shape.
+    #[error("cannot read the agent's answer to {request}: {reason}. Are overlayctl {} and overlayd of one version?", env!("CARGO_PKG_VERSION"))]
+    Shape {
+        /// Method and path.
+        request: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+/// A client of one agent.
+#[derive(Debug, Clone)]
+pub struct Client {
+    socket: PathBuf,
+    timeout: Duration,
+}
+
+impl Client {
+    /// A client of the agent that listens at `socket`. Nothing is opened yet.
+    pub fn new(socket: impl Into<PathBuf>) -> Client {
+        Client { socket: socket.into(), timeout: REQUEST_TIMEOUT }
+    }
+
+    /// The same client with another limit for each request.
+    pub fn with_timeout(mut self, timeout: Duration) -> Client {
+        self.timeout = timeout;
+        self
+    }
+
+    /// The socket's path.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// The agent's health.
+    pub async fn status(&self) -> Result<Status, ClientError> {
+        self.json(Method::GET, "status", None::<&()>).await
+    }
+
+    /// Every lease the agent sees.
+    pub async fn subnets(&self) -> Result<Subnets, ClientError> {
+        self.json(Method::GET, "subnets", None::<&()>).await
+    }
+
+    /// Every lease now, and again at each change, until the agent ends.
+    pub async fn watch_subnets(&self) -> Result<SubnetsStream, ClientError> {
+        let request = format!("GET /v{VERSION}/subnets?watch=true");
+        let (body, driver) = self.limit(&request, self.send(Method::GET, "subnets?watch=true", None::<&()>)).await?;
+        Ok(SubnetsStream { socket: self.socket.clone(), request, body, pending: BytesMut::new(), _driver: driver })
+    }
+
+    /// How this host reaches each peer.
+    pub async fn peers(&self) -> Result<Peers, ClientError> {
+        self.json(Method::GET, "peers", None::<&()>).await
+    }
+
+    /// This host's endpoints.
+    pub async fn endpoints(&self) -> Result<Endpoints, ClientError> {
+        self.json(Method::GET, "endpoints", None::<&()>).await
+    }
+
+    /// Attaches a container.
+    pub async fn attach(&self, name: &EndpointName, request: &AttachRequest) -> Result<Attached, ClientError> {
+        self.json(Method::PUT, &format!("endpoints/{name}"), Some(request)).await
+    }
+
+    /// Detaches a container; one that is not there is no error.
+    pub async fn detach(&self, name: &EndpointName) -> Result<Detached, ClientError> {
+        self.json(Method::DELETE, &format!("endpoints/{name}"), None::<&()>).await
+    }
+
+    /// The agent's log filter.
+    pub async fn log_level(&self) -> Result<LogLevel, ClientError> {
+        self.json(Method::GET, "log-level", None::<&()>).await
+    }
+
+    /// Sets the agent's log filter.
+    pub async fn set_log_level(&self, level: &LogLevel) -> Result<LogLevel, ClientError> {
+        self.json(Method::PUT, "log-level", Some(level)).await
+    }
+
+    async fn json<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&impl Serialize>,
+    ) -> Result<T, ClientError> {
+        let request = format!("{method} /v{VERSION}/{path}");
+        let bytes = self
+            .limit(&request, async {
+                let (body, _driver) = self.send(method, path, body).await?;
+                collect(body).await.map_err(|reason| self.broken(&request, reason))
+            })
+            .await?;
+        serde_json::from_slice(&bytes).map_err(|e| ClientError::Shape { request, reason: e.to_string() })
+    }
+
+    /// Sends a request and hands on the body of a successful answer. The driver keeps the connection going while it lives.
+    async fn send(&self, method: Method, path: &str, body: Option<&impl Serialize>) -> Result<(Incoming, Driver), ClientError> {
+        let name = format!("{method} /v{VERSION}/{path}");
+        let stream = UnixStream::connect(&self.socket).await.map_err(|source| self.connect_error(source))?;
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| self.broken(&name, e.to_string()))?;
+        let mut driver = Driver(tokio::task::JoinSet::new());
+        driver.0.spawn(async move {
+            // Its end is seen by whoever reads the body.
+            let _ended = connection.await;
+        });
+        let mut builder = Request::builder().method(method).uri(format!("/v{VERSION}/{path}")).header("host", "overlayd");
+        let bytes = match body {
+            Some(body) => {
+                builder = builder.header("content-type", "application/json");
+                serde_json::to_vec(body).map_err(|e| ClientError::Shape { request: name.clone(), reason: e.to_string() })?
+            }
+            None => Vec::new(),
+        };
+        let request = builder.body(Full::new(Bytes::from(bytes))).map_err(|e| self.broken(&name, e.to_string()))?;
+        let answer = sender.send_request(request).await.map_err(|e| self.broken(&name, e.to_string()))?;
+        let status = answer.status();
+        if status.is_success() {
+            return Ok((answer.into_body(), driver));
+        }
+        let bytes = collect(answer.into_body()).await.map_err(|reason| self.broken(&name, reason))?;
+        let message = match serde_json::from_slice::<Problem>(&bytes) {
+            Ok(problem) => problem.error,
+            Err(_) => format!("the agent answers {name} with {status}"),
+        };
+        Err(ClientError::Problem { status, message })
+    }
+
+    async fn limit<T>(&self, request: &str, work: impl Future<Output = Result<T, ClientError>>) -> Result<T, ClientError> {
+        tokio::time::timeout(self.timeout, work).await.unwrap_or_else(|_| {
+            Err(ClientError::TimedOut { socket: self.socket.clone(), request: request.to_owned(), limit: self.timeout })
+        })
+    }
+
+    fn broken(&self, request: &str, reason: String) -> ClientError {
+        ClientError::Broken { socket: self.socket.clone(), request: request.to_owned(), reason }
+    }
+
+    fn connect_error(&self, source: std::io::Error) -> ClientError {
+        let socket = self.socket.clone();
+        match source.kind() {
+            std::io::ErrorKind::NotFound => ClientError::NoSocket { socket },
+            std::io::ErrorKind::ConnectionRefused => ClientError::Refused { socket },
+            std::io::ErrorKind::PermissionDenied => ClientError::Denied { socket },
+            _ => ClientError::Connect { socket, source },
+        }
+    }
+}
+
+/// Drives a connection; dropping it ends the connection's task.
+#[derive(Debug)]
+struct Driver(tokio::task::JoinSet<()>);
+
+async fn collect(body: Incoming) -> Result<Bytes, String> {
+    Limited::new(body, ANSWER_LIMIT).collect().await.map(|all| all.to_bytes()).map_err(|e| e.to_string())
+}
+
+/// The subnets, again at each change.
+#[derive(Debug)]
+pub struct SubnetsStream {
+    socket: PathBuf,
+    request: String,
+    body: Incoming,
+    pending: BytesMut,
+    _driver: Driver,
+}
+
+impl SubnetsStream {
+    /// The next state; `None` when the agent ends in good order. Cancel-safe: what was read is kept.
+    pub async fn next(&mut self) -> Result<Option<Subnets>, ClientError> {
+        loop {
+            if let Some(end) = self.pending.iter().position(|b| *b == b'\n') {
+                let line = self.pending.split_to(end + 1);
+                if line.iter().all(u8::is_ascii_whitespace) {
+                    continue;
+                }
+                let value = serde_json::from_slice(&line)
+                    .map_err(|e| ClientError::Shape { request: self.request.clone(), reason: e.to_string() })?;
+                return Ok(Some(value));
+            }
+            let broken = |reason: String| ClientError::Broken { socket: self.socket.clone(), request: self.request.clone(), reason };
+            match self.body.frame().await {
+                None => return Ok(None),
+                Some(Err(e)) => return Err(broken(e.to_string())),
+                Some(Ok(frame)) => {
+                    if let Ok(data) = frame.into_data() {
+                        if self.pending.len() + data.len() > ANSWER_LIMIT {
+                            return Err(broken(format!("a line of more than {ANSWER_LIMIT} bytes")));
+                        }
+                        self.pending.extend_from_slice(&data);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

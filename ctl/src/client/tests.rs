@@ -1,0 +1,91 @@
+//! The client against a server that answers recorded bytes.
+
+use std::os::unix::fs::PermissionsExt;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixListener;
+
+use super::*;
+
+/// Answers one connection with these bytes and hands back the request.
+fn server(dir: &Path, answer: &'static str) -> (Client, tokio::task::JoinHandle<String>) {
+    let socket = dir.join("overlayd.sock");
+    let listener = UnixListener::bind(&socket).expect("a socket in a temporary directory");
+    let task = tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.expect("the client connects");
+        let mut request = vec![0; 4096];
+        let length = stream.read(&mut request).await.expect("a request");
+        stream.write_all(answer.as_bytes()).await.expect("the client reads");
+        String::from_utf8_lossy(&request[..length]).into_owned()
+    });
+    (Client::new(socket), task)
+}
+
+fn name(text: &str) -> EndpointName {
+    text.parse().expect("an endpoint name")
+}
+
+#[tokio::test]
+async fn a_success_is_decoded_and_the_request_is_right() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let (client, task) = server(dir.path(), "HTTP/1.1 200 OK\r\ncontent-length: 18\r\n\r\n{\"endpoint\":\"web\"}");
+    let answer = client.detach(&name("web")).await.expect("a detach");
+    assert_eq!(answer.endpoint, Some(name("web")));
+    assert!(task.await.expect("the server").starts_with("DELETE /v1/endpoints/web HTTP/1.1\r\n"));
+}
+
+#[tokio::test]
+async fn a_problem_is_told_in_the_agents_words() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let (client, _task) = server(dir.path(), "HTTP/1.1 409 Conflict\r\ncontent-length: 21\r\n\r\n{\"error\":\"it is held\"}");
+    let error = client.detach(&name("web")).await.expect_err("a problem");
+    assert_eq!(error.to_string(), "it is held");
+    assert!(matches!(error, ClientError::Problem { status: StatusCode::CONFLICT, .. }));
+}
+
+#[tokio::test]
+async fn other_shapes_are_named() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let (client, _task) = server(dir.path(), "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n[]");
+    let message = client.status().await.expect_err("no status").to_string();
+    assert!(message.contains("GET /v1/status") && message.contains("one version"), "{message}");
+}
+
+#[tokio::test]
+async fn a_connection_that_breaks_is_named() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let (client, _task) = server(dir.path(), "HTTP/1.1 200 OK\r\ncontent-length: 200\r\n\r\n{\"endp");
+    assert!(matches!(client.detach(&name("web")).await, Err(ClientError::Broken { .. })));
+}
+
+#[tokio::test]
+async fn the_socket_is_missing_stale_or_silent() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let missing = Client::new(dir.path().join("none.sock")).peers().await.expect_err("nobody there");
+    assert!(missing.to_string().contains("systemctl status overlayd"), "{missing}");
+
+    let stale = dir.path().join("stale.sock");
+    drop(std::os::unix::net::UnixListener::bind(&stale).expect("a socket"));
+    assert!(matches!(Client::new(stale).peers().await, Err(ClientError::Refused { .. })));
+
+    let silent = dir.path().join("silent.sock");
+    let _listener = std::os::unix::net::UnixListener::bind(&silent).expect("a socket");
+    std::fs::set_permissions(&silent, std::fs::Permissions::from_mode(0o600)).expect("own socket");
+    let client = Client::new(silent).with_timeout(Duration::from_millis(50));
+    assert!(matches!(client.peers().await, Err(ClientError::TimedOut { .. })));
+}
+
+#[tokio::test]
+async fn a_watch_hands_on_line_by_line() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let (client, task) = server(
+        dir.path(),
+        "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n9\r\n{\"subnets\r\n8\r\n\":[]}\n\n\n\r\ne\r\n{\"subnets\":[]}\r\n1\r\n\n\r\n0\r\n\r\n",
+    );
+    let mut stream = client.watch_subnets().await.expect("a stream");
+    for _ in 0..2 {
+        assert_eq!(stream.next().await.expect("a line"), Some(Subnets { subnets: Vec::new() }));
+    }
+    assert_eq!(stream.next().await.expect("a clean end"), None);
+    assert!(task.await.expect("the server").starts_with("GET /v1/subnets?watch=true HTTP/1.1\r\n"));
+}

@@ -1,0 +1,23 @@
+//! `overlayctl completions SHELL`.
+
+use clap::CommandFactory;
+use clap_complete::Shell;
+
+use super::{Cli, CommandError, Context, Outcome};
+
+/// The arguments.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "overlayctl completions bash > /etc/bash_completion.d/overlayctl")]
+pub struct Args {
+    /// The shell
+    #[arg(value_enum)]
+    shell: Shell,
+}
+
+/// Prints the completions.
+pub fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
+    let mut text = Vec::new();
+    clap_complete::generate(args.shell, &mut Cli::command(), "overlayctl", &mut text);
+    context.printer.raw(&text)?;
+    Ok(Outcome::Well)
+}

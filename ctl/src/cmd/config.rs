@@ -1,0 +1,229 @@
+//! `overlayctl config`: the network's configuration in etcd.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use overlay_agent::model::network::{ConfigErrors, FieldError, NetworkConfig, Parsed, Pool};
+use serde::Serialize;
+
+use super::{CommandError, Context, Outcome};
+use crate::etcd::EtcdArgs;
+use crate::output::{Format, Style, Tone, View};
+
+/// The largest configuration read from a file, in bytes; etcd's own limit for a request is 1.5 MiB.
+const FILE_LIMIT: u64 = 1 << 20;
+
+/// The arguments.
+#[derive(Debug, clap::Subcommand)]
+pub enum Args {
+    /// Print the configuration
+    Show {
+        /// How to reach etcd
+        #[command(flatten)]
+        etcd: EtcdArgs,
+    },
+    /// Check a configuration and write it to etcd; a bad one is refused with all its mistakes
+    Set {
+        /// The file with the JSON; `-` is standard input
+        file: PathBuf,
+        /// How to reach etcd
+        #[command(flatten)]
+        etcd: EtcdArgs,
+    },
+    /// Check a configuration without writing it
+    Validate {
+        /// The file with the JSON; `-` is standard input
+        file: PathBuf,
+    },
+}
+
+/// Shows, sets or validates.
+pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
+    match args {
+        Args::Show { etcd } => show(context, etcd).await,
+        Args::Set { file, etcd } => set(context, file, etcd).await,
+        Args::Validate { file } => validate(context, file),
+    }
+}
+
+async fn show(context: &Context, etcd: &EtcdArgs) -> Result<Outcome, CommandError> {
+    let Some(stored) = etcd.config().await? else {
+        eprintln!("overlayctl: there is no configuration at {}. Write one: overlayctl config set FILE", etcd.config_key());
+        return Ok(Outcome::No);
+    };
+    let outcome = match NetworkConfig::parse(&stored.text) {
+        Ok(parsed) => {
+            warn(&parsed.warnings);
+            Outcome::Well
+        }
+        Err(errors) => {
+            tell_errors(&etcd.config_key(), &errors);
+            Outcome::No
+        }
+    };
+    match serde_json::from_str::<serde_json::Value>(&stored.text) {
+        Ok(json) => context.printer.show(&Document(json))?,
+        // No JSON: as it stands, so that it can be mended.
+        Err(_) => context.printer.line(&stored.text)?,
+    }
+    Ok(outcome)
+}
+
+async fn set(context: &Context, file: &Path, etcd: &EtcdArgs) -> Result<Outcome, CommandError> {
+    let text = read(file)?;
+    let parsed = match NetworkConfig::parse(&text) {
+        Ok(parsed) => parsed,
+        Err(errors) => {
+            tell_errors(&file.display().to_string(), &errors);
+            eprintln!("overlayctl: nothing was written");
+            return Ok(Outcome::No);
+        }
+    };
+    warn(&parsed.warnings);
+    let before = etcd.config().await?;
+    if before.as_ref().is_some_and(|b| b.text == text) {
+        context.printer.show(&SetView { key: etcd.config_key(), changed: false, before: None, now: summary(&parsed.config) })?;
+        return Ok(Outcome::Well);
+    }
+    etcd.put_config(&text, before.as_ref()).await?;
+    let before = before.map(|b| b.text);
+    context.printer.show(&SetView { key: etcd.config_key(), changed: true, before, now: summary(&parsed.config) })?;
+    Ok(Outcome::Well)
+}
+
+fn validate(context: &Context, file: &Path) -> Result<Outcome, CommandError> {
+    let result = NetworkConfig::parse(&read(file)?);
+    let view = match result {
+        Ok(Parsed { config, warnings }) => ValidateView { valid: true, errors: Vec::new(), warnings, config: Some(config) },
+        Err(ConfigErrors(errors)) => ValidateView { valid: false, errors, warnings: Vec::new(), config: None },
+    };
+    context.printer.show(&view)?;
+    if !view.valid && context.printer.format() != Format::Table {
+        eprintln!("overlayctl: {} is not valid", file.display());
+    }
+    Ok(if view.valid { Outcome::Well } else { Outcome::No })
+}
+
+fn read(file: &Path) -> Result<String, CommandError> {
+    let error = |source| CommandError::Read { path: file.to_owned(), source };
+    let mut text = String::new();
+    let length = if file == Path::new("-") {
+        std::io::stdin().lock().take(FILE_LIMIT + 1).read_to_string(&mut text)
+    } else {
+        std::fs::File::open(file).map_err(error)?.take(FILE_LIMIT + 1).read_to_string(&mut text)
+    };
+    let length = length.map_err(error)?;
+    if u64::try_from(length).unwrap_or(u64::MAX) > FILE_LIMIT {
+        return Err(error(std::io::Error::other(format!("it has more than {FILE_LIMIT} bytes, which no configuration has"))));
+    }
+    Ok(text)
+}
+
+fn warn(warnings: &[FieldError]) {
+    let style = Style::of(&std::io::stderr());
+    for warning in warnings {
+        eprintln!("{} {} {}", style.paint(Tone::Warning, "warning:"), warning.field, warning.rule);
+    }
+}
+
+fn tell_errors(place: &str, errors: &ConfigErrors) {
+    let style = Style::of(&std::io::stderr());
+    for error in &errors.0 {
+        eprintln!("{} {place}: {error}", style.paint(Tone::Bad, "error:"));
+    }
+}
+
+/// A pool on one line.
+fn pool_line(pool: &Pool) -> String {
+    format!("{}: {} subnets of /{}, {} to {}", pool.network, pool.count(), pool.subnet_length, pool.min.base(), pool.max.base())
+}
+
+fn summary(config: &NetworkConfig) -> Vec<String> {
+    let mut lines: Vec<String> = config.pools.iter().map(|(_, pool)| pool_line(pool)).collect();
+    let mtu = config.vxlan.mtu.map_or_else(String::new, |mtu| format!(", underlay MTU {mtu}"));
+    lines.push(format!("VXLAN VNI {}, UDP port {}{mtu}", config.vxlan.vni, config.vxlan.port));
+    lines
+}
+
+#[derive(Serialize)]
+#[serde(transparent)]
+struct Document(serde_json::Value);
+
+impl View for Document {
+    fn text(&self, _style: Style, _wide: bool) -> String {
+        serde_json::to_string_pretty(&self.0).unwrap_or_default()
+    }
+}
+
+#[derive(Serialize)]
+struct SetView {
+    key: String,
+    changed: bool,
+    before: Option<String>,
+    now: Vec<String>,
+}
+
+impl View for SetView {
+    fn text(&self, style: Style, _wide: bool) -> String {
+        let mut lines = match (self.changed, &self.before) {
+            (false, _) => vec![format!("{}: nothing to change", self.key)],
+            (true, None) => vec![format!("{}: written; there was none before", self.key)],
+            (true, Some(before)) => {
+                let mut lines = vec![format!("{}: written; before it was", self.key)];
+                lines.extend(before.trim_end().lines().map(|l| format!("  {}", style.paint(Tone::Quiet, l))));
+                lines
+            }
+        };
+        lines.extend(self.now.iter().map(|l| format!("  {l}")));
+        lines.join("\n")
+    }
+}
+
+#[derive(Serialize)]
+struct ValidateView {
+    valid: bool,
+    errors: Vec<FieldError>,
+    warnings: Vec<FieldError>,
+    config: Option<NetworkConfig>,
+}
+
+impl View for ValidateView {
+    fn text(&self, style: Style, _wide: bool) -> String {
+        let mut lines: Vec<String> = Vec::new();
+        lines.extend(self.errors.iter().map(|e| format!("{} {e}", style.paint(Tone::Bad, "error:"))));
+        lines.extend(self.warnings.iter().map(|w| format!("{} {} {}", style.paint(Tone::Warning, "warning:"), w.field, w.rule)));
+        if let Some(config) = &self.config {
+            lines.push(style.paint(Tone::Good, "valid"));
+            lines.extend(summary(config).iter().map(|l| format!("  {l}")));
+        }
+        lines.join("\n")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(json: &str) -> String {
+        let view = match NetworkConfig::parse(json) {
+            Ok(Parsed { config, warnings }) => ValidateView { valid: true, errors: Vec::new(), warnings, config: Some(config) },
+            Err(ConfigErrors(errors)) => ValidateView { valid: false, errors, warnings: Vec::new(), config: None },
+        };
+        view.text(Style::PLAIN, false)
+    }
+
+    #[test]
+    fn every_mistake_is_listed() {
+        let all = text(r#"{"Network":"10.0.0.1/16","Backend":{"VNI":"x"}}"#);
+        assert_eq!(all.lines().count(), 2, "{all}");
+        assert!(all.contains("the network of that length is 10.0.0.0/16"), "{all}");
+    }
+
+    #[test]
+    fn what_a_good_one_means_is_told() {
+        assert_eq!(
+            text(r#"{"Network":"10.244.0.0/16","Netwrk":1}"#),
+            "warning: Netwrk is an unknown field, ignored\nvalid\n  10.244.0.0/16: 255 subnets of /24, 10.244.1.0 to 10.244.255.0\n  VXLAN VNI 1, UDP port 8472"
+        );
+    }
+}

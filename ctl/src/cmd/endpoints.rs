@@ -1,0 +1,48 @@
+//! `overlayctl endpoints`: the containers of this host.
+
+use overlay_agent::model::api::Endpoints;
+use serde::Serialize;
+
+use super::{CommandError, Context, Outcome};
+use crate::output::{Style, Table, View, ago, cell, joined};
+
+/// The arguments: none.
+#[derive(Debug, clap::Args)]
+pub struct Args {}
+
+/// Prints the endpoints.
+pub async fn run(context: &Context, _args: &Args) -> Result<Outcome, CommandError> {
+    let endpoints = context.client.endpoints().await?;
+    context.printer.show(&EndpointsView(&endpoints))?;
+    Ok(Outcome::Well)
+}
+
+#[derive(Serialize)]
+#[serde(transparent)]
+struct EndpointsView<'a>(&'a Endpoints);
+
+impl View for EndpointsView<'_> {
+    fn text(&self, style: Style, wide: bool) -> String {
+        if self.0.endpoints.is_empty() {
+            return "no endpoints on this host. Attach one: overlayctl attach NAME".to_owned();
+        }
+        let mut header = vec!["NAME", "ADDRESS", "NAMESPACE", "ATTACHED"];
+        if wide {
+            header.extend(["INTERFACE", "HOST INTERFACE", "MAC"]);
+        }
+        let mut table = Table::new(style, &header);
+        for endpoint in &self.0.endpoints {
+            let mut row = vec![
+                cell(Some(&endpoint.name)),
+                cell(Some(joined(endpoint.addresses.iter().map(|(_, a)| a)))),
+                cell(Some(endpoint.netns.display())),
+                cell(Some(ago(endpoint.attached_at))),
+            ];
+            if wide {
+                row.extend([cell(Some(&endpoint.interface)), cell(Some(&endpoint.host_interface)), cell(Some(endpoint.mac))]);
+            }
+            table.row(row);
+        }
+        table.text()
+    }
+}

@@ -1,0 +1,270 @@
+//! `overlayctl lab`: several hosts on this machine.
+//!
+//! Without root each command but `up` and `down` runs itself again inside the lab's namespaces ([`rootless`]); `up` starts their keeper
+//! before that, `down` ends it behind it.
+
+mod view;
+
+use std::ffi::OsString;
+use std::io::IsTerminal;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use nix::sched::{CloneFlags, setns};
+use overlay_agent::model::{Cidr, PerFamily};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use super::{CommandError, Context, Outcome};
+use crate::lab::down::Removed;
+use crate::lab::{Families, Home, Lab, LabError, LabName, LabOptions, Progress, check, down, rootless, status};
+use crate::output::{Style, Tone};
+use view::{CheckView, DownView, StatusView};
+
+/// The arguments.
+#[derive(Debug, clap::Subcommand)]
+pub enum Args {
+    /// Bring a lab up: hosts, a switch between them, a world outside, etcd, an agent a host, containers
+    Up(UpArgs),
+    /// Take a lab down: its processes, namespaces and files
+    Down {
+        /// Which lab
+        #[command(flatten)]
+        name: NameArg,
+        /// Every lab of this user
+        #[arg(long, conflicts_with = "name")]
+        all: bool,
+    },
+    /// The hosts of a lab, their agents, subnets and containers
+    Status {
+        /// Which lab
+        #[command(flatten)]
+        name: NameArg,
+    },
+    /// Run a command inside a lab
+    #[command(after_help = "overlayctl lab exec h1 -- overlayctl peers\noverlayctl lab exec h1-c1 -- ip address")]
+    Exec {
+        /// Which lab
+        #[command(flatten)]
+        name: NameArg,
+        /// A host (h1), a container (h1-c1), net (switch and etcd) or world (outside)
+        target: String,
+        /// The command and its arguments
+        #[arg(last = true, required = true, value_name = "COMMAND")]
+        command: Vec<OsString>,
+    },
+    /// Every container calls every other one and the world: by its own address inside, by its host's outside
+    Check {
+        /// Which lab
+        #[command(flatten)]
+        name: NameArg,
+    },
+    /// Hold the namespaces of a lab without root
+    #[command(hide = true)]
+    Keeper {
+        /// The lab's directory
+        #[arg(long)]
+        directory: PathBuf,
+    },
+}
+
+/// Which lab.
+#[derive(Debug, Clone, clap::Args)]
+pub struct NameArg {
+    /// The lab's name: 1 to 12 of a-z 0-9
+    #[arg(long, default_value = "lab")]
+    name: LabName,
+}
+
+/// The arguments of `lab up`.
+#[derive(Debug, clap::Args)]
+pub struct UpArgs {
+    #[command(flatten)]
+    name: NameArg,
+    /// Hosts
+    #[arg(long, default_value_t = 3)]
+    hosts: u16,
+    /// Containers a host
+    #[arg(long, default_value_t = 2)]
+    containers: u16,
+    /// Address families of underlay and overlay
+    #[arg(long, value_enum, default_value_t = Families::V4)]
+    family: Families,
+    /// The overlay network; once per family
+    #[arg(long, value_name = "CIDR")]
+    network: Vec<Cidr>,
+    /// Hosts, switch, world and etcd only
+    #[arg(long)]
+    no_agents: bool,
+    /// The agent's program [default: beside overlayctl, else in the path]
+    #[arg(long, value_name = "PATH", env = "OVERLAYD_BIN")]
+    overlayd: Option<PathBuf>,
+    /// A flag that each agent gets, such as --agent-arg=--log-level=debug
+    #[arg(long = "agent-arg", value_name = "FLAG", allow_hyphen_values = true)]
+    agent_args: Vec<String>,
+}
+
+/// Runs the command, or runs it again where it must be inside.
+pub async fn run(context: &Context, args: Args) -> Result<Outcome, CommandError> {
+    let home = Home::of_user();
+    let enter = rootless::is_needed();
+    if rootless::is_inside() {
+        rootless::restore_directory();
+    }
+    match args {
+        Args::Keeper { directory } => match rootless::keep(&directory)? {},
+        Args::Up(args) if enter => up_rootless(&home, &args),
+        Args::Up(args) => up(context, &home, &args).await,
+        Args::Down { name, all } => down_all(context, &home, if all { home.labs()? } else { vec![name.name] }),
+        Args::Status { name } | Args::Check { name } | Args::Exec { name, .. } if enter => inside(&home, &name.name),
+        Args::Status { name } => {
+            let lab = Lab::open(&home, &name.name)?;
+            context.printer.show(&StatusView(&status::status(&lab).await))?;
+            Ok(Outcome::Well)
+        }
+        Args::Check { name } => run_check(context, &Lab::open(&home, &name.name)?).await,
+        Args::Exec { name, target, command } => exec(&Lab::open(&home, &name.name)?, &target, &command),
+    }
+}
+
+/// What the options ask for.
+fn options(args: &UpArgs) -> Result<LabOptions, CommandError> {
+    let mut networks: PerFamily<Cidr> = PerFamily::default();
+    for network in &args.network {
+        if let Some(before) = networks.slot(network.family()).replace(*network) {
+            let message = format!("--network {before} and --network {network}: a lab has one {} network", network.family());
+            return Err(CommandError::Usage { message });
+        }
+    }
+    Ok(LabOptions {
+        hosts: args.hosts,
+        containers: if args.no_agents { 0 } else { args.containers },
+        families: args.family,
+        networks,
+        agents: !args.no_agents,
+        overlayd: args.overlayd.clone(),
+        agent_args: args.agent_args.clone(),
+        ..LabOptions::new(args.name.name.clone())
+    })
+}
+
+async fn up(context: &Context, home: &Home, args: &UpArgs) -> Result<Outcome, CommandError> {
+    let options = options(args)?;
+    let tell = |elapsed: Duration, text: &str| {
+        let style = Style::of(&std::io::stderr());
+        eprintln!("{} {text}", style.paint(Tone::Quiet, &format!("{:>6.2}s", elapsed.as_secs_f64())));
+    };
+    let (mut interrupt, mut terminate) = (watched(SignalKind::interrupt())?, watched(SignalKind::terminate())?);
+    // Interrupted means: nothing stays. The lab's name alone tells what to remove.
+    let code = tokio::select! {
+        lab = Lab::up(home, &options, Progress::new(&tell)) => {
+            context.printer.show(&StatusView(&status::status(&lab?).await))?;
+            return Ok(Outcome::Well);
+        }
+        _ = interrupt.recv() => 130,
+        _ = terminate.recv() => 143,
+    };
+    eprintln!("overlayctl: interrupted: taking down what was made");
+    down::down(&home.dir(&options.name), &options.name)?;
+    Ok(Outcome::Code(code))
+}
+
+fn watched(kind: SignalKind) -> Result<Signal, CommandError> {
+    Ok(signal(kind).map_err(|source| LabError::Spawn { program: "a watch on signals".to_owned(), source })?)
+}
+
+/// Starts a keeper, and brings the lab up inside of it.
+fn up_rootless(home: &Home, args: &UpArgs) -> Result<Outcome, CommandError> {
+    let name = &args.name.name;
+    // Mistakes are told before anything is made.
+    crate::lab::Layout::new(&options(args)?)?;
+    if home.read(name).is_ok() || rootless::keeper(home, name).is_some() {
+        return Err(LabError::Exists { name: name.to_string(), dir: home.dir(name) }.into());
+    }
+    rootless::start_keeper(home, name)?;
+    let outcome = inside(home, name);
+    if !matches!(outcome, Ok(Outcome::Well)) {
+        rootless::end_keeper(home, name)?;
+    }
+    outcome
+}
+
+/// Runs this command again inside the lab.
+fn inside(home: &Home, name: &LabName) -> Result<Outcome, CommandError> {
+    // An interrupt is for the command inside; its end is waited for here.
+    let _watches = (watched(SignalKind::interrupt())?, watched(SignalKind::terminate())?);
+    Ok(match rootless::enter(home, name)? {
+        0 => Outcome::Well,
+        code => Outcome::Code(code),
+    })
+}
+
+fn down_all(context: &Context, home: &Home, names: Vec<LabName>) -> Result<Outcome, CommandError> {
+    let mut first_error = None;
+    let mut views = Vec::new();
+    for name in names {
+        match down_one(home, &name) {
+            Ok(removed) => views.push(DownView { name: name.to_string(), removed }),
+            Err(error) => {
+                // Every lab is tried; all but the first error are told at once.
+                if let Some(before) = first_error.replace(error) {
+                    eprintln!("overlayctl: {before}");
+                }
+            }
+        }
+    }
+    if !rootless::is_inside() {
+        for view in &views {
+            context.printer.show(view)?;
+        }
+        if views.is_empty() && first_error.is_none() {
+            eprintln!("no lab is up");
+        }
+    }
+    first_error.map_or(Ok(Outcome::Well), Err)
+}
+
+fn down_one(home: &Home, name: &LabName) -> Result<Removed, CommandError> {
+    if !rootless::is_needed() {
+        return Ok(down::down(&home.dir(name), name)?);
+    }
+    if rootless::keeper(home, name).is_some()
+        && let Err(error) = rootless::enter_with(home, name, &["lab", "down", "--name", &name.to_string()])
+    {
+        // Ending the keeper and every recorded process below takes the namespaces along.
+        eprintln!("overlayctl: cannot enter lab `{name}`: {error}");
+    }
+    Ok(rootless::end_keeper(home, name)?)
+}
+
+/// Becomes the command, inside the target's namespace.
+fn exec(lab: &Lab, target: &str, command: &[OsString]) -> Result<Outcome, CommandError> {
+    let netns = lab.netns(target)?;
+    let mut prepared = lab.command(target, command)?;
+    let program = prepared.get_program().to_string_lossy().into_owned();
+    setns(&netns, CloneFlags::CLONE_NEWNET).map_err(|errno| LabError::Spawn { program: program.clone(), source: errno.into() })?;
+    let source = prepared.exec();
+    let error = LabError::Spawn { program, source };
+    eprintln!("overlayctl: {error}");
+    // As shells do: 127 not found, 126 not to be run.
+    let missing = matches!(&error, LabError::Spawn { source, .. } if source.kind() == std::io::ErrorKind::NotFound);
+    Ok(Outcome::Code(if missing { 127 } else { 126 }))
+}
+
+async fn run_check(context: &Context, lab: &Lab) -> Result<Outcome, CommandError> {
+    if std::io::stderr().is_terminal() {
+        eprintln!("checking lab {}: every container calls every other one and the world outside", lab.layout().name);
+    }
+    let report = check::check(lab).await?;
+    if report.containers.is_empty() {
+        let message = format!("lab `{}` has no containers: there is nothing to check", lab.layout().name);
+        return Err(LabError::Options { message }.into());
+    }
+    context.printer.show(&CheckView(&report))?;
+    if report.ok {
+        return Ok(Outcome::Well);
+    }
+    let failed = report.overlay.iter().chain(&report.egress).filter(|c| c.error.is_some()).count();
+    eprintln!("overlayctl: {failed} of {} calls failed", report.overlay.len() + report.egress.len());
+    Ok(Outcome::No)
+}

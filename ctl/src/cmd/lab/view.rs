@@ -1,0 +1,186 @@
+//! What `overlayctl lab` prints.
+
+use overlay_agent::model::Family;
+use serde::Serialize;
+
+use crate::lab::check::{Call, Report};
+use crate::lab::down::Removed;
+use crate::lab::status::{HostStatus, LabStatus};
+use crate::output::{Style, Table, Tone, View, cell, joined, toned};
+
+/// A matrix of more containers than this does not fit a terminal.
+const MATRIX_LIMIT: usize = 12;
+
+/// Failures beyond this many are only counted.
+const FAILURES_SHOWN: usize = 20;
+
+/// `lab status`.
+#[derive(Serialize)]
+#[serde(transparent)]
+pub(super) struct StatusView<'a>(pub(super) &'a LabStatus);
+
+impl View for StatusView<'_> {
+    fn text(&self, style: Style, wide: bool) -> String {
+        let lab = self.0;
+        let mut table = Table::new(style, &["HOST", "AGENT", "SUBNET", "UNDERLAY", "CONTAINERS"]);
+        for host in &lab.hosts {
+            table.row(vec![
+                cell(Some(&host.name)),
+                agent(host),
+                cell(host.subnet),
+                cell(Some(joined(host.addresses.iter().map(|(_, a)| a)))),
+                cell(Some(containers(host))),
+            ]);
+        }
+        let mut lines = vec![table.text()];
+        if !lab.etcd_running {
+            lines.push(style.paint(Tone::Bad, "etcd does not run"));
+        }
+        for host in &lab.hosts {
+            lines.extend(host.problems.iter().map(|p| format!("{} {}: {p}", style.paint(Tone::Bad, "!"), host.name)));
+        }
+        if wide {
+            lines.push(style.paint(Tone::Quiet, &format!("etcd {} in `net`; files in {}", lab.etcd.join(" "), lab.directory.display())));
+        }
+        lines.join("\n")
+    }
+}
+
+fn agent(host: &HostStatus) -> comfy_table::Cell {
+    let tone = match host.agent.as_str() {
+        "ready" => Tone::Good,
+        "stopped" => Tone::Quiet,
+        "silent" => Tone::Bad,
+        _ => Tone::Warning,
+    };
+    let pid = host.agent_pid.map_or_else(String::new, |pid| format!(" ({pid})"));
+    toned(tone, format!("{}{pid}", host.agent))
+}
+
+fn containers(host: &HostStatus) -> String {
+    let one = |e: &overlay_agent::model::Endpoint| format!("{} {}", e.name, joined(e.addresses.iter().map(|(_, a)| a)));
+    if host.containers.is_empty() { "-".to_owned() } else { host.containers.iter().map(one).collect::<Vec<_>>().join(", ") }
+}
+
+/// `lab down`.
+#[derive(Serialize)]
+pub(super) struct DownView {
+    pub(super) name: String,
+    #[serde(flatten)]
+    pub(super) removed: Removed,
+}
+
+impl View for DownView {
+    fn text(&self, _style: Style, _wide: bool) -> String {
+        let Removed { processes, namespaces, .. } = self.removed;
+        if self.removed.is_nothing() {
+            return format!("there is no lab {}: nothing to do", self.name);
+        }
+        format!("lab {} is down: {processes} processes and {namespaces} namespaces removed", self.name)
+    }
+}
+
+/// `lab check`.
+#[derive(Serialize)]
+#[serde(transparent)]
+pub(super) struct CheckView<'a>(pub(super) &'a Report);
+
+impl View for CheckView<'_> {
+    fn text(&self, style: Style, wide: bool) -> String {
+        let report = self.0;
+        let mut lines = Vec::new();
+        if report.containers.len() <= MATRIX_LIMIT || wide {
+            lines.push(matrix(report, style));
+            lines.push(String::new());
+        }
+        lines.push(summary(&report.overlay, style, "overlay", "each seen by its own address: no NAT inside the overlay"));
+        lines.push(summary(&report.egress, style, "egress", "each seen by its host's address: masqueraded on the way out"));
+        let failed: Vec<&Call> = report.overlay.iter().chain(&report.egress).filter(|c| c.error.is_some()).collect();
+        for call in failed.iter().take(FAILURES_SHOWN) {
+            let reason = call.error.as_deref().unwrap_or_default();
+            lines.push(format!("{} {} -> {} ({}): {reason}", style.paint(Tone::Bad, "!"), call.from, call.to, call.address));
+        }
+        if failed.len() > FAILURES_SHOWN {
+            lines.push(format!("  and {} more: -o json has them all", failed.len() - FAILURES_SHOWN));
+        }
+        lines.join("\n")
+    }
+}
+
+/// One row a caller, one column a callee; a cell holds every family.
+fn matrix(report: &Report, style: Style) -> String {
+    let mut columns: Vec<&str> = report.containers.iter().map(String::as_str).collect();
+    columns.push("world");
+    let header: Vec<&str> = std::iter::once("FROM \\ TO").chain(columns.iter().copied()).collect();
+    let mut table = Table::new(style, &header);
+    for from in &report.containers {
+        let mut row = vec![cell(Some(from))];
+        for to in &columns {
+            let calls = report.overlay.iter().chain(&report.egress).filter(|c| c.from == *from && c.to == *to);
+            let failed: Vec<Option<Family>> = calls.map(|c| c.error.as_ref().map(|_| c.family)).collect();
+            row.push(match failed.as_slice() {
+                [] => toned(Tone::Quiet, "."),
+                all if all.iter().all(Option::is_none) => toned(Tone::Good, "ok"),
+                some => toned(Tone::Bad, joined(some.iter().flatten())),
+            });
+        }
+        table.row(row);
+    }
+    table.text()
+}
+
+fn summary(calls: &[Call], style: Style, what: &str, good: &str) -> String {
+    let well = calls.iter().filter(|c| c.error.is_none()).count();
+    let mut times: Vec<u64> = calls.iter().filter_map(|c| c.micros).collect();
+    times.sort_unstable();
+    let median = times.get(times.len() / 2).map_or_else(String::new, |us| format!(", median {}.{:02} ms", us / 1000, us % 1000 / 10));
+    let all = well == calls.len();
+    let count = format!("{well} of {}", calls.len());
+    let count = style.paint(if all { Tone::Good } else { Tone::Bad }, &count);
+    let meaning = if all { format!("; {good}") } else { String::new() };
+    format!("{what:<8} {count} calls well{median}{meaning}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn call(from: &str, to: &str, family: Family, error: Option<&str>) -> Call {
+        let address = family.unspecified();
+        Call {
+            from: from.to_owned(),
+            to: to.to_owned(),
+            family,
+            address,
+            expected: address,
+            seen: None,
+            micros: Some(1_250),
+            error: error.map(str::to_owned),
+        }
+    }
+
+    #[test]
+    fn a_failed_call_is_seen_in_the_matrix_and_named() {
+        let report = Report {
+            ok: false,
+            containers: vec!["h1-c1".to_owned(), "h2-c1".to_owned()],
+            overlay: vec![
+                call("h1-c1", "h2-c1", Family::V4, None),
+                call("h1-c1", "h2-c1", Family::V6, None),
+                call("h2-c1", "h1-c1", Family::V4, None),
+                call("h2-c1", "h1-c1", Family::V6, Some("no answer within 5s")),
+            ],
+            egress: vec![call("h1-c1", "world", Family::V4, None), call("h2-c1", "world", Family::V4, None)],
+        };
+        assert_eq!(
+            CheckView(&report).text(Style::PLAIN, false),
+            "FROM \\ TO  h1-c1  h2-c1  world\n\
+             h1-c1      .      ok     ok\n\
+             h2-c1      IPv6   .      ok\n\
+             \n\
+             overlay  3 of 4 calls well, median 1.25 ms\n\
+             egress   2 of 2 calls well, median 1.25 ms; each seen by its host's address: masqueraded on the way out\n\
+             ! h2-c1 -> h1-c1 (::): no answer within 5s"
+        );
+    }
+}

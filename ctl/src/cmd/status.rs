@@ -1,0 +1,177 @@
+//! `overlayctl status`: the agent's health, and waiting for it.
+
+use std::time::Duration;
+
+use overlay_agent::model::api::{Health, Status};
+use serde::Serialize;
+use tokio::time::Instant;
+
+use super::{CommandError, Context, Outcome};
+use crate::client::ClientError;
+use crate::output::{Style, Tone, View, ago, joined, seconds};
+
+/// How often `--wait` looks: short beside the second or so that a start takes, long beside the millisecond of one request.
+const POLL: Duration = Duration::from_millis(100);
+
+/// The arguments.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Exit codes: 0 well, 1 no agent, 3 degraded or not ready, 4 not ready in time (--wait).")]
+pub struct Args {
+    /// Wait until the agent is ready, at most so long (30s, 2m); an agent that is not there yet is waited for too
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    wait: Option<Duration>,
+    /// One line only
+    #[arg(long)]
+    brief: bool,
+}
+
+/// Prints the status.
+pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
+    let (status, outcome) = match args.wait {
+        None => {
+            let status = context.client.status().await?;
+            let outcome = if status.ready && status.health == Health::Ok { Outcome::Well } else { Outcome::Degraded };
+            (status, outcome)
+        }
+        Some(limit) => match wait(context, limit).await? {
+            Some(status) => {
+                let outcome = if status.ready { Outcome::Well } else { Outcome::TimedOut };
+                (status, outcome)
+            }
+            None => return Ok(Outcome::TimedOut),
+        },
+    };
+    context.printer.show(&StatusView { status: &status, brief: args.brief })?;
+    if outcome == Outcome::TimedOut {
+        eprintln!("overlayctl: not ready within {}", humantime::format_duration(args.wait.unwrap_or_default()));
+    }
+    Ok(outcome)
+}
+
+/// The status as soon as the agent is ready, the last one at the limit; `None`, told on standard error, where no agent came.
+async fn wait(context: &Context, limit: Duration) -> Result<Option<Status>, CommandError> {
+    let end = Instant::now() + limit;
+    // A request that hangs must not outlast the wait by much.
+    let client = context.client.clone().with_timeout(limit.clamp(POLL, Duration::from_secs(5)));
+    loop {
+        let answer = client.status().await;
+        let over = Instant::now() + POLL > end;
+        match answer {
+            Ok(status) if status.ready || over => return Ok(Some(status)),
+            Ok(_) => {}
+            Err(error @ (ClientError::NoSocket { .. } | ClientError::Refused { .. } | ClientError::Broken { .. }))
+            | Err(error @ ClientError::TimedOut { .. }) => {
+                if over {
+                    eprintln!("overlayctl: not ready within {}: {error}", humantime::format_duration(limit));
+                    return Ok(None);
+                }
+            }
+            Err(error) => return Err(error.into()),
+        }
+        tokio::time::sleep_until((Instant::now() + POLL).min(end)).await;
+    }
+}
+
+#[derive(Serialize)]
+struct StatusView<'a> {
+    #[serde(flatten)]
+    status: &'a Status,
+    #[serde(skip)]
+    brief: bool,
+}
+
+impl View for StatusView<'_> {
+    fn text(&self, style: Style, wide: bool) -> String {
+        if self.brief { brief(self.status, style) } else { full(self.status, style, wide) }
+    }
+}
+
+fn word(status: &Status, style: Style) -> String {
+    match (status.ready, status.health) {
+        (true, Health::Ok) => style.paint(Tone::Good, "ready"),
+        (true, _) => style.paint(Tone::Warning, "ready, degraded"),
+        (false, Health::Degraded) => style.paint(Tone::Warning, "degraded, not ready"),
+        (false, _) => style.paint(Tone::Warning, "waiting"),
+    }
+}
+
+fn brief(status: &Status, style: Style) -> String {
+    let lease = status.lease.as_ref().map_or_else(|| "no subnet".to_owned(), |l| l.subnet.to_string());
+    let first = status.problems.first().map_or_else(String::new, |p| format!(": {p}"));
+    format!("{} {} {lease}, {} peers, {} endpoints{first}", status.node, word(status, style), status.data_path.peers, status.endpoints)
+}
+
+fn full(status: &Status, style: Style, wide: bool) -> String {
+    let mut lines = vec![format!(
+        "{}  {}  {}",
+        status.node,
+        word(status, style),
+        style.paint(Tone::Quiet, &format!("overlayd {}, up {}", status.version, seconds(status.uptime_seconds)))
+    )];
+    let mut line = |label: &str, text: String| lines.push(format!("  {}{text}", style.paint(Tone::Quiet, &format!("{label:<13}"))));
+    if wide {
+        line("node id", status.node_id.clone());
+    }
+    line("store", store(status, style));
+    line("network", network(status));
+    line("lease", lease(status));
+    line("underlay", underlay(status));
+    line("data path", data_path(status));
+    if let Some(drift) = &status.data_path.last_drift {
+        line("last repair", format!("{} ({})", drift.entry, ago(drift.at)));
+    }
+    line("endpoints", status.endpoints.to_string());
+    let mut problem = |tone: Tone, text: String| lines.push(format!("  {} {text}", style.paint(tone, "!")));
+    for text in &status.problems {
+        problem(Tone::Bad, text.clone());
+    }
+    if wide {
+        status.store.config_errors.iter().for_each(|e| problem(Tone::Bad, format!("configuration: {e}")));
+        status.store.refused.iter().for_each(|r| problem(Tone::Warning, r.to_string()));
+        status.data_path.failed.iter().for_each(|f| problem(Tone::Bad, format!("{}: {} (tried {}x)", f.entry, f.error, f.attempts)));
+    }
+    lines.join("\n")
+}
+
+fn store(status: &Status, style: Style) -> String {
+    let store = &status.store;
+    let state = if store.connected { "connected".to_owned() } else { style.paint(Tone::Bad, "not connected") };
+    let error = store.error.as_ref().map_or_else(String::new, |e| format!(": {e}"));
+    let refused = if store.refused.is_empty() { String::new() } else { format!(", {} left out", store.refused.len()) };
+    format!("{state}{error} ({} under {}), {} leases{refused}", store.endpoints.join(", "), store.prefix, store.leases)
+}
+
+fn network(status: &Status) -> String {
+    match &status.network {
+        None => "none yet: `overlayctl config set FILE` writes one".to_owned(),
+        Some(network) => {
+            let pools = joined(network.pools.iter().map(|(_, pool)| pool.network));
+            format!("{pools}, VXLAN VNI {} port {}", network.vxlan.vni, network.vxlan.port)
+        }
+    }
+}
+
+fn lease(status: &Status) -> String {
+    match &status.lease {
+        None => "none yet".to_owned(),
+        Some(lease) => format!("{}{}", lease.subnet, if lease.reservation { ", reserved" } else { "" }),
+    }
+}
+
+fn underlay(status: &Status) -> String {
+    match &status.underlay {
+        None => "none chosen yet".to_owned(),
+        Some(underlay) => {
+            let addresses = joined(underlay.public_ip.iter().map(|(_, a)| a));
+            format!("{} {addresses}, MTU {}", underlay.interface, underlay.mtu)
+        }
+    }
+}
+
+fn data_path(status: &Status) -> String {
+    let path = &status.data_path;
+    let mtu = path.mtu.map_or_else(String::new, |mtu| format!(", MTU {mtu}"));
+    let routes = if path.nexthop_objects { "next-hop objects" } else { "classic routes" };
+    let failed = if path.failed.is_empty() { String::new() } else { format!(", {} entries failed", path.failed.len()) };
+    format!("{} peers{mtu}, {routes}, {} repairs{failed}", path.peers, path.drift_repairs)
+}

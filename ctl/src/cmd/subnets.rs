@@ -1,0 +1,119 @@
+//! `overlayctl subnets`: every host's subnet, from the agent's socket or, with etcd flags, straight from etcd.
+
+use overlay_agent::model::api::{SubnetEntry, Subnets};
+use serde::Serialize;
+
+use super::{CommandError, Context, Outcome};
+use crate::etcd::{EtcdArgs, SubnetsWatch};
+use crate::output::{Style, Table, Tone, View, cell, joined, seconds, toned};
+
+/// The arguments.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Print again at each change, until interrupted
+    #[arg(short, long)]
+    watch: bool,
+    #[command(flatten)]
+    etcd: EtcdArgs,
+}
+
+/// Prints the subnets.
+pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
+    let printer = &context.printer;
+    match (args.etcd.given(), args.watch) {
+        (false, false) => printer.show(&SubnetsView(&context.client.subnets().await?))?,
+        (true, false) => printer.show(&SubnetsView(&args.etcd.subnets().await?))?,
+        (false, true) => {
+            let mut stream = context.client.watch_subnets().await?;
+            while let Some(subnets) = stream.next().await? {
+                printer.show_next(&SubnetsView(&subnets))?;
+            }
+        }
+        (true, true) => {
+            let mut watch = SubnetsWatch::start(&args.etcd).await?;
+            loop {
+                printer.show_next(&SubnetsView(&watch.next().await?))?;
+            }
+        }
+    }
+    Ok(Outcome::Well)
+}
+
+#[derive(Serialize)]
+#[serde(transparent)]
+struct SubnetsView<'a>(&'a Subnets);
+
+impl View for SubnetsView<'_> {
+    fn text(&self, style: Style, wide: bool) -> String {
+        if self.0.subnets.is_empty() {
+            return "no subnets: no host has a lease yet".to_owned();
+        }
+        let mut header = vec!["SUBNET", "HOST", "PUBLIC IP", "BACKEND", "EXPIRES", "STATE"];
+        if wide {
+            header.extend(["VNI", "VTEP MAC", "NODE ID"]);
+        }
+        let mut table = Table::new(style, &header);
+        for entry in &self.0.subnets {
+            let subnet = entry.subnet.map_or_else(|| entry.key.clone(), |s| s.to_string());
+            let mut row = vec![
+                cell(Some(subnet)),
+                cell(entry.host.as_ref()),
+                cell(Some(joined(entry.public_ip.iter().map(|(_, a)| a)))),
+                cell(entry.backend.as_ref()),
+                cell(Some(expiry(entry))),
+                state(entry),
+            ];
+            if wide {
+                row.extend([
+                    cell(entry.vni),
+                    cell(Some(joined(entry.vtep.iter().map(|(_, m)| m)))),
+                    cell(entry.node_id.as_ref()),
+                ]);
+            }
+            table.row(row);
+        }
+        table.text()
+    }
+}
+
+fn expiry(entry: &SubnetEntry) -> String {
+    match (entry.reservation, entry.expires_in_seconds) {
+        (true, _) => "never".to_owned(),
+        (false, None) => "-".to_owned(),
+        (false, Some(left)) => seconds(u64::try_from(left).unwrap_or(0)),
+    }
+}
+
+fn state(entry: &SubnetEntry) -> comfy_table::Cell {
+    match &entry.refused {
+        Some(reason) => toned(Tone::Bad, format!("left out: {reason}")),
+        None if entry.own => toned(Tone::Good, "this host"),
+        None => cell(Some("ok")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn own_reserved_and_refused_are_told_apart() {
+        let subnets: Subnets = serde_json::from_str(
+            r#"{"subnets":[
+             {"key":"10.244.1.0-24","subnet":{"v4":"10.244.1.0/24"},"host":"h1","node_id":"aa","public_ip":{"v4":"10.99.1.1"},"backend":"vxlan",
+              "vni":1,"vtep":{"v4":"02:00:00:00:00:01"},"expires_in_seconds":86340,"reservation":false,"own":true,"refused":null},
+             {"key":"10.244.2.0-24","subnet":{"v4":"10.244.2.0/24"},"host":null,"node_id":null,"public_ip":{"v4":"10.99.1.2"},"backend":"vxlan",
+              "vni":1,"vtep":{"v4":"02:00:00:00:00:02"},"expires_in_seconds":null,"reservation":true,"own":false,"refused":null},
+             {"key":"junk","subnet":null,"host":null,"node_id":null,"public_ip":{},"backend":null,
+              "vni":null,"vtep":{},"expires_in_seconds":null,"reservation":false,"own":false,"refused":"its key is no subnet"}]}"#,
+        )
+        .expect("subnets");
+        assert_eq!(
+            SubnetsView(&subnets).text(Style::PLAIN, false),
+            "SUBNET         HOST  PUBLIC IP  BACKEND  EXPIRES  STATE\n\
+             10.244.1.0/24  h1    10.99.1.1  vxlan    23h59m   this host\n\
+             10.244.2.0/24  -     10.99.1.2  vxlan    never    ok\n\
+             junk           -     -          -        -        left out: its key is no subnet"
+        );
+    }
+}

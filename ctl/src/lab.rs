@@ -1,0 +1,223 @@
+//! The lab: several hosts on one machine, each a network namespace with its own agent, and a private etcd. A feature for people
+//! (`overlayctl lab`), and what the test suite builds its stories on.
+//!
+//! Everything lives in namespaces named `ov-NAME-*` and in one directory; the machine's own namespace gets no link, address or rule.
+//!
+//! ```text
+//!   ov-NAME-net    the underlay switch (a bridge) and etcd
+//!   ov-NAME-world  every host's default gateway, with addresses outside the overlay and no route into it
+//!   ov-NAME-h1..   hosts: eth0 on the switch, overlayd
+//!   ov-NAME-h1-c1.. containers, attached by the host's overlayd
+//! ```
+//!
+//! `lab.json` describes all of it and is written before anything is made, so that [`Lab::down`] removes what a crash left half made.
+
+pub mod agent;
+pub mod check;
+pub mod container;
+pub mod down;
+pub mod error;
+pub mod etcd;
+pub mod home;
+pub mod host;
+pub mod layout;
+pub mod process;
+pub mod rootless;
+pub mod status;
+pub mod underlay;
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use overlay_agent::kernel::netns::Netns;
+
+pub use error::LabError;
+pub use home::Home;
+pub use host::Host;
+pub use layout::{Families, LabName, LabOptions, Layout};
+pub use process::ProcessId;
+
+/// How long the whole data path of a lab may take to stand once its agents run: a second for a few hosts, more where fifty share two
+/// processors.
+const MESH_LIMIT: Duration = Duration::from_secs(90);
+
+/// A lab that is up, or was when it was opened.
+#[derive(Debug, Clone)]
+pub struct Lab {
+    dir: PathBuf,
+    layout: Layout,
+}
+
+/// Is told each step as it is done.
+#[derive(Clone, Copy)]
+pub struct Progress<'a> {
+    start: Instant,
+    tell: &'a (dyn Fn(Duration, &str) + Send + Sync),
+}
+
+impl<'a> Progress<'a> {
+    /// Calls the function with the time since now and a line for each step.
+    pub fn new(tell: &'a (dyn Fn(Duration, &str) + Send + Sync)) -> Progress<'a> {
+        Progress { start: Instant::now(), tell }
+    }
+
+    /// Tells nobody.
+    pub fn silent() -> Progress<'static> {
+        Progress { start: Instant::now(), tell: &|_, _| {} }
+    }
+
+    fn step(&self, text: &str) {
+        (self.tell)(self.start.elapsed(), text);
+    }
+}
+
+impl Lab {
+    /// Brings a lab up. Where that fails, what was made is taken down again.
+    pub async fn up(home: &Home, options: &LabOptions, progress: Progress<'_>) -> Result<Lab, LabError> {
+        let layout = Layout::new(options)?;
+        etcd::program()?;
+        let overlayd = if options.agents { Some(agent::program(options.overlayd.as_deref())?) } else { None };
+        let layout = Layout { overlayd, ..layout };
+        let lab = Lab { dir: home.claim(&layout)?, layout };
+        match lab.build(progress).await {
+            Ok(()) => Ok(lab),
+            Err(error) => {
+                progress.step("failed: taking down what was made");
+                match lab.down() {
+                    Ok(_) => Err(error),
+                    Err(second) => Err(LabError::Unwound { error: Box::new(error), second: Box::new(second) }),
+                }
+            }
+        }
+    }
+
+    async fn build(&self, progress: Progress<'_>) -> Result<(), LabError> {
+        let layout = &self.layout;
+        underlay::build(layout).await?;
+        progress.step(&format!("underlay: {} hosts on a switch, a world outside", layout.hosts.len()));
+        etcd::start(self).await?;
+        progress.step(&format!("etcd answers at {}", layout.etcd_endpoints().join(" ")));
+        etcd::configure(self).await?;
+        let networks: Vec<String> = layout.networks.iter().map(|(_, n)| n.to_string()).collect();
+        progress.step(&format!("network {} configured", networks.join(" ")));
+        if layout.overlayd.is_none() {
+            return Ok(());
+        }
+        for host in self.hosts() {
+            host.agent_start(&[])?;
+        }
+        agent::wait_mesh(self, MESH_LIMIT).await?;
+        progress.step(&format!("{} agents ready, each with a subnet and a way to every other", layout.hosts.len()));
+        let containers: usize = layout.hosts.iter().map(|h| h.containers.len()).sum();
+        if containers > 0 {
+            container::attach_all(self).await?;
+            progress.step(&format!("{containers} containers attached"));
+        }
+        Ok(())
+    }
+
+    /// The lab of that name.
+    pub fn open(home: &Home, name: &LabName) -> Result<Lab, LabError> {
+        Ok(Lab { dir: home.dir(name), layout: home.read(name)? })
+    }
+
+    /// What the lab consists of.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The lab's directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The hosts.
+    pub fn hosts(&self) -> impl Iterator<Item = Host<'_>> {
+        self.layout.hosts.iter().map(|layout| Host::new(self, layout))
+    }
+
+    /// The host of that name (`h1`).
+    pub fn host(&self, name: &str) -> Result<Host<'_>, LabError> {
+        self.hosts().find(|h| h.name() == name).ok_or_else(|| self.unknown(name))
+    }
+
+    /// The namespace of a target: `net`, `world`, `h1`, `h1-c1`, or what was attached to a host by hand, `h1-NAME`.
+    pub fn netns(&self, target: &str) -> Result<Netns, LabError> {
+        let namespace = self.layout.namespace(target);
+        if target.contains('/') || !Netns::list()?.contains(&namespace) {
+            return Err(self.unknown(target));
+        }
+        Ok(Netns::named(&namespace)?)
+    }
+
+    /// Runs a command inside a target and waits for it. Blocks.
+    pub fn exec(&self, target: &str, command: &[&str]) -> Result<std::process::Output, LabError> {
+        let netns = self.netns(target)?;
+        let mut prepared = self.command(target, command)?;
+        let program = command.first().copied().unwrap_or_default().to_owned();
+        netns.run(|| prepared.output())?.map_err(|source| LabError::Spawn { program, source })
+    }
+
+    /// A command with the environment of a target: the agent's socket of a host, this program's directory first in the path.
+    pub fn command(&self, target: &str, command: &[impl AsRef<std::ffi::OsStr>]) -> Result<std::process::Command, LabError> {
+        let Some((program, arguments)) = command.split_first() else {
+            return Err(LabError::Options { message: "no command to run".to_owned() });
+        };
+        let mut prepared = std::process::Command::new(program);
+        prepared.args(arguments);
+        if let Ok(host) = self.host(target) {
+            prepared.env("OVERLAYD_SOCKET", host.socket());
+            prepared.env("OVERLAYCTL_NETNS_PREFIX", self.layout.namespace(&format!("{target}-")));
+        }
+        prepared.env("OVERLAYD_ETCD_PREFIX", layout::ETCD_PREFIX);
+        if let Some(own) = std::env::current_exe().ok().as_deref().and_then(Path::parent) {
+            let path = std::env::var_os("PATH").unwrap_or_default();
+            let all = std::iter::once(own.to_owned()).chain(std::env::split_paths(&path));
+            if let Ok(joined) = std::env::join_paths(all) {
+                prepared.env("PATH", joined);
+            }
+        }
+        Ok(prepared)
+    }
+
+    /// Takes the lab down: processes, namespaces, directory. Blocks, for a few seconds at most. Goes on over errors and names them all.
+    pub fn down(&self) -> Result<down::Removed, LabError> {
+        down::down(&self.dir, &self.layout.name)
+    }
+
+    /// The lab as a guard that takes it down when dropped, for tests.
+    pub fn guarded(self) -> LabGuard {
+        LabGuard { lab: self }
+    }
+
+    fn unknown(&self, target: &str) -> LabError {
+        let mut known: Vec<String> = vec!["net".to_owned(), "world".to_owned()];
+        for host in &self.layout.hosts {
+            known.push(host.name.clone());
+            known.extend(host.containers.iter().map(|c| format!("{}-{c}", host.name)));
+        }
+        LabError::UnknownTarget { target: target.to_owned(), lab: self.layout.name.to_string(), known }
+    }
+}
+
+/// Takes its lab down when dropped.
+#[derive(Debug)]
+pub struct LabGuard {
+    lab: Lab,
+}
+
+impl std::ops::Deref for LabGuard {
+    type Target = Lab;
+
+    fn deref(&self) -> &Lab {
+        &self.lab
+    }
+}
+
+impl Drop for LabGuard {
+    fn drop(&mut self) {
+        if let Err(error) = self.lab.down() {
+            eprintln!("lab {}: {error}", self.lab.layout.name);
+        }
+    }
+}

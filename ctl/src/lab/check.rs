@@ -1,0 +1,219 @@
+//! Does the overlay of a lab do its work? Every container calls every other one, which answers with the address that it sees: it must be
+//! the caller's own, so there is no address translation on the way. And every container calls the world outside, which must see the
+//! address of the container's host.
+//!
+//! Everything runs in this process: a socket belongs to the namespace of the thread that opened it, wherever it is used. The tasks are
+//! the servers (one a container, one in the world) and at most [`AT_ONCE`] calls; all end with [`check`].
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use futures_util::stream::{self, StreamExt};
+use overlay_agent::kernel::netns::Netns;
+use overlay_agent::model::{Family, PerFamily};
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpSocket};
+use tokio::task::JoinSet;
+
+use super::layout::outside_address;
+use super::{Lab, LabError};
+
+/// The port of the servers: of the dynamic range, so that nothing in a container is likely to have it.
+const PORT: u16 = 49_771;
+
+/// How many calls are under way at once.
+const AT_ONCE: usize = 64;
+
+/// How long one call may take: a lost SYN is sent again after 1 s and 3 s (RFC 6298), so a call that takes longer has no way.
+const LIMIT: Duration = Duration::from_secs(5);
+
+/// What a check found.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// Whether every call was answered as it should be.
+    pub ok: bool,
+    /// The names of the containers, in the order of the calls.
+    pub containers: Vec<String>,
+    /// Every container to every other one, in each family.
+    pub overlay: Vec<Call>,
+    /// Every container to the world outside, in each family.
+    pub egress: Vec<Call>,
+}
+
+/// One call and its outcome.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Call {
+    /// Who calls: a container such as `h1-c1`.
+    pub from: String,
+    /// Who is called: a container, or `world`.
+    pub to: String,
+    /// By which family.
+    pub family: Family,
+    /// The called address.
+    pub address: IpAddr,
+    /// The caller's address that the other side must see.
+    pub expected: IpAddr,
+    /// The one that it did see.
+    pub seen: Option<IpAddr>,
+    /// Microseconds from the first packet until the answer was there.
+    pub micros: Option<u64>,
+    /// What is wrong; absent where all is well.
+    pub error: Option<String>,
+}
+
+/// A container with its namespace open.
+struct Party {
+    name: String,
+    netns: Netns,
+    addresses: PerFamily<IpAddr>,
+    host_addresses: PerFamily<IpAddr>,
+}
+
+/// Checks a lab.
+pub async fn check(lab: &Lab) -> Result<Report, LabError> {
+    let parties = parties(lab).await?;
+    let mut servers = JoinSet::new();
+    for party in &parties {
+        for (_, address) in party.addresses.iter() {
+            serve(&mut servers, &party.netns, &party.name, *address)?;
+        }
+    }
+    let world = lab.netns("world")?;
+    for family in lab.layout().families() {
+        serve(&mut servers, &world, "world", outside_address(family))?;
+    }
+    let families: Vec<Family> = lab.layout().families().collect();
+    let mut overlay = Vec::new();
+    let mut egress = Vec::new();
+    for from in &parties {
+        for family in &families {
+            for to in parties.iter().filter(|to| to.name != from.name) {
+                overlay.push(planned(from, *family, &to.name, to.addresses.get(*family), from.addresses.get(*family)));
+            }
+            egress.push(planned(from, *family, "world", Some(&outside_address(*family)), from.host_addresses.get(*family)));
+        }
+    }
+    let find = |name: &str| parties.iter().find(|p| p.name == name);
+    let overlay = stream::iter(overlay).map(|c| call(find(&c.from), c)).buffered(AT_ONCE).collect::<Vec<_>>().await;
+    let egress = stream::iter(egress).map(|c| call(find(&c.from), c)).buffered(AT_ONCE).collect::<Vec<_>>().await;
+    servers.shutdown().await;
+    let ok = overlay.iter().chain(&egress).all(|c| c.error.is_none());
+    Ok(Report { ok, containers: parties.into_iter().map(|p| p.name).collect(), overlay, egress })
+}
+
+/// Every container of every host, as the agents know them.
+async fn parties(lab: &Lab) -> Result<Vec<Party>, LabError> {
+    let mut parties = Vec::new();
+    for host in lab.hosts() {
+        let endpoints = host.client().endpoints().await;
+        let endpoints = endpoints.map_err(|source| LabError::Agent { host: host.name().to_owned(), source })?.endpoints;
+        for endpoint in endpoints {
+            parties.push(Party {
+                name: format!("{}-{}", host.name(), endpoint.name),
+                netns: Netns::open(&endpoint.netns)?,
+                addresses: endpoint.addresses,
+                host_addresses: host.layout().addresses,
+            });
+        }
+    }
+    Ok(parties)
+}
+
+/// Starts a server at an address of a namespace: each caller is sent the address that it is seen by.
+fn serve(servers: &mut JoinSet<()>, netns: &Netns, name: &str, address: IpAddr) -> Result<(), LabError> {
+    let at = SocketAddr::new(address, PORT);
+    let bind = || -> std::io::Result<std::net::TcpListener> {
+        let listener = std::net::TcpListener::bind(at)?;
+        listener.set_nonblocking(true)?;
+        Ok(listener)
+    };
+    let error = |source: std::io::Error| LabError::Spawn { program: format!("a server at {at} in {name}"), source };
+    let listener = netns.run(bind)?.and_then(TcpListener::from_std).map_err(error)?;
+    servers.spawn(async move {
+        // Callers wait for the answer, so one after the other is enough; a failed accept is the caller's error too.
+        while let Ok((mut stream, caller)) = listener.accept().await {
+            let _sent = stream.write_all(format!("{}\n", caller.ip()).as_bytes()).await;
+        }
+    });
+    Ok(())
+}
+
+/// A call before it is made.
+fn planned(from: &Party, family: Family, to: &str, address: Option<&IpAddr>, expected: Option<&IpAddr>) -> Call {
+    let absent = family.unspecified();
+    let error = match (address, expected) {
+        (None, _) => Some(format!("{to} has no {family} address")),
+        (_, None) => Some(format!("{} has no {family} address", from.name)),
+        _ => None,
+    };
+    Call {
+        from: from.name.clone(),
+        to: to.to_owned(),
+        family,
+        address: *address.unwrap_or(&absent),
+        expected: *expected.unwrap_or(&absent),
+        seen: None,
+        micros: None,
+        error,
+    }
+}
+
+/// Makes a call.
+async fn call(from: Option<&Party>, mut call: Call) -> Call {
+    let (Some(from), None) = (from, &call.error) else { return call };
+    let start = Instant::now();
+    match tokio::time::timeout(LIMIT, ask(&from.netns, call.address)).await {
+        Ok(Ok(seen)) => {
+            call.seen = Some(seen);
+            call.micros = u64::try_from(start.elapsed().as_micros()).ok();
+            if seen != call.expected {
+                call.error = Some(format!("the other side sees {seen} instead of {}", call.expected));
+            }
+        }
+        Ok(Err(error)) => call.error = Some(error.to_string()),
+        Err(_) => call.error = Some(format!("no answer within {}", humantime::format_duration(LIMIT))),
+    }
+    call
+}
+
+/// Asks the server at an address by which address it sees a caller from this namespace.
+async fn ask(netns: &Netns, address: IpAddr) -> std::io::Result<IpAddr> {
+    let open = || if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
+    let socket = netns.run(open).map_err(std::io::Error::other)??;
+    let mut stream = socket.connect(SocketAddr::new(address, PORT)).await?;
+    let mut answer = String::new();
+    (&mut stream).take(64).read_to_string(&mut answer).await?;
+    answer.trim().parse().map_err(|_| std::io::Error::other(format!("the answer `{}` is no address", answer.trim())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// In a namespace of its own: the loopback address is seen as itself, and a closed port is an error.
+    #[tokio::test]
+    async fn a_server_says_whom_it_sees() {
+        let name = format!("ovt-check-{}", std::process::id());
+        let netns = Netns::create(&name).expect("a namespace (root is needed)");
+        Netns::delete(&name).expect("its name is not needed any more");
+        let loopback: IpAddr = "127.0.0.1".parse().expect("an address");
+        let mut servers = JoinSet::new();
+        serve(&mut servers, &netns, "test", loopback).expect("a free port");
+        let party = Party {
+            name: "a".to_owned(),
+            netns,
+            addresses: PerFamily { v4: Some(loopback), v6: None },
+            host_addresses: PerFamily { v4: "10.0.0.1".parse().ok(), v6: None },
+        };
+        let good = call(Some(&party), planned(&party, Family::V4, "b", Some(&loopback), Some(&loopback))).await;
+        assert_eq!((good.seen, &good.error), (Some(loopback), &None));
+        let translated = call(Some(&party), planned(&party, Family::V4, "b", Some(&loopback), party.host_addresses.get(Family::V4))).await;
+        assert_eq!(translated.error.as_deref(), Some("the other side sees 127.0.0.1 instead of 10.0.0.1"));
+        let absent = call(Some(&party), planned(&party, Family::V6, "b", None, None)).await;
+        assert_eq!(absent.error.as_deref(), Some("b has no IPv6 address"));
+        servers.shutdown().await;
+        let closed = call(Some(&party), planned(&party, Family::V4, "b", Some(&loopback), Some(&loopback))).await;
+        assert!(closed.error.is_some_and(|e| e.contains("refused")));
+    }
+}

@@ -1,0 +1,110 @@
+//! Taking a lab down: its processes, its namespaces, its directory. Works from the lab's name alone, so that it does not matter how far
+//! bringing it up had come; goes on over errors and names them all.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+use overlay_agent::kernel::netns::Netns;
+
+use super::layout::{LabName, prefix};
+use super::process::{GRACE, ProcessId, end_all};
+use super::{LabError, agent, etcd, rootless};
+
+/// How often processes are looked for again, in case one was just starting another.
+const ROUNDS: usize = 3;
+
+/// What was there to remove.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Removed {
+    /// Processes ended.
+    pub processes: usize,
+    /// Namespaces deleted.
+    pub namespaces: usize,
+    /// Whether there was a directory.
+    pub directory: bool,
+}
+
+impl Removed {
+    /// Whether there was nothing at all.
+    pub fn is_nothing(&self) -> bool {
+        *self == Removed::default()
+    }
+}
+
+/// Takes a lab down. Blocks.
+pub fn down(dir: &Path, name: &LabName) -> Result<Removed, LabError> {
+    let mut removed = Removed::default();
+    let mut failures = Vec::new();
+    for _ in 0..ROUNDS {
+        let processes = processes(dir, name, &mut failures);
+        if processes.is_empty() {
+            break;
+        }
+        removed.processes += processes.len();
+        failures.extend(end_all(&processes.into_iter().collect::<Vec<_>>(), GRACE));
+    }
+    match namespaces(name) {
+        Ok(names) => {
+            for namespace in names {
+                match Netns::delete(&namespace) {
+                    Ok(()) => removed.namespaces += 1,
+                    Err(error) => failures.push(error.to_string()),
+                }
+            }
+        }
+        Err(error) => failures.push(error.to_string()),
+    }
+    // With something left its description stays, so that the next try knows of it. Inside the keeper its own record must outlive it.
+    if failures.is_empty() && !rootless::is_inside() {
+        match remove_dir(dir) {
+            Ok(there) => removed.directory = there,
+            Err(error) => failures.push(error),
+        }
+    }
+    failures.dedup();
+    if failures.is_empty() { Ok(removed) } else { Err(LabError::Left { name: name.to_string(), failures }) }
+}
+
+/// Removes the lab's directory; whether there was one.
+pub(super) fn remove_dir(dir: &Path) -> Result<bool, String> {
+    match fs::remove_dir_all(dir) {
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(format!("cannot remove {}: {e}", dir.display())),
+    }
+}
+
+/// The namespaces of a lab, by their prefix.
+fn namespaces(name: &LabName) -> Result<Vec<String>, LabError> {
+    let prefix = prefix(name);
+    Ok(Netns::list()?.into_iter().filter(|n| n.starts_with(&prefix)).collect())
+}
+
+/// Every process that is in a namespace of the lab or was recorded.
+fn processes(dir: &Path, name: &LabName, failures: &mut Vec<String>) -> BTreeSet<ProcessId> {
+    let mut found: BTreeSet<ProcessId> = recorded(dir);
+    let names = match namespaces(name) {
+        Ok(names) => names,
+        Err(error) => {
+            failures.push(error.to_string());
+            Vec::new()
+        }
+    };
+    for namespace in names {
+        // One that is no namespace (a crash between its file and its mount) has no processes.
+        let Ok(netns) = Netns::named(&namespace) else { continue };
+        match netns.pids() {
+            Ok(pids) => found.extend(pids.into_iter().filter_map(ProcessId::of)),
+            Err(error) => failures.push(error.to_string()),
+        }
+    }
+    found
+}
+
+/// The processes that the lab's files name and that still run.
+pub(super) fn recorded(dir: &Path) -> BTreeSet<ProcessId> {
+    let hosts = fs::read_dir(dir).into_iter().flatten().flatten().filter_map(|e| e.file_name().into_string().ok());
+    let files = hosts.map(|host| agent::record(dir, &host)).chain([etcd::record(dir)]);
+    files.filter_map(|file| ProcessId::recorded(&file)).filter(ProcessId::is_alive).collect()
+}

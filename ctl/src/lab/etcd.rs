@@ -1,0 +1,130 @@
+//! The lab's private etcd: Debian's program with its own data directory, in the switch's namespace, so that its ports are nobody else's.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use super::layout::{ETCD_PORT, ETCD_PREFIX, etcd_address, etcd_url};
+use super::process::{ProcessId, ended, start as start_process, tail};
+use super::{Lab, LabError};
+use crate::etcd::{EtcdArgs, EtcdError};
+
+/// etcd's port for other members, of which there are none.
+const PEER_PORT: u16 = 2380;
+
+/// How long etcd may take to answer: a fraction of a second usually, more on a busy machine with a slow disk.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// Where etcd's program is.
+pub fn program() -> Result<PathBuf, LabError> {
+    find("etcd").ok_or_else(|| LabError::Program {
+        program: "etcd".to_owned(),
+        remedy: "apt-get install etcd-server (the lab runs its own; no service is needed)".to_owned(),
+    })
+}
+
+/// A program of the search path.
+pub fn find(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let usual = ["/usr/local/bin", "/usr/bin", "/usr/sbin"].map(PathBuf::from);
+    std::env::split_paths(&path).chain(usual).map(|dir| dir.join(name)).find(|p| p.is_file())
+}
+
+/// Where the process id is kept.
+pub fn record(dir: &Path) -> PathBuf {
+    dir.join("etcd.pid")
+}
+
+fn log(dir: &Path) -> PathBuf {
+    dir.join("etcd.log")
+}
+
+/// Starts etcd and waits until it answers. On a lab whose etcd was stopped: starts it again with its data.
+pub async fn start(lab: &Lab) -> Result<ProcessId, LabError> {
+    let urls = |port: u16| lab.layout().families().map(|family| etcd_url(family, port)).collect::<Vec<_>>().join(",");
+    let data = lab.dir().join("etcd");
+    let mut command = Command::new(program()?);
+    for (name, _) in std::env::vars_os().filter(|(n, _)| n.to_string_lossy().starts_with("ETCD_")) {
+        command.env_remove(name);
+    }
+    if cfg!(not(target_arch = "x86_64")) {
+        // etcd 3.4 asks for this word of consent on every other architecture.
+        command.env("ETCD_UNSUPPORTED_ARCH", if cfg!(target_arch = "aarch64") { "arm64" } else { std::env::consts::ARCH });
+    }
+    command.args(["--name", "lab", "--logger", "zap", "--log-outputs", "stderr", "--data-dir"]).arg(data);
+    command.args(["--listen-client-urls", &urls(ETCD_PORT), "--advertise-client-urls", &urls(ETCD_PORT)]);
+    command.args(["--listen-peer-urls", &urls(PEER_PORT), "--initial-advertise-peer-urls", &urls(PEER_PORT)]);
+    let cluster: Vec<String> = lab.layout().families().map(|family| format!("lab={}", etcd_url(family, PEER_PORT))).collect();
+    command.args(["--initial-cluster", &cluster.join(","), "--initial-cluster-state", "new"]);
+    let netns = lab.netns("net")?;
+    let id = start_process(command, Some(&netns), &log(lab.dir()), &record(lab.dir()))?;
+    wait_ready(lab, id).await?;
+    Ok(id)
+}
+
+async fn wait_ready(lab: &Lab, id: ProcessId) -> Result<(), LabError> {
+    let netns = lab.netns("net")?;
+    let addresses: Vec<SocketAddr> = lab.layout().families().map(|f| SocketAddr::new(etcd_address(f), ETCD_PORT)).collect();
+    let end = Instant::now() + LIMIT;
+    loop {
+        if netns.run(|| addresses.iter().all(|address| is_healthy(*address)))? {
+            return Ok(());
+        }
+        if !id.is_alive() {
+            return Err(ended("etcd", &log(lab.dir())));
+        }
+        if Instant::now() >= end {
+            let detail = format!("the end of its log:\n{}", tail(&log(lab.dir())));
+            return Err(LabError::TimedOut { what: "etcd does not answer".to_owned(), limit: LIMIT, detail });
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Whether etcd says that it is healthy. Blocks for a second at most.
+fn is_healthy(address: SocketAddr) -> bool {
+    let limit = Duration::from_secs(1);
+    let ask = || -> std::io::Result<String> {
+        let mut stream = TcpStream::connect_timeout(&address, limit)?;
+        stream.set_read_timeout(Some(limit))?;
+        stream.write_all(format!("GET /health HTTP/1.0\r\nHost: {address}\r\n\r\n").as_bytes())?;
+        let mut answer = String::new();
+        stream.take(4096).read_to_string(&mut answer)?;
+        Ok(answer)
+    };
+    ask().is_ok_and(|answer| answer.contains("\"health\":\"true\""))
+}
+
+/// The flags by which this etcd is reached from inside the lab.
+pub fn arguments(lab: &Lab) -> EtcdArgs {
+    EtcdArgs::plain(lab.layout().etcd_endpoints(), ETCD_PREFIX)
+}
+
+/// Writes the network's configuration where there is none.
+pub async fn configure(lab: &Lab) -> Result<(), LabError> {
+    let arguments = arguments(lab);
+    let text = lab.layout().config.clone();
+    inside(lab, || async move {
+        match arguments.config().await? {
+            None => arguments.put_config(&text, None).await,
+            Some(_) => Ok(()),
+        }
+    })?
+    .map_err(LabError::from)
+}
+
+/// Runs a conversation with etcd inside the switch's namespace, on a thread and runtime of its own: sockets belong to the namespace of the
+/// thread that opens them.
+fn inside<T: Send, F: Future<Output = Result<T, EtcdError>>>(
+    lab: &Lab,
+    work: impl FnOnce() -> F + Send,
+) -> Result<Result<T, EtcdError>, LabError> {
+    let netns = lab.netns("net")?;
+    let talk = || -> Result<Result<T, EtcdError>, std::io::Error> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        Ok(runtime.block_on(work()))
+    };
+    netns.run(talk)?.map_err(|source| LabError::Spawn { program: "a thread that talks to etcd".to_owned(), source })
+}

@@ -1,0 +1,373 @@
+//! What a lab consists of: names and addresses, from the options alone. Pure.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use clap::ValueEnum;
+use overlay_agent::model::{Cidr, Family, NetworkConfig, PerFamily};
+use serde::{Deserialize, Serialize};
+
+use super::LabError;
+
+/// The prefix in the private etcd: the usual one.
+pub const ETCD_PREFIX: &str = "/coreos.com/network";
+/// etcd's client port.
+pub const ETCD_PORT: u16 = 2379;
+/// More ports than this a Linux bridge does not take (`BR_MAX_PORTS` is 1024; two are the world's and spare).
+pub const MAX_HOSTS: u16 = 1000;
+/// More containers a host than this have no use in a lab.
+pub const MAX_CONTAINERS: u16 = 200;
+
+/// The name of a lab: 1 to 12 of `a-z 0-9`, so that it fits namespaces' names and no name is another one's prefix with a dash.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct LabName(String);
+
+impl LabName {
+    /// A name that no other test of this machine has: from this process' id and a counter.
+    pub fn unique() -> LabName {
+        static COUNTER: AtomicU32 = AtomicU32::new(0);
+        // Process ids have 22 bits at most (PID_MAX_LIMIT).
+        LabName(format!("t{:x}n{:x}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed) % 0xfff))
+    }
+}
+
+impl FromStr for LabName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let fits = (1..=12).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+        if fits {
+            Ok(LabName(text.to_owned()))
+        } else {
+            let shown: String = text.chars().take(40).collect();
+            Err(format!("`{shown}` is no name for a lab: 1 to 12 of a-z 0-9"))
+        }
+    }
+}
+
+impl TryFrom<String> for LabName {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<LabName> for String {
+    fn from(name: LabName) -> String {
+        name.0
+    }
+}
+
+impl fmt::Display for LabName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// The families of a lab.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum Families {
+    /// IPv4 only
+    #[default]
+    #[value(name = "4")]
+    V4,
+    /// IPv6 only
+    #[value(name = "6")]
+    V6,
+    /// IPv4 and IPv6
+    #[value(name = "dual")]
+    Dual,
+}
+
+impl Families {
+    /// The families.
+    pub fn list(self) -> &'static [Family] {
+        match self {
+            Families::V4 => &[Family::V4],
+            Families::V6 => &[Family::V6],
+            Families::Dual => &Family::ALL,
+        }
+    }
+}
+
+/// What lab is wanted.
+#[derive(Debug, Clone)]
+pub struct LabOptions {
+    /// Its name.
+    pub name: LabName,
+    /// Hosts, 1 to [`MAX_HOSTS`].
+    pub hosts: u16,
+    /// Containers a host, 0 to [`MAX_CONTAINERS`].
+    pub containers: u16,
+    /// The families of underlay and overlay.
+    pub families: Families,
+    /// The overlay network of each family; those not given are 10.244.0.0/16 and fd00:10:244::/56.
+    pub networks: PerFamily<Cidr>,
+    /// Fields of the network's configuration beside networks and families, such as `Backend`.
+    pub config: serde_json::Map<String, serde_json::Value>,
+    /// Whether an agent is started on each host.
+    pub agents: bool,
+    /// The agent's program; found by itself where absent.
+    pub overlayd: Option<PathBuf>,
+    /// Flags that each agent gets beside the lab's own.
+    pub agent_args: Vec<String>,
+}
+
+impl LabOptions {
+    /// Three hosts with two containers each, IPv4.
+    pub fn new(name: LabName) -> LabOptions {
+        LabOptions {
+            name,
+            hosts: 3,
+            containers: 2,
+            families: Families::V4,
+            networks: PerFamily::default(),
+            config: serde_json::Map::new(),
+            agents: true,
+            overlayd: None,
+            agent_args: Vec::new(),
+        }
+    }
+}
+
+/// Everything a lab consists of, as kept in `lab.json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Layout {
+    /// The lab's name.
+    pub name: LabName,
+    /// The overlay network of each of its families.
+    pub networks: PerFamily<Cidr>,
+    /// The network's configuration as it is written to etcd.
+    pub config: String,
+    /// The hosts.
+    pub hosts: Vec<HostLayout>,
+    /// The agent's program; absent in a lab without agents.
+    pub overlayd: Option<PathBuf>,
+    /// Flags that each agent gets beside the lab's own.
+    pub agent_args: Vec<String>,
+}
+
+/// One host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostLayout {
+    /// `h1`, `h2`, ...
+    pub name: String,
+    /// Its address on the underlay, in each of the lab's families.
+    pub addresses: PerFamily<IpAddr>,
+    /// The names of its containers: `c1`, `c2`, ...
+    pub containers: Vec<String>,
+}
+
+impl Layout {
+    /// The lab that the options ask for.
+    pub fn new(options: &LabOptions) -> Result<Layout, LabError> {
+        let refuse = |message: String| Err(LabError::Options { message });
+        if !(1..=MAX_HOSTS).contains(&options.hosts) {
+            return refuse(format!("--hosts {} is outside 1 to {MAX_HOSTS}", options.hosts));
+        }
+        if options.containers > MAX_CONTAINERS {
+            return refuse(format!("--containers {} is more than {MAX_CONTAINERS}", options.containers));
+        }
+        let families = options.families.list();
+        for (family, network) in options.networks.iter() {
+            if !families.contains(&family) {
+                return refuse(format!("--network {network} is {family}, which this lab has not: see --family"));
+            }
+            let underlay = underlay(family);
+            if network.overlaps(underlay) {
+                return refuse(format!("--network {network} overlaps the lab's underlay {underlay}: choose another"));
+            }
+        }
+        let networks: PerFamily<Cidr> =
+            families.iter().map(|f| (*f, options.networks.get(*f).copied().unwrap_or_else(|| default_network(*f)))).collect();
+        let config = config(&networks, &options.config);
+        let pools = match NetworkConfig::parse(&config) {
+            Ok(parsed) => parsed.config.pools,
+            Err(errors) => return refuse(format!("the lab's network cannot be: {errors}")),
+        };
+        for (_, pool) in pools.iter() {
+            if pool.count() < u128::from(options.hosts) {
+                return refuse(format!("{} has {} subnets of /{}, too few for {} hosts", pool.network, pool.count(), pool.subnet_length, options.hosts));
+            }
+        }
+        let host = |number: u16| HostLayout {
+            name: format!("h{number}"),
+            addresses: families.iter().map(|f| (*f, host_address(*f, number))).collect(),
+            containers: (1..=options.containers).map(|c| format!("c{c}")).collect(),
+        };
+        Ok(Layout {
+            name: options.name.clone(),
+            networks,
+            config,
+            hosts: (1..=options.hosts).map(host).collect(),
+            overlayd: None,
+            agent_args: options.agent_args.clone(),
+        })
+    }
+
+    /// What stands before every namespace's name.
+    pub fn prefix(&self) -> String {
+        prefix(&self.name)
+    }
+
+    /// The namespace of a target: `net`, `world`, `h1`, `h1-c1`.
+    pub fn namespace(&self, target: &str) -> String {
+        format!("{}{target}", self.prefix())
+    }
+
+    /// The families of underlay and overlay.
+    pub fn families(&self) -> impl Iterator<Item = Family> + '_ {
+        self.networks.families()
+    }
+
+    /// etcd's URLs.
+    pub fn etcd_endpoints(&self) -> Vec<String> {
+        self.families().map(|family| etcd_url(family, ETCD_PORT)).collect()
+    }
+}
+
+/// What stands before the names of a lab's namespaces.
+pub fn prefix(name: &LabName) -> String {
+    format!("ov-{name}-")
+}
+
+/// The underlay's range.
+pub fn underlay(family: Family) -> Cidr {
+    match family {
+        Family::V4 => network([10, 99, 0, 0], [0; 8], 16, family),
+        Family::V6 => network([0; 4], [0xfd99, 0, 0, 0, 0, 0, 0, 0], 64, family),
+    }
+}
+
+/// etcd's address on the underlay.
+pub fn etcd_address(family: Family) -> IpAddr {
+    pick(family, [10, 99, 0, 2], [0xfd99, 0, 0, 0, 0, 0, 0, 2])
+}
+
+/// The world's address on the underlay, the hosts' default gateway.
+pub fn gateway_address(family: Family) -> IpAddr {
+    pick(family, [10, 99, 0, 254], [0xfd99, 0, 0, 0, 0, 0, 0, 0x254])
+}
+
+/// The world's address that is outside underlay and overlay (documentation ranges, RFC 5737 and RFC 3849).
+pub fn outside_address(family: Family) -> IpAddr {
+    pick(family, [203, 0, 113, 1], [0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, 1])
+}
+
+/// etcd's URL at a port.
+pub fn etcd_url(family: Family, port: u16) -> String {
+    format!("http://{}", std::net::SocketAddr::new(etcd_address(family), port))
+}
+
+/// Host 1 is 10.99.1.1 and fd99::1:1, host 251 is 10.99.2.1 and fd99::2:1: both families read alike.
+fn host_address(family: Family, number: u16) -> IpAddr {
+    let (high, low) = (1 + (number - 1) / 250, 1 + (number - 1) % 250);
+    match family {
+        Family::V4 => {
+            let base = u32::from(Ipv4Addr::new(10, 99, 0, 0));
+            IpAddr::V4(Ipv4Addr::from_bits(base + u32::from(high) * 256 + u32::from(low)))
+        }
+        Family::V6 => IpAddr::V6(Ipv6Addr::new(0xfd99, 0, 0, 0, 0, 0, read_alike(high), read_alike(low))),
+    }
+}
+
+/// The number whose hexadecimal digits are these decimal ones (of up to four).
+fn read_alike(number: u16) -> u16 {
+    (0..4).fold(0, |sum, digit| sum | (number / 10u16.pow(digit) % 10) << (4 * digit))
+}
+
+fn default_network(family: Family) -> Cidr {
+    match family {
+        Family::V4 => network([10, 244, 0, 0], [0; 8], 16, family),
+        Family::V6 => network([0; 4], [0xfd00, 0x10, 0x244, 0, 0, 0, 0, 0], 56, family),
+    }
+}
+
+fn pick(family: Family, v4: [u8; 4], v6: [u16; 8]) -> IpAddr {
+    match family {
+        Family::V4 => IpAddr::from(v4),
+        Family::V6 => IpAddr::from(v6),
+    }
+}
+
+fn network(v4: [u8; 4], v6: [u16; 8], length: u8, family: Family) -> Cidr {
+    let address = pick(family, v4, v6);
+    Cidr::containing(address, length).unwrap_or_else(|| Cidr::host(address))
+}
+
+/// The configuration in flannel's schema.
+fn config(networks: &PerFamily<Cidr>, others: &serde_json::Map<String, serde_json::Value>) -> String {
+    let mut fields = serde_json::Map::new();
+    for (family, network) in networks.iter() {
+        let name = match family {
+            Family::V4 => "Network",
+            Family::V6 => "IPv6Network",
+        };
+        fields.insert(name.to_owned(), network.to_string().into());
+    }
+    fields.insert("EnableIPv4".to_owned(), networks.v4.is_some().into());
+    fields.insert("EnableIPv6".to_owned(), networks.v6.is_some().into());
+    fields.extend(others.clone());
+    serde_json::Value::Object(fields).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options() -> LabOptions {
+        LabOptions::new("lab".parse().expect("a name"))
+    }
+
+    #[test]
+    fn addresses_read_alike_and_stay_apart() {
+        let layout = Layout::new(&LabOptions { hosts: MAX_HOSTS, families: Families::Dual, ..options() }).expect_err("a /16 has 255 subnets");
+        assert!(layout.to_string().contains("too few for 1000 hosts"), "{layout}");
+        let networks = PerFamily { v4: "10.128.0.0/12".parse().ok(), v6: "fd00::/48".parse().ok() };
+        let layout = Layout::new(&LabOptions { hosts: MAX_HOSTS, families: Families::Dual, networks, ..options() }).expect("a layout");
+        let text = |n: usize| layout.hosts[n - 1].addresses.iter().map(|(_, a)| a.to_string()).collect::<Vec<_>>();
+        assert_eq!(text(1), ["10.99.1.1", "fd99::1:1"]);
+        assert_eq!(text(250), ["10.99.1.250", "fd99::1:250"]);
+        assert_eq!(text(251), ["10.99.2.1", "fd99::2:1"]);
+        let all: std::collections::BTreeSet<_> = layout.hosts.iter().flat_map(|h| h.addresses.iter().map(|(_, a)| *a)).collect();
+        assert_eq!(all.len(), 2 * usize::from(MAX_HOSTS));
+        assert!(all.iter().all(|a| underlay(Family::of(*a)).contains(*a)));
+    }
+
+    #[test]
+    fn only_the_families_asked_for() {
+        let layout = Layout::new(&LabOptions { families: Families::V6, ..options() }).expect("a layout");
+        assert_eq!(layout.etcd_endpoints(), ["http://[fd99::2]:2379"]);
+        assert_eq!(layout.config, r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:10:244::/56"}"#);
+        assert_eq!(layout.namespace("h1-c2"), "ov-lab-h1-c2");
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused() {
+        let v6 = PerFamily { v4: None, v6: "fd00::/48".parse().ok() };
+        let underlay = PerFamily { v4: "10.96.0.0/12".parse().ok(), v6: None };
+        for (bad, wanted) in [
+            (LabOptions { hosts: 0, ..options() }, "--hosts 0"),
+            (LabOptions { containers: 999, ..options() }, "--containers 999"),
+            (LabOptions { networks: v6, ..options() }, "see --family"),
+            (LabOptions { networks: underlay, ..options() }, "underlay"),
+        ] {
+            let message = Layout::new(&bad).expect_err(wanted).to_string();
+            assert!(message.contains(wanted), "{message}");
+        }
+    }
+
+    #[test]
+    fn names() {
+        for bad in ["", "Lab", "a-b", "a/b", "..", "thirteenchars", "ü"] {
+            assert!(bad.parse::<LabName>().is_err(), "{bad}");
+        }
+        assert_ne!(LabName::unique(), LabName::unique());
+        assert!(LabName::unique().to_string().parse::<LabName>().is_ok());
+    }
+}

@@ -1,0 +1,204 @@
+//! Processes of a lab: started in a namespace and a session of their own, so that they outlive the command that starts them; known by
+//! process id and start time, so that no stranger that got the same id is ever ended.
+
+use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::Pid;
+use overlay_agent::kernel::netns::Netns;
+use serde::{Deserialize, Serialize};
+
+use super::LabError;
+
+/// How long a process may take to end on SIGTERM before it is killed.
+pub const GRACE: Duration = Duration::from_secs(5);
+
+/// How long a killed process may take to go: only one that hangs in the kernel takes longer.
+const KILL_LIMIT: Duration = Duration::from_secs(5);
+
+/// How often ending processes are looked at.
+const POLL: Duration = Duration::from_millis(5);
+
+/// A process, told apart from later ones with the same id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ProcessId {
+    /// The process id.
+    pub pid: i32,
+    /// Clock ticks between boot and its start (`proc_pid_stat(5)`, field 22).
+    pub start_time: u64,
+}
+
+impl ProcessId {
+    /// The process that has this id now; `None` where there is none or it has ended and only waits to be collected.
+    pub fn of(pid: i32) -> Option<ProcessId> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name, field 2, stands in parentheses and can hold blanks and parentheses itself.
+        let (_, rest) = stat.rsplit_once(')')?;
+        let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
+        if matches!(fields.first(), Some(&"Z" | &"X")) {
+            return None;
+        }
+        Some(ProcessId { pid, start_time: fields.get(19)?.parse().ok()? })
+    }
+
+    /// Whether it still runs. A child of this process that has ended is collected.
+    pub fn is_alive(&self) -> bool {
+        let _collected = waitpid(Pid::from_raw(self.pid), Some(WaitPidFlag::WNOHANG));
+        ProcessId::of(self.pid) == Some(*self)
+    }
+
+    /// Sends a signal; one that has ended is no error.
+    pub fn signal(&self, signal: Signal) -> Result<(), Errno> {
+        if !self.is_alive() {
+            return Ok(());
+        }
+        match kill(Pid::from_raw(self.pid), signal) {
+            Err(Errno::ESRCH) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Waits until it has ended; whether it has in time. Blocks.
+    pub fn wait(&self, limit: Duration) -> bool {
+        wait_all(&[*self], limit).is_empty()
+    }
+
+    /// Keeps the id in a file, written whole.
+    pub fn record(&self, path: &Path) -> Result<(), LabError> {
+        let temporary = path.with_extension("new");
+        let text = format!("{} {}\n", self.pid, self.start_time);
+        fs::write(&temporary, text)
+            .and_then(|()| fs::rename(&temporary, path))
+            .map_err(|source| LabError::File { action: "write", path: path.to_owned(), source })
+    }
+
+    /// The id kept in a file; `None` where none is, or the file is torn.
+    pub fn recorded(path: &Path) -> Option<ProcessId> {
+        let text = fs::read_to_string(path).ok()?;
+        let (pid, start_time) = text.trim().split_once(' ')?;
+        Some(ProcessId { pid: pid.parse().ok()?, start_time: start_time.parse().ok()? })
+    }
+}
+
+/// Starts a command that goes on by itself: in the namespace, in a session of its own, with its output appended to a log.
+pub fn start(mut command: Command, netns: Option<&Netns>, log: &Path, record: &Path) -> Result<ProcessId, LabError> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let file = |source| LabError::File { action: "write", path: log.to_owned(), source };
+    let output = File::options().create(true).append(true).open(log).map_err(file)?;
+    command.stdin(Stdio::null()).stdout(output.try_clone().map_err(file)?).stderr(output);
+    // SAFETY: between fork and exec only setsid is called, which is async-signal-safe (signal-safety(7)) and touches no memory.
+    unsafe {
+        command.pre_exec(|| nix::unistd::setsid().map(|_| ()).map_err(std::io::Error::from));
+    }
+    // A child inherits the namespace of the thread that starts it.
+    let spawned = match netns {
+        Some(netns) => netns.run(|| command.spawn())?,
+        None => command.spawn(),
+    };
+    let child = spawned.map_err(|source| LabError::Spawn { program: program.clone(), source })?;
+    let pid = i32::try_from(child.id()).unwrap_or(i32::MAX);
+    let Some(id) = ProcessId::of(pid) else {
+        return Err(ended(&program, log));
+    };
+    if let Err(error) = id.record(record) {
+        let _left = end_all(&[id], Duration::ZERO);
+        return Err(error);
+    }
+    Ok(id)
+}
+
+/// The error for a program that has ended, with the end of its log.
+pub fn ended(program: &str, log: &Path) -> LabError {
+    LabError::Ended { program: program.to_owned(), log: log.to_owned(), tail: tail(log) }
+}
+
+/// The last lines of a log, indented.
+pub fn tail(log: &Path) -> String {
+    let text = String::from_utf8_lossy(&fs::read(log).unwrap_or_default()).into_owned();
+    let lines: Vec<&str> = text.lines().collect();
+    let from = lines.len().saturating_sub(12);
+    if lines.is_empty() { "  (empty)".to_owned() } else { lines[from..].iter().map(|l| format!("  {l}")).collect::<Vec<_>>().join("\n") }
+}
+
+/// Ends processes: SIGTERM, a wait, SIGKILL, a wait. What could not be ended is named. Blocks.
+pub fn end_all(processes: &[ProcessId], grace: Duration) -> Vec<String> {
+    let mut failures = Vec::new();
+    let mut send = |left: &[ProcessId], signal: Signal| {
+        for process in left {
+            if let Err(errno) = process.signal(signal) {
+                failures.push(format!("process {}: {signal} is refused: {}", process.pid, errno.desc()));
+            }
+        }
+    };
+    let mut left: Vec<ProcessId> = processes.iter().copied().filter(ProcessId::is_alive).collect();
+    if !grace.is_zero() {
+        send(&left, Signal::SIGTERM);
+        left = wait_all(&left, grace);
+    }
+    if !left.is_empty() {
+        send(&left, Signal::SIGKILL);
+        left = wait_all(&left, KILL_LIMIT);
+    }
+    failures.extend(left.iter().map(|p| format!("process {} does not end, not even by SIGKILL", p.pid)));
+    failures
+}
+
+/// Those that are still alive at the limit, or none as soon as all have ended.
+fn wait_all(processes: &[ProcessId], limit: Duration) -> Vec<ProcessId> {
+    let end = Instant::now() + limit;
+    let mut left = processes.to_vec();
+    loop {
+        left.retain(ProcessId::is_alive);
+        if left.is_empty() || Instant::now() >= end {
+            return left;
+        }
+        std::thread::sleep(POLL);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_is_started_recorded_and_ended() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let (log, record) = (dir.path().join("log"), dir.path().join("pid"));
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo started; trap '' TERM; while :; do sleep 0.05; done"]);
+        let id = start(command, None, &log, &record).expect("sh starts");
+        assert!(id.is_alive());
+        assert_eq!(ProcessId::recorded(&record), Some(id));
+        let stranger = ProcessId { start_time: id.start_time + 1, ..id };
+        assert!(!stranger.is_alive());
+        assert_eq!(end_all(&[stranger], GRACE), Vec::<String>::new());
+        assert!(id.is_alive(), "a stranger's end is not its end");
+        // It ignores SIGTERM.
+        assert_eq!(end_all(&[id], Duration::from_millis(100)), Vec::<String>::new());
+        assert!(!id.is_alive());
+        assert_eq!(tail(&log), "  started");
+    }
+
+    #[test]
+    fn a_program_that_is_missing_is_named() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let error = start(Command::new("/no/such/program"), None, &dir.path().join("log"), &dir.path().join("pid"));
+        assert!(error.expect_err("missing").to_string().contains("/no/such/program"));
+    }
+
+    #[test]
+    fn a_torn_record_is_none() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let path = dir.path().join("pid");
+        for text in ["", "12", "12 x", "x 12"] {
+            fs::write(&path, text).expect("writable");
+            assert_eq!(ProcessId::recorded(&path), None);
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! Labs without root: a keeper process holds a user, a mount and a network namespace in which the user is root, and every later command on
+//! the lab runs itself again inside of them.
+//!
+//! The keeper is `unshare --user --map-root-user --mount --net overlayctl lab keeper`; commands enter by `nsenter`; both programs are of
+//! util-linux, which every system has.
+
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::io;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use nix::mount::{MsFlags, mount};
+use nix::unistd::geteuid;
+
+use super::down::{Removed, recorded, remove_dir};
+use super::home::DIR_VARIABLE;
+use super::process::{GRACE, ProcessId, end_all, start, tail};
+use super::{Home, LabError, LabName};
+
+/// Set for a command that runs inside a keeper's namespaces.
+const INSIDE_VARIABLE: &str = "OVERLAY_LAB_INSIDE";
+
+/// The caller's working directory, which entering a mount namespace loses.
+const CWD_VARIABLE: &str = "OVERLAY_LAB_CWD";
+
+/// How long the keeper may take to set itself up: some milliseconds of system calls.
+const READY_LIMIT: Duration = Duration::from_secs(10);
+
+/// Whether this process is inside a keeper's namespaces.
+pub fn is_inside() -> bool {
+    std::env::var_os(INSIDE_VARIABLE).is_some()
+}
+
+/// Whether labs of this user need a keeper.
+pub fn is_needed() -> bool {
+    !geteuid().is_root()
+}
+
+/// Where the keeper's process id is kept.
+fn record(dir: &Path) -> PathBuf {
+    dir.join("keeper.pid")
+}
+
+fn log(dir: &Path) -> PathBuf {
+    dir.join("keeper.log")
+}
+
+/// The keeper of a lab, where it runs.
+pub fn keeper(home: &Home, name: &LabName) -> Option<ProcessId> {
+    ProcessId::recorded(&record(&home.dir(name))).filter(ProcessId::is_alive)
+}
+
+/// Starts the keeper of a lab. Blocks until it is set up.
+pub fn start_keeper(home: &Home, name: &LabName) -> Result<ProcessId, LabError> {
+    let dir = home.prepare(name)?;
+    let own = own_program()?;
+    let mut command = Command::new("unshare");
+    command.args(["--user", "--map-root-user", "--mount", "--net", "--"]).arg(own);
+    command.args(["lab", "keeper", "--directory"]).arg(&dir);
+    let keeper = start(command, None, &log(&dir), &record(&dir))?;
+    let end = Instant::now() + READY_LIMIT;
+    while !dir.join("keeper.ready").exists() {
+        if keeper.is_alive() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(5));
+            continue;
+        }
+        let reason = format!("its keeper did not come up:\n{}", tail(&log(&dir)));
+        let mut left = end_all(&[keeper], Duration::ZERO);
+        left.extend(remove_dir(&dir).err());
+        return Err(LabError::Rootless { reason: left.into_iter().fold(reason, |r, l| format!("{r}\n{l}")), advice: advice() });
+    }
+    Ok(keeper)
+}
+
+/// What on this machine may forbid user namespaces.
+fn advice() -> String {
+    let forbidden = |path: &str, value: &str| fs::read_to_string(path).is_ok_and(|text| text.trim() == value);
+    if forbidden("/proc/sys/kernel/apparmor_restrict_unprivileged_userns", "1") {
+        ", or allow user namespaces: sysctl kernel.apparmor_restrict_unprivileged_userns=0".to_owned()
+    } else if forbidden("/proc/sys/kernel/unprivileged_userns_clone", "0") {
+        ", or allow user namespaces: sysctl kernel.unprivileged_userns_clone=1".to_owned()
+    } else if forbidden("/proc/sys/user/max_user_namespaces", "0") {
+        ", or allow user namespaces: sysctl user.max_user_namespaces=10000".to_owned()
+    } else {
+        String::new()
+    }
+}
+
+fn own_program() -> Result<PathBuf, LabError> {
+    std::env::current_exe().map_err(|source| LabError::Spawn { program: "overlayctl again".to_owned(), source })
+}
+
+/// Runs this very command again inside the lab's namespaces and waits for it; its exit code. Blocks.
+pub fn enter(home: &Home, name: &LabName) -> Result<u8, LabError> {
+    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    enter_with(home, name, &arguments)
+}
+
+/// Runs this program with other arguments inside the lab's namespaces and waits for it; its exit code. Blocks.
+pub fn enter_with(home: &Home, name: &LabName, arguments: &[impl AsRef<OsStr>]) -> Result<u8, LabError> {
+    let Some(keeper) = keeper(home, name) else {
+        // Either there is no such lab, or its keeper is gone and with it every name in it.
+        home.read(name)?;
+        let reason = format!("the keeper of lab `{name}` is gone: take the lab down (overlayctl lab down --name {name})");
+        return Err(LabError::Rootless { reason, advice: String::new() });
+    };
+    let mut command = Command::new("nsenter");
+    command.args(["--target", &keeper.pid.to_string(), "--user", "--mount", "--net", "--preserve-credentials", "--"]);
+    command.arg(own_program()?).args(arguments);
+    command.env(INSIDE_VARIABLE, "1").env(DIR_VARIABLE, home.base());
+    if let Ok(cwd) = std::env::current_dir() {
+        command.env(CWD_VARIABLE, cwd);
+    }
+    let status = command.status().map_err(|source| LabError::Spawn { program: "nsenter".to_owned(), source })?;
+    // As shells count: 128 and the signal.
+    let code = status.code().or_else(|| status.signal().map(|s| 128 + s)).unwrap_or(1);
+    Ok(u8::try_from(code).unwrap_or(1))
+}
+
+/// Goes where the caller of [`enter`] was.
+pub fn restore_directory() {
+    if let Some(dir) = std::env::var_os(CWD_VARIABLE) {
+        // One that cannot be entered any more leaves the command at the root.
+        let _moved = std::env::set_current_dir(dir);
+    }
+}
+
+/// Ends what is left of a lab once its inside is taken down, or cannot be any more: recorded processes, keeper, directory. The
+/// namespaces end with the last process in them. Blocks.
+pub fn end_keeper(home: &Home, name: &LabName) -> Result<Removed, LabError> {
+    let dir = home.dir(name);
+    let mut processes: Vec<ProcessId> = recorded(&dir).into_iter().collect();
+    processes.extend(keeper(home, name));
+    let mut failures = end_all(&processes, GRACE);
+    let mut removed = Removed { processes: processes.len(), namespaces: 0, directory: false };
+    if failures.is_empty() {
+        match remove_dir(&dir) {
+            Ok(there) => removed.directory = there,
+            Err(error) => failures.push(error),
+        }
+    }
+    if failures.is_empty() { Ok(removed) } else { Err(LabError::Left { name: name.to_string(), failures }) }
+}
+
+/// What the keeper does: makes /run/netns writable, says so, and stays until it is ended. Returns only where something fails.
+pub fn keep(dir: &Path) -> Result<std::convert::Infallible, LabError> {
+    let file = |action, path: PathBuf| move |source| LabError::File { action, path, source };
+    prepare_run(dir).map_err(file("make room for namespaces in", PathBuf::from("/run")))?;
+    fs::write(dir.join("keeper.ready"), "").map_err(file("write", dir.join("keeper.ready")))?;
+    loop {
+        // SIGTERM ends it: there is nothing to put in order, the namespaces go with it.
+        nix::unistd::pause();
+    }
+}
+
+/// An empty /run/netns of our own. Where there is none, /run itself becomes ours, with everything that was in it.
+fn prepare_run(dir: &Path) -> io::Result<()> {
+    let netns = Path::new("/run/netns");
+    let tmpfs = |at: &Path| mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=0755"));
+    if netns.is_dir() {
+        return Ok(tmpfs(netns)?);
+    }
+    let run = Path::new("/run");
+    let before = dir.join("run-before");
+    fs::create_dir_all(&before)?;
+    mount(Some(run), &before, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)?;
+    tmpfs(run)?;
+    for entry in fs::read_dir(&before)?.flatten() {
+        let (from, to) = (entry.path(), run.join(entry.file_name()));
+        let kind = entry.file_type()?;
+        let bound = if kind.is_symlink() {
+            fs::read_link(&from).and_then(|target| std::os::unix::fs::symlink(target, &to))
+        } else {
+            let made = if kind.is_dir() { fs::create_dir(&to) } else { fs::File::create(&to).map(|_| ()) };
+            made.and_then(|()| Ok(mount(Some(&from), &to, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)?))
+        };
+        if let Err(error) = bound {
+            eprintln!("{} is not seen inside the lab: {error}", to.display());
+        }
+    }
+    fs::create_dir(netns)
+}

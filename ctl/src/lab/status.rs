@@ -1,0 +1,101 @@
+//! How a lab stands: each host's agent, subnet and containers.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use futures_util::stream::{self, StreamExt};
+use overlay_agent::model::{Endpoint, PerFamily, Subnet};
+use serde::{Deserialize, Serialize};
+
+use super::{Host, Lab};
+
+/// How long one agent may take to answer.
+const LIMIT: Duration = Duration::from_secs(3);
+
+/// How many agents are asked at once.
+const AT_ONCE: usize = 16;
+
+/// A lab.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LabStatus {
+    /// Its name.
+    pub name: String,
+    /// Its directory.
+    pub directory: std::path::PathBuf,
+    /// etcd's URLs, inside the lab.
+    pub etcd: Vec<String>,
+    /// Whether etcd runs.
+    pub etcd_running: bool,
+    /// The hosts.
+    pub hosts: Vec<HostStatus>,
+}
+
+/// A host of a lab.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct HostStatus {
+    /// Its name.
+    pub name: String,
+    /// The agent's process id, where it runs.
+    pub agent_pid: Option<i32>,
+    /// `ready`, `degraded`, `waiting`, `silent` (runs and does not answer) or `stopped`.
+    pub agent: String,
+    /// What is not well, in the agent's words.
+    pub problems: Vec<String>,
+    /// Its subnet.
+    pub subnet: Option<Subnet>,
+    /// Its addresses on the underlay.
+    pub addresses: PerFamily<IpAddr>,
+    /// Its containers.
+    pub containers: Vec<Endpoint>,
+}
+
+/// Asks every agent. What does not answer is said to be so; there is no error.
+pub async fn status(lab: &Lab) -> LabStatus {
+    let hosts = stream::iter(lab.hosts()).map(|host| async move { host_status(&host).await }).buffered(AT_ONCE).collect().await;
+    let etcd = super::process::ProcessId::recorded(&super::etcd::record(lab.dir()));
+    LabStatus {
+        name: lab.layout().name.to_string(),
+        directory: lab.dir().to_owned(),
+        etcd: lab.layout().etcd_endpoints(),
+        etcd_running: etcd.is_some_and(|id| id.is_alive()),
+        hosts,
+    }
+}
+
+async fn host_status(host: &Host<'_>) -> HostStatus {
+    let mut found = HostStatus {
+        name: host.name().to_owned(),
+        agent_pid: host.agent().map(|id| id.pid),
+        agent: "stopped".to_owned(),
+        problems: Vec::new(),
+        subnet: None,
+        addresses: host.layout().addresses,
+        containers: Vec::new(),
+    };
+    if found.agent_pid.is_none() {
+        return found;
+    }
+    let client = host.client().with_timeout(LIMIT);
+    match client.status().await {
+        Err(error) => {
+            found.agent = "silent".to_owned();
+            found.problems.push(error.to_string());
+            return found;
+        }
+        Ok(status) => {
+            found.agent = match (status.ready, status.problems.is_empty()) {
+                (true, true) => "ready",
+                (true, false) => "degraded",
+                (false, _) => "waiting",
+            }
+            .to_owned();
+            found.problems = status.problems;
+            found.subnet = status.lease.map(|lease| lease.subnet);
+        }
+    }
+    match client.endpoints().await {
+        Ok(endpoints) => found.containers = endpoints.endpoints,
+        Err(error) => found.problems.push(error.to_string()),
+    }
+    found
+}

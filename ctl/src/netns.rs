@@ -1,0 +1,149 @@
+//! The named network namespaces that `attach` makes for containers that have none, and `detach` removes.
+//!
+//! Only what `attach` made may go: a file `netns/NAME` beside the agent's socket, with the namespace's inode, says so. It lives, as the
+//! namespaces do, until the next boot.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use overlay_agent::kernel::netns::{Netns, NetnsError};
+use overlay_agent::model::endpoint::EndpointName;
+
+/// Where named namespaces are kept (`ip-netns(8)`).
+pub const NETNS_DIR: &str = "/run/netns";
+
+/// What stands before the names of namespaces, so that hosts of a lab, which share one machine's names, do not take each other's.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct PrefixArg {
+    /// Put before the name of a namespace that is made
+    #[arg(long, value_name = "TEXT", env = "OVERLAYCTL_NETNS_PREFIX", default_value = "", hide = true)]
+    pub netns_prefix: String,
+}
+
+/// Why a namespace was not made or removed.
+#[derive(Debug, thiserror::Error)]
+pub enum NamespaceError {
+    /// It is there, and not by us.
+    #[error(
+        "the network namespace {} exists already and was not made by `overlayctl attach`: to attach it, say --netns {}; to be rid of \
+         it: ip netns delete {name}",
+        path.display(),
+        path.display()
+    )]
+    Exists {
+        /// Its path.
+        path: PathBuf,
+        /// Its name.
+        name: String,
+    },
+    /// The kernel refuses.
+    #[error(transparent)]
+    Kernel(#[from] NetnsError),
+    /// The note of what was made cannot be kept.
+    #[error("cannot keep a note of the namespace in {}: {source}", path.display())]
+    Note {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        source: std::io::Error,
+    },
+}
+
+/// The named namespaces of one agent's endpoints.
+#[derive(Debug)]
+pub struct NamedNamespaces {
+    notes: PathBuf,
+    prefix: String,
+}
+
+/// A namespace that was just made; removed again when dropped, unless kept.
+#[derive(Debug)]
+pub struct Made<'a> {
+    owner: &'a NamedNamespaces,
+    name: EndpointName,
+    kept: bool,
+}
+
+impl NamedNamespaces {
+    /// Those of the agent with this socket.
+    pub fn of(socket: &Path, prefix: &PrefixArg) -> NamedNamespaces {
+        let notes = socket.parent().unwrap_or_else(|| Path::new("/")).join("netns");
+        NamedNamespaces { notes, prefix: prefix.netns_prefix.clone() }
+    }
+
+    /// The path of the namespace of an endpoint.
+    pub fn path(&self, name: &EndpointName) -> PathBuf {
+        Path::new(NETNS_DIR).join(self.full(name))
+    }
+
+    /// Makes the namespace of an endpoint.
+    pub fn make(&self, name: &EndpointName) -> Result<Made<'_>, NamespaceError> {
+        let path = self.path(name);
+        if path.exists() {
+            if !self.is_ours(name) {
+                return Err(NamespaceError::Exists { path, name: self.full(name) });
+            }
+            // Left over from an attach that was killed half way, or from before the agent lost its state.
+            self.remove(name)?;
+        }
+        Netns::create(&self.full(name))?;
+        let made = Made { owner: self, name: name.clone(), kept: false };
+        let inode = std::fs::metadata(&path).map_err(|source| NamespaceError::Note { path: path.clone(), source })?.ino();
+        let note = self.note(name);
+        std::fs::create_dir_all(&self.notes)
+            .and_then(|()| std::fs::write(&note, inode.to_string()))
+            .map_err(|source| NamespaceError::Note { path: note, source })?;
+        Ok(made)
+    }
+
+    /// Removes the namespace of an endpoint where [`NamedNamespaces::make`] had made it; whether it had.
+    pub fn remove(&self, name: &EndpointName) -> Result<bool, NamespaceError> {
+        let ours = self.is_ours(name);
+        if ours {
+            Netns::delete(&self.full(name))?;
+        }
+        let note = self.note(name);
+        match std::fs::remove_file(&note) {
+            Ok(()) => {}
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(source) => return Err(NamespaceError::Note { path: note, source }),
+        }
+        Ok(ours)
+    }
+
+    fn full(&self, name: &EndpointName) -> String {
+        format!("{}{name}", self.prefix)
+    }
+
+    fn note(&self, name: &EndpointName) -> PathBuf {
+        self.notes.join(self.full(name))
+    }
+
+    /// Whether the namespace of that name is the one that was noted.
+    fn is_ours(&self, name: &EndpointName) -> bool {
+        let noted = std::fs::read_to_string(self.note(name)).ok().and_then(|text| text.trim().parse::<u64>().ok());
+        let found = std::fs::metadata(self.path(name)).ok().map(|m| m.ino());
+        noted.is_some() && noted == found
+    }
+}
+
+impl Made<'_> {
+    /// Lets the namespace be.
+    pub fn keep(mut self) {
+        self.kept = true;
+    }
+}
+
+impl Drop for Made<'_> {
+    fn drop(&mut self) {
+        if self.kept {
+            return;
+        }
+        let name = self.owner.full(&self.name);
+        if let Err(error) = Netns::delete(&name) {
+            eprintln!("overlayctl: the namespace {name} is left over: {error}. Remove it: ip netns delete {name}");
+        }
+        // A note without its namespace means nothing.
+        let _gone = std::fs::remove_file(self.owner.note(&self.name));
+    }
+}

@@ -1,0 +1,306 @@
+//! What commands print: tables for people, JSON and YAML for programs. Owns standard output.
+//!
+//! A reader that went away (`overlayctl subnets | head -1`) is a clean end: [`OutputError::Closed`], which the binary turns into exit
+//! code 0.
+
+use std::io::{ErrorKind, IsTerminal, Write};
+
+use clap::ValueEnum;
+use comfy_table::{Attribute, Cell, Color, Row};
+use serde::Serialize;
+
+/// The shape of the output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum Format {
+    /// A table with the columns that matter most.
+    #[default]
+    Table,
+    /// A table with every column.
+    Wide,
+    /// One JSON document; with `--watch` one a line.
+    Json,
+    /// YAML.
+    Yaml,
+}
+
+/// Why output did not arrive.
+#[derive(Debug, thiserror::Error)]
+pub enum OutputError {
+    /// The reader went away, which is no mistake.
+    #[error("the reader of the output went away")]
+    Closed,
+    /// Standard output cannot be written.
+    #[error("cannot write to standard output: {source}")]
+    Write {
+        /// What the system says.
+        source: std::io::Error,
+    },
+    /// The value has no such form.
+    #[error("cannot print as {format}: {reason}")]
+    Encode {
+        /// `JSON` or `YAML`.
+        format: &'static str,
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+impl From<std::io::Error> for OutputError {
+    fn from(source: std::io::Error) -> Self {
+        if source.kind() == ErrorKind::BrokenPipe { OutputError::Closed } else { OutputError::Write { source } }
+    }
+}
+
+/// A value that people read as text and programs as JSON or YAML.
+pub trait View: Serialize {
+    /// The text for people, without a line end behind the last line. `wide` asks for every column.
+    fn text(&self, style: Style, wide: bool) -> String;
+}
+
+/// Whether text may carry colours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Style {
+    colour: bool,
+}
+
+/// How a text stands out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tone {
+    /// All is well.
+    Good,
+    /// Needs a look.
+    Warning,
+    /// Is broken.
+    Bad,
+    /// Of little weight.
+    Quiet,
+}
+
+impl Style {
+    /// No colours.
+    pub const PLAIN: Style = Style { colour: false };
+
+    /// Colours where the stream is a terminal, `NO_COLOR` (no-color.org) is unset or empty and `TERM` is not `dumb`.
+    pub fn of(stream: &impl IsTerminal) -> Style {
+        let refused = std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty()) || std::env::var_os("TERM").is_some_and(|t| t == "dumb");
+        Style { colour: stream.is_terminal() && !refused }
+    }
+
+    /// The text in that tone.
+    pub fn paint(self, tone: Tone, text: &str) -> String {
+        // ECMA-48 "select graphic rendition" parameters.
+        let code = match tone {
+            Tone::Good => "32",
+            Tone::Warning => "33",
+            Tone::Bad => "31",
+            Tone::Quiet => "2",
+        };
+        if self.colour { format!("\u{1b}[{code}m{text}\u{1b}[0m") } else { text.to_owned() }
+    }
+}
+
+/// A table without borders: two blanks between columns, headers in capitals.
+#[derive(Debug)]
+pub struct Table {
+    style: Style,
+    inner: comfy_table::Table,
+}
+
+impl Table {
+    /// An empty table with these column headers.
+    pub fn new(style: Style, header: &[&str]) -> Table {
+        let mut inner = comfy_table::Table::new();
+        inner.load_style(comfy_table::presets::NOTHING);
+        inner.force_no_tty();
+        if style.colour {
+            inner.enforce_styling();
+        }
+        inner.set_header(Row::from(header.iter().map(|h| Cell::new(h).add_attribute(Attribute::Dim)).collect::<Vec<_>>()));
+        for column in inner.column_iter_mut() {
+            column.set_padding((0, 2));
+        }
+        Table { style, inner }
+    }
+
+    /// Adds a row.
+    pub fn row(&mut self, cells: Vec<Cell>) {
+        self.inner.add_row(Row::from(cells));
+    }
+
+    /// The text of the table.
+    pub fn text(&self) -> String {
+        let lines: Vec<String> = self.inner.lines().map(|line| line.trim_end().to_owned()).collect();
+        lines.join("\n")
+    }
+
+    /// The style given at the start.
+    pub fn style(&self) -> Style {
+        self.style
+    }
+}
+
+/// A cell of text; `None` prints as `-`.
+pub fn cell(value: Option<impl ToString>) -> Cell {
+    match value {
+        Some(value) => Cell::new(value.to_string()),
+        None => Cell::new("-"),
+    }
+}
+
+/// A cell in a tone.
+pub fn toned(tone: Tone, text: impl ToString) -> Cell {
+    let cell = Cell::new(text.to_string());
+    match tone {
+        Tone::Good => cell.fg(Color::Green),
+        Tone::Warning => cell.fg(Color::Yellow),
+        Tone::Bad => cell.fg(Color::Red),
+        Tone::Quiet => cell.add_attribute(Attribute::Dim),
+    }
+}
+
+/// Prints values in the chosen format.
+#[derive(Debug, Clone, Copy)]
+pub struct Printer {
+    format: Format,
+    style: Style,
+}
+
+impl Printer {
+    /// A printer to standard output.
+    pub fn new(format: Format) -> Printer {
+        Printer { format, style: Style::of(&std::io::stdout()) }
+    }
+
+    /// The chosen format.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// Whether people read it: table or wide.
+    pub fn for_people(&self) -> bool {
+        matches!(self.format, Format::Table | Format::Wide)
+    }
+
+    /// The colours of standard output.
+    pub fn style(&self) -> Style {
+        self.style
+    }
+
+    /// Prints one value.
+    pub fn show(&self, value: &impl View) -> Result<(), OutputError> {
+        let text = self.render(value)?;
+        self.line(&text)
+    }
+
+    /// Prints one of a sequence of values: JSON on one line, YAML as a document of its own, tables one below the other, on a terminal in
+    /// place of the one before.
+    pub fn show_next(&self, value: &impl View) -> Result<(), OutputError> {
+        match self.format {
+            Format::Json => self.line(&encode_json(value, false)?),
+            Format::Yaml => self.line(&format!("---\n{}", self.render(value)?)),
+            Format::Table | Format::Wide => {
+                let text = self.render(value)?;
+                if std::io::stdout().is_terminal() {
+                    // Home, then clear what is below: no flicker, and the scroll-back stays.
+                    self.line(&format!("\u{1b}[H\u{1b}[J{text}"))
+                } else {
+                    self.line(&format!("{text}\n"))
+                }
+            }
+        }
+    }
+
+    /// Prints a text and a line end.
+    pub fn line(&self, text: &str) -> Result<(), OutputError> {
+        self.raw(format!("{text}\n").as_bytes())
+    }
+
+    /// Writes bytes as they are.
+    pub fn raw(&self, bytes: &[u8]) -> Result<(), OutputError> {
+        let mut out = std::io::stdout().lock();
+        out.write_all(bytes)?;
+        out.flush()?;
+        Ok(())
+    }
+
+    fn render(&self, value: &impl View) -> Result<String, OutputError> {
+        match self.format {
+            Format::Table => Ok(value.text(self.style, false)),
+            Format::Wide => Ok(value.text(self.style, true)),
+            Format::Json => encode_json(value, true),
+            Format::Yaml => serde_norway::to_string(value)
+                .map(|text| text.trim_end().to_owned())
+                .map_err(|e| OutputError::Encode { format: "YAML", reason: e.to_string() }),
+        }
+    }
+}
+
+fn encode_json(value: &impl Serialize, pretty: bool) -> Result<String, OutputError> {
+    if pretty { serde_json::to_string_pretty(value) } else { serde_json::to_string(value) }
+        .map_err(|e| OutputError::Encode { format: "JSON", reason: e.to_string() })
+}
+
+/// A span of seconds for people, in its two largest units: `23h59m`, `4m7s`, `12s`.
+pub fn seconds(total: u64) -> String {
+    let units = [("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1)];
+    let first = units.iter().position(|(_, size)| total >= *size).unwrap_or(units.len() - 1);
+    let mut rest = total;
+    let mut text = String::new();
+    for (unit, size) in units.iter().skip(first).take(2) {
+        let count = rest / size;
+        rest %= size;
+        if count > 0 || text.is_empty() {
+            text.push_str(&format!("{count}{unit}"));
+        }
+    }
+    text
+}
+
+/// How long ago a time (seconds since the epoch) was, as in `4m7s ago`.
+pub fn ago(at: u64) -> String {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(at, |d| d.as_secs());
+    format!("{} ago", seconds(now.saturating_sub(at)))
+}
+
+/// Both families' values on one line; `-` where there is none.
+pub fn joined<T: ToString>(values: impl IntoIterator<Item = T>) -> String {
+    let texts: Vec<String> = values.into_iter().map(|v| v.to_string()).collect();
+    if texts.is_empty() { "-".to_owned() } else { texts.join(" ") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans() {
+        for (total, text) in [(0, "0s"), (59, "59s"), (60, "1m"), (247, "4m7s"), (86_399, "23h59m"), (90_000, "1d1h"), (3_601, "1h")] {
+            assert_eq!(seconds(total), text);
+        }
+    }
+
+    #[test]
+    fn tables_have_no_borders_and_no_trailing_blanks() {
+        let mut table = Table::new(Style::PLAIN, &["SUBNET", "HOST"]);
+        table.row(vec![Cell::new("10.244.1.0/24"), cell(Some("h1"))]);
+        table.row(vec![Cell::new("10.244.12.0/24"), cell(None::<String>)]);
+        assert_eq!(table.text(), "SUBNET          HOST\n10.244.1.0/24   h1\n10.244.12.0/24  -");
+    }
+
+    #[test]
+    fn colours_only_where_asked() {
+        let mut table = Table::new(Style { colour: true }, &["STATE"]);
+        table.row(vec![toned(Tone::Bad, "down")]);
+        assert!(table.text().contains("\u{1b}["));
+        let mut table = Table::new(Style::PLAIN, &["STATE"]);
+        table.row(vec![toned(Tone::Bad, "down")]);
+        assert!(!table.text().contains('\u{1b}'));
+        assert_eq!(Style::PLAIN.paint(Tone::Good, "x"), "x");
+    }
+
+    #[test]
+    fn a_closed_reader_is_told_apart() {
+        assert!(matches!(OutputError::from(std::io::Error::from(ErrorKind::BrokenPipe)), OutputError::Closed));
+        assert!(matches!(OutputError::from(std::io::Error::from(ErrorKind::StorageFull)), OutputError::Write { .. }));
+    }
+}
