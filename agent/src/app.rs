@@ -54,7 +54,7 @@ pub async fn run(config: HostConfig, level: LevelHandle) -> anyhow::Result<()> {
         }
         None => None,
     };
-    let (kernel, kernel_events, follow) = Kernel::open(KernelOptions { force_classic_routes: !config.nexthop_objects })?;
+    let (kernel, kernel_events, follow) = Kernel::open(&KernelOptions { force_classic_routes: !config.nexthop_objects, ..KernelOptions::default() })?;
     let endpoints: Endpoints<Plugger> = Endpoints::restore(Arc::clone(&state), kernel.plugger()).await?;
     let memory = HostMemory::load(Arc::clone(&state))?;
     let metrics = Arc::new(Metrics::new());

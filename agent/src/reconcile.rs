@@ -10,6 +10,8 @@
 mod inputs;
 mod repair;
 mod report;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;

@@ -53,7 +53,7 @@ pub async fn cleanup(config: HostConfig) -> anyhow::Result<()> {
 }
 
 async fn clean_kernel(host: &HostState, failures: &mut Vec<String>) -> anyhow::Result<()> {
-    let (mut kernel, _events, _follow) = Kernel::open(KernelOptions { force_classic_routes: false })?;
+    let (mut kernel, _events, _follow) = Kernel::open(&KernelOptions::default())?;
     let plugger = kernel.plugger();
     let actual = kernel.dump().await.context("the kernel's state cannot be read")?;
     for (key, value) in &actual {

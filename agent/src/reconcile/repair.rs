@@ -144,6 +144,12 @@ impl Repairs {
         self.waiting.get(key).map(|w| w.error.as_str())
     }
 
+    /// The entries that others change again and again at present, with how often.
+    pub(super) fn fights(&self) -> impl Iterator<Item = (&Key, u32)> {
+        let lasts = |fight: &Fight| fight.repairs > FIGHT_REPAIRS && fight.since.elapsed() <= FIGHT_WINDOW;
+        self.fights.iter().filter(move |(_, fight)| lasts(fight)).map(|(key, fight)| (key, fight.repairs))
+    }
+
     /// Number of repairs since the start.
     pub(super) fn count(&self) -> u64 {
         self.count

@@ -105,6 +105,13 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         if let Some(first) = self.repairs.failures().next() {
             problems.push(format!("{failed} entries cannot be programmed, the first: {}: {}", first.entry, first.error));
         }
+        if let Some((key, repairs)) = self.repairs.fights().next() {
+            problems.push(format!(
+                "something on this host keeps undoing {} entries, the first: {key}, changed by others {repairs} times within seconds: \
+                 `ip monitor` and `nft monitor` show who",
+                self.repairs.fights().count()
+            ));
+        }
         if !self.refused.is_empty() {
             let first = self.refused.values().next().map(ToString::to_string).unwrap_or_default();
             problems.push(format!("{} leases are left out, the first: {first}", self.refused.len()));

@@ -1,0 +1,225 @@
+//! The socket file: who may connect, and whose it is.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen, socket, sockopt,
+};
+use nix::sys::stat::{Mode, fchmod};
+use tokio::net::UnixListener;
+
+/// Root and the socket's group may connect, nobody else: whoever can connect can attach to any namespace.
+const MODE: u32 = 0o660;
+
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 128;
+
+/// The agent's socket, listening. Dropping it removes the file, unless it is another's by then.
+#[derive(Debug)]
+pub struct AdminSocket {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Device and inode of the file.
+    identity: (u64, u64),
+}
+
+/// Why there is no socket.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketError {
+    /// An agent answers there.
+    #[error("{path} belongs to a live agent ({holder}): stop that one, or start this one with its own --run-dir and --state-dir")]
+    Live {
+        /// The socket's path.
+        path: PathBuf,
+        /// `pid 123`, or that it is not known.
+        holder: String,
+    },
+    /// Something else stands there.
+    #[error("{path} is there and is no socket: it is left alone; move it away, or choose another --run-dir")]
+    NoSocket {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The path does not fit into an address.
+    #[error("the socket path {path} is too long: a UNIX socket's path has at most 107 bytes; choose a shorter --run-dir")]
+    TooLong {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The system refused.
+    #[error("cannot {action} the socket {path}: {source}")]
+    System {
+        /// What was to be done.
+        action: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+}
+
+impl AdminSocket {
+    /// Listens at `path` with mode 0660. A socket file on which nobody answers is replaced; anything else that stands there is an error.
+    /// Needs a tokio runtime. Does not block but for the file system.
+    pub fn bind(path: &Path) -> Result<AdminSocket, SocketError> {
+        let system = |action| move |source: io::Error| SocketError::System { action, path: path.to_owned(), source };
+        let address = UnixAddr::new(path).map_err(|_| SocketError::TooLong { path: path.to_owned() })?;
+        clear_stale(path, &address)?;
+        let fd = listen_private(&address).map_err(|e| system("make")(e.into()))?;
+        // The umask can only have narrowed the mode.
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(MODE)).map_err(system("set the mode of"))?;
+        let metadata = std::fs::symlink_metadata(path).map_err(system("look at"))?;
+        let listener = UnixListener::from_std(std::os::unix::net::UnixListener::from(fd)).map_err(system("listen on"))?;
+        Ok(AdminSocket { listener, path: path.to_owned(), identity: (metadata.dev(), metadata.ino()) })
+    }
+
+    /// The path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(super) fn listener(&self) -> &UnixListener {
+        &self.listener
+    }
+}
+
+impl Drop for AdminSocket {
+    fn drop(&mut self) {
+        let ours = |m: &std::fs::Metadata| (m.dev(), m.ino()) == self.identity;
+        if std::fs::symlink_metadata(&self.path).is_ok_and(|m| ours(&m)) {
+            // One that stays is stale, and replaced at the next start.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Makes room at the path if what stands there is a socket on which nobody answers.
+fn clear_stale(path: &Path, address: &UnixAddr) -> Result<(), SocketError> {
+    let system = |action| move |source: io::Error| SocketError::System { action, path: path.to_owned(), source };
+    match std::fs::symlink_metadata(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(system("look at")(e)),
+        Ok(m) if !m.file_type().is_socket() => return Err(SocketError::NoSocket { path: path.to_owned() }),
+        Ok(_) => {}
+    }
+    let probe = stream_socket().map_err(|e| system("probe")(e.into()))?;
+    match connect(probe.as_raw_fd(), address) {
+        Err(nix::errno::Errno::ECONNREFUSED) => {
+            tracing::info!(path = %path.display(), "replacing a socket on which nobody answers");
+            match std::fs::remove_file(path) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => Err(system("remove the stale")(e)),
+                _ => Ok(()),
+            }
+        }
+        Err(nix::errno::Errno::ENOENT) => Ok(()),
+        // EAGAIN: somebody listens, and does not keep up.
+        Ok(()) | Err(nix::errno::Errno::EAGAIN) => {
+            let pid = getsockopt(&probe, sockopt::PeerCredentials).map(|c| c.pid()).unwrap_or_default();
+            let holder = if pid > 0 { format!("pid {pid}") } else { "its pid is not known".to_owned() };
+            Err(SocketError::Live { path: path.to_owned(), holder })
+        }
+        Err(e) => Err(system("probe")(e.into())),
+    }
+}
+
+fn stream_socket() -> nix::Result<OwnedFd> {
+    socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)
+}
+
+/// A listening socket whose file has at most the wished mode from its first moment: on Linux the file takes the mode of the socket's inode,
+/// less the umask (`unix_bind_bsd` in the kernel's net/unix/af_unix.c).
+fn listen_private(address: &UnixAddr) -> nix::Result<OwnedFd> {
+    let fd = stream_socket()?;
+    fchmod(&fd, Mode::from_bits_truncate(MODE))?;
+    bind(fd.as_raw_fd(), address)?;
+    listen(&fd, Backlog::new(BACKLOG)?)?;
+    Ok(fd)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mode(path: &Path) -> u32 {
+        std::fs::symlink_metadata(path).unwrap().mode() & 0o7777
+    }
+
+    #[tokio::test]
+    async fn the_socket_is_never_open_to_others() {
+        let dir = tempfile::tempdir().unwrap();
+        for umask in [0o000, 0o022, 0o077, 0o777] {
+            let raw = dir.path().join(format!("raw-{umask:o}"));
+            let whole = dir.path().join(format!("whole-{umask:o}"));
+            let runtime = tokio::runtime::Handle::current();
+            // The umask belongs to the process; a thread that no longer shares it changes only its own.
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS).unwrap();
+                    nix::sys::stat::umask(Mode::from_bits_truncate(umask));
+                    let _runtime = runtime.enter();
+                    let _fd = listen_private(&UnixAddr::new(&raw).unwrap()).unwrap();
+                    assert_eq!(mode(&raw), MODE & !umask, "umask {umask:o}");
+                    let socket = AdminSocket::bind(&whole).unwrap();
+                    assert_eq!(mode(socket.path()), MODE);
+                });
+            });
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stale_file_is_replaced_and_a_live_agent_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("overlayd.sock");
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        assert!(path.exists());
+        let socket = AdminSocket::bind(&path).unwrap();
+        let error = AdminSocket::bind(&path).unwrap_err();
+        assert!(matches!(error, SocketError::Live { .. }));
+        assert!(error.to_string().contains(&format!("pid {}", std::process::id())), "{error}");
+        // The refused one has left the file alone; the owner removes it.
+        assert!(path.exists());
+        drop(socket);
+        assert!(!path.exists());
+        // An owner does not remove what is another's by now.
+        let first = AdminSocket::bind(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let second = AdminSocket::bind(&path).unwrap();
+        drop(first);
+        assert!(path.exists());
+        drop(second);
+    }
+
+    #[tokio::test]
+    async fn a_live_agent_that_does_not_accept_is_live() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let address = UnixAddr::new(&path).unwrap();
+        let _listening = listen_private(&address).unwrap();
+        let mut waiting = Vec::new();
+        for _ in 0..=BACKLOG {
+            let client = stream_socket().unwrap();
+            connect(client.as_raw_fd(), &address).unwrap();
+            waiting.push(client);
+        }
+        assert!(matches!(AdminSocket::bind(&path), Err(SocketError::Live { .. })));
+    }
+
+    #[tokio::test]
+    async fn what_is_no_socket_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        std::fs::write(&file, "mine").unwrap();
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(dir.path().join("nowhere"), &link).unwrap();
+        for path in [&file, &link, &dir.path().to_owned()] {
+            assert!(matches!(AdminSocket::bind(path), Err(SocketError::NoSocket { .. })), "{}", path.display());
+        }
+        assert_eq!(std::fs::read(&file).unwrap(), b"mine");
+        let long = dir.path().join("x".repeat(120));
+        assert!(matches!(AdminSocket::bind(&long), Err(SocketError::TooLong { .. })));
+        assert!(matches!(AdminSocket::bind(&dir.path().join("none/s")), Err(SocketError::System { .. })));
+    }
+}

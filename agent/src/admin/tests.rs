@@ -1,0 +1,236 @@
+//! Real requests over a real socket, good and hostile, to a backend that is made up.
+
+mod backend;
+mod hostile;
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+use tokio::task::JoinHandle;
+
+use super::*;
+use backend::FakeBackend;
+
+struct Agent {
+    path: std::path::PathBuf,
+    backend: Arc<FakeBackend>,
+    stop: CancellationToken,
+    task: JoinHandle<()>,
+    _directory: tempfile::TempDir,
+}
+
+impl Agent {
+    fn start() -> Agent {
+        Agent::start_within(Limits::DEFAULT)
+    }
+
+    fn start_within(limits: Limits) -> Agent {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("overlayd.sock");
+        let (backend, stop) = (Arc::new(FakeBackend::default()), CancellationToken::new());
+        let socket = AdminSocket::bind(&path).unwrap();
+        let task = tokio::spawn(serve_within(socket, Arc::clone(&backend), limits, stop.clone()));
+        Agent { path, backend, stop, task, _directory: directory }
+    }
+
+    async fn connect(&self) -> UnixStream {
+        UnixStream::connect(&self.path).await.unwrap()
+    }
+
+    /// Sends bytes as they are and reads to the end.
+    async fn raw(&self, bytes: &[u8]) -> String {
+        let mut stream = self.connect().await;
+        stream.write_all(bytes).await.unwrap();
+        read_all(&mut stream).await
+    }
+
+    async fn ask(&self, method: &str, path: &str, body: &str) -> (u16, String) {
+        let length = body.len();
+        let text = format!("{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}");
+        split(&self.raw(text.as_bytes()).await)
+    }
+
+    async fn get(&self, path: &str) -> (u16, Value) {
+        let (status, body) = self.ask("GET", path, "").await;
+        (status, serde_json::from_str(&body).unwrap_or(Value::String(body)))
+    }
+
+    async fn end(self) {
+        self.stop.cancel();
+        tokio::time::timeout(Duration::from_secs(20), self.task).await.expect("an end in time").unwrap();
+        assert!(!self.path.exists());
+    }
+}
+
+async fn read_all(stream: &mut UnixStream) -> String {
+    let mut bytes = Vec::new();
+    // A reset behind the last byte is an end too.
+    let _ = tokio::time::timeout(Duration::from_secs(20), stream.read_to_end(&mut bytes)).await.expect("an end in time");
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+fn split(answer: &str) -> (u16, String) {
+    let status = answer.split(' ').nth(1).and_then(|s| s.parse().ok()).unwrap_or(0);
+    (status, answer.split_once("\r\n\r\n").map_or(String::new(), |(_, body)| body.to_owned()))
+}
+
+#[tokio::test]
+async fn each_path_answers() {
+    let agent = Agent::start();
+    let (status, body) = agent.get("/v1/status").await;
+    assert_eq!((status, &body["node"], &body["health"]), (200, &json!("h1"), &json!("ok")));
+    assert_eq!(agent.get("/v1/subnets").await, (200, json!({"subnets": []})));
+    assert_eq!(agent.get("/v1/peers").await, (200, json!({"peers": []})));
+    assert_eq!(agent.get("/v1/endpoints").await, (200, json!({"endpoints": []})));
+    assert_eq!(agent.get("/healthz").await, (200, json!("ok\n")));
+    assert_eq!(agent.get("/readyz").await, (200, json!("ready\n")));
+    let (status, page) = agent.ask("GET", "/metrics", "").await;
+    assert!(status == 200 && page.starts_with("# HELP"), "{page}");
+    let head = agent.raw(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await;
+    assert!(head.contains("content-type: text/plain; version=0.0.4; charset=utf-8"), "{head}");
+
+    let (status, body) =
+        agent.ask("PUT", "/v1/endpoints/c1", r#"{"netns":"/run/netns/c1","addresses":{"v4":"10.244.1.7"}}"#).await;
+    let attached: Attached = serde_json::from_str(&body).expect(&body);
+    assert_eq!((status, attached.endpoint.name.as_str()), (200, "c1"));
+    assert_eq!(attached.endpoint.addresses.v4.map(|a| a.to_string()).as_deref(), Some("10.244.1.7"));
+    assert_eq!(agent.ask("DELETE", "/v1/endpoints/c1", "").await, (200, r#"{"endpoint":"c1"}"#.to_owned()));
+
+    assert_eq!(agent.get("/v1/log-level").await, (200, json!({"level": "info"})));
+    assert_eq!(agent.ask("PUT", "/v1/log-level", r#"{"level":"debug"}"#).await, (200, r#"{"level":"debug"}"#.to_owned()));
+    assert_eq!(agent.get("/v1/log-level").await, (200, json!({"level": "debug"})));
+    agent.end().await;
+}
+
+#[tokio::test]
+async fn errors_are_problems_with_a_fitting_status() {
+    let agent = Agent::start();
+    let attach = |name: &'static str, body: &'static str| ("PUT", format!("/v1/endpoints/{name}"), body);
+    let get = |path: &str| ("GET", path.to_owned(), "");
+    let good = r#"{"netns":"/run/netns/c1"}"#;
+    for ((method, path, body), status, expected) in [
+        (get("/"), 404, "there is no /"),
+        (get("/v2/status"), 404, "there is no /v2/status"),
+        (get("/v1/endpoints/c1"), 405, "/v1/endpoints/c1 cannot be asked with GET"),
+        (("POST", "/v1/status".to_owned(), ""), 405, "/v1/status cannot be asked with POST"),
+        (("BREW", "/v1/status".to_owned(), ""), 405, "cannot be asked with BREW"),
+        (get("/v1/subnets?watch=maybe"), 400, "known is watch=true"),
+        (get("/v1/subnets?wach=true"), 400, "wach"),
+        (attach("c1", ""), 400, "EOF while parsing"),
+        (attach("c1", "{"), 400, "is not as expected"),
+        (attach("c1", r#"{"netns":"/a","ip":"10.0.0.1"}"#), 400, "unknown field `ip`"),
+        (attach("c1", r#"{"netns":"/a","addresses":{"v4":"10.0.0"}}"#), 400, "is not as expected"),
+        (attach("-c1", good), 400, "`-c1` is no endpoint name"),
+        (attach("a%2Fb", good), 400, "`a/b` is no endpoint name"),
+        (attach("%1b%5b31m", good), 400, "is no endpoint name"),
+        (attach("%ff", good), 400, "UTF-8"),
+        (attach("bad", good), 400, "bad value"),
+        (attach("conflict", good), 409, "conflict"),
+        (attach("early", good), 503, "not yet"),
+        (attach("broken", good), 500, "disk"),
+        (attach("missing", good), 404, "no such"),
+        (attach("panics", good), 500, "failed by a defect of the agent"),
+        (("DELETE", "/v1/endpoints/%20".to_owned(), ""), 400, "is no endpoint name"),
+        (("PUT", "/v1/log-level".to_owned(), r#"{"level":"inof"}"#), 400, "inof"),
+        (("PUT", "/v1/log-level".to_owned(), r#"{"level":3}"#), 400, "invalid type"),
+    ] {
+        let (got, text) = agent.ask(method, &path, body).await;
+        let problem: crate::model::api::Problem =
+            serde_json::from_str(&text).unwrap_or_else(|e| panic!("{method} {path}: {e}: {text}"));
+        assert!(problem.error.contains(expected) && !problem.error.contains('\u{1b}'), "{method} {path}: {}", problem.error);
+        assert_eq!(got, status, "{method} {path}: {}", problem.error);
+    }
+    agent.backend.not_ready(&["no snapshot seen", "no lease held"]);
+    assert_eq!(agent.get("/readyz").await, (503, json!({"error": "no snapshot seen; no lease held"})));
+    assert_eq!(agent.get("/healthz").await.0, 200);
+    agent.end().await;
+}
+
+#[tokio::test]
+async fn one_connection_carries_many_requests() {
+    let agent = Agent::start();
+    let mut stream = agent.connect().await;
+    for _ in 0..3 {
+        stream.write_all(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+        let mut bytes = [0; 512];
+        let read = stream.read(&mut bytes).await.unwrap();
+        assert!(bytes[..read].ends_with(b"ok\n"));
+    }
+    // An idle connection does not hold up the end.
+    let began = Instant::now();
+    agent.end().await;
+    assert!(began.elapsed() < Duration::from_secs(3));
+}
+
+async fn watch(agent: &Agent) -> tokio::io::Lines<BufReader<UnixStream>> {
+    let mut stream = agent.connect().await;
+    stream.write_all(b"GET /v1/subnets?watch=true HTTP/1.0\r\nhost: x\r\n\r\n").await.unwrap();
+    let mut lines = BufReader::new(stream).lines();
+    while !lines.next_line().await.unwrap().expect("a head").is_empty() {}
+    lines
+}
+
+async fn keys(lines: &mut tokio::io::Lines<BufReader<UnixStream>>) -> Vec<String> {
+    let line = tokio::time::timeout(Duration::from_secs(10), lines.next_line()).await.expect("a line in time");
+    let subnets: Subnets = serde_json::from_str(&line.unwrap().expect("a line")).unwrap();
+    subnets.subnets.into_iter().map(|s| s.key).collect()
+}
+
+#[tokio::test]
+async fn a_watch_tells_each_change_and_ends_at_the_stop() {
+    let agent = Agent::start();
+    let mut lines = watch(&agent).await;
+    assert!(keys(&mut lines).await.is_empty());
+    // A change elsewhere is not told; many together are told once, with the last state.
+    agent.backend.touch();
+    tokio::time::sleep(Duration::from_millis(60)).await;
+    for i in 0..100 {
+        agent.backend.add_subnet(&format!("10.244.{i}.0-24"));
+    }
+    let mut told = 1;
+    while keys(&mut lines).await.len() < 100 {
+        told += 1;
+    }
+    assert!(told < 10, "{told} lines for 100 changes at once");
+    let began = Instant::now();
+    agent.end().await;
+    assert!(began.elapsed() < Duration::from_secs(3));
+    assert_eq!(lines.next_line().await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn a_watch_ends_with_its_client() {
+    let agent = Agent::start_within(Limits { connections: 1, ..Limits::DEFAULT });
+    let mut lines = watch(&agent).await;
+    assert!(keys(&mut lines).await.is_empty());
+    assert_eq!(agent.get("/healthz").await.0, 503);
+    drop(lines);
+    let began = Instant::now();
+    while agent.get("/healthz").await.0 != 200 {
+        assert!(began.elapsed() < Duration::from_secs(5), "the watch's connection is still open");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    agent.end().await;
+}
+
+#[tokio::test]
+async fn metrics_over_tcp_show_nothing_else() {
+    let listener = bind_tcp("127.0.0.1:0".parse().unwrap()).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let taken = bind_tcp(address).await.unwrap_err().to_string();
+    assert!(taken.contains(&address.to_string()) && taken.contains("choose another port"), "{taken}");
+    let stop = CancellationToken::new();
+    let task = tokio::spawn(serve_metrics(listener, Arc::new(FakeBackend::default()), stop.clone()));
+    for (path, expected) in [("/metrics", 200), ("/healthz", 200), ("/readyz", 200), ("/v1/status", 404), ("/v1/log-level", 404)]
+    {
+        let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        stream.write_all(format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").as_bytes()).await.unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await.unwrap();
+        assert_eq!(split(&text).0, expected, "{path}");
+    }
+    stop.cancel();
+    task.await.unwrap();
+}

@@ -1,0 +1,153 @@
+//! A made-up agent behind the socket.
+
+use std::sync::Mutex;
+
+use super::*;
+use crate::model::api::{DataPathStatus, Health, StoreStatus, SubnetEntry};
+use crate::model::{Endpoint, Mac, PerFamily};
+
+#[derive(Debug)]
+pub(super) struct FakeBackend {
+    subnets: Mutex<Vec<SubnetEntry>>,
+    reasons: Mutex<Vec<String>>,
+    level: Mutex<String>,
+    changes: channel::Sender<u64>,
+}
+
+impl Default for FakeBackend {
+    fn default() -> Self {
+        FakeBackend {
+            subnets: Mutex::default(),
+            reasons: Mutex::default(),
+            level: Mutex::new("info".to_owned()),
+            changes: channel::Sender::new(0),
+        }
+    }
+}
+
+impl FakeBackend {
+    pub(super) fn not_ready(&self, reasons: &[&str]) {
+        *self.reasons.lock().unwrap() = reasons.iter().map(|s| (*s).to_owned()).collect();
+    }
+
+    pub(super) fn touch(&self) {
+        self.changes.send_modify(|n| *n += 1);
+    }
+
+    pub(super) fn add_subnet(&self, key: &str) {
+        let entry = SubnetEntry {
+            key: key.to_owned(),
+            subnet: None,
+            host: None,
+            node_id: None,
+            public_ip: PerFamily::default(),
+            backend: None,
+            vni: None,
+            vtep: PerFamily::default(),
+            expires_in_seconds: None,
+            reservation: false,
+            own: false,
+            refused: None,
+        };
+        self.subnets.lock().unwrap().push(entry);
+        self.touch();
+    }
+}
+
+impl Backend for FakeBackend {
+    async fn status(&self) -> Result<Status, ApiError> {
+        Ok(Status {
+            version: "0".to_owned(),
+            node: "h1".to_owned(),
+            node_id: "0".repeat(32),
+            uptime_seconds: 1,
+            ready: true,
+            health: Health::Ok,
+            problems: Vec::new(),
+            store: StoreStatus {
+                connected: true,
+                endpoints: Vec::new(),
+                prefix: "/coreos.com/network".to_owned(),
+                revision: 1,
+                error: None,
+                config_errors: Vec::new(),
+                leases: 0,
+                refused: Vec::new(),
+            },
+            network: None,
+            lease: None,
+            underlay: None,
+            data_path: DataPathStatus {
+                peers: 0,
+                failed: Vec::new(),
+                drift_repairs: 0,
+                last_drift: None,
+                mtu: None,
+                nexthop_objects: true,
+            },
+            endpoints: 0,
+        })
+    }
+
+    async fn subnets(&self) -> Result<Subnets, ApiError> {
+        Ok(Subnets { subnets: self.subnets.lock().unwrap().clone() })
+    }
+
+    async fn peers(&self) -> Result<Peers, ApiError> {
+        Ok(Peers { peers: Vec::new() })
+    }
+
+    async fn endpoints(&self) -> Result<Endpoints, ApiError> {
+        Ok(Endpoints { endpoints: Vec::new() })
+    }
+
+    async fn attach(&self, name: EndpointName, request: AttachRequest) -> Result<Attached, ApiError> {
+        match name.as_str() {
+            "bad" => return Err(ApiError::new(ErrorKind::BadValue, "bad value")),
+            "conflict" => return Err(ApiError::new(ErrorKind::Conflict, "conflict")),
+            "early" => return Err(ApiError::new(ErrorKind::NotReady, "not yet")),
+            "broken" => return Err(ApiError::new(ErrorKind::Internal, "disk")),
+            "missing" => return Err(ApiError::new(ErrorKind::NotFound, "no such")),
+            "panics" => panic!("a defect"),
+            "slow" => std::future::pending().await,
+            _ => {}
+        }
+        let endpoint = Endpoint {
+            name,
+            netns: request.netns,
+            interface: request.interface.unwrap_or_else(|| "eth0".to_owned()),
+            host_interface: "ove0".to_owned(),
+            mac: Mac::local([0; 6]),
+            addresses: request.addresses,
+            attached_at: 0,
+        };
+        Ok(Attached { endpoint, prefix_length: PerFamily::default(), gateway: PerFamily::default(), mtu: 1450 })
+    }
+
+    async fn detach(&self, name: EndpointName) -> Result<Detached, ApiError> {
+        Ok(Detached { endpoint: Some(name) })
+    }
+
+    async fn ready(&self) -> Result<(), Vec<String>> {
+        let reasons = self.reasons.lock().unwrap().clone();
+        if reasons.is_empty() { Ok(()) } else { Err(reasons) }
+    }
+
+    fn changes(&self) -> channel::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
+    fn metrics(&self) -> String {
+        "# HELP x y\n".to_owned()
+    }
+
+    fn log_level(&self) -> String {
+        self.level.lock().unwrap().clone()
+    }
+
+    fn set_log_level(&self, level: &str) -> Result<(), ApiError> {
+        crate::telemetry::parse_filter(level).map_err(|e| ApiError::new(ErrorKind::BadValue, e))?;
+        *self.level.lock().unwrap() = level.to_owned();
+        Ok(())
+    }
+}

@@ -1,0 +1,135 @@
+//! What clients do that should not: the others must not notice.
+
+use super::*;
+
+const QUICK: Limits = Limits {
+    connections: 128,
+    head: Duration::from_millis(1500),
+    request: Duration::from_millis(700),
+    stall: Duration::from_millis(700),
+    end: Duration::from_millis(700),
+};
+
+#[tokio::test]
+async fn a_giant_body_is_refused() {
+    let agent = Agent::start();
+    for head in ["content-length: 99999999999", "transfer-encoding: chunked"] {
+        let mut stream = agent.connect().await;
+        stream.write_all(format!("PUT /v1/endpoints/a HTTP/1.1\r\nhost: x\r\n{head}\r\n\r\n").as_bytes()).await.unwrap();
+        // As much as is taken; the agent closes long before the end.
+        let chunk = format!("10000\r\n{}\r\n", "x".repeat(0x10000));
+        for _ in 0..64 {
+            if stream.write_all(chunk.as_bytes()).await.is_err() {
+                break;
+            }
+        }
+        let answer = read_all(&mut stream).await;
+        assert!(answer.starts_with("HTTP/1.1 413") && answer.contains("has more than 65536 bytes"), "{head}: {answer}");
+    }
+    let fits = format!(r#"{{"netns":"/{}"}}"#, "x".repeat((64 << 10) - 13));
+    assert_eq!((agent.ask("PUT", "/v1/endpoints/a", &fits).await.0, fits.len()), (200, 64 << 10));
+    assert_eq!(agent.ask("PUT", "/v1/endpoints/a", &format!("{fits} ")).await.0, 413);
+    agent.end().await;
+}
+
+#[tokio::test]
+async fn garbage_is_refused_and_the_agent_goes_on() {
+    let agent = Agent::start_within(QUICK);
+    let long_head = [b"GET / HTTP/1.1\r\nx: ".as_slice(), &b"y".repeat(1 << 20)].concat();
+    let garbage: [&[u8]; 8] = [
+        b"\0\0\0\0\r\n\r\n",
+        &[0xff; 4096],
+        b"GET\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"GET /v1/status HTTP/1.1\r\ncontent-length: -1\r\n\r\n",
+        b"PUT /v1/log-level HTTP/1.1\r\ncontent-length: 3\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+        &long_head,
+    ];
+    for bytes in garbage {
+        let mut stream = agent.connect().await;
+        // The agent may close before all of it is written.
+        let _ = stream.write_all(bytes).await;
+        let answer = read_all(&mut stream).await;
+        assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 4"), "{answer}");
+        assert_eq!(agent.get("/healthz").await.0, 200);
+    }
+    agent.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_thousand_idle_connections_are_bounded_and_pass() {
+    let agent = Agent::start_within(QUICK);
+    let mut idle = Vec::new();
+    for _ in 0..1000 {
+        idle.push(agent.connect().await);
+    }
+    // Those for whom there is no room are told so or closed; all the others stay silent.
+    let mut closed = 0;
+    for stream in &mut idle {
+        let mut byte = [0; 1];
+        let read = tokio::time::timeout(Duration::from_millis(if closed == 0 { 2 } else { 50 }), stream.read(&mut byte)).await;
+        closed += usize::from(read.is_ok());
+    }
+    assert!(closed >= 700, "{closed} closed");
+    // Once the idle ones are given up, all is as before, though their clients are still there.
+    let began = Instant::now();
+    loop {
+        let mut stream = agent.connect().await;
+        // The agent may have closed already.
+        let _ = stream.write_all(b"GET /healthz HTTP/1.0\r\n\r\n").await;
+        match split(&read_all(&mut stream).await) {
+            (200, _) => break,
+            (status, body) => {
+                assert!(status == 0 || (status == 503 && body.contains("128 connections are open")), "{status} {body}")
+            }
+        }
+        assert!(began.elapsed() < Duration::from_secs(10));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    drop(idle);
+    agent.end().await;
+}
+
+#[tokio::test]
+async fn a_slow_client_holds_up_nobody_and_not_for_ever() {
+    let agent = Agent::start_within(QUICK);
+    // One that trickles its head, one that trickles its body, one whose handler hangs, one that does not read a large answer.
+    let mut head = agent.connect().await;
+    head.write_all(b"GET /v1/st").await.unwrap();
+    let mut body = agent.connect().await;
+    body.write_all(b"PUT /v1/endpoints/a HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n{").await.unwrap();
+    let mut hangs = agent.connect().await;
+    let text = "PUT /v1/endpoints/slow HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 14\r\n\r\n{\"netns\":\"/a\"}";
+    hangs.write_all(text.as_bytes()).await.unwrap();
+    for i in 0..20_000 {
+        agent.backend.add_subnet(&format!("10.{}.{}.0-24", i / 256, i % 256));
+    }
+    let mut deaf = agent.connect().await;
+    deaf.write_all(b"GET /v1/subnets HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+    let began = Instant::now();
+    assert_eq!(agent.get("/healthz").await.0, 200);
+    assert!(began.elapsed() < Duration::from_millis(500));
+
+    let (status, text) = split(&read_all(&mut hangs).await);
+    assert!(status == 504 && text.contains("it may still be done"), "{status} {text}");
+    assert!(read_all(&mut body).await.starts_with("HTTP/1.1 504"));
+    assert_eq!(split(&read_all(&mut head).await).0, 0, "closed without an answer, or with a refusal");
+    tokio::time::sleep(Duration::from_millis(900)).await;
+    let answer = read_all(&mut deaf).await;
+    assert!(answer.starts_with("HTTP/1.1 200") && !answer.ends_with("]}"), "the answer was cut off");
+    agent.end().await;
+}
+
+#[tokio::test]
+async fn the_end_waits_for_requests_but_not_for_ever() {
+    let agent = Agent::start_within(Limits { request: Duration::from_secs(60), ..QUICK });
+    let mut hangs = agent.connect().await;
+    let text = "PUT /v1/endpoints/slow HTTP/1.1\r\nhost: x\r\ncontent-length: 14\r\n\r\n{\"netns\":\"/a\"}";
+    hangs.write_all(text.as_bytes()).await.unwrap();
+    // Answered, so the one before has been accepted.
+    assert_eq!(agent.get("/healthz").await.0, 200);
+    let began = Instant::now();
+    agent.end().await;
+    assert!((Duration::from_millis(600)..Duration::from_secs(5)).contains(&began.elapsed()), "{:?}", began.elapsed());
+}

@@ -1,0 +1,72 @@
+//! The stream behind `GET /v1/subnets?watch=true`: one JSON object a line, the first at once, then one at each change.
+
+use std::convert::Infallible;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use bytes::Bytes;
+use futures_util::stream;
+use tokio::sync::watch::Receiver;
+use tokio_util::sync::CancellationToken;
+
+use super::Backend;
+
+/// How long changes are gathered before they are told: many hosts starting together are one line, and a person sees no delay.
+const GATHER: Duration = Duration::from_millis(20);
+
+struct Watch<B> {
+    backend: Arc<B>,
+    changes: Receiver<u64>,
+    stop: CancellationToken,
+    /// A hash of the last line, so that a change elsewhere in the agent does not repeat it.
+    last: Option<u64>,
+}
+
+/// The answer's body. Ends with the client or at `stop`. A client that reads slowly misses states in between, never the last one.
+pub(super) fn subnets<B: Backend>(backend: Arc<B>, stop: CancellationToken) -> Body {
+    let changes = backend.changes();
+    let watch = Watch { backend, changes, stop, last: None };
+    Body::from_stream(stream::unfold(watch, |mut watch| async move {
+        let line = watch.next().await?;
+        Some((Ok::<Bytes, Infallible>(line), watch))
+    }))
+}
+
+impl<B: Backend> Watch<B> {
+    async fn next(&mut self) -> Option<Bytes> {
+        loop {
+            if self.last.is_some() {
+                tokio::select! {
+                    () = self.stop.cancelled() => return None,
+                    changed = self.changes.changed() => changed.ok()?,
+                }
+                tokio::time::sleep(GATHER).await;
+            }
+            // Marked as seen before it is read: what changes while it is read is another change.
+            self.changes.borrow_and_update();
+            let line = self.line().await?;
+            let mut hasher = DefaultHasher::new();
+            line.hash(&mut hasher);
+            let hash = hasher.finish();
+            if self.last.replace(hash) != Some(hash) {
+                return Some(line);
+            }
+        }
+    }
+
+    async fn line(&self) -> Option<Bytes> {
+        let subnets = match self.backend.subnets().await {
+            Ok(subnets) => subnets,
+            Err(error) => {
+                tracing::warn!(%error, "a watch of the subnets ends");
+                return None;
+            }
+        };
+        let mut line =
+            serde_json::to_vec(&subnets).inspect_err(|error| tracing::error!(%error, "subnets cannot be encoded")).ok()?;
+        line.push(b'\n');
+        Some(line.into())
+    }
+}

@@ -1,0 +1,368 @@
+//! The loop against a kernel made of a map, for faults that a real kernel shows only by luck. Real kernels are in `tests/e2e`.
+
+use std::sync::{Mutex, PoisonError};
+
+use super::*;
+use crate::model::event::{HeldLease, LeaseOrigin, StoreEntry};
+use crate::model::{Backend, Family, Lease, Record, RefusalKind, Vni};
+use crate::plan::underlay::{DefaultRoute, ForeignLink};
+use crate::plan::{ApplyReport, OpError};
+
+/// A kernel: what it holds, what it refuses, and every op that it was given.
+#[derive(Debug, Default)]
+struct World {
+    state: State,
+    refuse: BTreeSet<Key>,
+    applied: Vec<Op>,
+    dumps: usize,
+}
+
+#[derive(Debug, Clone, Default)]
+struct FakeKernel(Arc<Mutex<World>>);
+
+impl FakeKernel {
+    fn world(&self) -> std::sync::MutexGuard<'_, World> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl DataPath for FakeKernel {
+    async fn dump(&mut self) -> Result<State, OpError> {
+        let mut world = self.world();
+        world.dumps += 1;
+        Ok(world.state.clone())
+    }
+
+    async fn apply(&mut self, batch: &Batch) -> ApplyReport {
+        let mut world = self.world();
+        let mut report = ApplyReport::default();
+        for (index, op) in batch.iter().enumerate() {
+            if world.refuse.contains(op.key()) {
+                report.failed.push((index, OpError { errno: 12, message: "cannot allocate memory".to_owned() }));
+            } else {
+                op.record(&mut world.state);
+                world.applied.push(op.clone());
+            }
+        }
+        report
+    }
+
+    async fn inventory(&mut self) -> Result<Inventory, OpError> {
+        Ok(Inventory {
+            links: vec![ForeignLink {
+                index: 2,
+                name: "eth0".to_owned(),
+                mtu: 1500,
+                up: true,
+                loopback: false,
+                addresses: vec!["192.0.2.100".parse().unwrap()],
+            }],
+            defaults: vec![DefaultRoute { family: Family::V4, interface: 2, from_router_advertisement: false }],
+            ..Inventory::default()
+        })
+    }
+
+    async fn route_to(&mut self, _: std::net::IpAddr) -> Result<Option<u32>, OpError> {
+        Ok(None)
+    }
+}
+
+struct FakeMemory;
+
+impl Memory for FakeMemory {
+    fn mac(&mut self, device: Device, _: Option<Mac>) -> Mac {
+        Mac([2, 0, 0, 0, 0, if device == Device::bridge(Vni::DEFAULT) { 0xb0 } else { 0x64 }])
+    }
+    fn preferred(&self) -> Option<Subnet> {
+        None
+    }
+    fn sysctl_was(&mut self, _: &str, _: &str) {}
+}
+
+/// A running reconciler and the other ends of its channels.
+struct Fixture {
+    kernel: FakeKernel,
+    store: mpsc::Sender<StoreEvent>,
+    events: mpsc::Sender<KernelEvent>,
+    queries: mpsc::Sender<Query>,
+    ready: watch::Receiver<bool>,
+    wish: watch::Receiver<Option<LeaseWish>>,
+    stop: CancellationToken,
+    _ports: watch::Sender<Vec<String>>,
+    _task: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Fixture {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+fn network() -> NetworkConfig {
+    NetworkConfig::parse(r#"{"Network":"10.244.0.0/16"}"#).unwrap().config
+}
+
+fn subnet(number: u8) -> Subnet {
+    Subnet::from_key(&format!("10.244.{number}.0-24")).unwrap()
+}
+
+fn entry(number: u8, ip: u8) -> StoreEntry {
+    let subnet = subnet(number);
+    let lease = Lease {
+        public_ip: PerFamily { v4: Some(format!("192.0.2.{ip}").parse().unwrap()), v6: None },
+        backend: Backend::Vxlan { vni: Vni::DEFAULT, vtep: PerFamily { v4: Some(Mac([2, 0, 0, 0, 0, ip])), v6: None } },
+        node: None,
+    };
+    let record = Record { subnet, lease, create_revision: i64::from(number), mod_revision: 1, etcd_lease: Some(1) };
+    StoreEntry { key: subnet.to_key(), value: Ok(record) }
+}
+
+impl Fixture {
+    fn start() -> Fixture {
+        let kernel = FakeKernel::default();
+        let settings = Settings {
+            node: Node { name: "h".to_owned(), id: "id".to_owned() },
+            selection: Selection::default(),
+            masquerade: true,
+            tx_checksum: true,
+            nexthop_objects: true,
+            resync: Duration::from_secs(3600),
+            store_endpoints: Vec::new(),
+            store_prefix: "/test".to_owned(),
+        };
+        let (store, store_events) = mpsc::channel(64);
+        let (events, kernel_events) = mpsc::channel(64);
+        let (queries, query_events) = mpsc::channel(8);
+        let (ports, port_names) = watch::channel(Vec::new());
+        let (wish_in, wish) = watch::channel(None);
+        let (ready_in, ready) = watch::channel(false);
+        let channels = Channels {
+            store: store_events,
+            kernel: kernel_events,
+            queries: query_events,
+            ports: port_names,
+            wish: wish_in,
+            overlay: watch::channel(None).0,
+            changes: watch::channel(0).0,
+            ready: ready_in,
+        };
+        let stop = CancellationToken::new();
+        let reconciler = Reconciler::new(settings, kernel.clone(), FakeMemory, Arc::new(Metrics::new()));
+        let task = tokio::spawn(reconciler.run(channels, stop.clone()));
+        Fixture { kernel, store, events, queries, ready, wish, stop, _ports: ports, _task: task }
+    }
+
+    /// Ready, with these peers.
+    async fn ready(peers: impl IntoIterator<Item = u8>) -> Fixture {
+        let mut fixture = Fixture::start();
+        fixture.send(StoreEvent::Connection(Connection::Up { revision: 1 })).await;
+        fixture.send(StoreEvent::Config(Some(Ok(network())))).await;
+        fixture.send(StoreEvent::Snapshot(peers.into_iter().map(|n| entry(n, n)).collect())).await;
+        fixture.send(held(100)).await;
+        fixture.ready.wait_for(|ready| *ready).await.unwrap();
+        fixture
+    }
+
+    async fn send(&self, event: StoreEvent) {
+        self.store.send(event).await.unwrap();
+    }
+
+    /// The answer comes after all that was sent before is folded and applied.
+    async fn status(&self) -> api::Status {
+        // Two rounds: the first may be the one that folds the events.
+        for _ in 0..2 {
+            let (reply, answer) = oneshot::channel();
+            self.queries.send(Query::Status(reply)).await.unwrap();
+            answer.await.unwrap();
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let (reply, answer) = oneshot::channel();
+        self.queries.send(Query::Status(reply)).await.unwrap();
+        answer.await.unwrap()
+    }
+
+    fn route(&self, number: u8) -> Option<Value> {
+        self.kernel.world().state.get(&route(number)).cloned()
+    }
+
+    /// Others delete an entry.
+    async fn delete(&self, key: Key) {
+        self.kernel.world().state.remove(&key);
+        self.events.send(KernelEvent::Changed(vec![(key, None)])).await.unwrap();
+    }
+}
+
+fn route(number: u8) -> Key {
+    Key::Route(subnet(number).get(Family::V4).unwrap())
+}
+
+fn held(number: u8) -> StoreEvent {
+    StoreEvent::Own(OwnLease::Held(HeldLease { subnet: subnet(number), etcd_lease: Some(7), origin: LeaseOrigin::Acquired }))
+}
+
+#[tokio::test]
+async fn nothing_is_written_before_the_lease_is_held() {
+    let fixture = Fixture::start();
+    fixture.send(StoreEvent::Config(Some(Ok(network())))).await;
+    fixture.send(StoreEvent::Snapshot(vec![entry(1, 1)])).await;
+    let status = fixture.status().await;
+    assert!(!status.ready && fixture.kernel.world().applied.is_empty());
+    let wish = fixture.wish.borrow().clone().expect("the lease is asked for");
+    assert_eq!(wish.public_ip.v4, "192.0.2.100".parse().ok());
+    fixture.send(held(100)).await;
+    assert!(fixture.status().await.ready);
+    assert!(fixture.route(1).is_some());
+}
+
+#[tokio::test]
+async fn a_snapshot_replaces_what_was_known() {
+    let fixture = Fixture::ready([1, 2, 3]).await;
+    fixture.kernel.world().applied.clear();
+    // 1 left, 2 moved to another address, 3 is as it was, 4 is new.
+    fixture.send(StoreEvent::Snapshot(vec![entry(2, 22), entry(3, 3), entry(4, 4)])).await;
+    assert_eq!(fixture.status().await.data_path.peers, 3);
+    assert!(fixture.route(1).is_none() && fixture.route(4).is_some());
+    let vxlan = Device::vxlan(Family::V4, Vni::DEFAULT);
+    let world = fixture.kernel.world();
+    assert!(!world.state.contains_key(&Key::Fdb(vxlan, Mac([2, 0, 0, 0, 0, 2]))), "the old MAC is gone");
+    assert!(world.state.contains_key(&Key::Fdb(vxlan, Mac([2, 0, 0, 0, 0, 22]))));
+    assert!(world.applied.iter().all(|op| *op.key() != route(3)), "what is as it was is not written");
+}
+
+#[tokio::test]
+async fn a_renewal_writes_nothing() {
+    let fixture = Fixture::ready([1, 2]).await;
+    fixture.kernel.world().applied.clear();
+    let mut renewed = entry(1, 1);
+    if let Ok(record) = &mut renewed.value {
+        (record.mod_revision, record.etcd_lease) = (50, Some(9));
+    }
+    fixture.send(StoreEvent::Upsert(renewed)).await;
+    fixture.send(StoreEvent::Snapshot(vec![entry(1, 1), entry(2, 2)])).await;
+    fixture.status().await;
+    assert!(fixture.kernel.world().applied.is_empty());
+}
+
+#[tokio::test]
+async fn one_failing_peer_delays_no_other_and_is_tried_again() {
+    let mut fixture = Fixture::ready([1]).await;
+    fixture.kernel.world().refuse.insert(route(2));
+    for number in 2..40 {
+        fixture.send(StoreEvent::Upsert(entry(number, number))).await;
+    }
+    let status = fixture.status().await;
+    assert!(!status.ready);
+    assert_eq!(status.data_path.failed.len(), 1, "{:?}", status.data_path.failed);
+    assert!(status.data_path.failed[0].error.contains("cannot allocate memory"));
+    assert!((3..40).all(|number| fixture.route(number).is_some()));
+    assert!(fixture.route(2).is_none());
+    fixture.kernel.world().refuse.clear();
+    tokio::time::timeout(Duration::from_secs(5), fixture.ready.wait_for(|ready| *ready)).await.unwrap().unwrap();
+    assert!(fixture.route(2).is_some());
+}
+
+#[tokio::test]
+async fn drift_is_repaired_as_it_happens_and_counted() {
+    let fixture = Fixture::ready([1, 2]).await;
+    fixture.delete(route(1)).await;
+    let status = fixture.status().await;
+    assert!(fixture.route(1).is_some());
+    assert_eq!(status.data_path.drift_repairs, 1);
+    assert_eq!(status.data_path.last_drift.map(|drift| drift.entry), Some("route 10.244.1.0/24".to_owned()));
+    // A foreign entry on our device, and an event that was lost.
+    let extra = Key::Neigh(Device::vxlan(Family::V4, Vni::DEFAULT), "10.244.99.0".parse().unwrap());
+    {
+        let mut world = fixture.kernel.world();
+        world.state.insert(extra.clone(), Value::Neigh(Mac([2; 6])));
+        world.state.remove(&route(2));
+    }
+    fixture.events.send(KernelEvent::Stale { reason: "test" }).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(fixture.status().await.data_path.drift_repairs, 3);
+    assert!(fixture.route(2).is_some());
+    assert!(!fixture.kernel.world().state.contains_key(&extra));
+}
+
+#[tokio::test]
+async fn a_fight_is_fought_at_a_bounded_rate() {
+    let fixture = Fixture::ready([1]).await;
+    fixture.kernel.world().applied.clear();
+    let mut deletions = 0;
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_millis(600) {
+        if fixture.route(1).is_some() {
+            fixture.delete(route(1)).await;
+            deletions += 1;
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert!((10..20).contains(&deletions), "{deletions} repairs in 600 ms");
+    let status = fixture.status().await;
+    assert!(status.problems.iter().any(|problem| problem.contains("changed by others")), "{:?}", status.problems);
+}
+
+#[tokio::test]
+async fn a_lost_lease_leaves_the_data_path_as_it_is() {
+    let fixture = Fixture::ready([1, 2]).await;
+    fixture.kernel.world().applied.clear();
+    fixture.send(StoreEvent::Own(OwnLease::Wanted { reason: "it expired".to_owned() })).await;
+    fixture.send(StoreEvent::Connection(Connection::Down { error: "no route to host".to_owned() })).await;
+    let status = fixture.status().await;
+    assert!(!status.ready && status.health == api::Health::Degraded, "{status:?}");
+    assert!(status.problems.iter().any(|problem| problem.contains("it expired")), "{:?}", status.problems);
+    assert!(fixture.kernel.world().applied.is_empty());
+    assert_eq!(fixture.wish.borrow().as_ref().and_then(|wish| wish.preferred), Some(subnet(100)));
+    // What drifts meanwhile is repaired all the same.
+    fixture.delete(route(1)).await;
+    fixture.status().await;
+    assert!(fixture.route(1).is_some());
+}
+
+#[tokio::test]
+async fn a_bad_configuration_leaves_the_last_good_one_in_force() {
+    let fixture = Fixture::ready([1]).await;
+    fixture.kernel.world().applied.clear();
+    let errors = NetworkConfig::parse(r#"{"Network":"10.244.0.1/16"}"#).unwrap_err();
+    fixture.send(StoreEvent::Config(Some(Err(errors)))).await;
+    let status = fixture.status().await;
+    assert!(status.ready && status.health == api::Health::Degraded);
+    assert_eq!(status.store.config_errors[0].field, "Network");
+    assert!(fixture.kernel.world().applied.is_empty());
+}
+
+#[tokio::test]
+async fn bad_leases_are_named_and_left_out() {
+    let fixture = Fixture::ready([1]).await;
+    let key = "10.244.7.0-24".to_owned();
+    let kind = RefusalKind::Malformed { detail: "expected value at line 1".to_owned() };
+    fixture.send(StoreEvent::Upsert(StoreEntry { key: key.clone(), value: Err(Refusal { key: key.clone(), kind }) })).await;
+    let mut own_address = entry(8, 100);
+    if let Ok(record) = &mut own_address.value {
+        record.lease.backend = Backend::Vxlan { vni: Vni::DEFAULT, vtep: PerFamily { v4: Some(Mac([2; 6])), v6: None } };
+    }
+    fixture.send(StoreEvent::Upsert(own_address)).await;
+    let status = fixture.status().await;
+    assert!(status.ready && status.health == api::Health::Degraded);
+    let words: Vec<_> = status.store.refused.iter().map(|refusal| refusal.kind.word()).collect();
+    assert_eq!(words, ["malformed", "own-address"]);
+    assert!(fixture.route(7).is_none() && fixture.route(8).is_none() && fixture.route(1).is_some());
+    fixture.send(StoreEvent::Remove { key }).await;
+    assert_eq!(fixture.status().await.store.refused.len(), 1);
+}
+
+#[tokio::test]
+async fn adoption_writes_nothing() {
+    let first = Fixture::ready([1, 2, 3]).await;
+    let state = first.kernel.world().state.clone();
+    let second = Fixture::start();
+    second.kernel.world().state = state.clone();
+    second.events.send(KernelEvent::Stale { reason: "test" }).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    second.send(StoreEvent::Config(Some(Ok(network())))).await;
+    second.send(StoreEvent::Snapshot([3, 1, 2].map(|n| entry(n, n)).into())).await;
+    second.send(held(100)).await;
+    assert!(second.status().await.ready);
+    assert_eq!(second.kernel.world().applied, []);
+    assert_eq!(second.kernel.world().state, state);
+    assert_eq!(second.status().await.data_path.drift_repairs, 0);
+}
