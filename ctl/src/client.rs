@@ -273,7 +273,8 @@ impl SubnetsStream {
                     .map_err(|e| ClientError::Shape { request: self.request.clone(), reason: e.to_string() })?;
                 return Ok(Some(value));
             }
-            let broken = |reason: String| ClientError::Broken { socket: self.socket.clone(), request: self.request.clone(), reason };
+            let broken =
+                |reason: String| ClientError::Broken { socket: self.socket.clone(), request: self.request.clone(), reason };
             match self.body.frame().await {
                 None => return Ok(None),
                 Some(Err(e)) => return Err(broken(e.to_string())),

@@ -1,8 +1,25 @@
 //! etcd without an agent: the flags that reach it, the configuration, and every lease.
+//!
+//! [`SubnetsWatch`] runs one task, the store's; it ends with the watch.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::time::Duration;
 
-use overlay_agent::model::api::Subnets;
+use overlay_agent::model::NetworkConfig;
+use overlay_agent::model::api::{SubnetEntry, Subnets};
+use overlay_agent::model::event::{Connection, StoreEvent};
+use overlay_agent::plan::roster::{Roster, Standing};
+use overlay_agent::store::{self, DEFAULT_PREFIX, Replace, Store, StoreConfig, StoreError};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+/// Where etcd is unless told otherwise: as overlayd has it.
+const DEFAULT_ENDPOINT: &str = "http://127.0.0.1:2379";
+
+/// Changes that wait to be shown; more hold the store's task up until they are.
+const CHANGES: usize = 1024;
 
 /// How to reach etcd, with the names and variables that overlayd has.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -34,14 +51,18 @@ pub struct EtcdArgs {
     pub discovery_srv: Option<String>,
 }
 
-const DEFAULT_PREFIX: &str = "/coreos.com/network";
-
 /// Why etcd was not read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum EtcdError {
-    /// shim
-    #[error("{0}")]
-    Shim(String),
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The task that follows the store ended, which it never does by itself.
+    #[error("following etcd ended: {reason}")]
+    Ended {
+        /// What is known of it.
+        reason: String,
+    },
 }
 
 /// The configuration as it stands in etcd.
@@ -69,40 +90,174 @@ impl EtcdArgs {
         format!("{}/config", self.prefix.trim_end_matches('/'))
     }
 
-    fn ctl(&self, args: &[&str]) -> Result<String, EtcdError> {
-        let out = std::process::Command::new("etcdctl").env("ETCDCTL_API", "3").args(["--endpoints", &self.endpoints.join(",")]).args(args).output().map_err(|e| EtcdError::Shim(e.to_string()))?;
-        if out.status.success() { Ok(String::from_utf8_lossy(&out.stdout).into_owned()) } else { Err(EtcdError::Shim(String::from_utf8_lossy(&out.stderr).into_owned())) }
+    /// The store's settings.
+    pub fn store_config(&self) -> StoreConfig {
+        let endpoints = if self.given() { self.endpoints.clone() } else { vec![DEFAULT_ENDPOINT.to_owned()] };
+        StoreConfig {
+            endpoints,
+            discovery_srv: self.discovery_srv.clone(),
+            prefix: self.prefix.clone(),
+            cafile: self.cafile.clone(),
+            certfile: self.certfile.clone(),
+            keyfile: self.keyfile.clone(),
+            username: self.username.clone(),
+            password_file: self.password_file.clone(),
+            ..StoreConfig::default()
+        }
     }
 
-    /// The configuration.
+    /// The configuration; `None` where none is written.
     pub async fn config(&self) -> Result<Option<Stored>, EtcdError> {
-        let text = self.ctl(&["get", "--print-value-only", &self.config_key()])?;
-        Ok(if text.trim().is_empty() { None } else { Some(Stored { text: text.trim().to_owned(), mod_revision: 0 }) })
+        let found = store::get_config(&self.store_config()).await?;
+        Ok(found.text.map(|text| Stored { text, mod_revision: found.mod_revision }))
     }
 
-    /// Writes the configuration.
-    pub async fn put_config(&self, text: &str, _before: Option<&Stored>) -> Result<(), EtcdError> {
-        self.ctl(&["put", &self.config_key(), text]).map(|_| ())
+    /// Writes the configuration in place of the one that was read, or of none; whoever else has written meanwhile is not overwritten.
+    pub async fn put_config(&self, text: &str, before: Option<&Stored>) -> Result<(), EtcdError> {
+        let replace = Replace::Revision(before.map_or(0, |b| b.mod_revision));
+        store::put_config(&self.store_config(), text, replace).await?;
+        Ok(())
     }
 
-    /// Every lease.
+    /// Every lease, with the time left of each.
     pub async fn subnets(&self) -> Result<Subnets, EtcdError> {
-        Err(EtcdError::Shim("later".to_owned()))
+        let snapshot = store::read_all(&self.store_config(), true).await?;
+        let network =
+            snapshot.config.text.as_deref().and_then(|text| NetworkConfig::parse(text).ok()).map(|parsed| parsed.config);
+        let mut roster = Roster::default();
+        roster.replace(snapshot.entries);
+        Ok(listed(&roster, network.as_ref(), &snapshot.time_left))
     }
 }
 
-/// Every lease again at each change.
+/// The leases as a host sees them that has none itself. Without a configuration none is judged.
+fn listed(roster: &Roster, network: Option<&NetworkConfig>, time_left: &BTreeMap<i64, Duration>) -> Subnets {
+    let entry = |(key, value): (&std::sync::Arc<str>, &Result<_, _>)| match value {
+        Err(refusal) => SubnetEntry::from_refusal(refusal),
+        Ok(record) => {
+            let mut entry = SubnetEntry::from_record(key, record);
+            let left = record.etcd_lease.and_then(|id| time_left.get(&id));
+            entry.expires_in_seconds = left.and_then(|left| i64::try_from(left.as_secs()).ok());
+            let standing = network.and_then(|network| roster.standing(key, network, None));
+            if let Some(Standing::Refused(refusal)) = standing {
+                entry.refused = Some(refusal.kind.to_string());
+            }
+            entry
+        }
+    };
+    let mut subnets: Vec<SubnetEntry> = roster.iter().map(entry).collect();
+    subnets.sort_by(|a, b| (a.refused.is_some(), a.subnet, &a.key).cmp(&(b.refused.is_some(), b.subnet, &b.key)));
+    Subnets { subnets }
+}
+
+/// Every lease, again at each change. What keeps etcd from answering is told on standard error, and waited out.
 #[derive(Debug)]
-pub struct SubnetsWatch {}
+pub struct SubnetsWatch {
+    events: mpsc::Receiver<StoreEvent>,
+    task: JoinSet<Result<(), StoreError>>,
+    roster: Roster,
+    network: Option<NetworkConfig>,
+    complete: bool,
+}
 
 impl SubnetsWatch {
-    /// Starts.
-    pub async fn start(_args: &EtcdArgs) -> Result<SubnetsWatch, EtcdError> {
-        Err(EtcdError::Shim("later".to_owned()))
+    /// Begins to follow the store. Settings that can never work are an error at once.
+    pub async fn start(args: &EtcdArgs) -> Result<SubnetsWatch, EtcdError> {
+        let config = args.store_config();
+        config.validate()?;
+        let (sender, events) = mpsc::channel(CHANGES);
+        let mut task = JoinSet::new();
+        task.spawn(async move { Store::new(config).watch(sender, CancellationToken::new()).await });
+        Ok(SubnetsWatch { events, task, roster: Roster::default(), network: None, complete: false })
     }
 
-    /// Next.
+    /// The leases at first, and then after each change; changes that arrive together are one.
     pub async fn next(&mut self) -> Result<Subnets, EtcdError> {
-        Err(EtcdError::Shim("later".to_owned()))
+        loop {
+            let Some(event) = self.events.recv().await else { return Err(self.ended().await) };
+            let mut changed = self.fold(event);
+            while let Ok(event) = self.events.try_recv() {
+                changed |= self.fold(event);
+            }
+            if changed && self.complete {
+                return Ok(listed(&self.roster, self.network.as_ref(), &BTreeMap::new()));
+            }
+        }
+    }
+
+    /// Takes an event in; whether what is listed may have changed.
+    fn fold(&mut self, event: StoreEvent) -> bool {
+        match event {
+            StoreEvent::Config(config) => {
+                // A bad one leaves the last good one in force, as in the agents.
+                if let Some(Ok(network)) = config {
+                    self.network = Some(network);
+                }
+                true
+            }
+            StoreEvent::Snapshot(entries) => {
+                let first = !std::mem::replace(&mut self.complete, true);
+                !self.roster.replace(entries).is_empty() || first
+            }
+            StoreEvent::Upsert(entry) => !self.roster.upsert(entry).is_empty(),
+            StoreEvent::Remove { key } => !self.roster.remove(&key).is_empty(),
+            StoreEvent::Connection(Connection::Down { error }) => {
+                eprintln!("overlayctl: etcd does not answer, trying again: {error}");
+                false
+            }
+            StoreEvent::Connection(Connection::Up { .. }) | StoreEvent::Own(_) => false,
+        }
+    }
+
+    async fn ended(&mut self) -> EtcdError {
+        match self.task.join_next().await {
+            Some(Ok(Err(error))) => error.into(),
+            Some(Err(error)) => EtcdError::Ended { reason: error.to_string() },
+            Some(Ok(Ok(()))) | None => EtcdError::Ended { reason: "without a reason".to_owned() },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use overlay_agent::model::event::StoreEntry;
+    use overlay_agent::model::{Backend, Lease, PerFamily, Record, Subnet, Vni};
+
+    use super::*;
+
+    fn entry(key: &str, lease: Option<i64>) -> StoreEntry {
+        let subnet = Subnet::from_key(key).expect(key);
+        let backend = Backend::Vxlan { vni: Vni::DEFAULT, vtep: PerFamily { v4: "02:00:00:00:00:01".parse().ok(), v6: None } };
+        let public_ip = PerFamily { v4: "10.99.1.1".parse().ok(), v6: None };
+        let record = Record {
+            subnet,
+            lease: Lease { public_ip, backend, node: None },
+            create_revision: 1,
+            mod_revision: 1,
+            etcd_lease: lease,
+        };
+        StoreEntry { key: key.to_owned(), value: Ok(record) }
+    }
+
+    #[test]
+    fn leases_are_judged_and_those_left_out_stand_last() {
+        let network = NetworkConfig::parse(r#"{"Network":"10.244.0.0/16"}"#).expect("a network").config;
+        let mut roster = Roster::default();
+        roster.replace(vec![entry("10.1.1.0-24", Some(7)), entry("10.244.9.0-24", None), entry("10.244.1.0-24", Some(8))]);
+        let time_left = BTreeMap::from([(8, Duration::from_secs(60))]);
+        let subnets = listed(&roster, Some(&network), &time_left).subnets;
+        let keys: Vec<&str> = subnets.iter().map(|s| s.key.as_str()).collect();
+        assert_eq!(keys, ["10.244.1.0-24", "10.244.9.0-24", "10.1.1.0-24"]);
+        assert_eq!(subnets[0].expires_in_seconds, Some(60));
+        assert!(subnets[1].reservation);
+        assert!(subnets[2].refused.as_deref().is_some_and(|r| r.contains("10.244.0.0/16")));
+    }
+
+    #[test]
+    fn without_servers_the_usual_one_is_asked() {
+        let none = EtcdArgs::plain(Vec::new(), "/x/");
+        assert!(!none.given());
+        assert_eq!(none.store_config().endpoints, [DEFAULT_ENDPOINT]);
+        assert_eq!(none.config_key(), "/x/config");
     }
 }

@@ -82,7 +82,8 @@ impl Style {
 
     /// Colours where the stream is a terminal, `NO_COLOR` (no-color.org) is unset or empty and `TERM` is not `dumb`.
     pub fn of(stream: &impl IsTerminal) -> Style {
-        let refused = std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty()) || std::env::var_os("TERM").is_some_and(|t| t == "dumb");
+        let refused =
+            std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty()) || std::env::var_os("TERM").is_some_and(|t| t == "dumb");
         Style { colour: stream.is_terminal() && !refused }
     }
 
@@ -274,7 +275,9 @@ mod tests {
 
     #[test]
     fn spans() {
-        for (total, text) in [(0, "0s"), (59, "59s"), (60, "1m"), (247, "4m7s"), (86_399, "23h59m"), (90_000, "1d1h"), (3_601, "1h")] {
+        for (total, text) in
+            [(0, "0s"), (59, "59s"), (60, "1m"), (247, "4m7s"), (86_399, "23h59m"), (90_000, "1d1h"), (3_601, "1h")]
+        {
             assert_eq!(seconds(total), text);
         }
     }

@@ -376,7 +376,8 @@ impl<'a> Holder<'a> {
         self.tell(OwnLease::Held(held.lease.clone())).await?;
         let mut sightings = self.board.sightings.subscribe();
         loop {
-            let touched = sightings.wait_for(|seen| seen.held > held.mod_revision);
+            // Only whether, not the guard that comes with it: no guard may live across the awaits below.
+            let touched = async { sightings.wait_for(|seen| seen.held > held.mod_revision).await.is_ok() };
             tokio::select! {
                 _ = touched => return Ok(()),
                 () = changed(&mut self.wish) => {

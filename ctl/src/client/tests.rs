@@ -37,7 +37,7 @@ async fn a_success_is_decoded_and_the_request_is_right() {
 #[tokio::test]
 async fn a_problem_is_told_in_the_agents_words() {
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let (client, _task) = server(dir.path(), "HTTP/1.1 409 Conflict\r\ncontent-length: 21\r\n\r\n{\"error\":\"it is held\"}");
+    let (client, _task) = server(dir.path(), "HTTP/1.1 409 Conflict\r\ncontent-length: 22\r\n\r\n{\"error\":\"it is held\"}");
     let error = client.detach(&name("web")).await.expect_err("a problem");
     assert_eq!(error.to_string(), "it is held");
     assert!(matches!(error, ClientError::Problem { status: StatusCode::CONFLICT, .. }));

@@ -242,7 +242,8 @@ fn exec(lab: &Lab, target: &str, command: &[OsString]) -> Result<Outcome, Comman
     let netns = lab.netns(target)?;
     let mut prepared = lab.command(target, command)?;
     let program = prepared.get_program().to_string_lossy().into_owned();
-    setns(&netns, CloneFlags::CLONE_NEWNET).map_err(|errno| LabError::Spawn { program: program.clone(), source: errno.into() })?;
+    setns(&netns, CloneFlags::CLONE_NEWNET)
+        .map_err(|errno| LabError::Spawn { program: program.clone(), source: errno.into() })?;
     let source = prepared.exec();
     let error = LabError::Spawn { program, source };
     eprintln!("overlayctl: {error}");

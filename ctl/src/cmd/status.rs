@@ -98,7 +98,13 @@ fn word(status: &Status, style: Style) -> String {
 fn brief(status: &Status, style: Style) -> String {
     let lease = status.lease.as_ref().map_or_else(|| "no subnet".to_owned(), |l| l.subnet.to_string());
     let first = status.problems.first().map_or_else(String::new, |p| format!(": {p}"));
-    format!("{} {} {lease}, {} peers, {} endpoints{first}", status.node, word(status, style), status.data_path.peers, status.endpoints)
+    format!(
+        "{} {} {lease}, {} peers, {} endpoints{first}",
+        status.node,
+        word(status, style),
+        status.data_path.peers,
+        status.endpoints
+    )
 }
 
 fn full(status: &Status, style: Style, wide: bool) -> String {
@@ -108,7 +114,8 @@ fn full(status: &Status, style: Style, wide: bool) -> String {
         word(status, style),
         style.paint(Tone::Quiet, &format!("overlayd {}, up {}", status.version, seconds(status.uptime_seconds)))
     )];
-    let mut line = |label: &str, text: String| lines.push(format!("  {}{text}", style.paint(Tone::Quiet, &format!("{label:<13}"))));
+    let mut line =
+        |label: &str, text: String| lines.push(format!("  {}{text}", style.paint(Tone::Quiet, &format!("{label:<13}"))));
     if wide {
         line("node id", status.node_id.clone());
     }
@@ -128,7 +135,11 @@ fn full(status: &Status, style: Style, wide: bool) -> String {
     if wide {
         status.store.config_errors.iter().for_each(|e| problem(Tone::Bad, format!("configuration: {e}")));
         status.store.refused.iter().for_each(|r| problem(Tone::Warning, r.to_string()));
-        status.data_path.failed.iter().for_each(|f| problem(Tone::Bad, format!("{}: {} (tried {}x)", f.entry, f.error, f.attempts)));
+        status
+            .data_path
+            .failed
+            .iter()
+            .for_each(|f| problem(Tone::Bad, format!("{}: {} (tried {}x)", f.entry, f.error, f.attempts)));
     }
     lines.join("\n")
 }

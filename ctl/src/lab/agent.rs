@@ -22,7 +22,8 @@ const AT_ONCE: usize = 16;
 
 /// The agent's program: the one given, `$OVERLAYD_BIN`, the one beside this program (of a test: one directory up), the search path's.
 pub fn program(given: Option<&Path>) -> Result<PathBuf, LabError> {
-    let named = given.map(Path::to_owned).or_else(|| std::env::var_os("OVERLAYD_BIN").filter(|v| !v.is_empty()).map(PathBuf::from));
+    let named =
+        given.map(Path::to_owned).or_else(|| std::env::var_os("OVERLAYD_BIN").filter(|v| !v.is_empty()).map(PathBuf::from));
     if let Some(path) = named {
         let error = |source| LabError::File { action: "find the agent", path: path.clone(), source };
         let absolute = std::path::absolute(&path).map_err(error)?;
@@ -54,6 +55,8 @@ pub(super) fn command(host: &Host<'_>, program: &Path, more: &[&str]) -> Command
     for (name, _) in std::env::vars_os().filter(|(n, _)| n.to_string_lossy().starts_with("OVERLAYD_")) {
         command.env_remove(name);
     }
+    // Nor what stands in the machine's own file.
+    command.args(["--config", "/dev/null"]);
     command.arg("--run-dir").arg(host.run_dir()).arg("--state-dir").arg(host.state_dir());
     command.args(["--node-name", host.name(), "--etcd-endpoints", &layout.etcd_endpoints().join(",")]);
     command.args(["--etcd-prefix", super::layout::ETCD_PREFIX]);
@@ -67,7 +70,8 @@ pub async fn wait_mesh(lab: &Lab, limit: Duration) -> Result<(), LabError> {
     let others = lab.layout().hosts.len() - 1;
     let end = Instant::now() + limit;
     // A peer counts once, or once a family.
-    let whole = |status: &Status| status.ready && (status.data_path.peers == others || status.data_path.peers == others * families);
+    let whole =
+        |status: &Status| status.ready && (status.data_path.peers == others || status.data_path.peers == others * families);
     let waits = stream::iter(lab.hosts()).map(|host| {
         let what = format!("{} has no way to each of {others} peers", host.name());
         async move { wait(&host, whole, end, limit, &what).await }

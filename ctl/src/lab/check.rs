@@ -208,7 +208,8 @@ mod tests {
         };
         let good = call(Some(&party), planned(&party, Family::V4, "b", Some(&loopback), Some(&loopback))).await;
         assert_eq!((good.seen, &good.error), (Some(loopback), &None));
-        let translated = call(Some(&party), planned(&party, Family::V4, "b", Some(&loopback), party.host_addresses.get(Family::V4))).await;
+        let translated =
+            call(Some(&party), planned(&party, Family::V4, "b", Some(&loopback), party.host_addresses.get(Family::V4))).await;
         assert_eq!(translated.error.as_deref(), Some("the other side sees 127.0.0.1 instead of 10.0.0.1"));
         let absent = call(Some(&party), planned(&party, Family::V6, "b", None, None)).await;
         assert_eq!(absent.error.as_deref(), Some("b has no IPv6 address"));

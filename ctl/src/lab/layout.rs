@@ -192,7 +192,13 @@ impl Layout {
         };
         for (_, pool) in pools.iter() {
             if pool.count() < u128::from(options.hosts) {
-                return refuse(format!("{} has {} subnets of /{}, too few for {} hosts", pool.network, pool.count(), pool.subnet_length, options.hosts));
+                return refuse(format!(
+                    "{} has {} subnets of /{}, too few for {} hosts",
+                    pool.network,
+                    pool.count(),
+                    pool.subnet_length,
+                    options.hosts
+                ));
             }
         }
         let host = |number: u16| HostLayout {
@@ -326,10 +332,12 @@ mod tests {
 
     #[test]
     fn addresses_read_alike_and_stay_apart() {
-        let layout = Layout::new(&LabOptions { hosts: MAX_HOSTS, families: Families::Dual, ..options() }).expect_err("a /16 has 255 subnets");
+        let layout = Layout::new(&LabOptions { hosts: MAX_HOSTS, families: Families::Dual, ..options() })
+            .expect_err("a /16 has 255 subnets");
         assert!(layout.to_string().contains("too few for 1000 hosts"), "{layout}");
         let networks = PerFamily { v4: "10.128.0.0/12".parse().ok(), v6: "fd00::/48".parse().ok() };
-        let layout = Layout::new(&LabOptions { hosts: MAX_HOSTS, families: Families::Dual, networks, ..options() }).expect("a layout");
+        let layout =
+            Layout::new(&LabOptions { hosts: MAX_HOSTS, families: Families::Dual, networks, ..options() }).expect("a layout");
         let text = |n: usize| layout.hosts[n - 1].addresses.iter().map(|(_, a)| a.to_string()).collect::<Vec<_>>();
         assert_eq!(text(1), ["10.99.1.1", "fd99::1:1"]);
         assert_eq!(text(250), ["10.99.1.250", "fd99::1:250"]);

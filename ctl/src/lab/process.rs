@@ -73,9 +73,11 @@ impl ProcessId {
     pub fn record(&self, path: &Path) -> Result<(), LabError> {
         let temporary = path.with_extension("new");
         let text = format!("{} {}\n", self.pid, self.start_time);
-        fs::write(&temporary, text)
-            .and_then(|()| fs::rename(&temporary, path))
-            .map_err(|source| LabError::File { action: "write", path: path.to_owned(), source })
+        fs::write(&temporary, text).and_then(|()| fs::rename(&temporary, path)).map_err(|source| LabError::File {
+            action: "write",
+            path: path.to_owned(),
+            source,
+        })
     }
 
     /// The id kept in a file; `None` where none is, or the file is torn.
@@ -123,7 +125,11 @@ pub fn tail(log: &Path) -> String {
     let text = String::from_utf8_lossy(&fs::read(log).unwrap_or_default()).into_owned();
     let lines: Vec<&str> = text.lines().collect();
     let from = lines.len().saturating_sub(12);
-    if lines.is_empty() { "  (empty)".to_owned() } else { lines[from..].iter().map(|l| format!("  {l}")).collect::<Vec<_>>().join("\n") }
+    if lines.is_empty() {
+        "  (empty)".to_owned()
+    } else {
+        lines[from..].iter().map(|l| format!("  {l}")).collect::<Vec<_>>().join("\n")
+    }
 }
 
 /// Ends processes: SIGTERM, a wait, SIGKILL, a wait. What could not be ended is named. Blocks.
@@ -171,8 +177,12 @@ mod tests {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let (log, record) = (dir.path().join("log"), dir.path().join("pid"));
         let mut command = Command::new("sh");
-        command.args(["-c", "echo started; trap '' TERM; while :; do sleep 0.05; done"]);
+        command.args(["-c", "trap '' TERM; echo started; while :; do sleep 0.05; done"]);
         let id = start(command, None, &log, &record).expect("sh starts");
+        let end = Instant::now() + GRACE;
+        while tail(&log) != "  started" && Instant::now() < end {
+            std::thread::sleep(POLL);
+        }
         assert!(id.is_alive());
         assert_eq!(ProcessId::recorded(&record), Some(id));
         let stranger = ProcessId { start_time: id.start_time + 1, ..id };

@@ -40,7 +40,9 @@ impl View for StatusView<'_> {
             lines.extend(host.problems.iter().map(|p| format!("{} {}: {p}", style.paint(Tone::Bad, "!"), host.name)));
         }
         if wide {
-            lines.push(style.paint(Tone::Quiet, &format!("etcd {} in `net`; files in {}", lab.etcd.join(" "), lab.directory.display())));
+            lines.push(
+                style.paint(Tone::Quiet, &format!("etcd {} in `net`; files in {}", lab.etcd.join(" "), lab.directory.display())),
+            );
         }
         lines.join("\n")
     }
@@ -133,7 +135,8 @@ fn summary(calls: &[Call], style: Style, what: &str, good: &str) -> String {
     let well = calls.iter().filter(|c| c.error.is_none()).count();
     let mut times: Vec<u64> = calls.iter().filter_map(|c| c.micros).collect();
     times.sort_unstable();
-    let median = times.get(times.len() / 2).map_or_else(String::new, |us| format!(", median {}.{:02} ms", us / 1000, us % 1000 / 10));
+    let median =
+        times.get(times.len() / 2).map_or_else(String::new, |us| format!(", median {}.{:02} ms", us / 1000, us % 1000 / 10));
     let all = well == calls.len();
     let count = format!("{well} of {}", calls.len());
     let count = style.paint(if all { Tone::Good } else { Tone::Bad }, &count);

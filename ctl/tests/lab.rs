@@ -1,0 +1,215 @@
+//! The lab without agents, through the binary as people use it: it stands, works, goes, and leaves nothing, whatever happens to it.
+//!
+//! Needs root (or `unshare --user --map-root-user --mount --net` with a tmpfs on /run/netns) and etcd.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::{Command, Output};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+/// A lab's name and directory of its own; taken down however the test ends.
+struct Scratch {
+    name: String,
+    dir: tempfile::TempDir,
+}
+
+impl Scratch {
+    fn new() -> Scratch {
+        static COUNTER: AtomicU32 = AtomicU32::new(0);
+        let name = format!("c{:x}n{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
+        // Short, because a socket's path is.
+        let dir = tempfile::Builder::new().prefix("ovl").tempdir_in("/tmp").expect("a temporary directory");
+        Scratch { name, dir }
+    }
+
+    /// `overlayctl lab VERB --name NAME ARGUMENTS`, to be run.
+    fn command(&self, verb: &str, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_overlayctl"));
+        command.args(["lab", verb, "--name", &self.name]).args(arguments).env("OVERLAY_LAB_DIR", self.dir.path());
+        command
+    }
+
+    fn run(&self, verb: &str, arguments: &[&str]) -> Output {
+        self.command(verb, arguments).output().expect("overlayctl runs")
+    }
+
+    /// The same, which has to go well; its standard output.
+    fn good(&self, verb: &str, arguments: &[&str]) -> String {
+        let output = self.run(verb, arguments);
+        assert!(output.status.success(), "lab {verb} {arguments:?}: {}", text(&output.stderr));
+        text(&output.stdout)
+    }
+
+    fn namespaces(&self) -> BTreeSet<String> {
+        let prefix = format!("ov-{}-", self.name);
+        let entries = std::fs::read_dir("/run/netns").into_iter().flatten().flatten();
+        entries.filter_map(|e| e.file_name().into_string().ok()).filter(|n| n.starts_with(&prefix)).collect()
+    }
+
+    /// Nothing of the lab is left: no namespace, no file, no process that names its directory.
+    fn assert_gone(&self) {
+        assert_eq!(self.namespaces(), BTreeSet::new());
+        let files: Vec<_> =
+            std::fs::read_dir(self.dir.path()).expect("the directory of labs").flatten().map(|e| e.path()).collect();
+        assert_eq!(files, Vec::<std::path::PathBuf>::new());
+        let ours = self.dir.path().to_string_lossy().into_owned();
+        let left: Vec<String> =
+            processes().filter(|(_, line)| line.contains(&ours)).map(|(pid, line)| format!("{pid} {line}")).collect();
+        assert_eq!(left, Vec::<String>::new());
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let output = self.run("down", &[]);
+        if !output.status.success() {
+            eprintln!("{}", text(&output.stderr));
+        }
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Every process with its command line.
+fn processes() -> impl Iterator<Item = (u32, String)> {
+    std::fs::read_dir("/proc").expect("/proc").flatten().filter_map(|entry| {
+        let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
+        let line = std::fs::read(entry.path().join("cmdline")).ok()?;
+        Some((pid, text(&line).replace('\0', " ")))
+    })
+}
+
+/// Links and addresses of this process' own namespace.
+fn own_namespace() -> String {
+    text(&Command::new("ip").args(["-o", "address"]).output().expect("iproute2 is installed").stdout)
+}
+
+#[test]
+fn labs_stand_side_by_side_and_leave_nothing() {
+    let before = own_namespace();
+    let (one, two) = (Scratch::new(), Scratch::new());
+    one.good("up", &["--hosts", "2", "--no-agents", "--family", "dual"]);
+    two.good("up", &["--hosts", "1", "--no-agents", "--family", "6"]);
+    assert_eq!(one.namespaces().len(), 4);
+    assert_eq!(own_namespace(), before, "the machine's own namespace is untouched");
+
+    // Hosts reach each other and the world in every family, by the lab's own tools.
+    let route = one.good("exec", &["h1", "--", "ip", "-o", "route", "get", "203.0.113.1"]);
+    assert!(route.contains("via 10.99.0.254") && route.contains("src 10.99.1.1"), "{route}");
+    let route = two.good("exec", &["h1", "--", "ip", "-o", "route", "get", "2001:db8:ffff::1"]);
+    assert!(route.contains("via fd99::254"), "{route}");
+
+    // The network stands in etcd, reached from a host.
+    let endpoints = ["--etcd-endpoints", "http://10.99.0.2:2379"];
+    let config = one.good("exec", &[&["h2", "--", "overlayctl", "config", "show"][..], &endpoints].concat());
+    assert!(config.contains("10.244.0.0/16") && config.contains("fd00:10:244::/56"), "{config}");
+    let subnets = one.good("exec", &[&["h2", "--", "overlayctl", "subnets"][..], &endpoints].concat());
+    assert_eq!(subnets, "no subnets: no host has a lease yet\n");
+
+    one.good("down", &[]);
+    one.assert_gone();
+    assert_eq!(two.namespaces().len(), 3, "the other lab stays");
+    two.good("down", &[]);
+    two.assert_gone();
+    assert_eq!(own_namespace(), before);
+}
+
+#[test]
+fn the_configuration_is_set_only_when_it_is_good() {
+    let lab = Scratch::new();
+    lab.good("up", &["--hosts", "1", "--no-agents"]);
+    let file = lab.dir.path().join("network.json");
+    let path = file.to_str().expect("a path");
+    let config = |arguments: &[&str]| {
+        let endpoints = ["--etcd-endpoints", "http://10.99.0.2:2379"];
+        lab.run("exec", &[&["h1", "--", "overlayctl", "config"][..], arguments, &endpoints].concat())
+    };
+    std::fs::write(&file, r#"{"Network":"10.7.0.1/16","SubnetLen":99}"#).expect("writable");
+    let refused = config(&["set", path]);
+    assert_eq!(refused.status.code(), Some(1));
+    let message = text(&refused.stderr);
+    assert!(message.contains("10.7.0.0/16") && message.contains("nothing was written"), "{message}");
+    assert!(text(&config(&["show"]).stdout).contains("10.244.0.0/16"), "the old one stays");
+
+    std::fs::write(&file, r#"{"Network":"10.7.0.0/16","Netwrk":1}"#).expect("writable");
+    let done = config(&["set", path]);
+    assert!(done.status.success(), "{}", text(&done.stderr));
+    assert!(text(&done.stderr).contains("Netwrk"), "unknown fields are named");
+    assert!(text(&done.stdout).contains("10.244.0.0/16"), "what was there before is told");
+    assert!(text(&config(&["set", path]).stdout).contains("nothing to change"));
+    std::fs::remove_file(&file).expect("there");
+}
+
+#[test]
+fn commands_run_inside_with_their_exit_code() {
+    let lab = Scratch::new();
+    lab.good("up", &["--hosts", "1", "--no-agents"]);
+    assert_eq!(lab.run("exec", &["h1", "--", "sh", "-c", "exit 7"]).status.code(), Some(7));
+    assert_eq!(lab.run("exec", &["h1", "--", "no-such-program"]).status.code(), Some(127));
+    let unknown = lab.run("exec", &["h9", "--", "true"]);
+    assert_eq!(unknown.status.code(), Some(1));
+    assert!(text(&unknown.stderr).contains("net world h1"), "{}", text(&unknown.stderr));
+    let status: serde_json::Value = serde_json::from_str(&lab.good("status", &["-o", "json"])).expect("JSON");
+    assert_eq!((&status["hosts"][0]["name"], &status["etcd_running"]), (&"h1".into(), &true.into()));
+
+    // A second one of that name is refused and harms nothing.
+    let second = lab.run("up", &["--no-agents"]);
+    assert!(text(&second.stderr).contains("lab down"), "{}", text(&second.stderr));
+    lab.good("exec", &["h1", "--", "true"]);
+
+    // What was left running inside goes too, however it takes SIGTERM.
+    let deaf = ["h1", "--", "sh", "-c", "trap '' TERM; while :; do sleep 0.1; done"];
+    let mut child = lab.command("exec", &deaf).spawn().expect("overlayctl runs");
+    lab.good("down", &[]);
+    assert!(!child.wait().expect("a child").success());
+    lab.assert_gone();
+}
+
+/// Killed at any moment, a lab is taken down whole by its name, and can be brought up again.
+#[test]
+fn a_crash_half_way_leaves_nothing_that_down_does_not_remove() {
+    let lab = Scratch::new();
+    let steps = [1, 5, 10, 15, 20, 30, 50, 100, 200, 400];
+    for delay in steps.map(Duration::from_millis) {
+        let mut up = lab.command("up", &["--hosts", "3", "--no-agents"]).spawn().expect("overlayctl runs");
+        std::thread::sleep(delay);
+        up.kill().expect("a child can be killed");
+        up.wait().expect("a child");
+        lab.good("down", &[]);
+        lab.assert_gone();
+    }
+    lab.good("up", &["--hosts", "1", "--no-agents"]);
+}
+
+#[test]
+fn an_interrupt_takes_down_what_was_made() {
+    let lab = Scratch::new();
+    let mut up = lab.command("up", &["--hosts", "40", "--no-agents"]).spawn().expect("overlayctl runs");
+    let end = Instant::now() + Duration::from_secs(20);
+    while lab.namespaces().len() < 5 && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let pid = i32::try_from(up.id()).expect("a process id");
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGINT).expect("a child");
+    assert_eq!(up.wait().expect("a child").code(), Some(130));
+    lab.assert_gone();
+}
+
+#[test]
+fn mistakes_are_told_before_anything_is_made() {
+    let lab = Scratch::new();
+    for (arguments, wanted) in [
+        (&["--hosts", "0"][..], "--hosts 0"),
+        (&["--network", "10.99.0.0/16"], "underlay"),
+        (&["--overlayd", "/no/such/overlayd"], "/no/such/overlayd"),
+    ] {
+        let output = lab.run("up", arguments);
+        assert_eq!(output.status.code(), Some(1));
+        assert!(text(&output.stderr).contains(wanted), "{}", text(&output.stderr));
+        assert!(!Path::new(lab.dir.path()).join(&lab.name).exists());
+    }
+    assert_eq!(lab.run("up", &["--family", "5"]).status.code(), Some(2));
+}
