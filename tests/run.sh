@@ -1,0 +1,254 @@
+#!/bin/bash
+# Installs what the tests need, looks whether this machine can run them, and runs all of them with formatting, lints and docs.
+#
+#   sudo ./tests/run.sh            everything
+#   sudo ./tests/run.sh --quick    without the stories over real kernels and a real etcd
+#
+# It can be run again at any time. It needs root: the stories make network namespaces of their own. This machine's own network
+# namespace is never touched; the last section compares it with how it was before.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+PACKAGES=(ca-certificates etcd-client etcd-server gcc iproute2 iptables iputils-ping libc6-dev nftables openssl procps
+    protobuf-compiler tcpdump util-linux)
+WELCOME=(shellcheck) # looked for and used, not needed
+SCRIPTS=(.ci/run tests/run.sh)
+
+quick=no
+failed=()
+summary=()
+work=$(mktemp -d)
+
+usage() { sed -n '2,8s/^# \{0,1\}//p' "$0"; }
+
+main() {
+    for argument in "$@"; do
+        case $argument in
+        --quick) quick=yes ;;
+        -h | --help) usage && exit 0 ;;
+        *) usage >&2 && echo "unknown argument: $argument" >&2 && exit 2 ;;
+        esac
+    done
+    if [ "$(id -u)" -ne 0 ]; then
+        echo "tests/run.sh: root is needed, to install packages and to make network namespaces: run  sudo $0 $*" >&2
+        exit 2
+    fi
+    trap tidy EXIT
+    find_cargo
+    ulimit -n "$(ulimit -Hn)" || true
+
+    section "packages" install_packages || finish
+    section "machine" check_machine || finish
+    host_state >"$work/before"
+    section "format" cargo fmt --all --check || true
+    section "clippy" cargo clippy --workspace --all-targets --locked -- -D warnings || true
+    section "docs" env RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked || true
+    section "scripts" check_scripts || true
+    # The stories start the binaries, so all of them are built before.
+    section "build" cargo build --workspace --locked || finish
+    if [ "$quick" = yes ]; then
+        section "tests" cargo test --workspace --locked --no-fail-fast --exclude overlay-tests || true
+        section "house" cargo test --locked -p overlay-tests --test house || true
+    else
+        section "tests" cargo test --workspace --locked --no-fail-fast || true
+    fi
+    section "untouched" check_untouched || true
+    finish
+}
+
+# Runs a command under a heading and keeps its outcome for the summary.
+section() {
+    local name=$1 start=$SECONDS outcome=ok
+    shift
+    printf '\n=== %s\n' "$name"
+    # A child of its own, so that -e holds inside functions, too.
+    set +e
+    (
+        set -e
+        "$@"
+    )
+    local code=$?
+    set -e
+    if [ $code -ne 0 ]; then
+        outcome=FAILED
+        failed+=("$name")
+    fi
+    summary+=("$(printf '%-10s %-6s %4d s' "$name" "$outcome" $((SECONDS - start)))")
+    printf -- '--- %s: %s after %d s\n' "$name" "$outcome" $((SECONDS - start))
+    return $code
+}
+
+finish() {
+    printf '\n=== summary\n'
+    printf '%s\n' "${summary[@]}"
+    if [ ${#failed[@]} -gt 0 ]; then
+        echo "FAILED: ${failed[*]}"
+        exit 1
+    fi
+    echo "all passed after $SECONDS s"
+    exit 0
+}
+
+tidy() {
+    restore_policy
+    rm -rf "$work"
+}
+
+# sudo drops the user's PATH: cargo is looked for where rustup puts it, the user's before root's.
+find_cargo() {
+    local home=
+    if [ -n "${SUDO_USER:-}" ]; then
+        home=$(getent passwd "$SUDO_USER" | cut -d: -f6)
+    fi
+    if ! command -v cargo >/dev/null && [ -n "$home" ] && [ -x "$home/.cargo/bin/cargo" ]; then
+        export CARGO_HOME=${CARGO_HOME:-$home/.cargo} RUSTUP_HOME=${RUSTUP_HOME:-$home/.rustup}
+        PATH=$home/.cargo/bin:$PATH
+    elif ! command -v cargo >/dev/null && [ -x "$HOME/.cargo/bin/cargo" ]; then
+        PATH=$HOME/.cargo/bin:$PATH
+    fi
+    if ! command -v cargo >/dev/null; then
+        echo "tests/run.sh: cargo is not in PATH: install Rust $(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml) or newer with rustup" >&2
+        exit 2
+    fi
+    if ! cargo fmt --version >/dev/null 2>&1 || ! cargo clippy --version >/dev/null 2>&1; then
+        echo "tests/run.sh: rustfmt or clippy is missing: run  rustup component add rustfmt clippy" >&2
+        exit 2
+    fi
+}
+
+installed() { [ "$(dpkg-query -W -f='${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
+
+install_packages() {
+    local missing=() welcome=() package
+    for package in "${PACKAGES[@]}"; do installed "$package" || missing+=("$package"); done
+    for package in "${WELCOME[@]}"; do installed "$package" || welcome+=("$package"); done
+    if [ $((${#missing[@]} + ${#welcome[@]})) -eq 0 ]; then
+        echo "all there: ${PACKAGES[*]} ${WELCOME[*]}"
+        return
+    fi
+    if ! command -v apt-get >/dev/null; then
+        [ ${#missing[@]} -eq 0 ] && return
+        echo "this is no Debian: install by hand what these Debian packages hold: ${missing[*]}" >&2
+        return 1
+    fi
+    export DEBIAN_FRONTEND=noninteractive
+    local apt=(apt-get -q -o DPkg::Lock::Timeout=120)
+    "${apt[@]}" update || echo "apt-get update failed: trying with the lists that are there"
+    if [ ${#missing[@]} -gt 0 ]; then
+        keep_services_down
+        "${apt[@]}" install -y --no-install-recommends "${missing[@]}" || {
+            echo "cannot install ${missing[*]}: see apt-get's message above" >&2
+            return 1
+        }
+        restore_policy
+    fi
+    if [ ${#welcome[@]} -gt 0 ]; then
+        "${apt[@]}" install -y --no-install-recommends "${welcome[@]}" || echo "without ${welcome[*]}: its section is left out"
+    fi
+}
+
+# etcd-server starts a service when it is installed; the tests run servers of their own. policy-rc.d tells the package so, as invoke-rc.d(8)
+# has it; one that is there already comes back afterwards.
+policy=/usr/sbin/policy-rc.d
+saved=$policy.overlay-saved
+
+keep_services_down() {
+    if [ -e $policy ] && [ ! -e $saved ]; then mv $policy $saved; fi
+    printf '#!/bin/sh\n# temporary, by tests/run.sh of overlayd\nexit 101\n' >$policy
+    chmod 755 $policy
+}
+
+restore_policy() {
+    if grep -qs 'by tests/run.sh of overlayd' $policy; then rm -f $policy; fi
+    if [ -e $saved ]; then mv $saved $policy; fi
+}
+
+# Tries each thing that the stories stand on, in namespaces of its own, and says what to do where one fails.
+check_machine() {
+    local bad=0
+    try() {
+        local what=$1 advice=$2
+        shift 2
+        if "$@" >"$work/out" 2>&1; then
+            echo "ok      $what"
+        else
+            echo "MISSING $what: $(tail -1 "$work/out"); $advice"
+            bad=1
+        fi
+    }
+    local in_ns=(unshare --net --mount sh -euc)
+    local modules="load the module, or use a kernel that has it (Debian's has all)"
+    try "network namespaces" "run on a machine or in a container with CAP_SYS_ADMIN and CONFIG_NET_NS" \
+        "${in_ns[@]}" 'ip link set lo up'
+    try "IPv6" "switch it on: no ipv6.disable=1 on the kernel's command line" test -d /proc/sys/net/ipv6
+    try "veth and bridge" "modprobe veth bridge: $modules" \
+        "${in_ns[@]}" 'ip link add a type veth peer name b && ip link add br type bridge && ip link set a master br'
+    try "vxlan" "modprobe vxlan: $modules" \
+        "${in_ns[@]}" 'ip link add x type vxlan id 1 dstport 8472 nolearning local 192.0.2.1 && ip link set x up'
+    try "next-hop objects" "a kernel from 5.3 on is needed" \
+        "${in_ns[@]}" 'ip link set lo up && ip nexthop add id 7 dev lo'
+    try "nftables with address translation" "modprobe nf_tables nft_masq nft_chain_nat: $modules" \
+        "${in_ns[@]}" 'nft "table inet t { chain c { type nat hook postrouting priority 100; ip saddr 192.0.2.0/24 masquerade random,fully-random; }; }"'
+    try "sysctls of a namespace" "/proc/sys has to be writable: run the container privileged" \
+        "${in_ns[@]}" 'echo 1 >/proc/sys/net/ipv4/ip_forward'
+    try "named namespaces" "/run/netns has to be mountable: CAP_SYS_ADMIN" \
+        "${in_ns[@]}" 'mount -t tmpfs none /run && ip netns add t && ip netns exec t true'
+    try "namespaces without root" "sysctl kernel.unprivileged_userns_clone=1 user.max_user_namespaces=10000" \
+        unshare --user --map-root-user --net --mount ip link set lo up
+    try "etcd" "see the section packages" etcd --version
+    return $bad
+}
+
+check_scripts() {
+    local script
+    for script in "${SCRIPTS[@]}" deploy/*.sh; do
+        if [ -e "$script" ]; then
+            bash -n "$script"
+        fi
+    done
+    if ! command -v shellcheck >/dev/null; then
+        echo "without shellcheck, which is not installed: syntax only"
+        return
+    fi
+    for script in "${SCRIPTS[@]}" deploy/*.sh; do
+        if [ -e "$script" ]; then
+            # Its notes on functions called through section() are wrong: warnings count.
+            shellcheck --severity=warning "$script"
+        fi
+    done
+}
+
+# This machine's own network namespace as text: what lives by a clock or a counter is left out.
+host_state() {
+    # The numbers behind valid_lft and expires run down.
+    local timers='s/(valid_lft|preferred_lft|expires) [^ ]+//g'
+    {
+        ip -d link | sed 's/^/link: /'
+        ip -d address | sed 's/^/address: /'
+        local family
+        for family in -4 -6; do
+            ip $family -d route show table all | sed "s/^/route $family: /"
+            ip $family rule | sed "s/^/rule $family: /"
+        done
+        ip nexthop 2>/dev/null | sed 's/^/nexthop: /'
+        nft -s list ruleset 2>/dev/null | sed 's/^/nft: /'
+    } | sed -E "$timers"
+    sysctl -a -r '^net\.' 2>/dev/null | grep -v -e nf_conntrack_count -e tcp_fastopen_key -e stable_secret |
+        sed 's/^/sysctl: /' | sort
+}
+
+check_untouched() {
+    host_state >"$work/after"
+    # A sysctl that is new came with a kernel module; one that is gone or differs was changed.
+    local known=$work/after.known
+    awk 'NR == FNR { split($0, p, " = "); seen[p[1]] = 1; next }
+        { split($0, p, " = "); if ($0 !~ /^sysctl: / || p[1] in seen) print }' "$work/before" "$work/after" >"$known"
+    if diff -u --label before --label after "$work/before" "$known"; then
+        echo "links, addresses, routes, rules, next hops, nftables and sysctls are as they were ($(wc -l <"$work/before") lines)"
+    else
+        echo "this machine's own network namespace has changed: see the difference above" >&2
+        return 1
+    fi
+}
+
+main "$@"
