@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 PACKAGES=(ca-certificates etcd-client etcd-server gcc iproute2 iptables iputils-ping libc6-dev nftables openssl procps
-    protobuf-compiler tcpdump util-linux)
+    libprotobuf-dev protobuf-compiler tcpdump util-linux)
 WELCOME=(shellcheck) # looked for and used, not needed
 SCRIPTS=(.ci/run tests/run.sh)
 
@@ -182,9 +182,9 @@ check_machine() {
         "${in_ns[@]}" 'ip link set lo up'
     try "IPv6" "switch it on: no ipv6.disable=1 on the kernel's command line" test -d /proc/sys/net/ipv6
     try "veth and bridge" "modprobe veth bridge: $modules" \
-        "${in_ns[@]}" 'ip link add a type veth peer name b && ip link add br type bridge && ip link set a master br'
+        "${in_ns[@]}" 'ip link add name v0 type veth peer name v1 && ip link add name b0 type bridge && ip link set v0 master b0'
     try "vxlan" "modprobe vxlan: $modules" \
-        "${in_ns[@]}" 'ip link add x type vxlan id 1 dstport 8472 nolearning local 192.0.2.1 && ip link set x up'
+        "${in_ns[@]}" 'ip link add name x0 type vxlan id 1 dstport 8472 nolearning local 192.0.2.1 && ip link set x0 up'
     try "next-hop objects" "a kernel from 5.3 on is needed" \
         "${in_ns[@]}" 'ip link set lo up && ip nexthop add id 7 dev lo'
     try "nftables with address translation" "modprobe nf_tables nft_masq nft_chain_nat: $modules" \

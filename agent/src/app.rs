@@ -32,6 +32,8 @@ pub use cleanup::cleanup;
 use backend::AgentBackend;
 use memory::HostMemory;
 
+/// The socket's name in the run directory.
+const SOCKET: &str = "overlayd.sock";
 /// How long tasks may take to end once they were told to.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(5);
 /// Events and questions that may wait. A store that is faster than the reconciler waits at the channel, which etcd's flow control passes on.
@@ -46,15 +48,13 @@ pub async fn run(config: HostConfig, level: LevelHandle) -> anyhow::Result<()> {
     let _namespace_lock = guard::lock_namespace()?;
     let state = Arc::new(StateDir::open(&config.state_dir)?);
     let node = Node { name: config.node_name.clone(), id: state.node_id()? };
-    let socket = AdminSocket::bind(&config.run_dir.join(admin::SOCKET))?;
+    let socket = AdminSocket::bind(&config.run_dir.join(SOCKET))?;
     let metrics_listener = match config.metrics_listen {
-        Some(address) => {
-            let listener = admin::bind_tcp(address).await;
-            Some(listener.with_context(|| format!("--metrics-listen: cannot listen on {address}: choose a free address"))?)
-        }
+        Some(address) => Some(admin::bind_tcp(address).await?),
         None => None,
     };
-    let (kernel, kernel_events, follow) = Kernel::open(&KernelOptions { force_classic_routes: !config.nexthop_objects, ..KernelOptions::default() })?;
+    let (kernel, kernel_events, follow) =
+        Kernel::open(&KernelOptions { force_classic_routes: !config.nexthop_objects, ..KernelOptions::default() })?;
     let endpoints: Endpoints<Plugger> = Endpoints::restore(Arc::clone(&state), kernel.plugger()).await?;
     let memory = HostMemory::load(Arc::clone(&state))?;
     let metrics = Arc::new(Metrics::new());
@@ -74,6 +74,7 @@ pub async fn run(config: HostConfig, level: LevelHandle) -> anyhow::Result<()> {
     let (overlay, overlays) = watch::channel(None);
     let (changes, changed) = watch::channel(0);
     let (ready, readiness) = watch::channel(false);
+    let (ports_lost, losses) = watch::channel(0);
     let store_config = store_config(&config.etcd);
     let reconciler = Reconciler::new(
         Settings {
@@ -93,8 +94,17 @@ pub async fn run(config: HostConfig, level: LevelHandle) -> anyhow::Result<()> {
         memory.clone(),
         Arc::clone(&metrics),
     );
-    let channels =
-        Channels { store: store_events, kernel: kernel_events, queries, ports: endpoints.ports(), wish, overlay, changes, ready };
+    let channels = Channels {
+        store: store_events,
+        kernel: kernel_events,
+        queries,
+        ports: endpoints.ports(),
+        wish,
+        overlay,
+        changes,
+        ready,
+        ports_lost,
+    };
     let store = Store::new(store_config.clone());
     let backend = Arc::new(AgentBackend {
         queries: queries_in,
@@ -122,7 +132,15 @@ pub async fn run(config: HostConfig, level: LevelHandle) -> anyhow::Result<()> {
             Ok::<_, std::convert::Infallible>(())
         });
     }
-    tasks.spawn("kernel", follow.run(begin()));
+    {
+        let stop = begin();
+        tasks.spawn("kernel", async move {
+            tokio::select! {
+                ended = follow.run() => ended,
+                () = stop.cancelled() => Ok(()),
+            }
+        });
+    }
     {
         let stop = begin();
         tasks.spawn("store", async move { store.run(store_events_in, wishes, stop).await });
@@ -132,7 +150,7 @@ pub async fn run(config: HostConfig, level: LevelHandle) -> anyhow::Result<()> {
         let (endpoints, stop) = (endpoints.clone(), begin());
         tasks.spawn("endpoints", infallible(async move { endpoints.run(stop).await }));
     }
-    tasks.spawn("overlay", tell_overlay(overlays, endpoints, config.clone(), memory, begin()));
+    tasks.spawn("overlay", tell_overlay(overlays, losses, endpoints, config.clone(), memory, begin()));
     {
         let (backend, stop) = (Arc::clone(&backend), begin());
         tasks.spawn("admin", infallible(admin::serve(socket, backend, stop)));
@@ -145,18 +163,14 @@ pub async fn run(config: HostConfig, level: LevelHandle) -> anyhow::Result<()> {
 
 /// Waits for the signal, or for a task that ends without being told to.
 async fn supervise(mut tasks: Tasks, shutdown: Shutdown) -> anyhow::Result<()> {
-    let broken = loop {
-        tokio::select! {
-            () = shutdown.begin.cancelled() => break None,
-            Some(end) = tasks.next_end() => {
-                if shutdown.begin.is_cancelled() {
-                    break None;
-                }
-                tracing::error!(%end, "a task ended that should not have");
-                break Some(end);
-            }
-        }
+    let broken = tokio::select! {
+        biased;
+        () = shutdown.begin.cancelled() => None,
+        end = tasks.next_end() => end,
     };
+    if let Some(end) = &broken {
+        tracing::error!(%end, "a task ended that should not have");
+    }
     shutdown.begin.cancel();
     let failed = tokio::select! {
         failed = tasks.finish(SHUTDOWN_DEADLINE) => failed,
@@ -177,9 +191,11 @@ async fn supervise(mut tasks: Tasks, shutdown: Shutdown) -> anyhow::Result<()> {
     }
 }
 
-/// Tells all who build on the overlay that it is in place, and again at each change.
+/// Tells all who build on the overlay that it is in place, and again at each change; has containers wired anew whose interface others removed
+/// or whose MTU is another now.
 async fn tell_overlay(
     mut overlays: watch::Receiver<Option<Overlay>>,
+    mut losses: watch::Receiver<u64>,
     endpoints: Endpoints<Plugger>,
     config: HostConfig,
     memory: HostMemory,
@@ -192,6 +208,7 @@ async fn tell_overlay(
             memory.held(overlay.subnet, overlay.public_ip);
             let networks: PerFamily<_> = overlay.network.pools.map(|_, pool| pool.network);
             let text = subnet_env(&networks, &overlay.subnet, overlay.mtu, config.ip_masq);
+            heal(&endpoints).await;
             match write_subnet_env(&config.subnet_file, &text) {
                 Ok(true) => {
                     tracing::info!(file = %config.subnet_file.display(), subnet = %overlay.subnet, mtu = overlay.mtu, "overlay in place")
@@ -206,7 +223,16 @@ async fn tell_overlay(
             changed = overlays.changed() => if changed.is_err() {
                 return Ok(());
             },
+            lost = losses.changed() => if lost.is_err() {
+                return Ok(());
+            },
         }
+    }
+}
+
+async fn heal(endpoints: &Endpoints<Plugger>) {
+    for (endpoint, error) in endpoints.heal().await {
+        tracing::warn!(%endpoint, %error, "an endpoint cannot be wired anew");
     }
 }
 

@@ -120,6 +120,8 @@ pub struct Channels {
     pub changes: watch::Sender<u64>,
     /// Whether the agent is ready.
     pub ready: watch::Sender<bool>,
+    /// Counts up whenever others removed the host's end of an endpoint's veth pair: only the endpoints can make it again.
+    pub ports_lost: watch::Sender<u64>,
 }
 
 /// The owner of state.
@@ -166,6 +168,7 @@ pub struct Reconciler<D, M> {
     resync_due: Instant,
     repairs: Repairs,
     changed: bool,
+    port_lost: bool,
 }
 
 impl<D: DataPath, M: Memory> Reconciler<D, M> {
@@ -207,6 +210,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             underlay_due: Some(now),
             repairs: Repairs::default(),
             changed: true,
+            port_lost: false,
         }
     }
 
@@ -285,6 +289,8 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 let before = std::mem::replace(&mut self.actual, state);
                 self.ids.adopt(&self.actual);
                 self.all_dirty = true;
+                let missing = |port: &String| !self.actual.contains_key(&Key::Link(port.clone()));
+                self.port_lost |= self.ports.iter().any(missing);
                 self.host.is_some().then_some(before)
             }
             Err(error) => {
@@ -376,6 +382,9 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 }
                 new
             });
+        }
+        if std::mem::take(&mut self.port_lost) {
+            channels.ports_lost.send_modify(|count| *count += 1);
         }
         if std::mem::take(&mut self.changed) {
             channels.changes.send_modify(|count| *count += 1);

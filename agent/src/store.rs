@@ -1,7 +1,7 @@
 //! The etcd cluster, as this host sees it: the network's configuration, every host's lease, and this host's own. Only here is
 //! `etcd-client` named.
 //!
-//! [`Store::run`] is one task. In it the watch ([`watch`]) and the lease holder ([`hold`]) run side by side over one connection to one
+//! [`Store::run`] is one task. In it the watch (`watch`) and the lease holder (`hold`) run side by side over one connection to one
 //! server; where either fails, both are dropped and start again over a new connection, after a jittered wait. Neither spawns anything.
 //!
 //! ```text
@@ -17,7 +17,7 @@
 //! | `keys`, `codec` | keys and values of the flannel v3 schema |
 //! | `read`, `watch` | everything at one revision, page by page; then every change |
 //! | `lease`, `pick` | what to do about the own lease, as pure functions |
-//! | `hold` | doing it: transactions, renewal |
+//! | `hold`, `write`, `renew` | doing it: transactions, renewal, proof of life |
 //! | `oneshot` | single requests for programs without an agent |
 
 use std::time::{Duration, Instant};
@@ -41,7 +41,9 @@ mod lease;
 mod oneshot;
 mod pick;
 mod read;
+mod renew;
 mod watch;
+mod write;
 
 pub use codec::{MAX_NODE_ID, MAX_NODE_NAME, MAX_VALUE};
 pub use connect::StoreConfig;
@@ -82,7 +84,7 @@ impl Store {
         self.config.validate()?;
         let board = watch::Board::new();
         let mut follower = watch::Follower::new();
-        let mut holder = hold::Holder::new(self.config.lease_ttl, &board, events.clone(), wish);
+        let mut holder = hold::Holder::new(&self.config, &board, events.clone(), wish);
         let mut random = SmallRng::from_rng(&mut rand::rng());
         let mut wait = RECONNECT;
         let mut told: Option<Connection> = None;

@@ -3,6 +3,7 @@
 //! Needs root (or `unshare --user --map-root-user --mount --net` with a tmpfs on /run/netns) and etcd.
 
 use std::collections::BTreeSet;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -196,6 +197,45 @@ fn an_interrupt_takes_down_what_was_made() {
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGINT).expect("a child");
     assert_eq!(up.wait().expect("a child").code(), Some(130));
     lab.assert_gone();
+}
+
+/// As an ordinary user, whom nothing but a user namespace helps.
+#[test]
+fn without_root() {
+    let lab = Scratch::new();
+    // Where the build is, that user may not look.
+    let program = lab.dir.path().join("overlayctl");
+    std::fs::copy(env!("CARGO_BIN_EXE_overlayctl"), &program).expect("a copy");
+    let home = lab.dir.path().join("home");
+    std::fs::create_dir(&home).expect("a directory");
+    std::fs::set_permissions(lab.dir.path(), std::fs::Permissions::from_mode(0o755)).expect("own directory");
+    std::os::unix::fs::chown(&home, Some(65_534), Some(65_534)).expect("root gives it away");
+    let run = |verb: &str, arguments: &[&str]| {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", "--"]).arg(&program);
+        command.args(["lab", verb, "--name", &lab.name]).args(arguments).env("OVERLAY_LAB_DIR", &home).env("LC_ALL", "C");
+        command.output().expect("setpriv (util-linux) runs")
+    };
+    for kill_keeper in [false, true] {
+        let up = run("up", &["--hosts", "2", "--no-agents", "--family", "dual"]);
+        assert!(up.status.success(), "user namespaces are needed: {}", text(&up.stderr));
+        assert_eq!(lab.namespaces(), BTreeSet::new(), "the machine knows nothing of it");
+        let route = text(&run("exec", &["h2", "--", "ip", "-o", "route", "get", "10.99.1.1"]).stdout);
+        assert!(route.contains("dev eth0 src 10.99.1.2"), "{route}");
+        assert_eq!(run("exec", &["h2", "--", "sh", "-c", "exit 9"]).status.code(), Some(9));
+        assert!(text(&run("up", &["--no-agents"]).stderr).contains("there already"));
+        if kill_keeper {
+            let record = std::fs::read_to_string(home.join(&lab.name).join("keeper.pid")).expect("the keeper's record");
+            let pid = record.split(' ').next().and_then(|p| p.parse().ok()).expect("a process id");
+            nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).expect("it runs");
+        }
+        let down = run("down", &[]);
+        assert!(down.status.success(), "{}", text(&down.stderr));
+        assert_eq!(std::fs::read_dir(&home).expect("a directory").count(), 0);
+        let program = program.to_string_lossy().into_owned();
+        assert_eq!(processes().filter(|(_, line)| line.contains(&program)).collect::<Vec<_>>(), Vec::new());
+    }
+    std::fs::remove_dir(&home).and_then(|()| std::fs::remove_file(&program)).expect("own files");
 }
 
 #[test]

@@ -19,7 +19,7 @@ use crate::telemetry::LevelHandle;
 /// How long a look at the leases' ends counts: a table that is watched asks etcd no more often.
 const TIME_LEFT_AGE: Duration = Duration::from_secs(10);
 /// How long etcd may take to tell; the table comes without the ends of leases then.
-const TIME_LEFT_WAIT: Duration = Duration::from_secs(2);
+const TIME_LEFT_WAIT: Duration = Duration::from_secs(1);
 
 /// The agent behind its socket.
 pub(super) struct AgentBackend {
@@ -105,15 +105,11 @@ impl Backend for AgentBackend {
     }
 
     async fn attach(&self, name: EndpointName, request: api::AttachRequest) -> Result<api::Attached, ApiError> {
-        let attached = self.endpoints.attach(name, request).await.map_err(api_error)?;
-        self.metrics.set_endpoints(self.endpoints.list().len());
-        Ok(attached)
+        self.endpoints.attach(name, request).await.map_err(api_error)
     }
 
     async fn detach(&self, name: EndpointName) -> Result<api::Detached, ApiError> {
-        let endpoint = self.endpoints.detach(name).await.map_err(api_error)?;
-        self.metrics.set_endpoints(self.endpoints.list().len());
-        Ok(api::Detached { endpoint })
+        Ok(api::Detached { endpoint: self.endpoints.detach(name).await.map_err(api_error)? })
     }
 
     async fn ready(&self) -> Result<(), Vec<String>> {
@@ -133,6 +129,7 @@ impl Backend for AgentBackend {
     }
 
     fn metrics(&self) -> String {
+        self.metrics.set_endpoints(self.endpoints.list().len());
         self.metrics.render()
     }
 

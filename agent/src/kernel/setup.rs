@@ -43,11 +43,6 @@ impl Setup {
         self.on(|s| request::link_add(s, name, "bridge", |_| (), data), || format!("cannot make bridge {name}"))
     }
 
-    /// Makes a dummy device, down.
-    pub async fn add_dummy(&self, name: &str) -> Result<(), OpError> {
-        self.on(|s| request::link_add(s, name, "dummy", |_| (), |_| ()), || format!("cannot make dummy device {name}"))
-    }
-
     /// Makes a veth pair, both ends down: `name` here, `peer` in another namespace (or in this one).
     pub async fn add_veth(&self, name: &str, peer: &str, peer_netns: &Netns) -> Result<(), OpError> {
         let data = |m: &mut Message<'_>| request::veth_peer(m, peer, peer_netns.as_fd(), |_| ());

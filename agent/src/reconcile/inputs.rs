@@ -100,6 +100,9 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         if self.host.is_none() || self.is_right(&key) {
             return false;
         }
+        if let Key::Link(name) = &key {
+            self.port_lost |= !self.actual.contains_key(&key) && self.ports.contains(name);
+        }
         self.dirty.insert(key.clone());
         if was_right {
             self.drifted(&key, log);

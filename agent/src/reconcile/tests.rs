@@ -145,6 +145,7 @@ impl Fixture {
             overlay: watch::channel(None).0,
             changes: watch::channel(0).0,
             ready: ready_in,
+            ports_lost: watch::channel(0).0,
         };
         let stop = CancellationToken::new();
         let reconciler = Reconciler::new(settings, kernel.clone(), FakeMemory, Arc::new(Metrics::new()));

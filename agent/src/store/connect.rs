@@ -33,6 +33,9 @@ const MAX_ANSWER: usize = 32 << 20;
 const SYSTEM_CAS: &str = "/etc/ssl/certs/ca-certificates.crt";
 /// TTL of the etcd lease behind a subnet: flannel's.
 const LEASE_TTL: Duration = Duration::from_secs(24 * 60 * 60);
+/// The longest time between two renewals of an etcd lease. Far shorter than the TTL needs: so that a host that stopped renewing can be
+/// told from a living one within half a minute.
+const KEEP_ALIVE: Duration = Duration::from_secs(20);
 
 /// How to reach etcd, and where in it the network stands. Holds no secret, only the paths of files that do.
 #[derive(Debug, Clone)]
@@ -56,6 +59,9 @@ pub struct StoreConfig {
     /// TTL of the etcd lease behind a subnet; for tests only, 24 h otherwise.
     #[doc(hidden)]
     pub lease_ttl: Duration,
+    /// The longest time between two renewals, the same on all hosts; for tests only, 20 s otherwise.
+    #[doc(hidden)]
+    pub keep_alive: Duration,
 }
 
 impl Default for StoreConfig {
@@ -70,6 +76,7 @@ impl Default for StoreConfig {
             username: None,
             password_file: None,
             lease_ttl: LEASE_TTL,
+            keep_alive: KEEP_ALIVE,
         }
     }
 }
@@ -218,7 +225,7 @@ pub(super) async fn connect(config: &StoreConfig) -> Result<Session, StoreError>
     let credentials = config.credentials()?;
     let mut errors = Vec::new();
     for endpoint in config.candidates().await? {
-        let context = Context { endpoint, user: config.username.clone(), prefix: keys.prefix().to_owned() };
+        let context = Context { endpoint, user: config.username.clone(), prefix: keys.prefix().to_owned(), greeted: false };
         match connect_to(config, context, &keys, credentials.clone()).await {
             Ok(session) => {
                 debug!(endpoint = session.context.endpoint, revision = session.greeting.revision, "connected to etcd");
@@ -273,6 +280,7 @@ async fn connect_to(
     let mut session = Session { client, context, keys: keys.clone(), greeting };
     let (_, header) = session.get_config().await?;
     session.greeting = header;
+    session.context.greeted = true;
     Ok(session)
 }
 

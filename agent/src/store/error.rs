@@ -189,6 +189,8 @@ pub(super) struct Context {
     pub(super) user: Option<String>,
     /// The prefix.
     pub(super) prefix: String,
+    /// Whether the server has answered anything yet.
+    pub(super) greeted: bool,
 }
 
 // gRPC status codes (grpc.io, `statuscodes.md`).
@@ -199,8 +201,11 @@ const RESOURCE_EXHAUSTED: i32 = 8;
 const UNAVAILABLE: i32 = 14;
 const UNAUTHENTICATED: i32 = 16;
 
+/// How a connection looks that the server ended after it was made.
+const ENDED: [&str; 3] = ["connection closed", "broken pipe", "reset by peer"];
+
 impl Context {
-    fn who(&self) -> String {
+    pub(super) fn who(&self) -> String {
         self.user.as_ref().map_or_else(|| "a client without a user name".to_owned(), |user| format!("user `{user}`"))
     }
 
@@ -258,8 +263,11 @@ impl Context {
             "a certificate has expired: renew it"
         } else if says("CertificateRequired") || says("certificate required") || says("BadCertificate") || says("UnknownCA") {
             "it wants a client certificate of its CA: set --etcd-certfile and --etcd-keyfile"
-        } else if says("InvalidContentType") || says("corrupt message") {
-            "it does not speak TLS: use an http:// endpoint"
+        } else if says("InvalidContentType") || says("corrupt message") || says("handshake eof") {
+            "where it does not speak TLS, use an http:// endpoint"
+        } else if endpoint.starts_with("https://") && !self.greeted && ENDED.iter().any(|words| says(words)) {
+            // TLS 1.3 servers look at the client's certificate only after the handshake.
+            "servers that want a client certificate of their CA end the connection so: set --etcd-certfile and --etcd-keyfile"
         } else if says("certificate") || says("tls") || says("TLS") || says("fatal alert") {
             "check --etcd-cafile, --etcd-certfile and --etcd-keyfile"
         } else {

@@ -5,16 +5,17 @@
 
 use std::time::Duration;
 
-use etcd_client::{Compare, CompareOp, LeaseKeepAliveStream, LeaseKeeper, PutOptions, Txn, TxnOp};
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, MissedTickBehavior};
+use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
-use super::connect::Session;
-use super::lease::{self, Held, Life, Look, Memory, RETRY, Step, Ttl, keep_alive_interval};
-use super::watch::{Board, send};
+use super::connect::{Session, StoreConfig};
+use super::lease::{self, Held, Look, Memory, RETRY, Step};
+use super::renew::{self, Life, Renewal};
+use super::watch::{Board, Sightings, send};
+use super::write::Binding;
 use super::{StoreError, codec};
 use crate::backoff::Backoff;
 use crate::model::Subnet;
@@ -30,12 +31,15 @@ const FAREWELL: Duration = Duration::from_secs(1);
 /// Holds this host's lease over any number of connections.
 pub(super) struct Holder<'a> {
     ttl: Duration,
+    keep_alive: Duration,
     board: &'a Board,
     events: mpsc::Sender<StoreEvent>,
     wish: watch::Receiver<Option<LeaseWish>>,
     memory: Memory,
     /// What was handed on last.
     told: Option<OwnLease>,
+    /// The revision up to which the state of the held entry is known.
+    known: i64,
     /// An etcd lease that was granted and is not bound to a key yet.
     spare: Option<i64>,
     /// The etcd lease of an entry that was lost.
@@ -61,18 +65,20 @@ enum Next {
 
 impl<'a> Holder<'a> {
     pub(super) fn new(
-        ttl: Duration,
+        config: &StoreConfig,
         board: &'a Board,
         events: mpsc::Sender<StoreEvent>,
         wish: watch::Receiver<Option<LeaseWish>>,
     ) -> Holder<'a> {
         Holder {
-            ttl,
+            ttl: config.lease_ttl,
+            keep_alive: config.keep_alive,
             board,
             events,
             wish,
             memory: Memory::default(),
             told: None,
+            known: 0,
             spare: None,
             orphan: None,
             suspect: None,
@@ -118,7 +124,8 @@ impl<'a> Holder<'a> {
 
     /// Looks, decides, acts; returns when it is time to look again.
     async fn turn(&mut self, session: &Session, wish: &LeaseWish) -> Result<(), StoreError> {
-        let look = Look::of(session.list().await?);
+        let look = Look::of(session.list().await?, &wish.node.id);
+        self.known = look.revision;
         if let Some((lost, reason)) = self.memory.notice_loss(&look, wish) {
             warn!(subnet = %lost.lease.subnet, reason, "this host's lease is lost, taking one again");
             self.orphan = lost.lease.etcd_lease.or(self.orphan);
@@ -153,11 +160,11 @@ impl<'a> Holder<'a> {
     async fn rest(&mut self, delay: Duration) {
         let mut sightings = self.board.sightings.subscribe();
         let removals = sightings.borrow_and_update().removals;
-        let removed = sightings.wait_for(|seen| seen.removals != removals);
+        let removed = until(&mut sightings, |seen| seen.removals != removals);
         tokio::select! {
             () = tokio::time::sleep(delay) => {}
             () = changed(&mut self.wish) => {}
-            _ = removed => {}
+            () = removed => {}
         }
     }
 
@@ -169,10 +176,11 @@ impl<'a> Holder<'a> {
                 if seen > look.revision {
                     // The watch is already behind the look and did not look out for this entry.
                     drop(look);
-                    let now = session.get_entry(&held.key).await?;
+                    let (now, revision) = session.get_entry(&held.key).await?;
                     if now.is_none_or(|entry| entry.mod_revision != held.mod_revision) {
                         return Ok(Next::Again);
                     }
+                    self.known = revision;
                 }
                 self.got(held);
                 Ok(Next::Hold)
@@ -222,12 +230,12 @@ impl<'a> Holder<'a> {
     /// Writes our value into an entry that stands there, unless it was changed since the look.
     async fn overwrite(&mut self, session: &Session, wish: &LeaseWish, mut held: Held) -> Result<Next, StoreError> {
         self.board.held.send_replace(Some(held.key.clone()));
-        let options = match held.lease.etcd_lease {
-            Some(id) if self.spare == Some(id) => PutOptions::new().with_lease(id),
-            _ => PutOptions::new().with_ignore_lease(),
+        let binding = match held.lease.etcd_lease {
+            Some(id) if self.spare == Some(id) => Binding::To(id),
+            _ => Binding::Keep,
         };
-        let compare = Compare::mod_revision(session.keys.subnet(&held.key), CompareOp::Equal, held.mod_revision);
-        match self.put(session, wish, &held.key, vec![compare], options).await? {
+        let written = session.overwrite(&held.key, Self::value(session, wish)?, binding, held.mod_revision).await;
+        match self.or_expired(written)? {
             None => Ok(Next::Race),
             Some(revision) => {
                 held.mod_revision = revision;
@@ -249,26 +257,16 @@ impl<'a> Holder<'a> {
     ) -> Result<Next, StoreError> {
         let etcd_lease = self.grant(session).await?;
         let key = subnet.to_key();
-        let full = session.keys.subnet(&key);
         let config = look.config.as_ref().map_or(0, |config| config.mod_revision);
-        // `A` and `A&B` both name the range A; the apostrophe is the character behind `&`.
-        let first = full.split('&').next().unwrap_or(&full).to_owned();
-        let mut compares = vec![
-            Compare::mod_revision(session.keys.config(), CompareOp::Equal, config),
-            Compare::create_revision(first.clone(), CompareOp::Equal, 0).with_range(format!("{first}'")),
-        ];
-        if whole {
-            let (from, to) = session.keys.subnets();
-            compares.push(Compare::create_revision(from, CompareOp::Less, look.revision + 1).with_range(to));
-        }
+        let whole = whole.then_some(look.revision);
         self.board.held.send_replace(Some(key.clone()));
-        let options = PutOptions::new().with_lease(etcd_lease);
-        let Some(mod_revision) = self.put(session, wish, &key, compares, options).await? else {
+        let written = session.create(&key, Self::value(session, wish)?, etcd_lease, config, whole).await;
+        let Some(mod_revision) = self.or_expired(written)? else {
             debug!(%subnet, attempt = self.memory.attempt, "somebody was faster");
             self.memory.attempt = self.memory.attempt.saturating_add(1);
             return Ok(Next::Race);
         };
-        match self.memory.last {
+        match self.memory.last.or(wish.preferred) {
             Some(last) if last != subnet => {
                 warn!(from = %last, to = %subnet, "THIS HOST'S SUBNET HAS CHANGED: its old one is not free any more or does not fit the network");
             }
@@ -279,32 +277,23 @@ impl<'a> Holder<'a> {
         Ok(Next::Hold)
     }
 
-    /// Puts our value; the revision of the change, `None` where a comparison failed.
-    async fn put(
-        &mut self,
-        session: &Session,
-        wish: &LeaseWish,
-        key: &str,
-        compares: Vec<Compare>,
-        options: PutOptions,
-    ) -> Result<Option<i64>, StoreError> {
-        let value = codec::encode(&lease::wished(wish)).map_err(|error| StoreError::Answer {
+    /// Our value as text.
+    fn value(session: &Session, wish: &LeaseWish) -> Result<String, StoreError> {
+        codec::encode(&lease::wished(wish)).map_err(|error| StoreError::Answer {
             endpoint: session.context.endpoint.clone(),
             what: "write this host's lease",
             detail: error.to_string(),
-        })?;
-        let put = TxnOp::put(session.keys.subnet(key), value, Some(options));
-        let txn = Txn::new().when(compares).and_then(vec![put]);
-        let mut kv = session.kv();
-        match session.within("write this host's lease", kv.txn(txn)).await {
-            Ok(answer) if answer.succeeded() => Ok(Some(answer.header().map_or(0, |header| header.revision()))),
-            Ok(_) => Ok(None),
+        })
+    }
+
+    /// A spare etcd lease that expired while it waited to be used is a race lost.
+    fn or_expired(&mut self, answer: Result<Option<i64>, StoreError>) -> Result<Option<i64>, StoreError> {
+        match answer {
             Err(StoreError::LeaseGone { .. }) if self.spare.is_some() => {
-                // It expired while it waited to be used.
                 self.spare = None;
                 Ok(None)
             }
-            Err(error) => Err(error),
+            other => other,
         }
     }
 
@@ -336,7 +325,7 @@ impl<'a> Holder<'a> {
             // Expired: the entry goes in a moment.
             return Ok(Next::Race);
         };
-        let (reason, again) = match lease::life(ttl, now - since) {
+        let (reason, again) = match renew::life(ttl, self.keep_alive, now - since) {
             Life::Gone => {
                 info!(key = entry.0, "the holder of the entry has stopped renewing it");
                 self.memory.dead = Some(entry);
@@ -368,20 +357,20 @@ impl<'a> Holder<'a> {
         let Some(held) = self.memory.held.clone() else { return Ok(()) };
         let mut renewal = match held.lease.etcd_lease {
             None => None,
-            Some(id) => match Renewal::start(session, id).await {
+            Some(id) => match Renewal::start(session, id, self.keep_alive).await {
                 Err(StoreError::LeaseGone { .. }) => return Err(self.expired(&held, id).await?),
                 other => Some(other?),
             },
         };
         self.tell(OwnLease::Held(held.lease.clone())).await?;
+        let known = self.known.max(held.mod_revision);
         let mut sightings = self.board.sightings.subscribe();
         loop {
-            // Only whether, not the guard that comes with it: no guard may live across the awaits below.
-            let touched = async { sightings.wait_for(|seen| seen.held > held.mod_revision).await.is_ok() };
+            let touched = until(&mut sightings, |seen| seen.held > known);
             tokio::select! {
-                _ = touched => return Ok(()),
+                () = touched => return Ok(()),
                 () = changed(&mut self.wish) => {
-                    if self.wish.borrow_and_update().as_ref().is_none_or(|new| new != wish) {
+                    if self.wish.borrow_and_update().as_ref().is_some_and(|new| new != wish) {
                         return Ok(());
                     }
                 }
@@ -443,95 +432,8 @@ async fn changed(wish: &mut watch::Receiver<Option<LeaseWish>>) {
     }
 }
 
-/// One etcd lease kept alive over one open stream.
-struct Renewal {
-    id: i64,
-    keeper: LeaseKeeper,
-    answers: LeaseKeepAliveStream,
-    ticks: tokio::time::Interval,
-}
-
-impl Renewal {
-    /// Renews once and goes on in the rhythm that the lease's TTL asks for.
-    async fn start(session: &Session, id: i64) -> Result<Renewal, StoreError> {
-        let (mut keeper, mut answers) =
-            match session.within("renew the lease", session.client.lease_client().keep_alive(id)).await {
-                Err(StoreError::Answer { detail, .. }) if detail.contains("lease not found") => {
-                    return Err(StoreError::LeaseGone { lease: id });
-                }
-                Err(StoreError::LeaseGone { .. }) => return Err(StoreError::LeaseGone { lease: id }),
-                other => other?,
-            };
-        let ttl = Renewal::renew(session, id, &mut keeper, &mut answers).await?;
-        let rhythm = keep_alive_interval(ttl).max(Duration::from_millis(100));
-        let mut ticks = tokio::time::interval_at(Instant::now() + rhythm, rhythm);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        Ok(Renewal { id, keeper, answers, ticks })
-    }
-
-    /// Waits until it is time and renews; never ends where there is nothing to renew.
-    async fn next(renewal: &mut Option<Renewal>, session: &Session) -> Result<(), StoreError> {
-        let Some(Renewal { id, keeper, answers, ticks }) = renewal else { return std::future::pending().await };
-        ticks.tick().await;
-        Renewal::renew(session, *id, keeper, answers).await.map(|_| ())
-    }
-
-    /// Asks for one renewal and waits for the answer: the TTL from now on.
-    async fn renew(
-        session: &Session,
-        id: i64,
-        keeper: &mut LeaseKeeper,
-        answers: &mut LeaseKeepAliveStream,
-    ) -> Result<Duration, StoreError> {
-        let answer = session
-            .within("renew the lease", async {
-                keeper.keep_alive().await?;
-                answers.message().await
-            })
-            .await?;
-        match answer.map(|answer| u64::try_from(answer.ttl()).unwrap_or(0)) {
-            None => {
-                let detail = "the server ended the stream of renewals".to_owned();
-                Err(StoreError::Unreachable { endpoint: session.context.endpoint.clone(), detail })
-            }
-            Some(0) => Err(StoreError::LeaseGone { lease: id }),
-            Some(seconds) => Ok(Duration::from_secs(seconds)),
-        }
-    }
-}
-
-impl Session {
-    pub(super) async fn grant(&self, ttl: Duration) -> Result<i64, StoreError> {
-        let seconds = i64::try_from(ttl.as_secs().max(1)).unwrap_or(i64::MAX);
-        let mut client = self.client.lease_client();
-        Ok(self.within("get an etcd lease", client.grant(seconds, None)).await?.id())
-    }
-
-    /// Ends an etcd lease; no error where it is gone already.
-    pub(super) async fn revoke(&self, id: i64) -> Result<(), StoreError> {
-        match self.within("revoke an etcd lease", self.client.lease_client().revoke(id)).await {
-            Ok(_) | Err(StoreError::LeaseGone { .. }) => Ok(()),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// What is left of an etcd lease; `None` where it is gone.
-    pub(super) async fn time_to_live(&self, id: i64) -> Result<Option<Ttl>, StoreError> {
-        let mut client = self.client.lease_client();
-        let answer = self.within("read an etcd lease", client.time_to_live(id, None)).await?;
-        let seconds = |value: i64| u64::try_from(value).ok().map(Duration::from_secs);
-        Ok(match (seconds(answer.granted_ttl()), seconds(answer.ttl())) {
-            (Some(granted), Some(remaining)) => Some(Ttl { granted, remaining }),
-            _ => None,
-        })
-    }
-
-    /// Deletes an entry unless it was changed since this revision; whether it is gone.
-    pub(super) async fn remove(&self, key: &str, mod_revision: i64) -> Result<bool, StoreError> {
-        let full = self.keys.subnet(key);
-        let compare = Compare::mod_revision(full.clone(), CompareOp::Equal, mod_revision);
-        let txn = Txn::new().when(vec![compare]).and_then(vec![TxnOp::delete(full, None)]);
-        let mut kv = self.kv();
-        Ok(self.within("delete a lease", kv.txn(txn)).await?.succeeded())
-    }
+/// Waits for a sighting.
+async fn until(sightings: &mut watch::Receiver<Sightings>, wanted: impl FnMut(&Sightings) -> bool) {
+    // The board lives longer than whoever waits on it.
+    let _ = sightings.wait_for(wanted).await;
 }

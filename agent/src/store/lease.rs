@@ -12,16 +12,8 @@ use crate::model::event::{HeldLease, LeaseOrigin, LeaseWish};
 use crate::model::lease::printable;
 use crate::model::{Backend, Cidr, Lease, NetworkConfig, PerFamily, Subnet};
 
-/// The longest time between two renewals of an etcd lease. Far shorter than the TTL needs: so that a host that stopped renewing can be
-/// told from a living one within half a minute.
-const KEEP_ALIVE: Duration = Duration::from_secs(20);
 /// How long a host waits that cannot get a subnet before it looks again by itself.
 pub(super) const RETRY: Duration = Duration::from_secs(10);
-
-/// The time between two renewals of an etcd lease with this TTL.
-pub(super) fn keep_alive_interval(ttl: Duration) -> Duration {
-    (ttl / 3).min(KEEP_ALIVE)
-}
 
 /// An entry of the store, as far as who holds what is concerned.
 #[derive(Debug, Clone)]
@@ -32,6 +24,7 @@ pub(super) struct Claim {
     /// Every range that the key names in any form.
     ranges: Vec<Cidr>,
     pub(super) owner: Owner,
+    /// The value, where it is of this host.
     value: Vec<u8>,
     pub(super) mod_revision: i64,
     create_revision: i64,
@@ -96,8 +89,9 @@ pub(super) enum Step {
 }
 
 impl Look {
-    pub(super) fn of(listing: Listing) -> Look {
-        let claims = listing.entries.into_iter().map(Claim::of).collect();
+    /// What a listing says to the host with this identity.
+    pub(super) fn of(listing: Listing, id: &str) -> Look {
+        let claims = listing.entries.into_iter().map(|entry| Claim::of(entry, id)).collect();
         Look { revision: listing.revision, config: listing.config, claims }
     }
 
@@ -111,13 +105,16 @@ impl Look {
 }
 
 impl Claim {
-    pub(super) fn of(entry: RawEntry) -> Claim {
+    fn of(entry: RawEntry, id: &str) -> Claim {
+        let owner = codec::owner(&entry.value);
+        // Others' values are not needed again, and there can be many.
+        let ours = owner.node.as_ref().is_some_and(|node| node.id == id);
         Claim {
             subnet: Subnet::from_key(&entry.key).ok(),
             ranges: claimed_ranges(&entry.key),
-            owner: codec::owner(&entry.value),
+            owner,
             key: entry.key,
-            value: entry.value,
+            value: if ours { entry.value } else { Vec::new() },
             mod_revision: entry.mod_revision,
             create_revision: entry.create_revision,
             etcd_lease: entry.etcd_lease,
@@ -304,7 +301,6 @@ fn new_entry(look: &Look, wish: &LeaseWish, memory: &Memory) -> Step {
         network.leases(subnet) && subnet.iter().all(|(_, cidr)| clear(cidr))
     };
     let known = [memory.last, wish.preferred].into_iter().flatten().find(|subnet| free(subnet));
-    let known = known.filter(|_| memory.attempt == 0);
     let Some(subnet) = known.or_else(|| pick::pick(network, &taken, &wish.node.id, memory.attempt)) else {
         let pools: Vec<String> =
             network.pools.iter().map(|(_, p)| format!("{} of {} (/{})", p.count(), p.network, p.subnet_length)).collect();
@@ -344,44 +340,6 @@ fn fit(subnet: &Subnet, wish: &LeaseWish) -> Option<String> {
         Ok(read) if read == lease => None,
         Ok(_) => Some("this host's public IPs and MACs are not of the network's families".to_owned()),
         Err(kind) => Some(format!("other hosts would refuse this host's lease: {kind}")),
-    }
-}
-
-/// What etcd says of an etcd lease: seconds granted and left.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Ttl {
-    pub(super) granted: Duration,
-    pub(super) remaining: Duration,
-}
-
-/// Whether somebody renews an etcd lease.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Life {
-    /// Not renewed for longer than a living host waits.
-    Gone,
-    /// Renewed since the first look.
-    Alive {
-        /// Look again after this long.
-        again: Duration,
-    },
-    /// Cannot be told yet.
-    Unknown {
-        /// Look again after this long.
-        again: Duration,
-    },
-}
-
-/// Whether somebody renews an etcd lease, `watched` after the first look at it.
-pub(super) fn life(ttl: Ttl, watched: Duration) -> Life {
-    let age = ttl.granted.saturating_sub(ttl.remaining);
-    // etcd counts in whole seconds, rounded down at both ends: one second each, and half an interval for a busy host.
-    let limit = keep_alive_interval(ttl.granted) * 3 / 2 + Duration::from_secs(2);
-    if age > limit {
-        Life::Gone
-    } else if age + Duration::from_secs(2) < watched {
-        Life::Alive { again: limit }
-    } else {
-        Life::Unknown { again: limit - age + Duration::from_secs(1) }
     }
 }
 

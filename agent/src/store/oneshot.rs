@@ -134,7 +134,7 @@ pub async fn release(config: &StoreConfig, node_id: &str) -> Result<Released, St
     let session = connect(config).await?;
     let mut done = Released::default();
     for _ in 0..RELEASE_TRIES {
-        let look = Look::of(session.list().await?);
+        let look = Look::of(session.list().await?, node_id);
         let is_ours = |claim: &&Claim| claim.owner.node.as_ref().is_some_and(|node| node.id == node_id);
         done.reservations =
             look.claims.iter().filter(is_ours).filter(|c| c.etcd_lease.is_none()).map(|c| c.key.clone()).collect();

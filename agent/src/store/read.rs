@@ -71,11 +71,12 @@ impl Session {
         Ok((answer.kvs().first().map(RawConfig::of), greeting(answer.header())))
     }
 
-    /// One entry now.
-    pub(super) async fn get_entry(&self, key: &str) -> Result<Option<RawEntry>, StoreError> {
+    /// One entry, and the revision at which it is so.
+    pub(super) async fn get_entry(&self, key: &str) -> Result<(Option<RawEntry>, i64), StoreError> {
         let mut kv = self.kv();
         let answer = self.within("read a lease", kv.get(self.keys.subnet(key), None)).await?;
-        Ok(answer.kvs().first().map(|kv| RawEntry::of(key.to_owned(), kv)))
+        let entry = answer.kvs().first().map(|kv| RawEntry::of(key.to_owned(), kv));
+        Ok((entry, greeting(answer.header()).revision))
     }
 
     /// The configuration and every entry at one revision.

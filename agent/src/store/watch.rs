@@ -255,9 +255,7 @@ fn cancelled(session: &Session, reason: &str) -> StoreError {
     let context = &session.context;
     let what = "watch the network";
     if reason.contains("permission denied") {
-        let who =
-            context.user.as_ref().map_or_else(|| "a client without a user name".to_owned(), |user| format!("user `{user}`"));
-        StoreError::Permission { endpoint: context.endpoint.clone(), who, what, prefix: context.prefix.clone() }
+        StoreError::Permission { endpoint: context.endpoint.clone(), who: context.who(), what, prefix: context.prefix.clone() }
     } else {
         StoreError::Answer { endpoint: context.endpoint.clone(), what, detail: format!("cancelled: {reason}") }
     }

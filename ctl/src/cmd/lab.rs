@@ -1,7 +1,7 @@
 //! `overlayctl lab`: several hosts on this machine.
 //!
-//! Without root each command but `up` and `down` runs itself again inside the lab's namespaces ([`rootless`]); `up` starts their keeper
-//! before that, `down` ends it behind it.
+//! Without root each command runs itself again inside the lab's namespaces ([`rootless`]); `up` starts their keeper before that, `down`
+//! ends it and everything else inside.
 
 mod view;
 
@@ -184,7 +184,7 @@ fn up_rootless(home: &Home, args: &UpArgs) -> Result<Outcome, CommandError> {
     rootless::start_keeper(home, name)?;
     let outcome = inside(home, name);
     if !matches!(outcome, Ok(Outcome::Well)) {
-        rootless::end_keeper(home, name)?;
+        rootless::down(home, name)?;
     }
     outcome
 }
@@ -213,28 +213,21 @@ fn down_all(context: &Context, home: &Home, names: Vec<LabName>) -> Result<Outco
             }
         }
     }
-    if !rootless::is_inside() {
-        for view in &views {
-            context.printer.show(view)?;
-        }
-        if views.is_empty() && first_error.is_none() {
-            eprintln!("no lab is up");
-        }
+    for view in &views {
+        context.printer.show(view)?;
+    }
+    if views.is_empty() && first_error.is_none() {
+        eprintln!("no lab is up");
     }
     first_error.map_or(Ok(Outcome::Well), Err)
 }
 
 fn down_one(home: &Home, name: &LabName) -> Result<Removed, CommandError> {
-    if !rootless::is_needed() {
-        return Ok(down::down(&home.dir(name), name)?);
+    if rootless::is_inside() {
+        let message = "this is the inside of a lab without root: take it down from outside".to_owned();
+        return Err(CommandError::Usage { message });
     }
-    if rootless::keeper(home, name).is_some()
-        && let Err(error) = rootless::enter_with(home, name, &["lab", "down", "--name", &name.to_string()])
-    {
-        // Ending the keeper and every recorded process below takes the namespaces along.
-        eprintln!("overlayctl: cannot enter lab `{name}`: {error}");
-    }
-    Ok(rootless::end_keeper(home, name)?)
+    Ok(if rootless::is_needed() { rootless::down(home, name)? } else { down::down(&home.dir(name), name)? })
 }
 
 /// Becomes the command, inside the target's namespace.

@@ -12,7 +12,7 @@ use super::process::{GRACE, ProcessId, end_all};
 use super::{LabError, agent, etcd, rootless};
 
 /// How often processes are looked for again, in case one was just starting another.
-const ROUNDS: usize = 3;
+pub(super) const ROUNDS: usize = 3;
 
 /// What was there to remove.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
@@ -55,7 +55,8 @@ pub fn down(dir: &Path, name: &LabName) -> Result<Removed, LabError> {
         }
         Err(error) => failures.push(error.to_string()),
     }
-    // With something left its description stays, so that the next try knows of it. Inside the keeper its own record must outlive it.
+    // With something left its description stays, so that the next try knows of it. Inside a keeper's namespaces the directory with the
+    // keeper's record is for the command outside to remove.
     if failures.is_empty() && !rootless::is_inside() {
         match remove_dir(dir) {
             Ok(there) => removed.directory = there,

@@ -4,9 +4,10 @@
 //! The keeper is `unshare --user --map-root-user --mount --net overlayctl lab keeper`; commands enter by `nsenter`; both programs are of
 //! util-linux, which every system has.
 
-use std::ffi::{OsStr, OsString};
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -15,7 +16,7 @@ use std::time::{Duration, Instant};
 use nix::mount::{MsFlags, mount};
 use nix::unistd::geteuid;
 
-use super::down::{Removed, recorded, remove_dir};
+use super::down::{ROUNDS, Removed, recorded, remove_dir};
 use super::home::DIR_VARIABLE;
 use super::process::{GRACE, ProcessId, end_all, start, tail};
 use super::{Home, LabError, LabName};
@@ -95,12 +96,6 @@ fn own_program() -> Result<PathBuf, LabError> {
 
 /// Runs this very command again inside the lab's namespaces and waits for it; its exit code. Blocks.
 pub fn enter(home: &Home, name: &LabName) -> Result<u8, LabError> {
-    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
-    enter_with(home, name, &arguments)
-}
-
-/// Runs this program with other arguments inside the lab's namespaces and waits for it; its exit code. Blocks.
-pub fn enter_with(home: &Home, name: &LabName, arguments: &[impl AsRef<OsStr>]) -> Result<u8, LabError> {
     let Some(keeper) = keeper(home, name) else {
         // Either there is no such lab, or its keeper is gone and with it every name in it.
         home.read(name)?;
@@ -109,7 +104,7 @@ pub fn enter_with(home: &Home, name: &LabName, arguments: &[impl AsRef<OsStr>]) 
     };
     let mut command = Command::new("nsenter");
     command.args(["--target", &keeper.pid.to_string(), "--user", "--mount", "--net", "--preserve-credentials", "--"]);
-    command.arg(own_program()?).args(arguments);
+    command.arg(own_program()?).args(std::env::args_os().skip(1));
     command.env(INSIDE_VARIABLE, "1").env(DIR_VARIABLE, home.base());
     if let Ok(cwd) = std::env::current_dir() {
         command.env(CWD_VARIABLE, cwd);
@@ -128,14 +123,22 @@ pub fn restore_directory() {
     }
 }
 
-/// Ends what is left of a lab once its inside is taken down, or cannot be any more: recorded processes, keeper, directory. The
-/// namespaces end with the last process in them. Blocks.
-pub fn end_keeper(home: &Home, name: &LabName) -> Result<Removed, LabError> {
+/// Takes a lab down that has a keeper: ends every process in its user namespace, the keeper too, and removes the directory. Namespaces and
+/// mounts end with the last process in them. Works without the keeper as well, from what was recorded. Blocks.
+pub fn down(home: &Home, name: &LabName) -> Result<Removed, LabError> {
     let dir = home.dir(name);
-    let mut processes: Vec<ProcessId> = recorded(&dir).into_iter().collect();
-    processes.extend(keeper(home, name));
-    let mut failures = end_all(&processes, GRACE);
-    let mut removed = Removed { processes: processes.len(), namespaces: 0, directory: false };
+    let mut removed = Removed::default();
+    let mut failures = Vec::new();
+    for _ in 0..ROUNDS {
+        let mut processes = recorded(&dir);
+        processes.extend(keeper(home, name));
+        processes.extend(companions(&processes));
+        if processes.is_empty() {
+            break;
+        }
+        removed.processes += processes.len();
+        failures.extend(end_all(&processes.into_iter().collect::<Vec<_>>(), GRACE));
+    }
     if failures.is_empty() {
         match remove_dir(&dir) {
             Ok(there) => removed.directory = there,
@@ -143,6 +146,18 @@ pub fn end_keeper(home: &Home, name: &LabName) -> Result<Removed, LabError> {
         }
     }
     if failures.is_empty() { Ok(removed) } else { Err(LabError::Left { name: name.to_string(), failures }) }
+}
+
+/// Every process in the user namespaces of these, unless that is our own.
+fn companions(processes: &BTreeSet<ProcessId>) -> BTreeSet<ProcessId> {
+    let namespace = |pid: &str| fs::metadata(format!("/proc/{pid}/ns/user")).ok().map(|m| (m.dev(), m.ino()));
+    let Some(own) = namespace("self") else { return BTreeSet::new() };
+    let theirs: BTreeSet<(u64, u64)> =
+        processes.iter().filter_map(|p| namespace(&p.pid.to_string())).filter(|n| *n != own).collect();
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
+    let inside = pids.filter(|pid| namespace(&pid.to_string()).is_some_and(|n| theirs.contains(&n)));
+    inside.filter_map(ProcessId::of).collect()
 }
 
 /// What the keeper does: makes /run/netns writable, says so, and stays until it is ended. Returns only where something fails.
@@ -167,8 +182,10 @@ fn prepare_run(dir: &Path) -> io::Result<()> {
     let before = dir.join("run-before");
     fs::create_dir_all(&before)?;
     mount(Some(run), &before, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)?;
+    // The lab's directory can be below /run itself: only the working directory still leads to it once /run is covered.
+    std::env::set_current_dir(&before)?;
     tmpfs(run)?;
-    for entry in fs::read_dir(&before)?.flatten() {
+    for entry in fs::read_dir(".")?.flatten() {
         let (from, to) = (entry.path(), run.join(entry.file_name()));
         let kind = entry.file_type()?;
         let bound = if kind.is_symlink() {
@@ -181,5 +198,6 @@ fn prepare_run(dir: &Path) -> io::Result<()> {
             eprintln!("{} is not seen inside the lab: {error}", to.display());
         }
     }
+    std::env::set_current_dir("/")?;
     fs::create_dir(netns)
 }

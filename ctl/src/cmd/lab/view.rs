@@ -78,7 +78,9 @@ impl View for DownView {
         if self.removed.is_nothing() {
             return format!("there is no lab {}: nothing to do", self.name);
         }
-        format!("lab {} is down: {processes} processes and {namespaces} namespaces removed", self.name)
+        // Without root the namespaces are not deleted by name: they end with the processes.
+        let with = if namespaces == 0 { String::new() } else { format!(" and {namespaces} namespaces") };
+        format!("lab {} is down: {processes} processes{with} removed", self.name)
     }
 }
 

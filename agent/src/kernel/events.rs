@@ -1,0 +1,297 @@
+//! What rtnetlink's events mean to the overlay: each message is judged against what is known, and what is new is kept until it is handed on.
+
+use std::collections::btree_map::Entry as Place;
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+
+use super::Shared;
+use super::dump::{AddressInfo, all_addresses, change};
+use super::inventory::is_default;
+use super::is_ours;
+use super::known::Known;
+use super::message::{Header, attributes, flag, u32_at};
+use super::request::{self, IFF_UP, LinkInfo, family_of};
+use super::socket::RouteSocket;
+use super::sysctl;
+use super::uapi::*;
+use super::wire::Entry;
+use crate::model::{Device, Family, Mac, Role};
+use crate::plan::{KernelEvent, Key, LinkKind, OpError, Value};
+
+/// Changes that are kept one by one; where more wait, a dump is cheaper.
+const LIMIT: usize = 16 * 1024;
+
+/// News that nobody has taken yet; of each entry the last.
+#[derive(Debug, Default)]
+pub struct Pending {
+    changed: BTreeMap<Key, Change>,
+    stale: Option<&'static str>,
+    underlay: bool,
+}
+
+/// A change of an entry.
+#[derive(Debug)]
+struct Change {
+    /// What was known before, where that is kept.
+    before: Option<Option<Value>>,
+    now: Option<Value>,
+}
+
+impl Pending {
+    /// Whether there is no news.
+    pub fn is_empty(&self) -> bool {
+        self.changed.is_empty() && self.stale.is_none() && !self.underlay
+    }
+
+    /// The next event.
+    pub fn take(&mut self) -> Option<KernelEvent> {
+        if !self.changed.is_empty() {
+            let changed = std::mem::take(&mut self.changed).into_iter().map(|(key, change)| (key, change.now));
+            return Some(KernelEvent::Changed(changed.collect()));
+        }
+        if let Some(reason) = self.stale.take() {
+            return Some(KernelEvent::Stale { reason });
+        }
+        std::mem::take(&mut self.underlay).then_some(KernelEvent::Underlay)
+    }
+
+    /// An entry changed, and what was known of it is not kept.
+    pub fn changed(&mut self, key: Key, now: Option<Value>) {
+        self.put(key, None, now);
+    }
+
+    /// An entry changed from what was known of it.
+    pub fn changed_from(&mut self, key: Key, before: Option<Value>, now: Option<Value>) {
+        self.put(key, Some(before), now);
+    }
+
+    /// Drops what changed there and back again: one change of ours to a link is several events, the last of which says what is known.
+    pub fn prune(&mut self) {
+        self.changed.retain(|_, change| change.before.as_ref() != Some(&change.now));
+    }
+
+    fn put(&mut self, key: Key, before: Option<Option<Value>>, now: Option<Value>) {
+        if self.changed.len() >= LIMIT {
+            self.changed.clear();
+            self.stale("more changed at once than is kept one by one");
+        }
+        match self.changed.entry(key) {
+            Place::Occupied(mut change) => change.get_mut().now = now,
+            Place::Vacant(place) => {
+                place.insert(Change { before, now });
+            }
+        }
+    }
+
+    /// More changed than events say.
+    pub fn stale(&mut self, reason: &'static str) {
+        self.stale.get_or_insert(reason);
+    }
+
+    /// Something that is not ours changed.
+    pub fn underlay(&mut self) {
+        self.underlay = true;
+    }
+}
+
+/// What was last told about interfaces that are not ours: events that tell the same again are no news.
+#[derive(Debug, Default)]
+pub struct Foreign {
+    links: HashMap<u32, (String, u32, bool)>,
+    addresses: HashMap<(u32, IpAddr), bool>,
+}
+
+impl Foreign {
+    /// What there is to begin with.
+    pub fn read(socket: &mut RouteSocket) -> Result<Foreign, OpError> {
+        let links = request::links(socket).map_err(|e| e.during("cannot list the links"))?;
+        let addresses = all_addresses(socket, 0)?;
+        Ok(Foreign {
+            links: links.into_iter().map(|link| (link.index, (link.name.clone(), link.mtu, link.up()))).collect(),
+            addresses: addresses.iter().map(|a| ((a.index, a.address.ip()), a.flags & IFA_F_DEPRECATED != 0)).collect(),
+        })
+    }
+}
+
+/// Judges one message.
+pub fn note(header: Header, body: &[u8], shared: &mut Shared, foreign: &mut Foreign, pending: &mut Pending) {
+    match header.kind {
+        libc::RTM_NEWLINK | libc::RTM_DELLINK => {
+            if let Some(link) = LinkInfo::read(body) {
+                note_link(header.kind == libc::RTM_NEWLINK, &link, shared, foreign, pending);
+            }
+        }
+        libc::RTM_NEWADDR | libc::RTM_DELADDR => {
+            if let Some(address) = AddressInfo::read(body) {
+                note_address(header.kind == libc::RTM_NEWADDR, &address, &mut shared.known, foreign, pending);
+            }
+        }
+        RTM_NEWNETCONF => note_netconf(body, &mut shared.known, pending),
+        _ => {
+            if let Some(entry) = Entry::read(header, body) {
+                note_entry(header, &entry, &mut shared.known, pending);
+            }
+            let route = matches!(header.kind, libc::RTM_NEWROUTE | libc::RTM_DELROUTE);
+            if route && is_default(body) && body.get(5).is_some_and(|protocol| !is_ours(*protocol)) {
+                pending.underlay();
+            }
+        }
+    }
+}
+
+fn note_link(present: bool, link: &LinkInfo, shared: &mut Shared, foreign: &mut Foreign, pending: &mut Pending) {
+    let known = &mut shared.known;
+    // We removed it: what it went through on its way out is no news.
+    if known.is_removed(link.index) {
+        return;
+    }
+    // A link of ours that has another name now is gone under its own.
+    let ours = known.link_name(link.index).map(str::to_owned);
+    if let Some(old) = &ours
+        && (*old != link.name || !present)
+    {
+        let before = known.drop_link(old).map(|state| Value::Link(Box::new(state)));
+        pending.changed_from(Key::Link(old.clone()), before, None);
+        pending.stale("a link of ours went away, and what was on it");
+    }
+    if !present {
+        foreign.links.remove(&link.index);
+        if ours.is_none() {
+            pending.underlay();
+        }
+        return;
+    }
+    let state = known.link_state(link, |name| shared.ethtool.tx_checksum(name));
+    if !state.as_ref().is_some_and(|s| !matches!(s.kind, LinkKind::Foreign { .. })) {
+        let now = (link.name.clone(), link.mtu, link.up());
+        if foreign.links.get(&link.index) != Some(&now) {
+            foreign.links.insert(link.index, now);
+            pending.underlay();
+        }
+    }
+    let Some(state) = state else { return };
+    // All bits: the announcement of a new link. Other changes than of flags announce no bits.
+    let went_down = !link.up() && link.changed & IFF_UP != 0 && link.changed != u32::MAX;
+    let before = known.links.get(&link.name).map(|(index, old)| (*index, old.clone()));
+    match &before {
+        Some((index, _)) if *index != link.index => pending.stale("a link of ours was made again by others"),
+        // IPv4 routes, next hops and neighbours of a device that goes down are removed without an event of their own.
+        Some((_, old)) if went_down && old.up && Device::from_name(&link.name).is_some() => {
+            pending.stale("a device of ours went down, and routes with it");
+        }
+        Some((_, old)) if *old == state => return,
+        _ => {}
+    }
+    known.put_link(&link.name, link.index, state.clone());
+    let value = |state| Value::Link(Box::new(state));
+    pending.changed_from(Key::Link(link.name.clone()), before.map(|(_, old)| value(old)), Some(value(state)));
+}
+
+fn note_address(present: bool, info: &AddressInfo, known: &mut Known, foreign: &mut Foreign, pending: &mut Pending) {
+    if let Some(device) = known.device(info.index) {
+        let Some(key) = info.on(device) else { return };
+        let address = (device, info.address);
+        let news = if present { known.addresses.insert(address) } else { known.addresses.remove(&address) };
+        if news {
+            let (absent, there) = (None, Some(Value::Address));
+            let (before, now) = if present { (absent, there) } else { (there, absent) };
+            pending.changed_from(key, before, now);
+        }
+    } else if info.scope == RT_SCOPE_UNIVERSE && !known.is_removed(info.index) {
+        let key = (info.index, info.address.ip());
+        let deprecated = info.flags & IFA_F_DEPRECATED != 0;
+        let news = if present {
+            foreign.addresses.insert(key, deprecated) != Some(deprecated)
+        } else {
+            foreign.addresses.remove(&key);
+            true
+        };
+        if news {
+            pending.underlay();
+        }
+    }
+}
+
+/// Forwarding of the whole namespace was switched.
+fn note_netconf(body: &[u8], known: &mut Known, pending: &mut Pending) {
+    let (mut index, mut forwarding) = (None, None);
+    for (kind, value) in attributes(body, 1) {
+        match kind {
+            NETCONFA_IFINDEX => index = u32_at(value, 0),
+            NETCONFA_FORWARDING => forwarding = u32_at(value, 0),
+            _ => {}
+        }
+    }
+    let (Some(NETCONFA_IFINDEX_ALL), Some(forwarding)) = (index, forwarding) else { return };
+    let path = match body.first().copied().and_then(family_of) {
+        Some(Family::V4) => sysctl::IPV4_FORWARD,
+        Some(Family::V6) => sysctl::IPV6_FORWARD,
+        None => return,
+    };
+    let text = forwarding.to_string();
+    let before = known.sysctls.insert(path.to_owned(), text.clone());
+    if before.as_ref() != Some(&text) {
+        pending.changed_from(Key::Sysctl(path.to_owned()), before.map(Value::Sysctl), Some(Value::Sysctl(text)));
+    }
+}
+
+fn note_entry(header: Header, entry: &Entry, known: &mut Known, pending: &mut Pending) {
+    let present = matches!(header.kind, libc::RTM_NEWNEIGH | RTM_NEWNEXTHOP | libc::RTM_NEWROUTE);
+    match *entry {
+        Entry::Fdb { index, mac, remote, permanent } => {
+            if let Some(device) = known.device(index).filter(|d| matches!(d.role, Role::Vxlan(_))) {
+                let before = known.fdb.get(&(index, mac)).copied();
+                if note_fdb(known, index, mac, remote.filter(|_| permanent || !present), present) {
+                    let now = known.fdb.get(&(index, mac)).copied();
+                    pending.changed_from(Key::Fdb(device, mac), before.map(Value::Fdb), now.map(Value::Fdb));
+                }
+            }
+            return;
+        }
+        Entry::Neigh { index, address, .. } => {
+            if !present && known.removed_neighbours.remove(&(index, address)) {
+                return;
+            }
+        }
+        Entry::Nexthop { protocol, .. } => {
+            if !present && is_ours(protocol) {
+                pending.stale("a next hop of ours was removed, and its routes with it");
+            }
+        }
+        // A route of others matters only where it took the place of one that was there.
+        Entry::Route { protocol, .. } => {
+            let replaces = present && header.flags & flag(libc::NLM_F_REPLACE) != 0;
+            if !is_ours(protocol) && !replaces {
+                return;
+            }
+        }
+    }
+    if let Some((key, value)) = change(known, entry, present) {
+        pending.changed(key, value);
+    }
+}
+
+/// Follows an FDB entry; whether it is news. Its events never name the socket that asked, so ours are known by what they say.
+fn note_fdb(known: &mut Known, index: u32, mac: Mac, remote: Option<IpAddr>, present: bool) -> bool {
+    let at = (index, mac);
+    let before = known.fdb.get(&at).copied();
+    match (present, remote) {
+        (true, Some(remote)) if before == Some(remote) => false,
+        (true, Some(remote)) => {
+            // It replaced the remote, or stands beside it: whoever sets the entry again removes it in either case.
+            known.strays.entry(at).or_default().push(remote);
+            known.fdb.insert(at, remote);
+            true
+        }
+        (false, Some(remote)) if before.is_some_and(|b| b != remote) => {
+            if let Some(strays) = known.strays.get_mut(&at) {
+                strays.retain(|s| *s != remote);
+            }
+            false
+        }
+        _ => {
+            known.strays.remove(&at);
+            known.fdb.remove(&at).is_some()
+        }
+    }
+}

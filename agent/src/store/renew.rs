@@ -1,0 +1,163 @@
+//! etcd leases: getting, renewing and ending them, and telling whether somebody else renews one.
+
+use std::time::Duration;
+
+use etcd_client::{LeaseKeepAliveStream, LeaseKeeper};
+use tokio::time::{Instant, MissedTickBehavior};
+
+use super::StoreError;
+use super::connect::Session;
+
+/// The time between two renewals of an etcd lease with this TTL.
+pub(super) fn keep_alive_interval(ttl: Duration, longest: Duration) -> Duration {
+    (ttl / 3).min(longest)
+}
+
+/// What etcd says of an etcd lease: seconds granted and left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Ttl {
+    pub(super) granted: Duration,
+    pub(super) remaining: Duration,
+}
+
+/// Whether somebody renews an etcd lease.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Life {
+    /// Not renewed for longer than a living host waits.
+    Gone,
+    /// Renewed since the first look.
+    Alive {
+        /// Look again after this long.
+        again: Duration,
+    },
+    /// Cannot be told yet.
+    Unknown {
+        /// Look again after this long.
+        again: Duration,
+    },
+}
+
+/// Whether somebody renews an etcd lease, `watched` after the first look at it; hosts renew at least every `longest`.
+pub(super) fn life(ttl: Ttl, longest: Duration, watched: Duration) -> Life {
+    let age = ttl.granted.saturating_sub(ttl.remaining);
+    // etcd counts in whole seconds, rounded down at both ends: one second each, and half an interval for a busy host.
+    let limit = keep_alive_interval(ttl.granted, longest) * 3 / 2 + Duration::from_secs(2);
+    if age > limit {
+        Life::Gone
+    } else if age + Duration::from_secs(2) < watched {
+        Life::Alive { again: limit }
+    } else {
+        Life::Unknown { again: limit - age + Duration::from_secs(1) }
+    }
+}
+
+/// One etcd lease kept alive over one open stream.
+pub(super) struct Renewal {
+    id: i64,
+    keeper: LeaseKeeper,
+    answers: LeaseKeepAliveStream,
+    ticks: tokio::time::Interval,
+}
+
+impl Renewal {
+    /// Renews once and goes on in the rhythm that the lease's TTL asks for.
+    pub(super) async fn start(session: &Session, id: i64, longest: Duration) -> Result<Renewal, StoreError> {
+        let (mut keeper, mut answers) =
+            match session.within("renew the lease", session.client.lease_client().keep_alive(id)).await {
+                Err(StoreError::Answer { detail, .. }) if detail.contains("lease not found") => {
+                    return Err(StoreError::LeaseGone { lease: id });
+                }
+                Err(StoreError::LeaseGone { .. }) => return Err(StoreError::LeaseGone { lease: id }),
+                other => other?,
+            };
+        let ttl = Renewal::renew(session, id, &mut keeper, &mut answers).await?;
+        let rhythm = keep_alive_interval(ttl, longest).max(Duration::from_millis(100));
+        let mut ticks = tokio::time::interval_at(Instant::now() + rhythm, rhythm);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Ok(Renewal { id, keeper, answers, ticks })
+    }
+
+    /// Waits until it is time and renews; never ends where there is nothing to renew.
+    pub(super) async fn next(renewal: &mut Option<Renewal>, session: &Session) -> Result<(), StoreError> {
+        let Some(Renewal { id, keeper, answers, ticks }) = renewal else { return std::future::pending().await };
+        ticks.tick().await;
+        Renewal::renew(session, *id, keeper, answers).await.map(|_| ())
+    }
+
+    /// Asks for one renewal and waits for the answer: the TTL from now on.
+    async fn renew(
+        session: &Session,
+        id: i64,
+        keeper: &mut LeaseKeeper,
+        answers: &mut LeaseKeepAliveStream,
+    ) -> Result<Duration, StoreError> {
+        let answer = session
+            .within("renew the lease", async {
+                keeper.keep_alive().await?;
+                answers.message().await
+            })
+            .await?;
+        match answer.map(|answer| u64::try_from(answer.ttl()).unwrap_or(0)) {
+            None => {
+                let detail = "the server ended the stream of renewals".to_owned();
+                Err(StoreError::Unreachable { endpoint: session.context.endpoint.clone(), detail })
+            }
+            Some(0) => Err(StoreError::LeaseGone { lease: id }),
+            Some(seconds) => Ok(Duration::from_secs(seconds)),
+        }
+    }
+}
+
+impl Session {
+    pub(super) async fn grant(&self, ttl: Duration) -> Result<i64, StoreError> {
+        let seconds = i64::try_from(ttl.as_secs().max(1)).unwrap_or(i64::MAX);
+        let mut client = self.client.lease_client();
+        Ok(self.within("get an etcd lease", client.grant(seconds, None)).await?.id())
+    }
+
+    /// Ends an etcd lease; no error where it is gone already.
+    pub(super) async fn revoke(&self, id: i64) -> Result<(), StoreError> {
+        match self.within("revoke an etcd lease", self.client.lease_client().revoke(id)).await {
+            Ok(_) | Err(StoreError::LeaseGone { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// What is left of an etcd lease; `None` where it is gone.
+    pub(super) async fn time_to_live(&self, id: i64) -> Result<Option<Ttl>, StoreError> {
+        let mut client = self.client.lease_client();
+        let answer = self.within("read an etcd lease", client.time_to_live(id, None)).await?;
+        let seconds = |value: i64| u64::try_from(value).ok().map(Duration::from_secs);
+        Ok(match (seconds(answer.granted_ttl()), seconds(answer.ttl())) {
+            (Some(granted), Some(remaining)) => Some(Ttl { granted, remaining }),
+            _ => None,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn proof_of_life() {
+        let longest = Duration::from_secs(20);
+        let day = 86_400;
+        let at = |age: u64, watched: u64| {
+            let ttl = Ttl { granted: Duration::from_secs(day), remaining: Duration::from_secs(day - age) };
+            life(ttl, longest, Duration::from_secs(watched))
+        };
+        let seconds = Duration::from_secs;
+        assert_eq!(at(5, 0), Life::Unknown { again: seconds(28) });
+        assert_eq!(at(5, 28), Life::Alive { again: seconds(32) });
+        assert_eq!(at(32, 27), Life::Unknown { again: seconds(1) });
+        assert_eq!(at(33, 28), Life::Gone);
+        assert_eq!(at(4000, 0), Life::Gone);
+        // A short TTL is renewed more often.
+        let short = Ttl { granted: seconds(6), remaining: seconds(0) };
+        assert_eq!(life(short, longest, Duration::ZERO), Life::Gone);
+        for (granted, remaining) in [(0, 0), (0, 5), (3, 9)] {
+            life(Ttl { granted: seconds(granted), remaining: seconds(remaining) }, longest, seconds(1));
+        }
+    }
+}

@@ -1,0 +1,277 @@
+//! A private etcd, and agents' stores that talk to it.
+
+use std::net::{Ipv4Addr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use etcd_client::{Client, GetOptions, PutOptions};
+use tempfile::TempDir;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::model::event::{HeldLease, LeaseWish, OwnLease, StoreEvent};
+use crate::model::{Family, Mac, NetworkConfig, Node, PerFamily, Subnet};
+use crate::store::{Store, StoreConfig, StoreError};
+
+/// Nothing that a test waits for takes longer.
+pub(super) const LIMIT: Duration = Duration::from_secs(30);
+pub(super) const PREFIX: &str = "/coreos.com/network";
+pub(super) const NETWORK: &str = r#"{"Network":"10.244.0.0/16"}"#;
+pub(super) const DUAL: &str = r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/56"}"#;
+
+/// Files of a server that speaks TLS.
+pub(super) struct ServerTls {
+    pub(super) ca: PathBuf,
+    pub(super) certificate: PathBuf,
+    pub(super) key: PathBuf,
+}
+
+/// An etcd of its own; ends with the test.
+pub(super) struct Etcd {
+    directory: TempDir,
+    ports: [u16; 2],
+    tls: Option<ServerTls>,
+    child: Option<Child>,
+}
+
+impl Etcd {
+    pub(super) async fn start() -> Etcd {
+        Etcd::start_with(None).await
+    }
+
+    pub(super) async fn start_with(tls: Option<ServerTls>) -> Etcd {
+        // A port that was free a moment ago may be taken by another test: then etcd ends, and others are tried.
+        for _ in 0..10 {
+            let ports =
+                [(); 2].map(|()| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap()).map(|l| l.local_addr().unwrap().port());
+            let directory = tempfile::Builder::new().prefix("overlay-etcd-").tempdir().unwrap();
+            let tls =
+                tls.as_ref().map(|t| ServerTls { ca: t.ca.clone(), certificate: t.certificate.clone(), key: t.key.clone() });
+            let mut etcd = Etcd { directory, ports, tls, child: None };
+            if etcd.run().await {
+                return etcd;
+            }
+        }
+        panic!("etcd found no free ports in ten tries");
+    }
+
+    /// Starts it on its data; whether it listens.
+    pub(super) async fn run(&mut self) -> bool {
+        let url = |scheme: &str, port: u16| format!("{scheme}://127.0.0.1:{port}");
+        let (client, peer) = (self.endpoint(), url("http", self.ports[1]));
+        let mut command = Command::new("etcd");
+        command.args(["--name", "test", "--log-level", "error", "--initial-cluster"]).arg(format!("test={peer}"));
+        command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
+        command.args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer]);
+        command.arg("--data-dir").arg(self.directory.path().join("data"));
+        if let Some(tls) = &self.tls {
+            command.arg("--cert-file").arg(&tls.certificate).arg("--key-file").arg(&tls.key);
+            command.arg("--client-cert-auth").arg("--trusted-ca-file").arg(&tls.ca);
+        }
+        let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        let child = child.unwrap_or_else(|e| panic!("etcd cannot be started ({e}): run `apt-get install etcd-server`"));
+        let child = self.child.insert(child);
+        let deadline = Instant::now() + LIMIT;
+        while Instant::now() < deadline {
+            if child.try_wait().unwrap().is_some() {
+                self.child = None;
+                return false;
+            }
+            if tokio::net::TcpStream::connect((Ipv4Addr::LOCALHOST, self.ports[0])).await.is_ok() {
+                return true;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        false
+    }
+
+    /// Ends it as a power cut would; its data stays.
+    pub(super) fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            child.kill().ok();
+            child.wait().ok();
+        }
+    }
+
+    /// Removes its data.
+    pub(super) fn wipe(&self) {
+        std::fs::remove_dir_all(self.directory.path().join("data")).unwrap();
+    }
+
+    /// Stops it from running at all, or lets it go on: as a machine that hangs.
+    pub(super) fn freeze(&self, frozen: bool) {
+        use nix::sys::signal::{Signal, kill};
+        let pid = nix::unistd::Pid::from_raw(self.child.as_ref().unwrap().id().try_into().unwrap());
+        kill(pid, if frozen { Signal::SIGSTOP } else { Signal::SIGCONT }).unwrap();
+    }
+
+    /// How many requests of this kind it has answered.
+    pub(super) async fn requests(&self, method: &str) -> u64 {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let mut stream = tokio::net::TcpStream::connect((Ipv4Addr::LOCALHOST, self.ports[0])).await.unwrap();
+        stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").await.unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await.unwrap();
+        let wanted = format!("grpc_method=\"{method}\"");
+        let lines = text.lines().filter(|line| line.starts_with("grpc_server_handled_total") && line.contains(&wanted));
+        lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
+    }
+
+    pub(super) fn endpoint(&self) -> String {
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        format!("{scheme}://127.0.0.1:{}", self.ports[0])
+    }
+
+    pub(super) fn config(&self) -> StoreConfig {
+        StoreConfig { endpoints: vec![self.endpoint()], ..StoreConfig::default() }
+    }
+
+    /// A client of the test's own.
+    pub(super) async fn client(&self) -> Client {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let mut client = Client::connect([self.endpoint()], None).await.unwrap();
+            match client.get("x", None).await {
+                Ok(_) => return client,
+                Err(e) if Instant::now() > deadline => panic!("etcd does not answer: {e}"),
+                Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+            }
+        }
+    }
+
+    pub(super) async fn put_config(&self, text: &str) {
+        self.client().await.put(format!("{PREFIX}/config"), text, None).await.unwrap();
+    }
+
+    pub(super) async fn put_subnet(&self, key: &str, value: &str, etcd_lease: Option<i64>) {
+        let options = etcd_lease.map(|id| PutOptions::new().with_lease(id));
+        self.client().await.put(format!("{PREFIX}/subnets/{key}"), value, options).await.unwrap();
+    }
+
+    pub(super) async fn grant(&self, seconds: i64) -> i64 {
+        self.client().await.lease_grant(seconds, None).await.unwrap().id()
+    }
+
+    /// Every entry: key, value, etcd lease; and the revision.
+    pub(super) async fn subnets(&self) -> (Vec<(String, String, i64)>, i64) {
+        let answer = self.client().await.get(format!("{PREFIX}/subnets/"), Some(GetOptions::new().with_prefix())).await.unwrap();
+        let prefix = format!("{PREFIX}/subnets/");
+        let entries = answer.kvs().iter().map(|kv| {
+            (kv.key_str().unwrap().strip_prefix(&prefix).unwrap().to_owned(), kv.value_str().unwrap().to_owned(), kv.lease())
+        });
+        (entries.collect(), answer.header().unwrap().revision())
+    }
+}
+
+impl Drop for Etcd {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// The wish of host number `number`.
+pub(super) fn wish(network: &str, number: u16) -> LeaseWish {
+    let network = NetworkConfig::parse(network).expect(network).config;
+    let [high, low] = number.to_be_bytes();
+    let mac = |family| Mac::local([2, if family == Family::V4 { 4 } else { 6 }, 0, 0, high, low]);
+    let address = |family| match family {
+        Family::V4 => format!("192.168.{high}.{}", low).parse().unwrap(),
+        Family::V6 => format!("fd99::{number:x}").parse().unwrap(),
+    };
+    let families: Vec<Family> = network.families().collect();
+    LeaseWish {
+        node: Node { name: format!("host{number}"), id: format!("id-{number}") },
+        public_ip: families.iter().map(|f| (*f, address(*f))).collect::<PerFamily<_>>(),
+        vtep: families.iter().map(|f| (*f, mac(*f))).collect::<PerFamily<_>>(),
+        network,
+        preferred: None,
+    }
+}
+
+/// The store of one agent.
+pub(super) struct Agent {
+    pub(super) events: mpsc::Receiver<StoreEvent>,
+    pub(super) wish: watch::Sender<Option<LeaseWish>>,
+    shutdown: CancellationToken,
+    task: Option<JoinHandle<Result<(), StoreError>>>,
+}
+
+impl Agent {
+    pub(super) fn start(config: StoreConfig, wish: Option<LeaseWish>) -> Agent {
+        let (sender, events) = mpsc::channel(64);
+        let (wish, wishes) = watch::channel(wish);
+        let shutdown = CancellationToken::new();
+        let token = shutdown.clone();
+        let task = tokio::spawn(async move { Store::new(config).run(sender, wishes, token).await });
+        Agent { events, wish, shutdown, task: Some(task) }
+    }
+
+    /// The next event.
+    pub(super) async fn next(&mut self) -> StoreEvent {
+        tokio::time::timeout(LIMIT, self.events.recv()).await.expect("an event in time").expect("the store runs")
+    }
+
+    /// The first event that the function makes something of; the others are passed over.
+    pub(super) async fn find<T>(&mut self, mut f: impl FnMut(&StoreEvent) -> Option<T>) -> T {
+        let deadline = Instant::now() + LIMIT;
+        let mut passed = Vec::new();
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let Ok(event) = tokio::time::timeout(left, self.events.recv()).await else {
+                panic!("not in time; passed: {passed:#?}")
+            };
+            let event = event.unwrap_or_else(|| panic!("the store has ended; passed: {passed:#?}"));
+            if let Some(found) = f(&event) {
+                return found;
+            }
+            passed.push(event);
+        }
+    }
+
+    pub(super) async fn held(&mut self) -> HeldLease {
+        self.find(|event| match event {
+            StoreEvent::Own(OwnLease::Held(held)) => Some(held.clone()),
+            _ => None,
+        })
+        .await
+    }
+
+    pub(super) async fn wanted(&mut self) -> String {
+        self.find(|event| match event {
+            StoreEvent::Own(OwnLease::Wanted { reason }) => Some(reason.clone()),
+            _ => None,
+        })
+        .await
+    }
+
+    /// Ends it in the orderly way.
+    pub(super) async fn stop(mut self) {
+        self.shutdown.cancel();
+        let task = self.task.take().unwrap();
+        let drain = async { while self.events.recv().await.is_some() {} };
+        let (ended, ()) = tokio::time::timeout(LIMIT, async { tokio::join!(task, drain) }).await.expect("ends in time");
+        ended.unwrap().unwrap();
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        if let Some(task) = &self.task {
+            task.abort();
+        }
+    }
+}
+
+pub(super) fn subnet(key: &str) -> Subnet {
+    Subnet::from_key(key).expect(key)
+}
+
+/// Runs a command to its end and fails with its words where it fails.
+pub(super) fn run(directory: &Path, command: &str, arguments: &[&str]) {
+    let output = Command::new(command).args(arguments).current_dir(directory).output();
+    let output = output.unwrap_or_else(|e| panic!("{command} cannot be started ({e}): run `apt-get install {command}`"));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command} {arguments:?}: {said}");
+}

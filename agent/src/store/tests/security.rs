@@ -1,0 +1,202 @@
+//! TLS, login, permissions.
+
+use std::fs;
+use std::path::Path;
+
+use etcd_client::{Client, Permission};
+
+use super::harness::*;
+use crate::model::event::{Connection, StoreEvent};
+use crate::store::{StoreConfig, StoreError, get_config, put_config, read_all};
+
+/// A CA, and certificates signed by it for the server and for a client.
+fn certificates(directory: &Path) {
+    let openssl = |arguments: &[&str]| run(directory, "openssl", arguments);
+    let key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"];
+    for ca in ["ca", "other"] {
+        let (keyout, out) = (format!("{ca}.key"), format!("{ca}.crt"));
+        openssl(
+            &[&["req", "-x509", "-days", "2", "-subj", "/CN=test CA", "-keyout", &keyout, "-out", &out][..], &key[..]].concat(),
+        );
+    }
+    fs::write(directory.join("server.ext"), "subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth\n").unwrap();
+    fs::write(directory.join("client.ext"), "extendedKeyUsage=clientAuth\n").unwrap();
+    for name in ["server", "client"] {
+        let file = |ending: &str| format!("{name}.{ending}");
+        let subject = format!("/CN={name}");
+        openssl(&[&["req", "-subj", &subject, "-keyout", &file("key"), "-out", &file("csr")][..], &key[..]].concat());
+        openssl(&[
+            "x509",
+            "-req",
+            "-days",
+            "2",
+            "-in",
+            &file("csr"),
+            "-CA",
+            "ca.crt",
+            "-CAkey",
+            "ca.key",
+            "-CAcreateserial",
+            "-extfile",
+            &file("ext"),
+            "-out",
+            &file("crt"),
+        ]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tls_with_a_client_certificate() {
+    let directory = tempfile::tempdir().unwrap();
+    certificates(directory.path());
+    let file = |name: &str| directory.path().join(name);
+    let tls = ServerTls { ca: file("ca.crt"), certificate: file("server.crt"), key: file("server.key") };
+    let etcd = Etcd::start_with(Some(tls)).await;
+    let good = StoreConfig {
+        cafile: Some(file("ca.crt")),
+        certfile: Some(file("client.crt")),
+        keyfile: Some(file("client.key")),
+        ..etcd.config()
+    };
+    put_config(&good, NETWORK, crate::store::Replace::Any).await.unwrap();
+    let mut agent = Agent::start(good.clone(), Some(wish(NETWORK, 7)));
+    agent.held().await;
+    agent.stop().await;
+
+    let without = StoreConfig { certfile: None, keyfile: None, ..good.clone() };
+    let error = get_config(&without).await.unwrap_err();
+    assert!(matches!(error, StoreError::Tls { .. }) && error.to_string().contains("--etcd-certfile"), "{error}");
+    let stranger = StoreConfig { cafile: Some(file("other.crt")), ..good.clone() };
+    let error = get_config(&stranger).await.unwrap_err();
+    assert!(matches!(error, StoreError::Tls { .. }) && error.to_string().contains("--etcd-cafile"), "{error}");
+    let missing = StoreConfig { cafile: Some(file("nothing.crt")), ..good.clone() };
+    let error = get_config(&missing).await.unwrap_err().to_string();
+    assert!(error.contains("nothing.crt") && error.contains("--etcd-cafile"), "{error}");
+    let swapped = StoreConfig { keyfile: Some(file("client.crt")), ..good.clone() };
+    let error = get_config(&swapped).await.unwrap_err().to_string();
+    assert!(error.contains("client.crt") && error.contains("--etcd-keyfile"), "{error}");
+    let name = good.endpoints[0].replace("127.0.0.1", "localhost");
+    let error = get_config(&StoreConfig { endpoints: vec![name], ..good.clone() }).await.unwrap_err();
+    assert!(matches!(error, StoreError::Tls { .. }) && error.to_string().contains("names other hosts"), "{error}");
+    let plain = StoreConfig { cafile: None, certfile: None, keyfile: None, ..good };
+    let error =
+        get_config(&StoreConfig { endpoints: vec![plain.endpoints[0].replace("https", "http")], ..plain }).await.unwrap_err();
+    assert!(error.to_string().contains("127.0.0.1"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tls_to_a_server_without_it_is_named() {
+    let directory = tempfile::tempdir().unwrap();
+    certificates(directory.path());
+    let etcd = Etcd::start().await;
+    let endpoints = vec![etcd.endpoint().replace("http", "https")];
+    let config = StoreConfig { endpoints, cafile: Some(directory.path().join("ca.crt")), ..etcd.config() };
+    let error = get_config(&config).await.unwrap_err();
+    assert!(matches!(error, StoreError::Tls { .. }) && error.to_string().contains("http://"), "{error}");
+}
+
+/// Users `root` and `agent` (may write below the prefix) and `reader` (may read there), all with the same password.
+async fn with_login(etcd: &Etcd) -> StoreConfig {
+    let mut client: Client = etcd.client().await;
+    for user in ["root", "agent", "reader", "nobody"] {
+        client.user_add(user, "s3cret of all", None).await.unwrap();
+    }
+    client.role_add("root").await.unwrap();
+    client.user_grant_role("root", "root").await.unwrap();
+    let range = || (format!("{PREFIX}/"), format!("{PREFIX}0"));
+    for role in ["agent", "reader"] {
+        client.role_add(role).await.unwrap();
+        let (from, to) = range();
+        let permission = match role {
+            "agent" => Permission::read_write(from).with_range_end(to),
+            _ => Permission::read(from).with_range_end(to),
+        };
+        client.role_grant_permission(role, permission).await.unwrap();
+        client.user_grant_role(role, role).await.unwrap();
+    }
+    client.auth_enable().await.unwrap();
+    StoreConfig { username: Some("agent".to_owned()), ..etcd.config() }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn user_and_password() {
+    let etcd = Etcd::start().await;
+    etcd.put_config(NETWORK).await;
+    let directory = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| {
+        fs::write(directory.path().join(name), text).unwrap();
+        Some(directory.path().join(name))
+    };
+    // A password where etcd asks for none is no error.
+    let superfluous = StoreConfig { username: Some("agent".to_owned()), password_file: file("any", "x"), ..etcd.config() };
+    get_config(&superfluous).await.unwrap();
+
+    let config = with_login(&etcd).await;
+    let good = StoreConfig { password_file: file("good", "s3cret of all\n"), ..config.clone() };
+    let mut agent = Agent::start(good.clone(), Some(wish(NETWORK, 7)));
+    agent.held().await;
+    agent.stop().await;
+    read_all(&good, true).await.unwrap();
+    assert!(!format!("{good:?}").contains("s3cret"));
+
+    let wrong = StoreConfig { password_file: file("wrong", "s3cret of none"), ..config.clone() };
+    let error = get_config(&wrong).await.unwrap_err();
+    assert!(matches!(error, StoreError::Login { .. }), "{error:?}");
+    let text = format!("{error} {error:?}");
+    assert!(text.contains("user `agent`") && text.contains("--etcd-password-file") && !text.contains("s3cret"), "{text}");
+    let nobody = StoreConfig { username: None, ..etcd.config() };
+    let error = get_config(&nobody).await.unwrap_err();
+    assert!(matches!(error, StoreError::Login { .. }) && error.to_string().contains("without a user name"), "{error}");
+    let forbidden = StoreConfig { username: Some("nobody".to_owned()), ..good.clone() };
+    let error = get_config(&forbidden).await.unwrap_err();
+    assert!(matches!(error, StoreError::Permission { .. }), "{error:?}");
+    assert!(error.to_string().contains("user `nobody` may not read") && error.to_string().contains(PREFIX), "{error}");
+    let empty = StoreConfig { password_file: file("empty", "\n"), ..config.clone() };
+    assert!(get_config(&empty).await.unwrap_err().to_string().contains("is empty"));
+
+    // Who may only read still follows the network, and is told why there is no lease.
+    let reader = StoreConfig { username: Some("reader".to_owned()), ..good };
+    let mut agent = Agent::start(reader, Some(wish(NETWORK, 8)));
+    agent.find(|event| matches!(event, StoreEvent::Snapshot(_)).then_some(())).await;
+    let reason = agent.wanted().await;
+    assert!(reason.contains("user `reader` may not write"), "{reason}");
+    let quiet = tokio::time::timeout(std::time::Duration::from_secs(2), agent.events.recv()).await;
+    assert!(!matches!(quiet, Ok(Some(StoreEvent::Connection(Connection::Down { .. })))), "{quiet:?}");
+    agent.stop().await;
+}
+
+/// Everything that is logged at any level, as text.
+#[derive(Clone, Default)]
+struct Log(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
+
+impl std::io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn the_password_is_in_no_log() {
+    let etcd = Etcd::start().await;
+    etcd.put_config(NETWORK).await;
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("password");
+    fs::write(&file, "s3cret of all").unwrap();
+    let config = StoreConfig { password_file: Some(file.clone()), ..with_login(&etcd).await };
+    let log = Log::default();
+    let writer = log.clone();
+    let subscriber = tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_writer(move || writer.clone()).finish();
+    // One thread runs everything, so this thread's subscriber sees everything.
+    let _guard = tracing::subscriber::set_default(subscriber);
+    get_config(&config).await.unwrap();
+    fs::write(&file, "s3cret of none").unwrap();
+    get_config(&config).await.unwrap_err();
+    let text = String::from_utf8_lossy(&log.0.lock().unwrap()).into_owned();
+    assert!(text.contains("connected to etcd"), "the log was written: {} bytes", text.len());
+    assert!(!text.contains("s3cret"));
+}
