@@ -4,6 +4,7 @@
 //! A lab is what `overlayctl lab up` makes; every story has its own, with a name of its own, so that stories run side by side. Nothing here
 //! touches the machine's own network namespace. What is missing on the machine fails with advice, it never skips.
 
+pub mod capture;
 pub mod dump;
 pub mod etcd;
 pub mod flow;
