@@ -32,6 +32,8 @@ pub use cleanup::cleanup;
 use backend::AgentBackend;
 use memory::HostMemory;
 
+/// The socket's name in the run directory.
+const SOCKET: &str = "overlayd.sock";
 /// How long tasks may take to end once they were told to.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(5);
 /// Events and questions that may wait. A store that is faster than the reconciler waits at the channel, which etcd's flow control passes on.
@@ -46,7 +48,7 @@ pub async fn run(config: HostConfig, level: LevelHandle) -> anyhow::Result<()> {
     let _namespace_lock = guard::lock_namespace()?;
     let state = Arc::new(StateDir::open(&config.state_dir)?);
     let node = Node { name: config.node_name.clone(), id: state.node_id()? };
-    let socket = AdminSocket::bind(&config.run_dir.join(admin::SOCKET))?;
+    let socket = AdminSocket::bind(&config.run_dir.join(SOCKET))?;
     let metrics_listener = match config.metrics_listen {
         Some(address) => {
             let listener = admin::bind_tcp(address).await;
@@ -122,7 +124,15 @@ pub async fn run(config: HostConfig, level: LevelHandle) -> anyhow::Result<()> {
             Ok::<_, std::convert::Infallible>(())
         });
     }
-    tasks.spawn("kernel", follow.run(begin()));
+    {
+        let stop = begin();
+        tasks.spawn("kernel", async move {
+            tokio::select! {
+                ended = follow.run() => ended,
+                () = stop.cancelled() => Ok(()),
+            }
+        });
+    }
     {
         let stop = begin();
         tasks.spawn("store", async move { store.run(store_events_in, wishes, stop).await });

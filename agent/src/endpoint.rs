@@ -93,7 +93,7 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
         let table = Table::from_stored(stored.unwrap_or_default());
         let unfinished: Vec<EndpointName> =
             table.records().filter(|r| r.phase != Phase::Attached).map(|r| r.endpoint.name.clone()).collect();
-        let ports = watch::Sender::new(table.ports());
+        let ports = watch::Sender::new(table.ports(&BTreeSet::new()));
         let endpoints = Endpoints(Arc::new(Inner {
             state,
             path,
@@ -155,8 +155,9 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
         lock(&self.0.table).stale()
     }
 
-    /// The host's ends of the attached endpoints, sorted: the ports that the bridge should have. Changes are announced. A pair exists in
-    /// the kernel some moments before it is here and after it has gone from here: a port that is not here is left alone.
+    /// The host's ends of the attached endpoints, sorted: the ports that the bridge should have, but for endpoints whose namespace was gone at
+    /// the last look. Changes are announced. A pair exists in the kernel some moments before it is here and after it has gone from
+    /// here: a port that is not here is left alone.
     pub fn ports(&self) -> watch::Receiver<Vec<String>> {
         self.0.ports.subscribe()
     }
@@ -180,6 +181,7 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
             *missing = gone;
             twice
         };
+        self.0.publish();
         let mut released = Vec::new();
         for name in twice {
             let inner = Arc::clone(&self.0);

@@ -1,26 +1,234 @@
 //! The Linux kernel: links, addresses, forwarding, neighbour, next-hop and route entries, sysctls, nftables, network namespaces.
 //!
-//! Only here are netlink sockets opened. Requests of rtnetlink are answered before the `send` returns, whoever makes them: there is nothing
-//! to await, only work to keep away from the runtime's other tasks ([`blocking`]).
+//! [`Kernel`] is the data path that `reconcile` dumps and changes, [`Plugger`] wires containers, [`Monitor`] follows what others change.
+//! They belong to the network namespace of the thread that calls [`Kernel::open`] and share what is known of it (`known`).
+//!
+//! Only here are netlink sockets opened. An rtnetlink request is worked through before `send` returns, whoever makes it: there is nothing to
+//! await, only work to keep away from the runtime's other tasks (`blocking`). The only task is the monitor's, which `app` runs.
 
-pub mod message;
+mod address;
+mod batch;
+mod container;
+mod dump;
+mod ethtool;
+mod events;
+mod inventory;
+mod known;
+mod link;
+mod message;
+mod monitor;
 pub mod netns;
 pub mod nft;
-pub mod request;
+mod request;
 pub mod setup;
-pub mod socket;
-pub mod uapi;
+mod socket;
+mod sysctl;
+mod uapi;
+mod wire;
+
+#[cfg(test)]
+mod tests;
+
+use std::net::IpAddr;
+use std::sync::Arc;
 
 use tokio::runtime::{Handle, RuntimeFlavor};
+use tokio::sync::{Mutex, mpsc};
+
+pub use container::Plugger;
+pub use monitor::Monitor;
+
+use self::batch::BatchSocket;
+use self::ethtool::Ethtool;
+use self::known::Known;
+use self::link::Links;
+use self::nft::Nft;
+use self::socket::RouteSocket;
+use self::wire::Query;
+use crate::plan::state::{PROTOCOL, State};
+use crate::plan::underlay::Inventory;
+use crate::plan::{ApplyReport, Batch, DataPath, KernelEvent, Key, Op, OpError, Value};
+
+/// Ops that are applied before others who want the shared state get their turn.
+const TURN: usize = 4096;
+
+/// How to use the kernel.
+#[derive(Debug, Clone)]
+pub struct KernelOptions {
+    /// Use classic onlink routes also where the kernel has next-hop objects.
+    pub force_classic_routes: bool,
+    /// Room for events that nobody has taken yet; what does not fit is kept together in the monitor.
+    pub event_capacity: usize,
+}
+
+impl Default for KernelOptions {
+    fn default() -> Self {
+        KernelOptions { force_classic_routes: false, event_capacity: 64 }
+    }
+}
+
+/// What the data path, the plugger and the monitor share, each holding it while it works: an event is judged either before or after a change
+/// of ours, never in its middle.
+struct Shared {
+    socket: RouteSocket,
+    ethtool: Ethtool,
+    nft: Nft,
+    known: Known,
+}
+
+impl Shared {
+    fn links(&mut self) -> Links<'_> {
+        Links { socket: &mut self.socket, ethtool: &self.ethtool, known: &mut self.known }
+    }
+}
+
+/// The data path in the kernel.
+pub struct Kernel {
+    shared: Arc<Mutex<Shared>>,
+    batch: BatchSocket,
+    nexthop_objects: bool,
+}
+
+impl Kernel {
+    /// Opens the calling thread's network namespace: the data path, the events of others' changes from now on, and the task that reads them
+    /// (run [`Monitor::run`] and notice its end). Must be called inside a tokio runtime with I/O.
+    ///
+    /// # Errors
+    /// A socket cannot be opened (no file descriptors left, no netlink, no permission).
+    pub fn open(options: &KernelOptions) -> Result<(Kernel, mpsc::Receiver<KernelEvent>, Monitor), OpError> {
+        let mut shared =
+            Shared { socket: RouteSocket::open()?, ethtool: Ethtool::open()?, nft: Nft::open()?, known: Known::default() };
+        let batch = BatchSocket::open()?;
+        let own = [shared.socket.port(), batch.port()];
+        let nft_port = shared.nft.port_id();
+        let nexthop_objects = !options.force_classic_routes && has_nexthop_objects(&mut shared.socket)?;
+        let shared = Arc::new(Mutex::new(shared));
+        let (sender, events) = mpsc::channel(options.event_capacity.max(1));
+        let monitor = Monitor::open(Arc::clone(&shared), own, nft_port, sender)?;
+        Ok((Kernel { shared, batch, nexthop_objects }, events, monitor))
+    }
+
+    /// Whether routes lead to next-hop objects; else each has its gateway itself.
+    pub fn nexthop_objects(&self) -> bool {
+        self.nexthop_objects
+    }
+
+    /// What wires containers; clones share its socket.
+    pub fn plugger(&self) -> Plugger {
+        Plugger::new(Arc::clone(&self.shared))
+    }
+
+    #[cfg(test)]
+    fn batch_socket(&self) -> &BatchSocket {
+        &self.batch
+    }
+}
+
+impl DataPath for Kernel {
+    async fn dump(&mut self) -> Result<State, OpError> {
+        let mut shared = self.shared.lock().await;
+        blocking(|| dump::state(&mut shared, self.nexthop_objects))
+    }
+
+    async fn apply(&mut self, batch: &Batch) -> ApplyReport {
+        let mut report = ApplyReport::default();
+        for (n, turn) in batch.chunks(TURN).enumerate() {
+            let mut shared = self.shared.lock().await;
+            blocking(|| apply(&mut shared, &mut self.batch, turn, n * TURN, &mut report));
+            drop(shared);
+            tokio::task::yield_now().await;
+        }
+        report
+    }
+
+    async fn inventory(&mut self) -> Result<Inventory, OpError> {
+        let mut shared = self.shared.lock().await;
+        blocking(|| inventory::inventory(&mut shared))
+    }
+
+    async fn route_to(&mut self, address: IpAddr) -> Result<Option<u32>, OpError> {
+        let mut shared = self.shared.lock().await;
+        blocking(|| inventory::route_to(&mut shared.socket, address))
+    }
+}
+
+/// Applies ops in their order: runs of peers' entries through the batch socket, the others one by one.
+fn apply(shared: &mut Shared, batch: &mut BatchSocket, ops: &[Op], first: usize, report: &mut ApplyReport) {
+    let mut rest = ops;
+    while let Some(op) = rest.first() {
+        let at = first + (ops.len() - rest.len());
+        let run = rest.iter().take_while(|op| wire::is_wire(op.key())).count();
+        if run > 0 {
+            batch.apply(&rest[..run], at, &mut shared.known, report);
+            rest = &rest[run..];
+        } else {
+            if let Err(error) = apply_one(shared, op) {
+                report.failed.push((at, error));
+            }
+            rest = &rest[1..];
+        }
+    }
+}
+
+fn apply_one(shared: &mut Shared, op: &Op) -> Result<(), OpError> {
+    match op {
+        Op::Set(Key::Sysctl(path), Value::Sysctl(text)) => {
+            sysctl::write(path, text)?;
+            shared.known.sysctls.insert(path.clone(), text.clone());
+            Ok(())
+        }
+        // A sysctl is always there; what it was before is not known.
+        Op::Delete(Key::Sysctl(_), _) => Ok(()),
+        Op::Set(Key::Link(name), Value::Link(link)) => shared.links().set(name, link),
+        Op::Delete(Key::Link(name), _) => shared.links().delete(name),
+        Op::Set(Key::Address(device, address), Value::Address) => address::set(&mut shared.links(), *device, *address, true),
+        Op::Delete(Key::Address(device, address), _) => address::set(&mut shared.links(), *device, *address, false),
+        Op::Set(Key::Ruleset, Value::Ruleset(rules)) => {
+            shared.nft.set_ruleset(rules)?;
+            shared.known.rules.insert(Key::Ruleset, Value::Ruleset(rules.clone()));
+            Ok(())
+        }
+        Op::Delete(Key::Ruleset, _) => {
+            shared.nft.delete_ruleset()?;
+            shared.known.rules.remove(&Key::Ruleset);
+            Ok(())
+        }
+        Op::Set(Key::ForwardAccept(family), Value::ForwardAccept(network)) => {
+            shared.nft.set_forward_accept(*family, *network)?;
+            shared.known.rules.insert(Key::ForwardAccept(*family), Value::ForwardAccept(*network));
+            Ok(())
+        }
+        Op::Delete(Key::ForwardAccept(family), _) => {
+            shared.nft.delete_forward_accept(*family)?;
+            shared.known.rules.remove(&Key::ForwardAccept(*family));
+            Ok(())
+        }
+        Op::Set(key, value) => {
+            Err(OpError { errno: libc::EINVAL, message: format!("{key} cannot hold `{value}`: the plan is wrong") })
+        }
+        Op::Delete(key, _) => Err(OpError { errno: libc::EINVAL, message: format!("{key} goes through the batch socket") }),
+    }
+}
+
+/// Whether the kernel knows next-hop objects (since Linux 5.3).
+fn has_nexthop_objects(socket: &mut RouteSocket) -> Result<bool, OpError> {
+    match socket.dump(Query::Nexthops.kind(), |m| Query::Nexthops.write(m), || (), |(), _, _| ()) {
+        Ok(()) => Ok(true),
+        Err(e) if e.errno == libc::EOPNOTSUPP => Ok(false),
+        Err(e) => Err(e.during("cannot list next-hop objects")),
+    }
+}
+
+/// Whether a protocol number is ours.
+const fn is_ours(protocol: u8) -> bool {
+    protocol == PROTOCOL
+}
 
 /// Runs work that blocks for up to some milliseconds: on a runtime of several threads the other tasks go on elsewhere, on a runtime of one
 /// thread, or outside any, it simply runs.
-pub(crate) fn blocking<T>(work: impl FnOnce() -> T) -> T {
+fn blocking<T>(work: impl FnOnce() -> T) -> T {
     match Handle::try_current() {
         Ok(handle) if handle.runtime_flavor() == RuntimeFlavor::MultiThread => tokio::task::block_in_place(work),
         _ => work(),
     }
 }
-
-#[cfg(test)]
-mod tests;

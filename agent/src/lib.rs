@@ -14,7 +14,7 @@ pub mod model;
 pub mod plan;
 
 pub mod admin;
-// pub mod app;
+pub mod app;
 pub mod backoff;
 pub mod config;
 pub mod endpoint;

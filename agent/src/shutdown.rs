@@ -179,4 +179,18 @@ mod tests {
         token.cancel();
         assert_eq!(tasks.finish(Duration::from_millis(200)).await, vec![Ended { task: "stuck", outcome: Outcome::Aborted }]);
     }
+
+    #[tokio::test]
+    async fn the_first_signal_begins_and_the_second_ends_at_once() {
+        let shutdown = Shutdown::default();
+        let signals = Signals::catch().unwrap();
+        let task = tokio::spawn(signals.watch(shutdown.clone()));
+        let limit = Duration::from_secs(10);
+        nix::sys::signal::raise(nix::sys::signal::Signal::SIGTERM).unwrap();
+        tokio::time::timeout(limit, shutdown.begin.cancelled()).await.unwrap();
+        assert!(!shutdown.now.is_cancelled());
+        nix::sys::signal::raise(nix::sys::signal::Signal::SIGINT).unwrap();
+        tokio::time::timeout(limit, shutdown.now.cancelled()).await.unwrap();
+        task.await.unwrap();
+    }
 }

@@ -25,7 +25,7 @@ const CHANGES: usize = 1024;
 #[derive(Debug, Clone, Default, clap::Args)]
 #[command(next_help_heading = "etcd")]
 pub struct EtcdArgs {
-    /// Servers, as https://HOST:2379 [config: http://127.0.0.1:2379]
+    /// Servers, as https://HOST:2379
     #[arg(long = "etcd-endpoints", value_name = "URLS", env = "OVERLAYD_ETCD_ENDPOINTS", value_delimiter = ',')]
     pub endpoints: Vec<String>,
     /// The key prefix

@@ -50,10 +50,12 @@ impl Scratch {
     /// Nothing of the lab is left: no namespace, no file, no process that names its directory.
     fn assert_gone(&self) {
         assert_eq!(self.namespaces(), BTreeSet::new());
-        let files: Vec<_> = std::fs::read_dir(self.dir.path()).expect("the directory of labs").flatten().map(|e| e.path()).collect();
+        let files: Vec<_> =
+            std::fs::read_dir(self.dir.path()).expect("the directory of labs").flatten().map(|e| e.path()).collect();
         assert_eq!(files, Vec::<std::path::PathBuf>::new());
         let ours = self.dir.path().to_string_lossy().into_owned();
-        let left: Vec<String> = processes().filter(|(_, line)| line.contains(&ours)).map(|(pid, line)| format!("{pid} {line}")).collect();
+        let left: Vec<String> =
+            processes().filter(|(_, line)| line.contains(&ours)).map(|(pid, line)| format!("{pid} {line}")).collect();
         assert_eq!(left, Vec::<String>::new());
     }
 }

@@ -40,7 +40,8 @@ impl Limits {
         head: Duration::from_secs(10),
         request: Duration::from_secs(30),
         stall: Duration::from_secs(30),
-        end: Duration::from_secs(5),
+        // Below the five seconds that the whole agent has for its end.
+        end: Duration::from_secs(3),
     };
 }
 

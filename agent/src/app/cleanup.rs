@@ -5,8 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 
-use super::{guard, store_config};
-use crate::admin;
+use super::{SOCKET, guard, store_config};
 use crate::config::HostConfig;
 use crate::kernel::{Kernel, KernelOptions};
 use crate::plan::diff::diff;
@@ -31,7 +30,7 @@ pub async fn cleanup(config: HostConfig) -> anyhow::Result<()> {
     });
     clean_kernel(&host, &mut failures).await?;
     release_lease(&config, &state, &mut failures).await;
-    let files = [config.subnet_file.clone(), config.run_dir.join(admin::SOCKET)];
+    let files = [config.subnet_file.clone(), config.run_dir.join(SOCKET)];
     for path in &files {
         remove_file(path, &mut failures);
     }

@@ -1,6 +1,6 @@
 //! The endpoints of this host in memory, and as they stand in `endpoints.json`. Pure: no files, no kernel, no tasks.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
@@ -76,9 +76,9 @@ impl Table {
         self.records.values()
     }
 
-    /// Host ends of the endpoints that are plugged.
-    pub(super) fn ports(&self) -> Vec<String> {
-        let attached = self.records.values().filter(|r| r.phase == Phase::Attached);
+    /// Host ends of the endpoints that are plugged, without those whose namespace is missing: a veth pair goes with its namespace.
+    pub(super) fn ports(&self, missing: &BTreeSet<EndpointName>) -> Vec<String> {
+        let attached = self.records.values().filter(|r| r.phase == Phase::Attached && !missing.contains(&r.endpoint.name));
         let mut ports: Vec<String> = attached.map(|r| r.endpoint.host_interface.clone()).collect();
         ports.sort();
         ports

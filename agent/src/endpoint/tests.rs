@@ -193,9 +193,18 @@ async fn an_endpoint_whose_namespace_is_gone_is_detached_at_the_second_look() {
     endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
     endpoints.attach(name("b"), ask("/ns/b")).await.unwrap();
     host.kernel.kill("/ns/a");
+    let ports = endpoints.ports();
     assert!(endpoints.audit().await.is_empty());
+    assert_eq!((endpoints.list().len(), ports.borrow().len()), (2, 1), "its port went with the namespace");
     host.kernel.revive("/ns/a");
     assert!(endpoints.audit().await.is_empty());
+    assert_eq!(ports.borrow().len(), 2);
+    // A namespace that is there again under the same path, as after a reboot, is known again at once when it is asked for.
+    host.kernel.kill("/ns/a");
+    assert!(endpoints.audit().await.is_empty());
+    host.kernel.revive("/ns/a");
+    endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
+    assert_eq!(ports.borrow().len(), 2);
     host.kernel.kill("/ns/a");
     endpoints.close().await;
     drop(endpoints);

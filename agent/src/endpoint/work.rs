@@ -123,6 +123,8 @@ impl<C: ContainerPath + 'static> Inner<C> {
         let (plug, attached) = lock(&self.table).plug(endpoint)?;
         let kernel = |source| EndpointError::Kernel { name: endpoint.name.clone(), source };
         self.path.plug(&plug).await.map_err(kernel)?;
+        lock(&self.missing).remove(&endpoint.name);
+        self.publish();
         Ok(attached)
     }
 
@@ -162,9 +164,9 @@ impl<C: ContainerPath + 'static> Inner<C> {
     }
 
     /// Tells what ports there are now.
-    fn publish(&self) {
+    pub(super) fn publish(&self) {
         let table = lock(&self.table);
-        let ports = table.ports();
+        let ports = table.ports(&lock(&self.missing));
         self.ports.send_if_modified(|current| {
             let changed = *current != ports;
             *current = ports;

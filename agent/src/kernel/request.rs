@@ -57,6 +57,8 @@ pub struct LinkInfo {
     pub mac: Option<Mac>,
     /// MTU in bytes.
     pub mtu: u32,
+    /// Interface group; 0 unless one was given.
+    pub group: u32,
     /// Interface index of the bridge.
     pub master: Option<u32>,
     /// Interface index of a veth pair's other end.
@@ -81,8 +83,11 @@ pub struct VxlanInfo {
 }
 
 impl LinkInfo {
-    /// Reads a link message's body; `None` where it is none.
+    /// Reads a link message's body; `None` where it is none, or one of a bridge about its port (family `AF_BRIDGE`), which says less.
     pub fn read(body: &[u8]) -> Option<LinkInfo> {
+        if *body.first()? != 0 {
+            return None;
+        }
         let mut link =
             LinkInfo { index: u32_at(body, 4)?, flags: u32_at(body, 8)?, changed: u32_at(body, 12)?, ..LinkInfo::default() };
         for (kind, value) in attributes(body, IFINFOMSG) {
@@ -91,6 +96,7 @@ impl LinkInfo {
                 IFLA_IFALIAS => link.alias = text(value),
                 IFLA_ADDRESS => link.mac = mac(value),
                 IFLA_MTU => link.mtu = u32_at(value, 0)?,
+                IFLA_GROUP => link.group = u32_at(value, 0)?,
                 IFLA_MASTER => link.master = u32_at(value, 0),
                 IFLA_LINK => link.peer = u32_at(value, 0),
                 IFLA_LINKINFO => link.read_info(value),
@@ -220,8 +226,9 @@ pub fn link_delete(socket: &mut RouteSocket, index: u32) -> Result<(), Refusal> 
 pub fn address_add(socket: &mut RouteSocket, index: u32, address: IpNetwork) -> Result<(), Refusal> {
     socket.request(libc::RTM_NEWADDR, REPLACE, |m| {
         address_body(m, index, address);
-        // `inet_rtm_newaddr` and `inet6_rtm_newaddr` take all flags from here; IPv4 has no detection and ignores the bit.
-        m.put_u32(IFA_FLAGS, IFA_F_NODAD);
+        if address.is_ipv6() {
+            m.put_u32(IFA_FLAGS, IFA_F_NODAD);
+        }
     })
 }
 

@@ -8,7 +8,15 @@ pub const RTM_DELNEXTHOP: u16 = 105;
 pub const RTM_GETNEXTHOP: u16 = 106;
 /// `linux/rtnetlink.h`.
 pub const RTM_NEWNETCONF: u16 = 80;
-/// `linux/rtnetlink.h`: routes.
+/// `linux/netconf.h`.
+pub const NETCONFA_IFINDEX: u16 = 1;
+/// `linux/netconf.h`.
+pub const NETCONFA_FORWARDING: u16 = 2;
+/// `linux/netconf.h`: the setting of the whole namespace (-1).
+pub const NETCONFA_IFINDEX_ALL: u32 = u32::MAX;
+/// Multicast groups of `linux/rtnetlink.h`: link, neigh, IPv4 ifaddr and route, IPv6 ifaddr and route, IPv4 and IPv6 netconf, nexthop.
+pub const RTNLGRP: [u32; 9] = [1, 3, 5, 7, 9, 11, 24, 25, 32];
+/// `linux/rtnetlink.h`.
 pub const RTA_DST: u16 = 1;
 /// `linux/rtnetlink.h`: output interface.
 pub const RTA_OIF: u16 = 4;
@@ -28,6 +36,8 @@ pub const RTNH_F_ONLINK: u32 = 4;
 pub const RT_TABLE_MAIN: u8 = 254;
 /// `linux/rtnetlink.h`.
 pub const RTN_UNICAST: u8 = 1;
+/// `linux/rtnetlink.h`: to this host itself.
+pub const RTN_LOCAL: u8 = 2;
 /// `linux/rtnetlink.h`: routes from router advertisements.
 pub const RTPROT_RA: u8 = 9;
 /// `linux/rtnetlink.h`: set by whoever administers the host.
@@ -77,6 +87,8 @@ pub const IFLA_LINKINFO: u16 = 18;
 pub const IFLA_IFALIAS: u16 = 20;
 /// `linux/if_link.h`.
 pub const IFLA_AF_SPEC: u16 = 26;
+/// `linux/if_link.h`.
+pub const IFLA_GROUP: u16 = 27;
 /// `linux/if_link.h`.
 pub const IFLA_NET_NS_FD: u16 = 28;
 /// `linux/if_link.h`.

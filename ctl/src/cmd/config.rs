@@ -2,6 +2,7 @@
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use overlay_agent::model::network::{ConfigErrors, FieldError, NetworkConfig, Parsed, Pool};
 use serde::Serialize;
@@ -13,8 +14,12 @@ use crate::output::{Format, Style, Tone, View};
 /// The largest configuration read from a file, in bytes; etcd's own limit for a request is 1.5 MiB.
 const FILE_LIMIT: u64 = 1 << 20;
 
+/// How long the agent may take to say where etcd is.
+const AGENT_LIMIT: Duration = Duration::from_secs(3);
+
 /// The arguments.
 #[derive(Debug, clap::Subcommand)]
+#[command(after_help = "Without --etcd-endpoints: the servers of this host's agent, else http://127.0.0.1:2379.")]
 pub enum Args {
     /// Print the configuration
     Show {
@@ -40,9 +45,21 @@ pub enum Args {
 /// Shows, sets or validates.
 pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
     match args {
-        Args::Show { etcd } => show(context, etcd).await,
-        Args::Set { file, etcd } => set(context, file, etcd).await,
+        Args::Show { etcd } => show(context, &located(context, etcd).await).await,
+        Args::Set { file, etcd } => set(context, file, &located(context, etcd).await).await,
         Args::Validate { file } => validate(context, file),
+    }
+}
+
+/// The flags; where they name no server, those of this host's agent, if one answers. What the agent does not tell (certificates, login) has
+/// to be said all the same.
+async fn located(context: &Context, etcd: &EtcdArgs) -> EtcdArgs {
+    if etcd.given() {
+        return etcd.clone();
+    }
+    match context.client.clone().with_timeout(AGENT_LIMIT).status().await {
+        Ok(status) => EtcdArgs { endpoints: status.store.endpoints, prefix: status.store.prefix, ..etcd.clone() },
+        Err(_) => etcd.clone(),
     }
 }
 

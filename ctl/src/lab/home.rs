@@ -5,6 +5,7 @@ use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use nix::sys::statvfs::statvfs;
 use nix::unistd::geteuid;
 
 use super::layout::{LabName, Layout};
@@ -12,6 +13,9 @@ use super::{LabError, agent};
 
 /// Names the directory of the labs; set inside a lab without root, where the user looks like root.
 pub const DIR_VARIABLE: &str = "OVERLAY_LAB_DIR";
+
+/// What a lab's directory takes, in bytes: etcd writes two segments of its log of 64 MB each at once, and some more.
+const ROOM: u64 = 160 << 20;
 
 /// The description of a lab in its directory.
 const DESCRIPTION: &str = "lab.json";
@@ -91,6 +95,18 @@ impl Home {
         // sockaddr_un's sun_path with its final zero (unix(7)).
         if longest.as_os_str().len() >= 108 {
             let message = format!("{} is too long for a socket: set {DIR_VARIABLE} to a shorter directory", longest.display());
+            return Err(LabError::Options { message });
+        }
+        let free =
+            statvfs(&dir).map_err(|errno| LabError::File { action: "examine", path: dir.clone(), source: errno.into() })?;
+        let free = free.blocks_available().saturating_mul(free.fragment_size());
+        if free < ROOM {
+            let message = format!(
+                "{} has {} MiB free, a lab needs {} for its etcd: make room, or set {DIR_VARIABLE} to another directory",
+                dir.display(),
+                free >> 20,
+                ROOM >> 20
+            );
             return Err(LabError::Options { message });
         }
         let path = dir.join(DESCRIPTION);

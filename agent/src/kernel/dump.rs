@@ -1,0 +1,235 @@
+//! All of ours that the kernel holds, read at one go. The kernel filters by device, table and protocol (`NETLINK_GET_STRICT_CHK`); on a kernel that
+//! does not, the same is filtered here.
+
+use std::net::IpAddr;
+
+use ipnetwork::IpNetwork;
+
+use super::known::Known;
+use super::message::{address, attributes, u32_at};
+use super::request::{self, IFADDRMSG, family_number};
+use super::socket::{Refusal, RouteSocket};
+use super::sysctl;
+use super::uapi::*;
+use super::wire::{Entry, Hop, Query};
+use super::{Shared, is_ours};
+use crate::model::{Device, Family, Role};
+use crate::plan::state::{NEXTHOP_IDS, Via};
+use crate::plan::{Key, LinkKind, OpError, State, Value};
+
+/// Reads everything, and makes it what is known.
+pub fn state(shared: &mut Shared, nexthop_objects: bool) -> Result<State, OpError> {
+    let fresh = shared.known.fresh();
+    let before = std::mem::replace(&mut shared.known, fresh);
+    let state = read_all(shared, nexthop_objects);
+    if state.is_err() {
+        shared.known = before;
+    }
+    state
+}
+
+fn read_all(shared: &mut Shared, nexthop_objects: bool) -> Result<State, OpError> {
+    links(shared)?;
+    addresses(shared)?;
+    sysctls(&mut shared.known)?;
+    let rules = shared.nft.dump()?;
+    if let Some(ruleset) = rules.ruleset {
+        shared.known.rules.insert(Key::Ruleset, Value::Ruleset(Box::new(ruleset)));
+    }
+    for (family, network) in rules.forward_accept.iter() {
+        shared.known.rules.insert(Key::ForwardAccept(family), Value::ForwardAccept(*network));
+    }
+    let mut state = shared.known.state();
+    let mut queries: Vec<Query> = Vec::new();
+    for (index, device) in shared.known.devices() {
+        if let Role::Vxlan(_) = device.role {
+            queries.push(Query::Fdb(*index));
+            queries.extend(Family::ALL.map(|family| Query::Neigh(*index, family)));
+        }
+    }
+    if nexthop_objects {
+        queries.push(Query::Nexthops);
+    }
+    queries.extend(Family::ALL.map(|family| Query::Routes(family, crate::plan::state::PROTOCOL)));
+    for query in queries {
+        let entries = read(shared, query)?;
+        for entry in entries {
+            insert(&mut state, &mut shared.known, entry);
+        }
+    }
+    Ok(state)
+}
+
+fn read(shared: &mut Shared, query: Query) -> Result<Vec<Entry>, OpError> {
+    let read = shared.socket.dump(
+        query.kind(),
+        |m| query.write(m),
+        Vec::new,
+        |all, header, body| {
+            all.extend(Entry::read(header, body));
+        },
+    );
+    match read {
+        Ok(entries) => Ok(entries),
+        Err(e) if without_family(&e) => Ok(Vec::new()),
+        Err(e) => Err(e.during(format!("cannot list the kernel's entries ({query:?})"))),
+    }
+}
+
+/// The kernel has no IPv6, or the device went while its entries were listed.
+fn without_family(refusal: &Refusal) -> bool {
+    matches!(refusal.errno, libc::EAFNOSUPPORT | libc::EOPNOTSUPP | libc::ENODEV)
+}
+
+/// Takes an entry into a dumped state, if it is ours.
+fn insert(state: &mut State, known: &mut Known, entry: Entry) {
+    if let Entry::Fdb { index, mac, remote: Some(remote), permanent: true } = entry
+        && known.device(index).is_some()
+        && let Some(first) = known.fdb.insert((index, mac), remote)
+    {
+        // A second remote: a value that none of ours has, so that the entry is set again, and then the strays go.
+        known.strays.entry((index, mac)).or_insert_with(|| vec![first]).push(remote);
+        if let Some(device) = known.device(index) {
+            state.insert(Key::Fdb(device, mac), Value::Fdb(Family::of(remote).unspecified()));
+        }
+        return;
+    }
+    if matches!(entry, Entry::Route { protocol, .. } if !is_ours(protocol)) {
+        return;
+    }
+    if let Some((key, Some(value))) = change(known, &entry, true) {
+        state.insert(key, value);
+    }
+}
+
+/// What an entry means to the overlay: the key, and the value if it is of a form that ours have. `None` where it is no business of ours.
+pub fn change(known: &Known, entry: &Entry, present: bool) -> Option<(Key, Option<Value>)> {
+    let vxlan = |index: u32| known.device(index).filter(|d| matches!(d.role, Role::Vxlan(_)));
+    match *entry {
+        Entry::Fdb { index, mac, remote, permanent } => {
+            let value = remote.filter(|_| present && permanent).map(Value::Fdb);
+            Some((Key::Fdb(vxlan(index)?, mac), value))
+        }
+        Entry::Neigh { index, address, mac } => {
+            Some((Key::Neigh(vxlan(index)?, address), mac.filter(|_| present).map(Value::Neigh)))
+        }
+        Entry::Nexthop { id, protocol, hop } => {
+            let ours = is_ours(protocol);
+            if !ours && !NEXTHOP_IDS.contains(&id) {
+                return None;
+            }
+            let value = hop
+                .filter(|_| ours && present)
+                .and_then(|(index, gateway)| known.device(index).map(|device| Value::Nexthop { device, gateway }));
+            Some((Key::Nexthop(id), value))
+        }
+        Entry::Route { destination, protocol, hop } => {
+            if !is_ours(protocol) {
+                return Some((Key::Route(destination), present.then_some(Value::Route(Via::Foreign))));
+            }
+            let via = match hop {
+                Hop::Nexthop(id) => Via::Nexthop(id),
+                Hop::Gateway(index, gateway) => known.device(index).map_or(Via::Foreign, |device| Via::Gateway(device, gateway)),
+                Hop::Other => Via::Foreign,
+            };
+            Some((Key::Route(destination), present.then_some(Value::Route(via))))
+        }
+    }
+}
+
+fn links(shared: &mut Shared) -> Result<(), OpError> {
+    let mut links = request::links(&mut shared.socket).map_err(|e| e.during("cannot list the links"))?;
+    // Bridges first: a port's state names its bridge.
+    links.sort_by_key(|link| link.kind != "bridge");
+    for link in links {
+        if let Some(state) = shared.known.link_state(&link, |name| shared.ethtool.tx_checksum(name)) {
+            shared.known.put_link(&link.name, link.index, state);
+        }
+    }
+    Ok(())
+}
+
+/// An address as the kernel tells it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AddressInfo {
+    /// Interface index.
+    pub index: u32,
+    /// The address with its prefix length.
+    pub address: IpNetwork,
+    /// `RT_SCOPE_...`.
+    pub scope: u8,
+    /// `IFA_F_...`.
+    pub flags: u32,
+}
+
+impl AddressInfo {
+    /// Reads the body of an address message.
+    pub fn read(body: &[u8]) -> Option<AddressInfo> {
+        let (&length, &flags, &scope) = (body.get(1)?, body.get(2)?, body.get(3)?);
+        let mut info = (u32_at(body, 4)?, None, None, u32::from(flags));
+        for (kind, value) in attributes(body, IFADDRMSG) {
+            match kind {
+                // On a point-to-point link IFA_ADDRESS is the other end; IPv6 without a peer has only that.
+                IFA_LOCAL => info.1 = address(value),
+                IFA_ADDRESS => info.2 = address(value),
+                IFA_FLAGS => info.3 = u32_at(value, 0)?,
+                _ => {}
+            }
+        }
+        let ip: IpAddr = info.1.or(info.2)?;
+        Some(AddressInfo { index: info.0, address: IpNetwork::new(ip, length).ok()?, scope, flags: info.3 })
+    }
+
+    /// As an address of a device of ours: of global scope, on the bridge also link-local.
+    pub fn on(&self, device: Device) -> Option<Key> {
+        let counts = self.scope == RT_SCOPE_UNIVERSE || (device.role == Role::Bridge && self.scope == RT_SCOPE_LINK);
+        counts.then_some(Key::Address(device, self.address))
+    }
+}
+
+/// Addresses of all interfaces, or of one.
+pub fn all_addresses(socket: &mut RouteSocket, index: u32) -> Result<Vec<AddressInfo>, OpError> {
+    let mut all = Vec::new();
+    for family in Family::ALL {
+        let build = |m: &mut super::message::Message<'_>| {
+            m.body(&[family_number(family), 0, 0, 0]).body(&index.to_ne_bytes());
+        };
+        let read = socket.dump(libc::RTM_GETADDR, build, Vec::new, |all, header, body| {
+            if header.kind == libc::RTM_NEWADDR {
+                all.extend(AddressInfo::read(body));
+            }
+        });
+        match read {
+            Ok(addresses) => all.extend(addresses),
+            Err(e) if without_family(&e) => {}
+            Err(e) => return Err(e.during(format!("cannot list the {family} addresses"))),
+        }
+    }
+    Ok(all)
+}
+
+fn addresses(shared: &mut Shared) -> Result<(), OpError> {
+    for (index, device) in shared.known.devices().to_vec() {
+        for address in all_addresses(&mut shared.socket, index)? {
+            if address.index == index && address.on(device).is_some() {
+                shared.known.addresses.insert((device, address.address));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Reads the sysctls of always, those of our links, and those that were ever written.
+fn sysctls(known: &mut Known) -> Result<(), OpError> {
+    let mut paths: Vec<String> = known.sysctls.keys().cloned().collect();
+    paths.extend([sysctl::IPV4_FORWARD.to_owned(), sysctl::IPV6_FORWARD.to_owned()]);
+    let ours = known.links.iter().filter(|(_, (_, link))| !matches!(link.kind, LinkKind::Foreign { .. }));
+    paths.extend(ours.map(|(name, _)| sysctl::accept_ra(name)));
+    known.sysctls.clear();
+    for path in paths {
+        if let Some(text) = sysctl::read(&path)? {
+            known.sysctls.insert(path, text);
+        }
+    }
+    Ok(())
+}

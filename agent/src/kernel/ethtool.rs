@@ -1,0 +1,70 @@
+//! Transmit checksum offload of an interface, by the ethtool ioctls (`linux/ethtool.h`, `ETHTOOL_GTXCSUM` and `ETHTOOL_STXCSUM`).
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+
+use super::socket::Refusal;
+use crate::plan::OpError;
+
+const ETHTOOL_GTXCSUM: u32 = 0x16;
+const ETHTOOL_STXCSUM: u32 = 0x17;
+/// `SIOCETHTOOL` of `linux/sockios.h`.
+const SIOCETHTOOL: u16 = 0x8946;
+
+/// `struct ethtool_value`.
+#[repr(C)]
+struct EthtoolValue {
+    command: u32,
+    data: u32,
+}
+
+/// A socket for the ioctls, of the network namespace that it was opened in.
+#[derive(Debug)]
+pub struct Ethtool {
+    socket: OwnedFd,
+}
+
+impl Ethtool {
+    /// Opens it in the calling thread's network namespace.
+    pub fn open() -> Result<Ethtool, OpError> {
+        let opened = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None);
+        let socket = opened.map_err(|e| Refusal::from(io::Error::from(e)).during("cannot open a socket for ethtool"))?;
+        Ok(Ethtool { socket })
+    }
+
+    /// Whether the interface computes, or leaves to what is below it, the checksums of what it sends. An interface that cannot be asked
+    /// has the kernel's default: it does.
+    pub fn tx_checksum(&self, interface: &str) -> bool {
+        self.call(interface, ETHTOOL_GTXCSUM, 0).map_or(true, |value| value != 0)
+    }
+
+    /// Switches it.
+    pub fn set_tx_checksum(&self, interface: &str, on: bool) -> Result<(), OpError> {
+        self.call(interface, ETHTOOL_STXCSUM, u32::from(on)).map(|_| ()).map_err(|e| {
+            let wanted = if on { "on" } else { "off" };
+            Refusal::from(e)
+                .during(format!("cannot switch transmit checksums of {interface} {wanted} (ethtool -K {interface} tx {wanted})"))
+        })
+    }
+
+    fn call(&self, interface: &str, command: u32, data: u32) -> io::Result<u32> {
+        let mut value = EthtoolValue { command, data };
+        // SAFETY: all-zero bytes are a valid ifreq: integers, arrays and pointers that the kernel does not read for this request.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        // The last byte stays zero: it ends the name.
+        let room = request.ifr_name.len() - 1;
+        if interface.is_empty() || interface.len() > room {
+            return Err(io::Error::from_raw_os_error(libc::ENODEV));
+        }
+        for (to, from) in request.ifr_name.iter_mut().zip(interface.bytes()) {
+            *to = libc::c_char::from_ne_bytes([from]);
+        }
+        request.ifr_ifru.ifru_data = (&raw mut value).cast();
+        // SAFETY: both structures live until the call returns, have the layout that SIOCETHTOOL expects, and the kernel writes no more than an
+        // ethtool_value for these two commands (dev_ethtool in net/ethtool/ioctl.c).
+        let result = unsafe { libc::ioctl(self.socket.as_raw_fd(), SIOCETHTOOL.into(), &raw mut request) };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(value.data) }
+    }
+}

@@ -1,0 +1,237 @@
+//! What rtnetlink's events mean to the overlay: each message is judged against what is known, and what is new is kept until it is handed on.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+
+use super::Shared;
+use super::dump::{AddressInfo, change};
+use super::inventory::is_default;
+use super::is_ours;
+use super::known::Known;
+use super::message::{Header, attributes, flag, u32_at};
+use super::request::{IFF_UP, LinkInfo, family_of};
+use super::sysctl;
+use super::uapi::*;
+use super::wire::Entry;
+use crate::model::{Device, Family, Mac, Role};
+use crate::plan::{KernelEvent, Key, LinkKind, Value};
+
+/// Changes that are kept one by one; where more wait, a dump is cheaper.
+const LIMIT: usize = 16 * 1024;
+
+/// News that nobody has taken yet; of each entry the last.
+#[derive(Debug, Default)]
+pub struct Pending {
+    changed: BTreeMap<Key, Option<Value>>,
+    stale: Option<&'static str>,
+    underlay: bool,
+}
+
+impl Pending {
+    /// Whether there is no news.
+    pub fn is_empty(&self) -> bool {
+        self.changed.is_empty() && self.stale.is_none() && !self.underlay
+    }
+
+    /// The next event.
+    pub fn take(&mut self) -> Option<KernelEvent> {
+        if !self.changed.is_empty() {
+            return Some(KernelEvent::Changed(std::mem::take(&mut self.changed).into_iter().collect()));
+        }
+        if let Some(reason) = self.stale.take() {
+            return Some(KernelEvent::Stale { reason });
+        }
+        std::mem::take(&mut self.underlay).then_some(KernelEvent::Underlay)
+    }
+
+    /// An entry changed.
+    pub fn changed(&mut self, key: Key, value: Option<Value>) {
+        if self.changed.len() >= LIMIT {
+            self.changed.clear();
+            self.stale("more changed at once than is kept one by one");
+        }
+        self.changed.insert(key, value);
+    }
+
+    /// More changed than events say.
+    pub fn stale(&mut self, reason: &'static str) {
+        self.stale.get_or_insert(reason);
+    }
+
+    /// Something that is not ours changed.
+    pub fn underlay(&mut self) {
+        self.underlay = true;
+    }
+}
+
+/// What was last told about interfaces that are not ours: events that tell the same again are no news.
+#[derive(Debug, Default)]
+pub struct Foreign {
+    links: HashMap<u32, (String, u32, bool)>,
+    addresses: HashMap<(u32, IpAddr), bool>,
+}
+
+/// Judges one message.
+pub fn note(header: Header, body: &[u8], shared: &mut Shared, foreign: &mut Foreign, pending: &mut Pending) {
+    match header.kind {
+        libc::RTM_NEWLINK | libc::RTM_DELLINK => {
+            if let Some(link) = LinkInfo::read(body) {
+                note_link(header.kind == libc::RTM_NEWLINK, &link, shared, foreign, pending);
+            }
+        }
+        libc::RTM_NEWADDR | libc::RTM_DELADDR => {
+            if let Some(address) = AddressInfo::read(body) {
+                note_address(header.kind == libc::RTM_NEWADDR, &address, &mut shared.known, foreign, pending);
+            }
+        }
+        RTM_NEWNETCONF => note_netconf(body, &mut shared.known, pending),
+        _ => {
+            if let Some(entry) = Entry::read(header, body) {
+                note_entry(header, &entry, &mut shared.known, pending);
+            }
+            let route = matches!(header.kind, libc::RTM_NEWROUTE | libc::RTM_DELROUTE);
+            if route && is_default(body) && body.get(5).is_some_and(|protocol| !is_ours(*protocol)) {
+                pending.underlay();
+            }
+        }
+    }
+}
+
+fn note_link(present: bool, link: &LinkInfo, shared: &mut Shared, foreign: &mut Foreign, pending: &mut Pending) {
+    let known = &mut shared.known;
+    // A link of ours that has another name now is gone under its own.
+    if let Some(old) = known.link_name(link.index).map(str::to_owned)
+        && (old != link.name || !present)
+    {
+        known.drop_link(&old);
+        pending.changed(Key::Link(old), None);
+        pending.stale("a link of ours went away, and what was on it");
+    }
+    if !present {
+        if foreign.links.remove(&link.index).is_some() || Device::from_name(&link.name).is_none() {
+            pending.underlay();
+        }
+        return;
+    }
+    let state = known.link_state(link, |name| shared.ethtool.tx_checksum(name));
+    if !state.as_ref().is_some_and(|s| !matches!(s.kind, LinkKind::Foreign { .. })) {
+        let now = (link.name.clone(), link.mtu, link.up());
+        if foreign.links.get(&link.index) != Some(&now) {
+            foreign.links.insert(link.index, now);
+            pending.underlay();
+        }
+    }
+    let Some(state) = state else { return };
+    let went_down = !link.up() && link.changed & IFF_UP != 0;
+    match known.links.get(&link.name) {
+        Some((index, _)) if *index != link.index => pending.stale("a link of ours was made again by others"),
+        // IPv4 routes, next hops and neighbours of a device that goes down are removed without an event of their own.
+        Some((_, old)) if went_down && old.up && Device::from_name(&link.name).is_some() => {
+            pending.stale("a device of ours went down, and routes with it");
+        }
+        Some((_, old)) if *old == state => return,
+        Some(_) => {}
+        None => pending.stale("a link of one of our names was made by others"),
+    }
+    known.put_link(&link.name, link.index, state.clone());
+    pending.changed(Key::Link(link.name.clone()), Some(Value::Link(Box::new(state))));
+}
+
+fn note_address(present: bool, info: &AddressInfo, known: &mut Known, foreign: &mut Foreign, pending: &mut Pending) {
+    if let Some(device) = known.device(info.index) {
+        let Some(key) = info.on(device) else { return };
+        let address = (device, info.address);
+        let news = if present { known.addresses.insert(address) } else { known.addresses.remove(&address) };
+        if news {
+            pending.changed(key, present.then_some(Value::Address));
+        }
+    } else if info.scope == RT_SCOPE_UNIVERSE {
+        let key = (info.index, info.address.ip());
+        let deprecated = info.flags & IFA_F_DEPRECATED != 0;
+        let news = if present {
+            foreign.addresses.insert(key, deprecated) != Some(deprecated)
+        } else {
+            foreign.addresses.remove(&key);
+            true
+        };
+        if news {
+            pending.underlay();
+        }
+    }
+}
+
+/// Forwarding of the whole namespace was switched.
+fn note_netconf(body: &[u8], known: &mut Known, pending: &mut Pending) {
+    let (mut index, mut forwarding) = (None, None);
+    for (kind, value) in attributes(body, 1) {
+        match kind {
+            NETCONFA_IFINDEX => index = u32_at(value, 0),
+            NETCONFA_FORWARDING => forwarding = u32_at(value, 0),
+            _ => {}
+        }
+    }
+    let (Some(NETCONFA_IFINDEX_ALL), Some(forwarding)) = (index, forwarding) else { return };
+    let path = match body.first().copied().and_then(family_of) {
+        Some(Family::V4) => sysctl::IPV4_FORWARD,
+        Some(Family::V6) => sysctl::IPV6_FORWARD,
+        None => return,
+    };
+    let text = forwarding.to_string();
+    if known.sysctls.insert(path.to_owned(), text.clone()).as_ref() != Some(&text) {
+        pending.changed(Key::Sysctl(path.to_owned()), Some(Value::Sysctl(text)));
+    }
+}
+
+fn note_entry(header: Header, entry: &Entry, known: &mut Known, pending: &mut Pending) {
+    let present = matches!(header.kind, libc::RTM_NEWNEIGH | RTM_NEWNEXTHOP | libc::RTM_NEWROUTE);
+    match *entry {
+        Entry::Fdb { index, mac, remote, permanent } => {
+            let vxlan = known.device(index).is_some_and(|d| matches!(d.role, Role::Vxlan(_)));
+            if !vxlan || !note_fdb(known, index, mac, remote.filter(|_| permanent || !present), present) {
+                return;
+            }
+        }
+        Entry::Neigh { index, address, .. } => {
+            if !present && known.removed_neighbours.remove(&(index, address)) {
+                return;
+            }
+        }
+        Entry::Nexthop { protocol, .. } => {
+            if !present && is_ours(protocol) {
+                pending.stale("a next hop of ours was removed, and its routes with it");
+            }
+        }
+        // A route of others matters only where it took the place of one that was there.
+        Entry::Route { protocol, .. } => {
+            let replaces = present && header.flags & flag(libc::NLM_F_REPLACE) != 0;
+            if !is_ours(protocol) && !replaces {
+                return;
+            }
+        }
+    }
+    if let Some((key, value)) = change(known, entry, present) {
+        pending.changed(key, value);
+    }
+}
+
+/// Follows an FDB entry; whether it is news. Its events never name the socket that asked, so ours are known by what they say.
+fn note_fdb(known: &mut Known, index: u32, mac: Mac, remote: Option<IpAddr>, present: bool) -> bool {
+    let at = (index, mac);
+    let before = known.fdb.get(&at).copied();
+    match (present, remote) {
+        (true, Some(remote)) if before == Some(remote) => false,
+        (true, Some(remote)) => {
+            // It replaced the remote, or stands beside it: whoever sets the entry again removes it in either case.
+            known.strays.entry(at).or_default().push(remote);
+            known.fdb.insert(at, remote);
+            true
+        }
+        (false, Some(remote)) if before.is_some_and(|b| b != remote) => {
+            if let Some(strays) = known.strays.get_mut(&at) {
+                strays.retain(|s| *s != remote);
+            }
+            false
+        }
+        _ => known.fdb.remove(&at).is_some(),
+    }
+}

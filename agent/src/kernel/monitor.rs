@@ -1,0 +1,224 @@
+//! Follows what others change: rtnetlink's multicast groups and nf_tables' events become [`KernelEvent`]s.
+//!
+//! One task, [`Monitor::run`], which `app` runs and whose end it notices. It reads whatever is readable at once and hands it on as one event, so
+//! that a flood of changes is one wake-up. While nobody takes events they are folded together; no fact is lost, and the kernel's queue is
+//! emptied all the same.
+//!
+//! Changes of our own must not wake us. A filter on the socket drops messages that carry the port id of one of our sockets, before they are queued.
+//! Some events carry none (FDB entries, addresses, the removal of a neighbour, several of links, netconf): these are compared with what is known
+//! (`known`), which our own changes update first. What the kernel does by itself because of a change of ours may carry our port id too, and
+//! is not reported then: whoever removes a next hop or a device has to know that its routes go with it.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use netlink_sys::Socket;
+use netlink_sys::protocols::NETLINK_ROUTE;
+use nix::sys::socket::{setsockopt, sockopt};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{Mutex, mpsc};
+
+use super::events::{Foreign, Pending, note};
+use super::message::messages;
+use super::nft::{NftChange, NftMonitor};
+use super::socket::Refusal;
+use super::uapi::RTNLGRP;
+use super::{Shared, blocking};
+use crate::model::Family;
+use crate::plan::{KernelEvent, Key, OpError, Value};
+
+/// Receive buffer in bytes. FDB events of our own pass the filter: some 800 bytes of kernel memory each while a batch is applied, of which
+/// 4,096 ops go before the monitor has its turn; the rest is for others.
+const BUFFER: usize = 32 << 20;
+/// Bytes of a receive: an event is a datagram of its own, links' are the largest with some 2 KiB.
+const RECEIVE: usize = 32 * 1024;
+/// Messages that are read before others who want the shared state get their turn.
+const TURN: usize = 8192;
+
+/// The monitor of one network namespace.
+pub struct Monitor {
+    socket: AsyncFd<Socket>,
+    nft: NftMonitor,
+    shared: Arc<Mutex<Shared>>,
+    sender: mpsc::Sender<KernelEvent>,
+    pending: Pending,
+    foreign: Foreign,
+    forward_drops: Option<Vec<Family>>,
+    input: Vec<u8>,
+}
+
+impl Monitor {
+    /// Begins to listen in the calling thread's network namespace. Messages caused by sockets with the port ids `own` are dropped.
+    pub(super) fn open(
+        shared: Arc<Mutex<Shared>>,
+        own: [u32; 2],
+        nft_port: u32,
+        sender: mpsc::Sender<KernelEvent>,
+    ) -> Result<Monitor, OpError> {
+        let nft = NftMonitor::open(&[nft_port])?;
+        let socket = listen(own).map_err(|e| Refusal::from(e).during("cannot listen to the kernel's changes"))?;
+        Ok(Monitor {
+            socket,
+            nft,
+            shared,
+            sender,
+            pending: Pending::default(),
+            foreign: Foreign::default(),
+            forward_drops: None,
+            input: vec![0; RECEIVE],
+        })
+    }
+
+    /// Follows the kernel until the receiver of the events is dropped. Cancel-safe: it may be aborted at any await.
+    ///
+    /// # Errors
+    /// A socket failed; the kernel's changes are no longer seen.
+    pub async fn run(mut self) -> Result<(), OpError> {
+        let sender = self.sender.clone();
+        loop {
+            tokio::select! {
+                ready = self.socket.readable() => {
+                    let mut ready = ready.map_err(failed)?;
+                    let mut shared = self.shared.lock().await;
+                    let drained = drain(ready.get_inner(), &mut self.input, &mut shared, &mut self.foreign, &mut self.pending);
+                    if drained.map_err(failed)? {
+                        ready.clear_ready();
+                    }
+                }
+                change = self.nft.changed() => {
+                    let change = change?;
+                    self.note_rules(change).await;
+                }
+                permit = sender.reserve(), if !self.pending.is_empty() => {
+                    let Ok(permit) = permit else { return Ok(()) };
+                    if let Some(event) = self.pending.take() {
+                        permit.send(event);
+                    }
+                }
+                () = sender.closed() => return Ok(()),
+            }
+        }
+    }
+
+    /// Reads the rules anew and tells what differs from what is known.
+    async fn note_rules(&mut self, change: NftChange) {
+        let mut shared = self.shared.lock().await;
+        let rules = match blocking(|| shared.nft.dump()) {
+            Ok(rules) => rules,
+            Err(error) => {
+                tracing::warn!(%error, ?change, "nf_tables changed and could not be read");
+                self.pending.stale("nf_tables changed and could not be read");
+                return;
+            }
+        };
+        let ruleset = rules.ruleset.map(|r| Value::Ruleset(Box::new(r)));
+        let mut now = vec![(Key::Ruleset, ruleset)];
+        for family in Family::ALL {
+            let accepted = rules.forward_accept.get(family).map(|network| Value::ForwardAccept(*network));
+            now.push((Key::ForwardAccept(family), accepted));
+        }
+        let known = &mut shared.known.rules;
+        for (key, value) in now {
+            if known.get(&key) == value.as_ref() {
+                continue;
+            }
+            match &value {
+                Some(value) => known.insert(key.clone(), value.clone()),
+                None => known.remove(&key),
+            };
+            self.pending.changed(key, value);
+        }
+        if self.forward_drops.as_ref() != Some(&rules.forward_drops) {
+            self.forward_drops = Some(rules.forward_drops);
+            self.pending.underlay();
+        }
+    }
+
+    /// A receive buffer of that many bytes, so small that events get lost.
+    #[cfg(test)]
+    pub fn shrink(&self, bytes: usize) {
+        setsockopt(self.socket.get_ref(), sockopt::RcvBuf, &bytes).expect("a small buffer");
+    }
+}
+
+fn failed(error: io::Error) -> OpError {
+    Refusal::from(error).during("cannot read the kernel's changes")
+}
+
+/// Reads what is there; true: all of it.
+fn drain(
+    socket: &Socket,
+    input: &mut [u8],
+    shared: &mut Shared,
+    foreign: &mut Foreign,
+    pending: &mut Pending,
+) -> io::Result<bool> {
+    for _ in 0..TURN {
+        match socket.recv(&mut &mut *input, libc::MSG_DONTWAIT | libc::MSG_TRUNC) {
+            Ok(received) => match input.get(..received) {
+                Some(bytes) => {
+                    for (header, body) in messages(bytes) {
+                        note(header, body, shared, foreign, pending);
+                    }
+                }
+                None => pending.stale("an event was too long to be read"),
+            },
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(true),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => {
+                pending.stale("events were lost: more came than the receive buffer holds");
+                pending.underlay();
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(false)
+}
+
+fn listen(own: [u32; 2]) -> io::Result<AsyncFd<Socket>> {
+    let mut socket = Socket::new(NETLINK_ROUTE)?;
+    socket.set_non_blocking(true)?;
+    // Without CAP_NET_ADMIN in the initial user namespace the size is cut to net.core.rmem_max: overruns are more likely, no more.
+    if setsockopt(&socket, sockopt::RcvBufForce, &BUFFER).is_err() {
+        setsockopt(&socket, sockopt::RcvBuf, &BUFFER)?;
+    }
+    attach_filter(&socket, own)?;
+    socket.bind_auto()?;
+    for group in RTNLGRP {
+        match socket.add_membership(group) {
+            // RTNLGRP_NEXTHOP is unknown to kernels without next-hop objects.
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {}
+            other => other?,
+        }
+    }
+    Ok(unsafe { AsyncFd::register(socket)? })
+}
+
+/// Drops messages whose `nlmsg_pid` is one of ours: a classic BPF program (`linux/filter.h`), run by the kernel on each message before it is queued.
+fn attach_filter(socket: &Socket, own: [u32; 2]) -> io::Result<()> {
+    /// Offset of `nlmsg_pid` in `struct nlmsghdr`.
+    const PORT: u32 = 12;
+    /// `BPF_LD | BPF_W | BPF_ABS`: loads in network byte order.
+    const LOAD: u16 = 0x20;
+    /// `BPF_JMP | BPF_JEQ | BPF_K`.
+    const JUMP_IF_EQUAL: u16 = 0x15;
+    /// `BPF_RET | BPF_K`: how many bytes of the message are kept.
+    const RETURN: u16 = 0x06;
+    let step = |code, jt, k| libc::sock_filter { code, jt, jf: 0, k };
+    let loaded = |port: u32| u32::from_be_bytes(port.to_ne_bytes());
+    let mut program = [
+        step(LOAD, 0, PORT),
+        step(JUMP_IF_EQUAL, 2, loaded(own[0])),
+        step(JUMP_IF_EQUAL, 1, loaded(own[1])),
+        step(RETURN, 0, u32::MAX),
+        step(RETURN, 0, 0),
+    ];
+    let filter = libc::sock_fprog { len: 5, filter: program.as_mut_ptr() };
+    let length = libc::socklen_t::try_from(size_of::<libc::sock_fprog>()).unwrap_or_default();
+    // SAFETY: the program and its description live until the call returns; the kernel copies both (sk_attach_filter in net/core/filter.c).
+    let result = unsafe {
+        libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, (&raw const filter).cast(), length)
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}

@@ -1,0 +1,79 @@
+//! Sysctls of the network namespace: files below `/proc/sys/net`, which are those of the namespace of the thread that opens them. A value is
+//! read before it is written: where it stands already, nothing is written, and a read-only `/proc/sys` is no error.
+
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+
+use crate::plan::OpError;
+
+const ROOT: &str = "/proc/sys/net";
+/// IPv4 forwarding of the whole namespace.
+pub const IPV4_FORWARD: &str = "ipv4/ip_forward";
+/// IPv6 forwarding of the whole namespace.
+pub const IPV6_FORWARD: &str = "ipv6/conf/all/forwarding";
+
+/// Whether an interface takes its addresses and routes from router advertisements.
+pub fn accept_ra(interface: &str) -> String {
+    format!("ipv6/conf/{interface}/accept_ra")
+}
+
+/// The value at a path below `/proc/sys/net`; `None` where there is no such file, as without IPv6.
+pub fn read(path: &str) -> Result<Option<String>, OpError> {
+    match fs::read_to_string(file(path)?) {
+        Ok(text) => Ok(Some(text.trim_end().to_owned())),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(error("read", path, &e)),
+    }
+}
+
+/// Writes a value where another one stands.
+pub fn write(path: &str, value: &str) -> Result<(), OpError> {
+    if read(path)?.as_deref() == Some(value) {
+        return Ok(());
+    }
+    // Without O_CREAT: /proc/sys refuses it with a misleading EACCES where the file is missing.
+    let mut options = fs::File::options();
+    let result = options.write(true).open(file(path)?).and_then(|mut f| io::Write::write_all(&mut f, value.as_bytes()));
+    result.map_err(|e| error("write", path, &e))
+}
+
+/// Writes a value where there is such a sysctl.
+pub fn write_if_there(path: &str, value: &str) -> Result<(), OpError> {
+    if read(path)?.is_some() { write(path, value) } else { Ok(()) }
+}
+
+fn file(path: &str) -> Result<PathBuf, OpError> {
+    let plain = |part: &str| !part.is_empty() && part != "." && part != ".." && !part.contains('\0');
+    if !path.split('/').all(plain) {
+        let message = format!("`{path}` is no path of a sysctl below {ROOT}");
+        return Err(OpError { errno: libc::EINVAL, message });
+    }
+    Ok(PathBuf::from(format!("{ROOT}/{path}")))
+}
+
+fn error(verb: &str, path: &str, error: &io::Error) -> OpError {
+    let remedy = match error.raw_os_error() {
+        Some(libc::EROFS | libc::EACCES | libc::EPERM) => {
+            format!("; set net.{} on the host, or run the agent where /proc/sys is writable", path.replace('/', "."))
+        }
+        Some(libc::ENOENT) => "; the kernel has no such setting (is IPv6 switched off, or the interface gone?)".to_owned(),
+        _ => String::new(),
+    };
+    OpError { errno: error.raw_os_error().unwrap_or_default(), message: format!("cannot {verb} {ROOT}/{path}: {error}{remedy}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_stay_below_the_root() {
+        for path in ["", "/etc/passwd", "../../etc/passwd", "ipv4/../../../etc", "ipv4//x", "ipv4/.", "ipv4/\0"] {
+            assert_eq!(read(path).expect_err(path).errno, libc::EINVAL, "{path:?}");
+        }
+        assert_eq!(read("ipv4/no_such_thing"), Ok(None));
+        let error = write("ipv4/no_such_thing", "1").expect_err("missing");
+        assert!(error.message.contains("no such setting"), "{error}");
+    }
+}

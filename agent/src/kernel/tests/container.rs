@@ -1,0 +1,112 @@
+//! Containers are wired, all or nothing.
+
+use super::support::*;
+use crate::kernel::netns::{Netns, named_path};
+use crate::kernel::{KernelOptions, Plugger};
+use crate::model::Mac;
+use crate::plan::{ContainerPath, Key, Plug};
+
+fn wanted(container: &Scratch) -> Plug {
+    Plug {
+        netns: named_path(container.name()).expect("a path"),
+        interface: "eth0".to_owned(),
+        host_interface: "ove1".to_owned(),
+        bridge: bridge(),
+        mac: Mac([2, 0, 0, 0, 2, 2]),
+        mtu: 1430,
+        addresses: vec!["10.244.0.2/24".parse().expect("address"), "fd00:244::2/64".parse().expect("address")],
+        gateways: vec![ip("10.244.0.1"), ip("fd00:244::1")],
+    }
+}
+
+fn look(netns: &Netns) -> String {
+    netns.run(|| ["ip -o address", "ip route", "ip -6 route", "ip -o link"].map(run).concat()).expect("inside")
+}
+
+#[test]
+fn plugged_twice_and_unplugged_twice() {
+    let container = Scratch::new("ctr");
+    on_host("plug", KernelOptions::default(), async |host| {
+        let plugger: Plugger = host.kernel.plugger();
+        let plug = wanted(&container);
+        let error = plugger.plug(&plug).await.expect_err("no bridge yet");
+        assert!(error.message.contains("bridge ovb.1 is not there"), "{error}");
+        host.make_devices().await;
+        host.settle().await;
+        let before = look(&container.netns);
+        plugger.plug(&plug).await.expect("plugged");
+        host.quiet().await;
+        let inside = look(&container.netns);
+        for part in [
+            "10.244.0.2/24",
+            "fd00:244::2/64",
+            "default via 10.244.0.1 dev eth0 proto 86",
+            "default via fd00:244::1 dev eth0 proto 86",
+            "02:00:00:00:02:02",
+        ] {
+            assert!(inside.contains(part), "{part} in {inside}");
+        }
+        assert!(!inside.contains("tentative"), "{inside}");
+        let outside = run("ip -d link show ove1") + &run("ip address show ove1");
+        for part in ["master ovb.1", "alias overlayd", "addrgenmode none", "mtu 1430"] {
+            assert!(outside.contains(part), "{part} in {outside}");
+        }
+        assert!(!outside.contains("inet"), "{outside}");
+        assert!(host.dump().await.contains_key(&Key::Link("ove1".to_owned())));
+
+        plugger.plug(&plug).await.expect("again");
+        assert_eq!(look(&container.netns), inside, "nothing was made anew");
+        host.quiet().await;
+        container.netns.run(|| run("ip address del 10.244.0.2/24 dev eth0")).expect("inside");
+        plugger.plug(&plug).await.expect("repaired");
+        assert!(look(&container.netns).contains("10.244.0.2/24"));
+
+        plugger.unplug("ove1").await.expect("unplugged");
+        plugger.unplug("ove1").await.expect("again");
+        assert_eq!(look(&container.netns), before, "the namespace is as it was");
+        host.quiet().await;
+    });
+}
+
+#[test]
+fn a_failed_plug_leaves_nothing() {
+    let container = Scratch::new("ctrfail");
+    on_host("plugfail", KernelOptions::default(), async |host| {
+        host.make_devices().await;
+        host.settle().await;
+        let plugger = host.kernel.plugger();
+        let outside = run("ip -o link");
+        container.netns.run(|| run("ip link add eth0 type dummy")).expect("inside");
+        let before = look(&container.netns);
+        let error = plugger.plug(&wanted(&container)).await.expect_err("the name is taken");
+        assert!(error.message.contains("has an interface of that name already"), "{error}");
+        assert_eq!(look(&container.netns), before);
+        container
+            .netns
+            .run(|| {
+                [
+                    run("ip link set eth0 name other"),
+                    run("ip address add 192.0.2.2/24 dev other"),
+                    run("ip link set other up"),
+                    run("ip route add default via 192.0.2.1"),
+                ]
+            })
+            .expect("inside");
+        let before = look(&container.netns);
+        let error = plugger.plug(&wanted(&container)).await.expect_err("a default route is there");
+        assert!(error.message.contains("has a default route already"), "{error}");
+        assert_eq!(look(&container.netns), before);
+        assert_eq!(run("ip -o link"), outside);
+        host.quiet().await;
+
+        let mut gone = wanted(&container);
+        gone.netns = "/run/netns/ovt-none".into();
+        let error = plugger.plug(&gone).await.expect_err("no such namespace");
+        assert!(error.message.contains("there is no network namespace"), "{error}");
+        assert!(!plugger.netns_alive(&gone.netns) && plugger.netns_alive(&wanted(&container).netns));
+        run("ip link add ove1 type dummy");
+        let error = plugger.plug(&wanted(&container)).await.expect_err("a foreign interface");
+        assert!(error.message.contains("is not ours"), "{error}");
+        assert!(plugger.unplug("ove1").await.is_err());
+    });
+}

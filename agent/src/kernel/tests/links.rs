@@ -1,0 +1,212 @@
+//! Links, addresses, sysctls: set, read back, changed in place, refused.
+
+use super::support::*;
+use crate::kernel::KernelOptions;
+use crate::kernel::sysctl;
+use crate::model::{Family, Mac};
+use crate::plan::state::{LinkKind, LinkState};
+use crate::plan::{DataPath, Key, Op, Value};
+
+fn link_of(value: Option<&Value>) -> LinkState {
+    match value {
+        Some(Value::Link(link)) => (**link).clone(),
+        other => panic!("no link: {other:?}"),
+    }
+}
+
+#[test]
+fn devices_are_made_as_wanted_and_set_again_without_a_change() {
+    on_host("devices", KernelOptions::default(), async |host| {
+        assert!(host.dump().await.keys().all(|key| matches!(key, Key::Sysctl(_))), "nothing of ours at first");
+        let batch = devices(host.underlay);
+        for _ in 0..2 {
+            host.apply(&batch).await;
+            let state = host.dump().await;
+            for (key, value) in state_of(&batch) {
+                assert_eq!(state.get(&key), Some(&value), "{key}");
+            }
+            let others = state.keys().filter(|key| !matches!(key, Key::Sysctl(_))).count();
+            assert_eq!(others, batch.len(), "{state:#?}");
+            for device in [bridge(), vxlan(Family::V4), vxlan(Family::V6)] {
+                let key = Key::Sysctl(sysctl::accept_ra(&device.name()));
+                assert_eq!(state.get(&key), Some(&Value::Sysctl("0".to_owned())), "{key}");
+            }
+        }
+        let shown = run("ip -d link show ovx.1");
+        for word in ["nolearning", "dstport 8472", "local 10.99.0.1 dev eth0", "alias overlayd", "addrgenmode none", "ttl 64"] {
+            assert!(shown.contains(word), "{word} in {shown}");
+        }
+        let addresses = run("ip -6 address show dev ovx.1") + &run("ip -6 address show dev ovb.1");
+        assert!(!addresses.contains("fe80"), "no link-local address: {addresses}");
+        host.quiet().await;
+        host.apply(&removal(&batch)).await;
+        host.apply(&removal(&batch)).await;
+        assert!(host.dump().await.keys().all(|key| matches!(key, Key::Sysctl(_))));
+        host.quiet().await;
+    });
+}
+
+#[test]
+fn a_link_is_changed_in_place_where_it_can_be() {
+    on_host("inplace", KernelOptions::default(), async |host| {
+        host.make_devices().await;
+        let index = run("cat /sys/class/net/ovx.1/ifindex");
+        let _ = index;
+        let before = run("ip -o link show ovx.1");
+        let mut wanted = vxlan_link(Family::V4, host.underlay);
+        wanted.mac = Some(Mac([2, 0, 0, 0, 1, 99]));
+        wanted.mtu = 1400;
+        let LinkKind::Vxlan(settings) = &mut wanted.kind else { panic!("a vxlan device") };
+        settings.local = ip("10.99.0.2");
+        settings.tx_checksum = false;
+        host.apply(&vec![set_link(vxlan(Family::V4), wanted.clone())]).await;
+        let key = Key::Link("ovx.1".to_owned());
+        assert_eq!(link_of(host.dump().await.get(&key)), wanted);
+        let number = |text: &str| text.split(':').next().map(str::to_owned);
+        assert_eq!(number(&before), number(&run("ip -o link show ovx.1")), "the same device");
+        host.quiet().await;
+
+        let LinkKind::Vxlan(settings) = &mut wanted.kind else { panic!("a vxlan device") };
+        settings.port = 4789;
+        host.apply(&vec![set_link(vxlan(Family::V4), wanted.clone())]).await;
+        assert_eq!(link_of(host.dump().await.get(&key)), wanted);
+        assert_ne!(number(&before), number(&run("ip -o link show ovx.1")), "a port cannot be changed: made again");
+        host.quiet().await;
+    });
+}
+
+#[test]
+fn a_foreign_link_of_our_name_is_refused_and_left_alone() {
+    on_host("foreign", KernelOptions::default(), async |host| {
+        run("ip link add ovx.1 type dummy");
+        run("ip link add ovb.1 type bridge");
+        let state = host.dump().await;
+        let dummy = link_of(state.get(&Key::Link("ovx.1".to_owned())));
+        assert_eq!(dummy.kind, LinkKind::Foreign { kind: "dummy".to_owned() });
+        let unmarked = link_of(state.get(&Key::Link("ovb.1".to_owned())));
+        assert_eq!(unmarked.kind, LinkKind::Foreign { kind: "bridge".to_owned() });
+        let before = run("ip -d link");
+        let mut batch = devices(host.underlay);
+        batch.extend(removal(&batch));
+        let report = host.kernel.apply(&batch).await;
+        let of = |name: &str, n: usize| {
+            let named = report.failed.iter().filter(|(i, _)| batch[*i].key() == &Key::Link(name.to_owned()));
+            named.map(|(_, e)| e.message.clone()).nth(n).expect("refused")
+        };
+        let message = of("ovx.1", 0);
+        assert_eq!(
+            message,
+            "interface ovx.1 exists and is not ours (kind dummy, no alias `overlayd`): remove or rename it: ip link delete ovx.1"
+        );
+        assert_eq!(of("ovx.1", 1), message, "nor is it deleted");
+        assert!(of("ovb.1", 0).contains("kind bridge"));
+        assert_eq!(before, run("ip -d link"), "untouched");
+        assert!(report.failed.is_sorted_by_key(|(i, _)| *i));
+    });
+}
+
+#[test]
+fn a_link_whose_making_was_cut_in_two_is_ours() {
+    on_host("torn", KernelOptions::default(), async |host| {
+        run("ip link add ovb.1 group 22102 type bridge");
+        host.make_devices().await;
+        assert!(run("ip -d link show ovb.1").contains("alias overlayd"));
+    });
+}
+
+#[test]
+fn who_stands_in_the_way_of_a_vxlan_device_is_named() {
+    on_host("rival", KernelOptions::default(), async |host| {
+        run("ip link add flannel.1 type vxlan id 1 local 10.99.0.1 dev eth0 dstport 8472 nolearning");
+        let report = host.kernel.apply(&vec![set_link(vxlan(Family::V4), vxlan_link(Family::V4, host.underlay))]).await;
+        let (_, error) = report.failed.first().expect("refused");
+        assert_eq!(error.errno, libc::EEXIST);
+        assert!(error.message.contains("VNI 1 on UDP port 8472 is in use by interface flannel.1"), "{error}");
+        run("ip link delete flannel.1");
+        let taken = std::net::UdpSocket::bind("0.0.0.0:8472").expect("bind");
+        let report = host.kernel.apply(&vec![set_link(vxlan(Family::V4), vxlan_link(Family::V4, host.underlay))]).await;
+        let (_, error) = report.failed.first().expect("refused");
+        assert!(error.message.contains("UDP port 8472 is taken by another program"), "{error}");
+        drop(taken);
+        host.make_devices().await;
+        let mut large = vxlan_link(Family::V4, host.underlay);
+        large.mtu = 70_000;
+        let report = host.kernel.apply(&vec![set_link(vxlan(Family::V4), large)]).await;
+        assert!(report.failed[0].1.message.contains("is MTU 70000 more than"), "{:?}", report.failed);
+    });
+}
+
+#[test]
+fn a_port_is_never_made_but_changed() {
+    on_host("port", KernelOptions::default(), async |host| {
+        host.make_devices().await;
+        let port = LinkState { kind: LinkKind::Port, mac: None, mtu: 1400, up: true, master: Some(bridge()) };
+        let set = vec![Op::Set(Key::Link("ove0".to_owned()), Value::Link(Box::new(port.clone())))];
+        let report = host.kernel.apply(&set).await;
+        assert_eq!(report.failed[0].1.errno, libc::ENODEV);
+        run("ip link add ove0 type veth peer name inner");
+        let report = host.kernel.apply(&set).await;
+        assert!(report.failed[0].1.message.contains("is not ours"), "{:?}", report.failed);
+        run("ip link set ove0 alias overlayd");
+        host.apply(&set).await;
+        let is = link_of(host.dump().await.get(&Key::Link("ove0".to_owned())));
+        assert_eq!(LinkState { mac: None, ..is }, port);
+    });
+}
+
+#[test]
+fn sysctls_are_written_where_they_differ() {
+    on_host("sysctl", KernelOptions::default(), async |host| {
+        let key = Key::Sysctl(sysctl::IPV4_FORWARD.to_owned());
+        let other = Key::Sysctl("ipv4/conf/eth0/rp_filter".to_owned());
+        let set = |key: &Key, text: &str| Op::Set(key.clone(), Value::Sysctl(text.to_owned()));
+        host.apply(&vec![set(&key, "1"), set(&other, "2")]).await;
+        let state = host.dump().await;
+        assert_eq!(state.get(&key), Some(&Value::Sysctl("1".to_owned())));
+        assert_eq!(state.get(&other), Some(&Value::Sysctl("2".to_owned())), "what was written is read from then on");
+        assert_eq!(state.get(&Key::Sysctl(sysctl::IPV6_FORWARD.to_owned())), Some(&Value::Sysctl("0".to_owned())));
+        host.quiet().await;
+        let report = host.kernel.apply(&vec![set(&Key::Sysctl("ipv4/none".to_owned()), "1"), set(&other, "0")]).await;
+        assert_eq!(report.failed.len(), 1);
+        assert_eq!(report.failed[0].0, 0);
+    });
+}
+
+#[test]
+fn the_inventory_lists_what_is_not_ours() {
+    on_host("inventory", KernelOptions::default(), async |host| {
+        host.make_devices().await;
+        run("ip link add eth1 mtu 9000 type dummy");
+        run("ip address add 192.0.2.7/24 dev eth1");
+        run("ip link set eth1 up");
+        run("ip route add default via 192.0.2.1 metric 50");
+        run("ip -6 route add default via fd99::aa dev eth0 metric 10 proto ra");
+        let inventory = host.kernel.inventory().await.expect("an inventory");
+        let names: Vec<_> = inventory.links.iter().map(|l| l.name.as_str()).collect();
+        assert_eq!(names, ["lo", "eth0", "eth1"]);
+        let [lo, eth0, eth1] = &inventory.links[..] else { panic!("three links") };
+        assert!(lo.loopback && !eth0.loopback);
+        assert_eq!(eth0.addresses, [ip("10.99.0.1"), ip("fd99::1")]);
+        assert_eq!((eth1.mtu, eth1.up, eth1.addresses.clone()), (9000, true, vec![ip("192.0.2.7")]));
+        let defaults: Vec<_> = inventory.defaults.iter().map(|d| (d.family, d.interface, d.from_router_advertisement)).collect();
+        assert_eq!(
+            defaults,
+            [
+                (Family::V4, eth0.index, false),
+                (Family::V4, eth1.index, false),
+                (Family::V6, eth0.index, true),
+                (Family::V6, eth0.index, false)
+            ]
+        );
+        assert!(inventory.forward_drops.is_empty());
+        let mut to = async |text| host.kernel.route_to(ip(text)).await.expect("an answer");
+        assert_eq!(to("192.0.2.99").await, Some(eth1.index));
+        assert_eq!(to("203.0.113.1").await, Some(eth0.index));
+        assert_eq!(to("2001:db8::1").await, Some(eth0.index));
+        run("ip route add unreachable 203.0.113.0/24");
+        run("ip -6 route add unreachable 2001:db8::/32");
+        let mut to = async |text| host.kernel.route_to(ip(text)).await.expect("an answer");
+        assert_eq!(to("203.0.113.1").await, None);
+        assert_eq!(to("2001:db8::1").await, None);
+    });
+}

@@ -1,0 +1,214 @@
+//! What others change is reported, what we change is not.
+
+use super::support::*;
+use crate::kernel::KernelOptions;
+use crate::kernel::sysctl;
+use crate::model::Family;
+use crate::plan::state::{LinkKind, Via};
+use crate::plan::{KernelEvent, Key, Op, Value};
+
+#[test]
+fn entries_removed_or_altered_by_others() {
+    on_host("drift", KernelOptions::default(), async |host| {
+        host.make_devices().await;
+        for family in Family::ALL {
+            let batch = peers(family, 0..1, true);
+            host.apply(&batch).await;
+            host.quiet().await;
+            let [Op::Set(fdb, fdb_value), Op::Set(neigh, neigh_value), Op::Set(nexthop, nexthop_value), Op::Set(route, _)] =
+                &batch[..]
+            else {
+                panic!("four entries")
+            };
+            let (Key::Fdb(device, mac), Key::Neigh(_, base), Key::Nexthop(id), Key::Route(cidr)) = (fdb, neigh, nexthop, route)
+            else {
+                panic!("four kinds")
+            };
+            let flag = if family == Family::V4 { "-4" } else { "-6" };
+
+            run(&format!("bridge fdb del {mac} dev {device}"));
+            assert_eq!(host.changed(fdb).await, None);
+            run(&format!("ip neigh del {base} dev {device}"));
+            assert_eq!(host.changed(neigh).await, None);
+            run(&format!("ip {flag} route del {cidr}"));
+            assert_eq!(host.changed(route).await, None);
+            host.apply(&batch).await;
+            host.quiet().await;
+
+            let elsewhere = if family == Family::V4 { "10.99.66.6" } else { "fd99::6666" };
+            run(&format!("bridge fdb replace {mac} dev {device} dst {elsewhere} self permanent"));
+            assert_eq!(host.changed(fdb).await, Some(Value::Fdb(ip(elsewhere))));
+            run(&format!("ip neigh replace {base} dev {device} lladdr 02:66:66:66:66:66 nud permanent"));
+            assert_eq!(host.changed(neigh).await, Some(Value::Neigh("02:66:66:66:66:66".parse().expect("mac"))));
+            run(&format!("ip neigh replace {base} dev {device} lladdr 02:66:66:66:66:66 nud reachable"));
+            assert_eq!(host.changed(neigh).await, None);
+            run(&format!("ip {flag} route replace {cidr} dev eth0"));
+            assert_eq!(host.changed(route).await, Some(Value::Route(Via::Foreign)));
+            host.apply(&batch).await;
+            host.quiet().await;
+            let state = host.dump().await;
+            assert_eq!(state.get(fdb), Some(fdb_value));
+            assert_eq!(state.get(neigh), Some(neigh_value));
+            assert_eq!(state.get(nexthop), Some(nexthop_value));
+
+            run(&format!("ip nexthop del id {id}"));
+            assert_eq!(host.changed(nexthop).await, None);
+            host.stale("next hop").await;
+            host.settle().await;
+            assert_eq!(host.dump().await.get(route), None, "the kernel removed the route with it");
+            host.apply(&removal(&batch)).await;
+            host.settle().await;
+        }
+    });
+}
+
+#[test]
+fn links_and_addresses_altered_by_others() {
+    on_host("linkdrift", KernelOptions::default(), async |host| {
+        host.make_devices().await;
+        host.quiet().await;
+        let key = Key::Link("ovx.1".to_owned());
+        let mut wanted = vxlan_link(Family::V4, host.underlay);
+        run("ip link set ovx.1 mtu 1300");
+        wanted.mtu = 1300;
+        assert_eq!(host.changed(&key).await, Some(Value::Link(Box::new(wanted.clone()))));
+        run("ip link set ovx.1 down");
+        wanted.up = false;
+        assert_eq!(host.changed(&key).await, Some(Value::Link(Box::new(wanted))));
+        host.stale("went down").await;
+        host.settle().await;
+
+        let address = Key::Address(bridge(), "10.244.0.1/24".parse().expect("address"));
+        run("ip address del 10.244.0.1/24 dev ovb.1");
+        assert_eq!(host.changed(&address).await, None);
+        run("ip address add 10.244.0.1/24 dev ovb.1");
+        assert_eq!(host.changed(&address).await, Some(Value::Address));
+        run("ip address add fd00:66::1/64 dev ovb.1");
+        let stranger = Key::Address(bridge(), "fd00:66::1/64".parse().expect("address"));
+        assert_eq!(host.changed(&stranger).await, Some(Value::Address));
+        host.settle().await;
+
+        run("ip link delete ovb.1");
+        assert_eq!(host.changed(&Key::Link("ovb.1".to_owned())).await, None);
+        host.stale("went away").await;
+        host.settle().await;
+        run("ip link delete ovx.1");
+        assert_eq!(host.changed(&key).await, None);
+        host.settle().await;
+        run("ip link add ovx.1 type dummy");
+        match host.changed(&key).await {
+            Some(Value::Link(link)) => assert_eq!(link.kind, LinkKind::Foreign { kind: "dummy".to_owned() }),
+            other => panic!("{other:?}"),
+        }
+        run("ip link delete ovx.1");
+        host.settle().await;
+        host.make_devices().await;
+        host.quiet().await;
+        let batch = peers(Family::V4, 0..3, true);
+        host.apply(&batch).await;
+        host.quiet().await;
+        run("ip link set ovx.1 name elsewhere");
+        assert_eq!(host.changed(&key).await, None);
+    });
+}
+
+#[test]
+fn forwarding_switched_off_by_others() {
+    on_host("forward", KernelOptions::default(), async |host| {
+        host.make_devices().await;
+        host.settle().await;
+        for path in [sysctl::IPV4_FORWARD, sysctl::IPV6_FORWARD] {
+            let key = Key::Sysctl(path.to_owned());
+            host.apply(&vec![Op::Set(key.clone(), Value::Sysctl("1".to_owned()))]).await;
+            host.quiet().await;
+            std::fs::write(format!("/proc/sys/net/{path}"), "0").expect("written");
+            assert_eq!(host.changed(&key).await, Some(Value::Sysctl("0".to_owned())));
+            host.settle().await;
+        }
+    });
+}
+
+#[test]
+fn rules_altered_by_others() {
+    on_host("rules", KernelOptions::default(), async |host| {
+        let rules = crate::plan::Ruleset::default();
+        let set = vec![Op::Set(Key::Ruleset, Value::Ruleset(Box::new(rules)))];
+        host.apply(&set).await;
+        host.quiet().await;
+        assert!(host.dump().await.contains_key(&Key::Ruleset));
+        run("nft add table inet mine");
+        host.quiet().await;
+        run("nft delete table inet overlayd");
+        assert_eq!(host.changed(&Key::Ruleset).await, None);
+    });
+}
+
+#[test]
+fn the_underlay_changes() {
+    on_host("underlay", KernelOptions::default(), async |host| {
+        host.make_devices().await;
+        host.settle().await;
+        for command in [
+            "ip address add 10.99.0.77/24 dev eth0",
+            "ip address del 10.99.0.77/24 dev eth0",
+            "ip link set eth0 mtu 1400",
+            "ip route replace default via 10.99.0.253",
+            "ip -6 route del default",
+            "ip link add eth1 type dummy",
+            "ip link delete eth1",
+        ] {
+            run(command);
+            loop {
+                // Device eth0's MTU may bring the VXLAN devices' along.
+                match host.event().await {
+                    KernelEvent::Underlay => break,
+                    KernelEvent::Changed(_) => {}
+                    other => panic!("{command}: {other:?}"),
+                }
+            }
+            host.settle().await;
+        }
+        run("ip route add 198.51.100.0/24 dev eth0");
+        run("ip neigh add 10.99.0.5 lladdr 02:00:00:00:00:05 dev eth0");
+        host.quiet().await;
+    });
+}
+
+#[test]
+fn an_overrun_is_told() {
+    on_tuned_host(
+        "overrun",
+        KernelOptions::default(),
+        |monitor| monitor.shrink(2048),
+        async |host| {
+            host.make_devices().await;
+            host.settle().await;
+            let lines: String =
+                (0..3000).map(|n| format!("route add 10.{}.{}.0/24 dev eth0 proto 86\n", n / 250, n % 250)).collect();
+            let file = tempfile::NamedTempFile::new().expect("a file");
+            std::fs::write(file.path(), lines).expect("written");
+            run(&format!("ip -batch {}", file.path().display()));
+            host.stale("events were lost").await;
+        },
+    );
+}
+
+#[test]
+fn a_slow_reader_loses_nothing() {
+    let options = KernelOptions { event_capacity: 1, ..KernelOptions::default() };
+    on_host("slow", options, async |host| {
+        host.make_devices().await;
+        host.settle().await;
+        for n in 0..40 {
+            run(&format!("ip route add 10.1.{n}.0/24 dev eth0 proto 86"));
+            tokio::task::yield_now().await;
+        }
+        let mut seen = std::collections::BTreeSet::new();
+        while seen.len() < 40 {
+            if let KernelEvent::Changed(changes) = host.event().await {
+                seen.extend(changes.into_iter().map(|(key, _)| key));
+            }
+        }
+        host.quiet().await;
+    });
+}

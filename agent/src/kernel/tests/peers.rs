@@ -1,0 +1,172 @@
+//! The entries that grow with the number of peers: through the batch writer and back.
+
+use super::support::*;
+use crate::kernel::KernelOptions;
+use crate::model::{Family, Mac};
+use crate::plan::state::{NEXTHOP_IDS, Via};
+use crate::plan::{DataPath, Key, Op, State, Value};
+
+const CLASSIC: fn() -> KernelOptions = || KernelOptions { force_classic_routes: true, ..KernelOptions::default() };
+
+/// The state without links, addresses and sysctls.
+fn entries(state: State) -> State {
+    state.into_iter().filter(|(key, _)| !matches!(key, Key::Link(_) | Key::Address(..) | Key::Sysctl(_))).collect()
+}
+
+fn program(what: &str, options: KernelOptions, count: u32) {
+    on_host(what, options, async |host| {
+        host.make_devices().await;
+        let nexthops = host.kernel.nexthop_objects();
+        for family in Family::ALL {
+            let batch = peers(family, 0..count, nexthops);
+            for _ in 0..2 {
+                host.apply(&batch).await;
+                let is = entries(host.dump().await);
+                let wanted = state_of(&batch);
+                assert_eq!(is.len(), wanted.len(), "{family}");
+                assert!(is == wanted, "{family}: what is read is what was set");
+            }
+            host.quiet().await;
+            let gone = removal(&batch);
+            host.apply(&gone).await;
+            assert_eq!(entries(host.dump().await), State::new());
+            host.apply(&gone).await;
+            host.quiet().await;
+        }
+    });
+}
+
+#[test]
+fn a_thousand_peers_with_nexthop_objects() {
+    program("thousand", KernelOptions::default(), 1000);
+}
+
+#[test]
+fn peers_with_classic_routes() {
+    program("classic", CLASSIC(), 300);
+}
+
+#[test]
+fn values_are_replaced_in_place() {
+    on_host("replace", KernelOptions::default(), async |host| {
+        host.make_devices().await;
+        for family in Family::ALL {
+            let old = peers(family, 0..3, true);
+            let other = peers(family, 7..8, true);
+            host.apply(&old).await;
+            host.apply(&other).await;
+            let mut new = old.clone();
+            for (op, replacement) in new.iter_mut().zip([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]) {
+                let (Op::Set(_, value), Op::Set(_, with)) = (op, &other[replacement]) else { panic!("only Set") };
+                *value = with.clone();
+            }
+            host.apply(&new).await;
+            let is = entries(host.dump().await);
+            for (key, value) in state_of(&new) {
+                assert_eq!(is.get(&key), Some(&value), "{key}");
+            }
+            host.apply(&removal(&new)).await;
+            host.apply(&removal(&other)).await;
+        }
+        host.quiet().await;
+    });
+}
+
+#[test]
+fn each_failure_is_told_and_stops_nothing() {
+    on_host("failures", KernelOptions::default(), async |host| {
+        host.make_devices().await;
+        for family in Family::ALL {
+            let mut batch = peers(family, 0..500, true);
+            let bad_route =
+                |n: usize| (1500 + n, Op::Set(batch[1500 + n].key().clone(), Value::Route(Via::Nexthop(NEXTHOP_IDS.end - 1))));
+            let spoiled = [
+                (3, Op::Set(batch[3].key().clone(), Value::Neigh(Mac([2; 6])))),
+                (200, Op::Set(Key::Fdb(vxlan(family), Mac([0; 6])), Value::Fdb(ip("10.99.0.9")))),
+                (399, Op::Set(Key::Fdb(vxlan(family), Mac([1, 0, 0, 0, 0, 1])), Value::Fdb(ip("10.99.0.9")))),
+                bad_route(0),
+                bad_route(1),
+                bad_route(498),
+                bad_route(499),
+            ];
+            let expected: Vec<usize> = spoiled.iter().map(|(i, _)| *i).collect();
+            for (i, op) in spoiled {
+                batch[i] = op;
+            }
+            let report = host.kernel.apply(&batch).await;
+            let failed: Vec<usize> = report.failed.iter().map(|(i, _)| *i).collect();
+            assert_eq!(failed, expected, "{:?}", report.failed);
+            assert!(report.failed.iter().all(|(i, e)| e.message.starts_with(&batch[*i].to_string())), "{:?}", report.failed);
+            assert_eq!(entries(host.dump().await).len(), batch.len() - expected.len());
+            host.apply(&removal(&peers(family, 0..500, true))).await;
+        }
+    });
+}
+
+#[test]
+fn lost_answers_are_asked_for_again() {
+    on_host("lost", KernelOptions::default(), async |host| {
+        host.make_devices().await;
+        host.kernel.batch_socket().shrink(2048);
+        let mut batch = peers(Family::V4, 0..400, true);
+        for n in 0..100 {
+            let route = 1250 + n;
+            batch[route] = Op::Set(batch[route].key().clone(), Value::Route(Via::Nexthop(NEXTHOP_IDS.end - 1)));
+        }
+        let report = host.kernel.apply(&batch).await;
+        let failed: Vec<usize> = report.failed.iter().map(|(i, _)| *i).collect();
+        assert_eq!(failed, (1250..1350).collect::<Vec<_>>());
+        assert_eq!(entries(host.dump().await).len(), 1500);
+    });
+}
+
+#[test]
+fn without_the_device_setting_fails_and_removal_succeeds() {
+    on_host("nodevice", KernelOptions::default(), async |host| {
+        let batch = peers(Family::V4, 0..3, true);
+        let report = host.kernel.apply(&batch).await;
+        assert_eq!(report.failed.len(), batch.len());
+        assert!(report.failed[0].1.message.contains("ovx.1 is not there"), "{:?}", report.failed);
+        host.apply(&removal(&batch)).await;
+    });
+}
+
+#[test]
+fn a_route_of_others_is_neither_listed_nor_removed() {
+    on_host("others", KernelOptions::default(), async |host| {
+        host.make_devices().await;
+        run("ip route add 10.128.0.1/32 dev eth0");
+        run("ip route add 10.200.0.0/16 dev eth0");
+        run("ip nexthop add id 77 via 10.99.0.254 dev eth0");
+        assert_eq!(entries(host.dump().await), State::new());
+        let batch = peers(Family::V4, 0..1, true);
+        host.apply(&removal(&batch)).await;
+        assert!(run("ip route").contains("10.128.0.1"));
+        host.apply(&batch).await;
+        assert_eq!(entries(host.dump().await), state_of(&batch));
+        host.apply(&removal(&batch)).await;
+        assert!(run("ip route").contains("10.200.0.0/16") && run("ip nexthop").contains("id 77"));
+    });
+}
+
+#[test]
+fn a_second_remote_is_seen_and_removed() {
+    on_host("stray", KernelOptions::default(), async |host| {
+        host.make_devices().await;
+        let batch = peers(Family::V4, 0..2, true);
+        host.apply(&batch).await;
+        let Op::Set(key @ Key::Fdb(_, mac), value) = &batch[0] else { panic!("an FDB entry") };
+        run(&format!("bridge fdb append {mac} dev ovx.1 dst 10.99.77.7"));
+        assert_eq!(host.changed(key).await, Some(Value::Fdb(ip("10.99.77.7"))));
+        for _ in 0..2 {
+            host.apply(&vec![batch[0].clone()]).await;
+            assert!(!run("bridge fdb show dev ovx.1").contains("10.99.77.7"));
+            assert_eq!(host.dump().await.get(key), Some(value));
+            host.quiet().await;
+            // The second time without an event: only a dump shows it.
+            run(&format!("bridge fdb append {mac} dev ovx.1 dst 10.99.77.7"));
+            assert_eq!(host.dump().await.get(key), Some(&Value::Fdb(ip("0.0.0.0"))));
+            host.settle().await;
+        }
+    });
+}
