@@ -39,16 +39,17 @@ pub fn config(family: Family) -> String {
 pub fn members(family: Family, numbers: std::ops::RangeInclusive<u32>) -> anyhow::Result<Vec<Member>> {
     let network = NetworkConfig::parse(&config(family))?.config;
     let pool = network.pools.get(family).context("the network lacks its family")?;
-    numbers.map(|number| {
-        let subnet = pool.nth(number.into()).with_context(|| format!("{} has no room for peer {number}", pool.network))?;
-        let [_, a, b, c] = number.to_be_bytes();
-        let public_ip = match family {
-            Family::V4 => IpAddr::from([172, 16 | a, b, c]),
-            Family::V6 => IpAddr::from([0xfd98, 0, 0, 0, 0, 0, a.into(), u16::from_be_bytes([b, c])]),
-        };
-        Ok(Member { number, subnet, public_ip, mac: Mac([0x02, 0xaa, 0x00, a, b, c]) })
-    })
-    .collect()
+    numbers
+        .map(|number| {
+            let subnet = pool.nth(number.into()).with_context(|| format!("{} has no room for peer {number}", pool.network))?;
+            let [_, a, b, c] = number.to_be_bytes();
+            let public_ip = match family {
+                Family::V4 => IpAddr::from([172, 16 | a, b, c]),
+                Family::V6 => IpAddr::from([0xfd98, 0, 0, 0, 0, 0, a.into(), u16::from_be_bytes([b, c])]),
+            };
+            Ok(Member { number, subnet, public_ip, mac: Mac([0x02, 0xaa, 0x00, a, b, c]) })
+        })
+        .collect()
 }
 
 impl Member {

@@ -9,9 +9,7 @@ use anyhow::{Context, ensure};
 use overlay_agent::model::{Cidr, Family};
 
 use super::fleet::Member;
-use super::rtnl::{
-    RTM_DELNEXTHOP, RTM_GETNEXTHOP, RTM_NEWNEXTHOP, Rtnl, address, attributes, flag, octets, u32_at, write,
-};
+use super::rtnl::{RTM_DELNEXTHOP, RTM_GETNEXTHOP, RTM_NEWNEXTHOP, Rtnl, address, attributes, flag, octets, u32_at, write};
 
 /// Messages to one `send`.
 const CHUNK: usize = 200;
@@ -148,8 +146,8 @@ impl Holdings {
     pub fn read(family: Family, device: u32) -> anyhow::Result<Holdings> {
         let mut socket = Rtnl::open()?;
         let mut holdings = Holdings::default();
-        let permanent = NUD_PERMANENT.to_ne_bytes();
-        let ours = |body: &[u8]| u32_at(body, 4) == Some(device) && body.get(8..10).is_some_and(|s| s[0] & permanent[0] != 0);
+        let state = |body: &[u8]| body.get(8..10).map_or(0, |s| u16::from_ne_bytes([s[0], s[1]]));
+        let ours = |body: &[u8]| u32_at(body, 4) == Some(device) && state(body) & NUD_PERMANENT != 0;
         socket.dump(libc::RTM_GETNEIGH, &[&[byte(libc::AF_BRIDGE)][..], &[0; NDMSG - 1]].concat(), |body| {
             holdings.fdb += usize::from(ours(body));
         })?;

@@ -143,7 +143,20 @@ impl Report {
 
     /// For people.
     pub fn table(&self) -> String {
-        let header = ["conditions", "what", "unit", "median", "min..max", "p99", "baseline", "median", "min..max", "ratio", "min..max", "goal"];
+        let header = [
+            "conditions",
+            "what",
+            "unit",
+            "median",
+            "min..max",
+            "p99",
+            "baseline",
+            "median",
+            "min..max",
+            "ratio",
+            "min..max",
+            "goal",
+        ];
         let mut table = Table::new(Style::of(&std::io::stdout()), &header);
         for row in &self.rows {
             let spread = |s: &Summary| format!("{}..{}", number(s.min), number(s.max));

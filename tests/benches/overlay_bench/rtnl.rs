@@ -41,8 +41,7 @@ impl Rtnl {
 
     /// Opens a socket that gets the events of a mask of groups (`RTMGRP_...` in `linux/rtnetlink.h`).
     pub fn with_groups(groups: u32) -> io::Result<Rtnl> {
-        let fd =
-            socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, Some(SockProtocol::NetlinkRoute))?;
+        let fd = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, Some(SockProtocol::NetlinkRoute))?;
         setsockopt(&fd, sockopt::SndBufForce, &BUFFER)?;
         setsockopt(&fd, sockopt::RcvBufForce, &BUFFER)?;
         bind(fd.as_raw_fd(), &NetlinkAddr::new(0, groups))?;

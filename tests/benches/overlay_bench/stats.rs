@@ -24,7 +24,8 @@ impl Summary {
         sorted.sort_by(f64::total_cmp);
         let (min, max) = (*sorted.first()?, *sorted.last()?);
         let middle = sorted.len() / 2;
-        let median = if sorted.len().is_multiple_of(2) { f64::midpoint(sorted[middle - 1], sorted[middle]) } else { sorted[middle] };
+        let median =
+            if sorted.len().is_multiple_of(2) { f64::midpoint(sorted[middle - 1], sorted[middle]) } else { sorted[middle] };
         let rank = (sorted.len() * 99).div_ceil(100);
         Some(Summary { samples: sorted.len(), median, min, p99: sorted[rank.max(1) - 1], max })
     }
