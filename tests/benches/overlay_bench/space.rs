@@ -25,7 +25,7 @@ impl Space {
         let netns = Netns::create(&name)?;
         let space = Space { name, netns };
         let setup = Setup::open(&space.netns)?;
-        setup.add_dummy(UNDERLAY).await?;
+        setup.add_bridge(UNDERLAY).await?;
         for address in ["10.99.0.1/16", "fd99::1/64"] {
             setup.add_address(UNDERLAY, address.parse()?).await?;
         }
