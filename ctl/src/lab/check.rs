@@ -23,7 +23,7 @@ use super::{Lab, LabError};
 const PORT: u16 = 49_771;
 
 /// How many calls are under way at once.
-const AT_ONCE: usize = 64;
+const AT_ONCE: usize = 16;
 
 /// How long one call may take: a lost SYN is sent again after 1 s and 3 s (RFC 6298), so a call that takes longer has no way.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -162,11 +162,10 @@ fn planned(from: &Party, family: Family, to: &str, address: Option<&IpAddr>, exp
 /// Makes a call.
 async fn call(from: Option<&Party>, mut call: Call) -> Call {
     let (Some(from), None) = (from, &call.error) else { return call };
-    let start = Instant::now();
     match tokio::time::timeout(LIMIT, ask(&from.netns, call.address)).await {
-        Ok(Ok(seen)) => {
+        Ok(Ok((seen, time))) => {
             call.seen = Some(seen);
-            call.micros = u64::try_from(start.elapsed().as_micros()).ok();
+            call.micros = u64::try_from(time.as_micros()).ok();
             if seen != call.expected {
                 call.error = Some(format!("the other side sees {seen} instead of {}", call.expected));
             }
@@ -177,14 +176,18 @@ async fn call(from: Option<&Party>, mut call: Call) -> Call {
     call
 }
 
-/// Asks the server at an address by which address it sees a caller from this namespace.
-async fn ask(netns: &Netns, address: IpAddr) -> std::io::Result<IpAddr> {
+/// Asks the server at an address by which address it sees a caller from this namespace, and how long connecting and answer took.
+async fn ask(netns: &Netns, address: IpAddr) -> std::io::Result<(IpAddr, Duration)> {
     let open = || if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
     let socket = netns.run(open).map_err(std::io::Error::other)??;
+    let start = Instant::now();
     let mut stream = socket.connect(SocketAddr::new(address, PORT)).await?;
     let mut answer = String::new();
     (&mut stream).take(64).read_to_string(&mut answer).await?;
-    answer.trim().parse().map_err(|_| std::io::Error::other(format!("the answer `{}` is no address", answer.trim())))
+    let time = start.elapsed();
+    let seen =
+        answer.trim().parse().map_err(|_| std::io::Error::other(format!("the answer `{}` is no address", answer.trim())))?;
+    Ok((seen, time))
 }
 
 #[cfg(test)]

@@ -8,15 +8,18 @@ use overlay_agent::model::endpoint::EndpointName;
 
 use super::{Host, Lab, LabError};
 
-/// How many are attached at once: over all hosts, so that each agent gets a few.
+/// How many hosts attach theirs at once.
 const AT_ONCE: usize = 8;
 
-/// Attaches every container of the layout.
+/// Attaches every container of the layout: on each host one after the other, so that addresses follow the names.
 pub async fn attach_all(lab: &Lab) -> Result<(), LabError> {
-    let hosts: Vec<Host<'_>> = lab.hosts().collect();
-    let all = hosts.iter().flat_map(|host| host.layout().containers.iter().map(move |name| (host, name)));
-    let attached = stream::iter(all).map(|(host, name)| async move { attach(host, name).await });
-    attached.buffer_unordered(AT_ONCE).try_collect::<Vec<_>>().await?;
+    let attached = stream::iter(lab.hosts()).map(|host| async move {
+        for name in &host.layout().containers {
+            attach(&host, name).await?;
+        }
+        Ok::<(), LabError>(())
+    });
+    attached.buffer_unordered(AT_ONCE).try_collect::<Vec<()>>().await?;
     Ok(())
 }
 

@@ -1,0 +1,161 @@
+//! What goes over a wire: packets captured by tcpdump inside a namespace, taken apart as far as stories need it, VXLAN's inner ones included.
+
+use std::io::{BufRead, BufReader};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use overlayctl::lab::Lab;
+
+use crate::Must;
+use crate::programs::needs;
+
+/// VXLAN's port in the overlay (`wire.md`).
+pub const VXLAN_PORT: u16 = 8472;
+
+/// A capture that runs.
+#[derive(Debug)]
+pub struct Capture {
+    child: Child,
+    file: PathBuf,
+}
+
+/// A packet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Packet {
+    /// The Ethernet destination.
+    pub to_mac: [u8; 6],
+    /// `EtherType`: 0x0800 IPv4, 0x0806 ARP, 0x86dd IPv6.
+    pub ether_type: u16,
+    /// Source and destination: of the IP header, or sender and target of ARP.
+    pub addresses: Option<(IpAddr, IpAddr)>,
+    /// The IP protocol; 0 where there is none.
+    pub protocol: u8,
+    /// The UDP or TCP destination port.
+    pub port: Option<u16>,
+    /// The target of an IPv6 neighbour solicitation or advertisement.
+    pub neighbour: Option<IpAddr>,
+    /// VNI and inner packet of VXLAN.
+    pub vxlan: Option<(u32, Box<Packet>)>,
+}
+
+impl Packet {
+    /// Whether it goes to more than one station.
+    pub fn is_group(&self) -> bool {
+        self.to_mac[0] & 1 == 1
+    }
+
+    /// ARP, or neighbour discovery of IPv6.
+    pub fn is_neighbour_discovery(&self) -> bool {
+        self.ether_type == 0x0806 || self.neighbour.is_some()
+    }
+}
+
+impl Capture {
+    /// Begins to capture at an interface, every packet whole.
+    pub fn start(lab: &Lab, target: &str, interface: &str) -> Capture {
+        needs("tcpdump", "tcpdump");
+        let file = lab.dir().join(format!("{target}-{interface}.pcap"));
+        let mut command = Command::new("tcpdump");
+        command.args(["--immediate-mode", "-U", "-n", "-Z", "root", "-i", interface, "-w"]).arg(&file);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let netns = lab.netns(target).must(target);
+        let mut child = netns.run(|| command.spawn()).must("enter the namespace").must("tcpdump");
+        let mut said = BufReader::new(child.stderr.take().must("tcpdump's words"));
+        let mut line = String::new();
+        while !line.contains("listening on") {
+            let before = line.len();
+            said.read_line(&mut line).must("tcpdump's words");
+            assert!(line.len() > before, "tcpdump ended: {line}");
+        }
+        // It says more only at its end; a closed pipe must not end it before.
+        child.stderr = Some(said.into_inner());
+        Capture { child, file }
+    }
+
+    /// Ends the capture; what went over the wire meanwhile.
+    pub fn stop(mut self) -> Vec<Packet> {
+        // Packets reach tcpdump at once, the file a moment later.
+        std::thread::sleep(Duration::from_millis(200));
+        self.end(Signal::SIGINT);
+        let bytes = std::fs::read(&self.file).must("the capture");
+        packets(&bytes)
+    }
+
+    fn end(&mut self, signal: Signal) {
+        if let Ok(None) = self.child.try_wait() {
+            let _ended = kill(Pid::from_raw(i32::try_from(self.child.id()).unwrap_or(i32::MAX)), signal);
+            let _collected = self.child.wait();
+        }
+    }
+}
+
+impl Drop for Capture {
+    fn drop(&mut self) {
+        self.end(Signal::SIGKILL);
+    }
+}
+
+/// The packets of a capture file of the classic form (pcap-savefile(5)), written on this machine.
+fn packets(bytes: &[u8]) -> Vec<Packet> {
+    let mut found = Vec::new();
+    let mut rest = bytes.get(24..).unwrap_or_default();
+    while let Some(length) = rest.get(8..12).and_then(|b| b.try_into().ok()).map(u32::from_ne_bytes) {
+        let end = 16 + usize::try_from(length).unwrap_or(usize::MAX - 16);
+        let Some(frame) = rest.get(16..end) else { break };
+        found.extend(ethernet(frame));
+        rest = &rest[end..];
+    }
+    found
+}
+
+fn word(bytes: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_be_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
+}
+
+fn ethernet(frame: &[u8]) -> Option<Packet> {
+    let mut packet = Packet {
+        to_mac: frame.get(..6)?.try_into().ok()?,
+        ether_type: word(frame, 12)?,
+        addresses: None,
+        protocol: 0,
+        port: None,
+        neighbour: None,
+        vxlan: None,
+    };
+    let body = frame.get(14..)?;
+    let v4 = |at: usize| Some(IpAddr::V4(Ipv4Addr::from(<[u8; 4]>::try_from(body.get(at..at + 4)?).ok()?)));
+    let v6 = |at: usize| Some(IpAddr::V6(Ipv6Addr::from(<[u8; 16]>::try_from(body.get(at..at + 16)?).ok()?)));
+    let payload = match packet.ether_type {
+        0x0806 => {
+            packet.addresses = Some((v4(14)?, v4(24)?));
+            return Some(packet);
+        }
+        0x0800 => {
+            packet.addresses = Some((v4(12)?, v4(16)?));
+            packet.protocol = *body.get(9)?;
+            body.get(usize::from(body.first()? & 15) * 4..)?
+        }
+        0x86dd => {
+            packet.addresses = Some((v6(8)?, v6(24)?));
+            packet.protocol = *body.get(6)?;
+            body.get(40..)?
+        }
+        _ => return Some(packet),
+    };
+    match packet.protocol {
+        6 | 17 => packet.port = word(payload, 2),
+        // ICMPv6: 135 and 136 are neighbour solicitation and advertisement, with the target behind eight bytes (RFC 4861 section 4.3).
+        58 if matches!(payload.first(), Some(135 | 136)) => packet.neighbour = v6(48),
+        _ => {}
+    }
+    if packet.protocol == 17 && packet.port == Some(VXLAN_PORT) {
+        // UDP 8 bytes, VXLAN 8 bytes with the VNI in the fifth to seventh (RFC 7348 section 5).
+        let vni = payload.get(12..15)?.iter().fold(0, |vni, byte| vni << 8 | u32::from(*byte));
+        packet.vxlan = Some((vni, Box::new(ethernet(payload.get(16..)?)?)));
+    }
+    Some(packet)
+}

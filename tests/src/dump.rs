@@ -1,0 +1,119 @@
+//! Everything that a network namespace holds, as lines: to compare before and after. What runs by itself (counters, timers, learned
+//! neighbours) is left out.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+use overlay_agent::kernel::netns::Netns;
+use serde_json::Value;
+
+use crate::Must;
+use crate::programs::{Said, needs};
+
+/// The dump of a namespace.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Dump(BTreeSet<String>);
+
+/// Fields that a clock or a counter changes.
+const VOLATILE: [&str; 10] = [
+    "hello_timer",
+    "tcn_timer",
+    "topology_change_timer",
+    "gc_timer",
+    "valid_life_time",
+    "preferred_life_time",
+    "expires",
+    "used",
+    "confirmed",
+    "updated",
+];
+
+/// Sysctls that a counter or a random number generator changes.
+const VOLATILE_SYSCTLS: [&str; 3] = ["nf_conntrack_count", "tcp_fastopen_key", "stable_secret"];
+
+impl Dump {
+    /// What the namespace holds now.
+    pub fn of(netns: &Netns) -> Dump {
+        needs("nft", "nftables");
+        let mut lines = BTreeSet::new();
+        for (kind, command) in [
+            ("link", &["ip", "-j", "-d", "link"][..]),
+            ("address", &["ip", "-j", "-d", "address"]),
+            ("route", &["ip", "-j", "-d", "-4", "route", "show", "table", "all"]),
+            ("route6", &["ip", "-j", "-d", "-6", "route", "show", "table", "all"]),
+            ("rule", &["ip", "-j", "-d", "-4", "rule"]),
+            ("rule6", &["ip", "-j", "-d", "-6", "rule"]),
+            ("neigh", &["ip", "-j", "-d", "neigh", "show", "nud", "permanent"]),
+            ("fdb", &["bridge", "-j", "-d", "fdb", "show"]),
+            ("nexthop", &["ip", "-j", "-d", "nexthop", "show"]),
+        ] {
+            let said = said(netns, command);
+            let values: Vec<Value> = if said.out.trim().is_empty() { Vec::new() } else { said.json() };
+            for mut value in values {
+                if kind == "fdb" && value["state"] != "permanent" {
+                    continue;
+                }
+                still(&mut value);
+                lines.insert(format!("{kind} {value}"));
+            }
+        }
+        let rules = said(netns, &["nft", "-s", "list", "ruleset"]).out;
+        lines.extend(rules.lines().enumerate().map(|(number, line)| format!("nft {number:04} {line}")));
+        netns.run(|| sysctls(Path::new("/proc/sys/net"), &mut lines)).must("read /proc/sys/net");
+        Dump(lines)
+    }
+
+    /// The lines.
+    pub fn lines(&self) -> &BTreeSet<String> {
+        &self.0
+    }
+
+    /// What has changed since another dump, as text; empty where nothing has. Sysctls that are new came with a kernel module.
+    pub fn changes_since(&self, before: &Dump) -> String {
+        let names = |dump: &Dump| -> BTreeSet<String> {
+            dump.0.iter().filter(|l| l.starts_with("sysctl ")).filter_map(|l| l.split(" = ").next().map(str::to_owned)).collect()
+        };
+        let known = names(before);
+        let came_along = |line: &str| {
+            line.starts_with("sysctl net/netfilter/") && !line.split(" = ").next().is_some_and(|n| known.contains(n))
+        };
+        let gone = before.0.difference(&self.0).map(|line| format!("  gone: {line}\n"));
+        let new = self.0.difference(&before.0).filter(|line| !came_along(line)).map(|line| format!("  new: {line}\n"));
+        gone.chain(new).collect()
+    }
+}
+
+fn said(netns: &Netns, command: &[&str]) -> Said {
+    let Some((program, arguments)) = command.split_first() else { panic!("no command") };
+    let output = netns.run(|| std::process::Command::new(program).args(arguments).output()).must("enter the namespace");
+    Said::of(command, &output.must(&format!("{program} (apt-get install iproute2 nftables)"))).exits(0)
+}
+
+/// Takes out what changes by itself, at any depth.
+fn still(value: &mut Value) {
+    match value {
+        Value::Object(fields) => {
+            fields.retain(|name, _| !VOLATILE.contains(&name.as_str()));
+            fields.values_mut().for_each(still);
+        }
+        Value::Array(items) => items.iter_mut().for_each(still),
+        _ => {}
+    }
+}
+
+fn sysctls(dir: &Path, lines: &mut BTreeSet<String>) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            sysctls(&path, lines);
+            continue;
+        }
+        // Some can only be written, some only be read once they are set.
+        let Ok(text) = fs::read_to_string(&path) else { continue };
+        let name = path.strip_prefix("/proc/sys").unwrap_or(&path).display().to_string();
+        if !VOLATILE_SYSCTLS.iter().any(|volatile| name.contains(volatile)) {
+            lines.insert(format!("sysctl {name} = {}", text.trim()));
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! A lab's etcd as an adversary or an operator sees it: raw keys, leases, revisions, and the process itself.
+
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use overlayctl::lab::process::{GRACE, ProcessId};
+use overlayctl::lab::{self, Lab, layout};
+use serde_json::Value;
+
+use crate::Must;
+use crate::programs::{Said, needs};
+
+/// The configuration's key.
+pub fn config_key() -> String {
+    format!("{}/config", layout::ETCD_PREFIX)
+}
+
+/// The key of a lease.
+pub fn lease_key(name: &str) -> String {
+    format!("{}/subnets/{name}", layout::ETCD_PREFIX)
+}
+
+/// Runs etcdctl against a lab's etcd; whatever happens.
+pub fn etcdctl(lab: &Lab, arguments: &[&str]) -> Said {
+    needs("etcdctl", "etcd-client");
+    let endpoint = format!("--endpoints={}", lab.layout().etcd_endpoints().join(","));
+    let command: Vec<&str> = ["env", "ETCDCTL_API=3", "etcdctl", "--command-timeout=5s", &endpoint]
+        .into_iter()
+        .chain(arguments.iter().copied())
+        .collect();
+    let output = lab.exec("net", &command).must("etcdctl");
+    Said::of(&command, &output)
+}
+
+/// Writes a key; a reservation where it lies below `subnets/`.
+pub fn put(lab: &Lab, key: &str, value: &str) {
+    etcdctl(lab, &["put", "--", key, value]).exits(0);
+}
+
+/// Writes a key with a value that is too long for a command line.
+pub fn put_long(lab: &Lab, key: &str, value: &[u8]) {
+    let file = lab.dir().join("value");
+    std::fs::write(&file, value).must("a file for the value");
+    let endpoint = lab.layout().etcd_endpoints().join(",");
+    let script = "ETCDCTL_API=3 exec etcdctl --endpoints=\"$1\" put -- \"$2\" <\"$3\"";
+    let file = file.to_string_lossy().into_owned();
+    let command = ["sh", "-c", script, "sh", &endpoint, key, &file];
+    Said::of(&command, &lab.exec("net", &command).must("etcdctl")).exits(0);
+}
+
+/// Makes an etcd lease of that many seconds; its id as etcdctl writes it.
+pub fn grant(lab: &Lab, seconds: u32) -> String {
+    let said = etcdctl(lab, &["lease", "grant", &seconds.to_string()]).exits(0);
+    said.out.split_whitespace().nth(1).must("the id of an etcd lease").to_owned()
+}
+
+/// Writes a key that ends with an etcd lease.
+pub fn put_leased(lab: &Lab, key: &str, value: &str, lease: &str) {
+    etcdctl(lab, &["put", &format!("--lease={lease}"), "--", key, value]).exits(0);
+}
+
+/// Deletes a key; it must have been there.
+pub fn delete(lab: &Lab, key: &str) {
+    let said = etcdctl(lab, &["del", "--", key]).exits(0);
+    assert_eq!(said.out.trim(), "1", "{key} is deleted");
+}
+
+/// Ends an etcd lease, and with it its keys.
+pub fn revoke(lab: &Lab, lease: i64) {
+    etcdctl(lab, &["lease", "revoke", &format!("{lease:x}")]).exits(0);
+}
+
+/// A key with all that etcd says of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// The key.
+    pub key: String,
+    /// The value.
+    pub value: String,
+    /// The etcd lease; 0 for none.
+    pub lease: i64,
+    /// The revision of its making.
+    pub create_revision: i64,
+    /// The revision of its last change.
+    pub mod_revision: i64,
+}
+
+/// Every key below a prefix.
+pub fn list(lab: &Lab, prefix: &str) -> Vec<Entry> {
+    let answer: Value = etcdctl(lab, &["get", "--prefix", "-w", "json", "--", prefix]).exits(0).json();
+    let number = |v: &Value, name: &str| v[name].as_i64().unwrap_or(0);
+    answer["kvs"]
+        .as_array()
+        .map(Vec::as_slice)
+        .unwrap_or_default()
+        .iter()
+        .map(|kv| Entry {
+            key: base64(kv["key"].as_str().unwrap_or_default()),
+            value: base64(kv["value"].as_str().unwrap_or_default()),
+            lease: number(kv, "lease"),
+            create_revision: number(kv, "create_revision"),
+            mod_revision: number(kv, "mod_revision"),
+        })
+        .collect()
+}
+
+/// Every lease of the overlay network.
+pub fn leases(lab: &Lab) -> Vec<Entry> {
+    list(lab, &lease_key(""))
+}
+
+/// The lease whose value holds this text.
+#[track_caller]
+pub fn lease_with(lab: &Lab, text: &str) -> Entry {
+    let all = leases(lab);
+    let found = all.iter().find(|entry| entry.value.contains(text)).cloned();
+    found.must(&format!("a lease with {text} in {all:#?}"))
+}
+
+/// The store's revision: every write makes it greater.
+pub fn revision(lab: &Lab) -> i64 {
+    let answer: Value = etcdctl(lab, &["get", "-w", "json", "no-such-key"]).exits(0).json();
+    answer["header"]["revision"].as_i64().must("a revision")
+}
+
+/// Ends etcd without warning.
+pub fn kill(lab: &Lab) {
+    let id = ProcessId::recorded(&lab::etcd::record(lab.dir())).must("etcd's process id");
+    id.signal(Signal::SIGKILL).must("SIGKILL to etcd");
+    assert!(id.wait(GRACE), "etcd ends on SIGKILL");
+}
+
+/// Starts etcd again, with its data.
+pub async fn start(lab: &Lab) {
+    lab::etcd::start(lab).await.must("etcd starts again");
+}
+
+/// Stops etcd in the middle of whatever it does, for that long: connections stay open and nothing answers.
+pub async fn freeze(lab: &Lab, time: Duration) {
+    let id = ProcessId::recorded(&lab::etcd::record(lab.dir())).must("etcd's process id");
+    id.signal(Signal::SIGSTOP).must("SIGSTOP to etcd");
+    tokio::time::sleep(time).await;
+    id.signal(Signal::SIGCONT).must("SIGCONT to etcd");
+}
+
+/// The text of a base64 value (RFC 4648 section 4), as etcdctl writes keys and values.
+fn base64(text: &str) -> String {
+    let mut bytes = Vec::new();
+    let (mut bits, mut count) = (0u32, 0);
+    for c in text.bytes() {
+        let six = match c {
+            b'A'..=b'Z' => c - b'A',
+            b'a'..=b'z' => c - b'a' + 26,
+            b'0'..=b'9' => c - b'0' + 52,
+            b'+' => 62,
+            b'/' => 63,
+            _ => continue,
+        };
+        bits = bits << 6 | u32::from(six);
+        count += 6;
+        if count >= 8 {
+            count -= 8;
+            bytes.push(u8::try_from(bits >> count & 0xff).unwrap_or(0));
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn base64_is_read() {
+        for (text, wanted) in [("", ""), ("YQ==", "a"), ("YWI=", "ab"), ("YWJj", "abc"), ("eyI/Ijoi8J+YgCJ9", r#"{"?":"😀"}"#)]
+        {
+            assert_eq!(super::base64(text), wanted);
+        }
+    }
+}

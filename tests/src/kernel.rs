@@ -1,0 +1,276 @@
+//! The kernel's state of a lab's host, read with the tools that an operator has: `ip`, `bridge`, `nft`, /proc/sys.
+//!
+//! [`actual`] writes down what there is of the overlay, one line an entry; [`expected`] what section 5 of the design asks for, from the
+//! leases alone. A story compares the two.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+use overlay_agent::model::api::{SubnetEntry, Subnets};
+use overlay_agent::model::{Cidr, Family, PerFamily};
+use overlayctl::lab::{Host, Lab};
+use serde_json::Value;
+
+use crate::Must;
+use crate::programs::{Said, needs};
+
+/// The protocol number of all that is the agent's.
+pub const PROTOCOL: &str = "86";
+
+/// Runs a command inside a target; it must end well.
+#[track_caller]
+pub fn run(lab: &Lab, target: &str, command: &[&str]) -> String {
+    attempt(lab, target, command).exits(0).out
+}
+
+/// Runs a command inside a target, however it ends.
+#[track_caller]
+pub fn attempt(lab: &Lab, target: &str, command: &[&str]) -> Said {
+    Said::of(command, &lab.exec(target, command).must(&format!("{target}: {}", command.join(" "))))
+}
+
+/// Runs a line of shell inside a target; it must end well.
+#[track_caller]
+pub fn shell(lab: &Lab, target: &str, script: &str) -> String {
+    run(lab, target, &["sh", "-ec", script])
+}
+
+/// The elements that `ip -j -d` or `bridge -j` lists; none where nothing is printed.
+#[track_caller]
+pub fn listed(lab: &Lab, target: &str, program: &str, arguments: &[&str]) -> Vec<Value> {
+    needs(program, "iproute2");
+    let command: Vec<&str> = [program, "-j", "-d"].into_iter().chain(arguments.iter().copied()).collect();
+    let said = attempt(lab, target, &command).exits(0);
+    if said.out.trim().is_empty() {
+        return Vec::new();
+    }
+    let all: Vec<Value> = said.json();
+    all.into_iter().filter(|v| v.as_object().is_some_and(|fields| !fields.is_empty())).collect()
+}
+
+/// A link by name, where it is there.
+pub fn link(lab: &Lab, target: &str, name: &str) -> Option<Value> {
+    listed(lab, target, "ip", &["link", "show"]).into_iter().find(|link| link["ifname"] == name)
+}
+
+/// A sysctl below /proc/sys/net, as the target sees it.
+#[track_caller]
+pub fn sysctl(lab: &Lab, target: &str, path: &str) -> String {
+    let file = Path::new("/proc/sys/net").join(path);
+    let read = lab.netns(target).must(target).run(|| fs::read_to_string(&file)).must(target);
+    read.must(&format!("{target}: {}", file.display())).trim().to_owned()
+}
+
+/// The agent's table, as `nft -s` prints it; empty where there is none.
+pub fn table(lab: &Lab, target: &str) -> String {
+    needs("nft", "nftables");
+    attempt(lab, target, &["nft", "-s", "list", "table", "inet", "overlayd"]).out
+}
+
+/// Everything of the overlay that a host's kernel holds, one line an entry. The ids of next-hop objects are resolved.
+pub fn actual(lab: &Lab, target: &str) -> BTreeSet<String> {
+    let mut all = BTreeSet::new();
+    for link in listed(lab, target, "ip", &["link", "show"]) {
+        all.extend(link_line(&link));
+    }
+    for link in listed(lab, target, "ip", &["address", "show"]) {
+        let name = text(&link, "ifname");
+        if !is_ours(&name) {
+            continue;
+        }
+        for address in link["addr_info"].as_array().map(Vec::as_slice).unwrap_or_default() {
+            // The kernel makes link-local addresses itself; the bridge's is the agent's and comes from its MAC.
+            if address["scope"] == "global" {
+                all.insert(format!("address {}/{} dev {name}", text(address, "local"), number(address, "prefixlen")));
+            }
+        }
+    }
+    for name in ["ovx", "ovx6"] {
+        let device = format!("{name}.{}", vni(lab));
+        if link(lab, target, &device).is_none() {
+            continue;
+        }
+        for fdb in listed(lab, target, "bridge", &["fdb", "show", "dev", &device]) {
+            let flags = fdb["flags"].as_array().map(Vec::len);
+            let lasting = fdb["state"] == "permanent" && flags == Some(1) && fdb["flags"][0] == "self";
+            let state = if lasting { "permanent self".to_owned() } else { format!("{} {}", fdb["state"], fdb["flags"]) };
+            all.insert(format!("fdb {} dst {} dev {device} {state}", text(&fdb, "mac"), text(&fdb, "dst")));
+        }
+        for neigh in listed(lab, target, "ip", &["neigh", "show", "dev", &device]) {
+            let (state, protocol) = (&neigh["state"], text(&neigh, "protocol"));
+            let state = if *state == serde_json::json!(["PERMANENT"]) { "permanent".to_owned() } else { state.to_string() };
+            all.insert(format!(
+                "neigh {} lladdr {} dev {device} {state} proto {protocol}",
+                text(&neigh, "dst"),
+                text(&neigh, "lladdr")
+            ));
+        }
+    }
+    for nexthop in listed(lab, target, "ip", &["nexthop", "show", "proto", PROTOCOL]) {
+        all.insert(format!(
+            "nexthop via {} dev {} {} proto {PROTOCOL}",
+            text(&nexthop, "gateway"),
+            text(&nexthop, "dev"),
+            words(&nexthop["flags"])
+        ));
+    }
+    for family in ["-4", "-6"] {
+        for route in listed(lab, target, "ip", &[family, "route", "show", "proto", PROTOCOL]) {
+            let by = if route.get("nhid").is_some() { "nexthop" } else { "classic" };
+            all.insert(format!(
+                "route {} via {} dev {} {} {by} proto {PROTOCOL}",
+                text(&route, "dst"),
+                text(&route, "gateway"),
+                text(&route, "dev"),
+                words(&route["flags"])
+            ));
+        }
+    }
+    all.insert(format!("nft\n{}", table(lab, target)));
+    for path in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
+        all.insert(format!("sysctl {path} {}", sysctl(lab, target, path)));
+    }
+    for device in ["ovx", "ovx6", "ovb"].map(|name| format!("{name}.{}", vni(lab))) {
+        if link(lab, target, &device).is_some() {
+            let path = format!("ipv6/conf/{device}/accept_ra");
+            all.insert(format!("sysctl {path} {}", sysctl(lab, target, &path)));
+        }
+    }
+    all
+}
+
+/// What section 5 of the design asks for on a host: from the leases, the network and the underlay. Lines as [`actual`] has them.
+pub async fn expected(host: &Host<'_>, classic: bool) -> BTreeSet<String> {
+    let lab = host.lab();
+    let Subnets { subnets } = host.client().subnets().await.must("the subnets");
+    let own = subnets.iter().find(|entry| entry.own).must("this host's own lease");
+    let peers: Vec<&SubnetEntry> = subnets.iter().filter(|entry| !entry.own && entry.refused.is_none()).collect();
+    let underlay_mtu = link(lab, host.name(), "eth0").map(|l| number(&l, "mtu")).must("eth0");
+    let subnet = own.subnet.must("the own subnet");
+    let (vni, port) = (vni(lab), port(lab));
+    let mut all = BTreeSet::new();
+    let mut smallest = u64::MAX;
+    for (family, range) in subnet.iter() {
+        let (device, overhead, whole) = match family {
+            Family::V4 => (format!("ovx.{vni}"), 50, 32),
+            Family::V6 => (format!("ovx6.{vni}"), 70, 128),
+        };
+        let mtu = underlay_mtu - overhead;
+        smallest = smallest.min(mtu);
+        let local = own.public_ip.get(family).must("the own address");
+        let mac = own.vtep.get(family).must("the own MAC");
+        all.insert(format!(
+            "link {device} vxlan {vni} local {local} dev eth0 port {port} learning false mac {mac} mtu {mtu} up alias overlayd"
+        ));
+        all.insert(format!("address {}/{whole} dev {device}", range.base()));
+        all.insert(format!("address {}/{} dev ovb.{vni}", subnet.gateway(family).must("a gateway"), range.length()));
+        all.insert(format!("sysctl ipv6/conf/{device}/accept_ra 0"));
+        for peer in &peers {
+            let Some(base) = peer.subnet.and_then(|s| s.get(family)) else { continue };
+            let (dst, mac) = (peer.public_ip.get(family).must("its address"), peer.vtep.get(family).must("its MAC"));
+            let gateway = base.base();
+            all.insert(format!("fdb {mac} dst {dst} dev {device} permanent self"));
+            all.insert(format!("neigh {gateway} lladdr {mac} dev {device} permanent proto {PROTOCOL}"));
+            if classic {
+                all.insert(format!("route {base} via {gateway} dev {device} onlink classic proto {PROTOCOL}"));
+            } else {
+                all.insert(format!("nexthop via {gateway} dev {device} onlink proto {PROTOCOL}"));
+                all.insert(format!("route {base} via {gateway} dev {device} onlink nexthop proto {PROTOCOL}"));
+            }
+        }
+    }
+    all.insert(format!("link ovb.{vni} bridge mtu {smallest} up alias overlayd"));
+    all.insert(format!("sysctl ipv6/conf/ovb.{vni}/accept_ra 0"));
+    all.insert(format!("nft\n{}", golden_table(&lab.layout().networks)));
+    for (family, path) in [(Family::V4, "ipv4/ip_forward"), (Family::V6, "ipv6/conf/all/forwarding")] {
+        let forwards = subnet.get(family).is_some();
+        let value = if forwards { "1".to_owned() } else { sysctl(lab, host.name(), path) };
+        all.insert(format!("sysctl {path} {value}"));
+    }
+    all
+}
+
+/// The agent's table in golden text.
+pub fn golden_table(networks: &PerFamily<Cidr>) -> String {
+    let words = |family: Family| if family == Family::V4 { ("ip", "224.0.0.0/4") } else { ("ip6", "ff00::/8") };
+    let mut text =
+        "table inet overlayd {\n\tchain forward {\n\t\ttype filter hook forward priority filter; policy accept;\n".to_owned();
+    for (family, network) in networks.iter() {
+        let (ip, _) = words(family);
+        text += &format!("\t\t{ip} saddr {network} accept\n\t\t{ip} daddr {network} accept\n");
+    }
+    text += "\t}\n\n\tchain postrouting {\n\t\ttype nat hook postrouting priority srcnat; policy accept;\n";
+    for (family, network) in networks.iter() {
+        let (ip, multicast) = words(family);
+        text += &format!(
+            "\t\t{ip} saddr {network} {ip} daddr != {network} {ip} daddr != {multicast} masquerade random,fully-random\n"
+        );
+    }
+    text + "\t}\n}\n"
+}
+
+/// What stands in one and not in the other, for messages; empty where they are equal.
+pub fn difference(actual: &BTreeSet<String>, expected: &BTreeSet<String>) -> String {
+    let missing = expected.difference(actual).map(|line| format!("  missing: {line}\n"));
+    missing.chain(actual.difference(expected).map(|line| format!("  too much: {line}\n"))).collect()
+}
+
+/// The VNI in the lab's configuration.
+pub fn vni(lab: &Lab) -> u64 {
+    backend(lab, "VNI", 1)
+}
+
+/// The UDP port in the lab's configuration.
+pub fn port(lab: &Lab) -> u64 {
+    backend(lab, "Port", 8472)
+}
+
+fn backend(lab: &Lab, field: &str, default: u64) -> u64 {
+    let config: Value = serde_json::from_str(&lab.layout().config).must("the lab's configuration");
+    config["Backend"][field].as_u64().unwrap_or(default)
+}
+
+/// Whether a link is one of the agent's devices, the ports of the bridge aside.
+pub fn is_ours(name: &str) -> bool {
+    ["ovx.", "ovx6.", "ovb."].iter().any(|prefix| name.starts_with(prefix))
+}
+
+fn link_line(link: &Value) -> Option<String> {
+    let name = text(link, "ifname");
+    if !is_ours(&name) {
+        return None;
+    }
+    let data = &link["linkinfo"]["info_data"];
+    let up = link["flags"].as_array().is_some_and(|flags| flags.iter().any(|f| f == "UP"));
+    let end = format!("mtu {} {} alias {}", number(link, "mtu"), if up { "up" } else { "down" }, text(link, "ifalias"));
+    Some(match link["linkinfo"]["info_kind"].as_str() {
+        Some("vxlan") => {
+            let local = data["local"].as_str().or(data["local6"].as_str()).unwrap_or_default();
+            format!(
+                "link {name} vxlan {} local {local} dev {} port {} learning {} mac {} {end}",
+                number(data, "id"),
+                text(data, "link"),
+                number(data, "port"),
+                data["learning"],
+                text(link, "address")
+            )
+        }
+        kind => format!("link {name} {} {end}", kind.unwrap_or("without kind")),
+    })
+}
+
+/// A field's text; empty where there is none.
+pub fn text(value: &Value, name: &str) -> String {
+    value[name].as_str().unwrap_or_default().to_owned()
+}
+
+/// A field's number; 0 where there is none.
+pub fn number(value: &Value, name: &str) -> u64 {
+    value[name].as_u64().unwrap_or_default()
+}
+
+fn words(list: &Value) -> String {
+    let all: Vec<&str> = list.as_array().map(Vec::as_slice).unwrap_or_default().iter().filter_map(Value::as_str).collect();
+    all.join(" ")
+}

@@ -1,0 +1,147 @@
+//! What the kernel tells everybody who listens: each change of links, addresses, routes, rules, next hops, lasting neighbours, forwarding and
+//! nftables. A story that says "nothing is written" listens meanwhile.
+//!
+//! Neighbours that the kernel learns and forgets by itself are left out.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, setsockopt, socket, sockopt,
+};
+use overlay_agent::kernel::netns::Netns;
+
+use crate::Must;
+
+/// Groups of `linux/rtnetlink.h`: link, neighbours, IPv4 address, route and rule, IPv6 address, route and rule, the two of netconf, next hops.
+const ROUTE_GROUPS: [u32; 11] = [1, 3, 5, 7, 8, 9, 11, 19, 24, 25, 32];
+
+/// `NFNLGRP_NFTABLES` of `linux/netfilter/nfnetlink.h`.
+const NFT_GROUPS: [u32; 1] = [7];
+
+/// Room for some ten thousand notifications.
+const BUFFER: usize = 8 << 20;
+
+/// A header is 16 bytes (`struct nlmsghdr`).
+const HEADER: usize = 16;
+
+/// Listens in one namespace, from when it is made.
+#[derive(Debug)]
+pub struct Notifications {
+    sockets: [(&'static str, OwnedFd); 2],
+}
+
+impl Notifications {
+    /// Begins to listen.
+    pub fn listen(netns: &Netns) -> Notifications {
+        let open = |protocol, groups: &[u32]| -> nix::Result<OwnedFd> {
+            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+            let fd = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)?;
+            setsockopt(&fd, sockopt::RcvBufForce, &BUFFER)?;
+            bind(fd.as_raw_fd(), &NetlinkAddr::new(0, groups.iter().fold(0, |mask, group| mask | 1 << (group - 1))))?;
+            Ok(fd)
+        };
+        let all = || -> nix::Result<[(&'static str, OwnedFd); 2]> {
+            Ok([
+                ("route", open(SockProtocol::NetlinkRoute, &ROUTE_GROUPS)?),
+                ("nftables", open(SockProtocol::NetlinkNetFilter, &NFT_GROUPS)?),
+            ])
+        };
+        Notifications { sockets: netns.run(all).must("enter the namespace").must("listen to the kernel (root is needed)") }
+    }
+
+    /// What came since the last call, one line each.
+    pub fn take(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        let mut buffer = vec![0; 64 << 10];
+        for (kind, fd) in &self.sockets {
+            loop {
+                match recv(fd.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
+                    Ok(length) => lines.extend(messages(&buffer[..length]).filter_map(|m| describe(kind, m))),
+                    Err(Errno::EAGAIN) => break,
+                    Err(Errno::EINTR) => {}
+                    Err(errno) => panic!("the kernel's notifications ({kind}): {errno}"),
+                }
+            }
+        }
+        lines
+    }
+
+    /// Checks that nothing came.
+    #[track_caller]
+    pub fn assert_silence(&self, what: &str) {
+        let lines = self.take();
+        assert!(lines.is_empty(), "{what}: the kernel tells of {} changes:\n  {}", lines.len(), lines.join("\n  "));
+    }
+
+    /// Waits until nothing has come for half a second (duplicate address detection of new interfaces takes one or two).
+    pub async fn settle(&self) {
+        let start = std::time::Instant::now();
+        let mut last = start;
+        while last.elapsed().as_millis() < 500 {
+            let lines = self.take();
+            if !lines.is_empty() {
+                last = std::time::Instant::now();
+            }
+            assert!(start.elapsed().as_secs() < 15, "the host does not come to rest: {lines:?}");
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    }
+}
+
+/// Cuts a datagram into messages.
+fn messages(mut bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
+    std::iter::from_fn(move || {
+        let length = usize::try_from(u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?)).ok()?;
+        let message = bytes.get(..length.max(HEADER))?;
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some(message)
+    })
+}
+
+/// A line for a message; `None` for what the kernel does by itself.
+fn describe(kind: &str, message: &[u8]) -> Option<String> {
+    let code = u16::from_ne_bytes(message.get(4..6)?.try_into().ok()?);
+    let sender = u32::from_ne_bytes(message.get(12..16)?.try_into().ok()?);
+    let body = message.get(HEADER..).unwrap_or_default();
+    if kind == "nftables" {
+        return Some(format!("nftables message {} by port {sender}", code & 0xff));
+    }
+    // linux/rtnetlink.h
+    let name = match code {
+        16 => "new link",
+        17 => "link gone",
+        20 => "new address",
+        21 => "address gone",
+        24 => "new route",
+        25 => "route gone",
+        28 => "new neighbour",
+        29 => "neighbour gone",
+        32 => "new rule",
+        33 => "rule gone",
+        80 => "netconf",
+        81 => "netconf gone",
+        104 => "new next hop",
+        105 => "next hop gone",
+        _ => "message",
+    };
+    let detail = match code {
+        // struct ndmsg: family, padding, interface, state.
+        28 | 29 => {
+            let state = u16::from_ne_bytes(body.get(8..10)?.try_into().ok()?);
+            // NUD_NOARP and NUD_PERMANENT of linux/neighbour.h: those that are made, not learned.
+            if state & 0xc0 == 0 {
+                return None;
+            }
+            format!("interface {}, family {}", i32::from_ne_bytes(body.get(4..8)?.try_into().ok()?), body.first()?)
+        }
+        // struct ifinfomsg and struct ifaddrmsg have the interface behind four bytes.
+        16 | 17 | 20 | 21 => format!("interface {}", i32::from_ne_bytes(body.get(4..8)?.try_into().ok()?)),
+        // struct rtmsg: family, lengths, tos, table, protocol.
+        24 | 25 => format!("family {}, table {}, proto {}", body.first()?, body.get(4)?, body.get(5)?),
+        // struct nhmsg: family, scope, protocol.
+        104 | 105 => format!("family {}, proto {}", body.first()?, body.get(2)?),
+        _ => format!("type {code}"),
+    };
+    Some(format!("{name}: {detail}, by port {sender}"))
+}

@@ -1,0 +1,94 @@
+//! The programs that stories start: our own, built in the same target directory, and those of the system.
+
+use std::path::{Path, PathBuf};
+use std::process::Output;
+
+use crate::Must;
+
+/// A binary of this workspace, from the directory above the running test's.
+pub fn built(name: &str) -> PathBuf {
+    let own = std::env::current_exe().must("the path of the running test");
+    let found = own.ancestors().skip(1).take(2).map(|dir| dir.join(name)).find(|path| path.is_file());
+    found.must(&format!("{name} is not built beside {}: run `cargo build --workspace` first", own.display()))
+}
+
+/// The agent.
+pub fn overlayd() -> PathBuf {
+    built("overlayd")
+}
+
+/// The command line.
+pub fn overlayctl() -> PathBuf {
+    built("overlayctl")
+}
+
+/// Fails with advice where a program of the system is not installed.
+pub fn needs(program: &str, package: &str) {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path)
+        .chain(["/usr/sbin", "/sbin", "/usr/bin"].map(PathBuf::from))
+        .any(|dir| dir.join(program).is_file());
+    assert!(found, "{program} is not installed: apt-get install {package}");
+}
+
+/// Fails with advice where the test does not run as root.
+pub fn needs_root() {
+    assert!(
+        nix::unistd::geteuid().is_root(),
+        "this story makes network namespaces: run it as root (sudo cargo test ...), or all of them by sudo ./tests/run.sh"
+    );
+}
+
+/// How a program ended and what it said, as text.
+#[derive(Debug, Clone)]
+pub struct Said {
+    /// The exit code; `None` where a signal ended it.
+    pub code: Option<i32>,
+    /// Standard output.
+    pub out: String,
+    /// Standard error.
+    pub err: String,
+    /// The command, for messages.
+    pub command: String,
+}
+
+impl Said {
+    /// What a program said.
+    pub fn of(command: &[impl AsRef<str>], output: &Output) -> Said {
+        let names: Vec<&str> = command
+            .iter()
+            .map(|part| Path::new(part.as_ref()).file_name().and_then(|n| n.to_str()).unwrap_or(part.as_ref()))
+            .collect();
+        Said {
+            code: output.status.code(),
+            out: String::from_utf8_lossy(&output.stdout).into_owned(),
+            err: String::from_utf8_lossy(&output.stderr).into_owned(),
+            command: names.join(" "),
+        }
+    }
+
+    /// The same, after checking the exit code.
+    #[track_caller]
+    pub fn exits(self, code: i32) -> Said {
+        assert_eq!(self.code, Some(code), "`{}` ended otherwise; it said:\n{}{}", self.command, self.out, self.err);
+        self
+    }
+
+    /// The same, after checking that standard error holds each of these.
+    #[track_caller]
+    pub fn complains(self, wanted: &[&str]) -> Said {
+        for text in wanted {
+            assert!(self.err.contains(text), "`{}` does not say `{text}`; it said:\n{}{}", self.command, self.out, self.err);
+        }
+        self
+    }
+
+    /// Standard output as JSON.
+    #[track_caller]
+    pub fn json<T: serde::de::DeserializeOwned>(&self) -> T {
+        match serde_json::from_str(&self.out) {
+            Ok(value) => value,
+            Err(error) => panic!("`{}`: {error} in:\n{}{}", self.command, self.out, self.err),
+        }
+    }
+}

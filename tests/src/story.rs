@@ -1,0 +1,251 @@
+//! A lab with a story's life: its own name, taken down at the end whatever happens, the agents' logs told where the story fails.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Once;
+use std::time::Duration;
+
+use overlay_agent::kernel::netns::Netns;
+use overlay_agent::model::Family;
+use overlay_agent::model::api::Status;
+use overlayctl::lab::{Families, Home, Host, Lab, LabGuard, LabName, LabOptions, Progress, agent, check, process};
+
+use crate::programs::{Said, needs, needs_root, overlayctl, overlayd};
+use crate::{Must, etcd, eventually, flow::Flow, kernel};
+
+/// How long an agent may take to be ready: a fraction of a second, more where twenty share two processors.
+pub const READY: Duration = Duration::from_secs(30);
+
+/// How long a change in etcd or in the kernel may take until all have followed. "Within a second" is the promise; tests that hold the
+/// agent to it use a second.
+pub const SOON: Duration = Duration::from_secs(10);
+
+/// The promise for drift: back within a second.
+pub const SECOND: Duration = Duration::from_secs(1);
+
+/// Where the labs of stories are: apart from a person's, so that what is left over can be told.
+pub fn home() -> Home {
+    Home::at("/run/overlay-lab-tests")
+}
+
+/// A lab of one story.
+#[derive(Debug)]
+pub struct Story {
+    lab: LabGuard,
+}
+
+impl Story {
+    /// Brings a lab up; `change` sets what differs from three hosts with two containers each, IPv4. All agents are ready, see each other, and
+    /// the containers are attached.
+    pub async fn up(change: impl FnOnce(&mut LabOptions)) -> Story {
+        prepare();
+        let mut options = LabOptions { overlayd: Some(overlayd()), ..LabOptions::new(LabName::unique()) };
+        change(&mut options);
+        if !options.agents {
+            options.overlayd = None;
+        }
+        let lab = Lab::up(&home(), &options, Progress::silent()).await.must("bring the lab up");
+        Story { lab: lab.guarded() }
+    }
+
+    /// Hosts, switch and etcd, with the configuration written and no agent started.
+    pub async fn without_agents(hosts: u16, families: Families) -> Story {
+        Story::up(|options| {
+            options.hosts = hosts;
+            options.containers = 0;
+            options.families = families;
+            options.agents = false;
+        })
+        .await
+    }
+
+    /// Starts a host's agent and waits until it is ready.
+    pub async fn start(&self, host: &str) -> Status {
+        let host = self.at(host);
+        host.agent_start(&[]).must("start the agent");
+        host.wait_ready(READY).await.must("the agent's start")
+    }
+
+    /// A host.
+    #[track_caller]
+    pub fn at(&self, name: &str) -> Host<'_> {
+        self.lab.host(name).must("a host")
+    }
+
+    /// The namespace of a host, a container, `net` or `world`.
+    #[track_caller]
+    pub fn inside(&self, target: &str) -> Netns {
+        self.lab.netns(target).must("a namespace")
+    }
+
+    /// The status of a host's agent.
+    pub async fn status(&self, host: &str) -> Status {
+        self.at(host).client().status().await.must(host)
+    }
+
+    /// Waits until every agent is ready and has a way to every other.
+    pub async fn mesh(&self) {
+        agent::wait_mesh(&self.lab, READY).await.must("every agent has a way to every other");
+    }
+
+    /// Every container calls every other one and the world; checks all calls.
+    pub async fn assert_all_reach(&self) {
+        let report = check::check(&self.lab).await.must("check the lab");
+        let bad: Vec<String> = report
+            .overlay
+            .iter()
+            .chain(&report.egress)
+            .filter_map(|c| c.error.as_ref().map(|e| format!("  {} to {} ({}): {e}", c.from, c.to, c.address)))
+            .collect();
+        assert!(bad.is_empty() && report.ok, "{} calls went wrong:\n{}", bad.len(), bad.join("\n"));
+        assert!(!report.overlay.is_empty(), "there were calls");
+    }
+
+    /// Starts a flow from one container to another.
+    pub async fn flow(&self, from: &str, to: &str, family: Family) -> Flow {
+        let (host, name) = to.split_once('-').must("a container HOST-NAME");
+        let endpoints = self.at(host).client().endpoints().await.must(host).endpoints;
+        let endpoint = endpoints.into_iter().find(|e| e.name.as_str() == name).must(to);
+        let address = *endpoint.addresses.get(family).must("its address");
+        Flow::start(&self.inside(from), &self.inside(to), address).await
+    }
+
+    /// Waits until a host's kernel holds exactly what the design asks for.
+    pub async fn settled(&self, host: &str, limit: Duration) {
+        let host = self.at(host);
+        let expected = kernel::expected(&host, false).await;
+        eventually(&format!("the kernel of {} is as the design has it", host.name()), limit, || {
+            let difference = kernel::difference(&kernel::actual(&self.lab, host.name()), &expected);
+            if difference.is_empty() { Ok(()) } else { Err(format!("\n{difference}")) }
+        })
+        .await;
+    }
+
+    /// Runs overlayctl on a host, against its agent.
+    #[track_caller]
+    pub fn ctl(&self, host: &str, arguments: &[&str]) -> Said {
+        let program = overlayctl().to_string_lossy().into_owned();
+        let command: Vec<&str> = std::iter::once(program.as_str()).chain(arguments.iter().copied()).collect();
+        kernel::attempt(&self.lab, host, &command)
+    }
+
+    /// A command of the agent's program for a host, outside of what the lab starts: the caller gives every flag that differs from the
+    /// lab's directories and etcd. The lab's own agent of that host must not be disturbed by it.
+    pub fn overlayd(&self, host: &str, run_dir: PathBuf, state_dir: PathBuf) -> Command {
+        let mut command = Command::new(overlayd());
+        for (name, _) in std::env::vars_os().filter(|(n, _)| n.to_string_lossy().starts_with("OVERLAYD_")) {
+            command.env_remove(name);
+        }
+        command.args(["--config", "/dev/null", "--node-name", host]);
+        command.arg("--run-dir").arg(run_dir).arg("--state-dir").arg(state_dir);
+        command.args(["--etcd-endpoints", &self.lab.layout().etcd_endpoints().join(",")]);
+        command
+    }
+
+    /// Runs a command of [`Story::overlayd`] that must end by itself, in the host's namespace. One that runs on is killed, and the test
+    /// fails.
+    #[track_caller]
+    pub fn ends(&self, host: &str, mut command: Command) -> Said {
+        let shown: Vec<String> = std::iter::once(command.get_program())
+            .chain(command.get_args())
+            .map(|part| part.to_string_lossy().into_owned())
+            .collect();
+        let wrapped = {
+            // timeout(1) ends it also where this test is killed in the meantime.
+            let mut timeout = Command::new("timeout");
+            timeout.args(["--signal=KILL", "20"]).arg(command.get_program()).args(command.get_args());
+            for (name, value) in command.get_envs() {
+                match value {
+                    Some(value) => timeout.env(name, value),
+                    None => timeout.env_remove(name),
+                };
+            }
+            command = timeout;
+            command.stdin(std::process::Stdio::null());
+            &mut command
+        };
+        let output = self.inside(host).run(|| wrapped.output()).must("enter the host").must("timeout");
+        let said = Said::of(&shown, &output);
+        assert!(!matches!(said.code, Some(124 | 137)), "`{}` runs on; it said:\n{}{}", said.command, said.out, said.err);
+        said
+    }
+
+    /// The agent's log of a host.
+    pub fn log(&self, host: &str) -> String {
+        std::fs::read_to_string(self.at(host).log()).unwrap_or_default()
+    }
+
+    /// Waits until the log of a host holds each of these, in one line.
+    pub async fn logged(&self, host: &str, wanted: &[&str]) -> String {
+        eventually(&format!("{host} logs {wanted:?}"), SOON, || {
+            let log = self.log(host);
+            let line = log.lines().find(|line| wanted.iter().all(|text| line.contains(text)));
+            line.map(str::to_owned).ok_or_else(|| process::tail(&self.at(host).log()))
+        })
+        .await
+    }
+
+    /// The lease of a host, as it stands in etcd.
+    #[track_caller]
+    pub fn lease_of(&self, host: &str) -> etcd::Entry {
+        etcd::lease_with(&self.lab, &format!("\"Name\":\"{host}\""))
+    }
+}
+
+impl std::ops::Deref for Story {
+    type Target = Lab;
+
+    fn deref(&self) -> &Lab {
+        &self.lab
+    }
+}
+
+impl Drop for Story {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for host in self.lab.hosts() {
+                eprintln!(
+                    "--- the end of the log of {} in lab {}\n{}",
+                    host.name(),
+                    self.lab.layout().name,
+                    end_of(&self.log(host.name()))
+                );
+            }
+        }
+    }
+}
+
+/// The last lines of a log, more than the lab shows: what failed may lie a little back.
+fn end_of(log: &str) -> String {
+    let lines: Vec<&str> = log.lines().collect();
+    lines[lines.len().saturating_sub(40)..].join("\n")
+}
+
+/// What every story needs; and once, the labs of test runs that were killed are taken down.
+fn prepare() {
+    static ONCE: Once = Once::new();
+    needs_root();
+    needs("etcd", "etcd-server");
+    needs("etcdctl", "etcd-client");
+    needs("ip", "iproute2");
+    ONCE.call_once(|| {
+        let home = home();
+        for name in home.labs().unwrap_or_default() {
+            if is_left_over(&name.to_string()) {
+                // Another test process may be at it as well: what one misses the other removes.
+                let _removed = overlayctl::lab::down::down(&home.dir(&name), &name);
+            }
+        }
+    });
+}
+
+/// Whether a lab has a name of [`LabName::unique`] of a process that has ended.
+fn is_left_over(name: &str) -> bool {
+    let parts = name.strip_prefix('t').and_then(|rest| rest.split_once('n'));
+    let Some((pid, number)) = parts else { return false };
+    let hex = |text: &str| i32::from_str_radix(text, 16).ok();
+    match (hex(pid), hex(number)) {
+        (Some(pid), Some(_)) => process::ProcessId::of(pid).is_none(),
+        _ => false,
+    }
+}
