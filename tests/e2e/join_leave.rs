@@ -125,7 +125,8 @@ async fn a_new_underlay_address_is_published_and_peers_follow() {
     })
     .await;
     assert_eq!((now.key, now.lease), (before.key, before.lease), "the subnet and the etcd lease stay");
-    let device = |story: &Story| kernel::text(&kernel::link(story, "h2", "ovx.1").must("ovx.1")["linkinfo"]["info_data"], "local");
+    let device =
+        |story: &Story| kernel::text(&kernel::link(story, "h2", "ovx.1").must("ovx.1")["linkinfo"]["info_data"], "local");
     within("the device of h2 sends from the new address", SOON, || device(&story) == "10.99.1.222").await;
     let behind = |story: &Story| {
         let all = kernel::listed(story, "h1", "bridge", &["fdb", "show", "dev", "ovx.1"]);
