@@ -353,6 +353,9 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 }
                 self.actual.remove(&key);
             }
+            Op::Set(key, value) if !matches!(key, Key::Link(_)) => {
+                self.actual.insert(key, value);
+            }
             op => op.record(&mut self.actual),
         }
     }
@@ -396,7 +399,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         self.snapshot_seen
             && self.host.is_some()
             && matches!(self.own, OwnLease::Held(_))
-            && self.stale.is_none_or(|reason| reason == "periodic resync")
+            && self.dump_error.is_none()
             && self.repairs.is_empty()
     }
 }

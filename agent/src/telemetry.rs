@@ -127,7 +127,13 @@ pub fn parse_filter(text: &str) -> Result<EnvFilter, TelemetryError> {
             _ => {}
         }
     }
-    EnvFilter::builder().parse(text).map_err(|e| error(&e.to_string()))
+    // `debug` and `trace` alone mean the agent's own events: below them the HTTP/2 library tells of every frame.
+    let ours = |part: &str| match part.to_ascii_lowercase().as_str() {
+        word @ ("debug" | "trace") => format!("info,overlay_agent={word}"),
+        _ => part.to_owned(),
+    };
+    let text: Vec<String> = text.split(',').map(ours).collect();
+    EnvFilter::builder().parse(text.join(",")).map_err(|e| error(&e.to_string()))
 }
 
 #[cfg(test)]

@@ -185,18 +185,9 @@ impl BatchSocket {
         match (op, key, value) {
             (Op::Set(..), Key::Fdb(_, mac), Value::Fdb(remote)) => {
                 known.fdb.insert((index, *mac), *remote);
-                for stray in known.strays.remove(&(index, *mac)).unwrap_or_default() {
-                    if stray != *remote {
-                        self.message(i, true, |buffer, sequence| {
-                            wire::write_delete_remote(buffer, sequence, index, *mac, stray);
-                            true
-                        });
-                    }
-                }
             }
             (Op::Delete(..), Key::Fdb(_, mac), _) => {
                 known.fdb.remove(&(index, *mac));
-                known.strays.remove(&(index, *mac));
             }
             (Op::Set(..), Key::Neigh(_, address), _) => {
                 known.removed_neighbours.remove(&(index, *address));

@@ -83,16 +83,8 @@ fn without_family(refusal: &Refusal) -> bool {
 
 /// Takes an entry into a dumped state, if it is ours.
 fn insert(state: &mut State, known: &mut Known, entry: Entry) {
-    if let Entry::Fdb { index, mac, remote: Some(remote), permanent: true } = entry
-        && known.device(index).is_some()
-        && let Some(first) = known.fdb.insert((index, mac), remote)
-    {
-        // A second remote: a value that none of ours has, so that the entry is set again, and then the strays go.
-        known.strays.entry((index, mac)).or_insert_with(|| vec![first]).push(remote);
-        if let Some(device) = known.device(index) {
-            state.insert(Key::Fdb(device, mac), Value::Fdb(Family::of(remote).unspecified()));
-        }
-        return;
+    if let Entry::Fdb { index, mac, remote: Some(remote), permanent: true } = entry {
+        known.fdb.insert((index, mac), remote);
     }
     if matches!(entry, Entry::Route { protocol, .. } if !is_ours(protocol)) {
         return;

@@ -278,20 +278,9 @@ fn note_fdb(known: &mut Known, index: u32, mac: Mac, remote: Option<IpAddr>, pre
     match (present, remote) {
         (true, Some(remote)) if before == Some(remote) => false,
         (true, Some(remote)) => {
-            // It replaced the remote, or stands beside it: whoever sets the entry again removes it in either case.
-            known.strays.entry(at).or_default().push(remote);
             known.fdb.insert(at, remote);
             true
         }
-        (false, Some(remote)) if before.is_some_and(|b| b != remote) => {
-            if let Some(strays) = known.strays.get_mut(&at) {
-                strays.retain(|s| *s != remote);
-            }
-            false
-        }
-        _ => {
-            known.strays.remove(&at);
-            known.fdb.remove(&at).is_some()
-        }
+        _ => known.fdb.remove(&at).is_some(),
     }
 }

@@ -35,8 +35,6 @@ pub struct Known {
     pub rules: State,
     /// The remote that was last set, read or reported, by interface index and MAC.
     pub fdb: HashMap<(u32, Mac), IpAddr>,
-    /// Remotes that others appended to a MAC of ours: traffic to it is copied to them until they are removed.
-    pub strays: HashMap<(u32, Mac), Vec<IpAddr>>,
     /// Neighbours that we removed: the kernel's event does not say that it was us.
     pub removed_neighbours: HashSet<(u32, IpAddr)>,
     /// Links that we removed, by index, the latest ones: their last events are still to come, or were filtered out.
@@ -87,7 +85,6 @@ impl Known {
             self.addresses.retain(|(d, _)| *d != device);
         }
         self.fdb.retain(|(i, _), _| *i != index);
-        self.strays.retain(|(i, _), _| *i != index);
         self.removed_neighbours.retain(|(i, _)| *i != index);
         Some(state)
     }

@@ -5,4 +5,5 @@ mod links;
 mod monitor;
 mod netns;
 mod peers;
+mod speed;
 mod support;

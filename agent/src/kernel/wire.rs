@@ -26,7 +26,7 @@ const NTF_MASTER: u8 = 0x04;
 /// An entry as the kernel tells it, by interface index.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Entry {
-    /// An FDB entry of a VXLAN device; one message a remote.
+    /// An FDB entry of a VXLAN device. A unicast MAC has one remote (`vxlan_fdb_update_existing` in the kernel appends to others only).
     Fdb {
         /// Interface index.
         index: u32,
@@ -148,11 +148,6 @@ pub fn write_delete(buffer: &mut Vec<u8>, sequence: u32, index: u32, key: &Key) 
         _ => return false,
     }
     true
-}
-
-/// Writes the request that removes one of several remotes of a MAC.
-pub fn write_delete_remote(buffer: &mut Vec<u8>, sequence: u32, index: u32, mac: Mac, remote: IpAddr) {
-    write_fdb(Message::begin(buffer, libc::RTM_DELNEIGH, 0, sequence), index, mac, Some(remote));
 }
 
 fn write_fdb(mut m: Message<'_>, index: u32, mac: Mac, remote: Option<IpAddr>) {

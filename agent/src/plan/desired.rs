@@ -42,6 +42,15 @@ impl Host {
         self.network.families().filter(|family| self.subnet.get(*family).is_some())
     }
 
+    /// Whether what peers need, and which leases count, is the same for both: they differ in what concerns this host alone.
+    pub fn has_peers_of(&self, other: &Host) -> bool {
+        self.network == other.network
+            && self.subnet == other.subnet
+            && self.underlay.public_ip == other.underlay.public_ip
+            && self.vtep == other.vtep
+            && self.nexthop_objects == other.nexthop_objects
+    }
+
     /// MTU of a family's VXLAN device in bytes: the underlay's less the encapsulation.
     pub fn vxlan_mtu(&self, family: Family) -> u32 {
         self.network.vxlan.mtu.unwrap_or(self.underlay.mtu).saturating_sub(family.vxlan_overhead())

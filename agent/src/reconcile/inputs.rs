@@ -1,13 +1,14 @@
 //! Folding: what each event makes dirty, and how desired state follows from what is known.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use super::{Channels, LOG_LINES, Memory, Reconciler, UNDERLAY_SETTLE};
 use crate::model::event::{Connection, LeaseWish, OwnLease, StoreEvent};
-use crate::model::{Device, Family, NetworkConfig, PerFamily};
+use crate::model::{Device, Family, NetworkConfig, PerFamily, Refusal};
 use crate::plan::desired::Host;
 use crate::plan::diff::satisfied;
-use crate::plan::roster::{OwnHost, Standing};
+use crate::plan::roster::{LeaseKey, OwnHost, Standing};
 use crate::plan::state::{State, Value};
 use crate::plan::{DataPath, KernelEvent, Key, LinkKind, Op};
 
@@ -206,10 +207,15 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
     pub(super) fn rebuild(&mut self, channels: &Channels) {
         if std::mem::take(&mut self.host_dirty) {
             self.wish(channels);
-            if let Some(host) = self.wanted_host()
-                && self.host.as_ref() != Some(&host)
-            {
-                self.rebuild_all(host);
+            if let Some(host) = self.wanted_host() {
+                match &self.host {
+                    Some(was) if *was == host => {}
+                    Some(was) if was.has_peers_of(&host) => {
+                        let was = was.entries();
+                        self.rebuild_own(host, was);
+                    }
+                    _ => self.rebuild_all(host),
+                }
             }
         }
         let leases = std::mem::take(&mut self.leases_dirty);
@@ -217,16 +223,14 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             // Judged once there is a host: `rebuild_all` goes over the whole roster.
             return;
         }
+        let mut refused = BTreeMap::new();
         for key in &leases {
             if let Some(peer) = self.peers.remove(key) {
                 self.retract(&peer);
             }
-            self.refused.remove(key);
+            refused.extend(self.refused.remove_entry(key));
         }
-        let mut lines = 0;
-        for key in leases {
-            self.admit(key, &mut lines);
-        }
+        self.admit_all(leases, &refused);
     }
 
     /// This host as it should be; `None` while something is not known yet. A lease that was lost leaves things as they were.
@@ -287,45 +291,67 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         });
     }
 
+    /// Only what concerns this host alone has changed (a port, say): the peers' entries stay.
+    fn rebuild_own(&mut self, host: Host, was: State) {
+        let entries = host.entries();
+        for key in was.into_keys().filter(|key| !entries.contains_key(key)) {
+            self.desired.remove(&key);
+            self.repairs.forget(&key);
+            self.dirty.insert(key);
+        }
+        for (key, value) in entries {
+            if self.desired.get(&key) != Some(&value) {
+                self.repairs.forget(&key);
+                self.dirty.insert(key.clone());
+                self.desired.insert(key, value);
+            }
+        }
+        self.host = Some(host);
+        self.changed = true;
+    }
+
     fn rebuild_all(&mut self, host: Host) {
         self.own_host = Some(OwnHost { subnet: host.subnet, public_ip: host.underlay.public_ip, vtep: host.vtep });
         self.desired = host.entries();
         self.host = Some(host);
         self.peers.clear();
-        self.refused.clear();
-        let mut lines = 0;
+        let refused = std::mem::take(&mut self.refused);
         let keys: Vec<_> = self.roster.iter().map(|(key, _)| key.clone()).collect();
-        for key in keys {
-            self.admit(key, &mut lines);
-        }
+        self.admit_all(keys, &refused);
         self.leases_dirty.clear();
         self.repairs.forget_all();
         self.all_dirty = true;
         self.changed = true;
     }
 
-    /// Takes a lease into the data path, or notes why not.
-    fn admit(&mut self, key: crate::plan::roster::LeaseKey, lines: &mut usize) {
-        let Some(host) = &self.host else { return };
-        match self.roster.standing(&key, &host.network, self.own_host.as_ref()) {
-            None | Some(Standing::Own) => {}
-            Some(Standing::Peer(peer)) => {
-                for (entry, value) in host.peer_entries(&peer, &mut self.ids) {
-                    self.repairs.forget(&entry);
-                    self.dirty.insert(entry.clone());
-                    self.desired.insert(entry, value);
+    /// Takes leases into the data path, or notes why not. A refusal is logged unless it stood before.
+    fn admit_all(&mut self, leases: impl IntoIterator<Item = LeaseKey>, refused_before: &BTreeMap<LeaseKey, Refusal>) {
+        let mut lines = 0;
+        for key in leases {
+            let Some(host) = &self.host else { return };
+            match self.roster.standing(&key, &host.network, self.own_host.as_ref()) {
+                None | Some(Standing::Own) => {}
+                Some(Standing::Peer(peer)) => {
+                    for (entry, value) in host.peer_entries(&peer, &mut self.ids) {
+                        self.repairs.forget(&entry);
+                        self.dirty.insert(entry.clone());
+                        self.desired.insert(entry, value);
+                    }
+                    self.peers.insert(key, peer);
                 }
-                self.peers.insert(key, peer);
-            }
-            Some(Standing::Refused(refusal)) => {
-                *lines += 1;
-                if *lines <= LOG_LINES {
-                    tracing::warn!(key = refusal.key, reason = refusal.kind.word(), "{refusal}");
-                } else if *lines == LOG_LINES + 1 {
-                    tracing::warn!("more leases are left out: `overlayctl subnets` lists them");
+                Some(Standing::Refused(refusal)) => {
+                    if refused_before.get(&key) != Some(&refusal) {
+                        lines += 1;
+                        if lines <= LOG_LINES {
+                            tracing::warn!(key = refusal.key, reason = refusal.kind.word(), "{refusal}");
+                        }
+                    }
+                    self.refused.insert(key, refusal);
                 }
-                self.refused.insert(key, refusal);
             }
+        }
+        if lines > LOG_LINES {
+            tracing::warn!(leases = lines, "leases are left out: `overlayctl subnets` lists them");
         }
     }
 

@@ -1,4 +1,4 @@
-//! Taking, renewing and giving back this host's lease: carries out what [`lease`](super::lease) decides.
+//! Taking, renewing and giving back this host's lease: carries out what [`lease`] decides.
 //!
 //! Runs beside the watch in the task of [`Store::run`](super::Store::run) and never holds it up. It may be dropped at any await: whatever
 //! was written is found again by the next look, because the entry names this host; [`Memory`] only spares work.

@@ -16,6 +16,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::task::JoinSet;
 
+use super::container::{self, Found};
 use super::layout::outside_address;
 use super::{Lab, LabError};
 
@@ -23,7 +24,7 @@ use super::{Lab, LabError};
 const PORT: u16 = 49_771;
 
 /// How many calls are under way at once.
-const AT_ONCE: usize = 64;
+const AT_ONCE: usize = 16;
 
 /// How long one call may take: a lost SYN is sent again after 1 s and 3 s (RFC 6298), so a call that takes longer has no way.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -72,7 +73,7 @@ struct Party {
 
 /// Checks a lab.
 pub async fn check(lab: &Lab) -> Result<Report, LabError> {
-    let parties = parties(lab).await?;
+    let parties = parties(lab)?;
     let mut servers = JoinSet::new();
     for party in &parties {
         for (_, address) in party.addresses.iter() {
@@ -102,19 +103,13 @@ pub async fn check(lab: &Lab) -> Result<Report, LabError> {
     Ok(Report { ok, containers: parties.into_iter().map(|p| p.name).collect(), overlay, egress })
 }
 
-/// Every container of every host, as the agents know them.
-async fn parties(lab: &Lab) -> Result<Vec<Party>, LabError> {
+/// Every container of every host, as the kernel has them: a data path must work while its agent does not run.
+fn parties(lab: &Lab) -> Result<Vec<Party>, LabError> {
     let mut parties = Vec::new();
     for host in lab.hosts() {
-        let endpoints = host.client().endpoints().await;
-        let endpoints = endpoints.map_err(|source| LabError::Agent { host: host.name().to_owned(), source })?.endpoints;
-        for endpoint in endpoints {
-            parties.push(Party {
-                name: format!("{}-{}", host.name(), endpoint.name),
-                netns: Netns::open(&endpoint.netns)?,
-                addresses: endpoint.addresses,
-                host_addresses: host.layout().addresses,
-            });
+        for Found { name, netns, addresses } in container::found(&host)? {
+            let name = format!("{}-{name}", host.name());
+            parties.push(Party { name, netns, addresses, host_addresses: host.layout().addresses });
         }
     }
     Ok(parties)
@@ -162,11 +157,10 @@ fn planned(from: &Party, family: Family, to: &str, address: Option<&IpAddr>, exp
 /// Makes a call.
 async fn call(from: Option<&Party>, mut call: Call) -> Call {
     let (Some(from), None) = (from, &call.error) else { return call };
-    let start = Instant::now();
     match tokio::time::timeout(LIMIT, ask(&from.netns, call.address)).await {
-        Ok(Ok(seen)) => {
+        Ok(Ok((seen, time))) => {
             call.seen = Some(seen);
-            call.micros = u64::try_from(start.elapsed().as_micros()).ok();
+            call.micros = u64::try_from(time.as_micros()).ok();
             if seen != call.expected {
                 call.error = Some(format!("the other side sees {seen} instead of {}", call.expected));
             }
@@ -177,14 +171,18 @@ async fn call(from: Option<&Party>, mut call: Call) -> Call {
     call
 }
 
-/// Asks the server at an address by which address it sees a caller from this namespace.
-async fn ask(netns: &Netns, address: IpAddr) -> std::io::Result<IpAddr> {
+/// Asks the server at an address by which address it sees a caller from this namespace, and how long connecting and answer took.
+async fn ask(netns: &Netns, address: IpAddr) -> std::io::Result<(IpAddr, Duration)> {
     let open = || if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
     let socket = netns.run(open).map_err(std::io::Error::other)??;
+    let start = Instant::now();
     let mut stream = socket.connect(SocketAddr::new(address, PORT)).await?;
     let mut answer = String::new();
     (&mut stream).take(64).read_to_string(&mut answer).await?;
-    answer.trim().parse().map_err(|_| std::io::Error::other(format!("the answer `{}` is no address", answer.trim())))
+    let time = start.elapsed();
+    let seen =
+        answer.trim().parse().map_err(|_| std::io::Error::other(format!("the answer `{}` is no address", answer.trim())))?;
+    Ok((seen, time))
 }
 
 #[cfg(test)]

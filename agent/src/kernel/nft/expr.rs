@@ -116,7 +116,7 @@ fn address(w: &mut Writer, cidr: Cidr, destination: bool, negate: bool, dialect:
     let length = cidr.length();
     let value = address_bytes(cidr);
     let mask = mask_bytes(length);
-    let whole_bytes = dialect == Dialect::Inet && length > 0 && length % 8 == 0;
+    let whole_bytes = dialect == Dialect::Inet && length > 0 && length.is_multiple_of(8);
     let loaded = if whole_bytes { usize::from(length / 8) } else { size };
     expression(w, "payload", |w| {
         w.u32(NFTA_PAYLOAD_DREG, NFT_REG_1);

@@ -91,7 +91,7 @@ fn links_and_addresses_altered_by_others() {
 
         run("ip link delete ovb.1");
         assert_eq!(host.changed(&Key::Link("ovb.1".to_owned())).await, None);
-        host.stale("went away").await;
+        host.stale("of ours went").await;
         host.settle().await;
         run("ip link delete ovx.1");
         assert_eq!(host.changed(&key).await, None);

@@ -174,6 +174,8 @@ async fn compaction_makes_another_snapshot() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_etcd_that_is_not_there_is_waited_for() {
     let mut etcd = Etcd::start().await;
+    // An etcd that is killed before it has a leader never gets one.
+    etcd.client().await;
     etcd.kill();
     let mut agent = Agent::start(etcd.config(), None);
     let StoreEvent::Connection(Connection::Down { error }) = agent.next().await else { panic!("down") };
@@ -225,6 +227,8 @@ async fn a_server_that_hangs_is_noticed() {
     etcd.put_config(NETWORK).await;
     let mut agent = Agent::start(etcd.config(), None);
     agent.find(snapshot_keys).await;
+    // Let the watch be answered: only the ping can notice now.
+    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
     etcd.freeze(true);
     let begun = Instant::now();
     agent.find(|event| matches!(event, StoreEvent::Connection(Connection::Down { .. })).then_some(())).await;
@@ -232,5 +236,32 @@ async fn a_server_that_hangs_is_noticed() {
     assert!(begun.elapsed().as_secs() < 15, "{:?}", begun.elapsed());
     etcd.freeze(false);
     agent.find(|event| matches!(event, StoreEvent::Connection(Connection::Up { .. })).then_some(())).await;
+    agent.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_member_or_leader_is_lived_through() {
+    let mut members = Etcd::cluster().await;
+    members[0].put_config(NETWORK).await;
+    let mut config = members[0].config();
+    config.endpoints = members.iter().map(Etcd::endpoint).collect();
+    let mut agent = Agent::start(config, Some(wish(NETWORK, 7)));
+    let held = agent.held().await;
+    // A majority is left: whichever server was used, another one serves.
+    members[0].kill();
+    members[1].put_subnet("10.244.9.0-24", VALUE, None).await;
+    agent.find(|event| (upsert_key(event)? == "10.244.9.0-24").then_some(())).await;
+    // None is left: the remaining one does not know what happens, and says so.
+    members[1].kill();
+    agent.find(|event| matches!(event, StoreEvent::Connection(Connection::Down { .. })).then_some(())).await;
+    assert!(members[0].run().await && members[1].run().await);
+    members[0].put_subnet("10.244.10.0-24", VALUE, None).await;
+    let only = |event: &StoreEvent| match event {
+        StoreEvent::Snapshot(_) | StoreEvent::Own(_) => panic!("{event:?}"),
+        event => (upsert_key(event)? == "10.244.10.0-24").then_some(()),
+    };
+    agent.find(only).await;
+    let all = crate::store::read_all(&members[2].config(), true).await.unwrap();
+    assert!(all.entries.iter().any(|entry| entry.key == held.subnet.to_key()));
     agent.stop().await;
 }

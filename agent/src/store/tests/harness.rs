@@ -3,6 +3,7 @@
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use etcd_client::{Client, GetOptions, PutOptions};
@@ -32,6 +33,8 @@ pub(super) struct ServerTls {
 pub(super) struct Etcd {
     directory: TempDir,
     ports: [u16; 2],
+    /// Its place in the cluster, and the peer ports of all members.
+    member: (usize, Vec<u16>),
     tls: Option<ServerTls>,
     child: Option<Child>,
 }
@@ -44,15 +47,36 @@ impl Etcd {
     pub(super) async fn start_with(tls: Option<ServerTls>) -> Etcd {
         // A port that was free a moment ago may be taken by another test: then etcd ends, and others are tried.
         for _ in 0..10 {
-            let ports =
-                [(); 2].map(|()| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap()).map(|l| l.local_addr().unwrap().port());
-            let directory = tempfile::Builder::new().prefix("overlay-etcd-").tempdir().unwrap();
+            let ports = free_ports();
             let tls =
                 tls.as_ref().map(|t| ServerTls { ca: t.ca.clone(), certificate: t.certificate.clone(), key: t.key.clone() });
-            let mut etcd = Etcd { directory, ports, tls, child: None };
+            let mut etcd = Etcd { directory: directory(), ports, member: (0, vec![ports[1]]), tls, child: None };
             if etcd.run().await {
                 return etcd;
             }
+        }
+        panic!("etcd found no free ports in ten tries");
+    }
+
+    /// Three that are one cluster.
+    pub(super) async fn cluster() -> [Etcd; 3] {
+        'tries: for _ in 0..10 {
+            let ports = [free_ports(), free_ports(), free_ports()];
+            let peers = ports.map(|[_, peer]| peer).to_vec();
+            let mut members = [0, 1, 2].map(|n| Etcd {
+                directory: directory(),
+                ports: ports[n],
+                member: (n, peers.clone()),
+                tls: None,
+                child: None,
+            });
+            for member in &mut members {
+                if !member.run().await {
+                    continue 'tries;
+                }
+            }
+            members[0].client().await;
+            return members;
         }
         panic!("etcd found no free ports in ten tries");
     }
@@ -62,7 +86,9 @@ impl Etcd {
         let url = |scheme: &str, port: u16| format!("{scheme}://127.0.0.1:{port}");
         let (client, peer) = (self.endpoint(), url("http", self.ports[1]));
         let mut command = Command::new("etcd");
-        command.args(["--name", "test", "--log-level", "error", "--initial-cluster"]).arg(format!("test={peer}"));
+        let members = self.member.1.iter().enumerate().map(|(n, port)| format!("m{n}={}", url("http", *port)));
+        command.arg("--name").arg(format!("m{}", self.member.0)).args(["--log-level", "error"]);
+        command.arg("--initial-cluster").arg(members.collect::<Vec<_>>().join(","));
         command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
         command.args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer]);
         command.arg("--data-dir").arg(self.directory.path().join("data"));
@@ -169,6 +195,25 @@ impl Drop for Etcd {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// Two ports that are free now. Below the range from which the kernel takes ports by itself (32768 and up), so that nobody else gets one
+/// while the etcd that listens there is down.
+fn free_ports() -> [u16; 2] {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let free = || loop {
+        // Other test programs start elsewhere.
+        let n = std::process::id().wrapping_mul(101).wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
+        let port = u16::try_from(20_000 + n % 12_000).unwrap();
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            return port;
+        }
+    };
+    [free(), free()]
+}
+
+fn directory() -> TempDir {
+    tempfile::Builder::new().prefix("overlay-etcd-").tempdir().unwrap()
 }
 
 /// The wish of host number `number`.

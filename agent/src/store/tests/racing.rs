@@ -2,6 +2,9 @@
 
 use std::time::{Duration, Instant};
 
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
+
 use super::harness::*;
 use crate::model::Subnet;
 use crate::model::event::LeaseOrigin;
@@ -52,4 +55,83 @@ async fn twenty_hosts_with_two_families_in_a_tight_pool() {
     let took = race(network, 20).await;
     println!("20 dual-stack hosts, 20 subnets: {took:?}");
     assert!(took < Duration::from_secs(15), "{took:?}");
+}
+
+/// Whatever is done to the agents, their entries and etcd: no two entries ever overlap, and in the end each host has one.
+async fn chaos(network: &str, seed: u64) {
+    const HOSTS: u16 = 8;
+    let mut random = SmallRng::seed_from_u64(seed);
+    let mut etcd = Etcd::start().await;
+    etcd.put_config(network).await;
+    let start = |etcd: &Etcd, host: u16| Agent::start(etcd.config(), Some(wish(network, host + 1)));
+    let mut agents: Vec<Agent> = (0..HOSTS).map(|host| start(&etcd, host)).collect();
+    for _ in 0..40 {
+        for agent in &mut agents {
+            while agent.events.try_recv().is_ok() {}
+        }
+        let host = random.random_range(0..HOSTS);
+        let (entries, _) = etcd.subnets().await;
+        let entry = (!entries.is_empty()).then(|| entries[random.random_range(0..entries.len())].clone());
+        match (random.random_range(0..12), entry) {
+            (0..4, _) => agents[usize::from(host)] = start(&etcd, host),
+            (4..6, Some((key, _, _))) => drop(etcd.client().await.delete(format!("{PREFIX}/subnets/{key}"), None).await),
+            (6..8, Some((_, _, lease))) => drop(etcd.client().await.lease_revoke(lease).await),
+            (8, Some((key, value, lease))) => {
+                // Another host's words over this one's.
+                let theirs = value
+                    .replace("\"Id\":\"id-", "\"Id\":\"x-")
+                    .replace("192.168.0.", "192.168.7.")
+                    .replace("fd99::", "fd99::7:");
+                drop(etcd.client().await.put(format!("{PREFIX}/subnets/{key}"), theirs, None).await);
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                drop(etcd.client().await.delete(format!("{PREFIX}/subnets/{key}"), None).await);
+                drop(etcd.client().await.lease_revoke(lease).await);
+            }
+            (9, _) => {
+                etcd.kill();
+                assert!(etcd.run().await);
+            }
+            _ => tokio::time::sleep(Duration::from_millis(random.random_range(0..100))).await,
+        }
+        disjoint(&etcd.subnets().await.0);
+    }
+    let settling = Instant::now();
+    let deadline = settling + LIMIT;
+    loop {
+        for agent in &mut agents {
+            while agent.events.try_recv().is_ok() {}
+        }
+        let (entries, _) = etcd.subnets().await;
+        disjoint(&entries);
+        if (1..=HOSTS).all(|n| entries.iter().filter(|(_, value, _)| value.contains(&format!("\"id-{n}\""))).count() == 1) {
+            assert_eq!(entries.len(), usize::from(HOSTS), "{entries:#?}");
+            println!("seed {seed}: came to rest after {:?}", settling.elapsed());
+            break;
+        }
+        assert!(Instant::now() < deadline, "seed {seed}: not every host has one entry: {entries:#?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    for agent in agents {
+        agent.stop().await;
+    }
+}
+
+fn disjoint(entries: &[(String, String, i64)]) {
+    let subnets: Vec<Subnet> = entries.iter().map(|(key, _, _)| subnet(key)).collect();
+    for (i, one) in subnets.iter().enumerate() {
+        for other in &subnets[..i] {
+            assert!(!one.overlaps(other), "{one} and {other}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_two_hosts_ever_overlap_whatever_happens() {
+    let single = r#"{"Network":"10.244.0.0/16","SubnetMin":"10.244.1.0","SubnetMax":"10.244.9.0"}"#;
+    let dual = r#"{"Network":"10.244.0.0/16","SubnetMin":"10.244.1.0","SubnetMax":"10.244.9.0","EnableIPv6":true,
+        "IPv6Network":"fd00:10:244::/56","IPv6SubnetMin":"fd00:10:244:1::","IPv6SubnetMax":"fd00:10:244:9::"}"#;
+    for seed in 1..3 {
+        chaos(single, seed).await;
+        chaos(dual, seed).await;
+    }
 }

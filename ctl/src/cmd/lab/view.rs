@@ -5,11 +5,14 @@ use serde::Serialize;
 
 use crate::lab::check::{Call, Report};
 use crate::lab::down::Removed;
-use crate::lab::status::{HostStatus, LabStatus};
+use crate::lab::status::{ContainerStatus, HostStatus, LabStatus};
 use crate::output::{Style, Table, Tone, View, cell, joined, toned};
 
 /// A matrix of more containers than this does not fit a terminal.
 const MATRIX_LIMIT: usize = 12;
+
+/// Containers of a host beyond this many are only counted.
+const CONTAINERS_SHOWN: usize = 6;
 
 /// Failures beyond this many are only counted.
 const FAILURES_SHOWN: usize = 20;
@@ -29,7 +32,7 @@ impl View for StatusView<'_> {
                 agent(host),
                 cell(host.subnet),
                 cell(Some(joined(host.addresses.iter().map(|(_, a)| a)))),
-                cell(Some(containers(host))),
+                cell(Some(containers(host, wide))),
             ]);
         }
         let mut lines = vec![table.text()];
@@ -59,9 +62,15 @@ fn agent(host: &HostStatus) -> comfy_table::Cell {
     toned(tone, format!("{}{pid}", host.agent))
 }
 
-fn containers(host: &HostStatus) -> String {
-    let one = |e: &overlay_agent::model::Endpoint| format!("{} {}", e.name, joined(e.addresses.iter().map(|(_, a)| a)));
-    if host.containers.is_empty() { "-".to_owned() } else { host.containers.iter().map(one).collect::<Vec<_>>().join(", ") }
+/// One line a container.
+fn containers(host: &HostStatus, wide: bool) -> String {
+    let shown = if wide { usize::MAX } else { CONTAINERS_SHOWN };
+    let one = |e: &ContainerStatus| format!("{} {}", e.name, joined(e.addresses.iter().map(|(_, a)| a)));
+    let mut lines: Vec<String> = host.containers.iter().take(shown).map(one).collect();
+    if host.containers.len() > shown {
+        lines.push(format!("and {} more: -o wide", host.containers.len() - shown));
+    }
+    if lines.is_empty() { "-".to_owned() } else { lines.join("\n") }
 }
 
 /// `lab down`.
@@ -143,7 +152,7 @@ fn summary(calls: &[Call], style: Style, what: &str, good: &str) -> String {
     let count = format!("{well} of {}", calls.len());
     let count = style.paint(if all { Tone::Good } else { Tone::Bad }, &count);
     let meaning = if all { format!("; {good}") } else { String::new() };
-    format!("{what:<8} {count} calls well{median}{meaning}")
+    format!("{what:<8} {count} calls ok{median}{meaning}")
 }
 
 #[cfg(test)]
@@ -183,8 +192,8 @@ mod tests {
              h1-c1      .      ok     ok\n\
              h2-c1      IPv6   .      ok\n\
              \n\
-             overlay  3 of 4 calls well, median 1.25 ms\n\
-             egress   2 of 2 calls well, median 1.25 ms; each seen by its host's address: masqueraded on the way out\n\
+             overlay  3 of 4 calls ok, median 1.25 ms\n\
+             egress   2 of 2 calls ok, median 1.25 ms; each seen by its host's address: masqueraded on the way out\n\
              ! h2-c1 -> h1-c1 (::): no answer within 5s"
         );
     }

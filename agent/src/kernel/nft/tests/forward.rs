@@ -70,7 +70,7 @@ fn policies_are_seen() {
 #[test]
 fn iptables_shows_the_rules_and_lives_with_them() {
     in_namespace(|| {
-        SETUP.map(iptables);
+        SETUP.into_iter().for_each(|args| drop(iptables(args)));
         let mut nft = Nft::open().expect("open");
         for (family, program, network) in families() {
             let before = saved(program);
@@ -112,7 +112,7 @@ fn iptables_shows_the_rules_and_lives_with_them() {
 #[test]
 fn setting_is_idempotent_and_repairs() {
     in_namespace(|| {
-        SETUP.map(iptables);
+        SETUP.into_iter().for_each(|args| drop(iptables(args)));
         let mut nft = Nft::open().expect("open");
         for (family, program, network) in families() {
             let table = if family == Family::V4 { "ip" } else { "ip6" };

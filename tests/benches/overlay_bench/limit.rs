@@ -1,0 +1,210 @@
+//! The raw limit: the messages for N peers, built beforehand, sent 200 at a time over one blocking socket, and nothing else.
+//!
+//! What the kernel does for them is the same as for the agent: an FDB entry, a neighbour, a next-hop object and a route a peer, set with
+//! `NLM_F_CREATE | NLM_F_REPLACE`. Nobody listens to events, nothing is compared, remembered or logged.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use overlay_agent::model::{Cidr, Family};
+
+use super::fleet::Member;
+use super::rtnl::{RTM_DELNEXTHOP, RTM_GETNEXTHOP, RTM_NEWNEXTHOP, Rtnl, address, attributes, flag, octets, u32_at, write};
+
+/// Messages to one `send`.
+const CHUNK: usize = 200;
+/// The first next-hop id.
+const FIRST_NEXTHOP: u32 = 100_000;
+/// `linux/rtnetlink.h`.
+const RTPROT_STATIC: u8 = 4;
+const RT_TABLE_MAIN: u8 = 254;
+const RTN_UNICAST: u8 = 1;
+const RTNH_F_ONLINK: u32 = 4;
+const RTA_DST: u16 = 1;
+const RTA_NH_ID: u16 = 30;
+/// `linux/neighbour.h`.
+const NDA_DST: u16 = 1;
+const NDA_LLADDR: u16 = 2;
+const NUD_PERMANENT: u16 = 0x80;
+const NTF_SELF: u8 = 2;
+/// `linux/nexthop.h`.
+const NHA_ID: u16 = 1;
+const NHA_OIF: u16 = 5;
+const NHA_GATEWAY: u16 = 6;
+/// Lengths of `struct ndmsg`, `struct nhmsg` and `struct rtmsg` in bytes.
+const NDMSG: usize = 12;
+const NHMSG: usize = 8;
+const RTMSG: usize = 12;
+
+/// The requests for a fleet, in sends.
+#[derive(Debug)]
+pub struct Requests(Vec<Vec<u8>>);
+
+impl Requests {
+    /// Builds them; `device` is the interface index of the VXLAN device.
+    pub fn build(members: &[Member], device: u32) -> Requests {
+        let kinds: [fn(&mut Vec<u8>, u32, &Member, u32); 4] = [fdb, neighbour, nexthop, route];
+        let mut sends = Vec::new();
+        let mut sequence = 0;
+        for kind in kinds {
+            for chunk in members.chunks(CHUNK) {
+                let mut buffer = Vec::with_capacity(CHUNK * 80);
+                for member in chunk {
+                    sequence += 1;
+                    kind(&mut buffer, sequence, member, device);
+                }
+                sends.push(buffer);
+            }
+        }
+        Requests(sends)
+    }
+
+    /// Sends them in the calling thread's namespace. How long that took.
+    pub fn send(&self) -> anyhow::Result<Duration> {
+        let mut socket = Rtnl::open().context("cannot open an rtnetlink socket")?;
+        let begun = Instant::now();
+        let mut refusals = 0;
+        for messages in &self.0 {
+            refusals += socket.request(messages).context("cannot send")?;
+        }
+        let took = begun.elapsed();
+        ensure!(refusals == 0, "the kernel refused {refusals} of the raw limit's requests");
+        Ok(took)
+    }
+}
+
+const REPLACE: i32 = libc::NLM_F_CREATE | libc::NLM_F_REPLACE;
+
+fn fdb(buffer: &mut Vec<u8>, sequence: u32, member: &Member, device: u32) {
+    let body = ndmsg(libc::AF_BRIDGE, device, NTF_SELF);
+    let attributes: [(u16, &[u8]); 2] = [(NDA_LLADDR, &member.mac.0), (NDA_DST, &octets(member.public_ip))];
+    write(buffer, libc::RTM_NEWNEIGH, flag(REPLACE), sequence, &body, &attributes);
+}
+
+fn neighbour(buffer: &mut Vec<u8>, sequence: u32, member: &Member, device: u32) {
+    let body = ndmsg(af(member.subnet.family()), device, 0);
+    let attributes: [(u16, &[u8]); 2] = [(NDA_DST, &octets(member.subnet.base())), (NDA_LLADDR, &member.mac.0)];
+    write(buffer, libc::RTM_NEWNEIGH, flag(REPLACE), sequence, &body, &attributes);
+}
+
+fn nexthop(buffer: &mut Vec<u8>, sequence: u32, member: &Member, device: u32) {
+    let mut body = vec![byte(af(member.subnet.family())), 0, RTPROT_STATIC, 0];
+    body.extend_from_slice(&RTNH_F_ONLINK.to_ne_bytes());
+    let id = (FIRST_NEXTHOP + member.number).to_ne_bytes();
+    let gateway = octets(member.subnet.base());
+    let attributes: [(u16, &[u8]); 3] = [(NHA_ID, &id), (NHA_GATEWAY, &gateway), (NHA_OIF, &device.to_ne_bytes())];
+    write(buffer, RTM_NEWNEXTHOP, flag(REPLACE), sequence, &body, &attributes);
+}
+
+fn route(buffer: &mut Vec<u8>, sequence: u32, member: &Member, _device: u32) {
+    let id = (FIRST_NEXTHOP + member.number).to_ne_bytes();
+    let body = rtmsg(member.subnet, RTPROT_STATIC, RTN_UNICAST);
+    let attributes: [(u16, &[u8]); 2] = [(RTA_DST, &octets(member.subnet.base())), (RTA_NH_ID, &id)];
+    write(buffer, libc::RTM_NEWROUTE, flag(REPLACE), sequence, &body, &attributes);
+}
+
+fn ndmsg(family: libc::c_int, device: u32, flags: u8) -> Vec<u8> {
+    let mut body = vec![byte(family), 0, 0, 0];
+    body.extend_from_slice(&device.to_ne_bytes());
+    body.extend_from_slice(&NUD_PERMANENT.to_ne_bytes());
+    body.extend_from_slice(&[flags, 0]);
+    body
+}
+
+fn rtmsg(destination: Cidr, protocol: u8, kind: u8) -> [u8; RTMSG] {
+    let family = byte(af(destination.family()));
+    [family, destination.length(), 0, 0, RT_TABLE_MAIN, protocol, 0, kind, 0, 0, 0, 0]
+}
+
+fn af(family: Family) -> libc::c_int {
+    match family {
+        Family::V4 => libc::AF_INET,
+        Family::V6 => libc::AF_INET6,
+    }
+}
+
+/// Address families and the like, all of which are below 256.
+fn byte(number: libc::c_int) -> u8 {
+    u8::try_from(number).unwrap_or_default()
+}
+
+/// What the kernel holds for peers in one family: of one device, and next hops and routes through these.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Holdings {
+    /// FDB entries.
+    pub fdb: usize,
+    /// Permanent neighbours.
+    pub neighbours: usize,
+    /// Ids of next-hop objects.
+    pub nexthops: Vec<u32>,
+    /// Destinations of routes to next-hop objects, with their protocol number.
+    pub routes: Vec<(Cidr, u8)>,
+}
+
+impl Holdings {
+    /// Reads them in the calling thread's namespace.
+    pub fn read(family: Family, device: u32) -> anyhow::Result<Holdings> {
+        let mut socket = Rtnl::open()?;
+        let mut holdings = Holdings::default();
+        let state = |body: &[u8]| body.get(8..10).map_or(0, |s| u16::from_ne_bytes([s[0], s[1]]));
+        let ours = |body: &[u8]| u32_at(body, 4) == Some(device) && state(body) & NUD_PERMANENT != 0;
+        socket.dump(libc::RTM_GETNEIGH, &[&[byte(libc::AF_BRIDGE)][..], &[0; NDMSG - 1]].concat(), |body| {
+            holdings.fdb += usize::from(ours(body));
+        })?;
+        let family_byte = byte(af(family));
+        socket.dump(libc::RTM_GETNEIGH, &[&[family_byte][..], &[0; NDMSG - 1]].concat(), |body| {
+            holdings.neighbours += usize::from(ours(body));
+        })?;
+        socket.dump(RTM_GETNEXTHOP, &[&[family_byte][..], &[0; NHMSG - 1]].concat(), |body| {
+            let id = attributes(body, NHMSG).find(|(kind, _)| *kind == NHA_ID).and_then(|(_, value)| u32_at(value, 0));
+            holdings.nexthops.extend(id.filter(|_| body.first() == Some(&family_byte)));
+        })?;
+        socket.dump(libc::RTM_GETROUTE, &[&[family_byte][..], &[0; RTMSG - 1]].concat(), |body| {
+            holdings.routes.extend(route_of(body).filter(|_| attributes(body, RTMSG).any(|(kind, _)| kind == RTA_NH_ID)));
+        })?;
+        Ok(holdings)
+    }
+
+    /// Fails unless there is one of each for every peer.
+    pub fn expect(&self, peers: usize) -> anyhow::Result<()> {
+        let found = [self.fdb, self.neighbours, self.nexthops.len(), self.routes.len()];
+        ensure!(
+            found == [peers; 4],
+            "{peers} peers were set and the kernel holds {} FDB entries, {} neighbours, {} next hops and {} routes",
+            found[0],
+            found[1],
+            found[2],
+            found[3]
+        );
+        Ok(())
+    }
+
+    /// Removes routes and next hops one by one: left to the kernel with their device, each next hop would walk the whole routing table, while the
+    /// next turn is measured.
+    pub fn remove(&self) -> anyhow::Result<()> {
+        let mut socket = Rtnl::open()?;
+        for chunk in self.routes.chunks(CHUNK) {
+            let mut buffer = Vec::new();
+            for (destination, protocol) in chunk {
+                let body = rtmsg(*destination, *protocol, RTN_UNICAST);
+                write(&mut buffer, libc::RTM_DELROUTE, 0, 1, &body, &[(RTA_DST, &octets(destination.base()))]);
+            }
+            ensure!(socket.request(&buffer)? == 0, "a route could not be removed");
+        }
+        for chunk in self.nexthops.chunks(CHUNK) {
+            let mut buffer = Vec::new();
+            for id in chunk {
+                write(&mut buffer, RTM_DELNEXTHOP, 0, 1, &[0; NHMSG], &[(NHA_ID, &id.to_ne_bytes())]);
+            }
+            ensure!(socket.request(&buffer)? == 0, "a next hop could not be removed");
+        }
+        Ok(())
+    }
+}
+
+/// The destination of a route message and its protocol number.
+pub fn route_of(body: &[u8]) -> Option<(Cidr, u8)> {
+    let (&length, &protocol) = (body.get(1)?, body.get(5)?);
+    let base = attributes(body, RTMSG).find(|(kind, _)| *kind == RTA_DST).and_then(|(_, value)| address(value))?;
+    Some((Cidr::containing(base, length)?, protocol))
+}

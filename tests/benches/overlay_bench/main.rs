@@ -1,0 +1,95 @@
+//! `overlay-bench`: what the agent costs, each figure beside its baseline from the same run.
+//!
+//! | module | holds |
+//! | --- | --- |
+//! | `peers`, `join`, `memory` | one measurement each |
+//! | `stats`, `report` | samples to medians and spreads, rows to a table or JSON |
+//! | `fleet` | peers as leases, as the store's entries and as the kernel's |
+//! | `rtnl`, `limit` | a minimal rtnetlink, and the raw limit made of it |
+//! | `space`, `stage`, `gateway` | a namespace, a lab full of leases, etcd's JSON gateway |
+//!
+//! It needs root (network namespaces of its own), iproute2 and, for `join` and `memory`, etcd and an `overlayd` of the same profile.
+//! `docs/performance.md` shows results and how to repeat them.
+
+mod fleet;
+mod gateway;
+mod join;
+mod limit;
+mod memory;
+mod peers;
+mod report;
+mod rtnl;
+mod space;
+mod stage;
+mod stats;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use anyhow::ensure;
+use clap::{Parser, Subcommand};
+
+use report::Report;
+
+/// Measures the agent against its baselines on this machine.
+#[derive(Debug, Parser)]
+#[command(name = "overlay-bench", version)]
+struct Arguments {
+    /// Print JSON in place of the table; `docs/performance.md` has its fields
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    measurement: Measurement,
+}
+
+#[derive(Debug, Subcommand)]
+enum Measurement {
+    /// Peers arriving in one snapshot, until the last route is in the kernel; baseline: raw netlink
+    Peers(peers::PeersArguments),
+    /// A lease put into etcd, until it is a route in every host's kernel; baseline: a bare watcher
+    Join(join::JoinArguments),
+    /// Resident memory of an agent; baseline: the same agent without peers
+    Memory(memory::MemoryArguments),
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let printed = measure(&arguments.measurement).and_then(|report| {
+        let text = if arguments.json { report.json()? } else { report.table() };
+        // A reader that has seen enough is no error.
+        let _closed = writeln!(std::io::stdout(), "{text}");
+        Ok(report)
+    });
+    match printed {
+        Ok(report) if report.goals_met() => ExitCode::SUCCESS,
+        // As `overlayctl` has it: it works, but not as well as it should.
+        Ok(_) => ExitCode::from(3),
+        Err(error) => {
+            eprintln!("overlay-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn measure(measurement: &Measurement) -> anyhow::Result<Report> {
+    ensure!(
+        nix::unistd::geteuid().is_root(),
+        "network namespaces are needed: run it as root (sudo target/release/overlay-bench ...)"
+    );
+    if cfg!(debug_assertions) {
+        progress("built without optimisation: the figures say nothing about a release (cargo run --release ...)");
+    }
+    let mut report = Report::new();
+    match measurement {
+        Measurement::Peers(arguments) => peers::measure(arguments, &mut report)?,
+        Measurement::Join(arguments) => join::measure(arguments, &mut report)?,
+        Measurement::Memory(arguments) => memory::measure(arguments, &mut report)?,
+    }
+    report.finish();
+    Ok(report)
+}
+
+/// Tells a person what is being done.
+fn progress(text: &str) {
+    eprintln!("# {text}");
+}

@@ -1,0 +1,227 @@
+//! Rows to a table for people and JSON for programs.
+
+use std::time::Instant;
+
+use overlayctl::output::{Style, Table, Tone, cell, toned};
+use serde::Serialize;
+
+use super::stats::Summary;
+
+/// The version of the JSON: fields are only ever added within one.
+const VERSION: u32 = 1;
+
+/// All results of a run.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    version: u32,
+    machine: Machine,
+    rows: Vec<Row>,
+    #[serde(skip)]
+    started: Instant,
+}
+
+/// Where it ran.
+#[derive(Debug, Serialize)]
+struct Machine {
+    kernel: String,
+    processors: usize,
+    /// Processes that were ready to run, as a mean over the last minute, when the run began and when it ended.
+    load_before: f64,
+    load_after: f64,
+    /// Seconds that the run took.
+    seconds: f64,
+}
+
+/// One figure and what it is compared with.
+#[derive(Debug, Clone, Serialize)]
+pub struct Row {
+    /// The sub-command.
+    pub measurement: &'static str,
+    /// The conditions: `IPv4, 10000 peers`.
+    pub conditions: String,
+    /// What is measured.
+    pub what: String,
+    /// The unit of all values of the row but the ratio.
+    pub unit: &'static str,
+    /// The figure.
+    pub value: Summary,
+    /// What the baseline is; absent where the row is one.
+    pub baseline: Option<&'static str>,
+    /// The baseline's figure from the same run.
+    pub baseline_value: Option<Summary>,
+    /// Figure to baseline, sample by sample.
+    pub ratio: Option<Summary>,
+    /// What the figure should keep to.
+    pub goal: Option<Goal>,
+}
+
+/// A limit, and whether it is kept.
+#[derive(Debug, Clone, Serialize)]
+pub struct Goal {
+    /// `median <= 2 ms`.
+    pub text: String,
+    /// Whether it is met.
+    pub met: bool,
+}
+
+impl Row {
+    /// A row without a baseline or goal; `None` where there is no sample.
+    pub fn new(
+        measurement: &'static str,
+        conditions: &str,
+        what: impl Into<String>,
+        unit: &'static str,
+        samples: &[f64],
+    ) -> Option<Row> {
+        let value = Summary::of(samples)?;
+        let row = Row {
+            measurement,
+            conditions: conditions.to_owned(),
+            what: what.into(),
+            unit,
+            value,
+            baseline: None,
+            baseline_value: None,
+            ratio: None,
+            goal: None,
+        };
+        Some(row)
+    }
+
+    /// With a baseline: one sample for each of the row's.
+    pub fn against(mut self, baseline: &'static str, samples: &[f64], baseline_samples: &[f64]) -> Row {
+        self.baseline = Some(baseline);
+        self.baseline_value = Summary::of(baseline_samples);
+        self.ratio = Summary::of_ratios(samples, baseline_samples);
+        self
+    }
+
+    /// The median ratio should be at most this.
+    pub fn ratio_goal(mut self, limit: f64) -> Row {
+        let met = self.ratio.is_some_and(|ratio| ratio.median <= limit);
+        self.goal = Some(Goal { text: format!("ratio <= {limit}"), met });
+        self
+    }
+
+    /// The median should be at most this, in the row's unit.
+    pub fn median_goal(mut self, limit: f64) -> Row {
+        self.goal = Some(Goal { text: format!("median <= {limit} {}", self.unit), met: self.value.median <= limit });
+        self
+    }
+}
+
+impl Report {
+    /// An empty report, of a run that begins now.
+    pub fn new() -> Report {
+        let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned();
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let load = load();
+        let machine = Machine { kernel, processors, load_before: load, load_after: load, seconds: 0.0 };
+        Report { version: VERSION, machine, rows: Vec::new(), started: Instant::now() }
+    }
+
+    /// Adds what there is a sample of.
+    pub fn add(&mut self, row: Option<Row>) {
+        self.rows.extend(row);
+    }
+
+    /// Notes that the run is over.
+    pub fn finish(&mut self) {
+        self.machine.load_after = load();
+        self.machine.seconds = self.started.elapsed().as_secs_f64();
+    }
+
+    /// Whether no row misses its goal.
+    pub fn goals_met(&self) -> bool {
+        self.rows.iter().all(|row| row.goal.as_ref().is_none_or(|goal| goal.met))
+    }
+
+    /// For programs.
+    pub fn json(&self) -> serde_json::Result<String> {
+        serde_json::to_string_pretty(self)
+    }
+
+    /// For people.
+    pub fn table(&self) -> String {
+        let header = [
+            "conditions",
+            "what",
+            "unit",
+            "median",
+            "min..max",
+            "p99",
+            "baseline",
+            "median",
+            "min..max",
+            "ratio",
+            "min..max",
+            "goal",
+        ];
+        let mut table = Table::new(Style::of(&std::io::stdout()), &header);
+        for row in &self.rows {
+            let spread = |s: &Summary| format!("{}..{}", number(s.min), number(s.max));
+            let goal = match &row.goal {
+                Some(goal) if goal.met => toned(Tone::Good, format!("{}: yes", goal.text)),
+                Some(goal) => toned(Tone::Bad, format!("{}: NO", goal.text)),
+                None => cell(None::<&str>),
+            };
+            let p99 = (row.value.samples >= 100).then(|| number(row.value.p99));
+            table.row(vec![
+                cell(Some(&row.conditions)),
+                cell(Some(&row.what)),
+                cell(Some(row.unit)),
+                cell(Some(number(row.value.median))),
+                cell(Some(spread(&row.value))),
+                cell(p99),
+                cell(row.baseline),
+                cell(row.baseline_value.map(|b| number(b.median))),
+                cell(row.baseline_value.as_ref().map(spread)),
+                cell(row.ratio.map(|r| format!("{:.2}", r.median))),
+                cell(row.ratio.map(|r| format!("{:.2}..{:.2}", r.min, r.max))),
+                goal,
+            ]);
+        }
+        let Machine { kernel, processors, load_before, load_after, seconds } = &self.machine;
+        format!(
+            "{}\n\nLinux {kernel}, {processors} processors, load {load_before:.1} before and {load_after:.1} after, {seconds:.0} s",
+            table.text()
+        )
+    }
+}
+
+/// Three digits that count.
+fn number(value: f64) -> String {
+    match value.abs() {
+        v if v < 10.0 => format!("{value:.2}"),
+        v if v < 100.0 => format!("{value:.1}"),
+        _ => format!("{value:.0}"),
+    }
+}
+
+fn load() -> f64 {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ').next().and_then(|first| first.parse().ok()).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_goal_that_is_missed_shows() {
+        let row = Row::new("peers", "IPv4", "route", "ms", &[3.0, 4.0]).expect("samples");
+        let row = row.against("raw", &[3.0, 4.0], &[2.0, 2.0]).ratio_goal(1.5);
+        let mut report = Report::new();
+        report.add(Some(row.clone()));
+        assert!(!report.goals_met());
+        assert!(report.table().contains("ratio <= 1.5: NO"), "{}", report.table());
+        let json: serde_json::Value = serde_json::from_str(&report.json().expect("JSON")).expect("JSON");
+        assert_eq!(json["rows"][0]["ratio"]["median"], 1.75);
+        assert!(row.median_goal(3.5).goal.expect("a goal").met);
+    }
+
+    #[test]
+    fn numbers_have_three_digits() {
+        assert_eq!([0.0123, 9.876, 98.76, 987.6].map(number), ["0.01", "9.88", "98.8", "988"]);
+    }
+}

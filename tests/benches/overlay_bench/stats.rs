@@ -1,0 +1,62 @@
+//! Samples to medians and spreads.
+
+use serde::Serialize;
+
+/// What a set of samples comes to. In the unit of the samples.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Summary {
+    /// Number of samples.
+    pub samples: usize,
+    /// The median: the mean of the two middle ones where their number is even.
+    pub median: f64,
+    /// The least.
+    pub min: f64,
+    /// The 99th percentile, by nearest rank.
+    pub p99: f64,
+    /// The greatest.
+    pub max: f64,
+}
+
+impl Summary {
+    /// The summary; `None` where there is no sample.
+    pub fn of(samples: &[f64]) -> Option<Summary> {
+        let mut sorted = samples.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        let (min, max) = (*sorted.first()?, *sorted.last()?);
+        let middle = sorted.len() / 2;
+        let median =
+            if sorted.len().is_multiple_of(2) { f64::midpoint(sorted[middle - 1], sorted[middle]) } else { sorted[middle] };
+        let rank = (sorted.len() * 99).div_ceil(100);
+        Some(Summary { samples: sorted.len(), median, min, p99: sorted[rank.max(1) - 1], max })
+    }
+
+    /// The summary of the ratios, each of a sample and the baseline's of the same turn: what disturbs the machine for longer than a turn
+    /// is in both and goes out.
+    pub fn of_ratios(samples: &[f64], baseline: &[f64]) -> Option<Summary> {
+        let ratios: Vec<f64> = samples.iter().zip(baseline).map(|(s, b)| s / b).collect();
+        Summary::of(&ratios)
+    }
+}
+
+/// A duration in milliseconds.
+pub fn milliseconds(duration: std::time::Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn summaries() {
+        assert_eq!(Summary::of(&[]), None);
+        let one = Summary::of(&[3.0]).expect("a sample");
+        assert_eq!((one.median, one.min, one.p99, one.max), (3.0, 3.0, 3.0, 3.0));
+        let four = Summary::of(&[4.0, 1.0, 3.0, 2.0]).expect("samples");
+        assert_eq!((four.samples, four.median, four.min, four.max), (4, 2.5, 1.0, 4.0));
+        let hundred: Vec<f64> = (1..=100).map(f64::from).collect();
+        assert_eq!(Summary::of(&hundred).expect("samples").p99, 99.0);
+        let ratios = Summary::of_ratios(&[2.0, 9.0], &[1.0, 3.0]).expect("samples");
+        assert_eq!((ratios.min, ratios.max), (2.0, 3.0));
+    }
+}

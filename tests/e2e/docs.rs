@@ -1,0 +1,154 @@
+//! What the documentation says is so: settings, JSON shapes, metrics, dependencies and links are compared with the code.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use overlay_agent::config::{Kind, SETTINGS};
+use overlay_agent::metrics::Metrics;
+use overlay_agent::model::api;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+fn top() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+fn read(path: &str) -> String {
+    fs::read_to_string(top().join(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
+}
+
+/// The table of settings, as the reference has it.
+fn settings_table() -> String {
+    let mut table = "| flag | value | default | what it does |\n| --- | --- | --- | --- |\n".to_owned();
+    for setting in SETTINGS {
+        let value = match setting.kind {
+            Kind::List => format!("{}, several", setting.value),
+            Kind::Text | Kind::Boolean => setting.value.to_owned(),
+        };
+        let default = if setting.default.is_empty() { String::new() } else { format!("`{}`", setting.default) };
+        let escape = |text: &str| text.replace('|', "\\|").replace('<', "\\<");
+        table += &format!("| `--{}` | {} | {default} | {} |\n", setting.name, escape(&value), escape(setting.help));
+    }
+    table
+}
+
+#[test]
+fn the_reference_has_every_setting() {
+    const PAGE: &str = "docs/configuration.md";
+    let text = read(PAGE);
+    let (before, rest) = text.split_once("<!-- begin settings").expect("the beginning of the table");
+    let (marker, rest) = rest.split_once("-->\n").expect("the end of the marker");
+    let (found, after) = rest.split_once("<!-- end settings -->").expect("the end of the table");
+    let wanted = settings_table();
+    if std::env::var_os("OVERLAY_REGENERATE").is_some_and(|value| value == "1") {
+        let text = format!("{before}<!-- begin settings{marker}-->\n{wanted}<!-- end settings -->{after}");
+        fs::write(top().join(PAGE), text).expect(PAGE);
+    } else {
+        assert_eq!(found, wanted, "OVERLAY_REGENERATE=1 writes the table anew");
+    }
+}
+
+/// Whether a JSON text is a value of the type, with every field that the type writes.
+fn is_a<T: Serialize + DeserializeOwned>(json: &str) -> Result<(), String> {
+    let value: serde_json::Value = serde_json::from_str(json).map_err(|e| e.to_string())?;
+    let typed: T = serde_json::from_value(value.clone()).map_err(|e| e.to_string())?;
+    let again = serde_json::to_value(typed).map_err(|e| e.to_string())?;
+    if again == value { Ok(()) } else { Err(format!("the agent writes\n{again:#}\nfor\n{value:#}")) }
+}
+
+#[test]
+fn the_sockets_examples_are_what_the_agent_writes() {
+    let text = read("docs/api.md");
+    let mut seen = 0;
+    for part in text.split("<!-- type: ").skip(1) {
+        let (name, rest) = part.split_once(" -->\n```json\n").expect("a type and its example");
+        let (json, _) = rest.split_once("```").expect("the end of the example");
+        let result = match name {
+            "Problem" => is_a::<api::Problem>(json),
+            "Status" => is_a::<api::Status>(json),
+            "Subnets" => is_a::<api::Subnets>(json),
+            "Peers" => is_a::<api::Peers>(json),
+            "Endpoints" => is_a::<api::Endpoints>(json),
+            "AttachRequest" => is_a::<api::AttachRequest>(json),
+            "Attached" => is_a::<api::Attached>(json),
+            "Detached" => is_a::<api::Detached>(json),
+            "LogLevel" => is_a::<api::LogLevel>(json),
+            other => Err(format!("no type {other}")),
+        };
+        result.unwrap_or_else(|error| panic!("{name}: {error}"));
+        seen += 1;
+    }
+    assert_eq!(seen, 9);
+    assert!(text.contains(&format!("GET /v{}/status", api::VERSION)));
+}
+
+#[test]
+fn every_metric_is_documented() {
+    let text = read("docs/api.md");
+    let page = Metrics::new().render();
+    let metrics: BTreeSet<(&str, &str)> = page.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' ')).collect();
+    assert!(metrics.len() > 10);
+    let documented: BTreeSet<(&str, &str)> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split_once("` | "))
+        .filter(|(name, _)| name.starts_with("overlayd_"))
+        .filter_map(|(name, rest)| Some((name, rest.split_once(" |")?.0)))
+        .collect();
+    assert_eq!(documented, metrics);
+}
+
+#[test]
+fn every_direct_dependency_has_its_reason() {
+    let mut direct = BTreeSet::new();
+    for package in ["agent", "ctl", "tests"] {
+        let manifest = read(&format!("{package}/Cargo.toml"));
+        let mut inside = false;
+        for line in manifest.lines() {
+            if line.starts_with('[') {
+                inside = line.ends_with("dependencies]");
+            } else if inside && let Some((name, _)) = line.split_once(['.', ' ', '=']) {
+                direct.insert(name.to_owned());
+            }
+        }
+    }
+    let rows: BTreeSet<String> = read("docs/dependencies.md")
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split_once('`').map(|(name, _)| name.to_owned()))
+        .collect();
+    assert_eq!(rows, direct);
+}
+
+#[test]
+fn links_lead_somewhere() {
+    let mut pages = vec!["README.md".to_owned(), "CHANGELOG.md".to_owned()];
+    for entry in fs::read_dir(top().join("docs")).expect("docs") {
+        let name = entry.expect("an entry").file_name().into_string().expect("UTF-8");
+        if name.ends_with(".md") {
+            pages.push(format!("docs/{name}"));
+        }
+    }
+    for page in pages {
+        let text = read(&page);
+        for link in text.split("](").skip(1).filter_map(|rest| rest.split_once(')').map(|(link, _)| link)) {
+            let (file, heading) = link.split_once('#').unwrap_or((link, ""));
+            if link.contains("://") {
+                continue;
+            }
+            let target = if file.is_empty() { top().join(&page) } else { top().join(&page).with_file_name("").join(file) };
+            let linked = fs::read_to_string(&target).unwrap_or_else(|e| panic!("{page}: {link}: {e}"));
+            let headings: Vec<String> =
+                linked.lines().filter(|line| line.starts_with('#')).map(|line| anchor(line.trim_start_matches('#'))).collect();
+            assert!(
+                heading.is_empty() || headings.iter().any(|h| h == heading),
+                "{page}: {link} names no heading of {headings:?}"
+            );
+        }
+    }
+}
+
+/// The name by which a heading is linked to.
+fn anchor(heading: &str) -> String {
+    let kept = heading.trim().to_lowercase().replace(' ', "-");
+    kept.chars().filter(|c| c.is_alphanumeric() || matches!(c, '-' | '_')).collect()
+}
