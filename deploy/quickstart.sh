@@ -67,6 +67,9 @@ cleanup() {
     if [[ $code -eq 0 ]]; then
         rm -rf "$work"
         printf '\n%sAll is well%s: the quickstart took %s s.\n' "$green$bold" "$plain" "$SECONDS"
+    elif [[ $code -eq 130 || $code -eq 143 ]]; then
+        rm -rf "$work"
+        printf '%sInterrupted%s while: %s\n' "$red$bold" "$plain" "$step" >&2
     else
         # An empty directory is no log.
         rmdir "$work" 2>/dev/null || printf '    logs are in %s\n' "$work" >&2
