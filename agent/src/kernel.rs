@@ -86,7 +86,8 @@ impl Shared {
     }
 }
 
-/// The data path in the kernel.
+/// The data path in the kernel. Its calls are worked through without a pause, up to 4,096 ops at a time: whoever abandons
+/// [`DataPath::apply`] has whole turns applied and no report.
 pub struct Kernel {
     shared: Arc<Mutex<Shared>>,
     batch: BatchSocket,

@@ -31,7 +31,11 @@ async fn full_mesh(families: Families, mtu: u64) {
     let packets = capture.stop();
     let count = families.list().len();
     assert!(report.ok, "{report:#?}");
-    assert_eq!((report.overlay.len(), report.egress.len()), (30 * count, 6 * count), "every container to every other one and out");
+    assert_eq!(
+        (report.overlay.len(), report.egress.len()),
+        (30 * count, 6 * count),
+        "every container to every other one and out"
+    );
     only_the_tunnel_between_hosts(&story, &packets).await;
 
     for host in story.hosts() {
@@ -47,7 +51,8 @@ async fn full_mesh(families: Families, mtu: u64) {
 
 /// On the underlay: nothing between hosts but the tunnel, nothing of the overlay outside of it, no broadcast inside of it.
 async fn only_the_tunnel_between_hosts(story: &Story, packets: &[overlay_tests::capture::Packet]) {
-    let hosts: Vec<IpAddr> = story.hosts().flat_map(|h| h.layout().addresses.iter().map(|(_, a)| *a).collect::<Vec<_>>()).collect();
+    let hosts: Vec<IpAddr> =
+        story.hosts().flat_map(|h| h.layout().addresses.iter().map(|(_, a)| *a).collect::<Vec<_>>()).collect();
     let networks = story.layout().networks;
     let in_overlay = |address: IpAddr| networks.get(Family::of(address)).is_some_and(|network| network.contains(address));
     let mut subnets: Vec<(IpAddr, Subnet)> = Vec::new();
@@ -62,7 +67,10 @@ async fn only_the_tunnel_between_hosts(story: &Story, packets: &[overlay_tests::
     for packet in packets {
         let Some((from, to)) = packet.addresses else { continue };
         assert!(!in_overlay(from) && !in_overlay(to), "an overlay address on the underlay: {packet:?}");
-        assert!(packet.neighbour.is_none_or(|target| !in_overlay(target)), "a container is asked for on the underlay: {packet:?}");
+        assert!(
+            packet.neighbour.is_none_or(|target| !in_overlay(target)),
+            "a container is asked for on the underlay: {packet:?}"
+        );
         if hosts.contains(&from) && hosts.contains(&to) && !packet.is_neighbour_discovery() {
             let Some((vni, inner)) = &packet.vxlan else { panic!("between hosts, and not the tunnel: {packet:?}") };
             assert_eq!((*vni, packet.port), (1, Some(VXLAN_PORT)));

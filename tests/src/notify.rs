@@ -4,6 +4,7 @@
 //! Neighbours that the kernel learns and forgets by itself are left out.
 
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -22,12 +23,17 @@ const NFT_GROUPS: [u32; 1] = [7];
 /// Room for some ten thousand notifications.
 const BUFFER: usize = 8 << 20;
 
+/// How long a host must be silent to be at rest, and how long it may take until then.
+const REST: Duration = Duration::from_millis(300);
+const REST_LIMIT: Duration = Duration::from_secs(20);
+
 /// A header is 16 bytes (`struct nlmsghdr`).
 const HEADER: usize = 16;
 
 /// Listens in one namespace, from when it is made.
 #[derive(Debug)]
 pub struct Notifications {
+    netns: Netns,
     sockets: [(&'static str, OwnedFd); 2],
 }
 
@@ -47,7 +53,10 @@ impl Notifications {
                 ("nftables", open(SockProtocol::NetlinkNetFilter, &NFT_GROUPS)?),
             ])
         };
-        Notifications { sockets: netns.run(all).must("enter the namespace").must("listen to the kernel (root is needed)") }
+        Notifications {
+            netns: netns.clone(),
+            sockets: netns.run(all).must("enter the namespace").must("listen to the kernel (root is needed)"),
+        }
     }
 
     /// What came since the last call, one line each.
@@ -74,18 +83,26 @@ impl Notifications {
         assert!(lines.is_empty(), "{what}: the kernel tells of {} changes:\n  {}", lines.len(), lines.join("\n  "));
     }
 
-    /// Waits until nothing has come for half a second (duplicate address detection of new interfaces takes one or two).
+    /// Waits until every new address has passed duplicate address detection (which takes a second or two) and nothing has come for a while.
     pub async fn settle(&self) {
-        let start = std::time::Instant::now();
+        let start = Instant::now();
         let mut last = start;
-        while last.elapsed().as_millis() < 500 {
-            let lines = self.take();
-            if !lines.is_empty() {
-                last = std::time::Instant::now();
+        while last.elapsed() < REST {
+            let (lines, tentative) = (self.take(), self.tentative());
+            if !lines.is_empty() || !tentative.is_empty() {
+                last = Instant::now();
             }
-            assert!(start.elapsed().as_secs() < 15, "the host does not come to rest: {lines:?}");
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            assert!(start.elapsed() < REST_LIMIT, "the host does not come to rest: {lines:?} {tentative}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
+    }
+
+    /// Addresses that are not yet usable.
+    fn tentative(&self) -> String {
+        let mut command = std::process::Command::new("ip");
+        command.args(["-6", "-o", "address", "show", "tentative"]);
+        let output = self.netns.run(|| command.output()).must("enter the namespace").must("ip (apt-get install iproute2)");
+        String::from_utf8_lossy(&output.stdout).into_owned()
     }
 }
 

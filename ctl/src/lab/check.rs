@@ -16,6 +16,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::task::JoinSet;
 
+use super::container::{self, Found};
 use super::layout::outside_address;
 use super::{Lab, LabError};
 
@@ -72,7 +73,7 @@ struct Party {
 
 /// Checks a lab.
 pub async fn check(lab: &Lab) -> Result<Report, LabError> {
-    let parties = parties(lab).await?;
+    let parties = parties(lab)?;
     let mut servers = JoinSet::new();
     for party in &parties {
         for (_, address) in party.addresses.iter() {
@@ -102,19 +103,13 @@ pub async fn check(lab: &Lab) -> Result<Report, LabError> {
     Ok(Report { ok, containers: parties.into_iter().map(|p| p.name).collect(), overlay, egress })
 }
 
-/// Every container of every host, as the agents know them.
-async fn parties(lab: &Lab) -> Result<Vec<Party>, LabError> {
+/// Every container of every host, as the kernel has them: a data path must work while its agent does not run.
+fn parties(lab: &Lab) -> Result<Vec<Party>, LabError> {
     let mut parties = Vec::new();
     for host in lab.hosts() {
-        let endpoints = host.client().endpoints().await;
-        let endpoints = endpoints.map_err(|source| LabError::Agent { host: host.name().to_owned(), source })?.endpoints;
-        for endpoint in endpoints {
-            parties.push(Party {
-                name: format!("{}-{}", host.name(), endpoint.name),
-                netns: Netns::open(&endpoint.netns)?,
-                addresses: endpoint.addresses,
-                host_addresses: host.layout().addresses,
-            });
+        for Found { name, netns, addresses } in container::found(&host)? {
+            let name = format!("{}-{name}", host.name());
+            parties.push(Party { name, netns, addresses, host_addresses: host.layout().addresses });
         }
     }
     Ok(parties)

@@ -1,10 +1,12 @@
 //! The containers of a lab: named namespaces that the hosts' agents attach.
 
+use std::net::IpAddr;
+
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use overlay_agent::kernel::netns::Netns;
-use overlay_agent::model::PerFamily;
 use overlay_agent::model::api::{AttachRequest, Attached};
 use overlay_agent::model::endpoint::EndpointName;
+use overlay_agent::model::{Family, PerFamily};
 
 use super::{Host, Lab, LabError};
 
@@ -36,4 +38,48 @@ pub(super) async fn attach(host: &Host<'_>, name: &str) -> Result<Attached, LabE
             Err(LabError::Agent { host: host.name().to_owned(), source })
         }
     }
+}
+
+/// A container that is on the overlay, as the kernel has it.
+#[derive(Debug)]
+pub struct Found {
+    /// Its name on the host: `c1`.
+    pub name: String,
+    /// Its namespace.
+    pub netns: Netns,
+    /// Its addresses.
+    pub addresses: PerFamily<IpAddr>,
+}
+
+/// The containers of a host, those attached by hand too, whether the agent runs or not.
+pub fn found(host: &Host<'_>) -> Result<Vec<Found>, LabError> {
+    let prefix = host.lab().layout().namespace(&format!("{}-", host.name()));
+    let mut all = Vec::new();
+    for (namespace, name) in Netns::list()?.iter().filter_map(|n| Some((n, n.strip_prefix(&prefix)?))) {
+        let netns = Netns::named(namespace)?;
+        let addresses = netns.run(addresses)?.map_err(|errno| LabError::File {
+            action: "list the addresses in",
+            path: netns.path().to_owned(),
+            source: errno.into(),
+        })?;
+        // One that was never attached, or is detached, is no part of the overlay.
+        if !addresses.is_empty() {
+            all.push(Found { name: name.to_owned(), netns, addresses });
+        }
+    }
+    Ok(all)
+}
+
+/// The addresses of the calling thread's namespace that are neither loopback nor link-local: one per family in a container.
+fn addresses() -> nix::Result<PerFamily<IpAddr>> {
+    let all = nix::ifaddrs::getifaddrs()?.filter_map(|i| {
+        let address = i.address?;
+        let v4 = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
+        v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())))
+    });
+    let usable = |ip: &IpAddr| match ip {
+        IpAddr::V4(ip) => !ip.is_loopback() && !ip.is_link_local(),
+        IpAddr::V6(ip) => !ip.is_loopback() && !ip.is_unicast_link_local(),
+    };
+    Ok(all.filter(usable).map(|ip| (Family::of(ip), ip)).collect())
 }

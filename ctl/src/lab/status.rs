@@ -4,10 +4,10 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use futures_util::stream::{self, StreamExt};
-use overlay_agent::model::{Endpoint, PerFamily, Subnet};
+use overlay_agent::model::{PerFamily, Subnet};
 use serde::{Deserialize, Serialize};
 
-use super::{Host, Lab};
+use super::{Host, Lab, container};
 
 /// How long one agent may take to answer.
 const LIMIT: Duration = Duration::from_secs(3);
@@ -45,8 +45,17 @@ pub struct HostStatus {
     pub subnet: Option<Subnet>,
     /// Its addresses on the underlay.
     pub addresses: PerFamily<IpAddr>,
-    /// Its containers.
-    pub containers: Vec<Endpoint>,
+    /// Its containers, as the kernel has them.
+    pub containers: Vec<ContainerStatus>,
+}
+
+/// A container of a lab.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ContainerStatus {
+    /// Its name on the host.
+    pub name: String,
+    /// Its addresses.
+    pub addresses: PerFamily<IpAddr>,
 }
 
 /// Asks every agent. What does not answer is said to be so; there is no error.
@@ -72,6 +81,10 @@ async fn host_status(host: &Host<'_>) -> HostStatus {
         addresses: host.layout().addresses,
         containers: Vec::new(),
     };
+    match container::found(host) {
+        Ok(all) => found.containers = all.into_iter().map(|f| ContainerStatus { name: f.name, addresses: f.addresses }).collect(),
+        Err(error) => found.problems.push(error.to_string()),
+    }
     if found.agent_pid.is_none() {
         return found;
     }
@@ -80,7 +93,6 @@ async fn host_status(host: &Host<'_>) -> HostStatus {
         Err(error) => {
             found.agent = "silent".to_owned();
             found.problems.push(error.to_string());
-            return found;
         }
         Ok(status) => {
             found.agent = match (status.ready, status.problems.is_empty()) {
@@ -89,13 +101,9 @@ async fn host_status(host: &Host<'_>) -> HostStatus {
                 (false, _) => "waiting",
             }
             .to_owned();
-            found.problems = status.problems;
+            found.problems.extend(status.problems);
             found.subnet = status.lease.map(|lease| lease.subnet);
         }
-    }
-    match client.endpoints().await {
-        Ok(endpoints) => found.containers = endpoints.endpoints,
-        Err(error) => found.problems.push(error.to_string()),
     }
     found
 }

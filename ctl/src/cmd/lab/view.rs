@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use crate::lab::check::{Call, Report};
 use crate::lab::down::Removed;
-use crate::lab::status::{HostStatus, LabStatus};
+use crate::lab::status::{ContainerStatus, HostStatus, LabStatus};
 use crate::output::{Style, Table, Tone, View, cell, joined, toned};
 
 /// A matrix of more containers than this does not fit a terminal.
@@ -65,7 +65,7 @@ fn agent(host: &HostStatus) -> comfy_table::Cell {
 /// One line a container.
 fn containers(host: &HostStatus, wide: bool) -> String {
     let shown = if wide { usize::MAX } else { CONTAINERS_SHOWN };
-    let one = |e: &overlay_agent::model::Endpoint| format!("{} {}", e.name, joined(e.addresses.iter().map(|(_, a)| a)));
+    let one = |e: &ContainerStatus| format!("{} {}", e.name, joined(e.addresses.iter().map(|(_, a)| a)));
     let mut lines: Vec<String> = host.containers.iter().take(shown).map(one).collect();
     if host.containers.len() > shown {
         lines.push(format!("and {} more: -o wide", host.containers.len() - shown));
