@@ -3,8 +3,12 @@
 //! [`Kernel`] is the data path that `reconcile` dumps and changes, [`Plugger`] wires containers, [`Monitor`] follows what others change.
 //! They belong to the network namespace of the thread that calls [`Kernel::open`] and share what is known of it (`known`).
 //!
-//! Only here are netlink sockets opened. An rtnetlink request is worked through before `send` returns, whoever makes it: there is nothing to
-//! await, only work to keep away from the runtime's other tasks (`blocking`). The only task is the monitor's, which `app` runs.
+//! Only here are netlink sockets opened. Links, addresses and single routes are changed by `rtnetlink` (`rtnl`) and read by `netlink-packet-route`
+//! (`objects`) over a blocking socket (`socket`); what grows with the number of peers goes through messages of our own (`wire`, `batch`). The
+//! kernel works a request through before `send` returns, whoever makes it: a single one is made where it is needed, what takes longer is kept away
+//! from the runtime's other tasks (`blocking`).
+//!
+//! Two tasks: the connection's of `rtnetlink`, which `rtnl` owns, and the monitor's, which `app` runs and which ends when the other one does.
 
 mod address;
 mod batch;
@@ -127,6 +131,11 @@ impl Kernel {
     /// What wires containers; clones share its socket.
     pub fn plugger(&self) -> Plugger {
         Plugger::new(Arc::clone(&self.shared))
+    }
+
+    #[cfg(test)]
+    async fn abort_connection(&self) {
+        self.shared.lock().await.rtnl.abort();
     }
 
     #[cfg(test)]

@@ -87,6 +87,12 @@ impl Rtnl {
         self.ended.clone().cancelled_owned()
     }
 
+    /// Ends the connection, as a failure of its socket would.
+    #[cfg(test)]
+    pub fn abort(&self) {
+        self.task.abort();
+    }
+
     /// The interface index of the link of that name.
     pub async fn link_index(&self, name: &str) -> Result<u32, Refusal> {
         use futures_util::TryStreamExt;
