@@ -71,35 +71,41 @@ fn a_container() {
     use crate::model::Mac;
     use crate::plan::{ContainerPath, Plug};
 
-    let container = Scratch::new("ctrspeed");
-    on_host("plugspeed", KernelOptions::default(), async |host| {
-        host.make_devices().await;
-        let plugger = host.kernel.plugger();
-        let plug = Plug {
-            netns: named_path(container.name()).expect("a path"),
-            interface: "eth0".to_owned(),
-            host_interface: "ove1".to_owned(),
-            bridge: bridge(),
-            mac: Mac([2, 0, 0, 0, 2, 2]),
-            mtu: 1430,
-            addresses: vec!["10.244.0.2/24".parse().expect("address"), "fd00:244::2/64".parse().expect("address")],
-            gateways: vec![ip("10.244.0.1"), ip("fd00:244::1")],
-        };
-        let (mut plug_times, mut again_times, mut unplug_times) = (Vec::new(), Vec::new(), Vec::new());
-        for _ in 0..ROUNDS {
-            let begun = Instant::now();
-            plugger.plug(&plug).await.expect("plugged");
-            plug_times.push(begun.elapsed());
-            let begun = Instant::now();
-            plugger.plug(&plug).await.expect("again");
-            again_times.push(begun.elapsed());
-            let begun = Instant::now();
-            plugger.unplug("ove1").await.expect("unplugged");
-            unplug_times.push(begun.elapsed());
-        }
-        for (what, times) in [("plug", &mut plug_times), ("plug again", &mut again_times), ("unplug", &mut unplug_times)] {
-            times.sort();
-            eprintln!("{what:10} median of {ROUNDS}: {:?}, slowest {:?}", times[ROUNDS / 2], times[ROUNDS - 1]);
-        }
-    });
+    for threads in [0, 2] {
+        let container = Scratch::new("ctrspeed");
+        on_threaded_host("plugspeed", KernelOptions::default(), threads, async |host| {
+            host.make_devices().await;
+            let plugger = host.kernel.plugger();
+            let plug = Plug {
+                netns: named_path(container.name()).expect("a path"),
+                interface: "eth0".to_owned(),
+                host_interface: "ove1".to_owned(),
+                bridge: bridge(),
+                mac: Mac([2, 0, 0, 0, 2, 2]),
+                mtu: 1430,
+                addresses: vec!["10.244.0.2/24".parse().expect("address"), "fd00:244::2/64".parse().expect("address")],
+                gateways: vec![ip("10.244.0.1"), ip("fd00:244::1")],
+            };
+            let (mut plug_times, mut again_times, mut unplug_times) = (Vec::new(), Vec::new(), Vec::new());
+            for _ in 0..ROUNDS {
+                let begun = Instant::now();
+                plugger.plug(&plug).await.expect("plugged");
+                plug_times.push(begun.elapsed());
+                let begun = Instant::now();
+                plugger.plug(&plug).await.expect("again");
+                again_times.push(begun.elapsed());
+                let begun = Instant::now();
+                plugger.unplug("ove1").await.expect("unplugged");
+                unplug_times.push(begun.elapsed());
+            }
+            for (what, times) in [("plug", &mut plug_times), ("plug again", &mut again_times), ("unplug", &mut unplug_times)] {
+                times.sort();
+                eprintln!(
+                    "{threads} threads: {what:10} median of {ROUNDS}: {:?}, slowest {:?}",
+                    times[ROUNDS / 2],
+                    times[ROUNDS - 1]
+                );
+            }
+        });
+    }
 }
