@@ -8,7 +8,7 @@ use super::Shared;
 use super::dump::{AddressInfo, all_addresses, change};
 use super::inventory::is_default;
 use super::is_ours;
-use super::known::Known;
+use super::known::{Known, is_marked};
 use super::message::{Header, attributes, flag, u32_at};
 use super::request::{self, IFF_UP, LinkInfo, family_of};
 use super::socket::RouteSocket;
@@ -158,6 +158,10 @@ fn note_link(present: bool, link: &LinkInfo, shared: &mut Shared, foreign: &mut 
         foreign.links.remove(&link.index);
         if ours.is_none() {
             pending.underlay();
+            // A change of ours came in between, found nothing, and forgot the link: others do not know yet.
+            if is_marked(link) && !known.links.contains_key(&link.name) {
+                pending.changed(Key::Link(link.name.clone()), None);
+            }
         }
         return;
     }
