@@ -44,7 +44,7 @@ async fn attached_seen_and_detached() {
     // The same again answers the same.
     let again: Attached = story.ctl("h1", &["-o", "json", "attach", "web"]).exits(0).json();
     assert_eq!(again.endpoint, attached.endpoint);
-    assert_eq!(endpoints(&story), [attached.endpoint.clone()]);
+    assert_eq!(endpoints(&story), std::slice::from_ref(&attached.endpoint));
     let table = story.ctl("h1", &["endpoints"]).exits(0).out;
     assert!(table.contains("web") && table.contains(&attached.endpoint.addresses.v4.must("IPv4").to_string()), "{table}");
     assert_eq!(story.status("h1").await.endpoints, 1);
