@@ -67,6 +67,9 @@ cleanup() {
     if [[ $code -eq 0 ]]; then
         rm -rf "$work"
         printf '\n%sAll is well%s: the quickstart took %s s.\n' "$green$bold" "$plain" "$SECONDS"
+    elif [[ $code -eq 130 || $code -eq 143 ]]; then
+        rm -rf "$work"
+        printf '%sInterrupted%s while: %s\n' "$red$bold" "$plain" "$step" >&2
     else
         # An empty directory is no log.
         rmdir "$work" 2>/dev/null || printf '    logs are in %s\n' "$work" >&2
@@ -190,26 +193,26 @@ show() {
 
 # tip COMMAND MEANING
 tip() {
-    printf '    %-78s %s# %s%s\n' "$1" "$dim" "$2" "$plain"
+    printf '    %-62s %s# %s%s\n' "$1" "$dim" "$2" "$plain"
 }
 
 next_steps() {
-    local name=" --name $LAB" first
-    first=$("$overlayctl" lab exec --name "$LAB" h2 -- overlayctl endpoints -o json | sed -n 's/.*"v4": "\([0-9.]*\)".*/\1/p' | head -n 1)
+    local address
+    address=$("$overlayctl" lab exec --name "$LAB" h2 -- overlayctl endpoints -o json | sed -n 's/.*"v4": "\([0-9.]*\)".*/\1/p' | head -n 1)
     say "What to try next"
     if [[ $keep == no ]]; then
-        note "first, bring a lab up that stays: $0 --keep"
+        note "bring up a lab that stays: ${BASH_SOURCE[0]} --keep. Then, as the same user:"
     fi
-    local ctl=${overlayctl#"$PWD"/}
-    tip "$ctl lab status$name" "hosts, agents, containers"
-    tip "$ctl lab exec$name h1 -- overlayctl peers" "how h1 reaches the others"
-    tip "$ctl lab exec$name h1 -- overlayctl status" "the agent's health"
-    tip "$ctl lab exec$name h1-c1 -- ping -c 3 ${first:-ADDRESS}" "from a container of h1 to one of h2"
-    tip "$ctl lab exec$name h1 -- ip route" "what the agent made of it"
-    tip "$ctl lab exec$name h1 -- ip route flush proto 86" "break it, and see it mended"
-    tip "$ctl lab exec$name h1 -- overlayctl attach web" "one more container"
+    printf '    export PATH=%s:%s OVERLAY_LAB=%s\n' "${overlayctl%/*}" "\$PATH" "$LAB"
+    tip "overlayctl lab status" "hosts, agents, containers"
+    tip "overlayctl lab exec h1 -- overlayctl status" "the agent's health"
+    tip "overlayctl lab exec h1 -- overlayctl peers" "how h1 reaches the others"
+    tip "overlayctl lab exec h1-c1 -- ping -c 3 ${address:-ADDRESS}" "from a container of h1 to one of h2"
+    tip "overlayctl lab exec h1 -- ip route" "what the agent made of it"
+    tip "overlayctl lab exec h1 -- ip route flush proto 86" "break it, and see it mended"
+    tip "overlayctl lab exec h1 -- overlayctl attach web" "one more container"
     if [[ $keep == yes ]]; then
-        tip "$ctl lab down$name" "when you are done"
+        tip "overlayctl lab down" "when you are done"
     fi
     note "a first real deployment: README.md"
 }
@@ -241,5 +244,5 @@ bring_up
 show
 next_steps
 if [[ $keep == yes ]]; then
-    printf '\nThe lab stays up. Take it down with: %s lab down --name %s\n' "$overlayctl" "$LAB"
+    printf '\n%sThe lab stays up.%s Take it down with: %s lab down --name %s\n' "$bold" "$plain" "$overlayctl" "$LAB"
 fi

@@ -219,7 +219,8 @@ fn sysctls(known: &mut Known) -> Result<(), OpError> {
     paths.extend(ours.map(|(name, _)| sysctl::accept_ra(name)));
     known.sysctls.clear();
     for path in paths {
-        if let Some(text) = sysctl::read(&path)? {
+        let found = sysctl::read(&path)?.or_else(|| sysctl::is_moot(&path).then(|| sysctl::OFF.to_owned()));
+        if let Some(text) = found {
             known.sysctls.insert(path, text);
         }
     }

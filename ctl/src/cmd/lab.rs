@@ -72,7 +72,7 @@ pub enum Args {
 #[derive(Debug, Clone, clap::Args)]
 pub struct NameArg {
     /// The lab's name: 1 to 12 of a-z 0-9
-    #[arg(long, default_value = "lab")]
+    #[arg(long, env = "OVERLAY_LAB", default_value = "lab")]
     name: LabName,
 }
 
