@@ -95,6 +95,8 @@ impl Shared {
 pub struct Kernel {
     shared: Arc<Mutex<Shared>>,
     batch: BatchSocket,
+    /// Whether the kernel has them: those of an earlier run are seen, and removed, also where they are not to be used.
+    has_nexthop_objects: bool,
     nexthop_objects: bool,
 }
 
@@ -115,12 +117,13 @@ impl Kernel {
         let batch = BatchSocket::open()?;
         let own = [shared.rtnl.port(), batch.port()];
         let nft_port = shared.nft.port_id();
-        let nexthop_objects = !options.force_classic_routes && has_nexthop_objects(&mut shared.socket)?;
+        let has_nexthop_objects = has_nexthop_objects(&mut shared.socket)?;
         let foreign = Foreign::read(&mut shared.socket)?;
         let shared = Arc::new(Mutex::new(shared));
         let (sender, events) = mpsc::channel(options.event_capacity.max(1));
         let monitor = Monitor::open(Arc::clone(&shared), own, nft_port, foreign, sender)?;
-        Ok((Kernel { shared, batch, nexthop_objects }, events, monitor))
+        let nexthop_objects = has_nexthop_objects && !options.force_classic_routes;
+        Ok((Kernel { shared, batch, has_nexthop_objects, nexthop_objects }, events, monitor))
     }
 
     /// Whether routes lead to next-hop objects; else each has its gateway itself.
@@ -147,7 +150,7 @@ impl Kernel {
 impl DataPath for Kernel {
     async fn dump(&mut self) -> Result<State, OpError> {
         let mut shared = self.shared.lock().await;
-        blocking(|| dump::state(&mut shared, self.nexthop_objects))
+        blocking(|| dump::state(&mut shared, self.has_nexthop_objects))
     }
 
     async fn apply(&mut self, batch: &Batch) -> ApplyReport {

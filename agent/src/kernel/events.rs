@@ -10,7 +10,7 @@ use netlink_packet_route::link::LinkFlags;
 use super::Shared;
 use super::dump::change;
 use super::is_ours;
-use super::known::Known;
+use super::known::{Known, is_marked};
 use super::message::{attributes, u32_at};
 use super::objects::{self, AddressInfo, LinkInfo, RouteInfo};
 use super::socket::RouteSocket;
@@ -161,6 +161,10 @@ fn note_link(present: bool, link: &LinkInfo, shared: &mut Shared, foreign: &mut 
         foreign.links.remove(&link.index);
         if ours.is_none() {
             pending.underlay();
+            // A change of ours came in between, found nothing, and forgot the link: others do not know yet.
+            if is_marked(link) && !known.links.contains_key(&link.name) {
+                pending.changed(Key::Link(link.name.clone()), None);
+            }
         }
         return;
     }
