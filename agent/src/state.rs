@@ -127,8 +127,8 @@ impl StateDir {
         });
         removed.collect::<Result<(), FileError>>()?;
         match std::fs::remove_dir(&self.path) {
-            // Files that were set aside as torn are for a person to look at.
-            Err(source) if source.kind() != std::io::ErrorKind::DirectoryNotEmpty => {
+            // Files that were set aside as torn are for a person to look at, and a mount point is not ours to remove.
+            Err(source) if !matches!(source.kind(), std::io::ErrorKind::DirectoryNotEmpty | std::io::ErrorKind::ResourceBusy) => {
                 Err(FileError::new("remove the directory", &self.path, source).into())
             }
             _ => Ok(()),

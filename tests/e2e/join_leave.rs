@@ -143,3 +143,31 @@ async fn a_new_underlay_address_is_published_and_peers_follow() {
     story.settled("h1", SOON).await;
     story.settled("h2", SOON).await;
 }
+
+/// Its address changed while the agent was down. It could be a copy of a host that still lives, so it first looks whether the lease is
+/// renewed; then it takes it, with the same subnet.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_comes_back_with_another_address() {
+    let story = Story::up(|options| {
+        options.hosts = 2;
+        options.containers = 1;
+    })
+    .await;
+    let before = story.lease_of("h2");
+    story.at("h2").agent_stop(Signal::SIGTERM).must("stop");
+    kernel::shell(
+        &story,
+        "h2",
+        "ip address del 10.99.1.2/16 dev eth0
+         ip address add 10.99.1.222/16 dev eth0
+         ip route replace default via 10.99.0.254 dev eth0",
+    );
+    story.at("h2").agent_start(&[]).must("start");
+    story.at("h2").wait_ready(Duration::from_secs(60)).await.must("ready");
+    let after = story.lease_of("h2");
+    assert_eq!(after.key, before.key, "the subnet stays");
+    assert!(after.value.contains("10.99.1.222"), "{after:?}");
+    story.mesh().await;
+    story.settled("h1", SOON).await;
+    story.flow("h1-c1", "h2-c1", Family::V4).await.stop().await.assert_no_loss("with the new address");
+}

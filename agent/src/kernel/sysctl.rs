@@ -29,13 +29,22 @@ pub fn read(path: &str) -> Result<Option<String>, OpError> {
 
 /// Writes a value where another one stands.
 pub fn write(path: &str, value: &str) -> Result<(), OpError> {
-    if read(path)?.as_deref() == Some(value) {
+    let found = read(path)?;
+    if found.as_deref() == Some(value) || (found.is_none() && value == OFF && is_moot(path)) {
         return Ok(());
     }
     // Without O_CREAT: /proc/sys refuses it with a misleading EACCES where the file is missing.
     let mut options = fs::File::options();
     let result = options.write(true).open(file(path)?).and_then(|mut f| io::Write::write_all(&mut f, value.as_bytes()));
     result.map_err(|e| error("write", path, &e))
+}
+
+/// The value of what is switched off.
+pub const OFF: &str = "0";
+
+/// Whether a sysctl that is missing is as good as switched off: the kernel has no IPv6 at all (`ipv6.disable=1`).
+pub fn is_moot(path: &str) -> bool {
+    path.starts_with("ipv6/") && !PathBuf::from(format!("{ROOT}/ipv6")).exists()
 }
 
 /// Writes a value where there is such a sysctl.

@@ -5,5 +5,6 @@ mod links;
 mod monitor;
 mod netns;
 mod peers;
+mod rtnl;
 mod speed;
 mod support;

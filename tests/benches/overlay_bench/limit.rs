@@ -3,13 +3,12 @@
 //! What the kernel does for them is the same as for the agent: an FDB entry, a neighbour, a next-hop object and a route a peer, set with
 //! `NLM_F_CREATE | NLM_F_REPLACE`. Nobody listens to events, nothing is compared, remembered or logged.
 
-use std::time::{Duration, Instant};
-
 use anyhow::{Context, ensure};
 use overlay_agent::model::{Cidr, Family};
 
 use super::fleet::Member;
 use super::rtnl::{RTM_DELNEXTHOP, RTM_GETNEXTHOP, RTM_NEWNEXTHOP, Rtnl, address, attributes, flag, octets, u32_at, write};
+use super::stats::{Begin, Cost};
 
 /// Messages to one `send`.
 const CHUNK: usize = 200;
@@ -59,15 +58,15 @@ impl Requests {
         Requests(sends)
     }
 
-    /// Sends them in the calling thread's namespace. How long that took.
-    pub fn send(&self) -> anyhow::Result<Duration> {
+    /// Sends them in the calling thread's namespace. What that took.
+    pub fn send(&self) -> anyhow::Result<Cost> {
         let mut socket = Rtnl::open().context("cannot open an rtnetlink socket")?;
-        let begun = Instant::now();
+        let begun = Begin::now()?;
         let mut refusals = 0;
         for messages in &self.0 {
             refusals += socket.request(messages).context("cannot send")?;
         }
-        let took = begun.elapsed();
+        let took = begun.cost()?;
         ensure!(refusals == 0, "the kernel refused {refusals} of the raw limit's requests");
         Ok(took)
     }

@@ -25,7 +25,7 @@ use super::limit::{Holdings, Requests};
 use super::progress;
 use super::report::{Report, Row};
 use super::space::{Space, UNDERLAY};
-use super::stats::milliseconds;
+use super::stats::{Begin, Cost, milliseconds};
 
 /// Worker threads of the agent's runtime (`agent/src/main.rs`).
 const WORKERS: usize = 2;
@@ -33,6 +33,8 @@ const WORKERS: usize = 2;
 const LIMIT: Duration = Duration::from_secs(60);
 /// Nothing changes for this long: the agent has come to rest. Longer than what it lets the underlay settle for.
 const REST: Duration = Duration::from_millis(300);
+/// Between turns: the kernel removes a namespace in the background.
+const PAUSE: Duration = Duration::from_millis(200);
 /// Snapshot to last route, as a multiple of the raw limit; and the batch alone.
 const GOAL: f64 = 1.5;
 const BATCH_GOAL: f64 = 1.2;
@@ -59,10 +61,12 @@ fn family(text: &str) -> Result<Family, String> {
     }
 }
 
-/// What a turn of the agent took, in milliseconds.
+/// What the turns took, in milliseconds.
 #[derive(Debug, Default)]
 struct Turns {
     raw: Vec<f64>,
+    raw_processor: Vec<f64>,
+    processor: Vec<f64>,
     routed: Vec<f64>,
     batch: Vec<f64>,
     settled: Vec<f64>,
@@ -79,13 +83,17 @@ pub fn measure(arguments: &PeersArguments, report: &mut Report) -> anyhow::Resul
                 progress(&format!("{family}, {peers} peers: turn {} of {}", turn + 1, arguments.runs));
                 // In every other turn the agent goes first, so that whatever the first one finds cold is cold for both.
                 for part in 0..2 {
+                    std::thread::sleep(PAUSE);
                     if (turn + part) % 2 == 0 {
-                        turns.raw.push(milliseconds(runtime.block_on(raw(family, &fleet))?));
+                        let took = runtime.block_on(raw(family, &fleet))?;
+                        turns.raw.push(milliseconds(took.wall));
+                        turns.raw_processor.push(milliseconds(took.processor));
                     } else {
                         let took = runtime.block_on(agent(family, &fleet))?;
                         turns.routed.push(milliseconds(took.routed));
                         turns.batch.push(milliseconds(took.batch));
-                        turns.settled.push(milliseconds(took.settled));
+                        turns.settled.push(milliseconds(took.settled.wall));
+                        turns.processor.push(milliseconds(took.settled.processor));
                     }
                 }
             }
@@ -96,16 +104,17 @@ pub fn measure(arguments: &PeersArguments, report: &mut Report) -> anyhow::Resul
 }
 
 fn add_rows(report: &mut Report, conditions: &str, turns: &Turns) {
-    let row = |what, samples: &[f64]| {
-        Row::new("peers", conditions, what, "ms", samples).map(|row| row.against("raw netlink", samples, &turns.raw))
+    let row = |what, samples: &[f64], raw: &[f64]| {
+        Row::new("peers", conditions, what, "ms", samples).map(|row| row.against("raw netlink", samples, raw))
     };
-    report.add(row("snapshot to last route", &turns.routed).map(|r| r.ratio_goal(GOAL)));
-    report.add(row("of it, the batch", &turns.batch).map(|r| r.ratio_goal(BATCH_GOAL)));
-    report.add(row("snapshot to rest", &turns.settled));
+    report.add(row("snapshot to last route", &turns.routed, &turns.raw).map(|r| r.ratio_goal(GOAL)));
+    report.add(row("of it, the batch", &turns.batch, &turns.raw).map(|r| r.ratio_goal(BATCH_GOAL)));
+    report.add(row("snapshot to rest", &turns.settled, &turns.raw));
+    report.add(row("processor time until rest", &turns.processor, &turns.raw_processor));
 }
 
 /// The raw limit in a namespace of its own.
-async fn raw(family: Family, fleet: &[Member]) -> anyhow::Result<Duration> {
+async fn raw(family: Family, fleet: &[Member]) -> anyhow::Result<Cost> {
     let space = Space::new().await?;
     let device = space.add_vxlan(family).await?;
     let requests = Requests::build(fleet, device);
@@ -125,7 +134,7 @@ struct Took {
     /// Of this, applying.
     batch: Duration,
     /// Until the reconciler had taken note of everything and said so.
-    settled: Duration,
+    settled: Cost,
 }
 
 /// The agent's path in a namespace of its own.
@@ -171,7 +180,8 @@ async fn drive(family: Family, entries: Vec<StoreEntry>) -> anyhow::Result<Took>
     let (overlay, _overlays) = watch::channel(None);
     let (changes, mut changed) = watch::channel(0);
     let (ready, mut readiness) = watch::channel(false);
-    let channels = Channels { store, kernel: kernel_events, queries, ports, wish, overlay, changes, ready, ports_lost: watch::channel(0).0 };
+    let channels =
+        Channels { store, kernel: kernel_events, queries, ports, wish, overlay, changes, ready, ports_lost: watch::channel(0).0 };
     let stop = CancellationToken::new();
     let mut tasks = JoinSet::new();
     tasks.spawn(monitor.run());
@@ -190,17 +200,19 @@ async fn drive(family: Family, entries: Vec<StoreEntry>) -> anyhow::Result<Took>
         change?;
     }
     clock.reset();
-    let begun = Instant::now();
+    let begun = Begin::now()?;
     store_in.send(StoreEvent::Snapshot(entries)).await?;
     tokio::time::timeout(LIMIT, changed.changed()).await.context("the snapshot has no effect")??;
-    let settled = begun.elapsed();
+    let settled = begun.cost()?;
     let applied = clock.read();
     stop.cancel();
     while let Some(ended) = tasks.join_next().await {
         ended?.context("the monitor ended")?;
     }
     match applied {
-        Applied { last: Some(last), busy, failed: 0 } => Ok(Took { routed: last.duration_since(begun), batch: busy, settled }),
+        Applied { last: Some(last), busy, failed: 0 } => {
+            Ok(Took { routed: last.duration_since(begun.wall()), batch: busy, settled })
+        }
         Applied { last: None, .. } => bail!("the snapshot led to no batch"),
         Applied { failed, .. } => bail!("the kernel refused {failed} ops"),
     }

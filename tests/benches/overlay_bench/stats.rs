@@ -1,5 +1,9 @@
 //! Samples to medians and spreads.
 
+use std::time::{Duration, Instant};
+
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeValLike;
 use serde::Serialize;
 
 /// What a set of samples comes to. In the unit of the samples.
@@ -38,8 +42,49 @@ impl Summary {
     }
 }
 
+/// A moment from which costs are counted.
+#[derive(Debug, Clone, Copy)]
+pub struct Begin {
+    wall: Instant,
+    processor: Duration,
+}
+
+/// What something took.
+#[derive(Debug, Clone, Copy)]
+pub struct Cost {
+    /// Time that passed.
+    pub wall: Duration,
+    /// Processor time of this process, in user mode and in the kernel. Others who use the machine count less in it.
+    pub processor: Duration,
+}
+
+impl Begin {
+    /// This moment.
+    pub fn now() -> nix::Result<Begin> {
+        let processor = processor_time()?;
+        Ok(Begin { wall: Instant::now(), processor })
+    }
+
+    /// What it took since.
+    pub fn cost(&self) -> nix::Result<Cost> {
+        let wall = self.wall.elapsed();
+        Ok(Cost { wall, processor: processor_time()?.saturating_sub(self.processor) })
+    }
+
+    /// The moment itself.
+    pub fn wall(&self) -> Instant {
+        self.wall
+    }
+}
+
+fn processor_time() -> nix::Result<Duration> {
+    let usage = getrusage(UsageWho::RUSAGE_SELF)?;
+    let microseconds = usage.user_time().num_microseconds() + usage.system_time().num_microseconds();
+    Ok(Duration::from_micros(microseconds.unsigned_abs()))
+}
+
 /// A duration in milliseconds.
-pub fn milliseconds(duration: std::time::Duration) -> f64 {
+pub fn milliseconds(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
 }
 

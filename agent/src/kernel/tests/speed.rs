@@ -11,6 +11,7 @@ use crate::model::Family;
 use crate::plan::DataPath;
 
 const PEERS: u32 = 10_000;
+const ROUNDS: usize = 200;
 
 /// Time that this thread has had a processor: what remains comparable on a busy machine. The test's runtime has one thread.
 fn cpu_time() -> Duration {
@@ -70,30 +71,41 @@ fn a_container() {
     use crate::model::Mac;
     use crate::plan::{ContainerPath, Plug};
 
-    let container = Scratch::new("ctrspeed");
-    on_host("plugspeed", KernelOptions::default(), async |host| {
-        host.make_devices().await;
-        let plugger = host.kernel.plugger();
-        let plug = Plug {
-            netns: named_path(container.name()).expect("a path"),
-            interface: "eth0".to_owned(),
-            host_interface: "ove1".to_owned(),
-            bridge: bridge(),
-            mac: Mac([2, 0, 0, 0, 2, 2]),
-            mtu: 1430,
-            addresses: vec!["10.244.0.2/24".parse().expect("address"), "fd00:244::2/64".parse().expect("address")],
-            gateways: vec![ip("10.244.0.1"), ip("fd00:244::1")],
-        };
-        for _ in 0..10 {
-            let begun = Instant::now();
-            plugger.plug(&plug).await.expect("plugged");
-            let plugged = begun.elapsed();
-            let begun = Instant::now();
-            plugger.plug(&plug).await.expect("again");
-            let again = begun.elapsed();
-            let begun = Instant::now();
-            plugger.unplug("ove1").await.expect("unplugged");
-            eprintln!("plug {plugged:?}, again {again:?}, unplug {:?}", begun.elapsed());
-        }
-    });
+    for threads in [0, 2] {
+        let container = Scratch::new("ctrspeed");
+        on_threaded_host("plugspeed", KernelOptions::default(), threads, async |host| {
+            host.make_devices().await;
+            let plugger = host.kernel.plugger();
+            let plug = Plug {
+                netns: named_path(container.name()).expect("a path"),
+                interface: "eth0".to_owned(),
+                host_interface: "ove1".to_owned(),
+                bridge: bridge(),
+                mac: Mac([2, 0, 0, 0, 2, 2]),
+                mtu: 1430,
+                addresses: vec!["10.244.0.2/24".parse().expect("address"), "fd00:244::2/64".parse().expect("address")],
+                gateways: vec![ip("10.244.0.1"), ip("fd00:244::1")],
+            };
+            let (mut plug_times, mut again_times, mut unplug_times) = (Vec::new(), Vec::new(), Vec::new());
+            for _ in 0..ROUNDS {
+                let begun = Instant::now();
+                plugger.plug(&plug).await.expect("plugged");
+                plug_times.push(begun.elapsed());
+                let begun = Instant::now();
+                plugger.plug(&plug).await.expect("again");
+                again_times.push(begun.elapsed());
+                let begun = Instant::now();
+                plugger.unplug("ove1").await.expect("unplugged");
+                unplug_times.push(begun.elapsed());
+            }
+            for (what, times) in [("plug", &mut plug_times), ("plug again", &mut again_times), ("unplug", &mut unplug_times)] {
+                times.sort();
+                eprintln!(
+                    "{threads} threads: {what:10} median of {ROUNDS}: {:?}, slowest {:?}",
+                    times[ROUNDS / 2],
+                    times[ROUNDS - 1]
+                );
+            }
+        });
+    }
 }

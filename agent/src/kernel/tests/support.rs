@@ -19,6 +19,8 @@ use crate::plan::{Batch, DataPath, KernelEvent, Key, LinkState, Op, State, Value
 pub struct Scratch {
     name: String,
     pub netns: Netns,
+    /// Threads of the runtime beside the test's own.
+    threads: usize,
 }
 
 impl Scratch {
@@ -26,17 +28,21 @@ impl Scratch {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
         let name = format!("ovt-{what}-{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
         let netns = Netns::create(&name).unwrap_or_else(|e| panic!("these tests make network namespaces: {e}"));
-        Scratch { name, netns }
+        Scratch { name, netns, threads: 0 }
     }
 
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Runs a test inside, on a runtime of one thread.
+    /// Runs a test inside, on a runtime of one thread or of as many as it has.
     pub fn block_on<T: Send>(&self, test: impl AsyncFnOnce() -> T + Send) -> T {
         let run = || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+            let mut builder = match self.threads {
+                0 => tokio::runtime::Builder::new_current_thread(),
+                _ => tokio::runtime::Builder::new_multi_thread(),
+            };
+            let runtime = builder.worker_threads(self.threads.max(1)).enable_all().build().expect("a runtime");
             runtime.block_on(test())
         };
         self.netns.run(run).expect("a thread inside")
@@ -81,6 +87,13 @@ pub fn on_host(what: &str, options: KernelOptions, test: impl AsyncFnOnce(&mut H
     on_tuned_host(what, options, |_| (), test);
 }
 
+/// The same on a runtime with threads, as the agent's.
+pub fn on_threaded_host(what: &str, options: KernelOptions, threads: usize, test: impl AsyncFnOnce(&mut Host) + Send) {
+    let mut scratch = Scratch::new(what);
+    scratch.threads = threads;
+    on_host_in(scratch, options, |_| (), test);
+}
+
 /// The same, with the monitor changed before it runs.
 pub fn on_tuned_host(
     what: &str,
@@ -88,7 +101,15 @@ pub fn on_tuned_host(
     tune: impl FnOnce(&Monitor) + Send,
     test: impl AsyncFnOnce(&mut Host) + Send,
 ) {
-    let scratch = Scratch::new(what);
+    on_host_in(Scratch::new(what), options, tune, test);
+}
+
+fn on_host_in(
+    scratch: Scratch,
+    options: KernelOptions,
+    tune: impl FnOnce(&Monitor) + Send,
+    test: impl AsyncFnOnce(&mut Host) + Send,
+) {
     let netns = scratch.netns.clone();
     scratch.block_on(async move || {
         let setup = Setup::open(&netns).expect("a socket");
