@@ -30,6 +30,30 @@ const AT_ONCE: usize = 16;
 /// After this many failed calls the others are not made: something is wrong at large, and each would take its whole time.
 const FAILURES: usize = 96;
 
+/// After this long no further call is made: thousands take some seconds where all is well.
+const WHOLE_LIMIT: Duration = Duration::from_secs(60);
+
+/// What calls that are not made yet depend on.
+struct Budget {
+    failures: AtomicUsize,
+    end: Instant,
+}
+
+impl Budget {
+    fn new() -> Budget {
+        Budget { failures: AtomicUsize::new(0), end: Instant::now() + WHOLE_LIMIT }
+    }
+
+    /// Why no further call is made.
+    fn spent(&self) -> Option<String> {
+        if self.failures.load(Ordering::Relaxed) >= FAILURES {
+            return Some(format!("not tried, {FAILURES} calls had failed before"));
+        }
+        (Instant::now() >= self.end)
+            .then(|| format!("not tried, the others had taken {} already", humantime::format_duration(WHOLE_LIMIT)))
+    }
+}
+
 /// How long one call may take: a lost SYN is sent again after 1 s and 3 s (RFC 6298), so a call that takes longer has no way.
 const LIMIT: Duration = Duration::from_secs(5);
 
@@ -102,8 +126,8 @@ pub async fn check(lab: &Lab) -> Result<Report, LabError> {
         }
     }
     let overflows = neighbour_overflows();
-    let failures = AtomicUsize::new(0);
-    let make = |planned: Call| call(parties.iter().find(|p| p.name == planned.from), planned, &failures);
+    let budget = Budget::new();
+    let make = |planned: Call| call(parties.iter().find(|p| p.name == planned.from), planned, &budget);
     let overlay = stream::iter(overlay).map(make).buffered(AT_ONCE).collect::<Vec<_>>().await;
     let egress = stream::iter(egress).map(make).buffered(AT_ONCE).collect::<Vec<_>>().await;
     servers.shutdown().await;
@@ -185,10 +209,10 @@ fn planned(from: &Party, family: Family, to: &str, address: Option<&IpAddr>, exp
 }
 
 /// Makes a call, and counts it where it fails.
-async fn call(from: Option<&Party>, mut call: Call, failures: &AtomicUsize) -> Call {
+async fn call(from: Option<&Party>, mut call: Call, budget: &Budget) -> Call {
     let (Some(from), None) = (from, &call.error) else { return call };
-    if failures.load(Ordering::Relaxed) >= FAILURES {
-        call.error = Some(format!("not tried, {FAILURES} calls had failed before"));
+    if let Some(reason) = budget.spent() {
+        call.error = Some(reason);
         return call;
     }
     match tokio::time::timeout(LIMIT, ask(&from.netns, call.address)).await {
@@ -203,7 +227,7 @@ async fn call(from: Option<&Party>, mut call: Call, failures: &AtomicUsize) -> C
         Err(_) => call.error = Some(format!("no answer within {}", humantime::format_duration(LIMIT))),
     }
     if call.error.is_some() {
-        failures.fetch_add(1, Ordering::Relaxed);
+        budget.failures.fetch_add(1, Ordering::Relaxed);
     }
     call
 }
@@ -235,28 +259,25 @@ mod tests {
         let loopback: IpAddr = "127.0.0.1".parse().expect("an address");
         let mut servers = JoinSet::new();
         serve(&mut servers, &netns, "test", loopback).expect("a free port");
-        let failures = AtomicUsize::new(0);
+        let budget = Budget::new();
         let party = Party {
             name: "a".to_owned(),
             netns,
             addresses: PerFamily { v4: Some(loopback), v6: None },
             host_addresses: PerFamily { v4: "10.0.0.1".parse().ok(), v6: None },
         };
-        let good = call(Some(&party), planned(&party, Family::V4, "b", Some(&loopback), Some(&loopback)), &failures).await;
+        let good = call(Some(&party), planned(&party, Family::V4, "b", Some(&loopback), Some(&loopback)), &budget).await;
         assert_eq!((good.seen, &good.error), (Some(loopback), &None));
-        let translated = call(
-            Some(&party),
-            planned(&party, Family::V4, "b", Some(&loopback), party.host_addresses.get(Family::V4)),
-            &failures,
-        )
-        .await;
+        let translated =
+            call(Some(&party), planned(&party, Family::V4, "b", Some(&loopback), party.host_addresses.get(Family::V4)), &budget)
+                .await;
         assert_eq!(translated.error.as_deref(), Some("the other side sees 127.0.0.1 instead of 10.0.0.1"));
-        let absent = call(Some(&party), planned(&party, Family::V6, "b", None, None), &failures).await;
+        let absent = call(Some(&party), planned(&party, Family::V6, "b", None, None), &budget).await;
         assert_eq!(absent.error.as_deref(), Some("b has no IPv6 address"));
         servers.shutdown().await;
-        let closed = call(Some(&party), planned(&party, Family::V4, "b", Some(&loopback), Some(&loopback)), &failures).await;
+        let closed = call(Some(&party), planned(&party, Family::V4, "b", Some(&loopback), Some(&loopback)), &budget).await;
         assert!(closed.error.is_some_and(|e| e.contains("refused")));
         // The absent address never was a call.
-        assert_eq!(failures.into_inner(), 2);
+        assert_eq!(budget.failures.into_inner(), 2);
     }
 }
