@@ -38,9 +38,9 @@ pub enum StoreEvent {
 /// The store's availability.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Connection {
-    /// Requests are answered. Comes again behind each change, with its revision.
+    /// Requests are answered.
     Up {
-        /// The revision up to which everything is handed on.
+        /// The revision of the last answer.
         revision: i64,
     },
     /// They are not; the data path stays as it is.

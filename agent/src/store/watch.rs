@@ -218,7 +218,6 @@ impl Follower {
                 sightings.revision = sightings.revision.max(seen);
                 false
             });
-            send(events, StoreEvent::Connection(Connection::Up { revision: seen })).await?;
         }
         Ok(())
     }
