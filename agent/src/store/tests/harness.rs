@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::model::event::{Connection, HeldLease, LeaseWish, OwnLease, StoreEvent};
+use crate::model::event::{HeldLease, LeaseWish, OwnLease, StoreEvent};
 use crate::model::{Family, Mac, NetworkConfig, Node, PerFamily, Subnet};
 use crate::store::{Store, StoreConfig, StoreError};
 
@@ -241,8 +241,6 @@ pub(super) struct Agent {
     pub(super) wish: watch::Sender<Option<LeaseWish>>,
     shutdown: CancellationToken,
     task: Option<JoinHandle<Result<(), StoreError>>>,
-    /// What `next` last told of the connection.
-    up: bool,
 }
 
 impl Agent {
@@ -252,22 +250,12 @@ impl Agent {
         let shutdown = CancellationToken::new();
         let token = shutdown.clone();
         let task = tokio::spawn(async move { Store::new(config).run(sender, wishes, token).await });
-        Agent { events, wish, shutdown, task: Some(task), up: false }
+        Agent { events, wish, shutdown, task: Some(task) }
     }
 
-    /// The next event. That the store answers is told behind each change as well: passed over where it is known.
+    /// The next event.
     pub(super) async fn next(&mut self) -> StoreEvent {
-        loop {
-            let event = tokio::time::timeout(LIMIT, self.events.recv()).await.expect("an event in time").expect("the store runs");
-            let was_up = self.up;
-            if let StoreEvent::Connection(connection) = &event {
-                self.up = matches!(connection, Connection::Up { .. });
-                if was_up && self.up {
-                    continue;
-                }
-            }
-            return event;
-        }
+        tokio::time::timeout(LIMIT, self.events.recv()).await.expect("an event in time").expect("the store runs")
     }
 
     /// The first event that the function makes something of; the others are passed over.
@@ -280,9 +268,6 @@ impl Agent {
                 panic!("not in time; passed: {passed:#?}")
             };
             let event = event.unwrap_or_else(|| panic!("the store has ended; passed: {passed:#?}"));
-            if let StoreEvent::Connection(connection) = &event {
-                self.up = matches!(connection, Connection::Up { .. });
-            }
             if let Some(found) = f(&event) {
                 return found;
             }
