@@ -6,5 +6,4 @@ mod monitor;
 mod netns;
 mod peers;
 mod rtnl;
-mod speed;
 mod support;

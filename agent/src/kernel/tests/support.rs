@@ -19,8 +19,6 @@ use crate::plan::{Batch, DataPath, KernelEvent, Key, LinkState, Op, State, Value
 pub struct Scratch {
     name: String,
     pub netns: Netns,
-    /// Threads of the runtime beside the test's own.
-    threads: usize,
 }
 
 impl Scratch {
@@ -28,23 +26,16 @@ impl Scratch {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
         let name = format!("ovt-{what}-{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
         let netns = Netns::create(&name).unwrap_or_else(|e| panic!("these tests make network namespaces: {e}"));
-        Scratch { name, netns, threads: 0 }
+        Scratch { name, netns }
     }
 
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Runs a test inside, on a runtime of one thread or of as many as it has.
+    /// Runs a test inside, on a runtime of one thread.
     pub fn block_on<T: Send>(&self, test: impl AsyncFnOnce() -> T + Send) -> T {
-        let run = || {
-            let mut builder = match self.threads {
-                0 => tokio::runtime::Builder::new_current_thread(),
-                _ => tokio::runtime::Builder::new_multi_thread(),
-            };
-            let runtime = builder.worker_threads(self.threads.max(1)).enable_all().build().expect("a runtime");
-            runtime.block_on(test())
-        };
+        let run = || tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime").block_on(test());
         self.netns.run(run).expect("a thread inside")
     }
 }
@@ -72,7 +63,6 @@ pub struct Host {
     pub kernel: Kernel,
     pub events: mpsc::Receiver<KernelEvent>,
     monitor: JoinHandle<()>,
-    monitored: bool,
     pub underlay: u32,
 }
 
@@ -85,13 +75,6 @@ impl Drop for Host {
 /// Runs a test on a host in a namespace of its own.
 pub fn on_host(what: &str, options: KernelOptions, test: impl AsyncFnOnce(&mut Host) + Send) {
     on_tuned_host(what, options, |_| (), test);
-}
-
-/// The same on a runtime with threads, as the agent's.
-pub fn on_threaded_host(what: &str, options: KernelOptions, threads: usize, test: impl AsyncFnOnce(&mut Host) + Send) {
-    let mut scratch = Scratch::new(what);
-    scratch.threads = threads;
-    on_host_in(scratch, options, |_| (), test);
 }
 
 /// The same, with the monitor changed before it runs.
@@ -126,20 +109,14 @@ fn on_host_in(
         let (kernel, events, monitor) = Kernel::open(&options).expect("the kernel");
         tune(&monitor);
         let monitor = tokio::spawn(async { monitor.run().await.expect("the monitor") });
-        let mut host = Host { kernel, events, monitor, monitored: true, underlay };
+        let mut host = Host { kernel, events, monitor, underlay };
         host.settle().await;
         test(&mut host).await;
-        assert!(!host.monitored || !host.monitor.is_finished(), "the monitor runs on");
+        assert!(!host.monitor.is_finished(), "the monitor runs on");
     });
 }
 
 impl Host {
-    /// Ends the monitor: its socket is closed.
-    pub fn stop_monitor(&mut self) {
-        self.monitored = false;
-        self.monitor.abort();
-    }
-
     /// Applies a batch that has to succeed.
     pub async fn apply(&mut self, batch: &Batch) {
         let report = self.kernel.apply(batch).await;
