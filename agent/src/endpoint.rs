@@ -75,8 +75,10 @@ struct Inner<C> {
     /// Running work; `None` when the agent is ending.
     work: Mutex<Option<JoinSet<()>>>,
     ports: watch::Sender<Vec<String>>,
-    /// Endpoints whose namespace was gone at the last look.
+    /// Endpoints whose namespace is gone, as far as is known: their ports are wanted no more.
     missing: Mutex<BTreeSet<EndpointName>>,
+    /// Those whose namespace was gone at the last audit.
+    gone_before: Mutex<BTreeSet<EndpointName>>,
 }
 
 /// A lock whose holder panicked protects data that is still whole: each change of it is made at once.
@@ -104,6 +106,7 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
             work: Mutex::new(Some(JoinSet::new())),
             ports,
             missing: Mutex::default(),
+            gone_before: Mutex::default(),
         }));
         for name in unfinished {
             tracing::info!(endpoint = %name, "removing an endpoint that was left half attached");
@@ -176,9 +179,10 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
         let gone: BTreeSet<EndpointName> =
             suspects.iter().filter(|r| r.phase == Phase::Attached).map(|r| r.endpoint.name.clone()).collect();
         let twice: Vec<EndpointName> = {
-            let mut missing = lock(&self.0.missing);
-            let twice = gone.intersection(&missing).cloned().collect();
-            *missing = gone;
+            let mut before = lock(&self.0.gone_before);
+            let twice = gone.intersection(&before).cloned().collect();
+            before.clone_from(&gone);
+            *lock(&self.0.missing) = gone;
             twice
         };
         self.0.publish();
@@ -199,7 +203,7 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
     }
 
     /// Plugs each endpoint again whose namespace is there: for the case that others removed interfaces. Changes nothing where all is in
-    /// place. Returns what failed.
+    /// place. The port of one whose namespace is gone is not wanted any more. Returns what failed.
     pub async fn heal(&self) -> Vec<(EndpointName, EndpointError)> {
         let names: Vec<EndpointName> = self.list().into_iter().map(|e| e.name).collect();
         let mut failed = Vec::new();

@@ -3,8 +3,12 @@
 //! [`Kernel`] is the data path that `reconcile` dumps and changes, [`Plugger`] wires containers, [`Monitor`] follows what others change.
 //! They belong to the network namespace of the thread that calls [`Kernel::open`] and share what is known of it (`known`).
 //!
-//! Only here are netlink sockets opened. An rtnetlink request is worked through before `send` returns, whoever makes it: there is nothing to
-//! await, only work to keep away from the runtime's other tasks (`blocking`). The only task is the monitor's, which `app` runs.
+//! Only here are netlink sockets opened. Links, addresses and single routes are changed by `rtnetlink` (`rtnl`) and read by `netlink-packet-route`
+//! (`objects`) over a blocking socket (`socket`); what grows with the number of peers goes through messages of our own (`wire`, `batch`). The
+//! kernel works a request through before `send` returns, whoever makes it: a single one is made where it is needed, what takes longer is kept away
+//! from the runtime's other tasks (`blocking`).
+//!
+//! Two tasks: the connection's of `rtnetlink`, which `rtnl` owns, and the monitor's, which `app` runs and which ends when the other one does.
 
 mod address;
 mod batch;
@@ -19,7 +23,8 @@ mod message;
 mod monitor;
 pub mod netns;
 pub mod nft;
-mod request;
+mod objects;
+mod rtnl;
 pub mod setup;
 mod socket;
 mod sysctl;
@@ -44,6 +49,7 @@ use self::events::Foreign;
 use self::known::Known;
 use self::link::Links;
 use self::nft::Nft;
+use self::rtnl::Rtnl;
 use self::socket::RouteSocket;
 use self::wire::Query;
 use crate::plan::state::{PROTOCOL, State};
@@ -71,6 +77,7 @@ impl Default for KernelOptions {
 /// What the data path, the plugger and the monitor share, each holding it while it works: an event is judged either before or after a change
 /// of ours, never in its middle.
 struct Shared {
+    rtnl: Rtnl,
     socket: RouteSocket,
     ethtool: Ethtool,
     nft: Nft,
@@ -79,7 +86,7 @@ struct Shared {
 
 impl Shared {
     fn links(&mut self) -> Links<'_> {
-        Links { socket: &mut self.socket, ethtool: &self.ethtool, known: &mut self.known }
+        Links { rtnl: &self.rtnl, socket: &mut self.socket, ethtool: &self.ethtool, known: &mut self.known }
     }
 }
 
@@ -88,6 +95,8 @@ impl Shared {
 pub struct Kernel {
     shared: Arc<Mutex<Shared>>,
     batch: BatchSocket,
+    /// Whether the kernel has them: those of an earlier run are seen, and removed, also where they are not to be used.
+    has_nexthop_objects: bool,
     nexthop_objects: bool,
 }
 
@@ -98,17 +107,23 @@ impl Kernel {
     /// # Errors
     /// A socket cannot be opened (no file descriptors left, no netlink, no permission).
     pub fn open(options: &KernelOptions) -> Result<(Kernel, mpsc::Receiver<KernelEvent>, Monitor), OpError> {
-        let mut shared =
-            Shared { socket: RouteSocket::open()?, ethtool: Ethtool::open()?, nft: Nft::open()?, known: Known::default() };
+        let mut shared = Shared {
+            rtnl: Rtnl::open()?,
+            socket: RouteSocket::open()?,
+            ethtool: Ethtool::open()?,
+            nft: Nft::open()?,
+            known: Known::default(),
+        };
         let batch = BatchSocket::open()?;
-        let own = [shared.socket.port(), batch.port()];
+        let own = [shared.rtnl.port(), batch.port()];
         let nft_port = shared.nft.port_id();
-        let nexthop_objects = !options.force_classic_routes && has_nexthop_objects(&mut shared.socket)?;
+        let has_nexthop_objects = has_nexthop_objects(&mut shared.socket)?;
         let foreign = Foreign::read(&mut shared.socket)?;
         let shared = Arc::new(Mutex::new(shared));
         let (sender, events) = mpsc::channel(options.event_capacity.max(1));
         let monitor = Monitor::open(Arc::clone(&shared), own, nft_port, foreign, sender)?;
-        Ok((Kernel { shared, batch, nexthop_objects }, events, monitor))
+        let nexthop_objects = has_nexthop_objects && !options.force_classic_routes;
+        Ok((Kernel { shared, batch, has_nexthop_objects, nexthop_objects }, events, monitor))
     }
 
     /// Whether routes lead to next-hop objects; else each has its gateway itself.
@@ -122,6 +137,11 @@ impl Kernel {
     }
 
     #[cfg(test)]
+    async fn abort_connection(&self) {
+        self.shared.lock().await.rtnl.abort();
+    }
+
+    #[cfg(test)]
     fn batch_socket(&self) -> &BatchSocket {
         &self.batch
     }
@@ -130,14 +150,14 @@ impl Kernel {
 impl DataPath for Kernel {
     async fn dump(&mut self) -> Result<State, OpError> {
         let mut shared = self.shared.lock().await;
-        blocking(|| dump::state(&mut shared, self.nexthop_objects))
+        blocking(|| dump::state(&mut shared, self.has_nexthop_objects))
     }
 
     async fn apply(&mut self, batch: &Batch) -> ApplyReport {
         let mut report = ApplyReport::default();
         for (n, turn) in batch.chunks(TURN).enumerate() {
             let mut shared = self.shared.lock().await;
-            blocking(|| apply(&mut shared, &mut self.batch, turn, n * TURN, &mut report));
+            apply(&mut shared, &mut self.batch, turn, n * TURN, &mut report).await;
             drop(shared);
             tokio::task::yield_now().await;
         }
@@ -156,16 +176,16 @@ impl DataPath for Kernel {
 }
 
 /// Applies ops in their order: runs of peers' entries through the batch socket, the others one by one.
-fn apply(shared: &mut Shared, batch: &mut BatchSocket, ops: &[Op], first: usize, report: &mut ApplyReport) {
+async fn apply(shared: &mut Shared, batch: &mut BatchSocket, ops: &[Op], first: usize, report: &mut ApplyReport) {
     let mut rest = ops;
     while let Some(op) = rest.first() {
         let at = first + (ops.len() - rest.len());
         let run = rest.iter().take_while(|op| wire::is_wire(op.key())).count();
         if run > 0 {
-            batch.apply(&rest[..run], at, &mut shared.known, report);
+            blocking(|| batch.apply(&rest[..run], at, &mut shared.known, report));
             rest = &rest[run..];
         } else {
-            if let Err(error) = apply_one(shared, op) {
+            if let Err(error) = apply_one(shared, op).await {
                 report.failed.push((at, error));
             }
             rest = &rest[1..];
@@ -173,7 +193,7 @@ fn apply(shared: &mut Shared, batch: &mut BatchSocket, ops: &[Op], first: usize,
     }
 }
 
-fn apply_one(shared: &mut Shared, op: &Op) -> Result<(), OpError> {
+async fn apply_one(shared: &mut Shared, op: &Op) -> Result<(), OpError> {
     match op {
         Op::Set(Key::Sysctl(path), Value::Sysctl(text)) => {
             sysctl::write(path, text)?;
@@ -182,27 +202,29 @@ fn apply_one(shared: &mut Shared, op: &Op) -> Result<(), OpError> {
         }
         // A sysctl is always there; what it was before is not known.
         Op::Delete(Key::Sysctl(_), _) => Ok(()),
-        Op::Set(Key::Link(name), Value::Link(link)) => shared.links().set(name, link),
-        Op::Delete(Key::Link(name), _) => shared.links().delete(name),
-        Op::Set(Key::Address(device, address), Value::Address) => address::set(&mut shared.links(), *device, *address, true),
-        Op::Delete(Key::Address(device, address), _) => address::set(&mut shared.links(), *device, *address, false),
+        Op::Set(Key::Link(name), Value::Link(link)) => shared.links().set(name, link).await,
+        Op::Delete(Key::Link(name), _) => shared.links().delete(name).await,
+        Op::Set(Key::Address(device, address), Value::Address) => {
+            address::set(&mut shared.links(), *device, *address, true).await
+        }
+        Op::Delete(Key::Address(device, address), _) => address::set(&mut shared.links(), *device, *address, false).await,
         Op::Set(Key::Ruleset, Value::Ruleset(rules)) => {
-            shared.nft.set_ruleset(rules)?;
+            blocking(|| shared.nft.set_ruleset(rules))?;
             shared.known.rules.insert(Key::Ruleset, Value::Ruleset(rules.clone()));
             Ok(())
         }
         Op::Delete(Key::Ruleset, _) => {
-            shared.nft.delete_ruleset()?;
+            blocking(|| shared.nft.delete_ruleset())?;
             shared.known.rules.remove(&Key::Ruleset);
             Ok(())
         }
         Op::Set(Key::ForwardAccept(family), Value::ForwardAccept(network)) => {
-            shared.nft.set_forward_accept(*family, *network)?;
+            blocking(|| shared.nft.set_forward_accept(*family, *network))?;
             shared.known.rules.insert(Key::ForwardAccept(*family), Value::ForwardAccept(*network));
             Ok(())
         }
         Op::Delete(Key::ForwardAccept(family), _) => {
-            shared.nft.delete_forward_accept(*family)?;
+            blocking(|| shared.nft.delete_forward_accept(*family))?;
             shared.known.rules.remove(&Key::ForwardAccept(*family));
             Ok(())
         }
@@ -215,7 +237,7 @@ fn apply_one(shared: &mut Shared, op: &Op) -> Result<(), OpError> {
 
 /// Whether the kernel knows next-hop objects (since Linux 5.3).
 fn has_nexthop_objects(socket: &mut RouteSocket) -> Result<bool, OpError> {
-    match socket.dump(Query::Nexthops.kind(), |m| Query::Nexthops.write(m), || (), |(), _, _| ()) {
+    match socket.dump(&Query::Nexthops, || (), |(), _, _| ()) {
         Ok(()) => Ok(true),
         Err(e) if e.errno == libc::EOPNOTSUPP => Ok(false),
         Err(e) => Err(e.during("cannot list next-hop objects")),

@@ -32,6 +32,8 @@ pub fn home() -> Home {
 #[derive(Debug)]
 pub struct Story {
     lab: LabGuard,
+    /// How often the kernel's neighbour table had been full before.
+    overflows: u64,
 }
 
 impl Story {
@@ -44,8 +46,9 @@ impl Story {
         if !options.agents {
             options.overlayd = None;
         }
+        let overflows = neighbour_overflows();
         let lab = Lab::up(&home(), &options, Progress::silent()).await.must("bring the lab up");
-        Story { lab: lab.guarded() }
+        Story { lab: lab.guarded(), overflows }
     }
 
     /// Hosts, switch and etcd, with the configuration written and no agent started.
@@ -203,6 +206,12 @@ impl std::ops::Deref for Story {
 impl Drop for Story {
     fn drop(&mut self) {
         if std::thread::panicking() {
+            if neighbour_overflows() > self.overflows {
+                eprintln!(
+                    "--- meanwhile the kernel's neighbour table, which all namespaces share, was full: containers could not find each \
+                     other. Stop what else runs on this machine, or raise net.ipv4.neigh.default.gc_thresh3"
+                );
+            }
             for host in self.lab.hosts() {
                 eprintln!(
                     "--- the end of the log of {} in lab {}\n{}",
@@ -219,6 +228,16 @@ impl Drop for Story {
 fn end_of(log: &str) -> String {
     let lines: Vec<&str> = log.lines().collect();
     lines[lines.len().saturating_sub(40)..].join("\n")
+}
+
+/// How often an IPv4 neighbour found no room (`table_fulls`, in hexadecimal, one line a processor).
+fn neighbour_overflows() -> u64 {
+    let text = std::fs::read_to_string("/proc/net/stat/arp_cache").unwrap_or_default();
+    let mut lines = text.lines();
+    let column = lines.next().and_then(|head| head.split_whitespace().position(|name| name == "table_fulls"));
+    let Some(column) = column else { return 0 };
+    let value = |line: &str| u64::from_str_radix(line.split_whitespace().nth(column)?, 16).ok();
+    lines.filter_map(value).sum()
 }
 
 /// What every story needs; and once, the labs of test runs that were killed are taken down.

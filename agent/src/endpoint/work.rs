@@ -97,8 +97,13 @@ impl<C: ContainerPath + 'static> Inner<C> {
     /// Plugs an attached endpoint again where its namespace and subnet are there.
     pub(super) async fn replug(self: Arc<Self>, name: EndpointName) -> Result<(), EndpointError> {
         let held = lock(&self.table).get(&name).filter(|r| r.phase == Phase::Attached).cloned();
-        match held.filter(|r| self.path.netns_alive(&r.endpoint.netns)) {
-            Some(record) => self.plug_again(&record.endpoint).await.map(|_| ()),
+        match held {
+            Some(record) if self.path.netns_alive(&record.endpoint.netns) => self.plug_again(&record.endpoint).await.map(|_| ()),
+            Some(_) => {
+                lock(&self.missing).insert(name);
+                self.publish();
+                Ok(())
+            }
             None => Ok(()),
         }
     }

@@ -3,18 +3,17 @@
 use ipnetwork::IpNetwork;
 
 use super::link::Links;
-use super::request;
 use super::socket::Refusal;
 use crate::model::Device;
 use crate::plan::OpError;
 
 /// Sets or removes an address of a device of ours.
-pub fn set(links: &mut Links<'_>, device: Device, address: IpNetwork, present: bool) -> Result<(), OpError> {
+pub async fn set(links: &mut Links<'_>, device: Device, address: IpNetwork, present: bool) -> Result<(), OpError> {
     let verb = if present { "add" } else { "remove" };
     let what = || format!("cannot {verb} address {address} on {device}");
     let result = match links.known.index(device) {
-        Some(index) if present => request::address_add(links.socket, index, address),
-        Some(index) => request::address_delete(links.socket, index, address),
+        Some(index) if present => links.rtnl.add_address(index, address).await,
+        Some(index) => links.rtnl.delete_address(index, address).await,
         None => Err(Refusal { errno: libc::ENODEV, detail: format!("{device} is not there") }),
     };
     match result {

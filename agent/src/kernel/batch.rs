@@ -8,12 +8,13 @@
 use std::io;
 use std::net::IpAddr;
 
+use netlink_packet_core::{NLM_F_ACK, NLMSG_ERROR};
 use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_ROUTE;
 use nix::sys::socket::{setsockopt, sockopt};
 
 use super::known::Known;
-use super::message::{flag, messages};
+use super::message::messages;
 use super::socket::{Refusal, outcome};
 use super::wire;
 use crate::plan::state::Via;
@@ -115,7 +116,7 @@ impl BatchSocket {
         }
         let Some(last) = self.sent.last() else { return true };
         let flags = last.start + 6;
-        let acknowledged = u16::from_ne_bytes([self.output[flags], self.output[flags + 1]]) | flag(libc::NLM_F_ACK);
+        let acknowledged = u16::from_ne_bytes([self.output[flags], self.output[flags + 1]]) | NLM_F_ACK;
         self.output[flags..flags + 2].copy_from_slice(&acknowledged.to_ne_bytes());
         // A failure shows in the missing acknowledgement.
         if let Err(error) = self.socket.send(&self.output, 0) {
@@ -142,13 +143,13 @@ impl BatchSocket {
                 }
             };
             for (header, body) in messages(self.input.get(..received).unwrap_or_default()) {
-                let position = usize::try_from(header.sequence.wrapping_sub(base)).unwrap_or(usize::MAX);
+                let position = usize::try_from(header.sequence_number.wrapping_sub(base)).unwrap_or(usize::MAX);
                 let Some(sent) = self.sent.get(position) else { continue };
-                if libc::c_int::from(header.kind) != libc::NLMSG_ERROR {
+                if header.message_type != NLMSG_ERROR {
                     continue;
                 }
                 complete |= position + 1 == self.sent.len();
-                if let Err(refusal) = outcome(header, body)
+                if let Err(refusal) = outcome(body)
                     && !(sent.removes && matches!(refusal.errno, libc::ENOENT | libc::ESRCH | libc::ENODEV))
                 {
                     failed.push((sent.op, refusal));

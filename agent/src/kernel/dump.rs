@@ -1,19 +1,12 @@
 //! All of ours that the kernel holds, read at one go. The kernel filters by device, table and protocol (`NETLINK_GET_STRICT_CHK`); on a kernel that
 //! does not, the same is filtered here.
 
-use std::net::IpAddr;
-
-use ipnetwork::IpNetwork;
-
 use super::known::Known;
-use super::message::{address, attributes, u32_at};
-use super::request::{self, IFADDRMSG, family_number};
-use super::socket::{Refusal, RouteSocket};
+use super::objects;
 use super::sysctl;
-use super::uapi::*;
 use super::wire::{Entry, Hop, Query};
 use super::{Shared, is_ours};
-use crate::model::{Device, Family, Role};
+use crate::model::{Family, Role};
 use crate::plan::state::{NEXTHOP_IDS, Via};
 use crate::plan::{Key, LinkKind, OpError, State, Value};
 
@@ -61,24 +54,14 @@ fn read_all(shared: &mut Shared, nexthop_objects: bool) -> Result<State, OpError
 }
 
 fn read(shared: &mut Shared, query: Query) -> Result<Vec<Entry>, OpError> {
-    let read = shared.socket.dump(
-        query.kind(),
-        |m| query.write(m),
-        Vec::new,
-        |all, header, body| {
-            all.extend(Entry::read(header, body));
-        },
-    );
+    let read = shared.socket.dump(&query, Vec::new, |all, header, body| {
+        all.extend(Entry::read(header, body));
+    });
     match read {
         Ok(entries) => Ok(entries),
-        Err(e) if without_family(&e) => Ok(Vec::new()),
+        Err(e) if e.is_without_family() => Ok(Vec::new()),
         Err(e) => Err(e.during(format!("cannot list the kernel's entries ({query:?})"))),
     }
-}
-
-/// The kernel has no IPv6, or the device went while its entries were listed.
-fn without_family(refusal: &Refusal) -> bool {
-    matches!(refusal.errno, libc::EAFNOSUPPORT | libc::EOPNOTSUPP | libc::ENODEV)
 }
 
 /// Takes an entry into a dumped state, if it is ours.
@@ -130,7 +113,7 @@ pub fn change(known: &Known, entry: &Entry, present: bool) -> Option<(Key, Optio
 }
 
 fn links(shared: &mut Shared) -> Result<(), OpError> {
-    let mut links = request::links(&mut shared.socket).map_err(|e| e.during("cannot list the links"))?;
+    let mut links = objects::links(&mut shared.socket)?;
     // Bridges first: a port's state names its bridge.
     links.sort_by_key(|link| link.kind != "bridge");
     for link in links {
@@ -141,68 +124,9 @@ fn links(shared: &mut Shared) -> Result<(), OpError> {
     Ok(())
 }
 
-/// An address as the kernel tells it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct AddressInfo {
-    /// Interface index.
-    pub index: u32,
-    /// The address with its prefix length.
-    pub address: IpNetwork,
-    /// `RT_SCOPE_...`.
-    pub scope: u8,
-    /// `IFA_F_...`.
-    pub flags: u32,
-}
-
-impl AddressInfo {
-    /// Reads the body of an address message.
-    pub fn read(body: &[u8]) -> Option<AddressInfo> {
-        let (&length, &flags, &scope) = (body.get(1)?, body.get(2)?, body.get(3)?);
-        let mut info = (u32_at(body, 4)?, None, None, u32::from(flags));
-        for (kind, value) in attributes(body, IFADDRMSG) {
-            match kind {
-                // On a point-to-point link IFA_ADDRESS is the other end; IPv6 without a peer has only that.
-                IFA_LOCAL => info.1 = address(value),
-                IFA_ADDRESS => info.2 = address(value),
-                IFA_FLAGS => info.3 = u32_at(value, 0)?,
-                _ => {}
-            }
-        }
-        let ip: IpAddr = info.1.or(info.2)?;
-        Some(AddressInfo { index: info.0, address: IpNetwork::new(ip, length).ok()?, scope, flags: info.3 })
-    }
-
-    /// As an address of a device of ours: of global scope, on the bridge also link-local.
-    pub fn on(&self, device: Device) -> Option<Key> {
-        let counts = self.scope == RT_SCOPE_UNIVERSE || (device.role == Role::Bridge && self.scope == RT_SCOPE_LINK);
-        counts.then_some(Key::Address(device, self.address))
-    }
-}
-
-/// Addresses of all interfaces, or of one.
-pub fn all_addresses(socket: &mut RouteSocket, index: u32) -> Result<Vec<AddressInfo>, OpError> {
-    let mut all = Vec::new();
-    for family in Family::ALL {
-        let build = |m: &mut super::message::Message<'_>| {
-            m.body(&[family_number(family), 0, 0, 0]).body(&index.to_ne_bytes());
-        };
-        let read = socket.dump(libc::RTM_GETADDR, build, Vec::new, |all, header, body| {
-            if header.kind == libc::RTM_NEWADDR {
-                all.extend(AddressInfo::read(body));
-            }
-        });
-        match read {
-            Ok(addresses) => all.extend(addresses),
-            Err(e) if without_family(&e) => {}
-            Err(e) => return Err(e.during(format!("cannot list the {family} addresses"))),
-        }
-    }
-    Ok(all)
-}
-
 fn addresses(shared: &mut Shared) -> Result<(), OpError> {
     for (index, device) in shared.known.devices().to_vec() {
-        for address in all_addresses(&mut shared.socket, index)? {
+        for address in objects::addresses(&mut shared.socket, index)? {
             if address.index == index && address.on(device).is_some() {
                 shared.known.addresses.insert((device, address.address));
             }

@@ -4,17 +4,19 @@ use std::collections::btree_map::Entry as Place;
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 
+use netlink_packet_core::{NLM_F_REPLACE, NetlinkHeader};
+use netlink_packet_route::link::LinkFlags;
+
 use super::Shared;
-use super::dump::{AddressInfo, all_addresses, change};
-use super::inventory::is_default;
+use super::dump::change;
 use super::is_ours;
-use super::known::Known;
-use super::message::{Header, attributes, flag, u32_at};
-use super::request::{self, IFF_UP, LinkInfo, family_of};
+use super::known::{Known, is_marked};
+use super::message::{attributes, u32_at};
+use super::objects::{self, AddressInfo, LinkInfo, RouteInfo};
 use super::socket::RouteSocket;
 use super::sysctl;
 use super::uapi::*;
-use super::wire::Entry;
+use super::wire::{Entry, family_of};
 use crate::model::{Device, Family, Mac, Role};
 use crate::plan::{KernelEvent, Key, LinkKind, OpError, Value};
 
@@ -104,26 +106,26 @@ pub struct Foreign {
 impl Foreign {
     /// What there is to begin with.
     pub fn read(socket: &mut RouteSocket) -> Result<Foreign, OpError> {
-        let links = request::links(socket).map_err(|e| e.during("cannot list the links"))?;
-        let addresses = all_addresses(socket, 0)?;
+        let links = objects::links(socket)?;
+        let addresses = objects::addresses(socket, 0)?;
         Ok(Foreign {
             links: links.into_iter().map(|link| (link.index, (link.name.clone(), link.mtu, link.up()))).collect(),
-            addresses: addresses.iter().map(|a| ((a.index, a.address.ip()), a.flags & IFA_F_DEPRECATED != 0)).collect(),
+            addresses: addresses.iter().map(|a| ((a.index, a.address.ip()), a.is_deprecated())).collect(),
         })
     }
 }
 
 /// Judges one message.
-pub fn note(header: Header, body: &[u8], shared: &mut Shared, foreign: &mut Foreign, pending: &mut Pending) {
-    match header.kind {
+pub fn note(header: NetlinkHeader, body: &[u8], shared: &mut Shared, foreign: &mut Foreign, pending: &mut Pending) {
+    match header.message_type {
         libc::RTM_NEWLINK | libc::RTM_DELLINK => {
             if let Some(link) = LinkInfo::read(body) {
-                note_link(header.kind == libc::RTM_NEWLINK, &link, shared, foreign, pending);
+                note_link(header.message_type == libc::RTM_NEWLINK, &link, shared, foreign, pending);
             }
         }
         libc::RTM_NEWADDR | libc::RTM_DELADDR => {
             if let Some(address) = AddressInfo::read(body) {
-                note_address(header.kind == libc::RTM_NEWADDR, &address, &mut shared.known, foreign, pending);
+                note_address(header.message_type == libc::RTM_NEWADDR, &address, &mut shared.known, foreign, pending);
             }
         }
         RTM_NEWNETCONF => note_netconf(body, &mut shared.known, pending),
@@ -131,8 +133,9 @@ pub fn note(header: Header, body: &[u8], shared: &mut Shared, foreign: &mut Fore
             if let Some(entry) = Entry::read(header, body) {
                 note_entry(header, &entry, &mut shared.known, pending);
             }
-            let route = matches!(header.kind, libc::RTM_NEWROUTE | libc::RTM_DELROUTE);
-            if route && is_default(body) && body.get(5).is_some_and(|protocol| !is_ours(*protocol)) {
+            let about_route = matches!(header.message_type, libc::RTM_NEWROUTE | libc::RTM_DELROUTE);
+            let default = if about_route { RouteInfo::read_default(body) } else { None };
+            if default.is_some_and(|route| !is_ours(route.protocol.into())) {
                 pending.underlay();
             }
         }
@@ -158,6 +161,10 @@ fn note_link(present: bool, link: &LinkInfo, shared: &mut Shared, foreign: &mut 
         foreign.links.remove(&link.index);
         if ours.is_none() {
             pending.underlay();
+            // A change of ours came in between, found nothing, and forgot the link: others do not know yet.
+            if is_marked(link) && !known.links.contains_key(&link.name) {
+                pending.changed(Key::Link(link.name.clone()), None);
+            }
         }
         return;
     }
@@ -171,7 +178,7 @@ fn note_link(present: bool, link: &LinkInfo, shared: &mut Shared, foreign: &mut 
     }
     let Some(state) = state else { return };
     // All bits: the announcement of a new link. Other changes than of flags announce no bits.
-    let went_down = !link.up() && link.changed & IFF_UP != 0 && link.changed != u32::MAX;
+    let went_down = !link.up() && link.changed.contains(LinkFlags::Up) && link.changed.bits() != u32::MAX;
     let before = known.links.get(&link.name).map(|(index, old)| (*index, old.clone()));
     match &before {
         Some((index, _)) if *index != link.index => pending.stale("a link of ours was made again by others"),
@@ -197,9 +204,9 @@ fn note_address(present: bool, info: &AddressInfo, known: &mut Known, foreign: &
             let (before, now) = if present { (absent, there) } else { (there, absent) };
             pending.changed_from(key, before, now);
         }
-    } else if info.scope == RT_SCOPE_UNIVERSE && !known.is_removed(info.index) {
+    } else if info.is_global() && !known.is_removed(info.index) {
         let key = (info.index, info.address.ip());
-        let deprecated = info.flags & IFA_F_DEPRECATED != 0;
+        let deprecated = info.is_deprecated();
         let news = if present {
             foreign.addresses.insert(key, deprecated) != Some(deprecated)
         } else {
@@ -212,7 +219,7 @@ fn note_address(present: bool, info: &AddressInfo, known: &mut Known, foreign: &
     }
 }
 
-/// Forwarding of the whole namespace was switched.
+/// Forwarding of the whole namespace was switched. (`netlink-packet-route` has no netconf messages.)
 fn note_netconf(body: &[u8], known: &mut Known, pending: &mut Pending) {
     let (mut index, mut forwarding) = (None, None);
     for (kind, value) in attributes(body, 1) {
@@ -235,8 +242,8 @@ fn note_netconf(body: &[u8], known: &mut Known, pending: &mut Pending) {
     }
 }
 
-fn note_entry(header: Header, entry: &Entry, known: &mut Known, pending: &mut Pending) {
-    let present = matches!(header.kind, libc::RTM_NEWNEIGH | RTM_NEWNEXTHOP | libc::RTM_NEWROUTE);
+fn note_entry(header: NetlinkHeader, entry: &Entry, known: &mut Known, pending: &mut Pending) {
+    let present = matches!(header.message_type, libc::RTM_NEWNEIGH | RTM_NEWNEXTHOP | libc::RTM_NEWROUTE);
     match *entry {
         Entry::Fdb { index, mac, remote, permanent } => {
             if let Some(device) = known.device(index).filter(|d| matches!(d.role, Role::Vxlan(_))) {
@@ -260,7 +267,7 @@ fn note_entry(header: Header, entry: &Entry, known: &mut Known, pending: &mut Pe
         }
         // A route of others matters only where it took the place of one that was there.
         Entry::Route { protocol, .. } => {
-            let replaces = present && header.flags & flag(libc::NLM_F_REPLACE) != 0;
+            let replaces = present && header.flags & NLM_F_REPLACE != 0;
             if !is_ours(protocol) && !replaces {
                 return;
             }

@@ -9,7 +9,7 @@ use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 
-use super::request::{LinkInfo, VxlanInfo};
+use super::objects::{LinkInfo, VxlanInfo};
 use crate::model::{Device, Mac, Role, Vni};
 use crate::plan::state::{LINK_ALIAS, LinkKind, LinkState, Value, Vxlan};
 use crate::plan::{Key, State};

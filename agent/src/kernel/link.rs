@@ -3,13 +3,15 @@
 
 use std::net::IpAddr;
 
+use netlink_packet_route::link::{BridgeStpState, InfoBridge, InfoKind, LinkMessage};
+use rtnetlink::{LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVxlan};
+
 use super::ethtool::Ethtool;
 use super::known::{Known, LINK_GROUP, is_marked};
-use super::message::Message;
-use super::request::{self, IFF_UP, LinkInfo, link_add, link_set};
+use super::objects::{self, LinkInfo};
+use super::rtnl::{Rtnl, no_link_local};
 use super::socket::{Refusal, RouteSocket};
 use super::sysctl;
-use super::uapi::*;
 use crate::plan::OpError;
 use crate::plan::state::{LINK_ALIAS, LinkKind, LinkState, Vxlan};
 
@@ -19,7 +21,9 @@ const TTL: u8 = 64;
 
 /// What link changes need.
 pub struct Links<'a> {
-    /// The socket of requests.
+    /// By which links are changed.
+    pub rtnl: &'a Rtnl,
+    /// By which they are read.
     pub socket: &'a mut RouteSocket,
     /// Offload settings.
     pub ethtool: &'a Ethtool,
@@ -29,39 +33,39 @@ pub struct Links<'a> {
 
 impl Links<'_> {
     /// Makes the link, or gives it this state. A VXLAN device whose fixed settings differ is made again.
-    pub fn set(&mut self, name: &str, wanted: &LinkState) -> Result<(), OpError> {
-        let result = self.set_steps(name, wanted);
+    pub async fn set(&mut self, name: &str, wanted: &LinkState) -> Result<(), OpError> {
+        let result = self.set_steps(name, wanted).await;
         // What was reached counts as known, also where a step failed: its events are ours.
         let noted = self.note(name);
         result.and(noted)
     }
 
-    fn set_steps(&mut self, name: &str, wanted: &LinkState) -> Result<(), OpError> {
+    async fn set_steps(&mut self, name: &str, wanted: &LinkState) -> Result<(), OpError> {
         if let LinkKind::Foreign { .. } = wanted.kind {
             return Err(error(libc::EINVAL, format!("cannot make interface {name}: a foreign link is never wanted")));
         }
         let existing = match self.find(name)? {
-            Some(link) => self.keep_or_remove(link, wanted)?,
+            Some(link) => self.keep_or_remove(link, wanted).await?,
             None => None,
         };
         let link = match existing {
             Some(link) => link,
-            None => self.create(name, wanted)?,
+            None => self.create(name, wanted).await?,
         };
-        self.mark(&link)?;
+        self.mark(&link).await?;
         if let LinkKind::Vxlan(vxlan) = &wanted.kind {
-            self.change_vxlan(&link, vxlan)?;
+            self.change_vxlan(&link, vxlan).await?;
         }
-        self.change(&link, wanted)
+        self.change(&link, wanted).await
     }
 
     /// Removes a link of ours. That it is gone already is success.
-    pub fn delete(&mut self, name: &str) -> Result<(), OpError> {
+    pub async fn delete(&mut self, name: &str) -> Result<(), OpError> {
         if let Some(link) = self.find(name)? {
             if !is_marked(&link) {
                 return Err(foreign(&link));
             }
-            match request::link_delete(self.socket, link.index) {
+            match self.rtnl.delete_link(link.index).await {
                 Err(e) if e.errno != libc::ENODEV => return Err(e.during(format!("cannot delete interface {name}"))),
                 _ => self.known.removed_link(link.index),
             }
@@ -87,7 +91,7 @@ impl Links<'_> {
     }
 
     fn find(&mut self, name: &str) -> Result<Option<LinkInfo>, OpError> {
-        match request::link(self.socket, name) {
+        match objects::link(self.socket, name) {
             Ok(link) => Ok(Some(link)),
             Err(e) if e.errno == libc::ENODEV => Ok(None),
             Err(e) => Err(e.during(format!("cannot examine interface {name}"))),
@@ -95,7 +99,7 @@ impl Links<'_> {
     }
 
     /// The link that is there, if it can become the wanted one; one of ours that cannot is removed.
-    fn keep_or_remove(&mut self, link: LinkInfo, wanted: &LinkState) -> Result<Option<LinkInfo>, OpError> {
+    async fn keep_or_remove(&mut self, link: LinkInfo, wanted: &LinkState) -> Result<Option<LinkInfo>, OpError> {
         if !is_marked(&link) {
             return Err(foreign(&link));
         }
@@ -109,22 +113,22 @@ impl Links<'_> {
         if keep {
             return Ok(Some(link));
         }
-        self.delete(&link.name)?;
+        self.delete(&link.name).await?;
         Ok(None)
     }
 
-    fn create(&mut self, name: &str, wanted: &LinkState) -> Result<LinkInfo, OpError> {
-        let common = |m: &mut Message<'_>| {
-            m.put_u32(IFLA_GROUP, LINK_GROUP);
-            if let Some(mac) = wanted.mac {
-                m.put(IFLA_ADDRESS, &mac.0);
+    async fn create(&mut self, name: &str, wanted: &LinkState) -> Result<LinkInfo, OpError> {
+        let link = match &wanted.kind {
+            LinkKind::Vxlan(vxlan) => {
+                let link = LinkVxlan::new(name, vxlan.vni.get()).port(vxlan.port).learning(vxlan.learning).ttl(TTL);
+                common(way(link, vxlan), wanted)
             }
-        };
-        let made = match &wanted.kind {
-            LinkKind::Vxlan(vxlan) => link_add(self.socket, name, "vxlan", common, |m| vxlan_data(m, vxlan)),
-            LinkKind::Bridge => link_add(self.socket, name, "bridge", common, |m| {
-                m.put_u32(IFLA_BR_STP_STATE, 0).put(IFLA_BR_MCAST_SNOOPING, &[0]);
-            }),
+            LinkKind::Bridge => {
+                let link = LinkMessageBuilder::<LinkBridge>::new(name)
+                    .append_info_data(InfoBridge::StpState(BridgeStpState::Disabled))
+                    .append_info_data(InfoBridge::MulticastSnooping(false));
+                common(link, wanted)
+            }
             LinkKind::Port | LinkKind::Foreign { .. } => {
                 return Err(error(
                     libc::ENODEV,
@@ -132,34 +136,30 @@ impl Links<'_> {
                 ));
             }
         };
-        match (made, &wanted.kind) {
+        match (self.rtnl.add_link(link).await, &wanted.kind) {
             (Ok(()), _) => {}
             (Err(e), LinkKind::Vxlan(vxlan)) => return Err(self.vxlan_advice(name, vxlan, &e)),
             (Err(e), _) => return Err(e.during(format!("cannot make bridge {name}"))),
         }
-        let link = request::link(self.socket, name).map_err(|e| e.during(format!("cannot find interface {name} just made")))?;
+        let link = objects::link(self.socket, name).map_err(|e| e.during(format!("cannot find interface {name} just made")))?;
         // In force before the link is up for the first time.
         sysctl::write_if_there(&sysctl::accept_ra(name), "0")?;
         Ok(link)
     }
 
     /// Gives a link our alias, and takes from it what IPv6 would do by itself.
-    fn mark(&mut self, link: &LinkInfo) -> Result<(), OpError> {
+    async fn mark(&mut self, link: &LinkInfo) -> Result<(), OpError> {
         if link.alias == LINK_ALIAS {
             return Ok(());
         }
-        mark(self.socket, link.index, &link.name)
+        mark(self.rtnl, link.index, &link.name).await
     }
 
-    fn change_vxlan(&mut self, link: &LinkInfo, wanted: &Vxlan) -> Result<(), OpError> {
+    async fn change_vxlan(&mut self, link: &LinkInfo, wanted: &Vxlan) -> Result<(), OpError> {
         let is = link.vxlan.clone().unwrap_or_default();
         if is.local != Some(wanted.local) || is.link != wanted.underlay {
-            let changed = self.socket.request(libc::RTM_NEWLINK, 0, |m| {
-                request::link_body(m, link.index, 0, 0);
-                m.nest(IFLA_LINKINFO, |m| {
-                    m.put_text(IFLA_INFO_KIND, "vxlan").nest(IFLA_INFO_DATA, |m| vxlan_way(m, wanted));
-                });
-            });
+            let change = LinkMessageBuilder::<LinkVxlan>::new_with_info_kind(InfoKind::Vxlan).index(link.index);
+            let changed = self.rtnl.change_link(way(change, wanted).build()).await;
             changed.map_err(|e| self.vxlan_advice(&link.name, wanted, &e))?;
         }
         if self.ethtool.tx_checksum(&link.name) != wanted.tx_checksum {
@@ -169,7 +169,7 @@ impl Links<'_> {
     }
 
     /// MAC, MTU, bridge and state, as far as they differ.
-    fn change(&mut self, link: &LinkInfo, wanted: &LinkState) -> Result<(), OpError> {
+    async fn change(&mut self, link: &LinkInfo, wanted: &LinkState) -> Result<(), OpError> {
         let name = &link.name;
         let master = wanted.master.map_or(Ok(0), |bridge| {
             let gone = || error(libc::ENODEV, format!("cannot make {name} a port of {bridge}: the bridge is not there yet"));
@@ -182,18 +182,20 @@ impl Links<'_> {
         if mac.is_none() && new_mtu.is_none() && new_master.is_none() && !new_up {
             return Ok(());
         }
-        let (flags, mask) = if new_up { (if wanted.up { IFF_UP } else { 0 }, IFF_UP) } else { (0, 0) };
-        let changed = link_set(self.socket, link.index, flags, mask, |m| {
-            if let Some(mac) = mac {
-                m.put(IFLA_ADDRESS, &mac.0);
-            }
-            if let Some(mtu) = new_mtu {
-                m.put_u32(IFLA_MTU, mtu);
-            }
-            if let Some(master) = new_master {
-                m.put_u32(IFLA_MASTER, master);
-            }
-        });
+        let mut change = LinkUnspec::new_with_index(link.index);
+        if let Some(mac) = mac {
+            change = change.address(mac.0.to_vec());
+        }
+        if let Some(mtu) = new_mtu {
+            change = change.mtu(mtu);
+        }
+        if let Some(master) = new_master {
+            change = change.controller(master);
+        }
+        if new_up {
+            change = if wanted.up { change.up() } else { change.down() };
+        }
+        let changed = self.rtnl.change_link(change.build()).await;
         changed.map_err(|e| change_advice(name, wanted, &e))
     }
 
@@ -202,7 +204,7 @@ impl Links<'_> {
         let mut e = refusal.during(format!("cannot make VXLAN device {name}"));
         let remedy = match refusal.errno {
             libc::EEXIST => {
-                let rival = request::links(self.socket).unwrap_or_default().into_iter().find(|l| {
+                let rival = objects::links(self.socket).unwrap_or_default().into_iter().find(|l| {
                     l.name != name && l.vxlan.as_ref().is_some_and(|v| v.id == wanted.vni.get() && v.port == wanted.port)
                 });
                 let rival = rival.map_or_else(|| "another device".to_owned(), |l| format!("interface {}", l.name));
@@ -222,16 +224,14 @@ impl Links<'_> {
 }
 
 /// Gives a link our alias, and takes from it what IPv6 would do by itself: a link-local address, router solicitations.
-pub fn mark(socket: &mut RouteSocket, index: u32, name: &str) -> Result<(), OpError> {
+pub async fn mark(rtnl: &Rtnl, index: u32, name: &str) -> Result<(), OpError> {
     // Without IPv6 on the link (switched off, or an MTU below 1280) the kernel refuses the second part.
     let ipv6 = sysctl::read(&sysctl::accept_ra(name))?.is_some();
-    let marked = link_set(socket, index, 0, 0, |m| {
-        m.put_text(IFLA_IFALIAS, LINK_ALIAS);
-        if ipv6 {
-            request::no_link_local(m);
-        }
-    });
-    marked.map_err(|e| e.during(format!("cannot mark interface {name}")))
+    let mut change = LinkUnspec::new_with_index(index).alias(LINK_ALIAS);
+    if ipv6 {
+        change = change.append_extra_attribute(no_link_local());
+    }
+    rtnl.change_link(change.build()).await.map_err(|e| e.during(format!("cannot mark interface {name}")))
 }
 
 /// The error for a link of our name that is not ours.
@@ -267,16 +267,20 @@ fn error(errno: i32, message: String) -> OpError {
     OpError { errno, message }
 }
 
-fn vxlan_data(m: &mut Message<'_>, vxlan: &Vxlan) {
-    m.put_u32(IFLA_VXLAN_ID, vxlan.vni.get()).put(IFLA_VXLAN_PORT, &vxlan.port.to_be_bytes());
-    m.put(IFLA_VXLAN_LEARNING, &[u8::from(vxlan.learning)]).put(IFLA_VXLAN_TTL, &[TTL]);
-    vxlan_way(m, vxlan);
+/// What all links of ours are made with.
+fn common<T>(link: LinkMessageBuilder<T>, wanted: &LinkState) -> LinkMessage {
+    let link = link.link_group(LINK_GROUP);
+    match wanted.mac {
+        Some(mac) => link.address(mac.0.to_vec()).build(),
+        None => link.build(),
+    }
 }
 
-fn vxlan_way(m: &mut Message<'_>, vxlan: &Vxlan) {
-    m.put_u32(IFLA_VXLAN_LINK, vxlan.underlay);
+/// The way that outer packets take, which can be changed in place.
+fn way(link: LinkMessageBuilder<LinkVxlan>, vxlan: &Vxlan) -> LinkMessageBuilder<LinkVxlan> {
+    let link = link.dev(vxlan.underlay);
     match vxlan.local {
-        IpAddr::V4(a) => m.put(IFLA_VXLAN_LOCAL, &a.octets()),
-        IpAddr::V6(a) => m.put(IFLA_VXLAN_LOCAL6, &a.octets()),
-    };
+        IpAddr::V4(local) => link.local(local),
+        IpAddr::V6(local) => link.local6(local),
+    }
 }

@@ -12,6 +12,7 @@
 use std::future::poll_fn;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::pin::pin;
 use std::sync::Arc;
 
 use netlink_sys::protocols::NETLINK_ROUTE;
@@ -77,9 +78,10 @@ impl Monitor {
     /// Follows the kernel until the receiver of the events is dropped. Cancel-safe: it may be aborted at any await.
     ///
     /// # Errors
-    /// A socket failed; the kernel's changes are no longer seen.
+    /// A socket failed; the kernel's changes are no longer seen. Or the connection ended by which links and addresses are changed.
     pub async fn run(mut self) -> Result<(), OpError> {
         let sender = self.sender.clone();
+        let mut ended = pin!(self.shared.lock().await.rtnl.ended());
         loop {
             tokio::select! {
                 received = first(&self.socket, &mut self.first) => {
@@ -99,6 +101,7 @@ impl Monitor {
                         permit.send(event);
                     }
                 }
+                () = &mut ended => return Err(OpError { errno: libc::EPIPE, message: "the rtnetlink connection has ended".to_owned() }),
                 () = sender.closed() => return Ok(()),
             }
         }

@@ -13,15 +13,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 
+use netlink_packet_route::RouteNetlinkMessage;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
+use rtnetlink::LinkUnspec;
 
-use super::request::{IFF_UP, link, link_set};
 use super::socket::RouteSocket;
 use crate::plan::OpError;
 
 /// Where named namespaces are.
 pub const DIRECTORY: &str = "/run/netns";
+/// Interface index of `lo` in each namespace (`LOOPBACK_IFINDEX` in `include/net/net_namespace.h`).
+pub(super) const LOOPBACK: u32 = 1;
 /// The calling thread's namespace. `/proc/self` would be the main thread's.
 const OWN: &str = "/proc/thread-self/ns/net";
 
@@ -266,8 +269,20 @@ fn on_thread<T: Send>(path: &Path, work: impl FnOnce() -> T + Send) -> Result<T,
     })
 }
 
+/// On the blocking socket: a namespace is made also where no runtime runs.
 fn loopback_up() -> Result<(), OpError> {
-    let mut socket = RouteSocket::open()?;
-    let lo = link(&mut socket, "lo").map_err(|e| e.during("cannot find lo"))?;
-    link_set(&mut socket, lo.index, IFF_UP, IFF_UP, |_| ()).map_err(|e| e.during("cannot set lo up"))
+    let up = LinkUnspec::new_with_index(LOOPBACK).up().build();
+    RouteSocket::open()?.change(&RouteNetlinkMessage::SetLink(up)).map_err(|e| e.during("cannot set lo up"))
+}
+
+impl From<&NetnsError> for OpError {
+    fn from(error: &NetnsError) -> OpError {
+        let errno = match error {
+            NetnsError::System { source, .. } => source.raw_os_error().unwrap_or_default(),
+            NetnsError::Missing { .. } => libc::ENOENT,
+            NetnsError::NotNetns { .. } => libc::EINVAL,
+            _ => 0,
+        };
+        OpError { errno, message: error.to_string() }
+    }
 }

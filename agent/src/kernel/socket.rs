@@ -1,20 +1,29 @@
-//! A blocking rtnetlink socket: one request and its answer, or one dump. It belongs to the network namespace of the thread that opened it,
-//! whoever uses it later.
+//! A blocking rtnetlink socket for what is read: one object, or one dump. It belongs to the network namespace of the thread that opened it, whoever
+//! uses it later.
+//!
+//! Beside `rtnetlink`'s connection ([`super::rtnl`]), by which links, addresses and single routes are changed, for three reasons: a dump that changes
+//! disturbed has to be begun again (`NLM_F_DUMP_INTR`, which `rtnetlink`'s requests do not hand on); an answer of which one attribute cannot be
+//! decoded still counts, where `netlink-proto` would drop it and wait on; and ten thousand peers' entries are read without a channel between.
 
 use std::io;
 use std::time::Duration;
 
+use netlink_packet_core::{
+    DoneBuffer, Emitable, ErrorBuffer, NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR,
+    NetlinkHeader,
+};
+use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_ROUTE;
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeVal;
 
-use super::message::{Header, Message, attributes, flag, messages, text, u32_at};
-use super::uapi::{NLM_F_ACK_TLVS, NLM_F_CAPPED, NLM_F_DUMP_INTR, NLMSGERR_ATTR_MSG};
+use super::message::{attributes, messages, text};
+use super::uapi::NLMSGERR_ATTR_MSG;
 use crate::plan::OpError;
 
 /// The kernel answers before `send` returns; this only bounds what a defect could cost.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// A dump's datagrams are at most 32 KiB (`netlink_dump` in `net/netlink/af_netlink.c`).
 const RECEIVE: usize = 64 * 1024;
 /// How often a dump that was disturbed by a change is begun again.
@@ -43,6 +52,13 @@ impl Refusal {
     }
 }
 
+impl Refusal {
+    /// The kernel has no IPv6, or the device went while its entries were listed.
+    pub fn is_without_family(&self) -> bool {
+        matches!(self.errno, libc::EAFNOSUPPORT | libc::EOPNOTSUPP | libc::ENODEV)
+    }
+}
+
 impl From<io::Error> for Refusal {
     fn from(error: io::Error) -> Self {
         match error.raw_os_error() {
@@ -52,29 +68,48 @@ impl From<io::Error> for Refusal {
     }
 }
 
-/// What a message of kind `NLMSG_ERROR` says: success or the refusal.
-pub fn outcome(header: Header, body: &[u8]) -> Result<(), Refusal> {
-    let code = u32_at(body, 0).map_or(-libc::EPROTO, u32::cast_signed);
-    if code == 0 {
-        return Ok(());
+/// What the body of a message of kind `NLMSG_ERROR` says: success or the refusal.
+pub fn outcome(body: &[u8]) -> Result<(), Refusal> {
+    let Ok(error) = ErrorBuffer::new_checked(body) else {
+        return Err(Refusal { errno: libc::EPROTO, detail: "an answer was cut off".to_owned() });
+    };
+    match error.code() {
+        None => Ok(()),
+        Some(code) => Err(Refusal { errno: code.get().saturating_neg(), detail: detail(error.payload()) }),
     }
-    let mut detail = String::new();
-    if header.flags & NLM_F_ACK_TLVS != 0 {
-        // Behind the number stands the request's header, and unless capped its body.
-        let request = u32_at(body, 4).and_then(|n| usize::try_from(n).ok()).unwrap_or_default();
-        let skip = 4 + if header.flags & NLM_F_CAPPED != 0 { super::message::HEADER } else { request };
-        if let Some((_, value)) = attributes(body, skip).find(|(kind, _)| *kind == NLMSGERR_ATTR_MSG) {
-            detail = text(value);
-        }
+}
+
+/// What the kernel says beyond the number, which stands behind the request's header: all our sockets have `NETLINK_CAP_ACK`, so that the
+/// request's body is left out.
+pub fn detail(payload: &[u8]) -> String {
+    let said = attributes(payload, NetlinkHeader::default().buffer_len()).find(|(kind, _)| *kind == NLMSGERR_ATTR_MSG);
+    said.map(|(_, value)| text(value)).unwrap_or_default()
+}
+
+/// A request, in whatever form it is at hand.
+pub trait Ask {
+    /// Appends it with these flags (besides `NLM_F_REQUEST`) and this sequence number.
+    fn write(&self, buffer: &mut Vec<u8>, flags: u16, sequence: u32);
+}
+
+impl Ask for RouteNetlinkMessage {
+    fn write(&self, buffer: &mut Vec<u8>, flags: u16, sequence: u32) {
+        let mut header = NetlinkHeader::default();
+        let (start, length) = (buffer.len(), header.buffer_len() + self.buffer_len());
+        header.length = u32::try_from(length).unwrap_or(u32::MAX);
+        header.message_type = self.message_type();
+        header.flags = flags | NLM_F_REQUEST;
+        header.sequence_number = sequence;
+        buffer.resize(start + length, 0);
+        header.emit(&mut buffer[start..]);
+        self.emit(&mut buffer[start + header.buffer_len()..]);
     }
-    Err(Refusal { errno: code.saturating_neg(), detail })
 }
 
 /// The socket.
 #[derive(Debug)]
 pub struct RouteSocket {
     socket: Socket,
-    port: u32,
     sequence: u32,
     output: Vec<u8>,
     input: Vec<u8>,
@@ -88,73 +123,56 @@ impl RouteSocket {
 
     fn try_open() -> io::Result<RouteSocket> {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
-        let port = socket.bind_auto()?.port_number();
+        socket.bind_auto()?;
         socket.set_cap_ack(true)?;
         socket.set_ext_ack(true)?;
         socket.set_netlink_get_strict_chk(true)?;
         let timeout = TimeVal::new(i64::try_from(ANSWER_TIMEOUT.as_secs()).unwrap_or(i64::MAX), 0);
         setsockopt(&socket, sockopt::ReceiveTimeout, &timeout)?;
-        Ok(RouteSocket { socket, port, sequence: 0, output: Vec::new(), input: vec![0; RECEIVE] })
+        Ok(RouteSocket { socket, sequence: 0, output: Vec::new(), input: vec![0; RECEIVE] })
     }
 
-    /// The port id by which the kernel names this socket in events.
-    pub fn port(&self) -> u32 {
-        self.port
-    }
-
-    /// Sends one request and reads its acknowledgement.
-    pub fn request(&mut self, kind: u16, flags: u16, build: impl FnOnce(&mut Message<'_>)) -> Result<(), Refusal> {
-        self.exchange(kind, flags | flag(libc::NLM_F_ACK), build, |_, _| ())
+    /// Sends one request that changes something and reads its acknowledgement.
+    pub fn change(&mut self, request: &impl Ask) -> Result<(), Refusal> {
+        self.exchange(request, NLM_F_ACK, |_, _| ())
     }
 
     /// Sends one request for one object and reads it.
-    pub fn get<T>(
-        &mut self,
-        kind: u16,
-        build: impl FnOnce(&mut Message<'_>),
-        read: impl Fn(&[u8]) -> Option<T>,
-    ) -> Result<T, Refusal> {
+    pub fn get<T>(&mut self, request: &impl Ask, read: impl Fn(&[u8]) -> Option<T>) -> Result<T, Refusal> {
         let mut found = None;
-        self.exchange(kind, flag(libc::NLM_F_ACK), build, |_, body| found = read(body))?;
+        self.exchange(request, NLM_F_ACK, |_, body| found = read(body))?;
         found.ok_or_else(|| Refusal { errno: libc::EPROTO, detail: "the answer holds no such object".to_owned() })
     }
 
-    /// Asks for all objects of a kind. A dump that a change disturbed is begun again: `each` then gets what it had once more, after `restart`.
+    /// Asks for all objects of a kind. A dump that a change disturbed is begun again, with what `fresh` gives.
     pub fn dump<S>(
         &mut self,
-        kind: u16,
-        build: impl Fn(&mut Message<'_>),
+        request: &impl Ask,
         fresh: impl Fn() -> S,
-        mut each: impl FnMut(&mut S, Header, &[u8]),
+        mut each: impl FnMut(&mut S, NetlinkHeader, &[u8]),
     ) -> Result<S, Refusal> {
         let mut tries = 0;
         loop {
             let mut state = fresh();
             let mut disturbed = false;
-            self.exchange(kind, flag(libc::NLM_F_DUMP), &build, |header, body| {
+            self.exchange(request, NLM_F_DUMP, |header, body| {
                 disturbed |= header.flags & NLM_F_DUMP_INTR != 0;
                 each(&mut state, header, body);
             })?;
             tries += 1;
             if !disturbed || tries == DUMP_TRIES {
                 if disturbed {
-                    tracing::debug!(kind, "a dump was disturbed by changes again and again; taking the last one");
+                    tracing::debug!("a dump was disturbed by changes again and again; taking the last one");
                 }
                 return Ok(state);
             }
         }
     }
 
-    fn exchange(
-        &mut self,
-        kind: u16,
-        flags: u16,
-        build: impl FnOnce(&mut Message<'_>),
-        mut each: impl FnMut(Header, &[u8]),
-    ) -> Result<(), Refusal> {
+    fn exchange(&mut self, request: &impl Ask, flags: u16, mut each: impl FnMut(NetlinkHeader, &[u8])) -> Result<(), Refusal> {
         self.sequence = self.sequence.wrapping_add(1);
         self.output.clear();
-        build(&mut Message::begin(&mut self.output, kind, flags, self.sequence));
+        request.write(&mut self.output, flags, self.sequence);
         self.socket.send(&self.output, 0)?;
         loop {
             let received = self.socket.recv(&mut self.input.as_mut_slice(), libc::MSG_TRUNC)?;
@@ -162,15 +180,15 @@ impl RouteSocket {
                 return Err(Refusal { errno: libc::EMSGSIZE, detail: format!("an answer of {received} bytes") });
             };
             for (header, body) in messages(bytes) {
-                if header.sequence != self.sequence {
+                if header.sequence_number != self.sequence {
                     continue;
                 }
-                match libc::c_int::from(header.kind) {
-                    libc::NLMSG_ERROR => return outcome(header, body),
-                    libc::NLMSG_DONE => {
+                match header.message_type {
+                    NLMSG_ERROR => return outcome(body),
+                    NLMSG_DONE => {
                         each(header, &[]);
                         // A dump that fails half way says so in its last message.
-                        let code = u32_at(body, 0).map_or(0, u32::cast_signed);
+                        let code = DoneBuffer::new_checked(body).map_or(0, |done| done.code());
                         return if code < 0 {
                             Err(Refusal { errno: code.saturating_neg(), detail: String::new() })
                         } else {

@@ -5,5 +5,5 @@ mod links;
 mod monitor;
 mod netns;
 mod peers;
-mod speed;
+mod rtnl;
 mod support;

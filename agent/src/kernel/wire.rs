@@ -1,10 +1,13 @@
 //! The four kinds of entry that grow with the number of peers, in netlink's byte form: FDB entries, neighbours, next hops and routes. Written
-//! without allocation, read without copying. (`netlink-packet-route` knows no next-hop objects.)
+//! without allocation, read without copying. `netlink-packet-route` knows no next-hop objects, and its values cost an allocation for each message and
+//! attribute: at ten thousand peers these are most of the time.
 
 use std::net::IpAddr;
 
-use super::message::{Header, Message, address, attributes, mac, u16_at, u32_at};
-use super::request::{REPLACE, family_number, family_of};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE, NetlinkHeader};
+
+use super::message::{Message, address, attributes, mac, u16_at, u32_at};
+use super::socket::Ask;
 use super::uapi::*;
 use crate::model::{Cidr, Device, Family, Mac};
 use crate::plan::state::{PROTOCOL, Via};
@@ -13,7 +16,7 @@ use crate::plan::{Key, Value};
 /// Length of `struct ndmsg`.
 const NDMSG: usize = 12;
 /// Length of `struct nhmsg`.
-const NHMSG: usize = 8;
+pub const NHMSG: usize = 8;
 /// Length of `struct rtmsg`.
 const RTMSG: usize = 12;
 /// IPv6's metric of a route that names none (`IP6_RT_PRIO_USER` in `linux/ipv6_route.h`); IPv4's is 0.
@@ -94,7 +97,7 @@ pub fn device(key: &Key, value: &Value) -> Option<Device> {
 /// Writes the request that makes or replaces an entry. `index` is that of [`device`]. Returns whether key and value fit; where they do not,
 /// nothing is written.
 pub fn write_set(buffer: &mut Vec<u8>, sequence: u32, index: u32, key: &Key, value: &Value) -> bool {
-    let flags = REPLACE;
+    let flags = NLM_F_CREATE | NLM_F_REPLACE;
     match (key, value) {
         (Key::Fdb(_, mac), Value::Fdb(remote)) => {
             write_fdb(Message::begin(buffer, libc::RTM_NEWNEIGH, flags, sequence), index, *mac, Some(*remote));
@@ -158,6 +161,20 @@ fn write_fdb(mut m: Message<'_>, index: u32, mac: Mac, remote: Option<IpAddr>) {
     }
 }
 
+/// The kernel's number of a family.
+#[expect(clippy::cast_possible_truncation, reason = "AF_INET is 2 and AF_INET6 is 10")]
+const fn family_number(family: Family) -> u8 {
+    match family {
+        Family::V4 => libc::AF_INET as u8,
+        Family::V6 => libc::AF_INET6 as u8,
+    }
+}
+
+/// The family of the kernel's number.
+pub fn family_of(number: u8) -> Option<Family> {
+    Family::ALL.into_iter().find(|f| family_number(*f) == number)
+}
+
 /// The family of FDB entries.
 #[expect(clippy::cast_possible_truncation, reason = "AF_BRIDGE is 7")]
 pub const AF_BRIDGE: u8 = libc::AF_BRIDGE as u8;
@@ -181,44 +198,43 @@ pub enum Query {
     Neigh(u32, Family),
     /// All next hops.
     Nexthops,
+    /// The next hop with that id.
+    Nexthop(u32),
     /// The main table's routes of a protocol number; 0 asks for all.
     Routes(Family, u8),
 }
 
 impl Query {
-    /// The request's kind.
-    pub fn kind(self) -> u16 {
+    fn kind(self) -> u16 {
         match self {
             Query::Fdb(_) | Query::Neigh(..) => libc::RTM_GETNEIGH,
-            Query::Nexthops => RTM_GETNEXTHOP,
+            Query::Nexthops | Query::Nexthop(_) => RTM_GETNEXTHOP,
             Query::Routes(..) => libc::RTM_GETROUTE,
         }
     }
+}
 
-    /// Writes the request's body. Needs `NETLINK_GET_STRICT_CHK` for the kernel to filter.
-    pub fn write(self, m: &mut Message<'_>) {
-        match self {
-            Query::Fdb(index) => {
-                m.body(&[AF_BRIDGE]).body(&[0; NDMSG - 1]).put_u32(NDA_IFINDEX, index);
-            }
-            Query::Neigh(index, family) => {
-                m.body(&[family_number(family)]).body(&[0; NDMSG - 1]).put_u32(NDA_IFINDEX, index);
-            }
-            Query::Nexthops => {
-                m.body(&[0; NHMSG]);
-            }
+impl Ask for Query {
+    /// Needs `NETLINK_GET_STRICT_CHK` for the kernel to filter.
+    fn write(&self, buffer: &mut Vec<u8>, flags: u16, sequence: u32) {
+        let mut m = Message::begin(buffer, self.kind(), flags, sequence);
+        match *self {
+            Query::Fdb(index) => m.body(&[AF_BRIDGE]).body(&[0; NDMSG - 1]).put_u32(NDA_IFINDEX, index),
+            Query::Neigh(index, family) => m.body(&[family_number(family)]).body(&[0; NDMSG - 1]).put_u32(NDA_IFINDEX, index),
+            Query::Nexthops => m.body(&[0; NHMSG]),
+            Query::Nexthop(id) => m.body(&[0; NHMSG]).put_u32(NHA_ID, id),
             Query::Routes(family, protocol) => {
-                m.body(&[family_number(family), 0, 0, 0, RT_TABLE_MAIN, protocol, 0, 0, 0, 0, 0, 0]);
+                m.body(&[family_number(family), 0, 0, 0, RT_TABLE_MAIN, protocol, 0, 0, 0, 0, 0, 0])
             }
-        }
+        };
     }
 }
 
 impl Entry {
     /// Reads a message about an entry, be it there or gone; `None` for what is none of the four kinds, or of no form that ours can have or
     /// stand in the way of.
-    pub fn read(header: Header, body: &[u8]) -> Option<Entry> {
-        match header.kind {
+    pub fn read(header: NetlinkHeader, body: &[u8]) -> Option<Entry> {
+        match header.message_type {
             libc::RTM_NEWNEIGH | libc::RTM_DELNEIGH => read_neigh(body),
             RTM_NEWNEXTHOP | RTM_DELNEXTHOP => read_nexthop(body),
             libc::RTM_NEWROUTE | libc::RTM_DELROUTE => read_route(body),
@@ -311,7 +327,7 @@ mod tests {
         let mut all = messages(&buffer);
         let (header, body) = all.next().expect("a message");
         assert!(all.next().is_none());
-        assert_eq!(header.sequence, 9);
+        assert_eq!(header.sequence_number, 9);
         Entry::read(header, body).expect("an entry")
     }
 
@@ -374,10 +390,11 @@ mod tests {
         let key = Key::Route("10.0.0.0/8".parse().expect("cidr"));
         let mut buffer = Vec::new();
         write_set(&mut buffer, 1, 7, &key, &Value::Route(Via::Nexthop(3)));
-        let (header, body) = messages(&buffer).next().expect("a message");
+        let (mut header, body) = messages(&buffer).next().expect("a message");
         for kind in [libc::RTM_NEWNEIGH, RTM_NEWNEXTHOP, libc::RTM_NEWROUTE, 0] {
+            header.message_type = kind;
             for end in 0..=body.len() {
-                let _ = Entry::read(Header { kind, ..header }, &body[..end]);
+                let _ = Entry::read(header, &body[..end]);
             }
         }
     }

@@ -45,6 +45,9 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 self.leases_dirty.extend(affected);
             }
             StoreEvent::Upsert(entry) => {
+                if let (Connection::Up { revision }, Ok(record)) = (&mut self.connection, &entry.value) {
+                    *revision = record.mod_revision.max(*revision);
+                }
                 let affected = self.roster.upsert(entry);
                 self.leases_dirty.extend(affected);
             }

@@ -53,7 +53,12 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
         None => {
             let known = context.client.endpoints().await?.endpoints.into_iter().find(|e| e.name == args.name);
             let path = namespaces.path(&args.name);
-            if known.is_some_and(|e| e.netns == path) { (path, None) } else { (path, Some(namespaces.make(&args.name)?)) }
+            // One that has gone away in the meantime is made again, and the endpoint plugged into it.
+            if known.is_some_and(|e| e.netns == path) && path.exists() {
+                (path, None)
+            } else {
+                (path, Some(namespaces.make(&args.name)?))
+            }
         }
     };
     let request = AttachRequest { netns, interface: Some(args.interface.clone()), addresses };

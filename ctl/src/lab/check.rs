@@ -3,9 +3,10 @@
 //! address of the container's host.
 //!
 //! Everything runs in this process: a socket belongs to the namespace of the thread that opened it, wherever it is used. The tasks are
-//! the servers (one a container, one in the world) and at most [`AT_ONCE`] calls; all end with [`check`].
+//! the servers (one a container, one in the world) and at most sixteen calls at once; all end with [`check`].
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::stream::{self, StreamExt};
@@ -26,6 +27,33 @@ const PORT: u16 = 49_771;
 /// How many calls are under way at once.
 const AT_ONCE: usize = 16;
 
+/// After this many failed calls the others are not made: something is wrong at large, and each would take its whole time.
+const FAILURES: usize = 96;
+
+/// After this long no further call is made: thousands take some seconds where all is well.
+const WHOLE_LIMIT: Duration = Duration::from_secs(60);
+
+/// What calls that are not made yet depend on.
+struct Budget {
+    failures: AtomicUsize,
+    end: Instant,
+}
+
+impl Budget {
+    fn new() -> Budget {
+        Budget { failures: AtomicUsize::new(0), end: Instant::now() + WHOLE_LIMIT }
+    }
+
+    /// Why no further call is made.
+    fn spent(&self) -> Option<String> {
+        if self.failures.load(Ordering::Relaxed) >= FAILURES {
+            return Some(format!("not tried, {FAILURES} calls had failed before"));
+        }
+        (Instant::now() >= self.end)
+            .then(|| format!("not tried, the others had taken {} already", humantime::format_duration(WHOLE_LIMIT)))
+    }
+}
+
 /// How long one call may take: a lost SYN is sent again after 1 s and 3 s (RFC 6298), so a call that takes longer has no way.
 const LIMIT: Duration = Duration::from_secs(5);
 
@@ -40,6 +68,8 @@ pub struct Report {
     pub overlay: Vec<Call>,
     /// Every container to the world outside, in each family.
     pub egress: Vec<Call>,
+    /// What else is known of failed calls.
+    pub remarks: Vec<String>,
 }
 
 /// One call and its outcome.
@@ -95,12 +125,36 @@ pub async fn check(lab: &Lab) -> Result<Report, LabError> {
             egress.push(planned(from, *family, "world", Some(&outside_address(*family)), from.host_addresses.get(*family)));
         }
     }
-    let find = |name: &str| parties.iter().find(|p| p.name == name);
-    let overlay = stream::iter(overlay).map(|c| call(find(&c.from), c)).buffered(AT_ONCE).collect::<Vec<_>>().await;
-    let egress = stream::iter(egress).map(|c| call(find(&c.from), c)).buffered(AT_ONCE).collect::<Vec<_>>().await;
+    let overflows = neighbour_overflows();
+    let budget = Budget::new();
+    let make = |planned: Call| call(parties.iter().find(|p| p.name == planned.from), planned, &budget);
+    let overlay = stream::iter(overlay).map(make).buffered(AT_ONCE).collect::<Vec<_>>().await;
+    let egress = stream::iter(egress).map(make).buffered(AT_ONCE).collect::<Vec<_>>().await;
     servers.shutdown().await;
     let ok = overlay.iter().chain(&egress).all(|c| c.error.is_none());
-    Ok(Report { ok, containers: parties.into_iter().map(|p| p.name).collect(), overlay, egress })
+    let mut remarks = Vec::new();
+    if !ok && neighbour_overflows() > overflows {
+        remarks.push(
+            "the kernel's neighbour table, one for all namespaces of the machine, overflowed meanwhile: take fewer hosts, or on a machine of \
+             your own sysctl net.ipv4.neigh.default.gc_thresh3=16384 net.ipv6.neigh.default.gc_thresh3=16384"
+                .to_owned(),
+        );
+    }
+    Ok(Report { ok, containers: parties.into_iter().map(|p| p.name).collect(), overlay, egress, remarks })
+}
+
+/// How often the kernel's neighbour tables were full since the boot; 0 where that is not to be seen. Hosts that all talk to each other need
+/// as many entries as there are pairs of them, and `gc_thresh3` (arp(7)) counts those of every namespace together.
+fn neighbour_overflows() -> u64 {
+    let table = |path: &str| {
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        let mut lines = text.lines();
+        let column = lines.next().and_then(|header| header.split_ascii_whitespace().position(|name| name == "table_fulls"));
+        // One line a processor, in hexadecimal.
+        let count = |line: &str| u64::from_str_radix(line.split_ascii_whitespace().nth(column?)?, 16).ok();
+        lines.filter_map(count).sum::<u64>()
+    };
+    ["/proc/net/stat/arp_cache", "/proc/net/stat/ndisc_cache"].map(table).into_iter().sum()
 }
 
 /// Every container of every host, as the kernel has them: a data path must work while its agent does not run.
@@ -154,9 +208,13 @@ fn planned(from: &Party, family: Family, to: &str, address: Option<&IpAddr>, exp
     }
 }
 
-/// Makes a call.
-async fn call(from: Option<&Party>, mut call: Call) -> Call {
+/// Makes a call, and counts it where it fails.
+async fn call(from: Option<&Party>, mut call: Call, budget: &Budget) -> Call {
     let (Some(from), None) = (from, &call.error) else { return call };
+    if let Some(reason) = budget.spent() {
+        call.error = Some(reason);
+        return call;
+    }
     match tokio::time::timeout(LIMIT, ask(&from.netns, call.address)).await {
         Ok(Ok((seen, time))) => {
             call.seen = Some(seen);
@@ -167,6 +225,9 @@ async fn call(from: Option<&Party>, mut call: Call) -> Call {
         }
         Ok(Err(error)) => call.error = Some(error.to_string()),
         Err(_) => call.error = Some(format!("no answer within {}", humantime::format_duration(LIMIT))),
+    }
+    if call.error.is_some() {
+        budget.failures.fetch_add(1, Ordering::Relaxed);
     }
     call
 }
@@ -198,21 +259,25 @@ mod tests {
         let loopback: IpAddr = "127.0.0.1".parse().expect("an address");
         let mut servers = JoinSet::new();
         serve(&mut servers, &netns, "test", loopback).expect("a free port");
+        let budget = Budget::new();
         let party = Party {
             name: "a".to_owned(),
             netns,
             addresses: PerFamily { v4: Some(loopback), v6: None },
             host_addresses: PerFamily { v4: "10.0.0.1".parse().ok(), v6: None },
         };
-        let good = call(Some(&party), planned(&party, Family::V4, "b", Some(&loopback), Some(&loopback))).await;
+        let good = call(Some(&party), planned(&party, Family::V4, "b", Some(&loopback), Some(&loopback)), &budget).await;
         assert_eq!((good.seen, &good.error), (Some(loopback), &None));
         let translated =
-            call(Some(&party), planned(&party, Family::V4, "b", Some(&loopback), party.host_addresses.get(Family::V4))).await;
+            call(Some(&party), planned(&party, Family::V4, "b", Some(&loopback), party.host_addresses.get(Family::V4)), &budget)
+                .await;
         assert_eq!(translated.error.as_deref(), Some("the other side sees 127.0.0.1 instead of 10.0.0.1"));
-        let absent = call(Some(&party), planned(&party, Family::V6, "b", None, None)).await;
+        let absent = call(Some(&party), planned(&party, Family::V6, "b", None, None), &budget).await;
         assert_eq!(absent.error.as_deref(), Some("b has no IPv6 address"));
         servers.shutdown().await;
-        let closed = call(Some(&party), planned(&party, Family::V4, "b", Some(&loopback), Some(&loopback))).await;
+        let closed = call(Some(&party), planned(&party, Family::V4, "b", Some(&loopback), Some(&loopback)), &budget).await;
         assert!(closed.error.is_some_and(|e| e.contains("refused")));
+        // The absent address never was a call.
+        assert_eq!(budget.failures.into_inner(), 2);
     }
 }

@@ -35,6 +35,9 @@ const NDMSG: usize = 12;
 const NHMSG: usize = 8;
 const RTMSG: usize = 12;
 
+/// Appends one member's message: buffer, sequence number, member, interface index.
+type Write = fn(&mut Vec<u8>, u32, &Member, u32);
+
 /// The requests for a fleet, in sends.
 #[derive(Debug)]
 pub struct Requests(Vec<Vec<u8>>);
@@ -42,7 +45,7 @@ pub struct Requests(Vec<Vec<u8>>);
 impl Requests {
     /// Builds them; `device` is the interface index of the VXLAN device.
     pub fn build(members: &[Member], device: u32) -> Requests {
-        let kinds: [fn(&mut Vec<u8>, u32, &Member, u32); 4] = [fdb, neighbour, nexthop, route];
+        let kinds: [Write; 4] = [fdb, neighbour, nexthop, route];
         let mut sends = Vec::new();
         let mut sequence = 0;
         for kind in kinds {

@@ -2,7 +2,6 @@
 
 mod forward;
 mod monitor;
-mod speed;
 mod table;
 
 use std::io::Write;

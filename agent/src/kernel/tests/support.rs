@@ -35,10 +35,7 @@ impl Scratch {
 
     /// Runs a test inside, on a runtime of one thread.
     pub fn block_on<T: Send>(&self, test: impl AsyncFnOnce() -> T + Send) -> T {
-        let run = || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-            runtime.block_on(test())
-        };
+        let run = || tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime").block_on(test());
         self.netns.run(run).expect("a thread inside")
     }
 }
@@ -66,7 +63,6 @@ pub struct Host {
     pub kernel: Kernel,
     pub events: mpsc::Receiver<KernelEvent>,
     monitor: JoinHandle<()>,
-    monitored: bool,
     pub underlay: u32,
 }
 
@@ -88,7 +84,15 @@ pub fn on_tuned_host(
     tune: impl FnOnce(&Monitor) + Send,
     test: impl AsyncFnOnce(&mut Host) + Send,
 ) {
-    let scratch = Scratch::new(what);
+    on_host_in(Scratch::new(what), options, tune, test);
+}
+
+fn on_host_in(
+    scratch: Scratch,
+    options: KernelOptions,
+    tune: impl FnOnce(&Monitor) + Send,
+    test: impl AsyncFnOnce(&mut Host) + Send,
+) {
     let netns = scratch.netns.clone();
     scratch.block_on(async move || {
         let setup = Setup::open(&netns).expect("a socket");
@@ -105,20 +109,14 @@ pub fn on_tuned_host(
         let (kernel, events, monitor) = Kernel::open(&options).expect("the kernel");
         tune(&monitor);
         let monitor = tokio::spawn(async { monitor.run().await.expect("the monitor") });
-        let mut host = Host { kernel, events, monitor, monitored: true, underlay };
+        let mut host = Host { kernel, events, monitor, underlay };
         host.settle().await;
         test(&mut host).await;
-        assert!(!host.monitored || !host.monitor.is_finished(), "the monitor runs on");
+        assert!(!host.monitor.is_finished(), "the monitor runs on");
     });
 }
 
 impl Host {
-    /// Ends the monitor: its socket is closed.
-    pub fn stop_monitor(&mut self) {
-        self.monitored = false;
-        self.monitor.abort();
-    }
-
     /// Applies a batch that has to succeed.
     pub async fn apply(&mut self, batch: &Batch) {
         let report = self.kernel.apply(batch).await;

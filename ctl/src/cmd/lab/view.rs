@@ -116,6 +116,7 @@ impl View for CheckView<'_> {
         if failed.len() > FAILURES_SHOWN {
             lines.push(format!("  and {} more: -o json has them all", failed.len() - FAILURES_SHOWN));
         }
+        lines.extend(report.remarks.iter().cloned());
         lines.join("\n")
     }
 }
@@ -185,6 +186,7 @@ mod tests {
                 call("h2-c1", "h1-c1", Family::V6, Some("no answer within 5s")),
             ],
             egress: vec![call("h1-c1", "world", Family::V4, None), call("h2-c1", "world", Family::V4, None)],
+            remarks: vec!["a remark".to_owned()],
         };
         assert_eq!(
             CheckView(&report).text(Style::PLAIN, false),
@@ -194,7 +196,7 @@ mod tests {
              \n\
              overlay  3 of 4 calls ok, median 1.25 ms\n\
              egress   2 of 2 calls ok, median 1.25 ms; each seen by its host's address: masqueraded on the way out\n\
-             ! h2-c1 -> h1-c1 (::): no answer within 5s"
+             ! h2-c1 -> h1-c1 (::): no answer within 5s\na remark"
         );
     }
 }

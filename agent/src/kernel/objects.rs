@@ -1,0 +1,379 @@
+//! Links, addresses and routes as the kernel tells them, in answers and in events: decoded by `netlink-packet-route`, and of that what counts here.
+//!
+//! Attribute by attribute: one that cannot be decoded is passed over with a line in the log, and the rest of the message still counts. Drivers and
+//! newer kernels send attributes that no library knows, and anybody may give an interface an alias that is no UTF-8.
+
+use std::net::IpAddr;
+
+use ipnetwork::IpNetwork;
+use netlink_packet_core::{DecodeError, NlaBuffer, NlasIterator, Parseable, ParseableParametrized};
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeader, AddressMessage, AddressScope};
+use netlink_packet_route::link::{
+    InfoData, InfoVxlan, LinkAttribute, LinkExtentMask, LinkFlags, LinkHeader, LinkInfo as Info, LinkMessage,
+};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteHeader, RouteLwEnCapType, RouteMessage, RouteProtocol, RouteType,
+};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+
+use super::message::text;
+use super::socket::{Refusal, RouteSocket};
+use crate::model::{Device, Family, Mac, Role};
+use crate::plan::{Key, OpError};
+
+/// Length of `struct ifinfomsg`.
+const IFINFOMSG: usize = 16;
+/// Length of `struct ifaddrmsg`.
+const IFADDRMSG: usize = 8;
+/// Length of `struct rtmsg`.
+const RTMSG: usize = 12;
+
+/// What the kernel tells about a link, as far as it is needed here.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LinkInfo {
+    /// Interface index.
+    pub index: u32,
+    /// Interface name.
+    pub name: String,
+    /// `IFF_...`.
+    pub flags: LinkFlags,
+    /// Which of the flags the message announces as changed.
+    pub changed: LinkFlags,
+    /// `vxlan`, `bridge`, `veth`; empty for hardware.
+    pub kind: String,
+    /// `ifalias`.
+    pub alias: String,
+    /// MAC.
+    pub mac: Option<Mac>,
+    /// MTU in bytes.
+    pub mtu: u32,
+    /// Interface group; 0 unless one was given.
+    pub group: u32,
+    /// Interface index of the bridge.
+    pub master: Option<u32>,
+    /// Interface index of a veth pair's other end.
+    pub peer: Option<u32>,
+    /// The VXLAN settings.
+    pub vxlan: Option<VxlanInfo>,
+}
+
+/// A VXLAN device's settings as the kernel tells them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct VxlanInfo {
+    /// VNI.
+    pub id: u32,
+    /// UDP destination port.
+    pub port: u16,
+    /// Source of outer packets.
+    pub local: Option<IpAddr>,
+    /// Underlay interface index; 0 where there is none.
+    pub link: u32,
+    /// Whether it learns from traffic.
+    pub learning: bool,
+}
+
+impl LinkInfo {
+    /// Reads a link message's body; `None` where it is none, or one of a bridge about its port (family `AF_BRIDGE`), which says less.
+    pub fn read(body: &[u8]) -> Option<LinkInfo> {
+        let header = LinkHeader::parse(body).ok()?;
+        if header.interface_family != AddressFamily::Unspec {
+            return None;
+        }
+        let mut link = LinkInfo { index: header.index, flags: header.flags, changed: header.change_mask, ..LinkInfo::default() };
+        for attribute in raw_attributes(body, IFINFOMSG) {
+            match LinkAttribute::parse_with_param(&attribute, header.interface_family) {
+                Ok(LinkAttribute::IfName(name)) => link.name = name,
+                Ok(LinkAttribute::IfAlias(alias)) => link.alias = alias,
+                Ok(LinkAttribute::Address(address)) => link.mac = address.try_into().ok().map(Mac),
+                Ok(LinkAttribute::Mtu(mtu)) => link.mtu = mtu,
+                Ok(LinkAttribute::Group(group)) => link.group = group,
+                Ok(LinkAttribute::Controller(master)) => link.master = Some(master),
+                Ok(LinkAttribute::Link(peer)) => link.peer = Some(peer),
+                Ok(LinkAttribute::LinkInfo(infos)) => link.take_infos(infos),
+                Ok(_) => {}
+                // An interface is still one where its name is no UTF-8.
+                Err(_) if attribute.kind() == libc::IFLA_IFNAME => link.name = text(attribute.value()),
+                Err(error) => undecoded("link", header.index, attribute.kind(), &error),
+            }
+        }
+        (!link.name.is_empty()).then_some(link)
+    }
+
+    fn take_infos(&mut self, infos: Vec<Info>) {
+        for info in infos {
+            match info {
+                Info::Kind(kind) => self.kind = kind.to_string(),
+                Info::Data(InfoData::Vxlan(settings)) => self.vxlan = Some(VxlanInfo::from(settings)),
+                _ => {}
+            }
+        }
+    }
+
+    /// Administratively up.
+    pub fn up(&self) -> bool {
+        self.flags.contains(LinkFlags::Up)
+    }
+}
+
+impl From<Vec<InfoVxlan>> for VxlanInfo {
+    fn from(settings: Vec<InfoVxlan>) -> VxlanInfo {
+        let mut vxlan = VxlanInfo::default();
+        for setting in settings {
+            match setting {
+                InfoVxlan::Id(id) => vxlan.id = id,
+                InfoVxlan::Link(link) => vxlan.link = link,
+                InfoVxlan::Local(local) => vxlan.local = Some(local.into()),
+                InfoVxlan::Local6(local) => vxlan.local = Some(local.into()),
+                InfoVxlan::Learning(learning) => vxlan.learning = learning,
+                InfoVxlan::Port(port) => vxlan.port = port,
+                _ => {}
+            }
+        }
+        vxlan
+    }
+}
+
+/// The link of that name.
+pub fn link(socket: &mut RouteSocket, name: &str) -> Result<LinkInfo, Refusal> {
+    let mut request = all_links();
+    request.attributes.push(LinkAttribute::IfName(checked(name)?.to_owned()));
+    socket.get(&RouteNetlinkMessage::GetLink(request), LinkInfo::read)
+}
+
+/// A name that an interface can have; the kernel's own answer to others would be about their length, not about the interface.
+pub fn checked(name: &str) -> Result<&str, Refusal> {
+    if name.is_empty() || name.len() > 15 {
+        return Err(Refusal { errno: libc::ENODEV, detail: "interface names have 1 to 15 bytes".to_owned() });
+    }
+    Ok(name)
+}
+
+/// All links.
+pub fn links(socket: &mut RouteSocket) -> Result<Vec<LinkInfo>, OpError> {
+    let read = socket.dump(&RouteNetlinkMessage::GetLink(all_links()), Vec::new, |all, header, body| {
+        if header.message_type == libc::RTM_NEWLINK {
+            all.extend(LinkInfo::read(body));
+        }
+    });
+    read.map_err(|e| e.during("cannot list the links"))
+}
+
+/// A request without the counters, which are most of an answer.
+fn all_links() -> LinkMessage {
+    let mut request = LinkMessage::default();
+    request.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
+    request
+}
+
+/// An address as the kernel tells it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AddressInfo {
+    /// Interface index.
+    pub index: u32,
+    /// The address with its prefix length.
+    pub address: IpNetwork,
+    /// `RT_SCOPE_...`.
+    pub scope: AddressScope,
+    /// `IFA_F_...`.
+    pub flags: AddressFlags,
+}
+
+impl AddressInfo {
+    /// Reads the body of an address message.
+    pub fn read(body: &[u8]) -> Option<AddressInfo> {
+        let header = AddressHeader::parse(body).ok()?;
+        let (mut local, mut address) = (None, None);
+        let mut flags = AddressFlags::from_bits_retain(u32::from(header.flags.bits()));
+        for attribute in raw_attributes(body, IFADDRMSG) {
+            match AddressAttribute::parse(&attribute) {
+                // On a point-to-point link IFA_ADDRESS is the other end; IPv6 without a peer has only that.
+                Ok(AddressAttribute::Local(ip)) => local = Some(ip),
+                Ok(AddressAttribute::Address(ip)) => address = Some(ip),
+                Ok(AddressAttribute::Flags(all)) => flags = all,
+                Ok(_) => {}
+                Err(error) => undecoded("address", header.index, attribute.kind(), &error),
+            }
+        }
+        let address = IpNetwork::new(local.or(address)?, header.prefix_len).ok()?;
+        Some(AddressInfo { index: header.index, address, scope: header.scope, flags })
+    }
+
+    /// As an address of a device of ours: of global scope, on the bridge also link-local.
+    pub fn on(&self, device: Device) -> Option<Key> {
+        let counts = self.is_global() || (device.role == Role::Bridge && self.scope == AddressScope::Link);
+        counts.then_some(Key::Address(device, self.address))
+    }
+
+    /// Of global scope.
+    pub fn is_global(&self) -> bool {
+        self.scope == AddressScope::Universe
+    }
+
+    /// To be used for nothing new.
+    pub fn is_deprecated(&self) -> bool {
+        self.flags.contains(AddressFlags::Deprecated)
+    }
+}
+
+/// Addresses of all interfaces (index 0), or of one.
+pub fn addresses(socket: &mut RouteSocket, index: u32) -> Result<Vec<AddressInfo>, OpError> {
+    let mut all = Vec::new();
+    for family in Family::ALL {
+        let mut request = AddressMessage::default();
+        request.header.family = address_family(family);
+        request.header.index = index;
+        let read = socket.dump(&RouteNetlinkMessage::GetAddress(request), Vec::new, |all, header, body| {
+            if header.message_type == libc::RTM_NEWADDR {
+                all.extend(AddressInfo::read(body));
+            }
+        });
+        match read {
+            Ok(addresses) => all.extend(addresses),
+            Err(e) if e.is_without_family() => {}
+            Err(e) => return Err(e.during(format!("cannot list the {family} addresses"))),
+        }
+    }
+    Ok(all)
+}
+
+/// What the kernel tells about a route, as far as it is needed here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RouteInfo {
+    /// Who made it.
+    pub protocol: RouteProtocol,
+    /// Unicast, local, unreachable.
+    pub kind: RouteType,
+    /// Among several to one destination the one with the lowest counts.
+    pub metric: u32,
+    /// The gateway of its family.
+    pub gateway: Option<IpAddr>,
+    /// Interface index; of a route over several gateways the first one's.
+    pub interface: Option<u32>,
+    /// Id of the next-hop object.
+    pub nexthop: Option<u32>,
+}
+
+impl RouteInfo {
+    /// Reads the body of a route message.
+    pub fn read(body: &[u8]) -> Option<RouteInfo> {
+        let header = RouteHeader::parse(body).ok()?;
+        let (family, kind) = (header.address_family, header.kind);
+        let mut route = RouteInfo { protocol: header.protocol, kind, metric: 0, gateway: None, interface: None, nexthop: None };
+        for attribute in raw_attributes(body, RTMSG) {
+            match RouteAttribute::parse_with_param(&attribute, (family, kind, RouteLwEnCapType::None)) {
+                Ok(RouteAttribute::Priority(metric)) => route.metric = metric,
+                Ok(RouteAttribute::Gateway(RouteAddress::Inet(ip))) => route.gateway = Some(ip.into()),
+                Ok(RouteAttribute::Gateway(RouteAddress::Inet6(ip))) => route.gateway = Some(ip.into()),
+                Ok(RouteAttribute::Oif(index)) => route.interface = Some(index),
+                Ok(RouteAttribute::MultiPath(hops)) => route.interface = hops.first().map(|hop| hop.interface_index),
+                Ok(RouteAttribute::NhId(id)) => route.nexthop = Some(id),
+                Ok(_) => {}
+                Err(error) => undecoded("route", 0, attribute.kind(), &error),
+            }
+        }
+        Some(route)
+    }
+
+    /// Reads it where it is a default route of the main table; what others say is not decoded, for they may be ten thousand.
+    pub fn read_default(body: &[u8]) -> Option<RouteInfo> {
+        let header = RouteHeader::parse(body).ok()?;
+        let is_default = header.destination_prefix_length == 0
+            && header.table == RouteHeader::RT_TABLE_MAIN
+            && header.kind == RouteType::Unicast;
+        if is_default { RouteInfo::read(body) } else { None }
+    }
+}
+
+/// A request for the route to an address.
+pub fn route_request(address: IpAddr) -> RouteNetlinkMessage {
+    let family = Family::of(address);
+    let mut request = RouteMessage::default();
+    request.header.address_family = address_family(family);
+    request.header.destination_prefix_length = family.bits();
+    request.attributes.push(RouteAttribute::Destination(address.into()));
+    RouteNetlinkMessage::GetRoute(request)
+}
+
+/// The kernel's word for a family.
+pub fn address_family(family: Family) -> AddressFamily {
+    match family {
+        Family::V4 => AddressFamily::Inet,
+        Family::V6 => AddressFamily::Inet6,
+    }
+}
+
+fn raw_attributes(body: &[u8], skip: usize) -> impl Iterator<Item = NlaBuffer<&[u8]>> {
+    NlasIterator::new(body.get(skip..).unwrap_or_default()).map_while(Result::ok)
+}
+
+fn undecoded(what: &str, index: u32, attribute: u16, error: &DecodeError) {
+    tracing::debug!(what, index, attribute, %error, "the kernel tells something that cannot be decoded; it is passed over");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use netlink_packet_core::Emitable;
+    use netlink_packet_route::link::InfoKind;
+
+    fn bytes(message: &impl Emitable) -> Vec<u8> {
+        let mut bytes = vec![0; message.buffer_len()];
+        message.emit(&mut bytes);
+        bytes
+    }
+
+    fn link() -> LinkMessage {
+        let mut link = LinkMessage::default();
+        link.header.index = 7;
+        link.header.flags = LinkFlags::Up;
+        let settings = vec![InfoVxlan::Id(5), InfoVxlan::Port(8472), InfoVxlan::Learning(true), InfoVxlan::Link(2)];
+        link.attributes = vec![
+            LinkAttribute::IfName("ovx.5".to_owned()),
+            LinkAttribute::Mtu(1450),
+            LinkAttribute::Address(vec![2, 0, 0, 0, 0, 9]),
+            LinkAttribute::LinkInfo(vec![Info::Kind(InfoKind::Vxlan), Info::Data(InfoData::Vxlan(settings))]),
+        ];
+        link
+    }
+
+    #[test]
+    fn what_cannot_be_decoded_is_passed_over() {
+        let mut body = bytes(&link());
+        let whole = LinkInfo::read(&body).expect("a link");
+        assert_eq!((whole.index, whole.mtu, whole.up(), whole.kind.as_str()), (7, 1450, true, "vxlan"));
+        assert_eq!(whole.vxlan, Some(VxlanInfo { id: 5, port: 8472, local: None, link: 2, learning: true }));
+        // An alias that is no UTF-8, an MTU of one byte, an attribute of the future, and the end of one that was cut off.
+        let mut junk = Vec::new();
+        junk.extend_from_slice(&[6, 0, 20, 0, 0xff, 0xfe, 0, 0]);
+        junk.extend_from_slice(&[5, 0, 4, 0, 1, 0, 0, 0]);
+        junk.extend_from_slice(&[8, 0, 0xff, 0x0f, 1, 2, 3, 4]);
+        junk.extend_from_slice(&[40, 0, 4, 0]);
+        body.extend_from_slice(&junk);
+        assert_eq!(LinkInfo::read(&body), Some(whole));
+        for end in 0..body.len() {
+            let _ = LinkInfo::read(&body[..end]);
+            let _ = AddressInfo::read(&body[..end]);
+            let _ = RouteInfo::read(&body[..end]);
+        }
+    }
+
+    #[test]
+    fn a_name_that_is_no_text_is_still_a_name() {
+        let mut body = bytes(&LinkMessage::default());
+        body.extend_from_slice(&[7, 0, 3, 0, b'a', 0xff, 0, 0]);
+        assert_eq!(LinkInfo::read(&body).expect("a link").name, "a\u{fffd}");
+    }
+
+    #[test]
+    fn flags_of_the_attribute_count_before_those_of_the_header() {
+        let mut address = AddressMessage::default();
+        address.header.prefix_len = 64;
+        address.attributes = vec![
+            AddressAttribute::Address("fd00::1".parse().expect("an address")),
+            AddressAttribute::Flags(AddressFlags::Deprecated | AddressFlags::Noprefixroute),
+        ];
+        let read = AddressInfo::read(&bytes(&address)).expect("an address");
+        assert!(read.is_deprecated() && read.is_global());
+        assert_eq!(read.address.to_string(), "fd00::1/64");
+    }
+}

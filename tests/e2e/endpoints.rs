@@ -1,0 +1,161 @@
+//! Containers attached and detached by `overlayctl`, as a person does it: names, wished addresses, what is taken, what is full, what is gone.
+
+use overlay_agent::model::api::{Attached, Endpoints, Status};
+use overlay_agent::model::{Endpoint, Family};
+use overlay_tests::programs::Said;
+use overlay_tests::story::{READY, SECOND, SOON};
+use overlay_tests::{Must, Story, kernel, within};
+use overlayctl::lab::Families;
+
+async fn one_host(families: Families) -> Story {
+    Story::up(|options| {
+        options.hosts = 1;
+        options.containers = 0;
+        options.families = families;
+    })
+    .await
+}
+
+fn endpoints(story: &Story) -> Vec<Endpoint> {
+    story.ctl("h1", &["-o", "json", "endpoints"]).exits(0).json::<Endpoints>().endpoints
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn attached_seen_and_detached() {
+    let story = one_host(Families::Dual).await;
+    let before = kernel::actual(&story, "h1");
+    let attached: Attached = story.ctl("h1", &["-o", "json", "attach", "web"]).exits(0).json();
+    let subnet = story.status("h1").await.lease.must("a lease").subnet;
+    for (family, range) in subnet.iter() {
+        let address = *attached.endpoint.addresses.get(family).must("an address");
+        assert!(range.contains(address));
+        assert_eq!(
+            (attached.prefix_length.get(family), attached.gateway.get(family)),
+            (Some(&range.length()), subnet.gateway(family).as_ref())
+        );
+        let gateway = subnet.gateway(family).must("a gateway").to_string();
+        kernel::run(&story, "h1-web", &["ping", "-c", "1", "-W", "2", &gateway]);
+    }
+    assert_eq!(attached.mtu, 1430);
+    let inner = kernel::link(&story, "h1-web", "eth0").must("eth0");
+    assert_eq!(kernel::text(&inner, "address"), attached.endpoint.mac.to_string());
+    assert_eq!(kernel::sysctl(&story, "h1-web", "ipv6/conf/eth0/accept_ra"), "0");
+
+    // The same again answers the same.
+    let again: Attached = story.ctl("h1", &["-o", "json", "attach", "web"]).exits(0).json();
+    assert_eq!(again.endpoint, attached.endpoint);
+    assert_eq!(endpoints(&story), std::slice::from_ref(&attached.endpoint));
+    let table = story.ctl("h1", &["endpoints"]).exits(0).out;
+    assert!(table.contains("web") && table.contains(&attached.endpoint.addresses.v4.must("IPv4").to_string()), "{table}");
+    assert_eq!(story.status("h1").await.endpoints, 1);
+
+    story.ctl("h1", &["detach", "web"]).exits(0);
+    assert!(endpoints(&story).is_empty());
+    assert!(story.netns("h1-web").is_err(), "the namespace that attach made is gone");
+    assert!(kernel::link(&story, "h1", &attached.endpoint.host_interface).is_none());
+    assert_eq!(kernel::difference(&kernel::actual(&story, "h1"), &before), "", "the host is as it was before");
+    let said = story.ctl("h1", &["detach", "web"]).exits(0);
+    assert!(said.out.contains("was not attached"), "{}", said.out);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wishes() {
+    let story = one_host(Families::Dual).await;
+    let subnet = story.status("h1").await.lease.must("a lease").subnet;
+    let nth = |family: Family, n: u128| subnet.get(family).and_then(|range| range.nth(n)).must("an address").to_string();
+    let (v4, v6) = (nth(Family::V4, 77), nth(Family::V6, 0x77));
+    let attached: Attached = story.ctl("h1", &["-o", "json", "attach", "a", "--ip", &v4, "--ip", &v6]).exits(0).json();
+    assert_eq!(attached.endpoint.addresses.iter().map(|(_, a)| a.to_string()).collect::<Vec<_>>(), [v4.clone(), v6.clone()]);
+    let refused = |ip: &str, wanted: &[&str]| {
+        story.ctl("h1", &["attach", "b", "--ip", ip]).exits(1).complains(wanted);
+        assert!(story.netns("h1-b").is_err(), "no namespace is left behind");
+    };
+    refused(&v4, &[&v4, "in use by endpoint a", "overlayctl detach a"]);
+    refused(&v6, &[&v6, "in use by endpoint a"]);
+    refused("192.0.2.1", &["192.0.2.1", "outside this host's subnet"]);
+    refused(&nth(Family::V4, 0), &["subnet", "for containers"]);
+    refused(&nth(Family::V4, 1), &["gateway", "for containers"]);
+    refused(&nth(Family::V4, 255), &["broadcast", "for containers"]);
+    story.ctl("h1", &["attach", "b", "--ip", &v4, "--ip", "10.0.0.1"]).exits(2).complains(&["one IPv4 address"]);
+    story.ctl("h1", &["attach", "../b"]).exits(2);
+    story.ctl("h1", &["attach", "b", "--interface", "much-too-long-for-a-name"]).exits(1).complains(&["no interface name"]);
+    // The name, with another wish.
+    let other = nth(Family::V4, 78);
+    story.ctl("h1", &["attach", "a", "--ip", &other]).exits(1).complains(&["endpoint a is attached with", &other]);
+    assert_eq!(endpoints(&story), [attached.endpoint]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_subnet() {
+    let story = Story::up(|options| {
+        options.hosts = 1;
+        options.containers = 0;
+        options.networks.v4 = "10.200.0.0/28".parse().ok();
+    })
+    .await;
+    let subnet = story.status("h1").await.lease.must("a lease").subnet.to_string();
+    assert!(subnet.ends_with("/30"), "{subnet}");
+    // A /30 has four addresses: the subnet's own, the gateway's, one container's, broadcast.
+    story.ctl("h1", &["attach", "first"]).exits(0);
+    story.ctl("h1", &["attach", "second"]).exits(1).complains(&[
+        &format!("subnet {subnet} is full"),
+        "1 addresses in use",
+        "SubnetLen",
+    ]);
+    story.ctl("h1", &["detach", "first"]).exits(0);
+    story.ctl("h1", &["attach", "second"]).exits(0);
+    assert_eq!(endpoints(&story).len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn namespaces_by_path() {
+    let story = one_host(Families::V4).await;
+    let attach = |name: &str, path: &str| -> Said { story.ctl("h1", &["attach", name, "--netns", path]) };
+    attach("a", "/run/netns/no-such-namespace").exits(1).complains(&["there is no network namespace at", "no-such-namespace"]);
+    attach("a", "/etc/passwd").exits(1).complains(&["/etc/passwd"]);
+    attach("a", "/tmp").exits(1).complains(&["/tmp"]);
+    let own = story.layout().namespace("h1");
+    let said = attach("a", &format!("/run/netns/{own}"));
+    assert_eq!(said.code, Some(1), "the host's own namespace is no container: {}{}", said.out, said.err);
+    assert!(endpoints(&story).is_empty());
+
+    // One of its own making, by path; detach leaves it.
+    let name = story.layout().namespace("h1-mine");
+    kernel::run(&story, "h1", &["ip", "netns", "add", &name]);
+    attach("mine", &format!("/run/netns/{name}")).exits(0);
+    attach("other", &format!("/run/netns/{name}")).exits(1).complains(&["belongs to endpoint mine"]);
+    story.ctl("h1", &["detach", "mine"]).exits(0);
+    assert!(story.netns("h1-mine").is_ok(), "it was not made by attach");
+    assert!(kernel::link(&story, "h1-mine", "eth0").is_none());
+}
+
+/// A namespace goes away with its container: the address is free again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_namespace_that_goes_away() {
+    let story = one_host(Families::V4).await;
+    let attached: Attached = story.ctl("h1", &["-o", "json", "attach", "web"]).exits(0).json();
+    let address = attached.endpoint.addresses.v4.must("an address").to_string();
+    kernel::run(&story, "h1", &["ip", "netns", "delete", &story.layout().namespace("h1-web")]);
+    within("its interface goes with it", SOON, || kernel::link(&story, "h1", &attached.endpoint.host_interface).is_none()).await;
+    let well = |s: &Status| s.ready && s.problems.is_empty();
+    story.at("h1").wait_status(SECOND, "a container's end is no fault of the host", well).await.must("h1");
+    // The same name and address again: nobody else has them.
+    let again: Attached = story.ctl("h1", &["-o", "json", "attach", "web", "--ip", &address]).exits(0).json();
+    assert_eq!(again.endpoint.addresses, attached.endpoint.addresses);
+    kernel::run(&story, "h1-web", &["ping", "-c", "1", "-W", "2", &again.gateway.v4.must("a gateway").to_string()]);
+    assert_eq!(endpoints(&story).len(), 1);
+}
+
+/// Endpoints outlive the agent.
+#[tokio::test(flavor = "multi_thread")]
+async fn over_a_restart() {
+    let story = one_host(Families::V4).await;
+    let attached: Attached = story.ctl("h1", &["-o", "json", "attach", "web"]).exits(0).json();
+    story.at("h1").agent_stop(nix::sys::signal::Signal::SIGKILL).must("SIGKILL");
+    story.ctl("h1", &["endpoints"]).exits(1).complains(&["no agent answers"]);
+    story.at("h1").agent_start(&[]).must("start");
+    story.at("h1").wait_ready(READY).await.must("ready");
+    assert_eq!(endpoints(&story), [attached.endpoint]);
+    story.ctl("h1", &["detach", "web"]).exits(0);
+    assert!(story.netns("h1-web").is_err());
+}
