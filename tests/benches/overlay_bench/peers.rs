@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use clap::Args;
+use overlay_agent::kernel::setup::Setup;
 use overlay_agent::kernel::{Kernel, KernelOptions};
 use overlay_agent::metrics::Metrics;
 use overlay_agent::model::event::{Connection, HeldLease, LeaseOrigin, OwnLease, StoreEntry, StoreEvent};
@@ -118,13 +119,22 @@ async fn raw(family: Family, fleet: &[Member]) -> anyhow::Result<Cost> {
     let space = Space::new().await?;
     let device = space.add_vxlan(family).await?;
     let requests = Requests::build(fleet, device);
+    let took = space.netns().run(|| requests.send())??;
+    count_and_remove(&space, family, fleet.len()).await.context("raw limit")?;
+    Ok(took)
+}
+
+/// Counts what the kernel holds, and removes it with its device while nobody measures: the kernel would do so in the background, holding
+/// the lock that the next turn needs.
+async fn count_and_remove(space: &Space, family: Family, peers: usize) -> anyhow::Result<()> {
+    let name = Device::vxlan(family, Vni::DEFAULT).name();
+    let device = space.index(&name).await?;
     space.netns().run(|| {
-        let took = requests.send()?;
         let holdings = Holdings::read(family, device)?;
-        holdings.expect(fleet.len()).context("raw limit")?;
-        holdings.remove()?;
-        Ok(took)
-    })?
+        holdings.expect(peers)?;
+        holdings.remove()
+    })??;
+    Ok(Setup::open(space.netns())?.delete_link(&name).await?)
 }
 
 /// What the agent took.
@@ -146,12 +156,7 @@ async fn agent(family: Family, fleet: &[Member]) -> anyhow::Result<Took> {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(WORKERS).enable_all().build()?;
         runtime.block_on(drive(family, entries))
     })??;
-    let device = space.index(&Device::vxlan(family, Vni::DEFAULT).name()).await?;
-    space.netns().run(|| {
-        let holdings = Holdings::read(family, device)?;
-        holdings.expect(fleet.len()).context("agent")?;
-        holdings.remove()
-    })??;
+    count_and_remove(&space, family, fleet.len()).await.context("agent")?;
     Ok(took)
 }
 
