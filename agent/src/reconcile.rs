@@ -38,6 +38,8 @@ const UNDERLAY_SETTLE: Duration = Duration::from_millis(100);
 /// The least time between two dumps, and how many times its own duration a dump rests, so that a storm of changes is no loop of dumps.
 const DUMP_REST: Duration = Duration::from_millis(20);
 const DUMP_REST_FACTOR: u32 = 5;
+/// Entries that are handled as a whole rather than one by one: those of 256 peers.
+const WHOLESALE: usize = 1024;
 /// How many refusals and repairs of one round are logged one by one before the rest is counted.
 const LOG_LINES: usize = 20;
 
@@ -332,14 +334,22 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         self.metrics.batch_applied(batch.len(), report.failed.len(), took);
         tracing::debug!(ops = batch.len(), failed = report.failed.len(), ms = took.as_secs_f64() * 1e3, "batch applied");
         let mut failed = report.failed.into_iter().peekable();
+        let mut set = Vec::new();
         for (index, op) in batch.into_iter().enumerate() {
             if let Some((_, error)) = failed.next_if(|(i, _)| *i == index) {
                 self.repairs.failed(&op, error);
-            } else {
-                self.repairs.succeeded(op.key());
-                self.fold_applied(op);
+                continue;
+            }
+            self.repairs.succeeded(op.key());
+            match op {
+                Op::Set(key, value) if !matches!(key, Key::Link(_)) => set.push((key, value)),
+                op => {
+                    merge(&mut self.actual, std::mem::take(&mut set));
+                    self.fold_applied(op);
+                }
             }
         }
+        merge(&mut self.actual, set);
         self.changed = true;
     }
 
@@ -352,9 +362,6 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                     self.ids.release(device, gateway);
                 }
                 self.actual.remove(&key);
-            }
-            Op::Set(key, value) if !matches!(key, Key::Link(_)) => {
-                self.actual.insert(key, value);
             }
             op => op.record(&mut self.actual),
         }
@@ -401,5 +408,21 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             && matches!(self.own, OwnLease::Held(_))
             && self.dump_error.is_none()
             && self.repairs.is_empty()
+    }
+}
+
+/// Whether so many entries are merged into a state, and compared with the other, as a whole: more than some hundred peers, and not few beside
+/// those that are there.
+fn is_wholesale(state: &State, entries: usize) -> bool {
+    entries > WHOLESALE && entries > state.len() / 4
+}
+
+/// Puts entries into a state, of one key the last. A tree that is made in order is made faster than entry by entry, and its nodes are full: it takes
+/// half the memory.
+fn merge(state: &mut State, entries: Vec<(Key, Value)>) {
+    if is_wholesale(state, entries.len()) {
+        state.append(&mut entries.into_iter().collect());
+    } else {
+        state.extend(entries);
     }
 }

@@ -42,8 +42,37 @@ pub enum Standing {
 #[derive(Debug, Default)]
 pub struct Roster {
     entries: BTreeMap<LeaseKey, Result<Record, Refusal>>,
-    by_cidr: BTreeMap<Cidr, BTreeSet<LeaseKey>>,
-    by_mac: HashMap<(Family, Mac), BTreeSet<LeaseKey>>,
+    by_cidr: BTreeMap<Cidr, Holders>,
+    /// How many ranges there are of each length: usually all have one, and nothing shorter is looked for.
+    lengths: BTreeMap<(Family, u8), usize>,
+    by_mac: HashMap<(Family, Mac), Holders>,
+}
+
+/// The entries that hold one range or one MAC, in order: one nearly always, so that a set's node would be mostly room.
+#[derive(Debug, Default)]
+struct Holders(Vec<LeaseKey>);
+
+impl Holders {
+    fn insert(&mut self, key: &LeaseKey) {
+        if let Err(place) = self.0.binary_search(key) {
+            self.0.reserve_exact(1);
+            self.0.insert(place, key.clone());
+        }
+    }
+
+    fn remove(&mut self, key: &LeaseKey) {
+        if let Ok(place) = self.0.binary_search(key) {
+            self.0.remove(place);
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    fn iter(&self) -> std::slice::Iter<'_, LeaseKey> {
+        self.0.iter()
+    }
 }
 
 impl Roster {
@@ -95,10 +124,14 @@ impl Roster {
         let key: LeaseKey = key.into();
         if let Ok(record) = &value {
             for (_, cidr) in record.subnet.iter() {
-                self.by_cidr.entry(cidr).or_default().insert(key.clone());
+                let keys = self.by_cidr.entry(cidr).or_default();
+                if keys.is_empty() {
+                    *self.lengths.entry((cidr.family(), cidr.length())).or_default() += 1;
+                }
+                keys.insert(&key);
             }
             for mac in macs(record) {
-                self.by_mac.entry(mac).or_default().insert(key.clone());
+                self.by_mac.entry(mac).or_default().insert(&key);
             }
             affected.extend(self.neighbours(record));
         }
@@ -114,7 +147,7 @@ impl Roster {
         if let Ok(record) = &value {
             affected = self.neighbours(record);
             for (_, cidr) in record.subnet.iter() {
-                forget(self.by_cidr.entry(cidr), &key);
+                self.forget(cidr, &key);
             }
             for mac in macs(record) {
                 if let Some(keys) = self.by_mac.get_mut(&mac) {
@@ -175,25 +208,34 @@ impl Roster {
             keys.extend(self.overlapping(cidr));
         }
         for mac in macs(record) {
-            keys.extend(self.by_mac.get(&mac).into_iter().flatten().cloned());
+            keys.extend(self.by_mac.get(&mac).into_iter().flat_map(Holders::iter).cloned());
         }
         keys
     }
 
-    /// The entries whose range overlaps: those that cover it (one look-up per shorter length) and those that lie in it.
-    fn overlapping(&self, cidr: Cidr) -> Vec<LeaseKey> {
-        let covering = (0..cidr.length()).filter_map(|length| self.by_cidr.get(&Cidr::containing(cidr.base(), length)?));
-        let inside = self.by_cidr.range(cidr..).take_while(|(other, _)| cidr.contains(other.base())).map(|(_, keys)| keys);
-        covering.chain(inside).flatten().cloned().collect()
-    }
-}
-
-fn forget(place: std::collections::btree_map::Entry<'_, Cidr, BTreeSet<LeaseKey>>, key: &LeaseKey) {
-    if let std::collections::btree_map::Entry::Occupied(mut keys) = place {
-        keys.get_mut().remove(key);
-        if keys.get().is_empty() {
-            keys.remove();
+    /// Takes a key from a range.
+    fn forget(&mut self, cidr: Cidr, key: &LeaseKey) {
+        let Some(keys) = self.by_cidr.get_mut(&cidr) else { return };
+        keys.remove(key);
+        if !keys.is_empty() {
+            return;
         }
+        self.by_cidr.remove(&cidr);
+        let of_length = (cidr.family(), cidr.length());
+        if let Some(count) = self.lengths.get_mut(&of_length) {
+            *count -= 1;
+            if *count == 0 {
+                self.lengths.remove(&of_length);
+            }
+        }
+    }
+
+    /// The entries whose range overlaps: those that cover it (one look-up per shorter length that there is) and those that lie in it.
+    fn overlapping(&self, cidr: Cidr) -> Vec<LeaseKey> {
+        let shorter = self.lengths.range((cidr.family(), 0)..(cidr.family(), cidr.length()));
+        let covering = shorter.filter_map(|((_, length), _)| self.by_cidr.get(&Cidr::containing(cidr.base(), *length)?));
+        let inside = self.by_cidr.range(cidr..).take_while(|(other, _)| cidr.contains(other.base())).map(|(_, keys)| keys);
+        covering.chain(inside).flat_map(Holders::iter).cloned().collect()
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use super::{Channels, LOG_LINES, Memory, Reconciler, UNDERLAY_SETTLE};
+use super::{Channels, LOG_LINES, Memory, Reconciler, UNDERLAY_SETTLE, is_wholesale, merge};
 use crate::model::event::{Connection, LeaseWish, OwnLease, StoreEvent};
 use crate::model::{Device, Family, NetworkConfig, PerFamily, Refusal};
 use crate::plan::desired::Host;
@@ -330,16 +330,13 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
     /// Takes leases into the data path, or notes why not. A refusal is logged unless it stood before.
     fn admit_all(&mut self, leases: impl IntoIterator<Item = LeaseKey>, refused_before: &BTreeMap<LeaseKey, Refusal>) {
         let mut lines = 0;
+        let mut entries = Vec::new();
         for key in leases {
             let Some(host) = &self.host else { return };
             match self.roster.standing(&key, &host.network, self.own_host.as_ref()) {
                 None | Some(Standing::Own) => {}
                 Some(Standing::Peer(peer)) => {
-                    for (entry, value) in host.peer_entries(&peer, &mut self.ids) {
-                        self.repairs.forget(&entry);
-                        self.dirty.insert(entry.clone());
-                        self.desired.insert(entry, value);
-                    }
+                    entries.extend(host.peer_entries(&peer, &mut self.ids));
                     self.peers.insert(key, peer);
                 }
                 Some(Standing::Refused(refusal)) => {
@@ -356,6 +353,20 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         if lines > LOG_LINES {
             tracing::warn!(leases = lines, "leases are left out: `overlayctl subnets` lists them");
         }
+        self.desire(entries);
+    }
+
+    /// Adds entries to desired state.
+    fn desire(&mut self, entries: Vec<(Key, Value)>) {
+        for (key, _) in &entries {
+            self.repairs.forget(key);
+        }
+        if is_wholesale(&self.desired, entries.len()) {
+            self.all_dirty = true;
+        } else {
+            self.dirty.extend(entries.iter().map(|(key, _)| key.clone()));
+        }
+        merge(&mut self.desired, entries);
     }
 
     /// Takes a peer's entries out of desired state. What another peer has in common with it is put in again when that one is admitted.
