@@ -25,6 +25,9 @@ const RECEIVE: usize = 64 * 1024;
 /// Socket buffers in bytes: a transaction is one datagram, and with set elements it grows with the number of peers.
 const BUFFERS: usize = 4 * 1024 * 1024;
 
+/// "Interrupted system call should be restarted", `include/linux/errno.h`: the generation is no longer the present one.
+pub(super) const ERESTART: i32 = 85;
+
 /// A socket for requests.
 pub(super) struct Channel {
     socket: Socket,
@@ -114,20 +117,53 @@ impl Channel {
         mut read: impl FnMut(&mut Channel) -> Result<T, OpError>,
     ) -> Result<(T, u32), OpError> {
         for attempt in 0..DUMP_TRIES {
-            let before = self.generation()?;
-            let outcome = read(self);
-            let after = self.generation()?;
-            match outcome {
-                Ok(value) if before == after => return Ok((value, before)),
-                Ok(_) => {}
-                Err(error) if matches!(error.errno, libc::EINTR | libc::ENOBUFS) => {}
-                Err(error) => return Err(error),
+            let generation = self.generation()?;
+            // The kernel numbers a generation before it puts it into force, so the number alone does not say that all of it is.
+            if self.settled(generation)? {
+                let outcome = read(self);
+                let same = self.generation()? == generation;
+                match outcome {
+                    Ok(value) if same => return Ok((value, generation)),
+                    Ok(_) => {}
+                    Err(error) if matches!(error.errno, libc::EINTR | libc::ENOBUFS) => {}
+                    Err(error) => return Err(error),
+                }
             }
             std::thread::sleep(Duration::from_micros(50) * attempt);
         }
         let message =
             format!("nf_tables changed during each of {DUMP_TRIES} dumps: find what rewrites it so often with `nft monitor`");
         Err(OpError { errno: libc::EINTR, message })
+    }
+
+    /// Waits for a transaction that is being put into force, and tells whether the generation still is the present one after it. Done
+    /// by a transaction without changes, for which the kernel takes its lock of nf_tables and compares the generation (`nf_tables_valid_genid`
+    /// and `nf_tables_commit` in net/netfilter/nf_tables_api.c), and which makes no generation of its own.
+    fn settled(&mut self, generation: u32) -> Result<bool, OpError> {
+        let begin = self.advance(2);
+        let mut writer = Writer::default();
+        open_batch(&mut writer, begin, Some(generation));
+        close_batch(&mut writer, begin.wrapping_add(1));
+        self.send(&writer)?;
+        // Only a refusal is answered, and it is there when `send` returns.
+        loop {
+            self.buffer.clear();
+            match self.socket.recv(&mut self.buffer, libc::MSG_DONTWAIT) {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(true),
+                Err(error) => return Err(io_error("reading the answer of nf_tables", &error)),
+            }
+            for received in wire::messages(&self.buffer) {
+                match received.content {
+                    Content::Answer { errno: ERESTART, .. } if received.sequence == begin => return Ok(false),
+                    Content::Answer { errno, text } if received.sequence == begin && errno != 0 => {
+                        return Err(kernel_error(errno, text));
+                    }
+                    _ => {}
+                }
+            }
+        }
     }
 
     /// Puts `total` changes into force together, or none of them. With a generation, only where that is still the present one
@@ -139,19 +175,13 @@ impl Channel {
         changes: impl FnOnce(&mut Transaction),
     ) -> Result<(), Refused> {
         let begin = self.advance(total + 2);
-        let resource = u16::from(wire::NFNL_SUBSYS_NFTABLES);
         let mut writer = Writer::default();
-        writer.message(wire::NFNL_MSG_BATCH_BEGIN, wire::NLM_F_REQUEST, begin, 0, resource, |w| {
-            if let Some(generation) = generation {
-                w.u32(wire::NFNL_BATCH_GENID, generation);
-            }
-        });
+        open_batch(&mut writer, begin, generation);
         let mut transaction = Transaction { writer, first: begin.wrapping_add(1), count: 0, total };
         changes(&mut transaction);
         let Transaction { mut writer, count, .. } = transaction;
         debug_assert_eq!(count, total, "the announced number of changes");
-        let end = begin.wrapping_add(1).wrapping_add(count);
-        writer.message(wire::NFNL_MSG_BATCH_END, wire::NLM_F_REQUEST, end, 0, resource, |_| {});
+        close_batch(&mut writer, begin.wrapping_add(1).wrapping_add(count));
 
         let mut refused: Option<Refused> = None;
         let outcome = self.send(&writer).and_then(|()| {
@@ -283,6 +313,20 @@ impl Transaction {
     }
 }
 
+fn open_batch(writer: &mut Writer, sequence: u32, generation: Option<u32>) {
+    let resource = u16::from(wire::NFNL_SUBSYS_NFTABLES);
+    writer.message(wire::NFNL_MSG_BATCH_BEGIN, wire::NLM_F_REQUEST, sequence, 0, resource, |w| {
+        if let Some(generation) = generation {
+            w.u32(wire::NFNL_BATCH_GENID, generation);
+        }
+    });
+}
+
+fn close_batch(writer: &mut Writer, sequence: u32) {
+    let resource = u16::from(wire::NFNL_SUBSYS_NFTABLES);
+    writer.message(wire::NFNL_MSG_BATCH_END, wire::NLM_F_REQUEST, sequence, 0, resource, |_| {});
+}
+
 enum Flow {
     More,
     End,
@@ -295,7 +339,7 @@ fn kernel_error(errno: i32, text: Option<String>) -> OpError {
         libc::EPERM => {
             "nf_tables needs CAP_NET_ADMIN in the network namespace's user namespace, and a table with the owner flag is its owner's alone"
         }
-        libc::EINVAL | libc::EOPNOTSUPP | libc::EPROTONOSUPPORT => {
+        libc::ENOENT | libc::EINVAL | libc::EOPNOTSUPP | libc::EPROTONOSUPPORT => {
             "does the kernel have nf_tables, NAT included? `modprobe nf_tables nft_chain_nat nft_masq`"
         }
         _ => "",
@@ -309,9 +353,11 @@ fn kernel_error(errno: i32, text: Option<String>) -> OpError {
 
 /// A failed system call.
 pub(super) fn io_error(doing: impl Display, error: &io::Error) -> OpError {
-    let mut message = format!("{doing}: {error}");
-    if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) {
-        message.push_str(": the kernel has no nfnetlink, `modprobe nfnetlink nf_tables`");
-    }
+    let advice = match error.raw_os_error() {
+        Some(libc::EPROTONOSUPPORT) => ": the kernel has no nfnetlink, `modprobe nfnetlink nf_tables`",
+        Some(libc::EMSGSIZE) => ": more than the socket may send, raise the sysctl net.core.wmem_max",
+        _ => "",
+    };
+    let message = format!("{doing}: {error}{advice}");
     OpError { errno: error.raw_os_error().unwrap_or(0), message }
 }

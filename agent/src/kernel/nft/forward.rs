@@ -1,9 +1,10 @@
 //! Our accept rules in the FORWARD chain of iptables (`ip filter FORWARD`, `ip6 filter FORWARD`).
 //!
 //! A DROP there wins over the accept in our own table. The rules are ours by their comment; they are written as `iptables-nft` writes
-//! its own, so that `iptables -S` shows them and leaves them alone.
+//! its own, so that `iptables -S` shows them and leaves them alone. What `iptables-restore` writes back from a saved copy of them has
+//! the comment in the form of an xtables match: that is ours as well, and is replaced.
 
-use super::channel::{Channel, Refused};
+use super::channel::{Channel, ERESTART, Refused};
 use super::expr::{self, Dialect};
 use super::table::{hook_number, is_named};
 use super::wire::{self, NLM_F_CREATE, Object, Writer};
@@ -78,7 +79,7 @@ pub(super) fn read(channel: &mut Channel, family: Family) -> Result<Forward, OpE
     channel.dump(wire::NFT_MSG_GETRULE, number, of_chain, |object| {
         let here = is_named(object.attributes, wire::NFTA_RULE_TABLE, TABLE)
             && is_named(object.attributes, wire::NFTA_RULE_CHAIN, CHAIN);
-        let ours = wire::attribute(object.attributes, wire::NFTA_RULE_USERDATA).and_then(comment) == Some(COMMENT.as_bytes());
+        let ours = is_ours(object.attributes);
         let handle = wire::attribute(object.attributes, wire::NFTA_RULE_HANDLE).and_then(wire::be64);
         if let (true, true, Some(handle)) = (here, ours, handle) {
             rules.push((handle, expr::read(object.attributes, Some(family))));
@@ -128,9 +129,6 @@ pub(super) fn set(channel: &mut Channel, family: Family, wanted: Option<Cidr>) -
     Err(describe(last.unwrap_or(OpError { errno: ERESTART, message: String::new() }), family))
 }
 
-/// "Interrupted system call should be restarted", `include/linux/errno.h`: the generation is no longer the present one.
-const ERESTART: i32 = 85;
-
 fn place(w: &mut Writer) {
     w.text(wire::NFTA_RULE_TABLE, TABLE);
     w.text(wire::NFTA_RULE_CHAIN, CHAIN);
@@ -153,6 +151,13 @@ fn describe(error: OpError, family: Family) -> OpError {
 fn user_data(comment: &str) -> Vec<u8> {
     let length = u8::try_from(comment.len() + 1).unwrap_or(u8::MAX);
     [&[UDATA_COMMENT, length], comment.as_bytes(), &[0]].concat()
+}
+
+/// Whether a rule has our comment, in either form.
+fn is_ours(attributes: &[u8]) -> bool {
+    let text =
+        wire::attribute(attributes, wire::NFTA_RULE_USERDATA).and_then(comment).or_else(|| expr::comment_match(attributes));
+    text == Some(COMMENT.as_bytes())
 }
 
 /// The comment in a rule's user data.

@@ -2,9 +2,17 @@
 
 use super::channel::{Channel, Refused, Transaction};
 use super::expr::{self, Dialect, IFNAMSIZ};
-use super::wire::{self, NFPROTO_INET, NLM_F_APPEND, NLM_F_CREATE, Object};
+use super::wire::{self, NFPROTO_INET, NLM_F_APPEND, NLM_F_CREATE, Object, Writer};
 use crate::plan::OpError;
 use crate::plan::ruleset::{Chain, ChainKind, Expr, Hook, Ruleset, TABLE};
+
+/// What a table can hold beside chains, and how it is asked for. Each is asked for and named by the same attributes: 1, the table,
+/// and 2, its own name.
+const OTHERS: [(u8, &str); 3] =
+    [(wire::NFT_MSG_GETSET, "set"), (wire::NFT_MSG_GETOBJ, "object"), (wire::NFT_MSG_GETFLOWTABLE, "flowtable")];
+
+/// `NFTA_SET_NAME`, `NFTA_OBJ_NAME`, `NFTA_FLOWTABLE_NAME`.
+const NFTA_OTHER_NAME: u16 = 2;
 
 /// Replaces the table, whatever it held, in one transaction: no packet sees anything between.
 pub(super) fn replace(channel: &mut Channel, ruleset: &Ruleset) -> Result<(), OpError> {
@@ -45,25 +53,21 @@ pub(super) fn delete(channel: &mut Channel) -> Result<(), OpError> {
 
 /// Reads the table; `None` where there is none. To be called inside [`Channel::consistent`].
 pub(super) fn read(channel: &mut Channel) -> Result<Option<Ruleset>, OpError> {
-    let counted = |object: Object<'_>| {
-        let number = |kind| wire::number(object.attributes, kind).unwrap_or(0);
-        (number(wire::NFTA_TABLE_FLAGS), number(wire::NFTA_TABLE_USE))
-    };
-    let named = |w: &mut wire::Writer| w.text(wire::NFTA_TABLE_NAME, TABLE);
-    let Some((flags, used)) = channel.get(wire::NFT_MSG_GETTABLE, NFPROTO_INET, named, counted)? else { return Ok(None) };
+    let flags = |object: Object<'_>| wire::number(object.attributes, wire::NFTA_TABLE_FLAGS).unwrap_or(0);
+    let named = |w: &mut Writer| w.text(wire::NFTA_TABLE_NAME, TABLE);
+    let Some(flags) = channel.get(wire::NFT_MSG_GETTABLE, NFPROTO_INET, named, flags)? else { return Ok(None) };
 
     let mut ruleset = Ruleset::default();
     if flags != 0 {
         ruleset.foreign.push(format!("flags {flags:#x}"));
     }
-    let mut chains: u32 = 0;
+    // Chains cannot be asked for by table.
     channel.dump(
         wire::NFT_MSG_GETCHAIN,
         NFPROTO_INET,
         |_| {},
         |object| {
             if is_named(object.attributes, wire::NFTA_CHAIN_TABLE, TABLE) {
-                chains += 1;
                 match read_chain(object.attributes) {
                     Ok(chain) => ruleset.chains.push(chain),
                     Err(words) => ruleset.foreign.push(words),
@@ -71,13 +75,15 @@ pub(super) fn read(channel: &mut Channel) -> Result<Option<Ruleset>, OpError> {
             }
         },
     )?;
-    // What uses a table is its chains, sets, objects and flow tables (`nft_use_inc(&table->use)` in net/netfilter/nf_tables_api.c).
-    match used.saturating_sub(chains) {
-        0 => {}
-        1 => ruleset.foreign.push("1 set, map or other object".to_owned()),
-        others => ruleset.foreign.push(format!("{others} sets, maps or other objects")),
+    for (message, what) in OTHERS {
+        channel.dump(message, NFPROTO_INET, named, |object| {
+            if is_named(object.attributes, wire::NFTA_TABLE_NAME, TABLE) {
+                let name = wire::attribute(object.attributes, NFTA_OTHER_NAME).map(wire::name).unwrap_or_default();
+                ruleset.foreign.push(format!("{what} {}", String::from_utf8_lossy(name)));
+            }
+        })?;
     }
-    let of_table = |w: &mut wire::Writer| w.text(wire::NFTA_RULE_TABLE, TABLE);
+    let of_table = |w: &mut Writer| w.text(wire::NFTA_RULE_TABLE, TABLE);
     channel.dump(wire::NFT_MSG_GETRULE, NFPROTO_INET, of_table, |object| {
         if !is_named(object.attributes, wire::NFTA_RULE_TABLE, TABLE) {
             return;

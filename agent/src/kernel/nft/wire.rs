@@ -30,14 +30,16 @@ pub(super) const NFT_MSG_DELCHAIN: u8 = 5;
 pub(super) const NFT_MSG_NEWRULE: u8 = 6;
 pub(super) const NFT_MSG_GETRULE: u8 = 7;
 pub(super) const NFT_MSG_DELRULE: u8 = 8;
+pub(super) const NFT_MSG_GETSET: u8 = 10;
 pub(super) const NFT_MSG_NEWGEN: u8 = 15;
 pub(super) const NFT_MSG_GETGEN: u8 = 16;
+pub(super) const NFT_MSG_GETOBJ: u8 = 19;
+pub(super) const NFT_MSG_GETFLOWTABLE: u8 = 23;
 
 pub(super) const NFTA_GEN_ID: u16 = 1;
 
 pub(super) const NFTA_TABLE_NAME: u16 = 1;
 pub(super) const NFTA_TABLE_FLAGS: u16 = 2;
-pub(super) const NFTA_TABLE_USE: u16 = 3;
 
 pub(super) const NFTA_CHAIN_TABLE: u16 = 1;
 pub(super) const NFTA_CHAIN_NAME: u16 = 3;

@@ -150,6 +150,29 @@ fn every_alteration_shows_and_is_repaired() {
 }
 
 #[test]
+fn what_is_not_ours_is_named() {
+    in_namespace(|| {
+        let mut nft = Nft::open().expect("open");
+        nft.set_ruleset(&rules()).expect("set");
+        super::nft(
+            "table inet overlayd { set s { type ipv4_addr; }; counter c { }; chain x { }; \
+             chain y { type filter hook input priority 0; policy drop; }; chain z { type route hook output priority 0; }; }",
+        );
+        super::nft("add table inet overlayd { flags dormant; }");
+        let foreign = nft.dump().expect("dump").ruleset.expect("table").foreign;
+        let words = [
+            "flags 0x1",
+            "chain x",
+            "chain y with another policy than accept",
+            "chain z with another type or hook",
+            "set s",
+            "object c",
+        ];
+        assert_eq!(foreign, words);
+    });
+}
+
+#[test]
 fn other_tables_are_left_alone() {
     const OTHERS: &str = "\
 table inet overlayd2 {
@@ -235,5 +258,22 @@ fn dumps_are_whole_while_others_write() {
             }
             assert!(dumps > 0);
         });
+    });
+}
+
+#[test]
+fn without_permission_it_says_so() {
+    in_namespace(|| {
+        let mut nft = Nft::open().expect("open");
+        // The capabilities are the thread's, and this thread ends with the test.
+        // `_LINUX_CAPABILITY_VERSION_3` with this thread's id (0), and no capabilities: linux/capability.h.
+        let (header, none) = ([0x2008_0522_u32, 0], [0_u32; 6]);
+        // SAFETY: capset reads a header of two and a body of six 32-bit words, both alive and of that size.
+        let dropped = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), none.as_ptr()) };
+        assert_eq!(dropped, 0, "capset: {}", std::io::Error::last_os_error());
+        for error in [nft.dump().expect_err("dump"), nft.set_ruleset(&rules()).expect_err("set")] {
+            assert_eq!(error.errno, libc::EPERM);
+            assert!(error.message.contains("needs CAP_NET_ADMIN"), "{}", error.message);
+        }
     });
 }
