@@ -34,8 +34,8 @@ const WORKERS: usize = 2;
 const LIMIT: Duration = Duration::from_secs(60);
 /// Nothing changes for this long: the agent has come to rest. Longer than what it lets the underlay settle for.
 const REST: Duration = Duration::from_millis(300);
-/// Between turns: the kernel removes a namespace in the background.
-const PAUSE: Duration = Duration::from_millis(200);
+/// Between turns: the kernel removes a namespace in the background, and frees what was in it when RCU's grace periods are over.
+const PAUSE: Duration = Duration::from_millis(400);
 /// Snapshot to last route, as a multiple of the raw limit; and the batch alone.
 const GOAL: f64 = 1.5;
 const BATCH_GOAL: f64 = 1.2;
@@ -75,7 +75,8 @@ struct Turns {
 
 /// Measures all sizes in all families.
 pub fn measure(arguments: &PeersArguments, report: &mut Report) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    // With a thread of its own, so that the connections of a turn end with it and do not hold its namespace until the next one.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     for family in Family::ALL.into_iter().filter(|f| arguments.family.is_none_or(|only| only == *f)) {
         for peers in &arguments.peers {
             let fleet = members(family, 1..=*peers)?;
