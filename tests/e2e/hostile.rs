@@ -1,8 +1,8 @@
 //! What others write into etcd is refused where it cannot be right: named, counted, left out. The rest works, and nothing leads out of the
 //! network.
 
-use overlay_agent::model::Family;
 use overlay_agent::model::api::Status;
+use overlay_agent::model::{Family, Subnet};
 use overlay_tests::story::{READY, SOON};
 use overlay_tests::{Must, Story, etcd, eventually, http, kernel};
 use overlayctl::lab::Families;
@@ -13,38 +13,44 @@ fn lease(public_ip: &str, mac: &str) -> String {
     format!(r#"{{"PublicIP":"{public_ip}","PublicIPv6":null,"BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"{mac}"}}}}"#)
 }
 
+/// A key in a block of thirty subnets where no host of the story has its own, which it chose by a hash.
+fn free_block(taken: &[Subnet]) -> impl Fn(u8) -> String + use<> {
+    let free = |block: u8| (block..block + 30).all(|n| taken.iter().all(|subnet| subnet.to_key() != format!("10.244.{n}.0-24")));
+    let block = [201, 101, 1].into_iter().find(|block| free(*block)).must("two hosts cannot hold a part of three blocks");
+    move |n| format!("10.244.{}.0-24", block + n)
+}
+
 /// Name, key, value, and a word that the reason holds.
-fn hostile(own: &str, peer_subnet: &str) -> Vec<(&'static str, String, String, &'static str)> {
+fn hostile(own: &str, peer_subnet: &str, v4: &impl Fn(u8) -> String) -> Vec<(&'static str, String, String, &'static str)> {
     let good = lease("10.99.7.7", MAC);
-    let v4 = |n: u8| format!("10.244.{n}.0-24");
     let plain = |n: u8, mac: &str| lease(&format!("10.99.7.{n}"), mac);
     vec![
-        ("no JSON", v4(201), "not json at all".to_owned(), "not JSON"),
-        ("half a JSON", v4(202), good[..40].to_owned(), "not JSON"),
-        ("an array", v4(203), "[1,2,3]".to_owned(), "not a JSON object"),
-        ("empty", v4(204), String::new(), "not JSON"),
-        ("no MAC", v4(205), r#"{"PublicIP":"10.99.7.5","BackendType":"vxlan","BackendData":{"VNI":1}}"#.to_owned(), "VtepMAC"),
-        ("a multicast MAC", v4(206), plain(6, "01:00:5e:00:00:01"), "VtepMAC"),
-        ("a broadcast MAC", v4(207), plain(7, "ff:ff:ff:ff:ff:ff"), "VtepMAC"),
-        ("a MAC of zeros", v4(208), plain(8, "00:00:00:00:00:00"), "VtepMAC"),
-        ("a MAC that is none", v4(209), plain(9, "02:00"), "VtepMAC"),
-        ("our public IP", v4(210), lease(own, MAC), "this host's own"),
-        ("a loopback public IP", v4(211), lease("127.0.0.1", MAC), "loopback"),
-        ("a multicast public IP", v4(212), lease("224.0.0.1", MAC), "multicast"),
-        ("an unspecified public IP", v4(213), lease("0.0.0.0", MAC), "unspecified"),
-        ("a broadcast public IP", v4(214), lease("255.255.255.255", MAC), "broadcast"),
-        ("a link-local public IP", v4(215), lease("169.254.1.1", MAC), "link-local"),
-        ("a public IP inside the overlay", v4(216), lease("10.244.3.3", MAC), "must not lie in the overlay"),
-        ("a public IP that is text", v4(217), lease("$(reboot)", MAC), "must be an IPv4 address"),
+        ("no JSON", v4(0), "not json at all".to_owned(), "not JSON"),
+        ("half a JSON", v4(1), good[..40].to_owned(), "not JSON"),
+        ("an array", v4(2), "[1,2,3]".to_owned(), "not a JSON object"),
+        ("empty", v4(3), String::new(), "not JSON"),
+        ("no MAC", v4(4), r#"{"PublicIP":"10.99.7.5","BackendType":"vxlan","BackendData":{"VNI":1}}"#.to_owned(), "VtepMAC"),
+        ("a multicast MAC", v4(5), plain(6, "01:00:5e:00:00:01"), "VtepMAC"),
+        ("a broadcast MAC", v4(6), plain(7, "ff:ff:ff:ff:ff:ff"), "VtepMAC"),
+        ("a MAC of zeros", v4(7), plain(8, "00:00:00:00:00:00"), "VtepMAC"),
+        ("a MAC that is none", v4(8), plain(9, "02:00"), "VtepMAC"),
+        ("our public IP", v4(9), lease(own, MAC), "this host's own"),
+        ("a loopback public IP", v4(10), lease("127.0.0.1", MAC), "loopback"),
+        ("a multicast public IP", v4(11), lease("224.0.0.1", MAC), "multicast"),
+        ("an unspecified public IP", v4(12), lease("0.0.0.0", MAC), "unspecified"),
+        ("a broadcast public IP", v4(13), lease("255.255.255.255", MAC), "broadcast"),
+        ("a link-local public IP", v4(14), lease("169.254.1.1", MAC), "link-local"),
+        ("a public IP inside the overlay", v4(15), lease("10.244.3.3", MAC), "must not lie in the overlay"),
+        ("a public IP that is text", v4(16), lease("$(reboot)", MAC), "must be an IPv4 address"),
         ("a subnet outside the network", "10.50.0.0-24".to_owned(), plain(18, "02:00:00:00:01:18"), "not inside the network"),
         ("the default route", "0.0.0.0-0".to_owned(), plain(19, "02:00:00:00:01:19"), "not inside the network"),
         ("the whole network", "10.244.0.0-16".to_owned(), plain(20, "02:00:00:00:01:20"), "more than a quarter"),
         ("a part of another's", peer_subnet.replace("-24", "-26"), plain(21, "02:00:00:00:01:21"), "overlaps"),
-        ("another VNI", v4(222), good.replace("\"VNI\":1", "\"VNI\":99"), "VNI 99"),
-        ("a VNI that is none", v4(223), good.replace("\"VNI\":1", "\"VNI\":16777216"), "VNI"),
+        ("another VNI", v4(21), good.replace("\"VNI\":1", "\"VNI\":99"), "VNI 99"),
+        ("a VNI that is none", v4(22), good.replace("\"VNI\":1", "\"VNI\":16777216"), "VNI"),
         (
             "another backend",
-            v4(224),
+            v4(23),
             r#"{"PublicIP":"10.99.7.24","PublicIPv6":null,"BackendType":"host-gw"}"#.to_owned(),
             "host-gw",
         ),
@@ -54,7 +60,7 @@ fn hostile(own: &str, peer_subnet: &str) -> Vec<(&'static str, String, String, &
         ("a key in IPv6", "fd00:10:244:51::-64".to_owned(), good.clone(), "PublicIPv6"),
         (
             "shell in the name",
-            v4(229),
+            v4(28),
             format!(r#"{},"Node":{{"Name":"$(touch /tmp/x); `reboot`\u001b[31m","Id":"aa"}}}}"#, &good[..good.len() - 1]),
             "Node",
         ),
@@ -71,12 +77,14 @@ async fn lease_values() {
     let before = kernel::actual(&story, "h1");
     let flow = story.flow("h1-c1", "h2-c1", Family::V4).await;
     let own = story.at("h1").layout().addresses.v4.must("an address").to_string();
-    let peer = story.status("h2").await.lease.must("a lease").subnet.to_key();
-    let all = hostile(&own, &peer);
+    let ours = story.status("h1").await.lease.must("a lease").subnet;
+    let peer = story.status("h2").await.lease.must("a lease").subnet;
+    let v4 = free_block(&[ours, peer]);
+    let all = hostile(&own, &peer.to_key(), &v4);
     for (_, key, value, _) in &all {
         etcd::put(&story, &etcd::lease_key(key), value);
     }
-    let megabyte = etcd::lease_key("10.244.230.0-24");
+    let megabyte = etcd::lease_key(&v4(29));
     etcd::put_long(&story, &megabyte, format!("{{\"PublicIP\":\"{}\"}}", "A".repeat(1 << 20)).as_bytes());
     let count = all.len() + 1;
     let counted = |s: &Status| s.store.refused.len() == count && s.store.leases == count + 2;
