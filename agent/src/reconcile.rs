@@ -24,7 +24,7 @@ use crate::metrics::Metrics;
 use crate::model::api;
 use crate::model::event::{Connection, LeaseWish, OwnLease, StoreEvent};
 use crate::model::network::ConfigErrors;
-use crate::model::{Device, Mac, NetworkConfig, Node, Peer, PerFamily, Refusal, Subnet};
+use crate::model::{Device, Endpoint, Mac, NetworkConfig, Node, Peer, PerFamily, Refusal, Subnet};
 use crate::plan::desired::{Host, NexthopIds};
 use crate::plan::diff::{diff, diff_keys};
 use crate::plan::roster::{LeaseKey, OwnHost, Roster};
@@ -112,8 +112,8 @@ pub struct Channels {
     pub kernel: mpsc::Receiver<KernelEvent>,
     /// From the admin socket.
     pub queries: mpsc::Receiver<Query>,
-    /// The host's ends of the endpoints' veth pairs.
-    pub ports: watch::Receiver<Vec<String>>,
+    /// The endpoints that are plugged into the bridge.
+    pub endpoints: watch::Receiver<Vec<Endpoint>>,
     /// To the store: what this host wants to hold.
     pub wish: watch::Sender<Option<LeaseWish>>,
     /// To the endpoints and `subnet.env`: the overlay once it is in place.
@@ -147,7 +147,7 @@ pub struct Reconciler<D, M> {
     inventory: Inventory,
     underlay: Option<Underlay>,
     underlay_error: Option<String>,
-    ports: Vec<String>,
+    endpoints: Vec<Endpoint>,
 
     // What follows.
     host: Option<Host>,
@@ -194,7 +194,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             inventory: Inventory::default(),
             underlay: None,
             underlay_error: None,
-            ports: Vec::new(),
+            endpoints: Vec::new(),
             host: None,
             own_host: None,
             peers: BTreeMap::new(),
@@ -218,7 +218,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
 
     /// Runs until `shutdown`. The data path is left as it is then.
     pub async fn run(mut self, mut channels: Channels, shutdown: CancellationToken) {
-        self.ports = channels.ports.borrow_and_update().clone();
+        self.endpoints = channels.endpoints.borrow_and_update().clone();
         self.converge(&channels).await;
         loop {
             let timer = tokio::time::sleep_until(self.next_deadline().into());
@@ -230,8 +230,8 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                     self.answer(query);
                     continue;
                 }
-                Ok(()) = channels.ports.changed() => {
-                    self.ports = channels.ports.borrow_and_update().clone();
+                Ok(()) = channels.endpoints.changed() => {
+                    self.endpoints = channels.endpoints.borrow_and_update().clone();
                     self.host_dirty = true;
                 }
                 () = timer => {}
@@ -291,8 +291,8 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 let before = std::mem::replace(&mut self.actual, state);
                 self.ids.adopt(&self.actual);
                 self.all_dirty = true;
-                let missing = |port: &String| !self.actual.contains_key(&Key::Link(port.clone()));
-                self.port_lost |= self.ports.iter().any(missing);
+                let missing = |port: String| !self.actual.contains_key(&Key::Link(port));
+                self.port_lost |= self.ports().into_iter().any(missing);
                 self.host.is_some().then_some(before)
             }
             Err(error) => {

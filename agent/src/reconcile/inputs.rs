@@ -13,6 +13,11 @@ use crate::plan::state::{State, Value};
 use crate::plan::{DataPath, KernelEvent, Key, LinkKind, Op};
 
 impl<D: DataPath, M: Memory> Reconciler<D, M> {
+    /// The host's ends of the endpoints' veth pairs.
+    pub(super) fn ports(&self) -> Vec<String> {
+        self.endpoints.iter().filter_map(|endpoint| endpoint.port.as_ref()).map(|port| port.host_interface.clone()).collect()
+    }
+
     pub(super) fn fold_store(&mut self, event: StoreEvent) {
         self.changed = true;
         match event {
@@ -105,7 +110,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             return false;
         }
         if let Key::Link(name) = &key {
-            self.port_lost |= !self.actual.contains_key(&key) && self.ports.contains(name);
+            self.port_lost |= !self.actual.contains_key(&key) && self.ports().contains(name);
         }
         self.dirty.insert(key.clone());
         if was_right {
@@ -257,7 +262,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             masquerade: self.settings.masquerade,
             tx_checksum: self.settings.tx_checksum,
             nexthop_objects: self.settings.nexthop_objects,
-            ports: self.ports.clone(),
+            ports: self.ports(),
             forward_drops: self.inventory.forward_drops.clone(),
             network,
         })
