@@ -161,6 +161,7 @@ pub struct Reconciler<D, M> {
     // What is to be done.
     host_dirty: bool,
     leases_dirty: BTreeSet<LeaseKey>,
+    roster_dirty: bool,
     dirty: BTreeSet<Key>,
     all_dirty: bool,
     stale: Option<&'static str>,
@@ -204,6 +205,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             actual: State::new(),
             host_dirty: false,
             leases_dirty: BTreeSet::new(),
+            roster_dirty: false,
             dirty: BTreeSet::new(),
             all_dirty: false,
             stale: Some("start"),
