@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 PACKAGES=(ca-certificates etcd-client etcd-server gcc iproute2 iptables iputils-ping libc6-dev nftables openssl procps
     libprotobuf-dev protobuf-compiler tcpdump util-linux)
 WELCOME=(shellcheck) # looked for and used, not needed
-SCRIPTS=(.ci/run tests/run.sh)
+SCRIPTS=(.ci/run tests/run.sh tests/fuzz.sh)
 
 quick=no
 failed=()

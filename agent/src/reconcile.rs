@@ -8,6 +8,7 @@
 //! Cancel safety: every await of the `select!` is a channel's `recv`, `changed` or a timer; nothing is lost when another arm wins.
 
 mod inputs;
+mod lines;
 mod repair;
 mod report;
 #[cfg(test)]
@@ -32,6 +33,7 @@ use crate::plan::roster::{LeaseKey, OwnHost, Roster};
 use crate::plan::underlay::{Inventory, Selection, Underlay};
 use crate::plan::{Batch, DataPath, KernelEvent, Key, Op, State, Value};
 
+use lines::Lines;
 use repair::Repairs;
 
 /// How long changes of foreign links and addresses settle before the external interface is looked at again.
@@ -173,6 +175,7 @@ pub struct Reconciler<D, M> {
     underlay_due: Option<Instant>,
     resync_due: Instant,
     heap_due: Option<Instant>,
+    refusals_told: Lines,
     repairs: Repairs,
     changed: bool,
     port_lost: bool,
@@ -217,6 +220,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             not_before: now,
             underlay_due: Some(now),
             heap_due: None,
+            refusals_told: Lines::default(),
             repairs: Repairs::default(),
             changed: true,
             port_lost: false,
@@ -257,7 +261,10 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
     /// The next moment at which something is due without an event.
     fn next_deadline(&self) -> Instant {
         let stale = self.stale.map(|_| self.not_before);
-        [stale, self.underlay_due, self.heap_due, self.repairs.next_due()].into_iter().flatten().fold(self.resync_due, Instant::min)
+        [stale, self.underlay_due, self.heap_due, self.repairs.next_due()]
+            .into_iter()
+            .flatten()
+            .fold(self.resync_due, Instant::min)
     }
 
     /// Brings actual state as near to desired state as it can be brought now.

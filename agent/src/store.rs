@@ -45,7 +45,7 @@ mod renew;
 mod watch;
 mod write;
 
-pub use codec::{MAX_NODE_ID, MAX_NODE_NAME, MAX_VALUE};
+pub use codec::{MAX_NODE_ID, MAX_NODE_NAME, MAX_VALUE, read_entry};
 pub use connect::StoreConfig;
 pub use error::StoreError;
 pub use keys::{DEFAULT_PREFIX, Keys};

@@ -60,16 +60,23 @@ enum Holders {
 
 impl Holders {
     fn insert(&mut self, key: &LeaseKey) {
-        if let Err(place) = self.as_slice().binary_search(key) {
-            let mut keys = self.as_slice().to_vec();
-            keys.insert(place, key.clone());
-            *self = Holders::Some(keys);
+        let Err(place) = self.as_slice().binary_search(key) else { return };
+        match self {
+            Holders::One(first) => {
+                let mut keys = vec![first.clone()];
+                keys.insert(place, key.clone());
+                *self = Holders::Some(keys);
+            }
+            Holders::Some(keys) => keys.insert(place, key.clone()),
         }
     }
 
     fn remove(&mut self, key: &LeaseKey) {
-        let rest: Vec<LeaseKey> = self.as_slice().iter().filter(|k| *k != key).cloned().collect();
-        *self = Holders::Some(rest);
+        match self {
+            Holders::One(first) if first == key => *self = Holders::Some(Vec::new()),
+            Holders::One(_) => {}
+            Holders::Some(keys) => keys.retain(|other| other != key),
+        }
     }
 
     fn as_slice(&self) -> &[LeaseKey] {

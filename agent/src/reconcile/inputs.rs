@@ -366,7 +366,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
     /// Notes what leases are to this host. A refusal is logged unless it stood before.
     fn admit(&mut self, judged: Vec<(LeaseKey, Standing)>, refused_before: &BTreeMap<LeaseKey, Refusal>) {
         let Some(host) = &self.host else { return };
-        let mut lines = 0;
+        let now = Instant::now();
         let mut entries = Vec::with_capacity(4 * judged.len());
         let mut peers = Vec::with_capacity(judged.len());
         for (key, standing) in judged {
@@ -377,18 +377,15 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                     peers.push((key, peer));
                 }
                 Standing::Refused(refusal) => {
-                    if refused_before.get(&key) != Some(&refusal) {
-                        lines += 1;
-                        if lines <= LOG_LINES {
-                            tracing::warn!(key = refusal.key, reason = refusal.kind.word(), "{refusal}");
-                        }
+                    if refused_before.get(&key) != Some(&refusal) && self.refusals_told.admits(now) {
+                        tracing::warn!(key = refusal.key, reason = refusal.kind.word(), "{refusal}");
                     }
                     self.refused.insert(key, refusal);
                 }
             }
         }
-        if lines > LOG_LINES {
-            tracing::warn!(leases = lines, "leases are left out: `overlayctl subnets` lists them");
+        if let Some(leases) = self.refusals_told.kept_back(now) {
+            tracing::warn!(leases, "more leases are left out: `overlayctl subnets` lists them");
         }
         merge(&mut self.peers, peers);
         self.desire(entries);

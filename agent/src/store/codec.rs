@@ -30,6 +30,12 @@ pub(super) struct Owner {
     pub(super) node: Option<Node>,
 }
 
+/// Reads an entry from its key's last part and its value, as the watch reads it: for whoever tries what others may write.
+pub fn read_entry(key: &str, value: &[u8], create_revision: i64) -> StoreEntry {
+    let (key, value) = (key.to_owned(), value.to_vec());
+    decode(&RawEntry { key, value, create_revision, mod_revision: create_revision, etcd_lease: None })
+}
+
 /// Reads an entry; every value that is no lease becomes a [`Refusal`].
 pub(super) fn decode(entry: &RawEntry) -> StoreEntry {
     let value = decode_record(entry).map_err(|kind| Refusal { key: printable(&entry.key), kind });

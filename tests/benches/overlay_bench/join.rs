@@ -19,13 +19,13 @@ use overlayctl::lab::layout::ETCD_PREFIX;
 use tokio_util::sync::CancellationToken;
 
 use super::fleet::Member;
-use super::gateway::{Exchange, Gateway};
 use super::limit::route_of;
 use super::progress;
 use super::report::{Report, Row};
 use super::rtnl::Rtnl;
 use super::stage::{FAMILY, Stage, etcd, key};
 use super::stats::milliseconds;
+use overlay_tests::gateway::{Exchange, Gateway};
 
 /// `RTMGRP_IPV4_ROUTE` (`linux/rtnetlink.h`).
 const ROUTES: u32 = 0x40;

@@ -12,7 +12,6 @@
 //! `docs/performance.md` shows results and how to repeat them.
 
 mod fleet;
-mod gateway;
 mod join;
 mod limit;
 mod memory;

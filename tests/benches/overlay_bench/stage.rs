@@ -9,7 +9,7 @@ use overlayctl::lab::layout::{ETCD_PORT, ETCD_PREFIX, etcd_address};
 use overlayctl::lab::{Families, Home, Lab, LabGuard, LabName, LabOptions, Progress};
 
 use super::fleet::{Member, members, network};
-use super::gateway::Gateway;
+use overlay_tests::gateway::Gateway;
 
 /// How long the agents may take to have every peer in the data path.
 const LIMIT: Duration = Duration::from_secs(120);

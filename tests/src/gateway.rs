@@ -44,7 +44,7 @@ impl Gateway {
 
     /// Writes a key.
     pub fn put(&mut self, key: &str, value: &str) -> anyhow::Result<Exchange> {
-        self.exchange("/v3/kv/put", &put_request(key, value)).map(|(exchange, _)| exchange)
+        self.exchange("/v3/kv/put", &put_request(key.as_bytes(), value.as_bytes())).map(|(exchange, _)| exchange)
     }
 
     /// Deletes a key.
@@ -52,10 +52,18 @@ impl Gateway {
         self.exchange("/v3/kv/deleterange", &json!({ "key": base64(key.as_bytes()) })).map(|(exchange, _)| exchange)
     }
 
+    /// Deletes the keys from one up to another, which stays. Returns how many there were.
+    pub fn delete_range(&mut self, from: &str, to: &str) -> anyhow::Result<u64> {
+        let request = json!({ "key": base64(from.as_bytes()), "range_end": base64(to.as_bytes()) });
+        let (_, answer) = self.exchange("/v3/kv/deleterange", &request)?;
+        Ok(answer["deleted"].as_str().and_then(|count| count.parse().ok()).unwrap_or(0))
+    }
+
     /// Writes many keys, some to a transaction.
-    pub fn put_all(&mut self, pairs: &[(String, String)]) -> anyhow::Result<()> {
+    pub fn put_all<K: AsRef<[u8]>, V: AsRef<[u8]>>(&mut self, pairs: &[(K, V)]) -> anyhow::Result<()> {
         for chunk in pairs.chunks(OPERATIONS) {
-            let operations: Vec<Value> = chunk.iter().map(|(k, v)| json!({ "requestPut": put_request(k, v) })).collect();
+            let put = |(key, value): &(K, V)| json!({ "requestPut": put_request(key.as_ref(), value.as_ref()) });
+            let operations: Vec<Value> = chunk.iter().map(put).collect();
             let (_, answer) = self.exchange("/v3/kv/txn", &json!({ "success": operations }))?;
             ensure!(answer["succeeded"] == true, "etcd did not take {} leases: {answer}", chunk.len());
         }
@@ -121,8 +129,8 @@ impl Gateway {
     }
 }
 
-fn put_request(key: &str, value: &str) -> Value {
-    json!({ "key": base64(key.as_bytes()), "value": base64(value.as_bytes()) })
+fn put_request(key: &[u8], value: &[u8]) -> Value {
+    json!({ "key": base64(key), "value": base64(value) })
 }
 
 /// Base64 (RFC 4648 section 4).

@@ -1,0 +1,7 @@
+//! The network's configuration.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|data: &[u8]| overlay_tests::junk::check_config(&String::from_utf8_lossy(data)));

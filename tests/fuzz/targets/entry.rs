@@ -1,0 +1,10 @@
+//! An entry below `<prefix>/subnets/`: the last part of its key, a line end, its value.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|data: &[u8]| {
+    let (key, value) = data.split_at(data.iter().position(|b| *b == b'\n').unwrap_or(data.len()));
+    overlay_tests::junk::check_entry(&String::from_utf8_lossy(key), value.get(1..).unwrap_or_default());
+});
