@@ -5,14 +5,20 @@
 //! touches the machine's own network namespace. What is missing on the machine fails with advice, it never skips.
 
 pub mod capture;
+pub mod churn;
+pub mod cluster;
+pub mod damage;
 pub mod dump;
 pub mod etcd;
+pub mod faults;
 pub mod flow;
 pub mod http;
 pub mod kernel;
 pub mod notify;
 pub mod programs;
 pub mod story;
+pub mod traffic;
+pub mod transfer;
 pub mod wait;
 
 use std::fmt::Display;

@@ -143,6 +143,9 @@ fn describe(kind: &str, message: &[u8]) -> Option<String> {
         _ => "message",
     };
     let detail = match code {
+        // Half a minute after a port came up a timer of the bridge tells of it once more (br_forward_delay_timer_expired in
+        // net/bridge/br_stp_timer.c): AF_BRIDGE, and nobody's doing.
+        16 if body.first() == Some(&7) && sender == 0 => return None,
         // struct ndmsg: family, padding, interface, state.
         28 | 29 => {
             let state = u16::from_ne_bytes(body.get(8..10)?.try_into().ok()?);
@@ -153,7 +156,9 @@ fn describe(kind: &str, message: &[u8]) -> Option<String> {
             format!("interface {}, family {}", i32::from_ne_bytes(body.get(4..8)?.try_into().ok()?), body.first()?)
         }
         // struct ifinfomsg and struct ifaddrmsg have the interface behind four bytes.
-        16 | 17 | 20 | 21 => format!("interface {}", i32::from_ne_bytes(body.get(4..8)?.try_into().ok()?)),
+        16 | 17 | 20 | 21 => {
+            format!("interface {}, family {}", i32::from_ne_bytes(body.get(4..8)?.try_into().ok()?), body.first()?)
+        }
         // struct rtmsg: family, lengths, tos, table, protocol.
         24 | 25 => format!("family {}, table {}, proto {}", body.first()?, body.get(4)?, body.get(5)?),
         // struct nhmsg: family, scope, protocol.
