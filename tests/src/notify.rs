@@ -40,23 +40,7 @@ pub struct Notifications {
 impl Notifications {
     /// Begins to listen.
     pub fn listen(netns: &Netns) -> Notifications {
-        let open = |protocol, groups: &[u32]| -> nix::Result<OwnedFd> {
-            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-            let fd = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)?;
-            setsockopt(&fd, sockopt::RcvBufForce, &BUFFER)?;
-            bind(fd.as_raw_fd(), &NetlinkAddr::new(0, groups.iter().fold(0, |mask, group| mask | 1 << (group - 1))))?;
-            Ok(fd)
-        };
-        let all = || -> nix::Result<[(&'static str, OwnedFd); 2]> {
-            Ok([
-                ("route", open(SockProtocol::NetlinkRoute, &ROUTE_GROUPS)?),
-                ("nftables", open(SockProtocol::NetlinkNetFilter, &NFT_GROUPS)?),
-            ])
-        };
-        Notifications {
-            netns: netns.clone(),
-            sockets: netns.run(all).must("enter the namespace").must("listen to the kernel (root is needed)"),
-        }
+        Notifications { netns: netns.clone(), sockets: sockets(netns) }
     }
 
     /// What came since the last call, one line each.
@@ -106,8 +90,26 @@ impl Notifications {
     }
 }
 
+/// The sockets that hear of every change in a namespace, each with the name of its protocol.
+pub(crate) fn sockets(netns: &Netns) -> [(&'static str, OwnedFd); 2] {
+    let open = |protocol, groups: &[u32]| -> nix::Result<OwnedFd> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let fd = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)?;
+        setsockopt(&fd, sockopt::RcvBufForce, &BUFFER)?;
+        bind(fd.as_raw_fd(), &NetlinkAddr::new(0, groups.iter().fold(0, |mask, group| mask | 1 << (group - 1))))?;
+        Ok(fd)
+    };
+    let all = || -> nix::Result<[(&'static str, OwnedFd); 2]> {
+        Ok([
+            ("route", open(SockProtocol::NetlinkRoute, &ROUTE_GROUPS)?),
+            ("nftables", open(SockProtocol::NetlinkNetFilter, &NFT_GROUPS)?),
+        ])
+    };
+    netns.run(all).must("enter the namespace").must("listen to the kernel (root is needed)")
+}
+
 /// Cuts a datagram into messages.
-fn messages(mut bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
+pub(crate) fn messages(mut bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
     std::iter::from_fn(move || {
         let length = usize::try_from(u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?)).ok()?;
         let message = bytes.get(..length.max(HEADER))?;
@@ -117,7 +119,7 @@ fn messages(mut bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
 }
 
 /// A line for a message; `None` for what the kernel does by itself.
-fn describe(kind: &str, message: &[u8]) -> Option<String> {
+pub(crate) fn describe(kind: &str, message: &[u8]) -> Option<String> {
     let code = u16::from_ne_bytes(message.get(4..6)?.try_into().ok()?);
     let sender = u32::from_ne_bytes(message.get(12..16)?.try_into().ok()?);
     let body = message.get(HEADER..).unwrap_or_default();
