@@ -96,6 +96,7 @@ impl<'a> Holder<'a> {
                 changed(&mut self.wish).await;
                 continue;
             };
+            self.board.identity.send_replace(Some(wish.node.id.clone()));
             match self.turn(session, &wish).await {
                 Ok(()) => self.trouble.reset(),
                 Err(error) if error.ends_session() => return error,
