@@ -2,7 +2,9 @@
 
 mod following;
 mod harness;
+mod history;
 mod holding;
+mod link;
 mod model;
 mod oneshot;
 mod racing;

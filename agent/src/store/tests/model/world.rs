@@ -4,17 +4,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use super::super::harness::{PREFIX, wish};
+use super::etcd::{Answer, NOBODY, Request, Stored, Text, What};
 use crate::model::event::{HeldLease, LeaseOrigin, LeaseWish};
 use crate::model::{Cidr, NetworkConfig, Subnet};
 use crate::store::codec;
 use crate::store::keys::{Keys, claimed_ranges};
 use crate::store::lease::{Held, Look, Memory, Step, decide, wished};
 use crate::store::pick::pick;
-use crate::store::read::{Listing, RawConfig, RawEntry};
 use crate::store::write::{Guard, change_guards, create_guards};
 
-/// The writer of reservations, which is no host.
-const NOBODY: usize = usize::MAX;
 /// Races after which a host's choice repeats: a bound for the search, not of the protocol.
 const ATTEMPTS: u32 = 4;
 
@@ -59,15 +57,6 @@ pub(super) struct Setting {
 }
 
 #[derive(Debug, Clone)]
-pub(super) struct Stored {
-    pub(super) writer: usize,
-    pub(super) value: Rc<str>,
-    pub(super) created: i64,
-    pub(super) changed: i64,
-    pub(super) etcd_lease: Option<i64>,
-}
-
-#[derive(Debug, Clone)]
 pub(super) struct Host {
     /// How often it lost its state.
     pub(super) generation: usize,
@@ -99,22 +88,6 @@ pub(super) enum Plan {
     TakeOver(Held),
 }
 
-/// A transaction on its way.
-#[derive(Debug, Clone)]
-pub(super) struct Request {
-    pub(super) key: String,
-    pub(super) guards: Vec<Guard>,
-    pub(super) what: What,
-}
-
-#[derive(Debug, Clone)]
-pub(super) enum What {
-    /// Put this value, bound to another etcd lease where one is given; with success this is held.
-    Put { value: Rc<str>, binding: Option<i64>, held: Held, made: bool },
-    /// Delete, and end the etcd lease where nothing else is bound to it.
-    Remove { etcd_lease: Option<i64> },
-}
-
 /// A step and where it leads.
 pub(super) struct Move {
     pub(super) label: String,
@@ -122,13 +95,6 @@ pub(super) struct Move {
     pub(super) fault: bool,
     /// The world behind it, or the property that it violates.
     pub(super) outcome: Result<World, String>,
-}
-
-/// How a transaction ended.
-enum Answer {
-    Written(i64),
-    Refused,
-    LeaseGone,
 }
 
 impl World {
@@ -146,7 +112,7 @@ impl World {
         let mut next = |n: usize| if n % 2 == 1 && !other.is_empty() { other.remove(0) } else { same.remove(0) };
         let identities = (0..hosts).map(|host| (0..3).map(|_| next(host)).collect()).collect();
         let reservation = |key: &&str| {
-            let stored = Stored { writer: NOBODY, value: "{}".into(), created: 1, changed: 1, etcd_lease: None };
+            let stored = Stored { writer: NOBODY, value: Text::new("{}".to_owned()), created: 1, changed: 1, etcd_lease: None };
             ((*key).to_owned(), stored)
         };
         let entries = reserved.iter().map(reservation).collect();
@@ -190,8 +156,8 @@ impl World {
         wish
     }
 
-    fn value(wish: &LeaseWish) -> Rc<str> {
-        codec::encode(&wished(wish)).unwrap().into()
+    fn value(wish: &LeaseWish) -> Rc<Text> {
+        Text::new(codec::encode(&wished(wish)).unwrap())
     }
 
     /// Every step that can come next.
@@ -334,7 +300,7 @@ impl World {
 
     fn names(&self, number: usize, stored: &Stored) -> bool {
         let id = &self.setting.identities[number][self.hosts[number].generation];
-        codec::owner(stored.value.as_bytes()).node.is_some_and(|node| node.id == *id)
+        stored.value.id.as_ref() == Some(id)
     }
 
     fn go_on(&mut self, number: usize) -> Result<(), String> {
@@ -420,19 +386,6 @@ impl World {
         self.hosts[number].memory = memory;
     }
 
-    fn listing(&self) -> Listing {
-        let entries = self.entries.iter().map(|(key, stored)| RawEntry {
-            key: key.clone(),
-            value: stored.value.as_bytes().to_vec(),
-            create_revision: stored.created,
-            mod_revision: stored.changed,
-            etcd_lease: stored.etcd_lease,
-        });
-        let (number, mod_revision) = self.config;
-        let config = RawConfig { text: self.setting.configs[number].0.clone(), mod_revision };
-        Listing { revision: self.revision, config: Some(config), entries: entries.collect() }
-    }
-
     fn planned(&self, number: usize, plan: Plan, id: i64) -> Request {
         let wish = self.wish(number);
         match plan {
@@ -465,69 +418,6 @@ impl World {
 
     fn guarded(&self, guards: Vec<Guard>, defect: Broken) -> Vec<Guard> {
         if self.setting.broken == Some(defect) { Vec::new() } else { guards }
-    }
-
-    /// A transaction, as etcd does it: compare and write in one step.
-    fn carry_out(&mut self, number: usize, request: &Request) -> Result<Answer, String> {
-        if !request.guards.iter().all(|guard| self.permits(guard)) {
-            return Ok(Answer::Refused);
-        }
-        let before = self.entries.get(&request.key).cloned();
-        let victim = before.as_ref().filter(|stored| stored.writer != number && self.is_held(&request.key, stored));
-        let taken = victim.map(|stored| format!("h{number} takes {}, which h{} holds", request.key, stored.writer));
-        match &request.what {
-            What::Put { binding: Some(id), .. } if !self.alive.contains(id) => return Ok(Answer::LeaseGone),
-            What::Put { value, binding, .. } => {
-                let Some(etcd_lease) = binding.map(Some).or(before.as_ref().map(|stored| stored.etcd_lease)) else {
-                    // The lease is to stay as it is, of a key that is not there: etcd refuses.
-                    return Ok(Answer::Refused);
-                };
-                self.revision += 1;
-                let created = before.map_or(self.revision, |stored| stored.created);
-                let stored = Stored { writer: number, value: Rc::clone(value), created, changed: self.revision, etcd_lease };
-                self.entries.insert(request.key.clone(), stored);
-            }
-            What::Remove { .. } if before.is_none() => return Ok(Answer::Refused),
-            What::Remove { etcd_lease } => {
-                self.revision += 1;
-                self.entries.remove(&request.key);
-                if let Some(id) = etcd_lease {
-                    self.end_lease(*id);
-                }
-            }
-        }
-        match taken.or_else(|| self.overlap(number, &request.key)) {
-            Some(violation) => Err(violation),
-            None => Ok(Answer::Written(self.revision)),
-        }
-    }
-
-    fn permits(&self, guard: &Guard) -> bool {
-        let keys = &self.setting.keys;
-        match guard {
-            Guard::Unchanged { key, revision } if *key == keys.config() => self.config.1 == *revision,
-            Guard::Unchanged { key, revision } => {
-                let stored = self.entries.iter().find(|(last, _)| keys.subnet(last) == *key);
-                stored.map_or(0, |(_, stored)| stored.changed) == *revision
-            }
-            Guard::NoneMade { from, to, behind } => self
-                .entries
-                .iter()
-                .filter(|(last, _)| (from..to).contains(&&keys.subnet(last)))
-                .all(|(_, stored)| stored.created <= *behind),
-        }
-    }
-
-    /// Two hosts' entries that overlap, one of which was just written.
-    fn overlap(&self, number: usize, key: &str) -> Option<String> {
-        let ranges = claimed_ranges(key);
-        let others = self.entries.iter().filter(|(_, stored)| stored.writer != number);
-        let bad = others.filter(|(other, _)| claimed_ranges(other).iter().any(|o| ranges.iter().any(|r| o.overlaps(*r))));
-        let present = self.entries.contains_key(key);
-        let named = |writer: usize| if writer == NOBODY { "nobody".to_owned() } else { format!("h{writer}") };
-        bad.map(|(other, stored)| format!("h{number} has {key} while {} has {other}", named(stored.writer)))
-            .next()
-            .filter(|_| present)
     }
 
     fn answered(&mut self, number: usize, request: Request, answer: Answer) {
@@ -563,13 +453,6 @@ impl World {
         Memory { last: Some(held.lease.subnet), held: Some(held), ..Memory::default() }
     }
 
-    fn end_lease(&mut self, id: i64) {
-        self.alive.remove(&id);
-        let before = self.entries.len();
-        self.entries.retain(|_, stored| stored.etcd_lease != Some(id));
-        self.revision += i64::from(self.entries.len() != before);
-    }
-
     /// Whether a host that is up and linked keeps this etcd lease alive, or has just got it.
     fn renewed(&self, id: i64) -> bool {
         let keeps = |host: &Host| {
@@ -577,13 +460,6 @@ impl World {
             host.up && host.linked && (held == Some(id) || host.spare == Some(id))
         };
         self.hosts.iter().any(keeps)
-    }
-
-    /// Whether the writer of an entry is up and linked and holds it.
-    fn is_held(&self, key: &str, stored: &Stored) -> bool {
-        let Some(host) = self.hosts.get(stored.writer) else { return false };
-        let held = host.memory.held.as_ref().is_some_and(|held| held.key == *key && held.mod_revision == stored.changed);
-        host.up && host.linked && matches!(host.stage, Stage::Hold) && held
     }
 
     /// What is not as it should be where nothing goes on any more.
