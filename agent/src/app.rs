@@ -98,7 +98,7 @@ pub async fn run(config: HostConfig, level: LevelHandle) -> anyhow::Result<()> {
         store: store_events,
         kernel: kernel_events,
         queries,
-        ports: endpoints.ports(),
+        endpoints: endpoints.plugged(),
         wish,
         overlay,
         changes,

@@ -181,13 +181,22 @@ async fn drive(family: Family, entries: Vec<StoreEntry>) -> anyhow::Result<Took>
 
     let (store_in, store) = mpsc::channel(1024);
     let (_queries_in, queries) = mpsc::channel(1);
-    let (_ports_in, ports) = watch::channel(Vec::new());
+    let (_plugged, endpoints) = watch::channel(Vec::new());
     let (wish, _wishes) = watch::channel(None);
     let (overlay, _overlays) = watch::channel(None);
     let (changes, mut changed) = watch::channel(0);
     let (ready, mut readiness) = watch::channel(false);
-    let channels =
-        Channels { store, kernel: kernel_events, queries, ports, wish, overlay, changes, ready, ports_lost: watch::channel(0).0 };
+    let channels = Channels {
+        store,
+        kernel: kernel_events,
+        queries,
+        endpoints,
+        wish,
+        overlay,
+        changes,
+        ready,
+        ports_lost: watch::channel(0).0,
+    };
     let stop = CancellationToken::new();
     let mut tasks = JoinSet::new();
     tasks.spawn(monitor.run());
