@@ -21,6 +21,7 @@ pub mod stopwatch;
 pub mod story;
 pub mod traffic;
 pub mod transfer;
+pub mod volume;
 pub mod wait;
 
 use std::fmt::Display;

@@ -36,7 +36,7 @@ impl Traffic {
         let (host, name) = to.split_once('-').must("a container HOST-NAME");
         let endpoints = story.at(host).client().endpoints().await.must(host).endpoints;
         let endpoint = endpoints.into_iter().find(|e| e.name.as_str() == name).must(to);
-        let address = *endpoint.addresses.get(family).must("its address");
+        let address = *endpoint.addresses().get(family).must("its address");
         let (near, far) = (story.inside(from), story.inside(to));
         let pings = Flow::start(&near, &far, address).await;
         let transfer = Transfer::start(&near, &far, address).await;
