@@ -9,3 +9,4 @@ mod model;
 mod oneshot;
 mod racing;
 mod security;
+mod stampede;
