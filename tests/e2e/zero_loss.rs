@@ -10,6 +10,7 @@ use overlay_tests::notify::Notifications;
 use overlay_tests::story::READY;
 use overlay_tests::traffic::Traffic;
 use overlay_tests::{Must, Story, cluster, etcd};
+use overlayctl::lab::LabOptions;
 
 /// How long after a fault something may still come to light.
 const AFTER: Duration = Duration::from_millis(700);
@@ -18,6 +19,11 @@ const SHORT: Duration = Duration::from_secs(2);
 
 /// Longer than an agent takes to notice that a silent server is gone (10 s).
 const LONG: Duration = Duration::from_secs(12);
+
+/// The hosts' subnets are apart from those of peers that are leases alone.
+fn apart(options: &mut LabOptions) {
+    options.config.insert("SubnetMax".to_owned(), "10.244.200.0".into());
+}
 
 /// Faults one after the other, in a lab with a cluster, under one traffic; between them nothing may be written to a kernel or, the faults' own
 /// writes aside, to the store.
@@ -89,6 +95,7 @@ async fn history_is_dropped() {
     let story = cluster::up(|options| {
         options.hosts = 2;
         options.containers = 1;
+        apart(options);
     })
     .await;
     let notifications = Notifications::listen(&story.inside("h1"));
@@ -122,6 +129,7 @@ async fn others_come_and_go() {
     let story = cluster::up(|options| {
         options.hosts = 2;
         options.containers = 1;
+        apart(options);
     })
     .await;
     let traffic = Traffic::start(&story, "h1-c1", "h2-c1", Family::V4).await;

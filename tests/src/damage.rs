@@ -74,6 +74,11 @@ impl Damage {
         shell(story, host, self.script);
     }
 
+    /// The same, whether there is anything to damage or not.
+    pub fn tried_on(&self, story: &Story, host: &str) {
+        kernel::attempt(story, host, &["sh", "-c", &format!("{FUNCTIONS}{}", self.script)]);
+    }
+
     /// Its line of shell, for [`shell`].
     pub fn script(&self) -> &'static str {
         self.script
