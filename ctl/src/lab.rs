@@ -95,11 +95,13 @@ impl Lab {
         let layout = &self.layout;
         underlay::build(layout).await?;
         progress.step(&format!("underlay: {} hosts on a switch, a world outside", layout.hosts.len()));
-        etcd::start(self).await?;
-        progress.step(&format!("etcd answers at {}", layout.etcd_endpoints().join(" ")));
-        etcd::configure(self).await?;
-        let networks: Vec<String> = layout.networks.iter().map(|(_, n)| n.to_string()).collect();
-        progress.step(&format!("network {} configured", networks.join(" ")));
+        if layout.etcd.is_empty() {
+            etcd::start(self).await?;
+            progress.step(&format!("etcd answers at {}", layout.etcd_endpoints().join(" ")));
+            etcd::configure(self).await?;
+            let networks: Vec<String> = layout.networks.iter().map(|(_, n)| n.to_string()).collect();
+            progress.step(&format!("network {} configured", networks.join(" ")));
+        }
         if layout.overlayd.is_none() {
             return Ok(());
         }

@@ -4,67 +4,8 @@ use std::time::{Duration, Instant};
 
 use overlay_agent::model::Family;
 use overlay_tests::story::{SECOND, SOON};
-use overlay_tests::{Must, Story, kernel};
+use overlay_tests::{Must, Story, damage, kernel};
 use overlayctl::lab::Families;
-
-/// What is done to a host, each with its name.
-const DAMAGE: [(&str, &str); 23] = [
-    (
-        "routes deleted",
-        "for f in -4 -6; do ip $f route show proto 86 | while read dst _; do ip $f route delete $dst proto 86; done; done",
-    ),
-    ("next hops deleted", "ip nexthop flush proto 86"),
-    ("neighbours deleted", "neighbours -4 ovx.1; neighbours -6 ovx6.1"),
-    (
-        "forwarding entries deleted",
-        "for d in ovx.1 ovx6.1; do bridge fdb show dev $d | while read mac _ dst _; do bridge fdb del $mac dev $d dst $dst; done; done",
-    ),
-    ("addresses of the tunnel deleted", "addresses -4 ovx.1; addresses -6 ovx6.1"),
-    ("addresses of the bridge deleted", "addresses -4 ovb.1; addresses -6 ovb.1"),
-    ("table deleted", "nft delete table inet overlayd"),
-    ("all rules deleted", "nft flush ruleset"),
-    ("a rule added in front", "nft insert rule inet overlayd forward drop"),
-    ("forwarding off", "echo 0 >/proc/sys/net/ipv4/ip_forward"),
-    ("IPv6 forwarding off", "echo 0 >/proc/sys/net/ipv6/conf/all/forwarding"),
-    ("tunnel down", "ip link set ovx.1 down; ip link set ovx6.1 down"),
-    ("tunnel deleted", "ip link delete ovx.1; ip link delete ovx6.1"),
-    ("tunnel with another MAC", "ip link set ovx.1 address 02:11:22:33:44:55"),
-    ("tunnel with another MTU", "ip link set ovx.1 mtu 1300; ip link set ovb.1 mtu 1300"),
-    ("tunnel from another address", "ip link set ovx.1 type vxlan id 1 dev eth0 local 10.99.77.77"),
-    ("bridge down", "ip link set ovb.1 down"),
-    ("bridge deleted", "ip link delete ovb.1"),
-    (
-        "ports taken off the bridge",
-        "for p in $(ip -o link show master ovb.1 | sed -n 's/^[0-9]*: \\([^@:]*\\).*/\\1/p'); do ip link set $p nomaster; done",
-    ),
-    (
-        "ports down",
-        "for p in $(ip -o link show type veth | sed -n 's/^[0-9]*: \\(ove[^@:]*\\).*/\\1/p'); do ip link set $p down; done",
-    ),
-    (
-        "a neighbour with another MAC",
-        "n=$(ip neigh show dev ovx.1 | head -1 | cut -d' ' -f1); ip neigh replace $n lladdr 02:99:99:99:99:99 dev ovx.1 nud permanent",
-    ),
-    (
-        "a forwarding entry to elsewhere",
-        "m=$(bridge fdb show dev ovx.1 | head -1 | cut -d' ' -f1); bridge fdb replace $m dev ovx.1 dst 10.99.77.77",
-    ),
-    ("a route to elsewhere", "r=$(ip route show proto 86 | head -1 | cut -d' ' -f1); ip route replace $r via 10.99.0.254"),
-];
-
-/// Deletes one after the other. (`flush` looks whether it has worked, and gives up after ten rounds: the agent is faster.)
-const FUNCTIONS: &str = "addresses() {
-    ip -o $1 address show dev $2 scope global | while read _ _ _ address _; do ip address delete $address dev $2; done
-}
-neighbours() {
-    ip $1 neigh show dev $2 nud permanent | while read address _; do ip neigh delete $address dev $2; done
-}
-";
-
-/// Does a damage to h1.
-fn damage(story: &Story, script: &str) {
-    kernel::shell(story, "h1", &format!("{FUNCTIONS}{script}"));
-}
 
 async fn lab() -> Story {
     let story = Story::up(|options| {
@@ -120,9 +61,10 @@ async fn flows_again(story: &Story, what: &str) {
 async fn each_by_itself() {
     let story = lab().await;
     let before = kernel::actual(&story, "h1");
-    for (what, script) in DAMAGE {
+    for damage in damage::ALL {
+        let what = damage.name;
         let repairs = story.status("h1").await.data_path.drift_repairs;
-        damage(&story, script);
+        damage.on(&story, "h1");
         let took = healed(&story, what, &before).await;
         let status = story.at("h1").wait_status(SECOND, "ready", |s| s.ready).await.must(what);
         assert!(status.data_path.drift_repairs > repairs, "{what}: the repairs are counted: {:#?}", status.data_path);
@@ -142,13 +84,13 @@ async fn all_at_once() {
     let chosen = ["routes deleted", "next hops deleted", "neighbours deleted", "forwarding entries deleted", "all rules deleted"];
     let more = ["forwarding off", "IPv6 forwarding off", "addresses of the tunnel deleted", "addresses of the bridge deleted"];
     let script: Vec<&str> =
-        DAMAGE.iter().filter(|(what, _)| chosen.contains(what) || more.contains(what)).map(|(_, script)| *script).collect();
+        damage::ALL.iter().filter(|d| chosen.contains(&d.name) || more.contains(&d.name)).map(damage::Damage::script).collect();
     assert_eq!(script.len(), 9, "each is in the list");
-    damage(&story, &script.join("\n"));
+    damage::shell(&story, "h1", &script.join("\n"));
     healed(&story, "all entries", &before).await;
     flows_again(&story, "all entries").await;
 
-    damage(&story, "ip link delete ovx.1; ip link delete ovx6.1; ip link delete ovb.1; nft flush ruleset");
+    damage::shell(&story, "h1", "ip link delete ovx.1; ip link delete ovx6.1; ip link delete ovb.1; nft flush ruleset");
     healed(&story, "all devices", &before).await;
     flows_again(&story, "all devices").await;
     story.assert_all_reach().await;

@@ -22,13 +22,18 @@ pub fn lease_key(name: &str) -> String {
 
 /// Runs etcdctl against a lab's etcd; whatever happens.
 pub fn etcdctl(lab: &Lab, arguments: &[&str]) -> Said {
+    etcdctl_at(lab, "net", &lab.layout().etcd_endpoints().join(","), arguments)
+}
+
+/// Runs etcdctl inside a target against chosen endpoints; whatever happens.
+pub fn etcdctl_at(lab: &Lab, target: &str, endpoints: &str, arguments: &[&str]) -> Said {
     needs("etcdctl", "etcd-client");
-    let endpoint = format!("--endpoints={}", lab.layout().etcd_endpoints().join(","));
+    let endpoint = format!("--endpoints={endpoints}");
     let command: Vec<&str> = ["env", "ETCDCTL_API=3", "etcdctl", "--command-timeout=5s", &endpoint]
         .into_iter()
         .chain(arguments.iter().copied())
         .collect();
-    let output = lab.exec("net", &command).must("etcdctl");
+    let output = lab.exec(target, &command).must("etcdctl");
     Said::of(&command, &output)
 }
 

@@ -5,16 +5,25 @@
 //! touches the machine's own network namespace. What is missing on the machine fails with advice, it never skips.
 
 pub mod capture;
+pub mod churn;
+pub mod cluster;
+pub mod damage;
 pub mod dump;
 pub mod etcd;
+pub mod faults;
 pub mod flow;
 pub mod gateway;
 pub mod http;
 pub mod junk;
 pub mod kernel;
 pub mod notify;
+pub mod peers;
 pub mod programs;
+pub mod stopwatch;
 pub mod story;
+pub mod traffic;
+pub mod transfer;
+pub mod volume;
 pub mod wait;
 
 use std::fmt::Display;

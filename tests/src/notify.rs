@@ -40,23 +40,7 @@ pub struct Notifications {
 impl Notifications {
     /// Begins to listen.
     pub fn listen(netns: &Netns) -> Notifications {
-        let open = |protocol, groups: &[u32]| -> nix::Result<OwnedFd> {
-            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-            let fd = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)?;
-            setsockopt(&fd, sockopt::RcvBufForce, &BUFFER)?;
-            bind(fd.as_raw_fd(), &NetlinkAddr::new(0, groups.iter().fold(0, |mask, group| mask | 1 << (group - 1))))?;
-            Ok(fd)
-        };
-        let all = || -> nix::Result<[(&'static str, OwnedFd); 2]> {
-            Ok([
-                ("route", open(SockProtocol::NetlinkRoute, &ROUTE_GROUPS)?),
-                ("nftables", open(SockProtocol::NetlinkNetFilter, &NFT_GROUPS)?),
-            ])
-        };
-        Notifications {
-            netns: netns.clone(),
-            sockets: netns.run(all).must("enter the namespace").must("listen to the kernel (root is needed)"),
-        }
+        Notifications { netns: netns.clone(), sockets: sockets(netns) }
     }
 
     /// What came since the last call, one line each.
@@ -106,8 +90,26 @@ impl Notifications {
     }
 }
 
+/// The sockets that hear of every change in a namespace, each with the name of its protocol.
+pub(crate) fn sockets(netns: &Netns) -> [(&'static str, OwnedFd); 2] {
+    let open = |protocol, groups: &[u32]| -> nix::Result<OwnedFd> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let fd = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)?;
+        setsockopt(&fd, sockopt::RcvBufForce, &BUFFER)?;
+        bind(fd.as_raw_fd(), &NetlinkAddr::new(0, groups.iter().fold(0, |mask, group| mask | 1 << (group - 1))))?;
+        Ok(fd)
+    };
+    let all = || -> nix::Result<[(&'static str, OwnedFd); 2]> {
+        Ok([
+            ("route", open(SockProtocol::NetlinkRoute, &ROUTE_GROUPS)?),
+            ("nftables", open(SockProtocol::NetlinkNetFilter, &NFT_GROUPS)?),
+        ])
+    };
+    netns.run(all).must("enter the namespace").must("listen to the kernel (root is needed)")
+}
+
 /// Cuts a datagram into messages.
-fn messages(mut bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
+pub(crate) fn messages(mut bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
     std::iter::from_fn(move || {
         let length = usize::try_from(u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?)).ok()?;
         let message = bytes.get(..length.max(HEADER))?;
@@ -117,7 +119,7 @@ fn messages(mut bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
 }
 
 /// A line for a message; `None` for what the kernel does by itself.
-fn describe(kind: &str, message: &[u8]) -> Option<String> {
+pub(crate) fn describe(kind: &str, message: &[u8]) -> Option<String> {
     let code = u16::from_ne_bytes(message.get(4..6)?.try_into().ok()?);
     let sender = u32::from_ne_bytes(message.get(12..16)?.try_into().ok()?);
     let body = message.get(HEADER..).unwrap_or_default();
@@ -143,6 +145,9 @@ fn describe(kind: &str, message: &[u8]) -> Option<String> {
         _ => "message",
     };
     let detail = match code {
+        // Half a minute after a port came up a timer of the bridge tells of it once more (br_forward_delay_timer_expired in
+        // net/bridge/br_stp_timer.c): AF_BRIDGE, and nobody's doing.
+        16 if body.first() == Some(&7) && sender == 0 => return None,
         // struct ndmsg: family, padding, interface, state.
         28 | 29 => {
             let state = u16::from_ne_bytes(body.get(8..10)?.try_into().ok()?);
@@ -153,7 +158,9 @@ fn describe(kind: &str, message: &[u8]) -> Option<String> {
             format!("interface {}, family {}", i32::from_ne_bytes(body.get(4..8)?.try_into().ok()?), body.first()?)
         }
         // struct ifinfomsg and struct ifaddrmsg have the interface behind four bytes.
-        16 | 17 | 20 | 21 => format!("interface {}", i32::from_ne_bytes(body.get(4..8)?.try_into().ok()?)),
+        16 | 17 | 20 | 21 => {
+            format!("interface {}, family {}", i32::from_ne_bytes(body.get(4..8)?.try_into().ok()?), body.first()?)
+        }
         // struct rtmsg: family, lengths, tos, table, protocol.
         24 | 25 => format!("family {}, table {}, proto {}", body.first()?, body.get(4)?, body.get(5)?),
         // struct nhmsg: family, scope, protocol.

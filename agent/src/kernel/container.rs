@@ -62,6 +62,9 @@ async fn plug(shared: &mut Shared, wanted: &Plug) -> Result<(), OpError> {
         Ok(link) if !is_marked(&link) => return Err(foreign(&link)),
         Ok(link) => {
             let outer = link.master == Some(bridge.index) && link.mtu == wanted.mtu && link.up();
+            if outer {
+                resize(wanted, &netns, link.index).await?;
+            }
             if outer && in_netns(&netns, || is_plugged(wanted, link.index))? {
                 return Ok(());
             }
@@ -130,6 +133,19 @@ async fn configure(wanted: &Plug, netns: &Netns) -> Result<(), OpError> {
         })?;
     }
     Ok(())
+}
+
+/// Gives the inner end the wished MTU, where it is the other end of that interface and only its MTU may be wrong: a pair that is made anew
+/// loses packets.
+async fn resize(wanted: &Plug, netns: &Netns, host_index: u32) -> Result<(), OpError> {
+    let inner = &wanted.interface;
+    let other = in_netns(netns, || match objects::link(&mut RouteSocket::open()?, inner) {
+        Ok(link) if link.peer == Some(host_index) && link.mtu != wanted.mtu => Ok(Some((Rtnl::open()?, link.index))),
+        _ => Ok(None),
+    })?;
+    let Some((rtnl, index)) = other else { return Ok(()) };
+    let resized = rtnl.change_link(LinkUnspec::new_with_index(index).mtu(wanted.mtu).build()).await;
+    resized.map_err(|e| e.during(format!("cannot set the MTU of {inner} in {} to {}", wanted.netns.display(), wanted.mtu)))
 }
 
 /// Runs inside the namespace: whether all of it is in place, as the other end of the host's interface with that index.

@@ -15,12 +15,16 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 /// Repairs of one entry within [`FIGHT_WINDOW`] that are taken for accidents; from then on it is a fight.
 const FIGHT_REPAIRS: u32 = 10;
 const FIGHT_WINDOW: Duration = Duration::from_secs(10);
+/// So many entries' repairs are remembered before the old ones are looked for.
+const REMEMBERED: usize = 4096;
 
 /// The entries that are not as they should be for a known reason, and the account of repairs.
 #[derive(Debug, Default)]
 pub(super) struct Repairs {
     waiting: BTreeMap<Key, Waiting>,
     fights: BTreeMap<Key, Fight>,
+    /// How many repairs were still of use when the old ones were last forgotten.
+    lasting: usize,
     count: u64,
     last: Option<Drift>,
 }
@@ -84,8 +88,10 @@ impl Repairs {
         fight.repairs += 1;
         fight.at = at;
         let repairs = fight.repairs;
-        if self.fights.len() > 4096 {
+        // Not before there are twice as many as lasted: where thousands drift at once, none of them is old, and each would look through all.
+        if self.fights.len() > REMEMBERED.max(2 * self.lasting) {
             self.fights.retain(|_, fight| now.duration_since(fight.since) <= FIGHT_WINDOW);
+            self.lasting = self.fights.len();
         }
         if repairs <= FIGHT_REPAIRS {
             return true;

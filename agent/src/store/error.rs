@@ -127,6 +127,9 @@ pub enum StoreError {
         /// The etcd lease.
         lease: i64,
     },
+    /// The connection may hang on an address that this host no longer has; the kernel would let it wait for answers that cannot come.
+    #[error("this host's underlay address has changed: connecting to etcd anew")]
+    Moved,
     /// The revision that is asked for has been compacted away.
     #[error("etcd has compacted the revisions behind {revision} away")]
     Compacted {
@@ -176,7 +179,7 @@ impl StoreError {
     /// Whether the connection is of no use any more, as against an answer that is no success.
     pub(super) fn ends_session(&self) -> bool {
         use StoreError as E;
-        matches!(self, E::Unreachable { .. } | E::Timeout { .. } | E::Tls { .. } | E::Login { .. } | E::ReceiverGone)
+        matches!(self, E::Unreachable { .. } | E::Timeout { .. } | E::Tls { .. } | E::Login { .. } | E::Moved | E::ReceiverGone)
     }
 }
 

@@ -90,12 +90,17 @@ impl<'a> Holder<'a> {
 
     /// Takes and holds the wished lease until the connection fails.
     pub(super) async fn run(&mut self, session: &Session) -> StoreError {
+        let mut address = None;
         loop {
             let wish = self.wish.borrow_and_update().clone();
             let Some(wish) = wish else {
                 changed(&mut self.wish).await;
                 continue;
             };
+            if *address.get_or_insert(wish.public_ip) != wish.public_ip {
+                return StoreError::Moved;
+            }
+            self.board.identity.send_replace(Some(wish.node.id.clone()));
             match self.turn(session, &wish).await {
                 Ok(()) => self.trouble.reset(),
                 Err(error) if error.ends_session() => return error,

@@ -12,7 +12,7 @@ use super::keys::Place;
 use super::read::{RawConfig, RawEntry};
 use super::{StoreError, codec};
 use crate::model::NetworkConfig;
-use crate::model::event::{Connection, StoreEvent};
+use crate::model::event::{Connection, StoreEntry, StoreEvent};
 
 /// How often a read is tried again at once because its revision was compacted away under it.
 const READ_TRIES: u32 = 5;
@@ -22,6 +22,8 @@ const READ_TRIES: u32 = 5;
 pub(super) struct Board {
     /// The entry that the holder holds or is about to take, by the last part of its key.
     pub(super) held: watch::Sender<Option<String>>,
+    /// This host's identity: an entry that names it under another key is of its making, too.
+    pub(super) identity: watch::Sender<Option<String>>,
     /// What the watch has seen.
     pub(super) sightings: watch::Sender<Sightings>,
 }
@@ -31,7 +33,7 @@ pub(super) struct Board {
 pub(super) struct Sightings {
     /// The revision up to which everything was seen.
     pub(super) revision: i64,
-    /// The revision of the last change of the held entry.
+    /// The revision of the last change of the held entry, or of another one of this host's.
     pub(super) held: i64,
     /// Number of entries seen to go.
     pub(super) removals: u64,
@@ -39,7 +41,20 @@ pub(super) struct Sightings {
 
 impl Board {
     pub(super) fn new() -> Board {
-        Board { held: watch::Sender::new(None), sightings: watch::Sender::new(Sightings::default()) }
+        Board {
+            held: watch::Sender::new(None),
+            identity: watch::Sender::new(None),
+            sightings: watch::Sender::new(Sightings::default()),
+        }
+    }
+}
+
+impl Board {
+    /// Whether an entry is of this host's making, whatever its key: a write whose answer was lost may arrive when another entry is held
+    /// already.
+    fn names_us(&self, entry: &StoreEntry) -> bool {
+        let node = entry.value.as_ref().ok().and_then(|record| record.lease.node.as_ref());
+        node.is_some_and(|node| self.identity.borrow().as_ref() == Some(&node.id))
     }
 }
 
@@ -194,15 +209,16 @@ impl Follower {
             match session.keys.place(kv.key()) {
                 Place::Config => self.config(session, (!deleted).then(|| RawConfig::of(kv)), events).await?,
                 Place::Subnet(key) => {
-                    let held = board.held.borrow().as_ref() == Some(&key);
+                    let entry = (!deleted).then(|| codec::decode(&RawEntry::of(key.clone(), kv)));
+                    let held = board.held.borrow().as_ref() == Some(&key) || entry.as_ref().is_some_and(|e| board.names_us(e));
                     board.sightings.send_if_modified(|seen| {
                         seen.held = if held { revision } else { seen.held };
                         seen.removals += u64::from(deleted);
                         held || deleted
                     });
-                    let event = match deleted {
-                        true => StoreEvent::Remove { key },
-                        false => StoreEvent::Upsert(codec::decode(&RawEntry::of(key, kv))),
+                    let event = match entry {
+                        None => StoreEvent::Remove { key },
+                        Some(entry) => StoreEvent::Upsert(entry),
                     };
                     send(events, event).await?;
                 }

@@ -116,6 +116,8 @@ pub struct LabOptions {
     pub overlayd: Option<PathBuf>,
     /// Flags that each agent gets beside the lab's own.
     pub agent_args: Vec<String>,
+    /// The URLs of an etcd that somebody else brings; where there are none, the lab starts its own and writes the configuration.
+    pub etcd: Vec<String>,
 }
 
 impl LabOptions {
@@ -131,6 +133,7 @@ impl LabOptions {
             agents: true,
             overlayd: None,
             agent_args: Vec::new(),
+            etcd: Vec::new(),
         }
     }
 }
@@ -150,6 +153,9 @@ pub struct Layout {
     pub overlayd: Option<PathBuf>,
     /// Flags that each agent gets beside the lab's own.
     pub agent_args: Vec<String>,
+    /// The URLs of an etcd that is not the lab's own.
+    #[serde(default)]
+    pub etcd: Vec<String>,
 }
 
 /// One host.
@@ -213,6 +219,7 @@ impl Layout {
             hosts: (1..=options.hosts).map(host).collect(),
             overlayd: None,
             agent_args: options.agent_args.clone(),
+            etcd: options.etcd.clone(),
         })
     }
 
@@ -233,6 +240,9 @@ impl Layout {
 
     /// etcd's URLs.
     pub fn etcd_endpoints(&self) -> Vec<String> {
+        if !self.etcd.is_empty() {
+            return self.etcd.clone();
+        }
         self.families().map(|family| etcd_url(family, ETCD_PORT)).collect()
     }
 }

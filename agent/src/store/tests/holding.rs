@@ -185,6 +185,26 @@ async fn an_overwritten_lease_is_not_fought_over() {
     agent.stop().await;
 }
 
+/// A server that hung carries out a write that its host has long repeated elsewhere.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_lease_that_appears_late_is_given_up() {
+    let etcd = started(NETWORK).await;
+    let mut agent = Agent::start(etcd.config(), Some(wish(NETWORK, 7)));
+    let held = agent.held().await;
+    let (entries, _) = etcd.subnets().await;
+    let late = if held.subnet == subnet("10.244.5.0-24") { "10.244.6.0-24" } else { "10.244.5.0-24" };
+    etcd.put_subnet(late, &entries[0].1, held.etcd_lease).await;
+    let deadline = Instant::now() + LIMIT;
+    while etcd.subnets().await.0 != entries {
+        assert!(Instant::now() < deadline, "only the lease that is held stays: {:?}", etcd.subnets().await.0);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // The etcd lease is that of the entry that stays.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(etcd.subnets().await.0, entries);
+    agent.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_flannel_lease_of_this_host_is_taken_over() {
     let etcd = started(NETWORK).await;

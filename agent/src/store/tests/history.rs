@@ -1,0 +1,264 @@
+//! Real runs, judged by etcd's own history: many agents over a real cluster of three under random faults; afterwards every change since revision 1
+//! is read back, and at no revision did two hosts have overlapping entries.
+//!
+//! A host is known by its public IP here, which stays when it loses its identity.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use etcd_client::{EventType, WatchOptions};
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
+
+use super::harness::*;
+use super::link::Link;
+use crate::model::Subnet;
+use crate::model::event::{OwnLease, StoreEvent};
+use crate::store::StoreConfig;
+use crate::store::codec;
+use crate::store::keys::claimed_ranges;
+
+/// Fixes the faults of a run that failed; it prints its seed.
+const SEED: &str = "OVERLAY_HISTORY_SEED";
+
+/// A pool with one subnet more than there are agents, so that everybody wants what somebody has.
+const TIGHT: &str = r#"{"Network":"10.244.0.0/16","SubnetMin":"10.244.1.0","SubnetMax":"10.244.11.0"}"#;
+/// The same in two families.
+const TIGHT_DUAL: &str = r#"{"Network":"10.244.0.0/16","SubnetMin":"10.244.1.0","SubnetMax":"10.244.11.0","EnableIPv6":true,"IPv6Network":"fd00:10:244::/56","IPv6SubnetMin":"fd00:10:244:1::","IPv6SubnetMax":"fd00:10:244:d::"}"#;
+const AGENTS: u16 = 10;
+
+/// Expiry is a matter of seconds.
+const TTL: Duration = Duration::from_secs(3);
+const KEEP_ALIVE: Duration = Duration::from_secs(1);
+
+/// How many seconds faults come, and what sets another number.
+const SECONDS: u64 = 12;
+const LONGER: &str = "OVERLAY_HISTORY_SECONDS";
+
+/// One host: its way to the cluster and its agent, where one runs.
+struct Host {
+    number: u16,
+    generation: u32,
+    link: Link,
+    agent: Option<Agent>,
+    /// What its agents said they hold, one after the other.
+    held: Vec<Subnet>,
+}
+
+impl Host {
+    fn start(&mut self, network: &str) {
+        let mut wish = wish(network, self.number);
+        wish.node.id = format!("id-{}-{}", self.number, self.generation);
+        wish.preferred = self.held.last().copied().filter(|_| self.generation == 0);
+        let endpoints = vec![self.link.endpoint()];
+        let config = StoreConfig { endpoints, lease_ttl: TTL, keep_alive: KEEP_ALIVE, ..StoreConfig::default() };
+        self.agent = Some(Agent::start(config, Some(wish)));
+    }
+
+    /// Takes what the agent has said; whether it holds a lease by the last of it.
+    fn listen(&mut self) {
+        let Some(agent) = &mut self.agent else { return };
+        while let Ok(event) = agent.events.try_recv() {
+            if let StoreEvent::Own(OwnLease::Held(lease)) = event {
+                self.held.push(lease.subnet);
+            }
+        }
+    }
+}
+
+/// How often each fault came.
+type Counts = BTreeMap<&'static str, u32>;
+
+async fn run(network: &str) {
+    let seed = std::env::var(SEED).map_or_else(|_| rand::rng().random(), |text| text.parse().expect("a seed"));
+    println!("{SEED}={seed}");
+    let mut random = SmallRng::seed_from_u64(seed);
+    let mut members = Etcd::cluster().await;
+    members[0].put_config(network).await;
+    let mut hosts = Vec::new();
+    for number in 1..=AGENTS {
+        let link = Link::to(&members).await;
+        let mut host = Host { number, generation: 0, link, agent: None, held: Vec::new() };
+        host.start(network);
+        hosts.push(host);
+    }
+    let mut counts = Counts::new();
+    let mut ill: Option<(usize, bool, Instant)> = None;
+    let seconds = std::env::var(LONGER).map_or(SECONDS, |text| text.parse().expect("seconds"));
+    let end = Instant::now() + Duration::from_secs(seconds);
+    while Instant::now() < end {
+        // One member at a time is dead or stopped, so that there is a majority.
+        if let Some((member, killed, since)) = ill
+            && since.elapsed() > Duration::from_secs(2)
+        {
+            if killed {
+                assert!(members[member].run().await, "the member starts again")
+            } else {
+                members[member].freeze(false)
+            };
+            ill = None;
+        }
+        let host = random.random_range(0..hosts.len());
+        let fault = fault(&mut hosts[host], network, &mut random);
+        *counts.entry(fault).or_default() += 1;
+        if ill.is_none() && random.random_range(0..15) == 0 {
+            let (member, kill) = (random.random_range(0..3), random.random_bool(0.5));
+            if kill {
+                members[member].kill()
+            } else {
+                members[member].freeze(true)
+            };
+            *counts.entry(if kill { "a member is killed" } else { "a member is stopped" }).or_default() += 1;
+            ill = Some((member, kill, Instant::now()));
+        }
+        if random.random_range(0..2) == 0 && ill.is_none() {
+            *counts.entry(meddle(&members[0], &mut random).await).or_default() += 1;
+        }
+        hosts.iter_mut().for_each(Host::listen);
+        tokio::time::sleep(Duration::from_millis(random.random_range(80..300))).await;
+    }
+    if let Some((member, killed, _)) = ill {
+        if killed {
+            assert!(members[member].run().await, "the member starts again")
+        } else {
+            members[member].freeze(false)
+        };
+    }
+    for host in &mut hosts {
+        host.link.hold(false);
+        if host.agent.is_none() {
+            host.start(network);
+        }
+    }
+    at_rest(&members[0], &mut hosts).await;
+    let (changes, holders) = judge(&members[0]).await;
+    println!("{changes} changes, {} holders of {} subnets, faults: {counts:?}", hosts.len(), holders.len());
+    assert!(changes > 2 * usize::from(AGENTS), "there was something to judge");
+    // What an agent believed to hold it did hold.
+    for host in &hosts {
+        let ip = wish(network, host.number).public_ip.v4.expect("IPv4");
+        for subnet in &host.held {
+            let all = holders.get(&subnet.to_key()).map(Vec::as_slice).unwrap_or_default();
+            assert!(all.contains(&ip), "host {} says that it held {subnet}, of which etcd knows {all:?}", host.number);
+        }
+    }
+}
+
+/// Something happens to a host.
+fn fault(host: &mut Host, network: &str, random: &mut SmallRng) -> &'static str {
+    if host.agent.is_none() {
+        host.start(network);
+        return "starts";
+    }
+    if host.link.is_held() {
+        host.link.hold(false);
+        return "is linked again";
+    }
+    match random.random_range(0..6) {
+        0..3 => {
+            host.link.hold(true);
+            "is cut off"
+        }
+        3 | 4 => {
+            host.listen();
+            host.agent = None;
+            "crashes"
+        }
+        _ => {
+            host.listen();
+            host.agent = None;
+            host.generation += 1;
+            "crashes and loses its state"
+        }
+    }
+}
+
+/// Somebody deletes a key or revokes an etcd lease.
+async fn meddle(member: &Etcd, random: &mut SmallRng) -> &'static str {
+    let (entries, _) = member.subnets().await;
+    let Some((key, _, lease)) = entries.get(random.random_range(0..entries.len().max(1))) else { return "nothing to delete" };
+    let mut client = member.client().await;
+    if random.random_bool(0.5) {
+        client.delete(format!("{PREFIX}/subnets/{key}"), None).await.expect("a deletion");
+        "a key is deleted"
+    } else {
+        // It may be gone already.
+        let _gone = client.lease_revoke(*lease).await;
+        "an etcd lease is revoked"
+    }
+}
+
+/// Waits until each host holds exactly one entry, and nothing else is there.
+async fn at_rest(member: &Etcd, hosts: &mut [Host]) {
+    let deadline = Instant::now() + 2 * LIMIT;
+    loop {
+        hosts.iter_mut().for_each(Host::listen);
+        let (entries, _) = member.subnets().await;
+        let mut owners: Vec<IpAddr> = entries.iter().filter_map(|(_, value, _)| ip(value)).collect();
+        owners.sort_unstable();
+        let doubled = owners.windows(2).any(|pair| pair[0] == pair[1]);
+        if owners.len() == hosts.len() && entries.len() == hosts.len() && !doubled {
+            return;
+        }
+        assert!(Instant::now() < deadline, "the hosts do not come to rest: {entries:#?}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+fn ip(value: &str) -> Option<IpAddr> {
+    codec::owner(value.as_bytes()).public_ip.v4
+}
+
+/// Reads every change since revision 1; at each revision no two hosts' entries overlap. Returns the number of changes and who ever had each key.
+async fn judge(member: &Etcd) -> (usize, BTreeMap<String, Vec<IpAddr>>) {
+    let (_, revision) = member.subnets().await;
+    let mut client = member.client().await;
+    let prefix = format!("{PREFIX}/subnets/");
+    let options = WatchOptions::new().with_prefix().with_start_revision(1);
+    let mut stream = client.watch(prefix.clone(), Some(options)).await.expect("a watch from the beginning");
+    // What stands last in the history is made now.
+    client.put(format!("{prefix}end"), "", None).await.expect("the end of the history");
+    let mut entries: BTreeMap<String, IpAddr> = BTreeMap::new();
+    let mut holders: BTreeMap<String, Vec<IpAddr>> = BTreeMap::new();
+    let mut changes = 0;
+    loop {
+        let message = tokio::time::timeout(LIMIT, stream.message()).await.expect("history in time");
+        let message = message.expect("history").expect("more history");
+        assert_eq!(message.compact_revision(), 0, "the history is whole");
+        for event in message.events() {
+            let kv = event.kv().expect("a key");
+            let key = kv.key_str().expect("text").strip_prefix(&prefix).expect("the prefix").to_owned();
+            let at = kv.mod_revision();
+            if key == "end" {
+                assert!(at > revision);
+                return (changes, holders);
+            }
+            changes += 1;
+            if event.event_type() == EventType::Delete {
+                entries.remove(&key);
+                continue;
+            }
+            let owner = ip(kv.value_str().expect("text")).expect("an owner");
+            let ranges = claimed_ranges(&key);
+            for (other, theirs) in entries.iter().filter(|(other, theirs)| **other != key && **theirs != owner) {
+                let overlap = claimed_ranges(other).iter().any(|o| ranges.iter().any(|r| o.overlaps(*r)));
+                assert!(!overlap, "at revision {at} {owner} has {key} and {theirs} has {other}");
+            }
+            // Nobody's entry passes to another host without having been gone in between.
+            let before = entries.insert(key.clone(), owner);
+            assert!(before.is_none_or(|before| before == owner), "at revision {at} {owner} takes {key} from {before:?}");
+            holders.entry(key).or_default().push(owner);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_family() {
+    run(TIGHT).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_families() {
+    run(TIGHT_DUAL).await;
+}

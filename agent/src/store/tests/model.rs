@@ -1,0 +1,170 @@
+//! The lease protocol, searched through: every interleaving of a few hosts' steps, with crashes, lost answers, partitions, writes that arrive
+//! late, leases that expire, keys that are deleted and a configuration that changes, as far as a number of faults allows.
+//!
+//! The model has the real parts: `Look`, `Memory` and `decide` choose each step, the guards of `write` are judged, keys and values are the
+//! real ones. What is written anew is etcd itself and the order in which `hold` does things (`model/world.rs`); that `hold` keeps to that
+//! order is `history.rs`' to show, against a real etcd.
+//!
+//! In every state: no two hosts have entries that overlap, and nobody's write or deletion goes over the entry of a host that holds it. From
+//! every state the hosts come to rest without another fault, and then each holds a subnet. And the search sees what it should see: protocols that
+//! lack a guard are found out.
+
+mod etcd;
+mod numbers;
+mod world;
+
+use std::collections::HashMap;
+use std::collections::VecDeque;
+
+use world::{Broken, World};
+
+/// More states than this are more than memory is for.
+const STATES: usize = 4_000_000;
+
+/// Adds so many faults to each scenario: a search of minutes in place of seconds.
+const MORE: &str = "OVERLAY_MODEL_FAULTS";
+
+/// Three subnets.
+const THREE: &str = r#"{"Network":"10.1.0.0/16","SubnetMin":"10.1.10.0","SubnetMax":"10.1.12.0"}"#;
+/// Two subnets.
+const TWO: &str = r#"{"Network":"10.1.0.0/16","SubnetMin":"10.1.10.0","SubnetMax":"10.1.11.0"}"#;
+/// The same range in other sizes: a subnet of the one overlaps two of the other.
+const HALVES: &str = r#"{"Network":"10.1.0.0/16","SubnetLen":25,"SubnetMin":"10.1.10.0","SubnetMax":"10.1.11.128"}"#;
+/// Two families, of three and of four subnets.
+const DUAL: &str = r#"{"Network":"10.1.0.0/16","SubnetMin":"10.1.10.0","SubnetMax":"10.1.12.0","EnableIPv6":true,"IPv6Network":"fd00::/48","IPv6SubnetMin":"fd00:0:0:1::","IPv6SubnetMax":"fd00:0:0:4::"}"#;
+
+/// Reservations that leave two subnets in each family and no place that is free in both: keys differ while a part of them is the same.
+const CROSSWISE: [&str; 3] = ["10.1.10.0-24", "fd00:0:0:2::-64", "fd00:0:0:3::-64"];
+
+/// What a search found.
+#[derive(Debug)]
+struct Found {
+    states: usize,
+    steps: usize,
+    resting: usize,
+    /// The first violation, with the way to it.
+    violation: Option<String>,
+}
+
+/// Goes through all states that can be reached.
+fn search(start: World) -> Found {
+    let mut numbers: HashMap<u64, u32> = HashMap::new();
+    // How each state was reached first, and from where it can be reached.
+    let mut ways: Vec<(u32, String)> = vec![(0, "start".to_owned())];
+    let mut before: Vec<Vec<u32>> = vec![Vec::new()];
+    let mut resting: Vec<u32> = Vec::new();
+    let mut queue = VecDeque::from([(0u32, start.canonical())]);
+    numbers.insert(start.canonical().fingerprint(), 0);
+    let mut found = Found { states: 1, steps: 0, resting: 0, violation: None };
+    let way = |ways: &[(u32, String)], mut at: u32| {
+        let mut steps = Vec::new();
+        while at != 0 {
+            let (from, label) = &ways[usize::try_from(at).unwrap()];
+            steps.push(label.clone());
+            at = *from;
+        }
+        steps.reverse();
+        steps.join("\n  ")
+    };
+    while let Some((number, world)) = queue.pop_front() {
+        let mut rests = true;
+        for step in world.steps() {
+            found.steps += 1;
+            let next = match step.outcome {
+                Ok(next) => next.canonical(),
+                Err(violation) => {
+                    found.violation = Some(format!("{violation}:\n  {}\n  {}", way(&ways, number), step.label));
+                    return found;
+                }
+            };
+            let fresh = u32::try_from(ways.len()).unwrap();
+            let target = *numbers.entry(next.fingerprint()).or_insert(fresh);
+            rests &= step.fault || target == number;
+            if target == fresh {
+                ways.push((number, step.label));
+                before.push(Vec::new());
+                queue.push_back((fresh, next));
+                assert!(ways.len() < STATES, "the scenario has more than {STATES} states");
+            }
+            // A fault need not come: only what goes on by itself leads to rest.
+            if !step.fault && target != number {
+                before[usize::try_from(target).unwrap()].push(number);
+            }
+        }
+        if rests {
+            if let Some(fault) = world.unrest() {
+                found.violation = Some(format!("at rest, {fault}:\n  {}\n{world:#?}", way(&ways, number)));
+                return found;
+            }
+            resting.push(number);
+        }
+    }
+    (found.states, found.resting) = (ways.len(), resting.len());
+    let mut reaches = vec![false; ways.len()];
+    while let Some(number) = resting.pop() {
+        let index = usize::try_from(number).unwrap();
+        if !std::mem::replace(&mut reaches[index], true) {
+            resting.extend(&before[index]);
+        }
+    }
+    if let Some(stuck) = reaches.iter().position(|reaches| !reaches) {
+        found.violation = Some(format!("never comes to rest:\n  {}", way(&ways, u32::try_from(stuck).unwrap())));
+    }
+    found
+}
+
+#[track_caller]
+fn holds(what: &str, start: World) {
+    let found = search(start);
+    println!("{what}: {} states, {} steps, {} at rest", found.states, found.steps, found.resting);
+    if let Some(violation) = found.violation {
+        panic!("{what}: {violation}");
+    }
+    assert!(found.states > 50 && found.resting > 0, "{what}: the search went somewhere: {found:?}");
+}
+
+/// The search must find the violation that a protocol with a defect has.
+#[track_caller]
+fn breaks(what: &str, wanted: &str, start: World) {
+    let found = search(start);
+    let violation = found.violation.unwrap_or_else(|| panic!("{what}: {} states, and no violation is seen", found.states));
+    println!("{what}: found after {} steps: {violation}\n", found.steps);
+    assert!(violation.starts_with(wanted), "{what}: {violation}");
+}
+
+fn faults(number: u8) -> u8 {
+    number + std::env::var(MORE).map_or(0, |text| text.parse().expect("OVERLAY_MODEL_FAULTS is a number"))
+}
+
+#[test]
+fn three_hosts_at_the_same_moment() {
+    holds("three hosts, three subnets", World::new(&[THREE], &[], 3, faults(0)));
+}
+
+#[test]
+fn two_hosts_and_two_subnets() {
+    holds("two hosts, two subnets", World::new(&[TWO], &[], 2, faults(1)));
+}
+
+#[test]
+fn two_hosts_with_two_families() {
+    holds("two hosts, two families", World::new(&[DUAL], &CROSSWISE, 2, faults(1)));
+}
+
+#[test]
+fn a_configuration_that_changes() {
+    holds("two hosts, shorter subnets than before", World::new(&[TWO, HALVES], &[], 2, faults(0)));
+    holds("two hosts, longer subnets than before", World::new(&[HALVES, TWO], &[], 2, faults(0)));
+}
+
+#[test]
+fn protocols_with_a_defect_are_found_out() {
+    let broken = |configs: &[&str], faults, defect| {
+        let reserved = if configs == [DUAL] { &CROSSWISE[..] } else { &[] };
+        World::new(configs, reserved, 2, faults).broken(defect)
+    };
+    breaks("entries are made without a guard", "h", broken(&[TWO], 0, Broken::Create));
+    breaks("only the own key is compared, with two families", "h", broken(&[DUAL], 0, Broken::Whole));
+    breaks("the configuration is not compared", "h", broken(&[TWO, HALVES], 0, Broken::Config));
+    breaks("entries are changed and deleted without a guard", "h", broken(&[TWO], 2, Broken::Change));
+}

@@ -1,0 +1,129 @@
+//! The quiet points: everything that must be true once all faults have ended.
+
+use std::collections::BTreeSet;
+use std::fs;
+
+use overlay_agent::kernel::netns::Netns;
+use overlay_agent::model::api::Status;
+use overlay_tests::dump::Dump;
+use overlay_tests::story::READY;
+use overlay_tests::{Must, etcd, eventually, kernel};
+use overlayctl::lab::check;
+
+use super::{HOSTS, STAYS, Soak};
+
+/// Open files that an agent may have more than at its first quiet point: connections that come and go.
+const FILES: usize = 12;
+/// Memory that it may have more, in kilobytes.
+const MEMORY: u64 = 12 << 10;
+
+/// What an agent takes.
+#[derive(Debug, Clone, Copy)]
+pub struct Size {
+    files: usize,
+    memory: u64,
+}
+
+impl Soak {
+    /// Ends what lasts, waits until all agents are well, and looks at everything.
+    pub async fn quiet(&mut self) {
+        self.end_fault().await;
+        self.wait().await;
+        self.move_containers().await;
+        for host in self.active.keys() {
+            self.story.settled(host, READY).await;
+        }
+        self.everybody_reaches_everybody().await;
+        self.nothing_is_left_over().await;
+        self.nothing_grows();
+    }
+
+    /// Every agent is ready, has every peer, and nothing waits for another try.
+    async fn wait(&self) {
+        let peers = self.active.len() - 1 + self.peers.len();
+        let well = |s: &Status| s.ready && s.store.connected && s.data_path.peers == peers && s.data_path.failed.is_empty();
+        for host in self.active.keys() {
+            self.story.at(host).wait_status(2 * READY, &format!("{host} has not {peers} peers"), well).await.must(host);
+        }
+    }
+
+    /// A host whose lease was another's for a moment has moved: its containers are attached anew, as an operator would.
+    async fn move_containers(&mut self) {
+        for host in HOSTS.into_iter().filter(|host| self.active.contains_key(host)).collect::<Vec<_>>() {
+            let subnet = self.story.status(host).await.lease.must("a lease").subnet;
+            let endpoints = self.story.at(host).client().endpoints().await.must(host).endpoints;
+            for endpoint in endpoints {
+                let inside = |(family, address): (_, &std::net::IpAddr)| subnet.get(family).is_some_and(|r| r.contains(*address));
+                if endpoint.addresses().iter().all(inside) {
+                    continue;
+                }
+                self.count("container moved");
+                self.story.at(host).client().detach(&endpoint.name).await.must("detach");
+                Netns::delete(&self.story.layout().namespace(&format!("{host}-{}", endpoint.name))).must("delete");
+                self.story.at(host).attach(endpoint.name.as_str()).await.must("attach anew");
+            }
+        }
+    }
+
+    async fn everybody_reaches_everybody(&self) {
+        let report = check::check(&self.story).await.must("check");
+        let bad: Vec<_> = report.overlay.iter().chain(&report.egress).filter(|call| call.error.is_some()).collect();
+        assert!(bad.is_empty() && report.ok, "calls went wrong: {bad:#?} {:?}", report.remarks);
+        let containers: usize = self.active.values().map(BTreeSet::len).sum();
+        assert_eq!(report.containers.len(), containers, "{:?}", report.containers);
+    }
+
+    /// Namespaces, endpoints, ports, leases: those that there should be and no others. Hosts that left are as they were.
+    async fn nothing_is_left_over(&self) {
+        let layout = self.story.layout();
+        let mut wanted: BTreeSet<String> = ["net", "world", "e1", "e2", "e3"].iter().map(|name| layout.namespace(name)).collect();
+        wanted.extend(HOSTS.iter().map(|host| layout.namespace(host)));
+        for (host, containers) in &self.active {
+            wanted.extend(containers.iter().map(|name| layout.namespace(&format!("{host}-{name}"))));
+            let endpoints = self.story.at(host).client().endpoints().await.must(host).endpoints;
+            let names: BTreeSet<String> = endpoints.iter().map(|endpoint| endpoint.name.to_string()).collect();
+            assert_eq!(names, *containers, "the endpoints of {host}");
+            let addresses: BTreeSet<_> =
+                endpoints.iter().flat_map(|e| e.addresses().iter().map(|(_, a)| *a).collect::<Vec<_>>()).collect();
+            assert_eq!(addresses.len(), 2 * containers.len(), "each has its own addresses: {addresses:?}");
+            let links = kernel::listed(&self.story, host, "ip", &["link", "show"]);
+            let ports = links.iter().filter(|link| kernel::text(link, "ifname").starts_with("ove")).count();
+            assert_eq!(ports, containers.len(), "the ports of {host}");
+        }
+        let found: BTreeSet<String> =
+            Netns::list().must("namespaces").into_iter().filter(|n| n.starts_with(&layout.prefix())).collect();
+        assert_eq!(found, wanted, "namespaces");
+        let leases = etcd::leases(&self.story);
+        assert_eq!(leases.len(), self.active.len() + self.peers.len(), "leases: {leases:#?}");
+        for host in HOSTS.iter().filter(|host| !self.active.contains_key(*host)) {
+            eventually("a host that left is as it was", READY, || {
+                let changes = Dump::of(&self.story.inside(host)).changes_since(&self.clean[host]);
+                if changes.is_empty() { Ok(()) } else { Err(format!("{host}:\n{changes}")) }
+            })
+            .await;
+        }
+    }
+
+    fn nothing_grows(&mut self) {
+        for host in self.active.keys() {
+            let pid = self.story.at(host).agent().must("an agent").pid;
+            let now = size(pid);
+            let first = *self.sizes.entry(pid).or_insert(now);
+            assert!(now.files <= first.files + FILES, "open files of {host}: {first:?}, now {now:?}");
+            assert!(now.memory <= first.memory + MEMORY, "memory of {host}: {first:?}, now {now:?}");
+        }
+    }
+
+    /// How the agent that stays has grown, for people.
+    pub fn growth(&self) -> String {
+        let pid = self.story.at(STAYS).agent().must("an agent").pid;
+        format!("{STAYS}: {:?}, at first {:?}", size(pid), self.sizes.get(&pid))
+    }
+}
+
+fn size(pid: i32) -> Size {
+    let files = fs::read_dir(format!("/proc/{pid}/fd")).must("an agent's open files").count();
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).must("an agent's status");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).must("VmRSS");
+    Size { files, memory: line.split_whitespace().next().and_then(|n| n.parse().ok()).must("kilobytes") }
+}

@@ -1,0 +1,97 @@
+//! What is done by hand to a host's kernel state, each with its name: the deletion or the change of one kind of entry.
+
+use crate::{Must, Story, kernel};
+
+/// A damage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Damage {
+    /// What is done.
+    pub name: &'static str,
+    script: &'static str,
+}
+
+const fn damage(name: &'static str, script: &'static str) -> Damage {
+    Damage { name, script }
+}
+
+/// All of them.
+pub const ALL: [Damage; 23] = [
+    damage(
+        "routes deleted",
+        "for f in -4 -6; do ip $f route show proto 86 | while read dst _; do ip $f route delete $dst proto 86; done; done",
+    ),
+    damage("next hops deleted", "ip nexthop flush proto 86"),
+    damage("neighbours deleted", "neighbours -4 ovx.1; neighbours -6 ovx6.1"),
+    damage(
+        "forwarding entries deleted",
+        "for d in ovx.1 ovx6.1; do bridge fdb show dev $d | while read mac _ dst _; do bridge fdb del $mac dev $d dst $dst; done; done",
+    ),
+    damage("addresses of the tunnel deleted", "addresses -4 ovx.1; addresses -6 ovx6.1"),
+    damage("addresses of the bridge deleted", "addresses -4 ovb.1; addresses -6 ovb.1"),
+    damage("table deleted", "nft delete table inet overlayd"),
+    damage("all rules deleted", "nft flush ruleset"),
+    damage("a rule added in front", "nft insert rule inet overlayd forward drop"),
+    damage("forwarding off", "echo 0 >/proc/sys/net/ipv4/ip_forward"),
+    damage("IPv6 forwarding off", "echo 0 >/proc/sys/net/ipv6/conf/all/forwarding"),
+    damage("tunnel down", "ip link set ovx.1 down; ip link set ovx6.1 down"),
+    damage("tunnel deleted", "ip link delete ovx.1; ip link delete ovx6.1"),
+    damage("tunnel with another MAC", "ip link set ovx.1 address 02:11:22:33:44:55"),
+    damage("tunnel with another MTU", "ip link set ovx.1 mtu 1300; ip link set ovb.1 mtu 1300"),
+    damage("tunnel from another address", "ip link set ovx.1 type vxlan id 1 dev eth0 local 10.99.77.77"),
+    damage("bridge down", "ip link set ovb.1 down"),
+    damage("bridge deleted", "ip link delete ovb.1"),
+    damage(
+        "ports taken off the bridge",
+        "for p in $(ip -o link show master ovb.1 | sed -n 's/^[0-9]*: \\([^@:]*\\).*/\\1/p'); do ip link set $p nomaster; done",
+    ),
+    damage(
+        "ports down",
+        "for p in $(ip -o link show type veth | sed -n 's/^[0-9]*: \\(ove[^@:]*\\).*/\\1/p'); do ip link set $p down; done",
+    ),
+    damage(
+        "a neighbour with another MAC",
+        "n=$(ip neigh show dev ovx.1 | head -1 | cut -d' ' -f1); ip neigh replace $n lladdr 02:99:99:99:99:99 dev ovx.1 nud permanent",
+    ),
+    damage(
+        "a forwarding entry to elsewhere",
+        "m=$(bridge fdb show dev ovx.1 | head -1 | cut -d' ' -f1); bridge fdb replace $m dev ovx.1 dst 10.99.77.77",
+    ),
+    damage("a route to elsewhere", "r=$(ip route show proto 86 | head -1 | cut -d' ' -f1); ip route replace $r via 10.99.0.254"),
+];
+
+/// Deletes one after the other. (`flush` looks whether it has worked, and gives up after ten rounds: the agent is faster.)
+const FUNCTIONS: &str = "addresses() {
+    ip -o $1 address show dev $2 scope global | while read _ _ _ address _; do ip address delete $address dev $2; done
+}
+neighbours() {
+    ip $1 neigh show dev $2 nud permanent | while read address _; do ip neigh delete $address dev $2; done
+}
+";
+
+impl Damage {
+    /// Does it to a host.
+    pub fn on(&self, story: &Story, host: &str) {
+        shell(story, host, self.script);
+    }
+
+    /// The same, whether there is anything to damage or not.
+    pub fn tried_on(&self, story: &Story, host: &str) {
+        kernel::attempt(story, host, &["sh", "-c", &format!("{FUNCTIONS}{}", self.script)]);
+    }
+
+    /// Its line of shell, for [`shell`].
+    pub fn script(&self) -> &'static str {
+        self.script
+    }
+}
+
+/// The damage of that name.
+#[track_caller]
+pub fn named(name: &str) -> Damage {
+    ALL.into_iter().find(|damage| damage.name == name).must(name)
+}
+
+/// Runs a line of shell on a host, with the functions that damages use.
+pub fn shell(story: &Story, host: &str, script: &str) {
+    kernel::shell(story, host, &format!("{FUNCTIONS}{script}"));
+}
