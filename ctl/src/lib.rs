@@ -7,10 +7,12 @@
 //! | [`etcd`] | the flags that reach etcd without an agent |
 //! | [`netns`] | the named namespaces that `attach` makes |
 //! | [`output`] | table, wide, json, yaml |
+//! | [`cni`] | the CNI plugin |
 //! | [`lab`] | several hosts on one machine |
 
 pub mod client;
 pub mod cmd;
+pub mod cni;
 pub mod etcd;
 pub mod lab;
 pub mod netns;
