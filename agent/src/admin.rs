@@ -74,8 +74,8 @@ pub trait Backend: Send + Sync + 'static {
     /// Attaches a container.
     fn attach(&self, name: EndpointName, request: AttachRequest) -> impl Future<Output = Result<Attached, ApiError>> + Send;
 
-    /// Detaches a container.
-    fn detach(&self, name: EndpointName) -> impl Future<Output = Result<Detached, ApiError>> + Send;
+    /// Detaches a container; where `force` is given also one whose namespace others share.
+    fn detach(&self, name: EndpointName, force: bool) -> impl Future<Output = Result<Detached, ApiError>> + Send;
 
     /// Whether the agent is ready; the reasons where it is not.
     fn ready(&self) -> impl Future<Output = Result<(), Vec<String>>> + Send;

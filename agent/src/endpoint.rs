@@ -21,7 +21,7 @@ use tokio::sync::{OwnedMutexGuard, Semaphore, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::model::api::{AttachRequest, Attached};
+use crate::model::api::{AttachRequest, Attached, Detached};
 use crate::model::endpoint::EndpointName;
 use crate::model::{Device, Endpoint, Subnet};
 use crate::plan::ContainerPath;
@@ -92,7 +92,8 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
         let reader = Arc::clone(&state);
         let stored: Option<Stored> =
             tokio::task::spawn_blocking(move || reader.load(FILE)).await.unwrap_or_else(|e| Err(work::interrupted(&state, e)))?;
-        let table = Table::from_stored(stored.unwrap_or_default());
+        let mut table = Table::from_stored(stored.unwrap_or_default());
+        table.set_own_netns(&path.own_netns());
         let unfinished: Vec<EndpointName> =
             table.records().filter(|r| r.phase != Phase::Attached).map(|r| r.endpoint.name.clone()).collect();
         let plugged = watch::Sender::new(table.plugged(&BTreeSet::new()));
@@ -140,11 +141,12 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
         self.work(name.clone(), async move { inner.attach(name, wish).await }).await
     }
 
-    /// Detaches a container; `None` where there was none of that name, which is no error. Goes on to its end when the returned future is
-    /// dropped.
-    pub async fn detach(&self, name: EndpointName) -> Result<Option<EndpointName>, EndpointError> {
-        let inner = Arc::clone(&self.0);
-        self.work(name.clone(), async move { inner.detach(name).await }).await
+    /// Detaches a container; that there was none of that name is no error. One whose namespace others share goes only where `force` is
+    /// given, and they with it. Goes on to its end when the returned future is dropped.
+    pub async fn detach(&self, name: EndpointName, force: bool) -> Result<Detached, EndpointError> {
+        let (inner, of_work) = (Arc::clone(&self.0), name.clone());
+        let sharers = self.work(name.clone(), async move { inner.detach(of_work, force).await }).await?;
+        Ok(Detached { endpoint: sharers.is_some().then_some(name), sharers: sharers.unwrap_or_default() })
     }
 
     /// The attached endpoints, by name.
@@ -171,8 +173,7 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
         let inner = Arc::clone(&self.0);
         let looked = tokio::task::spawn_blocking(move || {
             let records: Vec<_> = lock(&inner.table).records().cloned().collect();
-            let dead = |r: &table::Record| !inner.path.netns_alive(&r.endpoint.netns);
-            records.into_iter().filter(|r| r.phase != Phase::Attached || dead(r)).collect::<Vec<_>>()
+            records.into_iter().filter(|r| r.phase != Phase::Attached || !inner.is_alive(r)).collect::<Vec<_>>()
         });
         // It fails only while the runtime ends.
         let Ok(suspects) = looked.await else { return Vec::new() };

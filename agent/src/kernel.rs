@@ -27,6 +27,7 @@ mod objects;
 mod rtnl;
 pub mod setup;
 mod socket;
+mod sockets;
 mod sysctl;
 mod uapi;
 mod wire;

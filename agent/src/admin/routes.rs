@@ -186,8 +186,21 @@ async fn attach<B: Backend>(
     Ok(Json(shared.backend.attach(name, request).await?))
 }
 
-async fn detach<B: Backend>(State(shared): State<Shared<B>>, path: Result<Path<String>, PathRejection>) -> Answer<Detached> {
-    Ok(Json(shared.backend.detach(endpoint_name(path)?).await?))
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DetachQuery {
+    #[serde(default)]
+    force: bool,
+}
+
+async fn detach<B: Backend>(
+    State(shared): State<Shared<B>>,
+    path: Result<Path<String>, PathRejection>,
+    query: Result<Query<DetachQuery>, QueryRejection>,
+) -> Answer<Detached> {
+    let name = endpoint_name(path)?;
+    let Query(query) = query.map_err(|e| bad(format!("{}; known is force=true", printable(&e.body_text()))))?;
+    Ok(Json(shared.backend.detach(name, query.force).await?))
 }
 
 async fn log_level<B: Backend>(State(shared): State<Shared<B>>) -> Json<LogLevel> {

@@ -108,8 +108,8 @@ impl Backend for AgentBackend {
         self.endpoints.attach(name, request).await.map_err(api_error)
     }
 
-    async fn detach(&self, name: EndpointName) -> Result<api::Detached, ApiError> {
-        Ok(api::Detached { endpoint: self.endpoints.detach(name).await.map_err(api_error)? })
+    async fn detach(&self, name: EndpointName, force: bool) -> Result<api::Detached, ApiError> {
+        self.endpoints.detach(name, force).await.map_err(api_error)
     }
 
     async fn ready(&self) -> Result<(), Vec<String>> {
@@ -147,6 +147,7 @@ impl Backend for AgentBackend {
 fn api_error(error: EndpointError) -> ApiError {
     let kind = match error.class() {
         Class::BadValue => ErrorKind::BadValue,
+        Class::NotFound => ErrorKind::NotFound,
         Class::Conflict => ErrorKind::Conflict,
         Class::NotReady => ErrorKind::NotReady,
         Class::Internal => ErrorKind::Internal,

@@ -3,24 +3,24 @@
 
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rtnetlink::LinkUnspec;
 use tokio::runtime::Handle;
 use tokio::sync::Mutex;
 
-use super::known::{LINK_GROUP, is_marked};
+use super::known::{LINK_GROUP, PORT_PREFIX, is_marked};
 use super::link::{foreign, mark};
-use super::netns::{LOOPBACK, Netns};
+use super::netns::{LOOPBACK, Netns, NetnsError, loopback_up};
 use super::objects::{self, LinkInfo, RouteInfo};
 use super::rtnl::{Rtnl, route, veth};
 use super::socket::{Refusal, RouteSocket};
 use super::wire::Query;
-use super::{Shared, blocking, sysctl};
-use crate::model::Family;
+use super::{Shared, blocking, sockets, sysctl};
+use crate::model::{Family, Publish};
 use crate::plan::state::PROTOCOL;
-use crate::plan::{ContainerPath, OpError, Plug};
+use crate::plan::{ContainerPath, HostPorts, OpError, Plug};
 
 /// The maker of containers' wires. Cheap to clone.
 #[derive(Clone)]
@@ -47,6 +47,44 @@ impl ContainerPath for Plugger {
 
     fn netns_alive(&self, netns: &Path) -> bool {
         Netns::open(netns).is_ok()
+    }
+
+    fn netns_id(&self, netns: &Path) -> Option<String> {
+        match Netns::open(netns).and_then(|netns| netns.id()) {
+            Ok(id) => Some(id),
+            Err(error) => {
+                tracing::debug!(%error, "a network namespace cannot be told from others");
+                None
+            }
+        }
+    }
+
+    fn is_own_netns(&self, netns: &Path) -> bool {
+        Netns::open(netns).and_then(|netns| netns.is_same(&Netns::current()?)).unwrap_or(false)
+    }
+
+    fn own_netns(&self) -> PathBuf {
+        // The host's in the sense of a person: the first process's, where that is where the agent runs.
+        let first = Path::new("/proc/1/ns/net");
+        if self.is_own_netns(first) { first.to_owned() } else { format!("/proc/{}/ns/net", std::process::id()).into() }
+    }
+
+    async fn loopback(&self, netns: &Path) -> Result<(), OpError> {
+        let up = || {
+            let netns = Netns::open(netns)?;
+            netns.run(loopback_up)?.map_err(|source| NetnsError::Loopback { path: netns.path().to_owned(), source })
+        };
+        blocking(up).map_err(|e| OpError::from(&e))
+    }
+
+    fn host_ports(&self, wanted: &[Publish]) -> Result<HostPorts, OpError> {
+        sockets::host_ports(wanted)
+    }
+
+    fn ports(&self) -> Result<Vec<String>, OpError> {
+        let links = objects::links(&mut RouteSocket::open()?)?;
+        let port = |link: &LinkInfo| link.kind == "veth" && link.name.starts_with(PORT_PREFIX) && is_marked(link);
+        Ok(links.into_iter().filter(port).map(|link| link.name).collect())
     }
 }
 

@@ -292,6 +292,9 @@ pub struct Attached {
 pub struct Detached {
     /// The endpoint that was there; absent where there was none, which is no error.
     pub endpoint: Option<EndpointName>,
+    /// The endpoints that shared its namespace and were detached with it.
+    #[serde(default)]
+    pub sharers: Vec<EndpointName>,
 }
 
 /// `GET` and `PUT /v1/log-level`.

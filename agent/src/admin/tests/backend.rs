@@ -130,8 +130,9 @@ impl Backend for FakeBackend {
         Ok(Attached { endpoint, prefix_length: PerFamily::default(), gateway: PerFamily::default(), mtu: Some(1450) })
     }
 
-    async fn detach(&self, name: EndpointName) -> Result<Detached, ApiError> {
-        Ok(Detached { endpoint: Some(name) })
+    async fn detach(&self, name: EndpointName, force: bool) -> Result<Detached, ApiError> {
+        let sharers = if force { vec!["sharer".parse().expect("a name")] } else { Vec::new() };
+        Ok(Detached { endpoint: Some(name), sharers })
     }
 
     async fn ready(&self) -> Result<(), Vec<String>> {

@@ -51,7 +51,7 @@ fn a_kill_during_a_detach_is_finished_at_the_next_start() {
         killed_during(&host, async |endpoints| {
             endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
             host.kernel.hang_at(point);
-            let _ = endpoints.detach(name("a")).await;
+            let _ = endpoints.detach(name("a"), false).await;
         });
         after(async {
             let endpoints = host.start(DUAL).await;
@@ -98,12 +98,12 @@ fn where_nothing_can_be_written_nothing_is_attached_and_a_detach_still_unplugs()
         assert!(error.to_string().contains("endpoint b: cannot write"), "{error}");
         assert_eq!(endpoints.list(), vec![a.endpoint]);
         assert_eq!(host.kernel.plugs().len(), 1);
-        let error = endpoints.detach(name("a")).await.unwrap_err();
+        let error = endpoints.detach(name("a"), false).await.unwrap_err();
         assert!(error.to_string().contains("endpoint a: cannot write"), "{error}");
         assert!(host.kernel.plugs().is_empty());
-        assert!(endpoints.detach(name("a")).await.is_err(), "still not written down");
+        assert!(endpoints.detach(name("a"), false).await.is_err(), "still not written down");
         disk(&host, false);
-        assert_eq!(endpoints.detach(name("a")).await.unwrap(), None);
+        assert_eq!(endpoints.detach(name("a"), false).await.unwrap().endpoint, None);
         assert!(!host.file().contains("\"a\""));
     });
 }
