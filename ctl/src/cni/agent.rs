@@ -61,9 +61,9 @@ impl<'a> Agent<'a> {
         self.ask("PUT", &endpoint_path(name), &body)
     }
 
-    /// Detaches; one that is not there is no error.
+    /// Detaches, with all that share its namespace: a runtime's word is that the container goes. One that is not there is no error.
     pub fn detach(&self, name: &EndpointName) -> Result<Detached, CniError> {
-        self.ask("DELETE", &endpoint_path(name), &[])
+        self.ask("DELETE", &format!("{}?force=true", endpoint_path(name)), &[])
     }
 
     /// All endpoints of the host.
@@ -89,7 +89,9 @@ impl<'a> Agent<'a> {
                 Err(Failure::Final(error)) => return Err(error),
                 Err(Failure::Passing(reason)) => reason,
             };
-            self.log.debug(format_args!("{method} {path}, try {tries}: {reason}"));
+            if tries.is_power_of_two() {
+                self.log.debug(format_args!("{method} {path}, try {tries}: {reason}"));
+            }
             if Instant::now() + pause >= self.deadline {
                 return Err(CniError::new(Code::TryAgain, reason).with_details(format!("tried {tries} times: {method} {path}")));
             }

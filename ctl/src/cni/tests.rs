@@ -146,7 +146,9 @@ fn macs_of_three_places() {
     let mac = |more: &str, arguments: Option<&str>| {
         let config = Config::decode(with(more).as_bytes()).expect("a configuration");
         let arguments = environment::Arguments { mac: arguments.map(str::to_owned), ..environment::Arguments::default() };
-        wish::mac(&config, &arguments).map(|mac| mac.map(|mac| mac.to_string())).map_err(|error| error.code)
+        let attachment = environment::Attachment { container: "c".to_owned(), interface: "eth0".to_owned(), netns: None };
+        let request = wish::request(&config, &attachment, &arguments, String::new());
+        request.map(|request| request.mac.map(|mac| mac.to_string())).map_err(|error| error.code)
     };
     let text = |n: u8| format!("02:00:00:00:00:0{n}");
     let both = format!(r#""runtimeConfig":{{"mac":"{}"}},"args":{{"cni":{{"mac":"{}"}}}}"#, text(1), text(2));

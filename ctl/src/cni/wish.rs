@@ -29,6 +29,7 @@ pub fn request(
         netns: attachment.netns.clone(),
         interface: Some(attachment.interface.clone()),
         addresses: addresses(config, arguments)?,
+        mac: mac(config, arguments)?,
         publish: ports(&config.runtime.port_mappings)?,
         source_check: config.source_check,
         owner: Some(owner),
@@ -71,7 +72,7 @@ fn addresses(config: &Config, arguments: &Arguments) -> Result<PerFamily<IpAddr>
 }
 
 /// The wished MAC: that of the capability before the other two places.
-pub fn mac(config: &Config, arguments: &Arguments) -> Result<Option<Mac>, CniError> {
+fn mac(config: &Config, arguments: &Arguments) -> Result<Option<Mac>, CniError> {
     let places = [
         ("runtimeConfig.mac", Code::InvalidConfig, &config.runtime.mac),
         ("args.cni.mac", Code::InvalidConfig, &config.args.mac),
