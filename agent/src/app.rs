@@ -6,6 +6,7 @@
 
 mod backend;
 mod cleanup;
+mod conflist;
 mod guard;
 mod memory;
 
@@ -30,6 +31,7 @@ use crate::telemetry::LevelHandle;
 pub use cleanup::cleanup;
 
 use backend::AgentBackend;
+use conflist::Conflist;
 use memory::HostMemory;
 
 /// The socket's name in the run directory.
@@ -191,7 +193,7 @@ async fn supervise(mut tasks: Tasks, shutdown: Shutdown) -> anyhow::Result<()> {
     }
 }
 
-/// Tells all who build on the overlay that it is in place, and again at each change; has containers wired anew whose interface others removed
+/// Tells all who build on the overlay that it is in place (`subnet.env`, the CNI network list), and again at each change; has containers wired anew whose interface others removed
 /// or whose MTU is another now.
 async fn tell_overlay(
     mut overlays: watch::Receiver<Option<Overlay>>,
@@ -201,6 +203,7 @@ async fn tell_overlay(
     memory: HostMemory,
     stop: tokio_util::sync::CancellationToken,
 ) -> anyhow::Result<()> {
+    let mut conflist = Conflist::of(&config, &config.run_dir.join(SOCKET));
     loop {
         let overlay = overlays.borrow_and_update().clone();
         if let Some(overlay) = overlay {
@@ -216,6 +219,9 @@ async fn tell_overlay(
                 Ok(false) => {}
                 // Containers are attached all the same; only other tools miss the file.
                 Err(error) => tracing::error!(%error, "the subnet file cannot be written"),
+            }
+            if let Some(conflist) = &mut conflist {
+                conflist.write();
             }
         }
         tokio::select! {
