@@ -90,7 +90,7 @@ impl<'a> Agent<'a> {
                 Err(Failure::Passing(reason)) => reason,
             };
             if tries.is_power_of_two() {
-                self.log.debug(format_args!("{method} {path}, try {tries}: {reason}"));
+                self.log.debug(format_args!("try {tries}: {reason}"));
             }
             if Instant::now() + pause >= self.deadline {
                 return Err(CniError::new(Code::TryAgain, reason).with_details(format!("tried {tries} times: {method} {path}")));
@@ -111,6 +111,7 @@ impl<'a> Agent<'a> {
     /// One request over a connection of its own.
     fn attempt(&self, method: &str, path: &str, body: &[u8]) -> Result<Vec<u8>, Failure> {
         let socket = self.socket.display();
+        self.log.debug(format_args!("{method} {path}"));
         let mut stream = connect(self.socket, self.left()?)?;
         let broken = |e: std::io::Error| match e.kind() {
             ErrorKind::WouldBlock | ErrorKind::TimedOut => self.late(),
