@@ -7,12 +7,12 @@ use std::time::Duration;
 
 use overlay_agent::kernel::netns::Netns;
 use overlay_tests::cni::{Attachment, Network, VERSIONS};
-use overlay_tests::dump::Dump;
 use overlay_tests::programs::needs;
 use overlay_tests::{Must, Story, kernel};
+use overlayctl::lab::Families;
 use serde_json::{Value, json};
 
-use super::endpoints;
+use super::{as_before, endpoints, still};
 
 /// How long a call may take.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -45,6 +45,7 @@ async fn with_portmap_firewall_tuning_and_bandwidth() {
     let story = Story::up(|options| {
         options.hosts = 2;
         options.containers = 0;
+        options.families = Families::Dual;
     })
     .await;
     let mut network = Network::of(&story, "h1", "1.0.0");
@@ -62,8 +63,8 @@ async fn with_portmap_firewall_tuning_and_bandwidth() {
     let public = story.status("h1").await.underlay.must("an underlay").public_ip.v4.must("IPv4");
     let who = Attachment::new(&story, "h1", "c1");
     let mut before = None;
-    // 1.1.0 is newer than Debian's plugins.
-    for version in &VERSIONS[..3] {
+    // Debian's plugins speak these.
+    for version in &VERSIONS[1..3] {
         network.version = (*version).to_owned();
         let result = network.add(&who).unwrap_or_else(|said| panic!("{version}: `{}`: {}{}", said.command, said.out, said.err));
         assert_eq!(result["interfaces"][1]["name"], "eth0", "ours comes first: {result}");
@@ -74,19 +75,19 @@ async fn with_portmap_firewall_tuning_and_bandwidth() {
         let answering = answers(&who.inside(), 80);
         assert_eq!(called(&story.inside("h2"), public, 8080), "hello", "from another host, by the published port");
         answering.join().unwrap_or_else(|_| panic!("the server panicked"));
-        if *version != "0.3.1" {
-            network.check(&who, &result).unwrap_or_else(|said| panic!("{version}: `{}`: {}{}", said.command, said.out, said.err));
-        }
+        // CHECK of Debian's portmap 1.1.1 looks for IPv4's rules in ip6tables, too, and never succeeds where that is installed.
+        let mut checked = network.clone();
+        checked.plugins.retain(|plugin| plugin["type"] != "portmap");
+        checked.check(&who, &result).unwrap_or_else(|said| panic!("{version}: `{}`: {}{}", said.command, said.out, said.err));
         network.del(&who, &result).unwrap_or_else(|said| panic!("{version}: `{}`: {}{}", said.command, said.out, said.err));
         assert!(endpoints(&story).await.is_empty());
         // What the others leave behind is theirs (chains of iptables); from the second round on there is no more of it.
-        let after = (Dump::of(&story.inside("h1")), Dump::of(&who.inside()));
-        if let Some((host, inside)) = before.replace(after.clone()) {
-            assert_eq!(
-                (after.0.changes_since(&host), after.1.changes_since(&inside)),
-                (String::new(), String::new()),
-                "{version}"
-            );
+        let (host, inside) = (story.inside("h1"), who.inside());
+        if let Some((host_before, inside_before)) = &before {
+            as_before(&format!("{version}: the host"), &host, host_before).await;
+            as_before(&format!("{version}: the container"), &inside, inside_before).await;
+        } else {
+            before = Some((still(&host).await, still(&inside).await));
         }
     }
 }
@@ -94,7 +95,7 @@ async fn with_portmap_firewall_tuning_and_bandwidth() {
 /// Behind another plugin: what it has made stays in the result, and ours is added.
 #[tokio::test(flavor = "multi_thread")]
 async fn behind_another() {
-    let story = super::one_host(overlayctl::lab::Families::V4).await;
+    let story = super::one_host(Families::V4).await;
     let mut network = Network::of(&story, "h1", "1.0.0");
     let ours = network.plugins.remove(0);
     let local = json!({
