@@ -10,6 +10,7 @@ pub mod dump;
 pub mod etcd;
 pub mod flow;
 pub mod http;
+pub mod image;
 pub mod kernel;
 pub mod notify;
 pub mod programs;
