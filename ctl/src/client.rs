@@ -159,7 +159,13 @@ impl Client {
 
     /// Detaches a container; one that is not there is no error.
     pub async fn detach(&self, name: &EndpointName) -> Result<Detached, ClientError> {
-        self.json(Method::DELETE, &format!("endpoints/{name}"), None::<&()>).await
+        self.detach_with(name, false).await
+    }
+
+    /// Detaches a container; where `force` is given also one whose namespace others share, and they with it.
+    pub async fn detach_with(&self, name: &EndpointName, force: bool) -> Result<Detached, ClientError> {
+        let query = if force { "?force=true" } else { "" };
+        self.json(Method::DELETE, &format!("endpoints/{name}{query}"), None::<&()>).await
     }
 
     /// The agent's log filter.

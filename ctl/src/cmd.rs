@@ -8,6 +8,7 @@ pub mod endpoints;
 pub mod lab;
 pub mod man;
 pub mod peers;
+pub mod run;
 pub mod status;
 pub mod subnets;
 
@@ -21,6 +22,7 @@ use crate::etcd::EtcdError;
 use crate::lab::LabError;
 use crate::netns::NamespaceError;
 use crate::output::{Format, OutputError, Printer};
+use crate::resolver::ResolverError;
 
 /// See and steer the overlay network of this host.
 #[derive(Debug, Parser)]
@@ -52,6 +54,8 @@ pub enum Command {
     Config(config::Args),
     /// Attach a container's network namespace to the overlay
     Attach(attach::Args),
+    /// Run a command in a fresh network namespace on the overlay
+    Run(run::Args),
     /// Detach a container
     Detach(detach::Args),
     /// The containers of this host
@@ -76,7 +80,7 @@ pub enum Outcome {
     Degraded,
     /// Exit code 4.
     TimedOut,
-    /// The exit code of a command that ran inside a lab.
+    /// The exit code of a command that ran inside a lab or a container.
     Code(u8),
 }
 
@@ -95,6 +99,9 @@ pub enum CommandError {
     /// A network namespace.
     #[error(transparent)]
     Namespace(#[from] NamespaceError),
+    /// A resolver file.
+    #[error(transparent)]
+    Resolver(#[from] ResolverError),
     /// Standard output.
     #[error(transparent)]
     Output(#[from] OutputError),
@@ -140,6 +147,7 @@ pub async fn run(cli: Cli) -> Result<Outcome, CommandError> {
         Command::Status(args) => status::run(&context, &args).await,
         Command::Config(args) => config::run(&context, &args).await,
         Command::Attach(args) => attach::run(&context, &args).await,
+        Command::Run(args) => run::run(&context, &args).await,
         Command::Detach(args) => detach::run(&context, &args).await,
         Command::Endpoints(args) => endpoints::run(&context, &args).await,
         Command::Lab(args) => lab::run(&context, args).await,
