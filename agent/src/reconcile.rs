@@ -413,16 +413,18 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
 
 /// Whether so many entries are merged into a state, and compared with the other, as a whole: more than some hundred peers, and not few beside
 /// those that are there.
-fn is_wholesale(state: &State, entries: usize) -> bool {
-    entries > WHOLESALE && entries > state.len() / 4
+fn is_wholesale(present: usize, entries: usize) -> bool {
+    entries > WHOLESALE && entries > present / 4
 }
 
 /// Puts entries into a state, of one key the last. A tree that is made in order is made faster than entry by entry, and its nodes are full: it takes
 /// half the memory.
-fn merge(state: &mut State, entries: Vec<(Key, Value)>) {
-    if is_wholesale(state, entries.len()) {
-        state.append(&mut entries.into_iter().collect());
+fn merge<K: Ord, V>(map: &mut BTreeMap<K, V>, entries: Vec<(K, V)>) {
+    if map.is_empty() {
+        *map = entries.into_iter().collect();
+    } else if is_wholesale(map.len(), entries.len()) {
+        map.append(&mut entries.into_iter().collect());
     } else {
-        state.extend(entries);
+        map.extend(entries);
     }
 }
