@@ -9,10 +9,12 @@
 //! | [`resolver`] | the resolver files of named namespaces |
 //! | [`wish`] | the flags that say what a container gets |
 //! | [`output`] | table, wide, json, yaml |
+//! | [`cni`] | the CNI plugin |
 //! | [`lab`] | several hosts on one machine |
 
 pub mod client;
 pub mod cmd;
+pub mod cni;
 pub mod etcd;
 pub mod lab;
 pub mod netns;

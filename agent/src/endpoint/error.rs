@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use super::ipam::IpamError;
 use crate::model::endpoint::EndpointName;
 use crate::model::publish::PublishError;
-use crate::model::{Family, Mode, Publish, Subnet};
+use crate::model::{Family, Mac, Mode, Publish, Subnet};
 use crate::plan::OpError;
 use crate::state::StateError;
 
@@ -79,9 +79,7 @@ pub enum EndpointError {
         holder: String,
     },
     /// The address is not the host's.
-    #[error(
-        "{wanted} cannot be published: the host has no address {address} (`ip address`); leave it out for all that it has"
-    )]
+    #[error("{wanted} cannot be published: the host has no address {address} (`ip address`); leave it out for all that it has")]
     PublishAddress {
         /// What was asked for.
         wanted: Publish,
@@ -97,6 +95,20 @@ pub enum EndpointError {
         family: Family,
         /// The host's subnet.
         subnet: Subnet,
+    },
+    /// The wished MAC is no address of one station.
+    #[error("MAC {mac} cannot be given: it is a group's or all zeros; one such as 02:00:5e:10:00:01 can")]
+    MacGroup {
+        /// The wished MAC.
+        mac: Mac,
+    },
+    /// The wished MAC is another endpoint's.
+    #[error("MAC {mac} is in use by endpoint {holder}: choose another one, or `overlayctl detach {holder}` first")]
+    MacHeld {
+        /// The wished MAC.
+        mac: Mac,
+        /// Who has it.
+        holder: EndpointName,
     },
     /// There is no endpoint to share with.
     #[error("there is no endpoint {target} to share the network namespace of: `overlayctl endpoints` lists them")]
@@ -124,7 +136,9 @@ pub enum EndpointError {
         target: EndpointName,
     },
     /// The namespace is another endpoint's, and cannot be both's.
-    #[error("{netns} belongs to endpoint {holder} in mode {mode}: attach with mode container:{holder}, or `overlayctl detach {holder}` first")]
+    #[error(
+        "{netns} belongs to endpoint {holder} in mode {mode}: attach with mode container:{holder}, or `overlayctl detach {holder}` first"
+    )]
     NetnsHeld {
         /// The namespace.
         netns: PathBuf,
@@ -271,10 +285,12 @@ impl EndpointError {
             | EndpointError::InterfaceName { .. }
             | EndpointError::WishFamily { .. }
             | EndpointError::NoFamily { .. }
+            | EndpointError::MacGroup { .. }
             | EndpointError::Address(IpamError::Outside { .. } | IpamError::Reserved { .. }) => Class::BadValue,
             EndpointError::NoTarget { .. } => Class::NotFound,
             EndpointError::Address(IpamError::Full { .. } | IpamError::InUse { .. })
             | EndpointError::AddressHeld { .. }
+            | EndpointError::MacHeld { .. }
             | EndpointError::NameHeld { .. }
             | EndpointError::InterfaceHeld { .. }
             | EndpointError::NetnsHeld { .. }

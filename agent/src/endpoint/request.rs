@@ -42,6 +42,8 @@ pub(super) enum Place {
         interface: String,
         /// Wished addresses.
         addresses: PerFamily<IpAddr>,
+        /// The wished MAC.
+        mac: Option<Mac>,
     },
     /// Loopback only.
     None(Site),
@@ -63,12 +65,13 @@ pub(super) struct Site {
 impl Wish {
     /// Checks what can be checked without looking at the host.
     pub(super) fn check(request: AttachRequest) -> Result<Wish, EndpointError> {
-        let AttachRequest { mode, netns, interface, addresses, mut publish, source_check, owner } = request;
+        let AttachRequest { mode, netns, interface, addresses, mac, mut publish, source_check, owner } = request;
         let unfit = |what| EndpointError::NotInMode { what, mode: mode.clone() };
         if mode != Mode::Overlay {
             let given = [
                 (interface.is_some(), "an interface"),
                 (!addresses.is_empty(), "a wished address"),
+                (mac.is_some(), "a wished MAC"),
                 (!publish.is_empty(), "published ports"),
                 (source_check.is_some(), "a source check"),
                 (netns.is_some() && mode != Mode::None, "a network namespace"),
@@ -82,6 +85,7 @@ impl Wish {
                 site: Site::check(netns)?,
                 interface: checked_interface(interface)?,
                 addresses: checked_addresses(addresses)?,
+                mac: checked_mac(mac)?,
             },
             Mode::None => Place::None(Site::check(netns)?),
             Mode::Host => Place::Host(PathBuf::new()),
@@ -152,6 +156,13 @@ fn checked_addresses(addresses: PerFamily<IpAddr>) -> Result<PerFamily<IpAddr>, 
     match addresses.iter().find(|(family, address)| Family::of(**address) != *family) {
         Some((family, address)) => Err(EndpointError::WishFamily { address: *address, family }),
         None => Ok(addresses),
+    }
+}
+
+fn checked_mac(mac: Option<Mac>) -> Result<Option<Mac>, EndpointError> {
+    match mac {
+        Some(mac) if !mac.is_unicast() => Err(EndpointError::MacGroup { mac }),
+        _ => Ok(mac),
     }
 }
 

@@ -11,7 +11,7 @@ use super::request::{Place, Site, Wish, free_mac, host_interface};
 use super::{EndpointError, EndpointNetwork};
 use crate::model::api::Attached;
 use crate::model::endpoint::EndpointName;
-use crate::model::{Endpoint, Family, Mode, PerFamily, Port, Publish, Subnet};
+use crate::model::{Endpoint, Family, Mac, Mode, PerFamily, Port, Publish, Subnet};
 use crate::plan::Plug;
 
 /// How far an endpoint is.
@@ -150,8 +150,9 @@ impl Table {
         differs("published ports", &listed(&endpoint.published), &listed(&wish.publish))?;
         let check = |on: bool| if on { "on" } else { "off" };
         differs("source check", check(endpoint.source_check), check(wish.source_check))?;
-        let (Some(port), Place::Overlay { interface, addresses, .. }) = (&endpoint.port, &wish.place) else { return Ok(()) };
+        let (Some(port), Place::Overlay { interface, addresses, mac, .. }) = (&endpoint.port, &wish.place) else { return Ok(()) };
         differs("interface", &port.interface, interface)?;
+        differs("MAC", &port.mac.to_string(), &mac.unwrap_or(port.mac).to_string())?;
         for (family, wished) in addresses.iter() {
             match port.addresses.get(family) {
                 Some(address) if address == wished => {}
@@ -171,9 +172,9 @@ impl Table {
         let mode = self.mode(&wish.place);
         let Wish { place, publish, source_check, owner } = wish;
         let (site, port) = match place {
-            Place::Overlay { site, interface, addresses } => {
+            Place::Overlay { site, interface, addresses, mac } => {
                 self.check_published(&publish)?;
-                let port = self.reserve_port(&name, &site, interface, &addresses)?;
+                let port = self.reserve_port(&name, &site, interface, &addresses, mac)?;
                 (site, Some(port))
             }
             Place::None(site) => {
@@ -239,6 +240,7 @@ impl Table {
         site: &Site,
         interface: String,
         wished: &PerFamily<IpAddr>,
+        mac: Option<Mac>,
     ) -> Result<Port, EndpointError> {
         let subnet = self.network()?.subnet;
         for (family, address) in wished.iter() {
@@ -247,6 +249,10 @@ impl Table {
                 return Err(EndpointError::AddressHeld { address: *address, holder: holder.endpoint.name.clone() });
             }
             pool.check(*address)?;
+        }
+        let of_mac = |mac: Mac| self.records.values().find(|r| r.endpoint.port.as_ref().is_some_and(|port| port.mac == mac));
+        if let Some((mac, holder)) = mac.and_then(|mac| Some((mac, of_mac(mac)?))) {
+            return Err(EndpointError::MacHeld { mac, holder: holder.endpoint.name.clone() });
         }
         self.unheld(site, |mode| *mode == Mode::None)?;
         let same_interface = |port: &Port| port.interface == interface;
@@ -264,7 +270,7 @@ impl Table {
             attempt += 1;
             host_end = host_interface(name, attempt);
         }
-        let mac = free_mac(|mac| ports().any(|port| port.mac == mac));
+        let mac = mac.unwrap_or_else(|| free_mac(|mac| ports().any(|port| port.mac == mac)));
         Ok(Port { interface, host_interface: host_end, mac, addresses })
     }
 

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::request::{Place, Wish};
+use super::request::{Place, Wish, host_interface};
 use super::table::{Phase, Record};
 use super::{EndpointError, FILE, Inner, lock};
 use crate::model::api::Attached;
@@ -98,6 +98,13 @@ impl<C: ContainerPath + 'static> Inner<C> {
             table.begin_detach(&name).map(|was| (was, sharers))
         };
         let Some((was, sharers)) = begun else {
+            // What an agent left in the kernel whose state was lost has the name's interface.
+            let left = host_interface(&name, 0);
+            let has_left = |r: &Record| r.endpoint.port.as_ref().is_some_and(|port| port.host_interface == left);
+            if !lock(&self.table).records().any(has_left) {
+                let kernel = |source| EndpointError::Kernel { name: name.clone(), source };
+                self.path.unplug(&left).await.map_err(kernel)?;
+            }
             // An earlier detach may have failed at its last step, the writing.
             let written = self.persist().await;
             return written.map(|()| None).map_err(|source| EndpointError::State { name, source });

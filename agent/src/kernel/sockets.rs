@@ -30,10 +30,8 @@ struct Waiting {
 
 /// The host's addresses, and the sockets that wait on one of these ports.
 pub fn host_ports(wanted: &[Publish]) -> Result<HostPorts, OpError> {
-    let addresses = nix::ifaddrs::getifaddrs().map_err(|errno| OpError {
-        errno: errno as i32,
-        message: format!("cannot list the host's addresses: {errno}"),
-    })?;
+    let addresses = nix::ifaddrs::getifaddrs()
+        .map_err(|errno| OpError { errno: errno as i32, message: format!("cannot list the host's addresses: {errno}") })?;
     let ip = |address: nix::sys::socket::SockaddrStorage| {
         let v4 = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
         v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())))
@@ -177,11 +175,13 @@ mod tests {
     #[test]
     fn lines_of_the_kernel() {
         let little = cfg!(target_endian = "little");
-        let line = "   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4711 1 ffff 100 0 0 10 0";
+        let line =
+            "   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4711 1 ffff 100 0 0 10 0";
         let (state, socket) = read(line).expect("a socket");
         assert_eq!((state, socket.port, socket.inode), ("0A", 8080, 4711));
         assert_eq!(socket.address.to_string(), if little { "127.0.0.1" } else { "1.0.0.127" });
-        let line = "  1: 00000000000000000000000001000000:0035 00000000000000000000000000000000:0000 07 0:0 00:0 0 0 0 12 2 ffff 0";
+        let line =
+            "  1: 00000000000000000000000001000000:0035 00000000000000000000000000000000:0000 07 0:0 00:0 0 0 0 12 2 ffff 0";
         let (state, socket) = read(line).expect("a socket");
         assert_eq!((state, socket.port, socket.inode), ("07", 53, 12));
         assert!(!little || socket.address == IpAddr::V6(Ipv6Addr::LOCALHOST));
@@ -189,10 +189,10 @@ mod tests {
             assert_eq!(read(line), None, "{line}");
         }
         let sctp = read_sctp("ffff8881 ffff8882 2   10  62   5000      0 881 127.0.0.1 ::1 ");
-        assert_eq!(sctp.iter().map(|s| (s.address.to_string(), s.port, s.inode)).collect::<Vec<_>>(), [
-            ("127.0.0.1".to_owned(), 5000, 881),
-            ("::1".to_owned(), 5000, 881)
-        ]);
+        assert_eq!(
+            sctp.iter().map(|s| (s.address.to_string(), s.port, s.inode)).collect::<Vec<_>>(),
+            [("127.0.0.1".to_owned(), 5000, 881), ("::1".to_owned(), 5000, 881)]
+        );
         assert!(read_sctp("ENDPT SOCK").is_empty());
     }
 

@@ -263,6 +263,9 @@ pub struct AttachRequest {
     /// Wished addresses; the others are chosen.
     #[serde(default)]
     pub addresses: PerFamily<IpAddr>,
+    /// The wished MAC of the interface, of one station; only in mode overlay.
+    #[serde(default)]
+    pub mac: Option<Mac>,
     /// Ports of the host that shall lead to it; only in mode overlay.
     #[serde(default)]
     pub publish: Vec<Publish>,

@@ -128,3 +128,21 @@ fn a_disk_that_fills_while_the_kernel_works_takes_the_attach_back() {
         assert!(host.kernel.plugs().is_empty() && endpoints.list().is_empty() && endpoints.plugged().borrow().is_empty());
     });
 }
+
+/// The state was lost, the kernel's part was not: the one who made it can still be rid of it, and of nobody else's.
+#[test]
+fn a_detach_removes_what_a_lost_state_left() {
+    let host = Host::new(&["/ns/a", "/ns/b"]);
+    after(async {
+        let endpoints = host.start(DUAL).await;
+        endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
+        endpoints.close().await;
+        drop(endpoints);
+        std::fs::remove_file(host.directory.path().join(FILE)).unwrap();
+        let endpoints = host.start(DUAL).await;
+        endpoints.attach(name("b"), ask_for("/ns/b", &["10.244.1.77", "fd00:10:244:1::77"])).await.unwrap();
+        assert_eq!((endpoints.list().len(), host.kernel.plugs().len()), (1, 2));
+        assert_eq!(endpoints.detach(name("a"), false).await.unwrap().endpoint, None);
+        assert_eq!(host.kernel.plugs().values().map(|plug| plug.netns.to_str().unwrap()).collect::<Vec<_>>(), ["/ns/b"]);
+    });
+}

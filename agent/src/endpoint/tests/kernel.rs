@@ -206,7 +206,10 @@ impl ContainerPath for FakeKernel {
     fn host_ports(&self, wanted: &[Publish]) -> Result<HostPorts, OpError> {
         let sockets = self.world(|w| w.sockets.clone());
         let sockets = sockets.into_iter().filter(|socket| wanted.contains(&socket.wanted)).collect();
-        Ok(HostPorts { addresses: ["192.0.2.7", "2001:db8::7"].iter().map(|a| a.parse().expect("an address")).collect(), sockets })
+        Ok(HostPorts {
+            addresses: ["192.0.2.7", "2001:db8::7"].iter().map(|a| a.parse().expect("an address")).collect(),
+            sockets,
+        })
     }
 
     fn ports(&self) -> Result<Vec<String>, OpError> {

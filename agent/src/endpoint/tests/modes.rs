@@ -48,7 +48,8 @@ async fn the_modes_that_need_no_subnet() {
     refused(&endpoints, "m", in_mode("container:m", None), Class::NotFound, "there is no endpoint m").await;
     refused(&endpoints, "n", in_mode("container:s", None), conflict, "attached with mode none, not mode container:n").await;
     endpoints.set_network(Some(network("10.244.1.0-24")));
-    refused(&endpoints, "m", ask("/ns/a"), conflict, "/ns/a belongs to endpoint n in mode none: attach with mode container:n").await;
+    refused(&endpoints, "m", ask("/ns/a"), conflict, "/ns/a belongs to endpoint n in mode none: attach with mode container:n")
+        .await;
     endpoints.attach(name("o"), ask("/ns/b")).await.unwrap();
     refused(&endpoints, "m", in_mode("none", Some("/ns/b")), conflict, "/ns/b belongs to endpoint o in mode overlay").await;
 
@@ -165,4 +166,26 @@ async fn source_check_and_owner_are_kept() {
     endpoints.close().await;
     drop(endpoints);
     assert_eq!(host.start("10.244.1.0-24").await.list(), [a]);
+}
+
+#[tokio::test]
+async fn a_wished_mac_is_given_once() {
+    let host = Host::new(&["/ns/a", "/ns/b"]);
+    let endpoints = host.start("10.244.1.0-24").await;
+    let with = |mac: &str, netns: &str| AttachRequest { mac: Some(mac.parse().unwrap()), ..ask(netns) };
+    let mac = "02:00:5e:10:00:07";
+    let a = endpoints.attach(name("a"), with(mac, "/ns/a")).await.unwrap();
+    let port = a.endpoint.port.clone().unwrap();
+    assert_eq!((port.mac.to_string().as_str(), host.kernel.plugs()[&port.host_interface].mac), (mac, port.mac));
+    // With the same wish and with none it is the same endpoint.
+    assert_eq!(endpoints.attach(name("a"), with(mac, "/ns/a")).await.unwrap(), a);
+    assert_eq!(endpoints.attach(name("a"), ask("/ns/a")).await.unwrap(), a);
+    let other = "endpoint a is attached with MAC 02:00:5e:10:00:07, not MAC 02:00:5e:10:00:08";
+    refused(&endpoints, "a", with("02:00:5e:10:00:08", "/ns/a"), Class::Conflict, other).await;
+    refused(&endpoints, "b", with(mac, "/ns/b"), Class::Conflict, "in use by endpoint a").await;
+    refused(&endpoints, "b", with("ff:ff:ff:ff:ff:ff", "/ns/b"), Class::BadValue, "a group's").await;
+    let in_none = AttachRequest { mac: Some(port.mac), ..in_mode("none", Some("/ns/b")) };
+    refused(&endpoints, "b", in_none, Class::BadValue, "a wished MAC").await;
+    endpoints.detach(name("a"), false).await.unwrap();
+    endpoints.attach(name("b"), with(mac, "/ns/b")).await.unwrap();
 }
