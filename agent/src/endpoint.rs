@@ -11,6 +11,7 @@ mod error;
 pub mod ipam;
 mod request;
 mod table;
+mod view;
 mod work;
 
 use std::collections::{BTreeSet, HashMap};

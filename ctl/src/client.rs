@@ -11,7 +11,7 @@ use hyper::body::Incoming;
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use overlay_agent::model::api::{
-    AttachRequest, Attached, Detached, Endpoints, LogLevel, Peers, Problem, Status, Subnets, VERSION,
+    AttachRequest, Attached, Detached, Endpoints, LogLevel, NetworkView, Peers, Problem, Status, Subnets, VERSION,
 };
 use overlay_agent::model::endpoint::EndpointName;
 use serde::Serialize;
@@ -150,6 +150,11 @@ impl Client {
     /// This host's endpoints.
     pub async fn endpoints(&self) -> Result<Endpoints, ClientError> {
         self.json(Method::GET, "endpoints", None::<&()>).await
+    }
+
+    /// The network as this host has it, endpoints and all.
+    pub async fn network(&self) -> Result<NetworkView, ClientError> {
+        self.json(Method::GET, "network", None::<&()>).await
     }
 
     /// Attaches a container.

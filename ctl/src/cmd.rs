@@ -5,6 +5,7 @@ pub mod completions;
 pub mod config;
 pub mod detach;
 pub mod endpoints;
+pub mod inspect;
 pub mod lab;
 pub mod man;
 pub mod peers;
@@ -60,6 +61,8 @@ pub enum Command {
     Detach(detach::Args),
     /// The containers of this host
     Endpoints(endpoints::Args),
+    /// The network of this host in detail: addresses, devices, ports, containers, counters
+    Inspect(inspect::Args),
     /// Several hosts on this machine, each with its own agent, and a private etcd
     #[command(subcommand)]
     Lab(lab::Args),
@@ -121,6 +124,12 @@ pub enum CommandError {
         /// What the system says.
         source: std::io::Error,
     },
+    /// There is no such thing.
+    #[error("{message}")]
+    Missing {
+        /// What is not there, and where to look.
+        message: String,
+    },
     /// The arguments are well-formed but make no sense together; exit code 2.
     #[error("{message}")]
     Usage {
@@ -150,6 +159,7 @@ pub async fn run(cli: Cli) -> Result<Outcome, CommandError> {
         Command::Run(args) => run::run(&context, &args).await,
         Command::Detach(args) => detach::run(&context, &args).await,
         Command::Endpoints(args) => endpoints::run(&context, &args).await,
+        Command::Inspect(args) => inspect::run(&context, &args).await,
         Command::Lab(args) => lab::run(&context, args).await,
         Command::Completions(args) => completions::run(&context, &args),
         Command::Man(args) => man::run(&context, &args),

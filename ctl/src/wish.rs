@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use overlay_agent::model::api::AttachRequest;
-use overlay_agent::model::{Family, Mode, PerFamily, Publish};
+use overlay_agent::model::{Family, Mac, Mode, PerFamily, Publish};
 
 use crate::cmd::CommandError;
 use crate::netns::PrefixArg;
@@ -20,6 +20,9 @@ pub struct WishArgs {
     /// A wished address of this host's subnet; once per family
     #[arg(long = "ip", value_name = "ADDRESS")]
     ips: Vec<IpAddr>,
+    /// A wished MAC for the interface
+    #[arg(long, value_name = "MAC")]
+    mac: Option<Mac>,
     /// The interface to make in the namespace [default: eth0]
     #[arg(long, value_name = "NAME")]
     interface: Option<String>,
@@ -59,6 +62,7 @@ impl WishArgs {
             netns,
             interface: self.interface.clone(),
             addresses: wished(&self.ips)?,
+            mac: self.mac,
             publish: self.publish.clone(),
             source_check: self.no_source_check.then_some(false),
             owner: self.owner.clone(),
