@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
+use netlink_packet_route::RouteNetlinkMessage;
 use rtnetlink::LinkUnspec;
 use tokio::runtime::Handle;
 use tokio::sync::Mutex;
@@ -66,8 +67,24 @@ impl ContainerPath for Plugger {
     }
 
     async fn unplug(&self, host_interface: &str) -> Result<(), OpError> {
+        let index = {
+            let mut shared = self.shared.lock().await;
+            let link = match objects::link(&mut shared.socket, host_interface) {
+                Err(e) if e.errno == libc::ENODEV => None,
+                Err(e) => return Err(e.during(format!("cannot examine interface {host_interface}"))),
+                Ok(link) if !is_marked(&link) => return Err(foreign(&link)),
+                Ok(link) => Some(link.index),
+            };
+            shared.known.drop_link(host_interface);
+            let Some(index) = link else { return Ok(()) };
+            shared.known.removed_link(index);
+            index
+        };
+        let Err(error) = remove(index).await else { return Ok(()) };
         let mut shared = self.shared.lock().await;
-        shared.links().delete(host_interface).await
+        shared.known.kept_link(index);
+        shared.links().note(host_interface)?;
+        Err(error.during(format!("cannot delete interface {host_interface}")))
     }
 
     fn netns_alive(&self, netns: &Path) -> bool {
@@ -111,6 +128,22 @@ impl ContainerPath for Plugger {
         let port = |link: &LinkInfo| link.kind == "veth" && link.name.starts_with(PORT_PREFIX) && is_marked(link);
         Ok(links.into_iter().filter(port).map(|link| link.name).collect())
     }
+}
+
+/// Removes a link that is known as removed already. The kernel takes some 15 ms for it, most of them waiting until no processor can see the
+/// link any more (`netdev_run_todo` in `net/core/dev.c`), but several at once hardly longer: so each on a thread and a socket of its own,
+/// without the state that everybody else wants.
+async fn remove(index: u32) -> Result<(), Refusal> {
+    let removed = tokio::task::spawn_blocking(move || {
+        let mut socket = RouteSocket::open().map_err(|e| Refusal { errno: e.errno, detail: e.message })?;
+        let request = RouteNetlinkMessage::DelLink(LinkUnspec::new_with_index(index).build());
+        match socket.change(&request) {
+            Err(e) if e.errno != libc::ENODEV => Err(e),
+            _ => Ok(()),
+        }
+    });
+    // It fails only while the runtime ends.
+    removed.await.unwrap_or_else(|e| Err(Refusal { errno: libc::ECANCELED, detail: e.to_string() }))
 }
 
 async fn plug(shared: &mut Shared, wanted: &Plug) -> Result<(), OpError> {
