@@ -11,6 +11,7 @@ mod error;
 pub mod ipam;
 mod request;
 mod table;
+mod view;
 mod work;
 
 use std::collections::{BTreeSet, HashMap};
@@ -67,8 +68,8 @@ struct Inner<C> {
     state: Arc<StateDir>,
     path: C,
     table: Mutex<Table>,
-    /// The version of the table that stands in the file; held while it is written.
-    written: tokio::sync::Mutex<u64>,
+    /// What stands in the file; held while it is written.
+    written: tokio::sync::Mutex<Written>,
     /// One lock for each name that is worked on.
     names: Mutex<HashMap<EndpointName, Arc<tokio::sync::Mutex<()>>>>,
     permits: Arc<Semaphore>,
@@ -79,6 +80,15 @@ struct Inner<C> {
     missing: Mutex<BTreeSet<EndpointName>>,
     /// Those whose namespace was gone at the last audit.
     gone_before: Mutex<BTreeSet<EndpointName>>,
+}
+
+/// Versions of the table.
+#[derive(Debug, Default)]
+struct Written {
+    /// The one that stands in the file.
+    version: u64,
+    /// The one that is on the disk for certain.
+    synced: u64,
 }
 
 /// A lock whose holder panicked protects data that is still whole: each change of it is made at once.
@@ -101,7 +111,7 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
             state,
             path,
             table: Mutex::new(table),
-            written: tokio::sync::Mutex::new(0),
+            written: tokio::sync::Mutex::default(),
             names: Mutex::default(),
             permits: Arc::new(Semaphore::new(MOST_AT_ONCE)),
             work: Mutex::new(Some(JoinSet::new())),
@@ -229,6 +239,9 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
                 () = stop.cancelled() => break,
                 _ = ticks.tick() => {
                     self.audit().await;
+                    if let Err(error) = self.0.sync().await {
+                        tracing::warn!(%error, "the endpoints are written down, but not on the disk for certain");
+                    }
                 }
             }
         }
@@ -242,7 +255,11 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
         while let Some(end) = work.join_next().await {
             report(end);
         }
-        if let Err(error) = self.0.persist().await {
+        let written = match self.0.persist().await {
+            Ok(()) => self.0.sync().await,
+            error => error,
+        };
+        if let Err(error) = written {
             tracing::warn!(%error, "the endpoints could not be written down at the end");
         }
     }

@@ -30,6 +30,7 @@ mod socket;
 mod sockets;
 mod sysctl;
 mod uapi;
+mod view;
 mod wire;
 
 #[cfg(test)]
@@ -43,6 +44,7 @@ use tokio::sync::{Mutex, mpsc};
 
 pub use container::Plugger;
 pub use monitor::Monitor;
+pub use view::OverlayView;
 
 use self::batch::BatchSocket;
 use self::ethtool::Ethtool;

@@ -6,6 +6,8 @@
 //! | [`client`] | HTTP to the agent's socket |
 //! | [`etcd`] | the flags that reach etcd without an agent |
 //! | [`netns`] | the named namespaces that `attach` makes |
+//! | [`resolver`] | the resolver files of named namespaces |
+//! | [`wish`] | the flags that say what a container gets |
 //! | [`output`] | table, wide, json, yaml |
 //! | [`cni`] | the CNI plugin |
 //! | [`lab`] | several hosts on one machine |
@@ -17,3 +19,5 @@ pub mod etcd;
 pub mod lab;
 pub mod netns;
 pub mod output;
+pub mod resolver;
+pub mod wish;

@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::serve::Limits;
 use super::{ApiError, Backend, ErrorKind, watch};
-use crate::model::api::{AttachRequest, Attached, Detached, Endpoints, LogLevel, Peers, Problem, Status};
+use crate::model::api::{AttachRequest, Attached, Detached, Endpoints, LogLevel, NetworkView, Peers, Problem, Status};
 use crate::model::endpoint::EndpointName;
 use crate::model::lease::printable;
 
@@ -44,6 +44,7 @@ pub(super) fn full<B: Backend>(backend: Arc<B>, limits: Limits, stop: Cancellati
         .route("/v1/status", get(status::<B>))
         .route("/v1/subnets", get(subnets::<B>))
         .route("/v1/peers", get(peers::<B>))
+        .route("/v1/network", get(network::<B>))
         .route("/v1/endpoints", get(endpoints::<B>))
         .route("/v1/endpoints/{name}", put(attach::<B>).delete(detach::<B>))
         .route("/v1/log-level", get(log_level::<B>).put(set_log_level::<B>))
@@ -174,6 +175,10 @@ async fn peers<B: Backend>(State(shared): State<Shared<B>>) -> Answer<Peers> {
 
 async fn endpoints<B: Backend>(State(shared): State<Shared<B>>) -> Answer<Endpoints> {
     Ok(Json(shared.backend.endpoints().await?))
+}
+
+async fn network<B: Backend>(State(shared): State<Shared<B>>) -> Answer<NetworkView> {
+    Ok(Json(shared.backend.network().await?))
 }
 
 async fn attach<B: Backend>(

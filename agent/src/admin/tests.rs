@@ -84,6 +84,8 @@ async fn each_path_answers() {
     assert_eq!(agent.get("/v1/subnets").await, (200, json!({"subnets": []})));
     assert_eq!(agent.get("/v1/peers").await, (200, json!({"peers": []})));
     assert_eq!(agent.get("/v1/endpoints").await, (200, json!({"endpoints": []})));
+    let (status, body) = agent.get("/v1/network").await;
+    assert_eq!((status, &body["name"], &body["vni"], &body["bridge"]), (200, &json!("default"), &json!(1), &json!(null)));
     assert_eq!(agent.get("/healthz").await, (200, json!("ok\n")));
     assert_eq!(agent.get("/readyz").await, (200, json!("ready\n")));
     let (status, page) = agent.ask("GET", "/metrics", "").await;

@@ -111,6 +111,11 @@ impl Table {
         pool
     }
 
+    /// The allocators of the last known subnet.
+    pub(super) fn pools(&self) -> &PerFamily<Ipam> {
+        &self.pools
+    }
+
     pub(super) fn network(&self) -> Result<&EndpointNetwork, EndpointError> {
         self.network.as_ref().ok_or(EndpointError::NoSubnet)
     }

@@ -278,11 +278,13 @@ impl<C: ContainerPath + 'static> Inner<C> {
         });
     }
 
-    /// Writes the table down, where it is not by another's writing: those who wait at the same time share one.
+    /// Writes the table down, where it is not by another's writing: those who wait at the same time share one. What a kill leaves is whole;
+    /// the disk has it after the next audit: when the power is lost, so are the namespaces that the table is about, and an attach would
+    /// take twice as long if it waited.
     pub(super) async fn persist(&self) -> Result<(), StateError> {
         let wanted = lock(&self.table).version;
         let mut written = self.written.lock().await;
-        if *written >= wanted {
+        if written.version >= wanted {
             return Ok(());
         }
         let (version, stored) = {
@@ -290,9 +292,22 @@ impl<C: ContainerPath + 'static> Inner<C> {
             (table.version, table.stored())
         };
         let state = Arc::clone(&self.state);
-        let saved = tokio::task::spawn_blocking(move || state.save(FILE, &stored)).await;
+        let saved = tokio::task::spawn_blocking(move || state.save_soon(FILE, &stored)).await;
         saved.unwrap_or_else(|e| Err(interrupted(&self.state, e)))?;
-        *written = version;
+        written.version = version;
+        Ok(())
+    }
+
+    /// Waits until the disk has what is written down, where that changed since it was last asked for.
+    pub(super) async fn sync(&self) -> Result<(), StateError> {
+        let mut written = self.written.lock().await;
+        if written.synced == written.version {
+            return Ok(());
+        }
+        let state = Arc::clone(&self.state);
+        let synced = tokio::task::spawn_blocking(move || state.sync(FILE)).await;
+        synced.unwrap_or_else(|e| Err(interrupted(&self.state, e)))?;
+        written.synced = written.version;
         Ok(())
     }
 }

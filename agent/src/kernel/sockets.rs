@@ -50,11 +50,9 @@ pub fn host_ports(wanted: &[Publish]) -> Result<HostPorts, OpError> {
     }
     if !held.is_empty() {
         let holders = holders(&held.iter().map(|(_, socket)| socket.inode).collect::<Vec<_>>());
-        let name = |inode: u64| match holders.get(&inode) {
-            Some(name) => name.clone(),
-            None if inode == 0 => "the kernel itself (a tunnel)".to_owned(),
-            None => "a process that cannot be seen from here".to_owned(),
-        };
+        // A VXLAN device's socket has no process.
+        let unseen = || "the kernel (a tunnel's port) or a process that cannot be seen from here".to_owned();
+        let name = |inode: u64| holders.get(&inode).cloned().unwrap_or_else(unseen);
         found.sockets = held
             .into_iter()
             .map(|(wanted, Waiting { address, port, inode })| HostSocket { wanted, address, port, holder: name(inode) })

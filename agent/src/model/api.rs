@@ -1,5 +1,7 @@
 //! The JSON of the agent's socket, version 1. Fields are only ever added; `overlayctl -o json` prints the same shapes.
 
+mod view;
+
 use std::net::IpAddr;
 use std::path::PathBuf;
 
@@ -8,6 +10,8 @@ use serde::{Deserialize, Serialize};
 use super::endpoint::{EndpointName, Mode};
 use super::network::FieldError;
 use super::{Backend, Cidr, Endpoint, Mac, NetworkConfig, PerFamily, Publish, Record, Refusal, Subnet, Vni};
+
+pub use view::{BridgeView, Counters, DeviceView, EndpointView, IpamView, NetworkView, PortView};
 
 /// The version of these shapes, the first part of each path: `/v1/...`.
 pub const VERSION: u32 = 1;

@@ -162,6 +162,9 @@ pub trait ContainerPath: Send + Sync {
     /// without a change.
     fn plug(&self, plug: &Plug) -> impl Future<Output = Result<(), OpError>> + Send;
 
+    /// What of a plug is not in place, for a person; `None` where all is. Blocks.
+    fn difference(&self, plug: &Plug) -> Result<Option<String>, OpError>;
+
     /// Removes the pair by its host end. That it is gone already is success.
     fn unplug(&self, host_interface: &str) -> impl Future<Output = Result<(), OpError>> + Send;
 

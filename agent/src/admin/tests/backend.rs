@@ -101,6 +101,21 @@ impl Backend for FakeBackend {
         Ok(Endpoints { endpoints: Vec::new() })
     }
 
+    async fn network(&self) -> Result<NetworkView, ApiError> {
+        Ok(NetworkView {
+            name: "default".to_owned(),
+            driver: "vxlan".to_owned(),
+            vni: crate::model::Vni::DEFAULT,
+            port: 8472,
+            mtu: None,
+            masquerade: true,
+            ipam: PerFamily::default(),
+            devices: Vec::new(),
+            bridge: None,
+            endpoints: Vec::new(),
+        })
+    }
+
     async fn attach(&self, name: EndpointName, request: AttachRequest) -> Result<Attached, ApiError> {
         match name.as_str() {
             "bad" => return Err(ApiError::new(ErrorKind::BadValue, "bad value")),

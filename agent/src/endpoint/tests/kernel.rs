@@ -163,6 +163,11 @@ impl ContainerPath for FakeKernel {
         Ok(())
     }
 
+    fn difference(&self, plug: &Plug) -> Result<Option<String>, OpError> {
+        let there = self.plugs().get(&plug.host_interface) == Some(plug);
+        Ok((!there).then(|| format!("{} is not there", plug.host_interface)))
+    }
+
     async fn unplug(&self, host_interface: &str) -> Result<(), OpError> {
         self.point(Point::BeforeUnplug).await;
         self.world(|w| {
