@@ -85,16 +85,20 @@ async fn an_interface_that_is_there() {
     let story = one_host().await;
     let name = story.layout().namespace("h1-mine");
     kernel::run(&story, "h1", &["ip", "netns", "add", &name]);
-    kernel::shell(&story, "h1-mine", "ip link add eth0 type bridge && ip link set eth0 up");
+    kernel::shell(&story, "h1-mine", "ip link add eth0 type bridge");
     let (host, inside) = (Left::settled(&story).await, Dump::of(&story.inside("h1-mine")));
     let attach = |more: &[&str]| story.ctl("h1", &[&["attach", "mine", "--netns", &format!("/run/netns/{name}")], more].concat());
     attach(&[]).exits(1).complains(&["has an interface of that name already: choose another one"]);
-    // A name that the host's own interfaces have is no matter; a default route is.
-    kernel::shell(&story, "h1-mine", "ip address add 192.0.2.2/24 dev eth0 && ip route add default via 192.0.2.1");
-    attach(&["--interface", "eth1"]).exits(1).complains(&["has a default route already"]);
-    kernel::shell(&story, "h1-mine", "ip route del default && ip address del 192.0.2.2/24 dev eth0");
-    host.same(&story, "an interface that is there").await;
     assert_eq!(Dump::of(&story.inside("h1-mine")).changes_since(&inside), "");
+    host.same(&story, "an interface that is there").await;
+    // Nor is a default route taken over.
+    let route = "ip address add 192.0.2.2/24 dev eth0 && ip link set eth0 up && ip route add default via 192.0.2.1";
+    kernel::shell(&story, "h1-mine", route);
+    attach(&["--interface", "eth1"]).exits(1).complains(&["has a default route already"]);
+    assert!(kernel::link(&story, "h1-mine", "eth1").is_none());
+    assert!(!kernel::text(&kernel::link(&story, "h1-mine", "lo").must("lo"), "operstate").contains("UNKNOWN"), "lo is still down");
+    host.same(&story, "a default route that is there").await;
+    kernel::run(&story, "h1-mine", &["ip", "route", "del", "default"]);
     attach(&["--interface", "eth1"]).exits(0);
 }
 
