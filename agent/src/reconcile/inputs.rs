@@ -45,9 +45,11 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 }
             }
             StoreEvent::Snapshot(entries) => {
-                let affected = self.roster.replace(entries);
+                match self.roster.replace(entries) {
+                    Some(affected) => self.leases_dirty.extend(affected),
+                    None => self.roster_dirty = true,
+                }
                 self.snapshot_seen = true;
-                self.leases_dirty.extend(affected);
             }
             StoreEvent::Upsert(entry) => {
                 if let (Connection::Up { revision }, Ok(record)) = (&mut self.connection, &entry.value) {
@@ -231,12 +233,6 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             // Judged once there is a host: `rebuild_all` goes over the whole roster.
             return;
         }
-        if self.peers.is_empty() && leases.len() == self.roster.len() {
-            // The first snapshot, with the host there before.
-            let refused = std::mem::take(&mut self.refused);
-            self.admit_roster(&refused);
-            return;
-        }
         let mut refused = BTreeMap::new();
         for key in &leases {
             if let Some(peer) = self.peers.remove(key) {
@@ -244,7 +240,11 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             }
             refused.extend(self.refused.remove_entry(key));
         }
-        self.admit_all(leases, &refused);
+        if std::mem::take(&mut self.roster_dirty) {
+            self.admit_roster(&refused);
+        } else {
+            self.admit_all(leases, &refused);
+        }
     }
 
     /// This host as it should be; `None` while something is not known yet. A lease that was lost leaves things as they were.
@@ -332,6 +332,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         let refused = std::mem::take(&mut self.refused);
         self.admit_roster(&refused);
         self.leases_dirty.clear();
+        self.roster_dirty = false;
         self.repairs.forget_all();
         self.all_dirty = true;
         self.changed = true;
