@@ -12,6 +12,7 @@ pub mod flow;
 pub mod http;
 pub mod image;
 pub mod kernel;
+pub mod left;
 pub mod notify;
 pub mod programs;
 pub mod story;

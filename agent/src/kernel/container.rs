@@ -198,14 +198,17 @@ async fn build(shared: &mut Shared, wanted: &Plug, netns: &Netns, bridge: u32) -
     let index = objects::link(&mut shared.socket, host).map_err(|e| e.during(format!("cannot find {host} just made")))?.index;
     mark(&shared.rtnl, index, host).await?;
     sysctl::write_if_there(&sysctl::accept_ra(host), "0")?;
-    configure(wanted, netns).await?;
+    let inside = configure(wanted, netns).await?;
     let port = LinkUnspec::new_with_index(index).controller(bridge).up();
     let joined = shared.rtnl.change_link(port.build()).await;
-    joined.map_err(|e| e.during(format!("cannot make {host} a port of {}", wanted.bridge)))
+    joined.map_err(|e| e.during(format!("cannot make {host} a port of {}", wanted.bridge)))?;
+    // The last step, for it is the only one that does not go with the pair.
+    let loopback = inside.change_link(LinkUnspec::new_with_index(LOOPBACK).up().build()).await;
+    loopback.map_err(|e| e.during(format!("cannot set lo up in {}", wanted.netns.display())))
 }
 
 /// Configures the inner end, over a connection into the namespace.
-async fn configure(wanted: &Plug, netns: &Netns) -> Result<(), OpError> {
+async fn configure(wanted: &Plug, netns: &Netns) -> Result<Rtnl, OpError> {
     let inner = &wanted.interface;
     let step = |what: &str, refusal: Refusal| refusal.during(format!("cannot {what} in {}", wanted.netns.display()));
     // On one thread inside, all that is done on such a one: the way in for requests, what is to be read, the sysctl.
@@ -214,13 +217,12 @@ async fn configure(wanted: &Plug, netns: &Netns) -> Result<(), OpError> {
         sysctl::write_if_there(&sysctl::accept_ra(inner), "0")?;
         Ok((Rtnl::open()?, link))
     })?;
-    let up = |index| rtnl.change_link(LinkUnspec::new_with_index(index).up().build());
-    up(LOOPBACK).await.map_err(|e| step("set lo up", e))?;
     for address in &wanted.addresses {
         let added = rtnl.add_address(link.index, *address).await;
         added.map_err(|e| step(&format!("add address {address} to {inner}"), e))?;
     }
-    up(link.index).await.map_err(|e| step(&format!("set {inner} up"), e))?;
+    let up = rtnl.change_link(LinkUnspec::new_with_index(link.index).up().build()).await;
+    up.map_err(|e| step(&format!("set {inner} up"), e))?;
     for gateway in &wanted.gateways {
         let default = route(None, Some(*gateway), Some(link.index), PROTOCOL.into());
         rtnl.add_route(default).await.map_err(|e| {
@@ -231,7 +233,7 @@ async fn configure(wanted: &Plug, netns: &Netns) -> Result<(), OpError> {
             error
         })?;
     }
-    Ok(())
+    Ok(rtnl)
 }
 
 /// What of the host's end is not as wanted.
