@@ -3,6 +3,7 @@
 use super::*;
 use crate::model::peer::Reach;
 use crate::model::{Cidr, Vni};
+use crate::plan::ruleset::Table;
 use crate::plan::state::device_of;
 
 fn address(text: &str) -> IpAddr {
@@ -35,7 +36,7 @@ fn host(config: &str, key: &str) -> Host {
         masquerade: true,
         tx_checksum: true,
         nexthop_objects: true,
-        ports: vec!["veth7".to_owned()],
+        ports: Vec::new(),
         forward_drops: vec![Family::V6],
     }
 }
@@ -161,7 +162,7 @@ fn masquerade_and_offload_follow_the_switches() {
     let host = Host { masquerade: false, tx_checksum: false, ..host(V4, "10.244.7.0-24") };
     let entries = host.entries();
     assert!(
-        matches!(&entries[&Key::Ruleset], Value::Ruleset(rules) if rules.chains.iter().all(|chain| chain.name != "postrouting"))
+        matches!(&entries[&Key::Ruleset(Table::Inet)], Value::Ruleset(rules) if rules.chains.iter().all(|chain| chain.name != "postrouting"))
     );
     let Value::Link(link) = &entries[&Key::Link("ovx.1".to_owned())] else { panic!("a link") };
     assert!(matches!(&link.kind, LinkKind::Vxlan(vxlan) if !vxlan.tx_checksum && !vxlan.learning));
