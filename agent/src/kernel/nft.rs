@@ -131,6 +131,12 @@ impl Nft {
         Ok(all)
     }
 
+    /// The number of the last transaction in the namespace, whoever's.
+    #[cfg(test)]
+    fn generation(&mut self) -> u32 {
+        self.channel.consistent(|_| Ok(())).expect("a generation").1
+    }
+
     /// Has iptables' FORWARD chain of a family accept what comes from and goes to a network, by two rules at its head. Rules of ours for
     /// another network go; where the two are there, nothing is written.
     ///

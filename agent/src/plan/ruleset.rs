@@ -48,7 +48,7 @@ pub struct Ruleset {
     /// The sets and maps, in their order.
     #[serde(default)]
     pub sets: Vec<SetName>,
-    /// The chains, in the order in which they are made.
+    /// The chains, in order of their names.
     pub chains: Vec<Chain>,
     /// What the table holds beside them, each in words: `flags 0x1`, `chain extra`, `set s`. Only in actual
     /// state: it makes the ruleset differ.

@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 
 use super::channel::{Channel, ERESTART, Refused, Transaction};
 use super::set::{self, PACK};
-use super::table::{self, Counted};
+use super::table::{self, Counted, Piece};
 use super::wire;
 use crate::plan::ruleset::{Counter, Element, Ruleset, SetName, TABLE, Table};
 use crate::plan::{Key, Op, OpError, State, Value};
@@ -56,6 +56,17 @@ fn apply_part(
             failed.insert(index, error);
         }
     }
+    // How a table differs is looked up: what others added to it must go as well. Its elements are not read for that.
+    for op in ops {
+        if let Op::Set(key @ Key::Ruleset(table), _) = op
+            && let Ok((found, _)) = channel.consistent(|channel| table::read(channel, *table))
+        {
+            match found {
+                Some(found) => known.insert(key.clone(), Value::Ruleset(Box::new(found))),
+                None => known.remove(key),
+            };
+        }
+    }
     let (mut pack, mut read) = (PACK, false);
     let mut last = None;
     for _ in 0..TRIES {
@@ -96,8 +107,7 @@ fn apply_part(
 
 /// What a transaction consists of.
 enum Step<'a> {
-    Replace(&'a Ruleset),
-    Remove(Table),
+    Table { table: Table, pieces: Vec<Piece<'a>> },
     Elements { message: u8, set: SetName, elements: Vec<(&'a Element, Option<SocketAddr>)> },
 }
 
@@ -120,18 +130,22 @@ impl<'a> Plan<'a> {
     fn new(ops: &'a [Op], failed: &BTreeMap<usize, OpError>, known: &'a State, pack: usize) -> Plan<'a> {
         let taken = || ops.iter().enumerate().filter(|(index, _)| !failed.contains_key(index));
         let mut steps: Vec<(Step<'a>, Vec<usize>)> = Vec::new();
+        // Tables that are made anew, so that what their sets held has to be written again.
         let mut replaced: BTreeMap<Table, &Ruleset> = BTreeMap::new();
         for (index, op) in taken() {
-            match op {
-                Op::Set(Key::Ruleset(table), Value::Ruleset(ruleset)) => {
-                    replaced.insert(*table, ruleset);
-                    steps.push((Step::Replace(ruleset), vec![index]));
+            let Key::Ruleset(table) = op.key() else { continue };
+            let pieces = match (op, known.get(op.key())) {
+                (Op::Set(_, Value::Ruleset(wanted)), Some(Value::Ruleset(found))) if found.foreign.is_empty() => {
+                    table::change(found, wanted)
                 }
-                Op::Delete(Key::Ruleset(table), _) if known.contains_key(&Key::Ruleset(*table)) => {
-                    steps.push((Step::Remove(*table), vec![index]));
+                (Op::Set(_, Value::Ruleset(wanted)), _) => {
+                    replaced.insert(*table, wanted);
+                    table::replace(wanted)
                 }
-                _ => {}
-            }
+                (Op::Delete(..), Some(_)) => vec![Piece::Table { message: wire::NFT_MSG_DELTABLE }],
+                _ => continue,
+            };
+            steps.push((Step::Table { table: *table, pieces }, vec![index]));
         }
         // What changes, by element: what is there, what shall be, and because of which op.
         let mut changes: BTreeMap<&Element, Change> = BTreeMap::new();
@@ -159,7 +173,7 @@ impl<'a> Plan<'a> {
             changes.insert(element, Change { before, after, op: Some(index) });
         }
         for (message, wanted) in [(wire::NFT_MSG_DELSETELEM, Wanted::Before), (wire::NFT_MSG_NEWSETELEM, Wanted::After)] {
-            let mut by_set: BTreeMap<SetName, Vec<(&Element, Option<SocketAddr>, Option<usize>)>> = BTreeMap::new();
+            let mut by_set: BTreeMap<SetName, Vec<Written<'_>>> = BTreeMap::new();
             for (element, change) in &changes {
                 if change.before == change.after {
                     continue;
@@ -189,9 +203,9 @@ impl<'a> Plan<'a> {
         }
         let mut counted: BTreeMap<Counter, Counted> = BTreeMap::new();
         for (step, _) in &self.steps {
-            if let Step::Replace(ruleset) = step {
+            if let Step::Table { table, .. } = step {
                 // A count that cannot be read begins anew.
-                counted.extend(table::counters(channel, ruleset.table).unwrap_or_default());
+                counted.extend(table::counters(channel, *table).unwrap_or_default());
             }
         }
         let total: usize = self.steps.iter().map(|(step, _)| step.changes()).sum();
@@ -231,12 +245,11 @@ impl<'a> Plan<'a> {
     fn describe(&self, index: Option<u32>, error: OpError) -> OpError {
         let OpError { errno, message } = error;
         let message = match self.step(index) {
-            Some(((Step::Replace(ruleset), _), change)) => {
-                let part = table::part(ruleset, change);
+            Some(((Step::Table { table, pieces }, _), change)) => {
+                let part = pieces.get(change).map(Piece::words).unwrap_or_default();
                 let comma = if part.is_empty() { "" } else { ", " };
-                format!("table {} {TABLE}{comma}{part}: {message}", ruleset.table)
+                format!("table {table} {TABLE}{comma}{part}: {message}")
             }
-            Some(((Step::Remove(table), _), _)) => format!("deleting table {table} {TABLE}: {message}"),
             Some(((Step::Elements { set, elements, .. }, _), _)) => match elements.as_slice() {
                 [(element, _)] => format!("table {} {TABLE}, {element}: {message}", set.table()),
                 _ => format!("table {} {TABLE}, set {}: {message}", set.table(), set.name()),
@@ -246,6 +259,9 @@ impl<'a> Plan<'a> {
         OpError { errno, message }
     }
 }
+
+/// An element as a message has it, with the op that it comes from.
+type Written<'a> = (&'a Element, Option<SocketAddr>, Option<usize>);
 
 struct Change {
     before: Option<Option<SocketAddr>>,
@@ -261,17 +277,18 @@ enum Wanted {
 impl Step<'_> {
     fn changes(&self) -> usize {
         match self {
-            Step::Replace(ruleset) => table::changes(ruleset),
-            Step::Remove(_) | Step::Elements { .. } => 1,
+            Step::Table { pieces, .. } => pieces.len(),
+            Step::Elements { .. } => 1,
         }
     }
 
     fn write(&self, transaction: &mut Transaction, counted: &BTreeMap<Counter, Counted>) {
         match self {
-            Step::Replace(ruleset) => {
-                table::replace(transaction, ruleset, |counter| counted.get(&counter).copied().unwrap_or_default());
+            Step::Table { table, pieces } => {
+                for piece in pieces {
+                    piece.write(transaction, *table, counted);
+                }
             }
-            Step::Remove(table) => table::delete(transaction, *table),
             Step::Elements { message, set, elements } => set::change_elements(transaction, *message, *set, elements),
         }
     }

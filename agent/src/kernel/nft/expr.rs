@@ -8,6 +8,7 @@ mod field;
 mod raw;
 #[cfg(test)]
 mod tests;
+mod uapi;
 
 use super::wire::{self, NF_ACCEPT, NF_DROP, NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6, Writer};
 use crate::model::family::address_value;
@@ -15,101 +16,8 @@ use crate::model::{Cidr, Family};
 use crate::plan::ruleset::{Expr, Field, Rule, SetName, Table};
 
 use raw::{Nat, Raw};
-
-const NFTA_LIST_ELEM: u16 = 1;
-const NFTA_EXPR_NAME: u16 = 1;
-const NFTA_EXPR_DATA: u16 = 2;
-
-pub(super) const NFTA_DATA_VALUE: u16 = 1;
-const NFTA_DATA_VERDICT: u16 = 2;
-const NFTA_VERDICT_CODE: u16 = 1;
-const NFTA_VERDICT_CHAIN: u16 = 2;
-
-const NFTA_IMMEDIATE_DREG: u16 = 1;
-const NFTA_IMMEDIATE_DATA: u16 = 2;
-
-const NFTA_BITWISE_SREG: u16 = 1;
-const NFTA_BITWISE_DREG: u16 = 2;
-const NFTA_BITWISE_LEN: u16 = 3;
-const NFTA_BITWISE_MASK: u16 = 4;
-const NFTA_BITWISE_XOR: u16 = 5;
-const NFTA_BITWISE_OP: u16 = 6;
-
-const NFTA_CMP_SREG: u16 = 1;
-const NFTA_CMP_OP: u16 = 2;
-const NFTA_CMP_DATA: u16 = 3;
-const NFT_CMP_EQ: u32 = 0;
-const NFT_CMP_NEQ: u32 = 1;
-
-const NFTA_PAYLOAD_DREG: u16 = 1;
-const NFTA_PAYLOAD_BASE: u16 = 2;
-const NFTA_PAYLOAD_OFFSET: u16 = 3;
-const NFTA_PAYLOAD_LEN: u16 = 4;
-const NFTA_PAYLOAD_SREG: u16 = 5;
-const NFT_PAYLOAD_LINK_HEADER: u32 = 0;
-const NFT_PAYLOAD_NETWORK_HEADER: u32 = 1;
-const NFT_PAYLOAD_TRANSPORT_HEADER: u32 = 2;
-
-const NFTA_META_DREG: u16 = 1;
-const NFTA_META_KEY: u16 = 2;
-const NFT_META_PROTOCOL: u32 = 1;
-const NFT_META_IIFNAME: u32 = 6;
-const NFT_META_OIFNAME: u32 = 7;
-const NFT_META_NFPROTO: u32 = 15;
-const NFT_META_L4PROTO: u32 = 16;
-
-const NFTA_LOOKUP_SET: u16 = 1;
-const NFTA_LOOKUP_SREG: u16 = 2;
-const NFTA_LOOKUP_DREG: u16 = 3;
-const NFTA_LOOKUP_FLAGS: u16 = 5;
-
-const NFTA_NAT_TYPE: u16 = 1;
-const NFTA_NAT_FAMILY: u16 = 2;
-const NFTA_NAT_REG_ADDR_MIN: u16 = 3;
-const NFTA_NAT_REG_ADDR_MAX: u16 = 4;
-const NFTA_NAT_REG_PROTO_MIN: u16 = 5;
-const NFTA_NAT_REG_PROTO_MAX: u16 = 6;
-const NFTA_NAT_FLAGS: u16 = 7;
-const NFT_NAT_DNAT: u32 = 1;
-
-const NFTA_FIB_DREG: u16 = 1;
-const NFTA_FIB_RESULT: u16 = 2;
-const NFTA_FIB_FLAGS: u16 = 3;
-const NFT_FIB_RESULT_ADDRTYPE: u32 = 3;
-const NFTA_FIB_F_DADDR: u32 = 2;
-/// `RTN_LOCAL`, `linux/rtnetlink.h`.
-const RTN_LOCAL: u32 = 2;
-
-const NFTA_CT_DREG: u16 = 1;
-const NFTA_CT_KEY: u16 = 2;
-const NFTA_CT_DIRECTION: u16 = 3;
-const NFT_CT_STATUS: u32 = 2;
-/// `IPS_DST_NAT`, `linux/netfilter/nf_conntrack_common.h`.
-const IPS_DST_NAT: u32 = 1 << 5;
-
-const NFTA_OBJREF_IMM_TYPE: u16 = 1;
-const NFTA_OBJREF_IMM_NAME: u16 = 2;
-
-const NFTA_MASQ_FLAGS: u16 = 1;
-const NFTA_MASQ_REG_PROTO_MIN: u16 = 2;
-/// `NF_NAT_RANGE_PROTO_RANDOM | NF_NAT_RANGE_PROTO_RANDOM_FULLY`, `linux/netfilter/nf_nat.h`.
-const MASQUERADE_RANDOM: u32 = 0x4 | 0x10;
-
-/// `NFTA_MATCH_NAME` and `NFTA_MATCH_INFO`, `linux/netfilter/nf_tables_compat.h`: a match of xtables inside a rule.
-const NFTA_MATCH_NAME: u16 = 1;
-const NFTA_MATCH_INFO: u16 = 3;
-
-/// The register of verdicts, the first of 16 bytes, and the first of 4 bytes: both begin at the same place. Places are counted in 4 bytes.
-const NFT_REG_VERDICT: u32 = 0;
-const NFT_REG_1: u32 = 1;
-const NFT_REG32_00: u32 = 8;
-
-/// `NFT_JUMP` and `NFT_RETURN`, `linux/netfilter/nf_tables.h`.
-const NFT_JUMP: u32 = (-3_i32).cast_unsigned();
-const NFT_RETURN: u32 = (-5_i32).cast_unsigned();
-
-/// Length of an interface's name with its terminating zero: the kernel compares all 16 bytes.
-pub(super) const IFNAMSIZ: usize = 16;
+use uapi::*;
+pub(super) use uapi::{IFNAMSIZ, NFTA_DATA_VALUE};
 
 /// How a rule's matches are written.
 #[derive(Clone, Copy, PartialEq, Eq)]

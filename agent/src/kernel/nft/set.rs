@@ -13,7 +13,7 @@ use crate::plan::ruleset::{Datum, Element, SetName, TABLE, Table, Type};
 use crate::plan::{Key, OpError, State, Value};
 
 pub(super) const NFTA_SET_TABLE: u16 = 1;
-const NFTA_SET_NAME: u16 = 2;
+pub(super) const NFTA_SET_NAME: u16 = 2;
 const NFTA_SET_FLAGS: u16 = 3;
 const NFTA_SET_KEY_TYPE: u16 = 4;
 const NFTA_SET_KEY_LEN: u16 = 5;
@@ -22,6 +22,7 @@ const NFTA_SET_DATA_LEN: u16 = 7;
 const NFTA_SET_DESC: u16 = 9;
 const NFTA_SET_ID: u16 = 10;
 const NFTA_SET_TIMEOUT: u16 = 11;
+const NFTA_SET_USERDATA: u16 = 13;
 const NFTA_SET_EXPR: u16 = 17;
 const NFTA_SET_EXPRESSIONS: u16 = 18;
 const NFTA_SET_DESC_CONCAT: u16 = 2;
@@ -47,6 +48,13 @@ pub(super) const PACK: usize = 500;
 /// them, for whoever lists the set.
 const TYPE_BITS: u32 = 6;
 
+/// For whoever lists the set: `NFTNL_UDATA_SET_KEYBYTEORDER` (libnftnl's `include/libnftnl/udata.h`), its length, and nftables'
+/// `BYTEORDER_HOST_ENDIAN`, a number in the host's byte order.
+const HOST_BYTE_ORDER: [u8; 6] = {
+    let [a, b, c, d] = 1_u32.to_ne_bytes();
+    [0, 4, a, b, c, d]
+};
+
 /// Makes a set.
 pub(super) fn new_set(transaction: &mut Transaction, set: SetName, id: u32) {
     transaction.change(wire::NFT_MSG_NEWSET, NLM_F_CREATE, table_family(set.table()), |w| {
@@ -69,6 +77,10 @@ pub(super) fn new_set(transaction: &mut Transaction, set: SetName, id: u32) {
             });
         }
         w.u32(NFTA_SET_ID, id);
+        if set.key() == [Type::Interface] {
+            // Without, `nft` lists names back to front.
+            w.bytes(NFTA_SET_USERDATA, &HOST_BYTE_ORDER);
+        }
     });
 }
 

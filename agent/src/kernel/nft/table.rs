@@ -1,11 +1,13 @@
-//! Our tables: written whole in one transaction together with what their sets hold, read whole.
+//! Our tables: written in one transaction, read whole.
+
+use std::collections::BTreeMap;
 
 use super::channel::{Channel, Transaction};
 use super::expr::{self, Dialect, IFNAMSIZ, table_family};
 use super::set;
 use super::wire::{self, NLM_F_APPEND, NLM_F_CREATE, Object, Writer};
 use crate::plan::OpError;
-use crate::plan::ruleset::{Base, Chain, ChainKind, Counter, Expr, Hook, Ruleset, TABLE, Table};
+use crate::plan::ruleset::{Base, Chain, ChainKind, Counter, Expr, Hook, Rule, Ruleset, SetName, TABLE, Table};
 
 const NFTA_OBJ_TABLE: u16 = 1;
 const NFTA_OBJ_NAME: u16 = 2;
@@ -26,55 +28,113 @@ pub struct Counted {
     pub bytes: u64,
 }
 
-/// How many changes [`replace`] adds to a transaction.
-pub(super) fn changes(ruleset: &Ruleset) -> usize {
-    let rules: usize = ruleset.chains.iter().map(|chain| chain.rules.len()).sum();
-    3 + ruleset.sets.len() + ruleset.counters.len() + ruleset.chains.len() + rules
+/// One message of a change of a table.
+#[derive(Clone, Copy)]
+pub(super) enum Piece<'a> {
+    /// The table is made, or deleted with all that is in it.
+    Table {
+        message: u8,
+    },
+    /// All rules go.
+    DropRules,
+    DropChain(&'a Chain),
+    DropSet(SetName),
+    DropCounter(Counter),
+    Set(SetName, u32),
+    Counter(Counter),
+    Chain(&'a Chain),
+    Rule(&'a Chain, &'a Rule),
 }
 
-/// Replaces a table, whatever it held: no packet sees anything between. Counters go on from what they had counted.
-pub(super) fn replace(transaction: &mut Transaction, ruleset: &Ruleset, counted: impl Fn(Counter) -> Counted) {
-    let family = table_family(ruleset.table);
+/// The pieces that make a table what it should be, whatever it held. What its sets held goes.
+pub(super) fn replace(wanted: &Ruleset) -> Vec<Piece<'_>> {
     // Made first so that the deletion always finds one.
-    table(transaction, wire::NFT_MSG_NEWTABLE, NLM_F_CREATE, family);
-    table(transaction, wire::NFT_MSG_DELTABLE, 0, family);
-    table(transaction, wire::NFT_MSG_NEWTABLE, NLM_F_CREATE, family);
-    for (set, id) in ruleset.sets.iter().zip(1..) {
-        set::new_set(transaction, *set, id);
+    let mut pieces =
+        [wire::NFT_MSG_NEWTABLE, wire::NFT_MSG_DELTABLE, wire::NFT_MSG_NEWTABLE].map(|message| Piece::Table { message }).to_vec();
+    add(&mut pieces, &Ruleset::default(), wanted);
+    pieces
+}
+
+/// The pieces that make one table of ours another one. Sets that both have keep what they hold, and counters what they have counted: the cost does
+/// not grow with the number of elements.
+pub(super) fn change<'a>(found: &'a Ruleset, wanted: &'a Ruleset) -> Vec<Piece<'a>> {
+    let mut pieces = vec![Piece::DropRules];
+    pieces.extend(found.chains.iter().filter(|chain| !has_chain(wanted, chain)).map(Piece::DropChain));
+    pieces.extend(found.sets.iter().filter(|set| !wanted.sets.contains(set)).map(|set| Piece::DropSet(*set)));
+    let gone = found.counters.iter().filter(|counter| !wanted.counters.contains(counter));
+    pieces.extend(gone.map(|counter| Piece::DropCounter(*counter)));
+    add(&mut pieces, found, wanted);
+    pieces
+}
+
+/// What is not there yet, and all rules.
+fn add<'a>(pieces: &mut Vec<Piece<'a>>, found: &Ruleset, wanted: &'a Ruleset) {
+    let new = wanted.sets.iter().filter(|set| !found.sets.contains(set));
+    pieces.extend(new.zip(1..).map(|(set, id)| Piece::Set(*set, id)));
+    let new = wanted.counters.iter().filter(|counter| !found.counters.contains(counter));
+    pieces.extend(new.map(|counter| Piece::Counter(*counter)));
+    pieces.extend(wanted.chains.iter().filter(|chain| !has_chain(found, chain)).map(Piece::Chain));
+    for chain in &wanted.chains {
+        pieces.extend(chain.rules.iter().map(|rule| Piece::Rule(chain, rule)));
     }
-    for counter in &ruleset.counters {
-        new_counter(transaction, *counter, counted(*counter));
-    }
-    for chain in &ruleset.chains {
-        new_chain(transaction, chain, family);
-    }
-    for chain in &ruleset.chains {
-        for rule in &chain.rules {
-            transaction.change(wire::NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND, family, |w| {
-                w.text(wire::NFTA_RULE_TABLE, TABLE);
-                w.text(wire::NFTA_RULE_CHAIN, &chain.name);
-                expr::write(w, rule, Dialect::of(ruleset.table));
+}
+
+/// Whether a table has this chain, whatever its rules.
+fn has_chain(ruleset: &Ruleset, chain: &Chain) -> bool {
+    ruleset.chains.iter().any(|other| other.name == chain.name && other.base == chain.base)
+}
+
+impl Piece<'_> {
+    /// Writes it. A counter begins with what it had counted.
+    pub(super) fn write(&self, transaction: &mut Transaction, table: Table, counted: &BTreeMap<Counter, Counted>) {
+        let family = table_family(table);
+        let named = |transaction: &mut Transaction, message, table_attribute, name_attribute, name: &str| {
+            transaction.change(message, 0, family, |w| {
+                w.text(table_attribute, TABLE);
+                w.text(name_attribute, name);
             });
+        };
+        match *self {
+            Piece::Table { message } => {
+                let flags = if message == wire::NFT_MSG_NEWTABLE { NLM_F_CREATE } else { 0 };
+                transaction.change(message, flags, family, |w| w.text(wire::NFTA_TABLE_NAME, TABLE));
+            }
+            Piece::DropRules => transaction.change(wire::NFT_MSG_DELRULE, 0, family, |w| w.text(wire::NFTA_RULE_TABLE, TABLE)),
+            Piece::DropChain(chain) => {
+                named(transaction, wire::NFT_MSG_DELCHAIN, wire::NFTA_CHAIN_TABLE, wire::NFTA_CHAIN_NAME, &chain.name);
+            }
+            Piece::DropSet(set) => {
+                named(transaction, wire::NFT_MSG_DELSET, set::NFTA_SET_TABLE, set::NFTA_SET_NAME, set.name());
+            }
+            Piece::DropCounter(counter) => transaction.change(wire::NFT_MSG_DELOBJ, 0, family, |w| {
+                w.text(NFTA_OBJ_TABLE, TABLE);
+                w.text(NFTA_OBJ_NAME, counter.name());
+                w.u32(NFTA_OBJ_TYPE, wire::NFT_OBJECT_COUNTER);
+            }),
+            Piece::Set(set, id) => set::new_set(transaction, set, id),
+            Piece::Counter(counter) => new_counter(transaction, counter, counted.get(&counter).copied().unwrap_or_default()),
+            Piece::Chain(chain) => new_chain(transaction, chain, family),
+            Piece::Rule(chain, rule) => {
+                transaction.change(wire::NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND, family, |w| {
+                    w.text(wire::NFTA_RULE_TABLE, TABLE);
+                    w.text(wire::NFTA_RULE_CHAIN, &chain.name);
+                    expr::write(w, rule, Dialect::of(table));
+                });
+            }
         }
     }
-}
 
-/// Which part of a ruleset a change of [`replace`] is, in words; empty where it is the table.
-pub(super) fn part(ruleset: &Ruleset, change: usize) -> String {
-    let sets = ruleset.sets.iter().map(|set| format!("set {}", set.name()));
-    let counters = ruleset.counters.iter().map(|counter| format!("counter {}", counter.name()));
-    let chains = ruleset.chains.iter().map(|chain| format!("chain {}", chain.name));
-    let rules = ruleset
-        .chains
-        .iter()
-        .flat_map(|chain| chain.rules.iter().map(move |rule| format!("rule `{rule}` of chain {}", chain.name)));
-    let nth = |index| sets.chain(counters).chain(chains).chain(rules).nth(index);
-    change.checked_sub(3).and_then(nth).unwrap_or_default()
-}
-
-/// Deletes a table with all that is in it.
-pub(super) fn delete(transaction: &mut Transaction, table_: Table) {
-    table(transaction, wire::NFT_MSG_DELTABLE, 0, table_family(table_));
+    /// What it is, in words; empty where it is the table.
+    pub(super) fn words(&self) -> String {
+        match self {
+            Piece::Table { .. } => String::new(),
+            Piece::DropRules => "its rules".to_owned(),
+            Piece::DropChain(chain) | Piece::Chain(chain) => format!("chain {}", chain.name),
+            Piece::DropSet(set) | Piece::Set(set, _) => format!("set {}", set.name()),
+            Piece::DropCounter(counter) | Piece::Counter(counter) => format!("counter {}", counter.name()),
+            Piece::Rule(chain, rule) => format!("rule `{rule}` of chain {}", chain.name),
+        }
+    }
 }
 
 /// Reads a table; `None` where there is none. To be called inside [`Channel::consistent`].
@@ -112,6 +172,8 @@ pub(super) fn read(channel: &mut Channel, table: Table) -> Result<Option<Ruleset
         }
     }
     ruleset.counters.sort();
+    // The kernel has them in the order in which they were made.
+    ruleset.chains.sort_by(|a, b| a.name.cmp(&b.name));
     channel.dump(wire::NFT_MSG_GETFLOWTABLE, family, named, |object| {
         if is_named(object.attributes, NFTA_FLOWTABLE_TABLE, TABLE) {
             let name = wire::attribute(object.attributes, NFTA_FLOWTABLE_NAME).map(wire::name).unwrap_or_default();
@@ -124,9 +186,8 @@ pub(super) fn read(channel: &mut Channel, table: Table) -> Result<Option<Ruleset
             return;
         }
         let name = wire::attribute(object.attributes, wire::NFTA_RULE_CHAIN).map(wire::name).unwrap_or_default();
-        match ruleset.chains.iter_mut().find(|chain| chain.name.as_bytes() == name) {
-            Some(chain) => chain.rules.push(expr::read(object.attributes, Dialect::of(table))),
-            None => {}
+        if let Some(chain) = ruleset.chains.iter_mut().find(|chain| chain.name.as_bytes() == name) {
+            chain.rules.push(expr::read(object.attributes, Dialect::of(table)));
         }
     })?;
     Ok(Some(ruleset))
@@ -165,10 +226,6 @@ fn objects(channel: &mut Channel, table: Table) -> Result<Vec<(String, Option<Co
 /// Whether a text attribute has that value.
 pub(super) fn is_named(attributes: &[u8], kind: u16, name: &str) -> bool {
     wire::attribute(attributes, kind).is_some_and(|value| wire::name(value) == name.as_bytes())
-}
-
-fn table(transaction: &mut Transaction, message: u8, flags: u16, family: u8) {
-    transaction.change(message, flags, family, |w| w.text(wire::NFTA_TABLE_NAME, TABLE));
 }
 
 fn new_counter(transaction: &mut Transaction, counter: Counter, counted: Counted) {

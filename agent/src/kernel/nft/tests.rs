@@ -1,5 +1,6 @@
 //! Against the real kernel, as root: each test in a network namespace of its own, made by its thread and gone with it.
 
+mod elements;
 mod forward;
 mod monitor;
 mod table;

@@ -35,6 +35,7 @@ pub(super) const NFT_MSG_GETRULE: u8 = 7;
 pub(super) const NFT_MSG_DELRULE: u8 = 8;
 pub(super) const NFT_MSG_NEWSET: u8 = 9;
 pub(super) const NFT_MSG_GETSET: u8 = 10;
+pub(super) const NFT_MSG_DELSET: u8 = 11;
 pub(super) const NFT_MSG_NEWSETELEM: u8 = 12;
 pub(super) const NFT_MSG_GETSETELEM: u8 = 13;
 pub(super) const NFT_MSG_DELSETELEM: u8 = 14;
@@ -42,6 +43,7 @@ pub(super) const NFT_MSG_NEWGEN: u8 = 15;
 pub(super) const NFT_MSG_GETGEN: u8 = 16;
 pub(super) const NFT_MSG_NEWOBJ: u8 = 18;
 pub(super) const NFT_MSG_GETOBJ: u8 = 19;
+pub(super) const NFT_MSG_DELOBJ: u8 = 20;
 pub(super) const NFT_MSG_GETFLOWTABLE: u8 = 23;
 
 pub(super) const NFTA_GEN_ID: u16 = 1;

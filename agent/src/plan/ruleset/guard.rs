@@ -57,10 +57,10 @@ pub fn guard() -> Ruleset {
         counters: vec![Counter::Dhcp, Counter::Router, Counter::Source],
         sets: vec![SetName::Source(Family::V4), SetName::Source(Family::V6), SetName::Unchecked],
         chains: vec![
+            jumped_to("advertisement", advertisement_rules()),
             guard,
             jumped_to("nd", nd_rules()),
             jumped_to("solicitation", solicitation_rules()),
-            jumped_to("advertisement", advertisement_rules()),
         ],
         foreign: Vec::new(),
     }

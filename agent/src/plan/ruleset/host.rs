@@ -68,6 +68,7 @@ impl Rules<'_> {
             }
         }
         sets.sort();
+        chains.sort_by(|a, b| a.name.cmp(&b.name));
         Ruleset { table: Table::Inet, counters, sets, chains, foreign: Vec::new() }
     }
 
@@ -75,12 +76,12 @@ impl Rules<'_> {
         Device::bridge(self.network.vxlan.vni).name()
     }
 
-    fn to_vxlan_port(&self) -> [Expr; 2] {
+    fn vxlan_port(&self) -> [Expr; 2] {
         [is(Field::Layer4, &UDP), is(Field::DestinationPort, &self.network.vxlan.port.to_be_bytes())]
     }
 
     fn tunnel(&self) -> Chain {
-        let [udp, port] = self.to_vxlan_port();
+        let [udp, port] = self.vxlan_port();
         let jump = rule([udp, port, Expr::Jump("vxlan".to_owned())]);
         base("tunnel", Hook::Input, ChainKind::Filter, RAW, vec![jump])
     }
@@ -114,7 +115,7 @@ impl Rules<'_> {
     }
 
     fn forward(&self) -> Chain {
-        let [udp, port] = self.to_vxlan_port();
+        let [udp, port] = self.vxlan_port();
         let from = Expr::InputInterface(self.bridge());
         let mut rules = vec![rule([udp, from, port, Expr::Count(Counter::Encapsulation), Expr::Drop])];
         for (_, pool) in self.network.pools.iter() {

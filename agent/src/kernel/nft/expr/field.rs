@@ -1,10 +1,8 @@
 //! Fields of packets as loads into registers, one behind the other, there and back.
 
 use super::raw::Raw;
-use super::{
-    Load, NFT_CMP_EQ, NFT_CMP_NEQ, NFT_META_IIFNAME, NFT_META_L4PROTO, NFT_META_OIFNAME, NFT_META_PROTOCOL,
-    NFT_PAYLOAD_LINK_HEADER, NFT_PAYLOAD_NETWORK_HEADER, NFT_PAYLOAD_TRANSPORT_HEADER, load, mask, mask_bytes, nat_of,
-};
+use super::uapi::*;
+use super::{Load, load, mask, mask_bytes, nat_of};
 use crate::kernel::nft::wire::Writer;
 use crate::model::Family;
 use crate::plan::ruleset::{Expr, Field, SetName, Table};

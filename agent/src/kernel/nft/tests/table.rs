@@ -47,7 +47,7 @@ fn every_address_and_hook_is_read_and_listed() {
     }
     let names =
         ["ovb.1", "fifteen.bytes.x"].map(|name| Rule { exprs: vec![Expr::InputInterface(name.to_owned()), Expr::Accept] });
-    let rules = Ruleset {
+    let mut rules = Ruleset {
         chains: vec![
             chain("guard", Hook::Prerouting, ChainKind::Filter, -300, names.to_vec()),
             chain("dnat", Hook::Prerouting, ChainKind::Nat, -100, Vec::new()),
@@ -64,6 +64,7 @@ fn every_address_and_hook_is_read_and_listed() {
         ],
         ..Ruleset::default()
     };
+    rules.chains.sort_by(|a, b| a.name.cmp(&b.name));
     in_namespace(|| {
         let mut tables = Tables::open();
         tables.set([rules.clone()]);
@@ -195,7 +196,8 @@ fn what_cannot_be_written_is_refused_by_name() {
         tables.set([rules()]);
         let with = |expr: Expr| {
             let mut rules = rules();
-            rules.chains[0].rules.push(Rule { exprs: vec![expr] });
+            let tunnel = rules.chains.iter_mut().find(|chain| chain.name == "tunnel").expect("a chain");
+            tunnel.rules.push(Rule { exprs: vec![expr] });
             rules
         };
         let mut refused = |rules: Ruleset| {
@@ -214,6 +216,7 @@ fn what_cannot_be_written_is_refused_by_name() {
         let mut long = rules();
         long.chains[1].name = "x".repeat(300);
         let name = long.chains[1].name.clone();
+        long.chains.sort_by(|a, b| a.name.cmp(&b.name));
         let message = refused(long);
         assert!(message.starts_with(&format!("table inet overlayd, chain {name}: ")), "{message}");
         assert_eq!(tables.ruleset(), Some(rules()), "what was in force stays so");
