@@ -2,6 +2,7 @@
 
 use std::future::poll_fn;
 use std::io;
+use std::os::fd::AsFd;
 
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use netlink_sys::{AsyncSocket, TokioSocket};
@@ -64,7 +65,7 @@ impl NftMonitor {
             }
             // A transaction's events come together and carry the port id of its socket: our own are not even queued.
             if let [one, rest @ ..] = own_port_ids {
-                attach_filter(socket.socket_ref(), [*one, *rest.first().unwrap_or(one)])?;
+                attach_filter(socket.socket_ref().as_fd(), [*one, *rest.first().unwrap_or(one)], true)?;
             }
             socket.socket_mut().add_membership(wire::NFNLGRP_NFTABLES)?;
             Ok(socket)
