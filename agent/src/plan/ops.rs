@@ -29,7 +29,7 @@ impl Op {
     }
 
     /// Follows in `state` what the kernel does when it has applied the op: a device takes along what lives on it, a next hop the routes
-    /// that use it, and a device with a new MAC forgets its neighbours (`neigh_changeaddr` in `net/core/neighbour.c`).
+    /// that use it, a table its elements, and a device with a new MAC forgets its neighbours (`neigh_changeaddr` in `net/core/neighbour.c`).
     pub fn record(&self, state: &mut State) {
         match self {
             Op::Set(key, value) => {
@@ -48,6 +48,9 @@ impl Op {
             Op::Delete(key, _) => {
                 match key {
                     Key::Link(_) => forget(state, key, |_| true),
+                    Key::Ruleset(table) => {
+                        state.retain(|key, _| !matches!(key, Key::Element(element) if element.set().table() == *table));
+                    }
                     Key::Nexthop(id) => state.retain(|_, value| *value != Value::Route(Via::Nexthop(*id))),
                     _ => {}
                 }
