@@ -12,7 +12,7 @@ use rtnetlink::LinkUnspec;
 use tokio::runtime::Handle;
 use tokio::sync::Mutex;
 
-use super::known::{LINK_GROUP, PORT_PREFIX, is_marked};
+use super::known::{LINK_GROUP, is_marked};
 use super::link::{foreign, mark};
 use super::netns::{LOOPBACK, Netns, NetnsError, loopback_up};
 use super::objects::{self, LinkInfo, RouteInfo};
@@ -21,6 +21,7 @@ use super::socket::{Refusal, RouteSocket};
 use super::view::{self, OverlayView};
 use super::wire::Query;
 use super::{Shared, blocking, sockets, sysctl};
+use crate::model::device::PORT_PREFIX;
 use crate::model::{Device, Family, Publish};
 use crate::plan::state::PROTOCOL;
 use crate::plan::{ContainerPath, HostPorts, OpError, Plug};
