@@ -9,8 +9,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-PACKAGES=(ca-certificates etcd-client etcd-server gcc iproute2 iptables iputils-ping libc6-dev nftables openssl procps
-    libprotobuf-dev protobuf-compiler tcpdump util-linux)
+PACKAGES=(busybox-static ca-certificates containerd containernetworking-plugins etcd-client etcd-server gcc iproute2 iptables
+    iputils-ping libc6-dev nftables openssl podman procps libprotobuf-dev protobuf-compiler runc tcpdump util-linux)
 WELCOME=(shellcheck) # looked for and used, not needed
 SCRIPTS=(.ci/run tests/run.sh tests/fuzz.sh)
 

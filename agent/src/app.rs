@@ -6,6 +6,7 @@
 
 mod backend;
 mod cleanup;
+mod conflist;
 mod guard;
 mod memory;
 
@@ -30,6 +31,7 @@ use crate::telemetry::LevelHandle;
 pub use cleanup::cleanup;
 
 use backend::AgentBackend;
+use conflist::Conflist;
 use memory::HostMemory;
 
 /// The socket's name in the run directory.
@@ -55,7 +57,8 @@ pub async fn run(config: HostConfig, level: LevelHandle) -> anyhow::Result<()> {
     };
     let (kernel, kernel_events, follow) =
         Kernel::open(&KernelOptions { force_classic_routes: !config.nexthop_objects, ..KernelOptions::default() })?;
-    let endpoints: Endpoints<Plugger> = Endpoints::restore(Arc::clone(&state), kernel.plugger()).await?;
+    let plugger = kernel.plugger();
+    let endpoints: Endpoints<Plugger> = Endpoints::restore(Arc::clone(&state), plugger.clone()).await?;
     let memory = HostMemory::load(Arc::clone(&state))?;
     let metrics = Arc::new(Metrics::new());
     tracing::info!(
@@ -109,6 +112,8 @@ pub async fn run(config: HostConfig, level: LevelHandle) -> anyhow::Result<()> {
     let backend = Arc::new(AgentBackend {
         queries: queries_in,
         endpoints: endpoints.clone(),
+        plugger,
+        masquerade: config.ip_masq,
         store: store_config.clone(),
         time_left: tokio::sync::Mutex::new(None),
         metrics: Arc::clone(&metrics),
@@ -191,7 +196,7 @@ async fn supervise(mut tasks: Tasks, shutdown: Shutdown) -> anyhow::Result<()> {
     }
 }
 
-/// Tells all who build on the overlay that it is in place, and again at each change; has containers wired anew whose interface others removed
+/// Tells all who build on the overlay that it is in place (`subnet.env`, the CNI network list), and again at each change; has containers wired anew whose interface others removed
 /// or whose MTU is another now.
 async fn tell_overlay(
     mut overlays: watch::Receiver<Option<Overlay>>,
@@ -201,6 +206,7 @@ async fn tell_overlay(
     memory: HostMemory,
     stop: tokio_util::sync::CancellationToken,
 ) -> anyhow::Result<()> {
+    let mut conflist = Conflist::of(&config, &config.run_dir.join(SOCKET));
     loop {
         let overlay = overlays.borrow_and_update().clone();
         if let Some(overlay) = overlay {
@@ -216,6 +222,9 @@ async fn tell_overlay(
                 Ok(false) => {}
                 // Containers are attached all the same; only other tools miss the file.
                 Err(error) => tracing::error!(%error, "the subnet file cannot be written"),
+            }
+            if let Some(conflist) = &mut conflist {
+                conflist.write();
             }
         }
         tokio::select! {

@@ -37,6 +37,8 @@ pub struct HostConfig {
     pub state_dir: PathBuf,
     /// The file for other tools.
     pub subnet_file: PathBuf,
+    /// The CNI network list of the default network; none where absent.
+    pub cni_conflist: Option<PathBuf>,
     /// TCP address for metrics and health; off where absent.
     pub metrics_listen: Option<SocketAddr>,
     /// A filter of the `tracing` crate.
@@ -120,6 +122,7 @@ impl Checker {
             node_name: self.node_name(),
             ip_masq: self.boolean("ip-masq"),
             subnet_file,
+            cni_conflist: self.raw.text("cni-conflist").is_some().then(|| self.absolute("cni-conflist")),
             run_dir,
             state_dir: self.absolute("state-dir"),
             metrics_listen: self.parsed("metrics-listen", "is not ADDRESS:PORT such as 127.0.0.1:9780"),

@@ -27,8 +27,10 @@ mod objects;
 mod rtnl;
 pub mod setup;
 mod socket;
+mod sockets;
 mod sysctl;
 mod uapi;
+mod view;
 mod wire;
 
 #[cfg(test)]
@@ -42,6 +44,7 @@ use tokio::sync::{Mutex, mpsc};
 
 pub use container::Plugger;
 pub use monitor::Monitor;
+pub use view::OverlayView;
 
 use self::batch::BatchSocket;
 use self::ethtool::Ethtool;
@@ -162,10 +165,15 @@ impl DataPath for Kernel {
         let mut report = ApplyReport::default();
         let fdb = batch.iter().filter(|op| matches!(op.key(), Key::Fdb(..))).count();
         let _unheard = (fdb >= UNHEARD).then(|| self.ears.without_fdb());
-        for (n, turn) in batch.chunks(TURN).enumerate() {
+        let mut begin = 0;
+        while begin < batch.len() {
+            let mut end = batch.len().min(begin + TURN);
+            // A table and the elements of its sets are one transaction.
+            end += batch[end..].iter().take_while(|op| nft::is_rules(op.key())).count();
             let mut shared = self.shared.lock().await;
-            apply(&mut shared, &mut self.batch, turn, n * TURN, &mut report).await;
+            apply(&mut shared, &mut self.batch, &batch[begin..end], begin, &mut report).await;
             drop(shared);
+            begin = end;
             tokio::task::yield_now().await;
         }
         report
@@ -188,9 +196,15 @@ async fn apply(shared: &mut Shared, batch: &mut BatchSocket, ops: &[Op], first: 
     while let Some(op) = rest.first() {
         let at = first + (ops.len() - rest.len());
         let run = rest.iter().take_while(|op| wire::is_wire(op.key())).count();
+        let rules = rest.iter().take_while(|op| nft::is_rules(op.key())).count();
         if run > 0 {
             blocking(|| batch.apply(&rest[..run], at, &mut shared.known, report));
             rest = &rest[run..];
+        } else if rules > 0 {
+            let Shared { nft, known, .. } = shared;
+            let failed = blocking(|| nft.apply(&rest[..rules], &mut known.rules));
+            report.failed.extend(failed.into_iter().map(|(index, error)| (at + index, error)));
+            rest = &rest[rules..];
         } else {
             if let Err(error) = apply_one(shared, op).await {
                 report.failed.push((at, error));
@@ -215,16 +229,6 @@ async fn apply_one(shared: &mut Shared, op: &Op) -> Result<(), OpError> {
             address::set(&mut shared.links(), *device, *address, true).await
         }
         Op::Delete(Key::Address(device, address), _) => address::set(&mut shared.links(), *device, *address, false).await,
-        Op::Set(Key::Ruleset, Value::Ruleset(rules)) => {
-            blocking(|| shared.nft.set_ruleset(rules))?;
-            shared.known.rules.insert(Key::Ruleset, Value::Ruleset(rules.clone()));
-            Ok(())
-        }
-        Op::Delete(Key::Ruleset, _) => {
-            blocking(|| shared.nft.delete_ruleset())?;
-            shared.known.rules.remove(&Key::Ruleset);
-            Ok(())
-        }
         Op::Set(Key::ForwardAccept(family), Value::ForwardAccept(network)) => {
             blocking(|| shared.nft.set_forward_accept(*family, *network))?;
             shared.known.rules.insert(Key::ForwardAccept(*family), Value::ForwardAccept(*network));

@@ -30,6 +30,7 @@ use crate::model::{Device, Endpoint, Mac, NetworkConfig, Node, Peer, PerFamily, 
 use crate::plan::desired::{Host, NexthopIds};
 use crate::plan::diff::{diff, diff_keys};
 use crate::plan::roster::{LeaseKey, OwnHost, Roster};
+use crate::plan::ruleset::Table;
 use crate::plan::underlay::{Inventory, Selection, Underlay};
 use crate::plan::{Batch, DataPath, KernelEvent, Key, Op, State, Value};
 
@@ -400,7 +401,9 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         self.metrics.set_ready(ready);
         channels.ready.send_if_modified(|was| std::mem::replace(was, ready) != ready);
         if let Some(host) = &self.host
-            && !self.repairs.any(|key| matches!(key, Key::Link(_) | Key::Address(..) | Key::Sysctl(_) | Key::Ruleset))
+            && !self
+                .repairs
+                .any(|key| matches!(key, Key::Link(_) | Key::Address(..) | Key::Sysctl(_) | Key::Ruleset(Table::Inet)))
         {
             let overlay = Overlay {
                 network: host.network.clone(),

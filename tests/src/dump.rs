@@ -16,7 +16,10 @@ use crate::programs::{Said, needs};
 pub struct Dump(BTreeSet<String>);
 
 /// Fields that a clock or a counter changes.
-const VOLATILE: [&str; 10] = [
+const VOLATILE: [&str; 13] = [
+    "forward_delay_timer",
+    "hold_timer",
+    "message_age_timer",
     "hello_timer",
     "tcn_timer",
     "topology_change_timer",

@@ -7,6 +7,7 @@
 pub mod capture;
 pub mod churn;
 pub mod cluster;
+pub mod cni;
 pub mod damage;
 pub mod dump;
 pub mod etcd;
@@ -14,8 +15,10 @@ pub mod faults;
 pub mod flow;
 pub mod gateway;
 pub mod http;
+pub mod image;
 pub mod junk;
 pub mod kernel;
+pub mod left;
 pub mod notify;
 pub mod peers;
 pub mod programs;

@@ -28,13 +28,7 @@ fn read_all(shared: &mut Shared, nexthop_objects: bool) -> Result<State, OpError
     links(shared)?;
     addresses(shared)?;
     sysctls(&mut shared.known)?;
-    let rules = shared.nft.dump()?;
-    if let Some(ruleset) = rules.ruleset {
-        shared.known.rules.insert(Key::Ruleset, Value::Ruleset(Box::new(ruleset)));
-    }
-    for (family, network) in rules.forward_accept.iter() {
-        shared.known.rules.insert(Key::ForwardAccept(family), Value::ForwardAccept(*network));
-    }
+    shared.known.rules = shared.nft.dump()?.into_entries();
     let mut state = shared.known.state();
     let mut queries: Vec<Query> = Vec::new();
     for (index, device) in shared.known.devices() {
@@ -135,6 +129,8 @@ fn links(shared: &mut Shared) -> Result<(), OpError> {
     let mut links = objects::links(&mut shared.socket)?;
     // Bridges first: a port's state names its bridge.
     links.sort_by_key(|link| link.kind != "bridge");
+    // One that is on its way out takes some milliseconds to go.
+    links.retain(|link| !shared.known.is_removed(link.index));
     for link in links {
         if let Some(state) = shared.known.link_state(&link, |name| shared.ethtool.tx_checksum(name)) {
             shared.known.put_link(&link.name, link.index, state);
@@ -159,7 +155,12 @@ fn sysctls(known: &mut Known) -> Result<(), OpError> {
     let mut paths: Vec<String> = known.sysctls.keys().cloned().collect();
     paths.extend([sysctl::IPV4_FORWARD.to_owned(), sysctl::IPV6_FORWARD.to_owned()]);
     let ours = known.links.iter().filter(|(_, (_, link))| !matches!(link.kind, LinkKind::Foreign { .. }));
-    paths.extend(ours.map(|(name, _)| sysctl::accept_ra(name)));
+    for (name, (_, link)) in ours {
+        paths.push(sysctl::accept_ra(name));
+        if link.kind == LinkKind::Bridge {
+            paths.push(sysctl::route_localnet(name));
+        }
+    }
     known.sysctls.clear();
     for path in paths {
         let found = sysctl::read(&path)?.or_else(|| sysctl::is_moot(&path).then(|| sysctl::OFF.to_owned()));

@@ -12,6 +12,7 @@ use super::socket::{Refusal, RouteSocket};
 use super::uapi::NHA_OIF;
 use super::wire::{NHMSG, Query, family_of};
 use super::{Shared, known};
+use crate::model::device::PORT_PREFIX;
 use crate::model::{Device, Family};
 use crate::plan::OpError;
 use crate::plan::underlay::{DefaultRoute, ForeignLink, Inventory};
@@ -23,7 +24,7 @@ pub fn inventory(shared: &mut Shared) -> Result<Inventory, OpError> {
     addresses.retain(objects::AddressInfo::is_global);
     // Stable: what the kernel lists first stays first among equals.
     addresses.sort_by_key(|a| (a.is_deprecated(), !a.flags.contains(AddressFlags::Permanent)));
-    let named_ours = |name: &str| Device::from_name(name).is_some() || name.starts_with(known::PORT_PREFIX);
+    let named_ours = |name: &str| Device::from_name(name).is_some() || name.starts_with(PORT_PREFIX);
     let links = links
         .into_iter()
         .filter(|link| !(named_ours(&link.name) && known::is_marked(link)))

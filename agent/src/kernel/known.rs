@@ -10,6 +10,7 @@ use std::net::IpAddr;
 use ipnetwork::IpNetwork;
 
 use super::objects::{LinkInfo, VxlanInfo};
+use crate::model::device::PORT_PREFIX;
 use crate::model::{Device, Mac, Role, Vni};
 use crate::plan::state::{LINK_ALIAS, LinkKind, LinkState, Value, Vxlan};
 use crate::plan::{Key, State};
@@ -17,8 +18,6 @@ use crate::plan::{Key, State};
 /// The group (`ip link show group N`) that links of ours are created with. The alias can only be set in a second request: by the group a link
 /// is known whose creation a crash cut in two. The number is the protocol's, twice.
 pub const LINK_GROUP: u32 = 0x5656;
-/// What the names of the host's ends of endpoints' veth pairs begin with.
-pub const PORT_PREFIX: &str = "ove";
 /// How many links that we removed are remembered.
 const REMEMBERED: usize = 4096;
 
@@ -95,6 +94,11 @@ impl Known {
         if self.removed_links.len() > REMEMBERED {
             self.removed_links.pop_first();
         }
+    }
+
+    /// Takes that back: it could not be removed.
+    pub fn kept_link(&mut self, index: u32) {
+        self.removed_links.remove(&index);
     }
 
     /// Whether we removed the link with that index.

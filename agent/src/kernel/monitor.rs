@@ -181,7 +181,9 @@ impl Monitor {
     /// Reads the rules anew and tells what differs from what is known.
     async fn note_rules(&mut self, change: NftChange) {
         let mut shared = self.shared.lock().await;
-        let rules = match blocking(|| shared.nft.dump()) {
+        let forward_alone = change == NftChange::Forward;
+        let read = blocking(|| if forward_alone { shared.nft.dump_forward() } else { shared.nft.dump() });
+        let rules = match read {
             Ok(rules) => rules,
             Err(error) => {
                 tracing::warn!(%error, ?change, "nf_tables changed and could not be read");
@@ -189,26 +191,23 @@ impl Monitor {
                 return;
             }
         };
-        let ruleset = rules.ruleset.map(|r| Value::Ruleset(Box::new(r)));
-        let mut now = vec![(Key::Ruleset, ruleset)];
-        for family in Family::ALL {
-            let accepted = rules.forward_accept.get(family).map(|network| Value::ForwardAccept(*network));
-            now.push((Key::ForwardAccept(family), accepted));
-        }
-        let known = &mut shared.known.rules;
-        for (key, value) in now {
-            if known.get(&key) == value.as_ref() {
-                continue;
-            }
-            match &value {
-                Some(value) => known.insert(key.clone(), value.clone()),
-                None => known.remove(&key),
-            };
-            self.pending.changed(key, value);
-        }
         if self.forward_drops.as_ref() != Some(&rules.forward_drops) {
-            self.forward_drops = Some(rules.forward_drops);
+            self.forward_drops = Some(rules.forward_drops.clone());
             self.pending.underlay();
+        }
+        let now = rules.into_entries();
+        let known = &mut shared.known.rules;
+        let concerned = |key: &Key| !forward_alone || matches!(key, Key::ForwardAccept(_));
+        let gone: Vec<Key> = known.keys().filter(|key| concerned(key) && !now.contains_key(key)).cloned().collect();
+        for key in gone {
+            known.remove(&key);
+            self.pending.changed(key, None);
+        }
+        for (key, value) in now {
+            if known.get(&key) != Some(&value) {
+                known.insert(key.clone(), value.clone());
+                self.pending.changed(key, Some(value));
+            }
         }
     }
 
@@ -295,7 +294,7 @@ fn listen(own: [u32; 2]) -> io::Result<TokioSocket> {
 
 /// Drops messages whose `nlmsg_pid` is one of ours, and those about FDB entries unless `fdb`: a classic BPF program (`linux/filter.h`), run by the
 /// kernel on each message before it is queued.
-fn attach_filter(socket: BorrowedFd<'_>, own: [u32; 2], fdb: bool) -> io::Result<()> {
+pub(super) fn attach_filter(socket: BorrowedFd<'_>, own: [u32; 2], fdb: bool) -> io::Result<()> {
     /// Offsets of `nlmsg_type` and `nlmsg_pid` in `struct nlmsghdr`, and of `ndm_family` behind it.
     const TYPE: u32 = 4;
     const PORT: u32 = 12;

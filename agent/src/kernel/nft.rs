@@ -1,24 +1,31 @@
-//! nf_tables over nfnetlink: our table `inet overlayd`, and our accept rules in iptables' FORWARD chains.
+//! nf_tables over nfnetlink: our tables `inet overlayd` and `bridge overlayd`, and our accept rules in iptables' FORWARD chains.
 //!
 //! Owns one blocking socket ([`Nft`]) and one that listens ([`NftMonitor`]), both of the network namespace that they were opened in. No
 //! process is started and no other table is touched. No tasks: [`Nft`]'s calls take some hundred microseconds and belong on a blocking
 //! thread, [`NftMonitor`] is awaited by whoever follows the kernel.
 
+mod apply;
 mod channel;
 mod expr;
 mod forward;
 mod monitor;
+mod set;
 mod table;
 #[cfg(test)]
 mod tests;
 mod wire;
 
+use std::collections::BTreeMap;
+
+pub(super) use apply::is_rules;
 pub use monitor::{NftChange, NftMonitor};
+pub use table::Counted;
 
 use channel::Channel;
 
 use crate::model::{Cidr, Family, PerFamily};
-use crate::plan::{OpError, Ruleset};
+use crate::plan::ruleset::{Counter, Table};
+use crate::plan::{Key, Op, OpError, Ruleset, State, Value};
 
 /// nf_tables of one network namespace.
 pub struct Nft {
@@ -28,13 +35,31 @@ pub struct Nft {
 /// What nf_tables holds that is ours or concerns us, at one moment.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct NftState {
-    /// The table `inet overlayd`, all of it; `None` where there is none. After [`Nft::set_ruleset`] it equals what was set.
-    pub ruleset: Option<Ruleset>,
+    /// Our tables and what their sets hold, as [`Key::Ruleset`] and [`Key::Element`]. After [`Nft::apply`] it equals what was set.
+    pub rules: State,
     /// The network that our rules in iptables' FORWARD chain accept. Where others altered them, a value that no network has: the
     /// unspecified address with full length (`0.0.0.0/32`, `::/128`).
     pub forward_accept: PerFamily<Cidr>,
     /// The families whose FORWARD chain of iptables drops what no rule decides.
     pub forward_drops: Vec<Family>,
+}
+
+impl NftState {
+    /// One of our tables; `None` where there is none.
+    pub fn ruleset(&self, table: Table) -> Option<&Ruleset> {
+        match self.rules.get(&Key::Ruleset(table)) {
+            Some(Value::Ruleset(ruleset)) => Some(ruleset),
+            _ => None,
+        }
+    }
+
+    /// All of it as entries.
+    pub fn into_entries(self) -> State {
+        let mut entries = self.rules;
+        let accepted = |(family, network): (Family, &Cidr)| (Key::ForwardAccept(family), Value::ForwardAccept(*network));
+        entries.extend(self.forward_accept.iter().map(accepted));
+        entries
+    }
 }
 
 impl Nft {
@@ -57,34 +82,59 @@ impl Nft {
     /// No permission, no nf_tables in the kernel, or others change it faster than it can be read (`EINTR`).
     pub fn dump(&mut self) -> Result<NftState, OpError> {
         let read = |channel: &mut Channel| {
-            let mut state = NftState { ruleset: table::read(channel)?, ..NftState::default() };
-            for family in Family::ALL {
-                let forward = forward::read(channel, family)?;
-                *state.forward_accept.slot(family) = forward.accepted(family);
-                if forward.drops {
-                    state.forward_drops.push(family);
-                }
-            }
+            let mut state = NftState { rules: read_rules(channel)?, ..NftState::default() };
+            read_forward(channel, &mut state)?;
             Ok(state)
         };
         self.channel.consistent(read).map(|(state, _)| state)
     }
 
-    /// Makes the table hold exactly this, in one transaction: no packet sees anything between. Counters begin anew.
+    /// Reads what concerns us of iptables' FORWARD chains alone: nothing of our tables.
     ///
     /// # Errors
-    /// The kernel refused a part (named in the message), or the value has parts that were only ever read
-    /// ([`Expr::Foreign`](crate::plan::ruleset::Expr::Foreign)); what was in force stays so.
-    pub fn set_ruleset(&mut self, ruleset: &Ruleset) -> Result<(), OpError> {
-        table::replace(&mut self.channel, ruleset)
+    /// As [`Nft::dump`].
+    pub fn dump_forward(&mut self) -> Result<NftState, OpError> {
+        let read = |channel: &mut Channel| {
+            let mut state = NftState::default();
+            read_forward(channel, &mut state)?;
+            Ok(state)
+        };
+        self.channel.consistent(read).map(|(state, _)| state)
     }
 
-    /// Deletes the table. That there is none is success.
+    /// Applies changes of our tables and their elements ([`Key::Ruleset`], [`Key::Element`]), in one transaction: no packet sees anything between. A
+    /// table that is replaced keeps the elements of its sets and what its counters have counted. `known` is what is there, and is made what is there
+    /// afterwards; where it turns out to be wrong it is read anew. What is there already is not written.
+    ///
+    /// Returns the ops that failed, by their index: the kernel refused a part (named in the message), or the value has parts that were only ever
+    /// read ([`Expr::Foreign`](crate::plan::ruleset::Expr::Foreign)). The others are in force.
+    pub fn apply(&mut self, ops: &[Op], known: &mut State) -> Vec<(usize, OpError)> {
+        let mut rules = std::mem::take(known);
+        // Which are behind our tables in the order of keys.
+        let others = rules.split_off(&Key::ForwardAccept(Family::V4));
+        let failed =
+            apply::apply(&mut self.channel, ops, &mut rules, |channel| channel.consistent(read_rules).map(|(rules, _)| rules));
+        rules.extend(others);
+        *known = rules;
+        failed
+    }
+
+    /// What was dropped on purpose since the tables were first made.
     ///
     /// # Errors
-    /// The kernel refused.
-    pub fn delete_ruleset(&mut self) -> Result<(), OpError> {
-        table::delete(&mut self.channel)
+    /// No permission, or no nf_tables in the kernel.
+    pub fn counters(&mut self) -> Result<BTreeMap<Counter, Counted>, OpError> {
+        let mut all = BTreeMap::new();
+        for table in Table::ALL {
+            all.extend(table::counters(&mut self.channel, table)?);
+        }
+        Ok(all)
+    }
+
+    /// The number of the last transaction in the namespace, whoever's.
+    #[cfg(test)]
+    fn generation(&mut self) -> u32 {
+        self.channel.consistent(|_| Ok(())).expect("a generation").1
     }
 
     /// Has iptables' FORWARD chain of a family accept what comes from and goes to a network, by two rules at its head. Rules of ours for
@@ -107,4 +157,31 @@ impl Nft {
     pub fn delete_forward_accept(&mut self, family: Family) -> Result<(), OpError> {
         forward::set(&mut self.channel, family, None)
     }
+}
+
+/// Reads our tables and what their sets hold. To be called inside [`Channel::consistent`].
+fn read_rules(channel: &mut Channel) -> Result<State, OpError> {
+    let mut rules = State::new();
+    for table in Table::ALL {
+        let Some(mut ruleset) = table::read(channel, table)? else { continue };
+        for set in ruleset.sets.clone() {
+            if !set::read_elements(channel, set, &mut rules)? {
+                ruleset.foreign.push(format!("elements of set {} that are not ours", set.name()));
+            }
+        }
+        rules.insert(Key::Ruleset(table), Value::Ruleset(Box::new(ruleset)));
+    }
+    Ok(rules)
+}
+
+/// Reads what concerns us of iptables' FORWARD chains. To be called inside [`Channel::consistent`].
+fn read_forward(channel: &mut Channel, state: &mut NftState) -> Result<(), OpError> {
+    for family in Family::ALL {
+        let forward = forward::read(channel, family)?;
+        *state.forward_accept.slot(family) = forward.accepted(family);
+        if forward.drops {
+            state.forward_drops.push(family);
+        }
+    }
+    Ok(())
 }

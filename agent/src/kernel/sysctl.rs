@@ -18,6 +18,11 @@ pub fn accept_ra(interface: &str) -> String {
     format!("ipv6/conf/{interface}/accept_ra")
 }
 
+/// Whether packets from and to 127.0.0.0/8 may pass an interface.
+pub fn route_localnet(interface: &str) -> String {
+    format!("ipv4/conf/{interface}/route_localnet")
+}
+
 /// The value at a path below `/proc/sys/net`; `None` where there is no such file, as without IPv6.
 pub fn read(path: &str) -> Result<Option<String>, OpError> {
     match fs::read_to_string(file(path)?) {

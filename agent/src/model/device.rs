@@ -6,6 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{Family, Vni};
 
+/// What the names of the host's ends of endpoints' veth pairs begin with.
+pub const PORT_PREFIX: &str = "ove";
+
 /// What a device of ours does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -2,14 +2,15 @@
 //! endpoints.
 
 use std::collections::{HashMap, HashSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ipnetwork::IpNetwork;
 
-use super::ruleset::ruleset;
+use super::ruleset::{Element, Rules, guard};
 use super::state::{Key, LinkKind, LinkState, NEXTHOP_IDS, State, Value, Via, Vxlan};
 use super::underlay::Underlay;
-use crate::model::{Device, Family, Mac, NetworkConfig, Peer, PerFamily, Role, Subnet};
+use crate::model::peer::Reach;
+use crate::model::{Device, Endpoint, Family, Mac, NetworkConfig, Peer, PerFamily, Port, Publish, Role, Subnet};
 
 /// Everything about this host that its kernel state follows from, peers aside.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,10 +31,29 @@ pub struct Host {
     pub tx_checksum: bool,
     /// Whether the kernel has next-hop objects and they are to be used.
     pub nexthop_objects: bool,
-    /// The host's ends of the endpoints' veth pairs.
-    pub ports: Vec<String>,
+    /// The endpoints that have a port on the bridge.
+    pub ports: Vec<Attached>,
     /// Families in which iptables' FORWARD chain drops what nobody accepts.
     pub forward_drops: Vec<Family>,
+}
+
+/// An endpoint as far as this host's kernel is concerned.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attached {
+    /// Its veth pair.
+    pub port: Port,
+    /// Ports of the host that lead to it.
+    pub published: Vec<Publish>,
+    /// Whether it may send with its own address and MAC only.
+    pub source_check: bool,
+}
+
+impl Attached {
+    /// What there is to say of an endpoint; `None` where it has no port on the bridge.
+    pub fn of(endpoint: &Endpoint) -> Option<Attached> {
+        let port = endpoint.port.clone()?;
+        Some(Attached { port, published: endpoint.published.clone(), source_check: endpoint.source_check })
+    }
 }
 
 impl Host {
@@ -49,6 +69,7 @@ impl Host {
             && self.underlay.public_ip == other.underlay.public_ip
             && self.vtep == other.vtep
             && self.nexthop_objects == other.nexthop_objects
+            && self.masquerade == other.masquerade
     }
 
     /// MTU of a family's VXLAN device in bytes: the underlay's less the encapsulation.
@@ -103,6 +124,12 @@ impl Host {
                 state.insert(Key::Sysctl((*path).to_owned()), Value::Sysctl("1".to_owned()));
             }
         }
+        if self.families().any(|family| family == Family::V4) {
+            // A port of 127.0.0.1 that leads to a container: the packet leaves with that source, and its answer comes back to it. The table has a
+            // chain that keeps containers from using it for anything else.
+            let path = format!("ipv4/conf/{bridge}/route_localnet");
+            state.insert(Key::Sysctl(path), Value::Sysctl(u8::from(self.publishes()).to_string()));
+        }
         // What we create takes no router advertisement, neither from a container nor through the tunnel; also where the network has no
         // IPv6, because the host may have it.
         for device in self.families().map(|family| Device::vxlan(family, vni)).chain([bridge]) {
@@ -115,10 +142,19 @@ impl Host {
         }
         let link = |kind, mac, master| Value::Link(Box::new(LinkState { kind, mac, mtu: self.mtu(), up: true, master }));
         state.insert(Key::Link(bridge.name()), link(LinkKind::Bridge, Some(self.bridge_mac), None));
-        for port in &self.ports {
-            state.insert(Key::Link(port.clone()), link(LinkKind::Port, None, Some(bridge)));
+        for attached in &self.ports {
+            state.insert(Key::Link(attached.port.host_interface.clone()), link(LinkKind::Port, None, Some(bridge)));
+            state.extend(
+                may_send(&attached.port, attached.source_check).map(|element| (Key::Element(element), Value::Element(None))),
+            );
+            let published = attached.published.iter().flat_map(|publish| leads_to(publish, &attached.port));
+            state.extend(published.map(|(element, target)| (Key::Element(element), Value::Element(Some(target)))));
         }
-        state.insert(Key::Ruleset, Value::Ruleset(Box::new(ruleset(&self.network, self.masquerade))));
+        let publishes = self.publishes();
+        let rules = Rules { network: &self.network, subnet: &self.subnet, masquerade: self.masquerade, publishes };
+        for ruleset in [rules.ruleset(), guard()] {
+            state.insert(Key::Ruleset(ruleset.table), Value::Ruleset(Box::new(ruleset)));
+        }
         for family in &self.forward_drops {
             if let Some(network) = self.network.network(*family) {
                 state.insert(Key::ForwardAccept(*family), Value::ForwardAccept(network));
@@ -127,13 +163,31 @@ impl Host {
         state
     }
 
-    /// What the kernel should hold for a peer: four entries a family, three with classic routes.
+    /// Whether any port of this host leads to an endpoint.
+    fn publishes(&self) -> bool {
+        self.ports.iter().any(|attached| !attached.published.is_empty())
+    }
+
+    /// What a peer may send through the tunnel: from its subnet, and where packets to it are not masqueraded, its own answers to them.
+    fn may_tunnel(&self, family: Family, reach: &Reach) -> impl Iterator<Item = Element> {
+        let Reach { subnet, public_ip, .. } = *reach;
+        let usual = self.network.pools.get(family).is_some_and(|pool| pool.subnet_length == subnet.length());
+        let from = if usual {
+            Element::Peer(Box::new((public_ip, subnet.base())))
+        } else {
+            Element::Range(Box::new((public_ip, subnet.base(), subnet.last())))
+        };
+        [Some(from), (!self.masquerade).then_some(Element::Host(public_ip))].into_iter().flatten()
+    }
+
+    /// What the kernel should hold for a peer: five entries a family, four with classic routes.
     pub fn peer_entries(&self, peer: &Peer, ids: &mut NexthopIds) -> Vec<(Key, Value)> {
         let mut entries = Vec::with_capacity(8);
         for family in self.families() {
             let Some(reach) = peer.reach.get(family) else { continue };
             let device = Device { role: Role::Vxlan(family), vni: self.network.vxlan.vni };
             let gateway = reach.subnet.base();
+            entries.extend(self.may_tunnel(family, reach).map(|element| (Key::Element(element), Value::Element(None))));
             entries.push((Key::Fdb(device, reach.vtep), Value::Fdb(reach.public_ip)));
             entries.push((Key::Neigh(device, gateway), Value::Neigh(reach.vtep)));
             let via = if self.nexthop_objects {
@@ -147,6 +201,33 @@ impl Host {
         }
         entries
     }
+}
+
+/// What an endpoint may send from: its MAC with its addresses, and with the link-local address that the kernel makes of it.
+pub fn may_send(port: &Port, source_check: bool) -> impl Iterator<Item = Element> + '_ {
+    let interface = || port.host_interface.clone();
+    let link_local = port.addresses.v6.map(|_| link_local(port.mac));
+    let addresses = port.addresses.iter().map(|(_, address)| *address).chain(link_local);
+    let source = move |address| Element::Source(Box::new((interface(), port.mac, address)));
+    let unchecked = (!source_check).then(|| Element::Unchecked(port.host_interface.clone()));
+    addresses.filter(move |_| source_check).map(source).chain(unchecked)
+}
+
+/// The elements of a published port, or run of ports, and where each leads. One element a port: a run of the whole range is 65,535 of them, a look-up
+/// costs the same.
+fn leads_to<'a>(publish: &'a Publish, port: &'a Port) -> impl Iterator<Item = (Element, SocketAddr)> + 'a {
+    let served = move |family: Family| publish.address.is_none_or(|address| Family::of(address) == family);
+    let Publish { address, protocol, .. } = *publish;
+    port.addresses.iter().filter(move |(family, _)| served(*family)).flat_map(move |(family, to)| {
+        (0..publish.count).filter_map(move |n| {
+            let host_port = publish.host_port.checked_add(n)?;
+            let element = match address.filter(|address| !address.is_unspecified()) {
+                Some(address) => Element::Bound(address, protocol, host_port),
+                None => Element::Port(family, protocol, host_port),
+            };
+            Some((element, SocketAddr::new(*to, publish.container_port.checked_add(n)?)))
+        })
+    })
 }
 
 /// The sysctls that let a host forward a family.

@@ -232,19 +232,23 @@ fn ours(key: &Key, found: &Value) -> bool {
 ///
 /// Router advertisements are settled before forwarding is switched on, because the kernel drops default routes that came from them at that
 /// moment (`rt6_purge_dflt_routers` in `net/ipv6/route.c`). The FDB entry comes before the neighbour, so that no neighbour points to a MAC
-/// without a destination; the route comes last, because it draws the traffic.
+/// without a destination; the route comes last, because it draws the traffic. What a peer may send passes before anything is sent to it.
 fn stage(key: &Key) -> u8 {
     match key {
         // Ports need their bridge.
         Key::Link(name) => u8::from(Device::from_name(name).is_none()),
         Key::Sysctl(path) if path.ends_with("accept_ra") => 2,
+        // What lets 127.0.0.0/8 leave the host comes behind the rules that keep others from it.
+        Key::Sysctl(path) if path.ends_with("route_localnet") => 8,
         Key::Sysctl(_) => 3,
         Key::Address(..) => 4,
-        Key::Ruleset | Key::ForwardAccept(_) => 5,
-        Key::Fdb(..) => 6,
-        Key::Neigh(..) => 7,
-        Key::Nexthop(_) => 8,
-        Key::Route(_) => 9,
+        Key::ForwardAccept(_) => 5,
+        Key::Ruleset(_) => 6,
+        Key::Element(_) => 7,
+        Key::Fdb(..) => 9,
+        Key::Neigh(..) => 10,
+        Key::Nexthop(_) => 11,
+        Key::Route(_) => 12,
     }
 }
 

@@ -1,50 +1,132 @@
-//! The nftables table `inet overlayd` as a value: what `kernel::nft` writes, reads back and compares.
+//! The nftables tables `inet overlayd` and `bridge overlayd` as values: what `kernel::nft` writes, reads back and compares.
 //!
 //! A rule is a list of [`Expr`], the few nf_tables expressions that our rules need. Rules of others never appear here. As text
-//! (`Display`) it is what `nft -s list table inet overlayd` prints.
+//! (`Display`) it is what `nft -s -t list table ...` prints. What the sets hold is not part of a ruleset: each [`Element`] is an entry of its own, so
+//! that a peer or an endpoint more is one element more and no new table.
 
+mod guard;
+mod host;
+mod set;
 mod text;
-
-use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::{Cidr, Family, NetworkConfig};
+use crate::model::{Cidr, Family};
 
-/// The family and name of our table.
+pub use guard::guard;
+pub use host::Rules;
+pub use set::{Datum, Element, SetName, Type};
+
+/// The name of our tables, in either family.
 pub const TABLE: &str = "overlayd";
 
-/// Everything in our table.
+/// Our tables, by their family of nf_tables.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Table {
+    /// IPv4 and IPv6 packets to, from and through the host: forwarding, masquerade, published ports, who may tunnel to us.
+    #[default]
+    Inet,
+    /// Frames that the bridge receives from containers.
+    Bridge,
+}
+
+impl Table {
+    /// Both.
+    pub const ALL: [Table; 2] = [Table::Inet, Table::Bridge];
+}
+
+/// Everything in one of our tables but the elements of its sets.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ruleset {
-    /// The base chains, in the order in which they are made.
+    /// Whose family.
+    #[serde(default)]
+    pub table: Table,
+    /// The named counters, in order of their names.
+    #[serde(default)]
+    pub counters: Vec<Counter>,
+    /// The sets and maps, in their order.
+    #[serde(default)]
+    pub sets: Vec<SetName>,
+    /// The chains, in order of their names.
     pub chains: Vec<Chain>,
     /// What the table holds beside them, each in words: `flags 0x1`, `chain extra`, `set s`. Only in actual
-    /// state: it makes the ruleset differ. Later sets and maps of ours get fields of their own.
+    /// state: it makes the ruleset differ.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub foreign: Vec<String>,
 }
 
-/// A base chain with its rules.
+/// What is dropped on purpose, each counted by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Counter {
+    /// Containers' packets to the overlay's VXLAN port.
+    Encapsulation,
+    /// Containers' packets from or to addresses of the loopback device, which no wire carries.
+    Loopback,
+    /// VXLAN packets with our VNI that no peer may send: the outer source is no peer's, or the inner one not of that peer's subnet.
+    Tunnel,
+    /// Containers' answers of a DHCP server.
+    Dhcp,
+    /// Containers' router advertisements, redirects and router solicitations.
+    Router,
+    /// Frames with an address or a MAC that is not the container's own.
+    Source,
+}
+
+impl Counter {
+    /// Each, in order.
+    pub const ALL: [Counter; 6] =
+        [Counter::Encapsulation, Counter::Loopback, Counter::Tunnel, Counter::Dhcp, Counter::Router, Counter::Source];
+
+    /// Its name in the table, and the word for metrics and messages.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Counter::Encapsulation => "encapsulation",
+            Counter::Loopback => "loopback",
+            Counter::Tunnel => "tunnel",
+            Counter::Dhcp => "dhcp",
+            Counter::Router => "router",
+            Counter::Source => "source",
+        }
+    }
+
+    /// The table that it is in.
+    pub const fn table(self) -> Table {
+        match self {
+            Counter::Encapsulation | Counter::Loopback | Counter::Tunnel => Table::Inet,
+            Counter::Dhcp | Counter::Router | Counter::Source => Table::Bridge,
+        }
+    }
+}
+
+/// A chain with its rules.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Chain {
     /// Its name in the table.
     pub name: String,
-    /// Where it hooks in.
+    /// Where it hooks in; `None` for one that others jump to.
+    pub base: Option<Base>,
+    /// Its rules in order.
+    pub rules: Vec<Rule>,
+}
+
+/// Where a base chain hooks in. Its policy is always accept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Base {
+    /// The hook.
     pub hook: Hook,
     /// `filter` or `nat`.
     pub kind: ChainKind,
     /// Priority in the hook, as in `nft`: lower runs first.
     pub priority: i32,
-    /// Its rules in order. The policy is always accept.
-    pub rules: Vec<Rule>,
 }
 
-/// Netfilter hooks of the inet family.
+/// Netfilter hooks of the inet and bridge families.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Hook {
-    /// Before routing.
+    /// Before routing, or before the bridge looks where to send a frame and learns from where it came.
     Prerouting,
     /// To this host.
     Input,
@@ -73,6 +155,73 @@ pub struct Rule {
     pub exprs: Vec<Expr>,
 }
 
+/// A part of a packet, or something known of it. Lengths and offsets are in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Field {
+    /// `iifname`: 16 bytes.
+    InputInterface,
+    /// `oifname`: 16 bytes.
+    OutputInterface,
+    /// `meta protocol`, the EtherType behind VLAN tags that the kernel has taken off: 2 bytes.
+    Protocol,
+    /// `meta l4proto`, the transport protocol: 1 byte.
+    Layer4,
+    /// `ether saddr`: 6 bytes.
+    EtherSource,
+    /// `ip saddr` or `ip6 saddr`.
+    Source(Family),
+    /// `ip daddr` or `ip6 daddr`.
+    Destination(Family),
+    /// `ip6 nexthdr`: 1 byte.
+    NextHeader,
+    /// `ip6 length`, of what follows the IPv6 header: 2 bytes.
+    PayloadLength,
+    /// `arp saddr ether`: 6 bytes.
+    ArpSenderMac,
+    /// `arp saddr ip`: 4 bytes.
+    ArpSenderAddress,
+    /// `th dport`: 2 bytes.
+    DestinationPort,
+    /// `@th,...`: bytes behind the beginning of the transport header, of which only the leading bits count.
+    Transport {
+        /// Where.
+        offset: u8,
+        /// How many.
+        length: u8,
+        /// How many of the bits count; the others are taken for zero.
+        prefix: u8,
+    },
+}
+
+impl Field {
+    /// Its length in bytes.
+    pub const fn length(self) -> u8 {
+        match self {
+            Field::InputInterface | Field::OutputInterface => 16,
+            Field::Protocol | Field::PayloadLength | Field::DestinationPort => 2,
+            Field::Layer4 | Field::NextHeader => 1,
+            Field::EtherSource | Field::ArpSenderMac => 6,
+            Field::Source(family) | Field::Destination(family) => family.bits() / 8,
+            Field::ArpSenderAddress => 4,
+            Field::Transport { length, .. } => length,
+        }
+    }
+
+    /// Bytes behind the beginning of the transport header, all of which count.
+    pub const fn transport(offset: u8, length: u8) -> Field {
+        Field::Transport { offset, length, prefix: length * 8 }
+    }
+
+    /// The family whose header it stands in.
+    pub const fn family(self) -> Option<Family> {
+        match self {
+            Field::Source(family) | Field::Destination(family) => Some(family),
+            _ => None,
+        }
+    }
+}
+
 /// One match or statement.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -93,57 +242,68 @@ pub enum Expr {
     },
     /// `iifname NAME`.
     InputInterface(String),
+    /// `oifname NAME`.
+    OutputInterface(String),
+    /// A field has this value; with `negate`, another one. A value shorter than an interface's name is one with a wildcard at its end.
+    Field {
+        /// Which.
+        field: Field,
+        /// Another one.
+        negate: bool,
+        /// In network byte order.
+        value: Vec<u8>,
+    },
+    /// `fib daddr type local`: the destination is an address of this host.
+    ToThisHost,
+    /// `ct status dnat`: the connection's destination was translated.
+    Translated,
+    /// The fields one behind the other are in a set. Includes the match on the layer 3 protocol of a field that needs it.
+    In {
+        /// The fields.
+        fields: Vec<Field>,
+        /// The set.
+        set: SetName,
+    },
+    /// `dnat ip to FIELDS map @NAME`: the destination becomes what the map says of the fields, if it says anything.
+    Translate {
+        /// The fields.
+        fields: Vec<Field>,
+        /// The map.
+        map: SetName,
+    },
     /// `counter`.
     Counter,
+    /// `counter name NAME`.
+    Count(Counter),
     /// `accept`.
     Accept,
     /// `drop`.
     Drop,
+    /// `return`: back to the rule that jumped here.
+    Return,
+    /// `jump CHAIN`.
+    Jump(String),
     /// `masquerade random,fully-random`.
     Masquerade,
     /// Something in the kernel that is none of these. Only in actual state: it makes the ruleset differ.
     Foreign,
 }
 
-/// The rules for a network: forwarding to and from the overlay is accepted, and with `masquerade` what leaves the overlay for elsewhere (not
-/// multicast) gets the host's address. Inside the overlay nothing is translated.
-pub fn ruleset(network: &NetworkConfig, masquerade: bool) -> Ruleset {
-    let mut forward = Vec::new();
-    let mut postrouting = Vec::new();
-    for (_, pool) in network.pools.iter() {
-        let cidr = pool.network;
-        forward.push(Rule { exprs: vec![Expr::Source { cidr, negate: false }, Expr::Accept] });
-        forward.push(Rule { exprs: vec![Expr::Destination { cidr, negate: false }, Expr::Accept] });
-        if masquerade {
-            postrouting.push(Rule {
-                exprs: vec![
-                    Expr::Source { cidr, negate: false },
-                    Expr::Destination { cidr, negate: true },
-                    Expr::Destination { cidr: multicast(cidr.family()), negate: true },
-                    Expr::Masquerade,
-                ],
-            });
-        }
-    }
-    let mut chains =
-        vec![Chain { name: "forward".to_owned(), hook: Hook::Forward, kind: ChainKind::Filter, priority: 0, rules: forward }];
-    if masquerade {
-        chains.push(Chain {
-            name: "postrouting".to_owned(),
-            hook: Hook::Postrouting,
-            kind: ChainKind::Nat,
-            // NF_IP_PRI_NAT_SRC in linux/netfilter_ipv4.h.
-            priority: 100,
-            rules: postrouting,
-        });
-    }
-    Ruleset { chains, foreign: Vec::new() }
+/// A rule of these.
+fn rule(exprs: impl IntoIterator<Item = Expr>) -> Rule {
+    Rule { exprs: exprs.into_iter().collect() }
 }
 
-fn multicast(family: Family) -> Cidr {
-    let (address, length): (IpAddr, u8) = match family {
-        Family::V4 => (std::net::Ipv4Addr::new(224, 0, 0, 0).into(), 4),
-        Family::V6 => (std::net::Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0).into(), 8),
-    };
-    Cidr::containing(address, length).unwrap_or_else(|| Cidr::host(address))
+/// A field has this value.
+fn is(field: Field, value: &[u8]) -> Expr {
+    Expr::Field { field, negate: false, value: value.to_vec() }
 }
+
+/// A field has another value.
+fn is_not(field: Field, value: &[u8]) -> Expr {
+    Expr::Field { field, negate: true, value: value.to_vec() }
+}
+
+/// Protocol numbers in IP headers (IANA).
+const UDP: [u8; 1] = [17];
+const ICMPV6: [u8; 1] = [58];

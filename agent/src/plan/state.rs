@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
 use super::Ruleset;
+use super::ruleset::{Element, TABLE, Table};
 use crate::model::{Cidr, Device, Family, Mac, Role, Vni};
 
 /// The protocol number of all that is ours in the kernel (`ip route show proto 86`); unassigned in `/etc/iproute2/rt_protos` and
@@ -30,8 +31,10 @@ pub enum Key {
     Link(String),
     /// An address on a device of ours, with its prefix length and host bits.
     Address(Device, IpNetwork),
-    /// The table `inet overlayd`.
-    Ruleset,
+    /// The table `inet overlayd` or `bridge overlayd`, but for what its sets hold.
+    Ruleset(Table),
+    /// An element of one of its sets. It goes with its table, and stays where the table is replaced.
+    Element(Element),
     /// Our accept rules in iptables' FORWARD chain (`ip filter` or `ip6 filter`), where its policy is DROP.
     ForwardAccept(Family),
     /// Where a VTEP's MAC is reached (`bridge fdb`, flags self permanent).
@@ -56,6 +59,8 @@ pub enum Value {
     Address,
     /// The rules.
     Ruleset(Box<Ruleset>),
+    /// An element is there; in a map, where it leads.
+    Element(Option<SocketAddr>),
     /// The network from and to which forwarding is accepted there.
     ForwardAccept(Cidr),
     /// The underlay address behind a MAC.
@@ -156,7 +161,7 @@ impl Key {
             Key::Address(device, _) | Key::Fdb(device, _) | Key::Neigh(device, _) => Some(*device),
             // `ipv6/conf/ovx6.1/accept_ra`
             Key::Sysctl(path) => path.split('/').nth(2).and_then(Device::from_name),
-            Key::Link(_) | Key::Ruleset | Key::ForwardAccept(_) | Key::Nexthop(_) | Key::Route(_) => None,
+            Key::Link(_) | Key::Ruleset(_) | Key::Element(_) | Key::ForwardAccept(_) | Key::Nexthop(_) | Key::Route(_) => None,
         }
     }
 
@@ -167,7 +172,8 @@ impl Key {
             (Key::Sysctl(_), Value::Sysctl(_))
                 | (Key::Link(_), Value::Link(_))
                 | (Key::Address(..), Value::Address)
-                | (Key::Ruleset, Value::Ruleset(_))
+                | (Key::Ruleset(_), Value::Ruleset(_))
+                | (Key::Element(_), Value::Element(_))
                 | (Key::ForwardAccept(_), Value::ForwardAccept(_))
                 | (Key::Fdb(..), Value::Fdb(_))
                 | (Key::Neigh(..), Value::Neigh(_))
@@ -182,7 +188,8 @@ impl Key {
             Key::Sysctl(_) => "sysctl",
             Key::Link(_) => "link",
             Key::Address(..) => "address",
-            Key::Ruleset => "ruleset",
+            Key::Ruleset(_) => "ruleset",
+            Key::Element(_) => "element",
             Key::ForwardAccept(_) => "forward-accept",
             Key::Fdb(..) => "fdb",
             Key::Neigh(..) => "neigh",
@@ -198,7 +205,8 @@ impl fmt::Display for Key {
             Key::Sysctl(path) => write!(f, "sysctl net/{path}"),
             Key::Link(name) => write!(f, "link {name}"),
             Key::Address(device, address) => write!(f, "address {address} dev {device}"),
-            Key::Ruleset => f.write_str("table inet overlayd"),
+            Key::Ruleset(table) => write!(f, "table {table} {TABLE}"),
+            Key::Element(element) => element.fmt(f),
             Key::ForwardAccept(family) => write!(f, "accept in the {family} FORWARD chain of iptables"),
             Key::Fdb(device, mac) => write!(f, "fdb {mac} dev {device}"),
             Key::Neigh(device, address) => write!(f, "neigh {address} dev {device}"),
@@ -229,6 +237,8 @@ impl fmt::Display for Value {
             }
             Value::Address => f.write_str("present"),
             Value::Ruleset(rules) => write!(f, "{} chains", rules.chains.len()),
+            Value::Element(Some(target)) => write!(f, "to {target}"),
+            Value::Element(None) => f.write_str("present"),
             Value::ForwardAccept(network) => write!(f, "{network}"),
             Value::Fdb(address) => write!(f, "dst {address}"),
             Value::Neigh(mac) => write!(f, "lladdr {mac}"),

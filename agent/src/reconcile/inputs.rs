@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::{Channels, LOG_LINES, Memory, Reconciler, UNDERLAY_SETTLE, is_wholesale, merge};
 use crate::model::event::{Connection, LeaseWish, OwnLease, StoreEvent};
 use crate::model::{Device, Family, NetworkConfig, PerFamily, Refusal};
-use crate::plan::desired::Host;
+use crate::plan::desired::{Attached, Host};
 use crate::plan::diff::satisfied;
 use crate::plan::roster::{LeaseKey, OwnHost, Standing};
 use crate::plan::state::{State, Value};
@@ -268,7 +268,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             masquerade: self.settings.masquerade,
             tx_checksum: self.settings.tx_checksum,
             nexthop_objects: self.settings.nexthop_objects,
-            ports: self.ports(),
+            ports: self.endpoints.iter().filter_map(Attached::of).collect(),
             forward_drops: self.inventory.forward_drops.clone(),
             network,
         })

@@ -2,15 +2,16 @@
 //!
 //! | module | holds |
 //! | --- | --- |
-//! | `peers`, `join`, `memory` | one measurement each |
+//! | `peers`, `join`, `memory`, `attach` | one measurement each |
 //! | `stats`, `report` | samples to medians and spreads, rows to a table or JSON |
 //! | `fleet` | peers as leases, as the store's entries and as the kernel's |
 //! | `rtnl`, `limit` | a minimal rtnetlink, and the raw limit made of it |
 //! | `space`, `stage`, `gateway` | a namespace, a lab full of leases, etcd's JSON gateway |
 //!
-//! It needs root (network namespaces of its own), iproute2 and, for `join` and `memory`, etcd and an `overlayd` of the same profile.
+//! It needs root (network namespaces of its own), iproute2 and, for `join`, `memory` and `attach`, etcd and an `overlayd` of the same profile.
 //! `docs/performance.md` shows results and how to repeat them.
 
+mod attach;
 mod fleet;
 mod join;
 mod limit;
@@ -49,6 +50,8 @@ enum Measurement {
     Join(join::JoinArguments),
     /// Resident memory of an agent; baseline: the same agent without peers
     Memory(memory::MemoryArguments),
+    /// A container attached and detached, by the socket and by the CNI plugin; baseline: Debian's plugins bridge and host-local
+    Attach(attach::AttachArguments),
 }
 
 fn main() -> ExitCode {
@@ -83,6 +86,7 @@ fn measure(measurement: &Measurement) -> anyhow::Result<Report> {
         Measurement::Peers(arguments) => peers::measure(arguments, &mut report)?,
         Measurement::Join(arguments) => join::measure(arguments, &mut report)?,
         Measurement::Memory(arguments) => memory::measure(arguments, &mut report)?,
+        Measurement::Attach(arguments) => attach::measure(arguments, &mut report)?,
     }
     report.finish();
     Ok(report)

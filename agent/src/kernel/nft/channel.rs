@@ -123,8 +123,9 @@ impl Channel {
                 let outcome = read(self);
                 let same = self.generation()? == generation;
                 match outcome {
-                    Ok(value) if same => return Ok((value, generation)),
-                    Ok(_) => {}
+                    // What was asked for may have changed or gone meanwhile.
+                    _ if !same => {}
+                    Ok(value) => return Ok((value, generation)),
                     Err(error) if matches!(error.errno, libc::EINTR | libc::ENOBUFS) => {}
                     Err(error) => return Err(error),
                 }

@@ -1,86 +1,50 @@
 //! Rules as lists of nf_tables expressions, there and back.
 //!
-//! An address match is a load of bytes from the network header, a mask where the prefix ends inside a byte, and a comparison; in the
-//! inet family a comparison of the layer 3 protocol goes before the first of a rule. Reading knows a match again however its mask was
-//! written, so that what is equal in effect compares equal; what it does not know becomes [`Expr::Foreign`].
+//! A match is a load into a register, a mask where only some bits count, and a comparison or a look-up in a set; fields of a look-up are loaded one
+//! behind the other. In the inet family a comparison of the layer 3 protocol goes before the first field of a rule that needs it. Reading knows a
+//! match again however its mask was written, so that what is equal in effect compares equal; what it does not know becomes [`Expr::Foreign`].
 
+mod field;
+mod raw;
 #[cfg(test)]
 mod tests;
+mod uapi;
 
-use super::wire::{self, NF_ACCEPT, NF_DROP, NFPROTO_IPV4, NFPROTO_IPV6, Writer};
+use super::wire::{self, NF_ACCEPT, NF_DROP, NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6, Writer};
 use crate::model::family::address_value;
 use crate::model::{Cidr, Family};
-use crate::plan::ruleset::{Expr, Rule};
+use crate::plan::ruleset::{Expr, Field, Rule, SetName, Table};
 
-const NFTA_LIST_ELEM: u16 = 1;
-const NFTA_EXPR_NAME: u16 = 1;
-const NFTA_EXPR_DATA: u16 = 2;
+use raw::{Nat, Raw};
+use uapi::*;
+pub(super) use uapi::{IFNAMSIZ, NFTA_DATA_VALUE};
 
-const NFTA_DATA_VALUE: u16 = 1;
-const NFTA_DATA_VERDICT: u16 = 2;
-const NFTA_VERDICT_CODE: u16 = 1;
-
-const NFTA_IMMEDIATE_DREG: u16 = 1;
-const NFTA_IMMEDIATE_DATA: u16 = 2;
-
-const NFTA_BITWISE_SREG: u16 = 1;
-const NFTA_BITWISE_DREG: u16 = 2;
-const NFTA_BITWISE_LEN: u16 = 3;
-const NFTA_BITWISE_MASK: u16 = 4;
-const NFTA_BITWISE_XOR: u16 = 5;
-const NFTA_BITWISE_OP: u16 = 6;
-
-const NFTA_CMP_SREG: u16 = 1;
-const NFTA_CMP_OP: u16 = 2;
-const NFTA_CMP_DATA: u16 = 3;
-const NFT_CMP_EQ: u32 = 0;
-const NFT_CMP_NEQ: u32 = 1;
-
-const NFTA_PAYLOAD_DREG: u16 = 1;
-const NFTA_PAYLOAD_BASE: u16 = 2;
-const NFTA_PAYLOAD_OFFSET: u16 = 3;
-const NFTA_PAYLOAD_LEN: u16 = 4;
-const NFTA_PAYLOAD_SREG: u16 = 5;
-const NFT_PAYLOAD_NETWORK_HEADER: u32 = 1;
-
-const NFTA_META_DREG: u16 = 1;
-const NFTA_META_KEY: u16 = 2;
-const NFT_META_IIFNAME: u32 = 6;
-const NFT_META_NFPROTO: u32 = 15;
-
-const NFTA_MASQ_FLAGS: u16 = 1;
-const NFTA_MASQ_REG_PROTO_MIN: u16 = 2;
-/// `NF_NAT_RANGE_PROTO_RANDOM | NF_NAT_RANGE_PROTO_RANDOM_FULLY`, `linux/netfilter/nf_nat.h`.
-const MASQUERADE_RANDOM: u32 = 0x4 | 0x10;
-
-/// `NFTA_MATCH_NAME` and `NFTA_MATCH_INFO`, `linux/netfilter/nf_tables_compat.h`: a match of xtables inside a rule.
-const NFTA_MATCH_NAME: u16 = 1;
-const NFTA_MATCH_INFO: u16 = 3;
-
-/// The register of verdicts, and the one that we load values into.
-const NFT_REG_VERDICT: u32 = 0;
-const NFT_REG_1: u32 = 1;
-
-/// Length of an interface's name with its terminating zero: the kernel compares all 16 bytes.
-pub(super) const IFNAMSIZ: usize = 16;
-
-/// How a rule's address matches are written.
+/// How a rule's matches are written.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Dialect {
     /// For a table of the inet family, as `nft` writes it: the protocol is matched, whole bytes need no mask.
     Inet,
+    /// For a table of the bridge family: the rule matches the protocol itself.
+    Bridge,
     /// For a table of one family, as every release of `iptables-nft` reads it: whole addresses with a mask.
-    Iptables,
+    Iptables(Family),
 }
 
-/// Where an address stands in the IP header of its family, in bytes.
-fn offset(family: Family, destination: bool) -> u32 {
-    match (family, destination) {
-        // RFC 791 section 3.1, RFC 8200 section 3.
-        (Family::V4, false) => 12,
-        (Family::V4, true) => 16,
-        (Family::V6, false) => 8,
-        (Family::V6, true) => 24,
+impl Dialect {
+    /// That of one of our tables.
+    pub(super) const fn of(table: Table) -> Dialect {
+        match table {
+            Table::Inet => Dialect::Inet,
+            Table::Bridge => Dialect::Bridge,
+        }
+    }
+
+    /// The table that its sets are in.
+    const fn table(self) -> Table {
+        match self {
+            Dialect::Bridge => Table::Bridge,
+            Dialect::Inet | Dialect::Iptables(_) => Table::Inet,
+        }
     }
 }
 
@@ -89,32 +53,97 @@ pub(super) fn write(writer: &mut Writer, rule: &Rule, dialect: Dialect) {
     writer.nest(wire::NFTA_RULE_EXPRESSIONS, |w| {
         let mut protocol = None;
         for expr in &rule.exprs {
-            match expr {
-                Expr::Source { cidr, negate } | Expr::Destination { cidr, negate } => {
-                    let family = cidr.family();
-                    if dialect == Dialect::Inet && protocol != Some(family) {
-                        protocol = Some(family);
-                        meta(w, NFT_META_NFPROTO);
-                        compare(w, NFT_CMP_EQ, &[protocol_number(family)]);
-                    }
-                    address(w, *cidr, matches!(expr, Expr::Destination { .. }), *negate, dialect);
-                }
-                Expr::InputInterface(name) => {
-                    let mut padded = [0; IFNAMSIZ];
-                    for (to, from) in padded.iter_mut().zip(name.as_bytes()) {
-                        *to = *from;
-                    }
-                    meta(w, NFT_META_IIFNAME);
-                    compare(w, NFT_CMP_EQ, &padded);
-                }
-                Expr::Counter => expression(w, "counter", |_| {}),
-                Expr::Accept => verdict(w, NF_ACCEPT),
-                Expr::Drop => verdict(w, NF_DROP),
-                Expr::Masquerade => expression(w, "masq", |w| w.u32(NFTA_MASQ_FLAGS, MASQUERADE_RANDOM)),
-                Expr::Foreign => {}
+            if let (Some(family), Dialect::Inet) = (family_of(expr), dialect)
+                && protocol != Some(family)
+            {
+                protocol = Some(family);
+                load(w, Load::Meta(NFT_META_NFPROTO), 0);
+                compare(w, NFT_CMP_EQ, &[protocol_number(family)]);
             }
+            write_expr(w, expr, dialect);
         }
     });
+}
+
+/// The family whose header an expression looks at.
+fn family_of(expr: &Expr) -> Option<Family> {
+    match expr {
+        Expr::Source { cidr, .. } | Expr::Destination { cidr, .. } => Some(cidr.family()),
+        Expr::Field { field, .. } => field.family(),
+        Expr::In { fields, .. } | Expr::Translate { fields, .. } => fields.iter().find_map(|field| field.family()),
+        _ => None,
+    }
+}
+
+fn write_expr(w: &mut Writer, expr: &Expr, dialect: Dialect) {
+    match expr {
+        Expr::Source { cidr, negate } => address(w, *cidr, false, *negate, dialect),
+        Expr::Destination { cidr, negate } => address(w, *cidr, true, *negate, dialect),
+        Expr::InputInterface(name) => interface(w, NFT_META_IIFNAME, name),
+        Expr::OutputInterface(name) => interface(w, NFT_META_OIFNAME, name),
+        Expr::Field { field, negate, value } => {
+            field::load_all(w, &[*field]);
+            compare(w, operation(*negate), value);
+        }
+        Expr::ToThisHost => {
+            expression(w, "fib", |w| {
+                w.u32(NFTA_FIB_RESULT, NFT_FIB_RESULT_ADDRTYPE);
+                w.u32(NFTA_FIB_FLAGS, NFTA_FIB_F_DADDR);
+                w.u32(NFTA_FIB_DREG, NFT_REG_1);
+            });
+            compare(w, NFT_CMP_EQ, &RTN_LOCAL.to_ne_bytes());
+        }
+        Expr::Translated => {
+            expression(w, "ct", |w| {
+                w.u32(NFTA_CT_KEY, NFT_CT_STATUS);
+                w.u32(NFTA_CT_DREG, NFT_REG_1);
+            });
+            mask(w, 0, &IPS_DST_NAT.to_ne_bytes());
+            compare(w, NFT_CMP_NEQ, &[0; 4]);
+        }
+        Expr::In { fields, set } => {
+            field::load_all(w, fields);
+            expression(w, "lookup", |w| {
+                w.text(NFTA_LOOKUP_SET, set.name());
+                w.u32(NFTA_LOOKUP_SREG, NFT_REG_1);
+            });
+        }
+        Expr::Translate { fields, map } => {
+            field::load_all(w, fields);
+            expression(w, "lookup", |w| {
+                w.text(NFTA_LOOKUP_SET, map.name());
+                w.u32(NFTA_LOOKUP_SREG, NFT_REG_1);
+                w.u32(NFTA_LOOKUP_DREG, NFT_REG_1);
+            });
+            if let Some(nat) = nat_of(*map) {
+                expression(w, "nat", |w| {
+                    w.u32(NFTA_NAT_TYPE, NFT_NAT_DNAT);
+                    w.u32(NFTA_NAT_FAMILY, u32::from(protocol_number(nat.family)));
+                    w.u32(NFTA_NAT_REG_ADDR_MIN, NFT_REG_1);
+                    w.u32(NFTA_NAT_REG_PROTO_MIN, register(nat.port));
+                });
+            }
+        }
+        Expr::Counter => expression(w, "counter", |_| {}),
+        Expr::Count(counter) => expression(w, "objref", |w| {
+            w.u32(NFTA_OBJREF_IMM_TYPE, wire::NFT_OBJECT_COUNTER);
+            w.text(NFTA_OBJREF_IMM_NAME, counter.name());
+        }),
+        Expr::Accept => verdict(w, NF_ACCEPT, None),
+        Expr::Drop => verdict(w, NF_DROP, None),
+        Expr::Return => verdict(w, NFT_RETURN, None),
+        Expr::Jump(chain) => verdict(w, NFT_JUMP, Some(chain)),
+        Expr::Masquerade => expression(w, "masq", |w| w.u32(NFTA_MASQ_FLAGS, MASQUERADE_RANDOM)),
+        Expr::Foreign => {}
+    }
+}
+
+/// How the data of a map are laid out for a translation: address, then port.
+fn nat_of(map: SetName) -> Option<Nat> {
+    match map {
+        SetName::Bound(family) | SetName::Ports(family) => Some(Nat { family, port: u32::from(family.bits() / 32) }),
+        _ => None,
+    }
 }
 
 fn address(w: &mut Writer, cidr: Cidr, destination: bool, negate: bool, dialect: Dialect) {
@@ -122,31 +151,62 @@ fn address(w: &mut Writer, cidr: Cidr, destination: bool, negate: bool, dialect:
     let size = usize::from(family.bits() / 8);
     let length = cidr.length();
     let value = address_bytes(cidr);
-    let mask = mask_bytes(length);
-    let whole_bytes = dialect == Dialect::Inet && length > 0 && length.is_multiple_of(8);
+    let whole_bytes = !matches!(dialect, Dialect::Iptables(_)) && length > 0 && length.is_multiple_of(8);
     let loaded = if whole_bytes { usize::from(length / 8) } else { size };
-    expression(w, "payload", |w| {
-        w.u32(NFTA_PAYLOAD_DREG, NFT_REG_1);
-        w.u32(NFTA_PAYLOAD_BASE, NFT_PAYLOAD_NETWORK_HEADER);
-        w.u32(NFTA_PAYLOAD_OFFSET, offset(family, destination));
-        w.u32(NFTA_PAYLOAD_LEN, length_u32(loaded));
-    });
+    let offset = field::address_offset(family, destination);
+    load(w, Load::Payload { base: NFT_PAYLOAD_NETWORK_HEADER, offset, length: length_u32(loaded) }, 0);
     if !whole_bytes && length < family.bits() {
-        expression(w, "bitwise", |w| {
-            w.u32(NFTA_BITWISE_SREG, NFT_REG_1);
-            w.u32(NFTA_BITWISE_DREG, NFT_REG_1);
-            w.u32(NFTA_BITWISE_LEN, length_u32(size));
-            w.nest(NFTA_BITWISE_MASK, |w| w.bytes(NFTA_DATA_VALUE, &mask[..size]));
-            w.nest(NFTA_BITWISE_XOR, |w| w.bytes(NFTA_DATA_VALUE, &[0; 16][..size]));
-        });
+        mask(w, 0, &mask_bytes(length)[..size]);
     }
-    compare(w, if negate { NFT_CMP_NEQ } else { NFT_CMP_EQ }, &value[..loaded]);
+    compare(w, operation(negate), &value[..loaded]);
 }
 
-fn meta(w: &mut Writer, key: u32) {
-    expression(w, "meta", |w| {
-        w.u32(NFTA_META_KEY, key);
-        w.u32(NFTA_META_DREG, NFT_REG_1);
+fn interface(w: &mut Writer, key: u32, name: &str) {
+    let mut padded = [0; IFNAMSIZ];
+    for (to, from) in padded.iter_mut().zip(name.as_bytes()) {
+        *to = *from;
+    }
+    load(w, Load::Meta(key), 0);
+    compare(w, NFT_CMP_EQ, &padded);
+}
+
+/// What is loaded into a register.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Load {
+    /// `NFT_META_*`.
+    Meta(u32),
+    /// Bytes of the packet.
+    Payload {
+        /// `NFT_PAYLOAD_*`.
+        base: u32,
+        offset: u32,
+        length: u32,
+    },
+}
+
+/// Loads into the register at a place.
+fn load(w: &mut Writer, what: Load, place: u32) {
+    match what {
+        Load::Meta(key) => expression(w, "meta", |w| {
+            w.u32(NFTA_META_KEY, key);
+            w.u32(NFTA_META_DREG, register(place));
+        }),
+        Load::Payload { base, offset, length } => expression(w, "payload", |w| {
+            w.u32(NFTA_PAYLOAD_DREG, register(place));
+            w.u32(NFTA_PAYLOAD_BASE, base);
+            w.u32(NFTA_PAYLOAD_OFFSET, offset);
+            w.u32(NFTA_PAYLOAD_LEN, length);
+        }),
+    }
+}
+
+fn mask(w: &mut Writer, place: u32, mask: &[u8]) {
+    expression(w, "bitwise", |w| {
+        w.u32(NFTA_BITWISE_SREG, register(place));
+        w.u32(NFTA_BITWISE_DREG, register(place));
+        w.u32(NFTA_BITWISE_LEN, length_u32(mask.len()));
+        w.nest(NFTA_BITWISE_MASK, |w| w.bytes(NFTA_DATA_VALUE, mask));
+        w.nest(NFTA_BITWISE_XOR, |w| w.bytes(NFTA_DATA_VALUE, &[0; 16][..mask.len()]));
     });
 }
 
@@ -158,10 +218,17 @@ fn compare(w: &mut Writer, operation: u32, value: &[u8]) {
     });
 }
 
-fn verdict(w: &mut Writer, code: u32) {
+fn verdict(w: &mut Writer, code: u32, chain: Option<&str>) {
     expression(w, "immediate", |w| {
         w.u32(NFTA_IMMEDIATE_DREG, NFT_REG_VERDICT);
-        w.nest(NFTA_IMMEDIATE_DATA, |w| w.nest(NFTA_DATA_VERDICT, |w| w.u32(NFTA_VERDICT_CODE, code)));
+        w.nest(NFTA_IMMEDIATE_DATA, |w| {
+            w.nest(NFTA_DATA_VERDICT, |w| {
+                w.u32(NFTA_VERDICT_CODE, code);
+                if let Some(chain) = chain {
+                    w.text(NFTA_VERDICT_CHAIN, chain);
+                }
+            });
+        });
     });
 }
 
@@ -172,39 +239,52 @@ fn expression(w: &mut Writer, name: &str, data: impl FnOnce(&mut Writer)) {
     });
 }
 
-/// Reads a rule from the attributes of its message. `family` is that of the table, `None` for inet.
-pub(super) fn read(attributes: &[u8], family: Option<Family>) -> Rule {
+/// Reads a rule from the attributes of its message.
+pub(super) fn read(attributes: &[u8], dialect: Dialect) -> Rule {
     let raw: Vec<Raw<'_>> = wire::attribute(attributes, wire::NFTA_RULE_EXPRESSIONS)
         .map(|list| wire::attributes(list).map(|(_, element)| Raw::read(element)).collect())
         .unwrap_or_default();
     let mut exprs = Vec::new();
-    let mut protocol = family;
-    // A match on the protocol that no address match has followed yet.
+    let mut protocol = match dialect {
+        Dialect::Iptables(family) => Some(family),
+        Dialect::Inet | Dialect::Bridge => None,
+    };
+    // A match on the protocol that no field has needed yet.
     let mut bare = false;
     let mut rest = raw.as_slice();
     while let Some(first) = rest.first() {
-        let (expr, used) = match rest {
-            [Raw::Meta(NFT_META_NFPROTO), Raw::Compare { operation: NFT_CMP_EQ, value: [number] }, ..]
-                if family.is_none() && !bare && protocol_family(*number).is_some() =>
-            {
-                protocol = protocol_family(*number);
-                bare = true;
-                rest = &rest[2..];
-                continue;
-            }
-            [Raw::Payload { offset, length }, Raw::Mask(mask), Raw::Compare { operation, value }, ..] => {
-                (read_address(protocol, *offset, *length, Some(*mask), *operation, value), 3)
-            }
-            [Raw::Payload { offset, length }, Raw::Compare { operation, value }, ..] => {
-                (read_address(protocol, *offset, *length, None, *operation, value), 2)
-            }
-            [Raw::Meta(NFT_META_IIFNAME), Raw::Compare { operation: NFT_CMP_EQ, value }, ..] => (read_interface(value), 2),
-            _ => (first.alone(), 1),
-        };
-        if matches!(expr, Some(Expr::Source { .. } | Expr::Destination { .. })) {
-            bare = false;
+        if let [
+            Raw::Load { what: Load::Meta(NFT_META_NFPROTO), place: 0 },
+            Raw::Compare { operation: NFT_CMP_EQ, value: [number] },
+            ..,
+        ] = rest
+            && dialect == Dialect::Inet
+            && !bare
+            && let Some(family) = protocol_family(*number)
+        {
+            protocol = Some(family);
+            bare = true;
+            rest = &rest[2..];
+            continue;
         }
-        exprs.push(expr.unwrap_or(Expr::Foreign));
+        let (expr, used) = read_address(protocol, rest)
+            .or_else(|| field::read(rest, dialect.table()))
+            .or_else(|| read_state(rest))
+            .unwrap_or((first.alone(), 1));
+        if let Some(family) = expr.as_ref().and_then(family_of) {
+            bare &= protocol != Some(family);
+        }
+        // In a table of the bridge family the rule says itself what protocol its addresses are of.
+        if let (Some(Expr::Field { field: Field::Protocol, negate: false, value }), Dialect::Bridge) = (&expr, dialect) {
+            protocol = match value.as_slice() {
+                [0x08, 0x00] => Some(Family::V4),
+                [0x86, 0xdd] => Some(Family::V6),
+                _ => None,
+            };
+        }
+        let known =
+            expr.filter(|expr| dialect == Dialect::Bridge || family_of(expr).is_none_or(|family| protocol == Some(family)));
+        exprs.push(known.unwrap_or(Expr::Foreign));
         rest = &rest[used..];
     }
     if bare {
@@ -224,15 +304,23 @@ pub(super) fn comment_match(attributes: &[u8]) -> Option<&[u8]> {
     })
 }
 
-fn read_address(
-    protocol: Option<Family>,
-    at: u32,
-    length: u32,
-    mask: Option<&[u8]>,
-    operation: u32,
-    value: &[u8],
-) -> Option<Expr> {
-    let family = protocol?;
+/// A match on an address range: load, perhaps a mask, comparison. What it means and how many expressions it is.
+fn read_address(protocol: Option<Family>, rest: &[Raw<'_>]) -> Option<(Option<Expr>, usize)> {
+    let network = |what: &Load| match what {
+        Load::Payload { base: NFT_PAYLOAD_NETWORK_HEADER, offset, length } => Some((*offset, *length)),
+        _ => None,
+    };
+    let (place, mask, operation, value, used) = match rest {
+        [Raw::Load { what, place: 0 }, Raw::Mask { place: 0, mask }, Raw::Compare { operation, value }, ..] => {
+            (network(what)?, Some(*mask), *operation, *value, 3)
+        }
+        [Raw::Load { what, place: 0 }, Raw::Compare { operation, value }, ..] => (network(what)?, None, *operation, *value, 2),
+        _ => return None,
+    };
+    Some((Some(address_match(protocol?, place, mask, operation, value)?), used))
+}
+
+fn address_match(family: Family, (at, length): (u32, u32), mask: Option<&[u8]>, operation: u32, value: &[u8]) -> Option<Expr> {
     let size = usize::from(family.bits() / 8);
     let loaded = usize::try_from(length).ok()?;
     if loaded > size || value.len() != loaded || mask.is_some_and(|mask| mask.len() != loaded) {
@@ -259,88 +347,24 @@ fn read_address(
         _ => return None,
     };
     match at {
-        at if at == offset(family, false) => Some(Expr::Source { cidr, negate }),
-        at if at == offset(family, true) => Some(Expr::Destination { cidr, negate }),
+        at if at == field::address_offset(family, false) => Some(Expr::Source { cidr, negate }),
+        at if at == field::address_offset(family, true) => Some(Expr::Destination { cidr, negate }),
         _ => None,
     }
 }
 
-fn read_interface(value: &[u8]) -> Option<Expr> {
-    // A shorter comparison is one with a wildcard at the end.
-    if value.len() != IFNAMSIZ || !value.contains(&0) {
-        return None;
-    }
-    let name = wire::name(value);
-    let text = std::str::from_utf8(name).ok().filter(|text| !text.is_empty())?;
-    Some(Expr::InputInterface(text.to_owned()))
-}
-
-/// An expression as the kernel has it, as far as we use it. Registers are all [`NFT_REG_1`], others make it [`Raw::Other`].
-enum Raw<'a> {
-    Meta(u32),
-    Payload { offset: u32, length: u32 },
-    Mask(&'a [u8]),
-    Compare { operation: u32, value: &'a [u8] },
-    Verdict(u32),
-    Counter,
-    Masquerade { flags: u32 },
-    Other,
-}
-
-impl Raw<'_> {
-    fn read(element: &[u8]) -> Raw<'_> {
-        let name = wire::attribute(element, NFTA_EXPR_NAME).map(wire::name).unwrap_or_default();
-        let data = wire::attribute(element, NFTA_EXPR_DATA).unwrap_or_default();
-        Raw::known(name, data).unwrap_or(Raw::Other)
-    }
-
-    fn known<'a>(name: &[u8], data: &'a [u8]) -> Option<Raw<'a>> {
-        let number = |kind| wire::number(data, kind);
-        let value = |kind| wire::attribute(data, kind).and_then(|nested| wire::attribute(nested, NFTA_DATA_VALUE));
-        let register = |kind| number(kind).filter(|register| *register == NFT_REG_1);
-        match name {
-            b"meta" => {
-                register(NFTA_META_DREG)?;
-                number(NFTA_META_KEY).map(Raw::Meta)
-            }
-            b"payload" => {
-                register(NFTA_PAYLOAD_DREG)?;
-                let plain = number(NFTA_PAYLOAD_BASE)? == NFT_PAYLOAD_NETWORK_HEADER && number(NFTA_PAYLOAD_SREG).is_none();
-                plain.then_some(Raw::Payload { offset: number(NFTA_PAYLOAD_OFFSET)?, length: number(NFTA_PAYLOAD_LEN)? })
-            }
-            b"bitwise" => {
-                register(NFTA_BITWISE_SREG)?;
-                register(NFTA_BITWISE_DREG)?;
-                let plain = number(NFTA_BITWISE_OP).unwrap_or(0) == 0 && value(NFTA_BITWISE_XOR)?.iter().all(|byte| *byte == 0);
-                if plain { value(NFTA_BITWISE_MASK).map(Raw::Mask) } else { None }
-            }
-            b"cmp" => {
-                register(NFTA_CMP_SREG)?;
-                Some(Raw::Compare { operation: number(NFTA_CMP_OP)?, value: value(NFTA_CMP_DATA)? })
-            }
-            b"immediate" => {
-                let verdict = wire::attribute(wire::attribute(data, NFTA_IMMEDIATE_DATA)?, NFTA_DATA_VERDICT)?;
-                let code = wire::number(verdict, NFTA_VERDICT_CODE)?;
-                (number(NFTA_IMMEDIATE_DREG)? == NFT_REG_VERDICT).then_some(Raw::Verdict(code))
-            }
-            b"counter" => Some(Raw::Counter),
-            b"masq" => {
-                let plain = number(NFTA_MASQ_REG_PROTO_MIN).is_none();
-                plain.then_some(Raw::Masquerade { flags: number(NFTA_MASQ_FLAGS).unwrap_or(0) })
-            }
-            _ => None,
+/// Matches on what the kernel knows of a packet's destination and connection.
+fn read_state(rest: &[Raw<'_>]) -> Option<(Option<Expr>, usize)> {
+    match rest {
+        [Raw::DestinationType, Raw::Compare { operation: NFT_CMP_EQ, value }, ..] if **value == RTN_LOCAL.to_ne_bytes() => {
+            Some((Some(Expr::ToThisHost), 2))
         }
-    }
-
-    /// What it means where it belongs to no sequence.
-    fn alone(&self) -> Option<Expr> {
-        match self {
-            Raw::Verdict(NF_ACCEPT) => Some(Expr::Accept),
-            Raw::Verdict(NF_DROP) => Some(Expr::Drop),
-            Raw::Counter => Some(Expr::Counter),
-            Raw::Masquerade { flags: MASQUERADE_RANDOM } => Some(Expr::Masquerade),
-            _ => None,
+        [Raw::ConnectionStatus, Raw::Mask { place: 0, mask }, Raw::Compare { operation: NFT_CMP_NEQ, value }, ..]
+            if **mask == IPS_DST_NAT.to_ne_bytes() && **value == [0; 4] =>
+        {
+            Some((Some(Expr::Translated), 3))
         }
+        _ => None,
     }
 }
 
@@ -352,6 +376,15 @@ fn address_bytes(cidr: Cidr) -> [u8; 16] {
 /// A prefix of that many ones, left-aligned in 16 bytes.
 fn mask_bytes(length: u8) -> [u8; 16] {
     u128::MAX.checked_shl(128 - u32::from(length)).unwrap_or(0).to_be_bytes()
+}
+
+fn operation(negate: bool) -> u32 {
+    if negate { NFT_CMP_NEQ } else { NFT_CMP_EQ }
+}
+
+/// The number of the register at a place.
+fn register(place: u32) -> u32 {
+    if place == 0 { NFT_REG_1 } else { NFT_REG32_00 + place }
 }
 
 fn length_u32(bytes: usize) -> u32 {
@@ -372,5 +405,13 @@ pub(super) const fn protocol_family(number: u8) -> Option<Family> {
         NFPROTO_IPV4 => Some(Family::V4),
         NFPROTO_IPV6 => Some(Family::V6),
         _ => None,
+    }
+}
+
+/// The nf_tables family of one of our tables.
+pub(super) const fn table_family(table: Table) -> u8 {
+    match table {
+        Table::Inet => NFPROTO_INET,
+        Table::Bridge => wire::NFPROTO_BRIDGE,
     }
 }

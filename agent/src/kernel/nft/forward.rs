@@ -82,7 +82,7 @@ pub(super) fn read(channel: &mut Channel, family: Family) -> Result<Forward, OpE
         let ours = is_ours(object.attributes);
         let handle = wire::attribute(object.attributes, wire::NFTA_RULE_HANDLE).and_then(wire::be64);
         if let (true, true, Some(handle)) = (here, ours, handle) {
-            rules.push((handle, expr::read(object.attributes, Some(family))));
+            rules.push((handle, expr::read(object.attributes, Dialect::Iptables(family))));
         }
     })?;
     Ok(Forward { drops: policy == Some(wire::NF_DROP), rules })
@@ -114,7 +114,7 @@ pub(super) fn set(channel: &mut Channel, family: Family, wanted: Option<Cidr>) -
             for rule in new.iter().flatten().rev() {
                 transaction.change(wire::NFT_MSG_NEWRULE, NLM_F_CREATE, number, |w| {
                     place(w);
-                    expr::write(w, rule, Dialect::Iptables);
+                    expr::write(w, rule, Dialect::Iptables(family));
                     w.bytes(wire::NFTA_RULE_USERDATA, &user_data(COMMENT));
                 });
             }

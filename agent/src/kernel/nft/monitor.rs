@@ -2,6 +2,7 @@
 
 use std::future::poll_fn;
 use std::io;
+use std::os::fd::AsFd;
 
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use netlink_sys::{AsyncSocket, TokioSocket};
@@ -11,7 +12,8 @@ use super::channel::io_error;
 use super::expr::protocol_family;
 use super::forward;
 use super::table::is_named;
-use super::wire::{self, Content, NFPROTO_INET, Object};
+use super::wire::{self, Content, NFPROTO_BRIDGE, NFPROTO_INET, Object};
+use crate::kernel::monitor::attach_filter;
 use crate::plan::OpError;
 use crate::plan::ruleset::TABLE;
 
@@ -24,7 +26,7 @@ const BUFFER: usize = 4 * 1024 * 1024;
 /// What others changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NftChange {
-    /// Something in the table `inet overlayd`, or the table itself.
+    /// Something in one of our tables, or the table itself.
     Ours,
     /// The FORWARD chain of iptables in one of the families: its rules, its policy, or that it exists.
     Forward,
@@ -60,6 +62,10 @@ impl NftMonitor {
             socket.socket_mut().bind_auto()?;
             if setsockopt(socket.socket_ref(), sockopt::RcvBufForce, &BUFFER).is_err() {
                 setsockopt(socket.socket_ref(), sockopt::RcvBuf, &BUFFER)?;
+            }
+            // A transaction's events come together and carry the port id of its socket: our own are not even queued.
+            if let [one, rest @ ..] = own_port_ids {
+                attach_filter(socket.socket_ref().as_fd(), [*one, *rest.first().unwrap_or(one)], true)?;
             }
             socket.socket_mut().add_membership(wire::NFNLGRP_NFTABLES)?;
             Ok(socket)
@@ -128,7 +134,7 @@ fn concerns(object: Object<'_>) -> Option<NftChange> {
     if object.kind == wire::NFT_MSG_NEWGEN {
         return None;
     }
-    if object.family == NFPROTO_INET {
+    if matches!(object.family, NFPROTO_INET | NFPROTO_BRIDGE) {
         return is_named(object.attributes, wire::NFTA_TABLE_NAME, TABLE).then_some(NftChange::Ours);
     }
     protocol_family(object.family)?;

@@ -1,5 +1,6 @@
 //! Against the real kernel, as root: each test in a network namespace of its own, made by its thread and gone with it.
 
+mod elements;
 mod forward;
 mod monitor;
 mod table;
@@ -7,9 +8,10 @@ mod table;
 use std::io::Write;
 use std::process::{Command, Stdio};
 
-use crate::model::NetworkConfig;
-use crate::plan::Ruleset;
-use crate::plan::ruleset::ruleset;
+use super::Nft;
+use crate::model::{Family, NetworkConfig, Subnet};
+use crate::plan::ruleset::{Rules, Table};
+use crate::plan::{Key, Op, Ruleset, State, Value};
 
 /// Runs `body` on a thread that has a fresh network namespace. Commands started by it live in the same namespace.
 fn in_namespace<T: Send>(body: impl FnOnce() -> T + Send) -> T {
@@ -66,7 +68,55 @@ fn dual() -> NetworkConfig {
     network(r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/53"}"#)
 }
 
+/// What this host's subnet is in a network.
+fn subnet(network: &NetworkConfig) -> Subnet {
+    let of = |family: Family| network.pools.get(family).and_then(|pool| pool.nth(3)).map(|cidr| (family, cidr));
+    Subnet::new(Family::ALL.into_iter().filter_map(of).collect()).expect("a subnet")
+}
+
+/// The rules for a network.
+fn ruleset(network: &NetworkConfig, masquerade: bool, publishes: bool) -> Ruleset {
+    Rules { network, subnet: &subnet(network), masquerade, publishes }.ruleset()
+}
+
 /// The full ruleset of a dual-stack network.
 fn rules() -> Ruleset {
-    ruleset(&dual(), true)
+    ruleset(&dual(), true, true)
+}
+
+/// nf_tables with what is known of it.
+struct Tables {
+    nft: Nft,
+    known: State,
+}
+
+impl Tables {
+    fn open() -> Tables {
+        Tables { nft: Nft::open().expect("open"), known: State::new() }
+    }
+
+    /// Applies ops that must all succeed.
+    fn apply(&mut self, ops: &[Op]) {
+        assert_eq!(self.nft.apply(ops, &mut self.known), []);
+    }
+
+    /// Sets tables.
+    fn set(&mut self, rules: impl IntoIterator<Item = Ruleset>) {
+        let ops: Vec<Op> = rules.into_iter().map(set_table).collect();
+        self.apply(&ops);
+    }
+
+    fn delete(&mut self) {
+        let ops = Table::ALL.map(|table| Op::Delete(Key::Ruleset(table), Value::Ruleset(Box::default())));
+        self.apply(&ops);
+    }
+
+    /// The inet table as it is in the kernel.
+    fn ruleset(&mut self) -> Option<Ruleset> {
+        self.nft.dump().expect("dump").ruleset(Table::Inet).cloned()
+    }
+}
+
+fn set_table(rules: Ruleset) -> Op {
+    Op::Set(Key::Ruleset(rules.table), Value::Ruleset(Box::new(rules)))
 }

@@ -15,6 +15,9 @@ pub(super) const NFPROTO_IPV4: u8 = 2;
 /// `NFPROTO_IPV6`.
 pub(super) const NFPROTO_IPV6: u8 = 10;
 
+/// `NFPROTO_BRIDGE`.
+pub(super) const NFPROTO_BRIDGE: u8 = 7;
+
 /// Opens and closes a transaction (`NLMSG_MIN_TYPE` and the one behind it: no subsystem).
 pub(super) const NFNL_MSG_BATCH_BEGIN: u16 = 0x10;
 pub(super) const NFNL_MSG_BATCH_END: u16 = 0x11;
@@ -30,10 +33,17 @@ pub(super) const NFT_MSG_DELCHAIN: u8 = 5;
 pub(super) const NFT_MSG_NEWRULE: u8 = 6;
 pub(super) const NFT_MSG_GETRULE: u8 = 7;
 pub(super) const NFT_MSG_DELRULE: u8 = 8;
+pub(super) const NFT_MSG_NEWSET: u8 = 9;
 pub(super) const NFT_MSG_GETSET: u8 = 10;
+pub(super) const NFT_MSG_DELSET: u8 = 11;
+pub(super) const NFT_MSG_NEWSETELEM: u8 = 12;
+pub(super) const NFT_MSG_GETSETELEM: u8 = 13;
+pub(super) const NFT_MSG_DELSETELEM: u8 = 14;
 pub(super) const NFT_MSG_NEWGEN: u8 = 15;
 pub(super) const NFT_MSG_GETGEN: u8 = 16;
+pub(super) const NFT_MSG_NEWOBJ: u8 = 18;
 pub(super) const NFT_MSG_GETOBJ: u8 = 19;
+pub(super) const NFT_MSG_DELOBJ: u8 = 20;
 pub(super) const NFT_MSG_GETFLOWTABLE: u8 = 23;
 
 pub(super) const NFTA_GEN_ID: u16 = 1;
@@ -60,6 +70,9 @@ pub(super) const NFTA_RULE_CHAIN: u16 = 2;
 pub(super) const NFTA_RULE_HANDLE: u16 = 3;
 pub(super) const NFTA_RULE_EXPRESSIONS: u16 = 4;
 pub(super) const NFTA_RULE_USERDATA: u16 = 7;
+
+/// `NFT_OBJECT_COUNTER`.
+pub(super) const NFT_OBJECT_COUNTER: u32 = 1;
 
 /// Verdicts, `linux/netfilter.h`; also the policies of base chains.
 pub(super) const NF_DROP: u32 = 0;

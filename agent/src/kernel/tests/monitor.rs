@@ -4,8 +4,9 @@ use super::support::*;
 use crate::kernel::KernelOptions;
 use crate::kernel::sysctl;
 use crate::model::Family;
+use crate::plan::ruleset::Table;
 use crate::plan::state::{LinkKind, Via};
-use crate::plan::{KernelEvent, Key, Op, Value};
+use crate::plan::{Batch, KernelEvent, Key, Op, Ruleset, Value};
 
 #[test]
 fn entries_removed_or_altered_by_others() {
@@ -171,15 +172,21 @@ fn forwarding_switched_off_by_others() {
 #[test]
 fn rules_altered_by_others() {
     on_host("rules", KernelOptions::default(), async |host| {
-        let rules = crate::plan::Ruleset::default();
-        let set = vec![Op::Set(Key::Ruleset, Value::Ruleset(Box::new(rules)))];
-        host.apply(&set).await;
+        let batch: Batch = Table::ALL
+            .map(|table| {
+                let rules = Ruleset { table, ..Ruleset::default() };
+                Op::Set(Key::Ruleset(table), Value::Ruleset(Box::new(rules)))
+            })
+            .to_vec();
+        host.apply(&batch).await;
         host.quiet().await;
-        assert!(host.dump().await.contains_key(&Key::Ruleset));
+        assert_eq!(host.dump().await.keys().filter(|key| matches!(key, Key::Ruleset(_))).count(), 2);
         run("nft add table inet mine");
         host.quiet().await;
         run("nft delete table inet overlayd");
-        assert_eq!(host.changed(&Key::Ruleset).await, None);
+        assert_eq!(host.changed(&Key::Ruleset(Table::Inet)).await, None);
+        run("nft delete table bridge overlayd");
+        assert_eq!(host.changed(&Key::Ruleset(Table::Bridge)).await, None);
     });
 }
 

@@ -3,6 +3,7 @@
 use super::*;
 use crate::model::peer::Reach;
 use crate::model::{Cidr, Vni};
+use crate::plan::ruleset::Table;
 use crate::plan::state::device_of;
 
 fn address(text: &str) -> IpAddr {
@@ -35,7 +36,7 @@ fn host(config: &str, key: &str) -> Host {
         masquerade: true,
         tx_checksum: true,
         nexthop_objects: true,
-        ports: vec!["veth7".to_owned()],
+        ports: Vec::new(),
         forward_drops: vec![Family::V6],
     }
 }
@@ -67,6 +68,7 @@ fn lines<'a>(entries: impl IntoIterator<Item = (&'a Key, &'a Value)>) -> Vec<Str
 #[test]
 fn a_dual_stack_host_has_exactly_these_entries() {
     let wanted = [
+        "sysctl net/ipv4/conf/ovb.1/route_localnet 1",
         "sysctl net/ipv4/ip_forward 1",
         "sysctl net/ipv6/conf/all/forwarding 1",
         "sysctl net/ipv6/conf/ovb.1/accept_ra 0",
@@ -81,21 +83,114 @@ fn a_dual_stack_host_has_exactly_these_entries() {
         "address 10.244.7.1/24 dev ovb.1 present",
         "address fd00:10:244:7::1/64 dev ovb.1 present",
         "address fe80::c4b3:ecff:fe32:6547/64 dev ovb.1 present",
-        "table inet overlayd 2 chains",
+        "table inet overlayd 7 chains",
+        "table bridge overlayd 4 chains",
+        "element of ports4: udp . 53 to 10.244.7.2:5353",
+        "element of ports6: udp . 53 to [fd00:10:244:7::2]:5353",
+        "element of bound4: 127.0.0.1 . tcp . 80 to 10.244.7.2:8080",
+        "element of bound4: 127.0.0.1 . tcp . 81 to 10.244.7.2:8081",
+        "element of source4: veth7 . 02:05:00:00:00:07 . 10.244.7.2 present",
+        "element of source6: veth7 . 02:05:00:00:00:07 . fd00:10:244:7::2 present",
+        "element of source6: veth7 . 02:05:00:00:00:07 . fe80::5:ff:fe00:7 present",
         "accept in the IPv6 FORWARD chain of iptables fd00:10:244::/56",
     ];
-    assert_eq!(lines(&host(DUAL, DUAL_KEY).entries()), wanted);
+    let host = Host { ports: vec![attached(&["127.0.0.1:80-81:8080-8081", "53:5353/udp"])], ..host(DUAL, DUAL_KEY) };
+    assert_eq!(lines(&host.entries()), wanted);
+}
+
+/// An endpoint with these published ports.
+fn attached(published: &[&str]) -> Attached {
+    Attached {
+        port: Port {
+            interface: "eth0".to_owned(),
+            host_interface: "veth7".to_owned(),
+            mac: Mac([2, 5, 0, 0, 0, 7]),
+            addresses: PerFamily { v4: Some(address("10.244.7.2")), v6: Some(address("fd00:10:244:7::2")) },
+        },
+        published: published.iter().map(|text| text.parse().expect(text)).collect(),
+        source_check: true,
+    }
+}
+
+/// The elements of a host's sets, but for those of its peers.
+fn elements(host: &Host) -> Vec<String> {
+    lines(&host.entries()).into_iter().filter_map(|line| line.strip_prefix("element of ").map(str::to_owned)).collect()
 }
 
 #[test]
-fn a_peer_has_four_entries_a_family() {
+fn published_ports_lead_to_the_container_in_each_family() {
+    let ports = |published: &str| {
+        let host = Host { ports: vec![attached(&[published])], ..host(DUAL, DUAL_KEY) };
+        elements(&host).into_iter().filter(|line| !line.starts_with("source")).collect::<Vec<_>>()
+    };
+    for (published, wanted) in [
+        ("80:8080/sctp", vec!["ports4: sctp . 80 to 10.244.7.2:8080", "ports6: sctp . 80 to [fd00:10:244:7::2]:8080"]),
+        ("0.0.0.0:80:80", vec!["ports4: tcp . 80 to 10.244.7.2:80"]),
+        ("[::]:80:80", vec!["ports6: tcp . 80 to [fd00:10:244:7::2]:80"]),
+        ("192.0.2.1:80:80", vec!["bound4: 192.0.2.1 . tcp . 80 to 10.244.7.2:80"]),
+        ("[::1]:80:80", vec!["bound6: ::1 . tcp . 80 to [fd00:10:244:7::2]:80"]),
+    ] {
+        assert_eq!(ports(published), wanted, "{published}");
+    }
+    assert_eq!(ports("1-65535:1-65535").len(), 2 * 65_535);
+    assert_eq!(ports("65535:65535").len(), 2);
+}
+
+#[test]
+fn without_published_ports_nothing_is_translated() {
+    let rules = |host: &Host| match &host.entries()[&Key::Ruleset(Table::Inet)] {
+        Value::Ruleset(rules) => rules.to_string(),
+        _ => unreachable!("rules"),
+    };
+    let quiet = Host { masquerade: false, ports: vec![attached(&[])], ..host(DUAL, DUAL_KEY) };
+    let text = rules(&quiet);
+    assert!(!text.contains(" nat ") && !text.contains("map "), "no conntrack for a host that translates nothing:\n{text}");
+    let sysctl = "sysctl net/ipv4/conf/ovb.1/route_localnet 0".to_owned();
+    assert!(lines(&quiet.entries()).contains(&sysctl));
+    let text = rules(&Host { ports: vec![attached(&["80:80"])], ..quiet });
+    assert!(text.contains("chain prerouting") && text.contains("chain output") && text.contains("chain postrouting"), "{text}");
+}
+
+#[test]
+fn an_endpoint_is_checked_unless_it_asks_not_to_be() {
+    let free = Attached { source_check: false, ..attached(&[]) };
+    assert_eq!(elements(&Host { ports: vec![free], ..host(DUAL, DUAL_KEY) }), ["unchecked: veth7 present"]);
+    let mut v4 = attached(&[]);
+    v4.port.addresses.v6 = None;
+    let only = elements(&Host { ports: vec![v4], ..host(V4, "10.244.7.0-24") });
+    assert_eq!(only, ["source4: veth7 . 02:05:00:00:00:07 . 10.244.7.2 present"]);
+}
+
+#[test]
+fn a_peer_may_tunnel_its_own_subnet() {
+    let of = |host: &Host, subnet: &str| {
+        let mut peer = peer();
+        peer.reach.v6 = None;
+        peer.reach.v4 = peer.reach.v4.map(|reach| Reach { subnet: cidr(subnet), ..reach });
+        let entries = host.peer_entries(&peer, &mut NexthopIds::default());
+        let elements = entries.into_iter().filter(|(key, _)| matches!(key, Key::Element(_)));
+        elements.map(|(key, _)| key.to_string()).collect::<Vec<_>>()
+    };
+    let usual = host(V4, "10.244.7.0-24");
+    assert_eq!(of(&usual, "10.244.9.0/24"), ["element of peers4: 192.0.2.9 . 10.244.9.0"]);
+    assert_eq!(of(&usual, "10.244.8.0/22"), ["element of ranges4: 192.0.2.9 . 10.244.8.0-10.244.11.255"]);
+    assert_eq!(of(&usual, "10.244.9.64/26"), ["element of ranges4: 192.0.2.9 . 10.244.9.64-10.244.9.127"]);
+    let plain = Host { masquerade: false, ..usual };
+    let wanted = ["element of peers4: 192.0.2.9 . 10.244.9.0", "element of hosts4: 192.0.2.9 . 192.0.2.9"];
+    assert_eq!(of(&plain, "10.244.9.0/24"), wanted, "it answers containers by its own address");
+}
+
+#[test]
+fn a_peer_has_five_entries_a_family() {
     let mut ids = NexthopIds::default();
     let entries = host(DUAL, DUAL_KEY).peer_entries(&peer(), &mut ids);
     let wanted = [
+        "element of peers4: 192.0.2.9 . 10.244.9.0 present",
         "fdb 02:00:00:00:09:04 dev ovx.1 dst 192.0.2.9",
         "neigh 10.244.9.0 dev ovx.1 lladdr 02:00:00:00:09:04",
         "nexthop id 1442840576 via 10.244.9.0 dev ovx.1",
         "route 10.244.9.0/24 nhid 1442840576",
+        "element of peers6: 2001:db8::9 . fd00:10:244:9:: present",
         "fdb 02:00:00:00:09:06 dev ovx6.1 dst 2001:db8::9",
         "neigh fd00:10:244:9:: dev ovx6.1 lladdr 02:00:00:00:09:06",
         "nexthop id 1442840577 via fd00:10:244:9:: dev ovx6.1",
@@ -106,6 +201,7 @@ fn a_peer_has_four_entries_a_family() {
     let classic = Host { nexthop_objects: false, ..host(V4, "10.244.7.0-24") };
     let entries = classic.peer_entries(&peer(), &mut ids);
     let wanted = [
+        "element of peers4: 192.0.2.9 . 10.244.9.0 present",
         "fdb 02:00:00:00:09:04 dev ovx.1 dst 192.0.2.9",
         "neigh 10.244.9.0 dev ovx.1 lladdr 02:00:00:00:09:04",
         "route 10.244.9.0/24 via 10.244.9.0 dev ovx.1 onlink",
@@ -161,7 +257,7 @@ fn masquerade_and_offload_follow_the_switches() {
     let host = Host { masquerade: false, tx_checksum: false, ..host(V4, "10.244.7.0-24") };
     let entries = host.entries();
     assert!(
-        matches!(&entries[&Key::Ruleset], Value::Ruleset(rules) if rules.chains.iter().all(|chain| chain.name != "postrouting"))
+        matches!(&entries[&Key::Ruleset(Table::Inet)], Value::Ruleset(rules) if rules.chains.iter().all(|chain| chain.name != "postrouting"))
     );
     let Value::Link(link) = &entries[&Key::Link("ovx.1".to_owned())] else { panic!("a link") };
     assert!(matches!(&link.kind, LinkKind::Vxlan(vxlan) if !vxlan.tx_checksum && !vxlan.learning));

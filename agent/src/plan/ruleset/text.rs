@@ -2,31 +2,69 @@
 
 use std::fmt;
 
-use super::{Chain, ChainKind, Expr, Hook, Rule, Ruleset, TABLE};
+use super::{Base, Chain, ChainKind, Expr, Field, Hook, Rule, Ruleset, SetName, TABLE, Table, Type};
 use crate::model::{Cidr, Family};
+
+impl fmt::Display for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Table::Inet => "inet",
+            Table::Bridge => "bridge",
+        })
+    }
+}
 
 impl fmt::Display for Ruleset {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "table inet {TABLE} {{")?;
+        writeln!(f, "table {} {TABLE} {{", self.table)?;
         for thing in &self.foreign {
             writeln!(f, "\t# not ours: {thing}")?;
         }
-        for (index, chain) in self.chains.iter().enumerate() {
+        let counters = self.counters.iter().map(|counter| format!("\tcounter {} {{\n\t}}\n", counter.name()));
+        let sets = self.sets.iter().map(|set| set_text(*set));
+        let chains = self.chains.iter().map(|chain| InTable(chain, self.table).to_string());
+        for (index, part) in counters.chain(sets).chain(chains).enumerate() {
             if index > 0 {
                 writeln!(f)?;
             }
-            chain.fmt(f)?;
+            f.write_str(&part)?;
         }
         writeln!(f, "}}")
     }
 }
 
-impl fmt::Display for Chain {
+fn set_text(set: SetName) -> String {
+    let types = |types: Vec<Type>| types.iter().map(ToString::to_string).collect::<Vec<_>>().join(" . ");
+    let (kind, leads) = if set.data().is_empty() { ("set", String::new()) } else { ("map", format!(" : {}", types(set.data()))) };
+    let flags = if set.has_ranges() { "\t\tflags interval\n" } else { "" };
+    format!("\t{kind} {} {{\n\t\ttype {}{leads}\n{flags}\t}}\n", set.name(), types(set.key()))
+}
+
+impl fmt::Display for Type {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "\tchain {} {{", self.name)?;
-        let priority = Priority { hook: self.hook, value: self.priority };
-        writeln!(f, "\t\ttype {} hook {} priority {priority}; policy accept;", self.kind, self.hook)?;
-        for rule in &self.rules {
+        f.write_str(match self {
+            Type::Address(Family::V4) => "ipv4_addr",
+            Type::Address(Family::V6) => "ipv6_addr",
+            Type::Mac => "ether_addr",
+            Type::Protocol => "inet_proto",
+            Type::Port => "inet_service",
+            Type::Interface => "ifname",
+        })
+    }
+}
+
+/// A chain, whose priority has a name by the table's family.
+struct InTable<'a>(&'a Chain, Table);
+
+impl fmt::Display for InTable<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let InTable(chain, table) = self;
+        writeln!(f, "\tchain {} {{", chain.name)?;
+        if let Some(Base { hook, kind, priority }) = chain.base {
+            let priority = Priority { table: *table, hook, value: priority };
+            writeln!(f, "\t\ttype {kind} hook {hook} priority {priority}; policy accept;")?;
+        }
+        for rule in &chain.rules {
             writeln!(f, "\t\t{rule}")?;
         }
         writeln!(f, "\t}}")
@@ -35,11 +73,24 @@ impl fmt::Display for Chain {
 
 impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (index, expr) in self.exprs.iter().enumerate() {
+        let udp = Expr::Field { field: Field::Layer4, negate: false, value: vec![17] };
+        let port = |expr: &Expr| matches!(expr, Expr::Field { field: Field::DestinationPort, .. });
+        // What follows from another match is not said: a field of a protocol says the protocol.
+        let named = self.exprs.contains(&udp) && self.exprs.iter().any(port);
+        let matches = |expr: &Expr| matches!(expr, Expr::Field { .. } | Expr::In { .. });
+        let of_protocol = self.exprs.iter().filter(|expr| matches(expr)).count() > 1;
+        let said = |expr: &&Expr| match expr {
+            Expr::Field { field: Field::Protocol, .. } => !of_protocol,
+            expr => !named || **expr != udp,
+        };
+        for (index, expr) in self.exprs.iter().filter(said).enumerate() {
             if index > 0 {
                 f.write_str(" ")?;
             }
-            expr.fmt(f)?;
+            match expr.to_string() {
+                text if named && port(expr) => f.write_str(&text.replacen("th", "udp", 1))?,
+                text => f.write_str(&text)?,
+            }
         }
         Ok(())
     }
@@ -51,11 +102,73 @@ impl fmt::Display for Expr {
             Expr::Source { cidr, negate } => address(f, "saddr", *cidr, *negate),
             Expr::Destination { cidr, negate } => address(f, "daddr", *cidr, *negate),
             Expr::InputInterface(name) => write!(f, "iifname \"{name}\""),
+            Expr::OutputInterface(name) => write!(f, "oifname \"{name}\""),
+            Expr::Field { field, negate, value } => compared(f, *field, *negate, value),
+            Expr::ToThisHost => f.write_str("fib daddr type local"),
+            Expr::Translated => f.write_str("ct status dnat"),
+            Expr::In { fields, set } => write!(f, "{} @{}", concatenated(fields), set.name()),
+            Expr::Translate { fields, map } => {
+                let ip = match map {
+                    SetName::Bound(family) | SetName::Ports(family) => protocol(*family),
+                    _ => "?",
+                };
+                write!(f, "dnat {ip} to {} map @{}", concatenated(fields), map.name())
+            }
             Expr::Counter => f.write_str("counter"),
+            Expr::Count(counter) => write!(f, "counter name \"{}\"", counter.name()),
             Expr::Accept => f.write_str("accept"),
             Expr::Drop => f.write_str("drop"),
+            Expr::Return => f.write_str("return"),
+            Expr::Jump(chain) => write!(f, "jump {chain}"),
             Expr::Masquerade => f.write_str("masquerade random,fully-random"),
             Expr::Foreign => f.write_str("# not ours"),
+        }
+    }
+}
+
+/// A field with a value: the numbers that have names by their names.
+fn compared(f: &mut fmt::Formatter<'_>, field: Field, negate: bool, value: &[u8]) -> fmt::Result {
+    let number = value.iter().fold(0_u128, |number, byte| number << 8 | u128::from(*byte));
+    let text = match (field, value) {
+        (Field::InputInterface | Field::OutputInterface, value) if value.len() < 16 => {
+            format!("\"{}*\"", String::from_utf8_lossy(value))
+        }
+        (Field::Protocol, [0x08, 0x00]) => "ip".to_owned(),
+        (Field::Protocol, [0x08, 0x06]) => "arp".to_owned(),
+        (Field::Protocol, [0x86, 0xdd]) => "ip6".to_owned(),
+        (Field::Layer4 | Field::NextHeader, [17]) => "udp".to_owned(),
+        (Field::Layer4 | Field::NextHeader, [58]) => "ipv6-icmp".to_owned(),
+        (Field::Transport { .. }, _) => format!("{number:#x}"),
+        _ => number.to_string(),
+    };
+    write!(f, "{field} {}{text}", if negate { "!= " } else { "" })
+}
+
+fn concatenated(fields: &[Field]) -> String {
+    fields.iter().map(ToString::to_string).collect::<Vec<_>>().join(" . ")
+}
+
+impl fmt::Display for Field {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Field::InputInterface => f.write_str("iifname"),
+            Field::OutputInterface => f.write_str("oifname"),
+            Field::Protocol => f.write_str("meta protocol"),
+            Field::Layer4 => f.write_str("meta l4proto"),
+            Field::EtherSource => f.write_str("ether saddr"),
+            Field::Source(family) => write!(f, "{} saddr", protocol(*family)),
+            Field::Destination(family) => write!(f, "{} daddr", protocol(*family)),
+            Field::NextHeader => f.write_str("ip6 nexthdr"),
+            Field::PayloadLength => f.write_str("ip6 length"),
+            Field::ArpSenderMac => f.write_str("arp saddr ether"),
+            Field::ArpSenderAddress => f.write_str("arp saddr ip"),
+            Field::DestinationPort => f.write_str("th dport"),
+            Field::Transport { offset, length, prefix } => {
+                write!(f, "@th,{},{}", u32::from(*offset) * 8, u32::from(*length) * 8)?;
+                let mask = u128::MAX << (length * 8).saturating_sub(*prefix).min(127);
+                let mask = mask & (u128::MAX >> (128 - u32::from(*length) * 8));
+                if *prefix < length * 8 { write!(f, " & {mask:#x}") } else { Ok(()) }
+            }
         }
     }
 }
@@ -82,16 +195,20 @@ impl fmt::Display for ChainKind {
 }
 
 fn address(f: &mut fmt::Formatter<'_>, field: &str, cidr: Cidr, negate: bool) -> fmt::Result {
-    let protocol = match cidr.family() {
+    write!(f, "{} {field} {}", protocol(cidr.family()), if negate { "!= " } else { "" })?;
+    if cidr.length() == cidr.family().bits() { write!(f, "{}", cidr.base()) } else { write!(f, "{cidr}") }
+}
+
+const fn protocol(family: Family) -> &'static str {
+    match family {
         Family::V4 => "ip",
         Family::V6 => "ip6",
-    };
-    write!(f, "{protocol} {field} {}", if negate { "!= " } else { "" })?;
-    if cidr.length() == cidr.family().bits() { write!(f, "{}", cidr.base()) } else { write!(f, "{cidr}") }
+    }
 }
 
 /// A priority by name where it is within ten of one that has a name, as `nft` prints it.
 struct Priority {
+    table: Table,
     hook: Hook,
     value: i32,
 }
@@ -107,7 +224,13 @@ impl fmt::Display for Priority {
             ("security", 50, None),
             ("srcnat", 100, Some(Hook::Postrouting)),
         ];
-        let near = NAMES
+        // The bridge has others (`linux/netfilter_bridge.h`), of which we use one.
+        const BRIDGE: [(&str, i32, Option<Hook>); 1] = [("dstnat", -300, Some(Hook::Prerouting))];
+        let names = match self.table {
+            Table::Inet => NAMES.as_slice(),
+            Table::Bridge => BRIDGE.as_slice(),
+        };
+        let near = names
             .iter()
             .filter(|(_, _, hook)| hook.is_none_or(|hook| hook == self.hook))
             .find(|(_, value, _)| self.value.abs_diff(*value) <= 10);
@@ -126,42 +249,32 @@ mod tests {
 
     #[test]
     fn reads_like_nft() {
-        let cidr = |text: &str| text.parse().expect(text);
-        let rule = |exprs: &[Expr]| Rule { exprs: exprs.to_vec() };
+        let base = |hook, kind, priority| Some(Base { hook, kind, priority });
+        let chain = |name: &str, base, rule| Chain { name: name.to_owned(), base, rules: vec![rule] };
+        let negated = Expr::Source { cidr: "10.1.2.3/32".parse().expect("a cidr"), negate: true };
         let rules = Ruleset {
             chains: vec![
-                Chain {
-                    name: "forward".to_owned(),
-                    hook: Hook::Forward,
-                    kind: ChainKind::Filter,
-                    priority: -5,
-                    rules: vec![
-                        rule(&[Expr::Source { cidr: cidr("10.1.2.3/32"), negate: true }, Expr::Counter, Expr::Drop]),
-                        rule(&[Expr::InputInterface("ovb.1".to_owned()), Expr::Accept]),
-                    ],
-                },
-                Chain {
-                    name: "postrouting".to_owned(),
-                    hook: Hook::Postrouting,
-                    kind: ChainKind::Nat,
-                    priority: 300,
-                    rules: vec![rule(&[Expr::Destination { cidr: cidr("fd00::/8"), negate: false }, Expr::Masquerade])],
-                },
+                chain(
+                    "forward",
+                    base(Hook::Forward, ChainKind::Filter, -5),
+                    Rule { exprs: vec![negated, Expr::Counter, Expr::Drop] },
+                ),
+                chain("postrouting", base(Hook::Postrouting, ChainKind::Nat, 300), Rule { exprs: vec![Expr::Masquerade] }),
             ],
-            foreign: vec!["chain extra".to_owned()],
+            foreign: vec!["set extra".to_owned()],
+            ..Ruleset::default()
         };
         let text = "\
 table inet overlayd {
-\t# not ours: chain extra
+\t# not ours: set extra
 \tchain forward {
 \t\ttype filter hook forward priority filter - 5; policy accept;
 \t\tip saddr != 10.1.2.3 counter drop
-\t\tiifname \"ovb.1\" accept
 \t}
 
 \tchain postrouting {
 \t\ttype nat hook postrouting priority 300; policy accept;
-\t\tip6 daddr fd00::/8 masquerade random,fully-random
+\t\tmasquerade random,fully-random
 \t}
 }
 ";

@@ -6,6 +6,7 @@ use super::table::{ALTERATIONS, alter};
 use super::*;
 use crate::kernel::nft::{Nft, NftChange, NftMonitor};
 use crate::model::Family;
+use crate::plan::ruleset::guard;
 
 /// Longer than an event ever takes: the kernel delivers it before the change's command returns.
 const SOON: Duration = Duration::from_secs(5);
@@ -41,16 +42,16 @@ async fn quiet(monitor: &mut NftMonitor) {
 #[test]
 fn alterations_are_events_and_own_changes_are_none() {
     with_runtime(|| async {
-        let mut nft = Nft::open().expect("open");
-        let mut monitor = NftMonitor::open(&[nft.port_id()]).expect("monitor");
+        let mut tables = Tables::open();
+        let mut monitor = NftMonitor::open(&[tables.nft.port_id()]).expect("monitor");
         for (what, script) in ALTERATIONS {
-            nft.set_ruleset(&rules()).expect("set");
+            tables.set([rules(), guard()]);
             quiet(&mut monitor).await;
             alter(script);
             let seen = events(&mut monitor).await;
             assert!(!seen.is_empty() && seen.iter().all(|change| *change == NftChange::Ours), "{what}: {seen:?}");
         }
-        nft.delete_ruleset().expect("delete");
+        tables.delete();
         quiet(&mut monitor).await;
     });
 }
@@ -59,9 +60,9 @@ fn alterations_are_events_and_own_changes_are_none() {
 fn another_agents_socket_is_another() {
     with_runtime(|| async {
         let nft = Nft::open().expect("open");
-        let mut other = Nft::open().expect("open");
+        let mut other = Tables::open();
         let mut monitor = NftMonitor::open(&[nft.port_id()]).expect("monitor");
-        other.set_ruleset(&rules()).expect("set");
+        other.set([rules()]);
         assert_eq!(monitor.changed().await.expect("event"), NftChange::Ours);
     });
 }
@@ -116,10 +117,10 @@ fn forward_chains_are_followed_and_other_tables_are_not() {
 #[test]
 fn both_in_one_transaction_are_two_events() {
     with_runtime(|| async {
-        let mut nft = Nft::open().expect("open");
+        let mut tables = Tables::open();
         iptables("iptables -P FORWARD DROP");
-        nft.set_ruleset(&rules()).expect("set");
-        let mut monitor = NftMonitor::open(&[nft.port_id()]).expect("monitor");
+        tables.set([rules()]);
+        let mut monitor = NftMonitor::open(&[tables.nft.port_id()]).expect("monitor");
         super::nft("flush ruleset");
         let seen = events(&mut monitor).await;
         assert!(seen.contains(&NftChange::Ours) && seen.contains(&NftChange::Forward), "{seen:?}");
@@ -141,11 +142,11 @@ fn an_abandoned_wait_loses_nothing() {
 #[test]
 fn lost_events_are_reported() {
     with_runtime(|| async {
-        let mut nft = Nft::open().expect("open");
+        let mut tables = Tables::open();
         let mut monitor = NftMonitor::open(&[]).expect("monitor");
         // Some KiB an event and none read: the receive buffer overflows long before the bound.
         for _ in 0..4_000 {
-            nft.set_ruleset(&rules()).expect("set");
+            tables.set([rules()]);
         }
         let mut seen = Vec::new();
         while let Ok(change) = tokio::time::timeout(QUIET, monitor.changed()).await {
@@ -154,7 +155,8 @@ fn lost_events_are_reported() {
         }
         assert!(seen.contains(&NftChange::Lost));
         super::nft("flush ruleset");
-        assert_eq!(events(&mut monitor).await, [NftChange::Ours]);
+        let seen = events(&mut monitor).await;
+        assert!(!seen.is_empty() && seen.iter().all(|change| *change == NftChange::Ours), "{seen:?}");
     });
 }
 

@@ -1,34 +1,39 @@
 //! The table as it is set, read, listed by `nft`, and altered by others.
 
 use super::*;
-use crate::kernel::nft::Nft;
-use crate::plan::ruleset::{Chain, ChainKind, Expr, Hook, Rule};
+use crate::plan::ruleset::{Base, Chain, ChainKind, Expr, Hook, Rule, guard};
 
 #[test]
 fn what_is_set_is_read() {
     in_namespace(|| {
-        let mut nft = Nft::open().expect("open");
-        assert_eq!(nft.dump().expect("dump").ruleset, None);
+        let mut tables = Tables::open();
+        assert_eq!(tables.ruleset(), None);
         for config in [ipv4(), ipv6(), dual()] {
-            for masquerade in [true, false] {
-                let rules = ruleset(&config, masquerade);
-                nft.set_ruleset(&rules).expect("set");
-                assert_eq!(nft.dump().expect("dump").ruleset.as_ref(), Some(&rules));
-                nft.set_ruleset(&rules).expect("set again");
-                assert_eq!(nft.dump().expect("dump").ruleset.as_ref(), Some(&rules));
+            for [masquerade, publishes] in [[true, true], [true, false], [false, true], [false, false]] {
+                let rules = ruleset(&config, masquerade, publishes);
+                for _ in 0..2 {
+                    tables.set([rules.clone(), guard()]);
+                    let state = tables.nft.dump().expect("dump");
+                    assert_eq!(state.ruleset(Table::Inet), Some(&rules));
+                    assert_eq!(state.ruleset(Table::Bridge), Some(&guard()));
+                    assert_eq!(state.rules, tables.known);
+                }
             }
         }
-        nft.delete_ruleset().expect("delete");
-        nft.delete_ruleset().expect("delete what is gone");
-        assert_eq!(nft.dump().expect("dump").ruleset, None);
+        tables.delete();
+        tables.delete();
+        assert_eq!(tables.ruleset(), None);
         assert_eq!(output("nft", &["list", "ruleset"], ""), "");
     });
 }
 
 #[test]
-fn every_expression_and_hook_is_read_and_listed() {
+fn every_address_and_hook_is_read_and_listed() {
     let cidr = |text: &str| text.parse().expect(text);
-    let chain = |name: &str, hook, kind, priority, rules| Chain { name: name.to_owned(), hook, kind, priority, rules };
+    let chain = |name: &str, hook, kind, priority, rules| {
+        let base = Some(Base { hook, kind, priority });
+        Chain { name: name.to_owned(), base, rules }
+    };
     let mut matches = Vec::new();
     for length in [0, 1, 7, 8, 9, 15, 16, 24, 31, 32, 33, 47, 56, 64, 65, 120, 127, 128] {
         for address in ["10.244.3.7", "fd00:10:244:51:a:b:c:d"] {
@@ -42,7 +47,7 @@ fn every_expression_and_hook_is_read_and_listed() {
     }
     let names =
         ["ovb.1", "fifteen.bytes.x"].map(|name| Rule { exprs: vec![Expr::InputInterface(name.to_owned()), Expr::Accept] });
-    let rules = Ruleset {
+    let mut rules = Ruleset {
         chains: vec![
             chain("guard", Hook::Prerouting, ChainKind::Filter, -300, names.to_vec()),
             chain("dnat", Hook::Prerouting, ChainKind::Nat, -100, Vec::new()),
@@ -59,46 +64,29 @@ fn every_expression_and_hook_is_read_and_listed() {
         ],
         ..Ruleset::default()
     };
+    rules.chains.sort_by(|a, b| a.name.cmp(&b.name));
     in_namespace(|| {
-        let mut nft = Nft::open().expect("open");
-        nft.set_ruleset(&rules).expect("set");
-        assert_eq!(nft.dump().expect("dump").ruleset.as_ref(), Some(&rules));
+        let mut tables = Tables::open();
+        tables.set([rules.clone()]);
+        assert_eq!(tables.ruleset().as_ref(), Some(&rules));
         assert_eq!(output("nft", &["-s", "list", "table", "inet", "overlayd"], ""), rules.to_string());
     });
 }
 
 #[test]
 fn nft_lists_it_so() {
-    const GOLDEN: &str = "\
-table inet overlayd {
-\tchain forward {
-\t\ttype filter hook forward priority filter; policy accept;
-\t\tip saddr 10.244.0.0/16 accept
-\t\tip daddr 10.244.0.0/16 accept
-\t\tip6 saddr fd00:10:244::/53 accept
-\t\tip6 daddr fd00:10:244::/53 accept
-\t}
-
-\tchain postrouting {
-\t\ttype nat hook postrouting priority srcnat; policy accept;
-\t\tip saddr 10.244.0.0/16 ip daddr != 10.244.0.0/16 ip daddr != 224.0.0.0/4 masquerade random,fully-random
-\t\tip6 saddr fd00:10:244::/53 ip6 daddr != fd00:10:244::/53 ip6 daddr != ff00::/8 masquerade random,fully-random
-\t}
-}
-";
-    assert_eq!(rules().to_string(), GOLDEN);
     in_namespace(|| {
-        let mut nft = Nft::open().expect("open");
-        nft.set_ruleset(&rules()).expect("set");
-        assert_eq!(output("nft", &["list", "table", "inet", "overlayd"], ""), GOLDEN);
-        // And what `nft` writes from that text is the same to us.
-        super::nft(&format!("flush ruleset\n{GOLDEN}"));
-        assert_eq!(nft.dump().expect("dump").ruleset, Some(rules()));
+        let mut tables = Tables::open();
+        tables.set([rules(), guard()]);
+        for (ruleset, table) in [(rules(), "inet"), (guard(), "bridge")] {
+            let listed = output("nft", &["-s", "-t", "list", "table", table, "overlayd"], "");
+            assert_eq!(listed, ruleset.to_string());
+        }
     });
 }
 
 /// Alterations by others, as scripts for `nft`; each must show. `@N` stands for the handle of the N-th rule of chain forward.
-pub(super) const ALTERATIONS: [(&str, &str); 17] = [
+pub(super) const ALTERATIONS: [(&str, &str); 22] = [
     ("rule deleted", "delete rule inet overlayd forward handle @1"),
     ("rule added", "add rule inet overlayd forward drop"),
     ("rule inserted", "insert rule inet overlayd forward ip saddr 10.0.0.0/8 drop"),
@@ -116,6 +104,11 @@ pub(super) const ALTERATIONS: [(&str, &str); 17] = [
     ("base chain added", "add chain inet overlayd extra { type filter hook input priority 0; }"),
     ("set added", "add set inet overlayd s { type ipv4_addr; }"),
     ("counter added", "add counter inet overlayd c"),
+    ("element added", "add element inet overlayd peers4 { 192.0.2.1 . 10.0.0.0 }"),
+    ("element added to a map", "add element inet overlayd ports4 { tcp . 80 : 10.0.0.1 . 80 }"),
+    ("set made again", "add set inet overlayd hosts4 { type ipv4_addr; }"),
+    ("guard: chain flushed", "flush chain bridge overlayd guard"),
+    ("guard: table deleted", "delete table bridge overlayd"),
     ("table put to sleep", "add table inet overlayd { flags dormant; }"),
     ("table deleted", "delete table inet overlayd"),
     ("all flushed", "flush ruleset"),
@@ -137,38 +130,31 @@ pub(super) fn alter(script: &str) {
 #[test]
 fn every_alteration_shows_and_is_repaired() {
     in_namespace(|| {
-        let mut nft = Nft::open().expect("open");
+        let mut tables = Tables::open();
         for (what, script) in ALTERATIONS {
-            nft.set_ruleset(&rules()).expect("set");
-            assert_eq!(nft.dump().expect("dump").ruleset, Some(rules()));
+            tables.set([rules(), guard()]);
+            let before = tables.nft.dump().expect("dump").rules;
             alter(script);
-            assert_ne!(nft.dump().expect("dump").ruleset, Some(rules()), "{what}");
+            assert_ne!(tables.nft.dump().expect("dump").rules, before, "{what}");
         }
-        nft.set_ruleset(&rules()).expect("set");
-        assert_eq!(nft.dump().expect("dump").ruleset, Some(rules()));
+        tables.set([rules(), guard()]);
+        assert_eq!(tables.ruleset(), Some(rules()));
     });
 }
 
 #[test]
 fn what_is_not_ours_is_named() {
     in_namespace(|| {
-        let mut nft = Nft::open().expect("open");
-        nft.set_ruleset(&rules()).expect("set");
+        let mut tables = Tables::open();
+        tables.set([rules()]);
         super::nft(
-            "table inet overlayd { set s { type ipv4_addr; }; counter c { }; chain x { }; \
+            "table inet overlayd { set s { type ipv4_addr; }; counter c { }; \
              chain y { type filter hook input priority 0; policy drop; }; chain z { type route hook output priority 0; }; }",
         );
         super::nft("add table inet overlayd { flags dormant; }");
-        let foreign = nft.dump().expect("dump").ruleset.expect("table").foreign;
-        let words = [
-            "flags 0x1",
-            "chain x",
-            "chain y with another policy than accept",
-            "chain z with another type or hook",
-            "set s",
-            "object c",
-        ];
-        assert_eq!(foreign, words);
+        let words =
+            ["flags 0x1", "chain y with another policy than accept", "chain z with another type or hook", "set s", "object c"];
+        assert_eq!(tables.ruleset().expect("table").foreign, words);
     });
 }
 
@@ -194,11 +180,11 @@ table ip overlayd {
 ";
     in_namespace(|| {
         super::nft(OTHERS);
-        let mut nft = Nft::open().expect("open");
-        assert_eq!(nft.dump().expect("dump").ruleset, None);
-        nft.set_ruleset(&rules()).expect("set");
-        assert_eq!(nft.dump().expect("dump").ruleset, Some(rules()));
-        nft.delete_ruleset().expect("delete");
+        let mut tables = Tables::open();
+        assert_eq!(tables.nft.dump().expect("dump").rules, State::new());
+        tables.set([rules(), guard()]);
+        assert_eq!(tables.ruleset(), Some(rules()));
+        tables.delete();
         assert_eq!(output("nft", &["list", "ruleset"], ""), OTHERS);
     });
 }
@@ -206,30 +192,34 @@ table ip overlayd {
 #[test]
 fn what_cannot_be_written_is_refused_by_name() {
     in_namespace(|| {
-        let mut nft = Nft::open().expect("open");
-        nft.set_ruleset(&rules()).expect("set");
+        let mut tables = Tables::open();
+        tables.set([rules()]);
         let with = |expr: Expr| {
             let mut rules = rules();
-            rules.chains[0].rules.push(Rule { exprs: vec![expr] });
+            let tunnel = rules.chains.iter_mut().find(|chain| chain.name == "tunnel").expect("a chain");
+            tunnel.rules.push(Rule { exprs: vec![expr] });
             rules
         };
-        let mut refused = |rules: &Ruleset| nft.set_ruleset(rules).expect_err("refused").message;
-        assert_eq!(refused(&with(Expr::Foreign)), "rule 5 of chain forward was read and is not ours");
+        let mut refused = |rules: Ruleset| {
+            let failed = tables.nft.apply(&[set_table(rules)], &mut tables.known);
+            assert_eq!(failed.len(), 1, "{failed:?}");
+            failed[0].1.message.clone()
+        };
+        assert_eq!(refused(with(Expr::Foreign)), "rule 2 of chain tunnel was read and is not ours");
         assert_eq!(
-            refused(&with(Expr::InputInterface("sixteen.bytes.xy".to_owned()))),
-            "interface name `sixteen.bytes.xy` in rule 5 of chain forward: 1 to 15 bytes are allowed"
+            refused(with(Expr::InputInterface("sixteen.bytes.xy".to_owned()))),
+            "interface name `sixteen.bytes.xy` in rule 2 of chain tunnel: 1 to 15 bytes are allowed"
         );
         // By the kernel: masquerade belongs into a nat chain, and a chain's name is not empty.
-        let message = refused(&with(Expr::Masquerade));
-        assert!(
-            message.starts_with("table inet overlayd, rule `masquerade random,fully-random` of chain forward: "),
-            "{message}"
-        );
+        let message = refused(with(Expr::Masquerade));
+        assert!(message.starts_with("table inet overlayd, rule `masquerade random,fully-random` of chain tunnel: "), "{message}");
         let mut long = rules();
         long.chains[1].name = "x".repeat(300);
-        let message = refused(&long);
-        assert!(message.starts_with(&format!("table inet overlayd, chain {}: ", long.chains[1].name)), "{message}");
-        assert_eq!(nft.dump().expect("dump").ruleset, Some(rules()), "what was in force stays so");
+        let name = long.chains[1].name.clone();
+        long.chains.sort_by(|a, b| a.name.cmp(&b.name));
+        let message = refused(long);
+        assert!(message.starts_with(&format!("table inet overlayd, chain {name}: ")), "{message}");
+        assert_eq!(tables.ruleset(), Some(rules()), "what was in force stays so");
     });
 }
 
@@ -237,23 +227,24 @@ fn what_cannot_be_written_is_refused_by_name() {
 fn dumps_are_whole_while_others_write() {
     in_namespace(|| {
         let mut nft = Nft::open().expect("open");
-        let mut writer = Nft::open().expect("open");
-        let (one, two) = (ruleset(&ipv4(), true), ruleset(&dual(), true));
-        writer.set_ruleset(&one).expect("set");
+        let mut writer = Tables::open();
+        let (one, two) = (ruleset(&ipv4(), true, false), ruleset(&dual(), true, true));
+        writer.set([one.clone()]);
         let stop = std::sync::atomic::AtomicBool::new(false);
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 for _ in 0..300 {
-                    writer.set_ruleset(&two).expect("set");
-                    writer.set_ruleset(&one).expect("set");
-                    std::thread::sleep(std::time::Duration::from_micros(300));
+                    writer.set([two.clone()]);
+                    writer.set([one.clone()]);
+                    std::thread::sleep(std::time::Duration::from_millis(2));
                 }
                 stop.store(true, std::sync::atomic::Ordering::Relaxed);
             });
             let mut dumps = 0;
             while !stop.load(std::sync::atomic::Ordering::Relaxed) && dumps < 100_000 {
-                let read = nft.dump().expect("dump").ruleset;
-                assert!(read.as_ref() == Some(&one) || read.as_ref() == Some(&two), "{read:?}");
+                let state = nft.dump().expect("dump");
+                let read = state.ruleset(Table::Inet);
+                assert!(read == Some(&one) || read == Some(&two), "{read:?}");
                 dumps += 1;
             }
             assert!(dumps > 0);
@@ -264,14 +255,15 @@ fn dumps_are_whole_while_others_write() {
 #[test]
 fn without_permission_it_says_so() {
     in_namespace(|| {
-        let mut nft = Nft::open().expect("open");
+        let mut tables = Tables::open();
         // The capabilities are the thread's, and this thread ends with the test.
         // `_LINUX_CAPABILITY_VERSION_3` with this thread's id (0), and no capabilities: linux/capability.h.
         let (header, none) = ([0x2008_0522_u32, 0], [0_u32; 6]);
         // SAFETY: capset reads a header of two and a body of six 32-bit words, both alive and of that size.
         let dropped = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), none.as_ptr()) };
         assert_eq!(dropped, 0, "capset: {}", std::io::Error::last_os_error());
-        for error in [nft.dump().expect_err("dump"), nft.set_ruleset(&rules()).expect_err("set")] {
+        let refused = tables.nft.apply(&[set_table(rules())], &mut tables.known).remove(0).1;
+        for error in [tables.nft.dump().expect_err("dump"), refused] {
             assert_eq!(error.errno, libc::EPERM);
             assert!(error.message.contains("needs CAP_NET_ADMIN"), "{}", error.message);
         }

@@ -7,10 +7,10 @@ use proptest::prelude::*;
 use proptest::sample::select;
 
 use crate::model::peer::Reach;
-use crate::model::{Cidr, Device, Family, Mac, NetworkConfig, Peer, PerFamily, Subnet, Vni};
+use crate::model::{Cidr, Device, Family, Mac, NetworkConfig, Peer, PerFamily, Port, Subnet, Transport, Vni};
 use crate::plan::Op;
-use crate::plan::desired::{Host, NexthopIds};
-use crate::plan::ruleset::{Expr, Rule};
+use crate::plan::desired::{Attached, Host, NexthopIds};
+use crate::plan::ruleset::{Element, Expr, Rule, Table};
 use crate::plan::state::{Key, LinkKind, LinkState, NEXTHOP_IDS, State, Value, Via, device_of};
 use crate::plan::underlay::Underlay;
 
@@ -77,7 +77,7 @@ fn is_foreign(link: &LinkState) -> bool {
 }
 
 /// Takes out of a made-up state what no kernel can hold: entries on links that are not there, routes by next hops that are not there, next hops
-/// on links that are down.
+/// on links that are down, elements without their table.
 pub fn normalise(mut state: State) -> State {
     loop {
         let old = state.clone();
@@ -86,6 +86,9 @@ pub fn normalise(mut state: State) -> State {
                 && !old.contains_key(&Key::Nexthop(*id))
             {
                 return false;
+            }
+            if let Key::Element(element) = key {
+                return old.contains_key(&Key::Ruleset(element.set().table()));
             }
             let Some(device) = device_of(key, value, &old) else { return true };
             match old.get(&Key::Link(device.name())) {
@@ -166,9 +169,22 @@ impl Setup {
             masquerade,
             tx_checksum,
             nexthop_objects,
-            ports: self.ports.iter().map(|i| format!("veth{i}")).collect(),
+            ports: self.ports.iter().map(|i| self.attached(*i)).collect(),
             forward_drops: if forward_drops { self.families().collect() } else { Vec::new() },
         }
+    }
+
+    /// An endpoint: the first one is not checked, the last one has published ports.
+    fn attached(&self, i: u8) -> Attached {
+        let address = |family| subnet(family, self.own_subnet).nth(2 + u128::from(i)).expect("an address");
+        let port = Port {
+            interface: "eth0".to_owned(),
+            host_interface: format!("veth{i}"),
+            mac: Mac([2, 4, 0, 0, 0, i]),
+            addresses: self.families().map(|family| (family, address(family))).collect(),
+        };
+        let published = if i == 2 { vec!["80:8080".parse().expect("a port")] } else { Vec::new() };
+        Attached { port, published, source_check: i != 0 }
     }
 
     pub fn desired(&self, ids: &mut NexthopIds) -> State {
@@ -291,7 +307,14 @@ fn any_entry() -> impl Strategy<Value = (Key, Value)> {
         1 => (device(), any::<bool>()).prop_map(|(d, on)| sysctl(&format!("ipv6/conf/{d}/accept_ra"), on)),
         1 => select(vec!["ipv4/ip_forward", "ipv6/conf/all/forwarding", "ipv4/tcp_sack"]).prop_map(|path| sysctl(path, false)),
         1 => family().prop_map(|f| (Key::ForwardAccept(f), Value::ForwardAccept(subnet(f, 9)))),
-        1 => Just((Key::Ruleset, Value::Ruleset(Box::default()))),
+        1 => select(Table::ALL.to_vec()).prop_map(|table| (Key::Ruleset(table), Value::Ruleset(Box::default()))),
+        1 => (family(), index(), index())
+            .prop_map(|(f, i, j)| Element::Peer(Box::new((public_ip(f, i), subnet(f, j).base()))))
+            .prop_map(|element| (Key::Element(element), Value::Element(None))),
+        1 => (family(), index(), 79u16..81).prop_map(|(f, i, port)| {
+            let target = std::net::SocketAddr::new(subnet(f, i).base(), port);
+            (Key::Element(Element::Port(f, Transport::Tcp, 80)), Value::Element(Some(target)))
+        }),
         1 => any_setup().prop_map(|setup| drifted_ruleset(&setup)),
         4 => any_link(),
     ]
@@ -302,11 +325,14 @@ fn sysctl(path: &str, on: bool) -> (Key, Value) {
 }
 
 fn drifted_ruleset(setup: &Setup) -> (Key, Value) {
-    let mut rules = crate::plan::ruleset::ruleset(&setup.host().network, setup.flags[0]);
+    let table = Table::ALL[usize::from(setup.own_address % 2)];
+    let entries = setup.host().entries();
+    let Value::Ruleset(rules) = &entries[&Key::Ruleset(table)] else { unreachable!("each host has both tables") };
+    let mut rules = rules.clone();
     for chain in &mut rules.chains {
         chain.rules.push(Rule { exprs: vec![Expr::Foreign] });
     }
-    (Key::Ruleset, Value::Ruleset(Box::new(rules)))
+    (Key::Ruleset(table), Value::Ruleset(rules))
 }
 
 /// A link as another setup has it, drifted, of others, or an endpoint's port.

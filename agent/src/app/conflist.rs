@@ -1,0 +1,131 @@
+//! The CNI network list of the default network, for container runtimes to find (`--cni-conflist`). It is written when the overlay is in place and
+//! never removed: without it a runtime would start containers on no network or another one, with it they wait for the agent.
+
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::config::HostConfig;
+use crate::state::{FileError, write_if_changed};
+
+/// The network's name for runtimes: `podman run --network overlay`.
+const NETWORK: &str = "overlay";
+
+/// The version that runtimes of all ages read; newer ones look at `cniVersions`.
+const VERSION: &str = "1.0.0";
+
+/// The key that tells our file from one that others wrote or changed, and its value.
+const MARK: (&str, &str) = ("writtenBy", "overlayd");
+
+/// The largest file that is looked at, in bytes.
+const LARGEST: u64 = 1 << 20;
+
+/// The list's file.
+#[derive(Debug)]
+pub(super) struct Conflist {
+    path: PathBuf,
+    text: String,
+    /// Whether it was said that the file is another's.
+    told: bool,
+}
+
+/// What stands at the file's path.
+#[derive(Debug, PartialEq, Eq)]
+enum Found {
+    Nothing,
+    Ours,
+    Others,
+}
+
+impl Conflist {
+    /// The file that the configuration asks for, if it does; the socket is the agent's.
+    pub(super) fn of(config: &HostConfig, socket: &Path) -> Option<Conflist> {
+        let path = config.cni_conflist.clone()?;
+        Some(Conflist { path, text: text(socket), told: false })
+    }
+
+    /// Writes the file where it is missing or an older one of ours; says what it did. An error keeps no container off the network that is
+    /// attached otherwise, so it is only logged.
+    pub(super) fn write(&mut self) {
+        match self.try_write() {
+            Ok(true) => tracing::info!(file = %self.path.display(), network = NETWORK, "CNI network list written"),
+            Ok(false) => {}
+            Err(error) => tracing::error!(%error, "the CNI network list cannot be written"),
+        }
+    }
+
+    fn try_write(&mut self) -> Result<bool, FileError> {
+        if found(&self.path)? == Found::Others {
+            if !std::mem::replace(&mut self.told, true) {
+                let key = MARK.0;
+                tracing::warn!(
+                    file = %self.path.display(),
+                    "the CNI network list was written or changed by others (it lacks the key {key}) and is left alone; remove it to have it written anew"
+                );
+            }
+            return Ok(false);
+        }
+        if let Some(parent) = self.path.parent() {
+            std::fs::create_dir_all(parent).map_err(|source| FileError::new("make the directory", parent, source))?;
+        }
+        write_if_changed(&self.path, self.text.as_bytes(), 0o644)
+    }
+}
+
+fn found(path: &Path) -> Result<Found, FileError> {
+    let failed = |source| FileError::new("read", path, source);
+    let metadata = match std::fs::symlink_metadata(path) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Found::Nothing),
+        metadata => metadata.map_err(failed)?,
+    };
+    // A link leads to a file of others, which must not be replaced by ours.
+    if !metadata.is_file() || metadata.len() > LARGEST {
+        return Ok(Found::Others);
+    }
+    let bytes = std::fs::read(path).map_err(failed)?;
+    let mark = serde_json::from_slice::<Value>(&bytes).ok().and_then(|list| list.get(MARK.0)?.as_str().map(str::to_owned));
+    Ok(if mark.as_deref() == Some(MARK.1) { Found::Ours } else { Found::Others })
+}
+
+fn text(socket: &Path) -> String {
+    let list = json!({
+        "cniVersion": VERSION,
+        "cniVersions": ["0.3.1", "0.4.0", "1.0.0", "1.1.0"],
+        "name": NETWORK,
+        MARK.0: MARK.1,
+        "plugins": [{
+            "type": "overlay-cni",
+            "socket": socket.to_string_lossy(),
+            "capabilities": { "ips": true, "mac": true, "portMappings": true, "dns": true },
+        }],
+    });
+    format!("{list:#}\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn written_anew_but_never_over_anothers() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("net.d/10-overlay.conflist");
+        let list = |socket: &str| Conflist { path: path.clone(), text: text(Path::new(socket)), told: false };
+        let read = || std::fs::read_to_string(&path).expect("the file");
+        assert!(list("/run/a.sock").try_write().expect("the directory is made"));
+        assert!(!list("/run/a.sock").try_write().expect("nothing to do"));
+        assert!(read().contains("/run/a.sock") && read().ends_with("}\n"));
+        assert!(list("/run/b.sock").try_write().expect("another socket"));
+        assert!(read().contains("/run/b.sock"));
+        for other in ["{}", "", "not JSON", &read().replace("writtenBy", "_")] {
+            std::fs::write(&path, other).expect("a file");
+            assert!(!list("/run/c.sock").try_write().expect("left alone"), "{other}");
+            assert_eq!(read(), *other);
+        }
+        std::fs::remove_file(&path).expect("removed");
+        std::os::unix::fs::symlink(dir.path().join("elsewhere"), &path).expect("a link");
+        assert!(!list("/run/c.sock").try_write().expect("left alone"));
+        assert!(!dir.path().join("elsewhere").exists());
+    }
+}

@@ -1,0 +1,288 @@
+//! The sets and maps of our tables and their elements, there and back.
+//!
+//! A key of several fields is their concatenation, each padded to four bytes. Sets without ranges are hash tables in the kernel: an element more
+//! costs the same however many there are.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use super::channel::{Channel, Transaction};
+use super::expr::{NFTA_DATA_VALUE, table_family};
+use super::wire::{self, NLM_F_CREATE, Object, Writer};
+use crate::model::{Family, Mac};
+use crate::plan::ruleset::{Datum, Element, SetName, TABLE, Table, Type};
+use crate::plan::{Key, OpError, State, Value};
+
+pub(super) const NFTA_SET_TABLE: u16 = 1;
+pub(super) const NFTA_SET_NAME: u16 = 2;
+const NFTA_SET_FLAGS: u16 = 3;
+const NFTA_SET_KEY_TYPE: u16 = 4;
+const NFTA_SET_KEY_LEN: u16 = 5;
+const NFTA_SET_DATA_TYPE: u16 = 6;
+const NFTA_SET_DATA_LEN: u16 = 7;
+const NFTA_SET_DESC: u16 = 9;
+const NFTA_SET_ID: u16 = 10;
+const NFTA_SET_TIMEOUT: u16 = 11;
+const NFTA_SET_USERDATA: u16 = 13;
+const NFTA_SET_EXPR: u16 = 17;
+const NFTA_SET_EXPRESSIONS: u16 = 18;
+const NFTA_SET_DESC_CONCAT: u16 = 2;
+const NFTA_SET_FIELD_LEN: u16 = 1;
+const NFT_SET_INTERVAL: u32 = 0x4;
+const NFT_SET_MAP: u32 = 0x8;
+const NFT_SET_CONCAT: u32 = 0x80;
+
+const NFTA_SET_ELEM_LIST_TABLE: u16 = 1;
+const NFTA_SET_ELEM_LIST_SET: u16 = 2;
+const NFTA_SET_ELEM_LIST_ELEMENTS: u16 = 3;
+const NFTA_LIST_ELEM: u16 = 1;
+const NFTA_SET_ELEM_KEY: u16 = 1;
+const NFTA_SET_ELEM_DATA: u16 = 2;
+const NFTA_SET_ELEM_FLAGS: u16 = 3;
+const NFTA_SET_ELEM_TIMEOUT: u16 = 4;
+const NFTA_SET_ELEM_KEY_END: u16 = 10;
+
+/// Elements of one message: a list of them is one attribute of less than 64 KiB, and the longest has some 90 bytes.
+pub(super) const PACK: usize = 500;
+
+/// Bits of a type's number in a concatenation's, `TYPE_BITS` in nftables' `include/datatype.h`, where the numbers are, too. The kernel only keeps
+/// them, for whoever lists the set.
+const TYPE_BITS: u32 = 6;
+
+/// For whoever lists the set: `NFTNL_UDATA_SET_KEYBYTEORDER` (libnftnl's `include/libnftnl/udata.h`), its length, and nftables'
+/// `BYTEORDER_HOST_ENDIAN`, a number in the host's byte order.
+const HOST_BYTE_ORDER: [u8; 6] = {
+    let [a, b, c, d] = 1_u32.to_ne_bytes();
+    [0, 4, a, b, c, d]
+};
+
+/// Makes a set.
+pub(super) fn new_set(transaction: &mut Transaction, set: SetName, id: u32) {
+    transaction.change(wire::NFT_MSG_NEWSET, NLM_F_CREATE, table_family(set.table()), |w| {
+        w.text(NFTA_SET_TABLE, TABLE);
+        w.text(NFTA_SET_NAME, set.name());
+        w.u32(NFTA_SET_FLAGS, flags(set));
+        w.u32(NFTA_SET_KEY_TYPE, type_number(&set.key()));
+        w.u32(NFTA_SET_KEY_LEN, length(&set.key()));
+        if !set.data().is_empty() {
+            w.u32(NFTA_SET_DATA_TYPE, type_number(&set.data()));
+            w.u32(NFTA_SET_DATA_LEN, length(&set.data()));
+        }
+        if set.has_ranges() {
+            w.nest(NFTA_SET_DESC, |w| {
+                w.nest(NFTA_SET_DESC_CONCAT, |w| {
+                    for field in set.key() {
+                        w.nest(NFTA_LIST_ELEM, |w| w.u32(NFTA_SET_FIELD_LEN, u32::try_from(field.length()).unwrap_or(0)));
+                    }
+                });
+            });
+        }
+        w.u32(NFTA_SET_ID, id);
+        if set.key() == [Type::Interface] {
+            // Without, `nft` lists names back to front.
+            w.bytes(NFTA_SET_USERDATA, &HOST_BYTE_ORDER);
+        }
+    });
+}
+
+/// Reads the sets of a table: those of ours, and in words what is none.
+pub(super) fn read_sets(channel: &mut Channel, table: Table) -> Result<(Vec<SetName>, Vec<String>), OpError> {
+    let (mut sets, mut foreign) = (Vec::new(), Vec::new());
+    let of_table = |w: &mut Writer| w.text(NFTA_SET_TABLE, TABLE);
+    channel.dump(wire::NFT_MSG_GETSET, table_family(table), of_table, |object| {
+        if !super::table::is_named(object.attributes, NFTA_SET_TABLE, TABLE) {
+            return;
+        }
+        let name = wire::attribute(object.attributes, NFTA_SET_NAME).map(wire::name).unwrap_or_default();
+        match SetName::from_name(table, name) {
+            Some(set) if is_as_made(object.attributes, set) => sets.push(set),
+            Some(set) => foreign.push(format!("set {} of another kind", set.name())),
+            None => foreign.push(format!("set {}", String::from_utf8_lossy(name))),
+        }
+    })?;
+    sets.sort();
+    Ok((sets, foreign))
+}
+
+fn is_as_made(attributes: &[u8], set: SetName) -> bool {
+    let number = |kind| wire::number(attributes, kind).unwrap_or(0);
+    let data = set.data();
+    number(NFTA_SET_FLAGS) == flags(set)
+        && number(NFTA_SET_KEY_TYPE) == type_number(&set.key())
+        && number(NFTA_SET_KEY_LEN) == length(&set.key())
+        && number(NFTA_SET_DATA_TYPE) == type_number(&data)
+        && number(NFTA_SET_DATA_LEN) == length(&data)
+        && [NFTA_SET_TIMEOUT, NFTA_SET_EXPR, NFTA_SET_EXPRESSIONS].iter().all(|kind| wire::attribute(attributes, *kind).is_none())
+}
+
+/// Adds elements to a set, or takes them from it.
+pub(super) fn change_elements(
+    transaction: &mut Transaction,
+    message: u8,
+    set: SetName,
+    elements: &[(&Element, Option<SocketAddr>)],
+) {
+    let flags = if message == wire::NFT_MSG_NEWSETELEM { NLM_F_CREATE } else { 0 };
+    transaction.change(message, flags, table_family(set.table()), |w| {
+        w.text(NFTA_SET_ELEM_LIST_TABLE, TABLE);
+        w.text(NFTA_SET_ELEM_LIST_SET, set.name());
+        w.nest(NFTA_SET_ELEM_LIST_ELEMENTS, |w| {
+            for (element, target) in elements {
+                w.nest(NFTA_LIST_ELEM, |w| {
+                    let value = |w: &mut Writer, kind, data: &[Datum]| {
+                        w.nest(kind, |w| w.bytes(NFTA_DATA_VALUE, &encode(data)));
+                    };
+                    value(w, NFTA_SET_ELEM_KEY, &element.key());
+                    if let Some(end) = element.key_end() {
+                        value(w, NFTA_SET_ELEM_KEY_END, &end);
+                    }
+                    if let (Some(target), wire::NFT_MSG_NEWSETELEM) = (target, message) {
+                        value(w, NFTA_SET_ELEM_DATA, &[Datum::Address(target.ip()), Datum::Port(target.port())]);
+                    }
+                });
+            }
+        });
+    });
+}
+
+/// Reads the elements of a set into a state. False: there are some that ours are not like.
+pub(super) fn read_elements(channel: &mut Channel, set: SetName, state: &mut State) -> Result<bool, OpError> {
+    let mut all_ours = true;
+    let of_set = |w: &mut Writer| {
+        w.text(NFTA_SET_ELEM_LIST_TABLE, TABLE);
+        w.text(NFTA_SET_ELEM_LIST_SET, set.name());
+    };
+    channel.dump(wire::NFT_MSG_GETSETELEM, table_family(set.table()), of_set, |object: Object<'_>| {
+        let list = wire::attribute(object.attributes, NFTA_SET_ELEM_LIST_ELEMENTS).unwrap_or_default();
+        for (_, attributes) in wire::attributes(list) {
+            match read_element(set, attributes) {
+                Some((element, target)) => {
+                    state.insert(Key::Element(element), Value::Element(target));
+                }
+                None => all_ours = false,
+            }
+        }
+    })?;
+    Ok(all_ours)
+}
+
+fn read_element(set: SetName, attributes: &[u8]) -> Option<(Element, Option<SocketAddr>)> {
+    let value = |kind| wire::attribute(attributes, kind).and_then(|nested| wire::attribute(nested, NFTA_DATA_VALUE));
+    let plain = wire::number(attributes, NFTA_SET_ELEM_FLAGS).unwrap_or(0) == 0
+        && wire::attribute(attributes, NFTA_SET_ELEM_TIMEOUT).is_none();
+    let key = decode(&set.key(), value(NFTA_SET_ELEM_KEY)?)?;
+    let end = match value(NFTA_SET_ELEM_KEY_END) {
+        Some(end) => Some(decode(&set.key(), end)?),
+        None => None,
+    };
+    let target = match value(NFTA_SET_ELEM_DATA) {
+        Some(data) => match decode(&set.data(), data)?.as_slice() {
+            [Datum::Address(address), Datum::Port(port)] => Some(SocketAddr::new(*address, *port)),
+            _ => return None,
+        },
+        None => None,
+    };
+    let element = Element::from_key(set, key, end)?;
+    (plain && target.is_some() != set.data().is_empty()).then_some((element, target))
+}
+
+fn flags(set: SetName) -> u32 {
+    let map = if set.data().is_empty() { 0 } else { NFT_SET_MAP };
+    map | if set.has_ranges() { NFT_SET_INTERVAL | NFT_SET_CONCAT } else { 0 }
+}
+
+fn type_number(fields: &[Type]) -> u32 {
+    fields.iter().fold(0, |number, field| {
+        number << TYPE_BITS
+            | match field {
+                Type::Address(Family::V4) => 7,
+                Type::Address(Family::V6) => 8,
+                Type::Mac => 9,
+                Type::Protocol => 12,
+                Type::Port => 13,
+                Type::Interface => 41,
+            }
+    })
+}
+
+fn length(fields: &[Type]) -> u32 {
+    let bytes: usize = fields.iter().map(|field| field.length().next_multiple_of(4)).sum();
+    u32::try_from(bytes).unwrap_or(u32::MAX)
+}
+
+fn encode(data: &[Datum]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(64);
+    for datum in data {
+        match datum {
+            Datum::Address(IpAddr::V4(address)) => bytes.extend_from_slice(&address.octets()),
+            Datum::Address(IpAddr::V6(address)) => bytes.extend_from_slice(&address.octets()),
+            Datum::Mac(mac) => bytes.extend_from_slice(&mac.0),
+            Datum::Protocol(number) => bytes.push(*number),
+            Datum::Port(port) => bytes.extend_from_slice(&port.to_be_bytes()),
+            Datum::Interface(name) => {
+                let mut padded = [0; super::expr::IFNAMSIZ];
+                for (to, from) in padded.iter_mut().zip(name.as_bytes()) {
+                    *to = *from;
+                }
+                bytes.extend_from_slice(&padded);
+            }
+        }
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+    }
+    bytes
+}
+
+fn decode(fields: &[Type], mut bytes: &[u8]) -> Option<Vec<Datum>> {
+    let mut data = Vec::with_capacity(fields.len());
+    if bytes.len() != length(fields) as usize {
+        return None;
+    }
+    for field in fields {
+        let value = bytes.get(..field.length())?;
+        bytes = bytes.get(field.length().next_multiple_of(4)..)?;
+        data.push(match field {
+            Type::Address(Family::V4) => Datum::Address(Ipv4Addr::from(<[u8; 4]>::try_from(value).ok()?).into()),
+            Type::Address(Family::V6) => Datum::Address(Ipv6Addr::from(<[u8; 16]>::try_from(value).ok()?).into()),
+            Type::Mac => Datum::Mac(Mac(value.try_into().ok()?)),
+            Type::Protocol => Datum::Protocol(*value.first()?),
+            Type::Port => Datum::Port(u16::from_be_bytes(value.try_into().ok()?)),
+            Type::Interface => Datum::Interface(std::str::from_utf8(wire::name(value)).ok()?.to_owned()),
+        });
+    }
+    Some(data)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Transport;
+
+    #[test]
+    fn keys_come_back() {
+        let ip = |text: &str| text.parse::<IpAddr>().expect(text);
+        for family in Family::ALL {
+            let (a, b, c) = match family {
+                Family::V4 => (ip("192.0.2.1"), ip("10.1.0.0"), ip("10.1.3.255")),
+                Family::V6 => (ip("2001:db8::1"), ip("fd00:1::"), ip("fd00:1::ffff")),
+            };
+            for element in [
+                Element::Peer(Box::new((a, b))),
+                Element::Range(Box::new((a, b, c))),
+                Element::Host(a),
+                Element::Port(family, Transport::Sctp, 65535),
+                Element::Bound(a, Transport::Udp, 1),
+                Element::Source(Box::new(("ove0123456789a".to_owned(), Mac([2, 3, 4, 5, 6, 7]), b))),
+                Element::Unchecked("fifteen.bytes.x".to_owned()),
+            ] {
+                let set = element.set();
+                assert_eq!(SetName::from_name(set.table(), set.name().as_bytes()), Some(set));
+                let fields = set.key();
+                let bytes = encode(&element.key());
+                assert_eq!(u32::try_from(bytes.len()).expect("short"), length(&fields));
+                let end = element.key_end().map(|end| decode(&fields, &encode(&end)).expect("an end"));
+                assert_eq!(Element::from_key(set, decode(&fields, &bytes).expect("a key"), end), Some(element));
+                assert_eq!(decode(&fields, &bytes[1..]), None);
+            }
+        }
+        assert!(length(&SetName::Source(Family::V6).key()) <= 64, "NFT_DATA_VALUE_MAXLEN");
+    }
+}

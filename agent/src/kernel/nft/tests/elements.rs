@@ -1,0 +1,221 @@
+//! Elements of the sets: there and back, with their table, after others changed them, and how long they take.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::time::Instant;
+
+use super::*;
+use crate::model::{Mac, Transport};
+use crate::plan::ruleset::{Counter, Element, guard};
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().expect(text)
+}
+
+fn set(element: Element, target: Option<SocketAddr>) -> Op {
+    Op::Set(Key::Element(element), Value::Element(target))
+}
+
+fn delete(element: Element) -> Op {
+    Op::Delete(Key::Element(element), Value::Element(None))
+}
+
+fn target(text: &str) -> Option<SocketAddr> {
+    Some(text.parse().expect(text))
+}
+
+/// One of each kind, in each family.
+fn one_of_each() -> Vec<Op> {
+    let mut ops = Vec::new();
+    for (outer, base, last, family) in [
+        ("192.0.2.9", "10.244.9.0", "10.244.11.255", Family::V4),
+        ("2001:db8::9", "fd00:10:244:9::", "fd00:10:244:b:ffff:ffff:ffff:ffff", Family::V6),
+    ] {
+        let (outer, base, last) = (ip(outer), ip(base), ip(last));
+        let to = Some(SocketAddr::new(base, 8080));
+        ops.push(set(Element::Peer(Box::new((outer, base))), None));
+        ops.push(set(Element::Range(Box::new((outer, base, last))), None));
+        ops.push(set(Element::Host(outer), None));
+        ops.push(set(Element::Port(family, Transport::Udp, 53), to));
+        ops.push(set(Element::Bound(outer, Transport::Sctp, 65535), to));
+        ops.push(set(Element::Source(Box::new(("ove0123456789a".to_owned(), Mac([2, 3, 4, 5, 6, 7]), base))), None));
+    }
+    ops.push(set(Element::Unchecked("ove0123456789a".to_owned()), None));
+    ops
+}
+
+fn both() -> Vec<Op> {
+    [ruleset(&dual(), false, true), guard()].map(set_table).to_vec()
+}
+
+#[test]
+fn each_kind_is_read_and_listed() {
+    in_namespace(|| {
+        let mut tables = Tables::open();
+        tables.apply(&[both(), one_of_each()].concat());
+        assert_eq!(tables.nft.dump().expect("dump").rules, tables.known);
+        assert_eq!(tables.known.len(), 2 + 13);
+        for (kind, table, name, wanted) in [
+            ("set", "inet", "peers4", "192.0.2.9 . 10.244.9.0"),
+            ("set", "inet", "hosts6", "2001:db8::9 . 2001:db8::9"),
+            ("set", "inet", "ranges4", "192.0.2.9 . 10.244.9.0-10.244.11.255"),
+            ("map", "inet", "ports4", "udp . 53 : 10.244.9.0 . 8080"),
+            ("map", "inet", "bound6", "2001:db8::9 . sctp . 65535 : fd00:10:244:9:: . 8080"),
+            ("set", "bridge", "source4", "\"ove0123456789a\" . 02:03:04:05:06:07 . 10.244.9.0"),
+            ("set", "bridge", "source6", "\"ove0123456789a\" . 02:03:04:05:06:07 . fd00:10:244:9::"),
+            ("set", "bridge", "unchecked", "\"ove0123456789a\""),
+        ] {
+            let listed = output("nft", &["list", kind, table, "overlayd", name], "");
+            assert!(listed.contains(&format!("elements = {{ {wanted} }}")), "{listed}");
+        }
+        // The same again writes nothing, and all of it goes again.
+        let generation = tables.nft.generation();
+        tables.apply(&one_of_each());
+        assert_eq!(tables.nft.generation(), generation);
+        let deletions: Vec<Op> = one_of_each().into_iter().map(|op| Op::Delete(op.key().clone(), Value::Element(None))).collect();
+        tables.apply(&deletions);
+        tables.apply(&deletions);
+        assert_eq!(tables.known.len(), 2);
+        assert_eq!(tables.nft.dump().expect("dump").rules, tables.known);
+    });
+}
+
+#[test]
+fn a_replaced_table_keeps_its_elements_and_counts() {
+    in_namespace(|| {
+        let mut tables = Tables::open();
+        tables.apply(&[both(), one_of_each()].concat());
+        let before = tables.nft.dump().expect("dump").rules;
+        super::nft("reset counters table inet overlayd\nadd rule inet overlayd tunnel counter name tunnel");
+        output("sh", &["-c", "ip link set lo up && ping -c 2 -i 0.2 127.0.0.1"], "");
+        let counted = tables.nft.counters().expect("counters")[&Counter::Tunnel];
+        assert!(counted.packets >= 4 && counted.bytes >= 4 * 84, "{counted:?}");
+        tables.apply(&both());
+        assert_eq!(tables.nft.dump().expect("dump").rules, before);
+        assert_eq!(tables.nft.counters().expect("counters")[&Counter::Tunnel], counted);
+
+        // What the table has no set for any more goes with the set.
+        tables.set([ruleset(&dual(), true, false)]);
+        let state = tables.nft.dump().expect("dump");
+        assert_eq!(state.rules, tables.known);
+        assert!(!state.rules.keys().any(|key| matches!(key, Key::Element(Element::Port(..) | Element::Host(_)))));
+        tables.delete();
+        assert_eq!(tables.known, State::new());
+    });
+}
+
+#[test]
+fn an_element_leads_elsewhere() {
+    in_namespace(|| {
+        let mut tables = Tables::open();
+        let port = || Element::Port(Family::V4, Transport::Tcp, 80);
+        tables.apply(&[both(), vec![set(port(), target("10.244.9.2:80"))]].concat());
+        tables.apply(&[set(port(), target("10.244.9.3:81"))]);
+        assert_eq!(tables.nft.dump().expect("dump").rules[&Key::Element(port())], Value::Element(target("10.244.9.3:81")));
+        tables.apply(&[delete(port()), set(port(), target("10.244.9.4:80"))]);
+        assert_eq!(tables.nft.dump().expect("dump").rules[&Key::Element(port())], Value::Element(target("10.244.9.4:80")));
+    });
+}
+
+/// What others did meanwhile is found out: the changes are computed anew from what is there.
+#[test]
+fn what_is_known_may_be_wrong() {
+    for alteration in [
+        "delete element inet overlayd peers4 { 192.0.2.9 . 10.244.9.0 }",
+        "add element inet overlayd ports4 { tcp . 80 : 10.0.0.1 . 1 }",
+        "delete element inet overlayd ports4 { udp . 53 : 10.244.9.0 . 8080 }",
+        "flush set bridge overlayd source4",
+    ] {
+        in_namespace(|| {
+            let mut tables = Tables::open();
+            tables.apply(&[both(), one_of_each()].concat());
+            super::nft(alteration);
+            let wanted = vec![
+                delete(Element::Peer(Box::new((ip("192.0.2.9"), ip("10.244.9.0"))))),
+                delete(Element::Source(Box::new(("ove0123456789a".to_owned(), Mac([2, 3, 4, 5, 6, 7]), ip("10.244.9.0"))))),
+                delete(Element::Port(Family::V4, Transport::Udp, 53)),
+                set(Element::Port(Family::V4, Transport::Tcp, 80), target("10.244.9.2:80")),
+            ];
+            tables.apply(&wanted);
+            let found = tables.nft.dump().expect("dump").rules;
+            assert_eq!(found, tables.known, "{alteration}");
+            for op in &wanted {
+                match op {
+                    Op::Set(key, value) => assert_eq!(found.get(key), Some(value), "{alteration}"),
+                    Op::Delete(key, _) => assert_eq!(found.get(key), None, "{alteration}"),
+                }
+            }
+        });
+    }
+}
+
+#[test]
+fn a_bad_element_stops_no_other() {
+    in_namespace(|| {
+        let mut tables = Tables::open();
+        let bad = set(Element::Host(ip("192.0.2.1")), None);
+        // There is no such set where containers' packets are masqueraded.
+        let mut ops = vec![set_table(rules()), set_table(guard())];
+        ops.extend(one_of_each().into_iter().filter(|op| !matches!(op.key(), Key::Element(Element::Host(_)))));
+        let good = ops.len();
+        ops.insert(5, bad);
+        let failed = tables.nft.apply(&ops, &mut tables.known);
+        assert_eq!(failed.iter().map(|(index, _)| *index).collect::<Vec<_>>(), [5], "{failed:?}");
+        let message = &failed[0].1.message;
+        assert!(message.starts_with("table inet overlayd, element of hosts4: 192.0.2.1 . 192.0.2.1: "), "{message}");
+        assert_eq!(tables.known.len(), good);
+        assert_eq!(tables.nft.dump().expect("dump").rules, tables.known);
+        // Two ranges of one peer that overlap: the second is refused, alone or among others.
+        let range = |last| set(Element::Range(Box::new((ip("192.0.2.9"), ip("10.244.9.9"), ip(last)))), None);
+        let failed = tables.nft.apply(&[range("10.244.20.0")], &mut tables.known);
+        assert_eq!(failed.len(), 1, "{failed:?}");
+        assert_eq!(tables.nft.dump().expect("dump").rules, tables.known);
+    });
+}
+
+/// Printed: what the guards cost where there are many peers.
+#[test]
+fn ten_thousand_peers() {
+    let peer = |n: u32| {
+        let outer = Ipv4Addr::from_bits(0xc612_0000 + n).into();
+        Element::Peer(Box::new((outer, Ipv4Addr::from_bits(0x0a00_0000 + (n << 8)).into())))
+    };
+    in_namespace(|| {
+        let mut tables = Tables::open();
+        tables.apply(&both());
+        let all: Vec<Op> = (0..10_000).map(|n| set(peer(n), None)).collect();
+        let timed = |what: &str, work: &mut dyn FnMut()| {
+            let begin = Instant::now();
+            work();
+            println!("{what}: {:?}", begin.elapsed());
+        };
+        timed("10,000 elements set", &mut || tables.apply(&all));
+        assert_eq!(tables.known.len(), 10_002);
+        timed("one more", &mut || tables.apply(&[set(peer(10_000), None)]));
+        timed("one removed", &mut || tables.apply(&[delete(peer(10_000))]));
+        timed("the table replaced with all of them", &mut || tables.apply(&both()));
+        let mut found = State::new();
+        timed("all read", &mut || found = tables.nft.dump().expect("dump").rules);
+        assert_eq!(found, tables.known);
+        let none: Vec<Op> = (0..10_000).map(|n| delete(peer(n))).collect();
+        timed("10,000 elements removed", &mut || tables.apply(&none));
+        assert_eq!(tables.nft.dump().expect("dump").rules.len(), 2);
+    });
+}
+
+/// Printed: a run of published ports, one element each.
+#[test]
+fn every_port_of_a_protocol() {
+    in_namespace(|| {
+        let mut tables = Tables::open();
+        tables.apply(&both());
+        for count in [1_000, 65_535] {
+            let to = |port| Some(SocketAddr::new(ip("10.244.9.2"), port));
+            let all: Vec<Op> = (1..=count).map(|port| set(Element::Port(Family::V4, Transport::Tcp, port), to(port))).collect();
+            let begin = Instant::now();
+            tables.apply(&all);
+            println!("{count} ports published: {:?}", begin.elapsed());
+            assert_eq!(tables.known.len(), 2 + usize::from(count));
+        }
+        assert_eq!(tables.nft.dump().expect("dump").rules, tables.known);
+    });
+}

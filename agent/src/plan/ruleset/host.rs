@@ -1,0 +1,198 @@
+//! The table `inet overlayd`: forwarding, masquerade, published ports, and who may tunnel to this host.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use super::{Base, Chain, ChainKind, Counter, Expr, Field, Hook, Rule, Ruleset, SetName, Table, UDP, is, is_not, rule};
+use crate::model::{Cidr, Device, Family, NetworkConfig, Subnet};
+
+/// `NF_IP_PRI_RAW`, `NF_IP_PRI_NAT_DST` and `NF_IP_PRI_NAT_SRC` in `linux/netfilter_ipv4.h`.
+const RAW: i32 = -300;
+const NAT_DESTINATION: i32 = -100;
+const NAT_SOURCE: i32 = 100;
+
+/// Bytes from the beginning of the UDP header of a VXLAN packet: UDP has 8 bytes, VXLAN 8, and an Ethernet header 14 (RFC 7348 section 5).
+const VNI: Field = Field::transport(12, 3);
+const INNER_ETHERTYPE: Field = Field::transport(28, 2);
+const INNER_IP: u8 = 30;
+
+/// What the rules follow from.
+#[derive(Debug, Clone, Copy)]
+pub struct Rules<'a> {
+    /// The network.
+    pub network: &'a NetworkConfig,
+    /// This host's subnet.
+    pub subnet: &'a Subnet,
+    /// Whether what leaves the overlay for elsewhere gets the host's address.
+    pub masquerade: bool,
+    /// Whether ports are published: without, there are no chains for them, and no connection pays for them.
+    pub publishes: bool,
+}
+
+impl Rules<'_> {
+    /// The table `inet overlayd`:
+    ///
+    /// - `tunnel` and `vxlan`: VXLAN with our VNI passes only from a peer, and only with an inner source of that peer's subnet.
+    ///   The hook is input, behind the reassembly of fragments: nothing that is checked can hide in the next fragment. Other VNIs of the port
+    ///   are not ours to judge.
+    /// - `forward`: forwarding to and from the overlay is accepted, but for encapsulation that a container forged.
+    /// - `loopback`: containers neither send from 127.0.0.0/8 nor reach it, whatever `route_localnet` says.
+    /// - `prerouting`, `output`: published ports.
+    /// - `postrouting`: with `masquerade` what leaves the overlay for elsewhere (not multicast) gets the host's address; a container that was
+    ///   reached by a published port from its own bridge or from the host's loopback answers through this host. Inside the overlay nothing is
+    ///   translated.
+    pub fn ruleset(&self) -> Ruleset {
+        let mut counters = vec![Counter::Encapsulation, Counter::Loopback, Counter::Tunnel];
+        let families: Vec<Family> = self.network.families().collect();
+        let mut chains = vec![self.tunnel(), self.vxlan(&families), self.forward()];
+        if families.contains(&Family::V4) {
+            chains.push(self.loopback());
+        } else {
+            counters.retain(|counter| *counter != Counter::Loopback);
+        }
+        if self.publishes {
+            chains.push(base("prerouting", Hook::Prerouting, ChainKind::Nat, NAT_DESTINATION, self.publish(&families, true)));
+            chains.push(base("output", Hook::Output, ChainKind::Nat, NAT_DESTINATION, self.publish(&families, false)));
+        }
+        let postrouting = self.postrouting(&families);
+        if !postrouting.is_empty() {
+            chains.push(base("postrouting", Hook::Postrouting, ChainKind::Nat, NAT_SOURCE, postrouting));
+        }
+        let mut sets = Vec::new();
+        for family in families {
+            sets.extend([SetName::Peers(family), SetName::Ranges(family)]);
+            if !self.masquerade {
+                sets.push(SetName::Hosts(family));
+            }
+            if self.publishes {
+                sets.extend([SetName::Bound(family), SetName::Ports(family)]);
+            }
+        }
+        sets.sort();
+        chains.sort_by(|a, b| a.name.cmp(&b.name));
+        Ruleset { table: Table::Inet, counters, sets, chains, foreign: Vec::new() }
+    }
+
+    fn bridge(&self) -> String {
+        Device::bridge(self.network.vxlan.vni).name()
+    }
+
+    fn vxlan_port(&self) -> [Expr; 2] {
+        [is(Field::Layer4, &UDP), is(Field::DestinationPort, &self.network.vxlan.port.to_be_bytes())]
+    }
+
+    fn tunnel(&self) -> Chain {
+        let [udp, port] = self.vxlan_port();
+        let jump = rule([udp, port, Expr::Jump("vxlan".to_owned())]);
+        base("tunnel", Hook::Input, ChainKind::Filter, RAW, vec![jump])
+    }
+
+    fn vxlan(&self, families: &[Family]) -> Chain {
+        let [_, vni @ ..] = self.network.vxlan.vni.get().to_be_bytes();
+        let mut rules = vec![
+            rule([Expr::InputInterface(self.bridge()), Expr::Count(Counter::Encapsulation), Expr::Drop]),
+            rule([is_not(VNI, &vni), Expr::Return]),
+        ];
+        for family in families {
+            let Some(pool) = self.network.pools.get(*family) else { continue };
+            let bits = family.bits();
+            // RFC 791 section 3.1, RFC 8200 section 3: where the source stands in the inner IP header.
+            let (ethertype, offset) = match family {
+                Family::V4 => ([0x08, 0x00], INNER_IP + 12),
+                Family::V6 => ([0x86, 0xdd], INNER_IP + 8),
+            };
+            let mut allow = |set, prefix| {
+                let fields = vec![Field::Source(*family), Field::Transport { offset, length: bits / 8, prefix }];
+                rules.push(rule([is(INNER_ETHERTYPE, &ethertype), Expr::In { fields, set }, Expr::Accept]));
+            };
+            allow(SetName::Peers(*family), pool.subnet_length);
+            if !self.masquerade {
+                allow(SetName::Hosts(*family), bits);
+            }
+            allow(SetName::Ranges(*family), bits);
+        }
+        rules.push(rule([Expr::Count(Counter::Tunnel), Expr::Drop]));
+        Chain { name: "vxlan".to_owned(), base: None, rules }
+    }
+
+    fn forward(&self) -> Chain {
+        let [udp, port] = self.vxlan_port();
+        let from = Expr::InputInterface(self.bridge());
+        let mut rules = vec![rule([udp, from, port, Expr::Count(Counter::Encapsulation), Expr::Drop])];
+        for (_, pool) in self.network.pools.iter() {
+            let cidr = pool.network;
+            rules.push(rule([Expr::Source { cidr, negate: false }, Expr::Accept]));
+            rules.push(rule([Expr::Destination { cidr, negate: false }, Expr::Accept]));
+        }
+        base("forward", Hook::Forward, ChainKind::Filter, 0, rules)
+    }
+
+    fn loopback(&self) -> Chain {
+        let cidr = loopback(Family::V4);
+        let ends = [Expr::Destination { cidr, negate: false }, Expr::Source { cidr, negate: false }];
+        let rules = ends.map(|end| rule([Expr::InputInterface(self.bridge()), end, Expr::Count(Counter::Loopback), Expr::Drop]));
+        base("loopback", Hook::Prerouting, ChainKind::Filter, RAW, rules.to_vec())
+    }
+
+    /// Ports of one address before those of any. From outside, an address of the loopback device is nobody's: what is bound there is reached from
+    /// this host alone.
+    fn publish(&self, families: &[Family], from_outside: bool) -> Vec<Rule> {
+        let mut rules = Vec::new();
+        if from_outside && families.contains(&Family::V4) {
+            rules.push(rule([Expr::Destination { cidr: loopback(Family::V4), negate: false }, Expr::Accept]));
+        }
+        let port = [Field::Layer4, Field::DestinationPort];
+        for family in families {
+            let fields = [Field::Destination(*family)].into_iter().chain(port).collect();
+            rules.push(rule([Expr::Translate { fields, map: SetName::Bound(*family) }]));
+        }
+        for family in families {
+            rules.push(rule([Expr::ToThisHost, Expr::Translate { fields: port.to_vec(), map: SetName::Ports(*family) }]));
+        }
+        rules
+    }
+
+    fn postrouting(&self, families: &[Family]) -> Vec<Rule> {
+        let mut rules = Vec::new();
+        if self.publishes {
+            let sources = families.iter().flat_map(|family| [self.subnet.get(*family), Some(loopback(*family))]).flatten();
+            for cidr in sources {
+                let from = Expr::Source { cidr, negate: false };
+                rules.push(rule([Expr::OutputInterface(self.bridge()), Expr::Translated, from, Expr::Masquerade]));
+            }
+        }
+        if self.masquerade {
+            for (family, pool) in self.network.pools.iter() {
+                let cidr = pool.network;
+                rules.push(rule([
+                    Expr::Source { cidr, negate: false },
+                    Expr::Destination { cidr, negate: true },
+                    Expr::Destination { cidr: multicast(family), negate: true },
+                    Expr::Masquerade,
+                ]));
+            }
+        }
+        rules
+    }
+}
+
+fn base(name: &str, hook: Hook, kind: ChainKind, priority: i32, rules: Vec<Rule>) -> Chain {
+    Chain { name: name.to_owned(), base: Some(Base { hook, kind, priority }), rules }
+}
+
+fn loopback(family: Family) -> Cidr {
+    match family {
+        Family::V4 => range(Ipv4Addr::LOCALHOST.into(), 8),
+        Family::V6 => range(Ipv6Addr::LOCALHOST.into(), 128),
+    }
+}
+
+fn multicast(family: Family) -> Cidr {
+    match family {
+        Family::V4 => range(Ipv4Addr::new(224, 0, 0, 0).into(), 4),
+        Family::V6 => range(Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0).into(), 8),
+    }
+}
+
+fn range(address: IpAddr, length: u8) -> Cidr {
+    Cidr::containing(address, length).unwrap_or_else(|| Cidr::host(address))
+}

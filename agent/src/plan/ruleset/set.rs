@@ -1,0 +1,256 @@
+//! The sets and maps of our tables, and what an element of each says.
+
+use std::fmt;
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+
+use super::Table;
+use crate::model::{Family, Mac, Transport};
+
+/// The sets and maps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SetName {
+    /// `address . protocol . port` of this host: where it leads, for ports bound to one address.
+    Bound(Family),
+    /// The own addresses of peers (outer source and inner source are the same one), where containers' packets to them are not masqueraded.
+    Hosts(Family),
+    /// Outer source and the base of the inner source's subnet, of the length that the network's subnets have.
+    Peers(Family),
+    /// `protocol . port` of any address of this host: where it leads.
+    Ports(Family),
+    /// Outer source and range of inner sources, for subnets of another length.
+    Ranges(Family),
+    /// Interface, MAC and address of an endpoint.
+    Source(Family),
+    /// The interfaces of endpoints whose sources are not checked.
+    Unchecked,
+}
+
+/// Types of a set's fields, as `nft` calls them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Type {
+    /// `ipv4_addr`, `ipv6_addr`.
+    Address(Family),
+    /// `ether_addr`.
+    Mac,
+    /// `inet_proto`.
+    Protocol,
+    /// `inet_service`.
+    Port,
+    /// `ifname`.
+    Interface,
+}
+
+/// A value of one field.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Datum {
+    /// An address.
+    Address(IpAddr),
+    /// A MAC.
+    Mac(Mac),
+    /// A transport protocol's number.
+    Protocol(u8),
+    /// A port.
+    Port(u16),
+    /// An interface's name.
+    Interface(String),
+}
+
+impl SetName {
+    /// Each.
+    pub const ALL: [SetName; 13] = [
+        SetName::Bound(Family::V4),
+        SetName::Bound(Family::V6),
+        SetName::Hosts(Family::V4),
+        SetName::Hosts(Family::V6),
+        SetName::Peers(Family::V4),
+        SetName::Peers(Family::V6),
+        SetName::Ports(Family::V4),
+        SetName::Ports(Family::V6),
+        SetName::Ranges(Family::V4),
+        SetName::Ranges(Family::V6),
+        SetName::Source(Family::V4),
+        SetName::Source(Family::V6),
+        SetName::Unchecked,
+    ];
+
+    /// The table that it is in.
+    pub const fn table(self) -> Table {
+        match self {
+            SetName::Source(_) | SetName::Unchecked => Table::Bridge,
+            _ => Table::Inet,
+        }
+    }
+
+    /// Its name there.
+    pub const fn name(self) -> &'static str {
+        match self {
+            SetName::Bound(Family::V4) => "bound4",
+            SetName::Bound(Family::V6) => "bound6",
+            SetName::Hosts(Family::V4) => "hosts4",
+            SetName::Hosts(Family::V6) => "hosts6",
+            SetName::Peers(Family::V4) => "peers4",
+            SetName::Peers(Family::V6) => "peers6",
+            SetName::Ports(Family::V4) => "ports4",
+            SetName::Ports(Family::V6) => "ports6",
+            SetName::Ranges(Family::V4) => "ranges4",
+            SetName::Ranges(Family::V6) => "ranges6",
+            SetName::Source(Family::V4) => "source4",
+            SetName::Source(Family::V6) => "source6",
+            SetName::Unchecked => "unchecked",
+        }
+    }
+
+    /// The set of that name in a table.
+    pub fn from_name(table: Table, name: &[u8]) -> Option<SetName> {
+        SetName::ALL.into_iter().find(|set| set.table() == table && set.name().as_bytes() == name)
+    }
+
+    /// The types of its key's fields.
+    pub fn key(self) -> Vec<Type> {
+        match self {
+            SetName::Bound(family) => vec![Type::Address(family), Type::Protocol, Type::Port],
+            SetName::Hosts(family) | SetName::Peers(family) | SetName::Ranges(family) => {
+                vec![Type::Address(family), Type::Address(family)]
+            }
+            SetName::Ports(_) => vec![Type::Protocol, Type::Port],
+            SetName::Source(family) => vec![Type::Interface, Type::Mac, Type::Address(family)],
+            SetName::Unchecked => vec![Type::Interface],
+        }
+    }
+
+    /// The types of what a map's elements lead to; none for a set.
+    pub fn data(self) -> Vec<Type> {
+        match self {
+            SetName::Bound(family) | SetName::Ports(family) => vec![Type::Address(family), Type::Port],
+            _ => Vec::new(),
+        }
+    }
+
+    /// Whether its elements are ranges.
+    pub const fn has_ranges(self) -> bool {
+        matches!(self, SetName::Ranges(_))
+    }
+}
+
+impl Type {
+    /// Length in bytes, without the padding to four that a field of a concatenation has.
+    pub const fn length(self) -> usize {
+        match self {
+            Type::Address(Family::V4) => 4,
+            Type::Address(Family::V6) | Type::Interface => 16,
+            Type::Mac => 6,
+            Type::Protocol => 1,
+            Type::Port => 2,
+        }
+    }
+}
+
+/// One element of one of our sets. Boxed where it is long: keys of peers are many.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Element {
+    /// The peer behind an underlay address may tunnel packets of the subnet that begins with the second address.
+    Peer(Box<(IpAddr, IpAddr)>),
+    /// The same for the addresses from the second to the third one.
+    Range(Box<(IpAddr, IpAddr, IpAddr)>),
+    /// The peer behind an underlay address may tunnel packets from that very address.
+    Host(IpAddr),
+    /// A port of any address of this host, in one family.
+    Port(Family, Transport, u16),
+    /// A port of one address of this host.
+    Bound(IpAddr, Transport, u16),
+    /// What comes in by an interface may have this MAC and address.
+    Source(Box<(String, Mac, IpAddr)>),
+    /// What comes in by an interface may have any.
+    Unchecked(String),
+}
+
+impl Element {
+    /// The set that it is one of.
+    pub fn set(&self) -> SetName {
+        match self {
+            Element::Peer(peer) => SetName::Peers(Family::of(peer.0)),
+            Element::Range(range) => SetName::Ranges(Family::of(range.0)),
+            Element::Host(address) => SetName::Hosts(Family::of(*address)),
+            Element::Port(family, ..) => SetName::Ports(*family),
+            Element::Bound(address, ..) => SetName::Bound(Family::of(*address)),
+            Element::Source(source) => SetName::Source(Family::of(source.2)),
+            Element::Unchecked(_) => SetName::Unchecked,
+        }
+    }
+
+    /// The endpoint's interface that it is about.
+    pub fn interface(&self) -> Option<&str> {
+        match self {
+            Element::Source(source) => Some(&source.0),
+            Element::Unchecked(interface) => Some(interface),
+            _ => None,
+        }
+    }
+
+    /// Its key, field by field.
+    pub fn key(&self) -> Vec<Datum> {
+        match self {
+            Element::Peer(peer) => vec![Datum::Address(peer.0), Datum::Address(peer.1)],
+            Element::Range(range) => vec![Datum::Address(range.0), Datum::Address(range.1)],
+            Element::Host(address) => vec![Datum::Address(*address), Datum::Address(*address)],
+            Element::Port(_, protocol, port) => vec![Datum::Protocol(protocol.number()), Datum::Port(*port)],
+            Element::Bound(address, protocol, port) => {
+                vec![Datum::Address(*address), Datum::Protocol(protocol.number()), Datum::Port(*port)]
+            }
+            Element::Source(source) => {
+                vec![Datum::Interface(source.0.clone()), Datum::Mac(source.1), Datum::Address(source.2)]
+            }
+            Element::Unchecked(interface) => vec![Datum::Interface(interface.clone())],
+        }
+    }
+
+    /// The end of its key, where that is a range.
+    pub fn key_end(&self) -> Option<Vec<Datum>> {
+        match self {
+            Element::Range(range) => Some(vec![Datum::Address(range.0), Datum::Address(range.2)]),
+            _ => None,
+        }
+    }
+
+    /// The element with this key; `None` where no element of ours has it.
+    pub fn from_key(set: SetName, key: Vec<Datum>, end: Option<Vec<Datum>>) -> Option<Element> {
+        use Datum::{Address, Interface, Mac, Port, Protocol};
+        let transport = |number: u8| [Transport::Tcp, Transport::Udp, Transport::Sctp].into_iter().find(|t| t.number() == number);
+        let element = match (set, key.as_slice(), end.as_deref()) {
+            (SetName::Peers(_), [Address(outer), Address(base)], None) => Element::Peer(Box::new((*outer, *base))),
+            (SetName::Ranges(_), [Address(outer), Address(first)], Some([Address(same), Address(last)])) if same == outer => {
+                Element::Range(Box::new((*outer, *first, *last)))
+            }
+            (SetName::Hosts(_), [Address(outer), Address(inner)], None) if outer == inner => Element::Host(*outer),
+            (SetName::Ports(family), [Protocol(number), Port(port)], None) => Element::Port(family, transport(*number)?, *port),
+            (SetName::Bound(_), [Address(address), Protocol(number), Port(port)], None) => {
+                Element::Bound(*address, transport(*number)?, *port)
+            }
+            (SetName::Source(_), [Interface(name), Mac(mac), Address(address)], None) => {
+                Element::Source(Box::new((name.clone(), *mac, *address)))
+            }
+            (SetName::Unchecked, [Interface(name)], None) => Element::Unchecked(name.clone()),
+            _ => return None,
+        };
+        Some(element)
+    }
+}
+
+impl fmt::Display for Element {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "element of {}: ", self.set().name())?;
+        match self {
+            Element::Peer(peer) => write!(f, "{} . {}", peer.0, peer.1),
+            Element::Range(range) => write!(f, "{} . {}-{}", range.0, range.1, range.2),
+            Element::Host(address) => write!(f, "{address} . {address}"),
+            Element::Port(_, protocol, port) => write!(f, "{protocol} . {port}"),
+            Element::Bound(address, protocol, port) => write!(f, "{address} . {protocol} . {port}"),
+            Element::Source(source) => write!(f, "{} . {} . {}", source.0, source.1, source.2),
+            Element::Unchecked(interface) => f.write_str(interface),
+        }
+    }
+}

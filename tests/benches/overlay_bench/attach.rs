@@ -1,0 +1,269 @@
+//! `attach`: a container attached and detached, through the agent's socket and by the CNI plugin as a whole process, beside Debian's plugins
+//! `bridge` and `host-local` that do the same work (veth pair, bridge port, address, default route).
+//!
+//! Two hosts of one lab, each with a real agent: one without endpoints, one with many; and two namespaces for the reference with as many of its
+//! own containers. One turn goes through all of them, so that what disturbs the machine disturbs all.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Barrier;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow, ensure};
+use clap::Args;
+use overlay_agent::kernel::netns::Netns;
+use overlay_agent::model::api::AttachRequest;
+use overlay_agent::model::endpoint::EndpointName;
+use overlayctl::client::Client;
+use tokio::runtime::Runtime;
+
+use super::progress;
+use super::report::{Report, Row};
+use super::space::Space;
+use super::stage::Stage;
+use super::stats::milliseconds;
+
+/// Where Debian's package containernetworking-plugins has its plugins.
+const DEBIAN_PLUGINS: &str = "/usr/lib/cni";
+/// An ADD at the median, one at a time, in milliseconds.
+const GOAL: f64 = 10.0;
+/// An ADD to the reference's.
+const GOAL_RATIO: f64 = 1.0 / 3.0;
+/// An ADD with many endpoints to one with none: no slower, but for what two runs of the same differ by.
+const GOAL_MANY: f64 = 1.1;
+/// How many at once.
+const SIDE_BY_SIDE: usize = 8;
+/// Turns at the begin of which caches are cold.
+const WARM_UP: usize = 3;
+
+/// How to measure.
+#[derive(Debug, Args)]
+pub struct AttachArguments {
+    /// Turns of each
+    #[arg(long, value_name = "K", default_value_t = 100)]
+    samples: usize,
+    /// Endpoints that are there already on the second host
+    #[arg(long, value_name = "N", default_value_t = 200)]
+    endpoints: usize,
+}
+
+/// Who attaches.
+enum By<'a> {
+    /// The socket, by the client that `overlayctl` uses, in this process.
+    Socket { client: Client, runtime: &'a Runtime },
+    /// A plugin, one process a verb.
+    Plugin { program: PathBuf, config: String },
+}
+
+/// Somebody who attaches containers of one host.
+struct Contestant<'a> {
+    name: &'static str,
+    host: Netns,
+    by: By<'a>,
+    slots: &'a [Slot],
+}
+
+/// A container's namespace, which goes when it is dropped.
+struct Slot {
+    name: String,
+    path: PathBuf,
+}
+
+impl Slot {
+    fn new(name: String) -> anyhow::Result<Slot> {
+        let path = Netns::create(&name)?.path().to_owned();
+        Ok(Slot { name, path })
+    }
+
+    fn many(kind: &str, count: usize) -> anyhow::Result<Vec<Slot>> {
+        (0..count).map(|n| Slot::new(format!("ovbench-{}-{kind}{n}", std::process::id()))).collect()
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        if let Err(error) = Netns::delete(&self.name) {
+            eprintln!("overlay-bench: {error}");
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Verb {
+    Add,
+    Del,
+}
+
+impl Contestant<'_> {
+    /// Attaches or detaches one container.
+    fn act(&self, verb: Verb, slot: &Slot) -> anyhow::Result<()> {
+        match &self.by {
+            By::Socket { client, runtime } => {
+                let name: EndpointName = slot.name.parse()?;
+                runtime.block_on(async {
+                    match verb {
+                        Verb::Add => {
+                            let request = AttachRequest { netns: Some(slot.path.clone()), ..AttachRequest::default() };
+                            client.attach(&name, &request).await.map(|_| ())
+                        }
+                        Verb::Del => client.detach(&name).await.map(|_| ()),
+                    }
+                })?;
+                Ok(())
+            }
+            By::Plugin { program, config } => plugin(program, config, verb, slot),
+        }
+    }
+
+    /// The same for the first so many slots, all at once; from the first one's begin to the last one's end.
+    fn all(&self, verb: Verb, count: usize) -> anyhow::Result<Duration> {
+        let barrier = Barrier::new(count);
+        let work = |slot: &Slot| {
+            self.host.run(|| {
+                barrier.wait();
+                let begin = Instant::now();
+                self.act(verb, slot).map(|()| (begin, Instant::now()))
+            })
+        };
+        let times = thread::scope(|scope| {
+            let running: Vec<_> = self.slots[..count].iter().map(|slot| scope.spawn(|| work(slot))).collect();
+            running
+                .into_iter()
+                .map(|thread| thread.join().map_err(|_| anyhow!("a thread panicked"))??.with_context(|| self.name))
+                .collect::<anyhow::Result<Vec<_>>>()
+        })?;
+        let begin = times.iter().map(|(begin, _)| *begin).min().context("nothing was done")?;
+        let end = times.iter().map(|(_, end)| *end).max().context("nothing was done")?;
+        Ok(end - begin)
+    }
+}
+
+/// Runs a plugin as a runtime does, in the calling thread's namespace.
+fn plugin(program: &Path, config: &str, verb: Verb, slot: &Slot) -> anyhow::Result<()> {
+    let command = match verb {
+        Verb::Add => "ADD",
+        Verb::Del => "DEL",
+    };
+    let mut child = Command::new(program)
+        .env_clear()
+        .envs([("CNI_COMMAND", command), ("CNI_CONTAINERID", &slot.name), ("CNI_IFNAME", "eth0"), ("CNI_PATH", DEBIAN_PLUGINS)])
+        .env("CNI_NETNS", &slot.path)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .with_context(|| format!("cannot start {}", program.display()))?;
+    let mut stdin = child.stdin.take().context("no standard input")?;
+    std::io::Write::write_all(&mut stdin, config.as_bytes())?;
+    drop(stdin);
+    let output = child.wait_with_output()?;
+    ensure!(output.status.success(), "{} {command}: {}", program.display(), String::from_utf8_lossy(&output.stdout));
+    Ok(())
+}
+
+/// A sample of each contestant, in milliseconds.
+type Samples = Vec<Vec<f64>>;
+
+/// Measures.
+pub fn measure(arguments: &AttachArguments, report: &mut Report) -> anyhow::Result<()> {
+    let bridge = Path::new(DEBIAN_PLUGINS).join("bridge");
+    ensure!(bridge.is_file(), "{} is needed: apt-get install containernetworking-plugins", bridge.display());
+    let own = std::env::current_exe()?.with_file_name("overlay-cni");
+    ensure!(own.is_file(), "{} is needed: build it with the same profile (cargo build --release --workspace)", own.display());
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let stage = runtime.block_on(Stage::new(2, 0))?;
+    let spaces = [runtime.block_on(Space::new())?, runtime.block_on(Space::new())?];
+    let data = tempfile::tempdir()?;
+    let slots = Slot::many("s", SIDE_BY_SIDE)?;
+    let mut contestants = Vec::new();
+    for (n, host) in stage.lab.hosts().enumerate() {
+        let config =
+            format!(r#"{{"cniVersion":"1.0.0","name":"bench","type":"overlay-cni","socket":"{}"}}"#, host.socket().display());
+        let reference = format!(
+            r#"{{"cniVersion":"1.0.0","name":"reference","type":"bridge","bridge":"ref0","isGateway":true,"mtu":1450,
+            "ipam":{{"type":"host-local","dataDir":"{}/{n}","ranges":[[{{"subnet":"10.77.0.0/16"}}]],"routes":[{{"dst":"0.0.0.0/0"}}]}}}}"#,
+            data.path().display()
+        );
+        let contestant = |name, host, by| Contestant { name, host, by, slots: &slots };
+        let client = host.client();
+        contestants.push(contestant("socket", host.netns()?, By::Socket { client, runtime: &runtime }));
+        contestants.push(contestant("overlay-cni", host.netns()?, By::Plugin { program: own.clone(), config }));
+        let by = By::Plugin { program: bridge.clone(), config: reference };
+        contestants.push(contestant("reference", spaces[n].netns().clone(), by));
+    }
+    progress(&format!("{} endpoints on the second host, and as many of the reference's", arguments.endpoints));
+    let crowd = [Slot::many("p", arguments.endpoints)?, Slot::many("r", arguments.endpoints)?];
+    for (contestant, slots) in [(&contestants[4], &crowd[0]), (&contestants[5], &crowd[1])] {
+        for slot in slots {
+            contestant.host.run(|| contestant.act(Verb::Add, slot))??;
+        }
+    }
+    for count in [1, SIDE_BY_SIDE] {
+        let turns = if count == 1 { arguments.samples } else { arguments.samples.div_ceil(4) };
+        progress(&format!("{count} at once, {turns} turns"));
+        let (mut added, mut removed): (Samples, Samples) = (vec![Vec::new(); 6], vec![Vec::new(); 6]);
+        for turn in 0..turns + WARM_UP {
+            for (number, contestant) in contestants.iter().enumerate() {
+                let add = contestant.all(Verb::Add, count)?;
+                let del = contestant.all(Verb::Del, count)?;
+                if turn >= WARM_UP {
+                    added[number].push(milliseconds(add));
+                    removed[number].push(milliseconds(del));
+                }
+            }
+        }
+        add_rows(report, arguments, count, &added, &removed)?;
+    }
+    leave(&contestants, &crowd)
+}
+
+/// Detaches what was there for company, so that nothing outlives its namespace.
+fn leave(contestants: &[Contestant<'_>], crowd: &[Vec<Slot>; 2]) -> anyhow::Result<()> {
+    for (contestant, slots) in [(&contestants[4], &crowd[0]), (&contestants[5], &crowd[1])] {
+        for slot in slots {
+            contestant.host.run(|| contestant.act(Verb::Del, slot))??;
+        }
+    }
+    Ok(())
+}
+
+/// One row for each host, verb and way; and how the host with many endpoints compares with the one with none.
+fn add_rows(
+    report: &mut Report,
+    arguments: &AttachArguments,
+    count: usize,
+    added: &Samples,
+    removed: &Samples,
+) -> anyhow::Result<()> {
+    let [empty_socket, empty, empty_ref, many_socket, many, many_ref] = each(added)?;
+    let removed = each(removed)?;
+    let title = if count == 1 { "one at a time".to_owned() } else { format!("{count} at once, until the last") };
+    let hosts = [
+        (0, [empty_socket, empty, empty_ref], [removed[0], removed[1], removed[2]]),
+        (arguments.endpoints, [many_socket, many, many_ref], [removed[3], removed[4], removed[5]]),
+    ];
+    for (present, adds, dels) in hosts {
+        let conditions = format!("{present} endpoints, {title}");
+        let row = |what: &str, samples: &[f64], reference: &[f64]| {
+            Row::new("attach", &conditions, what, "ms", samples).map(|r| r.against("bridge + host-local", samples, reference))
+        };
+        report.add(row("attach by the socket", adds[0], adds[2]));
+        let add = row("CNI ADD", adds[1], adds[2]).map(|r| r.ratio_goal(GOAL_RATIO));
+        report.add(add);
+        if count == 1 {
+            report.add(Row::new("attach", &conditions, "CNI ADD", "ms", adds[1]).map(|r| r.median_goal(GOAL)));
+        }
+        report.add(row("detach by the socket", dels[0], dels[2]));
+        report.add(row("CNI DEL", dels[1], dels[2]));
+    }
+    let conditions = format!("{} endpoints, {title}", arguments.endpoints);
+    let row = Row::new("attach", &conditions, "CNI ADD", "ms", many);
+    report.add(row.map(|r| r.against("0 endpoints", many, empty).ratio_goal(GOAL_MANY)));
+    Ok(())
+}
+
+fn each(samples: &Samples) -> anyhow::Result<[&[f64]; 6]> {
+    let all: Vec<&[f64]> = samples.iter().map(Vec::as_slice).collect();
+    <[&[f64]; 6]>::try_from(all).map_err(|_| anyhow!("six contestants have samples"))
+}

@@ -1,0 +1,59 @@
+//! The CNI plugin, driven as a runtime drives it: the specification section by section in each version, in a chain with Debian's plugins, and
+//! when things go wrong.
+
+#[path = "cni/chain.rs"]
+mod chain;
+#[path = "cni/faults.rs"]
+mod faults;
+#[path = "cni/spec.rs"]
+mod spec;
+
+use std::time::{Duration, Instant};
+
+use overlay_agent::kernel::netns::Netns;
+use overlay_agent::model::Endpoint;
+use overlay_tests::dump::Dump;
+use overlay_tests::story::SOON;
+use overlay_tests::{Must, Story, eventually};
+use overlayctl::lab::Families;
+
+async fn one_host(families: Families) -> Story {
+    Story::up(|options| {
+        options.hosts = 1;
+        options.containers = 0;
+        options.families = families;
+    })
+    .await
+}
+
+async fn endpoints(story: &Story) -> Vec<Endpoint> {
+    story.at("h1").client().endpoints().await.must("endpoints").endpoints
+}
+
+/// How long a namespace has to stay as it is to count as still: the kernel looks at the carrier of links once a second
+/// (`linkwatch_do_dev` in net/core/link_watch.c), and an address is tentative for as long.
+const STILL: Duration = Duration::from_millis(1500);
+
+/// What a namespace holds once nothing moves in it any more.
+async fn still(netns: &Netns) -> Dump {
+    let (mut last, mut since) = (Dump::of(netns), Instant::now());
+    eventually("a namespace comes to rest", 2 * SOON, || {
+        let now = Dump::of(netns);
+        if now != last {
+            let changes = now.changes_since(&last);
+            (last, since) = (now, Instant::now());
+            return Err(changes);
+        }
+        if since.elapsed() >= STILL { Ok(now) } else { Err("it was as it is for a moment only".to_owned()) }
+    })
+    .await
+}
+
+/// Waits until a namespace holds what it held before.
+async fn as_before(what: &str, netns: &Netns, before: &Dump) {
+    eventually(&format!("{what} is as it was before"), SOON, || {
+        let changes = Dump::of(netns).changes_since(before);
+        if changes.is_empty() { Ok(()) } else { Err(changes) }
+    })
+    .await;
+}

@@ -1,0 +1,246 @@
+//! The specification, verb by verb, in each version that is served.
+
+use overlay_agent::kernel::netns::Netns;
+use overlay_agent::model::Family;
+use overlay_tests::cni::{Attachment, Network, VERSIONS, error_of};
+use overlay_tests::{Must, kernel};
+use overlayctl::lab::Families;
+use serde_json::{Value, json};
+
+use super::{as_before, endpoints, one_host, still};
+
+/// Whether a version has a verb.
+fn since(version: &str, first: &str) -> bool {
+    VERSIONS.iter().position(|v| *v == version) >= VERSIONS.iter().position(|v| *v == first)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_verb_in_every_version() {
+    let story = one_host(Families::Dual).await;
+    // Modules that come with the first container bring sysctls along.
+    let first = Attachment::new(&story, "h1", "first");
+    let network = Network::of(&story, "h1", "1.1.0");
+    let result = network.add(&first).map_err(|said| said.out).must("ADD");
+    network.del(&first, &result).map_err(|said| said.out).must("DEL");
+    let who = Attachment::new(&story, "h1", "c1");
+    let (host, inside) = (story.inside("h1"), who.inside());
+    let before = (still(&host).await, still(&inside).await);
+    for version in VERSIONS {
+        let network = Network::of(&story, "h1", version);
+        let answer: Value = network.bare("VERSION", &json!({ "cniVersion": version }).to_string()).exits(0).json();
+        assert_eq!(answer, json!({ "cniVersion": version, "supportedVersions": VERSIONS }));
+
+        let result = network.add(&who).unwrap_or_else(|said| panic!("{version}: {}{}", said.out, said.err));
+        shape(version, &result, &who);
+        in_the_kernel(&story, &result, &who);
+        let listed = endpoints(&story).await;
+        assert_eq!(listed.len(), 1);
+        assert_eq!(listed[0].owner.as_deref(), Some(format!("cni/overlay/{}/eth0", who.container).as_str()));
+        assert!(listed[0].name.as_str().starts_with("c1") && listed[0].name.as_str().contains("-eth0-"), "{}", listed[0].name);
+
+        // "If the requested interface name already exists in the container, the CNI plugin MUST return with an error."
+        let (code, text) = error_of(&network.add(&who).expect_err("a second ADD"));
+        assert!(code == 101 && text.contains("eth0"), "{code}: {text}");
+        assert_eq!(endpoints(&story).await, listed, "what is there stays");
+
+        match network.check(&who, &result) {
+            Ok(()) => assert!(since(version, "0.4.0")),
+            Err(said) => assert_eq!((version, error_of(&said).0), ("0.3.1", 1)),
+        }
+        for (verb, outcome) in [("STATUS", network.status()), ("GC", network.gc(&[&who]))] {
+            match outcome {
+                Ok(()) => assert!(since(version, "1.1.0"), "{verb}"),
+                Err(said) => assert!(!since(version, "1.1.0") && error_of(&said).0 == 1, "{verb}: {}", said.out),
+            }
+        }
+        assert_eq!(endpoints(&story).await, listed, "GC keeps what is named");
+
+        // The second time nothing is there any more, and without a previous result.
+        network.del(&who, &result).unwrap_or_else(|said| panic!("{version}: {}{}", said.out, said.err));
+        network.del(&who, &Value::Null).unwrap_or_else(|said| panic!("{version}: {}{}", said.out, said.err));
+        assert!(endpoints(&story).await.is_empty());
+        as_before(&format!("{version}: the host"), &host, &before.0).await;
+        as_before(&format!("{version}: the container"), &inside, &before.1).await;
+    }
+    let log = std::fs::read_to_string(story.at("h1").dir().join("cni.log")).must("the log file");
+    for wanted in ["ADD c1", "CHECK c1", "DEL c1", "has an interface eth0 already"] {
+        assert!(log.contains(wanted), "{wanted} in:\n{log}");
+    }
+}
+
+/// The result has what its version has, and nothing of another.
+fn shape(version: &str, result: &Value, who: &Attachment) {
+    assert_eq!(result["cniVersion"], version);
+    let interfaces = result["interfaces"].as_array().must("interfaces");
+    assert_eq!(interfaces.len(), 2, "the host's end and the container's: {result}");
+    assert!(interfaces[0].get("sandbox").is_none() && interfaces[0]["name"].as_str().is_some_and(|n| n.starts_with("ove")));
+    assert_eq!((&interfaces[1]["name"], &interfaces[1]["sandbox"]), (&json!("eth0"), &json!(who.netns)));
+    assert_eq!(interfaces[1]["mac"].as_str().map(str::len), Some(17));
+    assert_eq!(interfaces[1].get("mtu").is_some(), since(version, "1.1.0"), "{result}");
+    let ips = result["ips"].as_array().must("ips");
+    assert_eq!(ips.len(), 2);
+    for (ip, digit) in ips.iter().zip(["4", "6"]) {
+        assert_eq!(ip["interface"], 1);
+        let wanted = if since(version, "1.0.0") { None } else { Some(json!(digit)) };
+        assert_eq!(ip.get("version").cloned(), wanted, "{version}");
+    }
+    assert_eq!(result["routes"].as_array().map(Vec::len), Some(2));
+    assert!(result["dns"].is_object());
+}
+
+/// The kernel holds what the result says.
+fn in_the_kernel(story: &overlay_tests::Story, result: &Value, who: &Attachment) {
+    let name = who.netns.rsplit_once("h1-").must("a container of h1").1;
+    let target = format!("h1-{name}");
+    let link = kernel::link(story, &target, "eth0").must("eth0");
+    assert_eq!(kernel::text(&link, "address"), result["interfaces"][1]["mac"].as_str().must("a MAC"));
+    assert_eq!((link["mtu"].as_u64(), kernel::text(&link, "operstate").as_str()), (Some(1430), "UP"));
+    assert!(kernel::link(story, "h1", result["interfaces"][0]["name"].as_str().must("a name")).is_some());
+    for (n, family) in [(0, Family::V4), (1, Family::V6)] {
+        let flag = if family == Family::V4 { "-4" } else { "-6" };
+        let shown = kernel::run(story, &target, &["ip", flag, "-o", "address", "show", "eth0"]);
+        let address = result["ips"][n]["address"].as_str().must("an address");
+        assert!(shown.contains(address), "{address} in {shown}");
+        let gateway = result["ips"][n]["gateway"].as_str().must("a gateway");
+        assert_eq!(result["routes"][n]["gw"], gateway);
+        let shown = kernel::run(story, &target, &["ip", flag, "route", "show", "default"]);
+        assert!(shown.contains(&format!("via {gateway} dev eth0")), "{shown}");
+        kernel::run(story, &target, &["ping", "-c", "1", "-W", "5", gateway]);
+    }
+    kernel::run(story, &target, &["ping", "-c", "1", "-W", "5", "127.0.0.1"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn check_sees_what_is_changed() {
+    let story = one_host(Families::Dual).await;
+    let network = Network::of(&story, "h1", "1.0.0");
+    let (v4, v6) = ("ip -4 address flush dev eth0", "ip -6 address flush dev eth0 scope global");
+    for (n, (change, wanted)) in [
+        (v4, "has no address 10."),
+        (v6, "has no address fd"),
+        ("ip route delete default", "no default route via 10."),
+        ("ip -6 route delete default", "no default route via fd"),
+        ("ip link set eth0 down", "eth0 is down"),
+        ("ip link set eth0 address 02:00:00:00:00:77", "has the MAC 02:00:00:00:00:77"),
+        ("ip link set eth0 down; ip link set eth0 name eth7", "eth0 is gone"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let name = format!("c{n}");
+        let who = Attachment::new(&story, "h1", &name);
+        let result = network.add(&who).map_err(|said| said.out).must("ADD");
+        network.check(&who, &result).map_err(|said| said.out).must("CHECK");
+        kernel::run(&story, &format!("h1-{name}"), &["sh", "-c", change]);
+        let said = network.check(&who, &result).expect_err(change);
+        let (code, _) = error_of(&said);
+        assert!(code == 103 && said.out.contains(wanted), "{change}: {}", said.out);
+        network.del(&who, &result).map_err(|said| said.out).must("DEL");
+    }
+    let who = Attachment::new(&story, "h1", "last");
+    let result = network.add(&who).map_err(|said| said.out).must("ADD");
+    // The agent's part: it has another address for it than the runtime has.
+    let mut other = result.clone();
+    other["ips"][0]["address"] = "10.255.255.9/24".into();
+    let said = network.check(&who, &other).expect_err("another result");
+    assert!(said.out.contains("which prevResult has not") && said.out.contains("packets from it are dropped"), "{}", said.out);
+    // What the agent does not know, whatever the kernel holds.
+    story.ctl("h1", &["detach", endpoints(&story).await[0].name.as_str()]).exits(0);
+    let said = network.check(&who, &result).expect_err("detached");
+    assert!(said.out.contains("the agent knows no endpoint"), "{}", said.out);
+    assert_eq!(error_of(&network.check(&who, &Value::Null).expect_err("no prevResult")).0, 7);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_runtime_wishes() {
+    let story = one_host(Families::Dual).await;
+    let subnet = story.status("h1").await.lease.must("a lease").subnet;
+    let nth = |family: Family, n: u128| subnet.get(family).and_then(|range| range.nth(n)).must("an address").to_string();
+    let mut network = Network::of(&story, "h1", "1.0.0");
+    network.plugins[0]["dns"] = json!({ "nameservers": ["10.0.0.10"], "domain": "example.org", "options": ["ndots:2"] });
+    network.runtime = json!({
+        "ips": [format!("{}/24", nth(Family::V4, 77)), nth(Family::V6, 0x77)],
+        "mac": "02:00:5e:10:00:77",
+        "dns": { "servers": ["10.0.0.53"], "searches": ["a.example.org", "example.org"] },
+        "bandwidth": { "ingressRate": 1000 },
+    });
+    let a = Attachment::new(&story, "h1", "a");
+    let result = network.add(&a).map_err(|said| said.out).must("ADD: a capability that is not declared is not passed on");
+    assert_eq!(result["ips"][0]["address"], format!("{}/24", nth(Family::V4, 77)));
+    assert_eq!(result["ips"][1]["address"], format!("{}/64", nth(Family::V6, 0x77)));
+    assert_eq!(result["interfaces"][1]["mac"], "02:00:5e:10:00:77");
+    let wanted = json!({
+        "nameservers": ["10.0.0.53"], "domain": "example.org", "search": ["a.example.org", "example.org"], "options": ["ndots:2"],
+    });
+    assert_eq!(result["dns"], wanted);
+    network.check(&a, &result).map_err(|said| said.out).must("CHECK");
+
+    // Of another, taken, outside; by each of the three ways.
+    network.runtime = json!({});
+    let mut b = Attachment::new(&story, "h1", "b");
+    let mut refused = |network: &Network, arguments: &str, wanted: (u64, &str)| {
+        b.arguments = arguments.to_owned();
+        let (code, text) = error_of(&network.add(&b).expect_err(arguments));
+        assert!(code == wanted.0 && text.contains(wanted.1), "{code}: {text}");
+    };
+    let (taken, free) = (nth(Family::V4, 77), nth(Family::V4, 78));
+    refused(&network, &format!("IP={taken}"), (101, "in use by endpoint a"));
+    refused(&network, "IP=192.0.2.1", (100, "outside this host's subnet"));
+    refused(&network, "MAC=02:00:5e:10:00:77", (101, "in use by endpoint a"));
+    refused(&network, "MAC=here", (4, "MAC"));
+    refused(&network, "K8S_POD_NAME=p", (4, "K8S_POD_NAME"));
+    let mut by_args = network.clone();
+    by_args.plugins[0]["args"] = json!({ "cni": { "ips": [taken] } });
+    refused(&by_args, "", (101, "in use by endpoint a"));
+    by_args.plugins[0]["args"] = json!({ "cni": { "ips": [free] } });
+    b.arguments = "IgnoreUnknown=1;K8S_POD_NAME=p;MAC=02:00:5e:10:00:78".to_owned();
+    let result = by_args.add(&b).map_err(|said| said.out).must("ADD");
+    assert_eq!(
+        (&result["ips"][0]["address"], &result["interfaces"][1]["mac"]),
+        (&json!(format!("{free}/24")), &json!("02:00:5e:10:00:78"))
+    );
+
+    // A limit that nothing would keep is refused by name.
+    let c = Attachment::new(&story, "h1", "c");
+    network.plugins[0]["capabilities"]["bandwidth"] = true.into();
+    network.runtime = json!({ "bandwidth": { "ingressRate": 1000, "ingressBurst": 1000, "egressRate": 0, "egressBurst": 0 } });
+    let (code, text) = error_of(&network.add(&c).expect_err("bandwidth"));
+    assert!(code == 2 && text.contains("bandwidth") && text.contains("1000"), "{code}: {text}");
+    assert_eq!(endpoints(&story).await.len(), 2, "nothing is left of what failed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn gc_removes_what_the_runtime_has_no_longer() {
+    let story = one_host(Families::V4).await;
+    let network = Network::of(&story, "h1", "1.1.0");
+    let other = Network { name: "overlay2".to_owned(), ..network.clone() };
+    let who: Vec<Attachment> = ["a", "b", "c", "d"].iter().map(|name| Attachment::new(&story, "h1", name)).collect();
+    for attachment in &who[..3] {
+        network.add(attachment).map_err(|said| said.out).must("ADD");
+    }
+    let second = Attachment { interface: "eth1".to_owned(), ..Attachment::new(&story, "h1", "e") };
+    network.add(&second).map_err(|said| said.out).must("ADD of eth1");
+    other.add(&who[3]).map_err(|said| said.out).must("ADD to another network");
+    story.ctl("h1", &["attach", "person"]).exits(0);
+    // One whose namespace is gone already.
+    Netns::delete(who[2].netns.rsplit_once('/').must("a name").1).must("delete");
+    network.gc(&[&who[0], &Attachment { interface: "eth0".to_owned(), ..second.clone() }]).map_err(|said| said.out).must("GC");
+    let left: Vec<String> = endpoints(&story).await.into_iter().map(|e| e.owner.unwrap_or_default()).collect();
+    let owner = |network: &str, who: &Attachment| format!("cni/{network}/{}/{}", who.container, who.interface);
+    let mut wanted = vec![String::new(), owner("overlay", &who[0]), owner("overlay2", &who[3])];
+    wanted.sort();
+    assert_eq!(
+        {
+            let mut left = left;
+            left.sort();
+            left
+        },
+        wanted
+    );
+    network.gc(&[]).map_err(|said| said.out).must("GC of all");
+    assert_eq!(endpoints(&story).await.len(), 2);
+    // What to keep is not said: nothing is removed.
+    let said = other.bare("GC", &other.config(&other.plugins[0], &[]).to_string());
+    assert_eq!(error_of(&said).0, 7);
+    assert_eq!(endpoints(&story).await.len(), 2);
+}

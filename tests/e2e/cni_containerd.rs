@@ -1,0 +1,129 @@
+//! Debian's containerd: `ctr run --cni`, which gives a container's namespace as `/proc/PID/ns/net` and calls DEL when the container has ended.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use overlay_agent::model::Endpoint;
+use overlay_tests::cni::ours;
+use overlay_tests::image::{PAGE, fetch, tree};
+use overlay_tests::programs::{built, needs};
+use overlay_tests::story::READY;
+use overlay_tests::{Must, Story, eventually, kernel, within};
+use serde_json::json;
+
+/// A containerd of a host, with a configuration and directories of its own.
+struct Containerd<'a> {
+    story: &'a Story,
+    dir: PathBuf,
+    running: Child,
+}
+
+impl<'a> Containerd<'a> {
+    async fn on(story: &'a Story, host: &str) -> Containerd<'a> {
+        needs("containerd", "containerd");
+        needs("ctr", "containerd");
+        needs("runc", "runc");
+        // A socket's path has room for 107 bytes.
+        let dir = story.at(host).dir().join("ctd");
+        for name in ["root", "state", "net.d", "bin"] {
+            fs::create_dir_all(dir.join(name)).must(name);
+        }
+        symlink(built("overlay-cni"), dir.join("bin/overlay-cni")).must("the plugin");
+        let list = json!({ "cniVersion": "1.0.0", "name": "overlay", "plugins": [ours(story, host)] });
+        fs::write(dir.join("net.d/10-overlay.conflist"), list.to_string()).must("the network list");
+        let config = format!(
+            "version = 2\nroot = \"{0}/root\"\nstate = \"{0}/state\"\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n\
+             [grpc]\naddress = \"{0}/sock\"\n[ttrpc]\naddress = \"{0}/sock.ttrpc\"\n",
+            dir.display()
+        );
+        fs::write(dir.join("config.toml"), config).must("the configuration");
+        let log = || fs::File::options().append(true).create(true).open(dir.join("log")).must("the log");
+        let start = || {
+            let mut command = Command::new("containerd");
+            command.arg("--config").arg(dir.join("config.toml")).stdin(Stdio::null()).stdout(log()).stderr(log());
+            command.spawn()
+        };
+        let running = story.inside(host).run(start).must("enter the host").must("containerd");
+        let containerd = Containerd { story, dir, running };
+        eventually("containerd answers", READY, || {
+            let said = containerd.ctr("ctr version");
+            if said.code == Some(0) { Ok(()) } else { Err(said.err) }
+        })
+        .await;
+        containerd
+    }
+
+    /// Runs a line of shell with `ctr` in it where the network list and the plugins are in the places that `ctr` looks at: in a mount
+    /// namespace of its own.
+    fn ctr(&self, line: &str) -> overlay_tests::programs::Said {
+        kernel::attempt(self.story, "h1", &["unshare", "--mount", "sh", "-ec", &self.script(line)])
+    }
+
+    fn script(&self, line: &str) -> String {
+        let dir = self.dir.display();
+        format!(
+            "export CONTAINERD_ADDRESS={dir}/sock\nmount -t tmpfs none /opt\nmkdir -p /opt/cni/bin\nmount --bind {dir}/bin /opt/cni/bin\n\
+             mount -t tmpfs none /etc/cni\nmkdir /etc/cni/net.d\nmount --bind {dir}/net.d /etc/cni/net.d\nexec timeout --signal=KILL 120 {line}"
+        )
+    }
+
+    async fn endpoints(&self) -> Vec<Endpoint> {
+        self.story.at("h1").client().endpoints().await.must("endpoints").endpoints
+    }
+}
+
+impl Drop for Containerd<'_> {
+    fn drop(&mut self) {
+        // Each container has a process of containerd's that outlives it.
+        let _gone = self.ctr("sh -c 'for task in $(ctr task ls -q); do ctr task rm -f $task; ctr container rm $task; done'");
+        let pid = i32::try_from(self.running.id()).unwrap_or_default();
+        let _told = kill(Pid::from_raw(pid), Signal::SIGTERM);
+        let _ended = self.running.wait();
+        if std::thread::panicking() {
+            eprintln!("--- the log of containerd\n{}", fs::read_to_string(self.dir.join("log")).unwrap_or_default());
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ctr_run() {
+    let story = Story::up(|options| {
+        options.hosts = 2;
+        options.containers = 1;
+    })
+    .await;
+    let containerd = Containerd::on(&story, "h1").await;
+    let before = containerd.endpoints().await.len();
+    let root = tree(&containerd.dir).display().to_string();
+    let said = containerd.ctr(&format!("ctr run --rm --cni --rootfs {root} first /bin/ip -o address show eth0")).exits(0);
+    assert!(said.out.contains("inet 10.244."), "{}", said.out);
+    assert_eq!(containerd.endpoints().await.len(), before, "its DEL came");
+
+    // One that serves, called from a container of another host, until it is killed.
+    let script = containerd.script(&format!("ctr run --rm --cni --rootfs {root} web /bin/httpd -f -p 80 -h /www"));
+    let start = || Command::new("unshare").args(["--mount", "sh", "-ec", &script]).stdin(Stdio::null()).spawn();
+    let mut running = story.inside("h1").run(start).must("enter the host").must("ctr");
+    let attached = async |limit| {
+        overlay_tests::wait::eventually_asked("web is attached", limit, || async {
+            let all = containerd.endpoints().await;
+            let found = all.into_iter().find(|e| e.owner.as_deref() == Some("cni/overlay/default-web/eth0"));
+            found.ok_or_else(|| "it is not there".to_owned())
+        })
+        .await
+    };
+    let endpoint = attached(READY).await;
+    assert!(endpoint.netns.starts_with("/proc/"), "{}", endpoint.netns.display());
+    let address = endpoint.addresses().v4.must("IPv4");
+    eventually("the page from another host", READY, || {
+        let page = fetch(&story.inside("h2-c1"), address)?;
+        if page == PAGE { Ok(()) } else { Err(page) }
+    })
+    .await;
+    containerd.ctr("ctr task kill --signal SIGKILL web").exits(0);
+    within("ctr ends with its container", READY, || running.try_wait().is_ok_and(|ended| ended.is_some())).await;
+    assert_eq!(containerd.endpoints().await.len(), before, "its DEL came");
+}

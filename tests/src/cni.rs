@@ -1,0 +1,209 @@
+//! A container runtime as the CNI specification has it: runs the plugins of a network list one after the other, hands the result on, and
+//! knows nothing but what the plugins say.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use overlay_agent::kernel::netns::Netns;
+use serde_json::{Value, json};
+
+use crate::programs::{Said, built};
+use crate::{Must, Story};
+
+/// Where Debian's package containernetworking-plugins has its plugins.
+pub const DEBIAN_PLUGINS: &str = "/usr/lib/cni";
+
+/// The versions that are served.
+pub const VERSIONS: [&str; 4] = ["0.3.1", "0.4.0", "1.0.0", "1.1.0"];
+
+/// One interface of one container.
+#[derive(Debug, Clone)]
+pub struct Attachment {
+    /// `CNI_CONTAINERID`.
+    pub container: String,
+    /// `CNI_IFNAME`.
+    pub interface: String,
+    /// `CNI_NETNS`.
+    pub netns: String,
+    /// `CNI_ARGS`.
+    pub arguments: String,
+}
+
+/// A network list, and the host whose runtime runs it.
+#[derive(Debug, Clone)]
+pub struct Network {
+    /// The namespace of the host.
+    pub host: Netns,
+    /// `cniVersion`.
+    pub version: String,
+    /// `name`.
+    pub name: String,
+    /// The plugins' own keys.
+    pub plugins: Vec<Value>,
+    /// What the runtime asks for by capabilities.
+    pub runtime: Value,
+}
+
+/// The keys of our plugin for a host's agent.
+pub fn ours(story: &Story, host: &str) -> Value {
+    json!({
+        "type": "overlay-cni",
+        "socket": story.at(host).socket(),
+        "timeout": "20s",
+        "logFile": story.at(host).dir().join("cni.log"),
+        "logLevel": "debug",
+        "capabilities": { "ips": true, "mac": true, "portMappings": true, "dns": true },
+    })
+}
+
+/// The error that a plugin printed: code and message.
+#[track_caller]
+pub fn error_of(said: &Said) -> (u64, String) {
+    assert_ne!(said.code, Some(0), "`{}` succeeded: {}", said.command, said.out);
+    let value: Value = said.json();
+    let code = value["code"].as_u64().must("a code");
+    assert!(value["cniVersion"].is_string() && value["msg"].as_str().is_some_and(|m| !m.is_empty()), "{value}");
+    (code, value["msg"].as_str().unwrap_or_default().to_owned())
+}
+
+impl Attachment {
+    /// A new namespace of a container, which goes with the lab.
+    #[track_caller]
+    pub fn new(story: &Story, host: &str, name: &str) -> Attachment {
+        let netns = Netns::create(&story.layout().namespace(&format!("{host}-{name}"))).must("a namespace");
+        Attachment {
+            container: format!("{name}{}", "0123456789abcdef".repeat(4)).chars().take(64).collect(),
+            interface: "eth0".to_owned(),
+            netns: netns.path().display().to_string(),
+            arguments: String::new(),
+        }
+    }
+
+    /// The container's namespace.
+    #[track_caller]
+    pub fn inside(&self) -> Netns {
+        Netns::open(&self.netns).must(&self.netns)
+    }
+}
+
+impl Network {
+    /// A network of our plugin alone.
+    pub fn of(story: &Story, host: &str, version: &str) -> Network {
+        Network {
+            host: story.inside(host),
+            version: version.to_owned(),
+            name: "overlay".to_owned(),
+            plugins: vec![ours(story, host)],
+            runtime: json!({}),
+        }
+    }
+
+    /// The configuration of one plugin, as `SPEC.md`, "Deriving execution configuration from plugin configuration", has it.
+    pub fn config(&self, plugin: &Value, more: &[(&str, Value)]) -> Value {
+        let mut config = plugin.clone();
+        config["cniVersion"] = self.version.clone().into();
+        config["name"] = self.name.clone().into();
+        let capabilities = config.as_object_mut().and_then(|keys| keys.remove("capabilities")).unwrap_or_default();
+        let asked = self.runtime.as_object().into_iter().flatten();
+        let served: serde_json::Map<String, Value> =
+            asked.filter(|(key, _)| capabilities[key.as_str()] == true).map(|(k, v)| (k.clone(), v.clone())).collect();
+        if !served.is_empty() {
+            config["runtimeConfig"] = served.into();
+        }
+        for (key, value) in more.iter().filter(|(_, value)| !value.is_null()) {
+            config[*key] = value.clone();
+        }
+        config
+    }
+
+    /// ADD by each plugin; the first that fails ends it.
+    pub fn add(&self, who: &Attachment) -> Result<Value, Said> {
+        let mut result = Value::Null;
+        for plugin in &self.plugins {
+            let said = self.run("ADD", who, plugin, &self.config(plugin, &[("prevResult", result)]));
+            if said.code != Some(0) {
+                return Err(said);
+            }
+            result = said.json();
+        }
+        Ok(result)
+    }
+
+    /// CHECK by each plugin, with the result of ADD.
+    pub fn check(&self, who: &Attachment, result: &Value) -> Result<(), Said> {
+        self.plugins
+            .iter()
+            .try_for_each(|plugin| ended(self.run("CHECK", who, plugin, &self.config(plugin, &[("prevResult", result.clone())]))))
+    }
+
+    /// DEL by each plugin in reverse order; `result` may be null.
+    pub fn del(&self, who: &Attachment, result: &Value) -> Result<(), Said> {
+        self.plugins
+            .iter()
+            .rev()
+            .try_for_each(|plugin| ended(self.run("DEL", who, plugin, &self.config(plugin, &[("prevResult", result.clone())]))))
+    }
+
+    /// GC of our plugin, with what is to be kept.
+    pub fn gc(&self, keep: &[&Attachment]) -> Result<(), Said> {
+        let keep: Vec<Value> = keep.iter().map(|who| json!({ "containerID": who.container, "ifname": who.interface })).collect();
+        ended(self.bare("GC", &self.config(&self.plugins[0], &[("cni.dev/valid-attachments", keep.into())]).to_string()))
+    }
+
+    /// STATUS of our plugin.
+    pub fn status(&self) -> Result<(), Said> {
+        ended(self.bare("STATUS", &self.config(&self.plugins[0], &[]).to_string()))
+    }
+
+    /// Our plugin with a verb, an input and nothing else.
+    pub fn bare(&self, verb: &str, input: &str) -> Said {
+        self.start(&built("overlay-cni"), &[("CNI_COMMAND", verb), ("CNI_PATH", DEBIAN_PLUGINS)], input)
+    }
+
+    /// One plugin, one verb.
+    pub fn run(&self, verb: &str, who: &Attachment, plugin: &Value, config: &Value) -> Said {
+        let name = plugin["type"].as_str().must("a type");
+        let variables = [
+            ("CNI_COMMAND", verb),
+            ("CNI_CONTAINERID", &who.container),
+            ("CNI_IFNAME", &who.interface),
+            ("CNI_NETNS", &who.netns),
+            ("CNI_ARGS", &who.arguments),
+            ("CNI_PATH", DEBIAN_PLUGINS),
+        ];
+        self.start(&program(name), &variables, &config.to_string())
+    }
+
+    /// A plugin with an environment, empty values left out, and an input.
+    #[track_caller]
+    pub fn start(&self, program: &Path, variables: &[(&str, &str)], input: &str) -> Said {
+        let output = self.host.run(|| {
+            let mut command = Command::new(program);
+            command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+            command.envs(variables.iter().filter(|(_, value)| !value.is_empty()).copied());
+            let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+            if let Some(mut stdin) = child.stdin.take() {
+                // One that ends before it has read all says why on its output.
+                let _ = stdin.write_all(input.as_bytes());
+            }
+            child.wait_with_output()
+        });
+        let verb = variables.first().map_or("", |(_, verb)| verb);
+        Said::of(&[&program.to_string_lossy(), verb], &output.must("enter the host").must(&program.display().to_string()))
+    }
+}
+
+fn ended(said: Said) -> Result<(), Said> {
+    if said.code == Some(0) { Ok(()) } else { Err(said) }
+}
+
+/// Where a plugin is: ours beside the tests, the others where Debian has them.
+fn program(name: &str) -> PathBuf {
+    if name == "overlay-cni" {
+        return built(name);
+    }
+    let path = Path::new(DEBIAN_PLUGINS).join(name);
+    assert!(path.is_file(), "{} is not installed: apt-get install containernetworking-plugins", path.display());
+    path
+}
