@@ -117,6 +117,8 @@ pub struct Channels {
     pub queries: mpsc::Receiver<Query>,
     /// The endpoints that are plugged into the bridge.
     pub endpoints: watch::Receiver<Vec<Endpoint>>,
+    /// Those for which all has been done, or tried and will be tried again.
+    pub programmed: watch::Sender<Vec<Endpoint>>,
     /// To the store: what this host wants to hold.
     pub wish: watch::Sender<Option<LeaseWish>>,
     /// To the endpoints and `subnet.env`: the overlay once it is in place.
@@ -151,6 +153,8 @@ pub struct Reconciler<D, M> {
     underlay: Option<Underlay>,
     underlay_error: Option<String>,
     endpoints: Vec<Endpoint>,
+    /// Whether those who wait for them have to be told.
+    endpoints_new: bool,
 
     // What follows.
     host: Option<Host>,
@@ -200,6 +204,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             underlay: None,
             underlay_error: None,
             endpoints: Vec::new(),
+            endpoints_new: true,
             host: None,
             own_host: None,
             peers: BTreeMap::new(),
@@ -239,6 +244,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 }
                 Ok(()) = channels.endpoints.changed() => {
                     self.endpoints = channels.endpoints.borrow_and_update().clone();
+                    self.endpoints_new = true;
                     self.host_dirty = true;
                 }
                 () = timer => {}
@@ -409,6 +415,9 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 }
                 new
             });
+        }
+        if std::mem::take(&mut self.endpoints_new) {
+            channels.programmed.send_replace(self.endpoints.clone());
         }
         if std::mem::take(&mut self.port_lost) {
             channels.ports_lost.send_modify(|count| *count += 1);
