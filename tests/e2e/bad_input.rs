@@ -67,7 +67,11 @@ async fn values_that_cannot_be() {
         ("/v1/endpoints/a", r#"{"mode": "host", "publish": [{"host_port": 1, "container_port": 1}]}"#, 400),
         ("/v1/endpoints/a", r#"{"mode": "container:nobody"}"#, 404),
         ("/v1/endpoints/a", r#"{"netns": "/run/netns/x", "colour": "red"}"#, 400),
-        ("/v1/endpoints/a", r#"{"netns": "/run/netns/x", "publish": [{"host_port": 65535, "container_port": 1, "count": 2}]}"#, 400),
+        (
+            "/v1/endpoints/a",
+            r#"{"netns": "/run/netns/x", "publish": [{"host_port": 65535, "container_port": 1, "count": 2}]}"#,
+            400,
+        ),
         ("/v1/endpoints/a", r#"{"netns": "/run/netns/x", "owner": "a\nb"}"#, 400),
         ("/v1/endpoints/a", "{", 400),
     ] {
@@ -96,7 +100,10 @@ async fn an_interface_that_is_there() {
     kernel::shell(&story, "h1-mine", route);
     attach(&["--interface", "eth1"]).exits(1).complains(&["has a default route already"]);
     assert!(kernel::link(&story, "h1-mine", "eth1").is_none());
-    assert!(!kernel::text(&kernel::link(&story, "h1-mine", "lo").must("lo"), "operstate").contains("UNKNOWN"), "lo is still down");
+    assert!(
+        !kernel::text(&kernel::link(&story, "h1-mine", "lo").must("lo"), "operstate").contains("UNKNOWN"),
+        "lo is still down"
+    );
     host.same(&story, "a default route that is there").await;
     kernel::run(&story, "h1-mine", &["ip", "route", "del", "default"]);
     attach(&["--interface", "eth1"]).exits(0);

@@ -237,7 +237,8 @@ impl<C: ContainerPath + 'static> Inner<C> {
             return;
         }
         let mut programmed = programmed;
-        let seen = programmed.wait_for(|all| all.binary_search_by(|e| e.name.cmp(&endpoint.name)).is_ok_and(|at| all.get(at) == Some(endpoint)));
+        let seen = programmed
+            .wait_for(|all| all.binary_search_by(|e| e.name.cmp(&endpoint.name)).is_ok_and(|at| all.get(at) == Some(endpoint)));
         if tokio::time::timeout(PROGRAMMED_WAIT, seen).await.is_err() {
             tracing::warn!(endpoint = %endpoint.name, "attached, but its rules are not in place yet");
         }
