@@ -102,6 +102,7 @@ pub async fn run(config: HostConfig, level: LevelHandle) -> anyhow::Result<()> {
         kernel: kernel_events,
         queries,
         endpoints: endpoints.plugged(),
+        programmed: endpoints.programmed(),
         wish,
         overlay,
         changes,

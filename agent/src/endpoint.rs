@@ -39,6 +39,9 @@ pub const MOST_AT_ONCE: usize = 64;
 /// How often the namespaces are looked at.
 const AUDIT_INTERVAL: Duration = Duration::from_secs(30);
 
+/// How long an attach waits for the rules of its endpoint: some milliseconds are usual, a second where thousands of peers come at once.
+const PROGRAMMED_WAIT: Duration = Duration::from_secs(3);
+
 /// The file in the state directory.
 const FILE: &str = "endpoints.json";
 
@@ -76,6 +79,8 @@ struct Inner<C> {
     /// Running work; `None` when the agent is ending.
     work: Mutex<Option<JoinSet<()>>>,
     plugged: watch::Sender<Vec<Endpoint>>,
+    /// What has been made of `plugged`; `None` while nobody makes anything of it.
+    programmed: Mutex<Option<watch::Sender<Vec<Endpoint>>>>,
     /// Endpoints whose namespace is gone, as far as is known: their ports are wanted no more.
     missing: Mutex<BTreeSet<EndpointName>>,
     /// Those whose namespace was gone at the last audit.
@@ -116,6 +121,7 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
             permits: Arc::new(Semaphore::new(MOST_AT_ONCE)),
             work: Mutex::new(Some(JoinSet::new())),
             plugged,
+            programmed: Mutex::default(),
             missing: Mutex::default(),
             gone_before: Mutex::default(),
         }));
@@ -175,6 +181,12 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
     /// left alone.
     pub fn plugged(&self) -> watch::Receiver<Vec<Endpoint>> {
         self.0.plugged.subscribe()
+    }
+
+    /// Where to tell which of [`Endpoints::plugged`] have been seen to, rules and published ports: from now on an attach waits for it, a
+    /// bounded time, before it answers.
+    pub fn programmed(&self) -> watch::Sender<Vec<Endpoint>> {
+        lock(&self.0.programmed).get_or_insert_default().clone()
     }
 
     /// Looks at each endpoint's namespace. One that is gone now and was at the last look is detached (twice, because a runtime may be replacing

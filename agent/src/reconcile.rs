@@ -120,6 +120,8 @@ pub struct Channels {
     pub queries: mpsc::Receiver<Query>,
     /// The endpoints that are plugged into the bridge.
     pub endpoints: watch::Receiver<Vec<Endpoint>>,
+    /// Those for which all has been done, or tried and will be tried again.
+    pub programmed: watch::Sender<Vec<Endpoint>>,
     /// To the store: what this host wants to hold.
     pub wish: watch::Sender<Option<LeaseWish>>,
     /// To the endpoints and `subnet.env`: the overlay once it is in place.
@@ -154,6 +156,8 @@ pub struct Reconciler<D, M> {
     underlay: Option<Underlay>,
     underlay_error: Option<String>,
     endpoints: Vec<Endpoint>,
+    /// Whether those who wait for them have to be told.
+    endpoints_new: bool,
 
     // What follows.
     host: Option<Host>,
@@ -204,6 +208,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             underlay: None,
             underlay_error: None,
             endpoints: Vec::new(),
+            endpoints_new: true,
             host: None,
             own_host: None,
             peers: BTreeMap::new(),
@@ -244,6 +249,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 }
                 Ok(()) = channels.endpoints.changed() => {
                     self.endpoints = channels.endpoints.borrow_and_update().clone();
+                    self.endpoints_new = true;
                     self.host_dirty = true;
                 }
                 () = timer => {}
@@ -419,6 +425,9 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 }
                 new
             });
+        }
+        if std::mem::take(&mut self.endpoints_new) {
+            channels.programmed.send_replace(self.endpoints.clone());
         }
         if std::mem::take(&mut self.port_lost) {
             channels.ports_lost.send_modify(|count| *count += 1);

@@ -1,10 +1,10 @@
 //! Containers attached and detached by `overlayctl`, as a person does it: names, wished addresses, what is taken, what is full, what is gone.
 
-use overlay_agent::model::api::{Attached, Endpoints, Status};
+use overlay_agent::model::api::{Attached, Endpoints, Health, Status};
 use overlay_agent::model::{Endpoint, Family};
 use overlay_tests::programs::Said;
 use overlay_tests::story::{READY, SECOND, SOON};
-use overlay_tests::{Must, Story, kernel, within};
+use overlay_tests::{Must, Story, etcd, kernel, within};
 use overlayctl::lab::Families;
 
 async fn one_host(families: Families) -> Story {
@@ -161,4 +161,30 @@ async fn over_a_restart() {
     assert_eq!(endpoints(&story), [attached.endpoint]);
     story.ctl("h1", &["detach", "web"]).exits(0);
     assert!(story.netns("h1-web").is_err());
+}
+
+/// The host gets another subnet: its endpoints lead nowhere, and the status says which to restart.
+#[tokio::test(flavor = "multi_thread")]
+async fn another_subnet() {
+    let story = one_host(Families::V4).await;
+    story.ctl("h1", &["attach", "web"]).exits(0);
+    story.ctl("h1", &["attach", "alone", "--mode", "none"]).exits(0);
+    let before = story.lease_of("h1");
+    story.at("h1").agent_stop(nix::sys::signal::Signal::SIGTERM).must("stop");
+    let other = r#"{"PublicIP":"10.99.7.7","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:77"}}"#;
+    etcd::revoke(&story, before.lease);
+    etcd::put(&story, &before.key, other);
+    story.at("h1").agent_start(&[]).must("start");
+    let named = |s: &Status| s.problems.iter().any(|p| p.contains("restart them: web"));
+    let status = story.at("h1").wait_status(READY, "the endpoint is named", named).await.must("h1");
+    assert_eq!(status.health, Health::Degraded);
+    let view = story.ctl("h1", &["inspect", "web"]).exits(0).out;
+    assert!(view.contains("outside the present subnet"), "{view}");
+    story.ctl("h1", &["attach", "web"]).exits(1).complains(&["outside the present subnet", "overlayctl detach web"]);
+    story.ctl("h1", &["detach", "web"]).exits(0);
+    let attached: Attached = story.ctl("h1", &["-o", "json", "attach", "web"]).exits(0).json();
+    let subnet = story.status("h1").await.lease.must("a lease").subnet;
+    assert!(subnet.get(Family::V4).must("IPv4").contains(attached.endpoint.addresses().v4.must("an address")));
+    let well = |s: &Status| !s.problems.iter().any(|p| p.contains("restart them"));
+    story.at("h1").wait_status(SOON, "none is named any more", well).await.must("h1");
 }

@@ -283,6 +283,24 @@ async fn a_client_that_goes_away_does_not_stop_an_attach_half_way() {
 }
 
 #[tokio::test]
+async fn an_attach_answers_when_its_rules_are_in_place() {
+    let host = Host::new(&["/ns/a"]);
+    let endpoints = host.start(DUAL).await;
+    let programmed = endpoints.programmed();
+    let mut plugged = endpoints.plugged();
+    let asked = endpoints.clone();
+    let attach = tokio::spawn(async move { asked.attach(name("a"), ask("/ns/a")).await });
+    let all = plugged.wait_for(|all| !all.is_empty()).await.unwrap().clone();
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    assert!(!attach.is_finished());
+    programmed.send_replace(all);
+    attach.await.unwrap().unwrap();
+    // What has no port on the bridge waits for nothing.
+    let host_mode = AttachRequest { mode: crate::model::Mode::Host, ..AttachRequest::default() };
+    endpoints.attach(name("h"), host_mode).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_panic_below_is_an_error_and_the_name_stays_usable() {
     let host = Host::new(&["/ns/a"]);
     let endpoints = host.start(DUAL).await;

@@ -4,9 +4,11 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use tokio::sync::watch;
+
 use super::request::{Place, Wish, host_interface};
 use super::table::{Phase, Record};
-use super::{EndpointError, FILE, Inner, lock};
+use super::{EndpointError, FILE, Inner, PROGRAMMED_WAIT, lock};
 use crate::model::api::Attached;
 use crate::model::endpoint::EndpointName;
 use crate::model::{Endpoint, Mode};
@@ -73,6 +75,7 @@ impl<C: ContainerPath + 'static> Inner<C> {
             return Err(EndpointError::State { name, source });
         }
         self.publish();
+        self.programmed(&endpoint).await;
         tracing::info!(
             endpoint = %name, mode = %endpoint.mode, netns = %endpoint.netns.display(),
             interface = endpoint.port.as_ref().map(|port| &port.interface),
@@ -223,7 +226,22 @@ impl<C: ContainerPath + 'static> Inner<C> {
         }
         lock(&self.missing).remove(&endpoint.name);
         self.publish();
+        self.programmed(endpoint).await;
         Ok(attached)
+    }
+
+    /// Waits until rules and published ports of an endpoint are in place: whoever is told that it is attached may send at once.
+    async fn programmed(&self, endpoint: &Endpoint) {
+        let Some(programmed) = lock(&self.programmed).as_ref().map(watch::Sender::subscribe) else { return };
+        if endpoint.port.is_none() {
+            return;
+        }
+        let mut programmed = programmed;
+        let seen = programmed
+            .wait_for(|all| all.binary_search_by(|e| e.name.cmp(&endpoint.name)).is_ok_and(|at| all.get(at) == Some(endpoint)));
+        if tokio::time::timeout(PROGRAMMED_WAIT, seen).await.is_err() {
+            tracing::warn!(endpoint = %endpoint.name, "attached, but its rules are not in place yet");
+        }
     }
 
     /// Plugs a new endpoint. An interface of that name can only be what an agent left behind whose state was lost.

@@ -88,7 +88,8 @@ struct Fixture {
     ready: watch::Receiver<bool>,
     wish: watch::Receiver<Option<LeaseWish>>,
     stop: CancellationToken,
-    _endpoints: watch::Sender<Vec<Endpoint>>,
+    endpoints: watch::Sender<Vec<Endpoint>>,
+    programmed: watch::Receiver<Vec<Endpoint>>,
     _task: tokio::task::JoinHandle<()>,
 }
 
@@ -134,6 +135,7 @@ impl Fixture {
         let (events, kernel_events) = mpsc::channel(64);
         let (queries, query_events) = mpsc::channel(8);
         let (endpoints, plugged) = watch::channel(Vec::new());
+        let (programmed_in, programmed) = watch::channel(Vec::new());
         let (wish_in, wish) = watch::channel(None);
         let (ready_in, ready) = watch::channel(false);
         let channels = Channels {
@@ -141,6 +143,7 @@ impl Fixture {
             kernel: kernel_events,
             queries: query_events,
             endpoints: plugged,
+            programmed: programmed_in,
             wish: wish_in,
             overlay: watch::channel(None).0,
             changes: watch::channel(0).0,
@@ -150,7 +153,7 @@ impl Fixture {
         let stop = CancellationToken::new();
         let reconciler = Reconciler::new(settings, kernel.clone(), FakeMemory, Arc::new(Metrics::new()));
         let task = tokio::spawn(reconciler.run(channels, stop.clone()));
-        Fixture { kernel, store, events, queries, ready, wish, stop, _endpoints: endpoints, _task: task }
+        Fixture { kernel, store, events, queries, ready, wish, stop, endpoints, programmed, _task: task }
     }
 
     /// Ready, with these peers.
@@ -366,4 +369,18 @@ async fn adoption_writes_nothing() {
     assert_eq!(second.kernel.world().applied, []);
     assert_eq!(second.kernel.world().state, state);
     assert_eq!(second.status().await.data_path.drift_repairs, 0);
+}
+
+#[tokio::test]
+async fn who_waits_for_an_endpoint_is_told_when_all_is_done_for_it() {
+    let mut fixture = Fixture::ready([]).await;
+    let endpoint: Endpoint = serde_json::from_value(serde_json::json!({
+        "name": "a", "netns": "/run/netns/a", "interface": "eth0", "host_interface": "ove0", "mac": "02:00:00:00:00:01",
+        "addresses": {"v4": "10.244.100.2"}, "attached_at": 0
+    }))
+    .unwrap();
+    fixture.endpoints.send_replace(vec![endpoint.clone()]);
+    fixture.programmed.wait_for(|all| all.first() == Some(&endpoint)).await.unwrap();
+    fixture.endpoints.send_replace(Vec::new());
+    fixture.programmed.wait_for(Vec::is_empty).await.unwrap();
 }

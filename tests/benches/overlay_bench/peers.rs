@@ -195,6 +195,7 @@ async fn drive(family: Family, entries: Vec<StoreEntry>) -> anyhow::Result<Took>
         overlay,
         changes,
         ready,
+        programmed: watch::channel(Vec::new()).0,
         ports_lost: watch::channel(0).0,
     };
     let stop = CancellationToken::new();
