@@ -144,9 +144,10 @@ impl Host {
         state.insert(Key::Link(bridge.name()), link(LinkKind::Bridge, Some(self.bridge_mac), None));
         for attached in &self.ports {
             state.insert(Key::Link(attached.port.host_interface.clone()), link(LinkKind::Port, None, Some(bridge)));
-            state.extend(
-                may_send(&attached.port, attached.source_check).map(|element| (Key::Element(element), Value::Element(None))),
-            );
+            let Port { host_interface, mac, addresses, .. } = &attached.port;
+            let own = addresses.iter().map(|(_, address)| *address);
+            let sources = may_send(host_interface, *mac, own, attached.source_check);
+            state.extend(sources.map(|element| (Key::Element(element), Value::Element(None))));
             let published = attached.published.iter().flat_map(|publish| leads_to(publish, &attached.port));
             state.extend(published.map(|(element, target)| (Key::Element(element), Value::Element(Some(target)))));
         }
@@ -203,14 +204,20 @@ impl Host {
     }
 }
 
-/// What an endpoint may send from: its MAC with its addresses, and with the link-local address that the kernel makes of it.
-pub fn may_send(port: &Port, source_check: bool) -> impl Iterator<Item = Element> + '_ {
-    let interface = || port.host_interface.clone();
-    let link_local = port.addresses.v6.map(|_| link_local(port.mac));
-    let addresses = port.addresses.iter().map(|(_, address)| *address).chain(link_local);
-    let source = move |address| Element::Source(Box::new((interface(), port.mac, address)));
-    let unchecked = (!source_check).then(|| Element::Unchecked(port.host_interface.clone()));
-    addresses.filter(move |_| source_check).map(source).chain(unchecked)
+/// What comes in by an endpoint's interface may have: its MAC with its addresses, and where it has IPv6 with the link-local address that the kernel
+/// makes of the MAC; or anything, unless its source is checked.
+pub fn may_send(
+    interface: &str,
+    mac: Mac,
+    addresses: impl IntoIterator<Item = IpAddr>,
+    source_check: bool,
+) -> impl Iterator<Item = Element> {
+    let mut all: Vec<IpAddr> = addresses.into_iter().filter(|_| source_check).collect();
+    if all.iter().any(IpAddr::is_ipv6) {
+        all.push(link_local(mac));
+    }
+    let unchecked = (!source_check).then(|| Element::Unchecked(interface.to_owned()));
+    all.into_iter().map(move |address| Element::Source(Box::new((interface.to_owned(), mac, address)))).chain(unchecked)
 }
 
 /// The elements of a published port, or run of ports, and where each leads. One element a port: a run of the whole range is 65,535 of them, a look-up
