@@ -378,6 +378,7 @@ impl Table {
             mtu: network.mtu,
             addresses: Vec::new(),
             gateways: Vec::new(),
+            source_check: endpoint.source_check,
         };
         for (family, address) in port.addresses.iter() {
             let stale = || EndpointError::Stale { name: endpoint.name.clone(), address: *address, subnet: network.subnet };

@@ -1,5 +1,8 @@
 //! Wires containers: a veth pair whose inner end is made in the container's namespace under its final name, and whose outer end is a port of the
 //! bridge. All or nothing: where a step fails the pair is removed, which takes both ends and all that was set on them.
+//!
+//! What the container may send is in the sets of the guard before its port joins the bridge: not one packet of it is judged by another measure, and
+//! the first one is not lost.
 
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd};
@@ -22,9 +25,11 @@ use super::view::{self, OverlayView};
 use super::wire::Query;
 use super::{Shared, blocking, sockets, sysctl};
 use crate::model::device::PORT_PREFIX;
-use crate::model::{Device, Family, Publish};
+use crate::model::{Device, Family, Mac, Publish};
+use crate::plan::desired::may_send;
+use crate::plan::ruleset::{Element, Table};
 use crate::plan::state::PROTOCOL;
-use crate::plan::{ContainerPath, HostPorts, OpError, Plug};
+use crate::plan::{ContainerPath, HostPorts, Key, Op, OpError, Plug, Value};
 
 /// The maker of containers' wires. Cheap to clone.
 #[derive(Clone)]
@@ -79,12 +84,13 @@ impl ContainerPath for Plugger {
                 Ok(link) => Some(link.index),
             };
             shared.known.drop_link(host_interface);
-            let Some(index) = link else { return Ok(()) };
+            let Some(index) = link else { return dismiss(&mut shared, host_interface) };
             shared.known.removed_link(index);
             index
         };
-        let Err(error) = remove(index).await else { return Ok(()) };
+        let removed = remove(index).await;
         let mut shared = self.shared.lock().await;
+        let Err(error) = removed else { return dismiss(&mut shared, host_interface) };
         shared.known.kept_link(index);
         shared.links().note(host_interface)?;
         Err(error.during(format!("cannot delete interface {host_interface}")))
@@ -166,7 +172,7 @@ async fn plug(shared: &mut Shared, wanted: &Plug) -> Result<(), OpError> {
             }
             let inner = || in_netns(&netns, || inner_difference(wanted, link.index));
             match outer.map_or_else(inner, |difference| Ok(Some(difference)))? {
-                None => return Ok(()),
+                None => return admit(shared, wanted),
                 Some(difference) => {
                     tracing::info!(interface = wanted.host_interface, difference, "a container's wire is made anew");
                 }
@@ -203,12 +209,54 @@ async fn build(shared: &mut Shared, wanted: &Plug, netns: &Netns, bridge: u32) -
     mark(&shared.rtnl, index, host).await?;
     sysctl::write_if_there(&sysctl::accept_ra(host), "0")?;
     let inside = configure(wanted, netns).await?;
+    admit(shared, wanted)?;
     let port = LinkUnspec::new_with_index(index).controller(bridge).up();
     let joined = shared.rtnl.change_link(port.build()).await;
     joined.map_err(|e| e.during(format!("cannot make {host} a port of {}", wanted.bridge)))?;
     // The last step, for it is the only one that does not go with the pair.
     let loopback = inside.change_link(LinkUnspec::new_with_index(LOOPBACK).up().build()).await;
     loopback.map_err(|e| e.during(format!("cannot set lo up in {}", wanted.netns.display())))
+}
+
+/// Lets the container send with its own addresses, or any where its source is not checked, and with nothing that another had behind that interface.
+/// Where the table is not there yet, it comes with all elements.
+fn admit(shared: &mut Shared, wanted: &Plug) -> Result<(), OpError> {
+    if !shared.known.rules.contains_key(&Key::Ruleset(Table::Bridge)) {
+        return Ok(());
+    }
+    let own = wanted.addresses.iter().map(|address| address.ip());
+    let wanted_now: Vec<Element> = may_send(&wanted.host_interface, wanted.mac, own, wanted.source_check).collect();
+    let mut ops = deletions(shared, &wanted.host_interface, |element| !wanted_now.contains(element));
+    ops.extend(wanted_now.iter().map(|element| Op::Set(Key::Element(element.clone()), Value::Element(None))));
+    change(shared, &ops, "cannot say what the container may send")
+}
+
+/// Takes what was behind an interface out of the guard's sets.
+fn dismiss(shared: &mut Shared, host_interface: &str) -> Result<(), OpError> {
+    let ops = deletions(shared, host_interface, |_| true);
+    change(shared, &ops, "cannot take back what the container might send")
+}
+
+/// The ops that remove an interface's elements.
+fn deletions(shared: &Shared, interface: &str, chosen: impl Fn(&Element) -> bool) -> Vec<Op> {
+    let first = Element::Source(Box::new((interface.to_owned(), Mac([0; 6]), Family::V4.unspecified())));
+    let rules = &shared.known.rules;
+    let sources = rules.range(Key::Element(first)..).map_while(|(key, _)| match key {
+        Key::Element(element @ Element::Source(_)) if element.interface() == Some(interface) => Some(element),
+        _ => None,
+    });
+    let unchecked = Element::Unchecked(interface.to_owned());
+    let is_unchecked = rules.contains_key(&Key::Element(unchecked.clone()));
+    let all = sources.cloned().chain(is_unchecked.then_some(unchecked));
+    all.filter(chosen).map(|element| Op::Delete(Key::Element(element), Value::Element(None))).collect()
+}
+
+fn change(shared: &mut Shared, ops: &[Op], what: &str) -> Result<(), OpError> {
+    let Shared { nft, known, .. } = shared;
+    match blocking(|| nft.apply(ops, &mut known.rules)).into_iter().next() {
+        Some((_, OpError { errno, message })) => Err(OpError { errno, message: format!("{what}: {message}") }),
+        None => Ok(()),
+    }
 }
 
 /// Configures the inner end, over a connection into the namespace.

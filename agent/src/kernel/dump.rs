@@ -118,6 +118,7 @@ pub fn change(known: &Known, entry: &Entry, present: bool) -> Option<(Key, Optio
             let via = match hop {
                 Hop::Nexthop(id) => Via::Nexthop(id),
                 Hop::Gateway(index, gateway) => known.device(index).map_or(Via::Foreign, |device| Via::Gateway(device, gateway)),
+                Hop::Local(index) => known.device(index).map_or(Via::Foreign, Via::Local),
                 Hop::Other => Via::Foreign,
             };
             Some((Key::Route(destination), present.then_some(Value::Route(via))))

@@ -123,6 +123,7 @@ impl Known {
             mtu: link.mtu,
             up: link.up(),
             master: link.master.and_then(|index| self.device(index)),
+            hairpin: link.hairpin,
         };
         let kind = match (device.map(|d| d.role), &link.vxlan) {
             _ if !is_marked(link) => None,

@@ -3,8 +3,10 @@
 
 use std::net::IpAddr;
 
-use netlink_packet_route::link::{BridgeStpState, InfoBridge, InfoKind, LinkMessage};
-use rtnetlink::{LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVxlan};
+use netlink_packet_route::link::{
+    BridgeBooleanOptionFlags, BridgeBooleanOptions, BridgeStpState, InfoBridge, InfoBridgePort, InfoKind, LinkMessage,
+};
+use rtnetlink::{LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVxlan};
 
 use super::ethtool::Ethtool;
 use super::known::{Known, LINK_GROUP, is_marked};
@@ -18,6 +20,9 @@ use crate::plan::state::{LINK_ALIAS, LinkKind, LinkState, Vxlan};
 /// TTL of outer packets. The kernel's default is 1 for multicast and the route's for unicast; a number of our own spares us the host's setting.
 /// 64 is the recommended default (RFC 1700).
 const TTL: u8 = 64;
+
+/// `BR_BOOLOPT_NO_LL_LEARN`.
+const NO_LL_LEARN: BridgeBooleanOptionFlags = BridgeBooleanOptionFlags::NoLinkLocalLearn;
 
 /// What link changes need.
 pub struct Links<'a> {
@@ -56,7 +61,8 @@ impl Links<'_> {
         if let LinkKind::Vxlan(vxlan) = &wanted.kind {
             self.change_vxlan(&link, vxlan).await?;
         }
-        self.change(&link, wanted).await
+        self.change(&link, wanted).await?;
+        self.change_hairpin(&link, wanted).await
     }
 
     /// Removes a link of ours. That it is gone already is success.
@@ -126,7 +132,10 @@ impl Links<'_> {
             LinkKind::Bridge => {
                 let link = LinkMessageBuilder::<LinkBridge>::new(name)
                     .append_info_data(InfoBridge::StpState(BridgeStpState::Disabled))
-                    .append_info_data(InfoBridge::MulticastSnooping(false));
+                    .append_info_data(InfoBridge::MulticastSnooping(false))
+                    // Frames to the bridge's own group addresses (LLDP, say) come before all rules: nothing is to be learned from them, or a
+                    // container could draw another one's frames to itself (`br_handle_frame` in net/bridge/br_input.c).
+                    .append_info_data(InfoBridge::MultiBoolOpt(BridgeBooleanOptions { value: NO_LL_LEARN, mask: NO_LL_LEARN }));
                 common(link, wanted)
             }
             LinkKind::Port | LinkKind::Foreign { .. } => {
@@ -197,6 +206,17 @@ impl Links<'_> {
         }
         let changed = self.rtnl.change_link(change.build()).await;
         changed.map_err(|e| change_advice(name, wanted, &e))
+    }
+
+    /// Whether frames may leave by the port that they came in by. A port that joins another bridge begins without.
+    async fn change_hairpin(&mut self, link: &LinkInfo, wanted: &LinkState) -> Result<(), OpError> {
+        let joins = wanted.master.and_then(|bridge| self.known.index(bridge)) != link.master;
+        if wanted.master.is_none() || wanted.hairpin == (link.hairpin && !joins) {
+            return Ok(());
+        }
+        let port = LinkBridgePort::new(link.index).append_info_data(InfoBridgePort::HairpinMode(wanted.hairpin));
+        let changed = self.rtnl.change_link(port.build()).await;
+        changed.map_err(|e| change_advice(&link.name, wanted, &e))
     }
 
     /// Who stands in the way of a VXLAN device.

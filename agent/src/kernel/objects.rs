@@ -9,7 +9,8 @@ use ipnetwork::IpNetwork;
 use netlink_packet_core::{DecodeError, NlaBuffer, NlasIterator, Parseable, ParseableParametrized};
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeader, AddressMessage, AddressScope};
 use netlink_packet_route::link::{
-    InfoData, InfoVxlan, LinkAttribute, LinkExtentMask, LinkFlags, LinkHeader, LinkInfo as Info, LinkMessage,
+    InfoBridgePort, InfoData, InfoPortData, InfoVxlan, LinkAttribute, LinkExtentMask, LinkFlags, LinkHeader, LinkInfo as Info,
+    LinkMessage,
 };
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteLwEnCapType, RouteMessage, RouteProtocol, RouteType,
@@ -51,6 +52,8 @@ pub struct LinkInfo {
     pub group: u32,
     /// Interface index of the bridge.
     pub master: Option<u32>,
+    /// As a port of a bridge: frames may leave by the port that they came in by.
+    pub hairpin: bool,
     /// Interface index of a veth pair's other end.
     pub peer: Option<u32>,
     /// The VXLAN settings.
@@ -104,6 +107,9 @@ impl LinkInfo {
             match info {
                 Info::Kind(kind) => self.kind = kind.to_string(),
                 Info::Data(InfoData::Vxlan(settings)) => self.vxlan = Some(VxlanInfo::from(settings)),
+                Info::PortData(InfoPortData::BridgePort(settings)) => {
+                    self.hairpin = settings.contains(&InfoBridgePort::HairpinMode(true));
+                }
                 _ => {}
             }
         }

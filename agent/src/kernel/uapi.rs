@@ -36,6 +36,7 @@ pub const RTNH_F_ONLINK: u32 = 4;
 pub const RT_TABLE_MAIN: u8 = 254;
 /// `linux/rtnetlink.h`.
 pub const RTN_UNICAST: u8 = 1;
+pub const RTN_LOCAL: u8 = 2;
 /// `linux/rtnetlink.h`: any scope, in a deletion.
 pub const RT_SCOPE_NOWHERE: u8 = 255;
 
@@ -65,6 +66,7 @@ pub const NHA_GATEWAY: u16 = 6;
 
 /// `linux/rtnetlink.h`.
 pub const RT_SCOPE_UNIVERSE: u8 = 0;
+pub const RT_SCOPE_HOST: u8 = 254;
 
 /// `linux/netlink.h`.
 pub const NLMSGERR_ATTR_MSG: u16 = 1;

@@ -76,6 +76,8 @@ pub enum Hop {
     Nexthop(u32),
     /// To a gateway on link of an interface.
     Gateway(u32, IpAddr),
+    /// To this host, by an interface.
+    Local(u32),
     /// Elsewhere.
     Other,
 }
@@ -89,7 +91,7 @@ pub fn is_wire(key: &Key) -> bool {
 pub fn device(key: &Key, value: &Value) -> Option<Device> {
     match (key, value) {
         (Key::Fdb(device, _) | Key::Neigh(device, _), _)
-        | (_, Value::Nexthop { device, .. } | Value::Route(Via::Gateway(device, _))) => Some(*device),
+        | (_, Value::Nexthop { device, .. } | Value::Route(Via::Gateway(device, _) | Via::Local(device))) => Some(*device),
         _ => None,
     }
 }
@@ -112,7 +114,7 @@ pub fn write_set(buffer: &mut Vec<u8>, sequence: u32, index: u32, key: &Key, val
             m.body(&[family_number(Family::of(*gateway)), 0, PROTOCOL, 0]).body(&RTNH_F_ONLINK.to_ne_bytes());
             m.put_u32(NHA_ID, *id).put_address(NHA_GATEWAY, *gateway).put_u32(NHA_OIF, index);
         }
-        (Key::Route(destination), Value::Route(via @ (Via::Nexthop(_) | Via::Gateway(..)))) => {
+        (Key::Route(destination), Value::Route(via @ (Via::Nexthop(_) | Via::Gateway(..) | Via::Local(_)))) => {
             let mut m = Message::begin(buffer, libc::RTM_NEWROUTE, flags, sequence);
             match via {
                 Via::Gateway(_, gateway) => {
@@ -122,6 +124,10 @@ pub fn write_set(buffer: &mut Vec<u8>, sequence: u32, index: u32, key: &Key, val
                 Via::Nexthop(id) => {
                     rtmsg(&mut m, *destination, RT_SCOPE_UNIVERSE, RTN_UNICAST, 0);
                     m.put_u32(RTA_NH_ID, *id);
+                }
+                Via::Local(_) => {
+                    rtmsg(&mut m, *destination, RT_SCOPE_HOST, RTN_LOCAL, 0);
+                    m.put_u32(RTA_OIF, index);
                 }
                 Via::Foreign => {}
             }
@@ -286,7 +292,8 @@ fn read_nexthop(body: &[u8]) -> Option<Entry> {
 fn read_route(body: &[u8]) -> Option<Entry> {
     let family = family_of(*body.first()?)?;
     let (&length, &tos, &table, &protocol) = (body.get(1)?, body.get(3)?, body.get(4)?, body.get(5)?);
-    let unicast = *body.get(7)? == RTN_UNICAST;
+    let kind = *body.get(7)?;
+    let unicast = kind == RTN_UNICAST;
     let flags = u32_at(body, 8)?;
     let (mut base, mut metric, mut gateway, mut index, mut nexthop, mut several) =
         (family.unspecified(), 0, None, None, None, false);
@@ -310,6 +317,7 @@ fn read_route(body: &[u8]) -> Option<Entry> {
     let hop = match (nexthop, gateway, index) {
         (Some(id), ..) if unicast => Hop::Nexthop(id),
         (None, Some(gateway), Some(index)) if unicast && !several && flags & RTNH_F_ONLINK != 0 => Hop::Gateway(index, gateway),
+        (None, None, Some(index)) if kind == RTN_LOCAL && !several => Hop::Local(index),
         _ => Hop::Other,
     };
     Some(Entry::Route { destination: Cidr::containing(base, length)?, protocol, hop })
@@ -352,7 +360,11 @@ mod tests {
                 round_trip(&Key::Nexthop(0x5600_0001), &Value::Nexthop { device, gateway: base }),
                 Entry::Nexthop { id: 0x5600_0001, protocol: PROTOCOL, hop: Some((7, base)) }
             );
-            for (via, hop) in [(Via::Nexthop(5), Hop::Nexthop(5)), (Via::Gateway(device, base), Hop::Gateway(7, base))] {
+            for (via, hop) in [
+                (Via::Nexthop(5), Hop::Nexthop(5)),
+                (Via::Gateway(device, base), Hop::Gateway(7, base)),
+                (Via::Local(device), Hop::Local(7)),
+            ] {
                 let mut buffer = Vec::new();
                 write_set(&mut buffer, 1, 7, &Key::Route(subnet), &Value::Route(via));
                 if family == Family::V6 {

@@ -10,7 +10,7 @@ use super::ruleset::{Element, Rules, guard};
 use super::state::{Key, LinkKind, LinkState, NEXTHOP_IDS, State, Value, Via, Vxlan};
 use super::underlay::Underlay;
 use crate::model::peer::Reach;
-use crate::model::{Device, Endpoint, Family, Mac, NetworkConfig, Peer, PerFamily, Port, Publish, Role, Subnet};
+use crate::model::{Cidr, Device, Endpoint, Family, Mac, NetworkConfig, Peer, PerFamily, Port, Publish, Role, Subnet};
 
 /// Everything about this host that its kernel state follows from, peers aside.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -104,6 +104,7 @@ impl Host {
                     mtu: self.vxlan_mtu(family),
                     up: true,
                     master: None,
+                    hairpin: false,
                 };
                 state.insert(Key::Link(device.name()), Value::Link(Box::new(link)));
             }
@@ -130,6 +131,11 @@ impl Host {
             let path = format!("ipv4/conf/{bridge}/route_localnet");
             state.insert(Key::Sysctl(path), Value::Sysctl(u8::from(self.publishes()).to_string()));
         }
+        if self.publishes() && self.families().any(|family| family == Family::V6) {
+            // The same for ::1: what comes back by the bridge finds the address on no other device (`ip6_route_input_lookup` in the kernel's
+            // net/ipv6/route.c). A packet that says so on the wire is dropped before (`ip6_rcv_core`).
+            state.insert(Key::Route(Cidr::host(std::net::Ipv6Addr::LOCALHOST.into())), Value::Route(Via::Local(bridge)));
+        }
         // What we create takes no router advertisement, neither from a container nor through the tunnel; also where the network has no
         // IPv6, because the host may have it.
         for device in self.families().map(|family| Device::vxlan(family, vni)).chain([bridge]) {
@@ -140,13 +146,18 @@ impl Host {
             let path = format!("ipv6/conf/{}/accept_ra", self.underlay.name);
             state.insert(Key::Sysctl(path), Value::Sysctl("2".to_owned()));
         }
-        let link = |kind, mac, master| Value::Link(Box::new(LinkState { kind, mac, mtu: self.mtu(), up: true, master }));
-        state.insert(Key::Link(bridge.name()), link(LinkKind::Bridge, Some(self.bridge_mac), None));
+        let link = |kind, mac, master, hairpin| {
+            Value::Link(Box::new(LinkState { kind, mac, mtu: self.mtu(), up: true, master, hairpin }))
+        };
+        state.insert(Key::Link(bridge.name()), link(LinkKind::Bridge, Some(self.bridge_mac), None, false));
         for attached in &self.ports {
-            state.insert(Key::Link(attached.port.host_interface.clone()), link(LinkKind::Port, None, Some(bridge)));
-            state.extend(
-                may_send(&attached.port, attached.source_check).map(|element| (Key::Element(element), Value::Element(None))),
-            );
+            // With br_netfilter the bridge translates by itself: what an endpoint sends to its own published port comes back by its own port.
+            let hairpin = !attached.published.is_empty();
+            state.insert(Key::Link(attached.port.host_interface.clone()), link(LinkKind::Port, None, Some(bridge), hairpin));
+            let Port { host_interface, mac, addresses, .. } = &attached.port;
+            let own = addresses.iter().map(|(_, address)| *address);
+            let sources = may_send(host_interface, *mac, own, attached.source_check);
+            state.extend(sources.map(|element| (Key::Element(element), Value::Element(None))));
             let published = attached.published.iter().flat_map(|publish| leads_to(publish, &attached.port));
             state.extend(published.map(|(element, target)| (Key::Element(element), Value::Element(Some(target)))));
         }
@@ -203,14 +214,20 @@ impl Host {
     }
 }
 
-/// What an endpoint may send from: its MAC with its addresses, and with the link-local address that the kernel makes of it.
-pub fn may_send(port: &Port, source_check: bool) -> impl Iterator<Item = Element> + '_ {
-    let interface = || port.host_interface.clone();
-    let link_local = port.addresses.v6.map(|_| link_local(port.mac));
-    let addresses = port.addresses.iter().map(|(_, address)| *address).chain(link_local);
-    let source = move |address| Element::Source(Box::new((interface(), port.mac, address)));
-    let unchecked = (!source_check).then(|| Element::Unchecked(port.host_interface.clone()));
-    addresses.filter(move |_| source_check).map(source).chain(unchecked)
+/// What comes in by an endpoint's interface may have: its MAC with its addresses, and where it has IPv6 with the link-local address that the kernel
+/// makes of the MAC; or anything, unless its source is checked.
+pub fn may_send(
+    interface: &str,
+    mac: Mac,
+    addresses: impl IntoIterator<Item = IpAddr>,
+    source_check: bool,
+) -> impl Iterator<Item = Element> {
+    let mut all: Vec<IpAddr> = addresses.into_iter().filter(|_| source_check).collect();
+    if all.iter().any(IpAddr::is_ipv6) {
+        all.push(link_local(mac));
+    }
+    let unchecked = (!source_check).then(|| Element::Unchecked(interface.to_owned()));
+    all.into_iter().map(move |address| Element::Source(Box::new((interface.to_owned(), mac, address)))).chain(unchecked)
 }
 
 /// The elements of a published port, or run of ports, and where each leads. One element a port: a run of the whole range is 65,535 of them, a look-up

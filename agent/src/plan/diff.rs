@@ -196,12 +196,13 @@ fn link_device(key: &Key) -> Option<Device> {
 pub fn satisfied(wanted: &Value, found: &Value) -> bool {
     match (wanted, found) {
         (Value::Link(wanted), Value::Link(found)) => {
-            let LinkState { kind, mac, mtu, up, master } = &**wanted;
+            let LinkState { kind, mac, mtu, up, master, hairpin } = &**wanted;
             *kind == found.kind
                 && mac.is_none_or(|mac| found.mac == Some(mac))
                 && *mtu == found.mtu
                 && *up == found.up
                 && *master == found.master
+                && *hairpin == found.hairpin
         }
         _ => wanted == found,
     }

@@ -157,6 +157,8 @@ pub struct Plug {
     pub addresses: Vec<ipnetwork::IpNetwork>,
     /// Default routes: the bridge's address in each family.
     pub gateways: Vec<std::net::IpAddr>,
+    /// Whether it may send with its own MAC and addresses only.
+    pub source_check: bool,
 }
 
 /// How `endpoint` has containers wired; `kernel` implements it.

@@ -86,6 +86,8 @@ pub enum Via {
     Nexthop(u32),
     /// By a gateway that is on link of our device (kernel without next-hop objects).
     Gateway(Device, IpAddr),
+    /// To this host, for what comes in by our device.
+    Local(Device),
     /// Neither of these: somebody else's route to the same destination. Only in actual state.
     Foreign,
 }
@@ -103,6 +105,9 @@ pub struct LinkState {
     pub up: bool,
     /// The bridge it is a port of.
     pub master: Option<Device>,
+    /// As a port of a bridge: frames may leave by the port that they came in by (`hairpin on`).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub hairpin: bool,
 }
 
 /// The kinds of link, with what cannot be changed on a link that exists.
@@ -233,6 +238,9 @@ impl fmt::Display for Value {
                 if let Some(master) = link.master {
                     write!(f, " master {master}")?;
                 }
+                if link.hairpin {
+                    f.write_str(" hairpin on")?;
+                }
                 write!(f, " mtu {} {}", link.mtu, if link.up { "up" } else { "down" })
             }
             Value::Address => f.write_str("present"),
@@ -245,6 +253,7 @@ impl fmt::Display for Value {
             Value::Nexthop { device, gateway } => write!(f, "via {gateway} dev {device}"),
             Value::Route(Via::Nexthop(id)) => write!(f, "nhid {id}"),
             Value::Route(Via::Gateway(device, gateway)) => write!(f, "via {gateway} dev {device} onlink"),
+            Value::Route(Via::Local(device)) => write!(f, "local dev {device}"),
             Value::Route(Via::Foreign) => f.write_str("of others"),
         }
     }
@@ -253,7 +262,7 @@ impl fmt::Display for Value {
 /// The device that has the entry's traffic: also for next hops and routes, whose device is in the value.
 pub fn device_of(key: &Key, value: &Value, state: &State) -> Option<Device> {
     match (key, value) {
-        (_, Value::Nexthop { device, .. }) | (_, Value::Route(Via::Gateway(device, _))) => Some(*device),
+        (_, Value::Nexthop { device, .. }) | (_, Value::Route(Via::Gateway(device, _) | Via::Local(device))) => Some(*device),
         (_, Value::Route(Via::Nexthop(id))) => match state.get(&Key::Nexthop(*id)) {
             Some(Value::Nexthop { device, .. }) => Some(*device),
             _ => None,

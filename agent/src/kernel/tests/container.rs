@@ -16,6 +16,7 @@ fn wanted(container: &Scratch) -> Plug {
         mtu: 1430,
         addresses: vec!["10.244.0.2/24".parse().expect("address"), "fd00:244::2/64".parse().expect("address")],
         gateways: vec![ip("10.244.0.1"), ip("fd00:244::1")],
+        source_check: true,
     }
 }
 

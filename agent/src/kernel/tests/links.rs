@@ -138,7 +138,7 @@ fn who_stands_in_the_way_of_a_vxlan_device_is_named() {
 fn a_port_is_never_made_but_changed() {
     on_host("port", KernelOptions::default(), async |host| {
         host.make_devices().await;
-        let port = LinkState { kind: LinkKind::Port, mac: None, mtu: 1400, up: true, master: Some(bridge()) };
+        let port = LinkState { kind: LinkKind::Port, mac: None, mtu: 1400, up: true, master: Some(bridge()), hairpin: true };
         let set = vec![Op::Set(Key::Link("ove0".to_owned()), Value::Link(Box::new(port.clone())))];
         let report = host.kernel.apply(&set).await;
         assert_eq!(report.failed[0].1.errno, libc::ENODEV);

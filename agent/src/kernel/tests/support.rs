@@ -195,11 +195,11 @@ pub fn vxlan_link(family: Family, underlay: u32) -> LinkState {
         Family::V6 => ("fd99::1", 1430, 6),
     };
     let vxlan = Vxlan { vni: Vni::DEFAULT, port: 8472, local: ip(local), underlay, learning: false, tx_checksum: true };
-    LinkState { kind: LinkKind::Vxlan(vxlan), mac: Some(Mac([2, 0, 0, 0, 1, last])), mtu, up: true, master: None }
+    LinkState { kind: LinkKind::Vxlan(vxlan), mac: Some(Mac([2, 0, 0, 0, 1, last])), mtu, up: true, master: None, hairpin: false }
 }
 
 pub fn bridge_link() -> LinkState {
-    LinkState { kind: LinkKind::Bridge, mac: Some(Mac([2, 0, 0, 0, 1, 9])), mtu: 1430, up: true, master: None }
+    LinkState { kind: LinkKind::Bridge, mac: Some(Mac([2, 0, 0, 0, 1, 9])), mtu: 1430, up: true, master: None, hairpin: false }
 }
 
 pub fn set_link(device: Device, state: LinkState) -> Op {

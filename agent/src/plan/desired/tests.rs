@@ -77,7 +77,7 @@ fn a_dual_stack_host_has_exactly_these_entries() {
         "link ovb.1 bridge address c6:b3:ec:32:65:47 mtu 1430 up",
         "link ovx.1 vxlan id 1 local 192.0.2.1 dstport 8472 address 02:01:00:00:00:01 mtu 1450 up",
         "link ovx6.1 vxlan id 1 local 2001:db8::1 dstport 8472 address 02:01:00:00:00:01 mtu 1430 up",
-        "link veth7 veth master ovb.1 mtu 1430 up",
+        "link veth7 veth master ovb.1 hairpin on mtu 1430 up",
         "address 10.244.7.0/32 dev ovx.1 present",
         "address fd00:10:244:7::/128 dev ovx6.1 present",
         "address 10.244.7.1/24 dev ovb.1 present",
@@ -93,6 +93,7 @@ fn a_dual_stack_host_has_exactly_these_entries() {
         "element of source6: veth7 . 02:05:00:00:00:07 . fd00:10:244:7::2 present",
         "element of source6: veth7 . 02:05:00:00:00:07 . fe80::5:ff:fe00:7 present",
         "accept in the IPv6 FORWARD chain of iptables fd00:10:244::/56",
+        "route ::1/128 local dev ovb.1",
     ];
     let host = Host { ports: vec![attached(&["127.0.0.1:80-81:8080-8081", "53:5353/udp"])], ..host(DUAL, DUAL_KEY) };
     assert_eq!(lines(&host.entries()), wanted);

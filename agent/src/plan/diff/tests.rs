@@ -42,7 +42,7 @@ fn resolve(state: &State, subnet: Cidr) -> Option<(Mac, IpAddr)> {
             _ => return None,
         },
         Via::Gateway(device, gateway) => (*device, *gateway),
-        Via::Foreign => return None,
+        Via::Local(_) | Via::Foreign => return None,
     };
     let up = matches!(state.get(&Key::Link(device.name())), Some(Value::Link(link)) if link.up);
     let Some(Value::Neigh(mac)) = state.get(&Key::Neigh(device, gateway)) else { return None };
