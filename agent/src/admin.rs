@@ -17,7 +17,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch as channel;
 use tokio_util::sync::CancellationToken;
 
-use crate::model::api::{AttachRequest, Attached, Detached, Endpoints, Peers, Status, Subnets};
+use crate::model::api::{AttachRequest, Attached, Detached, Endpoints, NetworkView, Peers, Status, Subnets};
 use crate::model::endpoint::EndpointName;
 
 pub use serve::{MOST_CONNECTIONS, bind_tcp};
@@ -71,11 +71,14 @@ pub trait Backend: Send + Sync + 'static {
     /// The containers of this host.
     fn endpoints(&self) -> impl Future<Output = Result<Endpoints, ApiError>> + Send;
 
+    /// The network as this host has it.
+    fn network(&self) -> impl Future<Output = Result<NetworkView, ApiError>> + Send;
+
     /// Attaches a container.
     fn attach(&self, name: EndpointName, request: AttachRequest) -> impl Future<Output = Result<Attached, ApiError>> + Send;
 
-    /// Detaches a container.
-    fn detach(&self, name: EndpointName) -> impl Future<Output = Result<Detached, ApiError>> + Send;
+    /// Detaches a container; where `force` is given also one whose namespace others share.
+    fn detach(&self, name: EndpointName, force: bool) -> impl Future<Output = Result<Detached, ApiError>> + Send;
 
     /// Whether the agent is ready; the reasons where it is not.
     fn ready(&self) -> impl Future<Output = Result<(), Vec<String>>> + Send;

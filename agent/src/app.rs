@@ -55,7 +55,8 @@ pub async fn run(config: HostConfig, level: LevelHandle) -> anyhow::Result<()> {
     };
     let (kernel, kernel_events, follow) =
         Kernel::open(&KernelOptions { force_classic_routes: !config.nexthop_objects, ..KernelOptions::default() })?;
-    let endpoints: Endpoints<Plugger> = Endpoints::restore(Arc::clone(&state), kernel.plugger()).await?;
+    let plugger = kernel.plugger();
+    let endpoints: Endpoints<Plugger> = Endpoints::restore(Arc::clone(&state), plugger.clone()).await?;
     let memory = HostMemory::load(Arc::clone(&state))?;
     let metrics = Arc::new(Metrics::new());
     tracing::info!(
@@ -109,6 +110,8 @@ pub async fn run(config: HostConfig, level: LevelHandle) -> anyhow::Result<()> {
     let backend = Arc::new(AgentBackend {
         queries: queries_in,
         endpoints: endpoints.clone(),
+        plugger,
+        masquerade: config.ip_masq,
         store: store_config.clone(),
         time_left: tokio::sync::Mutex::new(None),
         metrics: Arc::clone(&metrics),

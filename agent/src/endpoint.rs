@@ -11,6 +11,7 @@ mod error;
 pub mod ipam;
 mod request;
 mod table;
+mod view;
 mod work;
 
 use std::collections::{BTreeSet, HashMap};
@@ -21,7 +22,7 @@ use tokio::sync::{OwnedMutexGuard, Semaphore, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::model::api::{AttachRequest, Attached};
+use crate::model::api::{AttachRequest, Attached, Detached};
 use crate::model::endpoint::EndpointName;
 use crate::model::{Device, Endpoint, Subnet};
 use crate::plan::ContainerPath;
@@ -67,8 +68,8 @@ struct Inner<C> {
     state: Arc<StateDir>,
     path: C,
     table: Mutex<Table>,
-    /// The version of the table that stands in the file; held while it is written.
-    written: tokio::sync::Mutex<u64>,
+    /// What stands in the file; held while it is written.
+    written: tokio::sync::Mutex<Written>,
     /// One lock for each name that is worked on.
     names: Mutex<HashMap<EndpointName, Arc<tokio::sync::Mutex<()>>>>,
     permits: Arc<Semaphore>,
@@ -79,6 +80,15 @@ struct Inner<C> {
     missing: Mutex<BTreeSet<EndpointName>>,
     /// Those whose namespace was gone at the last audit.
     gone_before: Mutex<BTreeSet<EndpointName>>,
+}
+
+/// Versions of the table.
+#[derive(Debug, Default)]
+struct Written {
+    /// The one that stands in the file.
+    version: u64,
+    /// The one that is on the disk for certain.
+    synced: u64,
 }
 
 /// A lock whose holder panicked protects data that is still whole: each change of it is made at once.
@@ -92,7 +102,8 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
         let reader = Arc::clone(&state);
         let stored: Option<Stored> =
             tokio::task::spawn_blocking(move || reader.load(FILE)).await.unwrap_or_else(|e| Err(work::interrupted(&state, e)))?;
-        let table = Table::from_stored(stored.unwrap_or_default());
+        let mut table = Table::from_stored(stored.unwrap_or_default());
+        table.set_own_netns(&path.own_netns());
         let unfinished: Vec<EndpointName> =
             table.records().filter(|r| r.phase != Phase::Attached).map(|r| r.endpoint.name.clone()).collect();
         let plugged = watch::Sender::new(table.plugged(&BTreeSet::new()));
@@ -100,7 +111,7 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
             state,
             path,
             table: Mutex::new(table),
-            written: tokio::sync::Mutex::new(0),
+            written: tokio::sync::Mutex::default(),
             names: Mutex::default(),
             permits: Arc::new(Semaphore::new(MOST_AT_ONCE)),
             work: Mutex::new(Some(JoinSet::new())),
@@ -140,11 +151,12 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
         self.work(name.clone(), async move { inner.attach(name, wish).await }).await
     }
 
-    /// Detaches a container; `None` where there was none of that name, which is no error. Goes on to its end when the returned future is
-    /// dropped.
-    pub async fn detach(&self, name: EndpointName) -> Result<Option<EndpointName>, EndpointError> {
-        let inner = Arc::clone(&self.0);
-        self.work(name.clone(), async move { inner.detach(name).await }).await
+    /// Detaches a container; that there was none of that name is no error. One whose namespace others share goes only where `force` is
+    /// given, and they with it. Goes on to its end when the returned future is dropped.
+    pub async fn detach(&self, name: EndpointName, force: bool) -> Result<Detached, EndpointError> {
+        let (inner, of_work) = (Arc::clone(&self.0), name.clone());
+        let sharers = self.work(name.clone(), async move { inner.detach(of_work, force).await }).await?;
+        Ok(Detached { endpoint: sharers.is_some().then_some(name), sharers: sharers.unwrap_or_default() })
     }
 
     /// The attached endpoints, by name.
@@ -171,8 +183,7 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
         let inner = Arc::clone(&self.0);
         let looked = tokio::task::spawn_blocking(move || {
             let records: Vec<_> = lock(&inner.table).records().cloned().collect();
-            let dead = |r: &table::Record| !inner.path.netns_alive(&r.endpoint.netns);
-            records.into_iter().filter(|r| r.phase != Phase::Attached || dead(r)).collect::<Vec<_>>()
+            records.into_iter().filter(|r| r.phase != Phase::Attached || !inner.is_alive(r)).collect::<Vec<_>>()
         });
         // It fails only while the runtime ends.
         let Ok(suspects) = looked.await else { return Vec::new() };
@@ -228,6 +239,9 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
                 () = stop.cancelled() => break,
                 _ = ticks.tick() => {
                     self.audit().await;
+                    if let Err(error) = self.0.sync().await {
+                        tracing::warn!(%error, "the endpoints are written down, but not on the disk for certain");
+                    }
                 }
             }
         }
@@ -241,7 +255,11 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
         while let Some(end) = work.join_next().await {
             report(end);
         }
-        if let Err(error) = self.0.persist().await {
+        let written = match self.0.persist().await {
+            Ok(()) => self.0.sync().await,
+            error => error,
+        };
+        if let Err(error) = written {
             tracing::warn!(%error, "the endpoints could not be written down at the end");
         }
     }

@@ -27,8 +27,10 @@ mod objects;
 mod rtnl;
 pub mod setup;
 mod socket;
+mod sockets;
 mod sysctl;
 mod uapi;
+mod view;
 mod wire;
 
 #[cfg(test)]
@@ -42,6 +44,7 @@ use tokio::sync::{Mutex, mpsc};
 
 pub use container::Plugger;
 pub use monitor::Monitor;
+pub use view::OverlayView;
 
 use self::batch::BatchSocket;
 use self::ethtool::Ethtool;

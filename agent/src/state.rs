@@ -192,12 +192,29 @@ impl StateDir {
     /// Writes a JSON file of the directory whole; not at all where the same text stands there.
     pub fn save<T: Serialize>(&self, name: &str, content: &T) -> Result<(), StateError> {
         let path = self.path.join(name);
-        let mut bytes = serde_json::to_vec_pretty(&Versioned { version: VERSION, content })
-            .map_err(|e| FileError::new("encode", &path, std::io::Error::other(e)))?;
-        bytes.push(b'\n');
-        write_if_changed(&path, &bytes, FILE_MODE)?;
+        write_if_changed(&path, &encoded(&path, content)?, FILE_MODE)?;
         Ok(())
     }
+
+    /// The same for what is worth nothing after a loss of power, because what it is about is gone as well: without waiting for the disk,
+    /// which takes milliseconds. [`StateDir::sync`] waits for it.
+    pub fn save_soon<T: Serialize>(&self, name: &str, content: &T) -> Result<(), StateError> {
+        let path = self.path.join(name);
+        file::write_soon(&path, &encoded(&path, content)?, FILE_MODE)?;
+        Ok(())
+    }
+
+    /// Waits until a file of the directory is on the disk.
+    pub fn sync(&self, name: &str) -> Result<(), StateError> {
+        Ok(file::sync(&self.path.join(name))?)
+    }
+}
+
+fn encoded<T: Serialize>(path: &Path, content: &T) -> Result<Vec<u8>, StateError> {
+    let mut bytes = serde_json::to_vec_pretty(&Versioned { version: VERSION, content })
+        .map_err(|e| FileError::new("encode", path, std::io::Error::other(e)))?;
+    bytes.push(b'\n');
+    Ok(bytes)
 }
 
 #[cfg(test)]

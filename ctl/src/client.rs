@@ -11,7 +11,7 @@ use hyper::body::Incoming;
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use overlay_agent::model::api::{
-    AttachRequest, Attached, Detached, Endpoints, LogLevel, Peers, Problem, Status, Subnets, VERSION,
+    AttachRequest, Attached, Detached, Endpoints, LogLevel, NetworkView, Peers, Problem, Status, Subnets, VERSION,
 };
 use overlay_agent::model::endpoint::EndpointName;
 use serde::Serialize;
@@ -152,6 +152,11 @@ impl Client {
         self.json(Method::GET, "endpoints", None::<&()>).await
     }
 
+    /// The network as this host has it, endpoints and all.
+    pub async fn network(&self) -> Result<NetworkView, ClientError> {
+        self.json(Method::GET, "network", None::<&()>).await
+    }
+
     /// Attaches a container.
     pub async fn attach(&self, name: &EndpointName, request: &AttachRequest) -> Result<Attached, ClientError> {
         self.json(Method::PUT, &format!("endpoints/{name}"), Some(request)).await
@@ -159,7 +164,13 @@ impl Client {
 
     /// Detaches a container; one that is not there is no error.
     pub async fn detach(&self, name: &EndpointName) -> Result<Detached, ClientError> {
-        self.json(Method::DELETE, &format!("endpoints/{name}"), None::<&()>).await
+        self.detach_with(name, false).await
+    }
+
+    /// Detaches a container; where `force` is given also one whose namespace others share, and they with it.
+    pub async fn detach_with(&self, name: &EndpointName, force: bool) -> Result<Detached, ClientError> {
+        let query = if force { "?force=true" } else { "" };
+        self.json(Method::DELETE, &format!("endpoints/{name}{query}"), None::<&()>).await
     }
 
     /// The agent's log filter.

@@ -5,9 +5,11 @@ pub mod completions;
 pub mod config;
 pub mod detach;
 pub mod endpoints;
+pub mod inspect;
 pub mod lab;
 pub mod man;
 pub mod peers;
+pub mod run;
 pub mod status;
 pub mod subnets;
 
@@ -21,6 +23,7 @@ use crate::etcd::EtcdError;
 use crate::lab::LabError;
 use crate::netns::NamespaceError;
 use crate::output::{Format, OutputError, Printer};
+use crate::resolver::ResolverError;
 
 /// See and steer the overlay network of this host.
 #[derive(Debug, Parser)]
@@ -52,10 +55,14 @@ pub enum Command {
     Config(config::Args),
     /// Attach a container's network namespace to the overlay
     Attach(attach::Args),
+    /// Run a command in a fresh network namespace on the overlay
+    Run(run::Args),
     /// Detach a container
     Detach(detach::Args),
     /// The containers of this host
     Endpoints(endpoints::Args),
+    /// The network of this host in detail: addresses, devices, ports, containers, counters
+    Inspect(inspect::Args),
     /// Several hosts on this machine, each with its own agent, and a private etcd
     #[command(subcommand)]
     Lab(lab::Args),
@@ -76,7 +83,7 @@ pub enum Outcome {
     Degraded,
     /// Exit code 4.
     TimedOut,
-    /// The exit code of a command that ran inside a lab.
+    /// The exit code of a command that ran inside a lab or a container.
     Code(u8),
 }
 
@@ -95,6 +102,9 @@ pub enum CommandError {
     /// A network namespace.
     #[error(transparent)]
     Namespace(#[from] NamespaceError),
+    /// A resolver file.
+    #[error(transparent)]
+    Resolver(#[from] ResolverError),
     /// Standard output.
     #[error(transparent)]
     Output(#[from] OutputError),
@@ -113,6 +123,12 @@ pub enum CommandError {
         path: PathBuf,
         /// What the system says.
         source: std::io::Error,
+    },
+    /// There is no such thing.
+    #[error("{message}")]
+    Missing {
+        /// What is not there, and where to look.
+        message: String,
     },
     /// The arguments are well-formed but make no sense together; exit code 2.
     #[error("{message}")]
@@ -140,8 +156,10 @@ pub async fn run(cli: Cli) -> Result<Outcome, CommandError> {
         Command::Status(args) => status::run(&context, &args).await,
         Command::Config(args) => config::run(&context, &args).await,
         Command::Attach(args) => attach::run(&context, &args).await,
+        Command::Run(args) => run::run(&context, &args).await,
         Command::Detach(args) => detach::run(&context, &args).await,
         Command::Endpoints(args) => endpoints::run(&context, &args).await,
+        Command::Inspect(args) => inspect::run(&context, &args).await,
         Command::Lab(args) => lab::run(&context, args).await,
         Command::Completions(args) => completions::run(&context, &args),
         Command::Man(args) => man::run(&context, &args),

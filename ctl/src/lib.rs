@@ -6,12 +6,18 @@
 //! | [`client`] | HTTP to the agent's socket |
 //! | [`etcd`] | the flags that reach etcd without an agent |
 //! | [`netns`] | the named namespaces that `attach` makes |
+//! | [`resolver`] | the resolver files of named namespaces |
+//! | [`wish`] | the flags that say what a container gets |
 //! | [`output`] | table, wide, json, yaml |
+//! | [`cni`] | the CNI plugin |
 //! | [`lab`] | several hosts on one machine |
 
 pub mod client;
 pub mod cmd;
+pub mod cni;
 pub mod etcd;
 pub mod lab;
 pub mod netns;
 pub mod output;
+pub mod resolver;
+pub mod wish;

@@ -36,6 +36,12 @@ pub enum NamespaceError {
         /// Its name.
         name: String,
     },
+    /// There is no such process.
+    #[error("there is no process {pid}, or it ended while its network namespace was attached")]
+    NoProcess {
+        /// Its number.
+        pid: i32,
+    },
     /// The kernel refuses.
     #[error(transparent)]
     Kernel(#[from] NetnsError),

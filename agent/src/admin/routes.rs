@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::serve::Limits;
 use super::{ApiError, Backend, ErrorKind, watch};
-use crate::model::api::{AttachRequest, Attached, Detached, Endpoints, LogLevel, Peers, Problem, Status};
+use crate::model::api::{AttachRequest, Attached, Detached, Endpoints, LogLevel, NetworkView, Peers, Problem, Status};
 use crate::model::endpoint::EndpointName;
 use crate::model::lease::printable;
 
@@ -44,6 +44,7 @@ pub(super) fn full<B: Backend>(backend: Arc<B>, limits: Limits, stop: Cancellati
         .route("/v1/status", get(status::<B>))
         .route("/v1/subnets", get(subnets::<B>))
         .route("/v1/peers", get(peers::<B>))
+        .route("/v1/network", get(network::<B>))
         .route("/v1/endpoints", get(endpoints::<B>))
         .route("/v1/endpoints/{name}", put(attach::<B>).delete(detach::<B>))
         .route("/v1/log-level", get(log_level::<B>).put(set_log_level::<B>))
@@ -176,6 +177,10 @@ async fn endpoints<B: Backend>(State(shared): State<Shared<B>>) -> Answer<Endpoi
     Ok(Json(shared.backend.endpoints().await?))
 }
 
+async fn network<B: Backend>(State(shared): State<Shared<B>>) -> Answer<NetworkView> {
+    Ok(Json(shared.backend.network().await?))
+}
+
 async fn attach<B: Backend>(
     State(shared): State<Shared<B>>,
     path: Result<Path<String>, PathRejection>,
@@ -186,8 +191,21 @@ async fn attach<B: Backend>(
     Ok(Json(shared.backend.attach(name, request).await?))
 }
 
-async fn detach<B: Backend>(State(shared): State<Shared<B>>, path: Result<Path<String>, PathRejection>) -> Answer<Detached> {
-    Ok(Json(shared.backend.detach(endpoint_name(path)?).await?))
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DetachQuery {
+    #[serde(default)]
+    force: bool,
+}
+
+async fn detach<B: Backend>(
+    State(shared): State<Shared<B>>,
+    path: Result<Path<String>, PathRejection>,
+    query: Result<Query<DetachQuery>, QueryRejection>,
+) -> Answer<Detached> {
+    let name = endpoint_name(path)?;
+    let Query(query) = query.map_err(|e| bad(format!("{}; known is force=true", printable(&e.body_text()))))?;
+    Ok(Json(shared.backend.detach(name, query.force).await?))
 }
 
 async fn log_level<B: Backend>(State(shared): State<Shared<B>>) -> Json<LogLevel> {

@@ -84,6 +84,8 @@ async fn each_path_answers() {
     assert_eq!(agent.get("/v1/subnets").await, (200, json!({"subnets": []})));
     assert_eq!(agent.get("/v1/peers").await, (200, json!({"peers": []})));
     assert_eq!(agent.get("/v1/endpoints").await, (200, json!({"endpoints": []})));
+    let (status, body) = agent.get("/v1/network").await;
+    assert_eq!((status, &body["name"], &body["vni"], &body["bridge"]), (200, &json!("default"), &json!(1), &json!(null)));
     assert_eq!(agent.get("/healthz").await, (200, json!("ok\n")));
     assert_eq!(agent.get("/readyz").await, (200, json!("ready\n")));
     let (status, page) = agent.ask("GET", "/metrics", "").await;
@@ -96,7 +98,9 @@ async fn each_path_answers() {
     let attached: Attached = serde_json::from_str(&body).expect(&body);
     assert_eq!((status, attached.endpoint.name.as_str()), (200, "c1"));
     assert_eq!(attached.endpoint.addresses().v4.map(|a| a.to_string()).as_deref(), Some("10.244.1.7"));
-    assert_eq!(agent.ask("DELETE", "/v1/endpoints/c1", "").await, (200, r#"{"endpoint":"c1"}"#.to_owned()));
+    assert_eq!(agent.ask("DELETE", "/v1/endpoints/c1", "").await, (200, r#"{"endpoint":"c1","sharers":[]}"#.to_owned()));
+    let forced = agent.ask("DELETE", "/v1/endpoints/c1?force=true", "").await;
+    assert_eq!(forced, (200, r#"{"endpoint":"c1","sharers":["sharer"]}"#.to_owned()));
 
     assert_eq!(agent.get("/v1/log-level").await, (200, json!({"level": "info"})));
     assert_eq!(agent.ask("PUT", "/v1/log-level", r#"{"level":"debug"}"#).await, (200, r#"{"level":"debug"}"#.to_owned()));
@@ -118,6 +122,7 @@ async fn errors_are_problems_with_a_fitting_status() {
         (("BREW", "/v1/status".to_owned(), ""), 405, "cannot be asked with BREW"),
         (get("/v1/subnets?watch=maybe"), 400, "known is watch=true"),
         (get("/v1/subnets?wach=true"), 400, "wach"),
+        (("DELETE", "/v1/endpoints/c1?force=perhaps".to_owned(), ""), 400, "known is force=true"),
         (attach("c1", ""), 400, "EOF while parsing"),
         (attach("c1", "{"), 400, "is not as expected"),
         (attach("c1", r#"{"netns":"/a","ip":"10.0.0.1"}"#), 400, "unknown field `ip`"),

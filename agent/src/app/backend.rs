@@ -10,7 +10,7 @@ use crate::admin::{ApiError, Backend, ErrorKind};
 use crate::endpoint::{Class, EndpointError, Endpoints};
 use crate::kernel::Plugger;
 use crate::metrics::Metrics;
-use crate::model::api;
+use crate::model::{Device, api};
 use crate::model::endpoint::EndpointName;
 use crate::reconcile::Query;
 use crate::store::{self, StoreConfig};
@@ -25,6 +25,8 @@ const TIME_LEFT_WAIT: Duration = Duration::from_secs(1);
 pub(super) struct AgentBackend {
     pub(super) queries: mpsc::Sender<Query>,
     pub(super) endpoints: Endpoints<Plugger>,
+    pub(super) plugger: Plugger,
+    pub(super) masquerade: bool,
     pub(super) store: StoreConfig,
     pub(super) time_left: Mutex<Option<TimeLeft>>,
     pub(super) metrics: Arc<Metrics>,
@@ -104,12 +106,43 @@ impl Backend for AgentBackend {
         Ok(api::Endpoints { endpoints: self.endpoints.list() })
     }
 
+    async fn network(&self) -> Result<api::NetworkView, ApiError> {
+        let status = self.ask(Query::Status).await?;
+        let missing = || ApiError::new(ErrorKind::NotReady, "the network's configuration is not there yet: see `overlayctl status`");
+        let network = status.network.ok_or_else(missing)?;
+        let (plugger, bridge) = (self.plugger.clone(), Device::bridge(network.vxlan.vni));
+        let looked = tokio::task::spawn_blocking(move || plugger.view(bridge)).await;
+        let internal = |error: &dyn std::fmt::Display| ApiError::new(ErrorKind::Internal, error);
+        let mut seen = looked.map_err(|error| internal(&error))?.map_err(|error| internal(&error))?;
+        let mut endpoints = self.endpoints.views().await;
+        for port in seen.bridge.iter_mut().flat_map(|bridge| &mut bridge.ports) {
+            let owner = |view: &&mut api::EndpointView| view.endpoint.port.as_ref().is_some_and(|p| p.host_interface == port.interface);
+            if let Some(view) = endpoints.iter_mut().find(owner) {
+                port.endpoint = Some(view.endpoint.name.clone());
+                view.bridge_port = Some(port.number);
+                view.counters = Some(port.counters.reversed());
+            }
+        }
+        Ok(api::NetworkView {
+            name: "default".to_owned(),
+            driver: "vxlan".to_owned(),
+            vni: network.vxlan.vni,
+            port: network.vxlan.port,
+            mtu: status.data_path.mtu,
+            masquerade: self.masquerade,
+            ipam: self.endpoints.ipam(&network),
+            devices: seen.devices,
+            bridge: seen.bridge,
+            endpoints,
+        })
+    }
+
     async fn attach(&self, name: EndpointName, request: api::AttachRequest) -> Result<api::Attached, ApiError> {
         self.endpoints.attach(name, request).await.map_err(api_error)
     }
 
-    async fn detach(&self, name: EndpointName) -> Result<api::Detached, ApiError> {
-        Ok(api::Detached { endpoint: self.endpoints.detach(name).await.map_err(api_error)? })
+    async fn detach(&self, name: EndpointName, force: bool) -> Result<api::Detached, ApiError> {
+        self.endpoints.detach(name, force).await.map_err(api_error)
     }
 
     async fn ready(&self) -> Result<(), Vec<String>> {
@@ -147,6 +180,7 @@ impl Backend for AgentBackend {
 fn api_error(error: EndpointError) -> ApiError {
     let kind = match error.class() {
         Class::BadValue => ErrorKind::BadValue,
+        Class::NotFound => ErrorKind::NotFound,
         Class::Conflict => ErrorKind::Conflict,
         Class::NotReady => ErrorKind::NotReady,
         Class::Internal => ErrorKind::Internal,

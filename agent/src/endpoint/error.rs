@@ -1,11 +1,12 @@
 //! Why an endpoint is not attached or detached.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use super::ipam::IpamError;
 use crate::model::endpoint::EndpointName;
-use crate::model::{Family, Subnet};
+use crate::model::publish::PublishError;
+use crate::model::{Family, Mac, Mode, Publish, Subnet};
 use crate::plan::OpError;
 use crate::state::StateError;
 
@@ -23,6 +24,128 @@ pub enum EndpointError {
     NetnsGone {
         /// The path.
         netns: PathBuf,
+    },
+    /// The namespace is the host's own.
+    #[error("{netns} is the host's own network namespace: attach with mode host, or name another one")]
+    OwnNetns {
+        /// The path.
+        netns: PathBuf,
+    },
+    /// The mode has no such thing.
+    #[error("mode {mode} has no place for {what}: leave it out, or use mode overlay")]
+    NotInMode {
+        /// What was asked for.
+        what: &'static str,
+        /// The mode.
+        mode: Mode,
+    },
+    /// The owner is no text for a person.
+    #[error("`{owner}` is no owner: 1 to 256 bytes of text without control characters")]
+    Owner {
+        /// The refused text.
+        owner: String,
+    },
+    /// A port that cannot be published.
+    #[error(transparent)]
+    Publish(#[from] PublishError),
+    /// Two of the ports of one request are the same.
+    #[error("{one} and {other} are the same port of the host: leave one out")]
+    PublishTwice {
+        /// One.
+        one: Publish,
+        /// The other.
+        other: Publish,
+    },
+    /// Another endpoint has the port.
+    #[error(
+        "{wanted} cannot be published: endpoint {holder} has {held}; choose another port, or `overlayctl detach {holder}` first"
+    )]
+    PublishHeld {
+        /// What was asked for.
+        wanted: Publish,
+        /// Who has it.
+        holder: EndpointName,
+        /// As what.
+        held: Publish,
+    },
+    /// A socket of the host has the port.
+    #[error("{wanted} cannot be published: {holder} listens on {socket}; stop it, or choose another port or address")]
+    PublishListener {
+        /// What was asked for.
+        wanted: Publish,
+        /// The socket's address and port.
+        socket: SocketAddr,
+        /// Whose it is.
+        holder: String,
+    },
+    /// The address is not the host's.
+    #[error("{wanted} cannot be published: the host has no address {address} (`ip address`); leave it out for all that it has")]
+    PublishAddress {
+        /// What was asked for.
+        wanted: Publish,
+        /// The address.
+        address: IpAddr,
+    },
+    /// The address is of a family that containers have not.
+    #[error("{wanted} cannot be published: this host's subnet {subnet} has no {family}, so no container could answer")]
+    PublishFamily {
+        /// What was asked for.
+        wanted: Publish,
+        /// The address's family.
+        family: Family,
+        /// The host's subnet.
+        subnet: Subnet,
+    },
+    /// The wished MAC is no address of one station.
+    #[error("MAC {mac} cannot be given: it is a group's or all zeros; one such as 02:00:5e:10:00:01 can")]
+    MacGroup {
+        /// The wished MAC.
+        mac: Mac,
+    },
+    /// The wished MAC is another endpoint's.
+    #[error("MAC {mac} is in use by endpoint {holder}: choose another one, or `overlayctl detach {holder}` first")]
+    MacHeld {
+        /// The wished MAC.
+        mac: Mac,
+        /// Who has it.
+        holder: EndpointName,
+    },
+    /// There is no endpoint to share with.
+    #[error("there is no endpoint {target} to share the network namespace of: `overlayctl endpoints` lists them")]
+    NoTarget {
+        /// The name.
+        target: EndpointName,
+    },
+    /// Others share its namespace.
+    #[error(
+        "endpoint {name} shares its network namespace with {}: detach these first, or all of them by `overlayctl detach --force {name}`",
+        names(sharers)
+    )]
+    Shared {
+        /// The endpoint.
+        name: EndpointName,
+        /// Who shares it.
+        sharers: Vec<EndpointName>,
+    },
+    /// The endpoint whose namespace was to be shared went away meanwhile.
+    #[error("endpoint {name}: endpoint {target} was detached at the same time: attach that one again first")]
+    TargetLeft {
+        /// The endpoint.
+        name: EndpointName,
+        /// Who it was to share with.
+        target: EndpointName,
+    },
+    /// The namespace is another endpoint's, and cannot be both's.
+    #[error(
+        "{netns} belongs to endpoint {holder} in mode {mode}: attach with mode container:{holder}, or `overlayctl detach {holder}` first"
+    )]
+    NetnsHeld {
+        /// The namespace.
+        netns: PathBuf,
+        /// Who has it.
+        holder: EndpointName,
+        /// In which mode.
+        mode: Mode,
     },
     /// The kernel would not take the interface name.
     #[error("`{interface}` is no interface name: 1 to 15 visible ASCII characters without / : %, and not `lo`, `.` or `..`")]
@@ -132,6 +255,8 @@ pub enum EndpointError {
 pub enum Class {
     /// The request cannot be right.
     BadValue,
+    /// What the request names is not there.
+    NotFound,
     /// The request is right, but not beside what is there.
     Conflict,
     /// The request can be right later.
@@ -140,20 +265,39 @@ pub enum Class {
     Internal,
 }
 
+fn names(names: &[EndpointName]) -> String {
+    names.iter().map(EndpointName::as_str).collect::<Vec<_>>().join(", ")
+}
+
 impl EndpointError {
     /// The error's kind.
     pub fn class(&self) -> Class {
         match self {
             EndpointError::NetnsPath { .. }
             | EndpointError::NetnsGone { .. }
+            | EndpointError::OwnNetns { .. }
+            | EndpointError::NotInMode { .. }
+            | EndpointError::Owner { .. }
+            | EndpointError::Publish(_)
+            | EndpointError::PublishTwice { .. }
+            | EndpointError::PublishAddress { .. }
+            | EndpointError::PublishFamily { .. }
             | EndpointError::InterfaceName { .. }
             | EndpointError::WishFamily { .. }
             | EndpointError::NoFamily { .. }
+            | EndpointError::MacGroup { .. }
             | EndpointError::Address(IpamError::Outside { .. } | IpamError::Reserved { .. }) => Class::BadValue,
+            EndpointError::NoTarget { .. } => Class::NotFound,
             EndpointError::Address(IpamError::Full { .. } | IpamError::InUse { .. })
             | EndpointError::AddressHeld { .. }
+            | EndpointError::MacHeld { .. }
             | EndpointError::NameHeld { .. }
             | EndpointError::InterfaceHeld { .. }
+            | EndpointError::NetnsHeld { .. }
+            | EndpointError::PublishHeld { .. }
+            | EndpointError::PublishListener { .. }
+            | EndpointError::Shared { .. }
+            | EndpointError::TargetLeft { .. }
             | EndpointError::Stale { .. } => Class::Conflict,
             EndpointError::NoSubnet | EndpointError::Ending => Class::NotReady,
             EndpointError::State { .. } | EndpointError::Kernel { .. } | EndpointError::Defect { .. } => Class::Internal,

@@ -96,6 +96,16 @@ impl Ipam {
         self.range
     }
 
+    /// The lowest address that can be handed out.
+    pub fn first(&self) -> IpAddr {
+        self.range.family().address(self.first)
+    }
+
+    /// The highest one.
+    pub fn last(&self) -> IpAddr {
+        self.range.family().address(self.last)
+    }
+
     /// How many addresses the range can hand out.
     pub fn capacity(&self) -> u128 {
         self.last.saturating_add(1).saturating_sub(self.first)
@@ -147,8 +157,7 @@ impl Ipam {
                 1 => "gateway",
                 _ => "broadcast address",
             };
-            let (first, last) = (range.family().address(self.first), range.family().address(self.last));
-            return Err(IpamError::Reserved { address, purpose, range, first, last });
+            return Err(IpamError::Reserved { address, purpose, range, first: self.first(), last: self.last() });
         }
         if self.used.contains(&value) { Err(IpamError::InUse { address }) } else { Ok(()) }
     }

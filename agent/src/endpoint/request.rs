@@ -1,13 +1,13 @@
 //! What an attach asks for, checked, and the names made up for an endpoint. Pure but for the random MAC.
 
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::EndpointError;
 use crate::model::api::AttachRequest;
 use crate::model::endpoint::EndpointName;
 use crate::model::lease::printable;
-use crate::model::{Family, Mac, PerFamily};
+use crate::model::{Family, Mac, Mode, PerFamily, Publish};
 
 /// The interface inside the container unless asked otherwise.
 const DEFAULT_INTERFACE: &str = "eth0";
@@ -15,46 +15,166 @@ const DEFAULT_INTERFACE: &str = "eth0";
 /// The longest interface name in bytes: `IFNAMSIZ` - 1 (linux/if.h).
 const LONGEST_INTERFACE: usize = 15;
 
+/// The longest owner in bytes.
+const LONGEST_OWNER: usize = 256;
+
 /// A request whose values can be right.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Wish {
-    /// Absolute path of the namespace.
+    /// What the container gets, and where.
+    pub(super) place: Place,
+    /// Ports of the host that shall lead to it, sorted; no two collide.
+    pub(super) publish: Vec<Publish>,
+    /// Whether its packets' addresses are checked.
+    pub(super) source_check: bool,
+    /// What asks for it.
+    pub(super) owner: Option<String>,
+}
+
+/// The mode of a request with what belongs to it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Place {
+    /// An interface on the bridge.
+    Overlay {
+        /// The namespace.
+        site: Site,
+        /// The interface in it.
+        interface: String,
+        /// Wished addresses.
+        addresses: PerFamily<IpAddr>,
+        /// The wished MAC.
+        mac: Option<Mac>,
+    },
+    /// Loopback only.
+    None(Site),
+    /// The host's namespace, by a path that is known where the request is served.
+    Host(PathBuf),
+    /// The namespace of another endpoint.
+    Container(EndpointName),
+}
+
+/// A network namespace that was asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Site {
+    /// Absolute path.
     pub(super) netns: PathBuf,
-    /// The interface in it.
-    pub(super) interface: String,
-    /// Wished addresses.
-    pub(super) addresses: PerFamily<IpAddr>,
+    /// What tells it from a later one at the same path, where that can be another one without notice: see [`Site::resolve`].
+    pub(super) id: Option<String>,
 }
 
 impl Wish {
     /// Checks what can be checked without looking at the host.
     pub(super) fn check(request: AttachRequest) -> Result<Wish, EndpointError> {
-        let AttachRequest { netns, interface, addresses, .. } = request;
+        let AttachRequest { mode, netns, interface, addresses, mac, mut publish, source_check, owner } = request;
+        let unfit = |what| EndpointError::NotInMode { what, mode: mode.clone() };
+        if mode != Mode::Overlay {
+            let given = [
+                (interface.is_some(), "an interface"),
+                (!addresses.is_empty(), "a wished address"),
+                (mac.is_some(), "a wished MAC"),
+                (!publish.is_empty(), "published ports"),
+                (source_check.is_some(), "a source check"),
+                (netns.is_some() && mode != Mode::None, "a network namespace"),
+            ];
+            if let Some((_, what)) = given.into_iter().find(|(given, _)| *given) {
+                return Err(unfit(what));
+            }
+        }
+        let place = match mode {
+            Mode::Overlay => Place::Overlay {
+                site: Site::check(netns)?,
+                interface: checked_interface(interface)?,
+                addresses: checked_addresses(addresses)?,
+                mac: checked_mac(mac)?,
+            },
+            Mode::None => Place::None(Site::check(netns)?),
+            Mode::Host => Place::Host(PathBuf::new()),
+            Mode::Container(name) => Place::Container(name),
+        };
+        if let Some(text) = &owner
+            && (text.is_empty() || text.len() > LONGEST_OWNER || text.chars().any(char::is_control))
+        {
+            return Err(EndpointError::Owner { owner: printable(text) });
+        }
+        publish.sort();
+        check_ports(&publish)?;
+        Ok(Wish { place, publish, source_check: source_check.unwrap_or(true), owner })
+    }
+
+    /// The namespace that was asked for by path.
+    pub(super) fn site(&self) -> Option<&Site> {
+        match &self.place {
+            Place::Overlay { site, .. } | Place::None(site) => Some(site),
+            Place::Host(_) | Place::Container(_) => None,
+        }
+    }
+
+    /// The same, to be made more exact.
+    pub(super) fn site_mut(&mut self) -> Option<&mut Site> {
+        match &mut self.place {
+            Place::Overlay { site, .. } | Place::None(site) => Some(site),
+            Place::Host(_) | Place::Container(_) => None,
+        }
+    }
+}
+
+impl Site {
+    fn check(netns: Option<PathBuf>) -> Result<Site, EndpointError> {
         let netns = netns.unwrap_or_default();
         if !netns.is_absolute() || netns.as_os_str().as_encoded_bytes().contains(&0) {
             return Err(EndpointError::NetnsPath { netns: printable(&netns.to_string_lossy()) });
         }
-        let interface = interface.unwrap_or_else(|| DEFAULT_INTERFACE.to_owned());
-        // As dev_valid_name in the kernel's net/core/dev.c, without % (the kernel would fill in a number) and without what a terminal
-        // would not show.
-        let allowed = |b: u8| b.is_ascii_graphic() && !matches!(b, b'/' | b':' | b'%');
-        let taken = matches!(interface.as_str(), "." | ".." | "lo");
-        if taken || !(1..=LONGEST_INTERFACE).contains(&interface.len()) || !interface.bytes().all(allowed) {
-            return Err(EndpointError::InterfaceName { interface: printable(&interface) });
-        }
-        if let Some((family, address)) = addresses.iter().find(|(family, address)| Family::of(**address) != *family) {
-            return Err(EndpointError::WishFamily { address: *address, family });
-        }
-        Ok(Wish { netns, interface, addresses })
+        Ok(Site { netns, id: None })
     }
 
     /// The path without symbolic links, so that `/var/run/netns/a` is `/run/netns/a`; as it is where that fails, which it does for
-    /// `/proc/PID/ns/net`. Looks at the file system.
-    pub(super) fn resolve(&mut self) {
+    /// `/proc/PID/ns/net`. A path below `/proc` stays while the process behind it can be another one: there the namespace's id is kept
+    /// as well. Any other path says itself which namespace is meant, also after a reboot. Looks at the file system.
+    pub(super) fn resolve(&mut self, id: impl FnOnce(&Path) -> Option<String>) {
         if let Ok(path) = self.netns.canonicalize() {
             self.netns = path;
         }
+        if self.netns.starts_with("/proc") {
+            self.id = id(&self.netns);
+        }
     }
+}
+
+fn checked_interface(interface: Option<String>) -> Result<String, EndpointError> {
+    let interface = interface.unwrap_or_else(|| DEFAULT_INTERFACE.to_owned());
+    // As dev_valid_name in the kernel's net/core/dev.c, without % (the kernel would fill in a number) and without what a terminal
+    // would not show.
+    let allowed = |b: u8| b.is_ascii_graphic() && !matches!(b, b'/' | b':' | b'%');
+    let taken = matches!(interface.as_str(), "." | ".." | "lo");
+    if taken || !(1..=LONGEST_INTERFACE).contains(&interface.len()) || !interface.bytes().all(allowed) {
+        return Err(EndpointError::InterfaceName { interface: printable(&interface) });
+    }
+    Ok(interface)
+}
+
+fn checked_addresses(addresses: PerFamily<IpAddr>) -> Result<PerFamily<IpAddr>, EndpointError> {
+    match addresses.iter().find(|(family, address)| Family::of(**address) != *family) {
+        Some((family, address)) => Err(EndpointError::WishFamily { address: *address, family }),
+        None => Ok(addresses),
+    }
+}
+
+fn checked_mac(mac: Option<Mac>) -> Result<Option<Mac>, EndpointError> {
+    match mac {
+        Some(mac) if !mac.is_unicast() => Err(EndpointError::MacGroup { mac }),
+        _ => Ok(mac),
+    }
+}
+
+/// Each port can be one, and no two are the same port of the host.
+fn check_ports(publish: &[Publish]) -> Result<(), EndpointError> {
+    for (n, port) in publish.iter().enumerate() {
+        port.check()?;
+        if let Some(other) = publish.iter().take(n).find(|other| other.collides(port)) {
+            return Err(EndpointError::PublishTwice { one: *other, other: *port });
+        }
+    }
+    Ok(())
 }
 
 /// The host's end of an endpoint's veth pair: `ove` and 11 hex digits of the name's hash, 14 characters of the kernel's 15. `attempt` counts
@@ -100,8 +220,50 @@ mod tests {
         let mut swapped = request("/a", None);
         swapped.addresses.v4 = Some("fd00::5".parse().unwrap());
         assert!(matches!(Wish::check(swapped), Err(EndpointError::WishFamily { .. })));
-        assert_eq!(Wish::check(request("/a", None)).unwrap().interface, "eth0");
-        assert_eq!(Wish::check(request("/a", Some(&long[..15]))).unwrap().interface.len(), 15);
+        let interface = |wish: Wish| match wish.place {
+            Place::Overlay { interface, .. } => interface,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(interface(Wish::check(request("/a", None)).unwrap()), "eth0");
+        assert_eq!(interface(Wish::check(request("/a", Some(&long[..15]))).unwrap()).len(), 15);
+    }
+
+    #[test]
+    fn what_a_mode_has_not_is_refused() {
+        let asked = |json: &str| Wish::check(serde_json::from_str(json).expect(json)).map_err(|e| e.to_string());
+        for (json, what) in [
+            (r#"{"mode": "none", "netns": "/a", "interface": "eth0"}"#, "mode none has no place for an interface"),
+            (r#"{"mode": "none", "netns": "/a", "publish": [{"host_port": 1, "container_port": 1}]}"#, "for published ports"),
+            (r#"{"mode": "none", "netns": "/a", "addresses": {"v4": "10.0.0.1"}}"#, "for a wished address"),
+            (r#"{"mode": "none"}"#, "is not an absolute path"),
+            (r#"{"mode": "host", "netns": "/a"}"#, "mode host has no place for a network namespace"),
+            (r#"{"mode": "container:b", "netns": "/a"}"#, "mode container:b has no place for a network namespace"),
+            (r#"{"mode": "host", "source_check": false}"#, "for a source check"),
+            (r#"{"netns": "/a", "owner": "a\u001b[0m"}"#, "is no owner"),
+            (r#"{"netns": "/a", "owner": ""}"#, "is no owner"),
+            (r#"{"netns": "/a", "publish": [{"host_port": 0, "container_port": 1}]}"#, "port 0 is none"),
+            (
+                r#"{"netns": "/a", "publish": [{"host_port": 80, "container_port": 1}, {"host_port": 79, "container_port": 1, "count": 2}]}"#,
+                "79-80:1-2/tcp and 80:1/tcp",
+            ),
+        ] {
+            let error = asked(json).unwrap_err();
+            assert!(error.contains(what), "{json}: {error}");
+        }
+        for json in [r#"{"mode": "none", "netns": "/a"}"#, r#"{"mode": "host"}"#, r#"{"mode": "container:b", "owner": "x"}"#] {
+            asked(json).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_namespace_of_a_process_is_known_by_more_than_its_path() {
+        let site = |path: &str| {
+            let mut site = Site::check(Some(path.into())).unwrap();
+            site.resolve(|_| Some("7".to_owned()));
+            site
+        };
+        assert_eq!(site("/proc/1/ns/net").id.as_deref(), Some("7"));
+        assert_eq!(site("/run/netns/a").id, None);
     }
 
     #[test]

@@ -7,11 +7,11 @@ use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
 use super::ipam::Ipam;
-use super::request::{Wish, free_mac, host_interface};
+use super::request::{Place, Site, Wish, free_mac, host_interface};
 use super::{EndpointError, EndpointNetwork};
 use crate::model::api::Attached;
 use crate::model::endpoint::EndpointName;
-use crate::model::{Endpoint, Family, Mode, PerFamily, Port, Subnet};
+use crate::model::{Endpoint, Family, Mac, Mode, PerFamily, Port, Publish, Subnet};
 use crate::plan::Plug;
 
 /// How far an endpoint is.
@@ -32,6 +32,9 @@ pub(super) struct Record {
     pub(super) phase: Phase,
     #[serde(flatten)]
     pub(super) endpoint: Endpoint,
+    /// What tells its namespace from a later one at the same path, where the path alone does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) netns_id: Option<String>,
 }
 
 /// The content of `endpoints.json`.
@@ -108,6 +111,11 @@ impl Table {
         pool
     }
 
+    /// The allocators of the last known subnet.
+    pub(super) fn pools(&self) -> &PerFamily<Ipam> {
+        &self.pools
+    }
+
     pub(super) fn network(&self) -> Result<&EndpointNetwork, EndpointError> {
         self.network.as_ref().ok_or(EndpointError::NoSubnet)
     }
@@ -119,18 +127,38 @@ impl Table {
         self.records.values().filter(outside).map(|r| r.endpoint.clone()).collect()
     }
 
+    /// The mode of what is asked for. Who shares with one that shares itself shares with the namespace's owner.
+    fn mode(&self, place: &Place) -> Mode {
+        match place {
+            Place::Overlay { .. } => Mode::Overlay,
+            Place::None(_) => Mode::None,
+            Place::Host(_) => Mode::Host,
+            Place::Container(target) => match self.records.get(target).map(|r| &r.endpoint.mode) {
+                Some(Mode::Container(owner)) => Mode::Container(owner.clone()),
+                _ => Mode::Container(target.clone()),
+            },
+        }
+    }
+
     /// Whether the endpoint of that name is what is asked for, so that attaching it again answers it; an error where it is something else.
     pub(super) fn matches(&self, endpoint: &Endpoint, wish: &Wish) -> Result<(), EndpointError> {
         let held = |held: String, asked: String| EndpointError::NameHeld { name: endpoint.name.clone(), held, asked };
-        if endpoint.netns != wish.netns {
-            let text = |path: &std::path::Path| format!("network namespace {}", path.display());
-            return Err(held(text(&endpoint.netns), text(&wish.netns)));
+        let differs = |what: &str, is: &str, asked: &str| {
+            if is == asked { Ok(()) } else { Err(held(format!("{what} {is}"), format!("{what} {asked}"))) }
+        };
+        differs("mode", &endpoint.mode.to_string(), &self.mode(&wish.place).to_string())?;
+        if let Some(site) = wish.site() {
+            differs("network namespace", &endpoint.netns.to_string_lossy(), &site.netns.to_string_lossy())?;
         }
-        let Some(port) = &endpoint.port else { return Err(held(format!("mode {}", endpoint.mode), Mode::Overlay.to_string())) };
-        if port.interface != wish.interface {
-            return Err(held(format!("interface {}", port.interface), wish.interface.clone()));
-        }
-        for (family, wished) in wish.addresses.iter() {
+        let owner = |owner: &Option<String>| owner.clone().unwrap_or_else(|| "nobody".to_owned());
+        differs("owner", &owner(&endpoint.owner), &owner(&wish.owner))?;
+        differs("published ports", &listed(&endpoint.published), &listed(&wish.publish))?;
+        let check = |on: bool| if on { "on" } else { "off" };
+        differs("source check", check(endpoint.source_check), check(wish.source_check))?;
+        let (Some(port), Place::Overlay { interface, addresses, mac, .. }) = (&endpoint.port, &wish.place) else { return Ok(()) };
+        differs("interface", &port.interface, interface)?;
+        differs("MAC", &port.mac.to_string(), &mac.unwrap_or(port.mac).to_string())?;
+        for (family, wished) in addresses.iter() {
             match port.addresses.get(family) {
                 Some(address) if address == wished => {}
                 Some(address) => return Err(held(format!("address {address}"), wished.to_string())),
@@ -144,49 +172,111 @@ impl Table {
         }
     }
 
-    /// Makes a record in phase attaching, with addresses, MAC and host interface. All or nothing.
+    /// Makes a record with all that belongs to it, in phase attaching where the kernel has to do something for it. All or nothing.
     pub(super) fn reserve(&mut self, name: EndpointName, wish: Wish, now: u64) -> Result<Endpoint, EndpointError> {
+        let mode = self.mode(&wish.place);
+        let Wish { place, publish, source_check, owner } = wish;
+        let (site, port) = match place {
+            Place::Overlay { site, interface, addresses, mac } => {
+                self.check_published(&publish)?;
+                let port = self.reserve_port(&name, &site, interface, &addresses, mac)?;
+                (site, Some(port))
+            }
+            Place::None(site) => {
+                self.unheld(&site, |_| true)?;
+                (site, None)
+            }
+            Place::Host(netns) => (Site { netns, id: None }, None),
+            Place::Container(target) => {
+                let owner = if let Mode::Container(owner) = &mode { owner } else { &target };
+                let known = self.records.get(owner).filter(|r| r.phase == Phase::Attached);
+                let Some(record) = known else { return Err(EndpointError::NoTarget { target }) };
+                (Site { netns: record.endpoint.netns.clone(), id: record.netns_id.clone() }, None)
+            }
+        };
+        let phase = if matches!(mode, Mode::Overlay | Mode::None) { Phase::Attaching } else { Phase::Attached };
+        let endpoint = Endpoint {
+            name: name.clone(),
+            mode,
+            netns: site.netns,
+            port,
+            published: publish,
+            source_check,
+            owner,
+            attached_at: now,
+        };
+        self.records.insert(name, Record { phase, endpoint: endpoint.clone(), netns_id: site.id });
+        self.version += 1;
+        Ok(endpoint)
+    }
+
+    /// No endpoint of these modes has the namespace for itself.
+    fn unheld(&self, site: &Site, rival: impl Fn(&Mode) -> bool) -> Result<(), EndpointError> {
+        let own = |mode: &Mode| matches!(mode, Mode::Overlay | Mode::None) && rival(mode);
+        match self.records.values().map(|r| &r.endpoint).find(|e| e.netns == site.netns && own(&e.mode)) {
+            Some(Endpoint { name, mode, netns, .. }) => {
+                Err(EndpointError::NetnsHeld { netns: netns.clone(), holder: name.clone(), mode: mode.clone() })
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// The ports can be published here, and nobody else has them.
+    fn check_published(&self, publish: &[Publish]) -> Result<(), EndpointError> {
+        for wanted in publish {
+            if let (Some(address), subnet) = (wanted.address, self.network()?.subnet)
+                && subnet.get(Family::of(address)).is_none()
+            {
+                return Err(EndpointError::PublishFamily { wanted: *wanted, family: Family::of(address), subnet });
+            }
+            for Endpoint { name, published, .. } in self.records.values().map(|r| &r.endpoint) {
+                if let Some(held) = published.iter().find(|held| held.collides(wanted)) {
+                    return Err(EndpointError::PublishHeld { wanted: *wanted, holder: name.clone(), held: *held });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Addresses, MAC and host interface for an endpoint on the bridge.
+    fn reserve_port(
+        &mut self,
+        name: &EndpointName,
+        site: &Site,
+        interface: String,
+        wished: &PerFamily<IpAddr>,
+        mac: Option<Mac>,
+    ) -> Result<Port, EndpointError> {
         let subnet = self.network()?.subnet;
-        for (family, address) in wish.addresses.iter() {
+        for (family, address) in wished.iter() {
             let pool = self.pools.get(family).ok_or(EndpointError::NoFamily { address: *address, family, subnet })?;
             if let Some(holder) = self.records.values().find(|r| r.endpoint.addresses().get(family) == Some(address)) {
                 return Err(EndpointError::AddressHeld { address: *address, holder: holder.endpoint.name.clone() });
             }
             pool.check(*address)?;
         }
-        let same_interface = |port: &Port| port.interface == wish.interface;
-        let same_place = |r: &&Record| r.endpoint.port.as_ref().is_some_and(same_interface) && r.endpoint.netns == wish.netns;
+        let of_mac = |mac: Mac| self.records.values().find(|r| r.endpoint.port.as_ref().is_some_and(|port| port.mac == mac));
+        if let Some((mac, holder)) = mac.and_then(|mac| Some((mac, of_mac(mac)?))) {
+            return Err(EndpointError::MacHeld { mac, holder: holder.endpoint.name.clone() });
+        }
+        self.unheld(site, |mode| *mode == Mode::None)?;
+        let same_interface = |port: &Port| port.interface == interface;
+        let same_place = |r: &&Record| r.endpoint.port.as_ref().is_some_and(same_interface) && r.endpoint.netns == site.netns;
         if let Some(holder) = self.records.values().find(same_place) {
             let holder = holder.endpoint.name.clone();
-            return Err(EndpointError::InterfaceHeld { interface: wish.interface, netns: wish.netns, holder });
+            return Err(EndpointError::InterfaceHeld { interface, netns: site.netns.clone(), holder });
         }
-        let addresses = self.allocate(&wish.addresses)?;
+        let addresses = self.allocate(wished)?;
         let ports = || self.records.values().filter_map(|r| r.endpoint.port.as_ref());
         let taken = |interface: &str| ports().any(|port| port.host_interface == interface);
         let mut attempt = 0;
-        let mut host_end = host_interface(&name, attempt);
+        let mut host_end = host_interface(name, attempt);
         while taken(&host_end) {
             attempt += 1;
-            host_end = host_interface(&name, attempt);
+            host_end = host_interface(name, attempt);
         }
-        let endpoint = Endpoint {
-            name: name.clone(),
-            mode: Mode::Overlay,
-            netns: wish.netns,
-            port: Some(Port {
-                interface: wish.interface,
-                host_interface: host_end,
-                mac: free_mac(|mac| ports().any(|port| port.mac == mac)),
-                addresses,
-            }),
-            published: Vec::new(),
-            source_check: true,
-            owner: None,
-            attached_at: now,
-        };
-        self.records.insert(name, Record { phase: Phase::Attaching, endpoint: endpoint.clone() });
-        self.version += 1;
-        Ok(endpoint)
+        let mac = mac.unwrap_or_else(|| free_mac(|mac| ports().any(|port| port.mac == mac)));
+        Ok(Port { interface, host_interface: host_end, mac, addresses })
     }
 
     /// One address in each family of the subnet; the wished ones have been checked.
@@ -218,11 +308,32 @@ impl Table {
         }
     }
 
-    pub(super) fn set_phase(&mut self, name: &EndpointName, phase: Phase) {
-        if let Some(record) = self.records.get_mut(name) {
-            record.phase = phase;
+    /// Marks an endpoint as attached; whether it is still there.
+    pub(super) fn complete(&mut self, name: &EndpointName) -> bool {
+        let Some(record) = self.records.get_mut(name) else { return false };
+        if record.phase != Phase::Attached {
+            record.phase = Phase::Attached;
             self.version += 1;
         }
+        true
+    }
+
+    /// Marks an endpoint as about to go, and forgets those who share its namespace: nothing of theirs is in the kernel. How far it was
+    /// before; `None` where it is not there.
+    pub(super) fn begin_detach(&mut self, name: &EndpointName) -> Option<Phase> {
+        for sharer in self.sharers(name) {
+            self.remove(&sharer);
+        }
+        let record = self.records.get_mut(name)?;
+        let was = std::mem::replace(&mut record.phase, Phase::Detaching);
+        self.version += 1;
+        Some(was)
+    }
+
+    /// Those who share the namespace of an endpoint.
+    pub(super) fn sharers(&self, of: &EndpointName) -> Vec<EndpointName> {
+        let shares = |r: &&Record| matches!(&r.endpoint.mode, Mode::Container(owner) if owner == of);
+        self.records.values().filter(shares).map(|r| r.endpoint.name.clone()).collect()
     }
 
     /// Forgets an endpoint and takes its addresses back.
@@ -233,12 +344,31 @@ impl Table {
         }
     }
 
-    /// What the kernel needs for an endpoint, and the answer to the attach.
-    pub(super) fn plug(&self, endpoint: &Endpoint) -> Result<(Plug, Attached), EndpointError> {
+    /// Gives the endpoints of mode host, and those who share with them, the path of the host's namespace as it is now.
+    pub(super) fn set_own_netns(&mut self, path: &std::path::Path) {
+        let of_host: Vec<EndpointName> = {
+            let hosts = self.records.values().filter(|r| r.endpoint.mode == Mode::Host).map(|r| &r.endpoint.name);
+            hosts.flat_map(|name| self.sharers(name).into_iter().chain([name.clone()])).collect()
+        };
+        for name in of_host {
+            if let Some(record) = self.records.get_mut(&name).filter(|r| r.endpoint.netns != path) {
+                record.endpoint.netns = path.to_owned();
+                self.version += 1;
+            }
+        }
+    }
+
+    /// What the kernel needs for an endpoint, where it needs something on the bridge, and the answer to the attach.
+    pub(super) fn plug(&self, endpoint: &Endpoint) -> Result<(Option<Plug>, Attached), EndpointError> {
+        let mut attached = Attached {
+            endpoint: endpoint.clone(),
+            prefix_length: PerFamily::default(),
+            gateway: PerFamily::default(),
+            mtu: None,
+        };
+        let Some(port) = endpoint.port.as_ref() else { return Ok((None, attached)) };
         let network = self.network()?;
-        let no_port =
-            || EndpointError::Defect { name: endpoint.name.clone(), text: format!("mode {} has no interface", endpoint.mode) };
-        let port = endpoint.port.as_ref().ok_or_else(no_port)?;
+        attached.mtu = Some(network.mtu);
         let mut plug = Plug {
             netns: endpoint.netns.clone(),
             interface: port.interface.clone(),
@@ -249,12 +379,6 @@ impl Table {
             addresses: Vec::new(),
             gateways: Vec::new(),
         };
-        let mut attached = Attached {
-            endpoint: endpoint.clone(),
-            prefix_length: PerFamily::default(),
-            gateway: PerFamily::default(),
-            mtu: Some(network.mtu),
-        };
         for (family, address) in port.addresses.iter() {
             let stale = || EndpointError::Stale { name: endpoint.name.clone(), address: *address, subnet: network.subnet };
             let range = network.subnet.get(family).filter(|range| range.contains(*address)).ok_or_else(stale)?;
@@ -264,8 +388,16 @@ impl Table {
             *attached.prefix_length.slot(family) = Some(range.length());
             *attached.gateway.slot(family) = Some(gateway);
         }
-        Ok((plug, attached))
+        Ok((Some(plug), attached))
     }
+}
+
+/// Published ports for a message.
+fn listed(published: &[Publish]) -> String {
+    if published.is_empty() {
+        return "none".to_owned();
+    }
+    published.iter().map(Publish::to_string).collect::<Vec<_>>().join(", ")
 }
 
 fn outside(endpoint: &Endpoint, subnet: &Subnet) -> Option<IpAddr> {

@@ -2,6 +2,7 @@
 
 mod crash;
 mod kernel;
+mod modes;
 
 use std::net::IpAddr;
 
@@ -80,8 +81,8 @@ async fn an_attach_gives_an_address_in_each_family_and_plugs_it() {
     assert!(endpoints.heal().await.is_empty());
     assert_eq!(host.kernel.plugs(), plugs);
 
-    assert_eq!(endpoints.detach(name("a")).await.unwrap(), Some(name("a")));
-    assert_eq!(endpoints.detach(name("a")).await.unwrap(), None);
+    assert_eq!(endpoints.detach(name("a"), false).await.unwrap().endpoint, Some(name("a")));
+    assert_eq!(endpoints.detach(name("a"), false).await.unwrap().endpoint, None);
     assert!(host.kernel.plugs().is_empty() && endpoints.list().is_empty() && ports.borrow().is_empty());
     assert_eq!(
         endpoints.attach(name("a"), ask("/ns/a")).await.unwrap().endpoint.addresses().v4.unwrap().to_string(),
@@ -101,7 +102,7 @@ async fn what_cannot_be_is_refused_by_name_and_leaves_nothing() {
     let other_interface = AttachRequest { interface: Some("eth1".to_owned()), ..ask("/ns/a") };
     for (who, request, class, expected) in [
         ("a", ask("/ns/b"), Class::Conflict, "endpoint a is attached with network namespace /ns/a, not network namespace /ns/b"),
-        ("a", other_interface, Class::Conflict, "endpoint a is attached with interface eth0, not eth1"),
+        ("a", other_interface, Class::Conflict, "endpoint a is attached with interface eth0, not interface eth1"),
         (
             "a",
             ask_for("/ns/a", &["10.244.1.78"]),
@@ -136,7 +137,7 @@ async fn a_full_subnet_says_so_and_gives_nothing_of_the_other_family_away() {
     let error = endpoints.attach(name("b"), ask("/ns/b")).await.unwrap_err();
     assert!(error.to_string().starts_with("subnet 10.244.1.4/30 is full: 1 addresses in use"), "{error}");
     assert_eq!(error.class(), Class::Conflict);
-    endpoints.detach(name("a")).await.unwrap();
+    endpoints.detach(name("a"), false).await.unwrap();
     let again = endpoints.attach(name("c"), ask("/ns/c")).await.unwrap();
     assert_eq!(again.endpoint.addresses().v4.unwrap().to_string(), "10.244.1.6");
     assert_eq!(again.endpoint.addresses().v6.unwrap().to_string(), "fd00:10:244:1::3");
@@ -174,7 +175,7 @@ async fn endpoints_and_the_order_of_addresses_survive_a_restart() {
     let endpoints = host.start(DUAL).await;
     let a = endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
     endpoints.attach(name("b"), ask("/ns/b")).await.unwrap();
-    endpoints.detach(name("b")).await.unwrap();
+    endpoints.detach(name("b"), false).await.unwrap();
     endpoints.close().await;
     assert!(matches!(endpoints.attach(name("b"), ask("/ns/b")).await, Err(EndpointError::Ending)));
     drop(endpoints);
@@ -232,7 +233,7 @@ async fn another_subnet_makes_endpoints_stale_but_not_unreachable_to_detach() {
     assert!(error.contains("endpoint a has 10.244.1.2, outside the present subnet 10.244.9.0/24"), "{error}");
     let b = endpoints.attach(name("b"), ask("/ns/b")).await.unwrap();
     assert_eq!(b.endpoint.addresses().v4.unwrap().to_string(), "10.244.9.2");
-    endpoints.detach(name("a")).await.unwrap();
+    endpoints.detach(name("a"), false).await.unwrap();
     let a = endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
     assert_eq!(a.endpoint.addresses().v4.unwrap().to_string(), "10.244.9.3");
     assert!(endpoints.stale().is_empty());
@@ -261,7 +262,7 @@ async fn many_at_once_get_addresses_of_their_own_and_one_name_is_one_endpoint() 
     let mut all = JoinSet::new();
     for endpoint in endpoints.list() {
         let endpoints = endpoints.clone();
-        all.spawn(async move { endpoints.detach(endpoint.name).await.unwrap() });
+        all.spawn(async move { endpoints.detach(endpoint.name, false).await.unwrap() });
     }
     all.join_all().await;
     assert!(host.kernel.plugs().is_empty());

@@ -1,15 +1,16 @@
 //! The steps of an attach and a detach. Each runs as a task that holds the name, so that no two work on one endpoint.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::request::Wish;
-use super::table::Phase;
+use super::request::{Place, Wish, host_interface};
+use super::table::{Phase, Record};
 use super::{EndpointError, FILE, Inner, lock};
-use crate::model::Endpoint;
 use crate::model::api::Attached;
 use crate::model::endpoint::EndpointName;
-use crate::plan::{ContainerPath, OpError, Plug};
+use crate::model::{Endpoint, Mode};
+use crate::plan::{ContainerPath, HostSocket, OpError, Plug};
 use crate::state::{FileError, StateDir, StateError};
 
 /// File work that did not come to its end, because the runtime is ending.
@@ -24,16 +25,18 @@ impl<C: ContainerPath + 'static> Inner<C> {
         if let Some(record) = held {
             if record.phase == Phase::Attached {
                 let fits = lock(&self.table).matches(&record.endpoint, &wish);
+                let alive = self.alive(record.clone()).await;
                 match fits {
-                    Ok(()) => return self.plug_again(&record.endpoint).await,
-                    Err(EndpointError::NameHeld { .. }) if !self.path.netns_alive(&record.endpoint.netns) => {
+                    Ok(()) | Err(EndpointError::NameHeld { .. }) if !alive => {
                         tracing::info!(endpoint = %name, netns = %record.endpoint.netns.display(), "its namespace is gone; attaching it anew");
                     }
+                    Ok(()) => return self.plug_again(&record.endpoint).await,
                     Err(error) => return Err(error),
                 }
             }
             self.take_down(&name).await?;
         }
+        self.check_host_ports(&wish).await?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
         let (endpoint, plug, attached) = {
             let mut table = lock(&self.table);
@@ -50,11 +53,20 @@ impl<C: ContainerPath + 'static> Inner<C> {
             lock(&self.table).remove(&name);
             return Err(EndpointError::State { name, source });
         }
-        if let Err(source) = self.plug_anew(&plug).await {
+        let made = match (&plug, &endpoint.mode) {
+            (Some(plug), _) => self.plug_anew(plug).await,
+            (None, Mode::None) => self.path.loopback(&endpoint.netns).await,
+            (None, _) => Ok(()),
+        };
+        if let Err(source) = made {
             self.unwind(&name).await;
             return Err(EndpointError::Kernel { name, source });
         }
-        lock(&self.table).set_phase(&name, Phase::Attached);
+        // One that shares was gone already if its owner was detached meanwhile.
+        if !lock(&self.table).complete(&name) {
+            let target = if let Mode::Container(target) = endpoint.mode { target } else { name.clone() };
+            return Err(EndpointError::TargetLeft { name, target });
+        }
         // Written down before it is announced: an endpoint that would be removed at the next start is no endpoint.
         if let Err(source) = self.persist().await {
             self.unwind(&name).await;
@@ -62,27 +74,53 @@ impl<C: ContainerPath + 'static> Inner<C> {
         }
         self.publish();
         tracing::info!(
-            endpoint = %name, mode = %endpoint.mode, netns = %endpoint.netns.display(), interface = plug.interface,
-            host_interface = plug.host_interface, addresses = ?endpoint.addresses(), "attached"
+            endpoint = %name, mode = %endpoint.mode, netns = %endpoint.netns.display(),
+            interface = endpoint.port.as_ref().map(|port| &port.interface),
+            host_interface = endpoint.port.as_ref().map(|port| &port.host_interface),
+            addresses = ?endpoint.addresses(), "attached"
         );
         Ok(attached)
     }
 
-    pub(super) async fn detach(self: Arc<Self>, name: EndpointName) -> Result<Option<EndpointName>, EndpointError> {
-        if lock(&self.table).get(&name).is_none() {
+    /// Detaches an endpoint, and where `force` is given those who share its namespace with it; who they were.
+    pub(super) async fn detach(
+        self: Arc<Self>,
+        name: EndpointName,
+        force: bool,
+    ) -> Result<Option<Vec<EndpointName>>, EndpointError> {
+        let begun = {
+            let mut table = lock(&self.table);
+            let sharers = table.sharers(&name);
+            if !sharers.is_empty() && !force {
+                return Err(EndpointError::Shared { name, sharers });
+            }
+            // From here on nobody can begin to share it.
+            table.begin_detach(&name).map(|was| (was, sharers))
+        };
+        let Some((was, sharers)) = begun else {
+            // What an agent left in the kernel whose state was lost has the name's interface.
+            let left = host_interface(&name, 0);
+            let has_left = |r: &Record| r.endpoint.port.as_ref().is_some_and(|port| port.host_interface == left);
+            if !lock(&self.table).records().any(has_left) {
+                let kernel = |source| EndpointError::Kernel { name: name.clone(), source };
+                self.path.unplug(&left).await.map_err(kernel)?;
+            }
             // An earlier detach may have failed at its last step, the writing.
             let written = self.persist().await;
             return written.map(|()| None).map_err(|source| EndpointError::State { name, source });
-        }
-        self.take_down(&name).await?;
-        tracing::info!(endpoint = %name, "detached");
-        Ok(Some(name))
+        };
+        self.finish_detach(&name, was).await?;
+        tracing::info!(endpoint = %name, ?sharers, "detached");
+        Ok(Some(sharers))
     }
 
     /// Detaches an endpoint if its namespace is still gone.
     pub(super) async fn release_gone(self: Arc<Self>, name: EndpointName) -> Result<bool, EndpointError> {
         let held = lock(&self.table).get(&name).cloned();
-        let Some(record) = held.filter(|r| !self.path.netns_alive(&r.endpoint.netns)) else { return Ok(false) };
+        let Some(record) = held else { return Ok(false) };
+        if self.alive(record.clone()).await {
+            return Ok(false);
+        }
         self.take_down(&name).await?;
         tracing::info!(endpoint = %name, netns = %record.endpoint.netns.display(), "detached: its namespace is gone");
         Ok(true)
@@ -96,38 +134,93 @@ impl<C: ContainerPath + 'static> Inner<C> {
 
     /// Plugs an attached endpoint again where its namespace and subnet are there.
     pub(super) async fn replug(self: Arc<Self>, name: EndpointName) -> Result<(), EndpointError> {
-        let held = lock(&self.table).get(&name).filter(|r| r.phase == Phase::Attached).cloned();
-        match held {
-            Some(record) if self.path.netns_alive(&record.endpoint.netns) => self.plug_again(&record.endpoint).await.map(|_| ()),
-            Some(_) => {
-                lock(&self.missing).insert(name);
-                self.publish();
-                Ok(())
-            }
-            None => Ok(()),
+        let held = lock(&self.table).get(&name).filter(|r| r.phase == Phase::Attached && r.endpoint.port.is_some()).cloned();
+        let Some(record) = held else { return Ok(()) };
+        if self.alive(record.clone()).await {
+            return self.plug_again(&record.endpoint).await.map(|_| ());
         }
+        lock(&self.missing).insert(name);
+        self.publish();
+        Ok(())
     }
 
-    /// The namespace's path without links, and whether there is a namespace.
+    /// Whether an endpoint's namespace is still the one that was attached.
+    pub(super) async fn alive(self: &Arc<Self>, record: Record) -> bool {
+        let inner = Arc::clone(self);
+        // Only while the runtime ends there is no answer; nothing is to be taken down then.
+        tokio::task::spawn_blocking(move || inner.is_alive(&record)).await.unwrap_or(true)
+    }
+
+    /// The same; blocks for as long as it takes to open a file.
+    pub(super) fn is_alive(&self, record: &Record) -> bool {
+        if record.endpoint.mode == Mode::Host {
+            return true;
+        }
+        let netns = &record.endpoint.netns;
+        self.path.netns_alive(netns) && record.netns_id.as_ref().is_none_or(|id| self.path.netns_id(netns).as_ref() == Some(id))
+    }
+
+    /// The namespace's path without links, and whether there is a namespace that can be a container's.
     async fn locate(self: &Arc<Self>, mut wish: Wish) -> Result<Wish, EndpointError> {
         let inner = Arc::clone(self);
         let looked = tokio::task::spawn_blocking(move || {
-            wish.resolve();
-            let alive = inner.path.netns_alive(&wish.netns);
-            (wish, alive)
+            if let Place::Host(path) = &mut wish.place {
+                *path = inner.path.own_netns();
+            }
+            let Some(site) = wish.site_mut() else { return Ok(wish) };
+            site.resolve(|path| inner.path.netns_id(path));
+            let netns = || site.netns.clone();
+            if !inner.path.netns_alive(&site.netns) {
+                return Err(EndpointError::NetnsGone { netns: netns() });
+            }
+            if inner.path.is_own_netns(&site.netns) {
+                return Err(EndpointError::OwnNetns { netns: netns() });
+            }
+            Ok(wish)
         });
-        match looked.await {
-            Ok((wish, true)) => Ok(wish),
-            Ok((wish, false)) => Err(EndpointError::NetnsGone { netns: wish.netns }),
-            // Only while the runtime ends.
-            Err(_) => Err(EndpointError::Ending),
+        // It fails only while the runtime ends.
+        looked.await.unwrap_or(Err(EndpointError::Ending))
+    }
+
+    /// The host has the addresses of the ports that are to be published, and nothing of its own waits there.
+    async fn check_host_ports(self: &Arc<Self>, wish: &Wish) -> Result<(), EndpointError> {
+        if wish.publish.is_empty() {
+            return Ok(());
+        }
+        let (inner, publish) = (Arc::clone(self), wish.publish.clone());
+        let looked = tokio::task::spawn_blocking(move || inner.path.host_ports(&publish));
+        let host = match looked.await {
+            Ok(Ok(host)) => host,
+            // What cannot be seen does not stand in the way.
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "cannot look for what holds the ports on this host");
+                return Ok(());
+            }
+            Err(_) => return Err(EndpointError::Ending),
+        };
+        for wanted in &wish.publish {
+            if let Some(address) = wanted.address
+                && !address.is_unspecified()
+                && !address.is_loopback()
+                && !host.addresses.contains(&address)
+            {
+                return Err(EndpointError::PublishAddress { wanted: *wanted, address });
+            }
+        }
+        match host.sockets.into_iter().next() {
+            Some(HostSocket { wanted, address, port, holder }) => {
+                Err(EndpointError::PublishListener { wanted, socket: SocketAddr::new(address, port), holder })
+            }
+            None => Ok(()),
         }
     }
 
     async fn plug_again(&self, endpoint: &Endpoint) -> Result<Attached, EndpointError> {
         let (plug, attached) = lock(&self.table).plug(endpoint)?;
         let kernel = |source| EndpointError::Kernel { name: endpoint.name.clone(), source };
-        self.path.plug(&plug).await.map_err(kernel)?;
+        if let Some(plug) = plug {
+            self.path.plug(&plug).await.map_err(kernel)?;
+        }
         lock(&self.missing).remove(&endpoint.name);
         self.publish();
         Ok(attached)
@@ -146,24 +239,28 @@ impl<C: ContainerPath + 'static> Inner<C> {
         }
     }
 
-    /// Removes an endpoint, however far it is: marked first, then unplugged, then forgotten.
+    /// Removes an endpoint and those who share its namespace, however far it is.
     async fn take_down(&self, name: &EndpointName) -> Result<(), EndpointError> {
-        let (was, host_interface) = {
-            let mut table = lock(&self.table);
-            let Some(record) = table.get(name) else { return Ok(()) };
-            let before = (record.phase, record.endpoint.port.as_ref().map(|port| port.host_interface.clone()));
-            table.set_phase(name, Phase::Detaching);
-            before
-        };
-        self.publish();
-        if was == Phase::Attached
-            && let Err(error) = self.persist().await
-        {
-            // A full disk must not keep a container on the network; the last step below reports it.
-            tracing::warn!(endpoint = %name, %error, "detaching without having written it down first");
+        let was = lock(&self.table).begin_detach(name);
+        match was {
+            Some(was) => self.finish_detach(name, was).await,
+            None => Ok(()),
         }
-        let kernel = |source| EndpointError::Kernel { name: name.clone(), source };
+    }
+
+    /// Removes an endpoint that is marked: unplugged first, then forgotten. `was` is how far it was before.
+    async fn finish_detach(&self, name: &EndpointName, was: Phase) -> Result<(), EndpointError> {
+        let host_interface =
+            lock(&self.table).get(name).and_then(|r| r.endpoint.port.as_ref().map(|port| port.host_interface.clone()));
+        self.publish();
         if let Some(host_interface) = host_interface {
+            if was == Phase::Attached
+                && let Err(error) = self.persist().await
+            {
+                // A full disk must not keep a container on the network; the last step below reports it.
+                tracing::warn!(endpoint = %name, %error, "detaching without having written it down first");
+            }
+            let kernel = |source| EndpointError::Kernel { name: name.clone(), source };
             self.path.unplug(&host_interface).await.map_err(kernel)?;
         }
         lock(&self.table).remove(name);
@@ -181,11 +278,13 @@ impl<C: ContainerPath + 'static> Inner<C> {
         });
     }
 
-    /// Writes the table down, where it is not by another's writing: those who wait at the same time share one.
+    /// Writes the table down, where it is not by another's writing: those who wait at the same time share one. What a kill leaves is whole;
+    /// the disk has it after the next audit: when the power is lost, so are the namespaces that the table is about, and an attach would
+    /// take twice as long if it waited.
     pub(super) async fn persist(&self) -> Result<(), StateError> {
         let wanted = lock(&self.table).version;
         let mut written = self.written.lock().await;
-        if *written >= wanted {
+        if written.version >= wanted {
             return Ok(());
         }
         let (version, stored) = {
@@ -193,9 +292,22 @@ impl<C: ContainerPath + 'static> Inner<C> {
             (table.version, table.stored())
         };
         let state = Arc::clone(&self.state);
-        let saved = tokio::task::spawn_blocking(move || state.save(FILE, &stored)).await;
+        let saved = tokio::task::spawn_blocking(move || state.save_soon(FILE, &stored)).await;
         saved.unwrap_or_else(|e| Err(interrupted(&self.state, e)))?;
-        *written = version;
+        written.version = version;
+        Ok(())
+    }
+
+    /// Waits until the disk has what is written down, where that changed since it was last asked for.
+    pub(super) async fn sync(&self) -> Result<(), StateError> {
+        let mut written = self.written.lock().await;
+        if written.synced == written.version {
+            return Ok(());
+        }
+        let state = Arc::clone(&self.state);
+        let synced = tokio::task::spawn_blocking(move || state.sync(FILE)).await;
+        synced.unwrap_or_else(|e| Err(interrupted(&self.state, e)))?;
+        written.synced = written.version;
         Ok(())
     }
 }

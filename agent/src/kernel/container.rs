@@ -3,24 +3,27 @@
 
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use ipnetwork::IpNetwork;
+use netlink_packet_route::RouteNetlinkMessage;
 use rtnetlink::LinkUnspec;
 use tokio::runtime::Handle;
 use tokio::sync::Mutex;
 
-use super::known::{LINK_GROUP, is_marked};
+use super::known::{LINK_GROUP, PORT_PREFIX, is_marked};
 use super::link::{foreign, mark};
-use super::netns::{LOOPBACK, Netns};
+use super::netns::{LOOPBACK, Netns, NetnsError, loopback_up};
 use super::objects::{self, LinkInfo, RouteInfo};
 use super::rtnl::{Rtnl, route, veth};
 use super::socket::{Refusal, RouteSocket};
 use super::wire::Query;
-use super::{Shared, blocking, sysctl};
-use crate::model::Family;
+use super::view::{self, OverlayView};
+use super::{Shared, blocking, sockets, sysctl};
+use crate::model::{Device, Family, Publish};
 use crate::plan::state::PROTOCOL;
-use crate::plan::{ContainerPath, OpError, Plug};
+use crate::plan::{ContainerPath, HostPorts, OpError, Plug};
 
 /// The maker of containers' wires. Cheap to clone.
 #[derive(Clone)]
@@ -32,6 +35,11 @@ impl Plugger {
     pub(super) fn new(shared: Arc<Mutex<Shared>>) -> Plugger {
         Plugger { shared }
     }
+
+    /// The bridge, its ports and the tunnel's devices as they are now. Waits for nothing that is being changed; blocks.
+    pub fn view(&self, bridge: Device) -> Result<OverlayView, OpError> {
+        view::overlay(bridge)
+    }
 }
 
 impl ContainerPath for Plugger {
@@ -40,14 +48,102 @@ impl ContainerPath for Plugger {
         plug(&mut shared, wanted).await
     }
 
+    fn difference(&self, wanted: &Plug) -> Result<Option<String>, OpError> {
+        let mut socket = RouteSocket::open()?;
+        let found = objects::link(&mut socket, &wanted.bridge.name()).and_then(|bridge| {
+            let link = objects::link(&mut socket, &wanted.host_interface)?;
+            Ok((bridge.index, link))
+        });
+        let (bridge, link) = match found {
+            Ok(found) => found,
+            Err(e) if e.errno == libc::ENODEV => return Ok(Some(format!("{} or the bridge is not there", wanted.host_interface))),
+            Err(e) => return Err(e.during(format!("cannot examine interface {}", wanted.host_interface))),
+        };
+        if let Some(difference) = outer_difference(wanted, &link, bridge) {
+            return Ok(Some(difference));
+        }
+        let netns = Netns::open(&wanted.netns).map_err(|e| OpError::from(&e))?;
+        netns.run(|| inner_difference(wanted, link.index)).map_err(|e| OpError::from(&e))?
+    }
+
     async fn unplug(&self, host_interface: &str) -> Result<(), OpError> {
+        let index = {
+            let mut shared = self.shared.lock().await;
+            let link = match objects::link(&mut shared.socket, host_interface) {
+                Err(e) if e.errno == libc::ENODEV => None,
+                Err(e) => return Err(e.during(format!("cannot examine interface {host_interface}"))),
+                Ok(link) if !is_marked(&link) => return Err(foreign(&link)),
+                Ok(link) => Some(link.index),
+            };
+            shared.known.drop_link(host_interface);
+            let Some(index) = link else { return Ok(()) };
+            shared.known.removed_link(index);
+            index
+        };
+        let Err(error) = remove(index).await else { return Ok(()) };
         let mut shared = self.shared.lock().await;
-        shared.links().delete(host_interface).await
+        shared.known.kept_link(index);
+        shared.links().note(host_interface)?;
+        Err(error.during(format!("cannot delete interface {host_interface}")))
     }
 
     fn netns_alive(&self, netns: &Path) -> bool {
         Netns::open(netns).is_ok()
     }
+
+    fn netns_id(&self, netns: &Path) -> Option<String> {
+        match Netns::open(netns).and_then(|netns| netns.id()) {
+            Ok(id) => Some(id),
+            Err(error) => {
+                tracing::debug!(%error, "a network namespace cannot be told from others");
+                None
+            }
+        }
+    }
+
+    fn is_own_netns(&self, netns: &Path) -> bool {
+        Netns::open(netns).and_then(|netns| netns.is_same(&Netns::current()?)).unwrap_or(false)
+    }
+
+    fn own_netns(&self) -> PathBuf {
+        // The host's in the sense of a person: the first process's, where that is where the agent runs.
+        let first = Path::new("/proc/1/ns/net");
+        if self.is_own_netns(first) { first.to_owned() } else { format!("/proc/{}/ns/net", std::process::id()).into() }
+    }
+
+    async fn loopback(&self, netns: &Path) -> Result<(), OpError> {
+        let up = || {
+            let netns = Netns::open(netns)?;
+            netns.run(loopback_up)?.map_err(|source| NetnsError::Loopback { path: netns.path().to_owned(), source })
+        };
+        blocking(up).map_err(|e| OpError::from(&e))
+    }
+
+    fn host_ports(&self, wanted: &[Publish]) -> Result<HostPorts, OpError> {
+        sockets::host_ports(wanted)
+    }
+
+    fn ports(&self) -> Result<Vec<String>, OpError> {
+        let links = objects::links(&mut RouteSocket::open()?)?;
+        let port = |link: &LinkInfo| link.kind == "veth" && link.name.starts_with(PORT_PREFIX) && is_marked(link);
+        Ok(links.into_iter().filter(port).map(|link| link.name).collect())
+    }
+}
+
+/// Removes a link that is known as removed already. The kernel takes some 15 ms for it, most of them waiting until no processor can see the
+/// link any more (`netdev_run_todo` in `net/core/dev.c`), but several at once hardly longer: so each on a thread and a socket of its own,
+/// without the state that everybody else wants.
+async fn remove(index: u32) -> Result<(), Refusal> {
+    let removed = tokio::task::spawn_blocking(move || {
+        let mut socket = RouteSocket::open().map_err(|e| Refusal { errno: e.errno, detail: e.message })?;
+        let request = RouteNetlinkMessage::DelLink(LinkUnspec::new_with_index(index).build());
+        match socket.change(&request) {
+            Err(e) if e.errno != libc::ENODEV => Err(e),
+            _ => Ok(()),
+        }
+    });
+    // It fails only while the runtime ends.
+    removed.await.unwrap_or_else(|e| Err(Refusal { errno: libc::ECANCELED, detail: e.to_string() }))
 }
 
 async fn plug(shared: &mut Shared, wanted: &Plug) -> Result<(), OpError> {
@@ -61,9 +157,13 @@ async fn plug(shared: &mut Shared, wanted: &Plug) -> Result<(), OpError> {
         Err(e) => return Err(e.during(format!("cannot examine interface {}", wanted.host_interface))),
         Ok(link) if !is_marked(&link) => return Err(foreign(&link)),
         Ok(link) => {
-            let outer = link.master == Some(bridge.index) && link.mtu == wanted.mtu && link.up();
-            if outer && in_netns(&netns, || is_plugged(wanted, link.index))? {
-                return Ok(());
+            let outer = outer_difference(wanted, &link, bridge.index);
+            let inner = || in_netns(&netns, || inner_difference(wanted, link.index));
+            match outer.map_or_else(inner, |difference| Ok(Some(difference)))? {
+                None => return Ok(()),
+                Some(difference) => {
+                    tracing::info!(interface = wanted.host_interface, difference, "a container's wire is made anew");
+                }
             }
             // Half of a pair that a crash left, or one with other settings.
             shared.links().delete(&wanted.host_interface).await?;
@@ -132,25 +232,48 @@ async fn configure(wanted: &Plug, netns: &Netns) -> Result<(), OpError> {
     Ok(())
 }
 
-/// Runs inside the namespace: whether all of it is in place, as the other end of the host's interface with that index.
-fn is_plugged(wanted: &Plug, host_index: u32) -> Result<bool, OpError> {
+/// What of the host's end is not as wanted.
+fn outer_difference(wanted: &Plug, link: &LinkInfo, bridge: u32) -> Option<String> {
+    let name = &wanted.host_interface;
+    let wrong = [
+        (!is_marked(link), format!("{name} is not ours")),
+        (link.master != Some(bridge), format!("{name} is no port of {}", wanted.bridge)),
+        (link.mtu != wanted.mtu, format!("{name} has MTU {}, not {}", link.mtu, wanted.mtu)),
+        (!link.up(), format!("{name} is down")),
+    ];
+    wrong.into_iter().find(|(is_wrong, _)| *is_wrong).map(|(_, what)| what)
+}
+
+/// Runs inside the namespace: what of it is not in place, as the other end of the host's interface with that index.
+fn inner_difference(wanted: &Plug, host_index: u32) -> Result<Option<String>, OpError> {
     let mut socket = RouteSocket::open()?;
-    let link: LinkInfo = match objects::link(&mut socket, &wanted.interface) {
+    let name = &wanted.interface;
+    let link: LinkInfo = match objects::link(&mut socket, name) {
         Ok(link) => link,
-        Err(e) if e.errno == libc::ENODEV => return Ok(false),
-        Err(e) => return Err(e.during(format!("cannot examine {} in {}", wanted.interface, wanted.netns.display()))),
+        Err(e) if e.errno == libc::ENODEV => return Ok(Some(format!("{name} is not there"))),
+        Err(e) => return Err(e.during(format!("cannot examine {name} in {}", wanted.netns.display()))),
     };
-    if link.peer != Some(host_index) || link.mac != Some(wanted.mac) || link.mtu != wanted.mtu || !link.up() {
-        return Ok(false);
+    let mac = link.mac.map(|mac| mac.to_string()).unwrap_or_default();
+    let wrong = [
+        (link.peer != Some(host_index), format!("{name} is not the other end of {}", wanted.host_interface)),
+        (link.mac != Some(wanted.mac), format!("{name} has MAC {mac}, not {}", wanted.mac)),
+        (link.mtu != wanted.mtu, format!("{name} has MTU {}, not {}", link.mtu, wanted.mtu)),
+        (!link.up(), format!("{name} is down")),
+    ];
+    if let Some((_, what)) = wrong.into_iter().find(|(is_wrong, _)| *is_wrong) {
+        return Ok(Some(what));
     }
     let addresses = objects::addresses(&mut socket, link.index)?;
-    let has_addresses = wanted.addresses.iter().all(|a| addresses.iter().any(|b| b.index == link.index && b.address == *a));
+    let has = |wanted: &IpNetwork| addresses.iter().any(|found| found.index == link.index && found.address == *wanted);
+    if let Some(missing) = wanted.addresses.iter().find(|address| !has(address)) {
+        return Ok(Some(format!("{name} lacks {missing}")));
+    }
     for gateway in &wanted.gateways {
         if !has_default(&mut socket, *gateway)? {
-            return Ok(false);
+            return Ok(Some(format!("the default route via {gateway} is not there")));
         }
     }
-    Ok(has_addresses)
+    Ok(None)
 }
 
 fn has_default(socket: &mut RouteSocket, gateway: IpAddr) -> Result<bool, OpError> {

@@ -135,6 +135,8 @@ fn links(shared: &mut Shared) -> Result<(), OpError> {
     let mut links = objects::links(&mut shared.socket)?;
     // Bridges first: a port's state names its bridge.
     links.sort_by_key(|link| link.kind != "bridge");
+    // One that is on its way out takes some milliseconds to go.
+    links.retain(|link| !shared.known.is_removed(link.index));
     for link in links {
         if let Some(state) = shared.known.link_state(&link, |name| shared.ethtool.tx_checksum(name)) {
             shared.known.put_link(&link.name, link.index, state);

@@ -97,6 +97,11 @@ impl Known {
         }
     }
 
+    /// Takes that back: it could not be removed.
+    pub fn kept_link(&mut self, index: u32) {
+        self.removed_links.remove(&index);
+    }
+
     /// Whether we removed the link with that index.
     pub fn is_removed(&self, index: u32) -> bool {
         self.removed_links.contains(&index)

@@ -202,6 +202,20 @@ impl Netns {
         Ok(self.identity()? == other.identity()?)
     }
 
+    /// What tells the namespace from every other one, now and later: the kernel's number for it, which it gives to no other until it is
+    /// booted again (`SO_NETNS_COOKIE`, since Linux 5.14), behind the boot's own. Paths and inode numbers come back.
+    pub fn id(&self) -> Result<String, NetnsError> {
+        let boot = Path::new("/proc/sys/kernel/random/boot_id");
+        let read = |source| NetnsError::System { action: "read", path: boot.to_owned(), source };
+        let boot = fs::read_to_string(boot).map_err(read)?;
+        let cookie = self.run(cookie)?.map_err(|source| NetnsError::System {
+            action: "ask for the number of",
+            path: self.path.clone(),
+            source,
+        })?;
+        Ok(format!("{}/{cookie}", boot.trim()))
+    }
+
     /// The processes whose main thread is in the namespace, except this one.
     pub fn pids(&self) -> Result<Vec<i32>, NetnsError> {
         let identity = self.identity()?;
@@ -269,8 +283,26 @@ fn on_thread<T: Send>(path: &Path, work: impl FnOnce() -> T + Send) -> Result<T,
     })
 }
 
+/// The kernel's number for the calling thread's network namespace.
+fn cookie() -> io::Result<u64> {
+    let socket = std::os::unix::net::UnixDatagram::unbound()?;
+    let mut cookie = 0_u64;
+    let mut length = libc::socklen_t::try_from(size_of::<u64>()).map_err(io::Error::other)?;
+    // SAFETY: the kernel writes at most `length` bytes to `cookie`, which has as many, and their number to `length`.
+    let outcome = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            std::ptr::from_mut(&mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if outcome == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}
+
 /// On the blocking socket: a namespace is made also where no runtime runs.
-fn loopback_up() -> Result<(), OpError> {
+pub(super) fn loopback_up() -> Result<(), OpError> {
     let up = LinkUnspec::new_with_index(LOOPBACK).up().build();
     RouteSocket::open()?.change(&RouteNetlinkMessage::SetLink(up)).map_err(|e| e.during("cannot set lo up"))
 }

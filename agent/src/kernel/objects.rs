@@ -302,7 +302,7 @@ pub fn address_family(family: Family) -> AddressFamily {
     }
 }
 
-fn raw_attributes(body: &[u8], skip: usize) -> impl Iterator<Item = NlaBuffer<&[u8]>> {
+pub fn raw_attributes(body: &[u8], skip: usize) -> impl Iterator<Item = NlaBuffer<&[u8]>> {
     NlasIterator::new(body.get(skip..).unwrap_or_default()).map_while(Result::ok)
 }
 

@@ -1,5 +1,7 @@
 //! The JSON of the agent's socket, version 1. Fields are only ever added; `overlayctl -o json` prints the same shapes.
 
+mod view;
+
 use std::net::IpAddr;
 use std::path::PathBuf;
 
@@ -8,6 +10,8 @@ use serde::{Deserialize, Serialize};
 use super::endpoint::{EndpointName, Mode};
 use super::network::FieldError;
 use super::{Backend, Cidr, Endpoint, Mac, NetworkConfig, PerFamily, Publish, Record, Refusal, Subnet, Vni};
+
+pub use view::{BridgeView, Counters, DeviceView, EndpointView, IpamView, NetworkView, PortView};
 
 /// The version of these shapes, the first part of each path: `/v1/...`.
 pub const VERSION: u32 = 1;
@@ -263,6 +267,9 @@ pub struct AttachRequest {
     /// Wished addresses; the others are chosen.
     #[serde(default)]
     pub addresses: PerFamily<IpAddr>,
+    /// The wished MAC of the interface, of one station; only in mode overlay.
+    #[serde(default)]
+    pub mac: Option<Mac>,
     /// Ports of the host that shall lead to it; only in mode overlay.
     #[serde(default)]
     pub publish: Vec<Publish>,
@@ -292,6 +299,9 @@ pub struct Attached {
 pub struct Detached {
     /// The endpoint that was there; absent where there was none, which is no error.
     pub endpoint: Option<EndpointName>,
+    /// The endpoints that shared its namespace and were detached with it.
+    #[serde(default)]
+    pub sharers: Vec<EndpointName>,
 }
 
 /// `GET` and `PUT /v1/log-level`.

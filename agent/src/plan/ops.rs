@@ -162,9 +162,52 @@ pub trait ContainerPath: Send + Sync {
     /// without a change.
     fn plug(&self, plug: &Plug) -> impl Future<Output = Result<(), OpError>> + Send;
 
+    /// What of a plug is not in place, for a person; `None` where all is. Blocks.
+    fn difference(&self, plug: &Plug) -> Result<Option<String>, OpError>;
+
     /// Removes the pair by its host end. That it is gone already is success.
     fn unplug(&self, host_interface: &str) -> impl Future<Output = Result<(), OpError>> + Send;
 
     /// Whether the namespace is still there, for the audit of leaked endpoints.
     fn netns_alive(&self, netns: &std::path::Path) -> bool;
+
+    /// What tells the namespace at a path from every other one, now and later; `None` where there is none, or the kernel is too old to say.
+    fn netns_id(&self, netns: &std::path::Path) -> Option<String>;
+
+    /// Whether the path leads to the host's own namespace.
+    fn is_own_netns(&self, netns: &std::path::Path) -> bool;
+
+    /// A path of the host's own namespace, good until the agent ends.
+    fn own_netns(&self) -> std::path::PathBuf;
+
+    /// Brings up the loopback device of a namespace.
+    fn loopback(&self, netns: &std::path::Path) -> impl Future<Output = Result<(), OpError>> + Send;
+
+    /// The host's addresses, and which of these ports its own sockets hold.
+    fn host_ports(&self, wanted: &[crate::model::Publish]) -> Result<HostPorts, OpError>;
+
+    /// The host's ends of all veth pairs of ours, whether an endpoint is known for them or not.
+    fn ports(&self) -> Result<Vec<String>, OpError>;
+}
+
+/// What of the host's own stands beside published ports.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct HostPorts {
+    /// Every address of the host.
+    pub addresses: std::collections::BTreeSet<std::net::IpAddr>,
+    /// Sockets that wait on a wanted port.
+    pub sockets: Vec<HostSocket>,
+}
+
+/// A socket of the host that waits on a port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostSocket {
+    /// The wanted port that it has.
+    pub wanted: crate::model::Publish,
+    /// Its address; unspecified where it waits on every one.
+    pub address: std::net::IpAddr,
+    /// Its port.
+    pub port: u16,
+    /// Whose it is, for a person: `nginx (process 812)`.
+    pub holder: String,
 }

@@ -62,12 +62,33 @@ impl std::error::Error for FileError {
 /// Replaces a file as a whole: temporary file in the same directory, fsync, rename, fsync of the directory. After an error the old
 /// file is as it was. The mode is set exactly, whatever the umask.
 pub fn write_whole(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
+    replace(path, bytes, mode, File::sync_all)?;
+    sync_directory(path)
+}
+
+/// As [`write_whole`], but it is left to the kernel when the file reaches the disk: whatever becomes of this process, a reader sees the old
+/// text or the new one; a machine that loses its power may come back with either, or with a torn file.
+pub fn write_soon(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
+    replace(path, bytes, mode, |_| Ok(()))
+}
+
+/// Waits until a file that was written soon is on the disk; that it is not there is no error.
+pub fn sync(path: &Path) -> Result<(), FileError> {
+    match File::open(path).and_then(|file| file.sync_all()) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(source) => Err(FileError::new("sync", path, source)),
+        Ok(()) => sync_directory(path),
+    }
+}
+
+fn replace(path: &Path, bytes: &[u8], mode: u32, settle: impl Fn(&File) -> io::Result<()>) -> Result<(), FileError> {
     let name = path.file_name().ok_or_else(|| FileError::new("write", path, io::Error::from(io::ErrorKind::IsADirectory)))?;
     let mut hidden = std::ffi::OsString::from(".");
     hidden.push(name);
     hidden.push(".tmp");
     let temporary = path.with_file_name(hidden);
-    let written = write_and_sync(&temporary, bytes, mode)
+    let written = write_new(&temporary, bytes, mode)
+        .and_then(|file| settle(&file))
         .map_err(|source| FileError::new("write", &temporary, source))
         .and_then(|()| std::fs::rename(&temporary, path).map_err(|source| FileError::new("replace", path, source)));
     if let Err(error) = written {
@@ -75,7 +96,7 @@ pub fn write_whole(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError
         let _ = std::fs::remove_file(&temporary);
         return Err(error);
     }
-    sync_directory(path)
+    Ok(())
 }
 
 /// As [`write_whole`], but only where content or mode differ. Returns whether it wrote.
@@ -92,7 +113,7 @@ fn holds(path: &Path, bytes: &[u8], mode: u32) -> io::Result<bool> {
     Ok(same_shape && std::fs::read(path)? == bytes)
 }
 
-fn write_and_sync(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+fn write_new(path: &Path, bytes: &[u8], mode: u32) -> io::Result<File> {
     // Left over by a crash; never followed if somebody put a symbolic link there, because the file is created anew.
     match std::fs::remove_file(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
@@ -101,7 +122,7 @@ fn write_and_sync(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path)?;
     file.set_permissions(Permissions::from_mode(mode))?;
     file.write_all(bytes)?;
-    file.sync_all()
+    Ok(file)
 }
 
 fn sync_directory(path: &Path) -> Result<(), FileError> {

@@ -1,87 +1,87 @@
 //! `overlayctl attach`: puts a network namespace on the overlay; without one, makes a named one first.
 
-use std::net::IpAddr;
 use std::path::PathBuf;
 
-use clap::ValueEnum;
-use overlay_agent::model::api::{AttachRequest, Attached};
+use overlay_agent::model::Mode;
+use overlay_agent::model::api::Attached;
 use overlay_agent::model::endpoint::EndpointName;
-use overlay_agent::model::{Family, PerFamily};
 use serde::Serialize;
 
 use super::{CommandError, Context, Outcome};
-use crate::netns::{NamedNamespaces, PrefixArg};
-use crate::output::{Style, Tone, View};
+use crate::lab::process::ProcessId;
+use crate::netns::{NamedNamespaces, NamespaceError};
+use crate::output::{Style, Tone, View, joined};
+use crate::resolver::ResolverFile;
+use crate::wish::WishArgs;
 
 /// The arguments.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "overlayctl attach web && ip netns exec web ip address")]
+#[command(after_help = "overlayctl attach web --publish 8080:80 && ip netns exec web ip address")]
 pub struct Args {
     /// The endpoint's name, unique on this host
     name: EndpointName,
     /// The network namespace to attach; without it a namespace NAME is made, as by `ip netns add`, and removed again by `detach`
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", conflicts_with = "pid")]
     netns: Option<PathBuf>,
-    /// What the container gets
-    #[arg(long, value_enum, default_value_t = Mode::Overlay)]
-    mode: Mode,
-    /// A wished address of this host's subnet; once per family
-    #[arg(long = "ip", value_name = "ADDRESS")]
-    ips: Vec<IpAddr>,
-    /// The interface to make in the namespace
-    #[arg(long, value_name = "NAME", default_value = "eth0")]
-    interface: String,
+    /// Attach the network namespace of a process
+    #[arg(long, value_name = "PID")]
+    pid: Option<i32>,
     #[command(flatten)]
-    prefix: PrefixArg,
-}
-
-/// What a container gets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Mode {
-    /// An interface with addresses of this host's subnet
-    Overlay,
+    wish: WishArgs,
 }
 
 /// Attaches.
 pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
-    let Mode::Overlay = args.mode;
-    let addresses = wished(&args.ips)?;
-    let namespaces = NamedNamespaces::of(context.client.socket(), &args.prefix);
-    let (netns, made) = match &args.netns {
+    let Args { name, wish, .. } = args;
+    if !wish.has_namespace() && (args.netns.is_some() || args.pid.is_some()) {
+        let message = format!("mode {} has a network namespace already: leave out --netns and --pid", wish.mode);
+        return Err(CommandError::Usage { message });
+    }
+    let mut request = wish.request(None)?;
+    let namespaces = NamedNamespaces::of(context.client.socket(), &wish.prefix);
+    let mut made = None;
+    let mut process = None;
+    request.netns = match (&args.netns, args.pid) {
+        _ if !wish.has_namespace() => None,
         // The agent has another working directory.
-        Some(path) => (std::path::absolute(path).map_err(|source| CommandError::Read { path: path.clone(), source })?, None),
-        None => {
-            let known = context.client.endpoints().await?.endpoints.into_iter().find(|e| e.name == args.name);
-            let path = namespaces.path(&args.name);
+        (Some(path), _) => Some(std::path::absolute(path).map_err(|source| CommandError::Read { path: path.clone(), source })?),
+        (None, Some(pid)) => {
+            process = Some(ProcessId::of(pid).ok_or(NamespaceError::NoProcess { pid })?);
+            Some(format!("/proc/{pid}/ns/net").into())
+        }
+        (None, None) => {
+            let known = context.client.endpoints().await?.endpoints.into_iter().find(|e| e.name == *name);
+            let path = namespaces.path(name);
             // One that has gone away in the meantime is made again, and the endpoint plugged into it.
-            if known.is_some_and(|e| e.netns == path) && path.exists() {
-                (path, None)
-            } else {
-                (path, Some(namespaces.make(&args.name)?))
+            if !(known.is_some_and(|e| e.netns == path) && path.exists()) {
+                made = Some(namespaces.make(name)?);
             }
+            Some(path)
         }
     };
-    let request =
-        AttachRequest { netns: Some(netns), interface: Some(args.interface.clone()), addresses, ..AttachRequest::default() };
-    let attached = context.client.attach(&args.name, &request).await?;
+    let file = request.netns.as_deref().and_then(|netns| ResolverFile::of(netns, name)).filter(|_| wish.mode == Mode::Overlay);
+    if wish.resolver.is_given() && file.is_none() {
+        let message = "--dns, --dns-search and --dns-option need a namespace with a name (/run/netns/NAME): a resolver file is found by it";
+        return Err(CommandError::Usage { message: message.to_owned() });
+    }
+    let written = match &file {
+        Some(file) => file.write(&wish.resolver, made.is_some())?,
+        None => None,
+    };
+    let attached = context.client.attach(name, &request).await?;
+    if let Some(process) = process.filter(|process| !process.is_alive()) {
+        // Whatever has its number now is not what was meant.
+        context.client.detach(name).await?;
+        return Err(NamespaceError::NoProcess { pid: process.pid }.into());
+    }
     if let Some(made) = made {
         made.keep();
     }
+    if let Some(written) = written {
+        written.keep();
+    }
     context.printer.show(&AttachedView(&attached))?;
     Ok(Outcome::Well)
-}
-
-/// The wished addresses by family.
-fn wished(ips: &[IpAddr]) -> Result<PerFamily<IpAddr>, CommandError> {
-    let mut addresses = PerFamily::default();
-    for ip in ips {
-        let family = Family::of(*ip);
-        if let Some(before) = addresses.slot(family).replace(*ip) {
-            let message = format!("--ip {before} and --ip {ip}: an endpoint has one {family} address");
-            return Err(CommandError::Usage { message });
-        }
-    }
-    Ok(addresses)
 }
 
 #[derive(Serialize)]
@@ -99,26 +99,18 @@ impl View for AttachedView<'_> {
                 _ => address.to_string(),
             })
             .collect();
+        let Some(port) = &endpoint.port else {
+            return format!("{}  mode {}\n  {}", endpoint.name, endpoint.mode, endpoint.netns.display());
+        };
         let mut lines = vec![format!("{}  {}", endpoint.name, style.paint(Tone::Good, &addresses.join(", ")))];
-        if let (Some(port), Some(mtu)) = (&endpoint.port, mtu) {
-            lines.push(format!("  {} in {}, MTU {mtu}", port.interface, endpoint.netns.display()));
-            if wide {
-                lines.push(format!("  {} on the host, MAC {}", port.host_interface, port.mac));
-            }
+        let mtu = mtu.map(|mtu| format!(", MTU {mtu}")).unwrap_or_default();
+        lines.push(format!("  {} in {}{mtu}", port.interface, endpoint.netns.display()));
+        if !endpoint.published.is_empty() {
+            lines.push(format!("  published {}", joined(&endpoint.published)));
+        }
+        if wide {
+            lines.push(format!("  {} on the host, MAC {}", port.host_interface, port.mac));
         }
         lines.join("\n")
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn one_address_a_family() {
-        let ip = |text: &str| text.parse::<IpAddr>().expect("an address");
-        let both = wished(&[ip("10.0.0.2"), ip("fd00::2")]).expect("one each");
-        assert_eq!((both.v4, both.v6), (Some(ip("10.0.0.2")), Some(ip("fd00::2"))));
-        assert!(matches!(wished(&[ip("10.0.0.2"), ip("10.0.0.3")]), Err(CommandError::Usage { .. })));
     }
 }

@@ -1,27 +1,38 @@
-//! `overlayctl detach`: takes a container off the overlay, and removes its namespace where `attach` had made it.
+//! `overlayctl detach`: takes a container off the overlay, and removes its namespace and resolver file where `attach` had made them.
 
+use overlay_agent::model::api::Detached;
 use overlay_agent::model::endpoint::EndpointName;
 use serde::Serialize;
 
 use super::{CommandError, Context, Outcome};
 use crate::netns::{NamedNamespaces, PrefixArg};
-use crate::output::{Style, View};
+use crate::output::{Style, View, joined};
+use crate::resolver::ResolverFile;
 
 /// The arguments.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The endpoint's name
     name: EndpointName,
+    /// Also where others share its network namespace: they are detached with it
+    #[arg(long)]
+    force: bool,
     #[command(flatten)]
     prefix: PrefixArg,
 }
 
 /// Detaches. One that is not there is no error: what was asked for is the case.
 pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
-    let detached = context.client.detach(&args.name).await?.endpoint;
+    let known = context.client.endpoints().await?.endpoints.into_iter().find(|e| e.name == args.name);
+    let detached = context.client.detach_with(&args.name, args.force).await?;
+    let namespaces = NamedNamespaces::of(context.client.socket(), &args.prefix);
     // Also where the agent knew of none: an attach that was killed half way leaves a namespace.
-    let namespace_removed = NamedNamespaces::of(context.client.socket(), &args.prefix).remove(&args.name)?;
-    context.printer.show(&DetachedView { name: &args.name, endpoint: detached.as_ref(), namespace_removed })?;
+    let netns = known.map_or_else(|| namespaces.path(&args.name), |endpoint| endpoint.netns);
+    if let Some(file) = ResolverFile::of(&netns, &args.name) {
+        file.remove()?;
+    }
+    let namespace_removed = namespaces.remove(&args.name)?;
+    context.printer.show(&DetachedView { name: &args.name, detached: &detached, namespace_removed })?;
     Ok(Outcome::Well)
 }
 
@@ -29,15 +40,18 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
 struct DetachedView<'a> {
     #[serde(skip)]
     name: &'a EndpointName,
-    endpoint: Option<&'a EndpointName>,
+    #[serde(flatten)]
+    detached: &'a Detached,
     namespace_removed: bool,
 }
 
 impl View for DetachedView<'_> {
     fn text(&self, _style: Style, _wide: bool) -> String {
+        let Detached { endpoint, sharers } = self.detached;
         let namespace = if self.namespace_removed { "; its namespace is removed" } else { "" };
-        match self.endpoint {
-            Some(name) => format!("{name} is detached{namespace}"),
+        let sharers = if sharers.is_empty() { String::new() } else { format!(", and with it {}", joined(sharers)) };
+        match endpoint {
+            Some(name) => format!("{name} is detached{sharers}{namespace}"),
             None => format!("{} was not attached{namespace}", self.name),
         }
     }

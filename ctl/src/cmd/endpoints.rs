@@ -26,21 +26,25 @@ impl View for EndpointsView<'_> {
         if self.0.endpoints.is_empty() {
             return "no endpoints on this host. Attach one: overlayctl attach NAME".to_owned();
         }
-        let mut header = vec!["NAME", "ADDRESS", "NAMESPACE", "ATTACHED"];
+        let mut header = vec!["NAME", "MODE", "ADDRESS", "PUBLISHED", "NAMESPACE", "ATTACHED"];
         if wide {
-            header.extend(["INTERFACE", "HOST INTERFACE", "MAC"]);
+            header.extend(["INTERFACE", "HOST INTERFACE", "MAC", "SOURCE CHECK", "OWNER"]);
         }
         let mut table = Table::new(style, &header);
         for endpoint in &self.0.endpoints {
             let mut row = vec![
                 cell(Some(&endpoint.name)),
+                cell(Some(&endpoint.mode)),
                 cell(Some(joined(endpoint.addresses().iter().map(|(_, a)| a)))),
+                cell(Some(joined(&endpoint.published))),
                 cell(Some(endpoint.netns.display())),
                 cell(Some(ago(endpoint.attached_at))),
             ];
             if wide {
                 let port = endpoint.port.as_ref();
                 row.extend([cell(port.map(|p| &p.interface)), cell(port.map(|p| &p.host_interface)), cell(port.map(|p| p.mac))]);
+                let check = port.map(|_| if endpoint.source_check { "on" } else { "off" });
+                row.extend([cell(check), cell(endpoint.owner.as_ref())]);
             }
             table.row(row);
         }

@@ -101,6 +101,21 @@ impl Backend for FakeBackend {
         Ok(Endpoints { endpoints: Vec::new() })
     }
 
+    async fn network(&self) -> Result<NetworkView, ApiError> {
+        Ok(NetworkView {
+            name: "default".to_owned(),
+            driver: "vxlan".to_owned(),
+            vni: crate::model::Vni::DEFAULT,
+            port: 8472,
+            mtu: None,
+            masquerade: true,
+            ipam: PerFamily::default(),
+            devices: Vec::new(),
+            bridge: None,
+            endpoints: Vec::new(),
+        })
+    }
+
     async fn attach(&self, name: EndpointName, request: AttachRequest) -> Result<Attached, ApiError> {
         match name.as_str() {
             "bad" => return Err(ApiError::new(ErrorKind::BadValue, "bad value")),
@@ -130,8 +145,9 @@ impl Backend for FakeBackend {
         Ok(Attached { endpoint, prefix_length: PerFamily::default(), gateway: PerFamily::default(), mtu: Some(1450) })
     }
 
-    async fn detach(&self, name: EndpointName) -> Result<Detached, ApiError> {
-        Ok(Detached { endpoint: Some(name) })
+    async fn detach(&self, name: EndpointName, force: bool) -> Result<Detached, ApiError> {
+        let sharers = if force { vec!["sharer".parse().expect("a name")] } else { Vec::new() };
+        Ok(Detached { endpoint: Some(name), sharers })
     }
 
     async fn ready(&self) -> Result<(), Vec<String>> {

@@ -51,7 +51,7 @@ fn a_kill_during_a_detach_is_finished_at_the_next_start() {
         killed_during(&host, async |endpoints| {
             endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
             host.kernel.hang_at(point);
-            let _ = endpoints.detach(name("a")).await;
+            let _ = endpoints.detach(name("a"), false).await;
         });
         after(async {
             let endpoints = host.start(DUAL).await;
@@ -98,12 +98,12 @@ fn where_nothing_can_be_written_nothing_is_attached_and_a_detach_still_unplugs()
         assert!(error.to_string().contains("endpoint b: cannot write"), "{error}");
         assert_eq!(endpoints.list(), vec![a.endpoint]);
         assert_eq!(host.kernel.plugs().len(), 1);
-        let error = endpoints.detach(name("a")).await.unwrap_err();
+        let error = endpoints.detach(name("a"), false).await.unwrap_err();
         assert!(error.to_string().contains("endpoint a: cannot write"), "{error}");
         assert!(host.kernel.plugs().is_empty());
-        assert!(endpoints.detach(name("a")).await.is_err(), "still not written down");
+        assert!(endpoints.detach(name("a"), false).await.is_err(), "still not written down");
         disk(&host, false);
-        assert_eq!(endpoints.detach(name("a")).await.unwrap(), None);
+        assert_eq!(endpoints.detach(name("a"), false).await.unwrap().endpoint, None);
         assert!(!host.file().contains("\"a\""));
     });
 }
@@ -126,5 +126,23 @@ fn a_disk_that_fills_while_the_kernel_works_takes_the_attach_back() {
         );
         assert!(matches!(outcome, Err(EndpointError::State { .. })));
         assert!(host.kernel.plugs().is_empty() && endpoints.list().is_empty() && endpoints.plugged().borrow().is_empty());
+    });
+}
+
+/// The state was lost, the kernel's part was not: the one who made it can still be rid of it, and of nobody else's.
+#[test]
+fn a_detach_removes_what_a_lost_state_left() {
+    let host = Host::new(&["/ns/a", "/ns/b"]);
+    after(async {
+        let endpoints = host.start(DUAL).await;
+        endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
+        endpoints.close().await;
+        drop(endpoints);
+        std::fs::remove_file(host.directory.path().join(FILE)).unwrap();
+        let endpoints = host.start(DUAL).await;
+        endpoints.attach(name("b"), ask_for("/ns/b", &["10.244.1.77", "fd00:10:244:1::77"])).await.unwrap();
+        assert_eq!((endpoints.list().len(), host.kernel.plugs().len()), (1, 2));
+        assert_eq!(endpoints.detach(name("a"), false).await.unwrap().endpoint, None);
+        assert_eq!(host.kernel.plugs().values().map(|plug| plug.netns.to_str().unwrap()).collect::<Vec<_>>(), ["/ns/b"]);
     });
 }

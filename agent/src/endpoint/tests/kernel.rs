@@ -1,12 +1,14 @@
 //! A made-up kernel: shared by the agents that follow one another on a host.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use tokio::sync::Semaphore;
 
-use crate::plan::{ContainerPath, OpError, Plug};
+use crate::model::Publish;
+use crate::plan::{ContainerPath, HostPorts, HostSocket, OpError, Plug};
 
 #[derive(Debug, Clone)]
 pub(super) struct FakeKernel(Arc<Mutex<World>>);
@@ -21,6 +23,9 @@ struct World {
     panics: bool,
     hang: Option<(Point, Arc<Semaphore>)>,
     reached: bool,
+    generation: usize,
+    loopbacks: BTreeSet<PathBuf>,
+    sockets: Vec<HostSocket>,
 }
 
 /// Where the kernel is slow.
@@ -64,6 +69,23 @@ impl FakeKernel {
 
     pub(super) fn revive(&self, netns: &str) {
         self.world(|w| w.alive.insert(netns.to_owned()));
+    }
+
+    /// Puts another namespace behind each path.
+    pub(super) fn replace_namespaces(&self) {
+        self.world(|w| w.generation += 1);
+    }
+
+    pub(super) fn loopbacks(&self) -> usize {
+        self.world(|w| w.loopbacks.len())
+    }
+
+    /// A socket of the host that a published port meets.
+    pub(super) fn listen(&self, wanted: &str, holder: &str) {
+        let wanted: Publish = wanted.parse().expect(wanted);
+        let address = IpAddr::from([0, 0, 0, 0]);
+        let socket = HostSocket { wanted, address, port: wanted.host_port, holder: holder.to_owned() };
+        self.world(|w| w.sockets.push(socket));
     }
 
     pub(super) fn refuse_plugs(&self, count: usize) {
@@ -141,6 +163,11 @@ impl ContainerPath for FakeKernel {
         Ok(())
     }
 
+    fn difference(&self, plug: &Plug) -> Result<Option<String>, OpError> {
+        let there = self.plugs().get(&plug.host_interface) == Some(plug);
+        Ok((!there).then(|| format!("{} is not there", plug.host_interface)))
+    }
+
     async fn unplug(&self, host_interface: &str) -> Result<(), OpError> {
         self.point(Point::BeforeUnplug).await;
         self.world(|w| {
@@ -158,5 +185,39 @@ impl ContainerPath for FakeKernel {
 
     fn netns_alive(&self, netns: &Path) -> bool {
         self.world(|w| w.alive.contains(&*netns.to_string_lossy()))
+    }
+
+    fn netns_id(&self, netns: &Path) -> Option<String> {
+        let generation = self.world(|w| w.generation);
+        self.netns_alive(netns).then(|| format!("{}-{generation}", netns.display()))
+    }
+
+    fn is_own_netns(&self, netns: &Path) -> bool {
+        netns == Path::new("/proc/1/ns/net")
+    }
+
+    fn own_netns(&self) -> PathBuf {
+        "/proc/1/ns/net".into()
+    }
+
+    async fn loopback(&self, netns: &Path) -> Result<(), OpError> {
+        self.point(Point::BeforePlug).await;
+        self.world(|w| {
+            w.changes += usize::from(w.loopbacks.insert(netns.to_owned()));
+            Ok(())
+        })
+    }
+
+    fn host_ports(&self, wanted: &[Publish]) -> Result<HostPorts, OpError> {
+        let sockets = self.world(|w| w.sockets.clone());
+        let sockets = sockets.into_iter().filter(|socket| wanted.contains(&socket.wanted)).collect();
+        Ok(HostPorts {
+            addresses: ["192.0.2.7", "2001:db8::7"].iter().map(|a| a.parse().expect("an address")).collect(),
+            sockets,
+        })
+    }
+
+    fn ports(&self) -> Result<Vec<String>, OpError> {
+        Ok(self.plugs().into_keys().collect())
     }
 }

@@ -1,0 +1,66 @@
+//! Endpoints as people look at them: what is known of each, and whether the kernel has it.
+
+use std::sync::Arc;
+
+use super::table::{Phase, Record};
+use super::{Endpoints, lock};
+use crate::model::PerFamily;
+use crate::model::api::{EndpointView, IpamView};
+use crate::model::network::NetworkConfig;
+use crate::plan::ContainerPath;
+
+/// The state of an endpoint that is as it should be.
+const IN_PLACE: &str = "in place";
+
+impl<C: ContainerPath + 'static> Endpoints<C> {
+    /// Every endpoint, compared with the kernel: namespace, interface, MAC, addresses, routes. Changes nothing. Ports and counters are for the
+    /// caller to add.
+    pub async fn views(&self) -> Vec<EndpointView> {
+        let endpoints = self.clone();
+        let looked = tokio::task::spawn_blocking(move || {
+            let records: Vec<Record> =
+                lock(&endpoints.0.table).records().filter(|r| r.phase == Phase::Attached).cloned().collect();
+            records.into_iter().map(|record| endpoints.view(record)).collect()
+        });
+        // It fails only while the runtime ends.
+        looked.await.unwrap_or_default()
+    }
+
+    fn view(&self, record: Record) -> EndpointView {
+        let inner = Arc::clone(&self.0);
+        let wanted = lock(&inner.table).plug(&record.endpoint);
+        let state = match wanted {
+            _ if !inner.is_alive(&record) => "its network namespace is gone".to_owned(),
+            Ok((Some(plug), _)) => match inner.path.difference(&plug) {
+                Ok(None) => IN_PLACE.to_owned(),
+                Ok(Some(difference)) => difference,
+                Err(error) => error.to_string(),
+            },
+            Ok((None, _)) => IN_PLACE.to_owned(),
+            Err(error) => error.to_string(),
+        };
+        let shared_by = lock(&inner.table).sharers(&record.endpoint.name);
+        EndpointView { endpoint: record.endpoint, state, bridge_port: None, shared_by, counters: None }
+    }
+
+    /// The addresses of this host's subnet of a network, by family; nothing where it has none.
+    pub fn ipam(&self, network: &NetworkConfig) -> PerFamily<IpamView> {
+        let table = lock(&self.0.table);
+        let mut all = PerFamily::default();
+        for (family, pool) in table.pools().iter() {
+            let range = pool.range();
+            let (Some(of), Some(gateway)) = (network.pools.get(family), range.nth(1)) else { continue };
+            let free = pool.capacity().saturating_sub(pool.in_use() as u128);
+            *all.slot(family) = Some(IpamView {
+                network: of.network,
+                subnet: range,
+                gateway,
+                first: pool.first(),
+                last: pool.last(),
+                in_use: pool.in_use(),
+                free: free.to_string(),
+            });
+        }
+        all
+    }
+}

@@ -1,0 +1,124 @@
+//! CHECK: whether the container is as its ADD left it, by what the kernel holds and what the agent knows, compared with the previous result.
+//! What other plugins of the chain have made is theirs to check.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+use nix::net::if_::if_nametoindex;
+use overlay_agent::model::{Endpoint, Mac, Port};
+
+use super::environment::Attachment;
+use super::error::{CniError, Code};
+use super::name;
+use super::result::{Address, Interface, Outcome};
+use super::sandbox::{self, Seen};
+use super::verbs::{Context, endpoint_name};
+
+/// Our part of a previous result.
+struct Made<'a> {
+    interface: &'a Interface,
+    addresses: Vec<&'a Address>,
+}
+
+impl<'a> Made<'a> {
+    /// The interface in the container, and what belongs to it.
+    fn of(outcome: &'a Outcome, name: &str) -> Option<Made<'a>> {
+        let ours = |interface: &&Interface| interface.name == name && !interface.sandbox.is_empty();
+        let place = outcome.interfaces.iter().position(|interface| ours(&interface))?;
+        let addresses = outcome.ips.iter().filter(|address| address.interface == Some(place)).collect();
+        Some(Made { interface: &outcome.interfaces[place], addresses })
+    }
+}
+
+impl Context<'_> {
+    /// Compares; an error has each difference as a line of its details.
+    pub fn check(&self, attachment: &Attachment) -> Result<(), CniError> {
+        let owner = name::owner(self.config, attachment)?;
+        let endpoint = endpoint_name(&owner)?;
+        let Some(previous) = &self.config.previous else {
+            return Err(CniError::new(Code::InvalidConfig, "CHECK without prevResult: there is nothing to compare with"));
+        };
+        let interface = &attachment.interface;
+        let Some(made) = Made::of(previous, interface) else {
+            let text =
+                format!("prevResult has no interface {interface} of a container: it is not the result of this attachment's ADD");
+            return Err(CniError::new(Code::InvalidConfig, text));
+        };
+        let netns = sandbox::open(attachment.netns.as_deref().unwrap_or_else(|| std::path::Path::new("")))?;
+        let known = self.agent().endpoints()?.endpoints.into_iter().find(|known| known.name == endpoint);
+        let seen = sandbox::interfaces(&netns)?;
+        let mut differences = in_kernel(&made, &seen);
+        match &known {
+            Some(Endpoint { port: Some(port), source_check, netns: at, .. }) => {
+                if at.canonicalize().ok() != netns.path().canonicalize().ok() {
+                    differences.push(format!("the agent has endpoint {endpoint} in {}", at.display()));
+                }
+                differences.extend(at_agent(&made, port, *source_check));
+                if if_nametoindex(port.host_interface.as_str()).is_err() {
+                    differences.push(format!("the host's end {} is gone", port.host_interface));
+                }
+            }
+            _ => differences.push(format!("the agent knows no endpoint {endpoint}")),
+        }
+        if differences.is_empty() {
+            self.log.info(format_args!("CHECK {endpoint}: as it was attached, by {owner} after {:.1} ms", self.milliseconds()));
+            return Ok(());
+        }
+        let first = &differences[0];
+        let mut text = format!("{interface} in {} is not as it was attached: {first}", netns.path().display());
+        if differences.len() > 1 {
+            // Writing to a String cannot fail.
+            let _ = write!(text, ", and {} more", differences.len() - 1);
+        }
+        Err(CniError::new(Code::Differs, text).with_details(differences.join("\n")))
+    }
+}
+
+/// The result against the kernel.
+fn in_kernel(made: &Made<'_>, seen: &BTreeMap<String, Seen>) -> Vec<String> {
+    let name = &made.interface.name;
+    let Some(found) = seen.get(name) else { return vec![format!("{name} is gone")] };
+    let mut differences = Vec::new();
+    if !found.up {
+        differences.push(format!("{name} is down"));
+    }
+    if let Ok(mac) = made.interface.mac.to_ascii_lowercase().parse::<Mac>()
+        && found.mac != Some(mac.0)
+    {
+        differences.push(format!("{name} has the MAC {}, not {mac}", found.mac.map(|m| Mac(m).to_string()).unwrap_or_default()));
+    }
+    for Address { address, gateway, .. } in &made.addresses {
+        if !found.addresses.contains(address) {
+            differences.push(format!("{name} has no address {address}"));
+        }
+        let via = |gateway: &&std::net::IpAddr| !found.gateways.contains(gateway);
+        differences
+            .extend(gateway.as_ref().filter(via).map(|gateway| format!("there is no default route via {gateway} over {name}")));
+    }
+    differences
+}
+
+/// The result against the agent, whose source check lets pass only what it knows.
+fn at_agent(made: &Made<'_>, port: &Port, source_check: bool) -> Vec<String> {
+    let mut differences = Vec::new();
+    if port.interface != made.interface.name {
+        differences.push(format!("the agent has it as interface {}", port.interface));
+    }
+    for (_, known) in port.addresses.iter() {
+        if !made.addresses.iter().any(|address| address.address.ip() == *known) {
+            differences.push(format!("the agent gave it {known}, which prevResult has not"));
+        }
+    }
+    for address in made.addresses.iter().map(|address| address.address.ip()) {
+        if source_check && !port.addresses.iter().any(|(_, known)| *known == address) {
+            differences.push(format!("the agent did not give it {address}: packets from it are dropped"));
+        }
+    }
+    if let Ok(mac) = made.interface.mac.to_ascii_lowercase().parse::<Mac>()
+        && source_check
+        && mac != port.mac
+    {
+        differences.push(format!("the agent knows it by the MAC {}, not {mac}: packets from it are dropped", port.mac));
+    }
+    differences
+}

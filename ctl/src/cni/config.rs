@@ -1,0 +1,232 @@
+//! The network configuration on standard input (`SPEC.md`, "Plugin configuration objects"): the keys of the specification, and ours.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use super::environment::{is_identifier, shown};
+use super::error::{CniError, Code};
+use super::log::Level;
+use super::result::{Dns, Outcome};
+use super::version::Version;
+use crate::client::DEFAULT_SOCKET;
+
+/// How long a verb may take unless `timeout` says otherwise: an agent that starts again is back in one or two seconds, and runtimes wait
+/// for a minute or more.
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What `timeout` can be.
+const TIMEOUTS: std::ops::RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(600);
+
+/// The key by which GC is told what to keep.
+const VALID_ATTACHMENTS: &str = "cni.dev/valid-attachments";
+
+/// A configuration whose values can be right.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// `cniVersion`.
+    pub version: Version,
+    /// `name`: the network's.
+    pub name: String,
+    /// `socket`: the agent's.
+    pub socket: PathBuf,
+    /// `timeout`: how long a verb may take.
+    pub timeout: Duration,
+    /// `logFile`.
+    pub log_file: Option<PathBuf>,
+    /// `logLevel`.
+    pub log_level: Level,
+    /// `sourceCheck`.
+    pub source_check: Option<bool>,
+    /// `dns`, as it goes into the result.
+    pub dns: Dns,
+    /// `runtimeConfig`: what the runtime asks for by capabilities.
+    pub runtime: Runtime,
+    /// `args.cni`: what the runtime asks for by the older convention.
+    pub args: Wishes,
+    /// `prevResult`: of the plugin before this one, or of the last ADD.
+    pub previous: Option<Outcome>,
+    /// `cni.dev/valid-attachments`.
+    pub valid: Option<Vec<Valid>>,
+}
+
+/// `runtimeConfig`.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Runtime {
+    /// Wished addresses, with or without a prefix length.
+    pub ips: Vec<String>,
+    /// The wished MAC.
+    pub mac: Option<String>,
+    /// Ports to publish.
+    pub port_mappings: Vec<PortMapping>,
+    /// Limits; not served.
+    pub bandwidth: Option<Value>,
+    /// The resolver.
+    pub dns: Option<RuntimeDns>,
+}
+
+/// One port to publish (`CONVENTIONS.md`, `portMappings`).
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PortMapping {
+    /// On the host.
+    pub host_port: i64,
+    /// In the container.
+    pub container_port: i64,
+    /// `tcp` where it is absent or empty.
+    #[serde(default)]
+    pub protocol: String,
+    /// The host's address; any where it is absent or empty.
+    #[serde(default, rename = "hostIP")]
+    pub host_ip: String,
+}
+
+/// The resolver by capability (`CONVENTIONS.md`, `dns`).
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct RuntimeDns {
+    servers: Vec<String>,
+    searches: Vec<String>,
+    options: Vec<String>,
+}
+
+/// `args.cni`.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct Wishes {
+    /// Wished addresses.
+    pub ips: Vec<String>,
+    /// The wished MAC.
+    pub mac: Option<String>,
+}
+
+/// One attachment that the runtime still has.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Valid {
+    /// `CNI_CONTAINERID` of its ADD.
+    #[serde(rename = "containerID")]
+    pub container: String,
+    /// `CNI_IFNAME` of its ADD.
+    #[serde(rename = "ifname")]
+    pub interface: String,
+}
+
+/// The keys by name, taken out one at a time.
+struct Keys(Map<String, Value>);
+
+impl Keys {
+    /// A key's value; `None` where it is absent or null.
+    fn take<T: serde::de::DeserializeOwned>(&mut self, key: &str) -> Result<Option<T>, CniError> {
+        let Some(value) = self.0.remove(key).filter(|value| !value.is_null()) else { return Ok(None) };
+        serde_json::from_value(value)
+            .map(Some)
+            .map_err(|e| CniError::new(Code::Decode, format!("key {key} of the network configuration is not as expected: {e}")))
+    }
+
+    /// A path, which has to be absolute: the runtime's working directory may be any.
+    fn path(&mut self, key: &str) -> Result<Option<PathBuf>, CniError> {
+        let path = self.take::<PathBuf>(key)?;
+        match path {
+            Some(path) if !path.is_absolute() => Err(wrong(key, &path.display().to_string(), "is no absolute path")),
+            path => Ok(path),
+        }
+    }
+}
+
+fn wrong(key: &str, value: &str, rule: &str) -> CniError {
+    CniError::new(Code::InvalidConfig, format!("{key} {} of the network configuration {rule}", shown(value)))
+}
+
+fn object(bytes: &[u8]) -> Result<Keys, CniError> {
+    match serde_json::from_slice(bytes) {
+        Ok(Value::Object(keys)) => Ok(Keys(keys)),
+        Ok(_) => Err(CniError::new(Code::Decode, "the network configuration on standard input is no JSON object")),
+        Err(e) => Err(CniError::new(Code::Decode, format!("the network configuration on standard input is no JSON: {e}"))),
+    }
+}
+
+/// The version that VERSION is asked with; none where nothing at all is said, as very old runtimes do.
+pub fn asked_version(bytes: &[u8]) -> Result<Option<String>, CniError> {
+    if bytes.iter().all(u8::is_ascii_whitespace) {
+        return Ok(None);
+    }
+    object(bytes)?.take("cniVersion")
+}
+
+impl Config {
+    /// Reads the configuration; an error has the version to answer in.
+    pub fn decode(bytes: &[u8]) -> Result<Config, (Version, CniError)> {
+        let early = |error| (Version::LATEST, error);
+        let mut keys = object(bytes).map_err(early)?;
+        let text: Option<String> = keys.take("cniVersion").map_err(early)?;
+        let version = Version::parse(text.as_deref()).map_err(early)?;
+        Config::from_keys(version, keys).map_err(|error| (version, error))
+    }
+
+    fn from_keys(version: Version, mut keys: Keys) -> Result<Config, CniError> {
+        let name: String =
+            keys.take("name")?.ok_or_else(|| CniError::new(Code::InvalidConfig, "the network configuration has no name"))?;
+        if !is_identifier(&name) {
+            let rule = "is no network name: it begins with a letter or digit, and has only a-z A-Z 0-9 . _ -";
+            return Err(wrong("name", &name, rule));
+        }
+        // Whoever writes one expects it to choose the addresses.
+        let ipam: Option<Map<String, Value>> = keys.take("ipam")?;
+        if let Some(ipam) = ipam.filter(|ipam| !ipam.is_empty()) {
+            let shown = Value::Object(ipam);
+            let text =
+                format!("ipam {shown} is not served: the agent gives the addresses of the host's subnet; remove the key ipam");
+            return Err(CniError::new(Code::UnsupportedField, text));
+        }
+        let runtime: Runtime = keys.take("runtimeConfig")?.unwrap_or_default();
+        let mut args: Map<String, Value> = keys.take("args")?.unwrap_or_default();
+        let args = args.remove("cni").map(|cni| Keys([("args.cni".to_owned(), cni)].into_iter().collect()));
+        let args: Option<Wishes> = args.map(|mut cni| cni.take("args.cni")).transpose()?.flatten();
+        let mut dns: Dns = keys.take("dns")?.unwrap_or_default();
+        if let Some(RuntimeDns { servers, searches, options }) = runtime.dns.clone() {
+            let or = |wished: Vec<String>, configured: &mut Vec<String>| {
+                if !wished.is_empty() {
+                    *configured = wished;
+                }
+            };
+            or(servers, &mut dns.nameservers);
+            or(searches, &mut dns.search);
+            or(options, &mut dns.options);
+        }
+        let valid = match keys.0.get(VALID_ATTACHMENTS) {
+            // An empty list of the reference library.
+            Some(Value::Null) => Some(Vec::new()),
+            _ => keys.take(VALID_ATTACHMENTS)?,
+        };
+        let previous = keys.take::<Value>("prevResult")?.map(Outcome::parse).transpose()?;
+        Ok(Config {
+            version,
+            name,
+            socket: keys.path("socket")?.unwrap_or_else(|| PathBuf::from(DEFAULT_SOCKET)),
+            timeout: timeout(&mut keys)?,
+            log_file: keys.path("logFile")?,
+            log_level: log_level(&mut keys)?,
+            source_check: keys.take("sourceCheck")?,
+            dns,
+            runtime,
+            args: args.unwrap_or_default(),
+            previous,
+            valid,
+        })
+    }
+}
+
+fn timeout(keys: &mut Keys) -> Result<Duration, CniError> {
+    let Some(text) = keys.take::<String>("timeout")? else { return Ok(DEFAULT_TIMEOUT) };
+    let given = humantime::parse_duration(&text).ok().filter(|duration| TIMEOUTS.contains(duration));
+    given.ok_or_else(|| wrong("timeout", &text, "is no duration from 1s to 10m, such as 30s"))
+}
+
+fn log_level(keys: &mut Keys) -> Result<Level, CniError> {
+    let Some(text) = keys.take::<String>("logLevel")? else { return Ok(Level::Info) };
+    let given = Level::ALL.into_iter().find(|level| level.as_str() == text);
+    given.ok_or_else(|| wrong("logLevel", &text, &format!("is none of {}", Level::ALL.map(Level::as_str).join(", "))))
+}

@@ -1,0 +1,173 @@
+//! What a runtime says by the environment: the verb and the attachment (`SPEC.md`, "Parameters").
+
+use std::ffi::OsString;
+use std::fmt;
+use std::path::PathBuf;
+
+use super::error::{CniError, Code};
+use super::version::Version;
+
+/// The longest interface name in bytes: `IFNAMSIZ` - 1 (linux/if.h).
+const LONGEST_INTERFACE: usize = 15;
+
+/// What is to be done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verb {
+    /// Attach a container.
+    Add,
+    /// Detach it.
+    Del,
+    /// Look whether it is as it was attached.
+    Check,
+    /// Detach all but those that the runtime names.
+    Gc,
+    /// Say whether containers can be attached.
+    Status,
+    /// Say which versions are served.
+    Version,
+}
+
+impl Verb {
+    const ALL: [Verb; 6] = [Verb::Add, Verb::Del, Verb::Check, Verb::Gc, Verb::Status, Verb::Version];
+
+    /// The value of `CNI_COMMAND`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Verb::Add => "ADD",
+            Verb::Del => "DEL",
+            Verb::Check => "CHECK",
+            Verb::Gc => "GC",
+            Verb::Status => "STATUS",
+            Verb::Version => "VERSION",
+        }
+    }
+
+    /// The version of the specification that it came with, of those that are served.
+    pub fn since(self) -> Version {
+        match self {
+            Verb::Add | Verb::Del | Verb::Version => Version::V0_3_1,
+            Verb::Check => Version::V0_4_0,
+            Verb::Gc | Verb::Status => Version::V1_1_0,
+        }
+    }
+}
+
+impl fmt::Display for Verb {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// One interface of one container; with the network's name what the runtime knows an attachment by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attachment {
+    /// `CNI_CONTAINERID`.
+    pub container: String,
+    /// `CNI_IFNAME`.
+    pub interface: String,
+    /// `CNI_NETNS`; may be absent at DEL, where the namespace can be gone.
+    pub netns: Option<PathBuf>,
+}
+
+/// What `CNI_ARGS` can ask for.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Arguments {
+    /// `IP`: wished addresses, separated by commas.
+    pub ips: Vec<String>,
+    /// `MAC`: the wished MAC.
+    pub mac: Option<String>,
+}
+
+fn bad(text: impl Into<String>) -> CniError {
+    CniError::new(Code::InvalidEnvironment, text)
+}
+
+/// A variable; an empty one is as good as none.
+fn text(variable: &impl Fn(&str) -> Option<OsString>, name: &str) -> Result<Option<String>, CniError> {
+    match variable(name).filter(|value| !value.is_empty()) {
+        None => Ok(None),
+        Some(value) => value.into_string().map(Some).map_err(|_| bad(format!("{name} is not UTF-8"))),
+    }
+}
+
+fn needed(variable: &impl Fn(&str) -> Option<OsString>, name: &str) -> Result<String, CniError> {
+    text(variable, name)?.ok_or_else(|| bad(format!("{name} is not set: a runtime sets it for this verb")))
+}
+
+/// The verb.
+pub fn verb(variable: &impl Fn(&str) -> Option<OsString>) -> Result<Verb, CniError> {
+    let Some(asked) = text(variable, "CNI_COMMAND")? else {
+        return Err(bad(
+            "CNI_COMMAND is not set: overlay-cni is run by a container runtime, not by hand (see overlay-cni --help)",
+        ));
+    };
+    Verb::ALL.into_iter().find(|verb| verb.as_str() == asked).ok_or_else(|| {
+        let known = Verb::ALL.map(Verb::as_str).join(", ");
+        bad(format!("CNI_COMMAND={} is unknown: known are {known}", shown(&asked)))
+    })
+}
+
+/// The attachment; `with_netns` where its namespace is needed.
+pub fn attachment(variable: &impl Fn(&str) -> Option<OsString>, with_netns: bool) -> Result<Attachment, CniError> {
+    let container = needed(variable, "CNI_CONTAINERID")?;
+    if !is_identifier(&container) {
+        let rule = "it begins with a letter or digit, and has only a-z A-Z 0-9 . _ -";
+        return Err(bad(format!("CNI_CONTAINERID={} is no container id: {rule}", shown(&container))));
+    }
+    let interface = needed(variable, "CNI_IFNAME")?;
+    if !is_interface(&interface) {
+        let rule = "1 to 15 visible ASCII characters without / : %, and not `lo`, `.` or `..`";
+        return Err(bad(format!("CNI_IFNAME={} is no interface name: {rule}", shown(&interface))));
+    }
+    let netns = if with_netns { Some(needed(variable, "CNI_NETNS")?) } else { text(variable, "CNI_NETNS")? };
+    Ok(Attachment { container, interface, netns: netns.map(PathBuf::from) })
+}
+
+/// What `CNI_ARGS` asks for (`SPEC.md`: `FOO=BAR;ABC=123`). A key that is not known is refused unless `IgnoreUnknown` says otherwise, as
+/// the reference library does.
+pub fn arguments(variable: &impl Fn(&str) -> Option<OsString>) -> Result<Arguments, CniError> {
+    let all = text(variable, "CNI_ARGS")?.unwrap_or_default();
+    let mut arguments = Arguments::default();
+    let mut ignore = false;
+    let mut unknown = Vec::new();
+    for pair in all.split(';').map(str::trim).filter(|pair| !pair.is_empty()) {
+        let (key, value) =
+            pair.split_once('=').ok_or_else(|| bad(format!("CNI_ARGS has {}, which is no KEY=VALUE", shown(pair))))?;
+        match key {
+            "IgnoreUnknown" => {
+                ignore = match value.to_ascii_lowercase().as_str() {
+                    "1" | "true" => true,
+                    "0" | "false" | "" => false,
+                    _ => return Err(bad(format!("CNI_ARGS: IgnoreUnknown={} is neither 1 nor 0", shown(value)))),
+                }
+            }
+            "IP" => arguments.ips.extend(value.split(',').filter(|ip| !ip.is_empty()).map(str::to_owned)),
+            "MAC" if value.is_empty() => {}
+            "MAC" => arguments.mac = Some(value.to_owned()),
+            _ => unknown.push(shown(key)),
+        }
+    }
+    if unknown.is_empty() || ignore {
+        Ok(arguments)
+    } else {
+        Err(bad(format!("CNI_ARGS has unknown keys: {}; known are IP, MAC and IgnoreUnknown=1", unknown.join(", "))))
+    }
+}
+
+/// Whether a text is a container id or a network name: `^[a-zA-Z0-9][a-zA-Z0-9_.\-]*$` in both places of `SPEC.md`.
+pub(super) fn is_identifier(text: &str) -> bool {
+    text.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'))
+}
+
+/// As the agent has it, so that the error names the variable.
+fn is_interface(name: &str) -> bool {
+    let allowed = |b: u8| b.is_ascii_graphic() && !matches!(b, b'/' | b':' | b'%');
+    (1..=LONGEST_INTERFACE).contains(&name.len()) && name.bytes().all(allowed) && !matches!(name, "." | ".." | "lo")
+}
+
+/// A value for a message: printable, and not longer than a line.
+pub(super) fn shown(text: &str) -> String {
+    let cut: String = text.chars().take(80).collect();
+    format!("{cut:?}")
+}

@@ -1,0 +1,86 @@
+//! The log file: one line an event, appended, so that any number of processes can write to one and it can be rotated by renaming.
+
+use std::fmt::Arguments;
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::time::SystemTime;
+
+use super::config::Config;
+
+/// What is worth a line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    /// A verb failed.
+    Error,
+    /// A verb succeeded in another way than usual.
+    Warn,
+    /// A verb succeeded.
+    Info,
+    /// Each step.
+    Debug,
+}
+
+impl Level {
+    /// All of them.
+    pub const ALL: [Level; 4] = [Level::Error, Level::Warn, Level::Info, Level::Debug];
+
+    /// The value of `logLevel`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Level::Error => "error",
+            Level::Warn => "warn",
+            Level::Info => "info",
+            Level::Debug => "debug",
+        }
+    }
+}
+
+/// The log; writes nowhere where no file is configured.
+#[derive(Debug)]
+pub struct Log {
+    file: Option<File>,
+    level: Level,
+}
+
+impl Log {
+    /// Opens the configured file. One that cannot be opened is told on standard error and keeps no container from its network.
+    pub fn open(config: &Config) -> Log {
+        let open = |path: &std::path::PathBuf| {
+            let opened = OpenOptions::new().append(true).create(true).mode(0o640).open(path);
+            opened.map_err(|e| eprintln!("overlay-cni: cannot open logFile {}: {e}", path.display())).ok()
+        };
+        Log { file: config.log_file.as_ref().and_then(open), level: config.log_level }
+    }
+
+    /// A verb failed.
+    pub fn error(&self, text: Arguments<'_>) {
+        self.write(Level::Error, text);
+    }
+
+    /// It went otherwise than usual.
+    pub fn warn(&self, text: Arguments<'_>) {
+        self.write(Level::Warn, text);
+    }
+
+    /// A verb succeeded.
+    pub fn info(&self, text: Arguments<'_>) {
+        self.write(Level::Info, text);
+    }
+
+    /// A step.
+    pub fn debug(&self, text: Arguments<'_>) {
+        self.write(Level::Debug, text);
+    }
+
+    fn write(&self, level: Level, text: Arguments<'_>) {
+        let Some(mut file) = self.file.as_ref().filter(|_| level <= self.level) else { return };
+        let time = humantime::format_rfc3339_millis(SystemTime::now());
+        // One write a line: lines of several processes do not mix. What contains a line break stays one line.
+        let body = text.to_string().replace('\n', "\\n");
+        let line = format!("{time} {:5} [{}] {body}\n", level.as_str(), std::process::id());
+        if let Err(error) = file.write_all(line.as_bytes()) {
+            eprintln!("overlay-cni: cannot write to logFile: {error}");
+        }
+    }
+}

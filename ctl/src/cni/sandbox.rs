@@ -1,0 +1,134 @@
+//! A look into a container's namespace: interfaces, addresses, default routes. Changes nothing.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::Path;
+
+use ipnetwork::IpNetwork;
+use nix::ifaddrs::getifaddrs;
+use nix::net::if_::{InterfaceFlags, if_nametoindex};
+use overlay_agent::kernel::netns::{Netns, NetnsError};
+
+use super::error::{CniError, Code};
+
+/// The IPv4 routes of the thread's namespace (`proc_pid_net(5)`), one a line: interface, destination, gateway in the host's byte order.
+const ROUTES_V4: &str = "/proc/thread-self/net/route";
+/// The IPv6 ones: destination, its length, source, its length, gateway, metric, two counters, flags, interface.
+const ROUTES_V6: &str = "/proc/thread-self/net/ipv6_route";
+
+/// An interface as the kernel has it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// Whether it is up.
+    pub up: bool,
+    /// Its MAC.
+    pub mac: Option<[u8; 6]>,
+    /// Its addresses.
+    pub addresses: Vec<IpNetwork>,
+    /// The gateways of default routes over it.
+    pub gateways: Vec<IpAddr>,
+}
+
+/// Opens a container's namespace, other than this process's own: attaching that would take the host off its network.
+pub fn open(path: &Path) -> Result<Netns, CniError> {
+    let netns = Netns::open(path).map_err(|e| {
+        let code = match &e {
+            NetnsError::Missing { .. } => Code::UnknownContainer,
+            _ => Code::InvalidEnvironment,
+        };
+        CniError::new(code, format!("CNI_NETNS: {e}"))
+    })?;
+    let own = Netns::current().and_then(|own| own.is_same(&netns));
+    if own.map_err(|e| CniError::new(Code::Failed, e.to_string()))? {
+        let text = format!("CNI_NETNS={} is the host's own network namespace, which is not attached", path.display());
+        return Err(CniError::new(Code::InvalidEnvironment, text));
+    }
+    Ok(netns)
+}
+
+/// Whether the namespace has an interface of that name.
+pub fn has_interface(netns: &Netns, name: &str) -> Result<bool, CniError> {
+    inside(netns, || Ok(if_nametoindex(name).is_ok()))
+}
+
+/// All interfaces of the namespace by name.
+pub fn interfaces(netns: &Netns) -> Result<BTreeMap<String, Seen>, CniError> {
+    inside(netns, || {
+        let mut all: BTreeMap<String, Seen> = BTreeMap::new();
+        for entry in getifaddrs().map_err(std::io::Error::from)? {
+            let seen = all.entry(entry.interface_name).or_default();
+            seen.up = entry.flags.contains(InterfaceFlags::IFF_UP);
+            let Some(address) = entry.address else { continue };
+            let netmask = entry.netmask;
+            let v4 = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
+            let ip = v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())));
+            if let Some(link) = address.as_link_addr() {
+                seen.mac = link.addr();
+            } else if let (Some(ip), Some(mask)) = (ip, netmask) {
+                let v4 = mask.as_sockaddr_in().map(|m| IpAddr::V4(m.ip()));
+                let mask = v4.or_else(|| mask.as_sockaddr_in6().map(|m| IpAddr::V6(m.ip())));
+                seen.addresses.extend(mask.and_then(|mask| IpNetwork::with_netmask(ip, mask).ok()));
+            }
+        }
+        for (interface, gateway) in default_routes()? {
+            all.entry(interface).or_default().gateways.push(gateway);
+        }
+        Ok(all)
+    })
+}
+
+fn inside<T: Send>(netns: &Netns, look: impl FnOnce() -> std::io::Result<T> + Send) -> Result<T, CniError> {
+    let failed =
+        |e: &dyn std::fmt::Display| CniError::new(Code::Failed, format!("cannot look into {}: {e}", netns.path().display()));
+    netns.run(look).map_err(|e| failed(&e))?.map_err(|e| failed(&e))
+}
+
+/// The default routes of the thread's namespace, by interface. A kernel without a family has no file for it.
+fn default_routes() -> std::io::Result<Vec<(String, IpAddr)>> {
+    let text = |path| match std::fs::read_to_string(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(String::new()),
+        read => read,
+    };
+    let mut routes: Vec<(String, IpAddr)> = text(ROUTES_V4)?.lines().skip(1).filter_map(route_v4).collect();
+    routes.extend(text(ROUTES_V6)?.lines().filter_map(route_v6));
+    Ok(routes)
+}
+
+fn route_v4(line: &str) -> Option<(String, IpAddr)> {
+    let mut words = line.split_whitespace();
+    let (interface, destination, gateway) = (words.next()?, words.next()?, words.next()?);
+    let mask = words.nth(4)?;
+    let gateway = u32::from_str_radix(gateway, 16).ok()?;
+    let default = destination == "00000000" && mask == "00000000";
+    default.then(|| (interface.to_owned(), IpAddr::V4(Ipv4Addr::from(gateway.to_ne_bytes()))))
+}
+
+fn route_v6(line: &str) -> Option<(String, IpAddr)> {
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let [destination, length, _, _, gateway, .., interface] = words[..] else { return None };
+    let gateway = u128::from_str_radix(gateway, 16).ok()?;
+    let default = length == "00" && destination.bytes().all(|b| b == b'0') && gateway != 0;
+    default.then(|| (interface.to_owned(), IpAddr::V6(Ipv6Addr::from(gateway))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn default_routes_are_told_from_others() {
+        let v4 = "eth0\t00000000\t01C8F40A\t0003\t0\t0\t0\t00000000\t0\t0\t0";
+        let gateway = u32::from_str_radix("01C8F40A", 16).expect("a number").to_ne_bytes();
+        assert_eq!(route_v4(v4), Some(("eth0".to_owned(), IpAddr::from(gateway))));
+        assert_eq!(route_v4("eth0\t00C8F40A\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0"), None);
+        assert_eq!(route_v4("Iface"), None);
+        let zeros = "0".repeat(32);
+        let v6 = format!("{zeros} 00 {zeros} 00 fd100000000000000000000000000001 00000400 00000001 00000000 00000003 eth0");
+        assert_eq!(route_v6(&v6), Some(("eth0".to_owned(), "fd10::1".parse().expect("an address"))));
+        // The kernel's own, that there is no route.
+        let none = format!("{zeros} 00 {zeros} 00 {zeros} ffffffff 00000001 00000000 00200200 lo");
+        assert_eq!(route_v6(&none), None);
+        let subnet = format!("fd100000000000000000000000000000 40 {zeros} 00 {zeros} 00000100 00000001 00000000 00000001 eth0");
+        assert_eq!(route_v6(&subnet), None);
+    }
+}

@@ -1,0 +1,207 @@
+//! What each verb does. CHECK has a file of its own.
+
+use std::time::{Duration, Instant};
+
+use ipnetwork::IpNetwork;
+use overlay_agent::kernel::netns::Netns;
+use overlay_agent::model::api::{AttachRequest, Attached};
+use overlay_agent::model::endpoint::EndpointName;
+
+use super::agent::Agent;
+use super::config::Config;
+use super::environment::{Arguments, Attachment};
+use super::error::{CniError, Code};
+use super::log::Log;
+use super::result::{Address, Interface, Outcome, Route};
+use super::{name, sandbox, wish};
+
+/// How long STATUS waits for an answer: it is asked often, and says "not now" rather than wait.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long an ADD that failed may take to undo what the agent may have done.
+const UNDO_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// One run of the plugin.
+#[derive(Debug, Clone, Copy)]
+pub struct Context<'a> {
+    /// The configuration.
+    pub config: &'a Config,
+    /// The log.
+    pub log: &'a Log,
+    /// When the process began.
+    pub started: Instant,
+}
+
+impl Context<'_> {
+    /// ADD: attaches. Where it fails nothing is left behind.
+    pub fn add(&self, attachment: &Attachment, arguments: &Arguments) -> Result<Outcome, CniError> {
+        let owner = name::owner(self.config, attachment)?;
+        let endpoint = endpoint_name(&owner)?;
+        let request = wish::request(self.config, attachment, arguments, owner)?;
+        let path = attachment.netns.as_deref().unwrap_or_else(|| std::path::Path::new(""));
+        let netns = sandbox::open(path)?;
+        // The specification has a second ADD fail. What is there stays as it is.
+        if sandbox::has_interface(&netns, &attachment.interface)? {
+            let text = format!(
+                "{} has an interface {} already: DEL it first, or choose another CNI_IFNAME",
+                path.display(),
+                attachment.interface
+            );
+            return Err(CniError::new(Code::Conflict, text));
+        }
+        drop(netns);
+        let attached = self.attach(&endpoint, &request).map_err(|error| {
+            // A container that died meanwhile is the runtime's affair, whatever the kernel said about it.
+            match sandbox::open(path) {
+                Err(gone) if gone.code == Code::UnknownContainer => gone.with_details(error.message),
+                _ => error,
+            }
+        })?;
+        self.log.info(format_args!(
+            "ADD {endpoint}: {} in {}, {:?}, by {} after {:.1} ms",
+            attachment.interface,
+            path.display(),
+            attached.endpoint.addresses(),
+            request.owner.as_deref().unwrap_or_default(),
+            self.milliseconds(),
+        ));
+        Ok(self.outcome(attachment, &attached))
+    }
+
+    fn attach(&self, name: &EndpointName, request: &AttachRequest) -> Result<Attached, CniError> {
+        let agent = self.agent();
+        match agent.attach(name, request) {
+            Ok(attached) => {
+                let unserved = unserved(request, &attached);
+                unserved.map_or(Ok(attached), |error| Err(self.undo(&agent, name, error)))
+            }
+            // Nobody knows how far it came.
+            Err(error) if error.code == Code::TryAgain => Err(self.undo(&agent, name, error)),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Takes an attachment back, as far as the agent lets itself be asked; the runtime's DEL does the rest.
+    fn undo(&self, agent: &Agent<'_>, name: &EndpointName, error: CniError) -> CniError {
+        if let Err(second) = agent.until(Instant::now() + UNDO_TIMEOUT).detach(name) {
+            self.log.warn(format_args!("ADD {name}: failed, and may be half done until DEL: {second}"));
+        }
+        error
+    }
+
+    /// What all plugins so far have made, ours behind the others'.
+    fn outcome(&self, attachment: &Attachment, attached: &Attached) -> Outcome {
+        let mut outcome = self.config.previous.clone().unwrap_or_default();
+        outcome.dns = match &self.config.previous {
+            Some(before) if self.config.dns == super::result::Dns::default() => before.dns.clone(),
+            _ => self.config.dns.clone(),
+        };
+        let Some(port) = &attached.endpoint.port else { return outcome };
+        outcome.interfaces.push(Interface { name: port.host_interface.clone(), mtu: attached.mtu, ..Interface::default() });
+        let place = outcome.interfaces.len();
+        outcome.interfaces.push(Interface {
+            name: port.interface.clone(),
+            mac: port.mac.to_string(),
+            mtu: attached.mtu,
+            sandbox: attachment.netns.as_ref().map(|path| path.display().to_string()).unwrap_or_default(),
+            ..Interface::default()
+        });
+        for (family, address) in port.addresses.iter() {
+            let length = attached.prefix_length.get(family).copied().unwrap_or(family.bits());
+            let gateway = attached.gateway.get(family).copied();
+            // Neither fails: the lengths are those of the families.
+            let (Ok(address), Ok(dst)) = (IpNetwork::new(*address, length), IpNetwork::new(family.unspecified(), 0)) else {
+                continue;
+            };
+            outcome.ips.push(Address { version: None, interface: Some(place), address, gateway });
+            outcome.routes.extend(gateway.map(|gw| Route { dst, gw: Some(gw), more: serde_json::Map::new() }));
+        }
+        outcome
+    }
+
+    /// DEL: detaches. What is not there any more is no error, whatever of it is gone.
+    pub fn del(&self, attachment: &Attachment) -> Result<(), CniError> {
+        let owner = name::owner(self.config, attachment)?;
+        let endpoint = endpoint_name(&owner)?;
+        match self.agent().detach(&endpoint) {
+            Ok(detached) => {
+                let what = if detached.endpoint.is_some() { "detached" } else { "was not attached" };
+                self.log.info(format_args!("DEL {endpoint}: {what}, by {owner} after {:.1} ms", self.milliseconds()));
+                Ok(())
+            }
+            // Its interface went with its namespace, and the agent gives back by itself what belongs to a namespace that is gone: nothing
+            // that a second DEL would do.
+            Err(error) if error.code == Code::TryAgain && gone(attachment) => {
+                self.log.warn(format_args!("DEL {endpoint}: left to the agent's audit, for its namespace is gone: {error}"));
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// GC: detaches what this network attached and the runtime has no longer. Goes on where one fails, and tells of all.
+    pub fn gc(&self) -> Result<(), CniError> {
+        let Some(valid) = &self.config.valid else {
+            let text = "GC without cni.dev/valid-attachments: what to keep is not said, so nothing is removed";
+            return Err(CniError::new(Code::InvalidConfig, text));
+        };
+        let prefix = name::owner_prefix(&self.config.name);
+        let keep: std::collections::BTreeSet<String> =
+            valid.iter().map(|valid| format!("{prefix}{}/{}", valid.container, valid.interface)).collect();
+        let agent = self.agent();
+        let mut failed = Vec::new();
+        for endpoint in agent.endpoints()?.endpoints {
+            let Some(owner) = endpoint.owner.filter(|owner| owner.starts_with(&prefix) && !keep.contains(owner)) else {
+                continue;
+            };
+            match agent.detach(&endpoint.name) {
+                Ok(_) => self.log.info(format_args!("GC {}: detached, by {owner}", endpoint.name)),
+                Err(error) => failed.push((endpoint.name, error)),
+            }
+        }
+        let Some((_, first)) = failed.first() else { return Ok(()) };
+        let details: Vec<String> = failed.iter().map(|(name, error)| format!("{name}: {}", error.message)).collect();
+        Err(CniError::new(first.code, format!("{} endpoints could not be detached", failed.len()))
+            .with_details(details.join("\n")))
+    }
+
+    /// STATUS: whether an ADD would be served now.
+    pub fn status(&self) -> Result<(), CniError> {
+        let limit = self.config.timeout.min(STATUS_TIMEOUT);
+        let agent = Agent::new(&self.config.socket, self.started + limit, self.log);
+        agent.ready().map_err(|reason| CniError::new(Code::NotAvailable, format!("no container can be attached now: {reason}")))
+    }
+
+    /// The agent, asked until the verb's time is over.
+    pub(super) fn agent(&self) -> Agent<'_> {
+        Agent::new(&self.config.socket, self.started + self.config.timeout, self.log)
+    }
+
+    pub(super) fn milliseconds(&self) -> f64 {
+        self.started.elapsed().as_secs_f64() * 1e3
+    }
+}
+
+/// The name at the agent.
+pub(super) fn endpoint_name(owner: &str) -> Result<EndpointName, CniError> {
+    name::endpoint(owner).map_err(|e| CniError::new(Code::InvalidEnvironment, e.to_string()))
+}
+
+/// What was asked for and is not there: an agent of an older version passes over what it does not know.
+fn unserved(request: &AttachRequest, attached: &Attached) -> Option<CniError> {
+    let missing: Vec<String> =
+        request.publish.iter().filter(|port| !attached.endpoint.published.contains(port)).map(ToString::to_string).collect();
+    (!missing.is_empty()).then(|| {
+        let text = format!(
+            "runtimeConfig.portMappings {} is not served by this agent: take the capability from overlay-cni, and chain the plugin \
+             `portmap` behind it",
+            missing.join(", ")
+        );
+        CniError::new(Code::UnsupportedField, text)
+    })
+}
+
+/// Whether the container's namespace is known to be gone.
+fn gone(attachment: &Attachment) -> bool {
+    attachment.netns.as_deref().is_none_or(|path| Netns::open(path).is_err())
+}

@@ -1,0 +1,61 @@
+//! The versions of the specification.
+
+use std::fmt;
+
+use serde_json::{Value, json};
+
+use super::error::{CniError, Code};
+
+/// A version that is served, in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Version {
+    /// 0.3.1: ADD, DEL, VERSION.
+    V0_3_1,
+    /// 0.4.0: CHECK as well, and the previous result at DEL.
+    V0_4_0,
+    /// 1.0.0: addresses without a `version` field.
+    V1_0_0,
+    /// 1.1.0: STATUS and GC as well, the MTU in results.
+    V1_1_0,
+}
+
+impl Version {
+    /// All of them.
+    pub const ALL: [Version; 4] = [Version::V0_3_1, Version::V0_4_0, Version::V1_0_0, Version::V1_1_0];
+    /// The one that speaks where none is known.
+    pub const LATEST: Version = Version::V1_1_0;
+
+    /// The text in `cniVersion`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Version::V0_3_1 => "0.3.1",
+            Version::V0_4_0 => "0.4.0",
+            Version::V1_0_0 => "1.0.0",
+            Version::V1_1_0 => "1.1.0",
+        }
+    }
+
+    /// The version of a configuration. One that names none is of 0.1.0, as the specification had it.
+    pub fn parse(text: Option<&str>) -> Result<Version, CniError> {
+        let text = text.unwrap_or("0.1.0");
+        Version::ALL.into_iter().find(|version| version.as_str() == text).ok_or_else(|| {
+            let shown: String = text.chars().take(80).collect();
+            CniError::new(Code::IncompatibleVersion, format!("cniVersion {shown:?} is not served by overlay-cni"))
+                .with_details(format!("served are {}", Version::ALL.map(Version::as_str).join(", ")))
+        })
+    }
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// The answer to VERSION: the version that was asked with, and all that are served.
+pub fn supported(asked: Option<&str>) -> Value {
+    json!({
+        "cniVersion": asked.unwrap_or(Version::LATEST.as_str()),
+        "supportedVersions": Version::ALL.map(Version::as_str),
+    })
+}
