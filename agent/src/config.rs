@@ -31,6 +31,8 @@ pub struct HostConfig {
     pub node_name: String,
     /// Whether what leaves the overlay gets the host's address.
     pub ip_masq: bool,
+    /// Whether a part of the subnet is left to Docker's containers on the bridge.
+    pub docker: bool,
     /// Where socket, lock and `subnet.env` are.
     pub run_dir: PathBuf,
     /// Where identity, MACs and endpoints are kept.
@@ -119,6 +121,7 @@ impl Checker {
             selection: self.selection(),
             node_name: self.node_name(),
             ip_masq: self.boolean("ip-masq"),
+            docker: self.boolean("docker"),
             subnet_file,
             run_dir,
             state_dir: self.absolute("state-dir"),
