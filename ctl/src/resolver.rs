@@ -24,6 +24,8 @@ const HOST: &str = "/etc/resolv.conf";
 const BEHIND_STUB: [&str; 2] = ["/run/systemd/resolve/resolv.conf", "/run/NetworkManager/no-stub-resolv.conf"];
 /// The C library uses no more (`MAXNS` in `resolv.h`).
 const MOST_SERVERS: usize = 3;
+/// How a file of ours begins.
+const MARK: &str = "# Written by overlayctl for endpoint";
 /// Readable for everybody, as the host's.
 const MODE: u32 = 0o644;
 
@@ -157,9 +159,26 @@ fn is_own(server: IpAddr) -> bool {
     server.is_loopback() || server.is_unspecified() || matches!(server, IpAddr::V6(v6) if v6.is_unicast_link_local())
 }
 
+/// Removes the files of ours of all namespaces whose name begins with a text: those of a lab.
+pub fn remove_all(prefix: &str) -> Result<(), ResolverError> {
+    for entry in fs::read_dir(DIRECTORY).into_iter().flatten().flatten() {
+        if !entry.file_name().as_encoded_bytes().starts_with(prefix.as_bytes()) {
+            continue;
+        }
+        let path = entry.path().join("resolv.conf");
+        if !fs::read(&path).is_ok_and(|bytes| bytes.starts_with(MARK.as_bytes())) {
+            continue;
+        }
+        fs::remove_file(&path).map_err(|source| FileError::new("remove", &path, source))?;
+        // What else is in it is somebody's.
+        let _kept = fs::remove_dir(entry.path());
+    }
+    Ok(())
+}
+
 /// The first line of a file of ours.
 fn mark(endpoint: &EndpointName) -> String {
-    format!("# Written by overlayctl for endpoint {endpoint}, removed when it is detached; without this line it is left alone.\n")
+    format!("{MARK} {endpoint}, removed when it is detached; without this line it is left alone.\n")
 }
 
 /// The resolver file of a named namespace.

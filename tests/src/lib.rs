@@ -10,6 +10,7 @@ pub mod etcd;
 pub mod flow;
 pub mod http;
 pub mod kernel;
+pub mod left;
 pub mod notify;
 pub mod programs;
 pub mod story;

@@ -10,6 +10,7 @@ use overlay_agent::kernel::netns::Netns;
 use super::layout::{LabName, prefix};
 use super::process::{GRACE, ProcessId, end_all};
 use super::{LabError, agent, etcd, rootless};
+use crate::resolver;
 
 /// How often processes are looked for again, in case one was just starting another.
 pub(super) const ROUNDS: usize = 3;
@@ -54,6 +55,9 @@ pub fn down(dir: &Path, name: &LabName) -> Result<Removed, LabError> {
             }
         }
         Err(error) => failures.push(error.to_string()),
+    }
+    if let Err(error) = resolver::remove_all(&prefix(name)) {
+        failures.push(error.to_string());
     }
     // With something left its description stays, so that the next try knows of it. Inside a keeper's namespaces the directory with the
     // keeper's record is for the command outside to remove.

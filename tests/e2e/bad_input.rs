@@ -1,0 +1,167 @@
+//! Bad requests and containers that die half way: a clear error, and nothing left behind.
+
+use std::net::TcpListener;
+use std::process::{Command, Stdio};
+
+use overlay_agent::kernel::netns::Netns;
+use overlay_agent::model::api::{Attached, Problem};
+use overlay_tests::dump::Dump;
+use overlay_tests::left::Left;
+use overlay_tests::programs::needs;
+use overlay_tests::story::SOON;
+use overlay_tests::{Must, Story, eventually, http, kernel};
+use overlayctl::lab::Families;
+
+async fn one_host() -> Story {
+    Story::up(|options| {
+        options.hosts = 1;
+        options.containers = 0;
+        options.families = Families::Dual;
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn values_that_cannot_be() {
+    let story = one_host().await;
+    let held: Attached = story.ctl("h1", &["-o", "json", "attach", "held", "--publish", "8080:80"]).exits(0).json();
+    let taken = held.endpoint.addresses().v4.must("IPv4").to_string();
+    let mac = held.endpoint.port.must("a port").mac.to_string();
+    // A socket of the host waits on a port.
+    let listener = story.inside("h1").run(|| TcpListener::bind("0.0.0.0:0")).must("enter").must("a port");
+    let busy = listener.local_addr().must("bound").port();
+    let (busy_port, own) = (format!("{busy}:80"), format!("(process {})", std::process::id()));
+    let before = Left::settled(&story).await;
+    let long = "x".repeat(300);
+    for (arguments, code, wanted) in [
+        (&["attach", "a/b"][..], 2, &["`a/b` is no endpoint name"][..]),
+        (&["attach", "../a"], 2, &["is no endpoint name"]),
+        (&["attach", &long], 2, &["is no endpoint name: 1 to 63"]),
+        (&["attach", "a\u{1b}[31m"], 2, &["is no endpoint name"]),
+        (&["attach", "a", "--netns", "/etc/passwd"], 1, &["/etc/passwd"]),
+        (&["attach", "a", "--netns", "/run"], 1, &["/run"]),
+        (&["attach", "a", "--netns", "/proc/self/ns/mnt"], 1, &["no network namespace at /proc/self/ns/mnt"]),
+        (&["attach", "a", "--interface", "eth 0"], 1, &["no interface name"]),
+        (&["attach", "a", "--ip", &taken], 1, &[&taken, "in use by endpoint held"]),
+        (&["attach", "a", "--ip", "192.0.2.1"], 1, &["192.0.2.1", "outside this host's subnet"]),
+        (&["attach", "a", "--mac", &mac], 1, &[&mac, "in use by endpoint held"]),
+        (&["attach", "a", "--publish", "80"], 2, &["`80` publishes no port"]),
+        (&["attach", "a", "--publish", "8000-8100:1-101"], 1, &["endpoint held has 8080:80/tcp"]),
+        (&["attach", "a", "--publish", &busy_port], 1, &[&busy_port, &own, "listens on 0.0.0.0"]),
+        (&["attach", "a", "--publish", "8472:1/udp"], 1, &["8472:1/udp", "the kernel"]),
+        (&["attach", "a", "--publish", "192.0.2.250:81:80"], 1, &["the host has no address 192.0.2.250"]),
+        (&["attach", "a", "--publish", "81:1", "--publish", "80-81:5-6"], 1, &["are the same port of the host"]),
+        (&["run", "--publish", &busy_port, "--", "true"], 1, &[&own]),
+    ] {
+        story.ctl("h1", arguments).exits(code).complains(wanted);
+        before.same(&story, &arguments.join(" ")).await;
+    }
+    // The same by the socket alone, as no command line would send it.
+    let socket = story.at("h1").socket();
+    let put = |path: &str, body: &str| http::ask(&socket, "PUT", path, body);
+    for (path, body, status) in [
+        ("/v1/endpoints/a%2Fb", r#"{"netns": "/run/netns/x"}"#, 400),
+        (&format!("/v1/endpoints/{long}"), r#"{"netns": "/run/netns/x"}"#, 400),
+        ("/v1/endpoints/a", r#"{"netns": "x"}"#, 400),
+        ("/v1/endpoints/a", r#"{"mode": "macvlan", "netns": "/run/netns/x"}"#, 400),
+        ("/v1/endpoints/a", r#"{"mode": "host", "publish": [{"host_port": 1, "container_port": 1}]}"#, 400),
+        ("/v1/endpoints/a", r#"{"mode": "container:nobody"}"#, 404),
+        ("/v1/endpoints/a", r#"{"netns": "/run/netns/x", "colour": "red"}"#, 400),
+        ("/v1/endpoints/a", r#"{"netns": "/run/netns/x", "publish": [{"host_port": 65535, "container_port": 1, "count": 2}]}"#, 400),
+        ("/v1/endpoints/a", r#"{"netns": "/run/netns/x", "owner": "a\nb"}"#, 400),
+        ("/v1/endpoints/a", "{", 400),
+    ] {
+        let answer = put(path, body);
+        assert_eq!(answer.status, status, "{path} {body}: {}", answer.body);
+        assert!(!answer.json::<Problem>().error.is_empty());
+    }
+    before.same(&story, "requests by the socket").await;
+    drop(listener);
+    story.ctl("h1", &["attach", "a", "--publish", &busy_port]).exits(0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_interface_that_is_there() {
+    let story = one_host().await;
+    let name = story.layout().namespace("h1-mine");
+    kernel::run(&story, "h1", &["ip", "netns", "add", &name]);
+    kernel::shell(&story, "h1-mine", "ip link add eth0 type bridge && ip link set eth0 up");
+    let (host, inside) = (Left::settled(&story).await, Dump::of(&story.inside("h1-mine")));
+    let attach = |more: &[&str]| story.ctl("h1", &[&["attach", "mine", "--netns", &format!("/run/netns/{name}")], more].concat());
+    attach(&[]).exits(1).complains(&["has an interface of that name already: choose another one"]);
+    // A name that the host's own interfaces have is no matter; a default route is.
+    kernel::shell(&story, "h1-mine", "ip address add 192.0.2.2/24 dev eth0 && ip route add default via 192.0.2.1");
+    attach(&["--interface", "eth1"]).exits(1).complains(&["has a default route already"]);
+    kernel::shell(&story, "h1-mine", "ip route del default && ip address del 192.0.2.2/24 dev eth0");
+    host.same(&story, "an interface that is there").await;
+    assert_eq!(Dump::of(&story.inside("h1-mine")).changes_since(&inside), "");
+    attach(&["--interface", "eth1"]).exits(0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_is_not_running() {
+    let story = one_host().await;
+    let before = Left::settled(&story).await;
+    story.at("h1").agent_stop(nix::sys::signal::Signal::SIGTERM).must("SIGTERM");
+    for arguments in [
+        &["attach", "a"][..],
+        &["attach", "a", "--dns", "192.0.2.1"],
+        &["detach", "a"],
+        &["run", "--name", "a", "--", "echo", "begun"],
+        &["inspect"],
+        &["endpoints"],
+    ] {
+        let said = story.ctl("h1", arguments).exits(1).complains(&["no agent"]);
+        assert!(!said.out.contains("begun"));
+    }
+    story.start("h1").await;
+    before.same(&story, "commands without an agent").await;
+}
+
+/// The container's process ends while it is attached, at whatever moment.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_that_dies_half_way() {
+    needs("unshare", "util-linux");
+    let story = one_host().await;
+    let own = Netns::current().must("this namespace");
+    let before = Left::settled(&story).await;
+    let (mut attached, mut refused) = (0, 0);
+    for delay in 0..24_u64 {
+        let mut command = Command::new("unshare");
+        let mut process = command.args(["--net", "sleep", "600"]).stdin(Stdio::null()).spawn().must("unshare");
+        let pid = process.id();
+        eventually("it has a namespace of its own", SOON, || {
+            let apart = Netns::open(format!("/proc/{pid}/ns/net")).and_then(|netns| netns.is_same(&own)).map(|same| !same);
+            if apart.as_ref().is_ok_and(|apart| *apart) { Ok(()) } else { Err(format!("{apart:?}")) }
+        })
+        .await;
+        let killer = std::thread::spawn(move || {
+            // Different moments of the attach, no synchronisation.
+            std::thread::sleep(std::time::Duration::from_millis(delay));
+            process.kill().and_then(|()| process.wait())
+        });
+        let said = story.ctl("h1", &["attach", "dying", "--pid", &pid.to_string()]);
+        killer.join().must_join().must("its end");
+        match said.code {
+            Some(0) => attached += 1,
+            Some(1) => {
+                refused += 1;
+                assert!(said.err.len() > "overlayctl: ".len(), "{}", said.err);
+            }
+            other => panic!("{other:?}: {}", said.err),
+        }
+        story.ctl("h1", &["detach", "dying"]).exits(0);
+    }
+    before.same(&story, "dying containers").await;
+    eprintln!("{attached} were attached before they died, {refused} not");
+}
+
+trait MustJoin<T> {
+    fn must_join(self) -> T;
+}
+
+impl<T> MustJoin<T> for std::thread::Result<T> {
+    fn must_join(self) -> T {
+        self.unwrap_or_else(|cause| std::panic::resume_unwind(cause))
+    }
+}
