@@ -257,7 +257,10 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
     /// The next moment at which something is due without an event.
     fn next_deadline(&self) -> Instant {
         let stale = self.stale.map(|_| self.not_before);
-        [stale, self.underlay_due, self.heap_due, self.repairs.next_due()].into_iter().flatten().fold(self.resync_due, Instant::min)
+        [stale, self.underlay_due, self.heap_due, self.repairs.next_due()]
+            .into_iter()
+            .flatten()
+            .fold(self.resync_due, Instant::min)
     }
 
     /// Brings actual state as near to desired state as it can be brought now.

@@ -54,7 +54,8 @@ impl WishArgs {
         self.resolver.check()?;
         let mode = &self.mode;
         if *mode != Mode::Overlay && self.resolver.is_given() {
-            let message = format!("--dns, --dns-search and --dns-option are for mode overlay: mode {mode} has no network of its own");
+            let message =
+                format!("--dns, --dns-search and --dns-option are for mode overlay: mode {mode} has no network of its own");
             return Err(CommandError::Usage { message });
         }
         Ok(AttachRequest {

@@ -67,7 +67,11 @@ async fn values_that_cannot_be() {
         ("/v1/endpoints/a", r#"{"mode": "host", "publish": [{"host_port": 1, "container_port": 1}]}"#, 400),
         ("/v1/endpoints/a", r#"{"mode": "container:nobody"}"#, 404),
         ("/v1/endpoints/a", r#"{"netns": "/run/netns/x", "colour": "red"}"#, 400),
-        ("/v1/endpoints/a", r#"{"netns": "/run/netns/x", "publish": [{"host_port": 65535, "container_port": 1, "count": 2}]}"#, 400),
+        (
+            "/v1/endpoints/a",
+            r#"{"netns": "/run/netns/x", "publish": [{"host_port": 65535, "container_port": 1, "count": 2}]}"#,
+            400,
+        ),
         ("/v1/endpoints/a", r#"{"netns": "/run/netns/x", "owner": "a\nb"}"#, 400),
         ("/v1/endpoints/a", "{", 400),
     ] {

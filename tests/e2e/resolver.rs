@@ -73,7 +73,8 @@ async fn from_the_host_without_what_cannot_be_reached() {
     Netns::create(&name).must("a namespace");
     let path = format!("/run/netns/{name}");
     let attach = ["attach", "web", "--netns", path.as_str()];
-    fs::write(&host, "nameserver 127.0.0.1\nnameserver ::1\nnameserver 192.0.2.9\nnameserver 0.0.0.0\nsearch b.example\n").must("a file");
+    fs::write(&host, "nameserver 127.0.0.1\nnameserver ::1\nnameserver 192.0.2.9\nnameserver 0.0.0.0\nsearch b.example\n")
+        .must("a file");
     ctl_where(&story, &host, &attach).exits(0);
     assert_eq!(seen(&story, "web"), "nameserver 192.0.2.9|search b.example");
     story.ctl("h1", &["detach", "web"]).exits(0);
@@ -98,10 +99,10 @@ async fn somebody_elses_file_stays() {
     let _removed = Removed(directory.clone());
     fs::create_dir_all(&directory).must("a directory");
     fs::write(&file, "nameserver 192.0.2.200\n").must("a file");
-    story.ctl("h1", &["attach", "web", "--dns", "192.0.2.1"]).exits(1).complains(&[
-        &file.display().to_string(),
-        "was not written for endpoint web",
-    ]);
+    story
+        .ctl("h1", &["attach", "web", "--dns", "192.0.2.1"])
+        .exits(1)
+        .complains(&[&file.display().to_string(), "was not written for endpoint web"]);
     assert!(story.netns("h1-web").is_err(), "nothing is left behind");
     story.ctl("h1", &["attach", "web"]).exits(0);
     assert_eq!(seen(&story, "web"), "nameserver 192.0.2.200");
@@ -116,7 +117,10 @@ async fn somebody_elses_file_stays() {
     story.ctl("h1", &["detach", "web"]).exits(0);
     assert!(!directory.exists());
     // A process has no name that a file could be found by.
-    story.ctl("h1", &["attach", "web", "--netns", "/proc/1/ns/net", "--dns", "192.0.2.1"]).exits(2).complains(&["/run/netns/NAME"]);
+    story
+        .ctl("h1", &["attach", "web", "--netns", "/proc/1/ns/net", "--dns", "192.0.2.1"])
+        .exits(2)
+        .complains(&["/run/netns/NAME"]);
 }
 
 /// Removes a directory at the end, however it comes.

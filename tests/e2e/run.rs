@@ -147,7 +147,10 @@ async fn signals_reach_the_command_and_what_was_made_is_taken_down() {
 async fn over_a_restart_of_the_agent() {
     let story = one_host().await;
     let before = Left::settled(&story).await;
-    let running = Running::start(&story, &run(&["--name", "web"], &["sh", "-c", "trap 'exit 3' TERM; echo up; while :; do sleep 0.05; done"]));
+    let running = Running::start(
+        &story,
+        &run(&["--name", "web"], &["sh", "-c", "trap 'exit 3' TERM; echo up; while :; do sleep 0.05; done"]),
+    );
     story.at("h1").agent_stop(Signal::SIGKILL).must("SIGKILL");
     running.signal(Signal::SIGTERM);
     // The namespace stays until the agent has let go of what is in it.

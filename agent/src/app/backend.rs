@@ -10,8 +10,8 @@ use crate::admin::{ApiError, Backend, ErrorKind};
 use crate::endpoint::{Class, EndpointError, Endpoints};
 use crate::kernel::Plugger;
 use crate::metrics::Metrics;
-use crate::model::{Device, api};
 use crate::model::endpoint::EndpointName;
+use crate::model::{Device, api};
 use crate::reconcile::Query;
 use crate::store::{self, StoreConfig};
 use crate::telemetry::LevelHandle;
@@ -108,7 +108,8 @@ impl Backend for AgentBackend {
 
     async fn network(&self) -> Result<api::NetworkView, ApiError> {
         let status = self.ask(Query::Status).await?;
-        let missing = || ApiError::new(ErrorKind::NotReady, "the network's configuration is not there yet: see `overlayctl status`");
+        let missing =
+            || ApiError::new(ErrorKind::NotReady, "the network's configuration is not there yet: see `overlayctl status`");
         let network = status.network.ok_or_else(missing)?;
         let (plugger, bridge) = (self.plugger.clone(), Device::bridge(network.vxlan.vni));
         let looked = tokio::task::spawn_blocking(move || plugger.view(bridge)).await;
@@ -116,7 +117,8 @@ impl Backend for AgentBackend {
         let mut seen = looked.map_err(|error| internal(&error))?.map_err(|error| internal(&error))?;
         let mut endpoints = self.endpoints.views().await;
         for port in seen.bridge.iter_mut().flat_map(|bridge| &mut bridge.ports) {
-            let owner = |view: &&mut api::EndpointView| view.endpoint.port.as_ref().is_some_and(|p| p.host_interface == port.interface);
+            let owner =
+                |view: &&mut api::EndpointView| view.endpoint.port.as_ref().is_some_and(|p| p.host_interface == port.interface);
             if let Some(view) = endpoints.iter_mut().find(owner) {
                 port.endpoint = Some(view.endpoint.name.clone());
                 view.bridge_port = Some(port.number);

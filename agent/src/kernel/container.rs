@@ -18,8 +18,8 @@ use super::netns::{LOOPBACK, Netns, NetnsError, loopback_up};
 use super::objects::{self, LinkInfo, RouteInfo};
 use super::rtnl::{Rtnl, route, veth};
 use super::socket::{Refusal, RouteSocket};
-use super::wire::Query;
 use super::view::{self, OverlayView};
+use super::wire::Query;
 use super::{Shared, blocking, sockets, sysctl};
 use crate::model::{Device, Family, Publish};
 use crate::plan::state::PROTOCOL;
@@ -56,7 +56,9 @@ impl ContainerPath for Plugger {
         });
         let (bridge, link) = match found {
             Ok(found) => found,
-            Err(e) if e.errno == libc::ENODEV => return Ok(Some(format!("{} or the bridge is not there", wanted.host_interface))),
+            Err(e) if e.errno == libc::ENODEV => {
+                return Ok(Some(format!("{} or the bridge is not there", wanted.host_interface)));
+            }
             Err(e) => return Err(e.during(format!("cannot examine interface {}", wanted.host_interface))),
         };
         if let Some(difference) = outer_difference(wanted, &link, bridge) {

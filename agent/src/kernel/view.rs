@@ -71,14 +71,7 @@ pub fn overlay(bridge: Device) -> Result<OverlayView, OpError> {
 fn port(seen: &Seen) -> Option<PortView> {
     let (number, state) = seen.port.clone()?;
     let link = &seen.link;
-    Some(PortView {
-        number,
-        interface: link.name.clone(),
-        endpoint: None,
-        state,
-        mtu: link.mtu,
-        counters: seen.counters,
-    })
+    Some(PortView { number, interface: link.name.clone(), endpoint: None, state, mtu: link.mtu, counters: seen.counters })
 }
 
 fn seen(body: &[u8]) -> Option<Seen> {

@@ -61,7 +61,8 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
     };
     let file = request.netns.as_deref().and_then(|netns| ResolverFile::of(netns, name)).filter(|_| wish.mode == Mode::Overlay);
     if wish.resolver.is_given() && file.is_none() {
-        let message = "--dns, --dns-search and --dns-option need a namespace with a name (/run/netns/NAME): a resolver file is found by it";
+        let message =
+            "--dns, --dns-search and --dns-option need a namespace with a name (/run/netns/NAME): a resolver file is found by it";
         return Err(CommandError::Usage { message: message.to_owned() });
     }
     let written = match &file {

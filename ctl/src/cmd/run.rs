@@ -59,8 +59,9 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
         None => made_up_name()?,
     };
     if context.client.endpoints().await?.endpoints.iter().any(|e| e.name == name) {
-        let message =
-            format!("endpoint {name} is there already: choose another --name; a command in its namespace: overlayctl run --mode container:{name} -- ...");
+        let message = format!(
+            "endpoint {name} is there already: choose another --name; a command in its namespace: overlayctl run --mode container:{name} -- ..."
+        );
         return Err(CommandError::Usage { message });
     }
     let namespaces = NamedNamespaces::of(context.client.socket(), &args.wish.prefix);
@@ -204,7 +205,9 @@ async fn take_down(context: &Context, name: &EndpointName, namespaces: &NamedNam
     let end = Instant::now() + DETACH_WAIT;
     let detached = loop {
         match context.client.detach_with(name, true).await {
-            Err(ClientError::NoSocket { .. } | ClientError::Refused { .. } | ClientError::Broken { .. }) if Instant::now() < end => {
+            Err(ClientError::NoSocket { .. } | ClientError::Refused { .. } | ClientError::Broken { .. })
+                if Instant::now() < end =>
+            {
                 tokio::time::sleep(DETACH_PAUSE).await;
             }
             outcome => break outcome,

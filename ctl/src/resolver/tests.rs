@@ -17,7 +17,10 @@ const STUB: &str = "# a comment\nnameserver 127.0.0.53\noptions edns0 trust-ad\n
 
 #[test]
 fn the_hosts_file_without_what_cannot_be_reached() {
-    let text = host(&[(HOST, "nameserver 127.0.0.1\nnameserver 192.0.2.53\nnameserver ::1\nnameserver fe80::1%eth0\ndomain a.example\n")]);
+    let text = host(&[(
+        HOST,
+        "nameserver 127.0.0.1\nnameserver 192.0.2.53\nnameserver ::1\nnameserver fe80::1%eth0\ndomain a.example\n",
+    )]);
     assert_eq!(text.servers, ["192.0.2.53".parse::<IpAddr>().expect("an address")]);
     assert_eq!((text.left_out.join(" "), text.search), ("127.0.0.1 ::1 fe80::1%eth0".to_owned(), vec!["a.example".to_owned()]));
     assert_eq!(host(&[]), Text::default());
