@@ -5,6 +5,7 @@
 //! touches the machine's own network namespace. What is missing on the machine fails with advice, it never skips.
 
 pub mod capture;
+pub mod docker;
 pub mod dump;
 pub mod etcd;
 pub mod flow;
