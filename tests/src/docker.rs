@@ -89,11 +89,11 @@ impl DockerFiles {
         let netns = lab.netns(host).must(host);
         let init = netns.run(|| command.spawn()).must("enter the host").must("unshare");
         let mut docker = Docker { files: self, init };
-        let answers = eventually(&format!("dockerd of {host} answers"), START, || {
+        eventually(&format!("dockerd of {host} answers"), START, || {
             let said = docker.attempt(&["version", "--format", "{{.Server.Version}}"]);
             if said.code == Some(0) { Ok(()) } else { Err(format!("{}\n{}", said.err, docker.log())) }
-        });
-        answers.await;
+        })
+        .await;
         assert!(docker.init.try_wait().must("wait").is_none(), "it ended: {}", docker.log());
         docker
     }
@@ -152,7 +152,7 @@ impl Docker<'_> {
         fs::write(root.join("www/index.html"), page).must("the page");
         let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|path| Path::new(path).is_file()).must("busybox");
         fs::copy(busybox, root.join("bin/busybox")).must("busybox");
-        for applet in ["sh", "ping", "ping6", "httpd", "wget", "ip", "sleep"] {
+        for applet in ["sh", "ping", "ping6", "httpd", "nc", "ip"] {
             let link = root.join("bin").join(applet);
             if !link.exists() {
                 symlink("busybox", link).must(applet);
