@@ -211,7 +211,12 @@ async fn tell_overlay(
     loop {
         let overlay = overlays.borrow_and_update().clone();
         if let Some(overlay) = overlay {
-            endpoints.set_network(Some(EndpointNetwork { subnet: overlay.subnet, bridge: overlay.bridge, mtu: overlay.mtu }));
+            endpoints.set_network(Some(EndpointNetwork {
+                subnet: overlay.subnet,
+                bridge: overlay.bridge,
+                mtu: overlay.mtu,
+                docker: config.docker,
+            }));
             memory.held(overlay.subnet, overlay.public_ip);
             let networks: PerFamily<_> = overlay.network.pools.map(|_, pool| pool.network);
             let text = subnet_env(&networks, &overlay.subnet, overlay.mtu, config.ip_masq);

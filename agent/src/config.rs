@@ -31,6 +31,8 @@ pub struct HostConfig {
     pub node_name: String,
     /// Whether what leaves the overlay gets the host's address.
     pub ip_masq: bool,
+    /// Whether a part of the subnet is left to Docker's containers on the bridge.
+    pub docker: bool,
     /// Where socket, lock and `subnet.env` are.
     pub run_dir: PathBuf,
     /// Where identity, MACs and endpoints are kept.
@@ -121,6 +123,7 @@ impl Checker {
             selection: self.selection(),
             node_name: self.node_name(),
             ip_masq: self.boolean("ip-masq"),
+            docker: self.boolean("docker"),
             subnet_file,
             cni_conflist: self.raw.text("cni-conflist").is_some().then(|| self.absolute("cni-conflist")),
             run_dir,

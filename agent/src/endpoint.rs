@@ -54,6 +54,8 @@ pub struct EndpointNetwork {
     pub bridge: Device,
     /// The overlay's MTU in bytes.
     pub mtu: u32,
+    /// Whether a part of the subnet is Docker's ([`crate::model::DockerShare`]).
+    pub docker: bool,
 }
 
 /// The endpoints of this host: a handle, cheap to clone.

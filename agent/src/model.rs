@@ -2,6 +2,7 @@
 
 pub mod api;
 pub mod device;
+pub mod docker;
 pub mod endpoint;
 pub mod event;
 pub mod family;
@@ -14,6 +15,7 @@ pub mod subnet;
 pub mod vni;
 
 pub use device::{Device, Role};
+pub use docker::DockerShare;
 pub use endpoint::{Endpoint, Mode, Port};
 pub use family::{Cidr, Family, PerFamily};
 pub use lease::{Backend, Lease, Node, Record, Refusal, RefusalKind};

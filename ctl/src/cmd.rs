@@ -4,6 +4,7 @@ pub mod attach;
 pub mod completions;
 pub mod config;
 pub mod detach;
+pub mod docker_options;
 pub mod endpoints;
 pub mod inspect;
 pub mod lab;
@@ -19,6 +20,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::client::{Client, ClientError, DEFAULT_SOCKET};
+use crate::docker::DockerError;
 use crate::etcd::EtcdError;
 use crate::lab::LabError;
 use crate::netns::NamespaceError;
@@ -63,6 +65,8 @@ pub enum Command {
     Endpoints(endpoints::Args),
     /// The network of this host in detail: addresses, devices, ports, containers, counters
     Inspect(inspect::Args),
+    /// What dockerd has to be told so that its containers are on the overlay
+    DockerOptions(docker_options::Args),
     /// Several hosts on this machine, each with its own agent, and a private etcd
     #[command(subcommand)]
     Lab(lab::Args),
@@ -105,6 +109,9 @@ pub enum CommandError {
     /// A resolver file.
     #[error(transparent)]
     Resolver(#[from] ResolverError),
+    /// Docker's options.
+    #[error(transparent)]
+    Docker(#[from] DockerError),
     /// Standard output.
     #[error(transparent)]
     Output(#[from] OutputError),
@@ -160,6 +167,7 @@ pub async fn run(cli: Cli) -> Result<Outcome, CommandError> {
         Command::Detach(args) => detach::run(&context, &args).await,
         Command::Endpoints(args) => endpoints::run(&context, &args).await,
         Command::Inspect(args) => inspect::run(&context, &args).await,
+        Command::DockerOptions(args) => docker_options::run(&context, &args).await,
         Command::Lab(args) => lab::run(&context, args).await,
         Command::Completions(args) => completions::run(&context, &args),
         Command::Man(args) => man::run(&context, &args),

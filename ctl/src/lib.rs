@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | [`cmd`] | one file a command: its arguments and what it does |
 //! | [`client`] | HTTP to the agent's socket |
+//! | [`docker`] | dockerd's options, and its configuration file |
 //! | [`etcd`] | the flags that reach etcd without an agent |
 //! | [`netns`] | the named namespaces that `attach` makes |
 //! | [`resolver`] | the resolver files of named namespaces |
@@ -15,6 +16,7 @@
 pub mod client;
 pub mod cmd;
 pub mod cni;
+pub mod docker;
 pub mod etcd;
 pub mod lab;
 pub mod netns;

@@ -9,6 +9,7 @@ pub mod churn;
 pub mod cluster;
 pub mod cni;
 pub mod damage;
+pub mod docker;
 pub mod dump;
 pub mod etcd;
 pub mod faults;

@@ -67,6 +67,7 @@ pub const SETTINGS: &[Setting] = &[
     text("public-ipv6", "IPV6", "", "IPv6 address that peers send to, where it is not the interface's"),
     text("node-name", "NAME", "", "Name that people see [default: the host's name]"),
     boolean("ip-masq", "true", "Give what leaves the overlay the host's address"),
+    boolean("docker", "false", "Leave the upper half of the subnet to Docker's containers on the host's bridge"),
     text("run-dir", "DIR", "/run/overlayd", "Where the socket and subnet.env are"),
     text("state-dir", "DIR", "/var/lib/overlayd", "Where the host's identity, MACs and endpoints are kept"),
     text("subnet-file", "FILE", "", "File with the leased subnet for other tools [default: <run-dir>/subnet.env]"),

@@ -286,7 +286,9 @@ impl EndpointError {
             | EndpointError::WishFamily { .. }
             | EndpointError::NoFamily { .. }
             | EndpointError::MacGroup { .. }
-            | EndpointError::Address(IpamError::Outside { .. } | IpamError::Reserved { .. }) => Class::BadValue,
+            | EndpointError::Address(IpamError::Outside { .. } | IpamError::Reserved { .. } | IpamError::Docker { .. }) => {
+                Class::BadValue
+            }
             EndpointError::NoTarget { .. } => Class::NotFound,
             EndpointError::Address(IpamError::Full { .. } | IpamError::InUse { .. })
             | EndpointError::AddressHeld { .. }

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use crate::model::family::address_value;
-use crate::model::{Cidr, Family};
+use crate::model::{Cidr, DockerShare, Family};
 
 /// How many addresses given back are remembered. Beyond that (only a range larger than a /16 comes there) the oldest are as good as never
 /// used.
@@ -18,6 +18,8 @@ const REMEMBERED: usize = 65_536;
 #[derive(Debug, Clone)]
 pub struct Ipam {
     range: Cidr,
+    /// What of the range is Docker's.
+    docker: Option<DockerShare>,
     /// The lowest and the highest address that can be handed out.
     first: u128,
     last: u128,
@@ -62,6 +64,18 @@ pub enum IpamError {
         /// The highest one.
         last: IpAddr,
     },
+    /// The wished address is of the part that is Docker's.
+    #[error("address {address} is of Docker's part of subnet {range}; from {first} to {last} are for containers attached here")]
+    Docker {
+        /// The wished address.
+        address: IpAddr,
+        /// The range.
+        range: Cidr,
+        /// The lowest address that can be handed out.
+        first: IpAddr,
+        /// The highest one.
+        last: IpAddr,
+    },
     /// The wished address is handed out.
     #[error("address {address} is in use")]
     InUse {
@@ -81,6 +95,7 @@ impl Ipam {
         };
         Ipam {
             range,
+            docker: None,
             first,
             last,
             used: BTreeSet::new(),
@@ -89,6 +104,21 @@ impl Ipam {
             releases: 0,
             cursor: first,
         }
+    }
+
+    /// The allocator of what Docker leaves of a range; of all of it where it is too small to be shared.
+    pub fn beside_docker(range: Cidr) -> Ipam {
+        let mut ipam = Ipam::new(range);
+        ipam.docker = DockerShare::of(range);
+        if let Some(share) = ipam.docker {
+            ipam.last = ipam.last.min(address_value(share.first).saturating_sub(1));
+        }
+        ipam
+    }
+
+    /// What of the range is Docker's.
+    pub fn docker(&self) -> Option<DockerShare> {
+        self.docker
     }
 
     /// The range.
@@ -151,6 +181,9 @@ impl Ipam {
             return Err(IpamError::Outside { address, range });
         }
         let value = address_value(address);
+        if self.docker.is_some_and(|share| value >= address_value(share.first)) {
+            return Err(IpamError::Docker { address, range, first: self.first(), last: self.last() });
+        }
         if !(self.first..=self.last).contains(&value) {
             let purpose = match value - address_value(range.base()) {
                 0 => "base",
@@ -241,6 +274,28 @@ mod tests {
         huge.release(first);
         assert_eq!(huge.allocate().unwrap().to_string(), "fd00:10:244:51::3");
         huge.take("fd00:10:244:51:ffff:ffff:ffff:ffff".parse().unwrap()).unwrap();
+    }
+
+    #[test]
+    fn docker_has_its_part_for_itself() {
+        let mut ipam = Ipam::beside_docker("10.244.1.0/28".parse().unwrap());
+        assert_eq!((ipam.capacity(), ipam.last().to_string()), (6, "10.244.1.7".to_owned()));
+        let last = (0..6).map(|_| ipam.allocate().unwrap()).last().unwrap();
+        assert_eq!(last.to_string(), "10.244.1.7");
+        assert!(matches!(ipam.allocate(), Err(IpamError::Full { in_use: 6, .. })));
+        for address in ["10.244.1.8", "10.244.1.15"] {
+            let error = ipam.take(address.parse().unwrap()).unwrap_err().to_string();
+            assert!(error.contains("is of Docker's part of subnet 10.244.1.0/28; from 10.244.1.2 to 10.244.1.7"), "{error}");
+        }
+        // A cursor from a time when all was ours.
+        ipam.resume("10.244.1.12".parse().unwrap());
+        ipam.release(last);
+        assert_eq!(ipam.allocate().unwrap(), last);
+        let mut six = Ipam::beside_docker("fd00:10:244:51::/64".parse().unwrap());
+        six.take("fd00:10:244:51::ffff:ffff".parse().unwrap()).unwrap();
+        assert!(matches!(six.take("fd00:10:244:51:0:242:af4:181".parse().unwrap()), Err(IpamError::Docker { .. })));
+        // Too small to be shared.
+        assert_eq!(Ipam::beside_docker("10.0.0.4/30".parse().unwrap()).docker(), None);
     }
 
     #[test]

@@ -92,20 +92,20 @@ impl Table {
             for family in Family::ALL {
                 let range = new.subnet.get(family);
                 if self.pools.get(family).map(Ipam::range) != range {
-                    *self.pools.slot(family) = range.map(|range| self.pool(range, family));
+                    *self.pools.slot(family) = range.map(|range| self.pool(range, family, new.docker));
                 }
             }
         }
         self.network = network;
     }
 
-    fn pool(&self, range: crate::model::Cidr, family: Family) -> Ipam {
-        let mut pool = Ipam::new(range);
+    fn pool(&self, range: crate::model::Cidr, family: Family, docker: bool) -> Ipam {
+        let mut pool = if docker { Ipam::beside_docker(range) } else { Ipam::new(range) };
         if let Some(cursor) = self.cursor.get(family) {
             pool.resume(*cursor);
         }
         for address in self.records.values().filter_map(|r| r.endpoint.addresses().get(family).copied()) {
-            // Outside the range it is a stale endpoint's; twice the same cannot be, and would do no harm.
+            // Outside the range it is a stale endpoint's, in Docker's part one's from before; twice the same cannot be, and would do no harm.
             let _ = pool.take(address);
         }
         pool

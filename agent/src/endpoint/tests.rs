@@ -36,7 +36,7 @@ impl Host {
 }
 
 fn network(key: &str) -> EndpointNetwork {
-    EndpointNetwork { subnet: Subnet::from_key(key).unwrap(), bridge: Device::bridge(Vni::DEFAULT), mtu: 1430 }
+    EndpointNetwork { subnet: Subnet::from_key(key).unwrap(), bridge: Device::bridge(Vni::DEFAULT), mtu: 1430, docker: false }
 }
 
 fn name(text: &str) -> EndpointName {

@@ -55,6 +55,7 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
                 network: of.network,
                 subnet: range,
                 gateway,
+                docker: pool.docker().map(|share| share.fixed),
                 first: pool.first(),
                 last: pool.last(),
                 in_use: pool.in_use(),

@@ -41,6 +41,8 @@ pub struct IpamView {
     pub subnet: Cidr,
     /// The gateway's address, on the bridge.
     pub gateway: IpAddr,
+    /// The part that is left to Docker, as it is to be told; absent where none is.
+    pub docker: Option<Cidr>,
     /// The lowest address that containers get.
     pub first: IpAddr,
     /// The highest one.

@@ -1,0 +1,67 @@
+//! What of a host's subnet is left to Docker, where it is told to put its containers on our bridge (`docs/docker.md`). Pure.
+
+use std::net::IpAddr;
+
+use super::family::address_value;
+use super::{Cidr, Family};
+
+/// The longest IPv6 prefix in which Docker makes a container's address of its MAC; in a longer one it counts from the base, as we do
+/// (libnetwork, `daemon_unix.go`: `deferIPv6Alloc`).
+const LONGEST_BY_MAC: u8 = 80;
+
+/// Of such a prefix we hand out the lowest 2^32 addresses. Docker's have the MAC, which begins with 02:42, in the last 48 bits.
+const OWN_IPV6_BITS: u32 = 32;
+
+/// The longest IPv4 subnet of which half is worth anything to either.
+const LONGEST_IPV4: u8 = 29;
+
+/// Docker's part of one family's range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DockerShare {
+    /// What Docker is told as its `fixed-cidr` (IPv6: `fixed-cidr-v6`).
+    pub fixed: Cidr,
+    /// From here to the range's end the agent hands out nothing.
+    pub first: IpAddr,
+}
+
+impl DockerShare {
+    /// Docker's part of a host's range: the upper half in IPv4, all but the lowest 2^32 addresses in IPv6. `None` where the range is too small
+    /// to be shared (IPv4 longer than /29, IPv6 longer than /80).
+    pub fn of(range: Cidr) -> Option<DockerShare> {
+        let family = range.family();
+        let own = match family {
+            Family::V4 if range.length() <= LONGEST_IPV4 => 1u128 << (family.bits() - range.length() - 1),
+            Family::V6 if range.length() <= LONGEST_BY_MAC => 1u128 << OWN_IPV6_BITS,
+            _ => return None,
+        };
+        let first = family.address(address_value(range.base()) + own);
+        let fixed = match family {
+            Family::V4 => Cidr::containing(first, range.length() + 1)?,
+            // The gateway has to lie in it, or Docker gives the bridge an address of its own choice.
+            Family::V6 => range,
+        };
+        Some(DockerShare { fixed, first })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_upper_half_or_all_but_the_lowest() {
+        for (range, expected) in [
+            ("10.244.7.0/24", Some(("10.244.7.128/25", "10.244.7.128"))),
+            ("10.244.0.0/16", Some(("10.244.128.0/17", "10.244.128.0"))),
+            ("10.244.7.248/29", Some(("10.244.7.252/30", "10.244.7.252"))),
+            ("10.244.7.252/30", None),
+            ("fd00:10:244:51::/64", Some(("fd00:10:244:51::/64", "fd00:10:244:51:0:1::"))),
+            ("fd00::/80", Some(("fd00::/80", "fd00::1:0:0"))),
+            ("fd00::/81", None),
+        ] {
+            let share = DockerShare::of(range.parse().expect(range));
+            let shown = share.map(|share| (share.fixed.to_string(), share.first.to_string()));
+            assert_eq!(shown, expected.map(|(fixed, first)| (fixed.to_owned(), first.to_owned())), "{range}");
+        }
+    }
+}

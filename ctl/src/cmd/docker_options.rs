@@ -1,0 +1,102 @@
+//! `overlayctl docker-options`: what dockerd has to be told so that its containers are on the overlay.
+
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use overlay_agent::model::{Family, PerFamily};
+use overlay_agent::state::write_whole;
+use serde::Serialize;
+
+use super::{CommandError, Context, Outcome};
+use crate::docker::{DockerOptions, read};
+use crate::output::{Style, View};
+
+/// The mode of a file that was not there; it holds nothing secret.
+const MODE: u32 = 0o644;
+
+/// The arguments.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "overlayctl docker-options --write /etc/docker/daemon.json && systemctl restart docker")]
+pub struct Args {
+    /// Merge them into this file, dockerd's configuration
+    #[arg(long, value_name = "FILE")]
+    write: Option<PathBuf>,
+    /// Print them as flags of dockerd
+    #[arg(long, conflicts_with = "write")]
+    flags: bool,
+}
+
+/// Prints or writes the options.
+pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
+    let network = context.client.network().await?;
+    let options = DockerOptions::of(&network)?;
+    let subnets: PerFamily<_> = network.ipam.map(|_, ipam| ipam.subnet);
+    if let (Some(subnet), None) = (subnets.get(Family::V6), options.fixed_cidr_v6) {
+        eprintln!("overlayctl: Docker's containers have no IPv6: {subnet} is longer than /80");
+    }
+    let Some(path) = &args.write else {
+        if args.flags {
+            context.printer.line(&options.flags())?;
+        } else {
+            context.printer.show(&OptionsView(&options))?;
+        }
+        return Ok(Outcome::Well);
+    };
+    let changed = write(path, &options)?;
+    context.printer.show(&WrittenView { file: path, changed, options: &options })?;
+    Ok(Outcome::Well)
+}
+
+/// Merges the options into the file, which is written whole and keeps its mode; whether it changed.
+fn write(path: &Path, options: &DockerOptions) -> Result<bool, CommandError> {
+    let failed = |source: io::Error| CommandError::Write { path: path.to_owned(), source };
+    // A link stays one: what it leads to is replaced.
+    let target = match path.canonicalize() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => std::path::absolute(path).map_err(failed)?,
+        other => other.map_err(failed)?,
+    };
+    let present = read(&target)?;
+    let merged = options.merged(path, present.clone())?;
+    if merged == present {
+        return Ok(false);
+    }
+    let text = format!("{:#}\n", serde_json::Value::Object(merged));
+    let mode = match std::fs::metadata(&target) {
+        Ok(metadata) => metadata.permissions().mode() & 0o7777,
+        Err(_) => MODE,
+    };
+    if let Some(directory) = target.parent() {
+        std::fs::create_dir_all(directory).map_err(failed)?;
+    }
+    write_whole(&target, text.as_bytes(), mode).map_err(|error| failed(error.source))?;
+    Ok(true)
+}
+
+#[derive(Serialize)]
+#[serde(transparent)]
+struct OptionsView<'a>(&'a DockerOptions);
+
+impl View for OptionsView<'_> {
+    fn text(&self, _style: Style, _wide: bool) -> String {
+        format!("{:#}", serde_json::Value::Object(self.0.keys()))
+    }
+}
+
+#[derive(Serialize)]
+struct WrittenView<'a> {
+    file: &'a Path,
+    changed: bool,
+    options: &'a DockerOptions,
+}
+
+impl View for WrittenView<'_> {
+    fn text(&self, _style: Style, _wide: bool) -> String {
+        let file = self.file.display();
+        if self.changed {
+            format!("{file}: written; dockerd takes it up when it is started again: systemctl restart docker")
+        } else {
+            format!("{file}: as it was")
+        }
+    }
+}

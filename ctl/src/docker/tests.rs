@@ -1,0 +1,82 @@
+use super::*;
+
+fn options() -> DockerOptions {
+    DockerOptions {
+        bridge: "ovb.1".to_owned(),
+        fixed_cidr: "10.244.7.128/25".parse().expect("a range"),
+        mtu: 1450,
+        ip_masq: false,
+        ipv6: false,
+        fixed_cidr_v6: None,
+    }
+}
+
+fn merged(options: &DockerOptions, present: &str) -> Result<Value, String> {
+    let Ok(Value::Object(present)) = serde_json::from_str(present) else { panic!("{present}") };
+    options.merged(Path::new("/etc/docker/daemon.json"), present).map(Value::Object).map_err(|error| error.to_string())
+}
+
+#[test]
+fn as_flags_and_as_keys() {
+    assert_eq!(options().flags(), "--bridge=ovb.1 --fixed-cidr=10.244.7.128/25 --ip-masq=false --mtu=1450");
+    let dual = DockerOptions { ipv6: true, fixed_cidr_v6: Some("fd00::/64".parse().expect("a range")), ..options() };
+    assert!(dual.flags().contains("--fixed-cidr-v6=fd00::/64 --ip-masq=false --ipv6=true"), "{}", dual.flags());
+    assert!(dual.keys().keys().all(|key| OURS.contains(&key.as_str())));
+}
+
+#[test]
+fn what_others_set_stays() {
+    let found = merged(&options(), r#"{"log-driver": "journald", "hosts": ["unix://"], "mtu": 1450}"#).expect("no conflict");
+    let expected = serde_json::json!({
+        "log-driver": "journald", "hosts": ["unix://"],
+        "bridge": "ovb.1", "fixed-cidr": "10.244.7.128/25", "mtu": 1450, "ip-masq": false
+    });
+    assert_eq!(found, expected);
+    // The same again changes nothing.
+    assert_eq!(merged(&options(), &expected.to_string()).expect("no conflict"), expected);
+}
+
+#[test]
+fn an_earlier_lease_is_replaced_as_a_whole() {
+    let earlier = r#"{"bridge": "ovb.7", "fixed-cidr": "10.9.1.128/25", "mtu": 1430, "ip-masq": false, "ipv6": true,
+        "fixed-cidr-v6": "fd00:9::/64", "debug": true}"#;
+    let mut expected = options().keys();
+    expected.insert("debug".to_owned(), Value::Bool(true));
+    assert_eq!(merged(&options(), earlier).expect("no conflict"), Value::Object(expected));
+}
+
+#[test]
+fn each_contradiction_is_named() {
+    let present =
+        r#"{"bip": "172.17.0.1/16", "bridge": "docker0", "mtu": 1500, "default-gateway": "172.17.0.1", "ip-masq": false}"#;
+    let error = merged(&options(), present).expect_err("conflicts");
+    for part in [
+        "/etc/docker/daemon.json",
+        r#""bip": "172.17.0.1/16": "#,
+        r#""bridge": "docker0": it has to be "ovb.1""#,
+        r#""mtu": 1500: it has to be 1450"#,
+        r#""default-gateway": "172.17.0.1": "#,
+        "nothing was written",
+    ] {
+        assert!(error.contains(part), "{part} in {error}");
+    }
+    assert!(!error.contains("ip-masq"), "{error}");
+    // What begins like one of ours is not ours for that.
+    assert!(merged(&options(), r#"{"bridge": "ovb.x"}"#).is_err());
+    // Nor is a key ours that we never write, in a file that is otherwise ours.
+    assert!(merged(&options(), r#"{"bridge": "ovb.1", "bip": "10.244.7.1/24"}"#).is_err());
+}
+
+#[test]
+fn files_that_dockerd_would_refuse() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let path = dir.path().join("daemon.json");
+    assert_eq!(read(&path).expect("none is none"), Map::new());
+    for (text, complaint) in [("[]", "it holds an array"), ("{\"mtu\": }", "line 1"), ("{} x", "trailing")] {
+        std::fs::write(&path, text).expect("writable");
+        let error = read(&path).expect_err(text).to_string();
+        assert!(error.contains(complaint) && error.contains("daemon.json"), "{error}");
+    }
+    std::fs::write(&path, "\n").expect("writable");
+    assert_eq!(read(&path).expect("an empty file is none"), Map::new());
+}

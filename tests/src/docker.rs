@@ -1,0 +1,217 @@
+//! Docker on a host of a lab: Debian's dockerd with a containerd of its own, in the host's network namespace. Mounts and processes are in
+//! namespaces of their own, so that nothing of it meets a Docker of the machine, and all of it ends with [`Docker`].
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use overlayctl::lab::Lab;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::programs::{Said, needs};
+use crate::{Must, eventually};
+
+/// The image that every Docker here has.
+pub const IMAGE: &str = "overlay-tests";
+
+/// Debian's client; the search path may have another one first.
+const CLIENT: &str = "/usr/bin/docker";
+
+/// How long containerd and dockerd may take to start, or to end.
+const START: Duration = Duration::from_secs(60);
+
+/// What runs inside the new namespaces. The first process: when it ends, the kernel ends all others; and it ends when nobody holds its
+/// standard input any more, however this test ends.
+const SCRIPT: &str = r#"
+mount --make-rprivate /
+mount -t proc proc /proc
+mount -t tmpfs -o mode=755 tmpfs /run
+/usr/bin/containerd --config "$DIR/containerd.toml" --root "$DIR/containerd" --state /run/containerd --address /run/containerd.sock \
+    >>"$DIR/containerd.log" 2>&1 &
+for _ in $(seq 600); do [ -S /run/containerd.sock ] && break; sleep 0.1; done
+/usr/sbin/dockerd --containerd /run/containerd.sock --data-root "$DIR/data" --exec-root /run/docker --pidfile /run/docker.pid \
+    --host "unix://$DIR/docker.sock" --storage-driver vfs --exec-opt native.cgroupdriver=cgroupfs --cgroup-parent "/$CGROUP" "$@" \
+    >>"$DIR/dockerd.log" 2>&1 &
+cat >/dev/null
+"#;
+
+/// The files of a Docker: images stay over a restart of its daemon.
+#[derive(Debug)]
+pub struct DockerFiles {
+    dir: TempDir,
+    cgroup: String,
+}
+
+/// A Docker that runs.
+#[derive(Debug)]
+pub struct Docker<'a> {
+    files: &'a DockerFiles,
+    init: Child,
+}
+
+impl DockerFiles {
+    /// Files for a host of a lab.
+    pub fn new(lab: &Lab, host: &str) -> DockerFiles {
+        for (program, package) in
+            [("dockerd", "docker.io"), ("containerd", "containerd"), ("runc", "runc"), ("busybox", "busybox-static")]
+        {
+            needs(program, package);
+        }
+        assert!(Path::new(CLIENT).is_file(), "{CLIENT} is not installed: apt-get install docker.io");
+        let dir = tempfile::Builder::new().prefix("overlay-docker-").tempdir_in("/var/tmp").must("a directory");
+        // Without the part for Kubernetes, which opens ports.
+        fs::write(dir.path().join("containerd.toml"), "version = 2\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n")
+            .must("containerd's configuration");
+        DockerFiles { dir, cgroup: format!("overlay-tests-{}-{host}", lab.layout().name) }
+    }
+
+    /// Where dockerd's configuration file is to be.
+    pub fn config(&self) -> PathBuf {
+        self.dir.path().join("daemon.json")
+    }
+
+    /// Starts containerd and dockerd inside a host; they answer when it returns. `config` is dockerd's configuration file.
+    pub async fn start(&self, lab: &Lab, host: &str, config: Option<&Path>) -> Docker<'_> {
+        let dir = self.dir.path();
+        let socket = dir.join("docker.sock");
+        let _from_before = fs::remove_file(&socket);
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--pid", "--fork", "--kill-child", "sh", "-euc", SCRIPT, "docker"]);
+        let none = dir.join("no.json");
+        fs::write(&none, "{}").must("a configuration");
+        command.arg("--config-file").arg(config.unwrap_or(&none));
+        command.env("DIR", dir).env("CGROUP", &self.cgroup).env_remove("DOCKER_HOST");
+        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+        let netns = lab.netns(host).must(host);
+        let init = netns.run(|| command.spawn()).must("enter the host").must("unshare");
+        let mut docker = Docker { files: self, init };
+        eventually(&format!("dockerd of {host} answers"), START, || {
+            let said = docker.attempt(&["version", "--format", "{{.Server.Version}}"]);
+            if said.code == Some(0) { Ok(()) } else { Err(format!("{}\n{}", said.err, docker.log())) }
+        })
+        .await;
+        assert!(docker.init.try_wait().must("wait").is_none(), "it ended: {}", docker.log());
+        docker
+    }
+}
+
+impl Drop for DockerFiles {
+    fn drop(&mut self) {
+        for controller in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
+            remove_cgroup(&controller.path().join(&self.cgroup));
+        }
+        remove_cgroup(&Path::new("/sys/fs/cgroup").join(&self.cgroup));
+    }
+}
+
+/// Removes a group with those below it; a group goes by itself only when it is told to.
+fn remove_cgroup(group: &Path) {
+    for inner in fs::read_dir(group).into_iter().flatten().flatten().filter(|entry| entry.path().is_dir()) {
+        remove_cgroup(&inner.path());
+    }
+    let _not_there_or_in_use = fs::remove_dir(group);
+}
+
+impl Docker<'_> {
+    /// Runs Docker's client, however it ends.
+    pub fn attempt(&self, arguments: &[&str]) -> Said {
+        self.attempt_with(arguments, &[])
+    }
+
+    fn attempt_with(&self, arguments: &[&str], input: &[u8]) -> Said {
+        let dir = self.files.dir.path();
+        let mut command = Command::new(CLIENT);
+        command.arg("--host").arg(format!("unix://{}", dir.join("docker.sock").display())).args(arguments);
+        command.env("DOCKER_CONFIG", dir).env_remove("DOCKER_HOST").env_remove("DOCKER_CONTEXT");
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().must(CLIENT);
+        let mut stdin = child.stdin.take().must("its input");
+        // A client that does not read its input ends all the same.
+        let _closed = stdin.write_all(input);
+        drop(stdin);
+        let output = child.wait_with_output().must(CLIENT);
+        Said::of(&[&["docker"], arguments].concat(), &output)
+    }
+
+    /// Runs Docker's client; it must end well. What it said, without the last line end.
+    #[track_caller]
+    pub fn run(&self, arguments: &[&str]) -> String {
+        self.attempt(arguments).exits(0).out.trim_end().to_owned()
+    }
+
+    /// Makes [`IMAGE`]: busybox, and a page in `/www` that names the host.
+    #[track_caller]
+    pub fn import_image(&self, page: &str) {
+        let root = self.files.dir.path().join("image");
+        fs::create_dir_all(root.join("bin")).must("the image");
+        fs::create_dir_all(root.join("www")).must("the image");
+        fs::write(root.join("www/index.html"), page).must("the page");
+        let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|path| Path::new(path).is_file()).must("busybox");
+        fs::copy(busybox, root.join("bin/busybox")).must("busybox");
+        for applet in ["sh", "ping", "ping6", "httpd", "nc", "ip"] {
+            let link = root.join("bin").join(applet);
+            if !link.exists() {
+                symlink("busybox", link).must(applet);
+            }
+        }
+        let tar = Command::new("tar").arg("-C").arg(&root).args(["-c", "."]).output().must("tar");
+        self.attempt_with(&["import", "-", IMAGE], &tar.stdout).exits(0);
+    }
+
+    /// Starts a container that serves its page, and ends at once when it is told to.
+    #[track_caller]
+    pub fn serve(&self, name: &str) {
+        self.run(&[
+            "run",
+            "--detach",
+            "--name",
+            name,
+            "--stop-signal",
+            "KILL",
+            IMAGE,
+            "/bin/httpd",
+            "-f",
+            "-vv",
+            "-p",
+            "80",
+            "-h",
+            "/www",
+        ]);
+    }
+
+    /// A container's settings on Docker's default network.
+    #[track_caller]
+    pub fn network_of(&self, container: &str) -> Value {
+        let text = self.run(&["inspect", "--format", "{{json .NetworkSettings.Networks.bridge}}", container]);
+        serde_json::from_str(&text).must(&text)
+    }
+
+    /// The ends of the daemons' logs.
+    pub fn log(&self) -> String {
+        let dir = self.files.dir.path();
+        let end = |name: &str| overlayctl::lab::process::tail(&dir.join(name));
+        format!("containerd:\n{}\ndockerd:\n{}", end("containerd.log"), end("dockerd.log"))
+    }
+}
+
+impl Drop for Docker<'_> {
+    /// Ends the daemons and the containers.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("--- Docker in {}\n{}", self.files.cgroup, self.log());
+        }
+        drop(self.init.stdin.take());
+        let end = Instant::now() + START;
+        while let Ok(None) = self.init.try_wait() {
+            if Instant::now() > end {
+                let _killed = self.init.kill();
+                let _collected = self.init.wait();
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
