@@ -186,8 +186,18 @@ async fn drive(family: Family, entries: Vec<StoreEntry>) -> anyhow::Result<Took>
     let (overlay, _overlays) = watch::channel(None);
     let (changes, mut changed) = watch::channel(0);
     let (ready, mut readiness) = watch::channel(false);
-    let channels =
-        Channels { store, kernel: kernel_events, queries, ports, wish, overlay, changes, ready, ports_lost: watch::channel(0).0 };
+    let channels = Channels {
+        store,
+        kernel: kernel_events,
+        queries,
+        ports,
+        wish,
+        overlay,
+        changes,
+        ready,
+        ports_lost: watch::channel(0).0,
+        beat: watch::channel(0).0,
+    };
     let stop = CancellationToken::new();
     let mut tasks = JoinSet::new();
     tasks.spawn(monitor.run());
