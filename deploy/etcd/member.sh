@@ -13,7 +13,7 @@ if [ $# -lt 3 ]; then
 fi
 name=$1 certificates=$2
 shift 2
-own= cluster=
+own="" cluster=""
 for member in "$@"; do
     host=${member#*=}
     case $host in
