@@ -58,6 +58,9 @@ build() {
     echo "== packages ($profile)"
     PROFILE=$profile OUT=$work/packages nice "$top/deploy/package.sh" >"$work/package.log" 2>&1 || { tail -20 "$work/package.log" && exit 1; }
     PROFILE=$profile OUT=$work/packages VERSION=$version+next nice "$top/deploy/package.sh" >>"$work/package.log" 2>&1
+    (cd "$work/packages" && cp "overlayd-$version-$(dpkg --print-architecture).sha256" first)
+    PROFILE=$profile OUT=$work/packages nice "$top/deploy/package.sh" >>"$work/package.log" 2>&1
+    (cd "$work/packages" && sha256sum --check --quiet first) || { echo "FAILED: packaged twice, two results" >&2 && exit 1; }
     ls -sh "$work/packages"
 }
 
@@ -168,7 +171,7 @@ fail() {
 on() {
     local n=$1
     shift
-    nsenter --target "${host_pid[$n]}" --mount --uts --ipc --net --pid --cgroup --root --wd -- env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 "$@"
+    nsenter --target "${host_pid[$n]}" --mount --uts --ipc --net --pid --cgroup --root --wd -- env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 "$@"
 }
 
 # eventually SECONDS WHAT COMMAND: until it succeeds.
@@ -286,6 +289,8 @@ attach() { # N NAME
 }
 
 inside() {
+    set -E
+    trap 'fail "line $LINENO: $BASH_COMMAND"' ERR
     trap 'kill "${leaders[@]}" 2>/dev/null || true' EXIT
     mount --make-rprivate /
     mkdir -p /run/netns
@@ -382,6 +387,12 @@ containers() {
     on 1 overlayctl attach gone >/dev/null
     on 1 overlayctl detach gone >/dev/null
     on 1 sh -c '[ ! -e /run/netns/gone ]' || fail "the namespace is left over"
+    # The agent's view of the mounts is its own; it must not keep alive what others delete.
+    on 1 ip netns add held
+    on 1 ip link add held0 type veth peer name held1 netns held
+    on 1 systemctl restart overlayd
+    on 1 ip netns delete held
+    eventually 20 "a namespace that is deleted is gone" on 1 sh -c '! ip link show held0'
     for unit in docker containerd; do
         on 1 sh -c "printf '[Service]\nExecStart=/bin/true\n' >/etc/systemd/system/$unit.service; systemctl daemon-reload"
         want overlayd.service on 1 systemctl show -P After $unit.service
