@@ -51,16 +51,7 @@ impl Cluster {
         cluster.certificates("pki", "365", &["overlay-agent"]);
         let list = MEMBERS.map(|(name, address)| format!("{name}={address}"));
         for (name, _) in MEMBERS {
-            let pki = cluster.file("pki");
-            let mut settings = Command::new(script("member.sh"));
-            settings.arg(name).arg(&pki).args(&list).env("DATA", cluster.file(&format!("{name}-etcd")));
-            let settings = run(&mut settings, None).exits(0).out;
-            let mut etcd = Command::new("etcd");
-            for (key, value) in settings.lines().filter_map(|line| line.split_once('=')) {
-                etcd.env(key, value);
-            }
-            let (log, record) = (cluster.file(&format!("{name}-etcd.log")), cluster.file(&format!("{name}-etcd.pid")));
-            cluster.members.push(process::start(etcd, Some(&cluster.story.inside(name)), &log, &record).must(name));
+            cluster.member(name, name, &list);
         }
         let healthy = || {
             let mut command = cluster.etcdctl(None);
@@ -73,6 +64,32 @@ impl Cluster {
         access.arg(cluster.file("passwords"));
         run(&mut access, Some(&net)).exits(0);
         cluster
+    }
+
+    /// Starts a member of the cluster of this list.
+    fn member(&mut self, place: &str, name: &str, list: &[String]) {
+        let mut settings = Command::new(script("member.sh"));
+        settings.arg(name).arg(self.file("pki")).args(list).env("DATA", self.file(&format!("{name}-etcd")));
+        let settings = run(&mut settings, None).exits(0).out;
+        let mut etcd = Command::new("etcd");
+        for (key, value) in settings.lines().filter_map(|line| line.split_once('=')) {
+            etcd.env(key, value);
+        }
+        let (log, record) = (self.file(&format!("{name}-etcd.log")), self.file(&format!("{name}-etcd.pid")));
+        self.members.push(process::start(etcd, Some(&self.story.inside(place)), &log, &record).must(name));
+    }
+
+    /// A server of its own whose certificate has expired; its URL.
+    fn stale_server(&mut self) -> String {
+        let net = self.story.inside("net");
+        let shown = run(Command::new("ip").args(["-o", "-4", "address", "show", "to", "10.99.0.2"]), Some(&net)).exits(0).out;
+        let device = shown.split_whitespace().nth(1).must("the device of the lab's etcd");
+        run(Command::new("ip").args(["address", "add", "10.99.0.12/16", "dev", device]), Some(&net)).exits(0);
+        let mut certs = Command::new(script("certs.sh"));
+        certs.arg(self.file("pki")).args(["member", "stale", "10.99.0.12"]).env("DAYS", "0");
+        run(&mut certs, None).exits(0);
+        self.member("net", "stale", &["stale=10.99.0.12".to_owned()]);
+        "https://10.99.0.12:2379".to_owned()
     }
 
     fn file(&self, name: &str) -> PathBuf {
@@ -253,16 +270,23 @@ async fn each_wrong_credential_has_its_own_error() {
     std::fs::write(cluster.file("passwords/wrong"), "not the password\n").must("a password");
     let before = Dump::of(&cluster.story.inside("h1"));
 
-    let flags = |user: &str, pki: &str, certificate: &str| cluster.flags(user, pki, certificate);
-    let mut wrong_password = flags("overlay-agent", "pki", "overlay-agent");
+    let mut wrong_password = cluster.flags("overlay-agent", "pki", "overlay-agent");
     wrong_password.retain(|flag| !flag.starts_with("--etcd-password-file"));
     wrong_password.push(format!("--etcd-password-file={}", cluster.file("passwords/wrong").display()));
+    let stale = cluster.stale_server();
+    let mut expired_server = cluster.flags("overlay-agent", "pki", "overlay-agent");
+    expired_server[0] = format!("--etcd-endpoints={stale}");
     let cases = [
-        ("the reader's role", flags("overlay-reader", "pki", "overlay-agent"), vec!["user `overlay-reader` may not write"]),
+        (
+            "the reader's role",
+            cluster.flags("overlay-reader", "pki", "overlay-agent"),
+            vec!["user `overlay-reader` may not write"],
+        ),
         ("a wrong password", wrong_password, vec!["user `overlay-agent`", "--etcd-password-file"]),
-        ("a wrong CA", flags("overlay-agent", "other", "overlay-agent"), vec!["not signed by the CA of --etcd-cafile"]),
-        ("an expired certificate", flags("overlay-agent", "pki", "expired"), vec!["--etcd-certfile", "has expired"]),
-        ("a stranger's certificate", flags("overlay-agent", "pki", "stranger"), vec!["client certificate of its CA"]),
+        ("a wrong CA", cluster.flags("overlay-agent", "other", "overlay-agent"), vec!["not signed by the CA of --etcd-cafile"]),
+        ("an expired certificate", cluster.flags("overlay-agent", "pki", "expired"), vec!["--etcd-certfile", "has expired"]),
+        ("a server's expired certificate", expired_server, vec!["its certificate has expired"]),
+        ("a stranger's certificate", cluster.flags("overlay-agent", "pki", "stranger"), vec!["client certificate of its CA"]),
     ];
     let mut told = Vec::new();
     for (what, flags, wanted) in cases {
@@ -275,7 +299,7 @@ async fn each_wrong_credential_has_its_own_error() {
     }
     told.sort_unstable();
     told.dedup();
-    assert_eq!(told.len(), 5, "each has its own words: {told:#?}");
+    assert_eq!(told.len(), 6, "each has its own words: {told:#?}");
     let text = told.join("\n");
     assert!(!text.contains("not the password"), "{text}");
     // Nothing was touched by agents without a lease.
