@@ -113,7 +113,7 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: Source) -> anyh
         store: store_events,
         kernel: kernel_events,
         queries,
-        ports: endpoints.ports(),
+        endpoints: endpoints.plugged(),
         wish,
         overlay,
         changes,

@@ -74,7 +74,7 @@ struct Inner<C> {
     permits: Arc<Semaphore>,
     /// Running work; `None` when the agent is ending.
     work: Mutex<Option<JoinSet<()>>>,
-    ports: watch::Sender<Vec<String>>,
+    plugged: watch::Sender<Vec<Endpoint>>,
     /// Endpoints whose namespace is gone, as far as is known: their ports are wanted no more.
     missing: Mutex<BTreeSet<EndpointName>>,
     /// Those whose namespace was gone at the last audit.
@@ -95,7 +95,7 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
         let table = Table::from_stored(stored.unwrap_or_default());
         let unfinished: Vec<EndpointName> =
             table.records().filter(|r| r.phase != Phase::Attached).map(|r| r.endpoint.name.clone()).collect();
-        let ports = watch::Sender::new(table.ports(&BTreeSet::new()));
+        let plugged = watch::Sender::new(table.plugged(&BTreeSet::new()));
         let endpoints = Endpoints(Arc::new(Inner {
             state,
             path,
@@ -104,7 +104,7 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
             names: Mutex::default(),
             permits: Arc::new(Semaphore::new(MOST_AT_ONCE)),
             work: Mutex::new(Some(JoinSet::new())),
-            ports,
+            plugged,
             missing: Mutex::default(),
             gone_before: Mutex::default(),
         }));
@@ -126,7 +126,7 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
         };
         for endpoint in stale {
             tracing::warn!(
-                endpoint = %endpoint.name, addresses = ?endpoint.addresses, subnet = ?network.map(|n| n.subnet),
+                endpoint = %endpoint.name, addresses = ?endpoint.addresses(), subnet = ?network.map(|n| n.subnet),
                 "the endpoint's address is outside the present subnet: detach it and attach it again"
             );
         }
@@ -158,11 +158,11 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
         lock(&self.0.table).stale()
     }
 
-    /// The host's ends of the attached endpoints, sorted: the ports that the bridge should have, but for endpoints whose namespace was gone at
-    /// the last look. Changes are announced. A pair exists in the kernel some moments before it is here and after it has gone from
-    /// here: a port that is not here is left alone.
-    pub fn ports(&self) -> watch::Receiver<Vec<String>> {
-        self.0.ports.subscribe()
+    /// The endpoints that are plugged into the bridge, by name, but for those whose namespace was gone at the last look. Changes are
+    /// announced. A pair exists in the kernel some moments before it is here and after it has gone from here: a port that is not here is
+    /// left alone.
+    pub fn plugged(&self) -> watch::Receiver<Vec<Endpoint>> {
+        self.0.plugged.subscribe()
     }
 
     /// Looks at each endpoint's namespace. One that is gone now and was at the last look is detached (twice, because a runtime may be replacing

@@ -48,6 +48,7 @@ use self::ethtool::Ethtool;
 use self::events::Foreign;
 use self::known::Known;
 use self::link::Links;
+use self::monitor::Ears;
 use self::nft::Nft;
 use self::rtnl::Rtnl;
 use self::socket::RouteSocket;
@@ -58,6 +59,8 @@ use crate::plan::{ApplyReport, Batch, DataPath, KernelEvent, Key, Op, OpError, V
 
 /// Ops that are applied before others who want the shared state get their turn.
 const TURN: usize = 4096;
+/// FDB entries of a batch from which on the monitor does not listen to their events, but reads the FDB afterwards.
+const UNHEARD: usize = 512;
 
 /// How to use the kernel.
 #[derive(Debug, Clone)]
@@ -95,6 +98,7 @@ impl Shared {
 pub struct Kernel {
     shared: Arc<Mutex<Shared>>,
     batch: BatchSocket,
+    ears: Arc<Ears>,
     /// Whether the kernel has them: those of an earlier run are seen, and removed, also where they are not to be used.
     has_nexthop_objects: bool,
     nexthop_objects: bool,
@@ -122,8 +126,9 @@ impl Kernel {
         let shared = Arc::new(Mutex::new(shared));
         let (sender, events) = mpsc::channel(options.event_capacity.max(1));
         let monitor = Monitor::open(Arc::clone(&shared), own, nft_port, foreign, sender)?;
+        let ears = monitor.ears()?;
         let nexthop_objects = has_nexthop_objects && !options.force_classic_routes;
-        Ok((Kernel { shared, batch, has_nexthop_objects, nexthop_objects }, events, monitor))
+        Ok((Kernel { shared, batch, ears, has_nexthop_objects, nexthop_objects }, events, monitor))
     }
 
     /// Whether routes lead to next-hop objects; else each has its gateway itself.
@@ -155,6 +160,8 @@ impl DataPath for Kernel {
 
     async fn apply(&mut self, batch: &Batch) -> ApplyReport {
         let mut report = ApplyReport::default();
+        let fdb = batch.iter().filter(|op| matches!(op.key(), Key::Fdb(..))).count();
+        let _unheard = (fdb >= UNHEARD).then(|| self.ears.without_fdb());
         for (n, turn) in batch.chunks(TURN).enumerate() {
             let mut shared = self.shared.lock().await;
             apply(&mut shared, &mut self.batch, turn, n * TURN, &mut report).await;

@@ -7,7 +7,7 @@
 //! | --- | --- |
 //! | wiring | [`app`] |
 //! | middle (siblings do not import each other) | [`reconcile`], [`store`], [`kernel`], [`endpoint`], [`admin`] |
-//! | helpers of the middle floor | [`config`], [`state`], [`backoff`], [`metrics`], [`telemetry`], [`shutdown`], [`systemd`] |
+//! | helpers of the middle floor | [`config`], [`state`], [`backoff`], [`heap`], [`metrics`], [`telemetry`], [`shutdown`], [`systemd`] |
 //! | pure | [`plan`], and below it [`model`] |
 
 pub mod model;
@@ -18,6 +18,7 @@ pub mod app;
 pub mod backoff;
 pub mod config;
 pub mod endpoint;
+pub mod heap;
 pub mod kernel;
 pub mod metrics;
 pub mod reconcile;

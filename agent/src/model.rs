@@ -9,15 +9,17 @@ pub mod lease;
 pub mod mac;
 pub mod network;
 pub mod peer;
+pub mod publish;
 pub mod subnet;
 pub mod vni;
 
 pub use device::{Device, Role};
-pub use endpoint::Endpoint;
+pub use endpoint::{Endpoint, Mode, Port};
 pub use family::{Cidr, Family, PerFamily};
 pub use lease::{Backend, Lease, Node, Record, Refusal, RefusalKind};
 pub use mac::Mac;
 pub use network::NetworkConfig;
 pub use peer::Peer;
+pub use publish::{Publish, Transport};
 pub use subnet::Subnet;
 pub use vni::Vni;

@@ -20,11 +20,12 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
+use crate::heap;
 use crate::metrics::Metrics;
 use crate::model::api;
 use crate::model::event::{Connection, LeaseWish, OwnLease, StoreEvent};
 use crate::model::network::ConfigErrors;
-use crate::model::{Device, Mac, NetworkConfig, Node, Peer, PerFamily, Refusal, Subnet};
+use crate::model::{Device, Endpoint, Mac, NetworkConfig, Node, Peer, PerFamily, Refusal, Subnet};
 use crate::plan::desired::{Host, NexthopIds};
 use crate::plan::diff::{diff, diff_keys};
 use crate::plan::roster::{LeaseKey, OwnHost, Roster};
@@ -42,6 +43,8 @@ const DUMP_REST_FACTOR: u32 = 5;
 const WHOLESALE: usize = 1024;
 /// The longest time between two turns of the loop: with nothing to do it turns all the same, to show that it can.
 const PULSE: Duration = Duration::from_secs(2);
+/// How long after work on that many entries the memory is given back that it took: the store has dropped its part by then.
+const HEAP_REST: Duration = Duration::from_secs(1);
 /// How many refusals and repairs of one round are logged one by one before the rest is counted.
 const LOG_LINES: usize = 20;
 
@@ -114,8 +117,8 @@ pub struct Channels {
     pub kernel: mpsc::Receiver<KernelEvent>,
     /// From the admin socket.
     pub queries: mpsc::Receiver<Query>,
-    /// The host's ends of the endpoints' veth pairs.
-    pub ports: watch::Receiver<Vec<String>>,
+    /// The endpoints that are plugged into the bridge.
+    pub endpoints: watch::Receiver<Vec<Endpoint>>,
     /// To the store: what this host wants to hold.
     pub wish: watch::Sender<Option<LeaseWish>>,
     /// To the endpoints and `subnet.env`: the overlay once it is in place.
@@ -151,7 +154,7 @@ pub struct Reconciler<D, M> {
     inventory: Inventory,
     underlay: Option<Underlay>,
     underlay_error: Option<String>,
-    ports: Vec<String>,
+    endpoints: Vec<Endpoint>,
 
     // What follows.
     host: Option<Host>,
@@ -165,6 +168,7 @@ pub struct Reconciler<D, M> {
     // What is to be done.
     host_dirty: bool,
     leases_dirty: BTreeSet<LeaseKey>,
+    roster_dirty: bool,
     dirty: BTreeSet<Key>,
     all_dirty: bool,
     stale: Option<&'static str>,
@@ -172,6 +176,7 @@ pub struct Reconciler<D, M> {
     not_before: Instant,
     underlay_due: Option<Instant>,
     resync_due: Instant,
+    heap_due: Option<Instant>,
     repairs: Repairs,
     changed: bool,
     port_lost: bool,
@@ -198,7 +203,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             inventory: Inventory::default(),
             underlay: None,
             underlay_error: None,
-            ports: Vec::new(),
+            endpoints: Vec::new(),
             host: None,
             own_host: None,
             peers: BTreeMap::new(),
@@ -208,12 +213,14 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             actual: State::new(),
             host_dirty: false,
             leases_dirty: BTreeSet::new(),
+            roster_dirty: false,
             dirty: BTreeSet::new(),
             all_dirty: false,
             stale: Some("start"),
             dump_error: None,
             not_before: now,
             underlay_due: Some(now),
+            heap_due: None,
             repairs: Repairs::default(),
             changed: true,
             port_lost: false,
@@ -222,7 +229,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
 
     /// Runs until `shutdown`. The data path is left as it is then.
     pub async fn run(mut self, mut channels: Channels, shutdown: CancellationToken) {
-        self.ports = channels.ports.borrow_and_update().clone();
+        self.endpoints = channels.endpoints.borrow_and_update().clone();
         self.converge(&channels).await;
         let mut pulse = tokio::time::interval(PULSE);
         pulse.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -237,8 +244,8 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                     self.answer(query);
                     continue;
                 }
-                Ok(()) = channels.ports.changed() => {
-                    self.ports = channels.ports.borrow_and_update().clone();
+                Ok(()) = channels.endpoints.changed() => {
+                    self.endpoints = channels.endpoints.borrow_and_update().clone();
                     self.host_dirty = true;
                 }
                 _ = pulse.tick() => continue,
@@ -258,7 +265,10 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
     /// The next moment at which something is due without an event.
     fn next_deadline(&self) -> Instant {
         let stale = self.stale.map(|_| self.not_before);
-        [stale, self.underlay_due, self.repairs.next_due()].into_iter().flatten().fold(self.resync_due, Instant::min)
+        [stale, self.underlay_due, self.heap_due, self.repairs.next_due()]
+            .into_iter()
+            .flatten()
+            .fold(self.resync_due, Instant::min)
     }
 
     /// Brings actual state as near to desired state as it can be brought now.
@@ -271,6 +281,10 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         let before_dump = if self.stale.is_some() && now >= self.not_before { self.dump().await } else { None };
         if self.underlay_due.is_some_and(|due| now >= due) {
             self.look_at_underlay().await;
+        }
+        if self.heap_due.is_some_and(|due| now >= due) {
+            self.heap_due = None;
+            heap::give_back();
         }
         self.rebuild(channels);
         self.settle();
@@ -299,8 +313,11 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 let before = std::mem::replace(&mut self.actual, state);
                 self.ids.adopt(&self.actual);
                 self.all_dirty = true;
-                let missing = |port: &String| !self.actual.contains_key(&Key::Link(port.clone()));
-                self.port_lost |= self.ports.iter().any(missing);
+                if self.actual.len() > WHOLESALE {
+                    self.heap_due = Some(Instant::now() + HEAP_REST);
+                }
+                let missing = |port: String| !self.actual.contains_key(&Key::Link(port));
+                self.port_lost |= self.ports().into_iter().any(missing);
                 self.host.is_some().then_some(before)
             }
             Err(error) => {
@@ -335,6 +352,9 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             {
                 self.memory.sysctl_was(path, was);
             }
+        }
+        if batch.len() > WHOLESALE {
+            self.heap_due = Some(Instant::now() + HEAP_REST);
         }
         let begun = Instant::now();
         let report = self.data_path.apply(&batch).await;
@@ -421,16 +441,18 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
 
 /// Whether so many entries are merged into a state, and compared with the other, as a whole: more than some hundred peers, and not few beside
 /// those that are there.
-fn is_wholesale(state: &State, entries: usize) -> bool {
-    entries > WHOLESALE && entries > state.len() / 4
+fn is_wholesale(present: usize, entries: usize) -> bool {
+    entries > WHOLESALE && entries > present / 4
 }
 
 /// Puts entries into a state, of one key the last. A tree that is made in order is made faster than entry by entry, and its nodes are full: it takes
 /// half the memory.
-fn merge(state: &mut State, entries: Vec<(Key, Value)>) {
-    if is_wholesale(state, entries.len()) {
-        state.append(&mut entries.into_iter().collect());
+fn merge<K: Ord, V>(map: &mut BTreeMap<K, V>, entries: Vec<(K, V)>) {
+    if map.is_empty() {
+        *map = entries.into_iter().collect();
+    } else if is_wholesale(map.len(), entries.len()) {
+        map.append(&mut entries.into_iter().collect());
     } else {
-        state.extend(entries);
+        map.extend(entries);
     }
 }

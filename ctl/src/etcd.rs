@@ -197,7 +197,7 @@ impl SubnetsWatch {
             }
             StoreEvent::Snapshot(entries) => {
                 let first = !std::mem::replace(&mut self.complete, true);
-                !self.roster.replace(entries).is_empty() || first
+                self.roster.replace(entries).is_none_or(|affected| !affected.is_empty()) || first
             }
             StoreEvent::Upsert(entry) => !self.roster.upsert(entry).is_empty(),
             StoreEvent::Remove { key } => !self.roster.remove(&key).is_empty(),

@@ -27,7 +27,7 @@ async fn attached_seen_and_detached() {
     let attached: Attached = story.ctl("h1", &["-o", "json", "attach", "web"]).exits(0).json();
     let subnet = story.status("h1").await.lease.must("a lease").subnet;
     for (family, range) in subnet.iter() {
-        let address = *attached.endpoint.addresses.get(family).must("an address");
+        let address = *attached.endpoint.addresses().get(family).must("an address");
         assert!(range.contains(address));
         assert_eq!(
             (attached.prefix_length.get(family), attached.gateway.get(family)),
@@ -36,9 +36,9 @@ async fn attached_seen_and_detached() {
         let gateway = subnet.gateway(family).must("a gateway").to_string();
         kernel::run(&story, "h1-web", &["ping", "-c", "1", "-W", "2", &gateway]);
     }
-    assert_eq!(attached.mtu, 1430);
+    assert_eq!(attached.mtu, Some(1430));
     let inner = kernel::link(&story, "h1-web", "eth0").must("eth0");
-    assert_eq!(kernel::text(&inner, "address"), attached.endpoint.mac.to_string());
+    assert_eq!(kernel::text(&inner, "address"), attached.endpoint.port.as_ref().must("a port").mac.to_string());
     assert_eq!(kernel::sysctl(&story, "h1-web", "ipv6/conf/eth0/accept_ra"), "0");
 
     // The same again answers the same.
@@ -46,13 +46,13 @@ async fn attached_seen_and_detached() {
     assert_eq!(again.endpoint, attached.endpoint);
     assert_eq!(endpoints(&story), std::slice::from_ref(&attached.endpoint));
     let table = story.ctl("h1", &["endpoints"]).exits(0).out;
-    assert!(table.contains("web") && table.contains(&attached.endpoint.addresses.v4.must("IPv4").to_string()), "{table}");
+    assert!(table.contains("web") && table.contains(&attached.endpoint.addresses().v4.must("IPv4").to_string()), "{table}");
     assert_eq!(story.status("h1").await.endpoints, 1);
 
     story.ctl("h1", &["detach", "web"]).exits(0);
     assert!(endpoints(&story).is_empty());
     assert!(story.netns("h1-web").is_err(), "the namespace that attach made is gone");
-    assert!(kernel::link(&story, "h1", &attached.endpoint.host_interface).is_none());
+    assert!(kernel::link(&story, "h1", &attached.endpoint.port.as_ref().must("a port").host_interface).is_none());
     assert_eq!(kernel::difference(&kernel::actual(&story, "h1"), &before), "", "the host is as it was before");
     let said = story.ctl("h1", &["detach", "web"]).exits(0);
     assert!(said.out.contains("was not attached"), "{}", said.out);
@@ -65,7 +65,7 @@ async fn wishes() {
     let nth = |family: Family, n: u128| subnet.get(family).and_then(|range| range.nth(n)).must("an address").to_string();
     let (v4, v6) = (nth(Family::V4, 77), nth(Family::V6, 0x77));
     let attached: Attached = story.ctl("h1", &["-o", "json", "attach", "a", "--ip", &v4, "--ip", &v6]).exits(0).json();
-    assert_eq!(attached.endpoint.addresses.iter().map(|(_, a)| a.to_string()).collect::<Vec<_>>(), [v4.clone(), v6.clone()]);
+    assert_eq!(attached.endpoint.addresses().iter().map(|(_, a)| a.to_string()).collect::<Vec<_>>(), [v4.clone(), v6.clone()]);
     let refused = |ip: &str, wanted: &[&str]| {
         story.ctl("h1", &["attach", "b", "--ip", ip]).exits(1).complains(wanted);
         assert!(story.netns("h1-b").is_err(), "no namespace is left behind");
@@ -134,14 +134,17 @@ async fn namespaces_by_path() {
 async fn a_namespace_that_goes_away() {
     let story = one_host(Families::V4).await;
     let attached: Attached = story.ctl("h1", &["-o", "json", "attach", "web"]).exits(0).json();
-    let address = attached.endpoint.addresses.v4.must("an address").to_string();
+    let address = attached.endpoint.addresses().v4.must("an address").to_string();
     kernel::run(&story, "h1", &["ip", "netns", "delete", &story.layout().namespace("h1-web")]);
-    within("its interface goes with it", SOON, || kernel::link(&story, "h1", &attached.endpoint.host_interface).is_none()).await;
+    within("its interface goes with it", SOON, || {
+        kernel::link(&story, "h1", &attached.endpoint.port.as_ref().must("a port").host_interface).is_none()
+    })
+    .await;
     let well = |s: &Status| s.ready && s.problems.is_empty();
     story.at("h1").wait_status(SECOND, "a container's end is no fault of the host", well).await.must("h1");
     // The same name and address again: nobody else has them.
     let again: Attached = story.ctl("h1", &["-o", "json", "attach", "web", "--ip", &address]).exits(0).json();
-    assert_eq!(again.endpoint.addresses, attached.endpoint.addresses);
+    assert_eq!(again.endpoint.addresses(), attached.endpoint.addresses());
     kernel::run(&story, "h1-web", &["ping", "-c", "1", "-W", "2", &again.gateway.v4.must("a gateway").to_string()]);
     assert_eq!(endpoints(&story).len(), 1);
 }

@@ -106,7 +106,7 @@ async fn its_mtu_changes() {
     story.at("h1").wait_status(SOON, "MTU 1350", |s| s.data_path.mtu == Some(1350) && s.ready).await.must("h1");
     story.settled("h1", SOON).await;
     let attached = story.at("h1").attach("late").await.must("attach");
-    assert_eq!(attached.mtu, 1350);
+    assert_eq!(attached.mtu, Some(1350));
     let env = std::fs::read_to_string(story.at("h1").run_dir().join("subnet.env")).must("subnet.env");
     assert!(env.contains("FLANNEL_MTU=1350\n"), "{env}");
 }

@@ -90,11 +90,12 @@ async fn bridge_and_ports(story: &Story, host: &str, mtu: u64) {
     let bridge = kernel::link(story, host, "ovb.1").must("the bridge");
     let endpoints = story.at(host).client().endpoints().await.must(host).endpoints;
     for endpoint in endpoints {
-        let port = kernel::link(story, host, &endpoint.host_interface).must("the host's end");
+        let host_end = &endpoint.port.as_ref().must("a port").host_interface;
+        let port = kernel::link(story, host, host_end).must("the host's end");
         // One that is not set is the lowest of the ports', and changes as they come and go.
         assert_ne!(kernel::text(&port, "address"), kernel::text(&bridge, "address"));
         assert_eq!((kernel::text(&port, "master").as_str(), kernel::number(&port, "mtu")), ("ovb.1", mtu), "{port}");
-        let addresses = kernel::listed(story, host, "ip", &["address", "show", "dev", &endpoint.host_interface]);
+        let addresses = kernel::listed(story, host, "ip", &["address", "show", "dev", host_end]);
         assert_eq!(addresses[0]["addr_info"], serde_json::json!([]), "no address on veths");
     }
 }
@@ -122,7 +123,7 @@ async fn containers(story: &Story, mtu: u64) {
     let subnet = story.status("h1").await.lease.must("a lease").subnet;
     let link = kernel::link(story, "h1-c1", "eth0").must("eth0");
     assert_eq!(kernel::number(&link, "mtu"), mtu);
-    for (family, address) in to[0].addresses.iter() {
+    for (family, address) in to[0].addresses().iter() {
         let (option, headers, length) = if family == Family::V4 { ("-4", 28, 24) } else { ("-6", 48, 64) };
         let gateway = subnet.gateway(family).must("a gateway").to_string();
         let routes = kernel::listed(story, "h1-c1", "ip", &[option, "route", "show", "default"]);

@@ -20,7 +20,7 @@ const LINES: usize = 500;
 const FLOORS: [(&str, &[&str]); 5] = [
     ("model", &["model"]),
     ("plan", &["plan"]),
-    ("helpers", &["config", "state", "backoff", "metrics", "telemetry", "shutdown", "systemd"]),
+    ("helpers", &["config", "state", "backoff", "heap", "metrics", "telemetry", "shutdown", "systemd"]),
     ("middle", &["store", "kernel", "endpoint", "admin", "reconcile"]),
     ("wiring", &["app"]),
 ];

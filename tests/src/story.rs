@@ -109,7 +109,7 @@ impl Story {
         let (host, name) = to.split_once('-').must("a container HOST-NAME");
         let endpoints = self.at(host).client().endpoints().await.must(host).endpoints;
         let endpoint = endpoints.into_iter().find(|e| e.name.as_str() == name).must(to);
-        let address = *endpoint.addresses.get(family).must("its address");
+        let address = *endpoint.addresses().get(family).must("its address");
         Flow::start(&self.inside(from), &self.inside(to), address).await
     }
 

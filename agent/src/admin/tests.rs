@@ -95,7 +95,7 @@ async fn each_path_answers() {
         agent.ask("PUT", "/v1/endpoints/c1", r#"{"netns":"/run/netns/c1","addresses":{"v4":"10.244.1.7"}}"#).await;
     let attached: Attached = serde_json::from_str(&body).expect(&body);
     assert_eq!((status, attached.endpoint.name.as_str()), (200, "c1"));
-    assert_eq!(attached.endpoint.addresses.v4.map(|a| a.to_string()).as_deref(), Some("10.244.1.7"));
+    assert_eq!(attached.endpoint.addresses().v4.map(|a| a.to_string()).as_deref(), Some("10.244.1.7"));
     assert_eq!(agent.ask("DELETE", "/v1/endpoints/c1", "").await, (200, r#"{"endpoint":"c1"}"#.to_owned()));
 
     assert_eq!(agent.get("/v1/log-level").await, (200, json!({"level": "info"})));

@@ -29,7 +29,8 @@ pub(super) struct Wish {
 impl Wish {
     /// Checks what can be checked without looking at the host.
     pub(super) fn check(request: AttachRequest) -> Result<Wish, EndpointError> {
-        let AttachRequest { netns, interface, addresses } = request;
+        let AttachRequest { netns, interface, addresses, .. } = request;
+        let netns = netns.unwrap_or_default();
         if !netns.is_absolute() || netns.as_os_str().as_encoded_bytes().contains(&0) {
             return Err(EndpointError::NetnsPath { netns: printable(&netns.to_string_lossy()) });
         }
@@ -83,7 +84,7 @@ mod tests {
     use super::*;
 
     fn request(netns: &str, interface: Option<&str>) -> AttachRequest {
-        AttachRequest { netns: netns.into(), interface: interface.map(str::to_owned), addresses: PerFamily::default() }
+        AttachRequest { netns: Some(netns.into()), interface: interface.map(str::to_owned), ..AttachRequest::default() }
     }
 
     #[test]

@@ -11,7 +11,7 @@ use super::request::{Wish, free_mac, host_interface};
 use super::{EndpointError, EndpointNetwork};
 use crate::model::api::Attached;
 use crate::model::endpoint::EndpointName;
-use crate::model::{Endpoint, Family, PerFamily, Subnet};
+use crate::model::{Endpoint, Family, Mode, PerFamily, Port, Subnet};
 use crate::plan::Plug;
 
 /// How far an endpoint is.
@@ -76,12 +76,11 @@ impl Table {
         self.records.values()
     }
 
-    /// Host ends of the endpoints that are plugged, without those whose namespace is missing: a veth pair goes with its namespace.
-    pub(super) fn ports(&self, missing: &BTreeSet<EndpointName>) -> Vec<String> {
-        let attached = self.records.values().filter(|r| r.phase == Phase::Attached && !missing.contains(&r.endpoint.name));
-        let mut ports: Vec<String> = attached.map(|r| r.endpoint.host_interface.clone()).collect();
-        ports.sort();
-        ports
+    /// The endpoints that are plugged, by name, without those whose namespace is missing: a veth pair goes with its namespace.
+    pub(super) fn plugged(&self, missing: &BTreeSet<EndpointName>) -> Vec<Endpoint> {
+        let plugged =
+            |r: &&Record| r.phase == Phase::Attached && r.endpoint.port.is_some() && !missing.contains(&r.endpoint.name);
+        self.records.values().filter(plugged).map(|r| r.endpoint.clone()).collect()
     }
 
     /// Takes another subnet, bridge or MTU as the present one. Addresses of endpoints count as in use where they lie in it.
@@ -102,9 +101,9 @@ impl Table {
         if let Some(cursor) = self.cursor.get(family) {
             pool.resume(*cursor);
         }
-        for address in self.records.values().filter_map(|r| r.endpoint.addresses.get(family)) {
+        for address in self.records.values().filter_map(|r| r.endpoint.addresses().get(family).copied()) {
             // Outside the range it is a stale endpoint's; twice the same cannot be, and would do no harm.
-            let _ = pool.take(*address);
+            let _ = pool.take(address);
         }
         pool
     }
@@ -127,11 +126,12 @@ impl Table {
             let text = |path: &std::path::Path| format!("network namespace {}", path.display());
             return Err(held(text(&endpoint.netns), text(&wish.netns)));
         }
-        if endpoint.interface != wish.interface {
-            return Err(held(format!("interface {}", endpoint.interface), wish.interface.clone()));
+        let Some(port) = &endpoint.port else { return Err(held(format!("mode {}", endpoint.mode), Mode::Overlay.to_string())) };
+        if port.interface != wish.interface {
+            return Err(held(format!("interface {}", port.interface), wish.interface.clone()));
         }
         for (family, wished) in wish.addresses.iter() {
-            match endpoint.addresses.get(family) {
+            match port.addresses.get(family) {
                 Some(address) if address == wished => {}
                 Some(address) => return Err(held(format!("address {address}"), wished.to_string())),
                 None => return Err(held(format!("no {family} address"), wished.to_string())),
@@ -149,31 +149,39 @@ impl Table {
         let subnet = self.network()?.subnet;
         for (family, address) in wish.addresses.iter() {
             let pool = self.pools.get(family).ok_or(EndpointError::NoFamily { address: *address, family, subnet })?;
-            if let Some(holder) = self.records.values().find(|r| r.endpoint.addresses.get(family) == Some(address)) {
+            if let Some(holder) = self.records.values().find(|r| r.endpoint.addresses().get(family) == Some(address)) {
                 return Err(EndpointError::AddressHeld { address: *address, holder: holder.endpoint.name.clone() });
             }
             pool.check(*address)?;
         }
-        let same_place = |r: &&Record| r.endpoint.interface == wish.interface && r.endpoint.netns == wish.netns;
+        let same_interface = |port: &Port| port.interface == wish.interface;
+        let same_place = |r: &&Record| r.endpoint.port.as_ref().is_some_and(same_interface) && r.endpoint.netns == wish.netns;
         if let Some(holder) = self.records.values().find(same_place) {
             let holder = holder.endpoint.name.clone();
             return Err(EndpointError::InterfaceHeld { interface: wish.interface, netns: wish.netns, holder });
         }
         let addresses = self.allocate(&wish.addresses)?;
-        let taken = |interface: &str| self.records.values().any(|r| r.endpoint.host_interface == interface);
+        let ports = || self.records.values().filter_map(|r| r.endpoint.port.as_ref());
+        let taken = |interface: &str| ports().any(|port| port.host_interface == interface);
         let mut attempt = 0;
-        let mut port = host_interface(&name, attempt);
-        while taken(&port) {
+        let mut host_end = host_interface(&name, attempt);
+        while taken(&host_end) {
             attempt += 1;
-            port = host_interface(&name, attempt);
+            host_end = host_interface(&name, attempt);
         }
         let endpoint = Endpoint {
             name: name.clone(),
+            mode: Mode::Overlay,
             netns: wish.netns,
-            interface: wish.interface,
-            host_interface: port,
-            mac: free_mac(|mac| self.records.values().any(|r| r.endpoint.mac == mac)),
-            addresses,
+            port: Some(Port {
+                interface: wish.interface,
+                host_interface: host_end,
+                mac: free_mac(|mac| ports().any(|port| port.mac == mac)),
+                addresses,
+            }),
+            published: Vec::new(),
+            source_check: true,
+            owner: None,
             attached_at: now,
         };
         self.records.insert(name, Record { phase: Phase::Attaching, endpoint: endpoint.clone() });
@@ -220,7 +228,7 @@ impl Table {
     /// Forgets an endpoint and takes its addresses back.
     pub(super) fn remove(&mut self, name: &EndpointName) {
         if let Some(record) = self.records.remove(name) {
-            self.release(&record.endpoint.addresses);
+            self.release(&record.endpoint.addresses());
             self.version += 1;
         }
     }
@@ -228,12 +236,15 @@ impl Table {
     /// What the kernel needs for an endpoint, and the answer to the attach.
     pub(super) fn plug(&self, endpoint: &Endpoint) -> Result<(Plug, Attached), EndpointError> {
         let network = self.network()?;
+        let no_port =
+            || EndpointError::Defect { name: endpoint.name.clone(), text: format!("mode {} has no interface", endpoint.mode) };
+        let port = endpoint.port.as_ref().ok_or_else(no_port)?;
         let mut plug = Plug {
             netns: endpoint.netns.clone(),
-            interface: endpoint.interface.clone(),
-            host_interface: endpoint.host_interface.clone(),
+            interface: port.interface.clone(),
+            host_interface: port.host_interface.clone(),
             bridge: network.bridge,
-            mac: endpoint.mac,
+            mac: port.mac,
             mtu: network.mtu,
             addresses: Vec::new(),
             gateways: Vec::new(),
@@ -242,9 +253,9 @@ impl Table {
             endpoint: endpoint.clone(),
             prefix_length: PerFamily::default(),
             gateway: PerFamily::default(),
-            mtu: network.mtu,
+            mtu: Some(network.mtu),
         };
-        for (family, address) in endpoint.addresses.iter() {
+        for (family, address) in port.addresses.iter() {
             let stale = || EndpointError::Stale { name: endpoint.name.clone(), address: *address, subnet: network.subnet };
             let range = network.subnet.get(family).filter(|range| range.contains(*address)).ok_or_else(stale)?;
             let gateway = network.subnet.gateway(family).ok_or_else(stale)?;
@@ -259,5 +270,5 @@ impl Table {
 
 fn outside(endpoint: &Endpoint, subnet: &Subnet) -> Option<IpAddr> {
     let outside = |(family, address): &(Family, &IpAddr)| !subnet.get(*family).is_some_and(|range| range.contains(**address));
-    endpoint.addresses.iter().find(outside).map(|(_, address)| *address)
+    endpoint.addresses().iter().find(outside).map(|(_, address)| *address)
 }

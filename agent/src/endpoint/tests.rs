@@ -43,7 +43,7 @@ fn name(text: &str) -> EndpointName {
 }
 
 fn ask(netns: &str) -> AttachRequest {
-    AttachRequest { netns: netns.into(), interface: None, addresses: PerFamily::default() }
+    AttachRequest { netns: Some(netns.into()), ..AttachRequest::default() }
 }
 
 fn ask_for(netns: &str, addresses: &[&str]) -> AttachRequest {
@@ -57,33 +57,36 @@ const DUAL: &str = "10.244.1.0-24&fd00:10:244:1::-64";
 async fn an_attach_gives_an_address_in_each_family_and_plugs_it() {
     let host = Host::new(&["/ns/a"]);
     let endpoints = host.start(DUAL).await;
-    let mut ports = endpoints.ports();
+    let mut ports = endpoints.plugged();
     let attached = endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
-    assert_eq!(attached.endpoint.addresses.v4.unwrap().to_string(), "10.244.1.2");
-    assert_eq!(attached.endpoint.addresses.v6.unwrap().to_string(), "fd00:10:244:1::2");
+    assert_eq!(attached.endpoint.addresses().v4.unwrap().to_string(), "10.244.1.2");
+    assert_eq!(attached.endpoint.addresses().v6.unwrap().to_string(), "fd00:10:244:1::2");
     assert_eq!(attached.prefix_length, PerFamily { v4: Some(24), v6: Some(64) });
     assert_eq!(attached.gateway.v4.unwrap().to_string(), "10.244.1.1");
-    assert_eq!((attached.endpoint.interface.as_str(), attached.mtu), ("eth0", 1430));
+    assert_eq!((attached.endpoint.port.as_ref().unwrap().interface.as_str(), attached.mtu), ("eth0", Some(1430)));
     let plugs = host.kernel.plugs();
-    let plug = &plugs[&attached.endpoint.host_interface];
+    let plug = &plugs[&attached.endpoint.port.as_ref().unwrap().host_interface];
     assert_eq!(plug.addresses.iter().map(ToString::to_string).collect::<Vec<_>>(), ["10.244.1.2/24", "fd00:10:244:1::2/64"]);
     assert_eq!(plug.gateways.iter().map(ToString::to_string).collect::<Vec<_>>(), ["10.244.1.1", "fd00:10:244:1::1"]);
-    assert_eq!((plug.mac, plug.bridge.name().as_str()), (attached.endpoint.mac, "ovb.1"));
+    assert_eq!((plug.mac, plug.bridge.name().as_str()), (attached.endpoint.port.as_ref().unwrap().mac, "ovb.1"));
     assert!(ports.has_changed().unwrap());
-    assert_eq!(*ports.borrow_and_update(), vec![attached.endpoint.host_interface.clone()]);
+    assert_eq!(*ports.borrow_and_update(), vec![attached.endpoint.clone()]);
 
     // The same again is the same endpoint, and one that others took away is put back.
-    host.kernel.remove(&attached.endpoint.host_interface);
+    host.kernel.remove(&attached.endpoint.port.as_ref().unwrap().host_interface);
     assert_eq!(endpoints.attach(name("a"), ask("/ns/a")).await.unwrap(), attached);
     assert_eq!(host.kernel.plugs(), plugs);
-    host.kernel.remove(&attached.endpoint.host_interface);
+    host.kernel.remove(&attached.endpoint.port.as_ref().unwrap().host_interface);
     assert!(endpoints.heal().await.is_empty());
     assert_eq!(host.kernel.plugs(), plugs);
 
     assert_eq!(endpoints.detach(name("a")).await.unwrap(), Some(name("a")));
     assert_eq!(endpoints.detach(name("a")).await.unwrap(), None);
     assert!(host.kernel.plugs().is_empty() && endpoints.list().is_empty() && ports.borrow().is_empty());
-    assert_eq!(endpoints.attach(name("a"), ask("/ns/a")).await.unwrap().endpoint.addresses.v4.unwrap().to_string(), "10.244.1.3");
+    assert_eq!(
+        endpoints.attach(name("a"), ask("/ns/a")).await.unwrap().endpoint.addresses().v4.unwrap().to_string(),
+        "10.244.1.3"
+    );
 }
 
 #[tokio::test]
@@ -135,8 +138,8 @@ async fn a_full_subnet_says_so_and_gives_nothing_of_the_other_family_away() {
     assert_eq!(error.class(), Class::Conflict);
     endpoints.detach(name("a")).await.unwrap();
     let again = endpoints.attach(name("c"), ask("/ns/c")).await.unwrap();
-    assert_eq!(again.endpoint.addresses.v4.unwrap().to_string(), "10.244.1.6");
-    assert_eq!(again.endpoint.addresses.v6.unwrap().to_string(), "fd00:10:244:1::3");
+    assert_eq!(again.endpoint.addresses().v4.unwrap().to_string(), "10.244.1.6");
+    assert_eq!(again.endpoint.addresses().v6.unwrap().to_string(), "fd00:10:244:1::3");
 }
 
 #[tokio::test]
@@ -180,10 +183,10 @@ async fn endpoints_and_the_order_of_addresses_survive_a_restart() {
     let endpoints = host.start(DUAL).await;
     assert_eq!(host.kernel.changes(), plugged, "a restart changes nothing in the kernel");
     assert_eq!(endpoints.list(), vec![a.endpoint.clone()]);
-    assert_eq!(*endpoints.ports().borrow(), vec![a.endpoint.host_interface.clone()]);
+    assert_eq!(*endpoints.plugged().borrow(), vec![a.endpoint.clone()]);
     assert_eq!(endpoints.attach(name("a"), ask("/ns/a")).await.unwrap(), a);
     let c = endpoints.attach(name("c"), ask("/ns/c")).await.unwrap();
-    assert_eq!(c.endpoint.addresses.v4.unwrap().to_string(), "10.244.1.4");
+    assert_eq!(c.endpoint.addresses().v4.unwrap().to_string(), "10.244.1.4");
 }
 
 #[tokio::test]
@@ -193,7 +196,7 @@ async fn an_endpoint_whose_namespace_is_gone_is_detached_at_the_second_look() {
     endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
     endpoints.attach(name("b"), ask("/ns/b")).await.unwrap();
     host.kernel.kill("/ns/a");
-    let ports = endpoints.ports();
+    let ports = endpoints.plugged();
     assert!(endpoints.audit().await.is_empty());
     assert_eq!((endpoints.list().len(), ports.borrow().len()), (2, 1), "its port went with the namespace");
     host.kernel.revive("/ns/a");
@@ -228,10 +231,10 @@ async fn another_subnet_makes_endpoints_stale_but_not_unreachable_to_detach() {
     let error = endpoints.attach(name("a"), ask("/ns/a")).await.unwrap_err().to_string();
     assert!(error.contains("endpoint a has 10.244.1.2, outside the present subnet 10.244.9.0/24"), "{error}");
     let b = endpoints.attach(name("b"), ask("/ns/b")).await.unwrap();
-    assert_eq!(b.endpoint.addresses.v4.unwrap().to_string(), "10.244.9.2");
+    assert_eq!(b.endpoint.addresses().v4.unwrap().to_string(), "10.244.9.2");
     endpoints.detach(name("a")).await.unwrap();
     let a = endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
-    assert_eq!(a.endpoint.addresses.v4.unwrap().to_string(), "10.244.9.3");
+    assert_eq!(a.endpoint.addresses().v4.unwrap().to_string(), "10.244.9.3");
     assert!(endpoints.stale().is_empty());
 }
 
@@ -250,10 +253,10 @@ async fn many_at_once_get_addresses_of_their_own_and_one_name_is_one_endpoint() 
     }
     let attached = all.join_all().await;
     let distinct = |of: fn(&Attached) -> String| attached.iter().map(of).collect::<BTreeSet<_>>().len();
-    assert_eq!(distinct(|a| a.endpoint.addresses.v4.unwrap().to_string()), 200);
-    assert_eq!(distinct(|a| a.endpoint.addresses.v6.unwrap().to_string()), 200);
-    assert_eq!(distinct(|a| a.endpoint.mac.to_string()), 200);
-    assert_eq!(distinct(|a| a.endpoint.host_interface.clone()), 200);
+    assert_eq!(distinct(|a| a.endpoint.addresses().v4.unwrap().to_string()), 200);
+    assert_eq!(distinct(|a| a.endpoint.addresses().v6.unwrap().to_string()), 200);
+    assert_eq!(distinct(|a| a.endpoint.port.as_ref().unwrap().mac.to_string()), 200);
+    assert_eq!(distinct(|a| a.endpoint.port.as_ref().unwrap().host_interface.clone()), 200);
     assert_eq!(host.kernel.plugs().len(), 200);
     let mut all = JoinSet::new();
     for endpoint in endpoints.list() {

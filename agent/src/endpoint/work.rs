@@ -62,8 +62,8 @@ impl<C: ContainerPath + 'static> Inner<C> {
         }
         self.publish();
         tracing::info!(
-            endpoint = %name, netns = %endpoint.netns.display(), interface = endpoint.interface,
-            host_interface = endpoint.host_interface, addresses = ?endpoint.addresses, "attached"
+            endpoint = %name, mode = %endpoint.mode, netns = %endpoint.netns.display(), interface = plug.interface,
+            host_interface = plug.host_interface, addresses = ?endpoint.addresses(), "attached"
         );
         Ok(attached)
     }
@@ -151,7 +151,7 @@ impl<C: ContainerPath + 'static> Inner<C> {
         let (was, host_interface) = {
             let mut table = lock(&self.table);
             let Some(record) = table.get(name) else { return Ok(()) };
-            let before = (record.phase, record.endpoint.host_interface.clone());
+            let before = (record.phase, record.endpoint.port.as_ref().map(|port| port.host_interface.clone()));
             table.set_phase(name, Phase::Detaching);
             before
         };
@@ -163,18 +163,20 @@ impl<C: ContainerPath + 'static> Inner<C> {
             tracing::warn!(endpoint = %name, %error, "detaching without having written it down first");
         }
         let kernel = |source| EndpointError::Kernel { name: name.clone(), source };
-        self.path.unplug(&host_interface).await.map_err(kernel)?;
+        if let Some(host_interface) = host_interface {
+            self.path.unplug(&host_interface).await.map_err(kernel)?;
+        }
         lock(&self.table).remove(name);
         self.persist().await.map_err(|source| EndpointError::State { name: name.clone(), source })
     }
 
-    /// Tells what ports there are now.
+    /// Tells what is plugged now.
     pub(super) fn publish(&self) {
         let table = lock(&self.table);
-        let ports = table.ports(&lock(&self.missing));
-        self.ports.send_if_modified(|current| {
-            let changed = *current != ports;
-            *current = ports;
+        let plugged = table.plugged(&lock(&self.missing));
+        self.plugged.send_if_modified(|current| {
+            let changed = *current != plugged;
+            *current = plugged;
             changed
         });
     }

@@ -1,12 +1,15 @@
 //! All of ours that the kernel holds, read at one go. The kernel filters by device, table and protocol (`NETLINK_GET_STRICT_CHK`); on a kernel that
 //! does not, the same is filtered here.
 
+use std::collections::HashMap;
+use std::net::IpAddr;
+
 use super::known::Known;
 use super::objects;
 use super::sysctl;
 use super::wire::{Entry, Hop, Query};
 use super::{Shared, is_ours};
-use crate::model::{Family, Role};
+use crate::model::{Family, Mac, Role};
 use crate::plan::state::{NEXTHOP_IDS, Via};
 use crate::plan::{Key, LinkKind, OpError, State, Value};
 
@@ -53,6 +56,24 @@ fn read_all(shared: &mut Shared, nexthop_objects: bool) -> Result<State, OpError
     Ok(state)
 }
 
+/// Where each permanent FDB entry of our VXLAN devices leads.
+pub fn fdb(shared: &mut Shared) -> Result<HashMap<(u32, Mac), IpAddr>, OpError> {
+    let vxlan = shared.known.devices().iter().filter(|(_, device)| matches!(device.role, Role::Vxlan(_)));
+    let mut found = HashMap::with_capacity(shared.known.fdb.len());
+    for query in vxlan.map(|(index, _)| Query::Fdb(*index)).collect::<Vec<_>>() {
+        found.extend(read(shared, query)?.iter().filter_map(remote));
+    }
+    Ok(found)
+}
+
+/// A permanent FDB entry with a remote.
+fn remote(entry: &Entry) -> Option<((u32, Mac), IpAddr)> {
+    match *entry {
+        Entry::Fdb { index, mac, remote, permanent: true } => remote.map(|remote| ((index, mac), remote)),
+        _ => None,
+    }
+}
+
 fn read(shared: &mut Shared, query: Query) -> Result<Vec<Entry>, OpError> {
     let read = shared.socket.dump(&query, Vec::new, |all, header, body| {
         all.extend(Entry::read(header, body));
@@ -66,9 +87,7 @@ fn read(shared: &mut Shared, query: Query) -> Result<Vec<Entry>, OpError> {
 
 /// Takes an entry into a dumped state, if it is ours.
 fn insert(state: &mut State, known: &mut Known, entry: Entry) {
-    if let Entry::Fdb { index, mac, remote: Some(remote), permanent: true } = entry {
-        known.fdb.insert((index, mac), remote);
-    }
+    known.fdb.extend(remote(&entry));
     if matches!(entry, Entry::Route { protocol, .. } if !is_ours(protocol)) {
         return;
     }

@@ -8,29 +8,34 @@
 //! Some events carry none (FDB entries, addresses, the removal of a neighbour, several of links, netconf): these are compared with what is known
 //! (`known`), which our own changes update first. What the kernel does by itself because of a change of ours may carry our port id too, and
 //! is not reported then: whoever removes a next hop or a device has to know that its routes go with it.
+//!
+//! While many FDB entries are written, their events are kept out too ([`Ears`]): waking a reader for each would cost more than the entry. What
+//! others did to the FDB meanwhile is found by reading it afterwards.
 
+use std::collections::HashMap;
 use std::future::poll_fn;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::net::IpAddr;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::pin::pin;
 use std::sync::Arc;
 
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{AsyncSocket, Socket, TokioSocket};
 use nix::sys::socket::{setsockopt, sockopt};
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::{Mutex, Notify, mpsc};
 
 use super::events::{Foreign, Pending, note};
 use super::message::messages;
 use super::nft::{NftChange, NftMonitor};
 use super::socket::Refusal;
 use super::uapi::RTNLGRP;
-use super::{Shared, blocking};
-use crate::model::Family;
+use super::wire::AF_BRIDGE;
+use super::{Shared, blocking, dump};
+use crate::model::{Family, Mac};
 use crate::plan::{KernelEvent, Key, OpError, Value};
 
-/// Receive buffer in bytes. FDB events of our own pass the filter: some 800 bytes of kernel memory each while a batch is applied, of which
-/// 4,096 ops go before the monitor has its turn; the rest is for others.
+/// Receive buffer in bytes: an event takes some 800 bytes of kernel memory.
 const BUFFER: usize = 32 << 20;
 /// Bytes of a receive: an event is a datagram of its own, links' are the largest with some 2 KiB.
 const RECEIVE: usize = 32 * 1024;
@@ -46,8 +51,42 @@ pub struct Monitor {
     pending: Pending,
     foreign: Foreign,
     forward_drops: Option<Vec<Family>>,
+    /// Tells that the FDB was not listened to for a while.
+    unheard: Arc<Notify>,
+    own: [u32; 2],
     first: Vec<u8>,
     input: Vec<u8>,
+}
+
+/// What the monitor's socket lets through, for the one who writes.
+pub(super) struct Ears {
+    socket: OwnedFd,
+    own: [u32; 2],
+    unheard: Arc<Notify>,
+}
+
+impl Ears {
+    /// Keeps events about the FDB out until the answer is dropped; the monitor then looks for itself.
+    pub(super) fn without_fdb(self: &Arc<Self>) -> FdbUnheard {
+        if let Err(error) = attach_filter(self.socket.as_fd(), self.own, false) {
+            tracing::debug!(%error, "events about the FDB cannot be kept out");
+        }
+        FdbUnheard(Arc::clone(self))
+    }
+}
+
+/// While this lives the monitor hears nothing about the FDB.
+pub(super) struct FdbUnheard(Arc<Ears>);
+
+impl Drop for FdbUnheard {
+    fn drop(&mut self) {
+        let Ears { socket, own, unheard } = &*self.0;
+        if let Err(error) = attach_filter(socket.as_fd(), *own, true) {
+            // Cannot be: the same was done before. The resync finds what is not heard.
+            tracing::error!(%error, "events about the FDB are not heard any more");
+        }
+        unheard.notify_one();
+    }
 }
 
 impl Monitor {
@@ -70,9 +109,18 @@ impl Monitor {
             pending: Pending::default(),
             foreign,
             forward_drops: None,
+            unheard: Arc::default(),
+            own,
             first: Vec::with_capacity(RECEIVE),
             input: vec![0; RECEIVE],
         })
+    }
+
+    /// What is let through.
+    pub(super) fn ears(&self) -> Result<Arc<Ears>, OpError> {
+        let descriptor = self.socket.socket_ref().as_fd().try_clone_to_owned();
+        let socket = descriptor.map_err(|e| Refusal::from(e).during("cannot share the socket of the kernel's changes"))?;
+        Ok(Arc::new(Ears { socket, own: self.own, unheard: Arc::clone(&self.unheard) }))
     }
 
     /// Follows the kernel until the receiver of the events is dropped. Cancel-safe: it may be aborted at any await.
@@ -95,6 +143,7 @@ impl Monitor {
                     let change = change?;
                     self.note_rules(change).await;
                 }
+                () = self.unheard.notified() => self.note_fdb().await,
                 permit = sender.reserve(), if !self.pending.is_empty() => {
                     let Ok(permit) = permit else { return Ok(()) };
                     if let Some(event) = self.pending.take() {
@@ -103,6 +152,28 @@ impl Monitor {
                 }
                 () = &mut ended => return Err(OpError { errno: libc::EPIPE, message: "the rtnetlink connection has ended".to_owned() }),
                 () = sender.closed() => return Ok(()),
+            }
+        }
+    }
+
+    /// Reads the FDB and tells what differs from what is known.
+    async fn note_fdb(&mut self) {
+        let mut shared = self.shared.lock().await;
+        match blocking(|| dump::fdb(&mut shared)) {
+            Ok(found) => {
+                let before = std::mem::replace(&mut shared.known.fdb, found);
+                let found = &shared.known.fdb;
+                let gone = before.keys().filter(|at| !found.contains_key(at));
+                let differs = found.iter().filter(|(at, remote)| before.get(at) != Some(remote)).map(|(at, _)| at);
+                for (index, mac) in gone.chain(differs) {
+                    let Some(device) = shared.known.device(*index) else { continue };
+                    let value = |all: &HashMap<(u32, Mac), IpAddr>| all.get(&(*index, *mac)).copied().map(Value::Fdb);
+                    self.pending.changed_from(Key::Fdb(device, *mac), value(&before), value(found));
+                }
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the FDB could not be read");
+                self.pending.stale("the FDB could not be read");
             }
         }
     }
@@ -210,7 +281,7 @@ fn listen(own: [u32; 2]) -> io::Result<TokioSocket> {
     if setsockopt(socket, sockopt::RcvBufForce, &BUFFER).is_err() {
         setsockopt(socket, sockopt::RcvBuf, &BUFFER)?;
     }
-    attach_filter(socket, own)?;
+    attach_filter(socket.as_fd(), own, true)?;
     socket.bind_auto()?;
     for group in RTNLGRP {
         match socket.add_membership(group) {
@@ -222,26 +293,39 @@ fn listen(own: [u32; 2]) -> io::Result<TokioSocket> {
     Ok(listener)
 }
 
-/// Drops messages whose `nlmsg_pid` is one of ours: a classic BPF program (`linux/filter.h`), run by the kernel on each message before it is queued.
-fn attach_filter(socket: &Socket, own: [u32; 2]) -> io::Result<()> {
-    /// Offset of `nlmsg_pid` in `struct nlmsghdr`.
+/// Drops messages whose `nlmsg_pid` is one of ours, and those about FDB entries unless `fdb`: a classic BPF program (`linux/filter.h`), run by the
+/// kernel on each message before it is queued.
+fn attach_filter(socket: BorrowedFd<'_>, own: [u32; 2], fdb: bool) -> io::Result<()> {
+    /// Offsets of `nlmsg_type` and `nlmsg_pid` in `struct nlmsghdr`, and of `ndm_family` behind it.
+    const TYPE: u32 = 4;
     const PORT: u32 = 12;
-    /// `BPF_LD | BPF_W | BPF_ABS`: loads in network byte order.
+    const FAMILY: u32 = 16;
+    /// `BPF_LD | BPF_ABS` of a word, of half of one (both in network byte order) and of a byte.
     const LOAD: u16 = 0x20;
+    const LOAD_HALF: u16 = 0x28;
+    const LOAD_BYTE: u16 = 0x30;
     /// `BPF_JMP | BPF_JEQ | BPF_K`.
     const JUMP_IF_EQUAL: u16 = 0x15;
     /// `BPF_RET | BPF_K`: how many bytes of the message are kept.
     const RETURN: u16 = 0x06;
-    let step = |code, jt, k| libc::sock_filter { code, jt, jf: 0, k };
+    let step = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
     let loaded = |port: u32| u32::from_be_bytes(port.to_ne_bytes());
+    let loaded_half = |kind: u16| u32::from(u16::from_be_bytes(kind.to_ne_bytes()));
+    let family = if fdb { u32::MAX } else { AF_BRIDGE.into() };
     let mut program = [
-        step(LOAD, 0, PORT),
-        step(JUMP_IF_EQUAL, 2, loaded(own[0])),
-        step(JUMP_IF_EQUAL, 1, loaded(own[1])),
-        step(RETURN, 0, u32::MAX),
-        step(RETURN, 0, 0),
+        step(LOAD, 0, 0, PORT),
+        step(JUMP_IF_EQUAL, 7, 0, loaded(own[0])),
+        step(JUMP_IF_EQUAL, 6, 0, loaded(own[1])),
+        step(LOAD_BYTE, 0, 0, FAMILY),
+        // Links have a family at the same place, which is the bridge's for what bridges tell of their ports.
+        step(JUMP_IF_EQUAL, 0, 3, family),
+        step(LOAD_HALF, 0, 0, TYPE),
+        step(JUMP_IF_EQUAL, 2, 0, loaded_half(libc::RTM_NEWNEIGH)),
+        step(JUMP_IF_EQUAL, 1, 0, loaded_half(libc::RTM_DELNEIGH)),
+        step(RETURN, 0, 0, u32::MAX),
+        step(RETURN, 0, 0, 0),
     ];
-    let filter = libc::sock_fprog { len: 5, filter: program.as_mut_ptr() };
+    let filter = libc::sock_fprog { len: 10, filter: program.as_mut_ptr() };
     let length = libc::socklen_t::try_from(size_of::<libc::sock_fprog>()).unwrap_or_default();
     // SAFETY: the program and its description live until the call returns; the kernel copies both (sk_attach_filter in net/core/filter.c).
     let result = unsafe {

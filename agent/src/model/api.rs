@@ -5,9 +5,9 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::endpoint::EndpointName;
+use super::endpoint::{EndpointName, Mode};
 use super::network::FieldError;
-use super::{Backend, Cidr, Endpoint, Mac, NetworkConfig, PerFamily, Record, Refusal, Subnet, Vni};
+use super::{Backend, Cidr, Endpoint, Mac, NetworkConfig, PerFamily, Publish, Record, Refusal, Subnet, Vni};
 
 /// The version of these shapes, the first part of each path: `/v1/...`.
 pub const VERSION: u32 = 1;
@@ -247,18 +247,31 @@ pub struct Endpoints {
     pub endpoints: Vec<Endpoint>,
 }
 
-/// `PUT /v1/endpoints/NAME`: attaches a container in mode overlay. The same request again answers the same endpoint.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// `PUT /v1/endpoints/NAME`: attaches a container. The same request again answers the same endpoint.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AttachRequest {
-    /// Absolute path of the network namespace.
-    pub netns: PathBuf,
+    /// What the container gets; `overlay` where absent.
+    #[serde(default)]
+    pub mode: Mode,
+    /// Absolute path of the network namespace; needed in modes overlay and none, absent in the others.
+    #[serde(default)]
+    pub netns: Option<PathBuf>,
     /// The interface to make in it; `eth0` where absent.
     #[serde(default)]
     pub interface: Option<String>,
     /// Wished addresses; the others are chosen.
     #[serde(default)]
     pub addresses: PerFamily<IpAddr>,
+    /// Ports of the host that shall lead to it; only in mode overlay.
+    #[serde(default)]
+    pub publish: Vec<Publish>,
+    /// Whether packets with an address or MAC of another are dropped; yes where absent.
+    #[serde(default)]
+    pub source_check: Option<bool>,
+    /// What asks for it, where that is no person: printable text of at most 256 bytes.
+    #[serde(default)]
+    pub owner: Option<String>,
 }
 
 /// The answer to an attach: the endpoint and what a container needs to know.
@@ -270,8 +283,8 @@ pub struct Attached {
     pub prefix_length: PerFamily<u8>,
     /// The gateway on the bridge.
     pub gateway: PerFamily<IpAddr>,
-    /// MTU of the interface in bytes.
-    pub mtu: u32,
+    /// MTU of the interface in bytes; absent where there is none.
+    pub mtu: Option<u32>,
 }
 
 /// The answer to a detach.

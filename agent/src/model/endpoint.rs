@@ -6,15 +6,48 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Mac, PerFamily};
+use super::{Mac, PerFamily, Publish};
 
 /// A container's attachment, as it is kept in the state directory and shown by `overlayctl endpoints`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Endpoint {
     /// The name, unique on the host.
     pub name: EndpointName,
-    /// The path of its network namespace.
+    /// What the container gets.
+    #[serde(default)]
+    pub mode: Mode,
+    /// The path of its network namespace: the host's own in mode host, the other endpoint's in mode container.
     pub netns: PathBuf,
+    /// Its way onto the bridge; only in mode overlay.
+    #[serde(flatten)]
+    pub port: Option<Port>,
+    /// Ports of the host that lead to it.
+    #[serde(default)]
+    pub published: Vec<Publish>,
+    /// Whether packets from it are dropped that carry an address or MAC of another; off for routers and virtual addresses.
+    #[serde(default = "checked")]
+    pub source_check: bool,
+    /// What made it, where that was no person: text for `overlayctl endpoints` and for what the maker wants to find again.
+    #[serde(default)]
+    pub owner: Option<String>,
+    /// Seconds since the epoch at which it was attached.
+    pub attached_at: u64,
+}
+
+fn checked() -> bool {
+    true
+}
+
+impl Endpoint {
+    /// Its addresses of the host's subnet; none but in mode overlay.
+    pub fn addresses(&self) -> PerFamily<IpAddr> {
+        self.port.as_ref().map(|port| port.addresses).unwrap_or_default()
+    }
+}
+
+/// An endpoint's veth pair: one end in the container, the other a port of the bridge.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Port {
     /// The interface inside the namespace; `eth0` unless asked otherwise.
     pub interface: String,
     /// The host's end of the veth pair, a port of the bridge.
@@ -23,8 +56,76 @@ pub struct Endpoint {
     pub mac: Mac,
     /// The address in each family of the host's subnet.
     pub addresses: PerFamily<IpAddr>,
-    /// Seconds since the epoch at which it was attached.
-    pub attached_at: u64,
+}
+
+/// What a container gets. As text: `overlay`, `none`, `host`, `container:NAME`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Mode {
+    /// An interface on the bridge, with addresses of the host's subnet.
+    #[default]
+    Overlay,
+    /// A namespace with loopback only.
+    None,
+    /// The host's own namespace: nothing is made.
+    Host,
+    /// The namespace of another endpoint.
+    Container(EndpointName),
+}
+
+/// Why a text is no [`Mode`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ModeError {
+    /// None of the words.
+    #[error("`{text}` is no mode: overlay, none, host or container:NAME")]
+    Unknown {
+        /// The refused text, cut to 80 characters.
+        text: String,
+    },
+    /// The name behind `container:`.
+    #[error(transparent)]
+    Name(#[from] EndpointNameError),
+}
+
+impl std::str::FromStr for Mode {
+    type Err = ModeError;
+
+    fn from_str(text: &str) -> Result<Self, ModeError> {
+        match text {
+            "overlay" => Ok(Mode::Overlay),
+            "none" => Ok(Mode::None),
+            "host" => Ok(Mode::Host),
+            _ => match text.strip_prefix("container:") {
+                Some(name) => Ok(Mode::Container(name.parse()?)),
+                None => Err(ModeError::Unknown { text: super::lease::printable(text) }),
+            },
+        }
+    }
+}
+
+impl TryFrom<String> for Mode {
+    type Error = ModeError;
+
+    fn try_from(text: String) -> Result<Self, ModeError> {
+        text.parse()
+    }
+}
+
+impl From<Mode> for String {
+    fn from(mode: Mode) -> String {
+        mode.to_string()
+    }
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Mode::Overlay => f.write_str("overlay"),
+            Mode::None => f.write_str("none"),
+            Mode::Host => f.write_str("host"),
+            Mode::Container(name) => write!(f, "container:{name}"),
+        }
+    }
 }
 
 /// The name of an endpoint: 1 to 63 of `a-z A-Z 0-9 . _ -`, the first one a letter or digit. It is used as a file name

@@ -181,6 +181,12 @@ impl Default for NexthopIds {
 }
 
 impl NexthopIds {
+    /// Makes room for so many more gateways at once.
+    pub fn reserve(&mut self, gateways: usize) {
+        self.ids.reserve(gateways);
+        self.used.reserve(gateways);
+    }
+
     /// Takes the ids of the objects that the kernel holds already. Of two objects for one gateway the first counts; the other's id is
     /// not given to anybody else, because routes may still use it.
     pub fn adopt(&mut self, actual: &State) {

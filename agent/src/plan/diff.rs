@@ -4,6 +4,7 @@
 //! before all deletions (make before break); settings in the order of their stages, each standing on those before, deletions in reverse.
 //! Only what lives on a device that has to be made again goes first, and comes back with it.
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::ops::{Batch, Op};
@@ -12,7 +13,7 @@ use crate::model::Device;
 
 /// The batch that makes all of `actual` equal to `desired`.
 pub fn diff(desired: &State, actual: &State) -> Batch {
-    compare(desired, actual, desired.keys().chain(actual.keys().filter(|key| !desired.contains_key(key))))
+    compare(desired, actual, union(desired, actual))
 }
 
 /// The same for some keys only, each named once. A device's link stands for all that lives on it where the device is made, made again or
@@ -32,18 +33,40 @@ pub fn diff_keys<'a>(desired: &'a State, actual: &'a State, keys: impl IntoItera
             keys.extend(state.iter().filter(|(key, value)| on_them(key, value)).map(|(key, _)| key));
         }
     }
-    compare(desired, actual, keys)
+    compare(desired, actual, keys.into_iter().map(|key| (key, desired.get(key), actual.get(key))))
 }
 
-fn compare<'a>(desired: &State, actual: &State, keys: impl IntoIterator<Item = &'a Key>) -> Batch {
+/// An entry as it is wanted and as it is found.
+type Pair<'a> = (&'a Key, Option<&'a Value>, Option<&'a Value>);
+
+/// Both states side by side, in the order of the keys: each is walked once and nothing is looked up.
+fn union<'a>(desired: &'a State, actual: &'a State) -> impl Iterator<Item = Pair<'a>> {
+    let (mut desired, mut actual) = (desired.iter().peekable(), actual.iter().peekable());
+    std::iter::from_fn(move || {
+        let order = match (desired.peek(), actual.peek()) {
+            (Some((wanted, _)), Some((found, _))) => wanted.cmp(found),
+            (Some(_), None) => Ordering::Less,
+            (None, _) => Ordering::Greater,
+        };
+        let wanted = if order.is_le() { desired.next() } else { None };
+        let found = if order.is_ge() { actual.next() } else { None };
+        let (key, _) = wanted.or(found)?;
+        Some((key, wanted.map(|(_, value)| value), found.map(|(_, value)| value)))
+    })
+}
+
+fn compare<'a>(desired: &State, actual: &State, pairs: impl Iterator<Item = Pair<'a>>) -> Batch {
     let mut fates = Fates::new(desired, actual);
+    let eventful = fates.any_changes();
     let mut teardown = Vec::new();
     let mut sets = Vec::new();
     let mut deletions = Vec::new();
-    for key in keys {
-        let (wanted, mut found) = (desired.get(key), actual.get(key));
-        let wanted_on = wanted.and_then(|value| stands_on(key, value, desired)).map(|device| fates.of(device));
-        let found_on = found.and_then(|value| stands_on(key, value, actual)).map(|device| fates.of(device));
+    for (key, wanted, mut found) in pairs {
+        let mut fate = |value: Option<&Value>, state| {
+            let value = value.filter(|_| eventful)?;
+            stands_on(key, value, state).map(|device| fates.of(device))
+        };
+        let (wanted_on, found_on) = (fate(wanted, desired), fate(found, actual));
         if wanted_on == Some(Fate::InTheWay) || (key.device().is_some() && found_on == Some(Fate::InTheWay)) {
             // The link is somebody else's: setting it fails with advice, and nothing is done to it.
             continue;
@@ -124,6 +147,15 @@ struct Fates<'a> {
 impl<'a> Fates<'a> {
     fn new(desired: &'a State, actual: &'a State) -> Fates<'a> {
         Fates { desired, actual, known: BTreeMap::new() }
+    }
+
+    /// Whether a device has another fate than to be kept. Most often none has: then it does not matter what an entry stands on.
+    fn any_changes(&mut self) -> bool {
+        let links = |state: &'a State| {
+            state.range(Key::Link(String::new())..).map_while(|(key, _)| matches!(key, Key::Link(_)).then_some(key))
+        };
+        let devices: BTreeSet<Device> = links(self.desired).chain(links(self.actual)).filter_map(link_device).collect();
+        devices.into_iter().any(|device| self.of(device) != Fate::Kept)
     }
 
     fn of(&mut self, device: Device) -> Fate {

@@ -46,32 +46,45 @@ pub struct Roster {
     /// How many ranges there are of each length: usually all have one, and nothing shorter is looked for.
     lengths: BTreeMap<(Family, u8), usize>,
     by_mac: HashMap<(Family, Mac), Holders>,
+    /// Whether two entries may share an address or a MAC. Where none do, which is nearly always, no verdict has to look for others.
+    contested: bool,
 }
 
-/// The entries that hold one range or one MAC, in order: one nearly always, so that a set's node would be mostly room.
-#[derive(Debug, Default)]
-struct Holders(Vec<LeaseKey>);
+/// The entries that hold one range or one MAC, in order: one nearly always, which then takes no memory of its own.
+#[derive(Debug)]
+enum Holders {
+    One(LeaseKey),
+    /// Also none, for a moment.
+    Some(Vec<LeaseKey>),
+}
 
 impl Holders {
     fn insert(&mut self, key: &LeaseKey) {
-        if let Err(place) = self.0.binary_search(key) {
-            self.0.reserve_exact(1);
-            self.0.insert(place, key.clone());
+        if let Err(place) = self.as_slice().binary_search(key) {
+            let mut keys = self.as_slice().to_vec();
+            keys.insert(place, key.clone());
+            *self = Holders::Some(keys);
         }
     }
 
     fn remove(&mut self, key: &LeaseKey) {
-        if let Ok(place) = self.0.binary_search(key) {
-            self.0.remove(place);
+        let rest: Vec<LeaseKey> = self.as_slice().iter().filter(|k| *k != key).cloned().collect();
+        *self = Holders::Some(rest);
+    }
+
+    fn as_slice(&self) -> &[LeaseKey] {
+        match self {
+            Holders::One(key) => std::slice::from_ref(key),
+            Holders::Some(keys) => keys,
         }
     }
 
     fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.as_slice().is_empty()
     }
 
     fn iter(&self) -> std::slice::Iter<'_, LeaseKey> {
-        self.0.iter()
+        self.as_slice().iter()
     }
 }
 
@@ -96,8 +109,13 @@ impl Roster {
         self.entries.is_empty()
     }
 
-    /// Makes the entries those of a snapshot: what it lacks is gone. Returns the keys whose verdict may have changed.
-    pub fn replace(&mut self, snapshot: Vec<StoreEntry>) -> BTreeSet<LeaseKey> {
+    /// Makes the entries those of a snapshot: what it lacks is gone. Returns the keys whose verdict may have changed; `None` for all, where
+    /// there was nothing before.
+    pub fn replace(&mut self, snapshot: Vec<StoreEntry>) -> Option<BTreeSet<LeaseKey>> {
+        if self.entries.is_empty() {
+            self.fill(snapshot);
+            return None;
+        }
         let new: BTreeSet<&str> = snapshot.iter().map(|entry| entry.key.as_str()).collect();
         let gone: Vec<LeaseKey> = self.entries.keys().filter(|key| !new.contains(key.as_ref())).cloned().collect();
         let mut affected = BTreeSet::new();
@@ -107,7 +125,45 @@ impl Roster {
         for entry in snapshot {
             affected.extend(self.upsert(entry));
         }
-        affected
+        Some(affected)
+    }
+
+    /// The first snapshot: each index is made as a whole, which takes a quarter of the time that entry by entry takes.
+    fn fill(&mut self, snapshot: Vec<StoreEntry>) {
+        self.entries = snapshot.into_iter().map(|entry| (entry.key.into(), entry.value)).collect();
+        self.by_mac.reserve(self.entries.len());
+        let mut ranges: Vec<(Cidr, &LeaseKey)> = Vec::with_capacity(self.entries.len());
+        for (key, value) in &self.entries {
+            let Ok(record) = value else { continue };
+            ranges.extend(record.subnet.iter().map(|(_, cidr)| (cidr, key)));
+            for mac in macs(record) {
+                let shared = |keys: &mut Holders| {
+                    keys.insert(key);
+                    self.contested = true;
+                };
+                self.by_mac.entry(mac).and_modify(shared).or_insert_with(|| Holders::One(key.clone()));
+            }
+        }
+        ranges.sort_unstable();
+        // In order, a range that overlaps an earlier one overlaps the one that reaches furthest of them.
+        let mut furthest: Option<Cidr> = None;
+        for (cidr, _) in &ranges {
+            self.contested |= furthest.is_some_and(|before| before.overlaps(*cidr));
+            if furthest.is_none_or(|before| !before.contains(cidr.base())) {
+                furthest = Some(*cidr);
+            }
+        }
+        let mut holders: Vec<(Cidr, Holders)> = Vec::with_capacity(ranges.len());
+        for (cidr, key) in ranges {
+            match holders.last_mut() {
+                Some((last, keys)) if *last == cidr => keys.insert(key),
+                _ => {
+                    *self.lengths.entry((cidr.family(), cidr.length())).or_default() += 1;
+                    holders.push((cidr, Holders::One(key.clone())));
+                }
+            }
+        }
+        self.by_cidr = holders.into_iter().collect();
     }
 
     /// Adds or changes an entry. Returns the keys whose verdict may have changed: none where nothing that matters did.
@@ -124,16 +180,17 @@ impl Roster {
         let key: LeaseKey = key.into();
         if let Ok(record) = &value {
             for (_, cidr) in record.subnet.iter() {
-                let keys = self.by_cidr.entry(cidr).or_default();
-                if keys.is_empty() {
+                self.by_cidr.entry(cidr).and_modify(|keys| keys.insert(&key)).or_insert_with(|| {
                     *self.lengths.entry((cidr.family(), cidr.length())).or_default() += 1;
-                }
-                keys.insert(&key);
+                    Holders::One(key.clone())
+                });
             }
             for mac in macs(record) {
-                self.by_mac.entry(mac).or_default().insert(&key);
+                self.by_mac.entry(mac).and_modify(|keys| keys.insert(&key)).or_insert_with(|| Holders::One(key.clone()));
             }
-            affected.extend(self.neighbours(record));
+            let neighbours = self.neighbours(record);
+            self.contested |= neighbours.iter().any(|other| *other != key);
+            affected.extend(neighbours);
         }
         self.entries.insert(key.clone(), value);
         affected.insert(key);
@@ -164,22 +221,34 @@ impl Roster {
 
     /// What an entry is to this host; `None` for a key that is not there.
     pub fn standing(&self, key: &str, network: &NetworkConfig, own: Option<&OwnHost>) -> Option<Standing> {
-        let record = match self.entries.get(key)? {
+        self.entries.get(key).map(|value| self.judge(key, value, network, own))
+    }
+
+    /// What each entry is to this host, in the order of the keys.
+    pub fn standings(&self, network: &NetworkConfig, own: Option<&OwnHost>) -> impl Iterator<Item = (&LeaseKey, Standing)> {
+        self.entries.iter().map(move |(key, value)| (key, self.judge(key, value, network, own)))
+    }
+
+    fn judge(&self, key: &str, value: &Result<Record, Refusal>, network: &NetworkConfig, own: Option<&OwnHost>) -> Standing {
+        let record = match value {
             Ok(record) => record,
-            Err(refusal) => return Some(Standing::Refused(refusal.clone())),
+            Err(refusal) => return Standing::Refused(refusal.clone()),
         };
         if own.is_some_and(|own| own.subnet == record.subnet) {
-            return Some(Standing::Own);
+            return Standing::Own;
         }
         let verdict = judge(record, network, own).and_then(|peer| self.conflict(key, record, network).map_or(Ok(peer), Err));
-        Some(match verdict {
+        match verdict {
             Ok(peer) => Standing::Peer(peer),
             Err(kind) => Standing::Refused(Refusal { key: crate::model::lease::printable(key), kind }),
-        })
+        }
     }
 
     /// The first contradiction with an entry that ranks before this one.
     fn conflict(&self, key: &str, record: &Record, network: &NetworkConfig) -> Option<RefusalKind> {
+        if !self.contested {
+            return None;
+        }
         let before = |other: &LeaseKey| match self.entries.get(other) {
             Some(Ok(o)) if other.as_ref() != key => (rank(o, network), other.as_ref()) < (rank(record, network), key),
             _ => false,

@@ -1,6 +1,6 @@
 //! Folding: what each event makes dirty, and how desired state follows from what is known.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use super::{Channels, LOG_LINES, Memory, Reconciler, UNDERLAY_SETTLE, is_wholesale, merge};
@@ -13,6 +13,11 @@ use crate::plan::state::{State, Value};
 use crate::plan::{DataPath, KernelEvent, Key, LinkKind, Op};
 
 impl<D: DataPath, M: Memory> Reconciler<D, M> {
+    /// The host's ends of the endpoints' veth pairs.
+    pub(super) fn ports(&self) -> Vec<String> {
+        self.endpoints.iter().filter_map(|endpoint| endpoint.port.as_ref()).map(|port| port.host_interface.clone()).collect()
+    }
+
     pub(super) fn fold_store(&mut self, event: StoreEvent) {
         self.changed = true;
         match event {
@@ -40,9 +45,11 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 }
             }
             StoreEvent::Snapshot(entries) => {
-                let affected = self.roster.replace(entries);
+                match self.roster.replace(entries) {
+                    Some(affected) => self.leases_dirty.extend(affected),
+                    None => self.roster_dirty = true,
+                }
                 self.snapshot_seen = true;
-                self.leases_dirty.extend(affected);
             }
             StoreEvent::Upsert(entry) => {
                 if let (Connection::Up { revision }, Ok(record)) = (&mut self.connection, &entry.value) {
@@ -105,7 +112,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             return false;
         }
         if let Key::Link(name) = &key {
-            self.port_lost |= !self.actual.contains_key(&key) && self.ports.contains(name);
+            self.port_lost |= !self.actual.contains_key(&key) && self.ports().contains(name);
         }
         self.dirty.insert(key.clone());
         if was_right {
@@ -233,7 +240,11 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             }
             refused.extend(self.refused.remove_entry(key));
         }
-        self.admit_all(leases, &refused);
+        if std::mem::take(&mut self.roster_dirty) {
+            self.admit_roster(&refused);
+        } else {
+            self.admit_all(leases, &refused);
+        }
     }
 
     /// This host as it should be; `None` while something is not known yet. A lease that was lost leaves things as they were.
@@ -257,7 +268,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             masquerade: self.settings.masquerade,
             tx_checksum: self.settings.tx_checksum,
             nexthop_objects: self.settings.nexthop_objects,
-            ports: self.ports.clone(),
+            ports: self.ports(),
             forward_drops: self.inventory.forward_drops.clone(),
             network,
         })
@@ -319,27 +330,53 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         self.host = Some(host);
         self.peers.clear();
         let refused = std::mem::take(&mut self.refused);
-        let keys: Vec<_> = self.roster.iter().map(|(key, _)| key.clone()).collect();
-        self.admit_all(keys, &refused);
+        self.admit_roster(&refused);
         self.leases_dirty.clear();
+        self.roster_dirty = false;
         self.repairs.forget_all();
         self.all_dirty = true;
         self.changed = true;
     }
 
-    /// Takes leases into the data path, or notes why not. A refusal is logged unless it stood before.
-    fn admit_all(&mut self, leases: impl IntoIterator<Item = LeaseKey>, refused_before: &BTreeMap<LeaseKey, Refusal>) {
+    /// Takes some leases into the data path, or notes why not.
+    fn admit_all(&mut self, leases: BTreeSet<LeaseKey>, refused_before: &BTreeMap<LeaseKey, Refusal>) {
+        let Some(host) = &self.host else { return };
+        let judge = |key: LeaseKey| {
+            let standing = self.roster.standing(&key, &host.network, self.own_host.as_ref());
+            standing.map(|standing| (key, standing))
+        };
+        let judged = leases.into_iter().filter_map(judge).collect();
+        self.admit(judged, refused_before);
+    }
+
+    /// Takes all leases that there are into the data path, or notes why not.
+    fn admit_roster(&mut self, refused_before: &BTreeMap<LeaseKey, Refusal>) {
+        let Some(host) = &self.host else { return };
+        let standings = self.roster.standings(&host.network, self.own_host.as_ref());
+        let mut judged: Vec<_> = standings.map(|(key, standing)| (key.clone(), standing)).collect();
+        // In the order of their addresses most of what follows from them is in order already.
+        judged.sort_by_cached_key(|(_, standing)| match standing {
+            Standing::Peer(peer) => Some(peer.subnet),
+            Standing::Own | Standing::Refused(_) => None,
+        });
+        self.ids.reserve(judged.len());
+        self.admit(judged, refused_before);
+    }
+
+    /// Notes what leases are to this host. A refusal is logged unless it stood before.
+    fn admit(&mut self, judged: Vec<(LeaseKey, Standing)>, refused_before: &BTreeMap<LeaseKey, Refusal>) {
+        let Some(host) = &self.host else { return };
         let mut lines = 0;
-        let mut entries = Vec::new();
-        for key in leases {
-            let Some(host) = &self.host else { return };
-            match self.roster.standing(&key, &host.network, self.own_host.as_ref()) {
-                None | Some(Standing::Own) => {}
-                Some(Standing::Peer(peer)) => {
+        let mut entries = Vec::with_capacity(4 * judged.len());
+        let mut peers = Vec::with_capacity(judged.len());
+        for (key, standing) in judged {
+            match standing {
+                Standing::Own => {}
+                Standing::Peer(peer) => {
                     entries.extend(host.peer_entries(&peer, &mut self.ids));
-                    self.peers.insert(key, peer);
+                    peers.push((key, peer));
                 }
-                Some(Standing::Refused(refusal)) => {
+                Standing::Refused(refusal) => {
                     if refused_before.get(&key) != Some(&refusal) {
                         lines += 1;
                         if lines <= LOG_LINES {
@@ -353,6 +390,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         if lines > LOG_LINES {
             tracing::warn!(leases = lines, "leases are left out: `overlayctl subnets` lists them");
         }
+        merge(&mut self.peers, peers);
         self.desire(entries);
     }
 
@@ -361,7 +399,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         for (key, _) in &entries {
             self.repairs.forget(key);
         }
-        if is_wholesale(&self.desired, entries.len()) {
+        if is_wholesale(self.desired.len(), entries.len()) {
             self.all_dirty = true;
         } else {
             self.dirty.extend(entries.iter().map(|(key, _)| key.clone()));

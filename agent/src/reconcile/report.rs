@@ -72,7 +72,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 mtu: self.host.as_ref().map(|host| host.mtu()),
                 nexthop_objects: self.settings.nexthop_objects,
             },
-            endpoints: self.ports.len(),
+            endpoints: self.endpoints.len(),
         }
     }
 

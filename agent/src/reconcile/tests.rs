@@ -95,7 +95,7 @@ struct Fixture {
     beats: watch::Receiver<u64>,
     wish: watch::Receiver<Option<LeaseWish>>,
     stop: CancellationToken,
-    _ports: watch::Sender<Vec<String>>,
+    _endpoints: watch::Sender<Vec<Endpoint>>,
     _task: tokio::task::JoinHandle<()>,
 }
 
@@ -140,7 +140,7 @@ impl Fixture {
         let (store, store_events) = mpsc::channel(64);
         let (events, kernel_events) = mpsc::channel(64);
         let (queries, query_events) = mpsc::channel(8);
-        let (ports, port_names) = watch::channel(Vec::new());
+        let (endpoints, plugged) = watch::channel(Vec::new());
         let (wish_in, wish) = watch::channel(None);
         let (ready_in, ready) = watch::channel(false);
         let (beat, beats) = watch::channel(0);
@@ -148,7 +148,7 @@ impl Fixture {
             store: store_events,
             kernel: kernel_events,
             queries: query_events,
-            ports: port_names,
+            endpoints: plugged,
             wish: wish_in,
             overlay: watch::channel(None).0,
             changes: watch::channel(0).0,
@@ -159,7 +159,7 @@ impl Fixture {
         let stop = CancellationToken::new();
         let reconciler = Reconciler::new(settings, kernel.clone(), FakeMemory, Arc::new(Metrics::new()));
         let task = tokio::spawn(reconciler.run(channels, stop.clone()));
-        Fixture { kernel, store, events, queries, ready, beats, wish, stop, _ports: ports, _task: task }
+        Fixture { kernel, store, events, queries, ready, beats, wish, stop, _endpoints: endpoints, _task: task }
     }
 
     /// Ready, with these peers.

@@ -61,7 +61,8 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
             }
         }
     };
-    let request = AttachRequest { netns, interface: Some(args.interface.clone()), addresses };
+    let request =
+        AttachRequest { netns: Some(netns), interface: Some(args.interface.clone()), addresses, ..AttachRequest::default() };
     let attached = context.client.attach(&args.name, &request).await?;
     if let Some(made) = made {
         made.keep();
@@ -91,7 +92,7 @@ impl View for AttachedView<'_> {
     fn text(&self, style: Style, wide: bool) -> String {
         let Attached { endpoint, prefix_length, gateway, mtu } = self.0;
         let addresses: Vec<String> = endpoint
-            .addresses
+            .addresses()
             .iter()
             .map(|(family, address)| match (prefix_length.get(family), gateway.get(family)) {
                 (Some(length), Some(gateway)) => format!("{address}/{length} via {gateway}"),
@@ -99,9 +100,11 @@ impl View for AttachedView<'_> {
             })
             .collect();
         let mut lines = vec![format!("{}  {}", endpoint.name, style.paint(Tone::Good, &addresses.join(", ")))];
-        lines.push(format!("  {} in {}, MTU {mtu}", endpoint.interface, endpoint.netns.display()));
-        if wide {
-            lines.push(format!("  {} on the host, MAC {}", endpoint.host_interface, endpoint.mac));
+        if let (Some(port), Some(mtu)) = (&endpoint.port, mtu) {
+            lines.push(format!("  {} in {}, MTU {mtu}", port.interface, endpoint.netns.display()));
+            if wide {
+                lines.push(format!("  {} on the host, MAC {}", port.host_interface, port.mac));
+            }
         }
         lines.join("\n")
     }

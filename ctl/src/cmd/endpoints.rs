@@ -34,12 +34,13 @@ impl View for EndpointsView<'_> {
         for endpoint in &self.0.endpoints {
             let mut row = vec![
                 cell(Some(&endpoint.name)),
-                cell(Some(joined(endpoint.addresses.iter().map(|(_, a)| a)))),
+                cell(Some(joined(endpoint.addresses().iter().map(|(_, a)| a)))),
                 cell(Some(endpoint.netns.display())),
                 cell(Some(ago(endpoint.attached_at))),
             ];
             if wide {
-                row.extend([cell(Some(&endpoint.interface)), cell(Some(&endpoint.host_interface)), cell(Some(endpoint.mac))]);
+                let port = endpoint.port.as_ref();
+                row.extend([cell(port.map(|p| &p.interface)), cell(port.map(|p| &p.host_interface)), cell(port.map(|p| p.mac))]);
             }
             table.row(row);
         }

@@ -30,7 +30,7 @@ pub(super) async fn attach(host: &Host<'_>, name: &str) -> Result<Attached, LabE
     let endpoint: EndpointName = name.parse().map_err(|e| LabError::Options { message: format!("{e}") })?;
     let namespace = host.lab().layout().namespace(&format!("{}-{name}", host.name()));
     let netns = Netns::create(&namespace)?;
-    let request = AttachRequest { netns: netns.path().to_owned(), interface: None, addresses: PerFamily::default() };
+    let request = AttachRequest { netns: Some(netns.path().to_owned()), ..AttachRequest::default() };
     match host.client().attach(&endpoint, &request).await {
         Ok(attached) => Ok(attached),
         Err(source) => {

@@ -181,7 +181,7 @@ async fn drive(family: Family, entries: Vec<StoreEntry>) -> anyhow::Result<Took>
 
     let (store_in, store) = mpsc::channel(1024);
     let (_queries_in, queries) = mpsc::channel(1);
-    let (_ports_in, ports) = watch::channel(Vec::new());
+    let (_plugged, endpoints) = watch::channel(Vec::new());
     let (wish, _wishes) = watch::channel(None);
     let (overlay, _overlays) = watch::channel(None);
     let (changes, mut changed) = watch::channel(0);
@@ -190,7 +190,7 @@ async fn drive(family: Family, entries: Vec<StoreEntry>) -> anyhow::Result<Took>
         store,
         kernel: kernel_events,
         queries,
-        ports,
+        endpoints,
         wish,
         overlay,
         changes,

@@ -4,7 +4,7 @@ use std::sync::Mutex;
 
 use super::*;
 use crate::model::api::{DataPathStatus, Health, StoreStatus, SubnetEntry};
-use crate::model::{Endpoint, Mac, PerFamily};
+use crate::model::{Endpoint, Mac, PerFamily, Port};
 
 #[derive(Debug)]
 pub(super) struct FakeBackend {
@@ -114,14 +114,20 @@ impl Backend for FakeBackend {
         }
         let endpoint = Endpoint {
             name,
-            netns: request.netns,
-            interface: request.interface.unwrap_or_else(|| "eth0".to_owned()),
-            host_interface: "ove0".to_owned(),
-            mac: Mac::local([0; 6]),
-            addresses: request.addresses,
+            mode: request.mode,
+            netns: request.netns.unwrap_or_default(),
+            port: Some(Port {
+                interface: request.interface.unwrap_or_else(|| "eth0".to_owned()),
+                host_interface: "ove0".to_owned(),
+                mac: Mac::local([0; 6]),
+                addresses: request.addresses,
+            }),
+            published: request.publish,
+            source_check: true,
+            owner: request.owner,
             attached_at: 0,
         };
-        Ok(Attached { endpoint, prefix_length: PerFamily::default(), gateway: PerFamily::default(), mtu: 1450 })
+        Ok(Attached { endpoint, prefix_length: PerFamily::default(), gateway: PerFamily::default(), mtu: Some(1450) })
     }
 
     async fn detach(&self, name: EndpointName) -> Result<Detached, ApiError> {

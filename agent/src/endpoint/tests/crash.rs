@@ -125,6 +125,6 @@ fn a_disk_that_fills_while_the_kernel_works_takes_the_attach_back() {
             endpoints.attach(name("a"), ask("/ns/a"))
         );
         assert!(matches!(outcome, Err(EndpointError::State { .. })));
-        assert!(host.kernel.plugs().is_empty() && endpoints.list().is_empty() && endpoints.ports().borrow().is_empty());
+        assert!(host.kernel.plugs().is_empty() && endpoints.list().is_empty() && endpoints.plugged().borrow().is_empty());
     });
 }

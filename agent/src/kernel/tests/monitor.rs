@@ -64,6 +64,45 @@ fn entries_removed_or_altered_by_others() {
 }
 
 #[test]
+fn what_is_not_heard_of_the_fdb_is_found_afterwards() {
+    on_host("unheard", KernelOptions::default(), async |host| {
+        host.make_devices().await;
+        let batch = peers(Family::V4, 0..3, true);
+        host.apply(&batch).await;
+        host.quiet().await;
+        let fdb: Vec<&Key> = batch.iter().map(Op::key).filter(|key| matches!(key, Key::Fdb(..))).collect();
+        let [Key::Fdb(device, first), Key::Fdb(_, second), _] = fdb[..] else { panic!("three entries") };
+        let unheard = host.kernel.ears.without_fdb();
+        run(&format!("bridge fdb del {first} dev {device}"));
+        run(&format!("bridge fdb replace {second} dev {device} dst 10.99.66.6 self permanent"));
+        run("bridge fdb add 02:66:66:66:66:66 dev ovx.1 dst 10.99.66.7 self permanent");
+        // All else is heard the while.
+        run("ip link set ovb.1 mtu 1301");
+        let bridge = Key::Link("ovb.1".to_owned());
+        match host.events.recv().await.expect("an event") {
+            KernelEvent::Changed(changes) => assert_eq!(changes.iter().map(|(key, _)| key).collect::<Vec<_>>(), [&bridge]),
+            other => panic!("{other:?}"),
+        }
+        host.quiet().await;
+        drop(unheard);
+        let stranger = Key::Fdb(*device, "02:66:66:66:66:66".parse().expect("mac"));
+        let mut wanted = vec![
+            (fdb[0].clone(), None),
+            (fdb[1].clone(), Some(Value::Fdb(ip("10.99.66.6")))),
+            (stranger.clone(), Some(Value::Fdb(ip("10.99.66.7")))),
+        ];
+        wanted.sort_by(|(a, _), (b, _)| a.cmp(b));
+        match host.events.recv().await.expect("an event") {
+            KernelEvent::Changed(changes) => assert_eq!(changes, wanted),
+            other => panic!("{other:?}"),
+        }
+        // And from then on they are heard again.
+        run("bridge fdb del 02:66:66:66:66:66 dev ovx.1");
+        assert_eq!(host.changed(&stranger).await, None);
+    });
+}
+
+#[test]
 fn links_and_addresses_altered_by_others() {
     on_host("linkdrift", KernelOptions::default(), async |host| {
         host.make_devices().await;

@@ -1,0 +1,255 @@
+//! Ports of the host that lead to a container.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+
+use serde::{Deserialize, Serialize};
+
+use super::lease::printable;
+
+/// One published port, or a run of them. As text `[ADDRESS:]HOST[-LAST]:CONTAINER[-LAST][/tcp|udp|sctp]`, an IPv6 address in brackets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Publish {
+    /// The host's address that it is bound to; any of the host's where absent.
+    #[serde(default)]
+    pub address: Option<IpAddr>,
+    /// The first port on the host.
+    pub host_port: u16,
+    /// The first port in the container.
+    pub container_port: u16,
+    /// How many ports follow each other on both sides, at least 1.
+    #[serde(default = "one")]
+    pub count: u16,
+    /// The transport protocol.
+    #[serde(default)]
+    pub protocol: Transport,
+}
+
+fn one() -> u16 {
+    1
+}
+
+/// Transport protocols with ports.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// TCP.
+    #[default]
+    Tcp,
+    /// UDP.
+    Udp,
+    /// SCTP.
+    Sctp,
+}
+
+/// Why a text is no [`Publish`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "`{text}` publishes no port: {reason}; write [ADDRESS:]HOST[-LAST]:CONTAINER[-LAST][/tcp|udp|sctp], an IPv6 address in brackets"
+)]
+pub struct PublishError {
+    /// The refused text, cut to 80 characters.
+    pub text: String,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+impl Publish {
+    /// Checks what a text cannot say wrong but a JSON value can: port 0, an empty run, one that goes beyond 65535.
+    ///
+    /// # Errors
+    /// The rule that is broken.
+    pub fn check(&self) -> Result<(), PublishError> {
+        let beyond = |first: u16| u32::from(first) + u32::from(self.count) > 65_536;
+        let reason = if self.host_port == 0 || self.container_port == 0 {
+            "port 0 is none"
+        } else if self.count == 0 {
+            "the run of ports is empty"
+        } else if beyond(self.host_port) || beyond(self.container_port) {
+            "the run goes beyond port 65535"
+        } else {
+            return Ok(());
+        };
+        Err(PublishError { text: self.to_string(), reason: reason.to_owned() })
+    }
+
+    /// Whether both want a port of the host on an address that they share.
+    pub fn collides(&self, other: &Publish) -> bool {
+        let end = |p: &Publish| u32::from(p.host_port) + u32::from(p.count);
+        let ports = u32::from(self.host_port) < end(other) && u32::from(other.host_port) < end(self);
+        let addresses = match (self.address, other.address) {
+            // The unspecified address is every one of its family.
+            (Some(a), Some(b)) => a == b || (a.is_ipv4() == b.is_ipv4() && (a.is_unspecified() || b.is_unspecified())),
+            _ => true,
+        };
+        self.protocol == other.protocol && ports && addresses
+    }
+}
+
+impl Transport {
+    /// Its number in the IP header (IANA protocol numbers).
+    pub fn number(self) -> u8 {
+        match self {
+            Transport::Tcp => 6,
+            Transport::Udp => 17,
+            Transport::Sctp => 132,
+        }
+    }
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Transport::Tcp => "tcp",
+            Transport::Udp => "udp",
+            Transport::Sctp => "sctp",
+        }
+    }
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl fmt::Display for Publish {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.address {
+            // Brackets around IPv6.
+            Some(address) => write!(f, "{}", SocketAddr::new(address, self.host_port))?,
+            None => write!(f, "{}", self.host_port)?,
+        }
+        let run = |f: &mut fmt::Formatter<'_>, first: u16| match self.count {
+            0 | 1 => Ok(()),
+            count => write!(f, "-{}", u32::from(first) + u32::from(count) - 1),
+        };
+        run(f, self.host_port)?;
+        write!(f, ":{}", self.container_port)?;
+        run(f, self.container_port)?;
+        write!(f, "/{}", self.protocol)
+    }
+}
+
+impl std::str::FromStr for Publish {
+    type Err = PublishError;
+
+    fn from_str(text: &str) -> Result<Self, PublishError> {
+        parse(text).map_err(|reason| PublishError { text: printable(text), reason })
+    }
+}
+
+fn parse(text: &str) -> Result<Publish, String> {
+    let (ports, protocol) = match text.rsplit_once('/') {
+        None => (text, Transport::Tcp),
+        Some((ports, "tcp")) => (ports, Transport::Tcp),
+        Some((ports, "udp")) => (ports, Transport::Udp),
+        Some((ports, "sctp")) => (ports, Transport::Sctp),
+        Some((_, other)) => return Err(format!("`{}` is no protocol", printable(other))),
+    };
+    let (rest, container) = ports.rsplit_once(':').ok_or("a port of the container is missing")?;
+    let (address, host) = match rest.rsplit_once(':') {
+        None => (None, rest),
+        Some((address, host)) => {
+            let bare = address.strip_prefix('[').and_then(|a| a.strip_suffix(']'));
+            let parsed = match bare {
+                Some(inside) => inside.parse().ok().filter(IpAddr::is_ipv6),
+                None => address.parse().ok().filter(IpAddr::is_ipv4),
+            };
+            (Some(parsed.ok_or_else(|| format!("`{}` is no address", printable(address)))?), host)
+        }
+    };
+    // 0.0.0.0 and :: are other ways to say "any of this family": they stay as they are, the family counts.
+    let (host_port, count) = run(host)?;
+    let (container_port, container_count) = run(container)?;
+    if count != container_count {
+        return Err(format!("{count} ports on the host, {container_count} in the container"));
+    }
+    Ok(Publish { address, host_port, container_port, count, protocol })
+}
+
+/// `PORT` or `FIRST-LAST`: the first one and how many.
+fn run(text: &str) -> Result<(u16, u16), String> {
+    let port = |text: &str| match text.parse::<u16>() {
+        Ok(port) if port > 0 && text.bytes().all(|b| b.is_ascii_digit()) => Ok(port),
+        _ => Err(format!("`{}` is no port from 1 to 65535", printable(text))),
+    };
+    let Some((first, last)) = text.split_once('-') else { return Ok((port(text)?, 1)) };
+    let (first, last) = (port(first)?, port(last)?);
+    match last.checked_sub(first) {
+        Some(more) => Ok((first, more + 1)),
+        None => Err(format!("{first}-{last} runs backwards")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts() {
+        for (text, shown) in [
+            ("8080:80", "8080:80/tcp"),
+            ("127.0.0.1:8080:80/udp", "127.0.0.1:8080:80/udp"),
+            ("[::1]:53:5353/sctp", "[::1]:53:5353/sctp"),
+            ("8000-8003:9000-9003", "8000-8003:9000-9003/tcp"),
+            ("1-65535:1-65535", "1-65535:1-65535/tcp"),
+        ] {
+            let publish: Publish = text.parse().unwrap();
+            assert_eq!(publish.to_string(), shown);
+            assert_eq!(shown.parse::<Publish>().unwrap(), publish);
+            publish.check().unwrap();
+            let json = serde_json::to_string(&publish).unwrap();
+            assert_eq!(serde_json::from_str::<Publish>(&json).unwrap(), publish);
+        }
+        for text in [
+            "",
+            "80",
+            ":80",
+            "80:",
+            "0:80",
+            "80:0",
+            "65536:1",
+            "+1:2",
+            "1-2:3",
+            "2-1:2-1",
+            "a:b",
+            "80:80/icmp",
+            "::1:80:80",
+            "[1.2.3.4]:1:1",
+            "1.2.3:1:1",
+            "80:80/tcp/udp",
+            "1:2:3:4",
+        ] {
+            let error = text.parse::<Publish>().unwrap_err().to_string();
+            assert!(error.contains(&format!("`{text}`")) && error.contains("HOST"), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn values_of_json_are_checked() {
+        let value = |host_port, container_port, count| Publish {
+            address: None,
+            host_port,
+            container_port,
+            count,
+            protocol: Transport::Tcp,
+        };
+        assert!(value(1, 1, 65_535).check().is_ok());
+        for bad in [value(0, 1, 1), value(1, 0, 1), value(1, 1, 0), value(2, 1, 65_535), value(1, 2, 65_535)] {
+            assert!(bad.check().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn collisions() {
+        let collide = |a: &str, b: &str| {
+            let (a, b): (Publish, Publish) = (a.parse().unwrap(), b.parse().unwrap());
+            assert_eq!(a.collides(&b), b.collides(&a));
+            a.collides(&b)
+        };
+        assert!(collide("80:1", "80:2") && collide("80-90:1-11", "90:1") && collide("1.2.3.4:80:1", "80:1"));
+        assert!(collide("0.0.0.0:80:1", "1.2.3.4:80:1") && !collide("0.0.0.0:80:1", "[::]:80:1"));
+        assert!(!collide("80:1", "80:1/udp") && !collide("80-90:1-11", "91:1") && !collide("1.2.3.4:80:1", "1.2.3.5:80:1"));
+    }
+}
