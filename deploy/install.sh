@@ -29,6 +29,7 @@ sub  systemd/overlayd.service $UNITS/system/overlayd.service
 0644 systemd/overlayd.tmpfiles $CONF/tmpfiles.d/overlayd.conf
 0644 systemd/runtime.conf $UNITS/system/docker.service.d/50-overlayd.conf
 0644 systemd/runtime.conf $UNITS/system/containerd.service.d/50-overlayd.conf
+0644 systemd/proc-netns.conf $PREFIX/share/doc/overlayd/proc-netns.conf
 conf overlayd.toml /etc/overlayd/overlayd.toml
 0644 completions/overlayctl.bash $PREFIX/share/bash-completion/completions/overlayctl
 0644 completions/_overlayctl $PREFIX/share/zsh/vendor-completions/_overlayctl
