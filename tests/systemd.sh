@@ -320,6 +320,7 @@ inside() {
     refused
     removal
     tarball
+    etcd_unit
     echo "$steps" >"$CACHE/last-count"
 }
 
@@ -551,6 +552,23 @@ tarball() {
     on 2 overlayd cleanup >"$WORK/out" 2>&1 || fail "cleanup: $(cat "$WORK/out")"
     on 2 "/root/overlayd-$VERSION/install.sh" --uninstall >"$WORK/out" 2>&1 || fail "$(tail -5 "$WORK/out")"
     on 2 sh -c '[ -z "$(find /usr/local /etc/systemd/system -name "*overlay*" -type f)" ]' || fail "files are left"
+}
+
+etcd_unit() {
+    step "etcd's unit runs a member, hardened"
+    local root=$WORK/h2/root pki=$WORK/pki
+    "$top/deploy/etcd/certs.sh" "$pki" member h2 192.0.2.2 >/dev/null
+    cp "$(command -v etcd)" "$root/usr/bin/etcd"
+    on 2 useradd --system --home-dir /nonexistent --shell /usr/sbin/nologin etcd
+    on 2 install -d -o etcd -m 0700 /etc/overlay-etcd/pki
+    cp "$pki/ca.crt" "$pki/h2.crt" "$pki/h2.key" "$root/etc/overlay-etcd/pki/"
+    on 2 chown -R etcd: /etc/overlay-etcd/pki
+    "$top/deploy/etcd/member.sh" h2 /etc/overlay-etcd/pki h2=192.0.2.2 >"$root/etc/overlay-etcd/etcd.env"
+    cp "$top/deploy/etcd/overlay-etcd.service" "$root/etc/systemd/system/"
+    on 2 systemctl daemon-reload
+    on 2 systemctl start overlay-etcd || fail "$(on 2 journalctl --no-pager -n 20 -u overlay-etcd)"
+    ETCDCTL_ENDPOINTS=https://192.0.2.2:2379 want "is healthy" etcdctl endpoint health
+    on 2 systemctl stop overlay-etcd
 }
 
 if [ "${1:-}" = --inside ]; then
