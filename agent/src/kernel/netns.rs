@@ -44,7 +44,7 @@ pub enum NetnsError {
         path: PathBuf,
     },
     /// Nothing is there.
-    #[error("there is no network namespace {path}: `ip netns list` shows the named ones, a process has /proc/PID/ns/net{}", of_process(path))]
+    #[error("there is no network namespace {path}: `ip netns list` shows the named ones, a process has /proc/PID/ns/net")]
     Missing {
         /// The path.
         path: PathBuf,
@@ -75,15 +75,6 @@ pub enum NetnsError {
         #[source]
         source: OpError,
     },
-}
-
-/// Under systemd the agent sees other users' processes only where it is allowed to.
-fn of_process(path: &Path) -> &'static str {
-    if path.starts_with("/proc") {
-        ", which the agent's unit may see only with CAP_SYS_PTRACE (proc-netns.conf, docs/install.md)"
-    } else {
-        ""
-    }
 }
 
 fn advice(error: &io::Error) -> &'static str {
