@@ -1,14 +1,16 @@
 //! The one place that wires everything, and notices the end of every task.
 //!
 //! Tasks: `signals`, `kernel` (follows the kernel's events), `store`, `reconcile`, `endpoints` (audit), `overlay` (tells endpoints and
-//! `subnet.env` of the overlay once it is in place), `admin` (the socket), and `metrics` where a TCP address is set. Channels between them are
-//! bounded. A task that ends while it should run ends the agent with an error, and systemd starts it anew: the data path forwards on meanwhile.
+//! `subnet.env` of the overlay once it is in place), `admin` (the socket), `systemd` (tells it how the agent is), `reload` (SIGHUP), and `metrics`
+//! where a TCP address is set. Channels between them are bounded. A task that ends while it should run ends the agent with an error, and systemd starts it anew: the data path forwards on meanwhile.
 
 mod backend;
 mod cleanup;
 mod conflist;
 mod guard;
 mod memory;
+mod reload;
+mod supervision;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,13 +28,17 @@ use crate::reconcile::{Channels, Overlay, Reconciler, Settings};
 use crate::shutdown::{Outcome, Shutdown, Signals, Tasks};
 use crate::state::{RunLock, StateDir, subnet_env, write_subnet_env};
 use crate::store::{Store, StoreConfig};
+use crate::systemd::{Notifier, take_listener};
 use crate::telemetry::LevelHandle;
 
 pub use cleanup::cleanup;
+pub use reload::Source;
 
 use backend::AgentBackend;
 use conflist::Conflist;
 use memory::HostMemory;
+use reload::Reload;
+use supervision::Signs;
 
 /// The socket's name in the run directory.
 const SOCKET: &str = "overlayd.sock";
@@ -43,14 +49,21 @@ const STORE_EVENTS: usize = 1024;
 const QUERIES: usize = 64;
 
 /// Runs the agent until a signal, or until something fails that no retry can heal.
-pub async fn run(config: HostConfig, level: LevelHandle) -> anyhow::Result<()> {
+pub async fn run(config: HostConfig, level: LevelHandle, source: Source) -> anyhow::Result<()> {
+    // First, before anything else can be mistaken for it.
+    let inherited = take_listener(&config.run_dir.join(SOCKET))?;
     guard::check_capabilities()?;
     let signals = Signals::catch().context("cannot catch signals")?;
+    let notifier = Arc::new(Notifier::from_environment()?);
+    let reload = Reload::catch(source, level.clone(), Arc::clone(&notifier)).context("cannot catch signals")?;
     let _run_lock = RunLock::acquire(&config.run_dir)?;
     let _namespace_lock = guard::lock_namespace()?;
     let state = Arc::new(StateDir::open(&config.state_dir)?);
     let node = Node { name: config.node_name.clone(), id: state.node_id()? };
-    let socket = AdminSocket::bind(&config.run_dir.join(SOCKET))?;
+    let socket = match inherited {
+        Some(listener) => AdminSocket::inherit(listener, &config.run_dir.join(SOCKET))?,
+        None => AdminSocket::bind(&config.run_dir.join(SOCKET))?,
+    };
     let metrics_listener = match config.metrics_listen {
         Some(address) => Some(admin::bind_tcp(address).await?),
         None => None,
@@ -78,6 +91,8 @@ pub async fn run(config: HostConfig, level: LevelHandle) -> anyhow::Result<()> {
     let (changes, changed) = watch::channel(0);
     let (ready, readiness) = watch::channel(false);
     let (ports_lost, losses) = watch::channel(0);
+    let (beat, beats) = watch::channel(0);
+    let signs = Signs { ready: readiness.clone(), beats };
     let store_config = store_config(&config.etcd);
     let reconciler = Reconciler::new(
         Settings {
@@ -108,6 +123,7 @@ pub async fn run(config: HostConfig, level: LevelHandle) -> anyhow::Result<()> {
         changes,
         ready,
         ports_lost,
+        beat,
     };
     let store = Store::new(store_config.clone());
     let backend = Arc::new(AgentBackend {
@@ -161,6 +177,8 @@ pub async fn run(config: HostConfig, level: LevelHandle) -> anyhow::Result<()> {
         let (backend, stop) = (Arc::clone(&backend), begin());
         tasks.spawn("admin", infallible(admin::serve(socket, backend, stop)));
     }
+    tasks.spawn("systemd", infallible(supervision::tell(notifier, signs, Arc::clone(&backend), begin())));
+    tasks.spawn("reload", infallible(reload.run(begin())));
     if let Some(listener) = metrics_listener {
         tasks.spawn("metrics", infallible(admin::serve_metrics(listener, backend, begin())));
     }

@@ -3,6 +3,7 @@
 //! [`SETTINGS`] is the one list of settings: flags, environment variables, keys of the file and the reference in
 //! `docs/configuration.md` follow from it. A flag wins over the environment, the environment over the file, the file over the default.
 
+mod credential;
 mod raw;
 mod settings;
 
@@ -14,11 +15,11 @@ use std::time::Duration;
 use regex::Regex;
 
 pub use raw::{Origin, Raw, gather};
-pub use settings::{Kind, SETTINGS, Setting, command};
+pub use settings::{DEFAULT_FILE, Kind, SETTINGS, Setting, command};
 
 use crate::model::PerFamily;
 use crate::plan::underlay::Selection;
-use crate::telemetry::{LogFormat, parse_filter};
+use crate::telemetry::{FORMATS, LogFormat, parse_filter};
 
 /// Everything that a host's agent is told from outside.
 #[derive(Debug, Clone)]
@@ -130,7 +131,7 @@ impl Checker {
             state_dir: self.absolute("state-dir"),
             metrics_listen: self.parsed("metrics-listen", "is not ADDRESS:PORT such as 127.0.0.1:9780"),
             log_level: self.log_level(),
-            log_format: self.one_of("log-format", &[("text", LogFormat::Text), ("json", LogFormat::Json)], LogFormat::Text),
+            log_format: self.one_of("log-format", &FORMATS, LogFormat::Auto),
             vxlan_tx_checksum: self.boolean("vxlan-tx-checksum"),
             nexthop_objects: self.boolean("nexthop-objects"),
             resync_interval: self.duration("resync-interval", Duration::from_secs(1), Duration::from_secs(86_400)),
@@ -300,10 +301,12 @@ impl Checker {
 
     fn readable(&mut self, name: &str) -> Option<PathBuf> {
         let text = self.raw.text(name)?;
-        match std::fs::File::open(&text) {
-            Ok(_) => Some(PathBuf::from(text)),
+        let path = credential::resolve(&text);
+        match std::fs::File::open(&path) {
+            Ok(_) => Some(path),
             Err(error) => {
-                self.fail(name, &text, &format!("cannot be read: {error}"));
+                let place = if path == Path::new(&text) { String::new() } else { format!(" at {}", path.display()) };
+                self.fail(name, &text, &format!("cannot be read{place}: {error}"));
                 None
             }
         }
@@ -367,7 +370,7 @@ mod tests {
             "run-dri in ",
             "is no setting: did you mean `run-dir`?",
             "log-format in ",
-            "`xml` is not text or json",
+            "`xml` is not auto or text or json or journal",
             "resync-interval in ",
             "etcd-certfile in ",
             "ip-masq in ",

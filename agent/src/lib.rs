@@ -7,7 +7,7 @@
 //! | --- | --- |
 //! | wiring | [`app`] |
 //! | middle (siblings do not import each other) | [`reconcile`], [`store`], [`kernel`], [`endpoint`], [`admin`] |
-//! | helpers of the middle floor | [`config`], [`state`], [`backoff`], [`heap`], [`metrics`], [`telemetry`], [`shutdown`] |
+//! | helpers of the middle floor | [`config`], [`state`], [`backoff`], [`heap`], [`metrics`], [`telemetry`], [`shutdown`], [`systemd`] |
 //! | pure | [`plan`], and below it [`model`] |
 
 pub mod model;
@@ -25,4 +25,5 @@ pub mod reconcile;
 pub mod shutdown;
 pub mod state;
 pub mod store;
+pub mod systemd;
 pub mod telemetry;

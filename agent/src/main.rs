@@ -14,7 +14,8 @@ const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
     let matches = command().get_matches();
-    let config = match HostConfig::check(gather(&matches)) {
+    let raw = gather(&matches);
+    let config = match HostConfig::check(raw.clone()) {
         Ok(config) => config,
         Err(mistakes) => return fail(&mistakes, USAGE),
     };
@@ -29,7 +30,7 @@ fn main() -> ExitCode {
     let result = runtime.block_on(async {
         match matches.subcommand_name() {
             Some("cleanup") => app::cleanup(config).await,
-            _ => app::run(config, level).await,
+            _ => app::run(config, level, app::Source::new(matches, raw)).await,
         }
     });
     match result {

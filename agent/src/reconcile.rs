@@ -44,6 +44,8 @@ const DUMP_REST: Duration = Duration::from_millis(20);
 const DUMP_REST_FACTOR: u32 = 5;
 /// Entries that are handled as a whole rather than one by one: those of 256 peers.
 const WHOLESALE: usize = 1024;
+/// The longest time between two turns of the loop: with nothing to do it turns all the same, to show that it can.
+const PULSE: Duration = Duration::from_secs(2);
 /// How long after work on that many entries the memory is given back that it took: the store has dropped its part by then.
 const HEAP_REST: Duration = Duration::from_secs(1);
 /// How many refusals and repairs of one round are logged one by one before the rest is counted.
@@ -132,6 +134,8 @@ pub struct Channels {
     pub ready: watch::Sender<bool>,
     /// Counts up whenever others removed the host's end of an endpoint's veth pair: only the endpoints can make it again.
     pub ports_lost: watch::Sender<u64>,
+    /// Counts up with each turn of the loop.
+    pub beat: watch::Sender<u64>,
 }
 
 /// The owner of state.
@@ -237,7 +241,10 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
     pub async fn run(mut self, mut channels: Channels, shutdown: CancellationToken) {
         self.endpoints = channels.endpoints.borrow_and_update().clone();
         self.converge(&channels).await;
+        let mut pulse = tokio::time::interval(PULSE);
+        pulse.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
+            channels.beat.send_modify(|count| *count += 1);
             let timer = tokio::time::sleep_until(self.next_deadline().into());
             tokio::select! {
                 () = shutdown.cancelled() => return,
@@ -252,6 +259,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                     self.endpoints_new = true;
                     self.host_dirty = true;
                 }
+                _ = pulse.tick() => continue,
                 () = timer => {}
             }
             // What waits already is folded into the same round. Bounded by the channels' sizes.

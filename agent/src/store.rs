@@ -31,6 +31,7 @@ use tracing::{debug, warn};
 use crate::backoff::Backoff;
 use crate::model::event::{Connection, LeaseWish, StoreEvent};
 
+mod certificate;
 mod codec;
 mod connect;
 mod discovery;

@@ -1,11 +1,15 @@
-//! Logging: `tracing` to standard error, as text for people or JSON for programs, with a level that can be changed while the agent runs.
+//! Logging: `tracing` to standard error, as text for people or JSON for programs, or to the journal with each field a field of its own; with a
+//! level that can be changed while the agent runs.
 //!
 //! Levels: `error` the agent cannot go on or a user's wish failed for good; `warn` something needs a look and the agent goes on; `info`
 //! what an operator wants in the journal (start, lease, peers, repairs); `debug` each event and batch; `trace` each message. Secrets are
 //! logged at no level.
 
-use std::io::IsTerminal;
+mod journal;
+
+use std::io::{self, IsTerminal};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use tracing::Subscriber;
 use tracing_subscriber::fmt::MakeWriter;
@@ -21,27 +25,32 @@ const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
 /// The form of the log (`--log-format`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum LogFormat {
-    /// One line an event, for people.
+    /// The journal where standard error is its stream, text otherwise.
     #[default]
+    Auto,
+    /// One line an event, for people.
     Text,
     /// One JSON object an event.
     Json,
+    /// The journal, with fields.
+    Journal,
 }
+
+/// The words for the formats.
+pub const FORMATS: [(&str, LogFormat); 4] =
+    [("auto", LogFormat::Auto), ("text", LogFormat::Text), ("json", LogFormat::Json), ("journal", LogFormat::Journal)];
 
 impl FromStr for LogFormat {
     type Err = TelemetryError;
 
     fn from_str(text: &str) -> Result<LogFormat, TelemetryError> {
-        match text {
-            "text" => Ok(LogFormat::Text),
-            "json" => Ok(LogFormat::Json),
-            _ => Err(TelemetryError::Format { text: crate::model::lease::printable(text) }),
-        }
+        let known = FORMATS.iter().find(|(word, _)| *word == text).map(|(_, format)| *format);
+        known.ok_or_else(|| TelemetryError::Format { text: crate::model::lease::printable(text) })
     }
 }
 
 /// Why the log is not as wished.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum TelemetryError {
     /// The filter is none.
     #[error(
@@ -55,10 +64,16 @@ pub enum TelemetryError {
         reason: String,
     },
     /// The format is none.
-    #[error("`{text}` is no log format: expected text or json")]
+    #[error("`{text}` is no log format: expected auto, text, json or journal")]
     Format {
         /// The refused text, cut to 80 characters.
         text: String,
+    },
+    /// The journal cannot be written to.
+    #[error("cannot write to the journal (--log-format=journal): {source}; without systemd choose text or json")]
+    Journal {
+        /// The system's answer.
+        source: Arc<io::Error>,
     },
     /// The process has a log already.
     #[error("the log was set up twice in one process")]
@@ -84,8 +99,23 @@ impl LevelHandle {
     }
 }
 
-/// Sets the process's log up, on standard error.
+/// Sets the process's log up, on standard error or in the journal.
 pub fn init(level: &str, format: LogFormat) -> Result<LevelHandle, TelemetryError> {
+    let journal = match format {
+        // A journal that is promised and not there is no reason to be silent.
+        LogFormat::Auto if journal::is_stream(std::env::var_os("JOURNAL_STREAM").as_deref(), io::stderr()) => {
+            journal::Journal::open().ok()
+        }
+        LogFormat::Journal => {
+            Some(journal::Journal::open().map_err(|source| TelemetryError::Journal { source: Arc::new(source) })?)
+        }
+        _ => None,
+    };
+    if let Some(journal) = journal {
+        let (filter, handle) = reload::Layer::new(parse_filter(level)?);
+        tracing_subscriber::registry().with(filter).with(journal).try_init().map_err(|_| TelemetryError::Twice)?;
+        return Ok(LevelHandle(handle));
+    }
     let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
     let (subscriber, handle) = subscriber(level, format, colours, std::io::stderr)?;
     subscriber.try_init().map_err(|_| TelemetryError::Twice)?;
@@ -105,8 +135,8 @@ where
     let (filter, handle) = reload::Layer::new(parse_filter(level)?);
     let output = tracing_subscriber::fmt::layer().with_writer(writer).with_ansi(colours);
     let output = match format {
-        LogFormat::Text => output.boxed(),
         LogFormat::Json => output.json().flatten_event(true).with_current_span(false).boxed(),
+        _ => output.boxed(),
     };
     Ok((tracing_subscriber::registry().with(filter).with(output), LevelHandle(handle)))
 }

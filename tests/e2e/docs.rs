@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use overlay_agent::config::{Kind, SETTINGS};
+use overlay_agent::config::{Kind, SETTINGS, command, gather};
 use overlay_agent::metrics::Metrics;
 use overlay_agent::model::api;
 use serde::Serialize;
@@ -47,6 +47,55 @@ fn the_reference_has_every_setting() {
     } else {
         assert_eq!(found, wanted, "OVERLAY_REGENERATE=1 writes the table anew");
     }
+}
+
+/// The commented configuration that the packages install: every setting with what it does and its default, all switched off.
+fn default_configuration() -> String {
+    let mut text = "# Configuration of overlayd, the overlay network's agent; overlayd(8).
+#
+# Every setting stands here with its default, or with the kind of value it takes where it has none. A setting is also a flag of overlayd and an
+# environment variable; those win over this file. `systemctl reload overlayd` takes up the log level, `systemctl restart overlayd` all of it.
+# Neither cuts traffic.
+#
+# A file of etcd that is given by a bare name is looked for in /etc/overlayd/credentials, which root alone can read and systemd hands to the
+# service: etcd-keyfile = \"client.key\"
+"
+    .to_owned();
+    for setting in SETTINGS {
+        let help = setting.help.replace("[default: ", "(default: ").replace(']', ")");
+        let value = match (setting.kind, setting.default) {
+            (Kind::List, "") => format!("[\"{}\"]", setting.value),
+            (Kind::List, default) => format!("[\"{default}\"]"),
+            (Kind::Text, "") => format!("\"{}\"", setting.value),
+            (Kind::Text, default) => format!("\"{default}\""),
+            (Kind::Boolean, default) => default.to_owned(),
+        };
+        text += &format!("\n# {help}\n#{} = {value}\n", setting.name);
+    }
+    text
+}
+
+#[test]
+fn the_packages_configuration_has_every_setting() {
+    const FILE: &str = "deploy/overlayd.toml";
+    let wanted = default_configuration();
+    if std::env::var_os("OVERLAY_REGENERATE").is_some_and(|value| value == "1") {
+        fs::write(top().join(FILE), &wanted).expect(FILE);
+    }
+    assert_eq!(read(FILE), wanted, "OVERLAY_REGENERATE=1 writes the file anew");
+    // As it is it sets nothing; with every line switched on it sets everything, each as a value of its type.
+    let set = |text: &str| {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("overlayd.toml");
+        fs::write(&path, text).expect("a file");
+        let raw = gather(&command().get_matches_from(["overlayd".as_ref(), "--config".as_ref(), path.as_os_str()]));
+        SETTINGS.iter().filter(|setting| raw.is_set(setting.name)).count()
+    };
+    let on: String = wanted
+        .lines()
+        .filter_map(|line| line.strip_prefix('#').filter(|rest| !rest.starts_with(' ')))
+        .fold(String::new(), |text, line| text + line + "\n");
+    assert_eq!((set(&wanted), set(&on)), (0, SETTINGS.len()), "{on}");
 }
 
 /// Whether a JSON text is a value of the type, with every field that the type writes.

@@ -20,15 +20,16 @@ const LINES: usize = 500;
 const FLOORS: [(&str, &[&str]); 5] = [
     ("model", &["model"]),
     ("plan", &["plan"]),
-    ("helpers", &["config", "state", "backoff", "heap", "metrics", "telemetry", "shutdown"]),
+    ("helpers", &["config", "state", "backoff", "heap", "metrics", "telemetry", "shutdown", "systemd"]),
     ("middle", &["store", "kernel", "endpoint", "admin", "reconcile"]),
     ("wiring", &["app"]),
 ];
 const HELPERS: usize = 2;
 
-/// What `ctl` takes from the agent: the pure floors, the state directory's layout, the store's one-shot functions and the verbs for namespaces
+/// What `ctl` takes from the agent: the pure floors, the agent's command line for its manual page, the state directory's layout, the store's one-shot functions and the verbs for namespaces
 /// and links.
-const CTL_TAKES: [&[&str]; 6] = [&["model"], &["plan"], &["state"], &["store"], &["kernel", "netns"], &["kernel", "setup"]];
+const CTL_TAKES: [&[&str]; 7] =
+    [&["model"], &["plan"], &["state"], &["store"], &["config", "command"], &["kernel", "netns"], &["kernel", "setup"]];
 
 /// Parts of the standard library that do I/O, start something or read a clock.
 const IMPURE: [&str; 8] = ["fs", "io", "process", "env", "thread", "os", "SystemTime", "Instant"];

@@ -17,13 +17,13 @@ const MODE: u32 = 0o660;
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 128;
 
-/// The agent's socket, listening. Dropping it removes the file, unless it is another's by then.
+/// The agent's socket, listening. Dropping it removes the file, unless it is another's (by then, or systemd's from the start).
 #[derive(Debug)]
 pub struct AdminSocket {
     listener: UnixListener,
     path: PathBuf,
-    /// Device and inode of the file.
-    identity: (u64, u64),
+    /// Device and inode of the file, where it is the agent's.
+    identity: Option<(u64, u64)>,
 }
 
 /// Why there is no socket.
@@ -73,7 +73,15 @@ impl AdminSocket {
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(MODE)).map_err(system("set the mode of"))?;
         let metadata = std::fs::symlink_metadata(path).map_err(system("look at"))?;
         let listener = UnixListener::from_std(std::os::unix::net::UnixListener::from(fd)).map_err(system("listen on"))?;
-        Ok(AdminSocket { listener, path: path.to_owned(), identity: (metadata.dev(), metadata.ino()) })
+        Ok(AdminSocket { listener, path: path.to_owned(), identity: Some((metadata.dev(), metadata.ino())) })
+    }
+
+    /// Serves a socket that listens already, at `path`: whose file it is, its mode and its end are the giver's affair. Needs a tokio runtime.
+    pub fn inherit(listener: std::os::unix::net::UnixListener, path: &Path) -> Result<AdminSocket, SocketError> {
+        let system = |source: io::Error| SocketError::System { action: "listen on", path: path.to_owned(), source };
+        listener.set_nonblocking(true).map_err(system)?;
+        let listener = UnixListener::from_std(listener).map_err(system)?;
+        Ok(AdminSocket { listener, path: path.to_owned(), identity: None })
     }
 
     /// The path.
@@ -88,7 +96,7 @@ impl AdminSocket {
 
 impl Drop for AdminSocket {
     fn drop(&mut self) {
-        let ours = |m: &std::fs::Metadata| (m.dev(), m.ino()) == self.identity;
+        let ours = |m: &std::fs::Metadata| Some((m.dev(), m.ino())) == self.identity;
         if std::fs::symlink_metadata(&self.path).is_ok_and(|m| ours(&m)) {
             // One that stays is stale, and replaced at the next start.
             let _ = std::fs::remove_file(&self.path);
@@ -190,6 +198,10 @@ mod tests {
         drop(first);
         assert!(path.exists());
         drop(second);
+        // One that was inherited stays for the next agent.
+        let held = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        drop(AdminSocket::inherit(held.try_clone().unwrap(), &path).unwrap());
+        assert!(path.exists());
     }
 
     #[tokio::test]

@@ -46,6 +46,15 @@ impl Raw {
         self.values.get(name).is_some_and(|(_, origin)| *origin != Origin::Default)
     }
 
+    /// The settings whose values differ, wherever they stand.
+    pub fn differing(&self, other: &Raw) -> Vec<&'static str> {
+        let differs = |name: &&'static str| {
+            let value = |raw: &Raw| raw.values.get(name).map(|(values, _)| values.clone());
+            value(self) != value(other)
+        };
+        SETTINGS.iter().map(|setting| setting.name).filter(differs).collect()
+    }
+
     /// Where a setting's value stands, for messages.
     pub fn place(&self, name: &str) -> String {
         match self.values.get(name).map(|(_, origin)| origin) {

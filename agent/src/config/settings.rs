@@ -74,7 +74,12 @@ pub const SETTINGS: &[Setting] = &[
     text("cni-conflist", "FILE", "", "CNI network list to write when the overlay is in place [default: none]"),
     text("metrics-listen", "ADDR:PORT", "", "TCP address for /metrics, /healthz and /readyz [default: off]"),
     text("log-level", "FILTER", "info", "error, warn, info, debug, trace, or a filter by module"),
-    text("log-format", "FORMAT", "text", "text or json"),
+    text(
+        "log-format",
+        "FORMAT",
+        "auto",
+        "auto, text, json or journal; auto is the journal where standard error goes there, else text",
+    ),
     boolean("vxlan-tx-checksum", "true", "Transmit checksum offload on the VXLAN devices; false for NICs that break it"),
     boolean("nexthop-objects", "true", "Use next-hop objects where the kernel has them; false forces classic routes"),
     text(

@@ -1,7 +1,7 @@
 //! Why an endpoint is not attached or detached.
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::ipam::IpamError;
 use crate::model::endpoint::EndpointName;
@@ -9,6 +9,15 @@ use crate::model::publish::PublishError;
 use crate::model::{Family, Mac, Mode, Publish, Subnet};
 use crate::plan::OpError;
 use crate::state::StateError;
+
+/// What to do where a namespace is not there: under systemd the agent sees other users' processes only where it is allowed to.
+fn remedy(netns: &Path) -> &'static str {
+    if netns.starts_with("/proc") {
+        "has the process ended? The agent's unit sees processes only with CAP_SYS_PTRACE (proc-netns.conf, docs/install.md)"
+    } else {
+        "make it first (`ip netns add NAME` makes /run/netns/NAME)"
+    }
+}
 
 /// Why an endpoint is not attached or detached. Each text names the value and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -20,7 +29,7 @@ pub enum EndpointError {
         netns: String,
     },
     /// There is no network namespace at the path.
-    #[error("there is no network namespace at {netns}: make it first (`ip netns add NAME` makes /run/netns/NAME)")]
+    #[error("there is no network namespace at {netns}: {}", remedy(netns))]
     NetnsGone {
         /// The path.
         netns: PathBuf,

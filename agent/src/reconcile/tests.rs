@@ -15,6 +15,8 @@ struct World {
     refuse: BTreeSet<Key>,
     applied: Vec<Op>,
     dumps: usize,
+    /// A change never comes to its end.
+    stuck: bool,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -34,6 +36,10 @@ impl DataPath for FakeKernel {
     }
 
     async fn apply(&mut self, batch: &Batch) -> ApplyReport {
+        let stuck = self.world().stuck;
+        if stuck {
+            std::future::pending::<()>().await;
+        }
         let mut world = self.world();
         let mut report = ApplyReport::default();
         for (index, op) in batch.iter().enumerate() {
@@ -86,6 +92,7 @@ struct Fixture {
     events: mpsc::Sender<KernelEvent>,
     queries: mpsc::Sender<Query>,
     ready: watch::Receiver<bool>,
+    beats: watch::Receiver<u64>,
     wish: watch::Receiver<Option<LeaseWish>>,
     stop: CancellationToken,
     endpoints: watch::Sender<Vec<Endpoint>>,
@@ -138,6 +145,7 @@ impl Fixture {
         let (programmed_in, programmed) = watch::channel(Vec::new());
         let (wish_in, wish) = watch::channel(None);
         let (ready_in, ready) = watch::channel(false);
+        let (beat, beats) = watch::channel(0);
         let channels = Channels {
             store: store_events,
             kernel: kernel_events,
@@ -149,11 +157,12 @@ impl Fixture {
             changes: watch::channel(0).0,
             ready: ready_in,
             ports_lost: watch::channel(0).0,
+            beat,
         };
         let stop = CancellationToken::new();
         let reconciler = Reconciler::new(settings, kernel.clone(), FakeMemory, Arc::new(Metrics::new()));
         let task = tokio::spawn(reconciler.run(channels, stop.clone()));
-        Fixture { kernel, store, events, queries, ready, wish, stop, endpoints, programmed, _task: task }
+        Fixture { kernel, store, events, queries, ready, beats, wish, stop, endpoints, programmed, _task: task }
     }
 
     /// Ready, with these peers.
@@ -383,4 +392,23 @@ async fn who_waits_for_an_endpoint_is_told_when_all_is_done_for_it() {
     fixture.programmed.wait_for(|all| all.first() == Some(&endpoint)).await.unwrap();
     fixture.endpoints.send_replace(Vec::new());
     fixture.programmed.wait_for(Vec::is_empty).await.unwrap();
+}
+
+#[tokio::test]
+async fn the_loop_beats_while_it_turns_and_not_while_it_is_stuck() {
+    let mut fixture = Fixture::ready([1]).await;
+    for _ in 0..2 {
+        fixture.beats.mark_unchanged();
+        tokio::time::timeout(4 * PULSE, fixture.beats.changed()).await.expect("a beat with nothing to do").unwrap();
+    }
+    fixture.kernel.world().stuck = true;
+    fixture.delete(route(1)).await;
+    // The turns until the repair begins may still beat; after it none does.
+    for _ in 0..10 {
+        fixture.beats.mark_unchanged();
+        if tokio::time::timeout(2 * PULSE, fixture.beats.changed()).await.is_err() {
+            return;
+        }
+    }
+    panic!("a loop that is stuck beats on");
 }

@@ -6,7 +6,7 @@
 use std::fs;
 use std::future::Future;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
 use rand::seq::SliceRandom;
@@ -14,7 +14,7 @@ use tracing::{debug, warn};
 
 use super::error::Context;
 use super::keys::{DEFAULT_PREFIX, Keys};
-use super::{StoreError, discovery};
+use super::{StoreError, certificate, discovery};
 
 /// How long opening a connection may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -136,6 +136,12 @@ impl StoreConfig {
         Ok(tls)
     }
 
+    /// Whether the client certificate has expired by this host's clock. A file that cannot be read is told of elsewhere.
+    fn certificate_expired(&self) -> bool {
+        let pem = self.certfile.as_ref().and_then(|path| fs::read(path).ok());
+        pem.and_then(|pem| certificate::has_expired(&pem, SystemTime::now())).unwrap_or(false)
+    }
+
     fn credentials(&self) -> Result<Option<(String, String)>, StoreError> {
         let (Some(user), Some(path)) = (&self.username, &self.password_file) else { return Ok(None) };
         let purpose = "etcd password file (--etcd-password-file)";
@@ -225,7 +231,8 @@ pub(super) async fn connect(config: &StoreConfig) -> Result<Session, StoreError>
     let credentials = config.credentials()?;
     let mut errors = Vec::new();
     for endpoint in config.candidates().await? {
-        let context = Context { endpoint, user: config.username.clone(), prefix: keys.prefix().to_owned(), greeted: false };
+        let (user, prefix) = (config.username.clone(), keys.prefix().to_owned());
+        let context = Context { endpoint, user, prefix, greeted: false, expired: config.certificate_expired() };
         match connect_to(config, context, &keys, credentials.clone()).await {
             Ok(session) => {
                 debug!(endpoint = session.context.endpoint, revision = session.greeting.revision, "connected to etcd");

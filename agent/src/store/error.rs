@@ -194,6 +194,8 @@ pub(super) struct Context {
     pub(super) prefix: String,
     /// Whether the server has answered anything yet.
     pub(super) greeted: bool,
+    /// Whether the client certificate has expired.
+    pub(super) expired: bool,
 }
 
 // gRPC status codes (grpc.io, `statuscodes.md`).
@@ -258,12 +260,16 @@ impl Context {
     fn transport(&self, detail: String) -> StoreError {
         let endpoint = self.endpoint.clone();
         let says = |text: &str| detail.contains(text);
-        let remedy = if says("UnknownIssuer") || says("BadSignature") {
+        let alert = says("alert") || (endpoint.starts_with("https://") && !self.greeted && ENDED.iter().any(|words| says(words)));
+        let remedy = if self.expired && alert {
+            // Not every server says so.
+            "the client certificate of --etcd-certfile has expired: renew it, or set this host's clock right"
+        } else if says("UnknownIssuer") || says("BadSignature") {
             "its certificate is not signed by the CA of --etcd-cafile"
         } else if says("NotValidForName") || says("not valid for name") {
             "its certificate names other hosts: use the name in the certificate as endpoint"
         } else if says("Expired") || says("expired") {
-            "a certificate has expired: renew it"
+            "its certificate has expired: renew it, or set this host's clock right"
         } else if says("CertificateRequired") || says("certificate required") || says("BadCertificate") || says("UnknownCA") {
             "it wants a client certificate of its CA: set --etcd-certfile and --etcd-keyfile"
         } else if says("InvalidContentType") || says("corrupt message") || says("handshake eof") {

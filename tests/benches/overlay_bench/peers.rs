@@ -197,6 +197,7 @@ async fn drive(family: Family, entries: Vec<StoreEntry>) -> anyhow::Result<Took>
         ready,
         programmed: watch::channel(Vec::new()).0,
         ports_lost: watch::channel(0).0,
+        beat: watch::channel(0).0,
     };
     let stop = CancellationToken::new();
     let mut tasks = JoinSet::new();

@@ -1,0 +1,111 @@
+//! The listening socket that systemd holds, so that clients wait over a restart instead of being refused.
+
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::socket::{SockType, getsockopt, sockopt};
+
+/// The first descriptor that systemd hands over (`SD_LISTEN_FDS_START` in `sd-daemon.h`).
+const FIRST: RawFd = 3;
+
+/// Why the socket that systemd hands over cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// It is another one.
+    #[error(
+        "systemd hands over {found}, but the agent's socket is {}: set ListenStream= in overlayd.socket to that path, or --run-dir to the \
+         socket's directory, or disable overlayd.socket",
+        wanted.display()
+    )]
+    Other {
+        /// What it is.
+        found: String,
+        /// What it should be.
+        wanted: PathBuf,
+    },
+    /// There are several.
+    #[error("systemd hands over {count} sockets; the agent takes one: leave a single ListenStream= in overlayd.socket")]
+    Several {
+        /// How many.
+        count: i32,
+    },
+    /// The descriptor is bad.
+    #[error("LISTEN_FDS promises a socket as descriptor {fd}, which is not there: {source}")]
+    Descriptor {
+        /// Its number.
+        fd: RawFd,
+        /// The system's answer.
+        source: nix::Error,
+    },
+}
+
+/// The socket that systemd hands over; `None` where it hands over none. To be called once, before the process opens anything that could take
+/// the descriptor's number.
+pub fn take_listener(wanted: &Path) -> Result<Option<UnixListener>, ListenError> {
+    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<i32>().ok());
+    let ours = number("LISTEN_PID").is_some_and(|pid| u32::try_from(pid) == Ok(std::process::id()));
+    let count = number("LISTEN_FDS").unwrap_or_default();
+    if !ours || count <= 0 {
+        return Ok(None);
+    }
+    if count > 1 {
+        return Err(ListenError::Several { count });
+    }
+    take(FIRST, wanted).map(Some)
+}
+
+fn take(fd: RawFd, wanted: &Path) -> Result<UnixListener, ListenError> {
+    // SAFETY: the descriptor's number comes from systemd, which leaves its ownership to this process (sd_listen_fds(3)); nothing else in the
+    // process knows it. Whether it is open is what the next call tells.
+    let fd_owned = unsafe { OwnedFd::from_raw_fd(fd) };
+    if let Err(source) = fcntl(&fd_owned, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)) {
+        // Closing what is not open would be a defect.
+        std::mem::forget(fd_owned);
+        return Err(ListenError::Descriptor { fd, source });
+    }
+    let other = |found: String| ListenError::Other { found, wanted: wanted.to_owned() };
+    let listens = getsockopt(&fd_owned, sockopt::AcceptConn).unwrap_or(false);
+    if !listens || getsockopt(&fd_owned, sockopt::SockType) != Ok(SockType::Stream) {
+        return Err(other("something that is no listening stream socket".to_owned()));
+    }
+    let listener = UnixListener::from(fd_owned);
+    let address = listener.local_addr().ok();
+    let path = address.as_ref().and_then(|address| address.as_pathname());
+    // One of them may be written by way of a symbolic link, as /var/run is.
+    let whole = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    match path {
+        Some(path) if whole(path) == whole(wanted) => Ok(listener),
+        Some(path) => Err(other(path.display().to_string())),
+        None => Err(other("a socket without a path".to_owned())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::IntoRawFd;
+    use std::os::unix::net::UnixDatagram;
+
+    #[test]
+    fn only_a_listening_socket_at_the_path_is_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("overlayd.sock");
+        let fd = UnixListener::bind(&path).unwrap().into_raw_fd();
+        let taken = take(fd, &path).unwrap();
+        let flags = fcntl(&taken, FcntlArg::F_GETFD).unwrap();
+        assert_eq!(flags & libc::FD_CLOEXEC, libc::FD_CLOEXEC);
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(dir.path(), &link).unwrap();
+        take(taken.into_raw_fd(), &link.join("overlayd.sock")).unwrap();
+
+        let other = UnixListener::bind(dir.path().join("other")).unwrap().into_raw_fd();
+        let error = take(other, &path).unwrap_err().to_string();
+        assert!(error.contains("other") && error.contains("ListenStream="), "{error}");
+        let datagram = UnixDatagram::bind(dir.path().join("datagram")).unwrap().into_raw_fd();
+        assert!(take(datagram, &path).unwrap_err().to_string().contains("no listening stream socket"));
+        // Far above what a test's process has open.
+        assert!(matches!(take(60_000, &path), Err(ListenError::Descriptor { fd: 60_000, .. })));
+    }
+}

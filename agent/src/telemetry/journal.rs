@@ -1,0 +1,206 @@
+//! The journal's native protocol (systemd's `JOURNAL_NATIVE_PROTOCOL.md`): one datagram an event, each field a field of the journal.
+//!
+//! `MESSAGE` holds the whole line, fields included, because that is what `journalctl -u overlayd` shows; the fields stand beside it as
+//! `OVERLAYD_<NAME>` to search by (`journalctl OVERLAYD_PEER=...`).
+
+use std::ffi::OsStr;
+use std::fmt::{Debug, Write as _};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixDatagram;
+use std::path::Path;
+use std::time::Duration;
+
+use tracing::field::{Field, Visit};
+use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::Layer;
+use tracing_subscriber::layer::Context;
+
+/// Where journald listens.
+const SOCKET: &str = "/run/systemd/journal/socket";
+/// The longest name of a field (systemd's `journal_field_valid`).
+const LONGEST_NAME: usize = 64;
+/// How long a journal that does not keep up may hold an event up; it goes to standard error then, where the journal listens, too.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+/// Writes events to the journal.
+pub(super) struct Journal {
+    socket: UnixDatagram,
+}
+
+impl Journal {
+    /// A writer to the system's journal.
+    pub(super) fn open() -> io::Result<Journal> {
+        Journal::at(Path::new(SOCKET))
+    }
+
+    fn at(path: &Path) -> io::Result<Journal> {
+        let socket = UnixDatagram::unbound()?;
+        socket.set_write_timeout(Some(PATIENCE))?;
+        socket.connect(path)?;
+        Ok(Journal { socket })
+    }
+}
+
+/// Whether a variable such as systemd's `JOURNAL_STREAM` (`<device>:<inode>`) names this descriptor: what is written there goes to the
+/// journal.
+pub(super) fn is_stream(variable: Option<&OsStr>, stream: impl AsFd) -> bool {
+    let named = variable.and_then(OsStr::to_str).and_then(|text| text.split_once(':'));
+    let Some((device, inode)) = named else { return false };
+    let (Ok(device), Ok(inode)) = (device.parse::<u64>(), inode.parse::<u64>()) else { return false };
+    nix::sys::stat::fstat(stream).is_ok_and(|stat| (stat.st_dev, stat.st_ino) == (device, inode))
+}
+
+impl<S: Subscriber> Layer<S> for Journal {
+    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        let mut fields = Fields::default();
+        event.record(&mut fields);
+        let metadata = event.metadata();
+        let mut entry = Vec::with_capacity(512);
+        put(&mut entry, "MESSAGE", &fields.line());
+        put(&mut entry, "PRIORITY", priority(*metadata.level()));
+        put(&mut entry, "SYSLOG_IDENTIFIER", "overlayd");
+        put(&mut entry, "OVERLAYD_MODULE", metadata.target());
+        if let (Some(file), Some(line)) = (metadata.file(), metadata.line()) {
+            put(&mut entry, "CODE_FILE", file);
+            put(&mut entry, "CODE_LINE", &line.to_string());
+        }
+        for (name, value) in &fields.others {
+            put(&mut entry, &field_name(name), value);
+        }
+        if self.socket.send(&entry).is_err() {
+            // `<N>` is the priority of a line to journald (sd-daemon(3)). Where even that fails, nobody is left to tell.
+            let _ = io::Write::write_fmt(&mut io::stderr(), format_args!("<{}>{}\n", priority(*metadata.level()), fields.line()));
+        }
+    }
+}
+
+/// An event's message and fields.
+#[derive(Default)]
+struct Fields {
+    message: String,
+    /// Name, value as it is, value as the line shows it.
+    others: Vec<(&'static str, String)>,
+    tail: String,
+}
+
+impl Fields {
+    fn line(&self) -> String {
+        format!("{}{}", self.message, self.tail)
+    }
+
+    fn take(&mut self, field: &Field, value: String, shown: &dyn Debug) {
+        if field.name() == "message" {
+            self.message = value;
+        } else {
+            // Writing to a String cannot fail.
+            let _ = write!(self.tail, " {}={shown:?}", field.name());
+            self.others.push((field.name(), value));
+        }
+    }
+}
+
+impl Visit for Fields {
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.take(field, value.to_owned(), &value);
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
+        self.take(field, format!("{value:?}"), value);
+    }
+}
+
+/// syslog's severities (`syslog(3)`); below debug there is none.
+fn priority(level: Level) -> &'static str {
+    match level {
+        Level::ERROR => "3",
+        Level::WARN => "4",
+        Level::INFO => "6",
+        _ => "7",
+    }
+}
+
+/// A name that the journal takes: capitals, digits and underscores, no underscore first.
+fn field_name(name: &str) -> String {
+    let upper = name.chars().map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_uppercase() } else { '_' });
+    format!("OVERLAYD_{}", upper.collect::<String>()).chars().take(LONGEST_NAME).collect()
+}
+
+/// Adds a field; the length goes before a value of several lines, so that no value can pass for another field.
+fn put(entry: &mut Vec<u8>, name: &str, value: &str) {
+    entry.extend_from_slice(name.as_bytes());
+    if value.contains('\n') {
+        entry.push(b'\n');
+        entry.extend_from_slice(&(value.len() as u64).to_le_bytes());
+    } else {
+        entry.push(b'=');
+    }
+    entry.extend_from_slice(value.as_bytes());
+    entry.push(b'\n');
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+    use std::os::unix::fs::MetadataExt;
+    use tracing_subscriber::layer::SubscriberExt;
+
+    /// The fields of a datagram, as journald reads them.
+    fn parse(mut bytes: &[u8]) -> BTreeMap<String, String> {
+        let mut fields = BTreeMap::new();
+        while !bytes.is_empty() {
+            let end = bytes.iter().position(|b| *b == b'\n').unwrap();
+            let line = std::str::from_utf8(&bytes[..end]).unwrap();
+            let (name, value, rest) = match line.split_once('=') {
+                Some((name, value)) => (name, value.to_owned(), &bytes[end + 1..]),
+                None => {
+                    let (length, rest) = bytes[end + 1..].split_at(8);
+                    let (value, rest) = rest.split_at(usize::try_from(u64::from_le_bytes(length.try_into().unwrap())).unwrap());
+                    (line, String::from_utf8(value.to_vec()).unwrap(), &rest[1..])
+                }
+            };
+            fields.insert(name.to_owned(), value);
+            bytes = rest;
+        }
+        fields
+    }
+
+    #[test]
+    fn each_field_is_a_field_of_the_journal() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal");
+        let journald = UnixDatagram::bind(&path).unwrap();
+        let subscriber = tracing_subscriber::registry().with(Journal::at(&path).unwrap());
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::warn!(peer.subnet = "10.244.7.0/24", attempts = 3, note = "a\nPRIORITY=0", error = %"no luck", "peer lost");
+        });
+        let mut bytes = [0; 4096];
+        let length = journald.recv(&mut bytes).unwrap();
+        let fields = parse(&bytes[..length]);
+        let wanted = "peer lost peer.subnet=\"10.244.7.0/24\" attempts=3 note=\"a\\nPRIORITY=0\" error=no luck";
+        for (name, value) in [
+            ("MESSAGE", wanted),
+            ("PRIORITY", "4"),
+            ("SYSLOG_IDENTIFIER", "overlayd"),
+            ("OVERLAYD_MODULE", module_path!()),
+            ("OVERLAYD_PEER_SUBNET", "10.244.7.0/24"),
+            ("OVERLAYD_ATTEMPTS", "3"),
+            ("OVERLAYD_NOTE", "a\nPRIORITY=0"),
+            ("OVERLAYD_ERROR", "no luck"),
+        ] {
+            assert_eq!(fields.get(name).map(String::as_str), Some(value), "{name} of {fields:?}");
+        }
+        assert!(fields["CODE_FILE"].ends_with("journal.rs"));
+    }
+
+    #[test]
+    fn the_journals_stream_is_recognised() {
+        let file = tempfile::tempfile().unwrap();
+        let (device, inode) = file.metadata().map(|m| (m.dev(), m.ino())).unwrap();
+        let named = |text: &str| is_stream(Some(OsStr::new(text)), &file);
+        assert!(named(&format!("{device}:{inode}")));
+        assert!(!named(&format!("{device}:{}", inode + 1)) && !named("") && !named("x:y"));
+        assert!(!is_stream(None, &file));
+    }
+}
