@@ -121,7 +121,10 @@ impl Channel {
             // The kernel numbers a generation before it puts it into force, so the number alone does not say that all of it is.
             if self.settled(generation)? {
                 let outcome = read(self);
-                let same = self.generation()? == generation;
+                // A dump counts by place in a list, and a transaction that is being prepared has its rules in that list already, before its
+                // generation has a number: what was read of it may be there twice (`__nf_tables_dump_rules` in
+                // net/netfilter/nf_tables_api.c).
+                let same = self.settled(generation)?;
                 match outcome {
                     // What was asked for may have changed or gone meanwhile.
                     _ if !same => {}

@@ -258,7 +258,9 @@ impl World {
                     world.faults -= 1;
                     if let Stage::Write(request) = std::mem::replace(&mut world.hosts[number].stage, Stage::Look) {
                         match *fate {
-                            "done" => drop(world.carry_out(number, &request)?),
+                            "done" => {
+                                world.carry_out(number, &request)?;
+                            }
                             "late" => world.late.push((number, request)),
                             _ => {}
                         }
