@@ -13,6 +13,7 @@ pub mod peers;
 pub mod run;
 pub mod status;
 pub mod subnets;
+pub mod trace;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -26,6 +27,7 @@ use crate::lab::LabError;
 use crate::netns::NamespaceError;
 use crate::output::{Format, OutputError, Printer};
 use crate::resolver::ResolverError;
+use crate::trace::TraceError;
 
 /// See and steer the overlay network of this host.
 #[derive(Debug, Parser)]
@@ -65,6 +67,8 @@ pub enum Command {
     Endpoints(endpoints::Args),
     /// The network of this host in detail: addresses, devices, ports, containers, counters
     Inspect(inspect::Args),
+    /// The way a packet takes, hop by hop, from the kernel's own answers
+    Trace(trace::Args),
     /// What dockerd has to be told so that its containers are on the overlay
     DockerOptions(docker_options::Args),
     /// Several hosts on this machine, each with its own agent, and a private etcd
@@ -109,6 +113,9 @@ pub enum CommandError {
     /// A resolver file.
     #[error(transparent)]
     Resolver(#[from] ResolverError),
+    /// The way of a packet.
+    #[error(transparent)]
+    Trace(#[from] TraceError),
     /// Docker's options.
     #[error(transparent)]
     Docker(#[from] DockerError),
@@ -167,6 +174,7 @@ pub async fn run(cli: Cli) -> Result<Outcome, CommandError> {
         Command::Detach(args) => detach::run(&context, &args).await,
         Command::Endpoints(args) => endpoints::run(&context, &args).await,
         Command::Inspect(args) => inspect::run(&context, &args).await,
+        Command::Trace(args) => trace::run(&context, &args).await,
         Command::DockerOptions(args) => docker_options::run(&context, &args).await,
         Command::Lab(args) => lab::run(&context, args).await,
         Command::Completions(args) => completions::run(&context, &args),

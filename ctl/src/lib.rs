@@ -8,6 +8,7 @@
 //! | [`etcd`] | the flags that reach etcd without an agent |
 //! | [`netns`] | the named namespaces that `attach` makes |
 //! | [`resolver`] | the resolver files of named namespaces |
+//! | [`trace`] | the way of a packet, from the kernel's answers |
 //! | [`wish`] | the flags that say what a container gets |
 //! | [`output`] | table, wide, json, yaml |
 //! | [`cni`] | the CNI plugin |
@@ -22,4 +23,5 @@ pub mod lab;
 pub mod netns;
 pub mod output;
 pub mod resolver;
+pub mod trace;
 pub mod wish;
