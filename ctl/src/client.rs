@@ -157,6 +157,18 @@ impl Client {
         self.json(Method::GET, "network", None::<&()>).await
     }
 
+    /// The numbers, in Prometheus' text format.
+    pub async fn metrics(&self) -> Result<String, ClientError> {
+        let request = "GET /metrics";
+        let bytes = self
+            .limit(request, async {
+                let (body, _driver) = self.send(Method::GET, "/metrics", None::<&()>).await?;
+                collect(body).await.map_err(|reason| self.broken(request, reason))
+            })
+            .await?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
     /// Attaches a container.
     pub async fn attach(&self, name: &EndpointName, request: &AttachRequest) -> Result<Attached, ClientError> {
         self.json(Method::PUT, &format!("endpoints/{name}"), Some(request)).await
@@ -201,7 +213,9 @@ impl Client {
 
     /// Sends a request and hands on the body of a successful answer. The driver keeps the connection going while it lives.
     async fn send(&self, method: Method, path: &str, body: Option<&impl Serialize>) -> Result<(Incoming, Driver), ClientError> {
-        let name = format!("{method} /v{VERSION}/{path}");
+        // What has no version is asked for by its whole path.
+        let path = if path.starts_with('/') { path.to_owned() } else { format!("/v{VERSION}/{path}") };
+        let name = format!("{method} {path}");
         let stream = UnixStream::connect(&self.socket).await.map_err(|source| self.connect_error(source))?;
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| self.broken(&name, e.to_string()))?;
@@ -210,7 +224,7 @@ impl Client {
             // Its end is seen by whoever reads the body.
             let _ended = connection.await;
         });
-        let mut builder = Request::builder().method(method).uri(format!("/v{VERSION}/{path}")).header("host", "overlayd");
+        let mut builder = Request::builder().method(method).uri(&path).header("host", "overlayd");
         let bytes = match body {
             Some(body) => {
                 builder = builder.header("content-type", "application/json");

@@ -13,6 +13,7 @@ pub mod peers;
 pub mod run;
 pub mod status;
 pub mod subnets;
+pub mod support_bundle;
 pub mod trace;
 
 use std::path::PathBuf;
@@ -20,6 +21,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::bundle::BundleError;
 use crate::client::{Client, ClientError, DEFAULT_SOCKET};
 use crate::docker::DockerError;
 use crate::etcd::EtcdError;
@@ -69,6 +71,8 @@ pub enum Command {
     Inspect(inspect::Args),
     /// The way a packet takes, hop by hop, from the kernel's own answers
     Trace(trace::Args),
+    /// State, logs, what the kernel holds and versions in one archive, without secrets
+    SupportBundle(support_bundle::Args),
     /// What dockerd has to be told so that its containers are on the overlay
     DockerOptions(docker_options::Args),
     /// Several hosts on this machine, each with its own agent, and a private etcd
@@ -113,6 +117,9 @@ pub enum CommandError {
     /// A resolver file.
     #[error(transparent)]
     Resolver(#[from] ResolverError),
+    /// The archive.
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
     /// The way of a packet.
     #[error(transparent)]
     Trace(#[from] TraceError),
@@ -175,6 +182,7 @@ pub async fn run(cli: Cli) -> Result<Outcome, CommandError> {
         Command::Endpoints(args) => endpoints::run(&context, &args).await,
         Command::Inspect(args) => inspect::run(&context, &args).await,
         Command::Trace(args) => trace::run(&context, &args).await,
+        Command::SupportBundle(args) => support_bundle::run(&context, &args).await,
         Command::DockerOptions(args) => docker_options::run(&context, &args).await,
         Command::Lab(args) => lab::run(&context, args).await,
         Command::Completions(args) => completions::run(&context, &args),

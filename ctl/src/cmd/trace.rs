@@ -134,11 +134,13 @@ impl View for TraceView<'_> {
 
 fn live_text(live: &Live, style: Style) -> String {
     let mut text = "\n\n".to_owned();
-    if !live.seen.is_empty() {
-        let mut table = Table::new(style, &["MS", "PACKET", "WHERE", "WHAT"]);
-        for seen in &live.seen {
-            let ms = format!("{:.3}", std::time::Duration::from_micros(seen.micros).as_secs_f64() * 1000.0);
-            table.row(vec![cell(Some(ms)), cell(seen.direction.as_ref()), cell(Some(&seen.place)), cell(Some(&seen.what))]);
+    for (head, all) in [("INTERFACE", &live.interfaces), ("CHAIN", &live.rules)] {
+        if all.is_empty() {
+            continue;
+        }
+        let mut table = Table::new(style, &["PACKET", head, "WHAT"]);
+        for seen in all {
+            table.row(vec![cell(Some(&seen.packet)), cell(Some(&seen.place)), cell(Some(&seen.what))]);
         }
         text.push_str(&table.text());
         text.push_str("\n\n");

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use overlay_agent::model::api::SubnetEntry;
 use overlay_agent::model::publish::Transport;
-use overlay_agent::model::{Endpoint, Family, Mode};
+use overlay_agent::model::{Endpoint, Family, Mode, Subnet};
 use serde::Deserialize;
 
 use super::TraceError;
@@ -38,6 +38,8 @@ pub enum End {
     Container(Box<Endpoint>),
     /// This host itself.
     Host,
+    /// Another host of the overlay, by its subnet: its VTEP has the first address of it.
+    Peer(String, Subnet),
     /// An address of elsewhere, or of this host's own.
     Address(IpAddr),
 }
@@ -109,10 +111,9 @@ impl Known {
         }
         let leases = self.leases.as_deref().unwrap_or_default();
         if let Some(lease) = leases.iter().find(|lease| lease.host.as_deref() == Some(name)) {
-            let subnet = lease.subnet.and_then(|subnet| Family::ALL.into_iter().find_map(|family| subnet.get(family)));
-            return match subnet {
+            return match lease.subnet {
                 _ if lease.own => Ok(End::Host),
-                Some(subnet) => Ok(End::Address(subnet.base())),
+                Some(subnet) => Ok(End::Peer(name.to_owned(), subnet)),
                 None => Err(TraceError::End { message: format!("host {name} has no subnet") }),
             };
         }
@@ -151,6 +152,7 @@ impl End {
         match self {
             End::Container(endpoint) => endpoint.addresses().get(family).copied(),
             End::Address(address) => Some(*address).filter(|address| Family::of(*address) == family),
+            End::Peer(_, subnet) => subnet.get(family).map(|range| range.base()),
             End::Host => None,
         }
     }

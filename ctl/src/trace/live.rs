@@ -1,4 +1,4 @@
-//! Packets that are really sent: where the rules and the interfaces of the host see them, in the order in which they are seen.
+//! Packets that are really sent: where the rules and the interfaces of the host see them, each in its order.
 //!
 //! Two threads listen, one to the trace of nf_tables and one at the interfaces; both end with [`watch`]. The table that marks packets is the
 //! kernel's to remove once this process is gone, however that ends.
@@ -41,8 +41,10 @@ pub struct Watch {
 /// What was seen.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Live {
-    /// In the order in which it was seen.
-    pub seen: Vec<Seen>,
+    /// At the interfaces, in the order in which it was seen.
+    pub interfaces: Vec<Seen>,
+    /// In the rules, in their order. The kernel does not tell when: how these go between the others is not known.
+    pub rules: Vec<Seen>,
     /// What it comes to, for a person.
     pub summary: String,
     /// A packet was dropped by the rules.
@@ -56,10 +58,8 @@ pub struct Live {
 /// A packet at one place.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Seen {
-    /// Microseconds since the watch began.
-    pub micros: u64,
-    /// `request` or `reply`; absent where the rules do not tell.
-    pub direction: Option<String>,
+    /// At interfaces `request` or `reply`; in rules which packet it was, by a number that the kernel gives it.
+    pub packet: String,
     /// The interface, or the chain.
     pub place: String,
     /// What it did there.
@@ -175,7 +175,7 @@ fn send(trace: &Trace, netns: Option<PathBuf>) -> Result<Option<Kept>, TraceErro
     }
 }
 
-type Collected = Vec<(u64, Event)>;
+type Collected = Vec<Event>;
 
 fn collect(events: &Receiver<(Instant, Event)>, wait: Duration, start: Instant) -> Result<(Collected, bool), TraceError> {
     let (mut all, mut lost) = (Vec::new(), false);
@@ -196,7 +196,7 @@ fn collect(events: &Receiver<(Instant, Event)>, wait: Duration, start: Instant) 
                 if count > 0 {
                     end = (start + wait).min(at + QUIET);
                 }
-                all.push((u64::try_from(at.duration_since(start).as_micros()).unwrap_or(u64::MAX), event));
+                all.push(event);
             }
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return Ok((all, lost)),
         }
@@ -207,7 +207,7 @@ fn summarise(trace: &Trace, events: Collected, lost: bool, names: &BTreeMap<u32,
     let mut live = Live { lost, ..Live::default() };
     let name = |index: u32| names.get(&index).cloned().unwrap_or_else(|| format!("interface {index}"));
     let (mut drop_place, mut last) = (None, None);
-    for (micros, event) in events {
+    for event in events {
         match event {
             Event::Interface(passage) => {
                 let request = trace.forms.contains(&(passage.source, passage.destination));
@@ -218,21 +218,26 @@ fn summarise(trace: &Trace, events: Collected, lost: bool, names: &BTreeMap<u32,
                 if request {
                     last = Some(place.clone());
                 }
-                live.seen.push(Seen {
-                    micros,
-                    direction: Some(if request { "request" } else { "reply" }.to_owned()),
+                live.interfaces.push(Seen {
+                    packet: if request { "request" } else { "reply" }.to_owned(),
                     place,
                     what: format!("{way}: {} > {}{tunnel}", passage.source, passage.destination),
                 });
             }
             Event::Rules(sights) => {
-                for sight in sights {
+                // A chain that ends without a verdict is followed by its policy.
+                for sight in sights.into_iter().filter(|s| s.handle.is_some() || matches!(s.verdict.as_str(), "accept" | "drop"))
+                {
                     let chain = format!("{} {} {}", sight.family, sight.table, sight.chain);
                     let rule = sight.handle.map_or_else(|| "policy".to_owned(), |handle| format!("rule {handle}"));
                     if sight.verdict == "drop" {
                         drop_place = Some(format!("{rule} of chain {chain}"));
                     }
-                    live.seen.push(Seen { micros, direction: None, place: chain, what: format!("{rule}: {}", sight.verdict) });
+                    live.rules.push(Seen {
+                        packet: format!("{:x}", sight.packet),
+                        place: chain,
+                        what: format!("{rule}: {}", sight.verdict),
+                    });
                 }
             }
             Event::Lost | Event::Failed(_) => {}

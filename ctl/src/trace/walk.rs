@@ -71,14 +71,11 @@ pub fn trace(from: &str, to: &str, family: Option<Family>, known: &Known) -> Res
             Outcome::Ok
         }
     };
-    if std::fs::metadata("/proc/net/ip_tables_names")
-        .is_ok_and(|_| std::fs::read_to_string("/proc/net/ip_tables_names").is_ok_and(|names| !names.trim().is_empty()))
-    {
-        walk.passage.notes.push(
-            "this host has rules of iptables-legacy (`iptables-legacy -S`), which cannot be read here: they may drop what the rules let \
-             pass"
-                .to_owned(),
-        );
+    let legacy = std::fs::read_to_string("/proc/net/ip_tables_names").unwrap_or_default();
+    if !legacy.trim().is_empty() {
+        let note =
+            "this host has rules of iptables-legacy (`iptables-legacy -S`), which cannot be read here: they may drop what passes";
+        walk.passage.notes.push(note.to_owned());
     }
     let Passage { hops, notes } = walk.passage;
     Ok(Trace {
@@ -135,6 +132,7 @@ fn goal_name(end: &End) -> String {
     match end {
         End::Container(endpoint) => format!("container {}", endpoint.name),
         End::Host => "this host".to_owned(),
+        End::Peer(name, _) => format!("host {name}"),
         End::Address(address) => address.to_string(),
     }
 }
@@ -148,7 +146,7 @@ fn describe(end: &End, known: &Known, site: &Site) -> String {
 
 fn describe_address(end: &End, address: IpAddr, known: &Known, site: &Site) -> String {
     match (end, known.lease_of(address)) {
-        (End::Container(_) | End::Host, _) => goal_name(end),
+        (End::Container(_) | End::Host | End::Peer(..), _) => goal_name(end),
         _ if site.addresses.contains(&address) => "this host".to_owned(),
         (_, Some(lease)) if !lease.own => match &lease.host {
             Some(host) => format!("on host {host}"),
@@ -157,6 +155,14 @@ fn describe_address(end: &End, address: IpAddr, known: &Known, site: &Site) -> S
         _ if site.in_overlay(address) => "in the overlay".to_owned(),
         _ => "outside the overlay".to_owned(),
     }
+}
+
+/// Where a packet of a container is, once the bridge has it.
+enum Onward {
+    /// For the host to forward or to take, in by this interface.
+    Host(Flow, Box<Link>),
+    /// Where it ends.
+    Arrived(String),
 }
 
 /// What a container's namespace says.
@@ -173,10 +179,11 @@ impl Walk<'_> {
                 let endpoint = endpoint.clone();
                 let flow = self.out_of(&endpoint, destination, protocol, port, origin)?;
                 match flow {
-                    Some((flow, input)) => self.through(flow, Some(input)),
-                    None => Ok(format!("{destination} is of container {} itself", endpoint.name)),
+                    Onward::Host(flow, input) => self.through(flow, Some(*input)),
+                    Onward::Arrived(end) => Ok(end),
                 }
             }
+            End::Peer(..) => self.from_elsewhere(*origin, destination, protocol, port),
             End::Address(address) if !self.site.addresses.contains(address) => {
                 self.from_elsewhere(*address, destination, protocol, port)
             }
@@ -193,15 +200,8 @@ impl Walk<'_> {
         }
     }
 
-    /// From a container's namespace to the bridge; nothing where the destination is its own.
-    fn out_of(
-        &mut self,
-        endpoint: &Endpoint,
-        destination: IpAddr,
-        protocol: u8,
-        port: u16,
-        origin: &mut IpAddr,
-    ) -> Go<Option<(Flow, Link)>> {
+    /// From a container's namespace to the bridge, or across it.
+    fn out_of(&mut self, endpoint: &Endpoint, destination: IpAddr, protocol: u8, port: u16, origin: &mut IpAddr) -> Go<Onward> {
         let place = format!("container {}", endpoint.name);
         let netns = match Netns::open(&endpoint.netns) {
             Ok(netns) => netns,
@@ -223,16 +223,20 @@ impl Walk<'_> {
         let name = inside.link.as_ref().map_or_else(|| "no interface".to_owned(), |link| link.name.clone());
         if route.kind == "local" {
             self.passage.ok(&place, "route", format!("{destination} is its own address"));
-            return Ok(None);
+            return Ok(Onward::Arrived(format!("never leaves {place}")));
         }
         let via = route.gateway.map(|gateway| format!(" via {gateway}")).unwrap_or_default();
         self.passage.ok(&place, "route", format!("{destination}{via} dev {name} from {origin}"));
         if let Some(fault) = inside.link.as_ref().and_then(link_fault) {
+            // No carrier inside is mostly the fault of the host's end.
+            if let (Some(port), Some(true)) = (&endpoint.port, inside.link.as_ref().map(|link| link.up)) {
+                self.port(&port.host_interface)?;
+            }
             return Err(self.passage.stop(
                 &place,
                 "interface",
                 fault,
-                format!("ip -n ... link set {name} up, or attach the container again"),
+                format!("inside the container: ip link set {name} up; or attach it again"),
             ));
         }
         let next = route.gateway.unwrap_or(destination);
@@ -248,10 +252,10 @@ impl Walk<'_> {
         let packet = Packet { input: self.site.interface(input), ..framed };
         let judgement = self.site.book.judge(Hook::Prerouting, true, &packet);
         self.passage.judged(HOST, "rules of the bridge", &judgement)?;
-        if route.gateway.is_none() {
-            return self.across_the_bridge(flow, &bridge).map(|end| end.map(|()| (flow, bridge)));
+        if route.gateway.is_none() && !self.site.addresses.contains(&flow.destination) {
+            return self.across_the_bridge(flow, &bridge).map(Onward::Arrived);
         }
-        Ok(Some((flow, bridge)))
+        Ok(Onward::Host(flow, Box::new(bridge)))
     }
 
     fn neighbour_inside(&mut self, place: &str, next: IpAddr, neighbour: Option<Neighbour>) -> Go<Option<Mac>> {
@@ -315,22 +319,16 @@ impl Walk<'_> {
         Ok(bridge)
     }
 
-    /// From one port of the bridge to another; something where the frame is for the host after all.
-    fn across_the_bridge(&mut self, flow: Flow, bridge: &Link) -> Go<Option<()>> {
-        if self.site.addresses.contains(&flow.destination) {
-            return Ok(Some(()));
-        }
-        self.deliver(flow.destination, bridge)?;
-        if let Some("1") = Site::sysctl("bridge/bridge-nf-call-iptables").as_deref() {
-            let packet = Packet {
-                input: self.site.interface(Some(bridge.index)),
-                output: self.site.interface(Some(bridge.index)),
-                ..Packet::new(&flow)
-            };
+    /// From one port of the bridge to another. Where bridges ask the IP rules (`br_netfilter`), these count, too.
+    fn across_the_bridge(&mut self, flow: Flow, bridge: &Link) -> Go<String> {
+        let calls = if flow.family() == Family::V4 { "iptables" } else { "ip6tables" };
+        if Site::sysctl(&format!("bridge/bridge-nf-call-{calls}")).as_deref() == Some("1") {
+            let device = self.site.interface(Some(bridge.index));
+            let packet = Packet { input: device.clone(), output: device, ..Packet::new(&flow) };
             let judgement = self.site.book.judge(Hook::Forward, false, &packet);
             self.passage.judged(HOST, "rules forward", &judgement)?;
         }
-        Ok(None)
+        self.deliver(flow.destination, bridge)
     }
 
     /// To a container of this host.

@@ -161,6 +161,14 @@ impl Judge<'_> {
         End::Through
     }
 
+    fn is_of(&self, family: u32) -> bool {
+        let own = match self.packet.family {
+            Family::V4 => NFPROTO_IPV4,
+            Family::V6 => NFPROTO_IPV6,
+        };
+        family == u32::from(own)
+    }
+
     fn jump(&mut self, from: &BookChain, name: &str, depth: usize, sure: bool) -> End {
         let book = self.book;
         let same = |chain: &&BookChain| chain.family == from.family && chain.table == from.table && chain.name == name;
@@ -187,6 +195,8 @@ impl Judge<'_> {
                     }
                 },
                 "reject" => Some(Step::Drop),
+                // In a table of both families each rule translates packets of one.
+                "nat" if number(NFTA_NAT_FAMILY).is_some_and(|family| !self.is_of(family)) => None,
                 "nat" | "masq" | "redir" => {
                     if truth == Truth::Yes {
                         self.result.translation = Some((registers.translation(name, data), place(chain, Some(rule))));
