@@ -11,7 +11,7 @@ use hyper::body::Incoming;
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use overlay_agent::model::api::{
-    AttachRequest, Attached, Detached, Endpoints, LogLevel, NetworkView, Peers, Problem, Status, Subnets, VERSION,
+    AttachRequest, Attached, Detached, Endpoints, LogLevel, Mesh, NetworkView, Peers, Problem, Status, Subnets, VERSION,
 };
 use overlay_agent::model::endpoint::EndpointName;
 use serde::Serialize;
@@ -145,6 +145,11 @@ impl Client {
     /// How this host reaches each peer.
     pub async fn peers(&self) -> Result<Peers, ClientError> {
         self.json(Method::GET, "peers", None::<&()>).await
+    }
+
+    /// How this host reaches each peer, by its probes.
+    pub async fn mesh(&self) -> Result<Mesh, ClientError> {
+        self.json(Method::GET, "mesh", None::<&()>).await
     }
 
     /// This host's endpoints.

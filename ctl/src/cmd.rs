@@ -9,7 +9,9 @@ pub mod endpoints;
 pub mod inspect;
 pub mod lab;
 pub mod man;
+pub mod mesh;
 pub mod peers;
+pub mod ping_mesh;
 pub mod run;
 pub mod status;
 pub mod subnets;
@@ -69,6 +71,10 @@ pub enum Command {
     Endpoints(endpoints::Args),
     /// The network of this host in detail: addresses, devices, ports, containers, counters
     Inspect(inspect::Args),
+    /// Which host reaches which, over overlay and underlay, by the agents' probes
+    Mesh(mesh::Args),
+    /// Probe every peer from this host now
+    PingMesh(ping_mesh::Args),
     /// The way a packet takes, hop by hop, from the kernel's own answers
     Trace(trace::Args),
     /// State, logs, what the kernel holds and versions in one archive, without secrets
@@ -181,6 +187,8 @@ pub async fn run(cli: Cli) -> Result<Outcome, CommandError> {
         Command::Detach(args) => detach::run(&context, &args).await,
         Command::Endpoints(args) => endpoints::run(&context, &args).await,
         Command::Inspect(args) => inspect::run(&context, &args).await,
+        Command::Mesh(args) => mesh::run(&context, &args).await,
+        Command::PingMesh(args) => ping_mesh::run(&context, &args).await,
         Command::Trace(args) => trace::run(&context, &args).await,
         Command::SupportBundle(args) => support_bundle::run(&context, &args).await,
         Command::DockerOptions(args) => docker_options::run(&context, &args).await,

@@ -88,6 +88,12 @@ pub const SETTINGS: &[Setting] = &[
         "5m",
         "Time between two full comparisons with the kernel, the safety net behind its events",
     ),
+    text(
+        "mesh-interval",
+        "DURATION",
+        "30s",
+        "Time between two probes of a peer (ICMP echo over overlay and underlay, 50 a second at the most); 0s switches them off",
+    ),
 ];
 
 /// The environment variable of a setting.

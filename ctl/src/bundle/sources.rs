@@ -58,6 +58,8 @@ pub enum Answer {
     Endpoints,
     /// The network with what the kernel holds.
     Network,
+    /// How peers are reached.
+    Mesh,
     /// The numbers.
     Metrics,
 }
@@ -99,12 +101,13 @@ const FILES: [(&str, &str); 4] = [
     ("kernel/softnet.txt", "/proc/net/softnet_stat"),
 ];
 
-const ANSWERS: [(&str, Answer); 6] = [
+const ANSWERS: [(&str, Answer); 7] = [
     ("agent/status.json", Answer::Status),
     ("agent/subnets.json", Answer::Subnets),
     ("agent/peers.json", Answer::Peers),
     ("agent/endpoints.json", Answer::Endpoints),
     ("agent/network.json", Answer::Network),
+    ("agent/mesh.json", Answer::Mesh),
     ("agent/metrics.txt", Answer::Metrics),
 ];
 
@@ -165,6 +168,7 @@ async fn ask(answer: Answer, client: &Client) -> Result<String, String> {
         Answer::Peers => text(client.peers().await),
         Answer::Endpoints => text(client.endpoints().await),
         Answer::Network => text(client.network().await),
+        Answer::Mesh => text(client.mesh().await),
         Answer::Metrics => client.metrics().await.map_err(|error| error.to_string()),
     }
 }

@@ -308,12 +308,12 @@ impl Walk<'_> {
         if port.master != Some(bridge.index) {
             return Err(self.passage.stop(HOST, "port", format!("{host_interface} is no port of {}", bridge.name), remedy));
         }
+        if let Some(fault) = link_fault(&bridge) {
+            return Err(self.passage.stop(HOST, "bridge", fault, format!("ip link set {} up", bridge.name)));
+        }
         let state = port.port_state.as_deref().unwrap_or("unknown");
         if !matches!(state, "forwarding" | "unknown") {
             return Err(self.passage.stop(HOST, "port", format!("{host_interface} is {state} on {}", bridge.name), remedy));
-        }
-        if let Some(fault) = link_fault(&bridge) {
-            return Err(self.passage.stop(HOST, "bridge", fault, format!("ip link set {} up", bridge.name)));
         }
         self.passage.ok(HOST, "port", format!("{host_interface} is {state} on {}", bridge.name));
         Ok(bridge)
