@@ -413,6 +413,10 @@ impl Walk<'_> {
             translated = true;
             self.forms.push((flow.source, flow.destination));
         }
+        // Without forwarding the kernel answers as if there were no route.
+        if let Some(input) = input.as_ref().filter(|_| !self.site.addresses.contains(&flow.destination)) {
+            self.forwarding(flow.family(), &input.name)?;
+        }
         let lookup = Lookup { destination: flow.destination, source: input.as_ref().map(|_| flow.source), input: entry };
         let route = self.route(lookup)?;
         let exit = route.interface;
@@ -432,8 +436,7 @@ impl Walk<'_> {
         }
         self.note_route(&flow, &route);
         packet.output = self.site.interface(exit);
-        if let Some(input) = &input {
-            self.forwarding(flow.family(), &input.name)?;
+        if input.is_some() {
             let judgement = self.site.book.judge(Hook::Forward, false, &packet);
             self.passage.judged(HOST, "rules forward", &judgement)?;
         }
