@@ -99,7 +99,7 @@ async fn faults_are_told_apart() {
     }
     let matrix = becomes(&story, "h3 is cut off", |m| states(m, "h1", "h3") == [Reach::Unreachable; 2]).await;
     let path = matrix.paths.iter().find(|p| p.from == "h1" && p.found.host.as_deref() == Some("h3")).must("h3");
-    assert!(path.lease_idle_seconds == Some(0) && path.says.contains("the host lives"), "{path:#?}");
+    assert!(path.lease_idle_seconds == Some(0) && path.says.contains("rather than down"), "{path:#?}");
     // It leaves: its lease is gone.
     story.at("h3").agent_stop(Signal::SIGKILL).must("stop the agent");
     etcd::delete(&story, &story.lease_of("h3").key);

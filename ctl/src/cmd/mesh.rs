@@ -161,7 +161,9 @@ fn lease_idle(leases: &[SubnetEntry]) -> BTreeMap<Cidr, Option<i64>> {
 fn says(found: &MeshEntry, idle: Option<i64>) -> String {
     match (found.state, idle, found.gone_since) {
         (Reach::Unreachable, Some(0), _) => {
-            "no answer on either path, and its agent renews its lease: the host lives and is cut off from here".to_owned()
+            format!(
+                "no answer on either path, and its lease was renewed within the last {BEHIND} s: cut off from here rather than down"
+            )
         }
         (Reach::Unreachable, Some(idle), _) => {
             let idle = seconds(u64::try_from(idle).unwrap_or(0));
@@ -319,7 +321,7 @@ mod tests {
             matrix.paths.iter().map(|p| (p.found.host.as_deref().unwrap_or_default(), p.lease_idle_seconds)).collect();
         assert_eq!(told, [("h3", Some(295)), ("h4", Some(0)), ("h2", Some(0))]);
         assert!(matrix.paths[0].says.contains("not renewed for 4m55s: the host is down"), "{}", matrix.paths[0].says);
-        assert!(matrix.paths[1].says.contains("the host lives and is cut off"), "{}", matrix.paths[1].says);
+        assert!(matrix.paths[1].says.contains("cut off from here rather than down"), "{}", matrix.paths[1].says);
         assert_eq!(outcome(&matrix), Outcome::Degraded);
         let text = MatrixView(&matrix).text(Style::PLAIN, false);
         assert!(text.lines().nth(1).is_some_and(|line| line.contains("h3") && line.contains("no answer, 4/4 lost")), "{text}");

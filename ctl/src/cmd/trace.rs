@@ -46,7 +46,7 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
     let (known, note) = known(context, args).await;
     let (from, to) = (args.from.clone(), args.to.clone());
     let family = args.v6.then_some(Family::V6);
-    let watch = args.live.then(|| live::Watch { wait: args.wait, send: args.send, netns: None });
+    let watch = args.live.then_some(live::Watch { wait: args.wait, send: args.send, netns: None });
     let work = move || -> Result<Trace, TraceError> {
         let mut trace = trace::walk::trace(&from, &to, family, &known)?;
         trace.notes.splice(0..0, note);

@@ -113,7 +113,7 @@ pub fn watch(trace: &Trace, watch: &Watch) -> Result<Live, TraceError> {
 
 fn listen_to_rules(mut rules: TraceWatch, sender: SyncSender<(Instant, Event)>, stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
-        let event = match rules.next() {
+        let event = match rules.wait() {
             Ok(Watched::Nothing) => continue,
             Ok(Watched::Sights(sights)) => Event::Rules(sights),
             Ok(Watched::Lost) => Event::Lost,
@@ -128,7 +128,7 @@ fn listen_to_rules(mut rules: TraceWatch, sender: SyncSender<(Instant, Event)>, 
 
 fn listen_at_interfaces(mut capture: Capture, sender: SyncSender<(Instant, Event)>, stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
-        let event = match capture.next() {
+        let event = match capture.wait() {
             Ok(None) => continue,
             Ok(Some(passage)) => Event::Interface(passage),
             Err(error) => Event::Failed(error.into()),

@@ -216,10 +216,10 @@ impl Walk<'_> {
     }
 
     /// From outside, or from another host of the overlay.
-    pub(super) fn from_elsewhere(&mut self, source: IpAddr, destination: IpAddr, protocol: u8, port: u16) -> Go<String> {
+    pub(super) fn arriving(&mut self, source: IpAddr, destination: IpAddr, protocol: u8, port: u16) -> Go<String> {
         let flow = Flow { source, destination, protocol, port };
         if self.site.in_overlay(source) {
-            return self.from_peer(flow);
+            return self.arriving_by_tunnel(flow);
         }
         let back = self.route(Lookup { destination: source, source: None, input: None })?;
         let input = self.site.link(back.interface).cloned();
@@ -228,7 +228,7 @@ impl Walk<'_> {
         self.through(flow, input)
     }
 
-    fn from_peer(&mut self, flow: Flow) -> Go<String> {
+    fn arriving_by_tunnel(&mut self, flow: Flow) -> Go<String> {
         let back = self.route(Lookup { destination: flow.source, source: None, input: None })?;
         let device = self.site.link(back.interface).cloned();
         let Some((device, vxlan)) = device.and_then(|device| device.vxlan.clone().map(|vxlan| (device, vxlan))) else {

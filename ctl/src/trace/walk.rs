@@ -183,9 +183,9 @@ impl Walk<'_> {
                     Onward::Arrived(end) => Ok(end),
                 }
             }
-            End::Peer(..) => self.from_elsewhere(*origin, destination, protocol, port),
+            End::Peer(..) => self.arriving(*origin, destination, protocol, port),
             End::Address(address) if !self.site.addresses.contains(address) => {
-                self.from_elsewhere(*address, destination, protocol, port)
+                self.arriving(*address, destination, protocol, port)
             }
             End::Address(_) | End::Host => {
                 let source = match start {

@@ -151,7 +151,7 @@ impl TraceWatch {
     ///
     /// # Errors
     /// The socket failed.
-    pub fn next(&mut self) -> Result<Watched, OpError> {
+    pub fn wait(&mut self) -> Result<Watched, OpError> {
         self.buffer.clear();
         match self.socket.recv(&mut self.buffer, 0) {
             Ok(_) => {}

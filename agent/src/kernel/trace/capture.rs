@@ -73,7 +73,7 @@ impl Capture {
     ///
     /// # Errors
     /// The socket failed.
-    pub fn next(&mut self) -> Result<Option<Passage>, OpError> {
+    pub fn wait(&mut self) -> Result<Option<Passage>, OpError> {
         let mut buffer = [0; KEPT as usize];
         let (length, from) = match recvfrom::<LinkAddr>(self.socket.as_raw_fd(), &mut buffer) {
             Ok(received) => received,
