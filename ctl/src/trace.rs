@@ -3,6 +3,7 @@
 //! Asks the kernel itself, so that it works where the agent is the fault. The agent is asked for names only: whose an address is, which host holds
 //! a subnet. [`ends`] says what SRC and DST are, [`walk`] goes the way on this host, [`live`] watches packets that are sent. Everything blocks.
 
+mod container;
 pub mod ends;
 pub mod live;
 mod passage;

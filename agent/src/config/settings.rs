@@ -72,7 +72,7 @@ pub const SETTINGS: &[Setting] = &[
     text("state-dir", "DIR", "/var/lib/overlayd", "Where the host's identity, MACs and endpoints are kept"),
     text("subnet-file", "FILE", "", "File with the leased subnet for other tools [default: <run-dir>/subnet.env]"),
     text("cni-conflist", "FILE", "", "CNI network list to write when the overlay is in place [default: none]"),
-    text("metrics-listen", "ADDR:PORT", "", "TCP address for /metrics, /healthz and /readyz [default: off]"),
+    text("metrics-listen", "ADDR:PORT", "", "TCP address for /metrics, /healthz, /readyz and /mesh [default: off]"),
     text("log-level", "FILTER", "info", "error, warn, info, debug, trace, or a filter by module"),
     text(
         "log-format",
