@@ -62,6 +62,8 @@ pub struct Settings {
     pub masquerade: bool,
     /// Transmit checksum offload on the VXLAN devices.
     pub tx_checksum: bool,
+    /// Whether Docker puts containers on the bridge.
+    pub docker: bool,
     /// Whether routes use next-hop objects.
     pub nexthop_objects: bool,
     /// Time between two full comparisons with the kernel.

@@ -267,6 +267,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             bridge_mac,
             masquerade: self.settings.masquerade,
             tx_checksum: self.settings.tx_checksum,
+            docker: self.settings.docker,
             nexthop_objects: self.settings.nexthop_objects,
             ports: self.endpoints.iter().filter_map(Attached::of).collect(),
             forward_drops: self.inventory.forward_drops.clone(),

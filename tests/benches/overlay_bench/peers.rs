@@ -170,6 +170,7 @@ async fn drive(family: Family, entries: Vec<StoreEntry>) -> anyhow::Result<Took>
         selection: Selection { interfaces: vec![UNDERLAY.to_owned()], ..Selection::default() },
         masquerade: true,
         tx_checksum: true,
+        docker: false,
         nexthop_objects: kernel.nexthop_objects(),
         resync: Duration::from_secs(300),
         store_endpoints: Vec::new(),
