@@ -27,6 +27,7 @@ pub mod stopwatch;
 pub mod story;
 pub mod traffic;
 pub mod transfer;
+pub mod tutorial;
 pub mod volume;
 pub mod wait;
 
