@@ -8,8 +8,8 @@ use std::process::{Child, Command, Stdio};
 use nix::sys::signal::Signal;
 use overlay_agent::model::api::{Attached, NetworkView};
 use overlay_agent::model::{Cidr, DockerShare, Family, Subnet};
-use overlay_tests::docker::{Docker, DockerFiles};
-use overlay_tests::programs::{Said, overlayctl};
+use overlay_tests::docker::{Docker, DockerFiles, IMAGE};
+use overlay_tests::programs::{Said, needs, overlayctl};
 use overlay_tests::story::{READY, SOON};
 use overlay_tests::{Must, Story, eventually, kernel};
 use overlayctl::lab::Families;
@@ -132,6 +132,7 @@ async fn two_hosts() {
     assert!(!nat.contains("MASQUERADE"), "Docker masquerades nothing:\n{nat}");
 
     beside_endpoints(&story, &d1, &d2).await;
+    published_by_docker(&story, &d1).await;
     over_a_crash(&story, &d1, &d2).await;
     behind_the_policy(&story, &d1, &d2).await;
 }
@@ -153,6 +154,22 @@ async fn beside_endpoints(story: &Story, d1: &Docker<'_>, d2: &Docker<'_>) {
     let ports = view.bridge.must("the bridge").ports;
     assert_eq!(ports.iter().filter(|port| port.endpoint.is_none()).count(), 1, "{ports:?}");
     assert_eq!(ports.len(), 2);
+}
+
+/// A port that Docker publishes leads to its container, from a host of the overlay and from the world; to an endpoint it is taken.
+async fn published_by_docker(story: &Story, d1: &Docker<'_>) {
+    needs("curl", "curl");
+    d1.run(&["run", "--detach", "--name", "open", "--publish", "8080:80", IMAGE, "/bin/httpd", "-f", "-p", "80", "-h", "/www"]);
+    for from in ["h2", "world"] {
+        let page = || kernel::attempt(story, from, &["curl", "-sS", "--max-time", "10", "http://10.99.1.1:8080/"]);
+        eventually(&format!("{from} gets the page"), SOON, || match page() {
+            said if said.out == "the page of h1" => Ok(()),
+            said => Err(said.err),
+        })
+        .await;
+    }
+    story.ctl("h1", &["attach", "late", "--publish", "8080:80"]).exits(1).complains(&["8080", "docker-proxy"]);
+    d1.run(&["rm", "--force", "open"]);
 }
 
 /// The agent leaves Docker's port alone, also when it starts anew, and when it has to repair the bridge's.
