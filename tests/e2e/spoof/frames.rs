@@ -203,6 +203,9 @@ fn forged(me: Me, to: Me, far: Me, gateway: Me) -> Frames {
     let inner = craft::udp(SocketAddr::new(far.v4, 9), SocketAddr::new(to.v4, 9), b"made by hand");
     let tagged = [[0, 5, 0x08, 0].as_slice(), &inner].concat();
     add("a forged source behind a VLAN tag".to_owned(), craft::frame(to.mac, me.mac, 0x8100, &tagged));
+    let honest = craft::udp(SocketAddr::new(me.v4, 9), SocketAddr::new(to.v4, 9), b"made by hand");
+    let honest = [[0, 5, 0x08, 0].as_slice(), &honest].concat();
+    add("own addresses behind a VLAN tag".to_owned(), craft::frame(to.mac, me.mac, 0x8100, &honest));
     let twice = [[0, 5, 0x81, 0].as_slice(), &tagged].concat();
     add("a forged source behind two VLAN tags".to_owned(), craft::frame(to.mac, me.mac, 0x88a8, &twice));
     all
