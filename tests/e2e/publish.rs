@@ -4,11 +4,13 @@
 #[path = "publish/calls.rs"]
 mod calls;
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::path::Path;
+use std::time::Duration;
 
 use calls::Protocol::{self, Tcp, Udp};
-use calls::{Connection, call, serve};
+use calls::{Connection, call, call_within, serve};
 use nix::sys::signal::Signal;
 use overlay_agent::model::api::{Attached, Endpoints};
 use overlay_agent::model::{Family, PerFamily};
@@ -29,6 +31,16 @@ async fn lab(agent_args: &[&str]) -> Story {
         options.agent_args = agent_args.iter().map(|flag| (*flag).to_owned()).collect();
     })
     .await
+}
+
+/// Switches netfilter's hooks for frames that stay on a bridge on or off, which `br_netfilter` brings. Whether there are any.
+fn hooks_on_the_bridge(story: &Story, on: bool) -> bool {
+    let names = ["iptables", "ip6tables"].map(|name| format!("/proc/sys/net/bridge/bridge-nf-call-{name}"));
+    if !Path::new(&names[0]).exists() {
+        return false;
+    }
+    kernel::shell(story, "h1", &format!("for f in {}; do echo {} >$f; done", names.join(" "), u8::from(on)));
+    true
 }
 
 /// Attaches a container to the first host, with servers in it.
@@ -61,11 +73,14 @@ async fn seen(story: &Story, from: &str, to: SocketAddr, protocol: Protocol) -> 
     call(&story.inside(from), to, protocol).await.must(&format!("{from} calls {to} ({protocol:?})"))
 }
 
+/// How long nobody answers.
+const SILENCE: Duration = Duration::from_secs(2);
+
 /// A call that nobody answers.
 async fn unreachable(story: &Story, from: &str, to: &str) {
     let to = to.parse().must("an address and a port");
     for protocol in [Tcp, Udp] {
-        let answer = call(&story.inside(from), to, protocol).await;
+        let answer = call_within(&story.inside(from), to, protocol, SILENCE).await;
         assert!(answer.is_err(), "{from} reaches {to} ({protocol:?}) and is seen as {answer:?}");
     }
 }
@@ -80,18 +95,11 @@ async fn from_everywhere() {
     let publish = ["8080:80", "8080:80/udp", "9000-9002:7000-7002"];
     let ports = [(Tcp, 80), (Udp, 80), (Tcp, 7000), (Tcp, 7001), (Tcp, 7002)];
     let (web, _servers) = attach(&story, "web", &publish, &ports);
-    // Without and with netfilter's hooks for what stays on the bridge, where the kernel has them.
-    let switches = ["iptables", "ip6tables"].map(|name| format!("/proc/sys/net/bridge/bridge-nf-call-{name}"));
-    let has_hooks = Path::new(&switches[0]).exists();
-    println!("this kernel has br_netfilter: {has_hooks}");
-    for hooks in [false, true] {
-        if has_hooks {
-            let value = u8::from(hooks);
-            kernel::shell(&story, "h1", &format!("for f in {}; do echo {value} >$f; done", switches.join(" ")));
-        } else if hooks {
-            break;
-        }
-        everywhere(&story, &web, hooks).await;
+    // Without and with netfilter's hooks for what stays on the bridge.
+    println!("this kernel has br_netfilter: {}", hooks_on_the_bridge(&story, false));
+    everywhere(&story, &web, false).await;
+    if hooks_on_the_bridge(&story, true) {
+        everywhere(&story, &web, true).await;
     }
     let said = story.ctl("h1", &["inspect", "web"]).exits(0).out;
     assert!(said.contains("8080") && said.contains("9000"), "{said}");
@@ -121,6 +129,11 @@ async fn everywhere(story: &Story, web: &Attached, hooks: bool) {
                 ("h2-c1", direct, 80, of(&far), "from another host's container, past the published port"),
                 ("h1-web", host, 8080, gateway, "from the container itself"),
             ] {
+                if hooks && to == loopback(Family::V6) {
+                    // The limit: the answer is translated back on the bridge, and the kernel takes nothing to ::1 from a wire (`ip6_rcv_core`).
+                    unreachable(story, from, &at(to, port)).await;
+                    continue;
+                }
                 let address = seen(story, from, SocketAddr::new(to, port), protocol).await;
                 assert_eq!(address, expected, "{why} ({family}, {protocol:?}, hooks on the bridge: {hooks})");
             }
@@ -137,6 +150,7 @@ async fn everywhere(story: &Story, web: &Attached, hooks: bool) {
 #[tokio::test(flavor = "multi_thread")]
 async fn without_masquerade() {
     let story = lab(&["--ip-masq=false"]).await;
+    hooks_on_the_bridge(&story, false);
     let (_web, _servers) = attach(&story, "web", &["8080:80", "8080:80/udp"], &[(Tcp, 80), (Udp, 80)]);
     let far = container(&story, "h2").await;
     for (family, own) in far.iter() {
@@ -157,6 +171,7 @@ async fn without_masquerade() {
 #[tokio::test(flavor = "multi_thread")]
 async fn only_where_it_is_bound() {
     let story = lab(&[]).await;
+    hooks_on_the_bridge(&story, false);
     kernel::shell(&story, "h1", "ip address add 10.99.77.1/16 dev eth0; ip address add fd99::77:1/64 dev eth0 nodad");
     let own = Family::ALL.map(|family| underlay(&story, "h1", family));
     let bound = [at("127.0.0.1".parse().must("it"), 8081), "[::1]:8081".to_owned(), at(own[0], 8082), at(own[1], 8082)];
@@ -255,15 +270,24 @@ async fn conflicts() {
     attach(&story, "next", &["8080:80", "8090:80"], &[]);
 }
 
+/// What the first host's kernel has for published ports, without order: a table that was made anew has its parts in another one.
+fn host_state(story: &Story) -> BTreeSet<String> {
+    let rules = kernel::run(story, "h1", &["nft", "-s", "list", "ruleset"]);
+    let routes = kernel::run(story, "h1", &["ip", "-6", "route", "show", "table", "all"]);
+    // The underlay's own addresses come when they like.
+    let routes = routes.lines().filter(|line| line.contains("ovb."));
+    let localnet = format!("route_localnet {}", kernel::sysctl(story, "h1", "ipv4/conf/ovb.1/route_localnet"));
+    let parts = rules.split(['\n', ',', '{', '}']).chain(routes).chain([localnet.as_str()]);
+    parts.map(|part| part.trim().trim_start_matches("elements = ").to_owned()).collect()
+}
+
 /// Ports end with the endpoint; a killed agent, a new one and somebody who flushes all rules end none.
 #[tokio::test(flavor = "multi_thread")]
 async fn as_long_as_the_endpoint() {
     let story = lab(&[]).await;
-    let before = kernel::run(&story, "h1", &["nft", "-s", "list", "ruleset"]);
-    let routes = || kernel::run(&story, "h1", &["ip", "-6", "route", "show", "table", "all"]);
-    let localnet = || kernel::sysctl(&story, "h1", "ipv4/conf/ovb.1/route_localnet");
-    let (routes_before, localnet_before) = (routes(), localnet());
-    let (web, _servers) = attach(&story, "web", &["8080:80", "8080:80/udp"], &[(Tcp, 80), (Udp, 80)]);
+    hooks_on_the_bridge(&story, false);
+    let before = host_state(&story);
+    let (_web, _servers) = attach(&story, "web", &["8080:80", "8080:80/udp"], &[(Tcp, 80), (Udp, 80)]);
     let all = |story: &Story| -> Vec<(&'static str, SocketAddr)> {
         let at = |family| {
             [("world", underlay(story, "h1", family)), ("h1", loopback(family)), ("h1-web", underlay(story, "h1", family))]
@@ -302,15 +326,13 @@ async fn as_long_as_the_endpoint() {
         })
         .await;
     }
-    let port = web.endpoint.port.must("a port").host_interface;
     story.ctl("h1", &["detach", "web"]).exits(0);
     for (from, to) in all(&story).into_iter().filter(|(from, _)| *from != "h1-web") {
         unreachable(&story, from, &to.to_string()).await;
     }
     eventually("nothing of it is left", SOON, || {
-        let now = kernel::run(&story, "h1", &["nft", "-s", "list", "ruleset"]);
-        let same = now == before && routes() == routes_before && localnet() == localnet_before && !now.contains(&port);
-        if same { Ok(()) } else { Err(format!("{now}\n{}\nlocalnet {}", routes(), localnet())) }
+        let difference = kernel::difference(&host_state(&story), &before);
+        if difference.is_empty() { Ok(()) } else { Err(format!("\n{difference}")) }
     })
     .await;
 }

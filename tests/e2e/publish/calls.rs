@@ -89,8 +89,7 @@ impl Connection {
     pub async fn open(from: &Netns, to: SocketAddr) -> Result<Connection, String> {
         let socket =
             from.run(|| if to.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }).must("enter").must("a socket");
-        let connected = tokio::time::timeout(LIMIT, socket.connect(to)).await.map_err(|_| "no answer".to_owned())?;
-        Ok(Connection(connected.map_err(|error| error.to_string())?))
+        Ok(Connection(socket.connect(to).await.map_err(|error| error.to_string())?))
     }
 
     /// Asks once: the address that the server sees.
@@ -113,9 +112,21 @@ fn address(said: &[u8]) -> Result<IpAddr, String> {
 
 /// Calls from a namespace: the address that the server sees. Over UDP the answer counts only from the address that was called.
 pub async fn call(from: &Netns, to: SocketAddr, protocol: Protocol) -> Result<IpAddr, String> {
-    if protocol == Protocol::Tcp {
-        return Connection::open(from, to).await?.ask().await;
-    }
+    call_within(from, to, protocol, LIMIT).await
+}
+
+/// The same, with another limit.
+pub async fn call_within(from: &Netns, to: SocketAddr, protocol: Protocol, limit: Duration) -> Result<IpAddr, String> {
+    let called = async {
+        match protocol {
+            Protocol::Tcp => Connection::open(from, to).await?.ask().await,
+            Protocol::Udp => call_udp(from, to).await,
+        }
+    };
+    tokio::time::timeout(limit, called).await.unwrap_or_else(|_| Err("no answer".to_owned()))
+}
+
+async fn call_udp(from: &Netns, to: SocketAddr) -> Result<IpAddr, String> {
     let any: IpAddr = if to.is_ipv4() { [0_u8; 4].into() } else { [0_u16; 8].into() };
     let socket = UdpSocket::from_std(from.run(|| datagrams((any, 0).into())).must("enter").must("a socket")).must("a socket");
     let asked = async {
@@ -125,6 +136,5 @@ pub async fn call(from: &Netns, to: SocketAddr, protocol: Protocol) -> Result<Ip
         let length = socket.recv(&mut buffer).await?;
         Ok::<_, io::Error>(buffer[..length].to_vec())
     };
-    let said = tokio::time::timeout(LIMIT, asked).await.map_err(|_| "no answer".to_owned())?;
-    address(&said.map_err(|error| error.to_string())?)
+    address(&asked.await.map_err(|error| error.to_string())?)
 }
