@@ -311,7 +311,10 @@ async fn as_long_as_the_endpoint() {
     for connection in &mut connections {
         connection.ask().await.must("a connection that was there before");
     }
-    kernel_changes.assert_silence("a killed agent and the next one");
+    // On a busy machine the kernel itself forgets neighbours of the underlay (port 0).
+    let by_agent = |line: &String| !(line.starts_with("neighbour") && line.ends_with("by port 0"));
+    let changes: Vec<String> = kernel_changes.take().into_iter().filter(by_agent).collect();
+    assert!(changes.is_empty(), "a killed agent and the next one changed the kernel: {changes:?}");
 
     kernel::run(&story, "h1", &["nft", "flush", "ruleset"]);
     for (from, to) in all(&story) {
