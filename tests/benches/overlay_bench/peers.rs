@@ -116,7 +116,7 @@ fn add_rows(report: &mut Report, conditions: &str, turns: &Turns) {
 }
 
 /// The raw limit in a namespace of its own.
-async fn raw(family: Family, fleet: &[Member]) -> anyhow::Result<Cost> {
+pub async fn raw(family: Family, fleet: &[Member]) -> anyhow::Result<Cost> {
     let space = Space::new().await?;
     let device = space.add_vxlan(family).await?;
     let requests = Requests::build(fleet, device);
