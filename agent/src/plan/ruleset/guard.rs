@@ -43,8 +43,8 @@ const TARGET_MAC: u8 = 2;
 /// The table `bridge overlayd`. It looks at the interfaces of endpoints alone, by the beginning of their names; ports that others put on a bridge
 /// are not judged.
 ///
-/// - `guard`: an IPv4, IPv6 or ARP packet passes with the sender's own MAC and address; everything else is dropped, tagged frames and
-///   unknown EtherTypes included. An interface in the set `unchecked` is free of that.
+/// - `guard`: an IPv4, IPv6 or ARP packet passes with the sender's own MAC and address; everything else is dropped, unknown
+///   EtherTypes included. What is behind a VLAN tag is judged like what has none. An interface in the set `unchecked` is free of that.
 /// - `nd`: no router advertisements, solicitations and redirects, from nobody. Neighbour solicitations and advertisements tell nothing but
 ///   the sender's own MAC and address: they have one option at the most, so that none hides behind another.
 pub fn guard() -> Ruleset {
