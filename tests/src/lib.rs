@@ -8,6 +8,7 @@ pub mod capture;
 pub mod churn;
 pub mod cluster;
 pub mod cni;
+pub mod craft;
 pub mod damage;
 pub mod docker;
 pub mod dump;

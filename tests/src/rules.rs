@@ -135,7 +135,7 @@ fn inet(lab: &Lab, own: &Subnet) -> String {
             Family::V6 => ("ff00::/8", "0x86dd", 304, 128),
         };
         postrouting.push(format!(
-            "{ip} saddr {network} {ip} daddr != {network} {ip} daddr != {multicast} masquerade random,fully-random"
+            "{ip} saddr {network} oifname != \"ovb.{vni}\" {ip} daddr != {network} {ip} daddr != {multicast} masquerade random,fully-random"
         ));
         let length = own.get(family).map_or(bits, |own| usize::from(own.length()));
         let mask = "f".repeat(length / 4) + ["", "8", "c", "e"][length % 4];
@@ -204,6 +204,7 @@ const BRIDGE: &str = r#"table bridge overlayd {
 		@th,0,8 0x86 counter name "router" drop
 		@th,0,8 0x89 counter name "router" drop
 		iifname @unchecked accept
+		@th,0,8 0x8f ip6 saddr :: drop
 		@th,0,8 0x87 jump solicitation
 		@th,0,8 0x88 jump advertisement
 	}
