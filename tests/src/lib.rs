@@ -23,6 +23,7 @@ pub mod left;
 pub mod notify;
 pub mod peers;
 pub mod programs;
+pub mod rules;
 pub mod stopwatch;
 pub mod story;
 pub mod traffic;
