@@ -6,10 +6,13 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use nix::unistd::{Uid, setfsuid};
 use overlay_agent::model::api::Status;
 use overlay_tests::programs::{Said, needs, overlayctl};
 use overlay_tests::story::{READY, SOON};
@@ -174,6 +177,29 @@ async fn an_ordinary_user_gets_nothing() {
 
     assert_eq!(place.ctl(true, &["-o", "json", "endpoints"]).exits(0).out, attached, "all as it was");
     place.ctl(true, &["status", "--brief"]).exits(0);
+}
+
+/// The agent's name among abstract sockets, which anybody may take, keeps only another agent from starting.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_taken_name_keeps_no_agent_from_starting() {
+    let mut place = Place::up().await;
+    let take = |user: u32| {
+        let held = place.story.inside("h1").run(|| {
+            // The user of this thread alone: whoever makes a socket owns it.
+            setfsuid(Uid::from_raw(user));
+            let address = std::os::unix::net::SocketAddr::from_abstract_name("overlayd").must("a name");
+            UnixListener::bind_addr(&address)
+        });
+        held.must("enter").must("the name is free")
+    };
+    let held = take(0);
+    place.story.ends("h1", place.command("password")).exits(1).complains(&["another overlayd runs in this network namespace"]);
+    drop(held);
+    let _held = take(65534);
+    place.agent(place.command("password"), |status| status.ready).await;
+    let log = fs::read_to_string(place.file("log")).must("the log");
+    let told = log.lines().find(|line| line.contains("@overlayd is held by a user who cannot run the agent")).must("a warning");
+    assert!(told.contains("WARN") && told.contains("user=65534"), "{told}");
 }
 
 /// Asks over TCP, inside the host.
