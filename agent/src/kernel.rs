@@ -22,6 +22,7 @@ mod known;
 mod link;
 mod message;
 mod monitor;
+pub mod names;
 pub mod netns;
 pub mod nft;
 mod objects;

@@ -7,15 +7,19 @@
 mod quiet;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use overlay_agent::kernel::netns::Netns;
+use overlay_agent::model::Mode;
+use overlay_agent::model::api::AttachRequest;
 use overlay_tests::dump::Dump;
 use overlay_tests::faults::{Cut, Fault};
 use overlay_tests::notify::Notifications;
 use overlay_tests::programs::Said;
 use overlay_tests::{Must, Story, churn, cluster, damage, etcd};
+use overlayctl::client::ClientError;
 use overlayctl::lab::Families;
 use rand::rngs::SmallRng;
 use rand::seq::IndexedRandom;
@@ -34,8 +38,24 @@ const STAYS: &str = HOSTS[0];
 /// More containers than this on a host say nothing more.
 const CONTAINERS: usize = 4;
 
+/// Ports that containers publish: so few that some are taken.
+const PORTS: Range<u16> = 7000..7016;
+/// Where a container serves them.
+const SERVED: u16 = 7080;
+
 /// Steps between two quiet points.
 const STEPS: usize = 8;
+
+/// What a container was attached with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wish {
+    /// Addresses of the overlay.
+    Overlay,
+    /// The same, and this TCP port of the host leads to it.
+    Published(u16),
+    /// Loopback only.
+    Nothing,
+}
 
 /// The lab and what must be true of it.
 struct Soak {
@@ -44,7 +64,7 @@ struct Soak {
     /// How long a fault of the store may last.
     longest: Duration,
     /// Hosts that take part, with their containers.
-    active: BTreeMap<&'static str, BTreeSet<String>>,
+    active: BTreeMap<&'static str, BTreeMap<String, Wish>>,
     /// Peers that are leases alone.
     peers: BTreeSet<u8>,
     /// What lasts at the moment.
@@ -92,6 +112,11 @@ impl Soak {
             soak.attach(host).await;
         }
         soak
+    }
+
+    /// The containers of a host that have addresses.
+    fn with_addresses(&self, host: &str) -> usize {
+        self.active[host].values().filter(|wish| **wish != Wish::Nothing).count()
     }
 
     fn count(&mut self, what: impl Into<String>) {
@@ -151,7 +176,7 @@ impl Soak {
     fn join(&mut self, host: &'static str) {
         self.count("host joins");
         self.story.at(host).agent_start(&[]).must("start");
-        self.active.insert(host, BTreeSet::new());
+        self.active.insert(host, BTreeMap::new());
     }
 
     async fn attach(&mut self, host: &'static str) {
@@ -160,26 +185,59 @@ impl Soak {
         }
         self.serial += 1;
         let name = format!("c{}", self.serial);
+        let wish = match self.random.random_range(0..10) {
+            0..2 => Wish::Nothing,
+            2..5 => Wish::Published(self.random.random_range(PORTS)),
+            _ => Wish::Overlay,
+        };
         // A host that has no lease yet, or whose bridge was just deleted, says so, and nothing is left behind.
-        match self.story.at(host).attach(&name).await {
-            Ok(_) => {
-                self.active.entry(host).or_default().insert(name);
-                self.count("container attached");
+        match self.attach_as(host, &name, wish).await {
+            Ok(()) => {
+                self.active.entry(host).or_default().insert(name, wish);
+                self.count(match wish {
+                    Wish::Overlay => "container attached",
+                    Wish::Published(_) => "container attached, with a port",
+                    Wish::Nothing => "container attached, without a network",
+                });
             }
             Err(error) => {
-                println!("  {host} refuses {name}: {error}");
+                println!("  {host} refuses {name}, {wish:?}: {error}");
                 self.count("container refused");
             }
         }
     }
 
+    /// Makes the namespace and has the agent attach it.
+    async fn attach_as(&self, host: &str, name: &str, wish: Wish) -> Result<(), ClientError> {
+        let netns = Netns::create(&self.namespace(host, name)).must("a container's namespace");
+        let mut request = AttachRequest { netns: Some(netns.path().to_owned()), ..AttachRequest::default() };
+        match wish {
+            Wish::Overlay => {}
+            Wish::Published(port) => request.publish = vec![format!("{port}:{SERVED}").parse().must("a port")],
+            Wish::Nothing => request.mode = Mode::None,
+        }
+        let answer = self.story.at(host).client().attach(&name.parse().must("a name"), &request).await;
+        if answer.is_err() {
+            Netns::delete(&self.namespace(host, name)).must("delete the container");
+        }
+        answer.map(|_| ())
+    }
+
+    fn namespace(&self, host: &str, name: &str) -> String {
+        self.story.layout().namespace(&format!("{host}-{name}"))
+    }
+
     async fn detach(&mut self, host: &'static str) {
-        let all: Vec<String> = self.active[host].iter().cloned().collect();
+        let all: Vec<String> = self.active[host].keys().cloned().collect();
         let Some(name) = all.choose(&mut self.random).cloned() else { return };
-        self.story.at(host).client().detach(&name.parse().must("a name")).await.must("detach");
-        Netns::delete(&self.story.layout().namespace(&format!("{host}-{name}"))).must("delete the container");
+        self.detach_named(host, &name).await;
         self.active.entry(host).or_default().remove(&name);
         self.count("container detached");
+    }
+
+    async fn detach_named(&self, host: &str, name: &str) {
+        self.story.at(host).client().detach(&name.parse().must("a name")).await.must("detach");
+        Netns::delete(&self.namespace(host, name)).must("delete the container");
     }
 
     async fn restart(&mut self, host: &'static str) {

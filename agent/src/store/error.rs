@@ -4,6 +4,8 @@ use std::error::Error;
 use std::io;
 use std::path::PathBuf;
 
+use crate::config::secret::Exposed;
+
 /// Why something could not be read from or written to etcd.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -46,6 +48,16 @@ pub enum StoreError {
         path: PathBuf,
         /// What is wrong with it.
         rule: &'static str,
+    },
+    /// A file with a secret is open to others than it should be.
+    #[error("the {purpose} {} {exposed}", path.display())]
+    Exposed {
+        /// What the file is for, with the flag that names it.
+        purpose: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Its mode, and the remedy.
+        exposed: Exposed,
     },
     /// A user without a password file, a certificate without a key, or the reverse.
     #[error("{given} needs {missing} as well")]
