@@ -39,6 +39,7 @@ pub struct Metrics {
     ops_applied: AtomicU64,
     ops_failed: AtomicU64,
     drift_repairs: Mutex<BTreeMap<&'static str, u64>>,
+    dropped: Mutex<BTreeMap<&'static str, u64>>,
     batch_size: Histogram<{ SIZE_BOUNDS.len() }>,
     batch_duration: Histogram<{ DURATION_BOUNDS.len() }>,
 }
@@ -133,6 +134,11 @@ impl Metrics {
         self.drift_repairs.lock().unwrap_or_else(PoisonError::into_inner).values().sum()
     }
 
+    /// Packets that the guards dropped, as the kernel counts them; by reason, as of `plan::ruleset::Counter::name`.
+    pub fn set_dropped(&self, packets: BTreeMap<&'static str, u64>) {
+        *self.dropped.lock().unwrap_or_else(PoisonError::into_inner) = packets;
+    }
+
     /// A batch was applied: its ops, how many of them failed, and how long it took.
     pub fn batch_applied(&self, ops: usize, failed: usize, took: Duration) {
         self.ops_applied.fetch_add(ops.saturating_sub(failed) as u64, Ordering::Relaxed);
@@ -168,6 +174,10 @@ impl Metrics {
         page.head("overlayd_drift_repairs_total", "Entries put back after others changed them, by kind of entry.", "counter");
         for (kind, count) in self.drift_repairs.lock().unwrap_or_else(PoisonError::into_inner).iter() {
             page.line(&format!("overlayd_drift_repairs_total{{kind=\"{kind}\"}} {count}"));
+        }
+        page.head("overlayd_dropped_packets_total", "Packets that the guards dropped, by reason.", "counter");
+        for (reason, packets) in self.dropped.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            page.line(&format!("overlayd_dropped_packets_total{{reason=\"{reason}\"}} {packets}"));
         }
         let sizes = SIZE_BOUNDS.map(|bound| bound.to_string());
         self.batch_size.render(
@@ -221,6 +231,7 @@ mod tests {
         metrics.drift_repaired("route");
         metrics.drift_repaired("route");
         metrics.drift_repaired("fdb");
+        metrics.set_dropped(BTreeMap::from([("source", 7), ("tunnel", 0)]));
         metrics.batch_applied(40_000, 2, Duration::from_millis(87));
         metrics.batch_applied(1, 0, Duration::from_micros(90));
         metrics.batch_applied(1, 0, Duration::from_secs(60));
@@ -232,6 +243,8 @@ mod tests {
             "overlayd_refused_leases 1",
             "overlayd_drift_repairs_total{kind=\"fdb\"} 1",
             "overlayd_drift_repairs_total{kind=\"route\"} 2",
+            "overlayd_dropped_packets_total{reason=\"source\"} 7",
+            "overlayd_dropped_packets_total{reason=\"tunnel\"} 0",
             "overlayd_ops_total{outcome=\"applied\"} 40000",
             "overlayd_ops_total{outcome=\"failed\"} 2",
             "overlayd_batch_ops_bucket{le=\"1\"} 2",

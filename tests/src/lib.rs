@@ -8,6 +8,7 @@ pub mod capture;
 pub mod churn;
 pub mod cluster;
 pub mod cni;
+pub mod craft;
 pub mod damage;
 pub mod docker;
 pub mod dump;
@@ -28,6 +29,7 @@ pub mod stopwatch;
 pub mod story;
 pub mod traffic;
 pub mod transfer;
+pub mod tutorial;
 pub mod volume;
 pub mod wait;
 

@@ -125,7 +125,9 @@ impl Golden<'_> {
             });
         }
         text += &each(&|Words { ip, multicast, .. }, network, _| {
-            format!("\t\t{ip} saddr {network} {ip} daddr != {network} {ip} daddr != {multicast} masquerade random,fully-random\n")
+            format!(
+                "\t\t{ip} saddr {network} oifname != {bridge} {ip} daddr != {network} {ip} daddr != {multicast} masquerade random,fully-random\n"
+            )
         });
         text += &format!(
             "\t}}\n\tchain tunnel {{
@@ -302,6 +304,7 @@ const BRIDGE: &str = r#"table bridge overlayd {
 		@th,0,8 0x86 counter name "router" drop
 		@th,0,8 0x89 counter name "router" drop
 		iifname @unchecked accept
+		@th,0,8 0x8f ip6 saddr :: drop
 		@th,0,8 0x87 jump solicitation
 		@th,0,8 0x88 jump advertisement
 	}

@@ -132,7 +132,7 @@ impl<'a> Plan<'a> {
         let mut steps: Vec<(Step<'a>, Vec<usize>)> = Vec::new();
         // Tables that are made anew, so that what their sets held has to be written again.
         let mut replaced: BTreeMap<Table, &Ruleset> = BTreeMap::new();
-        // Tables that go, and all elements with them.
+        // Tables that go, and their elements with them.
         let mut removed: BTreeSet<Table> = BTreeSet::new();
         for (index, op) in taken() {
             let Key::Ruleset(table) = op.key() else { continue };
@@ -147,7 +147,10 @@ impl<'a> Plan<'a> {
                     replaced.insert(*table, wanted);
                     table::replace(wanted)
                 }
-                (Op::Delete(..), Some(_)) => vec![Piece::Table { message: wire::NFT_MSG_DELTABLE }],
+                (Op::Delete(..), Some(_)) => {
+                    removed.insert(*table);
+                    vec![Piece::Table { message: wire::NFT_MSG_DELTABLE }]
+                }
                 _ => continue,
             };
             steps.push((Step::Table { table: *table, pieces }, vec![index]));
@@ -169,10 +172,8 @@ impl<'a> Plan<'a> {
         }
         for (index, op) in taken() {
             let Key::Element(element) = op.key() else { continue };
-            if matches!(op, Op::Delete(..)) && removed.contains(&element.set().table()) {
-                continue;
-            }
-            let fresh = replaced.contains_key(&element.set().table());
+            let table = element.set().table();
+            let fresh = replaced.contains_key(&table) || removed.contains(&table);
             let after = match op {
                 Op::Set(_, Value::Element(target)) => Some(*target),
                 _ => None,
