@@ -357,7 +357,8 @@ async fn all_that_happens() {
     let mut soak = Soak::new(seed, minutes.is_some()).await;
     let end = Instant::now() + minutes.map_or(SHORT, |minutes| Duration::from_secs(minutes * 60));
     let (mut rounds, mut steps) = (0, 0);
-    while Instant::now() < end {
+    // On a machine that is busy with other things, too, there is more than one.
+    while Instant::now() < end || rounds < 2 {
         for _ in 0..STEPS {
             soak.step().await;
             steps += 1;
@@ -369,5 +370,4 @@ async fn all_that_happens() {
         }
     }
     println!("{rounds} quiet points, {steps} steps: {:#?}\n{}", soak.counts, soak.growth());
-    assert!(rounds >= 2, "{rounds} quiet points say little: the machine is too slow");
 }
