@@ -3,6 +3,9 @@
 use std::error::Error;
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::metrics::Metrics;
 
 /// Why something could not be read from or written to etcd.
 #[derive(Debug, thiserror::Error)]
@@ -196,6 +199,8 @@ pub(super) struct Context {
     pub(super) greeted: bool,
     /// Whether the client certificate has expired.
     pub(super) expired: bool,
+    /// Where round trips are counted.
+    pub(super) metrics: Option<Arc<Metrics>>,
 }
 
 // gRPC status codes (grpc.io, `statuscodes.md`).
