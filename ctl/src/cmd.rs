@@ -1,6 +1,7 @@
 //! The commands: one file each, with its arguments and what it does.
 
 pub mod attach;
+pub mod check;
 pub mod completions;
 pub mod config;
 pub mod detach;
@@ -65,6 +66,8 @@ pub enum Command {
     Endpoints(endpoints::Args),
     /// The network of this host in detail: addresses, devices, ports, containers, counters
     Inspect(inspect::Args),
+    /// What on this host stands in the way, and what to do about it
+    Check(check::Args),
     /// What dockerd has to be told so that its containers are on the overlay
     DockerOptions(docker_options::Args),
     /// Several hosts on this machine, each with its own agent, and a private etcd
@@ -167,6 +170,7 @@ pub async fn run(cli: Cli) -> Result<Outcome, CommandError> {
         Command::Detach(args) => detach::run(&context, &args).await,
         Command::Endpoints(args) => endpoints::run(&context, &args).await,
         Command::Inspect(args) => inspect::run(&context, &args).await,
+        Command::Check(args) => check::run(&context, args).await,
         Command::DockerOptions(args) => docker_options::run(&context, &args).await,
         Command::Lab(args) => lab::run(&context, args).await,
         Command::Completions(args) => completions::run(&context, &args),

@@ -3,6 +3,7 @@
 //! | module | owns |
 //! | --- | --- |
 //! | [`cmd`] | one file a command: its arguments and what it does |
+//! | [`check`] | the doctor: what on this host stands in the way |
 //! | [`client`] | HTTP to the agent's socket |
 //! | [`docker`] | dockerd's options, and its configuration file |
 //! | [`etcd`] | the flags that reach etcd without an agent |
@@ -13,6 +14,7 @@
 //! | [`cni`] | the CNI plugin |
 //! | [`lab`] | several hosts on one machine |
 
+pub mod check;
 pub mod client;
 pub mod cmd;
 pub mod cni;
