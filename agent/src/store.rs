@@ -52,7 +52,9 @@ pub use codec::{MAX_NODE_ID, MAX_NODE_NAME, MAX_VALUE, read_entry};
 pub use connect::StoreConfig;
 pub use error::StoreError;
 pub use keys::{DEFAULT_PREFIX, Keys};
-pub use oneshot::{ConfigText, Member, Released, Replace, Snapshot, get_config, member, put_config, read_all, release, time_left};
+pub use oneshot::{
+    ConfigText, Member, Released, Replace, Snapshot, get_config, member, put_config, read_all, release, time_left,
+};
 
 /// Waiting before connecting again.
 const RECONNECT: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(15));

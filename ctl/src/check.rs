@@ -162,7 +162,7 @@ pub async fn run(settings: Settings, only: &[String]) -> Report {
             "firewall" => firewall::check(&facts, &mut findings).await,
             "paths" => paths::check(&facts, &mut findings).await,
             "neighbours" => neighbours::check(&facts, &mut findings).await,
-            _ => endpoints::check(&facts, &mut findings).await,
+            _ => endpoints::check(&facts, &mut findings),
         }
         let found = findings.into_found();
         report.checks.push(Checked {

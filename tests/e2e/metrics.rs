@@ -51,7 +51,8 @@ fn sample(page: &str, name: &str) -> Option<f64> {
 fn named(expression: &str) -> BTreeSet<String> {
     let words = expression.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
     let ours = words.filter(|word| word.starts_with("overlayd_") || word.starts_with("process_"));
-    ours.map(|word| ["_bucket", "_sum", "_count"].iter().find_map(|end| word.strip_suffix(end)).unwrap_or(word).to_owned()).collect()
+    ours.map(|word| ["_bucket", "_sum", "_count"].iter().find_map(|end| word.strip_suffix(end)).unwrap_or(word).to_owned())
+        .collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -101,7 +102,9 @@ async fn what_the_agent_serves_is_as_prometheus_wants_it() {
         if wrong.is_empty() { Ok(page) } else { Err(wrong.join(", ")) }
     })
     .await;
-    for counted in ["overlayd_store_request_duration_seconds_count", "overlayd_batch_ops_count", "overlayd_batch_duration_seconds_sum"] {
+    for counted in
+        ["overlayd_store_request_duration_seconds_count", "overlayd_batch_ops_count", "overlayd_batch_duration_seconds_sum"]
+    {
         assert!(sample(&seen, counted).is_some_and(|value| value > 0.0), "{counted} in {seen}");
     }
     let said = promtool(&["check", "metrics"], &seen).exits(0);
@@ -170,7 +173,9 @@ fn the_alerts_are_sound() {
     let mut alerts = 0;
     for rule in rules.split("      - alert: ").skip(1) {
         let name = rule.lines().next().unwrap_or_default();
-        for part in ["        expr: ", "          severity: ", "          summary: '", "          meaning: '", "          remedy: '"] {
+        for part in
+            ["        expr: ", "          severity: ", "          summary: '", "          meaning: '", "          remedy: '"]
+        {
             assert!(rule.contains(part), "{name} has no {part}");
         }
         assert!(cases.contains(&format!("- name: {name}\n")), "{name} has no case in {CASES}");

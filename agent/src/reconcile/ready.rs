@@ -44,10 +44,6 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
 
     /// Snapshot seen, own lease held, nothing failed pending.
     pub(super) fn is_ready(&self) -> bool {
-        self.snapshot_seen
-            && self.host.is_some()
-            && self.holds_lease()
-            && self.dump_error.is_none()
-            && self.repairs.is_empty()
+        self.snapshot_seen && self.host.is_some() && self.holds_lease() && self.dump_error.is_none() && self.repairs.is_empty()
     }
 }

@@ -110,11 +110,7 @@ pub async fn member(config: &StoreConfig) -> Result<Member, StoreError> {
     let session = connect(config).await?;
     let mut client = session.client.maintenance_client();
     let status = session.within("read the server's status", client.status()).await?;
-    Ok(Member {
-        version: status.version().to_owned(),
-        has_leader: status.leader() != 0,
-        alarms: status.errors().to_vec(),
-    })
+    Ok(Member { version: status.version().to_owned(), has_leader: status.leader() != 0, alarms: status.errors().to_vec() })
 }
 
 /// Reads the network's configuration.

@@ -11,7 +11,8 @@ pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
     let status = match &facts.status {
         Ok(status) => status,
         Err(error) => {
-            let remedy = "start it: systemctl start overlayd, then journalctl -u overlayd; what needs its answers is not looked at";
+            let remedy =
+                "start it: systemctl start overlayd, then journalctl -u overlayd; what needs its answers is not looked at";
             return findings.error("the agent does not answer", vec![error.clone()], remedy);
         }
     };

@@ -1,15 +1,16 @@
 //! The containers of this host: what the agent says, what its state directory holds, and what the kernel has, must agree.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{OsStr, OsString};
 use std::net::IpAddr;
+use std::path::Path;
 
+use nix::ifaddrs::{InterfaceAddress, getifaddrs};
 use overlay_agent::kernel::netns::{DIRECTORY, Netns};
 use overlay_agent::model::Endpoint;
 use overlay_agent::model::api::NetworkView;
 use serde::Deserialize;
-use serde_json::Value;
 
-use super::facts::{json, not_looked_at};
 use super::{Facts, Findings};
 
 /// The file of the state directory, as far as it is looked at.
@@ -25,7 +26,7 @@ struct Record {
     endpoint: Endpoint,
 }
 
-pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
+pub(super) fn check(facts: &Facts, findings: &mut Findings) {
     let stored = stored(facts, findings);
     if let Some(network) = &facts.network {
         known(network, findings);
@@ -33,15 +34,15 @@ pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
         if let Some(stored) = &stored {
             compare(network, stored, findings);
         }
-        leaked(network, findings).await;
+        leaked(facts, network, findings);
     } else if let Some(stored) = &stored {
         for record in stored {
-            look_inside(&record.endpoint, findings).await;
+            look_inside(&record.endpoint, findings);
         }
     }
     if let Some(network) = &facts.network {
         for view in network.endpoints.iter().filter(|view| view.state == "in place") {
-            look_inside(&view.endpoint, findings).await;
+            look_inside(&view.endpoint, findings);
         }
     }
 }
@@ -114,8 +115,11 @@ fn compare(network: &NetworkView, stored: &[Record], findings: &mut Findings) {
     let file: BTreeMap<String, &Record> = stored.iter().map(|record| (record.endpoint.name.to_string(), record)).collect();
     let agent: BTreeMap<String, &Endpoint> =
         network.endpoints.iter().map(|view| (view.endpoint.name.to_string(), &view.endpoint)).collect();
-    let half: Vec<String> =
-        file.iter().filter(|(name, record)| record.phase != "attached" && !agent.contains_key(*name)).map(|(n, _)| n.clone()).collect();
+    let half: Vec<String> = file
+        .iter()
+        .filter(|(name, record)| record.phase != "attached" && !agent.contains_key(*name))
+        .map(|(n, _)| n.clone())
+        .collect();
     let differ = |name: &&String| match (file.get(*name), agent.get(*name)) {
         (Some(record), Some(endpoint)) => record.endpoint.addresses() != endpoint.addresses(),
         (Some(record), None) => record.phase == "attached",
@@ -136,73 +140,51 @@ fn compare(network: &NetworkView, stored: &[Record], findings: &mut Findings) {
     }
 }
 
-/// The interfaces and addresses inside a namespace, as `ip` prints them.
-async fn inside(netns: &std::path::Path) -> Option<Vec<Value>> {
-    let flag = format!("--net={}", netns.display());
-    json(&["nsenter", &flag, "ip", "-j", "address", "show"]).await.ok()
-}
-
-fn addresses(link: &Value) -> Vec<IpAddr> {
-    let all = link["addr_info"].as_array().into_iter().flatten();
-    all.filter_map(|address| address["local"].as_str()?.parse().ok()).collect()
-}
-
 /// The container's interface has its addresses.
-async fn look_inside(endpoint: &Endpoint, findings: &mut Findings) {
+fn look_inside(endpoint: &Endpoint, findings: &mut Findings) {
     let Some(port) = &endpoint.port else { return };
-    if Netns::open(&endpoint.netns).is_err() {
+    let Ok(netns) = Netns::open(&endpoint.netns) else {
         return findings.warning(
             format!("the namespace of the container {} is gone", endpoint.name),
             vec![endpoint.netns.display().to_string()],
             format!("overlayctl detach {} gives its addresses back", endpoint.name),
         );
-    }
-    let Some(links) = inside(&endpoint.netns).await else { return };
-    let link = links.iter().find(|link| link["ifname"] == port.interface.as_str());
-    let have = link.map(addresses).unwrap_or_default();
+    };
+    let Ok(Ok(all)) = netns.run(|| getifaddrs().map(Iterator::collect::<Vec<InterfaceAddress>>)) else { return };
+    let there = all.iter().any(|one| one.interface_name == port.interface);
+    let have: Vec<IpAddr> = all.iter().filter(|one| one.interface_name == port.interface).filter_map(address).collect();
     let missing: Vec<String> = port.addresses.iter().filter(|(_, a)| !have.contains(a)).map(|(_, a)| a.to_string()).collect();
     if !missing.is_empty() {
-        let found = if link.is_some() { "is there without them" } else { "is not there" };
+        let found = if there { "is there without" } else { "is not there, so there is no" };
         findings.warning(
             format!("the container {} lacks addresses that are its own", endpoint.name),
-            vec![format!("{} in {} {found}: {}", port.interface, endpoint.netns.display(), missing.join(", "))],
+            vec![format!("{} in {} {found} {}", port.interface, endpoint.netns.display(), missing.join(", "))],
             format!("something inside took them away: overlayctl detach {}, then attach it again", endpoint.name),
         );
     }
 }
 
-/// Named namespaces with an address of this host's subnet that the agent does not know of.
-async fn leaked(network: &NetworkView, findings: &mut Findings) {
-    let Ok(names) = Netns::list() else { return };
-    let ours: Vec<_> = network.endpoints.iter().filter_map(|view| Netns::open(&view.endpoint.netns).ok()).collect();
-    let known: BTreeSet<IpAddr> =
-        network.endpoints.iter().flat_map(|view| view.endpoint.addresses().iter().map(|(_, a)| *a).collect::<Vec<_>>()).collect();
-    let gateways: Vec<IpAddr> = network.ipam.iter().map(|(_, ipam)| ipam.gateway).collect();
-    let own = Netns::current().ok();
-    for name in names {
-        let path = std::path::Path::new(DIRECTORY).join(&name);
-        let Ok(netns) = Netns::open(&path) else { continue };
-        if ours.iter().chain(&own).any(|other| other.is_same(&netns).unwrap_or(true)) {
-            continue;
-        }
-        let links = match json(&["nsenter", &format!("--net={}", path.display()), "ip", "-j", "address", "show"]).await {
-            Ok(links) => links,
-            Err(error) => return not_looked_at(findings, "which namespaces have addresses of the overlay", &error),
-        };
-        // A namespace with our bridge is another host's of a lab, or another agent's.
-        if links.iter().any(|link| link["ifname"].as_str().is_some_and(|name| name.starts_with("ovb."))) {
-            continue;
-        }
-        for address in links.iter().flat_map(addresses) {
-            let in_subnet = network.ipam.iter().any(|(_, ipam)| ipam.subnet.contains(address) && ipam.docker.is_none());
-            if in_subnet && !known.contains(&address) && !gateways.contains(&address) {
-                findings.warning(
-                    format!("the namespace {name} has an address of this host's subnet that it was not given"),
-                    vec![address.to_string(), format!("ip netns exec {name} ip address")],
-                    format!("it leaked, or was set by hand: another container may get it. ip netns delete {name}, or attach it: overlayctl attach"),
-                );
-            }
-        }
-    }
+fn address(one: &InterfaceAddress) -> Option<IpAddr> {
+    let address = one.address.as_ref()?;
+    let v4 = address.as_sockaddr_in().map(|a| IpAddr::from(a.ip()));
+    v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::from(a.ip())))
 }
 
+/// Namespaces that `overlayctl attach` made, as its notes beside the socket say, and that no container uses any more.
+fn leaked(facts: &Facts, network: &NetworkView, findings: &mut Findings) {
+    let Some(notes) = facts.settings.client.socket().parent().and_then(|run| std::fs::read_dir(run.join("netns")).ok()) else {
+        return;
+    };
+    let used: BTreeSet<&OsStr> = network.endpoints.iter().filter_map(|view| view.endpoint.netns.file_name()).collect();
+    let there = |name: &OsString| Path::new(DIRECTORY).join(name).exists() && !used.contains(name.as_os_str());
+    let mut left: Vec<OsString> = notes.flatten().map(|note| note.file_name()).filter(there).collect();
+    left.sort();
+    for name in left {
+        let name = name.to_string_lossy();
+        findings.warning(
+            format!("the namespace {name} was made for a container that is no more"),
+            vec![format!("{DIRECTORY}/{name}")],
+            format!("it leaked: ip netns delete {name}"),
+        );
+    }
+}

@@ -13,7 +13,7 @@ use std::net::IpAddr;
 
 use overlay_agent::model::Family;
 
-use super::facts::{ToolError, is_tunnel, not_looked_at, tool};
+use super::facts::{ToolError, not_looked_at, tool};
 use super::{Facts, Findings};
 
 use packet::{Hook, Packet};
@@ -42,7 +42,8 @@ pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
         let dropped: Vec<Dropped> = all.iter().filter_map(|rules| rules.verdict(&packet, OURS)).collect();
         // What several tables drop is told once a table; the same of several peers once.
         for drop in dropped {
-            let summary = format!("{what} {}", if drop.certain { "are dropped by a firewall" } else { "may be dropped by a firewall" });
+            let summary =
+                format!("{what} {}", if drop.certain { "are dropped by a firewall" } else { "may be dropped by a firewall" });
             let evidence = vec![drop.place.clone(), drop.rule.clone(), format!("for example: {packet}")];
             if findings.has(&summary, &evidence[1]) {
                 continue;
@@ -103,7 +104,6 @@ fn packets(facts: &Facts) -> Vec<(String, bool, Packet)> {
         let subnet = status.lease.as_ref().and_then(|lease| lease.subnet.get(family));
         let (Some(subnet), Some(bridge)) = (subnet, bridge.as_deref()) else { continue };
         let (Some(ours), Some(theirs)) = (subnet.nth(2), peer.subnet.nth(2)) else { continue };
-        debug_assert!(is_tunnel(&peer.device));
         let ports = (ANY_PORT, ANY_PORT);
         for (what, interfaces, addresses) in [
             ("containers' packets to other hosts", (bridge, peer.device.as_str()), (ours, theirs)),
@@ -123,10 +123,16 @@ fn packets(facts: &Facts) -> Vec<(String, bool, Packet)> {
 fn remedy(drop: &Dropped, packet: &Packet) -> String {
     let port = packet.destination_port;
     let tunnel = packet.hook != Hook::Forward;
+    let bridge = if packet.input.starts_with("ovb.") { &packet.input } else { &packet.output };
     if drop.place.contains("firewalld") {
         return match tunnel {
             true => format!("firewall-cmd --permanent --add-port={port}/udp && firewall-cmd --reload"),
-            false => "firewall-cmd --permanent --zone=trusted --add-interface=ovb.1 --add-interface=ovx.1 && firewall-cmd --reload".to_owned(),
+            false => {
+                let [one, other] = [&packet.input, &packet.output];
+                format!(
+                    "firewall-cmd --permanent --zone=trusted --add-interface={one} --add-interface={other} && firewall-cmd --reload"
+                )
+            }
         };
     }
     if drop.place.contains("chain ufw") || drop.path.iter().any(|chain| chain.starts_with("ufw")) {
@@ -136,19 +142,33 @@ fn remedy(drop: &Dropped, packet: &Packet) -> String {
         };
     }
     if drop.path.iter().any(|chain| chain.starts_with("DOCKER")) {
-        return "Docker's rules do it; what is accepted in its chain DOCKER-USER goes before them: iptables -I DOCKER-USER -i ovb.1 -j ACCEPT; \
-                iptables -I DOCKER-USER -o ovb.1 -j ACCEPT"
-            .to_owned();
+        return "Docker's rules do it; what is accepted in its chain DOCKER-USER goes before them: iptables -I DOCKER-USER -i BRIDGE -j ACCEPT; \
+                iptables -I DOCKER-USER -o BRIDGE -j ACCEPT"
+            .replace("BRIDGE", bridge);
     }
-    let program = if packet.family() == Family::V4 { "iptables" } else { "ip6tables" };
+    let program = match (packet.family(), drop.legacy) {
+        (Family::V4, false) => "iptables",
+        (Family::V4, true) => "iptables-legacy",
+        (Family::V6, false) => "ip6tables",
+        (Family::V6, true) => "ip6tables-legacy",
+    };
     if drop.is_iptables() {
         return match packet.hook {
-            Hook::Forward if drop.is_policy() => {
-                format!("the agent accepts it there while it is ready: see the check `agent`. By hand: {program} -I FORWARD -i ovb.1 -j ACCEPT")
-            }
+            Hook::Forward if drop.is_policy() && !drop.legacy => format!(
+                "the agent accepts it there while it is ready: see the check `agent`. By hand: {program} -I FORWARD -i {bridge} -j ACCEPT; \
+                 {program} -I FORWARD -o {bridge} -j ACCEPT"
+            ),
+            Hook::Forward if drop.is_policy() => format!(
+                "{program} -I FORWARD -i {bridge} -j ACCEPT; {program} -I FORWARD -o {bridge} -j ACCEPT; better, go over to nftables, where \
+                 the agent sees to it: update-alternatives --config iptables"
+            ),
             Hook::Forward => format!("{program} -I FORWARD -i {} -o {} -j ACCEPT, before that rule", packet.input, packet.output),
-            Hook::Input => format!("{program} -I INPUT -p udp --dport {port} -j ACCEPT, before that rule; and keep it over restarts"),
-            Hook::Output => format!("{program} -I OUTPUT -p udp --dport {port} -j ACCEPT, before that rule; and keep it over restarts"),
+            Hook::Input => {
+                format!("{program} -I INPUT -p udp --dport {port} -j ACCEPT, before that rule; and keep it over restarts")
+            }
+            Hook::Output => {
+                format!("{program} -I OUTPUT -p udp --dport {port} -j ACCEPT, before that rule; and keep it over restarts")
+            }
         };
     }
     let chain = &drop.chain;

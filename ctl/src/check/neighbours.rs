@@ -35,7 +35,8 @@ fn managers(facts: &Facts, findings: &mut Findings) {
         );
     }
     let by_networkd = held("/run/systemd/netif/links", |line| {
-        line.strip_prefix("ADMIN_STATE=").is_some_and(|state| matches!(state, "configuring" | "configured" | "pending" | "failed"))
+        line.strip_prefix("ADMIN_STATE=")
+            .is_some_and(|state| matches!(state, "configuring" | "configured" | "pending" | "failed"))
     });
     if !by_networkd.is_empty() {
         findings.warning(

@@ -24,18 +24,17 @@ pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
             let error = status.store.error.clone().unwrap_or_default();
             findings.error("the agent has no answer of etcd", vec![error], "the line says what to do");
         }
-        let remedy = "overlayctl check --etcd-endpoints URLS, with --etcd-cafile and the other flags where etcd wants TLS or a login";
+        let remedy =
+            "overlayctl check --etcd-endpoints URLS, with --etcd-cafile and the other flags where etcd wants TLS or a login";
         return findings.info("etcd itself was not asked", vec![String::new()], remedy);
     };
     let mut dead = Vec::new();
     for endpoint in &config.endpoints {
         let one = StoreConfig { endpoints: vec![endpoint.clone()], ..config.clone() };
+        clock(endpoint, findings).await;
         let begun = Instant::now();
         match store::member(&one).await {
-            Ok(member) => {
-                judge(endpoint, &member, begun.elapsed(), findings);
-                clock(endpoint, findings).await;
-            }
+            Ok(member) => judge(endpoint, &member, begun.elapsed(), findings),
             Err(error) => dead.push(error.to_string()),
         }
     }
@@ -145,6 +144,30 @@ fn parse_date(text: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_server_says_of_itself() {
+        let member = |version: &str, has_leader, alarms: &[&str]| store::Member {
+            version: version.to_owned(),
+            has_leader,
+            alarms: alarms.iter().map(ToString::to_string).collect(),
+        };
+        let fast = Duration::from_millis(3);
+        for (member, took, wanted) in [
+            (member("3.5.16", true, &[]), fast, ""),
+            (member("3.4.0", true, &[]), fast, ""),
+            (member("3.3.27", true, &[]), fast, "older than 3.4"),
+            (member("2.3.8", true, &[]), fast, "older than 3.4"),
+            (member("3.5.16", false, &[]), fast, "no leader"),
+            (member("3.5.16", true, &["memberID:1 alarm:NOSPACE"]), fast, "trouble of its own"),
+            (member("3.5.16", true, &[]), Duration::from_secs(2), "slow"),
+        ] {
+            let mut findings = Findings::of("store");
+            judge("http://x:2379", &member, took, &mut findings);
+            let told: Vec<String> = findings.into_found().into_iter().map(|finding| finding.summary).collect();
+            assert!(if wanted.is_empty() { told.is_empty() } else { told.len() == 1 && told[0].contains(wanted) }, "{told:?}");
+        }
+    }
 
     #[test]
     fn dates_of_http() {

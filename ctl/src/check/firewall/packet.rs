@@ -65,7 +65,13 @@ impl Packet {
         Packet::new(hook, "tcp", interfaces, addresses, ports)
     }
 
-    fn new(hook: Hook, protocol: &'static str, interfaces: (&str, &str), addresses: (IpAddr, IpAddr), ports: (u16, u16)) -> Packet {
+    fn new(
+        hook: Hook,
+        protocol: &'static str,
+        interfaces: (&str, &str),
+        addresses: (IpAddr, IpAddr),
+        ports: (u16, u16),
+    ) -> Packet {
         Packet {
             hook,
             input: interfaces.0.to_owned(),
@@ -96,10 +102,34 @@ impl Packet {
         match key {
             "iifname" | "iif" => any(&|value| name(&self.input, value)),
             "oifname" | "oif" => any(&|value| name(&self.output, value)),
-            "ip saddr" => if v4 { any(&|value| address(self.source, value)) } else { Truth::No },
-            "ip daddr" => if v4 { any(&|value| address(self.destination, value)) } else { Truth::No },
-            "ip6 saddr" => if v4 { Truth::No } else { any(&|value| address(self.source, value)) },
-            "ip6 daddr" => if v4 { Truth::No } else { any(&|value| address(self.destination, value)) },
+            "ip saddr" => {
+                if v4 {
+                    any(&|value| address(self.source, value))
+                } else {
+                    Truth::No
+                }
+            }
+            "ip daddr" => {
+                if v4 {
+                    any(&|value| address(self.destination, value))
+                } else {
+                    Truth::No
+                }
+            }
+            "ip6 saddr" => {
+                if v4 {
+                    Truth::No
+                } else {
+                    any(&|value| address(self.source, value))
+                }
+            }
+            "ip6 daddr" => {
+                if v4 {
+                    Truth::No
+                } else {
+                    any(&|value| address(self.destination, value))
+                }
+            }
             "ip protocol" if !v4 => Truth::No,
             "ip6 nexthdr" if v4 => Truth::No,
             "meta l4proto" | "ip protocol" | "ip6 nexthdr" => any(&|value| self.is_protocol(value)),

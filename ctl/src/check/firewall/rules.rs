@@ -17,6 +17,8 @@ pub(super) struct Ruleset {
     chains: BTreeMap<String, Chain>,
     /// Elements by family, table and set.
     sets: BTreeMap<String, Vec<String>>,
+    /// They are `iptables-legacy`'s.
+    legacy: bool,
 }
 
 #[derive(Debug, Default)]
@@ -47,12 +49,16 @@ pub(super) struct Dropped {
     pub(super) path: Vec<String>,
     /// Whether nothing on the way is in doubt.
     pub(super) certain: bool,
+    /// Whether the rule is `iptables-legacy`'s, to whose chains the agent adds nothing.
+    pub(super) legacy: bool,
 }
 
 impl Dropped {
     /// Whether iptables wrote the chain: it uses capitals and tables of fixed names.
     pub(super) fn is_iptables(&self) -> bool {
-        ["ip filter ", "ip6 filter ", "ip mangle ", "ip6 mangle ", "ip raw ", "ip6 raw "].iter().any(|table| self.chain.starts_with(table))
+        ["ip filter ", "ip6 filter ", "ip mangle ", "ip6 mangle ", "ip raw ", "ip6 raw "]
+            .iter()
+            .any(|table| self.chain.starts_with(table))
             && self.chain.rsplit(' ').next().is_some_and(|chain| chain.chars().all(|c| c.is_ascii_uppercase()))
     }
 
@@ -142,7 +148,7 @@ impl Ruleset {
 
     /// What `iptables-restore-translate` prints: nft's commands.
     pub(super) fn parse_commands(text: &str) -> Ruleset {
-        let mut rules = Ruleset::default();
+        let mut rules = Ruleset { legacy: true, ..Ruleset::default() };
         for line in text.lines() {
             let words: Vec<&str> = line.split_whitespace().collect();
             match words.as_slice() {
@@ -193,10 +199,13 @@ impl Ruleset {
                 let Some((chain, rule)) = dropped.or(way.maybe_dropped) else { continue };
                 let parts: Vec<&str> = chain.split(' ').collect();
                 let place = match parts.as_slice() {
-                    [family, table, chain] => format!("table {family} {table}, chain {chain}"),
+                    [family, table, chain] => {
+                        let legacy = if self.legacy { " (iptables-legacy)" } else { "" };
+                        format!("table {family} {table}, chain {chain}{legacy}")
+                    }
                     _ => chain.clone(),
                 };
-                return Some(Dropped { place, rule, chain: name.clone(), path: way.path, certain });
+                return Some(Dropped { place, rule, chain: name.clone(), path: way.path, certain, legacy: self.legacy });
             }
         }
         None
@@ -271,7 +280,10 @@ impl Ruleset {
                 }
                 "comment" => at += 1,
                 "log" => {
-                    while words.get(at).is_some_and(|word| matches!(word.as_str(), "prefix" | "level" | "group" | "flags" | "snaplen")) {
+                    while words
+                        .get(at)
+                        .is_some_and(|word| matches!(word.as_str(), "prefix" | "level" | "group" | "flags" | "snaplen"))
+                    {
                         at += 2;
                     }
                 }
@@ -360,24 +372,29 @@ impl Base {
 
 /// A priority: a number, a name, or `filter + 10` (`nft(8)`, "Standard priority names").
 fn number(text: &str) -> i32 {
-    text.split_whitespace().fold((0, 1), |(sum, sign), word| match word {
-        "+" => (sum, 1),
-        "-" => (sum, -1),
-        "raw" => (sum - 300, 1),
-        "mangle" => (sum - 150, 1),
-        "dstnat" => (sum - 100, 1),
-        "filter" => (sum, 1),
-        "security" => (sum + 50, 1),
-        "srcnat" => (sum + 100, 1),
-        word => (sum + sign * word.parse::<i32>().unwrap_or(0), 1),
-    }).0
+    text.split_whitespace()
+        .fold((0, 1), |(sum, sign), word| match word {
+            "+" => (sum, 1),
+            "-" => (sum, -1),
+            "raw" => (sum - 300, 1),
+            "mangle" => (sum - 150, 1),
+            "dstnat" => (sum - 100, 1),
+            "filter" => (sum, 1),
+            "security" => (sum + 50, 1),
+            "srcnat" => (sum + 100, 1),
+            word => (sum + sign * word.parse::<i32>().unwrap_or(0), 1),
+        })
+        .0
 }
 
 /// `udp dport != 1` is about UDP only: of a packet of another protocol it is not true either.
 fn of_other_protocol(key: &str, packet: &Packet) -> bool {
     let protocol = match key.split(' ').next() {
         Some(word @ ("udp" | "tcp" | "sctp")) => word,
-        Some("ip" | "ip6") => return packet.is(&format!("{} daddr", &key[..key.find(' ').unwrap_or(0)]), &[packet.destination.to_string()]) == Truth::No,
+        Some("ip" | "ip6") => {
+            return packet.is(&format!("{} daddr", &key[..key.find(' ').unwrap_or(0)]), &[packet.destination.to_string()])
+                == Truth::No;
+        }
         Some("icmp" | "icmpv6") => return true,
         _ => return false,
     };

@@ -96,5 +96,8 @@ fn translated_rules_of_the_older_iptables() {
     let text = "# Translated by iptables-restore-translate v1.8.9\nadd table ip filter\nadd chain ip filter INPUT { type filter hook input priority 0; \
                 policy accept; }\nadd rule ip filter INPUT udp dport 8472 counter drop\n# Completed\n";
     let dropped = Ruleset::parse_commands(text).verdict(&tunnel(), "overlayd").expect("dropped");
-    assert_eq!((dropped.rule.as_str(), dropped.place.as_str()), ("udp dport 8472 counter drop", "table ip filter, chain INPUT"));
+    assert_eq!(
+        (dropped.rule.as_str(), dropped.place.as_str()),
+        ("udp dport 8472 counter drop", "table ip filter, chain INPUT (iptables-legacy)")
+    );
 }
