@@ -7,6 +7,7 @@ pub mod config;
 pub mod detach;
 pub mod docker_options;
 pub mod endpoints;
+pub mod graph;
 pub mod inspect;
 pub mod lab;
 pub mod man;
@@ -66,6 +67,8 @@ pub enum Command {
     Endpoints(endpoints::Args),
     /// The network of this host in detail: addresses, devices, ports, containers, counters
     Inspect(inspect::Args),
+    /// The overlay as a picture: hosts, subnets, containers, links
+    Graph(graph::Args),
     /// What on this host stands in the way, and what to do about it
     Check(check::Args),
     /// What dockerd has to be told so that its containers are on the overlay
@@ -170,6 +173,7 @@ pub async fn run(cli: Cli) -> Result<Outcome, CommandError> {
         Command::Detach(args) => detach::run(&context, &args).await,
         Command::Endpoints(args) => endpoints::run(&context, &args).await,
         Command::Inspect(args) => inspect::run(&context, &args).await,
+        Command::Graph(args) => graph::run(&context, &args).await,
         Command::Check(args) => check::run(&context, args).await,
         Command::DockerOptions(args) => docker_options::run(&context, &args).await,
         Command::Lab(args) => lab::run(&context, args).await,

@@ -12,6 +12,7 @@
 //! | [`wish`] | the flags that say what a container gets |
 //! | [`output`] | table, wide, json, yaml |
 //! | [`cni`] | the CNI plugin |
+//! | [`graph`] | the overlay as a picture |
 //! | [`lab`] | several hosts on one machine |
 
 pub mod check;
@@ -20,6 +21,7 @@ pub mod cmd;
 pub mod cni;
 pub mod docker;
 pub mod etcd;
+pub mod graph;
 pub mod lab;
 pub mod netns;
 pub mod output;

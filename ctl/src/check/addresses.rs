@@ -15,7 +15,7 @@ const OUR_PROTOCOL: &str = "86";
 pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
     for (family, pool) in facts.pools().iter() {
         match routes(family).await {
-            Ok(routes) => collisions(facts, pool, &routes, findings),
+            Ok(routes) => collisions(pool, &routes, findings),
             Err(error) => not_looked_at(findings, &format!("what this host routes by {family}"), &error),
         }
         reserved(facts, pool, findings);
@@ -28,7 +28,7 @@ async fn routes(family: Family) -> Result<Vec<Value>, ToolError> {
     json(&["ip", flag, "-j", "-N", "route", "show", "table", "all"]).await
 }
 
-fn collisions(facts: &Facts, pool: &Cidr, routes: &[Value], findings: &mut Findings) {
+fn collisions(pool: &Cidr, routes: &[Value], findings: &mut Findings) {
     // The kernel's own table for addresses of this host (`RT_TABLE_LOCAL`) says nothing of where packets go to.
     const LOCAL: &str = "255";
     for route in routes {
@@ -38,14 +38,19 @@ fn collisions(facts: &Facts, pool: &Cidr, routes: &[Value], findings: &mut Findi
         let Some(range) = parse(destination).filter(|range| foreign && range.overlaps(*pool)) else { continue };
         let evidence = vec![format!("route {destination} dev {device} proto {}", name_of(text("protocol")))];
         if pool.covers(range) {
-            let who = owner(facts, device);
+            let who = owner(device);
             findings.error(
-                format!("the overlay network {pool} collides with {who}: containers with these addresses are not reached from here"),
-                evidence,
                 format!(
-                    "give {who} another range (Docker: `bip` and `default-address-pools` in /etc/docker/daemon.json), or the overlay \
-                     another network"
+                    "the overlay network {pool} collides with {who}: containers with these addresses are not reached from here"
                 ),
+                evidence,
+                match who.starts_with("a route") {
+                    true => format!("remove it (ip route delete {destination}), or give the overlay another network"),
+                    false => format!(
+                        "give {who} another range (Docker: `bip` and `default-address-pools` in /etc/docker/daemon.json), or the \
+                         overlay another network"
+                    ),
+                },
             );
         } else {
             findings.info(
@@ -71,13 +76,14 @@ fn name_of(protocol: &str) -> &str {
         "3" => "boot",
         "4" => "static",
         "16" => "dhcp",
+        // What `ip route add` writes unless it is told another, and leaves out when it prints.
+        "" => "boot",
         other => other,
     }
 }
 
 /// Whose a device is, as far as its name says.
-fn owner(facts: &Facts, device: &str) -> String {
-    let kind = facts.link(device).and_then(|link| link["linkinfo"]["info_kind"].as_str()).unwrap_or("device");
+fn owner(device: &str) -> String {
     let who = match device {
         "docker0" | "docker_gwbridge" => "Docker's network",
         name if name.starts_with("br-") => "Docker's network",
@@ -85,7 +91,7 @@ fn owner(facts: &Facts, device: &str) -> String {
         name if name.starts_with("virbr") => "libvirt's network",
         name if name.starts_with("podman") || name.starts_with("cni-podman") => "podman's network",
         name if name.starts_with("tun") || name.starts_with("wg") => "the VPN",
-        _ => return format!("the network of the {kind} {device}"),
+        _ => return format!("a route by {device}"),
     };
     format!("{who} on {device}")
 }

@@ -40,11 +40,6 @@ pub(super) fn check(facts: &Facts, findings: &mut Findings) {
             look_inside(&record.endpoint, findings);
         }
     }
-    if let Some(network) = &facts.network {
-        for view in network.endpoints.iter().filter(|view| view.state == "in place") {
-            look_inside(&view.endpoint, findings);
-        }
-    }
 }
 
 /// What the state directory holds; nothing where it is another one, or not to be read.
