@@ -272,6 +272,31 @@ async fn the_ways_to_peers() {
     finds(&story, &["paths"], Severity::Warning, &["h2 is not reached at all"]);
 }
 
+/// A network card that writes wrong checksums into what is inside the tunnel: here the switch spoils them. The agents do not leave checksums to the card, so
+/// that they are on the wire at all.
+#[tokio::test(flavor = "multi_thread")]
+async fn checksums() {
+    let story = Story::up(|options| {
+        options.hosts = 2;
+        options.containers = 0;
+        options.agent_args = vec!["--vxlan-tx-checksum=false".to_owned()];
+    })
+    .await;
+    well(&story, &["paths"]).await;
+    // From the outer UDP header on: 8 bytes of it, VXLAN 8, Ethernet 14; then the inner IPv4 header with the protocol at 9, and 16 bytes into TCP its checksum.
+    let spoil = "nft 'table bridge evil { chain f { type filter hook forward priority 0; udp dport 8472 @th,312,8 6 @th,528,16 set 0x1234; }; }'";
+    kernel::shell(&story, "net", spoil);
+    finds(&story, &["paths"], Severity::Error, &["h2", "no TCP", "checksums arrive broken", "--vxlan-tx-checksum=false"]);
+    kernel::shell(&story, "net", "nft delete table bridge evil");
+    well(&story, &["paths"]).await;
+    // UDP in one piece and in segments: the same at 6 bytes into UDP.
+    let spoil = "nft 'table bridge evil { chain f { type filter hook forward priority 0; udp dport 8472 @th,312,8 17 @th,448,16 set 0x1234; }; }'";
+    kernel::shell(&story, "net", spoil);
+    finds(&story, &["paths"], Severity::Warning, &["large sends do not arrive at h2"]);
+    kernel::shell(&story, "net", "nft delete table bridge evil");
+    well(&story, &["paths"]).await;
+}
+
 async fn endpoint(story: &Story, name: &str) -> Endpoint {
     let all = story.at("h1").client().endpoints().await.must("endpoints").endpoints;
     all.into_iter().find(|endpoint| endpoint.name.as_str() == name).must(name)
