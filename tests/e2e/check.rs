@@ -85,7 +85,7 @@ async fn broken(story: &Story, check: &str, breaks: &str, mends: &str, severity:
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_healthy_host_has_nothing() {
-    for families in [Families::V4, Families::Dual] {
+    for families in [Families::V4, Families::V6, Families::Dual] {
         let story = lab(families).await;
         well(&story, &[]).await;
         let (report, _) = ask(&story, &[]);

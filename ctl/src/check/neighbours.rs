@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::facts::{ToolError, is_ours, tool};
+use super::facts::{is_ours, tool};
 use super::{Facts, Findings};
 
 pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
@@ -73,11 +73,8 @@ async fn flannel(facts: &Facts, findings: &mut Findings) {
     if environment.exists() {
         left.push(format!("{}: {}", environment.display(), read(&environment).lines().collect::<Vec<_>>().join(" ")));
     }
-    let chains = match tool(&["nft", "list", "chains"]).await {
-        Ok(text) => text,
-        // What cannot be read is said by the check of the firewall.
-        Err(ToolError::Missing(_) | ToolError::Failed { .. }) => String::new(),
-    };
+    // What cannot be read is said by the check of the firewall.
+    let chains = tool(&["nft", "list", "chains"]).await.unwrap_or_default();
     let chain = |line: &str| line.trim().strip_prefix("chain ").map(|rest| rest.trim_end_matches([' ', '{']).to_owned());
     left.extend(chains.lines().filter_map(chain).filter(|name| name.starts_with("FLANNEL")).map(|name| format!("chain {name}")));
     if !left.is_empty() {

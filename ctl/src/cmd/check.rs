@@ -88,6 +88,18 @@ mod tests {
     use crate::check::Checked;
 
     #[test]
+    fn the_documentation_shows_a_report() {
+        let page = include_str!("../../../docs/check.md");
+        let example = page.split_once("```json\n").and_then(|(_, rest)| rest.split_once("```")).expect("an example").0;
+        let shown: serde_json::Value = serde_json::from_str(example).expect("JSON");
+        let report: Report = serde_json::from_value(shown.clone()).expect("a report");
+        assert_eq!((serde_json::to_value(&report).expect("JSON"), report.version), (shown, check::VERSION));
+        for name in check::names() {
+            assert!(page.contains(&format!("| `{name}` |")), "{name} is not in docs/check.md");
+        }
+    }
+
+    #[test]
     fn a_report_reads_from_the_top() {
         let finding = Finding {
             check: "firewall".to_owned(),

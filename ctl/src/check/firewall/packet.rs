@@ -90,14 +90,7 @@ impl Packet {
 
     /// Whether `key` (`ip saddr`, `udp dport`, `iifname` ...) of this packet is `value`: one value, a range, a prefix, or a list.
     pub(super) fn is(&self, key: &str, value: &[String]) -> Truth {
-        let any = |one: &dyn Fn(&str) -> Truth| {
-            let all: Vec<Truth> = value.iter().map(|value| one(value)).collect();
-            match () {
-                () if all.contains(&Truth::Yes) => Truth::Yes,
-                () if all.contains(&Truth::Unknown) => Truth::Unknown,
-                () => Truth::No,
-            }
-        };
+        let any = |one: &dyn Fn(&str) -> Truth| any(value, one);
         let v4 = self.family() == Family::V4;
         match key {
             "iifname" | "iif" => any(&|value| name(&self.input, value)),
@@ -134,8 +127,8 @@ impl Packet {
             "ip6 nexthdr" if v4 => Truth::No,
             "meta l4proto" | "ip protocol" | "ip6 nexthdr" => any(&|value| self.is_protocol(value)),
             "meta nfproto" => any(&|value| Truth::from(value == if v4 { "ipv4" } else { "ipv6" })),
-            "udp dport" | "tcp dport" | "th dport" | "sctp dport" => self.port(key, &any, self.destination_port),
-            "udp sport" | "tcp sport" | "th sport" | "sctp sport" => self.port(key, &any, self.source_port),
+            "udp dport" | "tcp dport" | "th dport" | "sctp dport" => self.port(key, value, self.destination_port),
+            "udp sport" | "tcp sport" | "th sport" | "sctp sport" => self.port(key, value, self.source_port),
             "ct state" => any(&|value| Truth::from(value == "new")),
             "ct status" => any(&|value| Truth::from(value == "confirmed")),
             "icmp type" | "icmp code" | "icmpv6 type" | "tcp flags" => Truth::No,
@@ -150,8 +143,11 @@ impl Packet {
         Truth::from(value == self.protocol || value == number)
     }
 
-    fn port(&self, key: &str, any: &dyn Fn(&dyn Fn(&str) -> Truth) -> Truth, port: u16) -> Truth {
-        if !key.starts_with("th ") && !key.starts_with(self.protocol) { Truth::No } else { any(&|value| in_range(port, value)) }
+    fn port(&self, key: &str, values: &[String], port: u16) -> Truth {
+        if !key.starts_with("th ") && !key.starts_with(self.protocol) {
+            return Truth::No;
+        }
+        any(values, &|value| in_range(port, value))
     }
 
     fn destination_type(&self, value: &str) -> Truth {
@@ -160,6 +156,16 @@ impl Packet {
             ("unicast", hook) => Truth::from(hook != Hook::Input),
             _ => Truth::No,
         }
+    }
+}
+
+/// Whether something is so of one of the values.
+fn any(values: &[String], one: &dyn Fn(&str) -> Truth) -> Truth {
+    let all: Vec<Truth> = values.iter().map(|value| one(value)).collect();
+    match () {
+        () if all.contains(&Truth::Yes) => Truth::Yes,
+        () if all.contains(&Truth::Unknown) => Truth::Unknown,
+        () => Truth::No,
     }
 }
 
