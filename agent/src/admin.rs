@@ -90,7 +90,7 @@ pub trait Backend: Send + Sync + 'static {
     fn changes(&self) -> channel::Receiver<u64>;
 
     /// The page for Prometheus.
-    fn metrics(&self) -> String;
+    fn metrics(&self) -> impl Future<Output = String> + Send;
 
     /// The log's filter in force.
     fn log_level(&self) -> String;

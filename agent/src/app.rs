@@ -100,6 +100,7 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: Source) -> anyh
             selection: config.selection.clone(),
             masquerade: config.ip_masq,
             tx_checksum: config.vxlan_tx_checksum,
+            docker: config.docker,
             nexthop_objects: kernel.nexthop_objects(),
             resync: config.resync_interval,
             lease_lasts: store_config.lease_lasts(),

@@ -54,6 +54,7 @@ pub struct Metrics {
     ops_applied: AtomicU64,
     ops_failed: AtomicU64,
     drift_repairs: Mutex<BTreeMap<&'static str, u64>>,
+    dropped: Mutex<BTreeMap<&'static str, u64>>,
     batch_size: Histogram<{ SIZE_BOUNDS.len() }>,
     batch_duration: Histogram<{ DURATION_BOUNDS.len() }>,
 }
@@ -88,6 +89,7 @@ impl Metrics {
             ops_applied: AtomicU64::default(),
             ops_failed: AtomicU64::default(),
             drift_repairs: zeros(&Key::KINDS),
+            dropped: Mutex::default(),
             batch_size: Histogram::default(),
             batch_duration: Histogram::default(),
         }
@@ -163,6 +165,11 @@ impl Metrics {
     /// Entries put back since the start, of all kinds.
     pub fn drift_repairs(&self) -> u64 {
         lock(&self.drift_repairs).values().sum()
+    }
+
+    /// Packets that the guards dropped, as the kernel counts them; by reason, as of `plan::ruleset::Counter::name`.
+    pub fn set_dropped(&self, packets: BTreeMap<&'static str, u64>) {
+        *lock(&self.dropped) = packets;
     }
 
     /// A batch was applied: its ops, how many of them failed, and how long it took.
@@ -245,6 +252,12 @@ impl Metrics {
             "kind",
             lock(&self.drift_repairs).iter().map(|(kind, count)| (*kind, *count)),
         );
+        page.counters(
+            "overlayd_dropped_packets_total",
+            "Packets that the guards dropped, by reason.",
+            "reason",
+            lock(&self.dropped).iter().map(|(reason, packets)| (*reason, *packets)),
+        );
         let sizes = SIZE_BOUNDS.map(|bound| bound.to_string());
         self.batch_size.render(
             &mut page,
@@ -288,6 +301,7 @@ mod tests {
         metrics.value_refused("duplicate-mac");
         metrics.store_asked(Duration::from_millis(3), true);
         metrics.store_asked(Duration::from_secs(5), false);
+        metrics.set_dropped(BTreeMap::from([("source", 7), ("tunnel", 0)]));
         metrics.batch_applied(40_000, 2, Duration::from_millis(87));
         metrics.batch_applied(1, 0, Duration::from_micros(90));
         metrics.batch_applied(1, 0, Duration::from_secs(60));
@@ -305,6 +319,8 @@ mod tests {
             "overlayd_store_request_duration_seconds_bucket{le=\"0.005\"} 1",
             "overlayd_store_request_duration_seconds_count 2",
             "overlayd_store_request_failures_total 1",
+            "overlayd_dropped_packets_total{reason=\"source\"} 7",
+            "overlayd_dropped_packets_total{reason=\"tunnel\"} 0",
             "overlayd_ops_total{outcome=\"applied\"} 40000",
             "overlayd_ops_total{outcome=\"failed\"} 2",
             "overlayd_batch_ops_bucket{le=\"1\"} 2",

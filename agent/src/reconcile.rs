@@ -63,6 +63,8 @@ pub struct Settings {
     pub masquerade: bool,
     /// Transmit checksum offload on the VXLAN devices.
     pub tx_checksum: bool,
+    /// Whether Docker puts containers on the bridge.
+    pub docker: bool,
     /// Whether routes use next-hop objects.
     pub nexthop_objects: bool,
     /// Time between two full comparisons with the kernel.
@@ -307,10 +309,14 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             self.heap_due = None;
             heap::give_back();
         }
+        let begun = Instant::now();
         self.rebuild(channels);
         self.settle();
         self.dirty.extend(self.repairs.due(now));
         let mut batch = self.plan();
+        if !batch.is_empty() {
+            tracing::debug!(ops = batch.len(), ms = begun.elapsed().as_secs_f64() * 1e3, "planned");
+        }
         if let Some(before) = before_dump {
             self.count_drift_of_dump(&before, &batch);
         }
@@ -328,7 +334,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         match self.data_path.dump().await {
             Ok(state) => {
                 let took = begun.elapsed();
-                tracing::debug!(reason, entries = state.len(), ms = took.as_millis(), "kernel state read");
+                tracing::debug!(reason, entries = state.len(), ms = took.as_secs_f64() * 1e3, "kernel state read");
                 self.not_before = Instant::now() + DUMP_REST.max(took * DUMP_REST_FACTOR);
                 self.dump_error = None;
                 let before = std::mem::replace(&mut self.actual, state);

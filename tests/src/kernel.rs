@@ -7,13 +7,13 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
+use overlay_agent::model::Family;
 use overlay_agent::model::api::{SubnetEntry, Subnets};
-use overlay_agent::model::{Cidr, Family, PerFamily};
 use overlayctl::lab::{Host, Lab};
 use serde_json::Value;
 
-use crate::Must;
 use crate::programs::{Said, needs};
+use crate::{Must, rules};
 
 /// The protocol number of all that is the agent's.
 pub const PROTOCOL: &str = "86";
@@ -60,12 +60,6 @@ pub fn sysctl(lab: &Lab, target: &str, path: &str) -> String {
     let file = Path::new("/proc/sys/net").join(path);
     let read = lab.netns(target).must(target).run(|| fs::read_to_string(&file)).must(target);
     read.must(&format!("{target}: {}", file.display())).trim().to_owned()
-}
-
-/// The agent's table, as `nft -s` prints it; empty where there is none.
-pub fn table(lab: &Lab, target: &str) -> String {
-    needs("nft", "nftables");
-    attempt(lab, target, &["nft", "-s", "list", "table", "inet", "overlayd"]).out
 }
 
 /// Everything of the overlay that a host's kernel holds, one line an entry. The ids of next-hop objects are resolved.
@@ -127,7 +121,7 @@ pub fn actual(lab: &Lab, target: &str) -> BTreeSet<String> {
             ));
         }
     }
-    all.insert(format!("nft\n{}", table(lab, target)));
+    all.extend(rules::actual(lab, target));
     for path in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
         all.insert(format!("sysctl {path} {}", sysctl(lab, target, path)));
     }
@@ -182,32 +176,14 @@ pub async fn expected(host: &Host<'_>, classic: bool) -> BTreeSet<String> {
     }
     all.insert(format!("link ovb.{vni} bridge mtu {smallest} up alias overlayd"));
     all.insert(format!("sysctl ipv6/conf/ovb.{vni}/accept_ra 0"));
-    all.insert(format!("nft\n{}", golden_table(&lab.layout().networks)));
+    let endpoints = host.client().endpoints().await.must("the endpoints").endpoints;
+    all.extend(rules::expected(lab, &subnet, &peers, &endpoints));
     for (family, path) in [(Family::V4, "ipv4/ip_forward"), (Family::V6, "ipv6/conf/all/forwarding")] {
         let forwards = subnet.get(family).is_some();
         let value = if forwards { "1".to_owned() } else { sysctl(lab, host.name(), path) };
         all.insert(format!("sysctl {path} {value}"));
     }
     all
-}
-
-/// The agent's table in golden text.
-pub fn golden_table(networks: &PerFamily<Cidr>) -> String {
-    let words = |family: Family| if family == Family::V4 { ("ip", "224.0.0.0/4") } else { ("ip6", "ff00::/8") };
-    let mut text =
-        "table inet overlayd {\n\tchain forward {\n\t\ttype filter hook forward priority filter; policy accept;\n".to_owned();
-    for (family, network) in networks.iter() {
-        let (ip, _) = words(family);
-        text += &format!("\t\t{ip} saddr {network} accept\n\t\t{ip} daddr {network} accept\n");
-    }
-    text += "\t}\n\n\tchain postrouting {\n\t\ttype nat hook postrouting priority srcnat; policy accept;\n";
-    for (family, network) in networks.iter() {
-        let (ip, multicast) = words(family);
-        text += &format!(
-            "\t\t{ip} saddr {network} {ip} daddr != {network} {ip} daddr != {multicast} masquerade random,fully-random\n"
-        );
-    }
-    text + "\t}\n}\n"
 }
 
 /// What stands in one and not in the other, for messages; empty where they are equal.

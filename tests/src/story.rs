@@ -241,7 +241,7 @@ fn neighbour_overflows() -> u64 {
 }
 
 /// What every story needs; and once, the labs of test runs that were killed are taken down.
-fn prepare() {
+pub(crate) fn prepare() {
     static ONCE: Once = Once::new();
     needs_root();
     needs("etcd", "etcd-server");

@@ -231,5 +231,5 @@ async fn ready<B: Backend>(State(backend): State<Arc<B>>) -> Result<&'static str
 
 async fn metrics<B: Backend>(State(backend): State<Arc<B>>) -> Response {
     let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
-    ([(header::CONTENT_TYPE, kind)], backend.metrics()).into_response()
+    ([(header::CONTENT_TYPE, kind)], backend.metrics().await).into_response()
 }

@@ -64,6 +64,19 @@ impl AgentBackend {
         }
     }
 
+    /// Packets that the guards dropped, by reason; `None` where the kernel does not tell.
+    async fn dropped(&self) -> Option<BTreeMap<&'static str, u64>> {
+        let plugger = self.plugger.clone();
+        let looked = tokio::task::spawn_blocking(move || plugger.dropped()).await;
+        match looked.map_err(|error| error.to_string()).and_then(|counted| counted.map_err(|error| error.to_string())) {
+            Ok(counted) => Some(counted.into_iter().map(|(counter, packets)| (counter.name(), packets)).collect()),
+            Err(error) => {
+                tracing::debug!(error, "the counters of dropped packets cannot be read");
+                None
+            }
+        }
+    }
+
     /// Seconds until each of these etcd leases ends; what is not known is not there.
     async fn seconds_left(&self, ids: Vec<i64>) -> BTreeMap<i64, i64> {
         let mut known = self.time_left.lock().await;
@@ -97,6 +110,8 @@ impl Backend for AgentBackend {
             status.health = status.health.max(api::Health::Degraded);
         }
         status.endpoints = self.endpoints.list().len();
+        let dropped = self.dropped().await.unwrap_or_default();
+        status.data_path.dropped = dropped.into_iter().map(|(reason, packets)| (reason.to_owned(), packets)).collect();
         Ok(status)
     }
 
@@ -180,7 +195,10 @@ impl Backend for AgentBackend {
         self.changed.clone()
     }
 
-    fn metrics(&self) -> String {
+    async fn metrics(&self) -> String {
+        if let Some(dropped) = self.dropped().await {
+            self.metrics.set_dropped(dropped);
+        }
         self.metrics.set_endpoints(self.endpoints.list().len());
         self.metrics.render()
     }

@@ -4,6 +4,7 @@
 //! What the container may send is in the sets of the guard before its port joins the bridge: not one packet of it is judged by another measure, and
 //! the first one is not lost.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
@@ -27,7 +28,7 @@ use super::{Shared, blocking, sockets, sysctl};
 use crate::model::device::PORT_PREFIX;
 use crate::model::{Device, Family, Mac, Publish};
 use crate::plan::desired::may_send;
-use crate::plan::ruleset::{Element, Table};
+use crate::plan::ruleset::{Counter, Element, Table};
 use crate::plan::state::PROTOCOL;
 use crate::plan::{ContainerPath, HostPorts, Key, Op, OpError, Plug, Value};
 
@@ -45,6 +46,12 @@ impl Plugger {
     /// The bridge, its ports and the tunnel's devices as they are now. Waits for nothing that is being changed; blocks.
     pub fn view(&self, bridge: Device) -> Result<OverlayView, OpError> {
         view::overlay(bridge)
+    }
+
+    /// What the guards have dropped since their tables were made, in packets. Waits for nothing that is being changed but a transaction of
+    /// nf_tables; blocks.
+    pub fn dropped(&self) -> Result<BTreeMap<Counter, u64>, OpError> {
+        view::dropped()
     }
 }
 
@@ -267,6 +274,11 @@ async fn configure(wanted: &Plug, netns: &Netns) -> Result<Rtnl, OpError> {
     let (rtnl, link) = in_netns(netns, || {
         let link = objects::link(&mut RouteSocket::open()?, inner).map_err(|e| step(&format!("find {inner}"), e))?;
         sysctl::write_if_there(&sysctl::accept_ra(inner), "0")?;
+        if wanted.source_check && !wanted.addresses.iter().any(IpNetwork::is_ipv6) {
+            // Without an IPv6 address of the overlay it may send no IPv6 at all: each interface that comes up would be counted as a forger for the
+            // link-local address that the kernel makes and announces unasked.
+            sysctl::write_if_there(&sysctl::addr_gen_mode(inner), "1")?;
+        }
         Ok((Rtnl::open()?, link))
     })?;
     for address in &wanted.addresses {

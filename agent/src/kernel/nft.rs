@@ -124,11 +124,14 @@ impl Nft {
     /// # Errors
     /// No permission, or no nf_tables in the kernel.
     pub fn counters(&mut self) -> Result<BTreeMap<Counter, Counted>, OpError> {
-        let mut all = BTreeMap::new();
-        for table in Table::ALL {
-            all.extend(table::counters(&mut self.channel, table)?);
-        }
-        Ok(all)
+        let read = |channel: &mut Channel| {
+            let mut all = BTreeMap::new();
+            for table in Table::ALL {
+                all.extend(table::counters(channel, table)?);
+            }
+            Ok(all)
+        };
+        self.channel.consistent(read).map(|(all, _)| all)
     }
 
     /// The number of the last transaction in the namespace, whoever's.

@@ -18,6 +18,11 @@ pub fn accept_ra(interface: &str) -> String {
     format!("ipv6/conf/{interface}/accept_ra")
 }
 
+/// How an interface makes itself a link-local address; 1 is not at all (`enum in6_addr_gen_mode` in `linux/if_link.h`).
+pub fn addr_gen_mode(interface: &str) -> String {
+    format!("ipv6/conf/{interface}/addr_gen_mode")
+}
+
 /// Whether packets from and to 127.0.0.0/8 may pass an interface.
 pub fn route_localnet(interface: &str) -> String {
     format!("ipv4/conf/{interface}/route_localnet")

@@ -1,5 +1,7 @@
-//! Looks at the bridge, its ports and the tunnel's devices, with their counters: for people, so on sockets of its own and without waiting for
-//! what is being changed.
+//! Looks at the bridge, its ports and the tunnel's devices, with their counters, and at what the guards have dropped: for people, so on sockets of
+//! its own and without waiting for what is being changed.
+
+use std::collections::BTreeMap;
 
 use netlink_packet_core::ParseableParametrized;
 use netlink_packet_route::RouteNetlinkMessage;
@@ -7,11 +9,13 @@ use netlink_packet_route::link::{
     BridgePortState, InfoBridgePort, InfoPortData, LinkAttribute, LinkInfo as Info, LinkMessage, Stats64,
 };
 
+use super::nft::Nft;
 use super::objects::{self, LinkInfo, raw_attributes};
 use super::socket::RouteSocket;
 use crate::model::api::{BridgeView, Counters, DeviceView, PortView};
 use crate::model::{Device, Role};
 use crate::plan::OpError;
+use crate::plan::ruleset::Counter;
 
 /// Length of `struct ifinfomsg`.
 const IFINFOMSG: usize = 16;
@@ -66,6 +70,12 @@ pub fn overlay(bridge: Device) -> Result<OverlayView, OpError> {
         }
     }
     Ok(view)
+}
+
+/// What the guards have dropped, in packets; nothing where our tables are not there.
+pub fn dropped() -> Result<BTreeMap<Counter, u64>, OpError> {
+    let counted = Nft::open()?.counters()?;
+    Ok(counted.into_iter().map(|(counter, counted)| (counter, counted.packets)).collect())
 }
 
 fn port(seen: &Seen) -> Option<PortView> {

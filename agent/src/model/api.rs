@@ -2,6 +2,7 @@
 
 mod view;
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
@@ -115,6 +116,9 @@ pub struct DataPathStatus {
     pub mtu: Option<u32>,
     /// Whether routes use next-hop objects.
     pub nexthop_objects: bool,
+    /// Packets that the guards dropped, by reason; empty where the tables are not there yet.
+    #[serde(default)]
+    pub dropped: BTreeMap<String, u64>,
 }
 
 /// An entry that could not be programmed.

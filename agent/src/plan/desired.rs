@@ -12,6 +12,10 @@ use super::underlay::Underlay;
 use crate::model::peer::Reach;
 use crate::model::{Cidr, Device, Endpoint, Family, Mac, NetworkConfig, Peer, PerFamily, Port, Publish, Role, Subnet};
 
+/// What dockerd sets on a bridge with IPv6, and looks for right afterwards: where it has gone meanwhile as an address of nobody's, dockerd does
+/// not start (libnetwork, `setup_verify_linux.go` and `bridgeIPv6`). So it is there from the beginning.
+const DOCKER_LINK_LOCAL: IpAddr = IpAddr::V6(std::net::Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1));
+
 /// Everything about this host that its kernel state follows from, peers aside.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Host {
@@ -29,6 +33,8 @@ pub struct Host {
     pub masquerade: bool,
     /// Transmit checksum offload on the VXLAN devices.
     pub tx_checksum: bool,
+    /// Whether Docker puts containers on the bridge, beside the endpoints.
+    pub docker: bool,
     /// Whether the kernel has next-hop objects and they are to be used.
     pub nexthop_objects: bool,
     /// The endpoints that have a port on the bridge.
@@ -117,8 +123,11 @@ impl Host {
             if family == Family::V6 {
                 // A router needs a link-local address to ask for neighbours (RFC 4861 section 4.3). The kernel would make this very one
                 // and then wait for duplicate address detection; made by us it works at once.
-                if let Ok(address) = IpNetwork::new(link_local(self.bridge_mac), 64) {
-                    state.insert(Key::Address(bridge, address), Value::Address);
+                let docker = self.docker.then_some(DOCKER_LINK_LOCAL);
+                for address in [link_local(self.bridge_mac)].into_iter().chain(docker) {
+                    if let Ok(address) = IpNetwork::new(address, 64) {
+                        state.insert(Key::Address(bridge, address), Value::Address);
+                    }
                 }
             }
             for path in forwarding(family) {

@@ -45,10 +45,12 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 }
             }
             StoreEvent::Snapshot(entries) => {
+                let (begun, leases) = (Instant::now(), entries.len());
                 match self.roster.replace(entries) {
                     Some(affected) => self.leases_dirty.extend(affected),
                     None => self.roster_dirty = true,
                 }
+                tracing::debug!(leases, ms = begun.elapsed().as_secs_f64() * 1e3, "leases judged");
                 self.snapshot_seen = true;
             }
             StoreEvent::Upsert(entry) => {
@@ -264,6 +266,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             bridge_mac,
             masquerade: self.settings.masquerade,
             tx_checksum: self.settings.tx_checksum,
+            docker: self.settings.docker,
             nexthop_objects: self.settings.nexthop_objects,
             ports: self.endpoints.iter().filter_map(Attached::of).collect(),
             forward_drops: self.inventory.forward_drops.clone(),

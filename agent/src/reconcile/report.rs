@@ -71,6 +71,8 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 last_drift: self.repairs.last().cloned(),
                 mtu: self.host.as_ref().map(|host| host.mtu()),
                 nexthop_objects: self.settings.nexthop_objects,
+                // The kernel counts them; whoever hands the status on asks it.
+                dropped: std::collections::BTreeMap::new(),
             },
             endpoints: self.endpoints.len(),
         }

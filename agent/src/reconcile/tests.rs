@@ -136,6 +136,7 @@ impl Fixture {
             selection: Selection::default(),
             masquerade: true,
             tx_checksum: true,
+            docker: false,
             nexthop_objects: true,
             resync: Duration::from_secs(3600),
             lease_lasts: LEASE_LASTS,

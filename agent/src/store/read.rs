@@ -1,5 +1,7 @@
 //! Reading the configuration and every lease at one revision, page by page, because one answer of etcd is limited.
 
+use std::time::Instant;
+
 use etcd_client::{GetOptions, KeyValue, ResponseHeader};
 use tracing::debug;
 
@@ -84,6 +86,7 @@ impl Session {
     /// # Errors
     /// Also [`StoreError::Compacted`] where the revision was compacted away between two pages: read again.
     pub(super) async fn list(&self) -> Result<Listing, StoreError> {
+        let begun = Instant::now();
         let (config, now) = self.get_config().await?;
         let mut listing = Listing { revision: now.revision, config, entries: Vec::new() };
         let (mut from, to) = self.keys.subnets();
@@ -112,7 +115,10 @@ impl Session {
                     // The next key in order is this one with a zero byte behind it.
                     from = [last.key(), &[0]].concat();
                 }
-                _ => return Ok(listing),
+                _ => {
+                    debug!(leases = listing.entries.len(), ms = begun.elapsed().as_secs_f64() * 1e3, "leases read");
+                    return Ok(listing);
+                }
             }
         }
     }

@@ -3,6 +3,8 @@
 //! Runs inside the task of [`Store::run`](super::Store::run). The place to go on from survives a lost connection: it moves only when
 //! everything of an answer has been handed on, so that being dropped at any await repeats events and never loses one.
 
+use std::time::Instant;
+
 use etcd_client::{EventType, WatchOptions, WatchResponse};
 use tokio::sync::{mpsc, watch};
 use tracing::{debug, info, warn};
@@ -180,7 +182,9 @@ impl Follower {
         };
         self.up(listing.revision, events).await?;
         self.config(session, listing.config, events).await?;
+        let begun = Instant::now();
         let entries: Vec<_> = listing.entries.iter().map(codec::decode).collect();
+        debug!(leases = entries.len(), ms = begun.elapsed().as_secs_f64() * 1e3, "leases decoded");
         drop(listing.entries);
         info!(revision = listing.revision, leases = entries.len(), "read all leases");
         send(events, StoreEvent::Snapshot(entries)).await?;

@@ -127,6 +127,9 @@ fn full(status: &Status, style: Style, wide: bool) -> String {
     if let Some(drift) = &status.data_path.last_drift {
         line("last repair", format!("{} ({})", drift.entry, ago(drift.at)));
     }
+    if let Some(text) = dropped(status) {
+        line("dropped", text);
+    }
     line("endpoints", status.endpoints.to_string());
     let mut problem = |tone: Tone, text: String| lines.push(format!("  {} {text}", style.paint(tone, "!")));
     for text in &status.problems {
@@ -185,4 +188,11 @@ fn data_path(status: &Status) -> String {
     let routes = if path.nexthop_objects { "next-hop objects" } else { "classic routes" };
     let failed = if path.failed.is_empty() { String::new() } else { format!(", {} entries failed", path.failed.len()) };
     format!("{} peers{mtu}, {routes}, {} repairs{failed}", path.peers, path.drift_repairs)
+}
+
+/// What the guards dropped, as far as they did: `dropped` in `docs/security.md` says what each word means.
+fn dropped(status: &Status) -> Option<String> {
+    let counted = status.data_path.dropped.iter().filter(|(_, packets)| **packets > 0);
+    let words: Vec<String> = counted.map(|(reason, packets)| format!("{packets} {reason}")).collect();
+    (!words.is_empty()).then(|| format!("packets: {}", words.join(", ")))
 }

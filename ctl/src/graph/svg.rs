@@ -15,7 +15,7 @@ const RISE: usize = 26;
 /// Letters of 12 pixels that fit into a box.
 const LETTERS: usize = 28;
 
-const STYLE: &str = "text{font:12px sans-serif;fill:#223}.name{font-weight:bold;font-size:14px}.quiet{fill:#667}.bad{fill:#b3261e}\
+const STYLE: &str = "text{font:12px sans-serif;fill:#223}.name{font-weight:bold;font-size:14px}.quiet{fill:#667}.bad{fill:#b3261e}.label{paint-order:stroke;stroke:#fff;stroke-width:4px}\
                      .host{fill:#f4f7fb;stroke:#5b7aa6}.host.bad{stroke:#b3261e}.container{fill:#fff;stroke:#9db3d1}\
                      .link{fill:none;stroke:#2e7d32;stroke-width:2}.link.bad{stroke:#b3261e;stroke-dasharray:6 4}.page{fill:#fff}";
 
@@ -52,15 +52,16 @@ pub fn svg(graph: &Graph) -> String {
             (from + to) / 2,
             escape(&format!("{} - {}: {}", graph.hosts[link.from].name, graph.hosts[link.to].name, link.state)),
         );
-        if !link.well {
-            let _ = writeln!(
-                out,
-                "<text class=\"bad\" text-anchor=\"middle\" x=\"{}\" y=\"{}\">{}</text>",
-                (from + to) / 2,
-                peak - 4,
-                escape(&short(&link.state, 60))
-            );
-        }
+    }
+    // Behind all arcs, so that none crosses a text.
+    for link in graph.links.iter().filter(|link| !link.well) {
+        let _ = writeln!(
+            out,
+            "<text class=\"bad label\" text-anchor=\"middle\" x=\"{}\" y=\"{}\">{}</text>",
+            (x(link.from) + x(link.to) + BOX) / 2,
+            top - (link.to - link.from) * RISE - 4,
+            escape(&short(&link.state, 60))
+        );
     }
     for (n, host) in graph.hosts.iter().enumerate() {
         draw(&mut out, host, x(n), top);

@@ -58,7 +58,7 @@ fn well_formed(document: &str) -> Vec<String> {
         }
         let end = at + rest[at..].find('>').expect("the end of a tag");
         let tag = &rest[at + 1..end];
-        assert!(!tag.contains('<') && tag.matches('"').count() % 2 == 0, "{tag}");
+        assert!(!tag.contains('<') && tag.matches('"').count().is_multiple_of(2), "{tag}");
         match tag.strip_prefix('/') {
             Some(name) => assert_eq!(open.pop().as_deref(), Some(name), "closes another tag"),
             None if tag.ends_with('/') => {}
@@ -103,7 +103,7 @@ fn names_of_others_break_no_picture() {
     graph.hosts[1].name = "<script>\"&\u{1b}".repeat(9);
     graph.hosts[2].state = "]]>\\\"".to_owned();
     well_formed(&svg(&graph));
-    assert!(dot(&graph).lines().all(|line| line.replace("\\\\", "").replace("\\\"", "").matches('"').count() % 2 == 0));
+    assert!(dot(&graph).lines().all(|line| line.replace("\\\\", "").replace("\\\"", "").matches('"').count().is_multiple_of(2)));
     graph.hosts = (0..100).map(|_| graph.hosts[0].clone()).collect();
     graph.links.clear();
     let texts = well_formed(&svg(&graph));

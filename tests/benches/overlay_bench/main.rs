@@ -2,13 +2,13 @@
 //!
 //! | module | holds |
 //! | --- | --- |
-//! | `peers`, `join`, `memory`, `attach` | one measurement each |
+//! | `peers`, `start`, `join`, `memory`, `attach` | one measurement each |
 //! | `stats`, `report` | samples to medians and spreads, rows to a table or JSON |
 //! | `fleet` | peers as leases, as the store's entries and as the kernel's |
 //! | `rtnl`, `limit` | a minimal rtnetlink, and the raw limit made of it |
 //! | `space`, `stage`, `gateway` | a namespace, a lab full of leases, etcd's JSON gateway |
 //!
-//! It needs root (network namespaces of its own), iproute2 and, for `join`, `memory` and `attach`, etcd and an `overlayd` of the same profile.
+//! It needs root (network namespaces of its own), iproute2 and, for all but `peers`, etcd and an `overlayd` of the same profile.
 //! `docs/performance.md` shows results and how to repeat them.
 
 mod attach;
@@ -21,6 +21,7 @@ mod report;
 mod rtnl;
 mod space;
 mod stage;
+mod start;
 mod stats;
 
 use std::io::Write;
@@ -46,6 +47,8 @@ struct Arguments {
 enum Measurement {
     /// Peers arriving in one snapshot, until the last route is in the kernel; baseline: raw netlink
     Peers(peers::PeersArguments),
+    /// An agent's process begun, until the overlay is in place, in an empty kernel and in one where all is in place; baseline: etcdctl and raw netlink
+    Start(start::StartArguments),
     /// A lease put into etcd, until it is a route in every host's kernel; baseline: a bare watcher
     Join(join::JoinArguments),
     /// Resident memory of an agent; baseline: the same agent without peers
@@ -84,6 +87,7 @@ fn measure(measurement: &Measurement) -> anyhow::Result<Report> {
     let mut report = Report::new();
     match measurement {
         Measurement::Peers(arguments) => peers::measure(arguments, &mut report)?,
+        Measurement::Start(arguments) => start::measure(arguments, &mut report)?,
         Measurement::Join(arguments) => join::measure(arguments, &mut report)?,
         Measurement::Memory(arguments) => memory::measure(arguments, &mut report)?,
         Measurement::Attach(arguments) => attach::measure(arguments, &mut report)?,

@@ -116,7 +116,7 @@ fn add_rows(report: &mut Report, conditions: &str, turns: &Turns) {
 }
 
 /// The raw limit in a namespace of its own.
-async fn raw(family: Family, fleet: &[Member]) -> anyhow::Result<Cost> {
+pub async fn raw(family: Family, fleet: &[Member]) -> anyhow::Result<Cost> {
     let space = Space::new().await?;
     let device = space.add_vxlan(family).await?;
     let requests = Requests::build(fleet, device);
@@ -170,6 +170,7 @@ async fn drive(family: Family, entries: Vec<StoreEntry>) -> anyhow::Result<Took>
         selection: Selection { interfaces: vec![UNDERLAY.to_owned()], ..Selection::default() },
         masquerade: true,
         tx_checksum: true,
+        docker: false,
         nexthop_objects: kernel.nexthop_objects(),
         resync: Duration::from_secs(300),
         lease_lasts: Duration::from_secs(3600),

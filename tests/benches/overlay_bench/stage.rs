@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use overlay_agent::model::{Family, PerFamily};
 use overlayctl::lab::layout::{ETCD_PORT, ETCD_PREFIX, etcd_address};
-use overlayctl::lab::{Families, Home, Lab, LabGuard, LabName, LabOptions, Progress};
+use overlayctl::lab::{Families, Home, Host, Lab, LabGuard, LabName, LabOptions, Progress};
 
 use super::fleet::{Member, members, network};
 use overlay_tests::gateway::Gateway;
@@ -28,6 +28,18 @@ pub struct Stage {
 impl Stage {
     /// Brings up hosts, etcd with so many leases beside the hosts' own, and the agents, and waits until all of it is in each kernel.
     pub async fn new(hosts: u16, peers: u32) -> anyhow::Result<Stage> {
+        let stage = Stage::prepared(hosts, peers).await?;
+        for host in stage.lab.hosts() {
+            host.agent_start(&["--log-level", "warn"])?;
+        }
+        for host in stage.lab.hosts() {
+            stage.settled(&host).await?;
+        }
+        Ok(stage)
+    }
+
+    /// The same without agents.
+    pub async fn prepared(hosts: u16, peers: u32) -> anyhow::Result<Stage> {
         let fleet = if peers == 0 { Vec::new() } else { members(FAMILY, 1..=peers)? };
         let networks: PerFamily<_> = std::iter::once((FAMILY, network(FAMILY).parse()?)).collect();
         let options = LabOptions {
@@ -42,17 +54,17 @@ impl Stage {
         let stage = Stage { lab, fleet };
         let leases = stage.fleet.iter().map(|m| Ok((key(m)?, m.value()))).collect::<anyhow::Result<Vec<_>>>()?;
         stage.in_etcds_namespace(|mut gateway| gateway.put_all(&leases))?;
-        for host in stage.lab.hosts() {
-            host.agent_start(&["--log-level", "warn"])?;
-        }
-        let peers = stage.fleet.len() + usize::from(hosts) - 1;
-        for host in stage.lab.hosts() {
-            let what = format!("{} has no way to each of {peers} peers", host.name());
-            let whole = |status: &overlay_agent::model::api::Status| status.ready && status.data_path.peers == peers;
-            let status = host.wait_status(LIMIT, &what, whole).await?;
-            ensure!(status.data_path.failed.is_empty(), "{}: {:?}", host.name(), status.data_path.failed);
-        }
         Ok(stage)
+    }
+
+    /// Waits until a host has a way to each peer.
+    pub async fn settled(&self, host: &Host<'_>) -> anyhow::Result<()> {
+        let peers = self.fleet.len() + self.lab.hosts().count() - 1;
+        let what = format!("{} has no way to each of {peers} peers", host.name());
+        let whole = |status: &overlay_agent::model::api::Status| status.ready && status.data_path.peers == peers;
+        let status = host.wait_status(LIMIT, &what, whole).await?;
+        ensure!(status.data_path.failed.is_empty(), "{}: {:?}", host.name(), status.data_path.failed);
+        Ok(())
     }
 
     /// Peers that are neither in the store nor hosts of the lab.

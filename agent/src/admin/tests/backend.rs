@@ -84,6 +84,7 @@ impl Backend for FakeBackend {
                 last_drift: None,
                 mtu: None,
                 nexthop_objects: true,
+                dropped: std::collections::BTreeMap::new(),
             },
             endpoints: 0,
         })
@@ -164,7 +165,7 @@ impl Backend for FakeBackend {
         self.changes.subscribe()
     }
 
-    fn metrics(&self) -> String {
+    async fn metrics(&self) -> String {
         "# HELP x y\n".to_owned()
     }
 

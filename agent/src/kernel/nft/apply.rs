@@ -3,7 +3,7 @@
 //! What is written follows from what is known to be there. Where that turns out to be wrong (others changed it), it is read anew and the transaction
 //! computed again. An op that the kernel refuses is left out and the rest tried again: one bad entry stops no other.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use super::channel::{Channel, ERESTART, Refused, Transaction};
@@ -132,6 +132,8 @@ impl<'a> Plan<'a> {
         let mut steps: Vec<(Step<'a>, Vec<usize>)> = Vec::new();
         // Tables that are made anew, so that what their sets held has to be written again.
         let mut replaced: BTreeMap<Table, &Ruleset> = BTreeMap::new();
+        // Tables that go, and their elements with them.
+        let mut removed: BTreeSet<Table> = BTreeSet::new();
         for (index, op) in taken() {
             let Key::Ruleset(table) = op.key() else { continue };
             let pieces = match (op, known.get(op.key())) {
@@ -142,7 +144,10 @@ impl<'a> Plan<'a> {
                     replaced.insert(*table, wanted);
                     table::replace(wanted)
                 }
-                (Op::Delete(..), Some(_)) => vec![Piece::Table { message: wire::NFT_MSG_DELTABLE }],
+                (Op::Delete(..), Some(_)) => {
+                    removed.insert(*table);
+                    vec![Piece::Table { message: wire::NFT_MSG_DELTABLE }]
+                }
                 _ => continue,
             };
             steps.push((Step::Table { table: *table, pieces }, vec![index]));
@@ -164,7 +169,8 @@ impl<'a> Plan<'a> {
         }
         for (index, op) in taken() {
             let Key::Element(element) = op.key() else { continue };
-            let fresh = replaced.contains_key(&element.set().table());
+            let table = element.set().table();
+            let fresh = replaced.contains_key(&table) || removed.contains(&table);
             let after = match op {
                 Op::Set(_, Value::Element(target)) => Some(*target),
                 _ => None,

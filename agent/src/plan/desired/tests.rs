@@ -35,6 +35,7 @@ fn host(config: &str, key: &str) -> Host {
         network,
         masquerade: true,
         tx_checksum: true,
+        docker: false,
         nexthop_objects: true,
         ports: Vec::new(),
         forward_drops: vec![Family::V6],
@@ -262,6 +263,16 @@ fn masquerade_and_offload_follow_the_switches() {
     );
     let Value::Link(link) = &entries[&Key::Link("ovx.1".to_owned())] else { panic!("a link") };
     assert!(matches!(&link.kind, LinkKind::Vxlan(vxlan) if !vxlan.tx_checksum && !vxlan.learning));
+}
+
+#[test]
+fn docker_finds_its_link_local_address() {
+    let found = |config: &str, key: &str| {
+        let host = Host { docker: true, ..host(config, key) };
+        lines(&host.entries()).contains(&"address fe80::1/64 dev ovb.1 present".to_owned())
+    };
+    assert!(found(DUAL, DUAL_KEY));
+    assert!(!found(V4, "10.244.7.0-24"));
 }
 
 fn ovx() -> Device {

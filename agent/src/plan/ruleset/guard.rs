@@ -25,6 +25,8 @@ const ROUTER_ADVERTISEMENT: u8 = 134;
 const SOLICITATION: u8 = 135;
 const ADVERTISEMENT: u8 = 136;
 const REDIRECT: u8 = 137;
+/// A multicast listener's report (RFC 3810 section 5.2).
+const REPORT: u8 = 143;
 
 /// Where solicitations and advertisements have their target, their option's type and the MAC in it.
 const KIND: Field = Field::transport(0, 1);
@@ -41,8 +43,8 @@ const TARGET_MAC: u8 = 2;
 /// The table `bridge overlayd`. It looks at the interfaces of endpoints alone, by the beginning of their names; ports that others put on a bridge
 /// are not judged.
 ///
-/// - `guard`: an IPv4, IPv6 or ARP packet passes with the sender's own MAC and address; everything else is dropped, tagged frames and
-///   unknown EtherTypes included. An interface in the set `unchecked` is free of that.
+/// - `guard`: an IPv4, IPv6 or ARP packet passes with the sender's own MAC and address; everything else is dropped, unknown
+///   EtherTypes included. What is behind a VLAN tag is judged like what has none. An interface in the set `unchecked` is free of that.
 /// - `nd`: no router advertisements, solicitations and redirects, from nobody. Neighbour solicitations and advertisements tell nothing but
 ///   the sender's own MAC and address: they have one option at the most, so that none hides behind another.
 pub fn guard() -> Ruleset {
@@ -90,18 +92,20 @@ fn nd_rules() -> Vec<Rule> {
         .map(|kind| rule([is(KIND, &[kind]), Expr::Count(Counter::Router), Expr::Drop]))
         .to_vec();
     rules.push(rule([unchecked(), Expr::Accept]));
+    // From the unspecified address while an interface comes up (RFC 3810 section 5.2.13): it says nothing that anybody may believe, and it is no
+    // attack to be counted.
+    rules.push(rule([ipv6(), is(KIND, &[REPORT]), from_nobody(), Expr::Drop]));
     rules.push(rule([is(KIND, &[SOLICITATION]), jump("solicitation")]));
     rules.push(rule([is(KIND, &[ADVERTISEMENT]), jump("advertisement")]));
     rules
 }
 
 fn solicitation_rules() -> Vec<Rule> {
-    let nobody = Expr::Source { cidr: Cidr::host(Ipv6Addr::UNSPECIFIED.into()), negate: false };
     let from_own = || own(Family::V6, Field::EtherSource, Field::Source(Family::V6));
     vec![
         headers_between(),
         // Duplicate address detection: for an address of its own. A MAC in it is not believed by anybody (RFC 4861 section 7.1.1).
-        rule([ipv6(), nobody, own(Family::V6, Field::EtherSource, TARGET), Expr::Accept]),
+        rule([ipv6(), from_nobody(), own(Family::V6, Field::EtherSource, TARGET), Expr::Accept]),
         rule([ipv6(), is(Field::PayloadLength, &BARE), from_own(), Expr::Accept]),
         rule([
             ipv6(),
@@ -141,6 +145,10 @@ fn headers_between() -> Rule {
 /// The interface, a MAC and an address belong together.
 fn own(family: Family, mac: Field, address: Field) -> Expr {
     Expr::In { fields: vec![Field::InputInterface, mac, address], set: SetName::Source(family) }
+}
+
+fn from_nobody() -> Expr {
+    Expr::Source { cidr: Cidr::host(Ipv6Addr::UNSPECIFIED.into()), negate: false }
 }
 
 fn ipv6() -> Expr {

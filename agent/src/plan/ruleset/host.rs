@@ -37,7 +37,7 @@ impl Rules<'_> {
     /// - `forward`: forwarding to and from the overlay is accepted, but for encapsulation that a container forged.
     /// - `loopback`: containers neither send from 127.0.0.0/8 nor reach it, whatever `route_localnet` says.
     /// - `prerouting`, `output`: published ports.
-    /// - `postrouting`: with `masquerade` what leaves the overlay for elsewhere (not multicast) gets the host's address; a container that was
+    /// - `postrouting`: with `masquerade` what leaves the overlay for elsewhere (not multicast, nor what stays on the bridge) gets the host's address; a container that was
     ///   reached by a published port from its own bridge or from the host's loopback answers through this host. Inside the overlay nothing is
     ///   translated.
     pub fn ruleset(&self) -> Ruleset {
@@ -165,6 +165,7 @@ impl Rules<'_> {
                 let cidr = pool.network;
                 rules.push(rule([
                     Expr::Source { cidr, negate: false },
+                    not_by(&self.bridge()),
                     Expr::Destination { cidr, negate: true },
                     Expr::Destination { cidr: multicast(family), negate: true },
                     Expr::Masquerade,
@@ -177,6 +178,15 @@ impl Rules<'_> {
 
 fn base(name: &str, hook: Hook, kind: ChainKind, priority: i32, rules: Vec<Rule>) -> Chain {
     Chain { name: name.to_owned(), base: Some(Base { hook, kind, priority }), rules }
+}
+
+/// Not out by this interface. With br_netfilter, frames that stay on the bridge pass the hooks, too: a broadcast would get the host's address.
+fn not_by(interface: &str) -> Expr {
+    let mut padded = vec![0; usize::from(Field::OutputInterface.length())];
+    for (to, from) in padded.iter_mut().zip(interface.as_bytes()) {
+        *to = *from;
+    }
+    is_not(Field::OutputInterface, &padded)
 }
 
 fn loopback(family: Family) -> Cidr {

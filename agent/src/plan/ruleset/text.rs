@@ -133,6 +133,9 @@ fn compared(f: &mut fmt::Formatter<'_>, field: Field, negate: bool, value: &[u8]
         (Field::InputInterface | Field::OutputInterface, value) if value.len() < 16 => {
             format!("\"{}*\"", String::from_utf8_lossy(value))
         }
+        (Field::InputInterface | Field::OutputInterface, value) => {
+            format!("\"{}\"", String::from_utf8_lossy(value).trim_end_matches('\0'))
+        }
         (Field::Protocol, [0x08, 0x00]) => "ip".to_owned(),
         (Field::Protocol, [0x08, 0x06]) => "arp".to_owned(),
         (Field::Protocol, [0x86, 0xdd]) => "ip6".to_owned(),

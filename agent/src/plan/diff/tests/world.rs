@@ -168,6 +168,7 @@ impl Setup {
             bridge_mac: Mac([2, 2, 0, 0, 0, self.own_mac]),
             masquerade,
             tx_checksum,
+            docker: false,
             nexthop_objects,
             ports: self.ports.iter().map(|i| self.attached(*i)).collect(),
             forward_drops: if forward_drops { self.families().collect() } else { Vec::new() },

@@ -1,0 +1,153 @@
+//! `start`: a real `overlayd` from the start of its process until the overlay is in place with all peers: in a kernel that holds nothing of it, and
+//! again where everything is in place. The parts are what the agent says of itself in its log.
+
+use std::fs;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, ensure};
+use clap::Args;
+use nix::sys::signal::Signal;
+use overlayctl::lab::Host;
+use serde_json::Value;
+
+use super::peers::raw;
+use super::progress;
+use super::report::{Report, Row};
+use super::stage::{FAMILY, Stage, etcd};
+use super::stats::milliseconds;
+
+/// Until the overlay is in place, in ms, with so many leases: in an empty kernel, and where everything is in place.
+const GOAL: (u32, f64, f64) = (10_000, 400.0, 250.0);
+
+/// How to measure.
+#[derive(Debug, Args)]
+pub struct StartArguments {
+    /// Number of leases beside the agent's own; may be given several times
+    #[arg(long, value_name = "N", default_values_t = [0, 1_000, 10_000])]
+    peers: Vec<u32>,
+    /// Turns of each: a start in an empty kernel, and one more
+    #[arg(long, value_name = "K", default_value_t = 5)]
+    runs: usize,
+}
+
+/// A part of a start: what it is called in the table, and by which message of the log its time is told.
+const PARTS: [(&str, &str); 6] = [
+    ("kernel state read", "kernel state read"),
+    ("leases read from etcd", "leases read"),
+    ("decoded", "leases decoded"),
+    ("judged", "leases judged"),
+    ("planned and compared", "planned"),
+    ("applied", "batch applied"),
+];
+
+/// One start, in ms.
+#[derive(Debug, Default, Clone)]
+struct Start {
+    in_place: f64,
+    processor: f64,
+    parts: [f64; PARTS.len()],
+    /// Changes of the kernel.
+    ops: u64,
+}
+
+/// Measures all sizes.
+pub fn measure(arguments: &StartArguments, report: &mut Report) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    for peers in &arguments.peers {
+        let (mut cold, mut warm, mut read, mut limit) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for turn in 0..arguments.runs {
+            progress(&format!("{peers} peers: turn {} of {}", turn + 1, arguments.runs));
+            let stage = runtime.block_on(Stage::prepared(1, *peers))?;
+            read.push(bare_read(&stage, *peers)?);
+            let written =
+                if stage.fleet.is_empty() { 0.0 } else { milliseconds(runtime.block_on(raw(FAMILY, &stage.fleet))?.wall) };
+            limit.push(written);
+            let host = stage.lab.host("h1")?;
+            cold.push(runtime.block_on(start(&stage, &host))?);
+            host.agent_stop(Signal::SIGTERM)?;
+            let again = runtime.block_on(start(&stage, &host))?;
+            ensure!(again.ops == 0, "a start with everything in place changed the kernel: {} ops", again.ops);
+            warm.push(again);
+        }
+        let both: Vec<f64> = read.iter().zip(&limit).map(|(read, limit)| read + limit).collect();
+        let is_goal = *peers == GOAL.0;
+        for (conditions, starts, baseline, values, goal) in [
+            (format!("{peers} peers, empty kernel"), &cold, "etcdctl + raw netlink", &both, GOAL.1),
+            (format!("{peers} peers, all in place"), &warm, "etcdctl", &read, GOAL.2),
+        ] {
+            let column = |part: fn(&Start) -> f64| starts.iter().map(part).collect::<Vec<f64>>();
+            let whole = column(|start| start.in_place);
+            let row = Row::new("start", &conditions, "process begun to overlay in place", "ms", &whole)
+                .map(|row| row.against(baseline, &whole, values));
+            report.add(if is_goal { row.map(|row| row.median_goal(goal)) } else { row });
+            for (number, (name, _)) in PARTS.iter().enumerate() {
+                let part: Vec<f64> = starts.iter().map(|start| start.parts[number]).collect();
+                let row = Row::new("start", &conditions, format!("of it: {name}"), "ms", &part);
+                report.add(match *name {
+                    "leases read from etcd" => row.map(|row| row.against("etcdctl", &part, &read)),
+                    "applied" if std::ptr::eq(starts, &cold) && *peers > 0 => {
+                        row.map(|row| row.against("raw netlink", &part, &limit))
+                    }
+                    _ => row,
+                });
+            }
+            report.add(Row::new("start", &conditions, "processor time until then", "ms", &column(|start| start.processor)));
+        }
+    }
+    Ok(())
+}
+
+/// All leases read by etcd's own tool, as a whole process, in ms.
+fn bare_read(stage: &Stage, peers: u32) -> anyhow::Result<f64> {
+    let endpoints = format!("--endpoints={}", etcd());
+    let begun = std::time::Instant::now();
+    let output = stage.lab.exec("net", &["etcdctl", &endpoints, "get", "--prefix", "--keys-only=false", "/"])?;
+    let took = milliseconds(begun.elapsed());
+    let lines = output.stdout.split(|byte| *byte == b'\n').filter(|line| line.starts_with(b"/")).count();
+    ensure!(
+        output.status.success() && lines >= peers as usize,
+        "etcdctl read {lines} keys: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(took)
+}
+
+/// Starts the agent and reads from its log what it did until the overlay was in place with all peers.
+async fn start(stage: &Stage, host: &Host<'_>) -> anyhow::Result<Start> {
+    let log = host.log();
+    let before = fs::metadata(&log).map_or(0, |file| file.len());
+    let begun = SystemTime::now().duration_since(UNIX_EPOCH)?;
+    let agent = host.agent_start(&["--log-level", "debug", "--log-format", "json"])?;
+    stage.settled(host).await?;
+    let text = fs::read(&log).with_context(|| format!("cannot read {}", log.display()))?;
+    let mut start = Start { processor: processor(agent.pid)?, ..Start::default() };
+    for line in text.get(usize::try_from(before)?..).unwrap_or_default().split(|byte| *byte == b'\n') {
+        let Ok(line) = serde_json::from_slice::<Value>(line) else { continue };
+        let field = |name: &str| line.get(name).or_else(|| line.get("fields")?.get(name));
+        let Some(message) = field("message").and_then(Value::as_str) else { continue };
+        let took = field("ms").and_then(Value::as_f64).unwrap_or_default();
+        if let Some(part) = PARTS.iter().position(|(_, told)| *told == message) {
+            start.parts[part] += took;
+        }
+        if message == "batch applied" {
+            start.ops += field("ops").and_then(Value::as_u64).unwrap_or_default();
+        }
+        if message == "overlay in place" {
+            let text = field("timestamp").and_then(Value::as_str).context("a line of the log has no timestamp")?;
+            let at = humantime::parse_rfc3339(text).with_context(|| format!("timestamp {text}"))?;
+            start.in_place = milliseconds(at.duration_since(UNIX_EPOCH)?.saturating_sub(begun));
+        }
+    }
+    ensure!(start.in_place > 0.0, "{} does not say that the overlay is in place", log.display());
+    Ok(start)
+}
+
+/// Processor time of a process so far, in ms: `utime` and `stime` of `proc_pid_stat(5)`.
+fn processor(pid: i32) -> anyhow::Result<f64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The name, in parentheses, may hold anything.
+    let fields: Vec<&str> = text.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+    let ticks: f64 = [11, 12].iter().filter_map(|field| fields.get(*field)?.parse::<f64>().ok()).sum();
+    let a_second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)?.context("no clock tick")?;
+    Ok(ticks * 1e3 / a_second as f64)
+}
