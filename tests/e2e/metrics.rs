@@ -142,6 +142,7 @@ async fn ready_goes_away_and_comes_back() {
         answer => Err(answer.body),
     })
     .await;
+    story.settled("h1", SOON).await;
     story.assert_all_reach().await;
 }
 
