@@ -1,11 +1,13 @@
 //! The commands: one file each, with its arguments and what it does.
 
 pub mod attach;
+pub mod check;
 pub mod completions;
 pub mod config;
 pub mod detach;
 pub mod docker_options;
 pub mod endpoints;
+pub mod graph;
 pub mod inspect;
 pub mod lab;
 pub mod man;
@@ -65,6 +67,10 @@ pub enum Command {
     Endpoints(endpoints::Args),
     /// The network of this host in detail: addresses, devices, ports, containers, counters
     Inspect(inspect::Args),
+    /// The overlay as a picture: hosts, subnets, containers, links
+    Graph(graph::Args),
+    /// What on this host stands in the way, and what to do about it
+    Check(check::Args),
     /// What dockerd has to be told so that its containers are on the overlay
     DockerOptions(docker_options::Args),
     /// Several hosts on this machine, each with its own agent, and a private etcd
@@ -167,6 +173,8 @@ pub async fn run(cli: Cli) -> Result<Outcome, CommandError> {
         Command::Detach(args) => detach::run(&context, &args).await,
         Command::Endpoints(args) => endpoints::run(&context, &args).await,
         Command::Inspect(args) => inspect::run(&context, &args).await,
+        Command::Graph(args) => graph::run(&context, &args).await,
+        Command::Check(args) => check::run(&context, args).await,
         Command::DockerOptions(args) => docker_options::run(&context, &args).await,
         Command::Lab(args) => lab::run(&context, args).await,
         Command::Completions(args) => completions::run(&context, &args),

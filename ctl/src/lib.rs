@@ -3,6 +3,7 @@
 //! | module | owns |
 //! | --- | --- |
 //! | [`cmd`] | one file a command: its arguments and what it does |
+//! | [`check`] | the doctor: what on this host stands in the way |
 //! | [`client`] | HTTP to the agent's socket |
 //! | [`docker`] | dockerd's options, and its configuration file |
 //! | [`etcd`] | the flags that reach etcd without an agent |
@@ -11,13 +12,16 @@
 //! | [`wish`] | the flags that say what a container gets |
 //! | [`output`] | table, wide, json, yaml |
 //! | [`cni`] | the CNI plugin |
+//! | [`graph`] | the overlay as a picture |
 //! | [`lab`] | several hosts on one machine |
 
+pub mod check;
 pub mod client;
 pub mod cmd;
 pub mod cni;
 pub mod docker;
 pub mod etcd;
+pub mod graph;
 pub mod lab;
 pub mod netns;
 pub mod output;

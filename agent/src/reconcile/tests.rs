@@ -8,6 +8,9 @@ use crate::model::{Backend, Family, Lease, Record, RefusalKind, Vni};
 use crate::plan::underlay::{DefaultRoute, ForeignLink};
 use crate::plan::{ApplyReport, OpError};
 
+/// How long the lease lasts without the store.
+const LEASE_LASTS: Duration = Duration::from_millis(500);
+
 /// A kernel: what it holds, what it refuses, and every op that it was given.
 #[derive(Debug, Default)]
 struct World {
@@ -136,6 +139,7 @@ impl Fixture {
             docker: false,
             nexthop_objects: true,
             resync: Duration::from_secs(3600),
+            lease_lasts: LEASE_LASTS,
             store_endpoints: Vec::new(),
             store_prefix: "/test".to_owned(),
         };
@@ -330,6 +334,30 @@ async fn a_lost_lease_leaves_the_data_path_as_it_is() {
     fixture.delete(route(1)).await;
     fixture.status().await;
     assert!(fixture.route(1).is_some());
+}
+
+#[tokio::test]
+async fn a_store_that_is_lost_for_longer_than_the_lease_lasts_takes_readiness_away() {
+    let mut fixture = Fixture::ready([1]).await;
+    fixture.kernel.world().applied.clear();
+    let down = || StoreEvent::Connection(Connection::Down { error: "no route to host".to_owned() });
+    let begun = Instant::now();
+    fixture.send(down()).await;
+    // Told again for another reason: the lease has not become longer by that.
+    fixture.send(StoreEvent::Connection(Connection::Down { error: "connection refused".to_owned() })).await;
+    fixture.ready.wait_for(|ready| !*ready).await.unwrap();
+    assert!(begun.elapsed() >= LEASE_LASTS, "ready as long as the lease lasts");
+    let status = fixture.status().await;
+    assert!(status.problems.iter().any(|problem| problem.contains("another host may get its subnet")), "{:?}", status.problems);
+    assert_eq!(fixture.kernel.world().applied, [], "the data path is as it was");
+    fixture.send(StoreEvent::Connection(Connection::Up { revision: 9 })).await;
+    fixture.ready.wait_for(|ready| *ready).await.unwrap();
+    // A reservation has no end.
+    let reservation = HeldLease { subnet: subnet(100), etcd_lease: None, origin: LeaseOrigin::Reused };
+    fixture.send(StoreEvent::Own(OwnLease::Held(reservation))).await;
+    fixture.send(down()).await;
+    tokio::time::sleep(2 * LEASE_LASTS).await;
+    assert!(fixture.status().await.ready);
 }
 
 #[tokio::test]
