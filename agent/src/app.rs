@@ -1,14 +1,15 @@
 //! The one place that wires everything, and notices the end of every task.
 //!
 //! Tasks: `signals`, `kernel` (follows the kernel's events), `store`, `reconcile`, `endpoints` (audit), `overlay` (tells endpoints and
-//! `subnet.env` of the overlay once it is in place), `admin` (the socket), `systemd` (tells it how the agent is), `reload` (SIGHUP), and `metrics`
-//! where a TCP address is set. Channels between them are bounded. A task that ends while it should run ends the agent with an error, and systemd starts it anew: the data path forwards on meanwhile.
+//! `subnet.env` of the overlay once it is in place), `admin` (the socket), `systemd` (tells it how the agent is), `reload` (SIGHUP), `mesh` (probes
+//! peers), and `metrics` where a TCP address is set. Channels between them are bounded. A task that ends while it should run ends the agent with an error, and systemd starts it anew: the data path forwards on meanwhile.
 
 mod backend;
 mod cleanup;
 mod conflist;
 mod guard;
 mod memory;
+mod mesh;
 mod reload;
 mod supervision;
 
@@ -128,7 +129,10 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: Source) -> anyh
         beat,
     };
     let store = Store::new(store_config.clone()).counted(Arc::clone(&metrics));
+    let mesh = Arc::new(mesh::Shared::new(config.node_name.clone(), config.mesh_interval));
+    let probes = queries_in.clone();
     let backend = Arc::new(AgentBackend {
+        mesh: Arc::clone(&mesh),
         queries: queries_in,
         endpoints: endpoints.clone(),
         plugger,
@@ -179,6 +183,7 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: Source) -> anyh
         tasks.spawn("admin", infallible(admin::serve(socket, backend, stop)));
     }
     tasks.spawn("systemd", infallible(supervision::tell(notifier, signs, Arc::clone(&backend), begin())));
+    tasks.spawn("mesh", infallible(mesh::run(mesh, probes, begin())));
     tasks.spawn("reload", infallible(reload.run(begin())));
     if let Some(listener) = metrics_listener {
         tasks.spawn("metrics", infallible(admin::serve_metrics(listener, backend, begin())));

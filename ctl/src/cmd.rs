@@ -11,16 +11,21 @@ pub mod graph;
 pub mod inspect;
 pub mod lab;
 pub mod man;
+pub mod mesh;
 pub mod peers;
+pub mod ping_mesh;
 pub mod run;
 pub mod status;
 pub mod subnets;
+pub mod support_bundle;
+pub mod trace;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::bundle::BundleError;
 use crate::client::{Client, ClientError, DEFAULT_SOCKET};
 use crate::docker::DockerError;
 use crate::etcd::EtcdError;
@@ -28,6 +33,7 @@ use crate::lab::LabError;
 use crate::netns::NamespaceError;
 use crate::output::{Format, OutputError, Printer};
 use crate::resolver::ResolverError;
+use crate::trace::TraceError;
 
 /// See and steer the overlay network of this host.
 #[derive(Debug, Parser)]
@@ -71,6 +77,14 @@ pub enum Command {
     Graph(graph::Args),
     /// What on this host stands in the way, and what to do about it
     Check(check::Args),
+    /// Which host reaches which, over overlay and underlay, by the agents' probes
+    Mesh(mesh::Args),
+    /// Probe every peer from this host now
+    PingMesh(ping_mesh::Args),
+    /// The way a packet takes, hop by hop, from the kernel's own answers
+    Trace(trace::Args),
+    /// State, logs, what the kernel holds and versions in one archive, without secrets
+    SupportBundle(support_bundle::Args),
     /// What dockerd has to be told so that its containers are on the overlay
     DockerOptions(docker_options::Args),
     /// Several hosts on this machine, each with its own agent, and a private etcd
@@ -115,6 +129,12 @@ pub enum CommandError {
     /// A resolver file.
     #[error(transparent)]
     Resolver(#[from] ResolverError),
+    /// The archive.
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    /// The way of a packet.
+    #[error(transparent)]
+    Trace(#[from] TraceError),
     /// Docker's options.
     #[error(transparent)]
     Docker(#[from] DockerError),
@@ -175,6 +195,10 @@ pub async fn run(cli: Cli) -> Result<Outcome, CommandError> {
         Command::Inspect(args) => inspect::run(&context, &args).await,
         Command::Graph(args) => graph::run(&context, &args).await,
         Command::Check(args) => check::run(&context, args).await,
+        Command::Mesh(args) => mesh::run(&context, &args).await,
+        Command::PingMesh(args) => ping_mesh::run(&context, &args).await,
+        Command::Trace(args) => trace::run(&context, &args).await,
+        Command::SupportBundle(args) => support_bundle::run(&context, &args).await,
         Command::DockerOptions(args) => docker_options::run(&context, &args).await,
         Command::Lab(args) => lab::run(&context, args).await,
         Command::Completions(args) => completions::run(&context, &args),

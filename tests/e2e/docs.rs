@@ -123,13 +123,14 @@ fn the_sockets_examples_are_what_the_agent_writes() {
             "Attached" => is_a::<api::Attached>(json),
             "Detached" => is_a::<api::Detached>(json),
             "NetworkView" => is_a::<api::NetworkView>(json),
+            "Mesh" => is_a::<api::Mesh>(json),
             "LogLevel" => is_a::<api::LogLevel>(json),
             other => Err(format!("no type {other}")),
         };
         result.unwrap_or_else(|error| panic!("{name}: {error}"));
         seen += 1;
     }
-    assert_eq!(seen, 10);
+    assert_eq!(seen, 11);
     assert!(text.contains(&format!("GET /v{}/status", api::VERSION)));
 }
 

@@ -30,6 +30,7 @@ pub(super) struct AgentBackend {
     pub(super) queries: mpsc::Sender<Query>,
     pub(super) endpoints: Endpoints<Plugger>,
     pub(super) plugger: Plugger,
+    pub(super) mesh: Arc<super::mesh::Shared>,
     pub(super) masquerade: bool,
     pub(super) store: StoreConfig,
     pub(super) time_left: Mutex<Option<TimeLeft>>,
@@ -126,6 +127,10 @@ impl Backend for AgentBackend {
             })
             .collect();
         Ok(api::Subnets { subnets })
+    }
+
+    fn mesh(&self) -> api::Mesh {
+        self.mesh.view()
     }
 
     async fn peers(&self) -> Result<api::Peers, ApiError> {

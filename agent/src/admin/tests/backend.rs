@@ -94,6 +94,10 @@ impl Backend for FakeBackend {
         Ok(Subnets { subnets: self.subnets.lock().unwrap().clone() })
     }
 
+    fn mesh(&self) -> Mesh {
+        Mesh::default()
+    }
+
     async fn peers(&self) -> Result<Peers, ApiError> {
         Ok(Peers { peers: Vec::new() })
     }
