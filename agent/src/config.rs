@@ -5,6 +5,7 @@
 
 mod credential;
 mod raw;
+pub mod secret;
 mod settings;
 
 use std::fmt;
@@ -17,6 +18,8 @@ use regex::Regex;
 pub use raw::{Origin, Raw, gather};
 pub use settings::{DEFAULT_FILE, Kind, SETTINGS, Setting, command};
 
+use self::secret::SecretError;
+use self::settings::SECRET_FILES;
 use crate::model::PerFamily;
 use crate::plan::underlay::Selection;
 use crate::telemetry::{FORMATS, LogFormat, parse_filter};
@@ -158,7 +161,12 @@ impl Checker {
                 port == Some((true, true)) && !host.contains(['/', '@', ' '])
             });
             if !good {
-                self.fail("etcd-endpoints", endpoint, "is not a URL such as http://192.0.2.10:2379 or https://etcd-1:2379");
+                let rule = if endpoint.contains('@') {
+                    "holds a user: use --etcd-username and --etcd-password-file"
+                } else {
+                    "is not a URL such as http://192.0.2.10:2379 or https://etcd-1:2379"
+                };
+                self.fail("etcd-endpoints", &secret::without_login(endpoint), rule);
             }
         }
         let prefix = self.raw.text("etcd-prefix").unwrap_or_default();
@@ -302,9 +310,15 @@ impl Checker {
     fn readable(&mut self, name: &str) -> Option<PathBuf> {
         let text = self.raw.text(name)?;
         let path = credential::resolve(&text);
-        match std::fs::File::open(&path) {
+        let secret = SECRET_FILES.contains(&name);
+        let opened = if secret { secret::open(&path) } else { std::fs::File::open(&path).map_err(SecretError::File) };
+        match opened {
             Ok(_) => Some(path),
-            Err(error) => {
+            Err(SecretError::Exposed(exposed)) => {
+                self.fail(name, &text, &exposed.to_string());
+                None
+            }
+            Err(SecretError::File(error)) => {
                 let place = if path == Path::new(&text) { String::new() } else { format!(" at {}", path.display()) };
                 self.fail(name, &text, &format!("cannot be read{place}: {error}"));
                 None
@@ -376,6 +390,18 @@ mod tests {
             "ip-masq in ",
         ] {
             assert!(error.contains(wanted), "no `{wanted}` in {error}");
+        }
+    }
+
+    #[test]
+    fn mistakes_show_no_secret() {
+        for (args, file, wanted) in [
+            (&["--etcd-endpoints=https://root:hunter2@a:2379"][..], "", "use --etcd-username and --etcd-password-file"),
+            (&[][..], "etcd-password = \"hunter2\"\n", "etcd-password-file or etcd-keyfile names"),
+            (&[][..], "etcd-password = \"hunter2\n", "is not TOML"),
+        ] {
+            let error = check(args, file).expect_err(wanted);
+            assert!(error.contains(wanted) && !error.contains("hunter2"), "{error}");
         }
     }
 

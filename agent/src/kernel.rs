@@ -21,6 +21,7 @@ mod known;
 mod link;
 mod message;
 mod monitor;
+pub mod names;
 pub mod netns;
 pub mod nft;
 mod objects;

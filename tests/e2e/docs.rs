@@ -169,6 +169,36 @@ fn every_direct_dependency_has_its_reason() {
     assert_eq!(rows, direct);
 }
 
+/// Each promise of the page names the tests that hold it: `STORY::TEST` for `tests/e2e/STORY.rs`, a path of modules for `agent/src`.
+#[test]
+fn every_test_that_holds_a_promise_is_there() {
+    let text = read("docs/reliability.md");
+    let is_path = |word: &&str| {
+        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '_' | ':');
+        word.contains("::") && word.chars().all(plain)
+    };
+    let named: BTreeSet<&str> = text.split('`').skip(1).step_by(2).filter(is_path).collect();
+    assert!(named.len() > 60, "{}", named.len());
+    for path in named {
+        let (modules, test) = path.rsplit_once("::").expect("a module");
+        let file = modules.replace("::", "/");
+        // Tests may stand in the module itself, below `mod tests`.
+        let inside = file.strip_suffix("/tests").unwrap_or(&file);
+        let candidates = [format!("tests/e2e/{file}.rs"), format!("agent/src/{file}.rs"), format!("agent/src/{inside}.rs")];
+        let found = candidates.iter().filter_map(|path| fs::read_to_string(top().join(path)).ok()).any(|text| {
+            let before = text.split_once(&format!("fn {test}(")).map(|(before, _)| before.to_owned());
+            // The attribute is on one of the lines before.
+            before.is_some_and(|before| before.lines().rev().take(4).any(|line| line.contains("test")))
+        });
+        assert!(found, "docs/reliability.md names `{path}`, which is no test of {candidates:?}");
+    }
+    // No row without one.
+    let rows = text.lines().filter(|line| line.starts_with("| ") && !line.contains("| --- ") && !line.contains("held by |"));
+    for row in rows {
+        assert!(row.split('`').skip(1).step_by(2).any(|word| is_path(&word)), "no test holds: {row}");
+    }
+}
+
 #[test]
 fn links_lead_somewhere() {
     let mut pages = vec!["README.md".to_owned(), "CHANGELOG.md".to_owned()];

@@ -1,6 +1,7 @@
 //! A cluster of three as `deploy/etcd` sets it up: TLS on both sides, roles with the least that agents need. What an agent may do, and what it says
 //! where a certificate, a password or a role is wrong.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -267,7 +268,9 @@ async fn each_wrong_credential_has_its_own_error() {
         let (from, to) = (format!("other/stranger.{ending}"), format!("pki/stranger.{ending}"));
         std::fs::copy(cluster.file(&from), cluster.file(&to)).must(&to);
     }
-    std::fs::write(cluster.file("passwords/wrong"), "not the password\n").must("a password");
+    let wrong = cluster.file("passwords/wrong");
+    std::fs::write(&wrong, "not the password\n").must("a password");
+    std::fs::set_permissions(&wrong, std::fs::Permissions::from_mode(0o600)).must("for its owner alone");
     let before = Dump::of(&cluster.story.inside("h1"));
 
     let mut wrong_password = cluster.flags("overlay-agent", "pki", "overlay-agent");

@@ -9,11 +9,13 @@ use std::path::Path;
 
 use overlay_agent::model::Family;
 use overlay_agent::model::api::{SubnetEntry, Subnets};
+use overlay_agent::model::device::PORT_PREFIX;
 use overlayctl::lab::{Host, Lab};
 use serde_json::Value;
 
+use crate::Must;
 use crate::programs::{Said, needs};
-use crate::{Must, rules};
+use crate::rules::{self, Golden};
 
 /// The protocol number of all that is the agent's.
 pub const PROTOCOL: &str = "86";
@@ -122,8 +124,16 @@ pub fn actual(lab: &Lab, target: &str) -> BTreeSet<String> {
         }
     }
     all.extend(rules::actual(lab, target));
+    for route in listed(lab, target, "ip", &["-6", "route", "show", "table", "all", "type", "local", "proto", PROTOCOL]) {
+        all.insert(format!("route local {} dev {} proto {PROTOCOL}", text(&route, "dst"), text(&route, "dev")));
+    }
     for path in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
         all.insert(format!("sysctl {path} {}", sysctl(lab, target, path)));
+    }
+    let bridge = format!("ovb.{}", vni(lab));
+    if lab.layout().networks.get(Family::V4).is_some() && link(lab, target, &bridge).is_some() {
+        let path = format!("ipv4/conf/{bridge}/route_localnet");
+        all.insert(format!("sysctl {path} {}", sysctl(lab, target, &path)));
     }
     for device in ["ovx", "ovx6", "ovb"].map(|name| format!("{name}.{}", vni(lab))) {
         if link(lab, target, &device).is_some() {
@@ -177,7 +187,20 @@ pub async fn expected(host: &Host<'_>, classic: bool) -> BTreeSet<String> {
     all.insert(format!("link ovb.{vni} bridge mtu {smallest} up alias overlayd"));
     all.insert(format!("sysctl ipv6/conf/ovb.{vni}/accept_ra 0"));
     let endpoints = host.client().endpoints().await.must("the endpoints").endpoints;
-    all.extend(rules::expected(lab, &subnet, &peers, &endpoints));
+    let published = endpoints.iter().any(|endpoint| !endpoint.published.is_empty());
+    for endpoint in &endpoints {
+        let Some(port) = &endpoint.port else { continue };
+        let hairpin = !endpoint.published.is_empty();
+        all.insert(format!("port {} master ovb.{vni} mtu {smallest} up hairpin {hairpin} alias overlayd", port.host_interface));
+    }
+    if published && subnet.get(Family::V6).is_some() {
+        all.insert(format!("route local ::1 dev ovb.{vni} proto {PROTOCOL}"));
+    }
+    if subnet.get(Family::V4).is_some() {
+        all.insert(format!("sysctl ipv4/conf/ovb.{vni}/route_localnet {}", u8::from(published)));
+    }
+    let networks = lab.layout().networks;
+    all.extend(Golden { vni, port, networks, subnet, peers: &peers, endpoints: &endpoints }.lines());
     for (family, path) in [(Family::V4, "ipv4/ip_forward"), (Family::V6, "ipv6/conf/all/forwarding")] {
         let forwards = subnet.get(family).is_some();
         let value = if forwards { "1".to_owned() } else { sysctl(lab, host.name(), path) };
@@ -214,12 +237,19 @@ pub fn is_ours(name: &str) -> bool {
 
 fn link_line(link: &Value) -> Option<String> {
     let name = text(link, "ifname");
+    if name.starts_with(PORT_PREFIX) {
+        let (master, hairpin) = (text(link, "master"), &link["linkinfo"]["info_slave_data"]["hairpin"]);
+        let hairpin = hairpin.as_bool().unwrap_or_default();
+        let state = if is_up(link) { "up" } else { "down" };
+        let alias = text(link, "ifalias");
+        return Some(format!("port {name} master {master} mtu {} {state} hairpin {hairpin} alias {alias}", number(link, "mtu")));
+    }
     if !is_ours(&name) {
         return None;
     }
     let data = &link["linkinfo"]["info_data"];
-    let up = link["flags"].as_array().is_some_and(|flags| flags.iter().any(|f| f == "UP"));
-    let end = format!("mtu {} {} alias {}", number(link, "mtu"), if up { "up" } else { "down" }, text(link, "ifalias"));
+    let state = if is_up(link) { "up" } else { "down" };
+    let end = format!("mtu {} {state} alias {}", number(link, "mtu"), text(link, "ifalias"));
     Some(match link["linkinfo"]["info_kind"].as_str() {
         Some("vxlan") => {
             let local = data["local"].as_str().or(data["local6"].as_str()).unwrap_or_default();
@@ -234,6 +264,10 @@ fn link_line(link: &Value) -> Option<String> {
         }
         kind => format!("link {name} {} {end}", kind.unwrap_or("without kind")),
     })
+}
+
+fn is_up(link: &Value) -> bool {
+    link["flags"].as_array().is_some_and(|flags| flags.iter().any(|flag| flag == "UP"))
 }
 
 /// A field's text; empty where there is none.

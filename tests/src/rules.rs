@@ -1,191 +1,292 @@
-//! The agent's tables in a host's kernel, as `nft` prints them: their text in one piece, each element of their sets as a line of its own.
+//! The agent's two tables of nftables: what `nft` prints of them as lines to compare, and the golden text of what there should be.
+//!
+//! The golden text is written here by hand, not made by the agent's code: it says what each rule has to be.
 
 use std::collections::BTreeSet;
+use std::fmt::Write;
 use std::net::{IpAddr, Ipv6Addr};
 
 use overlay_agent::model::api::SubnetEntry;
-use overlay_agent::model::{Endpoint, Family, Mac, Subnet};
+use overlay_agent::model::publish::Publish;
+use overlay_agent::model::{Cidr, Endpoint, Family, Mac, PerFamily, Subnet};
 use overlayctl::lab::Lab;
 
-use crate::kernel::{attempt, port, vni};
+use crate::kernel::attempt;
 use crate::programs::needs;
 
-/// What is in force: the tables without their elements, and the elements. An empty text for a table that is not there.
+/// The families of the agent's tables.
+const TABLES: [&str; 2] = ["inet", "bridge"];
+
+/// The agent's tables as a target has them: one line a counter, a set's kind, an element, and a chain with its rules.
 pub fn actual(lab: &Lab, target: &str) -> BTreeSet<String> {
-    let mut all = BTreeSet::new();
-    for family in ["inet", "bridge"] {
-        let (text, elements) = without_elements(&table(lab, target, family));
-        all.insert(format!("nft {family}\n{text}"));
-        all.extend(elements);
-    }
-    all
-}
-
-/// A table as `nft -s` prints it; empty where there is none.
-pub fn table(lab: &Lab, target: &str, family: &str) -> String {
     needs("nft", "nftables");
-    attempt(lab, target, &["nft", "-s", "list", "table", family, "overlayd"]).out
+    // Without the counters' values.
+    TABLES.iter().flat_map(|table| lines(&attempt(lab, target, &["nft", "-s", "list", "table", table, "overlayd"]).out)).collect()
 }
 
-/// Takes the elements out of a table's text.
-fn without_elements(table: &str) -> (String, Vec<String>) {
-    let (mut text, mut elements, mut set, mut inside) = (String::new(), Vec::new(), "", false);
-    for line in table.lines() {
-        let words = line.trim();
-        if let Some(name) = words.strip_suffix(" {").and_then(|w| w.strip_prefix("set ").or(w.strip_prefix("map "))) {
-            set = name;
-        }
-        let listed = words.strip_prefix("elements = {");
-        inside |= listed.is_some();
-        if !inside {
-            text += &format!("{line}\n");
-            continue;
-        }
-        let list = listed.unwrap_or(words);
-        for element in list.trim_end_matches('}').split(',').map(str::trim).filter(|element| !element.is_empty()) {
-            elements.push(format!("element {set} {element}"));
-        }
-        inside = !list.ends_with('}');
+/// What the tables follow from.
+#[derive(Debug)]
+pub struct Golden<'a> {
+    /// The VNI.
+    pub vni: u64,
+    /// The UDP port of the tunnel.
+    pub port: u64,
+    /// The network, whose packets to elsewhere are masqueraded.
+    pub networks: PerFamily<Cidr>,
+    /// The own subnet.
+    pub subnet: Subnet,
+    /// The leases of peers.
+    pub peers: &'a [&'a SubnetEntry],
+    /// The containers of this host.
+    pub endpoints: &'a [Endpoint],
+}
+
+/// Words of a family in rules.
+struct Words {
+    ip: &'static str,
+    digit: char,
+    kind: &'static str,
+    loopback: &'static str,
+    multicast: &'static str,
+    ethertype: &'static str,
+    /// Where the inner source stands, in bits from the UDP header, and its length.
+    source: &'static str,
+}
+
+fn words(family: Family) -> Words {
+    match family {
+        Family::V4 => Words {
+            ip: "ip",
+            digit: '4',
+            kind: "ipv4_addr",
+            loopback: "127.0.0.0/8",
+            multicast: "224.0.0.0/4",
+            ethertype: "0x800",
+            source: "@th,336,32",
+        },
+        Family::V6 => Words {
+            ip: "ip6",
+            digit: '6',
+            kind: "ipv6_addr",
+            loopback: "::1",
+            multicast: "ff00::/8",
+            ethertype: "0x86dd",
+            source: "@th,304,128",
+        },
     }
-    (text, elements)
 }
 
-/// What a host has that publishes no port and masquerades, from the leases and its endpoints.
-pub fn expected(lab: &Lab, own: &Subnet, peers: &[&SubnetEntry], endpoints: &[Endpoint]) -> BTreeSet<String> {
-    let mut all = BTreeSet::from([format!("nft inet\n{}", inet(lab, own)), format!("nft bridge\n{BRIDGE}")]);
-    for peer in peers {
-        for (family, range) in peer.subnet.iter().flat_map(Subnet::iter) {
-            let Some(host) = peer.public_ip.get(family) else { continue };
-            // Ranges of the own subnet's size are found by their base, others by looking through intervals.
-            let (set, inner) = if own.get(family).is_some_and(|own| own.length() == range.length()) {
-                ("peers", range.base().to_string())
-            } else {
-                ("ranges", range.to_string())
+impl Golden<'_> {
+    /// The lines of both tables.
+    pub fn lines(&self) -> BTreeSet<String> {
+        let mut all = lines(&self.inet());
+        all.extend(lines(BRIDGE));
+        all.extend(self.elements());
+        all
+    }
+
+    fn publishes(&self) -> bool {
+        self.endpoints.iter().any(|endpoint| !endpoint.published.is_empty())
+    }
+
+    fn inet(&self) -> String {
+        let (vni, port, bridge) = (self.vni, self.port, format!("\"ovb.{}\"", self.vni));
+        let each = |text: &dyn Fn(Words, Cidr, Cidr) -> String| -> String {
+            let families = self.subnet.iter().filter_map(|(family, own)| Some((family, *self.networks.get(family)?, own)));
+            families.map(|(family, network, own)| text(words(family), network, own)).collect()
+        };
+        let mut text = "table inet overlayd {\n\tcounter encapsulation {\n\t}\n\tcounter tunnel {\n\t}\n".to_owned();
+        text += &each(&|Words { digit, kind, .. }, _, _| {
+            format!(
+                "\tset peers{digit} {{\n\t\ttype {kind} . {kind}\n\t}}\n\tset ranges{digit} {{\n\t\ttype {kind} . {kind}\n\t\tflags interval\n\t}}\n"
+            )
+        });
+        text += "\tchain forward {\n\t\ttype filter hook forward priority filter; policy accept;\n";
+        text += &format!("\t\tiifname {bridge} udp dport {port} counter name \"encapsulation\" drop\n");
+        text +=
+            &each(&|Words { ip, .. }, network, _| format!("\t\t{ip} saddr {network} accept\n\t\t{ip} daddr {network} accept\n"));
+        text += "\t}\n";
+        if self.subnet.get(Family::V4).is_some() {
+            text += &format!(
+                "\tcounter loopback {{\n\t}}\n\tchain loopback {{
+		type filter hook prerouting priority raw; policy accept;
+		iifname {bridge} ip daddr 127.0.0.0/8 counter name \"loopback\" drop
+		iifname {bridge} ip saddr 127.0.0.0/8 counter name \"loopback\" drop
+	}}\n"
+            );
+        }
+        text += "\tchain postrouting {\n\t\ttype nat hook postrouting priority srcnat; policy accept;\n";
+        if self.publishes() {
+            text += &each(&|Words { ip, loopback, .. }, _, own| {
+                let rule = |source: String| {
+                    format!("\t\toifname {bridge} ct status dnat {ip} saddr {source} masquerade random,fully-random\n")
+                };
+                rule(own.to_string()) + &rule(loopback.to_owned())
+            });
+        }
+        text += &each(&|Words { ip, multicast, .. }, network, _| {
+            format!(
+                "\t\t{ip} saddr {network} oifname != {bridge} {ip} daddr != {network} {ip} daddr != {multicast} masquerade random,fully-random\n"
+            )
+        });
+        text += &format!(
+            "\t}}\n\tchain tunnel {{
+		type filter hook input priority raw; policy accept;
+		udp dport {port} jump vxlan
+	}}
+	chain vxlan {{
+		iifname {bridge} counter name \"encapsulation\" drop
+		@th,96,24 != {vni:#x} return\n"
+        );
+        text += &each(&|Words { ip, digit, ethertype, source, .. }, _, own| {
+            let pass =
+                |inner: String, set: &str| format!("\t\t@th,224,16 {ethertype} {ip} saddr . {inner} @{set}{digit} accept\n");
+            pass(format!("{source}{}", mask(own)), "peers") + &pass(source.to_owned(), "ranges")
+        });
+        text += "\t\tcounter name \"tunnel\" drop\n\t}\n";
+        if self.publishes() {
+            text += &self.published(each);
+        }
+        text + "}\n"
+    }
+
+    fn published(&self, each: impl Fn(&dyn Fn(Words, Cidr, Cidr) -> String) -> String) -> String {
+        let mut text = each(&|Words { digit, kind, .. }, _, _| {
+            let map = |name, key: &str| {
+                format!("\tmap {name}{digit} {{\n\t\ttype {key}inet_proto . inet_service : {kind} . inet_service\n\t}}\n")
             };
-            all.insert(format!("element {set}{} {host} . {inner}", number(family)));
+            map("bound", &format!("{kind} . ")) + &map("ports", "")
+        });
+        let bound = each(&|Words { ip, digit, .. }, _, _| {
+            format!("\t\tdnat {ip} to {ip} daddr . meta l4proto . th dport map @bound{digit}\n")
+        });
+        let any = each(&|Words { ip, digit, .. }, _, _| {
+            format!("\t\tfib daddr type local dnat {ip} to meta l4proto . th dport map @ports{digit}\n")
+        });
+        let loopback = if self.subnet.get(Family::V4).is_some() { "\t\tip daddr 127.0.0.0/8 accept\n" } else { "" };
+        for (hook, priority, first) in [("prerouting", "dstnat", loopback), ("output", "-100", "")] {
+            text += &format!(
+                "\tchain {hook} {{\n\t\ttype nat hook {hook} priority {priority}; policy accept;\n{first}{bound}{any}\t}}\n"
+            );
         }
+        text
     }
-    for endpoint in endpoints {
-        let Some(wire) = &endpoint.port else { continue };
-        let interface = &wire.host_interface;
-        if !endpoint.source_check {
-            all.insert(format!("element unchecked \"{interface}\""));
-            continue;
+
+    fn elements(&self) -> BTreeSet<String> {
+        let mut all = BTreeSet::new();
+        let mut add = |table: &str, set: String, element: String| all.insert(format!("nft {table} {set}: {element}"));
+        for (family, own) in self.subnet.iter() {
+            let digit = words(family).digit;
+            for peer in self.peers {
+                let (Some(range), Some(address)) = (peer.subnet.and_then(|s| s.get(family)), peer.public_ip.get(family)) else {
+                    continue;
+                };
+                if range.length() == own.length() {
+                    add("inet", format!("peers{digit}"), format!("{address} . {}", range.base()));
+                } else {
+                    add("inet", format!("ranges{digit}"), format!("{address} . {range}"));
+                }
+            }
         }
-        let own = wire.addresses.iter().map(|(_, address)| *address);
-        let own = own.chain(wire.addresses.get(Family::V6).map(|_| link_local(wire.mac)));
-        for address in own {
-            let family = number(Family::of(address));
-            all.insert(format!("element source{family} \"{interface}\" . {} . {address}", wire.mac));
+        for endpoint in self.endpoints {
+            let Some(port) = &endpoint.port else { continue };
+            let from = format!("\"{}\"", port.host_interface);
+            if !endpoint.source_check {
+                add("bridge", "unchecked".to_owned(), from.clone());
+            }
+            for (family, address) in port.addresses.iter() {
+                let digit = words(family).digit;
+                let linklocal = (family == Family::V6).then(|| link_local(port.mac));
+                for source in [Some(*address), linklocal].into_iter().flatten().filter(|_| endpoint.source_check) {
+                    add("bridge", format!("source{digit}"), format!("{from} . {} . {source}", port.mac));
+                }
+                for Publish { address: bound, host_port, container_port, count, protocol } in &endpoint.published {
+                    if bound.is_some_and(|bound| Family::of(bound) != family) {
+                        continue;
+                    }
+                    for n in 0..*count {
+                        let (from, to) = (host_port + n, container_port + n);
+                        let lead = format!("{protocol} . {from} : {address} . {to}");
+                        match bound.filter(|bound| !bound.is_unspecified()) {
+                            Some(bound) => add("inet", format!("bound{digit}"), format!("{bound} . {lead}")),
+                            None => add("inet", format!("ports{digit}"), lead),
+                        };
+                    }
+                }
+            }
+        }
+        all
+    }
+}
+
+/// How a subnet's part of an address is cut out of it; nothing where it is all of it.
+fn mask(subnet: Cidr) -> String {
+    let (bits, length) = (if subnet.family() == Family::V4 { 32 } else { 128 }, u32::from(subnet.length()));
+    if length == bits {
+        return String::new();
+    }
+    let host_part = (1u128 << (bits - length)) - 1;
+    let whole = if bits == 32 { u128::from(u32::MAX) } else { u128::MAX };
+    format!(" & {:#x}", whole & !host_part)
+}
+
+/// The address that the kernel makes of a MAC (RFC 4291, appendix A).
+fn link_local(mac: Mac) -> IpAddr {
+    let [a, b, c, d, e, f] = mac.0.map(u16::from);
+    Ipv6Addr::new(0xfe80, 0, 0, 0, (a ^ 2) << 8 | b, c << 8 | 0xff, 0xfe00 | d, e << 8 | f).into()
+}
+
+/// What `nft` prints of tables, as lines that can be compared whatever the order in which sets and chains were made.
+fn lines(text: &str) -> BTreeSet<String> {
+    let mut all = BTreeSet::new();
+    let (mut table, mut block, mut body, mut elements) = (String::new(), String::new(), String::new(), None::<String>);
+    for line in text.lines() {
+        let bare = line.trim();
+        if let Some(name) = line.strip_prefix("table ") {
+            table = name.split_whitespace().next().unwrap_or_default().to_owned();
+        } else if let Some(found) = &mut elements {
+            *found += bare;
+        } else if let Some(first) = bare.strip_prefix("elements = {") {
+            elements = Some(first.to_owned());
+        } else if line == "\t}" {
+            all.insert(format!("nft {table} {block}{body}"));
+        } else if line.starts_with("\t\t") {
+            let _written = write!(body, "\n    {bare}");
+        } else if let Some(name) = bare.strip_suffix(" {") {
+            block = name.to_owned();
+            body.clear();
+        }
+        if let Some(found) = elements.take_if(|found| found.ends_with('}')) {
+            let set = block.split_whitespace().last().unwrap_or_default();
+            all.extend(found.trim_end_matches('}').split(',').map(|element| format!("nft {table} {set}: {}", element.trim())));
         }
     }
     all
 }
 
-/// The digit in the names of a family's sets.
-fn number(family: Family) -> u8 {
-    if family == Family::V4 { 4 } else { 6 }
-}
-
-/// The link-local address that the kernel makes from a MAC (RFC 4291 appendix A).
-fn link_local(mac: Mac) -> IpAddr {
-    let [a, b, c, d, e, f] = mac.0;
-    let two = |high, low| u16::from_be_bytes([high, low]);
-    Ipv6Addr::new(0xfe80, 0, 0, 0, two(a ^ 2, b), two(c, 0xff), two(0xfe, d), two(e, f)).into()
-}
-
-/// A list of lines with the indentation that `nft` has.
-fn block(head: &str, lines: &[String]) -> String {
-    format!("\t{head} {{\n{}\t}}\n", lines.iter().map(|line| format!("\t\t{line}\n")).collect::<String>())
-}
-
-/// The table `inet overlayd` in golden text.
-fn inet(lab: &Lab, own: &Subnet) -> String {
-    let (networks, vni, port) = (&lab.layout().networks, vni(lab), port(lab));
-    let families: Vec<Family> = networks.iter().map(|(family, _)| family).collect();
-    let with_v4 = families.contains(&Family::V4);
-    let mut blocks = Vec::new();
-    for counter in ["encapsulation", "loopback", "tunnel"] {
-        if counter != "loopback" || with_v4 {
-            blocks.push(block(&format!("counter {counter}"), &[]));
-        }
-    }
-    for (set, flags) in [("peers", None), ("ranges", Some("flags interval"))] {
-        for family in &families {
-            let number = number(*family);
-            let mut lines = vec![format!("type ipv{number}_addr . ipv{number}_addr")];
-            lines.extend(flags.map(str::to_owned));
-            blocks.push(block(&format!("set {set}{number}"), &lines));
-        }
-    }
-    let chain = |name: &str, hook: &str, lines: Vec<String>| {
-        let head: Vec<String> = if hook.is_empty() { vec![] } else { vec![format!("type {hook}; policy accept;")] };
-        block(&format!("chain {name}"), &[head, lines].concat())
-    };
-    let ip = |family: Family| if family == Family::V4 { "ip" } else { "ip6" };
-    let mut forward = vec![format!("iifname \"ovb.{vni}\" udp dport {port} counter name \"encapsulation\" drop")];
-    let mut postrouting = Vec::new();
-    let mut vxlan =
-        vec![format!("iifname \"ovb.{vni}\" counter name \"encapsulation\" drop"), format!("@th,96,24 != {vni:#x} return")];
-    for (family, network) in networks.iter() {
-        let ip = ip(family);
-        forward.extend([format!("{ip} saddr {network} accept"), format!("{ip} daddr {network} accept")]);
-        let (multicast, ethertype, source, bits) = match family {
-            Family::V4 => ("224.0.0.0/4", "0x800", 336, 32),
-            Family::V6 => ("ff00::/8", "0x86dd", 304, 128),
-        };
-        postrouting.push(format!(
-            "{ip} saddr {network} oifname != \"ovb.{vni}\" {ip} daddr != {network} {ip} daddr != {multicast} masquerade random,fully-random"
-        ));
-        let length = own.get(family).map_or(bits, |own| usize::from(own.length()));
-        let mask = "f".repeat(length / 4) + ["", "8", "c", "e"][length % 4];
-        let mask = format!("0x{mask:0<width$}", width = bits / 4);
-        let number = number(family);
-        vxlan.push(format!("@th,224,16 {ethertype} {ip} saddr . @th,{source},{bits} & {mask} @peers{number} accept"));
-        vxlan.push(format!("@th,224,16 {ethertype} {ip} saddr . @th,{source},{bits} @ranges{number} accept"));
-    }
-    vxlan.push("counter name \"tunnel\" drop".to_owned());
-    blocks.push(chain("forward", "filter hook forward priority filter", forward));
-    if with_v4 {
-        let drop = |direction: &str| format!("iifname \"ovb.{vni}\" ip {direction} 127.0.0.0/8 counter name \"loopback\" drop");
-        blocks.push(chain("loopback", "filter hook prerouting priority raw", vec![drop("daddr"), drop("saddr")]));
-    }
-    blocks.push(chain("postrouting", "nat hook postrouting priority srcnat", postrouting));
-    blocks.push(chain("tunnel", "filter hook input priority raw", vec![format!("udp dport {port} jump vxlan")]));
-    blocks.push(chain("vxlan", "", vxlan));
-    format!("table inet overlayd {{\n{}}}\n", blocks.join("\n"))
-}
-
-/// The table `bridge overlayd` in golden text.
+/// The table that looks at what containers send: the same on every host.
 const BRIDGE: &str = r#"table bridge overlayd {
 	counter dhcp {
 	}
-
 	counter router {
 	}
-
 	counter source {
 	}
-
 	set source4 {
 		type ifname . ether_addr . ipv4_addr
 	}
-
 	set source6 {
 		type ifname . ether_addr . ipv6_addr
 	}
-
 	set unchecked {
 		type ifname
 	}
-
 	chain advertisement {
 		ip6 nexthdr != ipv6-icmp counter name "source" drop
 		ip6 length 24 iifname . ether saddr . ip6 saddr @source6 iifname . ether saddr . @th,64,128 @source6 accept
 		ip6 length 32 @th,192,8 0x2 iifname . ether saddr . ip6 saddr @source6 iifname . @th,208,48 . @th,64,128 @source6 accept
 		counter name "source" drop
 	}
-
 	chain guard {
 		type filter hook prerouting priority dstnat; policy accept;
 		iifname != "ove*" accept
@@ -198,7 +299,6 @@ const BRIDGE: &str = r#"table bridge overlayd {
 		iifname . ether saddr . arp saddr ip @source4 iifname . arp saddr ether . arp saddr ip @source4 accept
 		counter name "source" drop
 	}
-
 	chain nd {
 		@th,0,8 0x85 counter name "router" drop
 		@th,0,8 0x86 counter name "router" drop
@@ -208,7 +308,6 @@ const BRIDGE: &str = r#"table bridge overlayd {
 		@th,0,8 0x87 jump solicitation
 		@th,0,8 0x88 jump advertisement
 	}
-
 	chain solicitation {
 		ip6 nexthdr != ipv6-icmp counter name "source" drop
 		ip6 saddr :: iifname . ether saddr . @th,64,128 @source6 accept

@@ -5,6 +5,8 @@ use std::os::unix::net::{SocketAddr, UnixListener};
 
 use anyhow::{Context, bail};
 
+use crate::kernel::names;
+
 /// `CAP_NET_ADMIN` and `CAP_SYS_ADMIN` in `linux/capability.h`.
 const NEEDED: [(u32, &str, &str); 2] =
     [(12, "CAP_NET_ADMIN", "to make links, routes and rules"), (21, "CAP_SYS_ADMIN", "to enter containers' network namespaces")];
@@ -32,13 +34,31 @@ fn missing(status: &str) -> Vec<&'static (u32, &'static str, &'static str)> {
     NEEDED.iter().filter(|(bit, ..)| effective & (1 << bit) == 0).collect()
 }
 
+/// The name that says that an agent runs in a network namespace.
+const NAME: &str = "overlayd";
+
 /// A name in the namespace's abstract socket address space, held as long as this lives: two agents with different directories would still
 /// fight over the same devices. The kernel lets go of it when the process ends, however it ends.
-pub(super) fn lock_namespace() -> anyhow::Result<UnixListener> {
-    let address = SocketAddr::from_abstract_name("overlayd").context("cannot name the namespace's lock")?;
+///
+/// Anybody may take that name, also to keep the agent from starting: where its holders are neither root nor this user, they are told of and passed
+/// over; then there is no lock.
+pub(super) fn lock_namespace() -> anyhow::Result<Option<UnixListener>> {
+    let address = SocketAddr::from_abstract_name(NAME).context("cannot name the namespace's lock")?;
     match UnixListener::bind_addr(&address) {
-        Ok(listener) => Ok(listener),
+        Ok(listener) => Ok(Some(listener)),
         Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
+            let holders = names::holders(NAME).unwrap_or_default();
+            let own = nix::unistd::geteuid().as_raw();
+            if let Some(stranger) = holders.first()
+                && !holders.iter().any(|user| *user == 0 || *user == own)
+            {
+                tracing::warn!(
+                    user = stranger,
+                    "the name @{NAME} is held by a user who cannot run the agent, and is passed over: a second agent of this network namespace would \
+                     not be noticed (`ss -xlp src @{NAME}` shows who it is)"
+                );
+                return Ok(None);
+            }
             bail!("another overlayd runs in this network namespace (`ss -xlp src @overlayd` shows it): stop that one first")
         }
         Err(error) => Err(error).context("cannot take the namespace's lock @overlayd"),

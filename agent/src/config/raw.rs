@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use clap::ArgMatches;
 use clap::parser::ValueSource;
 
-use super::Mistake;
-use super::settings::{DEFAULT_FILE, Kind, SETTINGS, variable};
+use super::settings::{DEFAULT_FILE, Kind, SECRET_FILES, SETTINGS, variable};
+use super::{Mistake, secret};
 
 /// Where a value stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -79,6 +79,12 @@ pub fn gather(matches: &ArgMatches) -> Raw {
             BTreeMap::new()
         }
     };
+    if SECRET_FILES.iter().any(|name| file.contains_key(name))
+        && let Some(exposed) = secret::writable_by_others(&path)
+    {
+        let value = path.display().to_string();
+        raw.mistakes.push(Mistake { place: "--config".to_owned(), value, rule: exposed.to_string() });
+    }
     for setting in SETTINGS {
         let given = matches.get_many::<String>(setting.name).map(|values| values.cloned().collect::<Vec<_>>());
         let from_file = file.remove(setting.name);
@@ -104,7 +110,10 @@ fn parse(text: &str, path: &Path, mistakes: &mut Vec<Mistake>) -> BTreeMap<&'sta
         Err(error) => {
             let line = error.span().map_or(0, |span| text[..span.start.min(text.len())].lines().count().max(1));
             let place = format!("{} line {line}", path.display());
-            let value = text.lines().nth(line.saturating_sub(1)).unwrap_or_default().to_owned();
+            let mut value = text.lines().nth(line.saturating_sub(1)).unwrap_or_default().to_owned();
+            if let Some((key, _)) = value.split_once('=').filter(|(key, _)| secret::is_secret(key)) {
+                value = format!("{key}= ...");
+            }
             mistakes.push(Mistake { place, value, rule: format!("is not TOML: {}", error.message()) });
             return values;
         }
@@ -113,6 +122,11 @@ fn parse(text: &str, path: &Path, mistakes: &mut Vec<Mistake>) -> BTreeMap<&'sta
         let place = format!("{key} in {}", path.display());
         let mut fail = |rule: String| mistakes.push(Mistake { place: place.clone(), value: value.to_string(), rule });
         let Some(setting) = SETTINGS.iter().find(|setting| setting.name == key) else {
+            if secret::is_secret(&key) {
+                let rule = "is no setting: a secret stands in a file of its own, which etcd-password-file or etcd-keyfile names";
+                mistakes.push(Mistake { place, value: "...".to_owned(), rule: rule.to_owned() });
+                continue;
+            }
             let near = nearest(&key).map_or_else(String::new, |name| format!(": did you mean `{name}`?"));
             fail(format!("is no setting{near}"));
             continue;

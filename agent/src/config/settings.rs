@@ -95,6 +95,9 @@ pub fn variable(name: &str) -> String {
     format!("OVERLAYD_{}", name.to_uppercase().replace('-', "_"))
 }
 
+/// Settings that name a file with a secret.
+pub const SECRET_FILES: [&str; 2] = ["etcd-keyfile", "etcd-password-file"];
+
 /// Where the file is unless `--config` says otherwise; it need not be there then.
 pub const DEFAULT_FILE: &str = "/etc/overlayd/overlayd.toml";
 

@@ -17,6 +17,7 @@ use super::error::Context;
 use super::keys::{DEFAULT_PREFIX, Keys};
 use super::renew::keep_alive_interval;
 use super::{StoreError, certificate, discovery};
+use crate::config::secret::{self, SecretError};
 use crate::metrics::Metrics;
 
 /// How long opening a connection may take.
@@ -138,7 +139,8 @@ impl StoreConfig {
             TlsOptions::new().ca_certificate(Certificate::from_pem(pem("etcd CA (--etcd-cafile)", cafile, "CERTIFICATE")?));
         if let (Some(certfile), Some(keyfile)) = (&self.certfile, &self.keyfile) {
             let certificate = pem("client certificate (--etcd-certfile)", certfile, "CERTIFICATE")?;
-            let key = pem("client certificate's key (--etcd-keyfile)", keyfile, "PRIVATE KEY")?;
+            let purpose = "client certificate's key (--etcd-keyfile)";
+            let key = pem_of(read_secret(purpose, keyfile)?, purpose, keyfile, "PRIVATE KEY")?;
             tls = tls.identity(Identity::from_pem(certificate, key));
         }
         Ok(tls)
@@ -153,7 +155,9 @@ impl StoreConfig {
     fn credentials(&self) -> Result<Option<(String, String)>, StoreError> {
         let (Some(user), Some(path)) = (&self.username, &self.password_file) else { return Ok(None) };
         let purpose = "etcd password file (--etcd-password-file)";
-        let text = fs::read_to_string(path).map_err(|source| StoreError::File { purpose, path: path.clone(), source })?;
+        let bytes = read_secret(purpose, path)?;
+        let text =
+            String::from_utf8(bytes).map_err(|_| StoreError::Content { purpose, path: path.clone(), rule: "is no UTF-8" })?;
         let password = text.strip_suffix('\n').unwrap_or(&text);
         let password = password.strip_suffix('\r').unwrap_or(password);
         if password.is_empty() {
@@ -166,6 +170,18 @@ impl StoreConfig {
 /// A PEM file that has at least one block of this kind.
 fn pem(purpose: &'static str, path: &Path, kind: &str) -> Result<Vec<u8>, StoreError> {
     let bytes = fs::read(path).map_err(|source| StoreError::File { purpose, path: path.to_owned(), source })?;
+    pem_of(bytes, purpose, path, kind)
+}
+
+/// A file that nobody but its owner, and who its owner gave it to, may read.
+fn read_secret(purpose: &'static str, path: &Path) -> Result<Vec<u8>, StoreError> {
+    secret::read(path).map_err(|error| match error {
+        SecretError::File(source) => StoreError::File { purpose, path: path.to_owned(), source },
+        SecretError::Exposed(exposed) => StoreError::Exposed { purpose, path: path.to_owned(), exposed },
+    })
+}
+
+fn pem_of(bytes: Vec<u8>, purpose: &'static str, path: &Path, kind: &str) -> Result<Vec<u8>, StoreError> {
     let text = String::from_utf8_lossy(&bytes);
     if text.lines().any(|line| line.starts_with("-----BEGIN ") && line.trim_end().ends_with(&format!("{kind}-----"))) {
         Ok(bytes)
@@ -176,7 +192,10 @@ fn pem(purpose: &'static str, path: &Path, kind: &str) -> Result<Vec<u8>, StoreE
 
 /// An endpoint as URL with scheme and port.
 fn normalise(endpoint: &str, tls: bool) -> Result<String, StoreError> {
-    let error = |rule: &str| StoreError::Endpoint { endpoint: crate::model::lease::printable(endpoint), rule: rule.to_owned() };
+    let error = |rule: &str| {
+        let endpoint = crate::model::lease::printable(&secret::without_login(endpoint));
+        StoreError::Endpoint { endpoint, rule: rule.to_owned() }
+    };
     let (scheme, rest) = match endpoint.trim().split_once("://") {
         Some((scheme, rest)) => (scheme.to_ascii_lowercase(), rest),
         None => (if tls { "https" } else { "http" }.to_owned(), endpoint.trim()),

@@ -7,6 +7,8 @@ use std::sync::Arc;
 
 use crate::metrics::Metrics;
 
+use crate::config::secret::Exposed;
+
 /// Why something could not be read from or written to etcd.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -49,6 +51,16 @@ pub enum StoreError {
         path: PathBuf,
         /// What is wrong with it.
         rule: &'static str,
+    },
+    /// A file with a secret is open to others than it should be.
+    #[error("the {purpose} {} {exposed}", path.display())]
+    Exposed {
+        /// What the file is for, with the flag that names it.
+        purpose: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Its mode, and the remedy.
+        exposed: Exposed,
     },
     /// A user without a password file, a certificate without a key, or the reverse.
     #[error("{given} needs {missing} as well")]

@@ -136,6 +136,9 @@ impl<'a> Plan<'a> {
         let mut removed: BTreeSet<Table> = BTreeSet::new();
         for (index, op) in taken() {
             let Key::Ruleset(table) = op.key() else { continue };
+            if matches!(op, Op::Delete(..)) {
+                removed.insert(*table);
+            }
             let pieces = match (op, known.get(op.key())) {
                 (Op::Set(_, Value::Ruleset(wanted)), Some(Value::Ruleset(found))) if found.foreign.is_empty() => {
                     table::change(found, wanted)

@@ -1,6 +1,7 @@
 //! TLS, login, permissions.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use etcd_client::{Client, Permission};
@@ -124,7 +125,7 @@ async fn user_and_password() {
     etcd.put_config(NETWORK).await;
     let directory = tempfile::tempdir().unwrap();
     let file = |name: &str, text: &str| {
-        fs::write(directory.path().join(name), text).unwrap();
+        secret(&directory.path().join(name), text);
         Some(directory.path().join(name))
     };
     // A password where etcd asks for none is no error.
@@ -151,6 +152,10 @@ async fn user_and_password() {
     let error = get_config(&forbidden).await.unwrap_err();
     assert!(matches!(error, StoreError::Permission { .. }), "{error:?}");
     assert!(error.to_string().contains("user `nobody` may not read") && error.to_string().contains(PREFIX), "{error}");
+    let open = file("open", "s3cret of all");
+    fs::set_permissions(open.as_ref().unwrap(), fs::Permissions::from_mode(0o644)).unwrap();
+    let error = get_config(&StoreConfig { password_file: open, ..config.clone() }).await.unwrap_err().to_string();
+    assert!(error.contains("is open to others (mode 0644): chmod 600 ") && error.contains("--etcd-password-file"), "{error}");
     let empty = StoreConfig { password_file: file("empty", "\n"), ..config.clone() };
     assert!(get_config(&empty).await.unwrap_err().to_string().contains("is empty"));
 
@@ -163,6 +168,12 @@ async fn user_and_password() {
     let quiet = tokio::time::timeout(std::time::Duration::from_secs(2), agent.events.recv()).await;
     assert!(!matches!(quiet, Ok(Some(StoreEvent::Connection(Connection::Down { .. })))), "{quiet:?}");
     agent.stop().await;
+}
+
+/// A file for its owner alone.
+fn secret(path: &Path, text: &str) {
+    fs::write(path, text).unwrap();
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
 }
 
 /// Everything that is logged at any level, as text.
@@ -201,7 +212,7 @@ async fn the_password_is_in_no_log() {
     etcd.put_config(NETWORK).await;
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("password");
-    fs::write(&file, "s3cret of all").unwrap();
+    secret(&file, "s3cret of all");
     let config = StoreConfig { password_file: Some(file.clone()), ..with_login(&etcd).await };
     let log = Log::default();
     let writer = log.clone();

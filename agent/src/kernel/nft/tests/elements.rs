@@ -79,6 +79,26 @@ fn each_kind_is_read_and_listed() {
     });
 }
 
+/// As `overlayd cleanup` does it: elements and the tables that they are in, in one batch.
+#[test]
+fn elements_go_with_their_tables() {
+    in_namespace(|| {
+        let mut tables = Tables::open();
+        tables.apply(&[both(), one_of_each()].concat());
+        let mut elements = tables.nft.dump().expect("dump").rules;
+        elements.retain(|key, _| matches!(key, Key::Element(_)));
+        let gone = elements.into_iter().map(|(key, value)| Op::Delete(key, value));
+        let all: Vec<Op> = gone.chain(Table::ALL.map(|t| Op::Delete(Key::Ruleset(t), Value::Ruleset(Box::default())))).collect();
+        tables.apply(&all);
+        assert_eq!((tables.known.len(), tables.nft.dump().expect("dump").rules.len()), (0, 0));
+        // Also where another has removed them meanwhile.
+        tables.apply(&[both(), one_of_each()].concat());
+        nft("flush ruleset");
+        tables.apply(&all);
+        assert_eq!(tables.known.len(), 0);
+    });
+}
+
 #[test]
 fn a_replaced_table_keeps_its_elements_and_counts() {
     in_namespace(|| {

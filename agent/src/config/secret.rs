@@ -1,0 +1,129 @@
+//! Secrets: who may read the files that hold them, and how little of them a message may show.
+
+use std::fmt;
+use std::fs::{File, Metadata};
+use std::io::{self, Read};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+/// Others read, write or search; the group writes. That a group reads is allowed: a service's own group is how root hands a file to it.
+const OPEN: u32 = 0o027;
+/// Group or others write.
+const WRITABLE: u32 = 0o022;
+/// Words in the names of what is secret.
+const SECRET_WORDS: [&str; 4] = ["passw", "secret", "token", "credential"];
+
+/// A file that more people may use than should.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Exposed {
+    path: PathBuf,
+    mode: u32,
+    allowed: u32,
+    why: &'static str,
+}
+
+impl fmt::Display for Exposed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Exposed { path, mode, allowed, why } = self;
+        write!(f, "{why} (mode {mode:04o}): chmod {allowed:o} {}", path.display())
+    }
+}
+
+/// Why a secret was not read.
+#[derive(Debug)]
+pub enum SecretError {
+    /// The system's answer.
+    File(io::Error),
+    /// It is open to others.
+    Exposed(Exposed),
+}
+
+/// Opens a file with a secret, and reads nothing yet.
+///
+/// # Errors
+/// It cannot be opened, or others than its owner and its group may read it, or others than its owner write it. What is no regular file (a pipe, a
+/// device) has no mode that says anything.
+pub fn open(path: &Path) -> Result<File, SecretError> {
+    let file = File::open(path).map_err(SecretError::File)?;
+    let metadata = file.metadata().map_err(SecretError::File)?;
+    let why = "holds a secret and is open to others";
+    exposed(path, &metadata, OPEN, 0o600, why).map_or(Ok(file), |exposed| Err(SecretError::Exposed(exposed)))
+}
+
+/// Reads a file with a secret.
+///
+/// # Errors
+/// Those of [`open`], and what goes wrong while it is read.
+pub fn read(path: &Path) -> Result<Vec<u8>, SecretError> {
+    let mut bytes = Vec::new();
+    open(path)?.read_to_end(&mut bytes).map_err(SecretError::File)?;
+    Ok(bytes)
+}
+
+/// What is wrong with the mode of a file that names secrets: whoever writes it sends them elsewhere.
+pub fn writable_by_others(path: &Path) -> Option<Exposed> {
+    let metadata = std::fs::metadata(path).ok()?;
+    exposed(path, &metadata, WRITABLE, 0o644, "names files with secrets and can be changed by others")
+}
+
+fn exposed(path: &Path, metadata: &Metadata, refused: u32, allowed: u32, why: &'static str) -> Option<Exposed> {
+    let mode = metadata.permissions().mode() & 0o7777;
+    (metadata.is_file() && mode & refused != 0).then(|| Exposed { path: path.to_owned(), mode, allowed, why })
+}
+
+/// A URL as messages show it: without a user and password.
+pub fn without_login(url: &str) -> String {
+    let scheme = url.find("://").map_or(0, |at| at + 3);
+    match url[scheme..].rsplit_once('@') {
+        Some((_, host)) => format!("{}...@{host}", &url[..scheme]),
+        None => url.to_owned(),
+    }
+}
+
+/// Whether a key that is no setting looks as if its value were a secret.
+pub fn is_secret(key: &str) -> bool {
+    let key = key.to_lowercase();
+    SECRET_WORDS.iter().any(|word| key.contains(word))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modes() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("password");
+        std::fs::write(&path, "x").unwrap();
+        for (mode, secret, named) in [
+            (0o600, true, true),
+            (0o400, true, true),
+            (0o640, true, true),
+            (0o440, true, true),
+            (0o644, false, true),
+            (0o604, false, true),
+            (0o660, false, false),
+            (0o601, false, true),
+            (0o602, false, false),
+            (0o666, false, false),
+        ] {
+            std::fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap();
+            assert_eq!(read(&path).is_ok(), secret, "{mode:o}");
+            assert_eq!(writable_by_others(&path).is_none(), named, "{mode:o}");
+        }
+        let Err(SecretError::Exposed(exposed)) = open(&path) else { panic!("it is open to all") };
+        let text = exposed.to_string();
+        assert!(text.contains("mode 0666") && text.contains(&format!("chmod 600 {}", path.display())), "{text}");
+        // A device has no owner to ask.
+        assert!(open(Path::new("/dev/null")).is_ok());
+        assert!(matches!(open(&dir.path().join("none")), Err(SecretError::File(_))));
+    }
+
+    #[test]
+    fn logins_are_not_shown() {
+        assert_eq!(without_login("https://root:hunter2@etcd:2379"), "https://...@etcd:2379");
+        assert_eq!(without_login("root:hunt@er2@etcd"), "...@etcd");
+        assert_eq!(without_login("https://etcd:2379"), "https://etcd:2379");
+        assert!(is_secret("etcd-password") && is_secret("ETCD_PASSWD") && is_secret("auth_token") && !is_secret("run-dri"));
+    }
+}
