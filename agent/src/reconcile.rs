@@ -324,6 +324,14 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         if !batch.is_empty() {
             self.apply(batch).await;
         }
+        if self.all_dirty {
+            // A device was made at another try: all that lives on it was left out of the plan while somebody else's stood in its place.
+            let mut batch = self.plan();
+            batch.retain(|op| !self.repairs.holds_back(op.key(), now));
+            if !batch.is_empty() {
+                self.apply(batch).await;
+            }
+        }
         self.publish(channels);
     }
 
@@ -395,7 +403,8 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 self.repairs.failed(&op, error);
                 continue;
             }
-            self.repairs.succeeded(op.key());
+            let waited = self.repairs.succeeded(op.key());
+            self.all_dirty |= waited && matches!(op, Op::Set(Key::Link(_), _));
             match op {
                 Op::Set(key, value) if !matches!(key, Key::Link(_)) => set.push((key, value)),
                 op => {

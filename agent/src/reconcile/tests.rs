@@ -5,6 +5,8 @@ use std::sync::{Mutex, PoisonError};
 use super::*;
 use crate::model::event::{HeldLease, LeaseOrigin, StoreEntry};
 use crate::model::{Backend, Family, Lease, Record, RefusalKind, Vni};
+use crate::plan::LinkKind;
+use crate::plan::state::device_of;
 use crate::plan::underlay::{DefaultRoute, ForeignLink};
 use crate::plan::{ApplyReport, OpError};
 
@@ -245,6 +247,46 @@ async fn a_snapshot_replaces_what_was_known() {
     assert!(!world.state.contains_key(&Key::Fdb(vxlan, Mac([2, 0, 0, 0, 0, 2]))), "the old MAC is gone");
     assert!(world.state.contains_key(&Key::Fdb(vxlan, Mac([2, 0, 0, 0, 0, 22]))));
     assert!(world.applied.iter().all(|op| *op.key() != route(3)), "what is as it was is not written");
+}
+
+/// The other's device goes, and the next try makes ours before the kernel's event of that is read: nothing else says that all which lives on it is missing.
+#[tokio::test]
+async fn what_lives_on_a_device_comes_back_with_it() {
+    let mut fixture = Fixture::ready([1]).await;
+    let vxlan = Device::vxlan(Family::V4, Vni::DEFAULT);
+    let link = Key::Link(vxlan.name());
+    let whole = fixture.kernel.world().state.clone();
+    {
+        let mut world = fixture.kernel.world();
+        let on_it: Vec<Key> = whole
+            .iter()
+            .filter(|(key, value)| device_of(key, value, &whole) == Some(vxlan))
+            .map(|(key, _)| key.clone())
+            .collect();
+        assert!(on_it.len() > 3, "{on_it:?}");
+        for key in on_it {
+            world.state.remove(&key);
+        }
+        let Some(Value::Link(mut foreign)) = whole.get(&link).cloned() else { panic!("a link") };
+        foreign.kind = LinkKind::Foreign { kind: "bridge".to_owned() };
+        world.state.insert(link.clone(), Value::Link(foreign));
+        world.refuse.insert(link.clone());
+    }
+    fixture.events.send(KernelEvent::Stale { reason: "test" }).await.unwrap();
+    fixture.ready.wait_for(|ready| !*ready).await.unwrap();
+    {
+        let mut world = fixture.kernel.world();
+        world.state.remove(&link);
+        world.refuse.clear();
+    }
+    fixture.ready.wait_for(|ready| *ready).await.unwrap();
+    tokio::time::timeout(Duration::from_secs(10), async {
+        while fixture.kernel.world().state != whole {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await
+    .expect("all that lived on the device is back");
 }
 
 #[tokio::test]
