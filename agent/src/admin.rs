@@ -83,6 +83,9 @@ pub trait Backend: Send + Sync + 'static {
     /// Detaches a container; where `force` is given also one whose namespace others share.
     fn detach(&self, name: EndpointName, force: bool) -> impl Future<Output = Result<Detached, ApiError>> + Send;
 
+    /// Whether the agent makes progress; the reason where it does not.
+    fn alive(&self) -> impl Future<Output = Result<(), String>> + Send;
+
     /// Whether the agent is ready; the reasons where it is not.
     fn ready(&self) -> impl Future<Output = Result<(), Vec<String>>> + Send;
 

@@ -93,7 +93,7 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: Source) -> anyh
     let (ready, readiness) = watch::channel(false);
     let (ports_lost, losses) = watch::channel(0);
     let (beat, beats) = watch::channel(0);
-    let signs = Signs { ready: readiness.clone(), beats };
+    let signs = Signs { ready: readiness, beats };
     let store_config = store_config(&config.etcd);
     let reconciler = Reconciler::new(
         Settings {
@@ -104,6 +104,7 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: Source) -> anyh
             docker: config.docker,
             nexthop_objects: kernel.nexthop_objects(),
             resync: config.resync_interval,
+            lease_lasts: store_config.lease_lasts(),
             store_endpoints: match &config.etcd.discovery_srv {
                 Some(domain) => vec![format!("srv:{domain}")],
                 None => config.etcd.endpoints.clone(),
@@ -127,7 +128,7 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: Source) -> anyh
         ports_lost,
         beat,
     };
-    let store = Store::new(store_config.clone());
+    let store = Store::new(store_config.clone()).counted(Arc::clone(&metrics));
     let mesh = Arc::new(mesh::Shared::new(config.node_name.clone(), config.mesh_interval));
     let probes = queries_in.clone();
     let backend = Arc::new(AgentBackend {
@@ -140,7 +141,6 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: Source) -> anyh
         time_left: tokio::sync::Mutex::new(None),
         metrics: Arc::clone(&metrics),
         changed,
-        readiness,
         level,
     });
 

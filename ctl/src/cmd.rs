@@ -1,11 +1,13 @@
 //! The commands: one file each, with its arguments and what it does.
 
 pub mod attach;
+pub mod check;
 pub mod completions;
 pub mod config;
 pub mod detach;
 pub mod docker_options;
 pub mod endpoints;
+pub mod graph;
 pub mod inspect;
 pub mod lab;
 pub mod man;
@@ -71,6 +73,10 @@ pub enum Command {
     Endpoints(endpoints::Args),
     /// The network of this host in detail: addresses, devices, ports, containers, counters
     Inspect(inspect::Args),
+    /// The overlay as a picture: hosts, subnets, containers, links
+    Graph(graph::Args),
+    /// What on this host stands in the way, and what to do about it
+    Check(check::Args),
     /// Which host reaches which, over overlay and underlay, by the agents' probes
     Mesh(mesh::Args),
     /// Probe every peer from this host now
@@ -187,6 +193,8 @@ pub async fn run(cli: Cli) -> Result<Outcome, CommandError> {
         Command::Detach(args) => detach::run(&context, &args).await,
         Command::Endpoints(args) => endpoints::run(&context, &args).await,
         Command::Inspect(args) => inspect::run(&context, &args).await,
+        Command::Graph(args) => graph::run(&context, &args).await,
+        Command::Check(args) => check::run(&context, args).await,
         Command::Mesh(args) => mesh::run(&context, &args).await,
         Command::PingMesh(args) => ping_mesh::run(&context, &args).await,
         Command::Trace(args) => trace::run(&context, &args).await,

@@ -3,6 +3,7 @@
 //! | module | owns |
 //! | --- | --- |
 //! | [`cmd`] | one file a command: its arguments and what it does |
+//! | [`check`] | the doctor: what on this host stands in the way |
 //! | [`bundle`] | the archive of support data |
 //! | [`client`] | HTTP to the agent's socket |
 //! | [`docker`] | dockerd's options, and its configuration file |
@@ -13,14 +14,17 @@
 //! | [`wish`] | the flags that say what a container gets |
 //! | [`output`] | table, wide, json, yaml |
 //! | [`cni`] | the CNI plugin |
+//! | [`graph`] | the overlay as a picture |
 //! | [`lab`] | several hosts on one machine |
 
 pub mod bundle;
+pub mod check;
 pub mod client;
 pub mod cmd;
 pub mod cni;
 pub mod docker;
 pub mod etcd;
+pub mod graph;
 pub mod lab;
 pub mod netns;
 pub mod output;

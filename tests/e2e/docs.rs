@@ -136,14 +136,14 @@ fn the_sockets_examples_are_what_the_agent_writes() {
 
 #[test]
 fn every_metric_is_documented() {
-    let text = read("docs/api.md");
+    let text = read("docs/metrics.md");
     let page = Metrics::new().render();
     let metrics: BTreeSet<(&str, &str)> = page.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' ')).collect();
     assert!(metrics.len() > 10);
     let documented: BTreeSet<(&str, &str)> = text
         .lines()
         .filter_map(|line| line.strip_prefix("| `")?.split_once("` | "))
-        .filter(|(name, _)| name.starts_with("overlayd_"))
+        .filter(|(name, _)| name.starts_with("overlayd_") || name.starts_with("process_"))
         .filter_map(|(name, rest)| Some((name, rest.split_once(" |")?.0)))
         .collect();
     assert_eq!(documented, metrics);

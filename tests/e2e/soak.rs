@@ -31,6 +31,9 @@ const SEED: &str = "OVERLAY_SOAK_SEED";
 /// How long it takes where nobody says otherwise, the lab's coming and going aside.
 const SHORT: Duration = Duration::from_secs(15);
 
+/// Steps that are told where something is wrong: those since the last but one quiet point.
+const LAST: usize = 3 * STEPS;
+
 /// The first one stays and is never restarted: growth would show there.
 const HOSTS: [&str; 4] = ["h1", "h2", "h3", "h4"];
 const STAYS: &str = HOSTS[0];
@@ -76,6 +79,17 @@ struct Soak {
     /// Open files and resident kilobytes of each agent at its first quiet point.
     sizes: BTreeMap<i32, quiet::Size>,
     counts: BTreeMap<String, u32>,
+    /// What was done, in order.
+    steps: Vec<String>,
+}
+
+impl Drop for Soak {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let last = &self.steps[self.steps.len().saturating_sub(LAST)..];
+            eprintln!("--- the last steps of {}:\n  {}", self.steps.len(), last.join("\n  "));
+        }
+    }
 }
 
 impl Soak {
@@ -105,6 +119,7 @@ impl Soak {
             clean,
             sizes: BTreeMap::new(),
             counts: BTreeMap::new(),
+            steps: Vec::new(),
         };
         for host in &HOSTS[..3] {
             soak.join(host);
@@ -119,8 +134,11 @@ impl Soak {
         self.active[host].values().filter(|wish| **wish != Wish::Nothing).count()
     }
 
-    fn count(&mut self, what: impl Into<String>) {
-        *self.counts.entry(what.into()).or_default() += 1;
+    /// Notes what is done, and where.
+    fn count(&mut self, place: &str, what: impl Into<String>) {
+        let what = what.into();
+        self.steps.push(format!("{place}: {what}"));
+        *self.counts.entry(what).or_default() += 1;
     }
 
     /// One of the hosts that take part.
@@ -138,7 +156,7 @@ impl Soak {
             44..56 => self.restart(host).await,
             56..76 => {
                 let damage = damage::ALL.choose(&mut self.random).must("a damage");
-                self.count(format!("damage: {}", damage.name));
+                self.count(host, format!("damage: {}", damage.name));
                 // What it would damage may be away already.
                 damage.tried_on(&self.story, host);
             }
@@ -164,7 +182,7 @@ impl Soak {
         while !self.active[host].is_empty() {
             self.detach(host).await;
         }
-        self.count("host leaves");
+        self.count(host, "host leaves");
         self.story.at(host).agent_stop(Signal::SIGTERM).must("stop");
         let mut command = self.story.overlayd(host, self.story.at(host).run_dir(), self.story.at(host).state_dir());
         command.arg("cleanup");
@@ -174,7 +192,7 @@ impl Soak {
     }
 
     fn join(&mut self, host: &'static str) {
-        self.count("host joins");
+        self.count(host, "host joins");
         self.story.at(host).agent_start(&[]).must("start");
         self.active.insert(host, BTreeMap::new());
     }
@@ -194,15 +212,18 @@ impl Soak {
         match self.attach_as(host, &name, wish).await {
             Ok(()) => {
                 self.active.entry(host).or_default().insert(name, wish);
-                self.count(match wish {
-                    Wish::Overlay => "container attached",
-                    Wish::Published(_) => "container attached, with a port",
-                    Wish::Nothing => "container attached, without a network",
-                });
+                self.count(
+                    host,
+                    match wish {
+                        Wish::Overlay => "container attached",
+                        Wish::Published(_) => "container attached, with a port",
+                        Wish::Nothing => "container attached, without a network",
+                    },
+                );
             }
             Err(error) => {
                 println!("  {host} refuses {name}, {wish:?}: {error}");
-                self.count("container refused");
+                self.count(host, "container refused");
             }
         }
     }
@@ -232,7 +253,7 @@ impl Soak {
         let Some(name) = all.choose(&mut self.random).cloned() else { return };
         self.detach_named(host, &name).await;
         self.active.entry(host).or_default().remove(&name);
-        self.count("container detached");
+        self.count(host, "container detached");
     }
 
     async fn detach_named(&self, host: &str, name: &str) {
@@ -243,14 +264,14 @@ impl Soak {
     async fn restart(&mut self, host: &'static str) {
         let signal = [Signal::SIGTERM, Signal::SIGKILL, Signal::SIGSTOP].choose(&mut self.random).copied().must("a signal");
         if host == STAYS || signal == Signal::SIGSTOP {
-            self.count("agent hangs");
+            self.count(host, "agent hangs");
             let fault = Fault::AgentHangs(host);
             fault.begin(&self.story).await;
             tokio::time::sleep(Duration::from_millis(300)).await;
             fault.end(&self.story).await;
             return;
         }
-        self.count(format!("agent ends: {signal}"));
+        self.count(host, format!("agent ends: {signal}"));
         Fault::AgentEnds(host, signal).begin(&self.story).await;
         Fault::AgentEnds(host, signal).end(&self.story).await;
         // So that the next step finds a socket.
@@ -269,10 +290,10 @@ impl Soak {
         let number = self.random.random_range(1..=12u8);
         let key = etcd::lease_key(&format!("10.244.{}.0-24", 200 + number));
         if self.peers.remove(&number) {
-            self.count("peer goes");
+            self.count(&key, "peer goes");
             etcd::delete(&self.story, &key);
         } else {
-            self.count("peer comes");
+            self.count(&key, "peer comes");
             self.peers.insert(number);
             etcd::put(&self.story, &key, &churn::lease(number, self.random.random_range(0..9)));
         }
@@ -297,7 +318,7 @@ impl Soak {
             _ => None,
         };
         if let Some((fault, name)) = moment {
-            self.count(name);
+            self.count(&format!("store ({host}, e{member})"), name);
             fault.begin(&self.story).await;
             return;
         }
@@ -307,7 +328,7 @@ impl Soak {
             7 => (Fault::all_members_die(), "all members die"),
             _ => (Fault::Cut(Cut::from_cluster(host)), "a host is cut off"),
         };
-        self.count(name);
+        self.count(&format!("store ({host}, e{member})"), name);
         fault.begin(&self.story).await;
         self.fault = Some(fault);
     }
@@ -322,6 +343,7 @@ impl Soak {
         let Some(fault) = self.fault.take() else { return };
         let longest = u64::try_from(self.longest.as_millis()).must("milliseconds");
         tokio::time::sleep(Duration::from_millis(self.random.random_range(0..longest))).await;
+        self.steps.push(format!("ends: {fault}"));
         fault.end(&self.story).await;
         cluster::healthy(&self.story, &cluster::MEMBERS).await;
     }
@@ -335,7 +357,8 @@ async fn all_that_happens() {
     let mut soak = Soak::new(seed, minutes.is_some()).await;
     let end = Instant::now() + minutes.map_or(SHORT, |minutes| Duration::from_secs(minutes * 60));
     let (mut rounds, mut steps) = (0, 0);
-    while Instant::now() < end {
+    // On a machine that is busy with other things, too, there is more than one.
+    while Instant::now() < end || rounds < 2 {
         for _ in 0..STEPS {
             soak.step().await;
             steps += 1;
@@ -347,5 +370,4 @@ async fn all_that_happens() {
         }
     }
     println!("{rounds} quiet points, {steps} steps: {:#?}\n{}", soak.counts, soak.growth());
-    assert!(rounds >= 2, "{rounds} quiet points say little: the machine is too slow");
 }

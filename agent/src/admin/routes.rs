@@ -69,7 +69,7 @@ pub(super) fn busy(most: usize) -> Router {
 
 fn health<B: Backend>(backend: Arc<B>) -> Router {
     Router::new()
-        .route("/healthz", get(async || "ok\n"))
+        .route("/healthz", get(alive::<B>))
         .route("/readyz", get(ready::<B>))
         .route("/metrics", get(metrics::<B>))
         .route("/mesh", get(open_mesh::<B>))
@@ -227,6 +227,10 @@ async fn set_log_level<B: Backend>(State(shared): State<Shared<B>>, content: Bod
     let wanted: LogLevel = body(content).await?;
     shared.backend.set_log_level(&wanted.level)?;
     Ok(Json(LogLevel { level: shared.backend.log_level() }))
+}
+
+async fn alive<B: Backend>(State(backend): State<Arc<B>>) -> Result<&'static str, Refused> {
+    backend.alive().await.map(|()| "ok\n").map_err(|reason| Refused(StatusCode::SERVICE_UNAVAILABLE, reason))
 }
 
 async fn ready<B: Backend>(State(backend): State<Arc<B>>) -> Result<&'static str, Refused> {

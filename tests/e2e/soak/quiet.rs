@@ -29,6 +29,7 @@ impl Soak {
     /// Ends what lasts, waits until all agents are well, and looks at everything.
     pub async fn quiet(&mut self) {
         self.end_fault().await;
+        self.steps.push("quiet".to_owned());
         self.wait().await;
         self.move_containers().await;
         for host in self.active.keys() {
@@ -59,7 +60,7 @@ impl Soak {
                 if endpoint.addresses().iter().all(inside) {
                     continue;
                 }
-                self.count("container moved");
+                self.count(host, "container moved");
                 let name = endpoint.name.as_str();
                 let wish = self.active[host][name];
                 self.detach_named(host, name).await;

@@ -155,6 +155,11 @@ impl Backend for FakeBackend {
         Ok(Detached { endpoint: Some(name), sharers })
     }
 
+    async fn alive(&self) -> Result<(), String> {
+        let stuck = self.reasons.lock().unwrap().iter().find(|reason| reason.contains("stuck")).cloned();
+        stuck.map_or(Ok(()), Err)
+    }
+
     async fn ready(&self) -> Result<(), Vec<String>> {
         let reasons = self.reasons.lock().unwrap().clone();
         if reasons.is_empty() { Ok(()) } else { Err(reasons) }

@@ -109,7 +109,8 @@ async fn a_slow_client_holds_up_nobody_and_not_for_ever() {
     deaf.write_all(b"GET /v1/subnets HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
     let began = Instant::now();
     assert_eq!(agent.get("/healthz").await.0, 200);
-    assert!(began.elapsed() < Duration::from_millis(500));
+    // Less than the slow ones have: nobody waited for them.
+    assert!(began.elapsed() < QUICK.head);
 
     let (status, text) = split(&read_all(&mut hangs).await);
     assert!(status == 504 && text.contains("it may still be done"), "{status} {text}");
