@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 PACKAGES=(busybox-static ca-certificates containerd containernetworking-plugins curl docker.io etcd-client etcd-server gcc iproute2 iptables
-    iputils-ping libc6-dev nftables openssl podman procps libprotobuf-dev protobuf-compiler runc tcpdump util-linux)
+    iputils-ping libc6-dev nftables openssl podman procps prometheus libprotobuf-dev protobuf-compiler runc tcpdump util-linux)
 WELCOME=(shellcheck) # looked for and used, not needed
 SCRIPTS=(.ci/run tests/run.sh tests/fuzz.sh tests/systemd.sh)
 
@@ -147,7 +147,7 @@ install_packages() {
     fi
 }
 
-# etcd-server, containerd and docker.io start services when they are installed; the tests run servers of their own. policy-rc.d tells the package so, as invoke-rc.d(8)
+# etcd-server, containerd, docker.io and prometheus start services when they are installed; the tests run servers of their own. policy-rc.d tells the package so, as invoke-rc.d(8)
 # has it; one that is there already comes back afterwards.
 policy=/usr/sbin/policy-rc.d
 saved=$policy.overlay-saved

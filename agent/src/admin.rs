@@ -17,7 +17,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch as channel;
 use tokio_util::sync::CancellationToken;
 
-use crate::model::api::{AttachRequest, Attached, Detached, Endpoints, NetworkView, Peers, Status, Subnets};
+use crate::model::api::{AttachRequest, Attached, Detached, Endpoints, Mesh, NetworkView, Peers, Status, Subnets};
 use crate::model::endpoint::EndpointName;
 
 pub use serve::{MOST_CONNECTIONS, bind_tcp};
@@ -68,6 +68,9 @@ pub trait Backend: Send + Sync + 'static {
     /// How each peer is reached.
     fn peers(&self) -> impl Future<Output = Result<Peers, ApiError>> + Send;
 
+    /// How this host reaches each peer, by its probes.
+    fn mesh(&self) -> Mesh;
+
     /// The containers of this host.
     fn endpoints(&self) -> impl Future<Output = Result<Endpoints, ApiError>> + Send;
 
@@ -79,6 +82,9 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Detaches a container; where `force` is given also one whose namespace others share.
     fn detach(&self, name: EndpointName, force: bool) -> impl Future<Output = Result<Detached, ApiError>> + Send;
+
+    /// Whether the agent makes progress; the reason where it does not.
+    fn alive(&self) -> impl Future<Output = Result<(), String>> + Send;
 
     /// Whether the agent is ready; the reasons where it is not.
     fn ready(&self) -> impl Future<Output = Result<(), Vec<String>>> + Send;
@@ -107,7 +113,7 @@ async fn serve_within<B: Backend>(socket: AdminSocket, backend: Arc<B>, limits: 
     serve::accept(socket.listener(), routes, limits, &stop).await;
 }
 
-/// Serves `/metrics`, `/healthz` and `/readyz` over TCP until `stop`.
+/// Serves `/metrics`, `/healthz`, `/readyz` and `/mesh` over TCP until `stop`.
 pub async fn serve_metrics<B: Backend>(listener: TcpListener, backend: Arc<B>, stop: CancellationToken) {
     serve::accept(&listener, routes::observe(backend, Limits::DEFAULT), Limits::DEFAULT, &stop).await;
 }

@@ -1,14 +1,15 @@
 //! The one place that wires everything, and notices the end of every task.
 //!
 //! Tasks: `signals`, `kernel` (follows the kernel's events), `store`, `reconcile`, `endpoints` (audit), `overlay` (tells endpoints and
-//! `subnet.env` of the overlay once it is in place), `admin` (the socket), `systemd` (tells it how the agent is), `reload` (SIGHUP), and `metrics`
-//! where a TCP address is set. Channels between them are bounded. A task that ends while it should run ends the agent with an error, and systemd starts it anew: the data path forwards on meanwhile.
+//! `subnet.env` of the overlay once it is in place), `admin` (the socket), `systemd` (tells it how the agent is), `reload` (SIGHUP), `mesh` (probes
+//! peers), and `metrics` where a TCP address is set. Channels between them are bounded. A task that ends while it should run ends the agent with an error, and systemd starts it anew: the data path forwards on meanwhile.
 
 mod backend;
 mod cleanup;
 mod conflist;
 mod guard;
 mod memory;
+mod mesh;
 mod reload;
 mod supervision;
 
@@ -92,7 +93,7 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: Source) -> anyh
     let (ready, readiness) = watch::channel(false);
     let (ports_lost, losses) = watch::channel(0);
     let (beat, beats) = watch::channel(0);
-    let signs = Signs { ready: readiness.clone(), beats };
+    let signs = Signs { ready: readiness, beats };
     let store_config = store_config(&config.etcd);
     let reconciler = Reconciler::new(
         Settings {
@@ -103,6 +104,7 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: Source) -> anyh
             docker: config.docker,
             nexthop_objects: kernel.nexthop_objects(),
             resync: config.resync_interval,
+            lease_lasts: store_config.lease_lasts(),
             store_endpoints: match &config.etcd.discovery_srv {
                 Some(domain) => vec![format!("srv:{domain}")],
                 None => config.etcd.endpoints.clone(),
@@ -126,8 +128,11 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: Source) -> anyh
         ports_lost,
         beat,
     };
-    let store = Store::new(store_config.clone());
+    let store = Store::new(store_config.clone()).counted(Arc::clone(&metrics));
+    let mesh = Arc::new(mesh::Shared::new(config.node_name.clone(), config.mesh_interval));
+    let probes = queries_in.clone();
     let backend = Arc::new(AgentBackend {
+        mesh: Arc::clone(&mesh),
         queries: queries_in,
         endpoints: endpoints.clone(),
         plugger,
@@ -136,7 +141,6 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: Source) -> anyh
         time_left: tokio::sync::Mutex::new(None),
         metrics: Arc::clone(&metrics),
         changed,
-        readiness,
         level,
     });
 
@@ -179,6 +183,7 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: Source) -> anyh
         tasks.spawn("admin", infallible(admin::serve(socket, backend, stop)));
     }
     tasks.spawn("systemd", infallible(supervision::tell(notifier, signs, Arc::clone(&backend), begin())));
+    tasks.spawn("mesh", infallible(mesh::run(mesh, probes, begin())));
     tasks.spawn("reload", infallible(reload.run(begin())));
     if let Some(listener) = metrics_listener {
         tasks.spawn("metrics", infallible(admin::serve_metrics(listener, backend, begin())));

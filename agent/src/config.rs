@@ -57,6 +57,8 @@ pub struct HostConfig {
     pub nexthop_objects: bool,
     /// Time between two full comparisons with the kernel.
     pub resync_interval: Duration,
+    /// Time between two probes of a peer; none are sent where absent.
+    pub mesh_interval: Option<Duration>,
 }
 
 /// How etcd is reached.
@@ -138,6 +140,8 @@ impl Checker {
             vxlan_tx_checksum: self.boolean("vxlan-tx-checksum"),
             nexthop_objects: self.boolean("nexthop-objects"),
             resync_interval: self.duration("resync-interval", Duration::from_secs(1), Duration::from_secs(86_400)),
+            mesh_interval: Some(self.duration("mesh-interval", Duration::ZERO, Duration::from_secs(86_400)))
+                .filter(|i| !i.is_zero()),
         }
     }
 

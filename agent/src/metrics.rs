@@ -1,16 +1,23 @@
-//! Counters and gauges of the agent, rendered in Prometheus' text format (version 0.0.4). Owns the numbers; no tasks, no sockets.
-//! Callers count through methods; `admin` serves [`Metrics::render`].
+//! Counters and gauges of the agent, rendered in Prometheus' text format. Owns the numbers; no tasks, no sockets.
+//! Callers count through methods; `admin` serves [`Metrics::render`]. What each one means is in `docs/metrics.md`.
+
+mod page;
 
 use std::collections::BTreeMap;
-use std::fmt::Write;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use crate::model::RefusalKind;
+use crate::plan::Key;
+
+use page::{Histogram, Page, seconds};
 
 /// Upper bounds of the batch size histogram, in ops: a single repair up to a snapshot of 100,000 peers and more.
 const SIZE_BOUNDS: [u64; 6] = [1, 10, 100, 1_000, 10_000, 100_000];
 
-/// Upper bounds of the batch duration histogram, in nanoseconds, with the text Prometheus sees in seconds: 0.1 ms (one peer) up to 10 s.
+/// Upper bounds of the histograms of durations, in nanoseconds, with the text Prometheus sees in seconds: 0.1 ms (one peer; etcd on the same machine)
+/// up to 10 s (a very large snapshot; beyond the limit of a request to etcd).
 const DURATION_BOUNDS: [(u64, &str); 11] = [
     (100_000, "0.0001"),
     (500_000, "0.0005"),
@@ -26,16 +33,24 @@ const DURATION_BOUNDS: [(u64, &str); 11] = [
 ];
 
 /// The agent's numbers. All methods may be called from any thread.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Metrics {
+    started: SystemTime,
     ready: AtomicBool,
+    lease_held: AtomicBool,
     peers: AtomicU64,
     leases: AtomicU64,
     refused_leases: AtomicU64,
+    refused_values: Mutex<BTreeMap<&'static str, u64>>,
+    config_errors: AtomicU64,
     endpoints: AtomicU64,
     failed_entries: AtomicU64,
+    contested_entries: AtomicU64,
     store_connected: AtomicBool,
+    store_was_connected: AtomicBool,
     store_reconnects: AtomicU64,
+    store_requests: Histogram<{ DURATION_BOUNDS.len() }>,
+    store_requests_failed: AtomicU64,
     ops_applied: AtomicU64,
     ops_failed: AtomicU64,
     drift_repairs: Mutex<BTreeMap<&'static str, u64>>,
@@ -44,53 +59,50 @@ pub struct Metrics {
     batch_duration: Histogram<{ DURATION_BOUNDS.len() }>,
 }
 
-/// Observations by bucket; what is above the last bound counts only in `count`.
-#[derive(Debug)]
-struct Histogram<const N: usize> {
-    buckets: [AtomicU64; N],
-    sum: AtomicU64,
-    count: AtomicU64,
-}
-
-impl<const N: usize> Default for Histogram<N> {
+impl Default for Metrics {
     fn default() -> Self {
-        Histogram { buckets: [const { AtomicU64::new(0) }; N], sum: AtomicU64::new(0), count: AtomicU64::new(0) }
-    }
-}
-
-impl<const N: usize> Histogram<N> {
-    fn observe(&self, value: u64, bounds: impl IntoIterator<Item = u64>) {
-        if let Some((bucket, _)) = self.buckets.iter().zip(bounds).find(|(_, bound)| value <= *bound) {
-            bucket.fetch_add(1, Ordering::Relaxed);
-        }
-        self.sum.fetch_add(value, Ordering::Relaxed);
-        self.count.fetch_add(1, Ordering::Relaxed);
-    }
-
-    fn render(&self, page: &mut Page, name: &str, help: &str, bounds: [&str; N], sum: impl FnOnce(u64) -> String) {
-        page.head(name, help, "histogram");
-        let mut below = 0;
-        for (bucket, bound) in self.buckets.iter().zip(bounds) {
-            below += bucket.load(Ordering::Relaxed);
-            page.line(&format!("{name}_bucket{{le=\"{bound}\"}} {below}"));
-        }
-        // Read behind the buckets, and never below them: a scrape may run beside an observation.
-        let count = self.count.load(Ordering::Relaxed).max(below);
-        page.line(&format!("{name}_bucket{{le=\"+Inf\"}} {count}"));
-        page.line(&format!("{name}_sum {}", sum(self.sum.load(Ordering::Relaxed))));
-        page.line(&format!("{name}_count {count}"));
+        Metrics::new()
     }
 }
 
 impl Metrics {
-    /// All zero.
+    /// All zero, begun now. What is counted by label begins with every value at zero: a first increase would not be seen as one otherwise.
     pub fn new() -> Metrics {
-        Metrics::default()
+        let zeros = |words: &[&'static str]| Mutex::new(words.iter().map(|word| (*word, 0)).collect());
+        Metrics {
+            started: SystemTime::now(),
+            ready: AtomicBool::default(),
+            lease_held: AtomicBool::default(),
+            peers: AtomicU64::default(),
+            leases: AtomicU64::default(),
+            refused_leases: AtomicU64::default(),
+            refused_values: zeros(&RefusalKind::WORDS),
+            config_errors: AtomicU64::default(),
+            endpoints: AtomicU64::default(),
+            failed_entries: AtomicU64::default(),
+            contested_entries: AtomicU64::default(),
+            store_connected: AtomicBool::default(),
+            store_was_connected: AtomicBool::default(),
+            store_reconnects: AtomicU64::default(),
+            store_requests: Histogram::default(),
+            store_requests_failed: AtomicU64::default(),
+            ops_applied: AtomicU64::default(),
+            ops_failed: AtomicU64::default(),
+            drift_repairs: zeros(&Key::KINDS),
+            dropped: Mutex::default(),
+            batch_size: Histogram::default(),
+            batch_duration: Histogram::default(),
+        }
     }
 
     /// Whether the agent is ready.
     pub fn set_ready(&self, ready: bool) {
         self.ready.store(ready, Ordering::Relaxed);
+    }
+
+    /// Whether this host holds its lease, as far as it knows.
+    pub fn set_lease_held(&self, held: bool) {
+        self.lease_held.store(held, Ordering::Relaxed);
     }
 
     /// Peers in the data path.
@@ -104,6 +116,16 @@ impl Metrics {
         self.refused_leases.store(refused as u64, Ordering::Relaxed);
     }
 
+    /// A value of the store was refused that was not refused before; `reason` as of `RefusalKind::word`.
+    pub fn value_refused(&self, reason: &'static str) {
+        *lock(&self.refused_values).entry(reason).or_default() += 1;
+    }
+
+    /// Fields of the configuration in the store that are bad, while the last good one is in force.
+    pub fn set_config_errors(&self, count: usize) {
+        self.config_errors.store(count as u64, Ordering::Relaxed);
+    }
+
     /// Endpoints of this host.
     pub fn set_endpoints(&self, count: usize) {
         self.endpoints.store(count as u64, Ordering::Relaxed);
@@ -114,29 +136,40 @@ impl Metrics {
         self.failed_entries.store(count as u64, Ordering::Relaxed);
     }
 
-    /// Whether the store answers. Each change from no to yes but the first is a reconnect; count it by [`Metrics::store_reconnected`].
-    pub fn set_store_connected(&self, connected: bool) {
-        self.store_connected.store(connected, Ordering::Relaxed);
+    /// Entries that something else on this host changes again and again.
+    pub fn set_contested_entries(&self, count: usize) {
+        self.contested_entries.store(count as u64, Ordering::Relaxed);
     }
 
-    /// The store answers again.
-    pub fn store_reconnected(&self) {
-        self.store_reconnects.fetch_add(1, Ordering::Relaxed);
+    /// Whether the store answers. Each change from no to yes but the first is a reconnect.
+    pub fn set_store_connected(&self, connected: bool) {
+        let was = self.store_connected.swap(connected, Ordering::Relaxed);
+        if connected && !was && self.store_was_connected.swap(true, Ordering::Relaxed) {
+            self.store_reconnects.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// A request to the store has ended: how long it took, and whether it was answered as asked.
+    pub fn store_asked(&self, took: Duration, answered: bool) {
+        self.store_requests.observe(nanoseconds(took), DURATION_BOUNDS.map(|(bound, _)| bound));
+        if !answered {
+            self.store_requests_failed.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     /// An entry was put back after others changed it; `kind` as of `plan::state::Key::kind`.
     pub fn drift_repaired(&self, kind: &'static str) {
-        *self.drift_repairs.lock().unwrap_or_else(PoisonError::into_inner).entry(kind).or_default() += 1;
+        *lock(&self.drift_repairs).entry(kind).or_default() += 1;
     }
 
     /// Entries put back since the start, of all kinds.
     pub fn drift_repairs(&self) -> u64 {
-        self.drift_repairs.lock().unwrap_or_else(PoisonError::into_inner).values().sum()
+        lock(&self.drift_repairs).values().sum()
     }
 
     /// Packets that the guards dropped, as the kernel counts them; by reason, as of `plan::ruleset::Counter::name`.
     pub fn set_dropped(&self, packets: BTreeMap<&'static str, u64>) {
-        *self.dropped.lock().unwrap_or_else(PoisonError::into_inner) = packets;
+        *lock(&self.dropped) = packets;
     }
 
     /// A batch was applied: its ops, how many of them failed, and how long it took.
@@ -144,41 +177,87 @@ impl Metrics {
         self.ops_applied.fetch_add(ops.saturating_sub(failed) as u64, Ordering::Relaxed);
         self.ops_failed.fetch_add(failed as u64, Ordering::Relaxed);
         self.batch_size.observe(ops as u64, SIZE_BOUNDS);
-        let nanoseconds = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
-        self.batch_duration.observe(nanoseconds, DURATION_BOUNDS.map(|(bound, _)| bound));
+        self.batch_duration.observe(nanoseconds(took), DURATION_BOUNDS.map(|(bound, _)| bound));
     }
 
     /// The page that Prometheus reads.
     pub fn render(&self) -> String {
-        let mut page = Page(String::with_capacity(4096));
-        page.head("overlayd_build_info", "The running version; the value is always 1.", "gauge");
-        page.line(concat!("overlayd_build_info{version=\"", env!("CARGO_PKG_VERSION"), "\"} 1"));
+        let mut page = Page::new();
         let value = |number: &AtomicU64| number.load(Ordering::Relaxed);
         let flag = |flag: &AtomicBool| u64::from(flag.load(Ordering::Relaxed));
+        page.head("overlayd_build_info", "The running program; the value is always 1.", "gauge");
+        page.line(&format!(
+            "overlayd_build_info{{version=\"{}\",arch=\"{}\",profile=\"{}\"}} 1",
+            env!("CARGO_PKG_VERSION"),
+            std::env::consts::ARCH,
+            if cfg!(debug_assertions) { "debug" } else { "release" },
+        ));
+        page.head("process_start_time_seconds", "Start of the process, in seconds since the epoch.", "gauge");
+        let started = self.started.duration_since(UNIX_EPOCH).unwrap_or_default();
+        page.line(&format!("process_start_time_seconds {}", seconds(nanoseconds(started))));
         page.gauge(
             "overlayd_ready",
             "1 when a snapshot is seen, the own lease is held and nothing failed is pending.",
             flag(&self.ready),
         );
+        page.gauge("overlayd_lease_held", "1 while this host holds its lease, as far as it knows.", flag(&self.lease_held));
         page.gauge("overlayd_peers", "Peers in the data path.", value(&self.peers));
         page.gauge("overlayd_leases", "Leases seen in the store, this host's included.", value(&self.leases));
         page.gauge("overlayd_refused_leases", "Leases that are left out of the data path.", value(&self.refused_leases));
+        page.counters(
+            "overlayd_refused_values_total",
+            "Values of the store that were refused, by reason.",
+            "reason",
+            lock(&self.refused_values).iter().map(|(reason, count)| (*reason, *count)),
+        );
+        page.gauge(
+            "overlayd_config_errors",
+            "Bad fields of the configuration in the store; the last good one is in force.",
+            value(&self.config_errors),
+        );
         page.gauge("overlayd_endpoints", "Containers of this host on the overlay.", value(&self.endpoints));
         page.gauge("overlayd_failed_entries", "Kernel entries that failed and are tried again.", value(&self.failed_entries));
+        page.gauge(
+            "overlayd_contested_entries",
+            "Kernel entries that something else on this host changes again and again.",
+            value(&self.contested_entries),
+        );
         page.gauge("overlayd_store_connected", "1 while the store answers.", flag(&self.store_connected));
-        page.head("overlayd_store_reconnects_total", "Times that the store answered again after it did not.", "counter");
-        page.line(&format!("overlayd_store_reconnects_total {}", value(&self.store_reconnects)));
-        page.head("overlayd_ops_total", "Kernel changes by outcome.", "counter");
-        page.line(&format!("overlayd_ops_total{{outcome=\"applied\"}} {}", value(&self.ops_applied)));
-        page.line(&format!("overlayd_ops_total{{outcome=\"failed\"}} {}", value(&self.ops_failed)));
-        page.head("overlayd_drift_repairs_total", "Entries put back after others changed them, by kind of entry.", "counter");
-        for (kind, count) in self.drift_repairs.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            page.line(&format!("overlayd_drift_repairs_total{{kind=\"{kind}\"}} {count}"));
-        }
-        page.head("overlayd_dropped_packets_total", "Packets that the guards dropped, by reason.", "counter");
-        for (reason, packets) in self.dropped.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            page.line(&format!("overlayd_dropped_packets_total{{reason=\"{reason}\"}} {packets}"));
-        }
+        page.counter(
+            "overlayd_store_reconnects_total",
+            "Times that the store answered again after it did not.",
+            value(&self.store_reconnects),
+        );
+        self.store_requests.render(
+            &mut page,
+            "overlayd_store_request_duration_seconds",
+            "Time of a round trip to the store, whether it was answered as asked or not.",
+            DURATION_BOUNDS.map(|(_, text)| text),
+            seconds,
+        );
+        page.counter(
+            "overlayd_store_request_failures_total",
+            "Requests to the store that were refused, or not answered in time.",
+            value(&self.store_requests_failed),
+        );
+        page.counters(
+            "overlayd_ops_total",
+            "Kernel changes by outcome.",
+            "outcome",
+            [("applied", value(&self.ops_applied)), ("failed", value(&self.ops_failed))],
+        );
+        page.counters(
+            "overlayd_drift_repairs_total",
+            "Entries put back after others changed them, by kind of entry.",
+            "kind",
+            lock(&self.drift_repairs).iter().map(|(kind, count)| (*kind, *count)),
+        );
+        page.counters(
+            "overlayd_dropped_packets_total",
+            "Packets that the guards dropped, by reason.",
+            "reason",
+            lock(&self.dropped).iter().map(|(reason, packets)| (*reason, *packets)),
+        );
         let sizes = SIZE_BOUNDS.map(|bound| bound.to_string());
         self.batch_size.render(
             &mut page,
@@ -192,30 +271,18 @@ impl Metrics {
             "overlayd_batch_duration_seconds",
             "Time to apply a batch.",
             DURATION_BOUNDS.map(|(_, text)| text),
-            |sum| format!("{}.{:09}", sum / 1_000_000_000, sum % 1_000_000_000),
+            seconds,
         );
-        page.0
+        page.text()
     }
 }
 
-/// The text as it grows.
-struct Page(String);
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
 
-impl Page {
-    fn line(&mut self, line: &str) {
-        self.0.push_str(line);
-        self.0.push('\n');
-    }
-
-    fn head(&mut self, name: &str, help: &str, kind: &str) {
-        // Writing to a String cannot fail.
-        let _ = write!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}\n");
-    }
-
-    fn gauge(&mut self, name: &str, help: &str, value: u64) {
-        self.head(name, help, "gauge");
-        self.line(&format!("{name} {value}"));
-    }
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -231,6 +298,9 @@ mod tests {
         metrics.drift_repaired("route");
         metrics.drift_repaired("route");
         metrics.drift_repaired("fdb");
+        metrics.value_refused("duplicate-mac");
+        metrics.store_asked(Duration::from_millis(3), true);
+        metrics.store_asked(Duration::from_secs(5), false);
         metrics.set_dropped(BTreeMap::from([("source", 7), ("tunnel", 0)]));
         metrics.batch_applied(40_000, 2, Duration::from_millis(87));
         metrics.batch_applied(1, 0, Duration::from_micros(90));
@@ -243,6 +313,12 @@ mod tests {
             "overlayd_refused_leases 1",
             "overlayd_drift_repairs_total{kind=\"fdb\"} 1",
             "overlayd_drift_repairs_total{kind=\"route\"} 2",
+            "overlayd_drift_repairs_total{kind=\"sysctl\"} 0",
+            "overlayd_refused_values_total{reason=\"duplicate-mac\"} 1",
+            "overlayd_refused_values_total{reason=\"overlap\"} 0",
+            "overlayd_store_request_duration_seconds_bucket{le=\"0.005\"} 1",
+            "overlayd_store_request_duration_seconds_count 2",
+            "overlayd_store_request_failures_total 1",
             "overlayd_dropped_packets_total{reason=\"source\"} 7",
             "overlayd_dropped_packets_total{reason=\"tunnel\"} 0",
             "overlayd_ops_total{outcome=\"applied\"} 40000",
@@ -259,6 +335,18 @@ mod tests {
             assert!(page.lines().any(|l| l == line), "{line} is not in\n{page}");
         }
         assert_eq!(metrics.drift_repairs(), 3);
+    }
+
+    #[test]
+    fn each_return_of_the_store_but_the_first_is_a_reconnect() {
+        let metrics = Metrics::new();
+        let reconnects = || metrics.render().lines().any(|line| line == "overlayd_store_reconnects_total 1");
+        for connected in [false, true, true, false] {
+            metrics.set_store_connected(connected);
+            assert!(!reconnects());
+        }
+        metrics.set_store_connected(true);
+        assert!(reconnects());
     }
 
     #[test]

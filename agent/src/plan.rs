@@ -1,8 +1,9 @@
 //! Pure functions from what is known to what the kernel should do. No tokio, no I/O: [`desired`] says what the kernel should hold,
-//! [`diff`] what has to change, [`roster`] which leases count, [`underlay`] which interface is the external one.
+//! [`diff`] what has to change, [`mesh`] which peer is probed next and what that says, [`roster`] which leases count, [`underlay`] which interface is the external one.
 
 pub mod desired;
 pub mod diff;
+pub mod mesh;
 pub mod ops;
 pub mod roster;
 pub mod ruleset;

@@ -9,6 +9,7 @@
 
 mod inputs;
 mod lines;
+mod ready;
 mod repair;
 mod report;
 #[cfg(test)]
@@ -68,6 +69,8 @@ pub struct Settings {
     pub nexthop_objects: bool,
     /// Time between two full comparisons with the kernel.
     pub resync: Duration,
+    /// How long the own lease lasts at least while the store does not answer.
+    pub lease_lasts: Duration,
     /// The store's endpoints and prefix, for the status.
     pub store_endpoints: Vec<String>,
     /// The key prefix, for the status.
@@ -156,6 +159,10 @@ pub struct Reconciler<D, M> {
     snapshot_seen: bool,
     roster: Roster,
     own: OwnLease,
+    /// When the own lease ends unless the store answers again; absent while it answers.
+    lease_ends: Option<Instant>,
+    /// That moment has passed: others may have the subnet by now.
+    lease_over: bool,
 
     // What the host is like.
     inventory: Inventory,
@@ -210,6 +217,8 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             snapshot_seen: false,
             roster: Roster::default(),
             own: OwnLease::Wanted { reason: "not asked for yet".to_owned() },
+            lease_ends: None,
+            lease_over: false,
             inventory: Inventory::default(),
             underlay: None,
             underlay_error: None,
@@ -278,7 +287,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
     /// The next moment at which something is due without an event.
     fn next_deadline(&self) -> Instant {
         let stale = self.stale.map(|_| self.not_before);
-        [stale, self.underlay_due, self.heap_due, self.repairs.next_due()]
+        [stale, self.underlay_due, self.heap_due, self.lease_ends, self.repairs.next_due()]
             .into_iter()
             .flatten()
             .fold(self.resync_due, Instant::min)
@@ -295,6 +304,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         if self.underlay_due.is_some_and(|due| now >= due) {
             self.look_at_underlay().await;
         }
+        self.look_at_lease(now);
         if self.heap_due.is_some_and(|due| now >= due) {
             self.heap_due = None;
             heap::give_back();
@@ -313,6 +323,14 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         batch.retain(|op| !self.repairs.holds_back(op.key(), now));
         if !batch.is_empty() {
             self.apply(batch).await;
+        }
+        if self.all_dirty {
+            // A device was made at another try: all that lives on it was left out of the plan while somebody else's stood in its place.
+            let mut batch = self.plan();
+            batch.retain(|op| !self.repairs.holds_back(op.key(), now));
+            if !batch.is_empty() {
+                self.apply(batch).await;
+            }
         }
         self.publish(channels);
     }
@@ -385,7 +403,8 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 self.repairs.failed(&op, error);
                 continue;
             }
-            self.repairs.succeeded(op.key());
+            let waited = self.repairs.succeeded(op.key());
+            self.all_dirty |= waited && matches!(op, Op::Set(Key::Link(_), _));
             match op {
                 Op::Set(key, value) if !matches!(key, Key::Link(_)) => set.push((key, value)),
                 op => {
@@ -417,6 +436,9 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         self.metrics.set_peers(self.peers.len());
         self.metrics.set_leases(self.roster.len(), self.refused.len());
         self.metrics.set_failed_entries(self.repairs.len());
+        self.metrics.set_contested_entries(self.repairs.fights().count());
+        self.metrics.set_config_errors(self.config_errors.as_ref().map_or(0, |errors| errors.0.len()));
+        self.metrics.set_lease_held(self.holds_lease());
         let ready = self.is_ready();
         self.metrics.set_ready(ready);
         channels.ready.send_if_modified(|was| std::mem::replace(was, ready) != ready);
@@ -449,15 +471,6 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         if std::mem::take(&mut self.changed) {
             channels.changes.send_modify(|count| *count += 1);
         }
-    }
-
-    /// Snapshot seen, own lease held, nothing failed pending.
-    fn is_ready(&self) -> bool {
-        self.snapshot_seen
-            && self.host.is_some()
-            && matches!(self.own, OwnLease::Held(_))
-            && self.dump_error.is_none()
-            && self.repairs.is_empty()
     }
 }
 

@@ -20,6 +20,7 @@
 //! | `hold`, `write`, `renew` | doing it: transactions, renewal, proof of life |
 //! | `oneshot` | single requests for programs without an agent |
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rand::SeedableRng;
@@ -29,6 +30,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use crate::backoff::Backoff;
+use crate::metrics::Metrics;
 use crate::model::event::{Connection, LeaseWish, StoreEvent};
 
 mod certificate;
@@ -50,7 +52,9 @@ pub use codec::{MAX_NODE_ID, MAX_NODE_NAME, MAX_VALUE, read_entry};
 pub use connect::StoreConfig;
 pub use error::StoreError;
 pub use keys::{DEFAULT_PREFIX, Keys};
-pub use oneshot::{ConfigText, Released, Replace, Snapshot, get_config, put_config, read_all, release, time_left};
+pub use oneshot::{
+    ConfigText, Member, Released, Replace, Snapshot, get_config, member, put_config, read_all, release, time_left,
+};
 
 /// Waiting before connecting again.
 const RECONNECT: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(15));
@@ -61,12 +65,18 @@ const GOOD: Duration = Duration::from_secs(10);
 #[derive(Debug, Clone)]
 pub struct Store {
     config: StoreConfig,
+    metrics: Option<Arc<Metrics>>,
 }
 
 impl Store {
     /// A store with these settings. Nothing is connected yet.
     pub fn new(config: StoreConfig) -> Store {
-        Store { config }
+        Store { config, metrics: None }
+    }
+
+    /// The same, with its round trips counted.
+    pub fn counted(self, metrics: Arc<Metrics>) -> Store {
+        Store { metrics: Some(metrics), ..self }
     }
 
     /// Hands on what happens in the store, and takes and keeps the lease that is wished, until the token is cancelled. An etcd that
@@ -93,7 +103,7 @@ impl Store {
         let work = async {
             loop {
                 let started = Instant::now();
-                let error = match connect::connect(&self.config).await {
+                let error = match connect::connect_counted(&self.config, self.metrics.as_ref()).await {
                     Err(error) => error,
                     Ok(session) => {
                         let session = &*last_session.insert(session);

@@ -11,7 +11,7 @@ use hyper::body::Incoming;
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use overlay_agent::model::api::{
-    AttachRequest, Attached, Detached, Endpoints, LogLevel, NetworkView, Peers, Problem, Status, Subnets, VERSION,
+    AttachRequest, Attached, Detached, Endpoints, LogLevel, Mesh, NetworkView, Peers, Problem, Status, Subnets, VERSION,
 };
 use overlay_agent::model::endpoint::EndpointName;
 use serde::Serialize;
@@ -147,6 +147,11 @@ impl Client {
         self.json(Method::GET, "peers", None::<&()>).await
     }
 
+    /// How this host reaches each peer, by its probes.
+    pub async fn mesh(&self) -> Result<Mesh, ClientError> {
+        self.json(Method::GET, "mesh", None::<&()>).await
+    }
+
     /// This host's endpoints.
     pub async fn endpoints(&self) -> Result<Endpoints, ClientError> {
         self.json(Method::GET, "endpoints", None::<&()>).await
@@ -155,6 +160,18 @@ impl Client {
     /// The network as this host has it, endpoints and all.
     pub async fn network(&self) -> Result<NetworkView, ClientError> {
         self.json(Method::GET, "network", None::<&()>).await
+    }
+
+    /// The numbers, in Prometheus' text format.
+    pub async fn metrics(&self) -> Result<String, ClientError> {
+        let request = "GET /metrics";
+        let bytes = self
+            .limit(request, async {
+                let (body, _driver) = self.send(Method::GET, "/metrics", None::<&()>).await?;
+                collect(body).await.map_err(|reason| self.broken(request, reason))
+            })
+            .await?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 
     /// Attaches a container.
@@ -201,7 +218,9 @@ impl Client {
 
     /// Sends a request and hands on the body of a successful answer. The driver keeps the connection going while it lives.
     async fn send(&self, method: Method, path: &str, body: Option<&impl Serialize>) -> Result<(Incoming, Driver), ClientError> {
-        let name = format!("{method} /v{VERSION}/{path}");
+        // What has no version is asked for by its whole path.
+        let path = if path.starts_with('/') { path.to_owned() } else { format!("/v{VERSION}/{path}") };
+        let name = format!("{method} {path}");
         let stream = UnixStream::connect(&self.socket).await.map_err(|source| self.connect_error(source))?;
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| self.broken(&name, e.to_string()))?;
@@ -210,7 +229,7 @@ impl Client {
             // Its end is seen by whoever reads the body.
             let _ended = connection.await;
         });
-        let mut builder = Request::builder().method(method).uri(format!("/v{VERSION}/{path}")).header("host", "overlayd");
+        let mut builder = Request::builder().method(method).uri(&path).header("host", "overlayd");
         let bytes = match body {
             Some(body) => {
                 builder = builder.header("content-type", "application/json");

@@ -1,24 +1,31 @@
 //! The commands: one file each, with its arguments and what it does.
 
 pub mod attach;
+pub mod check;
 pub mod completions;
 pub mod config;
 pub mod detach;
 pub mod docker_options;
 pub mod endpoints;
+pub mod graph;
 pub mod inspect;
 pub mod lab;
 pub mod man;
+pub mod mesh;
 pub mod peers;
+pub mod ping_mesh;
 pub mod run;
 pub mod status;
 pub mod subnets;
+pub mod support_bundle;
+pub mod trace;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::bundle::BundleError;
 use crate::client::{Client, ClientError, DEFAULT_SOCKET};
 use crate::docker::DockerError;
 use crate::etcd::EtcdError;
@@ -26,6 +33,7 @@ use crate::lab::LabError;
 use crate::netns::NamespaceError;
 use crate::output::{Format, OutputError, Printer};
 use crate::resolver::ResolverError;
+use crate::trace::TraceError;
 
 /// See and steer the overlay network of this host.
 #[derive(Debug, Parser)]
@@ -65,6 +73,18 @@ pub enum Command {
     Endpoints(endpoints::Args),
     /// The network of this host in detail: addresses, devices, ports, containers, counters
     Inspect(inspect::Args),
+    /// The overlay as a picture: hosts, subnets, containers, links
+    Graph(graph::Args),
+    /// What on this host stands in the way, and what to do about it
+    Check(check::Args),
+    /// Which host reaches which, over overlay and underlay, by the agents' probes
+    Mesh(mesh::Args),
+    /// Probe every peer from this host now
+    PingMesh(ping_mesh::Args),
+    /// The way a packet takes, hop by hop, from the kernel's own answers
+    Trace(trace::Args),
+    /// State, logs, what the kernel holds and versions in one archive, without secrets
+    SupportBundle(support_bundle::Args),
     /// What dockerd has to be told so that its containers are on the overlay
     DockerOptions(docker_options::Args),
     /// Several hosts on this machine, each with its own agent, and a private etcd
@@ -109,6 +129,12 @@ pub enum CommandError {
     /// A resolver file.
     #[error(transparent)]
     Resolver(#[from] ResolverError),
+    /// The archive.
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    /// The way of a packet.
+    #[error(transparent)]
+    Trace(#[from] TraceError),
     /// Docker's options.
     #[error(transparent)]
     Docker(#[from] DockerError),
@@ -167,6 +193,12 @@ pub async fn run(cli: Cli) -> Result<Outcome, CommandError> {
         Command::Detach(args) => detach::run(&context, &args).await,
         Command::Endpoints(args) => endpoints::run(&context, &args).await,
         Command::Inspect(args) => inspect::run(&context, &args).await,
+        Command::Graph(args) => graph::run(&context, &args).await,
+        Command::Check(args) => check::run(&context, args).await,
+        Command::Mesh(args) => mesh::run(&context, &args).await,
+        Command::PingMesh(args) => ping_mesh::run(&context, &args).await,
+        Command::Trace(args) => trace::run(&context, &args).await,
+        Command::SupportBundle(args) => support_bundle::run(&context, &args).await,
         Command::DockerOptions(args) => docker_options::run(&context, &args).await,
         Command::Lab(args) => lab::run(&context, args).await,
         Command::Completions(args) => completions::run(&context, &args),

@@ -123,26 +123,27 @@ fn the_sockets_examples_are_what_the_agent_writes() {
             "Attached" => is_a::<api::Attached>(json),
             "Detached" => is_a::<api::Detached>(json),
             "NetworkView" => is_a::<api::NetworkView>(json),
+            "Mesh" => is_a::<api::Mesh>(json),
             "LogLevel" => is_a::<api::LogLevel>(json),
             other => Err(format!("no type {other}")),
         };
         result.unwrap_or_else(|error| panic!("{name}: {error}"));
         seen += 1;
     }
-    assert_eq!(seen, 10);
+    assert_eq!(seen, 11);
     assert!(text.contains(&format!("GET /v{}/status", api::VERSION)));
 }
 
 #[test]
 fn every_metric_is_documented() {
-    let text = read("docs/api.md");
+    let text = read("docs/metrics.md");
     let page = Metrics::new().render();
     let metrics: BTreeSet<(&str, &str)> = page.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' ')).collect();
     assert!(metrics.len() > 10);
     let documented: BTreeSet<(&str, &str)> = text
         .lines()
         .filter_map(|line| line.strip_prefix("| `")?.split_once("` | "))
-        .filter(|(name, _)| name.starts_with("overlayd_"))
+        .filter(|(name, _)| name.starts_with("overlayd_") || name.starts_with("process_"))
         .filter_map(|(name, rest)| Some((name, rest.split_once(" |")?.0)))
         .collect();
     assert_eq!(documented, metrics);

@@ -28,8 +28,17 @@ const HELPERS: usize = 2;
 
 /// What `ctl` takes from the agent: the pure floors, the agent's command line for its manual page, the state directory's layout, the store's one-shot functions and the verbs for namespaces
 /// and links.
-const CTL_TAKES: [&[&str]; 7] =
-    [&["model"], &["plan"], &["state"], &["store"], &["config", "command"], &["kernel", "netns"], &["kernel", "setup"]];
+const CTL_TAKES: [&[&str]; 9] = [
+    &["model"],
+    &["plan"],
+    &["state"],
+    &["store"],
+    &["config", "command"],
+    &["kernel", "netns"],
+    &["kernel", "setup"],
+    &["kernel", "trace"],
+    &["kernel", "echo"],
+];
 
 /// Parts of the standard library that do I/O, start something or read a clock.
 const IMPURE: [&str; 8] = ["fs", "io", "process", "env", "thread", "os", "SystemTime", "Instant"];

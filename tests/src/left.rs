@@ -23,10 +23,18 @@ impl Left {
     pub async fn settled(story: &Story) -> Left {
         story.ctl("h1", &["attach", "first"]).exits(0);
         story.ctl("h1", &["detach", "first"]).exits(0);
-        let tentative = |dump: &Dump| dump.lines().iter().any(|line| line.contains("\"tentative\":true"));
-        eventually("no address is tentative any more", SOON, || {
+        // The kernel tells a bridge without ports that it has no carrier up to a second later.
+        let has = |dump: &Dump, words: &[&str]| dump.lines().iter().any(|line| words.iter().all(|word| line.contains(word)));
+        eventually("the first container's traces are gone", SOON, || {
             let left = Left::now(story);
-            if tentative(&left.host) { Err("duplicate address detection goes on".to_owned()) } else { Ok(left) }
+            if has(&left.host, &["\"tentative\":true"]) {
+                return Err("duplicate address detection goes on".to_owned());
+            }
+            let without_ports = !has(&left.host, &["\"ifname\":\"ove"]);
+            if without_ports && !has(&left.host, &["\"ifname\":\"ovb.", "\"NO-CARRIER\""]) {
+                return Err("the bridge has carrier without ports".to_owned());
+            }
+            Ok(left)
         })
         .await
     }

@@ -46,6 +46,10 @@ impl Story {
         if !options.agents {
             options.overlayd = None;
         }
+        // On a story's wires is what the story sends; one about probes asks for them.
+        if !options.agent_args.iter().any(|argument| argument.starts_with("--mesh-interval")) {
+            options.agent_args.push("--mesh-interval=0s".to_owned());
+        }
         let overflows = neighbour_overflows();
         let lab = Lab::up(&home(), &options, Progress::silent()).await.must("bring the lab up");
         Story { lab: lab.guarded(), overflows }

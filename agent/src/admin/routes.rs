@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::serve::Limits;
 use super::{ApiError, Backend, ErrorKind, watch};
-use crate::model::api::{AttachRequest, Attached, Detached, Endpoints, LogLevel, NetworkView, Peers, Problem, Status};
+use crate::model::api::{AttachRequest, Attached, Detached, Endpoints, LogLevel, Mesh, NetworkView, Peers, Problem, Status};
 use crate::model::endpoint::EndpointName;
 use crate::model::lease::printable;
 
@@ -44,6 +44,7 @@ pub(super) fn full<B: Backend>(backend: Arc<B>, limits: Limits, stop: Cancellati
         .route("/v1/status", get(status::<B>))
         .route("/v1/subnets", get(subnets::<B>))
         .route("/v1/peers", get(peers::<B>))
+        .route("/v1/mesh", get(mesh::<B>))
         .route("/v1/network", get(network::<B>))
         .route("/v1/endpoints", get(endpoints::<B>))
         .route("/v1/endpoints/{name}", put(attach::<B>).delete(detach::<B>))
@@ -68,9 +69,10 @@ pub(super) fn busy(most: usize) -> Router {
 
 fn health<B: Backend>(backend: Arc<B>) -> Router {
     Router::new()
-        .route("/healthz", get(async || "ok\n"))
+        .route("/healthz", get(alive::<B>))
         .route("/readyz", get(ready::<B>))
         .route("/metrics", get(metrics::<B>))
+        .route("/mesh", get(open_mesh::<B>))
         .with_state(backend)
 }
 
@@ -173,6 +175,15 @@ async fn peers<B: Backend>(State(shared): State<Shared<B>>) -> Answer<Peers> {
     Ok(Json(shared.backend.peers().await?))
 }
 
+async fn mesh<B: Backend>(State(shared): State<Shared<B>>) -> Json<Mesh> {
+    Json(shared.backend.mesh())
+}
+
+/// The same over TCP: what `overlayctl mesh --port` asks other hosts for.
+async fn open_mesh<B: Backend>(State(backend): State<Arc<B>>) -> Json<Mesh> {
+    Json(backend.mesh())
+}
+
 async fn endpoints<B: Backend>(State(shared): State<Shared<B>>) -> Answer<Endpoints> {
     Ok(Json(shared.backend.endpoints().await?))
 }
@@ -216,6 +227,10 @@ async fn set_log_level<B: Backend>(State(shared): State<Shared<B>>, content: Bod
     let wanted: LogLevel = body(content).await?;
     shared.backend.set_log_level(&wanted.level)?;
     Ok(Json(LogLevel { level: shared.backend.log_level() }))
+}
+
+async fn alive<B: Backend>(State(backend): State<Arc<B>>) -> Result<&'static str, Refused> {
+    backend.alive().await.map(|()| "ok\n").map_err(|reason| Refused(StatusCode::SERVICE_UNAVAILABLE, reason))
 }
 
 async fn ready<B: Backend>(State(backend): State<Arc<B>>) -> Result<&'static str, Refused> {

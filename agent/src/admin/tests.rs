@@ -150,6 +150,8 @@ async fn errors_are_problems_with_a_fitting_status() {
     agent.backend.not_ready(&["no snapshot seen", "no lease held"]);
     assert_eq!(agent.get("/readyz").await, (503, json!({"error": "no snapshot seen; no lease held"})));
     assert_eq!(agent.get("/healthz").await.0, 200);
+    agent.backend.not_ready(&["the loop is stuck"]);
+    assert_eq!(agent.get("/healthz").await, (503, json!({"error": "the loop is stuck"})));
     agent.end().await;
 }
 

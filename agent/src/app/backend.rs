@@ -21,17 +21,21 @@ const TIME_LEFT_AGE: Duration = Duration::from_secs(10);
 /// How long etcd may take to tell; the table comes without the ends of leases then.
 const TIME_LEFT_WAIT: Duration = Duration::from_secs(1);
 
+/// How long the reconcile loop may be busy before it counts as stuck. A batch of the largest fleets takes a second or two; `/healthz` must answer
+/// before the socket gives a request up.
+const ALIVE_WAIT: Duration = Duration::from_secs(8);
+
 /// The agent behind its socket.
 pub(super) struct AgentBackend {
     pub(super) queries: mpsc::Sender<Query>,
     pub(super) endpoints: Endpoints<Plugger>,
     pub(super) plugger: Plugger,
+    pub(super) mesh: Arc<super::mesh::Shared>,
     pub(super) masquerade: bool,
     pub(super) store: StoreConfig,
     pub(super) time_left: Mutex<Option<TimeLeft>>,
     pub(super) metrics: Arc<Metrics>,
     pub(super) changed: watch::Receiver<u64>,
-    pub(super) readiness: watch::Receiver<bool>,
     pub(super) level: LevelHandle,
 }
 
@@ -47,6 +51,18 @@ impl AgentBackend {
         let ending = || ApiError::new(ErrorKind::NotReady, "the agent is ending");
         self.queries.send(query(reply)).await.map_err(|_| ending())?;
         answer.await.map_err(|_| ending())
+    }
+
+    /// The status, or that the loop which knows it is stuck.
+    async fn ask_in_time(&self) -> Result<api::Status, String> {
+        match tokio::time::timeout(ALIVE_WAIT, self.ask(Query::Status)).await {
+            Ok(answer) => answer.map_err(|error| error.to_string()),
+            Err(_) => Err(format!(
+                "the reconcile loop has not turned for {} s: the data path forwards on, but follows nothing any more; restart overlayd, and please \
+                 report its log",
+                ALIVE_WAIT.as_secs()
+            )),
+        }
     }
 
     /// Packets that the guards dropped, by reason; `None` where the kernel does not tell.
@@ -113,6 +129,10 @@ impl Backend for AgentBackend {
         Ok(api::Subnets { subnets })
     }
 
+    fn mesh(&self) -> api::Mesh {
+        self.mesh.view()
+    }
+
     async fn peers(&self) -> Result<api::Peers, ApiError> {
         self.ask(Query::Peers).await
     }
@@ -162,15 +182,17 @@ impl Backend for AgentBackend {
         self.endpoints.detach(name, force).await.map_err(api_error)
     }
 
+    async fn alive(&self) -> Result<(), String> {
+        self.ask_in_time().await.map(|_| ())
+    }
+
     async fn ready(&self) -> Result<(), Vec<String>> {
-        if *self.readiness.borrow() {
-            return Ok(());
-        }
-        match self.ask(Query::Status).await {
+        // Asked rather than remembered: a loop that is stuck would be ready for ever.
+        match self.ask_in_time().await {
             Ok(status) if status.ready => Ok(()),
             Ok(status) if status.problems.is_empty() => Err(vec!["the data path is being programmed".to_owned()]),
             Ok(status) => Err(status.problems),
-            Err(error) => Err(vec![error.to_string()]),
+            Err(reason) => Err(vec![reason]),
         }
     }
 

@@ -72,7 +72,7 @@ pub const SETTINGS: &[Setting] = &[
     text("state-dir", "DIR", "/var/lib/overlayd", "Where the host's identity, MACs and endpoints are kept"),
     text("subnet-file", "FILE", "", "File with the leased subnet for other tools [default: <run-dir>/subnet.env]"),
     text("cni-conflist", "FILE", "", "CNI network list to write when the overlay is in place [default: none]"),
-    text("metrics-listen", "ADDR:PORT", "", "TCP address for /metrics, /healthz and /readyz [default: off]"),
+    text("metrics-listen", "ADDR:PORT", "", "TCP address for /metrics, /healthz, /readyz and /mesh [default: off]"),
     text("log-level", "FILTER", "info", "error, warn, info, debug, trace, or a filter by module"),
     text(
         "log-format",
@@ -87,6 +87,12 @@ pub const SETTINGS: &[Setting] = &[
         "DURATION",
         "5m",
         "Time between two full comparisons with the kernel, the safety net behind its events",
+    ),
+    text(
+        "mesh-interval",
+        "DURATION",
+        "30s",
+        "Time between two probes of a peer (ICMP echo over overlay and underlay, 50 a second at the most); 0s switches them off",
     ),
 ];
 

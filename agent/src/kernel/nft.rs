@@ -5,21 +5,28 @@
 //! thread, [`NftMonitor`] is awaited by whoever follows the kernel.
 
 mod apply;
+mod book;
 mod channel;
 mod expr;
 mod forward;
+mod judge;
 mod monitor;
+mod registers;
 mod set;
 mod table;
 #[cfg(test)]
 mod tests;
+mod watch;
 mod wire;
 
 use std::collections::BTreeMap;
 
 pub(super) use apply::is_rules;
+pub use book::{Book, Place};
+pub use judge::{Judgement, Translation};
 pub use monitor::{NftChange, NftMonitor};
 pub use table::Counted;
+pub use watch::{Sight, TraceWatch, Watched};
 
 use channel::Channel;
 

@@ -1,5 +1,6 @@
 //! The JSON of the agent's socket, version 1. Fields are only ever added; `overlayctl -o json` prints the same shapes.
 
+mod mesh;
 mod view;
 
 use std::collections::BTreeMap;
@@ -12,6 +13,7 @@ use super::endpoint::{EndpointName, Mode};
 use super::network::FieldError;
 use super::{Backend, Cidr, Endpoint, Mac, NetworkConfig, PerFamily, Publish, Record, Refusal, Subnet, Vni};
 
+pub use mesh::{Mesh, MeshEntry, PathView, Reach};
 pub use view::{BridgeView, Counters, DeviceView, EndpointView, IpamView, NetworkView, PortView};
 
 /// The version of these shapes, the first part of each path: `/v1/...`.

@@ -187,6 +187,24 @@ pub enum RefusalKind {
 }
 
 impl RefusalKind {
+    /// Every word of [`RefusalKind::word`].
+    pub const WORDS: [&str; 14] = [
+        "key",
+        "too-large",
+        "malformed",
+        "field",
+        "outside-network",
+        "too-wide",
+        "family-not-used",
+        "overlaps-own",
+        "overlap",
+        "own-address",
+        "own-mac",
+        "duplicate-mac",
+        "other-vni",
+        "other-backend",
+    ];
+
     /// A short stable word for metrics and JSON.
     pub fn word(&self) -> &'static str {
         match self {

@@ -187,6 +187,10 @@ impl Key {
         )
     }
 
+    /// Every word of [`Key::kind`].
+    pub const KINDS: [&str; 10] =
+        ["sysctl", "link", "address", "ruleset", "element", "forward-accept", "fdb", "neigh", "nexthop", "route"];
+
     /// The kind of entry in one word, for metrics and messages.
     pub fn kind(&self) -> &'static str {
         match self {

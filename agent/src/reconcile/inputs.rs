@@ -73,10 +73,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 self.own = own;
                 self.host_dirty = true;
             }
-            StoreEvent::Connection(connection) => {
-                self.metrics.set_store_connected(matches!(connection, Connection::Up { .. }));
-                self.connection = connection;
-            }
+            StoreEvent::Connection(connection) => self.fold_connection(connection),
         }
     }
 
@@ -380,8 +377,11 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                     peers.push((key, peer));
                 }
                 Standing::Refused(refusal) => {
-                    if refused_before.get(&key) != Some(&refusal) && self.refusals_told.admits(now) {
-                        tracing::warn!(key = refusal.key, reason = refusal.kind.word(), "{refusal}");
+                    if refused_before.get(&key) != Some(&refusal) {
+                        self.metrics.value_refused(refusal.kind.word());
+                        if self.refusals_told.admits(now) {
+                            tracing::warn!(key = refusal.key, reason = refusal.kind.word(), "{refusal}");
+                        }
                     }
                     self.refused.insert(key, refusal);
                 }

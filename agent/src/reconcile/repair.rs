@@ -61,9 +61,9 @@ impl Repairs {
         self.waiting.insert(key, Waiting { entry, error, attempts, due });
     }
 
-    /// The entry is as it should be.
-    pub(super) fn succeeded(&mut self, key: &Key) {
-        self.waiting.remove(key);
+    /// The entry is as it should be. Returns whether it had been waiting.
+    pub(super) fn succeeded(&mut self, key: &Key) -> bool {
+        self.waiting.remove(key).is_some()
     }
 
     /// What is wanted has changed: old failures say nothing any more.

@@ -84,6 +84,13 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         if let Connection::Down { error } = &self.connection {
             problems.push(format!("etcd does not answer, the data path stays as it is: {error}"));
         }
+        if self.lease_over && self.held_for_a_time() {
+            problems.push(
+                "etcd has not answered for as long as this host's lease lasts, so another host may get its subnet: bring etcd back before \
+                 hosts join"
+                    .to_owned(),
+            );
+        }
         let config = format!("{}/config", self.settings.store_prefix);
         if self.config_missing {
             problems.push(match self.network {

@@ -5,8 +5,13 @@ use std::sync::{Mutex, PoisonError};
 use super::*;
 use crate::model::event::{HeldLease, LeaseOrigin, StoreEntry};
 use crate::model::{Backend, Family, Lease, Record, RefusalKind, Vni};
+use crate::plan::LinkKind;
+use crate::plan::state::device_of;
 use crate::plan::underlay::{DefaultRoute, ForeignLink};
 use crate::plan::{ApplyReport, OpError};
+
+/// How long the lease lasts without the store.
+const LEASE_LASTS: Duration = Duration::from_millis(500);
 
 /// A kernel: what it holds, what it refuses, and every op that it was given.
 #[derive(Debug, Default)]
@@ -136,6 +141,7 @@ impl Fixture {
             docker: false,
             nexthop_objects: true,
             resync: Duration::from_secs(3600),
+            lease_lasts: LEASE_LASTS,
             store_endpoints: Vec::new(),
             store_prefix: "/test".to_owned(),
         };
@@ -243,6 +249,46 @@ async fn a_snapshot_replaces_what_was_known() {
     assert!(world.applied.iter().all(|op| *op.key() != route(3)), "what is as it was is not written");
 }
 
+/// The other's device goes, and the next try makes ours before the kernel's event of that is read: nothing else says that all which lives on it is missing.
+#[tokio::test]
+async fn what_lives_on_a_device_comes_back_with_it() {
+    let mut fixture = Fixture::ready([1]).await;
+    let vxlan = Device::vxlan(Family::V4, Vni::DEFAULT);
+    let link = Key::Link(vxlan.name());
+    let whole = fixture.kernel.world().state.clone();
+    {
+        let mut world = fixture.kernel.world();
+        let on_it: Vec<Key> = whole
+            .iter()
+            .filter(|(key, value)| device_of(key, value, &whole) == Some(vxlan))
+            .map(|(key, _)| key.clone())
+            .collect();
+        assert!(on_it.len() > 3, "{on_it:?}");
+        for key in on_it {
+            world.state.remove(&key);
+        }
+        let Some(Value::Link(mut foreign)) = whole.get(&link).cloned() else { panic!("a link") };
+        foreign.kind = LinkKind::Foreign { kind: "bridge".to_owned() };
+        world.state.insert(link.clone(), Value::Link(foreign));
+        world.refuse.insert(link.clone());
+    }
+    fixture.events.send(KernelEvent::Stale { reason: "test" }).await.unwrap();
+    fixture.ready.wait_for(|ready| !*ready).await.unwrap();
+    {
+        let mut world = fixture.kernel.world();
+        world.state.remove(&link);
+        world.refuse.clear();
+    }
+    fixture.ready.wait_for(|ready| *ready).await.unwrap();
+    tokio::time::timeout(Duration::from_secs(10), async {
+        while fixture.kernel.world().state != whole {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await
+    .expect("all that lived on the device is back");
+}
+
 #[tokio::test]
 async fn a_renewal_writes_nothing() {
     let fixture = Fixture::ready([1, 2]).await;
@@ -330,6 +376,30 @@ async fn a_lost_lease_leaves_the_data_path_as_it_is() {
     fixture.delete(route(1)).await;
     fixture.status().await;
     assert!(fixture.route(1).is_some());
+}
+
+#[tokio::test]
+async fn a_store_that_is_lost_for_longer_than_the_lease_lasts_takes_readiness_away() {
+    let mut fixture = Fixture::ready([1]).await;
+    fixture.kernel.world().applied.clear();
+    let down = || StoreEvent::Connection(Connection::Down { error: "no route to host".to_owned() });
+    let begun = Instant::now();
+    fixture.send(down()).await;
+    // Told again for another reason: the lease has not become longer by that.
+    fixture.send(StoreEvent::Connection(Connection::Down { error: "connection refused".to_owned() })).await;
+    fixture.ready.wait_for(|ready| !*ready).await.unwrap();
+    assert!(begun.elapsed() >= LEASE_LASTS, "ready as long as the lease lasts");
+    let status = fixture.status().await;
+    assert!(status.problems.iter().any(|problem| problem.contains("another host may get its subnet")), "{:?}", status.problems);
+    assert_eq!(fixture.kernel.world().applied, [], "the data path is as it was");
+    fixture.send(StoreEvent::Connection(Connection::Up { revision: 9 })).await;
+    fixture.ready.wait_for(|ready| *ready).await.unwrap();
+    // A reservation has no end.
+    let reservation = HeldLease { subnet: subnet(100), etcd_lease: None, origin: LeaseOrigin::Reused };
+    fixture.send(StoreEvent::Own(OwnLease::Held(reservation))).await;
+    fixture.send(down()).await;
+    tokio::time::sleep(2 * LEASE_LASTS).await;
+    assert!(fixture.status().await.ready);
 }
 
 #[tokio::test]

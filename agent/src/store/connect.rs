@@ -6,7 +6,8 @@
 use std::fs;
 use std::future::Future;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
 
 use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
 use rand::seq::SliceRandom;
@@ -14,8 +15,10 @@ use tracing::{debug, warn};
 
 use super::error::Context;
 use super::keys::{DEFAULT_PREFIX, Keys};
+use super::renew::keep_alive_interval;
 use super::{StoreError, certificate, discovery};
 use crate::config::secret::{self, SecretError};
+use crate::metrics::Metrics;
 
 /// How long opening a connection may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -106,6 +109,11 @@ impl StoreConfig {
             normalise(endpoint, self.wants_tls())?;
         }
         Keys::new(&self.prefix)
+    }
+
+    /// How long a lease lasts at least while etcd does not answer: its TTL, less the time that may have passed since the last renewal.
+    pub fn lease_lasts(&self) -> Duration {
+        self.lease_ttl.saturating_sub(keep_alive_interval(self.lease_ttl, self.keep_alive))
     }
 
     pub(super) fn wants_tls(&self) -> bool {
@@ -246,12 +254,18 @@ impl Greeting {
 /// # Errors
 /// [`StoreError::AllFailed`] with every endpoint's error, or the error of the settings.
 pub(super) async fn connect(config: &StoreConfig) -> Result<Session, StoreError> {
+    connect_counted(config, None).await
+}
+
+/// The same, with the connection's round trips counted.
+pub(super) async fn connect_counted(config: &StoreConfig, metrics: Option<&Arc<Metrics>>) -> Result<Session, StoreError> {
     let keys = config.validate()?;
     let credentials = config.credentials()?;
     let mut errors = Vec::new();
     for endpoint in config.candidates().await? {
         let (user, prefix) = (config.username.clone(), keys.prefix().to_owned());
-        let context = Context { endpoint, user, prefix, greeted: false, expired: config.certificate_expired() };
+        let (expired, metrics) = (config.certificate_expired(), metrics.cloned());
+        let context = Context { endpoint, user, prefix, greeted: false, expired, metrics };
         match connect_to(config, context, &keys, credentials.clone()).await {
             Ok(session) => {
                 debug!(endpoint = session.context.endpoint, revision = session.greeting.revision, "connected to etcd");
@@ -316,7 +330,12 @@ pub(super) async fn within<T>(
     what: &'static str,
     request: impl Future<Output = Result<T, etcd_client::Error>>,
 ) -> Result<T, StoreError> {
-    match tokio::time::timeout(RPC_TIMEOUT, request).await {
+    let begun = Instant::now();
+    let answer = tokio::time::timeout(RPC_TIMEOUT, request).await;
+    if let Some(metrics) = &context.metrics {
+        metrics.store_asked(begun.elapsed(), matches!(answer, Ok(Ok(_))));
+    }
+    match answer {
         Ok(answer) => answer.map_err(|error| context.error(what, error)),
         Err(_) => {
             let seconds = RPC_TIMEOUT.as_secs_f32();

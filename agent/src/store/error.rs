@@ -3,6 +3,9 @@
 use std::error::Error;
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::metrics::Metrics;
 
 use crate::config::secret::Exposed;
 
@@ -208,6 +211,8 @@ pub(super) struct Context {
     pub(super) greeted: bool,
     /// Whether the client certificate has expired.
     pub(super) expired: bool,
+    /// Where round trips are counted.
+    pub(super) metrics: Option<Arc<Metrics>>,
 }
 
 // gRPC status codes (grpc.io, `statuscodes.md`).

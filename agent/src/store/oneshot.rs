@@ -39,6 +39,17 @@ pub struct ConfigText {
     pub mod_revision: i64,
 }
 
+/// What one server says of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Member {
+    /// etcd's version.
+    pub version: String,
+    /// Whether the cluster has a leader, as this server sees it.
+    pub has_leader: bool,
+    /// What it reports as wrong: no space, a damaged database.
+    pub alarms: Vec<String>,
+}
+
 /// Which configuration may be replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Replace {
@@ -89,6 +100,17 @@ async fn ask_time_left(session: &Session, ids: impl IntoIterator<Item = i64>) ->
         .try_filter_map(|(id, ttl)| async move { Ok(ttl.map(|ttl| (id, ttl.remaining))) })
         .try_collect()
         .await
+}
+
+/// Asks the first server that answers about itself, after it has let us read the configuration.
+///
+/// # Errors
+/// Whatever keeps etcd from answering.
+pub async fn member(config: &StoreConfig) -> Result<Member, StoreError> {
+    let session = connect(config).await?;
+    let mut client = session.client.maintenance_client();
+    let status = session.within("read the server's status", client.status()).await?;
+    Ok(Member { version: status.version().to_owned(), has_leader: status.leader() != 0, alarms: status.errors().to_vec() })
 }
 
 /// Reads the network's configuration.

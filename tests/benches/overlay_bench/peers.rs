@@ -173,6 +173,7 @@ async fn drive(family: Family, entries: Vec<StoreEntry>) -> anyhow::Result<Took>
         docker: false,
         nexthop_objects: kernel.nexthop_objects(),
         resync: Duration::from_secs(300),
+        lease_lasts: Duration::from_secs(3600),
         store_endpoints: Vec::new(),
         store_prefix: String::new(),
     };

@@ -94,6 +94,10 @@ impl Backend for FakeBackend {
         Ok(Subnets { subnets: self.subnets.lock().unwrap().clone() })
     }
 
+    fn mesh(&self) -> Mesh {
+        Mesh::default()
+    }
+
     async fn peers(&self) -> Result<Peers, ApiError> {
         Ok(Peers { peers: Vec::new() })
     }
@@ -149,6 +153,11 @@ impl Backend for FakeBackend {
     async fn detach(&self, name: EndpointName, force: bool) -> Result<Detached, ApiError> {
         let sharers = if force { vec!["sharer".parse().expect("a name")] } else { Vec::new() };
         Ok(Detached { endpoint: Some(name), sharers })
+    }
+
+    async fn alive(&self) -> Result<(), String> {
+        let stuck = self.reasons.lock().unwrap().iter().find(|reason| reason.contains("stuck")).cloned();
+        stuck.map_or(Ok(()), Err)
     }
 
     async fn ready(&self) -> Result<(), Vec<String>> {

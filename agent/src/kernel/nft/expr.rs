@@ -8,7 +8,7 @@ mod field;
 mod raw;
 #[cfg(test)]
 mod tests;
-mod uapi;
+pub(super) mod uapi;
 
 use super::wire::{self, NF_ACCEPT, NF_DROP, NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6, Writer};
 use crate::model::family::address_value;

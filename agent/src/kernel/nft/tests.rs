@@ -2,6 +2,7 @@
 
 mod elements;
 mod forward;
+mod judge;
 mod monitor;
 mod table;
 

@@ -1,0 +1,155 @@
+//! The task that probes peers: one echo request at a time, never more than [`MOST_A_SECOND`](crate::plan::mesh::MOST_A_SECOND) a second. What it finds
+//! is in a [`Shared`] book, which the socket answers from. It ends only when told to: that nothing can be probed is said there, and in the log once.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+
+use crate::kernel::echo::Echo;
+use crate::model::api::{Mesh, Peers};
+use crate::model::{Family, PerFamily};
+use crate::plan::mesh::{Book, Probe};
+use crate::reconcile::Query;
+
+/// How long to wait before it is looked for peers again where there are none, or where no socket can be had.
+const IDLE: Duration = Duration::from_secs(5);
+
+/// What the probes found.
+#[derive(Debug)]
+pub(super) struct Shared {
+    node: String,
+    interval: Option<Duration>,
+    state: Mutex<(Book, Option<String>)>,
+}
+
+impl Shared {
+    pub(super) fn new(node: String, interval: Option<Duration>) -> Shared {
+        Shared { node, interval, state: Mutex::default() }
+    }
+
+    /// This host's row.
+    pub(super) fn view(&self) -> Mesh {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut mesh = state.0.view(&self.node, self.interval.unwrap_or_default());
+        mesh.error.clone_from(&state.1);
+        mesh
+    }
+
+    fn with<T>(&self, work: impl FnOnce(&mut Book) -> T) -> T {
+        work(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner).0)
+    }
+
+    fn fail(&self, error: Option<String>) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(error) = error.as_ref().filter(|error| state.1.as_ref() != Some(*error)) {
+            tracing::warn!(%error, "peers cannot be probed; --mesh-interval=0s switches it off");
+        }
+        state.1 = error;
+    }
+}
+
+/// Probes until `stop`.
+pub(super) async fn run(shared: Arc<Shared>, queries: mpsc::Sender<Query>, stop: CancellationToken) {
+    let Some(interval) = shared.interval else { return stop.cancelled().await };
+    tokio::select! {
+        () = stop.cancelled() => {}
+        () = probe(&shared, interval, &queries) => {}
+    }
+    stop.cancelled().await;
+}
+
+/// Rounds without end, until the agent does.
+async fn probe(shared: &Shared, interval: Duration, queries: &mpsc::Sender<Query>) {
+    let start = Instant::now();
+    let now = || u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
+    let mut sockets: PerFamily<AsyncFd<Echo>> = PerFamily::default();
+    // Not all hosts at the same moment, where a cluster is started as one.
+    tokio::time::sleep(interval.mul_f64(rand::random::<f64>())).await;
+    loop {
+        let (reply, answer) = oneshot::channel();
+        if queries.send(Query::Peers(reply)).await.is_err() {
+            return;
+        }
+        let Ok(Peers { peers }) = answer.await else { return };
+        let epoch = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        shared.with(|book| book.begin(&peers, epoch));
+        if peers.is_empty() {
+            tokio::time::sleep(IDLE).await;
+            continue;
+        }
+        if let Err(error) =
+            open(&mut sockets, peers.iter().map(|peer| peer.subnet.family()).chain(peers.iter().map(|p| Family::of(p.public_ip))))
+        {
+            shared.fail(Some(error));
+            tokio::time::sleep(IDLE).await;
+            continue;
+        }
+        shared.fail(None);
+        let pause = shared.with(|book| book.pause(interval));
+        while let Some(probe) = shared.with(|book| book.next(now())) {
+            send(shared, &sockets, probe);
+            listen(shared, &sockets, pause, &now).await;
+        }
+    }
+}
+
+/// The sockets that are needed and not open yet.
+fn open(sockets: &mut PerFamily<AsyncFd<Echo>>, families: impl Iterator<Item = Family>) -> Result<(), String> {
+    for family in families {
+        let slot = sockets.slot(family);
+        if slot.is_none() {
+            let echo = Echo::open(family, rand::random(), None).map_err(|error| error.message)?;
+            // SAFETY: `Echo` owns its descriptor, hands on the same one each time and closes it when it is dropped, not before.
+            let registered = unsafe { AsyncFd::register_with_interest(echo, Interest::READABLE) };
+            *slot = Some(registered.map_err(|error| error.into_parts().1.to_string())?);
+        }
+    }
+    Ok(())
+}
+
+fn send(shared: &Shared, sockets: &PerFamily<AsyncFd<Echo>>, probe: Probe) {
+    let sent = match sockets.get(Family::of(probe.address)) {
+        Some(socket) => socket.get_ref().send(probe.address, probe.number).map_err(|error| error.to_string()),
+        None => Err("no socket of its family".to_owned()),
+    };
+    if let Err(error) = sent {
+        shared.with(|book| book.unsent(probe.number, error));
+    }
+}
+
+/// Takes what comes in for a while.
+async fn listen(shared: &Shared, sockets: &PerFamily<AsyncFd<Echo>>, pause: Duration, now: &impl Fn() -> u64) {
+    let end = tokio::time::Instant::now() + pause;
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep_until(end) => break,
+            () = receive(shared, sockets.get(Family::V4), now) => {}
+            () = receive(shared, sockets.get(Family::V6), now) => {}
+        }
+    }
+    shared.with(|book| book.expire(now()));
+}
+
+/// Waits for answers of one socket and takes them. Cancel-safe: nothing is awaited once one is read.
+async fn receive(shared: &Shared, socket: Option<&AsyncFd<Echo>>, now: &impl Fn() -> u64) {
+    let Some(socket) = socket else { return std::future::pending().await };
+    let Ok(mut ready) = socket.readable().await else { return std::future::pending().await };
+    loop {
+        match socket.get_ref().receive() {
+            Ok(Some(reply)) => shared.with(|book| book.answered(reply.number, reply.from, now())),
+            Ok(None) => {
+                ready.clear_ready();
+                return;
+            }
+            Err(error) => {
+                tracing::debug!(%error, "an answer to a probe cannot be read");
+                ready.clear_ready();
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,391 @@
+//! The registers of a rule, and the expressions that load and compare them. A byte that nobody can know beforehand is unknown, and so is what
+//! follows from it.
+
+use std::net::IpAddr;
+
+use super::book::{Book, BookChain, BookElement, BookSet};
+use super::expr::uapi::*;
+use super::judge::Translation;
+use super::set::{NFT_SET_CONCAT, NFT_SET_INTERVAL};
+use super::wire;
+use crate::kernel::trace::packet::{Packet, SOURCE_PORT, TCP, UDP, ethertype};
+use crate::model::Family;
+
+/// Whether a rule matches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Truth {
+    Yes,
+    No,
+    Unknown,
+}
+
+impl Truth {
+    fn of(value: bool) -> Truth {
+        if value { Truth::Yes } else { Truth::No }
+    }
+
+    /// Both.
+    pub(super) fn and(self, other: Truth) -> Truth {
+        match (self, other) {
+            (Truth::No, _) | (_, Truth::No) => Truth::No,
+            (Truth::Yes, Truth::Yes) => Truth::Yes,
+            _ => Truth::Unknown,
+        }
+    }
+
+    fn not(self) -> Truth {
+        match self {
+            Truth::Yes => Truth::No,
+            Truth::No => Truth::Yes,
+            Truth::Unknown => Truth::Unknown,
+        }
+    }
+}
+
+/// Sixteen registers of four bytes behind the verdict's sixteen bytes (`struct nft_regs`).
+const WORDS: usize = 20;
+
+// `linux/netfilter/nf_tables.h`.
+const NFTA_CMP_LT: u32 = 2;
+const NFTA_CMP_LTE: u32 = 3;
+const NFTA_CMP_GT: u32 = 4;
+const NFT_META_MARK: u32 = 3;
+const NFT_META_IIF: u32 = 4;
+const NFT_META_OIF: u32 = 5;
+const NFT_CT_STATE: u32 = 0;
+const NFT_CT_DIRECTION: u32 = 1;
+const NFT_CT_MARK: u32 = 3;
+/// `NF_CT_STATE_BIT(IP_CT_NEW)`.
+const STATE_NEW: u32 = 8;
+const NFTA_RANGE_SREG: u16 = 1;
+const NFTA_RANGE_OP: u16 = 2;
+const NFTA_RANGE_FROM_DATA: u16 = 3;
+const NFTA_RANGE_TO_DATA: u16 = 4;
+const NFTA_BYTEORDER_SREG: u16 = 1;
+const NFTA_BYTEORDER_DREG: u16 = 2;
+const NFTA_BYTEORDER_LEN: u16 = 4;
+const NFTA_BYTEORDER_SIZE: u16 = 5;
+const NFT_LOOKUP_F_INV: u32 = 1;
+/// `RTN_UNICAST`, `linux/rtnetlink.h`.
+const RTN_UNICAST: u32 = 1;
+
+/// The registers while a rule is executed.
+pub(super) struct Registers<'a> {
+    bytes: [Option<u8>; WORDS * 4],
+    packet: &'a Packet,
+    book: &'a Book,
+    chain: &'a BookChain,
+}
+
+impl<'a> Registers<'a> {
+    pub(super) fn new(packet: &'a Packet, book: &'a Book, chain: &'a BookChain) -> Registers<'a> {
+        Registers { bytes: [None; WORDS * 4], packet, book, chain }
+    }
+
+    /// Executes an expression that decides nothing but whether the rule matches.
+    pub(super) fn execute(&mut self, name: &str, data: &[u8]) -> Truth {
+        let number = |kind| wire::number(data, kind);
+        match name {
+            "meta" => match (number(NFTA_META_DREG), number(NFTA_META_KEY)) {
+                (Some(register), Some(key)) => self.load(register, 16, self.meta(key)),
+                // Sets a mark.
+                _ => Truth::Yes,
+            },
+            "payload" => match (number(NFTA_PAYLOAD_DREG), number(NFTA_PAYLOAD_LEN)) {
+                (Some(register), Some(length)) => {
+                    let (base, offset) = (number(NFTA_PAYLOAD_BASE), number(NFTA_PAYLOAD_OFFSET));
+                    let value = self.payload(base, offset, length);
+                    self.load(register, length as usize, value)
+                }
+                _ => Truth::Yes,
+            },
+            "ct" => match (number(NFTA_CT_DREG), number(NFTA_CT_KEY)) {
+                (Some(register), Some(key)) => {
+                    let status = if self.packet.translated { IPS_DST_NAT } else { 0 };
+                    let value = match key {
+                        NFT_CT_STATE => Some(STATE_NEW.to_ne_bytes().to_vec()),
+                        NFT_CT_DIRECTION => Some(vec![0]),
+                        NFT_CT_STATUS => Some(status.to_ne_bytes().to_vec()),
+                        NFT_CT_MARK => Some(vec![0; 4]),
+                        _ => None,
+                    };
+                    self.load(register, 16, value)
+                }
+                _ => Truth::Yes,
+            },
+            "fib" => {
+                let kind = number(NFTA_FIB_RESULT) == Some(NFT_FIB_RESULT_ADDRTYPE);
+                let destination = number(NFTA_FIB_FLAGS) == Some(NFTA_FIB_F_DADDR);
+                let known = self.packet.local.filter(|_| kind && destination);
+                let value = known.map(|local| if local { RTN_LOCAL } else { RTN_UNICAST }.to_ne_bytes().to_vec());
+                number(NFTA_FIB_DREG).map_or(Truth::Unknown, |register| self.load(register, 16, value))
+            }
+            "immediate" => {
+                let value = wire::attribute(data, NFTA_IMMEDIATE_DATA).and_then(|d| wire::attribute(d, NFTA_DATA_VALUE));
+                let register = number(NFTA_IMMEDIATE_DREG);
+                register.map_or(Truth::Yes, |register| self.load(register, 16, value.map(<[u8]>::to_vec)))
+            }
+            "bitwise" => self.bitwise(data),
+            "byteorder" => self.byteorder(data),
+            "cmp" => self.compare(data),
+            "range" => self.range(data),
+            "lookup" => match self.lookup(data) {
+                Some((truth, found)) => {
+                    let value = found.and_then(|d| wire::attribute(&d, NFTA_DATA_VALUE).map(<[u8]>::to_vec));
+                    if let Some(register) = number(NFTA_LOOKUP_DREG) {
+                        self.load(register, 64, value);
+                    }
+                    if number(NFTA_LOOKUP_FLAGS).unwrap_or(0) & NFT_LOOKUP_F_INV != 0 { truth.not() } else { truth }
+                }
+                None => Truth::Unknown,
+            },
+            "match" => self.xtables(data),
+            "counter" | "log" | "objref" | "notrack" | "last" | "dup" | "flow_offload" => Truth::Yes,
+            // A limit, a quota, chance, a socket: only a packet that is sent tells.
+            _ => Truth::Unknown,
+        }
+    }
+
+    fn meta(&self, key: u32) -> Option<Vec<u8>> {
+        let packet = self.packet;
+        let name = |interface: Option<&crate::kernel::trace::packet::Interface>| {
+            let mut name = interface.map_or("", |i| &i.name).as_bytes().to_vec();
+            name.resize(IFNAMSIZ, 0);
+            Some(name)
+        };
+        let index = |interface: Option<&crate::kernel::trace::packet::Interface>| {
+            Some(interface.map_or(0, |i| i.index).to_ne_bytes().to_vec())
+        };
+        match key {
+            NFT_META_PROTOCOL => Some(ethertype(packet.family).to_vec()),
+            NFT_META_NFPROTO => Some(vec![match packet.family {
+                Family::V4 => wire::NFPROTO_IPV4,
+                Family::V6 => wire::NFPROTO_IPV6,
+            }]),
+            NFT_META_L4PROTO => Some(vec![packet.protocol]),
+            NFT_META_MARK => Some(vec![0; 4]),
+            NFT_META_IIF => index(packet.input.as_ref()),
+            NFT_META_OIF => index(packet.output.as_ref()),
+            NFT_META_IIFNAME => name(packet.input.as_ref()),
+            NFT_META_OIFNAME => name(packet.output.as_ref()),
+            _ => None,
+        }
+    }
+
+    fn payload(&self, base: Option<u32>, offset: Option<u32>, length: u32) -> Option<Vec<u8>> {
+        let header = match base? {
+            NFT_PAYLOAD_LINK_HEADER => &self.packet.link,
+            NFT_PAYLOAD_NETWORK_HEADER => &self.packet.network,
+            NFT_PAYLOAD_TRANSPORT_HEADER => &self.packet.transport,
+            _ => return None,
+        };
+        let offset = offset? as usize;
+        header.get(offset..offset + length as usize).map(<[u8]>::to_vec)
+    }
+
+    /// Loads a value; an unknown one makes `length` bytes unknown.
+    fn load(&mut self, register: u32, length: usize, value: Option<Vec<u8>>) -> Truth {
+        let start = place(register);
+        let length = value.as_ref().map_or(length, Vec::len);
+        for (at, slot) in self.bytes.iter_mut().skip(start).take(length.next_multiple_of(4)).enumerate() {
+            *slot = value.as_ref().map(|value| value.get(at).copied().unwrap_or(0));
+        }
+        Truth::Yes
+    }
+
+    fn value(&self, register: u32, length: usize) -> Option<Vec<u8>> {
+        let start = place(register);
+        self.bytes.get(start..start + length)?.iter().copied().collect()
+    }
+
+    fn bitwise(&mut self, data: &[u8]) -> Truth {
+        let number = |kind| wire::number(data, kind);
+        let bytes = |kind| wire::attribute(data, kind).and_then(|d| wire::attribute(d, NFTA_DATA_VALUE));
+        let (Some(source), Some(target), Some(length)) =
+            (number(NFTA_BITWISE_SREG), number(NFTA_BITWISE_DREG), number(NFTA_BITWISE_LEN))
+        else {
+            return Truth::Unknown;
+        };
+        let length = length as usize;
+        let masked = match (number(NFTA_BITWISE_OP).unwrap_or(0), bytes(NFTA_BITWISE_MASK), bytes(NFTA_BITWISE_XOR)) {
+            (0, Some(mask), Some(xor)) => {
+                let start = place(source);
+                let part = |at: usize| {
+                    let (mask, xor) = (*mask.get(at)?, *xor.get(at)?);
+                    // What is masked away need not be known.
+                    if mask == 0 { Some(xor) } else { Some((*self.bytes.get(start + at)?)? & mask ^ xor) }
+                };
+                (0..length).map(part).collect()
+            }
+            _ => None,
+        };
+        self.load(target, length, masked)
+    }
+
+    fn byteorder(&mut self, data: &[u8]) -> Truth {
+        let number = |kind| wire::number(data, kind);
+        let (Some(source), Some(target), Some(length), Some(size)) =
+            (number(NFTA_BYTEORDER_SREG), number(NFTA_BYTEORDER_DREG), number(NFTA_BYTEORDER_LEN), number(NFTA_BYTEORDER_SIZE))
+        else {
+            return Truth::Unknown;
+        };
+        let swap = |mut value: Vec<u8>| {
+            if cfg!(target_endian = "little") {
+                value.chunks_mut((size as usize).max(1)).for_each(<[u8]>::reverse);
+            }
+            value
+        };
+        let value = self.value(source, length as usize).map(swap);
+        self.load(target, length as usize, value)
+    }
+
+    fn compare(&self, data: &[u8]) -> Truth {
+        let number = |kind| wire::number(data, kind);
+        let wanted = wire::attribute(data, NFTA_CMP_DATA).and_then(|d| wire::attribute(d, NFTA_DATA_VALUE));
+        let (Some(register), Some(op), Some(wanted)) = (number(NFTA_CMP_SREG), number(NFTA_CMP_OP), wanted) else {
+            return Truth::Unknown;
+        };
+        let Some(value) = self.value(register, wanted.len()) else { return Truth::Unknown };
+        let value = value.as_slice();
+        Truth::of(match op {
+            NFT_CMP_EQ => value == wanted,
+            NFT_CMP_NEQ => value != wanted,
+            NFTA_CMP_LT => value < wanted,
+            NFTA_CMP_LTE => value <= wanted,
+            NFTA_CMP_GT => value > wanted,
+            _ => value >= wanted,
+        })
+    }
+
+    fn range(&self, data: &[u8]) -> Truth {
+        let bytes = |kind| wire::attribute(data, kind).and_then(|d| wire::attribute(d, NFTA_DATA_VALUE));
+        let (Some(register), Some(from), Some(to)) =
+            (wire::number(data, NFTA_RANGE_SREG), bytes(NFTA_RANGE_FROM_DATA), bytes(NFTA_RANGE_TO_DATA))
+        else {
+            return Truth::Unknown;
+        };
+        let Some(value) = self.value(register, from.len()) else { return Truth::Unknown };
+        let inside = Truth::of(from <= value.as_slice() && value.as_slice() <= to);
+        if wire::number(data, NFTA_RANGE_OP) == Some(NFT_CMP_NEQ) { inside.not() } else { inside }
+    }
+
+    /// Whether the set of a lookup has the register's value, and the attributes of what that leads to.
+    pub(super) fn lookup(&self, data: &[u8]) -> Option<(Truth, Option<Vec<u8>>)> {
+        let name = wire::attribute(data, NFTA_LOOKUP_SET).map(wire::name)?;
+        let set = self.book.set(self.chain.family, &self.chain.table, std::str::from_utf8(name).ok()?)?;
+        let register = wire::number(data, NFTA_LOOKUP_SREG)?;
+        let Some(length) = set.elements.first().map(|element| element.key.len()) else {
+            return Some((Truth::No, None));
+        };
+        let value = self.value(register, length)?;
+        let found = find(&set, &value);
+        Some((Truth::of(found.is_some()), found.and_then(|element| element.data.clone())))
+    }
+
+    /// The matches of xtables that iptables-nft writes as such. Layouts: `linux/netfilter/xt_conntrack.h` and `xt_tcpudp.h`.
+    fn xtables(&self, data: &[u8]) -> Truth {
+        let info = wire::attribute(data, NFTA_MATCH_INFO).unwrap_or_default();
+        let u16_at = |at: usize| info.get(at..at + 2).and_then(|b| b.try_into().ok()).map(u16::from_ne_bytes);
+        match wire::attribute(data, NFTA_MATCH_NAME).map(wire::name).unwrap_or_default() {
+            b"comment" => Truth::Yes,
+            // `match_flags`, `invert_flags` and `state_mask` of `struct xt_conntrack_mtinfo3`; XT_CONNTRACK_STATE is bit 0.
+            b"conntrack" => match (u16_at(146), u16_at(148), u16_at(150)) {
+                (Some(1), Some(invert), Some(states)) => {
+                    let new = Truth::of(u32::from(states) & STATE_NEW != 0);
+                    if invert & 1 != 0 { new.not() } else { new }
+                }
+                _ => Truth::Unknown,
+            },
+            b"state" => info.first().map_or(Truth::Unknown, |states| Truth::of(u32::from(*states) & STATE_NEW != 0)),
+            kind @ (b"tcp" | b"udp") => {
+                let protocol = if kind == b"tcp" { TCP } else { UDP };
+                let ports = [u16_at(0), u16_at(2), u16_at(4), u16_at(6)];
+                let [Some(from), Some(to), Some(first), Some(last)] = ports else { return Truth::Unknown };
+                let to_port = self.packet.transport.get(2..4).map_or(0, |b| u16::from_be_bytes([b[0], b[1]]));
+                // Options and flags are not looked at; inverted ports are rare.
+                let inverted = info.get(if kind == b"tcp" { 11 } else { 8 }).copied().unwrap_or(0) != 0;
+                let flags = kind == b"tcp" && info.get(8..11).is_some_and(|b| b != [0, 0, 0]);
+                let fits =
+                    self.packet.protocol == protocol && (from..=to).contains(&SOURCE_PORT) && (first..=last).contains(&to_port);
+                if inverted || (fits && flags) { Truth::Unknown } else { Truth::of(fits) }
+            }
+            _ => Truth::Unknown,
+        }
+    }
+
+    /// What a statement of address translation does.
+    pub(super) fn translation(&self, name: &str, data: &[u8]) -> Translation {
+        let register = |kind| wire::number(data, kind);
+        let address = register(NFTA_NAT_REG_ADDR_MIN).and_then(|register| match self.packet.family {
+            Family::V4 => Some(IpAddr::from(<[u8; 4]>::try_from(self.value(register, 4)?).ok()?)),
+            Family::V6 => Some(IpAddr::from(<[u8; 16]>::try_from(self.value(register, 16)?).ok()?)),
+        });
+        let port = register(NFTA_NAT_REG_PROTO_MIN)
+            .and_then(|register| self.value(register, 2))
+            .map(|bytes| u16::from_be_bytes([bytes[0], bytes[1]]));
+        match name {
+            "masq" => Translation::Masquerade,
+            "nat" if register(NFTA_NAT_TYPE) == Some(NFT_NAT_DNAT) => Translation::Destination { address, port },
+            "nat" => Translation::Source { address },
+            _ => Translation::Unknown,
+        }
+    }
+}
+
+/// The first byte of a register, by either way of counting them.
+fn place(register: u32) -> usize {
+    let register = register as usize;
+    let first32 = NFT_REG32_00 as usize;
+    if register < first32 { register * 16 } else { 16 + (register - first32) * 4 }
+}
+
+/// The element of a set that a value is.
+fn find<'s>(set: &'s BookSet, value: &[u8]) -> Option<&'s BookElement> {
+    if set.flags & NFT_SET_INTERVAL == 0 {
+        return set.elements.iter().find(|element| element.key == value);
+    }
+    if set.flags & NFT_SET_CONCAT != 0 {
+        let inside = |element: &&BookElement| {
+            let end = element.end.as_ref().unwrap_or(&element.key);
+            // A comparison of the padded fields, each by itself, comes to one of four bytes each only where no field is longer; longer
+            // ones are compared whole.
+            let words = value.chunks(4).zip(element.key.chunks(4)).zip(end.chunks(4));
+            let mut open = (false, false);
+            words.into_iter().all(|((value, low), high)| {
+                let same = low == high;
+                let fits = (open.0 || low <= value) && (open.1 || value <= high);
+                open = if same { (false, false) } else { (open.0 || low < value, open.1 || value < high) };
+                fits
+            })
+        };
+        return set.elements.iter().find(inside);
+    }
+    // Each element is the beginning of an interval, or the first value behind one.
+    let below = set.elements.iter().filter(|element| element.key.as_slice() <= value);
+    let last = below.max_by(|a, b| a.key.cmp(&b.key).then(b.closes.cmp(&a.closes)))?;
+    (!last.closes).then_some(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn element(key: &[u8], end: Option<&[u8]>, closes: bool) -> BookElement {
+        BookElement { key: key.to_vec(), end: end.map(<[u8]>::to_vec), closes, data: None }
+    }
+
+    #[test]
+    fn members_of_sets() {
+        let plain = BookSet { flags: 0, elements: vec![element(&[1, 2, 0, 0], None, false)] };
+        assert!(find(&plain, &[1, 2, 0, 0]).is_some() && find(&plain, &[1, 3, 0, 0]).is_none());
+        // 10 to 19, 30 and above; as the kernel lists them, in any order.
+        let elements = vec![element(&[30], None, false), element(&[20], None, true), element(&[10], None, false)];
+        let ranges = BookSet { flags: NFT_SET_INTERVAL, elements };
+        let inside: Vec<u8> = (0..40).filter(|n| find(&ranges, &[*n]).is_some()).collect();
+        assert_eq!(inside, (10..20).chain(30..40).collect::<Vec<_>>());
+        let elements = vec![element(&[1, 0, 0, 0, 5, 0, 0, 0], Some(&[1, 0, 0, 0, 9, 255, 255, 255]), false)];
+        let pairs = BookSet { flags: NFT_SET_INTERVAL | NFT_SET_CONCAT, elements };
+        assert!(find(&pairs, &[1, 0, 0, 0, 7, 1, 2, 3]).is_some());
+        assert!(find(&pairs, &[2, 0, 0, 0, 7, 1, 2, 3]).is_none() && find(&pairs, &[1, 0, 0, 0, 10, 0, 0, 0]).is_none());
+    }
+}

@@ -1,0 +1,136 @@
+//! What rules are judged to do, beside what the kernel does: packets are sent over the loopback device, and one that the output hook drops is
+//! refused with `EPERM`.
+
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+
+use super::*;
+use crate::kernel::nft::{Book, Translation};
+use crate::kernel::trace::packet::{Flow, Interface, Packet, SOURCE_PORT, TCP, UDP};
+use crate::plan::ruleset::Hook;
+
+/// Chains at the output hook. Each is judged for each port, in both families.
+const RULES: [&str; 24] = [
+    "udp dport 53 drop",
+    "udp dport { 22, 53, 80 } drop",
+    "udp dport != { 22, 53 } drop",
+    "udp dport 50-60 drop",
+    "udp dport { 10-19, 50-60, 8000-9000 } drop",
+    "udp dport >= 80 drop",
+    "udp dport < 80 drop",
+    "tcp dport 53 drop",
+    "meta l4proto { tcp, udp } drop",
+    "meta l4proto udp udp dport 80 accept; drop",
+    "ip daddr 127.0.0.0/8 udp dport 53 drop",
+    "ip daddr 127.0.0.2 drop",
+    "ip daddr { 10.0.0.0/8, 127.0.0.0/16 } drop",
+    "ip6 daddr ::1 udp dport 80 drop",
+    "ip6 daddr fe80::/10 drop",
+    "ip6 saddr { ::1, fd00::/8 } drop",
+    "oifname \"lo\" udp dport 8472 drop",
+    "oifname \"l*\" udp dport 8472 drop",
+    "oif lo meta mark 0 udp dport 53 reject",
+    "iifname \"eth0\" drop",
+    "ct state { established, related } accept; ct state new udp dport 80 drop",
+    "ct state vmap { established : accept, related : accept, invalid : drop, new : jump more }",
+    "udp dport vmap { 53 : drop, 80 : goto more }; udp dport 8472 drop",
+    "ip daddr . udp dport { 127.0.0.1 . 53, 127.0.0.1 . 80 } drop",
+];
+
+const PORTS: [u16; 4] = [53, 80, 8472, 9999];
+
+fn load(rules: &str, policy: &str) {
+    let rules = rules.replace("; ", "\n");
+    nft(&format!(
+        "flush ruleset\ntable inet t {{\n chain more {{\n udp dport 80 drop\n udp dport 8472 return\n udp dport 9999 counter drop\n }}\n \
+         chain o {{\n type filter hook output priority 0; policy {policy};\n {rules}\n }}\n}}\n"
+    ));
+}
+
+#[test]
+fn verdicts_are_the_kernels() {
+    in_namespace(|| {
+        crate::kernel::netns::loopback_up().expect("lo up");
+        let mut dropped = 0;
+        for (rules, policy) in RULES.iter().flat_map(|rules| [(rules, "accept"), (rules, "drop")]) {
+            load(rules, policy);
+            let book = Book::read().expect("the rules");
+            for address in ["127.0.0.1", "::1"] {
+                let address: IpAddr = address.parse().expect("an address");
+                let socket = UdpSocket::bind(SocketAddr::new(address, SOURCE_PORT)).expect("a socket");
+                for port in PORTS {
+                    let sent = socket.send_to(b"x", SocketAddr::new(address, port));
+                    let kernel = sent.as_ref().err().and_then(std::io::Error::raw_os_error) == Some(libc::EPERM);
+                    let flow = Flow { source: address, destination: address, protocol: UDP, port };
+                    let lo = Interface { index: 1, name: "lo".to_owned() };
+                    let judged = book.judge(Hook::Output, false, &Packet { output: Some(lo), ..Packet::new(&flow) });
+                    assert!(judged.unless.is_empty() && judged.perhaps.is_empty(), "{rules}: {judged:?}");
+                    assert_eq!(
+                        judged.is_drop(),
+                        kernel,
+                        "`{rules}`, policy {policy}, to {address} port {port}: {sent:?}, {judged:?}"
+                    );
+                    dropped += usize::from(kernel);
+                }
+            }
+        }
+        assert!(dropped > 100, "{dropped} of {} were dropped", RULES.len() * 16);
+    });
+}
+
+#[test]
+fn what_cannot_be_known_is_said() {
+    in_namespace(|| {
+        let flow = Flow {
+            source: "10.0.0.1".parse().expect("ip"),
+            destination: "10.0.0.2".parse().expect("ip"),
+            protocol: TCP,
+            port: 80,
+        };
+        let judge = || Book::read().expect("the rules").judge(Hook::Output, false, &Packet::new(&flow));
+        load("limit rate over 5/second drop comment \"too many\"", "accept");
+        let judged = judge();
+        assert!(judged.dropped.is_none() && judged.perhaps.len() == 1, "{judged:?}");
+        assert!(judged.perhaps[0].to_string().ends_with("of chain inet t o (\"too many\")"), "{}", judged.perhaps[0]);
+        load("meta skuid 7 accept", "drop");
+        let judged = judge();
+        assert!(judged.dropped.is_some() && !judged.is_drop() && judged.unless.len() == 1, "{judged:?}");
+        // A jump that may or may not be taken decides nothing.
+        load("limit rate 5/second jump more", "accept");
+        assert!(!judge().is_drop());
+        // A table that sleeps sees nothing.
+        load("drop", "accept");
+        assert!(judge().is_drop());
+        nft("add table inet t { flags dormant; }");
+        assert!(judge().dropped.is_none() && judge().chains.is_empty());
+    });
+}
+
+#[test]
+fn rules_of_iptables_and_translations() {
+    in_namespace(|| {
+        let flow = Flow {
+            source: "10.0.0.1".parse().expect("ip"),
+            destination: "10.0.0.2".parse().expect("ip"),
+            protocol: TCP,
+            port: 80,
+        };
+        let at = |hook| Book::read().expect("the rules").judge(hook, false, &Packet { local: Some(true), ..Packet::new(&flow) });
+        iptables("iptables -P FORWARD DROP");
+        assert_eq!(at(Hook::Forward).dropped.expect("dropped").to_string(), "the policy of chain ip filter FORWARD");
+        iptables("iptables -A FORWARD -p tcp --dport 443 -j ACCEPT");
+        iptables("iptables -A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT");
+        assert!(at(Hook::Forward).is_drop());
+        iptables("iptables -A FORWARD -s 10.0.0.0/8 -p tcp --dport 80 -m comment --comment web -j ACCEPT");
+        assert!(at(Hook::Forward).dropped.is_none());
+        iptables("iptables -I FORWARD -d 10.0.0.2 -j REJECT");
+        assert!(at(Hook::Forward).is_drop());
+        nft(
+            "table ip n { chain p { type nat hook prerouting priority -100; fib daddr type local tcp dport 80 dnat to 10.9.9.9:8080; }; \
+             chain s { type nat hook postrouting priority 100; ip saddr 10.0.0.0/8 masquerade; }; }",
+        );
+        let (how, place) = at(Hook::Prerouting).translation.expect("translated");
+        let wanted = Translation::Destination { address: Some("10.9.9.9".parse().expect("ip")), port: Some(8080) };
+        assert_eq!((how, place.chain.as_str()), (wanted, "p"));
+        assert_eq!(at(Hook::Postrouting).translation.expect("translated").0, Translation::Masquerade);
+    });
+}

@@ -1,0 +1,439 @@
+//! What the kernel of one network namespace answers about the way of a packet: which route it would take, which next hop, neighbour and FDB entry
+//! that leads to, what the rules would do with it; and, live, where packets of a flow are seen.
+//!
+//! Everything here asks; nothing is changed but the table by which a live watch marks packets ([`TraceWatch`]), which goes with its socket. All calls
+//! block, and belong to the namespace of the thread that makes them ([`super::netns::Netns::run`]).
+
+mod capture;
+pub mod packet;
+
+use std::net::IpAddr;
+
+use netlink_packet_core::ParseableParametrized;
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::{
+    BridgePortState, InfoBridgePort, InfoPortData, LinkAttribute, LinkInfo as Info, LinkMessage, State,
+};
+use serde::{Deserialize, Serialize};
+
+use super::message::{Message, address, attributes, mac, u16_at, u32_at};
+use super::nft::{Nft, NftState};
+use super::objects::{self, LinkInfo, raw_attributes};
+use super::socket::{Ask, RouteSocket};
+use super::uapi::*;
+use super::wire::{AF_BRIDGE, NHMSG, Query, family_of};
+use crate::model::{Cidr, Device, Family, Mac, PerFamily, Role};
+use crate::plan::OpError;
+use crate::plan::ruleset::{Expr, Table};
+
+pub use super::nft::{Book, Judgement, Place, Sight, TraceWatch, Translation, Watched};
+pub use capture::{Capture, Passage, Watchlist};
+
+/// Length of `struct ifinfomsg`.
+const IFINFOMSG: usize = 16;
+/// Length of `struct ndmsg`.
+const NDMSG: usize = 12;
+/// Length of `struct rtmsg`.
+const RTMSG: usize = 12;
+/// `linux/rtnetlink.h`: answer with the route that matched, not with what the lookup made of it.
+const RTM_F_FIB_MATCH: u32 = 0x2000;
+/// `linux/rtnetlink.h`.
+const RTA_SRC: u16 = 2;
+const RTA_IIF: u16 = 3;
+const RTA_PREFSRC: u16 = 7;
+
+/// An interface.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Link {
+    /// Interface index.
+    pub index: u32,
+    /// Interface name.
+    pub name: String,
+    /// `vxlan`, `bridge`, `veth`; empty for hardware.
+    pub kind: String,
+    /// Administratively up.
+    pub up: bool,
+    /// Whether it has a carrier, as far as the driver says.
+    pub running: bool,
+    /// MAC.
+    pub mac: Option<Mac>,
+    /// MTU in bytes.
+    pub mtu: u32,
+    /// Interface index of its bridge.
+    pub master: Option<u32>,
+    /// Interface index of a veth pair's other end.
+    pub peer: Option<u32>,
+    /// The state of a bridge's port: `forwarding`, `disabled`, ...
+    pub port_state: Option<String>,
+    /// A VXLAN device's VNI, UDP port, own address and underlay interface.
+    pub vxlan: Option<Vxlan>,
+}
+
+/// A VXLAN device's settings.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vxlan {
+    /// VNI.
+    pub vni: u32,
+    /// UDP destination port.
+    pub port: u16,
+    /// Source of outer packets.
+    pub local: Option<IpAddr>,
+    /// Underlay interface index; 0 where there is none.
+    pub link: u32,
+}
+
+/// A route that a lookup found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Route {
+    /// The entry that matched; absent where the kernel does not say.
+    pub destination: Option<Cidr>,
+    /// `unicast`, `local`, `blackhole`, ...
+    pub kind: String,
+    /// Who made it, by number.
+    pub protocol: u8,
+    /// Interface index.
+    pub interface: Option<u32>,
+    /// The gateway.
+    pub gateway: Option<IpAddr>,
+    /// The source that the kernel would choose.
+    pub source: Option<IpAddr>,
+    /// Id of the next-hop object.
+    pub nexthop: Option<u32>,
+}
+
+/// A next-hop object.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Nexthop {
+    /// Its id.
+    pub id: u32,
+    /// Interface index.
+    pub interface: Option<u32>,
+    /// The gateway.
+    pub gateway: Option<IpAddr>,
+    /// Leads nowhere on purpose.
+    pub blackhole: bool,
+}
+
+/// A neighbour.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Neighbour {
+    /// Its MAC, where one is known.
+    pub mac: Option<Mac>,
+    /// `PERMANENT`, `REACHABLE`, `STALE`, `INCOMPLETE`, `FAILED`, ...
+    pub state: String,
+}
+
+impl Neighbour {
+    /// Whether the kernel would send to it at once.
+    pub fn is_usable(&self) -> bool {
+        self.mac.is_some() && !matches!(self.state.as_str(), "FAILED" | "INCOMPLETE")
+    }
+}
+
+/// The overlay as the rules of the host have it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Overlay {
+    /// The network's range in each family; none where the table `inet overlayd` is not there.
+    pub networks: PerFamily<Cidr>,
+}
+
+/// A question for the route to an address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lookup {
+    /// To where.
+    pub destination: IpAddr,
+    /// From where.
+    pub source: Option<IpAddr>,
+    /// By which interface the packet came in; none for one of the host's own.
+    pub input: Option<u32>,
+}
+
+struct RouteRequest(Lookup, bool);
+
+impl Ask for RouteRequest {
+    fn write(&self, buffer: &mut Vec<u8>, flags: u16, sequence: u32) {
+        let RouteRequest(lookup, matched) = self;
+        let family = Family::of(lookup.destination);
+        let number = if family == Family::V4 { libc::AF_INET } else { libc::AF_INET6 };
+        let source_length = if lookup.source.is_some() { family.bits() } else { 0 };
+        let asked: u32 = if *matched { RTM_F_FIB_MATCH } else { 0 };
+        let mut m = Message::begin(buffer, libc::RTM_GETROUTE, flags, sequence);
+        m.body(&[u8::try_from(number).unwrap_or_default(), family.bits(), source_length, 0, 0, 0, 0, 0]);
+        m.body(&asked.to_ne_bytes()).put_address(RTA_DST, lookup.destination);
+        if let Some(source) = lookup.source {
+            m.put_address(RTA_SRC, source);
+        }
+        if let Some(input) = lookup.input {
+            m.put_u32(RTA_IIF, input);
+        }
+    }
+}
+
+/// One neighbour, or one FDB entry.
+enum NeighbourRequest {
+    Neighbour(u32, IpAddr),
+    Fdb(u32, Mac),
+}
+
+impl Ask for NeighbourRequest {
+    fn write(&self, buffer: &mut Vec<u8>, flags: u16, sequence: u32) {
+        let mut m = Message::begin(buffer, libc::RTM_GETNEIGH, flags, sequence);
+        match self {
+            NeighbourRequest::Neighbour(index, address) => {
+                let number = if address.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+                m.body(&[u8::try_from(number).unwrap_or_default(), 0, 0, 0]).body(&index.to_ne_bytes()).body(&[0; 4]);
+                m.put_address(NDA_DST, *address);
+            }
+            NeighbourRequest::Fdb(index, mac) => {
+                m.body(&[AF_BRIDGE, 0, 0, 0]).body(&index.to_ne_bytes()).body(&[0, 0, NTF_SELF, 0]);
+                m.put(NDA_LLADDR, &mac.0);
+            }
+        };
+    }
+}
+
+/// Asks the kernel.
+pub struct Look {
+    socket: RouteSocket,
+}
+
+impl Look {
+    /// Opens the calling thread's namespace.
+    ///
+    /// # Errors
+    /// No file descriptors left, no netlink.
+    pub fn open() -> Result<Look, OpError> {
+        Ok(Look { socket: RouteSocket::open()? })
+    }
+
+    /// All interfaces.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn links(&mut self) -> Result<Vec<Link>, OpError> {
+        let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
+        let read = self.socket.dump(&request, Vec::new, |all, header, body| {
+            if header.message_type == libc::RTM_NEWLINK {
+                all.extend(read_link(body));
+            }
+        });
+        read.map_err(|e| e.during("cannot list the links"))
+    }
+
+    /// The addresses of an interface.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn addresses(&mut self, interface: u32) -> Result<Vec<IpAddr>, OpError> {
+        let all = objects::addresses(&mut self.socket, interface)?;
+        Ok(all.into_iter().filter(|a| interface == 0 || a.index == interface).map(|a| a.address.ip()).collect())
+    }
+
+    /// The route that the kernel would take; where it has none, why, in its own words.
+    ///
+    /// # Errors
+    /// The question itself failed.
+    pub fn route(&mut self, lookup: Lookup) -> Result<Result<Route, String>, OpError> {
+        let asked = self.socket.get(&RouteRequest(lookup, false), read_route);
+        let mut route = match asked {
+            Ok(route) => route,
+            Err(refusal) if refusal.errno == libc::EPERM => {
+                return Err(refusal.during(format!("cannot ask for the route to {}", lookup.destination)));
+            }
+            Err(refusal) => {
+                let reason = std::io::Error::from_raw_os_error(refusal.errno).to_string();
+                return Ok(Err(reason.split(" (os error").next().unwrap_or(&reason).to_owned()));
+            }
+        };
+        // The entry itself, which the answer to a plain question does not name.
+        if let Ok(entry) = self.socket.get(&RouteRequest(lookup, true), read_route) {
+            route.destination = entry.destination;
+            route.nexthop = entry.nexthop;
+            route.protocol = entry.protocol;
+        } else {
+            route.destination = None;
+        }
+        match route.kind.as_str() {
+            "unicast" | "local" => Ok(Ok(route)),
+            // IPv6 answers with such a route where IPv4 answers with an error.
+            kind => Ok(Err(format!("the route is {kind}"))),
+        }
+    }
+
+    /// A next-hop object; `None` where there is none of that id.
+    pub fn nexthop(&mut self, id: u32) -> Option<Nexthop> {
+        self.socket.get(&Query::Nexthop(id), read_nexthop).ok()
+    }
+
+    /// The next-hop objects that lead to a gateway.
+    pub fn nexthops_to(&mut self, gateway: IpAddr) -> Vec<Nexthop> {
+        let read = self.socket.dump(&Query::Nexthops, Vec::new, |all: &mut Vec<Nexthop>, header, body| {
+            if header.message_type == RTM_NEWNEXTHOP {
+                all.extend(read_nexthop(body).filter(|hop| hop.gateway == Some(gateway)));
+            }
+        });
+        read.unwrap_or_default()
+    }
+
+    /// A neighbour of an interface; `None` where the kernel has no entry.
+    pub fn neighbour(&mut self, interface: u32, address: IpAddr) -> Option<Neighbour> {
+        let read = |body: &[u8]| {
+            let state = u16_at(body, 8)?;
+            let mac = attributes(body, NDMSG).find(|(kind, _)| *kind == NDA_LLADDR).and_then(|(_, value)| mac(value));
+            Some(Neighbour { mac, state: state_word(state) })
+        };
+        self.socket.get(&NeighbourRequest::Neighbour(interface, address), read).ok()
+    }
+
+    /// Where a VXLAN device sends frames for a MAC; `None` where it has no entry.
+    pub fn fdb(&mut self, interface: u32, station: Mac) -> Option<IpAddr> {
+        let read = |body: &[u8]| attributes(body, NDMSG).find(|(kind, _)| *kind == NDA_DST).and_then(|(_, v)| address(v));
+        self.socket.get(&NeighbourRequest::Fdb(interface, station), read).ok()
+    }
+
+    /// The overlay, from the table `inet overlayd`.
+    ///
+    /// # Errors
+    /// No permission, or no nf_tables.
+    pub fn overlay(&mut self) -> Result<Overlay, OpError> {
+        let state: NftState = Nft::open()?.dump()?;
+        let mut overlay = Overlay::default();
+        let chains = state.ruleset(Table::Inet).map(|ruleset| ruleset.chains.as_slice()).unwrap_or_default();
+        for rule in chains.iter().filter(|chain| chain.name == "forward").flat_map(|chain| &chain.rules) {
+            if let [Expr::Source { cidr, negate: false }, Expr::Accept] = rule.exprs.as_slice() {
+                *overlay.networks.slot(cidr.family()) = Some(*cidr);
+            }
+        }
+        Ok(overlay)
+    }
+}
+
+impl Link {
+    /// As a device of ours.
+    pub fn device(&self) -> Option<Device> {
+        Device::from_name(&self.name)
+    }
+
+    /// Whether it is the VXLAN device of a family.
+    pub fn is_tunnel(&self, family: Family) -> bool {
+        self.device().is_some_and(|device| device.role == Role::Vxlan(family))
+    }
+}
+
+fn read_link(body: &[u8]) -> Option<Link> {
+    let info = LinkInfo::read(body)?;
+    let (mut running, mut port_state) = (info.up(), None);
+    for attribute in raw_attributes(body, IFINFOMSG) {
+        match LinkAttribute::parse_with_param(&attribute, netlink_packet_route::AddressFamily::Unspec) {
+            // Not every driver says: UNKNOWN counts as up, as it does for the kernel.
+            Ok(LinkAttribute::OperState(state)) => {
+                running = !matches!(state, State::Down | State::LowerLayerDown | State::NotPresent);
+            }
+            Ok(LinkAttribute::LinkInfo(infos)) => {
+                for info in infos {
+                    if let Info::PortData(InfoPortData::BridgePort(settings)) = info {
+                        port_state = settings.iter().find_map(port_word);
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    let up = info.up();
+    Some(Link {
+        index: info.index,
+        name: info.name,
+        kind: info.kind,
+        up,
+        running,
+        mac: info.mac,
+        mtu: info.mtu,
+        master: info.master,
+        peer: info.peer,
+        port_state: port_state.map(str::to_owned),
+        vxlan: info.vxlan.map(|v| Vxlan { vni: v.id, port: v.port, local: v.local, link: v.link }),
+    })
+}
+
+fn port_word(setting: &InfoBridgePort) -> Option<&'static str> {
+    let InfoBridgePort::State(state) = setting else { return None };
+    Some(match state {
+        BridgePortState::Disabled => "disabled",
+        BridgePortState::Listening => "listening",
+        BridgePortState::Learning => "learning",
+        BridgePortState::Forwarding => "forwarding",
+        BridgePortState::Blocking => "blocking",
+        _ => "unknown",
+    })
+}
+
+fn read_route(body: &[u8]) -> Option<Route> {
+    let family = family_of(*body.first()?)?;
+    let (length, protocol, kind) = (*body.get(1)?, *body.get(5)?, *body.get(7)?);
+    let mut route = Route {
+        destination: None,
+        kind: kind_word(kind).to_owned(),
+        protocol,
+        interface: None,
+        gateway: None,
+        source: None,
+        nexthop: None,
+    };
+    let mut base = family.unspecified();
+    for (kind, value) in attributes(body, RTMSG) {
+        match kind {
+            RTA_DST => base = address(value)?,
+            RTA_OIF => route.interface = u32_at(value, 0),
+            RTA_GATEWAY => route.gateway = address(value),
+            RTA_PREFSRC => route.source = address(value),
+            RTA_NH_ID => route.nexthop = u32_at(value, 0),
+            _ => {}
+        }
+    }
+    route.destination = Cidr::containing(base, length);
+    Some(route)
+}
+
+fn read_nexthop(body: &[u8]) -> Option<Nexthop> {
+    const NHA_BLACKHOLE: u16 = 4;
+    let mut hop = Nexthop { id: 0, interface: None, gateway: None, blackhole: false };
+    for (kind, value) in attributes(body, NHMSG) {
+        match kind {
+            NHA_ID => hop.id = u32_at(value, 0)?,
+            NHA_BLACKHOLE => hop.blackhole = true,
+            NHA_OIF => hop.interface = u32_at(value, 0),
+            NHA_GATEWAY => hop.gateway = address(value),
+            _ => {}
+        }
+    }
+    Some(hop)
+}
+
+/// `RTN_...` in `linux/rtnetlink.h`, as `ip route` calls them.
+fn kind_word(kind: u8) -> &'static str {
+    match kind {
+        1 => "unicast",
+        2 => "local",
+        3 => "broadcast",
+        5 => "multicast",
+        6 => "blackhole",
+        7 => "unreachable",
+        8 => "prohibit",
+        _ => "of another kind",
+    }
+}
+
+/// `NUD_...` in `linux/neighbour.h`, as `ip neigh` calls them.
+fn state_word(state: u16) -> String {
+    let words = [
+        (0x80, "PERMANENT"),
+        (0x40, "NOARP"),
+        (0x20, "FAILED"),
+        (0x10, "PROBE"),
+        (0x08, "DELAY"),
+        (0x04, "STALE"),
+        (0x02, "REACHABLE"),
+    ];
+    let word = words.iter().find(|(bit, _)| state & bit != 0).map(|(_, word)| *word);
+    word.unwrap_or(if state & 0x01 != 0 { "INCOMPLETE" } else { "NONE" }).to_owned()
+}

@@ -1,0 +1,273 @@
+//! Packets of one flow at the interfaces of a namespace, plain or inside VXLAN: an `AF_PACKET` socket with a filter in the kernel, so that a busy
+//! host pays for what matches alone (`packet(7)`).
+
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::Duration;
+
+use nix::sys::socket::{AddressFamily, LinkAddr, SockFlag, SockProtocol, SockType, recvfrom, setsockopt, socket, sockopt};
+use nix::sys::time::TimeVal;
+use serde::{Deserialize, Serialize};
+
+use super::packet::UDP;
+use crate::model::Family;
+use crate::plan::OpError;
+
+/// Bytes of a packet that are kept: an outer IPv6 header, UDP, VXLAN, Ethernet and an inner IPv6 header are 110.
+const KEPT: u32 = 128;
+/// From the UDP header to the inner IP header: UDP 8, VXLAN 8, Ethernet 14 (RFC 7348 section 5).
+const TO_INNER: u32 = 30;
+
+/// A packet of the flow at an interface.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Passage {
+    /// Interface index.
+    pub interface: u32,
+    /// It goes out by the interface; else it came in.
+    pub outgoing: bool,
+    /// The outer addresses, where it is inside VXLAN.
+    pub tunnel: Option<(IpAddr, IpAddr)>,
+    /// Its source.
+    pub source: IpAddr,
+    /// Its destination.
+    pub destination: IpAddr,
+}
+
+/// What to listen for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Watchlist {
+    /// Source and destination of packets, in any form that the flow takes on the way.
+    pub pairs: Vec<(IpAddr, IpAddr)>,
+    /// The UDP port of the tunnel.
+    pub port: u16,
+}
+
+/// Listens at all interfaces of the calling thread's namespace.
+pub struct Capture {
+    socket: OwnedFd,
+    list: Watchlist,
+}
+
+impl Capture {
+    /// Begins to listen; one wait takes as long as `pause` at the most.
+    ///
+    /// # Errors
+    /// No permission (`CAP_NET_RAW`), or the filter is refused.
+    pub fn open(list: Watchlist, pause: Duration) -> Result<Capture, OpError> {
+        let open = || -> io::Result<OwnedFd> {
+            let socket = socket(AddressFamily::Packet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, Some(SockProtocol::EthAll))?;
+            attach(&socket, program(&list))?;
+            let micros = i64::try_from(pause.as_micros()).unwrap_or(i64::MAX);
+            setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::new(micros / 1_000_000, micros % 1_000_000))?;
+            Ok(socket)
+        };
+        let failed = |error: io::Error| OpError {
+            errno: error.raw_os_error().unwrap_or_default(),
+            message: format!("cannot listen at the interfaces: {error}; this needs CAP_NET_RAW: run as root"),
+        };
+        Ok(Capture { socket: open().map_err(failed)?, list })
+    }
+
+    /// Waits for the next packet; `None` after the pause.
+    ///
+    /// # Errors
+    /// The socket failed.
+    pub fn wait(&mut self) -> Result<Option<Passage>, OpError> {
+        let mut buffer = [0; KEPT as usize];
+        let (length, from) = match recvfrom::<LinkAddr>(self.socket.as_raw_fd(), &mut buffer) {
+            Ok(received) => received,
+            // The interface went down.
+            Err(nix::Error::EAGAIN | nix::Error::EINTR | nix::Error::ENETDOWN) => return Ok(None),
+            Err(errno) => {
+                return Err(OpError { errno: errno as i32, message: format!("cannot read packets: {errno}") });
+            }
+        };
+        let Some(from) = from else { return Ok(None) };
+        let outgoing = from.pkttype() == libc::PACKET_OUTGOING;
+        let read = self.list.read(buffer.get(..length).unwrap_or(&buffer));
+        Ok(read.map(|(tunnel, (source, destination))| Passage {
+            interface: u32::try_from(from.ifindex()).unwrap_or(0),
+            outgoing,
+            tunnel,
+            source,
+            destination,
+        }))
+    }
+}
+
+type Pair = (IpAddr, IpAddr);
+
+impl Watchlist {
+    /// The outer addresses, if any, and the flow's own, of a packet from its IP header on.
+    fn read(&self, packet: &[u8]) -> Option<(Option<Pair>, Pair)> {
+        let (outer, protocol, behind) = addresses(packet)?;
+        if self.pairs.contains(&outer) {
+            return Some((None, outer));
+        }
+        let port = packet.get(behind + 2..behind + 4)?;
+        let inner = packet.get(behind + TO_INNER as usize..)?;
+        if protocol != UDP || port != self.port.to_be_bytes() {
+            return None;
+        }
+        let (inner, ..) = addresses(inner)?;
+        self.pairs.contains(&inner).then_some((Some(outer), inner))
+    }
+}
+
+/// Source and destination, protocol and length of an IP header.
+fn addresses(packet: &[u8]) -> Option<(Pair, u8, usize)> {
+    let first = *packet.first()?;
+    match first >> 4 {
+        4 => {
+            let part = |at: usize| Some(IpAddr::from(<[u8; 4]>::try_from(packet.get(at..at + 4)?).ok()?));
+            Some(((part(12)?, part(16)?), *packet.get(9)?, usize::from(first & 0xf) * 4))
+        }
+        6 => {
+            let part = |at: usize| Some(IpAddr::from(<[u8; 16]>::try_from(packet.get(at..at + 16)?).ok()?));
+            Some(((part(8)?, part(24)?), *packet.get(6)?, 40))
+        }
+        _ => None,
+    }
+}
+
+/// One step of an alternative of the filter.
+#[derive(Clone, Copy)]
+enum Check {
+    /// A byte, of which these bits count, has a value.
+    Byte(u32, u32, u32),
+    /// Two bytes behind the header of IPv4 have a value.
+    PortBehind(u32, u32),
+    /// Two bytes have a value.
+    Half(u32, u32),
+    /// Four bytes have a value.
+    Word(u32, u32),
+    /// Four bytes behind the header of IPv4 have a value.
+    WordBehind(u32, u32),
+}
+
+/// A filter that keeps what [`Watchlist::read`] reads: plain packets, and those inside VXLAN over either family.
+fn program(list: &Watchlist) -> Vec<libc::sock_filter> {
+    let mut alternatives: Vec<Vec<Check>> = Vec::new();
+    let port = u32::from(list.port);
+    for pair in &list.pairs {
+        let mut plain = vec![version(Family::of(pair.0))];
+        plain.extend(words(*pair).into_iter().map(|(at, word)| Check::Word(at, word)));
+        alternatives.push(plain);
+        let udp = u32::from(UDP);
+        let mut over4 = vec![version(Family::V4), Check::Byte(9, 0xff, udp), Check::PortBehind(2, port)];
+        over4.extend(words(*pair).into_iter().map(|(at, word)| Check::WordBehind(TO_INNER + at, word)));
+        alternatives.push(over4);
+        let mut over6 = vec![version(Family::V6), Check::Byte(6, 0xff, udp), Check::Half(42, port)];
+        over6.extend(words(*pair).into_iter().map(|(at, word)| Check::Word(40 + TO_INNER + at, word)));
+        alternatives.push(over6);
+    }
+    // BPF_LD with BPF_ABS or BPF_IND and a size, BPF_LDX with BPF_MSH, BPF_ALU with BPF_AND, BPF_JMP with BPF_JEQ, BPF_RET
+    // (`linux/bpf_common.h`).
+    const BYTE: u16 = 0x30;
+    const HALF: u16 = 0x28;
+    const WORD: u16 = 0x20;
+    const HALF_BEHIND: u16 = 0x48;
+    const WORD_BEHIND: u16 = 0x40;
+    const HEADER_LENGTH: u16 = 0xb1;
+    const AND: u16 = 0x54;
+    const EQUAL: u16 = 0x15;
+    const RETURN: u16 = 0x06;
+    let step = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
+    let mut program = Vec::new();
+    for alternative in alternatives {
+        let mut block = Vec::new();
+        for check in alternative {
+            let value = match check {
+                Check::Byte(at, mask, value) => {
+                    block.extend([step(BYTE, 0, 0, at), step(AND, 0, 0, mask)]);
+                    value
+                }
+                Check::Half(at, value) => {
+                    block.push(step(HALF, 0, 0, at));
+                    value
+                }
+                Check::Word(at, value) => {
+                    block.push(step(WORD, 0, 0, at));
+                    value
+                }
+                Check::PortBehind(at, value) => {
+                    block.extend([step(HEADER_LENGTH, 0, 0, 0), step(HALF_BEHIND, 0, 0, at)]);
+                    value
+                }
+                Check::WordBehind(at, value) => {
+                    block.push(step(WORD_BEHIND, 0, 0, at));
+                    value
+                }
+            };
+            block.push(step(EQUAL, 0, 0, value));
+        }
+        block.push(step(RETURN, 0, 0, KEPT));
+        // What does not fit goes on with the next alternative.
+        let end = block.len();
+        for (at, step) in block.iter_mut().enumerate() {
+            if step.code == EQUAL {
+                step.jf = u8::try_from(end - at - 1).unwrap_or(u8::MAX);
+            }
+        }
+        program.extend(block);
+    }
+    program.push(step(RETURN, 0, 0, 0));
+    program
+}
+
+fn version(family: Family) -> Check {
+    Check::Byte(0, 0xf0, if family == Family::V4 { 0x40 } else { 0x60 })
+}
+
+/// Source and destination as words, by their offset in the IP header.
+fn words((source, destination): Pair) -> Vec<(u32, u32)> {
+    let mut bytes = Vec::new();
+    for address in [source, destination] {
+        match address {
+            IpAddr::V4(address) => bytes.extend(address.octets()),
+            IpAddr::V6(address) => bytes.extend(address.octets()),
+        }
+    }
+    let first = if source.is_ipv4() { 12 } else { 8 };
+    let words = bytes.chunks(4).map(|b| u32::from_be_bytes([b[0], b[1], b[2], b[3]]));
+    (first..).step_by(4).zip(words).collect()
+}
+
+fn attach(socket: &OwnedFd, mut program: Vec<libc::sock_filter>) -> io::Result<()> {
+    let filter = libc::sock_fprog { len: u16::try_from(program.len()).unwrap_or(u16::MAX), filter: program.as_mut_ptr() };
+    let length = libc::socklen_t::try_from(size_of::<libc::sock_fprog>()).unwrap_or_default();
+    // SAFETY: the program and its description live until the call returns; the kernel copies both (sk_attach_filter in net/core/filter.c).
+    let result = unsafe {
+        libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, (&raw const filter).cast(), length)
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::packet::{Flow, Packet};
+    use super::*;
+
+    #[test]
+    fn packets_are_read_plain_and_inside_vxlan() {
+        let ip = |text: &str| text.parse::<IpAddr>().expect(text);
+        for (a, b) in [("10.244.1.2", "10.244.2.3"), ("fd00:1::2", "fd00:2::3")] {
+            let list = Watchlist { pairs: vec![(ip(a), ip(b))], port: 8472 };
+            let inner = Packet::new(&Flow::echo(ip(a), ip(b)));
+            let bytes = |packet: &Packet| [packet.network.clone(), packet.transport.clone()].concat();
+            assert_eq!(list.read(&bytes(&inner)), Some((None, (ip(a), ip(b)))));
+            assert_eq!(list.read(&bytes(&Packet::new(&Flow::echo(ip(b), ip(a))))), None);
+            for (x, y) in [("192.0.2.1", "192.0.2.2"), ("fd99::1", "fd99::2")] {
+                let outer = Flow { source: ip(x), destination: ip(y), protocol: UDP, port: 8472 };
+                let tunnel = bytes(&Packet::tunnelled(&inner, &outer, 1));
+                assert_eq!(list.read(&tunnel), Some((Some((ip(x), ip(y))), (ip(a), ip(b)))));
+                let other = bytes(&Packet::tunnelled(&inner, &Flow { port: 4789, ..outer }, 1));
+                assert_eq!(list.read(&other), None);
+                for end in 0..tunnel.len() {
+                    let _ = list.read(&tunnel[..end]);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! Prometheus' text format (version 0.0.4): the page as it grows, and histograms.
+
+use std::fmt::Write;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// The text as it grows.
+pub(super) struct Page(String);
+
+impl Page {
+    pub(super) fn new() -> Page {
+        Page(String::with_capacity(8 << 10))
+    }
+
+    pub(super) fn text(self) -> String {
+        self.0
+    }
+
+    pub(super) fn line(&mut self, line: &str) {
+        self.0.push_str(line);
+        self.0.push('\n');
+    }
+
+    pub(super) fn head(&mut self, name: &str, help: &str, kind: &str) {
+        // Writing to a String cannot fail.
+        let _ = write!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}\n");
+    }
+
+    pub(super) fn gauge(&mut self, name: &str, help: &str, value: u64) {
+        self.head(name, help, "gauge");
+        self.line(&format!("{name} {value}"));
+    }
+
+    pub(super) fn counter(&mut self, name: &str, help: &str, value: u64) {
+        self.head(name, help, "counter");
+        self.line(&format!("{name} {value}"));
+    }
+
+    /// A counter by one label whose values are words of ours: they need no escapes.
+    pub(super) fn counters<'a>(&mut self, name: &str, help: &str, label: &str, values: impl IntoIterator<Item = (&'a str, u64)>) {
+        self.head(name, help, "counter");
+        for (value, count) in values {
+            self.line(&format!("{name}{{{label}=\"{value}\"}} {count}"));
+        }
+    }
+}
+
+/// Observations by bucket; what is above the last bound counts only in `count`.
+#[derive(Debug)]
+pub(super) struct Histogram<const N: usize> {
+    buckets: [AtomicU64; N],
+    sum: AtomicU64,
+    count: AtomicU64,
+}
+
+impl<const N: usize> Default for Histogram<N> {
+    fn default() -> Self {
+        Histogram { buckets: [const { AtomicU64::new(0) }; N], sum: AtomicU64::new(0), count: AtomicU64::new(0) }
+    }
+}
+
+impl<const N: usize> Histogram<N> {
+    pub(super) fn observe(&self, value: u64, bounds: impl IntoIterator<Item = u64>) {
+        if let Some((bucket, _)) = self.buckets.iter().zip(bounds).find(|(_, bound)| value <= *bound) {
+            bucket.fetch_add(1, Ordering::Relaxed);
+        }
+        self.sum.fetch_add(value, Ordering::Relaxed);
+        self.count.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// `sum` writes the sum in the unit of the name, from the one in which it was observed.
+    pub(super) fn render(&self, page: &mut Page, name: &str, help: &str, bounds: [&str; N], sum: impl FnOnce(u64) -> String) {
+        page.head(name, help, "histogram");
+        let mut below = 0;
+        for (bucket, bound) in self.buckets.iter().zip(bounds) {
+            below += bucket.load(Ordering::Relaxed);
+            page.line(&format!("{name}_bucket{{le=\"{bound}\"}} {below}"));
+        }
+        // Read behind the buckets, and never below them: a scrape may run beside an observation.
+        let count = self.count.load(Ordering::Relaxed).max(below);
+        page.line(&format!("{name}_bucket{{le=\"+Inf\"}} {count}"));
+        page.line(&format!("{name}_sum {}", sum(self.sum.load(Ordering::Relaxed))));
+        page.line(&format!("{name}_count {count}"));
+    }
+}
+
+/// Nanoseconds as seconds.
+pub(super) fn seconds(nanoseconds: u64) -> String {
+    format!("{}.{:09}", nanoseconds / 1_000_000_000, nanoseconds % 1_000_000_000)
+}

@@ -1,0 +1,204 @@
+//! What somebody needs who helps from afar: the agent's view, its log, what the kernel holds, versions and configuration, in one archive without
+//! secrets. `overlayctl support-bundle`.
+//!
+//! Works where no agent runs: what cannot be had is named in the list of contents, and the rest is there. [`sources`] says what is collected,
+//! [`redact`] what is taken out of it. No tasks.
+
+pub mod redact;
+pub mod sources;
+
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use serde::{Deserialize, Serialize};
+
+use redact::Redactor;
+
+/// The largest part that is kept whole, in bytes; of a longer one the end is kept, where the news is.
+const LARGEST: usize = 16 << 20;
+
+/// A part as it was collected.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Part {
+    /// Its path in the archive.
+    pub name: String,
+    /// Where it is from: a command, a file, a request.
+    pub from: String,
+    /// Its text, or why it is not there.
+    pub content: Result<String, String>,
+}
+
+/// One line of the list of contents.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// Its path in the archive.
+    pub name: String,
+    /// Where it is from.
+    pub from: String,
+    /// Bytes, secrets taken out.
+    pub bytes: usize,
+    /// How many secrets were taken out.
+    pub removed: usize,
+    /// Why it is not there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub missing: Option<String>,
+}
+
+/// What became of the archive.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bundle {
+    /// The file.
+    pub file: PathBuf,
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// What is inside, and what could not be had.
+    pub entries: Vec<Entry>,
+}
+
+/// Why there is no archive.
+#[derive(Debug, thiserror::Error)]
+pub enum BundleError {
+    /// The file.
+    #[error("cannot write {}: {source}; choose another place with --out FILE", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        source: std::io::Error,
+    },
+}
+
+/// An archive that is being written, beside its place; it is there under its name once it is whole, and its owner's alone.
+pub struct Archive {
+    path: PathBuf,
+    partial: PathBuf,
+    /// The first folder of each path inside: what the archive unpacks to.
+    top: String,
+    tar: tar::Builder<GzEncoder<std::fs::File>>,
+    redactor: Redactor,
+    entries: Vec<Entry>,
+    at: u64,
+}
+
+impl Archive {
+    /// Begins one. A file that is there already is not overwritten.
+    pub fn create(path: &Path, top: &str, at: u64, redactor: Redactor) -> Result<Archive, BundleError> {
+        let failed = |path: &Path| {
+            let path = path.to_owned();
+            move |source| BundleError::Write { path, source }
+        };
+        if path.exists() {
+            return Err(failed(path)(std::io::ErrorKind::AlreadyExists.into()));
+        }
+        let mut partial = path.as_os_str().to_owned();
+        partial.push(".partial");
+        let partial = PathBuf::from(partial);
+        let file = std::fs::File::options().write(true).create(true).truncate(true).mode(0o600).open(&partial);
+        let file = file.map_err(failed(&partial))?;
+        let tar = tar::Builder::new(GzEncoder::new(file, Compression::default()));
+        Ok(Archive { path: path.to_owned(), partial, top: top.to_owned(), tar, redactor, entries: Vec::new(), at })
+    }
+
+    /// Adds a part, its secrets taken out.
+    pub fn add(&mut self, part: Part) -> Result<(), BundleError> {
+        let Part { name, from, content } = part;
+        match content {
+            Err(missing) => {
+                let missing = self.redactor.clean(&missing).0;
+                self.entries.push(Entry { name, from, bytes: 0, removed: 0, missing: Some(missing) });
+            }
+            Ok(text) => {
+                let (text, removed) = self.redactor.clean(last(&text));
+                self.entries.push(Entry { name: name.clone(), from, bytes: text.len(), removed, missing: None });
+                self.append(&name, text.as_bytes())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds the list of contents and puts the archive in its place.
+    pub fn finish(mut self) -> Result<Bundle, BundleError> {
+        let list = contents(&self.entries);
+        self.append("CONTENTS.txt", list.as_bytes())?;
+        let (path, partial) = (self.path.clone(), self.partial.clone());
+        let entries = std::mem::take(&mut self.entries);
+        let failed = |source| BundleError::Write { path: path.clone(), source };
+        // The builder is taken out of the archive, whose end would remove the file.
+        let empty = tar::Builder::new(GzEncoder::new(std::fs::File::open("/dev/null").map_err(failed)?, Compression::none()));
+        let tar = std::mem::replace(&mut self.tar, empty);
+        let mut file = tar.into_inner().and_then(GzEncoder::finish).map_err(failed)?;
+        file.flush().and_then(|()| file.sync_all()).map_err(failed)?;
+        let bytes = file.metadata().map_err(failed)?.len();
+        std::fs::rename(&partial, &path).map_err(failed)?;
+        Ok(Bundle { file: path.clone(), bytes, entries })
+    }
+
+    fn append(&mut self, name: &str, bytes: &[u8]) -> Result<(), BundleError> {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(bytes.len() as u64);
+        header.set_mode(0o600);
+        header.set_mtime(self.at);
+        let inside = format!("{}/{name}", self.top);
+        let partial = self.partial.clone();
+        self.tar.append_data(&mut header, inside, bytes).map_err(|source| BundleError::Write { path: partial, source })
+    }
+}
+
+impl Drop for Archive {
+    /// Nothing half-made stays; where it was finished, the file has its own name by now.
+    fn drop(&mut self) {
+        let _gone = std::fs::remove_file(&self.partial);
+    }
+}
+
+/// The end of a text that is too long, from the beginning of a line on.
+fn last(text: &str) -> &str {
+    let Some(mut start) = text.len().checked_sub(LARGEST) else { return text };
+    while !text.is_char_boundary(start) {
+        start += 1;
+    }
+    text[start..].split_once('\n').map_or(&text[start..], |(_, rest)| rest)
+}
+
+/// The list of contents, as text.
+pub fn contents(entries: &[Entry]) -> String {
+    let mut text = "What is inside, where it is from, and how many secrets were taken out of it.\n\n".to_owned();
+    for entry in entries.iter().filter(|entry| entry.missing.is_none()) {
+        let removed = if entry.removed > 0 { format!(", {} secrets removed", entry.removed) } else { String::new() };
+        text.push_str(&format!("{}  ({} bytes{removed})  {}\n", entry.name, entry.bytes, entry.from));
+    }
+    let missing: Vec<&Entry> = entries.iter().filter(|entry| entry.missing.is_some()).collect();
+    if !missing.is_empty() {
+        text.push_str("\nNot there:\n\n");
+    }
+    for entry in missing {
+        text.push_str(&format!("{}  {}: {}\n", entry.name, entry.from, entry.missing.as_deref().unwrap_or_default()));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_archive_that_is_not_finished_leaves_nothing() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("x.tar.gz");
+        let mut archive = Archive::create(&path, "x", 0, Redactor::new(Vec::new())).expect("begun");
+        archive.add(Part { name: "a".to_owned(), from: "b".to_owned(), content: Ok("c".to_owned()) }).expect("added");
+        drop(archive);
+        assert_eq!(std::fs::read_dir(dir.path()).expect("readable").count(), 0);
+    }
+
+    #[test]
+    fn of_a_long_text_the_end_is_kept() {
+        let text = format!("{}\nlast line\n", "äöü\n".repeat(LARGEST / 6));
+        let kept = last(&text);
+        assert!(kept.len() <= LARGEST && kept.ends_with("last line\n") && kept.starts_with('ä'));
+        assert_eq!(last("short"), "short");
+    }
+}

@@ -1,0 +1,142 @@
+//! Takes secrets out of texts: private keys, passwords in URLs and behind words that name one, and whatever is known to be one.
+
+use std::path::Path;
+
+use regex::{Captures, Regex};
+
+/// What stands in a secret's place.
+pub const REMOVED: &str = "<removed>";
+
+/// Shorter ones would be found in every word.
+const SHORTEST: usize = 4;
+
+/// Takes secrets out.
+#[derive(Debug)]
+pub struct Redactor {
+    /// Texts that are secrets, the longest first.
+    known: Vec<String>,
+    patterns: Vec<(Regex, Kind)>,
+}
+
+/// What a pattern finds.
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    /// All of it is secret.
+    Whole,
+    /// The group `secret` is.
+    Group,
+}
+
+/// Patterns, by what they find. A word that ends in `file`, `path`, `dir` or the like names where a secret is kept, which is none.
+const PATTERNS: [(&str, Kind); 5] = [
+    (r"(?s)-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----.*?(-----END [A-Z0-9 ]*PRIVATE KEY-----|\z)", Kind::Whole),
+    (r"[A-Za-z][A-Za-z0-9+.-]*://(?P<secret>[^\s/@'\x22]+)@", Kind::Group),
+    (r"(?i)\b(?:proxy-)?authorization\s*[:=]\s*(?P<secret>(?:basic|bearer|digest)\s+[^\s'\x22,;]+)", Kind::Group),
+    (
+        // `password = "x"`, `"Password": "x"`, `--token=x`, `ETCD_PASSWORD=x`, `secret: x`
+        r#"(?im)[\w.-]*(?:passw(?:or)?d|passphrase|secret|token|api[_-]?key|private[_-]?key|psk|preshared[_-]?key)(?:[\w.-]*(?:data|value|text))?["']?\s*[:=]\s*(?:"(?P<secret>(?:[^"\\]|\\.)*)"|'(?P<single>[^']*)'|(?P<bare>[^\s"',;}\]]+))"#,
+        Kind::Group,
+    ),
+    (r"(?i)--(?:[\w-]*-)?(?:password|passphrase|token|secret)\s+(?P<secret>[^\s-][^\s]*)", Kind::Group),
+];
+
+impl Redactor {
+    /// One that also takes these out, wherever they stand.
+    pub fn new(mut known: Vec<String>) -> Redactor {
+        known.retain(|text| text.len() >= SHORTEST);
+        known.sort_by_key(|text| std::cmp::Reverse(text.len()));
+        known.dedup();
+        // A pattern that is wrong fails the tests.
+        let patterns = PATTERNS.iter().filter_map(|(pattern, kind)| Some((Regex::new(pattern).ok()?, *kind))).collect();
+        Redactor { known, patterns }
+    }
+
+    /// The text without secrets, and how many there were.
+    pub fn clean(&self, text: &str) -> (String, usize) {
+        let (mut text, mut count) = (text.to_owned(), 0);
+        for secret in &self.known {
+            let found = text.matches(secret.as_str()).count();
+            if found > 0 {
+                count += found;
+                text = text.replace(secret.as_str(), REMOVED);
+            }
+        }
+        for (pattern, kind) in &self.patterns {
+            let mut replace = |found: &Captures<'_>| {
+                let whole = found.get(0).map_or("", |m| m.as_str());
+                let secret = ["secret", "single", "bare"].iter().find_map(|name| found.name(name));
+                match (kind, secret) {
+                    (Kind::Whole, _) => {
+                        count += 1;
+                        REMOVED.to_owned()
+                    }
+                    (Kind::Group, Some(secret)) if !secret.is_empty() && !secret.as_str().contains(REMOVED) => {
+                        count += 1;
+                        let start = secret.start() - found.get(0).map_or(0, |m| m.start());
+                        format!("{}{REMOVED}{}", &whole[..start], &whole[start + secret.len()..])
+                    }
+                    _ => whole.to_owned(),
+                }
+            };
+            text = pattern.replace_all(&text, &mut replace).into_owned();
+        }
+        (text, count)
+    }
+}
+
+/// What the files hold that are there to keep secrets: each line of each, and each file whole. What cannot be read is not found anywhere else either.
+pub fn known_secrets(files: &[&Path], directory: &Path) -> Vec<String> {
+    let inside = std::fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut found = Vec::new();
+    for path in files.iter().map(|path| path.to_path_buf()).chain(inside) {
+        // A certificate is public, a key is found by its form.
+        let text = std::fs::read_to_string(&path).unwrap_or_default();
+        if text.contains("-----BEGIN") {
+            continue;
+        }
+        found.extend(text.lines().map(|line| line.trim().to_owned()));
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_pattern_is_one() {
+        assert_eq!(Redactor::new(Vec::new()).patterns.len(), PATTERNS.len());
+    }
+
+    #[test]
+    fn secrets_go_and_the_rest_stays() {
+        let redactor = Redactor::new(vec!["hunter2".to_owned(), "abc".to_owned()]);
+        for (text, wanted) in [
+            ("login with hunter2 failed", "login with <removed> failed"),
+            ("etcd-password = \"geheim\"", "etcd-password = \"<removed>\""),
+            ("{\"Password\": \"ge\\\"heim\", \"x\": 1}", "{\"Password\": \"<removed>\", \"x\": 1}"),
+            ("ETCD_ROOT_PASSWORD=geheim next", "ETCD_ROOT_PASSWORD=<removed> next"),
+            ("token: geheim", "token: <removed>"),
+            ("overlayd --password geheim --x", "overlayd --password <removed> --x"),
+            ("http://root:geheim@10.0.0.1:2379/x", "http://<removed>@10.0.0.1:2379/x"),
+            ("Authorization: Bearer geheim", "Authorization: <removed>"),
+            ("a -----BEGIN EC PRIVATE KEY-----\ngeheim\n-----END EC PRIVATE KEY----- b", "a <removed> b"),
+            ("-----BEGIN PRIVATE KEY-----\ngeheim cut off", "<removed>"),
+            ("secret = 'geheim'", "secret = '<removed>'"),
+            // Where a secret is kept is none.
+            ("etcd-password-file = \"/etc/overlayd/pw\"", "etcd-password-file = \"/etc/overlayd/pw\""),
+            ("--etcd-keyfile=/etc/overlayd/client.key", "--etcd-keyfile=/etc/overlayd/client.key"),
+            ("http://10.0.0.1:2379", "http://10.0.0.1:2379"),
+            (
+                "-----BEGIN CERTIFICATE-----\nx\n-----END CERTIFICATE-----",
+                "-----BEGIN CERTIFICATE-----\nx\n-----END CERTIFICATE-----",
+            ),
+            ("abcdef", "abcdef"),
+        ] {
+            let (cleaned, count) = redactor.clean(text);
+            assert_eq!(cleaned, wanted);
+            assert_eq!(count, usize::from(text != wanted), "{text}");
+            assert_eq!(redactor.clean(&cleaned).0, cleaned, "twice is once");
+        }
+    }
+}

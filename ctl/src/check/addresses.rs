@@ -1,0 +1,160 @@
+//! The overlay's ranges beside what else this host routes: foreign routes and Docker's networks inside them, resolvers and etcd inside them, and reverse path
+//! filters that drop what takes another way back.
+
+use std::net::IpAddr;
+
+use overlay_agent::model::{Cidr, Family};
+use serde_json::Value;
+
+use super::facts::{ToolError, is_ours, is_tunnel, json, not_looked_at, sysctl};
+use super::{Facts, Findings};
+
+/// The protocol number of the agent's routes.
+const OUR_PROTOCOL: &str = "86";
+
+pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
+    for (family, pool) in facts.pools().iter() {
+        match routes(family).await {
+            Ok(routes) => collisions(pool, &routes, findings),
+            Err(error) => not_looked_at(findings, &format!("what this host routes by {family}"), &error),
+        }
+        reserved(facts, pool, findings);
+    }
+    ways(facts, findings).await;
+}
+
+async fn routes(family: Family) -> Result<Vec<Value>, ToolError> {
+    let flag = if family == Family::V4 { "-4" } else { "-6" };
+    json(&["ip", flag, "-j", "-N", "route", "show", "table", "all"]).await
+}
+
+fn collisions(pool: &Cidr, routes: &[Value], findings: &mut Findings) {
+    // The kernel's own table for addresses of this host (`RT_TABLE_LOCAL`) says nothing of where packets go to.
+    const LOCAL: &str = "255";
+    for route in routes {
+        let text = |name: &str| route[name].as_str().unwrap_or_default();
+        let (device, destination) = (text("dev"), text("dst"));
+        let foreign = text("protocol") != OUR_PROTOCOL && !is_ours(device) && text("table") != LOCAL && text("table") != "local";
+        let Some(range) = parse(destination).filter(|range| foreign && range.overlaps(*pool)) else { continue };
+        let evidence = vec![format!("route {destination} dev {device} proto {}", name_of(text("protocol")))];
+        if pool.covers(range) {
+            let who = owner(device);
+            findings.error(
+                format!(
+                    "the overlay network {pool} collides with {who}: containers with these addresses are not reached from here"
+                ),
+                evidence,
+                match who.starts_with("a route") {
+                    true => format!("remove it (ip route delete {destination}), or give the overlay another network"),
+                    false => format!(
+                        "give {who} another range (Docker: `bip` and `default-address-pools` in /etc/docker/daemon.json), or the \
+                         overlay another network"
+                    ),
+                },
+            );
+        } else {
+            findings.info(
+                format!("the overlay network {pool} lies inside a range that this host routes elsewhere"),
+                evidence,
+                "subnets that are leased go the overlay's way; what is not leased goes that one. Choose ranges that do not overlap",
+            );
+        }
+    }
+}
+
+fn parse(destination: &str) -> Option<Cidr> {
+    if destination == "default" {
+        return None;
+    }
+    destination.parse::<Cidr>().ok().or_else(|| Some(Cidr::host(destination.parse::<IpAddr>().ok()?)))
+}
+
+/// The names of `/etc/iproute2/rt_protos` that are met most; `-N` prints numbers.
+fn name_of(protocol: &str) -> &str {
+    match protocol {
+        "2" => "kernel",
+        "3" => "boot",
+        "4" => "static",
+        "16" => "dhcp",
+        // What `ip route add` writes unless it is told another, and leaves out when it prints.
+        "" => "boot",
+        other => other,
+    }
+}
+
+/// Whose a device is, as far as its name says.
+fn owner(device: &str) -> String {
+    let who = match device {
+        "docker0" | "docker_gwbridge" => "Docker's network",
+        name if name.starts_with("br-") => "Docker's network",
+        "cni0" | "flannel.1" => "flannel's network",
+        name if name.starts_with("virbr") => "libvirt's network",
+        name if name.starts_with("podman") || name.starts_with("cni-podman") => "podman's network",
+        name if name.starts_with("tun") || name.starts_with("wg") => "the VPN",
+        _ => return format!("a route by {device}"),
+    };
+    format!("{who} on {device}")
+}
+
+/// Addresses that must not lie inside the overlay: the underlay's, the resolvers', etcd's.
+fn reserved(facts: &Facts, pool: &Cidr, findings: &mut Findings) {
+    let resolvers = std::fs::read_to_string(facts.path("/etc/resolv.conf")).unwrap_or_default();
+    let resolvers = resolvers.lines().filter_map(|line| line.trim().strip_prefix("nameserver")?.trim().parse::<IpAddr>().ok());
+    let endpoints = facts.status().map(|status| status.store.endpoints.as_slice()).unwrap_or_default();
+    let servers = endpoints.iter().filter_map(|endpoint| {
+        let authority = endpoint.split("://").last()?.trim_end_matches('/');
+        let host = authority.rsplit_once(':').map_or(authority, |(host, _)| host);
+        host.trim_matches(['[', ']']).parse::<IpAddr>().ok()
+    });
+    let own = facts.status().and_then(|status| status.underlay.as_ref()).map(|underlay| underlay.public_ip).unwrap_or_default();
+    let all = resolvers
+        .map(|address| ("a resolver of /etc/resolv.conf", address))
+        .chain(servers.map(|address| ("etcd", address)))
+        .chain(own.iter().map(|(_, address)| ("this host's own underlay address", *address)));
+    for (what, address) in all.filter(|(_, address)| pool.contains(*address)) {
+        findings.error(
+            format!("{what} lies inside the overlay network {pool}"),
+            vec![address.to_string()],
+            "packets to it go into the tunnel once its subnet is leased: choose an overlay network that no real address is in",
+        );
+    }
+}
+
+/// The way to each peer, and whether a reverse path filter (RFC 3704) drops what comes back the other way.
+async fn ways(facts: &Facts, findings: &mut Findings) {
+    let Some(underlay) = facts.status().and_then(|status| status.underlay.as_ref()) else { return };
+    for peer in facts.peers.iter().take(facts.settings.peers) {
+        let inside = peer.subnet.nth(1).unwrap_or_else(|| peer.subnet.base());
+        for (address, wanted) in [(peer.public_ip, underlay.interface.as_str()), (inside, peer.device.as_str())] {
+            let Ok(answer) = json(&["ip", "-j", "route", "get", &address.to_string()]).await else { continue };
+            let Some(device) = answer.first().and_then(|route| route["dev"].as_str()).filter(|device| *device != wanted) else {
+                continue;
+            };
+            let evidence = vec![format!("ip route get {address}: dev {device}, not {wanted}")];
+            let strict = strict(Family::of(address), wanted);
+            let host = peer.host.clone().unwrap_or_else(|| peer.subnet.to_string());
+            match strict {
+                Some(filter) if !is_tunnel(device) => findings.error(
+                    format!("the reverse path filter drops what comes from {host} by {wanted}: the way back is {device}"),
+                    evidence.into_iter().chain([filter]).collect(),
+                    format!("mend the route, or sysctl -w net.ipv4.conf.{wanted}.rp_filter=2 (loose)"),
+                ),
+                _ => findings.warning(
+                    format!("packets to {host} do not leave by {wanted}"),
+                    evidence,
+                    "look for a more specific route or a policy rule: ip route, ip rule; --iface chooses the external interface",
+                ),
+            }
+        }
+    }
+}
+
+/// The strict filter of an interface: the larger of its own and the common setting counts (`ip-sysctl.rst`). IPv6 has none.
+fn strict(family: Family, interface: &str) -> Option<String> {
+    if family == Family::V6 {
+        return None;
+    }
+    let value = |name: &str| sysctl(&format!("ipv4/conf/{name}/rp_filter")).and_then(|text| text.parse::<u8>().ok()).unwrap_or(0);
+    let (all, own) = (value("all"), value(interface));
+    (all.max(own) == 1).then(|| format!("net.ipv4.conf.all.rp_filter = {all}, net.ipv4.conf.{interface}.rp_filter = {own}"))
+}

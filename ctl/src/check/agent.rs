@@ -1,0 +1,67 @@
+//! The agent: whether it answers, what it says itself, and the rights it has.
+
+use tokio::net::UnixStream;
+
+use super::{Facts, Findings};
+
+/// `CAP_NET_ADMIN` and `CAP_SYS_ADMIN` in `linux/capability.h`.
+const NEEDED: [(u32, &str); 2] = [(12, "CAP_NET_ADMIN"), (21, "CAP_SYS_ADMIN")];
+
+pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
+    let status = match &facts.status {
+        Ok(status) => status,
+        Err(error) => {
+            let remedy =
+                "start it: systemctl start overlayd, then journalctl -u overlayd; what needs its answers is not looked at";
+            return findings.error("the agent does not answer", vec![error.clone()], remedy);
+        }
+    };
+    if !status.ready {
+        let summary = "the agent is not ready";
+        findings.error(summary, status.problems.clone(), "the lines say what to do; `overlayctl -o wide status` has more");
+    } else if !status.problems.is_empty() {
+        findings.warning("the agent works, but something needs a look", status.problems.clone(), "the lines say what to do");
+    }
+    let own = env!("CARGO_PKG_VERSION");
+    if status.version != own {
+        let remedy = "restart the agent after an upgrade: systemctl restart overlayd cuts no traffic";
+        findings.info("overlayctl and the agent are of different versions", vec![format!("{own}, {}", status.version)], remedy);
+    }
+    rights(facts, findings).await;
+}
+
+/// The capabilities of the process behind the socket. Where systemd made the socket, that is systemd: nothing is said then.
+async fn rights(facts: &Facts, findings: &mut Findings) {
+    let Ok(stream) = UnixStream::connect(facts.settings.client.socket()).await else { return };
+    let Some(pid) = stream.peer_cred().ok().and_then(|peer| peer.pid()) else { return };
+    let read = |file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+    if read("comm").trim() != "overlayd" {
+        return;
+    }
+    let missing = missing(&read("status"));
+    if !missing.is_empty() {
+        findings.error(
+            format!("the agent (process {pid}) has lost rights that it needs"),
+            vec![format!("not in its effective set: {}", missing.join(", "))],
+            "let it run by its systemd unit, which grants them: systemctl restart overlayd",
+        );
+    }
+}
+
+fn missing(status: &str) -> Vec<&'static str> {
+    let mask = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok());
+    let lacks = |bit: u32| mask.is_some_and(|mask| mask & (1 << bit) == 0);
+    NEEDED.iter().filter(|(bit, _)| lacks(*bit)).map(|(_, name)| *name).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn capabilities_are_read_from_the_effective_set() {
+        assert!(missing("CapEff:\t000001ffffffffff\n").is_empty());
+        assert_eq!(missing("CapPrm:\t000001ffffffffff\nCapEff:\t0000000000001000\n"), ["CAP_SYS_ADMIN"]);
+        assert!(missing("").is_empty(), "what cannot be read is no finding");
+    }
+}

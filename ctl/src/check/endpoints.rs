@@ -1,0 +1,185 @@
+//! The containers of this host: what the agent says, what its state directory holds, and what the kernel has, must agree.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{OsStr, OsString};
+use std::net::IpAddr;
+use std::path::Path;
+
+use nix::ifaddrs::{InterfaceAddress, getifaddrs};
+use overlay_agent::kernel::netns::{DIRECTORY, Netns};
+use overlay_agent::model::Endpoint;
+use overlay_agent::model::api::NetworkView;
+use serde::Deserialize;
+
+use super::{Facts, Findings};
+
+/// The file of the state directory, as far as it is looked at.
+#[derive(Debug, Deserialize)]
+struct Stored {
+    endpoints: Vec<Record>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Record {
+    phase: String,
+    #[serde(flatten)]
+    endpoint: Endpoint,
+}
+
+pub(super) fn check(facts: &Facts, findings: &mut Findings) {
+    let stored = stored(facts, findings);
+    if let Some(network) = &facts.network {
+        known(network, findings);
+        ports(network, findings);
+        if let Some(stored) = &stored {
+            compare(network, stored, findings);
+        }
+        leaked(facts, network, findings);
+    } else if let Some(stored) = &stored {
+        for record in stored {
+            look_inside(&record.endpoint, findings);
+        }
+    }
+}
+
+/// What the state directory holds; nothing where it is another one, or not to be read.
+fn stored(facts: &Facts, findings: &mut Findings) -> Option<Vec<Record>> {
+    let path = facts.settings.state_dir.join("endpoints.json");
+    let text = match std::fs::read_to_string(&path) {
+        Ok(text) => text,
+        // No container was ever attached, or the agent has another directory.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
+        Err(error) => {
+            let evidence = vec![format!("{}: {error}", path.display())];
+            findings.info("the state directory was not looked at", evidence, "run this as root, with the agent's --state-dir");
+            return None;
+        }
+    };
+    match serde_json::from_str::<Stored>(&text) {
+        Ok(stored) => Some(stored.endpoints),
+        Err(error) => {
+            findings.error(
+                "the table of containers in the state directory cannot be read",
+                vec![format!("{}: {error}", path.display())],
+                "restart the agent: it sets a torn file aside and says so in its log; then attach the containers anew",
+            );
+            None
+        }
+    }
+}
+
+/// Endpoints that the agent itself finds not in place.
+fn known(network: &NetworkView, findings: &mut Findings) {
+    for view in network.endpoints.iter().filter(|view| view.state != "in place") {
+        let name = &view.endpoint.name;
+        let gone = !view.endpoint.netns.exists();
+        findings.warning(
+            format!("the container {name} is not as it should be"),
+            vec![view.state.clone(), format!("namespace {}", view.endpoint.netns.display())],
+            match gone {
+                true => format!("its namespace is gone: overlayctl detach {name} gives its addresses back (the agent does so itself after two looks)"),
+                false => format!("overlayctl detach {name}, then attach it again"),
+            },
+        );
+    }
+}
+
+/// Ports of our bridge that are no endpoint's.
+fn ports(network: &NetworkView, findings: &mut Findings) {
+    let bridge = network.bridge.iter();
+    let strange = bridge.flat_map(|bridge| &bridge.ports).filter(|port| port.endpoint.is_none());
+    let (ours, foreign): (Vec<_>, Vec<_>) = strange.partition(|port| port.interface.starts_with("ove"));
+    for port in ours {
+        findings.warning(
+            format!("{} is a port of the bridge, but no container's", port.interface),
+            vec![format!("port {} of the bridge, {}", port.number, port.state)],
+            format!("it leaked: ip link delete {}", port.interface),
+        );
+    }
+    for port in foreign {
+        findings.info(
+            format!("{} is a port of the bridge that the agent did not make", port.interface),
+            vec![format!("port {} of the bridge, {}", port.number, port.state)],
+            "nothing, where another runtime (Docker, a virtual machine) attached it on purpose",
+        );
+    }
+}
+
+/// The agent's table beside the file.
+fn compare(network: &NetworkView, stored: &[Record], findings: &mut Findings) {
+    let file: BTreeMap<String, &Record> = stored.iter().map(|record| (record.endpoint.name.to_string(), record)).collect();
+    let agent: BTreeMap<String, &Endpoint> =
+        network.endpoints.iter().map(|view| (view.endpoint.name.to_string(), &view.endpoint)).collect();
+    let half: Vec<String> = file
+        .iter()
+        .filter(|(name, record)| record.phase != "attached" && !agent.contains_key(*name))
+        .map(|(n, _)| n.clone())
+        .collect();
+    let differ = |name: &&String| match (file.get(*name), agent.get(*name)) {
+        (Some(record), Some(endpoint)) => record.endpoint.addresses() != endpoint.addresses(),
+        (Some(record), None) => record.phase == "attached",
+        (None, _) => true,
+    };
+    let names: BTreeSet<&String> = file.keys().chain(agent.keys()).collect();
+    let differing: Vec<String> = names.into_iter().filter(differ).cloned().collect();
+    if !differing.is_empty() {
+        findings.warning(
+            "the agent and its state directory do not agree on containers",
+            vec![differing.join(", ")],
+            "somebody wrote to the state directory while the agent ran, or --state-dir names another agent's: systemctl restart overlayd reads it anew",
+        );
+    }
+    if !half.is_empty() {
+        let remedy = "wait some seconds and look again; what stays is cleared by the agent's next audit";
+        findings.info("containers are being attached or detached", vec![half.join(", ")], remedy);
+    }
+}
+
+/// The container's interface has its addresses.
+fn look_inside(endpoint: &Endpoint, findings: &mut Findings) {
+    let Some(port) = &endpoint.port else { return };
+    let Ok(netns) = Netns::open(&endpoint.netns) else {
+        return findings.warning(
+            format!("the namespace of the container {} is gone", endpoint.name),
+            vec![endpoint.netns.display().to_string()],
+            format!("overlayctl detach {} gives its addresses back", endpoint.name),
+        );
+    };
+    let Ok(Ok(all)) = netns.run(|| getifaddrs().map(Iterator::collect::<Vec<InterfaceAddress>>)) else { return };
+    let there = all.iter().any(|one| one.interface_name == port.interface);
+    let have: Vec<IpAddr> = all.iter().filter(|one| one.interface_name == port.interface).filter_map(address).collect();
+    let missing: Vec<String> = port.addresses.iter().filter(|(_, a)| !have.contains(a)).map(|(_, a)| a.to_string()).collect();
+    if !missing.is_empty() {
+        let found = if there { "is there without" } else { "is not there, so there is no" };
+        findings.warning(
+            format!("the container {} lacks addresses that are its own", endpoint.name),
+            vec![format!("{} in {} {found} {}", port.interface, endpoint.netns.display(), missing.join(", "))],
+            format!("something inside took them away: overlayctl detach {}, then attach it again", endpoint.name),
+        );
+    }
+}
+
+fn address(one: &InterfaceAddress) -> Option<IpAddr> {
+    let address = one.address.as_ref()?;
+    let v4 = address.as_sockaddr_in().map(|a| IpAddr::from(a.ip()));
+    v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::from(a.ip())))
+}
+
+/// Namespaces that `overlayctl attach` made, as its notes beside the socket say, and that no container uses any more.
+fn leaked(facts: &Facts, network: &NetworkView, findings: &mut Findings) {
+    let Some(notes) = facts.settings.client.socket().parent().and_then(|run| std::fs::read_dir(run.join("netns")).ok()) else {
+        return;
+    };
+    let used: BTreeSet<&OsStr> = network.endpoints.iter().filter_map(|view| view.endpoint.netns.file_name()).collect();
+    let there = |name: &OsString| Path::new(DIRECTORY).join(name).exists() && !used.contains(name.as_os_str());
+    let mut left: Vec<OsString> = notes.flatten().map(|note| note.file_name()).filter(there).collect();
+    left.sort();
+    for name in left {
+        let name = name.to_string_lossy();
+        findings.warning(
+            format!("the namespace {name} was made for a container that is no more"),
+            vec![format!("{DIRECTORY}/{name}")],
+            format!("it leaked: ip netns delete {name}"),
+        );
+    }
+}

@@ -1,0 +1,186 @@
+//! What the checks read: the agent's answers, the kernel's tables as iproute2 prints them, files. Nothing here judges.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use overlay_agent::model::api::{NetworkView, PeerEntry, Status};
+use overlay_agent::model::{Cidr, Family, PerFamily};
+use serde_json::Value;
+
+use super::Findings;
+use crate::client::Client;
+use crate::etcd::EtcdArgs;
+
+/// How long a program of the system may take.
+const TOOL_LIMIT: Duration = Duration::from_secs(20);
+
+/// What the doctor is told.
+#[derive(Debug)]
+pub struct Settings {
+    /// The agent.
+    pub client: Client,
+    /// etcd, where it is to be asked by other ways than the agent's own.
+    pub etcd: EtcdArgs,
+    /// The agent's state directory.
+    pub state_dir: PathBuf,
+    /// Where `/run` and `/etc` are looked for: `/`, save for tests.
+    pub root: PathBuf,
+    /// How many peers get packets.
+    pub peers: usize,
+}
+
+/// What is known of this host.
+#[derive(Debug)]
+pub struct Facts {
+    pub(super) settings: Settings,
+    pub(super) status: Result<Status, String>,
+    pub(super) peers: Vec<PeerEntry>,
+    pub(super) network: Option<NetworkView>,
+    /// `ip -j -d link`; `None` where it cannot be read.
+    pub(super) links: Option<Vec<Value>>,
+}
+
+/// Why a program of the system said nothing.
+#[derive(Debug, Clone, thiserror::Error)]
+pub(super) enum ToolError {
+    /// It is not installed.
+    #[error("{0} is not installed")]
+    Missing(String),
+    /// It failed.
+    #[error("`{command}` failed: {reason}")]
+    Failed { command: String, reason: String },
+}
+
+impl Facts {
+    /// Asks the agent and the kernel.
+    pub async fn gather(settings: Settings) -> Facts {
+        let client = settings.client.clone().with_timeout(TOOL_LIMIT);
+        let status = client.status().await.map_err(|error| error.to_string());
+        let (peers, network) = match &status {
+            Ok(_) => (client.peers().await.map(|all| all.peers).unwrap_or_default(), client.network().await.ok()),
+            Err(_) => (Vec::new(), None),
+        };
+        let links = json(&["ip", "-j", "-d", "link", "show"]).await.ok();
+        Facts { settings, status, peers, network, links }
+    }
+
+    /// The status, where the agent answers.
+    pub(super) fn status(&self) -> Option<&Status> {
+        self.status.as_ref().ok()
+    }
+
+    /// The overlay's range of each family.
+    pub(super) fn pools(&self) -> PerFamily<Cidr> {
+        let network = self.status().and_then(|status| status.network.as_ref());
+        network.map_or_else(PerFamily::default, |network| network.pools.map(|_, pool| pool.network))
+    }
+
+    /// The VXLAN port.
+    pub(super) fn port(&self) -> Option<u16> {
+        self.status()?.network.as_ref().map(|network| network.vxlan.port)
+    }
+
+    /// The names of links that `wanted` is true for.
+    pub(super) fn link_names(&self, wanted: impl Fn(&str) -> bool) -> Vec<String> {
+        let names = self.links.iter().flatten().filter_map(|link| link["ifname"].as_str());
+        names.filter(|name| wanted(name)).map(str::to_owned).collect()
+    }
+
+    /// A link by its name.
+    pub(super) fn link(&self, name: &str) -> Option<&Value> {
+        self.links.iter().flatten().find(|link| link["ifname"] == name)
+    }
+
+    /// A file of the system.
+    pub(super) fn path(&self, absolute: &str) -> PathBuf {
+        self.settings.root.join(absolute.trim_start_matches('/'))
+    }
+
+    /// The families that have a tunnel of ours, by its devices.
+    pub(super) fn families(&self) -> Vec<Family> {
+        let has = |prefix: &str| !self.link_names(|name| is_tunnel(name) && name.starts_with(prefix)).is_empty();
+        [(Family::V4, "ovx."), (Family::V6, "ovx6.")].into_iter().filter(|(_, p)| has(p)).map(|(family, _)| family).collect()
+    }
+}
+
+/// Whether a link has the name of one of our VXLAN devices.
+pub(super) fn is_tunnel(name: &str) -> bool {
+    name.starts_with("ovx.") || name.starts_with("ovx6.")
+}
+
+/// Whether a link has the name of one of ours.
+pub(super) fn is_ours(name: &str) -> bool {
+    is_tunnel(name) || name.starts_with("ovb.") || name.starts_with("ove")
+}
+
+/// What a program prints.
+pub(super) async fn tool(command: &[&str]) -> Result<String, ToolError> {
+    tool_within(command, TOOL_LIMIT).await
+}
+
+/// The same within a limit.
+pub(super) async fn tool_within(command: &[&str], limit: Duration) -> Result<String, ToolError> {
+    let Some((program, arguments)) = command.split_first() else { return Ok(String::new()) };
+    let failed = |reason: String| ToolError::Failed { command: command.join(" "), reason };
+    let mut child = tokio::process::Command::new(program);
+    child.args(arguments).env("LC_ALL", "C").stdin(Stdio::null()).kill_on_drop(true);
+    // An unprivileged shell's search path misses the directories of the system's programs.
+    let path = std::env::var("PATH").unwrap_or_default();
+    child.env("PATH", format!("{path}:/usr/sbin:/sbin:/usr/bin:/bin"));
+    match tokio::time::timeout(limit, child.output()).await {
+        Err(_) => Err(failed(format!("no end within {} s", limit.as_secs()))),
+        Ok(Err(error)) if error.kind() == std::io::ErrorKind::NotFound => Err(ToolError::Missing((*program).to_owned())),
+        Ok(Err(error)) => Err(failed(error.to_string())),
+        Ok(Ok(output)) if output.status.success() => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
+        Ok(Ok(output)) => {
+            let told = if output.stderr.is_empty() { &output.stdout } else { &output.stderr };
+            let text = String::from_utf8_lossy(told);
+            Err(failed(text.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("without a word").trim().to_owned()))
+        }
+    }
+}
+
+/// The list that a program prints as JSON; empty where it prints nothing.
+pub(super) async fn json(command: &[&str]) -> Result<Vec<Value>, ToolError> {
+    let text = tool(command).await?;
+    if text.trim().is_empty() {
+        return Ok(Vec::new());
+    }
+    let reason = |error: serde_json::Error| ToolError::Failed { command: command.join(" "), reason: error.to_string() };
+    serde_json::from_str(&text).map_err(reason)
+}
+
+/// Tells that something could not be looked at.
+pub(super) fn not_looked_at(findings: &mut Findings, what: &str, error: &ToolError) {
+    let remedy = match error {
+        ToolError::Missing(program) => match package(program) {
+            Some(package) => format!("install it, then run this again: apt-get install {package}"),
+            None => "install it, then run this again".to_owned(),
+        },
+        ToolError::Failed { .. } => "run this as root".to_owned(),
+    };
+    findings.info(format!("{what} was not looked at"), vec![error.to_string()], remedy);
+}
+
+/// The Debian package of a program.
+fn package(program: &str) -> Option<&'static str> {
+    Some(match program {
+        "ip" | "bridge" => "iproute2",
+        "nft" => "nftables",
+        "ping" => "iputils-ping",
+        "unshare" => "util-linux",
+        name if name.starts_with("iptables") || name.starts_with("ip6tables") => "iptables",
+        _ => return None,
+    })
+}
+
+/// A file's first line, without blanks around it.
+pub(super) fn first_line(path: &Path) -> Option<String> {
+    Some(std::fs::read_to_string(path).ok()?.lines().next()?.trim().to_owned())
+}
+
+/// A sysctl below `/proc/sys/net`, of this namespace.
+pub(super) fn sysctl(path: &str) -> Option<String> {
+    first_line(&Path::new("/proc/sys/net").join(path))
+}

@@ -1,0 +1,180 @@
+//! Rules of others that drop the tunnel or forwarding. The packets that the overlay lives from are walked through the rules of every table but ours, as the
+//! kernel would; a rule that drops one is named.
+//!
+//! `rules` reads what `nft list ruleset` prints, which is nftables' own and what `iptables-nft`, firewalld, ufw and Docker write through it. The
+//! older `iptables-legacy` is translated by `iptables-restore-translate`, of the same package.
+
+mod packet;
+mod rules;
+#[cfg(test)]
+mod tests;
+
+use std::net::IpAddr;
+
+use overlay_agent::model::Family;
+
+use super::facts::{ToolError, not_looked_at, tool};
+use super::{Facts, Findings};
+
+use packet::{Hook, Packet};
+use rules::{Dropped, Ruleset};
+
+/// Our own tables.
+const OURS: &str = "overlayd";
+/// The container's port in the packets that are walked: one that no rule is likely to name.
+const ANY_PORT: u16 = 49_771;
+/// How many peers' packets are walked: rules rarely name single ones.
+const PEERS: usize = 8;
+
+pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
+    let mut all = Vec::new();
+    match tool(&["nft", "-a", "list", "ruleset"]).await {
+        Ok(text) => all.push(Ruleset::parse(&text)),
+        Err(error) => not_looked_at(findings, "nftables and what is written through it", &error),
+    }
+    for family in [Family::V4, Family::V6] {
+        match legacy(family).await {
+            Ok(rules) => all.extend(rules),
+            Err(error) => not_looked_at(findings, &format!("the older iptables of {family}"), &error),
+        }
+    }
+    for (what, hurts, packet) in packets(facts) {
+        let dropped: Vec<Dropped> = all.iter().filter_map(|rules| rules.verdict(&packet, OURS)).collect();
+        // What several tables drop is told once a table; the same of several peers once.
+        for drop in dropped {
+            let summary =
+                format!("{what} {}", if drop.certain { "are dropped by a firewall" } else { "may be dropped by a firewall" });
+            let evidence = vec![drop.place.clone(), drop.rule.clone(), format!("for example: {packet}")];
+            if findings.has(&summary, &evidence[1]) {
+                continue;
+            }
+            let remedy = remedy(&drop, &packet);
+            match (drop.certain, hurts) {
+                (true, true) => findings.error(summary, evidence, remedy),
+                (true, false) => findings.warning(summary, evidence, remedy),
+                (false, _) => findings.info(summary, evidence, remedy),
+            }
+        }
+    }
+}
+
+impl Findings {
+    /// Whether this was found already.
+    fn has(&self, summary: &str, rule: &str) -> bool {
+        self.found.iter().any(|finding| finding.summary == summary && finding.evidence.iter().any(|line| line == rule))
+    }
+}
+
+/// The rules of `iptables-legacy`, where there are any. The program itself loads the kernel's module: it is not run where no module is there.
+async fn legacy(family: Family) -> Result<Option<Ruleset>, ToolError> {
+    let (names, program) = match family {
+        Family::V4 => ("/proc/net/ip_tables_names", "iptables"),
+        Family::V6 => ("/proc/net/ip6_tables_names", "ip6tables"),
+    };
+    if std::fs::read_to_string(names).unwrap_or_default().trim().is_empty() {
+        return Ok(None);
+    }
+    let script = format!("{program}-legacy-save | {program}-restore-translate -f /dev/stdin");
+    let translated = tool(&["sh", "-ec", &script]).await?;
+    Ok(Some(Ruleset::parse_commands(&translated)))
+}
+
+/// The packets that the overlay lives from: what they are, whether the overlay itself is hurt without them, and one of them.
+fn packets(facts: &Facts) -> Vec<(String, bool, Packet)> {
+    let mut all = Vec::new();
+    let (Some(status), Some(port)) = (facts.status(), facts.port()) else { return all };
+    let Some(underlay) = &status.underlay else { return all };
+    let bridge = facts.network.as_ref().and_then(|network| network.bridge.as_ref()).map(|bridge| bridge.device.interface.clone());
+    let outside = |family: Family| -> IpAddr {
+        match family {
+            // Documentation ranges (RFC 5737, RFC 3849).
+            Family::V4 => IpAddr::from([203, 0, 113, 1]),
+            Family::V6 => IpAddr::from([0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, 1]),
+        }
+    };
+    for peer in facts.peers.iter().take(PEERS) {
+        let underlay_family = Family::of(peer.public_ip);
+        let Some(own) = underlay.public_ip.get(underlay_family).copied() else { continue };
+        let name = underlay.interface.as_str();
+        let tunnel = format!("the tunnel's packets (UDP port {port})");
+        let (there, here) = (peer.public_ip, own);
+        all.push((format!("{tunnel} from peers"), true, Packet::udp(Hook::Input, (name, ""), (there, here), (ANY_PORT, port))));
+        all.push((format!("{tunnel} to peers"), true, Packet::udp(Hook::Output, ("", name), (here, there), (ANY_PORT, port))));
+        let family = peer.subnet.family();
+        let subnet = status.lease.as_ref().and_then(|lease| lease.subnet.get(family));
+        let (Some(subnet), Some(bridge)) = (subnet, bridge.as_deref()) else { continue };
+        let (Some(ours), Some(theirs)) = (subnet.nth(2), peer.subnet.nth(2)) else { continue };
+        let ports = (ANY_PORT, ANY_PORT);
+        for (what, interfaces, addresses) in [
+            ("containers' packets to other hosts", (bridge, peer.device.as_str()), (ours, theirs)),
+            ("containers' packets from other hosts", (peer.device.as_str(), bridge), (theirs, ours)),
+        ] {
+            all.push((what.to_owned(), true, Packet::tcp(Hook::Forward, interfaces, addresses, ports)));
+        }
+        if underlay.public_ip.get(family).is_some() {
+            let packet = Packet::tcp(Hook::Forward, (bridge, name), (ours, outside(family)), ports);
+            all.push(("containers' packets to the world".to_owned(), false, packet));
+        }
+    }
+    all
+}
+
+/// What to do about it, in the words of whoever wrote the rule.
+fn remedy(drop: &Dropped, packet: &Packet) -> String {
+    let port = packet.destination_port;
+    let tunnel = packet.hook != Hook::Forward;
+    let bridge = if packet.input.starts_with("ovb.") { &packet.input } else { &packet.output };
+    if drop.place.contains("firewalld") {
+        return match tunnel {
+            true => format!("firewall-cmd --permanent --add-port={port}/udp && firewall-cmd --reload"),
+            false => {
+                let [one, other] = [&packet.input, &packet.output];
+                format!(
+                    "firewall-cmd --permanent --zone=trusted --add-interface={one} --add-interface={other} && firewall-cmd --reload"
+                )
+            }
+        };
+    }
+    if drop.place.contains("chain ufw") || drop.path.iter().any(|chain| chain.starts_with("ufw")) {
+        return match tunnel {
+            true => format!("ufw allow {port}/udp"),
+            false => format!("ufw route allow in on {} out on {}", packet.input, packet.output),
+        };
+    }
+    if drop.path.iter().any(|chain| chain.starts_with("DOCKER")) {
+        return "Docker's rules do it; what is accepted in its chain DOCKER-USER goes before them: iptables -I DOCKER-USER -i BRIDGE -j ACCEPT; \
+                iptables -I DOCKER-USER -o BRIDGE -j ACCEPT"
+            .replace("BRIDGE", bridge);
+    }
+    let program = match (packet.family(), drop.legacy) {
+        (Family::V4, false) => "iptables",
+        (Family::V4, true) => "iptables-legacy",
+        (Family::V6, false) => "ip6tables",
+        (Family::V6, true) => "ip6tables-legacy",
+    };
+    if drop.is_iptables() {
+        return match packet.hook {
+            Hook::Forward if drop.is_policy() && !drop.legacy => format!(
+                "the agent accepts it there while it is ready: see the check `agent`. By hand: {program} -I FORWARD -i {bridge} -j ACCEPT; \
+                 {program} -I FORWARD -o {bridge} -j ACCEPT"
+            ),
+            Hook::Forward if drop.is_policy() => format!(
+                "{program} -I FORWARD -i {bridge} -j ACCEPT; {program} -I FORWARD -o {bridge} -j ACCEPT; better, go over to nftables, where \
+                 the agent sees to it: update-alternatives --config iptables"
+            ),
+            Hook::Forward => format!("{program} -I FORWARD -i {} -o {} -j ACCEPT, before that rule", packet.input, packet.output),
+            Hook::Input => {
+                format!("{program} -I INPUT -p udp --dport {port} -j ACCEPT, before that rule; and keep it over restarts")
+            }
+            Hook::Output => {
+                format!("{program} -I OUTPUT -p udp --dport {port} -j ACCEPT, before that rule; and keep it over restarts")
+            }
+        };
+    }
+    let chain = &drop.chain;
+    let accept = match packet.hook {
+        Hook::Forward => format!("iifname \"{}\" oifname \"{}\" accept", packet.input, packet.output),
+        Hook::Input | Hook::Output => format!("udp dport {port} accept"),
+    };
+    format!("nft insert rule {chain} {accept}; and the same in the file that the rules come from (/etc/nftables.conf)")
+}

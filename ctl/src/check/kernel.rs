@@ -1,0 +1,129 @@
+//! The kernel: each feature is tried in a network namespace that is made for it and gone afterwards; sysctls and limits are read.
+
+use overlay_agent::model::Family;
+
+use super::facts::{ToolError, not_looked_at, sysctl, tool};
+use super::{Facts, Findings};
+
+/// A feature: what it is, the commands that need it, and whether the overlay stands without it.
+struct Feature {
+    what: &'static str,
+    script: &'static str,
+    needed: bool,
+    remedy: &'static str,
+}
+
+const FEATURES: [Feature; 6] = [
+    Feature {
+        what: "VXLAN devices",
+        script: "ip link add name x0 type vxlan id 1 dstport 8472 nolearning local 192.0.2.1",
+        needed: true,
+        remedy: "modprobe vxlan, or a kernel with CONFIG_VXLAN",
+    },
+    Feature {
+        what: "bridges",
+        script: "ip link add name b0 type bridge",
+        needed: true,
+        remedy: "modprobe bridge, or a kernel with CONFIG_BRIDGE",
+    },
+    Feature {
+        what: "veth pairs",
+        script: "ip link add name v0 type veth peer name v1",
+        needed: true,
+        remedy: "modprobe veth, or a kernel with CONFIG_VETH",
+    },
+    Feature {
+        what: "next-hop objects",
+        script: "ip link set lo up; ip nexthop add id 7 dev lo",
+        needed: false,
+        remedy: "a kernel from 5.3 on; without them, thousands of peers take seconds instead of milliseconds",
+    },
+    Feature {
+        what: "nftables with masquerade",
+        script: "nft 'table inet t { chain c { type nat hook postrouting priority 100; ip saddr 192.0.2.0/24 masquerade random,fully-random; }; }'",
+        needed: true,
+        remedy: "modprobe nf_tables nft_masq nft_chain_nat, or a kernel with CONFIG_NF_TABLES and CONFIG_NFT_MASQ",
+    },
+    Feature {
+        what: "nftables on bridges",
+        script: "nft 'table bridge t { chain c { type filter hook prerouting priority 0; iifname \"x\" ether saddr 02:00:00:00:00:01 drop; }; }'",
+        needed: true,
+        remedy: "modprobe nf_tables_bridge, or a kernel with CONFIG_NF_TABLES_BRIDGE: without it containers can use each other's addresses",
+    },
+];
+
+/// The part of the connection table from which on it is nearly full, in percent.
+const NEARLY_FULL: u64 = 90;
+
+pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
+    match tool(&["unshare", "--net", "true"]).await {
+        Ok(_) => {
+            for feature in &FEATURES {
+                try_out(feature, findings).await;
+            }
+        }
+        Err(error) => not_looked_at(findings, "what the kernel can do", &error),
+    }
+    forwarding(facts, findings);
+    connections(findings);
+}
+
+async fn try_out(feature: &Feature, findings: &mut Findings) {
+    let program = feature.script.split(' ').next().unwrap_or_default();
+    match tool(&["unshare", "--net", "sh", "-ec", feature.script]).await {
+        Ok(_) => {}
+        Err(ToolError::Failed { reason, .. }) if reason.contains("not found") => {
+            not_looked_at(findings, feature.what, &ToolError::Missing(program.to_owned()));
+        }
+        Err(error) => {
+            let summary = format!("the kernel has no {}", feature.what);
+            let evidence = vec![error.to_string()];
+            if feature.needed {
+                findings.error(summary, evidence, feature.remedy);
+            } else {
+                findings.warning(summary, evidence, feature.remedy);
+            }
+        }
+    }
+}
+
+/// Forwarding in each family that has a tunnel. An agent that runs puts it back at once, so what is seen here lasts.
+fn forwarding(facts: &Facts, findings: &mut Findings) {
+    for family in facts.families() {
+        let path = match family {
+            Family::V4 => "ipv4/ip_forward",
+            Family::V6 => "ipv6/conf/all/forwarding",
+        };
+        let name = format!("net.{}", path.replace('/', "."));
+        match sysctl(path).as_deref() {
+            Some("1" | "2") => {}
+            Some(value) => findings.error(
+                format!("the host does not forward {family}: containers reach nobody outside their host"),
+                vec![format!("{name} = {value}")],
+                format!(
+                    "the agent sets it while it runs: see the check `agent`. Until then: sysctl -w {name}=1; and look for a file that \
+                     switches it off: grep -r forward /etc/sysctl.d /etc/sysctl.conf"
+                ),
+            ),
+            None => findings.info(
+                format!("whether the host forwards {family} was not looked at"),
+                vec![format!("{name} cannot be read")],
+                "run this as root, with /proc mounted",
+            ),
+        }
+    }
+}
+
+fn connections(findings: &mut Findings) {
+    let number = |name: &str| sysctl(&format!("netfilter/{name}")).and_then(|text| text.parse::<u64>().ok());
+    if let (Some(count), Some(most)) = (number("nf_conntrack_count"), number("nf_conntrack_max"))
+        && most > 0
+        && count * 100 >= most * NEARLY_FULL
+    {
+        findings.warning(
+            "the table of connections is nearly full: new connections will be dropped",
+            vec![format!("nf_conntrack_count = {count}, nf_conntrack_max = {most}")],
+            format!("sysctl -w net.netfilter.nf_conntrack_max={}, and the same in /etc/sysctl.d", most * 2),
+        );
+    }
+}

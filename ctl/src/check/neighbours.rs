@@ -1,0 +1,88 @@
+//! Who else manages what is the agent's: NetworkManager, systemd-networkd, and what a flannel that ran here left behind.
+
+use std::path::Path;
+
+use super::facts::{is_ours, tool};
+use super::{Facts, Findings};
+
+pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
+    managers(facts, findings);
+    flannel(facts, findings).await;
+}
+
+/// The links of ours by index and name.
+fn ours(facts: &Facts) -> Vec<(u64, String)> {
+    let links = facts.links.iter().flatten();
+    let pairs = links.filter_map(|link| Some((link["ifindex"].as_u64()?, link["ifname"].as_str()?.to_owned())));
+    pairs.filter(|(_, name)| is_ours(name)).collect()
+}
+
+/// NetworkManager keeps a file a device (`/run/NetworkManager/devices/INDEX`, `managed=`), systemd-networkd as well (`/run/systemd/netif/links/INDEX`,
+/// `ADMIN_STATE=`).
+fn managers(facts: &Facts, findings: &mut Findings) {
+    let held = |directory: &str, is_managed: fn(&str) -> bool| -> Vec<String> {
+        let directory = facts.path(directory);
+        let managed = |index: u64| read(&directory.join(index.to_string())).lines().any(|line| is_managed(line.trim()));
+        ours(facts).into_iter().filter(|(index, _)| managed(*index)).map(|(_, name)| name).collect()
+    };
+    let by_manager = held("/run/NetworkManager/devices", |line| line == "managed=true" || line == "managed=1");
+    if !by_manager.is_empty() {
+        findings.warning(
+            "NetworkManager manages devices of the agent: it may take their addresses away",
+            vec![by_manager.join(", ")],
+            "write `[keyfile]` and `unmanaged-devices=interface-name:ovx*;interface-name:ovb.*;interface-name:ove*` to \
+             /etc/NetworkManager/conf.d/overlayd.conf, then: nmcli general reload",
+        );
+    }
+    let by_networkd = held("/run/systemd/netif/links", |line| {
+        line.strip_prefix("ADMIN_STATE=")
+            .is_some_and(|state| matches!(state, "configuring" | "configured" | "pending" | "failed"))
+    });
+    if !by_networkd.is_empty() {
+        findings.warning(
+            "systemd-networkd manages devices of the agent: it removes routes and addresses that it does not know",
+            vec![by_networkd.join(", ")],
+            "write `[Match]`, `Name=ovx* ovb.* ove*`, `[Link]`, `Unmanaged=yes` to /etc/systemd/network/05-overlayd.network, then: \
+             networkctl reload",
+        );
+    }
+}
+
+fn read(path: &Path) -> String {
+    std::fs::read_to_string(path).unwrap_or_default()
+}
+
+async fn flannel(facts: &Facts, findings: &mut Findings) {
+    let port = facts.port();
+    let vni = facts.status().and_then(|status| status.network.as_ref()).map(|network| u64::from(network.vxlan.vni.get()));
+    let mut left = Vec::new();
+    for name in facts.link_names(|name| name.starts_with("flannel") || name == "cni0") {
+        let info = facts.link(&name).map(|link| &link["linkinfo"]["info_data"]);
+        let same = |field: &str, wanted: Option<u64>| wanted.is_some() && info.and_then(|info| info[field].as_u64()) == wanted;
+        if same("id", vni) && same("port", port.map(u64::from)) {
+            findings.error(
+                format!("flannel's {name} has the overlay's VNI and port: the kernel refuses a second such device"),
+                vec![format!("ip -d link show {name}")],
+                format!("stop flanneld on this host, then: ip link delete {name}"),
+            );
+        } else {
+            left.push(format!("link {name}"));
+        }
+    }
+    let environment = facts.path("/run/flannel/subnet.env");
+    if environment.exists() {
+        left.push(format!("{}: {}", environment.display(), read(&environment).lines().collect::<Vec<_>>().join(" ")));
+    }
+    // What cannot be read is said by the check of the firewall.
+    let chains = tool(&["nft", "list", "chains"]).await.unwrap_or_default();
+    let chain = |line: &str| line.trim().strip_prefix("chain ").map(|rest| rest.trim_end_matches([' ', '{']).to_owned());
+    left.extend(chains.lines().filter_map(chain).filter(|name| name.starts_with("FLANNEL")).map(|name| format!("chain {name}")));
+    if !left.is_empty() {
+        findings.warning(
+            "a flannel that ran on this host left things behind",
+            left,
+            "once flanneld is stopped and its containers are moved: ip link delete flannel.1; ip link delete cni0; rm -r /run/flannel; \
+             iptables -t nat -F FLANNEL-POSTRTG; iptables -F FLANNEL-FWD",
+        );
+    }
+}

@@ -1,0 +1,221 @@
+//! Every peer, by real packets: pings that must not be fragmented, over the underlay and over the overlay; a TCP connection to a port on which nobody listens,
+//! whose refusal shows that checksums arrive whole both ways; and a train of UDP segments that the kernel or the network card cuts up.
+//!
+//! Bounded: so many peers as asked for, eight at once; for each some twenty packets and at most 64 KiB.
+
+use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::time::Duration;
+
+use futures_util::stream::{self, StreamExt};
+use nix::sys::socket::{setsockopt, sockopt};
+use overlay_agent::model::Family;
+use overlay_agent::model::api::PeerEntry;
+use tokio::net::TcpStream;
+
+use super::facts::{ToolError, not_looked_at, tool, tool_within};
+use super::{Facts, Findings};
+
+/// Peers that are asked at once.
+const AT_ONCE: usize = 8;
+/// Discard (RFC 863): hardly anybody listens there, and who does swallows what comes.
+const PORT: u16 = 9;
+/// How long an answer may take: a lost SYN is sent again after 1 s (RFC 6298).
+const LIMIT: Duration = Duration::from_secs(3);
+/// IPv4 and IPv6 headers without options, and those of ICMP echo and UDP, in bytes (RFC 791, RFC 8200, RFC 792, RFC 768).
+const fn header(family: Family) -> u32 {
+    match family {
+        Family::V4 => 20,
+        Family::V6 => 40,
+    }
+}
+const ECHO: u32 = 8;
+/// The smallest packet that each family carries (RFC 791, RFC 8200): pings of it need no path MTU.
+const fn smallest(family: Family) -> u32 {
+    match family {
+        Family::V4 => 576,
+        Family::V6 => 1280,
+    }
+}
+/// Segments of the train, and how often it is sent: a kernel tells of closed ports at a bounded rate (`icmp_ratelimit`).
+const SEGMENTS: u32 = 16;
+const TRAINS: u32 = 3;
+
+/// What was seen of one peer.
+#[derive(Debug)]
+struct Seen {
+    name: String,
+    peer: PeerEntry,
+    /// Bytes that the underlay carries whole: 0 where not even the smallest ping is answered.
+    underlay: u32,
+    /// The same for the overlay.
+    overlay: u32,
+    tcp: Option<bool>,
+    segments: Option<bool>,
+}
+
+pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
+    let Some(status) = facts.status() else { return };
+    let (Some(underlay), Some(overlay_mtu)) = (&status.underlay, status.data_path.mtu) else { return };
+    if facts.peers.is_empty() {
+        return;
+    }
+    if let Err(error) = tool(&["ping", "-V"]).await {
+        return not_looked_at(findings, "the way to peers", &error);
+    }
+    let asked: Vec<PeerEntry> = facts.peers.iter().take(facts.settings.peers).cloned().collect();
+    let left = facts.peers.len() - asked.len();
+    if left > 0 {
+        findings.info(
+            format!("{left} of {} peers were not asked", facts.peers.len()),
+            vec![format!("the first {} were", asked.len())],
+            "overlayctl check --peers NUMBER asks more",
+        );
+    }
+    let looks = stream::iter(asked).map(|peer| look(peer, underlay.mtu, overlay_mtu));
+    let seen: Vec<Seen> = looks.buffered(AT_ONCE).collect().await;
+    for one in &seen {
+        judge(one, underlay.mtu, overlay_mtu, findings);
+    }
+}
+
+async fn look(peer: PeerEntry, underlay_mtu: u32, overlay_mtu: u32) -> Seen {
+    let inside = peer.subnet.base();
+    let name = peer.host.clone().unwrap_or_else(|| peer.public_ip.to_string());
+    let underlay = carries(peer.public_ip, underlay_mtu).await;
+    let overlay = carries(inside, overlay_mtu).await;
+    let (tcp, segments) = match overlay {
+        0 => (None, None),
+        _ => (Some(refused(inside).await), Some(train(inside, overlay).await)),
+    };
+    Seen { name, peer, underlay, overlay, tcp, segments }
+}
+
+/// The largest packet up to `most` that is answered without being fragmented; 0 where not even the smallest is.
+async fn carries(address: IpAddr, most: u32) -> u32 {
+    if ping(address, most).await {
+        return most;
+    }
+    let (mut good, mut bad) = (smallest(Family::of(address)).min(most), most);
+    if !ping(address, good).await {
+        return 0;
+    }
+    // Eleven halvings find any MTU of Ethernet; jumbo frames take three more.
+    while bad - good > 1 {
+        let middle = good + (bad - good) / 2;
+        if ping(address, middle).await {
+            good = middle;
+        } else {
+            bad = middle;
+        }
+    }
+    good
+}
+
+/// Whether one of two pings of a whole size, which must not be fragmented, is answered.
+async fn ping(address: IpAddr, size: u32) -> bool {
+    let payload = size.saturating_sub(header(Family::of(address)) + ECHO).to_string();
+    let target = address.to_string();
+    let command = ["ping", "-n", "-q", "-M", "do", "-c", "2", "-i", "0.2", "-W", "1", "-s", &payload, &target];
+    // ping ends well where one of them was answered.
+    tool_within(&command, LIMIT + LIMIT).await.map_err(|error: ToolError| error).is_ok()
+}
+
+/// Whether TCP gets an answer: a refusal, or a connection where somebody listens after all.
+async fn refused(address: IpAddr) -> bool {
+    match tokio::time::timeout(LIMIT, TcpStream::connect(SocketAddr::new(address, PORT))).await {
+        Ok(Ok(_)) => true,
+        Ok(Err(error)) => error.kind() == ErrorKind::ConnectionRefused,
+        Err(_) => false,
+    }
+}
+
+/// Whether UDP segments arrive that are handed to the kernel in one piece (`UDP_SEGMENT`, udp(7)): the peer says that the port is closed.
+async fn train(address: IpAddr, mtu: u32) -> bool {
+    let sent = tokio::task::spawn_blocking(move || -> std::io::Result<bool> {
+        let socket = UdpSocket::bind(SocketAddr::new(Family::of(address).unspecified(), 0))?;
+        socket.connect(SocketAddr::new(address, PORT))?;
+        socket.set_read_timeout(Some(LIMIT / TRAINS))?;
+        let segment = mtu.saturating_sub(header(Family::of(address)) + ECHO).min(65_000 / SEGMENTS);
+        let size = i32::try_from(segment).unwrap_or(i32::MAX);
+        setsockopt(&socket, sockopt::UdpGsoSegment, &size)?;
+        let bytes = vec![0; usize::try_from(segment * SEGMENTS).unwrap_or(0)];
+        for _ in 0..TRAINS {
+            match socket.send(&bytes).and_then(|_| socket.recv(&mut [0; 1])) {
+                Ok(_) => return Ok(true),
+                Err(error) if error.kind() == ErrorKind::ConnectionRefused => return Ok(true),
+                Err(_) => {}
+            }
+        }
+        Ok(false)
+    });
+    matches!(sent.await, Ok(Ok(true)))
+}
+
+fn judge(seen: &Seen, underlay_mtu: u32, overlay_mtu: u32, findings: &mut Findings) {
+    let Seen { name, peer, underlay, overlay, tcp, segments } = seen;
+    let (public, inside) = (peer.public_ip, peer.subnet.base());
+    if *overlay == 0 {
+        let evidence = vec![
+            format!("ping {public} (underlay): {}", if *underlay > 0 { "answered" } else { "no answer" }),
+            format!("ping {inside} (overlay, by {}): no answer", peer.device),
+            if peer.state == "programmed" { String::new() } else { format!("the peer is {}", peer.state) },
+        ];
+        if *underlay > 0 {
+            findings.error(
+                format!("{name} is reached by the underlay, but not by the overlay"),
+                evidence,
+                "its UDP port is closed on the way (security group, the peer's firewall), or its agent does not run: overlayctl check over there",
+            );
+        } else {
+            findings.warning(
+                format!("{name} is not reached at all"),
+                evidence,
+                "it is off, or the underlay is cut: where the host is gone for good, its lease goes with its time",
+            );
+        }
+        return;
+    }
+    if *overlay < overlay_mtu {
+        findings.error(
+            format!("the overlay to {name} carries {overlay} of {overlay_mtu} bytes: large packets are lost"),
+            vec![format!("ping -M do -s {} {inside}: no answer", overlay_mtu - header(Family::of(inside)) - ECHO)],
+            format!(
+                "raise the MTU on the way to {public} by {} bytes, or set `Backend.MTU` to {overlay} in the network's configuration \
+                 (overlayctl config set)",
+                overlay_mtu - overlay
+            ),
+        );
+    } else if *underlay > 0 && *underlay < underlay_mtu {
+        findings.warning(
+            format!("the underlay to {name} carries {underlay} of {underlay_mtu} bytes whole: the tunnel's packets are fragmented, or lost"),
+            vec![format!("ping -M do -s {} {public}: no answer", underlay_mtu - header(Family::of(public)) - ECHO)],
+            format!(
+                "raise the MTU on the way, or set `Backend.MTU` to {} in the network's configuration (overlayctl config set)",
+                underlay.saturating_sub(Family::of(public).vxlan_overhead())
+            ),
+        );
+    } else if *underlay == 0 {
+        findings.info(
+            format!("{name} answers no ping over the underlay: its path's MTU is known for the overlay alone"),
+            vec![format!("ping {public}: no answer; ping {inside}: {overlay} bytes")],
+            "nothing, as long as the overlay works",
+        );
+    }
+    let offload = "try overlayd --vxlan-tx-checksum=false on both hosts (at once: ethtool -K DEVICE tx off): some network cards and hypervisors write wrong \
+                   checksums into tunnelled packets; else look for a firewall on the peer that drops such packets"
+        .replace("DEVICE", &peer.device);
+    if *tcp == Some(false) {
+        findings.error(
+            format!("{name} answers pings over the overlay, but no TCP: checksums arrive broken, or TCP is dropped"),
+            vec![format!("connect to {inside} port {PORT}: neither refused nor accepted within {} s", LIMIT.as_secs())],
+            offload,
+        );
+    } else if *segments == Some(false) {
+        findings.warning(
+            format!("large sends do not arrive at {name}: segmentation by kernel or network card is broken, or UDP is dropped"),
+            vec![format!("{TRAINS} trains of {SEGMENTS} UDP segments to {inside} port {PORT}: no answer")],
+            offload,
+        );
+    }
+}

@@ -1,0 +1,181 @@
+//! etcd, asked from here: every server by itself, with the settings given on the command line, else those of the agent where they need no file.
+
+use std::time::Duration;
+
+use overlay_agent::store::{self, StoreConfig};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::Instant;
+
+use super::{Facts, Findings};
+
+/// The oldest etcd that its project still mends; the agent needs leases and watches with progress, which older ones have, too.
+const OLDEST: (u32, u32) = (3, 4);
+/// A round trip that takes longer is worth a word: renewals have five seconds.
+const SLOW: Duration = Duration::from_millis(500);
+/// Clocks may differ by that many seconds. HTTP's `Date` has whole seconds, and certificates are judged by minutes.
+const SKEW: u64 = 5;
+/// How long a server's HTTP may take.
+const HTTP_LIMIT: Duration = Duration::from_secs(5);
+
+pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
+    let Some(config) = config(facts) else {
+        if let Some(status) = facts.status().filter(|status| !status.store.connected) {
+            let error = status.store.error.clone().unwrap_or_default();
+            findings.error("the agent has no answer of etcd", vec![error], "the line says what to do");
+        }
+        let remedy =
+            "overlayctl check --etcd-endpoints URLS, with --etcd-cafile and the other flags where etcd wants TLS or a login";
+        return findings.info("etcd itself was not asked", vec![String::new()], remedy);
+    };
+    let mut dead = Vec::new();
+    for endpoint in &config.endpoints {
+        let one = StoreConfig { endpoints: vec![endpoint.clone()], ..config.clone() };
+        clock(endpoint, findings).await;
+        let begun = Instant::now();
+        match store::member(&one).await {
+            Ok(member) => judge(endpoint, &member, begun.elapsed(), findings),
+            Err(error) => dead.push(error.to_string()),
+        }
+    }
+    let all = config.endpoints.len();
+    match dead.len() {
+        0 => {}
+        count if count == all => {
+            let remedy = "see that etcd runs and that its port is open from here; the data path stays as it is meanwhile";
+            findings.error("etcd does not answer", dead, remedy);
+        }
+        count => {
+            let remedy = "mend them, or take them out of --etcd-endpoints; the agent uses the others";
+            findings.warning(format!("{count} of {all} etcd servers do not answer"), dead, remedy);
+        }
+    }
+}
+
+/// The settings given, else the agent's endpoints. TLS and logins need files that the agent alone may read.
+fn config(facts: &Facts) -> Option<StoreConfig> {
+    let args = &facts.settings.etcd;
+    if args.given() {
+        return Some(args.store_config());
+    }
+    let endpoints = &facts.status()?.store.endpoints;
+    let plain = |endpoint: &String| endpoint.starts_with("http://");
+    let usable = !endpoints.is_empty() && endpoints.iter().all(plain);
+    let prefix = facts.status()?.store.prefix.clone();
+    usable.then(|| StoreConfig { endpoints: endpoints.clone(), prefix, ..StoreConfig::default() })
+}
+
+fn judge(endpoint: &str, member: &store::Member, took: Duration, findings: &mut Findings) {
+    let mut parts = member.version.split('.').map(|part| part.parse::<u32>().unwrap_or(0));
+    let version = (parts.next().unwrap_or(0), parts.next().unwrap_or(0));
+    if version < OLDEST {
+        findings.warning(
+            format!("etcd {} is older than {}.{}", member.version, OLDEST.0, OLDEST.1),
+            vec![endpoint.to_owned()],
+            "upgrade etcd, one minor version at a time, one member at a time",
+        );
+    }
+    if !member.has_leader {
+        let remedy = "without a majority etcd takes no writes: start the other members (etcdctl endpoint status --cluster)";
+        findings.error("the etcd cluster has no leader", vec![endpoint.to_owned()], remedy);
+    }
+    if !member.alarms.is_empty() {
+        let remedy = "etcdctl alarm list; for NOSPACE: etcdctl compact, etcdctl defrag, etcdctl alarm disarm";
+        findings.error("etcd reports trouble of its own", member.alarms.clone(), remedy);
+    }
+    if took > SLOW {
+        findings.warning(
+            "etcd is slow to answer",
+            vec![format!("{endpoint}: {} ms for connecting and two answers", took.as_millis())],
+            "its disk and its network: etcdctl check perf",
+        );
+    }
+}
+
+/// The server's clock beside ours, by the `Date` of its HTTP answers. Over TLS it is not asked: a clock that is wrong by more than minutes shows there as
+/// a certificate that is not valid.
+async fn clock(endpoint: &str, findings: &mut Findings) {
+    let Some(authority) = endpoint.strip_prefix("http://") else { return };
+    let Ok(Some(theirs)) = tokio::time::timeout(HTTP_LIMIT, date(authority.trim_end_matches('/'))).await else { return };
+    let ours = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |time| time.as_secs());
+    let apart = ours.abs_diff(theirs);
+    if apart > SKEW {
+        findings.warning(
+            format!("this host's clock and that of etcd are {apart} s apart"),
+            vec![format!("{endpoint} says {theirs}, this host {ours} (seconds since 1970)")],
+            "let both follow the same time: systemctl status systemd-timesyncd, or chronyc tracking. Certificates and logs are judged by it",
+        );
+    }
+}
+
+/// Seconds since 1970 by the `Date` of an answer.
+async fn date(authority: &str) -> Option<u64> {
+    let mut stream = TcpStream::connect(authority).await.ok()?;
+    let request = format!("GET /version HTTP/1.0\r\nHost: {authority}\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.ok()?;
+    let mut answer = Vec::new();
+    stream.take(64 << 10).read_to_end(&mut answer).await.ok()?;
+    let text = String::from_utf8_lossy(&answer);
+    let date = text.lines().find_map(|line| {
+        let (name, value) = line.split_once(':')?;
+        name.eq_ignore_ascii_case("date").then(|| value.trim().to_owned())
+    })?;
+    parse_date(&date)
+}
+
+/// An HTTP date in its usual form (RFC 9110, 5.6.7): `Sun, 06 Nov 1994 08:49:37 GMT`.
+fn parse_date(text: &str) -> Option<u64> {
+    const MONTHS: &str = "JanFebMarAprMayJunJulAugSepOctNovDec";
+    let words: Vec<&str> = text.split_whitespace().collect();
+    let [_, day, month, year, time, "GMT"] = words.as_slice() else { return None };
+    let month = u64::try_from(MONTHS.find(*month)? / 3 + 1).ok()?;
+    let (day, year): (u64, u64) = (day.parse().ok()?, year.parse().ok()?);
+    let parts: Vec<u64> = time.split(':').map(|part| part.parse().ok()).collect::<Option<_>>()?;
+    let [hour, minute, second] = parts.as_slice() else { return None };
+    if !(1970..=9999).contains(&year) {
+        return None;
+    }
+    // Days since 1970 in the Gregorian calendar, with March as the first month of the year.
+    let (y, m) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
+    let days = 365 * y + y / 4 - y / 100 + y / 400 + (153 * m + 2) / 5 + day - 1;
+    Some((days - 719_468) * 86_400 + hour * 3_600 + minute * 60 + second)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_server_says_of_itself() {
+        let member = |version: &str, has_leader, alarms: &[&str]| store::Member {
+            version: version.to_owned(),
+            has_leader,
+            alarms: alarms.iter().map(ToString::to_string).collect(),
+        };
+        let fast = Duration::from_millis(3);
+        for (member, took, wanted) in [
+            (member("3.5.16", true, &[]), fast, ""),
+            (member("3.4.0", true, &[]), fast, ""),
+            (member("3.3.27", true, &[]), fast, "older than 3.4"),
+            (member("2.3.8", true, &[]), fast, "older than 3.4"),
+            (member("3.5.16", false, &[]), fast, "no leader"),
+            (member("3.5.16", true, &["memberID:1 alarm:NOSPACE"]), fast, "trouble of its own"),
+            (member("3.5.16", true, &[]), Duration::from_secs(2), "slow"),
+        ] {
+            let mut findings = Findings::of("store");
+            judge("http://x:2379", &member, took, &mut findings);
+            let told: Vec<String> = findings.into_found().into_iter().map(|finding| finding.summary).collect();
+            assert!(if wanted.is_empty() { told.is_empty() } else { told.len() == 1 && told[0].contains(wanted) }, "{told:?}");
+        }
+    }
+
+    #[test]
+    fn dates_of_http() {
+        assert_eq!(parse_date("Sun, 06 Nov 1994 08:49:37 GMT"), Some(784_111_777));
+        assert_eq!(parse_date("Thu, 01 Jan 1970 00:00:00 GMT"), Some(0));
+        assert_eq!(parse_date("Tue, 29 Feb 2028 23:59:59 GMT"), Some(1_835_481_599));
+        for bad in ["", "Sunday, 06-Nov-94 08:49:37 GMT", "Sun, 06 Nov 1994 08:49 GMT", "x, 1 Xxx 2000 1:1:1 GMT"] {
+            assert_eq!(parse_date(bad), None, "{bad}");
+        }
+    }
+}

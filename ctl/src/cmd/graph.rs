@@ -1,0 +1,74 @@
+//! `overlayctl graph`: the overlay as a picture.
+
+use std::path::PathBuf;
+
+use clap::ValueEnum;
+use serde::Serialize;
+
+use super::{CommandError, Context, Outcome};
+use crate::client::{Client, ClientError};
+use crate::graph::{Answers, Graph, dot, svg, text};
+use crate::output::{Style, View};
+
+/// How the picture is drawn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum Drawing {
+    /// Text
+    #[default]
+    Text,
+    /// A picture for a browser or a page
+    Svg,
+    /// For Graphviz
+    Dot,
+}
+
+/// The arguments.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "An agent knows every host and its own containers. `-o json` prints what is drawn.")]
+pub struct Args {
+    /// How it is drawn
+    #[arg(long, value_enum, default_value_t = Drawing::Text)]
+    format: Drawing,
+    /// Sockets of other agents on this machine (as in a lab), whose containers are drawn as well
+    #[arg(long, value_name = "SOCKET")]
+    also: Vec<PathBuf>,
+}
+
+/// Draws it.
+pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
+    let mut all = vec![ask(&context.client).await?];
+    for socket in &args.also {
+        all.push(ask(&Client::new(socket)).await?);
+    }
+    let graph = Graph::of(&all);
+    context.printer.show(&GraphView { graph: &graph, drawing: args.format })?;
+    Ok(Outcome::Well)
+}
+
+async fn ask(client: &Client) -> Result<Answers, ClientError> {
+    Ok(Answers {
+        status: client.status().await?,
+        subnets: client.subnets().await?,
+        peers: client.peers().await?,
+        endpoints: client.endpoints().await?,
+    })
+}
+
+#[derive(Serialize)]
+struct GraphView<'a> {
+    #[serde(flatten)]
+    graph: &'a Graph,
+    #[serde(skip)]
+    drawing: Drawing,
+}
+
+impl View for GraphView<'_> {
+    fn text(&self, _style: Style, _wide: bool) -> String {
+        let drawn = match self.drawing {
+            Drawing::Text => text(self.graph),
+            Drawing::Svg => svg(self.graph),
+            Drawing::Dot => dot(self.graph),
+        };
+        drawn.trim_end().to_owned()
+    }
+}

@@ -1,0 +1,330 @@
+//! `overlayctl mesh`: which host reaches which, over the overlay and over the underlay, the worst first.
+//!
+//! An agent knows its own row, and the socket tells it. The other rows are asked for where the operator has the agents listen on TCP
+//! (`--metrics-listen`), or at other sockets of this machine, as in a lab.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use futures_util::{StreamExt, stream};
+use overlay_agent::model::Cidr;
+use overlay_agent::model::api::{Mesh, MeshEntry, PathView, Reach, SubnetEntry};
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use super::{CommandError, Context, Outcome};
+use crate::client::Client;
+use crate::output::{Style, Table, Tone, View, ago, cell, seconds, toned};
+
+/// How long another host may take to answer.
+const OTHER: Duration = Duration::from_secs(3);
+/// Hosts that are asked at the same time.
+const PARALLEL: usize = 16;
+/// The largest row, in bytes: 10,000 peers are some 5 MB.
+const LARGEST: u64 = 64 << 20;
+/// An agent renews its lease at least every 20 s: one that is this far behind this host's has not for a while.
+const BEHIND: i64 = 90;
+
+/// The arguments.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Ask every other host as well, on the TCP port of its --metrics-listen
+    #[arg(long, value_name = "PORT")]
+    port: Option<u16>,
+    /// Ask the agent at another socket of this machine as well; can be repeated
+    #[arg(long, value_name = "SOCKET")]
+    also: Vec<PathBuf>,
+}
+
+/// What was found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Matrix {
+    /// Who was asked and answered.
+    pub hosts: Vec<String>,
+    /// Every path between two hosts, the worst first.
+    pub paths: Vec<PathEntry>,
+    /// Hosts whose row could not be had, and why.
+    pub missing: Vec<Missing>,
+    /// What keeps hosts from probing.
+    pub problems: Vec<String>,
+}
+
+/// From one host to another.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PathEntry {
+    /// The host that probes.
+    pub from: String,
+    /// What it found.
+    #[serde(flatten)]
+    pub found: MeshEntry,
+    /// Seconds for which the peer's agent has not renewed its lease; 0 where it does, absent where that is not known.
+    pub lease_idle_seconds: Option<i64>,
+    /// What it comes to, for a person.
+    pub says: String,
+}
+
+/// A host without a row.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Missing {
+    /// The host.
+    pub host: String,
+    /// Why.
+    pub error: String,
+}
+
+/// Prints the matrix. Exit code 3 where a host is cut off.
+pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
+    let own = context.client.mesh().await?;
+    let leases = context.client.subnets().await?.subnets;
+    let mut missing = Vec::new();
+    let mut rows = vec![own];
+    for socket in &args.also {
+        match Client::new(socket).with_timeout(OTHER).mesh().await {
+            Ok(mesh) => rows.push(mesh),
+            Err(error) => missing.push(Missing { host: socket.display().to_string(), error: error.to_string() }),
+        }
+    }
+    if let Some(port) = args.port {
+        let others: Vec<SubnetEntry> = leases.iter().filter(|lease| !lease.own && lease.refused.is_none()).cloned().collect();
+        let asked = stream::iter(others).map(|lease| async move { (name(&lease), ask(&lease, port).await) });
+        for (host, answer) in asked.buffered(PARALLEL).collect::<Vec<_>>().await {
+            match answer {
+                Ok(mesh) => rows.push(mesh),
+                Err(error) => missing.push(Missing { host, error }),
+            }
+        }
+    }
+    let matrix = matrix(rows, &leases, missing);
+    let outcome = outcome(&matrix);
+    context.printer.show(&MatrixView(&matrix))?;
+    Ok(outcome)
+}
+
+/// Whether anything is cut off.
+pub(super) fn outcome(matrix: &Matrix) -> Outcome {
+    let cut = matrix.paths.iter().any(|path| matches!(path.found.state, Reach::OverlayDown | Reach::Unreachable));
+    if cut || !matrix.problems.is_empty() { Outcome::Degraded } else { Outcome::Well }
+}
+
+/// The rows as paths, the worst first.
+pub(super) fn matrix(rows: Vec<Mesh>, leases: &[SubnetEntry], missing: Vec<Missing>) -> Matrix {
+    let idle = lease_idle(leases);
+    let mut matrix = Matrix { hosts: Vec::new(), paths: Vec::new(), missing, problems: Vec::new() };
+    for row in rows {
+        if matrix.hosts.contains(&row.node) {
+            continue;
+        }
+        if let Some(error) = &row.error {
+            matrix.problems.push(format!("{}: {error}", row.node));
+        }
+        if row.interval_seconds == 0 && row.peers.is_empty() {
+            matrix
+                .problems
+                .push(format!("{}: probing is switched off (--mesh-interval=0s): use `overlayctl ping-mesh`", row.node));
+        }
+        for found in row.peers {
+            let lease_idle_seconds = idle.get(&found.subnet).copied().flatten();
+            let says = says(&found, lease_idle_seconds);
+            matrix.paths.push(PathEntry { from: row.node.clone(), found, lease_idle_seconds, says });
+        }
+        matrix.hosts.push(row.node);
+    }
+    let rank = |path: &PathEntry| {
+        let found = &path.found;
+        (found.state, found.overlay.lost + found.underlay.lost, found.overlay.mean_micros)
+    };
+    matrix.paths.sort_by(|a, b| rank(b).cmp(&rank(a)).then_with(|| (&a.from, a.found.subnet).cmp(&(&b.from, b.found.subnet))));
+    matrix
+}
+
+/// For how long each peer's lease was not renewed. Measured against this host's own, which is renewed: both live as long. Hosts that renew in
+/// another way (flannel) tell nothing by it.
+fn lease_idle(leases: &[SubnetEntry]) -> BTreeMap<Cidr, Option<i64>> {
+    let own = leases.iter().find(|lease| lease.own).and_then(|lease| lease.expires_in_seconds);
+    let mut all = BTreeMap::new();
+    for lease in leases.iter().filter(|lease| !lease.own) {
+        let behind = match (own, lease.expires_in_seconds, &lease.node_id) {
+            (Some(own), Some(left), Some(_)) if own > left + BEHIND => Some(own - left),
+            (Some(_), Some(_), Some(_)) => Some(0),
+            _ => None,
+        };
+        for (_, range) in lease.subnet.iter().flat_map(|subnet| subnet.iter()) {
+            all.insert(range, behind);
+        }
+    }
+    all
+}
+
+fn says(found: &MeshEntry, idle: Option<i64>) -> String {
+    match (found.state, idle, found.gone_since) {
+        (Reach::Unreachable, Some(0), _) => {
+            format!(
+                "no answer on either path, and its lease was renewed within the last {BEHIND} s: cut off from here rather than down"
+            )
+        }
+        (Reach::Unreachable, Some(idle), _) => {
+            let idle = seconds(u64::try_from(idle).unwrap_or(0));
+            format!("no answer on either path, and its lease was not renewed for {idle}: the host is down")
+        }
+        (Reach::Unreachable, None, _) => "no answer on either path".to_owned(),
+        (Reach::OverlayDown, ..) => {
+            "the underlay answers, the tunnel does not: `overlayctl trace host HOST` says where it stops".to_owned()
+        }
+        (Reach::UnderlaySilent, ..) => "the overlay answers; the underlay drops ICMP".to_owned(),
+        (Reach::Lossy, ..) => "some probes are lost".to_owned(),
+        (Reach::Gone, _, Some(since)) => format!("its lease ended {}", ago(since)),
+        (Reach::Unknown, ..) => "not probed yet".to_owned(),
+        _ => String::new(),
+    }
+}
+
+fn name(lease: &SubnetEntry) -> String {
+    lease.host.clone().unwrap_or_else(|| lease.key.clone())
+}
+
+/// Asks another host's agent over TCP, at its public IP, then at its VTEP.
+async fn ask(lease: &SubnetEntry, port: u16) -> Result<Mesh, String> {
+    let public = lease.public_ip.iter().map(|(_, address)| *address);
+    let vteps = lease.subnet.iter().flat_map(|subnet| subnet.iter()).map(|(_, range)| range.base());
+    let mut errors = Vec::new();
+    for address in public.chain(vteps).collect::<Vec<IpAddr>>() {
+        match tokio::time::timeout(OTHER, fetch(SocketAddr::new(address, port))).await {
+            Ok(Ok(mesh)) => return Ok(mesh),
+            Ok(Err(error)) => errors.push(format!("{address}: {error}")),
+            Err(_) => errors.push(format!("{address}: no answer within {} s", OTHER.as_secs())),
+        }
+    }
+    errors.push(format!("its agent has to listen there: --metrics-listen ADDRESS:{port}"));
+    Err(errors.join("; "))
+}
+
+/// One request of HTTP/1.0, whose answer ends with the connection.
+async fn fetch(address: SocketAddr) -> Result<Mesh, String> {
+    let mut stream = TcpStream::connect(address).await.map_err(|e| e.to_string())?;
+    let request = format!("GET /mesh HTTP/1.0\r\nHost: {address}\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.map_err(|e| e.to_string())?;
+    let mut answer = Vec::new();
+    stream.take(LARGEST).read_to_end(&mut answer).await.map_err(|e| e.to_string())?;
+    let split = answer.windows(4).position(|w| w == b"\r\n\r\n").ok_or("no answer of HTTP")?;
+    let head = String::from_utf8_lossy(&answer[..split]);
+    let status = head.split(' ').nth(1).unwrap_or_default();
+    if status != "200" {
+        return Err(format!("it answers {}", head.lines().next().unwrap_or_default()));
+    }
+    serde_json::from_slice(&answer[split + 4..]).map_err(|e| format!("its answer is not as expected: {e}"))
+}
+
+#[derive(Serialize)]
+#[serde(transparent)]
+pub(super) struct MatrixView<'a>(pub(super) &'a Matrix);
+
+fn path_text(path: &PathView) -> String {
+    if let Some(error) = &path.error {
+        return error.split(" (os error").next().unwrap_or(error).to_owned();
+    }
+    if path.probes == 0 {
+        return "-".to_owned();
+    }
+    let mean = path.mean_micros.filter(|_| path.lost < path.probes);
+    let mean = mean.map(|micros| format!("{:.2} ms", Duration::from_micros(micros).as_secs_f64() * 1000.0));
+    format!("{}, {}/{} lost", mean.unwrap_or_else(|| "no answer".to_owned()), path.lost, path.probes)
+}
+
+impl View for MatrixView<'_> {
+    fn text(&self, style: Style, wide: bool) -> String {
+        let matrix = self.0;
+        let mut header = vec!["FROM", "TO", "STATE", "OVERLAY", "UNDERLAY"];
+        if wide {
+            header.extend(["SUBNET", "VTEP", "PUBLIC IP"]);
+        }
+        header.push("NOTE");
+        let mut table = Table::new(style, &header);
+        for path in &matrix.paths {
+            let found = &path.found;
+            let tone = match found.state {
+                Reach::Ok => Tone::Good,
+                Reach::Unknown | Reach::Gone => Tone::Quiet,
+                Reach::UnderlaySilent | Reach::Lossy => Tone::Warning,
+                Reach::OverlayDown | Reach::Unreachable => Tone::Bad,
+            };
+            let to = found.host.clone().unwrap_or_else(|| found.subnet.to_string());
+            let mut row = vec![
+                cell(Some(&path.from)),
+                cell(Some(to)),
+                toned(tone, found.state.word()),
+                cell(Some(path_text(&found.overlay))),
+                cell(Some(path_text(&found.underlay))),
+            ];
+            if wide {
+                row.extend([cell(Some(found.subnet)), cell(Some(found.overlay.address)), cell(Some(found.underlay.address))]);
+            }
+            row.push(cell(Some(&path.says)));
+            table.row(row);
+        }
+        let mut text = if matrix.paths.is_empty() { "no peers to probe".to_owned() } else { table.text() };
+        for problem in &matrix.problems {
+            text.push_str(&format!("\nproblem: {problem}"));
+        }
+        for missing in &matrix.missing {
+            text.push_str(&format!("\nno row of {}: {}", missing.host, missing.error));
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(number: u8, state: Reach) -> MeshEntry {
+        let path = |text: String| PathView {
+            address: text.parse().expect("ip"),
+            probes: 4,
+            lost: u32::from(state == Reach::Unreachable) * 4,
+            last_micros: Some(900),
+            mean_micros: Some(1_000),
+            error: None,
+        };
+        MeshEntry {
+            subnet: format!("10.244.{number}.0/24").parse().expect("cidr"),
+            host: Some(format!("h{number}")),
+            state,
+            overlay: path(format!("10.244.{number}.0")),
+            underlay: path(format!("192.0.2.{number}")),
+            gone_since: None,
+        }
+    }
+
+    fn lease(number: u8, left: i64, own: bool) -> SubnetEntry {
+        let text = format!(
+            r#"{{"key":"10.244.{number}.0-24","subnet":{{"v4":"10.244.{number}.0/24"}},"host":"h{number}","node_id":"{number}",
+            "public_ip":{{"v4":"192.0.2.{number}"}},"backend":"vxlan","vni":1,"vtep":{{}},"expires_in_seconds":{left},
+            "reservation":false,"own":{own},"refused":null}}"#
+        );
+        serde_json::from_str(&text).expect("a lease")
+    }
+
+    #[test]
+    fn the_worst_is_first_and_a_host_that_is_down_is_told_from_one_that_is_cut_off() {
+        let leases = [lease(1, 86_395, true), lease(2, 86_390, false), lease(3, 86_100, false), lease(4, 86_380, false)];
+        let row = Mesh {
+            node: "h1".to_owned(),
+            interval_seconds: 30,
+            error: None,
+            peers: vec![entry(2, Reach::Ok), entry(3, Reach::Unreachable), entry(4, Reach::Unreachable)],
+        };
+        let matrix = matrix(vec![row.clone(), row], &leases, Vec::new());
+        let told: Vec<(&str, Option<i64>)> =
+            matrix.paths.iter().map(|p| (p.found.host.as_deref().unwrap_or_default(), p.lease_idle_seconds)).collect();
+        assert_eq!(told, [("h3", Some(295)), ("h4", Some(0)), ("h2", Some(0))]);
+        assert!(matrix.paths[0].says.contains("not renewed for 4m55s: the host is down"), "{}", matrix.paths[0].says);
+        assert!(matrix.paths[1].says.contains("cut off from here rather than down"), "{}", matrix.paths[1].says);
+        assert_eq!(outcome(&matrix), Outcome::Degraded);
+        let text = MatrixView(&matrix).text(Style::PLAIN, false);
+        assert!(text.lines().nth(1).is_some_and(|line| line.contains("h3") && line.contains("no answer, 4/4 lost")), "{text}");
+        assert!(text.contains("1.00 ms, 0/4 lost"), "{text}");
+    }
+}

@@ -1,0 +1,162 @@
+//! `overlayctl support-bundle`: everything that helps somebody to help, in one archive, without secrets.
+
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use serde::Serialize;
+
+use super::{CommandError, Context, Outcome};
+use crate::bundle::redact::{Redactor, known_secrets};
+use crate::bundle::sources::{self, Places};
+use crate::bundle::{Archive, Bundle, Part, contents};
+use crate::output::{Style, Tone, View};
+use crate::trace::ends::Known;
+
+/// How long the agent may take to say which containers there are.
+const AGENT: Duration = Duration::from_secs(3);
+/// Where the service's secrets are.
+const CREDENTIALS: &str = "credentials";
+/// Cells of the progress bar.
+const BAR: usize = 30;
+
+/// The arguments.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The archive; a new file [default: overlay-support-HOST-TIME.tar.gz here]
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    /// The agent's configuration file
+    #[arg(long, value_name = "FILE", env = "OVERLAYD_CONFIG", default_value = "/etc/overlayd/overlayd.toml")]
+    config: PathBuf,
+    /// The agent's state directory
+    #[arg(long, value_name = "DIR", env = "OVERLAYD_STATE_DIR", default_value = "/var/lib/overlayd")]
+    state_dir: PathBuf,
+    /// A log that is a file, where the agent does not log to the journal; can be repeated
+    #[arg(long, value_name = "FILE")]
+    log: Vec<PathBuf>,
+    /// How far back the journal is read, as journalctl has it
+    #[arg(long, value_name = "TIME", default_value = "-24h")]
+    since: String,
+}
+
+/// Writes the archive and prints what is inside.
+pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
+    let now = SystemTime::now();
+    let host = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_else(|| "host".to_owned());
+    let stamp: String = humantime::format_rfc3339_seconds(now).to_string().chars().filter(|c| !matches!(c, '-' | ':')).collect();
+    let top = format!("overlay-support-{host}-{stamp}");
+    let path = args.out.clone().unwrap_or_else(|| PathBuf::from(format!("{top}.tar.gz")));
+    let run_dir = context.client.socket().parent().unwrap_or(Path::new("/run/overlayd")).to_owned();
+    let places = Places {
+        config: args.config.clone(),
+        state_dir: args.state_dir.clone(),
+        run_dir,
+        logs: args.log.clone(),
+        since: args.since.clone(),
+    };
+    let endpoints = match context.client.clone().with_timeout(AGENT).endpoints().await {
+        Ok(answer) => answer.endpoints,
+        Err(_) => Known::from_state(&args.state_dir).endpoints,
+    };
+    let at = now.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let mut archive = Archive::create(&path, &top, at, Redactor::new(secrets(&args.config)))?;
+    let version = format!("overlayctl {}\nmade {}\n", env!("CARGO_PKG_VERSION"), humantime::format_rfc3339_seconds(now));
+    archive.add(Part { name: "versions/overlayctl.txt".to_owned(), from: "this program".to_owned(), content: Ok(version) })?;
+    let all = sources::all(&places, &endpoints);
+    let progress = Progress::new(all.len());
+    for (number, (name, source)) in all.iter().enumerate() {
+        progress.show(number, name);
+        archive.add(sources::collect(name.clone(), source, &context.client).await)?;
+    }
+    progress.clear();
+    let bundle = archive.finish()?;
+    context.printer.show(&BundleView(&bundle))?;
+    Ok(Outcome::Well)
+}
+
+/// What is known to be secret: the password's file that the configuration or the environment names, and the service's credentials.
+fn secrets(config: &Path) -> Vec<String> {
+    let text = std::fs::read_to_string(config).unwrap_or_default();
+    let credentials = config.parent().unwrap_or(Path::new("/etc/overlayd")).join(CREDENTIALS);
+    let line = text.lines().map(str::trim).find_map(|line| line.strip_prefix("etcd-password-file"));
+    let named = line.and_then(|rest| Some(rest.trim_start().strip_prefix('=')?.trim().trim_matches(['"', '\''])));
+    let mut files: Vec<PathBuf> = named.map(|name| credentials.join(name)).into_iter().collect();
+    files.extend(std::env::var_os("OVERLAYD_ETCD_PASSWORD_FILE").map(PathBuf::from));
+    let files: Vec<&Path> = files.iter().map(PathBuf::as_path).collect();
+    let mut all = known_secrets(&files, &credentials);
+    all.extend(
+        std::env::vars()
+            .filter(|(name, _)| name.to_ascii_uppercase().contains("PASSWORD") && !name.ends_with("FILE"))
+            .map(|(_, v)| v),
+    );
+    all
+}
+
+/// A bar on standard error, where that is a terminal.
+struct Progress {
+    total: usize,
+    shown: bool,
+}
+
+impl Progress {
+    fn new(total: usize) -> Progress {
+        Progress { total, shown: std::io::stderr().is_terminal() }
+    }
+
+    fn show(&self, done: usize, what: &str) {
+        if self.shown {
+            // A closed standard error is no reason to stop.
+            let _ = write!(std::io::stderr(), "\r\u{1b}[K{}", bar(done, self.total, what));
+        }
+    }
+
+    fn clear(&self) {
+        if self.shown {
+            let _ = write!(std::io::stderr(), "\r\u{1b}[K");
+        }
+    }
+}
+
+fn bar(done: usize, total: usize, what: &str) -> String {
+    let full = (BAR * done).checked_div(total).unwrap_or(BAR);
+    format!("[{}{}] {done}/{total} {what}", "#".repeat(full), ".".repeat(BAR - full))
+}
+
+#[derive(Serialize)]
+#[serde(transparent)]
+struct BundleView<'a>(&'a Bundle);
+
+impl View for BundleView<'_> {
+    fn text(&self, style: Style, _wide: bool) -> String {
+        let bundle = self.0;
+        let removed: usize = bundle.entries.iter().map(|entry| entry.removed).sum();
+        let head = format!("{}: {} bytes, {removed} secrets removed", bundle.file.display(), bundle.bytes);
+        let advice = "Look through it before you hand it on: it has addresses, names and log lines of this host.";
+        format!("{}\n\n{}\n{advice}", contents(&bundle.entries), style.paint(Tone::Good, &head))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_bar_fills() {
+        assert_eq!(bar(0, 4, "x"), format!("[{}] 0/4 x", ".".repeat(BAR)));
+        assert_eq!(bar(4, 4, "x"), format!("[{}] 4/4 x", "#".repeat(BAR)));
+        assert_eq!(bar(0, 0, "x").len(), bar(4, 4, "x").len());
+    }
+
+    #[test]
+    fn the_files_of_secrets_are_found() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let config = dir.path().join("overlayd.toml");
+        std::fs::create_dir(dir.path().join(CREDENTIALS)).expect("made");
+        std::fs::write(dir.path().join(CREDENTIALS).join("other"), "in-credentials\n").expect("written");
+        std::fs::write(dir.path().join("pw"), "by-its-path\n").expect("written");
+        std::fs::write(&config, format!("etcd-password-file = \"{}\"\n", dir.path().join("pw").display())).expect("written");
+        let found = secrets(&config);
+        assert!(found.contains(&"by-its-path".to_owned()) && found.contains(&"in-credentials".to_owned()), "{found:?}");
+    }
+}

@@ -1,0 +1,154 @@
+//! `overlayctl trace`: the way a packet takes, and where it stops.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use overlay_agent::model::Family;
+use serde::Serialize;
+
+use super::{CommandError, Context, Outcome};
+use crate::output::{Style, Table, Tone, View, cell, toned};
+use crate::trace::ends::{End, Known, Wanted};
+use crate::trace::live::{self, Live};
+use crate::trace::{self, Trace, TraceError};
+
+/// How long the agent may take to say what it knows: the kernel is what counts here.
+const AGENT: Duration = Duration::from_secs(2);
+
+/// The arguments.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// From where: a container of this host, `host`, or an address
+    #[arg(value_name = "SRC")]
+    from: String,
+    /// To where: a container of this host, a host of the overlay, or an address; with a port, as in ADDRESS:80/tcp
+    #[arg(value_name = "DST")]
+    to: String,
+    /// IPv6, where both ends have either
+    #[arg(short = '6', long = "ipv6")]
+    v6: bool,
+    /// Watch packets that are sent: where rules and interfaces see them
+    #[arg(long)]
+    live: bool,
+    /// Send one packet from SRC to be watched
+    #[arg(long, requires = "live")]
+    send: bool,
+    /// How long to wait for a packet
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = humantime::parse_duration, requires = "live")]
+    wait: Duration,
+    /// The agent's state directory, for the names of containers where the agent does not answer
+    #[arg(long, value_name = "DIR", env = "OVERLAYD_STATE_DIR", default_value = "/var/lib/overlayd")]
+    state_dir: PathBuf,
+}
+
+/// Prints the way. Exit code 1 where the packet stops, 3 where that cannot be known.
+pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
+    let (known, note) = known(context, args).await;
+    let (from, to) = (args.from.clone(), args.to.clone());
+    let family = args.v6.then_some(Family::V6);
+    let watch = args.live.then_some(live::Watch { wait: args.wait, send: args.send, netns: None });
+    let work = move || -> Result<Trace, TraceError> {
+        let mut trace = trace::walk::trace(&from, &to, family, &known)?;
+        trace.notes.splice(0..0, note);
+        if let Some(mut watch) = watch {
+            if let End::Container(endpoint) = known.end(&Wanted::parse(&from)?.name)? {
+                watch.netns = Some(endpoint.netns);
+            }
+            trace.live = Some(live::watch(&trace, &watch)?);
+        }
+        Ok(trace)
+    };
+    let trace =
+        tokio::task::spawn_blocking(work).await.map_err(|e| TraceError::End { message: format!("tracing broke off: {e}") })??;
+    context.printer.show(&TraceView(&trace))?;
+    Ok(match (trace.outcome, &trace.live) {
+        (_, Some(live)) if live.dropped => Outcome::No,
+        (trace::Outcome::Stop, _) => Outcome::No,
+        (trace::Outcome::Unsure, _) => Outcome::Degraded,
+        (trace::Outcome::Ok, _) => Outcome::Well,
+    })
+}
+
+/// What is known beside the kernel, and a note where that is less than it could be.
+async fn known(context: &Context, args: &Args) -> (Known, Option<String>) {
+    let client = context.client.clone().with_timeout(AGENT);
+    match client.endpoints().await {
+        Ok(endpoints) => {
+            let leases = client.subnets().await.ok().map(|subnets| subnets.subnets);
+            (Known { endpoints: endpoints.endpoints, leases }, None)
+        }
+        Err(error) => {
+            let note = format!("{error}. Names are taken from {}; the way is the kernel's own answer", args.state_dir.display());
+            (Known::from_state(&args.state_dir), Some(note))
+        }
+    }
+}
+
+#[derive(Serialize)]
+#[serde(transparent)]
+struct TraceView<'a>(&'a Trace);
+
+fn tone(outcome: trace::Outcome) -> (Tone, &'static str) {
+    match outcome {
+        trace::Outcome::Ok => (Tone::Good, "ok"),
+        trace::Outcome::Unsure => (Tone::Warning, "unsure"),
+        trace::Outcome::Stop => (Tone::Bad, "STOP"),
+    }
+}
+
+impl View for TraceView<'_> {
+    fn text(&self, style: Style, _wide: bool) -> String {
+        let trace = self.0;
+        let port = trace.port.map(|port| format!(" port {port}")).unwrap_or_default();
+        let mut text = format!(
+            "{} ({}) to {} ({}), {}{port}\n\n",
+            trace.from.address, trace.from.what, trace.to.address, trace.to.what, trace.protocol
+        );
+        let mut table = Table::new(style, &["", "WHERE", "STEP", "ANSWER"]);
+        for hop in &trace.hops {
+            let (tone, word) = tone(hop.outcome);
+            table.row(vec![toned(tone, word), cell(Some(&hop.place)), cell(Some(&hop.step)), cell(Some(&hop.answer))]);
+        }
+        text.push_str(&table.text());
+        let (tone, _) = tone(trace.outcome);
+        let head = match trace.outcome {
+            trace::Outcome::Ok => "It passes",
+            trace::Outcome::Unsure => "It passes, as far as can be known",
+            trace::Outcome::Stop => "It stops",
+        };
+        text.push_str(&format!("\n\n{}: {}", style.paint(tone, head), trace.end));
+        for hop in trace.hops.iter().filter(|hop| hop.outcome != trace::Outcome::Ok) {
+            if let Some(remedy) = &hop.remedy {
+                text.push_str(&format!("\n  {} of {}: {remedy}", hop.step, hop.place));
+            }
+        }
+        for note in &trace.notes {
+            text.push_str(&format!("\nnote: {note}"));
+        }
+        if let Some(live) = &trace.live {
+            text.push_str(&live_text(live, style));
+        }
+        text
+    }
+}
+
+fn live_text(live: &Live, style: Style) -> String {
+    let mut text = "\n\n".to_owned();
+    for (head, all) in [("INTERFACE", &live.interfaces), ("CHAIN", &live.rules)] {
+        if all.is_empty() {
+            continue;
+        }
+        let mut table = Table::new(style, &["PACKET", head, "WHAT"]);
+        for seen in all {
+            table.row(vec![cell(Some(&seen.packet)), cell(Some(&seen.place)), cell(Some(&seen.what))]);
+        }
+        text.push_str(&table.text());
+        text.push_str("\n\n");
+    }
+    let tone = if live.answered && !live.dropped { Tone::Good } else { Tone::Bad };
+    text.push_str(&style.paint(tone, &live.summary));
+    if live.lost {
+        text.push_str("\nnote: more packets were there than could be shown");
+    }
+    text
+}

@@ -1,0 +1,133 @@
+//! The picture as SVG: hosts as boxes side by side, their links as arcs above them. No script, no font but the reader's own; readable on white and on black.
+
+use std::fmt::Write;
+
+use super::{Graph, HostNode};
+
+/// Hosts that are drawn; of a larger fleet the rest is a line of text.
+const MOST: usize = 24;
+/// Sizes in pixels: a box and the gap between two, the lines in it, the margin, and how much higher an arc is for each host that it spans.
+const BOX: usize = 210;
+const GAP: usize = 30;
+const LINE: usize = 20;
+const MARGIN: usize = 24;
+const RISE: usize = 26;
+/// Letters of 12 pixels that fit into a box.
+const LETTERS: usize = 28;
+
+const STYLE: &str = "text{font:12px sans-serif;fill:#223}.name{font-weight:bold;font-size:14px}.quiet{fill:#667}.bad{fill:#b3261e}.label{paint-order:stroke;stroke:#fff;stroke-width:4px}\
+                     .host{fill:#f4f7fb;stroke:#5b7aa6}.host.bad{stroke:#b3261e}.container{fill:#fff;stroke:#9db3d1}\
+                     .link{fill:none;stroke:#2e7d32;stroke-width:2}.link.bad{stroke:#b3261e;stroke-dasharray:6 4}.page{fill:#fff}";
+
+/// The whole document.
+pub fn svg(graph: &Graph) -> String {
+    let (graph, left) = graph.first(MOST);
+    let span = graph.links.iter().map(|link| link.to - link.from).max().unwrap_or(0);
+    let top = MARGIN + 2 * LINE + span * RISE + LINE;
+    let tallest = graph.hosts.iter().map(height).max().unwrap_or(0);
+    let row = graph.hosts.len() * BOX + graph.hosts.len().saturating_sub(1) * GAP;
+    // The title needs some room of its own.
+    let width = 2 * MARGIN + row.max(graph.title.chars().count() * 8);
+    let bottom = top + tallest + MARGIN;
+    let whole = bottom + if left > 0 { LINE } else { 0 };
+    let mut out = String::new();
+    // Writing to a String cannot fail.
+    let _ = writeln!(
+        out,
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{whole}\" viewBox=\"0 0 {width} {whole}\" role=\"img\">\n<title>{0}</title>\n\
+         <style>{STYLE}</style>\n<rect class=\"page\" width=\"{width}\" height=\"{whole}\"/>\n<text class=\"name\" x=\"{MARGIN}\" y=\"{1}\">{0}</text>",
+        escape(&graph.title),
+        MARGIN + LINE / 2,
+    );
+    for link in &graph.links {
+        let [from, to] = [link.from, link.to].map(|at| x(at) + BOX / 2);
+        let peak = top - (link.to - link.from) * RISE;
+        // A quadratic curve reaches half way to its control point, which may lie above the page.
+        let up = 2 * (top - peak);
+        let control = if up <= top { (top - up).to_string() } else { format!("-{}", up - top) };
+        let bad = if link.well { "" } else { " bad" };
+        let _ = writeln!(
+            out,
+            "<path class=\"link{bad}\" d=\"M {from} {top} Q {} {control} {to} {top}\"><title>{}</title></path>",
+            (from + to) / 2,
+            escape(&format!("{} - {}: {}", graph.hosts[link.from].name, graph.hosts[link.to].name, link.state)),
+        );
+    }
+    // Behind all arcs, so that none crosses a text.
+    for link in graph.links.iter().filter(|link| !link.well) {
+        let _ = writeln!(
+            out,
+            "<text class=\"bad label\" text-anchor=\"middle\" x=\"{}\" y=\"{}\">{}</text>",
+            (x(link.from) + x(link.to) + BOX) / 2,
+            top - (link.to - link.from) * RISE - 4,
+            escape(&short(&link.state, 60))
+        );
+    }
+    for (n, host) in graph.hosts.iter().enumerate() {
+        draw(&mut out, host, x(n), top);
+    }
+    if left > 0 {
+        let _ = writeln!(out, "<text class=\"quiet\" x=\"{MARGIN}\" y=\"{bottom}\">and {left} hosts more</text>");
+    }
+    out.push_str("</svg>\n");
+    out
+}
+
+fn x(place: usize) -> usize {
+    MARGIN + place * (BOX + GAP)
+}
+
+fn height(host: &HostNode) -> usize {
+    let containers = host.containers.as_ref().map_or(0, Vec::len);
+    LINE / 2 + 4 * LINE + containers * 2 * (LINE + 3) + LINE / 2
+}
+
+fn draw(out: &mut String, host: &HostNode, x: usize, y: usize) {
+    let bad = if host.well { "" } else { " bad" };
+    let _ = writeln!(
+        out,
+        "<g><title>{}</title><rect class=\"host{bad}\" x=\"{x}\" y=\"{y}\" width=\"{BOX}\" height=\"{}\" rx=\"8\"/>",
+        escape(&format!("{}: {}", host.name, host.state)),
+        height(host)
+    );
+    let mut line = y + LINE / 2;
+    let left = x + 12;
+    for (class, text) in [("name", &host.name), ("", &host.subnet), ("quiet", &host.public_ip), ("quiet", &host.state)] {
+        line += LINE;
+        let class = if class == "quiet" && !host.well && text == &host.state { "bad" } else { class };
+        let _ = writeln!(out, "<text class=\"{class}\" x=\"{left}\" y=\"{}\">{}</text>", line - 5, escape(&short(text, LETTERS)));
+    }
+    for container in host.containers.iter().flatten() {
+        let (frame, inner, first, second) = (line + 4, left + 8, line + LINE, line + 2 * LINE - 2);
+        let (name, address) = (escape(&short(&container.name, LETTERS - 3)), escape(&short(&container.address, LETTERS - 3)));
+        let (wide, tall) = (BOX - 24, 2 * LINE);
+        let _ = writeln!(
+            out,
+            "<rect class=\"container\" x=\"{left}\" y=\"{frame}\" width=\"{wide}\" height=\"{tall}\" rx=\"5\"/>\
+             <text x=\"{inner}\" y=\"{first}\">{name}</text><text class=\"quiet\" x=\"{inner}\" y=\"{second}\">{address}</text>",
+        );
+        line += 2 * (LINE + 3);
+    }
+    out.push_str("</g>\n");
+}
+
+/// Text that is too long for its place, with dots at its end.
+fn short(text: &str, most: usize) -> String {
+    if text.chars().count() <= most { text.to_owned() } else { text.chars().take(most - 1).chain(['…']).collect() }
+}
+
+/// Text as XML has it; control characters, which XML has no form for, are replaced.
+fn escape(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '&' => out.push_str("&amp;"),
+            '<' => out.push_str("&lt;"),
+            '>' => out.push_str("&gt;"),
+            '"' => out.push_str("&quot;"),
+            c if c.is_control() => out.push('\u{fffd}'),
+            c => out.push(c),
+        }
+    }
+    out
+}

@@ -1,0 +1,254 @@
+//! Packets that are really sent: where the rules and the interfaces of the host see them, each in its order.
+//!
+//! Two threads listen, one to the trace of nf_tables and one at the interfaces; both end with [`watch`]. The table that marks packets is the
+//! kernel's to remove once this process is gone, however that ends.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::time::{Duration, Instant};
+
+use overlay_agent::kernel::echo::Echo;
+use overlay_agent::kernel::netns::Netns;
+use overlay_agent::kernel::trace::{Capture, Look, Passage, Sight, TraceWatch, Watched, Watchlist};
+use overlay_agent::model::Family;
+use serde::{Deserialize, Serialize};
+
+use super::{Trace, TraceError};
+
+/// How often the listeners look whether to end.
+const PAUSE: Duration = Duration::from_millis(100);
+/// After the first packet: how long nothing more has to be seen for the watch to end.
+const QUIET: Duration = Duration::from_millis(1500);
+/// What is kept at the most: a watch is about a few packets.
+const MOST: usize = 400;
+/// What waits between the listeners and the reader.
+const WAITING: usize = 1024;
+
+/// What to do.
+#[derive(Debug, Clone)]
+pub struct Watch {
+    /// How long to wait for a packet.
+    pub wait: Duration,
+    /// Sends one packet.
+    pub send: bool,
+    /// The source's namespace, where that is a container of this host.
+    pub netns: Option<PathBuf>,
+}
+
+/// What was seen.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Live {
+    /// At the interfaces, in the order in which it was seen.
+    pub interfaces: Vec<Seen>,
+    /// In the rules, in their order. The kernel does not tell when: how these go between the others is not known.
+    pub rules: Vec<Seen>,
+    /// What it comes to, for a person.
+    pub summary: String,
+    /// A packet was dropped by the rules.
+    pub dropped: bool,
+    /// An answer was seen.
+    pub answered: bool,
+    /// More was to be seen than could be read.
+    pub lost: bool,
+}
+
+/// A packet at one place.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seen {
+    /// At interfaces `request` or `reply`; in rules which packet it was, by a number that the kernel gives it.
+    pub packet: String,
+    /// The interface, or the chain.
+    pub place: String,
+    /// What it did there.
+    pub what: String,
+}
+
+enum Event {
+    Rules(Vec<Sight>),
+    Interface(Passage),
+    Lost,
+    Failed(TraceError),
+}
+
+/// Watches packets of the trace's flow. Called on a thread that may block, in the host's namespace.
+///
+/// # Errors
+/// No permission, a kernel before 5.12, or the packet cannot be sent.
+pub fn watch(trace: &Trace, watch: &Watch) -> Result<Live, TraceError> {
+    let mut pairs: Vec<(IpAddr, IpAddr)> = Vec::new();
+    for (source, destination) in &trace.forms {
+        for pair in [(*source, *destination), (*destination, *source)] {
+            if !pairs.contains(&pair) && !source.is_unspecified() {
+                pairs.push(pair);
+            }
+        }
+    }
+    let rules = TraceWatch::open(&pairs, PAUSE)?;
+    let capture = Capture::open(Watchlist { pairs, port: trace.tunnel_port }, PAUSE)?;
+    let names: BTreeMap<u32, String> = Look::open()?.links()?.into_iter().map(|link| (link.index, link.name)).collect();
+    let stop = AtomicBool::new(false);
+    let start = Instant::now();
+    let (sender, events) = sync_channel(WAITING);
+    let collected = std::thread::scope(|scope| {
+        let of_rules = sender.clone();
+        scope.spawn(|| listen_to_rules(rules, of_rules, &stop));
+        scope.spawn(|| listen_at_interfaces(capture, sender, &stop));
+        let sent = if watch.send { send(trace, watch.netns.clone()) } else { Ok(None) };
+        let collected = sent.and_then(|kept| {
+            let collected = collect(&events, watch.wait, start);
+            drop(kept);
+            collected
+        });
+        stop.store(true, Ordering::Relaxed);
+        // A listener that waits for room is let go.
+        drop(events);
+        collected
+    })?;
+    let (events, lost) = collected;
+    Ok(summarise(trace, events, lost, &names))
+}
+
+fn listen_to_rules(mut rules: TraceWatch, sender: SyncSender<(Instant, Event)>, stop: &AtomicBool) {
+    while !stop.load(Ordering::Relaxed) {
+        let event = match rules.wait() {
+            Ok(Watched::Nothing) => continue,
+            Ok(Watched::Sights(sights)) => Event::Rules(sights),
+            Ok(Watched::Lost) => Event::Lost,
+            Err(error) => Event::Failed(error.into()),
+        };
+        let ends = matches!(event, Event::Failed(_));
+        if sender.send((Instant::now(), event)).is_err() || ends {
+            return;
+        }
+    }
+}
+
+fn listen_at_interfaces(mut capture: Capture, sender: SyncSender<(Instant, Event)>, stop: &AtomicBool) {
+    while !stop.load(Ordering::Relaxed) {
+        let event = match capture.wait() {
+            Ok(None) => continue,
+            Ok(Some(passage)) => Event::Interface(passage),
+            Err(error) => Event::Failed(error.into()),
+        };
+        let ends = matches!(event, Event::Failed(_));
+        if sender.send((Instant::now(), event)).is_err() || ends {
+            return;
+        }
+    }
+}
+
+/// A packet's socket, open while its answer is awaited.
+type Kept = Box<dyn std::any::Any + Send>;
+
+/// Sends one packet from the source's namespace.
+fn send(trace: &Trace, netns: Option<PathBuf>) -> Result<Option<Kept>, TraceError> {
+    let (to, port, protocol) = (trace.to.address, trace.port.unwrap_or(0), trace.protocol.clone());
+    let from = trace.from.address;
+    let work = move || -> Result<Kept, TraceError> {
+        let failed = |error: std::io::Error| TraceError::End { message: format!("cannot send a packet to {to}: {error}") };
+        Ok(match protocol.as_str() {
+            "icmp" => {
+                let echo = Echo::open(Family::of(to), u64::from(std::process::id()) << 32 | 1, Some(PAUSE))?;
+                echo.send(to, 1).map_err(failed)?;
+                Box::new(echo)
+            }
+            // Whether it is accepted is seen on the way.
+            "tcp" => Box::new(TcpStream::connect_timeout(&SocketAddr::new(to, port), 5 * PAUSE).ok()),
+            _ => {
+                let socket = UdpSocket::bind(SocketAddr::new(Family::of(to).unspecified(), 0)).map_err(failed)?;
+                socket.send_to(b"overlayctl trace", SocketAddr::new(to, port)).map_err(failed)?;
+                Box::new(socket)
+            }
+        })
+    };
+    match netns {
+        Some(path) => Ok(Some(Netns::open(path)?.run(work)??)),
+        None if Look::open()?.addresses(0)?.contains(&from) => Ok(Some(work()?)),
+        None => Err(TraceError::End {
+            message: format!(
+                "{from} is elsewhere: a packet can be sent from a container of this host or from this host; without --send one that is sent there is waited for"
+            ),
+        }),
+    }
+}
+
+type Collected = Vec<Event>;
+
+fn collect(events: &Receiver<(Instant, Event)>, wait: Duration, start: Instant) -> Result<(Collected, bool), TraceError> {
+    let (mut all, mut lost) = (Vec::new(), false);
+    let mut end = start + wait;
+    let mut count = 0;
+    loop {
+        match events.recv_timeout(end.saturating_duration_since(Instant::now())) {
+            Ok((_, Event::Failed(error))) => return Err(error),
+            Ok((_, Event::Lost)) => lost = true,
+            Ok((at, event)) => {
+                count += match &event {
+                    Event::Rules(sights) => sights.len(),
+                    _ => 1,
+                };
+                if count > MOST {
+                    return Ok((all, true));
+                }
+                if count > 0 {
+                    end = (start + wait).min(at + QUIET);
+                }
+                all.push(event);
+            }
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return Ok((all, lost)),
+        }
+    }
+}
+
+fn summarise(trace: &Trace, events: Collected, lost: bool, names: &BTreeMap<u32, String>) -> Live {
+    let mut live = Live { lost, ..Live::default() };
+    let name = |index: u32| names.get(&index).cloned().unwrap_or_else(|| format!("interface {index}"));
+    let (mut drop_place, mut last) = (None, None);
+    for event in events {
+        match event {
+            Event::Interface(passage) => {
+                let request = trace.forms.contains(&(passage.source, passage.destination));
+                live.answered |= !request;
+                let tunnel = passage.tunnel.map(|(from, to)| format!(", in VXLAN from {from} to {to}")).unwrap_or_default();
+                let way = if passage.outgoing { "out" } else { "in" };
+                let place = name(passage.interface);
+                if request {
+                    last = Some(place.clone());
+                }
+                live.interfaces.push(Seen {
+                    packet: if request { "request" } else { "reply" }.to_owned(),
+                    place,
+                    what: format!("{way}: {} > {}{tunnel}", passage.source, passage.destination),
+                });
+            }
+            Event::Rules(sights) => {
+                // A chain that ends without a verdict is followed by its policy.
+                for sight in sights.into_iter().filter(|s| s.handle.is_some() || matches!(s.verdict.as_str(), "accept" | "drop"))
+                {
+                    let chain = format!("{} {} {}", sight.family, sight.table, sight.chain);
+                    let rule = sight.handle.map_or_else(|| "policy".to_owned(), |handle| format!("rule {handle}"));
+                    if sight.verdict == "drop" {
+                        drop_place = Some(format!("{rule} of chain {chain}"));
+                    }
+                    live.rules.push(Seen {
+                        packet: format!("{:x}", sight.packet),
+                        place: chain,
+                        what: format!("{rule}: {}", sight.verdict),
+                    });
+                }
+            }
+            Event::Lost | Event::Failed(_) => {}
+        }
+    }
+    live.dropped = drop_place.is_some();
+    live.summary = match (&drop_place, live.answered, last) {
+        (Some(place), ..) => format!("dropped by {place}"),
+        (None, true, _) => "a packet went its way, and an answer came back".to_owned(),
+        (None, false, Some(last)) => format!("last seen at {last}; no answer came back"),
+        (None, false, None) => "no packet was seen".to_owned(),
+    };
+    live
+}

@@ -1,0 +1,257 @@
+//! The part of the way that hosts of the overlay have between them: the peer's route, next hop, neighbour and FDB entry, the outer packet, and
+//! what comes in from another host or from outside.
+
+use std::net::IpAddr;
+
+use overlay_agent::kernel::trace::packet::{Flow, Packet, UDP};
+use overlay_agent::kernel::trace::{Link, Lookup, Route};
+use overlay_agent::model::Family;
+use overlay_agent::plan::ruleset::Hook;
+
+use super::passage::{Ended, Go};
+use super::site::link_fault;
+use super::walk::{HOST, Walk};
+
+/// What heals most of what is wrong with entries of peers.
+const REPAIR: &str = "the agent puts it back: `overlayctl status` and `overlayctl peers` say how it is; systemctl start overlayd where it does not run";
+
+/// Where a packet for a peer goes.
+struct Remote {
+    gateway: IpAddr,
+    public: IpAddr,
+    mac: overlay_agent::model::Mac,
+}
+
+impl Walk<'_> {
+    /// Whether a route for an address of the overlay leads where the overlay is.
+    pub(super) fn leads_into_overlay(&self, route: &Route) -> bool {
+        self.site.link(route.interface).is_some_and(|link| link.device().is_some())
+    }
+
+    /// The destination is of the overlay, and no peer's route leads to it.
+    pub(super) fn no_peer(&mut self, flow: &Flow, route: &Route) -> Ended {
+        let by = route.destination.map(|entry| format!("the route {entry}")).unwrap_or_else(|| "another route".to_owned());
+        let what = format!("no peer's route covers it: {by} would send it out by {}", self.site.name(route.interface));
+        self.no_route_in_overlay(flow, &what)
+    }
+
+    /// The same, with what the leases and the next-hop objects say of it.
+    pub(super) fn no_route_in_overlay(&mut self, flow: &Flow, what: &str) -> Ended {
+        let destination = flow.destination;
+        let mut answer = format!("{destination} is in the overlay network, but {what}");
+        let lease = self.known.lease_of(destination).cloned();
+        let remedy = match (&lease, self.known.leases.is_some()) {
+            (Some(lease), _) => {
+                let host = lease.host.clone().unwrap_or_else(|| lease.key.clone());
+                let base = lease.subnet.and_then(|s| s.get(Family::of(destination))).map(|range| range.base());
+                if let Some(refused) = &lease.refused {
+                    answer.push_str(&format!("; the lease of {host} is left out: {refused}"));
+                } else {
+                    let hop = base.is_some_and(|base| !self.site.look.nexthops_to(base).is_empty());
+                    let missing = if hop {
+                        "the next hop is there, the route is not"
+                    } else {
+                        "neither the route nor its next hop is there: a next hop that goes takes its route along"
+                    };
+                    answer.push_str(&format!("; {host} holds its subnet, {missing}"));
+                }
+                REPAIR.to_owned()
+            }
+            (None, true) => {
+                answer.push_str("; no host holds a subnet with it: its lease has ended, or never was");
+                "`overlayctl subnets` lists the leases; start the agent of the host that should have it".to_owned()
+            }
+            (None, false) => {
+                answer.push_str("; the agent does not answer, so whether a host holds it is not known");
+                format!("{REPAIR}; `overlayctl subnets --etcd-endpoints URL` lists the leases without an agent")
+            }
+        };
+        self.passage.stop(HOST, "route", answer, remedy)
+    }
+
+    /// Through the tunnel's device to the peer.
+    pub(super) fn tunnel(&mut self, flow: &Flow, route: &Route, device: &Link) -> Go<String> {
+        let Some(vxlan) = device.vxlan.clone() else {
+            return Err(self.passage.stop(HOST, "tunnel", format!("{} is no VXLAN device", device.name), REPAIR));
+        };
+        if let Some(fault) = link_fault(device) {
+            return Err(self.passage.stop(HOST, "tunnel", fault, format!("ip link set {} up; {REPAIR}", device.name)));
+        }
+        let local = vxlan.local.map_or("-".to_owned(), |local| local.to_string());
+        let remote = self.remote(flow.destination, route, device)?;
+        self.passage.ok(
+            HOST,
+            "tunnel",
+            format!("{}: VNI {}, UDP {}, MTU {}, from {local}", device.name, vxlan.vni, vxlan.port, device.mtu),
+        );
+        let Some(source) = vxlan.local else {
+            return Err(self.passage.stop(HOST, "tunnel", format!("{} has no address of its own", device.name), REPAIR));
+        };
+        let lookup = Lookup { destination: remote.public, source: Some(source), input: None };
+        let outer = match self.site.look.route(lookup)? {
+            Ok(outer) if outer.kind == "local" => {
+                let answer = format!("{} is this host's own address: the FDB entry leads back here", remote.public);
+                return Err(self.passage.stop(HOST, "outer route", answer, REPAIR));
+            }
+            Ok(outer) => outer,
+            Err(reason) => {
+                let answer = format!("no route to {} from {source}: {reason}", remote.public);
+                let remedy = format!("the underlay's routes: ip route get {} from {source}", remote.public);
+                return Err(self.passage.stop(HOST, "outer route", answer, remedy));
+            }
+        };
+        let via = outer.gateway.map(|gateway| format!(" via {gateway}")).unwrap_or_default();
+        let exit = self.site.link(outer.interface).cloned();
+        self.passage.ok(HOST, "outer route", format!("{}{via} dev {}", remote.public, self.site.name(outer.interface)));
+        let around = Flow { source, destination: remote.public, protocol: UDP, port: vxlan.port };
+        let inner = Packet::new(flow);
+        let packet = Packet { output: self.site.interface(outer.interface), ..Packet::tunnelled(&inner, &around, vxlan.vni) };
+        let judgement = self.site.book.judge(Hook::Output, false, &packet);
+        self.passage.judged(HOST, "outer rules output", &judgement)?;
+        let judgement = self.site.book.judge(Hook::Postrouting, false, &packet);
+        self.passage.judged(HOST, "outer rules postrouting", &judgement)?;
+        let Some(exit) = exit else {
+            return Err(self.passage.stop(HOST, "outer route", "it names no interface", REPAIR));
+        };
+        let need = device.mtu + Family::of(remote.public).vxlan_overhead();
+        if exit.mtu < need {
+            let answer = format!(
+                "{} has MTU {}, a full packet of {} needs {need}: large packets are lost",
+                exit.name, exit.mtu, device.name
+            );
+            self.passage.unsure(HOST, "outer MTU", answer, "the agent follows the underlay's MTU: `overlayctl status`");
+        }
+        self.leave(remote.public, &outer, &exit, "outer ")?;
+        let host = self.known.host_at(remote.public);
+        Ok(format!(
+            "leaves this host by {} for {host}; goes on there: overlayctl trace {} {} on that host",
+            exit.name, flow.source, flow.destination
+        ))
+    }
+
+    /// Next hop, neighbour and FDB entry, in this order.
+    fn remote(&mut self, destination: IpAddr, route: &Route, device: &Link) -> Go<Remote> {
+        if let Some(id) = route.nexthop {
+            let Some(hop) = self.site.look.nexthop(id) else {
+                return Err(self.passage.stop(HOST, "next hop", format!("object {id} is not there"), REPAIR));
+            };
+            let leads = hop.gateway.map_or_else(|| "nowhere".to_owned(), |gateway| format!("via {gateway}"));
+            let leads = format!("object {id} leads {leads} dev {}", self.site.name(hop.interface));
+            let base = route.destination.map(|entry| entry.base());
+            if hop.blackhole || hop.gateway.is_none() || hop.interface != Some(device.index) {
+                return Err(self.passage.stop(HOST, "next hop", leads, REPAIR));
+            }
+            if base.is_some() && hop.gateway != base {
+                let answer =
+                    format!("{leads}, which is not the peer of {}", route.destination.map(|d| d.to_string()).unwrap_or_default());
+                return Err(self.passage.stop(HOST, "next hop", answer, REPAIR));
+            }
+            self.passage.ok(HOST, "next hop", leads);
+        }
+        let Some(gateway) = route.gateway else {
+            let answer = format!("the route to {destination} has no gateway: a peer's leads via the base of its subnet");
+            return Err(self.passage.stop(HOST, "next hop", answer, REPAIR));
+        };
+        let mac = match self.site.look.neighbour(device.index, gateway) {
+            Some(found) if found.is_usable() => {
+                let mac = found.mac.unwrap_or(overlay_agent::model::Mac([0; 6]));
+                self.passage.ok(HOST, "neighbour", format!("{gateway} is {mac} ({})", found.state));
+                mac
+            }
+            Some(found) => {
+                let answer = format!("{gateway} on {} is {}: it has no MAC", device.name, found.state);
+                return Err(self.passage.stop(HOST, "neighbour", answer, REPAIR));
+            }
+            None => {
+                let answer = format!("{gateway} is not known on {}, and a tunnel asks nobody", device.name);
+                return Err(self.passage.stop(HOST, "neighbour", answer, REPAIR));
+            }
+        };
+        let Some(public) = self.site.look.fdb(device.index, mac) else {
+            let answer = format!("{} has no entry for {mac}: it does not know behind which host that is", device.name);
+            return Err(self.passage.stop(HOST, "fdb", answer, REPAIR));
+        };
+        self.passage.ok(HOST, "fdb", format!("{mac} is behind {}", self.known.host_at(public)));
+        self.agrees(destination, public);
+        Ok(Remote { gateway, public, mac })
+    }
+
+    /// Notes where the lease says otherwise than the kernel.
+    fn agrees(&mut self, destination: IpAddr, public: IpAddr) {
+        match self.known.lease_of(destination) {
+            Some(lease) if lease.public_ip.iter().all(|(_, own)| *own != public) => {
+                let wanted: Vec<String> = lease.public_ip.iter().map(|(_, own)| own.to_string()).collect();
+                let host = lease.host.clone().unwrap_or_default();
+                let answer = format!("the lease of {host} says {}, the kernel {public}", wanted.join(" "));
+                self.passage.unsure(HOST, "lease", answer, REPAIR);
+            }
+            None if self.known.leases.is_some() => {
+                let answer = format!("no host holds a subnet with {destination} any more, yet the kernel leads there");
+                self.passage.unsure(HOST, "lease", answer, "`overlayctl subnets` lists the leases");
+            }
+            _ => {}
+        }
+    }
+
+    /// Out by an interface of the underlay.
+    pub(super) fn leave(&mut self, destination: IpAddr, route: &Route, link: &Link, prefix: &str) -> Go<()> {
+        if let Some(fault) = link_fault(link) {
+            return Err(self.passage.stop(HOST, &format!("{prefix}interface"), fault, format!("ip link set {} up", link.name)));
+        }
+        let next = route.gateway.unwrap_or(destination);
+        let step = format!("{prefix}neighbour");
+        match self.site.look.neighbour(link.index, next) {
+            Some(found) if found.is_usable() => {
+                let mac = found.mac.map(|mac| mac.to_string()).unwrap_or_default();
+                self.passage.ok(HOST, &step, format!("{next} is {mac} ({})", found.state));
+            }
+            Some(found) if matches!(found.state.as_str(), "FAILED" | "INCOMPLETE") => {
+                let answer = format!("{next} does not answer on {} ({})", link.name, found.state);
+                let remedy = format!("the underlay is at fault: is {next} up, and on this network? `ip neigh show {next}`");
+                return Err(self.passage.stop(HOST, &step, answer, remedy));
+            }
+            _ => self.passage.ok(HOST, &step, format!("{next} is not known yet: it is asked for with the first packet")),
+        }
+        Ok(())
+    }
+
+    /// From outside, or from another host of the overlay.
+    pub(super) fn arriving(&mut self, source: IpAddr, destination: IpAddr, protocol: u8, port: u16) -> Go<String> {
+        let flow = Flow { source, destination, protocol, port };
+        if self.site.in_overlay(source) {
+            return self.arriving_by_tunnel(flow);
+        }
+        let back = self.route(Lookup { destination: source, source: None, input: None })?;
+        let input = self.site.link(back.interface).cloned();
+        let name = self.site.name(back.interface);
+        self.passage.ok(HOST, "arrival", format!("taken to come in by {name}, by which {source} is reached"));
+        self.through(flow, input)
+    }
+
+    fn arriving_by_tunnel(&mut self, flow: Flow) -> Go<String> {
+        let back = self.route(Lookup { destination: flow.source, source: None, input: None })?;
+        let device = self.site.link(back.interface).cloned();
+        let Some((device, vxlan)) = device.and_then(|device| device.vxlan.clone().map(|vxlan| (device, vxlan))) else {
+            return Err(self.no_peer(&Flow { destination: flow.source, ..flow }, &back));
+        };
+        self.passage.ok(HOST, "way back", format!("{} is reached by {}", flow.source, device.name));
+        let remote = self.remote(flow.source, &back, &device)?;
+        let Some(local) = vxlan.local else {
+            return Err(self.passage.stop(HOST, "tunnel", format!("{} has no address of its own", device.name), REPAIR));
+        };
+        let around = Flow { source: remote.public, destination: local, protocol: UDP, port: vxlan.port };
+        let outer = self.site.look.route(Lookup { destination: remote.public, source: None, input: None })?;
+        let by = outer.ok().and_then(|route| route.interface);
+        let mut packet = Packet { input: self.site.interface(by), ..Packet::tunnelled(&Packet::new(&flow), &around, vxlan.vni) };
+        packet.local = Some(true);
+        let judgement = self.site.book.judge(Hook::Prerouting, false, &packet);
+        self.passage.judged(HOST, "outer rules prerouting", &judgement)?;
+        let judgement = self.site.book.judge(Hook::Input, false, &packet);
+        self.passage.judged(HOST, "outer rules input", &judgement)?;
+        if let Some(fault) = link_fault(&device) {
+            return Err(self.passage.stop(HOST, "tunnel", fault, format!("ip link set {} up; {REPAIR}", device.name)));
+        }
+        self.passage.ok(HOST, "tunnel", format!("{} takes it out, from {} ({})", device.name, remote.gateway, remote.mac));
+        self.through(flow, Some(device))
+    }
+}

@@ -1,0 +1,220 @@
+//! Numbers and health: Prometheus' own tools read what the agent serves, the alerts and the dashboard name what there is, and ready goes away again.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use overlay_agent::metrics::Metrics;
+use overlay_tests::faults::Fault;
+use overlay_tests::programs::{Said, needs};
+use overlay_tests::story::SOON;
+use overlay_tests::{Must, Story, etcd, eventually, http, kernel};
+use overlayctl::lab::Families;
+use serde_json::Value;
+
+/// How long an agent may take to notice that etcd answers again.
+const NOTICED: Duration = Duration::from_secs(20);
+
+fn top() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+fn read(path: &str) -> String {
+    fs::read_to_string(top().join(path)).must(path)
+}
+
+#[track_caller]
+fn promtool(arguments: &[&str], input: &str) -> Said {
+    needs("promtool", "prometheus");
+    let file = tempfile::NamedTempFile::new().must("a file");
+    fs::write(file.path(), input).must("a file");
+    let stdin = fs::File::open(file.path()).must("a file");
+    let output = Command::new("promtool").args(arguments).stdin(stdin).current_dir(top()).output().must("promtool");
+    let command: Vec<&str> = std::iter::once("promtool").chain(arguments.iter().copied()).collect();
+    Said::of(&command, &output)
+}
+
+/// The families of a page.
+fn families(page: &str) -> BTreeSet<String> {
+    page.lines().filter_map(|line| Some(line.strip_prefix("# TYPE ")?.split_once(' ')?.0.to_owned())).collect()
+}
+
+/// The value of a sample.
+fn sample(page: &str, name: &str) -> Option<f64> {
+    page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
+}
+
+/// The agent's metrics that an expression names.
+fn named(expression: &str) -> BTreeSet<String> {
+    let words = expression.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+    let ours = words.filter(|word| word.starts_with("overlayd_") || word.starts_with("process_"));
+    ours.map(|word| ["_bucket", "_sum", "_count"].iter().find_map(|end| word.strip_suffix(end)).unwrap_or(word).to_owned())
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_agent_serves_is_as_prometheus_wants_it() {
+    let story = Story::up(|options| {
+        options.hosts = 2;
+        options.containers = 1;
+    })
+    .await;
+    let socket = story.at("h1").socket();
+    let page = || http::ask(&socket, "GET", "/metrics", "").body;
+    // A value that is refused, drift of two kinds, and an etcd that goes and comes back: so that every family has something to show.
+    etcd::put(&story, &etcd::lease_key("10.244.77.0-24"), "{");
+    kernel::shell(&story, "h1", "ip route delete $(ip route show proto 86 | cut -d' ' -f1 | head -1) proto 86");
+    kernel::shell(&story, "h1", "echo 0 >/proc/sys/net/ipv4/ip_forward");
+    etcd::kill(&story);
+    eventually("the loss of etcd is seen", NOTICED, || {
+        let page = page();
+        match (sample(&page, "overlayd_store_connected"), sample(&page, "overlayd_store_request_failures_total")) {
+            (Some(0.0), Some(failures)) if failures >= 1.0 => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await;
+    etcd::start(&story).await;
+    let seen = eventually("all of it is counted", NOTICED, || {
+        let page = page();
+        let wanted = [
+            ("overlayd_store_reconnects_total", 1.0),
+            ("overlayd_drift_repairs_total{kind=\"route\"}", 1.0),
+            ("overlayd_drift_repairs_total{kind=\"sysctl\"}", 1.0),
+            ("overlayd_refused_values_total{reason=\"malformed\"}", 1.0),
+            ("overlayd_refused_leases", 1.0),
+            ("overlayd_ready", 1.0),
+            ("overlayd_lease_held", 1.0),
+            ("overlayd_store_connected", 1.0),
+            ("overlayd_peers", 1.0),
+            ("overlayd_leases", 3.0),
+            ("overlayd_endpoints", 1.0),
+            ("overlayd_failed_entries", 0.0),
+        ];
+        let wrong: Vec<String> = wanted
+            .into_iter()
+            .filter(|(name, value)| sample(&page, name) != Some(*value))
+            .map(|(name, value)| format!("{name} is {:?}, not {value}", sample(&page, name)))
+            .collect();
+        if wrong.is_empty() { Ok(page) } else { Err(wrong.join(", ")) }
+    })
+    .await;
+    for counted in
+        ["overlayd_store_request_duration_seconds_count", "overlayd_batch_ops_count", "overlayd_batch_duration_seconds_sum"]
+    {
+        assert!(sample(&seen, counted).is_some_and(|value| value > 0.0), "{counted} in {seen}");
+    }
+    let said = promtool(&["check", "metrics"], &seen).exits(0);
+    assert_eq!((said.out.as_str(), said.err.as_str()), ("", ""), "nothing to remark");
+    assert_eq!(families(&seen), families(&Metrics::new().render()), "every family is there from the start");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ready_goes_away_and_comes_back() {
+    let story = Story::up(|options| {
+        options.hosts = 2;
+        options.containers = 1;
+    })
+    .await;
+    let socket = story.at("h1").socket();
+    let asked = |path: &str| http::ask(&socket, "GET", path, "");
+    assert_eq!((asked("/healthz").status, asked("/readyz").status), (200, 200));
+    // A device of somebody else's in the place of ours: nothing can be built on it, and it is not ours to remove. The agent would be faster than
+    // the second command, so it does not run meanwhile.
+    let hang = Fault::AgentHangs("h1");
+    hang.begin(&story).await;
+    kernel::shell(&story, "h1", "ip link delete ovx.1; ip link add ovx.1 type bridge");
+    hang.end(&story).await;
+    let broken = eventually("the broken data path takes readiness away", SOON, || match asked("/readyz") {
+        answer if answer.status == 503 => Ok(answer.body),
+        answer => Err(format!("{} {}", answer.status, answer.body)),
+    })
+    .await;
+    assert!(broken.contains("ovx.1"), "the reason is told: {broken}");
+    assert_eq!(asked("/healthz").status, 200, "the agent lives");
+    kernel::shell(&story, "h1", "ip link delete ovx.1");
+    let ready = |story: &Story| http::ask(&story.at("h1").socket(), "GET", "/readyz", "");
+    eventually("it is ready again", NOTICED, || match ready(&story) {
+        answer if answer.status == 200 => Ok(()),
+        answer => Err(answer.body),
+    })
+    .await;
+    story.settled("h1", SOON).await;
+    story.assert_all_reach().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn health_over_tcp_follows_the_agent() {
+    let story = Story::without_agents(1, Families::V4).await;
+    let host = story.at("h1");
+    host.agent_start(&["--metrics-listen", "127.0.0.1:9476"]).must("start");
+    host.wait_ready(overlay_tests::story::READY).await.must("ready");
+    let status = |path: &str| {
+        let script = format!(
+            "exec 3<>/dev/tcp/127.0.0.1/9476; printf 'GET {path} HTTP/1.0\\r\\nHost: x\\r\\n\\r\\n' >&3; head -1 <&3 | cut -d' ' -f2"
+        );
+        kernel::attempt(&story, "h1", &["bash", "-c", &script]).out.trim().to_owned()
+    };
+    assert_eq!(["/healthz", "/readyz", "/metrics", "/v1/status"].map(status), ["200", "200", "200", "404"]);
+    host.agent_stop(Signal::SIGTERM).must("stop");
+    assert_eq!(status("/healthz"), "", "nobody answers");
+}
+
+#[test]
+fn the_alerts_are_sound() {
+    const RULES: &str = "deploy/monitoring/alerts.yaml";
+    const CASES: &str = "tests/fixtures/monitoring/alerts.test.yaml";
+    promtool(&["check", "rules", RULES], "").exits(0);
+    promtool(&["test", "rules", CASES], "").exits(0);
+    let (rules, cases, page) = (read(RULES), read(CASES), read("docs/metrics.md"));
+    let known = families(&Metrics::new().render());
+    let mut alerts = 0;
+    for rule in rules.split("      - alert: ").skip(1) {
+        let name = rule.lines().next().unwrap_or_default();
+        for part in
+            ["        expr: ", "          severity: ", "          summary: '", "          meaning: '", "          remedy: '"]
+        {
+            assert!(rule.contains(part), "{name} has no {part}");
+        }
+        assert!(cases.contains(&format!("- name: {name}\n")), "{name} has no case in {CASES}");
+        assert!(page.contains(&format!("| `{name}` |")), "{name} is not in docs/metrics.md");
+        let expression = rule.lines().find_map(|line| line.strip_prefix("        expr: ")).unwrap_or_default();
+        let unknown: Vec<String> = named(expression).difference(&known).cloned().collect();
+        assert!(unknown.is_empty(), "{name} names metrics that the agent has not: {unknown:?}");
+        alerts += 1;
+    }
+    assert!(alerts > 10, "{alerts} alerts");
+}
+
+#[test]
+fn the_dashboard_is_sound() {
+    let dashboard: Value = serde_json::from_str(&read("deploy/monitoring/grafana.json")).must("the dashboard");
+    let known = families(&Metrics::new().render());
+    let panels = dashboard["panels"].as_array().must("panels");
+    // As recording rules the expressions can be judged by Prometheus' own parser.
+    let mut rules = "groups:\n  - name: dashboard\n    rules:\n".to_owned();
+    let mut shown = BTreeSet::new();
+    for panel in panels {
+        let title = panel["title"].as_str().must("a title");
+        assert!(panel["description"].as_str().is_some_and(|text| text.len() > 10), "{title} has no description");
+        assert!(panel["fieldConfig"]["defaults"]["unit"].is_string(), "{title} has no unit");
+        let targets = panel["targets"].as_array().must(title);
+        assert!(!targets.is_empty(), "{title}");
+        for target in targets {
+            let expression = target["expr"].as_str().must(title);
+            let unknown: Vec<String> = named(expression).difference(&known).cloned().collect();
+            assert!(unknown.is_empty(), "{title} names metrics that the agent has not: {unknown:?}");
+            shown.extend(named(expression));
+            let plain = expression.replace("$__rate_interval", "5m").replace("$host", ".*");
+            rules += &format!("      - record: dashboard:{}:expression\n        expr: '{plain}'\n", shown.len());
+        }
+    }
+    let file = tempfile::NamedTempFile::with_suffix(".yaml").must("a file");
+    fs::write(file.path(), rules).must("a file");
+    promtool(&["check", "rules", "--lint=none", &file.path().to_string_lossy()], "").exits(0);
+    let unseen: Vec<&String> = known.difference(&shown).collect();
+    assert!(unseen.is_empty(), "the dashboard does not show {unseen:?}");
+}

@@ -1,0 +1,107 @@
+//! `overlayctl support-bundle`: what is inside with an agent and without one, and that no secret is, wherever it stood.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
+
+use nix::sys::signal::Signal;
+use overlay_tests::programs::needs;
+use overlay_tests::{Must, Story};
+use overlayctl::bundle::Bundle;
+
+/// Each stands where secrets stand, and nowhere else.
+const SECRETS: [&str; 5] = ["pw-of-a-file-81", "pw-in-a-url-82", "pw-of-a-key-83", "bearer-of-a-log-84", "c2VjcmV0LWtleS04NQ"];
+
+/// Unpacks it; all texts, by name.
+fn unpack(file: &Path, into: &Path) -> Vec<(String, String)> {
+    needs("tar", "tar");
+    let done = Command::new("tar").arg("xzf").arg(file).arg("-C").arg(into).status().must("tar");
+    assert!(done.success());
+    let mut all = Vec::new();
+    let mut folders = vec![into.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).must("a folder") {
+            let path = entry.must("an entry").path();
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                let name = path.strip_prefix(into).must("inside").components().skip(1).collect::<std::path::PathBuf>();
+                all.push((name.display().to_string(), std::fs::read_to_string(&path).must("text")));
+            }
+        }
+    }
+    all
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn all_that_helps_and_no_secret() {
+    let story = Story::up(|options| {
+        options.hosts = 2;
+        options.containers = 1;
+    })
+    .await;
+    let dir = tempfile::tempdir().must("a directory");
+    let place = |name: &str| dir.path().join(name);
+    std::fs::write(place("pw"), "pw-of-a-file-81\n").must("written");
+    let config = format!(
+        "etcd-username = \"agent\"\netcd-password-file = \"{}\"\netcd-endpoints = [\"http://agent:pw-in-a-url-82@10.0.0.1:2379\"]\n# api_key = \"pw-of-a-key-83\"\n",
+        place("pw").display()
+    );
+    std::fs::write(place("overlayd.toml"), config).must("written");
+    let log = "a line of the log\nlogin of agent with pw-of-a-file-81 refused\nauthorization: Bearer bearer-of-a-log-84\n\
+               -----BEGIN EC PRIVATE KEY-----\nc2VjcmV0LWtleS04NQ\n-----END EC PRIVATE KEY-----\n";
+    std::fs::write(place("log"), log).must("written");
+    let text = |path: std::path::PathBuf| path.to_str().must("a path").to_owned();
+    let state = text(story.at("h1").state_dir());
+    let make = |out: &str| {
+        let out = text(place(out));
+        let (config, log) = (text(place("overlayd.toml")), text(place("log")));
+        story.ctl(
+            "h1",
+            &["-o", "json", "support-bundle", "--out", &out, "--config", &config, "--log", &log, "--state-dir", &state],
+        )
+    };
+    let bundle: Bundle = make("with.tar.gz").exits(0).json();
+    assert_eq!(std::fs::metadata(&bundle.file).must("the file").permissions().mode() & 0o777, 0o600);
+    let found = unpack(&bundle.file, &{
+        std::fs::create_dir(place("with")).must("a folder");
+        place("with")
+    });
+    let part = |name: &str| &found.iter().find(|(found, _)| found == name).must(name).1;
+    // What is listed is inside, and the other way round.
+    let mut listed: Vec<&str> = bundle.entries.iter().filter(|e| e.missing.is_none()).map(|e| e.name.as_str()).collect();
+    listed.push("CONTENTS.txt");
+    listed.sort_unstable();
+    let mut names: Vec<&str> = found.iter().map(|(name, _)| name.as_str()).collect();
+    names.sort_unstable();
+    assert_eq!(listed, names);
+    assert!(listed.iter().all(|name| *name == "CONTENTS.txt" || part("CONTENTS.txt").contains(name)));
+    // The agent's view, the kernel's, and the container's.
+    assert!(part("agent/status.json").contains("\"node\": \"h1\"") && part("agent/metrics.txt").contains("overlayd_ready 1"));
+    assert!(part("kernel/fdb.txt").contains("ovx.1") && part("kernel/nftables.txt").contains("table inet overlayd"));
+    let address =
+        story.at("h1").client().endpoints().await.must("endpoints").endpoints[0].addresses().v4.must("IPv4").to_string();
+    assert!(part("containers/c1/address.txt").contains(&address) && part("state/endpoints.json").contains(&address));
+    assert!(part("logs/1.txt").contains("a line of the log") && part("config/overlayd.toml").contains("etcd-password-file = "));
+    // No secret, and each was seen.
+    for (name, text) in &found {
+        for secret in SECRETS {
+            assert!(!text.contains(secret), "{secret} in {name}");
+        }
+    }
+    let removed = |name: &str| bundle.entries.iter().find(|e| e.name == name).must(name).removed;
+    assert_eq!((removed("config/overlayd.toml"), removed("logs/1.txt")), (2, 3), "{:#?}", bundle.entries);
+    // A file that is there stays.
+    make("with.tar.gz").exits(1).complains(&["with.tar.gz", "--out"]);
+
+    // Without an agent: what the kernel and the files say.
+    story.at("h1").agent_stop(Signal::SIGKILL).must("stop the agent");
+    let bundle: Bundle = make("without.tar.gz").exits(0).json();
+    let missing = |name: &str| bundle.entries.iter().find(|e| e.name == name).must(name).missing.clone();
+    assert!(missing("agent/status.json").must("why").contains("no agent answers"));
+    assert_eq!(
+        (missing("kernel/links.txt"), missing("containers/c1/address.txt"), missing("state/endpoints.json")),
+        (None, None, None)
+    );
+    assert!(!place("without.tar.gz.partial").exists());
+}

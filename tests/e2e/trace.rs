@@ -1,0 +1,265 @@
+//! `overlayctl trace`: the way of a packet on a whole lab, and with each part of it broken by hand, without an agent that would put it back.
+
+use std::net::IpAddr;
+
+use nix::sys::signal::Signal;
+use overlay_agent::model::Family;
+use overlay_tests::story::SOON;
+use overlay_tests::{Must, Story, eventually, kernel};
+use overlayctl::lab::Families;
+use overlayctl::trace::{Outcome, Trace};
+
+async fn lab(families: Families) -> Story {
+    Story::up(|options| {
+        options.hosts = 2;
+        options.containers = 2;
+        options.families = families;
+    })
+    .await
+}
+
+/// The address of a container `HOST-NAME`.
+async fn address(story: &Story, container: &str, family: Family) -> IpAddr {
+    let (host, name) = container.split_once('-').must("HOST-NAME");
+    let endpoints = story.at(host).client().endpoints().await.must(host).endpoints;
+    *endpoints.iter().find(|e| e.name.as_str() == name).must(container).addresses().get(family).must("its address")
+}
+
+/// The trace, whatever the exit code, which has to fit.
+#[track_caller]
+fn trace(story: &Story, arguments: &[&str]) -> Trace {
+    let state = story.at("h1").state_dir();
+    let state = state.to_str().must("a path");
+    let said = story.ctl("h1", &[&["-o", "json", "trace", "--state-dir", state], arguments].concat());
+    let trace: Trace = serde_json::from_str(&said.out).unwrap_or_else(|e| panic!("{e}: {} {}", said.out, said.err));
+    let live = trace.live.as_ref().is_some_and(|live| live.dropped);
+    let code = match trace.outcome {
+        _ if live => 1,
+        Outcome::Ok => 0,
+        Outcome::Stop => 1,
+        Outcome::Unsure => 3,
+    };
+    assert_eq!(said.code, Some(code), "{trace:#?}");
+    trace
+}
+
+/// The steps, as `PLACE/STEP`.
+fn steps(trace: &Trace) -> Vec<String> {
+    trace.hops.iter().map(|hop| format!("{}/{}", hop.place, hop.step)).collect()
+}
+
+/// It stops at this hop, and says this.
+#[track_caller]
+fn stops(trace: &Trace, at: &str, words: &[&str], what: &str) {
+    let last = trace.hops.last().must("a hop");
+    assert_eq!((trace.outcome, format!("{}/{}", last.place, last.step).as_str()), (Outcome::Stop, at), "{what}: {trace:#?}");
+    let text = format!("{} {}", last.answer, last.remedy.as_deref().must("a remedy"));
+    for word in words {
+        assert!(text.contains(word), "{what}: `{word}` in {text}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_whole_lab() {
+    let story = lab(Families::Dual).await;
+    story.ctl("h1", &["attach", "web", "--publish", "8080:80"]).exits(0);
+    for family in Family::ALL {
+        let flag: &[&str] = if family == Family::V6 { &["-6"] } else { &[] };
+        let ask = |ends: &[&str]| {
+            let trace = trace(&story, &[flag, ends].concat());
+            assert_eq!(trace.outcome, Outcome::Ok, "{ends:?}: {trace:#?}");
+            trace
+        };
+        let far = address(&story, "h2-c1", family).await.to_string();
+        let near = address(&story, "h1-c1", family).await;
+        // To another host: every entry that leads there.
+        let over = ask(&["c1", &far]);
+        let peer = story.at("h1").client().peers().await.must("peers").peers;
+        let peer = peer.into_iter().find(|p| p.subnet.family() == family).must("a peer");
+        for step in ["host/route", "host/next hop", "host/neighbour", "host/fdb", "host/outer route", "host/rules forward"] {
+            assert!(steps(&over).iter().any(|s| s == step), "{step} in {over:#?}");
+        }
+        let answer = |step: &str| over.hops.iter().find(|h| h.step == step).must(step).answer.clone();
+        assert!(answer("fdb").contains(&peer.vtep.to_string()) && answer("fdb").contains(&peer.public_ip.to_string()));
+        assert!(over.end.contains("h2") && over.to.what == "on host h2" && over.from.address == near, "{over:#?}");
+        assert!(over.hops.iter().any(|h| h.step == "translation" && h.answer.starts_with("none")), "{over:#?}");
+        // The other host's half of it, from the other end.
+        let back = ask(&[&far, "c1"]);
+        assert!(steps(&back).contains(&"host/outer rules input".to_owned()) && back.end.contains("container c1"), "{back:#?}");
+        // On this host, to this host, from this host, to a host by its name.
+        assert_eq!(ask(&["c1", "c2"]).hops.last().map(|h| h.place.clone()).as_deref(), Some("container c2"));
+        assert!(ask(&["c1", "host"]).end.contains("this host"));
+        assert!(ask(&["host", &far]).end.contains("h2"));
+        assert_eq!(ask(&["c1", "h2"]).to.address, peer.subnet.base());
+        // Out of the overlay.
+        let outside = overlayctl::lab::layout::outside_address(family).to_string();
+        let out = ask(&["c1", &outside]);
+        assert!(out.hops.iter().any(|h| h.step == "translation" && h.answer.contains("masquerade")), "{out:#?}");
+        // A published port, from outside.
+        let public = story.status("h1").await.underlay.must("an underlay").public_ip.get(family).must("an address").to_string();
+        let public = if family == Family::V6 { format!("[{public}]:8080") } else { format!("{public}:8080") };
+        let published = ask(&[&outside, &public]);
+        let web = address(&story, "h1-web", family).await.to_string();
+        let translation = published.hops.iter().find(|h| h.step == "translation").must("a translation");
+        assert!(translation.answer.contains(&web) && published.end.contains("container web"), "{published:#?}");
+    }
+    let text = story.ctl("h1", &["trace", "c1", "h2"]).exits(0).out;
+    assert!(text.contains("It passes") && text.contains("WHERE"), "{text}");
+    story.ctl("h1", &["trace", "nobody", "h2"]).exits(1).complains(&["`nobody` is no container of this host"]);
+    story.ctl("h1", &["trace", "c1", "h2:x"]).exits(1).complains(&["`h2:x`: the port is no number"]);
+}
+
+/// What is broken, by which script (`$1` is the container's address on the other host, `$2` the MAC, `$3` the base, `$4` the id of the next hop, `$5`
+/// the port of the container's bridge), and what trace says of it.
+const BROKEN: [(&str, &str, &str, &[&str]); 13] = [
+    ("FDB entry", "bridge fdb del $2 dev ovx.1", "host/fdb", &["has no entry for"]),
+    ("neighbour", "ip neigh del $3 dev ovx.1", "host/neighbour", &["on ovx.1"]),
+    (
+        "next hop elsewhere",
+        "ip nexthop replace id $4 via 10.244.0.9 dev ovx.1 onlink",
+        "host/next hop",
+        &["10.244.0.9", "not the peer"],
+    ),
+    ("next hop gone", "ip nexthop del id $4", "host/route", &["no peer's route covers it", "agent does not answer"]),
+    ("route gone", "ip route del $3/24", "host/route", &["no peer's route covers it"]),
+    (
+        "FDB entry to this host",
+        "bridge fdb replace $2 dev ovx.1 dst 10.99.1.1 self permanent",
+        "host/outer route",
+        &["own address"],
+    ),
+    ("tunnel down", "ip link set ovx.1 down", "host/route", &["in the overlay network"]),
+    ("port down", "ip link set $5 down", "host/port", &["is down"]),
+    ("port off the bridge", "ip link set $5 nomaster", "host/port", &["is no port of ovb.1"]),
+    ("bridge down", "ip link set ovb.1 down", "host/bridge", &["is down"]),
+    ("forwarding off", "sysctl -qw net.ipv4.ip_forward=0", "host/forwarding", &["is 0"]),
+    (
+        "a forward chain that drops",
+        "nft 'add table inet block; add chain inet block f { type filter hook forward priority 10; }; add rule inet block f ip daddr { 10.244.0.0/16 } counter drop comment \"shut\"'",
+        "host/rules forward",
+        &["chain inet block f", "shut"],
+    ),
+    (
+        "an output chain whose policy drops the tunnel",
+        "nft 'add table ip out; add chain ip out o { type filter hook output priority 0; policy drop; }; add rule ip out o tcp dport 22 accept; add rule ip out o udp dport != 8472 accept'",
+        "host/outer rules output",
+        &["the policy of chain ip out o"],
+    ),
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_part_broken() {
+    let story = lab(Families::V4).await;
+    let far = address(&story, "h2-c1", Family::V4).await.to_string();
+    let endpoints = story.at("h1").client().endpoints().await.must("endpoints").endpoints;
+    let port = endpoints[0].port.clone().must("a port").host_interface;
+    for (what, script, at, words) in BROKEN {
+        let peer = story.at("h1").client().peers().await.must("peers").peers.remove(0);
+        assert_eq!(trace(&story, &["c1", &far]).outcome, Outcome::Ok, "before: {what}");
+        story.at("h1").agent_stop(Signal::SIGKILL).must("stop the agent");
+        let id = peer.nexthop_id.must("a next hop").to_string();
+        let (mac, base) = (peer.vtep.to_string(), peer.subnet.base().to_string());
+        kernel::run(&story, "h1", &["sh", "-ec", script, "sh", &far, &mac, &base, &id, &port]);
+        let found = trace(&story, &["c1", &far]);
+        stops(&found, at, words, what);
+        assert!(found.notes.iter().any(|note| note.contains("Names are taken from")), "{what}: {found:#?}");
+        kernel::shell(&story, "h1", "for t in 'inet block' 'ip out'; do nft delete table $t 2>/dev/null || true; done");
+        story.start("h1").await;
+    }
+}
+
+/// With an agent that lives but does not answer, the kernel is asked all the same; and with one that answers, leases are told.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_underlay_containers_and_leases() {
+    let story = lab(Families::V4).await;
+    let far = address(&story, "h2-c1", Family::V4).await.to_string();
+    // A container's own part.
+    kernel::shell(&story, "h1-c1", "ip route del default");
+    stops(&trace(&story, &["c1", &far]), "container c1/route", &["no route", "inspect c1"], "the default route");
+    kernel::shell(&story, "h1-c2", "ip link set eth0 down");
+    stops(
+        &trace(&story, &["host", &address(&story, "h1-c2", Family::V4).await.to_string()]),
+        "host/port",
+        &["no carrier"],
+        "eth0",
+    );
+    story.ctl("h1", &["attach", "c1"]).exits(0);
+    // The underlay: the peer is not there.
+    kernel::shell(&story, "h2", "ip link set eth0 down");
+    kernel::run(&story, "h1", &["sh", "-c", "ip neigh flush dev eth0; ping -c 1 -W 1 10.99.1.2 || true"]);
+    eventually("the peer is known not to answer", SOON, || {
+        let found = trace(&story, &["c1", &far]);
+        let last = found.hops.last().must("a hop").clone();
+        if last.step == "outer neighbour" && last.outcome == Outcome::Stop { Ok(()) } else { Err(format!("{last:?}")) }
+    })
+    .await;
+    kernel::shell(&story, "h2", "ip link set eth0 up");
+    // Its lease ends while this host's agent follows.
+    story.at("h2").agent_stop(Signal::SIGKILL).must("stop the agent");
+    let lease = story.lease_of("h2");
+    overlay_tests::etcd::delete(&story, &lease.key);
+    eventually("the peer has gone", SOON, || {
+        let found = trace(&story, &["c1", &far]);
+        let last = found.hops.last().must("a hop").clone();
+        let told = last.step == "route" && last.answer.contains("no host holds a subnet with it");
+        if told { Ok(()) } else { Err(format!("{last:?}")) }
+    })
+    .await;
+    // An agent that lives and does not answer.
+    let pid = story.at("h1").agent().must("an agent");
+    pid.signal(Signal::SIGSTOP).must("stop it");
+    let found = trace(&story, &["c1", "host"]);
+    assert_eq!(found.outcome, Outcome::Ok, "{found:#?}");
+    assert!(found.notes.iter().any(|note| note.contains("did not answer")), "{found:#?}");
+    pid.signal(Signal::SIGCONT).must("let it go on");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn packets_are_watched() {
+    let story = lab(Families::Dual).await;
+    for family in Family::ALL {
+        let flag: &[&str] = if family == Family::V6 { &["-6"] } else { &[] };
+        let far = address(&story, "h2-c1", family).await.to_string();
+        let found = trace(&story, &[flag, &["c1", &far, "--live", "--send", "--wait", "20s"]].concat());
+        let live = found.live.must("what was seen");
+        assert!(live.answered && !live.dropped, "{live:#?}");
+        let tunnel = if family == Family::V4 { "ovx.1" } else { "ovx6.1" };
+        let at = |packet: &str, place: &str, what: &str| {
+            live.interfaces.iter().any(|s| s.packet == packet && s.place == place && s.what.contains(what))
+        };
+        assert!(
+            at("request", "ovb.1", "in") && at("request", tunnel, "out") && at("request", "eth0", "in VXLAN from"),
+            "{live:#?}"
+        );
+        assert!(at("reply", "eth0", "in VXLAN from") && at("reply", tunnel, "in"), "{live:#?}");
+        assert!(live.rules.iter().any(|s| s.place == "inet overlayd forward" && s.what.ends_with("accept")), "{live:#?}");
+    }
+    // A rule that no look at the tables can judge, and that drops each packet.
+    let far = address(&story, "h2-c1", Family::V4).await.to_string();
+    kernel::shell(
+        &story,
+        "h1",
+        "nft 'add table inet block; add chain inet block f { type filter hook forward priority 10; }; \
+         add rule inet block f ip daddr 10.244.0.0/16 meta length > 20 drop'",
+    );
+    let found = trace(&story, &["c1", &far, "--live", "--send", "--wait", "20s"]);
+    assert_eq!(found.outcome, Outcome::Unsure, "{found:#?}");
+    let live = found.live.must("what was seen");
+    assert!(live.dropped && !live.answered && live.summary.contains("inet block f"), "{live:#?}");
+    kernel::shell(&story, "h1", "nft delete table inet block");
+    // Nothing stays behind, not even of one that is killed.
+    let tables = || kernel::run(&story, "h1", &["nft", "list", "tables"]);
+    assert!(!tables().contains("overlay-trace"), "{}", tables());
+    let program = overlay_tests::programs::overlayctl();
+    let program = program.to_str().must("a path");
+    let socket = story.at("h1").socket();
+    let socket = socket.to_str().must("a path");
+    let command = [program, "--socket", socket, "trace", "c1", &far, "--live", "--wait", "60s"];
+    let mut watcher = story.command("h1", &command).must("a command");
+    watcher.stdout(std::process::Stdio::null());
+    let mut watcher = story.inside("h1").run(|| watcher.spawn()).must("enter the host").must("a watcher");
+    eventually("the watch has begun", SOON, || if tables().contains("overlay-trace") { Ok(()) } else { Err(tables()) }).await;
+    watcher.kill().must("kill it");
+    watcher.wait().must("its end");
+    eventually("its tables are gone", SOON, || if tables().contains("overlay-trace") { Err(tables()) } else { Ok(()) }).await;
+}
