@@ -41,13 +41,13 @@ impl ProcessId {
         // The name, field 2, stands in parentheses and can hold blanks and parentheses itself.
         let (_, rest) = stat.rsplit_once(')')?;
         let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
-        if matches!(fields.first(), Some(&"Z" | &"X")) {
+        if matches!(fields.first(), Some(&"Z" | &"X")) && !has_threads(pid) {
             return None;
         }
         Some(ProcessId { pid, start_time: fields.get(19)?.parse().ok()? })
     }
 
-    /// Whether it still runs. A child of this process that has ended is collected.
+    /// Whether it still runs, if only one of its threads does. A child of this process that has ended is collected.
     pub fn is_alive(&self) -> bool {
         let _collected = waitpid(Pid::from_raw(self.pid), Some(WaitPidFlag::WNOHANG));
         ProcessId::of(self.pid) == Some(*self)
@@ -113,6 +113,12 @@ pub fn start(mut command: Command, netns: Option<&Netns>, log: &Path, record: &P
         return Err(error);
     }
     Ok(id)
+}
+
+/// Whether threads of a process live on whose first one has ended: killed, one that is inside the kernel ends later than the others, and holds all files and
+/// locks till then.
+fn has_threads(pid: i32) -> bool {
+    fs::read_dir(format!("/proc/{pid}/task")).is_ok_and(|threads| threads.count() > 1)
 }
 
 /// The error for a program that has ended, with the end of its log.
