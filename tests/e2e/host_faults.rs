@@ -1,11 +1,15 @@
 //! Faults of the host itself: its wire, its address, its disk, and an agent that stands still beyond its lease's end.
 
+use std::collections::BTreeSet;
+use std::fs;
 use std::net::IpAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use overlay_agent::model::Family;
-use overlay_agent::model::api::Status;
+use overlay_agent::model::api::{Health, Status};
 use overlay_tests::faults::Fault;
 use overlay_tests::notify::Notifications;
 use overlay_tests::programs::Said;
@@ -117,6 +121,63 @@ async fn an_agent_that_slept_too_long() {
     story.at("h1").wait_status(READY, "it does not move", moved).await.must("h1");
     story.logged("h1", &["WARN", "SUBNET HAS CHANGED"]).await;
     assert!(etcd::leases(&story).iter().any(|entry| entry.key == before.key && entry.value == other), "the other one keeps it");
+    story.settled("h1", SOON).await;
+}
+
+/// A script that runs the agent with a wall clock of its own, which is off by what stands in a file (`faketime(1)`, "advanced usage"). The clock that only
+/// goes on is left alone, as a step leaves it.
+fn with_a_clock(folder: &Path) -> PathBuf {
+    let libraries = fs::read_dir("/usr/lib").into_iter().flatten().flatten();
+    let library = libraries.map(|lib| lib.path().join("faketime/libfaketimeMT.so.1")).find(|file| file.exists());
+    let library = library.ok_or("libfaketimeMT.so.1 is missing: apt-get install faketime").must("a clock to step");
+    let agent = overlayctl::lab::agent::program(None).must("overlayd");
+    let script = folder.join("overlayd");
+    let text = format!(
+        "#!/bin/sh\nexport LD_PRELOAD={} FAKETIME_TIMESTAMP_FILE={} FAKETIME_NO_CACHE=1\nexport DONT_FAKE_MONOTONIC=1 \
+         FAKETIME_DONT_FAKE_MONOTONIC=1\nexec {} \"$@\"\n",
+        library.display(),
+        folder.join("offset").display(),
+        agent.display()
+    );
+    fs::write(&script, text).must("a script");
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).must("an executable script");
+    script
+}
+
+/// The wall clock is stepped by years under an agent that runs: what it does follows the clock that only goes on, and etcd ends leases by its own.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_clock_is_stepped() {
+    let folder = tempfile::tempdir().must("a directory");
+    let step = |offset: &str| fs::write(folder.path().join("offset"), offset).must("an offset");
+    step("+0");
+    let story = Story::up(|options| {
+        options.hosts = 2;
+        options.containers = 1;
+        options.families = Families::V4;
+        options.overlayd = Some(with_a_clock(folder.path()));
+    })
+    .await;
+    let lease = story.lease_of("h1");
+    let notifications = Notifications::listen(&story.inside("h1"));
+    notifications.settle().await;
+    let traffic = Traffic::start(&story, "h1-c1", "h2-c1", Family::V4).await;
+    let mut years = BTreeSet::new();
+    for offset in ["+0", "+3650d", "-3650d", "+0"] {
+        step(offset);
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        assert_eq!(story.lease_of("h1"), lease, "{offset}: the lease is the same, and was not written anew");
+        let status = story.status("h1").await;
+        assert!(status.ready && status.health == Health::Ok, "{offset}: {status:?}");
+        notifications.assert_silence(&format!("the clock is off by {offset}"));
+        // It works on: a container comes and goes. What it logs shows that its clock was off.
+        let lines = story.log("h1").lines().count();
+        story.ctl("h1", &["attach", "late"]).exits(0);
+        story.ctl("h1", &["detach", "late"]).exits(0);
+        years.extend(story.log("h1").lines().skip(lines).filter_map(|line| Some(line.get(..4)?.to_owned())));
+        notifications.settle().await;
+    }
+    assert_eq!(years.len(), 3, "three clocks: {years:?}");
+    traffic.stop().await.assert_none("steps of the clock");
     story.settled("h1", SOON).await;
 }
 
