@@ -67,6 +67,10 @@ use crate::plan::{ApplyReport, Batch, DataPath, KernelEvent, Key, Op, OpError, V
 const TURN: usize = 4096;
 /// FDB entries of a batch from which on the monitor does not listen to their events, but reads the FDB afterwards.
 const UNHEARD: usize = 512;
+/// Elements of sets from which on they are written beside the peers' entries that follow them, on another processor.
+const BESIDE: usize = 512;
+/// How many of those entries, for each element: the kernel takes some three times as long for an element.
+const BESIDE_EACH: usize = 3;
 
 /// How to use the kernel.
 #[derive(Debug, Clone)]
@@ -173,6 +177,10 @@ impl DataPath for Kernel {
             let mut end = batch.len().min(begin + TURN);
             // A table and the elements of its sets are one transaction.
             end += batch[end..].iter().take_while(|op| nft::is_rules(op.key())).count();
+            let rules = batch[begin..end].iter().rev().take_while(|op| nft::is_rules(op.key())).count();
+            if rules >= BESIDE {
+                end += batch[end..].iter().take(BESIDE_EACH * rules).take_while(|op| wire::is_wire(op.key())).count();
+            }
             let mut shared = self.shared.lock().await;
             apply(&mut shared, &mut self.batch, &batch[begin..end], begin, &mut report).await;
             drop(shared);
@@ -204,10 +212,13 @@ async fn apply(shared: &mut Shared, batch: &mut BatchSocket, ops: &[Op], first: 
             blocking(|| batch.apply(&rest[..run], at, &mut shared.known, report));
             rest = &rest[run..];
         } else if rules > 0 {
-            let Shared { nft, known, .. } = shared;
-            let failed = blocking(|| nft.apply(&rest[..rules], &mut known.rules));
-            report.failed.extend(failed.into_iter().map(|(index, error)| (at + index, error)));
-            rest = &rest[rules..];
+            let (rules, beside) = rest.split_at(rules);
+            // What may come in does not stand on where to send, nor the other way round.
+            let sets = |op: &Op| matches!(op, Op::Set(..));
+            let beside = if rules.len() >= BESIDE && rules.iter().all(sets) { beside } else { &[] };
+            let run = beside.iter().take_while(|op| wire::is_wire(op.key())).count();
+            blocking(|| apply_beside(shared, batch, rules, &beside[..run], at, report));
+            rest = &rest[rules.len() + run..];
         } else {
             if let Err(error) = apply_one(shared, op).await {
                 report.failed.push((at, error));
@@ -215,6 +226,25 @@ async fn apply(shared: &mut Shared, batch: &mut BatchSocket, ops: &[Op], first: 
             rest = &rest[1..];
         }
     }
+}
+
+/// Applies rules, and the peers' entries that follow them at the same time.
+fn apply_beside(shared: &mut Shared, batch: &mut BatchSocket, rules: &[Op], run: &[Op], at: usize, report: &mut ApplyReport) {
+    let Shared { nft, known, .. } = shared;
+    let mut found = std::mem::take(&mut known.rules);
+    let mut of_run = ApplyReport::default();
+    let failed = if run.is_empty() {
+        nft.apply(rules, &mut found)
+    } else {
+        std::thread::scope(|scope| {
+            let other = scope.spawn(|| nft.apply(rules, &mut found));
+            batch.apply(run, at + rules.len(), known, &mut of_run);
+            other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    };
+    known.rules = found;
+    report.failed.extend(failed.into_iter().map(|(index, error)| (at + index, error)));
+    report.failed.extend(of_run.failed);
 }
 
 async fn apply_one(shared: &mut Shared, op: &Op) -> Result<(), OpError> {

@@ -2,9 +2,12 @@
 
 use super::support::*;
 use crate::kernel::KernelOptions;
-use crate::model::{Family, Mac};
+use std::net::IpAddr;
+
+use crate::model::{Family, Mac, NetworkConfig, Subnet};
+use crate::plan::ruleset::{Element, Rules, Table};
 use crate::plan::state::{NEXTHOP_IDS, Via};
-use crate::plan::{DataPath, Key, Op, State, Value};
+use crate::plan::{Batch, DataPath, Key, Op, State, Value};
 
 const CLASSIC: fn() -> KernelOptions = || KernelOptions { force_classic_routes: true, ..KernelOptions::default() };
 
@@ -100,6 +103,35 @@ fn each_failure_is_told_and_stops_nothing() {
             assert_eq!(entries(host.dump().await).len(), batch.len() - expected.len());
             host.apply(&removal(&peers(family, 0..500, true))).await;
         }
+    });
+}
+
+/// Many elements are written beside the entries that follow them, and all that is refused of both is told in order.
+#[test]
+fn elements_beside_entries() {
+    on_host("beside", KernelOptions::default(), async |host| {
+        host.make_devices().await;
+        let network = NetworkConfig::parse(r#"{"Network":"10.128.0.0/10","SubnetLen":24}"#).expect("a network").config;
+        let own = network.pools.v4.and_then(|pool| pool.nth(3)).map(|cidr| (Family::V4, cidr));
+        let own = Subnet::new(own.into_iter().collect()).expect("a subnet");
+        let rules = Rules { network: &network, subnet: &own, masquerade: true, publishes: false }.ruleset();
+        host.apply(&vec![Op::Set(Key::Ruleset(Table::Inet), Value::Ruleset(Box::new(rules)))]).await;
+        let before = entries(host.dump().await).len();
+        let element = |n: u16| {
+            let [a, b] = n.to_be_bytes();
+            let peer = Element::Peer(Box::new((IpAddr::from([198, 18, a, b]), IpAddr::from([10, a, b, 0]))));
+            // There is no such set where containers' packets are masqueraded.
+            let host = Element::Host(IpAddr::from([198, 18, a, b]));
+            Op::Set(Key::Element(if n == 7 { host } else { peer }), Value::Element(None))
+        };
+        let mut batch: Batch = (0..3000).map(element).collect();
+        batch.extend(peers(Family::V4, 0..1000, true));
+        batch[3100] = Op::Set(Key::Fdb(vxlan(Family::V4), Mac([0; 6])), Value::Fdb(ip("10.99.0.9")));
+        let report = host.kernel.apply(&batch).await;
+        let failed: Vec<usize> = report.failed.iter().map(|(i, _)| *i).collect();
+        assert_eq!(failed, [7, 3100], "{:?}", report.failed);
+        assert_eq!(entries(host.dump().await).len(), before + batch.len() - 2);
+        host.quiet().await;
     });
 }
 
