@@ -84,7 +84,9 @@ struct Running(Child);
 impl Running {
     /// Starts it and waits for its first line.
     fn start(story: &Story, words: &[&str]) -> Running {
-        let mut command: Vec<String> = vec![overlayctl().display().to_string()];
+        // Whoever runs the tests in the background of a script has SIGINT ignored, and what is ignored stays so.
+        let defaults = ["env", "--default-signal=HUP,INT,TERM"].map(str::to_owned);
+        let mut command: Vec<String> = defaults.into_iter().chain([overlayctl().display().to_string()]).collect();
         command.extend(words.iter().map(|w| (*w).to_owned()));
         let mut command: Command = story.command("h1", &command).must("a command");
         command.stdin(Stdio::null()).stdout(Stdio::piped());
