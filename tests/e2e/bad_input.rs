@@ -12,18 +12,9 @@ use overlay_tests::story::SOON;
 use overlay_tests::{Must, Story, eventually, http, kernel};
 use overlayctl::lab::Families;
 
-async fn one_host() -> Story {
-    Story::up(|options| {
-        options.hosts = 1;
-        options.containers = 0;
-        options.families = Families::Dual;
-    })
-    .await
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn values_that_cannot_be() {
-    let story = one_host().await;
+    let story = Story::one_host(Families::Dual).await;
     let held: Attached = story.ctl("h1", &["-o", "json", "attach", "held", "--publish", "8080:80"]).exits(0).json();
     let taken = held.endpoint.addresses().v4.must("IPv4").to_string();
     let mac = held.endpoint.port.must("a port").mac.to_string();
@@ -86,7 +77,7 @@ async fn values_that_cannot_be() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_interface_that_is_there() {
-    let story = one_host().await;
+    let story = Story::one_host(Families::Dual).await;
     let name = story.layout().namespace("h1-mine");
     kernel::run(&story, "h1", &["ip", "netns", "add", &name]);
     kernel::shell(&story, "h1-mine", "ip link add eth0 type bridge");
@@ -111,7 +102,7 @@ async fn an_interface_that_is_there() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_that_is_not_running() {
-    let story = one_host().await;
+    let story = Story::one_host(Families::Dual).await;
     let before = Left::settled(&story).await;
     story.at("h1").agent_stop(nix::sys::signal::Signal::SIGTERM).must("SIGTERM");
     for arguments in [
@@ -133,7 +124,7 @@ async fn an_agent_that_is_not_running() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_container_that_dies_half_way() {
     needs("unshare", "util-linux");
-    let story = one_host().await;
+    let story = Story::one_host(Families::Dual).await;
     let own = Netns::current().must("this namespace");
     let before = Left::settled(&story).await;
     let (mut attached, mut refused) = (0, 0);

@@ -15,16 +15,6 @@ use overlay_agent::model::Endpoint;
 use overlay_tests::dump::Dump;
 use overlay_tests::story::SOON;
 use overlay_tests::{Must, Story, eventually};
-use overlayctl::lab::Families;
-
-async fn one_host(families: Families) -> Story {
-    Story::up(|options| {
-        options.hosts = 1;
-        options.containers = 0;
-        options.families = families;
-    })
-    .await
-}
 
 async fn endpoints(story: &Story) -> Vec<Endpoint> {
     story.at("h1").client().endpoints().await.must("endpoints").endpoints

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use overlay_agent::model::Family;
+use overlay_tests::programs::processor_time;
 use overlay_tests::stopwatch::{Lap, Stopwatch, Times};
 use overlay_tests::story::SOON;
 use overlay_tests::{Must, Story, eventually, http, kernel, peers};
@@ -217,12 +218,4 @@ async fn two_that_fight() {
         .await
         .must("h1");
     assert!(kernel::run(&story, "h1", &["ip", "route", "show", &route]).contains("proto 86"));
-}
-
-/// User and system time of a process: fields 14 and 15 of `proc_pid_stat(5)`, in ticks of a hundredth of a second.
-fn processor_time(pid: i32) -> Duration {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).must("the agent's processor time");
-    let fields: Vec<&str> = stat.rsplit_once(')').must("a name").1.split_whitespace().collect();
-    let ticks: u64 = [11, 12].iter().map(|n| fields[*n].parse::<u64>().must("ticks")).sum();
-    Duration::from_millis(ticks * 10)
 }

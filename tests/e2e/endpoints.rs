@@ -1,28 +1,15 @@
 //! Containers attached and detached by `overlayctl`, as a person does it: names, wished addresses, what is taken, what is full, what is gone.
 
-use overlay_agent::model::api::{Attached, Endpoints, Health, Status};
-use overlay_agent::model::{Endpoint, Family};
+use overlay_agent::model::Family;
+use overlay_agent::model::api::{Attached, Health, Status};
 use overlay_tests::programs::Said;
 use overlay_tests::story::{READY, SECOND, SOON};
 use overlay_tests::{Must, Story, etcd, kernel, within};
 use overlayctl::lab::Families;
 
-async fn one_host(families: Families) -> Story {
-    Story::up(|options| {
-        options.hosts = 1;
-        options.containers = 0;
-        options.families = families;
-    })
-    .await
-}
-
-fn endpoints(story: &Story) -> Vec<Endpoint> {
-    story.ctl("h1", &["-o", "json", "endpoints"]).exits(0).json::<Endpoints>().endpoints
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn attached_seen_and_detached() {
-    let story = one_host(Families::Dual).await;
+    let story = Story::one_host(Families::Dual).await;
     let before = kernel::actual(&story, "h1");
     let attached: Attached = story.ctl("h1", &["-o", "json", "attach", "web"]).exits(0).json();
     let subnet = story.status("h1").await.lease.must("a lease").subnet;
@@ -44,13 +31,13 @@ async fn attached_seen_and_detached() {
     // The same again answers the same.
     let again: Attached = story.ctl("h1", &["-o", "json", "attach", "web"]).exits(0).json();
     assert_eq!(again.endpoint, attached.endpoint);
-    assert_eq!(endpoints(&story), std::slice::from_ref(&attached.endpoint));
+    assert_eq!(story.endpoints("h1"), std::slice::from_ref(&attached.endpoint));
     let table = story.ctl("h1", &["endpoints"]).exits(0).out;
     assert!(table.contains("web") && table.contains(&attached.endpoint.addresses().v4.must("IPv4").to_string()), "{table}");
     assert_eq!(story.status("h1").await.endpoints, 1);
 
     story.ctl("h1", &["detach", "web"]).exits(0);
-    assert!(endpoints(&story).is_empty());
+    assert!(story.endpoints("h1").is_empty());
     assert!(story.netns("h1-web").is_err(), "the namespace that attach made is gone");
     assert!(kernel::link(&story, "h1", &attached.endpoint.port.as_ref().must("a port").host_interface).is_none());
     assert_eq!(kernel::difference(&kernel::actual(&story, "h1"), &before), "", "the host is as it was before");
@@ -60,7 +47,7 @@ async fn attached_seen_and_detached() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn wishes() {
-    let story = one_host(Families::Dual).await;
+    let story = Story::one_host(Families::Dual).await;
     let subnet = story.status("h1").await.lease.must("a lease").subnet;
     let nth = |family: Family, n: u128| subnet.get(family).and_then(|range| range.nth(n)).must("an address").to_string();
     let (v4, v6) = (nth(Family::V4, 77), nth(Family::V6, 0x77));
@@ -82,7 +69,7 @@ async fn wishes() {
     // The name, with another wish.
     let other = nth(Family::V4, 78);
     story.ctl("h1", &["attach", "a", "--ip", &other]).exits(1).complains(&["endpoint a is attached with", &other]);
-    assert_eq!(endpoints(&story), [attached.endpoint]);
+    assert_eq!(story.endpoints("h1"), [attached.endpoint]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -104,12 +91,12 @@ async fn a_full_subnet() {
     ]);
     story.ctl("h1", &["detach", "first"]).exits(0);
     story.ctl("h1", &["attach", "second"]).exits(0);
-    assert_eq!(endpoints(&story).len(), 1);
+    assert_eq!(story.endpoints("h1").len(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn namespaces_by_path() {
-    let story = one_host(Families::V4).await;
+    let story = Story::one_host(Families::V4).await;
     let attach = |name: &str, path: &str| -> Said { story.ctl("h1", &["attach", name, "--netns", path]) };
     attach("a", "/run/netns/no-such-namespace").exits(1).complains(&["there is no network namespace at", "no-such-namespace"]);
     attach("a", "/etc/passwd").exits(1).complains(&["/etc/passwd"]);
@@ -117,7 +104,7 @@ async fn namespaces_by_path() {
     let own = story.layout().namespace("h1");
     let said = attach("a", &format!("/run/netns/{own}"));
     assert_eq!(said.code, Some(1), "the host's own namespace is no container: {}{}", said.out, said.err);
-    assert!(endpoints(&story).is_empty());
+    assert!(story.endpoints("h1").is_empty());
 
     // One of its own making, by path; detach leaves it.
     let name = story.layout().namespace("h1-mine");
@@ -132,7 +119,7 @@ async fn namespaces_by_path() {
 /// A namespace goes away with its container: the address is free again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_namespace_that_goes_away() {
-    let story = one_host(Families::V4).await;
+    let story = Story::one_host(Families::V4).await;
     let attached: Attached = story.ctl("h1", &["-o", "json", "attach", "web"]).exits(0).json();
     let address = attached.endpoint.addresses().v4.must("an address").to_string();
     kernel::run(&story, "h1", &["ip", "netns", "delete", &story.layout().namespace("h1-web")]);
@@ -146,19 +133,19 @@ async fn a_namespace_that_goes_away() {
     let again: Attached = story.ctl("h1", &["-o", "json", "attach", "web", "--ip", &address]).exits(0).json();
     assert_eq!(again.endpoint.addresses(), attached.endpoint.addresses());
     kernel::run(&story, "h1-web", &["ping", "-c", "1", "-W", "2", &again.gateway.v4.must("a gateway").to_string()]);
-    assert_eq!(endpoints(&story).len(), 1);
+    assert_eq!(story.endpoints("h1").len(), 1);
 }
 
 /// Endpoints outlive the agent.
 #[tokio::test(flavor = "multi_thread")]
 async fn over_a_restart() {
-    let story = one_host(Families::V4).await;
+    let story = Story::one_host(Families::V4).await;
     let attached: Attached = story.ctl("h1", &["-o", "json", "attach", "web"]).exits(0).json();
     story.at("h1").agent_stop(nix::sys::signal::Signal::SIGKILL).must("SIGKILL");
     story.ctl("h1", &["endpoints"]).exits(1).complains(&["no agent answers"]);
     story.at("h1").agent_start(&[]).must("start");
     story.at("h1").wait_ready(READY).await.must("ready");
-    assert_eq!(endpoints(&story), [attached.endpoint]);
+    assert_eq!(story.endpoints("h1"), [attached.endpoint]);
     story.ctl("h1", &["detach", "web"]).exits(0);
     assert!(story.netns("h1-web").is_err());
 }
@@ -166,7 +153,7 @@ async fn over_a_restart() {
 /// The host gets another subnet: its endpoints lead nowhere, and the status says which to restart.
 #[tokio::test(flavor = "multi_thread")]
 async fn another_subnet() {
-    let story = one_host(Families::V4).await;
+    let story = Story::one_host(Families::V4).await;
     story.ctl("h1", &["attach", "web"]).exits(0);
     story.ctl("h1", &["attach", "alone", "--mode", "none"]).exits(0);
     let before = story.lease_of("h1");

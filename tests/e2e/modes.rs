@@ -3,29 +3,15 @@
 use std::process::{Child, Command, Stdio};
 
 use overlay_agent::kernel::netns::Netns;
-use overlay_agent::model::Endpoint;
-use overlay_agent::model::api::{Attached, Detached, Endpoints};
+use overlay_agent::model::api::{Attached, Detached};
 use overlay_tests::left::Left;
 use overlay_tests::programs::needs;
 use overlay_tests::story::{READY, SOON};
 use overlay_tests::{Must, Story, eventually, kernel};
 use overlayctl::lab::Families;
 
-async fn one_host() -> Story {
-    Story::up(|options| {
-        options.hosts = 1;
-        options.containers = 0;
-        options.families = Families::Dual;
-    })
-    .await
-}
-
-fn endpoints(story: &Story) -> Vec<Endpoint> {
-    story.ctl("h1", &["-o", "json", "endpoints"]).exits(0).json::<Endpoints>().endpoints
-}
-
 fn modes(story: &Story) -> Vec<String> {
-    endpoints(story).iter().map(|e| format!("{} {}", e.name, e.mode)).collect()
+    story.endpoints("h1").iter().map(|e| format!("{} {}", e.name, e.mode)).collect()
 }
 
 /// The interfaces in a namespace that anybody has to do with: a kernel with tunnels as modules puts some into each.
@@ -39,7 +25,7 @@ fn interfaces(netns: &Netns) -> Vec<String> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_modes_side_by_side() {
-    let story = one_host().await;
+    let story = Story::one_host(Families::Dual).await;
     let before = Left::settled(&story).await;
     let attached: Attached = story.ctl("h1", &["-o", "json", "attach", "o"]).exits(0).json();
     // Usable at once in both families: one packet, no second try.
@@ -60,7 +46,7 @@ async fn the_modes_side_by_side() {
         kernel::run(&story, "h1-n", &["ping", "-c", "1", "-W", "2", loopback]);
     }
     let netns = |name: &str| {
-        let path = endpoints(&story).into_iter().find(|e| e.name.as_str() == name).must(name).netns;
+        let path = story.endpoints("h1").into_iter().find(|e| e.name.as_str() == name).must(name).netns;
         Netns::open(path).must(name)
     };
     assert!(netns("h").is_same(&story.inside("h1")).must("compare"));
@@ -69,9 +55,9 @@ async fn the_modes_side_by_side() {
     assert!(table.contains("container:o") && table.contains("MODE"), "{table}");
 
     // Shared: not to be let go but by force.
-    let held = endpoints(&story);
+    let held = story.endpoints("h1");
     story.ctl("h1", &["detach", "o"]).exits(1).complains(&["endpoint o shares its network namespace with s, t", "--force"]);
-    assert_eq!(endpoints(&story), held);
+    assert_eq!(story.endpoints("h1"), held);
     kernel::run(&story, "h1-o", &["ping", "-c", "1", "-W", "2", &attached.gateway.v4.must("IPv4").to_string()]);
     story.ctl("h1", &["detach", "t"]).exits(0);
     let detached: Detached = story.ctl("h1", &["-o", "json", "detach", "--force", "o"]).exits(0).json();
@@ -86,7 +72,7 @@ async fn the_modes_side_by_side() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_mode_has_not_is_refused() {
-    let story = one_host().await;
+    let story = Story::one_host(Families::Dual).await;
     for (arguments, code, wanted) in [
         (&["attach", "a", "--mode", "bridge"][..], 2, "`bridge` is no mode: overlay, none, host or container:NAME"),
         (&["attach", "a", "--mode", "container:../b"], 2, "is no endpoint name"),
@@ -98,7 +84,7 @@ async fn what_a_mode_has_not_is_refused() {
         (&["attach", "a", "--mode", "none", "--no-source-check"], 1, "mode none has no place for a source check"),
     ] {
         story.ctl("h1", arguments).exits(code).complains(&[wanted]);
-        assert!(endpoints(&story).is_empty() && story.netns("h1-a").is_err(), "{arguments:?}");
+        assert!(story.endpoints("h1").is_empty() && story.netns("h1-a").is_err(), "{arguments:?}");
     }
 }
 
@@ -143,7 +129,7 @@ impl Drop for Process {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_namespace_of_a_process() {
-    let story = one_host().await;
+    let story = Story::one_host(Families::Dual).await;
     let before = Left::settled(&story).await;
     let process = Process::start().await;
     let attached: Attached = story.ctl("h1", &["-o", "json", "attach", "p", "--pid", &process.pid()]).exits(0).json();
@@ -157,7 +143,7 @@ async fn the_namespace_of_a_process() {
     story.at("h1").agent_stop(nix::sys::signal::Signal::SIGKILL).must("SIGKILL");
     story.at("h1").agent_start(&[]).must("start");
     story.at("h1").wait_ready(READY).await.must("ready");
-    let after = endpoints(&story);
+    let after = story.endpoints("h1");
     assert_eq!(after.iter().find(|e| e.name.as_str() == "p"), Some(&attached.endpoint));
     // The host's namespace has another path now, that of the new agent.
     let host = after.iter().find(|e| e.name.as_str() == "host").must("host");
@@ -172,7 +158,7 @@ async fn the_namespace_of_a_process() {
     let other = Process::start().await;
     let attached: Attached = story.ctl("h1", &["-o", "json", "attach", "p", "--pid", &other.pid()]).exits(0).json();
     assert_eq!(interfaces(&other.netns().must("its namespace")), ["eth0", "lo"]);
-    assert_eq!(endpoints(&story), std::slice::from_ref(&attached.endpoint), "the old one is gone");
+    assert_eq!(story.endpoints("h1"), std::slice::from_ref(&attached.endpoint), "the old one is gone");
     assert_eq!(attached.endpoint.port.must("a port").host_interface, old);
     story.ctl("h1", &["detach", "p"]).exits(0);
     assert_eq!(interfaces(&other.netns().must("its namespace")), ["lo"]);

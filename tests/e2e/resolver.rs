@@ -8,15 +8,6 @@ use overlay_tests::programs::{Said, needs, overlayctl};
 use overlay_tests::{Must, Story, kernel};
 use overlayctl::lab::Families;
 
-async fn one_host() -> Story {
-    Story::up(|options| {
-        options.hosts = 1;
-        options.containers = 0;
-        options.families = Families::V4;
-    })
-    .await
-}
-
 fn file(story: &Story, name: &str) -> PathBuf {
     Path::new("/etc/netns").join(story.layout().namespace(&format!("h1-{name}"))).join("resolv.conf")
 }
@@ -30,7 +21,7 @@ fn seen(story: &Story, name: &str) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn from_flags() {
-    let story = one_host().await;
+    let story = Story::one_host(Families::V4).await;
     let flags = ["--dns", "192.0.2.53", "--dns", "2001:db8::53", "--dns-search", "a.example", "--dns-option", "ndots:3"];
     story.ctl("h1", &[&["attach", "web"], &flags[..]].concat()).exits(0);
     let wanted = "nameserver 192.0.2.53|nameserver 2001:db8::53|search a.example|options ndots:3";
@@ -65,7 +56,7 @@ fn ctl_where(story: &Story, host_file: &Path, arguments: &[&str]) -> Said {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn from_the_host_without_what_cannot_be_reached() {
-    let story = one_host().await;
+    let story = Story::one_host(Families::V4).await;
     let directory = tempfile::tempdir().must("a directory");
     let host = directory.path().join("resolv.conf");
     let name = story.layout().namespace("h1-web");
@@ -93,7 +84,7 @@ async fn from_the_host_without_what_cannot_be_reached() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn somebody_elses_file_stays() {
-    let story = one_host().await;
+    let story = Story::one_host(Families::V4).await;
     let file = file(&story, "web");
     let directory = file.parent().must("a directory").to_owned();
     let _removed = Removed(directory.clone());

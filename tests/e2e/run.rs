@@ -5,26 +5,11 @@ use std::process::{Child, Command, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use overlay_agent::model::Endpoint;
-use overlay_agent::model::api::Endpoints;
 use overlay_tests::left::Left;
 use overlay_tests::programs::{needs, overlayctl};
 use overlay_tests::story::{READY, SOON};
 use overlay_tests::{Must, Story, eventually, kernel};
 use overlayctl::lab::Families;
-
-async fn one_host() -> Story {
-    Story::up(|options| {
-        options.hosts = 1;
-        options.containers = 0;
-        options.families = Families::Dual;
-    })
-    .await
-}
-
-fn endpoints(story: &Story) -> Vec<Endpoint> {
-    story.ctl("h1", &["-o", "json", "endpoints"]).exits(0).json::<Endpoints>().endpoints
-}
 
 fn run<'a>(flags: &[&'a str], command: &[&'a str]) -> Vec<&'a str> {
     [&["run"], flags, &["--"], command].concat()
@@ -32,7 +17,7 @@ fn run<'a>(flags: &[&'a str], command: &[&'a str]) -> Vec<&'a str> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_command_has_a_network_of_its_own_and_leaves_nothing() {
-    let story = one_host().await;
+    let story = Story::one_host(Families::Dual).await;
     let before = Left::settled(&story).await;
     let host_file = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
     let script = "cat /etc/resolv.conf; ls /sys/class/net; ip -o address show dev eth0 scope global; exit 7";
@@ -65,7 +50,7 @@ async fn a_command_has_a_network_of_its_own_and_leaves_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn beside_others_and_without_a_network() {
-    let story = one_host().await;
+    let story = Story::one_host(Families::Dual).await;
     story.ctl("h1", &["attach", "web", "--dns", "192.0.2.77"]).exits(0);
     let said = story.ctl("h1", &run(&["--mode", "container:web"], &["sh", "-c", "cat /etc/resolv.conf; ip -o link"])).exits(0);
     assert!(said.out.contains("192.0.2.77") && said.out.contains("eth0"), "{}", said.out);
@@ -74,7 +59,7 @@ async fn beside_others_and_without_a_network() {
     let said = story.ctl("h1", &run(&["--mode", "host"], &["ip", "-o", "link"])).exits(0);
     assert!(said.out.contains("ovb.1"), "{}", said.out);
     story.ctl("h1", &run(&["--name", "web"], &["true"])).exits(2).complains(&["endpoint web is there already"]);
-    assert_eq!(endpoints(&story).len(), 1, "web is still there, the others are gone");
+    assert_eq!(story.endpoints("h1").len(), 1, "web is still there, the others are gone");
     kernel::run(&story, "h1-web", &["ip", "link", "show", "eth0"]);
 }
 
@@ -121,7 +106,7 @@ impl Drop for Running {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn signals_reach_the_command_and_what_was_made_is_taken_down() {
-    let story = one_host().await;
+    let story = Story::one_host(Families::Dual).await;
     let before = Left::settled(&story).await;
     for (signal, trap, code) in [
         (Signal::SIGTERM, "exit 9", 9),
@@ -132,7 +117,7 @@ async fn signals_reach_the_command_and_what_was_made_is_taken_down() {
         let name = signal.as_str().trim_start_matches("SIG");
         let script = format!("trap '{trap}' {name}; echo up; while :; do sleep 0.05; done");
         let running = Running::start(&story, &run(&[], &["sh", "-c", &script]));
-        assert_eq!(endpoints(&story).len(), 1, "attached while it runs");
+        assert_eq!(story.endpoints("h1").len(), 1, "attached while it runs");
         running.signal(signal);
         assert_eq!(running.ends().await, Some(code), "{signal}: {trap}");
         before.same(&story, trap).await;
@@ -147,7 +132,7 @@ async fn signals_reach_the_command_and_what_was_made_is_taken_down() {
 /// The agent starts anew while a command runs: what was made is taken down all the same.
 #[tokio::test(flavor = "multi_thread")]
 async fn over_a_restart_of_the_agent() {
-    let story = one_host().await;
+    let story = Story::one_host(Families::Dual).await;
     let before = Left::settled(&story).await;
     let running = Running::start(
         &story,

@@ -14,7 +14,7 @@ use overlay_agent::model::api::Status;
 use overlay_tests::craft::{self, Mac, Wire};
 use overlay_tests::story::SOON;
 use overlay_tests::wait::eventually_asked;
-use overlay_tests::{Must, Story, eventually, http, kernel};
+use overlay_tests::{Must, Story, eventually, http, kernel, rules};
 use overlayctl::lab::Families;
 
 type Counts = BTreeMap<String, u64>;
@@ -308,7 +308,7 @@ async fn nothing_is_counted_for_nothing() {
     let endpoints = story.at("h1").client().endpoints().await.must("h1").endpoints;
     let mac = endpoints[0].port.as_ref().must("a port").mac.0;
     let from = Wire::open(&story.inside(&format!("h1-{}", endpoints[0].name)), "eth0");
-    let local = frames::link_local(mac);
+    let local = rules::link_local(mac);
     let packet = craft::udp(SocketAddr::new(local, 9), "[ff02::1]:9".parse().must("an address"), b"IPv6");
     from.send(&craft::ip_frame(frames::ALL_NODES, mac, &packet));
     eventually_asked("IPv6 in a network without it is counted", SOON, || async {

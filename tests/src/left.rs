@@ -2,7 +2,6 @@
 
 use overlay_agent::kernel::netns::Netns;
 use overlay_agent::model::Endpoint;
-use overlay_agent::model::api::Endpoints;
 
 use crate::dump::Dump;
 use crate::story::SOON;
@@ -48,7 +47,7 @@ impl Left {
         Left {
             host: Dump::of(&story.inside("h1")),
             names: ours.map(|(kind, name)| format!("{kind} {name}")).collect(),
-            endpoints: story.ctl("h1", &["-o", "json", "endpoints"]).exits(0).json::<Endpoints>().endpoints,
+            endpoints: story.endpoints("h1"),
         }
     }
 

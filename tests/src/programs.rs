@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Output;
+use std::time::Duration;
 
 use crate::Must;
 
@@ -91,4 +92,14 @@ impl Said {
             Err(error) => panic!("`{}`: {error} in:\n{}{}", self.command, self.out, self.err),
         }
     }
+}
+
+/// User and system time of a process so far: fields 14 and 15 of `proc_pid_stat(5)`, in ticks of a hundredth of a second.
+#[track_caller]
+pub fn processor_time(pid: i32) -> Duration {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).must("the agent's processor time");
+    // The name, in parentheses, may hold anything.
+    let fields: Vec<&str> = stat.rsplit_once(')').must("a name").1.split_whitespace().collect();
+    let ticks: u64 = [11, 12].iter().map(|n| fields[*n].parse::<u64>().must("ticks")).sum();
+    Duration::from_millis(ticks * 10)
 }

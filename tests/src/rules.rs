@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv6Addr};
 
 use overlay_agent::model::api::SubnetEntry;
 use overlay_agent::model::publish::Publish;
-use overlay_agent::model::{Cidr, Endpoint, Family, Mac, PerFamily, Subnet};
+use overlay_agent::model::{Cidr, Endpoint, Family, PerFamily, Subnet};
 use overlayctl::lab::Lab;
 
 use crate::kernel::attempt;
@@ -196,7 +196,7 @@ impl Golden<'_> {
             }
             for (family, address) in port.addresses.iter() {
                 let digit = words(family).digit;
-                let linklocal = (family == Family::V6).then(|| link_local(port.mac));
+                let linklocal = (family == Family::V6).then(|| link_local(port.mac.0));
                 for source in [Some(*address), linklocal].into_iter().flatten().filter(|_| endpoint.source_check) {
                     add("bridge", format!("source{digit}"), format!("{from} . {} . {source}", port.mac));
                 }
@@ -231,8 +231,8 @@ fn mask(subnet: Cidr) -> String {
 }
 
 /// The address that the kernel makes of a MAC (RFC 4291, appendix A).
-fn link_local(mac: Mac) -> IpAddr {
-    let [a, b, c, d, e, f] = mac.0.map(u16::from);
+pub fn link_local(mac: [u8; 6]) -> IpAddr {
+    let [a, b, c, d, e, f] = mac.map(u16::from);
     Ipv6Addr::new(0xfe80, 0, 0, 0, (a ^ 2) << 8 | b, c << 8 | 0xff, 0xfe00 | d, e << 8 | f).into()
 }
 

@@ -6,8 +6,8 @@ use std::sync::Once;
 use std::time::Duration;
 
 use overlay_agent::kernel::netns::Netns;
-use overlay_agent::model::Family;
-use overlay_agent::model::api::Status;
+use overlay_agent::model::api::{Endpoints, Status};
+use overlay_agent::model::{Endpoint, Family};
 use overlayctl::lab::{Families, Home, Host, Lab, LabGuard, LabName, LabOptions, Progress, agent, check, process};
 
 use crate::programs::{Said, needs, needs_root, overlayctl, overlayd};
@@ -64,6 +64,22 @@ impl Story {
             options.agents = false;
         })
         .await
+    }
+
+    /// One host without containers, its agent ready.
+    pub async fn one_host(families: Families) -> Story {
+        Story::up(|options| {
+            options.hosts = 1;
+            options.containers = 0;
+            options.families = families;
+        })
+        .await
+    }
+
+    /// The endpoints of a host, as `overlayctl` lists them.
+    #[track_caller]
+    pub fn endpoints(&self, host: &str) -> Vec<Endpoint> {
+        self.ctl(host, &["-o", "json", "endpoints"]).exits(0).json::<Endpoints>().endpoints
     }
 
     /// Starts a host's agent and waits until it is ready.

@@ -7,6 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::{Context, ensure};
 use clap::Args;
 use nix::sys::signal::Signal;
+use overlay_tests::programs::processor_time;
 use overlayctl::lab::Host;
 use serde_json::Value;
 
@@ -120,7 +121,7 @@ async fn start(stage: &Stage, host: &Host<'_>) -> anyhow::Result<Start> {
     let agent = host.agent_start(&["--log-level", "debug", "--log-format", "json"])?;
     stage.settled(host).await?;
     let text = fs::read(&log).with_context(|| format!("cannot read {}", log.display()))?;
-    let mut start = Start { processor: processor(agent.pid)?, ..Start::default() };
+    let mut start = Start { processor: milliseconds(processor_time(agent.pid)), ..Start::default() };
     for line in text.get(usize::try_from(before)?..).unwrap_or_default().split(|byte| *byte == b'\n') {
         let Ok(line) = serde_json::from_slice::<Value>(line) else { continue };
         let field = |name: &str| line.get(name).or_else(|| line.get("fields")?.get(name));
@@ -140,14 +141,4 @@ async fn start(stage: &Stage, host: &Host<'_>) -> anyhow::Result<Start> {
     }
     ensure!(start.in_place > 0.0, "{} does not say that the overlay is in place", log.display());
     Ok(start)
-}
-
-/// Processor time of a process so far, in ms: `utime` and `stime` of `proc_pid_stat(5)`.
-fn processor(pid: i32) -> anyhow::Result<f64> {
-    let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // The name, in parentheses, may hold anything.
-    let fields: Vec<&str> = text.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-    let ticks: f64 = [11, 12].iter().filter_map(|field| fields.get(*field)?.parse::<f64>().ok()).sum();
-    let a_second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)?.context("no clock tick")?;
-    Ok(ticks * 1e3 / a_second as f64)
 }

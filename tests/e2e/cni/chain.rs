@@ -95,7 +95,7 @@ async fn with_portmap_firewall_tuning_and_bandwidth() {
 /// Behind another plugin: what it has made stays in the result, and ours is added.
 #[tokio::test(flavor = "multi_thread")]
 async fn behind_another() {
-    let story = super::one_host(Families::V4).await;
+    let story = Story::one_host(Families::V4).await;
     let mut network = Network::of(&story, "h1", "1.0.0");
     let ours = network.plugins.remove(0);
     let local = json!({

@@ -13,11 +13,11 @@ use overlay_tests::{Must, Story, kernel, within};
 use overlayctl::lab::Families;
 use serde_json::Value;
 
-use super::{as_before, endpoints, one_host, still};
+use super::{as_before, endpoints, still};
 
 /// A story with one host, after its first container came and went: what comes along with the first one is there.
 async fn prepared() -> (Story, Network) {
-    let story = one_host(Families::Dual).await;
+    let story = Story::one_host(Families::Dual).await;
     let network = Network::of(&story, "h1", "1.1.0");
     let who = Attachment::new(&story, "h1", "first");
     network.add(&who).map_err(|said| said.out).must("ADD");

@@ -3,11 +3,11 @@
 use overlay_agent::kernel::netns::Netns;
 use overlay_agent::model::Family;
 use overlay_tests::cni::{Attachment, Network, VERSIONS, error_of};
-use overlay_tests::{Must, kernel};
+use overlay_tests::{Must, Story, kernel};
 use overlayctl::lab::Families;
 use serde_json::{Value, json};
 
-use super::{as_before, endpoints, one_host, still};
+use super::{as_before, endpoints, still};
 
 /// Whether a version has a verb.
 fn since(version: &str, first: &str) -> bool {
@@ -16,7 +16,7 @@ fn since(version: &str, first: &str) -> bool {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_verb_in_every_version() {
-    let story = one_host(Families::Dual).await;
+    let story = Story::one_host(Families::Dual).await;
     // Modules that come with the first container bring sysctls along.
     let first = Attachment::new(&story, "h1", "first");
     let network = Network::of(&story, "h1", "1.1.0");
@@ -112,7 +112,7 @@ fn in_the_kernel(story: &overlay_tests::Story, result: &Value, who: &Attachment)
 
 #[tokio::test(flavor = "multi_thread")]
 async fn check_sees_what_is_changed() {
-    let story = one_host(Families::Dual).await;
+    let story = Story::one_host(Families::Dual).await;
     let network = Network::of(&story, "h1", "1.0.0");
     let (v4, v6) = ("ip -4 address flush dev eth0", "ip -6 address flush dev eth0 scope global");
     for (n, (change, wanted)) in [
@@ -153,7 +153,7 @@ async fn check_sees_what_is_changed() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_runtime_wishes() {
-    let story = one_host(Families::Dual).await;
+    let story = Story::one_host(Families::Dual).await;
     let subnet = story.status("h1").await.lease.must("a lease").subnet;
     let nth = |family: Family, n: u128| subnet.get(family).and_then(|range| range.nth(n)).must("an address").to_string();
     let mut network = Network::of(&story, "h1", "1.0.0");
@@ -211,7 +211,7 @@ async fn what_a_runtime_wishes() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn gc_removes_what_the_runtime_has_no_longer() {
-    let story = one_host(Families::V4).await;
+    let story = Story::one_host(Families::V4).await;
     let network = Network::of(&story, "h1", "1.1.0");
     let other = Network { name: "overlay2".to_owned(), ..network.clone() };
     let who: Vec<Attachment> = ["a", "b", "c", "d"].iter().map(|name| Attachment::new(&story, "h1", name)).collect();

@@ -1,8 +1,9 @@
 //! The frames: each with its name and with what must become of it.
 
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 
 use overlay_tests::craft::{self, ARP, BROADCAST, Mac, icmpv6, ip_frame};
+use overlay_tests::rules::link_local;
 
 /// What must become of a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,13 +42,6 @@ type Frames = Vec<(String, Vec<u8>, Verdict)>;
 
 fn parse(text: &str) -> IpAddr {
     text.parse().expect("an address")
-}
-
-/// The link-local address that the kernel makes of a MAC (RFC 4291 appendix A).
-pub fn link_local(mac: Mac) -> IpAddr {
-    let [a, b, c, d, e, f] = mac;
-    let words = [[a ^ 2, b], [c, 0xff], [0xfe, d], [e, f]].map(u16::from_be_bytes);
-    Ipv6Addr::new(0xfe80, 0, 0, 0, words[0], words[1], words[2], words[3]).into()
 }
 
 fn option(kind: u8, mac: Mac) -> Vec<u8> {
