@@ -165,12 +165,17 @@ impl Checker {
                 port == Some((true, true)) && !host.contains(['/', '@', ' '])
             });
             if !good {
-                let rule = if endpoint.contains('@') {
-                    "holds a user: use --etcd-username and --etcd-password-file"
-                } else {
-                    "is not a URL such as http://192.0.2.10:2379 or https://etcd-1:2379"
+                let rule = match rest {
+                    _ if endpoint.contains('@') => "holds a user: use --etcd-username and --etcd-password-file".to_owned(),
+                    Some(host) if !host.is_empty() && !host.contains([':', '/', ' ']) => {
+                        format!("has no port: is it {endpoint}:2379?")
+                    }
+                    None if !endpoint.contains(['/', ' ']) && endpoint.contains(':') => {
+                        format!("has no scheme: http://{endpoint}, or https://{endpoint} where etcd speaks TLS")
+                    }
+                    _ => "is not a URL such as http://192.0.2.10:2379 or https://etcd-1:2379".to_owned(),
                 };
-                self.fail("etcd-endpoints", &secret::without_login(endpoint), rule);
+                self.fail("etcd-endpoints", &secret::without_login(endpoint), &rule);
             }
         }
         let prefix = self.raw.text("etcd-prefix").unwrap_or_default();
@@ -182,11 +187,16 @@ impl Checker {
         let client_certificate = match (self.readable("etcd-certfile"), self.readable("etcd-keyfile")) {
             (Some(certificate), Some(key)) => Some((certificate, key)),
             (Some(certificate), None) => {
-                self.fail("etcd-certfile", &certificate.display().to_string(), "needs --etcd-keyfile beside it");
+                // One that is given and cannot be read is told of already.
+                if !self.raw.is_set("etcd-keyfile") {
+                    self.fail("etcd-certfile", &certificate.display().to_string(), "needs --etcd-keyfile beside it");
+                }
                 None
             }
             (None, Some(key)) => {
-                self.fail("etcd-keyfile", &key.display().to_string(), "needs --etcd-certfile beside it");
+                if !self.raw.is_set("etcd-certfile") {
+                    self.fail("etcd-keyfile", &key.display().to_string(), "needs --etcd-certfile beside it");
+                }
                 None
             }
             (None, None) => None,

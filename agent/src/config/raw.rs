@@ -127,7 +127,10 @@ fn parse(text: &str, path: &Path, mistakes: &mut Vec<Mistake>) -> BTreeMap<&'sta
                 mistakes.push(Mistake { place, value: "...".to_owned(), rule: rule.to_owned() });
                 continue;
             }
-            let near = nearest(&key).map_or_else(String::new, |name| format!(": did you mean `{name}`?"));
+            let near = match &value {
+                toml::Value::Table(table) => in_a_table(&key, table),
+                _ => nearest(&key).map_or_else(String::new, |name| format!(": did you mean `{name}`?")),
+            };
             fail(format!("is no setting{near}"));
             continue;
         };
@@ -152,6 +155,13 @@ fn parse(text: &str, path: &Path, mistakes: &mut Vec<Mistake>) -> BTreeMap<&'sta
         }
     }
     values
+}
+
+/// What to write in place of a table, which no setting stands in.
+fn in_a_table(table: &str, inside: &toml::Table) -> String {
+    let meant = inside.keys().find_map(|key| nearest(&format!("{table}-{key}")).or_else(|| nearest(key)));
+    let such = meant.map_or_else(String::new, |name| format!(", as `{name} = ...`"));
+    format!(" but a table: settings stand at the top of the file, not below a line in brackets{such}")
 }
 
 /// The setting whose name is nearest, where one is near: at most two letters added, left out or changed.

@@ -14,6 +14,7 @@ use super::objects::{self, LinkInfo};
 use super::rtnl::{Rtnl, no_link_local};
 use super::socket::{Refusal, RouteSocket};
 use super::sysctl;
+use crate::model::network::IPV6_LEAST_MTU;
 use crate::plan::OpError;
 use crate::plan::state::{LINK_ALIAS, LinkKind, LinkState, Vxlan};
 
@@ -205,7 +206,13 @@ impl Links<'_> {
             change = if wanted.up { change.up() } else { change.down() };
         }
         let changed = self.rtnl.change_link(change.build()).await;
-        changed.map_err(|e| change_advice(name, wanted, &e))
+        changed.map_err(|e| change_advice(name, wanted, &e))?;
+        if link.mtu < IPV6_LEAST_MTU && wanted.mtu >= IPV6_LEAST_MTU {
+            // The kernel has just begun IPv6 on it, with its own defaults.
+            sysctl::write_if_there(&sysctl::accept_ra(name), "0")?;
+            mark(self.rtnl, link.index, name).await?;
+        }
+        Ok(())
     }
 
     /// Whether frames may leave by the port that they came in by. A port that joins another bridge begins without.
@@ -270,7 +277,7 @@ fn change_advice(name: &str, wanted: &LinkState, refusal: &Refusal) -> OpError {
     let mut e = refusal.during(format!("cannot change interface {name}"));
     let remedy = match (refusal.errno, &wanted.kind) {
         (libc::EADDRINUSE, LinkKind::Vxlan(v)) => {
-            format!("; UDP port {} is taken by another program (ss -ulnp shows it): stop it or choose another port", v.port)
+            format!("; UDP port {} is taken by another program (ss -ulnp shows it): stop it, or choose another Backend.Port for the network, which all hosts share", v.port)
         }
         (libc::EINVAL, LinkKind::Vxlan(_)) => format!(
             "; is MTU {} more than the external interface's MTU allows? VXLAN needs 50 bytes over IPv4 and 70 over IPv6",
