@@ -388,9 +388,9 @@ rights() {
     local pid status
     pid=$(property 1 MainPID)
     status=$(on 1 cat "/proc/$pid/status")
-    # CAP_NET_ADMIN (bit 12) and CAP_SYS_ADMIN (bit 21).
+    # CAP_NET_ADMIN (bit 12), CAP_NET_RAW (bit 13) and CAP_SYS_ADMIN (bit 21).
     for set in CapEff CapPrm CapBnd CapAmb; do
-        grep -q "^$set:.*0000000000201000$" <<<"$status" || fail "$set: $(grep $set <<<"$status")"
+        grep -q "^$set:.*0000000000203000$" <<<"$status" || fail "$set: $(grep $set <<<"$status")"
     done
     grep -q "^NoNewPrivs:.*1" <<<"$status" || fail "NoNewPrivs"
     want overlayd on 1 ps -o user= -p "$pid"

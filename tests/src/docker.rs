@@ -118,7 +118,7 @@ impl Drop for DockerFiles {
 }
 
 /// Removes what test runs that were killed have left: control groups and files of labs that are over. What is still in use stays for the next time.
-pub(crate) fn remove_left_over(is_over: impl Fn(&str) -> bool) {
+pub fn remove_left_over(is_over: impl Fn(&str) -> bool) {
     let left = |parent: &Path, prefix: &str| -> Vec<PathBuf> {
         let entries = fs::read_dir(parent).into_iter().flatten().flatten();
         let over = |name: &str| name.strip_prefix(prefix)?.split_once('-').map(|(lab, _)| is_over(lab));

@@ -208,9 +208,20 @@ impl Links<'_> {
         let changed = self.rtnl.change_link(change.build()).await;
         changed.map_err(|e| change_advice(name, wanted, &e))?;
         if link.mtu < IPV6_LEAST_MTU && wanted.mtu >= IPV6_LEAST_MTU {
-            // The kernel has just begun IPv6 on it, with its own defaults.
-            sysctl::write_if_there(&sysctl::accept_ra(name), "0")?;
-            mark(self.rtnl, link.index, name).await?;
+            self.tame_ipv6(link).await?;
+        }
+        Ok(())
+    }
+
+    /// Takes from a link on which the kernel has just begun IPv6 what it then does by itself, and has done: a link-local address is there already.
+    async fn tame_ipv6(&mut self, link: &LinkInfo) -> Result<(), OpError> {
+        sysctl::write_if_there(&sysctl::accept_ra(&link.name), "0")?;
+        mark(self.rtnl, link.index, &link.name).await?;
+        let switch = sysctl::disable_ipv6(&link.name);
+        if sysctl::read(&switch)?.as_deref() == Some(sysctl::OFF) {
+            // There was no IPv6 a moment ago: no address is lost but that one.
+            sysctl::write(&switch, "1")?;
+            sysctl::write(&switch, sysctl::OFF)?;
         }
         Ok(())
     }

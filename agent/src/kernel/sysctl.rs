@@ -23,6 +23,11 @@ pub fn addr_gen_mode(interface: &str) -> String {
     format!("ipv6/conf/{interface}/addr_gen_mode")
 }
 
+/// Whether an interface is without IPv6; switched on, all its addresses go.
+pub fn disable_ipv6(interface: &str) -> String {
+    format!("ipv6/conf/{interface}/disable_ipv6")
+}
+
 /// Whether packets from and to 127.0.0.0/8 may pass an interface.
 pub fn route_localnet(interface: &str) -> String {
     format!("ipv4/conf/{interface}/route_localnet")

@@ -229,7 +229,7 @@ const UNAUTHENTICATED: i32 = 16;
 const ENDED: [&str; 3] = ["connection closed", "broken pipe", "reset by peer"];
 
 /// The client library's own words, which say nothing to whoever reads them behind the system's.
-const NOISE: [&str; 2] = ["tcp connect error: ", "transport error: "];
+const NOISE: [&str; 3] = ["tcp connect error: ", "transport error: ", ": transport error"];
 
 impl Context {
     pub(super) fn who(&self) -> String {
@@ -290,6 +290,8 @@ impl Context {
             "its certificate is not signed by the CA of --etcd-cafile (by none that this host trusts, where no file is given)"
         } else if says("NotValidForName") || says("not valid for name") {
             "its certificate names other hosts: use the name in the certificate as endpoint"
+        } else if says("NotValidYet") || says("not valid yet") {
+            "its certificate is not valid yet: is this host's clock right?"
         } else if says("Expired") || says("expired") {
             "its certificate has expired: renew it, or set this host's clock right"
         } else if says("CertificateRequired") || says("certificate required") || says("BadCertificate") || says("UnknownCA") {
@@ -302,11 +304,14 @@ impl Context {
         } else if says("certificate") || says("tls") || says("TLS") || says("fatal alert") {
             "check --etcd-cafile, --etcd-certfile and --etcd-keyfile"
         } else {
-            let detail = NOISE.iter().fold(detail, |detail, noise| detail.replace(noise, ""));
-            return StoreError::Unreachable { endpoint, detail };
+            return StoreError::Unreachable { endpoint, detail: plain(&detail) };
         };
-        StoreError::Tls { endpoint, detail, remedy }
+        StoreError::Tls { endpoint, detail: plain(&detail), remedy }
     }
+}
+
+fn plain(detail: &str) -> String {
+    NOISE.iter().fold(detail.to_owned(), |detail, noise| detail.replace(noise, ""))
 }
 
 /// What to do about an endpoint that cannot be reached, by the system's words.
