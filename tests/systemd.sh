@@ -570,6 +570,15 @@ refused() {
     echo 'run-dri = "/run/x"' >>"$WORK/h1/root/etc/overlayd/overlayd.toml"
     on 1 systemctl restart overlayd >/dev/null 2>&1 && fail "it started"
     want "did you mean \`run-dir\`" on 1 journalctl --no-pager -n 20 -u overlayd
+    # What the agent's user may not read, and what systemd has not loaded.
+    sed 's/"ca.crt"/"ca.pem"/; s/"overlay-agent.key"/"\/root\/overlay-agent.key"/' "$WORK/toml" >"$WORK/h1/root/etc/overlayd/overlayd.toml"
+    on 1 systemctl restart overlayd >/dev/null 2>&1 && fail "it started"
+    want "systemd has loaded no ca.pem from /etc/overlayd/credentials" on 1 journalctl --no-pager -n 20 -u overlayd
+    want "give its bare name, \`overlay-agent.key\`" on 1 journalctl --no-pager -n 20 -u overlayd
+    on 1 chmod 600 /etc/overlayd/overlayd.toml
+    on 1 systemctl restart overlayd >/dev/null 2>&1 && fail "it started"
+    want "chmod 644 /etc/overlayd/overlayd.toml" on 1 journalctl --no-pager -n 20 -u overlayd
+    on 1 chmod 644 /etc/overlayd/overlayd.toml
     cp "$WORK/toml" "$WORK/h1/root/etc/overlayd/overlayd.toml"
     eventually 30 "it is tried again by itself" on 1 systemctl is-active overlayd.service
     flow_end "wrong configuration"

@@ -334,7 +334,8 @@ impl Checker {
             }
             Err(SecretError::File(error)) => {
                 let place = if path == Path::new(&text) { String::new() } else { format!(" at {}", path.display()) };
-                self.fail(name, &text, &format!("cannot be read{place}: {error}"));
+                let advice = credential::advice(&text, &error);
+                self.fail(name, &text, &format!("cannot be read{place}: {error}{advice}"));
                 None
             }
         }

@@ -404,7 +404,18 @@ async fn the_clock_of_etcd_over_tls() {
     fs::write(answers.join("version"), "HTTP/1.0 200 OK\r\nDate: Sun, 06 Nov 1994 08:49:37 GMT\r\n\r\n{}").must("an answer");
     let file = |name: &str| pki.join(name).to_string_lossy().into_owned();
     let mut server = Command::new("timeout");
-    server.args(["300", "openssl", "s_server", "-accept", "127.0.0.1:2398", "-HTTP", "-quiet", "-Verify", "1", "-verify_return_error"]);
+    server.args([
+        "300",
+        "openssl",
+        "s_server",
+        "-accept",
+        "127.0.0.1:2398",
+        "-HTTP",
+        "-quiet",
+        "-Verify",
+        "1",
+        "-verify_return_error",
+    ]);
     server.args(["-cert", &file("old.crt"), "-key", &file("old.key"), "-CAfile", &file("ca.crt")]).current_dir(&answers);
     let (log, record) = (story.dir().join("s_server.log"), story.dir().join("s_server.pid"));
     let server = process::start(server, Some(&story.inside("h1")), &log, &record).must("openssl");

@@ -166,7 +166,10 @@ async fn the_networks_file_is_not_what_it_should_be() {
     for (text, words) in [
         ("{\"Network\": \"10.244.0.0/16\",}", &["is not JSON", "line 1 column"][..]),
         ("{\"Network\": \"10.244.0.1/16\"}", &["Network: `10.244.0.1/16`", "10.244.0.0/16"]),
-        ("{\"Network\": \"10.244.0.0/16\", \"Backend\": {\"Type\": \"vxlan\", \"MTU\": 1200}}", &["Backend.MTU: `1200`", "1350", "IPv6"]),
+        (
+            "{\"Network\": \"10.244.0.0/16\", \"Backend\": {\"Type\": \"vxlan\", \"MTU\": 1200}}",
+            &["Backend.MTU: `1200`", "1350", "IPv6"],
+        ),
     ] {
         fs::write(&path, text).must("a file");
         let said = story.ctl("h1", &["config", "validate", &shown]).exits(1);
@@ -210,8 +213,13 @@ async fn ports_that_are_taken() {
     stop(&story);
 
     // What stands on the device that cannot be made fails as well: the device is named first.
-    kernel::shell(&story, "h1", "ip link delete ovx.1; ip link add flannel.1 type vxlan id 1 dstport 8472 dev eth0; ip link set flannel.1 up");
-    problem(&story, &[], &["cannot be programmed, the first: set link ovx.1", "in use by interface flannel.1", "delete it"]).await;
+    kernel::shell(
+        &story,
+        "h1",
+        "ip link delete ovx.1; ip link add flannel.1 type vxlan id 1 dstport 8472 dev eth0; ip link set flannel.1 up",
+    );
+    problem(&story, &[], &["cannot be programmed, the first: set link ovx.1", "in use by interface flannel.1", "delete it"])
+        .await;
     kernel::shell(&story, "h1", "ip link delete flannel.1");
     story.at("h1").wait_ready(READY).await.must("ready once it is gone");
 }
@@ -268,9 +276,15 @@ async fn a_firewall_before_there_are_peers() {
     let story = Story::one_host(Families::V4).await;
     let check = || story.ctl("h1", &["check", "firewall"]);
     check().exits(0);
-    kernel::shell(&story, "h1", "nft 'table inet strict { chain in { type filter hook input priority 0; policy drop; tcp sport 2379 accept; }; }'");
+    kernel::shell(
+        &story,
+        "h1",
+        "nft 'table inet strict { chain in { type filter hook input priority 0; policy drop; tcp sport 2379 accept; }; }'",
+    );
     let said = check().exits(3).out;
-    for word in ["UDP port 8472", "from peers", "table inet strict, chain in", "nft insert rule inet strict in udp dport 8472 accept"] {
+    for word in
+        ["UDP port 8472", "from peers", "table inet strict, chain in", "nft insert rule inet strict in udp dport 8472 accept"]
+    {
         assert!(said.contains(word), "{word}: {said}");
     }
     kernel::shell(&story, "h1", "nft delete table inet strict");
@@ -291,7 +305,9 @@ async fn state_of_before() {
     story.start("h1").await;
     let host = story.at("h2");
     host.agent_start(&[]).must("start");
-    let named = |status: &Status| status.problems.iter().any(|p| p.contains("this host's identity is that of host h1") && p.contains("node-id"));
+    let named = |status: &Status| {
+        status.problems.iter().any(|p| p.contains("this host's identity is that of host h1") && p.contains("node-id"))
+    };
     host.wait_status(READY, "the copy is not named", named).await.must("h2");
     assert!(story.status("h1").await.ready, "the first one keeps what it has");
     host.agent_stop(Signal::SIGTERM).must("stop");
@@ -308,8 +324,11 @@ async fn state_of_before() {
     story.logged("h2", &["state.json", "set aside", "torn"]).await;
     let file = story.dir().join("file");
     fs::write(&file, "").must("a file");
-    for (run, state, flag) in [(file.join("run"), copy.clone(), "--run-dir"), (story.dir().join("new/run"), file.join("state"), "--state-dir")] {
-        let said = story.ends("world", story.overlayd("h1", run, state)).exits(1).complains(&[flag, "Not a directory", "remove it"]);
+    for (run, state, flag) in
+        [(file.join("run"), copy.clone(), "--run-dir"), (story.dir().join("new/run"), file.join("state"), "--state-dir")]
+    {
+        let said =
+            story.ends("world", story.overlayd("h1", run, state)).exits(1).complains(&[flag, "Not a directory", "remove it"]);
         assert_eq!(said.err.matches("Not a directory").count(), 1, "{}", said.err);
     }
 }

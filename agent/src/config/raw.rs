@@ -75,7 +75,14 @@ pub fn gather(matches: &ArgMatches) -> Raw {
         Err(error) if named.is_none() && error.kind() == std::io::ErrorKind::NotFound => BTreeMap::new(),
         Err(error) => {
             let place = "--config".to_owned();
-            raw.mistakes.push(Mistake { place, value: path.display().to_string(), rule: format!("cannot be read: {error}") });
+            let advice = match error.kind() {
+                std::io::ErrorKind::PermissionDenied => {
+                    format!("; the agent's user needs to read it: chmod 644 {}", path.display())
+                }
+                _ => String::new(),
+            };
+            let rule = format!("cannot be read: {error}{advice}");
+            raw.mistakes.push(Mistake { place, value: path.display().to_string(), rule });
             BTreeMap::new()
         }
     };

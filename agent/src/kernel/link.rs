@@ -288,7 +288,10 @@ fn change_advice(name: &str, wanted: &LinkState, refusal: &Refusal) -> OpError {
     let mut e = refusal.during(format!("cannot change interface {name}"));
     let remedy = match (refusal.errno, &wanted.kind) {
         (libc::EADDRINUSE, LinkKind::Vxlan(v)) => {
-            format!("; UDP port {} is taken by another program (ss -ulnp shows it): stop it, or choose another Backend.Port for the network, which all hosts share", v.port)
+            format!(
+                "; UDP port {} is taken by another program (ss -ulnp shows it): stop it, or choose another Backend.Port for the network, which all hosts share",
+                v.port
+            )
         }
         (libc::EINVAL, LinkKind::Vxlan(_)) => format!(
             "; is MTU {} more than the external interface's MTU allows? VXLAN needs 50 bytes over IPv4 and 70 over IPv6",

@@ -68,7 +68,11 @@ impl MeshNumbers {
 
     pub(super) fn render(&self, page: &mut Page) {
         let (probing, summary) = self.now.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        page.gauge("overlayd_mesh_probing", "1 while peers are probed: 0 where it is switched off or not allowed.", u64::from(probing));
+        page.gauge(
+            "overlayd_mesh_probing",
+            "1 while peers are probed: 0 where it is switched off or not allowed.",
+            u64::from(probing),
+        );
         page.head("overlayd_mesh_peers", "Peers by how they are reached, one a family.", "gauge");
         let counts: BTreeMap<Reach, u64> = summary.states;
         for state in STATES {

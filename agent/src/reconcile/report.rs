@@ -1,15 +1,15 @@
 //! Answers to questions: what the agent knows, in the shapes of the socket.
 
 use super::{Memory, Query, Reconciler, SubnetRow};
-use crate::model::network::IPV6_LEAST_MTU;
-use crate::model::{Device, Family};
 use crate::model::api::{
     DataPathStatus, Health, LeaseStatus, PeerEntry, Peers, Status, StoreStatus, SubnetEntry, UnderlayStatus,
 };
 use crate::model::event::{Connection, OwnLease};
+use crate::model::network::IPV6_LEAST_MTU;
 use crate::model::peer::Reach;
-use crate::plan::state::{State, Value, Via};
+use crate::model::{Device, Family};
 use crate::plan::desired::Host;
+use crate::plan::state::{State, Value, Via};
 use crate::plan::{DataPath, Key};
 
 /// How many failed entries and refusals the status lists; the numbers are complete.

@@ -123,9 +123,14 @@ mod tests {
         assert_eq!(parse_date("Thu, 01 Jan 1970 00:00:00 GMT"), Some(0));
         assert_eq!(parse_date("Tue, 29 Feb 2028 23:59:59 GMT"), Some(1_835_481_599));
         let huge = format!("Sun, 06 Nov 1994 {}:00:00 GMT", u64::MAX);
-        for bad in
-            ["", "Sunday, 06-Nov-94 08:49:37 GMT", "Sun, 06 Nov 1994 08:49 GMT", "x, 1 Xxx 2000 1:1:1 GMT", "x, 0 Jan 2000 1:1:1 GMT", &huge]
-        {
+        for bad in [
+            "",
+            "Sunday, 06-Nov-94 08:49:37 GMT",
+            "Sun, 06 Nov 1994 08:49 GMT",
+            "x, 1 Xxx 2000 1:1:1 GMT",
+            "x, 0 Jan 2000 1:1:1 GMT",
+            &huge,
+        ] {
             assert_eq!(parse_date(bad), None, "{bad}");
         }
     }
