@@ -394,7 +394,7 @@ mod tests {
         for wanted in [
             "8 mistakes",
             "--public-ip: `::1`",
-            "--etcd-endpoints: `127.0.0.1:2379` is not a URL",
+            "--etcd-endpoints: `127.0.0.1:2379` has no scheme: http://127.0.0.1:2379, or https://",
             "--iface-regex: `(` is no regular expression",
             "run-dri in ",
             "is no setting: did you mean `run-dir`?",

@@ -124,10 +124,10 @@ fn send(shared: &Shared, sockets: &PerFamily<AsyncFd<Echo>>, probe: Probe) {
         Some(socket) => socket.get_ref().send(probe.address, probe.number).map_err(|error| error.to_string()),
         None => Err("no socket of its family".to_owned()),
     };
-    if let Err(error) = sent {
-        if let Some(way) = shared.with(|book| book.unsent(probe.number, error)) {
-            shared.metrics.probe_lost(way);
-        }
+    if let Err(error) = sent
+        && let Some(way) = shared.with(|book| book.unsent(probe.number, error))
+    {
+        shared.metrics.probe_lost(way);
     }
 }
 
