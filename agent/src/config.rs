@@ -414,6 +414,7 @@ mod tests {
             (&["--etcd-endpoints=https://root:hunter2@a:2379"][..], "", "use --etcd-username and --etcd-password-file"),
             (&[][..], "etcd-password = \"hunter2\"\n", "etcd-password-file or etcd-keyfile names"),
             (&[][..], "etcd-password = \"hunter2\n", "is not TOML"),
+            (&[][..], "[etcd]\npassword = \"hunter2\"\n", "but a table: settings stand at the top of the file"),
         ] {
             let error = check(args, file).expect_err(wanted);
             assert!(error.contains(wanted) && !error.contains("hunter2"), "{error}");

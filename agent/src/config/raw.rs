@@ -127,7 +127,12 @@ fn parse(text: &str, path: &Path, mistakes: &mut Vec<Mistake>) -> BTreeMap<&'sta
     };
     for (key, value) in table {
         let place = format!("{key} in {}", path.display());
-        let mut fail = |rule: String| mistakes.push(Mistake { place: place.clone(), value: value.to_string(), rule });
+        let shown = match &value {
+            // What stands in it may be a secret.
+            toml::Value::Table(_) => format!("[{key}]"),
+            other => other.to_string(),
+        };
+        let mut fail = |rule: String| mistakes.push(Mistake { place: place.clone(), value: shown.clone(), rule });
         let Some(setting) = SETTINGS.iter().find(|setting| setting.name == key) else {
             if secret::is_secret(&key) {
                 let rule = "is no setting: a secret stands in a file of its own, which etcd-password-file or etcd-keyfile names";

@@ -217,7 +217,8 @@ impl Links<'_> {
     /// Takes from a link on which the kernel has just begun IPv6 what it then does by itself, and has done: a link-local address is there already.
     async fn tame_ipv6(&mut self, link: &LinkInfo) -> Result<(), OpError> {
         sysctl::write_if_there(&sysctl::accept_ra(&link.name), "0")?;
-        mark(self.rtnl, link.index, &link.name).await?;
+        let change = marked(link.index, &link.name)?;
+        self.rtnl.change_link(change).await.map_err(|e| not_marked(&link.name, &e))?;
         let switch = sysctl::disable_ipv6(&link.name);
         if sysctl::read(&switch)?.as_deref() == Some(sysctl::OFF) {
             // There was no IPv6 a moment ago: no address is lost but that one.
