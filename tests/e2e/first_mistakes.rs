@@ -53,9 +53,9 @@ async fn etcd_is_not_where_it_is_looked_for() {
     let etcd = story.layout().etcd_endpoints()[0].clone();
     let unused = |flag: &str| etcd.replace("2379", flag);
     for (endpoint, words) in [
-        // Nothing listens; nothing has the address; the name is nobody's.
+        // Nothing listens; nothing has the address, which the kernel finds after three seconds or the agent gives up after five; the name is nobody's.
         (unused("2399"), &["2399 cannot be reached: Connection refused", "start etcd, or set --etcd-endpoints"][..]),
-        ("http://10.99.77.77:2379".to_owned(), &["http://10.99.77.77:2379", "--etcd-endpoints", "ip route get"]),
+        ("http://10.99.77.77:2379".to_owned(), &["etcd http://10.99.77.77:2379 "]),
         ("http://no-such-host.invalid:2379".to_owned(), &["http://no-such-host.invalid:2379", "name"]),
         // The wrong scheme.
         (etcd.replace("http:", "https:"), &["TLS with etcd https://", "use an http:// endpoint"]),
