@@ -16,7 +16,10 @@ async fn one_host_there_and_back() {
         machines.run(&host, &format!("systemctl start flanneld; flannel-container c{n} 10.244.{subnet}.2"));
     }
     let reaches = |from: &str, container: &str, address: &str| {
-        machines.run(from, &format!("for n in $(seq 20); do ip netns exec {container} ping -c 1 -W 1 {address} && exit; done; exit 1"));
+        machines.run(
+            from,
+            &format!("for n in $(seq 20); do ip netns exec {container} ping -c 1 -W 1 {address} && exit; done; exit 1"),
+        );
     };
     // flannel as it is played carries packets; else what follows would prove little.
     reaches("host-1", "c1", "10.244.9.2");
