@@ -1,4 +1,4 @@
-//! `overlay-bench` measures: each command of page docs/performance.md "How to repeat" with small numbers and one run. Its figures here say nothing.
+//! `overlay-bench` measures: each command documented docs/performance.md "How to repeat" with small numbers and one run. Its figures here say nothing.
 
 use std::process::Command;
 

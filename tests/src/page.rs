@@ -5,8 +5,8 @@
 //! - `<!-- on host-1 host-2 -->`: on these [machines](crate::machines), one after the other, by the story that runs the page ([`crate::pages`]).
 //!   `, exits 3` behind it is the exit code that the block has to end with; `, soon` means that it is tried for half a minute, until it
 //!   ends so and prints what the page shows; `, goes on` that it runs on while the blocks behind it are run.
-//! - `<!-- as in tests/systemd.sh -->`: each of its lines stands in that script too, which runs it where this suite cannot: `sudo` before
-//!   a command, a remark behind it and what differs from host to host aside.
+//! - `<!-- as in tests/systemd.sh -->`: by that script, where this suite cannot: it has a line `documented PAGE "SECTION"`, and takes the commands from the
+//!   page; or each of the block's lines stands in it, `sudo` before a command and a remark behind it aside.
 //!
 //! A block ```` ```text ```` right behind it is what it prints.
 

@@ -96,7 +96,9 @@ fn write(dir: &Path, command: clap::Command) -> std::io::Result<()> {
         let mut page = Vec::new();
         let command = command.version(env!("CARGO_PKG_VERSION")).display_name(name).bin_name(name.replace('-', " "));
         Man::new(command).title(name).section("8").manual("System Administration").render(&mut page)?;
-        page.extend_from_slice(AGENT.as_bytes());
+        if name == "overlayd" {
+            page.extend_from_slice(AGENT.as_bytes());
+        }
         std::fs::write(daemons.join(format!("{name}.8")), page)?;
     }
     std::fs::write(files.join("overlayd.toml.5"), markdown::page(SETTINGS, &CONFIGURATION.replace("\n| `--", "\n| `")))?;

@@ -143,12 +143,10 @@ fn inline(text: &str) -> String {
 fn linked(text: &str) -> String {
     let mut out = String::new();
     let mut rest = text;
-    while let Some((before, words, after)) =
-        rest.split_once("](").and_then(|(left, right)| {
-            let (before, words) = left.rsplit_once('[')?;
-            Some((before, words, right.split_once(')')?.1))
-        })
-    {
+    while let Some((before, words, after)) = rest.split_once("](").and_then(|(left, right)| {
+        let (before, words) = left.rsplit_once('[')?;
+        Some((before, words, right.split_once(')')?.1))
+    }) {
         out += before;
         out += words;
         rest = after;
