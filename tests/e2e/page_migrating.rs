@@ -15,21 +15,18 @@ async fn one_host_there_and_back() {
         machines.write(&host, "/etc/flannel.env", &format!("SUBNET=10.244.{subnet}\nIP=192.0.2.{n}\n"));
         machines.run(&host, &format!("systemctl start flanneld; flannel-container c{n} 10.244.{subnet}.2"));
     }
-    let reaches = |from: &str, container: &str, address: &str| {
-        machines.run(
-            from,
-            &format!("for n in $(seq 20); do ip netns exec {container} ping -c 1 -W 1 {address} && exit; done; exit 1"),
-        );
+    let reaches = async |from: &str, container: &str, address: &str| {
+        machines.until(from, &format!("ip netns exec {container} ping -c 1 -W 1 {address}")).await;
     };
     // flannel as it is played carries packets; else what follows would prove little.
-    reaches("host-1", "c1", "10.244.9.2");
+    reaches("host-1", "c1", "10.244.9.2").await;
     let mut page = Page::open("docs/migrating-from-flannel.md", &machines);
     page.up_to("Back").await;
-    reaches("host-3", "c3", "10.244.7.2");
+    reaches("host-3", "c3", "10.244.7.2").await;
     page.to_the_end().await;
     // Those that were not changed noticed nothing else.
-    reaches("host-2", "c2", "10.244.12.2");
+    reaches("host-2", "c2", "10.244.12.2").await;
     machines.run("host-1", "flannel-container c1 10.244.7.2");
-    reaches("host-2", "c2", "10.244.7.2");
+    reaches("host-2", "c2", "10.244.7.2").await;
     assert_eq!(machines.run("host-1", "ip link show group 22102"), "", "nothing of ours is left");
 }

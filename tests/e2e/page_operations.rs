@@ -23,12 +23,9 @@ async fn an_operators_life() {
     // What happened behind the snapshot's back, so that etcd is behind what the agents have seen.
     page.up_to("Restore").await;
     machines.run("etcd", "for n in $(seq 9); do etcdctl put /coreos.com/network/subnets/10.200.250.0-24 $n; done");
-    machines.run("host-1", "for n in $(seq 300); do overlayctl subnets | grep 10.200.250.0 && exit; sleep 0.1; done; exit 1");
+    machines.until("host-1", "overlayctl subnets | grep 10.200.250.0").await;
     page.up_to("Lost wholly, with no backup").await;
-    machines.run(
-        "host-1",
-        "for n in $(seq 300); do grep 'restored or replaced' /var/log/overlayd.log && exit; sleep 0.1; done; exit 1",
-    );
+    machines.until("host-1", "grep 'restored or replaced' /var/log/overlayd.log").await;
     // The page has its reader copy the file.
     page.up_to("Move to another cluster").await;
     page.step().await;

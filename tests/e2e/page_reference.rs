@@ -38,7 +38,7 @@ async fn containers_and_looking() {
     machines.run("host-2", "overlayctl attach db --ip 10.244.9.5; overlayctl attach site --ip 10.244.9.2; mkdir /root/www; echo hello >/root/www/index.html");
     machines.run("host-2", "ip netns exec site busybox httpd -p 80 -h /root/www");
     Page::open("docs/containers.md", &machines).to_the_end().await;
-    machines.run("host-3", "for n in $(seq 100); do curl -s http://192.0.2.1:8080/ | grep -q . && exit; sleep 0.1; done; exit 1");
+    machines.until("host-3", "curl -s http://192.0.2.1:8080/ | grep .").await;
     Page::open("docs/api.md", &machines).to_the_end().await;
 
     machines.run("host-1", "overlayctl attach web --ip 10.244.7.2; overlayctl attach api --ip 10.244.7.3 --publish 9090:80");
@@ -60,7 +60,7 @@ async fn the_mesh() {
     let mut page = Page::open("docs/mesh.md", &machines);
     page.step().await;
     machines.run("host-2", "nft delete table inet filter");
-    machines.run("host-1", "for n in $(seq 600); do overlayctl mesh && exit; sleep 0.1; done; exit 1");
+    machines.until("host-1", "overlayctl mesh").await;
     page.to_the_end().await;
 }
 
@@ -107,7 +107,7 @@ async fn a_cluster_with_roles() {
     }
     page.step().await;
     let ask = "ETCDCTL_CACERT=pki/ca.crt ETCDCTL_CERT=pki/overlay-agent.crt ETCDCTL_KEY=pki/overlay-agent.key etcdctl --endpoints https://192.0.2.11:2379";
-    machines.run("etcd", &format!("for n in $(seq 300); do {ask} endpoint health && exit; sleep 0.1; done; exit 1"));
+    machines.until("etcd", &format!("{ask} endpoint health")).await;
     page.to_the_end().await;
     machines.run("etcd", &format!("{ask} --user root:$(cat passwords/root) get /coreos.com/network/config | grep 10.244.0.0"));
 }

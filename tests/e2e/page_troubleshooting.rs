@@ -29,7 +29,8 @@ async fn every_symptom() {
     page.up_to("A published port does not answer").await;
     machines.run("host-1", "nft delete table inet filter");
     page.up_to("Something changes what the agent made").await;
-    machines.run("host-1", "ip route delete 10.244.9.0/24; until ip route show | grep -q 10.244.9.0; do sleep 0.1; done");
+    machines.run("host-1", "ip route delete 10.244.9.0/24");
+    machines.until("host-1", "ip route show | grep 10.244.9.0").await;
     page.up_to("Packets are counted as dropped").await;
     let foreign = "ip netns exec api ip address add 10.244.7.99/24 dev eth0; ip netns exec api ping -I 10.244.7.99 -c 1 -W 1 10.244.7.1 || true";
     machines.run("host-1", foreign);
@@ -73,7 +74,7 @@ async fn between_containers(machines: &Machines, page: &mut Page<'_>) {
     machines.run("host-2", "nft delete table inet filter");
     machines.run("host-3", "systemctl stop overlayd");
     machines.run("etcd", &format!("etcdctl put {LEASE} '{{\"PublicIP\": \"127.0.0.1\", \"BackendType\": \"vxlan\"}}'"));
-    machines.run("host-1", "until overlayctl subnets | grep -q 'left out'; do sleep 0.1; done");
+    machines.until("host-1", "overlayctl subnets | grep 'left out'").await;
     page.up_to("Small packets pass, large ones hang").await;
     machines.run("etcd", &format!("etcdctl del {LEASE}"));
     machines.run("host-3", "systemctl start overlayd");

@@ -22,6 +22,9 @@ use crate::{Must, eventually};
 /// How long a machine may take to be there: a fraction of a second.
 const BOOT: Duration = Duration::from_secs(30);
 
+/// How long a condition on a machine may take to hold: a moment, more where the machines share a busy processor.
+const UNTIL: Duration = Duration::from_secs(60);
+
 /// The machines of a story. All of it goes with this value.
 #[derive(Debug)]
 pub struct Machines {
@@ -122,6 +125,16 @@ impl Machines {
     pub fn run(&self, name: &str, script: &str) -> String {
         let output = self.command(name, "bash", &["-euo", "pipefail", "-c", script]).output().must("nsenter");
         Said::of(&[name, script], &output).exits(0).out
+    }
+
+    /// Waits until a script ends well on a machine.
+    pub async fn until(&self, name: &str, script: &str) {
+        eventually(&format!("on {name}: {script}"), UNTIL, || {
+            let output = self.command(name, "bash", &["-euo", "pipefail", "-c", script]).output().must("nsenter");
+            let said = Said::of(&[name, script], &output);
+            if said.code == Some(0) { Ok(()) } else { Err(said.out + &said.err) }
+        })
+        .await;
     }
 
     /// Writes a file of a machine.

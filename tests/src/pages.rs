@@ -1,4 +1,5 @@
-//! Runs the commands of a page on [machines](crate::machines), block by block, and compares what they print with what the page shows ([`crate::page`] says how a block tells where it is run).
+//! Runs the commands of a page on [machines](crate::machines), block by block, and compares what they print with what the page shows
+//! ([`crate::page`] says how a block tells where it is run).
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io::Write;
