@@ -36,11 +36,9 @@ async fn every_symptom() {
     machines.run("host-1", foreign);
     page.up_to("Left over after a crash").await;
     // The agent forgets a container, as after a loss of power.
-    let kept = "/var/lib/overlayd/endpoints.json";
-    machines.run(
-        "host-1",
-        &format!("cp {kept} /root/; overlayctl attach old; systemctl stop overlayd; cp /root/endpoints.json {kept}"),
-    );
+    let kept = "/var/lib/overlayd/endpoints.*";
+    let attach = format!("mkdir kept; cp {kept} kept/; overlayctl attach old; systemctl stop overlayd");
+    machines.run("host-1", &format!("{attach}; rm {kept}; cp kept/* /var/lib/overlayd/"));
     machines.run("host-1", "systemctl start overlayd");
     page.to_the_end().await;
 }
