@@ -35,8 +35,19 @@ fn main() -> ExitCode {
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(&format!("{error:#}"), ERROR),
+        Err(error) => fail(&words(&error), ERROR),
     }
+}
+
+/// An error with its causes; what a message has said already is not said again.
+fn words(error: &anyhow::Error) -> String {
+    let mut said: Vec<String> = Vec::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if !said.iter().any(|words| words.contains(&cause)) {
+            said.push(cause);
+        }
+    }
+    said.join(": ")
 }
 
 fn fail(error: &dyn std::fmt::Display, code: u8) -> ExitCode {
