@@ -52,6 +52,9 @@ main() {
     else
         section "tests" cargo test --workspace --locked --no-fail-fast || true
     fi
+    if [ "$quick" = no ]; then
+        section "quickstart" ./deploy/quickstart.sh --bin "${CARGO_TARGET_DIR:-target}/debug" || true
+    fi
     section "untouched" check_untouched || true
     finish
 }

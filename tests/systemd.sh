@@ -17,7 +17,7 @@ top=$(cd "$(dirname "$0")/.." && pwd)
 PACKAGES=(debootstrap systemd-container etcd-server etcd-client openssl iproute2 iputils-ping util-linux procps
     libprotobuf-dev protobuf-compiler dpkg-dev binutils gcc libc6-dev)
 # What is on the hosts beside a minimal Debian.
-TREE_PACKAGES=systemd,systemd-sysv,dbus,init-system-helpers,iproute2,iputils-ping,procps,nftables,ca-certificates
+TREE_PACKAGES=systemd,systemd-sysv,dbus,init-system-helpers,iproute2,iputils-ping,procps,nftables,ca-certificates,etcd-server,etcd-client
 SUITE=bookworm
 MIRROR=${MIRROR:-}
 CACHE=${CACHE:-/var/cache/overlay-tests}
@@ -58,7 +58,8 @@ prepare() {
 
 build() {
     echo "== packages ($profile)"
-    PROFILE=$profile OUT=$work/packages nice "$top/deploy/package.sh" >"$work/package.log" 2>&1 || { tail -20 "$work/package.log" && exit 1; }
+    cd "$top"
+    PROFILE=$profile OUT=$work/packages nice ./deploy/package.sh >"$work/package.log" 2>&1 || { tail -20 "$work/package.log" && exit 1; }
     PROFILE=$profile OUT=$work/packages VERSION=$version+next nice "$top/deploy/package.sh" >>"$work/package.log" 2>&1
     (cd "$work/packages" && cp "overlayd-$version-$(dpkg --print-architecture).sha256" first)
     PROFILE=$profile OUT=$work/packages nice "$top/deploy/package.sh" >>"$work/package.log" 2>&1
@@ -327,6 +328,7 @@ inside() {
     eventually 120 "h1 has booted" booted 1
     eventually 120 "h2 has booted" booted 2
 
+    first_cluster
     install
     first_start
     rights
@@ -342,6 +344,47 @@ inside() {
     tarball
     etcd_unit
     echo "$steps" >"$CACHE/last-count"
+}
+
+# documented PAGE SECTION WHICH HOST...: runs the section's blocks that name this script, all or the one of that number, as they stand on the page, with the
+# package that was built here; CHANGED is what else is different here, for sed.
+documented() {
+    local page=$1 section=$2 which=$3 n
+    shift 3
+    awk -v section="$section" -v which="$which" '
+        /^##/ { here = $0 == "## " section || $0 == "### " section }
+        here && $0 == "<!-- as in tests/systemd.sh -->" { marked = 1; next }
+        inside && $0 == "```" { inside = marked = 0; next }
+        inside && (which == "all" || which == number) { print }
+        marked && !inside && $0 == "```sh" { inside = 1; number++ }' "$top/$page" |
+        sed -e "s/overlayd_0\.1\.0_amd64\.deb/overlayd_$VERSION${NEXT:-}_$(dpkg --print-architecture).deb/" -e "${CHANGED:-}" >"$WORK/commands"
+    [ -s "$WORK/commands" ] || fail "$page has no such commands: $section, $which"
+    for n in "$@"; do
+        on "$n" bash -euo pipefail -c "cd /root/packages; sudo() { \"\$@\"; }; $(cat "$WORK/commands")" >"$WORK/out" 2>&1 </dev/null ||
+            fail "$page, $section, on h$n: $(tail -5 "$WORK/out")"
+    done
+}
+
+first_cluster() {
+    local page=docs/first-cluster.md n
+    step "the page of the first cluster: etcd, two agents, a network, two containers, and gone again"
+    documented docs/first-cluster.md "etcd" all 1
+    grep -q "is healthy" "$WORK/out" || fail "$page: etcd is not healthy"
+    documented docs/first-cluster.md "The agents" all 1 2
+    documented docs/first-cluster.md "The network" 1 1
+    grep -q "ready" "$WORK/out" || fail "$page: not ready"
+    eventually 60 "the other host has its subnet" on 2 overlayctl status --wait 5s --brief
+    documented docs/first-cluster.md "The network" 2 1
+    grep -q "192.0.2.2" "$WORK/out" || fail "$page: host-2 is not listed: $(cat "$WORK/out")"
+    documented docs/first-cluster.md "The first containers" 1 1 2
+    remote=$(on 2 ip -n first -4 -o address show dev eth0 | awk '{ sub("/.*", "", $4); print $4 }')
+    CHANGED="s/10.244.27.2/$remote/" documented docs/first-cluster.md "The first containers" 2 1
+    grep -q " 0% packet loss" "$WORK/out" || fail "$page: no answers"
+    for n in 1 2; do
+        on $n ip netns delete first
+        on $n dpkg -P overlayd >"$WORK/h$n/dpkg" 2>&1 || fail "$(tail -5 "$WORK/h$n/dpkg")"
+        on $n dpkg -P etcd-server etcd-client >"$WORK/h$n/dpkg" 2>&1 || fail "$(tail -5 "$WORK/h$n/dpkg")"
+    done
 }
 
 install() {
@@ -381,6 +424,11 @@ first_start() {
         want "\"ready\": true" on $n overlayctl status -o json
     done
     [ "$(keys | grep -c subnets)" -eq 2 ] || fail "leases in etcd: $(keys)"
+    # The same as the page has it, on hosts where it is done already.
+    documented docs/install.md "First start" all 1 2
+    for page in man5/overlayd.toml.5 man8/overlayd.8 man8/overlay-cni.8 man1/overlayctl.1 man1/overlayctl-trace.1; do
+        on 1 test -e "/usr/share/man/$page.gz" || fail "no manual page $page"
+    done
 }
 
 rights() {
@@ -550,9 +598,7 @@ upgrade() {
     local pid
     pid=$(property 1 MainPID)
     flow_start
-    for n in 1 2; do
-        on $n dpkg -i "/root/packages/overlayd_${VERSION}+next_$(dpkg --print-architecture).deb" >"$WORK/h$n/dpkg" 2>&1 || fail "$(tail -5 "$WORK/h$n/dpkg")"
-    done
+    NEXT=+next documented docs/operations.md "Upgrade" all 1 2
     eventually 30 "the new agent is ready" restarted 1 "$pid"
     flow_end "upgrade"
     want "+next" on 1 dpkg-query -W overlayd
@@ -621,8 +667,7 @@ tarball() {
     on 2 ip netns delete c2 2>/dev/null || true
     remote=$(attach 2 c2)
     eventually 30 "containers reach each other" on 1 ip netns exec c1 ping -n -c 3 -i 0.1 -W 1 "$remote"
-    on 2 systemctl stop overlayd.socket overlayd.service
-    on 2 overlayd cleanup >"$WORK/out" 2>&1 || fail "cleanup: $(cat "$WORK/out")"
+    documented docs/install.md "Upgrade, remove, purge" all 2
     on 2 "/root/overlayd-$VERSION/install.sh" --uninstall >"$WORK/out" 2>&1 || fail "$(tail -5 "$WORK/out")"
     on 2 sh -c '[ -z "$(find /usr/local /etc/systemd/system -name "*overlay*" -type f)" ]' || fail "files are left"
 }
@@ -632,7 +677,7 @@ etcd_unit() {
     local root=$WORK/h2/root pki=$WORK/pki
     "$top/deploy/etcd/certs.sh" "$pki" member h2 192.0.2.2 >/dev/null
     cp "$(command -v etcd)" "$root/usr/bin/etcd"
-    on 2 useradd --system --home-dir /nonexistent --shell /usr/sbin/nologin etcd
+    on 2 getent passwd etcd >/dev/null || on 2 useradd --system --home-dir /nonexistent --shell /usr/sbin/nologin etcd
     on 2 install -d -o etcd -m 0700 /etc/overlay-etcd/pki
     cp "$pki/ca.crt" "$pki/h2.crt" "$pki/h2.key" "$root/etc/overlay-etcd/pki/"
     on 2 chown -R etcd: /etc/overlay-etcd/pki

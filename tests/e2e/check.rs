@@ -231,7 +231,7 @@ async fn the_ways_to_peers() {
         &story,
         &["paths"],
         Severity::Error,
-        &["overlay to h2 carries 1354 of 1450", "large packets are lost", "Backend.MTU` to 1354"],
+        &["overlay to h2 carries 1354 of 1450", "large packets are lost", "Backend.MTU`, the underlay's, to 1404"],
     );
     kernel::shell(&story, "net", "ip link set h2 mtu 1500");
     well(&story, &["paths"]).await;
@@ -239,7 +239,12 @@ async fn the_ways_to_peers() {
     let whole =
         "nft 'table bridge evil { chain f { type filter hook forward priority 0; ip length > 1400 ip protocol icmp drop; }; }'";
     kernel::shell(&story, "net", whole);
-    finds(&story, &["paths"], Severity::Warning, &["underlay to h2 carries 1400 of 1500", "fragmented", "Backend.MTU` to 1350"]);
+    finds(
+        &story,
+        &["paths"],
+        Severity::Warning,
+        &["underlay to h2 carries 1400 of 1500", "fragmented", "the underlay's, to 1400"],
+    );
     kernel::shell(&story, "net", "nft delete table bridge evil");
     well(&story, &["paths"]).await;
     // The peer's firewall.

@@ -71,6 +71,17 @@ fn torn_files_are_set_aside_and_the_agent_starts() {
 }
 
 #[test]
+fn bridges_share_the_gateways_mac() {
+    let mut host = HostState::default();
+    let (first, second) = (Vni::DEFAULT, Vni::try_from(7).unwrap());
+    let (gateway, _) = host.mac(Device::bridge(first), None);
+    let (tunnel, _) = host.mac(Device::vxlan(Family::V4, first), None);
+    assert_eq!(host.mac(Device::bridge(second), None), (gateway, true));
+    assert_ne!(host.mac(Device::vxlan(Family::V4, second), None).0, tunnel, "each VTEP has its own");
+    assert_eq!(host.mac(Device::bridge(second), None), (gateway, false));
+}
+
+#[test]
 fn a_later_version_is_refused_and_kept() {
     let dir = tempfile::tempdir().unwrap();
     let state = StateDir::open(dir.path()).unwrap();
