@@ -186,11 +186,17 @@ JSON
 
 # ---- the machines
 
+# Vagrant, without its progress bars where nobody watches.
+call() {
+    if [ -t 1 ]; then vagrant "$@"; else vagrant --no-tty "$@" | grep --line-buffered -v '^\s*$'; fi
+}
+
 up() {
     command -v vagrant >/dev/null || die "vagrant is missing: run  sudo apt-get install vagrant vagrant-libvirt"
     prepare
     say "vagrant up: $NODES machines, etcd $ETCD"
-    OVERLAY_LAB_PREPARED=1 vagrant up
+    # Machines that are there are provisioned anew.
+    OVERLAY_LAB_PREPARED=1 call up --provision
     rm -f "$files/ssh_config"
     load
     say "agents"
@@ -242,7 +248,7 @@ down() {
         . "$files/lab.env"
     fi
     say "vagrant destroy"
-    vagrant destroy --force
+    call destroy --force
     rm -rf "$files"
 }
 

@@ -142,7 +142,9 @@ ConditionPathExists=!/etc/ssh/ssh_host_ed25519_key
 
 [Service]
 Type=oneshot
-ExecStart=/usr/bin/ssh-keygen -A
+# Those of elliptic curves: without acceleration an RSA key takes a minute.
+ExecStart=/usr/bin/ssh-keygen -q -t ed25519 -N "" -f /etc/ssh/ssh_host_ed25519_key
+ExecStart=/usr/bin/ssh-keygen -q -t ecdsa -N "" -f /etc/ssh/ssh_host_ecdsa_key
 
 [Install]
 WantedBy=multi-user.target
@@ -150,7 +152,7 @@ UNIT
     in_tree systemctl enable --quiet ssh-host-keys.service
     # The lab sets up etcd of its own, or none.
     in_tree systemctl disable --quiet etcd.service
-    printf 'UseDNS no\n' >"$tree/etc/ssh/sshd_config.d/vagrant.conf"
+    printf 'UseDNS no\nHostKey /etc/ssh/ssh_host_ed25519_key\nHostKey /etc/ssh/ssh_host_ecdsa_key\n' >"$tree/etc/ssh/sshd_config.d/vagrant.conf"
 
     in_tree useradd --create-home --shell /bin/bash --password "$(in_tree openssl passwd -6 vagrant)" vagrant
     install -d -m 700 "$tree/home/vagrant/.ssh"

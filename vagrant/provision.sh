@@ -18,19 +18,23 @@ say() { echo "$NAME: $*"; }
 installed() { [ "$(dpkg-query -W -f='${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
 
 packages() {
+    # What an interrupted run left half installed.
+    dpkg --configure -a
     missing=
     for package in etcd-server etcd-client openssl iproute2 iputils-ping nftables curl busybox; do
         installed $package || missing="$missing $package"
     done
     if [ -n "$missing" ]; then
         say "installing$missing"
-        apt-get -q update
         # shellcheck disable=SC2086
-        apt-get -q install -y --no-install-recommends $missing
+        if ! apt-get -q update || ! apt-get -q -o DPkg::Lock::Timeout=300 install -y --no-install-recommends $missing; then
+            echo "$NAME: no apt mirror gives$missing: is there a way out of this machine? A box of make-box.sh has all of them" >&2
+            exit 1
+        fi
     fi
     say "installing overlayd $(dpkg-deb --field "$here/overlayd.deb" Version)"
     # The same version may be another build.
-    apt-get -q install -y --reinstall --allow-downgrades "$here/overlayd.deb" >"$here/apt.log" 2>&1 || {
+    apt-get -q -o DPkg::Lock::Timeout=300 install -y --reinstall --allow-downgrades "$here/overlayd.deb" >"$here/apt.log" 2>&1 || {
         cat "$here/apt.log" >&2
         exit 1
     }
