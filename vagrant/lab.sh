@@ -30,7 +30,25 @@ die() {
     exit 1
 }
 
+# What has to happen at the end, however it comes.
+finally=:
+shared=
+
+tidy() {
+    local code=$?
+    trap - EXIT
+    $finally || true
+    if [ -n "$shared" ]; then
+        for socket in "$shared"/*; do ssh -o "ControlPath=$socket" -O exit lab 2>/dev/null || true; done
+        rm -rf "$shared"
+    fi
+    exit $code
+}
+
 main() {
+    trap tidy EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
     case ${1:-} in
     prepare) prepare ;;
     up) up ;;
@@ -50,9 +68,7 @@ main() {
         ;;
     down) down ;;
     all)
-        trap 'code=$?; trap - EXIT; down || true; exit $code' EXIT
-        trap 'exit 130' INT
-        trap 'exit 143' TERM
+        finally=down
         up
         load
         check
@@ -195,8 +211,15 @@ up() {
     command -v vagrant >/dev/null || die "vagrant is missing: run  sudo apt-get install vagrant vagrant-libvirt"
     prepare
     say "vagrant up: $NODES machines, etcd $ETCD"
-    # Machines that are there are provisioned anew.
-    OVERLAY_LAB_PREPARED=1 call up --provision
+    export OVERLAY_LAB_PREPARED=1
+    if [ -e "$files/begun" ]; then
+        # Machines that are there are provisioned anew; `up --provision` does it twice with libvirt.
+        call up --no-provision
+        call provision
+    else
+        : >"$files/begun"
+        call up
+    fi
     rm -f "$files/ssh_config"
     load
     say "agents"
@@ -208,6 +231,8 @@ load() {
     # shellcheck disable=SC1091
     . "$files/lab.env"
     ssh_config=$files/ssh_config
+    # One connection for all commands to a machine: making one takes seconds without acceleration.
+    shared=$(mktemp -d)
     # Vagrant takes seconds to say it.
     if [ ! -s "$ssh_config" ] || ! on node1 true 2>/dev/null; then
         (umask 077 && vagrant ssh-config >"$ssh_config.new") || die "the machines do not run: $0 up"
@@ -222,7 +247,7 @@ on() {
     if [ $# -eq 0 ]; then
         ssh -F "$ssh_config" "$node"
     else
-        ssh -F "$ssh_config" -o LogLevel=ERROR "$node" "sudo $(printf '%q ' "$@")" </dev/null
+        ssh -F "$ssh_config" -o LogLevel=ERROR -o ControlMaster=auto -o ControlPersist=60 -o "ControlPath=$shared/%n" "$node" "sudo $(printf '%q ' "$@")" </dev/null
     fi
 }
 
