@@ -338,6 +338,7 @@ install() {
         [ -z "$(on $n ip link show group 22102)" ] || fail "devices before there is a lease"
     done
     want "overlayctl" on 1 ls /usr/share/bash-completion/completions
+    want '"cniVersion"' on 1 sh -c 'CNI_COMMAND=VERSION /usr/lib/cni/overlay-cni </dev/null'
     on 1 systemd-analyze verify --man=no /lib/systemd/system/overlayd.service /lib/systemd/system/overlayd.socket >"$WORK/out" 2>&1 || fail "$(cat "$WORK/out")"
 }
 
