@@ -86,6 +86,10 @@ etcd_member() {
     for file in ca.crt "$NAME.crt" "$NAME.key"; do install -m 600 -o etcd -g etcd "$here/pki/$file" $pki/; done
     # shellcheck disable=SC2086
     sh "$here/etcd/member.sh" "$NAME" $pki $MEMBERS >/etc/overlay-etcd/etcd.env
+    # Without acceleration an answer may take a second, and members would choose a leader again and again.
+    if [ "$(systemd-detect-virt)" = qemu ]; then
+        printf 'ETCD_HEARTBEAT_INTERVAL=1000\nETCD_ELECTION_TIMEOUT=10000\n' >>/etc/overlay-etcd/etcd.env
+    fi
     install -m 644 "$here/etcd/overlay-etcd.service" /etc/systemd/system/
     systemctl daemon-reload
     systemctl enable --quiet overlay-etcd.service
