@@ -32,16 +32,11 @@ die() {
 
 # What has to happen at the end, however it comes.
 finally=:
-shared=
 
 tidy() {
     local code=$?
     trap - EXIT
     $finally || true
-    if [ -n "$shared" ]; then
-        for socket in "$shared"/*; do ssh -o "ControlPath=$socket" -O exit lab 2>/dev/null || true; done
-        rm -rf "$shared"
-    fi
     exit $code
 }
 
@@ -231,8 +226,6 @@ load() {
     # shellcheck disable=SC1091
     . "$files/lab.env"
     ssh_config=$files/ssh_config
-    # One connection for all commands to a machine: making one takes seconds without acceleration.
-    shared=$(mktemp -d)
     # Vagrant takes seconds to say it.
     if [ ! -s "$ssh_config" ] || ! on node1 true 2>/dev/null; then
         (umask 077 && vagrant ssh-config >"$ssh_config.new") || die "the machines do not run: $0 up"
@@ -247,7 +240,7 @@ on() {
     if [ $# -eq 0 ]; then
         ssh -F "$ssh_config" "$node"
     else
-        ssh -F "$ssh_config" -o LogLevel=ERROR -o ControlMaster=auto -o ControlPersist=60 -o "ControlPath=$shared/%n" "$node" "sudo $(printf '%q ' "$@")" </dev/null
+        ssh -F "$ssh_config" -o LogLevel=ERROR "$node" "sudo $(printf '%q ' "$@")" </dev/null
     fi
 }
 
