@@ -94,10 +94,11 @@ prepare() {
         command -v $program >/dev/null || die "$program is missing: run  sudo apt-get install $program"
     done
     say "the package"
+    as_owner mkdir -p "$top/target/vagrant"
     deb=${DEB:-}
     if [ -z "$deb" ]; then
-        as_owner env OUT="$top/target/vagrant/package" "$top/deploy/package.sh" >"$top/target/vagrant-package.log" 2>&1 ||
-            { tail -20 "$top/target/vagrant-package.log" >&2 && die "the package cannot be built; DEB=FILE takes one that is there"; }
+        as_owner env OUT="$top/target/vagrant/package" "$top/deploy/package.sh" >"$top/target/vagrant/package.log" 2>&1 ||
+            { tail -20 "$top/target/vagrant/package.log" >&2 && die "the package cannot be built; DEB=FILE takes one that is there"; }
         # shellcheck disable=SC2012 # names are ours
         deb=$(ls -t "$top"/target/vagrant/package/overlayd_*.deb | head -1)
     fi

@@ -66,7 +66,8 @@ main() {
     trap tidy EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM
-    mkdir -p "$out"
+    # What is new of it belongs to who called sudo.
+    if [ -z "${SUDO_USER:-}" ] || ! runuser -u "$SUDO_USER" -- mkdir -p "$out" 2>/dev/null; then mkdir -p "$out"; fi
     # Beside the result: a tree of Debian is too much for many a /tmp.
     work=$(mktemp -d "$out/.make-box.XXXXXX")
     chmod 755 "$work"
