@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use super::{Channels, LOG_LINES, Memory, Reconciler, UNDERLAY_SETTLE, is_wholesale, merge};
+use crate::metrics::{Source, Whole};
 use crate::model::event::{Connection, LeaseWish, OwnLease, StoreEvent};
 use crate::model::{Device, Family, NetworkConfig, PerFamily, Refusal};
 use crate::plan::desired::{Attached, Host};
@@ -20,6 +21,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
 
     pub(super) fn fold_store(&mut self, event: StoreEvent) {
         self.changed = true;
+        self.metrics.events(Source::Store, 1);
         match event {
             StoreEvent::Config(None) => {
                 self.config_missing = true;
@@ -78,6 +80,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
     }
 
     pub(super) fn fold_kernel(&mut self, event: KernelEvent) {
+        self.metrics.events(Source::Kernel, if let KernelEvent::Changed(entries) = &event { entries.len() } else { 1 });
         match event {
             KernelEvent::Changed(entries) => {
                 let mut lines = 0;
@@ -165,6 +168,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
     /// Looks at the host's interfaces and chooses the external one.
     pub(super) async fn look_at_underlay(&mut self) {
         self.underlay_due = None;
+        self.metrics.read_whole(Whole::Interfaces);
         let inventory = match self.data_path.inventory().await {
             Ok(inventory) => inventory,
             Err(error) => {

@@ -8,7 +8,7 @@ use overlay_agent::model::{Family, PerFamily};
 use overlayctl::lab::layout::{ETCD_PORT, ETCD_PREFIX, etcd_address};
 use overlayctl::lab::{Families, Home, Host, Lab, LabGuard, LabName, LabOptions, Progress};
 
-use super::fleet::{Member, members, network};
+use super::member::{Member, SUBNET_LENGTH, members, network};
 use overlay_tests::gateway::Gateway;
 
 /// How long the agents may take to have every peer in the data path.
@@ -48,6 +48,7 @@ impl Stage {
             families: Families::V4,
             networks,
             agents: false,
+            config: std::iter::once(("SubnetLen".to_owned(), SUBNET_LENGTH.into())).collect(),
             ..LabOptions::new(LabName::unique())
         };
         let lab = Lab::up(&Home::of_user(), &options, Progress::silent()).await?.guarded();
