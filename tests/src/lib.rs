@@ -24,6 +24,7 @@ pub mod left;
 pub mod notify;
 pub mod peers;
 pub mod programs;
+pub mod proxy;
 pub mod rules;
 pub mod stopwatch;
 pub mod story;

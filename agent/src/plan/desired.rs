@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use ipnetwork::IpNetwork;
 
-use super::ruleset::{Element, Rules, guard};
+use super::ruleset::{Element, Pair, Rules, guard};
 use super::state::{Key, LinkKind, LinkState, NEXTHOP_IDS, State, Value, Via, Vxlan};
 use super::underlay::Underlay;
 use crate::model::peer::Reach;
@@ -192,11 +192,8 @@ impl Host {
     fn may_tunnel(&self, family: Family, reach: &Reach) -> impl Iterator<Item = Element> {
         let Reach { subnet, public_ip, .. } = *reach;
         let usual = self.network.pools.get(family).is_some_and(|pool| pool.subnet_length == subnet.length());
-        let from = if usual {
-            Element::Peer(Box::new((public_ip, subnet.base())))
-        } else {
-            Element::Range(Box::new((public_ip, subnet.base(), subnet.last())))
-        };
+        let pair = Pair::new(public_ip, subnet.base()).filter(|_| usual);
+        let from = pair.map_or_else(|| Element::Range(Box::new((public_ip, subnet.base(), subnet.last()))), Element::Peer);
         [Some(from), (!self.masquerade).then_some(Element::Host(public_ip))].into_iter().flatten()
     }
 

@@ -360,7 +360,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         let mut judged: Vec<_> = standings.map(|(key, standing)| (key.clone(), standing)).collect();
         // In the order of their addresses most of what follows from them is in order already.
         judged.sort_by_cached_key(|(_, standing)| match standing {
-            Standing::Peer(peer) => Some(peer.subnet),
+            Standing::Peer(peer) => Some(peer.reach.map(|_, reach| reach.subnet)),
             Standing::Own | Standing::Refused(_) => None,
         });
         self.ids.reserve(judged.len());

@@ -9,8 +9,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use nix::time::ClockId;
-use nix::unistd::Pid;
+use nix::errno::Errno;
 use overlayctl::lab::{self, Lab, ProcessId};
 
 use super::stage::etcd;
@@ -109,12 +108,11 @@ impl Used {
             // One may end meanwhile.
             let Ok(status) = fs::read_to_string(dir.join("status")) else { continue };
             let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
-            let id = dir.file_name().and_then(|name| name.to_str()?.parse().ok());
+            let id = dir.file_name().and_then(|name| name.to_str()?.parse::<u32>().ok());
             sleeps.extend(id.zip(count.and_then(|text| text.trim().parse().ok())));
         }
-        // The clock that counts the process's time on processors, threads that have ended included (clock_getcpuclockid(3)).
-        let clock = ClockId::pid_cpu_clock_id(Pid::from_raw(pid)).with_context(|| format!("process {pid} has ended"))?;
-        Ok(Used { at: Instant::now(), processor: clock.now()?.into(), sleeps })
+        let processor = processor_time(pid).with_context(|| format!("process {pid} has ended"))?;
+        Ok(Used { at: Instant::now(), processor, sleeps })
     }
 
     /// Processor time since the process was started.
@@ -131,6 +129,20 @@ impl Used {
             wakes: self.sleeps.iter().map(|(id, count)| count.saturating_sub(then(id))).sum(),
         }
     }
+}
+
+/// Time on processors that a process has used, threads that have ended included, to the nanosecond.
+fn processor_time(pid: i32) -> nix::Result<Duration> {
+    let mut clock: libc::clockid_t = 0;
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the system writes one value to the place that it is given.
+    match unsafe { libc::clock_getcpuclockid(pid, &raw mut clock) } {
+        0 => {}
+        errno => return Err(Errno::from_raw(errno)),
+    }
+    // SAFETY: the same.
+    Errno::result(unsafe { libc::clock_gettime(clock, &raw mut time) })?;
+    Ok(Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or_default()))
 }
 
 impl Between {

@@ -257,6 +257,7 @@ fn decode(fields: &[Type], mut bytes: &[u8]) -> Option<Vec<Datum>> {
 mod tests {
     use super::*;
     use crate::model::Transport;
+    use crate::plan::ruleset::Pair;
 
     #[test]
     fn keys_come_back() {
@@ -267,7 +268,7 @@ mod tests {
                 Family::V6 => (ip("2001:db8::1"), ip("fd00:1::"), ip("fd00:1::ffff")),
             };
             for element in [
-                Element::Peer(Box::new((a, b))),
+                Element::Peer(Pair::new(a, b).expect("one family")),
                 Element::Range(Box::new((a, b, c))),
                 Element::Host(a),
                 Element::Port(family, Transport::Sctp, 65535),

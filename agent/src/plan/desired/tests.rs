@@ -54,7 +54,6 @@ fn peer() -> Peer {
         vtep: Mac([2, 0, 0, 0, 9, last]),
     };
     Peer {
-        subnet: Subnet::from_key("10.244.9.0-24&fd00:10:244:9::-64").expect("a key"),
         reach: PerFamily {
             v4: Some(reach("10.244.9.0/24", "192.0.2.9", 4)),
             v6: Some(reach("fd00:10:244:9::/64", "2001:db8::9", 6)),

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use super::*;
 use crate::model::{Mac, Transport};
-use crate::plan::ruleset::{Counter, Element, guard};
+use crate::plan::ruleset::{Counter, Element, Pair, guard};
 
 fn ip(text: &str) -> IpAddr {
     text.parse().expect(text)
@@ -32,7 +32,7 @@ fn one_of_each() -> Vec<Op> {
     ] {
         let (outer, base, last) = (ip(outer), ip(base), ip(last));
         let to = Some(SocketAddr::new(base, 8080));
-        ops.push(set(Element::Peer(Box::new((outer, base))), None));
+        ops.push(set(Element::Peer(Pair::new(outer, base).expect("one family")), None));
         ops.push(set(Element::Range(Box::new((outer, base, last))), None));
         ops.push(set(Element::Host(outer), None));
         ops.push(set(Element::Port(family, Transport::Udp, 53), to));
@@ -150,7 +150,7 @@ fn what_is_known_may_be_wrong() {
             tables.apply(&[both(), one_of_each()].concat());
             super::nft(alteration);
             let wanted = vec![
-                delete(Element::Peer(Box::new((ip("192.0.2.9"), ip("10.244.9.0"))))),
+                delete(Element::Peer(Pair::new(ip("192.0.2.9"), ip("10.244.9.0")).expect("one family"))),
                 delete(Element::Source(Box::new(("ove0123456789a".to_owned(), Mac([2, 3, 4, 5, 6, 7]), ip("10.244.9.0"))))),
                 delete(Element::Port(Family::V4, Transport::Udp, 53)),
                 set(Element::Port(Family::V4, Transport::Tcp, 80), target("10.244.9.2:80")),
@@ -197,7 +197,7 @@ fn a_bad_element_stops_no_other() {
 fn ten_thousand_peers() {
     let peer = |n: u32| {
         let outer = Ipv4Addr::from_bits(0xc612_0000 + n).into();
-        Element::Peer(Box::new((outer, Ipv4Addr::from_bits(0x0a00_0000 + (n << 8)).into())))
+        Element::Peer(Pair::new(outer, Ipv4Addr::from_bits(0x0a00_0000 + (n << 8)).into()).expect("one family"))
     };
     in_namespace(|| {
         let mut tables = Tables::open();

@@ -10,7 +10,7 @@ use crate::model::peer::Reach;
 use crate::model::{Cidr, Device, Family, Mac, NetworkConfig, Peer, PerFamily, Port, Subnet, Transport, Vni};
 use crate::plan::Op;
 use crate::plan::desired::{Attached, Host, NexthopIds};
-use crate::plan::ruleset::{Element, Expr, Rule, Table};
+use crate::plan::ruleset::{Element, Expr, Pair, Rule, Table};
 use crate::plan::state::{Key, LinkKind, LinkState, NEXTHOP_IDS, State, Value, Via, device_of};
 use crate::plan::underlay::Underlay;
 
@@ -199,9 +199,9 @@ impl Setup {
                     (family, Reach { subnet: subnet(family, i), public_ip: public_ip(family, 16 * (i - 9) + address), vtep: mac })
                 })
                 .collect();
-            let cidrs = reach.map(|_, reach| reach.subnet);
-            let Ok(subnet) = Subnet::new(cidrs) else { continue };
-            state.extend(host.peer_entries(&Peer { subnet, reach }, ids));
+            if !reach.is_empty() {
+                state.extend(host.peer_entries(&Peer { reach }, ids));
+            }
         }
         state
     }
@@ -310,7 +310,7 @@ fn any_entry() -> impl Strategy<Value = (Key, Value)> {
         1 => family().prop_map(|f| (Key::ForwardAccept(f), Value::ForwardAccept(subnet(f, 9)))),
         1 => select(Table::ALL.to_vec()).prop_map(|table| (Key::Ruleset(table), Value::Ruleset(Box::default()))),
         1 => (family(), index(), index())
-            .prop_map(|(f, i, j)| Element::Peer(Box::new((public_ip(f, i), subnet(f, j).base()))))
+            .prop_map(|(f, i, j)| Element::Peer(Pair::new(public_ip(f, i), subnet(f, j).base()).expect("one family")))
             .prop_map(|element| (Key::Element(element), Value::Element(None))),
         1 => (family(), index(), 79u16..81).prop_map(|(f, i, port)| {
             let target = std::net::SocketAddr::new(subnet(f, i).base(), port);
