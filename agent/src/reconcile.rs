@@ -348,7 +348,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 if self.actual.len() > WHOLESALE {
                     self.heap_due = Some(Instant::now() + HEAP_REST);
                 }
-                let missing = |port: String| !self.actual.contains_key(&Key::Link(port));
+                let missing = |port: String| !self.actual.contains_key(&Key::Link(port.into()));
                 self.port_lost |= self.ports().into_iter().any(missing);
                 self.host.is_some().then_some(before)
             }

@@ -112,7 +112,7 @@ impl Host {
                     master: None,
                     hairpin: false,
                 };
-                state.insert(Key::Link(device.name()), Value::Link(Box::new(link)));
+                state.insert(Key::Link(device.name().into()), Value::Link(Box::new(link)));
             }
             if let Some(subnet) = self.subnet.get(family) {
                 state.insert(Key::Address(device, IpNetwork::from(subnet.base())), Value::Address);
@@ -131,14 +131,14 @@ impl Host {
                 }
             }
             for path in forwarding(family) {
-                state.insert(Key::Sysctl((*path).to_owned()), Value::Sysctl("1".to_owned()));
+                state.insert(Key::Sysctl((*path).into()), Value::Sysctl("1".into()));
             }
         }
         if self.families().any(|family| family == Family::V4) {
             // A port of 127.0.0.1 that leads to a container: the packet leaves with that source, and its answer comes back to it. The table has a
             // chain that keeps containers from using it for anything else.
             let path = format!("ipv4/conf/{bridge}/route_localnet");
-            state.insert(Key::Sysctl(path), Value::Sysctl(u8::from(self.publishes()).to_string()));
+            state.insert(Key::Sysctl(path.into()), Value::Sysctl(u8::from(self.publishes()).to_string().into()));
         }
         if self.publishes() && self.families().any(|family| family == Family::V6) {
             // The same for ::1: what comes back by the bridge finds the address on no other device (`ip6_route_input_lookup` in the kernel's
@@ -148,27 +148,30 @@ impl Host {
         // What we create takes no router advertisement, neither from a container nor through the tunnel; also where the network has no
         // IPv6, because the host may have it.
         for device in self.families().map(|family| Device::vxlan(family, vni)).chain([bridge]) {
-            state.insert(Key::Sysctl(format!("ipv6/conf/{device}/accept_ra")), Value::Sysctl("0".to_owned()));
+            state.insert(Key::Sysctl(format!("ipv6/conf/{device}/accept_ra").into()), Value::Sysctl("0".into()));
         }
         if self.underlay.router_advertisements && self.families().any(|family| family == Family::V6) {
             // A host that forwards ignores advertisements unless told otherwise: its default route would run out.
             let path = format!("ipv6/conf/{}/accept_ra", self.underlay.name);
-            state.insert(Key::Sysctl(path), Value::Sysctl("2".to_owned()));
+            state.insert(Key::Sysctl(path.into()), Value::Sysctl("2".into()));
         }
         let link = |kind, mac, master, hairpin| {
             Value::Link(Box::new(LinkState { kind, mac, mtu: self.mtu(), up: true, master, hairpin }))
         };
-        state.insert(Key::Link(bridge.name()), link(LinkKind::Bridge, Some(self.bridge_mac), None, false));
+        state.insert(Key::Link(bridge.name().into()), link(LinkKind::Bridge, Some(self.bridge_mac), None, false));
         for attached in &self.ports {
             // With br_netfilter the bridge translates by itself: what an endpoint sends to its own published port comes back by its own port.
             let hairpin = !attached.published.is_empty();
-            state.insert(Key::Link(attached.port.host_interface.clone()), link(LinkKind::Port, None, Some(bridge), hairpin));
+            state.insert(
+                Key::Link(attached.port.host_interface.clone().into()),
+                link(LinkKind::Port, None, Some(bridge), hairpin),
+            );
             let Port { host_interface, mac, addresses, .. } = &attached.port;
             let own = addresses.iter().map(|(_, address)| *address);
             let sources = may_send(host_interface, *mac, own, attached.source_check);
             state.extend(sources.map(|element| (Key::Element(element), Value::Element(None))));
             let published = attached.published.iter().flat_map(|publish| leads_to(publish, &attached.port));
-            state.extend(published.map(|(element, target)| (Key::Element(element), Value::Element(Some(target)))));
+            state.extend(published.map(|(element, target)| (Key::Element(element), Value::Element(Some(Box::new(target))))));
         }
         let publishes = self.publishes();
         let rules = Rules { network: &self.network, subnet: &self.subnet, masquerade: self.masquerade, publishes };
@@ -232,7 +235,7 @@ pub fn may_send(
     if all.iter().any(IpAddr::is_ipv6) {
         all.push(link_local(mac));
     }
-    let unchecked = (!source_check).then(|| Element::Unchecked(interface.to_owned()));
+    let unchecked = (!source_check).then(|| Element::Unchecked(interface.into()));
     all.into_iter().map(move |address| Element::Source(Box::new((interface.to_owned(), mac, address)))).chain(unchecked)
 }
 

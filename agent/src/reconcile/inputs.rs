@@ -114,7 +114,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             return false;
         }
         if let Key::Link(name) = &key {
-            self.port_lost |= !self.actual.contains_key(&key) && self.ports().contains(name);
+            self.port_lost |= !self.actual.contains_key(&key) && self.ports().iter().any(|port| **port == **name);
         }
         self.dirty.insert(key.clone());
         if was_right {
@@ -284,7 +284,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
     }
 
     fn mac(&mut self, device: Device) -> crate::model::Mac {
-        let found = match self.actual.get(&Key::Link(device.name())) {
+        let found = match self.actual.get(&Key::Link(device.name().into())) {
             Some(Value::Link(link)) if !matches!(link.kind, LinkKind::Foreign { .. }) => link.mac,
             _ => None,
         };

@@ -254,7 +254,7 @@ async fn a_snapshot_replaces_what_was_known() {
 async fn what_lives_on_a_device_comes_back_with_it() {
     let mut fixture = Fixture::ready([1]).await;
     let vxlan = Device::vxlan(Family::V4, Vni::DEFAULT);
-    let link = Key::Link(vxlan.name());
+    let link = Key::Link(vxlan.name().into());
     let whole = fixture.kernel.world().state.clone();
     {
         let mut world = fixture.kernel.world();

@@ -56,13 +56,6 @@ impl Page {
     pub fn added(&self, before: &Page, begin: &str, holds: &str) -> f64 {
         self.sum(begin, holds) - before.sum(begin, holds)
     }
-
-    /// What was added to each sample whose name begins so, where anything was.
-    pub fn each_added<'a>(&'a self, before: &'a Page, begin: &'a str) -> impl Iterator<Item = (&'a str, f64)> {
-        let all = self.0.iter().filter(move |(name, _)| name.starts_with(begin));
-        all.map(|(name, value)| (name.as_str(), value - before.0.get(name).copied().unwrap_or_default()))
-            .filter(|(_, added)| *added > 0.0)
-    }
 }
 
 /// `GET /metrics`. HTTP/1.0: the answer ends with the connection.
@@ -163,7 +156,6 @@ mod tests {
         assert_eq!(after.sum("a", ""), 7.0);
         assert_eq!(after.added(&before, "a", "put"), 3.0);
         assert_eq!(after.added(&before, "b", ""), 5.0);
-        assert_eq!(after.each_added(&before, "a").collect::<Vec<_>>(), [("a{m=\"new\"}", 1.0), ("a{m=\"put\"}", 3.0)]);
     }
 
     #[test]

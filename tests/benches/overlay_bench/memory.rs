@@ -19,6 +19,8 @@ const REST: Duration = Duration::from_secs(3);
 const SETTLE: Duration = Duration::from_secs(15);
 /// The time over which wake-ups are counted.
 const MINUTE: Duration = Duration::from_secs(60);
+/// What an agent has beside what it needs for its peers is measured by itself.
+const NO_PROBES: &[&str] = &["--mesh-interval", "0s"];
 /// Resident size in MiB, for a number of peers.
 const GOALS: [(u32, f64); 2] = [(0, 12.0), (10_000, 25.0)];
 /// Wake-ups of an agent's threads in a minute at rest. Its timers are three renewals of the lease, ten pings of the connection to etcd (each answered
@@ -55,11 +57,15 @@ pub fn measure(arguments: &MemoryArguments, report: &mut Report) -> anyhow::Resu
         let mut all = (Vec::new(), Vec::new());
         for turn in 0..arguments.runs {
             progress(&format!("{peers} peers: agent {} of {}", turn + 1, arguments.runs));
-            let (size, minute) = runtime.block_on(one(peers, turn == 0 && !arguments.no_wakes))?;
+            let (size, minute) = runtime.block_on(one(peers, turn == 0 && !arguments.no_wakes, NO_PROBES))?;
             all.0.push(size);
-            all.1.extend(minute);
+            all.1.extend(minute.map(|(_, between)| between));
         }
         Ok(all)
+    };
+    let probing = |peers: u32| {
+        progress(&format!("{peers} peers: an agent that probes them"));
+        runtime.block_on(one(peers, true, &[]))
     };
     let program = lab::agent::program(None)?;
     #[expect(clippy::cast_precision_loss, reason = "a few million bytes")]
@@ -90,13 +96,21 @@ pub fn measure(arguments: &MemoryArguments, report: &mut Report) -> anyhow::Resu
         let wakes = at_rest("wake-ups of its threads", "wake-ups", |b| f64::from(u32::try_from(b.wakes).unwrap_or(u32::MAX)));
         report.add(wakes.map(|row| row.median_goal(WAKES_GOAL)));
         report.add(at_rest("processor time", "ms", |b| b.processor.as_secs_f64() * 1e3));
+        if !arguments.no_wakes {
+            let (_, Some((size, minute))) = probing(*peers)? else { continue };
+            let conditions = format!("{peers} peers, a minute with probes of them");
+            let row = |what: &str, unit, value: f64| Row::new("memory", &conditions, what, unit, &[value]);
+            report.add(row("resident (VmRSS)", "MiB", size.resident));
+            report.add(row("wake-ups of its threads", "wake-ups", f64::from(u32::try_from(minute.wakes).unwrap_or(u32::MAX))));
+            report.add(row("processor time", "ms", minute.processor.as_secs_f64() * 1e3));
+        }
     }
     Ok(())
 }
 
-/// An agent of its own lab, and where it is wished what it does in a minute.
-async fn one(peers: u32, wakes: bool) -> anyhow::Result<(Size, Option<Between>)> {
-    let stage = Stage::new(1, peers).await?;
+/// An agent of its own lab, and where it is wished its size after a minute at rest and what it did in it.
+async fn one(peers: u32, wakes: bool, flags: &[&str]) -> anyhow::Result<(Size, Option<(Size, Between)>)> {
+    let stage = Stage::with_agents(1, peers, flags).await?;
     tokio::time::sleep(REST).await;
     let agent = stage.lab.host("h1")?.agent().context("the agent has ended")?.pid;
     let size = read(agent)?;
@@ -106,7 +120,7 @@ async fn one(peers: u32, wakes: bool) -> anyhow::Result<(Size, Option<Between>)>
     tokio::time::sleep(SETTLE).await;
     let before = Used::now(agent)?;
     tokio::time::sleep(MINUTE).await;
-    Ok((size, Some(Used::now(agent)?.since(&before))))
+    Ok((size, Some((read(agent)?, Used::now(agent)?.since(&before)))))
 }
 
 fn read(pid: i32) -> anyhow::Result<Size> {

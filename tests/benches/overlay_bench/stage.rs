@@ -28,9 +28,14 @@ pub struct Stage {
 impl Stage {
     /// Brings up hosts, etcd with so many leases beside the hosts' own, and the agents, and waits until all of it is in each kernel.
     pub async fn new(hosts: u16, peers: u32) -> anyhow::Result<Stage> {
+        Stage::with_agents(hosts, peers, &[]).await
+    }
+
+    /// The same with flags for the agents.
+    pub async fn with_agents(hosts: u16, peers: u32, flags: &[&str]) -> anyhow::Result<Stage> {
         let stage = Stage::prepared(hosts, peers).await?;
         for host in stage.lab.hosts() {
-            host.agent_start(&["--log-level", "warn"])?;
+            host.agent_start(&[&["--log-level", "warn"], flags].concat())?;
         }
         for host in stage.lab.hosts() {
             stage.settled(&host).await?;

@@ -158,7 +158,7 @@ pub(super) fn read_elements(channel: &mut Channel, set: SetName, state: &mut Sta
         for (_, attributes) in wire::attributes(list) {
             match read_element(set, attributes) {
                 Some((element, target)) => {
-                    state.insert(Key::Element(element), Value::Element(target));
+                    state.insert(Key::Element(element), Value::Element(target.map(Box::new)));
                 }
                 None => all_ours = false,
             }
@@ -274,7 +274,7 @@ mod tests {
                 Element::Port(family, Transport::Sctp, 65535),
                 Element::Bound(a, Transport::Udp, 1),
                 Element::Source(Box::new(("ove0123456789a".to_owned(), Mac([2, 3, 4, 5, 6, 7]), b))),
-                Element::Unchecked("fifteen.bytes.x".to_owned()),
+                Element::Unchecked("fifteen.bytes.x".into()),
             ] {
                 let set = element.set();
                 assert_eq!(SetName::from_name(set.table(), set.name().as_bytes()), Some(set));

@@ -219,7 +219,7 @@ fn every_entry_fits_its_key_and_stands_on_a_desired_device() {
         for (key, value) in &state {
             assert!(key.fits(value), "{key} {value}");
             if let Some(device) = device_of(key, value, &state) {
-                assert!(state.contains_key(&Key::Link(device.name())), "{key} {value} without {device}");
+                assert!(state.contains_key(&Key::Link(device.name().into())), "{key} {value} without {device}");
             }
         }
     }
@@ -260,7 +260,7 @@ fn masquerade_and_offload_follow_the_switches() {
     assert!(
         matches!(&entries[&Key::Ruleset(Table::Inet)], Value::Ruleset(rules) if rules.chains.iter().all(|chain| chain.name != "postrouting"))
     );
-    let Value::Link(link) = &entries[&Key::Link("ovx.1".to_owned())] else { panic!("a link") };
+    let Value::Link(link) = &entries[&Key::Link("ovx.1".into())] else { panic!("a link") };
     assert!(matches!(&link.kind, LinkKind::Vxlan(vxlan) if !vxlan.tx_checksum && !vxlan.learning));
 }
 

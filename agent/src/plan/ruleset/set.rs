@@ -165,7 +165,7 @@ pub enum Element {
     /// What comes in by an interface may have this MAC and address.
     Source(Box<(String, Mac, IpAddr)>),
     /// What comes in by an interface may have any.
-    Unchecked(String),
+    Unchecked(Box<str>),
 }
 
 /// An underlay address and the base of a subnet, of one family. There is one for each peer, three times: those of IPv4 take no memory beside the
@@ -263,7 +263,7 @@ impl Element {
             Element::Source(source) => {
                 vec![Datum::Interface(source.0.clone()), Datum::Mac(source.1), Datum::Address(source.2)]
             }
-            Element::Unchecked(interface) => vec![Datum::Interface(interface.clone())],
+            Element::Unchecked(interface) => vec![Datum::Interface(interface.to_string())],
         }
     }
 
@@ -292,7 +292,7 @@ impl Element {
             (SetName::Source(_), [Interface(name), Mac(mac), Address(address)], None) => {
                 Element::Source(Box::new((name.clone(), *mac, *address)))
             }
-            (SetName::Unchecked, [Interface(name)], None) => Element::Unchecked(name.clone()),
+            (SetName::Unchecked, [Interface(name)], None) => Element::Unchecked(name.clone().into()),
             _ => return None,
         };
         Some(element)

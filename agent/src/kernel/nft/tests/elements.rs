@@ -12,7 +12,7 @@ fn ip(text: &str) -> IpAddr {
 }
 
 fn set(element: Element, target: Option<SocketAddr>) -> Op {
-    Op::Set(Key::Element(element), Value::Element(target))
+    Op::Set(Key::Element(element), Value::Element(target.map(Box::new)))
 }
 
 fn delete(element: Element) -> Op {
@@ -39,7 +39,7 @@ fn one_of_each() -> Vec<Op> {
         ops.push(set(Element::Bound(outer, Transport::Sctp, 65535), to));
         ops.push(set(Element::Source(Box::new(("ove0123456789a".to_owned(), Mac([2, 3, 4, 5, 6, 7]), base))), None));
     }
-    ops.push(set(Element::Unchecked("ove0123456789a".to_owned()), None));
+    ops.push(set(Element::Unchecked("ove0123456789a".into()), None));
     ops
 }
 
@@ -130,9 +130,15 @@ fn an_element_leads_elsewhere() {
         let port = || Element::Port(Family::V4, Transport::Tcp, 80);
         tables.apply(&[both(), vec![set(port(), target("10.244.9.2:80"))]].concat());
         tables.apply(&[set(port(), target("10.244.9.3:81"))]);
-        assert_eq!(tables.nft.dump().expect("dump").rules[&Key::Element(port())], Value::Element(target("10.244.9.3:81")));
+        assert_eq!(
+            tables.nft.dump().expect("dump").rules[&Key::Element(port())],
+            Value::Element(target("10.244.9.3:81").map(Box::new))
+        );
         tables.apply(&[delete(port()), set(port(), target("10.244.9.4:80"))]);
-        assert_eq!(tables.nft.dump().expect("dump").rules[&Key::Element(port())], Value::Element(target("10.244.9.4:80")));
+        assert_eq!(
+            tables.nft.dump().expect("dump").rules[&Key::Element(port())],
+            Value::Element(target("10.244.9.4:80").map(Box::new))
+        );
     });
 }
 

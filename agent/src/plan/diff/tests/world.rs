@@ -29,7 +29,7 @@ impl Kernel {
     pub fn apply(&mut self, op: &Op) -> bool {
         let found = self.state.get(op.key());
         let device_is_ours = |device: Device| {
-            let link = self.state.get(&Key::Link(device.name()));
+            let link = self.state.get(&Key::Link(device.name().into()));
             assert!(matches!(link, Some(Value::Link(link)) if !is_foreign(link)), "`{op}` needs {device}, which is {link:?}");
         };
         match op {
@@ -91,14 +91,14 @@ pub fn normalise(mut state: State) -> State {
                 return old.contains_key(&Key::Ruleset(element.set().table()));
             }
             let Some(device) = device_of(key, value, &old) else { return true };
-            match old.get(&Key::Link(device.name())) {
+            match old.get(&Key::Link(device.name().into())) {
                 Some(Value::Link(link)) => link.up || !matches!(value, Value::Nexthop { .. } | Value::Route(_)),
                 _ => false,
             }
         });
         for value in state.values_mut() {
             if let Value::Link(link) = value
-                && link.master.is_some_and(|master| !old.contains_key(&Key::Link(master.name())))
+                && link.master.is_some_and(|master| !old.contains_key(&Key::Link(master.name().into())))
             {
                 link.master = None;
             }
@@ -314,7 +314,7 @@ fn any_entry() -> impl Strategy<Value = (Key, Value)> {
             .prop_map(|element| (Key::Element(element), Value::Element(None))),
         1 => (family(), index(), 79u16..81).prop_map(|(f, i, port)| {
             let target = std::net::SocketAddr::new(subnet(f, i).base(), port);
-            (Key::Element(Element::Port(f, Transport::Tcp, 80)), Value::Element(Some(target)))
+            (Key::Element(Element::Port(f, Transport::Tcp, 80)), Value::Element(Some(Box::new(target))))
         }),
         1 => any_setup().prop_map(|setup| drifted_ruleset(&setup)),
         4 => any_link(),
@@ -322,7 +322,7 @@ fn any_entry() -> impl Strategy<Value = (Key, Value)> {
 }
 
 fn sysctl(path: &str, on: bool) -> (Key, Value) {
-    (Key::Sysctl(path.to_owned()), Value::Sysctl(u8::from(on).to_string()))
+    (Key::Sysctl(path.into()), Value::Sysctl(u8::from(on).to_string().into()))
 }
 
 fn drifted_ruleset(setup: &Setup) -> (Key, Value) {
