@@ -40,6 +40,8 @@ use repair::Repairs;
 
 /// How long changes of foreign links and addresses settle before the external interface is looked at again.
 const UNDERLAY_SETTLE: Duration = Duration::from_millis(100);
+/// How many times its own duration the look at all interfaces rests: a storm of foreign links costs a twentieth of a processor.
+const UNDERLAY_REST_FACTOR: u32 = 20;
 /// The least time between two dumps, and how many times its own duration a dump rests, so that a storm of changes is no loop of dumps.
 const DUMP_REST: Duration = Duration::from_millis(20);
 const DUMP_REST_FACTOR: u32 = 5;
@@ -189,6 +191,7 @@ pub struct Reconciler<D, M> {
     dump_error: Option<String>,
     not_before: Instant,
     underlay_due: Option<Instant>,
+    underlay_not_before: Instant,
     resync_due: Instant,
     heap_due: Option<Instant>,
     refusals_told: Lines,
@@ -238,6 +241,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             dump_error: None,
             not_before: now,
             underlay_due: Some(now),
+            underlay_not_before: now,
             heap_due: None,
             refusals_told: Lines::default(),
             repairs: Repairs::default(),

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
-use super::{Channels, LOG_LINES, Memory, Reconciler, UNDERLAY_SETTLE, is_wholesale, merge};
+use super::{Channels, LOG_LINES, Memory, Reconciler, UNDERLAY_REST_FACTOR, UNDERLAY_SETTLE, is_wholesale, merge};
 use crate::metrics::{Source, Whole};
 use crate::model::event::{Connection, LeaseWish, OwnLease, StoreEvent};
 use crate::model::{Device, Family, NetworkConfig, PerFamily, Refusal};
@@ -98,7 +98,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 self.stale = Some(reason);
             }
             KernelEvent::Underlay => {
-                self.underlay_due.get_or_insert(Instant::now() + UNDERLAY_SETTLE);
+                self.underlay_due.get_or_insert((Instant::now() + UNDERLAY_SETTLE).max(self.underlay_not_before));
             }
         }
     }
@@ -169,7 +169,10 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
     pub(super) async fn look_at_underlay(&mut self) {
         self.underlay_due = None;
         self.metrics.read_whole(Whole::Interfaces);
-        let inventory = match self.data_path.inventory().await {
+        let begun = Instant::now();
+        let read = self.data_path.inventory().await;
+        self.underlay_not_before = Instant::now() + begun.elapsed() * UNDERLAY_REST_FACTOR;
+        let inventory = match read {
             Ok(inventory) => inventory,
             Err(error) => {
                 tracing::error!(%error, "the host's interfaces cannot be read, trying again in a second");

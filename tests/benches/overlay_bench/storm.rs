@@ -31,7 +31,7 @@ pub struct StormArguments {
     /// Foreign routes
     #[arg(long, value_name = "N", default_value_t = 10_000)]
     routes: u32,
-    /// Foreign links
+    /// Foreign links: two for each veth pair
     #[arg(long, value_name = "N", default_value_t = 10_000)]
     links: u32,
     /// Peers of the host
@@ -69,7 +69,11 @@ pub fn measure(arguments: &StormArguments, report: &mut Report) -> anyhow::Resul
     let parts: [(&str, u32, String); 4] = [
         ("routes come", routes, list(routes, &|n| format!("route add {}", route(n)))),
         ("routes go", routes, list(routes, &|n| format!("route delete {}", route(n)))),
-        ("links come", links, list(links, &|n| format!("link add foreign{n} group {GROUP} type dummy"))),
+        (
+            "links come",
+            links,
+            list(links.div_ceil(2), &|n| format!("link add foreign{n} group {GROUP} type veth peer name other{n}")),
+        ),
         ("links go", links, format!("link delete group {GROUP}\n")),
     ];
     let mut came: [Vec<Part>; 4] = Default::default();
