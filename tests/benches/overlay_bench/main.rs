@@ -2,7 +2,7 @@
 //!
 //! | module | holds |
 //! | --- | --- |
-//! | `peers`, `start`, `join`, `memory`, `attach` | one measurement each |
+//! | `peers`, `start`, `join`, `memory`, `attach`, `data` | one measurement each |
 //! | `stats`, `report` | samples to medians and spreads, rows to a table or JSON |
 //! | `fleet` | peers as leases, as the store's entries and as the kernel's |
 //! | `rtnl`, `limit` | a minimal rtnetlink, and the raw limit made of it |
@@ -12,6 +12,7 @@
 //! `docs/performance.md` shows results and how to repeat them.
 
 mod attach;
+mod data;
 mod fleet;
 mod join;
 mod limit;
@@ -55,6 +56,8 @@ enum Measurement {
     Memory(memory::MemoryArguments),
     /// A container attached and detached, by the socket and by the CNI plugin; baseline: Debian's plugins bridge and host-local
     Attach(attach::AttachArguments),
+    /// What passes between containers, and what the rules cost; baseline: the hosts, a plain bridge, the same way without rules
+    Data(data::DataArguments),
 }
 
 fn main() -> ExitCode {
@@ -91,6 +94,7 @@ fn measure(measurement: &Measurement) -> anyhow::Result<Report> {
         Measurement::Join(arguments) => join::measure(arguments, &mut report)?,
         Measurement::Memory(arguments) => memory::measure(arguments, &mut report)?,
         Measurement::Attach(arguments) => attach::measure(arguments, &mut report)?,
+        Measurement::Data(arguments) => data::measure(arguments, &mut report)?,
     }
     report.finish();
     Ok(report)

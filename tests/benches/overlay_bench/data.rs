@@ -1,0 +1,151 @@
+//! `data`: what passes between containers, beside what passes between their hosts; and what the rules cost.
+//!
+//! Two hosts of one lab, their agents held, and a plain bridge. First what passes in a second, on threads side by side; then what one packet, one request and one
+//! megabyte cost, with rules and without, by one thread on one processor. Each turn goes through all ways, or all rules, from another one on than the last turn.
+
+mod alone;
+mod ground;
+mod parallel;
+mod rules;
+mod way;
+
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use clap::Args;
+use overlay_agent::model::Family;
+
+use super::progress;
+use super::report::{Report, Row};
+use alone::{Ends, Kind};
+use ground::{Hosts, Plain};
+use parallel::{Load, Passed};
+use rules::{Rules, Switch, set_all};
+use way::{Way, stay_on};
+
+/// The overlay's packets with our rules to those without.
+const GOAL: f64 = 1.01;
+/// The MTU of the lab's containers in bytes: its wires' 1500 less what VXLAN takes.
+const UNDERLAY_MTU: u32 = 1500;
+
+/// How to measure.
+#[derive(Debug, Args)]
+pub struct DataArguments {
+    /// Turns through all ways; 0 leaves them out
+    #[arg(long, value_name = "K", default_value_t = 15)]
+    turns: usize,
+    /// Turns through all rules; 0 leaves them out
+    #[arg(long, value_name = "K", default_value_t = 40)]
+    rules: usize,
+    /// Milliseconds that each load lasts in a turn; those for the rules last a fifth
+    #[arg(long, value_name = "MS", default_value_t = 500)]
+    time: u64,
+    /// The family of underlay and overlay: 4 or 6
+    #[arg(long, value_name = "4|6", default_value = "4", value_parser = super::peers::family)]
+    family: Family,
+}
+
+/// What is sent side by side.
+const LOADS: [(Load, &str, &str, f64); 4] = [
+    (Load::Streams(1), "TCP, one stream", "Gbit/s", 8e-9),
+    (Load::Streams(4), "TCP, four streams", "Gbit/s", 8e-9),
+    (Load::Requests, "requests of one byte by TCP", "1/s", 1.0),
+    (Load::Packets, "UDP packets of 64 bytes", "1/s", 1.0),
+];
+
+/// Measures.
+pub fn measure(arguments: &DataArguments, report: &mut Report) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let family = arguments.family;
+    progress("two hosts with two containers each, and a plain bridge");
+    let hosts = runtime.block_on(Hosts::new(family))?;
+    let time = Duration::from_millis(arguments.time.max(10));
+    if arguments.turns > 0 {
+        let plain = runtime.block_on(Plain::new(family, UNDERLAY_MTU - family.vxlan_overhead()))?;
+        let ways = [hosts.underlay()?, hosts.overlay()?, plain.way(family)?, hosts.bridge()?];
+        add_passed(report, family, &ways, arguments.turns, time)?;
+    }
+    if arguments.rules > 0 {
+        // The thread that measures stays on one processor; it ends here, so that nothing else is bound by that.
+        let measured =
+            std::thread::scope(|scope| scope.spawn(|| add_costs(report, &hosts, family, arguments.rules, time / 5)).join());
+        measured.map_err(|_| anyhow::anyhow!("the thread that measures panicked"))??;
+    }
+    Ok(())
+}
+
+/// What passes in a second.
+fn add_passed(report: &mut Report, family: Family, ways: &[Way; 4], turns: usize, time: Duration) -> anyhow::Result<()> {
+    let mut samples: [[Vec<Passed>; 4]; 4] = Default::default();
+    for turn in 0..turns {
+        progress(&format!("{family}, ways: turn {} of {turns}", turn + 1));
+        for (number, (load, what, ..)) in LOADS.iter().enumerate() {
+            for step in 0..ways.len() {
+                let way = (turn + step) % ways.len();
+                let passed = load.run(&ways[way], time).with_context(|| format!("{what} to {}", ways[way].address))?;
+                samples[number][way].push(passed);
+            }
+        }
+    }
+    let pairs =
+        [("container to container, two hosts", "host to host", 1, 0), ("container to container, one host", "plain bridge", 3, 2)];
+    for (conditions, baseline, way, other) in pairs {
+        let conditions = format!("{family}, {conditions}");
+        for ((_, what, unit, factor), all) in LOADS.iter().zip(&samples) {
+            let rate = |way: usize| all[way].iter().map(|passed| passed.each_second * factor).collect::<Vec<f64>>();
+            let row = Row::new("data", &conditions, *what, unit, &rate(way));
+            report.add(row.map(|r| r.against(baseline, &rate(way), &rate(other))));
+        }
+        let cost = |way: usize| samples[0][way].iter().map(|p| p.processor / p.each_second * 1e12).collect::<Vec<f64>>();
+        let row = Row::new("data", &conditions, "TCP, one stream: processor time for a gigabyte", "ms", &cost(way));
+        report.add(row.map(|r| r.against(baseline, &cost(way), &cost(other))));
+    }
+    Ok(())
+}
+
+/// What the rules cost.
+fn add_costs(report: &mut Report, hosts: &Hosts, family: Family, turns: usize, time: Duration) -> anyhow::Result<()> {
+    stay_on(true)?;
+    let mut switches = hosts.namespaces()?.iter().map(Switch::new).collect::<anyhow::Result<Vec<_>>>()?;
+    let ways = [("two hosts", hosts.overlay()?), ("one host", hosts.bridge()?)];
+    let mut ends = ways.iter().map(|(_, way)| Ends::open(way)).collect::<anyhow::Result<Vec<_>>>()?;
+    let each = Rules::EACH;
+    // By way, kind, rules.
+    let mut samples = vec![vec![vec![Vec::new(); each.len()]; Kind::ALL.len()]; ways.len()];
+    for turn in 0..turns {
+        progress(&format!("{family}, rules: turn {} of {turns}", turn + 1));
+        for step in 0..each.len() {
+            let number = (turn + step) % each.len();
+            set_all(&mut switches, each[number].0)?;
+            for (ends, samples) in ends.iter_mut().zip(&mut samples) {
+                for (kind, samples) in Kind::ALL.into_iter().zip(samples) {
+                    // The first packets make entries and fill caches.
+                    ends.cost(kind, time / 10)?;
+                    let cost = ends.cost(kind, time).with_context(|| format!("with {}", each[number].0.words()))?;
+                    samples[number].push(cost);
+                }
+            }
+        }
+    }
+    set_all(&mut switches, Rules::All)?;
+    for switch in &mut switches {
+        ensure!(switch.is_whole()?, "the rules that were put back are not those that the agent had made");
+    }
+    for ((way, _), by_kind) in ways.iter().zip(&samples) {
+        for (kind, by_rules) in Kind::ALL.into_iter().zip(by_kind) {
+            let (what, unit) = kind.words();
+            for ((rules, baseline), costs) in each.iter().zip(by_rules) {
+                let conditions = format!("{family}, {way}, {}", rules.words());
+                let row = Row::new("data", &conditions, what, unit, costs);
+                let against = |row: Row| match baseline.and_then(|b| Some((b, each.iter().position(|(r, _)| *r == b)?))) {
+                    Some((baseline, number)) => row.against(baseline.words(), costs, &by_rules[number]),
+                    None => row,
+                };
+                let row = row.map(against);
+                let judged = matches!(rules, Rules::All | Rules::AllAndOthers);
+                report.add(if judged { row.map(|r| r.ratio_goal(GOAL)) } else { row });
+            }
+        }
+    }
+    Ok(())
+}
