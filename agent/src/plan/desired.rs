@@ -171,7 +171,8 @@ impl Host {
             state.extend(published.map(|(element, target)| (Key::Element(element), Value::Element(Some(target)))));
         }
         let publishes = self.publishes();
-        let rules = Rules { network: &self.network, subnet: &self.subnet, masquerade: self.masquerade, publishes };
+        let Host { network, subnet, masquerade, .. } = self;
+        let rules = Rules { network, subnet, local: &self.underlay.local, masquerade: *masquerade, publishes };
         for ruleset in [rules.ruleset(), guard()] {
             state.insert(Key::Ruleset(ruleset.table), Value::Ruleset(Box::new(ruleset)));
         }

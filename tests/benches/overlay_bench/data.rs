@@ -37,6 +37,9 @@ pub struct DataArguments {
     /// Turns through all rules; 0 leaves them out
     #[arg(long, value_name = "K", default_value_t = 40)]
     rules: usize,
+    /// Only these of the rules, for a profile; may be given several times
+    #[arg(long, value_name = "RULES")]
+    only: Vec<Rules>,
     /// Milliseconds that each load lasts in a turn; those for the rules last a fifth
     #[arg(long, value_name = "MS", default_value_t = 500)]
     time: u64,
@@ -67,8 +70,7 @@ pub fn measure(arguments: &DataArguments, report: &mut Report) -> anyhow::Result
     }
     if arguments.rules > 0 {
         // The thread that measures stays on one processor; it ends here, so that nothing else is bound by that.
-        let measured =
-            std::thread::scope(|scope| scope.spawn(|| add_costs(report, &hosts, family, arguments.rules, time / 5)).join());
+        let measured = std::thread::scope(|scope| scope.spawn(|| add_costs(report, &hosts, arguments)).join());
         measured.map_err(|_| anyhow::anyhow!("the thread that measures panicked"))??;
     }
     Ok(())
@@ -104,12 +106,14 @@ fn add_passed(report: &mut Report, family: Family, ways: &[Way; 4], turns: usize
 }
 
 /// What the rules cost.
-fn add_costs(report: &mut Report, hosts: &Hosts, family: Family, turns: usize, time: Duration) -> anyhow::Result<()> {
+fn add_costs(report: &mut Report, hosts: &Hosts, arguments: &DataArguments) -> anyhow::Result<()> {
     stay_on(true)?;
+    let (family, turns, time) = (arguments.family, arguments.rules, Duration::from_millis(arguments.time.max(10)) / 5);
     let mut switches = hosts.namespaces()?.iter().map(Switch::new).collect::<anyhow::Result<Vec<_>>>()?;
     let ways = [("two hosts", hosts.overlay()?), ("one host", hosts.bridge()?)];
     let mut ends = ways.iter().map(|(_, way)| Ends::open(way)).collect::<anyhow::Result<Vec<_>>>()?;
-    let each = Rules::EACH;
+    let mut each = Rules::EACH.to_vec();
+    each.retain(|(rules, _)| arguments.only.is_empty() || arguments.only.contains(rules));
     // By way, kind, rules.
     let mut samples = vec![vec![vec![Vec::new(); each.len()]; Kind::ALL.len()]; ways.len()];
     for turn in 0..turns {

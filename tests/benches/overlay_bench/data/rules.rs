@@ -5,6 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, ensure};
+use clap::ValueEnum;
 use overlay_agent::kernel::netns::Netns;
 use overlay_agent::kernel::nft::Nft;
 use overlay_agent::plan::ruleset::{ChainKind, Table};
@@ -15,7 +16,7 @@ const FIREWALL: &str = "add table inet others; add chain inet others c { type fi
                         add rule inet others c ct state established,related accept";
 
 /// Which rules stand.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Rules {
     /// None.
     None,
