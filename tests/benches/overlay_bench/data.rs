@@ -7,6 +7,7 @@ mod alone;
 mod ground;
 mod parallel;
 mod rules;
+mod tried;
 mod way;
 
 use std::time::Duration;
@@ -21,6 +22,7 @@ use alone::{Ends, Kind};
 use ground::{Hosts, Plain};
 use parallel::{Load, Passed};
 use rules::{Rules, Switch, set_all};
+use tried::Setting;
 use way::{Way, stay_on};
 
 /// The overlay's packets with our rules to those without.
@@ -40,6 +42,12 @@ pub struct DataArguments {
     /// Only these of the rules, for a profile; may be given several times
     #[arg(long, value_name = "RULES")]
     only: Vec<Rules>,
+    /// A shell command that makes a setting on each host, such as `ethtool -K eth0 gro off`: the overlay with it and without it, and nothing else
+    #[arg(long, value_name = "COMMAND", requires = "without")]
+    with: Option<String>,
+    /// The command that takes the setting back
+    #[arg(long, value_name = "COMMAND", requires = "with")]
+    without: Option<String>,
     /// Milliseconds that each load lasts in a turn; those for the rules last a fifth
     #[arg(long, value_name = "MS", default_value_t = 500)]
     time: u64,
@@ -63,6 +71,9 @@ pub fn measure(arguments: &DataArguments, report: &mut Report) -> anyhow::Result
     progress("two hosts with two containers each, and a plain bridge");
     let hosts = runtime.block_on(Hosts::new(family))?;
     let time = Duration::from_millis(arguments.time.max(10));
+    if let (Some(with), Some(without)) = (&arguments.with, &arguments.without) {
+        return add_tried(report, &hosts, arguments, Setting { with, without });
+    }
     if arguments.turns > 0 {
         let plain = runtime.block_on(Plain::new(family, UNDERLAY_MTU - family.vxlan_overhead()))?;
         let ways = [hosts.underlay()?, hosts.overlay()?, plain.way(family)?, hosts.bridge()?];
@@ -101,6 +112,48 @@ fn add_passed(report: &mut Report, family: Family, ways: &[Way; 4], turns: usize
         let cost = |way: usize| samples[0][way].iter().map(|p| p.processor / p.each_second * 1e12).collect::<Vec<f64>>();
         let row = Row::new("data", &conditions, "TCP, one stream: processor time for a gigabyte", "ms", &cost(way));
         report.add(row.map(|r| r.against(baseline, &cost(way), &cost(other))));
+    }
+    Ok(())
+}
+
+/// What a setting does: what passes in a second, and what one costs.
+fn add_tried(report: &mut Report, hosts: &Hosts, arguments: &DataArguments, setting: Setting<'_>) -> anyhow::Result<()> {
+    let DataArguments { turns, family, .. } = arguments;
+    let time = Duration::from_millis(arguments.time.max(10));
+    let (namespaces, way) = (hosts.namespaces()?, hosts.overlay()?);
+    let mut passed: [[Vec<Passed>; 2]; 4] = Default::default();
+    let mut costs: [[Vec<f64>; 2]; 3] = Default::default();
+    for turn in 0..*turns {
+        progress(&format!("{family}, with and without: turn {} of {turns}", turn + 1));
+        for step in 0..2 {
+            let side = (turn + step) % 2;
+            setting.set(&namespaces, side == 1)?;
+            for ((load, what, ..), all) in LOADS.iter().zip(&mut passed) {
+                all[side].push(load.run(&way, time).context(*what)?);
+            }
+            let alone = || -> anyhow::Result<Vec<f64>> {
+                stay_on(true)?;
+                let mut ends = Ends::open(&way)?;
+                Kind::ALL.into_iter().map(|kind| ends.cost(kind, time / 5)).collect()
+            };
+            let alone = std::thread::scope(|scope| scope.spawn(alone).join());
+            for (cost, all) in alone.map_err(|_| anyhow::anyhow!("the thread that measures panicked"))??.iter().zip(&mut costs) {
+                all[side].push(*cost);
+            }
+        }
+    }
+    setting.set(&namespaces, false)?;
+    let conditions = format!("{family}, with {}", setting.with);
+    let mut add = |what: &str, unit, [without, with]: [&[f64]; 2]| {
+        report.add(Row::new("data", &conditions, what, unit, with).map(|r| r.against("without", with, without)));
+    };
+    for ((_, what, unit, factor), all) in LOADS.iter().zip(&passed) {
+        let rates = all.each_ref().map(|side| side.iter().map(|p| p.each_second * factor).collect::<Vec<f64>>());
+        add(what, unit, rates.each_ref().map(Vec::as_slice));
+    }
+    for (kind, all) in Kind::ALL.into_iter().zip(&costs) {
+        let (what, unit) = kind.words();
+        add(what, unit, all.each_ref().map(Vec::as_slice));
     }
     Ok(())
 }

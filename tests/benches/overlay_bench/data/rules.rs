@@ -8,7 +8,7 @@ use anyhow::{Context, anyhow, ensure};
 use clap::ValueEnum;
 use overlay_agent::kernel::netns::Netns;
 use overlay_agent::kernel::nft::Nft;
-use overlay_agent::plan::ruleset::{ChainKind, Table};
+use overlay_agent::plan::ruleset::{ChainKind, Expr, OVERLAY, Rule, Table};
 use overlay_agent::plan::{Key, Op, OpError, Ruleset, State, Value};
 
 /// What others have: a firewall that knows connections, as Docker, kube-proxy, firewalld and ufw bring it.
@@ -28,6 +28,10 @@ pub enum Rules {
     Inet,
     /// The other table without address translation, and so without conntrack.
     Stateless,
+    /// All of ours, with the tunnel's packets in conntrack.
+    Tracked,
+    /// All of ours, and conntrack takes no notice of what stays in the overlay either: published ports and stateful firewalls would miss it.
+    InnerUntracked,
     /// None of ours, and somebody's firewall with conntrack.
     Others,
     /// All of ours and that firewall.
@@ -36,12 +40,14 @@ pub enum Rules {
 
 impl Rules {
     /// Each, behind what it is compared with.
-    pub const EACH: [(Rules, Option<Rules>); 7] = [
+    pub const EACH: [(Rules, Option<Rules>); 9] = [
         (Rules::None, None),
         (Rules::All, Some(Rules::None)),
         (Rules::Bridge, Some(Rules::None)),
         (Rules::Inet, Some(Rules::None)),
         (Rules::Stateless, Some(Rules::None)),
+        (Rules::Tracked, Some(Rules::None)),
+        (Rules::InnerUntracked, Some(Rules::None)),
         (Rules::Others, Some(Rules::None)),
         (Rules::AllAndOthers, Some(Rules::Others)),
     ];
@@ -54,6 +60,8 @@ impl Rules {
             Rules::Bridge => "our rules of the bridge alone",
             Rules::Inet => "our rules of IP alone",
             Rules::Stateless => "our rules of IP but for NAT",
+            Rules::Tracked => "our rules, the tunnel in conntrack",
+            Rules::InnerUntracked => "our rules, nothing of the overlay in conntrack",
             Rules::Others => "a foreign firewall with conntrack",
             Rules::AllAndOthers => "our rules beside a foreign firewall with conntrack",
         }
@@ -72,6 +80,24 @@ impl Rules {
             (Rules::Stateless, Table::Inet) => {
                 let mut ruleset = ruleset.clone();
                 ruleset.chains.retain(|chain| chain.base.is_none_or(|base| base.kind != ChainKind::Nat));
+                Some(ruleset)
+            }
+            (Rules::Tracked | Rules::InnerUntracked, Table::Bridge) => Some(ruleset.clone()),
+            (Rules::Tracked, Table::Inet) => {
+                let mut ruleset = ruleset.clone();
+                for chain in &mut ruleset.chains {
+                    chain.rules.retain(|rule| !rule.exprs.contains(&Expr::Untrack));
+                }
+                Some(ruleset)
+            }
+            (Rules::InnerUntracked, Table::Inet) => {
+                let mut ruleset = ruleset.clone();
+                let overlay = ruleset.chains.iter().find(|chain| chain.name == OVERLAY);
+                let overlay = overlay.map(|chain| chain.rules.iter().flat_map(|rule| rule.exprs.clone())).into_iter().flatten();
+                let inside = overlay.filter(|expr| !matches!(expr, Expr::Accept)).chain([Expr::Untrack]).collect();
+                if let Some(chain) = ruleset.chains.iter_mut().find(|chain| chain.name == "incoming") {
+                    chain.rules.insert(1, Rule { exprs: inside });
+                }
                 Some(ruleset)
             }
             _ => None,
