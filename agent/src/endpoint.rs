@@ -1,12 +1,13 @@
 //! The containers of this host on the overlay: names, addresses, and the order of work when one is attached or detached.
 //!
-//! Owns `endpoints.json` in the state directory. Touches the kernel only through [`ContainerPath`]. An endpoint is written down before
+//! Owns `endpoints.json` and `endpoints.journal` in the state directory (`book`). Touches the kernel only through [`ContainerPath`]. An endpoint is written down before
 //! anything is made in the kernel and marked complete afterwards, so that what a crash leaves half made is removed at the next start.
 //!
 //! Tasks: each attach and detach runs as a task of its own, so that a client that goes away cannot stop it half way; at most
 //! [`MOST_AT_ONCE`] of them, one at a time for each name. [`Endpoints::run`] is a task that the caller runs: it audits, and at the end waits for
 //! the others.
 
+mod book;
 mod error;
 pub mod ipam;
 mod request;
@@ -22,16 +23,19 @@ use tokio::sync::{OwnedMutexGuard, Semaphore, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::blocking::blocking;
 use crate::model::api::{AttachRequest, Attached, Detached};
 use crate::model::endpoint::EndpointName;
 use crate::model::{Device, Endpoint, Subnet};
 use crate::plan::ContainerPath;
-use crate::state::{StateDir, StateError};
+use crate::state::{FileError, StateDir, StateError};
 
+pub use book::{Recorded, recorded};
 pub use error::{Class, EndpointError};
 
+use book::Book;
 use request::Wish;
-use table::{Phase, Stored, Table};
+use table::{Phase, Table};
 
 /// How many attaches and detaches run at the same time: far above what two cores can use, far below what would hurt.
 pub const MOST_AT_ONCE: usize = 64;
@@ -41,9 +45,6 @@ const AUDIT_INTERVAL: Duration = Duration::from_secs(30);
 
 /// How long an attach waits for the rules of its endpoint: some milliseconds are usual, a second where thousands of peers come at once.
 const PROGRAMMED_WAIT: Duration = Duration::from_secs(3);
-
-/// The file in the state directory.
-const FILE: &str = "endpoints.json";
 
 /// What the containers of this host are attached to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,32 +71,22 @@ impl<C> Clone for Endpoints<C> {
 
 #[derive(Debug)]
 struct Inner<C> {
-    state: Arc<StateDir>,
     path: C,
     table: Mutex<Table>,
-    /// What stands in the file; held while it is written.
-    written: tokio::sync::Mutex<Written>,
+    /// The table as it is written down; held while it is.
+    book: Mutex<Book>,
     /// One lock for each name that is worked on.
     names: Mutex<HashMap<EndpointName, Arc<tokio::sync::Mutex<()>>>>,
     permits: Arc<Semaphore>,
     /// Running work; `None` when the agent is ending.
     work: Mutex<Option<JoinSet<()>>>,
-    plugged: watch::Sender<Vec<Endpoint>>,
+    plugged: watch::Sender<Vec<Arc<Endpoint>>>,
     /// What has been made of `plugged`; `None` while nobody makes anything of it.
-    programmed: Mutex<Option<watch::Sender<Vec<Endpoint>>>>,
+    programmed: Mutex<Option<watch::Sender<Vec<Arc<Endpoint>>>>>,
     /// Endpoints whose namespace is gone, as far as is known: their ports are wanted no more.
     missing: Mutex<BTreeSet<EndpointName>>,
     /// Those whose namespace was gone at the last audit.
     gone_before: Mutex<BTreeSet<EndpointName>>,
-}
-
-/// Versions of the table.
-#[derive(Debug, Default)]
-struct Written {
-    /// The one that stands in the file.
-    version: u64,
-    /// The one that is on the disk for certain.
-    synced: u64,
 }
 
 /// A lock whose holder panicked protects data that is still whole: each change of it is made at once.
@@ -104,21 +95,18 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl<C: ContainerPath + 'static> Endpoints<C> {
-    /// Reads `endpoints.json`, removes what was left half made, and takes a first look at the namespaces. No subnet is set yet.
+    /// Reads what is written down, removes what was left half made, and takes a first look at the namespaces. No subnet is set yet.
     pub async fn restore(state: Arc<StateDir>, path: C) -> Result<Endpoints<C>, StateError> {
-        let reader = Arc::clone(&state);
-        let stored: Option<Stored> =
-            tokio::task::spawn_blocking(move || reader.load(FILE)).await.unwrap_or_else(|e| Err(work::interrupted(&state, e)))?;
-        let mut table = Table::from_stored(stored.unwrap_or_default());
+        let (book, stored) = blocking(|| Book::open(state))?;
+        let mut table = Table::from_stored(stored);
         table.set_own_netns(&path.own_netns());
         let unfinished: Vec<EndpointName> =
             table.records().filter(|r| r.phase != Phase::Attached).map(|r| r.endpoint.name.clone()).collect();
         let plugged = watch::Sender::new(table.plugged(&BTreeSet::new()));
         let endpoints = Endpoints(Arc::new(Inner {
-            state,
             path,
             table: Mutex::new(table),
-            written: tokio::sync::Mutex::default(),
+            book: Mutex::new(book),
             names: Mutex::default(),
             permits: Arc::new(Semaphore::new(MOST_AT_ONCE)),
             work: Mutex::new(Some(JoinSet::new())),
@@ -170,7 +158,7 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
     /// The attached endpoints, by name.
     pub fn list(&self) -> Vec<Endpoint> {
         let table = lock(&self.0.table);
-        table.records().filter(|r| r.phase == Phase::Attached).map(|r| r.endpoint.clone()).collect()
+        table.records().filter(|r| r.phase == Phase::Attached).map(|r| Endpoint::clone(&r.endpoint)).collect()
     }
 
     /// Endpoints with an address outside the present subnet.
@@ -181,13 +169,13 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
     /// The endpoints that are plugged into the bridge, by name, but for those whose namespace was gone at the last look. Changes are
     /// announced. A pair exists in the kernel some moments before it is here and after it has gone from here: a port that is not here is
     /// left alone.
-    pub fn plugged(&self) -> watch::Receiver<Vec<Endpoint>> {
+    pub fn plugged(&self) -> watch::Receiver<Vec<Arc<Endpoint>>> {
         self.0.plugged.subscribe()
     }
 
     /// Where to tell which of [`Endpoints::plugged`] have been seen to, rules and published ports: from now on an attach waits for it, a
     /// bounded time, before it answers.
-    pub fn programmed(&self) -> watch::Sender<Vec<Endpoint>> {
+    pub fn programmed(&self) -> watch::Sender<Vec<Arc<Endpoint>>> {
         lock(&self.0.programmed).get_or_insert_default().clone()
     }
 
@@ -221,7 +209,7 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
                 Err(error) => tracing::warn!(endpoint = %name, %error, "cannot detach an endpoint whose namespace is gone"),
             }
         }
-        for name in suspects.into_iter().filter(|r| r.phase != Phase::Attached).map(|r| r.endpoint.name) {
+        for name in suspects.into_iter().filter(|r| r.phase != Phase::Attached).map(|r| r.endpoint.name.clone()) {
             self.clear(&name).await;
         }
         released
@@ -253,7 +241,7 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
                 () = stop.cancelled() => break,
                 _ = ticks.tick() => {
                     self.audit().await;
-                    if let Err(error) = self.0.sync().await {
+                    if let Err(error) = self.settle().await {
                         tracing::warn!(%error, "the endpoints are written down, but not on the disk for certain");
                     }
                 }
@@ -269,13 +257,20 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
         while let Some(end) = work.join_next().await {
             report(end);
         }
-        let written = match self.0.persist().await {
-            Ok(()) => self.0.sync().await,
-            error => error,
-        };
-        if let Err(error) = written {
+        if let Err(error) = self.settle().await {
             tracing::warn!(%error, "the endpoints could not be written down at the end");
         }
+    }
+
+    /// Waits until the disk has the table.
+    async fn settle(&self) -> Result<(), StateError> {
+        let inner = Arc::clone(&self.0);
+        let settled = tokio::task::spawn_blocking(move || lock(&inner.book).settle(&inner.table));
+        // It fails only while the runtime ends.
+        settled.await.unwrap_or_else(|e| {
+            let file = std::path::Path::new(book::FILE);
+            Err(FileError::new("finish the work on", file, std::io::Error::other(e)).into())
+        })
     }
 
     /// Takes down what is left of an endpoint that is not attached.

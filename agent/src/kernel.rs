@@ -42,7 +42,6 @@ mod tests;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::{Mutex, mpsc};
 
 pub use container::Plugger;
@@ -57,8 +56,9 @@ use self::link::Links;
 use self::monitor::Ears;
 use self::nft::Nft;
 use self::rtnl::Rtnl;
-use self::socket::RouteSocket;
+use self::socket::{Refusal, RouteSocket};
 use self::wire::Query;
+use crate::blocking::blocking;
 use crate::plan::state::{PROTOCOL, State};
 use crate::plan::underlay::Inventory;
 use crate::plan::{ApplyReport, Batch, DataPath, KernelEvent, Key, Op, OpError, Value};
@@ -129,7 +129,8 @@ impl Kernel {
             known: Known::default(),
         };
         let batch = BatchSocket::open()?;
-        let own = [shared.rtnl.port(), batch.port()];
+        let read = |e: std::io::Error| Refusal::from(e).during("cannot examine an rtnetlink socket");
+        let own = [shared.rtnl.port(), batch.port(), shared.socket.port().map_err(read)?];
         let nft_port = shared.nft.port_id();
         let has_nexthop_objects = has_nexthop_objects(&mut shared.socket)?;
         let foreign = Foreign::read(&mut shared.socket)?;
@@ -291,13 +292,4 @@ fn has_nexthop_objects(socket: &mut RouteSocket) -> Result<bool, OpError> {
 /// Whether a protocol number is ours.
 const fn is_ours(protocol: u8) -> bool {
     protocol == PROTOCOL
-}
-
-/// Runs work that blocks for up to some milliseconds: on a runtime of several threads the other tasks go on elsewhere, on a runtime of one
-/// thread, or outside any, it simply runs.
-fn blocking<T>(work: impl FnOnce() -> T) -> T {
-    match Handle::try_current() {
-        Ok(handle) if handle.runtime_flavor() == RuntimeFlavor::MultiThread => tokio::task::block_in_place(work),
-        _ => work(),
-    }
 }

@@ -16,6 +16,7 @@ pub mod plan;
 pub mod admin;
 pub mod app;
 pub mod backoff;
+pub mod blocking;
 pub mod config;
 pub mod endpoint;
 pub mod heap;

@@ -10,6 +10,6 @@ pub mod ruleset;
 pub mod state;
 pub mod underlay;
 
-pub use ops::{ApplyReport, Batch, ContainerPath, DataPath, HostPorts, HostSocket, KernelEvent, Op, OpError, Plug};
+pub use ops::{ApplyReport, Batch, ContainerPath, DataPath, Guard, HostPorts, HostSocket, KernelEvent, Op, OpError, Plug};
 pub use ruleset::Ruleset;
 pub use state::{Key, LinkKind, LinkState, State, Value};

@@ -126,9 +126,9 @@ pub struct Channels {
     /// From the admin socket.
     pub queries: mpsc::Receiver<Query>,
     /// The endpoints that are plugged into the bridge.
-    pub endpoints: watch::Receiver<Vec<Endpoint>>,
+    pub endpoints: watch::Receiver<Vec<Arc<Endpoint>>>,
     /// Those for which all has been done, or tried and will be tried again.
-    pub programmed: watch::Sender<Vec<Endpoint>>,
+    pub programmed: watch::Sender<Vec<Arc<Endpoint>>>,
     /// To the store: what this host wants to hold.
     pub wish: watch::Sender<Option<LeaseWish>>,
     /// To the endpoints and `subnet.env`: the overlay once it is in place.
@@ -168,7 +168,7 @@ pub struct Reconciler<D, M> {
     inventory: Inventory,
     underlay: Option<Underlay>,
     underlay_error: Option<String>,
-    endpoints: Vec<Endpoint>,
+    endpoints: Vec<Arc<Endpoint>>,
     /// Whether those who wait for them have to be told.
     endpoints_new: bool,
 

@@ -4,6 +4,7 @@
 //! written whole by [`write_whole`], so that a reader or a crash sees the old text or the new one and nothing between.
 
 mod file;
+mod journal;
 mod lock;
 mod subnet_env;
 
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::model::{Device, Mac, PerFamily, Subnet};
 
 pub use file::{FileError, write_if_changed, write_whole};
+pub use journal::Journal;
 pub use lock::{LockError, RunLock};
 pub use subnet_env::{subnet_env, write_subnet_env};
 
@@ -97,7 +99,7 @@ struct Versioned<T> {
 }
 
 /// The version alone, read first so that a later shape is not taken for a torn file.
-#[derive(Deserialize)]
+#[derive(Serialize, Deserialize)]
 struct VersionOnly {
     version: u32,
 }
@@ -118,7 +120,7 @@ impl StateDir {
 
     /// Removes everything that the agent keeps, and the directory where nothing else is in it.
     pub fn remove(self) -> Result<(), StateError> {
-        let removed = ["endpoints.json", "state.json", "node-id", lock::STATE_LOCK].iter().map(|name| {
+        let removed = ["endpoints.json", "endpoints.journal", "state.json", "node-id", lock::STATE_LOCK].iter().map(|name| {
             let path = self.path.join(name);
             match std::fs::remove_file(&path) {
                 Err(source) if source.kind() != std::io::ErrorKind::NotFound => Err(FileError::new("remove", &path, source)),
@@ -196,18 +198,29 @@ impl StateDir {
         Ok(())
     }
 
-    /// The same for what is worth nothing after a loss of power, because what it is about is gone as well: without waiting for the disk,
-    /// which takes milliseconds. [`StateDir::sync`] waits for it.
+    /// The same without waiting for the disk, which takes milliseconds: for what is worth nothing after a loss of power, because what it is about
+    /// is gone as well.
     pub fn save_soon<T: Serialize>(&self, name: &str, content: &T) -> Result<(), StateError> {
         let path = self.path.join(name);
         file::write_soon(&path, &encoded(&path, content)?, FILE_MODE)?;
         Ok(())
     }
 
-    /// Waits until a file of the directory is on the disk.
-    pub fn sync(&self, name: &str) -> Result<(), StateError> {
-        Ok(file::sync(&self.path.join(name))?)
+    /// The journal of changes to a file of the directory.
+    pub fn journal(&self, name: &str) -> Journal {
+        Journal::at(self.path.join(name))
     }
+}
+
+/// The content of a JSON file of a state directory that another agent may hold; `None` where it is not there. Changes nothing.
+pub fn peek<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, FileError> {
+    let bytes = match std::fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(FileError::new("read", path, source)),
+    };
+    let content = serde_json::from_slice(&bytes).map(Some);
+    content.map_err(|e| FileError::new("read", path, std::io::Error::new(std::io::ErrorKind::InvalidData, e)))
 }
 
 fn encoded<T: Serialize>(path: &Path, content: &T) -> Result<Vec<u8>, StateError> {

@@ -20,19 +20,21 @@ const LINES: usize = 500;
 const FLOORS: [(&str, &[&str]); 5] = [
     ("model", &["model"]),
     ("plan", &["plan"]),
-    ("helpers", &["config", "state", "backoff", "heap", "metrics", "telemetry", "shutdown", "systemd"]),
+    ("helpers", &["config", "state", "backoff", "blocking", "heap", "metrics", "telemetry", "shutdown", "systemd"]),
     ("middle", &["store", "kernel", "endpoint", "admin", "reconcile"]),
     ("wiring", &["app"]),
 ];
 const HELPERS: usize = 2;
 
-/// What `ctl` takes from the agent: the pure floors, the agent's command line for its manual page, the state directory's layout, the store's one-shot functions and the verbs for namespaces
-/// and links.
-const CTL_TAKES: [&[&str]; 9] = [
+/// What `ctl` takes from the agent: the pure floors, the agent's command line for its manual page, the state directory's layout and the endpoints
+/// in it, the store's one-shot functions and the verbs for namespaces and links.
+const CTL_TAKES: [&[&str]; 11] = [
     &["model"],
     &["plan"],
     &["state"],
     &["store"],
+    &["endpoint", "recorded"],
+    &["endpoint", "Recorded"],
     &["config", "command"],
     &["kernel", "netns"],
     &["kernel", "setup"],

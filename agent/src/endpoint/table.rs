@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
@@ -31,7 +32,7 @@ pub(super) enum Phase {
 pub(super) struct Record {
     pub(super) phase: Phase,
     #[serde(flatten)]
-    pub(super) endpoint: Endpoint,
+    pub(super) endpoint: Arc<Endpoint>,
     /// What tells its namespace from a later one at the same path, where the path alone does not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) netns_id: Option<String>,
@@ -47,6 +48,33 @@ pub(super) struct Stored {
     pub(super) cursor: PerFamily<IpAddr>,
 }
 
+/// What became of one endpoint: a line of `endpoints.journal`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Change {
+    name: EndpointName,
+    /// Its record as it is now; absent where there is none any more.
+    record: Option<Record>,
+    /// As in [`Stored`].
+    #[serde(default)]
+    cursor: PerFamily<IpAddr>,
+}
+
+impl Stored {
+    /// The same after changes.
+    pub(super) fn after(self, changes: Vec<Change>) -> Stored {
+        let mut records: BTreeMap<_, _> = self.endpoints.into_iter().map(|r| (r.endpoint.name.clone(), r)).collect();
+        let mut cursor = self.cursor;
+        for change in changes {
+            cursor = change.cursor;
+            match change.record {
+                Some(record) => records.insert(change.name, record),
+                None => records.remove(&change.name),
+            };
+        }
+        Stored { endpoints: records.into_values().collect(), cursor }
+    }
+}
+
 /// Everything known of this host's endpoints.
 #[derive(Debug, Default)]
 pub(super) struct Table {
@@ -58,6 +86,8 @@ pub(super) struct Table {
     cursor: PerFamily<IpAddr>,
     /// Counts changes of what is stored.
     pub(super) version: u64,
+    /// Whose records changed since they were last asked for.
+    changed: BTreeSet<EndpointName>,
 }
 
 impl Table {
@@ -67,8 +97,29 @@ impl Table {
     }
 
     pub(super) fn stored(&self) -> Stored {
-        let cursor = if self.pools.is_empty() { self.cursor } else { self.pools.map(|_, pool| pool.cursor()) };
-        Stored { endpoints: self.records.values().cloned().collect(), cursor }
+        Stored { endpoints: self.records.values().cloned().collect(), cursor: self.cursor() }
+    }
+
+    fn cursor(&self) -> PerFamily<IpAddr> {
+        if self.pools.is_empty() { self.cursor } else { self.pools.map(|_, pool| pool.cursor()) }
+    }
+
+    /// Notes that the record of that name is not as it is stored.
+    fn touch(&mut self, name: &EndpointName) {
+        self.changed.insert(name.clone());
+        self.version += 1;
+    }
+
+    /// What changed since this was last asked for.
+    pub(super) fn take_changes(&mut self) -> Vec<Change> {
+        let cursor = self.cursor();
+        let changed = std::mem::take(&mut self.changed).into_iter();
+        changed.map(|name| Change { record: self.records.get(&name).cloned(), name, cursor }).collect()
+    }
+
+    /// Takes back that changes were asked for: they are not stored.
+    pub(super) fn keep_changes(&mut self, changes: Vec<Change>) {
+        self.changed.extend(changes.into_iter().map(|change| change.name));
     }
 
     pub(super) fn get(&self, name: &EndpointName) -> Option<&Record> {
@@ -80,10 +131,10 @@ impl Table {
     }
 
     /// The endpoints that are plugged, by name, without those whose namespace is missing: a veth pair goes with its namespace.
-    pub(super) fn plugged(&self, missing: &BTreeSet<EndpointName>) -> Vec<Endpoint> {
+    pub(super) fn plugged(&self, missing: &BTreeSet<EndpointName>) -> Vec<Arc<Endpoint>> {
         let plugged =
             |r: &&Record| r.phase == Phase::Attached && r.endpoint.port.is_some() && !missing.contains(&r.endpoint.name);
-        self.records.values().filter(plugged).map(|r| r.endpoint.clone()).collect()
+        self.records.values().filter(plugged).map(|r| Arc::clone(&r.endpoint)).collect()
     }
 
     /// Takes another subnet, bridge or MTU as the present one. Addresses of endpoints count as in use where they lie in it.
@@ -124,7 +175,7 @@ impl Table {
     pub(super) fn stale(&self) -> Vec<Endpoint> {
         let Some(network) = &self.network else { return Vec::new() };
         let outside = |r: &&Record| outside(&r.endpoint, &network.subnet).is_some();
-        self.records.values().filter(outside).map(|r| r.endpoint.clone()).collect()
+        self.records.values().filter(outside).map(|r| Endpoint::clone(&r.endpoint)).collect()
     }
 
     /// The mode of what is asked for. Who shares with one that shares itself shares with the namespace's owner.
@@ -205,15 +256,15 @@ impl Table {
             owner,
             attached_at: now,
         };
-        self.records.insert(name, Record { phase, endpoint: endpoint.clone(), netns_id: site.id });
-        self.version += 1;
+        self.touch(&name);
+        self.records.insert(name, Record { phase, endpoint: Arc::new(endpoint.clone()), netns_id: site.id });
         Ok(endpoint)
     }
 
     /// No endpoint of these modes has the namespace for itself.
     fn unheld(&self, site: &Site, rival: impl Fn(&Mode) -> bool) -> Result<(), EndpointError> {
         let own = |mode: &Mode| matches!(mode, Mode::Overlay | Mode::None) && rival(mode);
-        match self.records.values().map(|r| &r.endpoint).find(|e| e.netns == site.netns && own(&e.mode)) {
+        match self.records.values().map(|r| &*r.endpoint).find(|e| e.netns == site.netns && own(&e.mode)) {
             Some(Endpoint { name, mode, netns, .. }) => {
                 Err(EndpointError::NetnsHeld { netns: netns.clone(), holder: name.clone(), mode: mode.clone() })
             }
@@ -229,7 +280,7 @@ impl Table {
             {
                 return Err(EndpointError::PublishFamily { wanted: *wanted, family: Family::of(address), subnet });
             }
-            for Endpoint { name, published, .. } in self.records.values().map(|r| &r.endpoint) {
+            for Endpoint { name, published, .. } in self.records.values().map(|r| &*r.endpoint) {
                 if let Some(held) = published.iter().find(|held| held.collides(wanted)) {
                     return Err(EndpointError::PublishHeld { wanted: *wanted, holder: name.clone(), held: *held });
                 }
@@ -313,7 +364,7 @@ impl Table {
         let Some(record) = self.records.get_mut(name) else { return false };
         if record.phase != Phase::Attached {
             record.phase = Phase::Attached;
-            self.version += 1;
+            self.touch(name);
         }
         true
     }
@@ -326,7 +377,7 @@ impl Table {
         }
         let record = self.records.get_mut(name)?;
         let was = std::mem::replace(&mut record.phase, Phase::Detaching);
-        self.version += 1;
+        self.touch(name);
         Some(was)
     }
 
@@ -340,7 +391,7 @@ impl Table {
     pub(super) fn remove(&mut self, name: &EndpointName) {
         if let Some(record) = self.records.remove(name) {
             self.release(&record.endpoint.addresses());
-            self.version += 1;
+            self.touch(name);
         }
     }
 
@@ -352,8 +403,8 @@ impl Table {
         };
         for name in of_host {
             if let Some(record) = self.records.get_mut(&name).filter(|r| r.endpoint.netns != path) {
-                record.endpoint.netns = path.to_owned();
-                self.version += 1;
+                Arc::make_mut(&mut record.endpoint).netns = path.to_owned();
+                self.touch(&name);
             }
         }
     }

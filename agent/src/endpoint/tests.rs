@@ -6,8 +6,11 @@ mod modes;
 
 use std::net::IpAddr;
 
+use super::book::{FILE, JOURNAL};
+use super::table::Stored;
 use super::*;
 use crate::model::{PerFamily, Vni};
+use crate::state::Journal;
 use kernel::FakeKernel;
 
 struct Host {
@@ -30,8 +33,12 @@ impl Host {
         endpoints
     }
 
+    /// What is written down.
     fn file(&self) -> String {
-        std::fs::read_to_string(self.directory.path().join(FILE)).unwrap_or_default()
+        let at = |name| self.directory.path().join(name);
+        let stored: Stored = crate::state::peek(&at(FILE)).unwrap().unwrap_or_default();
+        let changes = Journal::peek(&at(JOURNAL)).unwrap_or_default();
+        serde_json::to_string_pretty(&stored.after(changes)).unwrap()
     }
 }
 
@@ -71,7 +78,7 @@ async fn an_attach_gives_an_address_in_each_family_and_plugs_it() {
     assert_eq!(plug.gateways.iter().map(ToString::to_string).collect::<Vec<_>>(), ["10.244.1.1", "fd00:10:244:1::1"]);
     assert_eq!((plug.mac, plug.bridge.name().as_str()), (attached.endpoint.port.as_ref().unwrap().mac, "ovb.1"));
     assert!(ports.has_changed().unwrap());
-    assert_eq!(*ports.borrow_and_update(), vec![attached.endpoint.clone()]);
+    assert_eq!(*ports.borrow_and_update(), vec![Arc::new(attached.endpoint.clone())]);
 
     // The same again is the same endpoint, and one that others took away is put back.
     host.kernel.remove(&attached.endpoint.port.as_ref().unwrap().host_interface);
@@ -184,7 +191,7 @@ async fn endpoints_and_the_order_of_addresses_survive_a_restart() {
     let endpoints = host.start(DUAL).await;
     assert_eq!(host.kernel.changes(), plugged, "a restart changes nothing in the kernel");
     assert_eq!(endpoints.list(), vec![a.endpoint.clone()]);
-    assert_eq!(*endpoints.plugged().borrow(), vec![a.endpoint.clone()]);
+    assert_eq!(*endpoints.plugged().borrow(), vec![Arc::new(a.endpoint.clone())]);
     assert_eq!(endpoints.attach(name("a"), ask("/ns/a")).await.unwrap(), a);
     let c = endpoints.attach(name("c"), ask("/ns/c")).await.unwrap();
     assert_eq!(c.endpoint.addresses().v4.unwrap().to_string(), "10.244.1.4");
@@ -284,13 +291,24 @@ async fn a_client_that_goes_away_does_not_stop_an_attach_half_way() {
 
 #[tokio::test]
 async fn an_attach_answers_when_its_rules_are_in_place() {
-    let host = Host::new(&["/ns/a"]);
+    let host = Host::new(&["/ns/a", "/ns/b", "/ns/c"]);
     let endpoints = host.start(DUAL).await;
     let programmed = endpoints.programmed();
     let mut plugged = endpoints.plugged();
     let asked = endpoints.clone();
     let attach = tokio::spawn(async move { asked.attach(name("a"), ask("/ns/a")).await });
     let all = plugged.wait_for(|all| !all.is_empty()).await.unwrap().clone();
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    assert!(!attach.is_finished());
+    programmed.send_replace(all);
+    attach.await.unwrap().unwrap();
+    // Where the guard was told by the plug, only published ports are waited for.
+    host.kernel.tell_guard();
+    endpoints.attach(name("b"), ask("/ns/b")).await.unwrap();
+    let publishes = AttachRequest { publish: vec!["80:80".parse().unwrap()], ..ask("/ns/c") };
+    let asked = endpoints.clone();
+    let attach = tokio::spawn(async move { asked.attach(name("c"), publishes).await });
+    let all = plugged.wait_for(|all| all.len() == 3).await.unwrap().clone();
     tokio::time::sleep(Duration::from_millis(20)).await;
     assert!(!attach.is_finished());
     programmed.send_replace(all);

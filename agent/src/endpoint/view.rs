@@ -40,7 +40,7 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
             Err(error) => error.to_string(),
         };
         let shared_by = lock(&inner.table).sharers(&record.endpoint.name);
-        EndpointView { endpoint: record.endpoint, state, bridge_port: None, shared_by, counters: None }
+        EndpointView { endpoint: Arc::unwrap_or_clone(record.endpoint), state, bridge_port: None, shared_by, counters: None }
     }
 
     /// The addresses of this host's subnet of a network, by family; nothing where it has none.

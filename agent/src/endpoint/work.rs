@@ -8,26 +8,21 @@ use tokio::sync::watch;
 
 use super::request::{Place, Wish, host_interface};
 use super::table::{Phase, Record};
-use super::{EndpointError, FILE, Inner, PROGRAMMED_WAIT, lock};
+use super::{EndpointError, Inner, PROGRAMMED_WAIT, lock};
 use crate::model::api::Attached;
 use crate::model::endpoint::EndpointName;
 use crate::model::{Endpoint, Mode};
-use crate::plan::{ContainerPath, HostSocket, OpError, Plug};
-use crate::state::{FileError, StateDir, StateError};
-
-/// File work that did not come to its end, because the runtime is ending.
-pub(super) fn interrupted(state: &StateDir, error: tokio::task::JoinError) -> StateError {
-    FileError::new("finish the work on", &state.path().join(FILE), std::io::Error::other(error)).into()
-}
+use crate::plan::{ContainerPath, Guard, HostSocket, OpError, Plug};
+use crate::state::StateError;
 
 impl<C: ContainerPath + 'static> Inner<C> {
     pub(super) async fn attach(self: Arc<Self>, name: EndpointName, wish: Wish) -> Result<Attached, EndpointError> {
-        let wish = self.locate(wish).await?;
+        let wish = self.locate(wish)?;
         let held = lock(&self.table).get(&name).cloned();
         if let Some(record) = held {
             if record.phase == Phase::Attached {
                 let fits = lock(&self.table).matches(&record.endpoint, &wish);
-                let alive = self.alive(record.clone()).await;
+                let alive = self.is_alive(&record);
                 match fits {
                     Ok(()) | Err(EndpointError::NameHeld { .. }) if !alive => {
                         tracing::info!(endpoint = %name, netns = %record.endpoint.netns.display(), "its namespace is gone; attaching it anew");
@@ -51,31 +46,34 @@ impl<C: ContainerPath + 'static> Inner<C> {
                 }
             }
         };
-        if let Err(source) = self.persist().await {
+        if let Err(source) = self.persist() {
             lock(&self.table).remove(&name);
             return Err(EndpointError::State { name, source });
         }
         let made = match (&plug, &endpoint.mode) {
             (Some(plug), _) => self.plug_anew(plug).await,
-            (None, Mode::None) => self.path.loopback(&endpoint.netns).await,
-            (None, _) => Ok(()),
+            (None, Mode::None) => self.path.loopback(&endpoint.netns).await.map(|()| Guard::Told),
+            (None, _) => Ok(Guard::Told),
         };
-        if let Err(source) = made {
-            self.unwind(&name).await;
-            return Err(EndpointError::Kernel { name, source });
-        }
+        let guard = match made {
+            Ok(guard) => guard,
+            Err(source) => {
+                self.unwind(&name).await;
+                return Err(EndpointError::Kernel { name, source });
+            }
+        };
         // One that shares was gone already if its owner was detached meanwhile.
         if !lock(&self.table).complete(&name) {
             let target = if let Mode::Container(target) = endpoint.mode { target } else { name.clone() };
             return Err(EndpointError::TargetLeft { name, target });
         }
         // Written down before it is announced: an endpoint that would be removed at the next start is no endpoint.
-        if let Err(source) = self.persist().await {
+        if let Err(source) = self.persist() {
             self.unwind(&name).await;
             return Err(EndpointError::State { name, source });
         }
         self.publish();
-        self.programmed(&endpoint).await;
+        self.programmed(&endpoint, guard).await;
         tracing::info!(
             endpoint = %name, mode = %endpoint.mode, netns = %endpoint.netns.display(),
             interface = endpoint.port.as_ref().map(|port| &port.interface),
@@ -109,7 +107,7 @@ impl<C: ContainerPath + 'static> Inner<C> {
                 self.path.unplug(&left).await.map_err(kernel)?;
             }
             // An earlier detach may have failed at its last step, the writing.
-            let written = self.persist().await;
+            let written = self.persist();
             return written.map(|()| None).map_err(|source| EndpointError::State { name, source });
         };
         self.finish_detach(&name, was).await?;
@@ -121,7 +119,7 @@ impl<C: ContainerPath + 'static> Inner<C> {
     pub(super) async fn release_gone(self: Arc<Self>, name: EndpointName) -> Result<bool, EndpointError> {
         let held = lock(&self.table).get(&name).cloned();
         let Some(record) = held else { return Ok(false) };
-        if self.alive(record.clone()).await {
+        if self.is_alive(&record) {
             return Ok(false);
         }
         self.take_down(&name).await?;
@@ -139,7 +137,7 @@ impl<C: ContainerPath + 'static> Inner<C> {
     pub(super) async fn replug(self: Arc<Self>, name: EndpointName) -> Result<(), EndpointError> {
         let held = lock(&self.table).get(&name).filter(|r| r.phase == Phase::Attached && r.endpoint.port.is_some()).cloned();
         let Some(record) = held else { return Ok(()) };
-        if self.alive(record.clone()).await {
+        if self.is_alive(&record) {
             return self.plug_again(&record.endpoint).await.map(|_| ());
         }
         lock(&self.missing).insert(name);
@@ -147,14 +145,7 @@ impl<C: ContainerPath + 'static> Inner<C> {
         Ok(())
     }
 
-    /// Whether an endpoint's namespace is still the one that was attached.
-    pub(super) async fn alive(self: &Arc<Self>, record: Record) -> bool {
-        let inner = Arc::clone(self);
-        // Only while the runtime ends there is no answer; nothing is to be taken down then.
-        tokio::task::spawn_blocking(move || inner.is_alive(&record)).await.unwrap_or(true)
-    }
-
-    /// The same; blocks for as long as it takes to open a file.
+    /// Whether an endpoint's namespace is still the one that was attached. Blocks for as long as it takes to open a file.
     pub(super) fn is_alive(&self, record: &Record) -> bool {
         if record.endpoint.mode == Mode::Host {
             return true;
@@ -164,25 +155,20 @@ impl<C: ContainerPath + 'static> Inner<C> {
     }
 
     /// The namespace's path without links, and whether there is a namespace that can be a container's.
-    async fn locate(self: &Arc<Self>, mut wish: Wish) -> Result<Wish, EndpointError> {
-        let inner = Arc::clone(self);
-        let looked = tokio::task::spawn_blocking(move || {
-            if let Place::Host(path) = &mut wish.place {
-                *path = inner.path.own_netns();
-            }
-            let Some(site) = wish.site_mut() else { return Ok(wish) };
-            site.resolve(|path| inner.path.netns_id(path));
-            let netns = || site.netns.clone();
-            if !inner.path.netns_alive(&site.netns) {
-                return Err(EndpointError::NetnsGone { netns: netns() });
-            }
-            if inner.path.is_own_netns(&site.netns) {
-                return Err(EndpointError::OwnNetns { netns: netns() });
-            }
-            Ok(wish)
-        });
-        // It fails only while the runtime ends.
-        looked.await.unwrap_or(Err(EndpointError::Ending))
+    fn locate(&self, mut wish: Wish) -> Result<Wish, EndpointError> {
+        if let Place::Host(path) = &mut wish.place {
+            *path = self.path.own_netns();
+        }
+        let Some(site) = wish.site_mut() else { return Ok(wish) };
+        site.resolve(|path| self.path.netns_id(path));
+        let netns = || site.netns.clone();
+        if !self.path.netns_alive(&site.netns) {
+            return Err(EndpointError::NetnsGone { netns: netns() });
+        }
+        if self.path.is_own_netns(&site.netns) {
+            return Err(EndpointError::OwnNetns { netns: netns() });
+        }
+        Ok(wish)
     }
 
     /// The host has the addresses of the ports that are to be published, and nothing of its own waits there.
@@ -221,31 +207,33 @@ impl<C: ContainerPath + 'static> Inner<C> {
     async fn plug_again(&self, endpoint: &Endpoint) -> Result<Attached, EndpointError> {
         let (plug, attached) = lock(&self.table).plug(endpoint)?;
         let kernel = |source| EndpointError::Kernel { name: endpoint.name.clone(), source };
-        if let Some(plug) = plug {
-            self.path.plug(&plug).await.map_err(kernel)?;
-        }
+        let guard = match plug {
+            Some(plug) => self.path.plug(&plug).await.map_err(kernel)?,
+            None => Guard::Told,
+        };
         lock(&self.missing).remove(&endpoint.name);
         self.publish();
-        self.programmed(endpoint).await;
+        self.programmed(endpoint, guard).await;
         Ok(attached)
     }
 
     /// Waits until rules and published ports of an endpoint are in place: whoever is told that it is attached may send at once.
-    async fn programmed(&self, endpoint: &Endpoint) {
+    async fn programmed(&self, endpoint: &Endpoint, guard: Guard) {
         let Some(programmed) = lock(&self.programmed).as_ref().map(watch::Sender::subscribe) else { return };
-        if endpoint.port.is_none() {
+        if guard == Guard::Told && endpoint.published.is_empty() {
             return;
         }
         let mut programmed = programmed;
-        let seen = programmed
-            .wait_for(|all| all.binary_search_by(|e| e.name.cmp(&endpoint.name)).is_ok_and(|at| all.get(at) == Some(endpoint)));
+        let seen = programmed.wait_for(|all| {
+            all.binary_search_by(|e| e.name.cmp(&endpoint.name)).is_ok_and(|at| all.get(at).is_some_and(|e| **e == *endpoint))
+        });
         if tokio::time::timeout(PROGRAMMED_WAIT, seen).await.is_err() {
             tracing::warn!(endpoint = %endpoint.name, "attached, but its rules are not in place yet");
         }
     }
 
     /// Plugs a new endpoint. An interface of that name can only be what an agent left behind whose state was lost.
-    async fn plug_anew(&self, plug: &Plug) -> Result<(), OpError> {
+    async fn plug_anew(&self, plug: &Plug) -> Result<Guard, OpError> {
         self.path.unplug(&plug.host_interface).await?;
         self.path.plug(plug).await
     }
@@ -273,7 +261,7 @@ impl<C: ContainerPath + 'static> Inner<C> {
         self.publish();
         if let Some(host_interface) = host_interface {
             if was == Phase::Attached
-                && let Err(error) = self.persist().await
+                && let Err(error) = self.persist()
             {
                 // A full disk must not keep a container on the network; the last step below reports it.
                 tracing::warn!(endpoint = %name, %error, "detaching without having written it down first");
@@ -282,7 +270,7 @@ impl<C: ContainerPath + 'static> Inner<C> {
             self.path.unplug(&host_interface).await.map_err(kernel)?;
         }
         lock(&self.table).remove(name);
-        self.persist().await.map_err(|source| EndpointError::State { name: name.clone(), source })
+        self.persist().map_err(|source| EndpointError::State { name: name.clone(), source })
     }
 
     /// Tells what is plugged now.
@@ -296,36 +284,9 @@ impl<C: ContainerPath + 'static> Inner<C> {
         });
     }
 
-    /// Writes the table down, where it is not by another's writing: those who wait at the same time share one. What a kill leaves is whole;
-    /// the disk has it after the next audit: when the power is lost, so are the namespaces that the table is about, and an attach would
-    /// take twice as long if it waited.
-    pub(super) async fn persist(&self) -> Result<(), StateError> {
+    /// Writes the table down.
+    pub(super) fn persist(&self) -> Result<(), StateError> {
         let wanted = lock(&self.table).version;
-        let mut written = self.written.lock().await;
-        if written.version >= wanted {
-            return Ok(());
-        }
-        let (version, stored) = {
-            let table = lock(&self.table);
-            (table.version, table.stored())
-        };
-        let state = Arc::clone(&self.state);
-        let saved = tokio::task::spawn_blocking(move || state.save_soon(FILE, &stored)).await;
-        saved.unwrap_or_else(|e| Err(interrupted(&self.state, e)))?;
-        written.version = version;
-        Ok(())
-    }
-
-    /// Waits until the disk has what is written down, where that changed since it was last asked for.
-    pub(super) async fn sync(&self) -> Result<(), StateError> {
-        let mut written = self.written.lock().await;
-        if written.synced == written.version {
-            return Ok(());
-        }
-        let state = Arc::clone(&self.state);
-        let synced = tokio::task::spawn_blocking(move || state.sync(FILE)).await;
-        synced.unwrap_or_else(|e| Err(interrupted(&self.state, e)))?;
-        written.synced = written.version;
-        Ok(())
+        lock(&self.book).write(&self.table, wanted)
     }
 }

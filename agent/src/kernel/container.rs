@@ -12,15 +12,15 @@ use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::LinkMessage;
 use rtnetlink::LinkUnspec;
-use tokio::runtime::Handle;
 use tokio::sync::Mutex;
 
 use super::known::{LINK_GROUP, is_marked};
-use super::link::{foreign, mark};
+use super::link::{foreign, marked, not_marked};
 use super::netns::{LOOPBACK, Netns, NetnsError, loopback_up};
 use super::objects::{self, LinkInfo, RouteInfo};
-use super::rtnl::{Rtnl, route, veth};
+use super::rtnl::{new_address, route, veth};
 use super::socket::{Refusal, RouteSocket};
 use super::view::{self, OverlayView};
 use super::wire::Query;
@@ -30,7 +30,7 @@ use crate::model::{Device, Family, Mac, Publish};
 use crate::plan::desired::may_send;
 use crate::plan::ruleset::{Counter, Element, Table};
 use crate::plan::state::PROTOCOL;
-use crate::plan::{ContainerPath, HostPorts, Key, Op, OpError, Plug, Value};
+use crate::plan::{ContainerPath, Guard, HostPorts, Key, Op, OpError, Plug, Value};
 
 /// The maker of containers' wires. Cheap to clone.
 #[derive(Clone)]
@@ -56,7 +56,7 @@ impl Plugger {
 }
 
 impl ContainerPath for Plugger {
-    async fn plug(&self, wanted: &Plug) -> Result<(), OpError> {
+    async fn plug(&self, wanted: &Plug) -> Result<Guard, OpError> {
         let mut shared = self.shared.lock().await;
         plug(&mut shared, wanted).await
     }
@@ -162,7 +162,7 @@ async fn remove(index: u32) -> Result<(), Refusal> {
     removed.await.unwrap_or_else(|e| Err(Refusal { errno: libc::ECANCELED, detail: e.to_string() }))
 }
 
-async fn plug(shared: &mut Shared, wanted: &Plug) -> Result<(), OpError> {
+async fn plug(shared: &mut Shared, wanted: &Plug) -> Result<Guard, OpError> {
     let netns = Netns::open(&wanted.netns).map_err(|e| OpError::from(&e))?;
     let bridge = wanted.bridge;
     let name = bridge.name();
@@ -175,7 +175,7 @@ async fn plug(shared: &mut Shared, wanted: &Plug) -> Result<(), OpError> {
         Ok(link) => {
             let outer = outer_difference(wanted, &link, bridge.index);
             if outer.is_none() {
-                resize(wanted, &netns, link.index).await?;
+                resize(wanted, &netns, link.index)?;
             }
             let inner = || in_netns(&netns, || inner_difference(wanted, link.index));
             match outer.map_or_else(inner, |difference| Ok(Some(difference)))? {
@@ -188,8 +188,8 @@ async fn plug(shared: &mut Shared, wanted: &Plug) -> Result<(), OpError> {
             shared.links().delete(&wanted.host_interface).await?;
         }
     }
-    let built = build(shared, wanted, &netns, bridge.index).await;
-    let result = built.and_then(|()| shared.links().note(&wanted.host_interface));
+    let built = build(shared, wanted, &netns, bridge.index);
+    let result = built.and_then(|guard| shared.links().note(&wanted.host_interface).map(|()| guard));
     if result.is_err()
         && let Err(error) = shared.links().delete(&wanted.host_interface).await
     {
@@ -198,14 +198,16 @@ async fn plug(shared: &mut Shared, wanted: &Plug) -> Result<(), OpError> {
     result
 }
 
-async fn build(shared: &mut Shared, wanted: &Plug, netns: &Netns, bridge: u32) -> Result<(), OpError> {
+/// All steps in a row over blocking sockets: to hand each request to another task costs as much as the kernel takes for it. Nor is another thread
+/// of the runtime told to go on in the place of this one: all of it takes less than two milliseconds.
+fn build(shared: &mut Shared, wanted: &Plug, netns: &Netns, bridge: u32) -> Result<Guard, OpError> {
     let host = &wanted.host_interface;
     let inner = LinkUnspec::new_with_name(&wanted.interface)
         .setns_by_fd(netns.as_fd().as_raw_fd())
         .address(wanted.mac.0.to_vec())
         .mtu(wanted.mtu);
     let pair = veth(host, inner.build()).link_group(LINK_GROUP).mtu(wanted.mtu);
-    shared.rtnl.add_link(pair.build()).await.map_err(|e| {
+    shared.socket.create(&RouteNetlinkMessage::NewLink(pair.build())).map_err(|e| {
         let mut error = e.during(format!("cannot make {host} with {} in {}", wanted.interface, wanted.netns.display()));
         if e.errno == libc::EEXIST {
             error.message.push_str("; the namespace has an interface of that name already: choose another one");
@@ -213,29 +215,34 @@ async fn build(shared: &mut Shared, wanted: &Plug, netns: &Netns, bridge: u32) -
         error
     })?;
     let index = objects::link(&mut shared.socket, host).map_err(|e| e.during(format!("cannot find {host} just made")))?.index;
-    mark(&shared.rtnl, index, host).await?;
+    change_link(&mut shared.socket, marked(index, host)?).map_err(|e| not_marked(host, &e))?;
     sysctl::write_if_there(&sysctl::accept_ra(host), "0")?;
-    let inside = configure(wanted, netns).await?;
-    admit(shared, wanted)?;
+    let mut inside = netns.visit(|| configure(wanted)).map_err(|e| OpError::from(&e))??;
+    let guard = admit(shared, wanted)?;
     let port = LinkUnspec::new_with_index(index).controller(bridge).up();
-    let joined = shared.rtnl.change_link(port.build()).await;
+    let joined = change_link(&mut shared.socket, port.build());
     joined.map_err(|e| e.during(format!("cannot make {host} a port of {}", wanted.bridge)))?;
     // The last step, for it is the only one that does not go with the pair.
-    let loopback = inside.change_link(LinkUnspec::new_with_index(LOOPBACK).up().build()).await;
-    loopback.map_err(|e| e.during(format!("cannot set lo up in {}", wanted.netns.display())))
+    let loopback = change_link(&mut inside, LinkUnspec::new_with_index(LOOPBACK).up().build());
+    loopback.map_err(|e| e.during(format!("cannot set lo up in {}", wanted.netns.display())))?;
+    Ok(guard)
+}
+
+fn change_link(socket: &mut RouteSocket, change: LinkMessage) -> Result<(), Refusal> {
+    socket.change(&RouteNetlinkMessage::NewLink(change))
 }
 
 /// Lets the container send with its own addresses, or any where its source is not checked, and with nothing that another had behind that interface.
 /// Where the table is not there yet, it comes with all elements.
-fn admit(shared: &mut Shared, wanted: &Plug) -> Result<(), OpError> {
+fn admit(shared: &mut Shared, wanted: &Plug) -> Result<Guard, OpError> {
     if !shared.known.rules.contains_key(&Key::Ruleset(Table::Bridge)) {
-        return Ok(());
+        return Ok(Guard::ToCome);
     }
     let own = wanted.addresses.iter().map(|address| address.ip());
     let wanted_now: Vec<Element> = may_send(&wanted.host_interface, wanted.mac, own, wanted.source_check).collect();
     let mut ops = deletions(shared, &wanted.host_interface, |element| !wanted_now.contains(element));
     ops.extend(wanted_now.iter().map(|element| Op::Set(Key::Element(element.clone()), Value::Element(None))));
-    change(shared, &ops, "cannot say what the container may send")
+    change(shared, &ops, "cannot say what the container may send").map(|()| Guard::Told)
 }
 
 /// Takes what was behind an interface out of the guard's sets.
@@ -260,36 +267,33 @@ fn deletions(shared: &Shared, interface: &str, chosen: impl Fn(&Element) -> bool
 
 fn change(shared: &mut Shared, ops: &[Op], what: &str) -> Result<(), OpError> {
     let Shared { nft, known, .. } = shared;
-    match blocking(|| nft.apply(ops, &mut known.rules)).into_iter().next() {
+    match nft.apply(ops, &mut known.rules).into_iter().next() {
         Some((_, OpError { errno, message })) => Err(OpError { errno, message: format!("{what}: {message}") }),
         None => Ok(()),
     }
 }
 
-/// Configures the inner end, over a connection into the namespace.
-async fn configure(wanted: &Plug, netns: &Netns) -> Result<Rtnl, OpError> {
+/// Configures the inner end. Runs inside the namespace; the answer is the way in for what is left to be done there.
+fn configure(wanted: &Plug) -> Result<RouteSocket, OpError> {
     let inner = &wanted.interface;
     let step = |what: &str, refusal: Refusal| refusal.during(format!("cannot {what} in {}", wanted.netns.display()));
-    // On one thread inside, all that is done on such a one: the way in for requests, what is to be read, the sysctl.
-    let (rtnl, link) = in_netns(netns, || {
-        let link = objects::link(&mut RouteSocket::open()?, inner).map_err(|e| step(&format!("find {inner}"), e))?;
-        sysctl::write_if_there(&sysctl::accept_ra(inner), "0")?;
-        if wanted.source_check && !wanted.addresses.iter().any(IpNetwork::is_ipv6) {
-            // Without an IPv6 address of the overlay it may send no IPv6 at all: each interface that comes up would be counted as a forger for the
-            // link-local address that the kernel makes and announces unasked.
-            sysctl::write_if_there(&sysctl::addr_gen_mode(inner), "1")?;
-        }
-        Ok((Rtnl::open()?, link))
-    })?;
+    let mut socket = RouteSocket::open()?;
+    let index = objects::link(&mut socket, inner).map_err(|e| step(&format!("find {inner}"), e))?.index;
+    sysctl::write_if_there(&sysctl::accept_ra(inner), "0")?;
+    if wanted.source_check && !wanted.addresses.iter().any(IpNetwork::is_ipv6) {
+        // Without an IPv6 address of the overlay it may send no IPv6 at all: each interface that comes up would be counted as a forger for the
+        // link-local address that the kernel makes and announces unasked.
+        sysctl::write_if_there(&sysctl::addr_gen_mode(inner), "1")?;
+    }
     for address in &wanted.addresses {
-        let added = rtnl.add_address(link.index, *address).await;
+        let added = socket.create(&RouteNetlinkMessage::NewAddress(new_address(index, *address)));
         added.map_err(|e| step(&format!("add address {address} to {inner}"), e))?;
     }
-    let up = rtnl.change_link(LinkUnspec::new_with_index(link.index).up().build()).await;
+    let up = change_link(&mut socket, LinkUnspec::new_with_index(index).up().build());
     up.map_err(|e| step(&format!("set {inner} up"), e))?;
     for gateway in &wanted.gateways {
-        let default = route(None, Some(*gateway), Some(link.index), PROTOCOL.into());
-        rtnl.add_route(default).await.map_err(|e| {
+        let default = route(None, Some(*gateway), Some(index), PROTOCOL.into());
+        socket.create(&RouteNetlinkMessage::NewRoute(default)).map_err(|e| {
             let mut error = step(&format!("add the default route via {gateway}"), e);
             if error.errno == libc::EEXIST {
                 error.message.push_str("; it has a default route already: remove it, or attach without this family");
@@ -297,20 +301,22 @@ async fn configure(wanted: &Plug, netns: &Netns) -> Result<Rtnl, OpError> {
             error
         })?;
     }
-    Ok(rtnl)
+    Ok(socket)
 }
 
 /// Gives the inner end the wished MTU, where it is the other end of that interface and only its MTU may be wrong: a pair that is made anew
 /// loses packets.
-async fn resize(wanted: &Plug, netns: &Netns, host_index: u32) -> Result<(), OpError> {
+fn resize(wanted: &Plug, netns: &Netns, host_index: u32) -> Result<(), OpError> {
     let inner = &wanted.interface;
-    let other = in_netns(netns, || match objects::link(&mut RouteSocket::open()?, inner) {
-        Ok(link) if link.peer == Some(host_index) && link.mtu != wanted.mtu => Ok(Some((Rtnl::open()?, link.index))),
-        _ => Ok(None),
-    })?;
-    let Some((rtnl, index)) = other else { return Ok(()) };
-    let resized = rtnl.change_link(LinkUnspec::new_with_index(index).mtu(wanted.mtu).build()).await;
-    resized.map_err(|e| e.during(format!("cannot set the MTU of {inner} in {} to {}", wanted.netns.display(), wanted.mtu)))
+    in_netns(netns, || {
+        let mut socket = RouteSocket::open()?;
+        let index = match objects::link(&mut socket, inner) {
+            Ok(link) if link.peer == Some(host_index) && link.mtu != wanted.mtu => link.index,
+            _ => return Ok(()),
+        };
+        let resized = change_link(&mut socket, LinkUnspec::new_with_index(index).mtu(wanted.mtu).build());
+        resized.map_err(|e| e.during(format!("cannot set the MTU of {inner} in {} to {}", wanted.netns.display(), wanted.mtu)))
+    })
 }
 
 /// What of the host's end is not as wanted.
@@ -368,11 +374,5 @@ fn has_default(socket: &mut RouteSocket, gateway: IpAddr) -> Result<bool, OpErro
 }
 
 fn in_netns<T: Send>(netns: &Netns, work: impl FnOnce() -> Result<T, OpError> + Send) -> Result<T, OpError> {
-    let runtime = Handle::current();
-    let inside = || {
-        // The thread that enters the namespace is none of the runtime's.
-        let _entered = runtime.enter();
-        work()
-    };
-    blocking(|| netns.run(inside)).map_err(|e| OpError::from(&e))?
+    blocking(|| netns.run(work)).map_err(|e| OpError::from(&e))?
 }

@@ -79,12 +79,13 @@ impl Known {
     /// Forgets a link and all that went with it; what it was.
     pub fn drop_link(&mut self, name: &str) -> Option<LinkState> {
         let (index, state) = self.links.remove(name)?;
-        self.devices.retain(|(i, _)| *i != index);
+        // Nothing else is known of a container's port.
         if let Some(device) = Device::from_name(name) {
+            self.devices.retain(|(i, _)| *i != index);
             self.addresses.retain(|(d, _)| *d != device);
+            self.fdb.retain(|(i, _), _| *i != index);
+            self.removed_neighbours.retain(|(i, _)| *i != index);
         }
-        self.fdb.retain(|(i, _), _| *i != index);
-        self.removed_neighbours.retain(|(i, _)| *i != index);
         Some(state)
     }
 

@@ -161,7 +161,8 @@ impl Links<'_> {
         if link.alias == LINK_ALIAS {
             return Ok(());
         }
-        mark(self.rtnl, link.index, &link.name).await
+        let change = marked(link.index, &link.name)?;
+        self.rtnl.change_link(change).await.map_err(|e| not_marked(&link.name, &e))
     }
 
     async fn change_vxlan(&mut self, link: &LinkInfo, wanted: &Vxlan) -> Result<(), OpError> {
@@ -243,15 +244,20 @@ impl Links<'_> {
     }
 }
 
-/// Gives a link our alias, and takes from it what IPv6 would do by itself: a link-local address, router solicitations.
-pub async fn mark(rtnl: &Rtnl, index: u32, name: &str) -> Result<(), OpError> {
+/// The change that gives a link our alias, and takes from it what IPv6 would do by itself: a link-local address, router solicitations.
+pub fn marked(index: u32, name: &str) -> Result<LinkMessage, OpError> {
     // Without IPv6 on the link (switched off, or an MTU below 1280) the kernel refuses the second part.
     let ipv6 = sysctl::read(&sysctl::accept_ra(name))?.is_some();
     let mut change = LinkUnspec::new_with_index(index).alias(LINK_ALIAS);
     if ipv6 {
         change = change.append_extra_attribute(no_link_local());
     }
-    rtnl.change_link(change.build()).await.map_err(|e| e.during(format!("cannot mark interface {name}")))
+    Ok(change.build())
+}
+
+/// The error where it is refused.
+pub fn not_marked(name: &str, refusal: &Refusal) -> OpError {
+    refusal.during(format!("cannot mark interface {name}"))
 }
 
 /// The error for a link of our name that is not ours.

@@ -42,6 +42,9 @@ const RECEIVE: usize = 32 * 1024;
 /// Messages that are read before others who want the shared state get their turn.
 const TURN: usize = 8192;
 
+/// How many sockets of ours cause events.
+pub(super) const OWN: usize = 3;
+
 /// The monitor of one network namespace.
 pub struct Monitor {
     socket: TokioSocket,
@@ -53,7 +56,7 @@ pub struct Monitor {
     forward_drops: Option<Vec<Family>>,
     /// Tells that the FDB was not listened to for a while.
     unheard: Arc<Notify>,
-    own: [u32; 2],
+    own: [u32; OWN],
     first: Vec<u8>,
     input: Vec<u8>,
 }
@@ -61,7 +64,7 @@ pub struct Monitor {
 /// What the monitor's socket lets through, for the one who writes.
 pub(super) struct Ears {
     socket: OwnedFd,
-    own: [u32; 2],
+    own: [u32; OWN],
     unheard: Arc<Notify>,
 }
 
@@ -94,12 +97,12 @@ impl Monitor {
     /// `foreign` is what is there and not ours.
     pub(super) fn open(
         shared: Arc<Mutex<Shared>>,
-        own: [u32; 2],
+        own: [u32; OWN],
         nft_port: u32,
         foreign: Foreign,
         sender: mpsc::Sender<KernelEvent>,
     ) -> Result<Monitor, OpError> {
-        let nft = NftMonitor::open(&[nft_port])?;
+        let nft = NftMonitor::open(Some(nft_port))?;
         let socket = listen(own).map_err(|e| Refusal::from(e).during("cannot listen to the kernel's changes"))?;
         Ok(Monitor {
             socket,
@@ -273,7 +276,7 @@ impl News<'_> {
     }
 }
 
-fn listen(own: [u32; 2]) -> io::Result<TokioSocket> {
+fn listen(own: [u32; OWN]) -> io::Result<TokioSocket> {
     let mut listener = TokioSocket::new(NETLINK_ROUTE)?;
     let socket = listener.socket_mut();
     // Without CAP_NET_ADMIN in the initial user namespace the size is cut to net.core.rmem_max: overruns are more likely, no more.
@@ -294,7 +297,7 @@ fn listen(own: [u32; 2]) -> io::Result<TokioSocket> {
 
 /// Drops messages whose `nlmsg_pid` is one of ours, and those about FDB entries unless `fdb`: a classic BPF program (`linux/filter.h`), run by the
 /// kernel on each message before it is queued.
-pub(super) fn attach_filter(socket: BorrowedFd<'_>, own: [u32; 2], fdb: bool) -> io::Result<()> {
+pub(super) fn attach_filter(socket: BorrowedFd<'_>, own: [u32; OWN], fdb: bool) -> io::Result<()> {
     /// Offsets of `nlmsg_type` and `nlmsg_pid` in `struct nlmsghdr`, and of `ndm_family` behind it.
     const TYPE: u32 = 4;
     const PORT: u32 = 12;
@@ -313,8 +316,9 @@ pub(super) fn attach_filter(socket: BorrowedFd<'_>, own: [u32; 2], fdb: bool) ->
     let family = if fdb { u32::MAX } else { AF_BRIDGE.into() };
     let mut program = [
         step(LOAD, 0, 0, PORT),
-        step(JUMP_IF_EQUAL, 7, 0, loaded(own[0])),
-        step(JUMP_IF_EQUAL, 6, 0, loaded(own[1])),
+        step(JUMP_IF_EQUAL, 8, 0, loaded(own[0])),
+        step(JUMP_IF_EQUAL, 7, 0, loaded(own[1])),
+        step(JUMP_IF_EQUAL, 6, 0, loaded(own[2])),
         step(LOAD_BYTE, 0, 0, FAMILY),
         // Links have a family at the same place, which is the bridge's for what bridges tell of their ports.
         step(JUMP_IF_EQUAL, 0, 3, family),
@@ -324,7 +328,7 @@ pub(super) fn attach_filter(socket: BorrowedFd<'_>, own: [u32; 2], fdb: bool) ->
         step(RETURN, 0, 0, u32::MAX),
         step(RETURN, 0, 0, 0),
     ];
-    let filter = libc::sock_fprog { len: 10, filter: program.as_mut_ptr() };
+    let filter = libc::sock_fprog { len: 11, filter: program.as_mut_ptr() };
     let length = libc::socklen_t::try_from(size_of::<libc::sock_fprog>()).unwrap_or_default();
     // SAFETY: the program and its description live until the call returns; the kernel copies both (sk_attach_filter in net/core/filter.c).
     let result = unsafe {

@@ -1,7 +1,7 @@
 //! Network namespaces by file: made, opened, entered by a thread of its own, and deleted, as `ip netns` does (`ip-netns(8)`).
 //!
-//! No function here changes the calling thread's namespace: what has to run inside one runs on a thread that is made for it. Everything works
-//! inside a user namespace too, where the caller owns a mount namespace and has a writable `/run/netns`.
+//! What has to run inside one runs on a thread that is made for it, or where that would cost more than the work, on the calling thread, which is
+//! back before anything else can run on it ([`Netns::visit`]). Everything works inside a user namespace too, where the caller owns a mount namespace and has a writable `/run/netns`.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -197,6 +197,22 @@ impl Netns {
         })?
     }
 
+    /// Runs a short function inside the namespace on the calling thread, which is outside again when this returns; a panic goes on then. To make a
+    /// thread for it takes some 200 µs.
+    ///
+    /// A thread that could not come back would do other work in the wrong namespace: then the process is aborted. That takes a kernel without
+    /// memory for a few hundred bytes, as what is needed to go in is needed to come back.
+    pub fn visit<T>(&self, work: impl FnOnce() -> T) -> Result<T, NetnsError> {
+        let home = Netns::current()?;
+        setns(&self.fd, CloneFlags::CLONE_NEWNET).map_err(system("enter", &self.path))?;
+        let outcome = panic::catch_unwind(panic::AssertUnwindSafe(work));
+        if let Err(errno) = setns(&home.fd, CloneFlags::CLONE_NEWNET) {
+            tracing::error!(%errno, netns = %self.path.display(), "cannot leave a container's network namespace");
+            std::process::abort();
+        }
+        outcome.map_err(|cause| panic::resume_unwind(cause))
+    }
+
     /// Whether both are the same namespace.
     pub fn is_same(&self, other: &Netns) -> Result<bool, NetnsError> {
         Ok(self.identity()? == other.identity()?)
@@ -208,7 +224,7 @@ impl Netns {
         let boot = Path::new("/proc/sys/kernel/random/boot_id");
         let read = |source| NetnsError::System { action: "read", path: boot.to_owned(), source };
         let boot = fs::read_to_string(boot).map_err(read)?;
-        let cookie = self.run(cookie)?.map_err(|source| NetnsError::System {
+        let cookie = self.visit(cookie)?.map_err(|source| NetnsError::System {
             action: "ask for the number of",
             path: self.path.clone(),
             source,

@@ -1,4 +1,4 @@
-//! A blocking rtnetlink socket for what is read: one object, or one dump. It belongs to the network namespace of the thread that opened it, whoever
+//! A blocking rtnetlink socket for what is read, one object or one dump, and for the steps of a container's wire, which one thread takes in a row. It belongs to the network namespace of the thread that opened it, whoever
 //! uses it later.
 //!
 //! Beside `rtnetlink`'s connection ([`super::rtnl`]), by which links, addresses and single routes are changed, for three reasons: a dump that changes
@@ -9,12 +9,12 @@ use std::io;
 use std::time::Duration;
 
 use netlink_packet_core::{
-    DoneBuffer, Emitable, ErrorBuffer, NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR,
-    NetlinkHeader,
+    DoneBuffer, Emitable, ErrorBuffer, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_EXCL, NLM_F_REQUEST,
+    NLMSG_DONE, NLMSG_ERROR, NetlinkHeader,
 };
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_ROUTE;
+use netlink_sys::{Socket, SocketAddr};
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeVal;
 
@@ -135,6 +135,18 @@ impl RouteSocket {
     /// Sends one request that changes something and reads its acknowledgement.
     pub fn change(&mut self, request: &impl Ask) -> Result<(), Refusal> {
         self.exchange(request, NLM_F_ACK, |_, _| ())
+    }
+
+    /// The same for one that makes what must not be there yet.
+    pub fn create(&mut self, request: &impl Ask) -> Result<(), Refusal> {
+        self.exchange(request, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, |_, _| ())
+    }
+
+    /// The port id by which the kernel names this socket in events.
+    pub fn port(&self) -> io::Result<u32> {
+        let mut address = SocketAddr::new(0, 0);
+        self.socket.get_address(&mut address)?;
+        Ok(address.port_number())
     }
 
     /// Sends one request for one object and reads it.

@@ -43,6 +43,10 @@ pub fn write(path: &str, value: &str) -> Result<(), OpError> {
     if found.as_deref() == Some(value) || (found.is_none() && value == OFF && is_moot(path)) {
         return Ok(());
     }
+    put(path, value)
+}
+
+fn put(path: &str, value: &str) -> Result<(), OpError> {
     // Without O_CREAT: /proc/sys refuses it with a misleading EACCES where the file is missing.
     let mut options = fs::File::options();
     let result = options.write(true).open(file(path)?).and_then(|mut f| io::Write::write_all(&mut f, value.as_bytes()));
@@ -59,7 +63,10 @@ pub fn is_moot(path: &str) -> bool {
 
 /// Writes a value where there is such a sysctl.
 pub fn write_if_there(path: &str, value: &str) -> Result<(), OpError> {
-    if read(path)?.is_some() { write(path, value) } else { Ok(()) }
+    match read(path)? {
+        Some(found) if found != value => put(path, value),
+        _ => Ok(()),
+    }
 }
 
 fn file(path: &str) -> Result<PathBuf, OpError> {

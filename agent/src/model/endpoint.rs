@@ -39,6 +39,21 @@ fn checked() -> bool {
 }
 
 impl Endpoint {
+    /// One with this port on the bridge, and nothing else that is remarkable.
+    #[cfg(test)]
+    pub fn on_bridge(name: &str, port: Port) -> Endpoint {
+        Endpoint {
+            name: name.parse().expect(name),
+            mode: Mode::Overlay,
+            netns: PathBuf::from("/run/netns").join(name),
+            port: Some(port),
+            published: Vec::new(),
+            source_check: true,
+            owner: None,
+            attached_at: 0,
+        }
+    }
+
     /// Its addresses of the host's subnet; none but in mode overlay.
     pub fn addresses(&self) -> PerFamily<IpAddr> {
         self.port.as_ref().map(|port| port.addresses).unwrap_or_default()

@@ -3,6 +3,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 
@@ -37,29 +38,10 @@ pub struct Host {
     pub docker: bool,
     /// Whether the kernel has next-hop objects and they are to be used.
     pub nexthop_objects: bool,
-    /// The endpoints that have a port on the bridge.
-    pub ports: Vec<Attached>,
+    /// The endpoints that have a port on the bridge, by name.
+    pub ports: Vec<Arc<Endpoint>>,
     /// Families in which iptables' FORWARD chain drops what nobody accepts.
     pub forward_drops: Vec<Family>,
-}
-
-/// An endpoint as far as this host's kernel is concerned.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Attached {
-    /// Its veth pair.
-    pub port: Port,
-    /// Ports of the host that lead to it.
-    pub published: Vec<Publish>,
-    /// Whether it may send with its own address and MAC only.
-    pub source_check: bool,
-}
-
-impl Attached {
-    /// What there is to say of an endpoint; `None` where it has no port on the bridge.
-    pub fn of(endpoint: &Endpoint) -> Option<Attached> {
-        let port = endpoint.port.clone()?;
-        Some(Attached { port, published: endpoint.published.clone(), source_check: endpoint.source_check })
-    }
 }
 
 impl Host {
@@ -155,21 +137,10 @@ impl Host {
             let path = format!("ipv6/conf/{}/accept_ra", self.underlay.name);
             state.insert(Key::Sysctl(path), Value::Sysctl("2".to_owned()));
         }
-        let link = |kind, mac, master, hairpin| {
-            Value::Link(Box::new(LinkState { kind, mac, mtu: self.mtu(), up: true, master, hairpin }))
-        };
-        state.insert(Key::Link(bridge.name()), link(LinkKind::Bridge, Some(self.bridge_mac), None, false));
-        for attached in &self.ports {
-            // With br_netfilter the bridge translates by itself: what an endpoint sends to its own published port comes back by its own port.
-            let hairpin = !attached.published.is_empty();
-            state.insert(Key::Link(attached.port.host_interface.clone()), link(LinkKind::Port, None, Some(bridge), hairpin));
-            let Port { host_interface, mac, addresses, .. } = &attached.port;
-            let own = addresses.iter().map(|(_, address)| *address);
-            let sources = may_send(host_interface, *mac, own, attached.source_check);
-            state.extend(sources.map(|element| (Key::Element(element), Value::Element(None))));
-            let published = attached.published.iter().flat_map(|publish| leads_to(publish, &attached.port));
-            state.extend(published.map(|(element, target)| (Key::Element(element), Value::Element(Some(target)))));
-        }
+        let mac = Some(self.bridge_mac);
+        let link = LinkState { kind: LinkKind::Bridge, mac, mtu: self.mtu(), up: true, master: None, hairpin: false };
+        state.insert(Key::Link(bridge.name()), Value::Link(Box::new(link)));
+        state.extend(self.ports.iter().flat_map(|endpoint| self.port_entries(endpoint)));
         let publishes = self.publishes();
         let Host { network, subnet, masquerade, .. } = self;
         let rules = Rules { network, subnet, local: &self.underlay.local, masquerade: *masquerade, publishes };
@@ -184,9 +155,41 @@ impl Host {
         state
     }
 
+    /// What the kernel should hold for an endpoint with a port on the bridge.
+    fn port_entries<'a>(&self, endpoint: &'a Endpoint) -> impl Iterator<Item = (Key, Value)> + use<'a> {
+        let bridge = Device::bridge(self.network.vxlan.vni);
+        let mtu = self.mtu();
+        endpoint.port.iter().flat_map(move |port| {
+            // With br_netfilter the bridge translates by itself: what an endpoint sends to its own published port comes back by its own port.
+            let hairpin = !endpoint.published.is_empty();
+            let link = LinkState { kind: LinkKind::Port, mac: None, mtu, up: true, master: Some(bridge), hairpin };
+            let link = (Key::Link(port.host_interface.clone()), Value::Link(Box::new(link)));
+            let own = port.addresses.iter().map(|(_, address)| *address);
+            let sources = may_send(&port.host_interface, port.mac, own, endpoint.source_check);
+            let sources = sources.map(|element| (Key::Element(element), Value::Element(None)));
+            let published = endpoint.published.iter().flat_map(|publish| leads_to(publish, port));
+            let published = published.map(|(element, target)| (Key::Element(element), Value::Element(Some(target))));
+            [link].into_iter().chain(sources).chain(published)
+        })
+    }
+
+    /// What of its own, peers aside, the kernel should hold for this host and what for the other one, without what is the same for both as far as
+    /// that is seen without making it: the entries of all endpoints but those that came or went.
+    pub fn own_entries(&self, other: &Host) -> (State, State) {
+        let but_for_ports = |host: &Host| Host { ports: Vec::new(), ..host.clone() };
+        if self.publishes() != other.publishes() || but_for_ports(self) != but_for_ports(other) {
+            return (self.entries(), other.entries());
+        }
+        let entries = |ports: &[Arc<Endpoint>], others: &[Arc<Endpoint>]| {
+            let same = |a: &Endpoint| others.binary_search_by(|b| b.name.cmp(&a.name)).is_ok_and(|at| *others[at] == *a);
+            ports.iter().filter(|endpoint| !same(endpoint)).flat_map(|endpoint| self.port_entries(endpoint)).collect()
+        };
+        (entries(&self.ports, &other.ports), entries(&other.ports, &self.ports))
+    }
+
     /// Whether any port of this host leads to an endpoint.
     fn publishes(&self) -> bool {
-        self.ports.iter().any(|attached| !attached.published.is_empty())
+        self.ports.iter().any(|endpoint| !endpoint.published.is_empty())
     }
 
     /// What a peer may send through the tunnel: from its subnet, and where packets to it are not masqueraded, its own answers to them.

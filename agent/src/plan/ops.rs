@@ -165,7 +165,7 @@ pub struct Plug {
 pub trait ContainerPath: Send + Sync {
     /// Makes the veth pair, its addresses, routes and loopback; all or nothing. Where the very same plug is in place it succeeds
     /// without a change.
-    fn plug(&self, plug: &Plug) -> impl Future<Output = Result<(), OpError>> + Send;
+    fn plug(&self, plug: &Plug) -> impl Future<Output = Result<Guard, OpError>> + Send;
 
     /// What of a plug is not in place, for a person; `None` where all is. Blocks.
     fn difference(&self, plug: &Plug) -> Result<Option<String>, OpError>;
@@ -193,6 +193,16 @@ pub trait ContainerPath: Send + Sync {
 
     /// The host's ends of all veth pairs of ours, whether an endpoint is known for them or not.
     fn ports(&self) -> Result<Vec<String>, OpError>;
+}
+
+/// Whether the guard has what a container may send.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Guard {
+    /// It was told before the container's port joined the bridge.
+    Told,
+    /// Its table is not there yet: what is plugged comes with it.
+    #[default]
+    ToCome,
 }
 
 /// What of the host's own stands beside published ports.

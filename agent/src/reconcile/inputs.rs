@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::{Channels, LOG_LINES, Memory, Reconciler, UNDERLAY_SETTLE, is_wholesale, merge};
 use crate::model::event::{Connection, LeaseWish, OwnLease, StoreEvent};
 use crate::model::{Device, Family, NetworkConfig, PerFamily, Refusal};
-use crate::plan::desired::{Attached, Host};
+use crate::plan::desired::Host;
 use crate::plan::diff::satisfied;
 use crate::plan::roster::{LeaseKey, OwnHost, Standing};
 use crate::plan::state::{State, Value};
@@ -220,8 +220,8 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 match &self.host {
                     Some(was) if *was == host => {}
                     Some(was) if was.has_peers_of(&host) => {
-                        let was = was.entries();
-                        self.rebuild_own(host, was);
+                        let (was, entries) = was.own_entries(&host);
+                        self.rebuild_own(host, was, entries);
                     }
                     _ => self.rebuild_all(host),
                 }
@@ -268,7 +268,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             tx_checksum: self.settings.tx_checksum,
             docker: self.settings.docker,
             nexthop_objects: self.settings.nexthop_objects,
-            ports: self.endpoints.iter().filter_map(Attached::of).collect(),
+            ports: self.endpoints.iter().filter(|endpoint| endpoint.port.is_some()).cloned().collect(),
             forward_drops: self.inventory.forward_drops.clone(),
             network,
         })
@@ -306,8 +306,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
     }
 
     /// Only what concerns this host alone has changed (a port, say): the peers' entries stay.
-    fn rebuild_own(&mut self, host: Host, was: State) {
-        let entries = host.entries();
+    fn rebuild_own(&mut self, host: Host, was: State, entries: State) {
         for key in was.into_keys().filter(|key| !entries.contains_key(key)) {
             self.desired.remove(&key);
             self.repairs.forget(&key);

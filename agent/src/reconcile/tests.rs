@@ -100,8 +100,8 @@ struct Fixture {
     beats: watch::Receiver<u64>,
     wish: watch::Receiver<Option<LeaseWish>>,
     stop: CancellationToken,
-    endpoints: watch::Sender<Vec<Endpoint>>,
-    programmed: watch::Receiver<Vec<Endpoint>>,
+    endpoints: watch::Sender<Vec<Arc<Endpoint>>>,
+    programmed: watch::Receiver<Vec<Arc<Endpoint>>>,
     _task: tokio::task::JoinHandle<()>,
 }
 
@@ -459,7 +459,8 @@ async fn who_waits_for_an_endpoint_is_told_when_all_is_done_for_it() {
         "addresses": {"v4": "10.244.100.2"}, "attached_at": 0
     }))
     .unwrap();
-    fixture.endpoints.send_replace(vec![endpoint.clone()]);
+    let endpoint = Arc::new(endpoint);
+    fixture.endpoints.send_replace(vec![Arc::clone(&endpoint)]);
     fixture.programmed.wait_for(|all| all.first() == Some(&endpoint)).await.unwrap();
     fixture.endpoints.send_replace(Vec::new());
     fixture.programmed.wait_for(Vec::is_empty).await.unwrap();

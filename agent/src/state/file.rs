@@ -72,15 +72,6 @@ pub fn write_soon(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError>
     replace(path, bytes, mode, |_| Ok(()))
 }
 
-/// Waits until a file that was written soon is on the disk; that it is not there is no error.
-pub fn sync(path: &Path) -> Result<(), FileError> {
-    match File::open(path).and_then(|file| file.sync_all()) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(source) => Err(FileError::new("sync", path, source)),
-        Ok(()) => sync_directory(path),
-    }
-}
-
 fn replace(path: &Path, bytes: &[u8], mode: u32, settle: impl Fn(&File) -> io::Result<()>) -> Result<(), FileError> {
     let name = path.file_name().ok_or_else(|| FileError::new("write", path, io::Error::from(io::ErrorKind::IsADirectory)))?;
     let mut hidden = std::ffi::OsString::from(".");

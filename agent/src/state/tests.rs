@@ -197,3 +197,53 @@ fn a_read_only_file_system_is_named() {
         assert!(error.contains("read-only: remount it writable"), "{error}");
     });
 }
+
+#[test]
+fn a_journal_holds_what_was_appended_and_loses_no_more_than_a_torn_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    let path = dir.path().join("j");
+    let read = || state.journal("j").read::<u32>();
+    assert_eq!(read().unwrap(), Vec::<u32>::new());
+    let mut journal = state.journal("j");
+    journal.append([1_u32, 2].iter()).unwrap();
+    journal.append([3_u32].iter()).unwrap();
+    assert_eq!(read().unwrap(), [1, 2, 3]);
+    assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o7777, 0o600);
+    let whole = std::fs::read(&path).unwrap();
+    // A kill in the middle of an append: all lines that came to their end count.
+    for length in 0..whole.len() {
+        std::fs::write(&path, &whole[..length]).unwrap();
+        let lines = whole[..length].iter().filter(|b| **b == b'\n').count();
+        assert_eq!(read().unwrap(), [1, 2, 3][..lines.saturating_sub(1)], "{length} bytes");
+    }
+    assert!(torn_files(dir.path()).is_empty());
+    // What cannot be read is set aside, what stands before it counts.
+    std::fs::write(&path, b"{\"version\":1}\n1\n\"x\"\n3\n").unwrap();
+    assert_eq!(read().unwrap(), [1]);
+    assert_eq!((torn_files(dir.path()).len(), path.exists()), (1, false));
+    std::fs::write(&path, b"{\"version\":9}\n1\n").unwrap();
+    assert!(matches!(read(), Err(StateError::Version { found: 9, .. })));
+    assert!(path.exists(), "a newer agent's is left alone");
+}
+
+#[test]
+fn a_journal_has_room_until_it_is_long_or_gone() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    let mut journal = state.journal("j");
+    assert!(journal.has_room());
+    journal.append([1_u32].iter()).unwrap();
+    assert!(journal.has_room());
+    assert!(!state.journal("j").has_room(), "what another left may end in half a line");
+    std::fs::remove_file(dir.path().join("j")).unwrap();
+    assert!(!journal.has_room());
+    journal.clear().unwrap();
+    let line = "x".repeat(1000);
+    for n in 0..300 {
+        assert_eq!(journal.has_room(), n * 1003 < 256 << 10, "{n}");
+        journal.append([&line].iter()).unwrap();
+    }
+    journal.clear().unwrap();
+    assert!(journal.has_room() && !dir.path().join("j").exists());
+}

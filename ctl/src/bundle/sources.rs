@@ -117,7 +117,7 @@ pub fn all(places: &Places, endpoints: &[Endpoint]) -> Vec<(String, Source)> {
     let mut all: Vec<(String, Source)> = Vec::new();
     all.extend(ANSWERS.map(|(name, answer)| (name.to_owned(), Source::Agent(answer))));
     all.push(("config/overlayd.toml".to_owned(), Source::File(places.config.clone())));
-    for name in ["host.json", "endpoints.json", "node-id"] {
+    for name in ["state.json", "endpoints.json", "endpoints.journal", "node-id"] {
         all.push((format!("state/{name}"), Source::File(places.state_dir.join(name))));
     }
     all.push(("run/subnet.env".to_owned(), Source::File(places.run_dir.join("subnet.env"))));

@@ -2,29 +2,18 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
+use std::io::ErrorKind;
 use std::net::IpAddr;
 use std::path::Path;
 
 use nix::ifaddrs::{InterfaceAddress, getifaddrs};
+use overlay_agent::endpoint::{Recorded, recorded};
 use overlay_agent::kernel::netns::{DIRECTORY, Netns};
 use overlay_agent::model::Endpoint;
 use overlay_agent::model::api::NetworkView;
-use serde::Deserialize;
+use overlay_agent::state::StateError;
 
 use super::{Facts, Findings};
-
-/// The file of the state directory, as far as it is looked at.
-#[derive(Debug, Deserialize)]
-struct Stored {
-    endpoints: Vec<Record>,
-}
-
-#[derive(Debug, Deserialize)]
-struct Record {
-    phase: String,
-    #[serde(flatten)]
-    endpoint: Endpoint,
-}
 
 pub(super) fn check(facts: &Facts, findings: &mut Findings) {
     let stored = stored(facts, findings);
@@ -43,24 +32,19 @@ pub(super) fn check(facts: &Facts, findings: &mut Findings) {
 }
 
 /// What the state directory holds; nothing where it is another one, or not to be read.
-fn stored(facts: &Facts, findings: &mut Findings) -> Option<Vec<Record>> {
-    let path = facts.settings.state_dir.join("endpoints.json");
-    let text = match std::fs::read_to_string(&path) {
-        Ok(text) => text,
-        // No container was ever attached, or the agent has another directory.
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
-        Err(error) => {
-            let evidence = vec![format!("{}: {error}", path.display())];
+fn stored(facts: &Facts, findings: &mut Findings) -> Option<Vec<Recorded>> {
+    match recorded(&facts.settings.state_dir) {
+        // None: no container was ever attached, or the agent has another directory.
+        Ok(stored) => stored,
+        Err(StateError::File(error)) if error.source.kind() != ErrorKind::InvalidData => {
+            let evidence = vec![error.to_string()];
             findings.info("the state directory was not looked at", evidence, "run this as root, with the agent's --state-dir");
-            return None;
+            None
         }
-    };
-    match serde_json::from_str::<Stored>(&text) {
-        Ok(stored) => Some(stored.endpoints),
         Err(error) => {
             findings.error(
                 "the table of containers in the state directory cannot be read",
-                vec![format!("{}: {error}", path.display())],
+                vec![error.to_string()],
                 "restart the agent: it sets a torn file aside and says so in its log; then attach the containers anew",
             );
             None
@@ -106,18 +90,15 @@ fn ports(network: &NetworkView, findings: &mut Findings) {
 }
 
 /// The agent's table beside the file.
-fn compare(network: &NetworkView, stored: &[Record], findings: &mut Findings) {
-    let file: BTreeMap<String, &Record> = stored.iter().map(|record| (record.endpoint.name.to_string(), record)).collect();
+fn compare(network: &NetworkView, stored: &[Recorded], findings: &mut Findings) {
+    let file: BTreeMap<String, &Recorded> = stored.iter().map(|record| (record.endpoint.name.to_string(), record)).collect();
     let agent: BTreeMap<String, &Endpoint> =
         network.endpoints.iter().map(|view| (view.endpoint.name.to_string(), &view.endpoint)).collect();
-    let half: Vec<String> = file
-        .iter()
-        .filter(|(name, record)| record.phase != "attached" && !agent.contains_key(*name))
-        .map(|(n, _)| n.clone())
-        .collect();
+    let half: Vec<String> =
+        file.iter().filter(|(name, record)| !record.attached && !agent.contains_key(*name)).map(|(n, _)| n.clone()).collect();
     let differ = |name: &&String| match (file.get(*name), agent.get(*name)) {
         (Some(record), Some(endpoint)) => record.endpoint.addresses() != endpoint.addresses(),
-        (Some(record), None) => record.phase == "attached",
+        (Some(record), None) => record.attached,
         (None, _) => true,
     };
     let names: BTreeSet<&String> = file.keys().chain(agent.keys()).collect();

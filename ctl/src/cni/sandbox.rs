@@ -77,10 +77,10 @@ pub fn interfaces(netns: &Netns) -> Result<BTreeMap<String, Seen>, CniError> {
     })
 }
 
-fn inside<T: Send>(netns: &Netns, look: impl FnOnce() -> std::io::Result<T> + Send) -> Result<T, CniError> {
+fn inside<T>(netns: &Netns, look: impl FnOnce() -> std::io::Result<T>) -> Result<T, CniError> {
     let failed =
         |e: &dyn std::fmt::Display| CniError::new(Code::Failed, format!("cannot look into {}: {e}", netns.path().display()));
-    netns.run(look).map_err(|e| failed(&e))?.map_err(|e| failed(&e))
+    netns.visit(look).map_err(|e| failed(&e))?.map_err(|e| failed(&e))
 }
 
 /// The default routes of the thread's namespace, by interface. A kernel without a family has no file for it.

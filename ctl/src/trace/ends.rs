@@ -3,10 +3,10 @@
 use std::net::IpAddr;
 use std::path::Path;
 
+use overlay_agent::endpoint::recorded;
 use overlay_agent::model::api::SubnetEntry;
 use overlay_agent::model::publish::Transport;
 use overlay_agent::model::{Endpoint, Family, Mode, Subnet};
-use serde::Deserialize;
 
 use super::TraceError;
 
@@ -85,12 +85,8 @@ impl Wanted {
 impl Known {
     /// What the state directory says, where the agent does not answer.
     pub fn from_state(state_dir: &Path) -> Known {
-        #[derive(Deserialize)]
-        struct Stored {
-            endpoints: Vec<Endpoint>,
-        }
-        let text = std::fs::read(state_dir.join("endpoints.json")).unwrap_or_default();
-        let endpoints = serde_json::from_slice::<Stored>(&text).map(|stored| stored.endpoints).unwrap_or_default();
+        let recorded = recorded(state_dir).ok().flatten().unwrap_or_default();
+        let endpoints = recorded.into_iter().map(|recorded| recorded.endpoint).collect();
         Known { endpoints, leases: None }
     }
 

@@ -77,13 +77,16 @@ fn a_torn_file_is_set_aside_and_what_the_kernel_still_has_does_not_stand_in_the_
     });
 }
 
-/// Makes writing fail: the temporary file's place is taken by a directory that is not empty.
+/// Makes writing fail: the places of the temporary file and of the journal are taken by directories that are not empty.
 fn disk(host: &Host, full: bool) {
-    let place = host.directory.path().join(format!(".{FILE}.tmp"));
-    if full {
-        std::fs::create_dir_all(place.join("full")).unwrap();
-    } else {
-        std::fs::remove_dir_all(place).unwrap();
+    let places = [format!(".{FILE}.tmp"), JOURNAL.to_owned()].map(|name| host.directory.path().join(name));
+    for place in places {
+        if full {
+            let _ = std::fs::remove_file(&place);
+            std::fs::create_dir_all(place.join("full")).unwrap();
+        } else {
+            std::fs::remove_dir_all(place).unwrap();
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use tokio::sync::Semaphore;
 
 use crate::model::Publish;
-use crate::plan::{ContainerPath, HostPorts, HostSocket, OpError, Plug};
+use crate::plan::{ContainerPath, Guard, HostPorts, HostSocket, OpError, Plug};
 
 #[derive(Debug, Clone)]
 pub(super) struct FakeKernel(Arc<Mutex<World>>);
@@ -26,6 +26,7 @@ struct World {
     generation: usize,
     loopbacks: BTreeSet<PathBuf>,
     sockets: Vec<HostSocket>,
+    guard: Guard,
 }
 
 /// Where the kernel is slow.
@@ -88,6 +89,11 @@ impl FakeKernel {
         self.world(|w| w.sockets.push(socket));
     }
 
+    /// From now on the guard is told of what is plugged.
+    pub(super) fn tell_guard(&self) {
+        self.world(|w| w.guard = Guard::Told);
+    }
+
     pub(super) fn refuse_plugs(&self, count: usize) {
         self.world(|w| w.refused_plugs = count);
     }
@@ -134,18 +140,18 @@ impl FakeKernel {
 }
 
 impl ContainerPath for FakeKernel {
-    async fn plug(&self, plug: &Plug) -> Result<(), OpError> {
+    async fn plug(&self, plug: &Plug) -> Result<Guard, OpError> {
         self.point(Point::BeforePlug).await;
         assert!(!self.world(|w| std::mem::take(&mut w.panics)), "a defect");
         // Lets others run in between, as the kernel's work does.
         tokio::task::yield_now().await;
-        self.world(|w| {
+        let guard = self.world(|w| {
             if w.refused_plugs > 0 {
                 w.refused_plugs -= 1;
                 return Err(refused("no plug today"));
             }
             match w.plugs.get(&plug.host_interface) {
-                Some(there) if there == plug => return Ok(()),
+                Some(there) if there == plug => return Ok(w.guard),
                 Some(_) => return Err(refused("another plug of that name is there")),
                 None => {}
             }
@@ -157,10 +163,10 @@ impl ContainerPath for FakeKernel {
             assert!(!taken, "{plug:?} collides");
             w.plugs.insert(plug.host_interface.clone(), plug.clone());
             w.changes += 1;
-            Ok(())
+            Ok(w.guard)
         })?;
         self.point(Point::AfterPlug).await;
-        Ok(())
+        Ok(guard)
     }
 
     fn difference(&self, plug: &Plug) -> Result<Option<String>, OpError> {

@@ -13,7 +13,7 @@ use super::expr::protocol_family;
 use super::forward;
 use super::table::is_named;
 use super::wire::{self, Content, NFPROTO_BRIDGE, NFPROTO_INET, Object};
-use crate::kernel::monitor::attach_filter;
+use crate::kernel::monitor::{OWN, attach_filter};
 use crate::plan::OpError;
 use crate::plan::ruleset::TABLE;
 
@@ -37,7 +37,7 @@ pub enum NftChange {
 /// Follows nf_tables in one network namespace.
 pub struct NftMonitor {
     socket: TokioSocket,
-    own: Vec<u32>,
+    own: Option<u32>,
     buffer: Vec<u8>,
     pending: Pending,
 }
@@ -56,7 +56,7 @@ impl NftMonitor {
     ///
     /// # Errors
     /// The kernel has no nfnetlink, or the process may not listen (`CAP_NET_ADMIN`).
-    pub fn open(own_port_ids: &[u32]) -> Result<NftMonitor, OpError> {
+    pub fn open(own_port_id: Option<u32>) -> Result<NftMonitor, OpError> {
         let open = || -> io::Result<TokioSocket> {
             let mut socket = TokioSocket::new(NETLINK_NETFILTER)?;
             socket.socket_mut().bind_auto()?;
@@ -64,14 +64,14 @@ impl NftMonitor {
                 setsockopt(socket.socket_ref(), sockopt::RcvBuf, &BUFFER)?;
             }
             // A transaction's events come together and carry the port id of its socket: our own are not even queued.
-            if let [one, rest @ ..] = own_port_ids {
-                attach_filter(socket.socket_ref().as_fd(), [*one, *rest.first().unwrap_or(one)], true)?;
+            if let Some(own) = own_port_id {
+                attach_filter(socket.socket_ref().as_fd(), [own; OWN], true)?;
             }
             socket.socket_mut().add_membership(wire::NFNLGRP_NFTABLES)?;
             Ok(socket)
         };
         let socket = open().map_err(|error| io_error("listening to changes of nf_tables", &error))?;
-        Ok(NftMonitor { socket, own: own_port_ids.to_vec(), buffer: Vec::with_capacity(RECEIVE), pending: Pending::default() })
+        Ok(NftMonitor { socket, own: own_port_id, buffer: Vec::with_capacity(RECEIVE), pending: Pending::default() })
     }
 
     /// Waits for the next change by others. Changes of a kind that arrive before it is asked for come out as one. Cancel-safe: what
@@ -89,7 +89,7 @@ impl NftMonitor {
             match poll_fn(|context| socket.poll_recv(context, buffer)).await {
                 // A full buffer means that the end was cut off.
                 Ok(()) if self.buffer.len() == self.buffer.capacity() => self.pending.lost = true,
-                Ok(()) => self.pending.note(&self.buffer, &self.own),
+                Ok(()) => self.pending.note(&self.buffer, self.own),
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => self.pending.lost = true,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(io_error("reading changes of nf_tables", &error)),
@@ -112,9 +112,9 @@ impl Pending {
     }
 
     /// Folds in the events of a datagram.
-    fn note(&mut self, datagram: &[u8], own: &[u32]) {
+    fn note(&mut self, datagram: &[u8], own: Option<u32>) {
         for received in wire::messages(datagram) {
-            if own.contains(&received.port) {
+            if own == Some(received.port) {
                 continue;
             }
             if let Content::Nftables(object) = received.content {

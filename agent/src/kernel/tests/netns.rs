@@ -20,6 +20,9 @@ fn made_found_entered_and_deleted() {
     assert!(inside.is_same(&scratch.netns).expect("same"));
     assert!(!before.is_same(&scratch.netns).expect("same"));
     assert!(before.is_same(&Netns::current().expect("own")).expect("same"), "the caller stays where it was");
+    let inside = scratch.netns.visit(|| Netns::current().expect("inside")).expect("visit");
+    assert!(inside.is_same(&scratch.netns).expect("same"));
+    assert!(before.is_same(&Netns::current().expect("own")).expect("same"), "a visitor comes back");
     let links = scratch.netns.run(|| run("ip -br link")).expect("run");
     assert!(links.starts_with("lo") && links.contains("UP"), "{links}");
 
@@ -55,8 +58,11 @@ fn a_half_made_namespace_can_be_deleted() {
 #[test]
 fn a_panic_inside_reaches_the_caller() {
     let scratch = Scratch::new("panic");
-    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| scratch.netns.run(|| panic!("inside"))));
-    assert!(result.is_err());
+    let before = Netns::current().expect("own");
+    let caught = |work: &dyn Fn()| std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err();
+    assert!(caught(&|| scratch.netns.run(|| panic!("inside")).expect("entered")));
+    assert!(caught(&|| scratch.netns.visit(|| panic!("inside")).expect("entered")));
+    assert!(before.is_same(&Netns::current().expect("own")).expect("same"), "a visitor comes back");
 }
 
 #[test]

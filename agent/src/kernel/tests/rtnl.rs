@@ -43,7 +43,7 @@ fn refusals_have_the_kernels_words() {
         let rtnl = Rtnl::open().expect("a connection");
         let destination = "10.9.0.0/16".parse().expect("cidr");
         let nowhere = route(Some(destination), Some(ip("10.8.0.1")), None, RouteProtocol::Static);
-        let refusal = rtnl.add_route(nowhere).await.expect_err("a gateway that cannot be reached");
+        let refusal = rtnl.replace_route(nowhere).await.expect_err("a gateway that cannot be reached");
         assert_eq!((refusal.errno, refusal.detail.as_str()), (libc::ENETUNREACH, "Nexthop has invalid gateway"));
     });
 }

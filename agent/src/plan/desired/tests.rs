@@ -96,22 +96,50 @@ fn a_dual_stack_host_has_exactly_these_entries() {
         "accept in the IPv6 FORWARD chain of iptables fd00:10:244::/56",
         "route ::1/128 local dev ovb.1",
     ];
-    let host = Host { ports: vec![attached(&["127.0.0.1:80-81:8080-8081", "53:5353/udp"])], ..host(DUAL, DUAL_KEY) };
+    let host = Host { ports: vec![Arc::new(attached(&["127.0.0.1:80-81:8080-8081", "53:5353/udp"]))], ..host(DUAL, DUAL_KEY) };
     assert_eq!(lines(&host.entries()), wanted);
 }
 
 /// An endpoint with these published ports.
-fn attached(published: &[&str]) -> Attached {
-    Attached {
-        port: Port {
-            interface: "eth0".to_owned(),
-            host_interface: "veth7".to_owned(),
-            mac: Mac([2, 5, 0, 0, 0, 7]),
-            addresses: PerFamily { v4: Some(address("10.244.7.2")), v6: Some(address("fd00:10:244:7::2")) },
-        },
-        published: published.iter().map(|text| text.parse().expect(text)).collect(),
-        source_check: true,
+fn attached(published: &[&str]) -> Endpoint {
+    let port = Port {
+        interface: "eth0".to_owned(),
+        host_interface: "veth7".to_owned(),
+        mac: Mac([2, 5, 0, 0, 0, 7]),
+        addresses: PerFamily { v4: Some(address("10.244.7.2")), v6: Some(address("fd00:10:244:7::2")) },
+    };
+    let published = published.iter().map(|text| text.parse().expect(text)).collect();
+    Endpoint { published, ..Endpoint::on_bridge("web", port) }
+}
+
+#[test]
+fn endpoints_that_come_and_go_are_told_without_the_others() {
+    let named = |name: &str, last: u8, published: &[&str]| {
+        let mut endpoint = attached(published);
+        let port = endpoint.port.as_mut().expect("a port");
+        port.host_interface = format!("veth{last}");
+        port.mac = Mac([2, 5, 0, 0, 0, last]);
+        Arc::new(Endpoint { name: name.parse().expect(name), ..endpoint })
+    };
+    let with = |ports: &[&Arc<Endpoint>]| Host { ports: ports.iter().copied().cloned().collect(), ..host(DUAL, DUAL_KEY) };
+    let (a, b, c) = (named("a", 1, &[]), named("b", 2, &[]), named("c", 3, &["80:80"]));
+    let other_b = named("b", 4, &[]);
+    let hosts = [with(&[]), with(&[&a]), with(&[&a, &b]), with(&[&a, &other_b]), with(&[&c]), with(&[&a, &b, &c])];
+    let moved = Host { masquerade: false, ..with(&[&a, &b]) };
+    for from in hosts.iter().chain([&moved]) {
+        for to in hosts.iter().chain([&moved]) {
+            let (was, now) = from.own_entries(to);
+            // The whole, less what is said to go, with what is said to come, is the other whole.
+            let mut state = from.entries();
+            state.retain(|key, _| !was.contains_key(key));
+            state.extend(now);
+            assert_eq!(state, to.entries(), "{:?} to {:?}", from.ports, to.ports);
+        }
     }
+    let (was, now) = with(&[&a, &b]).own_entries(&with(&[&a, &other_b]));
+    let interfaces = |state: &State| lines(state).iter().filter(|line| line.starts_with("link")).count();
+    assert_eq!((interfaces(&was), interfaces(&now)), (1, 1));
+    assert!(lines(&was).iter().chain(&lines(&now)).all(|line| !line.contains("veth1")));
 }
 
 /// The elements of a host's sets, but for those of its peers.
@@ -122,7 +150,7 @@ fn elements(host: &Host) -> Vec<String> {
 #[test]
 fn published_ports_lead_to_the_container_in_each_family() {
     let ports = |published: &str| {
-        let host = Host { ports: vec![attached(&[published])], ..host(DUAL, DUAL_KEY) };
+        let host = Host { ports: vec![Arc::new(attached(&[published]))], ..host(DUAL, DUAL_KEY) };
         elements(&host).into_iter().filter(|line| !line.starts_with("source")).collect::<Vec<_>>()
     };
     for (published, wanted) in [
@@ -144,22 +172,22 @@ fn without_published_ports_nothing_is_translated() {
         Value::Ruleset(rules) => rules.to_string(),
         _ => unreachable!("rules"),
     };
-    let quiet = Host { masquerade: false, ports: vec![attached(&[])], ..host(DUAL, DUAL_KEY) };
+    let quiet = Host { masquerade: false, ports: vec![Arc::new(attached(&[]))], ..host(DUAL, DUAL_KEY) };
     let text = rules(&quiet);
     assert!(!text.contains(" nat ") && !text.contains("map "), "no conntrack for a host that translates nothing:\n{text}");
     let sysctl = "sysctl net/ipv4/conf/ovb.1/route_localnet 0".to_owned();
     assert!(lines(&quiet.entries()).contains(&sysctl));
-    let text = rules(&Host { ports: vec![attached(&["80:80"])], ..quiet });
+    let text = rules(&Host { ports: vec![Arc::new(attached(&["80:80"]))], ..quiet });
     assert!(text.contains("chain prerouting") && text.contains("chain output") && text.contains("chain postrouting"), "{text}");
 }
 
 #[test]
 fn an_endpoint_is_checked_unless_it_asks_not_to_be() {
-    let free = Attached { source_check: false, ..attached(&[]) };
-    assert_eq!(elements(&Host { ports: vec![free], ..host(DUAL, DUAL_KEY) }), ["unchecked: veth7 present"]);
+    let free = Endpoint { source_check: false, ..attached(&[]) };
+    assert_eq!(elements(&Host { ports: vec![Arc::new(free)], ..host(DUAL, DUAL_KEY) }), ["unchecked: veth7 present"]);
     let mut v4 = attached(&[]);
-    v4.port.addresses.v6 = None;
-    let only = elements(&Host { ports: vec![v4], ..host(V4, "10.244.7.0-24") });
+    v4.port.as_mut().expect("a port").addresses.v6 = None;
+    let only = elements(&Host { ports: vec![Arc::new(v4)], ..host(V4, "10.244.7.0-24") });
     assert_eq!(only, ["source4: veth7 . 02:05:00:00:00:07 . 10.244.7.2 present"]);
 }
 

@@ -43,7 +43,7 @@ async fn quiet(monitor: &mut NftMonitor) {
 fn alterations_are_events_and_own_changes_are_none() {
     with_runtime(|| async {
         let mut tables = Tables::open();
-        let mut monitor = NftMonitor::open(&[tables.nft.port_id()]).expect("monitor");
+        let mut monitor = NftMonitor::open(Some(tables.nft.port_id())).expect("monitor");
         for (what, script) in ALTERATIONS {
             tables.set([rules(), guard()]);
             quiet(&mut monitor).await;
@@ -61,7 +61,7 @@ fn another_agents_socket_is_another() {
     with_runtime(|| async {
         let nft = Nft::open().expect("open");
         let mut other = Tables::open();
-        let mut monitor = NftMonitor::open(&[nft.port_id()]).expect("monitor");
+        let mut monitor = NftMonitor::open(Some(nft.port_id())).expect("monitor");
         other.set([rules()]);
         assert_eq!(monitor.changed().await.expect("event"), NftChange::Ours);
     });
@@ -71,7 +71,7 @@ fn another_agents_socket_is_another() {
 fn forward_chains_are_followed_and_other_tables_are_not() {
     with_runtime(|| async {
         let mut nft = Nft::open().expect("open");
-        let mut monitor = NftMonitor::open(&[nft.port_id()]).expect("monitor");
+        let mut monitor = NftMonitor::open(Some(nft.port_id())).expect("monitor");
         let forward = [
             "iptables -P FORWARD DROP",
             "iptables -P FORWARD ACCEPT",
@@ -120,7 +120,7 @@ fn both_in_one_transaction_are_two_events() {
         let mut tables = Tables::open();
         iptables("iptables -P FORWARD DROP");
         tables.set([rules()]);
-        let mut monitor = NftMonitor::open(&[tables.nft.port_id()]).expect("monitor");
+        let mut monitor = NftMonitor::open(Some(tables.nft.port_id())).expect("monitor");
         super::nft("flush ruleset");
         let seen = events(&mut monitor).await;
         assert!(seen.contains(&NftChange::Ours) && seen.contains(&NftChange::Forward), "{seen:?}");
@@ -130,7 +130,7 @@ fn both_in_one_transaction_are_two_events() {
 #[test]
 fn an_abandoned_wait_loses_nothing() {
     with_runtime(|| async {
-        let mut monitor = NftMonitor::open(&[]).expect("monitor");
+        let mut monitor = NftMonitor::open(None).expect("monitor");
         for _ in 0..20 {
             assert!(tokio::time::timeout(Duration::from_millis(1), monitor.changed()).await.is_err());
         }
@@ -143,7 +143,7 @@ fn an_abandoned_wait_loses_nothing() {
 fn lost_events_are_reported() {
     with_runtime(|| async {
         let mut tables = Tables::open();
-        let mut monitor = NftMonitor::open(&[]).expect("monitor");
+        let mut monitor = NftMonitor::open(None).expect("monitor");
         // Some KiB an event and none read: the receive buffer overflows long before the bound.
         for _ in 0..4_000 {
             tables.set([rules()]);
@@ -164,7 +164,7 @@ fn lost_events_are_reported() {
 #[test]
 fn a_storm_of_others_passes_by() {
     with_runtime(|| async {
-        let mut monitor = NftMonitor::open(&[]).expect("monitor");
+        let mut monitor = NftMonitor::open(None).expect("monitor");
         super::nft("add table inet storm\nadd chain inet storm c");
         let rule = |i: u32| format!("add rule inet storm c ip saddr 10.{}.{}.0/24 accept\n", i / 256, i % 256);
         // In parts, since without root `nft` cannot send more than net.core.wmem_max at once.

@@ -1,15 +1,16 @@
 //! A kernel that follows the real one's rules, and made-up hosts, peers and kernel states.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 use proptest::prelude::*;
 use proptest::sample::select;
 
 use crate::model::peer::Reach;
-use crate::model::{Cidr, Device, Family, Mac, NetworkConfig, Peer, PerFamily, Port, Subnet, Transport, Vni};
+use crate::model::{Cidr, Device, Endpoint, Family, Mac, NetworkConfig, Peer, PerFamily, Port, Subnet, Transport, Vni};
 use crate::plan::Op;
-use crate::plan::desired::{Attached, Host, NexthopIds};
+use crate::plan::desired::{Host, NexthopIds};
 use crate::plan::ruleset::{Element, Expr, Rule, Table};
 use crate::plan::state::{Key, LinkKind, LinkState, NEXTHOP_IDS, State, Value, Via, device_of};
 use crate::plan::underlay::Underlay;
@@ -176,7 +177,7 @@ impl Setup {
     }
 
     /// An endpoint: the first one is not checked, the last one has published ports.
-    fn attached(&self, i: u8) -> Attached {
+    fn attached(&self, i: u8) -> Arc<Endpoint> {
         let address = |family| subnet(family, self.own_subnet).nth(2 + u128::from(i)).expect("an address");
         let port = Port {
             interface: "eth0".to_owned(),
@@ -185,7 +186,7 @@ impl Setup {
             addresses: self.families().map(|family| (family, address(family))).collect(),
         };
         let published = if i == 2 { vec!["80:8080".parse().expect("a port")] } else { Vec::new() };
-        Attached { port, published, source_check: i != 0 }
+        Arc::new(Endpoint { published, source_check: i != 0, ..Endpoint::on_bridge(&format!("e{i}"), port) })
     }
 
     pub fn desired(&self, ids: &mut NexthopIds) -> State {

@@ -1,0 +1,139 @@
+//! Changes to what a file holds, behind it in a file of their own: a line of JSON each, appended, until the first one is written whole again.
+//!
+//! To replace a file costs the file system several hundred microseconds (ext4 begins to write the new data out when it takes the place of
+//! another's, `auto_da_alloc` in ext4(5)) and grows with the file; to append a line costs some ten.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::file::{self, FileError};
+use super::{FILE_MODE, StateError, VERSION, VersionOnly};
+
+/// Bytes from which on the file behind which it stands is to be written whole again.
+const LONG: u64 = 256 << 10;
+
+/// A journal. After a failed append it is as it was before.
+#[derive(Debug)]
+pub struct Journal {
+    path: PathBuf,
+    /// Opened by the first append, with its length in bytes.
+    open: Option<(File, u64)>,
+}
+
+impl Journal {
+    /// The journal at a path; nothing is opened.
+    pub(super) fn at(path: PathBuf) -> Journal {
+        Journal { path, open: None }
+    }
+
+    /// The changes in it, in their order. A last line that a kill cut off is no change; what cannot be read beyond that is set aside with the rest.
+    pub fn read<C: DeserializeOwned>(&self) -> Result<Vec<C>, StateError> {
+        let Some(bytes) = file::read(&self.path)? else { return Ok(Vec::new()) };
+        match parse(&bytes) {
+            Ok(changes) => Ok(changes),
+            Err(Torn { version: Some(found), .. }) => Err(StateError::Version { path: self.path.clone(), found }),
+            Err(Torn { before, reason, .. }) => {
+                file::set_aside(&self.path, &reason)?;
+                Ok(before)
+            }
+        }
+    }
+
+    /// The same of a journal that another agent may hold: changes nothing.
+    pub fn peek<C: DeserializeOwned>(path: &Path) -> Result<Vec<C>, FileError> {
+        let bytes = match std::fs::read(path) {
+            Ok(bytes) => bytes,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(source) => return Err(FileError::new("read", path, source)),
+        };
+        parse(&bytes).map_err(|torn| FileError::new("read", path, io::Error::new(io::ErrorKind::InvalidData, torn.reason)))
+    }
+
+    /// Adds changes, all or none. It is left to the kernel when they reach the disk.
+    pub fn append<C: Serialize>(&mut self, changes: impl Iterator<Item = C>) -> Result<(), FileError> {
+        let fail = |source| FileError::new("write", &self.path, source);
+        let mut lines = Vec::new();
+        if self.open.is_none() {
+            let options = OpenOptions::new().create(true).append(true).mode(FILE_MODE).clone();
+            let file = options.open(&self.path).map_err(fail)?;
+            let length = file.metadata().map_err(fail)?.len();
+            if length == 0 {
+                line(&mut lines, &VersionOnly { version: VERSION }).map_err(fail)?;
+            }
+            self.open = Some((file, length));
+        }
+        for change in changes {
+            line(&mut lines, &change).map_err(fail)?;
+        }
+        let Some((file, length)) = &mut self.open else { return Ok(()) };
+        if let Err(error) = file.write_all(&lines) {
+            // What part of it was written would make the next line unreadable; where it cannot be taken back, nothing more is appended.
+            if file.set_len(*length).is_err() {
+                *length = LONG;
+            }
+            return Err(fail(error));
+        }
+        *length += lines.len() as u64;
+        Ok(())
+    }
+
+    /// Whether it can take more: it is not too long, nobody took the file away, and no other process wrote it, whose last line may be half a one.
+    pub fn has_room(&self) -> bool {
+        match &self.open {
+            None => !self.path.exists(),
+            Some((file, length)) => *length < LONG && file.metadata().is_ok_and(|m| m.nlink() > 0),
+        }
+    }
+
+    /// Removes it: all of it stands in the other file now.
+    pub fn clear(&mut self) -> Result<(), FileError> {
+        self.open = None;
+        match std::fs::remove_file(&self.path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(FileError::new("remove", &self.path, source)),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Where a journal cannot be read any further.
+struct Torn<C> {
+    before: Vec<C>,
+    /// The version of one that a newer agent wrote.
+    version: Option<u32>,
+    reason: String,
+}
+
+fn parse<C: DeserializeOwned>(bytes: &[u8]) -> Result<Vec<C>, Torn<C>> {
+    // What stands behind the last line's end was never finished.
+    let whole = bytes.iter().rposition(|b| *b == b'\n').map_or(0, |end| end + 1);
+    let mut lines = bytes[..whole].split_inclusive(|b| *b == b'\n');
+    let mut before = Vec::new();
+    let Some(head) = lines.next() else { return Ok(before) };
+    let torn = |before, error: serde_json::Error| Torn { before, version: None, reason: error.to_string() };
+    match serde_json::from_slice::<VersionOnly>(head) {
+        Ok(head) if head.version > VERSION => {
+            let reason = format!("it has version {}", head.version);
+            return Err(Torn { before, version: Some(head.version), reason });
+        }
+        Ok(_) => {}
+        Err(error) => return Err(torn(before, error)),
+    }
+    for line in lines {
+        match serde_json::from_slice(line) {
+            Ok(change) => before.push(change),
+            Err(error) => return Err(torn(before, error)),
+        }
+    }
+    Ok(before)
+}
+
+fn line(lines: &mut Vec<u8>, content: &impl Serialize) -> io::Result<()> {
+    serde_json::to_writer(&mut *lines, content).map_err(io::Error::other)?;
+    lines.push(b'\n');
+    Ok(())
+}
