@@ -118,7 +118,7 @@ impl Golden<'_> {
         }
         text += &format!("\t}}\n\tchain encapsulated {{\n\t\tiifname {bridge} counter name \"encapsulation\" drop\n");
         for (family, address) in self.local.iter().filter(|(family, _)| self.subnet.get(*family).is_some()) {
-            text += &format!("\t\t{} daddr {address} notrack\n", words(family).ip);
+            text += &format!("\t\t{} daddr {address} notrack accept\n", words(family).ip);
         }
         text += &format!(
             "\t}}\n\tchain outgoing {{\n\t\ttype filter hook output priority raw; policy accept;\n\t\tudp dport {port} notrack\n\t}}\n"

@@ -144,7 +144,7 @@ impl Rules<'_> {
         let mut rules = vec![rule([Expr::InputInterface(self.bridge()), Expr::Count(Counter::Encapsulation), Expr::Drop])];
         let here = families.iter().filter_map(|family| self.local.get(*family));
         let here = here.map(|address| Expr::Destination { cidr: Cidr::host(*address), negate: false });
-        rules.extend(here.map(|to_us| rule([to_us, Expr::Untrack])));
+        rules.extend(here.map(|to_us| rule([to_us, Expr::Untrack, Expr::Accept])));
         Chain { name: "encapsulated".to_owned(), base: None, rules }
     }
 
