@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `peers`, `start`, `join`, `memory`, `attach`, `data` | one measurement each |
 //! | `stats`, `report` | samples to medians and spreads, rows to a table or JSON |
+//! | `draw`, `chart` | reports to pictures, curves to SVG |
 //! | `fleet` | peers as leases, as the store's entries and as the kernel's |
 //! | `rtnl`, `limit` | a minimal rtnetlink, and the raw limit made of it |
 //! | `space`, `stage`, `gateway` | a namespace, a lab full of leases, etcd's JSON gateway |
@@ -12,7 +13,9 @@
 //! `docs/performance.md` shows results and how to repeat them.
 
 mod attach;
+mod chart;
 mod data;
+mod draw;
 mod fleet;
 mod join;
 mod limit;
@@ -58,10 +61,15 @@ enum Measurement {
     Attach(attach::AttachArguments),
     /// What passes between containers, and what the rules cost; baseline: the hosts, a plain bridge, the same way without rules
     Data(data::DataArguments),
+    /// Pictures from what the others printed with --json
+    Draw(draw::DrawArguments),
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    if let Measurement::Draw(arguments) = &arguments.measurement {
+        return drawn(arguments);
+    }
     let printed = measure(&arguments.measurement).and_then(|report| {
         let text = if arguments.json { report.json()? } else { report.table() };
         // A reader that has seen enough is no error.
@@ -72,6 +80,19 @@ fn main() -> ExitCode {
         Ok(report) if report.goals_met() => ExitCode::SUCCESS,
         // As `overlayctl` has it: it works, but not as well as it should.
         Ok(_) => ExitCode::from(3),
+        Err(error) => {
+            eprintln!("overlay-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn drawn(arguments: &draw::DrawArguments) -> ExitCode {
+    match draw::draw(arguments) {
+        Ok(files) => {
+            let _closed = write!(std::io::stdout(), "{files}");
+            ExitCode::SUCCESS
+        }
         Err(error) => {
             eprintln!("overlay-bench: {error:#}");
             ExitCode::FAILURE
@@ -95,6 +116,7 @@ fn measure(measurement: &Measurement) -> anyhow::Result<Report> {
         Measurement::Memory(arguments) => memory::measure(arguments, &mut report)?,
         Measurement::Attach(arguments) => attach::measure(arguments, &mut report)?,
         Measurement::Data(arguments) => data::measure(arguments, &mut report)?,
+        Measurement::Draw(_) => {}
     }
     report.finish();
     Ok(report)

@@ -4,10 +4,13 @@ use std::time::{Duration, Instant};
 
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+
+/// How many values a distribution has.
+const DISTRIBUTION: usize = 21;
 
 /// What a set of samples comes to. In the unit of the samples.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Summary {
     /// Number of samples.
     pub samples: usize,
@@ -19,6 +22,8 @@ pub struct Summary {
     pub p99: f64,
     /// The greatest.
     pub max: f64,
+    /// The values that so many samples are no greater than, by nearest rank: none (the least), 5 %, 10 % and so on to all.
+    pub distribution: [f64; DISTRIBUTION],
 }
 
 impl Summary {
@@ -31,7 +36,11 @@ impl Summary {
         let median =
             if sorted.len().is_multiple_of(2) { f64::midpoint(sorted[middle - 1], sorted[middle]) } else { sorted[middle] };
         let rank = (sorted.len() * 99).div_ceil(100);
-        Some(Summary { samples: sorted.len(), median, min, p99: sorted[rank.max(1) - 1], max })
+        let distribution = std::array::from_fn(|n| {
+            let rank = (sorted.len() * n).div_ceil(DISTRIBUTION - 1);
+            sorted[rank.max(1) - 1]
+        });
+        Some(Summary { samples: sorted.len(), median, min, p99: sorted[rank.max(1) - 1], max, distribution })
     }
 
     /// The summary of the ratios, each of a sample and the baseline's of the same turn: what disturbs the machine for longer than a turn

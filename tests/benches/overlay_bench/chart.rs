@@ -1,0 +1,191 @@
+//! Pictures of what was measured: curves as SVG, from the reports that `--json` printed. No script, no font of its own: they show in any browser.
+
+use std::fmt::Write as _;
+
+/// Points are (x, y), in the order of x.
+pub struct Curve {
+    /// Its name in the legend.
+    pub name: String,
+    /// Its points.
+    pub points: Vec<(f64, f64)>,
+}
+
+/// What the axes say.
+pub struct Axes {
+    /// The headline.
+    pub title: String,
+    /// Along x, with its unit.
+    pub x: String,
+    /// Along y, with its unit.
+    pub y: String,
+    /// Whether each step along x is ten times the one before, as far as values are positive.
+    pub logarithmic: bool,
+}
+
+/// Size of the picture, and of the field that the curves are in, in pixels.
+const SIZE: (f64, f64) = (760.0, 420.0);
+const FIELD: (f64, f64, f64, f64) = (70.0, 50.0, 480.0, 310.0);
+/// Colours that also the colour-blind tell apart (Okabe and Ito, "Color Universal Design").
+const COLOURS: [&str; 8] = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000"];
+/// About how many steps an axis has.
+const STEPS: f64 = 5.0;
+
+/// The picture.
+pub fn svg(axes: &Axes, curves: &[Curve]) -> String {
+    let points = || curves.iter().flat_map(|curve| &curve.points);
+    let smallest = points().map(|(x, _)| *x).filter(|x| *x > 0.0).fold(f64::INFINITY, f64::min);
+    let x = Scale::new(points().map(|(x, _)| *x), axes.logarithmic.then_some(smallest).filter(|x| x.is_finite()));
+    let y = Scale::new(points().map(|(_, y)| *y), None);
+    let (left, top, width, height) = FIELD;
+    let at = |(px, py): &(f64, f64)| (left + width * x.place(*px), top + height * (1.0 - y.place(*py)));
+    let mut out = String::new();
+    let _ = write!(
+        out,
+        r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} {}" font-family="sans-serif" font-size="13" role="img" aria-label="{title}">
+<rect width="100%" height="100%" fill="#ffffff"/>
+<text x="{left}" y="26" font-size="16" font-weight="bold">{title}</text>
+<g stroke="#dddddd">"##,
+        SIZE.0,
+        SIZE.1,
+        title = escaped(&axes.title)
+    );
+    let bottom = top + height;
+    for step in y.steps() {
+        let place = top + height * (1.0 - y.place(step));
+        let _ = write!(out, "\n<path d=\"M{left} {place:.1}h{width}\"/>");
+    }
+    let _ = write!(out, "\n</g>\n<g fill=\"#333333\">");
+    for step in y.steps() {
+        let place = top + height * (1.0 - y.place(step)) + 4.0;
+        let _ = write!(out, "\n<text x=\"{}\" y=\"{place:.1}\" text-anchor=\"end\">{}</text>", left - 8.0, tick(step));
+    }
+    for step in x.steps() {
+        let place = left + width * x.place(step);
+        let _ = write!(out, "\n<text x=\"{place:.1}\" y=\"{}\" text-anchor=\"middle\">{}</text>", bottom + 18.0, tick(step));
+    }
+    let _ = write!(
+        out,
+        "\n<text x=\"{}\" y=\"{}\" text-anchor=\"middle\">{}</text>\n<text transform=\"translate(18 {}) rotate(-90)\" text-anchor=\"middle\">{}</text>\n</g>",
+        left + width / 2.0,
+        bottom + 40.0,
+        escaped(&axes.x),
+        top + height / 2.0,
+        escaped(&axes.y)
+    );
+    let _ = write!(out, "\n<path d=\"M{left} {top}v{height}h{width}\" fill=\"none\" stroke=\"#333333\"/>");
+    for ((curve, colour), row) in curves.iter().zip(COLOURS.iter().cycle()).zip(0_u16..) {
+        let places: Vec<(f64, f64)> = curve.points.iter().map(at).collect();
+        let path: Vec<String> = places.iter().map(|(px, py)| format!("{px:.1} {py:.1}")).collect();
+        let _ = write!(out, "\n<path d=\"M{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"/>", path.join("L"));
+        // Where there are few points each of them is one measurement.
+        if places.len() <= 12 {
+            for (px, py) in &places {
+                let _ = write!(out, "\n<circle cx=\"{px:.1}\" cy=\"{py:.1}\" r=\"3.5\" fill=\"{colour}\"/>");
+            }
+        }
+        let (legend, line) = (left + width + 16.0, top + 10.0 + 20.0 * f64::from(row));
+        let name = escaped(&curve.name);
+        let _ = write!(
+            out,
+            "\n<path d=\"M{legend} {line}h18\" stroke=\"{colour}\" stroke-width=\"3\"/>\n<text x=\"{}\" y=\"{}\">{name}</text>",
+            legend + 24.0,
+            line + 4.0
+        );
+    }
+    out.push_str("\n</svg>\n");
+    out
+}
+
+/// Where a value stands on an axis.
+struct Scale {
+    from: f64,
+    to: f64,
+    step: f64,
+    logarithmic: bool,
+}
+
+impl Scale {
+    /// From 0, or where the smallest value above 0 is given, in powers of ten from below it.
+    fn new(values: impl Iterator<Item = f64>, smallest: Option<f64>) -> Scale {
+        let greatest = values.fold(0.0, f64::max);
+        if let Some(smallest) = smallest {
+            let (from, to) = (smallest.log10().floor(), greatest.log10().ceil());
+            return Scale { from, to: to.max(from + 1.0), step: 1.0, logarithmic: true };
+        }
+        let rough = (greatest / STEPS).max(f64::MIN_POSITIVE);
+        let ten = 10_f64.powf(rough.log10().floor());
+        let step = [1.0, 2.0, 5.0, 10.0].map(|n| n * ten).into_iter().find(|step| *step >= rough).unwrap_or(10.0 * ten);
+        Scale { from: 0.0, to: step * (greatest / step).ceil().max(1.0), step, logarithmic: false }
+    }
+
+    /// 0 at the begin of the axis, 1 at its end.
+    fn place(&self, value: f64) -> f64 {
+        // Nothing at all stands at the begin of powers of ten.
+        let value = if self.logarithmic { value.max(10_f64.powf(self.from)).log10() } else { value };
+        (value - self.from) / (self.to - self.from)
+    }
+
+    fn steps(&self) -> Vec<f64> {
+        let count = ((self.to - self.from) / self.step).round();
+        let steps = (0_u32..).map(f64::from).take_while(|n| *n <= count).map(|n| self.from + n * self.step);
+        steps.map(|step| if self.logarithmic { 10_f64.powf(step) } else { step }).collect()
+    }
+}
+
+/// A number beside an axis: `50000` is 50,000, `0.25` stays.
+fn tick(value: f64) -> String {
+    if value < 1.0 && value > 0.0 {
+        let text = format!("{value:.3}");
+        return text.trim_end_matches('0').trim_end_matches('.').to_owned();
+    }
+    let digits = format!("{value:.0}");
+    if (value - value.round()).abs() > 1e-9 {
+        return format!("{value:.1}");
+    }
+    let groups: Vec<&str> = digits.as_bytes().rchunks(3).rev().filter_map(|group| std::str::from_utf8(group).ok()).collect();
+    groups.join(",")
+}
+
+fn escaped(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn axes(logarithmic: bool) -> Axes {
+        Axes { title: "cost & count".to_owned(), x: "peers".to_owned(), y: "ms".to_owned(), logarithmic }
+    }
+
+    #[test]
+    fn values_stand_where_they_belong() {
+        let plain = Scale::new([0.0, 50_000.0].into_iter(), None);
+        assert_eq!((plain.place(0.0), plain.place(25_000.0), plain.place(50_000.0)), (0.0, 0.5, 1.0));
+        assert_eq!(plain.steps(), [0.0, 10_000.0, 20_000.0, 30_000.0, 40_000.0, 50_000.0]);
+        let powers = Scale::new([1.0, 1000.0].into_iter(), Some(1.0));
+        assert_eq!(powers.steps().iter().map(|step| step.round()).collect::<Vec<_>>(), [1.0, 10.0, 100.0, 1000.0]);
+        assert!((powers.place(10.0) - 1.0 / 3.0).abs() < 1e-9);
+        let small = Scale::new([0.7].into_iter(), None);
+        assert_eq!(small.steps().iter().map(|step| tick(*step)).collect::<Vec<_>>(), ["0", "0.2", "0.4", "0.6", "0.8"]);
+        assert_eq!([1234567.0, 2.5, 1000.0].map(tick), ["1,234,567", "2.5", "1,000"]);
+    }
+
+    #[test]
+    fn each_curve_is_a_path_with_its_name() {
+        let curve = |name: &str, y: f64| Curve { name: name.to_owned(), points: vec![(1000.0, y), (10_000.0, 10.0 * y)] };
+        let picture = svg(&axes(false), &[curve("agent", 14.0), curve("raw <limit>", 9.0)]);
+        assert!(picture.starts_with("<svg") && picture.ends_with("</svg>\n"), "{picture}");
+        assert_eq!(picture.matches("stroke-width=\"2\"").count(), 2);
+        assert_eq!(picture.matches("<circle").count(), 4);
+        assert!(picture.contains("cost &amp; count") && picture.contains("raw &lt;limit&gt;"), "{picture}");
+        // The greatest value is at the top of the field or below, the least at its bottom or above.
+        assert!(!picture.contains("NaN") && !picture.contains("inf"), "{picture}");
+    }
+
+    #[test]
+    fn nothing_measured_is_an_empty_field() {
+        let picture = svg(&axes(true), &[]);
+        assert!(picture.contains("peers") && !picture.contains("NaN") && !picture.contains("inf"), "{picture}");
+    }
+}

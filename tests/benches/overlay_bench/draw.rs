@@ -1,0 +1,225 @@
+//! `draw`: pictures from reports that `--json` printed: what grows with the number of peers and agents, and how latencies are distributed.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, ensure};
+use clap::Args;
+use serde::Deserialize;
+
+use super::chart::{Axes, Curve, svg};
+use super::stats::Summary;
+
+/// What to draw.
+#[derive(Debug, Args)]
+pub struct DrawArguments {
+    /// Reports: what the other sub-commands printed with --json
+    #[arg(required = true, value_name = "REPORT")]
+    reports: Vec<PathBuf>,
+    /// Where the pictures go
+    #[arg(long, value_name = "DIRECTORY", default_value = "docs/performance")]
+    to: PathBuf,
+}
+
+/// A report, as far as it is drawn.
+#[derive(Debug, Deserialize)]
+struct Drawn {
+    rows: Vec<Row>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+struct Row {
+    measurement: String,
+    conditions: String,
+    what: String,
+    value: Summary,
+    baseline: Option<String>,
+    baseline_value: Option<Summary>,
+}
+
+/// What is drawn of a measurement that has rows.
+struct Picture {
+    measurement: &'static str,
+    /// What of it, each a curve of its own for each of the conditions.
+    what: &'static [&'static str],
+    title: &'static str,
+    shape: Shape,
+    unit: &'static str,
+}
+
+enum Shape {
+    /// The median against the number in the conditions that stands before this word.
+    Against(&'static str),
+    /// The share of samples that were no greater.
+    Distribution,
+}
+
+const PICTURES: [Picture; 5] = [
+    Picture {
+        measurement: "peers",
+        what: &["snapshot to last route"],
+        title: "One snapshot of all peers, until the last route",
+        shape: Shape::Against("peers"),
+        unit: "ms",
+    },
+    Picture {
+        measurement: "start",
+        what: &["process begun to overlay in place"],
+        title: "From the start of the process to the overlay in place",
+        shape: Shape::Against("peers"),
+        unit: "ms",
+    },
+    Picture {
+        measurement: "memory",
+        what: &["VmRSS"],
+        title: "Resident memory of an agent",
+        shape: Shape::Against("peers"),
+        unit: "MiB",
+    },
+    Picture {
+        measurement: "fleet",
+        what: &["the same, the mean", "one joins: processor time of another agent"],
+        title: "Processor time of an agent in a fleet",
+        shape: Shape::Against("agents"),
+        unit: "ms",
+    },
+    Picture {
+        measurement: "join",
+        what: &["put sent to route on every host"],
+        title: "A lease put into etcd, until it is a route on every host",
+        shape: Shape::Distribution,
+        unit: "ms",
+    },
+];
+
+/// Draws what there is, and says which files.
+pub fn draw(arguments: &DrawArguments) -> anyhow::Result<String> {
+    let mut rows = Vec::new();
+    for path in &arguments.reports {
+        let shown = path.display();
+        let text = fs::read(path).with_context(|| format!("cannot read {shown}"))?;
+        let report: Drawn = serde_json::from_slice(&text)
+            .with_context(|| format!("{shown} is no report: make one with  overlay-bench --json peers >{shown}"))?;
+        rows.extend(report.rows);
+    }
+    fs::create_dir_all(&arguments.to).with_context(|| format!("cannot make {}", arguments.to.display()))?;
+    let mut drawn = String::new();
+    for picture in &PICTURES {
+        let curves = picture.curves(&rows);
+        if curves.is_empty() {
+            continue;
+        }
+        let path = arguments.to.join(format!("{}.svg", picture.measurement));
+        fs::write(&path, svg(&picture.axes(), &curves)).with_context(|| format!("cannot write {}", path.display()))?;
+        drawn.push_str(&format!("{}\n", path.display()));
+    }
+    ensure!(!drawn.is_empty(), "none of the reports has anything to draw: peers, start, memory, fleet and join have");
+    Ok(drawn)
+}
+
+impl Picture {
+    fn axes(&self) -> Axes {
+        let (x, y) = match self.shape {
+            Shape::Against(word) => (word.to_owned(), self.unit.to_owned()),
+            Shape::Distribution => (self.unit.to_owned(), "% of the samples".to_owned()),
+        };
+        Axes { title: self.title.to_owned(), x, y, logarithmic: matches!(self.shape, Shape::Distribution) }
+    }
+
+    /// Curves of rows that differ in nothing but the number, in the order in which they come.
+    fn curves(&self, rows: &[Row]) -> Vec<Curve> {
+        let mut curves: Vec<Curve> = Vec::new();
+        let mut add = |name: String, points: &[(f64, f64)]| match curves.iter_mut().find(|curve| curve.name == name) {
+            Some(curve) => curve.points.extend(points),
+            None => curves.push(Curve { name, points: points.to_vec() }),
+        };
+        let mine = |row: &&Row| row.measurement == self.measurement && self.what.contains(&row.what.as_str());
+        for row in rows.iter().filter(mine) {
+            let what = if self.what.len() > 1 { row.what.as_str() } else { "overlayd" };
+            match self.shape {
+                Shape::Against(word) => {
+                    let Some((number, rest)) = number_before(&row.conditions, word) else { continue };
+                    let named = |what: &str| if rest.is_empty() { what.to_owned() } else { format!("{what}, {rest}") };
+                    add(named(what), &[(number, row.value.median)]);
+                    if let (Some(baseline), Some(value)) = (&row.baseline, &row.baseline_value)
+                        && self.what.len() == 1
+                        && self.measurement != "memory"
+                    {
+                        add(named(baseline), &[(number, value.median)]);
+                    }
+                }
+                Shape::Distribution => {
+                    add(format!("{what}, {}", row.conditions), &shares(&row.value));
+                    if let (Some(baseline), Some(value)) = (&row.baseline, &row.baseline_value) {
+                        add(format!("{baseline}, {}", row.conditions), &shares(value));
+                    }
+                }
+            }
+        }
+        for curve in &mut curves {
+            curve.points.sort_by(|(a, _), (b, _)| a.total_cmp(b));
+        }
+        curves
+    }
+}
+
+/// The samples that are no greater than a value, as a share of all.
+fn shares(summary: &Summary) -> Vec<(f64, f64)> {
+    let steps = f64::from(u32::try_from(summary.distribution.len() - 1).unwrap_or(u32::MAX));
+    (0_u32..).map(f64::from).zip(summary.distribution).map(|(n, value)| (value, 100.0 * n / steps)).collect()
+}
+
+/// The number before a word, and the conditions without both: of `IPv4, 10000 peers` 10,000 and `IPv4`.
+fn number_before(conditions: &str, word: &str) -> Option<(f64, String)> {
+    let mut number = None;
+    let rest: Vec<&str> = conditions
+        .split(", ")
+        .filter(|part| match part.split_once(' ') {
+            Some((digits, of)) if of == word && number.is_none() => {
+                number = digits.parse::<f64>().ok();
+                number.is_none()
+            }
+            _ => true,
+        })
+        .collect();
+    Some((number?, rest.join(", ")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::{Report, Row as Made};
+
+    #[test]
+    fn rows_of_one_kind_become_one_curve_with_its_baseline() {
+        let mut report = Report::new();
+        for (peers, took) in [("10000", 140.0), ("1000", 15.0)] {
+            for family in ["IPv4", "IPv6"] {
+                let conditions = format!("{family}, {peers} peers");
+                let row = Made::new("peers", &conditions, "snapshot to last route", "ms", &[took]);
+                report.add(row.map(|row| row.against("raw netlink", &[took], &[took / 2.0])));
+            }
+        }
+        let samples: Vec<f64> = (1..=1000).map(f64::from).collect();
+        report.add(Made::new("join", "3 agents, 0 peers", "put sent to route on every host", "ms", &samples));
+        let drawn: Drawn = serde_json::from_str(&report.json().expect("JSON")).expect("a report");
+        let curves = PICTURES[0].curves(&drawn.rows);
+        let names: Vec<&str> = curves.iter().map(|curve| curve.name.as_str()).collect();
+        assert_eq!(names, ["overlayd, IPv4", "raw netlink, IPv4", "overlayd, IPv6", "raw netlink, IPv6"]);
+        assert_eq!(curves[1].points, [(1000.0, 7.5), (10_000.0, 70.0)]);
+        let latency = PICTURES[4].curves(&drawn.rows);
+        assert_eq!(latency.len(), 1);
+        assert_eq!(latency[0].points.first(), Some(&(1.0, 0.0)));
+        assert_eq!(latency[0].points.last(), Some(&(1000.0, 100.0)));
+        let place = tempfile::tempdir().expect("a directory");
+        let file = place.path().join("report.json");
+        fs::write(&file, report.json().expect("JSON")).expect("written");
+        let to = place.path().join("pictures");
+        let said = draw(&DrawArguments { reports: vec![file.clone()], to: to.clone() }).expect("drawn");
+        assert_eq!(said.lines().count(), 2, "{said}");
+        assert!(fs::read_to_string(to.join("peers.svg")).expect("a picture").contains("raw netlink, IPv6"));
+        fs::write(&file, "{}").expect("written");
+        let error = draw(&DrawArguments { reports: vec![file], to }).expect_err("no report");
+        assert!(format!("{error:#}").contains("is no report"), "{error:#}");
+    }
+}
