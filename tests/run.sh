@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 PACKAGES=(busybox-static ca-certificates containerd containernetworking-plugins curl docker.io etcd-client etcd-server faketime gcc iproute2 iptables
     iputils-ping libc6-dev nftables openssl podman procps prometheus libprotobuf-dev protobuf-compiler runc tcpdump util-linux)
 WELCOME=(shellcheck) # looked for and used, not needed
-SCRIPTS=(.ci/run tests/run.sh tests/fuzz.sh tests/systemd.sh)
+SCRIPTS=(.ci/run tests/run.sh tests/fuzz.sh tests/systemd.sh tests/vagrant.sh)
 
 quick=no
 failed=()

@@ -50,6 +50,10 @@ pub fn url(proxy: u8) -> String {
     format!("http://{a}.{b}.{c}.{d}:{}", layout::ETCD_PORT)
 }
 
+/// As `docs/scale.md` has it.
+const COMMAND: &str = "etcd grpc-proxy start --endpoints=https://e1:2379,https://e2:2379,https://e3:2379 --listen-addr=0.0.0.0:2379 --advertise-client-url=PROXY:2379 --max-send-bytes=33554432";
+const PAGES_MEMBERS: &str = "https://e1:2379,https://e2:2379,https://e3:2379";
+
 /// Starts a proxy and waits until it hands on what it is asked.
 pub async fn start(story: &Story, proxy: u8) {
     let dir = story.dir().join(name(proxy));
@@ -57,9 +61,10 @@ pub async fn start(story: &Story, proxy: u8) {
     let mut command = Command::new(lab::etcd::program().must("etcd"));
     cluster::clean(&mut command);
     let members: Vec<String> = cluster::MEMBERS.iter().map(|member| cluster::url(*member, layout::ETCD_PORT)).collect();
-    command.args(["grpc-proxy", "start", "--endpoints", &members.join(",")]);
-    command.args(["--listen-addr", url(proxy).trim_start_matches("http://")]);
-    command.args(["--advertise-client-url", url(proxy).trim_start_matches("http://")]).arg("--data-dir").arg(dir.join("data"));
+    let own = url(proxy);
+    let own = own.trim_start_matches("http://");
+    let words = COMMAND.replace(PAGES_MEMBERS, &members.join(",")).replace("0.0.0.0:2379", own).replace("PROXY:2379", own);
+    command.args(words.split_whitespace().skip(1)).arg("--data-dir").arg(dir.join("data"));
     let netns = story.netns(&name(proxy)).must("a proxy's namespace");
     process::start(command, Some(&netns), &dir.join("proxy.log"), &record(story, proxy)).must("start a proxy");
     eventually(&format!("{} hands on", name(proxy)), READY, || match ask(story, proxy, &["get", "no-such-key"]) {
