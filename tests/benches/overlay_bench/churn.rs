@@ -211,7 +211,7 @@ fn write(stage: &Stage, arguments: &ChurnArguments, number: usize, start: Instan
             1 => gateway.delete(&key)?,
             _ => gateway.put(&key, &with_mac(member, turn).value())?,
         };
-        sent.push(Sent { subnet: member.subnet, present: turn % 3 != 1, of_route: turn % 3 != 0, at: exchange.sent });
+        sent.push(Sent { subnet: member.subnet, present: turn % 3 != 1, of_route: !turn.is_multiple_of(3), at: exchange.sent });
     }
     Ok(sent)
 }
