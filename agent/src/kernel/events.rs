@@ -249,6 +249,9 @@ fn note_netconf(body: &[u8], known: &mut Known, pending: &mut Pending) {
 fn note_entry(header: NetlinkHeader, entry: &Entry, known: &mut Known, pending: &mut Pending) {
     let present = matches!(header.message_type, libc::RTM_NEWNEIGH | RTM_NEWNEXTHOP | libc::RTM_NEWROUTE);
     match *entry {
+        // Before Linux 6.13 the kernel's core tells of each entry that is set or removed once more, behind the device's own event, and without
+        // where it leads (`rtnl_fdb_notify` in `net/core/rtnetlink.c`). A VXLAN device's own event always says it (`vxlan_fdb_info`).
+        Entry::Fdb { remote: None, .. } => return,
         Entry::Fdb { index, mac, remote, permanent } => {
             if let Some(device) = known.device(index).filter(|d| matches!(d.role, Role::Vxlan(_))) {
                 let before = known.fdb.get(&(index, mac)).copied();

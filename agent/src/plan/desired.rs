@@ -142,7 +142,8 @@ impl Host {
         state.insert(Key::Link(bridge.name().into()), Value::Link(Box::new(link)));
         state.extend(self.ports.iter().flat_map(|endpoint| self.port_entries(endpoint)));
         let publishes = self.publishes();
-        let rules = Rules { network: &self.network, subnet: &self.subnet, masquerade: self.masquerade, publishes };
+        let Host { network, subnet, masquerade, .. } = self;
+        let rules = Rules { network, subnet, local: &self.underlay.local, masquerade: *masquerade, publishes };
         for ruleset in [rules.ruleset(), guard()] {
             state.insert(Key::Ruleset(ruleset.table), Value::Ruleset(Box::new(ruleset)));
         }

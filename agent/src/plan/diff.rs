@@ -234,7 +234,7 @@ fn ours(key: &Key, found: &Value) -> bool {
 /// Router advertisements are settled before forwarding is switched on, because the kernel drops default routes that came from them at that
 /// moment (`rt6_purge_dflt_routers` in `net/ipv6/route.c`). The FDB entry comes before the neighbour, so that no neighbour points to a MAC
 /// without a destination; the route comes last, because it draws the traffic. What a peer may send passes before anything is sent to it.
-fn stage(key: &Key) -> u8 {
+pub fn stage(key: &Key) -> u8 {
     match key {
         // Ports need their bridge.
         Key::Link(name) => u8::from(Device::from_name(name).is_none()),

@@ -2,7 +2,7 @@
 //!
 //! | module | holds |
 //! | --- | --- |
-//! | `peers`, `start`, `join`, `churn`, `storm`, `fleet`, `memory`, `attach` | one measurement each |
+//! | `peers`, `start`, `join`, `churn`, `storm`, `fleet`, `memory`, `attach`, `data` | one measurement each |
 //! | `stats`, `report` | samples to medians and spreads, rows to a table or JSON |
 //! | `draw`, `chart` | reports to pictures, curves to SVG |
 //! | `member` | peers as leases, as the store's entries and as the kernel's |
@@ -16,6 +16,7 @@
 mod attach;
 mod chart;
 mod churn;
+mod data;
 mod draw;
 mod fleet;
 mod gauge;
@@ -69,6 +70,8 @@ enum Measurement {
     Memory(memory::MemoryArguments),
     /// A container attached and detached, by the socket and by the CNI plugin; baseline: Debian's plugins bridge and host-local
     Attach(attach::AttachArguments),
+    /// What passes between containers, and what the rules cost; baseline: the hosts, a plain bridge, the same way without rules
+    Data(data::DataArguments),
     /// Pictures from what the others printed with --json
     Draw(draw::DrawArguments),
 }
@@ -126,6 +129,7 @@ fn measure(measurement: &Measurement) -> anyhow::Result<Report> {
         Measurement::Fleet(arguments) => fleet::measure(arguments, &mut report)?,
         Measurement::Memory(arguments) => memory::measure(arguments, &mut report)?,
         Measurement::Attach(arguments) => attach::measure(arguments, &mut report)?,
+        Measurement::Data(arguments) => data::measure(arguments, &mut report)?,
         Measurement::Draw(_) => {}
     }
     report.finish();

@@ -54,7 +54,8 @@ pub struct PeersArguments {
     family: Option<Family>,
 }
 
-fn family(text: &str) -> Result<Family, String> {
+/// A family by its number.
+pub fn family(text: &str) -> Result<Family, String> {
     match text {
         "4" => Ok(Family::V4),
         "6" => Ok(Family::V6),

@@ -1,8 +1,13 @@
 //! What others change is reported, what we change is not.
 
+use netlink_packet_core::NetlinkHeader;
+
 use super::support::*;
 use crate::kernel::KernelOptions;
+use crate::kernel::events::{Foreign, Pending, note};
+use crate::kernel::message::messages;
 use crate::kernel::sysctl;
+use crate::kernel::wire;
 use crate::model::Family;
 use crate::plan::ruleset::Table;
 use crate::plan::state::{LinkKind, Via};
@@ -100,6 +105,41 @@ fn what_is_not_heard_of_the_fdb_is_found_afterwards() {
         // And from then on they are heard again.
         run("bridge fdb del 02:66:66:66:66:66 dev ovx.1");
         assert_eq!(host.changed(&stranger).await, None);
+    });
+}
+
+/// What the core of a kernel before 6.13 tells of an FDB entry that was set or removed, behind the device's own event.
+fn core_echo(kind: u16, index: u32, key: &Key) -> (NetlinkHeader, Vec<u8>) {
+    let mut buffer = Vec::new();
+    assert!(wire::write_delete(&mut buffer, 0, index, key), "{key}");
+    let (mut header, body) = messages(&buffer).next().expect("a message");
+    header.message_type = kind;
+    header.flags = 0;
+    (header, body.to_vec())
+}
+
+#[test]
+fn what_older_kernels_say_twice_of_an_fdb_entry_is_no_news() {
+    on_host("twice", KernelOptions::default(), async |host| {
+        host.make_devices().await;
+        for family in Family::ALL {
+            let batch = peers(family, 0..1, true);
+            host.apply(&batch).await;
+            host.quiet().await;
+            let Some(fdb @ Key::Fdb(device, mac)) = batch.iter().map(Op::key).find(|key| matches!(key, Key::Fdb(..))) else {
+                panic!("an FDB entry")
+            };
+            for kind in [libc::RTM_NEWNEIGH, libc::RTM_DELNEIGH] {
+                let mut shared = host.kernel.shared.lock().await;
+                let index = shared.known.index(*device).expect("the device");
+                let (header, body) = core_echo(kind, index, fdb);
+                let mut pending = Pending::default();
+                note(header, &body, &mut shared, &mut Foreign::default(), &mut pending);
+                assert!(pending.is_empty(), "{kind}: {pending:?}");
+            }
+            run(&format!("bridge fdb del {mac} dev {device}"));
+            assert_eq!(host.changed(fdb).await, None);
+        }
     });
 }
 

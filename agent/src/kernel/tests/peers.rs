@@ -114,7 +114,8 @@ fn elements_beside_entries() {
         let network = NetworkConfig::parse(r#"{"Network":"10.128.0.0/10","SubnetLen":24}"#).expect("a network").config;
         let own = network.pools.v4.and_then(|pool| pool.nth(3)).map(|cidr| (Family::V4, cidr));
         let own = Subnet::new(own.into_iter().collect()).expect("a subnet");
-        let rules = Rules { network: &network, subnet: &own, masquerade: true, publishes: false }.ruleset();
+        let local = std::iter::once((Family::V4, [192, 0, 2, 1].into())).collect();
+        let rules = Rules { network: &network, subnet: &own, local: &local, masquerade: true, publishes: false }.ruleset();
         host.apply(&vec![Op::Set(Key::Ruleset(Table::Inet), Value::Ruleset(Box::new(rules)))]).await;
         let before = entries(host.dump().await).len();
         let element = |n: u16| {

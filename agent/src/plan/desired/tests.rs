@@ -83,7 +83,7 @@ fn a_dual_stack_host_has_exactly_these_entries() {
         "address 10.244.7.1/24 dev ovb.1 present",
         "address fd00:10:244:7::1/64 dev ovb.1 present",
         "address fe80::c4b3:ecff:fe32:6547/64 dev ovb.1 present",
-        "table inet overlayd 7 chains",
+        "table inet overlayd 9 chains",
         "table bridge overlayd 4 chains",
         "element of ports4: udp . 53 to 10.244.7.2:5353",
         "element of ports6: udp . 53 to [fd00:10:244:7::2]:5353",
