@@ -52,6 +52,9 @@ main() {
     else
         section "tests" cargo test --workspace --locked --no-fail-fast || true
     fi
+    if [ "$quick" = no ]; then
+        section "quickstart" ./deploy/quickstart.sh --bin "${CARGO_TARGET_DIR:-target}/debug" || true
+    fi
     section "untouched" check_untouched || true
     finish
 }
@@ -201,7 +204,7 @@ check_machine() {
 
 check_scripts() {
     local script
-    for script in "${SCRIPTS[@]}" deploy/*.sh deploy/etcd/*.sh deploy/debian/p*; do
+    for script in "${SCRIPTS[@]}" deploy/*.sh deploy/etcd/*.sh deploy/debian/p* vagrant/*.sh; do
         if [ -e "$script" ]; then
             bash -n "$script"
         fi
@@ -210,7 +213,7 @@ check_scripts() {
         echo "without shellcheck, which is not installed: syntax only"
         return
     fi
-    for script in "${SCRIPTS[@]}" deploy/*.sh deploy/etcd/*.sh deploy/debian/p*; do
+    for script in "${SCRIPTS[@]}" deploy/*.sh deploy/etcd/*.sh deploy/debian/p* vagrant/*.sh; do
         if [ -e "$script" ]; then
             # Its notes on functions called through section() are wrong: warnings count.
             shellcheck --severity=warning "$script"

@@ -15,7 +15,7 @@ use crate::model::{Cidr, Family};
 
 pub use guard::guard;
 pub use host::{OVERLAY, Rules};
-pub use set::{Datum, Element, SetName, Type};
+pub use set::{Datum, Element, Pair, SetName, Type};
 
 /// The name of our tables, in either family.
 pub const TABLE: &str = "overlayd";

@@ -21,8 +21,8 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::fleet::{Member, config, members};
 use super::limit::{Holdings, Requests};
+use super::member::{Member, config, members};
 use super::progress;
 use super::report::{Report, Row};
 use super::space::{Space, UNDERLAY};

@@ -5,7 +5,7 @@ use crate::kernel::KernelOptions;
 use std::net::IpAddr;
 
 use crate::model::{Family, Mac, NetworkConfig, Subnet};
-use crate::plan::ruleset::{Element, Rules, Table};
+use crate::plan::ruleset::{Element, Pair, Rules, Table};
 use crate::plan::state::{NEXTHOP_IDS, Via};
 use crate::plan::{Batch, DataPath, Key, Op, State, Value};
 
@@ -120,7 +120,7 @@ fn elements_beside_entries() {
         let before = entries(host.dump().await).len();
         let element = |n: u16| {
             let [a, b] = n.to_be_bytes();
-            let peer = Element::Peer(Box::new((IpAddr::from([198, 18, a, b]), IpAddr::from([10, a, b, 0]))));
+            let peer = Element::Peer(Pair::new(IpAddr::from([198, 18, a, b]), IpAddr::from([10, a, b, 0])).expect("one family"));
             // There is no such set where containers' packets are masqueraded.
             let host = Element::Host(IpAddr::from([198, 18, a, b]));
             Op::Set(Key::Element(if n == 7 { host } else { peer }), Value::Element(None))

@@ -54,7 +54,6 @@ fn peer() -> Peer {
         vtep: Mac([2, 0, 0, 0, 9, last]),
     };
     Peer {
-        subnet: Subnet::from_key("10.244.9.0-24&fd00:10:244:9::-64").expect("a key"),
         reach: PerFamily {
             v4: Some(reach("10.244.9.0/24", "192.0.2.9", 4)),
             v6: Some(reach("fd00:10:244:9::/64", "2001:db8::9", 6)),
@@ -248,7 +247,7 @@ fn every_entry_fits_its_key_and_stands_on_a_desired_device() {
         for (key, value) in &state {
             assert!(key.fits(value), "{key} {value}");
             if let Some(device) = device_of(key, value, &state) {
-                assert!(state.contains_key(&Key::Link(device.name())), "{key} {value} without {device}");
+                assert!(state.contains_key(&Key::Link(device.name().into())), "{key} {value} without {device}");
             }
         }
     }
@@ -289,7 +288,7 @@ fn masquerade_and_offload_follow_the_switches() {
     assert!(
         matches!(&entries[&Key::Ruleset(Table::Inet)], Value::Ruleset(rules) if rules.chains.iter().all(|chain| chain.name != "postrouting"))
     );
-    let Value::Link(link) = &entries[&Key::Link("ovx.1".to_owned())] else { panic!("a link") };
+    let Value::Link(link) = &entries[&Key::Link("ovx.1".into())] else { panic!("a link") };
     assert!(matches!(&link.kind, LinkKind::Vxlan(vxlan) if !vxlan.tx_checksum && !vxlan.learning));
 }
 
