@@ -65,7 +65,7 @@ rm -rf "$stage"
 files=$stage/overlayd-$VERSION
 mkdir -p "$files/bin" "$files/completions" "$OUT"
 for program in overlayd overlayctl overlay-cni; do
-    if [ -x "$built/$program" ]; then install -m 0755 "$built/$program" "$files/bin/"; fi
+    install -m 0755 "$built/$program" "$files/bin/"
 done
 for program in "$files"/bin/*; do
     strip --strip-unneeded --remove-section=.comment --remove-section=.note "$program"
@@ -75,7 +75,7 @@ find "$files/man" -type f -exec gzip -9n {} +
 "$built/overlayctl" completions bash >"$files/completions/overlayctl.bash"
 "$built/overlayctl" completions zsh >"$files/completions/_overlayctl"
 "$built/overlayctl" completions fish >"$files/completions/overlayctl.fish"
-cp -r deploy/systemd deploy/overlayd.toml deploy/install.sh deploy/etcd README.md CHANGELOG.md LICENSE docs "$files/"
+cp -r deploy/systemd deploy/overlayd.toml deploy/install.sh deploy/etcd deploy/docker deploy/monitoring README.md CHANGELOG.md LICENSE docs "$files/"
 find "$stage" -type d -exec chmod 0755 {} +
 SOURCE=$files DESTDIR=$stage/deb PREFIX=/usr "$files/install.sh"
 mkdir -p "$stage/deb/usr/share/doc/overlayd"

@@ -4,6 +4,7 @@
 #
 #   sudo ./deploy/quickstart.sh          try it; nothing stays behind but installed packages and target/
 #   sudo ./deploy/quickstart.sh --keep   leave the lab up to play with
+#   sudo ./deploy/quickstart.sh --bin target/debug   with programs that are built already
 #
 # Everything runs in network namespaces: the machine's own interfaces, routes and firewall are not touched.
 set -euo pipefail
@@ -20,6 +21,7 @@ work=$(mktemp -d "${TMPDIR:-/tmp}/overlay-quickstart.XXXXXX")
 readonly work
 
 keep=no
+bin=
 step="start"
 lab_up=no
 policy=""
@@ -32,7 +34,7 @@ else
 fi
 
 usage() {
-    sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
 }
 
 # say STEP: begins a step; what fails from here on is told under this name.
@@ -146,6 +148,13 @@ build_user() {
 }
 
 build() {
+    if [[ -n $bin ]]; then
+        say "Programs in $bin"
+        overlayctl=$bin/overlayctl
+        [[ -x $overlayctl && -x $bin/overlayd ]] || die "overlayctl or overlayd is not in $bin"
+        note "$("$overlayctl" --version)"
+        return
+    fi
     say "Build (release; the first time takes some minutes)"
     local user home cargo
     user=$(build_user)
@@ -217,9 +226,16 @@ next_steps() {
     note "a first real deployment: README.md"
 }
 
-for argument in "$@"; do
+while [[ $# -gt 0 ]]; do
+    argument=$1
+    shift
     case $argument in
     --keep) keep=yes ;;
+    --bin)
+        bin=${1:-}
+        shift || true
+        [[ $bin == /* ]] || bin=$PWD/$bin
+        ;;
     -h | --help)
         usage
         rmdir "$work"

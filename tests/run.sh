@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 PACKAGES=(busybox-static ca-certificates containerd containernetworking-plugins curl docker.io etcd-client etcd-server faketime gcc iproute2 iptables
     iputils-ping libc6-dev nftables openssl podman procps prometheus libprotobuf-dev protobuf-compiler runc tcpdump util-linux)
 WELCOME=(shellcheck) # looked for and used, not needed
-SCRIPTS=(.ci/run tests/run.sh tests/fuzz.sh tests/systemd.sh)
+SCRIPTS=(.ci/run tests/run.sh tests/fuzz.sh tests/systemd.sh tests/vagrant.sh)
 
 quick=no
 failed=()
@@ -51,6 +51,9 @@ main() {
         section "house" cargo test --locked -p overlay-tests --test house --test docs || true
     else
         section "tests" cargo test --workspace --locked --no-fail-fast || true
+    fi
+    if [ "$quick" = no ]; then
+        section "quickstart" ./deploy/quickstart.sh --bin "${CARGO_TARGET_DIR:-target}/debug" || true
     fi
     section "untouched" check_untouched || true
     finish

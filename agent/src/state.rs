@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::model::{Device, Mac, PerFamily, Subnet};
+use crate::model::{Device, Mac, PerFamily, Role, Subnet};
 
 pub use file::{FileError, write_if_changed, write_whole};
 pub use journal::Journal;
@@ -78,15 +78,23 @@ pub struct HostState {
 }
 
 impl HostState {
-    /// The MAC of a device: the one remembered, else the one found on the device (whose peers know it), else a new one. Returns whether it
-    /// has to be saved.
+    /// The MAC of a device: the one remembered, else the one found on the device (whose peers know it), else a new one. A bridge of another VNI
+    /// has that of the one before it: containers hold it as their gateway's, and would send to nobody until they ask again, a minute later.
+    /// Returns whether it has to be saved.
     pub fn mac(&mut self, device: Device, found: Option<Mac>) -> (Mac, bool) {
+        let gateway = (device.role == Role::Bridge).then(|| self.gateway_mac()).flatten();
         let mut new = false;
         let mac = *self.macs.entry(device.name()).or_insert_with(|| {
             new = true;
-            found.filter(|mac| mac.is_unicast()).unwrap_or_else(|| Mac::local(rand::random()))
+            found.filter(|mac| mac.is_unicast()).or(gateway).unwrap_or_else(|| Mac::local(rand::random()))
         });
         (mac, new)
+    }
+
+    /// The MAC of a bridge, whatever its VNI.
+    fn gateway_mac(&self) -> Option<Mac> {
+        let bridges = self.macs.iter().filter(|(name, _)| Device::from_name(name).is_some_and(|d| d.role == Role::Bridge));
+        bridges.map(|(_, mac)| *mac).next()
     }
 }
 
@@ -142,7 +150,8 @@ impl StateDir {
         &self.path
     }
 
-    /// The host's identity (`node-id`): 32 hex digits, made at the first start.
+    /// The host's identity (`node-id`): 32 hex digits, made at the first start. With a new one the MACs that are remembered are forgotten: whoever
+    /// removes the file of a copied host wants another host, and what devices of this one are there keep theirs.
     pub fn node_id(&self) -> Result<String, StateError> {
         let path = self.path.join("node-id");
         if let Some(text) = file::read(&path)? {
@@ -151,6 +160,11 @@ impl StateDir {
                 return Ok(id);
             }
             file::set_aside(&path, "it is not 32 hex digits")?;
+        }
+        let mut host = self.load_host()?;
+        if !host.macs.is_empty() {
+            host.macs.clear();
+            self.save_host(&host)?;
         }
         let id = format!("{:032x}", rand::random::<u128>());
         write_whole(&path, format!("{id}\n").as_bytes(), FILE_MODE)?;

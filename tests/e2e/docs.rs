@@ -1,5 +1,8 @@
 //! What the documentation says is so: settings, JSON shapes, metrics, dependencies and links are compared with the code.
 
+#[path = "docs/commands.rs"]
+mod commands;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -86,6 +86,10 @@ async fn another_vni_and_port_are_followed() {
     })
     .await;
     let subnets = subnets_of(&story).await;
+    // The containers learn their gateway's MAC, which has to stay: they would send to nobody for a minute.
+    story.assert_all_reach().await;
+    let gateway = |name: &str| kernel::text(&kernel::link(&story, "h1", name).must(name), "address");
+    let before = gateway("ovb.1");
     let config = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","VNI":7,"Port":4789}}"#;
     etcd::put(&story, &etcd::config_key(), config);
     for host in ["h1", "h2"] {
@@ -103,6 +107,7 @@ async fn another_vni_and_port_are_followed() {
         assert!(story.lease_of(host).value.contains("\"VNI\":7"));
     }
     assert_eq!(subnets_of(&story).await, subnets, "the subnets stay, and so the containers' addresses");
+    assert_eq!(gateway("ovb.7"), before);
     story.assert_all_reach().await;
 }
 

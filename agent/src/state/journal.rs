@@ -3,9 +3,9 @@
 //! To replace a file costs the file system several hundred microseconds (ext4 begins to write the new data out when it takes the place of
 //! another's, `auto_da_alloc` in ext4(5)) and grows with the file; to append a line costs some ten.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{self, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -21,14 +21,14 @@ const LONG: u64 = 256 << 10;
 #[derive(Debug)]
 pub struct Journal {
     path: PathBuf,
-    /// Opened by the first append, with its length in bytes.
-    open: Option<(File, u64)>,
+    /// Its length in bytes, as far as this process wrote it.
+    length: u64,
 }
 
 impl Journal {
     /// The journal at a path; nothing is opened.
     pub(super) fn at(path: PathBuf) -> Journal {
-        Journal { path, open: None }
+        Journal { path, length: 0 }
     }
 
     /// The changes in it, in their order. A last line that a kill cut off is no change; what cannot be read beyond that is set aside with the rest.
@@ -54,45 +54,37 @@ impl Journal {
         parse(&bytes).map_err(|torn| FileError::new("read", path, io::Error::new(io::ErrorKind::InvalidData, torn.reason)))
     }
 
-    /// Adds changes, all or none. It is left to the kernel when they reach the disk.
+    /// Adds changes, all or none, to one that has room. It is left to the kernel when they reach the disk.
     pub fn append<C: Serialize>(&mut self, changes: impl Iterator<Item = C>) -> Result<(), FileError> {
         let fail = |source| FileError::new("write", &self.path, source);
         let mut lines = Vec::new();
-        if self.open.is_none() {
-            let options = OpenOptions::new().create(true).append(true).mode(FILE_MODE).clone();
-            let file = options.open(&self.path).map_err(fail)?;
-            let length = file.metadata().map_err(fail)?.len();
-            if length == 0 {
-                line(&mut lines, &VersionOnly { version: VERSION }).map_err(fail)?;
-            }
-            self.open = Some((file, length));
+        if self.length == 0 {
+            line(&mut lines, &VersionOnly { version: VERSION }).map_err(fail)?;
         }
         for change in changes {
             line(&mut lines, &change).map_err(fail)?;
         }
-        let Some((file, length)) = &mut self.open else { return Ok(()) };
+        // Opened each time: a file system that became read-only says so.
+        let opened = OpenOptions::new().create_new(self.length == 0).append(true).mode(FILE_MODE).open(&self.path);
+        let mut file = opened.map_err(fail)?;
         if let Err(error) = file.write_all(&lines) {
-            // What part of it was written would make the next line unreadable; where it cannot be taken back, nothing more is appended.
-            if file.set_len(*length).is_err() {
-                *length = LONG;
-            }
+            // What part of it was written would make the next line unreadable; where it cannot be taken back, its length says so.
+            let _ = file.set_len(self.length);
             return Err(fail(error));
         }
-        *length += lines.len() as u64;
+        self.length += lines.len() as u64;
         Ok(())
     }
 
-    /// Whether it can take more: it is not too long, nobody took the file away, and no other process wrote it, whose last line may be half a one.
+    /// Whether it can take more: it is not too long, and it is what this process wrote: nobody took it away, and no line in it is half a one.
     pub fn has_room(&self) -> bool {
-        match &self.open {
-            None => !self.path.exists(),
-            Some((file, length)) => *length < LONG && file.metadata().is_ok_and(|m| m.nlink() > 0),
-        }
+        let found = self.path.symlink_metadata().map(|m| m.len());
+        self.length < LONG && found.map_or(self.length == 0, |found| found == self.length && found > 0)
     }
 
     /// Removes it: all of it stands in the other file now.
     pub fn clear(&mut self) -> Result<(), FileError> {
-        self.open = None;
+        self.length = 0;
         match std::fs::remove_file(&self.path) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => Err(FileError::new("remove", &self.path, source)),
             _ => Ok(()),

@@ -181,9 +181,10 @@ fn judge(seen: &Seen, underlay_mtu: u32, overlay_mtu: u32, findings: &mut Findin
             format!("the overlay to {name} carries {overlay} of {overlay_mtu} bytes: large packets are lost"),
             vec![format!("ping -M do -s {} {inside}: no answer", overlay_mtu - header(Family::of(inside)) - ECHO)],
             format!(
-                "raise the MTU on the way to {public} by {} bytes, or set `Backend.MTU` to {overlay} in the network's configuration \
+                "raise the MTU on the way to {public} by {} bytes, or set `Backend.MTU`, the underlay's, to {} in the network's configuration \
                  (overlayctl config set)",
-                overlay_mtu - overlay
+                overlay_mtu - overlay,
+                overlay + Family::of(public).vxlan_overhead()
             ),
         );
     } else if *underlay > 0 && *underlay < underlay_mtu {
@@ -191,8 +192,7 @@ fn judge(seen: &Seen, underlay_mtu: u32, overlay_mtu: u32, findings: &mut Findin
             format!("the underlay to {name} carries {underlay} of {underlay_mtu} bytes whole: the tunnel's packets are fragmented, or lost"),
             vec![format!("ping -M do -s {} {public}: no answer", underlay_mtu - header(Family::of(public)) - ECHO)],
             format!(
-                "raise the MTU on the way, or set `Backend.MTU` to {} in the network's configuration (overlayctl config set)",
-                underlay.saturating_sub(Family::of(public).vxlan_overhead())
+                "raise the MTU on the way, or set `Backend.MTU`, the underlay's, to {underlay} in the network's configuration (overlayctl config set)"
             ),
         );
     } else if *underlay == 0 {

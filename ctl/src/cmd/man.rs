@@ -1,17 +1,67 @@
 //! `overlayctl man`: the manual pages, made from the command lines themselves.
 
+mod markdown;
+
 use std::path::{Path, PathBuf};
 
 use clap::CommandFactory;
 use clap_mangen::Man;
 
 use super::{Cli, CommandError, Context, Outcome};
+use markdown::Frame;
+
+/// The documentation's pages that are manual pages too.
+const CONFIGURATION: &str = include_str!("../../../docs/configuration.md");
+const CNI: &str = include_str!("../../../docs/cni.md");
+
+const SETTINGS: Frame = Frame {
+    name: "overlayd.toml",
+    section: "5",
+    about: "settings of a host's agent, and the configuration of the overlay network",
+    see_also: "overlayd(8), overlayctl(1), overlayctl-config(1)",
+};
+
+const PLUGIN: Frame = Frame {
+    name: "overlay-cni",
+    section: "8",
+    about: "CNI plugin that puts a runtime's containers on the overlay network",
+    see_also: "overlayd(8), overlayctl-endpoints(1)",
+};
+
+/// What the agent's command line does not tell of it.
+const AGENT: &str = r"
+.SH SIGNALS
+.TP
+\fBSIGTERM\fR, \fBSIGINT\fR
+The agent ends; the data path forwards on. A second one ends it at once.
+.TP
+\fBSIGHUP\fR
+Reads the settings again: the log level is taken up, other changes wait for the next start and are named in the log.
+.SH FILES
+.TP
+\fI/etc/overlayd/overlayd.toml\fR
+The settings, overlayd.toml(5).
+.TP
+\fI/etc/overlayd/credentials\fR
+Files with secrets, which systemd hands to the service.
+.TP
+\fI/run/overlayd/overlayd.sock\fR
+The socket that overlayctl(1) and overlay\-cni(8) speak to.
+.TP
+\fI/run/overlayd/subnet.env\fR
+The leased subnet, for other tools.
+.TP
+\fI/var/lib/overlayd\fR
+The host's identity, the MACs of its devices, its containers.
+.SH SEE ALSO
+overlayctl(1), overlayd.toml(5), overlay\-cni(8); the pages in /usr/share/doc/overlayd/docs
+";
 
 /// The arguments.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "overlayctl man | man -l -\noverlayctl man --dir /usr/local/share/man")]
 pub struct Args {
-    /// Write a page for every command, and the agent's, below this directory (man1, man8) instead of printing the main page
+    /// Write a page for every command, and the agent's, below this directory (man1, man5, man8) instead of printing the main page
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
 }
@@ -32,15 +82,27 @@ pub fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
     Ok(Outcome::Well)
 }
 
+/// The programs' pages come from their command lines, the others from the documentation's pages.
 fn write(dir: &Path, command: clap::Command) -> std::io::Result<()> {
-    let (commands, daemons) = (dir.join("man1"), dir.join("man8"));
-    std::fs::create_dir_all(&commands)?;
-    std::fs::create_dir_all(&daemons)?;
+    let [commands, files, daemons] = ["man1", "man5", "man8"].map(|section| dir.join(section));
+    for section in [&commands, &files, &daemons] {
+        std::fs::create_dir_all(section)?;
+    }
     clap_mangen::generate_to(command, commands)?;
-    // Its settings are many and short: one page holds them and the one subcommand.
-    let mut page = Vec::new();
-    Man::new(overlay_agent::config::command()).section("8").manual("System Administration").render(&mut page)?;
-    std::fs::write(daemons.join("overlayd.8"), page)
+    let agent = overlay_agent::config::command();
+    let cleanup = agent.find_subcommand("cleanup").cloned();
+    for (name, command) in [("overlayd", Some(agent)), ("overlayd-cleanup", cleanup)] {
+        let Some(command) = command else { continue };
+        let mut page = Vec::new();
+        let command = command.version(env!("CARGO_PKG_VERSION")).display_name(name).bin_name(name.replace('-', " "));
+        Man::new(command).title(name).section("8").manual("System Administration").render(&mut page)?;
+        if name == "overlayd" {
+            page.extend_from_slice(AGENT.as_bytes());
+        }
+        std::fs::write(daemons.join(format!("{name}.8")), page)?;
+    }
+    std::fs::write(files.join("overlayd.toml.5"), markdown::page(SETTINGS, &CONFIGURATION.replace("\n| `--", "\n| `")))?;
+    std::fs::write(daemons.join("overlay-cni.8"), markdown::page(PLUGIN, CNI))
 }
 
 #[cfg(test)]
@@ -56,6 +118,11 @@ mod tests {
             ("man1/overlayctl.1", "overlayctl\\-subnets(1)"),
             ("man1/overlayctl-subnets.1", "subnets"),
             ("man8/overlayd.8", "\\-\\-etcd\\-endpoints"),
+            ("man8/overlayd.8", ".SH SIGNALS"),
+            ("man8/overlayd-cleanup.8", "overlayd cleanup"),
+            ("man8/overlay-cni.8", "\\fBsourceCheck\\fR"),
+            ("man5/overlayd.toml.5", "\n\\fBetcd\\-endpoints\\fR\n"),
+            ("man5/overlayd.toml.5", "\n\\fBSubnetLen\\fR\n"),
         ] {
             let text = std::fs::read_to_string(dir.path().join(page)).expect(page);
             assert!(text.contains(wanted), "no {wanted} in {page}: {text}");

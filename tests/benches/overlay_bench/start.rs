@@ -2,9 +2,10 @@
 //! again where everything is in place. The parts are what the agent says of itself in its log.
 
 use std::fs;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use clap::Args;
 use nix::sys::signal::Signal;
 use overlay_tests::programs::processor_time;
@@ -113,16 +114,32 @@ fn bare_read(stage: &Stage, peers: u32) -> anyhow::Result<f64> {
     Ok(took)
 }
 
+/// What the log holds behind a place, once the overlay is told to be in place: shortly after the kernel is, for the file for other tools comes between.
+async fn told(log: &Path, before: usize) -> anyhow::Result<Vec<u8>> {
+    const TOLD: &[u8] = b"overlay in place";
+    for _ in 0..500 {
+        let text = fs::read(log).with_context(|| format!("cannot read {}", log.display()))?;
+        let new = text.get(before..).unwrap_or_default();
+        if new.windows(TOLD.len()).any(|part| part == TOLD) && new.ends_with(b"\n") {
+            return Ok(new.to_vec());
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    bail!("{} does not say that the overlay is in place", log.display())
+}
+
 /// Starts the agent and reads from its log what it did until the overlay was in place with all peers.
 async fn start(stage: &Stage, host: &Host<'_>) -> anyhow::Result<Start> {
     let log = host.log();
     let before = fs::metadata(&log).map_or(0, |file| file.len());
+    // Written anew, and told, at each start: as after a boot.
+    let _absent = fs::remove_file(host.run_dir().join("subnet.env"));
     let begun = SystemTime::now().duration_since(UNIX_EPOCH)?;
     let agent = host.agent_start(&["--log-level", "debug", "--log-format", "json"])?;
     stage.settled(host).await?;
-    let text = fs::read(&log).with_context(|| format!("cannot read {}", log.display()))?;
+    let text = told(&log, usize::try_from(before)?).await?;
     let mut start = Start { processor: milliseconds(processor_time(agent.pid)), ..Start::default() };
-    for line in text.get(usize::try_from(before)?..).unwrap_or_default().split(|byte| *byte == b'\n') {
+    for line in text.split(|byte| *byte == b'\n') {
         let Ok(line) = serde_json::from_slice::<Value>(line) else { continue };
         let field = |name: &str| line.get(name).or_else(|| line.get("fields")?.get(name));
         let Some(message) = field("message").and_then(Value::as_str) else { continue };

@@ -84,7 +84,7 @@ fn what_is_not_heard_of_the_fdb_is_found_afterwards() {
         run("bridge fdb add 02:66:66:66:66:66 dev ovx.1 dst 10.99.66.7 self permanent");
         // All else is heard the while.
         run("ip link set ovb.1 mtu 1301");
-        let bridge = Key::Link("ovb.1".to_owned());
+        let bridge = Key::Link("ovb.1".into());
         match host.events.recv().await.expect("an event") {
             KernelEvent::Changed(changes) => assert_eq!(changes.iter().map(|(key, _)| key).collect::<Vec<_>>(), [&bridge]),
             other => panic!("{other:?}"),
@@ -148,7 +148,7 @@ fn links_and_addresses_altered_by_others() {
     on_host("linkdrift", KernelOptions::default(), async |host| {
         host.make_devices().await;
         host.quiet().await;
-        let key = Key::Link("ovx.1".to_owned());
+        let key = Key::Link("ovx.1".into());
         let mut wanted = vxlan_link(Family::V4, host.underlay);
         run("ip link set ovx.1 mtu 1300");
         wanted.mtu = 1300;
@@ -170,7 +170,7 @@ fn links_and_addresses_altered_by_others() {
         host.settle().await;
 
         run("ip link delete ovb.1");
-        assert_eq!(host.changed(&Key::Link("ovb.1".to_owned())).await, None);
+        assert_eq!(host.changed(&Key::Link("ovb.1".into())).await, None);
         host.stale("of ours went").await;
         host.settle().await;
         run("ip link delete ovx.1");
@@ -199,11 +199,11 @@ fn forwarding_switched_off_by_others() {
         host.make_devices().await;
         host.settle().await;
         for path in [sysctl::IPV4_FORWARD, sysctl::IPV6_FORWARD] {
-            let key = Key::Sysctl(path.to_owned());
-            host.apply(&vec![Op::Set(key.clone(), Value::Sysctl("1".to_owned()))]).await;
+            let key = Key::Sysctl(path.into());
+            host.apply(&vec![Op::Set(key.clone(), Value::Sysctl("1".into()))]).await;
             host.quiet().await;
             std::fs::write(format!("/proc/sys/net/{path}"), "0").expect("written");
-            assert_eq!(host.changed(&key).await, Some(Value::Sysctl("0".to_owned())));
+            assert_eq!(host.changed(&key).await, Some(Value::Sysctl("0".into())));
             host.settle().await;
         }
     });

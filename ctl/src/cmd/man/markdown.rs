@@ -1,0 +1,175 @@
+//! Manual pages out of the documentation's own pages, so that both say the same: Markdown, as far as the pages use it, to `man(7)`.
+
+/// What stands around a page's text.
+#[derive(Debug, Clone, Copy)]
+pub struct Frame {
+    /// The name of the page.
+    pub name: &'static str,
+    /// Its section of the manual.
+    pub section: &'static str,
+    /// What it is about, in one line.
+    pub about: &'static str,
+    /// Other pages, as `overlayd(8)`.
+    pub see_also: &'static str,
+}
+
+/// The page as `man(7)` has it. The title of the text is left out: the name stands for it.
+pub fn page(frame: Frame, text: &str) -> String {
+    let Frame { name, section, about, see_also } = frame;
+    let version = env!("CARGO_PKG_VERSION");
+    let mut page = Writer { out: String::new(), header: None, paragraph: true };
+    page.line(&format!(".TH {} {section} \"\" \"overlayd {version}\" \"System Administration\"", escaped(name)));
+    page.line(&format!(".SH NAME\n{} \\- {}\n.SH DESCRIPTION", escaped(name), escaped(about)));
+    let mut lines = text.lines().skip_while(|line| !line.starts_with("# ")).skip(1);
+    while let Some(line) = lines.next() {
+        match line.strip_prefix("```") {
+            Some(_) => {
+                page.line(".PP\n.RS 4\n.EX");
+                for line in lines.by_ref().take_while(|line| *line != "```") {
+                    page.text(&escaped(line));
+                }
+                page.line(".EE\n.RE");
+                page.paragraph = true;
+            }
+            None => page.take(line),
+        }
+    }
+    page.line(&format!(".SH SEE ALSO\n{}", escaped(see_also)));
+    page.out
+}
+
+struct Writer {
+    out: String,
+    /// The head of the table that is being read.
+    header: Option<Vec<String>>,
+    /// Whether the next words begin a paragraph.
+    paragraph: bool,
+}
+
+impl Writer {
+    fn line(&mut self, line: &str) {
+        self.out += line;
+        self.out.push('\n');
+    }
+
+    /// Words that must not be taken for a request.
+    fn text(&mut self, text: &str) {
+        let guard = if text.starts_with(['.', '\'']) { "\\&" } else { "" };
+        self.line(&format!("{guard}{text}"));
+    }
+
+    fn take(&mut self, line: &str) {
+        if let Some(cells) = line.strip_prefix("| ") {
+            return self.row(cells);
+        }
+        self.header = None;
+        if line.starts_with("<!-- ") {
+        } else if line.is_empty() {
+            self.paragraph = true;
+        } else if let Some(heading) = line.strip_prefix("### ") {
+            self.line(&format!(".SS {}", inline(heading)));
+            self.paragraph = false;
+        } else if let Some(heading) = line.strip_prefix("## ") {
+            self.line(&format!(".SH {}", inline(heading).to_uppercase()));
+            self.paragraph = false;
+        } else if let Some((number, words)) = numbered(line) {
+            self.line(&format!(".IP \"{number}\" 4"));
+            self.text(&inline(words));
+            self.paragraph = false;
+        } else if let Some(words) = line.strip_prefix("- ") {
+            self.line(".IP \\(bu 2");
+            self.text(&inline(words));
+            self.paragraph = false;
+        } else {
+            if std::mem::take(&mut self.paragraph) {
+                self.line(".PP");
+            }
+            self.text(&inline(line.trim_start()));
+        }
+    }
+
+    /// A row of a table: its first cell as a term, the last as what it means, those between with their heads.
+    fn row(&mut self, row: &str) {
+        let marked = row.replace("\\|", "\u{1}");
+        let cells: Vec<String> =
+            marked.trim_end().trim_end_matches('|').split(" |").map(|cell| cell.trim().replace('\u{1}', "|")).collect();
+        let Some(header) = &self.header else {
+            self.header = Some(cells);
+            return;
+        };
+        if cells.iter().all(|cell| cell.chars().all(|c| c == '-')) {
+            return;
+        }
+        let last = cells.len().saturating_sub(1);
+        let mut words = String::new();
+        for (number, cell) in cells.iter().enumerate().skip(1).filter(|(_, cell)| !cell.is_empty()) {
+            let head = header.get(number).filter(|head| number < last && !head.is_empty());
+            words += &head.map_or_else(|| inline(cell), |head| format!("{}: {}. ", inline(head), inline(cell)));
+        }
+        let term = inline(cells.first().map_or("", String::as_str));
+        self.line(&format!(".TP\n\\fB{}\\fR", term.replace("\\fB", "").replace("\\fR", "")));
+        self.text(words.trim_end());
+        self.paragraph = true;
+    }
+}
+
+fn numbered(line: &str) -> Option<(&str, &str)> {
+    let (number, words) = line.split_once(". ")?;
+    number.chars().all(|c| c.is_ascii_digit()).then_some((&line[..=number.len()], words))
+}
+
+/// Characters that roff reads otherwise. A hyphen stays the one that is typed, so that flags can be copied.
+fn escaped(text: &str) -> String {
+    text.replace('\\', "\\e").replace('-', "\\-")
+}
+
+/// Code and strong words in bold; of a link its words.
+fn inline(text: &str) -> String {
+    let mut out = String::new();
+    for (number, part) in text.split('`').enumerate() {
+        if number % 2 == 1 {
+            out += &format!("\\fB{}\\fR", escaped(part));
+            continue;
+        }
+        let part = escaped(&linked(part).replace("\\<", "<"));
+        for (number, part) in part.split("**").enumerate() {
+            out += &if number % 2 == 1 { format!("\\fB{part}\\fR") } else { part.to_owned() };
+        }
+    }
+    out
+}
+
+/// A text with the words of its links in place of them.
+fn linked(text: &str) -> String {
+    let mut out = String::new();
+    let mut rest = text;
+    while let Some((before, words, after)) = rest.split_once("](").and_then(|(left, right)| {
+        let (before, words) = left.rsplit_once('[')?;
+        Some((before, words, right.split_once(')')?.1))
+    }) {
+        out += before;
+        out += words;
+        rest = after;
+    }
+    out + rest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FRAME: Frame = Frame { name: "overlay-x", section: "8", about: "does x", see_also: "overlayd(8)" };
+
+    #[test]
+    fn what_the_pages_use() {
+        let text = "# X\n\nSee [this page](x.md#y) and `a-b`,\n.not a request.\n\n## Keys\n\n| key | value | default |\n| --- | --- | --- |\n\
+                    | `a` | a\\|b | none |\n\n1. one\n2. two\n   more\n\n```toml\n.x = 1\n```\n";
+        let page = page(FRAME, text);
+        let (_, body) = page.split_once(".SH DESCRIPTION\n").expect("a description");
+        assert_eq!(
+            body,
+            ".PP\nSee this page and \\fBa\\-b\\fR,\n\\&.not a request.\n.SH KEYS\n.TP\n\\fBa\\fR\nvalue: a|b. none\n.IP \"1.\" 4\none\n.IP \"2.\" 4\n\
+             two\nmore\n.PP\n.RS 4\n.EX\n\\&.x = 1\n.EE\n.RE\n.SH SEE ALSO\noverlayd(8)\n"
+        );
+    }
+}

@@ -1,0 +1,42 @@
+//! `overlay-bench` measures: each command documented docs/performance.md "How to repeat" with small numbers and one run. Its figures here say nothing.
+
+use std::process::Command;
+
+use overlay_tests::page::{blocks, text};
+use overlay_tests::programs::{Said, built, needs, needs_root};
+use overlay_tests::shell;
+
+/// What makes a measurement small, beside what the page has.
+fn small(measurement: &str) -> &'static [&'static str] {
+    match measurement {
+        "peers" | "start" | "memory" => &["--peers", "20", "--runs", "1"],
+        "join" => &["--peers", "0", "--samples", "3", "--hosts", "1"],
+        "attach" => &["--samples", "3", "--endpoints", "2"],
+        // Not known how small it can be: that there is such a measurement.
+        _ => &["--help"],
+    }
+}
+
+#[test]
+fn every_measurement_of_the_page() {
+    needs_root();
+    needs("etcd", "etcd-server");
+    let block =
+        blocks(&text("docs/performance.md")).expect("good markers").into_iter().find(|block| block.section == "How to repeat");
+    let commands = shell::commands(&block.expect("a block under How to repeat").commands);
+    let measurements: Vec<&Vec<String>> = commands.iter().filter(|words| words[0].ends_with("/overlay-bench")).collect();
+    assert!(measurements.len() >= 5, "{commands:?}");
+    for words in measurements {
+        let output =
+            Command::new(built("overlay-bench")).arg(&words[1]).args(small(&words[1])).arg("--json").output().expect("it starts");
+        let said = Said::of(words, &output);
+        if small(&words[1]) == ["--help"] {
+            said.exits(0);
+            continue;
+        }
+        // 3: a goal is missed, which is nothing to go by here.
+        assert!(matches!(said.code, Some(0 | 3)), "{}: {:?}\n{}", said.command, said.code, said.err);
+        let report: serde_json::Value = said.json();
+        assert!(report["rows"].as_array().is_some_and(|rows| !rows.is_empty()), "{}: {report}", said.command);
+    }
+}

@@ -1,0 +1,219 @@
+//! Every command on the pages: our own programs take it, and something runs it.
+
+use std::collections::BTreeSet;
+use std::fs;
+
+use clap::{Command, CommandFactory};
+use overlay_tests::page::{self, Block, Place};
+use overlay_tests::shell;
+use overlayctl::cmd::Cli;
+
+/// The page whose sections the stories `tutorial_*` run.
+const TUTORIAL: &str = "docs/tutorial.md";
+
+/// A word that stands for what is left out.
+const ANY: &str = "...";
+
+fn blocks(page: &str) -> Vec<Block> {
+    page::blocks(&page::text(page)).unwrap_or_else(|error| panic!("{page}:{error}"))
+}
+
+/// What is wrong with a command line of ours; `None` for one that is well, or is another program's.
+fn mistake(words: &[String]) -> Option<String> {
+    let program = words.first()?.rsplit('/').next()?;
+    // What a function is called with is not known here.
+    if words.iter().any(|word| word.starts_with("$1") || word.starts_with("$2")) {
+        return slip(&words.iter().map(String::as_str).collect::<Vec<_>>());
+    }
+    let parse = |command: Command, words: &[String]| match command.try_get_matches_from(words) {
+        Err(error) if error.use_stderr() => Some(error.to_string()),
+        _ => None,
+    };
+    match program {
+        "overlayctl" => {
+            // What runs inside is a command line of its own.
+            let inner = words.iter().position(|word| word == "--").and_then(|at| mistake(&words[at + 1..]));
+            inner.or_else(|| parse(Cli::command(), words))
+        }
+        "overlayd" => parse(overlay_agent::config::command(), words),
+        "overlay-cni" => (!matches!(words[1..], [ref one] if ["--version", "--help"].contains(&one.as_str())))
+            .then(|| "it has no such argument".to_owned()),
+        "cargo" if words.get(1).is_some_and(|word| word == "test") => {
+            let target = words.iter().position(|word| word == "--test").and_then(|at| words.get(at + 1))?;
+            (!page::top().join(format!("tests/e2e/{target}.rs")).exists()).then(|| format!("no test {target}"))
+        }
+        _ => None,
+    }
+}
+
+#[test]
+fn every_command_line_of_ours_is_one_that_the_programs_take() {
+    let mut seen = 0;
+    let mut bad = Vec::new();
+    for page in page::pages() {
+        for block in blocks(&page) {
+            for words in shell::commands(&block.commands) {
+                seen += usize::from(words[0].starts_with("overlay"));
+                if let Some(error) = mistake(&words) {
+                    bad.push(format!("{page}:{}: {}: {error}", block.line, words.join(" ")));
+                }
+            }
+        }
+    }
+    assert!(bad.is_empty(), "{}", bad.join("\n"));
+    assert!(seen > 100, "{seen} command lines");
+}
+
+/// What is wrong with a command line of ours that stands in a sentence: there it may lack arguments, and words in capitals stand for values.
+fn slip(words: &[&str]) -> Option<String> {
+    let mut command = match words.first()?.rsplit('/').next()? {
+        "overlayctl" => Cli::command(),
+        "overlayd" => overlay_agent::config::command(),
+        _ => return None,
+    };
+    let mut flags: BTreeSet<String> = ["help", "version"].map(str::to_owned).into();
+    let mut note = |command: &Command| flags.extend(command.get_arguments().filter_map(|a| a.get_long()).map(str::to_owned));
+    note(&command);
+    let mut at = 1;
+    // Options may stand before the subcommand.
+    while let Some(word) = words.get(at) {
+        if let Some(found) = command.find_subcommand(word).cloned() {
+            command = found;
+            note(&command);
+        } else if word.starts_with('-') {
+            at += usize::from(matches!(*word, "-o" | "--socket" | "--name" | "--dir"));
+        } else if command.has_subcommands() && *word != ANY && word.starts_with(|c: char| c.is_ascii_lowercase()) {
+            return Some(format!("no subcommand {word}"));
+        } else {
+            break;
+        }
+        at += 1;
+    }
+    let own = words.iter().take_while(|word| **word != "--");
+    let named = own.filter_map(|word| word.trim_start_matches('[').strip_prefix("--")).filter(|flag| !flag.is_empty());
+    let name = |flag: &str| flag.split(['=', ']']).next().unwrap_or_default().to_owned();
+    named.map(name).find(|flag| !flags.contains(flag)).map(|flag| format!("no flag --{flag}"))
+}
+
+#[test]
+fn commands_in_sentences_are_there() {
+    let mut seen = 0;
+    let mut bad = Vec::new();
+    for page in page::pages() {
+        let text = page::text(&page);
+        let mut fenced = false;
+        for (number, line) in text.lines().enumerate() {
+            if line.starts_with("```") {
+                fenced = !fenced;
+            }
+            let spans = line.split('`').skip(1).step_by(2).filter(|_| !fenced);
+            for span in spans {
+                let plain = span.replace("\\|", "|");
+                let plain = plain.split(['|', '>', ';']).next().unwrap_or_default();
+                let words: Vec<&str> = plain.split_whitespace().skip_while(|word| *word == "sudo").collect();
+                seen += usize::from(words.first().is_some_and(|word| ["overlayctl", "overlayd"].contains(word)));
+                if let Some(error) = slip(&words) {
+                    bad.push(format!("{page}:{}: {span}: {error}", number + 1));
+                }
+            }
+        }
+    }
+    assert!(bad.is_empty(), "{}", bad.join("\n"));
+    assert!(seen > 60, "{seen} command lines");
+}
+
+/// The lines of a block as a script has them: whole, without `sudo` and remarks.
+fn bare_lines(commands: &str) -> Vec<String> {
+    let whole = commands.replace("\\\n", " ");
+    let bare = whole.lines().map(|line| line.split_once("  #").map_or(line, |(line, _)| line));
+    let bare = bare.map(|line| line.trim().trim_start_matches("sudo ").split_whitespace().collect::<Vec<_>>().join(" "));
+    bare.filter(|line| !line.is_empty() && !line.starts_with('#')).collect()
+}
+
+/// What is wrong with a script's claim to run a block.
+fn is_not_in(script: &str, page: &str, block: &Block) -> Option<String> {
+    let text = script.split_whitespace().collect::<Vec<_>>().join(" ");
+    if text.contains(&format!("documented {page} \"{}\"", block.section)) {
+        return None;
+    }
+    bare_lines(&block.commands).into_iter().find(|line| !text.contains(line.as_str()))
+}
+
+/// A page's stories: `Page::open("PAGE"` in `tests/e2e`.
+fn stories() -> String {
+    let entries = fs::read_dir(page::top().join("tests/e2e")).expect("tests/e2e");
+    let paths = entries.map(|entry| entry.expect("an entry").path()).filter(|path| path.is_file());
+    paths.map(|path| fs::read_to_string(path).expect("a story")).collect()
+}
+
+#[test]
+fn something_runs_every_block_of_commands() {
+    let stories = stories();
+    let mut bad = Vec::new();
+    let mut seen = 0;
+    for page in page::pages().iter().filter(|page| *page != TUTORIAL) {
+        for block in blocks(page) {
+            seen += 1;
+            let place = format!("{page}:{}", block.line);
+            let own = shell::commands(&block.commands)
+                .iter()
+                .all(|words| matches!(words.as_slice(), [cargo, test, ..] if cargo == "cargo" && test == "test"));
+            match &block.place {
+                // Tests themselves: that there are such is looked at above.
+                None if own => {}
+                None => bad.push(format!(
+                    "{place}: nothing says where this is run: put `<!-- on MACHINE -->` or `<!-- as in FILE -->` above it"
+                )),
+                Some(Place::On { .. }) if !stories.contains(&format!("Page::open(\"{page}\"")) => {
+                    bad.push(format!("{place}: no story has Page::open(\"{page}\""));
+                }
+                Some(Place::On { .. }) => {}
+                Some(Place::AsIn(file)) => match fs::read_to_string(page::top().join(file)) {
+                    Err(error) => bad.push(format!("{place}: {}: {error}", file.display())),
+                    Ok(script) => {
+                        bad.extend(
+                            is_not_in(&script, page, &block)
+                                .map(|line| format!("{place}: {} does not have: {line}", file.display())),
+                        );
+                    }
+                },
+            }
+        }
+    }
+    assert!(bad.is_empty(), "{}", bad.join("\n"));
+    assert!(seen > 30, "{seen} blocks");
+}
+
+#[test]
+fn mistakes_are_noticed() {
+    let words = |line: &str| shell::commands(line).remove(0);
+    for line in [
+        "overlayctl subnet",
+        "overlayctl lab exec h1 -- overlayctl peer",
+        "overlayd --etcd-endpoint x",
+        "overlay-cni ADD",
+        "cargo test --test nothing",
+    ] {
+        assert!(mistake(&words(line)).is_some(), "{line}");
+    }
+    for line in [
+        "overlayctl -o json subnets --watch",
+        "sudo overlayd cleanup --state-dir=/x",
+        "overlay-cni --version",
+        "overlayctl attach web --publish 8080:80",
+        "true",
+    ] {
+        assert_eq!(mistake(&words(line)), None, "{line}");
+    }
+    let slip = |line: &str| slip(&line.split(' ').collect::<Vec<_>>());
+    assert!(
+        slip("overlayctl stats").is_some() && slip("overlayctl attach --no-check").is_some() && slip("overlayd clean").is_some()
+    );
+    assert_eq!((slip("overlayctl attach --no-source-check"), slip("overlayctl -o json config set FILE")), (None, None));
+    let block =
+        |commands: &str| Block { line: 1, section: "S".to_owned(), place: None, commands: commands.to_owned(), shown: None };
+    let script = "on 1 systemctl stop x\ndocumented docs/p.md \"S\"\n";
+    assert_eq!(is_not_in(script, "docs/q.md", &block("sudo systemctl   stop x   # it stops\n")), None);
+    assert!(is_not_in(script, "docs/q.md", &block("systemctl start x\n")).is_some());
+    assert_eq!(is_not_in(script, "docs/p.md", &block("systemctl start x\n")), None);
+}

@@ -1,0 +1,34 @@
+//! `docs/operations.md`, from the first block to the last, on hosts as the page has them.
+
+use overlay_tests::machines::Machines;
+use overlay_tests::pages::Page;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operators_life() {
+    let machines = Machines::boot(&["host-1", "host-2", "host-3", "host-4", "etcd", "etcd-1"]).await;
+    machines.etcd("etcd");
+    machines.network("host-1", r#"{"Network": "10.244.0.0/16"}"#);
+    for (host, subnet) in [("host-1", "10.244.7.0/24"), ("host-2", "10.244.9.0/24"), ("host-3", "10.244.12.0/24")] {
+        machines.configure(host, subnet);
+        machines.run(host, "systemctl start overlayd");
+    }
+    machines.remember("host-4", "10.244.21.0/24");
+    machines.run("host-1", "overlayctl attach web; overlayctl status --wait 30s");
+    machines.run("host-2", "overlayctl attach db --ip 10.244.9.5");
+    let mut page = Page::open("docs/operations.md", &machines);
+    page.up_to("A host that is dead").await;
+    machines.run("host-3", "kill -KILL $(cat /run/machine/overlayd.pid)");
+    page.up_to("Reserve a subnet").await;
+    machines.run("host-3", "systemctl start overlayd");
+    // What happened behind the snapshot's back, so that etcd is behind what the agents have seen.
+    page.up_to("Restore").await;
+    machines.run("etcd", "for n in $(seq 9); do etcdctl put /coreos.com/network/subnets/10.200.250.0-24 $n; done");
+    machines.until("host-1", "overlayctl subnets | grep 10.200.250.0").await;
+    page.up_to("Lost wholly, with no backup").await;
+    machines.until("host-1", "grep 'restored or replaced' /var/log/overlayd.log").await;
+    // The page has its reader copy the file.
+    page.up_to("Move to another cluster").await;
+    page.step().await;
+    machines.copy("etcd", "etcd-1", "/var/tmp/overlay.db");
+    page.to_the_end().await;
+}
