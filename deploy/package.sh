@@ -98,5 +98,11 @@ fi
 deb=$OUT/overlayd_${VERSION}_$arch.deb
 if [ "$PROFILE" = dev ]; then compression=(--compress-type xz --fast); else compression=(--compress-type xz); fi
 PATH=$tools/bin:$PATH CARGO_TARGET_DIR=$stage/cargo-deb cargo deb --quiet "${compression[@]}" --no-build --no-strip -p overlay-agent --deb-version "$VERSION" --output "$deb"
+# What is installed is named twice, in install.sh and in agent/Cargo.toml: nothing of it may be missing from the package.
+forgotten=$(comm -23 <(cd "$stage/deb" && find . -type f | sort) <(dpkg-deb --fsys-tarfile "$deb" | tar -t | sort))
+if [ -n "$forgotten" ]; then
+    echo "deploy/package.sh: not in the .deb, see its assets in agent/Cargo.toml:" "$forgotten" >&2
+    exit 1
+fi
 
 (cd "$OUT" && sha256sum "$(basename "$deb")" "$(basename "$tarball")" | tee "overlayd-$VERSION-$arch.sha256")

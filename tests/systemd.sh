@@ -401,7 +401,7 @@ install() {
         [ -z "$(on $n ip link show group 22102)" ] || fail "devices before there is a lease"
     done
     want "overlayctl" on 1 ls /usr/share/bash-completion/completions
-    want "cniVersion" on 1 env CNI_COMMAND=VERSION /usr/lib/cni/overlay-cni
+    want '"cniVersion"' on 1 sh -c 'CNI_COMMAND=VERSION /usr/lib/cni/overlay-cni </dev/null'
     on 1 sh -c 'dpkg -V overlayd' >"$WORK/out" 2>&1 || fail "files are not as packaged: $(cat "$WORK/out")"
     packaged monitoring /usr/share/overlayd/monitoring
     on 1 systemd-analyze verify --man=no /lib/systemd/system/overlayd.service /lib/systemd/system/overlayd.socket >"$WORK/out" 2>&1 || fail "$(cat "$WORK/out")"

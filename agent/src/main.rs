@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use overlay_agent::config::{HostConfig, command, gather};
-use overlay_agent::{app, telemetry};
+use overlay_agent::{app, heap, telemetry};
 
 /// Two threads: the reconciler can apply a large batch on one while the store and the socket go on on the other.
 const WORKERS: usize = 2;
@@ -17,6 +17,7 @@ const ERROR: u8 = 1;
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
+    heap::share_arena();
     let matches = command().get_matches();
     let raw = gather(&matches);
     let config = match HostConfig::check(raw.clone()) {

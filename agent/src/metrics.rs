@@ -61,6 +61,33 @@ pub struct Metrics {
     batch_size: Histogram<{ SIZE_BOUNDS.len() }>,
     batch_duration: Histogram<{ DURATION_BOUNDS.len() }>,
     mesh: MeshNumbers,
+    rounds: AtomicU64,
+    events: [AtomicU64; SOURCES.len()],
+    reads: [AtomicU64; READS.len()],
+}
+
+/// Where events come from, by [`Source`].
+const SOURCES: [&str; 2] = ["kernel", "store"];
+
+/// What is read as a whole, by [`Whole`].
+const READS: [&str; 2] = ["interfaces", "state"];
+
+/// Where an event comes from.
+#[derive(Debug, Clone, Copy)]
+pub enum Source {
+    /// The kernel: an entry that others changed, or foreign interfaces that did.
+    Kernel,
+    /// The store: a lease or the configuration changed.
+    Store,
+}
+
+/// What is read from the kernel as a whole.
+#[derive(Debug, Clone, Copy)]
+pub enum Whole {
+    /// Every interface with its addresses, and the default routes.
+    Interfaces,
+    /// All that is the agent's.
+    State,
 }
 
 impl Default for Metrics {
@@ -97,6 +124,9 @@ impl Metrics {
             batch_size: Histogram::default(),
             batch_duration: Histogram::default(),
             mesh: MeshNumbers::default(),
+            rounds: AtomicU64::default(),
+            events: Default::default(),
+            reads: Default::default(),
         }
     }
 
@@ -200,6 +230,21 @@ impl Metrics {
         self.mesh.set(probing, summary);
     }
 
+    /// Events have come that many at once.
+    pub fn events(&self, source: Source, count: usize) {
+        self.events[source as usize].fetch_add(count as u64, Ordering::Relaxed);
+    }
+
+    /// The reconcile loop has gone through a round.
+    pub fn round_done(&self) {
+        self.rounds.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Something was read from the kernel as a whole.
+    pub fn read_whole(&self, what: Whole) {
+        self.reads[what as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
     /// The page that Prometheus reads.
     pub fn render(&self) -> String {
         let mut page = Page::new();
@@ -294,6 +339,18 @@ impl Metrics {
             seconds,
         );
         self.mesh.render(&mut page);
+        let each = |names: [&'static str; 2], numbers: &[AtomicU64; 2]| {
+            let [first, second] = numbers.each_ref().map(value);
+            [(names[0], first), (names[1], second)]
+        };
+        page.counters("overlayd_events_total", "Events handled, by where they come from.", "source", each(SOURCES, &self.events));
+        page.counter("overlayd_rounds_total", "Rounds of the reconcile loop.", value(&self.rounds));
+        page.counters(
+            "overlayd_kernel_reads_total",
+            "Times that something was read from the kernel as a whole.",
+            "what",
+            each(READS, &self.reads),
+        );
         page.text()
     }
 }
@@ -331,8 +388,15 @@ mod tests {
         metrics.probe_lost(Way::Underlay);
         let states = BTreeMap::from([(Reach::Ok, 4), (Reach::OverlayDown, 1)]);
         metrics.set_mesh(true, Summary { states, worst_overlay: 2_500, worst_underlay: 0 });
+        metrics.events(Source::Store, 5);
+        metrics.read_whole(Whole::State);
+        metrics.round_done();
         let page = metrics.render();
         for line in [
+            "overlayd_events_total{source=\"store\"} 5",
+            "overlayd_events_total{source=\"kernel\"} 0",
+            "overlayd_kernel_reads_total{what=\"state\"} 1",
+            "overlayd_rounds_total 1",
             "overlayd_ready 1",
             "overlayd_peers 3",
             "overlayd_leases 5",
