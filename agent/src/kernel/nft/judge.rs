@@ -32,7 +32,7 @@ pub struct Judgement {
     pub untracked: bool,
     /// How it is translated, and where.
     pub translation: Option<(Translation, Place)>,
-    /// The base chains that it goes through, each as `inet overlayd forward`.
+    /// The base chains that it goes through, each as `inet overlayd incoming`.
     pub chains: Vec<String>,
 }
 

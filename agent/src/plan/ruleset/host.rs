@@ -57,13 +57,7 @@ impl Rules<'_> {
             self.vxlan(&families),
             self.incoming(&families),
             self.encapsulated(&families),
-            base(
-                "outgoing",
-                Hook::Output,
-                ChainKind::Filter,
-                RAW,
-                vec![rule([self.tunnels_port(), vec![Expr::Untrack]].concat())],
-            ),
+            base("outgoing", Hook::Output, ChainKind::Filter, RAW, vec![rule([self.vxlan_port(), vec![Expr::Untrack]].concat())]),
             self.overlay(),
         ];
         if !families.contains(&Family::V4) {
@@ -97,12 +91,12 @@ impl Rules<'_> {
     }
 
     /// UDP to the VXLAN port.
-    fn tunnels_port(&self) -> Vec<Expr> {
+    fn vxlan_port(&self) -> Vec<Expr> {
         vec![is(Field::Layer4, &UDP), is(Field::DestinationPort, &self.network.vxlan.port.to_be_bytes())]
     }
 
     fn tunnel(&self) -> Chain {
-        let jump = rule([self.tunnels_port(), vec![Expr::Jump("vxlan".to_owned())]].concat());
+        let jump = rule([self.vxlan_port(), vec![Expr::Jump("vxlan".to_owned())]].concat());
         base("tunnel", Hook::Input, ChainKind::Filter, RAW, vec![jump])
     }
 
@@ -136,7 +130,7 @@ impl Rules<'_> {
 
     /// What comes by another interface than the bridge is through after one comparison.
     fn incoming(&self, families: &[Family]) -> Chain {
-        let mut rules = vec![rule([self.tunnels_port(), vec![Expr::Jump("encapsulated".to_owned())]].concat())];
+        let mut rules = vec![rule([self.vxlan_port(), vec![Expr::Jump("encapsulated".to_owned())]].concat())];
         if families.contains(&Family::V4) {
             let cidr = loopback(Family::V4);
             rules.push(rule([not_by(Field::InputInterface, &self.bridge()), Expr::Accept]));
