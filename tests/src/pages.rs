@@ -114,7 +114,10 @@ impl<'a> Page<'a> {
             let text = shell.read();
             let ended = shell.bash.try_wait().must("bash");
             match text[before..].split_once(&mark) {
-                Some((printed, code)) if code.ends_with('\n') => Ok((printed.to_owned(), code.trim().parse::<i32>().ok())),
+                // What runs on in the background may print behind it.
+                Some((printed, rest)) if rest.contains('\n') => {
+                    Ok((printed.to_owned(), rest.lines().next().and_then(|code| code.parse::<i32>().ok())))
+                }
                 _ if ended.is_some() => Ok((text[before..].to_owned(), None)),
                 _ => Err(text[before..].to_owned()),
             }
