@@ -17,12 +17,12 @@ case $PREFIX in
 *) UNITS=${UNITS:-/etc/systemd} CONF=/etc CNI=${CNI:-/opt/cni/bin} ;;
 esac
 
-# The one list of what goes where: MODE FILE DESTINATION. A file with a `?` before it may be missing; `sub` marks one whose paths follow PREFIX.
+# The one list of what goes where: MODE FILE DESTINATION. `sub` marks one whose paths follow PREFIX.
 list() {
     cat <<LIST
 0755 bin/overlayd $PREFIX/sbin/overlayd
 0755 bin/overlayctl $PREFIX/bin/overlayctl
-0755 ?bin/overlay-cni $CNI/overlay-cni
+0755 bin/overlay-cni $CNI/overlay-cni
 sub  systemd/overlayd.service $UNITS/system/overlayd.service
 0644 systemd/overlayd.socket $UNITS/system/overlayd.socket
 0644 systemd/overlayd.sysusers $CONF/sysusers.d/overlayd.conf
@@ -30,6 +30,9 @@ sub  systemd/overlayd.service $UNITS/system/overlayd.service
 0644 systemd/runtime.conf $UNITS/system/docker.service.d/50-overlayd.conf
 0644 systemd/runtime.conf $UNITS/system/containerd.service.d/50-overlayd.conf
 0644 systemd/proc-netns.conf $PREFIX/share/doc/overlayd/proc-netns.conf
+0644 docker/60-overlay.conf $PREFIX/share/doc/overlayd/60-overlay.conf
+0644 monitoring/alerts.yaml $PREFIX/share/overlayd/monitoring/alerts.yaml
+0644 monitoring/grafana.json $PREFIX/share/overlayd/monitoring/grafana.json
 conf overlayd.toml /etc/overlayd/overlayd.toml
 0644 completions/overlayctl.bash $PREFIX/share/bash-completion/completions/overlayctl
 0644 completions/_overlayctl $PREFIX/share/zsh/vendor-completions/_overlayctl
@@ -41,10 +44,7 @@ LIST
 }
 
 put() {
-    mode=$1 from=$SOURCE/${2#\?} to=$DESTDIR$3
-    case $2 in
-    \?*) [ -e "$from" ] || return 0 ;;
-    esac
+    mode=$1 from=$SOURCE/$2 to=$DESTDIR$3
     mkdir -p "$(dirname "$to")"
     case $mode in
     sub) sed "s|/usr/sbin/|$PREFIX/sbin/|" "$from" >"$to.new" && chmod 0644 "$to.new" ;;
@@ -78,7 +78,9 @@ case ${1:-} in
         systemctl disable --now overlayd.socket overlayd.service || true
     fi
     each remove
-    rmdir "$DESTDIR$UNITS/system/docker.service.d" "$DESTDIR$UNITS/system/containerd.service.d" 2>/dev/null || true
+    for directory in "$UNITS/system/docker.service.d" "$UNITS/system/containerd.service.d" "$PREFIX/share/overlayd/monitoring" "$PREFIX/share/overlayd"; do
+        rmdir "$DESTDIR$directory" 2>/dev/null || true
+    done
     if [ -z "$DESTDIR" ] && [ -d /run/systemd/system ]; then
         systemctl daemon-reload
     fi

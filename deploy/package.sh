@@ -65,7 +65,7 @@ rm -rf "$stage"
 files=$stage/overlayd-$VERSION
 mkdir -p "$files/bin" "$files/completions" "$OUT"
 for program in overlayd overlayctl overlay-cni; do
-    if [ -x "$built/$program" ]; then install -m 0755 "$built/$program" "$files/bin/"; fi
+    install -m 0755 "$built/$program" "$files/bin/"
 done
 for program in "$files"/bin/*; do
     strip --strip-unneeded --remove-section=.comment --remove-section=.note "$program"
@@ -75,7 +75,7 @@ find "$files/man" -type f -exec gzip -9n {} +
 "$built/overlayctl" completions bash >"$files/completions/overlayctl.bash"
 "$built/overlayctl" completions zsh >"$files/completions/_overlayctl"
 "$built/overlayctl" completions fish >"$files/completions/overlayctl.fish"
-cp -r deploy/systemd deploy/overlayd.toml deploy/install.sh deploy/etcd README.md CHANGELOG.md LICENSE docs "$files/"
+cp -r deploy/systemd deploy/overlayd.toml deploy/install.sh deploy/etcd deploy/docker deploy/monitoring README.md CHANGELOG.md LICENSE docs "$files/"
 find "$stage" -type d -exec chmod 0755 {} +
 SOURCE=$files DESTDIR=$stage/deb PREFIX=/usr "$files/install.sh"
 mkdir -p "$stage/deb/usr/share/doc/overlayd"
@@ -98,5 +98,11 @@ fi
 deb=$OUT/overlayd_${VERSION}_$arch.deb
 if [ "$PROFILE" = dev ]; then compression=(--compress-type xz --fast); else compression=(--compress-type xz); fi
 PATH=$tools/bin:$PATH CARGO_TARGET_DIR=$stage/cargo-deb cargo deb --quiet "${compression[@]}" --no-build --no-strip -p overlay-agent --deb-version "$VERSION" --output "$deb"
+# What is installed is named twice, in install.sh and in agent/Cargo.toml: nothing of it may be missing from the package.
+forgotten=$(comm -23 <(cd "$stage/deb" && find . -type f | sort) <(dpkg-deb --fsys-tarfile "$deb" | tar -t | sort))
+if [ -n "$forgotten" ]; then
+    echo "deploy/package.sh: not in the .deb, see its assets in agent/Cargo.toml:" "$forgotten" >&2
+    exit 1
+fi
 
 (cd "$OUT" && sha256sum "$(basename "$deb")" "$(basename "$tarball")" | tee "overlayd-$VERSION-$arch.sha256")

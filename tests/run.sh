@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 PACKAGES=(busybox-static ca-certificates containerd containernetworking-plugins curl docker.io etcd-client etcd-server faketime gcc iproute2 iptables
     iputils-ping libc6-dev nftables openssl podman procps prometheus libprotobuf-dev protobuf-compiler runc tcpdump util-linux)
 WELCOME=(shellcheck) # looked for and used, not needed
-SCRIPTS=(.ci/run tests/run.sh tests/fuzz.sh tests/systemd.sh)
+SCRIPTS=(.ci/run tests/run.sh tests/fuzz.sh tests/systemd.sh tests/vagrant.sh)
 
 quick=no
 failed=()
@@ -204,7 +204,7 @@ check_machine() {
 
 check_scripts() {
     local script
-    for script in "${SCRIPTS[@]}" deploy/*.sh deploy/etcd/*.sh deploy/debian/p*; do
+    for script in "${SCRIPTS[@]}" deploy/*.sh deploy/etcd/*.sh deploy/debian/p* vagrant/*.sh; do
         if [ -e "$script" ]; then
             bash -n "$script"
         fi
@@ -213,7 +213,7 @@ check_scripts() {
         echo "without shellcheck, which is not installed: syntax only"
         return
     fi
-    for script in "${SCRIPTS[@]}" deploy/*.sh deploy/etcd/*.sh deploy/debian/p*; do
+    for script in "${SCRIPTS[@]}" deploy/*.sh deploy/etcd/*.sh deploy/debian/p* vagrant/*.sh; do
         if [ -e "$script" ]; then
             # Its notes on functions called through section() are wrong: warnings count.
             shellcheck --severity=warning "$script"

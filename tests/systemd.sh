@@ -7,6 +7,8 @@
 #   sudo ./tests/systemd.sh --packages DIR  with packages of an earlier run, which both versions are in
 #   sudo ./tests/systemd.sh --fresh    makes the Debian tree anew, which is otherwise kept in /var/cache/overlay-tests
 #
+# MIRROR says where Debian is fetched from, and is this machine's own by default, as its apt has it. CACHE is another place for the tree.
+#
 # Everything happens in namespaces of its own (network, mounts, processes, control groups): when the script ends, nothing of it runs on, and this
 # machine's own network was never touched. The hosts' changes lie in a directory that goes at the end.
 set -euo pipefail
@@ -17,12 +19,12 @@ PACKAGES=(debootstrap systemd-container etcd-server etcd-client openssl iproute2
 # What is on the hosts beside a minimal Debian.
 TREE_PACKAGES=systemd,systemd-sysv,dbus,init-system-helpers,iproute2,iputils-ping,procps,nftables,ca-certificates,etcd-server,etcd-client
 SUITE=bookworm
-MIRROR=${MIRROR:-http://deb.debian.org/debian}
+MIRROR=${MIRROR:-}
 CACHE=${CACHE:-/var/cache/overlay-tests}
 
 cgroups=()
 
-usage() { sed -n '2,12s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,14s/^# \{0,1\}//p' "$0"; }
 
 prepare() {
     profile=dev fresh=no
@@ -128,12 +130,26 @@ install_packages() {
     [ $code -eq 0 ] || { echo "cannot install ${missing[*]}" >&2 && exit 1; }
 }
 
+# Where this machine's apt has Debian from; a mirror has every suite.
+mirror() {
+    local found update
+    for update in "" "apt-get -q update"; do
+        $update >/dev/null
+        # To the end, or apt-get would be told of a pipe that is closed.
+        found=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Origin: Debian' 'Label: Debian' 'Component: main' | sed -n '1s|/$||p')
+        case $found in http*) echo "$found" && return ;; esac
+    done
+    echo "tests/systemd.sh: this machine's apt has no Debian mirror: give one, MIRROR=http://HOST/debian $0" >&2
+    return 1
+}
+
 make_tree() {
     tree=$CACHE/$SUITE-$(echo "$TREE_PACKAGES" | sha256sum | cut -c1-12)
     if [ $fresh = yes ]; then rm -rf "$tree"; fi
     export TREE=$tree
     [ ! -d "$tree" ] || return 0
-    echo "== Debian tree ($SUITE) into $tree"
+    if [ -z "$MIRROR" ]; then MIRROR=$(mirror); fi
+    echo "== Debian tree ($SUITE, from $MIRROR) into $tree"
     mkdir -p "$CACHE"
     rm -rf "$tree.new"
     if ! debootstrap --variant=minbase --include="$TREE_PACKAGES" $SUITE "$tree.new" "$MIRROR" >"$CACHE/debootstrap.log" 2>&1; then
@@ -286,6 +302,8 @@ etcd-certfile = "overlay-agent.crt"
 etcd-keyfile = "overlay-agent.key"
 etcd-username = "overlay-agent"
 etcd-password-file = "password"
+metrics-listen = "192.0.2.$n:9780"
+mesh-interval = "1s"
 TOML
 }
 
@@ -319,6 +337,8 @@ inside() {
     first_start
     rights
     containers
+    health
+    mesh
     reloading
     killed
     watchdog
@@ -385,7 +405,15 @@ install() {
         [ -z "$(on $n ip link show group 22102)" ] || fail "devices before there is a lease"
     done
     want "overlayctl" on 1 ls /usr/share/bash-completion/completions
+    want '"cniVersion"' on 1 sh -c 'CNI_COMMAND=VERSION /usr/lib/cni/overlay-cni </dev/null'
+    on 1 sh -c 'dpkg -V overlayd' >"$WORK/out" 2>&1 || fail "files are not as packaged: $(cat "$WORK/out")"
+    packaged monitoring /usr/share/overlayd/monitoring
     on 1 systemd-analyze verify --man=no /lib/systemd/system/overlayd.service /lib/systemd/system/overlayd.socket >"$WORK/out" 2>&1 || fail "$(cat "$WORK/out")"
+}
+
+# packaged PART DIRECTORY: the files of deploy/PART are there, as they are in the sources.
+packaged() {
+    diff -r "$top/deploy/$1" "$WORK/h1/root$2" >"$WORK/out" 2>&1 || fail "$2: $(head -5 "$WORK/out")"
 }
 
 first_start() {
@@ -412,9 +440,9 @@ rights() {
     local pid status
     pid=$(property 1 MainPID)
     status=$(on 1 cat "/proc/$pid/status")
-    # CAP_NET_ADMIN (bit 12) and CAP_SYS_ADMIN (bit 21).
+    # CAP_NET_ADMIN (bit 12), CAP_NET_RAW (bit 13) and CAP_SYS_ADMIN (bit 21).
     for set in CapEff CapPrm CapBnd CapAmb; do
-        grep -q "^$set:.*0000000000201000$" <<<"$status" || fail "$set: $(grep $set <<<"$status")"
+        grep -q "^$set:.*0000000000203000$" <<<"$status" || fail "$set: $(grep $set <<<"$status")"
     done
     grep -q "^NoNewPrivs:.*1" <<<"$status" || fail "NoNewPrivs"
     want overlayd on 1 ps -o user= -p "$pid"
@@ -460,10 +488,46 @@ containers() {
     done
 }
 
+# page N PATH: what the agent of a host answers over TCP, asked from the other host.
+page() {
+    on $((3 - $1)) bash -c "exec 3<>/dev/tcp/192.0.2.$1/9780; printf 'GET $2 HTTP/1.0\\r\\nHost: x\\r\\n\\r\\n' >&3; cat <&3"
+}
+
+health() {
+    step "metrics and health over TCP, from another host"
+    for n in 1 2; do
+        want "200 OK" page $n /healthz
+        want "200 OK" page $n /readyz
+        want "overlayd_ready 1" page $n /metrics
+        want "overlayd_endpoints 1" page $n /metrics
+        want "404" page $n /v1/status
+    done
+}
+
+mesh() {
+    step "the agent's own user may probe its peers"
+    for n in 1 2; do
+        eventually 60 "h$n reaches h$((3 - n))" reaches $n ok
+    done
+    # The tunnel's port is shut at the other end.
+    on 2 nft 'add table inet shut; add chain inet shut i { type filter hook input priority -400; }; add rule inet shut i udp dport 8472 drop'
+    eventually 60 "the tunnel's fault is told from the underlay's" reaches 1 overlay-down
+    on 2 nft delete table inet shut
+    eventually 60 "the tunnel is well again" reaches 1 ok lossy
+}
+
+reaches() { # N STATE...: how its one peer is reached
+    local state
+    state=$(on "$1" overlayctl mesh -o json | sed -n 's/.*"state": "\([a-z-]*\)".*/\1/p' | sort -u)
+    shift
+    case " $* " in *" $state "*) ;; *) echo "'$state'" && return 1 ;; esac
+}
+
 # A namespace that is named by a process needs a right more, which a drop-in gives.
 process_namespace() {
     local pid drop=/etc/systemd/system/overlayd.service.d
-    on 1 unshare --net sleep 1000 &
+    # It ends by a signal, which is no failure.
+    on 1 unshare --net sleep 1000 || true &
     eventually 20 "a process in a namespace of its own" on 1 pgrep -x sleep
     pid=$(on 1 pgrep -x sleep)
     if on 1 overlayctl attach byproc --netns "/proc/$pid/ns/net" >"$WORK/out" 2>&1; then fail "it has a right that it should not have"; fi
@@ -556,6 +620,15 @@ refused() {
     echo 'run-dri = "/run/x"' >>"$WORK/h1/root/etc/overlayd/overlayd.toml"
     on 1 systemctl restart overlayd >/dev/null 2>&1 && fail "it started"
     want "did you mean \`run-dir\`" on 1 journalctl --no-pager -n 20 -u overlayd
+    # What the agent's user may not read, and what systemd has not loaded.
+    sed 's/"ca.crt"/"ca.pem"/; s/"overlay-agent.key"/"\/root\/overlay-agent.key"/' "$WORK/toml" >"$WORK/h1/root/etc/overlayd/overlayd.toml"
+    on 1 systemctl restart overlayd >/dev/null 2>&1 && fail "it started"
+    want "systemd has loaded no ca.pem from /etc/overlayd/credentials" on 1 journalctl --no-pager -n 20 -u overlayd
+    want "give its bare name, \`overlay-agent.key\`" on 1 journalctl --no-pager -n 20 -u overlayd
+    on 1 chmod 600 /etc/overlayd/overlayd.toml
+    on 1 systemctl restart overlayd >/dev/null 2>&1 && fail "it started"
+    want "chmod 644 /etc/overlayd/overlayd.toml" on 1 journalctl --no-pager -n 20 -u overlayd
+    on 1 chmod 644 /etc/overlayd/overlayd.toml
     cp "$WORK/toml" "$WORK/h1/root/etc/overlayd/overlayd.toml"
     eventually 30 "it is tried again by itself" on 1 systemctl is-active overlayd.service
     flow_end "wrong configuration"

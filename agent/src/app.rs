@@ -57,9 +57,9 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: Source) -> anyh
     let signals = Signals::catch().context("cannot catch signals")?;
     let notifier = Arc::new(Notifier::from_environment()?);
     let reload = Reload::catch(source, level.clone(), Arc::clone(&notifier)).context("cannot catch signals")?;
-    let _run_lock = RunLock::acquire(&config.run_dir)?;
+    let _run_lock = RunLock::acquire(&config.run_dir).context("the run directory (--run-dir) cannot be used")?;
     let _namespace_lock = guard::lock_namespace()?;
-    let state = Arc::new(StateDir::open(&config.state_dir)?);
+    let state = Arc::new(StateDir::open(&config.state_dir).context("the state directory (--state-dir) cannot be used")?);
     let node = Node { name: config.node_name.clone(), id: state.node_id()? };
     let socket = match inherited {
         Some(listener) => AdminSocket::inherit(listener, &config.run_dir.join(SOCKET))?,
@@ -129,7 +129,7 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: Source) -> anyh
         beat,
     };
     let store = Store::new(store_config.clone()).counted(Arc::clone(&metrics));
-    let mesh = Arc::new(mesh::Shared::new(config.node_name.clone(), config.mesh_interval));
+    let mesh = Arc::new(mesh::Shared::new(config.node_name.clone(), config.mesh_interval, Arc::clone(&metrics)));
     let probes = queries_in.clone();
     let backend = Arc::new(AgentBackend {
         mesh: Arc::clone(&mesh),

@@ -165,12 +165,17 @@ impl Checker {
                 port == Some((true, true)) && !host.contains(['/', '@', ' '])
             });
             if !good {
-                let rule = if endpoint.contains('@') {
-                    "holds a user: use --etcd-username and --etcd-password-file"
-                } else {
-                    "is not a URL such as http://192.0.2.10:2379 or https://etcd-1:2379"
+                let rule = match rest {
+                    _ if endpoint.contains('@') => "holds a user: use --etcd-username and --etcd-password-file".to_owned(),
+                    Some(host) if !host.is_empty() && !host.contains([':', '/', ' ']) => {
+                        format!("has no port: is it {endpoint}:2379?")
+                    }
+                    None if !endpoint.contains(['/', ' ']) && endpoint.contains(':') => {
+                        format!("has no scheme: http://{endpoint}, or https://{endpoint} where etcd speaks TLS")
+                    }
+                    _ => "is not a URL such as http://192.0.2.10:2379 or https://etcd-1:2379".to_owned(),
                 };
-                self.fail("etcd-endpoints", &secret::without_login(endpoint), rule);
+                self.fail("etcd-endpoints", &secret::without_login(endpoint), &rule);
             }
         }
         let prefix = self.raw.text("etcd-prefix").unwrap_or_default();
@@ -182,11 +187,16 @@ impl Checker {
         let client_certificate = match (self.readable("etcd-certfile"), self.readable("etcd-keyfile")) {
             (Some(certificate), Some(key)) => Some((certificate, key)),
             (Some(certificate), None) => {
-                self.fail("etcd-certfile", &certificate.display().to_string(), "needs --etcd-keyfile beside it");
+                // One that is given and cannot be read is told of already.
+                if !self.raw.is_set("etcd-keyfile") {
+                    self.fail("etcd-certfile", &certificate.display().to_string(), "needs --etcd-keyfile beside it");
+                }
                 None
             }
             (None, Some(key)) => {
-                self.fail("etcd-keyfile", &key.display().to_string(), "needs --etcd-certfile beside it");
+                if !self.raw.is_set("etcd-certfile") {
+                    self.fail("etcd-keyfile", &key.display().to_string(), "needs --etcd-certfile beside it");
+                }
                 None
             }
             (None, None) => None,
@@ -324,7 +334,8 @@ impl Checker {
             }
             Err(SecretError::File(error)) => {
                 let place = if path == Path::new(&text) { String::new() } else { format!(" at {}", path.display()) };
-                self.fail(name, &text, &format!("cannot be read{place}: {error}"));
+                let advice = credential::advice(&text, &error);
+                self.fail(name, &text, &format!("cannot be read{place}: {error}{advice}"));
                 None
             }
         }
@@ -383,7 +394,7 @@ mod tests {
         for wanted in [
             "8 mistakes",
             "--public-ip: `::1`",
-            "--etcd-endpoints: `127.0.0.1:2379` is not a URL",
+            "--etcd-endpoints: `127.0.0.1:2379` has no scheme: http://127.0.0.1:2379, or https://",
             "--iface-regex: `(` is no regular expression",
             "run-dri in ",
             "is no setting: did you mean `run-dir`?",
@@ -403,6 +414,7 @@ mod tests {
             (&["--etcd-endpoints=https://root:hunter2@a:2379"][..], "", "use --etcd-username and --etcd-password-file"),
             (&[][..], "etcd-password = \"hunter2\"\n", "etcd-password-file or etcd-keyfile names"),
             (&[][..], "etcd-password = \"hunter2\n", "is not TOML"),
+            (&[][..], "[etcd]\npassword = \"hunter2\"\n", "but a table: settings stand at the top of the file"),
         ] {
             let error = check(args, file).expect_err(wanted);
             assert!(error.contains(wanted) && !error.contains("hunter2"), "{error}");

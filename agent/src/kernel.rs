@@ -252,7 +252,7 @@ async fn apply_one(shared: &mut Shared, op: &Op) -> Result<(), OpError> {
     match op {
         Op::Set(Key::Sysctl(path), Value::Sysctl(text)) => {
             sysctl::write(path, text)?;
-            shared.known.sysctls.insert(path.clone(), text.clone());
+            shared.known.sysctls.insert(path.to_string(), text.to_string());
             Ok(())
         }
         // A sysctl is always there; what it was before is not known.

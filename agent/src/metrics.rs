@@ -1,6 +1,7 @@
 //! Counters and gauges of the agent, rendered in Prometheus' text format. Owns the numbers; no tasks, no sockets.
 //! Callers count through methods; `admin` serves [`Metrics::render`]. What each one means is in `docs/metrics.md`.
 
+mod mesh;
 mod page;
 
 use std::collections::BTreeMap;
@@ -10,7 +11,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::model::RefusalKind;
 use crate::plan::Key;
+use crate::plan::mesh::{Summary, Way};
 
+use mesh::MeshNumbers;
 use page::{Histogram, Page, seconds};
 
 /// Upper bounds of the batch size histogram, in ops: a single repair up to a snapshot of 100,000 peers and more.
@@ -57,6 +60,34 @@ pub struct Metrics {
     dropped: Mutex<BTreeMap<&'static str, u64>>,
     batch_size: Histogram<{ SIZE_BOUNDS.len() }>,
     batch_duration: Histogram<{ DURATION_BOUNDS.len() }>,
+    mesh: MeshNumbers,
+    rounds: AtomicU64,
+    events: [AtomicU64; SOURCES.len()],
+    reads: [AtomicU64; READS.len()],
+}
+
+/// Where events come from, by [`Source`].
+const SOURCES: [&str; 2] = ["kernel", "store"];
+
+/// What is read as a whole, by [`Whole`].
+const READS: [&str; 2] = ["interfaces", "state"];
+
+/// Where an event comes from.
+#[derive(Debug, Clone, Copy)]
+pub enum Source {
+    /// The kernel: an entry that others changed, or foreign interfaces that did.
+    Kernel,
+    /// The store: a lease or the configuration changed.
+    Store,
+}
+
+/// What is read from the kernel as a whole.
+#[derive(Debug, Clone, Copy)]
+pub enum Whole {
+    /// Every interface with its addresses, and the default routes.
+    Interfaces,
+    /// All that is the agent's.
+    State,
 }
 
 impl Default for Metrics {
@@ -92,6 +123,10 @@ impl Metrics {
             dropped: Mutex::default(),
             batch_size: Histogram::default(),
             batch_duration: Histogram::default(),
+            mesh: MeshNumbers::default(),
+            rounds: AtomicU64::default(),
+            events: Default::default(),
+            reads: Default::default(),
         }
     }
 
@@ -178,6 +213,36 @@ impl Metrics {
         self.ops_failed.fetch_add(failed as u64, Ordering::Relaxed);
         self.batch_size.observe(ops as u64, SIZE_BOUNDS);
         self.batch_duration.observe(nanoseconds(took), DURATION_BOUNDS.map(|(bound, _)| bound));
+    }
+
+    /// A probe of a peer was answered.
+    pub fn probe_answered(&self, way: Way, took: Duration) {
+        self.mesh.answered(way, took);
+    }
+
+    /// A probe of a peer was not answered in time, or could not be sent.
+    pub fn probe_lost(&self, way: Way) {
+        self.mesh.lost(way);
+    }
+
+    /// Whether peers are probed, and what the probes say now.
+    pub fn set_mesh(&self, probing: bool, summary: Summary) {
+        self.mesh.set(probing, summary);
+    }
+
+    /// Events have come that many at once.
+    pub fn events(&self, source: Source, count: usize) {
+        self.events[source as usize].fetch_add(count as u64, Ordering::Relaxed);
+    }
+
+    /// The reconcile loop has gone through a round.
+    pub fn round_done(&self) {
+        self.rounds.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Something was read from the kernel as a whole.
+    pub fn read_whole(&self, what: Whole) {
+        self.reads[what as usize].fetch_add(1, Ordering::Relaxed);
     }
 
     /// The page that Prometheus reads.
@@ -273,6 +338,19 @@ impl Metrics {
             DURATION_BOUNDS.map(|(_, text)| text),
             seconds,
         );
+        self.mesh.render(&mut page);
+        let each = |names: [&'static str; 2], numbers: &[AtomicU64; 2]| {
+            let [first, second] = numbers.each_ref().map(value);
+            [(names[0], first), (names[1], second)]
+        };
+        page.counters("overlayd_events_total", "Events handled, by where they come from.", "source", each(SOURCES, &self.events));
+        page.counter("overlayd_rounds_total", "Rounds of the reconcile loop.", value(&self.rounds));
+        page.counters(
+            "overlayd_kernel_reads_total",
+            "Times that something was read from the kernel as a whole.",
+            "what",
+            each(READS, &self.reads),
+        );
         page.text()
     }
 }
@@ -288,6 +366,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::api::Reach;
 
     #[test]
     fn the_page_holds_what_was_counted() {
@@ -305,8 +384,19 @@ mod tests {
         metrics.batch_applied(40_000, 2, Duration::from_millis(87));
         metrics.batch_applied(1, 0, Duration::from_micros(90));
         metrics.batch_applied(1, 0, Duration::from_secs(60));
+        metrics.probe_answered(Way::Overlay, Duration::from_micros(800));
+        metrics.probe_lost(Way::Underlay);
+        let states = BTreeMap::from([(Reach::Ok, 4), (Reach::OverlayDown, 1)]);
+        metrics.set_mesh(true, Summary { states, worst_overlay: 2_500, worst_underlay: 0 });
+        metrics.events(Source::Store, 5);
+        metrics.read_whole(Whole::State);
+        metrics.round_done();
         let page = metrics.render();
         for line in [
+            "overlayd_events_total{source=\"store\"} 5",
+            "overlayd_events_total{source=\"kernel\"} 0",
+            "overlayd_kernel_reads_total{what=\"state\"} 1",
+            "overlayd_rounds_total 1",
             "overlayd_ready 1",
             "overlayd_peers 3",
             "overlayd_leases 5",
@@ -331,6 +421,18 @@ mod tests {
             "overlayd_batch_duration_seconds_bucket{le=\"10\"} 2",
             "overlayd_batch_duration_seconds_bucket{le=\"+Inf\"} 3",
             "overlayd_batch_duration_seconds_sum 60.087090000",
+            "overlayd_mesh_probing 1",
+            "overlayd_mesh_peers{state=\"ok\"} 4",
+            "overlayd_mesh_peers{state=\"overlay-down\"} 1",
+            "overlayd_mesh_peers{state=\"unreachable\"} 0",
+            "overlayd_mesh_worst_round_trip_seconds{way=\"overlay\"} 0.002500000",
+            "overlayd_mesh_lost_probes_total{way=\"overlay\"} 0",
+            "overlayd_mesh_lost_probes_total{way=\"underlay\"} 1",
+            "overlayd_mesh_round_trip_seconds_bucket{way=\"overlay\",le=\"0.0005\"} 0",
+            "overlayd_mesh_round_trip_seconds_bucket{way=\"overlay\",le=\"0.001\"} 1",
+            "overlayd_mesh_round_trip_seconds_bucket{way=\"underlay\",le=\"+Inf\"} 0",
+            "overlayd_mesh_round_trip_seconds_sum{way=\"overlay\"} 0.000800000",
+            "overlayd_mesh_round_trip_seconds_count{way=\"overlay\"} 1",
         ] {
             assert!(page.lines().any(|l| l == line), "{line} is not in\n{page}");
         }

@@ -23,7 +23,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::heap;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Whole};
 use crate::model::api;
 use crate::model::event::{Connection, LeaseWish, OwnLease, StoreEvent};
 use crate::model::network::ConfigErrors;
@@ -40,13 +40,13 @@ use repair::Repairs;
 
 /// How long changes of foreign links and addresses settle before the external interface is looked at again.
 const UNDERLAY_SETTLE: Duration = Duration::from_millis(100);
+/// How many times its own duration the look at all interfaces rests: a storm of foreign links costs a twentieth of a processor.
+const UNDERLAY_REST_FACTOR: u32 = 20;
 /// The least time between two dumps, and how many times its own duration a dump rests, so that a storm of changes is no loop of dumps.
 const DUMP_REST: Duration = Duration::from_millis(20);
 const DUMP_REST_FACTOR: u32 = 5;
 /// Entries that are handled as a whole rather than one by one: those of 256 peers.
 const WHOLESALE: usize = 1024;
-/// The longest time between two turns of the loop: with nothing to do it turns all the same, to show that it can.
-const PULSE: Duration = Duration::from_secs(2);
 /// How long after work on that many entries the memory is given back that it took: the store has dropped its part by then.
 const HEAP_REST: Duration = Duration::from_secs(1);
 /// How many refusals and repairs of one round are logged one by one before the rest is counted.
@@ -139,7 +139,7 @@ pub struct Channels {
     pub ready: watch::Sender<bool>,
     /// Counts up whenever others removed the host's end of an endpoint's veth pair: only the endpoints can make it again.
     pub ports_lost: watch::Sender<u64>,
-    /// Counts up with each turn of the loop.
+    /// Counts up with each turn of the loop. With nothing to do it does not turn: who wants to know whether it can asks it something.
     pub beat: watch::Sender<u64>,
 }
 
@@ -191,6 +191,7 @@ pub struct Reconciler<D, M> {
     dump_error: Option<String>,
     not_before: Instant,
     underlay_due: Option<Instant>,
+    underlay_not_before: Instant,
     resync_due: Instant,
     heap_due: Option<Instant>,
     refusals_told: Lines,
@@ -240,6 +241,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             dump_error: None,
             not_before: now,
             underlay_due: Some(now),
+            underlay_not_before: now,
             heap_due: None,
             refusals_told: Lines::default(),
             repairs: Repairs::default(),
@@ -252,8 +254,6 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
     pub async fn run(mut self, mut channels: Channels, shutdown: CancellationToken) {
         self.endpoints = channels.endpoints.borrow_and_update().clone();
         self.converge(&channels).await;
-        let mut pulse = tokio::time::interval(PULSE);
-        pulse.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             channels.beat.send_modify(|count| *count += 1);
             let timer = tokio::time::sleep_until(self.next_deadline().into());
@@ -270,7 +270,6 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                     self.endpoints_new = true;
                     self.host_dirty = true;
                 }
-                _ = pulse.tick() => continue,
                 () = timer => {}
             }
             // What waits already is folded into the same round. Bounded by the channels' sizes.
@@ -296,6 +295,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
     /// Brings actual state as near to desired state as it can be brought now.
     async fn converge(&mut self, channels: &Channels) {
         let now = Instant::now();
+        self.metrics.round_done();
         if now >= self.resync_due {
             self.stale.get_or_insert("periodic resync");
             self.resync_due = now + self.settings.resync;
@@ -339,6 +339,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
     async fn dump(&mut self) -> Option<State> {
         let reason = self.stale.take().unwrap_or_default();
         let begun = Instant::now();
+        self.metrics.read_whole(Whole::State);
         match self.data_path.dump().await {
             Ok(state) => {
                 let took = begun.elapsed();
@@ -351,7 +352,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 if self.actual.len() > WHOLESALE {
                     self.heap_due = Some(Instant::now() + HEAP_REST);
                 }
-                let missing = |port: String| !self.actual.contains_key(&Key::Link(port));
+                let missing = |port: String| !self.actual.contains_key(&Key::Link(port.into()));
                 self.port_lost |= self.ports().into_iter().any(missing);
                 self.host.is_some().then_some(before)
             }

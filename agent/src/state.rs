@@ -150,7 +150,8 @@ impl StateDir {
         &self.path
     }
 
-    /// The host's identity (`node-id`): 32 hex digits, made at the first start.
+    /// The host's identity (`node-id`): 32 hex digits, made at the first start. With a new one the MACs that are remembered are forgotten: whoever
+    /// removes the file of a copied host wants another host, and what devices of this one are there keep theirs.
     pub fn node_id(&self) -> Result<String, StateError> {
         let path = self.path.join("node-id");
         if let Some(text) = file::read(&path)? {
@@ -159,6 +160,11 @@ impl StateDir {
                 return Ok(id);
             }
             file::set_aside(&path, "it is not 32 hex digits")?;
+        }
+        let mut host = self.load_host()?;
+        if !host.macs.is_empty() {
+            host.macs.clear();
+            self.save_host(&host)?;
         }
         let id = format!("{:032x}", rand::random::<u128>());
         write_whole(&path, format!("{id}\n").as_bytes(), FILE_MODE)?;

@@ -18,7 +18,7 @@
 //! | `read`, `watch` | everything at one revision, page by page; then every change |
 //! | `lease`, `pick` | what to do about the own lease, as pure functions |
 //! | `hold`, `write`, `renew` | doing it: transactions, renewal, proof of life |
-//! | `oneshot` | single requests for programs without an agent |
+//! | `oneshot` | single requests for programs without an agent; `clock` asks a server what time it is |
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -34,6 +34,7 @@ use crate::metrics::Metrics;
 use crate::model::event::{Connection, LeaseWish, StoreEvent};
 
 mod certificate;
+mod clock;
 mod codec;
 mod connect;
 mod discovery;
@@ -48,6 +49,7 @@ mod renew;
 mod watch;
 mod write;
 
+pub use clock::server_clock;
 pub use codec::{MAX_NODE_ID, MAX_NODE_NAME, MAX_VALUE, read_entry};
 pub use connect::StoreConfig;
 pub use error::StoreError;

@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use overlay_tests::faults::Fault;
 use overlay_tests::programs::needs;
 use overlay_tests::{Must, Story, etcd, eventually, kernel};
 use overlayctl::check::{Finding, Report, Severity, names};
-use overlayctl::lab::Families;
+use overlayctl::lab::{Families, process};
 
 /// How long the host may take to be as it was once a thing is mended.
 const MENDED: Duration = Duration::from_secs(30);
@@ -391,6 +392,62 @@ async fn etcd_and_its_clock() {
     well(&story, &["store"]).await;
     etcd::kill(&story);
     finds(&story, &["store"], Severity::Error, &["etcd does not answer"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_clock_of_etcd_over_tls() {
+    needs("openssl", "openssl");
+    let story = Story::without_agents(1, Families::V4).await;
+    let (pki, answers) = (story.dir().join("pki"), story.dir().join("answers"));
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/etcd/certs.sh");
+    for arguments in [&["ca"][..], &["member", "old", "127.0.0.1"], &["client", "overlay-agent"]] {
+        let made = Command::new(&script).arg(&pki).args(arguments).output().must("certs.sh");
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    }
+    // A server whose clock is wrong, and that wants a client certificate: openssl serves whole answers out of files.
+    fs::create_dir_all(&answers).must("a directory");
+    fs::write(answers.join("version"), "HTTP/1.0 200 OK\r\nDate: Sun, 06 Nov 1994 08:49:37 GMT\r\n\r\n{}").must("an answer");
+    let file = |name: &str| pki.join(name).to_string_lossy().into_owned();
+    let mut server = Command::new("timeout");
+    server.args([
+        "300",
+        "openssl",
+        "s_server",
+        "-accept",
+        "127.0.0.1:2398",
+        "-HTTP",
+        "-quiet",
+        "-Verify",
+        "1",
+        "-verify_return_error",
+    ]);
+    server.args(["-cert", &file("old.crt"), "-key", &file("old.key"), "-CAfile", &file("ca.crt")]).current_dir(&answers);
+    let (log, record) = (story.dir().join("s_server.log"), story.dir().join("s_server.pid"));
+    let server = process::start(server, Some(&story.inside("h1")), &log, &record).must("openssl");
+    let given = |more: &[&str]| {
+        let mut arguments = ["store", "--etcd-endpoints", "https://127.0.0.1:2398", "--etcd-cafile"].map(str::to_owned).to_vec();
+        arguments.push(file("ca.crt"));
+        arguments.extend(more.iter().map(|argument| file(argument)));
+        if more.len() == 2 {
+            arguments.insert(5, "--etcd-certfile".to_owned());
+            arguments.insert(7, "--etcd-keyfile".to_owned());
+        }
+        arguments
+    };
+    let clocks = |arguments: Vec<String>| {
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let (report, _) = ask(&story, &arguments);
+        let clocks = report.findings.into_iter().filter(|finding| finding.summary.contains("clock"));
+        clocks.map(|finding| finding.evidence.join(" ")).collect::<Vec<String>>()
+    };
+    eventually("the clock is measured", MENDED, || match clocks(given(&["overlay-agent.crt", "overlay-agent.key"])).as_slice() {
+        [evidence] if evidence.contains("https://127.0.0.1:2398 says 784111777") => Ok(()),
+        other => Err(format!("{other:?}")),
+    })
+    .await;
+    assert_eq!(clocks(given(&[])), Vec::<String>::new(), "who is refused is told no clock");
+    let failures = process::end_all(&[server], process::GRACE);
+    assert!(failures.is_empty(), "{failures:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

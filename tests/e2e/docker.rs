@@ -2,14 +2,14 @@
 
 use std::fs;
 use std::net::IpAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use nix::sys::signal::Signal;
 use overlay_agent::model::api::{Attached, NetworkView};
 use overlay_agent::model::{Cidr, DockerShare, Family, Subnet};
 use overlay_tests::docker::{Docker, DockerFiles, IMAGE};
-use overlay_tests::programs::{Said, needs, overlayctl};
+use overlay_tests::programs::{Said, needs, needs_root, overlayctl};
 use overlay_tests::story::{READY, SOON};
 use overlay_tests::{Must, Story, eventually, kernel};
 use overlayctl::lab::Families;
@@ -301,4 +301,29 @@ async fn options() {
     assert_eq!(fs::read_to_string(&file).must("the file"), contrary);
     // Nothing else is left in the directory.
     assert_eq!(fs::read_dir(dir.path().join("etc")).must("the directory").count(), 1);
+}
+
+/// A test run that is killed cannot clear up: the next one does, as far as the processes of the first are over.
+#[test]
+fn what_a_killed_run_left_is_removed() {
+    needs_root();
+    let controllers = fs::read_dir("/sys/fs/cgroup").must("control groups").flatten().map(|entry| entry.path());
+    let parents: Vec<PathBuf> = controllers.filter(|path| path.join("cgroup.procs").is_file()).collect();
+    let parents = if parents.is_empty() { vec![PathBuf::from("/sys/fs/cgroup")] } else { parents };
+    let made = |lab: &str| {
+        let groups = parents.iter().map(|parent| parent.join(format!("overlay-tests-{lab}-h1")));
+        let all: Vec<PathBuf> = groups.chain([PathBuf::from(format!("/var/tmp/overlay-docker-{lab}-x"))]).collect();
+        for path in &all {
+            fs::create_dir_all(path.join("docker/inner")).must("a group or a directory");
+        }
+        all
+    };
+    let (over, lives) = (format!("over{}", std::process::id()), format!("lives{}", std::process::id()));
+    let (gone, kept) = (made(&over), made(&lives));
+    overlay_tests::docker::remove_left_over(|lab| lab == over);
+    let left: Vec<&PathBuf> = gone.iter().filter(|path| path.exists()).collect();
+    let missing: Vec<&PathBuf> = kept.iter().filter(|path| !path.exists()).collect();
+    overlay_tests::docker::remove_left_over(|lab| lab == lives);
+    assert!(left.is_empty() && missing.is_empty(), "left {left:?}, missing {missing:?}");
+    assert!(!kept.iter().any(|path| path.exists()), "{kept:?}");
 }

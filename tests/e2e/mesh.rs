@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use overlay_agent::model::api::Reach;
 use overlay_tests::story::SOON;
-use overlay_tests::{Must, Story, etcd, eventually, kernel};
+use overlay_tests::{Must, Story, etcd, eventually, http, kernel};
 use overlayctl::cmd::mesh::Matrix;
 use overlayctl::lab::Families;
 
@@ -38,6 +38,18 @@ fn states(matrix: &Matrix, from: &str, to: &str) -> Vec<Reach> {
     paths.map(|p| p.found.state).collect()
 }
 
+/// A sample of h1's metrics.
+fn sample(story: &Story, name: &str) -> f64 {
+    let page = http::ask(&story.at("h1").socket(), "GET", "/metrics", "").body;
+    let value = page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok());
+    value.must(&format!("{name} in {page}"))
+}
+
+/// How many peers of h1 are in a state, by its metrics.
+fn counted(story: &Story, state: Reach) -> f64 {
+    sample(story, &format!("overlayd_mesh_peers{{state=\"{}\"}}", state.word()))
+}
+
 async fn becomes(story: &Story, what: &str, holds: impl Fn(&Matrix) -> bool) -> Matrix {
     eventually(what, ROUNDS, || {
         let matrix = mesh(story);
@@ -53,6 +65,16 @@ async fn faults_are_told_apart() {
     let matrix = becomes(&story, "everyone reaches everyone", all_well).await;
     assert_eq!(matrix.hosts, ["h1", "h2", "h3"]);
     assert!(matrix.paths.iter().all(|p| p.found.overlay.mean_micros.is_some() && p.found.underlay.mean_micros.is_some()));
+    eventually("the metrics say the same", ROUNDS, || {
+        let (well, probing) = (counted(&story, Reach::Ok), sample(&story, "overlayd_mesh_probing"));
+        if (well, probing) == (4.0, 1.0) { Ok(()) } else { Err(format!("{well} {probing}")) }
+    })
+    .await;
+    for way in ["overlay", "underlay"] {
+        assert!(sample(&story, &format!("overlayd_mesh_round_trip_seconds_count{{way=\"{way}\"}}")) >= 4.0, "{way}");
+        let worst = sample(&story, &format!("overlayd_mesh_worst_round_trip_seconds{{way=\"{way}\"}}"));
+        assert!(worst > 0.0 && worst < 2.0, "{way}: {worst} s");
+    }
     // The same over TCP, which the other hosts' agents are asked by.
     let over_tcp: Matrix = story.ctl("h1", &["-o", "json", "mesh", "--port", "9780"]).exits(0).json();
     assert_eq!((over_tcp.hosts.len(), over_tcp.missing.len()), (3, 0), "{over_tcp:#?}");
@@ -70,6 +92,13 @@ async fn faults_are_told_apart() {
     })
     .await;
     assert_eq!(matrix.paths[0].found.state, Reach::OverlayDown, "the worst is first");
+    // Another round may have gone by since.
+    eventually("the metrics say the same", ROUNDS, || {
+        let states = [Reach::OverlayDown, Reach::Ok].map(|state| counted(&story, state));
+        if states == [2.0, 2.0] { Ok(()) } else { Err(format!("{states:?}")) }
+    })
+    .await;
+    assert!(sample(&story, "overlayd_mesh_lost_probes_total{way=\"overlay\"}") >= 4.0);
     story.ctl("h1", &["mesh"]).exits(3);
     let now: Matrix = story.ctl("h1", &["-o", "json", "ping-mesh"]).exits(3).json();
     assert_eq!((states(&now, "h1", "h2"), states(&now, "h1", "h3")), (vec![Reach::OverlayDown; 2], vec![Reach::Ok; 2]));
@@ -109,6 +138,7 @@ async fn faults_are_told_apart() {
     })
     .await;
     let path = matrix.paths.iter().find(|p| p.from == "h1" && p.found.host.as_deref() == Some("h3")).must("h3");
+    assert_eq!((counted(&story, Reach::Unreachable), counted(&story, Reach::Unknown)), (0.0, 0.0), "what has gone is no peer");
     assert!(path.says.contains("its lease ended") && matrix.missing.len() == 1, "{matrix:#?}");
 }
 
@@ -135,6 +165,7 @@ async fn switched_off_nothing_is_sent() {
     let story = pair("0s").await;
     let said = story.ctl("h1", &["mesh"]).exits(3).out;
     assert!(said.contains("switched off"), "{said}");
+    assert_eq!(sample(&story, "overlayd_mesh_probing"), 0.0);
     let before = sent(&story, "h1");
     let probed: Matrix = story.ctl("h1", &["-o", "json", "ping-mesh", "--count", "2"]).exits(0).json();
     assert_eq!(states(&probed, "h1", "h2"), [Reach::Ok]);

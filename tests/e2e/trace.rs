@@ -232,7 +232,7 @@ async fn packets_are_watched() {
             "{live:#?}"
         );
         assert!(at("reply", "eth0", "in VXLAN from") && at("reply", tunnel, "in"), "{live:#?}");
-        assert!(live.rules.iter().any(|s| s.place == "inet overlayd forward" && s.what.ends_with("accept")), "{live:#?}");
+        assert!(live.rules.iter().any(|s| s.place == "inet overlayd incoming" && s.what.ends_with("accept")), "{live:#?}");
     }
     // A rule that no look at the tables can judge, and that drops each packet.
     let far = address(&story, "h2-c1", Family::V4).await.to_string();

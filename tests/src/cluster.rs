@@ -30,29 +30,39 @@ pub async fn up(change: impl FnOnce(&mut LabOptions)) -> Story {
         options.etcd = MEMBERS.map(|member| url(member, layout::ETCD_PORT)).to_vec();
     })
     .await;
-    let switch = Setup::open(&story.inside("net")).must("the switch");
     for member in MEMBERS {
-        let netns = Netns::create(&story.layout().namespace(&name(member))).must("a member's namespace");
-        let at = "a member's wire";
-        switch.add_veth(&name(member), underlay::WIRE, &netns).await.must(at);
-        switch.set_master(&name(member), underlay::SWITCH).await.must(at);
-        switch.set_up(&name(member)).await.must(at);
-        let own = Setup::open(&netns).must(at);
-        own.add_address(underlay::WIRE, IpNetwork::new(address(member).into(), 16).must("an address")).await.must(at);
-        own.set_up("lo").await.must(at);
-        own.set_up(underlay::WIRE).await.must(at);
+        wire(&story, &name(member), address(member)).await;
         start(&story, member);
     }
     healthy(&story, &MEMBERS).await;
-    lab::etcd::configure(&story).await.must("write the network's configuration");
+    begin(&story, agents).await;
+    story
+}
+
+/// Writes the network's configuration by what the agents are told to use as etcd, and where it is wished starts them.
+pub(crate) async fn begin(story: &Story, agents: bool) {
+    lab::etcd::configure(story).await.must("write the network's configuration");
     if agents {
         for host in story.hosts() {
             host.agent_start(&[]).must("start");
         }
         story.mesh().await;
-        container::attach_all(&story).await.must("attach the containers");
+        container::attach_all(story).await.must("attach the containers");
     }
-    story
+}
+
+/// Makes a namespace with a wire to the underlay's switch, for a program that serves the hosts.
+pub(crate) async fn wire(story: &Story, name: &str, address: [u8; 4]) {
+    let at = "a server's wire";
+    let switch = Setup::open(&story.inside("net")).must("the switch");
+    let netns = Netns::create(&story.layout().namespace(name)).must("a server's namespace");
+    switch.add_veth(name, underlay::WIRE, &netns).await.must(at);
+    switch.set_master(name, underlay::SWITCH).await.must(at);
+    switch.set_up(name).await.must(at);
+    let own = Setup::open(&netns).must(at);
+    own.add_address(underlay::WIRE, IpNetwork::new(address.into(), 16).must("an address")).await.must(at);
+    own.set_up("lo").await.must(at);
+    own.set_up(underlay::WIRE).await.must(at);
 }
 
 /// The namespace of a member, as the lab names it.
@@ -65,7 +75,8 @@ pub fn address(member: u8) -> [u8; 4] {
     [10, 99, 0, 10 + member]
 }
 
-fn url(member: u8, port: u16) -> String {
+/// Where a member answers on that port.
+pub fn url(member: u8, port: u16) -> String {
     let [a, b, c, d] = address(member);
     format!("http://{a}.{b}.{c}.{d}:{port}")
 }
@@ -76,13 +87,7 @@ pub fn start(lab: &Lab, member: u8) {
     let dir = lab.dir().join(name(member));
     std::fs::create_dir_all(&dir).must("a member's directory");
     let mut command = Command::new(lab::etcd::program().must("etcd"));
-    for (variable, _) in std::env::vars_os().filter(|(n, _)| n.to_string_lossy().starts_with("ETCD_")) {
-        command.env_remove(variable);
-    }
-    if cfg!(not(target_arch = "x86_64")) {
-        // etcd 3.4 asks for this word of consent on every other architecture.
-        command.env("ETCD_UNSUPPORTED_ARCH", if cfg!(target_arch = "aarch64") { "arm64" } else { std::env::consts::ARCH });
-    }
+    clean(&mut command);
     let all: Vec<String> = MEMBERS.iter().map(|m| format!("{}={}", name(*m), url(*m, PEER))).collect();
     let own = url(member, layout::ETCD_PORT);
     command.args(["--name", &name(member), "--logger", "zap", "--log-outputs", "stderr"]);
@@ -94,6 +99,17 @@ pub fn start(lab: &Lab, member: u8) {
     command.args(["--initial-cluster", &all.join(","), "--initial-cluster-state", "new"]);
     let netns = lab.netns(&name(member)).must("a member's namespace");
     process::start(command, Some(&netns), &dir.join("etcd.log"), &record(lab, member)).must("start a member");
+}
+
+/// Takes away what the caller's environment would tell a program of etcd's.
+pub(crate) fn clean(command: &mut Command) {
+    for (variable, _) in std::env::vars_os().filter(|(n, _)| n.to_string_lossy().starts_with("ETCD_")) {
+        command.env_remove(variable);
+    }
+    if cfg!(not(target_arch = "x86_64")) {
+        // etcd 3.4 asks for this word of consent on every other architecture.
+        command.env("ETCD_UNSUPPORTED_ARCH", if cfg!(target_arch = "aarch64") { "arm64" } else { std::env::consts::ARCH });
+    }
 }
 
 fn record(lab: &Lab, member: u8) -> std::path::PathBuf {

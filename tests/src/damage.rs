@@ -30,7 +30,7 @@ pub const ALL: [Damage; 23] = [
     damage("addresses of the bridge deleted", "addresses -4 ovb.1; addresses -6 ovb.1"),
     damage("table deleted", "nft delete table inet overlayd"),
     damage("all rules deleted", "nft flush ruleset"),
-    damage("a rule added in front", "nft insert rule inet overlayd forward drop"),
+    damage("a rule added in front", "nft insert rule inet overlayd incoming drop"),
     damage("forwarding off", "echo 0 >/proc/sys/net/ipv4/ip_forward"),
     damage("IPv6 forwarding off", "echo 0 >/proc/sys/net/ipv6/conf/all/forwarding"),
     damage("tunnel down", "ip link set ovx.1 down; ip link set ovx6.1 down"),

@@ -21,6 +21,15 @@ pub const IMAGE: &str = "overlay-tests";
 /// Debian's client; the search path may have another one first.
 const CLIENT: &str = "/usr/bin/docker";
 
+/// Where images and containers are, and the beginning of the directory's name; the lab's follows.
+const FILES: (&str, &str) = ("/var/tmp", "overlay-docker-");
+
+/// The beginning of the control groups' names; the lab's and the host's follow.
+const GROUPS: &str = "overlay-tests-";
+
+/// Where the control groups of version 2 are, and below it those of each controller of version 1.
+const CONTROL: &str = "/sys/fs/cgroup";
+
 /// How long containerd and dockerd may take to start, or to end.
 const START: Duration = Duration::from_secs(60);
 
@@ -62,11 +71,12 @@ impl DockerFiles {
             needs(program, package);
         }
         assert!(Path::new(CLIENT).is_file(), "{CLIENT} is not installed: apt-get install docker.io");
-        let dir = tempfile::Builder::new().prefix("overlay-docker-").tempdir_in("/var/tmp").must("a directory");
+        let lab = &lab.layout().name;
+        let dir = tempfile::Builder::new().prefix(&format!("{}{lab}-", FILES.1)).tempdir_in(FILES.0).must("a directory");
         // Without the part for Kubernetes, which opens ports.
         fs::write(dir.path().join("containerd.toml"), "version = 2\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n")
             .must("containerd's configuration");
-        DockerFiles { dir, cgroup: format!("overlay-tests-{}-{host}", lab.layout().name) }
+        DockerFiles { dir, cgroup: format!("{GROUPS}{lab}-{host}") }
     }
 
     /// Where dockerd's configuration file is to be.
@@ -101,11 +111,32 @@ impl DockerFiles {
 
 impl Drop for DockerFiles {
     fn drop(&mut self) {
-        for controller in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
-            remove_cgroup(&controller.path().join(&self.cgroup));
+        for parent in cgroup_parents() {
+            remove_cgroup(&parent.join(&self.cgroup));
         }
-        remove_cgroup(&Path::new("/sys/fs/cgroup").join(&self.cgroup));
     }
+}
+
+/// Removes what test runs that were killed have left: control groups and files of labs that are over. What is still in use stays for the next time.
+pub fn remove_left_over(is_over: impl Fn(&str) -> bool) {
+    let left = |parent: &Path, prefix: &str| -> Vec<PathBuf> {
+        let entries = fs::read_dir(parent).into_iter().flatten().flatten();
+        let over = |name: &str| name.strip_prefix(prefix)?.split_once('-').map(|(lab, _)| is_over(lab));
+        entries.filter(|entry| entry.file_name().to_str().and_then(over) == Some(true)).map(|entry| entry.path()).collect()
+    };
+    for group in cgroup_parents().iter().flat_map(|parent| left(parent, GROUPS)) {
+        remove_cgroup(&group);
+    }
+    for dir in left(Path::new(FILES.0), FILES.1) {
+        // Another test process may be at it as well.
+        let _gone_already = fs::remove_dir_all(dir);
+    }
+}
+
+/// Where groups may be.
+fn cgroup_parents() -> Vec<PathBuf> {
+    let controllers = fs::read_dir(CONTROL).into_iter().flatten().flatten().map(|entry| entry.path());
+    controllers.filter(|path| path.is_dir()).chain([PathBuf::from(CONTROL)]).collect()
 }
 
 /// Removes a group with those below it; a group goes by itself only when it is told to.

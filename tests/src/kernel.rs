@@ -200,7 +200,8 @@ pub async fn expected(host: &Host<'_>, classic: bool) -> BTreeSet<String> {
         all.insert(format!("sysctl ipv4/conf/ovb.{vni}/route_localnet {}", u8::from(published)));
     }
     let networks = lab.layout().networks;
-    all.extend(Golden { vni, port, networks, subnet, peers: &peers, endpoints: &endpoints }.lines());
+    let local = own.public_ip;
+    all.extend(Golden { vni, port, networks, subnet, local, peers: &peers, endpoints: &endpoints }.lines());
     for (family, path) in [(Family::V4, "ipv4/ip_forward"), (Family::V6, "ipv6/conf/all/forwarding")] {
         let forwards = subnet.get(family).is_some();
         let value = if forwards { "1".to_owned() } else { sysctl(lab, host.name(), path) };

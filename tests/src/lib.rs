@@ -27,6 +27,7 @@ pub mod page;
 pub mod pages;
 pub mod peers;
 pub mod programs;
+pub mod proxy;
 pub mod rules;
 pub mod shell;
 pub mod shown;

@@ -35,6 +35,8 @@ pub struct Golden<'a> {
     pub networks: PerFamily<Cidr>,
     /// The own subnet.
     pub subnet: Subnet,
+    /// The own addresses on the underlay, that peers tunnel to.
+    pub local: PerFamily<IpAddr>,
     /// The leases of peers.
     pub peers: &'a [&'a SubnetEntry],
     /// The containers of this host.
@@ -101,20 +103,30 @@ impl Golden<'_> {
                 "\tset peers{digit} {{\n\t\ttype {kind} . {kind}\n\t}}\n\tset ranges{digit} {{\n\t\ttype {kind} . {kind}\n\t\tflags interval\n\t}}\n"
             )
         });
-        text += "\tchain forward {\n\t\ttype filter hook forward priority filter; policy accept;\n";
-        text += &format!("\t\tiifname {bridge} udp dport {port} counter name \"encapsulation\" drop\n");
+        text += &format!(
+            "\tchain incoming {{\n\t\ttype filter hook prerouting priority raw; policy accept;\n\t\tudp dport {port} jump encapsulated\n"
+        );
+        if self.subnet.get(Family::V4).is_some() {
+            text += &format!(
+                "\t\tiifname != {bridge} accept
+		ip daddr 127.0.0.0/8 counter name \"loopback\" drop
+		ip saddr 127.0.0.0/8 counter name \"loopback\" drop
+	}}
+	counter loopback {{
+"
+            );
+        }
+        text += &format!("\t}}\n\tchain encapsulated {{\n\t\tiifname {bridge} counter name \"encapsulation\" drop\n");
+        for (family, address) in self.local.iter().filter(|(family, _)| self.subnet.get(*family).is_some()) {
+            text += &format!("\t\t{} daddr {address} notrack accept\n", words(family).ip);
+        }
+        text += &format!(
+            "\t}}\n\tchain outgoing {{\n\t\ttype filter hook output priority raw; policy accept;\n\t\tudp dport {port} notrack\n\t}}\n"
+        );
+        text += "\tchain overlay {\n";
         text +=
             &each(&|Words { ip, .. }, network, _| format!("\t\t{ip} saddr {network} accept\n\t\t{ip} daddr {network} accept\n"));
         text += "\t}\n";
-        if self.subnet.get(Family::V4).is_some() {
-            text += &format!(
-                "\tcounter loopback {{\n\t}}\n\tchain loopback {{
-		type filter hook prerouting priority raw; policy accept;
-		iifname {bridge} ip daddr 127.0.0.0/8 counter name \"loopback\" drop
-		iifname {bridge} ip saddr 127.0.0.0/8 counter name \"loopback\" drop
-	}}\n"
-            );
-        }
         text += "\tchain postrouting {\n\t\ttype nat hook postrouting priority srcnat; policy accept;\n";
         if self.publishes() {
             text += &each(&|Words { ip, loopback, .. }, _, own| {
@@ -290,12 +302,12 @@ const BRIDGE: &str = r#"table bridge overlayd {
 	chain guard {
 		type filter hook prerouting priority dstnat; policy accept;
 		iifname != "ove*" accept
-		meta l4proto ipv6-icmp jump nd
-		udp dport 68 counter name "dhcp" drop
-		udp dport 546 counter name "dhcp" drop
-		iifname @unchecked accept
+		meta protocol ip udp dport 68 counter name "dhcp" drop
 		iifname . ether saddr . ip saddr @source4 accept
+		meta l4proto ipv6-icmp jump nd
+		meta protocol ip6 udp dport 546 counter name "dhcp" drop
 		iifname . ether saddr . ip6 saddr @source6 accept
+		iifname @unchecked accept
 		iifname . ether saddr . arp saddr ip @source4 iifname . arp saddr ether . arp saddr ip @source4 accept
 		counter name "source" drop
 	}

@@ -11,7 +11,7 @@ use overlay_agent::model::{Endpoint, Family};
 use overlayctl::lab::{Families, Home, Host, Lab, LabGuard, LabName, LabOptions, Progress, agent, check, process};
 
 use crate::programs::{Said, needs, needs_root, overlayctl, overlayd};
-use crate::{Must, etcd, eventually, flow::Flow, kernel};
+use crate::{Must, docker, etcd, eventually, flow::Flow, kernel};
 
 /// How long an agent may take to be ready: a fraction of a second, more where twenty share two processors.
 pub const READY: Duration = Duration::from_secs(30);
@@ -275,6 +275,7 @@ pub(crate) fn prepare() {
                 let _removed = overlayctl::lab::down::down(&home.dir(&name), &name);
             }
         }
+        docker::remove_left_over(is_left_over);
     });
 }
 

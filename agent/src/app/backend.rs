@@ -205,6 +205,7 @@ impl Backend for AgentBackend {
             self.metrics.set_dropped(dropped);
         }
         self.metrics.set_endpoints(self.endpoints.list().len());
+        self.mesh.count();
         self.metrics.render()
     }
 

@@ -68,7 +68,7 @@ async fn clean_kernel(host: &HostState, failures: &mut Vec<String>) -> anyhow::R
     batch.extend(
         host.sysctls
             .iter()
-            .map(|(path, value)| (Key::Sysctl(path.clone()), Value::Sysctl(value.clone())))
+            .map(|(path, value)| (Key::Sysctl(path.clone().into()), Value::Sysctl(value.clone().into())))
             // Those of our own devices went with them.
             .filter(|(key, _)| key.device().is_none())
             .map(|(key, value)| Op::Set(key, value)),

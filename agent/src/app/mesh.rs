@@ -10,6 +10,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::kernel::echo::Echo;
+use crate::metrics::Metrics;
 use crate::model::api::{Mesh, Peers};
 use crate::model::{Family, PerFamily};
 use crate::plan::mesh::{Book, Probe};
@@ -24,11 +25,18 @@ pub(super) struct Shared {
     node: String,
     interval: Option<Duration>,
     state: Mutex<(Book, Option<String>)>,
+    metrics: Arc<Metrics>,
 }
 
 impl Shared {
-    pub(super) fn new(node: String, interval: Option<Duration>) -> Shared {
-        Shared { node, interval, state: Mutex::default() }
+    pub(super) fn new(node: String, interval: Option<Duration>, metrics: Arc<Metrics>) -> Shared {
+        Shared { node, interval, state: Mutex::default(), metrics }
+    }
+
+    /// Brings the numbers that are of this moment up to date.
+    pub(super) fn count(&self) {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        self.metrics.set_mesh(self.interval.is_some() && state.1.is_none(), state.0.summary());
     }
 
     /// This host's row.
@@ -116,8 +124,10 @@ fn send(shared: &Shared, sockets: &PerFamily<AsyncFd<Echo>>, probe: Probe) {
         Some(socket) => socket.get_ref().send(probe.address, probe.number).map_err(|error| error.to_string()),
         None => Err("no socket of its family".to_owned()),
     };
-    if let Err(error) = sent {
-        shared.with(|book| book.unsent(probe.number, error));
+    if let Err(error) = sent
+        && let Some(way) = shared.with(|book| book.unsent(probe.number, error))
+    {
+        shared.metrics.probe_lost(way);
     }
 }
 
@@ -131,7 +141,7 @@ async fn listen(shared: &Shared, sockets: &PerFamily<AsyncFd<Echo>>, pause: Dura
             () = receive(shared, sockets.get(Family::V6), now) => {}
         }
     }
-    shared.with(|book| book.expire(now()));
+    shared.with(|book| book.expire(now(), |way| shared.metrics.probe_lost(way)));
 }
 
 /// Waits for answers of one socket and takes them. Cancel-safe: nothing is awaited once one is read.
@@ -140,7 +150,11 @@ async fn receive(shared: &Shared, socket: Option<&AsyncFd<Echo>>, now: &impl Fn(
     let Ok(mut ready) = socket.readable().await else { return std::future::pending().await };
     loop {
         match socket.get_ref().receive() {
-            Ok(Some(reply)) => shared.with(|book| book.answered(reply.number, reply.from, now())),
+            Ok(Some(reply)) => {
+                if let Some((way, took)) = shared.with(|book| book.answered(reply.number, reply.from, now())) {
+                    shared.metrics.probe_answered(way, Duration::from_micros(took));
+                }
+            }
             Ok(None) => {
                 ready.clear_ready();
                 return;

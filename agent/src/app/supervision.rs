@@ -21,12 +21,12 @@ const ANSWER_WAIT: Duration = Duration::from_secs(1);
 pub(super) struct Signs {
     /// Whether the agent is ready.
     pub(super) ready: watch::Receiver<bool>,
-    /// Counts up with each turn of the reconcile loop.
+    /// Counts up with each turn of the reconcile loop; a question for the status is a turn.
     pub(super) beats: watch::Receiver<u64>,
 }
 
 /// The task: tells systemd until `stop`. The watchdog is fed only where the reconcile loop has turned since the last time, so that a loop that is
-/// stuck ends the agent, whatever its other tasks do.
+/// stuck ends the agent, whatever its other tasks do. A loop with nothing to do turns because it is asked for the status here.
 pub(super) async fn tell<B: Backend>(notifier: Arc<Notifier>, signs: Signs, backend: Arc<B>, stop: CancellationToken) {
     let ask = || async { tokio::time::timeout(ANSWER_WAIT, backend.status()).await.ok() };
     tell_with(&notifier, signs, ask, stop).await;

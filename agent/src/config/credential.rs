@@ -4,6 +4,7 @@
 //! `$CREDENTIALS_DIRECTORY/overlayd_client.key`. A name alone means the same file in the service and for root at the shell.
 
 use std::ffi::OsString;
+use std::io;
 use std::path::{Path, PathBuf};
 
 /// Where secrets are kept that the service loads.
@@ -14,6 +15,30 @@ const ID: &str = "overlayd";
 /// The file that a setting means: a path as it stands, a bare name among the credentials.
 pub(super) fn resolve(text: &str) -> PathBuf {
     resolve_in(text, std::env::var_os("CREDENTIALS_DIRECTORY"), Path::new(DIRECTORY))
+}
+
+/// What to do where the file that a setting means cannot be read; empty where the system's words have to do.
+pub(super) fn advice(text: &str, error: &io::Error) -> String {
+    advice_in(text, error.kind(), std::env::var_os("CREDENTIALS_DIRECTORY").is_some())
+}
+
+fn advice_in(text: &str, kind: io::ErrorKind, service: bool) -> String {
+    match (text.contains('/'), kind) {
+        (false, _) if service => {
+            format!(
+                "; systemd has loaded no {text} from {DIRECTORY}: put it there under this name, then `systemctl restart overlayd`"
+            )
+        }
+        (false, io::ErrorKind::NotFound) => format!("; a bare name is a file in {DIRECTORY}: put it there, or give a whole path"),
+        (true, io::ErrorKind::PermissionDenied) => {
+            format!("; the agent's user may not: put the file into {DIRECTORY} and give its bare name, `{}`", bare(text))
+        }
+        _ => String::new(),
+    }
+}
+
+fn bare(path: &str) -> &str {
+    path.rsplit_once('/').map_or(path, |(_, name)| name)
 }
 
 fn resolve_in(text: &str, loaded: Option<OsString>, directory: &Path) -> PathBuf {
@@ -28,6 +53,20 @@ fn resolve_in(text: &str, loaded: Option<OsString>, directory: &Path) -> PathBuf
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_to_do_about_a_file() {
+        use io::ErrorKind::{NotFound, PermissionDenied};
+        for (text, kind, service, words) in [
+            // The service's user cannot even look into the directory.
+            ("ca.crt", PermissionDenied, true, "systemd has loaded no ca.crt from /etc/overlayd/credentials"),
+            ("ca.crt", NotFound, false, "a bare name is a file in /etc/overlayd/credentials"),
+            ("/etc/ssl/private/a.key", PermissionDenied, true, "give its bare name, `a.key`"),
+        ] {
+            assert!(advice_in(text, kind, service).contains(words), "{text}");
+        }
+        assert_eq!(advice_in("/etc/ca.crt", NotFound, true), "");
+    }
 
     #[test]
     fn a_bare_name_is_a_credential() {

@@ -75,7 +75,14 @@ pub fn gather(matches: &ArgMatches) -> Raw {
         Err(error) if named.is_none() && error.kind() == std::io::ErrorKind::NotFound => BTreeMap::new(),
         Err(error) => {
             let place = "--config".to_owned();
-            raw.mistakes.push(Mistake { place, value: path.display().to_string(), rule: format!("cannot be read: {error}") });
+            let advice = match error.kind() {
+                std::io::ErrorKind::PermissionDenied => {
+                    format!("; the agent's user needs to read it: chmod 644 {}", path.display())
+                }
+                _ => String::new(),
+            };
+            let rule = format!("cannot be read: {error}{advice}");
+            raw.mistakes.push(Mistake { place, value: path.display().to_string(), rule });
             BTreeMap::new()
         }
     };
@@ -120,14 +127,22 @@ fn parse(text: &str, path: &Path, mistakes: &mut Vec<Mistake>) -> BTreeMap<&'sta
     };
     for (key, value) in table {
         let place = format!("{key} in {}", path.display());
-        let mut fail = |rule: String| mistakes.push(Mistake { place: place.clone(), value: value.to_string(), rule });
+        let shown = match &value {
+            // What stands in it may be a secret.
+            toml::Value::Table(_) => format!("[{key}]"),
+            other => other.to_string(),
+        };
+        let mut fail = |rule: String| mistakes.push(Mistake { place: place.clone(), value: shown.clone(), rule });
         let Some(setting) = SETTINGS.iter().find(|setting| setting.name == key) else {
             if secret::is_secret(&key) {
                 let rule = "is no setting: a secret stands in a file of its own, which etcd-password-file or etcd-keyfile names";
                 mistakes.push(Mistake { place, value: "...".to_owned(), rule: rule.to_owned() });
                 continue;
             }
-            let near = nearest(&key).map_or_else(String::new, |name| format!(": did you mean `{name}`?"));
+            let near = match &value {
+                toml::Value::Table(table) => in_a_table(&key, table),
+                _ => nearest(&key).map_or_else(String::new, |name| format!(": did you mean `{name}`?")),
+            };
             fail(format!("is no setting{near}"));
             continue;
         };
@@ -152,6 +167,13 @@ fn parse(text: &str, path: &Path, mistakes: &mut Vec<Mistake>) -> BTreeMap<&'sta
         }
     }
     values
+}
+
+/// What to write in place of a table, which no setting stands in.
+fn in_a_table(table: &str, inside: &toml::Table) -> String {
+    let meant = inside.keys().find_map(|key| nearest(&format!("{table}-{key}")).or_else(|| nearest(key)));
+    let such = meant.map_or_else(String::new, |name| format!(", as `{name} = ...`"));
+    format!(" but a table: settings stand at the top of the file, not below a line in brackets{such}")
 }
 
 /// The setting whose name is nearest, where one is near: at most two letters added, left out or changed.

@@ -227,7 +227,7 @@ pub enum EndpointError {
     },
     /// This host has no subnet yet.
     #[error(
-        "no subnet is leased yet: wait until the agent is ready (`overlayctl status --wait 30s`); `overlayctl status` says what is missing"
+        "no subnet is leased yet, or the overlay's devices are not in place: wait until the agent is ready (`overlayctl status --wait 30s`); `overlayctl status` says what is missing"
     )]
     NoSubnet,
     /// The agent is ending.

@@ -259,7 +259,7 @@ fn deletions(shared: &Shared, interface: &str, chosen: impl Fn(&Element) -> bool
         Key::Element(element @ Element::Source(_)) if element.interface() == Some(interface) => Some(element),
         _ => None,
     });
-    let unchecked = Element::Unchecked(interface.to_owned());
+    let unchecked = Element::Unchecked(interface.into());
     let is_unchecked = rules.contains_key(&Key::Element(unchecked.clone()));
     let all = sources.cloned().chain(is_unchecked.then_some(unchecked));
     all.filter(chosen).map(|element| Op::Delete(Key::Element(element), Value::Element(None))).collect()

@@ -1,5 +1,5 @@
 //! ICMP echo: requests out, replies in, over one socket a family. The kernel's own sockets for it (`IPPROTO_ICMP` datagrams, `icmp(7)`) need no
-//! capability where `net.ipv4.ping_group_range` has the group, as on every host with systemd; else a raw socket is tried (`CAP_NET_RAW`).
+//! capability where `net.ipv4.ping_group_range` has the group, as some distributions set it; else a raw socket is tried (`CAP_NET_RAW`).
 
 use std::io;
 use std::net::{IpAddr, SocketAddrV4, SocketAddrV6};

@@ -154,7 +154,7 @@ fn note_link(present: bool, link: &LinkInfo, shared: &mut Shared, foreign: &mut 
         && (*old != link.name || !present)
     {
         let before = known.drop_link(old).map(|state| Value::Link(Box::new(state)));
-        pending.changed_from(Key::Link(old.clone()), before, None);
+        pending.changed_from(Key::Link(old.clone().into()), before, None);
         pending.stale("a link of ours went away, and what was on it");
     }
     if !present {
@@ -163,7 +163,7 @@ fn note_link(present: bool, link: &LinkInfo, shared: &mut Shared, foreign: &mut 
             pending.underlay();
             // A change of ours came in between, found nothing, and forgot the link: others do not know yet.
             if is_marked(link) && !known.links.contains_key(&link.name) {
-                pending.changed(Key::Link(link.name.clone()), None);
+                pending.changed(Key::Link(link.name.clone().into()), None);
             }
         }
         return;
@@ -191,7 +191,7 @@ fn note_link(present: bool, link: &LinkInfo, shared: &mut Shared, foreign: &mut 
     }
     known.put_link(&link.name, link.index, state.clone());
     let value = |state| Value::Link(Box::new(state));
-    pending.changed_from(Key::Link(link.name.clone()), before.map(|(_, old)| value(old)), Some(value(state)));
+    pending.changed_from(Key::Link(link.name.clone().into()), before.map(|(_, old)| value(old)), Some(value(state)));
 }
 
 fn note_address(present: bool, info: &AddressInfo, known: &mut Known, foreign: &mut Foreign, pending: &mut Pending) {
@@ -238,13 +238,20 @@ fn note_netconf(body: &[u8], known: &mut Known, pending: &mut Pending) {
     let text = forwarding.to_string();
     let before = known.sysctls.insert(path.to_owned(), text.clone());
     if before.as_ref() != Some(&text) {
-        pending.changed_from(Key::Sysctl(path.to_owned()), before.map(Value::Sysctl), Some(Value::Sysctl(text)));
+        pending.changed_from(
+            Key::Sysctl(path.into()),
+            before.map(|text| Value::Sysctl(text.into())),
+            Some(Value::Sysctl(text.into())),
+        );
     }
 }
 
 fn note_entry(header: NetlinkHeader, entry: &Entry, known: &mut Known, pending: &mut Pending) {
     let present = matches!(header.message_type, libc::RTM_NEWNEIGH | RTM_NEWNEXTHOP | libc::RTM_NEWROUTE);
     match *entry {
+        // Before Linux 6.13 the kernel's core tells of each entry that is set or removed once more, behind the device's own event, and without
+        // where it leads (`rtnl_fdb_notify` in `net/core/rtnetlink.c`). A VXLAN device's own event always says it (`vxlan_fdb_info`).
+        Entry::Fdb { remote: None, .. } => return,
         Entry::Fdb { index, mac, remote, permanent } => {
             if let Some(device) = known.device(index).filter(|d| matches!(d.role, Role::Vxlan(_))) {
                 let before = known.fdb.get(&(index, mac)).copied();

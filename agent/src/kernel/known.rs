@@ -141,9 +141,11 @@ impl Known {
 
     /// Our links, addresses, sysctls and rules as a state.
     pub fn state(&self) -> State {
-        let links = self.links.iter().map(|(name, (_, link))| (Key::Link(name.clone()), Value::Link(Box::new(link.clone()))));
+        let links =
+            self.links.iter().map(|(name, (_, link))| (Key::Link(name.clone().into()), Value::Link(Box::new(link.clone()))));
         let addresses = self.addresses.iter().map(|(device, address)| (Key::Address(*device, *address), Value::Address));
-        let sysctls = self.sysctls.iter().map(|(path, text)| (Key::Sysctl(path.clone()), Value::Sysctl(text.clone())));
+        let sysctls =
+            self.sysctls.iter().map(|(path, text)| (Key::Sysctl(path.clone().into()), Value::Sysctl(text.clone().into())));
         links.chain(addresses).chain(sysctls).chain(self.rules.clone()).collect()
     }
 }

@@ -14,6 +14,7 @@ use super::objects::{self, LinkInfo};
 use super::rtnl::{Rtnl, no_link_local};
 use super::socket::{Refusal, RouteSocket};
 use super::sysctl;
+use crate::model::network::IPV6_LEAST_MTU;
 use crate::plan::OpError;
 use crate::plan::state::{LINK_ALIAS, LinkKind, LinkState, Vxlan};
 
@@ -206,7 +207,25 @@ impl Links<'_> {
             change = if wanted.up { change.up() } else { change.down() };
         }
         let changed = self.rtnl.change_link(change.build()).await;
-        changed.map_err(|e| change_advice(name, wanted, &e))
+        changed.map_err(|e| change_advice(name, wanted, &e))?;
+        if link.mtu < IPV6_LEAST_MTU && wanted.mtu >= IPV6_LEAST_MTU {
+            self.tame_ipv6(link).await?;
+        }
+        Ok(())
+    }
+
+    /// Takes from a link on which the kernel has just begun IPv6 what it then does by itself, and has done: a link-local address is there already.
+    async fn tame_ipv6(&mut self, link: &LinkInfo) -> Result<(), OpError> {
+        sysctl::write_if_there(&sysctl::accept_ra(&link.name), "0")?;
+        let change = marked(link.index, &link.name)?;
+        self.rtnl.change_link(change).await.map_err(|e| not_marked(&link.name, &e))?;
+        let switch = sysctl::disable_ipv6(&link.name);
+        if sysctl::read(&switch)?.as_deref() == Some(sysctl::OFF) {
+            // There was no IPv6 a moment ago: no address is lost but that one.
+            sysctl::write(&switch, "1")?;
+            sysctl::write(&switch, sysctl::OFF)?;
+        }
+        Ok(())
     }
 
     /// Whether frames may leave by the port that they came in by. A port that joins another bridge begins without.
@@ -276,7 +295,10 @@ fn change_advice(name: &str, wanted: &LinkState, refusal: &Refusal) -> OpError {
     let mut e = refusal.during(format!("cannot change interface {name}"));
     let remedy = match (refusal.errno, &wanted.kind) {
         (libc::EADDRINUSE, LinkKind::Vxlan(v)) => {
-            format!("; UDP port {} is taken by another program (ss -ulnp shows it): stop it or choose another port", v.port)
+            format!(
+                "; UDP port {} is taken by another program (ss -ulnp shows it): stop it, or choose another Backend.Port for the network, which all hosts share",
+                v.port
+            )
         }
         (libc::EINVAL, LinkKind::Vxlan(_)) => format!(
             "; is MTU {} more than the external interface's MTU allows? VXLAN needs 50 bytes over IPv4 and 70 over IPv6",

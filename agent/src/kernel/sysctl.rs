@@ -23,6 +23,11 @@ pub fn addr_gen_mode(interface: &str) -> String {
     format!("ipv6/conf/{interface}/addr_gen_mode")
 }
 
+/// Whether an interface is without IPv6; switched on, all its addresses go.
+pub fn disable_ipv6(interface: &str) -> String {
+    format!("ipv6/conf/{interface}/disable_ipv6")
+}
+
 /// Whether packets from and to 127.0.0.0/8 may pass an interface.
 pub fn route_localnet(interface: &str) -> String {
     format!("ipv4/conf/{interface}/route_localnet")
@@ -56,9 +61,13 @@ fn put(path: &str, value: &str) -> Result<(), OpError> {
 /// The value of what is switched off.
 pub const OFF: &str = "0";
 
-/// Whether a sysctl that is missing is as good as switched off: the kernel has no IPv6 at all (`ipv6.disable=1`).
+/// Whether a sysctl that is missing is as good as switched off: the kernel has no IPv6 at all (`ipv6.disable=1`), or none on an interface that is
+/// there, because its MTU is below 1280 (`addrconf_notify` in `net/ipv6/addrconf.c`).
 pub fn is_moot(path: &str) -> bool {
-    path.starts_with("ipv6/") && !PathBuf::from(format!("{ROOT}/ipv6")).exists()
+    let there = |path: &str| PathBuf::from(format!("{ROOT}/{path}")).exists();
+    let Some(rest) = path.strip_prefix("ipv6/") else { return false };
+    let interface = rest.strip_prefix("conf/").and_then(|rest| rest.split_once('/')).map(|(interface, _)| interface);
+    !there("ipv6") || interface.is_some_and(|name| !there(&format!("ipv6/conf/{name}")) && there(&format!("ipv4/conf/{name}")))
 }
 
 /// Writes a value where there is such a sysctl.

@@ -24,7 +24,7 @@ use super::uapi::*;
 use super::wire::{AF_BRIDGE, NHMSG, Query, family_of};
 use crate::model::{Cidr, Device, Family, Mac, PerFamily, Role};
 use crate::plan::OpError;
-use crate::plan::ruleset::{Expr, Table};
+use crate::plan::ruleset::{Expr, OVERLAY, Table};
 
 pub use super::nft::{Book, Judgement, Place, Sight, TraceWatch, Translation, Watched};
 pub use capture::{Capture, Passage, Watchlist};
@@ -299,7 +299,7 @@ impl Look {
         let state: NftState = Nft::open()?.dump()?;
         let mut overlay = Overlay::default();
         let chains = state.ruleset(Table::Inet).map(|ruleset| ruleset.chains.as_slice()).unwrap_or_default();
-        for rule in chains.iter().filter(|chain| chain.name == "forward").flat_map(|chain| &chain.rules) {
+        for rule in chains.iter().filter(|chain| chain.name == OVERLAY).flat_map(|chain| &chain.rules) {
             if let [Expr::Source { cidr, negate: false }, Expr::Accept] = rule.exprs.as_slice() {
                 *overlay.networks.slot(cidr.family()) = Some(*cidr);
             }

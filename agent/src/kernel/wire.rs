@@ -393,7 +393,7 @@ mod tests {
         assert!(!write_set(&mut buffer, 1, 7, &Key::Nexthop(1), &Value::Address));
         let route = Key::Route("10.0.0.0/8".parse().expect("cidr"));
         assert!(!write_set(&mut buffer, 1, 7, &route, &Value::Route(Via::Foreign)));
-        assert!(!write_delete(&mut buffer, 1, 7, &Key::Link(device.name())));
+        assert!(!write_delete(&mut buffer, 1, 7, &Key::Link(device.name().into())));
         assert!(buffer.is_empty());
     }
 

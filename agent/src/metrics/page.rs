@@ -70,16 +70,23 @@ impl<const N: usize> Histogram<N> {
     /// `sum` writes the sum in the unit of the name, from the one in which it was observed.
     pub(super) fn render(&self, page: &mut Page, name: &str, help: &str, bounds: [&str; N], sum: impl FnOnce(u64) -> String) {
         page.head(name, help, "histogram");
+        self.samples(page, name, "", bounds, sum);
+    }
+
+    /// The samples alone, each with a label (`name="value"`) where it is not empty: several histograms may be one family.
+    pub(super) fn samples(&self, page: &mut Page, name: &str, label: &str, bounds: [&str; N], sum: impl FnOnce(u64) -> String) {
+        let (first, all) =
+            if label.is_empty() { (String::new(), String::new()) } else { (format!("{label},"), format!("{{{label}}}")) };
         let mut below = 0;
         for (bucket, bound) in self.buckets.iter().zip(bounds) {
             below += bucket.load(Ordering::Relaxed);
-            page.line(&format!("{name}_bucket{{le=\"{bound}\"}} {below}"));
+            page.line(&format!("{name}_bucket{{{first}le=\"{bound}\"}} {below}"));
         }
         // Read behind the buckets, and never below them: a scrape may run beside an observation.
         let count = self.count.load(Ordering::Relaxed).max(below);
-        page.line(&format!("{name}_bucket{{le=\"+Inf\"}} {count}"));
-        page.line(&format!("{name}_sum {}", sum(self.sum.load(Ordering::Relaxed))));
-        page.line(&format!("{name}_count {count}"));
+        page.line(&format!("{name}_bucket{{{first}le=\"+Inf\"}} {count}"));
+        page.line(&format!("{name}_sum{all} {}", sum(self.sum.load(Ordering::Relaxed))));
+        page.line(&format!("{name}_count{all} {count}"));
     }
 }
 

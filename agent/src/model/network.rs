@@ -46,6 +46,9 @@ pub struct VxlanConfig {
 /// flannel's default VXLAN port: Linux' own from before RFC 7348, which has 4789.
 pub const DEFAULT_PORT: u16 = 8472;
 
+/// The least MTU in bytes that IPv6 works with (RFC 8200, section 5); below it the kernel has no IPv6 on an interface.
+pub const IPV6_LEAST_MTU: u32 = 1280;
+
 /// One thing that is wrong in a configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{field}: `{value}` {rule}")]
@@ -379,8 +382,8 @@ impl Reader {
         let port = backend.number("Port", 0, u64::from(u16::MAX)).filter(|p| *p != 0);
         let mtu = backend.number("MTU", 0, 65_535).filter(|m| *m != 0);
         if let Some(mtu) = mtu.filter(|m| *m < 1350) {
-            // 1280, the least that IPv6 works with (RFC 8200 section 5), and the 70 bytes of VXLAN over IPv6.
-            backend.fail("MTU", &mtu.to_string(), "is below 1350 bytes");
+            // IPV6_LEAST_MTU and the overhead over IPv6.
+            backend.fail("MTU", &mtu.to_string(), "is below 1350 bytes: IPv6 needs 1280, and VXLAN takes up to 70");
         }
         for (name, why) in [
             ("GBP", "is not served: group policy tags are not set"),

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Cidr, Mac, PerFamily, Subnet};
+use super::{Cidr, Mac, PerFamily};
 
 /// How one family of a peer's subnet is reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,8 +20,6 @@ pub struct Reach {
 /// A peer whose lease has passed every check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Peer {
-    /// What the peer holds.
-    pub subnet: Subnet,
-    /// The way to it, per family.
+    /// What the peer holds and the way to it, per family.
     pub reach: PerFamily<Reach>,
 }

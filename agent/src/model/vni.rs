@@ -5,10 +5,10 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 /// A VXLAN network identifier: 24 bits (RFC 7348 section 5), never 0 here because Linux gives 0 a meaning of its own on collect-metadata
-/// devices.
+/// devices. Three bytes, the highest first: it stands in the name of every entry of every peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "u32", into = "u32")]
-pub struct Vni(u32);
+pub struct Vni([u8; 3]);
 
 /// A number outside 1 to 16777215.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -17,11 +17,12 @@ pub struct VniError(pub u32);
 
 impl Vni {
     /// flannel's default.
-    pub const DEFAULT: Vni = Vni(1);
+    pub const DEFAULT: Vni = Vni([0, 0, 1]);
 
     /// The number.
     pub const fn get(self) -> u32 {
-        self.0
+        let [a, b, c] = self.0;
+        u32::from_be_bytes([0, a, b, c])
     }
 }
 
@@ -29,18 +30,21 @@ impl TryFrom<u32> for Vni {
     type Error = VniError;
 
     fn try_from(value: u32) -> Result<Self, VniError> {
-        if (1..1 << 24).contains(&value) { Ok(Vni(value)) } else { Err(VniError(value)) }
+        match value.to_be_bytes() {
+            [0, a, b, c] if value != 0 => Ok(Vni([a, b, c])),
+            _ => Err(VniError(value)),
+        }
     }
 }
 
 impl From<Vni> for u32 {
     fn from(vni: Vni) -> u32 {
-        vni.0
+        vni.get()
     }
 }
 
 impl fmt::Display for Vni {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
+        self.get().fmt(f)
     }
 }

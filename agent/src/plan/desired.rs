@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 
-use super::ruleset::{Element, Rules, guard};
+use super::ruleset::{Element, Pair, Rules, guard};
 use super::state::{Key, LinkKind, LinkState, NEXTHOP_IDS, State, Value, Via, Vxlan};
 use super::underlay::Underlay;
 use crate::model::peer::Reach;
@@ -94,7 +94,7 @@ impl Host {
                     master: None,
                     hairpin: false,
                 };
-                state.insert(Key::Link(device.name()), Value::Link(Box::new(link)));
+                state.insert(Key::Link(device.name().into()), Value::Link(Box::new(link)));
             }
             if let Some(subnet) = self.subnet.get(family) {
                 state.insert(Key::Address(device, IpNetwork::from(subnet.base())), Value::Address);
@@ -113,14 +113,14 @@ impl Host {
                 }
             }
             for path in forwarding(family) {
-                state.insert(Key::Sysctl((*path).to_owned()), Value::Sysctl("1".to_owned()));
+                state.insert(Key::Sysctl((*path).into()), Value::Sysctl("1".into()));
             }
         }
         if self.families().any(|family| family == Family::V4) {
             // A port of 127.0.0.1 that leads to a container: the packet leaves with that source, and its answer comes back to it. The table has a
             // chain that keeps containers from using it for anything else.
             let path = format!("ipv4/conf/{bridge}/route_localnet");
-            state.insert(Key::Sysctl(path), Value::Sysctl(u8::from(self.publishes()).to_string()));
+            state.insert(Key::Sysctl(path.into()), Value::Sysctl(u8::from(self.publishes()).to_string().into()));
         }
         if self.publishes() && self.families().any(|family| family == Family::V6) {
             // The same for ::1: what comes back by the bridge finds the address on no other device (`ip6_route_input_lookup` in the kernel's
@@ -130,19 +130,20 @@ impl Host {
         // What we create takes no router advertisement, neither from a container nor through the tunnel; also where the network has no
         // IPv6, because the host may have it.
         for device in self.families().map(|family| Device::vxlan(family, vni)).chain([bridge]) {
-            state.insert(Key::Sysctl(format!("ipv6/conf/{device}/accept_ra")), Value::Sysctl("0".to_owned()));
+            state.insert(Key::Sysctl(format!("ipv6/conf/{device}/accept_ra").into()), Value::Sysctl("0".into()));
         }
         if self.underlay.router_advertisements && self.families().any(|family| family == Family::V6) {
             // A host that forwards ignores advertisements unless told otherwise: its default route would run out.
             let path = format!("ipv6/conf/{}/accept_ra", self.underlay.name);
-            state.insert(Key::Sysctl(path), Value::Sysctl("2".to_owned()));
+            state.insert(Key::Sysctl(path.into()), Value::Sysctl("2".into()));
         }
         let mac = Some(self.bridge_mac);
         let link = LinkState { kind: LinkKind::Bridge, mac, mtu: self.mtu(), up: true, master: None, hairpin: false };
-        state.insert(Key::Link(bridge.name()), Value::Link(Box::new(link)));
+        state.insert(Key::Link(bridge.name().into()), Value::Link(Box::new(link)));
         state.extend(self.ports.iter().flat_map(|endpoint| self.port_entries(endpoint)));
         let publishes = self.publishes();
-        let rules = Rules { network: &self.network, subnet: &self.subnet, masquerade: self.masquerade, publishes };
+        let Host { network, subnet, masquerade, .. } = self;
+        let rules = Rules { network, subnet, local: &self.underlay.local, masquerade: *masquerade, publishes };
         for ruleset in [rules.ruleset(), guard()] {
             state.insert(Key::Ruleset(ruleset.table), Value::Ruleset(Box::new(ruleset)));
         }
@@ -162,12 +163,12 @@ impl Host {
             // With br_netfilter the bridge translates by itself: what an endpoint sends to its own published port comes back by its own port.
             let hairpin = !endpoint.published.is_empty();
             let link = LinkState { kind: LinkKind::Port, mac: None, mtu, up: true, master: Some(bridge), hairpin };
-            let link = (Key::Link(port.host_interface.clone()), Value::Link(Box::new(link)));
+            let link = (Key::Link(port.host_interface.clone().into()), Value::Link(Box::new(link)));
             let own = port.addresses.iter().map(|(_, address)| *address);
             let sources = may_send(&port.host_interface, port.mac, own, endpoint.source_check);
             let sources = sources.map(|element| (Key::Element(element), Value::Element(None)));
             let published = endpoint.published.iter().flat_map(|publish| leads_to(publish, port));
-            let published = published.map(|(element, target)| (Key::Element(element), Value::Element(Some(target))));
+            let published = published.map(|(element, target)| (Key::Element(element), Value::Element(Some(Box::new(target)))));
             [link].into_iter().chain(sources).chain(published)
         })
     }
@@ -195,11 +196,8 @@ impl Host {
     fn may_tunnel(&self, family: Family, reach: &Reach) -> impl Iterator<Item = Element> {
         let Reach { subnet, public_ip, .. } = *reach;
         let usual = self.network.pools.get(family).is_some_and(|pool| pool.subnet_length == subnet.length());
-        let from = if usual {
-            Element::Peer(Box::new((public_ip, subnet.base())))
-        } else {
-            Element::Range(Box::new((public_ip, subnet.base(), subnet.last())))
-        };
+        let pair = Pair::new(public_ip, subnet.base()).filter(|_| usual);
+        let from = pair.map_or_else(|| Element::Range(Box::new((public_ip, subnet.base(), subnet.last()))), Element::Peer);
         [Some(from), (!self.masquerade).then_some(Element::Host(public_ip))].into_iter().flatten()
     }
 
@@ -238,7 +236,7 @@ pub fn may_send(
     if all.iter().any(IpAddr::is_ipv6) {
         all.push(link_local(mac));
     }
-    let unchecked = (!source_check).then(|| Element::Unchecked(interface.to_owned()));
+    let unchecked = (!source_check).then(|| Element::Unchecked(interface.into()));
     all.into_iter().map(move |address| Element::Source(Box::new((interface.to_owned(), mac, address)))).chain(unchecked)
 }
 

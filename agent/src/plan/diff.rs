@@ -152,7 +152,7 @@ impl<'a> Fates<'a> {
     /// Whether a device has another fate than to be kept. Most often none has: then it does not matter what an entry stands on.
     fn any_changes(&mut self) -> bool {
         let links = |state: &'a State| {
-            state.range(Key::Link(String::new())..).map_while(|(key, _)| matches!(key, Key::Link(_)).then_some(key))
+            state.range(Key::Link(String::new().into())..).map_while(|(key, _)| matches!(key, Key::Link(_)).then_some(key))
         };
         let devices: BTreeSet<Device> = links(self.desired).chain(links(self.actual)).filter_map(link_device).collect();
         devices.into_iter().any(|device| self.of(device) != Fate::Kept)
@@ -161,7 +161,7 @@ impl<'a> Fates<'a> {
     fn of(&mut self, device: Device) -> Fate {
         let Fates { desired, actual, known } = self;
         *known.entry(device).or_insert_with(|| {
-            let key = Key::Link(device.name());
+            let key = Key::Link(device.name().into());
             match (desired.get(&key), actual.get(&key)) {
                 (_, Some(Value::Link(found))) if matches!(found.kind, LinkKind::Foreign { .. }) => Fate::InTheWay,
                 (Some(wanted), Some(found)) if must_be_made_again(wanted, found) => Fate::MadeAgain,
@@ -234,7 +234,7 @@ fn ours(key: &Key, found: &Value) -> bool {
 /// Router advertisements are settled before forwarding is switched on, because the kernel drops default routes that came from them at that
 /// moment (`rt6_purge_dflt_routers` in `net/ipv6/route.c`). The FDB entry comes before the neighbour, so that no neighbour points to a MAC
 /// without a destination; the route comes last, because it draws the traffic. What a peer may send passes before anything is sent to it.
-fn stage(key: &Key) -> u8 {
+pub fn stage(key: &Key) -> u8 {
     match key {
         // Ports need their bridge.
         Key::Link(name) => u8::from(Device::from_name(name).is_none()),

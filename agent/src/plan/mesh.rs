@@ -29,6 +29,27 @@ pub enum Way {
     Underlay,
 }
 
+impl Way {
+    /// As a word.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Way::Overlay => "overlay",
+            Way::Underlay => "underlay",
+        }
+    }
+}
+
+/// What all probes come to.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Summary {
+    /// How many peers are reached how; those that have gone are not counted.
+    pub states: BTreeMap<Reach, u64>,
+    /// The longest of the means to a VTEP, in microseconds; 0 where nothing has answered.
+    pub worst_overlay: u64,
+    /// The same to a public IP.
+    pub worst_underlay: u64,
+}
+
 /// A probe to be sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Probe {
@@ -163,28 +184,31 @@ impl Book {
         Some(Probe { number: self.last, address })
     }
 
-    /// A probe could not be sent.
-    pub fn unsent(&mut self, number: u64, error: String) {
-        if let Some(path) = self.take(number).and_then(|(subnet, way, _)| Some(self.rows.get_mut(&subnet)?.path(way))) {
-            path.note(true);
-            path.error = Some(error);
-        }
+    /// A probe could not be sent. By which way it was, where its peer is still there.
+    pub fn unsent(&mut self, number: u64, error: String) -> Option<Way> {
+        let (subnet, way, _) = self.waiting.remove(&number)?;
+        let path = self.rows.get_mut(&subnet)?.path(way);
+        path.note(true);
+        path.error = Some(error);
+        Some(way)
     }
 
-    /// An answer came. One that nobody waits for any more is passed over, and so is one from another address than was asked.
-    pub fn answered(&mut self, number: u64, from: IpAddr, now: u64) {
-        let Some(&(subnet, way, sent)) = self.waiting.get(&number) else { return };
-        let Some(path) = self.rows.get_mut(&subnet).map(|row| row.path(way)).filter(|path| path.address == from) else { return };
+    /// An answer came. One that nobody waits for any more is passed over, and so is one from another address than was asked. By which way it came,
+    /// and how many microseconds it took.
+    pub fn answered(&mut self, number: u64, from: IpAddr, now: u64) -> Option<(Way, u64)> {
+        let &(subnet, way, sent) = self.waiting.get(&number)?;
+        let path = self.rows.get_mut(&subnet).map(|row| row.path(way)).filter(|path| path.address == from)?;
         self.waiting.remove(&number);
         let took = now.saturating_sub(sent);
         path.note(false);
         path.error = None;
         path.last = Some(took);
         path.mean = Some(path.mean.map_or(took, |mean| (mean * 7 + took) / 8));
+        Some((way, took))
     }
 
-    /// Gives up those that have waited too long.
-    pub fn expire(&mut self, now: u64) {
+    /// Gives up those that have waited too long; `lost` is told of each whose peer is still there.
+    pub fn expire(&mut self, now: u64, mut lost: impl FnMut(Way)) {
         let patience = u64::try_from(PATIENCE.as_micros()).unwrap_or(u64::MAX);
         while let Some((&number, &(subnet, way, sent))) = self.waiting.first_key_value() {
             if now.saturating_sub(sent) < patience {
@@ -193,6 +217,7 @@ impl Book {
             self.waiting.remove(&number);
             if let Some(row) = self.rows.get_mut(&subnet) {
                 row.path(way).note(true);
+                lost(way);
             }
         }
     }
@@ -215,8 +240,15 @@ impl Book {
         Mesh { node: node.to_owned(), interval_seconds: interval.as_secs(), error: None, peers }
     }
 
-    fn take(&mut self, number: u64) -> Option<(Cidr, Way, u64)> {
-        self.waiting.remove(&number)
+    /// What it comes to.
+    pub fn summary(&self) -> Summary {
+        let mut all = Summary::default();
+        for row in self.rows.values() {
+            *all.states.entry(row.state()).or_default() += 1;
+            all.worst_overlay = all.worst_overlay.max(row.overlay.mean.unwrap_or(0));
+            all.worst_underlay = all.worst_underlay.max(row.underlay.mean.unwrap_or(0));
+        }
+        all
     }
 }
 
@@ -247,7 +279,7 @@ mod tests {
                     book.answered(probe.number, probe.address, now + took);
                 }
             }
-            book.expire(now + 3_000_000);
+            book.expire(now + 3_000_000, |_| {});
         }
         book.view("me", Duration::from_secs(30))
     }
@@ -255,12 +287,16 @@ mod tests {
     #[test]
     fn the_two_faults_are_told_apart() {
         let peers = [peer(1), peer(2), peer(3), peer(4)];
-        let mesh = rounds(&mut Book::default(), &peers, 3, |address| match address.to_string().as_str() {
+        let mut book = Book::default();
+        let mesh = rounds(&mut book, &peers, 3, |address| match address.to_string().as_str() {
             "10.244.1.0" | "192.0.2.1" | "192.0.2.2" | "10.244.3.0" => Some(800),
             _ => None,
         });
         let states: Vec<Reach> = mesh.peers.iter().map(|peer| peer.state).collect();
         assert_eq!(states, [Reach::Ok, Reach::OverlayDown, Reach::UnderlaySilent, Reach::Unreachable]);
+        let summary = book.summary();
+        assert_eq!(summary.states, states.iter().map(|state| (*state, 1)).collect());
+        assert_eq!((summary.worst_overlay, summary.worst_underlay), (800, 800));
         let path = &mesh.peers[0].overlay;
         assert_eq!((path.probes, path.lost, path.last_micros, path.mean_micros), (3, 0, Some(800), Some(800)));
         assert_eq!((mesh.peers[3].overlay.probes, mesh.peers[3].overlay.lost), (3, 3));
@@ -306,9 +342,11 @@ mod tests {
         book.begin(&many, 0);
         assert_eq!(book.pause(Duration::from_secs(1)), Duration::from_millis(20));
         let probe = book.next(0).expect("a probe");
-        book.answered(probe.number, "203.0.113.1".parse().expect("ip"), 5);
+        assert_eq!(book.answered(probe.number, "203.0.113.1".parse().expect("ip"), 5), None);
         assert_eq!(book.view("me", Duration::ZERO).peers[0].overlay.probes, 0);
-        book.expire(3_000_000);
+        let mut lost = Vec::new();
+        book.expire(3_000_000, |way| lost.push(way));
+        assert_eq!(lost, [Way::Overlay]);
         book.answered(probe.number, probe.address, 3_000_001);
         assert_eq!((book.view("me", Duration::ZERO).peers[0].overlay.lost, book.is_waiting()), (1, false));
     }

@@ -14,8 +14,8 @@ use serde::{Deserialize, Serialize};
 use crate::model::{Cidr, Family};
 
 pub use guard::guard;
-pub use host::Rules;
-pub use set::{Datum, Element, SetName, Type};
+pub use host::{OVERLAY, Rules};
+pub use set::{Datum, Element, Pair, SetName, Type};
 
 /// The name of our tables, in either family.
 pub const TABLE: &str = "overlayd";
@@ -285,6 +285,8 @@ pub enum Expr {
     Jump(String),
     /// `masquerade random,fully-random`.
     Masquerade,
+    /// `notrack`: conntrack takes no notice of the packet.
+    Untrack,
     /// Something in the kernel that is none of these. Only in actual state: it makes the ruleset differ.
     Foreign,
 }

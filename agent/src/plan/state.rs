@@ -21,14 +21,14 @@ pub const NEXTHOP_IDS: std::ops::Range<u32> = 0x5600_0000..0x5700_0000;
 /// The `ifalias` of each link of ours: how we know them again.
 pub const LINK_ALIAS: &str = "overlayd";
 
-/// The name of one entry.
+/// The name of one entry. There are five a peer and family, twice: texts are boxed, so that the many others take 24 bytes.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Key {
     /// A file below `/proc/sys/net`, by its path from there: `ipv4/ip_forward`.
-    Sysctl(String),
+    Sysctl(Box<str>),
     /// A link of ours by interface name: VXLAN devices, the bridge, and the host's ends of the endpoints' veth pairs.
-    Link(String),
+    Link(Box<str>),
     /// An address on a device of ours, with its prefix length and host bits.
     Address(Device, IpNetwork),
     /// The table `inet overlayd` or `bridge overlayd`, but for what its sets hold.
@@ -47,12 +47,12 @@ pub enum Key {
     Route(Cidr),
 }
 
-/// What stands under a [`Key`]. Each kind of key has its kind of value; [`Key::fits`] tells.
+/// What stands under a [`Key`], in 24 bytes. Each kind of key has its kind of value; [`Key::fits`] tells.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Value {
     /// The text of a sysctl, without the line end.
-    Sysctl(String),
+    Sysctl(Box<str>),
     /// A link.
     Link(Box<LinkState>),
     /// An address is there or not.
@@ -60,7 +60,7 @@ pub enum Value {
     /// The rules.
     Ruleset(Box<Ruleset>),
     /// An element is there; in a map, where it leads.
-    Element(Option<SocketAddr>),
+    Element(Option<Box<SocketAddr>>),
     /// The network from and to which forwarding is accepted there.
     ForwardAccept(Cidr),
     /// The underlay address behind a MAC.
@@ -154,6 +154,9 @@ impl Vxlan {
             && Family::of(self.local) == Family::of(wanted.local)
     }
 }
+
+// Ten a peer and family: a longer variant would make each of them longer.
+const _: () = assert!(size_of::<(Key, Value)>() == 48);
 
 /// Entries by name.
 pub type State = BTreeMap<Key, Value>;

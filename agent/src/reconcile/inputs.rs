@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
-use super::{Channels, LOG_LINES, Memory, Reconciler, UNDERLAY_SETTLE, is_wholesale, merge};
+use super::{Channels, LOG_LINES, Memory, Reconciler, UNDERLAY_REST_FACTOR, UNDERLAY_SETTLE, is_wholesale, merge};
+use crate::metrics::{Source, Whole};
 use crate::model::event::{Connection, LeaseWish, OwnLease, StoreEvent};
 use crate::model::{Device, Family, NetworkConfig, PerFamily, Refusal};
 use crate::plan::desired::Host;
@@ -20,6 +21,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
 
     pub(super) fn fold_store(&mut self, event: StoreEvent) {
         self.changed = true;
+        self.metrics.events(Source::Store, 1);
         match event {
             StoreEvent::Config(None) => {
                 self.config_missing = true;
@@ -78,6 +80,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
     }
 
     pub(super) fn fold_kernel(&mut self, event: KernelEvent) {
+        self.metrics.events(Source::Kernel, if let KernelEvent::Changed(entries) = &event { entries.len() } else { 1 });
         match event {
             KernelEvent::Changed(entries) => {
                 let mut lines = 0;
@@ -95,7 +98,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 self.stale = Some(reason);
             }
             KernelEvent::Underlay => {
-                self.underlay_due.get_or_insert(Instant::now() + UNDERLAY_SETTLE);
+                self.underlay_due.get_or_insert((Instant::now() + UNDERLAY_SETTLE).max(self.underlay_not_before));
             }
         }
     }
@@ -111,7 +114,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             return false;
         }
         if let Key::Link(name) = &key {
-            self.port_lost |= !self.actual.contains_key(&key) && self.ports().contains(name);
+            self.port_lost |= !self.actual.contains_key(&key) && self.ports().iter().any(|port| **port == **name);
         }
         self.dirty.insert(key.clone());
         if was_right {
@@ -165,7 +168,11 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
     /// Looks at the host's interfaces and chooses the external one.
     pub(super) async fn look_at_underlay(&mut self) {
         self.underlay_due = None;
-        let inventory = match self.data_path.inventory().await {
+        self.metrics.read_whole(Whole::Interfaces);
+        let begun = Instant::now();
+        let read = self.data_path.inventory().await;
+        self.underlay_not_before = Instant::now() + begun.elapsed() * UNDERLAY_REST_FACTOR;
+        let inventory = match read {
             Ok(inventory) => inventory,
             Err(error) => {
                 tracing::error!(%error, "the host's interfaces cannot be read, trying again in a second");
@@ -280,7 +287,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
     }
 
     fn mac(&mut self, device: Device) -> crate::model::Mac {
-        let found = match self.actual.get(&Key::Link(device.name())) {
+        let found = match self.actual.get(&Key::Link(device.name().into())) {
             Some(Value::Link(link)) if !matches!(link.kind, LinkKind::Foreign { .. }) => link.mac,
             _ => None,
         };
@@ -355,7 +362,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         let mut judged: Vec<_> = standings.map(|(key, standing)| (key.clone(), standing)).collect();
         // In the order of their addresses most of what follows from them is in order already.
         judged.sort_by_cached_key(|(_, standing)| match standing {
-            Standing::Peer(peer) => Some(peer.subnet),
+            Standing::Peer(peer) => Some(peer.reach.map(|_, reach| reach.subnet)),
             Standing::Own | Standing::Refused(_) => None,
         });
         self.ids.reserve(judged.len());

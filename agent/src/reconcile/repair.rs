@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use rand::RngExt;
 
 use crate::model::api::{Drift, FailedOp};
+use crate::plan::diff::stage;
 use crate::plan::{Key, Op, OpError};
 
 /// The first and the longest pause before another try.
@@ -143,6 +144,12 @@ impl Repairs {
     /// What waits, for the status.
     pub(super) fn failures(&self) -> impl Iterator<Item = FailedOp> + '_ {
         self.waiting.values().map(|w| FailedOp { entry: w.entry.clone(), error: w.error.clone(), attempts: w.attempts })
+    }
+
+    /// What waits and others may wait for: an entry that stands on one that failed fails with it.
+    pub(super) fn first_failure(&self) -> Option<FailedOp> {
+        let first = self.waiting.iter().min_by_key(|(key, _)| stage(key));
+        first.map(|(_, w)| FailedOp { entry: w.entry.clone(), error: w.error.clone(), attempts: w.attempts })
     }
 
     /// Why one entry waits.

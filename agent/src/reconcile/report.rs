@@ -1,12 +1,14 @@
 //! Answers to questions: what the agent knows, in the shapes of the socket.
 
 use super::{Memory, Query, Reconciler, SubnetRow};
-use crate::model::Device;
 use crate::model::api::{
     DataPathStatus, Health, LeaseStatus, PeerEntry, Peers, Status, StoreStatus, SubnetEntry, UnderlayStatus,
 };
 use crate::model::event::{Connection, OwnLease};
+use crate::model::network::IPV6_LEAST_MTU;
 use crate::model::peer::Reach;
+use crate::model::{Device, Family};
+use crate::plan::desired::Host;
 use crate::plan::state::{State, Value, Via};
 use crate::plan::{DataPath, Key};
 
@@ -101,7 +103,10 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             });
         }
         if let Some(errors) = &self.config_errors {
-            problems.push(format!("the network's configuration under {config} is bad: {errors}"));
+            let kept = if self.network.is_some() { "; the last good one stays in force" } else { "" };
+            problems.push(format!(
+                "the network's configuration under {config} is bad: {errors}; correct it and write it with `overlayctl config set FILE`{kept}"
+            ));
         }
         problems.extend(self.underlay_error.iter().cloned());
         problems.extend(self.dump_error.as_ref().map(|error| format!("the kernel's state cannot be read: {error}")));
@@ -110,8 +115,9 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         {
             problems.push(format!("no subnet is leased: {reason}"));
         }
+        problems.extend(self.host.as_ref().and_then(mtu_too_small));
         let failed = self.repairs.failures().count();
-        if let Some(first) = self.repairs.failures().next() {
+        if let Some(first) = self.repairs.first_failure() {
             problems.push(format!("{failed} entries cannot be programmed, the first: {}: {}", first.entry, first.error));
         }
         if let Some((key, repairs)) = self.repairs.fights().next() {
@@ -199,4 +205,19 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             last_repair: keys.iter().flatten().filter_map(|key| self.repairs.last_of(key)).max(),
         }
     }
+}
+
+/// That IPv6 cannot work with the overlay's MTU: the kernel has none on such devices (RFC 8200, section 5), and refuses what stands on it.
+fn mtu_too_small(host: &Host) -> Option<String> {
+    let small = host.families().any(|family| family == Family::V6) && host.mtu() < IPV6_LEAST_MTU;
+    small.then(|| {
+        let (name, overhead) = (&host.underlay.name, host.underlay.mtu.saturating_sub(host.mtu()));
+        format!(
+            "the overlay's MTU is {}, and IPv6 needs {IPV6_LEAST_MTU}: raise the MTU of {name} (now {}) to {} or more, on every host and \
+             between them, or take IPv6 out of the network's configuration",
+            host.mtu(),
+            host.underlay.mtu,
+            IPV6_LEAST_MTU + overhead
+        )
+    })
 }

@@ -254,7 +254,7 @@ async fn a_snapshot_replaces_what_was_known() {
 async fn what_lives_on_a_device_comes_back_with_it() {
     let mut fixture = Fixture::ready([1]).await;
     let vxlan = Device::vxlan(Family::V4, Vni::DEFAULT);
-    let link = Key::Link(vxlan.name());
+    let link = Key::Link(vxlan.name().into());
     let whole = fixture.kernel.world().state.clone();
     {
         let mut world = fixture.kernel.world();
@@ -468,19 +468,33 @@ async fn who_waits_for_an_endpoint_is_told_when_all_is_done_for_it() {
 
 #[tokio::test]
 async fn the_loop_beats_while_it_turns_and_not_while_it_is_stuck() {
+    /// Long enough for a turn on a busy machine.
+    const LONG: Duration = Duration::from_secs(5);
     let mut fixture = Fixture::ready([1]).await;
     for _ in 0..2 {
         fixture.beats.mark_unchanged();
-        tokio::time::timeout(4 * PULSE, fixture.beats.changed()).await.expect("a beat with nothing to do").unwrap();
+        fixture.status().await;
+        tokio::time::timeout(LONG, fixture.beats.changed()).await.expect("a beat at a question").unwrap();
     }
     fixture.kernel.world().stuck = true;
     fixture.delete(route(1)).await;
-    // The turns until the repair begins may still beat; after it none does.
+    // The turns until the repair begins may still beat; after it none does, whoever asks.
     for _ in 0..10 {
         fixture.beats.mark_unchanged();
-        if tokio::time::timeout(2 * PULSE, fixture.beats.changed()).await.is_err() {
+        let (reply, _answer) = oneshot::channel();
+        fixture.queries.try_send(Query::Status(reply)).expect("room for a question");
+        if tokio::time::timeout(Duration::from_secs(1), fixture.beats.changed()).await.is_err() {
             return;
         }
     }
     panic!("a loop that is stuck beats on");
+}
+
+#[tokio::test]
+async fn with_nothing_to_do_the_loop_does_not_turn() {
+    let mut fixture = Fixture::ready([1]).await;
+    fixture.status().await;
+    fixture.beats.mark_unchanged();
+    let turned = tokio::time::timeout(Duration::from_secs(3), fixture.beats.changed()).await;
+    assert!(turned.is_err(), "a turn, though nothing happens");
 }

@@ -20,6 +20,23 @@ fn the_node_id_is_made_once() {
 }
 
 #[test]
+fn a_new_identity_has_new_macs() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    let device = Device::vxlan(Family::V4, Vni::DEFAULT);
+    let (id, mut host) = (state.node_id().unwrap(), HostState::default());
+    let (mac, _) = host.mac(device, None);
+    host.sysctls.insert("ipv4/ip_forward".to_owned(), "0".to_owned());
+    state.save_host(&host).unwrap();
+    assert_eq!((state.node_id().unwrap(), state.load_host().unwrap()), (id.clone(), host.clone()));
+    std::fs::remove_file(dir.path().join("node-id")).unwrap();
+    assert_ne!(state.node_id().unwrap(), id);
+    let mut copy = state.load_host().unwrap();
+    assert_eq!(copy.sysctls, host.sysctls);
+    assert_ne!(copy.mac(device, None).0, mac);
+}
+
+#[test]
 fn torn_files_are_set_aside_and_the_agent_starts() {
     let dir = tempfile::tempdir().unwrap();
     let state = StateDir::open(dir.path()).unwrap();

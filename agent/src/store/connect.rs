@@ -133,17 +133,24 @@ impl StoreConfig {
     }
 
     fn tls(&self) -> Result<TlsOptions, StoreError> {
+        let (authorities, identity) = self.tls_files()?;
+        let tls = TlsOptions::new().ca_certificate(Certificate::from_pem(authorities));
+        Ok(match identity {
+            Some((certificate, key)) => tls.identity(Identity::from_pem(certificate, key)),
+            None => tls,
+        })
+    }
+
+    /// The CAs, and where there is one the client certificate with its key; all as PEM.
+    pub(super) fn tls_files(&self) -> Result<TlsFiles, StoreError> {
         let system = PathBuf::from(SYSTEM_CAS);
         let cafile = self.cafile.as_ref().unwrap_or(&system);
-        let mut tls =
-            TlsOptions::new().ca_certificate(Certificate::from_pem(pem("etcd CA (--etcd-cafile)", cafile, "CERTIFICATE")?));
-        if let (Some(certfile), Some(keyfile)) = (&self.certfile, &self.keyfile) {
-            let certificate = pem("client certificate (--etcd-certfile)", certfile, "CERTIFICATE")?;
-            let purpose = "client certificate's key (--etcd-keyfile)";
-            let key = pem_of(read_secret(purpose, keyfile)?, purpose, keyfile, "PRIVATE KEY")?;
-            tls = tls.identity(Identity::from_pem(certificate, key));
-        }
-        Ok(tls)
+        let authorities = pem("etcd CA (--etcd-cafile)", cafile, "CERTIFICATE")?;
+        let (Some(certfile), Some(keyfile)) = (&self.certfile, &self.keyfile) else { return Ok((authorities, None)) };
+        let certificate = pem("client certificate (--etcd-certfile)", certfile, "CERTIFICATE")?;
+        let purpose = "client certificate's key (--etcd-keyfile)";
+        let key = pem_of(read_secret(purpose, keyfile)?, purpose, keyfile, "PRIVATE KEY")?;
+        Ok((authorities, Some((certificate, key))))
     }
 
     /// Whether the client certificate has expired by this host's clock. A file that cannot be read is told of elsewhere.
@@ -166,6 +173,9 @@ impl StoreConfig {
         Ok(Some((user.clone(), password.to_owned())))
     }
 }
+
+/// CAs, and a client certificate with its key.
+type TlsFiles = (Vec<u8>, Option<(Vec<u8>, Vec<u8>)>);
 
 /// A PEM file that has at least one block of this kind.
 fn pem(purpose: &'static str, path: &Path, kind: &str) -> Result<Vec<u8>, StoreError> {
@@ -191,7 +201,7 @@ fn pem_of(bytes: Vec<u8>, purpose: &'static str, path: &Path, kind: &str) -> Res
 }
 
 /// An endpoint as URL with scheme and port.
-fn normalise(endpoint: &str, tls: bool) -> Result<String, StoreError> {
+pub(super) fn normalise(endpoint: &str, tls: bool) -> Result<String, StoreError> {
     let error = |rule: &str| {
         let endpoint = crate::model::lease::printable(&secret::without_login(endpoint));
         StoreError::Endpoint { endpoint, rule: rule.to_owned() }

@@ -79,7 +79,7 @@ pub enum StoreError {
         detail: String,
     },
     /// An endpoint cannot be reached.
-    #[error("etcd {endpoint} cannot be reached: {detail}")]
+    #[error("etcd {endpoint} cannot be reached: {detail}; {}", unreachable(endpoint, detail))]
     Unreachable {
         /// The endpoint.
         endpoint: String,
@@ -87,7 +87,9 @@ pub enum StoreError {
         detail: String,
     },
     /// An endpoint does not answer in time.
-    #[error("etcd {endpoint} did not answer within {seconds} s ({what})")]
+    #[error(
+        "etcd {endpoint} did not answer within {seconds} s ({what}): it does not run, its name is unknown here, or a firewall drops its packets"
+    )]
     Timeout {
         /// The endpoint.
         endpoint: String,
@@ -226,6 +228,9 @@ const UNAUTHENTICATED: i32 = 16;
 /// How a connection looks that the server ended after it was made.
 const ENDED: [&str; 3] = ["connection closed", "broken pipe", "reset by peer"];
 
+/// The client library's own words, which say nothing to whoever reads them behind the system's.
+const NOISE: [&str; 3] = ["tcp connect error: ", "transport error: ", ": transport error"];
+
 impl Context {
     pub(super) fn who(&self) -> String {
         self.user.as_ref().map_or_else(|| "a client without a user name".to_owned(), |user| format!("user `{user}`"))
@@ -282,9 +287,11 @@ impl Context {
             // Not every server says so.
             "the client certificate of --etcd-certfile has expired: renew it, or set this host's clock right"
         } else if says("UnknownIssuer") || says("BadSignature") {
-            "its certificate is not signed by the CA of --etcd-cafile"
+            "its certificate is not signed by the CA of --etcd-cafile (by none that this host trusts, where no file is given)"
         } else if says("NotValidForName") || says("not valid for name") {
             "its certificate names other hosts: use the name in the certificate as endpoint"
+        } else if says("NotValidYet") || says("not valid yet") {
+            "its certificate is not valid yet: is this host's clock right?"
         } else if says("Expired") || says("expired") {
             "its certificate has expired: renew it, or set this host's clock right"
         } else if says("CertificateRequired") || says("certificate required") || says("BadCertificate") || says("UnknownCA") {
@@ -297,9 +304,32 @@ impl Context {
         } else if says("certificate") || says("tls") || says("TLS") || says("fatal alert") {
             "check --etcd-cafile, --etcd-certfile and --etcd-keyfile"
         } else {
-            return StoreError::Unreachable { endpoint, detail };
+            return StoreError::Unreachable { endpoint, detail: plain(&detail) };
         };
-        StoreError::Tls { endpoint, detail, remedy }
+        StoreError::Tls { endpoint, detail: plain(&detail), remedy }
+    }
+}
+
+fn plain(detail: &str) -> String {
+    NOISE.iter().fold(detail.to_owned(), |detail, noise| detail.replace(noise, ""))
+}
+
+/// What to do about an endpoint that cannot be reached, by the system's words.
+fn unreachable(endpoint: &str, detail: &str) -> String {
+    let says = |text: &str| detail.contains(text);
+    if says("refused") {
+        "nothing listens there: start etcd, or set --etcd-endpoints to where it is".to_owned()
+    } else if says("o route to host") || says("etwork is unreachable") {
+        "is the address of --etcd-endpoints right? `ip route get ADDRESS` shows this host's way there".to_owned()
+    } else if says("lookup") || says("dns error") {
+        let host = endpoint.rsplit_once("://").map_or(endpoint, |(_, rest)| rest);
+        let name = host.rsplit_once(':').map_or(host, |(name, _)| name);
+        format!("is the name of --etcd-endpoints right? `getent hosts {name}` asks as the agent does")
+    } else if endpoint.starts_with("http://") && ENDED.iter().any(|words| says(words)) {
+        "servers that speak TLS end the connection so: use an https:// endpoint, and --etcd-cafile; and etcd's client port, usually 2379"
+            .to_owned()
+    } else {
+        "does etcd run there, and is its client port open from here?".to_owned()
     }
 }
 

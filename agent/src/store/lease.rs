@@ -274,7 +274,8 @@ fn entry_with_our_address(look: &Look, wish: &LeaseWish, memory: &Memory) -> Opt
         let shared: Vec<String> = wish.public_ip.iter().map(|(_, ip)| ip.to_string()).collect();
         format!(
             "public IP {} is in use by {}, which holds {subnet}: give each host an address of its own (--public-ip), or run `overlayd \
-             cleanup` on the other one",
+             cleanup` on the other one; where that is this very host, which has lost its state directory, it takes the lease over by itself \
+             once nobody renews it",
             shared.join(", "),
             claim.holder(),
         )

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use etcd_client::{LeaseKeepAliveStream, LeaseKeeper};
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::StoreError;
@@ -51,59 +50,44 @@ pub(super) fn life(ttl: Ttl, longest: Duration, watched: Duration) -> Life {
     }
 }
 
-/// One etcd lease kept alive over one open stream.
+/// One etcd lease kept alive.
+///
+/// Each renewal has a stream of its own, for the sake of `etcd grpc-proxy`: on a stream that stays open it answers the first renewal at once, and later
+/// ones only when a third of the TTL has passed, which is eight hours (`keepAliveLoop` in etcd's `proxy/grpcproxy/lease.go`).
 pub(super) struct Renewal {
     id: i64,
-    keeper: LeaseKeeper,
-    answers: LeaseKeepAliveStream,
     ticks: tokio::time::Interval,
 }
 
 impl Renewal {
     /// Renews once and goes on in the rhythm that the lease's TTL asks for.
     pub(super) async fn start(session: &Session, id: i64, longest: Duration) -> Result<Renewal, StoreError> {
-        let (mut keeper, mut answers) =
-            match session.within("renew the lease", session.client.lease_client().keep_alive(id)).await {
-                Err(StoreError::Answer { detail, .. }) if detail.contains("lease not found") => {
-                    return Err(StoreError::LeaseGone { lease: id });
-                }
-                Err(StoreError::LeaseGone { .. }) => return Err(StoreError::LeaseGone { lease: id }),
-                other => other?,
-            };
-        let ttl = Renewal::renew(session, id, &mut keeper, &mut answers).await?;
+        Renewal::renew(session, id).await?;
+        let ttl = session.time_to_live(id).await?.ok_or(StoreError::LeaseGone { lease: id })?.granted;
         let rhythm = keep_alive_interval(ttl, longest).max(Duration::from_millis(100));
         let mut ticks = tokio::time::interval_at(Instant::now() + rhythm, rhythm);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        Ok(Renewal { id, keeper, answers, ticks })
+        Ok(Renewal { id, ticks })
     }
 
     /// Waits until it is time and renews; never ends where there is nothing to renew.
     pub(super) async fn next(renewal: &mut Option<Renewal>, session: &Session) -> Result<(), StoreError> {
-        let Some(Renewal { id, keeper, answers, ticks }) = renewal else { return std::future::pending().await };
+        let Some(Renewal { id, ticks }) = renewal else { return std::future::pending().await };
         ticks.tick().await;
-        Renewal::renew(session, *id, keeper, answers).await.map(|_| ())
+        Renewal::renew(session, *id).await
     }
 
-    /// Asks for one renewal and waits for the answer: the TTL from now on.
-    async fn renew(
-        session: &Session,
-        id: i64,
-        keeper: &mut LeaseKeeper,
-        answers: &mut LeaseKeepAliveStream,
-    ) -> Result<Duration, StoreError> {
-        let answer = session
-            .within("renew the lease", async {
-                keeper.keep_alive().await?;
-                answers.message().await
-            })
-            .await?;
-        match answer.map(|answer| u64::try_from(answer.ttl()).unwrap_or(0)) {
-            None => {
-                let detail = "the server ended the stream of renewals".to_owned();
-                Err(StoreError::Unreachable { endpoint: session.context.endpoint.clone(), detail })
+    /// Asks for one renewal and waits for the answer.
+    async fn renew(session: &Session, id: i64) -> Result<(), StoreError> {
+        let mut client = session.client.lease_client();
+        // The library opens the stream, asks once and reads one answer: dropped, the stream is closed.
+        match session.within("renew the lease", client.keep_alive(id)).await {
+            Ok(_) => Ok(()),
+            Err(StoreError::Answer { detail, .. }) if detail.contains("lease not found") => {
+                Err(StoreError::LeaseGone { lease: id })
             }
-            Some(0) => Err(StoreError::LeaseGone { lease: id }),
-            Some(seconds) => Ok(Duration::from_secs(seconds)),
+            Err(StoreError::LeaseGone { .. }) => Err(StoreError::LeaseGone { lease: id }),
+            Err(error) => Err(error),
         }
     }
 }

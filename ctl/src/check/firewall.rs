@@ -11,7 +11,8 @@ mod tests;
 
 use std::net::IpAddr;
 
-use overlay_agent::model::Family;
+use overlay_agent::model::api::{PeerEntry, Status, UnderlayStatus};
+use overlay_agent::model::{Cidr, Device, Family, Mac};
 
 use super::facts::{ToolError, not_looked_at, tool};
 use super::{Facts, Findings};
@@ -92,14 +93,16 @@ fn packets(facts: &Facts) -> Vec<(String, bool, Packet)> {
             Family::V6 => IpAddr::from([0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, 1]),
         }
     };
-    for peer in facts.peers.iter().take(PEERS) {
+    let stand_ins = if facts.peers.is_empty() { stand_ins(status, underlay) } else { Vec::new() };
+    let hurts = stand_ins.is_empty();
+    for peer in facts.peers.iter().chain(&stand_ins).take(PEERS) {
         let underlay_family = Family::of(peer.public_ip);
         let Some(own) = underlay.public_ip.get(underlay_family).copied() else { continue };
         let name = underlay.interface.as_str();
         let tunnel = format!("the tunnel's packets (UDP port {port})");
         let (there, here) = (peer.public_ip, own);
-        all.push((format!("{tunnel} from peers"), true, Packet::udp(Hook::Input, (name, ""), (there, here), (ANY_PORT, port))));
-        all.push((format!("{tunnel} to peers"), true, Packet::udp(Hook::Output, ("", name), (here, there), (ANY_PORT, port))));
+        all.push((format!("{tunnel} from peers"), hurts, Packet::udp(Hook::Input, (name, ""), (there, here), (ANY_PORT, port))));
+        all.push((format!("{tunnel} to peers"), hurts, Packet::udp(Hook::Output, ("", name), (here, there), (ANY_PORT, port))));
         let family = peer.subnet.family();
         let subnet = status.lease.as_ref().and_then(|lease| lease.subnet.get(family));
         let (Some(subnet), Some(bridge)) = (subnet, bridge.as_deref()) else { continue };
@@ -109,7 +112,7 @@ fn packets(facts: &Facts) -> Vec<(String, bool, Packet)> {
             ("containers' packets to other hosts", (bridge, peer.device.as_str()), (ours, theirs)),
             ("containers' packets from other hosts", (peer.device.as_str(), bridge), (theirs, ours)),
         ] {
-            all.push((what.to_owned(), true, Packet::tcp(Hook::Forward, interfaces, addresses, ports)));
+            all.push((what.to_owned(), hurts, Packet::tcp(Hook::Forward, interfaces, addresses, ports)));
         }
         if underlay.public_ip.get(family).is_some() {
             let packet = Packet::tcp(Hook::Forward, (bridge, name), (ours, outside(family)), ports);
@@ -117,6 +120,30 @@ fn packets(facts: &Facts) -> Vec<(String, bool, Packet)> {
         }
     }
     all
+}
+
+/// Where there is no peer yet: what one will be like, a neighbour on the underlay with a subnet of the same network. What is dropped of it is a
+/// warning only, because a rule may well accept the real ones by name.
+fn stand_ins(status: &Status, underlay: &UnderlayStatus) -> Vec<PeerEntry> {
+    let (Some(network), Some(lease)) = (&status.network, &status.lease) else { return Vec::new() };
+    let one = |(family, own): (Family, Cidr)| {
+        let public_ip = match underlay.public_ip.get(family)? {
+            IpAddr::V4(own) => IpAddr::from((u32::from(*own) ^ 1).to_be_bytes()),
+            IpAddr::V6(own) => IpAddr::from((u128::from(*own) ^ 1).to_be_bytes()),
+        };
+        let pool = network.pools.get(family)?;
+        Some(PeerEntry {
+            subnet: if pool.min == own { pool.max } else { pool.min },
+            host: None,
+            public_ip,
+            vtep: Mac([2, 0, 0, 0, 0, 1]),
+            device: Device::vxlan(family, network.vxlan.vni).name(),
+            nexthop_id: None,
+            state: String::new(),
+            last_repair: None,
+        })
+    };
+    lease.subnet.iter().filter_map(one).collect()
 }
 
 /// What to do about it, in the words of whoever wrote the rule.

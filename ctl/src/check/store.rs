@@ -3,8 +3,6 @@
 use std::time::Duration;
 
 use overlay_agent::store::{self, StoreConfig};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 use tokio::time::Instant;
 
 use super::{Facts, Findings};
@@ -15,8 +13,6 @@ const OLDEST: (u32, u32) = (3, 4);
 const SLOW: Duration = Duration::from_millis(500);
 /// Clocks may differ by that many seconds. HTTP's `Date` has whole seconds, and certificates are judged by minutes.
 const SKEW: u64 = 5;
-/// How long a server's HTTP may take.
-const HTTP_LIMIT: Duration = Duration::from_secs(5);
 
 pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
     let Some(config) = config(facts) else {
@@ -31,7 +27,7 @@ pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
     let mut dead = Vec::new();
     for endpoint in &config.endpoints {
         let one = StoreConfig { endpoints: vec![endpoint.clone()], ..config.clone() };
-        clock(endpoint, findings).await;
+        clock(&one, findings).await;
         let begun = Instant::now();
         match store::member(&one).await {
             Ok(member) => judge(endpoint, &member, begun.elapsed(), findings),
@@ -92,53 +88,18 @@ fn judge(endpoint: &str, member: &store::Member, took: Duration, findings: &mut 
     }
 }
 
-/// The server's clock beside ours, by the `Date` of its HTTP answers. Over TLS it is not asked: a clock that is wrong by more than minutes shows there as
-/// a certificate that is not valid.
-async fn clock(endpoint: &str, findings: &mut Findings) {
-    let Some(authority) = endpoint.strip_prefix("http://") else { return };
-    let Ok(Some(theirs)) = tokio::time::timeout(HTTP_LIMIT, date(authority.trim_end_matches('/'))).await else { return };
+/// The server's clock beside ours. One that cannot be asked is told of as a server that does not answer.
+async fn clock(server: &StoreConfig, findings: &mut Findings) {
+    let Ok(Some(theirs)) = store::server_clock(server).await else { return };
     let ours = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |time| time.as_secs());
     let apart = ours.abs_diff(theirs);
     if apart > SKEW {
         findings.warning(
             format!("this host's clock and that of etcd are {apart} s apart"),
-            vec![format!("{endpoint} says {theirs}, this host {ours} (seconds since 1970)")],
+            vec![format!("{} says {theirs}, this host {ours} (seconds since 1970)", server.endpoints.join(", "))],
             "let both follow the same time: systemctl status systemd-timesyncd, or chronyc tracking. Certificates and logs are judged by it",
         );
     }
-}
-
-/// Seconds since 1970 by the `Date` of an answer.
-async fn date(authority: &str) -> Option<u64> {
-    let mut stream = TcpStream::connect(authority).await.ok()?;
-    let request = format!("GET /version HTTP/1.0\r\nHost: {authority}\r\n\r\n");
-    stream.write_all(request.as_bytes()).await.ok()?;
-    let mut answer = Vec::new();
-    stream.take(64 << 10).read_to_end(&mut answer).await.ok()?;
-    let text = String::from_utf8_lossy(&answer);
-    let date = text.lines().find_map(|line| {
-        let (name, value) = line.split_once(':')?;
-        name.eq_ignore_ascii_case("date").then(|| value.trim().to_owned())
-    })?;
-    parse_date(&date)
-}
-
-/// An HTTP date in its usual form (RFC 9110, 5.6.7): `Sun, 06 Nov 1994 08:49:37 GMT`.
-fn parse_date(text: &str) -> Option<u64> {
-    const MONTHS: &str = "JanFebMarAprMayJunJulAugSepOctNovDec";
-    let words: Vec<&str> = text.split_whitespace().collect();
-    let [_, day, month, year, time, "GMT"] = words.as_slice() else { return None };
-    let month = u64::try_from(MONTHS.find(*month)? / 3 + 1).ok()?;
-    let (day, year): (u64, u64) = (day.parse().ok()?, year.parse().ok()?);
-    let parts: Vec<u64> = time.split(':').map(|part| part.parse().ok()).collect::<Option<_>>()?;
-    let [hour, minute, second] = parts.as_slice() else { return None };
-    if !(1970..=9999).contains(&year) {
-        return None;
-    }
-    // Days since 1970 in the Gregorian calendar, with March as the first month of the year.
-    let (y, m) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
-    let days = 365 * y + y / 4 - y / 100 + y / 400 + (153 * m + 2) / 5 + day - 1;
-    Some((days - 719_468) * 86_400 + hour * 3_600 + minute * 60 + second)
 }
 
 #[cfg(test)]
@@ -166,16 +127,6 @@ mod tests {
             judge("http://x:2379", &member, took, &mut findings);
             let told: Vec<String> = findings.into_found().into_iter().map(|finding| finding.summary).collect();
             assert!(if wanted.is_empty() { told.is_empty() } else { told.len() == 1 && told[0].contains(wanted) }, "{told:?}");
-        }
-    }
-
-    #[test]
-    fn dates_of_http() {
-        assert_eq!(parse_date("Sun, 06 Nov 1994 08:49:37 GMT"), Some(784_111_777));
-        assert_eq!(parse_date("Thu, 01 Jan 1970 00:00:00 GMT"), Some(0));
-        assert_eq!(parse_date("Tue, 29 Feb 2028 23:59:59 GMT"), Some(1_835_481_599));
-        for bad in ["", "Sunday, 06-Nov-94 08:49:37 GMT", "Sun, 06 Nov 1994 08:49 GMT", "x, 1 Xxx 2000 1:1:1 GMT"] {
-            assert_eq!(parse_date(bad), None, "{bad}");
         }
     }
 }

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::{CommandError, Context, Outcome};
 use crate::etcd::EtcdArgs;
-use crate::output::{Format, Style, Tone, View};
+use crate::output::{Style, Tone, View};
 
 /// The largest configuration read from a file, in bytes; etcd's own limit for a request is 1.5 MiB.
 const FILE_LIMIT: u64 = 1 << 20;
@@ -115,7 +115,7 @@ fn validate(context: &Context, file: &Path) -> Result<Outcome, CommandError> {
         Err(ConfigErrors(errors)) => ValidateView { valid: false, errors, warnings: Vec::new(), config: None },
     };
     context.printer.show(&view)?;
-    if !view.valid && context.printer.format() != Format::Table {
+    if !view.valid {
         eprintln!("overlayctl: {} is not valid", file.display());
     }
     Ok(if view.valid { Outcome::Well } else { Outcome::No })

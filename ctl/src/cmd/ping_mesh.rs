@@ -64,12 +64,12 @@ fn probe(node: &str, peers: &[PeerEntry], count: u8) -> Result<Mesh, String> {
             while Instant::now() < end {
                 receive(&mut book, &sockets, &now)?;
             }
-            book.expire(now());
+            book.expire(now(), |_| {});
         }
     }
     while book.is_waiting() {
         receive(&mut book, &sockets, &now)?;
-        book.expire(now());
+        book.expire(now(), |_| {});
     }
     // An interval, so that nobody takes it for switched off.
     Ok(book.view(node, Duration::from_secs(1)))

@@ -150,13 +150,15 @@ fn full(status: &Status, style: Style, wide: bool) -> String {
 fn store(status: &Status, style: Style) -> String {
     let store = &status.store;
     let state = if store.connected { "connected".to_owned() } else { style.paint(Tone::Bad, "not connected") };
-    let error = store.error.as_ref().map_or_else(String::new, |e| format!(": {e}"));
+    // Why is the first thing below.
     let refused = if store.refused.is_empty() { String::new() } else { format!(", {} left out", store.refused.len()) };
-    format!("{state}{error} ({} under {}), {} leases{refused}", store.endpoints.join(", "), store.prefix, store.leases)
+    format!("{state} ({} under {}), {} leases{refused}", store.endpoints.join(", "), store.prefix, store.leases)
 }
 
 fn network(status: &Status) -> String {
     match &status.network {
+        None if !status.store.connected => "not known yet".to_owned(),
+        None if !status.store.config_errors.is_empty() => "none: what is written is bad".to_owned(),
         None => "none yet: `overlayctl config set FILE` writes one".to_owned(),
         Some(network) => {
             let pools = joined(network.pools.iter().map(|(_, pool)| pool.network));

@@ -105,9 +105,10 @@ impl Walk<'_> {
         self.passage.ok(HOST, "outer route", format!("{}{via} dev {}", remote.public, self.site.name(outer.interface)));
         let around = Flow { source, destination: remote.public, protocol: UDP, port: vxlan.port };
         let inner = Packet::new(flow);
-        let packet = Packet { output: self.site.interface(outer.interface), ..Packet::tunnelled(&inner, &around, vxlan.vni) };
+        let mut packet = Packet { output: self.site.interface(outer.interface), ..Packet::tunnelled(&inner, &around, vxlan.vni) };
         let judgement = self.site.book.judge(Hook::Output, false, &packet);
         self.passage.judged(HOST, "outer rules output", &judgement)?;
+        packet.untracked = judgement.untracked;
         let judgement = self.site.book.judge(Hook::Postrouting, false, &packet);
         self.passage.judged(HOST, "outer rules postrouting", &judgement)?;
         let Some(exit) = exit else {
@@ -246,6 +247,7 @@ impl Walk<'_> {
         packet.local = Some(true);
         let judgement = self.site.book.judge(Hook::Prerouting, false, &packet);
         self.passage.judged(HOST, "outer rules prerouting", &judgement)?;
+        packet.untracked = judgement.untracked;
         let judgement = self.site.book.judge(Hook::Input, false, &packet);
         self.passage.judged(HOST, "outer rules input", &judgement)?;
         if let Some(fault) = link_fault(&device) {

@@ -200,6 +200,7 @@ impl Walk<'_> {
         let judgement = self.site.book.judge(hook, false, &packet);
         self.passage.judged(HOST, step, &judgement)?;
         let mut translated = false;
+        let untracked = judgement.untracked;
         if let Some((Translation::Destination { address, port }, place)) = &judgement.translation {
             let (address, port) = (address.unwrap_or(flow.destination), port.unwrap_or(flow.port));
             self.passage.ok(HOST, "translation", format!("destination becomes {}, by {place}", socket(address, port)));
@@ -216,7 +217,7 @@ impl Walk<'_> {
         let route = self.route(lookup)?;
         let exit = route.interface;
         let mut packet = Packet { input: self.site.interface(entry), ..Packet::new(&flow) };
-        packet.translated = translated;
+        (packet.translated, packet.untracked) = (translated, untracked);
         packet.local = Some(route.kind == "local");
         if route.kind == "local" {
             self.note_route(&flow, &route);

@@ -18,8 +18,8 @@ use overlay_agent::store::{Store, StoreConfig};
 use overlayctl::lab::layout::ETCD_PREFIX;
 use tokio_util::sync::CancellationToken;
 
-use super::fleet::Member;
 use super::limit::route_of;
+use super::member::Member;
 use super::progress;
 use super::report::{Report, Row};
 use super::rtnl::Rtnl;
@@ -56,18 +56,18 @@ pub struct JoinArguments {
 
 /// Who has seen a change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Who {
+pub(super) enum Who {
     Watcher,
     Host(usize),
 }
 
 /// A change that somebody has seen.
 #[derive(Debug, Clone, Copy)]
-struct Seen {
-    who: Who,
-    subnet: Cidr,
-    present: bool,
-    at: Instant,
+pub(super) struct Seen {
+    pub(super) who: Who,
+    pub(super) subnet: Cidr,
+    pub(super) present: bool,
+    pub(super) at: Instant,
 }
 
 /// In milliseconds; one of each a sample, of `each_*` one a host.
@@ -147,9 +147,10 @@ fn listen_and_sample(stage: &Stage, newcomers: &[Member]) -> anyhow::Result<Samp
     })
 }
 
-struct Ending<'a> {
-    over: &'a AtomicBool,
-    stop: CancellationToken,
+/// Tells the listening threads to end when it is dropped.
+pub(super) struct Ending<'a> {
+    pub(super) over: &'a AtomicBool,
+    pub(super) stop: CancellationToken,
 }
 
 impl Drop for Ending<'_> {
@@ -160,7 +161,13 @@ impl Drop for Ending<'_> {
 }
 
 /// Tells of every route that comes or goes in a namespace.
-fn listen(netns: &Netns, who: Who, sender: &SyncSender<Seen>, ready: &SyncSender<()>, over: &AtomicBool) -> anyhow::Result<()> {
+pub(super) fn listen(
+    netns: &Netns,
+    who: Who,
+    sender: &SyncSender<Seen>,
+    ready: &SyncSender<()>,
+    over: &AtomicBool,
+) -> anyhow::Result<()> {
     netns.run(|| {
         let mut socket = Rtnl::with_groups(ROUTES)?;
         socket.set_timeout(POLL)?;
@@ -188,7 +195,12 @@ fn listen(netns: &Netns, who: Who, sender: &SyncSender<Seen>, ready: &SyncSender
 }
 
 /// Tells of every lease that comes or goes, as the store hands it on.
-fn watch(netns: &Netns, sender: &SyncSender<Seen>, ready: &SyncSender<()>, stop: CancellationToken) -> anyhow::Result<()> {
+pub(super) fn watch(
+    netns: &Netns,
+    sender: &SyncSender<Seen>,
+    ready: &SyncSender<()>,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
     let store = Store::new(StoreConfig {
         endpoints: vec![format!("http://{}", etcd())],
         prefix: ETCD_PREFIX.to_owned(),

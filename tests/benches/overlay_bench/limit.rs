@@ -6,7 +6,7 @@
 use anyhow::{Context, ensure};
 use overlay_agent::model::{Cidr, Family};
 
-use super::fleet::Member;
+use super::member::Member;
 use super::rtnl::{RTM_DELNEXTHOP, RTM_GETNEXTHOP, RTM_NEWNEXTHOP, Rtnl, address, attributes, flag, octets, u32_at, write};
 use super::stats::{Begin, Cost};
 

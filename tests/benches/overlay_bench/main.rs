@@ -2,22 +2,27 @@
 //!
 //! | module | holds |
 //! | --- | --- |
-//! | `peers`, `start`, `join`, `memory`, `attach` | one measurement each |
+//! | `peers`, `start`, `join`, `churn`, `storm`, `fleet`, `memory`, `attach`, `data` | one measurement each |
 //! | `stats`, `report` | samples to medians and spreads, rows to a table or JSON |
 //! | `draw`, `chart` | reports to pictures, curves to SVG |
-//! | `fleet` | peers as leases, as the store's entries and as the kernel's |
+//! | `member` | peers as leases, as the store's entries and as the kernel's |
 //! | `rtnl`, `limit` | a minimal rtnetlink, and the raw limit made of it |
-//! | `space`, `stage`, `gateway` | a namespace, a lab full of leases, etcd's JSON gateway |
+//! | `space`, `stage` | a namespace, a lab full of leases |
+//! | `gauge` | what a process has used, what agents and etcd say of themselves |
 //!
 //! It needs root (network namespaces of its own), iproute2 and, for all but `peers`, etcd and an `overlayd` of the same profile.
 //! `docs/performance.md` shows results and how to repeat them.
 
 mod attach;
 mod chart;
+mod churn;
+mod data;
 mod draw;
 mod fleet;
+mod gauge;
 mod join;
 mod limit;
+mod member;
 mod memory;
 mod peers;
 mod report;
@@ -26,6 +31,7 @@ mod space;
 mod stage;
 mod start;
 mod stats;
+mod storm;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -54,10 +60,18 @@ enum Measurement {
     Start(start::StartArguments),
     /// A lease put into etcd, until it is a route in every host's kernel; baseline: a bare watcher
     Join(join::JoinArguments),
+    /// Leases that change all the time; baseline: a bare watcher, and the begin of the run
+    Churn(churn::ChurnArguments),
+    /// Foreign routes and links that come and go by the thousand; baseline: who makes them
+    Storm(storm::StormArguments),
+    /// Real agents by the hundred on one etcd; baseline: the smallest number of them
+    Fleet(fleet::FleetArguments),
     /// Resident memory of an agent; baseline: the same agent without peers
     Memory(memory::MemoryArguments),
     /// A container attached and detached, by the socket and by the CNI plugin; baseline: Debian's plugins bridge and host-local
     Attach(attach::AttachArguments),
+    /// What passes between containers, and what the rules cost; baseline: the hosts, a plain bridge, the same way without rules
+    Data(data::DataArguments),
     /// Pictures from what the others printed with --json
     Draw(draw::DrawArguments),
 }
@@ -110,8 +124,12 @@ fn measure(measurement: &Measurement) -> anyhow::Result<Report> {
         Measurement::Peers(arguments) => peers::measure(arguments, &mut report)?,
         Measurement::Start(arguments) => start::measure(arguments, &mut report)?,
         Measurement::Join(arguments) => join::measure(arguments, &mut report)?,
+        Measurement::Churn(arguments) => churn::measure(arguments, &mut report)?,
+        Measurement::Storm(arguments) => storm::measure(arguments, &mut report)?,
+        Measurement::Fleet(arguments) => fleet::measure(arguments, &mut report)?,
         Measurement::Memory(arguments) => memory::measure(arguments, &mut report)?,
         Measurement::Attach(arguments) => attach::measure(arguments, &mut report)?,
+        Measurement::Data(arguments) => data::measure(arguments, &mut report)?,
         Measurement::Draw(_) => {}
     }
     report.finish();

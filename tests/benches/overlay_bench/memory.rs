@@ -1,29 +1,44 @@
-//! `memory`: what a real `overlayd` keeps resident, once all its peers are in the kernel and it has come to rest.
+//! `memory`: what a real `overlayd` keeps resident, once all its peers are in the kernel and it has come to rest; how often it wakes up then, and the
+//! size of its program.
 
 use std::fs;
 use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
+use overlayctl::lab;
 
+use super::gauge::{Between, Used};
 use super::progress;
 use super::report::{Report, Row};
 use super::stage::Stage;
 
 /// How long the agent rests before it is looked at: what the start needed has been given back by then, as far as it is.
 const REST: Duration = Duration::from_secs(3);
-/// Resident size in MiB, and the number of peers for which it is the goal.
-const GOAL: (u32, f64) = (10_000, 40.0);
+/// Threads that work at the start brought about end, and memory is given back, before wake-ups are counted.
+const SETTLE: Duration = Duration::from_secs(15);
+/// The time over which wake-ups are counted.
+const MINUTE: Duration = Duration::from_secs(60);
+/// What an agent has beside what it needs for its peers is measured by itself.
+const NO_PROBES: &[&str] = &["--mesh-interval", "0s"];
+/// Resident size in MiB, for a number of peers.
+const GOALS: [(u32, f64); 2] = [(0, 12.0), (10_000, 25.0)];
+/// Wake-ups of an agent's threads in a minute at rest. Its timers are three renewals of the lease, ten pings of the connection to etcd (each answered
+/// a moment later, at which the thread wakes up again) and two looks after the endpoints.
+const WAKES_GOAL: f64 = 60.0;
 
 /// How to measure.
 #[derive(Debug, Args)]
 pub struct MemoryArguments {
     /// Number of leases beside the agent's own; may be given several times
-    #[arg(long, value_name = "N", default_values_t = [0, 1_000, 10_000])]
+    #[arg(long, value_name = "N", default_values_t = [0, 1_000, 10_000, 50_000])]
     peers: Vec<u32>,
     /// Agents started for each
     #[arg(long, value_name = "K", default_value_t = 3)]
     runs: usize,
+    /// Do not count wake-ups, which takes more than a minute for each number of leases
+    #[arg(long)]
+    no_wakes: bool,
 }
 
 /// What a process occupies, in MiB.
@@ -38,16 +53,27 @@ struct Size {
 /// Measures all sizes.
 pub fn measure(arguments: &MemoryArguments, report: &mut Report) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-    let sizes = |peers: u32| -> anyhow::Result<Vec<Size>> {
-        let run = |turn: usize| {
+    let sizes = |peers: u32| -> anyhow::Result<(Vec<Size>, Vec<Between>)> {
+        let mut all = (Vec::new(), Vec::new());
+        for turn in 0..arguments.runs {
             progress(&format!("{peers} peers: agent {} of {}", turn + 1, arguments.runs));
-            runtime.block_on(one(peers))
-        };
-        (0..arguments.runs).map(run).collect()
+            let (size, minute) = runtime.block_on(one(peers, turn == 0 && !arguments.no_wakes, NO_PROBES))?;
+            all.0.push(size);
+            all.1.extend(minute.map(|(_, between)| between));
+        }
+        Ok(all)
     };
-    let alone = sizes(0)?;
+    let probing = |peers: u32| {
+        progress(&format!("{peers} peers: an agent that probes them"));
+        runtime.block_on(one(peers, true, &[]))
+    };
+    let program = lab::agent::program(None)?;
+    #[expect(clippy::cast_precision_loss, reason = "a few million bytes")]
+    let bytes = fs::metadata(&program).with_context(|| format!("cannot look at {}", program.display()))?.len() as f64;
+    report.add(Row::new("memory", "overlayd", "size of the program", "MiB", &[bytes / f64::from(1 << 20)]));
+    let (alone, minute) = sizes(0)?;
     for peers in &arguments.peers {
-        let with_peers = if *peers == 0 { alone.clone() } else { sizes(*peers)? };
+        let (with_peers, minute) = if *peers == 0 { (alone.clone(), minute.clone()) } else { sizes(*peers)? };
         let row = |what: &str, part: fn(&Size) -> f64| {
             let (samples, baseline): (Vec<f64>, Vec<f64>) =
                 (with_peers.iter().map(part).collect(), alone.iter().map(part).collect());
@@ -55,20 +81,46 @@ pub fn measure(arguments: &MemoryArguments, report: &mut Report) -> anyhow::Resu
                 .map(|r| r.against("no peers", &samples, &baseline))
         };
         let resident = row("resident (VmRSS)", |s| s.resident);
-        report.add(if *peers == GOAL.0 { resident.map(|r| r.median_goal(GOAL.1)) } else { resident });
+        let goal = GOALS.iter().find(|(of, _)| of == peers);
+        report.add(resident.map(|r| match goal {
+            Some((_, limit)) => r.median_goal(*limit),
+            None => r,
+        }));
         report.add(row("proportional (Pss)", |s| s.proportional));
         report.add(row("private", |s| s.private));
         report.add(row("peak resident (VmHWM)", |s| s.peak));
+        let at_rest = |what: &str, unit, value: fn(&Between) -> f64| {
+            let values: Vec<f64> = minute.iter().map(value).collect();
+            Row::new("memory", &format!("{peers} peers, a minute at rest"), what, unit, &values)
+        };
+        let wakes = at_rest("wake-ups of its threads", "wake-ups", |b| f64::from(u32::try_from(b.wakes).unwrap_or(u32::MAX)));
+        report.add(wakes.map(|row| row.median_goal(WAKES_GOAL)));
+        report.add(at_rest("processor time", "ms", |b| b.processor.as_secs_f64() * 1e3));
+        if !arguments.no_wakes {
+            let (_, Some((size, minute))) = probing(*peers)? else { continue };
+            let conditions = format!("{peers} peers, a minute with probes of them");
+            let row = |what: &str, unit, value: f64| Row::new("memory", &conditions, what, unit, &[value]);
+            report.add(row("resident (VmRSS)", "MiB", size.resident));
+            report.add(row("wake-ups of its threads", "wake-ups", f64::from(u32::try_from(minute.wakes).unwrap_or(u32::MAX))));
+            report.add(row("processor time", "ms", minute.processor.as_secs_f64() * 1e3));
+        }
     }
     Ok(())
 }
 
-/// An agent of its own lab.
-async fn one(peers: u32) -> anyhow::Result<Size> {
-    let stage = Stage::new(1, peers).await?;
+/// An agent of its own lab, and where it is wished its size after a minute at rest and what it did in it.
+async fn one(peers: u32, wakes: bool, flags: &[&str]) -> anyhow::Result<(Size, Option<(Size, Between)>)> {
+    let stage = Stage::with_agents(1, peers, flags).await?;
     tokio::time::sleep(REST).await;
-    let agent = stage.lab.host("h1")?.agent().context("the agent has ended")?;
-    read(agent.pid)
+    let agent = stage.lab.host("h1")?.agent().context("the agent has ended")?.pid;
+    let size = read(agent)?;
+    if !wakes {
+        return Ok((size, None));
+    }
+    tokio::time::sleep(SETTLE).await;
+    let before = Used::now(agent)?;
+    tokio::time::sleep(MINUTE).await;
+    Ok((size, Some((read(agent)?, Used::now(agent)?.since(&before)))))
 }
 
 fn read(pid: i32) -> anyhow::Result<Size> {
@@ -86,7 +138,7 @@ fn read(pid: i32) -> anyhow::Result<Size> {
 }
 
 /// A line `Name:   123 kB`, in MiB.
-fn field(text: &str, name: &str) -> anyhow::Result<f64> {
+pub fn field(text: &str, name: &str) -> anyhow::Result<f64> {
     let rest = text.lines().find_map(|line| line.strip_prefix(name)).with_context(|| format!("there is no line {name}"))?;
     let kib: f64 = rest.trim().trim_end_matches(" kB").parse().with_context(|| format!("{name}{rest}"))?;
     Ok(kib / 1024.0)

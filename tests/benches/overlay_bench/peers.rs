@@ -21,8 +21,8 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::fleet::{Member, config, members};
 use super::limit::{Holdings, Requests};
+use super::member::{Member, config, members};
 use super::progress;
 use super::report::{Report, Row};
 use super::space::{Space, UNDERLAY};
@@ -54,7 +54,8 @@ pub struct PeersArguments {
     family: Option<Family>,
 }
 
-fn family(text: &str) -> Result<Family, String> {
+/// A family by its number.
+pub fn family(text: &str) -> Result<Family, String> {
     match text {
         "4" => Ok(Family::V4),
         "6" => Ok(Family::V6),

@@ -8,7 +8,7 @@ use overlay_agent::model::{Family, PerFamily};
 use overlayctl::lab::layout::{ETCD_PORT, ETCD_PREFIX, etcd_address};
 use overlayctl::lab::{Families, Home, Host, Lab, LabGuard, LabName, LabOptions, Progress};
 
-use super::fleet::{Member, members, network};
+use super::member::{Member, SUBNET_LENGTH, members, network};
 use overlay_tests::gateway::Gateway;
 
 /// How long the agents may take to have every peer in the data path.
@@ -28,9 +28,14 @@ pub struct Stage {
 impl Stage {
     /// Brings up hosts, etcd with so many leases beside the hosts' own, and the agents, and waits until all of it is in each kernel.
     pub async fn new(hosts: u16, peers: u32) -> anyhow::Result<Stage> {
+        Stage::with_agents(hosts, peers, &[]).await
+    }
+
+    /// The same with flags for the agents.
+    pub async fn with_agents(hosts: u16, peers: u32, flags: &[&str]) -> anyhow::Result<Stage> {
         let stage = Stage::prepared(hosts, peers).await?;
         for host in stage.lab.hosts() {
-            host.agent_start(&["--log-level", "warn"])?;
+            host.agent_start(&[&["--log-level", "warn"], flags].concat())?;
         }
         for host in stage.lab.hosts() {
             stage.settled(&host).await?;
@@ -48,6 +53,7 @@ impl Stage {
             families: Families::V4,
             networks,
             agents: false,
+            config: std::iter::once(("SubnetLen".to_owned(), SUBNET_LENGTH.into())).collect(),
             ..LabOptions::new(LabName::unique())
         };
         let lab = Lab::up(&Home::of_user(), &options, Progress::silent()).await?.guarded();

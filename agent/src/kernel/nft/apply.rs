@@ -17,6 +17,8 @@ use crate::plan::{Key, Op, OpError, State, Value};
 const TRIES: usize = 32;
 /// Elements of one transaction where no table is replaced: some 100 KB, less than any socket may send at once.
 const SPLIT: usize = 2000;
+/// Entries from which on they are taken into what is known as a whole rather than one by one.
+const WHOLESALE: usize = 1000;
 
 /// Whether an op goes through here.
 pub(in crate::kernel) fn is_rules(key: &Key) -> bool {
@@ -158,7 +160,7 @@ impl<'a> Plan<'a> {
         // What changes, by element: what is there, what shall be, and because of which op.
         let mut changes: BTreeMap<&Element, Change> = BTreeMap::new();
         let before = |key: &Key| match known.get(key) {
-            Some(Value::Element(target)) => Some(*target),
+            Some(Value::Element(target)) => Some(target.as_deref().copied()),
             _ => None,
         };
         let all_known = if replaced.is_empty() { None } else { Some(known.iter()) };
@@ -167,7 +169,7 @@ impl<'a> Plan<'a> {
                 && let Some(ruleset) = replaced.get(&element.set().table())
                 && ruleset.sets.contains(&element.set())
             {
-                changes.insert(element, Change { before: None, after: Some(*target), op: None });
+                changes.insert(element, Change { before: None, after: Some(target.as_deref().copied()), op: None });
             }
         }
         for (index, op) in taken() {
@@ -175,7 +177,7 @@ impl<'a> Plan<'a> {
             let table = element.set().table();
             let fresh = replaced.contains_key(&table) || removed.contains(&table);
             let after = match op {
-                Op::Set(_, Value::Element(target)) => Some(*target),
+                Op::Set(_, Value::Element(target)) => Some(target.as_deref().copied()),
                 _ => None,
             };
             let before = if fresh { None } else { before(op.key()) };
@@ -305,6 +307,12 @@ impl Step<'_> {
 
 /// Follows in `known` what the ops of a transaction have changed.
 fn record(ops: &[Op], failed: &BTreeMap<usize, OpError>, known: &mut State) {
+    // What was set since the last deletion: many are taken in as a whole, which leaves the tree's nodes full.
+    let mut made: Vec<(Key, Value)> = Vec::new();
+    let take_in = |made: &mut Vec<(Key, Value)>, known: &mut State| match made.len() {
+        0..WHOLESALE => known.extend(made.drain(..)),
+        _ => known.append(&mut made.drain(..).collect()),
+    };
     for (index, op) in ops.iter().enumerate() {
         if failed.contains_key(&index) {
             continue;
@@ -312,14 +320,16 @@ fn record(ops: &[Op], failed: &BTreeMap<usize, OpError>, known: &mut State) {
         match op {
             Op::Set(key, value) => {
                 if let (Key::Ruleset(table), Value::Ruleset(ruleset)) = (key, value) {
+                    take_in(&mut made, known);
                     known.retain(|key, _| match key {
                         Key::Element(element) if element.set().table() == *table => ruleset.sets.contains(&element.set()),
                         _ => true,
                     });
                 }
-                known.insert(key.clone(), value.clone());
+                made.push((key.clone(), value.clone()));
             }
             Op::Delete(key, _) => {
+                take_in(&mut made, known);
                 if let Key::Ruleset(table) = key {
                     known.retain(|key, _| !matches!(key, Key::Element(element) if element.set().table() == *table));
                 }
@@ -327,4 +337,5 @@ fn record(ops: &[Op], failed: &BTreeMap<usize, OpError>, known: &mut State) {
             }
         }
     }
+    take_in(&mut made, known);
 }

@@ -134,6 +134,7 @@ fn write_expr(w: &mut Writer, expr: &Expr, dialect: Dialect) {
         Expr::Return => verdict(w, NFT_RETURN, None),
         Expr::Jump(chain) => verdict(w, NFT_JUMP, Some(chain)),
         Expr::Masquerade => expression(w, "masq", |w| w.u32(NFTA_MASQ_FLAGS, MASQUERADE_RANDOM)),
+        Expr::Untrack => expression(w, "notrack", |_| {}),
         Expr::Foreign => {}
     }
 }

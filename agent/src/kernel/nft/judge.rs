@@ -28,9 +28,11 @@ pub struct Judgement {
     pub unless: Vec<Place>,
     /// Where it passes: rules that would drop it, if they matched.
     pub perhaps: Vec<Place>,
+    /// Whether conntrack takes no notice of it from here on.
+    pub untracked: bool,
     /// How it is translated, and where.
     pub translation: Option<(Translation, Place)>,
-    /// The base chains that it goes through, each as `inet overlayd forward`.
+    /// The base chains that it goes through, each as `inet overlayd incoming`.
     pub chains: Vec<String>,
 }
 
@@ -80,7 +82,14 @@ struct Judge<'a> {
 impl Book {
     /// Has the packet pass the chains of a hook, by their priorities. `bridge` asks for the chains that see frames, not packets.
     pub fn judge(&self, hook: Hook, bridge: bool, packet: &Packet) -> Judgement {
-        let result = Judgement { dropped: None, unless: Vec::new(), perhaps: Vec::new(), translation: None, chains: Vec::new() };
+        let result = Judgement {
+            dropped: None,
+            unless: Vec::new(),
+            perhaps: Vec::new(),
+            untracked: packet.untracked,
+            translation: None,
+            chains: Vec::new(),
+        };
         let mut judge = Judge { book: self, packet, result };
         let sees = |family: u8| match (bridge, packet.family) {
             (true, _) => family == NFPROTO_BRIDGE,
@@ -135,7 +144,7 @@ impl Judge<'_> {
     /// A chain's rules in order. `sure` is false where the jump that led here is uncertain: nothing is decided then, only noted.
     fn chain(&mut self, chain: &BookChain, depth: usize, sure: bool) -> End {
         for rule in &chain.rules {
-            let mut registers = Registers::new(self.packet, self.book, chain);
+            let mut registers = Registers::new(self.packet, self.book, chain, self.result.untracked);
             let (truth, step) = self.rule(chain, rule, &mut registers);
             let certain = sure && truth == Truth::Yes;
             match (truth, step) {
@@ -195,6 +204,10 @@ impl Judge<'_> {
                     }
                 },
                 "reject" => Some(Step::Drop),
+                "notrack" => {
+                    self.result.untracked |= truth == Truth::Yes;
+                    None
+                }
                 // In a table of both families each rule translates packets of one.
                 "nat" if number(NFTA_NAT_FAMILY).is_some_and(|family| !self.is_of(family)) => None,
                 "nat" | "masq" | "redir" => {

@@ -57,6 +57,8 @@ const NFT_CT_DIRECTION: u32 = 1;
 const NFT_CT_MARK: u32 = 3;
 /// `NF_CT_STATE_BIT(IP_CT_NEW)`.
 const STATE_NEW: u32 = 8;
+/// `NF_CT_STATE_UNTRACKED_BIT`, `linux/netfilter/nf_conntrack_common.h`.
+const STATE_UNTRACKED: u32 = 1 << 6;
 const NFTA_RANGE_SREG: u16 = 1;
 const NFTA_RANGE_OP: u16 = 2;
 const NFTA_RANGE_FROM_DATA: u16 = 3;
@@ -75,11 +77,12 @@ pub(super) struct Registers<'a> {
     packet: &'a Packet,
     book: &'a Book,
     chain: &'a BookChain,
+    untracked: bool,
 }
 
 impl<'a> Registers<'a> {
-    pub(super) fn new(packet: &'a Packet, book: &'a Book, chain: &'a BookChain) -> Registers<'a> {
-        Registers { bytes: [None; WORDS * 4], packet, book, chain }
+    pub(super) fn new(packet: &'a Packet, book: &'a Book, chain: &'a BookChain, untracked: bool) -> Registers<'a> {
+        Registers { bytes: [None; WORDS * 4], packet, book, chain, untracked }
     }
 
     /// Executes an expression that decides nothing but whether the rule matches.
@@ -103,6 +106,9 @@ impl<'a> Registers<'a> {
                 (Some(register), Some(key)) => {
                     let status = if self.packet.translated { IPS_DST_NAT } else { 0 };
                     let value = match key {
+                        NFT_CT_STATE if self.untracked => Some(STATE_UNTRACKED.to_ne_bytes().to_vec()),
+                        // There is no connection to look at: the rule ends (`nft_ct_get_eval` in net/netfilter/nft_ct.c).
+                        _ if self.untracked => return Truth::No,
                         NFT_CT_STATE => Some(STATE_NEW.to_ne_bytes().to_vec()),
                         NFT_CT_DIRECTION => Some(vec![0]),
                         NFT_CT_STATUS => Some(status.to_ne_bytes().to_vec()),
@@ -140,7 +146,7 @@ impl<'a> Registers<'a> {
                 None => Truth::Unknown,
             },
             "match" => self.xtables(data),
-            "counter" | "log" | "objref" | "notrack" | "last" | "dup" | "flow_offload" => Truth::Yes,
+            "counter" | "log" | "objref" | "last" | "dup" | "flow_offload" => Truth::Yes,
             // A limit, a quota, chance, a socket: only a packet that is sent tells.
             _ => Truth::Unknown,
         }

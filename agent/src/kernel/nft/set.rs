@@ -158,7 +158,7 @@ pub(super) fn read_elements(channel: &mut Channel, set: SetName, state: &mut Sta
         for (_, attributes) in wire::attributes(list) {
             match read_element(set, attributes) {
                 Some((element, target)) => {
-                    state.insert(Key::Element(element), Value::Element(target));
+                    state.insert(Key::Element(element), Value::Element(target.map(Box::new)));
                 }
                 None => all_ours = false,
             }
@@ -257,6 +257,7 @@ fn decode(fields: &[Type], mut bytes: &[u8]) -> Option<Vec<Datum>> {
 mod tests {
     use super::*;
     use crate::model::Transport;
+    use crate::plan::ruleset::Pair;
 
     #[test]
     fn keys_come_back() {
@@ -267,13 +268,13 @@ mod tests {
                 Family::V6 => (ip("2001:db8::1"), ip("fd00:1::"), ip("fd00:1::ffff")),
             };
             for element in [
-                Element::Peer(Box::new((a, b))),
+                Element::Peer(Pair::new(a, b).expect("one family")),
                 Element::Range(Box::new((a, b, c))),
                 Element::Host(a),
                 Element::Port(family, Transport::Sctp, 65535),
                 Element::Bound(a, Transport::Udp, 1),
                 Element::Source(Box::new(("ove0123456789a".to_owned(), Mac([2, 3, 4, 5, 6, 7]), b))),
-                Element::Unchecked("fifteen.bytes.x".to_owned()),
+                Element::Unchecked("fifteen.bytes.x".into()),
             ] {
                 let set = element.set();
                 assert_eq!(SetName::from_name(set.table(), set.name().as_bytes()), Some(set));

@@ -10,7 +10,7 @@ use std::io::Write;
 use std::process::{Command, Stdio};
 
 use super::Nft;
-use crate::model::{Family, NetworkConfig, Subnet};
+use crate::model::{Family, NetworkConfig, PerFamily, Subnet};
 use crate::plan::ruleset::{Rules, Table};
 use crate::plan::{Key, Op, Ruleset, State, Value};
 
@@ -77,7 +77,16 @@ fn subnet(network: &NetworkConfig) -> Subnet {
 
 /// The rules for a network.
 fn ruleset(network: &NetworkConfig, masquerade: bool, publishes: bool) -> Ruleset {
-    Rules { network, subnet: &subnet(network), masquerade, publishes }.ruleset()
+    let local: PerFamily<_> = network.families().map(|family| (family, local(family))).collect();
+    Rules { network, subnet: &subnet(network), local: &local, masquerade, publishes }.ruleset()
+}
+
+/// This host's address on the underlay.
+fn local(family: Family) -> std::net::IpAddr {
+    match family {
+        Family::V4 => [192, 0, 2, 3].into(),
+        Family::V6 => [0x2001, 0xdb8, 0, 0, 0, 0, 0, 3].into(),
+    }
 }
 
 /// The full ruleset of a dual-stack network.

@@ -54,7 +54,7 @@ fn plugged_twice_and_unplugged_twice() {
             assert!(outside.contains(part), "{part} in {outside}");
         }
         assert!(!outside.contains("inet"), "{outside}");
-        assert!(host.dump().await.contains_key(&Key::Link("ove1".to_owned())));
+        assert!(host.dump().await.contains_key(&Key::Link("ove1".into())));
 
         plugger.plug(&plug).await.expect("again");
         assert_eq!(look(&container.netns), inside, "nothing was made anew");

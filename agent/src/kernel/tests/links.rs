@@ -28,8 +28,8 @@ fn devices_are_made_as_wanted_and_set_again_without_a_change() {
             let others = state.keys().filter(|key| !matches!(key, Key::Sysctl(_))).count();
             assert_eq!(others, batch.len(), "{state:#?}");
             for device in [bridge(), vxlan(Family::V4), vxlan(Family::V6)] {
-                let key = Key::Sysctl(sysctl::accept_ra(&device.name()));
-                assert_eq!(state.get(&key), Some(&Value::Sysctl("0".to_owned())), "{key}");
+                let key = Key::Sysctl(sysctl::accept_ra(&device.name()).into());
+                assert_eq!(state.get(&key), Some(&Value::Sysctl("0".into())), "{key}");
             }
         }
         let shown = run("ip -d link show ovx.1");
@@ -58,7 +58,7 @@ fn a_link_is_changed_in_place_where_it_can_be() {
         settings.local = ip("10.99.0.2");
         settings.tx_checksum = false;
         host.apply(&vec![set_link(vxlan(Family::V4), wanted.clone())]).await;
-        let key = Key::Link("ovx.1".to_owned());
+        let key = Key::Link("ovx.1".into());
         assert_eq!(link_of(host.dump().await.get(&key)), wanted);
         let number = |text: &str| text.split(':').next().map(str::to_owned);
         assert_eq!(number(&before), number(&run("ip -o link show ovx.1")), "the same device");
@@ -79,16 +79,16 @@ fn a_foreign_link_of_our_name_is_refused_and_left_alone() {
         run("ip link add ovx.1 type bridge");
         run("ip link add ovb.1 type veth peer name other");
         let state = host.dump().await;
-        let stranger = link_of(state.get(&Key::Link("ovx.1".to_owned())));
+        let stranger = link_of(state.get(&Key::Link("ovx.1".into())));
         assert_eq!(stranger.kind, LinkKind::Foreign { kind: "bridge".to_owned() });
-        let unmarked = link_of(state.get(&Key::Link("ovb.1".to_owned())));
+        let unmarked = link_of(state.get(&Key::Link("ovb.1".into())));
         assert_eq!(unmarked.kind, LinkKind::Foreign { kind: "veth".to_owned() });
         let before = run("ip -d link");
         let mut batch = devices(host.underlay);
         batch.extend(removal(&batch));
         let report = host.kernel.apply(&batch).await;
         let of = |name: &str, n: usize| {
-            let named = report.failed.iter().filter(|(i, _)| batch[*i].key() == &Key::Link(name.to_owned()));
+            let named = report.failed.iter().filter(|(i, _)| batch[*i].key() == &Key::Link(name.into()));
             named.map(|(_, e)| e.message.clone()).nth(n).expect("refused")
         };
         let message = of("ovx.1", 0);
@@ -139,7 +139,7 @@ fn a_port_is_never_made_but_changed() {
     on_host("port", KernelOptions::default(), async |host| {
         host.make_devices().await;
         let port = LinkState { kind: LinkKind::Port, mac: None, mtu: 1400, up: true, master: Some(bridge()), hairpin: true };
-        let set = vec![Op::Set(Key::Link("ove0".to_owned()), Value::Link(Box::new(port.clone())))];
+        let set = vec![Op::Set(Key::Link("ove0".into()), Value::Link(Box::new(port.clone())))];
         let report = host.kernel.apply(&set).await;
         assert_eq!(report.failed[0].1.errno, libc::ENODEV);
         run("ip link add ove0 type veth peer name inner");
@@ -147,7 +147,7 @@ fn a_port_is_never_made_but_changed() {
         assert!(report.failed[0].1.message.contains("is not ours"), "{:?}", report.failed);
         run("ip link set ove0 alias overlayd");
         host.apply(&set).await;
-        let is = link_of(host.dump().await.get(&Key::Link("ove0".to_owned())));
+        let is = link_of(host.dump().await.get(&Key::Link("ove0".into())));
         assert_eq!(LinkState { mac: None, ..is }, port);
     });
 }
@@ -155,16 +155,16 @@ fn a_port_is_never_made_but_changed() {
 #[test]
 fn sysctls_are_written_where_they_differ() {
     on_host("sysctl", KernelOptions::default(), async |host| {
-        let key = Key::Sysctl(sysctl::IPV4_FORWARD.to_owned());
-        let other = Key::Sysctl("ipv4/conf/eth0/rp_filter".to_owned());
-        let set = |key: &Key, text: &str| Op::Set(key.clone(), Value::Sysctl(text.to_owned()));
+        let key = Key::Sysctl(sysctl::IPV4_FORWARD.into());
+        let other = Key::Sysctl("ipv4/conf/eth0/rp_filter".into());
+        let set = |key: &Key, text: &str| Op::Set(key.clone(), Value::Sysctl(text.into()));
         host.apply(&vec![set(&key, "1"), set(&other, "2")]).await;
         let state = host.dump().await;
-        assert_eq!(state.get(&key), Some(&Value::Sysctl("1".to_owned())));
-        assert_eq!(state.get(&other), Some(&Value::Sysctl("2".to_owned())), "what was written is read from then on");
-        assert_eq!(state.get(&Key::Sysctl(sysctl::IPV6_FORWARD.to_owned())), Some(&Value::Sysctl("0".to_owned())));
+        assert_eq!(state.get(&key), Some(&Value::Sysctl("1".into())));
+        assert_eq!(state.get(&other), Some(&Value::Sysctl("2".into())), "what was written is read from then on");
+        assert_eq!(state.get(&Key::Sysctl(sysctl::IPV6_FORWARD.into())), Some(&Value::Sysctl("0".into())));
         host.quiet().await;
-        let report = host.kernel.apply(&vec![set(&Key::Sysctl("ipv4/none".to_owned()), "1"), set(&other, "0")]).await;
+        let report = host.kernel.apply(&vec![set(&Key::Sysctl("ipv4/none".into()), "1"), set(&other, "0")]).await;
         assert_eq!(report.failed.len(), 1);
         assert_eq!(report.failed[0].0, 0);
     });

@@ -1,8 +1,13 @@
 //! What others change is reported, what we change is not.
 
+use netlink_packet_core::NetlinkHeader;
+
 use super::support::*;
 use crate::kernel::KernelOptions;
+use crate::kernel::events::{Foreign, Pending, note};
+use crate::kernel::message::messages;
 use crate::kernel::sysctl;
+use crate::kernel::wire;
 use crate::model::Family;
 use crate::plan::ruleset::Table;
 use crate::plan::state::{LinkKind, Via};
@@ -79,7 +84,7 @@ fn what_is_not_heard_of_the_fdb_is_found_afterwards() {
         run("bridge fdb add 02:66:66:66:66:66 dev ovx.1 dst 10.99.66.7 self permanent");
         // All else is heard the while.
         run("ip link set ovb.1 mtu 1301");
-        let bridge = Key::Link("ovb.1".to_owned());
+        let bridge = Key::Link("ovb.1".into());
         match host.events.recv().await.expect("an event") {
             KernelEvent::Changed(changes) => assert_eq!(changes.iter().map(|(key, _)| key).collect::<Vec<_>>(), [&bridge]),
             other => panic!("{other:?}"),
@@ -103,12 +108,47 @@ fn what_is_not_heard_of_the_fdb_is_found_afterwards() {
     });
 }
 
+/// What the core of a kernel before 6.13 tells of an FDB entry that was set or removed, behind the device's own event.
+fn core_echo(kind: u16, index: u32, key: &Key) -> (NetlinkHeader, Vec<u8>) {
+    let mut buffer = Vec::new();
+    assert!(wire::write_delete(&mut buffer, 0, index, key), "{key}");
+    let (mut header, body) = messages(&buffer).next().expect("a message");
+    header.message_type = kind;
+    header.flags = 0;
+    (header, body.to_vec())
+}
+
+#[test]
+fn what_older_kernels_say_twice_of_an_fdb_entry_is_no_news() {
+    on_host("twice", KernelOptions::default(), async |host| {
+        host.make_devices().await;
+        for family in Family::ALL {
+            let batch = peers(family, 0..1, true);
+            host.apply(&batch).await;
+            host.quiet().await;
+            let Some(fdb @ Key::Fdb(device, mac)) = batch.iter().map(Op::key).find(|key| matches!(key, Key::Fdb(..))) else {
+                panic!("an FDB entry")
+            };
+            for kind in [libc::RTM_NEWNEIGH, libc::RTM_DELNEIGH] {
+                let mut shared = host.kernel.shared.lock().await;
+                let index = shared.known.index(*device).expect("the device");
+                let (header, body) = core_echo(kind, index, fdb);
+                let mut pending = Pending::default();
+                note(header, &body, &mut shared, &mut Foreign::default(), &mut pending);
+                assert!(pending.is_empty(), "{kind}: {pending:?}");
+            }
+            run(&format!("bridge fdb del {mac} dev {device}"));
+            assert_eq!(host.changed(fdb).await, None);
+        }
+    });
+}
+
 #[test]
 fn links_and_addresses_altered_by_others() {
     on_host("linkdrift", KernelOptions::default(), async |host| {
         host.make_devices().await;
         host.quiet().await;
-        let key = Key::Link("ovx.1".to_owned());
+        let key = Key::Link("ovx.1".into());
         let mut wanted = vxlan_link(Family::V4, host.underlay);
         run("ip link set ovx.1 mtu 1300");
         wanted.mtu = 1300;
@@ -130,7 +170,7 @@ fn links_and_addresses_altered_by_others() {
         host.settle().await;
 
         run("ip link delete ovb.1");
-        assert_eq!(host.changed(&Key::Link("ovb.1".to_owned())).await, None);
+        assert_eq!(host.changed(&Key::Link("ovb.1".into())).await, None);
         host.stale("of ours went").await;
         host.settle().await;
         run("ip link delete ovx.1");
@@ -159,11 +199,11 @@ fn forwarding_switched_off_by_others() {
         host.make_devices().await;
         host.settle().await;
         for path in [sysctl::IPV4_FORWARD, sysctl::IPV6_FORWARD] {
-            let key = Key::Sysctl(path.to_owned());
-            host.apply(&vec![Op::Set(key.clone(), Value::Sysctl("1".to_owned()))]).await;
+            let key = Key::Sysctl(path.into());
+            host.apply(&vec![Op::Set(key.clone(), Value::Sysctl("1".into()))]).await;
             host.quiet().await;
             std::fs::write(format!("/proc/sys/net/{path}"), "0").expect("written");
-            assert_eq!(host.changed(&key).await, Some(Value::Sysctl("0".to_owned())));
+            assert_eq!(host.changed(&key).await, Some(Value::Sysctl("0".into())));
             host.settle().await;
         }
     });

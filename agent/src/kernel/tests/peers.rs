@@ -5,7 +5,7 @@ use crate::kernel::KernelOptions;
 use std::net::IpAddr;
 
 use crate::model::{Family, Mac, NetworkConfig, Subnet};
-use crate::plan::ruleset::{Element, Rules, Table};
+use crate::plan::ruleset::{Element, Pair, Rules, Table};
 use crate::plan::state::{NEXTHOP_IDS, Via};
 use crate::plan::{Batch, DataPath, Key, Op, State, Value};
 
@@ -114,12 +114,13 @@ fn elements_beside_entries() {
         let network = NetworkConfig::parse(r#"{"Network":"10.128.0.0/10","SubnetLen":24}"#).expect("a network").config;
         let own = network.pools.v4.and_then(|pool| pool.nth(3)).map(|cidr| (Family::V4, cidr));
         let own = Subnet::new(own.into_iter().collect()).expect("a subnet");
-        let rules = Rules { network: &network, subnet: &own, masquerade: true, publishes: false }.ruleset();
+        let local = std::iter::once((Family::V4, [192, 0, 2, 1].into())).collect();
+        let rules = Rules { network: &network, subnet: &own, local: &local, masquerade: true, publishes: false }.ruleset();
         host.apply(&vec![Op::Set(Key::Ruleset(Table::Inet), Value::Ruleset(Box::new(rules)))]).await;
         let before = entries(host.dump().await).len();
         let element = |n: u16| {
             let [a, b] = n.to_be_bytes();
-            let peer = Element::Peer(Box::new((IpAddr::from([198, 18, a, b]), IpAddr::from([10, a, b, 0]))));
+            let peer = Element::Peer(Pair::new(IpAddr::from([198, 18, a, b]), IpAddr::from([10, a, b, 0])).expect("one family"));
             // There is no such set where containers' packets are masqueraded.
             let host = Element::Host(IpAddr::from([198, 18, a, b]));
             Op::Set(Key::Element(if n == 7 { host } else { peer }), Value::Element(None))

@@ -203,7 +203,7 @@ pub fn bridge_link() -> LinkState {
 }
 
 pub fn set_link(device: Device, state: LinkState) -> Op {
-    Op::Set(Key::Link(device.name()), Value::Link(Box::new(state)))
+    Op::Set(Key::Link(device.name().into()), Value::Link(Box::new(state)))
 }
 
 /// All devices and their addresses.

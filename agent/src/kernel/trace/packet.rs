@@ -113,6 +113,8 @@ pub struct Packet {
     pub local: Option<bool>,
     /// Whether its destination was translated.
     pub translated: bool,
+    /// Whether conntrack takes no notice of it.
+    pub untracked: bool,
 }
 
 impl Packet {
@@ -129,6 +131,7 @@ impl Packet {
             output: None,
             local: None,
             translated: false,
+            untracked: false,
         }
     }
 

@@ -23,7 +23,7 @@ fn foreign_links(state: &State) -> BTreeSet<Key> {
 }
 
 fn on_foreign_link(device: Option<Device>, foreign: &BTreeSet<Key>) -> bool {
-    device.is_some_and(|device| foreign.contains(&Key::Link(device.name())))
+    device.is_some_and(|device| foreign.contains(&Key::Link(device.name().into())))
 }
 
 /// Whether nothing that the agent may do makes this entry as desired: a link of others is in the way, or an endpoint's port is gone.
@@ -44,7 +44,7 @@ fn resolve(state: &State, subnet: Cidr) -> Option<(Mac, IpAddr)> {
         Via::Gateway(device, gateway) => (*device, *gateway),
         Via::Local(_) | Via::Foreign => return None,
     };
-    let up = matches!(state.get(&Key::Link(device.name())), Some(Value::Link(link)) if link.up);
+    let up = matches!(state.get(&Key::Link(device.name().into())), Some(Value::Link(link)) if link.up);
     let Some(Value::Neigh(mac)) = state.get(&Key::Neigh(device, gateway)) else { return None };
     let Some(Value::Fdb(public_ip)) = state.get(&Key::Fdb(device, *mac)) else { return None };
     (up && gateway == subnet.base()).then_some((*mac, *public_ip))

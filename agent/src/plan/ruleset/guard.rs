@@ -17,7 +17,8 @@ const IPV6: [u8; 2] = [0x86, 0xdd];
 
 /// The ports that DHCP clients listen on: what is sent there is a server's answer, whatever port it comes from (RFC 2131 section 4.1, RFC 8415
 /// section 7.2).
-const DHCP_CLIENTS: [u16; 2] = [68, 546];
+const DHCP_CLIENT: u16 = 68;
+const DHCPV6_CLIENT: u16 = 546;
 
 /// ICMPv6 types (RFC 4861 section 4).
 const ROUTER_SOLICITATION: u8 = 133;
@@ -69,22 +70,26 @@ pub fn guard() -> Ruleset {
 }
 
 fn guard_rules() -> Vec<Rule> {
-    let mut rules = vec![
-        rule([is_not(Field::InputInterface, PORT_PREFIX.as_bytes()), Expr::Accept]),
-        rule([ipv6(), is(Field::Layer4, &ICMPV6), jump("nd")]),
-    ];
-    for port in DHCP_CLIENTS {
+    let dhcp = |ethertype: &[u8], port: u16| {
         let to = is(Field::DestinationPort, &port.to_be_bytes());
-        rules.push(rule([is(Field::Layer4, &UDP), to, Expr::Count(Counter::Dhcp), Expr::Drop]));
-    }
-    rules.push(rule([unchecked(), Expr::Accept]));
-    for (ethertype, family) in [(IPV4, Family::V4), (IPV6, Family::V6)] {
-        rules.push(rule([is(Field::Protocol, &ethertype), own(family, Field::EtherSource, Field::Source(family)), Expr::Accept]));
-    }
+        rule([is(Field::Protocol, ethertype), is(Field::Layer4, &UDP), to, Expr::Count(Counter::Dhcp), Expr::Drop])
+    };
+    let own_source = |ethertype: &[u8], family| {
+        rule([is(Field::Protocol, ethertype), own(family, Field::EtherSource, Field::Source(family)), Expr::Accept])
+    };
     let arp = |mac| own(Family::V4, mac, Field::ArpSenderAddress);
-    rules.push(rule([is(Field::Protocol, &ARP), arp(Field::EtherSource), arp(Field::ArpSenderMac), Expr::Accept]));
-    rules.push(dropped());
-    rules
+    // What passes often stands first: each match costs every packet that goes by it some 25 ns.
+    vec![
+        rule([is_not(Field::InputInterface, PORT_PREFIX.as_bytes()), Expr::Accept]),
+        dhcp(&IPV4, DHCP_CLIENT),
+        own_source(&IPV4, Family::V4),
+        rule([ipv6(), is(Field::Layer4, &ICMPV6), jump("nd")]),
+        dhcp(&IPV6, DHCPV6_CLIENT),
+        own_source(&IPV6, Family::V6),
+        rule([unchecked(), Expr::Accept]),
+        rule([is(Field::Protocol, &ARP), arp(Field::EtherSource), arp(Field::ArpSenderMac), Expr::Accept]),
+        dropped(),
+    ]
 }
 
 fn nd_rules() -> Vec<Rule> {

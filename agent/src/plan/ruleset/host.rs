@@ -3,12 +3,15 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::{Base, Chain, ChainKind, Counter, Expr, Field, Hook, Rule, Ruleset, SetName, Table, UDP, is, is_not, rule};
-use crate::model::{Cidr, Device, Family, NetworkConfig, Subnet};
+use crate::model::{Cidr, Device, Family, NetworkConfig, PerFamily, Subnet};
 
 /// `NF_IP_PRI_RAW`, `NF_IP_PRI_NAT_DST` and `NF_IP_PRI_NAT_SRC` in `linux/netfilter_ipv4.h`.
 const RAW: i32 = -300;
 const NAT_DESTINATION: i32 = -100;
 const NAT_SOURCE: i32 = 100;
+
+/// The chain that says what the overlay is.
+pub const OVERLAY: &str = "overlay";
 
 /// Bytes from the beginning of the UDP header of a VXLAN packet: UDP has 8 bytes, VXLAN 8, and an Ethernet header 14 (RFC 7348 section 5).
 const VNI: Field = Field::transport(12, 3);
@@ -22,6 +25,8 @@ pub struct Rules<'a> {
     pub network: &'a NetworkConfig,
     /// This host's subnet.
     pub subnet: &'a Subnet,
+    /// The addresses that its VXLAN devices have as source, per family.
+    pub local: &'a PerFamily<IpAddr>,
     /// Whether what leaves the overlay for elsewhere gets the host's address.
     pub masquerade: bool,
     /// Whether ports are published: without, there are no chains for them, and no connection pays for them.
@@ -34,8 +39,12 @@ impl Rules<'_> {
     /// - `tunnel` and `vxlan`: VXLAN with our VNI passes only from a peer, and only with an inner source of that peer's subnet.
     ///   The hook is input, behind the reassembly of fragments: nothing that is checked can hide in the next fragment. Other VNIs of the port
     ///   are not ours to judge.
-    /// - `forward`: forwarding to and from the overlay is accepted, but for encapsulation that a container forged.
-    /// - `loopback`: containers neither send from 127.0.0.0/8 nor reach it, whatever `route_localnet` says.
+    /// - `incoming`: encapsulation that a container forged is dropped, be it for this host or for another one; containers neither send from 127.0.0.0/8
+    ///   nor reach it, whatever `route_localnet` says.
+    /// - `encapsulated` (from `incoming`) and `outgoing`: conntrack takes no notice of the tunnel's own packets, each of which it would look up as a connection of
+    ///   its own, beside the one inside. What VXLAN packets this host only forwards are somebody else's, and may be translated by it.
+    /// - `overlay`: no packet goes through it. It says what the overlay is, to people and to `overlayctl trace`. That forwarding is accepted needs no rule: what
+    ///   passes all of this table's rules is accepted, and what another table drops no rule of this one lifts.
     /// - `prerouting`, `output`: published ports.
     /// - `postrouting`: with `masquerade` what leaves the overlay for elsewhere (not multicast, nor what stays on the bridge) gets the host's address; a container that was
     ///   reached by a published port from its own bridge or from the host's loopback answers through this host. Inside the overlay nothing is
@@ -43,10 +52,15 @@ impl Rules<'_> {
     pub fn ruleset(&self) -> Ruleset {
         let mut counters = vec![Counter::Encapsulation, Counter::Loopback, Counter::Tunnel];
         let families: Vec<Family> = self.network.families().collect();
-        let mut chains = vec![self.tunnel(), self.vxlan(&families), self.forward()];
-        if families.contains(&Family::V4) {
-            chains.push(self.loopback());
-        } else {
+        let mut chains = vec![
+            self.tunnel(),
+            self.vxlan(&families),
+            self.incoming(&families),
+            self.encapsulated(&families),
+            base("outgoing", Hook::Output, ChainKind::Filter, RAW, vec![rule([self.vxlan_port(), vec![Expr::Untrack]].concat())]),
+            self.overlay(),
+        ];
+        if !families.contains(&Family::V4) {
             counters.retain(|counter| *counter != Counter::Loopback);
         }
         if self.publishes {
@@ -76,13 +90,13 @@ impl Rules<'_> {
         Device::bridge(self.network.vxlan.vni).name()
     }
 
-    fn vxlan_port(&self) -> [Expr; 2] {
-        [is(Field::Layer4, &UDP), is(Field::DestinationPort, &self.network.vxlan.port.to_be_bytes())]
+    /// UDP to the VXLAN port.
+    fn vxlan_port(&self) -> Vec<Expr> {
+        vec![is(Field::Layer4, &UDP), is(Field::DestinationPort, &self.network.vxlan.port.to_be_bytes())]
     }
 
     fn tunnel(&self) -> Chain {
-        let [udp, port] = self.vxlan_port();
-        let jump = rule([udp, port, Expr::Jump("vxlan".to_owned())]);
+        let jump = rule([self.vxlan_port(), vec![Expr::Jump("vxlan".to_owned())]].concat());
         base("tunnel", Hook::Input, ChainKind::Filter, RAW, vec![jump])
     }
 
@@ -114,23 +128,30 @@ impl Rules<'_> {
         Chain { name: "vxlan".to_owned(), base: None, rules }
     }
 
-    fn forward(&self) -> Chain {
-        let [udp, port] = self.vxlan_port();
-        let from = Expr::InputInterface(self.bridge());
-        let mut rules = vec![rule([udp, from, port, Expr::Count(Counter::Encapsulation), Expr::Drop])];
-        for (_, pool) in self.network.pools.iter() {
-            let cidr = pool.network;
-            rules.push(rule([Expr::Source { cidr, negate: false }, Expr::Accept]));
-            rules.push(rule([Expr::Destination { cidr, negate: false }, Expr::Accept]));
+    /// What comes by another interface than the bridge is through after one comparison.
+    fn incoming(&self, families: &[Family]) -> Chain {
+        let mut rules = vec![rule([self.vxlan_port(), vec![Expr::Jump("encapsulated".to_owned())]].concat())];
+        if families.contains(&Family::V4) {
+            let cidr = loopback(Family::V4);
+            rules.push(rule([not_by(Field::InputInterface, &self.bridge()), Expr::Accept]));
+            let ends = [Expr::Destination { cidr, negate: false }, Expr::Source { cidr, negate: false }];
+            rules.extend(ends.map(|end| rule([end, Expr::Count(Counter::Loopback), Expr::Drop])));
         }
-        base("forward", Hook::Forward, ChainKind::Filter, 0, rules)
+        base("incoming", Hook::Prerouting, ChainKind::Filter, RAW, rules)
     }
 
-    fn loopback(&self) -> Chain {
-        let cidr = loopback(Family::V4);
-        let ends = [Expr::Destination { cidr, negate: false }, Expr::Source { cidr, negate: false }];
-        let rules = ends.map(|end| rule([Expr::InputInterface(self.bridge()), end, Expr::Count(Counter::Loopback), Expr::Drop]));
-        base("loopback", Hook::Prerouting, ChainKind::Filter, RAW, rules.to_vec())
+    fn encapsulated(&self, families: &[Family]) -> Chain {
+        let mut rules = vec![rule([Expr::InputInterface(self.bridge()), Expr::Count(Counter::Encapsulation), Expr::Drop])];
+        let here = families.iter().filter_map(|family| self.local.get(*family));
+        let here = here.map(|address| Expr::Destination { cidr: Cidr::host(*address), negate: false });
+        rules.extend(here.map(|to_us| rule([to_us, Expr::Untrack, Expr::Accept])));
+        Chain { name: "encapsulated".to_owned(), base: None, rules }
+    }
+
+    fn overlay(&self) -> Chain {
+        let ends = |cidr| [Expr::Source { cidr, negate: false }, Expr::Destination { cidr, negate: false }];
+        let ends = self.network.pools.iter().flat_map(|(_, pool)| ends(pool.network));
+        Chain { name: OVERLAY.to_owned(), base: None, rules: ends.map(|end| rule([end, Expr::Accept])).collect() }
     }
 
     /// Ports of one address before those of any. From outside, an address of the loopback device is nobody's: what is bound there is reached from
@@ -165,7 +186,7 @@ impl Rules<'_> {
                 let cidr = pool.network;
                 rules.push(rule([
                     Expr::Source { cidr, negate: false },
-                    not_by(&self.bridge()),
+                    not_by(Field::OutputInterface, &self.bridge()),
                     Expr::Destination { cidr, negate: true },
                     Expr::Destination { cidr: multicast(family), negate: true },
                     Expr::Masquerade,
@@ -180,13 +201,13 @@ fn base(name: &str, hook: Hook, kind: ChainKind, priority: i32, rules: Vec<Rule>
     Chain { name: name.to_owned(), base: Some(Base { hook, kind, priority }), rules }
 }
 
-/// Not out by this interface. With br_netfilter, frames that stay on the bridge pass the hooks, too: a broadcast would get the host's address.
-fn not_by(interface: &str) -> Expr {
-    let mut padded = vec![0; usize::from(Field::OutputInterface.length())];
+/// Not in, or not out, by this interface. With br_netfilter, frames that stay on the bridge pass the hooks, too: a broadcast would get the host's address.
+fn not_by(field: Field, interface: &str) -> Expr {
+    let mut padded = vec![0; usize::from(field.length())];
     for (to, from) in padded.iter_mut().zip(interface.as_bytes()) {
         *to = *from;
     }
-    is_not(Field::OutputInterface, &padded)
+    is_not(field, &padded)
 }
 
 fn loopback(family: Family) -> Cidr {

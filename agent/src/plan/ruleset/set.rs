@@ -1,7 +1,7 @@
 //! The sets and maps of our tables, and what an element of each says.
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use serde::{Deserialize, Serialize};
 
@@ -153,7 +153,7 @@ impl Type {
 #[serde(rename_all = "lowercase")]
 pub enum Element {
     /// The peer behind an underlay address may tunnel packets of the subnet that begins with the second address.
-    Peer(Box<(IpAddr, IpAddr)>),
+    Peer(Pair),
     /// The same for the addresses from the second to the third one.
     Range(Box<(IpAddr, IpAddr, IpAddr)>),
     /// The peer behind an underlay address may tunnel packets from that very address.
@@ -165,14 +165,73 @@ pub enum Element {
     /// What comes in by an interface may have this MAC and address.
     Source(Box<(String, Mac, IpAddr)>),
     /// What comes in by an interface may have any.
-    Unchecked(String),
+    Unchecked(Box<str>),
+}
+
+/// An underlay address and the base of a subnet, of one family. There is one for each peer, three times: those of IPv4 take no memory beside the
+/// element itself.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "(IpAddr, IpAddr)", into = "(IpAddr, IpAddr)")]
+pub struct Pair(Addresses);
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+enum Addresses {
+    V4(Ipv4Addr, Ipv4Addr),
+    V6(Box<(Ipv6Addr, Ipv6Addr)>),
+}
+
+impl Pair {
+    /// Of an underlay address and a base; `None` where they are of two families.
+    pub fn new(outer: IpAddr, base: IpAddr) -> Option<Pair> {
+        let addresses = match (outer, base) {
+            (IpAddr::V4(outer), IpAddr::V4(base)) => Addresses::V4(outer, base),
+            (IpAddr::V6(outer), IpAddr::V6(base)) => Addresses::V6(Box::new((outer, base))),
+            _ => return None,
+        };
+        Some(Pair(addresses))
+    }
+
+    /// The underlay address.
+    pub fn outer(&self) -> IpAddr {
+        match &self.0 {
+            Addresses::V4(outer, _) => (*outer).into(),
+            Addresses::V6(both) => both.0.into(),
+        }
+    }
+
+    /// The lowest address of the subnet.
+    pub fn base(&self) -> IpAddr {
+        match &self.0 {
+            Addresses::V4(_, base) => (*base).into(),
+            Addresses::V6(both) => both.1.into(),
+        }
+    }
+
+    /// The family of both.
+    pub fn family(&self) -> Family {
+        Family::of(self.outer())
+    }
+}
+
+impl TryFrom<(IpAddr, IpAddr)> for Pair {
+    type Error = &'static str;
+
+    fn try_from((outer, base): (IpAddr, IpAddr)) -> Result<Pair, &'static str> {
+        Pair::new(outer, base).ok_or("both addresses have to be of one family")
+    }
+}
+
+impl From<Pair> for (IpAddr, IpAddr) {
+    fn from(pair: Pair) -> (IpAddr, IpAddr) {
+        (pair.outer(), pair.base())
+    }
 }
 
 impl Element {
     /// The set that it is one of.
     pub fn set(&self) -> SetName {
         match self {
-            Element::Peer(peer) => SetName::Peers(Family::of(peer.0)),
+            Element::Peer(peer) => SetName::Peers(peer.family()),
             Element::Range(range) => SetName::Ranges(Family::of(range.0)),
             Element::Host(address) => SetName::Hosts(Family::of(*address)),
             Element::Port(family, ..) => SetName::Ports(*family),
@@ -194,7 +253,7 @@ impl Element {
     /// Its key, field by field.
     pub fn key(&self) -> Vec<Datum> {
         match self {
-            Element::Peer(peer) => vec![Datum::Address(peer.0), Datum::Address(peer.1)],
+            Element::Peer(peer) => vec![Datum::Address(peer.outer()), Datum::Address(peer.base())],
             Element::Range(range) => vec![Datum::Address(range.0), Datum::Address(range.1)],
             Element::Host(address) => vec![Datum::Address(*address), Datum::Address(*address)],
             Element::Port(_, protocol, port) => vec![Datum::Protocol(protocol.number()), Datum::Port(*port)],
@@ -204,7 +263,7 @@ impl Element {
             Element::Source(source) => {
                 vec![Datum::Interface(source.0.clone()), Datum::Mac(source.1), Datum::Address(source.2)]
             }
-            Element::Unchecked(interface) => vec![Datum::Interface(interface.clone())],
+            Element::Unchecked(interface) => vec![Datum::Interface(interface.to_string())],
         }
     }
 
@@ -221,7 +280,7 @@ impl Element {
         use Datum::{Address, Interface, Mac, Port, Protocol};
         let transport = |number: u8| [Transport::Tcp, Transport::Udp, Transport::Sctp].into_iter().find(|t| t.number() == number);
         let element = match (set, key.as_slice(), end.as_deref()) {
-            (SetName::Peers(_), [Address(outer), Address(base)], None) => Element::Peer(Box::new((*outer, *base))),
+            (SetName::Peers(_), [Address(outer), Address(base)], None) => Element::Peer(Pair::new(*outer, *base)?),
             (SetName::Ranges(_), [Address(outer), Address(first)], Some([Address(same), Address(last)])) if same == outer => {
                 Element::Range(Box::new((*outer, *first, *last)))
             }
@@ -233,7 +292,7 @@ impl Element {
             (SetName::Source(_), [Interface(name), Mac(mac), Address(address)], None) => {
                 Element::Source(Box::new((name.clone(), *mac, *address)))
             }
-            (SetName::Unchecked, [Interface(name)], None) => Element::Unchecked(name.clone()),
+            (SetName::Unchecked, [Interface(name)], None) => Element::Unchecked(name.clone().into()),
             _ => return None,
         };
         Some(element)
@@ -244,7 +303,7 @@ impl fmt::Display for Element {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "element of {}: ", self.set().name())?;
         match self {
-            Element::Peer(peer) => write!(f, "{} . {}", peer.0, peer.1),
+            Element::Peer(peer) => write!(f, "{} . {}", peer.outer(), peer.base()),
             Element::Range(range) => write!(f, "{} . {}-{}", range.0, range.1, range.2),
             Element::Host(address) => write!(f, "{address} . {address}"),
             Element::Port(_, protocol, port) => write!(f, "{protocol} . {port}"),

@@ -75,10 +75,10 @@ impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let udp = Expr::Field { field: Field::Layer4, negate: false, value: vec![17] };
         let port = |expr: &Expr| matches!(expr, Expr::Field { field: Field::DestinationPort, .. });
-        // What follows from another match is not said: a field of a protocol says the protocol.
+        // What follows from another match is not said: a field of a protocol says the protocol, but UDP is in every one.
         let named = self.exprs.contains(&udp) && self.exprs.iter().any(port);
         let matches = |expr: &Expr| matches!(expr, Expr::Field { .. } | Expr::In { .. });
-        let of_protocol = self.exprs.iter().filter(|expr| matches(expr)).count() > 1;
+        let of_protocol = !named && self.exprs.iter().filter(|expr| matches(expr)).count() > 1;
         let said = |expr: &&Expr| match expr {
             Expr::Field { field: Field::Protocol, .. } => !of_protocol,
             expr => !named || **expr != udp,
@@ -121,6 +121,7 @@ impl fmt::Display for Expr {
             Expr::Return => f.write_str("return"),
             Expr::Jump(chain) => write!(f, "jump {chain}"),
             Expr::Masquerade => f.write_str("masquerade random,fully-random"),
+            Expr::Untrack => f.write_str("notrack"),
             Expr::Foreign => f.write_str("# not ours"),
         }
     }

@@ -8,7 +8,7 @@ use etcd_client::{Client, Permission};
 
 use super::harness::*;
 use crate::model::event::{Connection, StoreEvent};
-use crate::store::{StoreConfig, StoreError, get_config, put_config, read_all};
+use crate::store::{StoreConfig, StoreError, get_config, put_config, read_all, server_clock};
 
 /// A CA, and certificates signed by it for the server and for a client.
 fn certificates(directory: &Path) {
@@ -60,6 +60,9 @@ async fn tls_with_a_client_certificate() {
         ..etcd.config()
     };
     put_config(&good, NETWORK, crate::store::Replace::Any).await.unwrap();
+    let clock = server_clock(&good).await.unwrap().expect("a date");
+    let own = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    assert!(own.abs_diff(clock) <= 5, "{clock}, and not {own}");
     let mut agent = Agent::start(good.clone(), Some(wish(NETWORK, 7)));
     agent.held().await;
     agent.stop().await;
@@ -68,6 +71,7 @@ async fn tls_with_a_client_certificate() {
     let error = get_config(&without).await.unwrap_err();
     assert!(matches!(error, StoreError::Tls { .. }) && error.to_string().contains("--etcd-certfile"), "{error}");
     let stranger = StoreConfig { cafile: Some(file("other.crt")), ..good.clone() };
+    server_clock(&stranger).await.unwrap_err();
     let error = get_config(&stranger).await.unwrap_err();
     assert!(matches!(error, StoreError::Tls { .. }) && error.to_string().contains("--etcd-cafile"), "{error}");
     let missing = StoreConfig { cafile: Some(file("nothing.crt")), ..good.clone() };

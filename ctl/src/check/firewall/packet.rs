@@ -129,7 +129,10 @@ impl Packet {
             "meta nfproto" => any(&|value| Truth::from(value == if v4 { "ipv4" } else { "ipv6" })),
             "udp dport" | "tcp dport" | "th dport" | "sctp dport" => self.port(key, value, self.destination_port),
             "udp sport" | "tcp sport" | "th sport" | "sctp sport" => self.port(key, value, self.source_port),
+            // Our rules keep the tunnel's packets from conntrack.
+            "ct state" if self.hook != Hook::Forward => any(&|value| Truth::from(value == "untracked")),
             "ct state" => any(&|value| Truth::from(value == "new")),
+            "ct status" if self.hook != Hook::Forward => Truth::No,
             "ct status" => any(&|value| Truth::from(value == "confirmed")),
             "icmp type" | "icmp code" | "icmpv6 type" | "tcp flags" => Truth::No,
             "pkttype" | "meta pkttype" => any(&|value| Truth::from(value == "unicast" || value == "host")),

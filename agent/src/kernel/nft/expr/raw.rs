@@ -44,6 +44,7 @@ pub(super) enum Raw<'a> {
     Masquerade {
         flags: u32,
     },
+    Untrack,
     Other,
 }
 
@@ -127,6 +128,7 @@ impl Raw<'_> {
                 let name = wire::name(wire::attribute(data, NFTA_OBJREF_IMM_NAME)?);
                 (number(NFTA_OBJREF_IMM_TYPE)? == wire::NFT_OBJECT_COUNTER).then_some(Raw::Count(name))
             }
+            b"notrack" => Some(Raw::Untrack),
             b"masq" => {
                 let plain = number(NFTA_MASQ_REG_PROTO_MIN).is_none();
                 plain.then_some(Raw::Masquerade { flags: number(NFTA_MASQ_FLAGS).unwrap_or(0) })
@@ -145,6 +147,7 @@ impl Raw<'_> {
             Raw::Counter => Some(Expr::Counter),
             Raw::Count(name) => Counter::ALL.into_iter().find(|counter| counter.name().as_bytes() == *name).map(Expr::Count),
             Raw::Masquerade { flags: MASQUERADE_RANDOM } => Some(Expr::Masquerade),
+            Raw::Untrack => Some(Expr::Untrack),
             _ => None,
         }
     }

@@ -5,14 +5,14 @@ use std::time::Instant;
 
 use super::*;
 use crate::model::{Mac, Transport};
-use crate::plan::ruleset::{Counter, Element, guard};
+use crate::plan::ruleset::{Counter, Element, Pair, guard};
 
 fn ip(text: &str) -> IpAddr {
     text.parse().expect(text)
 }
 
 fn set(element: Element, target: Option<SocketAddr>) -> Op {
-    Op::Set(Key::Element(element), Value::Element(target))
+    Op::Set(Key::Element(element), Value::Element(target.map(Box::new)))
 }
 
 fn delete(element: Element) -> Op {
@@ -32,14 +32,14 @@ fn one_of_each() -> Vec<Op> {
     ] {
         let (outer, base, last) = (ip(outer), ip(base), ip(last));
         let to = Some(SocketAddr::new(base, 8080));
-        ops.push(set(Element::Peer(Box::new((outer, base))), None));
+        ops.push(set(Element::Peer(Pair::new(outer, base).expect("one family")), None));
         ops.push(set(Element::Range(Box::new((outer, base, last))), None));
         ops.push(set(Element::Host(outer), None));
         ops.push(set(Element::Port(family, Transport::Udp, 53), to));
         ops.push(set(Element::Bound(outer, Transport::Sctp, 65535), to));
         ops.push(set(Element::Source(Box::new(("ove0123456789a".to_owned(), Mac([2, 3, 4, 5, 6, 7]), base))), None));
     }
-    ops.push(set(Element::Unchecked("ove0123456789a".to_owned()), None));
+    ops.push(set(Element::Unchecked("ove0123456789a".into()), None));
     ops
 }
 
@@ -130,9 +130,15 @@ fn an_element_leads_elsewhere() {
         let port = || Element::Port(Family::V4, Transport::Tcp, 80);
         tables.apply(&[both(), vec![set(port(), target("10.244.9.2:80"))]].concat());
         tables.apply(&[set(port(), target("10.244.9.3:81"))]);
-        assert_eq!(tables.nft.dump().expect("dump").rules[&Key::Element(port())], Value::Element(target("10.244.9.3:81")));
+        assert_eq!(
+            tables.nft.dump().expect("dump").rules[&Key::Element(port())],
+            Value::Element(target("10.244.9.3:81").map(Box::new))
+        );
         tables.apply(&[delete(port()), set(port(), target("10.244.9.4:80"))]);
-        assert_eq!(tables.nft.dump().expect("dump").rules[&Key::Element(port())], Value::Element(target("10.244.9.4:80")));
+        assert_eq!(
+            tables.nft.dump().expect("dump").rules[&Key::Element(port())],
+            Value::Element(target("10.244.9.4:80").map(Box::new))
+        );
     });
 }
 
@@ -150,7 +156,7 @@ fn what_is_known_may_be_wrong() {
             tables.apply(&[both(), one_of_each()].concat());
             super::nft(alteration);
             let wanted = vec![
-                delete(Element::Peer(Box::new((ip("192.0.2.9"), ip("10.244.9.0"))))),
+                delete(Element::Peer(Pair::new(ip("192.0.2.9"), ip("10.244.9.0")).expect("one family"))),
                 delete(Element::Source(Box::new(("ove0123456789a".to_owned(), Mac([2, 3, 4, 5, 6, 7]), ip("10.244.9.0"))))),
                 delete(Element::Port(Family::V4, Transport::Udp, 53)),
                 set(Element::Port(Family::V4, Transport::Tcp, 80), target("10.244.9.2:80")),
@@ -197,7 +203,7 @@ fn a_bad_element_stops_no_other() {
 fn ten_thousand_peers() {
     let peer = |n: u32| {
         let outer = Ipv4Addr::from_bits(0xc612_0000 + n).into();
-        Element::Peer(Box::new((outer, Ipv4Addr::from_bits(0x0a00_0000 + (n << 8)).into())))
+        Element::Peer(Pair::new(outer, Ipv4Addr::from_bits(0x0a00_0000 + (n << 8)).into()).expect("one family"))
     };
     in_namespace(|| {
         let mut tables = Tables::open();

@@ -36,12 +36,23 @@ const RULES: [&str; 24] = [
     "ip daddr . udp dport { 127.0.0.1 . 53, 127.0.0.1 . 80 } drop",
 ];
 
+/// The same behind a chain that keeps packets to two of the ports from conntrack.
+const UNTRACKED: [&str; 6] = [
+    "ct state new drop",
+    "ct state untracked drop",
+    "ct state { new, untracked } udp dport 80 drop",
+    "ct state new udp dport 80 accept; drop",
+    "ct status dnat drop",
+    "ct direction original drop",
+];
+const NOTRACK: &str = "chain r { type filter hook output priority raw; udp dport { 53, 80 } notrack; }";
+
 const PORTS: [u16; 4] = [53, 80, 8472, 9999];
 
-fn load(rules: &str, policy: &str) {
+fn load(rules: &str, policy: &str, before: &str) {
     let rules = rules.replace("; ", "\n");
     nft(&format!(
-        "flush ruleset\ntable inet t {{\n chain more {{\n udp dport 80 drop\n udp dport 8472 return\n udp dport 9999 counter drop\n }}\n \
+        "flush ruleset\ntable inet t {{\n {before}\n chain more {{\n udp dport 80 drop\n udp dport 8472 return\n udp dport 9999 counter drop\n }}\n \
          chain o {{\n type filter hook output priority 0; policy {policy};\n {rules}\n }}\n}}\n"
     ));
 }
@@ -51,8 +62,9 @@ fn verdicts_are_the_kernels() {
     in_namespace(|| {
         crate::kernel::netns::loopback_up().expect("lo up");
         let mut dropped = 0;
-        for (rules, policy) in RULES.iter().flat_map(|rules| [(rules, "accept"), (rules, "drop")]) {
-            load(rules, policy);
+        let all = RULES.iter().map(|rules| (rules, "")).chain(UNTRACKED.iter().map(|rules| (rules, NOTRACK)));
+        for (rules, policy, before) in all.flat_map(|(rules, before)| [(rules, "accept", before), (rules, "drop", before)]) {
+            load(rules, policy, before);
             let book = Book::read().expect("the rules");
             for address in ["127.0.0.1", "::1"] {
                 let address: IpAddr = address.parse().expect("an address");
@@ -87,18 +99,18 @@ fn what_cannot_be_known_is_said() {
             port: 80,
         };
         let judge = || Book::read().expect("the rules").judge(Hook::Output, false, &Packet::new(&flow));
-        load("limit rate over 5/second drop comment \"too many\"", "accept");
+        load("limit rate over 5/second drop comment \"too many\"", "accept", "");
         let judged = judge();
         assert!(judged.dropped.is_none() && judged.perhaps.len() == 1, "{judged:?}");
         assert!(judged.perhaps[0].to_string().ends_with("of chain inet t o (\"too many\")"), "{}", judged.perhaps[0]);
-        load("meta skuid 7 accept", "drop");
+        load("meta skuid 7 accept", "drop", "");
         let judged = judge();
         assert!(judged.dropped.is_some() && !judged.is_drop() && judged.unless.len() == 1, "{judged:?}");
         // A jump that may or may not be taken decides nothing.
-        load("limit rate 5/second jump more", "accept");
+        load("limit rate 5/second jump more", "accept", "");
         assert!(!judge().is_drop());
         // A table that sleeps sees nothing.
-        load("drop", "accept");
+        load("drop", "accept", "");
         assert!(judge().is_drop());
         nft("add table inet t { flags dormant; }");
         assert!(judge().dropped.is_none() && judge().chains.is_empty());

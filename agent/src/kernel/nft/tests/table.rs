@@ -85,21 +85,21 @@ fn nft_lists_it_so() {
     });
 }
 
-/// Alterations by others, as scripts for `nft`; each must show. `@N` stands for the handle of the N-th rule of chain forward.
+/// Alterations by others, as scripts for `nft`; each must show. `@N` stands for the handle of the N-th rule of chain overlay.
 pub(super) const ALTERATIONS: [(&str, &str); 22] = [
-    ("rule deleted", "delete rule inet overlayd forward handle @1"),
-    ("rule added", "add rule inet overlayd forward drop"),
-    ("rule inserted", "insert rule inet overlayd forward ip saddr 10.0.0.0/8 drop"),
-    ("rule replaced", "replace rule inet overlayd forward handle @1 ip saddr 10.244.0.0/17 accept"),
+    ("rule deleted", "delete rule inet overlayd overlay handle @1"),
+    ("rule added", "add rule inet overlayd overlay drop"),
+    ("rule inserted", "insert rule inet overlayd overlay ip saddr 10.0.0.0/8 drop"),
+    ("rule replaced", "replace rule inet overlayd overlay handle @1 ip saddr 10.244.0.0/17 accept"),
     (
         "rules reordered",
-        "delete rule inet overlayd forward handle @1; add rule inet overlayd forward ip saddr 10.244.0.0/16 accept",
+        "delete rule inet overlayd overlay handle @1; add rule inet overlayd overlay ip saddr 10.244.0.0/16 accept",
     ),
-    ("rule with an unknown expression", "add rule inet overlayd forward ct state established accept"),
-    ("rule with a vmap", "add rule inet overlayd forward ip protocol vmap { tcp : accept, udp : drop }"),
+    ("rule with an unknown expression", "add rule inet overlayd overlay ct state established accept"),
+    ("rule with a vmap", "add rule inet overlayd overlay ip protocol vmap { tcp : accept, udp : drop }"),
     ("masquerade in another way", "add rule inet overlayd postrouting masquerade"),
-    ("policy changed", "add chain inet overlayd forward { policy drop; }"),
-    ("chain flushed", "flush chain inet overlayd forward"),
+    ("policy changed", "add chain inet overlayd incoming { policy drop; }"),
+    ("chain flushed", "flush chain inet overlayd overlay"),
     ("chain added", "add chain inet overlayd extra"),
     ("base chain added", "add chain inet overlayd extra { type filter hook input priority 0; }"),
     ("set added", "add set inet overlayd s { type ipv4_addr; }"),
@@ -118,7 +118,7 @@ pub(super) const ALTERATIONS: [(&str, &str); 22] = [
 pub(super) fn alter(script: &str) {
     let mut script = script.to_owned();
     if script.contains('@') {
-        let listed = output("nft", &["-a", "list", "chain", "inet", "overlayd", "forward"], "");
+        let listed = output("nft", &["-a", "list", "chain", "inet", "overlayd", "overlay"], "");
         let rules = listed.lines().filter(|line| line.contains("accept #")).filter_map(|line| line.split("# handle ").nth(1));
         for (index, handle) in rules.enumerate() {
             script = script.replace(&format!("@{}", index + 1), handle);

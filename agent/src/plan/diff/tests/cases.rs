@@ -72,7 +72,7 @@ fn loose_ports(state: &mut State, host: &Setup) {
 }
 
 fn cases() -> Vec<Case> {
-    let link = |name: &str| Key::Link(name.to_owned());
+    let link = |name: &str| Key::Link(name.into());
     let with_ports = || Setup { ports: vec![1, 2], ..host(V4) };
     let foreign = |state: &mut State| {
         for (key, value) in state.iter_mut() {
@@ -130,7 +130,7 @@ fn cases() -> Vec<Case> {
             |state| {
                 let lost = [Key::Route(subnet(Family::V4, 11)), Key::Neigh(ovx(), subnet(Family::V4, 12).base())];
                 state.retain(|key, _| !lost.contains(key));
-                state.insert(Key::Sysctl("ipv4/ip_forward".to_owned()), Value::Sysctl("0".to_owned()));
+                state.insert(Key::Sysctl("ipv4/ip_forward".into()), Value::Sysctl("0".into()));
                 state.insert(Key::Fdb(ovx(), Mac([2, 9, 9, 9, 9, 9])), Value::Fdb(super::world::public_ip(Family::V4, 99)));
             },
             |_| {},

@@ -11,7 +11,7 @@ use crate::model::peer::Reach;
 use crate::model::{Cidr, Device, Endpoint, Family, Mac, NetworkConfig, Peer, PerFamily, Port, Subnet, Transport, Vni};
 use crate::plan::Op;
 use crate::plan::desired::{Host, NexthopIds};
-use crate::plan::ruleset::{Element, Expr, Rule, Table};
+use crate::plan::ruleset::{Element, Expr, Pair, Rule, Table};
 use crate::plan::state::{Key, LinkKind, LinkState, NEXTHOP_IDS, State, Value, Via, device_of};
 use crate::plan::underlay::Underlay;
 
@@ -30,7 +30,7 @@ impl Kernel {
     pub fn apply(&mut self, op: &Op) -> bool {
         let found = self.state.get(op.key());
         let device_is_ours = |device: Device| {
-            let link = self.state.get(&Key::Link(device.name()));
+            let link = self.state.get(&Key::Link(device.name().into()));
             assert!(matches!(link, Some(Value::Link(link)) if !is_foreign(link)), "`{op}` needs {device}, which is {link:?}");
         };
         match op {
@@ -92,14 +92,14 @@ pub fn normalise(mut state: State) -> State {
                 return old.contains_key(&Key::Ruleset(element.set().table()));
             }
             let Some(device) = device_of(key, value, &old) else { return true };
-            match old.get(&Key::Link(device.name())) {
+            match old.get(&Key::Link(device.name().into())) {
                 Some(Value::Link(link)) => link.up || !matches!(value, Value::Nexthop { .. } | Value::Route(_)),
                 _ => false,
             }
         });
         for value in state.values_mut() {
             if let Value::Link(link) = value
-                && link.master.is_some_and(|master| !old.contains_key(&Key::Link(master.name())))
+                && link.master.is_some_and(|master| !old.contains_key(&Key::Link(master.name().into())))
             {
                 link.master = None;
             }
@@ -200,9 +200,9 @@ impl Setup {
                     (family, Reach { subnet: subnet(family, i), public_ip: public_ip(family, 16 * (i - 9) + address), vtep: mac })
                 })
                 .collect();
-            let cidrs = reach.map(|_, reach| reach.subnet);
-            let Ok(subnet) = Subnet::new(cidrs) else { continue };
-            state.extend(host.peer_entries(&Peer { subnet, reach }, ids));
+            if !reach.is_empty() {
+                state.extend(host.peer_entries(&Peer { reach }, ids));
+            }
         }
         state
     }
@@ -311,11 +311,11 @@ fn any_entry() -> impl Strategy<Value = (Key, Value)> {
         1 => family().prop_map(|f| (Key::ForwardAccept(f), Value::ForwardAccept(subnet(f, 9)))),
         1 => select(Table::ALL.to_vec()).prop_map(|table| (Key::Ruleset(table), Value::Ruleset(Box::default()))),
         1 => (family(), index(), index())
-            .prop_map(|(f, i, j)| Element::Peer(Box::new((public_ip(f, i), subnet(f, j).base()))))
+            .prop_map(|(f, i, j)| Element::Peer(Pair::new(public_ip(f, i), subnet(f, j).base()).expect("one family")))
             .prop_map(|element| (Key::Element(element), Value::Element(None))),
         1 => (family(), index(), 79u16..81).prop_map(|(f, i, port)| {
             let target = std::net::SocketAddr::new(subnet(f, i).base(), port);
-            (Key::Element(Element::Port(f, Transport::Tcp, 80)), Value::Element(Some(target)))
+            (Key::Element(Element::Port(f, Transport::Tcp, 80)), Value::Element(Some(Box::new(target))))
         }),
         1 => any_setup().prop_map(|setup| drifted_ruleset(&setup)),
         4 => any_link(),
@@ -323,7 +323,7 @@ fn any_entry() -> impl Strategy<Value = (Key, Value)> {
 }
 
 fn sysctl(path: &str, on: bool) -> (Key, Value) {
-    (Key::Sysctl(path.to_owned()), Value::Sysctl(u8::from(on).to_string()))
+    (Key::Sysctl(path.into()), Value::Sysctl(u8::from(on).to_string().into()))
 }
 
 fn drifted_ruleset(setup: &Setup) -> (Key, Value) {

@@ -1,0 +1,100 @@
+//! What the probes of peers come to: numbers that do not grow with the number of peers. Who it is that a host does not reach, `overlayctl mesh` says.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use super::nanoseconds;
+use super::page::{Histogram, Page, seconds};
+use crate::model::api::Reach;
+use crate::plan::mesh::{Summary, Way};
+
+/// Upper bounds of the round trips in nanoseconds, with the text Prometheus sees in seconds: from 0.1 ms, within a rack, to 1 s; an answer is waited for
+/// [`PATIENCE`](crate::plan::mesh::PATIENCE).
+const BOUNDS: [(u64, &str); 12] = [
+    (100_000, "0.0001"),
+    (250_000, "0.00025"),
+    (500_000, "0.0005"),
+    (1_000_000, "0.001"),
+    (2_500_000, "0.0025"),
+    (5_000_000, "0.005"),
+    (10_000_000, "0.01"),
+    (25_000_000, "0.025"),
+    (50_000_000, "0.05"),
+    (100_000_000, "0.1"),
+    (250_000_000, "0.25"),
+    (1_000_000_000, "1"),
+];
+
+/// The states that a peer may have; one that has gone is none any more.
+const STATES: [Reach; 6] =
+    [Reach::Ok, Reach::Lossy, Reach::UnderlaySilent, Reach::OverlayDown, Reach::Unreachable, Reach::Unknown];
+
+/// The numbers of one of the two ways to peers.
+#[derive(Debug, Default)]
+struct OneWay {
+    answered: Histogram<{ BOUNDS.len() }>,
+    lost: AtomicU64,
+}
+
+/// The numbers.
+#[derive(Debug, Default)]
+pub(super) struct MeshNumbers {
+    overlay: OneWay,
+    underlay: OneWay,
+    now: Mutex<(bool, Summary)>,
+}
+
+impl MeshNumbers {
+    fn way(&self, way: Way) -> &OneWay {
+        match way {
+            Way::Overlay => &self.overlay,
+            Way::Underlay => &self.underlay,
+        }
+    }
+
+    pub(super) fn answered(&self, way: Way, took: Duration) {
+        self.way(way).answered.observe(nanoseconds(took), BOUNDS.map(|(bound, _)| bound));
+    }
+
+    pub(super) fn lost(&self, way: Way) {
+        self.way(way).lost.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn set(&self, probing: bool, summary: Summary) {
+        *self.now.lock().unwrap_or_else(PoisonError::into_inner) = (probing, summary);
+    }
+
+    pub(super) fn render(&self, page: &mut Page) {
+        let (probing, summary) = self.now.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        page.gauge(
+            "overlayd_mesh_probing",
+            "1 while peers are probed: 0 where it is switched off or not allowed.",
+            u64::from(probing),
+        );
+        page.head("overlayd_mesh_peers", "Peers by how they are reached, one a family.", "gauge");
+        let counts: BTreeMap<Reach, u64> = summary.states;
+        for state in STATES {
+            let count = counts.get(&state).copied().unwrap_or_default();
+            page.line(&format!("overlayd_mesh_peers{{state=\"{}\"}} {count}", state.word()));
+        }
+        let ways = [(Way::Overlay, summary.worst_overlay), (Way::Underlay, summary.worst_underlay)];
+        page.head("overlayd_mesh_worst_round_trip_seconds", "The longest of the peers' mean round trips.", "gauge");
+        for (way, worst) in ways {
+            let worst = seconds(worst.saturating_mul(1_000));
+            page.line(&format!("overlayd_mesh_worst_round_trip_seconds{{way=\"{}\"}} {worst}", way.word()));
+        }
+        page.head("overlayd_mesh_lost_probes_total", "Probes that were not answered in time, or could not be sent.", "counter");
+        for (way, _) in ways {
+            let lost = self.way(way).lost.load(Ordering::Relaxed);
+            page.line(&format!("overlayd_mesh_lost_probes_total{{way=\"{}\"}} {lost}", way.word()));
+        }
+        page.head("overlayd_mesh_round_trip_seconds", "Round trips of the probes that were answered.", "histogram");
+        for (way, _) in ways {
+            let label = format!("way=\"{}\"", way.word());
+            let bounds = BOUNDS.map(|(_, text)| text);
+            self.way(way).answered.samples(page, "overlayd_mesh_round_trip_seconds", &label, bounds, seconds);
+        }
+    }
+}

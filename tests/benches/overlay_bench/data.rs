@@ -1,0 +1,208 @@
+//! `data`: what passes between containers, beside what passes between their hosts; and what the rules cost.
+//!
+//! Two hosts of one lab, their agents held, and a plain bridge. First what passes in a second, on threads side by side; then what one packet, one request and one
+//! megabyte cost, with rules and without, by one thread on one processor. Each turn goes through all ways, or all rules, from another one on than the last turn.
+
+mod alone;
+mod ground;
+mod parallel;
+mod rules;
+mod tried;
+mod way;
+
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use clap::Args;
+use overlay_agent::model::Family;
+
+use super::progress;
+use super::report::{Report, Row};
+use alone::{Ends, Kind};
+use ground::{Hosts, Plain};
+use parallel::{Load, Passed};
+use rules::{Rules, Switch, set_all};
+use tried::Setting;
+use way::{Way, stay_on};
+
+/// The overlay's packets with our rules to those without.
+const GOAL: f64 = 1.01;
+/// The MTU of the lab's containers in bytes: its wires' 1500 less what VXLAN takes.
+const UNDERLAY_MTU: u32 = 1500;
+
+/// How to measure.
+#[derive(Debug, Args)]
+pub struct DataArguments {
+    /// Turns through all ways; 0 leaves them out
+    #[arg(long, value_name = "K", default_value_t = 15)]
+    turns: usize,
+    /// Turns through all rules; 0 leaves them out
+    #[arg(long, value_name = "K", default_value_t = 40)]
+    rules: usize,
+    /// Only these of the rules, for a profile; may be given several times
+    #[arg(long, value_name = "RULES")]
+    only: Vec<Rules>,
+    /// A shell command that makes a setting on each host, such as `ethtool -K eth0 gro off`: the overlay with it and without it, and nothing else
+    #[arg(long, value_name = "COMMAND", requires = "without")]
+    with: Option<String>,
+    /// The command that takes the setting back
+    #[arg(long, value_name = "COMMAND", requires = "with")]
+    without: Option<String>,
+    /// Milliseconds that each load lasts in a turn; those for the rules last a fifth
+    #[arg(long, value_name = "MS", default_value_t = 500)]
+    time: u64,
+    /// The family of underlay and overlay: 4 or 6
+    #[arg(long, value_name = "4|6", default_value = "4", value_parser = super::peers::family)]
+    family: Family,
+}
+
+/// What is sent side by side.
+const LOADS: [(Load, &str, &str, f64); 4] = [
+    (Load::Streams(1), "TCP, one stream", "Gbit/s", 8e-9),
+    (Load::Streams(4), "TCP, four streams", "Gbit/s", 8e-9),
+    (Load::Requests, "requests of one byte by TCP", "1/s", 1.0),
+    (Load::Packets, "UDP packets of 64 bytes", "1/s", 1.0),
+];
+
+/// Measures.
+pub fn measure(arguments: &DataArguments, report: &mut Report) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let family = arguments.family;
+    progress("two hosts with two containers each, and a plain bridge");
+    let hosts = runtime.block_on(Hosts::new(family))?;
+    let time = Duration::from_millis(arguments.time.max(10));
+    if let (Some(with), Some(without)) = (&arguments.with, &arguments.without) {
+        return add_tried(report, &hosts, arguments, Setting { with, without });
+    }
+    if arguments.turns > 0 {
+        let plain = runtime.block_on(Plain::new(family, UNDERLAY_MTU - family.vxlan_overhead()))?;
+        let ways = [hosts.underlay()?, hosts.overlay()?, plain.way(family)?, hosts.bridge()?];
+        add_passed(report, family, &ways, arguments.turns, time)?;
+    }
+    if arguments.rules > 0 {
+        // The thread that measures stays on one processor; it ends here, so that nothing else is bound by that.
+        let measured = std::thread::scope(|scope| scope.spawn(|| add_costs(report, &hosts, arguments)).join());
+        measured.map_err(|_| anyhow::anyhow!("the thread that measures panicked"))??;
+    }
+    Ok(())
+}
+
+/// What passes in a second.
+fn add_passed(report: &mut Report, family: Family, ways: &[Way; 4], turns: usize, time: Duration) -> anyhow::Result<()> {
+    let mut samples: [[Vec<Passed>; 4]; 4] = Default::default();
+    for turn in 0..turns {
+        progress(&format!("{family}, ways: turn {} of {turns}", turn + 1));
+        for (number, (load, what, ..)) in LOADS.iter().enumerate() {
+            for step in 0..ways.len() {
+                let way = (turn + step) % ways.len();
+                let passed = load.run(&ways[way], time).with_context(|| format!("{what} to {}", ways[way].address))?;
+                samples[number][way].push(passed);
+            }
+        }
+    }
+    let pairs =
+        [("container to container, two hosts", "host to host", 1, 0), ("container to container, one host", "plain bridge", 3, 2)];
+    for (conditions, baseline, way, other) in pairs {
+        let conditions = format!("{family}, {conditions}");
+        for ((_, what, unit, factor), all) in LOADS.iter().zip(&samples) {
+            let rate = |way: usize| all[way].iter().map(|passed| passed.each_second * factor).collect::<Vec<f64>>();
+            let row = Row::new("data", &conditions, *what, unit, &rate(way));
+            report.add(row.map(|r| r.against(baseline, &rate(way), &rate(other))));
+        }
+        let cost = |way: usize| samples[0][way].iter().map(|p| p.processor / p.each_second * 1e12).collect::<Vec<f64>>();
+        let row = Row::new("data", &conditions, "TCP, one stream: processor time for a gigabyte", "ms", &cost(way));
+        report.add(row.map(|r| r.against(baseline, &cost(way), &cost(other))));
+    }
+    Ok(())
+}
+
+/// What a setting does: what passes in a second, and what one costs.
+fn add_tried(report: &mut Report, hosts: &Hosts, arguments: &DataArguments, setting: Setting<'_>) -> anyhow::Result<()> {
+    let DataArguments { turns, family, .. } = arguments;
+    let time = Duration::from_millis(arguments.time.max(10));
+    let (namespaces, way) = (hosts.namespaces()?, hosts.overlay()?);
+    let mut passed: [[Vec<Passed>; 2]; 4] = Default::default();
+    let mut costs: [[Vec<f64>; 2]; 3] = Default::default();
+    for turn in 0..*turns {
+        progress(&format!("{family}, with and without: turn {} of {turns}", turn + 1));
+        for step in 0..2 {
+            let side = (turn + step) % 2;
+            setting.set(&namespaces, side == 1)?;
+            for ((load, what, ..), all) in LOADS.iter().zip(&mut passed) {
+                all[side].push(load.run(&way, time).context(*what)?);
+            }
+            let alone = || -> anyhow::Result<Vec<f64>> {
+                stay_on(true)?;
+                let mut ends = Ends::open(&way)?;
+                Kind::ALL.into_iter().map(|kind| ends.cost(kind, time / 5)).collect()
+            };
+            let alone = std::thread::scope(|scope| scope.spawn(alone).join());
+            for (cost, all) in alone.map_err(|_| anyhow::anyhow!("the thread that measures panicked"))??.iter().zip(&mut costs) {
+                all[side].push(*cost);
+            }
+        }
+    }
+    setting.set(&namespaces, false)?;
+    let conditions = format!("{family}, with {}", setting.with);
+    let mut add = |what: &str, unit, [without, with]: [&[f64]; 2]| {
+        report.add(Row::new("data", &conditions, what, unit, with).map(|r| r.against("without", with, without)));
+    };
+    for ((_, what, unit, factor), all) in LOADS.iter().zip(&passed) {
+        let rates = all.each_ref().map(|side| side.iter().map(|p| p.each_second * factor).collect::<Vec<f64>>());
+        add(what, unit, rates.each_ref().map(Vec::as_slice));
+    }
+    for (kind, all) in Kind::ALL.into_iter().zip(&costs) {
+        let (what, unit) = kind.words();
+        add(what, unit, all.each_ref().map(Vec::as_slice));
+    }
+    Ok(())
+}
+
+/// What the rules cost.
+fn add_costs(report: &mut Report, hosts: &Hosts, arguments: &DataArguments) -> anyhow::Result<()> {
+    stay_on(true)?;
+    let (family, turns, time) = (arguments.family, arguments.rules, Duration::from_millis(arguments.time.max(10)) / 5);
+    let mut switches = hosts.namespaces()?.iter().map(Switch::new).collect::<anyhow::Result<Vec<_>>>()?;
+    let ways = [("two hosts", hosts.overlay()?), ("one host", hosts.bridge()?)];
+    let mut ends = ways.iter().map(|(_, way)| Ends::open(way)).collect::<anyhow::Result<Vec<_>>>()?;
+    let mut each = Rules::EACH.to_vec();
+    each.retain(|(rules, _)| arguments.only.is_empty() || arguments.only.contains(rules));
+    // By way, kind, rules.
+    let mut samples = vec![vec![vec![Vec::new(); each.len()]; Kind::ALL.len()]; ways.len()];
+    for turn in 0..turns {
+        progress(&format!("{family}, rules: turn {} of {turns}", turn + 1));
+        for step in 0..each.len() {
+            let number = (turn + step) % each.len();
+            set_all(&mut switches, each[number].0)?;
+            for (ends, samples) in ends.iter_mut().zip(&mut samples) {
+                for (kind, samples) in Kind::ALL.into_iter().zip(samples) {
+                    // The first packets make entries and fill caches.
+                    ends.cost(kind, time / 10)?;
+                    let cost = ends.cost(kind, time).with_context(|| format!("with {}", each[number].0.words()))?;
+                    samples[number].push(cost);
+                }
+            }
+        }
+    }
+    set_all(&mut switches, Rules::All)?;
+    for switch in &mut switches {
+        ensure!(switch.is_whole()?, "the rules that were put back are not those that the agent had made");
+    }
+    for ((way, _), by_kind) in ways.iter().zip(&samples) {
+        for (kind, by_rules) in Kind::ALL.into_iter().zip(by_kind) {
+            let (what, unit) = kind.words();
+            for ((rules, baseline), costs) in each.iter().zip(by_rules) {
+                let conditions = format!("{family}, {way}, {}", rules.words());
+                let row = Row::new("data", &conditions, what, unit, costs);
+                let against = |row: Row| match baseline.and_then(|b| Some((b, each.iter().position(|(r, _)| *r == b)?))) {
+                    Some((baseline, number)) => row.against(baseline.words(), costs, &by_rules[number]),
+                    None => row,
+                };
+                let row = row.map(against);
+                let judged = matches!(rules, Rules::All | Rules::AllAndOthers);
+                report.add(if judged { row.map(|r| r.ratio_goal(GOAL)) } else { row });
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,177 @@
+//! Senders and receivers side by side, each on a thread of its own, as programs are: what passes in a second.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow, ensure};
+
+use super::way::{PAYLOAD, Way, stay_on};
+
+/// Bytes that a program hands over at once.
+const BLOCK: usize = 128 << 10;
+
+/// What is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Load {
+    /// So many TCP connections that send as fast as they can.
+    Streams(usize),
+    /// One byte by TCP and one back, again and again, one connection.
+    Requests,
+    /// UDP packets of [`PAYLOAD`] bytes, as fast as they go.
+    Packets,
+}
+
+/// What passed.
+#[derive(Debug, Clone, Copy)]
+pub struct Passed {
+    /// In a second: bytes, requests answered, or packets that arrived.
+    pub each_second: f64,
+    /// Seconds of processor time of the whole machine, in a second.
+    pub processor: f64,
+}
+
+impl Load {
+    /// Sends for a time, once it has begun to flow.
+    pub fn run(self, way: &Way, time: Duration) -> anyhow::Result<Passed> {
+        match self {
+            Load::Streams(count) => streams(way, count, time),
+            Load::Requests => requests(way, time),
+            Load::Packets => packets(way, time),
+        }
+    }
+}
+
+fn streams(way: &Way, count: usize, time: Duration) -> anyhow::Result<Passed> {
+    let pairs = (0..count).map(|_| way.connect()).collect::<anyhow::Result<Vec<_>>>()?;
+    let received = AtomicU64::new(0);
+    let ends: Vec<&TcpStream> = pairs.iter().flat_map(|(near, far)| [near, far]).collect();
+    // One stream is told where to run, so that no two turns differ in that; several spread by themselves.
+    let chosen = count == 1;
+    thread::scope(|scope| {
+        for (near, far) in &pairs {
+            scope.spawn(move || -> anyhow::Result<()> {
+                if chosen {
+                    stay_on(false)?;
+                }
+                let (mut near, block) = (near, vec![0x5a; BLOCK]);
+                while near.write_all(&block).is_ok() {}
+                Ok(())
+            });
+            let received = &received;
+            scope.spawn(move || -> anyhow::Result<()> {
+                if chosen {
+                    stay_on(true)?;
+                }
+                let (mut far, mut block) = (far, vec![0; BLOCK]);
+                while let Ok(length @ 1..) = far.read(&mut block) {
+                    received.fetch_add(u64::try_from(length)?, Ordering::Relaxed);
+                }
+                Ok(())
+            });
+        }
+        let passed = watch(&received, time);
+        for end in ends {
+            let _gone = end.shutdown(Shutdown::Both);
+        }
+        passed
+    })
+}
+
+fn requests(way: &Way, time: Duration) -> anyhow::Result<Passed> {
+    let (near, far) = way.connect()?;
+    let answered = AtomicU64::new(0);
+    thread::scope(|scope| {
+        scope.spawn(|| -> anyhow::Result<()> {
+            stay_on(false)?;
+            let (mut near, mut byte) = (&near, [1]);
+            while near.write_all(&byte).is_ok() && near.read_exact(&mut byte).is_ok() {
+                answered.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok(())
+        });
+        scope.spawn(|| -> anyhow::Result<()> {
+            stay_on(true)?;
+            let (mut far, mut byte) = (&far, [1]);
+            while far.read_exact(&mut byte).is_ok() && far.write_all(&byte).is_ok() {}
+            Ok(())
+        });
+        let passed = watch(&answered, time);
+        for end in [&near, &far] {
+            let _gone = end.shutdown(Shutdown::Both);
+        }
+        passed
+    })
+}
+
+fn packets(way: &Way, time: Duration) -> anyhow::Result<Passed> {
+    let (near, far) = way.datagrams()?;
+    far.set_read_timeout(Some(Duration::from_millis(100)))?;
+    let (received, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+    let going = || !stop.load(Ordering::Relaxed);
+    thread::scope(|scope| {
+        scope.spawn(|| -> anyhow::Result<()> {
+            stay_on(false)?;
+            while going() {
+                // A queue that is full loses the packet: it does not arrive, and is not counted.
+                let _lost = near.send(&[0x5a; PAYLOAD]);
+            }
+            Ok(())
+        });
+        scope.spawn(|| -> anyhow::Result<()> {
+            stay_on(true)?;
+            let mut packet = [0; PAYLOAD];
+            while going() {
+                if far.recv(&mut packet).is_ok() {
+                    received.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+            Ok(())
+        });
+        let passed = watch(&received, time);
+        stop.store(true, Ordering::Relaxed);
+        passed
+    })
+}
+
+/// Waits a little, and then looks how fast a count grows, and what the machine does for it.
+fn watch(count: &AtomicU64, time: Duration) -> anyhow::Result<Passed> {
+    thread::sleep(time / 5);
+    let (begin, idle, before) = (Instant::now(), idle()?, count.load(Ordering::Relaxed));
+    thread::sleep(time);
+    let (seconds, grown) = (begin.elapsed().as_secs_f64(), count.load(Ordering::Relaxed) - before);
+    let idle = self::idle()? - idle;
+    ensure!(grown > 0, "nothing arrives");
+    let processors = u32::try_from(thread::available_parallelism().map_or(1, usize::from))?;
+    // A count of that size is exact in a double.
+    let each_second = u32::try_from(grown >> 16).map(f64::from)? * 65536.0 + f64::from(u16::try_from(grown & 0xffff)?);
+    Ok(Passed { each_second: each_second / seconds, processor: (f64::from(processors) - idle / seconds).max(0.0) })
+}
+
+/// Seconds that the processors were idle since the machine started (`proc_stat(5)`), together. The kernel measures them; times of work it only samples.
+fn idle() -> anyhow::Result<f64> {
+    let text = fs::read_to_string("/proc/stat").context("cannot read /proc/stat")?;
+    idle_of(&text).ok_or_else(|| anyhow!("/proc/stat does not begin with the sum of all processors"))
+}
+
+fn idle_of(text: &str) -> Option<f64> {
+    let mut fields = text.lines().next()?.strip_prefix("cpu ")?.split_whitespace().skip(3);
+    let (idle, waiting): (f64, f64) = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
+    // USER_HZ, which is 100 on every machine that Rust runs on but Alpha.
+    Some((idle + waiting) / 100.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn idle_time_is_read() {
+        let text = "cpu  100 0 50 3000 200 0 7 0 0 0\ncpu0 50 0 25 1500 100 0 3 0 0 0\n";
+        assert_eq!(idle_of(text), Some(32.0));
+        assert_eq!(idle_of("intr 1 2 3"), None);
+    }
+}

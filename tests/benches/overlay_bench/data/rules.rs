@@ -1,0 +1,178 @@
+//! The same way with rules and without: the agents stand still, and the tables are taken away and put back by the agent's own writer.
+
+use std::process::Command;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, anyhow, ensure};
+use clap::ValueEnum;
+use overlay_agent::kernel::netns::Netns;
+use overlay_agent::kernel::nft::Nft;
+use overlay_agent::plan::ruleset::{ChainKind, Expr, OVERLAY, Rule, Table};
+use overlay_agent::plan::{Key, Op, OpError, Ruleset, State, Value};
+
+/// What others have: a firewall that knows connections, as Docker, kube-proxy, firewalld and ufw bring it.
+const FIREWALL: &str = "add table inet others; add chain inet others c { type filter hook forward priority 10; }; \
+                        add rule inet others c ct state established,related accept";
+
+/// Which rules stand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Rules {
+    /// None.
+    None,
+    /// All of ours.
+    All,
+    /// What containers may send.
+    Bridge,
+    /// The other table.
+    Inet,
+    /// The other table without address translation, and so without conntrack.
+    Stateless,
+    /// All of ours, with the tunnel's packets in conntrack.
+    Tracked,
+    /// All of ours, and conntrack takes no notice of what stays in the overlay either: published ports and stateful firewalls would miss it.
+    InnerUntracked,
+    /// None of ours, and somebody's firewall with conntrack.
+    Others,
+    /// All of ours and that firewall.
+    AllAndOthers,
+}
+
+impl Rules {
+    /// Each, behind what it is compared with.
+    pub const EACH: [(Rules, Option<Rules>); 9] = [
+        (Rules::None, None),
+        (Rules::All, Some(Rules::None)),
+        (Rules::Bridge, Some(Rules::None)),
+        (Rules::Inet, Some(Rules::None)),
+        (Rules::Stateless, Some(Rules::None)),
+        (Rules::Tracked, Some(Rules::None)),
+        (Rules::InnerUntracked, Some(Rules::None)),
+        (Rules::Others, Some(Rules::None)),
+        (Rules::AllAndOthers, Some(Rules::Others)),
+    ];
+
+    /// For the table.
+    pub const fn words(self) -> &'static str {
+        match self {
+            Rules::None => "no rules",
+            Rules::All => "our rules",
+            Rules::Bridge => "our rules of the bridge alone",
+            Rules::Inet => "our rules of IP alone",
+            Rules::Stateless => "our rules of IP but for NAT",
+            Rules::Tracked => "our rules, the tunnel in conntrack",
+            Rules::InnerUntracked => "our rules, nothing of the overlay in conntrack",
+            Rules::Others => "a foreign firewall with conntrack",
+            Rules::AllAndOthers => "our rules beside a foreign firewall with conntrack",
+        }
+    }
+
+    const fn foreign(self) -> bool {
+        matches!(self, Rules::Others | Rules::AllAndOthers)
+    }
+
+    /// What of a table of ours stands.
+    fn of(self, ruleset: &Ruleset) -> Option<Ruleset> {
+        match (self, ruleset.table) {
+            (Rules::All | Rules::AllAndOthers, _) | (Rules::Bridge, Table::Bridge) | (Rules::Inet, Table::Inet) => {
+                Some(ruleset.clone())
+            }
+            (Rules::Stateless, Table::Inet) => {
+                let mut ruleset = ruleset.clone();
+                ruleset.chains.retain(|chain| chain.base.is_none_or(|base| base.kind != ChainKind::Nat));
+                Some(ruleset)
+            }
+            (Rules::Tracked | Rules::InnerUntracked, Table::Bridge) => Some(ruleset.clone()),
+            (Rules::Tracked, Table::Inet) => {
+                let mut ruleset = ruleset.clone();
+                for chain in &mut ruleset.chains {
+                    chain.rules.retain(|rule| !rule.exprs.contains(&Expr::Untrack));
+                }
+                Some(ruleset)
+            }
+            (Rules::InnerUntracked, Table::Inet) => {
+                let mut ruleset = ruleset.clone();
+                let overlay = ruleset.chains.iter().find(|chain| chain.name == OVERLAY);
+                let overlay = overlay.map(|chain| chain.rules.iter().flat_map(|rule| rule.exprs.clone())).into_iter().flatten();
+                let inside = overlay.filter(|expr| !matches!(expr, Expr::Accept)).chain([Expr::Untrack]).collect();
+                if let Some(chain) = ruleset.chains.iter_mut().find(|chain| chain.name == "incoming") {
+                    chain.rules.insert(1, Rule { exprs: inside });
+                }
+                Some(ruleset)
+            }
+            _ => None,
+        }
+    }
+}
+
+/// The rules of a host.
+pub struct Switch {
+    netns: Netns,
+    nft: Nft,
+    /// What the agent made.
+    made: State,
+    known: State,
+    foreign: bool,
+}
+
+impl Switch {
+    /// Looks at what a host has, which should be both tables.
+    pub fn new(netns: &Netns) -> anyhow::Result<Switch> {
+        let mut nft = netns.run(Nft::open)??;
+        let made = nft.dump()?.rules;
+        for table in Table::ALL {
+            ensure!(made.contains_key(&Key::Ruleset(table)), "there is no table {table} overlayd to be measured");
+        }
+        Ok(Switch { netns: netns.clone(), nft, known: made.clone(), made, foreign: false })
+    }
+
+    /// Has these rules stand, and no others.
+    pub fn set(&mut self, rules: Rules) -> anyhow::Result<()> {
+        let gone: Vec<Op> = self.known.iter().filter(|(key, _)| matches!(key, Key::Ruleset(_))).map(delete).collect();
+        let tables: Vec<Ruleset> = self.made.values().filter_map(|value| as_ruleset(value).and_then(|r| rules.of(r))).collect();
+        let held = |key: &Key| matches!(key, Key::Element(e) if tables.iter().any(|t| t.sets.contains(&e.set()) && t.table == e.set().table()));
+        let elements = self.made.iter().filter(|(key, _)| held(key)).map(|(key, value)| Op::Set(key.clone(), value.clone()));
+        let tables = tables.iter().map(|r| Op::Set(Key::Ruleset(r.table), Value::Ruleset(Box::new(r.clone()))));
+        let come: Vec<Op> = tables.chain(elements).collect();
+        for ops in [gone, come].iter().filter(|ops| !ops.is_empty()) {
+            refused(self.nft.apply(ops, &mut self.known))?;
+        }
+        if rules.foreign() != self.foreign {
+            let script = if rules.foreign() { FIREWALL } else { "delete table inet others" };
+            let run = || Command::new("nft").arg(script).output();
+            let output = self.netns.run(run)?.context("`nft` is needed: apt-get install nftables")?;
+            ensure!(output.status.success(), "nft {script}: {}", String::from_utf8_lossy(&output.stderr).trim());
+            self.foreign = rules.foreign();
+        }
+        Ok(())
+    }
+
+    /// Whether the kernel has again what the agent had made.
+    pub fn is_whole(&mut self) -> anyhow::Result<bool> {
+        Ok(self.nft.dump()?.rules == self.made)
+    }
+}
+
+/// Has these rules stand on all hosts, and lets the kernel come to rest: it takes hooks away when no processor is inside any more.
+pub fn set_all(switches: &mut [Switch], rules: Rules) -> anyhow::Result<()> {
+    for switch in &mut *switches {
+        switch.set(rules)?;
+    }
+    thread::sleep(Duration::from_millis(30));
+    Ok(())
+}
+
+fn delete((key, value): (&Key, &Value)) -> Op {
+    Op::Delete(key.clone(), value.clone())
+}
+
+fn as_ruleset(value: &Value) -> Option<&Ruleset> {
+    match value {
+        Value::Ruleset(ruleset) => Some(ruleset),
+        _ => None,
+    }
+}
+
+fn refused(failed: Vec<(usize, OpError)>) -> anyhow::Result<()> {
+    failed.into_iter().next().map_or(Ok(()), |(_, error)| Err(anyhow!(error)))
+}

@@ -1,0 +1,80 @@
+//! Conntrack takes no notice of the tunnel's own packets, whatever else it does on a host: neither is its table filled with them, nor do they cost what a
+//! connection costs. What containers say to each other it sees, and VXLAN that a host only forwards for somebody it translates.
+
+use std::net::{SocketAddr, UdpSocket};
+
+use overlay_agent::model::Family;
+use overlay_tests::capture::VXLAN_PORT;
+use overlay_tests::story::SOON;
+use overlay_tests::{Must, Story, kernel};
+use overlayctl::lab::Families;
+use overlayctl::lab::layout::gateway_address;
+
+/// A firewall that knows connections, for all that goes in, out and through.
+const FIREWALL: &str = "nft 'table inet firewall {
+    chain i { type filter hook input priority 0; ct state invalid drop; }
+    chain f { type filter hook forward priority 0; ct state invalid drop; }
+    chain o { type filter hook output priority 0; ct state invalid drop; }; }'";
+
+/// How addresses of the lab's networks begin, as the table writes them.
+const NETWORKS: [&str; 2] = ["10.244.", "fd00:0010:0244:"];
+
+async fn lab() -> Story {
+    Story::up(|options| {
+        options.hosts = 2;
+        options.containers = 1;
+        options.families = Families::Dual;
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_tunnels_packets_are_in_no_table() {
+    let story = lab().await;
+    for host in ["h1", "h2"] {
+        kernel::shell(&story, host, FIREWALL);
+    }
+    story.assert_all_reach().await;
+    for host in ["h1", "h2"] {
+        let table = kernel::run(&story, host, &["cat", "/proc/net/nf_conntrack"]);
+        let port = format!("dport={VXLAN_PORT} ");
+        let tunnel: Vec<&str> = table.lines().filter(|line| line.contains(&port)).collect();
+        assert!(tunnel.is_empty(), "{host} follows the tunnel: {tunnel:#?}");
+        // The containers' own connections are what it is there for.
+        for network in NETWORKS {
+            let inside = |line: &str| line.contains(&format!("src={network}")) && line.contains(&format!("dst={network}"));
+            assert!(table.lines().any(inside), "{host} does not follow what containers of {network} say: {table}");
+        }
+    }
+}
+
+/// A guest of a host, behind its address, has an overlay of its own by the same port.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_only_forwarded_is_translated() {
+    let story = lab().await;
+    let guest = story.inside("h1-c1");
+    let name = guest.path().file_name().and_then(|name| name.to_str()).must("a name").to_owned();
+    let world = gateway_address(Family::V4);
+    kernel::shell(
+        &story,
+        "h1",
+        &format!(
+            "ip link add guest type veth peer name out netns {name}; ip address add 192.168.77.1/24 dev guest; ip link set guest up
+             nft 'table ip guests {{ chain p {{ type nat hook postrouting priority 100; ip saddr 192.168.77.0/24 masquerade; }}; }}'"
+        ),
+    );
+    kernel::shell(
+        &story,
+        "h1-c1",
+        &format!("ip address add 192.168.77.2/24 dev out; ip link set out up; ip route add {world} via 192.168.77.1"),
+    );
+    let bind = |address: SocketAddr| move || UdpSocket::bind(address);
+    let server = story.inside("world").run(bind(SocketAddr::new(world, VXLAN_PORT))).must("world").must("a socket");
+    server.set_read_timeout(Some(SOON)).must("a limit");
+    let from = guest.run(bind(([192, 168, 77, 2], 0).into())).must("h1-c1").must("a socket");
+    from.send_to(b"a guest's own tunnel", SocketAddr::new(world, VXLAN_PORT)).must("sending");
+    let mut buffer = [0; 64];
+    let (_, source) = server.recv_from(&mut buffer).must("a datagram of the guest");
+    let host = *story.at("h1").layout().addresses.get(Family::V4).must("its address");
+    assert_eq!(source.ip(), host, "the guest's packet keeps its own address");
+}

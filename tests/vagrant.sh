@@ -1,0 +1,36 @@
+#!/bin/bash
+# The page docs/vagrant.md from its first command to its last, with virtual machines that need neither KVM nor a libvirt of this machine.
+#
+#   sudo ./tests/vagrant.sh        an hour and more without acceleration; not a part of run.sh for that
+#
+# The Debian packages that it installs stay; the box, the machines and their networks go.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+case ${1:-} in
+-h | --help) sed -n '2,6s/^# \{0,1\}//p' "$0" && exit 0 ;;
+?*) echo "tests/vagrant.sh: unknown argument: $1" >&2 && exit 2 ;;
+esac
+[ "$(id -u)" -eq 0 ] || { echo "tests/vagrant.sh: root is needed: run  sudo $0" >&2 && exit 2; }
+
+VAGRANT_HOME=$(mktemp -d /var/tmp/overlay-vagrant.XXXXXX)
+export VAGRANT_HOME PROFILE=${PROFILE:-dev} DEBIAN_FRONTEND=noninteractive
+policy=/usr/sbin/policy-rc.d
+[ ! -e $policy ] || { echo "tests/vagrant.sh: $policy is in the way: it keeps services from starting, which this script does itself" >&2 && exit 2; }
+trap 'rm -rf $policy "$VAGRANT_HOME"' EXIT
+# Nothing that is installed here is to run on this machine.
+printf '#!/bin/sh\nexit 101\n' >$policy
+chmod +x $policy
+apt-get install -y -q --no-install-recommends debootstrap dnsmasq-base libvirt-clients qemu-utils
+yes | apt-get install vagrant vagrant-libvirt libvirt-daemon-system qemu-system-x86
+rm $policy
+
+./vagrant/make-box.sh --add
+DRIVER=qemu ./vagrant/libvirt.sh ./vagrant/lab.sh all
+DRIVER=qemu ./vagrant/libvirt.sh bash <<'EOF'
+set -e
+trap './vagrant/lab.sh down' EXIT
+./vagrant/lab.sh up
+./vagrant/lab.sh check
+./vagrant/lab.sh ssh node1 overlayctl peers
+EOF

@@ -1,0 +1,77 @@
+#!/bin/bash
+# Runs a command beside a libvirt of its own, for machines that run none: containers, CI, a look without a trace.
+#
+#   sudo ./vagrant/libvirt.sh ./vagrant/lab.sh all
+#   sudo ./vagrant/libvirt.sh bash                   to work in it
+#
+# libvirtd, its networks, virtual machines and Vagrant's memory of them live in namespaces (network, mounts, processes) and in a directory that
+# go with the command; this machine's own network gets nothing. Boxes are read from, and kept in, the caller's VAGRANT_HOME. Needs root and
+# Debian's libvirt-daemon-system, libvirt-clients, qemu-system-x86, qemu-utils and dnsmasq-base.
+set -euo pipefail
+
+usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; }
+
+die() {
+    echo "libvirt.sh: $*" >&2
+    exit 1
+}
+
+outside() {
+    [ "$(id -u)" -eq 0 ] || die "root is needed, to make namespaces: run  sudo $0 $*"
+    local pair missing=()
+    for pair in libvirtd:libvirt-daemon-system virtlogd:libvirt-daemon virsh:libvirt-clients qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils dnsmasq:dnsmasq-base \
+        iptables:iptables; do
+        PATH=$PATH:/usr/sbin command -v "${pair%%:*}" >/dev/null || missing+=("${pair#*:}")
+    done
+    [ ${#missing[@]} -eq 0 ] || die "programs are missing: run  sudo apt-get install --no-install-recommends ${missing[*]}"
+    work=$(mktemp -d "${TMPDIR:-/var/tmp}/overlay-libvirt.XXXXXX")
+    # libvirt's user reads disks in it.
+    chmod 755 "$work"
+    trap 'rm -rf --one-file-system "$work"' EXIT
+    local code=0
+    # The processes of a process namespace end with its first one, virtual machines among them.
+    OVERLAY_LIBVIRT=$work unshare --net --mount --pid --fork --kill-child --mount-proc "$0" "$@" || code=$?
+    exit $code
+}
+
+inside() {
+    local work=$OVERLAY_LIBVIRT limit
+    export PATH=$PATH:/usr/sbin:/sbin
+    mount --make-rprivate /
+    mkdir -p "$work"/{lib,etc,cache,log,vagrant}
+    cp -a /etc/libvirt/. "$work/etc"
+    cp -a /var/lib/libvirt/. "$work/lib"
+    mount -t tmpfs -o mode=755 tmpfs /run
+    mkdir -p /run/lock
+    mount --bind "$work/etc" /etc/libvirt
+    mount --bind "$work/lib" /var/lib/libvirt
+    mount --bind "$work/log" /var/log/libvirt
+    mount --bind "$work/cache" /var/cache/libvirt
+    # Where control groups are is another's matter here, and so are the security modules.
+    printf 'cgroup_controllers = []\nsecurity_driver = "none"\nnamespaces = []\n' >>/etc/libvirt/qemu.conf
+    printf 'auth_unix_rw = "none"\nauth_unix_ro = "none"\n' >>/etc/libvirt/libvirtd.conf
+    ip link set lo up
+    virtlogd --daemon
+    libvirtd --daemon || die "libvirtd does not start; its log is in $work/log"
+    limit=$((SECONDS + 60))
+    until virsh -c qemu:///system version >"$work/version" 2>&1; do
+        [ $SECONDS -lt $limit ] || die "libvirtd does not answer: $(tail -1 "$work/version")"
+        sleep 0.5
+    done
+    virsh -q -c qemu:///system pool-info default >/dev/null 2>&1 || {
+        mkdir -p /var/lib/libvirt/images
+        virsh -q -c qemu:///system pool-define-as default dir --target /var/lib/libvirt/images
+        virsh -q -c qemu:///system pool-start default
+    }
+    export VAGRANT_DOTFILE_PATH=$work/vagrant VAGRANT_DEFAULT_PROVIDER=libvirt
+    unset OVERLAY_LIBVIRT
+    local code=0
+    "$@" || code=$?
+    exit $code
+}
+
+case ${1:-} in
+'') usage >&2 && exit 2 ;;
+-h | --help) usage && exit 0 ;;
+esac
+if [ -n "${OVERLAY_LIBVIRT:-}" ]; then inside "$@"; else outside "$@"; fi
