@@ -220,6 +220,10 @@ boot() {
     mount -t overlay overlay -o "lowerdir=$TREE,upperdir=$WORK/h$n/upper,workdir=$WORK/h$n/work" "$root"
     echo "h$n" >"$root/etc/hostname"
     rm -f "$root/etc/resolv.conf"
+    # As Debian's installer writes it.
+    printf '127.0.0.1\tlocalhost\n::1\tlocalhost\n' >"$root/etc/hosts"
+    # etcd asks for a network that is online, and here nothing manages the interface.
+    ln -s /dev/null "$root/etc/systemd/system/systemd-networkd-wait-online.service"
     ip netns add "h$n"
     ip link add "h$n" type veth peer name eth0 netns "h$n"
     ip link set "h$n" master sw up
