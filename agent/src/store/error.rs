@@ -299,8 +299,10 @@ impl Context {
         } else if says("InvalidContentType") || says("corrupt message") || says("handshake eof") {
             "where it does not speak TLS, use an http:// endpoint"
         } else if endpoint.starts_with("https://") && !self.greeted && ENDED.iter().any(|words| says(words)) {
-            // TLS 1.3 servers look at the client's certificate only after the handshake.
-            "servers that want a client certificate of their CA end the connection so: set --etcd-certfile and --etcd-keyfile"
+            // TLS 1.3 servers look at the client's certificate only after the handshake. One without TLS says so where its words arrive before the end
+            // of the connection, which they need not.
+            "servers that want a client certificate of their CA end the connection so: set --etcd-certfile and --etcd-keyfile; and servers \
+             without TLS may: for these use an http:// endpoint"
         } else if says("certificate") || says("tls") || says("TLS") || says("fatal alert") {
             "check --etcd-cafile, --etcd-certfile and --etcd-keyfile"
         } else {
