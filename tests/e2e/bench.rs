@@ -9,10 +9,14 @@ use overlay_tests::shell;
 /// What makes a measurement small, beside what the page has.
 fn small(measurement: &str) -> &'static [&'static str] {
     match measurement {
-        "peers" | "start" | "memory" => &["--peers", "20", "--runs", "1"],
+        "peers" | "start" => &["--peers", "20", "--runs", "1"],
+        "memory" => &["--peers", "20", "--runs", "1", "--no-wakes"],
+        "churn" => &["--peers", "20", "--rate", "50", "--seconds", "3", "--writers", "2"],
+        "storm" => &["--peers", "5", "--routes", "50", "--links", "20", "--runs", "1"],
+        "data" => &["--turns", "1", "--rules", "1", "--time", "50"],
         "join" => &["--peers", "0", "--samples", "3", "--hosts", "1"],
         "attach" => &["--samples", "3", "--endpoints", "2"],
-        // Not known how small it can be: that there is such a measurement.
+        // A fleet rests for a minute. Only that there is such a measurement.
         _ => &["--help"],
     }
 }
