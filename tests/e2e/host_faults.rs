@@ -214,6 +214,11 @@ async fn the_disk_is_full() {
         attach(&story, host, "c1").exits(0);
     }
 
+    // At its end it makes one file of what it appended: a few lines more would have had room in the journal's last block.
+    story.at("h1").agent_stop(Signal::SIGTERM).must("SIGTERM");
+    volume.agent_start();
+    story.at("h1").wait_ready(READY).await.must("ready");
+
     // While it runs: what needs the disk is refused with the reason, the rest works on.
     let traffic = Traffic::start(&story, "h1-c1", "h2-c1", Family::V4).await;
     let before = kernel::actual(&story, "h1");
