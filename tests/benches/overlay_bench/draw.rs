@@ -71,7 +71,7 @@ const PICTURES: [Picture; 5] = [
     },
     Picture {
         measurement: "memory",
-        what: &["VmRSS"],
+        what: &["resident (VmRSS)"],
         title: "Resident memory of an agent",
         shape: Shape::Against("peers"),
         unit: "MiB",
