@@ -313,24 +313,18 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         self.rebuild(channels);
         self.settle();
         self.dirty.extend(self.repairs.due(now));
-        let mut batch = self.plan();
+        let batch = self.plan();
         if !batch.is_empty() {
             tracing::debug!(ops = batch.len(), ms = begun.elapsed().as_secs_f64() * 1e3, "planned");
         }
         if let Some(before) = before_dump {
             self.count_drift_of_dump(&before, &batch);
         }
-        batch.retain(|op| !self.repairs.holds_back(op.key(), now));
-        if !batch.is_empty() {
-            self.apply(batch).await;
-        }
+        self.apply_due(batch, now).await;
         if self.all_dirty {
             // A device was made at another try: all that lives on it was left out of the plan while somebody else's stood in its place.
-            let mut batch = self.plan();
-            batch.retain(|op| !self.repairs.holds_back(op.key(), now));
-            if !batch.is_empty() {
-                self.apply(batch).await;
-            }
+            let batch = self.plan();
+            self.apply_due(batch, now).await;
         }
         self.publish(channels);
     }
@@ -377,6 +371,14 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             diff(&self.desired, &self.actual)
         } else {
             diff_keys(&self.desired, &self.actual, dirty.iter())
+        }
+    }
+
+    /// Applies what of a batch is not held back for a later try.
+    async fn apply_due(&mut self, mut batch: Batch, now: Instant) {
+        batch.retain(|op| !self.repairs.holds_back(op.key(), now));
+        if !batch.is_empty() {
+            self.apply(batch).await;
         }
     }
 

@@ -212,6 +212,13 @@ impl StateDir {
         Ok(())
     }
 
+    /// The same, written in any case: afterwards the disk has it for certain, whoever wrote the same text before.
+    pub fn save_whole<T: Serialize>(&self, name: &str, content: &T) -> Result<(), StateError> {
+        let path = self.path.join(name);
+        write_whole(&path, &encoded(&path, content)?, FILE_MODE)?;
+        Ok(())
+    }
+
     /// The same without waiting for the disk, which takes milliseconds: for what is worth nothing after a loss of power, because what it is about
     /// is gone as well.
     pub fn save_soon<T: Serialize>(&self, name: &str, content: &T) -> Result<(), StateError> {
@@ -228,13 +235,7 @@ impl StateDir {
 
 /// The content of a JSON file of a state directory that another agent may hold; `None` where it is not there. Changes nothing.
 pub fn peek<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, FileError> {
-    let bytes = match std::fs::read(path) {
-        Ok(bytes) => bytes,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(source) => return Err(FileError::new("read", path, source)),
-    };
-    let content = serde_json::from_slice(&bytes).map(Some);
-    content.map_err(|e| FileError::new("read", path, std::io::Error::new(std::io::ErrorKind::InvalidData, e)))
+    file::peek(path, |bytes| serde_json::from_slice(bytes))
 }
 
 fn encoded<T: Serialize>(path: &Path, content: &T) -> Result<Vec<u8>, StateError> {

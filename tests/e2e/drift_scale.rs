@@ -192,7 +192,7 @@ async fn two_that_fight() {
     let agent = story.at("h1").agent().must("an agent");
     let peer = story.at("h1").client().peers().await.must("peers").peers.into_iter().find(|p| p.subnet.family() == Family::V4);
     let route = peer.must("a peer").subnet.to_string();
-    let used = processor_time(agent.pid);
+    let used = processor_time(agent.pid).must("the agent's processor time");
     let repairs = story.status("h1").await.data_path.drift_repairs;
     let script = format!(
         "end=$(($(date +%s%N) + {})); n=0
@@ -201,7 +201,7 @@ async fn two_that_fight() {
         time.as_nanos()
     );
     let deleted: u64 = kernel::shell(&story, "h1", &script).trim().parse().must("a number");
-    let used = processor_time(agent.pid) - used;
+    let used = processor_time(agent.pid).must("the agent's processor time") - used;
     let status = story.status("h1").await;
     let repaired = status.data_path.drift_repairs - repairs;
     println!("{deleted} deletions, {repaired} repairs, {} ms of processor time in {} ms", used.as_millis(), time.as_millis());

@@ -5,13 +5,7 @@ use overlay_tests::pages::Page;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_operators_life() {
-    let machines = Machines::boot(&["host-1", "host-2", "host-3", "host-4", "etcd", "etcd-1"]).await;
-    machines.etcd("etcd");
-    machines.network("host-1", r#"{"Network": "10.244.0.0/16"}"#);
-    for (host, subnet) in [("host-1", "10.244.7.0/24"), ("host-2", "10.244.9.0/24"), ("host-3", "10.244.12.0/24")] {
-        machines.configure(host, subnet);
-        machines.run(host, "systemctl start overlayd");
-    }
+    let machines = Machines::with_overlay(&["host-4", "etcd-1"]).await;
     machines.remember("host-4", "10.244.21.0/24");
     machines.run("host-1", "overlayctl attach web; overlayctl status --wait 30s");
     machines.run("host-2", "overlayctl attach db --ip 10.244.9.5");

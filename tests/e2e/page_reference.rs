@@ -5,18 +5,6 @@ use overlay_tests::page::top;
 use overlay_tests::pages::Page;
 use overlay_tests::programs::needs;
 
-/// Three hosts with the subnets of the pages.
-async fn three_hosts() -> Machines {
-    let machines = Machines::boot(&["host-1", "host-2", "host-3", "etcd"]).await;
-    machines.etcd("etcd");
-    machines.network("host-1", r#"{"Network": "10.244.0.0/16"}"#);
-    for (host, subnet) in [("host-1", "10.244.7.0/24"), ("host-2", "10.244.9.0/24"), ("host-3", "10.244.12.0/24")] {
-        machines.configure(host, subnet);
-        machines.run(host, "systemctl start overlayd");
-    }
-    machines
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_first_deployment_by_hand() {
     let machines = Machines::boot(&["host-1", "host-2", "etcd"]).await;
@@ -34,7 +22,7 @@ async fn a_first_deployment_by_hand() {
 async fn containers_and_looking() {
     needs("curl", "curl");
     needs("busybox", "busybox-static");
-    let machines = three_hosts().await;
+    let machines = Machines::with_overlay(&[]).await;
     machines.run("host-2", "overlayctl attach db --ip 10.244.9.5; overlayctl attach site --ip 10.244.9.2; mkdir /root/www; echo hello >/root/www/index.html");
     machines.run("host-2", "ip netns exec site busybox httpd -p 80 -h /root/www");
     Page::open("docs/containers.md", &machines).to_the_end().await;
@@ -49,7 +37,7 @@ async fn containers_and_looking() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_mesh() {
-    let machines = three_hosts().await;
+    let machines = Machines::with_overlay(&[]).await;
     for host in ["host-1", "host-2", "host-3"] {
         let listen = "echo 'metrics-listen = \"0.0.0.0:9780\"' >>/etc/overlayd/overlayd.toml; echo 'mesh-interval = \"1s\"' >>/etc/overlayd/overlayd.toml";
         machines.run(host, &format!("{listen}; systemctl restart overlayd"));
@@ -60,7 +48,9 @@ async fn the_mesh() {
     let mut page = Page::open("docs/mesh.md", &machines);
     page.step().await;
     machines.run("host-2", "nft delete table inet filter");
-    machines.until("host-1", "overlayctl mesh").await;
+    for host in ["host-1", "host-2"] {
+        machines.until(host, "overlayctl mesh").await;
+    }
     page.to_the_end().await;
 }
 
@@ -75,7 +65,7 @@ async fn labs_and_pictures() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn options_for_docker() {
-    let machines = three_hosts().await;
+    let machines = Machines::with_overlay(&[]).await;
     machines.run("host-2", "echo 'docker = true' >>/etc/overlayd/overlayd.toml");
     let drop_in = std::fs::read_to_string(top().join("deploy/docker/60-overlay.conf")).expect("the drop-in");
     // Where the programs are on these machines, in place of the packages' directory.

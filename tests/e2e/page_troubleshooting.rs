@@ -8,13 +8,7 @@ const SETTINGS: &str = "/etc/overlayd/overlayd.toml";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_symptom() {
-    let machines = Machines::boot(&["host-1", "host-2", "host-3", "etcd"]).await;
-    machines.etcd("etcd");
-    machines.network("host-1", r#"{"Network": "10.244.0.0/16"}"#);
-    for (host, subnet) in [("host-1", "10.244.7.0/24"), ("host-2", "10.244.9.0/24"), ("host-3", "10.244.12.0/24")] {
-        machines.configure(host, subnet);
-        machines.run(host, "systemctl start overlayd");
-    }
+    let machines = Machines::with_overlay(&[]).await;
     machines.run("host-1", "overlayctl attach web --ip 10.244.7.2; overlayctl attach api --ip 10.244.7.3 --publish 8080:80");
     machines.run("host-2", "overlayctl attach db --ip 10.244.9.5");
     let mut page = Page::open("docs/troubleshooting.md", &machines);

@@ -40,6 +40,18 @@ struct Machine {
 }
 
 impl Machines {
+    /// Boots three hosts with an agent each and the subnets of the pages, `etcd`, and what else is named.
+    pub async fn with_overlay(others: &[&str]) -> Machines {
+        let machines = Machines::boot(&[&["host-1", "host-2", "host-3", "etcd"], others].concat()).await;
+        machines.etcd("etcd");
+        machines.network("host-1", r#"{"Network": "10.244.0.0/16"}"#);
+        for (host, subnet) in [("host-1", "10.244.7.0/24"), ("host-2", "10.244.9.0/24"), ("host-3", "10.244.12.0/24")] {
+            machines.configure(host, subnet);
+            machines.run(host, "systemctl start overlayd");
+        }
+        machines
+    }
+
     /// Boots a switch and these machines.
     pub async fn boot(names: &[&str]) -> Machines {
         needs_root();

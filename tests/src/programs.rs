@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::time::Duration;
 
+use nix::errno::Errno;
+
 use crate::Must;
 
 /// A binary of this workspace, from the directory above the running test's.
@@ -94,12 +96,16 @@ impl Said {
     }
 }
 
-/// User and system time of a process so far: fields 14 and 15 of `proc_pid_stat(5)`, in ticks of a hundredth of a second.
-#[track_caller]
-pub fn processor_time(pid: i32) -> Duration {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).must("the agent's processor time");
-    // The name, in parentheses, may hold anything.
-    let fields: Vec<&str> = stat.rsplit_once(')').must("a name").1.split_whitespace().collect();
-    let ticks: u64 = [11, 12].iter().map(|n| fields[*n].parse::<u64>().must("ticks")).sum();
-    Duration::from_millis(ticks * 10)
+/// Time on processors that a process has used, threads that have ended included, to the nanosecond.
+pub fn processor_time(pid: i32) -> nix::Result<Duration> {
+    let mut clock: libc::clockid_t = 0;
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the system writes one value to the place that it is given.
+    match unsafe { libc::clock_getcpuclockid(pid, &raw mut clock) } {
+        0 => {}
+        errno => return Err(Errno::from_raw(errno)),
+    }
+    // SAFETY: the same.
+    Errno::result(unsafe { libc::clock_gettime(clock, &raw mut time) })?;
+    Ok(Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or_default()))
 }

@@ -4,7 +4,7 @@
 //! attach would take twice as long if it waited. The whole file is written at an audit that finds changes, at the end, and where the journal
 //! is long; lines that it holds already change nothing when they are read again.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use super::lock;
@@ -25,8 +25,6 @@ pub(super) struct Book {
     written: u64,
     /// The one that stands in the whole file, on the disk for certain.
     settled: u64,
-    /// The whole file, for a look whether it is there.
-    file: PathBuf,
 }
 
 impl Book {
@@ -35,8 +33,7 @@ impl Book {
         let journal = state.journal(JOURNAL);
         let stored: Stored = state.load(FILE)?.unwrap_or_default();
         let stored = stored.after(journal.read::<Change>()?);
-        let file = state.path().join(FILE);
-        Ok((Book { state, journal, written: 0, settled: 0, file }, stored))
+        Ok((Book { state, journal, written: 0, settled: 0 }, stored))
     }
 
     /// Writes down what changed, where it is not by another's writing: those who wait at the same time share one.
@@ -44,7 +41,7 @@ impl Book {
         if self.written >= wanted {
             return Ok(());
         }
-        if !self.journal.has_room() || !is_there(&self.file) {
+        if !self.journal.has_room() || self.state.path().join(FILE).symlink_metadata().is_err() {
             return self.write_whole(table, StateDir::save_soon);
         }
         let (version, changes) = {
@@ -64,7 +61,7 @@ impl Book {
         if self.settled == lock(table).version {
             return Ok(());
         }
-        self.write_whole(table, StateDir::save)?;
+        self.write_whole(table, StateDir::save_whole)?;
         self.settled = self.written;
         Ok(())
     }
@@ -107,8 +104,4 @@ pub fn recorded(state_dir: &Path) -> Result<Option<Vec<Recorded>>, StateError> {
     let recorded =
         |record: Record| Recorded { endpoint: Arc::unwrap_or_clone(record.endpoint), attached: record.phase == Phase::Attached };
     Ok(Some(stored.endpoints.into_iter().map(recorded).collect()))
-}
-
-fn is_there(file: &Path) -> bool {
-    file.symlink_metadata().is_ok()
 }

@@ -159,9 +159,11 @@ impl Links<'_> {
 
     /// Gives a link our alias, and takes from it what IPv6 would do by itself.
     async fn mark(&mut self, link: &LinkInfo) -> Result<(), OpError> {
-        if link.alias == LINK_ALIAS {
-            return Ok(());
-        }
+        if link.alias == LINK_ALIAS { Ok(()) } else { self.mark_anew(link).await }
+    }
+
+    /// The same whatever alias it has.
+    async fn mark_anew(&mut self, link: &LinkInfo) -> Result<(), OpError> {
         let change = marked(link.index, &link.name)?;
         self.rtnl.change_link(change).await.map_err(|e| not_marked(&link.name, &e))
     }
@@ -217,8 +219,7 @@ impl Links<'_> {
     /// Takes from a link on which the kernel has just begun IPv6 what it then does by itself, and has done: a link-local address is there already.
     async fn tame_ipv6(&mut self, link: &LinkInfo) -> Result<(), OpError> {
         sysctl::write_if_there(&sysctl::accept_ra(&link.name), "0")?;
-        let change = marked(link.index, &link.name)?;
-        self.rtnl.change_link(change).await.map_err(|e| not_marked(&link.name, &e))?;
+        self.mark_anew(link).await?;
         let switch = sysctl::disable_ipv6(&link.name);
         if sysctl::read(&switch)?.as_deref() == Some(sysctl::OFF) {
             // There was no IPv6 a moment ago: no address is lost but that one.

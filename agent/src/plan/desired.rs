@@ -176,8 +176,7 @@ impl Host {
     /// What of its own, peers aside, the kernel should hold for this host and what for the other one, without what is the same for both as far as
     /// that is seen without making it: the entries of all endpoints but those that came or went.
     pub fn own_entries(&self, other: &Host) -> (State, State) {
-        let but_for_ports = |host: &Host| Host { ports: Vec::new(), ..host.clone() };
-        if self.publishes() != other.publishes() || but_for_ports(self) != but_for_ports(other) {
+        if self.publishes() != other.publishes() || !self.is_but_for_ports(other) {
             return (self.entries(), other.entries());
         }
         let entries = |ports: &[Arc<Endpoint>], others: &[Arc<Endpoint>]| {
@@ -185,6 +184,33 @@ impl Host {
             ports.iter().filter(|endpoint| !same(endpoint)).flat_map(|endpoint| self.port_entries(endpoint)).collect()
         };
         (entries(&self.ports, &other.ports), entries(&other.ports, &self.ports))
+    }
+
+    /// Whether both are the same, their ports aside.
+    fn is_but_for_ports(&self, other: &Host) -> bool {
+        let Host {
+            network,
+            subnet,
+            underlay,
+            vtep,
+            bridge_mac,
+            masquerade,
+            tx_checksum,
+            docker,
+            nexthop_objects,
+            ports: _,
+            forward_drops,
+        } = self;
+        *network == other.network
+            && *subnet == other.subnet
+            && *underlay == other.underlay
+            && *vtep == other.vtep
+            && *bridge_mac == other.bridge_mac
+            && *masquerade == other.masquerade
+            && *tx_checksum == other.tx_checksum
+            && *docker == other.docker
+            && *nexthop_objects == other.nexthop_objects
+            && *forward_drops == other.forward_drops
     }
 
     /// Whether any port of this host leads to an endpoint.

@@ -138,6 +138,20 @@ pub(super) fn read(path: &Path) -> Result<Option<Vec<u8>>, FileError> {
     }
 }
 
+/// What `decode` makes of a file that another agent may hold; `None` where there is none. Changes nothing.
+pub(super) fn peek<T, E>(path: &Path, decode: impl FnOnce(&[u8]) -> Result<T, E>) -> Result<Option<T>, FileError>
+where
+    E: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let bytes = match std::fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(FileError::new("read", path, source)),
+    };
+    let torn = |reason: E| FileError::new("read", path, io::Error::new(io::ErrorKind::InvalidData, reason));
+    decode(&bytes).map(Some).map_err(torn)
+}
+
 /// Moves a file that cannot be used to `NAME.torn-<unix time>` and says so.
 pub(super) fn set_aside(path: &Path, reason: &str) -> Result<(), FileError> {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());

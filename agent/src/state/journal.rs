@@ -46,12 +46,7 @@ impl Journal {
 
     /// The same of a journal that another agent may hold: changes nothing.
     pub fn peek<C: DeserializeOwned>(path: &Path) -> Result<Vec<C>, FileError> {
-        let bytes = match std::fs::read(path) {
-            Ok(bytes) => bytes,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(source) => return Err(FileError::new("read", path, source)),
-        };
-        parse(&bytes).map_err(|torn| FileError::new("read", path, io::Error::new(io::ErrorKind::InvalidData, torn.reason)))
+        Ok(file::peek(path, |bytes| parse(bytes).map_err(|torn| torn.reason))?.unwrap_or_default())
     }
 
     /// Adds changes, all or none, to one that has room. It is left to the kernel when they reach the disk.

@@ -45,6 +45,8 @@ struct Picture {
     title: &'static str,
     shape: Shape,
     unit: &'static str,
+    /// Whether the baseline is a curve of its own; else it is another point of the same one.
+    with_baseline: bool,
 }
 
 enum Shape {
@@ -61,6 +63,7 @@ const PICTURES: [Picture; 5] = [
         title: "One snapshot of all peers, until the last route",
         shape: Shape::Against("peers"),
         unit: "ms",
+        with_baseline: true,
     },
     Picture {
         measurement: "start",
@@ -68,6 +71,7 @@ const PICTURES: [Picture; 5] = [
         title: "From the start of the process to the overlay in place",
         shape: Shape::Against("peers"),
         unit: "ms",
+        with_baseline: true,
     },
     Picture {
         measurement: "memory",
@@ -75,6 +79,7 @@ const PICTURES: [Picture; 5] = [
         title: "Resident memory of an agent",
         shape: Shape::Against("peers"),
         unit: "MiB",
+        with_baseline: false,
     },
     Picture {
         measurement: "fleet",
@@ -82,6 +87,7 @@ const PICTURES: [Picture; 5] = [
         title: "Processor time of an agent in a fleet",
         shape: Shape::Against("agents"),
         unit: "ms",
+        with_baseline: false,
     },
     Picture {
         measurement: "join",
@@ -89,6 +95,7 @@ const PICTURES: [Picture; 5] = [
         title: "A lease put into etcd, until it is a route on every host",
         shape: Shape::Distribution,
         unit: "ms",
+        with_baseline: true,
     },
 ];
 
@@ -136,21 +143,19 @@ impl Picture {
         let mine = |row: &&Row| row.measurement == self.measurement && self.what.contains(&row.what.as_str());
         for row in rows.iter().filter(mine) {
             let what = if self.what.len() > 1 { row.what.as_str() } else { "overlayd" };
+            let baseline = row.baseline.as_deref().zip(row.baseline_value.as_ref()).filter(|_| self.with_baseline);
             match self.shape {
                 Shape::Against(word) => {
                     let Some((number, rest)) = number_before(&row.conditions, word) else { continue };
                     let named = |what: &str| if rest.is_empty() { what.to_owned() } else { format!("{what}, {rest}") };
                     add(named(what), &[(number, row.value.median)]);
-                    if let (Some(baseline), Some(value)) = (&row.baseline, &row.baseline_value)
-                        && self.what.len() == 1
-                        && self.measurement != "memory"
-                    {
+                    if let Some((baseline, value)) = baseline {
                         add(named(baseline), &[(number, value.median)]);
                     }
                 }
                 Shape::Distribution => {
                     add(format!("{what}, {}", row.conditions), &shares(&row.value));
-                    if let (Some(baseline), Some(value)) = (&row.baseline, &row.baseline_value) {
+                    if let Some((baseline, value)) = baseline {
                         add(format!("{baseline}, {}", row.conditions), &shares(value));
                     }
                 }

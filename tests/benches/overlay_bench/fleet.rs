@@ -3,7 +3,6 @@
 //! All are started at once; once everyone has a way to everyone they rest and are looked at; then one more joins, and the third one is killed and comes
 //! back. Whether all have a way to all is asked of one agent at a time, in turns, so that asking costs next to nothing.
 
-use std::fs;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
@@ -12,6 +11,7 @@ use nix::sys::signal::Signal;
 use overlayctl::lab::{Families, Home, Host, Lab, LabName, LabOptions, Progress};
 
 use super::gauge::{Between, Page, Used, etcd_process};
+use super::memory::{field, of_process};
 use super::progress;
 use super::report::{Report, Row};
 use super::stats::{Summary, milliseconds};
@@ -239,7 +239,5 @@ fn mean(all: &[Between], value: impl Fn(&Between) -> f64) -> f64 {
 
 /// A line `Name:   123 kB` of a process, in MiB.
 fn kib(pid: i32, file: &str, name: &str) -> anyhow::Result<f64> {
-    let path = format!("/proc/{pid}/{file}");
-    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
-    super::memory::field(&text, name)
+    field(&of_process(pid, file)?, name)
 }

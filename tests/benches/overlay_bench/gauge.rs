@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use nix::errno::Errno;
+use overlay_tests::programs::processor_time;
 use overlayctl::lab::{self, Lab, ProcessId};
 
 use super::stage::etcd;
@@ -122,20 +122,6 @@ impl Used {
             wakes: self.sleeps.iter().map(|(id, count)| count.saturating_sub(then(id))).sum(),
         }
     }
-}
-
-/// Time on processors that a process has used, threads that have ended included, to the nanosecond.
-fn processor_time(pid: i32) -> nix::Result<Duration> {
-    let mut clock: libc::clockid_t = 0;
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the system writes one value to the place that it is given.
-    match unsafe { libc::clock_getcpuclockid(pid, &raw mut clock) } {
-        0 => {}
-        errno => return Err(Errno::from_raw(errno)),
-    }
-    // SAFETY: the same.
-    Errno::result(unsafe { libc::clock_gettime(clock, &raw mut time) })?;
-    Ok(Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or_default()))
 }
 
 impl Between {

@@ -124,17 +124,19 @@ async fn one(peers: u32, wakes: bool, flags: &[&str]) -> anyhow::Result<(Size, O
 }
 
 fn read(pid: i32) -> anyhow::Result<Size> {
-    let text = |file: &str| {
-        let path = format!("/proc/{pid}/{file}");
-        fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))
-    };
-    let (status, rollup) = (text("status")?, text("smaps_rollup")?);
+    let (status, rollup) = (of_process(pid, "status")?, of_process(pid, "smaps_rollup")?);
     Ok(Size {
         resident: field(&status, "VmRSS:")?,
         peak: field(&status, "VmHWM:")?,
         proportional: field(&rollup, "Pss:")?,
         private: field(&rollup, "Private_Clean:")? + field(&rollup, "Private_Dirty:")?,
     })
+}
+
+/// What `/proc` says of a process.
+pub fn of_process(pid: i32, file: &str) -> anyhow::Result<String> {
+    let path = format!("/proc/{pid}/{file}");
+    fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))
 }
 
 /// A line `Name:   123 kB`, in MiB.

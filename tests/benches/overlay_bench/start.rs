@@ -138,7 +138,7 @@ async fn start(stage: &Stage, host: &Host<'_>) -> anyhow::Result<Start> {
     let agent = host.agent_start(&["--log-level", "debug", "--log-format", "json"])?;
     stage.settled(host).await?;
     let text = told(&log, usize::try_from(before)?).await?;
-    let mut start = Start { processor: milliseconds(processor_time(agent.pid)), ..Start::default() };
+    let mut start = Start { processor: milliseconds(processor_time(agent.pid)?), ..Start::default() };
     for line in text.split(|byte| *byte == b'\n') {
         let Ok(line) = serde_json::from_slice::<Value>(line) else { continue };
         let field = |name: &str| line.get(name).or_else(|| line.get("fields")?.get(name));

@@ -35,12 +35,9 @@ impl Summary {
         let middle = sorted.len() / 2;
         let median =
             if sorted.len().is_multiple_of(2) { f64::midpoint(sorted[middle - 1], sorted[middle]) } else { sorted[middle] };
-        let rank = (sorted.len() * 99).div_ceil(100);
-        let distribution = std::array::from_fn(|n| {
-            let rank = (sorted.len() * n).div_ceil(DISTRIBUTION - 1);
-            sorted[rank.max(1) - 1]
-        });
-        Some(Summary { samples: sorted.len(), median, min, p99: sorted[rank.max(1) - 1], max, distribution })
+        let nearest_rank = |parts: usize, of: usize| sorted[(sorted.len() * parts).div_ceil(of).max(1) - 1];
+        let distribution = std::array::from_fn(|n| nearest_rank(n, DISTRIBUTION - 1));
+        Some(Summary { samples: sorted.len(), median, min, p99: nearest_rank(99, 100), max, distribution })
     }
 
     /// The summary of the ratios, each of a sample and the baseline's of the same turn: what disturbs the machine for longer than a turn
