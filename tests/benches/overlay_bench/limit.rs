@@ -63,11 +63,11 @@ impl Requests {
         Requests::of(&REMOVE, fleet)
     }
 
-    /// Those that remove routes and next hops, and then the devices with all else: left to the kernel, each next hop that goes with its device
-    /// walks the whole routing table.
-    pub fn take_down(fleet: &[Behind<'_>]) -> Requests {
+    /// Those that remove routes and next hops, and then the devices with all else, the bridge too: left to the kernel, each next hop that goes with
+    /// its device walks the whole routing table.
+    pub fn take_down(fleet: &[Behind<'_>], bridge: u32) -> Requests {
         let mut requests = Requests::of(&REMOVE[..2], fleet);
-        requests.0.extend(fleet.iter().map(|(_, device)| {
+        requests.0.extend(fleet.iter().map(|(_, device)| *device).chain([bridge]).map(|device| {
             let mut buffer = Vec::new();
             let body = [&[0; 4][..], &device.to_ne_bytes(), &[0; 8]].concat();
             write(&mut buffer, libc::RTM_DELLINK, 0, 1, &body, &[]);
@@ -127,7 +127,8 @@ pub async fn raw(fleet: &[&[Member]]) -> anyhow::Result<Raw> {
         let family = members.first().context("a fleet without members")?.subnet.family();
         behind.push((*members, space.add_vxlan(family).await?));
     }
-    let (set, remove, take_down) = (Requests::set(&behind), Requests::remove(&behind), Requests::take_down(&behind));
+    let bridge = space.add_bridge().await?;
+    let (set, remove, take_down) = (Requests::set(&behind), Requests::remove(&behind), Requests::take_down(&behind, bridge));
     space.netns().run(|| {
         let step = |requests: &Requests, left: bool| {
             let took = requests.send()?;
