@@ -57,6 +57,7 @@ use self::monitor::Ears;
 use self::nft::Nft;
 use self::rtnl::Rtnl;
 use self::socket::{Refusal, RouteSocket};
+use self::sysctl::Interfaces;
 use self::wire::Query;
 use crate::blocking::blocking;
 use crate::plan::state::{PROTOCOL, State};
@@ -94,6 +95,7 @@ struct Shared {
     socket: RouteSocket,
     ethtool: Ethtool,
     nft: Nft,
+    interfaces: Interfaces,
     known: Known,
 }
 
@@ -126,6 +128,7 @@ impl Kernel {
             socket: RouteSocket::open()?,
             ethtool: Ethtool::open()?,
             nft: Nft::open()?,
+            interfaces: Interfaces::open(),
             known: Known::default(),
         };
         let batch = BatchSocket::open()?;
