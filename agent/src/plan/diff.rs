@@ -152,9 +152,14 @@ impl<'a> Fates<'a> {
     /// Whether a device has another fate than to be kept. Most often none has: then it does not matter what an entry stands on.
     fn any_changes(&mut self) -> bool {
         let links = |state: &'a State| {
-            state.range(Key::Link(String::new().into())..).map_while(|(key, _)| matches!(key, Key::Link(_)).then_some(key))
+            let links = state.range(Key::Link(String::new().into())..).map_while(|(key, value)| match value {
+                Value::Link(link) => Some((key, link)),
+                _ => None,
+            });
+            // By far the most are ports, of which none is a device.
+            links.filter(|(_, link)| link.kind != LinkKind::Port).filter_map(|(key, _)| link_device(key))
         };
-        let devices: BTreeSet<Device> = links(self.desired).chain(links(self.actual)).filter_map(link_device).collect();
+        let devices: BTreeSet<Device> = links(self.desired).chain(links(self.actual)).collect();
         devices.into_iter().any(|device| self.of(device) != Fate::Kept)
     }
 
