@@ -102,7 +102,11 @@ fn compare<'a>(desired: &State, actual: &State, pairs: impl Iterator<Item = Pair
     }
     teardown.sort_by_key(|op| std::cmp::Reverse(stage(op.key())));
     sets.sort_by_key(|op| stage(op.key()));
-    deletions.sort_by_key(|op| std::cmp::Reverse(stage(op.key())));
+    // What may come in does not stand on where to send: elements are removed first, and so beside the entries that follow them, as they are set. Those
+    // whose table goes are removed with it.
+    let tables_stay = !deletions.iter().any(|op| matches!(op.key(), Key::Ruleset(_)));
+    let goes_first = |key: &Key| tables_stay && matches!(key, Key::Element(_));
+    deletions.sort_by_key(|op| (!goes_first(op.key()), std::cmp::Reverse(stage(op.key()))));
     teardown.append(&mut sets);
     teardown.append(&mut deletions);
     teardown

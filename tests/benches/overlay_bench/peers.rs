@@ -19,7 +19,8 @@ const PAUSE: Duration = Duration::from_millis(400);
 /// What the kernel is busy for, as a multiple of the raw limit; and until the last entry, all else included.
 const BATCH_GOAL: f64 = 1.2;
 const GOAL: f64 = 1.5;
-/// A peer's share of the batch, as a multiple of its share in the smallest one; and the batch of IPv6 as a multiple of that of IPv4.
+/// What the batch is of the raw limit, as a multiple of what it is in the first size: it grows with the peers as the kernel does. And the batch of IPv6
+/// as a multiple of that of IPv4.
 const LINEAR_GOAL: f64 = 1.2;
 const IPV6_GOAL: f64 = 2.0;
 
@@ -85,8 +86,8 @@ struct Steps {
 pub fn measure(arguments: &PeersArguments, report: &mut Report) -> anyhow::Result<()> {
     // With a thread of its own, so that the connections of a turn end with it and do not hold its namespace until the next one.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-    // A peer's share in the first size, of each of the families.
-    let mut shares: [Option<Vec<f64>>; EACH.len()] = Default::default();
+    // The first size's parts of the raw limit, of each of the families.
+    let mut firsts: [Option<Vec<f64>>; EACH.len()] = Default::default();
     for peers in &arguments.peers {
         let mut ipv4 = None;
         for (n, families) in EACH.into_iter().enumerate().filter(|(_, f)| arguments.family.is_none_or(|only| only == *f)) {
@@ -109,12 +110,14 @@ pub fn measure(arguments: &PeersArguments, report: &mut Report) -> anyhow::Resul
             }
             turns.report(&conditions, report);
             let share: Vec<f64> = turns.set.batch.iter().map(|took| took * 1e3 / f64::from(*peers)).collect();
-            let row = Row::new("peers", &conditions, "a peer's share of the batch", "us", &share);
-            report.add(match &shares[n] {
-                Some(first) => row.map(|row| row.against("the same of the first size", &share, first).ratio_goal(LINEAR_GOAL)),
-                None => row,
-            });
-            shares[n].get_or_insert(share);
+            report.add(Row::new("peers", &conditions, "a peer's share of the batch", "us", &share));
+            let of_raw: Vec<f64> = turns.set.batch.iter().zip(&turns.set.raw).map(|(batch, raw)| batch / raw).collect();
+            if let Some(first) = &firsts[n] {
+                let row = Row::new("peers", &conditions, "the batch, in raw limits", "x", &of_raw);
+                let compared = row.map(|row| row.against("the same of the first size", &of_raw, first));
+                report.add(compared.map(|row| row.ratio_goal(LINEAR_GOAL)));
+            }
+            firsts[n].get_or_insert(of_raw);
             match families {
                 [Family::V4] => ipv4 = Some(turns),
                 [Family::V6] => {
