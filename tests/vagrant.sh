@@ -25,12 +25,19 @@ apt-get install -y -q --no-install-recommends debootstrap dnsmasq-base libvirt-c
 yes | apt-get install vagrant vagrant-libvirt libvirt-daemon-system qemu-system-x86
 rm $policy
 
+export DRIVER=qemu
 ./vagrant/make-box.sh --add
-DRIVER=qemu ./vagrant/libvirt.sh ./vagrant/lab.sh all
-DRIVER=qemu ./vagrant/libvirt.sh bash <<'EOF'
+./vagrant/libvirt.sh ./vagrant/lab.sh all
+ETCD=cluster ./vagrant/libvirt.sh ./vagrant/lab.sh all
+# The same by Vagrant's own commands, in its directory.
+./vagrant/libvirt.sh bash <<'EOF'
 set -e
-trap './vagrant/lab.sh down' EXIT
-./vagrant/lab.sh up
-./vagrant/lab.sh check
-./vagrant/lab.sh ssh node1 overlayctl peers
+trap "$PWD/vagrant/lab.sh down" EXIT
+cd vagrant
+vagrant up
+./lab.sh check
+./lab.sh status
+./lab.sh ssh node1 overlayctl peers
+vagrant ssh node2 --command 'sudo overlayctl peers' </dev/null
+vagrant destroy --force
 EOF

@@ -134,6 +134,9 @@ lab_env() { printf 'NODES=%s\nETCD=%s\nUNDERLAY=%s\n' "$NODES" "$ETCD" "$UNDERLA
 
 address() { echo "$UNDERLAY.$((10 + $1))"; }
 
+# The endpoints of a cluster of etcd.
+cluster() { echo "https://$(address 1):2379,https://$(address 2):2379,https://$(address 3):2379"; }
+
 write_settings() {
     lab_env >"$files/lab.env"
     [ "$ETCD" = cluster ] || return 0
@@ -161,7 +164,7 @@ pack() {
         if [ "$n" -eq 1 ]; then setup=yes; fi
         ;;
     cluster)
-        endpoints=https://$(address 1):2379,https://$(address 2):2379,https://$(address 3):2379
+        endpoints=$(cluster)
         for i in 1 2 3; do members="$members${members:+ }node$i=$(address $i)"; done
         # Machines come up in order, so with the third one the cluster answers.
         if [ "$n" -eq 3 ]; then setup=yes; fi
@@ -227,6 +230,14 @@ load() {
     # shellcheck disable=SC1091
     . "$files/lab.env"
     ssh_config=$files/ssh_config
+    # What a command on a machine needs to ask etcd itself: the agent tells where its etcd is, and no secrets.
+    as_agent=()
+    if [ "$ETCD" = cluster ]; then
+        local dir=/etc/overlayd/credentials
+        as_agent=(--etcd-endpoints "$(cluster)"
+            --etcd-cafile "$dir/ca.crt" --etcd-certfile "$dir/overlay-agent.crt" --etcd-keyfile "$dir/overlay-agent.key"
+            --etcd-username overlay-agent --etcd-password-file "$dir/password")
+    fi
     # Vagrant takes seconds to say it.
     if [ ! -s "$ssh_config" ] || ! on node1 true 2>/dev/null; then
         (umask 077 && vagrant ssh-config >"$ssh_config.new") || die "the machines do not run: $0 up"
@@ -284,6 +295,8 @@ check() {
     say "agents"
     for_all wait_ready
     for_all agent_status
+    declare -gA repaired
+    for_all remember_repairs
     say "containers, one on each machine"
     declare -gA v4 v6
     for_all attach
@@ -295,6 +308,12 @@ check() {
     plugin
     say "subnets"
     on node1 overlayctl subnets || failed "node1 does not tell the subnets"
+    if [ "$ETCD" = cluster ]; then
+        say "subnets, asked from the cluster"
+        on node1 overlayctl subnets "${as_agent[@]}" || failed "etcd does not tell node1 the subnets"
+    fi
+    say "nothing of this was taken for a change by others"
+    for_all same_repairs
     say "overlayctl check"
     for_all doctor
     if [ $failures -gt 0 ]; then die "$failures checks failed, see FAILED above"; fi
@@ -360,10 +379,25 @@ plugin() {
     on "$last" ip netns delete lab-cni || true
 }
 
+# repairs NODE: how often its agent has put back what it thought was changed by others; kernels differ in what they tell of an agent's own writes.
+repairs() { on "$1" overlayctl status -o json | sed -n 's/.*"drift_repairs": \([0-9]*\).*/\1/p'; }
+
+remember_repairs() { repaired[$1]=$(repairs "$1") || failed "$1 does not tell its state"; }
+
+same_repairs() {
+    local now
+    now=$(repairs "$1") || true
+    if [ -n "$now" ] && [ "$now" = "${repaired[$1]}" ]; then
+        echo "$1: $now repairs before and after"
+    else
+        failed "$1: ${repaired[$1]:-?} repairs before, ${now:-?} after: $(on "$1" overlayctl status -o json | tr -d '\n ' | grep -o '"last_drift":{[^}]*}')"
+    fi
+}
+
 # Warnings are told, errors count.
 doctor() {
     local code=0 answer
-    answer=$(on "$1" overlayctl check 2>&1) || code=$?
+    answer=$(on "$1" overlayctl check "${as_agent[@]}" 2>&1) || code=$?
     printf '%s (exit code %d)\n%s\n' "$1" $code "$answer"
     case $code in 0 | 3) ;; *) failed "overlayctl check on $1" ;; esac
 }
