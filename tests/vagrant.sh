@@ -1,7 +1,7 @@
 #!/bin/bash
 # The page docs/vagrant.md from its first command to its last, with virtual machines that need neither KVM nor a libvirt of this machine.
 #
-#   sudo ./tests/vagrant.sh        an hour and more without acceleration; not a part of run.sh for that
+#   sudo ./tests/vagrant.sh        half an hour and more without acceleration; not a part of run.sh for that
 #
 # The Debian packages that it installs stay; the box, the machines and their networks go.
 set -euo pipefail
@@ -22,22 +22,19 @@ trap 'rm -rf $policy "$VAGRANT_HOME"' EXIT
 printf '#!/bin/sh\nexit 101\n' >$policy
 chmod +x $policy
 apt-get install -y -q --no-install-recommends debootstrap dnsmasq-base libvirt-clients qemu-utils
-yes | apt-get install vagrant vagrant-libvirt libvirt-daemon-system qemu-system-x86
+apt-get install vagrant vagrant-libvirt libvirt-daemon-system qemu-system-x86 <<<y
 rm $policy
 
-export DRIVER=qemu
 ./vagrant/make-box.sh --add
-./vagrant/libvirt.sh ./vagrant/lab.sh all
-ETCD=cluster ./vagrant/libvirt.sh ./vagrant/lab.sh all
-# The same by Vagrant's own commands, in its directory.
-./vagrant/libvirt.sh bash <<'EOF'
+DRIVER=qemu ./vagrant/libvirt.sh ./vagrant/lab.sh all
+ETCD=cluster DRIVER=qemu ./vagrant/libvirt.sh ./vagrant/lab.sh all
+# The same machines by Vagrant's own commands and by the lab's.
+DRIVER=qemu ./vagrant/libvirt.sh bash <<'EOF'
 set -e
-trap "$PWD/vagrant/lab.sh down" EXIT
-cd vagrant
-vagrant up
-./lab.sh check
-./lab.sh status
-./lab.sh ssh node1 overlayctl peers
-vagrant ssh node2 --command 'sudo overlayctl peers' </dev/null
-vagrant destroy --force
+trap './vagrant/lab.sh down' EXIT
+(cd vagrant && vagrant up)
+./vagrant/lab.sh up
+./vagrant/lab.sh check
+./vagrant/lab.sh ssh node1 overlayctl peers
+(cd vagrant && vagrant ssh node2 --command 'sudo overlayctl peers' </dev/null && vagrant destroy --force)
 EOF
