@@ -16,14 +16,20 @@ esac
 VAGRANT_HOME=$(mktemp -d /var/tmp/overlay-vagrant.XXXXXX)
 export VAGRANT_HOME PROFILE=${PROFILE:-dev} DEBIAN_FRONTEND=noninteractive
 policy=/usr/sbin/policy-rc.d
-[ ! -e $policy ] || { echo "tests/vagrant.sh: $policy is in the way: it keeps services from starting, which this script does itself" >&2 && exit 2; }
-trap 'rm -rf $policy "$VAGRANT_HOME"' EXIT
-# Nothing that is installed here is to run on this machine.
+saved=$policy.overlay-vagrant
+# Nothing that is installed here is to run on this machine; images for containers have such a policy, and keep it.
+if [ -e $policy ] && [ ! -e $saved ]; then mv $policy $saved; fi
+unpolicy() {
+    rm -f $policy
+    if [ -e $saved ]; then mv $saved $policy; fi
+}
+trap 'unpolicy; rm -rf "$VAGRANT_HOME"' EXIT
 printf '#!/bin/sh\nexit 101\n' >$policy
 chmod +x $policy
 apt-get install -y -q --no-install-recommends debootstrap dnsmasq-base libvirt-clients qemu-utils
 apt-get install vagrant vagrant-libvirt libvirt-daemon-system qemu-system-x86 <<<y
-rm $policy
+unpolicy
+trap 'rm -rf "$VAGRANT_HOME"' EXIT
 
 ./vagrant/make-box.sh --add
 DRIVER=qemu ./vagrant/libvirt.sh ./vagrant/lab.sh all
