@@ -334,6 +334,7 @@ attach() {
     for _ in 1 2 3; do
         error=$(on "$1" overlayctl attach lab 2>&1 >/dev/null) || true
         if json=$(on "$1" overlayctl inspect lab -o json 2>&1); then break; fi
+        echo "$1: once more, after: ${error:-$json}"
         wait_ready "$1"
     done
     [ -n "$(field v4 <<<"$json")" ] || { failed "$1 has no container: $error $json" && return; }
