@@ -168,7 +168,15 @@ fn note_link(present: bool, link: &LinkInfo, shared: &mut Shared, foreign: &mut 
         }
         return;
     }
-    let state = known.link_state(link, |name| shared.ethtool.tx_checksum(name));
+    let mut state = known.link_state(link, |name| shared.ethtool.tx_checksum(name));
+    // What the kernel tells by itself may be older than the last change of ours, whose own event is not heard: what is news is how the link is now.
+    let differs = known.links.get(&link.name).is_some_and(|(index, old)| *index == link.index && state.as_ref() != Some(old));
+    if differs
+        && let Ok(now) = objects::link(&mut shared.socket, &link.name)
+        && now.index == link.index
+    {
+        state = known.link_state(&now, |name| shared.ethtool.tx_checksum(name));
+    }
     if !state.as_ref().is_some_and(|s| !matches!(s.kind, LinkKind::Foreign { .. })) {
         let now = (link.name.clone(), link.mtu, link.up());
         if foreign.links.get(&link.index) != Some(&now) {

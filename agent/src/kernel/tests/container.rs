@@ -4,7 +4,7 @@ use super::support::*;
 use crate::kernel::netns::{Netns, named_path};
 use crate::kernel::{KernelOptions, Plugger};
 use crate::model::Mac;
-use crate::plan::{ContainerPath, Key, Plug};
+use crate::plan::{ContainerPath, Key, LinkKind, LinkState, Op, Plug, Value};
 
 fn wanted(container: &Scratch) -> Plug {
     Plug {
@@ -67,6 +67,29 @@ fn plugged_twice_and_unplugged_twice() {
         plugger.unplug("ove1").await.expect("again");
         assert_eq!(look(&container.netns), before, "the namespace is as it was");
         host.quiet().await;
+    });
+}
+
+#[test]
+fn what_the_kernel_told_of_a_port_before_our_last_change_is_no_news() {
+    let container = Scratch::new("ctrold");
+    on_host("plugold", KernelOptions::default(), async |host| {
+        host.make_devices().await;
+        host.settle().await;
+        let plug = wanted(&container);
+        let key = Key::Link("ove1".into());
+        let mut port =
+            LinkState { kind: LinkKind::Port, mac: None, mtu: plug.mtu, up: true, master: Some(bridge()), hairpin: true };
+        let set = vec![Op::Set(key.clone(), Value::Link(Box::new(port.clone())))];
+        // The monitor has no turn in between: what the kernel tells of the plug is read after the port's change, which it does not hear.
+        host.kernel.plugger().plug(&plug).await.expect("plugged");
+        host.apply(&set).await;
+        host.quiet().await;
+
+        run("bridge link set dev ove1 hairpin off");
+        let is = host.changed(&key).await.expect("a port");
+        port.hairpin = false;
+        assert_eq!(LinkState { mac: None, ..link_of(Some(&is)) }, port);
     });
 }
 
