@@ -330,7 +330,7 @@ field() { sed -n 's/.*"'"$1"'": "\([^"]*\)".*/\1/p' | head -1; }
 attach() {
     local json error=""
     v4[$1]="" v6[$1]=""
-    # Repeated, it is the same container. Machines without acceleration stand still at times, and their watchdog starts the agent anew.
+    # Repeated, it is the same container. A machine may stand still until the agent's watchdog has it started anew.
     for _ in 1 2 3; do
         error=$(on "$1" overlayctl attach lab 2>&1 >/dev/null) || true
         if json=$(on "$1" overlayctl inspect lab -o json 2>&1); then break; fi
