@@ -142,7 +142,8 @@ pub fn note(header: NetlinkHeader, body: &[u8], shared: &mut Shared, foreign: &m
     }
 }
 
-fn note_link(present: bool, link: &LinkInfo, shared: &mut Shared, foreign: &mut Foreign, pending: &mut Pending) {
+/// Judges what was told of a link: that it is there, or that it went away.
+pub fn note_link(present: bool, link: &LinkInfo, shared: &mut Shared, foreign: &mut Foreign, pending: &mut Pending) {
     let known = &mut shared.known;
     // We removed it: what it went through on its way out is no news.
     if known.is_removed(link.index) {

@@ -1,8 +1,9 @@
 //! Containers are wired, all or nothing.
 
 use super::support::*;
+use crate::kernel::events::{Foreign, Pending, note_link};
 use crate::kernel::netns::{Netns, named_path};
-use crate::kernel::{KernelOptions, Plugger};
+use crate::kernel::{KernelOptions, Plugger, objects};
 use crate::model::Mac;
 use crate::plan::{ContainerPath, Key, LinkKind, LinkState, Op, Plug, Value};
 
@@ -81,9 +82,14 @@ fn what_the_kernel_told_of_a_port_before_our_last_change_is_no_news() {
         let mut port =
             LinkState { kind: LinkKind::Port, mac: None, mtu: plug.mtu, up: true, master: Some(bridge()), hairpin: true };
         let set = vec![Op::Set(key.clone(), Value::Link(Box::new(port.clone())))];
-        // The monitor has no turn in between: what the kernel tells of the plug is read after the port's change, which it does not hear.
         host.kernel.plugger().plug(&plug).await.expect("plugged");
+        let told = objects::link(&mut host.kernel.shared.lock().await.socket, "ove1").expect("the port");
         host.apply(&set).await;
+        host.settle().await;
+        // What was told before comes late.
+        let mut pending = Pending::default();
+        note_link(true, &told, &mut *host.kernel.shared.lock().await, &mut Foreign::default(), &mut pending);
+        assert!(pending.is_empty(), "{pending:?}");
         host.quiet().await;
 
         run("ip link set ove1 mtu 1300");
