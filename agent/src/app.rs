@@ -130,7 +130,7 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: Source) -> anyh
     };
     let store = Store::new(store_config.clone()).counted(Arc::clone(&metrics));
     let mesh = Arc::new(mesh::Shared::new(config.node_name.clone(), config.mesh_interval, Arc::clone(&metrics)));
-    let probes = queries_in.clone();
+    let (probes, news) = (queries_in.clone(), changed.clone());
     let backend = Arc::new(AgentBackend {
         mesh: Arc::clone(&mesh),
         queries: queries_in,
@@ -183,7 +183,7 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: Source) -> anyh
         tasks.spawn("admin", infallible(admin::serve(socket, backend, stop)));
     }
     tasks.spawn("systemd", infallible(supervision::tell(notifier, signs, Arc::clone(&backend), begin())));
-    tasks.spawn("mesh", infallible(mesh::run(mesh, probes, begin())));
+    tasks.spawn("mesh", infallible(mesh::run(mesh, probes, news, begin())));
     tasks.spawn("reload", infallible(reload.run(begin())));
     if let Some(listener) = metrics_listener {
         tasks.spawn("metrics", infallible(admin::serve_metrics(listener, backend, begin())));

@@ -241,6 +241,9 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
             tokio::select! {
                 () = stop.cancelled() => break,
                 _ = ticks.tick() => {
+                    if self.is_at_rest() {
+                        continue;
+                    }
                     self.audit().await;
                     if let Err(error) = self.settle().await {
                         tracing::warn!(%error, "the endpoints are written down, but not on the disk for certain");
@@ -249,6 +252,13 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
             }
         }
         self.close().await;
+    }
+
+    /// Whether there is nothing to look at and nothing to write down: a host without containers is not woken up for them.
+    fn is_at_rest(&self) -> bool {
+        let inner = &self.0;
+        let nobody = lock(&inner.table).records().next().is_none() && lock(&inner.gone_before).is_empty();
+        nobody && inner.book.try_lock().is_ok_and(|book| book.is_settled(&inner.table))
     }
 
     /// Refuses new work and waits for what is running.

@@ -57,6 +57,7 @@ use self::monitor::Ears;
 use self::nft::Nft;
 use self::rtnl::Rtnl;
 use self::socket::{Refusal, RouteSocket};
+use self::sysctl::Interfaces;
 use self::wire::Query;
 use crate::blocking::blocking;
 use crate::plan::state::{PROTOCOL, State};
@@ -94,6 +95,7 @@ struct Shared {
     socket: RouteSocket,
     ethtool: Ethtool,
     nft: Nft,
+    interfaces: Interfaces,
     known: Known,
 }
 
@@ -126,6 +128,7 @@ impl Kernel {
             socket: RouteSocket::open()?,
             ethtool: Ethtool::open()?,
             nft: Nft::open()?,
+            interfaces: Interfaces::open(),
             known: Known::default(),
         };
         let batch = BatchSocket::open()?;
@@ -216,7 +219,9 @@ async fn apply(shared: &mut Shared, batch: &mut BatchSocket, ops: &[Op], first: 
             let (rules, beside) = rest.split_at(rules);
             // What may come in does not stand on where to send, nor the other way round.
             let sets = |op: &Op| matches!(op, Op::Set(..));
-            let beside = if rules.len() >= BESIDE && rules.iter().all(sets) { beside } else { &[] };
+            let elements_go = |op: &Op| matches!(op, Op::Delete(Key::Element(_), _));
+            let alike = rules.iter().all(sets) || rules.iter().all(elements_go);
+            let beside = if rules.len() >= BESIDE && alike { beside } else { &[] };
             let run = beside.iter().take_while(|op| wire::is_wire(op.key())).count();
             blocking(|| apply_beside(shared, batch, rules, &beside[..run], at, report));
             rest = &rest[rules.len() + run..];

@@ -47,7 +47,7 @@ const DUMP_REST: Duration = Duration::from_millis(20);
 const DUMP_REST_FACTOR: u32 = 5;
 /// Entries that are handled as a whole rather than one by one: those of 256 peers.
 const WHOLESALE: usize = 1024;
-/// How long after work on that many entries the memory is given back that it took: the store has dropped its part by then.
+/// How long after the start, and after work on that many entries, the memory is given back that it took: the store has dropped its part by then.
 const HEAP_REST: Duration = Duration::from_secs(1);
 /// How many refusals and repairs of one round are logged one by one before the rest is counted.
 const LOG_LINES: usize = 20;
@@ -242,7 +242,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             not_before: now,
             underlay_due: Some(now),
             underlay_not_before: now,
-            heap_due: None,
+            heap_due: Some(now + HEAP_REST),
             refusals_told: Lines::default(),
             repairs: Repairs::default(),
             changed: true,

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::kernel::echo::Echo;
@@ -16,7 +16,8 @@ use crate::model::{Family, PerFamily};
 use crate::plan::mesh::{Book, Probe};
 use crate::reconcile::Query;
 
-/// How long to wait before it is looked for peers again where there are none, or where no socket can be had.
+/// How long to wait before it is looked for peers again once something changed where there were none, and before it is tried again where no socket
+/// can be had.
 const IDLE: Duration = Duration::from_secs(5);
 
 /// What the probes found.
@@ -60,24 +61,30 @@ impl Shared {
     }
 }
 
-/// Probes until `stop`.
-pub(super) async fn run(shared: Arc<Shared>, queries: mpsc::Sender<Query>, stop: CancellationToken) {
+/// Probes until `stop`; `changes` counts up with what may be new among the peers.
+pub(super) async fn run(
+    shared: Arc<Shared>,
+    queries: mpsc::Sender<Query>,
+    changes: watch::Receiver<u64>,
+    stop: CancellationToken,
+) {
     let Some(interval) = shared.interval else { return stop.cancelled().await };
     tokio::select! {
         () = stop.cancelled() => {}
-        () = probe(&shared, interval, &queries) => {}
+        () = probe(&shared, interval, &queries, changes) => {}
     }
     stop.cancelled().await;
 }
 
 /// Rounds without end, until the agent does.
-async fn probe(shared: &Shared, interval: Duration, queries: &mpsc::Sender<Query>) {
+async fn probe(shared: &Shared, interval: Duration, queries: &mpsc::Sender<Query>, mut changes: watch::Receiver<u64>) {
     let start = Instant::now();
     let now = || u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
     let mut sockets: PerFamily<AsyncFd<Echo>> = PerFamily::default();
     // Not all hosts at the same moment, where a cluster is started as one.
     tokio::time::sleep(interval.mul_f64(rand::random::<f64>())).await;
     loop {
+        changes.mark_unchanged();
         let (reply, answer) = oneshot::channel();
         if queries.send(Query::Peers(reply)).await.is_err() {
             return;
@@ -86,6 +93,9 @@ async fn probe(shared: &Shared, interval: Duration, queries: &mpsc::Sender<Query
         let epoch = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
         shared.with(|book| book.begin(&peers, epoch));
         if peers.is_empty() {
+            if changes.changed().await.is_err() {
+                return;
+            }
             tokio::time::sleep(IDLE).await;
             continue;
         }

@@ -56,9 +56,14 @@ impl Book {
         Ok(())
     }
 
+    /// Whether the disk has all of it.
+    pub(super) fn is_settled(&self, table: &Mutex<Table>) -> bool {
+        self.settled == lock(table).version
+    }
+
     /// Writes all of it down, and waits until the disk has it; nothing where that is so already.
     pub(super) fn settle(&mut self, table: &Mutex<Table>) -> Result<(), StateError> {
-        if self.settled == lock(table).version {
+        if self.is_settled(table) {
             return Ok(());
         }
         self.write_whole(table, StateDir::save_whole)?;

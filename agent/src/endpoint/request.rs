@@ -127,13 +127,18 @@ impl Site {
         Ok(Site { netns, id: None })
     }
 
+    /// Whether it is there, at a path that was resolved as well: the comparison by parts that paths have is some hundred times slower, and is made
+    /// with each endpoint of the host.
+    pub(super) fn is_at(&self, netns: &Path) -> bool {
+        self.netns.as_os_str() == netns.as_os_str()
+    }
+
     /// The path without symbolic links, so that `/var/run/netns/a` is `/run/netns/a`; as it is where that fails, which it does for
     /// `/proc/PID/ns/net`. A path below `/proc` stays while the process behind it can be another one: there the namespace's id is kept
     /// as well. Any other path says itself which namespace is meant, also after a reboot. Looks at the file system.
     pub(super) fn resolve(&mut self, id: impl FnOnce(&Path) -> Option<String>) {
-        if let Ok(path) = self.netns.canonicalize() {
-            self.netns = path;
-        }
+        // Also there in one spelling, without what is doubled: paths are compared byte by byte.
+        self.netns = self.netns.canonicalize().unwrap_or_else(|_| self.netns.components().collect());
         if self.netns.starts_with("/proc") {
             self.id = id(&self.netns);
         }

@@ -264,7 +264,7 @@ impl Table {
     /// No endpoint of these modes has the namespace for itself.
     fn unheld(&self, site: &Site, rival: impl Fn(&Mode) -> bool) -> Result<(), EndpointError> {
         let own = |mode: &Mode| matches!(mode, Mode::Overlay | Mode::None) && rival(mode);
-        match self.records.values().map(|r| &*r.endpoint).find(|e| e.netns == site.netns && own(&e.mode)) {
+        match self.records.values().map(|r| &*r.endpoint).find(|e| own(&e.mode) && site.is_at(&e.netns)) {
             Some(Endpoint { name, mode, netns, .. }) => {
                 Err(EndpointError::NetnsHeld { netns: netns.clone(), holder: name.clone(), mode: mode.clone() })
             }
@@ -312,7 +312,7 @@ impl Table {
         }
         self.unheld(site, |mode| *mode == Mode::None)?;
         let same_interface = |port: &Port| port.interface == interface;
-        let same_place = |r: &&Record| r.endpoint.port.as_ref().is_some_and(same_interface) && r.endpoint.netns == site.netns;
+        let same_place = |r: &&Record| r.endpoint.port.as_ref().is_some_and(same_interface) && site.is_at(&r.endpoint.netns);
         if let Some(holder) = self.records.values().find(same_place) {
             let holder = holder.endpoint.name.clone();
             return Err(EndpointError::InterfaceHeld { interface, netns: site.netns.clone(), holder });

@@ -215,8 +215,8 @@ fn build(shared: &mut Shared, wanted: &Plug, netns: &Netns, bridge: u32) -> Resu
         error
     })?;
     let index = objects::link(&mut shared.socket, host).map_err(|e| e.during(format!("cannot find {host} just made")))?.index;
-    change_link(&mut shared.socket, marked(index, host)?).map_err(|e| not_marked(host, &e))?;
-    sysctl::write_if_there(&sysctl::accept_ra(host), "0")?;
+    let ipv6 = shared.interfaces.refuse_ra(host)?;
+    change_link(&mut shared.socket, marked(index, ipv6)).map_err(|e| not_marked(host, &e))?;
     let mut inside = netns.visit(|| configure(wanted)).map_err(|e| OpError::from(&e))??;
     let guard = admit(shared, wanted)?;
     let port = LinkUnspec::new_with_index(index).controller(bridge).up();

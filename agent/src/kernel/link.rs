@@ -164,7 +164,8 @@ impl Links<'_> {
 
     /// The same whatever alias it has.
     async fn mark_anew(&mut self, link: &LinkInfo) -> Result<(), OpError> {
-        let change = marked(link.index, &link.name)?;
+        let ipv6 = sysctl::read(&sysctl::accept_ra(&link.name))?.is_some();
+        let change = marked(link.index, ipv6);
         self.rtnl.change_link(change).await.map_err(|e| not_marked(&link.name, &e))
     }
 
@@ -264,15 +265,12 @@ impl Links<'_> {
     }
 }
 
-/// The change that gives a link our alias, and takes from it what IPv6 would do by itself: a link-local address, router solicitations.
-pub fn marked(index: u32, name: &str) -> Result<LinkMessage, OpError> {
-    // Without IPv6 on the link (switched off, or an MTU below 1280) the kernel refuses the second part.
-    let ipv6 = sysctl::read(&sysctl::accept_ra(name))?.is_some();
-    let mut change = LinkUnspec::new_with_index(index).alias(LINK_ALIAS);
-    if ipv6 {
-        change = change.append_extra_attribute(no_link_local());
-    }
-    Ok(change.build())
+/// The change that gives a link our alias, and where it has IPv6 takes from it what the kernel would do by itself: a link-local address, router
+/// solicitations. Without IPv6 on the link (switched off, or an MTU below 1280) the kernel refuses that part.
+pub fn marked(index: u32, ipv6: bool) -> LinkMessage {
+    let change = LinkUnspec::new_with_index(index).alias(LINK_ALIAS);
+    let change = if ipv6 { change.append_extra_attribute(no_link_local()) } else { change };
+    change.build()
 }
 
 /// The error where it is refused.

@@ -2,8 +2,13 @@
 //! read before it is written: where it stands already, nothing is written, and a read-only `/proc/sys` is no error.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, open, openat};
+use nix::sys::stat::Mode;
 
 use crate::plan::OpError;
 
@@ -54,8 +59,44 @@ pub fn write(path: &str, value: &str) -> Result<(), OpError> {
 fn put(path: &str, value: &str) -> Result<(), OpError> {
     // Without O_CREAT: /proc/sys refuses it with a misleading EACCES where the file is missing.
     let mut options = fs::File::options();
-    let result = options.write(true).open(file(path)?).and_then(|mut f| io::Write::write_all(&mut f, value.as_bytes()));
+    let result = options.write(true).open(file(path)?).and_then(|mut f| f.write_all(value.as_bytes()));
     result.map_err(|e| error("write", path, &e))
+}
+
+/// The IPv6 settings of the interfaces of one namespace, by their directory, which is held open. For each namespace in which `net/ipv6` was ever
+/// looked up the kernel keeps an entry, all of one name and in one list: with hundreds of containers a look-up from the root takes several times as
+/// long.
+#[derive(Debug)]
+pub struct Interfaces(Option<OwnedFd>);
+
+impl Interfaces {
+    /// Those of the calling thread's namespace.
+    pub fn open() -> Interfaces {
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        // A kernel without IPv6 has no such directory.
+        Interfaces(open(&PathBuf::from(format!("{ROOT}/ipv6/conf")), flags, Mode::empty()).ok())
+    }
+
+    /// Has an interface take nothing from router advertisements. Whether it has IPv6 at all.
+    pub fn refuse_ra(&self, interface: &str) -> Result<bool, OpError> {
+        let Some(directory) = &self.0 else { return Ok(false) };
+        let path = accept_ra(interface);
+        let file = |flags: OFlag| {
+            let name = PathBuf::from(format!("{interface}/accept_ra"));
+            openat(directory, &name, flags | OFlag::O_CLOEXEC, Mode::empty()).map(fs::File::from)
+        };
+        let mut found = String::new();
+        match file(OFlag::O_RDONLY) {
+            Err(Errno::ENOENT) => return Ok(false),
+            Err(errno) => return Err(error("read", &path, &errno.into())),
+            Ok(mut file) => file.read_to_string(&mut found).map_err(|e| error("read", &path, &e))?,
+        };
+        if found.trim_end() != OFF {
+            let written = file(OFlag::O_WRONLY).map_err(io::Error::from).and_then(|mut file| file.write_all(OFF.as_bytes()));
+            written.map_err(|e| error("write", &path, &e))?;
+        }
+        Ok(true)
+    }
 }
 
 /// The value of what is switched off.

@@ -179,11 +179,9 @@ impl Host {
         if self.publishes() != other.publishes() || !self.is_but_for_ports(other) {
             return (self.entries(), other.entries());
         }
-        let entries = |ports: &[Arc<Endpoint>], others: &[Arc<Endpoint>]| {
-            let same = |a: &Endpoint| others.binary_search_by(|b| b.name.cmp(&a.name)).is_ok_and(|at| *others[at] == *a);
-            ports.iter().filter(|endpoint| !same(endpoint)).flat_map(|endpoint| self.port_entries(endpoint)).collect()
-        };
-        (entries(&self.ports, &other.ports), entries(&other.ports, &self.ports))
+        let (came, went) = differing(&self.ports, &other.ports);
+        let entries = |ports: Vec<&Arc<Endpoint>>| ports.into_iter().flat_map(|endpoint| self.port_entries(endpoint)).collect();
+        (entries(came), entries(went))
     }
 
     /// Whether both are the same, their ports aside.
@@ -264,6 +262,29 @@ pub fn may_send(
     }
     let unchecked = (!source_check).then(|| Element::Unchecked(interface.into()));
     all.into_iter().map(move |address| Element::Source(Box::new((interface.to_owned(), mac, address)))).chain(unchecked)
+}
+
+/// The endpoints, in the order of their names, that only the first or only the second has, or both with different contents.
+fn differing<'a>(ours: &'a [Arc<Endpoint>], others: &'a [Arc<Endpoint>]) -> (Vec<&'a Arc<Endpoint>>, Vec<&'a Arc<Endpoint>>) {
+    let (mut left, mut right) = (ours.iter().peekable(), others.iter().peekable());
+    let (mut came, mut went) = (Vec::new(), Vec::new());
+    loop {
+        match (left.peek(), right.peek()) {
+            // Most of them are the very same, which their addresses tell.
+            (Some(a), Some(b)) if a == b => {
+                left.next();
+                right.next();
+            }
+            (Some(a), Some(b)) if a.name > b.name => went.extend(right.next()),
+            (Some(a), Some(b)) if a.name == b.name => {
+                came.extend(left.next());
+                went.extend(right.next());
+            }
+            (Some(_), _) => came.extend(left.next()),
+            (None, Some(_)) => went.extend(right.next()),
+            (None, None) => return (came, went),
+        }
+    }
 }
 
 /// The elements of a published port, or run of ports, and where each leads. One element a port: a run of the whole range is 65,535 of them, a look-up

@@ -102,7 +102,11 @@ fn compare<'a>(desired: &State, actual: &State, pairs: impl Iterator<Item = Pair
     }
     teardown.sort_by_key(|op| std::cmp::Reverse(stage(op.key())));
     sets.sort_by_key(|op| stage(op.key()));
-    deletions.sort_by_key(|op| std::cmp::Reverse(stage(op.key())));
+    // What may come in does not stand on where to send: elements are removed first, and so beside the entries that follow them, as they are set. Those
+    // whose table goes are removed with it.
+    let tables_stay = !deletions.iter().any(|op| matches!(op.key(), Key::Ruleset(_)));
+    let goes_first = |key: &Key| tables_stay && matches!(key, Key::Element(_));
+    deletions.sort_by_key(|op| (!goes_first(op.key()), std::cmp::Reverse(stage(op.key()))));
     teardown.append(&mut sets);
     teardown.append(&mut deletions);
     teardown
@@ -152,9 +156,14 @@ impl<'a> Fates<'a> {
     /// Whether a device has another fate than to be kept. Most often none has: then it does not matter what an entry stands on.
     fn any_changes(&mut self) -> bool {
         let links = |state: &'a State| {
-            state.range(Key::Link(String::new().into())..).map_while(|(key, _)| matches!(key, Key::Link(_)).then_some(key))
+            let links = state.range(Key::Link(String::new().into())..).map_while(|(key, value)| match value {
+                Value::Link(link) => Some((key, link)),
+                _ => None,
+            });
+            // By far the most are ports, of which none is a device.
+            links.filter(|(_, link)| link.kind != LinkKind::Port).filter_map(|(key, _)| link_device(key))
         };
-        let devices: BTreeSet<Device> = links(self.desired).chain(links(self.actual)).filter_map(link_device).collect();
+        let devices: BTreeSet<Device> = links(self.desired).chain(links(self.actual)).collect();
         devices.into_iter().any(|device| self.of(device) != Fate::Kept)
     }
 

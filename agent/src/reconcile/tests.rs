@@ -494,6 +494,8 @@ async fn the_loop_beats_while_it_turns_and_not_while_it_is_stuck() {
 async fn with_nothing_to_do_the_loop_does_not_turn() {
     let mut fixture = Fixture::ready([1]).await;
     fixture.status().await;
+    // Once after the start memory is given back.
+    tokio::time::sleep(HEAP_REST + Duration::from_millis(500)).await;
     fixture.beats.mark_unchanged();
     let turned = tokio::time::timeout(Duration::from_secs(3), fixture.beats.changed()).await;
     assert!(turned.is_err(), "a turn, though nothing happens");

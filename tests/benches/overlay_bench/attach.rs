@@ -172,7 +172,7 @@ pub fn measure(arguments: &AttachArguments, report: &mut Report) -> anyhow::Resu
     let own = std::env::current_exe()?.with_file_name("overlay-cni");
     ensure!(own.is_file(), "{} is needed: build it with the same profile (cargo build --release --workspace)", own.display());
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let stage = runtime.block_on(Stage::new(2, 0))?;
+    let stage = runtime.block_on(Stage::for_containers(2))?;
     let spaces = [runtime.block_on(Space::new())?, runtime.block_on(Space::new())?];
     let data = tempfile::tempdir()?;
     let slots = Slot::many("s", SIDE_BY_SIDE)?;

@@ -1,19 +1,21 @@
 //! The raw limit: the messages for N peers, built beforehand, sent 200 at a time over one blocking socket, and nothing else.
 //!
 //! What the kernel does for them is the same as for the agent: an FDB entry, a neighbour, a next-hop object and a route a peer, set with
-//! `NLM_F_CREATE | NLM_F_REPLACE`. Nobody listens to events, nothing is compared, remembered or logged.
+//! `NLM_F_CREATE | NLM_F_REPLACE`, and the same removed, once by itself and once with the device. Nobody listens to events, nothing is compared,
+//! remembered or logged.
 
 use anyhow::{Context, ensure};
 use overlay_agent::model::{Cidr, Family};
 
 use super::member::Member;
 use super::rtnl::{RTM_DELNEXTHOP, RTM_GETNEXTHOP, RTM_NEWNEXTHOP, Rtnl, address, attributes, flag, octets, u32_at, write};
+use super::space::Space;
 use super::stats::{Begin, Cost};
 
 /// Messages to one `send`.
 const CHUNK: usize = 200;
 /// The first next-hop id.
-const FIRST_NEXTHOP: u32 = 100_000;
+const FIRST_NEXTHOP: u32 = 1_000_000;
 /// `linux/rtnetlink.h`.
 const RTPROT_STATIC: u8 = 4;
 const RT_TABLE_MAIN: u8 = 254;
@@ -38,24 +40,55 @@ const RTMSG: usize = 12;
 /// Appends one member's message: buffer, sequence number, member, interface index.
 type Write = fn(&mut Vec<u8>, u32, &Member, u32);
 
+/// What is set for a member, in this order.
+const SET: [Write; 4] = [fdb, neighbour, nexthop, route];
+/// What is removed of it; the last two go with the device as well.
+const REMOVE: [Write; 4] = [no_route, no_nexthop, no_neighbour, no_fdb];
+
+/// Members of one family, and the interface index of their VXLAN device.
+pub type Behind<'a> = (&'a [Member], u32);
+
 /// The requests for a fleet, in sends.
 #[derive(Debug)]
 pub struct Requests(Vec<Vec<u8>>);
 
 impl Requests {
-    /// Builds them; `device` is the interface index of the VXLAN device.
-    pub fn build(members: &[Member], device: u32) -> Requests {
-        let kinds: [Write; 4] = [fdb, neighbour, nexthop, route];
+    /// Those that set all entries.
+    pub fn set(fleet: &[Behind<'_>]) -> Requests {
+        Requests::of(&SET, fleet)
+    }
+
+    /// Those that remove each entry.
+    pub fn remove(fleet: &[Behind<'_>]) -> Requests {
+        Requests::of(&REMOVE, fleet)
+    }
+
+    /// Those that remove routes and next hops, and then the devices with all else, the bridge too: left to the kernel, each next hop that goes with
+    /// its device walks the whole routing table.
+    pub fn take_down(fleet: &[Behind<'_>], bridge: u32) -> Requests {
+        let mut requests = Requests::of(&REMOVE[..2], fleet);
+        requests.0.extend(fleet.iter().map(|(_, device)| *device).chain([bridge]).map(|device| {
+            let mut buffer = Vec::new();
+            let body = [&[0; 4][..], &device.to_ne_bytes(), &[0; 8]].concat();
+            write(&mut buffer, libc::RTM_DELLINK, 0, 1, &body, &[]);
+            buffer
+        }));
+        requests
+    }
+
+    fn of(kinds: &[Write], fleet: &[Behind<'_>]) -> Requests {
         let mut sends = Vec::new();
         let mut sequence = 0;
-        for kind in kinds {
-            for chunk in members.chunks(CHUNK) {
-                let mut buffer = Vec::with_capacity(CHUNK * 80);
-                for member in chunk {
-                    sequence += 1;
-                    kind(&mut buffer, sequence, member, device);
+        for (members, device) in fleet {
+            for kind in kinds {
+                for chunk in members.chunks(CHUNK) {
+                    let mut buffer = Vec::with_capacity(CHUNK * 80);
+                    for member in chunk {
+                        sequence += 1;
+                        kind(&mut buffer, sequence, member, *device);
+                    }
+                    sends.push(buffer);
                 }
-                sends.push(buffer);
             }
         }
         Requests(sends)
@@ -75,6 +108,45 @@ impl Requests {
     }
 }
 
+/// What the raw limit took.
+#[derive(Debug, Clone, Copy)]
+pub struct Raw {
+    /// To set all entries.
+    pub set: Cost,
+    /// To remove each of them.
+    pub removed: Cost,
+    /// To remove routes and next hops and then the devices.
+    pub taken_down: Cost,
+}
+
+/// The raw limit in a namespace of its own, for the members of each family. What the kernel holds is counted after each step.
+pub async fn raw(fleet: &[&[Member]]) -> anyhow::Result<Raw> {
+    let space = Space::new().await?;
+    let mut behind = Vec::new();
+    for members in fleet {
+        let family = members.first().context("a fleet without members")?.subnet.family();
+        behind.push((*members, space.add_vxlan(family).await?));
+    }
+    let bridge = space.add_bridge().await?;
+    let (set, remove, take_down) = (Requests::set(&behind), Requests::remove(&behind), Requests::take_down(&behind, bridge));
+    space.netns().run(|| {
+        let step = |requests: &Requests, left: bool| {
+            let took = requests.send()?;
+            Holdings::expect_all(&behind, left).context("raw limit")?;
+            Ok::<_, anyhow::Error>(took)
+        };
+        let raw = Raw {
+            set: step(&set, true)?,
+            removed: step(&remove, false)?,
+            taken_down: {
+                step(&set, true)?;
+                step(&take_down, false)?
+            },
+        };
+        Ok(raw)
+    })?
+}
+
 const REPLACE: i32 = libc::NLM_F_CREATE | libc::NLM_F_REPLACE;
 
 fn fdb(buffer: &mut Vec<u8>, sequence: u32, member: &Member, device: u32) {
@@ -92,17 +164,45 @@ fn neighbour(buffer: &mut Vec<u8>, sequence: u32, member: &Member, device: u32) 
 fn nexthop(buffer: &mut Vec<u8>, sequence: u32, member: &Member, device: u32) {
     let mut body = vec![byte(af(member.subnet.family())), 0, RTPROT_STATIC, 0];
     body.extend_from_slice(&RTNH_F_ONLINK.to_ne_bytes());
-    let id = (FIRST_NEXTHOP + member.number).to_ne_bytes();
+    let id = nexthop_id(member);
     let gateway = octets(member.subnet.base());
     let attributes: [(u16, &[u8]); 3] = [(NHA_ID, &id), (NHA_GATEWAY, &gateway), (NHA_OIF, &device.to_ne_bytes())];
     write(buffer, RTM_NEWNEXTHOP, flag(REPLACE), sequence, &body, &attributes);
 }
 
 fn route(buffer: &mut Vec<u8>, sequence: u32, member: &Member, _device: u32) {
-    let id = (FIRST_NEXTHOP + member.number).to_ne_bytes();
+    let id = nexthop_id(member);
     let body = rtmsg(member.subnet, RTPROT_STATIC, RTN_UNICAST);
     let attributes: [(u16, &[u8]); 2] = [(RTA_DST, &octets(member.subnet.base())), (RTA_NH_ID, &id)];
     write(buffer, libc::RTM_NEWROUTE, flag(REPLACE), sequence, &body, &attributes);
+}
+
+fn no_fdb(buffer: &mut Vec<u8>, sequence: u32, member: &Member, device: u32) {
+    let body = ndmsg(libc::AF_BRIDGE, device, NTF_SELF);
+    write(buffer, libc::RTM_DELNEIGH, 0, sequence, &body, &[(NDA_LLADDR, &member.mac.0)]);
+}
+
+fn no_neighbour(buffer: &mut Vec<u8>, sequence: u32, member: &Member, device: u32) {
+    let body = ndmsg(af(member.subnet.family()), device, 0);
+    write(buffer, libc::RTM_DELNEIGH, 0, sequence, &body, &[(NDA_DST, &octets(member.subnet.base()))]);
+}
+
+fn no_nexthop(buffer: &mut Vec<u8>, sequence: u32, member: &Member, _device: u32) {
+    write(buffer, RTM_DELNEXTHOP, 0, sequence, &[0; NHMSG], &[(NHA_ID, &nexthop_id(member))]);
+}
+
+fn no_route(buffer: &mut Vec<u8>, sequence: u32, member: &Member, _device: u32) {
+    let body = rtmsg(member.subnet, RTPROT_STATIC, RTN_UNICAST);
+    write(buffer, libc::RTM_DELROUTE, 0, sequence, &body, &[(RTA_DST, &octets(member.subnet.base()))]);
+}
+
+/// Apart for the families, whose next hops share one range of ids.
+fn nexthop_id(member: &Member) -> [u8; 4] {
+    let first = match member.subnet.family() {
+        Family::V4 => FIRST_NEXTHOP,
+        Family::V6 => 2 * FIRST_NEXTHOP,
+    };
+    (first + member.number).to_ne_bytes()
 }
 
 fn ndmsg(family: libc::c_int, device: u32, flags: u8) -> Vec<u8> {
@@ -137,15 +237,15 @@ pub struct Holdings {
     pub fdb: usize,
     /// Permanent neighbours.
     pub neighbours: usize,
-    /// Ids of next-hop objects.
-    pub nexthops: Vec<u32>,
-    /// Destinations of routes to next-hop objects, with their protocol number.
-    pub routes: Vec<(Cidr, u8)>,
+    /// Next-hop objects.
+    pub nexthops: usize,
+    /// Routes to next-hop objects.
+    pub routes: usize,
 }
 
 impl Holdings {
     /// Reads them in the calling thread's namespace.
-    pub fn read(family: Family, device: u32) -> anyhow::Result<Holdings> {
+    fn read(family: Family, device: u32) -> anyhow::Result<Holdings> {
         let mut socket = Rtnl::open()?;
         let mut holdings = Holdings::default();
         let state = |body: &[u8]| body.get(8..10).map_or(0, |s| u16::from_ne_bytes([s[0], s[1]]));
@@ -158,21 +258,19 @@ impl Holdings {
             holdings.neighbours += usize::from(ours(body));
         })?;
         socket.dump(RTM_GETNEXTHOP, &[&[family_byte][..], &[0; NHMSG - 1]].concat(), |body| {
-            let id = attributes(body, NHMSG).find(|(kind, _)| *kind == NHA_ID).and_then(|(_, value)| u32_at(value, 0));
-            holdings.nexthops.extend(id.filter(|_| body.first() == Some(&family_byte)));
+            holdings.nexthops += usize::from(body.first() == Some(&family_byte));
         })?;
         socket.dump(libc::RTM_GETROUTE, &[&[family_byte][..], &[0; RTMSG - 1]].concat(), |body| {
-            holdings.routes.extend(route_of(body).filter(|_| attributes(body, RTMSG).any(|(kind, _)| kind == RTA_NH_ID)));
+            holdings.routes += usize::from(attributes(body, RTMSG).any(|(kind, _)| kind == RTA_NH_ID));
         })?;
         Ok(holdings)
     }
 
-    /// Fails unless there is one of each for every peer.
-    pub fn expect(&self, peers: usize) -> anyhow::Result<()> {
-        let found = [self.fdb, self.neighbours, self.nexthops.len(), self.routes.len()];
+    fn expect(&self, peers: usize) -> anyhow::Result<()> {
+        let found = [self.fdb, self.neighbours, self.nexthops, self.routes];
         ensure!(
             found == [peers; 4],
-            "{peers} peers were set and the kernel holds {} FDB entries, {} neighbours, {} next hops and {} routes",
+            "{peers} peers are wanted and the kernel holds {} FDB entries, {} neighbours, {} next hops and {} routes",
             found[0],
             found[1],
             found[2],
@@ -181,24 +279,11 @@ impl Holdings {
         Ok(())
     }
 
-    /// Removes routes and next hops one by one: left to the kernel with their device, each next hop would walk the whole routing table, while the
-    /// next turn is measured.
-    pub fn remove(&self) -> anyhow::Result<()> {
-        let mut socket = Rtnl::open()?;
-        for chunk in self.routes.chunks(CHUNK) {
-            let mut buffer = Vec::new();
-            for (destination, protocol) in chunk {
-                let body = rtmsg(*destination, *protocol, RTN_UNICAST);
-                write(&mut buffer, libc::RTM_DELROUTE, 0, 1, &body, &[(RTA_DST, &octets(destination.base()))]);
-            }
-            ensure!(socket.request(&buffer)? == 0, "a route could not be removed");
-        }
-        for chunk in self.nexthops.chunks(CHUNK) {
-            let mut buffer = Vec::new();
-            for id in chunk {
-                write(&mut buffer, RTM_DELNEXTHOP, 0, 1, &[0; NHMSG], &[(NHA_ID, &id.to_ne_bytes())]);
-            }
-            ensure!(socket.request(&buffer)? == 0, "a next hop could not be removed");
+    /// Fails unless there is one of each for every member of each family, or, where none should be left, nothing.
+    pub fn expect_all(fleet: &[Behind<'_>], left: bool) -> anyhow::Result<()> {
+        for (members, device) in fleet {
+            let family = members.first().context("a fleet without members")?.subnet.family();
+            Holdings::read(family, *device)?.expect(if left { members.len() } else { 0 })?;
         }
         Ok(())
     }

@@ -7,6 +7,7 @@
 //! | `draw`, `chart` | reports to pictures, curves to SVG |
 //! | `member` | peers as leases, as the store's entries and as the kernel's |
 //! | `rtnl`, `limit` | a minimal rtnetlink, and the raw limit made of it |
+//! | `driver` | the agent's path without its process |
 //! | `space`, `stage` | a namespace, a lab full of leases |
 //! | `gauge` | what a process has used, what agents and etcd say of themselves |
 //!
@@ -18,6 +19,7 @@ mod chart;
 mod churn;
 mod data;
 mod draw;
+mod driver;
 mod fleet;
 mod gauge;
 mod join;
@@ -54,7 +56,7 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Measurement {
-    /// Peers arriving in one snapshot, until the last route is in the kernel; baseline: raw netlink
+    /// Peers that come in one snapshot and go in another, until the last route is in the kernel or gone from it; baseline: raw netlink
     Peers(peers::PeersArguments),
     /// An agent's process begun, until the overlay is in place, in an empty kernel and in one where all is in place; baseline: etcdctl and raw netlink
     Start(start::StartArguments),

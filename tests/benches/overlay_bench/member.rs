@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use anyhow::Context;
 use overlay_agent::model::event::StoreEntry;
-use overlay_agent::model::{Backend, Cidr, Family, Lease, Mac, NetworkConfig, Node, PerFamily, Record, Subnet, Vni};
+use overlay_agent::model::{Backend, Cidr, Family, Lease, Mac, NetworkConfig, Node, Record, Subnet, Vni};
 
 /// One peer in one family.
 #[derive(Debug, Clone, Copy)]
@@ -30,17 +30,25 @@ pub fn network(family: Family) -> &'static str {
 /// The length of an IPv4 peer's subnet: room for 131,000 of them.
 pub const SUBNET_LENGTH: u8 = 26;
 
-/// The configuration of a network of one family, as it stands in etcd.
-pub fn config(family: Family) -> String {
-    match family {
-        Family::V4 => format!(r#"{{"Network":"{}","SubnetLen":{SUBNET_LENGTH}}}"#, network(family)),
-        Family::V6 => format!(r#"{{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"{}"}}"#, network(family)),
+/// The configuration of a network of these families, as it stands in etcd.
+pub fn config(families: &[Family]) -> String {
+    let mut config =
+        serde_json::json!({ "EnableIPv4": families.contains(&Family::V4), "EnableIPv6": families.contains(&Family::V6) });
+    for family in families {
+        match family {
+            Family::V4 => {
+                config["Network"] = network(*family).into();
+                config["SubnetLen"] = SUBNET_LENGTH.into();
+            }
+            Family::V6 => config["IPv6Network"] = network(*family).into(),
+        }
     }
+    config.to_string()
 }
 
 /// The members of these numbers.
 pub fn members(family: Family, numbers: std::ops::RangeInclusive<u32>) -> anyhow::Result<Vec<Member>> {
-    let network = NetworkConfig::parse(&config(family))?.config;
+    let network = NetworkConfig::parse(&config(&[family]))?.config;
     let pool = network.pools.get(family).context("the network lacks its family")?;
     numbers
         .map(|number| {
@@ -58,26 +66,7 @@ pub fn members(family: Family, numbers: std::ops::RangeInclusive<u32>) -> anyhow
 impl Member {
     /// The subnet as a key of the store.
     pub fn key(&self) -> anyhow::Result<String> {
-        Ok(self.as_subnet()?.to_key())
-    }
-
-    fn as_subnet(&self) -> anyhow::Result<Subnet> {
-        Ok(Subnet::new(std::iter::once((self.subnet.family(), self.subnet)).collect())?)
-    }
-
-    /// As the store hands it on.
-    pub fn entry(&self) -> anyhow::Result<StoreEntry> {
-        let family = self.subnet.family();
-        let subnet = self.as_subnet()?;
-        let only = |mac| std::iter::once((family, mac)).collect::<PerFamily<Mac>>();
-        let lease = Lease {
-            public_ip: std::iter::once((family, self.public_ip)).collect(),
-            backend: Backend::Vxlan { vni: Vni::DEFAULT, vtep: only(self.mac) },
-            node: Some(Node { name: format!("n{}", self.number), id: format!("{:032x}", self.number) }),
-        };
-        let revision = i64::from(self.number);
-        let record = Record { subnet, lease, create_revision: revision, mod_revision: revision, etcd_lease: Some(revision) };
-        Ok(StoreEntry { key: subnet.to_key(), value: Ok(record) })
+        Ok(Subnet::new(std::iter::once((self.subnet.family(), self.subnet)).collect())?.to_key())
     }
 
     /// The lease's value in etcd (`docs/wire.md`).
@@ -96,6 +85,21 @@ impl Member {
     }
 }
 
+/// A peer as the store hands it on: one member, or the two of the same number in both families.
+pub fn entry(peer: &[Member]) -> anyhow::Result<StoreEntry> {
+    let number = peer.first().context("a peer without a family")?.number;
+    let subnet = Subnet::new(peer.iter().map(|member| (member.subnet.family(), member.subnet)).collect())?;
+    let vtep = peer.iter().map(|member| (member.subnet.family(), member.mac)).collect();
+    let lease = Lease {
+        public_ip: peer.iter().map(|member| (member.subnet.family(), member.public_ip)).collect(),
+        backend: Backend::Vxlan { vni: Vni::DEFAULT, vtep },
+        node: Some(Node { name: format!("n{number}"), id: format!("{number:032x}") }),
+    };
+    let revision = i64::from(number);
+    let record = Record { subnet, lease, create_revision: revision, mod_revision: revision, etcd_lease: Some(revision) };
+    Ok(StoreEntry { key: subnet.to_key(), value: Ok(record) })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -103,7 +107,7 @@ mod tests {
     #[test]
     fn members_are_apart_and_leases_of_the_network() {
         for family in Family::ALL {
-            let network = NetworkConfig::parse(&config(family)).expect("a network").config;
+            let network = NetworkConfig::parse(&config(&[family])).expect("a network").config;
             let all = members(family, 1..=10_000).expect("room");
             let distinct = |f: fn(&Member) -> String| all.iter().map(f).collect::<std::collections::BTreeSet<_>>().len();
             assert_eq!(distinct(|m| m.subnet.to_string()), all.len());
@@ -111,10 +115,23 @@ mod tests {
             assert_eq!(distinct(|m| m.mac.to_string()), all.len());
             for member in &all {
                 assert!(!network.pools.get(family).expect("a pool").network.contains(member.public_ip));
-                let entry = member.entry().expect("an entry");
+                let entry = entry(&[*member]).expect("an entry");
                 assert_eq!(entry.key, member.key().expect("a key"));
             }
         }
         assert!(members(Family::V4, 1..=140_000).is_err());
+    }
+
+    #[test]
+    fn a_peer_of_both_families_is_one_entry() {
+        let network = NetworkConfig::parse(&config(&Family::ALL)).expect("a network").config;
+        assert!(Family::ALL.into_iter().all(|family| network.pools.get(family).is_some()));
+        let peer = Family::ALL.map(|family| members(family, 7..=7).expect("room")[0]);
+        let record = entry(&peer).expect("an entry").value.expect("a record");
+        assert_eq!(Family::ALL.map(|family| record.subnet.get(family)), peer.map(|member| Some(member.subnet)));
+        assert_eq!(
+            Family::ALL.map(|family| record.lease.public_ip.get(family).copied()),
+            peer.map(|member| Some(member.public_ip))
+        );
     }
 }

@@ -103,6 +103,13 @@ impl Row {
         self
     }
 
+    /// The median and the 99th percentile should be at most these, in the row's unit.
+    pub fn latency_goal(mut self, median: f64, p99: f64) -> Row {
+        let text = format!("median <= {median} {}, p99 <= {p99} {}", self.unit, self.unit);
+        self.goal = Some(Goal { text, met: self.value.median <= median && self.value.p99 <= p99 });
+        self
+    }
+
     /// The median should be at most this, in the row's unit.
     pub fn median_goal(mut self, limit: f64) -> Row {
         self.goal = Some(Goal { text: format!("median <= {limit} {}", self.unit), met: self.value.median <= limit });
@@ -217,7 +224,9 @@ mod tests {
         assert!(report.table().contains("ratio <= 1.5: NO"), "{}", report.table());
         let json: serde_json::Value = serde_json::from_str(&report.json().expect("JSON")).expect("JSON");
         assert_eq!(json["rows"][0]["ratio"]["median"], 1.75);
-        assert!(row.median_goal(3.5).goal.expect("a goal").met);
+        assert!(row.clone().median_goal(3.5).goal.expect("a goal").met);
+        assert!(row.clone().latency_goal(3.5, 4.0).goal.expect("a goal").met);
+        assert!(!row.latency_goal(3.5, 3.9).goal.expect("a goal").met);
     }
 
     #[test]

@@ -9,6 +9,8 @@ use overlay_agent::model::Family;
 
 /// The underlay's interface.
 pub const UNDERLAY: &str = "wan0";
+/// The bridge of the raw limit.
+const BRIDGE: &str = "br0";
 
 /// A namespace that goes when it is dropped.
 #[derive(Debug)]
@@ -54,6 +56,14 @@ impl Space {
         self.ip(&["address", "add", address, "dev", device])?;
         self.ip(&["link", "set", device, "up"])?;
         self.index(device).await
+    }
+
+    /// Makes a bridge as the agent would, up. Its interface index.
+    pub async fn add_bridge(&self) -> anyhow::Result<u32> {
+        let setup = Setup::open(&self.netns)?;
+        setup.add_bridge(BRIDGE).await?;
+        setup.set_up(BRIDGE).await?;
+        self.index(BRIDGE).await
     }
 
     fn ip(&self, arguments: &[&str]) -> anyhow::Result<()> {

@@ -33,18 +33,30 @@ impl Stage {
 
     /// The same with flags for the agents.
     pub async fn with_agents(hosts: u16, peers: u32, flags: &[&str]) -> anyhow::Result<Stage> {
-        let stage = Stage::prepared(hosts, peers).await?;
-        for host in stage.lab.hosts() {
+        Stage::prepared(hosts, peers).await?.started(flags).await
+    }
+
+    /// Hosts with room for 250 containers each, without peers, and the agents.
+    pub async fn for_containers(hosts: u16) -> anyhow::Result<Stage> {
+        Stage::of_subnets(24, hosts, 0).await?.started(&[]).await
+    }
+
+    async fn started(self, flags: &[&str]) -> anyhow::Result<Stage> {
+        for host in self.lab.hosts() {
             host.agent_start(&[&["--log-level", "warn"], flags].concat())?;
         }
-        for host in stage.lab.hosts() {
-            stage.settled(&host).await?;
+        for host in self.lab.hosts() {
+            self.settled(&host).await?;
         }
-        Ok(stage)
+        Ok(self)
     }
 
     /// The same without agents.
     pub async fn prepared(hosts: u16, peers: u32) -> anyhow::Result<Stage> {
+        Stage::of_subnets(SUBNET_LENGTH, hosts, peers).await
+    }
+
+    async fn of_subnets(length: u8, hosts: u16, peers: u32) -> anyhow::Result<Stage> {
         let fleet = if peers == 0 { Vec::new() } else { members(FAMILY, 1..=peers)? };
         let networks: PerFamily<_> = std::iter::once((FAMILY, network(FAMILY).parse()?)).collect();
         let options = LabOptions {
@@ -53,7 +65,7 @@ impl Stage {
             families: Families::V4,
             networks,
             agents: false,
-            config: std::iter::once(("SubnetLen".to_owned(), SUBNET_LENGTH.into())).collect(),
+            config: std::iter::once(("SubnetLen".to_owned(), length.into())).collect(),
             ..LabOptions::new(LabName::unique())
         };
         let lab = Lab::up(&Home::of_user(), &options, Progress::silent()).await?.guarded();

@@ -12,10 +12,10 @@ use overlay_tests::programs::processor_time;
 use overlayctl::lab::Host;
 use serde_json::Value;
 
-use super::peers::raw;
+use super::limit::raw;
 use super::progress;
 use super::report::{Report, Row};
-use super::stage::{FAMILY, Stage, etcd};
+use super::stage::{Stage, etcd};
 use super::stats::milliseconds;
 
 /// Until the overlay is in place, in ms, with so many leases: in an empty kernel, and where everything is in place.
@@ -62,7 +62,7 @@ pub fn measure(arguments: &StartArguments, report: &mut Report) -> anyhow::Resul
             let stage = runtime.block_on(Stage::prepared(1, *peers))?;
             read.push(bare_read(&stage, *peers)?);
             let written =
-                if stage.fleet.is_empty() { 0.0 } else { milliseconds(runtime.block_on(raw(FAMILY, &stage.fleet))?.wall) };
+                if stage.fleet.is_empty() { 0.0 } else { milliseconds(runtime.block_on(raw(&[&stage.fleet]))?.set.wall) };
             limit.push(written);
             let host = stage.lab.host("h1")?;
             cold.push(runtime.block_on(start(&stage, &host))?);
