@@ -1,7 +1,7 @@
 #!/bin/bash
 # The page docs/vagrant.md from its first command to its last, with virtual machines that need neither KVM nor a libvirt of this machine.
 #
-#   sudo ./tests/vagrant.sh        an hour and more without acceleration; not a part of run.sh for that
+#   sudo ./tests/vagrant.sh        half an hour and more without acceleration; not a part of run.sh for that
 #
 # The Debian packages that it installs stay; the box, the machines and their networks go.
 set -euo pipefail
@@ -16,21 +16,31 @@ esac
 VAGRANT_HOME=$(mktemp -d /var/tmp/overlay-vagrant.XXXXXX)
 export VAGRANT_HOME PROFILE=${PROFILE:-dev} DEBIAN_FRONTEND=noninteractive
 policy=/usr/sbin/policy-rc.d
-[ ! -e $policy ] || { echo "tests/vagrant.sh: $policy is in the way: it keeps services from starting, which this script does itself" >&2 && exit 2; }
-trap 'rm -rf $policy "$VAGRANT_HOME"' EXIT
-# Nothing that is installed here is to run on this machine.
+saved=$policy.overlay-vagrant
+# Nothing that is installed here is to run on this machine; images for containers have such a policy, and keep it.
+if [ -e $policy ] && [ ! -e $saved ]; then mv $policy $saved; fi
+unpolicy() {
+    rm -f $policy
+    if [ -e $saved ]; then mv $saved $policy; fi
+}
+trap 'unpolicy; rm -rf "$VAGRANT_HOME"' EXIT
 printf '#!/bin/sh\nexit 101\n' >$policy
 chmod +x $policy
 apt-get install -y -q --no-install-recommends debootstrap dnsmasq-base libvirt-clients qemu-utils
-yes | apt-get install vagrant vagrant-libvirt libvirt-daemon-system qemu-system-x86
-rm $policy
+apt-get install vagrant vagrant-libvirt libvirt-daemon-system qemu-system-x86 <<<y
+unpolicy
+trap 'rm -rf "$VAGRANT_HOME"' EXIT
 
 ./vagrant/make-box.sh --add
 DRIVER=qemu ./vagrant/libvirt.sh ./vagrant/lab.sh all
+ETCD=cluster DRIVER=qemu ./vagrant/libvirt.sh ./vagrant/lab.sh all
+# The same machines by Vagrant's own commands and by the lab's.
 DRIVER=qemu ./vagrant/libvirt.sh bash <<'EOF'
 set -e
 trap './vagrant/lab.sh down' EXIT
+(cd vagrant && vagrant up)
 ./vagrant/lab.sh up
 ./vagrant/lab.sh check
 ./vagrant/lab.sh ssh node1 overlayctl peers
+(cd vagrant && vagrant ssh node2 --command 'sudo overlayctl peers' </dev/null && vagrant destroy --force)
 EOF

@@ -134,6 +134,9 @@ lab_env() { printf 'NODES=%s\nETCD=%s\nUNDERLAY=%s\n' "$NODES" "$ETCD" "$UNDERLA
 
 address() { echo "$UNDERLAY.$((10 + $1))"; }
 
+# The endpoints of a cluster of etcd.
+cluster() { echo "https://$(address 1):2379,https://$(address 2):2379,https://$(address 3):2379"; }
+
 write_settings() {
     lab_env >"$files/lab.env"
     [ "$ETCD" = cluster ] || return 0
@@ -161,7 +164,7 @@ pack() {
         if [ "$n" -eq 1 ]; then setup=yes; fi
         ;;
     cluster)
-        endpoints=https://$(address 1):2379,https://$(address 2):2379,https://$(address 3):2379
+        endpoints=$(cluster)
         for i in 1 2 3; do members="$members${members:+ }node$i=$(address $i)"; done
         # Machines come up in order, so with the third one the cluster answers.
         if [ "$n" -eq 3 ]; then setup=yes; fi
@@ -227,6 +230,14 @@ load() {
     # shellcheck disable=SC1091
     . "$files/lab.env"
     ssh_config=$files/ssh_config
+    # What a command on a machine needs to ask etcd itself: the agent tells where its etcd is, and no secrets.
+    as_agent=()
+    if [ "$ETCD" = cluster ]; then
+        local dir=/etc/overlayd/credentials
+        as_agent=(--etcd-endpoints "$(cluster)"
+            --etcd-cafile "$dir/ca.crt" --etcd-certfile "$dir/overlay-agent.crt" --etcd-keyfile "$dir/overlay-agent.key"
+            --etcd-username overlay-agent --etcd-password-file "$dir/password")
+    fi
     # Vagrant takes seconds to say it.
     if [ ! -s "$ssh_config" ] || ! on node1 true 2>/dev/null; then
         (umask 077 && vagrant ssh-config >"$ssh_config.new") || die "the machines do not run: $0 up"
@@ -284,6 +295,8 @@ check() {
     say "agents"
     for_all wait_ready
     for_all agent_status
+    declare -gA repaired
+    for_all remember_repairs
     say "containers, one on each machine"
     declare -gA v4 v6
     for_all attach
@@ -295,9 +308,19 @@ check() {
     plugin
     say "subnets"
     on node1 overlayctl subnets || failed "node1 does not tell the subnets"
+    if [ "$ETCD" = cluster ]; then
+        say "subnets, asked from the cluster"
+        on node1 overlayctl subnets "${as_agent[@]}" || failed "etcd does not tell node1 the subnets"
+    fi
+    say "nothing of this was taken for a change by others"
+    for_all same_repairs
     say "overlayctl check"
     for_all doctor
-    if [ $failures -gt 0 ]; then die "$failures checks failed, see FAILED above"; fi
+    if [ $failures -gt 0 ]; then
+        say "the agents' last words"
+        for_all last_words
+        die "$failures checks failed, see FAILED above"
+    fi
     say "all well: $NODES machines, etcd $ETCD"
 }
 
@@ -305,11 +328,33 @@ check() {
 field() { sed -n 's/.*"'"$1"'": "\([^"]*\)".*/\1/p' | head -1; }
 
 attach() {
-    local json
-    on "$1" overlayctl attach lab >/dev/null 2>&1 || true
-    json=$(on "$1" overlayctl inspect lab -o json 2>&1) || { failed "$1 has no container: $json" && return; }
+    local json error=""
+    v4[$1]="" v6[$1]=""
+    # Repeated, it is the same container. A machine may stand still until the agent's watchdog has it started anew.
+    for _ in 1 2 3; do
+        error=$(on "$1" overlayctl attach lab 2>&1 >/dev/null) || true
+        if json=$(on "$1" overlayctl inspect lab -o json 2>&1); then break; fi
+        echo "$1: once more, after: ${error:-$json}"
+        wait_ready "$1"
+    done
+    [ -n "$(field v4 <<<"$json")" ] || { failed "$1 has no container: $error $json" && return; }
     v4[$1]=$(field v4 <<<"$json") v6[$1]=$(field v6 <<<"$json")
     printf '%s: %s %s\n' "$1" "${v4[$1]}" "${v6[$1]}"
+}
+
+# reach NODE ADDRESS: its container gets three answers out of three; the last line of ping. Twice, for a machine may stand still for longer than
+# ping waits.
+reach() {
+    local answer
+    for _ in 1 2; do
+        answer=$(on "$1" ip netns exec lab ping -n -c 3 -i 0.3 -W 5 "${2:-missing}" 2>&1) || true
+        if grep -q ' 0% packet loss' <<<"$answer"; then
+            tail -1 <<<"$answer"
+            return
+        fi
+    done
+    tail -1 <<<"$answer"
+    return 1
 }
 
 pings() {
@@ -318,11 +363,10 @@ pings() {
         to=node$n
         [ "$to" != "$from" ] || continue
         for address in "${v4[$to]}" "${v6[$to]}"; do
-            answer=$(on "$from" ip netns exec lab ping -n -c 3 -i 0.3 -W 5 "${address:-missing}" 2>&1) || true
-            if grep -q ' 0% packet loss' <<<"$answer"; then
-                printf '%s -> %s  %-22s %s\n' "$from" "$to" "$address" "$(tail -1 <<<"$answer")"
+            if answer=$(reach "$from" "$address"); then
+                printf '%s -> %s  %-22s %s\n' "$from" "$to" "$address" "$answer"
             else
-                failed "$from -> $to $address: $(tail -1 <<<"$answer")"
+                failed "$from -> $to $address: $answer"
             fi
         done
     done
@@ -351,8 +395,7 @@ plugin() {
     on "$last" sh -c "$run" sh DEL "$conf" >/dev/null 2>&1 || true
     if result=$(on "$last" sh -c "$run" sh ADD "$conf" 2>&1); then
         address=$(tr -d ' \n' <<<"$result" | grep -o '"address":"[0-9.]*/' | tr -dc '0-9.' | head -1)
-        answer=$(on node1 ip netns exec lab ping -n -c 3 -i 0.3 -W 5 "${address:-missing}" 2>&1) || true
-        if grep -q ' 0% packet loss' <<<"$answer"; then echo "node1 -> $last $address"; else failed "ping of $address: $(tail -1 <<<"$answer")"; fi
+        if answer=$(reach node1 "$address"); then echo "node1 -> $last $address  $answer"; else failed "ping of $address: $answer"; fi
     else
         failed "overlay-cni ADD: $result"
     fi
@@ -360,10 +403,27 @@ plugin() {
     on "$last" ip netns delete lab-cni || true
 }
 
+# repairs NODE: how often its agent has put back what it thought was changed by others; kernels differ in what they tell of an agent's own writes.
+repairs() { on "$1" overlayctl status -o json | sed -n 's/.*"drift_repairs": \([0-9]*\).*/\1/p'; }
+
+remember_repairs() { repaired[$1]=$(repairs "$1") || failed "$1 does not tell its state"; }
+
+same_repairs() {
+    local now
+    now=$(repairs "$1") || true
+    if [ -n "$now" ] && [ "$now" -le "${repaired[$1]:-0}" ]; then
+        echo "$1: ${repaired[$1]:-0} repairs before, $now after"
+    else
+        failed "$1: ${repaired[$1]:-?} repairs before, ${now:-?} after: $(on "$1" overlayctl status -o json | tr -d '\n ' | grep -o '"last_drift":{[^}]*}')"
+    fi
+}
+
+last_words() { on "$1" journalctl -u overlayd -n 20 --no-pager || true; }
+
 # Warnings are told, errors count.
 doctor() {
     local code=0 answer
-    answer=$(on "$1" overlayctl check 2>&1) || code=$?
+    answer=$(on "$1" overlayctl check "${as_agent[@]}" 2>&1) || code=$?
     printf '%s (exit code %d)\n%s\n' "$1" $code "$answer"
     case $code in 0 | 3) ;; *) failed "overlayctl check on $1" ;; esac
 }

@@ -137,7 +137,11 @@ setup() {
         sleep 2
     done
     if [ "$ETCD" = cluster ]; then
-        sh "$here/etcd/access.sh" "$here/passwords"
+        say "roles and users of etcd"
+        sh "$here/etcd/access.sh" "$here/passwords" >"$here/access.log" 2>&1 || {
+            cat "$here/access.log" >&2
+            exit 1
+        }
         flags="$flags --etcd-username overlay-admin --etcd-password-file $here/passwords/overlay-admin"
     fi
     # shellcheck disable=SC2086

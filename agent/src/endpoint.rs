@@ -133,7 +133,8 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
         };
         for endpoint in stale {
             tracing::warn!(
-                endpoint = %endpoint.name, addresses = ?endpoint.addresses(), subnet = ?network.map(|n| n.subnet),
+                endpoint = %endpoint.name, addresses = %endpoint.addresses(),
+                subnet = network.map(|n| tracing::field::display(n.subnet)),
                 "the endpoint's address is outside the present subnet: detach it and attach it again"
             );
         }

@@ -78,7 +78,7 @@ impl<C: ContainerPath + 'static> Inner<C> {
             endpoint = %name, mode = %endpoint.mode, netns = %endpoint.netns.display(),
             interface = endpoint.port.as_ref().map(|port| &port.interface),
             host_interface = endpoint.port.as_ref().map(|port| &port.host_interface),
-            addresses = ?endpoint.addresses(), "attached"
+            addresses = %endpoint.addresses(), "attached"
         );
         Ok(attached)
     }

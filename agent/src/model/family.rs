@@ -143,6 +143,16 @@ impl<T> FromIterator<(Family, T)> for PerFamily<T> {
     }
 }
 
+/// The values that are there, IPv4 first, with a blank between them.
+impl<T: fmt::Display> fmt::Display for PerFamily<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, (_, value)) in self.iter().enumerate() {
+            write!(f, "{}{value}", if i == 0 { "" } else { " " })?;
+        }
+        Ok(())
+    }
+}
+
 /// An address range in CIDR form whose host bits are zero, always.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Cidr(IpNetwork);
@@ -318,6 +328,16 @@ mod tests {
         for text in ["", "10.0.0.0", "10.0.0.0/", "10.0.0.0/33", "10.0.0.0/+8", "fd00::/129", "x/8", "10.0.0.0/8/8", "/8"] {
             assert!(matches!(text.parse::<Cidr>(), Err(CidrError::Syntax { .. })), "{text}");
         }
+    }
+
+    #[test]
+    fn both_families_are_told_by_their_values() {
+        let mut addresses: PerFamily<IpAddr> = PerFamily::default();
+        assert_eq!(addresses.to_string(), "");
+        addresses.v6 = Some(Ipv6Addr::LOCALHOST.into());
+        assert_eq!(addresses.to_string(), "::1");
+        addresses.v4 = Some(Ipv4Addr::LOCALHOST.into());
+        assert_eq!(addresses.to_string(), "127.0.0.1 ::1");
     }
 
     #[test]

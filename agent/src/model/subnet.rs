@@ -98,10 +98,7 @@ impl From<Subnet> for PerFamily<Cidr> {
 
 impl fmt::Display for Subnet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (i, (_, cidr)) in self.iter().enumerate() {
-            write!(f, "{}{cidr}", if i == 0 { "" } else { " " })?;
-        }
-        Ok(())
+        fmt::Display::fmt(&self.0, f)
     }
 }
 

@@ -191,11 +191,10 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         match self.settings.selection.choose(&self.inventory, &families, reach) {
             Ok(underlay) => {
                 if self.underlay.as_ref() != Some(&underlay) {
-                    let addresses: Vec<String> = underlay.public_ip.iter().map(|(_, a)| a.to_string()).collect();
                     tracing::info!(
                         interface = underlay.name,
                         mtu = underlay.mtu,
-                        addresses = addresses.join(" "),
+                        addresses = %underlay.public_ip,
                         "external interface"
                     );
                     self.underlay = Some(underlay);

@@ -7,13 +7,6 @@ use crate::model::{Family, Mac};
 use crate::plan::state::{LinkKind, LinkState};
 use crate::plan::{DataPath, Key, Op, Value};
 
-fn link_of(value: Option<&Value>) -> LinkState {
-    match value {
-        Some(Value::Link(link)) => (**link).clone(),
-        other => panic!("no link: {other:?}"),
-    }
-}
-
 #[test]
 fn devices_are_made_as_wanted_and_set_again_without_a_change() {
     on_host("devices", KernelOptions::default(), async |host| {

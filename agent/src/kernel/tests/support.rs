@@ -202,6 +202,14 @@ pub fn bridge_link() -> LinkState {
     LinkState { kind: LinkKind::Bridge, mac: Some(Mac([2, 0, 0, 0, 1, 9])), mtu: 1430, up: true, master: None, hairpin: false }
 }
 
+/// The link that a value holds.
+pub fn link_of(value: Option<&Value>) -> LinkState {
+    match value {
+        Some(Value::Link(link)) => (**link).clone(),
+        other => panic!("no link: {other:?}"),
+    }
+}
+
 pub fn set_link(device: Device, state: LinkState) -> Op {
     Op::Set(Key::Link(device.name().into()), Value::Link(Box::new(state)))
 }
