@@ -22,9 +22,12 @@ pub struct Axes {
     pub logarithmic: bool,
 }
 
-/// Size of the picture, and of the field that the curves are in, in pixels.
+/// Size of the picture at the least, and of the field that the curves are in, in pixels. Longer names make it wider, by so much a letter.
 const SIZE: (f64, f64) = (760.0, 420.0);
+const LETTER: f64 = 7.5;
 const FIELD: (f64, f64, f64, f64) = (70.0, 50.0, 480.0, 310.0);
+/// From the field to the names.
+const LEGEND: f64 = 48.0;
 /// Colours that also the colour-blind tell apart (Okabe and Ito, "Color Universal Design").
 const COLOURS: [&str; 8] = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000"];
 /// About how many steps an axis has.
@@ -38,6 +41,8 @@ pub fn svg(axes: &Axes, curves: &[Curve]) -> String {
     let y = Scale::new(points().map(|(_, y)| *y), None);
     let (left, top, width, height) = FIELD;
     let at = |(px, py): &(f64, f64)| (left + width * x.place(*px), top + height * (1.0 - y.place(*py)));
+    let longest = curves.iter().map(|curve| curve.name.chars().count()).max().unwrap_or_default();
+    let whole = f64::from(u16::try_from(longest).unwrap_or(u16::MAX)).mul_add(LETTER, left + width + LEGEND).max(SIZE.0);
     let mut out = String::new();
     let _ = write!(
         out,
@@ -45,7 +50,7 @@ pub fn svg(axes: &Axes, curves: &[Curve]) -> String {
 <rect width="100%" height="100%" fill="#ffffff"/>
 <text x="{left}" y="26" font-size="16" font-weight="bold">{title}</text>
 <g stroke="#dddddd">"##,
-        SIZE.0,
+        whole,
         SIZE.1,
         title = escaped(&axes.title)
     );
@@ -83,7 +88,7 @@ pub fn svg(axes: &Axes, curves: &[Curve]) -> String {
                 let _ = write!(out, "\n<circle cx=\"{px:.1}\" cy=\"{py:.1}\" r=\"3.5\" fill=\"{colour}\"/>");
             }
         }
-        let (legend, line) = (left + width + 16.0, top + 10.0 + 20.0 * f64::from(row));
+        let (legend, line) = (left + width + LEGEND - 24.0 - 8.0, top + 10.0 + 20.0 * f64::from(row));
         let name = escaped(&curve.name);
         let _ = write!(
             out,
