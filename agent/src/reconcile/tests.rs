@@ -493,10 +493,8 @@ async fn the_loop_beats_while_it_turns_and_not_while_it_is_stuck() {
 #[tokio::test]
 async fn with_nothing_to_do_the_loop_does_not_turn() {
     let mut fixture = Fixture::ready([1]).await;
-    fixture.status().await;
-    // Once after the start memory is given back.
-    tokio::time::sleep(HEAP_REST + Duration::from_millis(500)).await;
+    tokio::time::sleep(HEAP_REST * 2).await; // Once after the start memory is given back.
     fixture.beats.mark_unchanged();
-    let turned = tokio::time::timeout(Duration::from_secs(3), fixture.beats.changed()).await;
+    let turned = tokio::time::timeout(HEAP_REST * 3, fixture.beats.changed()).await;
     assert!(turned.is_err(), "a turn, though nothing happens");
 }
