@@ -83,7 +83,7 @@ const PICTURES: [Picture; 5] = [
     },
     Picture {
         measurement: "fleet",
-        what: &["the same, the mean", "one joins: processor time of another agent"],
+        what: &["all started: processor time of an agent, the mean", "one joins: processor time of another agent"],
         title: "Processor time of an agent in a fleet",
         shape: Shape::Against("agents"),
         unit: "ms",

@@ -100,7 +100,7 @@ fn add_rows(report: &mut Report, conditions: &str, fleets: &[Fleet], first: &[Fl
     report.add(row("of it, starting the processes", "ms", |f| f.started));
     let each: Vec<f64> = fleets.iter().flat_map(|f| f.each.clone()).collect();
     report.add(Row::new("fleet", conditions, "an agent's processor time until then", "ms", &each));
-    report.add(row("the same, the mean", "ms", |f| {
+    report.add(row("all started: processor time of an agent, the mean", "ms", |f| {
         f.each.iter().sum::<f64>() / f64::from(u32::try_from(f.each.len()).unwrap_or(1))
     }));
     report.add(row("etcd's processor time until then", "ms", |f| f.etcd));
