@@ -1,8 +1,9 @@
 //! `attach`: a container attached and detached, through the agent's socket and by the CNI plugin as a whole process, beside Debian's plugins
 //! `bridge` and `host-local` that do the same work (veth pair, bridge port, address, default route).
 //!
-//! Two hosts of one lab, each with a real agent: one without endpoints, one with many; and two namespaces for the reference with as many of its
-//! own containers. One turn goes through all of them, so that what disturbs the machine disturbs all.
+//! Two hosts of one lab, each with a real agent: one without endpoints, one with many; two namespaces for the reference with as many of its own
+//! containers; and two more, each with a bridge and as many ports, where nothing is done but what the kernel has to do in any case: a veth pair,
+//! and its one end a port that is up. One turn goes through all of them, so that what disturbs the machine disturbs all.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow, ensure};
 use clap::Args;
 use overlay_agent::kernel::netns::Netns;
+use overlay_agent::kernel::setup::Setup;
 use overlay_agent::model::api::AttachRequest;
 use overlay_agent::model::endpoint::EndpointName;
 use overlayctl::client::Client;
@@ -20,7 +22,7 @@ use tokio::runtime::Runtime;
 
 use super::progress;
 use super::report::{Report, Row};
-use super::space::Space;
+use super::space::{BRIDGE, Space};
 use super::stage::Stage;
 use super::stats::milliseconds;
 
@@ -34,6 +36,8 @@ const GOAL_RATIO: f64 = 1.0 / 3.0;
 const GOAL_MANY: f64 = 1.1;
 /// How many at once.
 const SIDE_BY_SIDE: usize = 8;
+/// Four on each of two hosts.
+const CONTESTANTS: usize = 8;
 /// Turns at the begin of which caches are cold.
 const WARM_UP: usize = 3;
 
@@ -54,6 +58,8 @@ enum By<'a> {
     Socket { client: Client, runtime: &'a Runtime },
     /// A plugin, one process a verb.
     Plugin { program: PathBuf, config: String },
+    /// A veth pair and a bridge's port alone.
+    Kernel { setup: Setup, runtime: &'a Runtime },
 }
 
 /// Somebody who attaches containers of one host.
@@ -113,6 +119,20 @@ impl Contestant<'_> {
                 Ok(())
             }
             By::Plugin { program, config } => plugin(program, config, verb, slot),
+            By::Kernel { setup, runtime } => {
+                // A name of its own for each slot, short enough for an interface.
+                let port = format!("k-{}", slot.name.rsplit('-').next().unwrap_or_default());
+                let netns = Netns::open(&slot.path)?;
+                runtime.block_on(async {
+                    if verb == Verb::Del {
+                        return setup.delete_link(&port).await;
+                    }
+                    setup.add_veth(&port, "eth9", &netns).await?;
+                    setup.set_master(&port, BRIDGE).await?;
+                    setup.set_up(&port).await
+                })?;
+                Ok(())
+            }
         }
     }
 
@@ -173,7 +193,7 @@ pub fn measure(arguments: &AttachArguments, report: &mut Report) -> anyhow::Resu
     ensure!(own.is_file(), "{} is needed: build it with the same profile (cargo build --release --workspace)", own.display());
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let stage = runtime.block_on(Stage::for_containers(2))?;
-    let spaces = [runtime.block_on(Space::new())?, runtime.block_on(Space::new())?];
+    let spaces = (0..4).map(|_| runtime.block_on(Space::new())).collect::<anyhow::Result<Vec<_>>>()?;
     let data = tempfile::tempdir()?;
     let slots = Slot::many("s", SIDE_BY_SIDE)?;
     let mut contestants = Vec::new();
@@ -191,10 +211,14 @@ pub fn measure(arguments: &AttachArguments, report: &mut Report) -> anyhow::Resu
         contestants.push(contestant("overlay-cni", host.netns()?, By::Plugin { program: own.clone(), config }));
         let by = By::Plugin { program: bridge.clone(), config: reference };
         contestants.push(contestant("reference", spaces[n].netns().clone(), by));
+        let alone = &spaces[2 + n];
+        runtime.block_on(alone.add_bridge())?;
+        let setup = runtime.block_on(async { Setup::open(alone.netns()) })?;
+        contestants.push(contestant("kernel", alone.netns().clone(), By::Kernel { setup, runtime: &runtime }));
     }
     progress(&format!("{} endpoints on the second host, and as many of the reference's", arguments.endpoints));
     let crowd = [Slot::many("p", arguments.endpoints)?, Slot::many("r", arguments.endpoints)?];
-    for (contestant, slots) in [(&contestants[4], &crowd[0]), (&contestants[5], &crowd[1])] {
+    for (contestant, slots) in company(&contestants, &crowd) {
         for slot in slots {
             contestant.host.run(|| contestant.act(Verb::Add, slot))??;
         }
@@ -202,7 +226,7 @@ pub fn measure(arguments: &AttachArguments, report: &mut Report) -> anyhow::Resu
     for count in [1, SIDE_BY_SIDE] {
         let turns = if count == 1 { arguments.samples } else { arguments.samples.div_ceil(4) };
         progress(&format!("{count} at once, {turns} turns"));
-        let (mut added, mut removed): (Samples, Samples) = (vec![Vec::new(); 6], vec![Vec::new(); 6]);
+        let (mut added, mut removed): (Samples, Samples) = (vec![Vec::new(); CONTESTANTS], vec![Vec::new(); CONTESTANTS]);
         for turn in 0..turns + WARM_UP {
             for (number, contestant) in contestants.iter().enumerate() {
                 let add = contestant.all(Verb::Add, count)?;
@@ -218,9 +242,14 @@ pub fn measure(arguments: &AttachArguments, report: &mut Report) -> anyhow::Resu
     leave(&contestants, &crowd)
 }
 
+/// Who has company on the second host, and which.
+fn company<'a, 'b>(contestants: &'a [Contestant<'b>], crowd: &'a [Vec<Slot>; 2]) -> [(&'a Contestant<'b>, &'a [Slot]); 3] {
+    [(&contestants[5], &crowd[0]), (&contestants[6], &crowd[1]), (&contestants[7], &crowd[1])]
+}
+
 /// Detaches what was there for company, so that nothing outlives its namespace.
 fn leave(contestants: &[Contestant<'_>], crowd: &[Vec<Slot>; 2]) -> anyhow::Result<()> {
-    for (contestant, slots) in [(&contestants[4], &crowd[0]), (&contestants[5], &crowd[1])] {
+    for (contestant, slots) in company(contestants, crowd) {
         for slot in slots {
             contestant.host.run(|| contestant.act(Verb::Del, slot))??;
         }
@@ -236,12 +265,12 @@ fn add_rows(
     added: &Samples,
     removed: &Samples,
 ) -> anyhow::Result<()> {
-    let [empty_socket, empty, empty_ref, many_socket, many, many_ref] = each(added)?;
+    let [empty_socket, empty, empty_ref, empty_kernel, many_socket, many, many_ref, many_kernel] = each(added)?;
     let removed = each(removed)?;
     let title = if count == 1 { "one at a time".to_owned() } else { format!("{count} at once, until the last") };
     let hosts = [
         (0, [empty_socket, empty, empty_ref], [removed[0], removed[1], removed[2]]),
-        (arguments.endpoints, [many_socket, many, many_ref], [removed[3], removed[4], removed[5]]),
+        (arguments.endpoints, [many_socket, many, many_ref], [removed[4], removed[5], removed[6]]),
     ];
     for (present, adds, dels) in hosts {
         let conditions = format!("{present} endpoints, {title}");
@@ -258,12 +287,15 @@ fn add_rows(
         report.add(row("CNI DEL", dels[1], dels[2]));
     }
     let conditions = format!("{} endpoints, {title}", arguments.endpoints);
-    let row = Row::new("attach", &conditions, "CNI ADD", "ms", many);
-    report.add(row.map(|r| r.against("0 endpoints", many, empty).ratio_goal(GOAL_MANY)));
+    let row = |what: &str, many: &[f64], empty: &[f64]| {
+        Row::new("attach", &conditions, what, "ms", many).map(|r| r.against("0 endpoints", many, empty))
+    };
+    report.add(row("CNI ADD", many, empty).map(|r| r.ratio_goal(GOAL_MANY)));
+    report.add(row("of the kernel alone: a pair, a port", many_kernel, empty_kernel));
     Ok(())
 }
 
-fn each(samples: &Samples) -> anyhow::Result<[&[f64]; 6]> {
+fn each(samples: &Samples) -> anyhow::Result<[&[f64]; CONTESTANTS]> {
     let all: Vec<&[f64]> = samples.iter().map(Vec::as_slice).collect();
-    <[&[f64]; 6]>::try_from(all).map_err(|_| anyhow!("six contestants have samples"))
+    <[&[f64]; CONTESTANTS]>::try_from(all).map_err(|_| anyhow!("each contestant has samples"))
 }

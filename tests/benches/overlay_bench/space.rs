@@ -9,8 +9,8 @@ use overlay_agent::model::Family;
 
 /// The underlay's interface.
 pub const UNDERLAY: &str = "wan0";
-/// The bridge of the raw limit.
-const BRIDGE: &str = "br0";
+/// The bridge where the kernel is measured without an agent.
+pub const BRIDGE: &str = "br0";
 
 /// A namespace that goes when it is dropped.
 #[derive(Debug)]
