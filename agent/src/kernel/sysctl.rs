@@ -2,11 +2,10 @@
 //! read before it is written: where it stands already, nothing is written, and a read-only `/proc/sys` is no error.
 
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
-use nix::errno::Errno;
 use nix::fcntl::{OFlag, open, openat};
 use nix::sys::stat::Mode;
 
@@ -40,7 +39,12 @@ pub fn route_localnet(interface: &str) -> String {
 
 /// The value at a path below `/proc/sys/net`; `None` where there is no such file, as without IPv6.
 pub fn read(path: &str) -> Result<Option<String>, OpError> {
-    match fs::read_to_string(file(path)?) {
+    found(fs::File::open(file(path)?), path)
+}
+
+/// What stands in a sysctl's file; `None` where there is no such file.
+fn found(file: io::Result<fs::File>, path: &str) -> Result<Option<String>, OpError> {
+    match file.and_then(io::read_to_string) {
         Ok(text) => Ok(Some(text.trim_end().to_owned())),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(error("read", path, &e)),
@@ -58,9 +62,11 @@ pub fn write(path: &str, value: &str) -> Result<(), OpError> {
 
 fn put(path: &str, value: &str) -> Result<(), OpError> {
     // Without O_CREAT: /proc/sys refuses it with a misleading EACCES where the file is missing.
-    let mut options = fs::File::options();
-    let result = options.write(true).open(file(path)?).and_then(|mut f| f.write_all(value.as_bytes()));
-    result.map_err(|e| error("write", path, &e))
+    stored(fs::File::options().write(true).open(file(path)?), path, value)
+}
+
+fn stored(file: io::Result<fs::File>, path: &str, value: &str) -> Result<(), OpError> {
+    file.and_then(|mut file| file.write_all(value.as_bytes())).map_err(|e| error("write", path, &e))
 }
 
 /// The IPv6 settings of the interfaces of one namespace, by their directory, which is held open. For each namespace in which `net/ipv6` was ever
@@ -83,17 +89,11 @@ impl Interfaces {
         let path = accept_ra(interface);
         let file = |flags: OFlag| {
             let name = PathBuf::from(format!("{interface}/accept_ra"));
-            openat(directory, &name, flags | OFlag::O_CLOEXEC, Mode::empty()).map(fs::File::from)
+            Ok(openat(directory, &name, flags | OFlag::O_CLOEXEC, Mode::empty())?.into())
         };
-        let mut found = String::new();
-        match file(OFlag::O_RDONLY) {
-            Err(Errno::ENOENT) => return Ok(false),
-            Err(errno) => return Err(error("read", &path, &errno.into())),
-            Ok(mut file) => file.read_to_string(&mut found).map_err(|e| error("read", &path, &e))?,
-        };
-        if found.trim_end() != OFF {
-            let written = file(OFlag::O_WRONLY).map_err(io::Error::from).and_then(|mut file| file.write_all(OFF.as_bytes()));
-            written.map_err(|e| error("write", &path, &e))?;
+        let Some(now) = found(file(OFlag::O_RDONLY), &path)? else { return Ok(false) };
+        if now != OFF {
+            stored(file(OFlag::O_WRONLY), &path, OFF)?;
         }
         Ok(true)
     }

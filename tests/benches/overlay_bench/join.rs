@@ -24,7 +24,7 @@ use super::progress;
 use super::report::{Report, Row};
 use super::rtnl::Rtnl;
 use super::stage::{FAMILY, Stage, etcd, key};
-use super::stats::milliseconds;
+use super::stats::{milliseconds, ratios};
 use overlay_tests::gateway::{Exchange, Gateway};
 
 /// `RTMGRP_IPV4_ROUTE` (`linux/rtnetlink.h`).
@@ -98,7 +98,7 @@ pub fn measure(arguments: &JoinArguments, report: &mut Report) -> anyhow::Result
         let conditions = format!("{} agents, {peers} peers", arguments.hosts);
         add_rows(report, &conditions, &samples);
         // Each in times of the bare watch of its own sample: between two sizes the machine may change.
-        let watches: Vec<f64> = samples.last.iter().zip(&samples.watched).map(|(last, watched)| last / watched).collect();
+        let watches = ratios(&samples.last, &samples.watched);
         if let Some(first) = &first {
             let row = Row::new("join", &conditions, "put sent to route on every host, in bare watches", "x", &watches);
             report.add(row.map(|row| row.against("the same with the first number", &watches, first).ratio_goal(SAME_GOAL)));

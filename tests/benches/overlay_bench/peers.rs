@@ -12,7 +12,7 @@ use super::limit::{Raw, raw};
 use super::member::{Member, members};
 use super::progress;
 use super::report::{Report, Row};
-use super::stats::milliseconds;
+use super::stats::{milliseconds, ratios};
 
 /// Between turns: the kernel removes a namespace in the background, and frees what was in it when RCU's grace periods are over.
 const PAUSE: Duration = Duration::from_millis(400);
@@ -111,7 +111,7 @@ pub fn measure(arguments: &PeersArguments, report: &mut Report) -> anyhow::Resul
             turns.report(&conditions, report);
             let share: Vec<f64> = turns.set.batch.iter().map(|took| took * 1e3 / f64::from(*peers)).collect();
             report.add(Row::new("peers", &conditions, "a peer's share of the batch", "us", &share));
-            let of_raw: Vec<f64> = turns.set.batch.iter().zip(&turns.set.raw).map(|(batch, raw)| batch / raw).collect();
+            let of_raw = ratios(&turns.set.batch, &turns.set.raw);
             if let Some(first) = &firsts[n] {
                 let row = Row::new("peers", &conditions, "the batch, in raw limits", "x", &of_raw);
                 let compared = row.map(|row| row.against("the same of the first size", &of_raw, first));

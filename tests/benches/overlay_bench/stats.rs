@@ -43,9 +43,13 @@ impl Summary {
     /// The summary of the ratios, each of a sample and the baseline's of the same turn: what disturbs the machine for longer than a turn
     /// is in both and goes out.
     pub fn of_ratios(samples: &[f64], baseline: &[f64]) -> Option<Summary> {
-        let ratios: Vec<f64> = samples.iter().zip(baseline).map(|(s, b)| s / b).collect();
-        Summary::of(&ratios)
+        Summary::of(&ratios(samples, baseline))
     }
+}
+
+/// Each sample in times of the baseline's of the same turn.
+pub fn ratios(samples: &[f64], baseline: &[f64]) -> Vec<f64> {
+    samples.iter().zip(baseline).map(|(sample, baseline)| sample / baseline).collect()
 }
 
 /// A moment from which costs are counted.
