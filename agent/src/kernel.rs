@@ -60,7 +60,7 @@ use self::socket::{Refusal, RouteSocket};
 use self::sysctl::Interfaces;
 use self::wire::Query;
 use crate::blocking::blocking;
-use crate::plan::state::{PROTOCOL, State};
+use crate::plan::state::{LinkState, PROTOCOL, State};
 use crate::plan::underlay::Inventory;
 use crate::plan::{ApplyReport, Batch, DataPath, KernelEvent, Key, Op, OpError, Value};
 
@@ -192,6 +192,12 @@ impl DataPath for Kernel {
             tokio::task::yield_now().await;
         }
         report
+    }
+
+    async fn link(&mut self, name: &str) -> Result<Option<LinkState>, OpError> {
+        let mut shared = self.shared.lock().await;
+        blocking(|| shared.links().note(name))?;
+        Ok(shared.known.links.get(name).map(|(_, link)| link.clone()))
     }
 
     async fn inventory(&mut self) -> Result<Inventory, OpError> {

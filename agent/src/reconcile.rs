@@ -186,6 +186,7 @@ pub struct Reconciler<D, M> {
     leases_dirty: BTreeSet<LeaseKey>,
     roster_dirty: bool,
     dirty: BTreeSet<Key>,
+    links_told: BTreeSet<Box<str>>,
     all_dirty: bool,
     stale: Option<&'static str>,
     dump_error: Option<String>,
@@ -236,6 +237,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             leases_dirty: BTreeSet::new(),
             roster_dirty: false,
             dirty: BTreeSet::new(),
+            links_told: BTreeSet::new(),
             all_dirty: false,
             stale: Some("start"),
             dump_error: None,
@@ -300,6 +302,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             self.stale.get_or_insert("periodic resync");
             self.resync_due = now + self.settings.resync;
         }
+        self.look_at_links().await;
         let before_dump = if self.stale.is_some() && now >= self.not_before { self.dump().await } else { None };
         if self.underlay_due.is_some_and(|due| now >= due) {
             self.look_at_underlay().await;

@@ -142,8 +142,9 @@ pub fn note(header: NetlinkHeader, body: &[u8], shared: &mut Shared, foreign: &m
     }
 }
 
-/// Judges what was told of a link: that it is there, or that it went away.
-pub fn note_link(present: bool, link: &LinkInfo, shared: &mut Shared, foreign: &mut Foreign, pending: &mut Pending) {
+/// Judges what was told of a link: that it is there, or that it went away. What the kernel tells by itself may be older than the last change of ours,
+/// whose own event is not heard: who is told looks at the link before it does anything about it.
+fn note_link(present: bool, link: &LinkInfo, shared: &mut Shared, foreign: &mut Foreign, pending: &mut Pending) {
     let known = &mut shared.known;
     // We removed it: what it went through on its way out is no news.
     if known.is_removed(link.index) {
@@ -169,15 +170,7 @@ pub fn note_link(present: bool, link: &LinkInfo, shared: &mut Shared, foreign: &
         }
         return;
     }
-    let mut state = known.link_state(link, |name| shared.ethtool.tx_checksum(name));
-    // What the kernel tells by itself may be older than the last change of ours, whose own event is not heard: what is news is how the link is now.
-    let differs = known.links.get(&link.name).is_some_and(|(index, old)| *index == link.index && state.as_ref() != Some(old));
-    if differs
-        && let Ok(now) = objects::link(&mut shared.socket, &link.name)
-        && now.index == link.index
-    {
-        state = known.link_state(&now, |name| shared.ethtool.tx_checksum(name));
-    }
+    let state = known.link_state(link, |name| shared.ethtool.tx_checksum(name));
     if !state.as_ref().is_some_and(|s| !matches!(s.kind, LinkKind::Foreign { .. })) {
         let now = (link.name.clone(), link.mtu, link.up());
         if foreign.links.get(&link.index) != Some(&now) {

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::state::{Key, State, Value, Via, device_of};
+use super::state::{Key, LinkState, State, Value, Via, device_of};
 use crate::model::Device;
 
 /// One change of the kernel. Setting is idempotent: what is there with another value is replaced.
@@ -117,6 +117,9 @@ pub trait DataPath: Send {
     /// Applies a batch in its order. An op that fails stops no other.
     fn apply(&mut self, batch: &Batch) -> impl Future<Output = ApplyReport> + Send;
 
+    /// A link by its name, as it is at this moment; `None` where it is not there.
+    fn link(&mut self, name: &str) -> impl Future<Output = Result<Option<LinkState>, OpError>> + Send;
+
     /// Links, addresses and default routes of the host that are not ours: what the external interface is chosen from.
     fn inventory(&mut self) -> impl Future<Output = Result<super::underlay::Inventory, OpError>> + Send;
 
@@ -127,7 +130,8 @@ pub trait DataPath: Send {
 /// What happened in the kernel through others.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum KernelEvent {
-    /// Entries changed: the value now, or `None` where the entry is gone.
+    /// Entries changed: the value now, or `None` where the entry is gone. Of a link it may be older than the last change of ours, and is a hint to look
+    /// at it ([`DataPath::link`]).
     Changed(Vec<(Key, Option<Value>)>),
     /// More changed than the event says (a device went down or away and took entries with it, events were lost): dump again.
     Stale {

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
-use super::{Channels, LOG_LINES, Memory, Reconciler, UNDERLAY_REST_FACTOR, UNDERLAY_SETTLE, is_wholesale, merge};
+use super::{Channels, LOG_LINES, Memory, Reconciler, UNDERLAY_REST_FACTOR, UNDERLAY_SETTLE, WHOLESALE, is_wholesale, merge};
 use crate::metrics::{Source, Whole};
 use crate::model::event::{Connection, LeaseWish, OwnLease, StoreEvent};
 use crate::model::{Device, Family, NetworkConfig, PerFamily, Refusal};
@@ -85,7 +85,9 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             KernelEvent::Changed(entries) => {
                 let mut lines = 0;
                 for (key, value) in entries {
-                    if self.fold_change(key, value, lines < LOG_LINES) {
+                    if let Key::Link(name) = key {
+                        self.links_told.insert(name);
+                    } else if self.fold_change(key, value, lines < LOG_LINES) {
                         lines += 1;
                     }
                 }
@@ -99,6 +101,30 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             }
             KernelEvent::Underlay => {
                 self.underlay_due.get_or_insert((Instant::now() + UNDERLAY_SETTLE).max(self.underlay_not_before));
+            }
+        }
+    }
+
+    /// Looks at the links that the kernel told of: by now a change of ours may have come after what it told, and others have changed nothing.
+    pub(super) async fn look_at_links(&mut self) {
+        let told = std::mem::take(&mut self.links_told);
+        if told.len() > WHOLESALE {
+            self.stale.get_or_insert("many links changed");
+            return;
+        }
+        // All is read at once then.
+        if self.stale.is_some() && Instant::now() >= self.not_before {
+            return;
+        }
+        for (line, name) in told.into_iter().enumerate() {
+            match self.data_path.link(&name).await {
+                Ok(link) => {
+                    self.fold_change(Key::Link(name), link.map(|link| Value::Link(Box::new(link))), line < LOG_LINES);
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "a link of ours cannot be looked at");
+                    self.stale = Some("a link could not be looked at");
+                }
             }
         }
     }

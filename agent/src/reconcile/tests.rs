@@ -1,82 +1,16 @@
 //! The loop against a kernel made of a map, for faults that a real kernel shows only by luck. Real kernels are in `tests/e2e`.
 
-use std::sync::{Mutex, PoisonError};
+mod fake;
 
+use self::fake::FakeKernel;
 use super::*;
 use crate::model::event::{HeldLease, LeaseOrigin, StoreEntry};
 use crate::model::{Backend, Family, Lease, Record, RefusalKind, Vni};
 use crate::plan::LinkKind;
-use crate::plan::state::device_of;
-use crate::plan::underlay::{DefaultRoute, ForeignLink};
-use crate::plan::{ApplyReport, OpError};
+use crate::plan::state::{LinkState, device_of};
 
 /// How long the lease lasts without the store.
 const LEASE_LASTS: Duration = Duration::from_millis(500);
-
-/// A kernel: what it holds, what it refuses, and every op that it was given.
-#[derive(Debug, Default)]
-struct World {
-    state: State,
-    refuse: BTreeSet<Key>,
-    applied: Vec<Op>,
-    dumps: usize,
-    /// A change never comes to its end.
-    stuck: bool,
-}
-
-#[derive(Debug, Clone, Default)]
-struct FakeKernel(Arc<Mutex<World>>);
-
-impl FakeKernel {
-    fn world(&self) -> std::sync::MutexGuard<'_, World> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl DataPath for FakeKernel {
-    async fn dump(&mut self) -> Result<State, OpError> {
-        let mut world = self.world();
-        world.dumps += 1;
-        Ok(world.state.clone())
-    }
-
-    async fn apply(&mut self, batch: &Batch) -> ApplyReport {
-        let stuck = self.world().stuck;
-        if stuck {
-            std::future::pending::<()>().await;
-        }
-        let mut world = self.world();
-        let mut report = ApplyReport::default();
-        for (index, op) in batch.iter().enumerate() {
-            if world.refuse.contains(op.key()) {
-                report.failed.push((index, OpError { errno: 12, message: "cannot allocate memory".to_owned() }));
-            } else {
-                op.record(&mut world.state);
-                world.applied.push(op.clone());
-            }
-        }
-        report
-    }
-
-    async fn inventory(&mut self) -> Result<Inventory, OpError> {
-        Ok(Inventory {
-            links: vec![ForeignLink {
-                index: 2,
-                name: "eth0".to_owned(),
-                mtu: 1500,
-                up: true,
-                loopback: false,
-                addresses: vec!["192.0.2.100".parse().unwrap()],
-            }],
-            defaults: vec![DefaultRoute { family: Family::V4, interface: 2, from_router_advertisement: false }],
-            ..Inventory::default()
-        })
-    }
-
-    async fn route_to(&mut self, _: std::net::IpAddr) -> Result<Option<u32>, OpError> {
-        Ok(None)
-    }
-}
 
 struct FakeMemory;
 
@@ -209,6 +143,15 @@ impl Fixture {
     async fn delete(&self, key: Key) {
         self.kernel.world().state.remove(&key);
         self.events.send(KernelEvent::Changed(vec![(key, None)])).await.unwrap();
+    }
+}
+
+/// A device of ours in the kernel.
+fn link(fixture: &Fixture, device: Device) -> (Key, LinkState) {
+    let key = Key::Link(device.name().into());
+    match fixture.kernel.world().state.get(&key) {
+        Some(Value::Link(link)) => (key, (**link).clone()),
+        other => panic!("no link: {other:?}"),
     }
 }
 
@@ -432,6 +375,24 @@ async fn bad_leases_are_named_and_left_out() {
     assert!(fixture.route(7).is_none() && fixture.route(8).is_none() && fixture.route(1).is_some());
     fixture.send(StoreEvent::Remove { key }).await;
     assert_eq!(fixture.status().await.store.refused.len(), 1);
+}
+
+/// An event may wait behind a change of ours: what it tells is over.
+#[tokio::test]
+async fn what_is_told_of_a_link_is_looked_at() {
+    let fixture = Fixture::ready([1]).await;
+    let (key, bridge) = link(&fixture, Device::bridge(Vni::DEFAULT));
+    fixture.kernel.world().applied.clear();
+    let told = |mtu| Some(Value::Link(Box::new(LinkState { mtu, ..bridge.clone() })));
+    fixture.events.send(KernelEvent::Changed(vec![(key.clone(), told(1300))])).await.unwrap();
+    let status = fixture.status().await;
+    assert_eq!((status.data_path.drift_repairs, fixture.kernel.world().applied.len()), (0, 0), "it is as it should be");
+
+    // And what has come since counts, whatever was told.
+    fixture.kernel.world().state.insert(key.clone(), told(1200).unwrap());
+    fixture.events.send(KernelEvent::Changed(vec![(key.clone(), told(1300))])).await.unwrap();
+    assert_eq!(fixture.status().await.data_path.drift_repairs, 1);
+    assert_eq!(link(&fixture, Device::bridge(Vni::DEFAULT)), (key, bridge));
 }
 
 #[tokio::test]

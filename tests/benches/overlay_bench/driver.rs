@@ -11,6 +11,7 @@ use overlay_agent::metrics::Metrics;
 use overlay_agent::model::event::{Connection, HeldLease, LeaseOrigin, LeaseWish, OwnLease, StoreEntry, StoreEvent};
 use overlay_agent::model::{Cidr, Device, Endpoint, Family, Mac, NetworkConfig, Node, Subnet, Vni};
 use overlay_agent::plan::diff::diff;
+use overlay_agent::plan::state::LinkState;
 use overlay_agent::plan::underlay::{Inventory, Selection};
 use overlay_agent::plan::{ApplyReport, Batch, DataPath, OpError, State};
 use overlay_agent::reconcile::{Channels, Memory, Overlay, Query, Reconciler, Settings};
@@ -268,6 +269,10 @@ impl<D: DataPath> DataPath for Timed<D> {
         applied.failed += report.failed.len();
         drop(applied);
         report
+    }
+
+    async fn link(&mut self, name: &str) -> Result<Option<LinkState>, OpError> {
+        self.inner.link(name).await
     }
 
     async fn inventory(&mut self) -> Result<Inventory, OpError> {

@@ -1,0 +1,82 @@
+//! A kernel made of a map.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::model::Family;
+use crate::plan::state::LinkState;
+use crate::plan::underlay::{DefaultRoute, ForeignLink, Inventory};
+use crate::plan::{ApplyReport, Batch, DataPath, Key, Op, OpError, State, Value};
+
+/// A kernel: what it holds, what it refuses, and every op that it was given.
+#[derive(Debug, Default)]
+pub struct World {
+    pub state: State,
+    pub refuse: BTreeSet<Key>,
+    pub applied: Vec<Op>,
+    pub dumps: usize,
+    /// A change never comes to its end.
+    pub stuck: bool,
+}
+
+#[derive(Debug, Clone, Default)]
+pub struct FakeKernel(Arc<Mutex<World>>);
+
+impl FakeKernel {
+    /// The kernel, for a look or a change by others.
+    pub fn world(&self) -> std::sync::MutexGuard<'_, World> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl DataPath for FakeKernel {
+    async fn dump(&mut self) -> Result<State, OpError> {
+        let mut world = self.world();
+        world.dumps += 1;
+        Ok(world.state.clone())
+    }
+
+    async fn apply(&mut self, batch: &Batch) -> ApplyReport {
+        let stuck = self.world().stuck;
+        if stuck {
+            std::future::pending::<()>().await;
+        }
+        let mut world = self.world();
+        let mut report = ApplyReport::default();
+        for (index, op) in batch.iter().enumerate() {
+            if world.refuse.contains(op.key()) {
+                report.failed.push((index, OpError { errno: 12, message: "cannot allocate memory".to_owned() }));
+            } else {
+                op.record(&mut world.state);
+                world.applied.push(op.clone());
+            }
+        }
+        report
+    }
+
+    async fn link(&mut self, name: &str) -> Result<Option<LinkState>, OpError> {
+        match self.world().state.get(&Key::Link(name.into())) {
+            Some(Value::Link(link)) => Ok(Some((**link).clone())),
+            _ => Ok(None),
+        }
+    }
+
+    async fn inventory(&mut self) -> Result<Inventory, OpError> {
+        Ok(Inventory {
+            links: vec![ForeignLink {
+                index: 2,
+                name: "eth0".to_owned(),
+                mtu: 1500,
+                up: true,
+                loopback: false,
+                addresses: vec!["192.0.2.100".parse().unwrap()],
+            }],
+            defaults: vec![DefaultRoute { family: Family::V4, interface: 2, from_router_advertisement: false }],
+            ..Inventory::default()
+        })
+    }
+
+    async fn route_to(&mut self, _: std::net::IpAddr) -> Result<Option<u32>, OpError> {
+        Ok(None)
+    }
+}
