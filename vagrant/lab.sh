@@ -8,6 +8,7 @@
 #   ./vagrant/lab.sh down      removes the machines and the lab's files
 #   ./vagrant/lab.sh all       up, check, down; down also where one of them fails
 #   ./vagrant/lab.sh prepare   only what `vagrant up` needs: package, certificates, settings
+#   ./vagrant/lab.sh package   only the package, the one part that may need the internet
 #
 # Variables: NODES (2, with a cluster 3), ETCD (single, cluster), VAGRANT_DEFAULT_PROVIDER (libvirt, virtualbox); PROFILE=dev builds a debug
 # package, sooner done; the others are in Vagrantfile. Boxes: make-box.sh. Where no libvirt runs: libvirt.sh.
@@ -21,7 +22,7 @@ PATIENCE=${PATIENCE:-900}
 # So that Vagrant takes this directory's Vagrantfile from wherever it is called.
 export VAGRANT_CWD=$here
 
-usage() { sed -n '2,13s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,14s/^# \{0,1\}//p' "$0"; }
 
 say() { printf '\n== %s\n' "$*"; }
 
@@ -46,6 +47,7 @@ main() {
     trap 'exit 143' TERM
     case ${1:-} in
     prepare) prepare ;;
+    package) package ;;
     up) up ;;
     check)
         load
@@ -93,6 +95,17 @@ prepare() {
     for program in openssl tar; do
         command -v $program >/dev/null || die "$program is missing: run  sudo apt-get install $program"
     done
+    package
+
+    as_owner mkdir -p -m 700 "$files"
+    write_settings
+    local n
+    for n in $(seq "$NODES"); do pack "$n" "$deb"; done
+    if [ -n "${SUDO_USER:-}" ]; then chown -R --reference="$top" "$top/target/vagrant/lab"; fi
+}
+
+# Builds this tree's package, or takes the one that DEB names; its path is then in `deb`.
+package() {
     say "the package"
     as_owner mkdir -p "$top/target/vagrant"
     deb=${DEB:-}
@@ -104,12 +117,6 @@ prepare() {
     fi
     [ -r "$deb" ] || die "there is no package $deb"
     echo "$deb"
-
-    as_owner mkdir -p -m 700 "$files"
-    write_settings
-    local n
-    for n in $(seq "$NODES"); do pack "$n" "$deb"; done
-    if [ -n "${SUDO_USER:-}" ]; then chown -R --reference="$top" "$top/target/vagrant/lab"; fi
 }
 
 settings() {

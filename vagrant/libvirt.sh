@@ -24,6 +24,8 @@ outside() {
         PATH=$PATH:/usr/sbin command -v "${pair%%:*}" >/dev/null || missing+=("${pair#*:}")
     done
     [ ${#missing[@]} -eq 0 ] || die "programs are missing: run  sudo apt-get install --no-install-recommends ${missing[*]}"
+    # In there is no way to the internet: what the lab's package needs of it is fetched here.
+    "$(dirname "$0")/lab.sh" package
     work=$(mktemp -d "${TMPDIR:-/var/tmp}/overlay-libvirt.XXXXXX")
     # libvirt's user reads disks in it.
     chmod 755 "$work"
