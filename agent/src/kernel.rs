@@ -53,7 +53,7 @@ use self::ethtool::Ethtool;
 use self::events::Foreign;
 use self::known::Known;
 use self::link::Links;
-use self::monitor::Ears;
+use self::monitor::{Ears, Out};
 use self::nft::Nft;
 use self::rtnl::Rtnl;
 use self::socket::{Refusal, RouteSocket};
@@ -66,7 +66,7 @@ use crate::plan::{ApplyReport, Batch, DataPath, KernelEvent, Key, Op, OpError, V
 
 /// Ops that are applied before others who want the shared state get their turn.
 const TURN: usize = 4096;
-/// FDB entries of a batch from which on the monitor does not listen to their events, but reads the FDB afterwards.
+/// FDB entries of a batch from which on the monitor does not listen to the events of peers' entries, but reads them afterwards.
 const UNHEARD: usize = 512;
 /// Elements of sets from which on they are written beside the peers' entries that follow them, on another processor.
 const BESIDE: usize = 512;
@@ -155,6 +155,14 @@ impl Kernel {
         Plugger::new(Arc::clone(&self.shared))
     }
 
+    /// What the monitor does not listen to while a batch is applied with so many FDB entries. Reading all afterwards is cheaper than to hear of each
+    /// neighbour that goes only where few are left.
+    async fn unheard(&self, batch: &Batch, fdb: usize) -> Out {
+        let gone = batch.iter().filter(|op| matches!(op, Op::Delete(Key::Neigh(..), _))).count();
+        let present = self.shared.lock().await.known.fdb.len();
+        if 2 * gone >= present.max(fdb) { Out::FdbAndNeighbours } else { Out::Fdb }
+    }
+
     #[cfg(test)]
     async fn abort_connection(&self) {
         self.shared.lock().await.rtnl.abort();
@@ -175,7 +183,7 @@ impl DataPath for Kernel {
     async fn apply(&mut self, batch: &Batch) -> ApplyReport {
         let mut report = ApplyReport::default();
         let fdb = batch.iter().filter(|op| matches!(op.key(), Key::Fdb(..))).count();
-        let _unheard = (fdb >= UNHEARD).then(|| self.ears.without_fdb());
+        let _covered = if fdb >= UNHEARD { Some(self.ears.without(self.unheard(batch, fdb).await)) } else { None };
         let mut begin = 0;
         while begin < batch.len() {
             let mut end = batch.len().min(begin + TURN);
@@ -218,6 +226,7 @@ async fn apply(shared: &mut Shared, batch: &mut BatchSocket, ops: &[Op], first: 
         let at = first + (ops.len() - rest.len());
         let run = rest.iter().take_while(|op| wire::is_wire(op.key())).count();
         let rules = rest.iter().take_while(|op| nft::is_rules(op.key())).count();
+        let links = rest.iter().take_while(|op| matches!(op, Op::Delete(Key::Link(_), _))).count();
         if run > 0 {
             blocking(|| batch.apply(&rest[..run], at, &mut shared.known, report));
             rest = &rest[run..];
@@ -231,6 +240,12 @@ async fn apply(shared: &mut Shared, batch: &mut BatchSocket, ops: &[Op], first: 
             let run = beside.iter().take_while(|op| wire::is_wire(op.key())).count();
             blocking(|| apply_beside(shared, batch, rules, &beside[..run], at, report));
             rest = &rest[rules.len() + run..];
+        } else if links > 0 {
+            let names = rest[..links].iter().filter_map(|op| if let Key::Link(name) = op.key() { Some(&**name) } else { None });
+            let names: Vec<&str> = names.collect();
+            let ended = shared.links().delete_all(&names).await.into_iter().enumerate();
+            report.failed.extend(ended.filter_map(|(i, result)| result.err().map(|error| (at + i, error))));
+            rest = &rest[links..];
         } else {
             if let Err(error) = apply_one(shared, op).await {
                 report.failed.push((at, error));
@@ -269,7 +284,6 @@ async fn apply_one(shared: &mut Shared, op: &Op) -> Result<(), OpError> {
         // A sysctl is always there; what it was before is not known.
         Op::Delete(Key::Sysctl(_), _) => Ok(()),
         Op::Set(Key::Link(name), Value::Link(link)) => shared.links().set(name, link).await,
-        Op::Delete(Key::Link(name), _) => shared.links().delete(name).await,
         Op::Set(Key::Address(device, address), Value::Address) => {
             address::set(&mut shared.links(), *device, *address, true).await
         }

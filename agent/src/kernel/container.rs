@@ -17,7 +17,7 @@ use rtnetlink::LinkUnspec;
 use tokio::sync::Mutex;
 
 use super::known::{LINK_GROUP, is_marked};
-use super::link::{foreign, marked, not_marked};
+use super::link::{foreign, marked, not_marked, remove};
 use super::netns::{LOOPBACK, Netns, NetnsError, loopback_up};
 use super::objects::{self, LinkInfo, RouteInfo};
 use super::rtnl::{new_address, route, veth};
@@ -144,22 +144,6 @@ impl ContainerPath for Plugger {
         let port = |link: &LinkInfo| link.kind == "veth" && link.name.starts_with(PORT_PREFIX) && is_marked(link);
         Ok(links.into_iter().filter(port).map(|link| link.name).collect())
     }
-}
-
-/// Removes a link that is known as removed already. The kernel takes some 15 ms for it, most of them waiting until no processor can see the
-/// link any more (`netdev_run_todo` in `net/core/dev.c`), but several at once hardly longer: so each on a thread and a socket of its own,
-/// without the state that everybody else wants.
-async fn remove(index: u32) -> Result<(), Refusal> {
-    let removed = tokio::task::spawn_blocking(move || {
-        let mut socket = RouteSocket::open().map_err(|e| Refusal { errno: e.errno, detail: e.message })?;
-        let request = RouteNetlinkMessage::DelLink(LinkUnspec::new_with_index(index).build());
-        match socket.change(&request) {
-            Err(e) if e.errno != libc::ENODEV => Err(e),
-            _ => Ok(()),
-        }
-    });
-    // It fails only while the runtime ends.
-    removed.await.unwrap_or_else(|e| Err(Refusal { errno: libc::ECANCELED, detail: e.to_string() }))
 }
 
 async fn plug(shared: &mut Shared, wanted: &Plug) -> Result<Guard, OpError> {

@@ -3,6 +3,7 @@
 
 use std::net::IpAddr;
 
+use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{
     BridgeBooleanOptionFlags, BridgeBooleanOptions, BridgeStpState, InfoBridge, InfoBridgePort, InfoKind, LinkMessage,
 };
@@ -68,17 +69,33 @@ impl Links<'_> {
 
     /// Removes a link of ours. That it is gone already is success.
     pub async fn delete(&mut self, name: &str) -> Result<(), OpError> {
-        if let Some(link) = self.find(name)? {
-            if !is_marked(&link) {
-                return Err(foreign(&link));
+        self.delete_all(&[name]).await.pop().unwrap_or(Ok(()))
+    }
+
+    /// Removes links of ours at the same time; what became of each.
+    pub async fn delete_all(&mut self, names: &[&str]) -> Vec<Result<(), OpError>> {
+        let begin = |name: &&str| match self.find(name)? {
+            Some(link) if !is_marked(&link) => Err(foreign(&link)),
+            Some(link) => Ok(Some((link.index, remove(link.index)))),
+            None => Ok(None),
+        };
+        let begun: Vec<Result<_, OpError>> = names.iter().map(begin).collect();
+        let mut ended = Vec::with_capacity(names.len());
+        for (name, begun) in names.iter().zip(begun) {
+            let removed = match begun {
+                Ok(Some((index, removal))) => removal
+                    .await
+                    .map(|()| self.known.removed_link(index))
+                    .map_err(|e| e.during(format!("cannot delete interface {name}"))),
+                Ok(None) => Ok(()),
+                Err(error) => Err(error),
+            };
+            if removed.is_ok() {
+                self.known.drop_link(name);
             }
-            match self.rtnl.delete_link(link.index).await {
-                Err(e) if e.errno != libc::ENODEV => return Err(e.during(format!("cannot delete interface {name}"))),
-                _ => self.known.removed_link(link.index),
-            }
+            ended.push(removed);
         }
-        self.known.drop_link(name);
-        Ok(())
+        ended
     }
 
     /// Reads a link anew and notes it.
@@ -263,6 +280,22 @@ impl Links<'_> {
         e.message.push_str(&remedy);
         e
     }
+}
+
+/// Begins to remove a link; that it is gone already is success. The kernel takes some 15 ms for it, most of them waiting until no processor can see the
+/// link any more (`netdev_run_todo` in `net/core/dev.c`), but several at once hardly longer: so each on a thread and a socket of its own. By that
+/// socket nobody knows that it was us: the link is to be known as removed before its events are judged.
+pub fn remove(index: u32) -> impl Future<Output = Result<(), Refusal>> {
+    let removed = tokio::task::spawn_blocking(move || {
+        let mut socket = RouteSocket::open().map_err(|e| Refusal { errno: e.errno, detail: e.message })?;
+        let request = RouteNetlinkMessage::DelLink(LinkUnspec::new_with_index(index).build());
+        match socket.change(&request) {
+            Err(e) if e.errno != libc::ENODEV => Err(e),
+            _ => Ok(()),
+        }
+    });
+    // It fails only while the runtime ends.
+    async { removed.await.unwrap_or_else(|e| Err(Refusal { errno: libc::ECANCELED, detail: e.to_string() })) }
 }
 
 /// The change that gives a link our alias, and where it has IPv6 takes from it what the kernel would do by itself: a link-local address, router

@@ -10,7 +10,7 @@
 //! is not reported then: whoever removes a next hop or a device has to know that its routes go with it.
 //!
 //! While many FDB entries are written, their events are kept out too ([`Ears`]): waking a reader for each would cost more than the entry. What
-//! others did to the FDB meanwhile is found by reading it afterwards.
+//! others did to the FDB meanwhile is found by reading it afterwards. The same goes for neighbours while most of them are removed; then all is read.
 
 use std::collections::HashMap;
 use std::future::poll_fn;
@@ -54,41 +54,64 @@ pub struct Monitor {
     pending: Pending,
     foreign: Foreign,
     forward_drops: Option<Vec<Family>>,
-    /// Tells that the FDB was not listened to for a while.
-    unheard: Arc<Notify>,
+    /// Tell that a table was not listened to for a while.
+    unheard: Arc<Unheard>,
     own: [u32; OWN],
     first: Vec<u8>,
     input: Vec<u8>,
+}
+
+/// Events of which tables are kept out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Out {
+    Nothing,
+    Fdb,
+    /// The neighbours of IP as well.
+    FdbAndNeighbours,
+}
+
+/// Who is told that a table was not listened to.
+#[derive(Debug, Default)]
+struct Unheard {
+    fdb: Notify,
+    neighbours: Notify,
 }
 
 /// What the monitor's socket lets through, for the one who writes.
 pub(super) struct Ears {
     socket: OwnedFd,
     own: [u32; OWN],
-    unheard: Arc<Notify>,
+    unheard: Arc<Unheard>,
 }
 
 impl Ears {
-    /// Keeps events about the FDB out until the answer is dropped; the monitor then looks for itself.
-    pub(super) fn without_fdb(self: &Arc<Self>) -> FdbUnheard {
-        if let Err(error) = attach_filter(self.socket.as_fd(), self.own, false) {
-            tracing::debug!(%error, "events about the FDB cannot be kept out");
+    /// Keeps events out until the answer is dropped; the monitor then looks for itself.
+    pub(super) fn without(self: &Arc<Self>, out: Out) -> Covered {
+        if let Err(error) = attach_filter(self.socket.as_fd(), self.own, out) {
+            tracing::debug!(%error, ?out, "events cannot be kept out");
         }
-        FdbUnheard(Arc::clone(self))
+        Covered { ears: Arc::clone(self), out }
     }
 }
 
-/// While this lives the monitor hears nothing about the FDB.
-pub(super) struct FdbUnheard(Arc<Ears>);
+/// While this lives the monitor does not hear about some tables.
+pub(super) struct Covered {
+    ears: Arc<Ears>,
+    out: Out,
+}
 
-impl Drop for FdbUnheard {
+impl Drop for Covered {
     fn drop(&mut self) {
-        let Ears { socket, own, unheard } = &*self.0;
-        if let Err(error) = attach_filter(socket.as_fd(), *own, true) {
+        let Ears { socket, own, unheard } = &*self.ears;
+        if let Err(error) = attach_filter(socket.as_fd(), *own, Out::Nothing) {
             // Cannot be: the same was done before. The resync finds what is not heard.
-            tracing::error!(%error, "events about the FDB are not heard any more");
+            tracing::error!(%error, "events about peers' entries are not heard any more");
         }
-        unheard.notify_one();
+        match self.out {
+            Out::Nothing => {}
+            Out::Fdb => unheard.fdb.notify_one(),
+            Out::FdbAndNeighbours => unheard.neighbours.notify_one(),
+        }
     }
 }
 
@@ -146,7 +169,8 @@ impl Monitor {
                     let change = change?;
                     self.note_rules(change).await;
                 }
-                () = self.unheard.notified() => self.note_fdb().await,
+                () = self.unheard.fdb.notified() => self.note_fdb().await,
+                () = self.unheard.neighbours.notified() => self.pending.stale("most peers went, and nobody listened to their neighbour entries"),
                 permit = sender.reserve(), if !self.pending.is_empty() => {
                     let Ok(permit) = permit else { return Ok(()) };
                     if let Some(event) = self.pending.take() {
@@ -283,7 +307,7 @@ fn listen(own: [u32; OWN]) -> io::Result<TokioSocket> {
     if setsockopt(socket, sockopt::RcvBufForce, &BUFFER).is_err() {
         setsockopt(socket, sockopt::RcvBuf, &BUFFER)?;
     }
-    attach_filter(socket.as_fd(), own, true)?;
+    attach_filter(socket.as_fd(), own, Out::Nothing)?;
     socket.bind_auto()?;
     for group in RTNLGRP {
         match socket.add_membership(group) {
@@ -295,9 +319,9 @@ fn listen(own: [u32; OWN]) -> io::Result<TokioSocket> {
     Ok(listener)
 }
 
-/// Drops messages whose `nlmsg_pid` is one of ours, and those about FDB entries unless `fdb`: a classic BPF program (`linux/filter.h`), run by the
+/// Drops messages whose `nlmsg_pid` is one of ours, and those about the tables that are kept out: a classic BPF program (`linux/filter.h`), run by the
 /// kernel on each message before it is queued.
-pub(super) fn attach_filter(socket: BorrowedFd<'_>, own: [u32; OWN], fdb: bool) -> io::Result<()> {
+pub(super) fn attach_filter(socket: BorrowedFd<'_>, own: [u32; OWN], out: Out) -> io::Result<()> {
     /// Offsets of `nlmsg_type` and `nlmsg_pid` in `struct nlmsghdr`, and of `ndm_family` behind it.
     const TYPE: u32 = 4;
     const PORT: u32 = 12;
@@ -313,18 +337,20 @@ pub(super) fn attach_filter(socket: BorrowedFd<'_>, own: [u32; OWN], fdb: bool) 
     let step = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
     let loaded = |port: u32| u32::from_be_bytes(port.to_ne_bytes());
     let loaded_half = |kind: u16| u32::from(u16::from_be_bytes(kind.to_ne_bytes()));
-    let family = if fdb { u32::MAX } else { AF_BRIDGE.into() };
+    // No byte is as large as that.
+    let family = if out == Out::Fdb { AF_BRIDGE.into() } else { u32::MAX };
+    let other = u8::from(out == Out::FdbAndNeighbours);
     let mut program = [
         step(LOAD, 0, 0, PORT),
         step(JUMP_IF_EQUAL, 8, 0, loaded(own[0])),
         step(JUMP_IF_EQUAL, 7, 0, loaded(own[1])),
         step(JUMP_IF_EQUAL, 6, 0, loaded(own[2])),
-        step(LOAD_BYTE, 0, 0, FAMILY),
-        // Links have a family at the same place, which is the bridge's for what bridges tell of their ports.
-        step(JUMP_IF_EQUAL, 0, 3, family),
+        // By type first: links have a family at the same place, which is the bridge's for what bridges tell of their ports.
         step(LOAD_HALF, 0, 0, TYPE),
-        step(JUMP_IF_EQUAL, 2, 0, loaded_half(libc::RTM_NEWNEIGH)),
-        step(JUMP_IF_EQUAL, 1, 0, loaded_half(libc::RTM_DELNEIGH)),
+        step(JUMP_IF_EQUAL, 1, 0, loaded_half(libc::RTM_NEWNEIGH)),
+        step(JUMP_IF_EQUAL, 0, 2, loaded_half(libc::RTM_DELNEIGH)),
+        step(LOAD_BYTE, 0, 0, FAMILY),
+        step(JUMP_IF_EQUAL, 1, other, family),
         step(RETURN, 0, 0, u32::MAX),
         step(RETURN, 0, 0, 0),
     ];

@@ -8,6 +8,7 @@ use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::ops::{Batch, Op};
+use super::ruleset::Table;
 use super::state::{Key, LinkKind, LinkState, State, Value, Via, device_of};
 use crate::model::Device;
 
@@ -58,6 +59,8 @@ fn union<'a>(desired: &'a State, actual: &'a State) -> impl Iterator<Item = Pair
 fn compare<'a>(desired: &State, actual: &State, pairs: impl Iterator<Item = Pair<'a>>) -> Batch {
     let mut fates = Fates::new(desired, actual);
     let eventful = fates.any_changes();
+    let goes = |table: &Table| actual.contains_key(&Key::Ruleset(*table)) && !desired.contains_key(&Key::Ruleset(*table));
+    let tables_gone: Vec<Table> = Table::ALL.into_iter().filter(goes).collect();
     let mut teardown = Vec::new();
     let mut sets = Vec::new();
     let mut deletions = Vec::new();
@@ -92,8 +95,12 @@ fn compare<'a>(desired: &State, actual: &State, pairs: impl Iterator<Item = Pair
                 sets.push(Op::Set(key.clone(), wanted.clone()));
             }
             (None, Some(found)) if ours(key, found) => {
-                // What stands on a device alone goes with it.
-                if key.device().is_none() || found_on != Some(Fate::Removed) {
+                // What stands on a device alone goes with it, an element with its table.
+                let taken = match key {
+                    Key::Element(element) => tables_gone.contains(&element.set().table()),
+                    key => key.device().is_some() && found_on == Some(Fate::Removed),
+                };
+                if !taken {
                     deletions.push(Op::Delete(key.clone(), found.clone()));
                 }
             }
@@ -102,11 +109,8 @@ fn compare<'a>(desired: &State, actual: &State, pairs: impl Iterator<Item = Pair
     }
     teardown.sort_by_key(|op| std::cmp::Reverse(stage(op.key())));
     sets.sort_by_key(|op| stage(op.key()));
-    // What may come in does not stand on where to send: elements are removed first, and so beside the entries that follow them, as they are set. Those
-    // whose table goes are removed with it.
-    let tables_stay = !deletions.iter().any(|op| matches!(op.key(), Key::Ruleset(_)));
-    let goes_first = |key: &Key| tables_stay && matches!(key, Key::Element(_));
-    deletions.sort_by_key(|op| (!goes_first(op.key()), std::cmp::Reverse(stage(op.key()))));
+    // What may come in does not stand on where to send: elements are removed first, and so beside the entries that follow them, as they are set.
+    deletions.sort_by_key(|op| (!matches!(op.key(), Key::Element(_)), std::cmp::Reverse(stage(op.key()))));
     teardown.append(&mut sets);
     teardown.append(&mut deletions);
     teardown

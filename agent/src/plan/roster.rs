@@ -118,9 +118,10 @@ impl Roster {
     }
 
     /// Makes the entries those of a snapshot: what it lacks is gone. Returns the keys whose verdict may have changed; `None` for all, where
-    /// there was nothing before.
+    /// there was nothing before or most of it goes.
     pub fn replace(&mut self, snapshot: Vec<StoreEntry>) -> Option<BTreeSet<LeaseKey>> {
-        if self.entries.is_empty() {
+        if self.entries.len() > 2 * snapshot.len() || self.entries.is_empty() {
+            *self = Roster::default();
             self.fill(snapshot);
             return None;
         }
@@ -136,7 +137,7 @@ impl Roster {
         Some(affected)
     }
 
-    /// The first snapshot: each index is made as a whole, which takes a quarter of the time that entry by entry takes.
+    /// Fills what is empty: each index is made as a whole, which takes a quarter of the time that entry by entry takes.
     fn fill(&mut self, snapshot: Vec<StoreEntry>) {
         self.entries = snapshot.into_iter().map(|entry| (entry.key.into(), entry.value)).collect();
         self.by_mac.reserve(self.entries.len());

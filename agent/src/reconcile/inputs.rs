@@ -264,6 +264,13 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             // Judged once there is a host: `rebuild_all` goes over the whole roster.
             return;
         }
+        let judged = !self.peers.is_empty() || !self.refused.is_empty();
+        if (self.roster_dirty && judged) || is_wholesale(self.peers.len(), leases.len()) {
+            if let Some(host) = self.host.clone() {
+                self.rebuild_all(host);
+            }
+            return;
+        }
         let mut refused = BTreeMap::new();
         for key in &leases {
             if let Some(peer) = self.peers.remove(key) {

@@ -192,6 +192,22 @@ async fn a_snapshot_replaces_what_was_known() {
     assert!(world.applied.iter().all(|op| *op.key() != route(3)), "what is as it was is not written");
 }
 
+/// All is judged anew then, and what stays is as it was.
+#[tokio::test]
+async fn a_snapshot_lacks_most_of_what_was_known() {
+    let fixture = Fixture::ready(1..=6).await;
+    fixture.send(StoreEvent::Upsert(entry(7, 100))).await;
+    let status = fixture.status().await;
+    assert_eq!((status.data_path.peers, status.store.refused.len()), (6, 1), "the last has our address");
+    fixture.kernel.world().applied.clear();
+    fixture.send(StoreEvent::Snapshot(vec![entry(2, 2)])).await;
+    let status = fixture.status().await;
+    assert_eq!((status.data_path.peers, status.store.refused.len(), status.data_path.drift_repairs), (1, 0, 0));
+    assert!([1, 3, 4, 5, 6].iter().all(|n| fixture.route(*n).is_none()) && fixture.route(2).is_some());
+    let world = fixture.kernel.world();
+    assert!(world.applied.iter().all(|op| matches!(op, Op::Delete(..)) && *op.key() != route(2)), "{:?}", world.applied);
+}
+
 /// The other's device goes, and the next try makes ours before the kernel's event of that is read: nothing else says that all which lives on it is missing.
 #[tokio::test]
 async fn what_lives_on_a_device_comes_back_with_it() {

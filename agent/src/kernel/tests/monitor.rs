@@ -6,6 +6,7 @@ use super::support::*;
 use crate::kernel::KernelOptions;
 use crate::kernel::events::{Foreign, Pending, note};
 use crate::kernel::message::messages;
+use crate::kernel::monitor::Out;
 use crate::kernel::sysctl;
 use crate::kernel::wire;
 use crate::model::Family;
@@ -70,6 +71,46 @@ fn entries_removed_or_altered_by_others() {
 }
 
 #[test]
+fn where_neighbours_are_not_heard_all_is_in_doubt_afterwards() {
+    on_host("deaf", KernelOptions::default(), async |host| {
+        host.make_devices().await;
+        let batch = peers(Family::V4, 0..2, true);
+        host.apply(&batch).await;
+        host.quiet().await;
+        let mut neighbours = batch.iter().map(Op::key).filter(|key| matches!(key, Key::Neigh(..)));
+        let (Some(Key::Neigh(device, first)), Some(Key::Neigh(_, second))) = (neighbours.next(), neighbours.next()) else {
+            panic!("two entries")
+        };
+        let unheard = host.kernel.ears.without(Out::FdbAndNeighbours);
+        run(&format!("ip neigh del {first} dev {device}"));
+        host.quiet().await;
+        drop(unheard);
+        host.stale("neighbour").await;
+        host.quiet().await;
+        run(&format!("ip neigh del {second} dev {device}"));
+        assert_eq!(host.changed(&Key::Neigh(*device, *second)).await, None, "it is heard again");
+    });
+}
+
+/// What is applied to the kernel is heard of all the same where it is little: most of the peers that go are not.
+#[test]
+fn most_peers_go_unheard() {
+    on_host("leave", KernelOptions::default(), async |host| {
+        host.make_devices().await;
+        let batch = peers(Family::V4, 0..1200, true);
+        host.apply(&batch).await;
+        host.settle().await;
+        // Of some that go each is told apart: all that is left is not read for them.
+        host.apply(&removal(&peers(Family::V4, 0..550, true))).await;
+        host.quiet().await;
+        host.apply(&removal(&peers(Family::V4, 550..1150, true))).await;
+        host.stale("most peers went").await;
+        let left = host.dump().await.keys().filter(|key| matches!(key, Key::Neigh(..))).count();
+        assert_eq!(left, 50);
+    });
+}
+
+#[test]
 fn what_is_not_heard_of_the_fdb_is_found_afterwards() {
     on_host("unheard", KernelOptions::default(), async |host| {
         host.make_devices().await;
@@ -78,7 +119,7 @@ fn what_is_not_heard_of_the_fdb_is_found_afterwards() {
         host.quiet().await;
         let fdb: Vec<&Key> = batch.iter().map(Op::key).filter(|key| matches!(key, Key::Fdb(..))).collect();
         let [Key::Fdb(device, first), Key::Fdb(_, second), _] = fdb[..] else { panic!("three entries") };
-        let unheard = host.kernel.ears.without_fdb();
+        let unheard = host.kernel.ears.without(Out::Fdb);
         run(&format!("bridge fdb del {first} dev {device}"));
         run(&format!("bridge fdb replace {second} dev {device} dst 10.99.66.6 self permanent"));
         run("bridge fdb add 02:66:66:66:66:66 dev ovx.1 dst 10.99.66.7 self permanent");

@@ -2,6 +2,7 @@
 
 use super::support::*;
 use crate::kernel::KernelOptions;
+use crate::kernel::UNHEARD;
 use std::net::IpAddr;
 
 use crate::model::{Family, Mac, NetworkConfig, Subnet};
@@ -20,6 +21,7 @@ fn program(what: &str, options: KernelOptions, count: u32) {
     on_host(what, options, async |host| {
         host.make_devices().await;
         let nexthops = host.kernel.nexthop_objects();
+        let many = usize::try_from(count).is_ok_and(|count| count >= UNHEARD);
         for family in Family::ALL {
             let batch = peers(family, 0..count, nexthops);
             for _ in 0..2 {
@@ -33,7 +35,13 @@ fn program(what: &str, options: KernelOptions, count: u32) {
             let gone = removal(&batch);
             host.apply(&gone).await;
             assert_eq!(entries(host.dump().await), State::new());
+            if many {
+                host.stale("most peers went").await;
+            }
             host.apply(&gone).await;
+            if many {
+                host.stale("most peers went").await;
+            }
             host.quiet().await;
         }
     });

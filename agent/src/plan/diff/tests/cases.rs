@@ -203,3 +203,16 @@ fn written_cases() {
     let known: BTreeSet<String> = cases().iter().map(|case| case.name.to_owned()).collect();
     assert_eq!(written, known, "each folder has its case");
 }
+
+/// What goes with a device or a table is not removed one by one.
+#[test]
+fn all_is_taken_down() {
+    let actual = host(DUAL).desired(&mut NexthopIds::default());
+    assert!(actual.keys().any(|key| matches!(key, Key::Element(_))));
+    let batch = diff(&State::new(), &actual);
+    let alone = |op: &Op| !matches!(op.key(), Key::Element(_) | Key::Fdb(..) | Key::Neigh(..) | Key::Address(..));
+    assert!(batch.iter().all(alone), "{}", to_text(&batch));
+    let mut left = actual;
+    batch.iter().for_each(|op| op.record(&mut left));
+    assert!(left.keys().all(|key| matches!(key, Key::Sysctl(_))), "{}", to_json(&left));
+}
