@@ -19,7 +19,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{OwnedMutexGuard, Semaphore, oneshot, watch};
+use tokio::sync::{Notify, OwnedMutexGuard, Semaphore, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -87,6 +87,8 @@ struct Inner<C> {
     missing: Mutex<BTreeSet<EndpointName>>,
     /// Those whose namespace was gone at the last audit.
     gone_before: Mutex<BTreeSet<EndpointName>>,
+    /// Tells the audit that there may be something to look at again.
+    worked: Notify,
 }
 
 /// A lock whose holder panicked protects data that is still whole: each change of it is made at once.
@@ -114,6 +116,7 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
             programmed: Mutex::default(),
             missing: Mutex::default(),
             gone_before: Mutex::default(),
+            worked: Notify::new(),
         }));
         for name in unfinished {
             tracing::info!(endpoint = %name, "removing an endpoint that was left half attached");
@@ -233,17 +236,22 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
 
     /// The task: audits, and when told to stop, lets running work come to its end. What is asked for then is refused.
     pub async fn run(&self, stop: CancellationToken) {
-        let mut ticks = tokio::time::interval(AUDIT_INTERVAL);
+        self.audit_every(AUDIT_INTERVAL, stop).await;
+        self.close().await;
+    }
+
+    /// Audits until told to stop, and does not wake up while there is nothing to audit.
+    async fn audit_every(&self, interval: Duration, stop: CancellationToken) {
+        let mut ticks = tokio::time::interval(interval);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         // The first tick is at once, and `restore` has just looked.
         ticks.tick().await;
         loop {
+            let at_rest = self.is_at_rest();
             tokio::select! {
                 () = stop.cancelled() => break,
-                _ = ticks.tick() => {
-                    if self.is_at_rest() {
-                        continue;
-                    }
+                () = self.0.worked.notified(), if at_rest => ticks.reset(),
+                _ = ticks.tick(), if !at_rest => {
                     self.audit().await;
                     if let Err(error) = self.settle().await {
                         tracing::warn!(%error, "the endpoints are written down, but not on the disk for certain");
@@ -251,7 +259,6 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
                 }
             }
         }
-        self.close().await;
     }
 
     /// Whether there is nothing to look at and nothing to write down: a host without containers is not woken up for them.
@@ -308,8 +315,10 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
             while let Some(end) = running.try_join_next() {
                 report(end);
             }
+            let inner = Arc::clone(&self.0);
             running.spawn(async move {
                 let outcome = work.await;
+                inner.worked.notify_one();
                 drop((guard, permit));
                 // The caller may have gone away; the work is done all the same.
                 let _ = answer.send(outcome);

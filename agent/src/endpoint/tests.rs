@@ -228,6 +228,34 @@ async fn an_endpoint_whose_namespace_is_gone_is_detached_at_the_second_look() {
 }
 
 #[tokio::test]
+async fn audits_begin_with_the_first_endpoint_and_end_with_the_last() {
+    const INTERVAL: Duration = Duration::from_millis(10);
+    let host = Host::new(&["/ns/a"]);
+    let endpoints = host.start(DUAL).await;
+    let stop = CancellationToken::new();
+    let task = tokio::spawn({
+        let (endpoints, stop) = (endpoints.clone(), stop.clone());
+        async move { endpoints.audit_every(INTERVAL, stop).await }
+    });
+    for _ in 0..2 {
+        // Long enough to be at rest.
+        tokio::time::sleep(INTERVAL * 3).await;
+        assert!(endpoints.is_at_rest());
+        endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
+        host.kernel.kill("/ns/a");
+        let gone = async {
+            while !endpoints.list().is_empty() || !endpoints.is_at_rest() {
+                tokio::time::sleep(INTERVAL).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), gone).await.expect("it is found by the audits");
+        host.kernel.revive("/ns/a");
+    }
+    stop.cancel();
+    task.await.unwrap();
+}
+
+#[tokio::test]
 async fn another_subnet_makes_endpoints_stale_but_not_unreachable_to_detach() {
     let host = Host::new(&["/ns/a", "/ns/b"]);
     let endpoints = host.start("10.244.1.0-24").await;
