@@ -156,11 +156,11 @@ impl Kernel {
     }
 
     /// What the monitor does not listen to while a batch is applied with so many FDB entries. Reading all afterwards is cheaper than to hear of each
-    /// neighbour that goes only where few are left.
+    /// entry that goes only where few are left.
     async fn unheard(&self, batch: &Batch, fdb: usize) -> Out {
         let gone = batch.iter().filter(|op| matches!(op, Op::Delete(Key::Neigh(..), _))).count();
         let present = self.shared.lock().await.known.fdb.len();
-        if 2 * gone >= present.max(fdb) { Out::FdbAndNeighbours } else { Out::Fdb }
+        if 2 * gone >= present.max(fdb) { Out::Entries } else { Out::Fdb }
     }
 
     #[cfg(test)]

@@ -10,13 +10,13 @@
 //! is not reported then: whoever removes a next hop or a device has to know that its routes go with it.
 //!
 //! While many FDB entries are written, their events are kept out too ([`Ears`]): waking a reader for each would cost more than the entry. What
-//! others did to the FDB meanwhile is found by reading it afterwards. The same goes for neighbours while most of them are removed; then all is read.
+//! others did to the FDB meanwhile is found by reading it afterwards. While most of the peers are removed no entry is heard of; then all is read.
 
 use std::collections::HashMap;
 use std::future::poll_fn;
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd};
 use std::pin::pin;
 use std::sync::Arc;
 
@@ -29,7 +29,7 @@ use super::events::{Foreign, Pending, note};
 use super::message::messages;
 use super::nft::{NftChange, NftMonitor};
 use super::socket::Refusal;
-use super::uapi::RTNLGRP;
+use super::uapi::{RTNLGRP, RTNLGRP_ENTRIES};
 use super::wire::AF_BRIDGE;
 use super::{Shared, blocking, dump};
 use crate::model::{Family, Mac};
@@ -61,25 +61,25 @@ pub struct Monitor {
     input: Vec<u8>,
 }
 
-/// Events of which tables are kept out.
+/// Events of what are kept out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Out {
-    Nothing,
+    /// FDB entries, by the filter: other neighbours are told in the same group.
     Fdb,
-    /// The neighbours of IP as well.
-    FdbAndNeighbours,
+    /// All of peers' entries, by leaving their groups: the kernel has nobody to tell.
+    Entries,
 }
 
-/// Who is told that a table was not listened to.
+/// Who is told that something was not listened to.
 #[derive(Debug, Default)]
 struct Unheard {
     fdb: Notify,
-    neighbours: Notify,
+    entries: Notify,
 }
 
 /// What the monitor's socket lets through, for the one who writes.
 pub(super) struct Ears {
-    socket: OwnedFd,
+    socket: Socket,
     own: [u32; OWN],
     unheard: Arc<Unheard>,
 }
@@ -87,14 +87,18 @@ pub(super) struct Ears {
 impl Ears {
     /// Keeps events out until the answer is dropped; the monitor then looks for itself.
     pub(super) fn without(self: &Arc<Self>, out: Out) -> Covered {
-        if let Err(error) = attach_filter(self.socket.as_fd(), self.own, out) {
+        let kept_out = match out {
+            Out::Fdb => attach_filter(self.socket.as_fd(), self.own, false),
+            Out::Entries => RTNLGRP_ENTRIES.into_iter().try_for_each(|group| self.socket.drop_membership(group)),
+        };
+        if let Err(error) = kept_out {
             tracing::debug!(%error, ?out, "events cannot be kept out");
         }
         Covered { ears: Arc::clone(self), out }
     }
 }
 
-/// While this lives the monitor does not hear about some tables.
+/// While this lives the monitor does not hear about some entries.
 pub(super) struct Covered {
     ears: Arc<Ears>,
     out: Out,
@@ -103,15 +107,15 @@ pub(super) struct Covered {
 impl Drop for Covered {
     fn drop(&mut self) {
         let Ears { socket, own, unheard } = &*self.ears;
-        if let Err(error) = attach_filter(socket.as_fd(), *own, Out::Nothing) {
+        let (heard_again, those) = match self.out {
+            Out::Fdb => (attach_filter(socket.as_fd(), *own, true), &unheard.fdb),
+            Out::Entries => (join(socket, RTNLGRP_ENTRIES), &unheard.entries),
+        };
+        if let Err(error) = heard_again {
             // Cannot be: the same was done before. The resync finds what is not heard.
             tracing::error!(%error, "events about peers' entries are not heard any more");
         }
-        match self.out {
-            Out::Nothing => {}
-            Out::Fdb => unheard.fdb.notify_one(),
-            Out::FdbAndNeighbours => unheard.neighbours.notify_one(),
-        }
+        those.notify_one();
     }
 }
 
@@ -145,7 +149,9 @@ impl Monitor {
     /// What is let through.
     pub(super) fn ears(&self) -> Result<Arc<Ears>, OpError> {
         let descriptor = self.socket.socket_ref().as_fd().try_clone_to_owned();
-        let socket = descriptor.map_err(|e| Refusal::from(e).during("cannot share the socket of the kernel's changes"))?;
+        let descriptor = descriptor.map_err(|e| Refusal::from(e).during("cannot share the socket of the kernel's changes"))?;
+        // SAFETY: the descriptor is a netlink socket's, and this is its only owner.
+        let socket = unsafe { Socket::from_raw_fd(descriptor.into_raw_fd()) };
         Ok(Arc::new(Ears { socket, own: self.own, unheard: Arc::clone(&self.unheard) }))
     }
 
@@ -170,7 +176,11 @@ impl Monitor {
                     self.note_rules(change).await;
                 }
                 () = self.unheard.fdb.notified() => self.note_fdb().await,
-                () = self.unheard.neighbours.notified() => self.pending.stale("most peers went, and nobody listened to their neighbour entries"),
+                () = self.unheard.entries.notified() => {
+                    self.pending.stale("most peers went, and nobody listened to changes of entries");
+                    // A default route of others may have changed.
+                    self.pending.underlay();
+                }
                 permit = sender.reserve(), if !self.pending.is_empty() => {
                     let Ok(permit) = permit else { return Ok(()) };
                     if let Some(event) = self.pending.take() {
@@ -307,21 +317,24 @@ fn listen(own: [u32; OWN]) -> io::Result<TokioSocket> {
     if setsockopt(socket, sockopt::RcvBufForce, &BUFFER).is_err() {
         setsockopt(socket, sockopt::RcvBuf, &BUFFER)?;
     }
-    attach_filter(socket.as_fd(), own, Out::Nothing)?;
+    attach_filter(socket.as_fd(), own, true)?;
     socket.bind_auto()?;
-    for group in RTNLGRP {
-        match socket.add_membership(group) {
-            // RTNLGRP_NEXTHOP is unknown to kernels without next-hop objects.
-            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {}
-            other => other?,
-        }
-    }
+    join(socket, RTNLGRP)?;
     Ok(listener)
 }
 
-/// Drops messages whose `nlmsg_pid` is one of ours, and those about the tables that are kept out: a classic BPF program (`linux/filter.h`), run by the
+/// Begins to listen to groups.
+fn join(socket: &Socket, groups: impl IntoIterator<Item = u32>) -> io::Result<()> {
+    groups.into_iter().try_for_each(|group| match socket.add_membership(group) {
+        // RTNLGRP_NEXTHOP is unknown to kernels without next-hop objects.
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+        other => other,
+    })
+}
+
+/// Drops messages whose `nlmsg_pid` is one of ours, and those about FDB entries unless `fdb`: a classic BPF program (`linux/filter.h`), run by the
 /// kernel on each message before it is queued.
-pub(super) fn attach_filter(socket: BorrowedFd<'_>, own: [u32; OWN], out: Out) -> io::Result<()> {
+pub(super) fn attach_filter(socket: BorrowedFd<'_>, own: [u32; OWN], fdb: bool) -> io::Result<()> {
     /// Offsets of `nlmsg_type` and `nlmsg_pid` in `struct nlmsghdr`, and of `ndm_family` behind it.
     const TYPE: u32 = 4;
     const PORT: u32 = 12;
@@ -337,20 +350,18 @@ pub(super) fn attach_filter(socket: BorrowedFd<'_>, own: [u32; OWN], out: Out) -
     let step = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
     let loaded = |port: u32| u32::from_be_bytes(port.to_ne_bytes());
     let loaded_half = |kind: u16| u32::from(u16::from_be_bytes(kind.to_ne_bytes()));
-    // No byte is as large as that.
-    let family = if out == Out::Fdb { AF_BRIDGE.into() } else { u32::MAX };
-    let other = u8::from(out == Out::FdbAndNeighbours);
+    let family = if fdb { u32::MAX } else { AF_BRIDGE.into() };
     let mut program = [
         step(LOAD, 0, 0, PORT),
         step(JUMP_IF_EQUAL, 8, 0, loaded(own[0])),
         step(JUMP_IF_EQUAL, 7, 0, loaded(own[1])),
         step(JUMP_IF_EQUAL, 6, 0, loaded(own[2])),
-        // By type first: links have a family at the same place, which is the bridge's for what bridges tell of their ports.
-        step(LOAD_HALF, 0, 0, TYPE),
-        step(JUMP_IF_EQUAL, 1, 0, loaded_half(libc::RTM_NEWNEIGH)),
-        step(JUMP_IF_EQUAL, 0, 2, loaded_half(libc::RTM_DELNEIGH)),
         step(LOAD_BYTE, 0, 0, FAMILY),
-        step(JUMP_IF_EQUAL, 1, other, family),
+        // Links have a family at the same place, which is the bridge's for what bridges tell of their ports.
+        step(JUMP_IF_EQUAL, 0, 3, family),
+        step(LOAD_HALF, 0, 0, TYPE),
+        step(JUMP_IF_EQUAL, 2, 0, loaded_half(libc::RTM_NEWNEIGH)),
+        step(JUMP_IF_EQUAL, 1, 0, loaded_half(libc::RTM_DELNEIGH)),
         step(RETURN, 0, 0, u32::MAX),
         step(RETURN, 0, 0, 0),
     ];

@@ -16,6 +16,8 @@ pub const NETCONFA_FORWARDING: u16 = 2;
 pub const NETCONFA_IFINDEX_ALL: u32 = u32::MAX;
 /// Multicast groups of `linux/rtnetlink.h`: link, neigh, IPv4 ifaddr and route, IPv6 ifaddr and route, IPv4 and IPv6 netconf, nexthop.
 pub const RTNLGRP: [u32; 9] = [1, 3, 5, 7, 9, 11, 24, 25, 32];
+/// Those of them in which peers' entries are told: neigh, IPv4 and IPv6 route, nexthop.
+pub const RTNLGRP_ENTRIES: [u32; 4] = [3, 7, 11, 32];
 /// `linux/rtnetlink.h`.
 pub const RTA_DST: u16 = 1;
 /// `linux/rtnetlink.h`: output interface.

@@ -13,7 +13,7 @@ use super::expr::protocol_family;
 use super::forward;
 use super::table::is_named;
 use super::wire::{self, Content, NFPROTO_BRIDGE, NFPROTO_INET, Object};
-use crate::kernel::monitor::{OWN, Out, attach_filter};
+use crate::kernel::monitor::{OWN, attach_filter};
 use crate::plan::OpError;
 use crate::plan::ruleset::TABLE;
 
@@ -65,7 +65,7 @@ impl NftMonitor {
             }
             // A transaction's events come together and carry the port id of its socket: our own are not even queued.
             if let Some(own) = own_port_id {
-                attach_filter(socket.socket_ref().as_fd(), [own; OWN], Out::Nothing)?;
+                attach_filter(socket.socket_ref().as_fd(), [own; OWN], true)?;
             }
             socket.socket_mut().add_membership(wire::NFNLGRP_NFTABLES)?;
             Ok(socket)

@@ -71,7 +71,7 @@ fn entries_removed_or_altered_by_others() {
 }
 
 #[test]
-fn where_neighbours_are_not_heard_all_is_in_doubt_afterwards() {
+fn where_entries_are_not_heard_all_is_in_doubt_afterwards() {
     on_host("deaf", KernelOptions::default(), async |host| {
         host.make_devices().await;
         let batch = peers(Family::V4, 0..2, true);
@@ -81,12 +81,12 @@ fn where_neighbours_are_not_heard_all_is_in_doubt_afterwards() {
         let (Some(Key::Neigh(device, first)), Some(Key::Neigh(_, second))) = (neighbours.next(), neighbours.next()) else {
             panic!("two entries")
         };
-        let unheard = host.kernel.ears.without(Out::FdbAndNeighbours);
+        let unheard = host.kernel.ears.without(Out::Entries);
         run(&format!("ip neigh del {first} dev {device}"));
         host.quiet().await;
         drop(unheard);
-        host.stale("neighbour").await;
-        host.quiet().await;
+        host.stale("most peers went").await;
+        host.settle().await;
         run(&format!("ip neigh del {second} dev {device}"));
         assert_eq!(host.changed(&Key::Neigh(*device, *second)).await, None, "it is heard again");
     });

@@ -41,6 +41,7 @@ fn program(what: &str, options: KernelOptions, count: u32) {
             host.apply(&gone).await;
             if many {
                 host.stale("most peers went").await;
+                host.settle().await;
             }
             host.quiet().await;
         }
