@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use clap::Args;
 use nix::sys::signal::Signal;
+use overlay_agent::model::PerFamily;
 use overlayctl::lab::{Families, Home, Host, Lab, LabName, LabOptions, Progress};
 
 use super::gauge::{Between, Page, Used, etcd_process};
@@ -122,6 +123,9 @@ fn add_rows(report: &mut Report, conditions: &str, fleets: &[Fleet], first: &[Fl
     report.add(row.map(|row| row.median_goal(0.0)));
 }
 
+/// The overlay's network: 4,095 subnets, more hosts than a lab has.
+const NETWORK: &str = "10.240.0.0/12";
+
 /// One fleet from its start to its end.
 async fn fleet(agents: u16) -> anyhow::Result<Fleet> {
     // The last host joins later.
@@ -129,6 +133,7 @@ async fn fleet(agents: u16) -> anyhow::Result<Fleet> {
         hosts: agents + 1,
         containers: 0,
         families: Families::V4,
+        networks: PerFamily { v4: Some(NETWORK.parse()?), v6: None },
         agents: false,
         ..LabOptions::new(LabName::unique())
     };
