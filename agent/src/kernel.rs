@@ -14,6 +14,7 @@ mod address;
 mod batch;
 mod container;
 mod dump;
+mod ears;
 pub mod echo;
 mod ethtool;
 mod events;
@@ -41,6 +42,9 @@ mod tests;
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{Mutex, mpsc};
 
@@ -49,11 +53,11 @@ pub use monitor::Monitor;
 pub use view::OverlayView;
 
 use self::batch::BatchSocket;
+use self::ears::{Covered, Ears, Out};
 use self::ethtool::Ethtool;
 use self::events::Foreign;
 use self::known::Known;
 use self::link::Links;
-use self::monitor::{Ears, Out};
 use self::nft::Nft;
 use self::rtnl::Rtnl;
 use self::socket::{Refusal, RouteSocket};
@@ -66,12 +70,14 @@ use crate::plan::{ApplyReport, Batch, DataPath, KernelEvent, Key, Op, OpError, V
 
 /// Ops that are applied before others who want the shared state get their turn.
 const TURN: usize = 4096;
-/// FDB entries of a batch from which on the monitor does not listen to the events of peers' entries, but reads them afterwards.
+/// FDB entries or elements of a batch from which on the monitor does not listen to their events (`ears`).
 const UNHEARD: usize = 512;
 /// Elements of sets from which on they are written beside the peers' entries that follow them, on another processor.
 const BESIDE: usize = 512;
 /// How many of those entries, for each element: the kernel takes some three times as long for an element.
 const BESIDE_EACH: usize = 3;
+/// How long the entries wait until the elements' thread has begun: it takes some 50 us.
+const PATIENCE: Duration = Duration::from_millis(1);
 
 /// How to use the kernel.
 #[derive(Debug, Clone)]
@@ -155,12 +161,29 @@ impl Kernel {
         Plugger::new(Arc::clone(&self.shared))
     }
 
-    /// What the monitor does not listen to while a batch is applied with so many FDB entries. Reading all afterwards is cheaper than to hear of each
-    /// entry that goes only where few are left.
-    async fn unheard(&self, batch: &Batch, fdb: usize) -> Out {
-        let gone = batch.iter().filter(|op| matches!(op, Op::Delete(Key::Neigh(..), _))).count();
-        let present = self.shared.lock().await.known.fdb.len();
-        if 2 * gone >= present.max(fdb) { Out::Entries } else { Out::Fdb }
+    /// Has the monitor not listen to what a large batch writes, until the answer is dropped.
+    async fn cover(&self, batch: &Batch) -> Option<Covered> {
+        if batch.len() < UNHEARD {
+            return None;
+        }
+        let count = |counted: fn(&Op) -> bool| batch.iter().filter(|op| counted(op)).count();
+        let fdb = count(|op| matches!(op.key(), Key::Fdb(..)));
+        // Neighbours and FDB entries may go with their device; routes go one by one.
+        let gone = count(|op| matches!(op, Op::Delete(Key::Route(_), _)));
+        let elements = count(|op| matches!(op.key(), Key::Element(_)));
+        let mut out = Vec::new();
+        let mut shared = self.shared.lock().await;
+        let present = shared.known.fdb.len();
+        // Reading all afterwards is cheaper than to hear of each entry that goes only where few are left.
+        if gone >= UNHEARD && 2 * gone >= present.max(fdb) {
+            out.push(Out::Entries);
+        } else if fdb >= UNHEARD {
+            out.push(Out::Fdb);
+        }
+        if elements >= UNHEARD {
+            out.extend(shared.nft.others().ok().map(Out::Rules));
+        }
+        Some(self.ears.without(out))
     }
 
     #[cfg(test)]
@@ -182,8 +205,7 @@ impl DataPath for Kernel {
 
     async fn apply(&mut self, batch: &Batch) -> ApplyReport {
         let mut report = ApplyReport::default();
-        let fdb = batch.iter().filter(|op| matches!(op.key(), Key::Fdb(..))).count();
-        let _covered = if fdb >= UNHEARD { Some(self.ears.without(self.unheard(batch, fdb).await)) } else { None };
+        let _covered = self.cover(batch).await;
         let mut begin = 0;
         while begin < batch.len() {
             let mut end = batch.len().min(begin + TURN);
@@ -195,9 +217,9 @@ impl DataPath for Kernel {
             }
             let mut shared = self.shared.lock().await;
             apply(&mut shared, &mut self.batch, &batch[begin..end], begin, &mut report).await;
+            // Who waits for the shared state has it next. Nothing else makes way: another processor would begin with cold caches.
             drop(shared);
             begin = end;
-            tokio::task::yield_now().await;
         }
         report
     }
@@ -263,8 +285,20 @@ fn apply_beside(shared: &mut Shared, batch: &mut BatchSocket, rules: &[Op], run:
     let failed = if run.is_empty() {
         nft.apply(rules, &mut found)
     } else {
+        let ready = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            let other = scope.spawn(|| nft.apply(rules, &mut found));
+            let other = scope.spawn(|| {
+                ready.store(true, Relaxed);
+                std::thread::park();
+                nft.apply(rules, &mut found)
+            });
+            // The scheduler often puts a new thread behind the one that made it, on the same processor, for milliseconds. One that is woken up it puts
+            // where nothing runs.
+            let patience = Instant::now() + PATIENCE;
+            while !ready.load(Relaxed) && Instant::now() < patience {
+                std::thread::yield_now();
+            }
+            other.thread().unpark();
             batch.apply(run, at + rules.len(), known, &mut of_run);
             other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })

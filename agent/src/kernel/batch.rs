@@ -84,6 +84,7 @@ impl BatchSocket {
 
     /// Applies ops that are all of the kinds of [`wire::is_wire`]; `first` is the index of the first one in the report.
     pub fn apply(&mut self, ops: &[Op], first: usize, known: &mut Known, report: &mut ApplyReport) {
+        known.reserve(ops);
         for (n, chunk) in ops.chunks(CHUNK).enumerate() {
             let first = first + n * CHUNK;
             let mut failed = Vec::new();
@@ -190,7 +191,7 @@ impl BatchSocket {
             (Op::Delete(..), Key::Fdb(_, mac), _) => {
                 known.fdb.remove(&(index, *mac));
             }
-            (Op::Set(..), Key::Neigh(_, address), _) => {
+            (Op::Set(..), Key::Neigh(_, address), _) if !known.removed_neighbours.is_empty() => {
                 known.removed_neighbours.remove(&(index, *address));
             }
             (Op::Delete(..), Key::Neigh(_, address), _) => {

@@ -13,7 +13,7 @@ use super::objects::{LinkInfo, VxlanInfo};
 use crate::model::device::PORT_PREFIX;
 use crate::model::{Device, Mac, Role, Vni};
 use crate::plan::state::{LINK_ALIAS, LinkKind, LinkState, Value, Vxlan};
-use crate::plan::{Key, State};
+use crate::plan::{Key, Op, State};
 
 /// The group (`ip link show group N`) that links of ours are created with. The alias can only be set in a second request: by the group a link
 /// is known whose creation a crash cut in two. The number is the protocol's, twice.
@@ -60,6 +60,13 @@ impl Known {
     /// The name of our link with that index.
     pub fn link_name(&self, index: u32) -> Option<&str> {
         self.links.iter().find(|(_, (i, _))| *i == index).map(|(name, _)| name.as_str())
+    }
+
+    /// Makes room for what ops will add, so that nothing is moved about while they are applied.
+    pub fn reserve(&mut self, ops: &[Op]) {
+        let count = |counted: fn(&Op) -> bool| ops.iter().filter(|op| counted(op)).count();
+        self.fdb.reserve(count(|op| matches!(op, Op::Set(Key::Fdb(..), _))));
+        self.removed_neighbours.reserve(count(|op| matches!(op, Op::Delete(Key::Neigh(..), _))));
     }
 
     /// Notes a link of ours.

@@ -10,6 +10,9 @@ use netlink_packet_core::{NLA_HEADER_SIZE, NLA_TYPE_MASK, NLM_F_REQUEST, Netlink
 
 use crate::model::Mac;
 
+/// Bytes of a message's header, `struct nlmsghdr`.
+const NLMSG_HDRLEN: usize = 16;
+
 /// A message that is being written at the end of a buffer.
 #[derive(Debug)]
 pub struct Message<'a> {
@@ -21,12 +24,11 @@ impl<'a> Message<'a> {
     /// Begins a request: kind (`RTM_...`), flags (`NLM_F_REQUEST` is added) and sequence number.
     pub fn begin(buffer: &'a mut Vec<u8>, kind: u16, flags: u16, sequence: u32) -> Message<'a> {
         let start = buffer.len();
-        let flags = flags | NLM_F_REQUEST;
-        buffer.extend_from_slice(&[0; 4]);
-        buffer.extend_from_slice(&kind.to_ne_bytes());
-        buffer.extend_from_slice(&flags.to_ne_bytes());
-        buffer.extend_from_slice(&sequence.to_ne_bytes());
-        buffer.extend_from_slice(&[0; 4]);
+        let mut header = [0; NLMSG_HDRLEN];
+        header[4..6].copy_from_slice(&kind.to_ne_bytes());
+        header[6..8].copy_from_slice(&(flags | NLM_F_REQUEST).to_ne_bytes());
+        header[8..12].copy_from_slice(&sequence.to_ne_bytes());
+        buffer.extend_from_slice(&header);
         Message { buffer, start }
     }
 
@@ -39,8 +41,8 @@ impl<'a> Message<'a> {
     /// Appends an attribute.
     pub fn put(&mut self, kind: u16, value: &[u8]) -> &mut Self {
         let length = u16::try_from(NLA_HEADER_SIZE + value.len()).unwrap_or(u16::MAX);
-        self.buffer.extend_from_slice(&length.to_ne_bytes());
-        self.buffer.extend_from_slice(&kind.to_ne_bytes());
+        let [[a, b], [c, d]] = [length.to_ne_bytes(), kind.to_ne_bytes()];
+        self.buffer.extend_from_slice(&[a, b, c, d]);
         self.buffer.extend_from_slice(value);
         self.pad();
         self
@@ -60,9 +62,7 @@ impl<'a> Message<'a> {
     }
 
     fn pad(&mut self) {
-        while !(self.buffer.len() - self.start).is_multiple_of(4) {
-            self.buffer.push(0);
-        }
+        self.buffer.resize(self.start + align(self.buffer.len() - self.start), 0);
     }
 }
 

@@ -9,27 +9,29 @@
 //! (`known`), which our own changes update first. What the kernel does by itself because of a change of ours may carry our port id too, and
 //! is not reported then: whoever removes a next hop or a device has to know that its routes go with it.
 //!
-//! While many FDB entries are written, their events are kept out too ([`Ears`]): waking a reader for each would cost more than the entry. What
-//! others did to the FDB meanwhile is found by reading it afterwards. While most of the peers are removed no entry is heard of; then all is read.
+//! While many entries are written, their events are kept out too ([`Ears`]), and what others did meanwhile is found afterwards.
 
 use std::collections::HashMap;
 use std::future::poll_fn;
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{AsyncSocket, Socket, TokioSocket};
 use nix::sys::socket::{setsockopt, sockopt};
-use tokio::sync::{Mutex, Notify, mpsc};
+use tokio::sync::{Mutex, mpsc};
+use tokio::time::Instant;
 
+use super::ears::{Ears, Unheard};
 use super::events::{Foreign, Pending, note};
 use super::message::messages;
 use super::nft::{NftChange, NftMonitor};
 use super::socket::Refusal;
-use super::uapi::{RTNLGRP, RTNLGRP_ENTRIES};
+use super::uapi::RTNLGRP;
 use super::wire::AF_BRIDGE;
 use super::{Shared, blocking, dump};
 use crate::model::{Family, Mac};
@@ -41,6 +43,9 @@ const BUFFER: usize = 32 << 20;
 const RECEIVE: usize = 32 * 1024;
 /// Messages that are read before others who want the shared state get their turn.
 const TURN: usize = 8192;
+
+/// How long after it was missed something is looked at: who waits for the batch that was the cause goes first.
+const LATER: Duration = Duration::from_millis(10);
 
 /// How many sockets of ours cause events.
 pub(super) const OWN: usize = 3;
@@ -54,69 +59,10 @@ pub struct Monitor {
     pending: Pending,
     foreign: Foreign,
     forward_drops: Option<Vec<Family>>,
-    /// Tell that a table was not listened to for a while.
     unheard: Arc<Unheard>,
     own: [u32; OWN],
     first: Vec<u8>,
     input: Vec<u8>,
-}
-
-/// Events of what are kept out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Out {
-    /// FDB entries, by the filter: other neighbours are told in the same group.
-    Fdb,
-    /// All of peers' entries, by leaving their groups: the kernel has nobody to tell.
-    Entries,
-}
-
-/// Who is told that something was not listened to.
-#[derive(Debug, Default)]
-struct Unheard {
-    fdb: Notify,
-    entries: Notify,
-}
-
-/// What the monitor's socket lets through, for the one who writes.
-pub(super) struct Ears {
-    socket: Socket,
-    own: [u32; OWN],
-    unheard: Arc<Unheard>,
-}
-
-impl Ears {
-    /// Keeps events out until the answer is dropped; the monitor then looks for itself.
-    pub(super) fn without(self: &Arc<Self>, out: Out) -> Covered {
-        let kept_out = match out {
-            Out::Fdb => attach_filter(self.socket.as_fd(), self.own, false),
-            Out::Entries => RTNLGRP_ENTRIES.into_iter().try_for_each(|group| self.socket.drop_membership(group)),
-        };
-        if let Err(error) = kept_out {
-            tracing::debug!(%error, ?out, "events cannot be kept out");
-        }
-        Covered { ears: Arc::clone(self), out }
-    }
-}
-
-/// While this lives the monitor does not hear about some entries.
-pub(super) struct Covered {
-    ears: Arc<Ears>,
-    out: Out,
-}
-
-impl Drop for Covered {
-    fn drop(&mut self) {
-        let Ears { socket, own, unheard } = &*self.ears;
-        let (heard_again, those) = match self.out {
-            Out::Fdb => (attach_filter(socket.as_fd(), *own, true), &unheard.fdb),
-            Out::Entries => (join(socket, RTNLGRP_ENTRIES), &unheard.entries),
-        };
-        if let Err(error) = heard_again {
-            // Cannot be: the same was done before. The resync finds what is not heard.
-            tracing::error!(%error, "events about peers' entries are not heard any more");
-        }
-        those.notify_one();
-    }
 }
 
 impl Monitor {
@@ -148,11 +94,8 @@ impl Monitor {
 
     /// What is let through.
     pub(super) fn ears(&self) -> Result<Arc<Ears>, OpError> {
-        let descriptor = self.socket.socket_ref().as_fd().try_clone_to_owned();
-        let descriptor = descriptor.map_err(|e| Refusal::from(e).during("cannot share the socket of the kernel's changes"))?;
-        // SAFETY: the descriptor is a netlink socket's, and this is its only owner.
-        let socket = unsafe { Socket::from_raw_fd(descriptor.into_raw_fd()) };
-        Ok(Arc::new(Ears { socket, own: self.own, unheard: Arc::clone(&self.unheard) }))
+        let ears = Ears::of(self.socket.socket_ref(), self.nft.socket(), self.own, Arc::clone(&self.unheard));
+        ears.map(Arc::new).map_err(|e| Refusal::from(e).during("cannot share the sockets of the kernel's changes"))
     }
 
     /// Follows the kernel until the receiver of the events is dropped. Cancel-safe: it may be aborted at any await.
@@ -162,6 +105,7 @@ impl Monitor {
     pub async fn run(mut self) -> Result<(), OpError> {
         let sender = self.sender.clone();
         let mut ended = pin!(self.shared.lock().await.rtnl.ended());
+        let mut look = None;
         loop {
             tokio::select! {
                 received = first(&self.socket, &mut self.first) => {
@@ -175,11 +119,10 @@ impl Monitor {
                     let change = change?;
                     self.note_rules(change).await;
                 }
-                () = self.unheard.fdb.notified() => self.note_fdb().await,
-                () = self.unheard.entries.notified() => {
-                    self.pending.stale("most peers went, and nobody listened to changes of entries");
-                    // A default route of others may have changed.
-                    self.pending.underlay();
+                () = self.unheard.told() => { look.get_or_insert_with(|| Instant::now() + LATER); }
+                () = at(look) => {
+                    look = None;
+                    self.look().await;
                 }
                 permit = sender.reserve(), if !self.pending.is_empty() => {
                     let Ok(permit) = permit else { return Ok(()) };
@@ -189,6 +132,25 @@ impl Monitor {
                 }
                 () = &mut ended => return Err(OpError { errno: libc::EPIPE, message: "the rtnetlink connection has ended".to_owned() }),
                 () = sender.closed() => return Ok(()),
+            }
+        }
+    }
+
+    /// Looks at what was not heard of.
+    async fn look(&mut self) {
+        let missed = self.unheard.take();
+        if missed.entries {
+            self.pending.stale("most peers went, and nobody listened to changes of entries");
+            // A default route of others may have changed.
+            self.pending.underlay();
+        }
+        if missed.fdb {
+            self.note_fdb().await;
+        }
+        if missed.rules {
+            let others = self.shared.lock().await.nft.others().ok();
+            if others.is_none() || others != missed.others {
+                self.note_rules(NftChange::Lost).await;
             }
         }
     }
@@ -259,6 +221,14 @@ fn failed(error: io::Error) -> OpError {
     Refusal::from(error).during("cannot read the kernel's changes")
 }
 
+/// Waits for a moment; without one, for ever.
+async fn at(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment).await,
+        None => std::future::pending().await,
+    }
+}
+
 /// Waits for a message. Cancel-safe: it is read only where the wait ends.
 async fn first(socket: &TokioSocket, buffer: &mut Vec<u8>) -> io::Result<()> {
     buffer.clear();
@@ -324,7 +294,7 @@ fn listen(own: [u32; OWN]) -> io::Result<TokioSocket> {
 }
 
 /// Begins to listen to groups.
-fn join(socket: &Socket, groups: impl IntoIterator<Item = u32>) -> io::Result<()> {
+pub(super) fn join(socket: &Socket, groups: impl IntoIterator<Item = u32>) -> io::Result<()> {
     groups.into_iter().try_for_each(|group| match socket.add_membership(group) {
         // RTNLGRP_NEXTHOP is unknown to kernels without next-hop objects.
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(()),

@@ -27,6 +27,7 @@ pub use judge::{Judgement, Translation};
 pub use monitor::{NftChange, NftMonitor};
 pub use table::Counted;
 pub use watch::{Sight, TraceWatch, Watched};
+pub(super) use wire::NFNLGRP_NFTABLES;
 
 use channel::Channel;
 
@@ -81,6 +82,14 @@ impl Nft {
     /// The netlink port id of the socket: events of our own changes carry it.
     pub fn port_id(&self) -> u32 {
         self.channel.port()
+    }
+
+    /// How many transactions others made in the namespace, counted from any number: while it stays the same, nothing changed that was not changed here.
+    ///
+    /// # Errors
+    /// No permission, or no nf_tables in the kernel.
+    pub fn others(&mut self) -> Result<u32, OpError> {
+        self.channel.others()
     }
 
     /// Reads everything that concerns us, as it stands at one moment.

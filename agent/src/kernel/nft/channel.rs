@@ -33,6 +33,8 @@ pub(super) struct Channel {
     socket: Socket,
     port: u32,
     sequence: u32,
+    /// Transactions of this socket that are in force.
+    committed: u32,
     buffer: Vec<u8>,
 }
 
@@ -75,7 +77,7 @@ impl Channel {
             Ok((socket, address))
         };
         let (socket, address) = open().map_err(|error| io_error("opening an nfnetlink socket", &error))?;
-        Ok(Channel { socket, port: address.port_number(), sequence: 0, buffer: Vec::with_capacity(RECEIVE) })
+        Ok(Channel { socket, port: address.port_number(), sequence: 0, committed: 0, buffer: Vec::with_capacity(RECEIVE) })
     }
 
     /// The port id that events of this socket's changes carry.
@@ -206,8 +208,17 @@ impl Channel {
         match (outcome, refused) {
             (Err(error), _) => Err(Refused { index: None, error }),
             (Ok(()), Some(refused)) => Err(refused),
-            (Ok(()), None) => Ok(()),
+            (Ok(()), None) => {
+                self.committed = self.committed.wrapping_add(1);
+                Ok(())
+            }
         }
+    }
+
+    /// The number of transactions in this namespace that were none of this socket's, and a constant.
+    pub(super) fn others(&mut self) -> Result<u32, OpError> {
+        // A transaction of ours that changed nothing has no number: then this is one less, and no longer the same as before.
+        Ok(self.generation()?.wrapping_sub(self.committed))
     }
 
     /// The number of transactions that nf_tables has seen in this namespace.

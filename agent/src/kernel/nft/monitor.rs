@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::AsFd;
 
 use netlink_sys::protocols::NETLINK_NETFILTER;
-use netlink_sys::{AsyncSocket, TokioSocket};
+use netlink_sys::{AsyncSocket, Socket, TokioSocket};
 use nix::sys::socket::{setsockopt, sockopt};
 
 use super::channel::io_error;
@@ -72,6 +72,11 @@ impl NftMonitor {
         };
         let socket = open().map_err(|error| io_error("listening to changes of nf_tables", &error))?;
         Ok(NftMonitor { socket, own: own_port_id, buffer: Vec::with_capacity(RECEIVE), pending: Pending::default() })
+    }
+
+    /// The socket that listens.
+    pub(in crate::kernel) fn socket(&self) -> &Socket {
+        self.socket.socket_ref()
     }
 
     /// Waits for the next change by others. Changes of a kind that arrive before it is asked for come out as one. Cancel-safe: what

@@ -6,7 +6,7 @@
 /// Subsystem of nf_tables: the upper byte of each message type.
 pub(super) const NFNL_SUBSYS_NFTABLES: u8 = 10;
 /// Group that reports each change of nf_tables in the namespace.
-pub(super) const NFNLGRP_NFTABLES: u32 = 7;
+pub(in crate::kernel) const NFNLGRP_NFTABLES: u32 = 7;
 
 /// `NFPROTO_INET`: tables that see IPv4 and IPv6.
 pub(super) const NFPROTO_INET: u8 = 1;

@@ -4,9 +4,9 @@ use netlink_packet_core::NetlinkHeader;
 
 use super::support::*;
 use crate::kernel::KernelOptions;
+use crate::kernel::ears::Out;
 use crate::kernel::events::{Foreign, Pending, note};
 use crate::kernel::message::messages;
-use crate::kernel::monitor::Out;
 use crate::kernel::sysctl;
 use crate::kernel::wire;
 use crate::model::Family;
@@ -81,7 +81,7 @@ fn where_entries_are_not_heard_all_is_in_doubt_afterwards() {
         let (Some(Key::Neigh(device, first)), Some(Key::Neigh(_, second))) = (neighbours.next(), neighbours.next()) else {
             panic!("two entries")
         };
-        let unheard = host.kernel.ears.without(Out::Entries);
+        let unheard = host.kernel.ears.without(vec![Out::Entries]);
         run(&format!("ip neigh del {first} dev {device}"));
         host.quiet().await;
         drop(unheard);
@@ -107,6 +107,13 @@ fn most_peers_go_unheard() {
         host.stale("most peers went").await;
         let left = host.dump().await.keys().filter(|key| matches!(key, Key::Neigh(..))).count();
         assert_eq!(left, 50);
+        // Those whose other entries go with their device.
+        let batch = peers(Family::V4, 0..600, true);
+        host.apply(&batch).await;
+        host.settle().await;
+        let by_themselves = |op: &Op| matches!(op.key(), Key::Route(_) | Key::Nexthop(_));
+        host.apply(&removal(&batch).into_iter().filter(by_themselves).collect()).await;
+        host.stale("most peers went").await;
     });
 }
 
@@ -119,7 +126,7 @@ fn what_is_not_heard_of_the_fdb_is_found_afterwards() {
         host.quiet().await;
         let fdb: Vec<&Key> = batch.iter().map(Op::key).filter(|key| matches!(key, Key::Fdb(..))).collect();
         let [Key::Fdb(device, first), Key::Fdb(_, second), _] = fdb[..] else { panic!("three entries") };
-        let unheard = host.kernel.ears.without(Out::Fdb);
+        let unheard = host.kernel.ears.without(vec![Out::Fdb]);
         run(&format!("bridge fdb del {first} dev {device}"));
         run(&format!("bridge fdb replace {second} dev {device} dst 10.99.66.6 self permanent"));
         run("bridge fdb add 02:66:66:66:66:66 dev ovx.1 dst 10.99.66.7 self permanent");
@@ -268,6 +275,31 @@ fn rules_altered_by_others() {
         assert_eq!(host.changed(&Key::Ruleset(Table::Inet)).await, None);
         run("nft delete table bridge overlayd");
         assert_eq!(host.changed(&Key::Ruleset(Table::Bridge)).await, None);
+    });
+}
+
+#[test]
+fn rules_that_were_not_heard_of_are_found_afterwards() {
+    on_host("unheardrules", KernelOptions::default(), async |host| {
+        let tables = || {
+            let table = |table| Op::Set(Key::Ruleset(table), Value::Ruleset(Box::new(Ruleset { table, ..Ruleset::default() })));
+            Table::ALL.map(table).to_vec()
+        };
+        host.apply(&tables()).await;
+        host.quiet().await;
+        let others = host.kernel.shared.lock().await.nft.others().expect("a number");
+        let unheard = host.kernel.ears.without(vec![Out::Rules(others)]);
+        run("nft delete table inet overlayd");
+        host.quiet().await;
+        // An earlier number counts as long as nobody has looked.
+        let others = host.kernel.shared.lock().await.nft.others().expect("a number");
+        drop(host.kernel.ears.without(vec![Out::Rules(others)]));
+        drop(unheard);
+        assert_eq!(host.changed(&Key::Ruleset(Table::Inet)).await, None);
+        host.apply(&tables()).await;
+        host.settle().await;
+        run("nft delete table bridge overlayd");
+        assert_eq!(host.changed(&Key::Ruleset(Table::Bridge)).await, None, "they are heard again");
     });
 }
 

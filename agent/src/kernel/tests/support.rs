@@ -121,6 +121,8 @@ impl Host {
     pub async fn apply(&mut self, batch: &Batch) {
         let report = self.kernel.apply(batch).await;
         assert!(report.failed.is_empty(), "{:?}", report.failed);
+        // The agent's monitor runs beside, on another thread.
+        tokio::task::yield_now().await;
     }
 
     pub async fn dump(&mut self) -> State {

@@ -253,6 +253,19 @@ fn dumps_are_whole_while_others_write() {
 }
 
 #[test]
+fn transactions_of_others_are_counted_and_own_ones_are_not() {
+    in_namespace(|| {
+        let mut tables = Tables::open();
+        let before = tables.nft.others().expect("a number");
+        tables.set([rules(), guard()]);
+        tables.delete();
+        assert_eq!(tables.nft.others().expect("a number"), before);
+        alter("add table inet mine");
+        assert_eq!(tables.nft.others().expect("a number"), before.wrapping_add(1));
+    });
+}
+
+#[test]
 fn without_permission_it_says_so() {
     in_namespace(|| {
         let mut tables = Tables::open();
