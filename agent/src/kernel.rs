@@ -42,9 +42,6 @@ mod tests;
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-use std::sync::atomic::Ordering::Relaxed;
-use std::time::{Duration, Instant};
 
 use tokio::sync::{Mutex, mpsc};
 
@@ -76,8 +73,6 @@ const UNHEARD: usize = 512;
 const BESIDE: usize = 512;
 /// How many of those entries, for each element: the kernel takes some three times as long for an element.
 const BESIDE_EACH: usize = 3;
-/// How long the entries wait until the elements' thread has begun: it takes some 50 us.
-const PATIENCE: Duration = Duration::from_millis(1);
 
 /// How to use the kernel.
 #[derive(Debug, Clone)]
@@ -260,7 +255,7 @@ async fn apply(shared: &mut Shared, batch: &mut BatchSocket, ops: &[Op], first: 
             let alike = rules.iter().all(sets) || rules.iter().all(elements_go);
             let beside = if rules.len() >= BESIDE && alike { beside } else { &[] };
             let run = beside.iter().take_while(|op| wire::is_wire(op.key())).count();
-            blocking(|| apply_beside(shared, batch, rules, &beside[..run], at, report));
+            apply_beside(shared, batch, rules, &beside[..run], at, report);
             rest = &rest[rules.len() + run..];
         } else if links > 0 {
             let names = rest[..links].iter().filter_map(|op| if let Key::Link(name) = op.key() { Some(&**name) } else { None });
@@ -283,24 +278,15 @@ fn apply_beside(shared: &mut Shared, batch: &mut BatchSocket, rules: &[Op], run:
     let mut found = std::mem::take(&mut known.rules);
     let mut of_run = ApplyReport::default();
     let failed = if run.is_empty() {
-        nft.apply(rules, &mut found)
+        blocking(|| nft.apply(rules, &mut found))
     } else {
-        let ready = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            let other = scope.spawn(|| {
-                ready.store(true, Relaxed);
-                std::thread::park();
-                nft.apply(rules, &mut found)
-            });
-            // The scheduler often puts a new thread behind the one that made it, on the same processor, for milliseconds. One that is woken up it puts
-            // where nothing runs.
-            let patience = Instant::now() + PATIENCE;
-            while !ready.load(Relaxed) && Instant::now() < patience {
-                std::thread::yield_now();
-            }
-            other.thread().unpark();
-            batch.apply(run, at + rules.len(), known, &mut of_run);
-            other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            // Begun before the runtime goes on elsewhere, while the other processor is idle: the scheduler puts a new thread where nothing runs.
+            let other = scope.spawn(|| nft.apply(rules, &mut found));
+            blocking(|| {
+                batch.apply(run, at + rules.len(), known, &mut of_run);
+                other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            })
         })
     };
     known.rules = found;
