@@ -178,7 +178,7 @@ impl Kernel {
         if elements >= UNHEARD {
             out.extend(shared.nft.others().ok().map(Out::Rules));
         }
-        Some(self.ears.without(out))
+        (!out.is_empty()).then(|| self.ears.without(out))
     }
 
     #[cfg(test)]

@@ -74,7 +74,7 @@ impl Ears {
         Ok(Ears { entries: shared(entries)?, rules: shared(rules)?, own, unheard })
     }
 
-    /// Keeps events out until the answer is dropped; the monitor then looks for itself.
+    /// Keeps these out, at least one, until the answer is dropped; the monitor then looks for itself.
     pub fn without(self: &Arc<Self>, out: Vec<Out>) -> Covered {
         for out in &out {
             let kept_out = match out {
@@ -103,25 +103,21 @@ pub(super) struct Covered {
 impl Drop for Covered {
     fn drop(&mut self) {
         let Ears { entries, rules, own, unheard } = &*self.ears;
+        let mut missed = unheard.locked();
         for out in &self.out {
-            let heard_again = match out {
-                Out::Fdb => attach_filter(entries.as_fd(), *own, true),
-                Out::Entries => join(entries, RTNLGRP_ENTRIES),
-                Out::Rules(_) => join(rules, [NFNLGRP_NFTABLES]),
+            let (heard_again, those) = match out {
+                Out::Fdb => (attach_filter(entries.as_fd(), *own, true), &mut missed.fdb),
+                Out::Entries => (join(entries, RTNLGRP_ENTRIES), &mut missed.entries),
+                Out::Rules(_) => (join(rules, [NFNLGRP_NFTABLES]), &mut missed.rules),
             };
+            *those = true;
             if let Err(error) = heard_again {
                 // Cannot be: the same was done before. The resync finds what is not heard.
                 tracing::error!(%error, ?out, "changes are not heard any more");
             }
         }
-        let mut missed = unheard.locked();
-        missed.fdb |= self.out.contains(&Out::Fdb);
-        missed.entries |= self.out.contains(&Out::Entries);
-        missed.rules |= self.out.iter().any(|out| matches!(out, Out::Rules(_)));
         drop(missed);
-        if !self.out.is_empty() {
-            unheard.told.notify_one();
-        }
+        unheard.told.notify_one();
     }
 }
 
