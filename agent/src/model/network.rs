@@ -102,6 +102,31 @@ impl Pool {
             && (self.min..=self.max).contains(&subnet)
     }
 
+    /// Whether an address lies in a subnet that the pool leases.
+    pub fn may_lease(&self, address: IpAddr) -> bool {
+        Family::of(address) == self.network.family() && (self.min.base()..=self.max.last()).contains(&address)
+    }
+
+    /// The fewest CIDRs that hold every address that the pool leases and no other, ascending. Shape: one where `min` and `max` are the
+    /// network's first and last subnet, else at most two for each bit between network and subnet length.
+    pub fn leasable(&self) -> Vec<Cidr> {
+        let family = self.network.family();
+        let last = super::family::address_value(self.max.last());
+        let mut ranges = Vec::new();
+        let mut next = Some(self.value(self.min));
+        while let Some(base) = next.filter(|base| *base <= last) {
+            // The shortest prefix that begins at `base` and does not reach beyond `last`.
+            let fits = |length: &u8| {
+                Cidr::containing(family.address(base), *length)
+                    .filter(|cidr| self.value(*cidr) == base && super::family::address_value(cidr.last()) <= last)
+            };
+            let Some(range) = (self.network.length()..=self.subnet_length).find_map(|length| fits(&length)) else { break };
+            next = super::family::address_value(range.last()).checked_add(1);
+            ranges.push(range);
+        }
+        ranges
+    }
+
     fn value(&self, cidr: Cidr) -> u128 {
         super::family::address_value(cidr.base())
     }

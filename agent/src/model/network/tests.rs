@@ -98,3 +98,26 @@ fn pool_numbers_its_subnets() {
     assert_eq!(pool.nth(41), None);
     assert_eq!(pool.index_of("10.244.0.0/26".parse().expect("a CIDR")), None);
 }
+
+#[test]
+fn leasable_covers_the_pool_and_nothing_else() {
+    let ranges = |text: &str| {
+        let (_, pool) = good(text).pools.iter().next().map(|(f, p)| (f, *p)).expect("a pool");
+        let ranges = pool.leasable();
+        let covered = |address: std::net::IpAddr| ranges.iter().any(|range| range.contains(address));
+        for address in [pool.network.base(), pool.min.base(), pool.max.last(), pool.network.last()] {
+            assert_eq!(covered(address), pool.may_lease(address), "{address}");
+        }
+        ranges.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
+    };
+    assert_eq!(ranges(r#"{"Network":"10.1.0.0/22","SubnetMin":"10.1.0.0"}"#), "10.1.0.0/22");
+    assert_eq!(ranges(r#"{"Network":"10.1.0.0/22"}"#), "10.1.1.0/24 10.1.2.0/23");
+    assert_eq!(
+        ranges(r#"{"Network":"10.0.0.0/8","SubnetMin":"10.10.0.0","SubnetMax":"10.99.0.0"}"#),
+        "10.10.0.0/15 10.12.0.0/14 10.16.0.0/12 10.32.0.0/11 10.64.0.0/11 10.96.0.0/15 10.98.0.0/16 10.99.0.0/24"
+    );
+    assert_eq!(
+        ranges(r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"ffff:ffff:ffff:ff00::/56"}"#).split(' ').next_back(),
+        Some("ffff:ffff:ffff:ff80::/57")
+    );
+}
