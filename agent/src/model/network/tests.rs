@@ -117,7 +117,7 @@ fn leasable_covers_the_pool_and_nothing_else() {
         "10.10.0.0/15 10.12.0.0/14 10.16.0.0/12 10.32.0.0/11 10.64.0.0/11 10.96.0.0/15 10.98.0.0/16 10.99.0.0/24"
     );
     assert_eq!(
-        ranges(r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"ffff:ffff:ffff:ff00::/56"}"#).split(' ').next_back(),
-        Some("ffff:ffff:ffff:ff80::/57")
+        ranges(r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fdff:ffff:ffff:ff00::/56"}"#).split(' ').next_back(),
+        Some("fdff:ffff:ffff:ff80::/57")
     );
 }
