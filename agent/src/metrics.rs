@@ -62,6 +62,7 @@ pub struct Metrics {
     batch_duration: Histogram<{ DURATION_BOUNDS.len() }>,
     mesh: MeshNumbers,
     rounds: AtomicU64,
+    idle_turns: AtomicU64,
     events: [AtomicU64; SOURCES.len()],
     reads: [AtomicU64; READS.len()],
 }
@@ -125,6 +126,7 @@ impl Metrics {
             batch_duration: Histogram::default(),
             mesh: MeshNumbers::default(),
             rounds: AtomicU64::default(),
+            idle_turns: AtomicU64::default(),
             events: Default::default(),
             reads: Default::default(),
         }
@@ -240,6 +242,11 @@ impl Metrics {
         self.rounds.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// The timer woke the reconcile loop and there was nothing to do.
+    pub fn idle_turn(&self) {
+        self.idle_turns.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Something was read from the kernel as a whole.
     pub fn read_whole(&self, what: Whole) {
         self.reads[what as usize].fetch_add(1, Ordering::Relaxed);
@@ -345,6 +352,11 @@ impl Metrics {
         };
         page.counters("overlayd_events_total", "Events handled, by where they come from.", "source", each(SOURCES, &self.events));
         page.counter("overlayd_rounds_total", "Rounds of the reconcile loop.", value(&self.rounds));
+        page.counter(
+            "overlayd_idle_turns_total",
+            "Timer wake-ups of the reconcile loop that found nothing to do.",
+            value(&self.idle_turns),
+        );
         page.counters(
             "overlayd_kernel_reads_total",
             "Times that something was read from the kernel as a whole.",

@@ -29,11 +29,11 @@ use crate::model::event::{Connection, LeaseWish, OwnLease, StoreEvent};
 use crate::model::network::ConfigErrors;
 use crate::model::{Device, Endpoint, Mac, NetworkConfig, Node, Peer, PerFamily, Refusal, Subnet};
 use crate::plan::desired::{Host, NexthopIds};
-use crate::plan::diff::{diff, diff_keys};
+use crate::plan::diff::{diff, diff_keys, prerequisite};
 use crate::plan::roster::{LeaseKey, OwnHost, Roster};
 use crate::plan::ruleset::Table;
 use crate::plan::underlay::{Inventory, Selection, Underlay};
-use crate::plan::{Batch, DataPath, KernelEvent, Key, Op, State, Value};
+use crate::plan::{Batch, DataPath, KernelEvent, Key, LinkKind, Op, State, Value};
 
 use lines::Lines;
 use repair::Repairs;
@@ -49,6 +49,8 @@ const DUMP_REST_FACTOR: u32 = 5;
 const WHOLESALE: usize = 1024;
 /// How long after the start, and after work on that many entries, the memory is given back that it took: the store has dropped its part by then.
 const HEAP_REST: Duration = Duration::from_secs(1);
+/// Pause after a turn that the timer began and that found nothing to do: a wrong deadline then costs no processor.
+const IDLE_TURN_PAUSE: Duration = Duration::from_millis(100);
 /// How many refusals and repairs of one round are logged one by one before the rest is counted.
 const LOG_LINES: usize = 20;
 
@@ -256,9 +258,11 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
     pub async fn run(mut self, mut channels: Channels, shutdown: CancellationToken) {
         self.endpoints = channels.endpoints.borrow_and_update().clone();
         self.converge(&channels).await;
+        let mut timer_not_before = self.started;
         loop {
             channels.beat.send_modify(|count| *count += 1);
-            let timer = tokio::time::sleep_until(self.next_deadline().into());
+            let timer = tokio::time::sleep_until(self.next_deadline().max(timer_not_before).into());
+            let mut by_timer = false;
             tokio::select! {
                 () = shutdown.cancelled() => return,
                 Some(event) = channels.store.recv() => self.fold_store(event),
@@ -272,7 +276,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                     self.endpoints_new = true;
                     self.host_dirty = true;
                 }
-                () = timer => {}
+                () = timer => by_timer = true,
             }
             // What waits already is folded into the same round. Bounded by the channels' sizes.
             while let Ok(event) = channels.kernel.try_recv() {
@@ -281,7 +285,11 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             while let Ok(event) = channels.store.try_recv() {
                 self.fold_store(event);
             }
-            self.converge(&channels).await;
+            let progress = self.converge(&channels).await;
+            if by_timer && !progress {
+                self.metrics.idle_turn();
+                timer_not_before = Instant::now() + IDLE_TURN_PAUSE;
+            }
         }
     }
 
@@ -294,21 +302,29 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             .fold(self.resync_due, Instant::min)
     }
 
-    /// Brings actual state as near to desired state as it can be brought now.
-    async fn converge(&mut self, channels: &Channels) {
+    /// Brings actual state as near to desired state as it can be brought now. Returns whether there was anything to do.
+    async fn converge(&mut self, channels: &Channels) -> bool {
         let now = Instant::now();
+        let mut progress = false;
         self.metrics.round_done();
         if now >= self.resync_due {
             self.stale.get_or_insert("periodic resync");
             self.resync_due = now + self.settings.resync;
         }
         self.look_at_links().await;
-        let before_dump = if self.stale.is_some() && now >= self.not_before { self.dump().await } else { None };
+        let mut before_dump = None;
+        if self.stale.is_some() && now >= self.not_before {
+            progress = true;
+            before_dump = self.dump().await;
+        }
         if self.underlay_due.is_some_and(|due| now >= due) {
+            progress = true;
             self.look_at_underlay().await;
         }
+        progress |= self.lease_ends.is_some_and(|end| now >= end);
         self.look_at_lease(now);
         if self.heap_due.is_some_and(|due| now >= due) {
+            progress = true;
             self.heap_due = None;
             heap::give_back();
         }
@@ -323,13 +339,16 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         if let Some(before) = before_dump {
             self.count_drift_of_dump(&before, &batch);
         }
-        self.apply_due(batch, now).await;
-        if self.all_dirty {
-            // A device was made at another try: all that lives on it was left out of the plan while somebody else's stood in its place.
+        progress |= self.apply_due(batch, now).await;
+        // An entry was set at another attempt: what stands on it was left out of the plan before. Ends, because each turn of this loop needs an
+        // entry that waited and was set.
+        while self.host.is_some() && (self.all_dirty || !self.dirty.is_empty()) {
             let batch = self.plan();
-            self.apply_due(batch, now).await;
+            progress |= self.apply_due(batch, now).await;
         }
+        self.repairs.rearm(now);
         self.publish(channels);
+        progress
     }
 
     /// Reads actual state anew. Returns the state as it was believed to be, once there has been a plan to compare with.
@@ -377,11 +396,48 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         }
     }
 
-    /// Applies what of a batch is not held back for a later try.
-    async fn apply_due(&mut self, mut batch: Batch, now: Instant) {
+    /// Applies the ops that need not wait. Returns whether there was one.
+    async fn apply_due(&mut self, mut batch: Batch, now: Instant) -> bool {
         batch.retain(|op| !self.repairs.holds_back(op.key(), now));
+        // Devices first: nothing is tried on one that could not be made.
+        let device = |op: &Op| matches!(op, Op::Set(Key::Link(name), _) if Device::from_name(name).is_some());
+        let behind = batch.iter().rposition(device).map_or(0, |last| last + 1);
+        let mut rest = batch.split_off(behind);
+        let mut applied = false;
         if !batch.is_empty() {
+            applied = true;
             self.apply(batch).await;
+        }
+        if !self.repairs.is_empty() {
+            rest.retain(|op| !matches!(op, Op::Set(key, value) if self.blocked_by(key, value).is_some()));
+        }
+        if !rest.is_empty() {
+            applied = true;
+            self.apply(rest).await;
+        }
+        applied
+    }
+
+    /// The failed entry without which this one cannot be set.
+    fn blocked_by(&self, key: &Key, value: &Value) -> Option<Key> {
+        if self.repairs.is_empty() {
+            return None;
+        }
+        let mut next = prerequisite(key, value, &self.desired);
+        while let Some(key) = next {
+            if self.repairs.waits(&key) && !self.stands(&key) {
+                return Some(key);
+            }
+            next = prerequisite(&key, self.desired.get(&key)?, &self.desired);
+        }
+        None
+    }
+
+    /// Whether an entry of ours is there, with whatever value.
+    fn stands(&self, key: &Key) -> bool {
+        match self.actual.get(key) {
+            Some(Value::Link(link)) => !matches!(link.kind, LinkKind::Foreign { .. }),
+            found => found.is_some(),
         }
     }
 
@@ -404,13 +460,17 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         tracing::debug!(ops = batch.len(), failed = report.failed.len(), ms = took.as_secs_f64() * 1e3, "batch applied");
         let mut failed = report.failed.into_iter().peekable();
         let mut set = Vec::new();
+        let mut recovered = BTreeSet::new();
         for (index, op) in batch.into_iter().enumerate() {
             if let Some((_, error)) = failed.next_if(|(i, _)| *i == index) {
-                self.repairs.failed(&op, error);
+                let cause = if let Op::Set(key, value) = &op { self.blocked_by(key, value) } else { None };
+                self.repairs.failed(&op, error, cause);
                 continue;
             }
-            let waited = self.repairs.succeeded(op.key());
-            self.all_dirty |= waited && matches!(op, Op::Set(Key::Link(_), _));
+            if self.repairs.succeeded(op.key()) {
+                self.all_dirty |= matches!(op, Op::Set(Key::Link(_), _));
+                recovered.insert(op.key().clone());
+            }
             match op {
                 Op::Set(key, value) if !matches!(key, Key::Link(_)) => set.push((key, value)),
                 op => {
@@ -420,6 +480,9 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             }
         }
         merge(&mut self.actual, set);
+        if !recovered.is_empty() {
+            self.dirty.extend(self.repairs.release(&recovered));
+        }
         self.changed = true;
     }
 

@@ -197,6 +197,15 @@ fn stands_on(key: &Key, value: &Value, state: &State) -> Option<Device> {
     }
 }
 
+/// The entry that this one stands on and cannot be set without; `None` for what stands alone.
+pub fn prerequisite(key: &Key, value: &Value, state: &State) -> Option<Key> {
+    match (key, value) {
+        (Key::Element(element), _) => Some(Key::Ruleset(element.set().table())),
+        (_, Value::Route(Via::Nexthop(id))) => Some(Key::Nexthop(*id)),
+        _ => stands_on(key, value, state).map(|device| Key::Link(device.name().into())),
+    }
+}
+
 /// The device that a link is; `None` for ports and for entries that are no links.
 fn link_device(key: &Key) -> Option<Device> {
     match key {

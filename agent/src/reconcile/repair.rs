@@ -1,7 +1,7 @@
 //! Which entries wait for another try, and who keeps changing them: jittered back-off for what the kernel refuses, and a bounded rate for what
 //! others undo again and again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use rand::RngExt;
@@ -36,6 +36,8 @@ struct Waiting {
     error: String,
     attempts: u32,
     due: Instant,
+    /// The failed entry that this one stands on: it cannot be set before that one is.
+    cause: Option<Key>,
 }
 
 #[derive(Debug)]
@@ -46,20 +48,35 @@ struct Fight {
 }
 
 impl Repairs {
-    /// The kernel refused an op: it is tried again later.
-    pub(super) fn failed(&mut self, op: &Op, error: OpError) {
+    /// The kernel refused an op: it is retried later. `cause` is the failed entry that it stands on.
+    pub(super) fn failed(&mut self, op: &Op, error: OpError, cause: Option<Key>) {
         let attempts = self.waiting.get(op.key()).map_or(0, |w| w.attempts) + 1;
         // Once at the first failure, then each time the pause has grown eightfold: a log that tells and does not flood.
-        if attempts == 1 || attempts.is_multiple_of(3) {
+        if let Some(cause) = &cause {
+            tracing::debug!(op = %op, errno = error.errno, error = %error, attempts, %cause, "entry refused because of another one");
+        } else if attempts == 1 || attempts.is_multiple_of(3) {
             tracing::warn!(op = %op, errno = error.errno, error = %error, attempts, "the kernel refused an entry, trying again");
         }
-        self.wait(op.key().clone(), op.to_string(), error.message, attempts);
+        self.wait(op.key().clone(), op.to_string(), error.message, attempts, cause);
     }
 
-    fn wait(&mut self, key: Key, entry: String, error: String, attempts: u32) {
-        let pause = FIRST_PAUSE.saturating_mul(1 << attempts.clamp(1, 12)).min(LONGEST_PAUSE);
-        let due = Instant::now() + pause.mul_f64(rand::rng().random_range(0.5..1.0));
-        self.waiting.insert(key, Waiting { entry, error, attempts, due });
+    fn wait(&mut self, key: Key, entry: String, error: String, attempts: u32, cause: Option<Key>) {
+        let due = retry_at(attempts);
+        self.waiting.insert(key, Waiting { entry, error, attempts, due, cause });
+    }
+
+    /// Gives every due entry another pause. Due entries that produced an op in this round have a new pause already, or wait no longer.
+    pub(super) fn rearm(&mut self, now: Instant) {
+        for waiting in self.waiting.values_mut().filter(|waiting| waiting.due <= now) {
+            waiting.attempts += 1;
+            waiting.due = retry_at(waiting.attempts);
+        }
+    }
+
+    /// Stops waiting with what stands on these entries, which are set now. Returns what to set.
+    pub(super) fn release(&mut self, causes: &BTreeSet<Key>) -> Vec<Key> {
+        let freed = |waiting: &Waiting| waiting.cause.as_ref().is_some_and(|cause| causes.contains(cause));
+        self.waiting.extract_if(.., |_, waiting| freed(waiting)).map(|(key, _)| key).collect()
     }
 
     /// The entry is as it should be. Returns whether it had been waiting.
@@ -102,7 +119,7 @@ impl Repairs {
         }
         let error =
             format!("changed by others {repairs} times within {} s: find who does it with `ip monitor`", FIGHT_WINDOW.as_secs());
-        self.wait(key.clone(), key.to_string(), error, repairs - FIGHT_REPAIRS);
+        self.wait(key.clone(), key.to_string(), error, repairs - FIGHT_REPAIRS, None);
         false
     }
 
@@ -141,15 +158,22 @@ impl Repairs {
         self.waiting.is_empty()
     }
 
-    /// What waits, for the status.
-    pub(super) fn failures(&self) -> impl Iterator<Item = FailedOp> + '_ {
-        self.waiting.values().map(|w| FailedOp { entry: w.entry.clone(), error: w.error.clone(), attempts: w.attempts })
+    /// Whether this entry waits.
+    pub(super) fn waits(&self, key: &Key) -> bool {
+        self.waiting.contains_key(key)
     }
 
-    /// What waits and others may wait for: an entry that stands on one that failed fails with it.
-    pub(super) fn first_failure(&self) -> Option<FailedOp> {
-        let first = self.waiting.iter().min_by_key(|(key, _)| stage(key));
-        first.map(|(_, w)| FailedOp { entry: w.entry.clone(), error: w.error.clone(), attempts: w.attempts })
+    /// At most `most` of the entries that wait, for the status: causes before what follows from them, in the order in which entries are set.
+    pub(super) fn failures(&self, most: usize) -> Vec<FailedOp> {
+        let mut all: Vec<(&Key, &Waiting)> = self.waiting.iter().collect();
+        all.sort_by_key(|(key, waiting)| (waiting.cause.is_some(), stage(key)));
+        let failed = |w: &Waiting| FailedOp { entry: w.entry.clone(), error: w.error.clone(), attempts: w.attempts };
+        all.into_iter().take(most).map(|(_, waiting)| failed(waiting)).collect()
+    }
+
+    /// How many of the entries that wait do so for a reason of their own.
+    pub(super) fn causes(&self) -> usize {
+        self.waiting.values().filter(|waiting| waiting.cause.is_none()).count()
     }
 
     /// Why one entry waits.
@@ -179,7 +203,54 @@ impl Repairs {
     }
 }
 
+/// When an entry is retried after so many attempts.
+fn retry_at(attempts: u32) -> Instant {
+    let pause = FIRST_PAUSE.saturating_mul(1 << attempts.clamp(1, 12)).min(LONGEST_PAUSE);
+    Instant::now() + pause.mul_f64(rand::rng().random_range(0.5..1.0))
+}
+
 /// Seconds since the epoch.
 fn unix_time() -> u64 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::Value;
+
+    fn op(path: &str) -> Op {
+        Op::Set(Key::Sysctl(path.into()), Value::Sysctl("1".into()))
+    }
+
+    fn refused() -> OpError {
+        OpError { errno: 12, message: "cannot allocate memory".to_owned() }
+    }
+
+    #[test]
+    fn due_entry_is_rearmed_with_a_longer_pause() {
+        let mut repairs = Repairs::default();
+        repairs.failed(&op("ipv4/a"), refused(), None);
+        let due = repairs.next_due().expect("a retry");
+        repairs.rearm(due - Duration::from_millis(1));
+        assert_eq!(repairs.next_due(), Some(due), "not due yet");
+        repairs.rearm(due);
+        assert!(repairs.next_due().is_some_and(|next| next > due && next > Instant::now()));
+        assert_eq!(repairs.failures(1)[0].attempts, 2);
+    }
+
+    #[test]
+    fn cause_comes_first_and_frees_what_stands_on_it() {
+        let mut repairs = Repairs::default();
+        let [a, b, c] = ["ipv4/a", "ipv4/b", "ipv4/c"].map(op);
+        repairs.failed(&a, refused(), Some(c.key().clone()));
+        repairs.failed(&b, refused(), None);
+        repairs.failed(&c, refused(), None);
+        assert_eq!((repairs.len(), repairs.causes()), (3, 2));
+        let entries: Vec<String> = repairs.failures(10).into_iter().map(|failed| failed.entry).collect();
+        assert_eq!(entries, [&b, &c, &a].map(ToString::to_string));
+        assert!(repairs.succeeded(c.key()));
+        assert_eq!(repairs.release(&BTreeSet::from([c.key().clone()])), [a.key().clone()]);
+        assert_eq!(repairs.len(), 1);
+    }
 }

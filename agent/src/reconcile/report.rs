@@ -68,7 +68,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             }),
             data_path: DataPathStatus {
                 peers: self.peers.len(),
-                failed: self.repairs.failures().take(LISTED).collect(),
+                failed: self.repairs.failures(LISTED),
                 drift_repairs: self.repairs.count(),
                 last_drift: self.repairs.last().cloned(),
                 mtu: self.host.as_ref().map(|host| host.mtu()),
@@ -116,9 +116,17 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             problems.push(format!("no subnet is leased: {reason}"));
         }
         problems.extend(self.host.as_ref().and_then(mtu_too_small));
-        let failed = self.repairs.failures().count();
-        if let Some(first) = self.repairs.first_failure() {
-            problems.push(format!("{failed} entries cannot be programmed, the first: {}: {}", first.entry, first.error));
+        if let Some(first) = self.repairs.failures(1).first() {
+            let waiting = match self.blocked() {
+                0 => String::new(),
+                blocked => format!("; {blocked} more stand on them and wait"),
+            };
+            problems.push(format!(
+                "{} entries cannot be programmed, the first: {}: {}{waiting}",
+                self.repairs.causes(),
+                first.entry,
+                first.error
+            ));
         }
         if let Some((key, repairs)) = self.repairs.fights().next() {
             problems.push(format!(
@@ -132,6 +140,12 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             problems.push(format!("{} leases are left out, the first: {first}", self.refused.len()));
         }
         problems
+    }
+
+    /// How many entries wait for one that cannot be set.
+    fn blocked(&self) -> usize {
+        let blocked = |(key, value): &(&Key, &Value)| self.blocked_by(key, value).is_some();
+        self.desired.iter().filter(blocked).count()
     }
 
     fn subnets(&self) -> Vec<SubnetRow> {
@@ -189,9 +203,10 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             .iter()
             .flatten()
             .filter(|key| !same(key, &self.actual))
-            .map(|key| match self.repairs.failure(key) {
-                Some(error) => format!("{}: {error}", key.kind()),
-                None => key.kind().to_owned(),
+            .map(|key| match (self.desired.get(key).and_then(|value| self.blocked_by(key, value)), self.repairs.failure(key)) {
+                (Some(cause), _) => format!("{}: waits for {cause}", key.kind()),
+                (None, Some(error)) => format!("{}: {error}", key.kind()),
+                (None, None) => key.kind().to_owned(),
             })
             .collect();
         PeerEntry {
