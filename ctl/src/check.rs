@@ -29,7 +29,11 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
+pub(crate) use facts::statistics;
 pub use facts::{Facts, Settings};
+
+/// The part of a table of the kernel, in percent, from which on it is called nearly full.
+const NEARLY_FULL: usize = 90;
 
 /// The version of the report's JSON. Within a version fields and checks are only ever added.
 pub const VERSION: u32 = 1;

@@ -12,7 +12,7 @@ use overlay_agent::model::api::Status;
 use overlay_tests::programs::overlayd;
 use overlay_tests::story::{READY, SOON};
 use overlay_tests::wait::eventually_asked;
-use overlay_tests::{Must, Story, etcd, kernel};
+use overlay_tests::{Must, Story, etcd, kernel, peers};
 use overlayctl::lab::{Families, agent, process};
 
 /// Hosts whose agents have not been started yet.
@@ -215,17 +215,42 @@ async fn ports_that_are_taken() {
     drop(tunnel);
     story.at("h1").wait_ready(READY).await.must("ready once the port is free");
     stop(&story);
+}
 
-    // What stands on the device that cannot be made fails as well: the device is named first.
-    kernel::shell(
-        &story,
-        "h1",
-        "ip link delete ovx.1; ip link add flannel.1 type vxlan id 1 dstport 8472 dev eth0; ip link set flannel.1 up",
-    );
-    problem(&story, &[], &["cannot be programmed, the first: set link ovx.1", "in use by interface flannel.1", "delete it"])
-        .await;
+/// All that peers need stands on the device: its failure is reported, with the remedy, and none of those that follow from it.
+#[tokio::test(flavor = "multi_thread")]
+async fn device_left_by_flannel_is_reported_as_the_one_cause() {
+    const PEERS: u16 = 20;
+    let story = Story::up(|options| {
+        options.hosts = 2;
+        options.containers = 0;
+        options.agents = false;
+        options.networks.v4 = peers::networks().v4;
+    })
+    .await;
+    story.start("h2").await;
+    peers::put_all(&story, &peers::beside(&story, PEERS, false));
+    kernel::shell(&story, "h1", "ip link add flannel.1 type vxlan id 1 dstport 8472 dev eth0; ip link set flannel.1 up");
+    let cause = ["set link ovx.1", "in use by interface flannel.1", "delete it"];
+    let said = problem(&story, &[], &cause).await;
+    assert!(said.starts_with("1 entry cannot be programmed: set link ovx.1"), "{said}");
+    // Some tries later it is the same.
+    let waited = story.ctl("h1", &["status", "--wait", "3s"]).exits(4).out;
+    assert!(cause.iter().all(|word| waited.contains(word)), "{waited}");
+    let status = story.status("h1").await;
+    assert_eq!(status.data_path.failed.len(), 1, "{:?}", status.data_path.failed);
+    let shown = story.ctl("h1", &["peers"]).exits(0).out;
+    assert!(shown.contains("waits for link ovx.1"), "{shown}");
+    let log = story.log("h1");
+    let warnings: Vec<&str> = log.lines().filter(|line| line.contains("WARN") || line.contains("ERROR")).collect();
+    let follows = |line: &&&str| line.contains("exthop") || line.contains("No such device") || line.contains("does not exist");
+    assert_eq!(warnings.iter().filter(follows).collect::<Vec<_>>(), Vec::<&&str>::new(), "{log}");
+    assert!(warnings.iter().any(|line| line.contains("flannel.1")), "{log}");
+
     kernel::shell(&story, "h1", "ip link delete flannel.1");
-    story.at("h1").wait_ready(READY).await.must("ready once it is gone");
+    let all = |status: &Status| status.ready && status.data_path.peers == usize::from(PEERS) + 1;
+    story.at("h1").wait_status(READY, "it has not all peers once the device is gone", all).await.must("h1");
+    story.settled("h1", SOON).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,7 +5,7 @@ use overlay_agent::model::api::Status;
 use overlay_tests::gateway::Gateway;
 use overlay_tests::junk::{Junk, check_config, check_entry, touches};
 use overlay_tests::story::SOON;
-use overlay_tests::{Must, Story, etcd, kernel};
+use overlay_tests::{Must, Story, etcd, kernel, memory};
 use overlayctl::lab::layout;
 
 /// Seeds of the generator; another one may be given, to repeat what a longer run has found.
@@ -107,11 +107,9 @@ async fn live() {
     assert_eq!(kernel::difference(&kernel::actual(&story, "h1"), &before), "");
 }
 
-/// What the agent of a host keeps resident, in MiB.
-fn resident(story: &Story, host: &str) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", story.at(host).agent().must(host).pid)).must("its status");
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).must("VmRSS");
-    line.trim().trim_end_matches(" kB").parse::<u64>().must("a number") / 1024
+/// Anonymous memory of a host's agent, in MiB.
+fn memory_of(story: &Story, host: &str) -> u64 {
+    memory::anonymous(story.at(host).agent().must(host).pid) / 1024
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -123,7 +121,7 @@ async fn a_hundred_thousand() {
     })
     .await;
     let before = kernel::actual(&story, "h1");
-    let (base, lines) = (resident(&story, "h1"), story.log("h1").lines().count());
+    let (base, lines) = (memory_of(&story, "h1"), story.log("h1").lines().count());
     let lease = |n: u32| {
         let [a, b, c, d] = (0xc000_0000 + n).to_be_bytes();
         let data = format!(r#"{{"VNI":1,"VtepMAC":"02:00:{a:02x}:{b:02x}:{c:02x}:{d:02x}"}}"#);
@@ -141,7 +139,7 @@ async fn a_hundred_thousand() {
     let status = story.at("h1").wait_status(SOON * 6, "it does not see all of it", all).await.must("h1");
     assert!(status.ready && status.store.refused.len() <= 100, "{}", status.store.refused.len());
     assert!(status.problems.iter().any(|p| p.contains(&format!("{COUNT} leases are left out"))), "{:?}", status.problems);
-    let with_junk = resident(&story, "h1");
+    let with_junk = memory_of(&story, "h1");
     let told = story.log("h1").lines().count() - lines;
     println!("{COUNT} entries of junk: {base} MiB before, {with_junk} MiB with it, {told} lines in the log");
     assert!(with_junk < base + 150, "1.5 KiB an entry at most: {with_junk} MiB");

@@ -76,7 +76,7 @@ struct Soak {
     serial: u32,
     /// The hosts before an agent ran there.
     clean: BTreeMap<&'static str, Dump>,
-    /// Open files and resident kilobytes of each agent at its first quiet point.
+    /// Open files and anonymous memory of each agent at its first quiet point.
     sizes: BTreeMap<i32, quiet::Size>,
     counts: BTreeMap<String, u32>,
     /// What was done, in order.

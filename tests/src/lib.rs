@@ -22,6 +22,7 @@ pub mod junk;
 pub mod kernel;
 pub mod left;
 pub mod machines;
+pub mod memory;
 pub mod notify;
 pub mod page;
 pub mod pages;

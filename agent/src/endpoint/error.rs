@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use super::ipam::IpamError;
+use crate::model::device::bridge_full;
 use crate::model::endpoint::EndpointName;
 use crate::model::publish::PublishError;
 use crate::model::{Family, Mac, Mode, Publish, Subnet};
@@ -183,6 +184,9 @@ pub enum EndpointError {
     /// No address, or not the wished one.
     #[error(transparent)]
     Address(#[from] IpamError),
+    /// The bridge has no port left.
+    #[error("{}", bridge_full())]
+    BridgeFull,
     /// The wished address is another endpoint's.
     #[error("address {address} is in use by endpoint {holder}: choose another one, or `overlayctl detach {holder}` first")]
     AddressHeld {
@@ -300,6 +304,7 @@ impl EndpointError {
             }
             EndpointError::NoTarget { .. } => Class::NotFound,
             EndpointError::Address(IpamError::Full { .. } | IpamError::InUse { .. })
+            | EndpointError::BridgeFull
             | EndpointError::AddressHeld { .. }
             | EndpointError::MacHeld { .. }
             | EndpointError::NameHeld { .. }

@@ -11,6 +11,7 @@ use super::ipam::Ipam;
 use super::request::{Place, Site, Wish, free_mac, host_interface};
 use super::{EndpointError, EndpointNetwork};
 use crate::model::api::Attached;
+use crate::model::device::BRIDGE_PORTS;
 use crate::model::endpoint::EndpointName;
 use crate::model::{Endpoint, Family, Mac, Mode, PerFamily, Port, Publish, Subnet};
 use crate::plan::Plug;
@@ -316,6 +317,10 @@ impl Table {
         if let Some(holder) = self.records.values().find(same_place) {
             let holder = holder.endpoint.name.clone();
             return Err(EndpointError::InterfaceHeld { interface, netns: site.netns.clone(), holder });
+        }
+        let ports = || self.records.values().filter_map(|r| r.endpoint.port.as_ref());
+        if ports().count() >= BRIDGE_PORTS {
+            return Err(EndpointError::BridgeFull);
         }
         let addresses = self.allocate(wished)?;
         let ports = || self.records.values().filter_map(|r| r.endpoint.port.as_ref());

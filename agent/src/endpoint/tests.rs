@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use super::book::{FILE, JOURNAL};
 use super::table::Stored;
 use super::*;
+use crate::model::device::BRIDGE_PORTS;
 use crate::model::{PerFamily, Vni};
 use crate::state::Journal;
 use kernel::FakeKernel;
@@ -355,4 +356,20 @@ async fn a_panic_below_is_an_error_and_the_name_stays_usable() {
     assert!(matches!(error, EndpointError::Defect { .. }), "{error}");
     endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
     assert_eq!(endpoints.list().len(), 1);
+}
+
+#[tokio::test]
+async fn attach_beyond_the_ports_of_a_bridge_is_refused() {
+    let namespaces: Vec<String> = (0..=BRIDGE_PORTS).map(|number| format!("/ns/{number}")).collect();
+    let host = Host::new(&namespaces.iter().map(String::as_str).collect::<Vec<_>>());
+    let endpoints = host.start("10.244.0.0-21").await;
+    for (number, netns) in namespaces[1..].iter().enumerate() {
+        endpoints.attach(name(&format!("c{number}")), ask(netns)).await.unwrap();
+    }
+    let before = host.kernel.plugs();
+    let error = endpoints.attach(name("late"), ask(&namespaces[0])).await.unwrap_err();
+    assert!(error.to_string().contains("all of the 1023 ports that the kernel gives it"), "{error}");
+    assert_eq!((error.class(), host.kernel.plugs().len()), (Class::Conflict, before.len()));
+    endpoints.detach(name("c7"), false).await.unwrap();
+    endpoints.attach(name("late"), ask(&namespaces[0])).await.unwrap();
 }

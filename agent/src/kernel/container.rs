@@ -25,7 +25,7 @@ use super::socket::{Refusal, RouteSocket};
 use super::view::{self, OverlayView};
 use super::wire::Query;
 use super::{Shared, blocking, sockets, sysctl};
-use crate::model::device::PORT_PREFIX;
+use crate::model::device::{PORT_PREFIX, bridge_full};
 use crate::model::{Device, Family, Mac, Publish};
 use crate::plan::desired::may_send;
 use crate::plan::ruleset::{Counter, Element, Table};
@@ -205,7 +205,14 @@ fn build(shared: &mut Shared, wanted: &Plug, netns: &Netns, bridge: u32) -> Resu
     let guard = admit(shared, wanted)?;
     let port = LinkUnspec::new_with_index(index).controller(bridge).up();
     let joined = change_link(&mut shared.socket, port.build());
-    joined.map_err(|e| e.during(format!("cannot make {host} a port of {}", wanted.bridge)))?;
+    joined.map_err(|e| {
+        let mut error = e.during(format!("cannot make {host} a port of {}", wanted.bridge));
+        if e.errno == libc::EXFULL {
+            error.message.push_str("; ");
+            error.message.push_str(&bridge_full());
+        }
+        error
+    })?;
     // The last step, for it is the only one that does not go with the pair.
     let loopback = change_link(&mut inside, LinkUnspec::new_with_index(LOOPBACK).up().build());
     loopback.map_err(|e| e.during(format!("cannot set lo up in {}", wanted.netns.display())))?;

@@ -9,6 +9,16 @@ use super::{Family, Vni};
 /// What the names of the host's ends of endpoints' veth pairs begin with.
 pub const PORT_PREFIX: &str = "ove";
 
+/// The most ports that the kernel gives one bridge (`BR_MAX_PORTS` in `net/bridge/br_private.h`, less number 0).
+pub const BRIDGE_PORTS: usize = 1023;
+
+/// What to tell where a bridge has no port left.
+pub fn bridge_full() -> String {
+    format!(
+        "this host's bridge has all of the {BRIDGE_PORTS} ports that the kernel gives it: detach containers, or attach this one on another host"
+    )
+}
+
 /// What a device of ours does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

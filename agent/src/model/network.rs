@@ -7,6 +7,8 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::device::BRIDGE_PORTS;
+use super::family::address_value;
 use super::lease::printable;
 use super::{Cidr, Family, PerFamily, Subnet, Vni};
 
@@ -172,7 +174,7 @@ impl NetworkConfig {
         let pools: PerFamily<Pool> =
             [v4, v6].into_iter().filter_map(|f| reader.pool(f).map(|pool| (pool.network.family(), pool))).collect();
         if reader.boolean("EnableNFTables").is_some() {
-            reader.ignore("EnableNFTables", "has no effect: nftables is always used");
+            reader.warn("EnableNFTables", "has no effect: nftables is always used");
         }
         let vxlan = reader.vxlan();
         let (errors, warnings) = reader.finish();
@@ -246,8 +248,8 @@ impl Reader {
         self.errors.push(error(&format!("{}{name}", self.path), value, rule));
     }
 
-    fn ignore(&mut self, name: &str, why: &str) {
-        self.warnings.push(error(&format!("{}{name}", self.path), "", why));
+    fn warn(&mut self, name: &str, rule: &str) {
+        self.warnings.push(error(&format!("{}{name}", self.path), "", rule));
     }
 
     fn boolean(&mut self, name: &str) -> Option<bool> {
@@ -366,6 +368,15 @@ impl Reader {
             self.fail(&family.field("SubnetMin"), &min.base().to_string(), &rule);
             return None;
         }
+        let containers = address_value(min.last()) - address_value(min.base()) - 2;
+        // No IPv6 subnet of a usual length could be served by one bridge, and none is meant to be: only IPv4's length is chosen for containers.
+        if family == Family::V4 && containers > BRIDGE_PORTS as u128 {
+            let rule = format!(
+                "of {length} gives each host {containers} addresses for containers, more than the {BRIDGE_PORTS} ports that the kernel gives its \
+                 bridge: 22 is enough"
+            );
+            self.warn(&family.field("SubnetLen"), &rule);
+        }
         Some(Pool { min, max, ..whole })
     }
 
@@ -416,7 +427,7 @@ impl Reader {
             ("DirectRouting", "is not served: all peers are reached by VXLAN, which also works where they share a link"),
         ] {
             if backend.boolean(name) == Some(true) {
-                backend.ignore(name, why);
+                backend.warn(name, why);
             }
         }
         let (errors, warnings) = backend.finish();

@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
-use super::{Channels, LOG_LINES, Memory, Reconciler, UNDERLAY_REST_FACTOR, UNDERLAY_SETTLE, WHOLESALE, is_wholesale, merge};
+use super::apply::{is_wholesale, merge};
+use super::{Channels, LOG_LINES, Memory, Reconciler, UNDERLAY_REST_FACTOR, UNDERLAY_SETTLE, WHOLESALE};
 use crate::metrics::{Source, Whole};
 use crate::model::event::{Connection, LeaseWish, OwnLease, StoreEvent};
 use crate::model::{Device, Family, NetworkConfig, PerFamily, Refusal};

@@ -117,16 +117,15 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         }
         problems.extend(self.host.as_ref().and_then(mtu_too_small));
         if let Some(first) = self.repairs.failures(1).first() {
+            let (failed, them) = match self.repairs.causes() {
+                1 => ("1 entry cannot be programmed".to_owned(), "it"),
+                causes => (format!("{causes} entries cannot be programmed, the first"), "them"),
+            };
             let waiting = match self.blocked() {
                 0 => String::new(),
-                blocked => format!("; {blocked} more stand on them and wait"),
+                blocked => format!("; {blocked} more depend on {them} and wait"),
             };
-            problems.push(format!(
-                "{} entries cannot be programmed, the first: {}: {}{waiting}",
-                self.repairs.causes(),
-                first.entry,
-                first.error
-            ));
+            problems.push(format!("{failed}: {}: {}{waiting}", first.entry, first.error));
         }
         if let Some((key, repairs)) = self.repairs.fights().next() {
             problems.push(format!(

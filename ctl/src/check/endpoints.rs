@@ -11,9 +11,10 @@ use overlay_agent::endpoint::{Recorded, recorded};
 use overlay_agent::kernel::netns::{DIRECTORY, Netns};
 use overlay_agent::model::Endpoint;
 use overlay_agent::model::api::NetworkView;
+use overlay_agent::model::device::BRIDGE_PORTS;
 use overlay_agent::state::StateError;
 
-use super::{Facts, Findings};
+use super::{Facts, Findings, NEARLY_FULL};
 
 pub(super) fn check(facts: &Facts, findings: &mut Findings) {
     let stored = stored(facts, findings);
@@ -70,6 +71,13 @@ fn known(network: &NetworkView, findings: &mut Findings) {
 
 /// Ports of our bridge that are no endpoint's.
 fn ports(network: &NetworkView, findings: &mut Findings) {
+    for bridge in network.bridge.iter().filter(|bridge| bridge.ports.len() * 100 >= BRIDGE_PORTS * NEARLY_FULL) {
+        findings.warning(
+            "the bridge is nearly full: the kernel will refuse more containers on this host",
+            vec![format!("{} of the {BRIDGE_PORTS} ports that the kernel gives a bridge are taken", bridge.ports.len())],
+            "attach further containers on other hosts; a SubnetLen of 22 or longer hands out no more addresses than a bridge has ports",
+        );
+    }
     let bridge = network.bridge.iter();
     let strange = bridge.flat_map(|bridge| &bridge.ports).filter(|port| port.endpoint.is_none());
     let (ours, foreign): (Vec<_>, Vec<_>) = strange.partition(|port| port.interface.starts_with("ove"));

@@ -104,6 +104,16 @@ impl Facts {
     }
 }
 
+/// A column of a file below `/proc/net/stat`: one value a processor. Empty where the file is not there: it is one for all network namespaces, and
+/// seen from the machine's own alone.
+pub(crate) fn statistics(file: &str, column: &str) -> Vec<u64> {
+    let text = std::fs::read_to_string(Path::new("/proc/net/stat").join(file)).unwrap_or_default();
+    let mut lines = text.lines();
+    let place = lines.next().and_then(|header| header.split_ascii_whitespace().position(|name| name == column));
+    let value = |line: &str| u64::from_str_radix(line.split_ascii_whitespace().nth(place?)?, 16).ok();
+    lines.filter_map(value).collect()
+}
+
 /// Whether a link has the name of one of our VXLAN devices.
 pub(super) fn is_tunnel(name: &str) -> bool {
     name.starts_with("ovx.") || name.starts_with("ovx6.")

@@ -2,8 +2,8 @@
 
 use overlay_agent::model::Family;
 
-use super::facts::{ToolError, not_looked_at, sysctl, tool};
-use super::{Facts, Findings};
+use super::facts::{ToolError, not_looked_at, statistics, sysctl, tool};
+use super::{Facts, Findings, NEARLY_FULL};
 
 /// A feature: what it is, the commands that need it, and whether the overlay stands without it.
 struct Feature {
@@ -52,9 +52,6 @@ const FEATURES: [Feature; 6] = [
     },
 ];
 
-/// The part of the connection table from which on it is nearly full, in percent.
-const NEARLY_FULL: u64 = 90;
-
 pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
     match tool(&["unshare", "--net", "true"]).await {
         Ok(_) => {
@@ -66,6 +63,30 @@ pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
     }
     forwarding(facts, findings);
     connections(findings);
+    for family in Family::ALL {
+        let (file, limit) = match family {
+            Family::V4 => ("arp_cache", "ipv4/neigh/default/gc_thresh3"),
+            Family::V6 => ("ndisc_cache", "ipv6/neigh/default/gc_thresh3"),
+        };
+        let most = sysctl(limit).and_then(|text| text.parse().ok());
+        // Each processor's line has the number of all.
+        if let (Some(entries), Some(most)) = (statistics(file, "entries").first(), most) {
+            // The agent's own are permanent and do not count against the limit.
+            neighbours(family, entries.saturating_sub(facts.peers.len() as u64), most, findings);
+        }
+    }
+}
+
+/// The kernel's neighbour table, one for all network namespaces: a container's entry for the gateway counts like the host's for the container.
+fn neighbours(family: Family, entries: u64, most: u64, findings: &mut Findings) {
+    if most > 0 && entries * 100 >= most * NEARLY_FULL as u64 {
+        let name = format!("net.{}.neigh.default.gc_thresh", family.to_string().to_lowercase());
+        findings.warning(
+            format!("the kernel's {family} neighbour table is nearly full: containers and hosts will not find each other"),
+            vec![format!("{entries} entries, {name}3 = {most}")],
+            format!("sysctl -w {name}1={} {name}2={} {name}3={}, and the same in /etc/sysctl.d", most, most * 2, most * 4),
+        );
+    }
 }
 
 async fn try_out(feature: &Feature, findings: &mut Findings) {
@@ -118,12 +139,30 @@ fn connections(findings: &mut Findings) {
     let number = |name: &str| sysctl(&format!("netfilter/{name}")).and_then(|text| text.parse::<u64>().ok());
     if let (Some(count), Some(most)) = (number("nf_conntrack_count"), number("nf_conntrack_max"))
         && most > 0
-        && count * 100 >= most * NEARLY_FULL
+        && count * 100 >= most * NEARLY_FULL as u64
     {
         findings.warning(
             "the table of connections is nearly full: new connections will be dropped",
             vec![format!("nf_conntrack_count = {count}, nf_conntrack_max = {most}")],
             format!("sysctl -w net.netfilter.nf_conntrack_max={}, and the same in /etc/sysctl.d", most * 2),
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbour_table_is_told_before_it_is_full() {
+        let told = |entries| {
+            let mut findings = Findings::of("kernel");
+            neighbours(Family::V6, entries, 1024, &mut findings);
+            findings.into_found().into_iter().next().map(|finding| (finding.evidence.concat(), finding.remedy))
+        };
+        assert_eq!(told(921), None);
+        let (evidence, remedy) = told(922).expect("a finding");
+        assert_eq!(evidence, "922 entries, net.ipv6.neigh.default.gc_thresh3 = 1024");
+        assert!(remedy.contains("net.ipv6.neigh.default.gc_thresh3=4096"), "{remedy}");
     }
 }

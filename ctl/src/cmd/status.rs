@@ -188,7 +188,11 @@ fn data_path(status: &Status) -> String {
     let path = &status.data_path;
     let mtu = path.mtu.map_or_else(String::new, |mtu| format!(", MTU {mtu}"));
     let routes = if path.nexthop_objects { "next-hop objects" } else { "classic routes" };
-    let failed = if path.failed.is_empty() { String::new() } else { format!(", {} entries failed", path.failed.len()) };
+    let failed = match path.failed.len() {
+        0 => String::new(),
+        1 => ", 1 entry failed".to_owned(),
+        several => format!(", {several} entries failed"),
+    };
     format!("{} peers{mtu}, {routes}, {} repairs{failed}", path.peers, path.drift_repairs)
 }
 

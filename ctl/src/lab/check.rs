@@ -20,6 +20,7 @@ use tokio::task::JoinSet;
 use super::container::{self, Found};
 use super::layout::outside_address;
 use super::{Lab, LabError};
+use crate::check::statistics;
 
 /// The port of the servers: of the dynamic range, so that nothing in a container is likely to have it.
 const PORT: u16 = 49_771;
@@ -146,15 +147,7 @@ pub async fn check(lab: &Lab) -> Result<Report, LabError> {
 /// How often the kernel's neighbour tables were full since the boot; 0 where that is not to be seen. Hosts that all talk to each other need
 /// as many entries as there are pairs of them, and `gc_thresh3` (arp(7)) counts those of every namespace together.
 fn neighbour_overflows() -> u64 {
-    let table = |path: &str| {
-        let text = std::fs::read_to_string(path).unwrap_or_default();
-        let mut lines = text.lines();
-        let column = lines.next().and_then(|header| header.split_ascii_whitespace().position(|name| name == "table_fulls"));
-        // One line a processor, in hexadecimal.
-        let count = |line: &str| u64::from_str_radix(line.split_ascii_whitespace().nth(column?)?, 16).ok();
-        lines.filter_map(count).sum::<u64>()
-    };
-    ["/proc/net/stat/arp_cache", "/proc/net/stat/ndisc_cache"].map(table).into_iter().sum()
+    ["arp_cache", "ndisc_cache"].into_iter().flat_map(|file| statistics(file, "table_fulls")).sum()
 }
 
 /// Every container of every host, as the kernel has them: a data path must work while its agent does not run.

@@ -4,6 +4,7 @@ use super::support::*;
 use crate::kernel::netns::{Netns, named_path};
 use crate::kernel::{KernelOptions, Plugger};
 use crate::model::Mac;
+use crate::model::device::BRIDGE_PORTS;
 use crate::plan::{ContainerPath, DataPath, Key, LinkKind, LinkState, Op, Plug, Value};
 
 fn wanted(container: &Scratch) -> Plug {
@@ -133,5 +134,28 @@ fn a_failed_plug_leaves_nothing() {
         let error = plugger.plug(&wanted(&container)).await.expect_err("a foreign interface");
         assert!(error.message.contains("is not ours"), "{error}");
         assert!(plugger.unplug("ove1").await.is_err());
+    });
+}
+
+#[test]
+fn plug_into_full_bridge_names_the_kernels_limit() {
+    let container = Scratch::new("ctrfull");
+    on_host("plugfull", KernelOptions::default(), async |host| {
+        host.make_devices().await;
+        host.settle().await;
+        let bridge = bridge().name();
+        // Both ends of a pair are ports.
+        let pairs = BRIDGE_PORTS.div_ceil(2);
+        let mut lines: String = (0..pairs).map(|n| format!("link add p{n} type veth peer name q{n}\n")).collect();
+        for port in (0..pairs).flat_map(|n| [format!("p{n}"), format!("q{n}")]).take(BRIDGE_PORTS) {
+            lines.push_str(&format!("link set {port} master {bridge}\n"));
+        }
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(file.path(), lines).expect("a batch");
+        run(&format!("ip -batch {}", file.path().display()));
+        let before = look(&container.netns);
+        let error = host.kernel.plugger().plug(&wanted(&container)).await.expect_err("the bridge is full");
+        assert!(error.message.contains("all of the 1023 ports that the kernel gives it: detach containers"), "{error}");
+        assert_eq!((look(&container.netns), run("ip -o link").contains("ove1")), (before, false));
     });
 }

@@ -86,6 +86,24 @@ fn unknown_fields_are_warnings() {
 }
 
 #[test]
+fn subnet_with_more_addresses_than_bridge_ports_is_warned_of() {
+    let warnings = |text: &str| NetworkConfig::parse(text).expect(text).warnings;
+    let told = warnings(r#"{"Network":"10.244.0.0/16","SubnetLen":21}"#);
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert_eq!(told[0].field, "SubnetLen");
+    assert!(
+        told[0].rule.starts_with("of 21 gives each host 2045 addresses for containers, more than the 1023 ports"),
+        "{told:?}"
+    );
+    for fits in [
+        r#"{"Network":"10.244.0.0/16","SubnetLen":22}"#,
+        r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/56"}"#,
+    ] {
+        assert_eq!(warnings(fits), [], "{fits}");
+    }
+}
+
+#[test]
 fn pool_numbers_its_subnets() {
     let pool = good(r#"{"Network":"10.244.0.0/16","SubnetLen":26,"SubnetMin":"10.244.10.0","SubnetMax":"10.244.20.0"}"#)
         .pools

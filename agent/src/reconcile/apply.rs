@@ -1,0 +1,133 @@
+//! Applies batches and folds their outcome: devices first, nothing that depends on a failed entry, and what is set is actual state from then on.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
+
+use super::{HEAP_REST, Memory, Reconciler, WHOLESALE};
+use crate::model::Device;
+use crate::plan::diff::prerequisite;
+use crate::plan::{Batch, DataPath, Key, LinkKind, Op, Value};
+
+impl<D: DataPath, M: Memory> Reconciler<D, M> {
+    /// Applies the ops that need not wait. Returns whether there was one.
+    pub(super) async fn apply_due(&mut self, mut batch: Batch, now: Instant) -> bool {
+        batch.retain(|op| !self.repairs.holds_back(op.key(), now));
+        // Devices first: nothing is tried on one that could not be made.
+        let device = |op: &Op| matches!(op, Op::Set(Key::Link(name), _) if Device::from_name(name).is_some());
+        let behind = batch.iter().rposition(device).map_or(0, |last| last + 1);
+        let mut rest = batch.split_off(behind);
+        let mut applied = false;
+        if !batch.is_empty() {
+            applied = true;
+            self.apply(batch).await;
+        }
+        if !self.repairs.is_empty() {
+            rest.retain(|op| !matches!(op, Op::Set(key, value) if self.blocked_by(key, value).is_some()));
+        }
+        if !rest.is_empty() {
+            applied = true;
+            self.apply(rest).await;
+        }
+        applied
+    }
+
+    /// The failed entry without which this one cannot be set.
+    pub(super) fn blocked_by(&self, key: &Key, value: &Value) -> Option<Key> {
+        if self.repairs.is_empty() {
+            return None;
+        }
+        let mut next = prerequisite(key, value, &self.desired);
+        while let Some(key) = next {
+            if self.repairs.waits(&key) && !self.stands(&key) {
+                return Some(key);
+            }
+            next = prerequisite(&key, self.desired.get(&key)?, &self.desired);
+        }
+        None
+    }
+
+    /// Whether an entry of ours is there, with whatever value.
+    fn stands(&self, key: &Key) -> bool {
+        match self.actual.get(key) {
+            Some(Value::Link(link)) => !matches!(link.kind, LinkKind::Foreign { .. }),
+            found => found.is_some(),
+        }
+    }
+
+    /// Applies a batch and folds what became of it.
+    async fn apply(&mut self, batch: Batch) {
+        for op in &batch {
+            if let Op::Set(Key::Sysctl(path), _) = op
+                && let Some(Value::Sysctl(was)) = self.actual.get(op.key())
+            {
+                self.memory.sysctl_was(path, was);
+            }
+        }
+        if batch.len() > WHOLESALE {
+            self.heap_due = Some(Instant::now() + HEAP_REST);
+        }
+        let begun = Instant::now();
+        let report = self.data_path.apply(&batch).await;
+        let took = begun.elapsed();
+        self.metrics.batch_applied(batch.len(), report.failed.len(), took);
+        tracing::debug!(ops = batch.len(), failed = report.failed.len(), ms = took.as_secs_f64() * 1e3, "batch applied");
+        let mut failed = report.failed.into_iter().peekable();
+        let mut set = Vec::new();
+        let mut recovered = BTreeSet::new();
+        for (index, op) in batch.into_iter().enumerate() {
+            if let Some((_, error)) = failed.next_if(|(i, _)| *i == index) {
+                let cause = if let Op::Set(key, value) = &op { self.blocked_by(key, value) } else { None };
+                self.repairs.failed(&op, error, cause);
+                continue;
+            }
+            if self.repairs.succeeded(op.key()) {
+                self.all_dirty |= matches!(op, Op::Set(Key::Link(_), _));
+                recovered.insert(op.key().clone());
+            }
+            match op {
+                Op::Set(key, value) if !matches!(key, Key::Link(_)) => set.push((key, value)),
+                op => {
+                    merge(&mut self.actual, std::mem::take(&mut set));
+                    self.fold_applied(op);
+                }
+            }
+        }
+        merge(&mut self.actual, set);
+        if !recovered.is_empty() {
+            self.dirty.extend(self.repairs.release(&recovered));
+        }
+        self.changed = true;
+    }
+
+    /// An op that the kernel accepted is actual state now.
+    fn fold_applied(&mut self, op: Op) {
+        match op {
+            // By far the most: the routes of a next hop that goes were deleted before it, so there is nothing to follow.
+            Op::Delete(key @ Key::Nexthop(_), value) => {
+                if let (Value::Nexthop { device, gateway }, false) = (value, self.desired.contains_key(&key)) {
+                    self.ids.release(device, gateway);
+                }
+                self.actual.remove(&key);
+            }
+            op => op.record(&mut self.actual),
+        }
+    }
+}
+
+/// Whether so many entries are merged into a state, and compared with the other, as a whole: more than some hundred peers, and not few beside
+/// those that are there.
+pub(super) fn is_wholesale(present: usize, entries: usize) -> bool {
+    entries > WHOLESALE && entries > present / 4
+}
+
+/// Puts entries into a state, of one key the last. A tree that is made in order is made faster than entry by entry, and its nodes are full: it takes
+/// half the memory.
+pub(super) fn merge<K: Ord, V>(map: &mut BTreeMap<K, V>, entries: Vec<(K, V)>) {
+    if map.is_empty() {
+        *map = entries.into_iter().collect();
+    } else if is_wholesale(map.len(), entries.len()) {
+        map.append(&mut entries.into_iter().collect());
+    } else {
+        map.extend(entries);
+    }
+}
