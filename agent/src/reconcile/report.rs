@@ -1,7 +1,5 @@
 //! Answers to questions: what the agent knows, in the shapes of the socket.
 
-use std::net::IpAddr;
-
 use super::{Memory, Query, Reconciler, SubnetRow};
 use crate::model::api::{
     DataPathStatus, Health, LeaseStatus, PeerEntry, Peers, Status, StoreStatus, SubnetEntry, UnderlayStatus,
@@ -67,6 +65,8 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 interface: underlay.name.clone(),
                 mtu: underlay.mtu,
                 public_ip: underlay.public_ip,
+                local: underlay.local,
+                reasons: self.underlay_reasons.map(|_, reason| reason.to_string()),
             }),
             data_path: DataPathStatus {
                 peers: self.peers.len(),
@@ -110,8 +110,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 "the network's configuration under {config} is bad: {errors}; correct it and write it with `overlayctl config set FILE`{kept}"
             ));
         }
-        problems.extend(self.underlay_error.iter().cloned());
-        problems.extend(self.own_address_in_overlay());
+        problems.extend(self.underlay_problems());
         problems.extend(self.dump_error.as_ref().map(|error| format!("the kernel's state cannot be read: {error}")));
         if let OwnLease::Wanted { reason } = &self.own
             && self.underlay.is_some()
@@ -143,21 +142,6 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             problems.push(format!("{} leases are left out, the first: {first}", self.refused.len()));
         }
         problems
-    }
-
-    /// That this host's address is one that the overlay leases: its packets would go into the tunnel, so peers leave its lease out.
-    fn own_address_in_overlay(&self) -> Option<String> {
-        let (network, underlay) = (self.network.as_ref()?, self.underlay.as_ref()?);
-        let leased =
-            |(family, address): &(Family, &IpAddr)| network.pools.get(*family).is_some_and(|pool| pool.may_lease(**address));
-        let (family, address) = underlay.public_ip.iter().find(leased)?;
-        let pool = network.pools.get(family)?;
-        Some(format!(
-            "this host's address {address} lies among the overlay's subnets, {} to {}, so peers leave this host out: leave its range out by \
-             SubnetMin and SubnetMax, or choose another network",
-            pool.min.base(),
-            pool.max.last()
-        ))
     }
 
     /// How many entries wait for one that cannot be set.
