@@ -15,8 +15,10 @@ mod repair;
 mod report;
 #[cfg(test)]
 mod tests;
+mod underlay;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -33,7 +35,7 @@ use crate::plan::desired::{Host, NexthopIds};
 use crate::plan::diff::{diff, diff_keys};
 use crate::plan::roster::{LeaseKey, OwnHost, Roster};
 use crate::plan::ruleset::Table;
-use crate::plan::underlay::{Inventory, Selection, Underlay};
+use crate::plan::underlay::{Inventory, Reason, Selection, Underlay};
 use crate::plan::{Batch, DataPath, KernelEvent, Key, State};
 
 use lines::Lines;
@@ -86,6 +88,8 @@ pub trait Memory: Send {
     fn mac(&mut self, device: Device, found: Option<Mac>) -> Mac;
     /// The subnet that this host held last.
     fn preferred(&self) -> Option<Subnet>;
+    /// The underlay addresses that this host published last.
+    fn published(&self) -> PerFamily<IpAddr>;
     /// The value of a sysctl before the agent first changed it, so that `overlayd cleanup` can put it back.
     fn sysctl_was(&mut self, path: &str, value: &str);
 }
@@ -102,7 +106,7 @@ pub struct Overlay {
     /// MTU in bytes.
     pub mtu: u32,
     /// This host's underlay addresses.
-    pub public_ip: PerFamily<std::net::IpAddr>,
+    pub public_ip: PerFamily<IpAddr>,
 }
 
 /// A lease for the table, with its etcd lease so that the time left can be asked for.
@@ -170,7 +174,9 @@ pub struct Reconciler<D, M> {
     // What the host is like.
     inventory: Inventory,
     underlay: Option<Underlay>,
-    underlay_error: Option<String>,
+    /// Why its addresses were chosen.
+    underlay_reasons: PerFamily<Reason>,
+    underlay_trouble: Vec<String>,
     endpoints: Vec<Arc<Endpoint>>,
     /// Whether those who wait for them have to be told.
     endpoints_new: bool,
@@ -226,7 +232,8 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             lease_over: false,
             inventory: Inventory::default(),
             underlay: None,
-            underlay_error: None,
+            underlay_reasons: PerFamily::default(),
+            underlay_trouble: Vec::new(),
             endpoints: Vec::new(),
             endpoints_new: true,
             host: None,

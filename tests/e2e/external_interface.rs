@@ -77,6 +77,35 @@ async fn what_is_not_there_is_named_with_the_candidates() {
     }
 }
 
+/// As in flannel's own example: the hosts' addresses lie in the network, outside the range that is leased.
+#[tokio::test(flavor = "multi_thread")]
+async fn underlay_in_the_network_but_outside_the_pool_works() {
+    let story = Story::up(|options| {
+        options.hosts = 2;
+        options.containers = 1;
+        options.networks.v4 = "10.0.0.0/8".parse().ok();
+        let bounds = [("SubnetMin", "10.10.0.0"), ("SubnetMax", "10.90.0.0")];
+        options.config.extend(bounds.map(|(field, address)| (field.to_owned(), address.into())));
+    })
+    .await;
+    story.assert_all_reach().await;
+    for (host, other) in [("h1", "10.99.1.2"), ("h2", "10.99.1.1")] {
+        story.settled(host, SOON).await;
+        let status = story.status(host).await;
+        assert!(status.ready && status.problems.is_empty(), "{:?}", status.problems);
+        // A host has no way back to a container of another one but by the address of the container's host.
+        let container = format!("{host}-c1");
+        kernel::shell(&story, &container, &format!("ping -c 1 -W 5 {other}"));
+        let remote = if host == "h1" { "h2" } else { "h1" };
+        let address = story.endpoints(remote)[0].addresses().v4.must("an address");
+        kernel::shell(&story, host, &format!("ping -c 1 -W 5 {address}"));
+        let state = story.at(host).state_dir();
+        story.ctl(host, &["check", "--state-dir", &state.to_string_lossy()]).exits(0);
+        let traced = story.ctl(host, &["trace", "c1", other]).exits(0);
+        assert!(!traced.out.contains("in the overlay"), "{}", traced.out);
+    }
+}
+
 /// The interface comes later than the agent: no restart is needed.
 #[tokio::test(flavor = "multi_thread")]
 async fn one_that_comes_late() {

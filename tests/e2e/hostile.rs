@@ -40,7 +40,7 @@ fn hostile(own: &str, peer_subnet: &str, v4: &impl Fn(u8) -> String) -> Vec<(&'s
         ("an unspecified public IP", v4(12), lease("0.0.0.0", MAC), "unspecified"),
         ("a broadcast public IP", v4(13), lease("255.255.255.255", MAC), "broadcast"),
         ("a link-local public IP", v4(14), lease("169.254.1.1", MAC), "link-local"),
-        ("a public IP inside the overlay", v4(15), lease("10.244.3.3", MAC), "must not lie in the overlay"),
+        ("a public IP inside the overlay", v4(15), lease("10.244.3.3", MAC), "must not lie among the overlay's subnets"),
         ("a public IP that is text", v4(16), lease("$(reboot)", MAC), "must be an IPv4 address"),
         ("a subnet outside the network", "10.50.0.0-24".to_owned(), plain(18, "02:00:00:00:01:18"), "not inside the network"),
         ("the default route", "0.0.0.0-0".to_owned(), plain(19, "02:00:00:00:01:19"), "not inside the network"),

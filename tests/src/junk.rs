@@ -65,7 +65,11 @@ pub fn check_entry(key: &str, value: &[u8]) {
                 assert!(pool.network.covers(reach.subnet), "{} is outside the network", reach.subnet);
                 assert!(reach.subnet.length() >= pool.network.length() + 2, "{} is most of the network", reach.subnet);
                 assert!(!own.subnet.get(family).must("ours").overlaps(reach.subnet), "{} is ours", reach.subnet);
-                assert!(is_host(reach.public_ip) && !pool.network.contains(reach.public_ip), "{} is no host", reach.public_ip);
+                assert!(
+                    is_host(reach.public_ip) && !pool.may_lease(reach.public_ip) && !reach.subnet.contains(reach.public_ip),
+                    "{} is no host",
+                    reach.public_ip
+                );
                 assert_ne!(Some(&reach.public_ip), own.public_ip.get(family), "our own address");
                 assert!(reach.vtep.is_unicast() && Some(&reach.vtep) != own.vtep.get(family), "{}", reach.vtep);
             }

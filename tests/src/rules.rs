@@ -7,6 +7,7 @@ use std::fmt::Write;
 use std::net::{IpAddr, Ipv6Addr};
 
 use overlay_agent::model::api::SubnetEntry;
+use overlay_agent::model::network::Pool;
 use overlay_agent::model::publish::Publish;
 use overlay_agent::model::{Cidr, Endpoint, Family, PerFamily, Subnet};
 use overlayctl::lab::Lab;
@@ -31,8 +32,8 @@ pub struct Golden<'a> {
     pub vni: u64,
     /// The UDP port of the tunnel.
     pub port: u64,
-    /// The network, whose packets to elsewhere are masqueraded.
-    pub networks: PerFamily<Cidr>,
+    /// The pools, from whose subnets packets to elsewhere are masqueraded.
+    pub pools: PerFamily<Pool>,
     /// The own subnet.
     pub subnet: Subnet,
     /// The own addresses on the underlay, that peers tunnel to.
@@ -51,6 +52,7 @@ struct Words {
     loopback: &'static str,
     multicast: &'static str,
     ethertype: &'static str,
+    tunnel: &'static str,
     /// Where the inner source stands, in bits from the UDP header, and its length.
     source: &'static str,
 }
@@ -64,6 +66,7 @@ fn words(family: Family) -> Words {
             loopback: "127.0.0.0/8",
             multicast: "224.0.0.0/4",
             ethertype: "0x800",
+            tunnel: "ovx",
             source: "@th,336,32",
         },
         Family::V6 => Words {
@@ -73,6 +76,7 @@ fn words(family: Family) -> Words {
             loopback: "::1",
             multicast: "ff00::/8",
             ethertype: "0x86dd",
+            tunnel: "ovx6",
             source: "@th,304,128",
         },
     }
@@ -93,9 +97,10 @@ impl Golden<'_> {
 
     fn inet(&self) -> String {
         let (vni, port, bridge) = (self.vni, self.port, format!("\"ovb.{}\"", self.vni));
-        let each = |text: &dyn Fn(Words, Cidr, Cidr) -> String| -> String {
-            let families = self.subnet.iter().filter_map(|(family, own)| Some((family, *self.networks.get(family)?, own)));
-            families.map(|(family, network, own)| text(words(family), network, own)).collect()
+        let each = |text: &dyn Fn(Words, &str, Cidr) -> String| -> String {
+            let families = self.subnet.iter().filter_map(|(family, own)| Some((family, self.pools.get(family)?, own)));
+            let leased = |pool: &Pool| format!("{}-{}", pool.min.base(), pool.max.last());
+            families.map(|(family, pool, own)| text(words(family), &leased(pool), own)).collect()
         };
         let mut text = "table inet overlayd {\n\tcounter encapsulation {\n\t}\n\tcounter tunnel {\n\t}\n".to_owned();
         text += &each(&|Words { digit, kind, .. }, _, _| {
@@ -124,8 +129,7 @@ impl Golden<'_> {
             "\t}}\n\tchain outgoing {{\n\t\ttype filter hook output priority raw; policy accept;\n\t\tudp dport {port} notrack\n\t}}\n"
         );
         text += "\tchain overlay {\n";
-        text +=
-            &each(&|Words { ip, .. }, network, _| format!("\t\t{ip} saddr {network} accept\n\t\t{ip} daddr {network} accept\n"));
+        text += &each(&|Words { ip, .. }, leased, _| format!("\t\t{ip} saddr {leased} accept\n\t\t{ip} daddr {leased} accept\n"));
         text += "\t}\n";
         text += "\tchain postrouting {\n\t\ttype nat hook postrouting priority srcnat; policy accept;\n";
         if self.publishes() {
@@ -136,9 +140,9 @@ impl Golden<'_> {
                 rule(own.to_string()) + &rule(loopback.to_owned())
             });
         }
-        text += &each(&|Words { ip, multicast, .. }, network, _| {
+        text += &each(&|Words { ip, multicast, tunnel, .. }, leased, _| {
             format!(
-                "\t\t{ip} saddr {network} oifname != {bridge} {ip} daddr != {network} {ip} daddr != {multicast} masquerade random,fully-random\n"
+                "\t\t{ip} saddr {leased} oifname != {bridge} oifname != \"{tunnel}.{vni}\" {ip} daddr != {leased} {ip} daddr != {multicast} masquerade random,fully-random\n"
             )
         });
         text += &format!(
@@ -162,7 +166,7 @@ impl Golden<'_> {
         text + "}\n"
     }
 
-    fn published(&self, each: impl Fn(&dyn Fn(Words, Cidr, Cidr) -> String) -> String) -> String {
+    fn published(&self, each: impl Fn(&dyn Fn(Words, &str, Cidr) -> String) -> String) -> String {
         let mut text = each(&|Words { digit, kind, .. }, _, _| {
             let map = |name, key: &str| {
                 format!("\tmap {name}{digit} {{\n\t\ttype {key}inet_proto . inet_service : {kind} . inet_service\n\t}}\n")

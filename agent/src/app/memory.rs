@@ -55,6 +55,10 @@ impl Memory for HostMemory {
         self.lock().subnet
     }
 
+    fn published(&self) -> PerFamily<IpAddr> {
+        self.lock().public_ip
+    }
+
     fn sysctl_was(&mut self, path: &str, value: &str) {
         let mut host = self.lock();
         if !host.sysctls.contains_key(path) {

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 
 use netlink_packet_core::{NLM_F_REPLACE, NetlinkHeader};
+use netlink_packet_route::address::AddressFlags;
 use netlink_packet_route::link::LinkFlags;
 
 use super::Shared;
@@ -100,7 +101,7 @@ impl Pending {
 #[derive(Debug, Default)]
 pub struct Foreign {
     links: HashMap<u32, (String, u32, bool)>,
-    addresses: HashMap<(u32, IpAddr), bool>,
+    addresses: HashMap<(u32, IpAddr), AddressFlags>,
 }
 
 impl Foreign {
@@ -110,7 +111,7 @@ impl Foreign {
         let addresses = objects::addresses(socket, 0)?;
         Ok(Foreign {
             links: links.into_iter().map(|link| (link.index, (link.name.clone(), link.mtu, link.up()))).collect(),
-            addresses: addresses.iter().map(|a| ((a.index, a.address.ip()), a.is_deprecated())).collect(),
+            addresses: addresses.iter().map(|a| ((a.index, a.address.ip()), a.fitness())).collect(),
         })
     }
 }
@@ -208,9 +209,9 @@ fn note_address(present: bool, info: &AddressInfo, known: &mut Known, foreign: &
         }
     } else if info.is_global() && !known.is_removed(info.index) {
         let key = (info.index, info.address.ip());
-        let deprecated = info.is_deprecated();
+        let fitness = info.fitness();
         let news = if present {
-            foreign.addresses.insert(key, deprecated) != Some(deprecated)
+            foreign.addresses.insert(key, fitness) != Some(fitness)
         } else {
             foreign.addresses.remove(&key);
             true

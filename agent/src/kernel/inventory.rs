@@ -15,15 +15,13 @@ use super::{Shared, known};
 use crate::model::device::PORT_PREFIX;
 use crate::model::{Device, Family};
 use crate::plan::OpError;
-use crate::plan::underlay::{DefaultRoute, ForeignLink, Inventory};
+use crate::plan::underlay::{DefaultRoute, Flaw, ForeignLink, HostAddress, Inventory};
 
 /// Reads it.
 pub fn inventory(shared: &mut Shared) -> Result<Inventory, OpError> {
     let links = objects::links(&mut shared.socket)?;
     let mut addresses = objects::addresses(&mut shared.socket, 0)?;
     addresses.retain(objects::AddressInfo::is_global);
-    // Stable: what the kernel lists first stays first among equals.
-    addresses.sort_by_key(|a| (a.is_deprecated(), !a.flags.contains(AddressFlags::Permanent)));
     let named_ours = |name: &str| Device::from_name(name).is_some() || name.starts_with(PORT_PREFIX);
     let links = links
         .into_iter()
@@ -33,7 +31,7 @@ pub fn inventory(shared: &mut Shared) -> Result<Inventory, OpError> {
             mtu: link.mtu,
             up: link.up(),
             loopback: link.flags.contains(LinkFlags::Loopback),
-            addresses: addresses.iter().filter(|a| a.index == link.index).map(|a| a.address.ip()).collect(),
+            addresses: addresses.iter().filter(|a| a.index == link.index).map(host_address).collect(),
             name: link.name,
         })
         .collect();
@@ -42,6 +40,25 @@ pub fn inventory(shared: &mut Shared) -> Result<Inventory, OpError> {
         defaults.extend(default_routes(&mut shared.socket, family)?);
     }
     Ok(Inventory { links, defaults, forward_drops: shared.nft.dump()?.forward_drops })
+}
+
+fn host_address(info: &objects::AddressInfo) -> HostAddress {
+    let (address, has) = (info.address.ip(), |flag| info.flags.contains(flag));
+    // One bit, which says either (`IFA_F_SECONDARY` and `IFA_F_TEMPORARY`, linux/if_addr.h).
+    let (secondary, temporary) = match Family::of(address) {
+        Family::V4 => (has(AddressFlags::Secondary), false),
+        Family::V6 => (false, has(AddressFlags::Secondary)),
+    };
+    let flaws = [
+        (temporary, Flaw::Temporary),
+        (has(AddressFlags::Deprecated), Flaw::Deprecated),
+        // An optimistic one is used while it is tentative (RFC 4429).
+        (has(AddressFlags::Tentative) && !has(AddressFlags::Optimistic), Flaw::Tentative),
+        (has(AddressFlags::Dadfailed), Flaw::Duplicate),
+        (matches!(address, IpAddr::V4(v4) if v4.is_link_local()), Flaw::LinkLocal),
+    ];
+    let flaw = flaws.into_iter().filter(|(is, _)| *is).map(|(_, flaw)| flaw).max();
+    HostAddress { address, length: info.address.prefix(), secondary, flaw }
 }
 
 fn default_routes(socket: &mut RouteSocket, family: Family) -> Result<Vec<DefaultRoute>, OpError> {
@@ -68,6 +85,8 @@ fn default_routes(socket: &mut RouteSocket, family: Family) -> Result<Vec<Defaul
         found.extend(interface.map(|interface| DefaultRoute {
             family,
             interface,
+            source: route.source,
+            gateway: route.gateway,
             from_router_advertisement: route.protocol == RouteProtocol::Ra,
         }));
     }

@@ -215,9 +215,14 @@ impl AddressInfo {
         self.scope == AddressScope::Universe
     }
 
-    /// To be used for nothing new.
-    pub fn is_deprecated(&self) -> bool {
-        self.flags.contains(AddressFlags::Deprecated)
+    /// The flags that say how fit it is as a source.
+    pub fn fitness(&self) -> AddressFlags {
+        self.flags
+            & (AddressFlags::Secondary
+                | AddressFlags::Deprecated
+                | AddressFlags::Tentative
+                | AddressFlags::Optimistic
+                | AddressFlags::Dadfailed)
     }
 }
 
@@ -253,6 +258,8 @@ pub struct RouteInfo {
     pub metric: u32,
     /// The gateway of its family.
     pub gateway: Option<IpAddr>,
+    /// The preferred source.
+    pub source: Option<IpAddr>,
     /// Interface index; of a route over several gateways the first one's.
     pub interface: Option<u32>,
     /// Id of the next-hop object.
@@ -264,12 +271,15 @@ impl RouteInfo {
     pub fn read(body: &[u8]) -> Option<RouteInfo> {
         let header = RouteHeader::parse(body).ok()?;
         let (family, kind) = (header.address_family, header.kind);
-        let mut route = RouteInfo { protocol: header.protocol, kind, metric: 0, gateway: None, interface: None, nexthop: None };
+        let mut route =
+            RouteInfo { protocol: header.protocol, kind, metric: 0, gateway: None, source: None, interface: None, nexthop: None };
         for attribute in raw_attributes(body, RTMSG) {
             match RouteAttribute::parse_with_param(&attribute, (family, kind, RouteLwEnCapType::None)) {
                 Ok(RouteAttribute::Priority(metric)) => route.metric = metric,
                 Ok(RouteAttribute::Gateway(RouteAddress::Inet(ip))) => route.gateway = Some(ip.into()),
                 Ok(RouteAttribute::Gateway(RouteAddress::Inet6(ip))) => route.gateway = Some(ip.into()),
+                Ok(RouteAttribute::PrefSource(RouteAddress::Inet(ip))) => route.source = Some(ip.into()),
+                Ok(RouteAttribute::PrefSource(RouteAddress::Inet6(ip))) => route.source = Some(ip.into()),
                 Ok(RouteAttribute::Oif(index)) => route.interface = Some(index),
                 Ok(RouteAttribute::MultiPath(hops)) => route.interface = hops.first().map(|hop| hop.interface_index),
                 Ok(RouteAttribute::NhId(id)) => route.nexthop = Some(id),
@@ -379,7 +389,7 @@ mod tests {
             AddressAttribute::Flags(AddressFlags::Deprecated | AddressFlags::Noprefixroute),
         ];
         let read = AddressInfo::read(&bytes(&address)).expect("an address");
-        assert!(read.is_deprecated() && read.is_global());
+        assert!(read.fitness() == AddressFlags::Deprecated && read.is_global());
         assert_eq!(read.address.to_string(), "fd00::1/64");
     }
 }

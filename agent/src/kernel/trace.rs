@@ -24,7 +24,7 @@ use super::uapi::*;
 use super::wire::{AF_BRIDGE, NHMSG, Query, family_of};
 use crate::model::{Cidr, Device, Family, Mac, PerFamily, Role};
 use crate::plan::OpError;
-use crate::plan::ruleset::{Expr, OVERLAY, Table};
+use crate::plan::ruleset::{Expr, Field, OVERLAY, Table};
 
 pub use super::nft::{Book, Judgement, Place, Sight, TraceWatch, Translation, Watched};
 pub use capture::{Capture, Passage, Watchlist};
@@ -133,8 +133,8 @@ impl Neighbour {
 /// The overlay as the rules of the host have it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Overlay {
-    /// The network's range in each family; none where the table `inet overlayd` is not there.
-    pub networks: PerFamily<Cidr>,
+    /// The first and the last address that is leased in each family; none where the table `inet overlayd` is not there.
+    pub ranges: PerFamily<(IpAddr, IpAddr)>,
 }
 
 /// A question for the route to an address.
@@ -300,8 +300,10 @@ impl Look {
         let mut overlay = Overlay::default();
         let chains = state.ruleset(Table::Inet).map(|ruleset| ruleset.chains.as_slice()).unwrap_or_default();
         for rule in chains.iter().filter(|chain| chain.name == OVERLAY).flat_map(|chain| &chain.rules) {
-            if let [Expr::Source { cidr, negate: false }, Expr::Accept] = rule.exprs.as_slice() {
-                *overlay.networks.slot(cidr.family()) = Some(*cidr);
+            if let [Expr::Range { field: Field::Source(family), first, last, negate: false }, Expr::Accept] =
+                rule.exprs.as_slice()
+            {
+                *overlay.ranges.slot(*family) = Some((*first, *last));
             }
         }
         Ok(overlay)

@@ -101,6 +101,12 @@ pub struct UnderlayStatus {
     pub mtu: u32,
     /// This host's underlay addresses.
     pub public_ip: PerFamily<IpAddr>,
+    /// The addresses of the interface that the tunnels send from: others than `public_ip` behind NAT.
+    #[serde(default)]
+    pub local: PerFamily<IpAddr>,
+    /// Why they were chosen.
+    #[serde(default)]
+    pub reasons: PerFamily<String>,
 }
 
 /// The data path's part of the status.

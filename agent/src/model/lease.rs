@@ -144,6 +144,14 @@ pub enum RefusalKind {
         /// This host's.
         own: Subnet,
     },
+    /// The range, which the network does not lease any more, holds the underlay address of a host.
+    #[error("{subnet} holds {address}, which is the address of a host")]
+    CoversHost {
+        /// The offending range.
+        subnet: Cidr,
+        /// The host's address.
+        address: IpAddr,
+    },
     /// An older lease has an overlapping range.
     #[error("it overlaps the older lease {other}")]
     Overlap {
@@ -188,7 +196,7 @@ pub enum RefusalKind {
 
 impl RefusalKind {
     /// Every word of [`RefusalKind::word`].
-    pub const WORDS: [&str; 14] = [
+    pub const WORDS: [&str; 15] = [
         "key",
         "too-large",
         "malformed",
@@ -197,6 +205,7 @@ impl RefusalKind {
         "too-wide",
         "family-not-used",
         "overlaps-own",
+        "covers-host",
         "overlap",
         "own-address",
         "own-mac",
@@ -216,6 +225,7 @@ impl RefusalKind {
             RefusalKind::TooWide { .. } => "too-wide",
             RefusalKind::FamilyNotUsed { .. } => "family-not-used",
             RefusalKind::OverlapsOwn { .. } => "overlaps-own",
+            RefusalKind::CoversHost { .. } => "covers-host",
             RefusalKind::Overlap { .. } => "overlap",
             RefusalKind::OwnAddress { .. } => "own-address",
             RefusalKind::OwnMac { .. } => "own-mac",

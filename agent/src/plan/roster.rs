@@ -200,6 +200,7 @@ impl Roster {
             let neighbours = self.neighbours(record);
             self.contested |= neighbours.iter().any(|other| *other != key);
             affected.extend(neighbours);
+            affected.extend(self.covering(record));
         }
         self.entries.insert(key.clone(), value);
         affected.insert(key);
@@ -212,6 +213,7 @@ impl Roster {
         let mut affected = BTreeSet::new();
         if let Ok(record) = &value {
             affected = self.neighbours(record);
+            affected.extend(self.covering(record));
             for (_, cidr) in record.subnet.iter() {
                 self.forget(cidr, &key);
             }
@@ -246,11 +248,37 @@ impl Roster {
         if own.is_some_and(|own| own.subnet == record.subnet) {
             return Standing::Own;
         }
-        let verdict = judge(record, network, own).and_then(|peer| self.conflict(key, record, network).map_or(Ok(peer), Err));
+        let conflict = || self.covered_host(key, record, network, own).or_else(|| self.conflict(key, record, network));
+        let verdict = judge(record, network, own).and_then(|peer| conflict().map_or(Ok(peer), Err));
         match verdict {
             Ok(peer) => Standing::Peer(peer),
             Err(kind) => Standing::Refused(Refusal { key: crate::model::lease::printable(key), kind }),
         }
+    }
+
+    /// The address of this host or of another entry's that lies in this entry's range: its tunnel would lead into itself. No range that the
+    /// pools lease has one: such an address is left out itself.
+    fn covered_host(&self, key: &str, record: &Record, network: &NetworkConfig, own: Option<&OwnHost>) -> Option<RefusalKind> {
+        record.subnet.iter().find_map(|(family, subnet)| {
+            let pool = network.pools.get(family)?;
+            if pool.leases(subnet) {
+                return None;
+            }
+            let here = own.and_then(|own| own.public_ip.get(family).copied());
+            let others = self
+                .entries
+                .iter()
+                .filter(|(other, _)| other.as_ref() != key)
+                .filter_map(|(_, value)| value.as_ref().ok()?.lease.public_ip.get(family).copied());
+            let address =
+                here.into_iter().chain(others).find(|address| subnet.contains(*address) && !pool.may_lease(*address))?;
+            Some(RefusalKind::CoversHost { subnet, address })
+        })
+    }
+
+    /// The entries whose range holds a record's address.
+    fn covering(&self, record: &Record) -> impl Iterator<Item = LeaseKey> {
+        record.lease.public_ip.iter().flat_map(|(_, address)| self.overlapping(Cidr::host(*address)))
     }
 
     /// The first contradiction with an entry that ranks before this one.
@@ -373,12 +401,16 @@ fn judge(record: &Record, network: &NetworkConfig, own: Option<&OwnHost>) -> Res
                 return Err(RefusalKind::OwnMac { mac: vtep });
             }
         }
-        if pool.network.contains(public_ip) {
+        if pool.may_lease(public_ip) || subnet.contains(public_ip) {
             // The outer packet would be routed into the overlay again.
             return Err(RefusalKind::Field {
                 field: "PublicIP".to_owned(),
                 value: public_ip.to_string(),
-                rule: format!("must not lie in the overlay network {}", pool.network),
+                rule: format!(
+                    "must not lie among the overlay's subnets, {} to {} and {subnet}",
+                    pool.min.base(),
+                    pool.max.last()
+                ),
             });
         }
         *reach.slot(family) = Some(Reach { subnet, public_ip, vtep });

@@ -9,6 +9,8 @@ mod host;
 mod set;
 mod text;
 
+use std::net::IpAddr;
+
 use serde::{Deserialize, Serialize};
 
 use crate::model::{Cidr, Family};
@@ -238,6 +240,17 @@ pub enum Expr {
         /// The range.
         cidr: Cidr,
         /// Not in it.
+        negate: bool,
+    },
+    /// `ip saddr FIRST-LAST`, or another field of addresses; with `negate`, `!=`. Includes the match on the layer 3 protocol.
+    Range {
+        /// The field of addresses.
+        field: Field,
+        /// The first address.
+        first: IpAddr,
+        /// The last one.
+        last: IpAddr,
+        /// Not from the first to the last.
         negate: bool,
     },
     /// `iifname NAME`.

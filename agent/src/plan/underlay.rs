@@ -1,10 +1,16 @@
 //! Which interface is the external one, and which addresses of it peers send to.
+//!
+//! The address in use stays while it is fit. Otherwise the choice is the kernel's own source for the default route, and behind it what an operator or
+//! a daemon adds beside the host's own address: secondary addresses, and those of host length, as VRRP has them. Lifetimes do not matter: a
+//! DHCP lease has one, a floating address has none. Each family is chosen by itself; the trouble of one does not hold up the other.
 
+use std::fmt;
 use std::net::IpAddr;
 
 use regex::Regex;
 
-use crate::model::{Family, PerFamily};
+use crate::model::network::Pool;
+use crate::model::{Cidr, Family, PerFamily};
 
 /// How the external interface is chosen: the first of the names and addresses that is there, else the first link whose name or address
 /// matches the expression, else the one by which an address is reached, else that of the default route.
@@ -93,8 +99,58 @@ pub struct ForeignLink {
     pub up: bool,
     /// The loopback device.
     pub loopback: bool,
-    /// Its addresses of global scope, permanent ones and those that are preferred first.
-    pub addresses: Vec<IpAddr>,
+    /// Its addresses of global scope, in the kernel's order.
+    pub addresses: Vec<HostAddress>,
+}
+
+/// An address of a link that is not ours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HostAddress {
+    /// The address.
+    pub address: IpAddr,
+    /// Its prefix length.
+    pub length: u8,
+    /// Whether the kernel has another address of the same subnet before it (IPv4 only).
+    pub secondary: bool,
+    /// Why the kernel does not prefer it as a source.
+    pub flaw: Option<Flaw>,
+}
+
+/// Why an address is no good source, the least first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Flaw {
+    /// A privacy address (RFC 8981), which the kernel replaces within hours.
+    Temporary,
+    /// Its preferred lifetime is over.
+    Deprecated,
+    /// The overlay leases it: outer packets would be routed into the tunnel.
+    Leased,
+    /// Duplicate address detection is not through.
+    Tentative,
+    /// Another host has it, as duplicate address detection found.
+    Duplicate,
+    /// Of 169.254.0.0/16, which is not routed.
+    LinkLocal,
+}
+
+impl Flaw {
+    /// Whether the kernel sends from such an address at all: it is chosen where there is no better one.
+    const fn is_usable(self) -> bool {
+        matches!(self, Flaw::Temporary | Flaw::Deprecated | Flaw::Leased)
+    }
+}
+
+impl fmt::Display for Flaw {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Flaw::Temporary => "temporary",
+            Flaw::Deprecated => "deprecated",
+            Flaw::Leased => "in the overlay",
+            Flaw::Tentative => "tentative",
+            Flaw::Duplicate => "duplicate",
+            Flaw::LinkLocal => "link-local",
+        })
+    }
 }
 
 /// A default route.
@@ -104,6 +160,10 @@ pub struct DefaultRoute {
     pub family: Family,
     /// Interface index.
     pub interface: u32,
+    /// The preferred source.
+    pub source: Option<IpAddr>,
+    /// The gateway of its family.
+    pub gateway: Option<IpAddr>,
     /// Learned from a router advertisement: the host needs `accept_ra=2` to keep it once it forwards.
     pub from_router_advertisement: bool,
 }
@@ -125,72 +185,222 @@ pub struct Underlay {
     pub router_advertisements: bool,
 }
 
+/// The external interface and the addresses that are in use, by this agent or the one before it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct InUse {
+    /// Interface index.
+    pub link: Option<u32>,
+    /// The source of each VXLAN device.
+    pub local: PerFamily<IpAddr>,
+}
+
+/// Why an address was chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reason {
+    /// It is named by `--iface`, or matches `--iface-regex`.
+    Asked,
+    /// There is no other one.
+    Only,
+    /// It was in use before.
+    InUse,
+    /// The kernel sends from it by the default route.
+    Source,
+    /// It is the first one that is as good.
+    First,
+    /// The interface does not have it any more, nor another one.
+    Kept,
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Reason::Asked => "named by --iface or --iface-regex",
+            Reason::Only => "the interface's only usable address",
+            Reason::InUse => "in use before",
+            Reason::Source => "the source of the default route",
+            Reason::First => "the interface's first address",
+            Reason::Kept => "kept: the interface has no usable address",
+        })
+    }
+}
+
+/// A chosen underlay, and how it was chosen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Choice {
+    /// The underlay.
+    pub underlay: Underlay,
+    /// Why each address was chosen.
+    pub reasons: PerFamily<Reason>,
+    /// What was looked for and is not there: what was in use stays.
+    pub problems: Vec<String>,
+}
+
 impl Selection {
-    /// Chooses the external interface for these families. `reach` is the interface by which the kernel would send to
-    /// [`Selection::can_reach`], `None` where there is no route.
-    pub fn choose(&self, inventory: &Inventory, families: &[Family], reach: Option<u32>) -> Result<Underlay, UnderlayError> {
-        let candidates = || inventory.candidates();
-        let usable = || inventory.links.iter().filter(|link| !link.loopback);
-        let by_index = |index: u32| inventory.links.iter().find(|link| link.index == index);
-        let mut asked_address = None;
-        let link = if !self.interfaces.is_empty() {
-            let found = self.interfaces.iter().find_map(|wanted| {
-                let address = wanted.parse::<IpAddr>().ok();
-                let link = usable().find(|link| link.name == *wanted || address.is_some_and(|a| link.addresses.contains(&a)))?;
-                Some((link, address.filter(|_| link.name != *wanted)))
-            });
-            let (link, address) = found
-                .ok_or_else(|| UnderlayError::NoSuchInterface { wanted: self.interfaces.clone(), candidates: candidates() })?;
-            asked_address = address;
-            link
-        } else if let Some(regex) = &self.regex {
-            let by_name = usable().find(|link| regex.is_match(&link.name)).map(|link| (link, None));
-            let by_address = || {
-                usable().find_map(|link| {
-                    link.addresses.iter().find(|a| regex.is_match(&a.to_string())).map(|address| (link, Some(*address)))
-                })
-            };
-            let (link, address) = by_name
-                .or_else(by_address)
-                .ok_or_else(|| UnderlayError::NoMatch { regex: regex.to_string(), candidates: candidates() })?;
-            asked_address = address;
-            link
-        } else if let Some(address) = self.can_reach {
-            reach
-                .and_then(by_index)
-                .filter(|link| !link.loopback)
-                .ok_or_else(|| UnderlayError::Unreachable { address, candidates: candidates() })?
-        } else {
-            let family = families.first().copied().unwrap_or(Family::V4);
-            inventory
-                .defaults
-                .iter()
-                .find(|route| route.family == family)
-                .and_then(|route| by_index(route.interface))
-                .ok_or_else(|| UnderlayError::NoDefaultRoute { family, candidates: candidates() })?
+    /// Chooses the external interface and an address of it for each family of the pools. `reach` is the interface by which the kernel would send to
+    /// [`Selection::can_reach`], `None` where there is no route. What is not found and is in use stays, and is named among the problems.
+    pub fn choose(
+        &self,
+        inventory: &Inventory,
+        pools: &PerFamily<Pool>,
+        reach: Option<u32>,
+        in_use: &InUse,
+    ) -> Result<Choice, UnderlayError> {
+        let families: Vec<Family> = pools.families().collect();
+        let mut problems = Vec::new();
+        let (link, asked) = match self.link(inventory, &families, reach) {
+            Ok(found) => found,
+            Err(error) => {
+                let same = |link: &&ForeignLink| Some(link.index) == in_use.link && !link.loopback;
+                let Some(link) = inventory.links.iter().find(same) else { return Err(error) };
+                problems.push(format!("{error}; {} stays in use", link.name));
+                (link, None)
+            }
         };
+        let not_found = !problems.is_empty();
         let mut local = PerFamily::default();
-        for family in families.iter().copied() {
-            let address = asked_address
-                .filter(|address| Family::of(*address) == family)
-                .or_else(|| link.addresses.iter().copied().find(|address| Family::of(*address) == family))
-                .ok_or_else(|| UnderlayError::NoAddress { interface: link.name.clone(), family, candidates: candidates() })?;
+        let mut reasons = PerFamily::default();
+        for family in families {
+            let before = in_use.local.get(family).copied();
+            // Where what is asked for by its address is gone, no other one takes its place.
+            let asked_before = before.filter(|address| not_found && self.asks_for(*address));
+            let (address, reason) = match asked.filter(|address| Family::of(*address) == family) {
+                Some(address) => (address, Reason::Asked),
+                None => match asked_before
+                    .map(|address| (address, Reason::Kept))
+                    .or_else(|| best(inventory, link, pools, family, before))
+                {
+                    Some(found) => found,
+                    None => {
+                        let error =
+                            UnderlayError::NoAddress { interface: link.name.clone(), family, candidates: inventory.candidates() };
+                        let Some(before) = before else { return Err(error) };
+                        problems.push(format!("{error}; {before} stays in use until then, and other families do not wait"));
+                        (before, Reason::Kept)
+                    }
+                },
+            };
             *local.slot(family) = Some(address);
+            *reasons.slot(family) = Some(reason);
         }
         let router_advertisements =
             inventory.defaults.iter().any(|route| route.interface == link.index && route.from_router_advertisement);
-        Ok(Underlay {
+        let underlay = Underlay {
             index: link.index,
             name: link.name.clone(),
             mtu: link.mtu,
             public_ip: local.map(|family, address| self.public_ip.get(family).copied().unwrap_or(*address)),
             local,
             router_advertisements,
-        })
+        };
+        Ok(Choice { underlay, reasons, problems })
+    }
+
+    /// The external interface, and the address that was asked for where it was found by one.
+    fn link<'a>(
+        &self,
+        inventory: &'a Inventory,
+        families: &[Family],
+        reach: Option<u32>,
+    ) -> Result<(&'a ForeignLink, Option<IpAddr>), UnderlayError> {
+        let candidates = || inventory.candidates();
+        let usable = || inventory.links.iter().filter(|link| !link.loopback);
+        let by_index = |index: u32| inventory.links.iter().find(|link| link.index == index);
+        if !self.interfaces.is_empty() {
+            let found = self.interfaces.iter().find_map(|wanted| {
+                let address = wanted.parse::<IpAddr>().ok();
+                let link = usable().find(|link| link.name == *wanted || address.is_some_and(|a| link.address(a).is_some()))?;
+                Some((link, address.filter(|_| link.name != *wanted)))
+            });
+            found.ok_or_else(|| UnderlayError::NoSuchInterface { wanted: self.interfaces.clone(), candidates: candidates() })
+        } else if let Some(regex) = &self.regex {
+            let by_name = usable().find(|link| regex.is_match(&link.name)).map(|link| (link, None));
+            let by_address = || {
+                usable().find_map(|link| {
+                    let mut addresses = link.addresses.iter().map(|a| a.address);
+                    addresses.find(|a| regex.is_match(&a.to_string())).map(|address| (link, Some(address)))
+                })
+            };
+            by_name
+                .or_else(by_address)
+                .ok_or_else(|| UnderlayError::NoMatch { regex: regex.to_string(), candidates: candidates() })
+        } else if let Some(address) = self.can_reach {
+            let link = reach.and_then(by_index).filter(|link| !link.loopback);
+            link.map(|link| (link, None)).ok_or_else(|| UnderlayError::Unreachable { address, candidates: candidates() })
+        } else {
+            let family = families.first().copied().unwrap_or(Family::V4);
+            let route = inventory.defaults.iter().find(|route| route.family == family);
+            let link = route.and_then(|route| by_index(route.interface));
+            link.map(|link| (link, None)).ok_or_else(|| UnderlayError::NoDefaultRoute { family, candidates: candidates() })
+        }
+    }
+
+    /// Whether `--iface` or `--iface-regex` asks for this very address.
+    fn asks_for(&self, address: IpAddr) -> bool {
+        let text = address.to_string();
+        self.interfaces.contains(&text) || self.regex.as_ref().is_some_and(|regex| regex.is_match(&text))
+    }
+}
+
+/// The best address of a family that a link has, and why it is.
+fn best(
+    inventory: &Inventory,
+    link: &ForeignLink,
+    pools: &PerFamily<Pool>,
+    family: Family,
+    in_use: Option<IpAddr>,
+) -> Option<(IpAddr, Reason)> {
+    let leased = |address| pools.get(family).is_some_and(|pool| pool.may_lease(address)).then_some(Flaw::Leased);
+    let flaw = |address: &HostAddress| address.flaw.max(leased(address.address));
+    let usable: Vec<&HostAddress> = link
+        .addresses
+        .iter()
+        .filter(|address| Family::of(address.address) == family && flaw(address).is_none_or(Flaw::is_usable))
+        .collect();
+    let route = inventory.defaults.iter().find(|route| route.family == family && route.interface == link.index);
+    let is_source = |address: &HostAddress| match route {
+        Some(DefaultRoute { source: Some(source), .. }) => address.address == *source,
+        // As the kernel chooses (`inet_select_addr` in net/ipv4/devinet.c): a primary address whose subnet the gateway is in.
+        Some(DefaultRoute { gateway: Some(gateway), .. }) => {
+            !address.secondary
+                && Cidr::containing(address.address, address.length).is_some_and(|subnet| subnet.contains(*gateway))
+        }
+        _ => false,
+    };
+    let beside = |address: &HostAddress| address.secondary || address.length == family.bits();
+    let is_in_use = |address: &HostAddress| in_use == Some(address.address);
+    let rank = |address: &&&HostAddress| {
+        let source = is_source(address);
+        (flaw(address), beside(address) && !source, !is_in_use(address), !source)
+    };
+    let best = usable.iter().min_by_key(rank)?;
+    let reason = match usable.len() {
+        1 => Reason::Only,
+        _ if is_in_use(best) => Reason::InUse,
+        _ if is_source(best) => Reason::Source,
+        _ => Reason::First,
+    };
+    Some((best.address, reason))
+}
+
+impl ForeignLink {
+    /// An address of this link.
+    fn address(&self, address: IpAddr) -> Option<&HostAddress> {
+        self.addresses.iter().find(|found| found.address == address)
     }
 }
 
 impl Inventory {
+    /// What became of an address that was in use and is not any more, for messages.
+    pub fn loss_of(&self, address: IpAddr, interface: u32) -> String {
+        let found = self.links.iter().find_map(|link| Some((link, link.address(address)?)));
+        match found {
+            None => "no longer on this host".to_owned(),
+            Some((link, _)) if link.index != interface => format!("on {}, which is not the external interface", link.name),
+            Some((_, HostAddress { flaw: Some(flaw), .. })) => flaw.to_string(),
+            Some(_) => "a better one is there".to_owned(),
+        }
+    }
+
     /// The interfaces to choose from, with their addresses, for messages.
     pub fn candidates(&self) -> String {
         let usable: Vec<String> = self
@@ -206,79 +416,12 @@ impl Inventory {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn link(index: u32, name: &str, addresses: &[&str]) -> ForeignLink {
-        ForeignLink {
-            index,
-            name: name.to_owned(),
-            mtu: 1500,
-            up: true,
-            loopback: name == "lo",
-            addresses: addresses.iter().map(|a| a.parse().expect("an address")).collect(),
-        }
-    }
-
-    fn inventory() -> Inventory {
-        Inventory {
-            links: vec![
-                link(1, "lo", &["127.0.0.1", "::1"]),
-                link(2, "eth0", &["192.0.2.7", "192.0.2.8", "2001:db8::7"]),
-                link(3, "eth1", &["198.51.100.7"]),
-            ],
-            defaults: vec![DefaultRoute { family: Family::V4, interface: 3, from_router_advertisement: false }],
-            ..Inventory::default()
-        }
-    }
-
-    fn choose(selection: &Selection, families: &[Family], reach: Option<u32>) -> Result<Underlay, String> {
-        selection.choose(&inventory(), families, reach).map_err(|e| e.to_string())
-    }
-
-    fn by_interface(wanted: &[&str]) -> Selection {
-        Selection { interfaces: wanted.iter().map(ToString::to_string).collect(), ..Selection::default() }
-    }
-
-    #[test]
-    fn by_name_address_regex_reach_and_default_route() {
-        let v4 = [Family::V4];
-        assert_eq!(choose(&by_interface(&["ens9", "eth0"]), &v4, None).expect("by name").name, "eth0");
-        let by_address = choose(&by_interface(&["192.0.2.8"]), &v4, None).expect("by address");
-        assert_eq!(by_address.public_ip.v4, "192.0.2.8".parse().ok());
-        let regex = |text| Selection { regex: Regex::new(text).ok(), ..Selection::default() };
-        assert_eq!(choose(&regex("^eth1$"), &v4, None).expect("by name").name, "eth1");
-        assert_eq!(choose(&regex(r"^192\.0\.2\.8$"), &v4, None).expect("by address").local.v4, "192.0.2.8".parse().ok());
-        let reach = Selection { can_reach: "203.0.113.1".parse().ok(), ..Selection::default() };
-        assert_eq!(choose(&reach, &v4, Some(2)).expect("by route").name, "eth0");
-        assert_eq!(choose(&Selection::default(), &v4, None).expect("default route").name, "eth1");
-    }
-
-    #[test]
-    fn public_addresses_override() {
-        let mut selection = by_interface(&["eth0"]);
-        selection.public_ip.v4 = "203.0.113.5".parse().ok();
-        let underlay = choose(&selection, &Family::ALL, None).expect("an underlay");
-        assert_eq!(underlay.public_ip.v4, "203.0.113.5".parse().ok());
-        assert_eq!(underlay.local.v4, "192.0.2.7".parse().ok());
-        assert_eq!(underlay.public_ip.v6, "2001:db8::7".parse().ok());
-    }
-
-    #[test]
-    fn errors_name_the_candidates() {
-        let candidates = "candidates: eth0 (192.0.2.7, 192.0.2.8, 2001:db8::7), eth1 (198.51.100.7)";
-        let regex = Selection { regex: Regex::new("^wlan").ok(), ..Selection::default() };
-        let reach = Selection { can_reach: "203.0.113.1".parse().ok(), ..Selection::default() };
-        for (result, wanted) in [
-            (choose(&by_interface(&["eth7", "lo"]), &[Family::V4], None), "no interface eth7 or lo"),
-            (choose(&regex, &[Family::V4], None), "`^wlan` matches no interface"),
-            (choose(&reach, &[Family::V4], None), "no route to 203.0.113.1"),
-            (choose(&Selection::default(), &[Family::V6], None), "no IPv6 default route"),
-            (choose(&by_interface(&["eth1"]), &Family::ALL, None), "eth1 has no IPv6 address"),
-        ] {
-            let error = result.expect_err(wanted);
-            assert!(error.contains(wanted) && error.contains(candidates), "{error}");
-        }
+impl fmt::Display for HostAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.address)?;
+        self.flaw.map_or(Ok(()), |flaw| write!(f, " {flaw}"))
     }
 }
+
+#[cfg(test)]
+mod tests;

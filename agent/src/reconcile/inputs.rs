@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use super::apply::{is_wholesale, merge};
-use super::{Channels, LOG_LINES, Memory, Reconciler, UNDERLAY_REST_FACTOR, UNDERLAY_SETTLE, WHOLESALE};
-use crate::metrics::{Source, Whole};
+use super::{Channels, LOG_LINES, Memory, Reconciler, UNDERLAY_SETTLE, WHOLESALE};
+use crate::metrics::Source;
 use crate::model::event::{Connection, LeaseWish, OwnLease, StoreEvent};
 use crate::model::{Device, Family, NetworkConfig, PerFamily, Refusal};
 use crate::plan::desired::Host;
@@ -190,59 +190,6 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
 
     fn is_right(&self, key: &Key) -> bool {
         matches_entry(self.desired.get(key), self.actual.get(key))
-    }
-
-    /// Looks at the host's interfaces and chooses the external one.
-    pub(super) async fn look_at_underlay(&mut self) {
-        self.underlay_due = None;
-        self.metrics.read_whole(Whole::Interfaces);
-        let begun = Instant::now();
-        let read = self.data_path.inventory().await;
-        self.underlay_not_before = Instant::now() + begun.elapsed() * UNDERLAY_REST_FACTOR;
-        let inventory = match read {
-            Ok(inventory) => inventory,
-            Err(error) => {
-                tracing::error!(%error, "the host's interfaces cannot be read, trying again in a second");
-                self.underlay_error = Some(error.to_string());
-                self.underlay_due = Some(Instant::now() + std::time::Duration::from_secs(1));
-                return;
-            }
-        };
-        self.inventory = inventory;
-        let Some(network) = &self.network else { return };
-        let families: Vec<Family> = network.families().collect();
-        let reach = match self.settings.selection.can_reach {
-            Some(address) => self.data_path.route_to(address).await.unwrap_or_default(),
-            None => None,
-        };
-        match self.settings.selection.choose(&self.inventory, &families, reach) {
-            Ok(underlay) => {
-                if self.underlay.as_ref() != Some(&underlay) {
-                    tracing::info!(
-                        interface = underlay.name,
-                        mtu = underlay.mtu,
-                        addresses = %underlay.public_ip,
-                        "external interface"
-                    );
-                    self.underlay = Some(underlay);
-                    self.changed = true;
-                }
-                self.underlay_error = None;
-            }
-            Err(error) => {
-                let error = error.to_string();
-                if self.underlay_error.as_ref() != Some(&error) {
-                    tracing::error!(
-                        error,
-                        "no external interface{}",
-                        if self.underlay.is_some() { ": the last one stays in use" } else { "" }
-                    );
-                    self.changed = true;
-                }
-                self.underlay_error = Some(error);
-            }
-        }
-        self.host_dirty = true;
     }
 
     /// Makes desired state follow from what has changed: all of it where this host did, else the peers of the leases that did.

@@ -65,6 +65,8 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 interface: underlay.name.clone(),
                 mtu: underlay.mtu,
                 public_ip: underlay.public_ip,
+                local: underlay.local,
+                reasons: self.underlay_reasons.map(|_, reason| reason.to_string()),
             }),
             data_path: DataPathStatus {
                 peers: self.peers.len(),
@@ -108,7 +110,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 "the network's configuration under {config} is bad: {errors}; correct it and write it with `overlayctl config set FILE`{kept}"
             ));
         }
-        problems.extend(self.underlay_error.iter().cloned());
+        problems.extend(self.underlay_problems());
         problems.extend(self.dump_error.as_ref().map(|error| format!("the kernel's state cannot be read: {error}")));
         if let OwnLease::Wanted { reason } = &self.own
             && self.underlay.is_some()

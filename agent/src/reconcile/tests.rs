@@ -22,6 +22,9 @@ impl Memory for FakeMemory {
     fn preferred(&self) -> Option<Subnet> {
         None
     }
+    fn published(&self) -> PerFamily<IpAddr> {
+        PerFamily::default()
+    }
     fn sysctl_was(&mut self, _: &str, _: &str) {}
 }
 

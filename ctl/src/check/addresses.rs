@@ -3,6 +3,7 @@
 
 use std::net::IpAddr;
 
+use overlay_agent::model::network::Pool;
 use overlay_agent::model::{Cidr, Family};
 use serde_json::Value;
 
@@ -28,20 +29,23 @@ async fn routes(family: Family) -> Result<Vec<Value>, ToolError> {
     json(&["ip", flag, "-j", "-N", "route", "show", "table", "all"]).await
 }
 
-fn collisions(pool: &Cidr, routes: &[Value], findings: &mut Findings) {
+fn collisions(pool: &Pool, routes: &[Value], findings: &mut Findings) {
     // The kernel's own table for addresses of this host (`RT_TABLE_LOCAL`) says nothing of where packets go to.
     const LOCAL: &str = "255";
+    let Pool { network, min, max, .. } = pool;
     for route in routes {
         let text = |name: &str| route[name].as_str().unwrap_or_default();
         let (device, destination) = (text("dev"), text("dst"));
         let foreign = text("protocol") != OUR_PROTOCOL && !is_ours(device) && text("table") != LOCAL && text("table") != "local";
-        let Some(range) = parse(destination).filter(|range| foreign && range.overlaps(*pool)) else { continue };
+        // Only what is leased collides: hosts may lie in the rest of the network.
+        let leased = |range: &Cidr| range.base() <= max.last() && min.base() <= range.last();
+        let Some(range) = parse(destination).filter(|range| foreign && leased(range)) else { continue };
         let evidence = vec![format!("route {destination} dev {device} proto {}", name_of(text("protocol")))];
-        if pool.covers(range) {
+        if !(range.covers(*min) && range.covers(*max)) {
             let who = owner(device);
             findings.error(
                 format!(
-                    "the overlay network {pool} collides with {who}: containers with these addresses are not reached from here"
+                    "the overlay network {network} collides with {who}: containers with these addresses are not reached from here"
                 ),
                 evidence,
                 match who.starts_with("a route") {
@@ -54,7 +58,7 @@ fn collisions(pool: &Cidr, routes: &[Value], findings: &mut Findings) {
             );
         } else {
             findings.info(
-                format!("the overlay network {pool} lies inside a range that this host routes elsewhere"),
+                format!("the overlay network {network} lies inside a range that this host routes elsewhere"),
                 evidence,
                 "subnets that are leased go the overlay's way; what is not leased goes that one. Choose ranges that do not overlap",
             );
@@ -96,8 +100,8 @@ fn owner(device: &str) -> String {
     format!("{who} on {device}")
 }
 
-/// Addresses that must not lie inside the overlay: the underlay's, the resolvers', etcd's.
-fn reserved(facts: &Facts, pool: &Cidr, findings: &mut Findings) {
+/// Addresses that must not lie among the overlay's subnets: the underlay's, the resolvers', etcd's.
+fn reserved(facts: &Facts, pool: &Pool, findings: &mut Findings) {
     let resolvers = std::fs::read_to_string(facts.path("/etc/resolv.conf")).unwrap_or_default();
     let resolvers = resolvers.lines().filter_map(|line| line.trim().strip_prefix("nameserver")?.trim().parse::<IpAddr>().ok());
     let endpoints = facts.status().map(|status| status.store.endpoints.as_slice()).unwrap_or_default();
@@ -111,11 +115,13 @@ fn reserved(facts: &Facts, pool: &Cidr, findings: &mut Findings) {
         .map(|address| ("a resolver of /etc/resolv.conf", address))
         .chain(servers.map(|address| ("etcd", address)))
         .chain(own.iter().map(|(_, address)| ("this host's own underlay address", *address)));
-    for (what, address) in all.filter(|(_, address)| pool.contains(*address)) {
+    let leased = |address: IpAddr| pool.may_lease(address) || facts.peers.iter().any(|peer| peer.subnet.contains(address));
+    for (what, address) in all.filter(|(_, address)| Family::of(*address) == pool.network.family() && leased(*address)) {
         findings.error(
-            format!("{what} lies inside the overlay network {pool}"),
+            format!("{what} lies inside the overlay network {}, among the subnets that are leased", pool.network),
             vec![address.to_string()],
-            "packets to it go into the tunnel once its subnet is leased: choose an overlay network that no real address is in",
+            "packets to it go into the tunnel once its subnet is leased: choose an overlay network that no real address is in, or leave \
+             its range out by SubnetMin and SubnetMax",
         );
     }
 }

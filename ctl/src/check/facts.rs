@@ -5,7 +5,8 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use overlay_agent::model::api::{NetworkView, PeerEntry, Status};
-use overlay_agent::model::{Cidr, Family, PerFamily};
+use overlay_agent::model::network::Pool;
+use overlay_agent::model::{Family, PerFamily};
 use serde_json::Value;
 
 use super::Findings;
@@ -70,10 +71,9 @@ impl Facts {
         self.status.as_ref().ok()
     }
 
-    /// The overlay's range of each family.
-    pub(super) fn pools(&self) -> PerFamily<Cidr> {
-        let network = self.status().and_then(|status| status.network.as_ref());
-        network.map_or_else(PerFamily::default, |network| network.pools.map(|_, pool| pool.network))
+    /// The overlay's pool of each family.
+    pub(super) fn pools(&self) -> PerFamily<Pool> {
+        self.status().and_then(|status| status.network.as_ref()).map(|network| network.pools).unwrap_or_default()
     }
 
     /// The VXLAN port.

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use overlay_agent::model::api::{Health, Status};
+use overlay_agent::plan::underlay::Reason;
 use serde::Serialize;
 use tokio::time::Instant;
 
@@ -123,6 +124,9 @@ fn full(status: &Status, style: Style, wide: bool) -> String {
     line("network", network(status));
     line("lease", lease(status));
     line("underlay", underlay(status));
+    if let Some(text) = chosen(status, wide) {
+        line("", text);
+    }
     line("data path", data_path(status));
     if let Some(drift) = &status.data_path.last_drift {
         line("last repair", format!("{} ({})", drift.entry, ago(drift.at)));
@@ -182,6 +186,16 @@ fn underlay(status: &Status) -> String {
             format!("{} {addresses}, MTU {}", underlay.interface, underlay.mtu)
         }
     }
+}
+
+/// Why the underlay addresses were chosen, where there was a choice.
+fn chosen(status: &Status, wide: bool) -> Option<String> {
+    let underlay = status.underlay.as_ref()?;
+    let only = Reason::Only.to_string();
+    let reasons = underlay.reasons.iter().filter(|(_, reason)| wide || **reason != only);
+    let texts: Vec<String> =
+        reasons.filter_map(|(family, reason)| Some(format!("{}: {reason}", underlay.local.get(family)?))).collect();
+    (!texts.is_empty()).then(|| texts.join("; "))
 }
 
 fn data_path(status: &Status) -> String {

@@ -184,10 +184,6 @@ impl Layout {
             if !families.contains(&family) {
                 return refuse(format!("--network {network} is {family}, which this lab has not: see --family"));
             }
-            let underlay = underlay(family);
-            if network.overlaps(underlay) {
-                return refuse(format!("--network {network} overlaps the lab's underlay {underlay}: choose another"));
-            }
         }
         let networks: PerFamily<Cidr> =
             families.iter().map(|f| (*f, options.networks.get(*f).copied().unwrap_or_else(|| default_network(*f)))).collect();
@@ -196,7 +192,14 @@ impl Layout {
             Ok(parsed) => parsed.config.pools,
             Err(errors) => return refuse(format!("the lab's network cannot be: {errors}")),
         };
-        for (_, pool) in pools.iter() {
+        for (family, pool) in pools.iter() {
+            let underlay = underlay(family);
+            if pool.min.base() <= underlay.last() && underlay.base() <= pool.max.last() {
+                return refuse(format!(
+                    "the subnets of {} overlap the lab's underlay {underlay}: choose another --network, or other bounds in its configuration",
+                    pool.network
+                ));
+            }
             if pool.count() < u128::from(options.hosts) {
                 return refuse(format!(
                     "{} has {} subnets of /{}, too few for {} hosts",
@@ -378,6 +381,18 @@ mod tests {
             let message = Layout::new(&bad).expect_err(wanted).to_string();
             assert!(message.contains(wanted), "{message}");
         }
+    }
+
+    #[test]
+    fn underlay_inside_the_network_outside_the_pool_is_accepted() {
+        let networks = PerFamily { v4: "10.0.0.0/8".parse().ok(), v6: None };
+        let bounds = |max: &str| {
+            let config = [("SubnetMin", "10.10.0.0"), ("SubnetMax", max)].map(|(key, value)| (key.to_owned(), value.into()));
+            Layout::new(&LabOptions { networks, config: config.into_iter().collect(), ..options() })
+        };
+        assert!(bounds("10.98.255.0").is_ok());
+        let message = bounds("10.99.0.0").expect_err("the last subnet is of the underlay").to_string();
+        assert!(message.contains("underlay 10.99.0.0/16"), "{message}");
     }
 
     #[test]

@@ -60,9 +60,9 @@ impl Site {
         self.links.iter().find(|link| link.is_tunnel(family))
     }
 
-    /// Whether an address is of the overlay network.
+    /// Whether an address is one that the overlay leases.
     pub fn in_overlay(&self, address: IpAddr) -> bool {
-        self.overlay.networks.get(Family::of(address)).is_some_and(|network| network.contains(address))
+        self.overlay.ranges.get(Family::of(address)).is_some_and(|(first, last)| (*first..=*last).contains(&address))
     }
 
     /// A sysctl below `/proc/sys/net`; `None` where there is none.

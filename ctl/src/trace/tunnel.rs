@@ -219,24 +219,23 @@ impl Walk<'_> {
     /// From outside, or from another host of the overlay.
     pub(super) fn arriving(&mut self, source: IpAddr, destination: IpAddr, protocol: u8, port: u16) -> Go<String> {
         let flow = Flow { source, destination, protocol, port };
-        if self.site.in_overlay(source) {
-            return self.arriving_by_tunnel(flow);
-        }
         let back = self.route(Lookup { destination: source, source: None, input: None })?;
+        if self.site.in_overlay(source) || self.leads_into_overlay(&back) {
+            return self.arriving_by_tunnel(flow, &back);
+        }
         let input = self.site.link(back.interface).cloned();
         let name = self.site.name(back.interface);
         self.passage.ok(HOST, "arrival", format!("taken to come in by {name}, by which {source} is reached"));
         self.through(flow, input)
     }
 
-    fn arriving_by_tunnel(&mut self, flow: Flow) -> Go<String> {
-        let back = self.route(Lookup { destination: flow.source, source: None, input: None })?;
+    fn arriving_by_tunnel(&mut self, flow: Flow, back: &Route) -> Go<String> {
         let device = self.site.link(back.interface).cloned();
         let Some((device, vxlan)) = device.and_then(|device| device.vxlan.clone().map(|vxlan| (device, vxlan))) else {
-            return Err(self.no_peer(&Flow { destination: flow.source, ..flow }, &back));
+            return Err(self.no_peer(&Flow { destination: flow.source, ..flow }, back));
         };
         self.passage.ok(HOST, "way back", format!("{} is reached by {}", flow.source, device.name));
-        let remote = self.remote(flow.source, &back, &device)?;
+        let remote = self.remote(flow.source, back, &device)?;
         let Some(local) = vxlan.local else {
             return Err(self.passage.stop(HOST, "tunnel", format!("{} has no address of its own", device.name), REPAIR));
         };

@@ -9,7 +9,7 @@ use anyhow::{Context, bail, ensure};
 use overlay_agent::kernel::{Kernel, KernelOptions};
 use overlay_agent::metrics::Metrics;
 use overlay_agent::model::event::{Connection, HeldLease, LeaseOrigin, LeaseWish, OwnLease, StoreEntry, StoreEvent};
-use overlay_agent::model::{Cidr, Device, Endpoint, Family, Mac, NetworkConfig, Node, Subnet, Vni};
+use overlay_agent::model::{Cidr, Device, Endpoint, Family, Mac, NetworkConfig, Node, PerFamily, Subnet, Vni};
 use overlay_agent::plan::diff::diff;
 use overlay_agent::plan::state::LinkState;
 use overlay_agent::plan::underlay::{Inventory, Selection};
@@ -295,6 +295,10 @@ impl Memory for FirstMac {
 
     fn preferred(&self) -> Option<Subnet> {
         None
+    }
+
+    fn published(&self) -> PerFamily<IpAddr> {
+        PerFamily::default()
     }
 
     fn sysctl_was(&mut self, _path: &str, _value: &str) {}

@@ -69,7 +69,7 @@ pub(super) fn write(writer: &mut Writer, rule: &Rule, dialect: Dialect) {
 fn family_of(expr: &Expr) -> Option<Family> {
     match expr {
         Expr::Source { cidr, .. } | Expr::Destination { cidr, .. } => Some(cidr.family()),
-        Expr::Field { field, .. } => field.family(),
+        Expr::Field { field, .. } | Expr::Range { field, .. } => field.family(),
         Expr::In { fields, .. } | Expr::Translate { fields, .. } => fields.iter().find_map(|field| field.family()),
         _ => None,
     }
@@ -79,6 +79,17 @@ fn write_expr(w: &mut Writer, expr: &Expr, dialect: Dialect) {
     match expr {
         Expr::Source { cidr, negate } => address(w, *cidr, false, *negate, dialect),
         Expr::Destination { cidr, negate } => address(w, *cidr, true, *negate, dialect),
+        Expr::Range { field, first, last, negate } => {
+            field::load_all(w, &[*field]);
+            let size = usize::from(field.length());
+            expression(w, "range", |w| {
+                w.u32(NFTA_RANGE_SREG, NFT_REG_1);
+                w.u32(NFTA_RANGE_OP, operation(*negate));
+                for (kind, end) in [(NFTA_RANGE_FROM_DATA, first), (NFTA_RANGE_TO_DATA, last)] {
+                    w.nest(kind, |w| w.bytes(NFTA_DATA_VALUE, &address_bytes(Cidr::host(*end))[..size]));
+                }
+            });
+        }
         Expr::InputInterface(name) => interface(w, NFT_META_IIFNAME, name),
         Expr::OutputInterface(name) => interface(w, NFT_META_OIFNAME, name),
         Expr::Field { field, negate, value } => {
@@ -269,6 +280,7 @@ pub(super) fn read(attributes: &[u8], dialect: Dialect) -> Rule {
             continue;
         }
         let (expr, used) = read_address(protocol, rest)
+            .or_else(|| read_range(protocol, rest))
             .or_else(|| field::read(rest, dialect.table()))
             .or_else(|| read_state(rest))
             .unwrap_or((first.alone(), 1));
@@ -352,6 +364,30 @@ fn address_match(family: Family, (at, length): (u32, u32), mask: Option<&[u8]>, 
         at if at == field::address_offset(family, true) => Some(Expr::Destination { cidr, negate }),
         _ => None,
     }
+}
+
+/// A match on the addresses from one to another: load and comparison.
+fn read_range(protocol: Option<Family>, rest: &[Raw<'_>]) -> Option<(Option<Expr>, usize)> {
+    let [
+        Raw::Load { what: Load::Payload { base: NFT_PAYLOAD_NETWORK_HEADER, offset, length }, place: 0 },
+        Raw::Range { operation, first, last },
+        ..,
+    ] = rest
+    else {
+        return None;
+    };
+    let family = protocol?;
+    let at = |field: &Field| *offset == field::address_offset(family, *field == Field::Destination(family));
+    let field = [Field::Source(family), Field::Destination(family)].into_iter().find(at)?;
+    let whole = |end: &[u8]| *length == u32::from(field.length()) && end.len() == usize::from(field.length());
+    let address = |end: &[u8]| family.address(end.iter().fold(0, |number, byte| number << 8 | u128::from(*byte)));
+    let negate = match *operation {
+        NFT_CMP_EQ => false,
+        NFT_CMP_NEQ => true,
+        _ => return None,
+    };
+    let expr = Expr::Range { field, first: address(first), last: address(last), negate };
+    (whole(first) && whole(last)).then_some((Some(expr), 2))
 }
 
 /// Matches on what the kernel knows of a packet's destination and connection.

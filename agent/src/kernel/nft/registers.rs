@@ -59,10 +59,6 @@ const NFT_CT_MARK: u32 = 3;
 const STATE_NEW: u32 = 8;
 /// `NF_CT_STATE_UNTRACKED_BIT`, `linux/netfilter/nf_conntrack_common.h`.
 const STATE_UNTRACKED: u32 = 1 << 6;
-const NFTA_RANGE_SREG: u16 = 1;
-const NFTA_RANGE_OP: u16 = 2;
-const NFTA_RANGE_FROM_DATA: u16 = 3;
-const NFTA_RANGE_TO_DATA: u16 = 4;
 const NFTA_BYTEORDER_SREG: u16 = 1;
 const NFTA_BYTEORDER_DREG: u16 = 2;
 const NFTA_BYTEORDER_LEN: u16 = 4;

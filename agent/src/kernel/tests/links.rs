@@ -5,6 +5,7 @@ use crate::kernel::KernelOptions;
 use crate::kernel::sysctl;
 use crate::model::{Family, Mac};
 use crate::plan::state::{LinkKind, LinkState};
+use crate::plan::underlay::{Flaw, ForeignLink};
 use crate::plan::{DataPath, Key, Op, Value};
 
 #[test]
@@ -179,8 +180,9 @@ fn the_inventory_lists_what_is_not_ours() {
         assert_eq!(names.len(), 5, "{names:?}");
         let (lo, eth0, eth1) = (named("lo"), named("eth0"), named("eth1"));
         assert!(lo.loopback && !eth0.loopback);
-        assert_eq!(eth0.addresses, [ip("10.99.0.1"), ip("fd99::1")]);
-        assert_eq!((eth1.mtu, eth1.up, eth1.addresses.clone()), (9000, true, vec![ip("192.0.2.7")]));
+        let addresses = |link: &ForeignLink| link.addresses.iter().map(|a| a.address).collect::<Vec<_>>();
+        assert_eq!(addresses(eth0), [ip("10.99.0.1"), ip("fd99::1")]);
+        assert_eq!((eth1.mtu, eth1.up, addresses(eth1)), (9000, true, vec![ip("192.0.2.7")]));
         let defaults: Vec<_> = inventory.defaults.iter().map(|d| (d.family, d.interface, d.from_router_advertisement)).collect();
         assert_eq!(
             defaults,
@@ -191,7 +193,29 @@ fn the_inventory_lists_what_is_not_ours() {
                 (Family::V6, eth0.index, false)
             ]
         );
+        assert_eq!((inventory.defaults[1].source, inventory.defaults[1].gateway), (None, Some(ip("192.0.2.1"))));
         assert!(inventory.forward_drops.is_empty());
+        run("ip address add 192.0.2.8/24 dev eth1");
+        run("ip address add 192.0.2.100/32 dev eth1");
+        run("ip address add 169.254.7.7/16 dev eth1");
+        run("ip route replace default via 192.0.2.1 metric 50 src 192.0.2.8");
+        run("ip address add fd98::7/64 dev eth1");
+        run("ip address add fd98::8/64 dev eth1 nodad preferred_lft 0");
+        run("ip address add fd98::9/64 dev eth1 nodad valid_lft 900 preferred_lft 800");
+        let inventory = host.kernel.inventory().await.expect("an inventory");
+        let eth1 = inventory.links.iter().find(|l| l.name == "eth1").expect("eth1");
+        let found = |text: &str| {
+            let found = eth1.addresses.iter().find(|a| a.address == ip(text)).expect(text);
+            (found.length, found.secondary, found.flaw)
+        };
+        assert_eq!(found("192.0.2.7"), (24, false, None));
+        assert_eq!(found("192.0.2.8"), (24, true, None));
+        assert_eq!(found("192.0.2.100"), (32, false, None));
+        assert_eq!(found("169.254.7.7"), (16, false, Some(Flaw::LinkLocal)));
+        assert_eq!(found("fd98::7"), (64, false, Some(Flaw::Tentative)));
+        assert_eq!(found("fd98::8"), (64, false, Some(Flaw::Deprecated)));
+        assert_eq!(found("fd98::9"), (64, false, None));
+        assert_eq!(inventory.defaults[1].source, Some(ip("192.0.2.8")));
         let mut to = async |text| host.kernel.route_to(ip(text)).await.expect("an answer");
         assert_eq!(to("192.0.2.99").await, Some(eth1.index));
         assert_eq!(to("203.0.113.1").await, Some(eth0.index));

@@ -54,6 +54,67 @@ fn word(roster: &Roster, key: &str) -> &'static str {
     }
 }
 
+/// The network of flannel's own example: hosts have addresses inside it, outside the range that is leased.
+fn wide() -> NetworkConfig {
+    NetworkConfig::parse(r#"{"Network":"10.0.0.0/8","SubnetMin":"10.10.0.0","SubnetMax":"10.99.0.0"}"#)
+        .expect("a configuration")
+        .config
+}
+
+fn at(key: &str, revision: i64, public_ip: &str) -> StoreEntry {
+    let mut entry = record(key, revision, 1, u8::try_from(revision).expect("a small revision"));
+    entry.value.as_mut().expect("a record").lease.public_ip.v4 = public_ip.parse().ok();
+    entry
+}
+
+fn word_in_wide(roster: &Roster, key: &str) -> &'static str {
+    match roster.standing(key, &wide(), None) {
+        Some(Standing::Peer(_)) => "peer",
+        Some(Standing::Refused(refusal)) => refusal.kind.word(),
+        other => panic!("{key}: {other:?}"),
+    }
+}
+
+#[test]
+fn public_ip_is_compared_with_the_leased_subnets_not_with_the_network() {
+    let mut roster = Roster::default();
+    for (revision, public_ip, wanted) in [
+        (1, "10.200.0.1", "peer"),
+        (2, "10.9.255.255", "peer"),
+        (3, "10.10.0.0", "field"),
+        (4, "10.99.0.255", "field"),
+        (5, "10.99.1.0", "peer"),
+        (6, "192.0.2.6", "peer"),
+    ] {
+        let key = format!("10.20.{revision}.0-24");
+        roster.upsert(at(&key, revision, public_ip));
+        assert_eq!(word_in_wide(&roster, &key), wanted, "{public_ip}");
+    }
+    roster.upsert(at("10.200.7.0-24", 7, "10.200.7.9"));
+    assert_eq!(word_in_wide(&roster, "10.200.7.0-24"), "field", "its own subnet, which the pool does not lease any more");
+}
+
+#[test]
+fn lease_outside_the_pool_over_a_hosts_address_is_refused_while_the_host_is_there() {
+    let (stale, host) = ("10.200.7.0-24", "10.20.1.0-24");
+    let mut roster = Roster::default();
+    roster.upsert(at(stale, 1, "192.0.2.1"));
+    assert_eq!(word_in_wide(&roster, stale), "peer");
+    let affected = roster.upsert(at(host, 2, "10.200.7.1"));
+    assert!(affected.contains(stale), "judged again: {affected:?}");
+    assert_eq!((word_in_wide(&roster, stale), word_in_wide(&roster, host)), ("covers-host", "peer"));
+    let affected = roster.upsert(at(host, 2, "192.0.2.2"));
+    assert!(affected.contains(stale), "{affected:?}");
+    assert_eq!(word_in_wide(&roster, stale), "peer");
+    roster.upsert(at(host, 2, "10.200.7.1"));
+    assert!(roster.remove(host).contains(stale));
+    assert_eq!(word_in_wide(&roster, stale), "peer");
+    let own = OwnHost { public_ip: PerFamily { v4: "10.200.7.1".parse().ok(), v6: None }, ..own() };
+    let refused =
+        matches!(roster.standing(stale, &wide(), Some(&own)), Some(Standing::Refused(r)) if r.kind.word() == "covers-host");
+    assert!(refused, "this host's own address counts, too");
+}
+
 #[test]
 fn verdicts() {
     let mut roster = Roster::default();

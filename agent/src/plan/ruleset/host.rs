@@ -3,7 +3,8 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::{Base, Chain, ChainKind, Counter, Expr, Field, Hook, Rule, Ruleset, SetName, Table, UDP, is, is_not, rule};
-use crate::model::{Cidr, Device, Family, NetworkConfig, PerFamily, Subnet};
+use crate::model::network::Pool;
+use crate::model::{Cidr, Device, Family, NetworkConfig, PerFamily, Role, Subnet};
 
 /// `NF_IP_PRI_RAW`, `NF_IP_PRI_NAT_DST` and `NF_IP_PRI_NAT_SRC` in `linux/netfilter_ipv4.h`.
 const RAW: i32 = -300;
@@ -43,12 +44,13 @@ impl Rules<'_> {
     ///   nor reach it, whatever `route_localnet` says.
     /// - `encapsulated` (from `incoming`) and `outgoing`: conntrack takes no notice of the tunnel's own packets, each of which it would look up as a connection of
     ///   its own, beside the one inside. What VXLAN packets this host only forwards are somebody else's, and may be translated by it.
-    /// - `overlay`: no packet goes through it. It says what the overlay is, to people and to `overlayctl trace`. That forwarding is accepted needs no rule: what
+    /// - `overlay`: no packet goes through it. It says what the overlay is (the addresses of the subnets that are leased, not the whole network, in
+    ///   which hosts may lie as well), to people and to `overlayctl trace`. That forwarding is accepted needs no rule: what
     ///   passes all of this table's rules is accepted, and what another table drops no rule of this one lifts.
     /// - `prerouting`, `output`: published ports.
     /// - `postrouting`: with `masquerade` what leaves the overlay for elsewhere (not multicast, nor what stays on the bridge) gets the host's address; a container that was
     ///   reached by a published port from its own bridge or from the host's loopback answers through this host. Inside the overlay nothing is
-    ///   translated.
+    ///   translated, nor what goes to a peer whose subnet the network does not lease any more.
     pub fn ruleset(&self) -> Ruleset {
         let mut counters = vec![Counter::Encapsulation, Counter::Loopback, Counter::Tunnel];
         let families: Vec<Family> = self.network.families().collect();
@@ -149,8 +151,8 @@ impl Rules<'_> {
     }
 
     fn overlay(&self) -> Chain {
-        let ends = |cidr| [Expr::Source { cidr, negate: false }, Expr::Destination { cidr, negate: false }];
-        let ends = self.network.pools.iter().flat_map(|(_, pool)| ends(pool.network));
+        let ends = |family| [Field::Source(family), Field::Destination(family)];
+        let ends = self.network.pools.iter().flat_map(|(family, pool)| ends(family).map(|field| leased(field, pool, false)));
         Chain { name: OVERLAY.to_owned(), base: None, rules: ends.map(|end| rule([end, Expr::Accept])).collect() }
     }
 
@@ -183,11 +185,12 @@ impl Rules<'_> {
         }
         if self.masquerade {
             for (family, pool) in self.network.pools.iter() {
-                let cidr = pool.network;
+                let tunnel = Device { role: Role::Vxlan(family), vni: self.network.vxlan.vni };
                 rules.push(rule([
-                    Expr::Source { cidr, negate: false },
+                    leased(Field::Source(family), pool, false),
                     not_by(Field::OutputInterface, &self.bridge()),
-                    Expr::Destination { cidr, negate: true },
+                    not_by(Field::OutputInterface, &tunnel.name()),
+                    leased(Field::Destination(family), pool, true),
                     Expr::Destination { cidr: multicast(family), negate: true },
                     Expr::Masquerade,
                 ]));
@@ -208,6 +211,11 @@ fn not_by(field: Field, interface: &str) -> Expr {
         *to = *from;
     }
     is_not(field, &padded)
+}
+
+/// The addresses of the subnets that a pool leases; with `negate`, all others.
+fn leased(field: Field, pool: &Pool, negate: bool) -> Expr {
+    Expr::Range { field, first: pool.min.base(), last: pool.max.last(), negate }
 }
 
 fn loopback(family: Family) -> Cidr {

@@ -101,6 +101,9 @@ impl fmt::Display for Expr {
         match self {
             Expr::Source { cidr, negate } => address(f, "saddr", *cidr, *negate),
             Expr::Destination { cidr, negate } => address(f, "daddr", *cidr, *negate),
+            Expr::Range { field, first, last, negate } => {
+                write!(f, "{field} {}{first}-{last}", if *negate { "!= " } else { "" })
+            }
             Expr::InputInterface(name) => write!(f, "iifname \"{name}\""),
             Expr::OutputInterface(name) => write!(f, "oifname \"{name}\""),
             Expr::Field { field, negate, value } => compared(f, *field, *negate, value),

@@ -5,11 +5,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::model::Family;
 use crate::plan::state::LinkState;
-use crate::plan::underlay::{DefaultRoute, ForeignLink, Inventory};
+use crate::plan::underlay::{DefaultRoute, ForeignLink, HostAddress, Inventory};
 use crate::plan::{ApplyReport, Batch, DataPath, Key, Op, OpError, State, Value};
 
 /// A kernel: what it holds, what it refuses, and every op that it was given.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct World {
     pub state: State,
     pub refuse: BTreeSet<Key>,
@@ -17,6 +17,26 @@ pub struct World {
     pub dumps: usize,
     /// A change never comes to its end.
     pub stuck: bool,
+    /// The addresses of the external interface.
+    pub addresses: Vec<HostAddress>,
+}
+
+impl Default for World {
+    fn default() -> World {
+        World {
+            state: State::new(),
+            refuse: BTreeSet::new(),
+            applied: Vec::new(),
+            dumps: 0,
+            stuck: false,
+            addresses: vec![address("192.0.2.100", 24)],
+        }
+    }
+}
+
+/// An address of the external interface.
+pub fn address(text: &str, length: u8) -> HostAddress {
+    HostAddress { address: text.parse().unwrap(), length, secondary: false, flaw: None }
 }
 
 #[derive(Debug, Clone, Default)]
@@ -69,9 +89,15 @@ impl DataPath for FakeKernel {
                 mtu: 1500,
                 up: true,
                 loopback: false,
-                addresses: vec!["192.0.2.100".parse().unwrap()],
+                addresses: self.world().addresses.clone(),
             }],
-            defaults: vec![DefaultRoute { family: Family::V4, interface: 2, from_router_advertisement: false }],
+            defaults: vec![DefaultRoute {
+                family: Family::V4,
+                interface: 2,
+                source: None,
+                gateway: None,
+                from_router_advertisement: false,
+            }],
             ..Inventory::default()
         })
     }

@@ -24,6 +24,12 @@ pub(super) enum Raw<'a> {
         operation: u32,
         value: &'a [u8],
     },
+    /// Of the first register. `NFT_RANGE_EQ` and `NFT_RANGE_NEQ` have the numbers of `NFT_CMP_EQ` and `NFT_CMP_NEQ`.
+    Range {
+        operation: u32,
+        first: &'a [u8],
+        last: &'a [u8],
+    },
     /// From the first register on; `into`: what a map says goes there.
     Lookup {
         set: &'a [u8],
@@ -86,6 +92,11 @@ impl Raw<'_> {
             b"cmp" => {
                 first(NFTA_CMP_SREG)?;
                 Some(Raw::Compare { operation: number(NFTA_CMP_OP)?, value: value(NFTA_CMP_DATA)? })
+            }
+            b"range" => {
+                first(NFTA_RANGE_SREG)?;
+                let (first, last) = (value(NFTA_RANGE_FROM_DATA)?, value(NFTA_RANGE_TO_DATA)?);
+                Some(Raw::Range { operation: number(NFTA_RANGE_OP)?, first, last })
             }
             b"lookup" => {
                 first(NFTA_LOOKUP_SREG)?;

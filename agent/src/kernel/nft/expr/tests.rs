@@ -15,6 +15,7 @@ fn any_expr() -> impl Strategy<Value = Expr> {
     prop_oneof![
         (any_cidr(), any::<bool>()).prop_map(|(cidr, negate)| Expr::Source { cidr, negate }),
         (any_cidr(), any::<bool>()).prop_map(|(cidr, negate)| Expr::Destination { cidr, negate }),
+        any_range(),
         "[a-z0-9.]{1,15}".prop_map(Expr::InputInterface),
         "[a-z0-9.]{1,15}".prop_map(Expr::OutputInterface),
         "[a-z0-9.]{1,15}".prop_map(Expr::Jump),
@@ -29,6 +30,16 @@ fn any_expr() -> impl Strategy<Value = Expr> {
         Just(Expr::Drop),
         Just(Expr::Masquerade),
     ]
+}
+
+fn any_range() -> impl Strategy<Value = Expr> {
+    (any::<(u128, u128, bool, bool)>(), proptest::sample::select(Family::ALL.to_vec())).prop_map(
+        |((first, last, destination, negate), family)| {
+            let end = |value: u128| family.address(value >> (128 - u32::from(family.bits())));
+            let field = if destination { Field::Destination(family) } else { Field::Source(family) };
+            Expr::Range { field, first: end(first), last: end(last), negate }
+        },
+    )
 }
 
 fn any_transport() -> impl Strategy<Value = Field> {

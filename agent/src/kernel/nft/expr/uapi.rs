@@ -22,6 +22,10 @@ pub const NFTA_BITWISE_OP: u16 = 6;
 pub const NFTA_CMP_SREG: u16 = 1;
 pub const NFTA_CMP_OP: u16 = 2;
 pub const NFTA_CMP_DATA: u16 = 3;
+pub const NFTA_RANGE_SREG: u16 = 1;
+pub const NFTA_RANGE_OP: u16 = 2;
+pub const NFTA_RANGE_FROM_DATA: u16 = 3;
+pub const NFTA_RANGE_TO_DATA: u16 = 4;
 pub const NFT_CMP_EQ: u32 = 0;
 pub const NFT_CMP_NEQ: u32 = 1;
 

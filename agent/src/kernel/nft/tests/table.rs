@@ -1,7 +1,7 @@
 //! The table as it is set, read, listed by `nft`, and altered by others.
 
 use super::*;
-use crate::plan::ruleset::{Base, Chain, ChainKind, Expr, Hook, Rule, guard};
+use crate::plan::ruleset::{Base, Chain, ChainKind, Expr, Field, Hook, Rule, guard};
 
 #[test]
 fn what_is_set_is_read() {
@@ -42,6 +42,11 @@ fn every_address_and_hook_is_read_and_listed() {
                 let negate = length % 2 == 1;
                 matches.push(Rule { exprs: vec![Expr::Source { cidr, negate }, Expr::Counter, Expr::Drop] });
                 matches.push(Rule { exprs: vec![Expr::Destination { cidr, negate: !negate }, Expr::Accept] });
+                let (first, last) = (cidr.base(), cidr.last());
+                let field = Field::Destination(cidr.family());
+                if first != last && length > 0 {
+                    matches.push(Rule { exprs: vec![Expr::Range { field, first, last, negate }, Expr::Accept] });
+                }
             }
         }
     }
@@ -93,7 +98,7 @@ pub(super) const ALTERATIONS: [(&str, &str); 22] = [
     ("rule replaced", "replace rule inet overlayd overlay handle @1 ip saddr 10.244.0.0/17 accept"),
     (
         "rules reordered",
-        "delete rule inet overlayd overlay handle @1; add rule inet overlayd overlay ip saddr 10.244.0.0/16 accept",
+        "delete rule inet overlayd overlay handle @1; add rule inet overlayd overlay ip saddr 10.244.1.0-10.244.255.255 accept",
     ),
     ("rule with an unknown expression", "add rule inet overlayd overlay ct state established accept"),
     ("rule with a vmap", "add rule inet overlayd overlay ip protocol vmap { tcp : accept, udp : drop }"),
