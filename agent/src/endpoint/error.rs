@@ -57,8 +57,8 @@ pub enum EndpointError {
     /// A port that cannot be published.
     #[error(transparent)]
     Publish(#[from] PublishError),
-    /// Two of the ports of one request are the same.
-    #[error("{one} and {other} are the same port of the host: leave one out")]
+    /// Two of one request lead the same port of the host to different ports.
+    #[error("{one} and {other} lead the same port of the host to different ports: leave one out")]
     PublishTwice {
         /// One.
         one: Publish,

@@ -23,7 +23,7 @@ const LONGEST_OWNER: usize = 256;
 pub(super) struct Wish {
     /// What the container gets, and where.
     pub(super) place: Place,
-    /// Ports of the host that shall lead to it, sorted; no two collide.
+    /// Ports of the host that shall lead to it, sorted; no two contradict each other.
     pub(super) publish: Vec<Publish>,
     /// Whether its packets' addresses are checked.
     pub(super) source_check: bool,
@@ -171,11 +171,11 @@ fn checked_mac(mac: Option<Mac>) -> Result<Option<Mac>, EndpointError> {
     }
 }
 
-/// Each port can be one, and no two are the same port of the host.
+/// Each port can be one, and no two lead the same port of the host elsewhere: runtimes repeat a mapping, once with each address.
 fn check_ports(publish: &[Publish]) -> Result<(), EndpointError> {
     for (n, port) in publish.iter().enumerate() {
         port.check()?;
-        if let Some(other) = publish.iter().take(n).find(|other| other.collides(port)) {
+        if let Some(other) = publish.iter().take(n).find(|other| other.collides(port) && !other.agrees(port)) {
             return Err(EndpointError::PublishTwice { one: *other, other: *port });
         }
     }

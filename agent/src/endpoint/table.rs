@@ -275,14 +275,18 @@ impl Table {
     /// The ports can be published here, and nobody else has them.
     fn check_published(&self, publish: &[Publish]) -> Result<(), EndpointError> {
         for wanted in publish {
-            if let (Some(address), subnet) = (wanted.address, self.network()?.subnet)
-                && subnet.get(Family::of(address)).is_none()
-            {
-                return Err(EndpointError::PublishFamily { wanted: *wanted, family: Family::of(address), subnet });
+            let subnet = self.network()?.subnet;
+            if let Some(family) = wanted.family().filter(|family| subnet.get(*family).is_none()) {
+                if wanted.is_wildcard() {
+                    continue;
+                }
+                return Err(EndpointError::PublishFamily { wanted: *wanted, family, subnet });
             }
-            for Endpoint { name, published, .. } in self.records.values().map(|r| &*r.endpoint) {
-                if let Some(held) = published.iter().find(|held| held.collides(wanted)) {
-                    return Err(EndpointError::PublishHeld { wanted: *wanted, holder: name.clone(), held: *held });
+            for endpoint in self.records.values().map(|r| &*r.endpoint) {
+                let addresses = endpoint.addresses();
+                let in_effect = |held: &&Publish| held.has_effect(|family| addresses.get(family).is_some());
+                if let Some(held) = endpoint.published.iter().filter(in_effect).find(|held| held.collides(wanted)) {
+                    return Err(EndpointError::PublishHeld { wanted: *wanted, holder: endpoint.name.clone(), held: *held });
                 }
             }
         }

@@ -11,7 +11,7 @@ use super::table::{Phase, Record};
 use super::{EndpointError, Inner, PROGRAMMED_WAIT, lock};
 use crate::model::api::Attached;
 use crate::model::endpoint::EndpointName;
-use crate::model::{Endpoint, Mode};
+use crate::model::{Endpoint, Mode, Publish};
 use crate::plan::{ContainerPath, Guard, HostSocket, OpError, Plug};
 use crate::state::StateError;
 
@@ -74,6 +74,10 @@ impl<C: ContainerPath + 'static> Inner<C> {
         }
         self.publish();
         self.programmed(&endpoint, guard).await;
+        for published in endpoint.published.iter().filter(|p| !p.has_effect(|family| endpoint.addresses().get(family).is_some()))
+        {
+            tracing::info!(endpoint = %name, %published, "published port has no effect: the container has no address of that family");
+        }
         tracing::info!(
             endpoint = %name, mode = %endpoint.mode, netns = %endpoint.netns.display(),
             interface = endpoint.port.as_ref().map(|port| &port.interface),
@@ -173,10 +177,16 @@ impl<C: ContainerPath + 'static> Inner<C> {
 
     /// The host has the addresses of the ports that are to be published, and nothing of its own waits there.
     async fn check_host_ports(self: &Arc<Self>, wish: &Wish) -> Result<(), EndpointError> {
-        if wish.publish.is_empty() {
+        // A wildcard of a family that containers have not takes nothing from the host's sockets.
+        let subnet = lock(&self.table).network().map(|network| network.subnet).ok();
+        let in_effect = |publish: &&Publish| {
+            !publish.is_wildcard() || publish.has_effect(|family| subnet.is_none_or(|subnet| subnet.get(family).is_some()))
+        };
+        let publish: Vec<Publish> = wish.publish.iter().filter(in_effect).copied().collect();
+        if publish.is_empty() {
             return Ok(());
         }
-        let (inner, publish) = (Arc::clone(self), wish.publish.clone());
+        let inner = Arc::clone(self);
         let looked = tokio::task::spawn_blocking(move || inner.path.host_ports(&publish));
         let host = match looked.await {
             Ok(Ok(host)) => host,
