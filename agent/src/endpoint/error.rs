@@ -279,6 +279,18 @@ fn names(names: &[EndpointName]) -> String {
 }
 
 impl EndpointError {
+    /// The endpoint that holds what was asked for.
+    pub(super) fn holder(&self) -> Option<&EndpointName> {
+        match self {
+            EndpointError::PublishHeld { holder, .. }
+            | EndpointError::MacHeld { holder, .. }
+            | EndpointError::NetnsHeld { holder, .. }
+            | EndpointError::AddressHeld { holder, .. }
+            | EndpointError::InterfaceHeld { holder, .. } => Some(holder),
+            _ => None,
+        }
+    }
+
     /// The error's kind.
     pub fn class(&self) -> Class {
         match self {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
-use super::ipam::Ipam;
+use super::ipam::{Ipam, IpamError};
 use super::request::{Place, Site, Wish, free_mac, host_interface};
 use super::{EndpointError, EndpointNetwork};
 use crate::model::api::Attached;
@@ -33,7 +33,7 @@ pub(super) struct Record {
     pub(super) phase: Phase,
     #[serde(flatten)]
     pub(super) endpoint: Arc<Endpoint>,
-    /// What tells its namespace from a later one at the same path, where the path alone does not.
+    /// What tells its namespace from a later one at the same path; absent on kernels that do not say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) netns_id: Option<String>,
 }
@@ -128,6 +128,17 @@ impl Table {
 
     pub(super) fn records(&self) -> impl Iterator<Item = &Record> {
         self.records.values()
+    }
+
+    /// The endpoints that hold what an attach was refused for: of a full subnet all.
+    pub(super) fn holders(&self, refusal: &EndpointError) -> Vec<Record> {
+        let holds = |record: &&Record| match refusal {
+            EndpointError::Address(IpamError::Full { range, .. }) => {
+                record.endpoint.addresses().iter().any(|(_, address)| range.contains(*address))
+            }
+            _ => refusal.holder() == Some(&record.endpoint.name),
+        };
+        self.records.values().filter(holds).cloned().collect()
     }
 
     /// The endpoints that are plugged, by name, without those whose namespace is missing: a veth pair goes with its namespace.
@@ -389,6 +400,18 @@ impl Table {
     pub(super) fn sharers(&self, of: &EndpointName) -> Vec<EndpointName> {
         let shares = |r: &&Record| matches!(&r.endpoint.mode, Mode::Container(owner) if owner == of);
         self.records.values().filter(shares).map(|r| r.endpoint.name.clone()).collect()
+    }
+
+    /// Notes that an endpoint, and those who share with it, are in that namespace now; whether that was not known.
+    pub(super) fn set_netns_id(&mut self, name: &EndpointName, id: &str) -> bool {
+        let version = self.version;
+        for name in self.sharers(name).into_iter().chain([name.clone()]) {
+            if let Some(record) = self.records.get_mut(&name).filter(|r| r.netns_id.as_deref() != Some(id)) {
+                record.netns_id = Some(id.to_owned());
+                self.touch(&name);
+            }
+        }
+        self.version != version
     }
 
     /// Forgets an endpoint and takes its addresses back.

@@ -2,11 +2,11 @@
 
 use super::*;
 
-fn in_mode(mode: &str, netns: Option<&str>) -> AttachRequest {
+pub(super) fn in_mode(mode: &str, netns: Option<&str>) -> AttachRequest {
     AttachRequest { mode: mode.parse().expect(mode), netns: netns.map(Into::into), ..AttachRequest::default() }
 }
 
-fn publishing(netns: &str, ports: &[&str]) -> AttachRequest {
+pub(super) fn publishing(netns: &str, ports: &[&str]) -> AttachRequest {
     AttachRequest { publish: ports.iter().map(|p| p.parse().expect(p)).collect(), ..ask(netns) }
 }
 
