@@ -147,8 +147,43 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
     /// when the returned future is dropped.
     pub async fn attach(&self, name: EndpointName, request: AttachRequest) -> Result<Attached, EndpointError> {
         let wish = Wish::check(request)?;
+        loop {
+            let (inner, of_work, wish) = (Arc::clone(&self.0), name.clone(), wish.clone());
+            match self.work(name.clone(), async move { inner.attach(of_work, wish).await }).await {
+                // Each turn frees what the one before was refused for.
+                Err(refusal) if self.release_dead_holders(&refusal).await => {}
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// Releases the endpoints whose namespace is gone among those that hold what was refused; whether any is not as it was. The audit finds them
+    /// later: a runtime that lost a container without a detach starts the next one at once. No name is held meanwhile, so two attaches never
+    /// wait for each other.
+    async fn release_dead_holders(&self, refusal: &EndpointError) -> bool {
+        let holders = lock(&self.0.table).holders(refusal);
+        if holders.is_empty() {
+            return false;
+        }
         let inner = Arc::clone(&self.0);
-        self.work(name.clone(), async move { inner.attach(name, wish).await }).await
+        let dead = tokio::task::spawn_blocking(move || holders.into_iter().filter(|r| !inner.holds(r)).collect::<Vec<_>>());
+        let mut changed = false;
+        // It fails only while the runtime ends.
+        for record in dead.await.unwrap_or_default() {
+            self.release(&record.endpoint.name).await;
+            changed |= lock(&self.0.table).get(&record.endpoint.name) != Some(&record);
+        }
+        changed
+    }
+
+    /// Releases an endpoint whose namespace is gone.
+    async fn release(&self, name: &EndpointName) -> bool {
+        let (inner, of_work) = (Arc::clone(&self.0), name.clone());
+        let released = self.work(name.clone(), async move { inner.release_gone(of_work).await }).await;
+        released.unwrap_or_else(|error| {
+            tracing::warn!(endpoint = %name, %error, "cannot detach an endpoint whose namespace is gone");
+            false
+        })
     }
 
     /// Detaches a container; that there was none of that name is no error. One whose namespace others share goes only where `force` is
@@ -205,12 +240,8 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
         self.0.publish();
         let mut released = Vec::new();
         for name in twice {
-            let inner = Arc::clone(&self.0);
-            let of_work = name.clone();
-            match self.work(name.clone(), async move { inner.release_gone(of_work).await }).await {
-                Ok(true) => released.push(name),
-                Ok(false) => {}
-                Err(error) => tracing::warn!(endpoint = %name, %error, "cannot detach an endpoint whose namespace is gone"),
+            if self.release(&name).await {
+                released.push(name);
             }
         }
         for name in suspects.into_iter().filter(|r| r.phase != Phase::Attached).map(|r| r.endpoint.name.clone()) {

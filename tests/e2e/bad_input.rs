@@ -41,7 +41,11 @@ async fn values_that_cannot_be() {
         (&["attach", "a", "--publish", &busy_port], 1, &[&busy_port, &own, "listens on 0.0.0.0"]),
         (&["attach", "a", "--publish", "8472:1/udp"], 1, &["8472:1/udp", "the kernel"]),
         (&["attach", "a", "--publish", "192.0.2.250:81:80"], 1, &["the host has no address 192.0.2.250"]),
-        (&["attach", "a", "--publish", "81:1", "--publish", "80-81:5-6"], 1, &["are the same port of the host"]),
+        (
+            &["attach", "a", "--publish", "81:1", "--publish", "80-81:5-6"],
+            1,
+            &["lead the same port of the host to different ports"],
+        ),
         (&["run", "--publish", &busy_port, "--", "true"], 1, &[&own]),
     ] {
         story.ctl("h1", arguments).exits(code).complains(wanted);

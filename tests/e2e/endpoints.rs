@@ -91,6 +91,9 @@ async fn a_full_subnet() {
     ]);
     story.ctl("h1", &["detach", "first"]).exits(0);
     story.ctl("h1", &["attach", "second"]).exits(0);
+    // One whose namespace was deleted takes no address.
+    kernel::run(&story, "h1", &["ip", "netns", "delete", &story.layout().namespace("h1-second")]);
+    story.ctl("h1", &["attach", "third"]).exits(0);
     assert_eq!(story.endpoints("h1").len(), 1);
 }
 
@@ -134,6 +137,28 @@ async fn a_namespace_that_goes_away() {
     assert_eq!(again.endpoint.addresses(), attached.endpoint.addresses());
     kernel::run(&story, "h1-web", &["ping", "-c", "1", "-W", "2", &again.gateway.v4.must("a gateway").to_string()]);
     assert_eq!(story.endpoints("h1").len(), 1);
+}
+
+/// What a container has whose namespace was deleted is given to the next one at once, also by an agent that knows it from its files only.
+#[tokio::test(flavor = "multi_thread")]
+async fn deleted_namespace_holds_neither_address_nor_mac_nor_port() {
+    let story = Story::one_host(Families::V4).await;
+    let web: Attached = story.ctl("h1", &["-o", "json", "attach", "web", "-p", "8080:80"]).exits(0).json();
+    let address = web.endpoint.addresses().v4.must("an address").to_string();
+    let mac = web.endpoint.port.must("a port").mac.to_string();
+    let delete = |name: &str| kernel::run(&story, "h1", &["ip", "netns", "delete", &story.layout().namespace(name)]);
+    let attach = |name: &str| story.ctl("h1", &["attach", name, "-p", "8080:80", "--ip", &address, "--mac", &mac]);
+    attach("next").exits(1).complains(&["endpoint web has 8080:80/tcp"]);
+    delete("h1-web");
+    attach("next").exits(0);
+    kernel::run(&story, "h1-next", &["ping", "-c", "1", "-W", "2", &web.gateway.v4.must("a gateway").to_string()]);
+    assert_eq!(story.endpoints("h1").into_iter().map(|e| e.name.to_string()).collect::<Vec<_>>(), ["next"]);
+
+    story.at("h1").agent_stop(nix::sys::signal::Signal::SIGKILL).must("SIGKILL");
+    delete("h1-next");
+    story.start("h1").await;
+    attach("last").exits(0);
+    assert_eq!(story.endpoints("h1").into_iter().map(|e| e.name.to_string()).collect::<Vec<_>>(), ["last"]);
 }
 
 /// Endpoints outlive the agent.

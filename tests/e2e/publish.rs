@@ -270,6 +270,38 @@ async fn conflicts() {
     attach(&story, "next", &["8080:80", "8090:80"], &[]);
 }
 
+/// Runtimes publish on both wildcards by default, also where containers have one family.
+#[tokio::test(flavor = "multi_thread")]
+async fn wildcards_of_both_families_in_single_family_overlay_are_taken() {
+    for (families, family) in [(Families::V4, Family::V4), (Families::V6, Family::V6)] {
+        let story = Story::up(|options| {
+            options.hosts = 1;
+            options.containers = 0;
+            options.families = families;
+        })
+        .await;
+        hooks_on_the_bridge(&story, false);
+        let (missing, specific) = match family {
+            Family::V4 => ("[::]:8081:80", "[::1]:8082:80"),
+            Family::V6 => ("0.0.0.0:8081:80", "127.0.0.1:8082:80"),
+        };
+        let publish = ["0.0.0.0:8080:80", "[::]:8080:80", missing];
+        let (web, _servers) = attach(&story, "web", &publish, &[(Tcp, 80)]);
+        assert_eq!(web.endpoint.published.len(), 3);
+        assert_eq!(attach(&story, "web", &publish, &[]).0.endpoint, web.endpoint, "the same again");
+        let own = underlay(&story, "h1", family);
+        seen(&story, "world", SocketAddr::new(own, 8080), Tcp).await;
+        unreachable(&story, "world", &at(own, 8081)).await;
+        let shown = story.ctl("h1", &["inspect", "web"]).exits(0).out;
+        assert!(shown.contains("[::]:8080") && shown.contains("0.0.0.0:8080") && shown.contains("in place"), "{shown}");
+        let status = story.status("h1").await;
+        assert!(status.ready && status.problems.is_empty(), "{:?}", status.problems);
+        story.ctl("h1", &["attach", "other", "--publish", specific]).exits(1).complains(&[specific, "no container could answer"]);
+        // What has no effect is no claim to the port.
+        attach(&story, "next", &["8081:80"], &[]);
+    }
+}
+
 /// What the first host's kernel has for published ports, without order: a table that was made anew has its parts in another one.
 fn host_state(story: &Story) -> BTreeSet<String> {
     let rules = kernel::run(story, "h1", &["nft", "-s", "list", "ruleset"]);

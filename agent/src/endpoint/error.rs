@@ -58,8 +58,8 @@ pub enum EndpointError {
     /// A port that cannot be published.
     #[error(transparent)]
     Publish(#[from] PublishError),
-    /// Two of the ports of one request are the same.
-    #[error("{one} and {other} are the same port of the host: leave one out")]
+    /// Two of one request lead the same port of the host to different ports.
+    #[error("{one} and {other} lead the same port of the host to different ports: leave one out")]
     PublishTwice {
         /// One.
         one: Publish,
@@ -283,6 +283,18 @@ fn names(names: &[EndpointName]) -> String {
 }
 
 impl EndpointError {
+    /// The endpoint that holds what was asked for.
+    pub(super) fn holder(&self) -> Option<&EndpointName> {
+        match self {
+            EndpointError::PublishHeld { holder, .. }
+            | EndpointError::MacHeld { holder, .. }
+            | EndpointError::NetnsHeld { holder, .. }
+            | EndpointError::AddressHeld { holder, .. }
+            | EndpointError::InterfaceHeld { holder, .. } => Some(holder),
+            _ => None,
+        }
+    }
+
     /// The error's kind.
     pub fn class(&self) -> Class {
         match self {

@@ -23,7 +23,7 @@ const LONGEST_OWNER: usize = 256;
 pub(super) struct Wish {
     /// What the container gets, and where.
     pub(super) place: Place,
-    /// Ports of the host that shall lead to it, sorted; no two collide.
+    /// Ports of the host that shall lead to it, sorted; no two contradict each other.
     pub(super) publish: Vec<Publish>,
     /// Whether its packets' addresses are checked.
     pub(super) source_check: bool,
@@ -58,7 +58,7 @@ pub(super) enum Place {
 pub(super) struct Site {
     /// Absolute path.
     pub(super) netns: PathBuf,
-    /// What tells it from a later one at the same path, where that can be another one without notice: see [`Site::resolve`].
+    /// What tells it from a later one at the same path, as far as the kernel says.
     pub(super) id: Option<String>,
 }
 
@@ -134,14 +134,11 @@ impl Site {
     }
 
     /// The path without symbolic links, so that `/var/run/netns/a` is `/run/netns/a`; as it is where that fails, which it does for
-    /// `/proc/PID/ns/net`. A path below `/proc` stays while the process behind it can be another one: there the namespace's id is kept
-    /// as well. Any other path says itself which namespace is meant, also after a reboot. Looks at the file system.
+    /// `/proc/PID/ns/net`. Looks at the file system.
     pub(super) fn resolve(&mut self, id: impl FnOnce(&Path) -> Option<String>) {
         // Also there in one spelling, without what is doubled: paths are compared byte by byte.
         self.netns = self.netns.canonicalize().unwrap_or_else(|_| self.netns.components().collect());
-        if self.netns.starts_with("/proc") {
-            self.id = id(&self.netns);
-        }
+        self.id = id(&self.netns);
     }
 }
 
@@ -171,11 +168,11 @@ fn checked_mac(mac: Option<Mac>) -> Result<Option<Mac>, EndpointError> {
     }
 }
 
-/// Each port can be one, and no two are the same port of the host.
+/// Each port can be one, and no two lead the same port of the host elsewhere: runtimes repeat a mapping, once with each address.
 fn check_ports(publish: &[Publish]) -> Result<(), EndpointError> {
     for (n, port) in publish.iter().enumerate() {
         port.check()?;
-        if let Some(other) = publish.iter().take(n).find(|other| other.collides(port)) {
+        if let Some(other) = publish.iter().take(n).find(|other| other.collides(port) && !other.agrees(port)) {
             return Err(EndpointError::PublishTwice { one: *other, other: *port });
         }
     }
@@ -261,14 +258,12 @@ mod tests {
     }
 
     #[test]
-    fn a_namespace_of_a_process_is_known_by_more_than_its_path() {
-        let site = |path: &str| {
+    fn a_namespace_is_known_by_more_than_its_path() {
+        for path in ["/proc/1/ns/net", "/run/netns/a"] {
             let mut site = Site::check(Some(path.into())).unwrap();
             site.resolve(|_| Some("7".to_owned()));
-            site
-        };
-        assert_eq!(site("/proc/1/ns/net").id.as_deref(), Some("7"));
-        assert_eq!(site("/run/netns/a").id, None);
+            assert_eq!(site.id.as_deref(), Some("7"));
+        }
     }
 
     #[test]

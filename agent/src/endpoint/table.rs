@@ -7,7 +7,7 @@ use std::sync::Arc;
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
-use super::ipam::Ipam;
+use super::ipam::{Ipam, IpamError};
 use super::request::{Place, Site, Wish, free_mac, host_interface};
 use super::{EndpointError, EndpointNetwork};
 use crate::model::api::Attached;
@@ -34,7 +34,7 @@ pub(super) struct Record {
     pub(super) phase: Phase,
     #[serde(flatten)]
     pub(super) endpoint: Arc<Endpoint>,
-    /// What tells its namespace from a later one at the same path, where the path alone does not.
+    /// What tells its namespace from a later one at the same path; absent on kernels that do not say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) netns_id: Option<String>,
 }
@@ -129,6 +129,17 @@ impl Table {
 
     pub(super) fn records(&self) -> impl Iterator<Item = &Record> {
         self.records.values()
+    }
+
+    /// The endpoints that hold what an attach was refused for: of a full subnet all.
+    pub(super) fn holders(&self, refusal: &EndpointError) -> Vec<Record> {
+        let holds = |record: &&Record| match refusal {
+            EndpointError::Address(IpamError::Full { range, .. }) => {
+                record.endpoint.addresses().iter().any(|(_, address)| range.contains(*address))
+            }
+            _ => refusal.holder() == Some(&record.endpoint.name),
+        };
+        self.records.values().filter(holds).cloned().collect()
     }
 
     /// The endpoints that are plugged, by name, without those whose namespace is missing: a veth pair goes with its namespace.
@@ -276,14 +287,18 @@ impl Table {
     /// The ports can be published here, and nobody else has them.
     fn check_published(&self, publish: &[Publish]) -> Result<(), EndpointError> {
         for wanted in publish {
-            if let (Some(address), subnet) = (wanted.address, self.network()?.subnet)
-                && subnet.get(Family::of(address)).is_none()
-            {
-                return Err(EndpointError::PublishFamily { wanted: *wanted, family: Family::of(address), subnet });
+            let subnet = self.network()?.subnet;
+            if let Some(family) = wanted.family().filter(|family| subnet.get(*family).is_none()) {
+                if wanted.is_wildcard() {
+                    continue;
+                }
+                return Err(EndpointError::PublishFamily { wanted: *wanted, family, subnet });
             }
-            for Endpoint { name, published, .. } in self.records.values().map(|r| &*r.endpoint) {
-                if let Some(held) = published.iter().find(|held| held.collides(wanted)) {
-                    return Err(EndpointError::PublishHeld { wanted: *wanted, holder: name.clone(), held: *held });
+            for endpoint in self.records.values().map(|r| &*r.endpoint) {
+                let addresses = endpoint.addresses();
+                let in_effect = |held: &&Publish| held.has_effect(|family| addresses.get(family).is_some());
+                if let Some(held) = endpoint.published.iter().filter(in_effect).find(|held| held.collides(wanted)) {
+                    return Err(EndpointError::PublishHeld { wanted: *wanted, holder: endpoint.name.clone(), held: *held });
                 }
             }
         }
@@ -390,6 +405,18 @@ impl Table {
     pub(super) fn sharers(&self, of: &EndpointName) -> Vec<EndpointName> {
         let shares = |r: &&Record| matches!(&r.endpoint.mode, Mode::Container(owner) if owner == of);
         self.records.values().filter(shares).map(|r| r.endpoint.name.clone()).collect()
+    }
+
+    /// Notes that an endpoint, and those who share with it, are in that namespace now; whether that was not known.
+    pub(super) fn set_netns_id(&mut self, name: &EndpointName, id: &str) -> bool {
+        let version = self.version;
+        for name in self.sharers(name).into_iter().chain([name.clone()]) {
+            if let Some(record) = self.records.get_mut(&name).filter(|r| r.netns_id.as_deref() != Some(id)) {
+                record.netns_id = Some(id.to_owned());
+                self.touch(&name);
+            }
+        }
+        self.version != version
     }
 
     /// Forgets an endpoint and takes its addresses back.

@@ -1,6 +1,7 @@
 //! Attach and detach over a kernel that is made up: what it holds survives the agent, it can refuse, and it can be slow.
 
 mod crash;
+mod holders;
 mod kernel;
 mod modes;
 

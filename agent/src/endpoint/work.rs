@@ -8,10 +8,10 @@ use tokio::sync::watch;
 
 use super::request::{Place, Wish, host_interface};
 use super::table::{Phase, Record};
-use super::{EndpointError, Inner, PROGRAMMED_WAIT, lock};
+use super::{Class, EndpointError, Inner, PROGRAMMED_WAIT, lock};
 use crate::model::api::Attached;
 use crate::model::endpoint::EndpointName;
-use crate::model::{Endpoint, Mode};
+use crate::model::{Endpoint, Mode, Publish};
 use crate::plan::{ContainerPath, Guard, HostSocket, OpError, Plug};
 use crate::state::StateError;
 
@@ -22,13 +22,12 @@ impl<C: ContainerPath + 'static> Inner<C> {
         if let Some(record) = held {
             if record.phase == Phase::Attached {
                 let fits = lock(&self.table).matches(&record.endpoint, &wish);
-                let alive = self.is_alive(&record);
                 match fits {
-                    Ok(()) | Err(EndpointError::NameHeld { .. }) if !alive => {
+                    Ok(()) if self.is_alive(&record) => return self.plug_again(&record.endpoint).await,
+                    Err(error) if error.class() != Class::Conflict || self.holds(&record) => return Err(error),
+                    Ok(()) | Err(_) => {
                         tracing::info!(endpoint = %name, netns = %record.endpoint.netns.display(), "its namespace is gone; attaching it anew");
                     }
-                    Ok(()) => return self.plug_again(&record.endpoint).await,
-                    Err(error) => return Err(error),
                 }
             }
             self.take_down(&name).await?;
@@ -72,8 +71,13 @@ impl<C: ContainerPath + 'static> Inner<C> {
             self.unwind(&name).await;
             return Err(EndpointError::State { name, source });
         }
+        self.note_present(&name);
         self.publish();
         self.programmed(&endpoint, guard).await;
+        for published in endpoint.published.iter().filter(|p| !p.has_effect(|family| endpoint.addresses().get(family).is_some()))
+        {
+            tracing::info!(endpoint = %name, %published, "published port has no effect: the container has no address of that family");
+        }
         tracing::info!(
             endpoint = %name, mode = %endpoint.mode, netns = %endpoint.netns.display(),
             interface = endpoint.port.as_ref().map(|port| &port.interface),
@@ -83,12 +87,13 @@ impl<C: ContainerPath + 'static> Inner<C> {
         Ok(attached)
     }
 
-    /// Detaches an endpoint, and where `force` is given those who share its namespace with it; who they were.
+    /// Detaches an endpoint, and where `force` is given or the namespace is gone those who share it; who they were.
     pub(super) async fn detach(
         self: Arc<Self>,
         name: EndpointName,
         force: bool,
     ) -> Result<Option<Vec<EndpointName>>, EndpointError> {
+        let force = force || lock(&self.table).get(&name).cloned().is_some_and(|record| !self.holds(&record));
         let begun = {
             let mut table = lock(&self.table);
             let sharers = table.sharers(&name);
@@ -119,7 +124,7 @@ impl<C: ContainerPath + 'static> Inner<C> {
     pub(super) async fn release_gone(self: Arc<Self>, name: EndpointName) -> Result<bool, EndpointError> {
         let held = lock(&self.table).get(&name).cloned();
         let Some(record) = held else { return Ok(false) };
-        if self.is_alive(&record) {
+        if self.holds(&record) {
             return Ok(false);
         }
         self.take_down(&name).await?;
@@ -145,8 +150,21 @@ impl<C: ContainerPath + 'static> Inner<C> {
         Ok(())
     }
 
-    /// Whether an endpoint's namespace is still the one that was attached. Blocks for as long as it takes to open a file.
+    /// Whether an endpoint has a namespace to be in. A path below `/proc` stays while the process behind it can be another one: there it has to
+    /// be the namespace that was attached. Any other path says itself which namespace is meant, also after a reboot. Blocks for as long as
+    /// it takes to open a file.
     pub(super) fn is_alive(&self, record: &Record) -> bool {
+        let netns = &record.endpoint.netns;
+        if netns.starts_with("/proc") { self.is_in_its_netns(record) } else { self.path.netns_alive(netns) }
+    }
+
+    /// Whether an endpoint keeps others from what it has: it is attached, and its namespace is the one that was attached. Another one that was
+    /// made at the same path since is no reason to refuse anybody. Blocks as [`Inner::is_alive`] does.
+    pub(super) fn holds(&self, record: &Record) -> bool {
+        record.phase == Phase::Attached && self.is_in_its_netns(record)
+    }
+
+    fn is_in_its_netns(&self, record: &Record) -> bool {
         if record.endpoint.mode == Mode::Host {
             return true;
         }
@@ -154,10 +172,22 @@ impl<C: ContainerPath + 'static> Inner<C> {
         self.path.netns_alive(netns) && record.netns_id.as_ref().is_none_or(|id| self.path.netns_id(netns).as_ref() == Some(id))
     }
 
+    /// Notes that an endpoint's namespace is there.
+    fn note_present(&self, name: &EndpointName) {
+        lock(&self.missing).remove(name);
+        lock(&self.gone_before).remove(name);
+    }
+
     /// The namespace's path without links, and whether there is a namespace that can be a container's.
     fn locate(&self, mut wish: Wish) -> Result<Wish, EndpointError> {
         if let Place::Host(path) = &mut wish.place {
             *path = self.path.own_netns();
+        }
+        if let Place::Container(target) = &wish.place {
+            let target = lock(&self.table).get(target).cloned();
+            if let Some(record) = target.filter(|record| !self.is_alive(record)) {
+                return Err(EndpointError::NetnsGone { netns: record.endpoint.netns.clone() });
+            }
         }
         let Some(site) = wish.site_mut() else { return Ok(wish) };
         site.resolve(|path| self.path.netns_id(path));
@@ -173,10 +203,16 @@ impl<C: ContainerPath + 'static> Inner<C> {
 
     /// The host has the addresses of the ports that are to be published, and nothing of its own waits there.
     async fn check_host_ports(self: &Arc<Self>, wish: &Wish) -> Result<(), EndpointError> {
-        if wish.publish.is_empty() {
+        // A wildcard of a family that containers have not takes nothing from the host's sockets.
+        let subnet = lock(&self.table).network().map(|network| network.subnet).ok();
+        let in_effect = |publish: &&Publish| {
+            !publish.is_wildcard() || publish.has_effect(|family| subnet.is_none_or(|subnet| subnet.get(family).is_some()))
+        };
+        let publish: Vec<Publish> = wish.publish.iter().filter(in_effect).copied().collect();
+        if publish.is_empty() {
             return Ok(());
         }
-        let (inner, publish) = (Arc::clone(self), wish.publish.clone());
+        let inner = Arc::clone(self);
         let looked = tokio::task::spawn_blocking(move || inner.path.host_ports(&publish));
         let host = match looked.await {
             Ok(Ok(host)) => host,
@@ -211,7 +247,13 @@ impl<C: ContainerPath + 'static> Inner<C> {
             Some(plug) => self.path.plug(&plug).await.map_err(kernel)?,
             None => Guard::Told,
         };
-        lock(&self.missing).remove(&endpoint.name);
+        // The path may lead to another namespace than at the attach.
+        if let Some(id) = self.path.netns_id(&endpoint.netns)
+            && lock(&self.table).set_netns_id(&endpoint.name, &id)
+        {
+            self.persist().map_err(|source| EndpointError::State { name: endpoint.name.clone(), source })?;
+        }
+        self.note_present(&endpoint.name);
         self.publish();
         self.programmed(endpoint, guard).await;
         Ok(attached)

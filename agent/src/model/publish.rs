@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
+use super::Family;
 use super::lease::printable;
 
 /// One published port, or a run of them. As text `[ADDRESS:]HOST[-LAST]:CONTAINER[-LAST][/tcp|udp|sctp]`, an IPv6 address in brackets.
@@ -72,6 +73,28 @@ impl Publish {
             return Ok(());
         };
         Err(PublishError { text: self.to_string(), reason: reason.to_owned() })
+    }
+
+    /// The family that it is bound to; `None` for both.
+    pub fn family(&self) -> Option<Family> {
+        self.address.map(Family::of)
+    }
+
+    /// Whether it leads to a container with addresses of these families. Runtimes publish on `0.0.0.0` and `::` together by default, whatever the
+    /// container has, so the wildcard of a family that is missing asks for nothing.
+    pub fn has_effect(&self, has: impl Fn(Family) -> bool) -> bool {
+        self.family().is_none_or(has)
+    }
+
+    /// Whether it is bound to all addresses of one family.
+    pub fn is_wildcard(&self) -> bool {
+        self.address.is_some_and(|address| address.is_unspecified())
+    }
+
+    /// Whether both lead a port of the host that they share to the same port of a container.
+    pub fn agrees(&self, other: &Publish) -> bool {
+        let offset = |p: &Publish| i32::from(p.container_port) - i32::from(p.host_port);
+        offset(self) == offset(other)
     }
 
     /// Whether both want a port of the host on an address that they share.
@@ -239,6 +262,25 @@ mod tests {
         for bad in [value(0, 1, 1), value(1, 0, 1), value(1, 1, 0), value(2, 1, 65_535), value(1, 2, 65_535)] {
             assert!(bad.check().is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn wildcard_of_missing_family_has_no_effect() {
+        let effects = |text: &str| {
+            let publish: Publish = text.parse().unwrap();
+            Family::ALL.map(|there| publish.has_effect(|family| family == there))
+        };
+        assert_eq!((effects("80:80"), effects("0.0.0.0:80:80")), ([true, true], [true, false]));
+        assert_eq!((effects("[::]:80:80"), effects("[::1]:80:80")), ([false, true], [false, true]));
+        let wildcard = |text: &str| text.parse::<Publish>().unwrap().is_wildcard();
+        assert!(wildcard("[::]:80:80") && wildcard("0.0.0.0:80:80") && !wildcard("80:80") && !wildcard("[::1]:80:80"));
+    }
+
+    #[test]
+    fn shared_port_to_same_container_port_agrees() {
+        let agree = |a: &str, b: &str| a.parse::<Publish>().unwrap().agrees(&b.parse().unwrap());
+        assert!(agree("80:8080", "0.0.0.0:80:8080") && agree("80-90:180-190", "85:185"));
+        assert!(!agree("80:8080", "80:8081") && !agree("80-90:180-190", "85:186"));
     }
 
     #[test]

@@ -290,9 +290,8 @@ fn differing<'a>(ours: &'a [Arc<Endpoint>], others: &'a [Arc<Endpoint>]) -> (Vec
 /// The elements of a published port, or run of ports, and where each leads. One element a port: a run of the whole range is 65,535 of them, a look-up
 /// costs the same.
 fn leads_to<'a>(publish: &'a Publish, port: &'a Port) -> impl Iterator<Item = (Element, SocketAddr)> + 'a {
-    let served = move |family: Family| publish.address.is_none_or(|address| Family::of(address) == family);
     let Publish { address, protocol, .. } = *publish;
-    port.addresses.iter().filter(move |(family, _)| served(*family)).flat_map(move |(family, to)| {
+    port.addresses.iter().filter(|(family, _)| publish.has_effect(|bound| bound == *family)).flat_map(move |(family, to)| {
         (0..publish.count).filter_map(move |n| {
             let host_port = publish.host_port.checked_add(n)?;
             let element = match address.filter(|address| !address.is_unspecified()) {

@@ -11,7 +11,7 @@ use overlay_tests::programs::Said;
 use overlay_tests::story::{READY, SOON};
 use overlay_tests::{Must, Story, kernel, within};
 use overlayctl::lab::Families;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{as_before, endpoints, still};
 
@@ -217,4 +217,21 @@ async fn memories_that_are_lost() {
     network.del(&who, &Value::Null).map_err(|said| said.out).must("DEL without a previous result");
     as_before("the host", &story.inside("h1"), &before.0).await;
     as_before("the container", &who.inside(), &before.1).await;
+}
+
+/// A container that is lost without a DEL, and another one at once in a namespace of the same path.
+#[tokio::test(flavor = "multi_thread")]
+async fn container_lost_without_del_holds_nothing() {
+    let (story, mut network) = prepared().await;
+    network.runtime = json!({ "portMappings": [{ "hostPort": 8080, "containerPort": 80, "protocol": "tcp" }] });
+    let mut who = Attachment::new(&story, "h1", "lost");
+    network.add(&who).map_err(|said| said.out).must("ADD");
+    for n in 0..2 {
+        Netns::delete(who.netns.rsplit_once('/').must("a name").1).must("delete");
+        who = Attachment { container: format!("next{n}"), ..Attachment::new(&story, "h1", "lost") };
+        let result = network.add(&who).map_err(|said| said.out).must("ADD of the next");
+        network.check(&who, &result).map_err(|said| said.out).must("CHECK of the next");
+    }
+    let listed = endpoints(&story).await;
+    assert!(listed.len() == 1 && listed[0].name.as_str().starts_with("next1"), "{listed:?}");
 }

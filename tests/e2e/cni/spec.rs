@@ -200,6 +200,14 @@ async fn what_a_runtime_wishes() {
         (&json!(format!("{free}/24")), &json!("02:00:5e:10:00:78"))
     );
 
+    // Ports on both wildcards, on one that is missing here, and one twice: as runtimes send them.
+    let d = Attachment::new(&story, "h1", "d");
+    let mapping = |ip: &str| json!({ "hostPort": 8080, "containerPort": 80, "protocol": "tcp", "hostIP": ip });
+    network.runtime = json!({ "portMappings": [mapping("0.0.0.0"), mapping("::"), mapping(""), mapping("")] });
+    let result = network.add(&d).map_err(|said| said.out).must("ADD with both wildcards");
+    network.check(&d, &result).map_err(|said| said.out).must("CHECK");
+    network.del(&d, &result).map_err(|said| said.out).must("DEL");
+
     // A limit that nothing would keep is refused by name.
     let c = Attachment::new(&story, "h1", "c");
     network.plugins[0]["capabilities"]["bandwidth"] = true.into();

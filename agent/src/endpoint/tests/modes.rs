@@ -2,11 +2,11 @@
 
 use super::*;
 
-fn in_mode(mode: &str, netns: Option<&str>) -> AttachRequest {
+pub(super) fn in_mode(mode: &str, netns: Option<&str>) -> AttachRequest {
     AttachRequest { mode: mode.parse().expect(mode), netns: netns.map(Into::into), ..AttachRequest::default() }
 }
 
-fn publishing(netns: &str, ports: &[&str]) -> AttachRequest {
+pub(super) fn publishing(netns: &str, ports: &[&str]) -> AttachRequest {
     AttachRequest { publish: ports.iter().map(|p| p.parse().expect(p)).collect(), ..ask(netns) }
 }
 
@@ -152,6 +152,40 @@ async fn ports_are_published_where_nobody_has_them() {
         endpoints.attach(name("b"), publishing("/ns/b", ports)).await.unwrap();
         endpoints.detach(name("b"), false).await.unwrap();
     }
+}
+
+#[tokio::test]
+async fn wildcard_of_missing_family_is_taken_without_effect() {
+    for (subnet, served, missing, specific) in [
+        ("10.244.1.0-24", "0.0.0.0:8080:80", "[::]:8080:80", "[2001:db8::7]:8081:80"),
+        ("fd00:10:244:1::-64", "[::]:8080:80", "0.0.0.0:8080:80", "192.0.2.7:8081:80"),
+    ] {
+        let host = Host::new(&["/ns/a", "/ns/b", "/ns/c"]);
+        let endpoints = host.start(subnet).await;
+        // A socket there keeps nothing from a container that would not be reached by it.
+        host.kernel.listen(missing, "sshd (process 7)");
+        let both = publishing("/ns/a", &[served, missing]);
+        let a = endpoints.attach(name("a"), both.clone()).await.unwrap();
+        assert_eq!(a.endpoint.published.len(), 2, "it is shown as it was asked for");
+        assert_eq!(endpoints.attach(name("a"), both).await.unwrap(), a, "the same again");
+        refused(&endpoints, "b", publishing("/ns/b", &[served]), Class::Conflict, "endpoint a has").await;
+        refused(&endpoints, "b", publishing("/ns/b", &[specific]), Class::BadValue, "so no container could answer").await;
+        endpoints.detach(name("a"), false).await.unwrap();
+        // Alone it is nobody's claim to the port.
+        endpoints.attach(name("b"), publishing("/ns/b", &[missing])).await.unwrap();
+        endpoints.attach(name("c"), publishing("/ns/c", &["8080:80"])).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn mapping_repeated_in_one_request_is_taken() {
+    let host = Host::new(&["/ns/a"]);
+    let endpoints = host.start(DUAL).await;
+    let repeated = publishing("/ns/a", &["8080:80", "8080:80", "0.0.0.0:8080:80", "[::]:8080:80", "8080-8081:80-81"]);
+    let a = endpoints.attach(name("a"), repeated.clone()).await.unwrap();
+    assert_eq!(endpoints.attach(name("a"), repeated).await.unwrap(), a);
+    let elsewhere = publishing("/ns/a", &["0.0.0.0:8080:80", "8080:81"]);
+    refused(&endpoints, "b", elsewhere, Class::BadValue, "lead the same port of the host to different ports").await;
 }
 
 #[tokio::test]
