@@ -131,12 +131,13 @@ impl Table {
         self.records.values()
     }
 
-    /// The endpoints that hold what an attach was refused for: of a full subnet all.
+    /// The endpoints that hold what an attach was refused for: of a full subnet or bridge all.
     pub(super) fn holders(&self, refusal: &EndpointError) -> Vec<Record> {
         let holds = |record: &&Record| match refusal {
             EndpointError::Address(IpamError::Full { range, .. }) => {
                 record.endpoint.addresses().iter().any(|(_, address)| range.contains(*address))
             }
+            EndpointError::BridgeFull => record.endpoint.port.is_some(),
             _ => refusal.holder() == Some(&record.endpoint.name),
         };
         self.records.values().filter(holds).cloned().collect()

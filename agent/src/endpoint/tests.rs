@@ -373,4 +373,7 @@ async fn attach_beyond_the_ports_of_a_bridge_is_refused() {
     assert_eq!((error.class(), host.kernel.plugs().len()), (Class::Conflict, before.len()));
     endpoints.detach(name("c7"), false).await.unwrap();
     endpoints.attach(name("late"), ask(&namespaces[0])).await.unwrap();
+    // Of a namespace that is gone it is taken back.
+    host.kernel.kill(&namespaces[1]);
+    endpoints.attach(name("later"), ask(&namespaces[8])).await.unwrap();
 }
