@@ -106,6 +106,21 @@ async fn underlay_in_the_network_but_outside_the_pool_works() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn public_ip_among_the_leased_subnets_is_named_on_both_hosts() {
+    let story = Story::without_agents(2, Families::V4).await;
+    for (host, flags) in [("h1", &["--public-ip=10.244.9.9"][..]), ("h2", &[])] {
+        story.at(host).agent_start(flags).must("start");
+        story.at(host).wait_ready(READY).await.must(host);
+    }
+    for (host, words) in
+        [("h1", "this host's address 10.244.9.9 lies among"), ("h2", "PublicIP is 10.244.9.9: must not lie among")]
+    {
+        let named = |s: &Status| s.problems.iter().any(|problem| problem.contains(words));
+        story.at(host).wait_status(SOON, words, named).await.must(host);
+    }
+}
+
 /// The interface comes later than the agent: no restart is needed.
 #[tokio::test(flavor = "multi_thread")]
 async fn one_that_comes_late() {

@@ -10,6 +10,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use rand::seq::SliceRandom;
 use tracing::{debug, warn};
 
@@ -22,6 +24,8 @@ use crate::metrics::Metrics;
 
 /// How long opening a connection may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long one server has until the next one is tried beside it: one in a family that this host cannot send by does not answer at all.
+const HEAD_START: Duration = Duration::from_secs(1);
 /// How long an answer may take.
 pub(super) const RPC_TIMEOUT: Duration = Duration::from_secs(5);
 /// A ping is sent after this long without a frame. etcd ends connections that ping more often than every 5 s
@@ -259,7 +263,7 @@ impl Greeting {
     }
 }
 
-/// Connects to the first endpoint that answers.
+/// Connects to the first endpoint that answers. They are tried one after the other, and side by side where one takes long.
 ///
 /// # Errors
 /// [`StoreError::AllFailed`] with every endpoint's error, or the error of the settings.
@@ -271,21 +275,30 @@ pub(super) async fn connect(config: &StoreConfig) -> Result<Session, StoreError>
 pub(super) async fn connect_counted(config: &StoreConfig, metrics: Option<&Arc<Metrics>>) -> Result<Session, StoreError> {
     let keys = config.validate()?;
     let credentials = config.credentials()?;
-    let mut errors = Vec::new();
-    for endpoint in config.candidates().await? {
+    let mut candidates = config.candidates().await?.into_iter();
+    let attempt = |endpoint| {
         let (user, prefix) = (config.username.clone(), keys.prefix().to_owned());
         let (expired, metrics) = (config.certificate_expired(), metrics.cloned());
         let context = Context { endpoint, user, prefix, greeted: false, expired, metrics };
-        match connect_to(config, context, &keys, credentials.clone()).await {
-            Ok(session) => {
-                debug!(endpoint = session.context.endpoint, revision = session.greeting.revision, "connected to etcd");
-                return Ok(session);
-            }
-            Err(error) => {
-                debug!(%error, "an etcd endpoint cannot be used");
-                errors.push(error);
-            }
+        connect_to(config, context, &keys, credentials.clone())
+    };
+    let mut errors = Vec::new();
+    let mut attempts: FuturesUnordered<_> = candidates.next().map(&attempt).into_iter().collect();
+    while !attempts.is_empty() {
+        tokio::select! {
+            Some(outcome) = attempts.next() => match outcome {
+                Ok(session) => {
+                    debug!(endpoint = session.context.endpoint, revision = session.greeting.revision, "connected to etcd");
+                    return Ok(session);
+                }
+                Err(error) => {
+                    debug!(%error, "an etcd endpoint cannot be used");
+                    errors.push(error);
+                }
+            },
+            () = tokio::time::sleep(HEAD_START), if candidates.len() > 0 => {}
         }
+        attempts.extend(candidates.next().map(&attempt));
     }
     if errors.len() == 1
         && let Some(only) = errors.pop()
