@@ -1,7 +1,7 @@
 //! Containers attached and detached by `overlayctl`, as a person does it: names, wished addresses, what is taken, what is full, what is gone.
 
-use overlay_agent::model::Family;
 use overlay_agent::model::api::{Attached, Health, Status};
+use overlay_agent::model::{Endpoint, Family};
 use overlay_tests::programs::Said;
 use overlay_tests::story::{READY, SECOND, SOON};
 use overlay_tests::{Must, Story, etcd, kernel, within};
@@ -159,6 +159,38 @@ async fn deleted_namespace_holds_neither_address_nor_mac_nor_port() {
     story.start("h1").await;
     attach("last").exits(0);
     assert_eq!(story.endpoints("h1").into_iter().map(|e| e.name.to_string()).collect::<Vec<_>>(), ["last"]);
+}
+
+/// An address goes to another container, with another MAC: nobody who knew the old one waits.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_address_that_moves_to_another_container_is_reached_at_once() {
+    let story = Story::up(|options| {
+        options.hosts = 2;
+        options.containers = 1;
+        options.families = Families::Dual;
+    })
+    .await;
+    let attach = |name: &str, wanted: &[String]| -> Endpoint {
+        let ips = wanted.iter().flat_map(|ip| ["--ip", ip]);
+        let arguments: Vec<&str> = ["-o", "json", "attach", name].into_iter().chain(ips).collect();
+        story.ctl("h1", &arguments).exits(0).json::<Attached>().endpoint
+    };
+    let first = attach("a1", &[]);
+    let addresses: Vec<String> = first.addresses().iter().map(|(_, address)| address.to_string()).collect();
+    let all_reach = |whom: &str| {
+        for from in ["h1-c1", "h1", "h2-c1", "h2"] {
+            for address in &addresses {
+                let said = kernel::attempt(&story, from, &["ping", "-c", "1", "-W", "1", address]);
+                assert_eq!(said.code, Some(0), "{from} reaches {whom} at {address}: {}{}", said.out, said.err);
+            }
+        }
+    };
+    all_reach("a1");
+    story.ctl("h1", &["detach", "a1"]).exits(0);
+    let second = attach("a2", &addresses);
+    assert_eq!(second.addresses(), first.addresses());
+    assert_ne!(second.port.must("a port").mac, first.port.must("a port").mac, "the case is one of two MACs");
+    all_reach("a2");
 }
 
 /// Endpoints outlive the agent.

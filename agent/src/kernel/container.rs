@@ -20,7 +20,7 @@ use super::known::{LINK_GROUP, is_marked};
 use super::link::{foreign, marked, not_marked, remove};
 use super::netns::{LOOPBACK, Netns, NetnsError, loopback_up};
 use super::objects::{self, LinkInfo, RouteInfo};
-use super::rtnl::{new_address, route, veth};
+use super::rtnl::{arp_notify, new_address, route, veth};
 use super::socket::{Refusal, RouteSocket};
 use super::view::{self, OverlayView};
 use super::wire::Query;
@@ -201,7 +201,7 @@ fn build(shared: &mut Shared, wanted: &Plug, netns: &Netns, bridge: u32) -> Resu
     let index = objects::link(&mut shared.socket, host).map_err(|e| e.during(format!("cannot find {host} just made")))?.index;
     let ipv6 = shared.interfaces.refuse_ra(host)?;
     change_link(&mut shared.socket, marked(index, ipv6)).map_err(|e| not_marked(host, &e))?;
-    let mut inside = netns.visit(|| configure(wanted)).map_err(|e| OpError::from(&e))??;
+    let (mut inside, inner) = netns.visit(|| configure(wanted)).map_err(|e| OpError::from(&e))??;
     let guard = admit(shared, wanted)?;
     let port = LinkUnspec::new_with_index(index).controller(bridge).up();
     let joined = change_link(&mut shared.socket, port.build());
@@ -213,6 +213,10 @@ fn build(shared: &mut Shared, wanted: &Plug, netns: &Netns, bridge: u32) -> Resu
         }
         error
     })?;
+    // To set the MAC again, the same one, has the kernel announce the interface's addresses (`inetdev_event` in net/ipv4/devinet.c,
+    // `ndisc_netdev_event` in net/ipv6/ndisc.c), now that the bridge forwards: neighbours that keep the MAC of the addresses' last owner replace it.
+    let announced = change_link(&mut inside, LinkUnspec::new_with_index(inner).address(wanted.mac.0.to_vec()).build());
+    announced.map_err(|e| e.during(format!("cannot announce {} in {}", wanted.interface, wanted.netns.display())))?;
     // The last step, for it is the only one that does not go with the pair.
     let loopback = change_link(&mut inside, LinkUnspec::new_with_index(LOOPBACK).up().build());
     loopback.map_err(|e| e.during(format!("cannot set lo up in {}", wanted.netns.display())))?;
@@ -264,13 +268,14 @@ fn change(shared: &mut Shared, ops: &[Op], what: &str) -> Result<(), OpError> {
     }
 }
 
-/// Configures the inner end. Runs inside the namespace; the answer is the way in for what is left to be done there.
-fn configure(wanted: &Plug) -> Result<RouteSocket, OpError> {
+/// Configures the inner end. Runs inside the namespace; the answer is a socket for what is left to be done there, and the inner end's index.
+fn configure(wanted: &Plug) -> Result<(RouteSocket, u32), OpError> {
     let inner = &wanted.interface;
     let step = |what: &str, refusal: Refusal| refusal.during(format!("cannot {what} in {}", wanted.netns.display()));
     let mut socket = RouteSocket::open()?;
     let index = objects::link(&mut socket, inner).map_err(|e| step(&format!("find {inner}"), e))?.index;
     sysctl::write_if_there(&sysctl::accept_ra(inner), "0")?;
+    sysctl::write_if_there(&sysctl::ndisc_notify(inner), "1")?;
     if wanted.source_check && !wanted.addresses.iter().any(IpNetwork::is_ipv6) {
         // Without an IPv6 address of the overlay it may send no IPv6 at all: each interface that comes up would be counted as a forger for the
         // link-local address that the kernel makes and announces unasked.
@@ -280,7 +285,8 @@ fn configure(wanted: &Plug) -> Result<RouteSocket, OpError> {
         let added = socket.create(&RouteNetlinkMessage::NewAddress(new_address(index, *address)));
         added.map_err(|e| step(&format!("add address {address} to {inner}"), e))?;
     }
-    let up = change_link(&mut socket, LinkUnspec::new_with_index(index).up().build());
+    let up = LinkUnspec::new_with_index(index).append_extra_attribute(arp_notify()).up().build();
+    let up = change_link(&mut socket, up);
     up.map_err(|e| step(&format!("set {inner} up"), e))?;
     for gateway in &wanted.gateways {
         let default = route(None, Some(*gateway), Some(index), PROTOCOL.into());
@@ -292,7 +298,7 @@ fn configure(wanted: &Plug) -> Result<RouteSocket, OpError> {
             error
         })?;
     }
-    Ok(socket)
+    Ok((socket, index))
 }
 
 /// Gives the inner end the wished MTU, where it is the other end of that interface and only its MTU may be wrong: a pair that is made anew

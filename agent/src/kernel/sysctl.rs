@@ -22,6 +22,11 @@ pub fn accept_ra(interface: &str) -> String {
     format!("ipv6/conf/{interface}/accept_ra")
 }
 
+/// Whether an interface announces its IPv6 addresses where its MAC is set or it comes up, by unsolicited neighbour advertisements.
+pub fn ndisc_notify(interface: &str) -> String {
+    format!("ipv6/conf/{interface}/ndisc_notify")
+}
+
 /// How an interface makes itself a link-local address; 1 is not at all (`enum in6_addr_gen_mode` in `linux/if_link.h`).
 pub fn addr_gen_mode(interface: &str) -> String {
     format!("ipv6/conf/{interface}/addr_gen_mode")

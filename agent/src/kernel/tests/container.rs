@@ -159,3 +159,41 @@ fn plug_into_full_bridge_names_the_kernels_limit() {
         assert_eq!((look(&container.netns), run("ip -o link").contains("ove1")), (before, false));
     });
 }
+
+/// Those who know the addresses' last MAC replace it, though none of them sends anything.
+#[test]
+fn plug_with_another_mac_updates_the_neighbours() {
+    let [neighbour, first, second] = ["ctrnear", "ctrfirst", "ctrsecond"].map(Scratch::new);
+    on_host("plugmac", KernelOptions::default(), async |host| {
+        host.make_devices().await;
+        let plugger = host.kernel.plugger();
+        let near = Plug {
+            host_interface: "ove2".to_owned(),
+            mac: Mac([2, 0, 0, 0, 2, 9]),
+            addresses: vec!["10.244.0.9/24".parse().expect("address"), "fd00:244::9/64".parse().expect("address")],
+            ..wanted(&neighbour)
+        };
+        plugger.plug(&near).await.expect("plugged");
+        plugger.plug(&wanted(&first)).await.expect("plugged");
+        let ping = || ["10.244.0.2", "fd00:244::2"].map(|address| run(&format!("ping -c 1 -W 2 {address}")));
+        let known = || ["-4", "-6"].map(|family| run(&format!("ip {family} neigh show"))).concat();
+        ping();
+        neighbour.netns.run(ping).expect("inside");
+
+        plugger.unplug("ove1").await.expect("unplugged");
+        plugger.plug(&Plug { mac: Mac([2, 0, 0, 0, 2, 3]), ..wanted(&second) }).await.expect("plugged");
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(1);
+        loop {
+            let told = [known(), neighbour.netns.run(known).expect("inside")];
+            let is_new = |line: &&str| line.contains("lladdr 02:00:00:00:02:03");
+            let of_address = |text: &String, address: &str| {
+                text.lines().filter(|line| line.starts_with(&format!("{address} "))).any(|line| is_new(&line))
+            };
+            if told.iter().all(|text| of_address(text, "10.244.0.2") && of_address(text, "fd00:244::2")) {
+                break;
+            }
+            assert!(std::time::Instant::now() < end, "an old MAC stays:\n{}", told.join("--\n"));
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    });
+}
