@@ -22,7 +22,10 @@ pub const GRACE: Duration = Duration::from_secs(5);
 /// How long a killed process may take to go: only one that hangs in the kernel takes longer.
 const KILL_LIMIT: Duration = Duration::from_secs(5);
 
-/// How often ending processes are looked at.
+/// How long a process may take to stop, as `KILL_LIMIT`.
+const STOP_LIMIT: Duration = Duration::from_secs(5);
+
+/// How often ending and stopping processes are looked at.
 const POLL: Duration = Duration::from_millis(5);
 
 /// A process, told apart from later ones with the same id.
@@ -38,9 +41,7 @@ impl ProcessId {
     /// The process that has this id now; `None` where there is none or it has ended and only waits to be collected.
     pub fn of(pid: i32) -> Option<ProcessId> {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // The name, field 2, stands in parentheses and can hold blanks and parentheses itself.
-        let (_, rest) = stat.rsplit_once(')')?;
-        let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
+        let fields = after_name(&stat)?;
         if matches!(fields.first(), Some(&"Z" | &"X")) && !has_threads(pid) {
             return None;
         }
@@ -53,15 +54,28 @@ impl ProcessId {
         ProcessId::of(self.pid) == Some(*self)
     }
 
-    /// Sends a signal; one that has ended is no error.
+    /// Sends a signal; one that has ended is no error. After SIGSTOP none of its threads runs any more: `kill(2)` itself returns before, and on a busy
+    /// machine a thread may answer a request in between. Blocks.
     pub fn signal(&self, signal: Signal) -> Result<(), Errno> {
         if !self.is_alive() {
             return Ok(());
         }
         match kill(Pid::from_raw(self.pid), signal) {
             Err(Errno::ESRCH) => Ok(()),
+            Ok(()) if signal == Signal::SIGSTOP => self.wait_stopped(),
             other => other,
         }
+    }
+
+    fn wait_stopped(&self) -> Result<(), Errno> {
+        let end = Instant::now() + STOP_LIMIT;
+        while self.is_alive() && !is_stopped(self.pid) {
+            if Instant::now() >= end {
+                return Err(Errno::ETIMEDOUT);
+            }
+            std::thread::sleep(POLL);
+        }
+        Ok(())
     }
 
     /// Waits until it has ended; whether it has in time. Blocks.
@@ -119,6 +133,19 @@ pub fn start(mut command: Command, netns: Option<&Netns>, log: &Path, record: &P
 /// locks till then.
 fn has_threads(pid: i32) -> bool {
     fs::read_dir(format!("/proc/{pid}/task")).is_ok_and(|threads| threads.count() > 1)
+}
+
+/// Whether every thread of a process is stopped.
+fn is_stopped(pid: i32) -> bool {
+    let state = |thread: fs::DirEntry| fs::read_to_string(thread.path().join("stat")).ok();
+    let stopped = |stat: String| after_name(&stat).is_some_and(|fields| fields.first() == Some(&"T"));
+    fs::read_dir(format!("/proc/{pid}/task"))
+        .is_ok_and(|threads| threads.flatten().all(|thread| state(thread).is_none_or(stopped)))
+}
+
+/// The fields of `proc_pid_stat(5)` from the third on. The name, field 2, stands in parentheses and can hold blanks and parentheses itself.
+fn after_name(stat: &str) -> Option<Vec<&str>> {
+    stat.rsplit_once(')').map(|(_, rest)| rest.split_ascii_whitespace().collect())
 }
 
 /// The error for a program that has ended, with the end of its log.
@@ -195,6 +222,9 @@ mod tests {
         assert!(!stranger.is_alive());
         assert_eq!(end_all(&[stranger], GRACE), Vec::<String>::new());
         assert!(id.is_alive(), "a stranger's end is not its end");
+        id.signal(Signal::SIGSTOP).expect("it stops");
+        assert!(is_stopped(id.pid));
+        id.signal(Signal::SIGCONT).expect("it goes on");
         // It ignores SIGTERM.
         assert_eq!(end_all(&[id], Duration::from_millis(100)), Vec::<String>::new());
         assert!(!id.is_alive());
