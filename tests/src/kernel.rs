@@ -7,9 +7,9 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
+use overlay_agent::model::Family;
 use overlay_agent::model::api::{SubnetEntry, Subnets};
 use overlay_agent::model::device::PORT_PREFIX;
-use overlay_agent::model::{Family, NetworkConfig};
 use overlayctl::lab::{Host, Lab};
 use serde_json::Value;
 
@@ -199,7 +199,8 @@ pub async fn expected(host: &Host<'_>, classic: bool) -> BTreeSet<String> {
     if subnet.get(Family::V4).is_some() {
         all.insert(format!("sysctl ipv4/conf/ovb.{vni}/route_localnet {}", u8::from(published)));
     }
-    let pools = NetworkConfig::parse(&lab.layout().config).must("the configuration").config.pools;
+    // Of the configuration in force: a story may have written another one than the lab's.
+    let pools = host.client().status().await.must("the status").network.must("the network").pools;
     let local = own.public_ip;
     all.extend(Golden { vni, port, pools, subnet, local, peers: &peers, endpoints: &endpoints }.lines());
     for (family, path) in [(Family::V4, "ipv4/ip_forward"), (Family::V6, "ipv6/conf/all/forwarding")] {

@@ -109,6 +109,14 @@ impl Pool {
         Family::of(address) == self.network.family() && (self.min.base()..=self.max.last()).contains(&address)
     }
 
+    /// The smallest CIDR that holds every address that the pool leases.
+    pub fn span(&self) -> Cidr {
+        let holds = |cidr: &Cidr| cidr.contains(self.max.last());
+        let mut spans =
+            (self.network.length()..=self.subnet_length).rev().filter_map(|length| Cidr::containing(self.min.base(), length));
+        spans.find(holds).unwrap_or(self.network)
+    }
+
     /// The fewest CIDRs that hold every address that the pool leases and no other, ascending. Shape: one where `min` and `max` are the
     /// network's first and last subnet, else at most two for each bit between network and subnet length.
     pub fn leasable(&self) -> Vec<Cidr> {

@@ -148,8 +148,9 @@ impl Host {
             state.insert(Key::Ruleset(ruleset.table), Value::Ruleset(Box::new(ruleset)));
         }
         for family in &self.forward_drops {
-            if let Some(network) = self.network.network(*family) {
-                state.insert(Key::ForwardAccept(*family), Value::ForwardAccept(network));
+            // Not the whole network: hosts may lie in the rest of it, whose packets iptables is to decide on.
+            if let Some(pool) = self.network.pools.get(*family) {
+                state.insert(Key::ForwardAccept(*family), Value::ForwardAccept(pool.span()));
             }
         }
         state

@@ -139,3 +139,17 @@ fn leasable_covers_the_pool_and_nothing_else() {
         Some("fdff:ffff:ffff:ff80::/57")
     );
 }
+
+#[test]
+fn span_is_the_smallest_cidr_that_holds_the_pool() {
+    for (text, span) in [
+        (r#"{"Network":"10.244.0.0/16"}"#, "10.244.0.0/16"),
+        (r#"{"Network":"10.0.0.0/8","SubnetMin":"10.10.0.0","SubnetMax":"10.99.0.0"}"#, "10.0.0.0/9"),
+        (r#"{"Network":"10.0.0.0/8","SubnetMin":"10.10.0.0","SubnetMax":"10.10.255.0"}"#, "10.10.0.0/16"),
+        (r#"{"Network":"10.0.0.0/8","SubnetMin":"10.10.7.0","SubnetMax":"10.10.7.0"}"#, "10.10.7.0/24"),
+    ] {
+        let pool = good(text).pools.v4.expect("a pool");
+        assert_eq!(pool.span().to_string(), span, "{text}");
+        assert!(pool.leasable().iter().all(|range| pool.span().covers(*range)), "{text}");
+    }
+}
