@@ -235,14 +235,15 @@ async fn tell_overlay(
     loop {
         let overlay = overlays.borrow_and_update().clone();
         if let Some(overlay) = overlay {
+            let networks: PerFamily<_> = overlay.network.pools.map(|_, pool| pool.network);
             endpoints.set_network(Some(EndpointNetwork {
                 subnet: overlay.subnet,
+                networks,
                 bridge: overlay.bridge,
                 mtu: overlay.mtu,
                 docker: config.docker,
             }));
             memory.held(overlay.subnet, overlay.public_ip);
-            let networks: PerFamily<_> = overlay.network.pools.map(|_, pool| pool.network);
             let text = subnet_env(&networks, &overlay.subnet, overlay.mtu, config.ip_masq);
             heal(&endpoints).await;
             match write_subnet_env(&config.subnet_file, &text) {

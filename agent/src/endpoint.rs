@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use crate::blocking::blocking;
 use crate::model::api::{AttachRequest, Attached, Detached};
 use crate::model::endpoint::EndpointName;
-use crate::model::{Device, Endpoint, Subnet};
+use crate::model::{Cidr, Device, Endpoint, PerFamily, Subnet};
 use crate::plan::ContainerPath;
 use crate::state::{FileError, StateDir, StateError};
 
@@ -51,6 +51,8 @@ const PROGRAMMED_WAIT: Duration = Duration::from_secs(3);
 pub struct EndpointNetwork {
     /// The host's subnet.
     pub subnet: Subnet,
+    /// The ranges of the whole overlay network, of which the subnet is a part.
+    pub networks: PerFamily<Cidr>,
     /// The bridge.
     pub bridge: Device,
     /// The overlay's MTU in bytes.

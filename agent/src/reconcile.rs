@@ -416,9 +416,11 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         self.metrics.set_ready(ready);
         channels.ready.send_if_modified(|was| std::mem::replace(was, ready) != ready);
         if let Some(host) = &self.host
-            && !self
-                .repairs
-                .any(|key| matches!(key, Key::Link(_) | Key::Address(..) | Key::Sysctl(_) | Key::Ruleset(Table::Inet)))
+            && !self.repairs.any(|key| match key {
+                // A container's port that is gone is made again by whoever is told of the overlay here.
+                Key::Link(name) => Device::from_name(name).is_some(),
+                key => matches!(key, Key::Address(..) | Key::Sysctl(_) | Key::Ruleset(Table::Inet)),
+            })
         {
             let overlay = Overlay {
                 network: host.network.clone(),

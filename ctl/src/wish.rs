@@ -32,6 +32,9 @@ pub struct WishArgs {
     /// Let the container send with addresses and MACs that are not its own: for routers and virtual addresses
     #[arg(long)]
     no_source_check: bool,
+    /// Make no default route, only one to the overlay network: for a container whose default route is another network's
+    #[arg(long)]
+    no_default_route: bool,
     /// What makes it, to be shown by `endpoints`
     #[arg(long, value_name = "TEXT", hide = true)]
     owner: Option<String>,
@@ -66,6 +69,7 @@ impl WishArgs {
             mac: self.mac,
             publish: self.publish.clone(),
             source_check: self.no_source_check.then_some(false),
+            default_route: self.no_default_route.then_some(false),
             owner: self.owner.clone(),
         })
     }

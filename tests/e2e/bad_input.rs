@@ -93,7 +93,11 @@ async fn an_interface_that_is_there() {
     // Nor is a default route taken over.
     let route = "ip address add 192.0.2.2/24 dev eth0 && ip link set eth0 up && ip route add default via 192.0.2.1";
     kernel::shell(&story, "h1-mine", route);
-    attach(&["--interface", "eth1"]).exits(1).complains(&["has a default route already"]);
+    attach(&["--interface", "eth1"]).exits(1).complains(&[
+        "has a default route already",
+        "--no-default-route",
+        "isDefaultGateway",
+    ]);
     assert!(kernel::link(&story, "h1-mine", "eth1").is_none());
     assert!(
         !kernel::text(&kernel::link(&story, "h1-mine", "lo").must("lo"), "operstate").contains("UNKNOWN"),

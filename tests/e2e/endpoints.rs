@@ -193,6 +193,50 @@ async fn an_address_that_moves_to_another_container_is_reached_at_once() {
     all_reach("a2");
 }
 
+/// A container with a network of its own and the overlay beside it: the default route stays that network's, also when the wire is made anew.
+#[tokio::test(flavor = "multi_thread")]
+async fn second_interface_without_default_route_reaches_the_overlay_only() {
+    let story = Story::up(|options| {
+        options.hosts = 2;
+        options.containers = 1;
+        options.families = Families::Dual;
+    })
+    .await;
+    let name = story.layout().namespace("h1-two");
+    kernel::run(&story, "h1", &["ip", "netns", "add", &name]);
+    let own = "ip link add eth0 type bridge && ip link set eth0 up && ip address add 192.0.2.2/24 dev eth0 && \
+               ip address add 2001:db8:2::2/64 dev eth0 nodad && ip route add default via 192.0.2.1 && \
+               ip -6 route add default via 2001:db8:2::1";
+    kernel::shell(&story, "h1-two", own);
+    let path = format!("/run/netns/{name}");
+    let arguments = ["-o", "json", "attach", "two", "--netns", &path, "--interface", "eth1", "--no-default-route"];
+    let attached: Attached = story.ctl("h1", &arguments).exits(0).json();
+    assert!(!attached.endpoint.default_route && attached.routes.iter().all(|(_, to)| to.length() > 0), "{attached:?}");
+    let c1 = story.endpoints("h2").into_iter().find(|e| e.name.as_str() == "c1").must("c1").addresses();
+    let reached = || {
+        for (family, address) in c1.iter() {
+            kernel::run(&story, "h1-two", &["ping", "-c", "1", "-W", "2", &address.to_string()]);
+            let flag = if family == Family::V4 { "-4" } else { "-6" };
+            let routes = kernel::run(&story, "h1-two", &["ip", flag, "route", "show", "default"]);
+            assert!(routes.contains("dev eth0") && !routes.contains("dev eth1"), "{routes}");
+        }
+        let view = story.ctl("h1", &["inspect", "two"]).exits(0).out;
+        assert!(view.contains("in place") && view.contains("default route  off"), "{view}");
+    };
+    reached();
+    let again: Attached = story.ctl("h1", &arguments).exits(0).json();
+    assert_eq!(again, attached);
+    let default = [&arguments[..8]].concat();
+    story.ctl("h1", &default).exits(1).complains(&["default route off, not default route on"]);
+
+    // The agent is killed, and the wire is lost while none runs.
+    story.at("h1").agent_stop(nix::sys::signal::Signal::SIGKILL).must("SIGKILL");
+    kernel::run(&story, "h1-two", &["ip", "link", "delete", "eth1"]);
+    story.start("h1").await;
+    within("the wire is there again", SOON, || kernel::link(&story, "h1-two", "eth1").is_some()).await;
+    reached();
+}
+
 /// Endpoints outlive the agent.
 #[tokio::test(flavor = "multi_thread")]
 async fn over_a_restart() {

@@ -27,6 +27,8 @@ pub(super) struct Wish {
     pub(super) publish: Vec<Publish>,
     /// Whether its packets' addresses are checked.
     pub(super) source_check: bool,
+    /// Whether its default route leads over the overlay.
+    pub(super) default_route: bool,
     /// What asks for it.
     pub(super) owner: Option<String>,
 }
@@ -65,7 +67,7 @@ pub(super) struct Site {
 impl Wish {
     /// Checks what can be checked without looking at the host.
     pub(super) fn check(request: AttachRequest) -> Result<Wish, EndpointError> {
-        let AttachRequest { mode, netns, interface, addresses, mac, mut publish, source_check, owner } = request;
+        let AttachRequest { mode, netns, interface, addresses, mac, mut publish, source_check, default_route, owner } = request;
         let unfit = |what| EndpointError::NotInMode { what, mode: mode.clone() };
         if mode != Mode::Overlay {
             let given = [
@@ -74,6 +76,7 @@ impl Wish {
                 (mac.is_some(), "a wished MAC"),
                 (!publish.is_empty(), "published ports"),
                 (source_check.is_some(), "a source check"),
+                (default_route.is_some(), "a default route"),
                 (netns.is_some() && mode != Mode::None, "a network namespace"),
             ];
             if let Some((_, what)) = given.into_iter().find(|(given, _)| *given) {
@@ -98,7 +101,13 @@ impl Wish {
         }
         publish.sort();
         check_ports(&publish)?;
-        Ok(Wish { place, publish, source_check: source_check.unwrap_or(true), owner })
+        Ok(Wish {
+            place,
+            publish,
+            source_check: source_check.unwrap_or(true),
+            default_route: default_route.unwrap_or(true),
+            owner,
+        })
     }
 
     /// The namespace that was asked for by path.
@@ -241,6 +250,7 @@ mod tests {
             (r#"{"mode": "host", "netns": "/a"}"#, "mode host has no place for a network namespace"),
             (r#"{"mode": "container:b", "netns": "/a"}"#, "mode container:b has no place for a network namespace"),
             (r#"{"mode": "host", "source_check": false}"#, "for a source check"),
+            (r#"{"mode": "none", "netns": "/a", "default_route": false}"#, "for a default route"),
             (r#"{"netns": "/a", "owner": "a\u001b[0m"}"#, "is no owner"),
             (r#"{"netns": "/a", "owner": ""}"#, "is no owner"),
             (r#"{"netns": "/a", "publish": [{"host_port": 0, "container_port": 1}]}"#, "port 0 is none"),

@@ -13,7 +13,7 @@ use super::{EndpointError, EndpointNetwork};
 use crate::model::api::Attached;
 use crate::model::device::BRIDGE_PORTS;
 use crate::model::endpoint::EndpointName;
-use crate::model::{Endpoint, Family, Mac, Mode, PerFamily, Port, Publish, Subnet};
+use crate::model::{Cidr, Endpoint, Family, Mac, Mode, PerFamily, Port, Publish, Subnet};
 use crate::plan::Plug;
 
 /// How far an endpoint is.
@@ -163,7 +163,7 @@ impl Table {
         self.network = network;
     }
 
-    fn pool(&self, range: crate::model::Cidr, family: Family, docker: bool) -> Ipam {
+    fn pool(&self, range: Cidr, family: Family, docker: bool) -> Ipam {
         let mut pool = if docker { Ipam::beside_docker(range) } else { Ipam::new(range) };
         if let Some(cursor) = self.cursor.get(family) {
             pool.resume(*cursor);
@@ -219,6 +219,7 @@ impl Table {
         differs("published ports", &listed(&endpoint.published), &listed(&wish.publish))?;
         let check = |on: bool| if on { "on" } else { "off" };
         differs("source check", check(endpoint.source_check), check(wish.source_check))?;
+        differs("default route", check(endpoint.default_route), check(wish.default_route))?;
         let (Some(port), Place::Overlay { interface, addresses, mac, .. }) = (&endpoint.port, &wish.place) else { return Ok(()) };
         differs("interface", &port.interface, interface)?;
         differs("MAC", &port.mac.to_string(), &mac.unwrap_or(port.mac).to_string())?;
@@ -239,7 +240,7 @@ impl Table {
     /// Makes a record with all that belongs to it, in phase attaching where the kernel has to do something for it. All or nothing.
     pub(super) fn reserve(&mut self, name: EndpointName, wish: Wish, now: u64) -> Result<Endpoint, EndpointError> {
         let mode = self.mode(&wish.place);
-        let Wish { place, publish, source_check, owner } = wish;
+        let Wish { place, publish, source_check, default_route, owner } = wish;
         let (site, port) = match place {
             Place::Overlay { site, interface, addresses, mac } => {
                 self.check_published(&publish)?;
@@ -266,6 +267,7 @@ impl Table {
             port,
             published: publish,
             source_check,
+            default_route,
             owner,
             attached_at: now,
         };
@@ -448,6 +450,7 @@ impl Table {
             endpoint: endpoint.clone(),
             prefix_length: PerFamily::default(),
             gateway: PerFamily::default(),
+            routes: PerFamily::default(),
             mtu: None,
         };
         let Some(port) = endpoint.port.as_ref() else { return Ok((None, attached)) };
@@ -461,7 +464,7 @@ impl Table {
             mac: port.mac,
             mtu: network.mtu,
             addresses: Vec::new(),
-            gateways: Vec::new(),
+            routes: Vec::new(),
             source_check: endpoint.source_check,
         };
         for (family, address) in port.addresses.iter() {
@@ -469,7 +472,11 @@ impl Table {
             let range = network.subnet.get(family).filter(|range| range.contains(*address)).ok_or_else(stale)?;
             let gateway = network.subnet.gateway(family).ok_or_else(stale)?;
             plug.addresses.push(IpNetwork::new(*address, range.length()).map_err(|_| stale())?);
-            plug.gateways.push(gateway);
+            // Where this host's subnet is the whole network, the address's own prefix leads there.
+            let overlay = network.networks.get(family).copied().filter(|network| *network != range);
+            let destination = if endpoint.default_route { Some(Cidr::all(family)) } else { overlay };
+            plug.routes.extend(destination.map(|destination| (destination, gateway)));
+            *attached.routes.slot(family) = destination;
             *attached.prefix_length.slot(family) = Some(range.length());
             *attached.gateway.slot(family) = Some(gateway);
         }

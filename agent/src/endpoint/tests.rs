@@ -10,8 +10,8 @@ use std::net::IpAddr;
 use super::book::{FILE, JOURNAL};
 use super::table::Stored;
 use super::*;
+use crate::model::Vni;
 use crate::model::device::BRIDGE_PORTS;
-use crate::model::{PerFamily, Vni};
 use crate::state::Journal;
 use kernel::FakeKernel;
 
@@ -45,7 +45,9 @@ impl Host {
 }
 
 fn network(key: &str) -> EndpointNetwork {
-    EndpointNetwork { subnet: Subnet::from_key(key).unwrap(), bridge: Device::bridge(Vni::DEFAULT), mtu: 1430, docker: false }
+    let subnet = Subnet::from_key(key).unwrap();
+    let networks = subnet.iter().map(|(family, range)| (family, Cidr::containing(range.base(), range.length() - 8).unwrap()));
+    EndpointNetwork { subnet, networks: networks.collect(), bridge: Device::bridge(Vni::DEFAULT), mtu: 1430, docker: false }
 }
 
 fn name(text: &str) -> EndpointName {
@@ -59,6 +61,10 @@ fn ask(netns: &str) -> AttachRequest {
 fn ask_for(netns: &str, addresses: &[&str]) -> AttachRequest {
     let parsed = addresses.iter().map(|a| a.parse::<IpAddr>().unwrap());
     AttachRequest { addresses: parsed.map(|a| (crate::model::Family::of(a), a)).collect(), ..ask(netns) }
+}
+
+fn routes(plug: &crate::plan::Plug) -> Vec<String> {
+    plug.routes.iter().map(|(destination, gateway)| format!("{destination} via {gateway}")).collect()
 }
 
 const DUAL: &str = "10.244.1.0-24&fd00:10:244:1::-64";
@@ -77,7 +83,7 @@ async fn an_attach_gives_an_address_in_each_family_and_plugs_it() {
     let plugs = host.kernel.plugs();
     let plug = &plugs[&attached.endpoint.port.as_ref().unwrap().host_interface];
     assert_eq!(plug.addresses.iter().map(ToString::to_string).collect::<Vec<_>>(), ["10.244.1.2/24", "fd00:10:244:1::2/64"]);
-    assert_eq!(plug.gateways.iter().map(ToString::to_string).collect::<Vec<_>>(), ["10.244.1.1", "fd00:10:244:1::1"]);
+    assert_eq!(routes(plug), ["0.0.0.0/0 via 10.244.1.1", "::/0 via fd00:10:244:1::1"]);
     assert_eq!((plug.mac, plug.bridge.name().as_str()), (attached.endpoint.port.as_ref().unwrap().mac, "ovb.1"));
     assert!(ports.has_changed().unwrap());
     assert_eq!(*ports.borrow_and_update(), vec![Arc::new(attached.endpoint.clone())]);

@@ -150,12 +150,13 @@ impl<C: ContainerPath + 'static> Inner<C> {
         Ok(())
     }
 
-    /// Whether an endpoint has a namespace to be in. A path below `/proc` stays while the process behind it can be another one: there it has to
-    /// be the namespace that was attached. Any other path says itself which namespace is meant, also after a reboot. Blocks for as long as
-    /// it takes to open a file.
+    /// Whether an endpoint has a namespace to be in. A path below `/proc` stays while the process behind it can be another one, and a runtime
+    /// attaches each namespace that it makes: there it has to be the one that was attached. Any other path that a person gave says itself which
+    /// namespace is meant, also after a reboot. Blocks for as long as it takes to open a file.
     pub(super) fn is_alive(&self, record: &Record) -> bool {
         let netns = &record.endpoint.netns;
-        if netns.starts_with("/proc") { self.is_in_its_netns(record) } else { self.path.netns_alive(netns) }
+        let only_that_one = netns.starts_with("/proc") || record.endpoint.owner.is_some();
+        if only_that_one { self.is_in_its_netns(record) } else { self.path.netns_alive(netns) }
     }
 
     /// Whether an endpoint keeps others from what it has: it is attached, and its namespace is the one that was attached. Another one that was

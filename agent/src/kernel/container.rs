@@ -26,7 +26,7 @@ use super::view::{self, OverlayView};
 use super::wire::Query;
 use super::{Shared, blocking, sockets, sysctl};
 use crate::model::device::{PORT_PREFIX, bridge_full};
-use crate::model::{Device, Family, Mac, Publish};
+use crate::model::{Cidr, Device, Family, Mac, Publish};
 use crate::plan::desired::may_send;
 use crate::plan::ruleset::{Counter, Element, Table};
 use crate::plan::state::PROTOCOL;
@@ -288,12 +288,17 @@ fn configure(wanted: &Plug) -> Result<(RouteSocket, u32), OpError> {
     let up = LinkUnspec::new_with_index(index).append_extra_attribute(arp_notify()).up().build();
     let up = change_link(&mut socket, up);
     up.map_err(|e| step(&format!("set {inner} up"), e))?;
-    for gateway in &wanted.gateways {
-        let default = route(None, Some(*gateway), Some(index), PROTOCOL.into());
-        socket.create(&RouteNetlinkMessage::NewRoute(default)).map_err(|e| {
-            let mut error = step(&format!("add the default route via {gateway}"), e);
+    for (destination, gateway) in &wanted.routes {
+        let made = route(Some(*destination), Some(*gateway), Some(index), PROTOCOL.into());
+        socket.create(&RouteNetlinkMessage::NewRoute(made)).map_err(|e| {
+            let mut error = step(&format!("add {} via {gateway}", shown(*destination)), e);
             if error.errno == libc::EEXIST {
-                error.message.push_str("; it has a default route already: remove it, or attach without this family");
+                error.message.push_str(if destination.length() == 0 {
+                    "; it has a default route already: keep that one with --no-default-route (in a CNI network \"isDefaultGateway\": false), or \
+                     remove it"
+                } else {
+                    "; it has such a route already: one interface on the overlay is enough for a container, or remove that route"
+                });
             }
             error
         })?;
@@ -352,21 +357,24 @@ fn inner_difference(wanted: &Plug, host_index: u32) -> Result<Option<String>, Op
     if let Some(missing) = wanted.addresses.iter().find(|address| !has(address)) {
         return Ok(Some(format!("{name} lacks {missing}")));
     }
-    for gateway in &wanted.gateways {
-        if !has_default(&mut socket, *gateway)? {
-            return Ok(Some(format!("the default route via {gateway} is not there")));
+    for (destination, gateway) in &wanted.routes {
+        if !has_route(&mut socket, *destination, *gateway, link.index)? {
+            return Ok(Some(format!("{} via {gateway} is not there", shown(*destination))));
         }
     }
     Ok(None)
 }
 
-fn has_default(socket: &mut RouteSocket, gateway: IpAddr) -> Result<bool, OpError> {
-    let query = Query::Routes(Family::of(gateway), PROTOCOL);
-    let found = socket.dump(
-        &query,
-        || false,
-        |found, _, body| *found |= RouteInfo::read_default(body).is_some_and(|route| route.gateway == Some(gateway)),
-    );
+/// A route for a person.
+fn shown(destination: Cidr) -> String {
+    if destination.length() == 0 { "the default route".to_owned() } else { format!("the route to {destination}") }
+}
+
+fn has_route(socket: &mut RouteSocket, destination: Cidr, gateway: IpAddr, interface: u32) -> Result<bool, OpError> {
+    let query = Query::Routes(destination.family(), PROTOCOL);
+    let is_it = |route: RouteInfo| route.gateway == Some(gateway) && route.interface == Some(interface);
+    let read = |found: &mut bool, _, body: &[u8]| *found |= RouteInfo::read_to(body, destination).is_some_and(is_it);
+    let found = socket.dump(&query, || false, read);
     found.map_err(|e| e.during("cannot list the container's routes"))
 }
 

@@ -19,7 +19,7 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::message::text;
 use super::socket::{Refusal, RouteSocket};
-use crate::model::{Device, Family, Mac, Role};
+use crate::model::{Cidr, Device, Family, Mac, Role};
 use crate::plan::{Key, OpError};
 
 /// Length of `struct ifinfomsg`.
@@ -292,11 +292,27 @@ impl RouteInfo {
 
     /// Reads it where it is a default route of the main table; what others say is not decoded, for they may be ten thousand.
     pub fn read_default(body: &[u8]) -> Option<RouteInfo> {
+        RouteInfo::read_of_main(body, 0)
+    }
+
+    /// Reads it where it is a route of the main table to that destination.
+    pub fn read_to(body: &[u8], destination: Cidr) -> Option<RouteInfo> {
+        let base = match destination.base() {
+            IpAddr::V4(base) => base.octets().to_vec(),
+            IpAddr::V6(base) => base.octets().to_vec(),
+        };
+        // A default route names no destination.
+        let to = raw_attributes(body, RTMSG).find(|attribute| attribute.kind() == libc::RTA_DST);
+        let leads_there = to.map_or(destination.length() == 0, |to| to.value() == base);
+        RouteInfo::read_of_main(body, destination.length()).filter(|_| leads_there)
+    }
+
+    fn read_of_main(body: &[u8], length: u8) -> Option<RouteInfo> {
         let header = RouteHeader::parse(body).ok()?;
-        let is_default = header.destination_prefix_length == 0
+        let is_meant = header.destination_prefix_length == length
             && header.table == RouteHeader::RT_TABLE_MAIN
             && header.kind == RouteType::Unicast;
-        if is_default { RouteInfo::read(body) } else { None }
+        if is_meant { RouteInfo::read(body) } else { None }
     }
 }
 

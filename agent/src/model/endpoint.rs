@@ -25,8 +25,11 @@ pub struct Endpoint {
     #[serde(default)]
     pub published: Vec<Publish>,
     /// Whether packets from it are dropped that carry an address or MAC of another; off for routers and virtual addresses.
-    #[serde(default = "checked")]
+    #[serde(default = "yes")]
     pub source_check: bool,
+    /// Whether its default route leads over the overlay; else a route to the overlay network does, and the default route is another network's.
+    #[serde(default = "yes")]
+    pub default_route: bool,
     /// What made it, where that was no person: text for `overlayctl endpoints` and for what the maker wants to find again.
     #[serde(default)]
     pub owner: Option<String>,
@@ -34,7 +37,7 @@ pub struct Endpoint {
     pub attached_at: u64,
 }
 
-fn checked() -> bool {
+fn yes() -> bool {
     true
 }
 
@@ -49,6 +52,7 @@ impl Endpoint {
             port: Some(port),
             published: Vec::new(),
             source_check: true,
+            default_route: true,
             owner: None,
             attached_at: 0,
         }

@@ -187,6 +187,12 @@ impl Cidr {
         IpNetwork::new(base, length).ok().map(Cidr)
     }
 
+    /// All addresses of a family: the destination of a default route.
+    pub fn all(family: Family) -> Cidr {
+        let unspecified = family.unspecified();
+        Cidr::containing(unspecified, 0).unwrap_or_else(|| Cidr::host(unspecified))
+    }
+
     /// The range of one address.
     pub fn host(address: IpAddr) -> Cidr {
         Cidr(IpNetwork::from(address))

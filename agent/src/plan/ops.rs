@@ -159,8 +159,8 @@ pub struct Plug {
     pub mtu: u32,
     /// The inner interface's addresses, with the subnet's prefix length.
     pub addresses: Vec<ipnetwork::IpNetwork>,
-    /// Default routes: the bridge's address in each family.
-    pub gateways: Vec<std::net::IpAddr>,
+    /// Routes, each with its gateway, the bridge's address: the default route in each family, or those to the overlay network.
+    pub routes: Vec<(crate::model::Cidr, std::net::IpAddr)>,
     /// Whether it may send with its own MAC and addresses only.
     pub source_check: bool,
 }

@@ -91,12 +91,15 @@ struct AttachedView<'a>(&'a Attached);
 
 impl View for AttachedView<'_> {
     fn text(&self, style: Style, wide: bool) -> String {
-        let Attached { endpoint, prefix_length, gateway, mtu } = self.0;
+        let Attached { endpoint, prefix_length, gateway, routes, mtu } = self.0;
         let addresses: Vec<String> = endpoint
             .addresses()
             .iter()
             .map(|(family, address)| match (prefix_length.get(family), gateway.get(family)) {
-                (Some(length), Some(gateway)) => format!("{address}/{length} via {gateway}"),
+                (Some(length), Some(gateway)) => {
+                    let only = routes.get(family).filter(|_| !endpoint.default_route).map(|to| format!(" to {to}"));
+                    format!("{address}/{length} via {gateway}{}", only.unwrap_or_default())
+                }
                 _ => address.to_string(),
             })
             .collect();

@@ -131,7 +131,9 @@ impl View for OneView<'_> {
             pairs.push(("on the host", format!("{}, {number}", port.host_interface)));
             pairs.push(("addresses", joined(port.addresses.iter().map(|(_, a)| a))));
             pairs.push(("published", joined(&endpoint.published)));
-            pairs.push(("source check", if endpoint.source_check { "on" } else { "off" }.to_owned()));
+            let on = |on: bool| if on { "on" } else { "off" }.to_owned();
+            pairs.push(("source check", on(endpoint.source_check)));
+            pairs.push(("default route", on(endpoint.default_route)));
         }
         if let Some(counters) = counters {
             pairs.push(("traffic", traffic(counters)));

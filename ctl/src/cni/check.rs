@@ -10,7 +10,7 @@ use overlay_agent::model::{Endpoint, Mac, Port};
 use super::environment::Attachment;
 use super::error::{CniError, Code};
 use super::name;
-use super::result::{Address, Interface, Outcome};
+use super::result::{Address, Interface, Outcome, Route};
 use super::sandbox::{self, Seen};
 use super::verbs::{Context, endpoint_name};
 
@@ -18,6 +18,8 @@ use super::verbs::{Context, endpoint_name};
 struct Made<'a> {
     interface: &'a Interface,
     addresses: Vec<&'a Address>,
+    /// Those over the gateways of these addresses.
+    routes: Vec<&'a Route>,
 }
 
 impl<'a> Made<'a> {
@@ -25,8 +27,9 @@ impl<'a> Made<'a> {
     fn of(outcome: &'a Outcome, name: &str) -> Option<Made<'a>> {
         let ours = |interface: &&Interface| interface.name == name && !interface.sandbox.is_empty();
         let place = outcome.interfaces.iter().position(|interface| ours(&interface))?;
-        let addresses = outcome.ips.iter().filter(|address| address.interface == Some(place)).collect();
-        Some(Made { interface: &outcome.interfaces[place], addresses })
+        let addresses: Vec<&Address> = outcome.ips.iter().filter(|address| address.interface == Some(place)).collect();
+        let by_ours = |route: &&Route| route.gw.is_some() && addresses.iter().any(|address| address.gateway == route.gw);
+        Some(Made { interface: &outcome.interfaces[place], routes: outcome.routes.iter().filter(by_ours).collect(), addresses })
     }
 }
 
@@ -87,13 +90,16 @@ fn in_kernel(made: &Made<'_>, seen: &BTreeMap<String, Seen>) -> Vec<String> {
     {
         differences.push(format!("{name} has the MAC {}, not {mac}", found.mac.map(|m| Mac(m).to_string()).unwrap_or_default()));
     }
-    for Address { address, gateway, .. } in &made.addresses {
+    for Address { address, .. } in &made.addresses {
         if !found.addresses.contains(address) {
             differences.push(format!("{name} has no address {address}"));
         }
-        let via = |gateway: &&std::net::IpAddr| !found.gateways.contains(gateway);
-        differences
-            .extend(gateway.as_ref().filter(via).map(|gateway| format!("there is no default route via {gateway} over {name}")));
+    }
+    for Route { dst, gw, .. } in &made.routes {
+        if let Some(gateway) = gw.filter(|gateway| !found.routes.contains(&(*dst, *gateway))) {
+            let what = if dst.prefix() == 0 { "default route".to_owned() } else { format!("route to {dst}") };
+            differences.push(format!("there is no {what} via {gateway} over {name}"));
+        }
     }
     differences
 }

@@ -40,6 +40,8 @@ pub struct Config {
     pub log_level: Level,
     /// `sourceCheck`.
     pub source_check: Option<bool>,
+    /// `isDefaultGateway`, as the plugin `bridge` calls it.
+    pub default_route: Option<bool>,
     /// `dns`, as it goes into the result.
     pub dns: Dns,
     /// `runtimeConfig`: what the runtime asks for by capabilities.
@@ -210,6 +212,7 @@ impl Config {
             log_file: keys.path("logFile")?,
             log_level: log_level(&mut keys)?,
             source_check: keys.take("sourceCheck")?,
+            default_route: keys.take("isDefaultGateway")?,
             dns,
             runtime,
             args: args.unwrap_or_default(),

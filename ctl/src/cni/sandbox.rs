@@ -1,4 +1,4 @@
-//! A look into a container's namespace: interfaces, addresses, default routes. Changes nothing.
+//! A look into a container's namespace: interfaces, addresses, routes. Changes nothing.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -25,8 +25,8 @@ pub struct Seen {
     pub mac: Option<[u8; 6]>,
     /// Its addresses.
     pub addresses: Vec<IpNetwork>,
-    /// The gateways of default routes over it.
-    pub gateways: Vec<IpAddr>,
+    /// The routes over it that have a gateway: destination and gateway.
+    pub routes: Vec<(IpNetwork, IpAddr)>,
 }
 
 /// Opens a container's namespace, other than this process's own: attaching that would take the host off its network.
@@ -70,8 +70,8 @@ pub fn interfaces(netns: &Netns) -> Result<BTreeMap<String, Seen>, CniError> {
                 seen.addresses.extend(mask.and_then(|mask| IpNetwork::with_netmask(ip, mask).ok()));
             }
         }
-        for (interface, gateway) in default_routes()? {
-            all.entry(interface).or_default().gateways.push(gateway);
+        for (interface, destination, gateway) in routes()? {
+            all.entry(interface).or_default().routes.push((destination, gateway));
         }
         Ok(all)
     })
@@ -83,32 +83,37 @@ fn inside<T>(netns: &Netns, look: impl FnOnce() -> std::io::Result<T>) -> Result
     netns.visit(look).map_err(|e| failed(&e))?.map_err(|e| failed(&e))
 }
 
-/// The default routes of the thread's namespace, by interface. A kernel without a family has no file for it.
-fn default_routes() -> std::io::Result<Vec<(String, IpAddr)>> {
+/// An interface, a destination and a gateway.
+type ViaGateway = (String, IpNetwork, IpAddr);
+
+/// The routes of the thread's namespace that have a gateway. A kernel without a family has no file for it.
+fn routes() -> std::io::Result<Vec<ViaGateway>> {
     let text = |path| match std::fs::read_to_string(path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(String::new()),
         read => read,
     };
-    let mut routes: Vec<(String, IpAddr)> = text(ROUTES_V4)?.lines().skip(1).filter_map(route_v4).collect();
+    let mut routes: Vec<ViaGateway> = text(ROUTES_V4)?.lines().skip(1).filter_map(route_v4).collect();
     routes.extend(text(ROUTES_V6)?.lines().filter_map(route_v6));
     Ok(routes)
 }
 
-fn route_v4(line: &str) -> Option<(String, IpAddr)> {
+fn route_v4(line: &str) -> Option<ViaGateway> {
     let mut words = line.split_whitespace();
     let (interface, destination, gateway) = (words.next()?, words.next()?, words.next()?);
     let mask = words.nth(4)?;
-    let gateway = u32::from_str_radix(gateway, 16).ok()?;
-    let default = destination == "00000000" && mask == "00000000";
-    default.then(|| (interface.to_owned(), IpAddr::V4(Ipv4Addr::from(gateway.to_ne_bytes()))))
+    let address = |hex: &str| u32::from_str_radix(hex, 16).ok().map(|value| Ipv4Addr::from(value.to_ne_bytes()));
+    let destination = IpNetwork::with_netmask(address(destination)?.into(), address(mask)?.into()).ok()?;
+    let gateway = address(gateway).filter(|gateway| !gateway.is_unspecified())?;
+    Some((interface.to_owned(), destination, gateway.into()))
 }
 
-fn route_v6(line: &str) -> Option<(String, IpAddr)> {
+fn route_v6(line: &str) -> Option<ViaGateway> {
     let words: Vec<&str> = line.split_whitespace().collect();
     let [destination, length, _, _, gateway, .., interface] = words[..] else { return None };
-    let gateway = u128::from_str_radix(gateway, 16).ok()?;
-    let default = length == "00" && destination.bytes().all(|b| b == b'0') && gateway != 0;
-    default.then(|| (interface.to_owned(), IpAddr::V6(Ipv6Addr::from(gateway))))
+    let address = |hex: &str| u128::from_str_radix(hex, 16).ok().map(Ipv6Addr::from);
+    let destination = IpNetwork::new(address(destination)?.into(), u8::from_str_radix(length, 16).ok()?).ok()?;
+    let gateway = address(gateway).filter(|gateway| !gateway.is_unspecified())?;
+    Some((interface.to_owned(), destination, gateway.into()))
 }
 
 #[cfg(test)]
@@ -116,15 +121,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn default_routes_are_told_from_others() {
+    fn routes_by_gateway_are_told_from_others() {
         let v4 = "eth0\t00000000\t01C8F40A\t0003\t0\t0\t0\t00000000\t0\t0\t0";
         let gateway = u32::from_str_radix("01C8F40A", 16).expect("a number").to_ne_bytes();
-        assert_eq!(route_v4(v4), Some(("eth0".to_owned(), IpAddr::from(gateway))));
+        let to = |text: &str| text.parse::<IpNetwork>().expect(text);
+        assert_eq!(route_v4(v4), Some(("eth0".to_owned(), to("0.0.0.0/0"), IpAddr::from(gateway))));
+        let hex = |address: [u8; 4]| format!("{:08X}", u32::from_ne_bytes(address));
+        let line = format!(
+            "eth1\t{}\t{}\t0003\t0\t0\t0\t{}\t0\t0\t0",
+            hex([10, 244, 0, 0]),
+            hex([10, 244, 7, 1]),
+            hex([255, 255, 0, 0])
+        );
+        assert_eq!(route_v4(&line), Some(("eth1".to_owned(), to("10.244.0.0/16"), IpAddr::from([10, 244, 7, 1]))));
         assert_eq!(route_v4("eth0\t00C8F40A\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0"), None);
         assert_eq!(route_v4("Iface"), None);
         let zeros = "0".repeat(32);
         let v6 = format!("{zeros} 00 {zeros} 00 fd100000000000000000000000000001 00000400 00000001 00000000 00000003 eth0");
-        assert_eq!(route_v6(&v6), Some(("eth0".to_owned(), "fd10::1".parse().expect("an address"))));
+        assert_eq!(route_v6(&v6), Some(("eth0".to_owned(), to("::/0"), "fd10::1".parse().expect("an address"))));
         // The kernel's own, that there is no route.
         let none = format!("{zeros} 00 {zeros} 00 {zeros} ffffffff 00000001 00000000 00200200 lo");
         assert_eq!(route_v6(&none), None);

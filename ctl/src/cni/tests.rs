@@ -78,6 +78,7 @@ fn the_configuration_is_checked() {
         (&NET.replace("1s", "0s"), Code::InvalidConfig),
         (&NET.replace("/nonexistent", "nonexistent"), Code::InvalidConfig),
         (&with(r#""sourceCheck":"no""#), Code::Decode),
+        (&with(r#""isDefaultGateway":"no""#), Code::Decode),
         (&with(r#""runtimeConfig":{"ips":["10.0.0.1","10.0.0.2"]}"#), Code::InvalidConfig),
         (&with(r#""runtimeConfig":{"ips":["10.0.0.1"]},"args":{"cni":{"ips":["10.0.0.2"]}}"#), Code::InvalidConfig),
         (&with(r#""runtimeConfig":{"ips":["here"]}"#), Code::InvalidConfig),
@@ -96,6 +97,8 @@ fn the_configuration_is_checked() {
             Code::UnknownContainer,
         ),
         (&with(r#""runtimeConfig":null,"args":{"cni":null},"dns":null,"prevResult":null"#), Code::UnknownContainer),
+        (&with(r#""isDefaultGateway":false"#), Code::UnknownContainer),
+        (&with(r#""isDefaultGateway":null"#), Code::UnknownContainer),
     ] {
         assert_eq!(code(said("ADD", &WHO, input)), wanted, "{input}");
     }

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use ipnetwork::IpNetwork;
 use overlay_agent::kernel::netns::Netns;
+use overlay_agent::model::Cidr;
 use overlay_agent::model::api::{AttachRequest, Attached};
 use overlay_agent::model::endpoint::EndpointName;
 
@@ -109,12 +110,11 @@ impl Context<'_> {
         for (family, address) in port.addresses.iter() {
             let length = attached.prefix_length.get(family).copied().unwrap_or(family.bits());
             let gateway = attached.gateway.get(family).copied();
-            // Neither fails: the lengths are those of the families.
-            let (Ok(address), Ok(dst)) = (IpNetwork::new(*address, length), IpNetwork::new(family.unspecified(), 0)) else {
-                continue;
-            };
+            // It does not fail: the lengths are those of the families.
+            let Ok(address) = IpNetwork::new(*address, length) else { continue };
             outcome.ips.push(Address { version: None, interface: Some(place), address, gateway });
-            outcome.routes.extend(gateway.map(|gw| Route { dst, gw: Some(gw), more: serde_json::Map::new() }));
+            let route = |dst: &Cidr| Route { dst: dst.network(), gw: gateway, more: serde_json::Map::new() };
+            outcome.routes.extend(attached.routes.get(family).map(route));
         }
         outcome
     }

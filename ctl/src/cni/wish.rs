@@ -32,6 +32,7 @@ pub fn request(
         mac: mac(config, arguments)?,
         publish: ports(&config.runtime.port_mappings)?,
         source_check: config.source_check,
+        default_route: config.default_route,
         owner: Some(owner),
     })
 }

@@ -6,7 +6,8 @@ use std::thread;
 use std::time::Duration;
 
 use overlay_agent::kernel::netns::Netns;
-use overlay_tests::cni::{Attachment, Network, VERSIONS};
+use overlay_agent::model::Family;
+use overlay_tests::cni::{Attachment, Network, VERSIONS, error_of};
 use overlay_tests::programs::needs;
 use overlay_tests::{Must, Story, kernel};
 use overlayctl::lab::Families;
@@ -118,4 +119,58 @@ async fn behind_another() {
     network.check(&who, &result).unwrap_or_else(|said| panic!("{}{}", said.out, said.err));
     network.del(&who, &result).unwrap_or_else(|said| panic!("{}{}", said.out, said.err));
     assert!(kernel::link(&story, "h1-c1", "eth1").is_none() && kernel::link(&story, "h1-c1", "eth0").is_some());
+}
+
+/// The overlay as the second network of a container whose first one has the default route: refused with the key as the remedy, and with that key in
+/// each version.
+#[tokio::test(flavor = "multi_thread")]
+async fn second_network_leaves_the_default_route_to_the_first() {
+    let story = Story::up(|options| {
+        options.hosts = 2;
+        options.containers = 1;
+        options.families = Families::Dual;
+    })
+    .await;
+    let mut network = Network::of(&story, "h1", "1.0.0");
+    let first = json!({
+        "type": "bridge", "bridge": "other0", "isDefaultGateway": true,
+        "ipam": {
+            "type": "host-local", "dataDir": story.at("h1").dir().join("host-local"),
+            "ranges": [[{ "subnet": "10.77.0.0/24" }], [{ "subnet": "2001:db8:77::/64" }]],
+        },
+    });
+    let bridge = Network { plugins: vec![first], name: "other".to_owned(), ..network.clone() };
+    let mut who = Attachment::new(&story, "h1", "c2");
+    bridge.add(&who).unwrap_or_else(|said| panic!("{}{}", said.out, said.err));
+    who.interface = "eth1".to_owned();
+    let (_, text) = error_of(&network.add(&who).expect_err("a default route is there"));
+    assert!(text.contains("has a default route already") && text.contains("\"isDefaultGateway\": false"), "{text}");
+    assert!(kernel::link(&story, "h1-c2", "eth1").is_none());
+
+    network.plugins[0]["isDefaultGateway"] = false.into();
+    let far = story.endpoints("h2").into_iter().find(|e| e.name.as_str() == "c1").must("c1").addresses();
+    for version in VERSIONS {
+        network.version = version.to_owned();
+        let result = network.add(&who).unwrap_or_else(|said| panic!("{version}: {}{}", said.out, said.err));
+        let networks = &story.status("h1").await.network.must("a network").pools;
+        let gateway = |n: usize| result["ips"][n]["gateway"].clone();
+        let routes = [networks.v4.must("IPv4").network, networks.v6.must("IPv6").network];
+        let wanted = json!([
+            { "dst": routes[0].to_string(), "gw": gateway(0) }, { "dst": routes[1].to_string(), "gw": gateway(1) },
+        ]);
+        assert_eq!(result["routes"], wanted, "{version}");
+        for (family, address) in far.iter() {
+            kernel::run(&story, "h1-c2", &["ping", "-c", "1", "-W", "2", &address.to_string()]);
+            let flag = if family == Family::V4 { "-4" } else { "-6" };
+            let shown = kernel::run(&story, "h1-c2", &["ip", flag, "route", "show", "default"]);
+            assert!(shown.contains("dev eth0") && !shown.contains("dev eth1"), "{shown}");
+        }
+        if version != VERSIONS[0] {
+            network.check(&who, &result).unwrap_or_else(|said| panic!("{version}: {}{}", said.out, said.err));
+            kernel::run(&story, "h1-c2", &["ip", "route", "delete", &routes[0].to_string()]);
+            let (code, text) = error_of(&network.check(&who, &result).expect_err("a route is gone"));
+            assert!(code == 103 && text.contains(&format!("there is no route to {} via", routes[0])), "{code}: {text}");
+        }
+        network.del(&who, &result).unwrap_or_else(|said| panic!("{version}: {}{}", said.out, said.err));
+    }
 }

@@ -144,10 +144,17 @@ impl Backend for FakeBackend {
             }),
             published: request.publish,
             source_check: true,
+            default_route: true,
             owner: request.owner,
             attached_at: 0,
         };
-        Ok(Attached { endpoint, prefix_length: PerFamily::default(), gateway: PerFamily::default(), mtu: Some(1450) })
+        Ok(Attached {
+            endpoint,
+            prefix_length: PerFamily::default(),
+            gateway: PerFamily::default(),
+            routes: PerFamily::default(),
+            mtu: Some(1450),
+        })
     }
 
     async fn detach(&self, name: EndpointName, force: bool) -> Result<Detached, ApiError> {

@@ -123,6 +123,24 @@ async fn endpoint_plugged_into_a_namespace_made_again_keeps_what_it_has() {
 }
 
 #[tokio::test]
+async fn endpoint_of_a_runtime_is_not_plugged_into_a_namespace_made_again() {
+    let host = Host::new(&["/ns/a"]);
+    let endpoints = host.start(DUAL).await;
+    let request = AttachRequest { owner: Some("cni/net/1/eth0".to_owned()), ..publishing("/ns/a", &["8080:80"]) };
+    let first = endpoints.attach(name("a"), request.clone()).await.unwrap();
+    host.kernel.replace_namespaces();
+    host.kernel.remove(&first.endpoint.port.as_ref().unwrap().host_interface);
+    assert!(endpoints.heal().await.is_empty());
+    assert!(host.kernel.plugs().is_empty() && endpoints.plugged().borrow().is_empty());
+    let second = endpoints.attach(name("a"), request).await.unwrap();
+    assert_ne!(first.endpoint.addresses(), second.endpoint.addresses(), "asked for, it is a new endpoint");
+    assert_eq!(host.kernel.plugs().len(), 1);
+    host.kernel.replace_namespaces();
+    assert!(endpoints.audit().await.is_empty());
+    assert_eq!(endpoints.audit().await, [name("a")]);
+}
+
+#[tokio::test]
 async fn name_attached_anew_is_plugged_at_once() {
     let host = Host::new(&["/ns/a", "/ns/b"]);
     let endpoints = host.start(DUAL).await;

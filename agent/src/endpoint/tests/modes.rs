@@ -1,6 +1,7 @@
 //! The modes beside overlay, namespaces that are known by more than their path, and published ports.
 
 use super::*;
+use crate::model::Mac;
 
 pub(super) fn in_mode(mode: &str, netns: Option<&str>) -> AttachRequest {
     AttachRequest { mode: mode.parse().expect(mode), netns: netns.map(Into::into), ..AttachRequest::default() }
@@ -200,6 +201,52 @@ async fn source_check_and_owner_are_kept() {
     endpoints.close().await;
     drop(endpoints);
     assert_eq!(host.start("10.244.1.0-24").await.list(), [a]);
+}
+
+#[tokio::test]
+async fn without_default_route_the_overlay_network_is_routed_and_that_is_kept() {
+    let host = Host::new(&["/ns/a"]);
+    let endpoints = host.start(DUAL).await;
+    let second = AttachRequest { default_route: Some(false), interface: Some("eth1".to_owned()), ..ask("/ns/a") };
+    let a = endpoints.attach(name("a"), second.clone()).await.unwrap();
+    let plugged = || routes(host.kernel.plugs().values().next().unwrap());
+    let wanted = ["10.244.0.0/16 via 10.244.1.1", "fd00:10:244::/56 via fd00:10:244:1::1"];
+    assert_eq!(plugged(), wanted);
+    assert_eq!(a.routes.iter().map(|(_, to)| to.to_string()).collect::<Vec<_>>(), ["10.244.0.0/16", "fd00:10:244::/56"]);
+    assert_eq!(endpoints.attach(name("a"), second.clone()).await.unwrap(), a);
+    let with_one = AttachRequest { default_route: None, ..second };
+    refused(&endpoints, "a", with_one, Class::Conflict, "default route off, not default route on").await;
+    endpoints.close().await;
+    drop(endpoints);
+    let endpoints = host.start(DUAL).await;
+    assert_eq!(endpoints.list(), [a.endpoint]);
+    host.kernel.remove(&endpoints.list()[0].port.as_ref().unwrap().host_interface);
+    assert!(endpoints.heal().await.is_empty());
+    assert_eq!(plugged(), wanted);
+}
+
+#[tokio::test]
+async fn subnet_that_is_the_whole_network_needs_no_route() {
+    let host = Host::new(&["/ns/a"]);
+    let endpoints = host.start("").await;
+    let whole = network("10.244.1.0-24");
+    let networks = whole.subnet.iter().collect();
+    endpoints.set_network(Some(EndpointNetwork { networks, ..whole }));
+    endpoints.attach(name("a"), AttachRequest { default_route: Some(false), ..ask("/ns/a") }).await.unwrap();
+    assert!(routes(host.kernel.plugs().values().next().unwrap()).is_empty());
+}
+
+#[test]
+fn endpoint_of_an_older_file_has_a_default_route() {
+    let port = crate::model::Port {
+        interface: "eth0".to_owned(),
+        host_interface: "ove1".to_owned(),
+        mac: Mac::local([1; 6]),
+        addresses: PerFamily::default(),
+    };
+    let mut older = serde_json::to_value(Endpoint::on_bridge("a", port)).unwrap();
+    older.as_object_mut().unwrap().remove("default_route").expect("it is written");
+    assert!(serde_json::from_value::<Endpoint>(older).unwrap().default_route);
 }
 
 #[tokio::test]

@@ -3,8 +3,8 @@
 use super::support::*;
 use crate::kernel::netns::{Netns, named_path};
 use crate::kernel::{KernelOptions, Plugger};
-use crate::model::Mac;
 use crate::model::device::BRIDGE_PORTS;
+use crate::model::{Cidr, Family, Mac};
 use crate::plan::{ContainerPath, DataPath, Key, LinkKind, LinkState, Op, Plug, Value};
 
 fn wanted(container: &Scratch) -> Plug {
@@ -16,7 +16,7 @@ fn wanted(container: &Scratch) -> Plug {
         mac: Mac([2, 0, 0, 0, 2, 2]),
         mtu: 1430,
         addresses: vec!["10.244.0.2/24".parse().expect("address"), "fd00:244::2/64".parse().expect("address")],
-        gateways: vec![ip("10.244.0.1"), ip("fd00:244::1")],
+        routes: vec![(Cidr::all(Family::V4), ip("10.244.0.1")), (Cidr::all(Family::V6), ip("fd00:244::1"))],
         source_check: true,
     }
 }
@@ -68,6 +68,59 @@ fn plugged_twice_and_unplugged_twice() {
         plugger.unplug("ove1").await.expect("again");
         assert_eq!(look(&container.netns), before, "the namespace is as it was");
         host.quiet().await;
+    });
+}
+
+#[test]
+fn second_interface_gets_routes_to_the_overlay_network_only() {
+    let container = Scratch::new("ctrsecond");
+    on_host("plugsecond", KernelOptions::default(), async |host| {
+        host.make_devices().await;
+        host.settle().await;
+        let plugger = host.kernel.plugger();
+        let change = |command: &str| container.netns.run(|| run(command)).expect("inside");
+        for command in ["ip link add eth0 type bridge", "ip address add 192.0.2.2/24 dev eth0", "ip link set eth0 up"] {
+            change(command);
+        }
+        change("ip route add default via 192.0.2.1");
+        let mut plug = wanted(&container);
+        plug.interface = "eth1".to_owned();
+        let error = plugger.plug(&plug).await.expect_err("a default route is there");
+        assert!(error.message.contains("--no-default-route") && error.message.contains("\"isDefaultGateway\": false"), "{error}");
+        let networks = ["10.244.0.0/16", "fd00:244::/56"].map(|text| text.parse::<Cidr>().expect(text));
+        plug.routes = networks.into_iter().zip([ip("10.244.0.1"), ip("fd00:244::1")]).collect();
+        plugger.plug(&plug).await.expect("plugged");
+        assert_eq!(plugger.difference(&plug), Ok(None));
+        let inside = look(&container.netns);
+        for part in [
+            "default via 192.0.2.1 dev eth0",
+            "10.244.0.0/16 via 10.244.0.1 dev eth1 proto 86",
+            "fd00:244::/56 via fd00:244::1 dev eth1 proto 86",
+        ] {
+            assert!(inside.contains(part), "{part} in {inside}");
+        }
+        assert!(!inside.contains("default via 10.244") && !inside.contains("default via fd00"), "{inside}");
+        plugger.plug(&plug).await.expect("again");
+        assert_eq!(look(&container.netns), inside, "nothing was made anew");
+        for (route, wanted) in [
+            ("ip route del 10.244.0.0/16", "the route to 10.244.0.0/16 via 10.244.0.1 is not there"),
+            ("ip -6 route del fd00:244::/56", "the route to fd00:244::/56 via fd00:244::1 is not there"),
+        ] {
+            change(route);
+            assert_eq!(plugger.difference(&plug), Ok(Some(wanted.to_owned())));
+            plugger.plug(&plug).await.expect("repaired");
+            assert_eq!(plugger.difference(&plug), Ok(None));
+        }
+        assert!(look(&container.netns).contains("default via 192.0.2.1 dev eth0"));
+
+        // A second one on the same overlay.
+        let mut second = wanted(&container);
+        (second.interface, second.host_interface, second.mac) = ("eth2".to_owned(), "ove2".to_owned(), Mac([2, 0, 0, 0, 2, 3]));
+        second.addresses = ["10.244.0.3/24", "fd00:244::3/64"].map(|text| text.parse().expect(text)).to_vec();
+        second.routes = plug.routes.clone();
+        let error = plugger.plug(&second).await.expect_err("such a route is there");
+        assert!(error.message.contains("one interface on the overlay is enough"), "{error}");
+        assert_eq!(plugger.difference(&plug), Ok(None), "the first one stays as it is");
     });
 }
 
