@@ -1,5 +1,6 @@
 //! Which interface is the external one, and which addresses of it peers send to.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use regex::Regex;
@@ -78,6 +79,8 @@ pub struct Inventory {
     pub defaults: Vec<DefaultRoute>,
     /// Families in which iptables' FORWARD chain (`ip filter FORWARD`, `ip6 filter FORWARD`) has policy DROP, as Docker and ufw set it.
     pub forward_drops: Vec<Family>,
+    /// The servers that names are asked of.
+    pub resolvers: BTreeSet<IpAddr>,
 }
 
 /// A link that is not ours.
@@ -104,6 +107,8 @@ pub struct DefaultRoute {
     pub family: Family,
     /// Interface index.
     pub interface: u32,
+    /// The router; `None` where all is on link.
+    pub gateway: Option<IpAddr>,
     /// Learned from a router advertisement: the host needs `accept_ra=2` to keep it once it forwards.
     pub from_router_advertisement: bool,
 }
@@ -191,6 +196,11 @@ impl Selection {
 }
 
 impl Inventory {
+    /// Addresses of the underlay that this host depends on: its routers and its resolvers.
+    pub fn depends_on(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        self.defaults.iter().filter_map(|route| route.gateway).chain(self.resolvers.iter().copied())
+    }
+
     /// The interfaces to choose from, with their addresses, for messages.
     pub fn candidates(&self) -> String {
         let usable: Vec<String> = self
@@ -228,7 +238,7 @@ mod tests {
                 link(2, "eth0", &["192.0.2.7", "192.0.2.8", "2001:db8::7"]),
                 link(3, "eth1", &["198.51.100.7"]),
             ],
-            defaults: vec![DefaultRoute { family: Family::V4, interface: 3, from_router_advertisement: false }],
+            defaults: vec![DefaultRoute { family: Family::V4, interface: 3, gateway: None, from_router_advertisement: false }],
             ..Inventory::default()
         }
     }

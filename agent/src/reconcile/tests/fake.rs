@@ -71,7 +71,7 @@ impl DataPath for FakeKernel {
                 loopback: false,
                 addresses: vec!["192.0.2.100".parse().unwrap()],
             }],
-            defaults: vec![DefaultRoute { family: Family::V4, interface: 2, from_router_advertisement: false }],
+            defaults: vec![DefaultRoute { family: Family::V4, interface: 2, gateway: None, from_router_advertisement: false }],
             ..Inventory::default()
         })
     }
