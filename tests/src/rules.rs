@@ -46,6 +46,7 @@ pub struct Golden<'a> {
 /// Words of a family in rules.
 struct Words {
     ip: &'static str,
+    tunnel: &'static str,
     digit: char,
     kind: &'static str,
     loopback: &'static str,
@@ -59,6 +60,7 @@ fn words(family: Family) -> Words {
     match family {
         Family::V4 => Words {
             ip: "ip",
+            tunnel: "ovx",
             digit: '4',
             kind: "ipv4_addr",
             loopback: "127.0.0.0/8",
@@ -68,6 +70,7 @@ fn words(family: Family) -> Words {
         },
         Family::V6 => Words {
             ip: "ip6",
+            tunnel: "ovx6",
             digit: '6',
             kind: "ipv6_addr",
             loopback: "::1",
@@ -136,9 +139,10 @@ impl Golden<'_> {
                 rule(own.to_string()) + &rule(loopback.to_owned())
             });
         }
-        text += &each(&|Words { ip, multicast, .. }, network, _| {
+        text += &each(&|Words { ip, tunnel, multicast, .. }, network, _| {
             format!(
-                "\t\t{ip} saddr {network} oifname != {bridge} {ip} daddr != {network} {ip} daddr != {multicast} masquerade random,fully-random\n"
+                "\t\t{ip} saddr {network} oifname != {bridge} {ip} daddr != {network} {ip} daddr != {multicast} masquerade random,fully-random
+\t\toifname \"{tunnel}.{vni}\" {ip} saddr != {network} {ip} daddr {network} masquerade random,fully-random\n"
             )
         });
         text += &format!(

@@ -47,8 +47,8 @@ impl Rules<'_> {
     ///   passes all of this table's rules is accepted, and what another table drops no rule of this one lifts.
     /// - `prerouting`, `output`: published ports.
     /// - `postrouting`: with `masquerade` what leaves the overlay for elsewhere (not multicast, nor what stays on the bridge) gets the host's address; a container that was
-    ///   reached by a published port from its own bridge or from the host's loopback answers through this host. Inside the overlay nothing is
-    ///   translated.
+    ///   reached by a published port from its own bridge or from the host's loopback answers through this host. What enters the tunnel from outside the overlay
+    ///   gets this host's address in it, because peers take from a host its own subnet only. Inside the overlay nothing is translated.
     pub fn ruleset(&self) -> Ruleset {
         let mut counters = vec![Counter::Encapsulation, Counter::Loopback, Counter::Tunnel];
         let families: Vec<Family> = self.network.families().collect();
@@ -189,6 +189,12 @@ impl Rules<'_> {
                     not_by(Field::OutputInterface, &self.bridge()),
                     Expr::Destination { cidr, negate: true },
                     Expr::Destination { cidr: multicast(family), negate: true },
+                    Expr::Masquerade,
+                ]));
+                rules.push(rule([
+                    Expr::OutputInterface(Device::vxlan(family, self.network.vxlan.vni).name()),
+                    Expr::Source { cidr, negate: true },
+                    Expr::Destination { cidr, negate: false },
                     Expr::Masquerade,
                 ]));
             }
