@@ -2,7 +2,7 @@
 //!
 //! Tasks: `signals`, `kernel` (follows the kernel's events), `store`, `reconcile`, `endpoints` (audit), `overlay` (tells endpoints and
 //! `subnet.env` of the overlay once it is in place), `admin` (the socket), `systemd` (tells it how the agent is), `reload` (SIGHUP), `mesh` (probes
-//! peers), and `metrics` where a TCP address is set. Channels between them are bounded. A task that ends while it should run ends the agent with an error, and systemd starts it anew: the data path forwards on meanwhile.
+//! peers), `path-mtu` (has the kernel learn the MTU of the path to each), and `metrics` where a TCP address is set. Channels between them are bounded. A task that ends while it should run ends the agent with an error, and systemd starts it anew: the data path forwards on meanwhile.
 
 mod backend;
 mod cleanup;
@@ -10,6 +10,7 @@ mod conflist;
 mod guard;
 mod memory;
 mod mesh;
+mod path_mtu;
 mod reload;
 mod supervision;
 
@@ -183,6 +184,7 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: Source) -> anyh
         tasks.spawn("admin", infallible(admin::serve(socket, backend, stop)));
     }
     tasks.spawn("systemd", infallible(supervision::tell(notifier, signs, Arc::clone(&backend), begin())));
+    tasks.spawn("path-mtu", infallible(path_mtu::run(probes.clone(), news.clone(), begin())));
     tasks.spawn("mesh", infallible(mesh::run(mesh, probes, news, begin())));
     tasks.spawn("reload", infallible(reload.run(begin())));
     if let Some(listener) = metrics_listener {

@@ -166,6 +166,8 @@ pub struct Reconciler<D, M> {
     snapshot_seen: bool,
     roster: Roster,
     own: OwnLease,
+    /// The addresses of its servers.
+    servers: BTreeSet<std::net::IpAddr>,
     /// When the own lease ends unless the store answers again; absent while it answers.
     lease_ends: Option<Instant>,
     /// That moment has passed: others may have the subnet by now.
@@ -228,6 +230,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             snapshot_seen: false,
             roster: Roster::default(),
             own: OwnLease::Wanted { reason: "not asked for yet".to_owned() },
+            servers: BTreeSet::new(),
             lease_ends: None,
             lease_over: false,
             inventory: Inventory::default(),
@@ -315,8 +318,10 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         let now = Instant::now();
         let mut progress = false;
         self.metrics.round_done();
+        let mut resync = false;
         if now >= self.resync_due {
             self.stale.get_or_insert("periodic resync");
+            resync = true;
             self.resync_due = now + self.settings.resync;
         }
         self.look_at_links().await;
@@ -324,6 +329,10 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         if self.stale.is_some() && now >= self.not_before {
             progress = true;
             before_dump = self.dump().await;
+            if resync {
+                // Of new resolvers the kernel tells nothing.
+                self.underlay_due.get_or_insert(now);
+            }
         }
         if self.underlay_due.is_some_and(|due| now >= due) {
             progress = true;

@@ -20,6 +20,8 @@
 //! | `hold`, `write`, `renew` | doing it: transactions, renewal, proof of life |
 //! | `oneshot` | single requests for programs without an agent; `clock` asks a server what time it is |
 
+use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -102,10 +104,11 @@ impl Store {
         let mut wait = RECONNECT;
         let mut told: Option<Connection> = None;
         let mut last_session = None;
+        let mut servers = BTreeSet::new();
         let work = async {
             loop {
                 let started = Instant::now();
-                let error = match connect::connect_counted(&self.config, self.metrics.as_ref()).await {
+                let error = match self.connect(&mut servers, &events).await {
                     Err(error) => error,
                     Ok(session) => {
                         let session = &*last_session.insert(session);
@@ -144,6 +147,21 @@ impl Store {
             holder.leave(session).await;
         }
         ended
+    }
+
+    /// Connects to a server, and hands on the addresses of all before: what this host makes unreachable must not be among them.
+    async fn connect(
+        &self,
+        servers: &mut BTreeSet<IpAddr>,
+        events: &mpsc::Sender<StoreEvent>,
+    ) -> Result<connect::Session, StoreError> {
+        let endpoints = self.config.candidates().await?;
+        let known = servers.len();
+        servers.extend(discovery::addresses(&endpoints).await);
+        if servers.len() > known {
+            events.send(StoreEvent::Servers(servers.clone())).await.map_err(|_| StoreError::ReceiverGone)?;
+        }
+        connect::connect_to_any(&self.config, endpoints, self.metrics.as_ref()).await
     }
 
     /// Hands on what happens in the store until the token is cancelled, without a lease.

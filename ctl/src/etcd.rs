@@ -205,7 +205,7 @@ impl SubnetsWatch {
                 eprintln!("overlayctl: etcd does not answer, trying again: {error}");
                 false
             }
-            StoreEvent::Connection(Connection::Up { .. }) | StoreEvent::Own(_) => false,
+            StoreEvent::Connection(Connection::Up { .. }) | StoreEvent::Own(_) | StoreEvent::Servers(_) => false,
         }
     }
 

@@ -36,7 +36,7 @@ async fn the_mesh_works() {
     story.assert_all_reach().await;
 
     // Drift is repaired here as well.
-    kernel::shell(&story, "h1", "ip route show proto 86 | while read dst _; do ip route delete $dst proto 86; done");
+    kernel::shell(&story, "h1", "ip route show proto 86 type unicast | while read dst _; do ip route delete $dst proto 86; done");
     settled_as(&story, "h1", true).await;
     story.assert_all_reach().await;
 }

@@ -104,7 +104,8 @@ async fn peers_follow_and_etcd_need_not_be_there() {
     .await;
     story.at("h1").agent_stop(Signal::SIGTERM).must("stop");
     cleanup(&story, "h1").exits(0);
-    let routes = |host: &str| kernel::listed(&story, host, "ip", &["route", "show", "proto", kernel::PROTOCOL]).len();
+    let routes =
+        |host: &str| kernel::listed(&story, host, "ip", &["route", "show", "proto", kernel::PROTOCOL, "type", "unicast"]).len();
     within("h2 has no route to h1", SECOND, || routes("h2") == 0).await;
 
     story.at("h2").agent_stop(Signal::SIGTERM).must("stop");

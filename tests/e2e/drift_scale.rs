@@ -25,9 +25,17 @@ const REST: Duration = Duration::from_millis(150);
 
 /// One entry each: what is done to the entry number `$1` of its list, and what the entry is called in metrics.
 const ONE: [(&str, &str, &str); 8] = [
-    ("route deleted", "route", "ip route delete $(ip route show proto 86 | sed -n ${1}p | cut -d' ' -f1) proto 86"),
-    ("IPv6 route deleted", "route", "ip -6 route delete $(ip -6 route show proto 86 | sed -n ${1}p | cut -d' ' -f1) proto 86"),
-    ("route altered", "route", "ip route replace $(ip route show proto 86 | sed -n ${1}p | cut -d' ' -f1) via 10.99.0.254"),
+    ("route deleted", "route", "ip route delete $(ip route show proto 86 type unicast | sed -n ${1}p | cut -d' ' -f1) proto 86"),
+    (
+        "IPv6 route deleted",
+        "route",
+        "ip -6 route delete $(ip -6 route show proto 86 type unicast | sed -n ${1}p | cut -d' ' -f1) proto 86",
+    ),
+    (
+        "route altered",
+        "route",
+        "ip route replace $(ip route show proto 86 type unicast | sed -n ${1}p | cut -d' ' -f1) via 10.99.0.254",
+    ),
     ("next hop deleted", "nexthop", "ip nexthop delete $(ip nexthop show proto 86 | sed -n ${1}p | cut -d' ' -f1,2)"),
     (
         "neighbour deleted",
@@ -55,7 +63,7 @@ const ONE: [(&str, &str, &str); 8] = [
 const ALL: [(&str, &str); 5] = [
     (
         "all routes deleted",
-        "for f in -4 -6; do ip $f route show proto 86 | sed 's/^\\([^ ]*\\).*/route delete \\1 proto 86/' | ip $f -force -batch -; done",
+        "for f in -4 -6; do ip $f route show proto 86 type unicast | sed 's/^\\([^ ]*\\).*/route delete \\1 proto 86/' | ip $f -force -batch -; done",
     ),
     (
         "all next hops deleted",

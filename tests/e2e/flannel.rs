@@ -89,7 +89,7 @@ async fn sizes_and_unknown_fields_are_understood() {
     assert!((bound("10.244.10.0")..=bound("10.244.20.0")).contains(&own.base()), "{own}");
     assert_eq!(status.data_path.peers, 2);
     assert!(kernel::link(&story, "h3", "ovx.4242").is_some());
-    let routes = kernel::listed(&story, "h3", "ip", &["route", "show", "proto", kernel::PROTOCOL]);
+    let routes = kernel::listed(&story, "h3", "ip", &["route", "show", "proto", kernel::PROTOCOL, "type", "unicast"]);
     let mut to: Vec<String> = routes.iter().map(|r| kernel::text(r, "dst")).collect();
     to.sort();
     assert_eq!(to, ["10.244.17.128/26", "10.244.18.192/26"]);

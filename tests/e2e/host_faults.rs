@@ -229,7 +229,7 @@ async fn the_disk_is_full() {
     kernel::shell(
         &story,
         "h1",
-        "ip route show proto 86 | head -1 | while read dst _; do ip route replace $dst via 10.99.0.254; done",
+        "ip route show proto 86 type unicast | head -1 | while read dst _; do ip route replace $dst via 10.99.0.254; done",
     );
     eventually("drift is repaired", SOON, || {
         let difference = kernel::difference(&kernel::actual(&story, "h1"), &before);

@@ -15,10 +15,11 @@ fn vtep(story: &Story, host: &str) -> String {
 
 /// The routes of the agent, as destinations.
 fn destinations(story: &Story, host: &str) -> Vec<String> {
-    let mut all: Vec<String> = kernel::listed(story, host, "ip", &["route", "show", "proto", kernel::PROTOCOL])
-        .iter()
-        .map(|route| kernel::text(route, "dst"))
-        .collect();
+    let mut all: Vec<String> =
+        kernel::listed(story, host, "ip", &["route", "show", "proto", kernel::PROTOCOL, "type", "unicast"])
+            .iter()
+            .map(|route| kernel::text(route, "dst"))
+            .collect();
     all.sort();
     all
 }

@@ -46,7 +46,7 @@ async fn etcd_is_gone_for_a_while() {
     story.ctl("h1", &["attach", "late"]).exits(0);
     story.ctl("h1", &["detach", "late"]).exits(0);
     // Drift is repaired as well.
-    kernel::shell(&story, "h1", "ip route show proto 86 | while read dst _; do ip route delete $dst proto 86; done");
+    kernel::shell(&story, "h1", "ip route show proto 86 type unicast | while read dst _; do ip route delete $dst proto 86; done");
     story.settled("h1", SOON).await;
     tokio::time::sleep(Duration::from_secs(2)).await;
     notifications.settle().await;

@@ -6,7 +6,8 @@ use std::net::{SocketAddr, UdpSocket};
 use overlay_agent::model::Family;
 use overlay_tests::capture::VXLAN_PORT;
 use overlay_tests::story::SOON;
-use overlay_tests::{Must, Story, kernel};
+use overlay_tests::transfer::Transfer;
+use overlay_tests::{Must, Story, eventually, kernel, within};
 use overlayctl::lab::Families;
 use overlayctl::lab::layout::gateway_address;
 
@@ -15,6 +16,15 @@ const FIREWALL: &str = "nft 'table inet firewall {
     chain i { type filter hook input priority 0; ct state invalid drop; }
     chain f { type filter hook forward priority 0; ct state invalid drop; }
     chain o { type filter hook output priority 0; ct state invalid drop; }; }'";
+
+/// One that takes nothing but what belongs to a connection, neighbour discovery and the tunnel.
+const STATEFUL: &str = "nft 'table inet firewall { chain i {
+    type filter hook input priority 0; policy drop;
+    ct state established,related accept
+    ct state invalid counter drop
+    iif lo accept
+    icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert, nd-router-solicit, nd-router-advert } accept
+    udp dport 8472 accept; }; }'";
 
 /// How addresses of the lab's networks begin, as the table writes them.
 const NETWORKS: [&str; 2] = ["10.244.", "fd00:0010:0244:"];
@@ -45,6 +55,44 @@ async fn the_tunnels_packets_are_in_no_table() {
             let inside = |line: &str| line.contains(&format!("src={network}")) && line.contains(&format!("dst={network}"));
             assert!(table.lines().any(inside), "{host} does not follow what containers of {network} say: {table}");
         }
+    }
+}
+
+/// Between the hosts stands a router whose next wire carries less than theirs, and their firewalls take of what it says only what is related.
+#[tokio::test(flavor = "multi_thread")]
+async fn large_packets_pass_a_router_of_a_smaller_mtu() {
+    let story = Story::without_agents(2, Families::Dual).await;
+    kernel::shell(
+        &story,
+        "world",
+        "cd /proc/sys/net; echo 1 >ipv4/ip_forward; echo 1 >ipv6/conf/all/forwarding; for f in ipv4/conf/*/send_redirects; do echo 0 >$f; done",
+    );
+    for (host, other) in [("h1", "h2"), ("h2", "h1")] {
+        kernel::shell(&story, host, STATEFUL);
+        for (family, address) in story.at(other).layout().addresses.iter() {
+            kernel::run(&story, host, &["ip", "route", "add", &address.to_string(), "via", &gateway_address(family).to_string()]);
+            let narrow = ["ip", "route", "add", &address.to_string(), "dev", "eth0", "mtu", "lock", "1400"];
+            kernel::run(&story, "world", &narrow);
+        }
+    }
+    for host in ["h1", "h2"] {
+        story.start(host).await;
+        story.at(host).attach("c1").await.must("attach");
+    }
+    story.mesh().await;
+    let path = *story.at("h2").layout().addresses.get(Family::V6).must("its address");
+    eventually("the kernel knows the path's MTU", SOON, || {
+        let route = kernel::run(&story, "h1", &["ip", "route", "get", &path.to_string()]);
+        if route.contains("mtu 1400") { Ok(()) } else { Err(route) }
+    })
+    .await;
+    for family in Family::ALL {
+        let endpoints = story.at("h2").client().endpoints().await.must("h2").endpoints;
+        let address = *endpoints.first().must("a container").addresses().get(family).must("its address");
+        kernel::run(&story, "h1-c1", &["ping", "-n", "-c", "1", "-W", "5", &address.to_string()]);
+        let transfer = Transfer::start(&story.inside("h1-c1"), &story.inside("h2-c1"), address).await;
+        within(&format!("{family}: 400 kB arrive"), 2 * SOON, || transfer.received() >= 400_000).await;
+        transfer.stop().await.assert_whole(&format!("{family}"), SOON);
     }
 }
 

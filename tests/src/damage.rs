@@ -15,10 +15,18 @@ const fn damage(name: &'static str, script: &'static str) -> Damage {
 }
 
 /// All of them.
-pub const ALL: [Damage; 23] = [
+pub const ALL: [Damage; 25] = [
     damage(
         "routes deleted",
-        "for f in -4 -6; do ip $f route show proto 86 | while read dst _; do ip $f route delete $dst proto 86; done; done",
+        "for f in -4 -6; do ip $f route show proto 86 type unicast | while read dst _; do ip $f route delete $dst proto 86; done; done",
+    ),
+    damage(
+        "unreachable routes deleted",
+        "for f in -4 -6; do ip $f route show proto 86 type unreachable | while read _ dst _; do ip $f route delete unreachable $dst proto 86; done; done",
+    ),
+    damage(
+        "unreachable routes to elsewhere",
+        "for f in -4 -6; do ip $f route show proto 86 type unreachable | while read _ dst _; do ip $f route replace blackhole $dst metric 4294967295; done; done",
     ),
     damage("next hops deleted", "ip nexthop flush proto 86"),
     damage("neighbours deleted", "neighbours -4 ovx.1; neighbours -6 ovx6.1"),
@@ -56,7 +64,10 @@ pub const ALL: [Damage; 23] = [
         "a forwarding entry to elsewhere",
         "m=$(bridge fdb show dev ovx.1 | head -1 | cut -d' ' -f1); bridge fdb replace $m dev ovx.1 dst 10.99.77.77",
     ),
-    damage("a route to elsewhere", "r=$(ip route show proto 86 | head -1 | cut -d' ' -f1); ip route replace $r via 10.99.0.254"),
+    damage(
+        "a route to elsewhere",
+        "r=$(ip route show proto 86 type unicast | head -1 | cut -d' ' -f1); ip route replace $r via 10.99.0.254",
+    ),
 ];
 
 /// Deletes one after the other. (`flush` looks whether it has worked, and gives up after ten rounds: the agent is faster.)

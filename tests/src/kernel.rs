@@ -7,9 +7,9 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
-use overlay_agent::model::Family;
 use overlay_agent::model::api::{SubnetEntry, Subnets};
 use overlay_agent::model::device::PORT_PREFIX;
+use overlay_agent::model::{Family, NetworkConfig};
 use overlayctl::lab::{Host, Lab};
 use serde_json::Value;
 
@@ -112,7 +112,11 @@ pub fn actual(lab: &Lab, target: &str) -> BTreeSet<String> {
         ));
     }
     for family in ["-4", "-6"] {
-        for route in listed(lab, target, "ip", &[family, "route", "show", "proto", PROTOCOL]) {
+        for route in listed(lab, target, "ip", &[family, "route", "show", "proto", PROTOCOL, "type", "unreachable"]) {
+            let metric = number(&route, "metric");
+            all.insert(format!("route unreachable {} metric {metric} proto {PROTOCOL}", text(&route, "dst")));
+        }
+        for route in listed(lab, target, "ip", &[family, "route", "show", "proto", PROTOCOL, "type", "unicast"]) {
             let by = if route.get("nhid").is_some() { "nexthop" } else { "classic" };
             all.insert(format!(
                 "route {} via {} dev {} {} {by} proto {PROTOCOL}",
@@ -201,6 +205,9 @@ pub async fn expected(host: &Host<'_>, classic: bool) -> BTreeSet<String> {
     }
     // Of the configuration in force: a story may have written another one than the lab's.
     let pools = host.client().status().await.must("the status").network.must("the network").pools;
+    for range in pools.iter().flat_map(|(_, pool)| pool.leasable()) {
+        all.insert(format!("route unreachable {range} metric {} proto {PROTOCOL}", u32::MAX));
+    }
     let local = own.public_ip;
     all.extend(Golden { vni, port, pools, subnet, local, peers: &peers, endpoints: &endpoints }.lines());
     for (family, path) in [(Family::V4, "ipv4/ip_forward"), (Family::V6, "ipv6/conf/all/forwarding")] {

@@ -47,6 +47,7 @@ pub struct Golden<'a> {
 /// Words of a family in rules.
 struct Words {
     ip: &'static str,
+    tunnel: &'static str,
     digit: char,
     kind: &'static str,
     loopback: &'static str,
@@ -61,6 +62,7 @@ fn words(family: Family) -> Words {
     match family {
         Family::V4 => Words {
             ip: "ip",
+            tunnel: "ovx",
             digit: '4',
             kind: "ipv4_addr",
             loopback: "127.0.0.0/8",
@@ -71,6 +73,7 @@ fn words(family: Family) -> Words {
         },
         Family::V6 => Words {
             ip: "ip6",
+            tunnel: "ovx6",
             digit: '6',
             kind: "ipv6_addr",
             loopback: "::1",
@@ -142,7 +145,8 @@ impl Golden<'_> {
         }
         text += &each(&|Words { ip, multicast, tunnel, .. }, leased, _| {
             format!(
-                "\t\t{ip} saddr {leased} oifname != {bridge} oifname != \"{tunnel}.{vni}\" {ip} daddr != {leased} {ip} daddr != {multicast} masquerade random,fully-random\n"
+                "\t\t{ip} saddr {leased} oifname != {bridge} oifname != \"{tunnel}.{vni}\" {ip} daddr != {leased} {ip} daddr != {multicast} masquerade random,fully-random
+\t\toifname \"{tunnel}.{vni}\" {ip} saddr != {leased} masquerade random,fully-random\n"
             )
         });
         text += &format!(

@@ -82,7 +82,7 @@ fn read(shared: &mut Shared, query: Query) -> Result<Vec<Entry>, OpError> {
 /// Takes an entry into a dumped state, if it is ours.
 fn insert(state: &mut State, known: &mut Known, entry: Entry) {
     known.fdb.extend(remote(&entry));
-    if matches!(entry, Entry::Route { protocol, .. } if !is_ours(protocol)) {
+    if matches!(entry, Entry::Route { protocol, .. } | Entry::Unreachable { protocol, .. } if !is_ours(protocol)) {
         return;
     }
     if let Some((key, Some(value))) = change(known, &entry, true) {
@@ -122,6 +122,11 @@ pub fn change(known: &Known, entry: &Entry, present: bool) -> Option<(Key, Optio
                 Hop::Other => Via::Foreign,
             };
             Some((Key::Route(destination), present.then_some(Value::Route(via))))
+        }
+        // One of others in its place counts as none: ours replaces it.
+        Entry::Unreachable { destination, protocol, unreachable } => {
+            let right = present && unreachable && is_ours(protocol);
+            Some((Key::Unreachable(destination), right.then_some(Value::Unreachable)))
         }
     }
 }

@@ -77,11 +77,46 @@ impl Echo {
         Ok(Echo { socket, family, raw, token })
     }
 
+    /// Opens one whose requests are as large as an interface can send, whatever the kernel knows of the path. Replies are not for it.
+    ///
+    /// # Errors
+    /// As [`Echo::open`].
+    pub fn of_whole_packets(family: Family) -> Result<Echo, OpError> {
+        let echo = Echo::open(family, 0, None)?;
+        let (level, option, probe) = match family {
+            Family::V4 => (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_PROBE),
+            Family::V6 => (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_PROBE),
+        };
+        let length = libc::socklen_t::try_from(size_of_val(&probe)).unwrap_or_default();
+        // SAFETY: the kernel reads `length` bytes, the size of the integer that the pointer leads to.
+        let set = unsafe { libc::setsockopt(echo.socket.as_raw_fd(), level, option, (&raw const probe).cast(), length) };
+        nix::Error::result(set).map_err(|errno| OpError {
+            errno: errno as i32,
+            message: format!("cannot have a socket probe the path over {family}: {errno}"),
+        })?;
+        Ok(echo)
+    }
+
+    /// Sends a request that fills a packet of `size` bytes.
+    ///
+    /// # Errors
+    /// As [`Echo::send`].
+    pub fn send_whole(&self, to: IpAddr, size: u32) -> io::Result<()> {
+        let header = if self.family == Family::V4 { 20 } else { 40 };
+        let payload = usize::try_from(size).unwrap_or(0).saturating_sub(header + HEADER);
+        self.request(to, 0, payload)
+    }
+
     /// Sends a request.
     ///
     /// # Errors
     /// There is no route, the rules drop it (`EPERM`), or the address is of the other family.
     pub fn send(&self, to: IpAddr, number: u64) -> io::Result<()> {
+        self.request(to, number, PAYLOAD)
+    }
+
+    /// Sends a request with so many bytes behind the header, at least [`PAYLOAD`].
+    fn request(&self, to: IpAddr, number: u64, payload: usize) -> io::Result<()> {
         let (request, _) = types(self.family);
         let mut message = vec![0; HEADER];
         message[0] = request;
@@ -90,6 +125,7 @@ impl Echo {
         message[6..8].copy_from_slice(&number.to_be_bytes()[6..]);
         message.extend_from_slice(&self.token.to_be_bytes());
         message.extend_from_slice(&number.to_be_bytes());
+        message.resize(HEADER + payload.max(PAYLOAD), 0);
         if self.raw && self.family == Family::V4 {
             let sum = checksum(&message);
             message[2..4].copy_from_slice(&sum.to_be_bytes());

@@ -276,7 +276,7 @@ fn note_entry(header: NetlinkHeader, entry: &Entry, known: &mut Known, pending: 
             }
         }
         // A route of others matters only where it took the place of one that was there.
-        Entry::Route { protocol, .. } => {
+        Entry::Route { protocol, .. } | Entry::Unreachable { protocol, .. } => {
             let replaces = present && header.flags & NLM_F_REPLACE != 0;
             if !is_ours(protocol) && !replaces {
                 return;

@@ -1,5 +1,6 @@
 //! What the external interface is chosen from: links that are not ours, their addresses, default routes.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use netlink_packet_route::address::AddressFlags;
@@ -39,7 +40,15 @@ pub fn inventory(shared: &mut Shared) -> Result<Inventory, OpError> {
     for family in Family::ALL {
         defaults.extend(default_routes(&mut shared.socket, family)?);
     }
-    Ok(Inventory { links, defaults, forward_drops: shared.nft.dump()?.forward_drops })
+    Ok(Inventory { links, defaults, forward_drops: shared.nft.dump()?.forward_drops, resolvers: resolvers() })
+}
+
+/// The servers of resolv.conf(5), and those that systemd-resolved asks in turn where it is the only one there.
+fn resolvers() -> BTreeSet<IpAddr> {
+    let files =
+        ["/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"].map(|path| std::fs::read_to_string(path).unwrap_or_default());
+    let lines = files.iter().flat_map(|text| text.lines());
+    lines.filter_map(|line| line.trim().strip_prefix("nameserver")?.trim().parse().ok()).collect()
 }
 
 fn host_address(info: &objects::AddressInfo) -> HostAddress {

@@ -21,10 +21,11 @@ use super::nft::{Nft, NftState};
 use super::objects::{self, LinkInfo, raw_attributes};
 use super::socket::{Ask, RouteSocket};
 use super::uapi::*;
-use super::wire::{AF_BRIDGE, NHMSG, Query, family_of};
+use super::wire::{AF_BRIDGE, Entry, NHMSG, Query, family_of};
 use crate::model::{Cidr, Device, Family, Mac, PerFamily, Role};
 use crate::plan::OpError;
 use crate::plan::ruleset::{Expr, Field, OVERLAY, Table};
+use crate::plan::state::PROTOCOL;
 
 pub use super::nft::{Book, Judgement, Place, Sight, TraceWatch, Translation, Watched};
 pub use capture::{Capture, Passage, Watchlist};
@@ -258,6 +259,23 @@ impl Look {
             // IPv6 answers with such a route where IPv4 answers with an error.
             kind => Ok(Err(format!("the route is {kind}"))),
         }
+    }
+
+    /// The unreachable route of ours that covers an address; `None` where there is none.
+    pub fn unreachable(&mut self, covered: IpAddr) -> Option<Cidr> {
+        let ours = Query::Routes(Family::of(covered), PROTOCOL);
+        let read = self.socket.dump(
+            &ours,
+            || None,
+            |found, header, body| {
+                if let Some(Entry::Unreachable { destination, protocol: PROTOCOL, unreachable: true }) = Entry::read(header, body)
+                    && destination.contains(covered)
+                {
+                    *found = Some(destination);
+                }
+            },
+        );
+        read.ok().flatten()
     }
 
     /// A next-hop object; `None` where there is none of that id.

@@ -39,6 +39,7 @@ pub const RT_TABLE_MAIN: u8 = 254;
 /// `linux/rtnetlink.h`.
 pub const RTN_UNICAST: u8 = 1;
 pub const RTN_LOCAL: u8 = 2;
+pub const RTN_UNREACHABLE: u8 = 7;
 /// `linux/rtnetlink.h`: any scope, in a deletion.
 pub const RT_SCOPE_NOWHERE: u8 = 255;
 

@@ -10,7 +10,7 @@ use super::message::{Message, address, attributes, mac, u16_at, u32_at};
 use super::socket::Ask;
 use super::uapi::*;
 use crate::model::{Cidr, Device, Family, Mac};
-use crate::plan::state::{PROTOCOL, Via};
+use crate::plan::state::{PROTOCOL, UNREACHABLE_METRIC, Via};
 use crate::plan::{Key, Value};
 
 /// Length of `struct ndmsg`.
@@ -67,6 +67,15 @@ pub enum Entry {
         /// Where it leads.
         hop: Hop,
     },
+    /// A route of the main table with the metric of our unreachable ones.
+    Unreachable {
+        /// Its destination.
+        destination: Cidr,
+        /// Who made it.
+        protocol: u8,
+        /// Whether it is unreachable indeed.
+        unreachable: bool,
+    },
 }
 
 /// Where a route leads.
@@ -84,7 +93,7 @@ pub enum Hop {
 
 /// Whether entries of this kind go through this codec.
 pub fn is_wire(key: &Key) -> bool {
-    matches!(key, Key::Fdb(..) | Key::Neigh(..) | Key::Nexthop(_) | Key::Route(_))
+    matches!(key, Key::Fdb(..) | Key::Neigh(..) | Key::Nexthop(_) | Key::Route(_) | Key::Unreachable(_))
 }
 
 /// The device whose index a message about the entry needs.
@@ -132,6 +141,11 @@ pub fn write_set(buffer: &mut Vec<u8>, sequence: u32, index: u32, key: &Key, val
                 Via::Foreign => {}
             }
         }
+        (Key::Unreachable(destination), Value::Unreachable) => {
+            let mut m = Message::begin(buffer, libc::RTM_NEWROUTE, flags, sequence);
+            rtmsg(&mut m, *destination, RT_SCOPE_UNIVERSE, RTN_UNREACHABLE, 0);
+            m.put_u32(RTA_PRIORITY, UNREACHABLE_METRIC);
+        }
         _ => return false,
     }
     true
@@ -150,9 +164,22 @@ pub fn write_delete(buffer: &mut Vec<u8>, sequence: u32, index: u32, key: &Key) 
             let mut m = Message::begin(buffer, RTM_DELNEXTHOP, 0, sequence);
             m.body(&[0; NHMSG]).put_u32(NHA_ID, *id);
         }
-        // The protocol number is compared by the kernel: somebody else's route to the same destination stays.
+        // The protocol number is compared by the kernel: somebody else's route to the same destination stays. Of ours the metric tells which is meant; 0 is
+        // any for the kernel, so IPv4 goes by the type, which IPv6 does not compare.
         Key::Route(destination) => {
-            rtmsg(&mut Message::begin(buffer, libc::RTM_DELROUTE, 0, sequence), *destination, RT_SCOPE_NOWHERE, 0, 0);
+            let mut m = Message::begin(buffer, libc::RTM_DELROUTE, 0, sequence);
+            match destination.family() {
+                Family::V4 => rtmsg(&mut m, *destination, RT_SCOPE_NOWHERE, RTN_UNICAST, 0),
+                Family::V6 => {
+                    rtmsg(&mut m, *destination, RT_SCOPE_NOWHERE, 0, 0);
+                    m.put_u32(RTA_PRIORITY, IPV6_METRIC);
+                }
+            }
+        }
+        Key::Unreachable(destination) => {
+            let mut m = Message::begin(buffer, libc::RTM_DELROUTE, 0, sequence);
+            rtmsg(&mut m, *destination, RT_SCOPE_NOWHERE, RTN_UNREACHABLE, 0);
+            m.put_u32(RTA_PRIORITY, UNREACHABLE_METRIC);
         }
         _ => return false,
     }
@@ -311,7 +338,14 @@ fn read_route(body: &[u8]) -> Option<Entry> {
         }
     }
     let ours = if family == Family::V4 { 0 } else { IPV6_METRIC };
-    if whole_table != u32::from(RT_TABLE_MAIN) || tos != 0 || metric != ours || flags & RTM_F_CLONED != 0 {
+    if whole_table != u32::from(RT_TABLE_MAIN) || tos != 0 || flags & RTM_F_CLONED != 0 {
+        return None;
+    }
+    let destination = Cidr::containing(base, length)?;
+    if metric == UNREACHABLE_METRIC {
+        return Some(Entry::Unreachable { destination, protocol, unreachable: kind == RTN_UNREACHABLE });
+    }
+    if metric != ours {
         return None;
     }
     let hop = match (nexthop, gateway, index) {
@@ -320,7 +354,7 @@ fn read_route(body: &[u8]) -> Option<Entry> {
         (None, None, Some(index)) if kind == RTN_LOCAL && !several => Hop::Local(index),
         _ => Hop::Other,
     };
-    Some(Entry::Route { destination: Cidr::containing(base, length)?, protocol, hop })
+    Some(Entry::Route { destination, protocol, hop })
 }
 
 #[cfg(test)]
@@ -375,6 +409,10 @@ mod tests {
                 let read = Entry::read(header, body);
                 assert_eq!(read, Some(Entry::Route { destination: subnet, protocol: PROTOCOL, hop }));
             }
+            assert_eq!(
+                round_trip(&Key::Unreachable(subnet), &Value::Unreachable),
+                Entry::Unreachable { destination: subnet, protocol: PROTOCOL, unreachable: true }
+            );
         }
     }
 

@@ -1,5 +1,6 @@
 //! The small types through which the store, the kernel and the endpoints meet in `reconcile`.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use super::lease::Node;
@@ -33,6 +34,8 @@ pub enum StoreEvent {
     Own(OwnLease),
     /// Whether the store answers.
     Connection(Connection),
+    /// The addresses of the store's servers: those that its endpoints stood for at any time since the start.
+    Servers(BTreeSet<IpAddr>),
 }
 
 /// The store's availability.

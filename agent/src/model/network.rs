@@ -2,6 +2,7 @@
 //!
 //! Source of the rules: `docs/wire.md`. Keys are matched without regard to case, as Go does it.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
@@ -133,6 +134,20 @@ impl Pool {
             let Some(range) = (self.network.length()..=self.subnet_length).find_map(|length| fits(&length)) else { break };
             next = super::family::address_value(range.last()).checked_add(1);
             ranges.push(range);
+        }
+        ranges
+    }
+
+    /// The same without the subnets that hold one of these addresses.
+    pub fn leasable_without(&self, addresses: &BTreeSet<IpAddr>) -> Vec<Cidr> {
+        let mut ranges = Vec::new();
+        let mut left: Vec<Cidr> = self.leasable().into_iter().rev().collect();
+        while let Some(range) = left.pop() {
+            if !addresses.iter().any(|address| range.contains(*address)) {
+                ranges.push(range);
+            } else if range.length() < self.subnet_length {
+                left.extend([range.last(), range.base()].into_iter().filter_map(|end| Cidr::containing(end, range.length() + 1)));
+            }
         }
         ranges
     }

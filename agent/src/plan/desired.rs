@@ -1,7 +1,7 @@
 //! What the kernel should hold: a pure function of the network's configuration, this host's lease, the underlay, the peers and the
 //! endpoints.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -42,6 +42,8 @@ pub struct Host {
     pub ports: Vec<Arc<Endpoint>>,
     /// Families in which iptables' FORWARD chain drops what nobody accepts.
     pub forward_drops: Vec<Family>,
+    /// Addresses of the underlay that this host depends on, although the overlay may lease them.
+    pub reserved: BTreeSet<IpAddr>,
 }
 
 impl Host {
@@ -147,6 +149,12 @@ impl Host {
         for ruleset in [rules.ruleset(), guard()] {
             state.insert(Key::Ruleset(ruleset.table), Value::Ruleset(Box::new(ruleset)));
         }
+        // What nobody holds leaves by no other route, the default route above all: in clear and with the container's address as source. A subnet that has
+        // an address this host depends on is left to those routes.
+        for (_, pool) in self.network.pools.iter() {
+            let ranges = pool.leasable_without(&self.reserved).into_iter();
+            state.extend(ranges.map(|range| (Key::Unreachable(range), Value::Unreachable)));
+        }
         for family in &self.forward_drops {
             // Not the whole network: hosts may lie in the rest of it, whose packets iptables is to decide on.
             if let Some(pool) = self.network.pools.get(*family) {
@@ -199,6 +207,7 @@ impl Host {
             nexthop_objects,
             ports: _,
             forward_drops,
+            reserved,
         } = self;
         *network == other.network
             && *subnet == other.subnet
@@ -210,6 +219,7 @@ impl Host {
             && *docker == other.docker
             && *nexthop_objects == other.nexthop_objects
             && *forward_drops == other.forward_drops
+            && *reserved == other.reserved
     }
 
     /// Whether any port of this host leads to an endpoint.

@@ -272,6 +272,8 @@ pub fn stage(key: &Key) -> u8 {
         Key::Neigh(..) => 10,
         Key::Nexthop(_) => 11,
         Key::Route(_) => 12,
+        // Last, so that what a peer's route is made for is not refused before.
+        Key::Unreachable(_) => 13,
     }
 }
 

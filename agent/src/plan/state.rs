@@ -18,6 +18,9 @@ pub const PROTOCOL: u8 = 86;
 /// The ids of our next-hop objects: a range of 16 million behind this one.
 pub const NEXTHOP_IDS: std::ops::Range<u32> = 0x5600_0000..0x5700_0000;
 
+/// The metric of our unreachable routes: each other route to the same destination is preferred.
+pub const UNREACHABLE_METRIC: u32 = u32::MAX;
+
 /// The `ifalias` of each link of ours: how we know them again.
 pub const LINK_ALIAS: &str = "overlayd";
 
@@ -45,6 +48,8 @@ pub enum Key {
     Nexthop(u32),
     /// A route of ours in the main table.
     Route(Cidr),
+    /// An unreachable route of ours in the main table, behind every other route to the same destination ([`UNREACHABLE_METRIC`]).
+    Unreachable(Cidr),
 }
 
 /// What stands under a [`Key`], in 24 bytes. Each kind of key has its kind of value; [`Key::fits`] tells.
@@ -76,6 +81,8 @@ pub enum Value {
     },
     /// Where a route leads.
     Route(Via),
+    /// An unreachable route is there or not.
+    Unreachable,
 }
 
 /// Where a route leads.
@@ -169,7 +176,13 @@ impl Key {
             Key::Address(device, _) | Key::Fdb(device, _) | Key::Neigh(device, _) => Some(*device),
             // `ipv6/conf/ovx6.1/accept_ra`
             Key::Sysctl(path) => path.split('/').nth(2).and_then(Device::from_name),
-            Key::Link(_) | Key::Ruleset(_) | Key::Element(_) | Key::ForwardAccept(_) | Key::Nexthop(_) | Key::Route(_) => None,
+            Key::Link(_)
+            | Key::Ruleset(_)
+            | Key::Element(_)
+            | Key::ForwardAccept(_)
+            | Key::Nexthop(_)
+            | Key::Route(_)
+            | Key::Unreachable(_) => None,
         }
     }
 
@@ -187,12 +200,13 @@ impl Key {
                 | (Key::Neigh(..), Value::Neigh(_))
                 | (Key::Nexthop(_), Value::Nexthop { .. })
                 | (Key::Route(_), Value::Route(_))
+                | (Key::Unreachable(_), Value::Unreachable)
         )
     }
 
     /// Every word of [`Key::kind`].
-    pub const KINDS: [&str; 10] =
-        ["sysctl", "link", "address", "ruleset", "element", "forward-accept", "fdb", "neigh", "nexthop", "route"];
+    pub const KINDS: [&str; 11] =
+        ["sysctl", "link", "address", "ruleset", "element", "forward-accept", "fdb", "neigh", "nexthop", "route", "unreachable"];
 
     /// The kind of entry in one word, for metrics and messages.
     pub fn kind(&self) -> &'static str {
@@ -207,6 +221,7 @@ impl Key {
             Key::Neigh(..) => "neigh",
             Key::Nexthop(_) => "nexthop",
             Key::Route(_) => "route",
+            Key::Unreachable(_) => "unreachable",
         }
     }
 }
@@ -224,6 +239,7 @@ impl fmt::Display for Key {
             Key::Neigh(device, address) => write!(f, "neigh {address} dev {device}"),
             Key::Nexthop(id) => write!(f, "nexthop id {id}"),
             Key::Route(destination) => write!(f, "route {destination}"),
+            Key::Unreachable(destination) => write!(f, "route unreachable {destination}"),
         }
     }
 }
@@ -250,7 +266,7 @@ impl fmt::Display for Value {
                 }
                 write!(f, " mtu {} {}", link.mtu, if link.up { "up" } else { "down" })
             }
-            Value::Address => f.write_str("present"),
+            Value::Address | Value::Unreachable => f.write_str("present"),
             Value::Ruleset(rules) => write!(f, "{} chains", rules.chains.len()),
             Value::Element(Some(target)) => write!(f, "to {target}"),
             Value::Element(None) => f.write_str("present"),

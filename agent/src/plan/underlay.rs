@@ -4,6 +4,7 @@
 //! a daemon adds beside the host's own address: secondary addresses, and those of host length, as VRRP has them. Lifetimes do not matter: a
 //! DHCP lease has one, a floating address has none. Each family is chosen by itself; the trouble of one does not hold up the other.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::IpAddr;
 
@@ -84,6 +85,8 @@ pub struct Inventory {
     pub defaults: Vec<DefaultRoute>,
     /// Families in which iptables' FORWARD chain (`ip filter FORWARD`, `ip6 filter FORWARD`) has policy DROP, as Docker and ufw set it.
     pub forward_drops: Vec<Family>,
+    /// The servers that names are asked of.
+    pub resolvers: BTreeSet<IpAddr>,
 }
 
 /// A link that is not ours.
@@ -162,7 +165,7 @@ pub struct DefaultRoute {
     pub interface: u32,
     /// The preferred source.
     pub source: Option<IpAddr>,
-    /// The gateway of its family.
+    /// The router; `None` where all is on link.
     pub gateway: Option<IpAddr>,
     /// Learned from a router advertisement: the host needs `accept_ra=2` to keep it once it forwards.
     pub from_router_advertisement: bool,
@@ -390,6 +393,11 @@ impl ForeignLink {
 }
 
 impl Inventory {
+    /// Addresses of the underlay that this host depends on: its routers and its resolvers.
+    pub fn depends_on(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        self.defaults.iter().filter_map(|route| route.gateway).chain(self.resolvers.iter().copied())
+    }
+
     /// What became of an address that was in use and is not any more, for messages.
     pub fn loss_of(&self, address: IpAddr, interface: u32) -> String {
         let found = self.links.iter().find_map(|link| Some((link, link.address(address)?)));

@@ -1,6 +1,7 @@
 //! Folding: what each event makes dirty, and how desired state follows from what is known.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::time::Instant;
 
 use super::apply::{is_wholesale, merge};
@@ -77,6 +78,10 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 self.host_dirty = true;
             }
             StoreEvent::Connection(connection) => self.fold_connection(connection),
+            StoreEvent::Servers(servers) => {
+                self.servers = servers;
+                self.host_dirty = true;
+            }
         }
     }
 
@@ -244,6 +249,9 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         if !self.snapshot_seen {
             return None;
         }
+        let needed = self.inventory.depends_on().chain(self.servers.iter().copied());
+        let leasable = |address: &IpAddr| network.pools.get(Family::of(*address)).is_some_and(|pool| pool.may_lease(*address));
+        let reserved = needed.filter(leasable).collect();
         let vtep = self.vtep(&network);
         let bridge_mac = self.mac(Device::bridge(network.vxlan.vni));
         Some(Host {
@@ -257,6 +265,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             nexthop_objects: self.settings.nexthop_objects,
             ports: self.endpoints.iter().filter(|endpoint| endpoint.port.is_some()).cloned().collect(),
             forward_drops: self.inventory.forward_drops.clone(),
+            reserved,
             network,
         })
     }

@@ -76,7 +76,9 @@ impl Repairs {
     /// Stops waiting with what stands on these entries, which are set now. Returns what to set.
     pub(super) fn release(&mut self, causes: &BTreeSet<Key>) -> Vec<Key> {
         let freed = |waiting: &Waiting| waiting.cause.as_ref().is_some_and(|cause| causes.contains(cause));
-        self.waiting.extract_if(.., |_, waiting| freed(waiting)).map(|(key, _)| key).collect()
+        let keys: Vec<Key> = self.waiting.iter().filter(|(_, waiting)| freed(waiting)).map(|(key, _)| key.clone()).collect();
+        keys.iter().for_each(|key| self.forget(key));
+        keys
     }
 
     /// The entry is as it should be. Returns whether it had been waiting.

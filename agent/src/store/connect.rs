@@ -125,7 +125,7 @@ impl StoreConfig {
     }
 
     /// The endpoints in the order in which they are to be tried.
-    async fn candidates(&self) -> Result<Vec<String>, StoreError> {
+    pub(super) async fn candidates(&self) -> Result<Vec<String>, StoreError> {
         if let Some(name) = &self.discovery_srv {
             return discovery::endpoints(name, self.wants_tls()).await;
         }
@@ -268,14 +268,19 @@ impl Greeting {
 /// # Errors
 /// [`StoreError::AllFailed`] with every endpoint's error, or the error of the settings.
 pub(super) async fn connect(config: &StoreConfig) -> Result<Session, StoreError> {
-    connect_counted(config, None).await
+    config.validate()?;
+    connect_to_any(config, config.candidates().await?, None).await
 }
 
-/// The same, with the connection's round trips counted.
-pub(super) async fn connect_counted(config: &StoreConfig, metrics: Option<&Arc<Metrics>>) -> Result<Session, StoreError> {
+/// The same with endpoints that were found already; the connection's round trips are counted.
+pub(super) async fn connect_to_any(
+    config: &StoreConfig,
+    endpoints: Vec<String>,
+    metrics: Option<&Arc<Metrics>>,
+) -> Result<Session, StoreError> {
     let keys = config.validate()?;
     let credentials = config.credentials()?;
-    let mut candidates = config.candidates().await?.into_iter();
+    let mut candidates = endpoints.into_iter();
     let attempt = |endpoint| {
         let (user, prefix) = (config.username.clone(), keys.prefix().to_owned());
         let (expired, metrics) = (config.certificate_expired(), metrics.cloned());

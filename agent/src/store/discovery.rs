@@ -1,6 +1,8 @@
 //! etcd's endpoints from DNS: SRV records `_etcd-client-ssl._tcp.NAME` (TLS) and `_etcd-client._tcp.NAME`, as etcd's own client finds
 //! them. Asked anew at each connect, with the resolver that the system is set to at that moment.
 
+use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use hickory_resolver::TokioResolver;
@@ -11,6 +13,9 @@ use super::StoreError;
 
 /// How long the resolver may take for all its tries.
 const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long the name of a server may take to be resolved. Connecting resolves it again, and has more time.
+const NAME_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// One SRV record (RFC 2782).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,6 +71,20 @@ async fn endpoints_by(resolver: &TokioResolver, name: &str, tls: bool) -> Result
         (true, false) => Err(failed(errors.join("; "))),
         (true, true) => Err(failed("the answer holds no SRV record with a target".to_owned())),
     }
+}
+
+/// The addresses that endpoints as URLs stand for now. A name without an answer in time has none.
+pub(super) async fn addresses(endpoints: &[String]) -> BTreeSet<IpAddr> {
+    let mut found = BTreeSet::new();
+    for endpoint in endpoints {
+        let authority = endpoint.rsplit("://").next().unwrap_or_default();
+        match tokio::time::timeout(NAME_TIMEOUT, tokio::net::lookup_host(authority)).await {
+            Ok(Ok(addresses)) => found.extend(addresses.map(|address| address.ip())),
+            Ok(Err(error)) => tracing::debug!(endpoint, %error, "the name of an etcd server is not resolved"),
+            Err(_) => tracing::debug!(endpoint, "the name of an etcd server is not resolved in time"),
+        }
+    }
+    found
 }
 
 /// Lowest priority first; within one, drawn by weight (RFC 2782).

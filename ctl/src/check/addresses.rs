@@ -60,7 +60,8 @@ fn collisions(pool: &Pool, routes: &[Value], findings: &mut Findings) {
             findings.info(
                 format!("the overlay network {network} lies inside a range that this host routes elsewhere"),
                 evidence,
-                "subnets that are leased go the overlay's way; what is not leased goes that one. Choose ranges that do not overlap",
+                "subnets that are leased go the overlay's way, and what may be leased and is not is unreachable from here: choose ranges that do not \
+                 overlap",
             );
         }
     }
@@ -120,8 +121,8 @@ fn reserved(facts: &Facts, pool: &Pool, findings: &mut Findings) {
         findings.error(
             format!("{what} lies inside the overlay network {}, among the subnets that are leased", pool.network),
             vec![address.to_string()],
-            "packets to it go into the tunnel once its subnet is leased: choose an overlay network that no real address is in, or leave \
-             its range out by SubnetMin and SubnetMax",
+            "packets to it go into the tunnel once its subnet is leased, and until then that subnet alone is not unreachable: choose an overlay \
+             network that no real address is in, or leave its range out by SubnetMin and SubnetMax",
         );
     }
 }

@@ -124,6 +124,11 @@ impl Walk<'_> {
         }
         self.leave(remote.public, &outer, &exit, "outer ")?;
         let host = self.known.host_at(remote.public);
+        if !self.site.in_overlay(flow.source) && flow.source != source {
+            let answer = format!("{} is not of the overlay: {host} drops it as `tunnel`, unless it runs flannel", flow.source);
+            let remedy = "--ip-masq=true, the default, has this host put its own address of the overlay in place";
+            self.passage.unsure(HOST, "peer's guard", answer, remedy);
+        }
         Ok(format!(
             "leaves this host by {} for {host}; goes on there: overlayctl trace {} {} on that host",
             exit.name, flow.source, flow.destination
@@ -226,7 +231,33 @@ impl Walk<'_> {
         let input = self.site.link(back.interface).cloned();
         let name = self.site.name(back.interface);
         self.passage.ok(HOST, "arrival", format!("taken to come in by {name}, by which {source} is reached"));
+        self.note_guard(&flow);
         self.through(flow, input)
+    }
+
+    /// Notes what becomes of a packet from outside the overlay that a peer hands on through the tunnel as it is.
+    fn note_guard(&mut self, flow: &Flow) {
+        let peers = self.known.leases.iter().flatten().filter(|lease| !lease.own && lease.refused.is_none());
+        let public = peers.filter_map(|lease| lease.public_ip.get(flow.family()).copied()).next();
+        let vxlan = self.site.tunnel(flow.family()).and_then(|link| link.vxlan.clone());
+        let (Some(public), Some(vxlan)) = (public, vxlan) else { return };
+        let Some(packet) = self.tunnelled(flow, public, &vxlan) else { return };
+        let judgement = self.site.book.judge(Hook::Input, false, &packet);
+        if let Some(by) = judgement.dropped.as_ref().filter(|_| judgement.is_drop()) {
+            let (source, host) = (flow.source, self.known.host_at(public));
+            self.passage.notes.push(format!(
+                "what comes from {source} by way of another host, {host} for one, and is not masqueraded there is dropped here by {by} (`{}`)",
+                by.command()
+            ));
+        }
+    }
+
+    /// A packet as it arrives by the tunnel from a peer; `None` where the tunnel has no address of its own.
+    fn tunnelled(&mut self, flow: &Flow, public: IpAddr, vxlan: &overlay_agent::kernel::trace::Vxlan) -> Option<Packet> {
+        let around = Flow { source: public, destination: vxlan.local?, protocol: UDP, port: vxlan.port };
+        let outer = self.site.look.route(Lookup { destination: public, source: None, input: None }).ok()?;
+        let input = self.site.interface(outer.ok().and_then(|route| route.interface));
+        Some(Packet { input, local: Some(true), ..Packet::tunnelled(&Packet::new(flow), &around, vxlan.vni) })
     }
 
     fn arriving_by_tunnel(&mut self, flow: Flow, back: &Route) -> Go<String> {
@@ -236,14 +267,9 @@ impl Walk<'_> {
         };
         self.passage.ok(HOST, "way back", format!("{} is reached by {}", flow.source, device.name));
         let remote = self.remote(flow.source, back, &device)?;
-        let Some(local) = vxlan.local else {
+        let Some(mut packet) = self.tunnelled(&flow, remote.public, &vxlan) else {
             return Err(self.passage.stop(HOST, "tunnel", format!("{} has no address of its own", device.name), REPAIR));
         };
-        let around = Flow { source: remote.public, destination: local, protocol: UDP, port: vxlan.port };
-        let outer = self.site.look.route(Lookup { destination: remote.public, source: None, input: None })?;
-        let by = outer.ok().and_then(|route| route.interface);
-        let mut packet = Packet { input: self.site.interface(by), ..Packet::tunnelled(&Packet::new(&flow), &around, vxlan.vni) };
-        packet.local = Some(true);
         let judgement = self.site.book.judge(Hook::Prerouting, false, &packet);
         self.passage.judged(HOST, "outer rules prerouting", &judgement)?;
         packet.untracked = judgement.untracked;

@@ -271,7 +271,13 @@ impl Walk<'_> {
             Ok(route) => Ok(route),
             Err(_) if self.site.in_overlay(lookup.destination) => {
                 let flow = Flow::echo(lookup.source.unwrap_or(lookup.destination), lookup.destination);
-                Err(self.no_route_in_overlay(&flow, "the kernel has no route"))
+                let what = match self.site.look.unreachable(lookup.destination) {
+                    Some(range) => {
+                        format!("no peer's route covers it: {range} is unreachable but for the subnets that hosts hold")
+                    }
+                    None => "the kernel has no route".to_owned(),
+                };
+                Err(self.no_route_in_overlay(&flow, &what))
             }
             Err(reason) => {
                 let from = lookup
@@ -314,7 +320,8 @@ impl Walk<'_> {
         match &judgement.translation {
             Some((Translation::Masquerade, place)) => {
                 let own = exit.and_then(|index| self.site.look.addresses(index).ok()).unwrap_or_default();
-                let own = own.into_iter().find(|address| Family::of(*address) == flow.family());
+                let global = |address: &IpAddr| !matches!(address, IpAddr::V6(a) if a.is_unicast_link_local());
+                let own = own.into_iter().find(|address| Family::of(*address) == flow.family() && global(address));
                 let shown = own.map_or_else(|| "the address of the interface".to_owned(), |own| own.to_string());
                 self.passage.ok(HOST, "translation", format!("source becomes {shown} (masquerade), by {place}"));
                 if let Some(own) = own {

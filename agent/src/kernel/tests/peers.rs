@@ -190,3 +190,46 @@ fn a_route_of_others_is_neither_listed_nor_removed() {
         assert!(run("ip route").contains("10.200.0.0/16") && run("ip nexthop").contains("id 77"));
     });
 }
+
+/// A peer's route and the unreachable one of the same range are two entries: each goes by itself, and the peer's is taken.
+#[test]
+fn unreachable_route_stands_behind_a_peers_route_of_the_same_range() {
+    on_host("unreachable", KernelOptions::default(), async |host| {
+        host.make_devices().await;
+        for family in Family::ALL {
+            for nexthops in [true, false] {
+                let batch = peers(family, 0..1, nexthops);
+                let Some(Key::Route(range)) = batch.last().map(|op| op.key().clone()) else { panic!("a route") };
+                let behind = vec![Op::Set(Key::Unreachable(range), Value::Unreachable)];
+                let whole = [batch.clone(), behind.clone()].concat();
+                for first in [&behind, &batch] {
+                    host.apply(first).await;
+                    host.apply(&whole).await;
+                    assert!(entries(host.dump().await) == state_of(&whole), "{family}");
+                    let found = host.kernel.route_to(range.base()).await.expect("an answer");
+                    assert!(found.is_some_and(|index| index != host.underlay), "{family}: the peer's route is taken: {found:?}");
+                    host.apply(&removal(&behind)).await;
+                    assert!(entries(host.dump().await) == state_of(&batch), "{family}: the peer's stays");
+                    host.apply(&behind).await;
+                    host.apply(&removal(&batch)).await;
+                    assert!(entries(host.dump().await) == state_of(&behind), "{family}: the unreachable one stays");
+                    assert_eq!(host.kernel.route_to(range.base()).await.expect("an answer"), None, "{family}");
+                    // With nothing of a peer's left to remove.
+                    host.apply(&removal(&batch)).await;
+                    assert!(entries(host.dump().await) == state_of(&behind), "{family}: the unreachable one stays");
+                    host.apply(&removal(&behind)).await;
+                }
+                host.quiet().await;
+                host.apply(&behind).await;
+                let (key, flag) = (Key::Unreachable(range), if family == Family::V4 { "-4" } else { "-6" });
+                run(&format!("ip {flag} route replace blackhole {range} metric 4294967295"));
+                assert_eq!(host.changed(&key).await, None, "{family}: one of others in its place");
+                host.apply(&behind).await;
+                assert!(entries(host.dump().await) == state_of(&behind), "{family}: it is replaced");
+                run(&format!("ip {flag} route delete unreachable {range} metric 4294967295"));
+                assert_eq!(host.changed(&key).await, None, "{family}: it was deleted");
+                host.settle().await;
+            }
+        }
+    });
+}

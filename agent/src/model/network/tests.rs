@@ -118,6 +118,20 @@ fn pool_numbers_its_subnets() {
 }
 
 #[test]
+fn subnets_that_hold_an_address_are_left_out_of_leasable() {
+    let pool = good(r#"{"Network":"10.1.0.0/22","SubnetMin":"10.1.0.0"}"#).pools.v4.expect("IPv4");
+    let without = |addresses: &[&str]| {
+        let addresses = addresses.iter().map(|text| text.parse().expect("an address")).collect();
+        pool.leasable_without(&addresses).iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
+    };
+    assert_eq!(without(&[]), "10.1.0.0/22");
+    assert_eq!(without(&["10.9.0.1", "fd00::1"]), "10.1.0.0/22");
+    assert_eq!(without(&["10.1.1.7"]), "10.1.0.0/24 10.1.2.0/23");
+    assert_eq!(without(&["10.1.1.0", "10.1.1.255", "10.1.2.9"]), "10.1.0.0/24 10.1.3.0/24");
+    assert_eq!(without(&["10.1.0.1", "10.1.1.1", "10.1.2.1", "10.1.3.1"]), "");
+}
+
+#[test]
 fn leasable_covers_the_pool_and_nothing_else() {
     let ranges = |text: &str| {
         let (_, pool) = good(text).pools.iter().next().map(|(f, p)| (f, *p)).expect("a pool");

@@ -39,6 +39,7 @@ fn host(config: &str, key: &str) -> Host {
         nexthop_objects: true,
         ports: Vec::new(),
         forward_drops: vec![Family::V6],
+        reserved: BTreeSet::new(),
     }
 }
 
@@ -94,9 +95,41 @@ fn a_dual_stack_host_has_exactly_these_entries() {
         "element of source6: veth7 . 02:05:00:00:00:07 . fe80::5:ff:fe00:7 present",
         "accept in the IPv6 FORWARD chain of iptables fd00:10:244::/56",
         "route ::1/128 local dev ovb.1",
+        "route unreachable 10.244.1.0/24 present",
+        "route unreachable 10.244.2.0/23 present",
+        "route unreachable 10.244.4.0/22 present",
+        "route unreachable 10.244.8.0/21 present",
+        "route unreachable 10.244.16.0/20 present",
+        "route unreachable 10.244.32.0/19 present",
+        "route unreachable 10.244.64.0/18 present",
+        "route unreachable 10.244.128.0/17 present",
+        "route unreachable fd00:10:244:1::/64 present",
+        "route unreachable fd00:10:244:2::/63 present",
+        "route unreachable fd00:10:244:4::/62 present",
+        "route unreachable fd00:10:244:8::/61 present",
+        "route unreachable fd00:10:244:10::/60 present",
+        "route unreachable fd00:10:244:20::/59 present",
+        "route unreachable fd00:10:244:40::/58 present",
+        "route unreachable fd00:10:244:80::/57 present",
     ];
     let host = Host { ports: vec![Arc::new(attached(&["127.0.0.1:80-81:8080-8081", "53:5353/udp"]))], ..host(DUAL, DUAL_KEY) };
     assert_eq!(lines(&host.entries()), wanted);
+}
+
+#[test]
+fn subnet_of_an_address_the_host_depends_on_is_not_unreachable() {
+    let unreachable = |reserved: &[&str]| {
+        let host = Host { reserved: reserved.iter().map(|text| address(text)).collect(), ..host(DUAL, DUAL_KEY) };
+        let ranges =
+            lines(&host.entries()).into_iter().filter_map(|line| Some(line.strip_prefix("route unreachable ")?.to_owned()));
+        ranges.filter(|line| line.starts_with("10.244.1") || line.contains(":80")).collect::<Vec<_>>()
+    };
+    assert_eq!(
+        unreachable(&[]),
+        ["10.244.1.0/24 present", "10.244.16.0/20 present", "10.244.128.0/17 present", "fd00:10:244:80::/57 present"]
+    );
+    assert_eq!(unreachable(&["10.244.1.9", "fd00:10:244:ff::1"])[..2], ["10.244.16.0/20 present", "10.244.128.0/17 present"]);
+    assert!(!unreachable(&["fd00:10:244:ff::1"]).contains(&"fd00:10:244:80::/57 present".to_owned()));
 }
 
 /// An endpoint with these published ports.

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::{Base, Chain, ChainKind, Counter, Expr, Field, Hook, Rule, Ruleset, SetName, Table, UDP, is, is_not, rule};
 use crate::model::network::Pool;
-use crate::model::{Cidr, Device, Family, NetworkConfig, PerFamily, Role, Subnet};
+use crate::model::{Cidr, Device, Family, NetworkConfig, PerFamily, Subnet};
 
 /// `NF_IP_PRI_RAW`, `NF_IP_PRI_NAT_DST` and `NF_IP_PRI_NAT_SRC` in `linux/netfilter_ipv4.h`.
 const RAW: i32 = -300;
@@ -49,8 +49,9 @@ impl Rules<'_> {
     ///   passes all of this table's rules is accepted, and what another table drops no rule of this one lifts.
     /// - `prerouting`, `output`: published ports.
     /// - `postrouting`: with `masquerade` what leaves the overlay for elsewhere (not multicast, nor what stays on the bridge) gets the host's address; a container that was
-    ///   reached by a published port from its own bridge or from the host's loopback answers through this host. Inside the overlay nothing is
-    ///   translated, nor what goes to a peer whose subnet the network does not lease any more.
+    ///   reached by a published port from its own bridge or from the host's loopback answers through this host. What enters the tunnel from outside the overlay
+    ///   gets this host's address in it, because peers take from a host its own subnet only. Inside the overlay nothing is translated, nor what a container sends
+    ///   to a peer whose subnet the network does not lease any more.
     pub fn ruleset(&self) -> Ruleset {
         let mut counters = vec![Counter::Encapsulation, Counter::Loopback, Counter::Tunnel];
         let families: Vec<Family> = self.network.families().collect();
@@ -185,15 +186,17 @@ impl Rules<'_> {
         }
         if self.masquerade {
             for (family, pool) in self.network.pools.iter() {
-                let tunnel = Device { role: Role::Vxlan(family), vni: self.network.vxlan.vni };
+                let tunnel = Device::vxlan(family, self.network.vxlan.vni).name();
                 rules.push(rule([
                     leased(Field::Source(family), pool, false),
                     not_by(Field::OutputInterface, &self.bridge()),
-                    not_by(Field::OutputInterface, &tunnel.name()),
+                    not_by(Field::OutputInterface, &tunnel),
                     leased(Field::Destination(family), pool, true),
                     Expr::Destination { cidr: multicast(family), negate: true },
                     Expr::Masquerade,
                 ]));
+                let from_outside = leased(Field::Source(family), pool, true);
+                rules.push(rule([Expr::OutputInterface(tunnel), from_outside, Expr::Masquerade]));
             }
         }
         rules

@@ -108,7 +108,7 @@ fn errors_name_the_candidates() {
 /// What is chosen on eth0, which has these addresses and the default route in both families.
 fn chosen(addresses: &[&str], in_use: &[&str], route: DefaultRoute) -> Choice {
     let families: &[Family] = if addresses.iter().any(|a| a.contains("::")) { &Family::ALL } else { &[Family::V4] };
-    let inventory = Inventory { links: vec![link(2, "eth0", addresses)], defaults: vec![route], forward_drops: Vec::new() };
+    let inventory = Inventory { links: vec![link(2, "eth0", addresses)], defaults: vec![route], ..Inventory::default() };
     let local = in_use.iter().map(|text| text.parse::<IpAddr>().expect(text)).map(|a| (Family::of(a), a)).collect();
     let in_use = InUse { link: Some(2), local };
     by_interface(&["eth0"]).choose(&inventory, &pools(families), None, &in_use).expect("a choice")

@@ -253,9 +253,9 @@ impl Agent {
         Agent { events, wish, shutdown, task: Some(task) }
     }
 
-    /// The next event.
+    /// The next event, the addresses of servers aside.
     pub(super) async fn next(&mut self) -> StoreEvent {
-        tokio::time::timeout(LIMIT, self.events.recv()).await.expect("an event in time").expect("the store runs")
+        self.find(|event| (!matches!(event, StoreEvent::Servers(_))).then(|| event.clone())).await
     }
 
     /// The first event that the function makes something of; the others are passed over.

@@ -1,5 +1,6 @@
 //! A kernel that follows the real one's rules, and made-up hosts, peers and kernel states.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
@@ -173,6 +174,7 @@ impl Setup {
             nexthop_objects,
             ports: self.ports.iter().map(|i| self.attached(*i)).collect(),
             forward_drops: if forward_drops { self.families().collect() } else { Vec::new() },
+            reserved: BTreeSet::new(),
         }
     }
 
