@@ -12,6 +12,10 @@ pub const RTM_NEWNETCONF: u16 = 80;
 pub const NETCONFA_IFINDEX: u16 = 1;
 /// `linux/netconf.h`.
 pub const NETCONFA_FORWARDING: u16 = 2;
+/// `linux/netconf.h`.
+pub const NETCONFA_RP_FILTER: u16 = 3;
+/// `linux/netconf.h`: `proxy_arp` or `proxy_ndp`.
+pub const NETCONFA_PROXY_NEIGH: u16 = 5;
 /// `linux/netconf.h`: the setting of the whole namespace (-1).
 pub const NETCONFA_IFINDEX_ALL: u32 = u32::MAX;
 /// Multicast groups of `linux/rtnetlink.h`: link, neigh, IPv4 ifaddr and route, IPv6 ifaddr and route, IPv4 and IPv6 netconf, nexthop.

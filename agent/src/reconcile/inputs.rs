@@ -244,6 +244,21 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         self.host_dirty = true;
     }
 
+    /// Reads the settings of the host's own interfaces that are wanted and were not read before: what they were can be put back then.
+    pub(super) async fn read_settings(&mut self) {
+        let settings = self.desired.keys().take_while(|key| matches!(key, Key::Sysctl(_)));
+        let unread = settings.filter(|key| key.device().is_none() && !self.actual.contains_key(key));
+        let paths: Vec<String> =
+            unread.filter_map(|key| if let Key::Sysctl(path) = key { Some(path.to_string()) } else { None }).collect();
+        if paths.is_empty() {
+            return;
+        }
+        match self.data_path.follow(paths).await {
+            Ok(found) => self.actual.extend(found),
+            Err(error) => tracing::warn!(%error, "a setting of an interface cannot be read"),
+        }
+    }
+
     /// Makes desired state follow from what has changed: all of it where this host did, else the peers of the leases that did.
     pub(super) fn rebuild(&mut self, channels: &Channels) {
         if std::mem::take(&mut self.host_dirty) {

@@ -54,6 +54,12 @@ impl DataPath for FakeKernel {
         report
     }
 
+    async fn follow(&mut self, paths: Vec<String>) -> Result<State, OpError> {
+        let world = self.world();
+        let found = |path: String| world.state.get_key_value(&Key::Sysctl(path.into()));
+        Ok(paths.into_iter().filter_map(found).map(|(key, value)| (key.clone(), value.clone())).collect())
+    }
+
     async fn link(&mut self, name: &str) -> Result<Option<LinkState>, OpError> {
         match self.world().state.get(&Key::Link(name.into())) {
             Some(Value::Link(link)) => Ok(Some((**link).clone())),
