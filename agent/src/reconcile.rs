@@ -42,6 +42,8 @@ use repair::Repairs;
 const UNDERLAY_SETTLE: Duration = Duration::from_millis(100);
 /// How many times its own duration the look at all interfaces rests: a storm of foreign links costs a twentieth of a processor.
 const UNDERLAY_REST_FACTOR: u32 = 20;
+/// How long after the start IPv6 may still be switched off on the external interface before this host does without.
+const IPV6_WAIT: Duration = Duration::from_secs(3);
 /// The least time between two dumps, and how many times its own duration a dump rests, so that a storm of changes is no loop of dumps.
 const DUMP_REST: Duration = Duration::from_millis(20);
 const DUMP_REST_FACTOR: u32 = 5;
@@ -87,6 +89,8 @@ pub trait Memory: Send {
     fn preferred(&self) -> Option<Subnet>;
     /// The value of a sysctl before the agent first changed it, so that `overlayd cleanup` can put it back.
     fn sysctl_was(&mut self, path: &str, value: &str);
+    /// That value; `None` where the agent did not change the sysctl.
+    fn sysctl_before(&self, path: &str) -> Option<String>;
 }
 
 /// The overlay as this host has it, for all who build on it (endpoints, `subnet.env`).
@@ -170,6 +174,10 @@ pub struct Reconciler<D, M> {
     inventory: Inventory,
     underlay: Option<Underlay>,
     underlay_error: Option<String>,
+    /// What is wrong with IPv6 alone.
+    ipv6_problem: Option<String>,
+    /// IPv6 was switched off when the external interface was chosen.
+    ipv4_alone: bool,
     endpoints: Vec<Arc<Endpoint>>,
     /// Whether those who wait for them have to be told.
     endpoints_new: bool,
@@ -226,6 +234,8 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             inventory: Inventory::default(),
             underlay: None,
             underlay_error: None,
+            ipv6_problem: None,
+            ipv4_alone: false,
             endpoints: Vec::new(),
             endpoints_new: true,
             host: None,
@@ -309,6 +319,8 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         self.metrics.round_done();
         if now >= self.resync_due {
             self.stale.get_or_insert("periodic resync");
+            // The kernel tells nobody what becomes of `accept_ra`.
+            self.underlay_due.get_or_insert(now);
             self.resync_due = now + self.settings.resync;
         }
         self.look_at_links().await;

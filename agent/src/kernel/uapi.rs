@@ -74,5 +74,12 @@ pub const NHA_GATEWAY: u16 = 6;
 pub const RT_SCOPE_UNIVERSE: u8 = 0;
 pub const RT_SCOPE_HOST: u8 = 254;
 
+/// `linux/if_link.h`: the array of an interface's settings.
+pub const IFLA_INET6_CONF: u16 = 2;
+/// `linux/ipv6.h`: places in that array.
+pub const DEVCONF_FORWARDING: usize = 0;
+pub const DEVCONF_ACCEPT_RA: usize = 3;
+pub const DEVCONF_DISABLE_IPV6: usize = 26;
+
 /// `linux/netlink.h`.
 pub const NLMSGERR_ATTR_MSG: u16 = 1;

@@ -44,6 +44,8 @@ pub struct Host {
     pub ports: Vec<Arc<Endpoint>>,
     /// Families in which iptables' FORWARD chain drops what nobody accepts.
     pub forward_drops: Vec<Family>,
+    /// The host's own interfaces that would stop to take router advertisements once it forwards IPv6 ([`sysctls::keep_routers`]).
+    pub keep_routers: Vec<String>,
 }
 
 impl Host {
@@ -137,9 +139,11 @@ impl Host {
         for device in self.families().map(|family| Device::vxlan(family, vni)).chain([bridge]) {
             sysctls::want(&mut state, sysctls::of(&device.name(), Family::V6, "accept_ra"), "0");
         }
-        if self.underlay.router_advertisements && self.families().any(|family| family == Family::V6) {
-            // A host that forwards ignores advertisements unless told otherwise: its default route would run out.
-            sysctls::want(&mut state, sysctls::of(&self.underlay.name, Family::V6, "accept_ra"), "2");
+        if self.families().any(|family| family == Family::V6) {
+            // A host that forwards ignores advertisements unless told otherwise, and drops the routes that came from them.
+            for interface in &self.keep_routers {
+                sysctls::want(&mut state, sysctls::of(interface, Family::V6, "accept_ra"), "2");
+            }
         }
         let mac = Some(self.bridge_mac);
         let link = LinkState { kind: LinkKind::Bridge, mac, mtu: self.mtu(), up: true, master: None, hairpin: false };
@@ -202,6 +206,7 @@ impl Host {
             nexthop_objects,
             ports: _,
             forward_drops,
+            keep_routers,
         } = self;
         *network == other.network
             && *subnet == other.subnet
@@ -213,6 +218,7 @@ impl Host {
             && *docker == other.docker
             && *nexthop_objects == other.nexthop_objects
             && *forward_drops == other.forward_drops
+            && *keep_routers == other.keep_routers
     }
 
     /// Whether any port of this host leads to an endpoint.

@@ -93,8 +93,25 @@ pub struct ForeignLink {
     pub up: bool,
     /// The loopback device.
     pub loopback: bool,
+    /// `bridge`, `veth`, `vlan`; empty for hardware.
+    pub kind: String,
+    /// It is part of another interface (a bridge, a bond), which has the addresses.
+    pub is_port: bool,
+    /// Its IPv6 settings; absent where the kernel has no IPv6 (`ipv6.disable=1`), or none on an interface with an MTU below 1280.
+    pub ipv6: Option<Ipv6Settings>,
     /// Its addresses of global scope, permanent ones and those that are preferred first.
     pub addresses: Vec<IpAddr>,
+}
+
+/// The settings below `/proc/sys/net/ipv6/conf` of an interface, as far as they matter for an interface that is not ours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ipv6Settings {
+    /// `forwarding`: it is a router's, and ignores router advertisements unless `accept_ra` is 2.
+    pub forwarding: bool,
+    /// `accept_ra`.
+    pub accept_ra: u32,
+    /// `disable_ipv6`.
+    pub disabled: bool,
 }
 
 /// A default route.
@@ -104,7 +121,7 @@ pub struct DefaultRoute {
     pub family: Family,
     /// Interface index.
     pub interface: u32,
-    /// Learned from a router advertisement: the host needs `accept_ra=2` to keep it once it forwards.
+    /// Learned from a router advertisement.
     pub from_router_advertisement: bool,
 }
 
@@ -121,13 +138,11 @@ pub struct Underlay {
     pub public_ip: PerFamily<IpAddr>,
     /// The address that the VXLAN device has as source, per family: differs from `public_ip` behind NAT.
     pub local: PerFamily<IpAddr>,
-    /// Whether the default IPv6 route of the interface lives from router advertisements.
-    pub router_advertisements: bool,
 }
 
 impl Selection {
     /// Chooses the external interface for these families. `reach` is the interface by which the kernel would send to
-    /// [`Selection::can_reach`], `None` where there is no route.
+    /// [`Selection::can_reach`], `None` where there is no route. Where IPv6 is switched off on it the choice has IPv4 alone.
     pub fn choose(&self, inventory: &Inventory, families: &[Family], reach: Option<u32>) -> Result<Underlay, UnderlayError> {
         let candidates = || inventory.candidates();
         let usable = || inventory.links.iter().filter(|link| !link.loopback);
@@ -170,23 +185,28 @@ impl Selection {
                 .ok_or_else(|| UnderlayError::NoDefaultRoute { family, candidates: candidates() })?
         };
         let mut local = PerFamily::default();
-        for family in families.iter().copied() {
+        let lacks = |family| family == Family::V6 && families.contains(&Family::V4) && link.is_without_ipv6();
+        for family in families.iter().copied().filter(|family| !lacks(*family)) {
             let address = asked_address
                 .filter(|address| Family::of(*address) == family)
                 .or_else(|| link.addresses.iter().copied().find(|address| Family::of(*address) == family))
                 .ok_or_else(|| UnderlayError::NoAddress { interface: link.name.clone(), family, candidates: candidates() })?;
             *local.slot(family) = Some(address);
         }
-        let router_advertisements =
-            inventory.defaults.iter().any(|route| route.interface == link.index && route.from_router_advertisement);
         Ok(Underlay {
             index: link.index,
             name: link.name.clone(),
             mtu: link.mtu,
             public_ip: local.map(|family, address| self.public_ip.get(family).copied().unwrap_or(*address)),
             local,
-            router_advertisements,
         })
+    }
+}
+
+impl ForeignLink {
+    /// IPv6 is switched off on it.
+    pub fn is_without_ipv6(&self) -> bool {
+        self.ipv6.is_none_or(|ipv6| ipv6.disabled)
     }
 }
 
@@ -217,6 +237,9 @@ mod tests {
             mtu: 1500,
             up: true,
             loopback: name == "lo",
+            kind: String::new(),
+            is_port: false,
+            ipv6: Some(Ipv6Settings { forwarding: false, accept_ra: 1, disabled: false }),
             addresses: addresses.iter().map(|a| a.parse().expect("an address")).collect(),
         }
     }
@@ -263,6 +286,18 @@ mod tests {
         assert_eq!(underlay.public_ip.v4, "203.0.113.5".parse().ok());
         assert_eq!(underlay.local.v4, "192.0.2.7".parse().ok());
         assert_eq!(underlay.public_ip.v6, "2001:db8::7".parse().ok());
+    }
+
+    #[test]
+    fn interface_without_ipv6_serves_ipv4_alone() {
+        let mut inventory = inventory();
+        let eth1 = by_interface(&["eth1"]);
+        for ipv6 in [None, Some(Ipv6Settings { forwarding: false, accept_ra: 1, disabled: true })] {
+            inventory.links[2].ipv6 = ipv6;
+            let chosen = eth1.choose(&inventory, &Family::ALL, None).expect("IPv4");
+            assert_eq!((chosen.local.v4, chosen.public_ip.v6), ("198.51.100.7".parse().ok(), None));
+            assert!(eth1.choose(&inventory, &[Family::V6], None).is_err(), "nothing is left of an IPv6 network");
+        }
     }
 
     #[test]

@@ -3,14 +3,17 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
-use super::{Channels, LOG_LINES, Memory, Reconciler, UNDERLAY_REST_FACTOR, UNDERLAY_SETTLE, WHOLESALE, is_wholesale, merge};
+use super::{
+    Channels, IPV6_WAIT, LOG_LINES, Memory, Reconciler, UNDERLAY_REST_FACTOR, UNDERLAY_SETTLE, WHOLESALE, is_wholesale, merge,
+};
 use crate::metrics::{Source, Whole};
 use crate::model::event::{Connection, LeaseWish, OwnLease, StoreEvent};
 use crate::model::{Device, Family, NetworkConfig, PerFamily, Refusal};
-use crate::plan::desired::Host;
+use crate::plan::desired::{Host, sysctls};
 use crate::plan::diff::satisfied;
 use crate::plan::roster::{LeaseKey, OwnHost, Standing};
 use crate::plan::state::{State, Value};
+use crate::plan::underlay::Underlay;
 use crate::plan::{DataPath, KernelEvent, Key, LinkKind, Op};
 
 impl<D: DataPath, M: Memory> Reconciler<D, M> {
@@ -208,14 +211,17 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             }
         };
         self.inventory = inventory;
-        let Some(network) = &self.network else { return };
+        let Some(network) = self.network.clone() else { return };
         let families: Vec<Family> = network.families().collect();
         let reach = match self.settings.selection.can_reach {
             Some(address) => self.data_path.route_to(address).await.unwrap_or_default(),
             None => None,
         };
         match self.settings.selection.choose(&self.inventory, &families, reach) {
-            Ok(underlay) => {
+            Ok(mut underlay) => {
+                if !self.settle_ipv6(&network, &mut underlay) {
+                    return;
+                }
                 if self.underlay.as_ref() != Some(&underlay) {
                     tracing::info!(
                         interface = underlay.name,
@@ -242,6 +248,65 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             }
         }
         self.host_dirty = true;
+    }
+
+    /// Completes the choice where IPv6 is switched off on the external interface: what an earlier choice built stays, else this run has IPv4
+    /// alone, for a lease with IPv6 would need an address. Once it comes back it is not taken up by itself: the host would get another subnet,
+    /// and its containers lose their IPv4 addresses. Returns whether the choice stands.
+    fn settle_ipv6(&mut self, network: &NetworkConfig, underlay: &mut Underlay) -> bool {
+        self.ipv6_problem = None;
+        let is_wanted = network.families().eq(Family::ALL);
+        if !is_wanted {
+            self.ipv4_alone = false;
+            return true;
+        }
+        let name = underlay.name.clone();
+        if underlay.local.v6.is_some() {
+            if self.ipv4_alone {
+                (underlay.local.v6, underlay.public_ip.v6) = (None, None);
+                self.ipv6_problem = Some(format!(
+                    "IPv6 is on again on {name}, and this host leased an IPv4 subnet alone: restart overlayd to have both; it gets another \
+                     subnet then, so attach its containers again"
+                ));
+            }
+            return true;
+        }
+        let device = Key::Link(Device::vxlan(Family::V6, network.vxlan.vni).name().into());
+        let built = match self.actual.get(&device) {
+            Some(Value::Link(link)) => match &link.kind {
+                LinkKind::Vxlan(vxlan) => Some(vxlan.local),
+                _ => None,
+            },
+            _ => self.underlay.as_ref().and_then(|was| was.local.v6),
+        };
+        match built.filter(|_| !self.ipv4_alone) {
+            Some(local) => {
+                underlay.local.v6 = Some(local);
+                underlay.public_ip.v6 = self.settings.selection.public_ip.v6.or(Some(local));
+            }
+            None if !self.ipv4_alone && self.started.elapsed() < IPV6_WAIT => {
+                // What configures the host may be about to switch it on.
+                self.underlay_due = Some(self.started + IPV6_WAIT);
+                return false;
+            }
+            None => self.ipv4_alone = true,
+        }
+        self.ipv6_problem = Some(format!(
+            "IPv6 is switched off on the external interface {name}, so that only IPv4 of the overlay works on this host: sysctl -w \
+             net/ipv6/conf/{name}/disable_ipv6=0 (where there is no such setting the kernel was started with ipv6.disable=1, or the MTU of \
+             {name} is below 1280), or take IPv6 out of the network's configuration"
+        ));
+        true
+    }
+
+    /// The host's own interfaces that have to go on with router advertisements.
+    fn keep_routers(&self, underlay: &Underlay) -> Vec<String> {
+        let forwarding = Key::Sysctl(sysctls::IPV6_FORWARD.into());
+        let is_off = |value: &Value| *value == Value::Sysctl("0".into());
+        let switched_on = self.actual.get(&forwarding).is_some_and(is_off)
+            || self.memory.sysctl_before(sysctls::IPV6_FORWARD).is_some_and(|before| before == "0");
+        let changed = |name: &str| self.memory.sysctl_before(&sysctls::of(name, Family::V6, "accept_ra")).is_some();
+        sysctls::keep_routers(&self.inventory, underlay.index, switched_on, changed)
     }
 
     /// Reads the settings of the host's own interfaces that are wanted and were not read before: what they were can be put back then.
@@ -302,8 +367,8 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
 
     /// This host as it should be; `None` while something is not known yet. A lease that was lost leaves things as they were.
     fn wanted_host(&mut self) -> Option<Host> {
-        let network = self.network.clone()?;
         let underlay = self.underlay.clone()?;
+        let network = self.network.as_ref()?.only(underlay.local.families());
         let subnet = match &self.own {
             OwnLease::Held(held) => held.subnet,
             OwnLease::Wanted { .. } => self.host.as_ref()?.subnet,
@@ -315,7 +380,6 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         let bridge_mac = self.mac(Device::bridge(network.vxlan.vni));
         Some(Host {
             subnet,
-            underlay,
             vtep,
             bridge_mac,
             masquerade: self.settings.masquerade,
@@ -324,7 +388,9 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             nexthop_objects: self.settings.nexthop_objects,
             ports: self.endpoints.iter().filter(|endpoint| endpoint.port.is_some()).cloned().collect(),
             forward_drops: self.inventory.forward_drops.clone(),
+            keep_routers: self.keep_routers(&underlay),
             network,
+            underlay,
         })
     }
 
@@ -348,7 +414,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             OwnLease::Held(held) => Some(held.subnet),
             OwnLease::Wanted { .. } => self.host.as_ref().map(|host| host.subnet).or_else(|| self.memory.preferred()),
         };
-        let vtep = self.vtep(&network);
+        let vtep = self.vtep(&network.only(underlay.local.families()));
         let wish = LeaseWish { node: self.settings.node.clone(), public_ip: underlay.public_ip, vtep, preferred, network };
         channels.wish.send_if_modified(|was| {
             let new = was.as_ref() != Some(&wish);

@@ -108,7 +108,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 "the network's configuration under {config} is bad: {errors}; correct it and write it with `overlayctl config set FILE`{kept}"
             ));
         }
-        problems.extend(self.underlay_error.iter().cloned());
+        problems.extend(self.underlay_error.iter().chain(&self.ipv6_problem).cloned());
         problems.extend(self.dump_error.as_ref().map(|error| format!("the kernel's state cannot be read: {error}")));
         if let OwnLease::Wanted { reason } = &self.own
             && self.underlay.is_some()

@@ -302,4 +302,8 @@ impl Memory for FirstMac {
     }
 
     fn sysctl_was(&mut self, _path: &str, _value: &str) {}
+
+    fn sysctl_before(&self, _path: &str) -> Option<String> {
+        None
+    }
 }

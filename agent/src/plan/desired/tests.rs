@@ -22,14 +22,7 @@ fn host(config: &str, key: &str) -> Host {
         .collect();
     Host {
         subnet: Subnet::from_key(key).expect("a key"),
-        underlay: Underlay {
-            index: 2,
-            name: "eth0".to_owned(),
-            mtu: 1500,
-            public_ip: local,
-            local,
-            router_advertisements: false,
-        },
+        underlay: Underlay { index: 2, name: "eth0".to_owned(), mtu: 1500, public_ip: local, local },
         vtep: network.families().map(|family| (family, Mac([2, 1, 0, 0, 0, 1]))).collect(),
         bridge_mac: Mac([0xc6, 0xb3, 0xec, 0x32, 0x65, 0x47]),
         network,
@@ -39,6 +32,7 @@ fn host(config: &str, key: &str) -> Host {
         nexthop_objects: true,
         ports: Vec::new(),
         forward_drops: vec![Family::V6],
+        keep_routers: Vec::new(),
     }
 }
 
@@ -284,10 +278,10 @@ fn mtu_leaves_room_for_the_encapsulation() {
 }
 
 #[test]
-fn router_advertisements_are_taken_from_the_underlay_only() {
-    let sysctls = |config: &str, key: &str, router_advertisements: bool| -> Vec<String> {
+fn router_advertisements_are_taken_by_the_hosts_own_interfaces_only() {
+    let sysctls = |config: &str, key: &str, kept: bool| -> Vec<String> {
         let mut host = host(config, key);
-        host.underlay.router_advertisements = router_advertisements;
+        host.keep_routers.extend(kept.then(|| "eth0".to_owned()));
         lines(&host.entries()).into_iter().filter(|line| line.contains("accept_ra")).collect()
     };
     let ours = ["sysctl net/ipv6/conf/ovb.1/accept_ra 0", "sysctl net/ipv6/conf/ovx.1/accept_ra 0"];

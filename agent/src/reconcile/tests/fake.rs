@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::model::Family;
 use crate::plan::state::LinkState;
-use crate::plan::underlay::{DefaultRoute, ForeignLink, Inventory};
+use crate::plan::underlay::{DefaultRoute, ForeignLink, Inventory, Ipv6Settings};
 use crate::plan::{ApplyReport, Batch, DataPath, Key, Op, OpError, State, Value};
 
 /// A kernel: what it holds, what it refuses, and every op that it was given.
@@ -75,6 +75,9 @@ impl DataPath for FakeKernel {
                 mtu: 1500,
                 up: true,
                 loopback: false,
+                kind: String::new(),
+                is_port: false,
+                ipv6: Some(Ipv6Settings { forwarding: false, accept_ra: 1, disabled: false }),
                 addresses: vec!["192.0.2.100".parse().unwrap()],
             }],
             defaults: vec![DefaultRoute { family: Family::V4, interface: 2, from_router_advertisement: false }],

@@ -163,7 +163,6 @@ impl Setup {
                 mtu: self.underlay_mtu,
                 public_ip: local,
                 local,
-                router_advertisements: self.own_address == 3,
             },
             vtep: self.families().map(|family| (family, Mac([2, 1, 0, 0, 0, self.own_mac]))).collect(),
             bridge_mac: Mac([2, 2, 0, 0, 0, self.own_mac]),
@@ -173,6 +172,7 @@ impl Setup {
             nexthop_objects,
             ports: self.ports.iter().map(|i| self.attached(*i)).collect(),
             forward_drops: if forward_drops { self.families().collect() } else { Vec::new() },
+            keep_routers: (self.own_address == 3).then(|| "eth0".to_owned()).into_iter().collect(),
         }
     }
 
