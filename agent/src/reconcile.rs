@@ -51,6 +51,8 @@ const DUMP_REST_FACTOR: u32 = 5;
 const WHOLESALE: usize = 1024;
 /// How long after the start, and after work on that many entries, the memory is given back that it took: the store has dropped its part by then.
 const HEAP_REST: Duration = Duration::from_secs(1);
+/// Why a full comparison is made that nothing else asked for.
+const RESYNC: &str = "periodic resync";
 /// Pause after a turn that the timer began and that found nothing to do: a wrong deadline then costs no processor.
 const IDLE_TURN_PAUSE: Duration = Duration::from_millis(100);
 /// How many refusals and repairs of one round are logged one by one before the rest is counted.
@@ -318,15 +320,17 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         let mut progress = false;
         self.metrics.round_done();
         if now >= self.resync_due {
-            self.stale.get_or_insert("periodic resync");
-            // The kernel tells nobody what becomes of `accept_ra`.
-            self.underlay_due.get_or_insert(now);
+            self.stale.get_or_insert(RESYNC);
             self.resync_due = now + self.settings.resync;
         }
         self.look_at_links().await;
         let mut before_dump = None;
         if self.stale.is_some() && now >= self.not_before {
             progress = true;
+            if self.stale == Some(RESYNC) {
+                // The kernel tells nobody what becomes of `accept_ra`.
+                self.underlay_due.get_or_insert(now);
+            }
             before_dump = self.dump().await;
         }
         if self.underlay_due.is_some_and(|due| now >= due) {
