@@ -41,10 +41,13 @@ async fn started(story: &Story) {
 #[tokio::test(flavor = "multi_thread")]
 async fn new_interfaces_that_do_not_forward_are_made_to() {
     let story = Story::without_agents(2, Families::V4).await;
+    second_card(&story);
+    kernel::shell(&story, "h1", "ip address add 10.98.0.1/24 dev eth1; ip route add default via 10.98.0.254 metric 9999");
     let before = [
         ("ipv4/ip_forward", "1"),
         ("ipv4/conf/default/forwarding", "0"),
         ("ipv4/conf/eth0/forwarding", "0"),
+        ("ipv4/conf/eth1/forwarding", "0"),
         ("ipv4/conf/default/rp_filter", "1"),
         ("ipv4/conf/all/rp_filter", "1"),
         ("ipv4/conf/default/arp_ignore", "8"),
@@ -61,6 +64,7 @@ async fn new_interfaces_that_do_not_forward_are_made_to() {
         ("ipv4/conf/ovb.1/forwarding", "1", "0"),
         ("ipv4/conf/ovx.1/forwarding", "1", "0"),
         ("ipv4/conf/eth0/forwarding", "1", "0"),
+        ("ipv4/conf/eth1/forwarding", "1", "0"),
         ("ipv4/conf/ovx.1/rp_filter", "2", "1"),
         ("ipv4/conf/ovb.1/proxy_arp", "0", "1"),
     ] {

@@ -246,22 +246,22 @@ fn note_ipv6_off(device: Device, known: &mut Known, pending: &mut Pending) {
 /// (`netlink-packet-route` has no netconf messages.)
 fn note_netconf(body: &[u8], known: &mut Known, foreign: &Foreign, pending: &mut Pending) {
     let Some(family) = body.first().copied().and_then(family_of) else { return };
-    let attribute = |wanted: u16| attributes(body, 1).find(|(kind, _)| *kind == wanted).and_then(|(_, value)| u32_at(value, 0));
-    let Some(index) = attribute(NETCONFA_IFINDEX) else { return };
-    let interface = match index {
-        NETCONFA_IFINDEX_ALL => "all",
-        _ => match known.link_name(index).or_else(|| foreign.name(index)) {
-            Some(name) => name,
-            None => return,
-        },
-    };
-    let told = [(NETCONFA_FORWARDING, "forwarding"), (NETCONFA_RP_FILTER, "rp_filter"), (NETCONFA_PROXY_NEIGH, "proxy_arp")];
-    let told = told.map(|(kind, setting)| match (kind, index) {
-        (NETCONFA_FORWARDING, NETCONFA_IFINDEX_ALL) => (kind, sysctls::forwarding(family).to_owned()),
-        _ => (kind, sysctls::of(interface, family, setting)),
-    });
-    for (kind, path) in told {
-        if let Some(value) = attribute(kind) {
+    let index = attributes(body, 1).find(|(kind, _)| *kind == NETCONFA_IFINDEX).and_then(|(_, value)| u32_at(value, 0));
+    let device = index.and_then(|index| known.device(index)).map(|device| device.name());
+    let interface = device.as_deref().or_else(|| foreign.name(index?));
+    for (kind, value) in attributes(body, 1) {
+        let setting = match kind {
+            NETCONFA_FORWARDING => "forwarding",
+            NETCONFA_RP_FILTER => "rp_filter",
+            NETCONFA_PROXY_NEIGH => "proxy_arp",
+            _ => continue,
+        };
+        let path = match interface {
+            Some(interface) => sysctls::of(interface, family, setting),
+            None if index == Some(NETCONFA_IFINDEX_ALL) && kind == NETCONFA_FORWARDING => sysctls::forwarding(family).to_owned(),
+            None => continue,
+        };
+        if let Some(value) = u32_at(value, 0) {
             note_sysctl(path, value.to_string(), known, pending);
         }
     }

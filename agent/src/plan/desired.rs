@@ -46,6 +46,10 @@ pub struct Host {
     pub forward_drops: Vec<Family>,
     /// The host's own interfaces that would stop to take router advertisements once it forwards IPv6 ([`sysctls::keep_routers`]).
     pub keep_routers: Vec<String>,
+    /// The host's own interfaces by which containers reach the world outside ([`Inventory::uplinks`]).
+    ///
+    /// [`Inventory::uplinks`]: super::underlay::Inventory::uplinks
+    pub uplinks: Vec<String>,
 }
 
 impl Host {
@@ -123,7 +127,9 @@ impl Host {
         }
         if self.families().any(|family| family == Family::V4) {
             // Answers to containers, and what comes for published ports.
-            sysctls::want(&mut state, sysctls::of(&self.underlay.name, Family::V4, "forwarding"), "1");
+            for interface in &self.uplinks {
+                sysctls::want(&mut state, sysctls::of(interface, Family::V4, "forwarding"), "1");
+            }
             // A port of 127.0.0.1 that leads to a container: the packet leaves with that source, and its answer comes back to it. The table has a
             // chain that keeps containers from using it for anything else.
             let path = sysctls::of(&bridge.name(), Family::V4, "route_localnet");
@@ -207,6 +213,7 @@ impl Host {
             ports: _,
             forward_drops,
             keep_routers,
+            uplinks,
         } = self;
         *network == other.network
             && *subnet == other.subnet
@@ -219,6 +226,7 @@ impl Host {
             && *nexthop_objects == other.nexthop_objects
             && *forward_drops == other.forward_drops
             && *keep_routers == other.keep_routers
+            && *uplinks == other.uplinks
     }
 
     /// Whether any port of this host leads to an endpoint.

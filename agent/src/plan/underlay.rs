@@ -55,6 +55,18 @@ pub enum UnderlayError {
         /// What there is.
         candidates: String,
     },
+    /// The chosen interface has no IPv6, and the network has nothing else.
+    #[error(
+        "IPv6 is switched off on interface {interface}, and the network has no other family: {}, or choose another interface with --iface; \
+         candidates: {candidates}",
+        ipv6_remedy(.interface)
+    )]
+    WithoutIpv6 {
+        /// The interface.
+        interface: String,
+        /// What there is.
+        candidates: String,
+    },
     /// The chosen interface lacks an address that the network needs.
     #[error(
         "interface {interface} has no {family} address, which the {family} network needs: add one, or choose another interface with --iface; candidates: {candidates}"
@@ -185,6 +197,9 @@ impl Selection {
                 .ok_or_else(|| UnderlayError::NoDefaultRoute { family, candidates: candidates() })?
         };
         let mut local = PerFamily::default();
+        if families == [Family::V6] && link.is_without_ipv6() {
+            return Err(UnderlayError::WithoutIpv6 { interface: link.name.clone(), candidates: candidates() });
+        }
         let lacks = |family| family == Family::V6 && families.contains(&Family::V4) && link.is_without_ipv6();
         for family in families.iter().copied().filter(|family| !lacks(*family)) {
             let address = asked_address
@@ -203,6 +218,14 @@ impl Selection {
     }
 }
 
+/// How IPv6 is switched on on an interface.
+pub fn ipv6_remedy(interface: &str) -> String {
+    format!(
+        "sysctl -w net/ipv6/conf/{interface}/disable_ipv6=0 (where there is no such setting the kernel was started with ipv6.disable=1, or \
+         the MTU of {interface} is below 1280)"
+    )
+}
+
 impl ForeignLink {
     /// IPv6 is switched off on it.
     pub fn is_without_ipv6(&self) -> bool {
@@ -211,6 +234,13 @@ impl ForeignLink {
 }
 
 impl Inventory {
+    /// The interfaces by which containers reach the world outside over IPv4: the external one, and those with a default route.
+    pub fn uplinks(&self, external: u32) -> Vec<String> {
+        let leads_out = |index: u32| self.defaults.iter().any(|route| route.family == Family::V4 && route.interface == index);
+        let uplinks = self.links.iter().filter(|link| link.index == external || leads_out(link.index));
+        uplinks.map(|link| link.name.clone()).collect()
+    }
+
     /// The interfaces to choose from, with their addresses, for messages.
     pub fn candidates(&self) -> String {
         let usable: Vec<String> = self
@@ -296,7 +326,8 @@ mod tests {
             inventory.links[2].ipv6 = ipv6;
             let chosen = eth1.choose(&inventory, &Family::ALL, None).expect("IPv4");
             assert_eq!((chosen.local.v4, chosen.public_ip.v6), ("198.51.100.7".parse().ok(), None));
-            assert!(eth1.choose(&inventory, &[Family::V6], None).is_err(), "nothing is left of an IPv6 network");
+            let error = eth1.choose(&inventory, &[Family::V6], None).expect_err("nothing is left of an IPv6 network");
+            assert!(error.to_string().contains("sysctl -w net/ipv6/conf/eth1/disable_ipv6=0"), "{error}");
         }
     }
 

@@ -13,7 +13,7 @@ use crate::plan::desired::{Host, sysctls};
 use crate::plan::diff::satisfied;
 use crate::plan::roster::{LeaseKey, OwnHost, Standing};
 use crate::plan::state::{State, Value};
-use crate::plan::underlay::Underlay;
+use crate::plan::underlay::{Underlay, ipv6_remedy};
 use crate::plan::{DataPath, KernelEvent, Key, LinkKind, Op};
 
 impl<D: DataPath, M: Memory> Reconciler<D, M> {
@@ -292,9 +292,9 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             None => self.ipv4_alone = true,
         }
         self.ipv6_problem = Some(format!(
-            "IPv6 is switched off on the external interface {name}, so that only IPv4 of the overlay works on this host: sysctl -w \
-             net/ipv6/conf/{name}/disable_ipv6=0 (where there is no such setting the kernel was started with ipv6.disable=1, or the MTU of \
-             {name} is below 1280), or take IPv6 out of the network's configuration"
+            "IPv6 is switched off on the external interface {name}, so that only IPv4 of the overlay works on this host: {}, or take IPv6 out \
+             of the network's configuration",
+            ipv6_remedy(&name)
         ));
         true
     }
@@ -389,6 +389,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             ports: self.endpoints.iter().filter(|endpoint| endpoint.port.is_some()).cloned().collect(),
             forward_drops: self.inventory.forward_drops.clone(),
             keep_routers: self.keep_routers(&underlay),
+            uplinks: self.inventory.uplinks(underlay.index),
             network,
             underlay,
         })

@@ -33,6 +33,7 @@ fn host(config: &str, key: &str) -> Host {
         ports: Vec::new(),
         forward_drops: vec![Family::V6],
         keep_routers: Vec::new(),
+        uplinks: vec!["eth0".to_owned()],
     }
 }
 

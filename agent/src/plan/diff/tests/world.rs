@@ -173,6 +173,7 @@ impl Setup {
             ports: self.ports.iter().map(|i| self.attached(*i)).collect(),
             forward_drops: if forward_drops { self.families().collect() } else { Vec::new() },
             keep_routers: (self.own_address == 3).then(|| "eth0".to_owned()).into_iter().collect(),
+            uplinks: vec!["eth0".to_owned()],
         }
     }
 
