@@ -14,6 +14,7 @@ mod repair;
 mod report;
 #[cfg(test)]
 mod tests;
+mod underlay;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -42,8 +43,6 @@ use repair::Repairs;
 const UNDERLAY_SETTLE: Duration = Duration::from_millis(100);
 /// How many times its own duration the look at all interfaces rests: a storm of foreign links costs a twentieth of a processor.
 const UNDERLAY_REST_FACTOR: u32 = 20;
-/// How long after the start IPv6 may still be switched off on the external interface before this host does without.
-const IPV6_WAIT: Duration = Duration::from_secs(3);
 /// The least time between two dumps, and how many times its own duration a dump rests, so that a storm of changes is no loop of dumps.
 const DUMP_REST: Duration = Duration::from_millis(20);
 const DUMP_REST_FACTOR: u32 = 5;
