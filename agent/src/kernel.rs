@@ -219,6 +219,14 @@ impl DataPath for Kernel {
         report
     }
 
+    async fn follow(&mut self, paths: Vec<String>) -> Result<State, OpError> {
+        let mut shared = self.shared.lock().await;
+        blocking(|| dump::follow(&mut shared.known, paths.iter().cloned()))?;
+        let found = |path: String| Some((shared.known.sysctls.get(&path)?.as_str().into(), path));
+        let found = paths.into_iter().filter_map(found);
+        Ok(found.map(|(value, path)| (Key::Sysctl(path.into()), Value::Sysctl(value))).collect())
+    }
+
     async fn link(&mut self, name: &str) -> Result<Option<LinkState>, OpError> {
         let mut shared = self.shared.lock().await;
         blocking(|| shared.links().note(name))?;

@@ -52,6 +52,8 @@ const DUMP_REST_FACTOR: u32 = 5;
 const WHOLESALE: usize = 1024;
 /// How long after the start, and after work on that many entries, the memory is given back that it took: the store has dropped its part by then.
 const HEAP_REST: Duration = Duration::from_secs(1);
+/// Why a full comparison is made that nothing else asked for.
+const RESYNC: &str = "periodic resync";
 /// Pause after a turn that the timer began and that found nothing to do: a wrong deadline then costs no processor.
 const IDLE_TURN_PAUSE: Duration = Duration::from_millis(100);
 /// How many refusals and repairs of one round are logged one by one before the rest is counted.
@@ -92,6 +94,8 @@ pub trait Memory: Send {
     fn published(&self) -> PerFamily<IpAddr>;
     /// The value of a sysctl before the agent first changed it, so that `overlayd cleanup` can put it back.
     fn sysctl_was(&mut self, path: &str, value: &str);
+    /// That value; `None` where the agent did not change the sysctl.
+    fn sysctl_before(&self, path: &str) -> Option<String>;
 }
 
 /// The overlay as this host has it, for all who build on it (endpoints, `subnet.env`).
@@ -179,6 +183,8 @@ pub struct Reconciler<D, M> {
     /// Why its addresses were chosen.
     underlay_reasons: PerFamily<Reason>,
     underlay_trouble: Vec<String>,
+    /// IPv6 was switched off when the external interface was chosen.
+    ipv4_alone: bool,
     endpoints: Vec<Arc<Endpoint>>,
     /// Whether those who wait for them have to be told.
     endpoints_new: bool,
@@ -237,6 +243,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             underlay: None,
             underlay_reasons: PerFamily::default(),
             underlay_trouble: Vec::new(),
+            ipv4_alone: false,
             endpoints: Vec::new(),
             endpoints_new: true,
             host: None,
@@ -318,21 +325,19 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         let now = Instant::now();
         let mut progress = false;
         self.metrics.round_done();
-        let mut resync = false;
         if now >= self.resync_due {
-            self.stale.get_or_insert("periodic resync");
-            resync = true;
+            self.stale.get_or_insert(RESYNC);
             self.resync_due = now + self.settings.resync;
         }
         self.look_at_links().await;
         let mut before_dump = None;
         if self.stale.is_some() && now >= self.not_before {
             progress = true;
-            before_dump = self.dump().await;
-            if resync {
-                // Of new resolvers the kernel tells nothing.
+            if self.stale == Some(RESYNC) {
+                // The kernel tells nobody what becomes of `accept_ra`, nor of resolvers.
                 self.underlay_due.get_or_insert(now);
             }
+            before_dump = self.dump().await;
         }
         if self.underlay_due.is_some_and(|due| now >= due) {
             progress = true;
@@ -347,6 +352,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         }
         let begun = Instant::now();
         self.rebuild(channels);
+        self.read_settings().await;
         self.settle();
         self.dirty.extend(self.repairs.due(now));
         let batch = self.plan();

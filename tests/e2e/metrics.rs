@@ -67,7 +67,7 @@ async fn what_the_agent_serves_is_as_prometheus_wants_it() {
     // A value that is refused, drift of two kinds, and an etcd that goes and comes back: so that every family has something to show.
     etcd::put(&story, &etcd::lease_key("10.244.77.0-24"), "{");
     kernel::shell(&story, "h1", "ip route delete $(ip route show proto 86 type unicast | cut -d' ' -f1 | head -1) proto 86");
-    kernel::shell(&story, "h1", "echo 0 >/proc/sys/net/ipv4/ip_forward");
+    kernel::shell(&story, "h1", "echo 0 >/proc/sys/net/ipv4/conf/ovb.1/forwarding");
     etcd::kill(&story);
     eventually("the loss of etcd is seen", NOTICED, || {
         let page = page();

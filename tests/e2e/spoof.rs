@@ -251,7 +251,7 @@ async fn the_host_takes_no_router() {
     pair("tame");
     pair("wild");
     kernel::shell(&story, "h1", "ip link set wilda master ovb.1; for d in tamea tameb wilda wildb; do ip link set $d up; done");
-    let advertisement = frames::router_advertisement([2, 0, 0, 0, 0xba, 0xd0], "2001:db8:bad::".parse().must("a prefix"));
+    let advertisement = craft::router_advertisement([2, 0, 0, 0, 0xba, 0xd0], "2001:db8:bad::".parse().must("a prefix"));
     let has = |device: &str| {
         let addresses = kernel::run(&story, "h1", &["ip", "-6", "address", "show", "dev", device]);
         let routes = kernel::run(&story, "h1", &["ip", "-6", "route", "show", "dev", device]);
@@ -310,7 +310,7 @@ async fn nothing_is_counted_for_nothing() {
     let from = Wire::open(&story.inside(&format!("h1-{}", endpoints[0].name)), "eth0");
     let local = rules::link_local(mac);
     let packet = craft::udp(SocketAddr::new(local, 9), "[ff02::1]:9".parse().must("an address"), b"IPv6");
-    from.send(&craft::ip_frame(frames::ALL_NODES, mac, &packet));
+    from.send(&craft::ip_frame(craft::ALL_NODES, mac, &packet));
     eventually_asked("IPv6 in a network without it is counted", SOON, || async {
         match counts(&story, "h1").await["source"] {
             1 => Ok(()),

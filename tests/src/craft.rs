@@ -12,18 +12,23 @@ use nix::errno::Errno;
 use overlay_agent::kernel::netns::Netns;
 
 use crate::Must;
+use crate::rules::link_local;
 
 /// An Ethernet address.
 pub type Mac = [u8; 6];
 
 /// All stations.
 pub const BROADCAST: Mac = [0xff; 6];
+/// The station of all IPv6 nodes (RFC 2464 section 7).
+pub const ALL_NODES: Mac = [0x33, 0x33, 0, 0, 0, 1];
 /// IP protocol numbers (IANA).
 pub const UDP: u8 = 17;
 /// ICMPv6.
 pub const ICMPV6: u8 = 58;
 /// EtherTypes (IEEE 802 numbers).
 pub const ARP: u16 = 0x0806;
+/// The ICMPv6 type of a router's advertisement (RFC 4861 section 4.2).
+pub const ROUTER_ADVERTISEMENT: u8 = 134;
 /// VXLAN's header (RFC 7348 section 5): the flag that says that the VNI is valid.
 const VNI_VALID: u8 = 0x08;
 /// Receive buffer in bytes: a story looks at what came only now and then.
@@ -133,6 +138,15 @@ pub fn udp(source: SocketAddr, destination: SocketAddr, data: &[u8]) -> Vec<u8> 
 /// An IPv6 packet with an ICMPv6 message; `body` begins behind the checksum.
 pub fn icmpv6(source: IpAddr, destination: IpAddr, kind: u8, body: &[u8]) -> Vec<u8> {
     ip(source, destination, ICMPV6, &icmpv6_message(source, destination, kind, body))
+}
+
+/// A router's advertisement with a prefix of /64 to make an address of, for an hour.
+pub fn router_advertisement(mac: Mac, prefix: IpAddr) -> Vec<u8> {
+    let all_nodes = IpAddr::from([0xff02, 0, 0, 0, 0, 0, 0, 1]);
+    let (hour, source) = (3600_u32.to_be_bytes(), link_local(mac));
+    let head = [64, 0, 0x0e, 0x10, 0, 0, 0, 0, 0, 0, 0, 0];
+    let body = [head.as_slice(), &[3, 4, 64, 0xc0], &hour, &hour, &[0; 4], &octets(prefix)].concat();
+    ip_frame(ALL_NODES, mac, &icmpv6(source, all_nodes, ROUTER_ADVERTISEMENT, &body))
 }
 
 /// The message alone.

@@ -7,9 +7,9 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
+use overlay_agent::model::Family;
 use overlay_agent::model::api::{SubnetEntry, Subnets};
 use overlay_agent::model::device::PORT_PREFIX;
-use overlay_agent::model::{Family, NetworkConfig};
 use overlayctl::lab::{Host, Lab};
 use serde_json::Value;
 
@@ -131,17 +131,9 @@ pub fn actual(lab: &Lab, target: &str) -> BTreeSet<String> {
     for route in listed(lab, target, "ip", &["-6", "route", "show", "table", "all", "type", "local", "proto", PROTOCOL]) {
         all.insert(format!("route local {} dev {} proto {PROTOCOL}", text(&route, "dst"), text(&route, "dev")));
     }
-    for path in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
-        all.insert(format!("sysctl {path} {}", sysctl(lab, target, path)));
-    }
-    let bridge = format!("ovb.{}", vni(lab));
-    if lab.layout().networks.get(Family::V4).is_some() && link(lab, target, &bridge).is_some() {
-        let path = format!("ipv4/conf/{bridge}/route_localnet");
-        all.insert(format!("sysctl {path} {}", sysctl(lab, target, &path)));
-    }
-    for device in ["ovx", "ovx6", "ovb"].map(|name| format!("{name}.{}", vni(lab))) {
-        if link(lab, target, &device).is_some() {
-            let path = format!("ipv6/conf/{device}/accept_ra");
+    let there = |name: &str| link(lab, target, name).is_some();
+    for path in settings(lab).into_iter().map(|(path, _)| path) {
+        if path.split('/').nth(2).is_none_or(|name| name == "all" || there(name)) {
             all.insert(format!("sysctl {path} {}", sysctl(lab, target, &path)));
         }
     }
@@ -173,7 +165,6 @@ pub async fn expected(host: &Host<'_>, classic: bool) -> BTreeSet<String> {
         ));
         all.insert(format!("address {}/{whole} dev {device}", range.base()));
         all.insert(format!("address {}/{} dev ovb.{vni}", subnet.gateway(family).must("a gateway"), range.length()));
-        all.insert(format!("sysctl ipv6/conf/{device}/accept_ra 0"));
         for peer in &peers {
             let Some(base) = peer.subnet.and_then(|s| s.get(family)) else { continue };
             let (dst, mac) = (peer.public_ip.get(family).must("its address"), peer.vtep.get(family).must("its MAC"));
@@ -189,7 +180,6 @@ pub async fn expected(host: &Host<'_>, classic: bool) -> BTreeSet<String> {
         }
     }
     all.insert(format!("link ovb.{vni} bridge mtu {smallest} up alias overlayd"));
-    all.insert(format!("sysctl ipv6/conf/ovb.{vni}/accept_ra 0"));
     let endpoints = host.client().endpoints().await.must("the endpoints").endpoints;
     let published = endpoints.iter().any(|endpoint| !endpoint.published.is_empty());
     for endpoint in &endpoints {
@@ -200,9 +190,6 @@ pub async fn expected(host: &Host<'_>, classic: bool) -> BTreeSet<String> {
     if published && subnet.get(Family::V6).is_some() {
         all.insert(format!("route local ::1 dev ovb.{vni} proto {PROTOCOL}"));
     }
-    if subnet.get(Family::V4).is_some() {
-        all.insert(format!("sysctl ipv4/conf/ovb.{vni}/route_localnet {}", u8::from(published)));
-    }
     // Of the configuration in force: a story may have written another one than the lab's.
     let pools = host.client().status().await.must("the status").network.must("the network").pools;
     for range in pools.iter().flat_map(|(_, pool)| pool.leasable()) {
@@ -210,10 +197,42 @@ pub async fn expected(host: &Host<'_>, classic: bool) -> BTreeSet<String> {
     }
     let local = own.public_ip;
     all.extend(Golden { vni, port, pools, subnet, local, peers: &peers, endpoints: &endpoints }.lines());
-    for (family, path) in [(Family::V4, "ipv4/ip_forward"), (Family::V6, "ipv6/conf/all/forwarding")] {
-        let forwards = subnet.get(family).is_some();
-        let value = if forwards { "1".to_owned() } else { sysctl(lab, host.name(), path) };
+    for (path, value) in settings(lab) {
+        let family = if path.starts_with("ipv4/") { Family::V4 } else { Family::V6 };
+        let value = match value {
+            _ if path.ends_with("route_localnet") => u8::from(published).to_string(),
+            Some(value) => value.to_owned(),
+            None if subnet.get(family).is_some() => "1".to_owned(),
+            None => sysctl(lab, host.name(), &path),
+        };
         all.insert(format!("sysctl {path} {value}"));
+    }
+    all
+}
+
+/// The sysctls that the agent holds, with their values; without one where it is forwarding of a family that the network may not have.
+fn settings(lab: &Lab) -> Vec<(String, Option<&'static str>)> {
+    let (vni, networks) = (vni(lab), lab.layout().networks);
+    let (bridge, v4, v6) = (format!("ovb.{vni}"), format!("ovx.{vni}"), format!("ovx6.{vni}"));
+    let mut all = vec![("ipv4/ip_forward".to_owned(), None), ("ipv6/conf/all/forwarding".to_owned(), None)];
+    let mut of = |protocol: &str, device: &str, settings: &[(&str, &'static str)]| {
+        all.extend(settings.iter().map(|(name, value)| (format!("{protocol}/conf/{device}/{name}"), Some(*value))));
+    };
+    of("ipv6", &bridge, &[("accept_ra", "0")]);
+    if networks.get(Family::V4).is_some() {
+        for device in [&bridge, &v4] {
+            of("ipv4", device, &[("forwarding", "1"), ("rp_filter", "2"), ("accept_redirects", "0")]);
+        }
+        let alone = ["arp_filter", "arp_ignore", "proxy_arp", "proxy_arp_pvlan", "route_localnet"];
+        of("ipv4", &bridge, &alone.map(|name| (name, "0")));
+        of("ipv4", "eth0", &[("forwarding", "1")]);
+        of("ipv6", &v4, &[("accept_ra", "0")]);
+    }
+    if networks.get(Family::V6).is_some() {
+        of("ipv6", &v6, &[("accept_ra", "0")]);
+        for device in [&bridge, &v6] {
+            of("ipv6", device, &[("disable_ipv6", "0"), ("forwarding", "1")]);
+        }
     }
     all
 }

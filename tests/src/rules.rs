@@ -47,7 +47,6 @@ pub struct Golden<'a> {
 /// Words of a family in rules.
 struct Words {
     ip: &'static str,
-    tunnel: &'static str,
     digit: char,
     kind: &'static str,
     loopback: &'static str,
@@ -62,7 +61,6 @@ fn words(family: Family) -> Words {
     match family {
         Family::V4 => Words {
             ip: "ip",
-            tunnel: "ovx",
             digit: '4',
             kind: "ipv4_addr",
             loopback: "127.0.0.0/8",
@@ -73,7 +71,6 @@ fn words(family: Family) -> Words {
         },
         Family::V6 => Words {
             ip: "ip6",
-            tunnel: "ovx6",
             digit: '6',
             kind: "ipv6_addr",
             loopback: "::1",

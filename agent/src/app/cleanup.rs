@@ -64,14 +64,11 @@ async fn clean_kernel(host: &HostState, failures: &mut Vec<String>) -> anyhow::R
         }
     }
     let mut batch = diff(&State::new(), &actual);
-    // Switched back last: until then nothing else differs for the host's other traffic.
+    // Switched back last: until then nothing else differs for the host's other traffic. Those of interfaces that are gone went with them.
+    let there = kernel.follow(host.sysctls.keys().cloned().collect()).await.context("the host's settings cannot be read")?;
+    let before = host.sysctls.iter().map(|(path, value)| (Key::Sysctl(path.clone().into()), Value::Sysctl(value.clone().into())));
     batch.extend(
-        host.sysctls
-            .iter()
-            .map(|(path, value)| (Key::Sysctl(path.clone().into()), Value::Sysctl(value.clone().into())))
-            // Those of our own devices went with them.
-            .filter(|(key, _)| key.device().is_none())
-            .map(|(key, value)| Op::Set(key, value)),
+        before.filter(|(key, _)| key.device().is_none() && there.contains_key(key)).map(|(key, value)| Op::Set(key, value)),
     );
     let report = kernel.apply(&batch).await;
     for (index, error) in report.failed {

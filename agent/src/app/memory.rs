@@ -66,4 +66,8 @@ impl Memory for HostMemory {
             self.save(&host);
         }
     }
+
+    fn sysctl_before(&self, path: &str) -> Option<String> {
+        self.lock().sysctls.get(path).cloned()
+    }
 }

@@ -4,6 +4,7 @@ use ipnetwork::IpNetwork;
 
 use super::link::Links;
 use super::socket::Refusal;
+use super::sysctl;
 use crate::model::Device;
 use crate::plan::OpError;
 
@@ -19,6 +20,11 @@ pub async fn set(links: &mut Links<'_>, device: Device, address: IpNetwork, pres
     match result {
         // Gone already, or with its device.
         Err(e) if !present && matches!(e.errno, libc::EADDRNOTAVAIL | libc::ENODEV) => {}
+        Err(e) if e.errno == libc::EACCES && address.is_ipv6() => {
+            let mut error = e.during(what());
+            error.message.push_str(&format!("; sysctl -w net/{}=0", sysctl::disable_ipv6(&device.name())));
+            return Err(error);
+        }
         other => other.map_err(|e| e.during(what()))?,
     }
     if present {

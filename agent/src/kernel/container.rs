@@ -281,6 +281,10 @@ fn configure(wanted: &Plug) -> Result<(RouteSocket, u32), OpError> {
         // link-local address that the kernel makes and announces unasked.
         sysctl::write_if_there(&sysctl::addr_gen_mode(inner), "1")?;
     }
+    if wanted.addresses.iter().any(IpNetwork::is_ipv6) {
+        // The namespace may make its interfaces without (`conf/default/disable_ipv6`): the kernel would refuse the address.
+        sysctl::write_if_there(&sysctl::disable_ipv6(inner), sysctl::OFF)?;
+    }
     for address in &wanted.addresses {
         let added = socket.create(&RouteNetlinkMessage::NewAddress(new_address(index, *address)));
         added.map_err(|e| step(&format!("add address {address} to {inner}"), e))?;

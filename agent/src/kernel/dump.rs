@@ -1,7 +1,7 @@
 //! All of ours that the kernel holds, read at one go. The kernel filters by device, table and protocol (`NETLINK_GET_STRICT_CHK`); on a kernel that
 //! does not, the same is filtered here.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use super::known::Known;
@@ -10,8 +10,9 @@ use super::sysctl;
 use super::wire::{Entry, Hop, Query};
 use super::{Shared, is_ours};
 use crate::model::{Family, Mac, Role};
+use crate::plan::desired::sysctls;
 use crate::plan::state::{NEXTHOP_IDS, Via};
-use crate::plan::{Key, LinkKind, OpError, State, Value};
+use crate::plan::{Key, OpError, State, Value};
 
 /// Reads everything, and makes it what is known.
 pub fn state(shared: &mut Shared, nexthop_objects: bool) -> Result<State, OpError> {
@@ -27,7 +28,7 @@ pub fn state(shared: &mut Shared, nexthop_objects: bool) -> Result<State, OpErro
 fn read_all(shared: &mut Shared, nexthop_objects: bool) -> Result<State, OpError> {
     links(shared)?;
     addresses(shared)?;
-    sysctls(&mut shared.known)?;
+    read_sysctls(&mut shared.known)?;
     shared.known.rules = shared.nft.dump()?.into_entries();
     let mut state = shared.known.state();
     let mut queries: Vec<Query> = Vec::new();
@@ -156,18 +157,8 @@ fn addresses(shared: &mut Shared) -> Result<(), OpError> {
     Ok(())
 }
 
-/// Reads the sysctls of always, those of our links, and those that were ever written.
-fn sysctls(known: &mut Known) -> Result<(), OpError> {
-    let mut paths: Vec<String> = known.sysctls.keys().cloned().collect();
-    paths.extend([sysctl::IPV4_FORWARD.to_owned(), sysctl::IPV6_FORWARD.to_owned()]);
-    let ours = known.links.iter().filter(|(_, (_, link))| !matches!(link.kind, LinkKind::Foreign { .. }));
-    for (name, (_, link)) in ours {
-        paths.push(sysctl::accept_ra(name));
-        if link.kind == LinkKind::Bridge {
-            paths.push(sysctl::route_localnet(name));
-        }
-    }
-    known.sysctls.clear();
+/// Reads sysctls: they are known from now on, and what others make of them is told. One that is not there is left out.
+pub fn follow(known: &mut Known, paths: impl IntoIterator<Item = String>) -> Result<(), OpError> {
     for path in paths {
         let found = sysctl::read(&path)?.or_else(|| sysctl::is_moot(&path).then(|| sysctl::OFF.to_owned()));
         if let Some(text) = found {
@@ -175,4 +166,21 @@ fn sysctls(known: &mut Known) -> Result<(), OpError> {
         }
     }
     Ok(())
+}
+
+/// Reads the sysctls of always, those of our devices, and those that were ever read or written.
+fn read_sysctls(known: &mut Known) -> Result<(), OpError> {
+    let mut paths: BTreeSet<String> = known.sysctls.keys().cloned().collect();
+    paths.extend(Family::ALL.map(|family| sysctls::forwarding(family).to_owned()));
+    for (_, device) in known.devices() {
+        let name = device.name();
+        paths.insert(sysctl::accept_ra(&name));
+        if device.role == Role::Bridge {
+            paths.insert(sysctl::route_localnet(&name));
+        }
+        let carried = Family::ALL.into_iter().filter(|family| device.carries(*family));
+        paths.extend(carried.flat_map(|family| sysctls::of_device(*device, family)).map(|(path, _)| path));
+    }
+    known.sysctls.clear();
+    follow(known, paths)
 }

@@ -18,7 +18,8 @@ use super::socket::RouteSocket;
 use super::sysctl;
 use super::uapi::*;
 use super::wire::{Entry, family_of};
-use crate::model::{Device, Family, Mac, Role};
+use crate::model::{Device, Mac, Role};
+use crate::plan::desired::sysctls;
 use crate::plan::{KernelEvent, Key, LinkKind, OpError, Value};
 
 /// Changes that are kept one by one; where more wait, a dump is cheaper.
@@ -114,6 +115,11 @@ impl Foreign {
             addresses: addresses.iter().map(|a| ((a.index, a.address.ip()), a.fitness())).collect(),
         })
     }
+
+    /// The name of an interface.
+    fn name(&self, index: u32) -> Option<&str> {
+        self.links.get(&index).map(|(name, _, _)| name.as_str())
+    }
 }
 
 /// Judges one message.
@@ -129,7 +135,7 @@ pub fn note(header: NetlinkHeader, body: &[u8], shared: &mut Shared, foreign: &m
                 note_address(header.message_type == libc::RTM_NEWADDR, &address, &mut shared.known, foreign, pending);
             }
         }
-        RTM_NEWNETCONF => note_netconf(body, &mut shared.known, pending),
+        RTM_NEWNETCONF => note_netconf(body, &mut shared.known, foreign, pending),
         _ => {
             if let Some(entry) = Entry::read(header, body) {
                 note_entry(header, &entry, &mut shared.known, pending);
@@ -206,6 +212,9 @@ fn note_address(present: bool, info: &AddressInfo, known: &mut Known, foreign: &
             let (absent, there) = (None, Some(Value::Address));
             let (before, now) = if present { (absent, there) } else { (there, absent) };
             pending.changed_from(key, before, now);
+            if !present && info.address.is_ipv6() {
+                note_ipv6_off(device, known, pending);
+            }
         }
     } else if info.is_global() && !known.is_removed(info.index) {
         let key = (info.index, info.address.ip());
@@ -222,30 +231,49 @@ fn note_address(present: bool, info: &AddressInfo, known: &mut Known, foreign: &
     }
 }
 
-/// Forwarding of the whole namespace was switched. (`netlink-packet-route` has no netconf messages.)
-fn note_netconf(body: &[u8], known: &mut Known, pending: &mut Pending) {
-    let (mut index, mut forwarding) = (None, None);
+/// An address went. The kernel tells nobody that IPv6 was switched off on a device, only that its addresses go; its routes and neighbours go untold.
+fn note_ipv6_off(device: Device, known: &mut Known, pending: &mut Pending) {
+    let path = sysctl::disable_ipv6(&device.name());
+    if let Ok(Some(text)) = sysctl::read(&path)
+        && text != sysctl::OFF
+        && known.sysctls.get(&path).is_some_and(|before| *before != text)
+    {
+        note_sysctl(path, text, known, pending);
+        pending.stale("IPv6 was switched off on a device of ours, and what it had went");
+    }
+}
+
+/// A setting of an interface, or of the whole namespace, was changed: forwarding, the reverse path filter, proxy ARP. The kernel tells of no others.
+/// (`netlink-packet-route` has no netconf messages.)
+fn note_netconf(body: &[u8], known: &mut Known, foreign: &Foreign, pending: &mut Pending) {
+    let Some(family) = body.first().copied().and_then(family_of) else { return };
+    let index = attributes(body, 1).find(|(kind, _)| *kind == NETCONFA_IFINDEX).and_then(|(_, value)| u32_at(value, 0));
+    let device = index.and_then(|index| known.device(index)).map(|device| device.name());
+    let interface = device.as_deref().or_else(|| foreign.name(index?));
     for (kind, value) in attributes(body, 1) {
-        match kind {
-            NETCONFA_IFINDEX => index = u32_at(value, 0),
-            NETCONFA_FORWARDING => forwarding = u32_at(value, 0),
-            _ => {}
+        let setting = match kind {
+            NETCONFA_FORWARDING => "forwarding",
+            NETCONFA_RP_FILTER => "rp_filter",
+            NETCONFA_PROXY_NEIGH => "proxy_arp",
+            _ => continue,
+        };
+        let path = match interface {
+            Some(interface) => sysctls::of(interface, family, setting),
+            None if index == Some(NETCONFA_IFINDEX_ALL) && kind == NETCONFA_FORWARDING => sysctls::forwarding(family).to_owned(),
+            None => continue,
+        };
+        if let Some(value) = u32_at(value, 0) {
+            note_sysctl(path, value.to_string(), known, pending);
         }
     }
-    let (Some(NETCONFA_IFINDEX_ALL), Some(forwarding)) = (index, forwarding) else { return };
-    let path = match body.first().copied().and_then(family_of) {
-        Some(Family::V4) => sysctl::IPV4_FORWARD,
-        Some(Family::V6) => sysctl::IPV6_FORWARD,
-        None => return,
-    };
-    let text = forwarding.to_string();
-    let before = known.sysctls.insert(path.to_owned(), text.clone());
-    if before.as_ref() != Some(&text) {
-        pending.changed_from(
-            Key::Sysctl(path.into()),
-            before.map(|text| Value::Sysctl(text.into())),
-            Some(Value::Sysctl(text.into())),
-        );
+}
+
+/// A sysctl has this value now. Only what was read or written counts.
+fn note_sysctl(path: String, text: String, known: &mut Known, pending: &mut Pending) {
+    let Some(value) = known.sysctls.get_mut(&path) else { return };
+    if *value != text {
+        let before = std::mem::replace(value, text.clone());
+        pending.changed_from(Key::Sysctl(path.into()), Some(Value::Sysctl(before.into())), Some(Value::Sysctl(text.into())));
     }
 }
 

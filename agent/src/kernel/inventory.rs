@@ -23,6 +23,7 @@ pub fn inventory(shared: &mut Shared) -> Result<Inventory, OpError> {
     let links = objects::links(&mut shared.socket)?;
     let mut addresses = objects::addresses(&mut shared.socket, 0)?;
     addresses.retain(objects::AddressInfo::is_global);
+    let vrfs: Vec<u32> = links.iter().filter(|link| link.kind == "vrf").map(|link| link.index).collect();
     let named_ours = |name: &str| Device::from_name(name).is_some() || name.starts_with(PORT_PREFIX);
     let links = links
         .into_iter()
@@ -32,6 +33,10 @@ pub fn inventory(shared: &mut Shared) -> Result<Inventory, OpError> {
             mtu: link.mtu,
             up: link.up(),
             loopback: link.flags.contains(LinkFlags::Loopback),
+            // A VRF's members have their own addresses.
+            is_port: link.master.is_some_and(|master| !vrfs.contains(&master)),
+            kind: link.kind,
+            ipv6: link.ipv6,
             addresses: addresses.iter().filter(|a| a.index == link.index).map(host_address).collect(),
             name: link.name,
         })

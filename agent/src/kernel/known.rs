@@ -90,6 +90,7 @@ impl Known {
         if let Some(device) = Device::from_name(name) {
             self.devices.retain(|(i, _)| *i != index);
             self.addresses.retain(|(d, _)| *d != device);
+            self.sysctls.retain(|path, _| Key::Sysctl(path.as_str().into()).device() != Some(device));
             self.fdb.retain(|(i, _), _| *i != index);
             self.removed_neighbours.retain(|(i, _)| *i != index);
         }

@@ -17,9 +17,11 @@ use netlink_packet_route::route::{
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
-use super::message::text;
+use super::message::{attributes, text, u32_at};
 use super::socket::{Refusal, RouteSocket};
+use super::uapi::{DEVCONF_ACCEPT_RA, DEVCONF_DISABLE_IPV6, DEVCONF_FORWARDING, IFLA_INET6_CONF};
 use crate::model::{Cidr, Device, Family, Mac, Role};
+use crate::plan::underlay::Ipv6Settings;
 use crate::plan::{Key, OpError};
 
 /// Length of `struct ifinfomsg`.
@@ -58,6 +60,8 @@ pub struct LinkInfo {
     pub peer: Option<u32>,
     /// The VXLAN settings.
     pub vxlan: Option<VxlanInfo>,
+    /// The IPv6 settings, where it has IPv6.
+    pub ipv6: Option<Ipv6Settings>,
 }
 
 /// A VXLAN device's settings as the kernel tells them.
@@ -84,6 +88,10 @@ impl LinkInfo {
         }
         let mut link = LinkInfo { index: header.index, flags: header.flags, changed: header.change_mask, ..LinkInfo::default() };
         for attribute in raw_attributes(body, IFINFOMSG) {
+            if attribute.kind() == libc::IFLA_AF_SPEC {
+                link.ipv6 = ipv6_settings(attribute.value());
+                continue;
+            }
             match LinkAttribute::parse_with_param(&attribute, header.interface_family) {
                 Ok(LinkAttribute::IfName(name)) => link.name = name,
                 Ok(LinkAttribute::IfAlias(alias)) => link.alias = alias,
@@ -119,6 +127,19 @@ impl LinkInfo {
     pub fn up(&self) -> bool {
         self.flags.contains(LinkFlags::Up)
     }
+}
+
+/// What a link has for IPv6: an array that grows with the kernel, of which `netlink-packet-route` wants the whole.
+fn ipv6_settings(families: &[u8]) -> Option<Ipv6Settings> {
+    let within = |bytes, wanted| attributes(bytes, 0).find(|(kind, _)| *kind == wanted).map(|(_, value)| value);
+    let family = within(families, u16::from(u8::from(AddressFamily::Inet6)))?;
+    let settings = within(family, IFLA_INET6_CONF)?;
+    let setting = |number: usize| u32_at(settings, 4 * number);
+    Some(Ipv6Settings {
+        forwarding: setting(DEVCONF_FORWARDING)? != 0,
+        accept_ra: setting(DEVCONF_ACCEPT_RA)?,
+        disabled: setting(DEVCONF_DISABLE_IPV6)? != 0,
+    })
 }
 
 impl From<Vec<InfoVxlan>> for VxlanInfo {

@@ -12,10 +12,6 @@ use nix::sys::stat::Mode;
 use crate::plan::OpError;
 
 const ROOT: &str = "/proc/sys/net";
-/// IPv4 forwarding of the whole namespace.
-pub const IPV4_FORWARD: &str = "ipv4/ip_forward";
-/// IPv6 forwarding of the whole namespace.
-pub const IPV6_FORWARD: &str = "ipv6/conf/all/forwarding";
 
 /// Whether an interface takes its addresses and routes from router advertisements.
 pub fn accept_ra(interface: &str) -> String {

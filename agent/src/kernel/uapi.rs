@@ -12,6 +12,10 @@ pub const RTM_NEWNETCONF: u16 = 80;
 pub const NETCONFA_IFINDEX: u16 = 1;
 /// `linux/netconf.h`.
 pub const NETCONFA_FORWARDING: u16 = 2;
+/// `linux/netconf.h`.
+pub const NETCONFA_RP_FILTER: u16 = 3;
+/// `linux/netconf.h`: `proxy_arp` or `proxy_ndp`.
+pub const NETCONFA_PROXY_NEIGH: u16 = 5;
 /// `linux/netconf.h`: the setting of the whole namespace (-1).
 pub const NETCONFA_IFINDEX_ALL: u32 = u32::MAX;
 /// Multicast groups of `linux/rtnetlink.h`: link, neigh, IPv4 ifaddr and route, IPv6 ifaddr and route, IPv4 and IPv6 netconf, nexthop.
@@ -70,6 +74,13 @@ pub const NHA_GATEWAY: u16 = 6;
 /// `linux/rtnetlink.h`.
 pub const RT_SCOPE_UNIVERSE: u8 = 0;
 pub const RT_SCOPE_HOST: u8 = 254;
+
+/// `linux/if_link.h`: the array of an interface's settings.
+pub const IFLA_INET6_CONF: u16 = 2;
+/// `linux/ipv6.h`: places in that array.
+pub const DEVCONF_FORWARDING: usize = 0;
+pub const DEVCONF_ACCEPT_RA: usize = 3;
+pub const DEVCONF_DISABLE_IPV6: usize = 26;
 
 /// `linux/netlink.h`.
 pub const NLMSGERR_ATTR_MSG: u16 = 1;

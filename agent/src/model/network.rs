@@ -167,6 +167,12 @@ impl NetworkConfig {
         self.pools.families()
     }
 
+    /// The network without the other families.
+    pub fn only(&self, families: impl IntoIterator<Item = Family>) -> NetworkConfig {
+        let pools = families.into_iter().filter_map(|family| Some((family, *self.pools.get(family)?))).collect();
+        NetworkConfig { pools, ..self.clone() }
+    }
+
     /// The address space of a family.
     pub fn network(&self, family: Family) -> Option<Cidr> {
         self.pools.get(family).map(|pool| pool.network)

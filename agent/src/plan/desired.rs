@@ -1,6 +1,8 @@
 //! What the kernel should hold: a pure function of the network's configuration, this host's lease, the underlay, the peers and the
 //! endpoints.
 
+pub mod sysctls;
+
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -44,6 +46,12 @@ pub struct Host {
     pub forward_drops: Vec<Family>,
     /// Addresses of the underlay that this host depends on, although the overlay may lease them.
     pub reserved: BTreeSet<IpAddr>,
+    /// The host's own interfaces that would stop to take router advertisements once it forwards IPv6 ([`sysctls::keep_routers`]).
+    pub keep_routers: Vec<String>,
+    /// The host's own interfaces by which containers reach the world outside ([`Inventory::uplinks`]).
+    ///
+    /// [`Inventory::uplinks`]: super::underlay::Inventory::uplinks
+    pub uplinks: Vec<String>,
 }
 
 impl Host {
@@ -114,15 +122,20 @@ impl Host {
                     }
                 }
             }
-            for path in forwarding(family) {
-                state.insert(Key::Sysctl((*path).into()), Value::Sysctl("1".into()));
+            sysctls::want(&mut state, sysctls::forwarding(family), "1");
+            for (path, value) in [bridge, device].into_iter().flat_map(|device| sysctls::of_device(device, family)) {
+                sysctls::want(&mut state, path, value);
             }
         }
         if self.families().any(|family| family == Family::V4) {
+            // Answers to containers, and what comes for published ports.
+            for interface in &self.uplinks {
+                sysctls::want(&mut state, sysctls::of(interface, Family::V4, "forwarding"), "1");
+            }
             // A port of 127.0.0.1 that leads to a container: the packet leaves with that source, and its answer comes back to it. The table has a
             // chain that keeps containers from using it for anything else.
-            let path = format!("ipv4/conf/{bridge}/route_localnet");
-            state.insert(Key::Sysctl(path.into()), Value::Sysctl(u8::from(self.publishes()).to_string().into()));
+            let path = sysctls::of(&bridge.name(), Family::V4, "route_localnet");
+            sysctls::want(&mut state, path, if self.publishes() { "1" } else { "0" });
         }
         if self.publishes() && self.families().any(|family| family == Family::V6) {
             // The same for ::1: what comes back by the bridge finds the address on no other device (`ip6_route_input_lookup` in the kernel's
@@ -132,12 +145,13 @@ impl Host {
         // What we create takes no router advertisement, neither from a container nor through the tunnel; also where the network has no
         // IPv6, because the host may have it.
         for device in self.families().map(|family| Device::vxlan(family, vni)).chain([bridge]) {
-            state.insert(Key::Sysctl(format!("ipv6/conf/{device}/accept_ra").into()), Value::Sysctl("0".into()));
+            sysctls::want(&mut state, sysctls::of(&device.name(), Family::V6, "accept_ra"), "0");
         }
-        if self.underlay.router_advertisements && self.families().any(|family| family == Family::V6) {
-            // A host that forwards ignores advertisements unless told otherwise: its default route would run out.
-            let path = format!("ipv6/conf/{}/accept_ra", self.underlay.name);
-            state.insert(Key::Sysctl(path.into()), Value::Sysctl("2".into()));
+        if self.families().any(|family| family == Family::V6) {
+            // A host that forwards ignores advertisements unless told otherwise, and drops the routes that came from them.
+            for interface in &self.keep_routers {
+                sysctls::want(&mut state, sysctls::of(interface, Family::V6, "accept_ra"), "2");
+            }
         }
         let mac = Some(self.bridge_mac);
         let link = LinkState { kind: LinkKind::Bridge, mac, mtu: self.mtu(), up: true, master: None, hairpin: false };
@@ -208,6 +222,8 @@ impl Host {
             ports: _,
             forward_drops,
             reserved,
+            keep_routers,
+            uplinks,
         } = self;
         *network == other.network
             && *subnet == other.subnet
@@ -220,6 +236,8 @@ impl Host {
             && *nexthop_objects == other.nexthop_objects
             && *forward_drops == other.forward_drops
             && *reserved == other.reserved
+            && *keep_routers == other.keep_routers
+            && *uplinks == other.uplinks
     }
 
     /// Whether any port of this host leads to an endpoint.
@@ -312,14 +330,6 @@ fn leads_to<'a>(publish: &'a Publish, port: &'a Port) -> impl Iterator<Item = (E
             Some((element, SocketAddr::new(*to, publish.container_port.checked_add(n)?)))
         })
     })
-}
-
-/// The sysctls that let a host forward a family.
-fn forwarding(family: Family) -> &'static [&'static str] {
-    match family {
-        Family::V4 => &["ipv4/ip_forward"],
-        Family::V6 => &["ipv6/conf/all/forwarding"],
-    }
 }
 
 /// The link-local address of a MAC: modified EUI-64 (RFC 4291 appendix A).

@@ -117,6 +117,9 @@ pub trait DataPath: Send {
     /// Applies a batch in its order. An op that fails stops no other.
     fn apply(&mut self, batch: &Batch) -> impl Future<Output = ApplyReport> + Send;
 
+    /// Sysctls by their paths, those that are there; from now on dumps have them, and changes of them are told.
+    fn follow(&mut self, paths: Vec<String>) -> impl Future<Output = Result<State, OpError>> + Send;
+
     /// A link by its name, as it is at this moment; `None` where it is not there.
     fn link(&mut self, name: &str) -> impl Future<Output = Result<Option<LinkState>, OpError>> + Send;
 

@@ -62,6 +62,18 @@ pub enum UnderlayError {
         /// What there is.
         candidates: String,
     },
+    /// The chosen interface has no IPv6, and IPv4 alone is no way out.
+    #[error(
+        "IPv6 is switched off on interface {interface}, and the network needs it: {}, or choose another interface with --iface; \
+         candidates: {candidates}",
+        ipv6_remedy(.interface)
+    )]
+    WithoutIpv6 {
+        /// The interface.
+        interface: String,
+        /// What there is.
+        candidates: String,
+    },
     /// The chosen interface lacks an address that the network needs.
     #[error(
         "interface {interface} has no {family} address, which the {family} network needs: add one, or choose another interface with --iface; candidates: {candidates}"
@@ -102,6 +114,12 @@ pub struct ForeignLink {
     pub up: bool,
     /// The loopback device.
     pub loopback: bool,
+    /// `bridge`, `veth`, `vlan`; empty for hardware.
+    pub kind: String,
+    /// It is part of another interface (a bridge, a bond), which has the addresses.
+    pub is_port: bool,
+    /// Its IPv6 settings; absent where the kernel has no IPv6 (`ipv6.disable=1`), or none on an interface with an MTU below 1280.
+    pub ipv6: Option<Ipv6Settings>,
     /// Its addresses of global scope, in the kernel's order.
     pub addresses: Vec<HostAddress>,
 }
@@ -156,6 +174,17 @@ impl fmt::Display for Flaw {
     }
 }
 
+/// The settings below `/proc/sys/net/ipv6/conf` of an interface, as far as they matter for an interface that is not ours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ipv6Settings {
+    /// `forwarding`: it is a router's, and ignores router advertisements unless `accept_ra` is 2.
+    pub forwarding: bool,
+    /// `accept_ra`.
+    pub accept_ra: u32,
+    /// `disable_ipv6`.
+    pub disabled: bool,
+}
+
 /// A default route.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DefaultRoute {
@@ -167,7 +196,7 @@ pub struct DefaultRoute {
     pub source: Option<IpAddr>,
     /// The router; `None` where all is on link.
     pub gateway: Option<IpAddr>,
-    /// Learned from a router advertisement: the host needs `accept_ra=2` to keep it once it forwards.
+    /// Learned from a router advertisement.
     pub from_router_advertisement: bool,
 }
 
@@ -184,8 +213,6 @@ pub struct Underlay {
     pub public_ip: PerFamily<IpAddr>,
     /// The address that the VXLAN device has as source, per family: differs from `public_ip` behind NAT.
     pub local: PerFamily<IpAddr>,
-    /// Whether the default IPv6 route of the interface lives from router advertisements.
-    pub router_advertisements: bool,
 }
 
 /// The external interface and the addresses that are in use, by this agent or the one before it.
@@ -195,6 +222,15 @@ pub struct InUse {
     pub link: Option<u32>,
     /// The source of each VXLAN device.
     pub local: PerFamily<IpAddr>,
+    /// What was published last, where there is no device: after a reboot.
+    pub published: PerFamily<IpAddr>,
+}
+
+impl InUse {
+    /// The address of a family.
+    pub fn address(&self, family: Family) -> Option<IpAddr> {
+        self.local.get(family).or(self.published.get(family)).copied()
+    }
 }
 
 /// Why an address was chosen.
@@ -263,7 +299,12 @@ impl Selection {
         let mut local = PerFamily::default();
         let mut reasons = PerFamily::default();
         for family in families {
-            let before = in_use.local.get(family).copied();
+            // On a kernel without IPv6 only what was built with it can stay.
+            let lacks_ipv6 = family == Family::V6 && link.is_without_ipv6();
+            let before = if lacks_ipv6 { in_use.local.v6 } else { in_use.address(family) };
+            if lacks_ipv6 && before.is_none() && pools.get(Family::V4).is_some() {
+                continue;
+            }
             // Where what is asked for by its address is gone, no other one takes its place.
             let asked_before = before.filter(|address| not_found && self.asks_for(*address));
             let (address, reason) = match asked.filter(|address| Family::of(*address) == family) {
@@ -274,8 +315,11 @@ impl Selection {
                 {
                     Some(found) => found,
                     None => {
-                        let error =
-                            UnderlayError::NoAddress { interface: link.name.clone(), family, candidates: inventory.candidates() };
+                        let (interface, candidates) = (link.name.clone(), inventory.candidates());
+                        let error = match lacks_ipv6 {
+                            true => UnderlayError::WithoutIpv6 { interface, candidates },
+                            false => UnderlayError::NoAddress { interface, family, candidates },
+                        };
                         let Some(before) = before else { return Err(error) };
                         problems.push(format!("{error}; {before} stays in use until then, and other families do not wait"));
                         (before, Reason::Kept)
@@ -285,15 +329,12 @@ impl Selection {
             *local.slot(family) = Some(address);
             *reasons.slot(family) = Some(reason);
         }
-        let router_advertisements =
-            inventory.defaults.iter().any(|route| route.interface == link.index && route.from_router_advertisement);
         let underlay = Underlay {
             index: link.index,
             name: link.name.clone(),
             mtu: link.mtu,
             public_ip: local.map(|family, address| self.public_ip.get(family).copied().unwrap_or(*address)),
             local,
-            router_advertisements,
         };
         Ok(Choice { underlay, reasons, problems })
     }
@@ -392,6 +433,21 @@ impl ForeignLink {
     }
 }
 
+/// How IPv6 is switched on on an interface.
+pub fn ipv6_remedy(interface: &str) -> String {
+    format!(
+        "sysctl -w net/ipv6/conf/{interface}/disable_ipv6=0 (where there is no such setting the kernel was started with ipv6.disable=1, or \
+         the MTU of {interface} is below 1280)"
+    )
+}
+
+impl ForeignLink {
+    /// IPv6 is switched off on it.
+    pub fn is_without_ipv6(&self) -> bool {
+        self.ipv6.is_none_or(|ipv6| ipv6.disabled)
+    }
+}
+
 impl Inventory {
     /// Addresses of the underlay that this host depends on: its routers and its resolvers.
     pub fn depends_on(&self) -> impl Iterator<Item = IpAddr> + '_ {
@@ -407,6 +463,13 @@ impl Inventory {
             Some((_, HostAddress { flaw: Some(flaw), .. })) => flaw.to_string(),
             Some(_) => "a better one is there".to_owned(),
         }
+    }
+
+    /// The interfaces by which containers reach the world outside over IPv4: the external one, and those with a default route.
+    pub fn uplinks(&self, external: u32) -> Vec<String> {
+        let leads_out = |index: u32| self.defaults.iter().any(|route| route.family == Family::V4 && route.interface == index);
+        let uplinks = self.links.iter().filter(|link| link.index == external || leads_out(link.index));
+        uplinks.map(|link| link.name.clone()).collect()
     }
 
     /// The interfaces to choose from, with their addresses, for messages.

@@ -57,8 +57,10 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
     /// Applies a batch and folds what became of it.
     async fn apply(&mut self, batch: Batch) {
         for op in &batch {
-            if let Op::Set(Key::Sysctl(path), _) = op
-                && let Some(Value::Sysctl(was)) = self.actual.get(op.key())
+            // Those of our own devices go with them.
+            if let Op::Set(key @ Key::Sysctl(path), _) = op
+                && key.device().is_none()
+                && let Some(Value::Sysctl(was)) = self.actual.get(key)
             {
                 self.memory.sysctl_was(path, was);
             }

@@ -240,8 +240,8 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
 
     /// This host as it should be; `None` while something is not known yet. A lease that was lost leaves things as they were.
     fn wanted_host(&mut self) -> Option<Host> {
-        let network = self.network.clone()?;
         let underlay = self.underlay.clone()?;
+        let network = self.network.as_ref()?.only(underlay.local.families());
         let subnet = match &self.own {
             OwnLease::Held(held) => held.subnet,
             OwnLease::Wanted { .. } => self.host.as_ref()?.subnet,
@@ -256,7 +256,6 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         let bridge_mac = self.mac(Device::bridge(network.vxlan.vni));
         Some(Host {
             subnet,
-            underlay,
             vtep,
             bridge_mac,
             masquerade: self.settings.masquerade,
@@ -266,7 +265,10 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             ports: self.endpoints.iter().filter(|endpoint| endpoint.port.is_some()).cloned().collect(),
             forward_drops: self.inventory.forward_drops.clone(),
             reserved,
+            keep_routers: self.keep_routers(&underlay),
+            uplinks: self.inventory.uplinks(underlay.index),
             network,
+            underlay,
         })
     }
 
@@ -290,7 +292,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             OwnLease::Held(held) => Some(held.subnet),
             OwnLease::Wanted { .. } => self.host.as_ref().map(|host| host.subnet).or_else(|| self.memory.preferred()),
         };
-        let vtep = self.vtep(&network);
+        let vtep = self.vtep(&network.only(underlay.local.families()));
         let wish = LeaseWish { node: self.settings.node.clone(), public_ip: underlay.public_ip, vtep, preferred, network };
         channels.wish.send_if_modified(|was| {
             let new = was.as_ref() != Some(&wish);

@@ -26,6 +26,9 @@ impl Memory for FakeMemory {
         PerFamily::default()
     }
     fn sysctl_was(&mut self, _: &str, _: &str) {}
+    fn sysctl_before(&self, _: &str) -> Option<String> {
+        None
+    }
 }
 
 /// A running reconciler and the other ends of its channels.

@@ -1,13 +1,19 @@
-//! The external interface: looking at the host's interfaces, and what is wrong with the one that is used.
+//! The host's own interfaces: which one is external, what is wrong with it, and what the settings of all were and have to be.
 
 use std::net::IpAddr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::{Memory, Reconciler, UNDERLAY_REST_FACTOR};
 use crate::metrics::Whole;
+use crate::model::PerFamily;
+use crate::model::network::Pool;
 use crate::model::{Device, Family, NetworkConfig};
-use crate::plan::underlay::{Choice, InUse};
+use crate::plan::desired::sysctls;
+use crate::plan::underlay::{Choice, InUse, Underlay, ipv6_remedy};
 use crate::plan::{DataPath, Key, LinkKind, Value};
+
+/// How long after the start IPv6 may still be switched off on the external interface before this host does without.
+const IPV6_WAIT: Duration = Duration::from_secs(3);
 
 impl<D: DataPath, M: Memory> Reconciler<D, M> {
     /// Looks at the host's interfaces and chooses the external one.
@@ -22,7 +28,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             Err(error) => {
                 tracing::error!(%error, "the host's interfaces cannot be read, trying again in a second");
                 self.underlay_trouble = vec![error.to_string()];
-                self.underlay_due = Some(Instant::now() + std::time::Duration::from_secs(1));
+                self.underlay_due = Some(Instant::now() + Duration::from_secs(1));
                 return;
             }
         };
@@ -35,10 +41,14 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             None => None,
         };
         let problems = match self.settings.selection.choose(&self.inventory, &pools, reach, &in_use) {
-            Ok(Choice { underlay, reasons, problems }) => {
+            Ok(mut choice) => {
+                if !self.settle_ipv6(&pools, &mut choice) {
+                    return;
+                }
+                let Choice { underlay, reasons, problems } = choice;
                 for (family, new) in underlay.local.iter() {
-                    if let (Some(old), Some(reason)) = (in_use.local.get(family).filter(|old| *old != new), reasons.get(family)) {
-                        let lost = self.inventory.loss_of(*old, underlay.index);
+                    if let (Some(old), Some(reason)) = (in_use.address(family).filter(|old| old != new), reasons.get(family)) {
+                        let lost = self.inventory.loss_of(old, underlay.index);
                         tracing::warn!(%family, %old, %new, lost, %reason, "the underlay address of this host is another one now");
                     }
                 }
@@ -71,7 +81,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
     /// The underlay as it is, or as an earlier run left it: by its VXLAN devices, else by what it published last (after a reboot).
     fn underlay_in_use(&self, network: &NetworkConfig) -> InUse {
         if let Some(underlay) = &self.underlay {
-            return InUse { link: Some(underlay.index), local: underlay.local };
+            return InUse { link: Some(underlay.index), local: underlay.local, published: PerFamily::default() };
         }
         let published = self.memory.published();
         let mut in_use = InUse::default();
@@ -87,7 +97,8 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             in_use.link = in_use.link.or(left.map(|vxlan| vxlan.underlay));
             // Behind NAT the published address is not the source.
             let published = published.get(family).filter(|_| self.settings.selection.public_ip.get(family).is_none());
-            *in_use.local.slot(family) = left.map(|vxlan| vxlan.local).or(published.copied());
+            *in_use.local.slot(family) = left.map(|vxlan| vxlan.local);
+            *in_use.published.slot(family) = published.copied();
         }
         in_use
     }
@@ -110,5 +121,65 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             pool.min.base(),
             pool.max.last()
         ))
+    }
+
+    /// Completes the choice where IPv6 is switched off on the external interface and nothing was built with it: this run has IPv4 alone then, for a lease
+    /// with IPv6 would need an address. Once IPv6 comes back it is not taken up by itself: the host would get another subnet, and its containers
+    /// lose their IPv4 addresses. Returns whether the choice stands.
+    fn settle_ipv6(&mut self, pools: &PerFamily<Pool>, choice: &mut Choice) -> bool {
+        if !pools.families().eq(Family::ALL) {
+            self.ipv4_alone = false;
+            return true;
+        }
+        let Choice { underlay, reasons, problems } = choice;
+        let is_back = underlay.local.v6.is_some();
+        if is_back && !self.ipv4_alone {
+            return true;
+        }
+        if !self.ipv4_alone && self.started.elapsed() < IPV6_WAIT {
+            // What configures the host may be about to switch it on.
+            self.underlay_due = Some(self.started + IPV6_WAIT);
+            return false;
+        }
+        self.ipv4_alone = true;
+        (underlay.local.v6, underlay.public_ip.v6, reasons.v6) = (None, None, None);
+        let name = &underlay.name;
+        problems.push(match is_back {
+            true => format!(
+                "IPv6 is on again on {name}, and this host leased an IPv4 subnet alone: restart overlayd to have both; it gets another subnet \
+                 then, so attach its containers again"
+            ),
+            false => format!(
+                "IPv6 is switched off on the external interface {name}, so that only IPv4 of the overlay works on this host: {}, or take IPv6 \
+                 out of the network's configuration",
+                ipv6_remedy(name)
+            ),
+        });
+        true
+    }
+
+    /// The host's own interfaces that have to go on with router advertisements.
+    pub(super) fn keep_routers(&self, underlay: &Underlay) -> Vec<String> {
+        let forwarding = Key::Sysctl(sysctls::IPV6_FORWARD.into());
+        let is_off = |value: &Value| *value == Value::Sysctl("0".into());
+        let switched_on = self.actual.get(&forwarding).is_some_and(is_off)
+            || self.memory.sysctl_before(sysctls::IPV6_FORWARD).is_some_and(|before| before == "0");
+        let changed = |name: &str| self.memory.sysctl_before(&sysctls::of(name, Family::V6, "accept_ra")).is_some();
+        sysctls::keep_routers(&self.inventory, underlay.index, switched_on, changed)
+    }
+
+    /// Reads the settings of the host's own interfaces that are wanted and were not read before: what they were can be put back then.
+    pub(super) async fn read_settings(&mut self) {
+        let settings = self.desired.keys().take_while(|key| matches!(key, Key::Sysctl(_)));
+        let unread = settings.filter(|key| key.device().is_none() && !self.actual.contains_key(key));
+        let paths: Vec<String> =
+            unread.filter_map(|key| if let Key::Sysctl(path) = key { Some(path.to_string()) } else { None }).collect();
+        if paths.is_empty() {
+            return;
+        }
+        match self.data_path.follow(paths).await {
+            Ok(found) => self.actual.extend(found),
+            Err(error) => tracing::warn!(%error, "a setting of an interface cannot be read"),
+        }
     }
 }

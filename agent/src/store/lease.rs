@@ -197,6 +197,8 @@ pub(super) fn decide(look: &Look, wish: &LeaseWish, memory: &Memory) -> Step {
         // Whoever wishes has not seen it yet; the next wish comes from it.
         return Step::Stay;
     }
+    // A host on which IPv6 is switched off has no address to lease a subnet of it with.
+    let wish = &LeaseWish { network: wish.network.only(wish.public_ip.families()), ..wish.clone() };
     own_entry(look, wish, memory)
         .or_else(|| entry_with_our_address(look, wish, memory))
         .unwrap_or_else(|| new_entry(look, wish, memory))

@@ -1,6 +1,7 @@
 //! The kernel: each feature is tried in a network namespace that is made for it and gone afterwards; sysctls and limits are read.
 
-use overlay_agent::model::Family;
+use overlay_agent::model::{Device, Family};
+use overlay_agent::plan::desired::sysctls;
 
 use super::facts::{ToolError, not_looked_at, statistics, sysctl, tool};
 use super::{Facts, Findings, NEARLY_FULL};
@@ -62,6 +63,7 @@ pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
         Err(error) => not_looked_at(findings, "what the kernel can do", &error),
     }
     forwarding(facts, findings);
+    interfaces(facts, findings);
     connections(findings);
     for family in Family::ALL {
         let (file, limit) = match family {
@@ -111,10 +113,7 @@ async fn try_out(feature: &Feature, findings: &mut Findings) {
 /// Forwarding in each family that has a tunnel. An agent that runs puts it back at once, so what is seen here lasts.
 fn forwarding(facts: &Facts, findings: &mut Findings) {
     for family in facts.families() {
-        let path = match family {
-            Family::V4 => "ipv4/ip_forward",
-            Family::V6 => "ipv6/conf/all/forwarding",
-        };
+        let path = sysctls::forwarding(family);
         let name = format!("net.{}", path.replace('/', "."));
         match sysctl(path).as_deref() {
             Some("1" | "2") => {}
@@ -131,6 +130,44 @@ fn forwarding(facts: &Facts, findings: &mut Findings) {
                 vec![format!("{name} cannot be read")],
                 "run this as root, with /proc mounted",
             ),
+        }
+    }
+}
+
+/// Settings of interfaces with which the kernel does not carry the overlay's traffic, whatever the global ones are.
+fn interfaces(facts: &Facts, findings: &mut Findings) {
+    let ours: Vec<Device> = facts.link_names(|_| true).iter().filter_map(|name| Device::from_name(name)).collect();
+    for family in facts.families() {
+        let of_devices = ours.iter().filter(|device| device.carries(family));
+        let mut wanted: Vec<(String, &str)> = of_devices.flat_map(|device| sysctls::of_device(*device, family)).collect();
+        if let (Family::V4, Some(underlay)) = (family, facts.status().and_then(|status| status.underlay.as_ref())) {
+            wanted.push((sysctls::of(&underlay.interface, family, "forwarding"), "1"));
+        }
+        let number = |path: &str| sysctl(path).and_then(|text| text.parse::<u32>().ok());
+        for (path, value) in wanted {
+            let Some(found) = sysctl(&path).filter(|found| found != value) else { continue };
+            // The larger of this and the common one counts, and only 1 (strict) is in the way.
+            let all = sysctls::of("all", family, "rp_filter");
+            if path.ends_with("/rp_filter") && number(&all).max(number(&path)) != Some(1) {
+                continue;
+            }
+            findings.error(
+                format!("a setting of an interface keeps the overlay's {family} traffic from passing"),
+                vec![format!("net.{path} = {found}, not {value}")],
+                format!(
+                    "the agent sets it while it runs: see the check `agent`. Until then: sysctl -w net/{path}={value}; and look for a \
+                     file that sets it: grep -rE '{}' /etc/sysctl.d /etc/sysctl.conf",
+                    path.rsplit('/').next().unwrap_or_default()
+                ),
+            );
+        }
+        let all = sysctls::of("all", family, "arp_ignore");
+        if family == Family::V4 && number(&all) == Some(8) {
+            findings.error(
+                "this host answers no ARP request: containers do not find their gateway",
+                vec!["net.ipv4.conf.all.arp_ignore = 8".to_owned()],
+                "it counts for every interface, whatever the interface's own is: sysctl -w net.ipv4.conf.all.arp_ignore=0 (1 and 2 do no harm)",
+            );
         }
     }
 }

@@ -6,6 +6,7 @@ use overlay_agent::kernel::trace::packet::{Flow, ICMP, ICMPV6, Packet, TCP, UDP}
 use overlay_agent::kernel::trace::{Judgement, Link, Look, Lookup, Route, Translation};
 use overlay_agent::model::Family;
 use overlay_agent::model::publish::Transport;
+use overlay_agent::plan::desired::sysctls;
 use overlay_agent::plan::ruleset::Hook;
 
 use super::container::Onward;
@@ -295,19 +296,16 @@ impl Walk<'_> {
         }
     }
 
-    /// `net.ipv4.conf.IN.forwarding`, the setting that counts for what comes in by an interface.
+    /// `net.ipv4.conf.IN.forwarding`, the setting that counts for what comes in by an interface; for IPv6 that of all interfaces does.
     fn forwarding(&mut self, family: Family, input: &str) -> Go<()> {
-        let dir = if family == Family::V4 { "ipv4" } else { "ipv6" };
-        let path = format!("{dir}/conf/{input}/forwarding");
+        let path = match family {
+            Family::V4 => sysctls::of(input, family, "forwarding"),
+            Family::V6 => sysctls::forwarding(family).to_owned(),
+        };
         match Site::sysctl(&path).as_deref() {
             Some("0") => {
                 let name = path.replace('/', ".");
-                Err(self.passage.stop(
-                    HOST,
-                    "forwarding",
-                    format!("net.{name} is 0"),
-                    format!("sysctl -w net.{dir}.conf.all.forwarding=1"),
-                ))
+                Err(self.passage.stop(HOST, "forwarding", format!("net.{name} is 0"), format!("sysctl -w net/{path}=1")))
             }
             _ => {
                 self.passage.ok(HOST, "forwarding", format!("on for what comes in by {input}"));

@@ -271,6 +271,10 @@ impl<D: DataPath> DataPath for Timed<D> {
         report
     }
 
+    async fn follow(&mut self, paths: Vec<String>) -> Result<State, OpError> {
+        self.inner.follow(paths).await
+    }
+
     async fn link(&mut self, name: &str) -> Result<Option<LinkState>, OpError> {
         self.inner.link(name).await
     }
@@ -302,4 +306,8 @@ impl Memory for FirstMac {
     }
 
     fn sysctl_was(&mut self, _path: &str, _value: &str) {}
+
+    fn sysctl_before(&self, _path: &str) -> Option<String> {
+        None
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use overlay_tests::craft::{self, ARP, BROADCAST, Mac, icmpv6, ip_frame};
+use overlay_tests::craft::{self, ALL_NODES, ARP, BROADCAST, Mac, ROUTER_ADVERTISEMENT, icmpv6, ip_frame, router_advertisement};
 use overlay_tests::rules::link_local;
 
 /// What must become of a frame.
@@ -24,13 +24,10 @@ pub struct Me {
     pub v6: IpAddr,
 }
 
-/// The station of all IPv6 nodes (RFC 2464 section 7).
-pub const ALL_NODES: Mac = [0x33, 0x33, 0, 0, 0, 1];
 const NOBODY: Mac = [0; 6];
 
 /// ICMPv6 types (RFC 4861 section 4).
 const ROUTER_SOLICITATION: u8 = 133;
-const ROUTER_ADVERTISEMENT: u8 = 134;
 const SOLICITATION: u8 = 135;
 const ADVERTISEMENT: u8 = 136;
 const REDIRECT: u8 = 137;
@@ -51,14 +48,6 @@ fn option(kind: u8, mac: Mac) -> Vec<u8> {
 /// Flags or nothing, a target, options: what solicitations and advertisements have behind the checksum.
 fn about(flags: u8, target: IpAddr, options: &[u8]) -> Vec<u8> {
     [&[flags, 0, 0, 0], craft::octets(target).as_slice(), options].concat()
-}
-
-/// A router's advertisement with a prefix of /64 to make an address of, for an hour.
-pub fn router_advertisement(mac: Mac, prefix: IpAddr) -> Vec<u8> {
-    let (hour, source) = (3600_u32.to_be_bytes(), link_local(mac));
-    let head = [64, 0, 0x0e, 0x10, 0, 0, 0, 0, 0, 0, 0, 0];
-    let body = [head.as_slice(), &[3, 4, 64, 0xc0], &hour, &hour, &[0; 4], &craft::octets(prefix)].concat();
-    ip_frame(ALL_NODES, mac, &icmpv6(source, parse("ff02::1"), ROUTER_ADVERTISEMENT, &body))
 }
 
 fn udp(to: Mac, from: Mac, source: (IpAddr, u16), destination: (IpAddr, u16)) -> Vec<u8> {

@@ -4,6 +4,7 @@ use super::support::*;
 use crate::kernel::KernelOptions;
 use crate::kernel::sysctl;
 use crate::model::{Family, Mac};
+use crate::plan::desired::sysctls;
 use crate::plan::state::{LinkKind, LinkState};
 use crate::plan::underlay::{Flaw, ForeignLink};
 use crate::plan::{DataPath, Key, Op, Value};
@@ -149,14 +150,14 @@ fn a_port_is_never_made_but_changed() {
 #[test]
 fn sysctls_are_written_where_they_differ() {
     on_host("sysctl", KernelOptions::default(), async |host| {
-        let key = Key::Sysctl(sysctl::IPV4_FORWARD.into());
+        let key = Key::Sysctl(sysctls::IPV4_FORWARD.into());
         let other = Key::Sysctl("ipv4/conf/eth0/rp_filter".into());
         let set = |key: &Key, text: &str| Op::Set(key.clone(), Value::Sysctl(text.into()));
         host.apply(&vec![set(&key, "1"), set(&other, "2")]).await;
         let state = host.dump().await;
         assert_eq!(state.get(&key), Some(&Value::Sysctl("1".into())));
         assert_eq!(state.get(&other), Some(&Value::Sysctl("2".into())), "what was written is read from then on");
-        assert_eq!(state.get(&Key::Sysctl(sysctl::IPV6_FORWARD.into())), Some(&Value::Sysctl("0".into())));
+        assert_eq!(state.get(&Key::Sysctl(sysctls::IPV6_FORWARD.into())), Some(&Value::Sysctl("0".into())));
         host.quiet().await;
         let report = host.kernel.apply(&vec![set(&Key::Sysctl("ipv4/none".into()), "1"), set(&other, "0")]).await;
         assert_eq!(report.failed.len(), 1);

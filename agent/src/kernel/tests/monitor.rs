@@ -7,9 +7,9 @@ use crate::kernel::KernelOptions;
 use crate::kernel::ears::Out;
 use crate::kernel::events::{Foreign, Pending, note};
 use crate::kernel::message::messages;
-use crate::kernel::sysctl;
 use crate::kernel::wire;
 use crate::model::Family;
+use crate::plan::desired::sysctls;
 use crate::plan::ruleset::Table;
 use crate::plan::state::{LinkKind, Via};
 use crate::plan::{Batch, KernelEvent, Key, Op, Ruleset, Value};
@@ -246,7 +246,7 @@ fn forwarding_switched_off_by_others() {
     on_host("forward", KernelOptions::default(), async |host| {
         host.make_devices().await;
         host.settle().await;
-        for path in [sysctl::IPV4_FORWARD, sysctl::IPV6_FORWARD] {
+        for path in [sysctls::IPV4_FORWARD, sysctls::IPV6_FORWARD] {
             let key = Key::Sysctl(path.into());
             host.apply(&vec![Op::Set(key.clone(), Value::Sysctl("1".into()))]).await;
             host.quiet().await;
@@ -254,6 +254,44 @@ fn forwarding_switched_off_by_others() {
             assert_eq!(host.changed(&key).await, Some(Value::Sysctl("0".into())));
             host.settle().await;
         }
+    });
+}
+
+#[test]
+fn settings_of_interfaces_changed_by_others() {
+    on_host("settings", KernelOptions::default(), async |host| {
+        host.make_devices().await;
+        host.settle().await;
+        let of = |interface: &str, family, setting: &str| sysctls::of(interface, family, setting);
+        for (path, right, wrong) in [
+            (of("ovb.1", Family::V4, "forwarding"), "1", "0"),
+            (of("ovx.1", Family::V4, "rp_filter"), "2", "1"),
+            (of("ovb.1", Family::V4, "proxy_arp"), "0", "1"),
+            (of("eth0", Family::V4, "forwarding"), "1", "0"),
+            (of("ovb.1", Family::V6, "forwarding"), "1", "0"),
+        ] {
+            let key = Key::Sysctl(path.clone().into());
+            host.apply(&vec![Op::Set(key.clone(), Value::Sysctl(right.into()))]).await;
+            host.quiet().await;
+            std::fs::write(format!("/proc/sys/net/{path}"), wrong).expect("written");
+            assert_eq!(host.changed(&key).await, Some(Value::Sysctl(wrong.into())), "{path}");
+            host.settle().await;
+        }
+    });
+}
+
+/// The kernel tells only that addresses go.
+#[test]
+fn ipv6_switched_off_by_others_is_noticed() {
+    on_host("noipv6", KernelOptions::default(), async |host| {
+        host.make_devices().await;
+        let path = sysctls::of("ovb.1", Family::V6, "disable_ipv6");
+        let key = Key::Sysctl(path.clone().into());
+        assert_eq!(host.dump().await.get(&key), Some(&Value::Sysctl("0".into())));
+        host.settle().await;
+        std::fs::write(format!("/proc/sys/net/{path}"), "1").expect("written");
+        assert_eq!(host.changed(&key).await, Some(Value::Sysctl("1".into())));
+        assert!(matches!(host.event().await, KernelEvent::Stale { reason } if reason.contains("IPv6")));
     });
 }
 

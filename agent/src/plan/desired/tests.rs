@@ -22,14 +22,7 @@ fn host(config: &str, key: &str) -> Host {
         .collect();
     Host {
         subnet: Subnet::from_key(key).expect("a key"),
-        underlay: Underlay {
-            index: 2,
-            name: "eth0".to_owned(),
-            mtu: 1500,
-            public_ip: local,
-            local,
-            router_advertisements: false,
-        },
+        underlay: Underlay { index: 2, name: "eth0".to_owned(), mtu: 1500, public_ip: local, local },
         vtep: network.families().map(|family| (family, Mac([2, 1, 0, 0, 0, 1]))).collect(),
         bridge_mac: Mac([0xc6, 0xb3, 0xec, 0x32, 0x65, 0x47]),
         network,
@@ -40,6 +33,8 @@ fn host(config: &str, key: &str) -> Host {
         ports: Vec::new(),
         forward_drops: vec![Family::V6],
         reserved: BTreeSet::new(),
+        keep_routers: Vec::new(),
+        uplinks: vec!["eth0".to_owned()],
     }
 }
 
@@ -69,12 +64,27 @@ fn lines<'a>(entries: impl IntoIterator<Item = (&'a Key, &'a Value)>) -> Vec<Str
 #[test]
 fn a_dual_stack_host_has_exactly_these_entries() {
     let wanted = [
+        "sysctl net/ipv4/conf/eth0/forwarding 1",
+        "sysctl net/ipv4/conf/ovb.1/accept_redirects 0",
+        "sysctl net/ipv4/conf/ovb.1/arp_filter 0",
+        "sysctl net/ipv4/conf/ovb.1/arp_ignore 0",
+        "sysctl net/ipv4/conf/ovb.1/forwarding 1",
+        "sysctl net/ipv4/conf/ovb.1/proxy_arp 0",
+        "sysctl net/ipv4/conf/ovb.1/proxy_arp_pvlan 0",
         "sysctl net/ipv4/conf/ovb.1/route_localnet 1",
+        "sysctl net/ipv4/conf/ovb.1/rp_filter 2",
+        "sysctl net/ipv4/conf/ovx.1/accept_redirects 0",
+        "sysctl net/ipv4/conf/ovx.1/forwarding 1",
+        "sysctl net/ipv4/conf/ovx.1/rp_filter 2",
         "sysctl net/ipv4/ip_forward 1",
         "sysctl net/ipv6/conf/all/forwarding 1",
         "sysctl net/ipv6/conf/ovb.1/accept_ra 0",
+        "sysctl net/ipv6/conf/ovb.1/disable_ipv6 0",
+        "sysctl net/ipv6/conf/ovb.1/forwarding 1",
         "sysctl net/ipv6/conf/ovx.1/accept_ra 0",
         "sysctl net/ipv6/conf/ovx6.1/accept_ra 0",
+        "sysctl net/ipv6/conf/ovx6.1/disable_ipv6 0",
+        "sysctl net/ipv6/conf/ovx6.1/forwarding 1",
         "link ovb.1 bridge address c6:b3:ec:32:65:47 mtu 1430 up",
         "link ovx.1 vxlan id 1 local 192.0.2.1 dstport 8472 address 02:01:00:00:00:01 mtu 1450 up",
         "link ovx6.1 vxlan id 1 local 2001:db8::1 dstport 8472 address 02:01:00:00:00:01 mtu 1430 up",
@@ -302,16 +312,28 @@ fn mtu_leaves_room_for_the_encapsulation() {
 }
 
 #[test]
-fn router_advertisements_are_taken_from_the_underlay_only() {
-    let sysctls = |config: &str, key: &str, router_advertisements: bool| -> Vec<String> {
+fn router_advertisements_are_taken_by_the_hosts_own_interfaces_only() {
+    let sysctls = |config: &str, key: &str, kept: bool| -> Vec<String> {
         let mut host = host(config, key);
-        host.underlay.router_advertisements = router_advertisements;
+        host.keep_routers.extend(kept.then(|| "eth0".to_owned()));
         lines(&host.entries()).into_iter().filter(|line| line.contains("accept_ra")).collect()
     };
     let ours = ["sysctl net/ipv6/conf/ovb.1/accept_ra 0", "sysctl net/ipv6/conf/ovx.1/accept_ra 0"];
     assert_eq!(sysctls(V4, "10.244.7.0-24", true), ours, "forwarding of IPv6 stays as it is, so does the external interface");
     assert!(!sysctls(DUAL, DUAL_KEY, false).iter().any(|line| line.contains("eth0")));
     assert!(sysctls(V6, "fd00:10:244:7::-64", true).contains(&"sysctl net/ipv6/conf/eth0/accept_ra 2".to_owned()));
+}
+
+#[test]
+fn sysctls_are_desired_in_families_of_the_network_only() {
+    let of = |config: &str, key: &str| -> Vec<String> {
+        let wanted = |line: &String| line.starts_with("sysctl") && !line.contains("accept_ra");
+        lines(&host(config, key).entries()).into_iter().filter(wanted).collect()
+    };
+    assert!(of(V4, "10.244.7.0-24").iter().all(|line| line.contains("net/ipv4/")));
+    let v6 = of(V6, "fd00:10:244:7::-64");
+    assert!(v6.iter().all(|line| line.contains("net/ipv6/")), "{v6:?}");
+    assert!(v6.contains(&"sysctl net/ipv6/conf/ovx6.1/disable_ipv6 0".to_owned()), "{v6:?}");
 }
 
 #[test]

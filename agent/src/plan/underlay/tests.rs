@@ -10,6 +10,9 @@ fn link(index: u32, name: &str, addresses: &[&str]) -> ForeignLink {
         mtu: 1500,
         up: true,
         loopback: name == "lo",
+        kind: String::new(),
+        is_port: false,
+        ipv6: Some(Ipv6Settings { forwarding: false, accept_ra: 1, disabled: false }),
         addresses: addresses.iter().map(|text| address(text)).collect(),
     }
 }
@@ -89,6 +92,30 @@ fn public_addresses_override() {
 }
 
 #[test]
+fn interface_without_ipv6_serves_ipv4_alone() {
+    let mut inventory = inventory();
+    let eth1 = by_interface(&["eth1"]);
+    let published = PerFamily { v4: None, v6: "2001:db8::9".parse().ok() };
+    for ipv6 in [None, Some(Ipv6Settings { forwarding: false, accept_ra: 1, disabled: true })] {
+        inventory.links[2].ipv6 = ipv6;
+        let after_reboot = InUse { published, ..InUse::default() };
+        for in_use in [InUse::default(), after_reboot] {
+            let chosen = eth1.choose(&inventory, &pools(&Family::ALL), None, &in_use).expect("IPv4");
+            let Underlay { local, public_ip, .. } = chosen.underlay;
+            assert_eq!((local.v4, public_ip.v6, chosen.reasons.v6), ("198.51.100.7".parse().ok(), None, None));
+        }
+        let built = InUse { local: published, ..InUse::default() };
+        let kept = eth1.choose(&inventory, &pools(&Family::ALL), None, &built).expect("both");
+        assert_eq!((kept.underlay.local.v6, kept.reasons.v6), (published.v6, Some(Reason::Kept)));
+        let remedy = "sysctl -w net/ipv6/conf/eth1/disable_ipv6=0";
+        assert!(kept.problems.concat().contains(remedy), "{:?}", kept.problems);
+        let alone = eth1.choose(&inventory, &pools(&[Family::V6]), None, &InUse::default());
+        let error = alone.expect_err("nothing is left of an IPv6 network");
+        assert!(error.to_string().contains(remedy), "{error}");
+    }
+}
+
+#[test]
 fn errors_name_the_candidates() {
     let candidates = "candidates: eth0 (192.0.2.7, 192.0.2.8, 2001:db8::7), eth1 (198.51.100.7)";
     let regex = Selection { regex: Regex::new("^wlan").ok(), ..Selection::default() };
@@ -110,7 +137,7 @@ fn chosen(addresses: &[&str], in_use: &[&str], route: DefaultRoute) -> Choice {
     let families: &[Family] = if addresses.iter().any(|a| a.contains("::")) { &Family::ALL } else { &[Family::V4] };
     let inventory = Inventory { links: vec![link(2, "eth0", addresses)], defaults: vec![route], ..Inventory::default() };
     let local = in_use.iter().map(|text| text.parse::<IpAddr>().expect(text)).map(|a| (Family::of(a), a)).collect();
-    let in_use = InUse { link: Some(2), local };
+    let in_use = InUse { link: Some(2), local, ..InUse::default() };
     by_interface(&["eth0"]).choose(&inventory, &pools(families), None, &in_use).expect("a choice")
 }
 
@@ -189,7 +216,8 @@ fn family_without_an_address_keeps_the_one_in_use_and_the_other_follows() {
 fn interface_in_use_stays_where_the_one_asked_for_is_not_found() {
     let mut host = inventory();
     host.defaults.clear();
-    let in_use = InUse { link: Some(2), local: PerFamily { v4: "192.0.2.9".parse().ok(), v6: "2001:db8::9".parse().ok() } };
+    let local = PerFamily { v4: "192.0.2.9".parse().ok(), v6: "2001:db8::9".parse().ok() };
+    let in_use = InUse { link: Some(2), local, ..InUse::default() };
     let reach = Selection { can_reach: "203.0.113.1".parse().ok(), ..Selection::default() };
     for (selection, wanted, v4) in [
         (Selection::default(), "no IPv4 default route", "192.0.2.7"),

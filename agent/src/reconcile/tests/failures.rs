@@ -50,8 +50,8 @@ async fn entries_on_a_failed_device_are_not_tried_and_come_with_it() {
     assert!(matches!(failed[..], [only] if only.starts_with("set link ovx.1 ")), "{failed:?}");
     let problem = status.problems.iter().find(|problem| problem.contains("cannot be programmed")).expect("a problem");
     assert!(problem.starts_with("1 entry cannot be programmed: set link ovx.1 "), "{problem}");
-    // Address, accept_ra, and four entries for each peer.
-    assert!(problem.ends_with("; 22 more depend on it and wait"), "{problem}");
+    // Address, four sysctls, and four entries for each peer.
+    assert!(problem.ends_with("; 25 more depend on it and wait"), "{problem}");
     {
         let mut world = fixture.kernel.world();
         let on_device = |op: &Op| matches!(op, Op::Set(key, value) if device_of(key, value, &world.state) == Some(vxlan));

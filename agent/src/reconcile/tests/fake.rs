@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::model::Family;
 use crate::plan::state::LinkState;
-use crate::plan::underlay::{DefaultRoute, ForeignLink, HostAddress, Inventory};
+use crate::plan::underlay::{DefaultRoute, ForeignLink, HostAddress, Inventory, Ipv6Settings};
 use crate::plan::{ApplyReport, Batch, DataPath, Key, Op, OpError, State, Value};
 
 /// A kernel: what it holds, what it refuses, and every op that it was given.
@@ -74,6 +74,12 @@ impl DataPath for FakeKernel {
         report
     }
 
+    async fn follow(&mut self, paths: Vec<String>) -> Result<State, OpError> {
+        let world = self.world();
+        let found = |path: String| world.state.get_key_value(&Key::Sysctl(path.into()));
+        Ok(paths.into_iter().filter_map(found).map(|(key, value)| (key.clone(), value.clone())).collect())
+    }
+
     async fn link(&mut self, name: &str) -> Result<Option<LinkState>, OpError> {
         match self.world().state.get(&Key::Link(name.into())) {
             Some(Value::Link(link)) => Ok(Some((**link).clone())),
@@ -89,6 +95,9 @@ impl DataPath for FakeKernel {
                 mtu: 1500,
                 up: true,
                 loopback: false,
+                kind: String::new(),
+                is_port: false,
+                ipv6: Some(Ipv6Settings { forwarding: false, accept_ra: 1, disabled: false }),
                 addresses: self.world().addresses.clone(),
             }],
             defaults: vec![DefaultRoute {

@@ -55,6 +55,15 @@ fn an_empty_store_gives_a_free_subnet_guarded_by_its_key_alone() {
 }
 
 #[test]
+fn host_without_an_ipv6_address_leases_ipv4_alone() {
+    let dual = r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/56"}"#;
+    let mut look = look(&[]);
+    look.config = Some(RawConfig { text: dual.to_owned(), mod_revision: 2 });
+    let Step::Acquire { subnet, .. } = decide(&look, &wish(dual), &Memory::default()) else { panic!("acquire") };
+    assert!(wish(NETWORK).network.leases(&subnet), "{subnet}");
+}
+
+#[test]
 fn entries_of_another_form_make_the_whole_range_a_guard() {
     let whole = |entry: (&str, String)| match decide(&look(&[(entry.0, entry.1, Some(1))]), &wish(NETWORK), &Memory::default()) {
         Step::Acquire { whole, .. } => whole,

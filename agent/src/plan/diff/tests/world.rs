@@ -164,7 +164,6 @@ impl Setup {
                 mtu: self.underlay_mtu,
                 public_ip: local,
                 local,
-                router_advertisements: self.own_address == 3,
             },
             vtep: self.families().map(|family| (family, Mac([2, 1, 0, 0, 0, self.own_mac]))).collect(),
             bridge_mac: Mac([2, 2, 0, 0, 0, self.own_mac]),
@@ -175,6 +174,8 @@ impl Setup {
             ports: self.ports.iter().map(|i| self.attached(*i)).collect(),
             forward_drops: if forward_drops { self.families().collect() } else { Vec::new() },
             reserved: BTreeSet::new(),
+            keep_routers: (self.own_address == 3).then(|| "eth0".to_owned()).into_iter().collect(),
+            uplinks: vec!["eth0".to_owned()],
         }
     }
 
