@@ -7,9 +7,9 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
+use overlay_agent::model::Family;
 use overlay_agent::model::api::{SubnetEntry, Subnets};
 use overlay_agent::model::device::PORT_PREFIX;
-use overlay_agent::model::{Family, NetworkConfig};
 use overlayctl::lab::{Host, Lab};
 use serde_json::Value;
 
@@ -203,8 +203,8 @@ pub async fn expected(host: &Host<'_>, classic: bool) -> BTreeSet<String> {
     if subnet.get(Family::V4).is_some() {
         all.insert(format!("sysctl ipv4/conf/ovb.{vni}/route_localnet {}", u8::from(published)));
     }
-    let config = NetworkConfig::parse(&lab.layout().config).must("the lab's configuration").config;
-    for range in config.pools.iter().flat_map(|(_, pool)| pool.leasable()) {
+    let network = host.client().status().await.must("the status").network.must("a network");
+    for range in network.pools.iter().flat_map(|(_, pool)| pool.leasable()) {
         all.insert(format!("route unreachable {range} metric {} proto {PROTOCOL}", u32::MAX));
     }
     let networks = lab.layout().networks;
