@@ -94,6 +94,13 @@ async fn large_packets_pass_a_router_of_a_smaller_mtu() {
         within(&format!("{family}: 400 kB arrive"), 2 * SOON, || transfer.received() >= 400_000).await;
         transfer.stop().await.assert_whole(&format!("{family}"), SOON);
     }
+    kernel::run(
+        &story,
+        "h2",
+        &["nft", "add", "rule", "inet", "firewall", "i", "meta", "l4proto", "{ icmp, ipv6-icmp }", "accept"],
+    );
+    let found = story.ctl("h1", &["check", "paths"]);
+    assert!(found.out.contains("bytes: senders are told so") && found.out.contains("mtu 1400"), "{}{}", found.out, found.err);
 }
 
 /// A guest of a host, behind its address, has an overlay of its own by the same port.

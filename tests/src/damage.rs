@@ -15,7 +15,7 @@ const fn damage(name: &'static str, script: &'static str) -> Damage {
 }
 
 /// All of them.
-pub const ALL: [Damage; 25] = [
+pub const ALL: [Damage; 26] = [
     damage(
         "routes deleted",
         "for f in -4 -6; do ip $f route show proto 86 type unicast | while read dst _; do ip $f route delete $dst proto 86; done; done",
@@ -28,6 +28,7 @@ pub const ALL: [Damage; 25] = [
         "unreachable routes to elsewhere",
         "for f in -4 -6; do ip $f route show proto 86 type unreachable | while read _ dst _; do ip $f route replace blackhole $dst metric 4294967295; done; done",
     ),
+    damage("loopback device down and up, which takes IPv6's unreachable routes", "ip link set lo down; ip link set lo up"),
     damage("next hops deleted", "ip nexthop flush proto 86"),
     damage("neighbours deleted", "neighbours -4 ovx.1; neighbours -6 ovx6.1"),
     damage(

@@ -18,6 +18,8 @@ use crate::reconcile::Query;
 
 /// How long until a path is probed again. The kernel keeps an MTU for 600 s (`net.ipv6.route.mtu_expires`): two of three probes may be lost.
 const AGAIN: Duration = Duration::from_secs(190);
+/// The same where no probe could be sent: there is no route yet, say.
+const RETRY: Duration = Duration::from_secs(10);
 /// Pause between two probes: fifty a second, as the mesh's, 75 kB at the usual MTU.
 const PAUSE: Duration = Duration::from_millis(20);
 /// How long changes settle before peers are asked for again.
@@ -48,10 +50,14 @@ async fn probe(queries: &mpsc::Sender<Query>, mut changes: watch::Receiver<u64>)
             .collect();
         for (address, due) in due.iter_mut().filter(|(_, due)| **due <= now) {
             let mtu = underlay.as_ref().map_or(0, |underlay| underlay.mtu);
-            if let Err(error) = send(&mut echo, *address, mtu) {
-                tracing::debug!(%address, mtu, error, "the MTU of the path cannot be probed");
-            }
-            *due = now + AGAIN;
+            let rest = match send(&mut echo, *address, mtu) {
+                Ok(()) => AGAIN,
+                Err(error) => {
+                    tracing::debug!(%address, mtu, error, "the MTU of the path cannot be probed");
+                    RETRY
+                }
+            };
+            *due = now + rest;
             tokio::time::sleep(PAUSE).await;
         }
         let next = due.values().min().copied().unwrap_or(now + AGAIN);

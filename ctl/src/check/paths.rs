@@ -13,7 +13,7 @@ use overlay_agent::model::Family;
 use overlay_agent::model::api::PeerEntry;
 use tokio::net::TcpStream;
 
-use super::facts::{ToolError, not_looked_at, tool, tool_within};
+use super::facts::{ToolError, json, not_looked_at, tool, tool_within};
 use super::{Facts, Findings};
 
 /// Peers that are asked at once.
@@ -50,6 +50,8 @@ struct Seen {
     underlay: u32,
     /// The same for the overlay.
     overlay: u32,
+    /// The MTU of the way there that the kernel has learnt from routers and goes by.
+    learnt: Option<u64>,
     tcp: Option<bool>,
     segments: Option<bool>,
 }
@@ -88,7 +90,13 @@ async fn look(peer: PeerEntry, underlay_mtu: u32, overlay_mtu: u32) -> Seen {
         0 => (None, None),
         _ => (Some(refused(inside).await), Some(train(inside, overlay).await)),
     };
-    Seen { name, peer, underlay, overlay, tcp, segments }
+    let learnt = learnt(peer.public_ip).await;
+    Seen { name, peer, underlay, overlay, learnt, tcp, segments }
+}
+
+async fn learnt(address: IpAddr) -> Option<u64> {
+    let answer = json(&["ip", "-j", "route", "get", &address.to_string()]).await.ok()?;
+    answer.first()?["metrics"].as_array()?.iter().find_map(|metric| metric["mtu"].as_u64())
 }
 
 /// The largest packet up to `most` that is answered without being fragmented; 0 where not even the smallest is.
@@ -153,7 +161,7 @@ async fn train(address: IpAddr, mtu: u32) -> bool {
 }
 
 fn judge(seen: &Seen, underlay_mtu: u32, overlay_mtu: u32, findings: &mut Findings) {
-    let Seen { name, peer, underlay, overlay, tcp, segments } = seen;
+    let Seen { name, peer, underlay, overlay, learnt, tcp, segments } = seen;
     let (public, inside) = (peer.public_ip, peer.subnet.base());
     if *overlay == 0 {
         let evidence = vec![
@@ -177,16 +185,27 @@ fn judge(seen: &Seen, underlay_mtu: u32, overlay_mtu: u32, findings: &mut Findin
         return;
     }
     if *overlay < overlay_mtu {
-        findings.error(
-            format!("the overlay to {name} carries {overlay} of {overlay_mtu} bytes: large packets are lost"),
-            vec![format!("ping -M do -s {} {inside}: no answer", overlay_mtu - header(Family::of(inside)) - ECHO)],
-            format!(
-                "raise the MTU on the way to {public} by {} bytes, or set `Backend.MTU`, the underlay's, to {} in the network's configuration \
-                 (overlayctl config set)",
-                overlay_mtu - overlay,
-                overlay + Family::of(public).vxlan_overhead()
-            ),
+        let evidence = format!("ping -M do -s {} {inside}: no answer", overlay_mtu - header(Family::of(inside)) - ECHO);
+        let remedy = format!(
+            "raise the MTU on the way to {public} by {} bytes, or set `Backend.MTU`, the underlay's, to {} in the network's configuration \
+             (overlayctl config set)",
+            overlay_mtu - overlay,
+            overlay + Family::of(public).vxlan_overhead()
         );
+        match learnt {
+            Some(mtu) => findings.warning(
+                format!(
+                    "the overlay to {name} carries {overlay} of {overlay_mtu} bytes: senders are told so when their first large packet is lost"
+                ),
+                vec![evidence, format!("ip route get {public}: mtu {mtu}")],
+                remedy,
+            ),
+            None => findings.error(
+                format!("the overlay to {name} carries {overlay} of {overlay_mtu} bytes: large packets are lost"),
+                vec![evidence],
+                remedy,
+            ),
+        }
     } else if *underlay > 0 && *underlay < underlay_mtu {
         findings.warning(
             format!("the underlay to {name} carries {underlay} of {underlay_mtu} bytes whole: the tunnel's packets are fragmented, or lost"),

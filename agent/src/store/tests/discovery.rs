@@ -88,3 +88,10 @@ async fn endpoints_come_from_srv_records() {
     // Records without TLS are not good enough where TLS is asked for.
     assert!(endpoints_by(&resolver, "plain.test", true).await.is_err());
 }
+
+#[tokio::test]
+async fn endpoints_with_addresses_stand_for_these() {
+    let endpoints = ["http://192.0.2.7:2379", "https://[2001:db8::7]:2379", "http://server.invalid:2379"].map(str::to_owned);
+    let found: Vec<String> = addresses(&endpoints).await.iter().map(ToString::to_string).collect();
+    assert_eq!(found, ["192.0.2.7", "2001:db8::7"], "a name that is not resolved has none");
+}
