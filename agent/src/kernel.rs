@@ -55,7 +55,7 @@ use self::ethtool::Ethtool;
 use self::events::Foreign;
 use self::known::Known;
 use self::link::Links;
-use self::nft::Nft;
+use self::nft::{Nft, Stale, Translations, delete_connections};
 use self::rtnl::Rtnl;
 use self::socket::{Refusal, RouteSocket};
 use self::sysctl::Interfaces;
@@ -211,9 +211,12 @@ impl DataPath for Kernel {
                 end += batch[end..].iter().take(BESIDE_EACH * rules).take_while(|op| wire::is_wire(op.key())).count();
             }
             let mut shared = self.shared.lock().await;
+            let translations = Translations::before(&batch[begin..end], &shared.known.rules);
             apply(&mut shared, &mut self.batch, &batch[begin..end], begin, &mut report).await;
+            let stale = translations.changed(&shared.known.rules);
             // Who waits for the shared state has it next. Nothing else makes way: another processor would begin with cold caches.
             drop(shared);
+            forget(&stale);
             begin = end;
         }
         report
@@ -269,6 +272,17 @@ async fn apply(shared: &mut Shared, batch: &mut BatchSocket, ops: &[Op], first: 
             }
             rest = &rest[1..];
         }
+    }
+}
+
+/// Deletes what conntrack holds of what is no longer so. Where that fails, flows of before keep their translation for as long as they send.
+fn forget(stale: &[Stale]) {
+    if stale.is_empty() {
+        return;
+    }
+    match blocking(|| delete_connections(stale)) {
+        Ok(deleted) => tracing::debug!(deleted, "stale connections deleted"),
+        Err(error) => tracing::warn!(%error, "flows of before keep their translation while they go on"),
     }
 }
 

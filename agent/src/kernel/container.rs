@@ -20,6 +20,7 @@ use tokio::sync::Mutex;
 use super::known::{LINK_GROUP, is_marked};
 use super::link::{foreign, marked, not_marked, remove};
 use super::netns::{LOOPBACK, Netns, NetnsError, loopback_up};
+use super::nft::Stale;
 use super::objects::{self, LinkInfo, RouteInfo};
 use super::rtnl::{arp_notify, new_address, route, veth};
 use super::socket::{Refusal, RouteSocket};
@@ -27,7 +28,7 @@ use super::view::{self, OverlayView};
 use super::wire::Query;
 use super::{Shared, blocking, sockets, sysctl};
 use crate::model::device::PORT_PREFIX;
-use crate::model::{Device, Family, Mac, Publish};
+use crate::model::{Device, Family, Mac, PerFamily, Publish};
 use crate::plan::desired::may_send;
 use crate::plan::ruleset::{Counter, Element, Table};
 use crate::plan::state::PROTOCOL;
@@ -106,6 +107,11 @@ impl ContainerPath for Plugger {
         shared.known.kept_link(index);
         shared.links().note(host_interface)?;
         Err(error.during(format!("cannot delete interface {host_interface}")))
+    }
+
+    fn forget(&self, addresses: &PerFamily<IpAddr>) {
+        let stale: Vec<Stale> = addresses.iter().map(|(_, address)| Stale::Address(*address)).collect();
+        super::forget(&stale);
     }
 
     fn netns_alive(&self, netns: &Path) -> bool {
