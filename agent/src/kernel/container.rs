@@ -20,7 +20,7 @@ use tokio::sync::Mutex;
 use super::known::{LINK_GROUP, is_marked};
 use super::link::{foreign, marked, not_marked, remove};
 use super::netns::{LOOPBACK, Netns, NetnsError, loopback_up};
-use super::nft::Stale;
+use super::nft::{Connections, Stale};
 use super::objects::{self, LinkInfo, RouteInfo};
 use super::rtnl::{arp_notify, new_address, route, veth};
 use super::socket::{Refusal, RouteSocket};
@@ -42,11 +42,12 @@ const RUNNING_PAUSE: Duration = Duration::from_micros(500);
 #[derive(Clone)]
 pub struct Plugger {
     shared: Arc<Mutex<Shared>>,
+    connections: Arc<Connections>,
 }
 
 impl Plugger {
-    pub(super) fn new(shared: Arc<Mutex<Shared>>) -> Plugger {
-        Plugger { shared }
+    pub(super) fn new(shared: Arc<Mutex<Shared>>, connections: Arc<Connections>) -> Plugger {
+        Plugger { shared, connections }
     }
 
     /// The bridge, its ports and the tunnel's devices as they are now. Waits for nothing that is being changed; blocks.
@@ -110,8 +111,8 @@ impl ContainerPath for Plugger {
     }
 
     fn forget(&self, addresses: &PerFamily<IpAddr>) {
-        let stale: Vec<Stale> = addresses.iter().map(|(_, address)| Stale::Address(*address)).collect();
-        super::forget(&stale);
+        let stale = addresses.iter().map(|(_, address)| Stale::Address(*address)).collect();
+        super::forget(&self.connections, stale);
     }
 
     fn netns_alive(&self, netns: &Path) -> bool {

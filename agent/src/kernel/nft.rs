@@ -25,7 +25,7 @@ use std::collections::BTreeMap;
 
 pub(super) use apply::is_rules;
 pub use book::{Book, Place};
-pub(super) use conntrack::{Stale, Translations, delete as delete_connections};
+pub(super) use conntrack::{Connections, Stale, Translations};
 pub use judge::{Judgement, Translation};
 pub use monitor::{NftChange, NftMonitor};
 pub use table::Counted;

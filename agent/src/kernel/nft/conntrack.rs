@@ -10,6 +10,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::{Mutex, PoisonError};
 
 use super::channel::Channel;
 use super::wire::{self, Object, Writer};
@@ -116,11 +117,28 @@ fn masqueraded(rules: &State) -> BTreeSet<Cidr> {
     rules.filter_map(network).collect()
 }
 
-/// Deletes the entries that are stale, in the calling thread's network namespace; how many. Blocks.
-///
-/// # Errors
-/// The kernel has no ctnetlink, or refused.
-pub fn delete(stale: &[Stale]) -> Result<usize, OpError> {
+/// Deletes stale entries, those of callers at the same time by one dump.
+#[derive(Debug, Default)]
+pub struct Connections {
+    waiting: Mutex<Vec<Stale>>,
+    turn: Mutex<()>,
+}
+
+impl Connections {
+    /// Deletes the entries that are stale, in the calling thread's network namespace; how many, those of other callers included. Blocks.
+    ///
+    /// # Errors
+    /// The kernel has no ctnetlink, or refused.
+    pub fn delete(&self, stale: Vec<Stale>) -> Result<usize, OpError> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).extend(stale);
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        // Empty where another caller took them along: its dump began after they were here.
+        let all = std::mem::take(&mut *self.waiting.lock().unwrap_or_else(PoisonError::into_inner));
+        delete(&all)
+    }
+}
+
+fn delete(stale: &[Stale]) -> Result<usize, OpError> {
     if stale.is_empty() {
         return Ok(0);
     }
