@@ -55,7 +55,7 @@ use self::ethtool::Ethtool;
 use self::events::Foreign;
 use self::known::Known;
 use self::link::Links;
-use self::nft::Nft;
+use self::nft::{Connections, Nft, Stale, Translations};
 use self::rtnl::Rtnl;
 use self::socket::{Refusal, RouteSocket};
 use self::sysctl::Interfaces;
@@ -110,6 +110,7 @@ impl Shared {
 /// [`DataPath::apply`] has whole turns applied and no report.
 pub struct Kernel {
     shared: Arc<Mutex<Shared>>,
+    connections: Arc<Connections>,
     batch: BatchSocket,
     ears: Arc<Ears>,
     /// Whether the kernel has them: those of an earlier run are seen, and removed, also where they are not to be used.
@@ -143,7 +144,8 @@ impl Kernel {
         let monitor = Monitor::open(Arc::clone(&shared), own, nft_port, foreign, sender)?;
         let ears = monitor.ears()?;
         let nexthop_objects = has_nexthop_objects && !options.force_classic_routes;
-        Ok((Kernel { shared, batch, ears, has_nexthop_objects, nexthop_objects }, events, monitor))
+        let connections = Arc::default();
+        Ok((Kernel { shared, connections, batch, ears, has_nexthop_objects, nexthop_objects }, events, monitor))
     }
 
     /// Whether routes lead to next-hop objects; else each has its gateway itself.
@@ -153,7 +155,7 @@ impl Kernel {
 
     /// What wires containers; clones share its socket.
     pub fn plugger(&self) -> Plugger {
-        Plugger::new(Arc::clone(&self.shared))
+        Plugger::new(Arc::clone(&self.shared), Arc::clone(&self.connections))
     }
 
     /// Has the monitor not listen to what a large batch writes, until the answer is dropped.
@@ -211,9 +213,12 @@ impl DataPath for Kernel {
                 end += batch[end..].iter().take(BESIDE_EACH * rules).take_while(|op| wire::is_wire(op.key())).count();
             }
             let mut shared = self.shared.lock().await;
+            let translations = Translations::before(&batch[begin..end], &shared.known.rules);
             apply(&mut shared, &mut self.batch, &batch[begin..end], begin, &mut report).await;
+            let stale = translations.changed(&shared.known.rules);
             // Who waits for the shared state has it next. Nothing else makes way: another processor would begin with cold caches.
             drop(shared);
+            forget(&self.connections, stale);
             begin = end;
         }
         report
@@ -277,6 +282,17 @@ async fn apply(shared: &mut Shared, batch: &mut BatchSocket, ops: &[Op], first: 
             }
             rest = &rest[1..];
         }
+    }
+}
+
+/// Deletes what conntrack holds of what is no longer so. Where that fails, flows of before keep their translation for as long as they send.
+fn forget(connections: &Connections, stale: Vec<Stale>) {
+    if stale.is_empty() {
+        return;
+    }
+    match blocking(|| connections.delete(stale)) {
+        Ok(deleted) => tracing::debug!(deleted, "stale connections deleted"),
+        Err(error) => tracing::warn!(%error, "flows of before keep their translation while they go on"),
     }
 }
 

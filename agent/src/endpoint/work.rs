@@ -11,7 +11,7 @@ use super::table::{Phase, Record};
 use super::{Class, EndpointError, Inner, PROGRAMMED_WAIT, lock};
 use crate::model::api::Attached;
 use crate::model::endpoint::EndpointName;
-use crate::model::{Endpoint, Mode, Publish};
+use crate::model::{Endpoint, Mode, Port, Publish};
 use crate::plan::{ContainerPath, Guard, HostSocket, OpError, Plug};
 use crate::state::StateError;
 
@@ -299,10 +299,9 @@ impl<C: ContainerPath + 'static> Inner<C> {
 
     /// Removes an endpoint that is marked: unplugged first, then forgotten. `was` is how far it was before.
     async fn finish_detach(&self, name: &EndpointName, was: Phase) -> Result<(), EndpointError> {
-        let host_interface =
-            lock(&self.table).get(name).and_then(|r| r.endpoint.port.as_ref().map(|port| port.host_interface.clone()));
+        let port = lock(&self.table).get(name).and_then(|r| r.endpoint.port.clone());
         self.publish();
-        if let Some(host_interface) = host_interface {
+        if let Some(Port { host_interface, addresses, .. }) = port {
             if was == Phase::Attached
                 && let Err(error) = self.persist()
             {
@@ -311,6 +310,7 @@ impl<C: ContainerPath + 'static> Inner<C> {
             }
             let kernel = |source| EndpointError::Kernel { name: name.clone(), source };
             self.path.unplug(&host_interface).await.map_err(kernel)?;
+            self.path.forget(&addresses);
         }
         lock(&self.table).remove(name);
         self.persist().map_err(|source| EndpointError::State { name: name.clone(), source })

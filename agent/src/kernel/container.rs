@@ -9,16 +9,18 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use ipnetwork::IpNetwork;
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::link::LinkMessage;
+use netlink_packet_route::link::{LinkFlags, LinkMessage};
 use rtnetlink::LinkUnspec;
 use tokio::sync::Mutex;
 
 use super::known::{LINK_GROUP, is_marked};
 use super::link::{foreign, marked, not_marked, remove};
 use super::netns::{LOOPBACK, Netns, NetnsError, loopback_up};
+use super::nft::{Connections, Stale};
 use super::objects::{self, LinkInfo, RouteInfo};
 use super::rtnl::{arp_notify, new_address, route, veth};
 use super::socket::{Refusal, RouteSocket};
@@ -26,21 +28,26 @@ use super::view::{self, OverlayView};
 use super::wire::Query;
 use super::{Shared, blocking, sockets, sysctl};
 use crate::model::device::{PORT_PREFIX, bridge_full};
-use crate::model::{Cidr, Device, Family, Mac, Publish};
+use crate::model::{Cidr, Device, Family, Mac, PerFamily, Publish};
 use crate::plan::desired::may_send;
 use crate::plan::ruleset::{Counter, Element, Table};
 use crate::plan::state::PROTOCOL;
 use crate::plan::{ContainerPath, Guard, HostPorts, Key, Op, OpError, Plug, Value};
 
+/// How often, and how long in between, a new interface is looked at until it runs: 50 ms, where the kernel's own task takes less than one.
+const RUNNING_TRIES: u32 = 100;
+const RUNNING_PAUSE: Duration = Duration::from_micros(500);
+
 /// The maker of containers' wires. Cheap to clone.
 #[derive(Clone)]
 pub struct Plugger {
     shared: Arc<Mutex<Shared>>,
+    connections: Arc<Connections>,
 }
 
 impl Plugger {
-    pub(super) fn new(shared: Arc<Mutex<Shared>>) -> Plugger {
-        Plugger { shared }
+    pub(super) fn new(shared: Arc<Mutex<Shared>>, connections: Arc<Connections>) -> Plugger {
+        Plugger { shared, connections }
     }
 
     /// The bridge, its ports and the tunnel's devices as they are now. Waits for nothing that is being changed; blocks.
@@ -101,6 +108,11 @@ impl ContainerPath for Plugger {
         shared.known.kept_link(index);
         shared.links().note(host_interface)?;
         Err(error.during(format!("cannot delete interface {host_interface}")))
+    }
+
+    fn forget(&self, addresses: &PerFamily<IpAddr>) {
+        let stale = addresses.iter().map(|(_, address)| Stale::Address(*address)).collect();
+        super::forget(&self.connections, stale);
     }
 
     fn netns_alive(&self, netns: &Path) -> bool {
@@ -213,14 +225,32 @@ fn build(shared: &mut Shared, wanted: &Plug, netns: &Netns, bridge: u32) -> Resu
         }
         error
     })?;
-    // To set the MAC again, the same one, has the kernel announce the interface's addresses (`inetdev_event` in net/ipv4/devinet.c,
-    // `ndisc_netdev_event` in net/ipv6/ndisc.c), now that the bridge forwards: neighbours that keep the MAC of the addresses' last owner replace it.
-    let announced = change_link(&mut inside, LinkUnspec::new_with_index(inner).address(wanted.mac.0.to_vec()).build());
+    let announced = running(&mut shared.socket, host).and_then(|()| announce(&mut inside, inner, wanted));
     announced.map_err(|e| e.during(format!("cannot announce {} in {}", wanted.interface, wanted.netns.display())))?;
     // The last step, for it is the only one that does not go with the pair.
     let loopback = change_link(&mut inside, LinkUnspec::new_with_index(LOOPBACK).up().build());
     loopback.map_err(|e| e.during(format!("cannot set lo up in {}", wanted.netns.display())))?;
     Ok(guard)
+}
+
+/// Has the kernel announce the inner end's addresses, which it does where the MAC is set, also to the same one (`inetdev_event` in
+/// net/ipv4/devinet.c, `ndisc_netdev_event` in net/ipv6/ndisc.c): neighbours replace the MAC of the addresses' last owner.
+fn announce(inside: &mut RouteSocket, index: u32, wanted: &Plug) -> Result<(), Refusal> {
+    running(inside, &wanted.interface)?;
+    change_link(inside, LinkUnspec::new_with_index(index).address(wanted.mac.0.to_vec()).build())
+}
+
+/// Waits until an interface that is up sends and, as a port, forwards: the kernel gets to that in a task of its own (`linkwatch_do_dev` in
+/// net/core/link_watch.c), since Linux 6.8 at once where the interface is asked for.
+fn running(socket: &mut RouteSocket, name: &str) -> Result<(), Refusal> {
+    for _ in 0..RUNNING_TRIES {
+        if objects::link(socket, name)?.flags.contains(LinkFlags::Running) {
+            return Ok(());
+        }
+        std::thread::sleep(RUNNING_PAUSE);
+    }
+    tracing::warn!(interface = name, "not running yet; neighbours may keep the MAC of an address's last owner for half a minute");
+    Ok(())
 }
 
 fn change_link(socket: &mut RouteSocket, change: LinkMessage) -> Result<(), Refusal> {

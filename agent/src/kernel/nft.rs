@@ -1,4 +1,5 @@
-//! nf_tables over nfnetlink: our tables `inet overlayd` and `bridge overlayd`, and our accept rules in iptables' FORWARD chains.
+//! nf_tables over nfnetlink: our tables `inet overlayd` and `bridge overlayd`, and our accept rules in iptables' FORWARD chains; and the entries
+//! of conntrack that a change of them makes stale (`conntrack`).
 //!
 //! Owns one blocking socket ([`Nft`]) and one that listens ([`NftMonitor`]), both of the network namespace that they were opened in. No
 //! process is started and no other table is touched. No tasks: [`Nft`]'s calls take some hundred microseconds and belong on a blocking
@@ -7,6 +8,7 @@
 mod apply;
 mod book;
 mod channel;
+mod conntrack;
 mod expr;
 mod forward;
 mod judge;
@@ -23,6 +25,7 @@ use std::collections::BTreeMap;
 
 pub(super) use apply::is_rules;
 pub use book::{Book, Place};
+pub(super) use conntrack::{Connections, Stale, Translations};
 pub use judge::{Judgement, Translation};
 pub use monitor::{NftChange, NftMonitor};
 pub use table::Counted;
@@ -76,7 +79,7 @@ impl Nft {
     /// # Errors
     /// The kernel has no nfnetlink, or the process no file descriptors left. That nf_tables is missing or forbidden shows in the calls.
     pub fn open() -> Result<Nft, OpError> {
-        Ok(Nft { channel: Channel::open()? })
+        Ok(Nft { channel: Channel::open(wire::NFNL_SUBSYS_NFTABLES)? })
     }
 
     /// The netlink port id of the socket: events of our own changes carry it.

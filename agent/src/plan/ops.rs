@@ -180,6 +180,9 @@ pub trait ContainerPath: Send + Sync {
     /// Removes the pair by its host end. That it is gone already is success.
     fn unplug(&self, host_interface: &str) -> impl Future<Output = Result<(), OpError>> + Send;
 
+    /// Ends the connections of addresses that are nobody's any more: who gets one next is not to get what was meant for the last. Blocks.
+    fn forget(&self, addresses: &crate::model::PerFamily<std::net::IpAddr>);
+
     /// Whether the namespace is still there, for the audit of leaked endpoints.
     fn netns_alive(&self, netns: &std::path::Path) -> bool;
 

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use tokio::sync::Semaphore;
 
-use crate::model::Publish;
+use crate::model::{PerFamily, Publish};
 use crate::plan::{ContainerPath, Guard, HostPorts, HostSocket, OpError, Plug};
 
 #[derive(Debug, Clone)]
@@ -188,6 +188,8 @@ impl ContainerPath for FakeKernel {
         self.point(Point::AfterUnplug).await;
         Ok(())
     }
+
+    fn forget(&self, _: &PerFamily<IpAddr>) {}
 
     fn netns_alive(&self, netns: &Path) -> bool {
         self.world(|w| w.alive.contains(&*netns.to_string_lossy()))

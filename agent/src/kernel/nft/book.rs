@@ -105,7 +105,7 @@ impl Book {
     /// # Errors
     /// No permission (`CAP_NET_ADMIN`), no nf_tables in the kernel.
     pub fn read() -> Result<Book, OpError> {
-        let mut channel = Channel::open()?;
+        let mut channel = Channel::open(wire::NFNL_SUBSYS_NFTABLES)?;
         let (chains, _) = channel.consistent(read_chains)?;
         Ok(Book { chains, channel: RefCell::new(channel), sets: RefCell::default() })
     }

@@ -31,6 +31,7 @@ pub(super) const ERESTART: i32 = 85;
 /// A socket for requests.
 pub(super) struct Channel {
     socket: Socket,
+    subsystem: u8,
     port: u32,
     sequence: u32,
     /// Transactions of this socket that are in force.
@@ -55,11 +56,11 @@ pub(super) struct Transaction {
 }
 
 impl Channel {
-    /// Opens a socket in the calling thread's network namespace.
+    /// Opens a socket for a subsystem in the calling thread's network namespace.
     ///
     /// # Errors
     /// The kernel has no nfnetlink, or the process no file descriptors left.
-    pub(super) fn open() -> Result<Channel, OpError> {
+    pub(super) fn open(subsystem: u8) -> Result<Channel, OpError> {
         let open = || -> io::Result<(Socket, SocketAddr)> {
             let mut socket = Socket::new(NETLINK_NETFILTER)?;
             let address = socket.bind_auto()?;
@@ -77,7 +78,14 @@ impl Channel {
             Ok((socket, address))
         };
         let (socket, address) = open().map_err(|error| io_error("opening an nfnetlink socket", &error))?;
-        Ok(Channel { socket, port: address.port_number(), sequence: 0, committed: 0, buffer: Vec::with_capacity(RECEIVE) })
+        Ok(Channel {
+            socket,
+            subsystem,
+            port: address.port_number(),
+            sequence: 0,
+            committed: 0,
+            buffer: Vec::with_capacity(RECEIVE),
+        })
     }
 
     /// The port id that events of this socket's changes carry.
@@ -164,7 +172,7 @@ impl Channel {
                 match received.content {
                     Content::Answer { errno: ERESTART, .. } if received.sequence == begin => return Ok(false),
                     Content::Answer { errno, text } if received.sequence == begin && errno != 0 => {
-                        return Err(kernel_error(errno, text));
+                        return Err(kernel_error(wire::NFNL_SUBSYS_NFTABLES, errno, text));
                     }
                     _ => {}
                 }
@@ -199,7 +207,10 @@ impl Channel {
                     return Flow::More;
                 }
                 if errno != 0 && refused.is_none() {
-                    refused = Some(Refused { index: index.checked_sub(1), error: kernel_error(errno, text) });
+                    refused = Some(Refused {
+                        index: index.checked_sub(1),
+                        error: kernel_error(wire::NFNL_SUBSYS_NFTABLES, errno, text),
+                    });
                 }
                 // The opening message is answered only when the whole was refused, the last change always.
                 if index == 0 || index == count { Flow::End } else { Flow::More }
@@ -242,8 +253,9 @@ impl Channel {
         // A dump ends by a message of its own, other requests by the acknowledgement.
         let flags = flags | wire::NLM_F_REQUEST | if dump { 0 } else { wire::NLM_F_ACK };
         let mut writer = Writer::default();
-        writer.message(wire::nftables(message), flags, sequence, family, 0, body);
+        writer.message(wire::kind(self.subsystem, message), flags, sequence, family, 0, body);
         self.send(&writer)?;
+        let subsystem = self.subsystem;
         let mut interrupted = false;
         let mut failure = None;
         self.receive(|received| {
@@ -252,14 +264,14 @@ impl Channel {
             }
             interrupted |= received.interrupted;
             match received.content {
-                Content::Nftables(object) => read(object),
+                Content::Object(object) => read(object),
                 Content::Done { errno: 0 } | Content::Answer { errno: 0, .. } => return Flow::End,
                 Content::Done { errno } => {
-                    failure = Some(kernel_error(errno, None));
+                    failure = Some(kernel_error(subsystem, errno, None));
                     return Flow::End;
                 }
                 Content::Answer { errno, text } => {
-                    failure = Some(kernel_error(errno, text));
+                    failure = Some(kernel_error(subsystem, errno, text));
                     return Flow::End;
                 }
                 Content::Other => {}
@@ -268,7 +280,7 @@ impl Channel {
         })?;
         match failure {
             Some(error) => Err(error),
-            None if interrupted => Err(kernel_error(libc::EINTR, None)),
+            None if interrupted => Err(kernel_error(subsystem, libc::EINTR, None)),
             None => Ok(()),
         }
     }
@@ -348,9 +360,15 @@ enum Flow {
 }
 
 /// An error that the kernel answered, with the remedy where one is known.
-fn kernel_error(errno: i32, text: Option<String>) -> OpError {
+fn kernel_error(subsystem: u8, errno: i32, text: Option<String>) -> OpError {
     let mut message = text.unwrap_or_else(|| io::Error::from_raw_os_error(errno).to_string());
     let advice = match errno {
+        libc::EPERM if subsystem == wire::NFNL_SUBSYS_CTNETLINK => {
+            "conntrack needs CAP_NET_ADMIN in the network namespace's user namespace"
+        }
+        libc::EINVAL | libc::EOPNOTSUPP if subsystem == wire::NFNL_SUBSYS_CTNETLINK => {
+            "does the kernel have ctnetlink? `modprobe nf_conntrack_netlink`"
+        }
         libc::EPERM => {
             "nf_tables needs CAP_NET_ADMIN in the network namespace's user namespace, and a table with the owner flag is its owner's alone"
         }

@@ -122,7 +122,7 @@ impl Pending {
             if own == Some(received.port) {
                 continue;
             }
-            if let Content::Nftables(object) = received.content {
+            if let Content::Object(object) = received.content {
                 match concerns(object) {
                     Some(NftChange::Ours) => self.ours = true,
                     Some(NftChange::Forward) => self.forward = true,

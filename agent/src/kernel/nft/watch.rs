@@ -104,7 +104,7 @@ impl TraceWatch {
     pub fn open(pairs: &[(IpAddr, IpAddr)], pause: Duration) -> Result<TraceWatch, OpError> {
         let socket = listen(pause).map_err(|error| io_error("listening to traces of nf_tables", &error))?;
         let table = format!("{WATCH_TABLE}-{}", std::process::id());
-        let mut owner = Channel::open()?;
+        let mut owner = Channel::open(wire::NFNL_SUBSYS_NFTABLES)?;
         let families: Vec<Family> =
             Family::ALL.into_iter().filter(|family| pairs.iter().any(|(source, _)| Family::of(*source) == *family)).collect();
         if families.is_empty() {
@@ -163,7 +163,7 @@ impl TraceWatch {
         }
         let mut sights = Vec::new();
         for received in wire::messages(&self.buffer) {
-            if let Content::Nftables(object) = received.content
+            if let Content::Object(object) = received.content
                 && object.kind == NFT_MSG_TRACE
             {
                 sights.extend(sight(object).filter(|sight| sight.table != self.table));

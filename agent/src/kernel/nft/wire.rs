@@ -5,9 +5,13 @@
 
 /// Subsystem of nf_tables: the upper byte of each message type.
 pub(super) const NFNL_SUBSYS_NFTABLES: u8 = 10;
+/// Subsystem of ctnetlink.
+pub(super) const NFNL_SUBSYS_CTNETLINK: u8 = 1;
 /// Group that reports each change of nf_tables in the namespace.
 pub(in crate::kernel) const NFNLGRP_NFTABLES: u32 = 7;
 
+/// `NFPROTO_UNSPEC`: any family.
+pub(super) const NFPROTO_UNSPEC: u8 = 0;
 /// `NFPROTO_INET`: tables that see IPv4 and IPv6.
 pub(super) const NFPROTO_INET: u8 = 1;
 /// `NFPROTO_IPV4`.
@@ -92,7 +96,7 @@ const NLMSGERR_ATTR_MSG: u16 = 1;
 
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
-const NLA_F_NESTED: u16 = 0x8000;
+pub(super) const NLA_F_NESTED: u16 = 0x8000;
 /// Both flag bits of an attribute's type: nested, and network byte order.
 const NLA_TYPE_FLAGS: u16 = 0xc000;
 
@@ -103,7 +107,12 @@ const GENMSG: usize = 4;
 
 /// The message type of an nf_tables message.
 pub(super) const fn nftables(message: u8) -> u16 {
-    u16::from_be_bytes([NFNL_SUBSYS_NFTABLES, message])
+    kind(NFNL_SUBSYS_NFTABLES, message)
+}
+
+/// The message type of a subsystem's message.
+pub(super) const fn kind(subsystem: u8, message: u8) -> u16 {
+    u16::from_be_bytes([subsystem, message])
 }
 
 /// Messages as they are sent, one behind the other.
@@ -201,16 +210,16 @@ pub(super) enum Content<'a> {
         /// Positive error number, 0 for a complete dump.
         errno: i32,
     },
-    /// An object or event of nf_tables.
-    Nftables(Object<'a>),
+    /// An object or event of a subsystem.
+    Object(Object<'a>),
     /// Anything else.
     Other,
 }
 
-/// An object or event of nf_tables.
+/// An object or event of a subsystem.
 #[derive(Clone, Copy)]
 pub(super) struct Object<'a> {
-    /// `NFT_MSG_*`.
+    /// `NFT_MSG_*`, or the like of another subsystem.
     pub(super) kind: u8,
     /// `NFPROTO_*`.
     pub(super) family: u8,
@@ -263,9 +272,8 @@ fn content(kind: u16, flags: u16, payload: &[u8]) -> Content<'_> {
         }
         NLMSG_DONE => Content::Done { errno: errno() },
         kind => match (kind.to_be_bytes(), payload.get(GENMSG..)) {
-            ([NFNL_SUBSYS_NFTABLES, kind], Some(attributes)) => {
-                Content::Nftables(Object { kind, family: payload[0], attributes })
-            }
+            // What opens and closes a transaction is of no subsystem.
+            ([1..=u8::MAX, kind], Some(attributes)) => Content::Object(Object { kind, family: payload[0], attributes }),
             _ => Content::Other,
         },
     }
@@ -338,7 +346,7 @@ mod tests {
         assert_eq!(read.len(), 2);
         assert_eq!((read[0].sequence, read[1].sequence), (7, 8));
         assert!(matches!(read[1].content, Content::Other));
-        let Content::Nftables(object) = read[0].content else { panic!("no nf_tables message") };
+        let Content::Object(object) = read[0].content else { panic!("no nf_tables message") };
         assert_eq!((object.kind, object.family), (NFT_MSG_NEWRULE, NFPROTO_INET));
         assert_eq!(attribute(object.attributes, NFTA_RULE_TABLE).map(name), Some(&b"abc"[..]));
         assert_eq!(attribute(object.attributes, NFTA_RULE_HANDLE).and_then(be64), Some(9));
@@ -371,7 +379,7 @@ mod tests {
         #[test]
         fn any_bytes_are_survived(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             for message in messages(&bytes) {
-                if let Content::Nftables(object) = message.content {
+                if let Content::Object(object) = message.content {
                     prop_assert!(attributes(object.attributes).count() <= bytes.len());
                 }
             }

@@ -1,0 +1,376 @@
+//! Entries of conntrack whose translation is no longer the one that our rules give.
+//!
+//! The kernel asks the rules for the first packet of a flow alone (`nf_nat_inet_fn` in net/netfilter/nf_nat_core.c). What they say of it stays in the
+//! flow's entry for as long as packets come, and each packet renews the entry: a port that leads to another container, or that is published only
+//! after the first datagram, would never be reached by a client that goes on sending. So entries that a change has made wrong are deleted, and the next
+//! packet of the flow makes one by the present rules.
+//!
+//! Only entries that name what changed are deleted: those of a published port by the container that it led to, those of a container's address, and
+//! those that no rule was there for. Entries of a conntrack zone are none of ours. No tasks: the calls block while the kernel walks through its table.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::{Mutex, PoisonError};
+
+use super::channel::Channel;
+use super::wire::{self, Object, Writer};
+use crate::kernel::sockets::host_ports;
+use crate::model::{Cidr, Family, Transport};
+use crate::plan::ruleset::{Element, Expr, Rule, Table};
+use crate::plan::{Key, Op, OpError, State, Value};
+
+/// Numbers of `linux/netfilter/nfnetlink_conntrack.h` and `linux/netfilter/nf_conntrack_common.h`, under their names there.
+const IPCTNL_MSG_CT_GET: u8 = 1;
+const IPCTNL_MSG_CT_DELETE: u8 = 2;
+const CTA_TUPLE_ORIG: u16 = 1;
+const CTA_TUPLE_REPLY: u16 = 2;
+const CTA_STATUS: u16 = 3;
+const CTA_ID: u16 = 12;
+const CTA_ZONE: u16 = 18;
+const CTA_TUPLE_IP: u16 = 1;
+const CTA_TUPLE_PROTO: u16 = 2;
+const CTA_TUPLE_ZONE: u16 = 3;
+const CTA_IP_V4_SRC: u16 = 1;
+const CTA_IP_V4_DST: u16 = 2;
+const CTA_IP_V6_SRC: u16 = 3;
+const CTA_IP_V6_DST: u16 = 4;
+const CTA_PROTO_NUM: u16 = 1;
+const CTA_PROTO_SRC_PORT: u16 = 2;
+const CTA_PROTO_DST_PORT: u16 = 3;
+const IPS_SEEN_REPLY: u32 = 2;
+
+/// Why entries are stale.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Stale {
+    /// A published port leads elsewhere than it did.
+    Port {
+        /// [`Element::Port`] or [`Element::Bound`].
+        element: Element,
+        /// Where it led; `None` where it was not published.
+        was: Option<SocketAddr>,
+        /// Where it leads; `None` where it is published no longer.
+        now: Option<SocketAddr>,
+    },
+    /// A container's address is nobody's any more.
+    Address(IpAddr),
+    /// What leaves this network is masqueraded, which it was not before.
+    Masqueraded(Cidr),
+}
+
+/// The translations that our rules give, as far as ops may change them.
+#[derive(Debug)]
+pub struct Translations {
+    ports: BTreeMap<Element, Option<SocketAddr>>,
+    /// `None` where the rules stay.
+    masqueraded: Option<BTreeSet<Cidr>>,
+}
+
+impl Translations {
+    /// Those before the ops, out of the rules that are in force.
+    pub fn before(ops: &[Op], rules: &State) -> Translations {
+        let replaced = ops.iter().any(|op| *op.key() == Key::Ruleset(Table::Inet));
+        // The elements of a table that goes go with it.
+        let of_table = replaced.then(|| rules.keys()).into_iter().flatten();
+        let published = ops.iter().map(Op::key).chain(of_table).filter_map(|key| match key {
+            Key::Element(element @ (Element::Port(..) | Element::Bound(..))) => Some(element),
+            _ => None,
+        });
+        let ports = published.map(|element| (element.clone(), target(element, rules))).collect();
+        Translations { ports, masqueraded: replaced.then(|| masqueraded(rules)) }
+    }
+
+    /// What differs in the rules that are in force now.
+    pub fn changed(self, rules: &State) -> Vec<Stale> {
+        let moved = self.ports.into_iter().filter_map(|(element, was)| {
+            let now = target(&element, rules);
+            // Where nothing was published only datagrams have entries that stay.
+            let is_udp = matches!(element, Element::Port(_, Transport::Udp, _) | Element::Bound(_, Transport::Udp, _));
+            (was != now && (was.is_some() || is_udp)).then_some(Stale::Port { element, was, now })
+        });
+        let mut stale: Vec<Stale> = moved.collect();
+        if let Some(before) = self.masqueraded {
+            stale.extend(masqueraded(rules).difference(&before).map(|network| Stale::Masqueraded(*network)));
+        }
+        stale
+    }
+}
+
+fn target(element: &Element, rules: &State) -> Option<SocketAddr> {
+    match rules.get(&Key::Element(element.clone())) {
+        Some(Value::Element(target)) => target.as_deref().copied(),
+        _ => None,
+    }
+}
+
+/// The networks from which what leaves for elsewhere is masqueraded.
+fn masqueraded(rules: &State) -> BTreeSet<Cidr> {
+    let Some(Value::Ruleset(ruleset)) = rules.get(&Key::Ruleset(Table::Inet)) else { return BTreeSet::new() };
+    let rules = ruleset.chains.iter().flat_map(|chain| &chain.rules);
+    let network = |rule: &Rule| {
+        let leaves = rule.exprs.iter().any(|expr| matches!(expr, Expr::Destination { negate: true, .. }));
+        let from = rule.exprs.iter().find_map(|expr| match expr {
+            Expr::Source { cidr, negate: false } => Some(*cidr),
+            _ => None,
+        });
+        from.filter(|_| leaves && rule.exprs.contains(&Expr::Masquerade))
+    };
+    rules.filter_map(network).collect()
+}
+
+/// Deletes stale entries, those of callers at the same time by one dump.
+#[derive(Debug, Default)]
+pub struct Connections {
+    waiting: Mutex<Vec<Stale>>,
+    turn: Mutex<()>,
+}
+
+impl Connections {
+    /// Deletes the entries that are stale, in the calling thread's network namespace; how many, those of other callers included. Blocks.
+    ///
+    /// # Errors
+    /// The kernel has no ctnetlink, or refused.
+    pub fn delete(&self, stale: Vec<Stale>) -> Result<usize, OpError> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).extend(stale);
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        // Empty where another caller took them along: its dump began after they were here.
+        let all = std::mem::take(&mut *self.waiting.lock().unwrap_or_else(PoisonError::into_inner));
+        delete(&all)
+    }
+}
+
+fn delete(stale: &[Stale]) -> Result<usize, OpError> {
+    if stale.is_empty() {
+        return Ok(0);
+    }
+    let failed = |error: OpError| OpError { message: format!("cannot delete connections of conntrack: {error}"), ..error };
+    let mut channel = Channel::open(wire::NFNL_SUBSYS_CTNETLINK).map_err(failed)?;
+    let own = if stale.iter().any(|stale| matches!(stale, Stale::Port { now: Some(_), .. })) {
+        host_ports(&[]).map_err(failed)?.addresses
+    } else {
+        BTreeSet::new()
+    };
+    let mut found = Vec::new();
+    let mut read = |object: Object<'_>| {
+        let Some(entry) = Entry::read(object.attributes) else { return };
+        if stale.iter().any(|stale| stale.is(&entry, |address| address.is_loopback() || own.contains(&address))) {
+            found.push((object.family, names(object.attributes)));
+        }
+    };
+    // One dump of everything: the kernel locks each bucket of its table in turn, which takes as long as to write out some ten thousand entries, and a
+    // filter (`CTA_FILTER`, since Linux 5.8) has one value of a kind, so that two addresses would take two dumps.
+    channel.dump(IPCTNL_MSG_CT_GET, wire::NFPROTO_UNSPEC, |_| (), &mut read).map_err(failed)?;
+    for (family, names) in &found {
+        let body = |w: &mut Writer| names.iter().for_each(|(kind, value)| w.bytes(*kind, value));
+        // One that is gone by itself is what was wanted.
+        channel.get(IPCTNL_MSG_CT_DELETE, *family, body, |_| ()).map_err(failed)?;
+    }
+    Ok(found.len())
+}
+
+/// The attributes by which an entry is deleted: with its number it is no later one of the same flow.
+fn names(attributes: &[u8]) -> Vec<(u16, Vec<u8>)> {
+    let named = wire::attributes(attributes).filter(|(kind, _)| matches!(*kind, CTA_TUPLE_ORIG | CTA_ID));
+    let nested = |kind| if kind == CTA_TUPLE_ORIG { kind | wire::NLA_F_NESTED } else { kind };
+    named.map(|(kind, value)| (nested(kind), value.to_vec())).collect()
+}
+
+/// An entry: what its first packet had, and what the answers to it have.
+#[derive(Debug, Clone, Copy)]
+struct Entry {
+    protocol: u8,
+    original: Tuple,
+    reply: Tuple,
+    answered: bool,
+}
+
+/// Sender and receiver; port 0 where the protocol has none.
+#[derive(Debug, Clone, Copy)]
+struct Tuple {
+    source: SocketAddr,
+    destination: SocketAddr,
+}
+
+impl Entry {
+    /// `None` for an entry of a zone, which none of our rules makes, and of a protocol that is not IP.
+    fn read(attributes: &[u8]) -> Option<Entry> {
+        let [original, reply] = [CTA_TUPLE_ORIG, CTA_TUPLE_REPLY].map(|kind| wire::attribute(attributes, kind));
+        let (original, reply) = (original?, reply?);
+        let in_zone = wire::attribute(attributes, CTA_ZONE).is_some()
+            || [original, reply].iter().any(|tuple| wire::attribute(tuple, CTA_TUPLE_ZONE).is_some());
+        if in_zone {
+            return None;
+        }
+        let protocol = wire::attribute(wire::attribute(original, CTA_TUPLE_PROTO)?, CTA_PROTO_NUM)?.first()?;
+        let answered = wire::number(attributes, CTA_STATUS).is_some_and(|status| status & IPS_SEEN_REPLY != 0);
+        Some(Entry { protocol: *protocol, original: Tuple::read(original)?, reply: Tuple::read(reply)?, answered })
+    }
+}
+
+impl Tuple {
+    fn read(tuple: &[u8]) -> Option<Tuple> {
+        let (ip, protocol) = (wire::attribute(tuple, CTA_TUPLE_IP)?, wire::attribute(tuple, CTA_TUPLE_PROTO)?);
+        let address = |v4, v6| match wire::attribute(ip, v4) {
+            Some(bytes) => Some(IpAddr::from(Ipv4Addr::from(<[u8; 4]>::try_from(bytes).ok()?))),
+            None => Some(IpAddr::from(Ipv6Addr::from(<[u8; 16]>::try_from(wire::attribute(ip, v6)?).ok()?))),
+        };
+        let port = |kind| wire::attribute(protocol, kind).and_then(|bytes| bytes.try_into().ok()).map_or(0, u16::from_be_bytes);
+        Some(Tuple {
+            source: SocketAddr::new(address(CTA_IP_V4_SRC, CTA_IP_V6_SRC)?, port(CTA_PROTO_SRC_PORT)),
+            destination: SocketAddr::new(address(CTA_IP_V4_DST, CTA_IP_V6_DST)?, port(CTA_PROTO_DST_PORT)),
+        })
+    }
+}
+
+impl Stale {
+    /// Whether the rules would do another thing to an entry's first packet. `is_own` says which addresses are the host's.
+    fn is(&self, entry: &Entry, is_own: impl Fn(IpAddr) -> bool) -> bool {
+        let Entry { protocol, original, reply, answered } = entry;
+        let (to, reached) = (original.destination, reply.source);
+        match self {
+            Stale::Port { element, was, now } => {
+                let meant = match element {
+                    Element::Port(family, transport, port) => {
+                        Family::of(to.ip()) == *family && transport.number() == *protocol && *port == to.port()
+                    }
+                    Element::Bound(address, transport, port) => {
+                        SocketAddr::new(*address, *port) == to && transport.number() == *protocol
+                    }
+                    _ => false,
+                };
+                // A connection that was there before the port was published is the host's own and stays; only datagrams make no new one.
+                let unpublished = now.is_some() && *protocol == Transport::Udp.number() && reached == to;
+                meant && ((*was == Some(reached) && reached != to) || (unpublished && is_own(to.ip())))
+            }
+            Stale::Address(address) => original.source.ip() == *address || reached.ip() == *address,
+            Stale::Masqueraded(network) => {
+                let leaves = network.contains(original.source.ip()) && !network.contains(to.ip()) && !to.ip().is_multicast();
+                // What is answered needs no translation.
+                leaves && reply.destination == original.source && !answered
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(text: &str) -> SocketAddr {
+        text.parse().expect(text)
+    }
+
+    /// A flow from outside to the host's port, which was translated to `reached`.
+    fn flow(to: &str, reached: &str) -> Entry {
+        let client = at("192.0.2.9:4000");
+        Entry {
+            protocol: Transport::Udp.number(),
+            original: Tuple { source: client, destination: at(to) },
+            reply: Tuple { source: at(reached), destination: client },
+            answered: true,
+        }
+    }
+
+    fn port(was: Option<&str>, now: Option<&str>) -> Stale {
+        Stale::Port { element: Element::Port(Family::V4, Transport::Udp, 53), was: was.map(at), now: now.map(at) }
+    }
+
+    const HOST: &str = "192.0.2.1:53";
+    const FIRST: &str = "10.244.0.2:53";
+    const SECOND: &str = "10.244.0.3:53";
+
+    fn is_stale(stale: &Stale, entry: &Entry) -> bool {
+        stale.is(entry, |address| address == at(HOST).ip())
+    }
+
+    #[test]
+    fn flow_to_the_last_target_is_stale() {
+        for now in [Some(SECOND), None] {
+            let stale = port(Some(FIRST), now);
+            assert!(is_stale(&stale, &flow(HOST, FIRST)));
+            // Translated by another's rules, to another port, by another protocol, and to the container directly.
+            assert!(!is_stale(&stale, &flow(HOST, "10.0.0.7:53")));
+            assert!(!is_stale(&stale, &flow("192.0.2.1:54", FIRST)));
+            assert!(!is_stale(&stale, &Entry { protocol: Transport::Tcp.number(), ..flow(HOST, FIRST) }));
+            assert!(!is_stale(&stale, &flow(FIRST, FIRST)));
+        }
+    }
+
+    #[test]
+    fn untranslated_datagrams_to_a_published_port_are_stale() {
+        let stale = port(None, Some(FIRST));
+        assert!(is_stale(&stale, &flow(HOST, HOST)));
+        assert!(!is_stale(&stale, &flow("198.51.100.1:53", "198.51.100.1:53")), "forwarded, not to this host");
+        let tcp = Stale::Port { element: Element::Port(Family::V4, Transport::Tcp, 53), was: None, now: Some(at(FIRST)) };
+        assert!(!is_stale(&tcp, &Entry { protocol: Transport::Tcp.number(), ..flow(HOST, HOST) }), "a connection of the host");
+        assert!(!is_stale(&port(Some(FIRST), None), &flow(HOST, HOST)), "no longer published");
+    }
+
+    #[test]
+    fn port_of_one_address_leaves_other_addresses_alone() {
+        let bound = Element::Bound(at(HOST).ip(), Transport::Udp, 53);
+        let stale = Stale::Port { element: bound, was: Some(at(FIRST)), now: None };
+        assert!(is_stale(&stale, &flow(HOST, FIRST)));
+        assert!(!is_stale(&stale, &flow("192.0.2.2:53", FIRST)));
+    }
+
+    #[test]
+    fn flows_of_an_address_are_stale() {
+        let stale = Stale::Address(at(FIRST).ip());
+        assert!(is_stale(&stale, &flow(HOST, FIRST)));
+        let out = Tuple { source: at(FIRST), destination: at("198.51.100.1:53") };
+        assert!(is_stale(&stale, &Entry { original: out, ..flow(HOST, HOST) }));
+        assert!(!is_stale(&stale, &flow(HOST, SECOND)));
+    }
+
+    #[test]
+    fn unanswered_flow_without_masquerade_is_stale() {
+        let stale = Stale::Masqueraded("10.244.0.0/16".parse().expect("a network"));
+        let there = |to: &str| Entry {
+            original: Tuple { source: at(FIRST), destination: at(to) },
+            reply: Tuple { source: at(to), destination: at(FIRST) },
+            answered: false,
+            ..flow(HOST, HOST)
+        };
+        assert!(is_stale(&stale, &there("198.51.100.1:53")));
+        assert!(!is_stale(&stale, &Entry { answered: true, ..there("198.51.100.1:53") }));
+        assert!(!is_stale(&stale, &there("10.244.9.9:53")), "inside of the overlay");
+        assert!(!is_stale(&stale, &there("224.0.0.251:53")), "multicast");
+        let masqueraded = Tuple { source: at("198.51.100.1:53"), destination: at("192.0.2.1:9") };
+        assert!(!is_stale(&stale, &Entry { reply: masqueraded, ..there("198.51.100.1:53") }));
+    }
+
+    #[test]
+    fn changed_targets_are_found() {
+        let element = |port| Key::Element(Element::Port(Family::V4, Transport::Udp, port));
+        let leads = |to: &str| Value::Element(Some(Box::new(at(to))));
+        let mut rules = State::from([(element(1), leads(FIRST)), (element(2), leads(FIRST)), (element(3), leads(FIRST))]);
+        let ops = [
+            Op::Set(element(1), leads(SECOND)),
+            Op::Delete(element(2), leads(FIRST)),
+            Op::Set(element(3), leads(FIRST)),
+            Op::Set(element(4), leads(SECOND)),
+            Op::Set(Key::Element(Element::Port(Family::V4, Transport::Tcp, 5)), leads(SECOND)),
+        ];
+        let translations = Translations::before(&ops, &rules);
+        for op in &ops {
+            op.record(&mut rules);
+        }
+        let stale = |port, was: Option<&str>, now: Option<&str>| Stale::Port {
+            element: Element::Port(Family::V4, Transport::Udp, port),
+            was: was.map(at),
+            now: now.map(at),
+        };
+        let expected = [stale(1, Some(FIRST), Some(SECOND)), stale(2, Some(FIRST), None), stale(4, None, Some(SECOND))];
+        assert_eq!(translations.changed(&rules), expected);
+
+        // With the table its elements go.
+        let table = Key::Ruleset(Table::Inet);
+        rules.insert(table.clone(), Value::Ruleset(Box::default()));
+        let ops = [Op::Delete(table, Value::Ruleset(Box::default()))];
+        let translations = Translations::before(&ops, &rules);
+        for op in &ops {
+            op.record(&mut rules);
+        }
+        assert_eq!(translations.changed(&rules).len(), 4);
+    }
+}
