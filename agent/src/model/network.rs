@@ -2,7 +2,8 @@
 //!
 //! Source of the rules: `docs/wire.md`. Keys are matched without regard to case, as Go does it.
 
-use std::collections::BTreeSet;
+mod pool;
+
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
@@ -13,6 +14,8 @@ use super::family::address_value;
 use super::lease::printable;
 use super::{Cidr, Family, PerFamily, Subnet, Vni};
 
+pub use pool::Pool;
+
 /// The configured network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetworkConfig {
@@ -20,19 +23,6 @@ pub struct NetworkConfig {
     pub pools: PerFamily<Pool>,
     /// VXLAN settings.
     pub vxlan: VxlanConfig,
-}
-
-/// The subnets of one family: the network cut into ranges of one length, of which those from `min` to `max` are leased.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Pool {
-    /// The whole address space.
-    pub network: Cidr,
-    /// Prefix length of each subnet.
-    pub subnet_length: u8,
-    /// The first subnet that is leased.
-    pub min: Cidr,
-    /// The last subnet that is leased.
-    pub max: Cidr,
 }
 
 /// Settings of the VXLAN backend.
@@ -76,89 +66,6 @@ pub struct Parsed {
     pub config: NetworkConfig,
     /// Unknown fields, and known ones without effect here.
     pub warnings: Vec<FieldError>,
-}
-
-impl Pool {
-    /// How many subnets the pool leases. Shape: at least 1.
-    pub fn count(&self) -> u128 {
-        ((self.value(self.max) - self.value(self.min)) >> self.shift()) + 1
-    }
-
-    /// The subnet number `index`, from 0 at `min`; `None` behind `max`.
-    pub fn nth(&self, index: u128) -> Option<Cidr> {
-        if index >= self.count() {
-            return None;
-        }
-        let base = self.network.family().address(self.value(self.min) + (index << self.shift()));
-        Cidr::containing(base, self.subnet_length)
-    }
-
-    /// The number of a subnet in the pool; `None` where it is not one of it.
-    pub fn index_of(&self, subnet: Cidr) -> Option<u128> {
-        self.leases(subnet).then(|| (self.value(subnet) - self.value(self.min)) >> self.shift())
-    }
-
-    /// Whether the pool leases this very subnet.
-    pub fn leases(&self, subnet: Cidr) -> bool {
-        subnet.length() == self.subnet_length
-            && subnet.family() == self.network.family()
-            && (self.min..=self.max).contains(&subnet)
-    }
-
-    /// Whether an address lies in a subnet that the pool leases.
-    pub fn may_lease(&self, address: IpAddr) -> bool {
-        Family::of(address) == self.network.family() && (self.min.base()..=self.max.last()).contains(&address)
-    }
-
-    /// The smallest CIDR that holds every address that the pool leases.
-    pub fn span(&self) -> Cidr {
-        let holds = |cidr: &Cidr| cidr.contains(self.max.last());
-        let mut spans =
-            (self.network.length()..=self.subnet_length).rev().filter_map(|length| Cidr::containing(self.min.base(), length));
-        spans.find(holds).unwrap_or(self.network)
-    }
-
-    /// The fewest CIDRs that hold every address that the pool leases and no other, ascending. Shape: one where `min` and `max` are the
-    /// network's first and last subnet, else at most two for each bit between network and subnet length.
-    pub fn leasable(&self) -> Vec<Cidr> {
-        let family = self.network.family();
-        let last = super::family::address_value(self.max.last());
-        let mut ranges = Vec::new();
-        let mut next = Some(self.value(self.min));
-        while let Some(base) = next.filter(|base| *base <= last) {
-            // The shortest prefix that begins at `base` and does not reach beyond `last`.
-            let fits = |length: &u8| {
-                Cidr::containing(family.address(base), *length)
-                    .filter(|cidr| self.value(*cidr) == base && super::family::address_value(cidr.last()) <= last)
-            };
-            let Some(range) = (self.network.length()..=self.subnet_length).find_map(|length| fits(&length)) else { break };
-            next = super::family::address_value(range.last()).checked_add(1);
-            ranges.push(range);
-        }
-        ranges
-    }
-
-    /// The same without the subnets that hold one of these addresses.
-    pub fn leasable_without(&self, addresses: &BTreeSet<IpAddr>) -> Vec<Cidr> {
-        let mut ranges = Vec::new();
-        let mut left: Vec<Cidr> = self.leasable().into_iter().rev().collect();
-        while let Some(range) = left.pop() {
-            if !addresses.iter().any(|address| range.contains(*address)) {
-                ranges.push(range);
-            } else if range.length() < self.subnet_length {
-                left.extend([range.last(), range.base()].into_iter().filter_map(|end| Cidr::containing(end, range.length() + 1)));
-            }
-        }
-        ranges
-    }
-
-    fn value(&self, cidr: Cidr) -> u128 {
-        super::family::address_value(cidr.base())
-    }
-
-    fn shift(&self) -> u32 {
-        u32::from(self.network.family().bits() - self.subnet_length)
-    }
 }
 
 impl NetworkConfig {
