@@ -97,7 +97,9 @@ pub enum EndpointError {
         address: IpAddr,
     },
     /// The address is of a family that containers have not.
-    #[error("{wanted} cannot be published: this host's subnet {subnet} has no {family}, so no container could answer")]
+    #[error(
+        "{wanted} cannot be published: this host's subnet {subnet} has no {family}, so no container could answer; name an address of its family, or none"
+    )]
     PublishFamily {
         /// What was asked for.
         wanted: Publish,
