@@ -231,7 +231,9 @@ impl Walk<'_> {
         let input = self.site.link(back.interface).cloned();
         let name = self.site.name(back.interface);
         self.passage.ok(HOST, "arrival", format!("taken to come in by {name}, by which {source} is reached"));
-        self.note_guard(&flow);
+        if self.site.in_overlay(destination) {
+            self.note_guard(&flow);
+        }
         self.through(flow, input)
     }
 
