@@ -91,6 +91,8 @@ struct Inner<C> {
     gone_before: Mutex<BTreeSet<EndpointName>>,
     /// Tells the audit that there may be something to look at again.
     worked: Notify,
+    /// Whether a network is set.
+    has_network: watch::Sender<bool>,
 }
 
 /// A lock whose holder panicked protects data that is still whole: each change of it is made at once.
@@ -119,6 +121,7 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
             missing: Mutex::default(),
             gone_before: Mutex::default(),
             worked: Notify::new(),
+            has_network: watch::Sender::new(false),
         }));
         for name in unfinished {
             tracing::info!(endpoint = %name, "removing an endpoint that was left half attached");
@@ -136,6 +139,7 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
             table.set_network(network);
             table.stale()
         };
+        self.0.has_network.send_replace(network.is_some());
         for endpoint in stale {
             tracing::warn!(
                 endpoint = %endpoint.name, addresses = %endpoint.addresses(),
@@ -143,6 +147,13 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
                 "the endpoint's address is outside the present subnet: detach it and attach it again"
             );
         }
+    }
+
+    /// Waits until a network is set.
+    pub async fn network_known(&self) {
+        let mut network = self.0.has_network.subscribe();
+        // Fails only where the sender is gone, which lives in `self`.
+        let _known = network.wait_for(|known| *known).await;
     }
 
     /// Attaches a container. Asked again with the same, it answers the same endpoint, and puts back what is missing of it. Goes on to its end

@@ -21,6 +21,9 @@ const TIME_LEFT_AGE: Duration = Duration::from_secs(10);
 /// How long etcd may take to tell; the table comes without the ends of leases then.
 const TIME_LEFT_WAIT: Duration = Duration::from_secs(1);
 
+/// How long an attach waits for the network where the agent is ready.
+const NETWORK_WAIT: Duration = Duration::from_secs(2);
+
 /// How long the reconcile loop may be busy before it counts as stuck. A batch of the largest fleets takes a second or two; `/healthz` must answer
 /// before the socket gives a request up.
 const ALIVE_WAIT: Duration = Duration::from_secs(8);
@@ -175,7 +178,16 @@ impl Backend for AgentBackend {
     }
 
     async fn attach(&self, name: EndpointName, request: api::AttachRequest) -> Result<api::Attached, ApiError> {
-        self.endpoints.attach(name, request).await.map_err(api_error)
+        let attach = || self.endpoints.attach(name.clone(), request.clone());
+        let outcome = match attach().await {
+            // The agent is ready, and its endpoints are about to learn of the network.
+            Err(EndpointError::NoSubnet) if self.ready().await.is_ok() => {
+                let _known = tokio::time::timeout(NETWORK_WAIT, self.endpoints.network_known()).await;
+                attach().await
+            }
+            outcome => outcome,
+        };
+        outcome.map_err(api_error)
     }
 
     async fn detach(&self, name: EndpointName, force: bool) -> Result<api::Detached, ApiError> {

@@ -111,7 +111,14 @@ async fn what_cannot_be_is_refused_by_name_and_leaves_nothing() {
     let endpoints = host.start("").await;
     let error = endpoints.attach(name("a"), ask("/ns/a")).await.unwrap_err();
     assert!(error.to_string().starts_with("no subnet is leased yet") && error.class() == Class::NotReady);
+    let known = tokio::spawn({
+        let endpoints = endpoints.clone();
+        async move { endpoints.network_known().await }
+    });
+    tokio::task::yield_now().await;
+    assert!(!known.is_finished());
     endpoints.set_network(Some(network("10.244.1.0-24")));
+    tokio::time::timeout(Duration::from_secs(5), known).await.expect("it is known").unwrap();
     endpoints.attach(name("a"), ask_for("/ns/a", &["10.244.1.77"])).await.unwrap();
     let before = (host.file(), host.kernel.plugs());
     let other_interface = AttachRequest { interface: Some("eth1".to_owned()), ..ask("/ns/a") };

@@ -10,13 +10,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::sync::{Mutex, PoisonError};
 
 use super::channel::Channel;
 use super::wire::{self, Object, Writer};
 use crate::kernel::sockets::host_ports;
-use crate::model::{Cidr, Family, Transport};
-use crate::plan::ruleset::{Element, Expr, Rule, Table};
+use crate::model::{Family, Transport};
+use crate::plan::ruleset::{Element, Expr, Field, Rule, Table};
 use crate::plan::{Key, Op, OpError, State, Value};
 
 /// Numbers of `linux/netfilter/nfnetlink_conntrack.h` and `linux/netfilter/nf_conntrack_common.h`, under their names there.
@@ -53,8 +54,8 @@ pub enum Stale {
     },
     /// A container's address is nobody's any more.
     Address(IpAddr),
-    /// What leaves this network is masqueraded, which it was not before.
-    Masqueraded(Cidr),
+    /// What leaves these addresses, from the first to the last, is masqueraded, which it was not before.
+    Masqueraded(RangeInclusive<IpAddr>),
 }
 
 /// The translations that our rules give, as far as ops may change them.
@@ -62,7 +63,7 @@ pub enum Stale {
 pub struct Translations {
     ports: BTreeMap<Element, Option<SocketAddr>>,
     /// `None` where the rules stay.
-    masqueraded: Option<BTreeSet<Cidr>>,
+    masqueraded: Option<Vec<RangeInclusive<IpAddr>>>,
 }
 
 impl Translations {
@@ -89,7 +90,7 @@ impl Translations {
         });
         let mut stale: Vec<Stale> = moved.collect();
         if let Some(before) = self.masqueraded {
-            stale.extend(masqueraded(rules).difference(&before).map(|network| Stale::Masqueraded(*network)));
+            stale.extend(masqueraded(rules).into_iter().filter(|range| !before.contains(range)).map(Stale::Masqueraded));
         }
         stale
     }
@@ -102,19 +103,22 @@ fn target(element: &Element, rules: &State) -> Option<SocketAddr> {
     }
 }
 
-/// The networks from which what leaves for elsewhere is masqueraded.
-fn masqueraded(rules: &State) -> BTreeSet<Cidr> {
-    let Some(Value::Ruleset(ruleset)) = rules.get(&Key::Ruleset(Table::Inet)) else { return BTreeSet::new() };
+/// The addresses from which what leaves for elsewhere is masqueraded.
+fn masqueraded(rules: &State) -> Vec<RangeInclusive<IpAddr>> {
+    let Some(Value::Ruleset(ruleset)) = rules.get(&Key::Ruleset(Table::Inet)) else { return Vec::new() };
     let rules = ruleset.chains.iter().flat_map(|chain| &chain.rules);
-    let network = |rule: &Rule| {
-        let leaves = rule.exprs.iter().any(|expr| matches!(expr, Expr::Destination { negate: true, .. }));
+    let range = |rule: &Rule| {
+        let leaves = |from: &RangeInclusive<IpAddr>| {
+            let elsewhere = |expr: &Expr| matches!(expr, Expr::Range { field: Field::Destination(_), first, last, negate: true } if (*first..=*last) == *from);
+            rule.exprs.iter().any(elsewhere) && rule.exprs.contains(&Expr::Masquerade)
+        };
         let from = rule.exprs.iter().find_map(|expr| match expr {
-            Expr::Source { cidr, negate: false } => Some(*cidr),
+            Expr::Range { field: Field::Source(_), first, last, negate: false } => Some(*first..=*last),
             _ => None,
         });
-        from.filter(|_| leaves && rule.exprs.contains(&Expr::Masquerade))
+        from.filter(leaves)
     };
-    rules.filter_map(network).collect()
+    rules.filter_map(range).collect()
 }
 
 /// Deletes stale entries, those of callers at the same time by one dump.
@@ -242,8 +246,8 @@ impl Stale {
                 meant && ((*was == Some(reached) && reached != to) || (unpublished && is_own(to.ip())))
             }
             Stale::Address(address) => original.source.ip() == *address || reached.ip() == *address,
-            Stale::Masqueraded(network) => {
-                let leaves = network.contains(original.source.ip()) && !network.contains(to.ip()) && !to.ip().is_multicast();
+            Stale::Masqueraded(range) => {
+                let leaves = range.contains(&original.source.ip()) && !range.contains(&to.ip()) && !to.ip().is_multicast();
                 // What is answered needs no translation.
                 leaves && reply.destination == original.source && !answered
             }
@@ -254,6 +258,8 @@ impl Stale {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::{NetworkConfig, PerFamily, Subnet};
+    use crate::plan::ruleset::Rules;
 
     fn at(text: &str) -> SocketAddr {
         text.parse().expect(text)
@@ -324,7 +330,8 @@ mod tests {
 
     #[test]
     fn unanswered_flow_without_masquerade_is_stale() {
-        let stale = Stale::Masqueraded("10.244.0.0/16".parse().expect("a network"));
+        let address = |text: &str| text.parse::<IpAddr>().expect("an address");
+        let stale = Stale::Masqueraded(address("10.244.0.0")..=address("10.244.255.255"));
         let there = |to: &str| Entry {
             original: Tuple { source: at(FIRST), destination: at(to) },
             reply: Tuple { source: at(to), destination: at(FIRST) },
@@ -337,6 +344,20 @@ mod tests {
         assert!(!is_stale(&stale, &there("224.0.0.251:53")), "multicast");
         let masqueraded = Tuple { source: at("198.51.100.1:53"), destination: at("192.0.2.1:9") };
         assert!(!is_stale(&stale, &Entry { reply: masqueraded, ..there("198.51.100.1:53") }));
+    }
+
+    #[test]
+    fn masqueraded_addresses_are_read_from_our_rules() {
+        let text = r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/56"}"#;
+        let network = NetworkConfig::parse(text).expect("a configuration").config;
+        let subnet = Subnet::from_key("10.244.7.0-24&fd00:10:244:7::-64").expect("a subnet");
+        let ranges = |masquerade| {
+            let rules = Rules { network: &network, subnet: &subnet, local: &PerFamily::default(), masquerade, publishes: true };
+            let table = (Key::Ruleset(Table::Inet), Value::Ruleset(Box::new(rules.ruleset())));
+            masqueraded(&State::from([table])).into_iter().map(|range| format!("{range:?}")).collect::<Vec<_>>()
+        };
+        let all = ["10.244.1.0..=10.244.255.255", "fd00:10:244:1::..=fd00:10:244:ff:ffff:ffff:ffff:ffff"];
+        assert_eq!((ranges(true), ranges(false)), (all.map(str::to_owned).to_vec(), Vec::new()));
     }
 
     #[test]
