@@ -71,12 +71,8 @@ fn known(network: &NetworkView, findings: &mut Findings) {
 
 /// Ports of our bridge that are no endpoint's.
 fn ports(network: &NetworkView, findings: &mut Findings) {
-    for bridge in network.bridge.iter().filter(|bridge| bridge.ports.len() * 100 >= BRIDGE_PORTS * NEARLY_FULL) {
-        findings.warning(
-            "the bridge is nearly full: the kernel will refuse more containers on this host",
-            vec![format!("{} of the {BRIDGE_PORTS} ports that the kernel gives a bridge are taken", bridge.ports.len())],
-            "attach further containers on other hosts; a SubnetLen of 22 or longer hands out no more addresses than a bridge has ports",
-        );
+    if let Some(bridge) = &network.bridge {
+        room(bridge.ports.len(), findings);
     }
     let bridge = network.bridge.iter();
     let strange = bridge.flat_map(|bridge| &bridge.ports).filter(|port| port.endpoint.is_none());
@@ -93,6 +89,17 @@ fn ports(network: &NetworkView, findings: &mut Findings) {
             format!("{} is a port of the bridge that the agent did not make", port.interface),
             vec![format!("port {} of the bridge, {}", port.number, port.state)],
             "nothing, where another runtime (Docker, a virtual machine) attached it on purpose",
+        );
+    }
+}
+
+/// The bridge has ports left.
+fn room(taken: usize, findings: &mut Findings) {
+    if taken * 100 >= BRIDGE_PORTS * NEARLY_FULL {
+        findings.warning(
+            "the bridge is nearly full: the kernel will refuse more containers on this host",
+            vec![format!("{taken} of the {BRIDGE_PORTS} ports that the kernel gives a bridge are taken")],
+            "attach further containers on other hosts; a SubnetLen of 22 or longer hands out no more addresses than a bridge has ports",
         );
     }
 }
@@ -170,5 +177,21 @@ fn leaked(facts: &Facts, network: &NetworkView, findings: &mut Findings) {
             vec![format!("{DIRECTORY}/{name}")],
             format!("it leaked: ip netns delete {name}"),
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bridge_with_hardly_a_port_left_is_warned_of() {
+        let evidence = |taken| {
+            let mut findings = Findings::of("endpoints");
+            room(taken, &mut findings);
+            findings.into_found().into_iter().flat_map(|finding| finding.evidence).collect::<Vec<_>>()
+        };
+        assert_eq!(evidence(920), Vec::<String>::new());
+        assert_eq!(evidence(921), ["921 of the 1023 ports that the kernel gives a bridge are taken"]);
     }
 }
