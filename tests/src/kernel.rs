@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::net::IpAddr;
 use std::path::Path;
 
 use overlay_agent::model::Family;
@@ -192,7 +193,9 @@ pub async fn expected(host: &Host<'_>, classic: bool) -> BTreeSet<String> {
     }
     // Of the configuration in force: a story may have written another one than the lab's.
     let pools = host.client().status().await.must("the status").network.must("the network").pools;
-    for range in pools.iter().flat_map(|(_, pool)| pool.leasable()) {
+    // The hosts of a lab have the machine's resolvers, which may have any address.
+    let resolvers = resolvers();
+    for range in pools.iter().flat_map(|(_, pool)| pool.leasable_without(&resolvers)) {
         all.insert(format!("route unreachable {range} metric {} proto {PROTOCOL}", u32::MAX));
     }
     let local = own.public_ip;
@@ -208,6 +211,13 @@ pub async fn expected(host: &Host<'_>, classic: bool) -> BTreeSet<String> {
         all.insert(format!("sysctl {path} {value}"));
     }
     all
+}
+
+/// The machine's resolvers.
+fn resolvers() -> BTreeSet<IpAddr> {
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    let text = read("/etc/resolv.conf") + "\n" + &read("/run/systemd/resolve/resolv.conf");
+    text.lines().filter_map(|line| line.trim().strip_prefix("nameserver")?.trim().parse().ok()).collect()
 }
 
 /// The sysctls that the agent holds, with their values; without one where it is forwarding of a family that the network may not have.
