@@ -88,7 +88,7 @@ async fn live() {
     }
     // Some of it is no worse than a lease; none of it leads out of the network or to us.
     let network: overlay_agent::model::Cidr = "10.244.0.0/16".parse().must("a network");
-    for route in kernel::listed(&story, "h1", "ip", &["-4", "route", "show", "proto", "86"]) {
+    for route in kernel::listed(&story, "h1", "ip", &["-4", "route", "show", "proto", "86", "type", "unicast"]) {
         let text = kernel::text(&route, "dst");
         let range: overlay_agent::model::Cidr =
             if text.contains('/') { text } else { format!("{text}/32") }.parse().must("a range");
