@@ -220,8 +220,9 @@ fn pieces(text: &str) -> impl Iterator<Item = (&str, Option<&str>)> {
 }
 
 fn note_subnets(known: &mut Vec<String>, text: &str) {
-    // 10.244.0.0/16 is the network itself.
-    for number in pieces(text).filter_map(|(_, number)| number).filter(|number| *number != "0") {
+    // 10.244.0.0/16 is the network itself, and this range what of it is leased.
+    let text = text.replace("10.244.1.0-10.244.255.255", "");
+    for number in pieces(&text).filter_map(|(_, number)| number).filter(|number| *number != "0") {
         if !known.iter().any(|k| k == number) {
             known.push(number.to_owned());
         }
