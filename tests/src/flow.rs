@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use overlay_agent::kernel::netns::Netns;
 use tokio::net::UdpSocket;
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 
 use crate::Must;
 
@@ -32,6 +32,7 @@ const GRACE: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct Flow {
     tasks: JoinSet<()>,
+    sender: JoinHandle<()>,
     stop: Arc<AtomicBool>,
     counts: Arc<Mutex<Counts>>,
 }
@@ -93,8 +94,8 @@ impl Flow {
             }
         });
         tasks.spawn(receive(Arc::clone(&near), Arc::clone(&counts)));
-        tasks.spawn(send(near, Arc::clone(&counts), Arc::clone(&stop), start));
-        let flow = Flow { tasks, stop, counts };
+        let sender = tokio::spawn(send(near, Arc::clone(&counts), Arc::clone(&stop), start));
+        let flow = Flow { tasks, sender, stop, counts };
         let end = Instant::now() + Duration::from_secs(10);
         while !flow.look(|counts| counts.answered.iter().any(|a| *a)) {
             assert!(Instant::now() < end, "no packet comes back from {address}: {:?}", flow.look(|c| c.errors.clone()));
@@ -114,13 +115,15 @@ impl Flow {
     }
 
     /// Stops sending, waits for what is under way, and tells what became of the packets.
-    pub async fn stop(self) -> Outcome {
+    pub async fn stop(mut self) -> Outcome {
         // On a busy machine the pace is slower: fewer packets would show nothing.
         let end = Instant::now() + GRACE;
         while self.look(|counts| counts.sent.len()) < ENOUGH && Instant::now() < end {
             tokio::time::sleep(PACE).await;
         }
         self.stop.store(true, Ordering::Relaxed);
+        // It may be about to send one more, which is under way like the others.
+        (&mut self.sender).await.must("the task that sends");
         let end = Instant::now() + GRACE;
         while self.look(|counts| counts.answered.contains(&false)) && Instant::now() < end {
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -140,6 +143,7 @@ impl Flow {
 impl Drop for Flow {
     fn drop(&mut self) {
         self.tasks.abort_all();
+        self.sender.abort();
     }
 }
 
