@@ -106,7 +106,9 @@ async fn a_containers_interface() {
     };
     let before = endpoint(&story).await;
     kernel::run(&story, "h1", &["ip", "link", "delete", &before.port.as_ref().must("a port").host_interface]);
-    overlay_tests::within("the interface is back", SOON, || kernel::link(&story, "h1-c1", "eth0").is_some()).await;
+    let has_route = || !kernel::run(&story, "h1-c1", &["ip", "route", "show", "default"]).is_empty();
+    overlay_tests::within("the interface is back with its route", SOON, has_route).await;
+    story.settled("h1", SOON).await;
     assert_eq!(endpoint(&story).await.addresses(), before.addresses());
     flows_again(&story, "a container's interface").await;
 }
