@@ -127,6 +127,15 @@ pub enum Query {
     Peers(oneshot::Sender<api::Peers>),
 }
 
+impl Query {
+    /// Asks the reconciler; `None` where it has ended.
+    pub async fn ask<T>(queries: &mpsc::Sender<Query>, question: impl FnOnce(oneshot::Sender<T>) -> Query) -> Option<T> {
+        let (reply, answer) = oneshot::channel();
+        queries.send(question(reply)).await.ok()?;
+        answer.await.ok()
+    }
+}
+
 /// The ends of the channels that the reconciler holds; all are bounded.
 #[derive(Debug)]
 pub struct Channels {

@@ -50,10 +50,7 @@ pub(super) struct TimeLeft {
 
 impl AgentBackend {
     async fn ask<T>(&self, query: impl FnOnce(oneshot::Sender<T>) -> Query) -> Result<T, ApiError> {
-        let (reply, answer) = oneshot::channel();
-        let ending = || ApiError::new(ErrorKind::NotReady, "the agent is ending");
-        self.queries.send(query(reply)).await.map_err(|_| ending())?;
-        answer.await.map_err(|_| ending())
+        Query::ask(&self.queries, query).await.ok_or_else(|| ApiError::new(ErrorKind::NotReady, "the agent is ending"))
     }
 
     /// The status, or that the loop which knows it is stuck.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::kernel::echo::Echo;
@@ -85,11 +85,7 @@ async fn probe(shared: &Shared, interval: Duration, queries: &mpsc::Sender<Query
     tokio::time::sleep(interval.mul_f64(rand::random::<f64>())).await;
     loop {
         changes.mark_unchanged();
-        let (reply, answer) = oneshot::channel();
-        if queries.send(Query::Peers(reply)).await.is_err() {
-            return;
-        }
-        let Ok(Peers { peers }) = answer.await else { return };
+        let Some(Peers { peers }) = Query::ask(queries, Query::Peers).await else { return };
         let epoch = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
         shared.with(|book| book.begin(&peers, epoch));
         if peers.is_empty() {

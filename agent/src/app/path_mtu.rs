@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -40,8 +40,8 @@ async fn probe(queries: &mpsc::Sender<Query>, mut changes: watch::Receiver<u64>)
     let mut due: HashMap<IpAddr, Instant> = HashMap::new();
     loop {
         changes.mark_unchanged();
-        let underlay = ask(queries, Query::Status).await?.underlay.filter(|underlay| underlay.public_ip.v6.is_some());
-        let peers = if underlay.is_some() { ask(queries, Query::Peers).await?.peers } else { Vec::new() };
+        let underlay = Query::ask(queries, Query::Status).await?.underlay.filter(|underlay| underlay.public_ip.v6.is_some());
+        let peers = if underlay.is_some() { Query::ask(queries, Query::Peers).await?.peers } else { Vec::new() };
         let now = Instant::now();
         due = peers
             .iter()
@@ -67,12 +67,6 @@ async fn probe(queries: &mpsc::Sender<Query>, mut changes: watch::Receiver<u64>)
         }
         tokio::time::sleep(SETTLE).await;
     }
-}
-
-async fn ask<T>(queries: &mpsc::Sender<Query>, question: impl FnOnce(oneshot::Sender<T>) -> Query) -> Option<T> {
-    let (reply, answer) = oneshot::channel();
-    queries.send(question(reply)).await.ok()?;
-    answer.await.ok()
 }
 
 fn send(echo: &mut Option<Echo>, address: IpAddr, mtu: u32) -> Result<(), String> {

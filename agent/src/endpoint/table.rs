@@ -298,9 +298,8 @@ impl Table {
                 return Err(EndpointError::PublishFamily { wanted: *wanted, family, subnet });
             }
             for endpoint in self.records.values().map(|r| &*r.endpoint) {
-                let addresses = endpoint.addresses();
-                let in_effect = |held: &&Publish| held.has_effect(|family| addresses.get(family).is_some());
-                if let Some(held) = endpoint.published.iter().filter(in_effect).find(|held| held.collides(wanted)) {
+                let mut in_effect = endpoint.published.iter().filter(|held| endpoint.is_reached_by(held));
+                if let Some(held) = in_effect.find(|held| held.collides(wanted)) {
                     return Err(EndpointError::PublishHeld { wanted: *wanted, holder: endpoint.name.clone(), held: *held });
                 }
             }
@@ -336,8 +335,7 @@ impl Table {
             let holder = holder.endpoint.name.clone();
             return Err(EndpointError::InterfaceHeld { interface, netns: site.netns.clone(), holder });
         }
-        let ports = || self.records.values().filter_map(|r| r.endpoint.port.as_ref());
-        if ports().count() >= BRIDGE_PORTS {
+        if self.records.values().filter(|r| r.endpoint.port.is_some()).count() >= BRIDGE_PORTS {
             return Err(EndpointError::BridgeFull);
         }
         let addresses = self.allocate(wished)?;

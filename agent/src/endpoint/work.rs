@@ -74,8 +74,7 @@ impl<C: ContainerPath + 'static> Inner<C> {
         self.note_present(&name);
         self.publish();
         self.programmed(&endpoint, guard).await;
-        for published in endpoint.published.iter().filter(|p| !p.has_effect(|family| endpoint.addresses().get(family).is_some()))
-        {
+        for published in endpoint.published.iter().filter(|p| !endpoint.is_reached_by(p)) {
             tracing::info!(endpoint = %name, %published, "published port has no effect: the container has no address of that family");
         }
         tracing::info!(

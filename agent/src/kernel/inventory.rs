@@ -16,7 +16,7 @@ use super::{Shared, known};
 use crate::model::device::PORT_PREFIX;
 use crate::model::{Device, Family};
 use crate::plan::OpError;
-use crate::plan::underlay::{DefaultRoute, Flaw, ForeignLink, HostAddress, Inventory};
+use crate::plan::underlay::{DefaultRoute, Flaw, ForeignLink, HostAddress, Inventory, nameservers};
 
 /// Reads it.
 pub fn inventory(shared: &mut Shared) -> Result<Inventory, OpError> {
@@ -52,8 +52,7 @@ pub fn inventory(shared: &mut Shared) -> Result<Inventory, OpError> {
 fn resolvers() -> BTreeSet<IpAddr> {
     let files =
         ["/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"].map(|path| std::fs::read_to_string(path).unwrap_or_default());
-    let lines = files.iter().flat_map(|text| text.lines());
-    lines.filter_map(|line| line.trim().strip_prefix("nameserver")?.trim().parse().ok()).collect()
+    files.iter().flat_map(|text| nameservers(text)).collect()
 }
 
 fn host_address(info: &objects::AddressInfo) -> HostAddress {

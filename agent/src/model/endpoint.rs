@@ -62,6 +62,11 @@ impl Endpoint {
     pub fn addresses(&self) -> PerFamily<IpAddr> {
         self.port.as_ref().map(|port| port.addresses).unwrap_or_default()
     }
+
+    /// Whether one of its published ports leads to an address of it.
+    pub fn is_reached_by(&self, published: &Publish) -> bool {
+        published.has_effect(|family| self.addresses().get(family).is_some())
+    }
 }
 
 /// An endpoint's veth pair: one end in the container, the other a port of the bridge.

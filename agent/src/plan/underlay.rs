@@ -4,6 +4,8 @@
 //! a daemon adds beside the host's own address: secondary addresses, and those of host length, as VRRP has them. Lifetimes do not matter: a
 //! DHCP lease has one, a floating address has none. Each family is chosen by itself; the trouble of one does not hold up the other.
 
+mod address;
+
 use std::collections::BTreeSet;
 use std::fmt;
 use std::net::IpAddr;
@@ -12,6 +14,8 @@ use regex::Regex;
 
 use crate::model::network::Pool;
 use crate::model::{Cidr, Family, PerFamily};
+
+pub use address::{Flaw, HostAddress};
 
 /// How the external interface is chosen: the first of the names and addresses that is there, else the first link whose name or address
 /// matches the expression, else the one by which an address is reached, else that of the default route.
@@ -122,56 +126,6 @@ pub struct ForeignLink {
     pub ipv6: Option<Ipv6Settings>,
     /// Its addresses of global scope, in the kernel's order.
     pub addresses: Vec<HostAddress>,
-}
-
-/// An address of a link that is not ours.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct HostAddress {
-    /// The address.
-    pub address: IpAddr,
-    /// Its prefix length.
-    pub length: u8,
-    /// Whether the kernel has another address of the same subnet before it (IPv4 only).
-    pub secondary: bool,
-    /// Why the kernel does not prefer it as a source.
-    pub flaw: Option<Flaw>,
-}
-
-/// Why an address is no good source, the least first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Flaw {
-    /// A privacy address (RFC 8981), which the kernel replaces within hours.
-    Temporary,
-    /// Its preferred lifetime is over.
-    Deprecated,
-    /// The overlay leases it: outer packets would be routed into the tunnel.
-    Leased,
-    /// Duplicate address detection is not through.
-    Tentative,
-    /// Another host has it, as duplicate address detection found.
-    Duplicate,
-    /// Of 169.254.0.0/16, which is not routed.
-    LinkLocal,
-}
-
-impl Flaw {
-    /// Whether the kernel sends from such an address at all: it is chosen where there is no better one.
-    const fn is_usable(self) -> bool {
-        matches!(self, Flaw::Temporary | Flaw::Deprecated | Flaw::Leased)
-    }
-}
-
-impl fmt::Display for Flaw {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Flaw::Temporary => "temporary",
-            Flaw::Deprecated => "deprecated",
-            Flaw::Leased => "in the overlay",
-            Flaw::Tentative => "tentative",
-            Flaw::Duplicate => "duplicate",
-            Flaw::LinkLocal => "link-local",
-        })
-    }
 }
 
 /// The settings below `/proc/sys/net/ipv6/conf` of an interface, as far as they matter for an interface that is not ours.
@@ -433,6 +387,11 @@ impl ForeignLink {
     }
 }
 
+/// The servers that a resolv.conf(5) names.
+pub fn nameservers(resolv_conf: &str) -> impl Iterator<Item = IpAddr> + '_ {
+    resolv_conf.lines().filter_map(|line| line.trim().strip_prefix("nameserver")?.trim().parse().ok())
+}
+
 /// How IPv6 is switched on on an interface.
 pub fn ipv6_remedy(interface: &str) -> String {
     format!(
@@ -484,13 +443,6 @@ impl Inventory {
             })
             .collect();
         if usable.is_empty() { "none with an address".to_owned() } else { usable.join(", ") }
-    }
-}
-
-impl fmt::Display for HostAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.address)?;
-        self.flaw.map_or(Ok(()), |flaw| write!(f, " {flaw}"))
     }
 }
 

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use overlay_agent::model::network::Pool;
 use overlay_agent::model::{Cidr, Family};
+use overlay_agent::plan::underlay::nameservers;
 use serde_json::Value;
 
 use super::facts::{ToolError, is_ours, is_tunnel, json, not_looked_at, sysctl};
@@ -104,7 +105,6 @@ fn owner(device: &str) -> String {
 /// Addresses that must not lie among the overlay's subnets: the underlay's, the resolvers', etcd's.
 fn reserved(facts: &Facts, pool: &Pool, findings: &mut Findings) {
     let resolvers = std::fs::read_to_string(facts.path("/etc/resolv.conf")).unwrap_or_default();
-    let resolvers = resolvers.lines().filter_map(|line| line.trim().strip_prefix("nameserver")?.trim().parse::<IpAddr>().ok());
     let endpoints = facts.status().map(|status| status.store.endpoints.as_slice()).unwrap_or_default();
     let servers = endpoints.iter().filter_map(|endpoint| {
         let authority = endpoint.split("://").last()?.trim_end_matches('/');
@@ -112,7 +112,7 @@ fn reserved(facts: &Facts, pool: &Pool, findings: &mut Findings) {
         host.trim_matches(['[', ']']).parse::<IpAddr>().ok()
     });
     let own = facts.status().and_then(|status| status.underlay.as_ref()).map(|underlay| underlay.public_ip).unwrap_or_default();
-    let all = resolvers
+    let all = nameservers(&resolvers)
         .map(|address| ("a resolver of /etc/resolv.conf", address))
         .chain(servers.map(|address| ("etcd", address)))
         .chain(own.iter().map(|(_, address)| ("this host's own underlay address", *address)));
