@@ -48,7 +48,7 @@ main() {
     section "build" cargo build --workspace --locked || finish
     if [ "$quick" = yes ]; then
         section "tests" cargo test --workspace --locked --no-fail-fast --exclude overlay-tests || true
-        section "house" cargo test --locked -p overlay-tests --test house --test docs || true
+        section "architecture" cargo test --locked -p overlay-tests --test architecture --test docs || true
     else
         section "tests" cargo test --workspace --locked --no-fail-fast || true
     fi

@@ -2,14 +2,14 @@
 //!
 //! Owns the socket file. Knows nothing of the parts of the agent: [`Backend`] is what it asks, and `app` implements it.
 //!
-//! Tasks: [`serve`] and [`serve_metrics`] are each one task that the caller runs, with one task for each connection (at most
-//! [`MOST_CONNECTIONS`]) that ends with it.
+//! Tasks: [`run_web_server`] and [`serve_metrics`] are each one task that the caller runs, with one task for each connection (at most
+//! [`MAX_CONNECTIONS`]) that ends with it.
 
 mod routes;
 mod serve;
 mod socket;
-mod stall;
 mod watch;
+mod write_timeout;
 
 use std::sync::Arc;
 
@@ -17,10 +17,10 @@ use tokio::net::TcpListener;
 use tokio::sync::watch as channel;
 use tokio_util::sync::CancellationToken;
 
-use crate::model::api::{AttachRequest, Attached, Detached, Endpoints, Mesh, NetworkView, Peers, Status, Subnets};
+use crate::model::api::{AttachRequest, AttachResponse, DetachResponse, Endpoints, Mesh, NetworkView, Peers, Status, Subnets};
 use crate::model::endpoint::EndpointName;
 
-pub use serve::{MOST_CONNECTIONS, bind_tcp};
+pub use serve::{MAX_CONNECTIONS, bind_tcp};
 pub use socket::{AdminSocket, SocketError};
 
 use serve::Limits;
@@ -78,10 +78,11 @@ pub trait Backend: Send + Sync + 'static {
     fn network(&self) -> impl Future<Output = Result<NetworkView, ApiError>> + Send;
 
     /// Attaches a container.
-    fn attach(&self, name: EndpointName, request: AttachRequest) -> impl Future<Output = Result<Attached, ApiError>> + Send;
+    fn attach(&self, name: EndpointName, request: AttachRequest)
+    -> impl Future<Output = Result<AttachResponse, ApiError>> + Send;
 
     /// Detaches a container; where `force` is given also one whose namespace others share.
-    fn detach(&self, name: EndpointName, force: bool) -> impl Future<Output = Result<Detached, ApiError>> + Send;
+    fn detach(&self, name: EndpointName, force: bool) -> impl Future<Output = Result<DetachResponse, ApiError>> + Send;
 
     /// Whether the agent makes progress; the reason where it does not.
     fn alive(&self) -> impl Future<Output = Result<(), String>> + Send;
@@ -102,20 +103,20 @@ pub trait Backend: Send + Sync + 'static {
     fn set_log_level(&self, level: &str) -> Result<(), ApiError>;
 }
 
-/// Serves the whole interface on the socket until `stop`; then lets running requests end within a deadline and removes the socket file.
+/// Serves the whole interface on the socket until `stop_agent`; then lets running requests end within a deadline and removes the socket file.
 /// Failures of single connections are logged and end only these.
 pub async fn serve<B: Backend>(socket: AdminSocket, backend: Arc<B>, stop: CancellationToken) {
-    serve_within(socket, backend, Limits::DEFAULT, stop).await;
+    serve_with_limits(socket, backend, Limits::DEFAULT, stop).await;
 }
 
-async fn serve_within<B: Backend>(socket: AdminSocket, backend: Arc<B>, limits: Limits, stop: CancellationToken) {
-    let routes = routes::full(backend, limits, stop.clone());
-    serve::accept(socket.listener(), routes, limits, &stop).await;
+async fn serve_with_limits<B: Backend>(socket: AdminSocket, backend: Arc<B>, limits: Limits, stop: CancellationToken) {
+    let routes = routes::api_router(backend, limits, stop.clone());
+    serve::accept_connections(socket.listener(), routes, limits, &stop).await;
 }
 
-/// Serves `/metrics`, `/healthz`, `/readyz` and `/mesh` over TCP until `stop`.
+/// Serves `/metrics`, `/healthz`, `/readyz` and `/mesh` over TCP until `stop_agent`.
 pub async fn serve_metrics<B: Backend>(listener: TcpListener, backend: Arc<B>, stop: CancellationToken) {
-    serve::accept(&listener, routes::observe(backend, Limits::DEFAULT), Limits::DEFAULT, &stop).await;
+    serve::accept_connections(&listener, routes::metrics_router(backend, Limits::DEFAULT), Limits::DEFAULT, &stop).await;
 }
 
 #[cfg(test)]

@@ -1,16 +1,16 @@
 //! The one place that wires everything, and notices the end of every task.
 //!
-//! Tasks: `signals`, `kernel` (follows the kernel's events), `store`, `reconcile`, `endpoints` (audit), `overlay` (tells endpoints and
-//! `subnet.env` of the overlay once it is in place), `admin` (the socket), `systemd` (tells it how the agent is), `reload` (SIGHUP), `mesh` (probes
+//! Tasks: `signals`, `fake_kernel` (follows the kernel's events), `inject_store_fault`, `reconcile`, `endpoint_count` (audit), `overlay` (tells endpoints and
+//! `local_subnet.env` of the overlay once it is in place), `admin` (the socket), `systemd` (tells it how the agent is), `reload` (SIGHUP), `mesh` (probes
 //! peers), `path-mtu` (has the kernel learn the MTU of the path to each), and `metrics` where a TCP address is set. Channels between them are bounded. A task that ends while it should run ends the agent with an error, and systemd starts it anew: the data path forwards on meanwhile.
 
 mod backend;
 mod cleanup;
 mod conflist;
-mod guard;
-mod memory;
+mod host_state;
 mod mesh;
 mod path_mtu;
+mod preflight;
 mod reload;
 mod supervision;
 
@@ -23,58 +23,58 @@ use tokio::sync::{mpsc, watch};
 use crate::admin::{self, AdminSocket};
 use crate::config::{EtcdConfig, HostConfig};
 use crate::endpoint::{EndpointNetwork, Endpoints};
-use crate::kernel::{Kernel, KernelOptions, Plugger};
+use crate::kernel::{Kernel, KernelOptions, PortManager};
 use crate::metrics::Metrics;
 use crate::model::{Node, PerFamily};
 use crate::reconcile::{Channels, Overlay, Reconciler, Settings};
-use crate::shutdown::{Outcome, Shutdown, Signals, Tasks};
-use crate::state::{RunLock, StateDir, subnet_env, write_subnet_env};
+use crate::shutdown::{Shutdown, Signals, TaskOutcome, Tasks};
+use crate::state::{DirLock, StateDir, subnet_env, write_subnet_env};
 use crate::store::{Store, StoreConfig};
 use crate::systemd::{Notifier, take_listener};
 use crate::telemetry::LevelHandle;
 
 pub use cleanup::cleanup;
-pub use reload::Source;
+pub use reload::SettingsSource;
 
 use backend::AgentBackend;
 use conflist::Conflist;
-use memory::HostMemory;
+use host_state::HostStateStore;
 use reload::Reload;
-use supervision::Signs;
+use supervision::HealthInputs;
 
 /// The socket's name in the run directory.
-const SOCKET: &str = "overlayd.sock";
+const SOCKET_NAME: &str = "overlayd.sock";
 /// How long tasks may take to end once they were told to.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(5);
 /// Events and questions that may wait. A store that is faster than the reconciler waits at the channel, which etcd's flow control passes on.
-const STORE_EVENTS: usize = 1024;
-const QUERIES: usize = 64;
+const STORE_EVENT_CAPACITY: usize = 1024;
+const QUERY_CAPACITY: usize = 64;
 
 /// Runs the agent until a signal, or until something fails that no retry can heal.
-pub async fn run(config: HostConfig, level: LevelHandle, source: Source) -> anyhow::Result<()> {
+pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource) -> anyhow::Result<()> {
     // First, before anything else can be mistaken for it.
-    let inherited = take_listener(&config.run_dir.join(SOCKET))?;
-    guard::check_capabilities()?;
+    let inherited = take_listener(&config.run_dir.join(SOCKET_NAME))?;
+    preflight::check_capabilities()?;
     let signals = Signals::catch().context("cannot catch signals")?;
     let notifier = Arc::new(Notifier::from_environment()?);
     let reload = Reload::catch(source, level.clone(), Arc::clone(&notifier)).context("cannot catch signals")?;
-    let _run_lock = RunLock::acquire(&config.run_dir).context("the run directory (--run-dir) cannot be used")?;
-    let _namespace_lock = guard::lock_namespace()?;
+    let _run_lock = DirLock::acquire(&config.run_dir).context("the run directory (--run-dir) cannot be used")?;
+    let _namespace_lock = preflight::lock_namespace()?;
     let state = Arc::new(StateDir::open(&config.state_dir).context("the state directory (--state-dir) cannot be used")?);
     let node = Node { name: config.node_name.clone(), id: state.node_id()? };
     let socket = match inherited {
-        Some(listener) => AdminSocket::inherit(listener, &config.run_dir.join(SOCKET))?,
-        None => AdminSocket::bind(&config.run_dir.join(SOCKET))?,
+        Some(listener) => AdminSocket::from_listener(listener, &config.run_dir.join(SOCKET_NAME))?,
+        None => AdminSocket::bind(&config.run_dir.join(SOCKET_NAME))?,
     };
     let metrics_listener = match config.metrics_listen {
         Some(address) => Some(admin::bind_tcp(address).await?),
         None => None,
     };
-    let (kernel, kernel_events, follow) =
+    let (kernel, kernel_events, kernel_monitor) =
         Kernel::open(&KernelOptions { force_classic_routes: !config.nexthop_objects, ..KernelOptions::default() })?;
-    let plugger = kernel.plugger();
-    let endpoints: Endpoints<Plugger> = Endpoints::restore(Arc::clone(&state), plugger.clone()).await?;
-    let memory = HostMemory::load(Arc::clone(&state))?;
+    let port_manager = kernel.port_manager();
+    let endpoints: Endpoints<PortManager> = Endpoints::restore(Arc::clone(&state), port_manager.clone()).await?;
+    let host_state = HostStateStore::load(Arc::clone(&state))?;
     let metrics = Arc::new(Metrics::new());
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -86,15 +86,15 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: Source) -> anyh
         "starting"
     );
 
-    let (store_events_in, store_events) = mpsc::channel(STORE_EVENTS);
-    let (queries_in, queries) = mpsc::channel(QUERIES);
-    let (wish, wishes) = watch::channel(None);
+    let (store_events_in, store_events) = mpsc::channel(STORE_EVENT_CAPACITY);
+    let (queries_in, queries) = mpsc::channel(QUERY_CAPACITY);
+    let (lease_request, lease_requests) = watch::channel(None);
     let (overlay, overlays) = watch::channel(None);
     let (changes, changed) = watch::channel(0);
     let (ready, readiness) = watch::channel(false);
     let (ports_lost, losses) = watch::channel(0);
-    let (beat, beats) = watch::channel(0);
-    let signs = Signs { ready: readiness, beats };
+    let (heartbeat, heartbeats) = watch::channel(0);
+    let health_inputs = HealthInputs { ready: readiness, heartbeat: heartbeats };
     let store_config = store_config(&config.etcd);
     let reconciler = Reconciler::new(
         Settings {
@@ -105,7 +105,7 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: Source) -> anyh
             docker: config.docker,
             nexthop_objects: kernel.nexthop_objects(),
             resync: config.resync_interval,
-            lease_lasts: store_config.lease_lasts(),
+            lease_ttl: store_config.min_lease_validity(),
             store_endpoints: match &config.etcd.discovery_srv {
                 Some(domain) => vec![format!("srv:{domain}")],
                 None => config.etcd.endpoints.clone(),
@@ -113,45 +113,45 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: Source) -> anyh
             store_prefix: config.etcd.prefix.clone(),
         },
         kernel,
-        memory.clone(),
+        host_state.clone(),
         Arc::clone(&metrics),
     );
     let channels = Channels {
         store: store_events,
         kernel: kernel_events,
         queries,
-        endpoints: endpoints.plugged(),
-        programmed: endpoints.programmed(),
-        wish,
+        endpoints: endpoints.ports(),
+        applied_endpoints: endpoints.applied_endpoints(),
+        lease_request,
         overlay,
         changes,
         ready,
         ports_lost,
-        beat,
+        heartbeat,
     };
-    let store = Store::new(store_config.clone()).counted(Arc::clone(&metrics));
-    let mesh = Arc::new(mesh::Shared::new(config.node_name.clone(), config.mesh_interval, Arc::clone(&metrics)));
-    let (probes, news) = (queries_in.clone(), changed.clone());
+    let store = Store::new(store_config.clone()).with_metrics(Arc::clone(&metrics));
+    let mesh = Arc::new(mesh::MeshState::new(config.node_name.clone(), config.mesh_interval, Arc::clone(&metrics)));
+    let (probes, mesh_changes) = (queries_in.clone(), changed.clone());
     let backend = Arc::new(AgentBackend {
         mesh: Arc::clone(&mesh),
         queries: queries_in,
         endpoints: endpoints.clone(),
-        plugger,
+        port_manager,
         masquerade: config.ip_masq,
         store: store_config.clone(),
-        time_left: tokio::sync::Mutex::new(None),
+        ttl_cache: tokio::sync::Mutex::new(None),
         metrics: Arc::clone(&metrics),
-        changed,
+        changes: changed,
         level,
     });
 
     let shutdown = Shutdown::default();
     let mut tasks = Tasks::new();
-    let begin = || shutdown.begin.clone();
+    let stop_token = || shutdown.graceful.clone();
     {
         let shutdown = shutdown.clone();
         tasks.spawn("signals", async move {
-            let done = shutdown.begin.clone();
+            let done = shutdown.graceful.clone();
             tokio::select! {
                 () = signals.watch(shutdown) => {}
                 // Whoever else began the end: nothing is left to wait for.
@@ -161,59 +161,59 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: Source) -> anyh
         });
     }
     {
-        let stop = begin();
+        let stop = stop_token();
         tasks.spawn("kernel", async move {
             tokio::select! {
-                ended = follow.run() => ended,
+                ended = kernel_monitor.run() => ended,
                 () = stop.cancelled() => Ok(()),
             }
         });
     }
     {
-        let stop = begin();
-        tasks.spawn("store", async move { store.run(store_events_in, wishes, stop).await });
+        let stop = stop_token();
+        tasks.spawn("store", async move { store.run(store_events_in, lease_requests, stop).await });
     }
-    tasks.spawn("reconcile", infallible(reconciler.run(channels, begin())));
+    tasks.spawn("reconcile", into_infallible(reconciler.run(channels, stop_token())));
     {
-        let (endpoints, stop) = (endpoints.clone(), begin());
-        tasks.spawn("endpoints", infallible(async move { endpoints.run(stop).await }));
+        let (endpoints, stop) = (endpoints.clone(), stop_token());
+        tasks.spawn("endpoints", into_infallible(async move { endpoints.run(stop).await }));
     }
-    tasks.spawn("overlay", tell_overlay(overlays, losses, endpoints, config.clone(), memory, begin()));
+    tasks.spawn("overlay", publish_overlay(overlays, losses, endpoints, config.clone(), host_state, stop_token()));
     {
-        let (backend, stop) = (Arc::clone(&backend), begin());
-        tasks.spawn("admin", infallible(admin::serve(socket, backend, stop)));
+        let (backend, stop) = (Arc::clone(&backend), stop_token());
+        tasks.spawn("admin", into_infallible(admin::serve(socket, backend, stop)));
     }
-    tasks.spawn("systemd", infallible(supervision::tell(notifier, signs, Arc::clone(&backend), begin())));
-    tasks.spawn("path-mtu", infallible(path_mtu::run(probes.clone(), news.clone(), begin())));
-    tasks.spawn("mesh", infallible(mesh::run(mesh, probes, news, begin())));
-    tasks.spawn("reload", infallible(reload.run(begin())));
+    tasks.spawn("systemd", into_infallible(supervision::notify(notifier, health_inputs, Arc::clone(&backend), stop_token())));
+    tasks.spawn("path-mtu", into_infallible(path_mtu::run(probes.clone(), mesh_changes.clone(), stop_token())));
+    tasks.spawn("mesh", into_infallible(mesh::run(mesh, probes, mesh_changes, stop_token())));
+    tasks.spawn("reload", into_infallible(reload.run(stop_token())));
     if let Some(listener) = metrics_listener {
-        tasks.spawn("metrics", infallible(admin::serve_metrics(listener, backend, begin())));
+        tasks.spawn("metrics", into_infallible(admin::serve_metrics(listener, backend, stop_token())));
     }
     supervise(tasks, shutdown).await
 }
 
 /// Waits for the signal, or for a task that ends without being told to.
 async fn supervise(mut tasks: Tasks, shutdown: Shutdown) -> anyhow::Result<()> {
-    let broken = tokio::select! {
+    let unexpected_exit = tokio::select! {
         biased;
-        () = shutdown.begin.cancelled() => None,
-        end = tasks.next_end() => end,
+        () = shutdown.graceful.cancelled() => None,
+        end = tasks.next_exit() => end,
     };
-    if let Some(end) = &broken {
+    if let Some(end) = &unexpected_exit {
         tracing::error!(%end, "a task ended that should not have");
     }
-    shutdown.begin.cancel();
+    shutdown.graceful.cancel();
     let failed = tokio::select! {
-        failed = tasks.finish(SHUTDOWN_DEADLINE) => failed,
-        () = shutdown.now.cancelled() => anyhow::bail!("ended at once by a second signal"),
+        failed = tasks.join_all(SHUTDOWN_DEADLINE) => failed,
+        () = shutdown.immediate.cancelled() => anyhow::bail!("ended at once by a second signal"),
     };
     for end in &failed {
         tracing::warn!(%end, "while ending");
     }
-    match broken {
+    match unexpected_exit {
         Some(end) => match &end.outcome {
-            Outcome::Done => anyhow::bail!("task {} ended although nothing asked it to", end.task),
+            TaskOutcome::Completed => anyhow::bail!("task {} ended although nothing asked it to", end.task),
             _ => anyhow::bail!("{end}"),
         },
         None => {
@@ -223,17 +223,17 @@ async fn supervise(mut tasks: Tasks, shutdown: Shutdown) -> anyhow::Result<()> {
     }
 }
 
-/// Tells all who build on the overlay that it is in place (`subnet.env`, the CNI network list), and again at each change; has containers wired anew whose interface others removed
+/// Tells all who build on the overlay that it is in place (`local_subnet.env`, the CNI network list), and again at each change; has containers wired anew whose interface others removed
 /// or whose MTU is another now.
-async fn tell_overlay(
+async fn publish_overlay(
     mut overlays: watch::Receiver<Option<Overlay>>,
-    mut losses: watch::Receiver<u64>,
-    endpoints: Endpoints<Plugger>,
+    mut ports_lost: watch::Receiver<u64>,
+    endpoints: Endpoints<PortManager>,
     config: HostConfig,
-    memory: HostMemory,
+    host_state: HostStateStore,
     stop: tokio_util::sync::CancellationToken,
 ) -> anyhow::Result<()> {
-    let mut conflist = Conflist::of(&config, &config.run_dir.join(SOCKET));
+    let mut conflist = Conflist::from_config(&config, &config.run_dir.join(SOCKET_NAME));
     loop {
         let overlay = overlays.borrow_and_update().clone();
         if let Some(overlay) = overlay {
@@ -245,9 +245,9 @@ async fn tell_overlay(
                 mtu: overlay.mtu,
                 docker: config.docker,
             }));
-            memory.held(overlay.subnet, overlay.public_ip);
+            host_state.record_held_subnet(overlay.subnet, overlay.public_ip);
             let text = subnet_env(&networks, &overlay.subnet, overlay.mtu, config.ip_masq);
-            heal(&endpoints).await;
+            reconcile_ports(&endpoints).await;
             match write_subnet_env(&config.subnet_file, &text) {
                 Ok(true) => {
                     tracing::info!(file = %config.subnet_file.display(), subnet = %overlay.subnet, mtu = overlay.mtu, "overlay in place")
@@ -265,20 +265,20 @@ async fn tell_overlay(
             changed = overlays.changed() => if changed.is_err() {
                 return Ok(());
             },
-            lost = losses.changed() => if lost.is_err() {
+            lost = ports_lost.changed() => if lost.is_err() {
                 return Ok(());
             },
         }
     }
 }
 
-async fn heal(endpoints: &Endpoints<Plugger>) {
-    for (endpoint, error) in endpoints.heal().await {
+async fn reconcile_ports(endpoints: &Endpoints<PortManager>) {
+    for (endpoint, error) in endpoints.reconcile_ports().await {
         tracing::warn!(%endpoint, %error, "an endpoint cannot be wired anew");
     }
 }
 
-async fn infallible(task: impl Future<Output = ()>) -> Result<(), std::convert::Infallible> {
+async fn into_infallible(task: impl Future<Output = ()>) -> Result<(), std::convert::Infallible> {
     task.await;
     Ok(())
 }

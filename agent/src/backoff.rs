@@ -14,12 +14,12 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// Waits from `base` up to `cap`.
+    /// Waits from `base_chain` up to `cap`.
     pub const fn new(base: Duration, cap: Duration) -> Backoff {
         Backoff { base, cap, failures: 0 }
     }
 
-    /// The waiting time after one more failure: evenly distributed from `base` to `base * 2^failures`, at most `cap`.
+    /// The waiting time after one more failure: evenly distributed from `base_chain` to `base_chain * 2^list_failures`, at most `cap`.
     pub fn next_delay(&mut self, random: &mut impl Rng) -> Duration {
         let ceiling = self.base.saturating_mul(1_u32.checked_shl(self.failures).unwrap_or(u32::MAX)).min(self.cap).max(self.base);
         self.failures = self.failures.saturating_add(1);
@@ -47,7 +47,7 @@ mod tests {
     const CAP: Duration = Duration::from_secs(15);
 
     #[test]
-    fn stays_between_base_and_a_ceiling_that_doubles() {
+    fn delay_stays_within_doubling_ceiling() {
         for seed in 0..200 {
             let mut random = SmallRng::seed_from_u64(seed);
             let mut backoff = Backoff::new(BASE, CAP);
@@ -61,7 +61,7 @@ mod tests {
     }
 
     #[test]
-    fn spreads_over_the_whole_range() {
+    fn delays_spread_over_whole_range() {
         let mut random = SmallRng::seed_from_u64(7);
         let mut delays = Vec::new();
         for _ in 0..300 {
@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn starts_again_after_a_success() {
+    fn reset_restarts_at_base() {
         let mut random = SmallRng::seed_from_u64(1);
         let mut backoff = Backoff::new(BASE, CAP);
         for _ in 0..10 {

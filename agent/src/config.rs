@@ -15,14 +15,14 @@ use std::time::Duration;
 
 use regex::Regex;
 
-pub use raw::{Origin, Raw, gather};
-pub use settings::{DEFAULT_FILE, Kind, SETTINGS, Setting, command};
+pub use raw::{Origin, RawSettings, load_settings};
+pub use settings::{DEFAULT_CONFIG_FILE, SETTINGS, Setting, SettingKind, command};
 
 use self::secret::SecretError;
 use self::settings::SECRET_FILES;
 use crate::model::PerFamily;
-use crate::plan::underlay::Selection;
-use crate::telemetry::{FORMATS, LogFormat, parse_filter};
+use crate::plan::underlay::UnderlaySelector;
+use crate::telemetry::{LOG_FORMATS, LogFormat, parse_filter};
 
 /// Everything that a host's agent is told from outside.
 #[derive(Debug, Clone)]
@@ -30,14 +30,14 @@ pub struct HostConfig {
     /// How etcd is reached.
     pub etcd: EtcdConfig,
     /// How the external interface is chosen.
-    pub selection: Selection,
+    pub selection: UnderlaySelector,
     /// The name that people see.
     pub node_name: String,
     /// Whether what leaves the overlay gets the host's address.
     pub ip_masq: bool,
     /// Whether a part of the subnet is left to Docker's containers on the bridge.
     pub docker: bool,
-    /// Where socket, lock and `subnet.env` are.
+    /// Where socket, lock and `local_subnet.env` are.
     pub run_dir: PathBuf,
     /// Where identity, MACs and endpoints are kept.
     pub state_dir: PathBuf,
@@ -80,7 +80,7 @@ pub struct EtcdConfig {
 
 /// One thing that is wrong.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Mistake {
+pub struct SettingError {
     /// Where the value stands: flag, variable, or key and file.
     pub place: String,
     /// The value.
@@ -91,13 +91,13 @@ pub struct Mistake {
 
 /// Everything that is wrong.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub struct Mistakes(pub Vec<Mistake>);
+pub struct SettingErrors(pub Vec<SettingError>);
 
-impl fmt::Display for Mistakes {
+impl fmt::Display for SettingErrors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let count = self.0.len();
         write!(f, "{count} {} in the configuration:", if count == 1 { "mistake" } else { "mistakes" })?;
-        for Mistake { place, value, rule } in &self.0 {
+        for SettingError { place, value, rule } in &self.0 {
             write!(f, "\n  {place}: `{value}` {rule}")?;
         }
         Ok(())
@@ -105,25 +105,26 @@ impl fmt::Display for Mistakes {
 }
 
 /// Takes values out of [`Raw`] and collects what is wrong with them.
-struct Checker {
-    raw: Raw,
-    mistakes: Vec<Mistake>,
+struct Validator {
+    raw: RawSettings,
+    errors: Vec<SettingError>,
 }
 
 impl HostConfig {
     /// Checks all values together. The file system is only read.
-    pub fn check(raw: Raw) -> Result<HostConfig, Mistakes> {
-        let mistakes = raw.mistakes.clone();
-        let mut checker = Checker { raw, mistakes };
-        let config = checker.host();
-        if checker.mistakes.is_empty() { Ok(config) } else { Err(Mistakes(checker.mistakes)) }
+    pub fn validate(raw: RawSettings) -> Result<HostConfig, SettingErrors> {
+        let errors = raw.errors.clone();
+        let mut validator = Validator { raw, errors };
+        let config = validator.host();
+        if validator.errors.is_empty() { Ok(config) } else { Err(SettingErrors(validator.errors)) }
     }
 }
 
-impl Checker {
+impl Validator {
     fn host(&mut self) -> HostConfig {
-        let run_dir = self.absolute("run-dir");
-        let subnet_file = if self.raw.is_set("subnet-file") { self.absolute("subnet-file") } else { run_dir.join("subnet.env") };
+        let run_dir = self.absolute_path("run-dir");
+        let subnet_file =
+            if self.raw.is_set("subnet-file") { self.absolute_path("subnet-file") } else { run_dir.join("subnet.env") };
         HostConfig {
             etcd: self.etcd(),
             selection: self.selection(),
@@ -131,12 +132,12 @@ impl Checker {
             ip_masq: self.boolean("ip-masq"),
             docker: self.boolean("docker"),
             subnet_file,
-            cni_conflist: self.raw.text("cni-conflist").is_some().then(|| self.absolute("cni-conflist")),
+            cni_conflist: self.raw.text("cni-conflist").is_some().then(|| self.absolute_path("cni-conflist")),
             run_dir,
-            state_dir: self.absolute("state-dir"),
+            state_dir: self.absolute_path("state-dir"),
             metrics_listen: self.parsed("metrics-listen", "is not ADDRESS:PORT such as 127.0.0.1:9780"),
             log_level: self.log_level(),
-            log_format: self.one_of("log-format", &FORMATS, LogFormat::Auto),
+            log_format: self.one_of("log-format", &LOG_FORMATS, LogFormat::Auto),
             vxlan_tx_checksum: self.boolean("vxlan-tx-checksum"),
             nexthop_objects: self.boolean("nexthop-objects"),
             resync_interval: self.duration("resync-interval", Duration::from_secs(1), Duration::from_secs(86_400)),
@@ -175,7 +176,7 @@ impl Checker {
                     }
                     _ => "is not a URL such as http://192.0.2.10:2379 or https://etcd-1:2379".to_owned(),
                 };
-                self.fail("etcd-endpoints", &secret::without_login(endpoint), &rule);
+                self.fail("etcd-endpoints", &secret::redact_credentials(endpoint), &rule);
             }
         }
         let prefix = self.raw.text("etcd-prefix").unwrap_or_default();
@@ -183,8 +184,8 @@ impl Checker {
         if !trimmed.starts_with('/') || trimmed.contains("//") || trimmed.chars().any(char::is_control) {
             self.fail("etcd-prefix", &prefix, "is not a key prefix such as /coreos.com/network: it begins with a slash");
         }
-        let cafile = self.readable("etcd-cafile");
-        let client_certificate = match (self.readable("etcd-certfile"), self.readable("etcd-keyfile")) {
+        let cafile = self.readable_file("etcd-cafile");
+        let client_certificate = match (self.readable_file("etcd-certfile"), self.readable_file("etcd-keyfile")) {
             (Some(certificate), Some(key)) => Some((certificate, key)),
             (Some(certificate), None) => {
                 // One that is given and cannot be read is told of already.
@@ -207,7 +208,7 @@ impl Checker {
                 self.fail("etcd-endpoints", endpoint, "is not https://, although certificates are given");
             }
         }
-        let user = match (self.raw.text("etcd-username"), self.readable("etcd-password-file")) {
+        let user = match (self.raw.text("etcd-username"), self.readable_file("etcd-password-file")) {
             (Some(user), Some(file)) => Some((user, file)),
             (Some(user), None) => {
                 if !self.raw.is_set("etcd-password-file") {
@@ -224,7 +225,7 @@ impl Checker {
         EtcdConfig { endpoints, discovery_srv, prefix: trimmed, cafile, client_certificate, user }
     }
 
-    fn selection(&mut self) -> Selection {
+    fn selection(&mut self) -> UnderlaySelector {
         let regex = self.raw.text("iface-regex").and_then(|text| match Regex::new(&text) {
             Ok(regex) => Some(regex),
             Err(error) => {
@@ -238,7 +239,7 @@ impl Checker {
             v4: self.public_ip("public-ip", IpAddr::is_ipv4, "is not an IPv4 address that peers can send to"),
             v6: self.public_ip("public-ipv6", IpAddr::is_ipv6, "is not an IPv6 address that peers can send to"),
         };
-        Selection { interfaces: self.raw.list("iface"), regex, can_reach, public_ip }
+        UnderlaySelector { interfaces: self.raw.list("iface"), regex, can_reach, public_ip }
     }
 
     fn public_ip(&mut self, name: &str, family: impl Fn(&IpAddr) -> bool, rule: &str) -> Option<IpAddr> {
@@ -275,7 +276,7 @@ impl Checker {
 
     fn fail(&mut self, name: &str, value: &str, rule: &str) {
         let place = self.raw.place(name);
-        self.mistakes.push(Mistake { place, value: value.chars().take(200).collect(), rule: rule.to_owned() });
+        self.errors.push(SettingError { place, value: value.chars().take(200).collect(), rule: rule.to_owned() });
     }
 
     fn boolean(&mut self, name: &str) -> bool {
@@ -301,19 +302,19 @@ impl Checker {
         value
     }
 
-    fn duration(&mut self, name: &str, least: Duration, most: Duration) -> Duration {
+    fn duration(&mut self, name: &str, min: Duration, max: Duration) -> Duration {
         let text = self.raw.text(name).unwrap_or_default();
         match humantime::parse_duration(&text) {
-            Ok(value) if (least..=most).contains(&value) => value,
+            Ok(value) if (min..=max).contains(&value) => value,
             _ => {
-                let (least, most) = (humantime::format_duration(least), humantime::format_duration(most));
+                let (least, most) = (humantime::format_duration(min), humantime::format_duration(max));
                 self.fail(name, &text, &format!("is not a duration from {least} to {most}, such as 5m or 30s"));
-                most_sensible()
+                placeholder_duration()
             }
         }
     }
 
-    fn absolute(&mut self, name: &str) -> PathBuf {
+    fn absolute_path(&mut self, name: &str) -> PathBuf {
         let text = self.raw.text(name).unwrap_or_default();
         if !Path::new(&text).is_absolute() {
             self.fail(name, &text, "is not an absolute path");
@@ -321,7 +322,7 @@ impl Checker {
         PathBuf::from(text)
     }
 
-    fn readable(&mut self, name: &str) -> Option<PathBuf> {
+    fn readable_file(&mut self, name: &str) -> Option<PathBuf> {
         let text = self.raw.text(name)?;
         let path = credential::resolve(&text);
         let secret = SECRET_FILES.contains(&name);
@@ -343,7 +344,7 @@ impl Checker {
 }
 
 /// Stands in for a value that was refused: the configuration as a whole is refused then.
-const fn most_sensible() -> Duration {
+const fn placeholder_duration() -> Duration {
     Duration::from_secs(300)
 }
 
@@ -360,7 +361,7 @@ mod tests {
         let mut all: Vec<OsString> = vec!["overlayd".into(), "--config".into(), path.into()];
         all.extend(args.iter().map(OsString::from));
         let matches = settings::command().try_get_matches_from(all).map_err(|e| e.to_string())?;
-        HostConfig::check(gather(&matches)).map_err(|e| e.to_string())
+        HostConfig::validate(load_settings(&matches)).map_err(|e| e.to_string())
     }
 
     #[test]
@@ -374,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flag_wins_over_the_file() {
+    fn flag_overrides_file() {
         let file =
             "run-dir = \"/run/a\"\nip-masq = false\niface = [\"eth1\", \"eth2\"]\netcd-endpoints = \"http://a:1,http://b:2\"\n";
         let config = check(&["--run-dir=/run/b", "--ip-masq"], file).expect("good");
@@ -385,7 +386,7 @@ mod tests {
     }
 
     #[test]
-    fn all_mistakes_at_once_each_with_its_place() {
+    fn all_errors_are_reported_with_location() {
         let error = check(
             &["--public-ip=::1", "--etcd-endpoints=127.0.0.1:2379", "--iface-regex=("],
             "run-dri = 1\nlog-format = \"xml\"\nresync-interval = \"0s\"\netcd-certfile = \"/nonexistent\"\nip-masq = 3\n",
@@ -409,7 +410,7 @@ mod tests {
     }
 
     #[test]
-    fn mistakes_show_no_secret() {
+    fn errors_do_not_reveal_secrets() {
         for (args, file, wanted) in [
             (&["--etcd-endpoints=https://root:hunter2@a:2379"][..], "", "use --etcd-username and --etcd-password-file"),
             (&[][..], "etcd-password = \"hunter2\"\n", "etcd-password-file or etcd-keyfile names"),
@@ -422,7 +423,7 @@ mod tests {
     }
 
     #[test]
-    fn things_that_belong_together() {
+    fn dependent_settings_are_required_together() {
         for (args, wanted) in [
             (&["--etcd-username=u"][..], "needs --etcd-password-file"),
             (&["--etcd-certfile=/dev/null"][..], "needs --etcd-keyfile"),

@@ -6,20 +6,20 @@
 //! | floor | modules |
 //! | --- | --- |
 //! | wiring | [`app`] |
-//! | middle (siblings do not import each other) | [`reconcile`], [`store`], [`kernel`], [`endpoint`], [`admin`] |
-//! | helpers of the middle floor | [`config`], [`state`], [`backoff`], [`heap`], [`metrics`], [`telemetry`], [`shutdown`], [`systemd`] |
+//! | middle (siblings do not import each other) | [`reconcile`], [`inject_store_fault`], [`fake_kernel`], [`endpoint`], [`admin`] |
+//! | helpers of the middle floor | [`config`], [`state`], [`backoff`], [`allocator`], [`metrics`], [`telemetry`], [`shutdown`], [`systemd`] |
 //! | pure | [`plan`], and below it [`model`] |
 
 pub mod model;
 pub mod plan;
 
 pub mod admin;
+pub mod allocator;
 pub mod app;
 pub mod backoff;
 pub mod blocking;
 pub mod config;
 pub mod endpoint;
-pub mod heap;
 pub mod kernel;
 pub mod metrics;
 pub mod reconcile;

@@ -1,60 +1,60 @@
-//! `overlayd`: arguments, log, runtime, exit code.
+//! `overlayd_command`: arguments, log, runtime, exit code.
 
 use std::process::ExitCode;
 use std::time::Duration;
 
-use overlay_agent::config::{HostConfig, command, gather};
-use overlay_agent::{app, heap, telemetry};
+use overlay_agent::config::{HostConfig, command, load_settings};
+use overlay_agent::{allocator, app, telemetry};
 
 /// Two threads: the reconciler can apply a large batch on one while the store and the socket go on on the other.
-const WORKERS: usize = 2;
+const WORKER_THREADS: usize = 2;
 
 /// How long work that cannot be cancelled, such as a question to the system's resolver, is waited for at the end.
-const LAST: Duration = Duration::from_secs(1);
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(1);
 
 /// Exit codes of the command line: error, usage.
-const ERROR: u8 = 1;
-const USAGE: u8 = 2;
+const EXIT_ERROR: u8 = 1;
+const EXIT_USAGE: u8 = 2;
 
 fn main() -> ExitCode {
-    heap::share_arena();
+    allocator::use_single_arena();
     let matches = command().get_matches();
-    let raw = gather(&matches);
-    let config = match HostConfig::check(raw.clone()) {
+    let raw = load_settings(&matches);
+    let config = match HostConfig::validate(raw.clone()) {
         Ok(config) => config,
-        Err(mistakes) => return fail(&mistakes, USAGE),
+        Err(errors) => return fail(&errors, EXIT_USAGE),
     };
     let level = match telemetry::init(&config.log_level, config.log_format) {
         Ok(level) => level,
-        Err(error) => return fail(&error, ERROR),
+        Err(error) => return fail(&error, EXIT_ERROR),
     };
-    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(WORKERS).enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(WORKER_THREADS).enable_all().build() {
         Ok(runtime) => runtime,
-        Err(error) => return fail(&error, ERROR),
+        Err(error) => return fail(&error, EXIT_ERROR),
     };
     let result = runtime.block_on(async {
         match matches.subcommand_name() {
             Some("cleanup") => app::cleanup(config).await,
-            _ => app::run(config, level, app::Source::new(matches, raw)).await,
+            _ => app::run(config, level, app::SettingsSource::new(matches, raw)).await,
         }
     });
     // Every task has ended or was given up; a question to a resolver that does not answer is no reason to stay.
-    runtime.shutdown_timeout(LAST);
+    runtime.shutdown_timeout(SHUTDOWN_GRACE);
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(&words(&error), ERROR),
+        Err(error) => fail(&error_chain(&error), EXIT_ERROR),
     }
 }
 
 /// An error with its causes; what a message has said already is not said again.
-fn words(error: &anyhow::Error) -> String {
-    let mut said: Vec<String> = Vec::new();
+fn error_chain(error: &anyhow::Error) -> String {
+    let mut parts: Vec<String> = Vec::new();
     for cause in error.chain().map(ToString::to_string) {
-        if !said.iter().any(|words| words.contains(&cause)) {
-            said.push(cause);
+        if !parts.iter().any(|words| words.contains(&cause)) {
+            parts.push(cause);
         }
     }
-    said.join(": ")
+    parts.join(": ")
 }
 
 fn fail(error: &dyn std::fmt::Display, code: u8) -> ExitCode {

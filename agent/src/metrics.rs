@@ -9,15 +9,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use crate::model::RefusalKind;
+use crate::model::RejectReason;
 use crate::plan::Key;
-use crate::plan::mesh::{Summary, Way};
+use crate::plan::mesh::{ProbePath, Summary};
 
-use mesh::MeshNumbers;
+use mesh::MeshMetrics;
 use page::{Histogram, Page, seconds};
 
 /// Upper bounds of the batch size histogram, in ops: a single repair up to a snapshot of 100,000 peers and more.
-const SIZE_BOUNDS: [u64; 6] = [1, 10, 100, 1_000, 10_000, 100_000];
+const BATCH_SIZE_BOUNDS: [u64; 6] = [1, 10, 100, 1_000, 10_000, 100_000];
 
 /// Upper bounds of the histograms of durations, in nanoseconds, with the text Prometheus sees in seconds: 0.1 ms (one peer; etcd on the same machine)
 /// up to 10 s (a very large snapshot; beyond the limit of a request to etcd).
@@ -43,12 +43,12 @@ pub struct Metrics {
     lease_held: AtomicBool,
     peers: AtomicU64,
     leases: AtomicU64,
-    refused_leases: AtomicU64,
-    refused_values: Mutex<BTreeMap<&'static str, u64>>,
+    rejected_leases: AtomicU64,
+    rejected_values: Mutex<BTreeMap<&'static str, u64>>,
     config_errors: AtomicU64,
     endpoints: AtomicU64,
     failed_entries: AtomicU64,
-    contested_entries: AtomicU64,
+    contended_entries: AtomicU64,
     store_connected: AtomicBool,
     store_was_connected: AtomicBool,
     store_reconnects: AtomicU64,
@@ -58,24 +58,24 @@ pub struct Metrics {
     ops_failed: AtomicU64,
     drift_repairs: Mutex<BTreeMap<&'static str, u64>>,
     dropped: Mutex<BTreeMap<&'static str, u64>>,
-    batch_size: Histogram<{ SIZE_BOUNDS.len() }>,
+    batch_size: Histogram<{ BATCH_SIZE_BOUNDS.len() }>,
     batch_duration: Histogram<{ DURATION_BOUNDS.len() }>,
-    mesh: MeshNumbers,
-    rounds: AtomicU64,
-    idle_turns: AtomicU64,
-    events: [AtomicU64; SOURCES.len()],
-    reads: [AtomicU64; READS.len()],
+    mesh: MeshMetrics,
+    loop_iterations: AtomicU64,
+    idle_wakeups: AtomicU64,
+    events: [AtomicU64; EVENT_SOURCES.len()],
+    full_reads: [AtomicU64; FULL_READS.len()],
 }
 
 /// Where events come from, by [`Source`].
-const SOURCES: [&str; 2] = ["kernel", "store"];
+const EVENT_SOURCES: [&str; 2] = ["kernel", "store"];
 
 /// What is read as a whole, by [`Whole`].
-const READS: [&str; 2] = ["interfaces", "state"];
+const FULL_READS: [&str; 2] = ["interfaces", "state"];
 
 /// Where an event comes from.
 #[derive(Debug, Clone, Copy)]
-pub enum Source {
+pub enum EventSource {
     /// The kernel: an entry that others changed, or foreign interfaces that did.
     Kernel,
     /// The store: a lease or the configuration changed.
@@ -84,7 +84,7 @@ pub enum Source {
 
 /// What is read from the kernel as a whole.
 #[derive(Debug, Clone, Copy)]
-pub enum Whole {
+pub enum FullRead {
     /// Every interface with its addresses, and the default routes.
     Interfaces,
     /// All that is the agent's.
@@ -107,12 +107,12 @@ impl Metrics {
             lease_held: AtomicBool::default(),
             peers: AtomicU64::default(),
             leases: AtomicU64::default(),
-            refused_leases: AtomicU64::default(),
-            refused_values: zeros(&RefusalKind::WORDS),
+            rejected_leases: AtomicU64::default(),
+            rejected_values: zeros(&RejectReason::NAMES),
             config_errors: AtomicU64::default(),
             endpoints: AtomicU64::default(),
             failed_entries: AtomicU64::default(),
-            contested_entries: AtomicU64::default(),
+            contended_entries: AtomicU64::default(),
             store_connected: AtomicBool::default(),
             store_was_connected: AtomicBool::default(),
             store_reconnects: AtomicU64::default(),
@@ -124,11 +124,11 @@ impl Metrics {
             dropped: Mutex::default(),
             batch_size: Histogram::default(),
             batch_duration: Histogram::default(),
-            mesh: MeshNumbers::default(),
-            rounds: AtomicU64::default(),
-            idle_turns: AtomicU64::default(),
+            mesh: MeshMetrics::default(),
+            loop_iterations: AtomicU64::default(),
+            idle_wakeups: AtomicU64::default(),
             events: Default::default(),
-            reads: Default::default(),
+            full_reads: Default::default(),
         }
     }
 
@@ -148,14 +148,14 @@ impl Metrics {
     }
 
     /// Leases seen in the store, and how many of them are left out.
-    pub fn set_leases(&self, seen: usize, refused: usize) {
-        self.leases.store(seen as u64, Ordering::Relaxed);
-        self.refused_leases.store(refused as u64, Ordering::Relaxed);
+    pub fn set_leases(&self, total: usize, rejected: usize) {
+        self.leases.store(total as u64, Ordering::Relaxed);
+        self.rejected_leases.store(rejected as u64, Ordering::Relaxed);
     }
 
-    /// A value of the store was refused that was not refused before; `reason` as of `RefusalKind::word`.
-    pub fn value_refused(&self, reason: &'static str) {
-        *lock(&self.refused_values).entry(reason).or_default() += 1;
+    /// A value of the store was refused that was not refused before; `reason` as of `RejectReason::word`.
+    pub fn count_rejected_value(&self, reason: &'static str) {
+        *lock(&self.rejected_values).entry(reason).or_default() += 1;
     }
 
     /// Fields of the configuration in the store that are bad, while the last good one is in force.
@@ -174,8 +174,8 @@ impl Metrics {
     }
 
     /// Entries that something else on this host changes again and again.
-    pub fn set_contested_entries(&self, count: usize) {
-        self.contested_entries.store(count as u64, Ordering::Relaxed);
+    pub fn set_contended_entries(&self, count: usize) {
+        self.contended_entries.store(count as u64, Ordering::Relaxed);
     }
 
     /// Whether the store answers. Each change from no to yes but the first is a reconnect.
@@ -187,7 +187,7 @@ impl Metrics {
     }
 
     /// A request to the store has ended: how long it took, and whether it was answered as asked.
-    pub fn store_asked(&self, took: Duration, answered: bool) {
+    pub fn store_request_finished(&self, took: Duration, answered: bool) {
         self.store_requests.observe(nanoseconds(took), DURATION_BOUNDS.map(|(bound, _)| bound));
         if !answered {
             self.store_requests_failed.fetch_add(1, Ordering::Relaxed);
@@ -204,7 +204,7 @@ impl Metrics {
         lock(&self.drift_repairs).values().sum()
     }
 
-    /// Packets that the guards dropped, as the kernel counts them; by reason, as of `plan::ruleset::Counter::name`.
+    /// Packets that the guards dropped, as the kernel counts them; by reason, as of `plan::ruleset::AddCounter::name`.
     pub fn set_dropped(&self, packets: BTreeMap<&'static str, u64>) {
         *lock(&self.dropped) = packets;
     }
@@ -213,18 +213,18 @@ impl Metrics {
     pub fn batch_applied(&self, ops: usize, failed: usize, took: Duration) {
         self.ops_applied.fetch_add(ops.saturating_sub(failed) as u64, Ordering::Relaxed);
         self.ops_failed.fetch_add(failed as u64, Ordering::Relaxed);
-        self.batch_size.observe(ops as u64, SIZE_BOUNDS);
+        self.batch_size.observe(ops as u64, BATCH_SIZE_BOUNDS);
         self.batch_duration.observe(nanoseconds(took), DURATION_BOUNDS.map(|(bound, _)| bound));
     }
 
     /// A probe of a peer was answered.
-    pub fn probe_answered(&self, way: Way, took: Duration) {
-        self.mesh.answered(way, took);
+    pub fn probe_answered(&self, path: ProbePath, took: Duration) {
+        self.mesh.answered(path, took);
     }
 
     /// A probe of a peer was not answered in time, or could not be sent.
-    pub fn probe_lost(&self, way: Way) {
-        self.mesh.lost(way);
+    pub fn probe_lost(&self, path: ProbePath) {
+        self.mesh.lost(path);
     }
 
     /// Whether peers are probed, and what the probes say now.
@@ -233,23 +233,23 @@ impl Metrics {
     }
 
     /// Events have come that many at once.
-    pub fn events(&self, source: Source, count: usize) {
+    pub fn count_events(&self, source: EventSource, count: usize) {
         self.events[source as usize].fetch_add(count as u64, Ordering::Relaxed);
     }
 
     /// The reconcile loop has gone through a round.
-    pub fn round_done(&self) {
-        self.rounds.fetch_add(1, Ordering::Relaxed);
+    pub fn count_loop_iteration(&self) {
+        self.loop_iterations.fetch_add(1, Ordering::Relaxed);
     }
 
     /// The timer woke the reconcile loop and there was nothing to do.
-    pub fn idle_turn(&self) {
-        self.idle_turns.fetch_add(1, Ordering::Relaxed);
+    pub fn count_idle_wakeup(&self) {
+        self.idle_wakeups.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Something was read from the kernel as a whole.
-    pub fn read_whole(&self, what: Whole) {
-        self.reads[what as usize].fetch_add(1, Ordering::Relaxed);
+    pub fn count_full_read(&self, what: FullRead) {
+        self.full_reads[what as usize].fetch_add(1, Ordering::Relaxed);
     }
 
     /// The page that Prometheus reads.
@@ -257,14 +257,14 @@ impl Metrics {
         let mut page = Page::new();
         let value = |number: &AtomicU64| number.load(Ordering::Relaxed);
         let flag = |flag: &AtomicBool| u64::from(flag.load(Ordering::Relaxed));
-        page.head("overlayd_build_info", "The running program; the value is always 1.", "gauge");
+        page.header("overlayd_build_info", "The running program; the value is always 1.", "gauge");
         page.line(&format!(
             "overlayd_build_info{{version=\"{}\",arch=\"{}\",profile=\"{}\"}} 1",
             env!("CARGO_PKG_VERSION"),
             std::env::consts::ARCH,
             if cfg!(debug_assertions) { "debug" } else { "release" },
         ));
-        page.head("process_start_time_seconds", "Start of the process, in seconds since the epoch.", "gauge");
+        page.header("process_start_time_seconds", "Start of the process, in seconds since the epoch.", "gauge");
         let started = self.started.duration_since(UNIX_EPOCH).unwrap_or_default();
         page.line(&format!("process_start_time_seconds {}", seconds(nanoseconds(started))));
         page.gauge(
@@ -275,12 +275,12 @@ impl Metrics {
         page.gauge("overlayd_lease_held", "1 while this host holds its lease, as far as it knows.", flag(&self.lease_held));
         page.gauge("overlayd_peers", "Peers in the data path.", value(&self.peers));
         page.gauge("overlayd_leases", "Leases seen in the store, this host's included.", value(&self.leases));
-        page.gauge("overlayd_refused_leases", "Leases that are left out of the data path.", value(&self.refused_leases));
+        page.gauge("overlayd_refused_leases", "Leases that are left out of the data path.", value(&self.rejected_leases));
         page.counters(
             "overlayd_refused_values_total",
             "Values of the store that were refused, by reason.",
             "reason",
-            lock(&self.refused_values).iter().map(|(reason, count)| (*reason, *count)),
+            lock(&self.rejected_values).iter().map(|(reason, count)| (*reason, *count)),
         );
         page.gauge(
             "overlayd_config_errors",
@@ -292,7 +292,7 @@ impl Metrics {
         page.gauge(
             "overlayd_contested_entries",
             "Kernel entries that something else on this host changes again and again.",
-            value(&self.contested_entries),
+            value(&self.contended_entries),
         );
         page.gauge("overlayd_store_connected", "1 while the store answers.", flag(&self.store_connected));
         page.counter(
@@ -330,7 +330,7 @@ impl Metrics {
             "reason",
             lock(&self.dropped).iter().map(|(reason, packets)| (*reason, *packets)),
         );
-        let sizes = SIZE_BOUNDS.map(|bound| bound.to_string());
+        let sizes = BATCH_SIZE_BOUNDS.map(|bound| bound.to_string());
         self.batch_size.render(
             &mut page,
             "overlayd_batch_ops",
@@ -350,18 +350,23 @@ impl Metrics {
             let [first, second] = numbers.each_ref().map(value);
             [(names[0], first), (names[1], second)]
         };
-        page.counters("overlayd_events_total", "Events handled, by where they come from.", "source", each(SOURCES, &self.events));
-        page.counter("overlayd_rounds_total", "Rounds of the reconcile loop.", value(&self.rounds));
+        page.counters(
+            "overlayd_events_total",
+            "Events handled, by where they come from.",
+            "source",
+            each(EVENT_SOURCES, &self.events),
+        );
+        page.counter("overlayd_rounds_total", "Rounds of the reconcile loop.", value(&self.loop_iterations));
         page.counter(
             "overlayd_idle_turns_total",
             "Timer wake-ups of the reconcile loop that found nothing to do.",
-            value(&self.idle_turns),
+            value(&self.idle_wakeups),
         );
         page.counters(
             "overlayd_kernel_reads_total",
             "Times that something was read from the kernel as a whole.",
             "what",
-            each(READS, &self.reads),
+            each(FULL_READS, &self.full_reads),
         );
         page.text()
     }
@@ -378,10 +383,10 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::api::Reach;
+    use crate::model::api::Reachability;
 
     #[test]
-    fn the_page_holds_what_was_counted() {
+    fn rendered_page_contains_counted_values() {
         let metrics = Metrics::new();
         metrics.set_ready(true);
         metrics.set_peers(3);
@@ -389,20 +394,20 @@ mod tests {
         metrics.drift_repaired("route");
         metrics.drift_repaired("route");
         metrics.drift_repaired("fdb");
-        metrics.value_refused("duplicate-mac");
-        metrics.store_asked(Duration::from_millis(3), true);
-        metrics.store_asked(Duration::from_secs(5), false);
+        metrics.count_rejected_value("duplicate-mac");
+        metrics.store_request_finished(Duration::from_millis(3), true);
+        metrics.store_request_finished(Duration::from_secs(5), false);
         metrics.set_dropped(BTreeMap::from([("source", 7), ("tunnel", 0)]));
         metrics.batch_applied(40_000, 2, Duration::from_millis(87));
         metrics.batch_applied(1, 0, Duration::from_micros(90));
         metrics.batch_applied(1, 0, Duration::from_secs(60));
-        metrics.probe_answered(Way::Overlay, Duration::from_micros(800));
-        metrics.probe_lost(Way::Underlay);
-        let states = BTreeMap::from([(Reach::Ok, 4), (Reach::OverlayDown, 1)]);
+        metrics.probe_answered(ProbePath::Overlay, Duration::from_micros(800));
+        metrics.probe_lost(ProbePath::Underlay);
+        let states = BTreeMap::from([(Reachability::Ok, 4), (Reachability::OverlayDown, 1)]);
         metrics.set_mesh(true, Summary { states, worst_overlay: 2_500, worst_underlay: 0 });
-        metrics.events(Source::Store, 5);
-        metrics.read_whole(Whole::State);
-        metrics.round_done();
+        metrics.count_events(EventSource::Store, 5);
+        metrics.count_full_read(FullRead::State);
+        metrics.count_loop_iteration();
         let page = metrics.render();
         for line in [
             "overlayd_events_total{source=\"store\"} 5",
@@ -452,7 +457,7 @@ mod tests {
     }
 
     #[test]
-    fn each_return_of_the_store_but_the_first_is_a_reconnect() {
+    fn first_store_connection_is_not_a_reconnect() {
         let metrics = Metrics::new();
         let reconnects = || metrics.render().lines().any(|line| line == "overlayd_store_reconnects_total 1");
         for connected in [false, true, true, false] {
@@ -464,7 +469,7 @@ mod tests {
     }
 
     #[test]
-    fn each_sample_stands_behind_its_type() {
+    fn samples_follow_their_type_line() {
         let metrics = Metrics::new();
         metrics.drift_repaired("link");
         let page = metrics.render();

@@ -3,13 +3,15 @@
 
 pub mod desired;
 pub mod diff;
+pub mod lease_table;
 pub mod mesh;
 pub mod ops;
-pub mod roster;
 pub mod ruleset;
 pub mod state;
 pub mod underlay;
 
-pub use ops::{ApplyReport, Batch, ContainerPath, DataPath, Guard, HostPorts, HostSocket, KernelEvent, Op, OpError, Plug};
+pub use ops::{
+    ApplyReport, Batch, DataPath, HostPorts, HostSocket, KernelEvent, Op, OpError, PortDriver, PortSpec, SourceFilter,
+};
 pub use ruleset::Ruleset;
 pub use state::{Key, LinkKind, LinkState, State, Value};

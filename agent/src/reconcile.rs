@@ -9,10 +9,10 @@
 
 mod apply;
 mod inputs;
-mod lines;
+mod rate_limit;
 mod ready;
-mod repair;
 mod report;
+mod retry;
 #[cfg(test)]
 mod tests;
 mod underlay;
@@ -25,39 +25,39 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::heap;
-use crate::metrics::{Metrics, Whole};
+use crate::allocator;
+use crate::metrics::{FullRead, Metrics};
 use crate::model::api;
-use crate::model::event::{Connection, LeaseWish, OwnLease, StoreEvent};
+use crate::model::event::{Connection, LeaseRequest, OwnLease, StoreEvent};
 use crate::model::network::ConfigErrors;
-use crate::model::{Device, Endpoint, Mac, NetworkConfig, Node, Peer, PerFamily, Refusal, Subnet};
-use crate::plan::desired::{Host, NexthopIds};
+use crate::model::{Device, Endpoint, Mac, NetworkConfig, Node, Peer, PerFamily, RejectedLease, Subnet};
+use crate::plan::desired::{HostSpec, NexthopIds};
 use crate::plan::diff::{diff, diff_keys};
-use crate::plan::roster::{LeaseKey, OwnHost, Roster};
+use crate::plan::lease_table::{LeaseKey, LeaseTable, LocalHost};
 use crate::plan::ruleset::Table;
-use crate::plan::underlay::{Inventory, Reason, Selection, Underlay};
+use crate::plan::underlay::{HostInventory, SelectionReason, Underlay, UnderlaySelector};
 use crate::plan::{Batch, DataPath, KernelEvent, Key, State};
 
-use lines::Lines;
-use repair::Repairs;
+use rate_limit::LogRateLimit;
+use retry::RetryQueue;
 
 /// How long changes of foreign links and addresses settle before the external interface is looked at again.
-const UNDERLAY_SETTLE: Duration = Duration::from_millis(100);
+const UNDERLAY_DEBOUNCE: Duration = Duration::from_millis(100);
 /// How many times its own duration the look at all interfaces rests: a storm of foreign links costs a twentieth of a processor.
-const UNDERLAY_REST_FACTOR: u32 = 20;
+const UNDERLAY_PAUSE_FACTOR: u32 = 20;
 /// The least time between two dumps, and how many times its own duration a dump rests, so that a storm of changes is no loop of dumps.
-const DUMP_REST: Duration = Duration::from_millis(20);
-const DUMP_REST_FACTOR: u32 = 5;
+const MIN_DUMP_PAUSE: Duration = Duration::from_millis(20);
+const DUMP_PAUSE_FACTOR: u32 = 5;
 /// Entries that are handled as a whole rather than one by one: those of 256 peers.
-const WHOLESALE: usize = 1024;
+const BULK_THRESHOLD: usize = 1024;
 /// How long after the start, and after work on that many entries, the memory is given back that it took: the store has dropped its part by then.
-const HEAP_REST: Duration = Duration::from_secs(1);
+const HEAP_TRIM_DELAY: Duration = Duration::from_secs(1);
 /// Why a full comparison is made that nothing else asked for.
-const RESYNC: &str = "periodic resync";
+const PERIODIC_RESYNC: &str = "periodic resync";
 /// Pause after a turn that the timer began and that found nothing to do: a wrong deadline then costs no processor.
-const IDLE_TURN_PAUSE: Duration = Duration::from_millis(100);
+const IDLE_WAKE_PAUSE: Duration = Duration::from_millis(100);
 /// How many refusals and repairs of one round are logged one by one before the rest is counted.
-const LOG_LINES: usize = 20;
+const MAX_LOG_LINES: usize = 20;
 
 /// What the reconciler knows from the start.
 #[derive(Debug, Clone)]
@@ -65,7 +65,7 @@ pub struct Settings {
     /// Who this host is.
     pub node: Node,
     /// How the external interface is chosen.
-    pub selection: Selection,
+    pub selection: UnderlaySelector,
     /// Whether what leaves the overlay gets the host's address.
     pub masquerade: bool,
     /// Transmit checksum offload on the VXLAN devices.
@@ -77,7 +77,7 @@ pub struct Settings {
     /// Time between two full comparisons with the kernel.
     pub resync: Duration,
     /// How long the own lease lasts at least while the store does not answer.
-    pub lease_lasts: Duration,
+    pub lease_ttl: Duration,
     /// The store's endpoints and prefix, for the status.
     pub store_endpoints: Vec<String>,
     /// The key prefix, for the status.
@@ -85,20 +85,20 @@ pub struct Settings {
 }
 
 /// What is kept over restarts; `app` keeps it in the state directory.
-pub trait Memory: Send {
+pub trait StateStore: Send {
     /// The MAC of a device of ours: the one kept, else the one found on the device, else a new one; kept from then on.
-    fn mac(&mut self, device: Device, found: Option<Mac>) -> Mac;
+    fn device_mac(&mut self, device: Device, found: Option<Mac>) -> Mac;
     /// The subnet that this host held last.
-    fn preferred(&self) -> Option<Subnet>;
+    fn preferred_subnet(&self) -> Option<Subnet>;
     /// The underlay addresses that this host published last.
-    fn published(&self) -> PerFamily<IpAddr>;
-    /// The value of a sysctl before the agent first changed it, so that `overlayd cleanup` can put it back.
-    fn sysctl_was(&mut self, path: &str, value: &str);
+    fn published_addresses(&self) -> PerFamily<IpAddr>;
+    /// The value of a sysctl before the agent first changed it, so that `overlayd_command run_cleanup` can put it back.
+    fn save_sysctl(&mut self, path: &str, value: &str);
     /// That value; `None` where the agent did not change the sysctl.
-    fn sysctl_before(&self, path: &str) -> Option<String>;
+    fn saved_sysctl(&self, path: &str) -> Option<String>;
 }
 
-/// The overlay as this host has it, for all who build on it (endpoints, `subnet.env`).
+/// The overlay as this host has it, for all who build on it (endpoints, `local_subnet.env`).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Overlay {
     /// The network.
@@ -118,7 +118,7 @@ pub type SubnetRow = (api::SubnetEntry, Option<i64>);
 
 /// Questions to the reconciler.
 #[derive(Debug)]
-pub enum Query {
+pub enum ReconcilerQuery {
     /// The agent's status, the endpoints' number aside.
     Status(oneshot::Sender<api::Status>),
     /// Every lease.
@@ -127,11 +127,14 @@ pub enum Query {
     Peers(oneshot::Sender<api::Peers>),
 }
 
-impl Query {
+impl ReconcilerQuery {
     /// Asks the reconciler; `None` where it has ended.
-    pub async fn ask<T>(queries: &mpsc::Sender<Query>, question: impl FnOnce(oneshot::Sender<T>) -> Query) -> Option<T> {
+    pub async fn ask<T>(
+        queries: &mpsc::Sender<ReconcilerQuery>,
+        make_query: impl FnOnce(oneshot::Sender<T>) -> ReconcilerQuery,
+    ) -> Option<T> {
         let (reply, answer) = oneshot::channel();
-        queries.send(question(reply)).await.ok()?;
+        queries.send(make_query(reply)).await.ok()?;
         answer.await.ok()
     }
 }
@@ -144,14 +147,14 @@ pub struct Channels {
     /// From the kernel.
     pub kernel: mpsc::Receiver<KernelEvent>,
     /// From the admin socket.
-    pub queries: mpsc::Receiver<Query>,
+    pub queries: mpsc::Receiver<ReconcilerQuery>,
     /// The endpoints that are plugged into the bridge.
     pub endpoints: watch::Receiver<Vec<Arc<Endpoint>>>,
     /// Those for which all has been done, or tried and will be tried again.
-    pub programmed: watch::Sender<Vec<Arc<Endpoint>>>,
+    pub applied_endpoints: watch::Sender<Vec<Arc<Endpoint>>>,
     /// To the store: what this host wants to hold.
-    pub wish: watch::Sender<Option<LeaseWish>>,
-    /// To the endpoints and `subnet.env`: the overlay once it is in place.
+    pub lease_request: watch::Sender<Option<LeaseRequest>>,
+    /// To the endpoints and `local_subnet.env`: the overlay once it is in place.
     pub overlay: watch::Sender<Option<Overlay>>,
     /// Counts up whenever an answer to a [`Query`] may have changed.
     pub changes: watch::Sender<u64>,
@@ -160,14 +163,14 @@ pub struct Channels {
     /// Counts up whenever others removed the host's end of an endpoint's veth pair: only the endpoints can make it again.
     pub ports_lost: watch::Sender<u64>,
     /// Counts up with each turn of the loop. With nothing to do it does not turn: who wants to know whether it can asks it something.
-    pub beat: watch::Sender<u64>,
+    pub heartbeat: watch::Sender<u64>,
 }
 
 /// The owner of state.
 pub struct Reconciler<D, M> {
     settings: Settings,
     data_path: D,
-    memory: M,
+    state_store: M,
     metrics: Arc<Metrics>,
     started: Instant,
 
@@ -176,106 +179,106 @@ pub struct Reconciler<D, M> {
     network: Option<NetworkConfig>,
     config_missing: bool,
     config_errors: Option<ConfigErrors>,
-    snapshot_seen: bool,
-    roster: Roster,
-    own: OwnLease,
+    has_snapshot: bool,
+    leases: LeaseTable,
+    own_lease: OwnLease,
     /// The addresses of its servers.
     servers: BTreeSet<std::net::IpAddr>,
     /// When the own lease ends unless the store answers again; absent while it answers.
-    lease_ends: Option<Instant>,
+    lease_expires_at: Option<Instant>,
     /// That moment has passed: others may have the subnet by now.
-    lease_over: bool,
+    lease_expired: bool,
 
     // What the host is like.
-    inventory: Inventory,
+    inventory: HostInventory,
     underlay: Option<Underlay>,
     /// Why its addresses were chosen.
-    underlay_reasons: PerFamily<Reason>,
-    underlay_trouble: Vec<String>,
+    underlay_reasons: PerFamily<SelectionReason>,
+    underlay_errors: Vec<String>,
     /// IPv6 was switched off when the external interface was chosen.
-    ipv4_alone: bool,
+    ipv4_only: bool,
     endpoints: Vec<Arc<Endpoint>>,
     /// Whether those who wait for them have to be told.
-    endpoints_new: bool,
+    endpoints_changed: bool,
 
     // What follows.
-    host: Option<Host>,
-    own_host: Option<OwnHost>,
+    host: Option<HostSpec>,
+    local_host: Option<LocalHost>,
     peers: BTreeMap<LeaseKey, Peer>,
-    refused: BTreeMap<LeaseKey, Refusal>,
-    ids: NexthopIds,
+    rejected: BTreeMap<LeaseKey, RejectedLease>,
+    nexthop_ids: NexthopIds,
     desired: State,
     actual: State,
 
     // What is to be done.
     host_dirty: bool,
-    leases_dirty: BTreeSet<LeaseKey>,
-    roster_dirty: bool,
-    dirty: BTreeSet<Key>,
-    links_told: BTreeSet<Box<str>>,
+    dirty_leases: BTreeSet<LeaseKey>,
+    all_leases_dirty: bool,
+    dirty_keys: BTreeSet<Key>,
+    changed_links: BTreeSet<Box<str>>,
     all_dirty: bool,
-    stale: Option<&'static str>,
+    resync_reason: Option<&'static str>,
     dump_error: Option<String>,
-    not_before: Instant,
+    dump_not_before: Instant,
     underlay_due: Option<Instant>,
     underlay_not_before: Instant,
     resync_due: Instant,
-    heap_due: Option<Instant>,
-    refusals_told: Lines,
-    repairs: Repairs,
+    heap_trim_due: Option<Instant>,
+    rejection_log: LogRateLimit,
+    retries: RetryQueue,
     changed: bool,
     port_lost: bool,
 }
 
-impl<D: DataPath, M: Memory> Reconciler<D, M> {
+impl<D: DataPath, M: StateStore> Reconciler<D, M> {
     /// A reconciler that knows nothing yet.
-    pub fn new(settings: Settings, data_path: D, memory: M, metrics: Arc<Metrics>) -> Self {
+    pub fn new(settings: Settings, data_path: D, state_store: M, metrics: Arc<Metrics>) -> Self {
         let now = Instant::now();
         Reconciler {
             resync_due: now + settings.resync,
             settings,
             data_path,
-            memory,
+            state_store,
             metrics,
             started: now,
             connection: Connection::Down { error: "not connected yet".to_owned() },
             network: None,
             config_missing: false,
             config_errors: None,
-            snapshot_seen: false,
-            roster: Roster::default(),
-            own: OwnLease::Wanted { reason: "not asked for yet".to_owned() },
+            has_snapshot: false,
+            leases: LeaseTable::default(),
+            own_lease: OwnLease::NotHeld { reason: "not asked for yet".to_owned() },
             servers: BTreeSet::new(),
-            lease_ends: None,
-            lease_over: false,
-            inventory: Inventory::default(),
+            lease_expires_at: None,
+            lease_expired: false,
+            inventory: HostInventory::default(),
             underlay: None,
             underlay_reasons: PerFamily::default(),
-            underlay_trouble: Vec::new(),
-            ipv4_alone: false,
+            underlay_errors: Vec::new(),
+            ipv4_only: false,
             endpoints: Vec::new(),
-            endpoints_new: true,
+            endpoints_changed: true,
             host: None,
-            own_host: None,
+            local_host: None,
             peers: BTreeMap::new(),
-            refused: BTreeMap::new(),
-            ids: NexthopIds::default(),
+            rejected: BTreeMap::new(),
+            nexthop_ids: NexthopIds::default(),
             desired: State::new(),
             actual: State::new(),
             host_dirty: false,
-            leases_dirty: BTreeSet::new(),
-            roster_dirty: false,
-            dirty: BTreeSet::new(),
-            links_told: BTreeSet::new(),
+            dirty_leases: BTreeSet::new(),
+            all_leases_dirty: false,
+            dirty_keys: BTreeSet::new(),
+            changed_links: BTreeSet::new(),
             all_dirty: false,
-            stale: Some("start"),
+            resync_reason: Some("start"),
             dump_error: None,
-            not_before: now,
+            dump_not_before: now,
             underlay_due: Some(now),
             underlay_not_before: now,
-            heap_due: Some(now + HEAP_REST),
-            refusals_told: Lines::default(),
-            repairs: Repairs::default(),
+            heap_trim_due: Some(now + HEAP_TRIM_DELAY),
+            rejection_log: LogRateLimit::default(),
+            retries: RetryQueue::default(),
             changed: true,
             port_lost: false,
         }
@@ -287,23 +290,23 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         self.converge(&channels).await;
         let mut timer_not_before = self.started;
         loop {
-            channels.beat.send_modify(|count| *count += 1);
+            channels.heartbeat.send_modify(|count| *count += 1);
             let timer = tokio::time::sleep_until(self.next_deadline().max(timer_not_before).into());
-            let mut by_timer = false;
+            let mut woken_by_timer = false;
             tokio::select! {
                 () = shutdown.cancelled() => return,
                 Some(event) = channels.store.recv() => self.fold_store(event),
                 Some(event) = channels.kernel.recv() => self.fold_kernel(event),
                 Some(query) = channels.queries.recv() => {
-                    self.answer(query);
+                    self.answer_query(query);
                     continue;
                 }
                 Ok(()) = channels.endpoints.changed() => {
                     self.endpoints = channels.endpoints.borrow_and_update().clone();
-                    self.endpoints_new = true;
+                    self.endpoints_changed = true;
                     self.host_dirty = true;
                 }
-                () = timer => by_timer = true,
+                () = timer => woken_by_timer = true,
             }
             // What waits already is folded into the same round. Bounded by the channels' sizes.
             while let Ok(event) = channels.kernel.try_recv() {
@@ -313,17 +316,17 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 self.fold_store(event);
             }
             let progress = self.converge(&channels).await;
-            if by_timer && !progress {
-                self.metrics.idle_turn();
-                timer_not_before = Instant::now() + IDLE_TURN_PAUSE;
+            if woken_by_timer && !progress {
+                self.metrics.count_idle_wakeup();
+                timer_not_before = Instant::now() + IDLE_WAKE_PAUSE;
             }
         }
     }
 
     /// The next moment at which something is due without an event.
     fn next_deadline(&self) -> Instant {
-        let stale = self.stale.map(|_| self.not_before);
-        [stale, self.underlay_due, self.heap_due, self.lease_ends, self.repairs.next_due()]
+        let next_dump = self.resync_reason.map(|_| self.dump_not_before);
+        [next_dump, self.underlay_due, self.heap_trim_due, self.lease_expires_at, self.retries.next_due()]
             .into_iter()
             .flatten()
             .fold(self.resync_due, Instant::min)
@@ -333,16 +336,16 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
     async fn converge(&mut self, channels: &Channels) -> bool {
         let now = Instant::now();
         let mut progress = false;
-        self.metrics.round_done();
+        self.metrics.count_loop_iteration();
         if now >= self.resync_due {
-            self.stale.get_or_insert(RESYNC);
+            self.resync_reason.get_or_insert(PERIODIC_RESYNC);
             self.resync_due = now + self.settings.resync;
         }
-        self.look_at_links().await;
+        self.reread_links().await;
         let mut before_dump = None;
-        if self.stale.is_some() && now >= self.not_before {
+        if self.resync_reason.is_some() && now >= self.dump_not_before {
             progress = true;
-            if self.stale == Some(RESYNC) {
+            if self.resync_reason == Some(PERIODIC_RESYNC) {
                 // The kernel tells nobody what becomes of `accept_ra`, nor of resolvers.
                 self.underlay_due.get_or_insert(now);
             }
@@ -350,55 +353,55 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         }
         if self.underlay_due.is_some_and(|due| now >= due) {
             progress = true;
-            self.look_at_underlay().await;
+            self.update_underlay().await;
         }
-        progress |= self.lease_ends.is_some_and(|end| now >= end);
-        self.look_at_lease(now);
-        if self.heap_due.is_some_and(|due| now >= due) {
+        progress |= self.lease_expires_at.is_some_and(|end| now >= end);
+        self.check_lease_expiry(now);
+        if self.heap_trim_due.is_some_and(|due| now >= due) {
             progress = true;
-            self.heap_due = None;
-            heap::give_back();
+            self.heap_trim_due = None;
+            allocator::trim_memory();
         }
         let begun = Instant::now();
         self.rebuild(channels);
-        self.read_settings().await;
-        self.settle();
-        self.dirty.extend(self.repairs.due(now));
+        self.read_sysctls().await;
+        self.prune_satisfied();
+        self.dirty_keys.extend(self.retries.due_keys(now));
         let batch = self.plan();
         if !batch.is_empty() {
             tracing::debug!(ops = batch.len(), ms = begun.elapsed().as_secs_f64() * 1e3, "planned");
         }
         if let Some(before) = before_dump {
-            self.count_drift_of_dump(&before, &batch);
+            self.record_dump_drift(&before, &batch);
         }
         progress |= self.apply_due(batch, now).await;
         // An entry was set at another attempt: what stands on it was left out of the plan before. Ends, because each turn of this loop needs an
         // entry that waited and was set.
-        while self.host.is_some() && (self.all_dirty || !self.dirty.is_empty()) {
+        while self.host.is_some() && (self.all_dirty || !self.dirty_keys.is_empty()) {
             let batch = self.plan();
             progress |= self.apply_due(batch, now).await;
         }
-        self.repairs.rearm(now);
-        self.publish(channels);
+        self.retries.reschedule_due(now);
+        self.broadcast(channels);
         progress
     }
 
     /// Reads actual state anew. Returns the state as it was believed to be, once there has been a plan to compare with.
     async fn dump(&mut self) -> Option<State> {
-        let reason = self.stale.take().unwrap_or_default();
+        let reason = self.resync_reason.take().unwrap_or_default();
         let begun = Instant::now();
-        self.metrics.read_whole(Whole::State);
+        self.metrics.count_full_read(FullRead::State);
         match self.data_path.dump().await {
             Ok(state) => {
                 let took = begun.elapsed();
                 tracing::debug!(reason, entries = state.len(), ms = took.as_secs_f64() * 1e3, "kernel state read");
-                self.not_before = Instant::now() + DUMP_REST.max(took * DUMP_REST_FACTOR);
+                self.dump_not_before = Instant::now() + MIN_DUMP_PAUSE.max(took * DUMP_PAUSE_FACTOR);
                 self.dump_error = None;
                 let before = std::mem::replace(&mut self.actual, state);
-                self.ids.adopt(&self.actual);
+                self.nexthop_ids.adopt(&self.actual);
                 self.all_dirty = true;
-                if self.actual.len() > WHOLESALE {
-                    self.heap_due = Some(Instant::now() + HEAP_REST);
+                if self.actual.len() > BULK_THRESHOLD {
+                    self.heap_trim_due = Some(Instant::now() + HEAP_TRIM_DELAY);
                 }
                 let missing = |port: String| !self.actual.contains_key(&Key::Link(port.into()));
                 self.port_lost |= self.ports().into_iter().any(missing);
@@ -407,8 +410,8 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             Err(error) => {
                 tracing::error!(reason, %error, "kernel state cannot be read, trying again in a second");
                 self.dump_error = Some(error.to_string());
-                self.stale = Some("retry after an error");
-                self.not_before = Instant::now() + Duration::from_secs(1);
+                self.resync_reason = Some("retry after an error");
+                self.dump_not_before = Instant::now() + Duration::from_secs(1);
                 None
             }
         }
@@ -416,7 +419,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
 
     /// The ops that are due.
     fn plan(&mut self) -> Batch {
-        let dirty = std::mem::take(&mut self.dirty);
+        let dirty = std::mem::take(&mut self.dirty_keys);
         // Until there is a lease nothing is known to be wrong: what an earlier run left forwards on, untouched.
         if self.host.is_none() {
             return Batch::new();
@@ -429,18 +432,18 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
     }
 
     /// Tells the others what is new.
-    fn publish(&mut self, channels: &Channels) {
+    fn broadcast(&mut self, channels: &Channels) {
         self.metrics.set_peers(self.peers.len());
-        self.metrics.set_leases(self.roster.len(), self.refused.len());
-        self.metrics.set_failed_entries(self.repairs.len());
-        self.metrics.set_contested_entries(self.repairs.fights().count());
+        self.metrics.set_leases(self.leases.len(), self.rejected.len());
+        self.metrics.set_failed_entries(self.retries.len());
+        self.metrics.set_contended_entries(self.retries.contended().count());
         self.metrics.set_config_errors(self.config_errors.as_ref().map_or(0, |errors| errors.0.len()));
         self.metrics.set_lease_held(self.holds_lease());
         let ready = self.is_ready();
         self.metrics.set_ready(ready);
         channels.ready.send_if_modified(|was| std::mem::replace(was, ready) != ready);
         if let Some(host) = &self.host
-            && !self.repairs.any(|key| match key {
+            && !self.retries.any(|key| match key {
                 // A container's port that is gone is made again by whoever is told of the overlay here.
                 Key::Link(name) => Device::from_name(name).is_some(),
                 key => matches!(key, Key::Address(..) | Key::Sysctl(_) | Key::Ruleset(Table::Inet)),
@@ -461,8 +464,8 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 new
             });
         }
-        if std::mem::take(&mut self.endpoints_new) {
-            channels.programmed.send_replace(self.endpoints.clone());
+        if std::mem::take(&mut self.endpoints_changed) {
+            channels.applied_endpoints.send_replace(self.endpoints.clone());
         }
         if std::mem::take(&mut self.port_lost) {
             channels.ports_lost.send_modify(|count| *count += 1);

@@ -14,9 +14,9 @@ use tokio_util::sync::CancellationToken;
 #[derive(Debug, Clone, Default)]
 pub struct Shutdown {
     /// End in order: let go of clients, leave the data path as it is.
-    pub begin: CancellationToken,
+    pub graceful: CancellationToken,
     /// End at once: a second signal came.
-    pub now: CancellationToken,
+    pub immediate: CancellationToken,
 }
 
 /// SIGTERM and SIGINT, caught from the moment this is made.
@@ -36,10 +36,10 @@ impl Signals {
     pub async fn watch(mut self, shutdown: Shutdown) {
         let name = self.next().await;
         tracing::info!(signal = name, "ending; a second signal ends at once");
-        shutdown.begin.cancel();
+        shutdown.graceful.cancel();
         let name = self.next().await;
         tracing::warn!(signal = name, "ending at once");
-        shutdown.now.cancel();
+        shutdown.immediate.cancel();
     }
 
     async fn next(&mut self) -> &'static str {
@@ -52,9 +52,9 @@ impl Signals {
 
 /// How a task ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
+pub enum TaskOutcome {
     /// It returned well.
-    Done,
+    Completed,
     /// It returned an error; its text.
     Failed(String),
     /// It panicked; the panic's text.
@@ -65,20 +65,20 @@ pub enum Outcome {
 
 /// A task that ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Ended {
+pub struct TaskExit {
     /// The task's name.
     pub task: &'static str,
     /// How it ended.
-    pub outcome: Outcome,
+    pub outcome: TaskOutcome,
 }
 
-impl Display for Ended {
+impl Display for TaskExit {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match &self.outcome {
-            Outcome::Done => write!(f, "task {} ended", self.task),
-            Outcome::Failed(error) => write!(f, "task {} failed: {error}", self.task),
-            Outcome::Panicked(text) => write!(f, "task {} panicked: {text}", self.task),
-            Outcome::Aborted => write!(f, "task {} did not end in time and was aborted", self.task),
+            TaskOutcome::Completed => write!(f, "task {} ended", self.task),
+            TaskOutcome::Failed(error) => write!(f, "task {} failed: {error}", self.task),
+            TaskOutcome::Panicked(text) => write!(f, "task {} panicked: {text}", self.task),
+            TaskOutcome::Aborted => write!(f, "task {} did not end in time and was aborted", self.task),
         }
     }
 }
@@ -103,37 +103,37 @@ impl Tasks {
     }
 
     /// The next task that ends; `None` when there is none left. Cancel-safe.
-    pub async fn next_end(&mut self) -> Option<Ended> {
+    pub async fn next_exit(&mut self) -> Option<TaskExit> {
         let joined = self.set.join_next_with_id().await?;
-        Some(self.ended(joined))
+        Some(self.record_exit(joined))
     }
 
     /// Waits for all tasks, which the caller has asked to end, until the deadline; aborts those that are left. Returns every end that was
-    /// not [`Outcome::Done`].
-    pub async fn finish(&mut self, deadline: Duration) -> Vec<Ended> {
+    /// not [`Outcome::Completed`].
+    pub async fn join_all(&mut self, deadline: Duration) -> Vec<TaskExit> {
         let mut ends = Vec::new();
         let drain = async {
-            while let Some(end) = self.next_end().await {
+            while let Some(end) = self.next_exit().await {
                 ends.push(end);
             }
         };
         if tokio::time::timeout(deadline, drain).await.is_err() {
             self.set.abort_all();
-            while let Some(end) = self.next_end().await {
+            while let Some(end) = self.next_exit().await {
                 ends.push(end);
             }
         }
-        ends.retain(|end| end.outcome != Outcome::Done);
+        ends.retain(|end| end.outcome != TaskOutcome::Completed);
         ends
     }
 
-    fn ended(&mut self, joined: Result<(Id, Result<(), String>), JoinError>) -> Ended {
+    fn record_exit(&mut self, joined: Result<(Id, Result<(), String>), JoinError>) -> TaskExit {
         let (id, outcome) = match joined {
-            Ok((id, Ok(()))) => (id, Outcome::Done),
-            Ok((id, Err(error))) => (id, Outcome::Failed(error)),
-            Err(e) => (e.id(), panic_text(e).map_or(Outcome::Aborted, Outcome::Panicked)),
+            Ok((id, Ok(()))) => (id, TaskOutcome::Completed),
+            Ok((id, Err(error))) => (id, TaskOutcome::Failed(error)),
+            Err(e) => (e.id(), panic_text(e).map_or(TaskOutcome::Aborted, TaskOutcome::Panicked)),
         };
-        Ended { task: self.names.remove(&id).unwrap_or("unnamed"), outcome }
+        TaskExit { task: self.names.remove(&id).unwrap_or("unnamed"), outcome }
     }
 }
 
@@ -150,24 +150,24 @@ mod tests {
     use std::io;
 
     #[tokio::test]
-    async fn ends_are_named_with_their_reason() {
+    async fn task_exit_names_task_and_reason() {
         let mut tasks = Tasks::new();
         tasks.spawn("fails", async { Err(io::Error::other("no luck")) });
-        assert_eq!(tasks.next_end().await.map(|e| e.to_string()).as_deref(), Some("task fails failed: no luck"));
+        assert_eq!(tasks.next_exit().await.map(|e| e.to_string()).as_deref(), Some("task fails failed: no luck"));
         tasks.spawn("panics", async {
             if tokio::task::try_id().is_some() {
                 panic!("at line {}", 7);
             }
             Ok::<(), io::Error>(())
         });
-        assert_eq!(tasks.next_end().await.map(|e| e.to_string()).as_deref(), Some("task panics panicked: at line 7"));
+        assert_eq!(tasks.next_exit().await.map(|e| e.to_string()).as_deref(), Some("task panics panicked: at line 7"));
         tasks.spawn("done", async { Ok::<(), io::Error>(()) });
-        assert_eq!(tasks.next_end().await, Some(Ended { task: "done", outcome: Outcome::Done }));
-        assert_eq!(tasks.next_end().await, None);
+        assert_eq!(tasks.next_exit().await, Some(TaskExit { task: "done", outcome: TaskOutcome::Completed }));
+        assert_eq!(tasks.next_exit().await, None);
     }
 
     #[tokio::test]
-    async fn what_does_not_end_in_time_is_aborted_and_named() {
+    async fn stuck_task_is_aborted_at_deadline() {
         let token = CancellationToken::new();
         let mut tasks = Tasks::new();
         let child = token.clone();
@@ -177,20 +177,23 @@ mod tests {
         });
         tasks.spawn("stuck", std::future::pending::<Result<(), io::Error>>());
         token.cancel();
-        assert_eq!(tasks.finish(Duration::from_millis(200)).await, vec![Ended { task: "stuck", outcome: Outcome::Aborted }]);
+        assert_eq!(
+            tasks.join_all(Duration::from_millis(200)).await,
+            vec![TaskExit { task: "stuck", outcome: TaskOutcome::Aborted }]
+        );
     }
 
     #[tokio::test]
-    async fn the_first_signal_begins_and_the_second_ends_at_once() {
+    async fn second_signal_ends_immediately() {
         let shutdown = Shutdown::default();
         let signals = Signals::catch().unwrap();
         let task = tokio::spawn(signals.watch(shutdown.clone()));
         let limit = Duration::from_secs(10);
         nix::sys::signal::raise(nix::sys::signal::Signal::SIGTERM).unwrap();
-        tokio::time::timeout(limit, shutdown.begin.cancelled()).await.unwrap();
-        assert!(!shutdown.now.is_cancelled());
+        tokio::time::timeout(limit, shutdown.graceful.cancelled()).await.unwrap();
+        assert!(!shutdown.immediate.is_cancelled());
         nix::sys::signal::raise(nix::sys::signal::Signal::SIGINT).unwrap();
-        tokio::time::timeout(limit, shutdown.now.cancelled()).await.unwrap();
+        tokio::time::timeout(limit, shutdown.immediate.cancelled()).await.unwrap();
         task.await.unwrap();
     }
 }

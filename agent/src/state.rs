@@ -1,4 +1,4 @@
-//! What the agent keeps on disk: the state directory (`--state-dir`), the locks that keep a second agent out, and `subnet.env`.
+//! What the agent keeps on disk: the state directory (`--state-lab_dir`), the locks that keep a second agent out, and `local_subnet.env`.
 //!
 //! All functions block on the file system; asynchronous callers use `tokio::task::spawn_blocking`. No tasks of its own. Files are
 //! written whole by [`write_whole`], so that a reader or a crash sees the old text or the new one and nothing between.
@@ -18,9 +18,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::{Device, Mac, PerFamily, Role, Subnet};
 
-pub use file::{FileError, write_if_changed, write_whole};
+pub use file::{FileError, write_atomic, write_if_changed};
 pub use journal::Journal;
-pub use lock::{LockError, RunLock};
+pub use lock::{DirLock, LockError};
 pub use subnet_env::{subnet_env, write_subnet_env};
 
 /// The version of the files' shapes. A file of a later version is refused, not set aside: a newer agent wrote it.
@@ -36,7 +36,7 @@ const FILE_MODE: u32 = 0o600;
 #[derive(Debug)]
 pub struct StateDir {
     path: PathBuf,
-    _lock: RunLock,
+    _lock: DirLock,
 }
 
 /// Why the state directory cannot be used.
@@ -72,7 +72,7 @@ pub struct HostState {
     /// The underlay addresses published last.
     #[serde(default)]
     pub public_ip: PerFamily<IpAddr>,
-    /// The values of sysctls before the agent first changed them, by path below `/proc/sys/net`; `overlayd cleanup` puts them back.
+    /// The values of sysctls before the agent first changed them, by path below `/proc/sys/net`; `overlayd_command run_cleanup` puts them back.
     #[serde(default)]
     pub sysctls: BTreeMap<String, String>,
 }
@@ -81,7 +81,7 @@ impl HostState {
     /// The MAC of a device: the one remembered, else the one found on the device (whose peers know it), else a new one. A bridge of another VNI
     /// has that of the one before it: containers hold it as their gateway's, and would send to nobody until they ask again, a minute later.
     /// Returns whether it has to be saved.
-    pub fn mac(&mut self, device: Device, found: Option<Mac>) -> (Mac, bool) {
+    pub fn device_mac(&mut self, device: Device, found: Option<Mac>) -> (Mac, bool) {
         let gateway = (device.role == Role::Bridge).then(|| self.gateway_mac()).flatten();
         let mut new = false;
         let mac = *self.macs.entry(device.name()).or_insert_with(|| {
@@ -108,7 +108,7 @@ struct Versioned<T> {
 
 /// The version alone, read first so that a later shape is not taken for a torn file.
 #[derive(Serialize, Deserialize)]
-struct VersionOnly {
+struct VersionHeader {
     version: u32,
 }
 
@@ -122,7 +122,7 @@ impl StateDir {
             .map_err(|source| FileError::new("make the directory", path, source))?;
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(DIRECTORY_MODE))
             .map_err(|source| FileError::new("set the mode of", path, source))?;
-        let lock = RunLock::acquire_named(path, lock::STATE_LOCK)?;
+        let lock = DirLock::acquire_named(path, lock::STATE_LOCK)?;
         Ok(StateDir { path: path.to_owned(), _lock: lock })
     }
 
@@ -159,7 +159,7 @@ impl StateDir {
             if id.len() == 32 && id.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
                 return Ok(id);
             }
-            file::set_aside(&path, "it is not 32 hex digits")?;
+            file::quarantine(&path, "it is not 32 hex digits")?;
         }
         let mut host = self.load_host()?;
         if !host.macs.is_empty() {
@@ -167,7 +167,7 @@ impl StateDir {
             self.save_host(&host)?;
         }
         let id = format!("{:032x}", rand::random::<u128>());
-        write_whole(&path, format!("{id}\n").as_bytes(), FILE_MODE)?;
+        write_atomic(&path, format!("{id}\n").as_bytes(), FILE_MODE)?;
         tracing::info!(node_id = id, path = %path.display(), "made this host's identity");
         Ok(id)
     }
@@ -186,10 +186,10 @@ impl StateDir {
     pub fn load<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, StateError> {
         let path = self.path.join(name);
         let Some(bytes) = file::read(&path)? else { return Ok(None) };
-        let version = match serde_json::from_slice::<VersionOnly>(&bytes) {
+        let version = match serde_json::from_slice::<VersionHeader>(&bytes) {
             Ok(head) => head.version,
             Err(e) => {
-                file::set_aside(&path, &e.to_string())?;
+                file::quarantine(&path, &e.to_string())?;
                 return Ok(None);
             }
         };
@@ -199,7 +199,7 @@ impl StateDir {
         match serde_json::from_slice::<Versioned<T>>(&bytes) {
             Ok(file) => Ok(Some(file.content)),
             Err(e) => {
-                file::set_aside(&path, &e.to_string())?;
+                file::quarantine(&path, &e.to_string())?;
                 Ok(None)
             }
         }
@@ -208,22 +208,22 @@ impl StateDir {
     /// Writes a JSON file of the directory whole; not at all where the same text stands there.
     pub fn save<T: Serialize>(&self, name: &str, content: &T) -> Result<(), StateError> {
         let path = self.path.join(name);
-        write_if_changed(&path, &encoded(&path, content)?, FILE_MODE)?;
+        write_if_changed(&path, &encode(&path, content)?, FILE_MODE)?;
         Ok(())
     }
 
     /// The same, written in any case: afterwards the disk has it for certain, whoever wrote the same text before.
-    pub fn save_whole<T: Serialize>(&self, name: &str, content: &T) -> Result<(), StateError> {
+    pub fn save_synced<T: Serialize>(&self, name: &str, content: &T) -> Result<(), StateError> {
         let path = self.path.join(name);
-        write_whole(&path, &encoded(&path, content)?, FILE_MODE)?;
+        write_atomic(&path, &encode(&path, content)?, FILE_MODE)?;
         Ok(())
     }
 
     /// The same without waiting for the disk, which takes milliseconds: for what is worth nothing after a loss of power, because what it is about
     /// is gone as well.
-    pub fn save_soon<T: Serialize>(&self, name: &str, content: &T) -> Result<(), StateError> {
+    pub fn save_unsynced<T: Serialize>(&self, name: &str, content: &T) -> Result<(), StateError> {
         let path = self.path.join(name);
-        file::write_soon(&path, &encoded(&path, content)?, FILE_MODE)?;
+        file::write_atomic_unsynced(&path, &encode(&path, content)?, FILE_MODE)?;
         Ok(())
     }
 
@@ -238,7 +238,7 @@ pub fn peek<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, FileError> {
     file::peek(path, |bytes| serde_json::from_slice(bytes))
 }
 
-fn encoded<T: Serialize>(path: &Path, content: &T) -> Result<Vec<u8>, StateError> {
+fn encode<T: Serialize>(path: &Path, content: &T) -> Result<Vec<u8>, StateError> {
     let mut bytes = serde_json::to_vec_pretty(&Versioned { version: VERSION, content })
         .map_err(|e| FileError::new("encode", path, std::io::Error::other(e)))?;
     bytes.push(b'\n');

@@ -14,9 +14,9 @@
 //! | file | holds |
 //! | --- | --- |
 //! | `connect` | settings, endpoints, TLS, login, timeouts; `discovery` finds endpoints by DNS |
-//! | `keys`, `codec` | keys and values of the flannel v3 schema |
+//! | `next_keys`, `codec` | keys and values of the flannel v3 schema |
 //! | `read`, `watch` | everything at one revision, page by page; then every change |
-//! | `lease`, `pick` | what to do about the own lease, as pure functions |
+//! | `lease`, `by_family` | what to do about the own lease, as pure functions |
 //! | `hold`, `write`, `renew` | doing it: transactions, renewal, proof of life |
 //! | `oneshot` | single requests for programs without an agent; `clock` asks a server what time it is |
 
@@ -33,7 +33,7 @@ use tracing::{debug, warn};
 
 use crate::backoff::Backoff;
 use crate::metrics::Metrics;
-use crate::model::event::{Connection, LeaseWish, StoreEvent};
+use crate::model::event::{Connection, LeaseRequest, StoreEvent};
 
 mod certificate;
 mod clock;
@@ -41,9 +41,9 @@ mod codec;
 mod connect;
 mod discovery;
 mod error;
-mod hold;
 mod keys;
 mod lease;
+mod lease_keeper;
 mod oneshot;
 mod pick;
 mod read;
@@ -57,13 +57,14 @@ pub use connect::StoreConfig;
 pub use error::StoreError;
 pub use keys::{DEFAULT_PREFIX, Keys};
 pub use oneshot::{
-    ConfigText, Member, Released, Replace, Snapshot, get_config, member, put_config, read_all, release, time_left,
+    ConfigText, MemberStatus, ReleaseReport, ReplaceCondition, Snapshot, get_config, member_status, put_config, read_all,
+    release, remaining_ttls,
 };
 
 /// Waiting before connecting again.
-const RECONNECT: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(15));
+const RECONNECT_BACKOFF: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(15));
 /// A connection that lasted this long was a good one: the next wait is short again.
-const GOOD: Duration = Duration::from_secs(10);
+const STABLE_AFTER: Duration = Duration::from_secs(10);
 
 /// The store, for an agent.
 #[derive(Debug, Clone)]
@@ -79,7 +80,7 @@ impl Store {
     }
 
     /// The same, with its round trips counted.
-    pub fn counted(self, metrics: Arc<Metrics>) -> Store {
+    pub fn with_metrics(self, metrics: Arc<Metrics>) -> Store {
         Store { metrics: Some(metrics), ..self }
     }
 
@@ -89,20 +90,20 @@ impl Store {
     /// Ending does not give the lease back: the data path goes on, and the next start finds it again.
     ///
     /// # Errors
-    /// Settings that no retry can heal (see [`StoreConfig::validate`]), or [`StoreError::ReceiverGone`].
+    /// Settings that no retry can heal (see [`StoreConfig::validate`]), or [`StoreError::ReceiverClosed`].
     pub async fn run(
         &self,
         events: mpsc::Sender<StoreEvent>,
-        wish: latest::Receiver<Option<LeaseWish>>,
+        lease_request: latest::Receiver<Option<LeaseRequest>>,
         shutdown: CancellationToken,
     ) -> Result<(), StoreError> {
         self.config.validate()?;
-        let board = watch::Board::new();
-        let mut follower = watch::Follower::new();
-        let mut holder = hold::Holder::new(&self.config, &board, events.clone(), wish);
+        let watch_state = watch::WatchState::new();
+        let mut watcher = watch::Watcher::new();
+        let mut keeper = lease_keeper::LeaseKeeper::new(&self.config, &watch_state, events.clone(), lease_request);
         let mut random = SmallRng::from_rng(&mut rand::rng());
-        let mut wait = RECONNECT;
-        let mut told: Option<Connection> = None;
+        let mut backoff = RECONNECT_BACKOFF;
+        let mut last_reported: Option<Connection> = None;
         let mut last_session = None;
         let mut servers = BTreeSet::new();
         let work = async {
@@ -113,40 +114,40 @@ impl Store {
                     Ok(session) => {
                         let session = &*last_session.insert(session);
                         tokio::select! {
-                            error = follower.run(session, &board, &events) => error,
-                            error = holder.run(session) => error,
+                            error = watcher.run(session, &watch_state, &events) => error,
+                            error = keeper.run(session) => error,
                         }
                     }
                 };
-                if matches!(error, StoreError::ReceiverGone) {
+                if matches!(error, StoreError::ReceiverClosed) {
                     return error;
                 }
-                if follower.connected() {
-                    told = None;
+                if watcher.is_connected() {
+                    last_reported = None;
                 }
-                if started.elapsed() >= GOOD {
-                    wait.reset();
+                if started.elapsed() >= STABLE_AFTER {
+                    backoff.reset();
                 }
                 let error = error.to_string();
-                match told {
+                match last_reported {
                     Some(Connection::Down { error: ref known }) if *known == error => debug!(error, "etcd cannot be used"),
                     _ => warn!(error, "etcd cannot be used, trying again; the data path stays as it is"),
                 }
-                if let Err(gone) = follower.down(error, &mut told, &events).await {
+                if let Err(gone) = watcher.report_down(error, &mut last_reported, &events).await {
                     return gone;
                 }
-                tokio::time::sleep(wait.next_delay(&mut random)).await;
+                tokio::time::sleep(backoff.next_delay(&mut random)).await;
             }
         };
-        let ended = tokio::select! {
+        let result = tokio::select! {
             biased;
             () = shutdown.cancelled() => Ok(()),
             error = work => Err(error),
         };
         if let Some(session) = &last_session {
-            holder.leave(session).await;
+            keeper.revoke_unused(session).await;
         }
-        ended
+        result
     }
 
     /// Connects to a server, and hands on the addresses of all before: what this host makes unreachable must not be among them.
@@ -157,9 +158,9 @@ impl Store {
     ) -> Result<connect::Session, StoreError> {
         let endpoints = self.config.candidates().await?;
         let known = servers.len();
-        servers.extend(discovery::addresses(&endpoints).await);
+        servers.extend(discovery::resolve_addresses(&endpoints).await);
         if servers.len() > known {
-            events.send(StoreEvent::Servers(servers.clone())).await.map_err(|_| StoreError::ReceiverGone)?;
+            events.send(StoreEvent::Servers(servers.clone())).await.map_err(|_| StoreError::ReceiverClosed)?;
         }
         connect::connect_to_any(&self.config, endpoints, self.metrics.as_ref()).await
     }
@@ -169,8 +170,8 @@ impl Store {
     /// # Errors
     /// As [`Store::run`].
     pub async fn watch(&self, events: mpsc::Sender<StoreEvent>, shutdown: CancellationToken) -> Result<(), StoreError> {
-        let (_nobody, wish) = latest::channel(None);
-        self.run(events, wish, shutdown).await
+        let (_nobody, lease_request) = latest::channel(None);
+        self.run(events, lease_request, shutdown).await
     }
 }
 

@@ -17,8 +17,8 @@ use tokio::net::UnixDatagram;
 
 pub use listen::{ListenError, take_listener};
 
-/// The longest status text, in characters: one line of `systemctl status`.
-const LONGEST_STATUS: usize = 300;
+/// The longest status text, in characters: one line of `systemctl map_status`.
+const MAX_STATUS_LENGTH: usize = 300;
 
 /// Tells systemd how the agent is. A message that cannot be sent is logged and forgotten: systemd then acts by its timeouts.
 #[derive(Debug)]
@@ -57,13 +57,13 @@ impl Notifier {
         let ours = number("WATCHDOG_PID").is_none_or(|pid| pid == u64::from(std::process::id()));
         let watchdog = number("WATCHDOG_USEC").filter(|usec| ours && *usec > 0).map(Duration::from_micros);
         match std::env::var_os("NOTIFY_SOCKET").filter(|address| !address.is_empty()) {
-            Some(address) => Notifier::at(PathBuf::from(address), watchdog),
+            Some(address) => Notifier::connect_to(PathBuf::from(address), watchdog),
             None => Ok(Notifier { socket: None, watchdog: None, ready: AtomicBool::new(false) }),
         }
     }
 
     /// Tells whoever listens at this address, who wants to hear [`Notifier::alive`] that often. Needs a tokio runtime.
-    pub fn at(address: PathBuf, watchdog: Option<Duration>) -> Result<Notifier, NotifyError> {
+    pub fn connect_to(address: PathBuf, watchdog: Option<Duration>) -> Result<Notifier, NotifyError> {
         Ok(Notifier { socket: Some(connect(address)?), watchdog, ready: AtomicBool::new(false) })
     }
 
@@ -73,7 +73,7 @@ impl Notifier {
     }
 
     /// Whether anybody listens.
-    pub fn is_heard(&self) -> bool {
+    pub fn is_enabled(&self) -> bool {
         self.socket.is_some()
     }
 
@@ -84,14 +84,14 @@ impl Notifier {
         }
     }
 
-    /// One line for `systemctl status`.
+    /// One line for `systemctl map_status`.
     pub async fn status(&self, text: &str) {
-        let line: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(LONGEST_STATUS).collect();
+        let line: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_STATUS_LENGTH).collect();
         self.send(&format!("STATUS={line}")).await;
     }
 
     /// The agent makes progress.
-    pub async fn alive(&self) {
+    pub async fn feed_watchdog(&self) {
         self.send("WATCHDOG=1").await;
     }
 
@@ -104,7 +104,7 @@ impl Notifier {
     /// message that ends a reload is the one that ends a start.
     pub async fn reloading(&self) {
         if self.ready.load(Ordering::Relaxed) {
-            self.send(&format!("RELOADING=1\nMONOTONIC_USEC={}", monotonic().as_micros())).await;
+            self.send(&format!("RELOADING=1\nMONOTONIC_USEC={}", monotonic_time().as_micros())).await;
         }
     }
 
@@ -142,7 +142,7 @@ fn connect(address: PathBuf) -> Result<UnixDatagram, NotifyError> {
 }
 
 /// `CLOCK_MONOTONIC`, by which systemd tells a reload that has ended from one that begins.
-fn monotonic() -> Duration {
+fn monotonic_time() -> Duration {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: `now` is a valid, writable timespec for the whole call.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
@@ -154,50 +154,50 @@ mod tests {
     use super::*;
 
     /// A listener in systemd's place, and the agent's end.
-    fn pair(address: &str) -> (std::os::unix::net::UnixDatagram, Notifier) {
+    fn socket_and_notifier(address: &str) -> (std::os::unix::net::UnixDatagram, Notifier) {
         let ours = match address.strip_prefix('@') {
             Some(name) => std::os::unix::net::UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(name).unwrap()).unwrap(),
             None => std::os::unix::net::UnixDatagram::bind(address).unwrap(),
         };
         ours.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
-        (ours, Notifier::at(PathBuf::from(address), None).unwrap())
+        (ours, Notifier::connect_to(PathBuf::from(address), None).unwrap())
     }
 
-    fn heard(socket: &std::os::unix::net::UnixDatagram) -> Option<String> {
+    fn receive_message(socket: &std::os::unix::net::UnixDatagram) -> Option<String> {
         let mut bytes = [0; 1024];
         let length = socket.recv(&mut bytes).ok()?;
         Some(String::from_utf8(bytes[..length].to_vec()).unwrap())
     }
 
     #[tokio::test]
-    async fn a_reload_is_told_only_after_ready() {
+    async fn reload_is_notified_only_after_ready() {
         let dir = tempfile::tempdir().unwrap();
-        let (systemd, notifier) = pair(dir.path().join("notify").to_str().unwrap());
+        let (systemd, notifier) = socket_and_notifier(dir.path().join("notify").to_str().unwrap());
         notifier.reloading().await;
         notifier.reloaded().await;
-        assert_eq!(heard(&systemd), None, "READY=1 before the agent is ready");
+        assert_eq!(receive_message(&systemd), None, "READY=1 before the agent is ready");
         notifier.ready().await;
-        assert_eq!(heard(&systemd).as_deref(), Some("READY=1"));
-        let before = monotonic();
+        assert_eq!(receive_message(&systemd).as_deref(), Some("READY=1"));
+        let before = monotonic_time();
         notifier.reloading().await;
-        let text = heard(&systemd).unwrap();
+        let text = receive_message(&systemd).unwrap();
         let usec: u128 = text.strip_prefix("RELOADING=1\nMONOTONIC_USEC=").unwrap().parse().unwrap();
-        assert!((before.as_micros()..=monotonic().as_micros()).contains(&usec), "{usec}");
+        assert!((before.as_micros()..=monotonic_time().as_micros()).contains(&usec), "{usec}");
         notifier.reloaded().await;
-        assert_eq!(heard(&systemd).as_deref(), Some("READY=1"));
+        assert_eq!(receive_message(&systemd).as_deref(), Some("READY=1"));
     }
 
     #[tokio::test]
-    async fn the_status_is_one_line_of_bounded_length() {
-        let (systemd, notifier) = pair(&format!("@overlayd-test-{}", std::process::id()));
+    async fn status_is_one_bounded_line() {
+        let (systemd, notifier) = socket_and_notifier(&format!("@overlayd-test-{}", std::process::id()));
         notifier.status("one\nREADY=1").await;
-        assert_eq!(heard(&systemd).as_deref(), Some("STATUS=one READY=1"));
+        assert_eq!(receive_message(&systemd).as_deref(), Some("STATUS=one READY=1"));
         notifier.status(&"ü".repeat(400)).await;
-        assert_eq!(heard(&systemd).unwrap().chars().count(), "STATUS=".len() + LONGEST_STATUS);
+        assert_eq!(receive_message(&systemd).unwrap().chars().count(), "STATUS=".len() + MAX_STATUS_LENGTH);
     }
 
     #[tokio::test]
-    async fn a_bad_address_is_named() {
+    async fn invalid_notify_address_is_named() {
         let error = connect(PathBuf::from("run/notify")).unwrap_err().to_string();
         assert!(error.contains("`run/notify`") && error.contains("absolute"), "{error}");
         let error = connect(PathBuf::from("/nonexistent/notify")).unwrap_err().to_string();

@@ -1,7 +1,7 @@
 //! Logging: `tracing` to standard error, as text for people or JSON for programs, or to the journal with each field a field of its own; with a
 //! level that can be changed while the agent runs.
 //!
-//! Levels: `error` the agent cannot go on or a user's wish failed for good; `warn` something needs a look and the agent goes on; `info`
+//! Levels: `error` the agent cannot go on or a user's wish failed for good; `print_warnings` something needs a look and the agent goes on; `info`
 //! what an operator wants in the journal (start, lease, peers, repairs); `debug` each event and batch; `trace` each message. Secrets are
 //! logged at no level.
 
@@ -18,11 +18,11 @@ use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
 
 /// The longest filter that is taken, in bytes: some twenty directives.
-const LONGEST_FILTER: usize = 1024;
+const MAX_FILTER_LENGTH: usize = 1024;
 
 const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
 
-/// The form of the log (`--log-format`).
+/// The form of the log (`--log_file-format`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum LogFormat {
     /// The journal where standard error is its stream, text otherwise.
@@ -37,14 +37,14 @@ pub enum LogFormat {
 }
 
 /// The words for the formats.
-pub const FORMATS: [(&str, LogFormat); 4] =
+pub const LOG_FORMATS: [(&str, LogFormat); 4] =
     [("auto", LogFormat::Auto), ("text", LogFormat::Text), ("json", LogFormat::Json), ("journal", LogFormat::Journal)];
 
 impl FromStr for LogFormat {
     type Err = TelemetryError;
 
     fn from_str(text: &str) -> Result<LogFormat, TelemetryError> {
-        let known = FORMATS.iter().find(|(word, _)| *word == text).map(|(_, format)| *format);
+        let known = LOG_FORMATS.iter().find(|(word, _)| *word == text).map(|(_, format)| *format);
         known.ok_or_else(|| TelemetryError::Format { text: crate::model::lease::printable(text) })
     }
 }
@@ -77,7 +77,7 @@ pub enum TelemetryError {
     },
     /// The process has a log already.
     #[error("the log was set up twice in one process")]
-    Twice,
+    AlreadyInitialized,
     /// The log is gone: only while the process ends.
     #[error("the log is closed already")]
     Closed,
@@ -103,27 +103,27 @@ impl LevelHandle {
 pub fn init(level: &str, format: LogFormat) -> Result<LevelHandle, TelemetryError> {
     let journal = match format {
         // A journal that is promised and not there is no reason to be silent.
-        LogFormat::Auto if journal::is_stream(std::env::var_os("JOURNAL_STREAM").as_deref(), io::stderr()) => {
-            journal::Journal::open().ok()
+        LogFormat::Auto if journal::is_journal_stream(std::env::var_os("JOURNAL_STREAM").as_deref(), io::stderr()) => {
+            journal::JournalLayer::open().ok()
         }
         LogFormat::Journal => {
-            Some(journal::Journal::open().map_err(|source| TelemetryError::Journal { source: Arc::new(source) })?)
+            Some(journal::JournalLayer::open().map_err(|source| TelemetryError::Journal { source: Arc::new(source) })?)
         }
         _ => None,
     };
     if let Some(journal) = journal {
         let (filter, handle) = reload::Layer::new(parse_filter(level)?);
-        tracing_subscriber::registry().with(filter).with(journal).try_init().map_err(|_| TelemetryError::Twice)?;
+        tracing_subscriber::registry().with(filter).with(journal).try_init().map_err(|_| TelemetryError::AlreadyInitialized)?;
         return Ok(LevelHandle(handle));
     }
     let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
-    let (subscriber, handle) = subscriber(level, format, colours, std::io::stderr)?;
-    subscriber.try_init().map_err(|_| TelemetryError::Twice)?;
+    let (subscriber, handle) = build_subscriber(level, format, colours, std::io::stderr)?;
+    subscriber.try_init().map_err(|_| TelemetryError::AlreadyInitialized)?;
     Ok(handle)
 }
 
 /// The log on another writer.
-fn subscriber<W>(
+fn build_subscriber<W>(
     level: &str,
     format: LogFormat,
     colours: bool,
@@ -145,7 +145,7 @@ where
 /// (`inof`) would silence the log.
 pub fn parse_filter(text: &str) -> Result<EnvFilter, TelemetryError> {
     let error = |reason: &str| TelemetryError::Level { text: crate::model::lease::printable(text), reason: reason.to_owned() };
-    if text.len() > LONGEST_FILTER {
+    if text.len() > MAX_FILTER_LENGTH {
         return Err(error("it is longer than 1024 bytes"));
     }
     let level = |word: &str| LEVELS.iter().any(|level| word.eq_ignore_ascii_case(level));
@@ -193,10 +193,10 @@ mod tests {
     }
 
     #[test]
-    fn the_level_changes_while_it_runs() {
+    fn log_level_change_takes_effect() {
         let buffer = Buffer::default();
         let writer = buffer.clone();
-        let (subscriber, handle) = subscriber("info", LogFormat::Text, false, move || writer.clone()).unwrap();
+        let (subscriber, handle) = build_subscriber("info", LogFormat::Text, false, move || writer.clone()).unwrap();
         tracing::subscriber::with_default(subscriber, || {
             tracing::debug!("quiet");
             tracing::info!(peer = "10.99.1.2", "heard");
@@ -215,10 +215,10 @@ mod tests {
     }
 
     #[test]
-    fn json_is_one_object_a_line() {
+    fn json_format_writes_one_object_per_line() {
         let buffer = Buffer::default();
         let writer = buffer.clone();
-        let (subscriber, _handle) = subscriber("info", LogFormat::Json, true, move || writer.clone()).unwrap();
+        let (subscriber, _handle) = build_subscriber("info", LogFormat::Json, true, move || writer.clone()).unwrap();
         tracing::subscriber::with_default(subscriber, || tracing::info!(peers = 3, "two\nlines"));
         let event: serde_json::Value = serde_json::from_str(buffer.take().trim_end()).unwrap();
         assert_eq!(event["peers"], 3);
@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn filters() {
+    fn filter_syntax_is_validated() {
         for good in ["info", "DEBUG", "off", "warn,overlay_agent::store=trace", "info,hyper=error,tokio=off"] {
             parse_filter(good).expect(good);
         }

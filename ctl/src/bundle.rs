@@ -1,7 +1,7 @@
 //! What somebody needs who helps from afar: the agent's view, its log, what the kernel holds, versions and configuration, in one archive without
 //! secrets. `overlayctl support-bundle`.
 //!
-//! Works where no agent runs: what cannot be had is named in the list of contents, and the rest is there. [`sources`] says what is collected,
+//! Works where no agent runs: what cannot be had is named in the list of contents, and the rest is there. [`collect_sources`] says what is collected,
 //! [`redact`] what is taken out of it. No tasks.
 
 pub mod redact;
@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use redact::Redactor;
 
 /// The largest part that is kept whole, in bytes; of a longer one the end is kept, where the news is.
-const LARGEST: usize = 16 << 20;
+const MAX_PART_BYTES: usize = 16 << 20;
 
 /// A part as it was collected.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,12 +80,12 @@ pub struct Archive {
     tar: tar::Builder<GzEncoder<std::fs::File>>,
     redactor: Redactor,
     entries: Vec<Entry>,
-    at: u64,
+    mtime: u64,
 }
 
 impl Archive {
     /// Begins one. A file that is there already is not overwritten.
-    pub fn create(path: &Path, top: &str, at: u64, redactor: Redactor) -> Result<Archive, BundleError> {
+    pub fn create(path: &Path, top: &str, mtime: u64, redactor: Redactor) -> Result<Archive, BundleError> {
         let failed = |path: &Path| {
             let path = path.to_owned();
             move |source| BundleError::Write { path, source }
@@ -99,7 +99,7 @@ impl Archive {
         let file = std::fs::File::options().write(true).create(true).truncate(true).mode(0o600).open(&partial);
         let file = file.map_err(failed(&partial))?;
         let tar = tar::Builder::new(GzEncoder::new(file, Compression::default()));
-        Ok(Archive { path: path.to_owned(), partial, top: top.to_owned(), tar, redactor, entries: Vec::new(), at })
+        Ok(Archive { path: path.to_owned(), partial, top: top.to_owned(), tar, redactor, entries: Vec::new(), mtime })
     }
 
     /// Adds a part, its secrets taken out.
@@ -107,11 +107,11 @@ impl Archive {
         let Part { name, from, content } = part;
         match content {
             Err(missing) => {
-                let missing = self.redactor.clean(&missing).0;
+                let missing = self.redactor.redact(&missing).0;
                 self.entries.push(Entry { name, from, bytes: 0, removed: 0, missing: Some(missing) });
             }
             Ok(text) => {
-                let (text, removed) = self.redactor.clean(last(&text));
+                let (text, removed) = self.redactor.redact(tail(&text));
                 self.entries.push(Entry { name: name.clone(), from, bytes: text.len(), removed, missing: None });
                 self.append(&name, text.as_bytes())?;
             }
@@ -140,7 +140,7 @@ impl Archive {
         let mut header = tar::Header::new_gnu();
         header.set_size(bytes.len() as u64);
         header.set_mode(0o600);
-        header.set_mtime(self.at);
+        header.set_mtime(self.mtime);
         let inside = format!("{}/{name}", self.top);
         let partial = self.partial.clone();
         self.tar.append_data(&mut header, inside, bytes).map_err(|source| BundleError::Write { path: partial, source })
@@ -155,8 +155,8 @@ impl Drop for Archive {
 }
 
 /// The end of a text that is too long, from the beginning of a line on.
-fn last(text: &str) -> &str {
-    let Some(mut start) = text.len().checked_sub(LARGEST) else { return text };
+fn tail(text: &str) -> &str {
+    let Some(mut start) = text.len().checked_sub(MAX_PART_BYTES) else { return text };
     while !text.is_char_boundary(start) {
         start += 1;
     }
@@ -185,7 +185,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_archive_that_is_not_finished_leaves_nothing() {
+    fn unfinished_archive_leaves_no_file() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("x.tar.gz");
         let mut archive = Archive::create(&path, "x", 0, Redactor::new(Vec::new())).expect("begun");
@@ -195,10 +195,10 @@ mod tests {
     }
 
     #[test]
-    fn of_a_long_text_the_end_is_kept() {
-        let text = format!("{}\nlast line\n", "äöü\n".repeat(LARGEST / 6));
-        let kept = last(&text);
-        assert!(kept.len() <= LARGEST && kept.ends_with("last line\n") && kept.starts_with('ä'));
-        assert_eq!(last("short"), "short");
+    fn long_text_keeps_its_tail() {
+        let text = format!("{}\nlast line\n", "äöü\n".repeat(MAX_PART_BYTES / 6));
+        let kept = tail(&text);
+        assert!(kept.len() <= MAX_PART_BYTES && kept.ends_with("last line\n") && kept.starts_with('ä'));
+        assert_eq!(tail("short"), "short");
     }
 }

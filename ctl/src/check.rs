@@ -6,13 +6,13 @@
 //! | file | looks at |
 //! | --- | --- |
 //! | `agent` | whether it answers, what it says itself, its rights |
-//! | `kernel` | features, tried in a network namespace of its own; sysctls; the connection table |
-//! | `store` | etcd: reachable, version, TLS, clock |
+//! | `fake_kernel` | features, tried in a network namespace of its own; sysctls; the connection table |
+//! | `inject_store_fault` | etcd: reachable, version, TLS, clock |
 //! | `addresses` | the overlay's ranges against routes, Docker's networks, resolvers; reverse path filters |
 //! | `firewall` | rules that drop the tunnel or forwarding |
 //! | `paths` | every peer: MTU end to end, checksums and segmentation, by real packets |
 //! | `neighbours` | who else manages our devices: NetworkManager, systemd-networkd, flannel |
-//! | `endpoints` | the containers: agent, state directory and kernel agree |
+//! | `endpoint_count` | the containers: agent, state directory and kernel agree |
 
 mod addresses;
 mod agent;
@@ -29,11 +29,11 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-pub(crate) use facts::statistics;
+pub(crate) use facts::read_net_stat;
 pub use facts::{Facts, Settings};
 
 /// The part of a table of the kernel, in percent, from which on it is called nearly full.
-const NEARLY_FULL: usize = 90;
+const FULL_WARNING_PERCENT: usize = 90;
 
 /// The version of the report's JSON. Within a version fields and checks are only ever added.
 pub const VERSION: u32 = 1;
@@ -67,7 +67,7 @@ pub struct Finding {
 
 /// One family of checks, as it was run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Checked {
+pub struct CheckResult {
     /// Its name.
     pub name: String,
     /// What it looks at.
@@ -86,7 +86,7 @@ pub struct Report {
     /// The gravest finding; absent where there is none.
     pub worst: Option<Severity>,
     /// The families, in the order in which they were run.
-    pub checks: Vec<Checked>,
+    pub checks: Vec<CheckResult>,
     /// What was found, the gravest first.
     pub findings: Vec<Finding>,
 }
@@ -95,19 +95,19 @@ pub struct Report {
 #[derive(Debug)]
 pub struct Findings {
     check: &'static str,
-    found: Vec<Finding>,
+    items: Vec<Finding>,
 }
 
 impl Findings {
     /// Of a family, none yet.
-    pub fn of(check: &'static str) -> Findings {
-        Findings { check, found: Vec::new() }
+    pub fn for_check(check: &'static str) -> Findings {
+        Findings { check, items: Vec::new() }
     }
 
     fn add(&mut self, severity: Severity, summary: impl Display, evidence: Vec<String>, remedy: impl Display) {
         let evidence = evidence.into_iter().filter(|line| !line.is_empty()).collect();
         let (summary, remedy) = (summary.to_string(), remedy.to_string());
-        self.found.push(Finding { check: self.check.to_owned(), severity, summary, evidence, remedy });
+        self.items.push(Finding { check: self.check.to_owned(), severity, summary, evidence, remedy });
     }
 
     /// Traffic is lost.
@@ -126,13 +126,13 @@ impl Findings {
     }
 
     /// The findings.
-    pub fn into_found(self) -> Vec<Finding> {
-        self.found
+    pub fn into_vec(self) -> Vec<Finding> {
+        self.items
     }
 }
 
 /// The families: name, and what each looks at.
-const FAMILIES: [(&str, &str); 8] = [
+const CHECKS: [(&str, &str); 8] = [
     ("agent", "the agent answers, and has the rights that it needs"),
     ("kernel", "features, sysctls, connection table"),
     ("store", "etcd: reachable, version, TLS, clock"),
@@ -145,19 +145,19 @@ const FAMILIES: [(&str, &str); 8] = [
 
 /// The names of all families.
 pub fn names() -> impl Iterator<Item = &'static str> {
-    FAMILIES.iter().map(|(name, _)| *name)
+    CHECKS.iter().map(|(name, _)| *name)
 }
 
 /// Runs the families; those named, or all where none is.
 pub async fn run(settings: Settings, only: &[String]) -> Report {
     let facts = Facts::gather(settings).await;
     let mut report = Report { version: VERSION, worst: None, checks: Vec::new(), findings: Vec::new() };
-    for (name, about) in FAMILIES {
+    for (name, about) in CHECKS {
         if !only.is_empty() && !only.iter().any(|wanted| wanted == name) {
             continue;
         }
         let begun = Instant::now();
-        let mut findings = Findings::of(name);
+        let mut findings = Findings::for_check(name);
         match name {
             "agent" => agent::check(&facts, &mut findings).await,
             "kernel" => kernel::check(&facts, &mut findings).await,
@@ -168,8 +168,8 @@ pub async fn run(settings: Settings, only: &[String]) -> Report {
             "neighbours" => neighbours::check(&facts, &mut findings).await,
             _ => endpoints::check(&facts, &mut findings),
         }
-        let found = findings.into_found();
-        report.checks.push(Checked {
+        let found = findings.into_vec();
+        report.checks.push(CheckResult {
             name: name.to_owned(),
             about: about.to_owned(),
             worst: found.iter().map(|finding| finding.severity).max(),

@@ -11,7 +11,8 @@ use hyper::body::Incoming;
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use overlay_agent::model::api::{
-    AttachRequest, Attached, Detached, Endpoints, LogLevel, Mesh, NetworkView, Peers, Problem, Status, Subnets, VERSION,
+    AttachRequest, AttachResponse, DetachResponse, Endpoints, ErrorBody, LogLevel, Mesh, NetworkView, Peers, Status, Subnets,
+    VERSION,
 };
 use overlay_agent::model::endpoint::EndpointName;
 use serde::Serialize;
@@ -25,7 +26,7 @@ pub const DEFAULT_SOCKET: &str = "/run/overlayd/overlayd.sock";
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(35);
 
 /// The largest answer read, in bytes. 10,000 peers are about 3 MB.
-const ANSWER_LIMIT: usize = 256 << 20;
+const MAX_RESPONSE_BYTES: usize = 256 << 20;
 
 /// Why the agent's answer is not there.
 #[derive(Debug, thiserror::Error)]
@@ -42,7 +43,7 @@ pub enum ClientError {
     },
     /// A socket is there that nobody listens on.
     #[error("no agent answers at {}: the socket is left over from one that has ended. Start it: systemctl start overlayd", socket.display())]
-    Refused {
+    ConnectionRefused {
         /// The path.
         socket: PathBuf,
     },
@@ -51,7 +52,7 @@ pub enum ClientError {
         "permission to use {} is denied: become root (sudo overlayctl ...) or a member of the socket's group",
         socket.display()
     )]
-    Denied {
+    PermissionDenied {
         /// The path.
         socket: PathBuf,
     },
@@ -65,7 +66,7 @@ pub enum ClientError {
     },
     /// The conversation broke.
     #[error("the agent at {} broke off while answering {request}: {reason}. Its log says more: journalctl -u overlayd", socket.display())]
-    Broken {
+    ConnectionLost {
         /// The path.
         socket: PathBuf,
         /// Method and path.
@@ -93,7 +94,7 @@ pub enum ClientError {
     },
     /// The answer has another shape.
     #[error("cannot read the agent's answer to {request}: {reason}. Are overlayctl {} and overlayd of one version?", env!("CARGO_PKG_VERSION"))]
-    Shape {
+    InvalidResponse {
         /// Method and path.
         request: String,
         /// What is wrong with it.
@@ -127,80 +128,80 @@ impl Client {
 
     /// The agent's health.
     pub async fn status(&self) -> Result<Status, ClientError> {
-        self.json(Method::GET, "status", None::<&()>).await
+        self.request_json(Method::GET, "status", None::<&()>).await
     }
 
     /// Every lease the agent sees.
     pub async fn subnets(&self) -> Result<Subnets, ClientError> {
-        self.json(Method::GET, "subnets", None::<&()>).await
+        self.request_json(Method::GET, "subnets", None::<&()>).await
     }
 
     /// Every lease now, and again at each change, until the agent ends.
     pub async fn watch_subnets(&self) -> Result<SubnetsStream, ClientError> {
         let request = format!("GET /v{VERSION}/subnets?watch=true");
-        let (body, driver) = self.limit(&request, self.send(Method::GET, "subnets?watch=true", None::<&()>)).await?;
+        let (body, driver) = self.within_timeout(&request, self.send(Method::GET, "subnets?watch=true", None::<&()>)).await?;
         Ok(SubnetsStream { socket: self.socket.clone(), request, body, pending: BytesMut::new(), _driver: driver })
     }
 
     /// How this host reaches each peer.
     pub async fn peers(&self) -> Result<Peers, ClientError> {
-        self.json(Method::GET, "peers", None::<&()>).await
+        self.request_json(Method::GET, "peers", None::<&()>).await
     }
 
     /// How this host reaches each peer, by its probes.
     pub async fn mesh(&self) -> Result<Mesh, ClientError> {
-        self.json(Method::GET, "mesh", None::<&()>).await
+        self.request_json(Method::GET, "mesh", None::<&()>).await
     }
 
     /// This host's endpoints.
     pub async fn endpoints(&self) -> Result<Endpoints, ClientError> {
-        self.json(Method::GET, "endpoints", None::<&()>).await
+        self.request_json(Method::GET, "endpoints", None::<&()>).await
     }
 
     /// The network as this host has it, endpoints and all.
     pub async fn network(&self) -> Result<NetworkView, ClientError> {
-        self.json(Method::GET, "network", None::<&()>).await
+        self.request_json(Method::GET, "network", None::<&()>).await
     }
 
     /// The numbers, in Prometheus' text format.
     pub async fn metrics(&self) -> Result<String, ClientError> {
         let request = "GET /metrics";
         let bytes = self
-            .limit(request, async {
+            .within_timeout(request, async {
                 let (body, _driver) = self.send(Method::GET, "/metrics", None::<&()>).await?;
-                collect(body).await.map_err(|reason| self.broken(request, reason))
+                read_body(body).await.map_err(|reason| self.connection_lost(request, reason))
             })
             .await?;
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 
     /// Attaches a container.
-    pub async fn attach(&self, name: &EndpointName, request: &AttachRequest) -> Result<Attached, ClientError> {
-        self.json(Method::PUT, &format!("endpoints/{name}"), Some(request)).await
+    pub async fn attach(&self, name: &EndpointName, request: &AttachRequest) -> Result<AttachResponse, ClientError> {
+        self.request_json(Method::PUT, &format!("endpoints/{name}"), Some(request)).await
     }
 
     /// Detaches a container; one that is not there is no error.
-    pub async fn detach(&self, name: &EndpointName) -> Result<Detached, ClientError> {
+    pub async fn detach(&self, name: &EndpointName) -> Result<DetachResponse, ClientError> {
         self.detach_with(name, false).await
     }
 
     /// Detaches a container; where `force` is given also one whose namespace others share, and they with it.
-    pub async fn detach_with(&self, name: &EndpointName, force: bool) -> Result<Detached, ClientError> {
+    pub async fn detach_with(&self, name: &EndpointName, force: bool) -> Result<DetachResponse, ClientError> {
         let query = if force { "?force=true" } else { "" };
-        self.json(Method::DELETE, &format!("endpoints/{name}{query}"), None::<&()>).await
+        self.request_json(Method::DELETE, &format!("endpoints/{name}{query}"), None::<&()>).await
     }
 
     /// The agent's log filter.
     pub async fn log_level(&self) -> Result<LogLevel, ClientError> {
-        self.json(Method::GET, "log-level", None::<&()>).await
+        self.request_json(Method::GET, "log-level", None::<&()>).await
     }
 
     /// Sets the agent's log filter.
     pub async fn set_log_level(&self, level: &LogLevel) -> Result<LogLevel, ClientError> {
-        self.json(Method::PUT, "log-level", Some(level)).await
+        self.request_json(Method::PUT, "log-level", Some(level)).await
     }
 
-    async fn json<T: DeserializeOwned>(
+    async fn request_json<T: DeserializeOwned>(
         &self,
         method: Method,
         path: &str,
@@ -208,12 +209,12 @@ impl Client {
     ) -> Result<T, ClientError> {
         let request = format!("{method} /v{VERSION}/{path}");
         let bytes = self
-            .limit(&request, async {
+            .within_timeout(&request, async {
                 let (body, _driver) = self.send(method, path, body).await?;
-                collect(body).await.map_err(|reason| self.broken(&request, reason))
+                read_body(body).await.map_err(|reason| self.connection_lost(&request, reason))
             })
             .await?;
-        serde_json::from_slice(&bytes).map_err(|e| ClientError::Shape { request, reason: e.to_string() })
+        serde_json::from_slice(&bytes).map_err(|e| ClientError::InvalidResponse { request, reason: e.to_string() })
     }
 
     /// Sends a request and hands on the body of a successful answer. The driver keeps the connection going while it lives.
@@ -222,8 +223,9 @@ impl Client {
         let path = if path.starts_with('/') { path.to_owned() } else { format!("/v{VERSION}/{path}") };
         let name = format!("{method} {path}");
         let stream = UnixStream::connect(&self.socket).await.map_err(|source| self.connect_error(source))?;
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| self.broken(&name, e.to_string()))?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|e| self.connection_lost(&name, e.to_string()))?;
         let mut driver = Driver(tokio::task::JoinSet::new());
         driver.0.spawn(async move {
             // Its end is seen by whoever reads the body.
@@ -233,40 +235,45 @@ impl Client {
         let bytes = match body {
             Some(body) => {
                 builder = builder.header("content-type", "application/json");
-                serde_json::to_vec(body).map_err(|e| ClientError::Shape { request: name.clone(), reason: e.to_string() })?
+                serde_json::to_vec(body)
+                    .map_err(|e| ClientError::InvalidResponse { request: name.clone(), reason: e.to_string() })?
             }
             None => Vec::new(),
         };
-        let request = builder.body(Full::new(Bytes::from(bytes))).map_err(|e| self.broken(&name, e.to_string()))?;
-        let answer = sender.send_request(request).await.map_err(|e| self.broken(&name, e.to_string()))?;
+        let request = builder.body(Full::new(Bytes::from(bytes))).map_err(|e| self.connection_lost(&name, e.to_string()))?;
+        let answer = sender.send_request(request).await.map_err(|e| self.connection_lost(&name, e.to_string()))?;
         let status = answer.status();
         if status.is_success() {
             return Ok((answer.into_body(), driver));
         }
-        let bytes = collect(answer.into_body()).await.map_err(|reason| self.broken(&name, reason))?;
-        let message = match serde_json::from_slice::<Problem>(&bytes) {
+        let bytes = read_body(answer.into_body()).await.map_err(|reason| self.connection_lost(&name, reason))?;
+        let message = match serde_json::from_slice::<ErrorBody>(&bytes) {
             Ok(problem) => problem.error,
             Err(_) => format!("the agent answers {name} with {status}"),
         };
         Err(ClientError::Problem { status, message })
     }
 
-    async fn limit<T>(&self, request: &str, work: impl Future<Output = Result<T, ClientError>>) -> Result<T, ClientError> {
+    async fn within_timeout<T>(
+        &self,
+        request: &str,
+        work: impl Future<Output = Result<T, ClientError>>,
+    ) -> Result<T, ClientError> {
         tokio::time::timeout(self.timeout, work).await.unwrap_or_else(|_| {
             Err(ClientError::TimedOut { socket: self.socket.clone(), request: request.to_owned(), limit: self.timeout })
         })
     }
 
-    fn broken(&self, request: &str, reason: String) -> ClientError {
-        ClientError::Broken { socket: self.socket.clone(), request: request.to_owned(), reason }
+    fn connection_lost(&self, request: &str, reason: String) -> ClientError {
+        ClientError::ConnectionLost { socket: self.socket.clone(), request: request.to_owned(), reason }
     }
 
     fn connect_error(&self, source: std::io::Error) -> ClientError {
         let socket = self.socket.clone();
         match source.kind() {
             std::io::ErrorKind::NotFound => ClientError::NoSocket { socket },
-            std::io::ErrorKind::ConnectionRefused => ClientError::Refused { socket },
-            std::io::ErrorKind::PermissionDenied => ClientError::Denied { socket },
+            std::io::ErrorKind::ConnectionRefused => ClientError::ConnectionRefused { socket },
+            std::io::ErrorKind::PermissionDenied => ClientError::PermissionDenied { socket },
             _ => ClientError::Connect { socket, source },
         }
     }
@@ -276,8 +283,8 @@ impl Client {
 #[derive(Debug)]
 struct Driver(tokio::task::JoinSet<()>);
 
-async fn collect(body: Incoming) -> Result<Bytes, String> {
-    Limited::new(body, ANSWER_LIMIT).collect().await.map(|all| all.to_bytes()).map_err(|e| e.to_string())
+async fn read_body(body: Incoming) -> Result<Bytes, String> {
+    Limited::new(body, MAX_RESPONSE_BYTES).collect().await.map(|all| all.to_bytes()).map_err(|e| e.to_string())
 }
 
 /// The subnets, again at each change.
@@ -300,18 +307,21 @@ impl SubnetsStream {
                     continue;
                 }
                 let value = serde_json::from_slice(&line)
-                    .map_err(|e| ClientError::Shape { request: self.request.clone(), reason: e.to_string() })?;
+                    .map_err(|e| ClientError::InvalidResponse { request: self.request.clone(), reason: e.to_string() })?;
                 return Ok(Some(value));
             }
-            let broken =
-                |reason: String| ClientError::Broken { socket: self.socket.clone(), request: self.request.clone(), reason };
+            let broken = |reason: String| ClientError::ConnectionLost {
+                socket: self.socket.clone(),
+                request: self.request.clone(),
+                reason,
+            };
             match self.body.frame().await {
                 None => return Ok(None),
                 Some(Err(e)) => return Err(broken(e.to_string())),
                 Some(Ok(frame)) => {
                     if let Ok(data) = frame.into_data() {
-                        if self.pending.len() + data.len() > ANSWER_LIMIT {
-                            return Err(broken(format!("a line of more than {ANSWER_LIMIT} bytes")));
+                        if self.pending.len() + data.len() > MAX_RESPONSE_BYTES {
+                            return Err(broken(format!("a line of more than {MAX_RESPONSE_BYTES} bytes")));
                         }
                         self.pending.extend_from_slice(&data);
                     }

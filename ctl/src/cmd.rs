@@ -100,9 +100,9 @@ pub enum Command {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
     /// Exit code 0.
-    Well,
+    Ok,
     /// Exit code 1: the answer is no.
-    No,
+    Negative,
     /// Exit code 3.
     Degraded,
     /// Exit code 4.
@@ -209,8 +209,8 @@ pub async fn run(cli: Cli) -> Result<Outcome, CommandError> {
 /// Tells an error on standard error and turns the result into the exit code.
 pub fn finish(result: Result<Outcome, CommandError>) -> ExitCode {
     match result {
-        Ok(Outcome::Well) | Err(CommandError::Output(OutputError::Closed)) => ExitCode::SUCCESS,
-        Ok(Outcome::No) => ExitCode::from(1),
+        Ok(Outcome::Ok) | Err(CommandError::Output(OutputError::Closed)) => ExitCode::SUCCESS,
+        Ok(Outcome::Negative) => ExitCode::from(1),
         Ok(Outcome::Degraded) => ExitCode::from(3),
         Ok(Outcome::TimedOut) => ExitCode::from(4),
         Ok(Outcome::Code(code)) => ExitCode::from(code),
@@ -226,13 +226,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_command_line_is_sound() {
+    fn command_line_is_valid() {
         use clap::CommandFactory;
         Cli::command().debug_assert();
     }
 
     #[test]
-    fn options_stand_on_either_side_of_the_command() {
+    fn global_options_work_before_and_after_subcommand() {
         let cli = Cli::try_parse_from(["overlayctl", "-o", "json", "peers", "--socket", "/x"]).expect("a command line");
         assert_eq!((cli.output, cli.socket), (Format::Json, PathBuf::from("/x")));
     }

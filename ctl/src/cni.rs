@@ -9,14 +9,15 @@
 //! | --- | --- |
 //! | [`environment`] | the verb and the attachment, from `CNI_*` |
 //! | [`config`], [`wish`] | the network configuration on standard input; what it asks of the agent |
-//! | [`version`], [`error`], [`result`] | the specification's shapes |
+//! | [`ip_version`], [`error`], [`result`] | the specification's shapes |
 //! | [`name`] | how an attachment is called at the agent |
 //! | [`agent`] | the socket, with a deadline and retries |
 //! | [`sandbox`] | a look into a container's namespace |
 //! | [`verbs`], [`check`] | what each verb does |
-//! | [`log`] | the log file |
+//! | [`log_file`] | the log file |
 
 pub mod agent;
+pub mod attach_request;
 pub mod check;
 pub mod config;
 pub mod environment;
@@ -27,7 +28,6 @@ pub mod result;
 pub mod sandbox;
 pub mod verbs;
 pub mod version;
-pub mod wish;
 
 use std::ffi::OsString;
 use std::io::{Read, Write};
@@ -43,7 +43,7 @@ use log::Log;
 use version::Version;
 
 /// The largest input read, in bytes: a configuration has a few hundred, the list of GC some 150 an attachment.
-const LARGEST_INPUT: u64 = 16 << 20;
+const MAX_INPUT_BYTES: u64 = 16 << 20;
 
 /// Runs one verb with this process's environment and standard input. An error is printed as the specification has it, and the exit code
 /// is 1 then.
@@ -51,13 +51,13 @@ pub fn run() -> ExitCode {
     let started = Instant::now();
     let variable = |name: &str| std::env::var_os(name);
     if let Some(argument) = std::env::args().nth(1) {
-        return tell_person(&argument);
+        return print_usage(&argument);
     }
     let input = |limit: u64| {
         let mut bytes = Vec::new();
         std::io::stdin().lock().take(limit).read_to_end(&mut bytes).map(|_| bytes)
     };
-    let (output, code) = match call(variable, input, started) {
+    let (output, code) = match handle(variable, input, started) {
         Ok(None) => return ExitCode::SUCCESS,
         Ok(Some(value)) => (value, ExitCode::SUCCESS),
         Err(failed) => (failed.error.to_json(failed.version), ExitCode::FAILURE),
@@ -70,37 +70,40 @@ pub fn run() -> ExitCode {
 }
 
 /// An error, and the version in which the runtime wants it.
-struct Failed {
+struct VersionedError {
     version: Version,
     error: CniError,
 }
 
-fn call(
+fn handle(
     variable: impl Fn(&str) -> Option<OsString>,
     input: impl FnOnce(u64) -> std::io::Result<Vec<u8>>,
     started: Instant,
-) -> Result<Option<Value>, Failed> {
+) -> Result<Option<Value>, VersionedError> {
     // Before the configuration is read no other version is known.
-    let early = |error| Failed { version: Version::LATEST, error };
+    let early = |error| VersionedError { version: Version::LATEST, error };
     let verb = environment::verb(&variable).map_err(early)?;
-    let bytes = input(LARGEST_INPUT + 1)
+    let bytes = input(MAX_INPUT_BYTES + 1)
         .map_err(|e| early(CniError::new(Code::Io, format!("cannot read the network configuration from standard input: {e}"))))?;
-    if bytes.len() as u64 > LARGEST_INPUT {
-        return Err(early(CniError::new(Code::Decode, format!("the network configuration has more than {LARGEST_INPUT} bytes"))));
+    if bytes.len() as u64 > MAX_INPUT_BYTES {
+        return Err(early(CniError::new(
+            Code::Decode,
+            format!("the network configuration has more than {MAX_INPUT_BYTES} bytes"),
+        )));
     }
     if verb == Verb::Version {
-        return config::asked_version(&bytes).map(|asked| Some(version::supported(asked.as_deref()))).map_err(early);
+        return config::requested_version(&bytes).map(|asked| Some(version::supported(asked.as_deref()))).map_err(early);
     }
-    let config = Config::decode(&bytes).map_err(|(version, error)| Failed { version, error })?;
+    let config = Config::decode(&bytes).map_err(|(version, error)| VersionedError { version, error })?;
     let log = Log::open(&config);
-    let outcome = verb_of(verb, &variable, &config, &log, started);
+    let outcome = dispatch(verb, &variable, &config, &log, started);
     if let Err(error) = &outcome {
         log.error(format_args!("{verb}: {error}"));
     }
-    outcome.map_err(|error| Failed { version: config.version, error })
+    outcome.map_err(|error| VersionedError { version: config.version, error })
 }
 
-fn verb_of(
+fn dispatch(
     verb: Verb,
     variable: &impl Fn(&str) -> Option<OsString>,
     config: &Config,
@@ -127,7 +130,7 @@ fn verb_of(
 }
 
 /// A plugin has no arguments; a person who starts it by hand is told what it is.
-fn tell_person(argument: &str) -> ExitCode {
+fn print_usage(argument: &str) -> ExitCode {
     let own = env!("CARGO_PKG_VERSION");
     if matches!(argument, "--version" | "-V") {
         println!("overlay-cni {own}");

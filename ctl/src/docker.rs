@@ -1,7 +1,7 @@
 //! dockerd's options for this host's part of the overlay, and its configuration file. Pure but for [`read`].
 //!
 //! Docker puts its containers on the bridge that the agent keeps, and hands out addresses of the part of the subnet that the agent leaves
-//! to it; `docs/docker.md` says why. The file has keys of others as well: they stay, and one that contradicts ours is refused by its name.
+//! to it; `docs/docker_share.md` says why. The file has keys of others as well: they stay, and one that contradicts ours is refused by its name.
 
 use std::path::{Path, PathBuf};
 
@@ -38,10 +38,10 @@ fn is_false(value: &bool) -> bool {
 }
 
 /// The keys of [`DockerOptions`]: in a file whose bridge is one of ours they are ours, too.
-const OURS: [&str; 6] = ["bridge", "fixed-cidr", "mtu", "ip-masq", "ipv6", "fixed-cidr-v6"];
+const OWN_KEYS: [&str; 6] = ["bridge", "fixed-cidr", "mtu", "ip-masq", "ipv6", "fixed-cidr-v6"];
 
 /// Keys that do not go with a bridge that is there already, each with the reason.
-const FOREIGN: [(&str, &str); 4] = [
+const CONFLICTING_KEYS: [(&str, &str); 4] = [
     ("bip", "Docker takes either an address for a bridge of its own or a bridge that is there"),
     ("bip6", "Docker takes either an address for a bridge of its own or a bridge that is there"),
     ("default-gateway", "the gateway is the address of the overlay's bridge, which Docker finds itself"),
@@ -77,7 +77,7 @@ pub enum DockerError {
         "of Docker's part of the subnet, addresses are in use: {}; detach and attach them again, they get others",
         list(.holders)
     )]
-    Held {
+    AddressesInUse {
         /// Who has which.
         holders: Vec<(EndpointName, std::net::IpAddr)>,
     },
@@ -117,14 +117,14 @@ fn lines(conflicts: &[String]) -> String {
 
 impl DockerOptions {
     /// The options for a host's network as the agent describes it.
-    pub fn of(network: &NetworkView) -> Result<DockerOptions, DockerError> {
+    pub fn from_network(network: &NetworkView) -> Result<DockerOptions, DockerError> {
         let (Some(bridge), Some(mtu)) = (&network.bridge, network.mtu) else { return Err(DockerError::NotReady) };
         if network.ipam.is_empty() {
             return Err(DockerError::NotReady);
         }
         let ipv4 = network.ipam.get(Family::V4).ok_or(DockerError::NoIpv4)?;
         let Some(fixed_cidr) = ipv4.docker else {
-            return Err(match DockerShare::of(ipv4.subnet) {
+            return Err(match DockerShare::from_range(ipv4.subnet) {
                 Some(_) => DockerError::NoShare { subnet: ipv4.subnet },
                 None => DockerError::TooSmall { subnet: ipv4.subnet },
             });
@@ -132,14 +132,14 @@ impl DockerOptions {
         let shares: PerFamily<DockerShare> = network
             .ipam
             .iter()
-            .filter_map(|(family, ipam)| ipam.docker.and(DockerShare::of(ipam.subnet)).map(|s| (family, s)))
+            .filter_map(|(family, ipam)| ipam.docker.and(DockerShare::from_range(ipam.subnet)).map(|s| (family, s)))
             .collect();
         let mut holders = Vec::new();
         for endpoint in network.endpoints.iter().map(|view| &view.endpoint) {
             for (family, address) in endpoint.addresses().iter() {
                 let held = |share: &DockerShare| {
                     network.ipam.get(family).is_some_and(|ipam| ipam.subnet.contains(*address))
-                        && address_value(*address) >= address_value(share.first)
+                        && address_value(*address) >= address_value(share.first_address)
                 };
                 if shares.get(family).is_some_and(held) {
                     holders.push((endpoint.name.clone(), *address));
@@ -147,9 +147,9 @@ impl DockerOptions {
             }
         }
         if !holders.is_empty() {
-            return Err(DockerError::Held { holders });
+            return Err(DockerError::AddressesInUse { holders });
         }
-        let fixed_cidr_v6 = shares.get(Family::V6).map(|share| share.fixed);
+        let fixed_cidr_v6 = shares.get(Family::V6).map(|share| share.fixed_cidr);
         let bridge = bridge.device.interface.clone();
         Ok(DockerOptions { bridge, fixed_cidr, mtu, ip_masq: false, ipv6: fixed_cidr_v6.is_some(), fixed_cidr_v6 })
     }
@@ -173,12 +173,12 @@ impl DockerOptions {
     /// the overlay's, the options of an earlier lease are replaced; in any other, one that differs is a conflict.
     pub fn merged(&self, path: &Path, mut present: Map<String, Value>) -> Result<Map<String, Value>, DockerError> {
         let keys = self.keys();
-        let mut conflicts: Vec<String> = FOREIGN
+        let mut conflicts: Vec<String> = CONFLICTING_KEYS
             .iter()
             .filter_map(|(key, reason)| present.get(*key).map(|value| format!("\"{key}\": {value}: {reason}")))
             .collect();
-        if present.get("bridge").and_then(Value::as_str).is_some_and(is_ours) {
-            present.retain(|key, _| !OURS.contains(&key.as_str()));
+        if present.get("bridge").and_then(Value::as_str).is_some_and(is_overlay_bridge) {
+            present.retain(|key, _| !OWN_KEYS.contains(&key.as_str()));
         }
         for (key, value) in &keys {
             if let Some(other) = present.get(key).filter(|other| *other != value) {
@@ -194,12 +194,12 @@ impl DockerOptions {
 }
 
 /// Whether an interface is named as the agent names its bridges.
-fn is_ours(interface: &str) -> bool {
+fn is_overlay_bridge(interface: &str) -> bool {
     Device::from_name(interface).is_some_and(|device| device.role == Role::Bridge)
 }
 
 /// What dockerd's configuration file holds; nothing where it is not there or empty.
-pub fn read(path: &Path) -> Result<Map<String, Value>, DockerError> {
+pub fn read_config(path: &Path) -> Result<Map<String, Value>, DockerError> {
     let text = match std::fs::read_to_string(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Map::new()),
         Err(source) => return Err(DockerError::Read { path: path.to_owned(), source }),
@@ -209,12 +209,12 @@ pub fn read(path: &Path) -> Result<Map<String, Value>, DockerError> {
     let malformed = |reason: String| DockerError::Malformed { path: path.to_owned(), reason };
     match serde_json::from_str(&text) {
         Ok(Value::Object(keys)) => Ok(keys),
-        Ok(other) => Err(malformed(format!("it holds {} where an object is needed", kind(&other)))),
+        Ok(other) => Err(malformed(format!("it holds {} where an object is needed", json_type(&other)))),
         Err(error) => Err(malformed(error.to_string())),
     }
 }
 
-fn kind(value: &Value) -> &'static str {
+fn json_type(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",

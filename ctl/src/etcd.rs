@@ -9,8 +9,8 @@ use std::time::Duration;
 use overlay_agent::model::NetworkConfig;
 use overlay_agent::model::api::{SubnetEntry, Subnets};
 use overlay_agent::model::event::{Connection, StoreEvent};
-use overlay_agent::plan::roster::{Roster, Standing};
-use overlay_agent::store::{self, DEFAULT_PREFIX, Replace, Store, StoreConfig, StoreError};
+use overlay_agent::plan::lease_table::{Classification, LeaseTable};
+use overlay_agent::store::{self, DEFAULT_PREFIX, ReplaceCondition, Store, StoreConfig, StoreError};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 const DEFAULT_ENDPOINT: &str = "http://127.0.0.1:2379";
 
 /// Changes that wait to be shown; more hold the store's task up until they are.
-const CHANGES: usize = 1024;
+const EVENT_QUEUE_CAPACITY: usize = 1024;
 
 /// How to reach etcd, with the names and variables that overlayd has.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -59,7 +59,7 @@ pub enum EtcdError {
     Store(#[from] StoreError),
     /// The task that follows the store ended, which it never does by itself.
     #[error("following etcd ended: {reason}")]
-    Ended {
+    WatchEnded {
         /// What is known of it.
         reason: String,
     },
@@ -67,7 +67,7 @@ pub enum EtcdError {
 
 /// The configuration as it stands in etcd.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Stored {
+pub struct StoredConfig {
     /// The JSON text.
     pub text: String,
     /// The revision of its last change.
@@ -76,12 +76,12 @@ pub struct Stored {
 
 impl EtcdArgs {
     /// Servers without TLS or login.
-    pub fn plain(endpoints: Vec<String>, prefix: &str) -> EtcdArgs {
+    pub fn without_tls(endpoints: Vec<String>, prefix: &str) -> EtcdArgs {
         EtcdArgs { endpoints, prefix: prefix.to_owned(), ..EtcdArgs::default() }
     }
 
     /// Whether etcd is to be asked rather than the agent.
-    pub fn given(&self) -> bool {
+    pub fn is_given(&self) -> bool {
         !self.endpoints.is_empty() || self.discovery_srv.is_some()
     }
 
@@ -92,7 +92,7 @@ impl EtcdArgs {
 
     /// The store's settings.
     pub fn store_config(&self) -> StoreConfig {
-        let endpoints = if self.given() { self.endpoints.clone() } else { vec![DEFAULT_ENDPOINT.to_owned()] };
+        let endpoints = if self.is_given() { self.endpoints.clone() } else { vec![DEFAULT_ENDPOINT.to_owned()] };
         StoreConfig {
             endpoints,
             discovery_srv: self.discovery_srv.clone(),
@@ -107,14 +107,14 @@ impl EtcdArgs {
     }
 
     /// The configuration; `None` where none is written.
-    pub async fn config(&self) -> Result<Option<Stored>, EtcdError> {
+    pub async fn read_config(&self) -> Result<Option<StoredConfig>, EtcdError> {
         let found = store::get_config(&self.store_config()).await?;
-        Ok(found.text.map(|text| Stored { text, mod_revision: found.mod_revision }))
+        Ok(found.text.map(|text| StoredConfig { text, mod_revision: found.mod_revision }))
     }
 
     /// Writes the configuration in place of the one that was read, or of none; whoever else has written meanwhile is not overwritten.
-    pub async fn put_config(&self, text: &str, before: Option<&Stored>) -> Result<(), EtcdError> {
-        let replace = Replace::Revision(before.map_or(0, |b| b.mod_revision));
+    pub async fn put_config(&self, text: &str, previous: Option<&StoredConfig>) -> Result<(), EtcdError> {
+        let replace = ReplaceCondition::Revision(previous.map_or(0, |b| b.mod_revision));
         store::put_config(&self.store_config(), text, replace).await?;
         Ok(())
     }
@@ -124,28 +124,28 @@ impl EtcdArgs {
         let snapshot = store::read_all(&self.store_config(), true).await?;
         let network =
             snapshot.config.text.as_deref().and_then(|text| NetworkConfig::parse(text).ok()).map(|parsed| parsed.config);
-        let mut roster = Roster::default();
-        roster.replace(snapshot.entries);
-        Ok(listed(&roster, network.as_ref(), &snapshot.time_left))
+        let mut leases = LeaseTable::default();
+        leases.replace(snapshot.entries);
+        Ok(list_subnets(&leases, network.as_ref(), &snapshot.remaining_ttls))
     }
 }
 
 /// The leases as a host sees them that has none itself. Without a configuration none is judged.
-fn listed(roster: &Roster, network: Option<&NetworkConfig>, time_left: &BTreeMap<i64, Duration>) -> Subnets {
+fn list_subnets(leases: &LeaseTable, network: Option<&NetworkConfig>, time_left: &BTreeMap<i64, Duration>) -> Subnets {
     let entry = |(key, value): (&std::sync::Arc<str>, &Result<_, _>)| match value {
-        Err(refusal) => SubnetEntry::from_refusal(refusal),
+        Err(rejected) => SubnetEntry::from_rejected(rejected),
         Ok(record) => {
             let mut entry = SubnetEntry::from_record(key, record);
             let left = record.etcd_lease.and_then(|id| time_left.get(&id));
             entry.expires_in_seconds = left.and_then(|left| i64::try_from(left.as_secs()).ok());
-            let standing = network.and_then(|network| roster.standing(key, network, None));
-            if let Some(Standing::Refused(refusal)) = standing {
-                entry.refused = Some(refusal.kind.to_string());
+            let status = network.and_then(|network| leases.classify(key, network, None));
+            if let Some(Classification::Rejected(rejected)) = status {
+                entry.refused = Some(rejected.kind.to_string());
             }
             entry
         }
     };
-    let mut subnets: Vec<SubnetEntry> = roster.iter().map(entry).collect();
+    let mut subnets: Vec<SubnetEntry> = leases.iter().map(entry).collect();
     subnets.sort_by(|a, b| (a.refused.is_some(), a.subnet, &a.key).cmp(&(b.refused.is_some(), b.subnet, &b.key)));
     Subnets { subnets }
 }
@@ -155,9 +155,9 @@ fn listed(roster: &Roster, network: Option<&NetworkConfig>, time_left: &BTreeMap
 pub struct SubnetsWatch {
     events: mpsc::Receiver<StoreEvent>,
     task: JoinSet<Result<(), StoreError>>,
-    roster: Roster,
+    leases: LeaseTable,
     network: Option<NetworkConfig>,
-    complete: bool,
+    has_snapshot: bool,
 }
 
 impl SubnetsWatch {
@@ -165,28 +165,28 @@ impl SubnetsWatch {
     pub async fn start(args: &EtcdArgs) -> Result<SubnetsWatch, EtcdError> {
         let config = args.store_config();
         config.validate()?;
-        let (sender, events) = mpsc::channel(CHANGES);
+        let (sender, events) = mpsc::channel(EVENT_QUEUE_CAPACITY);
         let mut task = JoinSet::new();
         task.spawn(async move { Store::new(config).watch(sender, CancellationToken::new()).await });
-        Ok(SubnetsWatch { events, task, roster: Roster::default(), network: None, complete: false })
+        Ok(SubnetsWatch { events, task, leases: LeaseTable::default(), network: None, has_snapshot: false })
     }
 
     /// The leases at first, and then after each change; changes that arrive together are one.
     pub async fn next(&mut self) -> Result<Subnets, EtcdError> {
         loop {
-            let Some(event) = self.events.recv().await else { return Err(self.ended().await) };
-            let mut changed = self.fold(event);
+            let Some(event) = self.events.recv().await else { return Err(self.watch_error().await) };
+            let mut changed = self.apply_event(event);
             while let Ok(event) = self.events.try_recv() {
-                changed |= self.fold(event);
+                changed |= self.apply_event(event);
             }
-            if changed && self.complete {
-                return Ok(listed(&self.roster, self.network.as_ref(), &BTreeMap::new()));
+            if changed && self.has_snapshot {
+                return Ok(list_subnets(&self.leases, self.network.as_ref(), &BTreeMap::new()));
             }
         }
     }
 
     /// Takes an event in; whether what is listed may have changed.
-    fn fold(&mut self, event: StoreEvent) -> bool {
+    fn apply_event(&mut self, event: StoreEvent) -> bool {
         match event {
             StoreEvent::Config(config) => {
                 // A bad one leaves the last good one in force, as in the agents.
@@ -196,11 +196,11 @@ impl SubnetsWatch {
                 true
             }
             StoreEvent::Snapshot(entries) => {
-                let first = !std::mem::replace(&mut self.complete, true);
-                self.roster.replace(entries).is_none_or(|affected| !affected.is_empty()) || first
+                let first = !std::mem::replace(&mut self.has_snapshot, true);
+                self.leases.replace(entries).is_none_or(|affected| !affected.is_empty()) || first
             }
-            StoreEvent::Upsert(entry) => !self.roster.upsert(entry).is_empty(),
-            StoreEvent::Remove { key } => !self.roster.remove(&key).is_empty(),
+            StoreEvent::Upsert(entry) => !self.leases.upsert(entry).is_empty(),
+            StoreEvent::Remove { key } => !self.leases.remove(&key).is_empty(),
             StoreEvent::Connection(Connection::Down { error }) => {
                 eprintln!("overlayctl: etcd does not answer, trying again: {error}");
                 false
@@ -209,11 +209,11 @@ impl SubnetsWatch {
         }
     }
 
-    async fn ended(&mut self) -> EtcdError {
+    async fn watch_error(&mut self) -> EtcdError {
         match self.task.join_next().await {
             Some(Ok(Err(error))) => error.into(),
-            Some(Err(error)) => EtcdError::Ended { reason: error.to_string() },
-            Some(Ok(Ok(()))) | None => EtcdError::Ended { reason: "without a reason".to_owned() },
+            Some(Err(error)) => EtcdError::WatchEnded { reason: error.to_string() },
+            Some(Ok(Ok(()))) | None => EtcdError::WatchEnded { reason: "without a reason".to_owned() },
         }
     }
 }
@@ -221,7 +221,7 @@ impl SubnetsWatch {
 #[cfg(test)]
 mod tests {
     use overlay_agent::model::event::StoreEntry;
-    use overlay_agent::model::{Backend, Lease, PerFamily, Record, Subnet, Vni};
+    use overlay_agent::model::{Backend, Lease, LeaseRecord, PerFamily, Subnet, Vni};
 
     use super::*;
 
@@ -229,7 +229,7 @@ mod tests {
         let subnet = Subnet::from_key(key).expect(key);
         let backend = Backend::Vxlan { vni: Vni::DEFAULT, vtep: PerFamily { v4: "02:00:00:00:00:01".parse().ok(), v6: None } };
         let public_ip = PerFamily { v4: "10.99.1.1".parse().ok(), v6: None };
-        let record = Record {
+        let record = LeaseRecord {
             subnet,
             lease: Lease { public_ip, backend, node: None },
             create_revision: 1,
@@ -240,12 +240,12 @@ mod tests {
     }
 
     #[test]
-    fn leases_are_judged_and_those_left_out_stand_last() {
+    fn rejected_leases_are_listed_last() {
         let network = NetworkConfig::parse(r#"{"Network":"10.244.0.0/16"}"#).expect("a network").config;
-        let mut roster = Roster::default();
-        roster.replace(vec![entry("10.1.1.0-24", Some(7)), entry("10.244.9.0-24", None), entry("10.244.1.0-24", Some(8))]);
+        let mut leases = LeaseTable::default();
+        leases.replace(vec![entry("10.1.1.0-24", Some(7)), entry("10.244.9.0-24", None), entry("10.244.1.0-24", Some(8))]);
         let time_left = BTreeMap::from([(8, Duration::from_secs(60))]);
-        let subnets = listed(&roster, Some(&network), &time_left).subnets;
+        let subnets = list_subnets(&leases, Some(&network), &time_left).subnets;
         let keys: Vec<&str> = subnets.iter().map(|s| s.key.as_str()).collect();
         assert_eq!(keys, ["10.244.1.0-24", "10.244.9.0-24", "10.1.1.0-24"]);
         assert_eq!(subnets[0].expires_in_seconds, Some(60));
@@ -254,9 +254,9 @@ mod tests {
     }
 
     #[test]
-    fn without_servers_the_usual_one_is_asked() {
-        let none = EtcdArgs::plain(Vec::new(), "/x/");
-        assert!(!none.given());
+    fn missing_endpoints_fall_back_to_default() {
+        let none = EtcdArgs::without_tls(Vec::new(), "/x/");
+        assert!(!none.is_given());
         assert_eq!(none.store_config().endpoints, [DEFAULT_ENDPOINT]);
         assert_eq!(none.config_key(), "/x/config");
     }

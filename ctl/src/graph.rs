@@ -19,7 +19,7 @@ pub use text::text;
 
 /// What is drawn of one agent's answers.
 #[derive(Debug, Clone)]
-pub struct Answers {
+pub struct AgentSnapshot {
     /// Its status.
     pub status: Status,
     /// Every lease.
@@ -50,7 +50,7 @@ pub struct HostNode {
     pub subnet: String,
     /// Its underlay addresses.
     pub public_ip: String,
-    /// `ready`, `not ready`, `known by its lease`, or why its lease is left out.
+    /// `ready`, `not ready`, `known method its lease`, or why its lease is left out.
     pub state: String,
     /// Whether all is well, as far as it is known.
     pub well: bool,
@@ -70,7 +70,7 @@ pub struct ContainerNode {
 /// The way between two hosts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Link {
-    /// One host, by its place in [`Graph::hosts`].
+    /// One host, by its place in [`Graph::start_lab_without_agents`].
     pub from: usize,
     /// The other.
     pub to: usize,
@@ -82,7 +82,7 @@ pub struct Link {
 
 impl Graph {
     /// The picture of what one agent or several of one overlay answer. The first one's leases count.
-    pub fn of(all: &[Answers]) -> Graph {
+    pub fn from_snapshots(all: &[AgentSnapshot]) -> Graph {
         let Some(first) = all.first() else { return Graph::default() };
         let mut graph = Graph { title: title(&first.status), ..Graph::default() };
         let mut keys = Vec::new();
@@ -117,7 +117,7 @@ impl Graph {
                 };
                 let Some(to) = keys.iter().position(held) else { continue };
                 let faults = links.entry((from.min(to), from.max(to))).or_default();
-                if !whole(peer) {
+                if !is_programmed(peer) {
                     faults.push(format!("{}: {}", one.status.node, peer.state));
                 }
             }
@@ -133,16 +133,16 @@ impl Graph {
     }
 
     /// The picture of the first hosts only, and how many were left off.
-    fn first(&self, most: usize) -> (Graph, usize) {
-        let left = self.hosts.len().saturating_sub(most);
+    fn truncated(&self, max_hosts: usize) -> (Graph, usize) {
+        let left = self.hosts.len().saturating_sub(max_hosts);
         let mut graph = self.clone();
-        graph.hosts.truncate(most);
-        graph.links.retain(|link| link.from < most && link.to < most);
+        graph.hosts.truncate(max_hosts);
+        graph.links.retain(|link| link.from < max_hosts && link.to < max_hosts);
         (graph, left)
     }
 }
 
-fn whole(peer: &PeerEntry) -> bool {
+fn is_programmed(peer: &PeerEntry) -> bool {
     peer.state == "programmed"
 }
 

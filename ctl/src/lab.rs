@@ -1,5 +1,5 @@
 //! The lab: several hosts on one machine, each a network namespace with its own agent, and a private etcd. A feature for people
-//! (`overlayctl lab`), and what the test suite builds its stories on.
+//! (`overlayctl start_lab`), and what the test suite builds its stories on.
 //!
 //! Everything lives in namespaces named `ov-NAME-*` and in one directory; the machine's own namespace gets no link, address or rule.
 //!
@@ -10,7 +10,7 @@
 //!   ov-NAME-h1-c1.. containers, attached by the host's overlayd
 //! ```
 //!
-//! `lab.json` describes all of it and is written before anything is made, so that [`Lab::down`] removes what a crash left half made.
+//! `start_lab.json` describes all of it and is written before anything is made, so that [`Lab::report_down`] removes what a crash left half made.
 
 pub mod agent;
 pub mod check;
@@ -18,8 +18,8 @@ pub mod container;
 pub mod down;
 pub mod error;
 pub mod etcd;
-pub mod home;
 pub mod host;
+pub mod labs_dir;
 pub mod layout;
 pub mod process;
 pub mod rootless;
@@ -32,14 +32,14 @@ use std::time::{Duration, Instant};
 use overlay_agent::kernel::netns::Netns;
 
 pub use error::LabError;
-pub use home::Home;
 pub use host::Host;
+pub use labs_dir::LabsDir;
 pub use layout::{Families, LabName, LabOptions, Layout};
 pub use process::ProcessId;
 
 /// How long the whole data path of a lab may take to stand once its agents run: a second for a few hosts, more where fifty share two
 /// processors.
-const MESH_LIMIT: Duration = Duration::from_secs(90);
+const MESH_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// A lab that is up, or was when it was opened.
 #[derive(Debug, Clone)]
@@ -52,40 +52,40 @@ pub struct Lab {
 #[derive(Clone, Copy)]
 pub struct Progress<'a> {
     start: Instant,
-    tell: &'a (dyn Fn(Duration, &str) + Send + Sync),
+    report: &'a (dyn Fn(Duration, &str) + Send + Sync),
 }
 
 impl<'a> Progress<'a> {
     /// Calls the function with the time since now and a line for each step.
-    pub fn new(tell: &'a (dyn Fn(Duration, &str) + Send + Sync)) -> Progress<'a> {
-        Progress { start: Instant::now(), tell }
+    pub fn new(report: &'a (dyn Fn(Duration, &str) + Send + Sync)) -> Progress<'a> {
+        Progress { start: Instant::now(), report }
     }
 
     /// Tells nobody.
     pub fn silent() -> Progress<'static> {
-        Progress { start: Instant::now(), tell: &|_, _| {} }
+        Progress { start: Instant::now(), report: &|_, _| {} }
     }
 
     fn step(&self, text: &str) {
-        (self.tell)(self.start.elapsed(), text);
+        (self.report)(self.start.elapsed(), text);
     }
 }
 
 impl Lab {
     /// Brings a lab up. Where that fails, what was made is taken down again.
-    pub async fn up(home: &Home, options: &LabOptions, progress: Progress<'_>) -> Result<Lab, LabError> {
+    pub async fn up(labs_dir: &LabsDir, options: &LabOptions, progress: Progress<'_>) -> Result<Lab, LabError> {
         let layout = Layout::new(options)?;
-        etcd::program()?;
-        let overlayd = if options.agents { Some(agent::program(options.overlayd.as_deref())?) } else { None };
+        etcd::find_program()?;
+        let overlayd = if options.agents { Some(agent::find_program(options.overlayd.as_deref())?) } else { None };
         let layout = Layout { overlayd, ..layout };
-        let lab = Lab { dir: home.claim(&layout)?, layout };
+        let lab = Lab { dir: labs_dir.claim(&layout)?, layout };
         match lab.build(progress).await {
             Ok(()) => Ok(lab),
             Err(error) => {
                 progress.step("failed: taking down what was made");
                 match lab.down() {
                     Ok(_) => Err(error),
-                    Err(second) => Err(LabError::Unwound { error: Box::new(error), second: Box::new(second) }),
+                    Err(second) => Err(LabError::RollbackFailed { error: Box::new(error), second: Box::new(second) }),
                 }
             }
         }
@@ -108,7 +108,7 @@ impl Lab {
         for host in self.hosts() {
             host.agent_start(&[])?;
         }
-        agent::wait_mesh(self, MESH_LIMIT).await?;
+        agent::wait_mesh(self, MESH_TIMEOUT).await?;
         progress.step(&format!("{} agents ready, each with a subnet and a way to every other", layout.hosts.len()));
         let containers: usize = layout.hosts.iter().map(|h| h.containers.len()).sum();
         if containers > 0 {
@@ -119,8 +119,8 @@ impl Lab {
     }
 
     /// The lab of that name.
-    pub fn open(home: &Home, name: &LabName) -> Result<Lab, LabError> {
-        Ok(Lab { dir: home.dir(name), layout: home.read(name)? })
+    pub fn open(labs_dir: &LabsDir, name: &LabName) -> Result<Lab, LabError> {
+        Ok(Lab { dir: labs_dir.lab_dir(name), layout: labs_dir.read_layout(name)? })
     }
 
     /// What the lab consists of.
@@ -140,14 +140,14 @@ impl Lab {
 
     /// The host of that name (`h1`).
     pub fn host(&self, name: &str) -> Result<Host<'_>, LabError> {
-        self.hosts().find(|h| h.name() == name).ok_or_else(|| self.unknown(name))
+        self.hosts().find(|h| h.name() == name).ok_or_else(|| self.unknown_target(name))
     }
 
     /// The namespace of a target: `net`, `world`, `h1`, `h1-c1`, or what was attached to a host by hand, `h1-NAME`.
     pub fn netns(&self, target: &str) -> Result<Netns, LabError> {
         let namespace = self.layout.namespace(target);
         if target.contains('/') || !Netns::list()?.contains(&namespace) {
-            return Err(self.unknown(target));
+            return Err(self.unknown_target(target));
         }
         Ok(Netns::named(&namespace)?)
     }
@@ -183,7 +183,7 @@ impl Lab {
     }
 
     /// Takes the lab down: processes, namespaces, directory. Blocks, for a few seconds at most. Goes on over errors and names them all.
-    pub fn down(&self) -> Result<down::Removed, LabError> {
+    pub fn down(&self) -> Result<down::TeardownSummary, LabError> {
         down::down(&self.dir, &self.layout.name)
     }
 
@@ -192,7 +192,7 @@ impl Lab {
         LabGuard { lab: self }
     }
 
-    fn unknown(&self, target: &str) -> LabError {
+    fn unknown_target(&self, target: &str) -> LabError {
         let mut known: Vec<String> = vec!["net".to_owned(), "world".to_owned()];
         for host in &self.layout.hosts {
             known.push(host.name.clone());

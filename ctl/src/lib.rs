@@ -6,17 +6,18 @@
 //! | [`check`] | the doctor: what on this host stands in the way |
 //! | [`bundle`] | the archive of support data |
 //! | [`client`] | HTTP to the agent's socket |
-//! | [`docker`] | dockerd's options, and its configuration file |
+//! | [`docker_share`] | dockerd's options, and its configuration file |
 //! | [`etcd`] | the flags that reach etcd without an agent |
-//! | [`netns`] | the named namespaces that `attach` makes |
+//! | [`path`] | the named namespaces that `attach_filter` makes |
 //! | [`resolver`] | the resolver files of named namespaces |
 //! | [`trace`] | the way of a packet, from the kernel's answers |
 //! | [`wish`] | the flags that say what a container gets |
-//! | [`output`] | table, wide, json, yaml |
+//! | [`run_command`] | table, wide, json, yaml |
 //! | [`cni`] | the CNI plugin |
 //! | [`graph`] | the overlay as a picture |
-//! | [`lab`] | several hosts on one machine |
+//! | [`start_lab`] | several hosts on one machine |
 
+pub mod attach_args;
 pub mod bundle;
 pub mod check;
 pub mod client;
@@ -30,4 +31,3 @@ pub mod netns;
 pub mod output;
 pub mod resolver;
 pub mod trace;
-pub mod wish;

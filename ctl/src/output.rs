@@ -53,7 +53,7 @@ impl From<std::io::Error> for OutputError {
 
 /// A value that people read as text and programs as JSON or YAML.
 pub trait View: Serialize {
-    /// The text for people, without a line end behind the last line. `wide` asks for every column.
+    /// The text for people, without a line end behind the last line. `wide_network` asks for every column.
     fn text(&self, style: Style, wide: bool) -> String;
 }
 
@@ -81,7 +81,7 @@ impl Style {
     pub const PLAIN: Style = Style { colour: false };
 
     /// Colours where the stream is a terminal, `NO_COLOR` (no-color.org) is unset or empty and `TERM` is not `dumb`.
-    pub fn of(stream: &impl IsTerminal) -> Style {
+    pub fn for_stream(stream: &impl IsTerminal) -> Style {
         let refused =
             std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty()) || std::env::var_os("TERM").is_some_and(|t| t == "dumb");
         Style { colour: stream.is_terminal() && !refused }
@@ -169,7 +169,7 @@ pub struct Printer {
 impl Printer {
     /// A printer to standard output.
     pub fn new(format: Format) -> Printer {
-        Printer { format, style: Style::of(&std::io::stdout()) }
+        Printer { format, style: Style::for_stream(&std::io::stdout()) }
     }
 
     /// The chosen format.
@@ -178,7 +178,7 @@ impl Printer {
     }
 
     /// Whether people read it: table or wide.
-    pub fn for_people(&self) -> bool {
+    pub fn is_human_readable(&self) -> bool {
         matches!(self.format, Format::Table | Format::Wide)
     }
 
@@ -188,36 +188,36 @@ impl Printer {
     }
 
     /// Prints one value.
-    pub fn show(&self, value: &impl View) -> Result<(), OutputError> {
+    pub fn print(&self, value: &impl View) -> Result<(), OutputError> {
         let text = self.render(value)?;
-        self.line(&text)
+        self.print_line(&text)
     }
 
     /// Prints one of a sequence of values: JSON on one line, YAML as a document of its own, tables one below the other, on a terminal in
     /// place of the one before.
-    pub fn show_next(&self, value: &impl View) -> Result<(), OutputError> {
+    pub fn print_next(&self, value: &impl View) -> Result<(), OutputError> {
         match self.format {
-            Format::Json => self.line(&encode_json(value, false)?),
-            Format::Yaml => self.line(&format!("---\n{}", self.render(value)?)),
+            Format::Json => self.print_line(&encode_json(value, false)?),
+            Format::Yaml => self.print_line(&format!("---\n{}", self.render(value)?)),
             Format::Table | Format::Wide => {
                 let text = self.render(value)?;
                 if std::io::stdout().is_terminal() {
                     // Home, then clear what is below: no flicker, and the scroll-back stays.
-                    self.line(&format!("\u{1b}[H\u{1b}[J{text}"))
+                    self.print_line(&format!("\u{1b}[H\u{1b}[J{text}"))
                 } else {
-                    self.line(&format!("{text}\n"))
+                    self.print_line(&format!("{text}\n"))
                 }
             }
         }
     }
 
     /// Prints a text and a line end.
-    pub fn line(&self, text: &str) -> Result<(), OutputError> {
-        self.raw(format!("{text}\n").as_bytes())
+    pub fn print_line(&self, text: &str) -> Result<(), OutputError> {
+        self.write_raw(format!("{text}\n").as_bytes())
     }
 
     /// Writes bytes as they are.
-    pub fn raw(&self, bytes: &[u8]) -> Result<(), OutputError> {
+    pub fn write_raw(&self, bytes: &[u8]) -> Result<(), OutputError> {
         let mut out = std::io::stdout().lock();
         out.write_all(bytes)?;
         out.flush()?;
@@ -242,7 +242,7 @@ fn encode_json(value: &impl Serialize, pretty: bool) -> Result<String, OutputErr
 }
 
 /// A span of seconds for people, in its two largest units: `23h59m`, `4m7s`, `12s`.
-pub fn seconds(total: u64) -> String {
+pub fn format_seconds(total: u64) -> String {
     let units = [("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1)];
     let first = units.iter().position(|(_, size)| total >= *size).unwrap_or(units.len() - 1);
     let mut rest = total;
@@ -257,10 +257,10 @@ pub fn seconds(total: u64) -> String {
     text
 }
 
-/// How long ago a time (seconds since the epoch) was, as in `4m7s ago`.
-pub fn ago(at: u64) -> String {
+/// How long ago a time (seconds since the epoch) was, as in `4m7s format_ago`.
+pub fn format_ago(at: u64) -> String {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(at, |d| d.as_secs());
-    format!("{} ago", seconds(now.saturating_sub(at)))
+    format!("{} ago", format_seconds(now.saturating_sub(at)))
 }
 
 /// Both families' values on one line; `-` where there is none.
@@ -274,11 +274,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn spans() {
+    fn durations_use_two_largest_units() {
         for (total, text) in
             [(0, "0s"), (59, "59s"), (60, "1m"), (247, "4m7s"), (86_399, "23h59m"), (90_000, "1d1h"), (3_601, "1h")]
         {
-            assert_eq!(seconds(total), text);
+            assert_eq!(format_seconds(total), text);
         }
     }
 
@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn colours_only_where_asked() {
+    fn colours_only_when_enabled() {
         let mut table = Table::new(Style { colour: true }, &["STATE"]);
         table.row(vec![toned(Tone::Bad, "down")]);
         assert!(table.text().contains("\u{1b}["));
@@ -302,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn a_closed_reader_is_told_apart() {
+    fn broken_pipe_is_a_clean_end() {
         assert!(matches!(OutputError::from(std::io::Error::from(ErrorKind::BrokenPipe)), OutputError::Closed));
         assert!(matches!(OutputError::from(std::io::Error::from(ErrorKind::StorageFull)), OutputError::Write { .. }));
     }

@@ -1,5 +1,5 @@
-//! The resolver file of a named network namespace, `/etc/netns/NAME/resolv.conf`, which `ip netns exec` puts in place of `/etc/resolv.conf`
-//! (`ip-netns(8)`).
+//! The resolver file of a named network namespace, `/etc/path/NAME/resolv.conf`, which `ip path exec` puts in place of `/etc/resolv.conf`
+//! (`ip-path(8)`).
 //!
 //! Its first line says that it is ours and whose; a file without that line is somebody else's and stays as it is. What `/run` holds is gone
 //! after a reboot and `/etc` is not, so no note elsewhere could say it.
@@ -10,24 +10,24 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use overlay_agent::model::endpoint::EndpointName;
-use overlay_agent::state::{FileError, write_whole};
+use overlay_agent::state::{FileError, write_atomic};
 
 use crate::cmd::CommandError;
 use crate::netns::NETNS_DIR;
 
-/// Where `ip netns exec` looks.
-const DIRECTORY: &str = "/etc/netns";
+/// Where `ip path exec` looks.
+const NETNS_CONFIG_DIR: &str = "/etc/netns";
 /// The host's own file.
-const HOST: &str = "/etc/resolv.conf";
+const HOST_RESOLV_CONF: &str = "/etc/resolv.conf";
 /// What a host's file leads to that names only a resolver of its own, on loopback: systemd-resolved's and NetworkManager's files with the
 /// resolvers behind that one.
-const BEHIND_STUB: [&str; 2] = ["/run/systemd/resolve/resolv.conf", "/run/NetworkManager/no-stub-resolv.conf"];
+const UPSTREAM_RESOLV_CONFS: [&str; 2] = ["/run/systemd/resolve/resolv.conf", "/run/NetworkManager/no-stub-resolv.conf"];
 /// The C library uses no more (`MAXNS` in `resolv.h`).
-const MOST_SERVERS: usize = 3;
+const MAX_NAMESERVERS: usize = 3;
 /// How a file of ours begins.
-const MARK: &str = "# Written by overlayctl for endpoint";
+const MARKER: &str = "# Written by overlayctl for endpoint";
 /// Readable for everybody, as the host's.
-const MODE: u32 = 0o644;
+const FILE_MODE: u32 = 0o644;
 
 /// What the resolver file shall say; the host's words where nothing is given.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -64,12 +64,12 @@ pub enum ResolverError {
 
 /// The text of a resolver file.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-struct Text {
+struct ResolvConf {
     servers: Vec<IpAddr>,
     search: Vec<String>,
     options: Vec<String>,
     /// Resolvers that a container cannot reach, and others that are none.
-    left_out: Vec<String>,
+    unreachable: Vec<String>,
 }
 
 impl ResolverArgs {
@@ -79,10 +79,10 @@ impl ResolverArgs {
     }
 
     /// Checks the values.
-    pub fn check(&self) -> Result<(), CommandError> {
+    pub fn validate(&self) -> Result<(), CommandError> {
         let usage = |message| Err(CommandError::Usage { message });
-        if self.servers.len() > MOST_SERVERS {
-            return usage(format!("{} times --dns: the C library uses the first {MOST_SERVERS} only", self.servers.len()));
+        if self.servers.len() > MAX_NAMESERVERS {
+            return usage(format!("{} times --dns: the C library uses the first {MAX_NAMESERVERS} only", self.servers.len()));
         }
         let lists = [("--dns-search", &self.search), ("--dns-option", &self.options)];
         for (flag, word) in lists.iter().flat_map(|(flag, words)| words.iter().map(move |word| (flag, word))) {
@@ -93,29 +93,29 @@ impl ResolverArgs {
         Ok(())
     }
 
-    fn text(&self, host: &Text) -> Text {
+    fn merge_with_host(&self, host: &ResolvConf) -> ResolvConf {
         let pick = |own: &[String], host: &[String]| if own.is_empty() { host.to_vec() } else { own.to_vec() };
         let own_servers = !self.servers.is_empty();
-        Text {
+        ResolvConf {
             servers: if own_servers { self.servers.clone() } else { host.servers.clone() },
             search: pick(&self.search, &host.search).into_iter().filter(|domain| domain != ".").collect(),
             options: pick(&self.options, &host.options),
-            left_out: if own_servers { Vec::new() } else { host.left_out.clone() },
+            unreachable: if own_servers { Vec::new() } else { host.unreachable.clone() },
         }
     }
 }
 
-impl Text {
-    /// Reads a file as resolv.conf(5) has it. `domain` is an older word for `search`, and the last one counts.
-    fn read(text: &str) -> Text {
-        let mut all = Text::default();
+impl ResolvConf {
+    /// Reads a file as resolv.conf(5) has it. `domain` is an older word for `explore`, and the last one counts.
+    fn parse(text: &str) -> ResolvConf {
+        let mut all = ResolvConf::default();
         for line in text.lines() {
             let mut words = line.split_ascii_whitespace();
             match words.next() {
                 Some("nameserver") => match words.next().map(|word| (word, word.parse::<IpAddr>())) {
-                    Some((_, Ok(server))) if !is_own(server) => all.servers.push(server),
+                    Some((_, Ok(server))) if !is_host_local(server) => all.servers.push(server),
                     // Loopback is another one in each namespace; one with a zone (`fe80::1%eth0`) is behind an interface that it has not.
-                    Some((word, _)) => all.left_out.push(word.to_owned()),
+                    Some((word, _)) => all.unreachable.push(word.to_owned()),
                     None => {}
                 },
                 Some("search" | "domain") => all.search = words.map(str::to_owned).collect(),
@@ -123,26 +123,27 @@ impl Text {
                 _ => {}
             }
         }
-        all.servers.truncate(MOST_SERVERS);
+        all.servers.truncate(MAX_NAMESERVERS);
         all
     }
 
     /// The host's, by way of the resolvers behind one that listens on loopback.
-    fn of_host(read: impl Fn(&Path) -> io::Result<String>) -> Text {
-        let host = Text::read(&read(Path::new(HOST)).unwrap_or_default());
-        if !host.servers.is_empty() || host.left_out.is_empty() {
+    fn from_host(read: impl Fn(&Path) -> io::Result<String>) -> ResolvConf {
+        let host = ResolvConf::parse(&read(Path::new(HOST_RESOLV_CONF)).unwrap_or_default());
+        if !host.servers.is_empty() || host.unreachable.is_empty() {
             return host;
         }
-        let behind = BEHIND_STUB.iter().filter_map(|path| read(Path::new(path)).ok()).map(|text| Text::read(&text));
-        match behind.into_iter().find(|text| !text.servers.is_empty()) {
+        let upstream =
+            UPSTREAM_RESOLV_CONFS.iter().filter_map(|path| read(Path::new(path)).ok()).map(|text| ResolvConf::parse(&text));
+        match upstream.into_iter().find(|text| !text.servers.is_empty()) {
             // What stands beside the stub's address is about the stub.
-            Some(behind) => Text { search: if behind.search.is_empty() { host.search } else { behind.search }, ..behind },
+            Some(behind) => ResolvConf { search: if behind.search.is_empty() { host.search } else { behind.search }, ..behind },
             None => host,
         }
     }
 
-    fn written(&self, endpoint: &EndpointName) -> String {
-        let mut text = mark(endpoint);
+    fn render(&self, endpoint: &EndpointName) -> String {
+        let mut text = marker_line(endpoint);
         let servers = self.servers.iter().map(|server| format!("nameserver {server}\n"));
         text.extend(servers);
         for (word, values) in [("search", &self.search), ("options", &self.options)] {
@@ -155,18 +156,18 @@ impl Text {
 }
 
 /// Whether an address is the asking host's own: loopback, or unspecified, which resolvers take for loopback.
-fn is_own(server: IpAddr) -> bool {
+fn is_host_local(server: IpAddr) -> bool {
     server.is_loopback() || server.is_unspecified() || matches!(server, IpAddr::V6(v6) if v6.is_unicast_link_local())
 }
 
 /// Removes the files of ours of all namespaces whose name begins with a text: those of a lab.
-pub fn remove_all(prefix: &str) -> Result<(), ResolverError> {
-    for entry in fs::read_dir(DIRECTORY).into_iter().flatten().flatten() {
+pub fn remove_managed(prefix: &str) -> Result<(), ResolverError> {
+    for entry in fs::read_dir(NETNS_CONFIG_DIR).into_iter().flatten().flatten() {
         if !entry.file_name().as_encoded_bytes().starts_with(prefix.as_bytes()) {
             continue;
         }
         let path = entry.path().join("resolv.conf");
-        if !fs::read(&path).is_ok_and(|bytes| bytes.starts_with(MARK.as_bytes())) {
+        if !fs::read(&path).is_ok_and(|bytes| bytes.starts_with(MARKER.as_bytes())) {
             continue;
         }
         fs::remove_file(&path).map_err(|source| FileError::new("remove", &path, source))?;
@@ -177,8 +178,8 @@ pub fn remove_all(prefix: &str) -> Result<(), ResolverError> {
 }
 
 /// The first line of a file of ours.
-fn mark(endpoint: &EndpointName) -> String {
-    format!("{MARK} {endpoint}, removed when it is detached; without this line it is left alone.\n")
+fn marker_line(endpoint: &EndpointName) -> String {
+    format!("{MARKER} {endpoint}, removed when it is detached; without this line it is left alone.\n")
 }
 
 /// The resolver file of a named namespace.
@@ -190,17 +191,17 @@ pub struct ResolverFile {
 
 /// A file that was just written; put back as it was when dropped, unless kept.
 #[derive(Debug)]
-pub struct Written {
+pub struct WriteGuard {
     file: ResolverFile,
-    before: Option<Vec<u8>>,
+    previous: Option<Vec<u8>>,
     kept: bool,
 }
 
 impl ResolverFile {
     /// That of the namespace at a path; `None` where it has no name, so that nothing would look for the file.
-    pub fn of(netns: &Path, endpoint: &EndpointName) -> Option<ResolverFile> {
+    pub fn for_namespace(netns: &Path, endpoint: &EndpointName) -> Option<ResolverFile> {
         let name = netns.strip_prefix(NETNS_DIR).ok().filter(|name| name.components().count() == 1)?;
-        Some(ResolverFile { path: Path::new(DIRECTORY).join(name).join("resolv.conf"), endpoint: endpoint.clone() })
+        Some(ResolverFile { path: Path::new(NETNS_CONFIG_DIR).join(name).join("resolv.conf"), endpoint: endpoint.clone() })
     }
 
     /// The file's path, where there is a file.
@@ -210,29 +211,29 @@ impl ResolverFile {
 
     /// Writes the file. `fresh` says that the namespace was made just now: otherwise a file of ours that is there is what an earlier attach
     /// asked for, and stays unless something is asked for. `None` where nothing was written.
-    pub fn write(&self, args: &ResolverArgs, fresh: bool) -> Result<Option<Written>, ResolverError> {
-        let before = match fs::read(&self.path) {
+    pub fn write(&self, args: &ResolverArgs, new_namespace: bool) -> Result<Option<WriteGuard>, ResolverError> {
+        let previous = match fs::read(&self.path) {
             Ok(bytes) => Some(bytes),
             Err(e) if e.kind() == io::ErrorKind::NotFound => None,
             Err(source) => return Err(FileError::new("read", &self.path, source).into()),
         };
-        match &before {
-            Some(bytes) if !bytes.starts_with(mark(&self.endpoint).as_bytes()) => {
+        match &previous {
+            Some(bytes) if !bytes.starts_with(marker_line(&self.endpoint).as_bytes()) => {
                 if args.is_given() {
                     return Err(ResolverError::Foreign { path: self.path.clone(), endpoint: self.endpoint.clone() });
                 }
                 return Ok(None);
             }
-            Some(_) if !fresh && !args.is_given() => return Ok(None),
+            Some(_) if !new_namespace && !args.is_given() => return Ok(None),
             _ => {}
         }
-        let text = args.text(&Text::of_host(|path| fs::read_to_string(path)));
-        if text.servers.is_empty() && !text.left_out.is_empty() {
-            let left_out = text.left_out.join(", ");
+        let text = args.merge_with_host(&ResolvConf::from_host(|path| fs::read_to_string(path)));
+        if text.servers.is_empty() && !text.unreachable.is_empty() {
+            let left_out = text.unreachable.join(", ");
             warn(&format!("no resolver of this host can be reached from the container ({left_out}): name one with --dns"));
         }
-        match self.put(text.written(&self.endpoint).as_bytes()) {
-            Ok(()) => Ok(Some(Written { file: self.clone(), before, kept: false })),
+        match self.write_atomically(text.render(&self.endpoint).as_bytes()) {
+            Ok(()) => Ok(Some(WriteGuard { file: self.clone(), previous, kept: false })),
             // As in a user namespace, where /etc is the machine's.
             Err(error) if !args.is_given() => {
                 warn(&format!("the container has no resolver file of its own: {error}"));
@@ -242,46 +243,46 @@ impl ResolverFile {
         }
     }
 
-    fn put(&self, bytes: &[u8]) -> Result<(), FileError> {
+    fn write_atomically(&self, bytes: &[u8]) -> Result<(), FileError> {
         let directory = self.path.parent().unwrap_or(&self.path);
         fs::create_dir_all(directory).map_err(|source| FileError::new("make the directory", directory, source))?;
-        let written = write_whole(&self.path, bytes, MODE);
+        let written = write_atomic(&self.path, bytes, FILE_MODE);
         if written.is_err() {
-            self.tidy();
+            self.remove_empty_dir();
         }
         written
     }
 
     /// Removes the file where it is ours, and its directory where nothing else is in it.
     pub fn remove(&self) -> Result<(), ResolverError> {
-        let ours = fs::read(&self.path).is_ok_and(|bytes| bytes.starts_with(mark(&self.endpoint).as_bytes()));
+        let ours = fs::read(&self.path).is_ok_and(|bytes| bytes.starts_with(marker_line(&self.endpoint).as_bytes()));
         if ours && let Err(source) = fs::remove_file(&self.path) {
             return Err(FileError::new("remove", &self.path, source).into());
         }
         if ours {
-            self.tidy();
+            self.remove_empty_dir();
         }
         Ok(())
     }
 
-    fn tidy(&self) {
+    fn remove_empty_dir(&self) {
         // What else is in it is somebody's.
         let _kept = self.path.parent().map(fs::remove_dir);
     }
 }
 
-impl Written {
+impl WriteGuard {
     /// Lets the file be.
     pub fn keep(mut self) {
         self.kept = true;
     }
 }
 
-impl Drop for Written {
+impl Drop for WriteGuard {
     fn drop(&mut self) {
-        let undone = match &self.before {
+        let undone = match &self.previous {
             _ if self.kept => return,
-            Some(bytes) => self.file.put(bytes).map_err(ResolverError::from),
+            Some(bytes) => self.file.write_atomically(bytes).map_err(ResolverError::from),
             None => self.file.remove(),
         };
         if let Err(error) = undone {

@@ -1,15 +1,15 @@
 //! The way a packet takes, hop by hop, from the kernel's own answers: `overlayctl trace`.
 //!
 //! Asks the kernel itself, so that it works where the agent is the fault. The agent is asked for names only: whose an address is, which host holds
-//! a subnet. [`ends`] says what SRC and DST are, [`walk`] goes the way on this host, [`live`] watches packets that are sent. Everything blocks.
+//! a subnet. [`ends`] says what SRC and DST are, [`tracer`] goes the way on this host, [`running_agent_ignores_invalid_values`] watches packets that are sent. Everything blocks.
 
 mod container;
-pub mod ends;
+mod hop_log;
+mod host_view;
 pub mod live;
-mod passage;
-mod site;
+pub mod targets;
+pub mod tracer;
 mod tunnel;
-pub mod walk;
 
 use std::net::IpAddr;
 
@@ -28,7 +28,7 @@ pub enum TraceError {
     Namespace(#[from] NetnsError),
     /// SRC or DST is nothing that is known.
     #[error("{message}")]
-    End {
+    Target {
         /// What is wrong, and what to write instead.
         message: String,
     },
@@ -37,7 +37,7 @@ pub enum TraceError {
 /// How a hop turned out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Outcome {
+pub enum TraceOutcome {
     /// The packet goes on.
     Ok,
     /// It goes on, but something is worth a look or cannot be known.
@@ -51,10 +51,10 @@ pub enum Outcome {
 pub struct Hop {
     /// Where: `host`, or `container NAME`.
     pub place: String,
-    /// What was asked: `route`, `next hop`, `neighbour`, `fdb`, `outer route`, `rules forward` and so on.
+    /// What was asked: `route`, `next hop`, `set_neighbour`, `fdb`, `outer route`, `rules forward` and so on.
     pub step: String,
     /// How it turned out.
-    pub outcome: Outcome,
+    pub outcome: TraceOutcome,
     /// The kernel's answer.
     pub answer: String,
     /// What to do about it, where the packet stops.
@@ -83,7 +83,7 @@ pub struct Trace {
     /// The port at the destination; absent for `icmp`.
     pub port: Option<u16>,
     /// The worst of the hops.
-    pub outcome: Outcome,
+    pub outcome: TraceOutcome,
     /// Where the way ends, for a person.
     pub end: String,
     /// The hops, in order; behind the one that stops there is none.
@@ -96,7 +96,7 @@ pub struct Trace {
     pub live: Option<live::Live>,
     /// Source and destination in every form that they take on the way.
     #[serde(skip)]
-    pub forms: Vec<(IpAddr, IpAddr)>,
+    pub addresses_seen: Vec<(IpAddr, IpAddr)>,
     /// The tunnel's UDP port.
     #[serde(skip)]
     pub tunnel_port: u16,

@@ -1,16 +1,16 @@
 //! The lab with agents, by the library's own interface and by the commands inside it.
 //!
-//! Needs root, etcd, and the agent beside the test's directory: `cargo build -p overlay-agent`.
+//! Needs root, etcd, and the agent beside the test's directory: `cargo create_port -p overlay-agent`.
 
 use std::path::Path;
 use std::process::Output;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use overlayctl::lab::{Families, Home, Lab, LabGuard, LabName, LabOptions, Progress, check};
+use overlayctl::lab::{Families, Lab, LabGuard, LabName, LabOptions, LabsDir, Progress, check};
 
 /// How long an agent may take for anything on a busy machine.
-const LIMIT: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
@@ -18,11 +18,11 @@ fn text(bytes: &[u8]) -> String {
 
 /// A lab below a directory of its own.
 async fn lab(dir: &Path, options: LabOptions) -> LabGuard {
-    let lab = Lab::up(&Home::at(dir), &options, Progress::silent()).await;
+    let lab = Lab::up(&LabsDir::at(dir), &options, Progress::silent()).await;
     lab.unwrap_or_else(|error| panic!("root, etcd and overlayd are needed: {error}")).guarded()
 }
 
-fn scratch() -> tempfile::TempDir {
+fn temp_dir() -> tempfile::TempDir {
     tempfile::Builder::new().prefix("ovl").tempdir_in("/tmp").expect("a temporary directory")
 }
 
@@ -32,8 +32,8 @@ fn ctl(lab: &Lab, host: &str, arguments: &[&str]) -> Output {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_container_reaches_every_other_and_a_break_is_seen() {
-    let dir = scratch();
+async fn lab_check_passes_and_detects_nat() {
+    let dir = temp_dir();
     let lab =
         lab(dir.path(), LabOptions { hosts: 2, containers: 1, families: Families::Dual, ..LabOptions::new(LabName::unique()) })
             .await;
@@ -54,12 +54,12 @@ async fn every_container_reaches_every_other_and_a_break_is_seen() {
     assert_eq!(failed, [("h1-c1", "h2-c1")], "{report:#?}");
 
     host.agent_start(&[]).expect("it starts");
-    host.wait_ready(LIMIT).await.expect("it gets ready");
+    host.wait_ready(TIMEOUT).await.expect("it gets ready");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn attach_makes_a_namespace_and_detach_removes_no_other() {
-    let dir = scratch();
+async fn detach_removes_only_namespaces_that_attach_created() {
+    let dir = temp_dir();
     let lab = lab(dir.path(), LabOptions { hosts: 1, containers: 0, ..LabOptions::new(LabName::unique()) }).await;
     let namespace = lab.layout().namespace("h1-web");
     let path = Path::new("/run/netns").join(&namespace);
@@ -94,8 +94,8 @@ async fn attach_makes_a_namespace_and_detach_removes_no_other() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn status_waits_and_tells_by_its_exit_code() {
-    let dir = scratch();
+async fn status_exit_code_follows_health() {
+    let dir = temp_dir();
     let lab = lab(dir.path(), LabOptions { hosts: 1, containers: 0, ..LabOptions::new(LabName::unique()) }).await;
     let host = lab.host("h1").expect("a host");
     assert_eq!(ctl(&lab, "h1", &["status"]).status.code(), Some(0));
@@ -110,12 +110,12 @@ async fn status_waits_and_tells_by_its_exit_code() {
     assert!(text(&ready.stdout).starts_with("h1 ready 10.244."), "{}", text(&ready.stdout));
 
     // etcd gone: degraded, and the data path as it was.
-    let etcd = overlayctl::lab::ProcessId::recorded(&overlayctl::lab::etcd::record(lab.dir())).expect("etcd's record");
+    let etcd = overlayctl::lab::ProcessId::from_pid_file(&overlayctl::lab::etcd::pid_file(lab.dir())).expect("etcd's record");
     etcd.signal(Signal::SIGKILL).expect("it runs");
-    host.wait_status(LIMIT, "etcd's end is not seen", |status| !status.store.connected).await.expect("it is noticed");
+    host.wait_status(TIMEOUT, "etcd's end is not seen", |status| !status.store.connected).await.expect("it is noticed");
     assert_eq!(ctl(&lab, "h1", &["status"]).status.code(), Some(3));
     overlayctl::lab::etcd::start(&lab).await.expect("it starts with its data");
-    host.wait_status(LIMIT, "etcd is not seen again", |status| status.ready && status.store.connected)
+    host.wait_status(TIMEOUT, "etcd is not seen again", |status| status.ready && status.store.connected)
         .await
         .expect("it is noticed");
 }

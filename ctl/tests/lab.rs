@@ -10,21 +10,21 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 /// A lab's name and directory of its own; taken down however the test ends.
-struct Scratch {
+struct TestLab {
     name: String,
     dir: tempfile::TempDir,
 }
 
-impl Scratch {
-    fn new() -> Scratch {
+impl TestLab {
+    fn new() -> TestLab {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
         let name = format!("c{:x}n{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
         // Short, because a socket's path is.
         let dir = tempfile::Builder::new().prefix("ovl").tempdir_in("/tmp").expect("a temporary directory");
-        Scratch { name, dir }
+        TestLab { name, dir }
     }
 
-    /// `overlayctl lab VERB --name NAME ARGUMENTS`, to be run.
+    /// `overlayctl start_lab VERB --name NAME ARGUMENTS`, to be run.
     fn command(&self, verb: &str, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_overlayctl"));
         command.args(["lab", verb, "--name", &self.name]).args(arguments).env("OVERLAY_LAB_DIR", self.dir.path());
@@ -36,7 +36,7 @@ impl Scratch {
     }
 
     /// The same, which has to go well; its standard output.
-    fn good(&self, verb: &str, arguments: &[&str]) -> String {
+    fn run_ok(&self, verb: &str, arguments: &[&str]) -> String {
         let output = self.run(verb, arguments);
         assert!(output.status.success(), "lab {verb} {arguments:?}: {}", text(&output.stderr));
         text(&output.stdout)
@@ -61,7 +61,7 @@ impl Scratch {
     }
 }
 
-impl Drop for Scratch {
+impl Drop for TestLab {
     fn drop(&mut self) {
         let output = self.run("down", &[]);
         if !output.status.success() {
@@ -89,39 +89,39 @@ fn own_namespace() -> String {
 }
 
 #[test]
-fn labs_stand_side_by_side_and_leave_nothing() {
+fn parallel_labs_leave_nothing_behind() {
     let before = own_namespace();
-    let (one, two) = (Scratch::new(), Scratch::new());
-    one.good("up", &["--hosts", "2", "--no-agents", "--family", "dual"]);
-    two.good("up", &["--hosts", "1", "--no-agents", "--family", "6"]);
+    let (one, two) = (TestLab::new(), TestLab::new());
+    one.run_ok("up", &["--hosts", "2", "--no-agents", "--family", "dual"]);
+    two.run_ok("up", &["--hosts", "1", "--no-agents", "--family", "6"]);
     assert_eq!(one.namespaces().len(), 4);
     assert_eq!(own_namespace(), before, "the machine's own namespace is untouched");
 
     // Hosts reach each other and the world in every family, by the lab's own tools.
-    let route = one.good("exec", &["h1", "--", "ip", "-o", "route", "get", "203.0.113.1"]);
+    let route = one.run_ok("exec", &["h1", "--", "ip", "-o", "route", "get", "203.0.113.1"]);
     assert!(route.contains("via 10.99.0.254") && route.contains("src 10.99.1.1"), "{route}");
-    let route = two.good("exec", &["h1", "--", "ip", "-o", "route", "get", "2001:db8:ffff::1"]);
+    let route = two.run_ok("exec", &["h1", "--", "ip", "-o", "route", "get", "2001:db8:ffff::1"]);
     assert!(route.contains("via fd99::254"), "{route}");
 
     // The network stands in etcd, reached from a host.
     let endpoints = ["--etcd-endpoints", "http://10.99.0.2:2379"];
-    let config = one.good("exec", &[&["h2", "--", "overlayctl", "config", "show"][..], &endpoints].concat());
+    let config = one.run_ok("exec", &[&["h2", "--", "overlayctl", "config", "show"][..], &endpoints].concat());
     assert!(config.contains("10.244.0.0/16") && config.contains("fd00:10:244::/56"), "{config}");
-    let subnets = one.good("exec", &[&["h2", "--", "overlayctl", "subnets"][..], &endpoints].concat());
+    let subnets = one.run_ok("exec", &[&["h2", "--", "overlayctl", "subnets"][..], &endpoints].concat());
     assert_eq!(subnets, "no subnets: no host has a lease yet\n");
 
-    one.good("down", &[]);
+    one.run_ok("down", &[]);
     one.assert_gone();
     assert_eq!(two.namespaces().len(), 3, "the other lab stays");
-    two.good("down", &[]);
+    two.run_ok("down", &[]);
     two.assert_gone();
     assert_eq!(own_namespace(), before);
 }
 
 #[test]
-fn the_configuration_is_set_only_when_it_is_good() {
-    let lab = Scratch::new();
-    lab.good("up", &["--hosts", "1", "--no-agents"]);
+fn invalid_configuration_is_not_written() {
+    let lab = TestLab::new();
+    lab.run_ok("up", &["--hosts", "1", "--no-agents"]);
     let file = lab.dir.path().join("network.json");
     let path = file.to_str().expect("a path");
     let config = |arguments: &[&str]| {
@@ -145,49 +145,49 @@ fn the_configuration_is_set_only_when_it_is_good() {
 }
 
 #[test]
-fn commands_run_inside_with_their_exit_code() {
-    let lab = Scratch::new();
-    lab.good("up", &["--hosts", "1", "--no-agents"]);
+fn exec_returns_exit_code_of_command() {
+    let lab = TestLab::new();
+    lab.run_ok("up", &["--hosts", "1", "--no-agents"]);
     assert_eq!(lab.run("exec", &["h1", "--", "sh", "-c", "exit 7"]).status.code(), Some(7));
     assert_eq!(lab.run("exec", &["h1", "--", "no-such-program"]).status.code(), Some(127));
     let unknown = lab.run("exec", &["h9", "--", "true"]);
     assert_eq!(unknown.status.code(), Some(1));
     assert!(text(&unknown.stderr).contains("net world h1"), "{}", text(&unknown.stderr));
-    let status: serde_json::Value = serde_json::from_str(&lab.good("status", &["-o", "json"])).expect("JSON");
+    let status: serde_json::Value = serde_json::from_str(&lab.run_ok("status", &["-o", "json"])).expect("JSON");
     assert_eq!((&status["hosts"][0]["name"], &status["etcd_running"]), (&"h1".into(), &true.into()));
 
     // A second one of that name is refused and harms nothing.
     let second = lab.run("up", &["--no-agents"]);
     assert!(text(&second.stderr).contains("lab down"), "{}", text(&second.stderr));
-    lab.good("exec", &["h1", "--", "true"]);
+    lab.run_ok("exec", &["h1", "--", "true"]);
 
     // What was left running inside goes too, however it takes SIGTERM.
-    let deaf = ["h1", "--", "sh", "-c", "trap '' TERM; while :; do sleep 0.1; done"];
-    let mut child = lab.command("exec", &deaf).spawn().expect("overlayctl runs");
-    lab.good("down", &[]);
+    let ignores_sigterm = ["h1", "--", "sh", "-c", "trap '' TERM; while :; do sleep 0.1; done"];
+    let mut child = lab.command("exec", &ignores_sigterm).spawn().expect("overlayctl runs");
+    lab.run_ok("down", &[]);
     assert!(!child.wait().expect("a child").success());
     lab.assert_gone();
 }
 
 /// Killed at any moment, a lab is taken down whole by its name, and can be brought up again.
 #[test]
-fn a_crash_half_way_leaves_nothing_that_down_does_not_remove() {
-    let lab = Scratch::new();
+fn down_removes_half_built_lab() {
+    let lab = TestLab::new();
     let steps = [1, 5, 10, 15, 20, 30, 50, 100, 200, 400];
     for delay in steps.map(Duration::from_millis) {
         let mut up = lab.command("up", &["--hosts", "3", "--no-agents"]).spawn().expect("overlayctl runs");
         std::thread::sleep(delay);
         up.kill().expect("a child can be killed");
         up.wait().expect("a child");
-        lab.good("down", &[]);
+        lab.run_ok("down", &[]);
         lab.assert_gone();
     }
-    lab.good("up", &["--hosts", "1", "--no-agents"]);
+    lab.run_ok("up", &["--hosts", "1", "--no-agents"]);
 }
 
 #[test]
-fn an_interrupt_takes_down_what_was_made() {
-    let lab = Scratch::new();
+fn interrupt_removes_half_built_lab() {
+    let lab = TestLab::new();
     let mut up = lab.command("up", &["--hosts", "40", "--no-agents"]).spawn().expect("overlayctl runs");
     let end = Instant::now() + Duration::from_secs(20);
     while lab.namespaces().len() < 5 && Instant::now() < end {
@@ -201,8 +201,8 @@ fn an_interrupt_takes_down_what_was_made() {
 
 /// As an ordinary user, whom nothing but a user namespace helps.
 #[test]
-fn without_root() {
-    let lab = Scratch::new();
+fn lab_works_without_root() {
+    let lab = TestLab::new();
     // Where the build is, that user may not look.
     let program = lab.dir.path().join("overlayctl");
     std::fs::copy(env!("CARGO_BIN_EXE_overlayctl"), &program).expect("a copy");
@@ -239,8 +239,8 @@ fn without_root() {
 }
 
 #[test]
-fn mistakes_are_told_before_anything_is_made() {
-    let lab = Scratch::new();
+fn invalid_options_create_nothing() {
+    let lab = TestLab::new();
     for (arguments, wanted) in [
         (&["--hosts", "0"][..], "--hosts 0"),
         (&["--network", "10.99.0.0/16"], "underlay"),

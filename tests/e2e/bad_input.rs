@@ -4,25 +4,25 @@ use std::net::TcpListener;
 use std::process::{Command, Stdio};
 
 use overlay_agent::kernel::netns::Netns;
-use overlay_agent::model::api::{Attached, Problem};
-use overlay_tests::dump::Dump;
-use overlay_tests::left::Left;
-use overlay_tests::programs::needs;
-use overlay_tests::story::SOON;
-use overlay_tests::{Must, Story, eventually, http, kernel};
+use overlay_agent::model::api::{AttachResponse, ErrorBody};
+use overlay_tests::dump::NetnsDump;
+use overlay_tests::leftovers::Leftovers;
+use overlay_tests::programs::require_program;
+use overlay_tests::test_lab::CONVERGE_TIMEOUT;
+use overlay_tests::{ExpectContext, TestLab, eventually, http, kernel};
 use overlayctl::lab::Families;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn values_that_cannot_be() {
-    let story = Story::one_host(Families::Dual).await;
-    let held: Attached = story.ctl("h1", &["-o", "json", "attach", "held", "--publish", "8080:80"]).exits(0).json();
-    let taken = held.endpoint.addresses().v4.must("IPv4").to_string();
-    let mac = held.endpoint.port.must("a port").mac.to_string();
+async fn invalid_attach_values_are_rejected() {
+    let lab = TestLab::one_host(Families::Dual).await;
+    let held: AttachResponse = lab.ctl("h1", &["-o", "json", "attach", "held", "--publish", "8080:80"]).assert_code(0).json();
+    let taken = held.endpoint.addresses().v4.expect_ok("IPv4").to_string();
+    let mac = held.endpoint.port.expect_ok("a port").mac.to_string();
     // A socket of the host waits on a port.
-    let listener = story.inside("h1").run(|| TcpListener::bind("0.0.0.0:0")).must("enter").must("a port");
-    let busy = listener.local_addr().must("bound").port();
+    let listener = lab.open_netns("h1").run(|| TcpListener::bind("0.0.0.0:0")).expect_ok("enter").expect_ok("a port");
+    let busy = listener.local_addr().expect_ok("bound").port();
     let (busy_port, own) = (format!("{busy}:80"), format!("(process {})", std::process::id()));
-    let before = Left::settled(&story).await;
+    let before = Leftovers::baseline(&lab).await;
     let long = "x".repeat(300);
     for (arguments, code, wanted) in [
         (&["attach", "a/b"][..], 2, &["`a/b` is no endpoint name"][..]),
@@ -48,12 +48,12 @@ async fn values_that_cannot_be() {
         ),
         (&["run", "--publish", &busy_port, "--", "true"], 1, &[&own]),
     ] {
-        story.ctl("h1", arguments).exits(code).complains(wanted);
-        before.same(&story, &arguments.join(" ")).await;
+        lab.ctl("h1", arguments).assert_code(code).assert_stderr_contains(wanted);
+        before.assert_unchanged(&lab, &arguments.join(" ")).await;
     }
     // The same by the socket alone, as no command line would send it.
-    let socket = story.at("h1").socket();
-    let put = |path: &str, body: &str| http::ask(&socket, "PUT", path, body);
+    let socket = lab.host("h1").socket();
+    let put = |path: &str, body: &str| http::request(&socket, "PUT", path, body);
     for (path, body, status) in [
         ("/v1/endpoints/a%2Fb", r#"{"netns": "/run/netns/x"}"#, 400),
         (&format!("/v1/endpoints/{long}"), r#"{"netns": "/run/netns/x"}"#, 400),
@@ -72,47 +72,47 @@ async fn values_that_cannot_be() {
     ] {
         let answer = put(path, body);
         assert_eq!(answer.status, status, "{path} {body}: {}", answer.body);
-        assert!(!answer.json::<Problem>().error.is_empty());
+        assert!(!answer.json::<ErrorBody>().error.is_empty());
     }
-    before.same(&story, "requests by the socket").await;
+    before.assert_unchanged(&lab, "requests by the socket").await;
     drop(listener);
-    story.ctl("h1", &["attach", "a", "--publish", &busy_port]).exits(0);
+    lab.ctl("h1", &["attach", "a", "--publish", &busy_port]).assert_code(0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_interface_that_is_there() {
-    let story = Story::one_host(Families::Dual).await;
-    let name = story.layout().namespace("h1-mine");
-    kernel::run(&story, "h1", &["ip", "netns", "add", &name]);
-    kernel::shell(&story, "h1-mine", "ip link add eth0 type bridge");
-    let (host, inside) = (Left::settled(&story).await, Dump::of(&story.inside("h1-mine")));
-    let attach = |more: &[&str]| story.ctl("h1", &[&["attach", "mine", "--netns", &format!("/run/netns/{name}")], more].concat());
-    attach(&[]).exits(1).complains(&["has an interface of that name already: choose another one"]);
-    assert_eq!(Dump::of(&story.inside("h1-mine")).changes_since(&inside), "");
-    host.same(&story, "an interface that is there").await;
+async fn attach_rejects_existing_interface() {
+    let lab = TestLab::one_host(Families::Dual).await;
+    let name = lab.layout().namespace("h1-mine");
+    kernel::run(&lab, "h1", &["ip", "netns", "add", &name]);
+    kernel::shell(&lab, "h1-mine", "ip link add eth0 type bridge");
+    let (host, inside) = (Leftovers::baseline(&lab).await, NetnsDump::of(&lab.open_netns("h1-mine")));
+    let attach = |more: &[&str]| lab.ctl("h1", &[&["attach", "mine", "--netns", &format!("/run/netns/{name}")], more].concat());
+    attach(&[]).assert_code(1).assert_stderr_contains(&["has an interface of that name already: choose another one"]);
+    assert_eq!(NetnsDump::of(&lab.open_netns("h1-mine")).changes_since(&inside), "");
+    host.assert_unchanged(&lab, "an interface that is there").await;
     // Nor is a default route taken over.
     let route = "ip address add 192.0.2.2/24 dev eth0 && ip link set eth0 up && ip route add default via 192.0.2.1";
-    kernel::shell(&story, "h1-mine", route);
-    attach(&["--interface", "eth1"]).exits(1).complains(&[
+    kernel::shell(&lab, "h1-mine", route);
+    attach(&["--interface", "eth1"]).assert_code(1).assert_stderr_contains(&[
         "has a default route already",
         "--no-default-route",
         "isDefaultGateway",
     ]);
-    assert!(kernel::link(&story, "h1-mine", "eth1").is_none());
+    assert!(kernel::link(&lab, "h1-mine", "eth1").is_none());
     assert!(
-        !kernel::text(&kernel::link(&story, "h1-mine", "lo").must("lo"), "operstate").contains("UNKNOWN"),
+        !kernel::text(&kernel::link(&lab, "h1-mine", "lo").expect_ok("lo"), "operstate").contains("UNKNOWN"),
         "lo is still down"
     );
-    host.same(&story, "a default route that is there").await;
-    kernel::run(&story, "h1-mine", &["ip", "route", "del", "default"]);
-    attach(&["--interface", "eth1"]).exits(0);
+    host.assert_unchanged(&lab, "a default route that is there").await;
+    kernel::run(&lab, "h1-mine", &["ip", "route", "del", "default"]);
+    attach(&["--interface", "eth1"]).assert_code(0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_agent_that_is_not_running() {
-    let story = Story::one_host(Families::Dual).await;
-    let before = Left::settled(&story).await;
-    story.at("h1").agent_stop(nix::sys::signal::Signal::SIGTERM).must("SIGTERM");
+async fn commands_fail_without_agent() {
+    let lab = TestLab::one_host(Families::Dual).await;
+    let before = Leftovers::baseline(&lab).await;
+    lab.host("h1").agent_stop(nix::sys::signal::Signal::SIGTERM).expect_ok("SIGTERM");
     for arguments in [
         &["attach", "a"][..],
         &["attach", "a", "--dns", "192.0.2.1"],
@@ -121,26 +121,26 @@ async fn an_agent_that_is_not_running() {
         &["inspect"],
         &["endpoints"],
     ] {
-        let said = story.ctl("h1", arguments).exits(1).complains(&["no agent"]);
-        assert!(!said.out.contains("begun"));
+        let output = lab.ctl("h1", arguments).assert_code(1).assert_stderr_contains(&["no agent"]);
+        assert!(!output.stdout.contains("begun"));
     }
-    story.start("h1").await;
-    before.same(&story, "commands without an agent").await;
+    lab.start_agent("h1").await;
+    before.assert_unchanged(&lab, "commands without an agent").await;
 }
 
 /// The container's process ends while it is attached, at whatever moment.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_container_that_dies_half_way() {
-    needs("unshare", "util-linux");
-    let story = Story::one_host(Families::Dual).await;
-    let own = Netns::current().must("this namespace");
-    let before = Left::settled(&story).await;
+async fn container_killed_during_attach_leaves_nothing() {
+    require_program("unshare", "util-linux");
+    let lab = TestLab::one_host(Families::Dual).await;
+    let own = Netns::current().expect_ok("this namespace");
+    let before = Leftovers::baseline(&lab).await;
     let (mut attached, mut refused) = (0, 0);
     for delay in 0..24_u64 {
         let mut command = Command::new("unshare");
-        let mut process = command.args(["--net", "sleep", "600"]).stdin(Stdio::null()).spawn().must("unshare");
+        let mut process = command.args(["--net", "sleep", "600"]).stdin(Stdio::null()).spawn().expect_ok("unshare");
         let pid = process.id();
-        eventually("it has a namespace of its own", SOON, || {
+        eventually("it has a namespace of its own", CONVERGE_TIMEOUT, || {
             let apart = Netns::open(format!("/proc/{pid}/ns/net")).and_then(|netns| netns.is_same(&own)).map(|same| !same);
             if apart.as_ref().is_ok_and(|apart| *apart) { Ok(()) } else { Err(format!("{apart:?}")) }
         })
@@ -150,28 +150,28 @@ async fn a_container_that_dies_half_way() {
             std::thread::sleep(std::time::Duration::from_millis(delay));
             process.kill().and_then(|()| process.wait())
         });
-        let said = story.ctl("h1", &["attach", "dying", "--pid", &pid.to_string()]);
-        killer.join().must_join().must("its end");
-        match said.code {
+        let output = lab.ctl("h1", &["attach", "dying", "--pid", &pid.to_string()]);
+        killer.join().join_or_panic().expect_ok("its end");
+        match output.code {
             Some(0) => attached += 1,
             Some(1) => {
                 refused += 1;
-                assert!(said.err.len() > "overlayctl: ".len(), "{}", said.err);
+                assert!(output.stderr.len() > "overlayctl: ".len(), "{}", output.stderr);
             }
-            other => panic!("{other:?}: {}", said.err),
+            other => panic!("{other:?}: {}", output.stderr),
         }
-        story.ctl("h1", &["detach", "dying"]).exits(0);
+        lab.ctl("h1", &["detach", "dying"]).assert_code(0);
     }
-    before.same(&story, "dying containers").await;
+    before.assert_unchanged(&lab, "dying containers").await;
     eprintln!("{attached} were attached before they died, {refused} not");
 }
 
-trait MustJoin<T> {
-    fn must_join(self) -> T;
+trait JoinOrPanic<T> {
+    fn join_or_panic(self) -> T;
 }
 
-impl<T> MustJoin<T> for std::thread::Result<T> {
-    fn must_join(self) -> T {
+impl<T> JoinOrPanic<T> for std::thread::Result<T> {
+    fn join_or_panic(self) -> T {
         self.unwrap_or_else(|cause| std::panic::resume_unwind(cause))
     }
 }

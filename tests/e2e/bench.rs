@@ -2,12 +2,12 @@
 
 use std::process::Command;
 
-use overlay_tests::page::{blocks, text};
-use overlay_tests::programs::{Said, built, needs, needs_root};
+use overlay_tests::doc_page::{blocks, page_text};
+use overlay_tests::programs::{CommandOutput, require_program, require_root, workspace_binary};
 use overlay_tests::shell;
 
 /// What makes a measurement small, beside what the page has.
-fn small(measurement: &str) -> &'static [&'static str] {
+fn quick_arguments(measurement: &str) -> &'static [&'static str] {
     match measurement {
         "peers" | "start" => &["--peers", "20", "--runs", "1"],
         "memory" => &["--peers", "20", "--runs", "1", "--no-wakes"],
@@ -22,24 +22,30 @@ fn small(measurement: &str) -> &'static [&'static str] {
 }
 
 #[test]
-fn every_measurement_of_the_page() {
-    needs_root();
-    needs("etcd", "etcd-server");
-    let block =
-        blocks(&text("docs/performance.md")).expect("good markers").into_iter().find(|block| block.section == "How to repeat");
+fn documented_measurements_run() {
+    require_root();
+    require_program("etcd", "etcd-server");
+    let block = blocks(&page_text("docs/performance.md"))
+        .expect("good markers")
+        .into_iter()
+        .find(|block| block.section == "How to repeat");
     let commands = shell::commands(&block.expect("a block under How to repeat").commands);
     let measurements: Vec<&Vec<String>> = commands.iter().filter(|words| words[0].ends_with("/overlay-bench")).collect();
     assert!(measurements.len() >= 5, "{commands:?}");
     for words in measurements {
-        let output =
-            Command::new(built("overlay-bench")).arg(&words[1]).args(small(&words[1])).arg("--json").output().expect("it starts");
-        let said = Said::of(words, &output);
-        if small(&words[1]) == ["--help"] {
-            said.exits(0);
+        let output = Command::new(workspace_binary("overlay-bench"))
+            .arg(&words[1])
+            .args(quick_arguments(&words[1]))
+            .arg("--json")
+            .output()
+            .expect("it starts");
+        let said = CommandOutput::from_output(words, &output);
+        if quick_arguments(&words[1]) == ["--help"] {
+            said.assert_code(0);
             continue;
         }
         // 3: a goal is missed, which is nothing to go by here.
-        assert!(matches!(said.code, Some(0 | 3)), "{}: {:?}\n{}", said.command, said.code, said.err);
+        assert!(matches!(said.code, Some(0 | 3)), "{}: {:?}\n{}", said.command, said.code, said.stderr);
         let report: serde_json::Value = said.json();
         assert!(report["rows"].as_array().is_some_and(|rows| !rows.is_empty()), "{}: {report}", said.command);
     }

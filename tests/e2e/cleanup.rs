@@ -1,24 +1,24 @@
-//! `overlayd cleanup`: the host is as it was before the agent ever ran.
+//! `overlayd_command run_cleanup`: the host is as it was before the agent ever ran.
 
 use nix::sys::signal::Signal;
-use overlay_tests::dump::Dump;
-use overlay_tests::programs::Said;
-use overlay_tests::story::{SECOND, SOON};
-use overlay_tests::{Must, Story, etcd, kernel, within};
+use overlay_tests::dump::NetnsDump;
+use overlay_tests::programs::CommandOutput;
+use overlay_tests::test_lab::{CONVERGE_TIMEOUT, REPAIR_DEADLINE};
+use overlay_tests::{ExpectContext, TestLab, etcd, eventually_true, kernel};
 use overlayctl::lab::Families;
 
-fn cleanup(story: &Story, host: &str) -> Said {
-    let mut command = story.overlayd(host, story.at(host).run_dir(), story.at(host).state_dir());
+fn run_cleanup(lab: &TestLab, host: &str) -> CommandOutput {
+    let mut command = lab.overlayd_command(host, lab.host(host).run_dir(), lab.host(host).state_dir());
     command.arg("cleanup");
-    story.ends(host, command)
+    lab.run_to_exit(host, command)
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn everything_is_as_it_was() {
-    let story = Story::without_agents(2, Families::Dual).await;
+async fn cleanup_restores_host_state() {
+    let lab = TestLab::without_agents(2, Families::Dual).await;
     // Something of the host's own, which is not ours to touch.
     kernel::shell(
-        &story,
+        &lab,
         "h1",
         "ip route add 10.50.0.0/16 via 10.99.0.254; ip route add 10.51.0.0/16 via 10.99.0.254 proto static table 77
          ip rule add from 10.51.0.0/16 table 77; ip nexthop add id 5 via 10.99.0.254 dev eth0; ip route add 10.52.0.0/16 nhid 5
@@ -28,91 +28,93 @@ async fn everything_is_as_it_was() {
          echo 1 >/proc/sys/net/ipv4/ip_forward",
     );
     // Duplicate address detection changes flags for a second or two.
-    overlay_tests::notify::Notifications::listen(&story.inside("h1")).settle().await;
-    let before = [Dump::of(&story.inside("h1")), Dump::of(&story.inside("h2"))];
-    story.start("h1").await;
-    story.start("h2").await;
-    story.mesh().await;
+    overlay_tests::notify::Notifications::subscribe(&lab.open_netns("h1")).wait_quiet().await;
+    let before = [NetnsDump::of(&lab.open_netns("h1")), NetnsDump::of(&lab.open_netns("h2"))];
+    lab.start_agent("h1").await;
+    lab.start_agent("h2").await;
+    lab.wait_full_mesh().await;
     for host in ["h1", "h2"] {
         for container in ["c1", "c2"] {
-            story.at(host).attach(container).await.must("attach");
+            lab.host(host).attach(container).await.expect_ok("attach");
         }
     }
-    story.assert_all_reach().await;
-    assert_eq!(etcd::leases(&story).len(), 2);
+    lab.assert_full_reachability().await;
+    assert_eq!(etcd::leases(&lab).len(), 2);
 
     for (number, host) in ["h1", "h2"].into_iter().enumerate() {
-        assert!(!Dump::of(&story.inside(host)).changes_since(&before[number]).is_empty(), "the agent did something");
-        story.at(host).agent_stop(Signal::SIGTERM).must("stop");
-        let (run_dir, state_dir) = (story.at(host).run_dir(), story.at(host).state_dir());
-        cleanup(&story, host).exits(0);
-        let changes = Dump::of(&story.inside(host)).changes_since(&before[number]);
+        assert!(!NetnsDump::of(&lab.open_netns(host)).changes_since(&before[number]).is_empty(), "the agent did something");
+        lab.host(host).agent_stop(Signal::SIGTERM).expect_ok("stop");
+        let (run_dir, state_dir) = (lab.host(host).run_dir(), lab.host(host).state_dir());
+        run_cleanup(&lab, host).assert_code(0);
+        let changes = NetnsDump::of(&lab.open_netns(host)).changes_since(&before[number]);
         assert!(changes.is_empty(), "{host} is not as it was:\n{changes}");
-        assert_eq!(etcd::leases(&story).len(), 1 - number, "the lease of {host} is gone");
+        assert_eq!(etcd::leases(&lab).len(), 1 - number, "the lease of {host} is gone");
         assert!(!run_dir.exists(), "{} is gone", run_dir.display());
         assert!(!state_dir.exists(), "{} is gone", state_dir.display());
-        let inside = kernel::listed(&story, &format!("{host}-c1"), "ip", &["link", "show"]);
+        let inside = kernel::list_json(&lab, &format!("{host}-c1"), "ip", &["link", "show"]);
         assert_eq!(inside.len(), 1, "the containers keep their loopback device alone: {inside:#?}");
         // Again, with nothing left to do.
-        cleanup(&story, host).exits(0);
+        run_cleanup(&lab, host).assert_code(0);
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_reservation_stays_its_owners() {
-    let story = Story::without_agents(1, Families::V4).await;
-    story.start("h1").await;
-    let lease = story.lease_of("h1");
+async fn cleanup_keeps_reservation() {
+    let lab = TestLab::without_agents(1, Families::V4).await;
+    lab.start_agent("h1").await;
+    let lease = lab.lease_of("h1");
     // The operator makes it one: a key without an etcd lease.
-    etcd::put(&story, &lease.key, &lease.value);
-    story
-        .at("h1")
-        .wait_status(SOON, "the reservation is not seen", |s| s.ready && s.lease.as_ref().is_some_and(|l| l.reservation))
+    etcd::put(&lab, &lease.key, &lease.value);
+    lab.host("h1")
+        .wait_status(CONVERGE_TIMEOUT, "the reservation is not seen", |s| {
+            s.ready && s.lease.as_ref().is_some_and(|l| l.reservation)
+        })
         .await
-        .must("status");
-    let kept = story.lease_of("h1");
+        .expect_ok("status");
+    let kept = lab.lease_of("h1");
     assert_eq!((&kept.key, kept.lease), (&lease.key, 0), "it never becomes a lease again");
-    story.at("h1").agent_stop(Signal::SIGTERM).must("stop");
-    cleanup(&story, "h1").exits(0);
-    assert_eq!(etcd::leases(&story), [kept], "it is its owner's to delete");
+    lab.host("h1").agent_stop(Signal::SIGTERM).expect_ok("stop");
+    run_cleanup(&lab, "h1").assert_code(0);
+    assert_eq!(etcd::leases(&lab), [kept], "it is its owner's to delete");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn it_is_refused_while_the_agent_runs() {
-    let story = Story::up(|options| {
+async fn cleanup_is_refused_while_agent_runs() {
+    let lab = TestLab::up(|options| {
         options.hosts = 2;
         options.containers = 1;
     })
     .await;
-    let before = kernel::actual(&story, "h1");
-    cleanup(&story, "h1").exits(1).complains(&["cleanup needs the agent stopped"]);
+    let before = kernel::actual_state(&lab, "h1");
+    run_cleanup(&lab, "h1").assert_code(1).assert_stderr_contains(&["cleanup needs the agent stopped"]);
     // With other directories it is still the same namespace.
-    let mut elsewhere = story.overlayd("h1", story.dir().join("other/run"), story.dir().join("other/state"));
+    let mut elsewhere = lab.overlayd_command("h1", lab.dir().join("other/run"), lab.dir().join("other/state"));
     elsewhere.arg("cleanup");
-    story.ends("h1", elsewhere).exits(1).complains(&["stop"]);
-    assert_eq!(kernel::difference(&kernel::actual(&story, "h1"), &before), "", "nothing was touched");
-    assert_eq!(etcd::leases(&story).len(), 2);
-    story.assert_all_reach().await;
+    lab.run_to_exit("h1", elsewhere).assert_code(1).assert_stderr_contains(&["stop"]);
+    assert_eq!(kernel::difference(&kernel::actual_state(&lab, "h1"), &before), "", "nothing was touched");
+    assert_eq!(etcd::leases(&lab).len(), 2);
+    lab.assert_full_reachability().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn peers_follow_and_etcd_need_not_be_there() {
-    let story = Story::up(|options| {
+async fn cleanup_withdraws_lease_and_works_without_etcd() {
+    let lab = TestLab::up(|options| {
         options.hosts = 2;
         options.containers = 0;
     })
     .await;
-    story.at("h1").agent_stop(Signal::SIGTERM).must("stop");
-    cleanup(&story, "h1").exits(0);
-    let routes =
-        |host: &str| kernel::listed(&story, host, "ip", &["route", "show", "proto", kernel::PROTOCOL, "type", "unicast"]).len();
-    within("h2 has no route to h1", SECOND, || routes("h2") == 0).await;
+    lab.host("h1").agent_stop(Signal::SIGTERM).expect_ok("stop");
+    run_cleanup(&lab, "h1").assert_code(0);
+    let routes = |host: &str| {
+        kernel::list_json(&lab, host, "ip", &["route", "show", "proto", kernel::ROUTE_PROTOCOL, "type", "unicast"]).len()
+    };
+    eventually_true("h2 has no route to h1", REPAIR_DEADLINE, || routes("h2") == 0).await;
 
-    story.at("h2").agent_stop(Signal::SIGTERM).must("stop");
-    etcd::kill(&story);
-    let said = cleanup(&story, "h2").exits(1).complains(&["lease in etcd is not given back"]);
-    assert!(kernel::link(&story, "h2", "ovx.1").is_none(), "the kernel is cleaned all the same: {}", said.err);
-    etcd::start(&story).await;
-    cleanup(&story, "h2").exits(0);
-    assert_eq!(etcd::leases(&story), [], "repeated, it gives the lease back");
+    lab.host("h2").agent_stop(Signal::SIGTERM).expect_ok("stop");
+    etcd::kill(&lab);
+    let output = run_cleanup(&lab, "h2").assert_code(1).assert_stderr_contains(&["lease in etcd is not given back"]);
+    assert!(kernel::link(&lab, "h2", "ovx.1").is_none(), "the kernel is cleaned all the same: {}", output.stderr);
+    etcd::start(&lab).await;
+    run_cleanup(&lab, "h2").assert_code(0);
+    assert_eq!(etcd::leases(&lab), [], "repeated, it gives the lease back");
 }

@@ -12,23 +12,23 @@ use std::time::{Duration, Instant};
 
 use overlay_agent::kernel::netns::Netns;
 use overlay_agent::model::Endpoint;
-use overlay_tests::dump::Dump;
-use overlay_tests::story::SOON;
-use overlay_tests::{Must, Story, eventually};
+use overlay_tests::dump::NetnsDump;
+use overlay_tests::test_lab::CONVERGE_TIMEOUT;
+use overlay_tests::{ExpectContext, TestLab, eventually};
 
-async fn endpoints(story: &Story) -> Vec<Endpoint> {
-    story.at("h1").client().endpoints().await.must("endpoints").endpoints
+async fn endpoints(lab: &TestLab) -> Vec<Endpoint> {
+    lab.host("h1").client().endpoints().await.expect_ok("endpoints").endpoints
 }
 
 /// How long a namespace has to stay as it is to count as still: the kernel looks at the carrier of links once a second
 /// (`linkwatch_do_dev` in net/core/link_watch.c), and an address is tentative for as long.
-const STILL: Duration = Duration::from_millis(1500);
+const STABLE_PERIOD: Duration = Duration::from_millis(1500);
 
 /// What a namespace holds once nothing moves in it any more.
-async fn still(netns: &Netns) -> Dump {
-    let (mut last, mut since) = (Dump::of(netns), Instant::now());
-    eventually("a namespace comes to rest", 2 * SOON, || {
-        let now = Dump::of(netns);
+async fn dump_when_stable(netns: &Netns) -> NetnsDump {
+    let (mut last, mut since) = (NetnsDump::of(netns), Instant::now());
+    eventually("a namespace comes to rest", 2 * CONVERGE_TIMEOUT, || {
+        let now = NetnsDump::of(netns);
         if now != last {
             let changes = now.changes_since(&last);
             (last, since) = (now, Instant::now());
@@ -38,15 +38,15 @@ async fn still(netns: &Netns) -> Dump {
         if let Some(line) = now.lines().iter().find(|line| line.contains("\"tentative\":true")) {
             return Err(line.clone());
         }
-        if since.elapsed() >= STILL { Ok(now) } else { Err("it was as it is for a moment only".to_owned()) }
+        if since.elapsed() >= STABLE_PERIOD { Ok(now) } else { Err("it was as it is for a moment only".to_owned()) }
     })
     .await
 }
 
 /// Waits until a namespace holds what it held before.
-async fn as_before(what: &str, netns: &Netns, before: &Dump) {
-    eventually(&format!("{what} is as it was before"), SOON, || {
-        let changes = Dump::of(netns).changes_since(before);
+async fn wait_unchanged(what: &str, netns: &Netns, before: &NetnsDump) {
+    eventually(&format!("{what} is as it was before"), CONVERGE_TIMEOUT, || {
+        let changes = NetnsDump::of(netns).changes_since(before);
         if changes.is_empty() { Ok(()) } else { Err(changes) }
     })
     .await;

@@ -7,38 +7,38 @@ use std::path::PathBuf;
 use nix::sys::signal::Signal;
 use overlay_agent::kernel::netns::Netns;
 use overlay_agent::model::Family;
-use overlay_tests::image::{PAGE, fetch, tree};
-use overlay_tests::programs::{Said, built, needs};
-use overlay_tests::story::{READY, SOON};
-use overlay_tests::{Must, Story, kernel, within};
+use overlay_tests::image::{PAGE_BODY, build_rootfs, fetch_page};
+use overlay_tests::programs::{CommandOutput, require_program, workspace_binary};
+use overlay_tests::test_lab::{CONVERGE_TIMEOUT, READY_TIMEOUT};
+use overlay_tests::{ExpectContext, TestLab, eventually_true, kernel};
 use overlayctl::lab::Families;
 use serde_json::Value;
 
 /// The podman of one host: its own directories, its own configuration; all that is left of it goes when it is dropped.
 struct Podman<'a> {
-    story: &'a Story,
+    lab: &'a TestLab,
     host: &'static str,
     dir: PathBuf,
 }
 
 impl<'a> Podman<'a> {
     /// Starts the host's agent, which writes the network list, and makes the image.
-    async fn on(story: &'a Story, host: &'static str) -> Podman<'a> {
-        needs("podman", "podman");
-        needs("runc", "runc");
-        needs("tar", "tar");
-        let dir = story.at(host).dir().join("podman");
-        let podman = Podman { story, host, dir };
+    async fn start(lab: &'a TestLab, host: &'static str) -> Podman<'a> {
+        require_program("podman", "podman");
+        require_program("runc", "runc");
+        require_program("tar", "tar");
+        let dir = lab.host(host).dir().join("podman");
+        let podman = Podman { lab, host, dir };
         let list = podman.conflist().display().to_string();
         assert!(!podman.conflist().exists());
-        story.at(host).agent_start(&["--cni-conflist", &list]).must("start the agent");
-        story.at(host).wait_ready(READY).await.must("ready");
-        within("the agent writes the network list", SOON, || podman.conflist().exists()).await;
+        lab.host(host).agent_start(&["--cni-conflist", &list]).expect_ok("start the agent");
+        lab.host(host).wait_ready(READY_TIMEOUT).await.expect_ok("ready");
+        eventually_true("the agent writes the network list", CONVERGE_TIMEOUT, || podman.conflist().exists()).await;
         podman.configure();
         let image = podman.dir.join("image.tar");
-        let root = tree(&podman.dir).display().to_string();
-        kernel::run(story, host, &["tar", "-C", &root, "-cf", &image.display().to_string(), "."]);
-        podman.run(&["import", &image.display().to_string(), "busybox"]).exits(0);
+        let root = build_rootfs(&podman.dir).display().to_string();
+        kernel::run(lab, host, &["tar", "-C", &root, "-cf", &image.display().to_string(), "."]);
+        podman.run(&["import", &image.display().to_string(), "busybox"]).assert_code(0);
         podman
     }
 
@@ -49,9 +49,9 @@ impl<'a> Podman<'a> {
     fn configure(&self) {
         let at = |name: &str| self.dir.join(name).display().to_string();
         for name in ["root", "run", "tmp", "bin"] {
-            fs::create_dir_all(self.dir.join(name)).must(name);
+            fs::create_dir_all(self.dir.join(name)).expect_ok(name);
         }
-        symlink(built("overlay-cni"), self.dir.join("bin/overlay-cni")).must("the plugin");
+        symlink(workspace_binary("overlay-cni"), self.dir.join("bin/overlay-cni")).expect_ok("the plugin");
         // crun refuses the mixed control groups that some machines have; limits as low as any machine's.
         let containers = format!(
             "[containers]\ndefault_ulimits = [\"nofile=1024:1024\", \"nproc=1024:1024\"]\n\
@@ -64,12 +64,12 @@ impl<'a> Podman<'a> {
             at("static"),
             at("volumes")
         );
-        fs::write(self.dir.join("containers.conf"), containers).must("containers.conf");
+        fs::write(self.dir.join("containers.conf"), containers).expect_ok("containers.conf");
         let storage = format!("[storage]\ndriver = \"vfs\"\ngraphroot = \"{}\"\nrunroot = \"{}\"\n", at("root"), at("run"));
-        fs::write(self.dir.join("storage.conf"), storage).must("storage.conf");
+        fs::write(self.dir.join("storage.conf"), storage).expect_ok("storage.conf");
     }
 
-    fn run(&self, arguments: &[&str]) -> Said {
+    fn run(&self, arguments: &[&str]) -> CommandOutput {
         let settings = [
             format!("CONTAINERS_CONF={}", self.dir.join("containers.conf").display()),
             format!("CONTAINERS_STORAGE_CONF={}", self.dir.join("storage.conf").display()),
@@ -77,28 +77,28 @@ impl<'a> Podman<'a> {
         let mut command = vec!["timeout", "--signal=KILL", "120", "env"];
         command.extend(settings.iter().map(String::as_str));
         command.push("podman");
-        kernel::attempt(self.story, self.host, &[&command, arguments].concat())
+        kernel::attempt(self.lab, self.host, &[&command, arguments].concat())
     }
 
     /// Starts a container with a web server; what podman says of its network.
     fn serve(&self, name: &str, more: &[&str]) -> Value {
         let command = [&["run", "--detach", "--name", name, "--network", "overlay"], more, &["busybox"]].concat();
-        self.run(&[&command[..], &["httpd", "-f", "-p", "80", "-h", "/www"]].concat()).exits(0);
-        let all: Value = self.run(&["inspect", name]).exits(0).json();
+        self.run(&[&command[..], &["httpd", "-f", "-p", "80", "-h", "/www"]].concat()).assert_code(0);
+        let all: Value = self.run(&["inspect", name]).assert_code(0).json();
         all[0]["NetworkSettings"]["Networks"]["overlay"].clone()
     }
 
     /// The namespace of a container, as the agent was told it.
-    async fn inside(&self, name: &str) -> Netns {
-        let id = self.run(&["inspect", "--format", "{{.Id}}", name]).exits(0).out;
-        let all = self.story.at(self.host).client().endpoints().await.must("endpoints").endpoints;
+    async fn open_netns(&self, name: &str) -> Netns {
+        let id = self.run(&["inspect", "--format", "{{.Id}}", name]).assert_code(0).stdout;
+        let all = self.lab.host(self.host).client().endpoints().await.expect_ok("endpoints").endpoints;
         let owner = format!("cni/overlay/{}/eth0", id.trim());
-        let found = all.into_iter().find(|e| e.owner.as_deref() == Some(&owner)).must(&owner);
-        Netns::open(&found.netns).must("its namespace")
+        let found = all.into_iter().find(|e| e.owner.as_deref() == Some(&owner)).expect_ok(&owner);
+        Netns::open(&found.netns).expect_ok("its namespace")
     }
 
-    async fn endpoints(&self) -> usize {
-        self.story.at(self.host).client().endpoints().await.must("endpoints").endpoints.len()
+    async fn endpoint_count(&self) -> usize {
+        self.lab.host(self.host).client().endpoints().await.expect_ok("endpoints").endpoints.len()
     }
 }
 
@@ -110,66 +110,66 @@ impl Drop for Podman<'_> {
 }
 
 fn field<'a>(value: &'a Value, name: &str) -> &'a str {
-    value[name].as_str().must(name)
+    value[name].as_str().expect_ok(name)
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn containers_on_two_hosts() {
-    let story = Story::without_agents(2, Families::Dual).await;
-    let (one, two) = (Podman::on(&story, "h1").await, Podman::on(&story, "h2").await);
-    story.mesh().await;
-    let listed = one.run(&["network", "ls", "--format", "{{.Name}}"]).exits(0).out;
+async fn containers_on_two_hosts_reach_each_other() {
+    let lab = TestLab::without_agents(2, Families::Dual).await;
+    let (one, two) = (Podman::start(&lab, "h1").await, Podman::start(&lab, "h2").await);
+    lab.wait_full_mesh().await;
+    let listed = one.run(&["network", "ls", "--format", "{{.Name}}"]).assert_code(0).stdout;
     assert!(listed.lines().any(|name| name == "overlay"), "{listed}");
 
-    let subnet = story.status("h2").await.lease.must("a lease").subnet;
-    let wished = subnet.get(Family::V4).and_then(|range| range.nth(99)).must("an address").to_string();
+    let subnet = lab.status("h2").await.lease.expect_ok("a lease").subnet;
+    let wished = subnet.get(Family::V4).and_then(|range| range.nth(99)).expect_ok("an address").to_string();
     let web = two.serve("web", &["--ip", &wished, "--mac-address", "02:00:5e:10:00:99"]);
     assert_eq!((field(&web, "IPAddress"), field(&web, "MacAddress")), (wished.as_str(), "02:00:5e:10:00:99"));
     let near = one.serve("near", &[]);
     for (from, name, to) in [(&one, "near", &web), (&two, "web", &near)] {
-        let inside = from.inside(name).await;
+        let inside = from.open_netns(name).await;
         for key in ["IPAddress", "GlobalIPv6Address"] {
-            let address = field(to, key).parse().must(key);
-            assert_eq!(fetch(&inside, address).must(&format!("the page of {address}")), PAGE);
+            let address = field(to, key).parse().expect_ok(key);
+            assert_eq!(fetch_page(&inside, address).expect_ok(&format!("the page of {address}")), PAGE_BODY);
         }
     }
-    let known = story.at("h2").client().endpoints().await.must("endpoints").endpoints;
+    let known = lab.host("h2").client().endpoints().await.expect_ok("endpoints").endpoints;
     assert!(known.len() == 1 && known[0].owner.as_ref().is_some_and(|o| o.starts_with("cni/overlay/") && o.ends_with("/eth0")));
 
     // Taken is taken.
-    let said = two.run(&["run", "--network", "overlay", "--ip", &wished, "busybox", "ip", "address"]);
-    assert!(said.code != Some(0) && said.err.contains("is in use by endpoint"), "{}", said.err);
-    assert_eq!(two.endpoints().await, 1);
+    let output = two.run(&["run", "--network", "overlay", "--ip", &wished, "busybox", "ip", "address"]);
+    assert!(output.code != Some(0) && output.stderr.contains("is in use by endpoint"), "{}", output.stderr);
+    assert_eq!(two.endpoint_count().await, 1);
 
     for (podman, name) in [(&one, "near"), (&two, "web")] {
-        podman.run(&["rm", "--force", "--time", "0", name]).exits(0);
-        assert_eq!(podman.endpoints().await, 0, "{name} is gone");
+        podman.run(&["rm", "--force", "--time", "0", name]).assert_code(0);
+        assert_eq!(podman.endpoint_count().await, 0, "{name} is gone");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_agent_comes_and_goes() {
-    let story = Story::without_agents(1, Families::V4).await;
-    let podman = Podman::on(&story, "h1").await;
+async fn conflist_edit_survives_agent_restart() {
+    let lab = TestLab::without_agents(1, Families::V4).await;
+    let podman = Podman::start(&lab, "h1").await;
     let list = podman.conflist().display().to_string();
-    let before = fs::read_to_string(podman.conflist()).must("the list");
+    let before = fs::read_to_string(podman.conflist()).expect_ok("the list");
     podman.serve("web", &[]);
-    story.at("h1").agent_stop(Signal::SIGTERM).must("SIGTERM");
-    assert_eq!(fs::read_to_string(podman.conflist()).must("the list"), before, "it stays when the agent ends");
+    lab.host("h1").agent_stop(Signal::SIGTERM).expect_ok("SIGTERM");
+    assert_eq!(fs::read_to_string(podman.conflist()).expect_ok("the list"), before, "it stays when the agent ends");
     // With others' changes it is theirs.
-    let mut changed: Value = serde_json::from_str(&before).must("the list");
-    changed.as_object_mut().and_then(|list| list.remove("writtenBy")).must("the agent's mark");
+    let mut changed: Value = serde_json::from_str(&before).expect_ok("the list");
+    changed.as_object_mut().and_then(|list| list.remove("writtenBy")).expect_ok("the agent's mark");
     changed["plugins"][0]["timeout"] = "1s".into();
     let shorter = changed.to_string();
-    fs::write(podman.conflist(), &shorter).must("the list");
-    let said = podman.run(&["run", "--network", "overlay", "busybox", "ip", "address"]);
-    assert!(said.code != Some(0) && said.err.contains("Is overlayd running?"), "{}", said.err);
+    fs::write(podman.conflist(), &shorter).expect_ok("the list");
+    let output = podman.run(&["run", "--network", "overlay", "busybox", "ip", "address"]);
+    assert!(output.code != Some(0) && output.stderr.contains("Is overlayd running?"), "{}", output.stderr);
 
-    story.at("h1").agent_start(&["--cni-conflist", &list]).must("start the agent");
-    story.at("h1").wait_ready(READY).await.must("ready");
-    story.logged("h1", &["WARN", "left alone", &list]).await;
-    assert_eq!(fs::read_to_string(podman.conflist()).must("the list"), shorter);
-    assert_eq!(podman.endpoints().await, 1, "the container from before, and nothing of the one that failed");
-    podman.run(&["rm", "--force", "--time", "0", "web"]).exits(0);
-    assert_eq!(podman.endpoints().await, 0);
+    lab.host("h1").agent_start(&["--cni-conflist", &list]).expect_ok("start the agent");
+    lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("ready");
+    lab.wait_for_log("h1", &["WARN", "left alone", &list]).await;
+    assert_eq!(fs::read_to_string(podman.conflist()).expect_ok("the list"), shorter);
+    assert_eq!(podman.endpoint_count().await, 1, "the container from before, and nothing of the one that failed");
+    podman.run(&["rm", "--force", "--time", "0", "web"]).assert_code(0);
+    assert_eq!(podman.endpoint_count().await, 0);
 }

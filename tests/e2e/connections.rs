@@ -8,19 +8,19 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use overlay_agent::model::api::Attached;
+use overlay_agent::model::api::AttachResponse;
 use overlay_agent::model::{Endpoint, Family};
-use overlay_tests::story::{SECOND, SOON};
-use overlay_tests::{Must, Story, eventually, kernel};
+use overlay_tests::test_lab::{CONVERGE_TIMEOUT, REPAIR_DEADLINE};
+use overlay_tests::{ExpectContext, TestLab, eventually, kernel};
 use overlayctl::lab::Families;
 
 /// Ten datagrams a second: each renews the entry of its flow, which the kernel forgets after 30 seconds without.
-const PACE: Duration = Duration::from_millis(100);
+const SEND_INTERVAL: Duration = Duration::from_millis(100);
 const PORT: u16 = 5353;
 
 /// Two hosts with a container each, both families.
-async fn lab() -> Story {
-    Story::up(|options| {
+async fn start_lab() -> TestLab {
+    TestLab::up(|options| {
         options.hosts = 2;
         options.containers = 1;
         options.families = Families::Dual;
@@ -29,34 +29,34 @@ async fn lab() -> Story {
 }
 
 /// Attaches a container to the first host.
-fn attach(story: &Story, name: &str, arguments: &[&str]) -> Endpoint {
+fn attach(lab: &TestLab, name: &str, arguments: &[&str]) -> Endpoint {
     let arguments = [&["-o", "json", "attach", name], arguments].concat();
-    story.ctl("h1", &arguments).exits(0).json::<Attached>().endpoint
+    lab.ctl("h1", &arguments).assert_code(0).json::<AttachResponse>().endpoint
 }
 
-fn socket(story: &Story, target: &str, at: SocketAddr) -> UdpSocket {
-    story.inside(target).run(|| UdpSocket::bind(at)).must("enter").must("a socket")
+fn socket(lab: &TestLab, target: &str, at: SocketAddr) -> UdpSocket {
+    lab.open_netns(target).run(|| UdpSocket::bind(at)).expect_ok("enter").expect_ok("a socket")
 }
 
 /// A socket that hears what comes to a port, and answers where it is to.
 struct Server(UdpSocket);
 
 impl Server {
-    fn at(story: &Story, target: &str, port: u16) -> Server {
-        let socket = socket(story, target, (Ipv6Addr::UNSPECIFIED, port).into());
-        socket.set_nonblocking(true).must("a socket that does not wait");
+    fn bind(lab: &TestLab, target: &str, port: u16) -> Server {
+        let socket = socket(lab, target, (Ipv6Addr::UNSPECIFIED, port).into());
+        socket.set_nonblocking(true).expect_ok("a socket that does not wait");
         Server(socket)
     }
 
     /// From whom datagrams came since the last look.
-    fn heard(&self) -> Vec<SocketAddr> {
+    fn drain_sources(&self) -> Vec<SocketAddr> {
         let mut buffer = [0; 64];
         std::iter::from_fn(|| self.0.recv_from(&mut buffer).ok()).map(|(_, from)| from).collect()
     }
 
     /// Waits until a datagram comes; from whom.
-    async fn hears(&self, what: &str, limit: Duration) -> IpAddr {
-        let from = eventually(what, limit, || self.heard().pop().ok_or_else(|| "nothing came".to_owned())).await;
+    async fn wait_for_datagram(&self, what: &str, limit: Duration) -> IpAddr {
+        let from = eventually(what, limit, || self.drain_sources().pop().ok_or_else(|| "nothing came".to_owned())).await;
         from.ip().to_canonical()
     }
 }
@@ -68,16 +68,16 @@ struct Client {
 }
 
 impl Client {
-    fn start(story: &Story, from: &str, to: SocketAddr) -> Client {
+    fn start(lab: &TestLab, from: &str, to: SocketAddr) -> Client {
         let any: IpAddr = if to.is_ipv4() { [0_u8; 4].into() } else { [0_u16; 8].into() };
-        let socket = socket(story, from, (any, 0).into());
+        let socket = socket(lab, from, (any, 0).into());
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let thread = thread::spawn(move || {
             while !stopped.load(Ordering::Relaxed) {
                 // What an earlier datagram met (a port that nobody has) is not this one's.
                 let _sent = socket.send_to(b"?", to);
-                thread::sleep(PACE);
+                thread::sleep(SEND_INTERVAL);
             }
         });
         Client { stop, thread: Some(thread) }
@@ -93,13 +93,13 @@ impl Drop for Client {
     }
 }
 
-fn published(story: &Story, family: Family) -> SocketAddr {
-    SocketAddr::new(*story.at("h1").layout().addresses.get(family).must("an address"), PORT)
+fn published_address(lab: &TestLab, family: Family) -> SocketAddr {
+    SocketAddr::new(*lab.host("h1").layout().addresses.get(family).expect_ok("an address"), PORT)
 }
 
 /// The flows that the first host's conntrack has entries of.
-fn entries(story: &Story) -> BTreeSet<String> {
-    let listed = kernel::shell(story, "h1", "cat /proc/net/nf_conntrack");
+fn conntrack_entries(lab: &TestLab) -> BTreeSet<String> {
+    let listed = kernel::shell(lab, "h1", "cat /proc/net/nf_conntrack");
     let flow = |line: &str| {
         let words =
             line.split_whitespace().filter(|word| word.contains("src=") || word.contains("dst=") || word.contains("port="));
@@ -109,30 +109,30 @@ fn entries(story: &Story) -> BTreeSet<String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn datagrams_of_one_socket_follow_a_published_port() {
-    let story = lab().await;
+async fn udp_flow_follows_published_port() {
+    let lab = start_lab().await;
     let publish = ["--publish", "5353:5353/udp"];
     let clients: Vec<Client> = Family::ALL
         .into_iter()
-        .flat_map(|family| ["world", "h1", "h1-c1"].map(|from| Client::start(&story, from, published(&story, family))))
+        .flat_map(|family| ["world", "h1", "h1-c1"].map(|from| Client::start(&lab, from, published_address(&lab, family))))
         .collect();
     // Before anybody published the port: the entries of the clients have no translation.
-    eventually("the clients have entries", SOON, || {
-        let count = entries(&story).iter().filter(|flow| flow.contains("dport=5353")).count();
+    eventually("the clients have entries", CONVERGE_TIMEOUT, || {
+        let count = conntrack_entries(&lab).iter().filter(|flow| flow.contains("dport=5353")).count();
         if count >= clients.len() { Ok(()) } else { Err(format!("{count} of {}", clients.len())) }
     })
     .await;
     let mut previous: Option<String> = None;
     for name in ["a1", "a2", "a3"] {
         if let Some(previous) = previous.replace(name.to_owned()) {
-            story.ctl("h1", &["detach", &previous]).exits(0);
+            lab.ctl("h1", &["detach", &previous]).assert_code(0);
         }
         let begin = Instant::now();
-        attach(&story, name, &publish);
-        let server = Server::at(&story, &format!("h1-{name}"), PORT);
+        attach(&lab, name, &publish);
+        let server = Server::bind(&lab, &format!("h1-{name}"), PORT);
         let mut callers = BTreeSet::new();
-        eventually(&format!("{name} hears each client"), SECOND * 2, || {
-            callers.extend(server.heard());
+        eventually(&format!("{name} hears each client"), REPAIR_DEADLINE * 2, || {
+            callers.extend(server.drain_sources());
             if callers.len() >= clients.len() { Ok(()) } else { Err(format!("{callers:?}")) }
         })
         .await;
@@ -141,16 +141,16 @@ async fn datagrams_of_one_socket_follow_a_published_port() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn detach_deletes_the_flows_of_its_addresses_alone() {
-    let story = lab().await;
-    let world: [SocketAddr; 2] = ["10.99.0.254:7000", "[fd99::254]:7000"].map(|text| text.parse().must("an address"));
-    let server = Server::at(&story, "world", 7000);
-    let first = attach(&story, "a1", &["--publish", "5353:5353/udp"]);
-    let _other = attach(&story, "other", &["--publish", "5354:5353/udp"]);
-    let inner = [Server::at(&story, "h1-a1", PORT), Server::at(&story, "h1-other", PORT)];
+async fn detach_deletes_only_own_conntrack_entries() {
+    let lab = start_lab().await;
+    let world: [SocketAddr; 2] = ["10.99.0.254:7000", "[fd99::254]:7000"].map(|text| text.parse().expect_ok("an address"));
+    let server = Server::bind(&lab, "world", 7000);
+    let first = attach(&lab, "a1", &["--publish", "5353:5353/udp"]);
+    let _other = attach(&lab, "other", &["--publish", "5354:5353/udp"]);
+    let inner = [Server::bind(&lab, "h1-a1", PORT), Server::bind(&lab, "h1-other", PORT)];
     let once = |from: &str, to: SocketAddr| {
-        let client = socket(&story, from, if to.is_ipv4() { ([0; 4], 0).into() } else { ([0; 16], 0).into() });
-        client.send_to(b"?", to).must("send");
+        let client = socket(&lab, from, if to.is_ipv4() { ([0; 4], 0).into() } else { ([0; 16], 0).into() });
+        client.send_to(b"?", to).expect_ok("send");
         client
     };
     // Flows that send nothing more: an entry that was deleted does not come back.
@@ -158,19 +158,19 @@ async fn detach_deletes_the_flows_of_its_addresses_alone() {
     for (family, world) in Family::ALL.into_iter().zip(world) {
         for from in ["h1-a1", "h1-other", "h1-c1"] {
             idle.push(once(from, world));
-            server.hears(&format!("the world hears {from}"), SOON).await;
+            server.wait_for_datagram(&format!("the world hears {from}"), CONVERGE_TIMEOUT).await;
         }
         for (port, inner) in [(5353, &inner[0]), (5354, &inner[1])] {
-            idle.push(once("world", SocketAddr::new(published(&story, family).ip(), port)));
-            inner.hears(&format!("port {port} is heard"), SOON).await;
+            idle.push(once("world", SocketAddr::new(published_address(&lab, family).ip(), port)));
+            inner.wait_for_datagram(&format!("port {port} is heard"), CONVERGE_TIMEOUT).await;
         }
     }
-    let before = entries(&story);
-    let own: Vec<String> = first.addresses().iter().map(|(_, address)| long(*address)).collect();
+    let before = conntrack_entries(&lab);
+    let own: Vec<String> = first.addresses().iter().map(|(_, address)| conntrack_address(*address)).collect();
     let is_own = |flow: &str| own.iter().any(|address| flow.split(' ').any(|word| word.ends_with(&format!("={address}"))));
     assert_eq!(before.iter().filter(|flow| is_own(flow)).count(), 4, "both ways in both families: {before:?}");
-    story.ctl("h1", &["detach", "a1"]).exits(0);
-    let (expected, after) = (before.into_iter().filter(|flow| !is_own(flow)), entries(&story));
+    lab.ctl("h1", &["detach", "a1"]).assert_code(0);
+    let (expected, after) = (before.into_iter().filter(|flow| !is_own(flow)), conntrack_entries(&lab));
     let missing: Vec<String> = expected
         .filter(|flow| flow.contains("dport=7000") || flow.contains("dport=5354"))
         .filter(|flow| !after.contains(flow))
@@ -182,7 +182,7 @@ async fn detach_deletes_the_flows_of_its_addresses_alone() {
 }
 
 /// An address as `/proc/net/nf_conntrack` has it: IPv6 in full length.
-fn long(address: IpAddr) -> String {
+fn conntrack_address(address: IpAddr) -> String {
     match address {
         IpAddr::V4(address) => address.to_string(),
         IpAddr::V6(address) => address.segments().map(|segment| format!("{segment:04x}")).join(":"),
@@ -191,22 +191,22 @@ fn long(address: IpAddr) -> String {
 
 /// A flow that begins while somebody has deleted the rules would leave the overlay with the container's own address for as long as it goes on.
 #[tokio::test(flavor = "multi_thread")]
-async fn flow_begun_without_rules_is_masqueraded_once_they_are_back() {
-    let story = lab().await;
-    let server = Server::at(&story, "world", 7000);
-    let agent = story.at("h1").agent().must("an agent");
-    agent.signal(Signal::SIGSTOP).must("SIGSTOP");
+async fn flow_is_masqueraded_after_rules_return() {
+    let lab = start_lab().await;
+    let server = Server::bind(&lab, "world", 7000);
+    let agent = lab.host("h1").agent().expect_ok("an agent");
+    agent.signal(Signal::SIGSTOP).expect_ok("SIGSTOP");
     // Another's rule keeps conntrack at work meanwhile, as on a host with a firewall.
     let other = "add table inet other; add chain inet other forward { type filter hook forward priority 0; }; \
                  add rule inet other forward ct state established accept; delete table inet overlayd";
-    kernel::run(&story, "h1", &["nft", other]);
-    let client = Client::start(&story, "h1-c1", "10.99.0.254:7000".parse().must("an address"));
-    let source = server.hears("the world hears the container", SOON).await;
+    kernel::run(&lab, "h1", &["nft", other]);
+    let client = Client::start(&lab, "h1-c1", "10.99.0.254:7000".parse().expect_ok("an address"));
+    let source = server.wait_for_datagram("the world hears the container", CONVERGE_TIMEOUT).await;
     assert!(source.to_string().starts_with("10.244."), "the case is one without masquerade: {source}");
-    agent.signal(Signal::SIGCONT).must("SIGCONT");
-    let host = published(&story, Family::V4).ip();
-    eventually("the flow is masqueraded", SOON, || {
-        let last = server.heard().pop().map(|from| from.ip().to_canonical());
+    agent.signal(Signal::SIGCONT).expect_ok("SIGCONT");
+    let host = published_address(&lab, Family::V4).ip();
+    eventually("the flow is masqueraded", CONVERGE_TIMEOUT, || {
+        let last = server.drain_sources().pop().map(|from| from.ip().to_canonical());
         if last == Some(host) { Ok(()) } else { Err(format!("from {last:?}")) }
     })
     .await;

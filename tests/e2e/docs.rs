@@ -7,18 +7,18 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use overlay_agent::config::{Kind, SETTINGS, command, gather};
+use overlay_agent::config::{SETTINGS, SettingKind, command, load_settings};
 use overlay_agent::metrics::Metrics;
 use overlay_agent::model::api;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-fn top() -> PathBuf {
+fn repo_root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
 fn read(path: &str) -> String {
-    fs::read_to_string(top().join(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
+    fs::read_to_string(repo_root().join(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
 }
 
 /// The table of settings, as the reference has it.
@@ -26,8 +26,8 @@ fn settings_table() -> String {
     let mut table = "| flag | value | default | what it does |\n| --- | --- | --- | --- |\n".to_owned();
     for setting in SETTINGS {
         let value = match setting.kind {
-            Kind::List => format!("{}, several", setting.value),
-            Kind::Text | Kind::Boolean => setting.value.to_owned(),
+            SettingKind::List => format!("{}, several", setting.value),
+            SettingKind::Text | SettingKind::Boolean => setting.value.to_owned(),
         };
         let default = if setting.default.is_empty() { String::new() } else { format!("`{}`", setting.default) };
         let escape = |text: &str| text.replace('|', "\\|").replace('<', "\\<");
@@ -37,7 +37,7 @@ fn settings_table() -> String {
 }
 
 #[test]
-fn the_reference_has_every_setting() {
+fn reference_documents_every_setting() {
     const PAGE: &str = "docs/configuration.md";
     let text = read(PAGE);
     let (before, rest) = text.split_once("<!-- begin settings").expect("the beginning of the table");
@@ -46,7 +46,7 @@ fn the_reference_has_every_setting() {
     let wanted = settings_table();
     if std::env::var_os("OVERLAY_REGENERATE").is_some_and(|value| value == "1") {
         let text = format!("{before}<!-- begin settings{marker}-->\n{wanted}<!-- end settings -->{after}");
-        fs::write(top().join(PAGE), text).expect(PAGE);
+        fs::write(repo_root().join(PAGE), text).expect(PAGE);
     } else {
         assert_eq!(found, wanted, "OVERLAY_REGENERATE=1 writes the table anew");
     }
@@ -67,11 +67,11 @@ fn default_configuration() -> String {
     for setting in SETTINGS {
         let help = setting.help.replace("[default: ", "(default: ").replace(']', ")");
         let value = match (setting.kind, setting.default) {
-            (Kind::List, "") => format!("[\"{}\"]", setting.value),
-            (Kind::List, default) => format!("[\"{default}\"]"),
-            (Kind::Text, "") => format!("\"{}\"", setting.value),
-            (Kind::Text, default) => format!("\"{default}\""),
-            (Kind::Boolean, default) => default.to_owned(),
+            (SettingKind::List, "") => format!("[\"{}\"]", setting.value),
+            (SettingKind::List, default) => format!("[\"{default}\"]"),
+            (SettingKind::Text, "") => format!("\"{}\"", setting.value),
+            (SettingKind::Text, default) => format!("\"{default}\""),
+            (SettingKind::Boolean, default) => default.to_owned(),
         };
         text += &format!("\n# {help}\n#{} = {value}\n", setting.name);
     }
@@ -79,11 +79,11 @@ fn default_configuration() -> String {
 }
 
 #[test]
-fn the_packages_configuration_has_every_setting() {
+fn packaged_config_has_every_setting() {
     const FILE: &str = "deploy/overlayd.toml";
     let wanted = default_configuration();
     if std::env::var_os("OVERLAY_REGENERATE").is_some_and(|value| value == "1") {
-        fs::write(top().join(FILE), &wanted).expect(FILE);
+        fs::write(repo_root().join(FILE), &wanted).expect(FILE);
     }
     assert_eq!(read(FILE), wanted, "OVERLAY_REGENERATE=1 writes the file anew");
     // As it is it sets nothing; with every line switched on it sets everything, each as a value of its type.
@@ -91,7 +91,7 @@ fn the_packages_configuration_has_every_setting() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("overlayd.toml");
         fs::write(&path, text).expect("a file");
-        let raw = gather(&command().get_matches_from(["overlayd".as_ref(), "--config".as_ref(), path.as_os_str()]));
+        let raw = load_settings(&command().get_matches_from(["overlayd".as_ref(), "--config".as_ref(), path.as_os_str()]));
         SETTINGS.iter().filter(|setting| raw.is_set(setting.name)).count()
     };
     let on: String = wanted
@@ -102,7 +102,7 @@ fn the_packages_configuration_has_every_setting() {
 }
 
 /// Whether a JSON text is a value of the type, with every field that the type writes.
-fn is_a<T: Serialize + DeserializeOwned>(json: &str) -> Result<(), String> {
+fn assert_round_trips<T: Serialize + DeserializeOwned>(json: &str) -> Result<(), String> {
     let value: serde_json::Value = serde_json::from_str(json).map_err(|e| e.to_string())?;
     let typed: T = serde_json::from_value(value.clone()).map_err(|e| e.to_string())?;
     let again = serde_json::to_value(typed).map_err(|e| e.to_string())?;
@@ -110,24 +110,24 @@ fn is_a<T: Serialize + DeserializeOwned>(json: &str) -> Result<(), String> {
 }
 
 #[test]
-fn the_sockets_examples_are_what_the_agent_writes() {
+fn api_examples_match_agent_output() {
     let text = read("docs/api.md");
     let mut seen = 0;
     for part in text.split("<!-- type: ").skip(1) {
         let (name, rest) = part.split_once(" -->\n```json\n").expect("a type and its example");
         let (json, _) = rest.split_once("```").expect("the end of the example");
         let result = match name {
-            "Problem" => is_a::<api::Problem>(json),
-            "Status" => is_a::<api::Status>(json),
-            "Subnets" => is_a::<api::Subnets>(json),
-            "Peers" => is_a::<api::Peers>(json),
-            "Endpoints" => is_a::<api::Endpoints>(json),
-            "AttachRequest" => is_a::<api::AttachRequest>(json),
-            "Attached" => is_a::<api::Attached>(json),
-            "Detached" => is_a::<api::Detached>(json),
-            "NetworkView" => is_a::<api::NetworkView>(json),
-            "Mesh" => is_a::<api::Mesh>(json),
-            "LogLevel" => is_a::<api::LogLevel>(json),
+            "Problem" => assert_round_trips::<api::ErrorBody>(json),
+            "Status" => assert_round_trips::<api::Status>(json),
+            "Subnets" => assert_round_trips::<api::Subnets>(json),
+            "Peers" => assert_round_trips::<api::Peers>(json),
+            "Endpoints" => assert_round_trips::<api::Endpoints>(json),
+            "AttachRequest" => assert_round_trips::<api::AttachRequest>(json),
+            "Attached" => assert_round_trips::<api::AttachResponse>(json),
+            "Detached" => assert_round_trips::<api::DetachResponse>(json),
+            "NetworkView" => assert_round_trips::<api::NetworkView>(json),
+            "Mesh" => assert_round_trips::<api::Mesh>(json),
+            "LogLevel" => assert_round_trips::<api::LogLevel>(json),
             other => Err(format!("no type {other}")),
         };
         result.unwrap_or_else(|error| panic!("{name}: {error}"));
@@ -175,7 +175,7 @@ fn every_direct_dependency_has_its_reason() {
 
 /// Each promise of the page names the tests that hold it: `STORY::TEST` for `tests/e2e/STORY.rs`, a path of modules for `agent/src`.
 #[test]
-fn every_test_that_holds_a_promise_is_there() {
+fn cited_tests_exist() {
     let text = read("docs/reliability.md");
     let is_path = |word: &&str| {
         let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '_' | ':');
@@ -189,7 +189,7 @@ fn every_test_that_holds_a_promise_is_there() {
         // Tests may stand in the module itself, below `mod tests`.
         let inside = file.strip_suffix("/tests").unwrap_or(&file);
         let candidates = [format!("tests/e2e/{file}.rs"), format!("agent/src/{file}.rs"), format!("agent/src/{inside}.rs")];
-        let found = candidates.iter().filter_map(|path| fs::read_to_string(top().join(path)).ok()).any(|text| {
+        let found = candidates.iter().filter_map(|path| fs::read_to_string(repo_root().join(path)).ok()).any(|text| {
             let before = text.split_once(&format!("fn {test}(")).map(|(before, _)| before.to_owned());
             // The attribute is on one of the lines before.
             before.is_some_and(|before| before.lines().rev().take(4).any(|line| line.contains("test")))
@@ -204,9 +204,9 @@ fn every_test_that_holds_a_promise_is_there() {
 }
 
 #[test]
-fn links_lead_somewhere() {
+fn doc_links_resolve() {
     let mut pages = vec!["README.md".to_owned(), "CHANGELOG.md".to_owned()];
-    for entry in fs::read_dir(top().join("docs")).expect("docs") {
+    for entry in fs::read_dir(repo_root().join("docs")).expect("docs") {
         let name = entry.expect("an entry").file_name().into_string().expect("UTF-8");
         if name.ends_with(".md") {
             pages.push(format!("docs/{name}"));
@@ -219,7 +219,8 @@ fn links_lead_somewhere() {
             if link.contains("://") {
                 continue;
             }
-            let target = if file.is_empty() { top().join(&page) } else { top().join(&page).with_file_name("").join(file) };
+            let target =
+                if file.is_empty() { repo_root().join(&page) } else { repo_root().join(&page).with_file_name("").join(file) };
             let linked = fs::read_to_string(&target).unwrap_or_else(|e| panic!("{page}: {link}: {e}"));
             let headings: Vec<String> =
                 linked.lines().filter(|line| line.starts_with('#')).map(|line| anchor(line.trim_start_matches('#'))).collect();
@@ -240,7 +241,7 @@ fn anchor(heading: &str) -> String {
 #[test]
 fn every_tutorial_is_run() {
     let mut stories = String::new();
-    for entry in fs::read_dir(top().join("tests/e2e")).expect("tests/e2e") {
+    for entry in fs::read_dir(repo_root().join("tests/e2e")).expect("tests/e2e") {
         let name = entry.expect("an entry").file_name().into_string().expect("UTF-8");
         if name.starts_with("tutorial_") {
             stories += &read(&format!("tests/e2e/{name}"));

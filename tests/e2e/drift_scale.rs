@@ -5,26 +5,26 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use overlay_agent::model::Family;
-use overlay_tests::programs::processor_time;
-use overlay_tests::stopwatch::{Lap, Stopwatch, Times};
-use overlay_tests::story::SOON;
-use overlay_tests::{Must, Story, eventually, http, kernel, peers};
+use overlay_tests::event_timer::{EventSpans, EventTimer, RepairTimes};
+use overlay_tests::programs::process_cpu_time;
+use overlay_tests::test_lab::CONVERGE_TIMEOUT;
+use overlay_tests::{ExpectContext, TestLab, eventually, http, kernel, synthetic_leases};
 use overlayctl::lab::Families;
 
 /// Peers that are leases alone, besides the one host.
 const PEERS: u16 = 1000;
 
 /// No entry may be away longer. The goals are printed beside the figures: 20 ms at the median, 200 ms at worst.
-const LIMIT: Duration = Duration::from_secs(1);
+const MAX_ABSENCE: Duration = Duration::from_secs(1);
 
 /// How often each kind of entry is deleted or altered alone.
-const TIMES: usize = 5;
+const REPEATS: usize = 5;
 
 /// Silence after which a repair is over.
-const REST: Duration = Duration::from_millis(150);
+const QUIET_PERIOD: Duration = Duration::from_millis(150);
 
 /// One entry each: what is done to the entry number `$1` of its list, and what the entry is called in metrics.
-const ONE: [(&str, &str, &str); 8] = [
+const SINGLE_ENTRY_FAULTS: [(&str, &str, &str); 8] = [
     ("route deleted", "route", "ip route delete $(ip route show proto 86 type unicast | sed -n ${1}p | cut -d' ' -f1) proto 86"),
     (
         "IPv6 route deleted",
@@ -60,7 +60,7 @@ const ONE: [(&str, &str, &str); 8] = [
 ];
 
 /// All entries of a kind, as fast as a program can.
-const ALL: [(&str, &str); 5] = [
+const BULK_FAULTS: [(&str, &str); 5] = [
     (
         "all routes deleted",
         "for f in -4 -6; do ip $f route show proto 86 type unicast | sed 's/^\\([^ ]*\\).*/route delete \\1 proto 86/' | ip $f -force -batch -; done",
@@ -80,38 +80,38 @@ const ALL: [(&str, &str); 5] = [
     ("tunnels and bridge deleted", "ip link delete ovx.1; ip link delete ovx6.1; ip link delete ovb.1; nft flush ruleset"),
 ];
 
-async fn lab() -> Story {
-    let story = Story::up(|options| {
+async fn start_lab() -> TestLab {
+    let lab = TestLab::up(|options| {
         options.hosts = 2;
         options.containers = 1;
         options.families = Families::Dual;
-        options.networks = peers::networks();
+        options.networks = synthetic_leases::networks();
     })
     .await;
-    peers::put_all(&story, &peers::beside(&story, PEERS, true));
+    synthetic_leases::put_all(&lab, &synthetic_leases::unused_leases(&lab, PEERS, true));
     let all = usize::from(PEERS) + 1;
     for host in ["h1", "h2"] {
         let whole = |s: &overlay_agent::model::api::Status| s.ready && s.data_path.peers == all;
-        story.at(host).wait_status(SOON, "it has not every peer", whole).await.must(host);
+        lab.host(host).wait_status(CONVERGE_TIMEOUT, "it has not every peer", whole).await.expect_ok(host);
     }
-    story
+    lab
 }
 
-async fn healed(story: &Story, what: &str, before: &BTreeSet<String>) {
-    eventually(what, SOON, || {
-        let difference = kernel::difference(&kernel::actual(story, "h1"), before);
+async fn wait_repaired(lab: &TestLab, what: &str, before: &BTreeSet<String>) {
+    eventually(what, CONVERGE_TIMEOUT, || {
+        let difference = kernel::difference(&kernel::actual_state(lab, "h1"), before);
         if difference.is_empty() { Ok(()) } else { Err(format!("\n{}", difference.chars().take(2000).collect::<String>())) }
     })
     .await;
 }
 
-fn counted(story: &Story, kind: &str) -> u64 {
-    let metrics = http::ask(&story.at("h1").socket(), "GET", "/metrics", "").body;
+fn repair_count(lab: &TestLab, kind: &str) -> u64 {
+    let metrics = http::request(&lab.host("h1").socket(), "GET", "/metrics", "").body;
     let name = format!("overlayd_drift_repairs_total{{kind=\"{kind}\"}} ");
     metrics.lines().find_map(|line| line.strip_prefix(&name)).and_then(|value| value.trim().parse().ok()).unwrap_or(0)
 }
 
-fn row(what: &str, times: &Times, whole: Duration) {
+fn print_row(what: &str, times: &RepairTimes, whole: Duration) {
     let ms = |time: Duration| time.as_secs_f64() * 1e3;
     println!(
         "{what:<32} {:>5} entries, away {:>7.2} ms at the median, {:>7.2} ms at worst; all over after {:>7.2} ms",
@@ -123,107 +123,107 @@ fn row(what: &str, times: &Times, whole: Duration) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_at_a_time() {
-    let story = lab().await;
-    let before = kernel::actual(&story, "h1");
-    let stopwatch = Stopwatch::start(&story.inside("h1"));
-    let mut all = Times::default();
-    for (what, kind, script) in ONE {
-        let (repairs, of_kind) = (story.status("h1").await.data_path.drift_repairs, counted(&story, kind));
-        let lines = story.log("h1").lines().filter(|line| line.contains("an entry was changed by others")).count();
-        let mut times = Times::default();
+async fn single_entry_drift_is_repaired() {
+    let lab = start_lab().await;
+    let before = kernel::actual_state(&lab, "h1");
+    let stopwatch = EventTimer::start(&lab.open_netns("h1"));
+    let mut all = RepairTimes::default();
+    for (what, kind, script) in SINGLE_ENTRY_FAULTS {
+        let (repairs, of_kind) = (lab.status("h1").await.data_path.drift_repairs, repair_count(&lab, kind));
+        let lines = lab.log("h1").lines().filter(|line| line.contains("an entry was changed by others")).count();
+        let mut times = RepairTimes::default();
         let mut whole = Duration::ZERO;
-        stopwatch.lap(REST, SOON).await;
-        for number in 0..TIMES {
+        stopwatch.collect_until_quiet(QUIET_PERIOD, CONVERGE_TIMEOUT).await;
+        for number in 0..REPEATS {
             let script = format!("set -- {}; {script}", 100 + 150 * number);
-            kernel::shell(&story, "h1", &script);
-            let Lap { entries, whole: span } = stopwatch.lap(REST, SOON).await;
+            kernel::shell(&lab, "h1", &script);
+            let EventSpans { entries, total: span } = stopwatch.collect_until_quiet(QUIET_PERIOD, CONVERGE_TIMEOUT).await;
             // A foreign route replaces ours without an end of its own; whatever there was, the whole of it counts.
             times.add(entries.values().max().copied().unwrap_or_default().max(span));
             whole = whole.max(span);
         }
-        row(what, &times, whole);
-        healed(&story, what, &before).await;
+        print_row(what, &times, whole);
+        wait_repaired(&lab, what, &before).await;
         assert!(times.worst() > Duration::ZERO, "{what}: something happened");
-        assert!(times.worst() < LIMIT, "{what}: {times:?}");
+        assert!(times.worst() < MAX_ABSENCE, "{what}: {times:?}");
         all.extend(std::iter::once(times.worst()));
-        let count = TIMES as u64;
-        let status = story.status("h1").await;
+        let count = REPEATS as u64;
+        let status = lab.status("h1").await;
         assert!(status.data_path.drift_repairs >= repairs + count, "{what}: counted in the status: {:?}", status.data_path);
-        assert!(counted(&story, kind) >= of_kind + count, "{what}: counted in the metrics by kind");
-        let log = story.log("h1");
-        let told: Vec<&str> = log.lines().filter(|line| line.contains("an entry was changed by others")).skip(lines).collect();
-        let (first, one) = (told.first().must("a line"), format!("entry={kind}"));
-        assert!(told.iter().filter(|line| line.contains(kind)).count() >= TIMES, "{what}: {one}: {told:#?}");
+        assert!(repair_count(&lab, kind) >= of_kind + count, "{what}: counted in the metrics by kind");
+        let log = lab.log("h1");
+        let logged: Vec<&str> = log.lines().filter(|line| line.contains("an entry was changed by others")).skip(lines).collect();
+        let (first, one) = (logged.first().expect_ok("a line"), format!("entry={kind}"));
+        assert!(logged.iter().filter(|line| line.contains(kind)).count() >= REPEATS, "{what}: {one}: {logged:#?}");
         assert!(first.contains("found=") && first.contains("wanted="), "{what}: says what differed: {first}");
-        assert!(told.len() <= 3 * TIMES, "{what}: each is logged once: {told:#?}");
+        assert!(logged.len() <= 3 * REPEATS, "{what}: each is logged once: {logged:#?}");
     }
     println!("worst of each kind: {:?} at the median (goal 20 ms), {:?} at worst (goal 200 ms)", all.median(), all.worst());
-    story.assert_all_reach().await;
+    lab.assert_full_reachability().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn all_at_once() {
-    let story = lab().await;
-    let before = kernel::actual(&story, "h1");
-    let endpoints = story.at("h1").client().endpoints().await.must("endpoints").endpoints;
-    let stopwatch = Stopwatch::start(&story.inside("h1"));
-    for (what, script) in ALL {
-        let repairs = story.status("h1").await.data_path.drift_repairs;
-        stopwatch.lap(REST, SOON).await;
-        kernel::shell(&story, "h1", script);
-        let Lap { entries, whole } = stopwatch.lap(5 * REST, SOON).await;
-        let mut times = Times::default();
+async fn bulk_drift_is_repaired() {
+    let lab = start_lab().await;
+    let before = kernel::actual_state(&lab, "h1");
+    let endpoints = lab.host("h1").client().endpoints().await.expect_ok("endpoints").endpoints;
+    let stopwatch = EventTimer::start(&lab.open_netns("h1"));
+    for (what, script) in BULK_FAULTS {
+        let repairs = lab.status("h1").await.data_path.drift_repairs;
+        stopwatch.collect_until_quiet(QUIET_PERIOD, CONVERGE_TIMEOUT).await;
+        kernel::shell(&lab, "h1", script);
+        let EventSpans { entries, total } = stopwatch.collect_until_quiet(5 * QUIET_PERIOD, CONVERGE_TIMEOUT).await;
+        let mut times = RepairTimes::default();
         times.extend(entries.values().copied());
-        row(what, &times, whole);
-        healed(&story, what, &before).await;
-        let status = story.status("h1").await;
+        print_row(what, &times, total);
+        wait_repaired(&lab, what, &before).await;
+        let status = lab.status("h1").await;
         assert!(status.ready && status.data_path.failed.is_empty(), "{what}: {:?}", status.data_path);
         assert!(status.data_path.drift_repairs > repairs, "{what}: counted");
-        let flow = story.flow("h1-c1", "h2-c1", Family::V4).await;
-        flow.go_on(Duration::from_millis(250)).await;
+        let flow = lab.start_ping("h1-c1", "h2-c1", Family::V4).await;
+        flow.run_for(Duration::from_millis(250)).await;
         flow.stop().await.assert_no_loss(&format!("after: {what}"));
     }
-    assert_eq!(story.at("h1").client().endpoints().await.must("endpoints").endpoints, endpoints, "endpoints came through");
-    let log = story.log("h1");
+    assert_eq!(lab.host("h1").client().endpoints().await.expect_ok("endpoints").endpoints, endpoints, "endpoints came through");
+    let log = lab.log("h1");
     let lines = log.lines().filter(|line| line.contains("putting it back") || line.contains("putting them back")).count();
-    let repairs = story.status("h1").await.data_path.drift_repairs;
-    assert!(lines * 4 < usize::try_from(repairs).must("a number"), "{repairs} repairs, and {lines} lines of log");
-    story.assert_all_reach().await;
+    let repairs = lab.status("h1").await.data_path.drift_repairs;
+    assert!(lines * 4 < usize::try_from(repairs).expect_ok("a number"), "{repairs} repairs, and {lines} lines of log");
+    lab.assert_full_reachability().await;
 }
 
 /// Somebody deletes a route every 10 ms: the agent neither gives in nor spins, and says so loudly.
 #[tokio::test(flavor = "multi_thread")]
-async fn two_that_fight() {
-    let story = lab().await;
+async fn contended_route_is_rate_limited() {
+    let lab = start_lab().await;
     let time = Duration::from_secs(3);
-    let agent = story.at("h1").agent().must("an agent");
-    let peer = story.at("h1").client().peers().await.must("peers").peers.into_iter().find(|p| p.subnet.family() == Family::V4);
-    let route = peer.must("a peer").subnet.to_string();
-    let used = processor_time(agent.pid).must("the agent's processor time");
-    let repairs = story.status("h1").await.data_path.drift_repairs;
+    let agent = lab.host("h1").agent().expect_ok("an agent");
+    let peer =
+        lab.host("h1").client().peers().await.expect_ok("peers").peers.into_iter().find(|p| p.subnet.family() == Family::V4);
+    let route = peer.expect_ok("a peer").subnet.to_string();
+    let used = process_cpu_time(agent.pid).expect_ok("the agent's processor time");
+    let repairs = lab.status("h1").await.data_path.drift_repairs;
     let script = format!(
         "end=$(($(date +%s%N) + {})); n=0
          while [ $(date +%s%N) -lt $end ]; do ip route delete {route} proto 86 2>/dev/null && n=$((n + 1)); sleep 0.01; done
          echo $n",
         time.as_nanos()
     );
-    let deleted: u64 = kernel::shell(&story, "h1", &script).trim().parse().must("a number");
-    let used = processor_time(agent.pid).must("the agent's processor time") - used;
-    let status = story.status("h1").await;
+    let deleted: u64 = kernel::shell(&lab, "h1", &script).trim().parse().expect_ok("a number");
+    let used = process_cpu_time(agent.pid).expect_ok("the agent's processor time") - used;
+    let status = lab.status("h1").await;
     let repaired = status.data_path.drift_repairs - repairs;
     println!("{deleted} deletions, {repaired} repairs, {} ms of processor time in {} ms", used.as_millis(), time.as_millis());
     assert!(deleted >= 10, "there was a fight: {deleted}");
     assert!(repaired <= 40, "the rate is bounded: {repaired} repairs");
     assert!(used < time / 2, "the processor is not spun: {used:?} of {time:?}");
     assert!(status.problems.iter().any(|p| p.contains(&route)), "the status names it: {:?}", status.problems);
-    let loud = story.logged("h1", &["ERROR", "keeps undoing an entry", &route]).await;
-    assert_eq!(story.log("h1").matches("keeps undoing an entry").count(), 1, "told once: {loud}");
+    let loud = lab.wait_for_log("h1", &["ERROR", "keeps undoing an entry", &route]).await;
+    assert_eq!(lab.log("h1").matches("keeps undoing an entry").count(), 1, "told once: {loud}");
     // The other one gives up: the route is back when the pause is over.
-    story
-        .at("h1")
-        .wait_status(2 * SOON, "it does not come to rest", |s| s.ready && s.data_path.failed.is_empty())
+    lab.host("h1")
+        .wait_status(2 * CONVERGE_TIMEOUT, "it does not come to rest", |s| s.ready && s.data_path.failed.is_empty())
         .await
-        .must("h1");
-    assert!(kernel::run(&story, "h1", &["ip", "route", "show", &route]).contains("proto 86"));
+        .expect_ok("h1");
+    assert!(kernel::run(&lab, "h1", &["ip", "route", "show", &route]).contains("proto 86"));
 }

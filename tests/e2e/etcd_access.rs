@@ -8,30 +8,30 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use overlay_agent::model::api::Status;
-use overlay_tests::dump::Dump;
-use overlay_tests::programs::{Said, needs, overlayctl};
-use overlay_tests::story::READY;
-use overlay_tests::wait::eventually_asked;
-use overlay_tests::{Must, Story};
+use overlay_tests::dump::NetnsDump;
+use overlay_tests::programs::{CommandOutput, overlayctl, require_program};
+use overlay_tests::test_lab::READY_TIMEOUT;
+use overlay_tests::wait::eventually_async;
+use overlay_tests::{ExpectContext, TestLab};
 use overlayctl::client::Client;
-use overlayctl::lab::process::{self, GRACE, ProcessId};
+use overlayctl::lab::process::{self, ProcessId, TERM_GRACE};
 use overlayctl::lab::{Families, layout};
 
 /// A member a host: each checks that the others come from the address in their certificate.
 const MEMBERS: [(&str, &str); 3] = [("h1", "10.99.1.1"), ("h2", "10.99.1.2"), ("h3", "10.99.1.3")];
 
 /// How long the cluster may take to elect a leader, or an agent to see that a server is gone.
-const ELECTION: Duration = Duration::from_secs(60);
+const ELECTION_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A lab with hosts and no agents, and a member of the cluster on each.
 struct Cluster {
-    story: Story,
+    lab: TestLab,
     members: Vec<ProcessId>,
 }
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        let failures = process::end_all(&self.members, GRACE);
+        let failures = process::terminate_all(&self.members, TERM_GRACE);
         assert!(failures.is_empty() || std::thread::panicking(), "{failures:?}");
     }
 }
@@ -39,70 +39,71 @@ impl Drop for Cluster {
 /// A script of `deploy/etcd`.
 fn script(name: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/etcd").join(name);
-    path.to_str().must("a path in UTF-8").to_owned()
+    path.to_str().expect_ok("a path in UTF-8").to_owned()
 }
 
 impl Cluster {
     async fn up() -> Cluster {
-        needs("openssl", "openssl");
-        needs("etcdctl", "etcd-client");
-        let story = Story::without_agents(3, Families::V4).await;
-        let mut cluster = Cluster { story, members: Vec::new() };
-        let net = cluster.story.inside("net");
-        cluster.certificates("pki", "365", &["overlay-agent"]);
+        require_program("openssl", "openssl");
+        require_program("etcdctl", "etcd-client");
+        let lab = TestLab::without_agents(3, Families::V4).await;
+        let mut cluster = Cluster { lab, members: Vec::new() };
+        let net = cluster.lab.open_netns("net");
+        cluster.create_certificates("pki", "365", &["overlay-agent"]);
         let list = MEMBERS.map(|(name, address)| format!("{name}={address}"));
         for (name, _) in MEMBERS {
-            cluster.member(name, name, &list);
+            cluster.start_member(name, name, &list);
         }
         let healthy = || {
             let mut command = cluster.etcdctl(None);
             command.args(["endpoint", "health"]);
-            let said = run(&mut command, Some(&net));
-            std::future::ready(if said.code == Some(0) { Ok(()) } else { Err(said.err) })
+            let output = run(&mut command, Some(&net));
+            std::future::ready(if output.code == Some(0) { Ok(()) } else { Err(output.stderr) })
         };
-        eventually_asked("all members are well", ELECTION, healthy).await;
+        eventually_async("all members are well", ELECTION_TIMEOUT, healthy).await;
         let mut access = cluster.etcdctl(Some("access.sh"));
         access.arg(cluster.file("passwords"));
-        run(&mut access, Some(&net)).exits(0);
+        run(&mut access, Some(&net)).assert_code(0);
         cluster
     }
 
     /// Starts a member of the cluster of this list.
-    fn member(&mut self, place: &str, name: &str, list: &[String]) {
+    fn start_member(&mut self, netns_name: &str, name: &str, list: &[String]) {
         let mut settings = Command::new(script("member.sh"));
         settings.arg(name).arg(self.file("pki")).args(list).env("DATA", self.file(&format!("{name}-etcd")));
-        let settings = run(&mut settings, None).exits(0).out;
+        let settings = run(&mut settings, None).assert_code(0).stdout;
         let mut etcd = Command::new("etcd");
         for (key, value) in settings.lines().filter_map(|line| line.split_once('=')) {
             etcd.env(key, value);
         }
         let (log, record) = (self.file(&format!("{name}-etcd.log")), self.file(&format!("{name}-etcd.pid")));
-        self.members.push(process::start(etcd, Some(&self.story.inside(place)), &log, &record).must(name));
+        self.members.push(process::start(etcd, Some(&self.lab.open_netns(netns_name)), &log, &record).expect_ok(name));
     }
 
     /// A server of its own whose certificate has expired; its URL.
-    fn stale_server(&mut self) -> String {
-        let net = self.story.inside("net");
-        let shown = run(Command::new("ip").args(["-o", "-4", "address", "show", "to", "10.99.0.2"]), Some(&net)).exits(0).out;
-        let device = shown.split_whitespace().nth(1).must("the device of the lab's etcd");
-        run(Command::new("ip").args(["address", "add", "10.99.0.12/16", "dev", device]), Some(&net)).exits(0);
+    fn start_expired_server(&mut self) -> String {
+        let net = self.lab.open_netns("net");
+        let shown =
+            run(Command::new("ip").args(["-o", "-4", "address", "show", "to", "10.99.0.2"]), Some(&net)).assert_code(0).stdout;
+        let device = shown.split_whitespace().nth(1).expect_ok("the device of the lab's etcd");
+        run(Command::new("ip").args(["address", "add", "10.99.0.12/16", "dev", device]), Some(&net)).assert_code(0);
         let mut certs = Command::new(script("certs.sh"));
         certs.arg(self.file("pki")).args(["member", "stale", "10.99.0.12"]).env("DAYS", "0");
-        run(&mut certs, None).exits(0);
-        self.member("net", "stale", &["stale=10.99.0.12".to_owned()]);
+        run(&mut certs, None).assert_code(0);
+        self.start_member("net", "stale", &["stale=10.99.0.12".to_owned()]);
         "https://10.99.0.12:2379".to_owned()
     }
 
     fn file(&self, name: &str) -> PathBuf {
-        self.story.dir().join(name)
+        self.lab.dir().join(name)
     }
 
     /// A CA with certificates for all members and for clients that last that many days.
-    fn certificates(&self, dir: &str, days: &str, clients: &[&str]) {
+    fn create_certificates(&self, dir: &str, days: &str, clients: &[&str]) {
         let certs = |arguments: &[&str], days: &str| {
             let mut command = Command::new(script("certs.sh"));
             command.arg(self.file(dir)).args(arguments).env("DAYS", days);
-            run(&mut command, None).exits(0);
+            run(&mut command, None).assert_code(0);
         };
         certs(&["ca"], "365");
         for (name, address) in MEMBERS {
@@ -124,11 +125,11 @@ impl Cluster {
     }
 
     /// etcdctl as one of the users.
-    fn as_user(&self, user: &str, arguments: &[&str]) -> Said {
-        let password = std::fs::read_to_string(self.file("passwords").join(user)).must("a password");
+    fn etcdctl_as_user(&self, user: &str, arguments: &[&str]) -> CommandOutput {
+        let password = std::fs::read_to_string(self.file("passwords").join(user)).expect_ok("a password");
         let mut command = self.etcdctl(None);
         command.env("ETCDCTL_USER", format!("{user}:{}", password.trim_end())).args(arguments);
-        run(&mut command, Some(&self.story.inside("net")))
+        run(&mut command, Some(&self.lab.open_netns("net")))
     }
 
     /// The flags by which a client reaches the cluster as a user, with a certificate of that name out of that directory.
@@ -145,21 +146,21 @@ impl Cluster {
     }
 
     /// Writes the network's configuration as its administrator.
-    fn configure(&self) {
+    fn write_network_config(&self) {
         let network = self.file("network.json");
-        std::fs::write(&network, r#"{"Network": "10.244.0.0/16"}"#).must("a file");
+        std::fs::write(&network, r#"{"Network": "10.244.0.0/16"}"#).expect_ok("a file");
         let mut command = Command::new(overlayctl());
         command.args(["config", "set"]).arg(&network).args(self.flags("overlay-admin", "pki", "overlay-agent"));
-        run(&mut command, Some(&self.story.inside("h1"))).exits(0);
+        run(&mut command, Some(&self.lab.open_netns("h1"))).assert_code(0);
     }
 
     /// Starts an agent with these flags; it ends with the story.
-    fn agent(&mut self, host: &str, flags: &[String]) -> Client {
+    fn start_agent(&mut self, host: &str, flags: &[String]) -> Client {
         let dir = self.file(&format!("{host}-{}", self.members.len()));
-        let mut command = self.story.overlayd(host, dir.join("run"), dir.join("state"));
+        let mut command = self.lab.overlayd_command(host, dir.join("run"), dir.join("state"));
         // The harness names the lab's own etcd.
         let mut arguments: Vec<_> = command.get_args().map(ToOwned::to_owned).collect();
-        let named = arguments.iter().position(|a| a == "--etcd-endpoints").must("the lab's etcd");
+        let named = arguments.iter().position(|a| a == "--etcd-endpoints").expect_ok("the lab's etcd");
         arguments.drain(named..named + 2);
         let environment: Vec<_> = command.get_envs().map(|(k, v)| (k.to_owned(), v.map(ToOwned::to_owned))).collect();
         command = Command::new(command.get_program());
@@ -167,57 +168,57 @@ impl Cluster {
             command.env_remove(name);
         }
         command.args(arguments).args(flags);
-        std::fs::create_dir_all(&dir).must("a directory");
-        let netns = self.story.inside(host);
-        let process = process::start(command, Some(&netns), &dir.join("log"), &dir.join("pid")).must("the agent");
+        std::fs::create_dir_all(&dir).expect_ok("a directory");
+        let netns = self.lab.open_netns(host);
+        let process = process::start(command, Some(&netns), &dir.join("log"), &dir.join("pid")).expect_ok("the agent");
         self.members.push(process);
         Client::new(dir.join("run/overlayd.sock"))
     }
 
     /// Ends what was started last.
-    fn end_last(&mut self) {
-        let last = self.members.pop().must("an agent");
-        assert_eq!(process::end_all(&[last], GRACE), Vec::<String>::new());
+    fn stop_last(&mut self) {
+        let last = self.members.pop().expect_ok("an agent");
+        assert_eq!(process::terminate_all(&[last], TERM_GRACE), Vec::<String>::new());
     }
 }
 
-fn run(command: &mut Command, netns: Option<&overlay_agent::kernel::netns::Netns>) -> Said {
+fn run(command: &mut Command, netns: Option<&overlay_agent::kernel::netns::Netns>) -> CommandOutput {
     let shown: Vec<String> = std::iter::once(command.get_program())
         .chain(command.get_args())
         .map(|part| part.to_string_lossy().into_owned())
         .collect();
     command.stdin(std::process::Stdio::null());
     let output = match netns {
-        Some(netns) => netns.run(|| command.output()).must("enter the namespace"),
+        Some(netns) => netns.run(|| command.output()).expect_ok("enter the namespace"),
         None => command.output(),
     };
-    Said::of(&shown, &output.must(&shown[0]))
+    CommandOutput::from_output(&shown, &output.expect_ok(&shown[0]))
 }
 
-async fn until(what: &str, client: &Client, wished: impl Fn(&Status) -> bool) -> Status {
+async fn wait_status(what: &str, client: &Client, condition: impl Fn(&Status) -> bool) -> Status {
     let ask = || async {
         match client.status().await {
-            Ok(status) if wished(&status) => Ok(status),
+            Ok(status) if condition(&status) => Ok(status),
             Ok(status) => Err(format!("{:?}, connected {}", status.problems, status.store.connected)),
             Err(error) => Err(error.to_string()),
         }
     };
-    eventually_asked(what, READY.max(ELECTION), ask).await
+    eventually_async(what, READY_TIMEOUT.max(ELECTION_TIMEOUT), ask).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_agent_may_do_what_it_needs_and_no_more() {
+async fn agent_role_has_least_privilege() {
     let mut cluster = Cluster::up().await;
-    cluster.configure();
+    cluster.write_network_config();
     let flags = cluster.flags("overlay-agent", "pki", "overlay-agent");
-    let first = cluster.agent("h1", &flags);
-    let status = until("the first agent is ready", &first, |status| status.ready).await;
-    let subnet = status.lease.must("a lease").subnet;
+    let first = cluster.start_agent("h1", &flags);
+    let status = wait_status("the first agent is ready", &first, |status| status.ready).await;
+    let subnet = status.lease.expect_ok("a lease").subnet;
 
     // Its password opens neither the configuration nor what lies beside the prefix, and no administration.
     let lease = format!("{}/subnets/x", layout::ETCD_PREFIX);
-    cluster.as_user("overlay-agent", &["put", &lease, "{}"]).exits(0);
-    cluster.as_user("overlay-agent", &["del", &lease]).exits(0);
+    cluster.etcdctl_as_user("overlay-agent", &["put", &lease, "{}"]).assert_code(0);
+    cluster.etcdctl_as_user("overlay-agent", &["del", &lease]).assert_code(0);
     let config = format!("{}/config", layout::ETCD_PREFIX);
     for denied in [
         &["put", &config, "{}"][..],
@@ -228,12 +229,15 @@ async fn an_agent_may_do_what_it_needs_and_no_more() {
         &["user", "add", "mallory:x"],
         &["auth", "disable"],
     ] {
-        cluster.as_user("overlay-agent", denied).exits(1).complains(&["permission denied"]);
+        cluster.etcdctl_as_user("overlay-agent", denied).assert_code(1).assert_stderr_contains(&["permission denied"]);
     }
-    cluster.as_user("overlay-reader", &["get", &config]).exits(0);
-    cluster.as_user("overlay-reader", &["put", &lease, "{}"]).exits(1).complains(&["permission denied"]);
+    cluster.etcdctl_as_user("overlay-reader", &["get", &config]).assert_code(0);
+    cluster
+        .etcdctl_as_user("overlay-reader", &["put", &lease, "{}"])
+        .assert_code(1)
+        .assert_stderr_contains(&["permission denied"]);
     // A certificate is the user that its name is; one that names no user gets nothing without a password, and no certificate no answer.
-    cluster.certificates("pki", "365", &["passer-by"]);
+    cluster.create_certificates("pki", "365", &["passer-by"]);
     for (certificate, code) in [("overlay-agent", 0), ("passer-by", 1), ("none", 1)] {
         let mut nameless = cluster.etcdctl(None);
         nameless.args(["--command-timeout=3s", "get", &config]);
@@ -243,40 +247,41 @@ async fn an_agent_may_do_what_it_needs_and_no_more() {
             nameless.env("ETCDCTL_CERT", cluster.file(&format!("pki/{certificate}.crt")));
             nameless.env("ETCDCTL_KEY", cluster.file(&format!("pki/{certificate}.key")));
         }
-        run(&mut nameless, Some(&cluster.story.inside("net"))).exits(code);
+        run(&mut nameless, Some(&cluster.lab.open_netns("net"))).assert_code(code);
     }
 
     // Two of three members are a cluster: whichever the agent speaks to, it goes on, and another host joins.
     let gone = cluster.members[0];
-    gone.signal(Signal::SIGKILL).must("kill a member");
-    assert!(gone.wait(GRACE), "the member is gone");
-    let second = cluster.agent("h2", &flags);
-    until("the second agent is ready with a member gone", &second, |status| status.ready && status.data_path.peers == 1).await;
-    let status = until("the first one sees it", &first, |s| s.ready && s.store.connected && s.data_path.peers == 1).await;
-    assert_eq!(status.lease.must("a lease").subnet, subnet);
+    gone.signal(Signal::SIGKILL).expect_ok("kill a member");
+    assert!(gone.wait(TERM_GRACE), "the member is gone");
+    let second = cluster.start_agent("h2", &flags);
+    wait_status("the second agent is ready with a member gone", &second, |status| status.ready && status.data_path.peers == 1)
+        .await;
+    let status = wait_status("the first one sees it", &first, |s| s.ready && s.store.connected && s.data_path.peers == 1).await;
+    assert_eq!(status.lease.expect_ok("a lease").subnet, subnet);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn each_wrong_credential_has_its_own_error() {
     let mut cluster = Cluster::up().await;
-    cluster.configure();
-    cluster.certificates("other", "365", &[]);
+    cluster.write_network_config();
+    cluster.create_certificates("other", "365", &[]);
     // An expired one of the right CA, and a good one of the other.
-    cluster.certificates("pki", "0", &["expired"]);
-    cluster.certificates("other", "365", &["stranger"]);
+    cluster.create_certificates("pki", "0", &["expired"]);
+    cluster.create_certificates("other", "365", &["stranger"]);
     for ending in ["crt", "key"] {
         let (from, to) = (format!("other/stranger.{ending}"), format!("pki/stranger.{ending}"));
-        std::fs::copy(cluster.file(&from), cluster.file(&to)).must(&to);
+        std::fs::copy(cluster.file(&from), cluster.file(&to)).expect_ok(&to);
     }
     let wrong = cluster.file("passwords/wrong");
-    std::fs::write(&wrong, "not the password\n").must("a password");
-    std::fs::set_permissions(&wrong, std::fs::Permissions::from_mode(0o600)).must("for its owner alone");
-    let before = Dump::of(&cluster.story.inside("h1"));
+    std::fs::write(&wrong, "not the password\n").expect_ok("a password");
+    std::fs::set_permissions(&wrong, std::fs::Permissions::from_mode(0o600)).expect_ok("for its owner alone");
+    let before = NetnsDump::of(&cluster.lab.open_netns("h1"));
 
     let mut wrong_password = cluster.flags("overlay-agent", "pki", "overlay-agent");
     wrong_password.retain(|flag| !flag.starts_with("--etcd-password-file"));
     wrong_password.push(format!("--etcd-password-file={}", cluster.file("passwords/wrong").display()));
-    let stale = cluster.stale_server();
+    let stale = cluster.start_expired_server();
     let mut expired_server = cluster.flags("overlay-agent", "pki", "overlay-agent");
     expired_server[0] = format!("--etcd-endpoints={stale}");
     let cases = [
@@ -291,23 +296,23 @@ async fn each_wrong_credential_has_its_own_error() {
         ("a server's expired certificate", expired_server, vec!["its certificate has expired"]),
         ("a stranger's certificate", cluster.flags("overlay-agent", "pki", "stranger"), vec!["client certificate of its CA"]),
     ];
-    let mut told = Vec::new();
+    let mut errors = Vec::new();
     for (what, flags, wanted) in cases {
-        let client = cluster.agent("h1", &flags);
+        let client = cluster.start_agent("h1", &flags);
         let says = |status: &Status| wanted.iter().all(|text| status.problems.iter().any(|problem| problem.contains(text)));
-        let status = until(what, &client, says).await;
+        let status = wait_status(what, &client, says).await;
         assert!(!status.ready && status.lease.is_none(), "{what}: {status:?}");
-        told.push(status.problems.join("; "));
-        cluster.end_last();
+        errors.push(status.problems.join("; "));
+        cluster.stop_last();
     }
-    told.sort_unstable();
-    told.dedup();
-    assert_eq!(told.len(), 6, "each has its own words: {told:#?}");
-    let text = told.join("\n");
+    errors.sort_unstable();
+    errors.dedup();
+    assert_eq!(errors.len(), 6, "each has its own words: {errors:#?}");
+    let text = errors.join("\n");
     assert!(!text.contains("not the password"), "{text}");
     // Nothing was touched by agents without a lease.
-    let changes = Dump::of(&cluster.story.inside("h1")).changes_since(&before);
+    let changes = NetnsDump::of(&cluster.lab.open_netns("h1")).changes_since(&before);
     assert!(changes.is_empty(), "{changes}");
-    let keys = cluster.as_user("root", &["get", "--prefix", "--keys-only", layout::ETCD_PREFIX]).exits(0).out;
+    let keys = cluster.etcdctl_as_user("root", &["get", "--prefix", "--keys-only", layout::ETCD_PREFIX]).assert_code(0).stdout;
     assert_eq!(keys.trim(), format!("{}/config", layout::ETCD_PREFIX));
 }

@@ -1,7 +1,7 @@
 //! What goes wrong on the first day: each mistake is made as a new user makes it, and what is said names the value, the place and the remedy.
 //!
 //! Stories of their own have a second agent, rights that are missing and unknown keys (`refusal`), a configuration that comes late or is bad
-//! (`late_config`), values of an attach (`bad_input`), and certificates, passwords and roles (`etcd_access`).
+//! (`late_config`), values of an attach (`invalid_input_is_rejected`), and certificates, passwords and roles (`etcd_access`).
 
 use std::fs;
 use std::net::{TcpListener, UdpSocket};
@@ -10,47 +10,47 @@ use std::process::Command;
 use nix::sys::signal::Signal;
 use overlay_agent::model::api::Status;
 use overlay_tests::programs::overlayd;
-use overlay_tests::story::{READY, SOON};
-use overlay_tests::wait::eventually_asked;
-use overlay_tests::{Must, Story, etcd, kernel, peers};
+use overlay_tests::test_lab::{CONVERGE_TIMEOUT, READY_TIMEOUT};
+use overlay_tests::wait::eventually_async;
+use overlay_tests::{ExpectContext, TestLab, etcd, kernel, synthetic_leases};
 use overlayctl::lab::{Families, agent, process};
 
 /// Hosts whose agents have not been started yet.
-async fn hosts(count: u16, families: Families) -> Story {
-    Story::without_agents(count, families).await
+async fn start_lab_without_agents(count: u16, families: Families) -> TestLab {
+    TestLab::without_agents(count, families).await
 }
 
 /// Starts the agent of h1 with this endpoint and no other.
-fn start_at(story: &Story, endpoint: &str) {
-    let host = story.at("h1");
+fn start_agent_with_endpoint(lab: &TestLab, endpoint: &str) {
+    let host = lab.host("h1");
     for dir in [host.run_dir(), host.state_dir()] {
-        fs::create_dir_all(dir).must("a directory");
+        fs::create_dir_all(dir).expect_ok("a directory");
     }
     let mut command = Command::new(overlayd());
     command.args(["--config", "/dev/null", "--node-name", "h1", "--etcd-endpoints", endpoint]);
     command.arg("--run-dir").arg(host.run_dir()).arg("--state-dir").arg(host.state_dir());
-    process::start(command, Some(&story.inside("h1")), &host.log(), &agent::record(story.dir(), "h1")).must("start");
+    process::start(command, Some(&lab.open_netns("h1")), &host.log(), &agent::pid_file(lab.dir(), "h1")).expect_ok("start");
 }
 
 /// Starts the agent of h1 so, and waits until a problem has all these words; the problem.
-async fn problem(story: &Story, flags: &[&str], words: &[&str]) -> String {
-    let host = story.at("h1");
-    host.agent_start(flags).must("start");
+async fn start_and_wait_for_problem(lab: &TestLab, flags: &[&str], words: &[&str]) -> String {
+    let host = lab.host("h1");
+    host.agent_start(flags).expect_ok("start");
     let has = |problem: &&String| words.iter().all(|word| problem.contains(word));
     let holds = |status: &Status| !status.ready && status.problems.iter().any(|problem| has(&problem));
-    let status = host.wait_status(SOON, &format!("no problem says {words:?}"), holds).await.must("h1");
-    story.ctl("h1", &["status"]).exits(3);
-    status.problems.iter().find(has).cloned().must("a problem")
+    let status = host.wait_status(CONVERGE_TIMEOUT, &format!("no problem says {words:?}"), holds).await.expect_ok("h1");
+    lab.ctl("h1", &["status"]).assert_code(3);
+    status.problems.iter().find(has).cloned().expect_ok("a problem")
 }
 
-fn stop(story: &Story) {
-    story.at("h1").agent_stop(Signal::SIGTERM).must("stop");
+fn stop_agent(lab: &TestLab) {
+    lab.host("h1").agent_stop(Signal::SIGTERM).expect_ok("stop");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn etcd_is_not_where_it_is_looked_for() {
-    let story = hosts(1, Families::V4).await;
-    let etcd = story.layout().etcd_endpoints()[0].clone();
+async fn unreachable_etcd_is_reported() {
+    let lab = start_lab_without_agents(1, Families::V4).await;
+    let etcd = lab.layout().etcd_endpoints()[0].clone();
     let unused = |flag: &str| etcd.replace("2379", flag);
     for (endpoint, words) in [
         // Nothing listens; nothing has the address, which the kernel finds after three seconds or the agent gives up after five; the name is nobody's.
@@ -61,25 +61,26 @@ async fn etcd_is_not_where_it_is_looked_for() {
         (etcd.replace("http:", "https:"), &["TLS with etcd https://", "use an http:// endpoint"]),
     ] {
         // A resolver may take a while to give a name up.
-        let host = story.at("h1");
-        start_at(&story, &endpoint);
-        let said = |status: &Status| {
+        let host = lab.host("h1");
+        start_agent_with_endpoint(&lab, &endpoint);
+        let output = |status: &Status| {
             let first = status.problems.first().map_or("", String::as_str);
             !status.ready && words.iter().all(|word| first.contains(word)) && !first.contains("transport error")
         };
-        let status = host.wait_status(READY, &format!("{endpoint}: {words:?} are not said"), said).await.must("h1");
+        let status =
+            host.wait_status(READY_TIMEOUT, &format!("{endpoint}: {words:?} are not output"), output).await.expect_ok("h1");
         assert!(status.network.is_none() && status.lease.is_none(), "{status:#?}");
-        let shown = story.ctl("h1", &["status"]).exits(3).out;
+        let shown = lab.ctl("h1", &["status"]).assert_code(3).stdout;
         // Once, and without the advice to write a configuration that may well be there.
         assert!(shown.contains("store        not connected ("), "{shown}");
         assert!(shown.contains("not known yet") && !shown.contains("config set"), "{shown}");
-        stop(&story);
+        stop_agent(&lab);
     }
     // The same of a command that asks etcd itself.
-    let said = story.ctl("h1", &["config", "show", "--etcd-endpoints", &unused("2399")]).exits(1);
-    said.complains(&["Connection refused", "start etcd, or set --etcd-endpoints"]);
+    let output = lab.ctl("h1", &["config", "show", "--etcd-endpoints", &unused("2399")]).assert_code(1);
+    output.assert_stderr_contains(&["Connection refused", "start etcd, or set --etcd-endpoints"]);
     let flags = |endpoint: &str| {
-        let mut command = story.overlayd("h1", story.dir().join("new/run"), story.dir().join("new/state"));
+        let mut command = lab.overlayd_command("h1", lab.dir().join("new/run"), lab.dir().join("new/state"));
         command.args(["--etcd-prefix", "/x", "--etcd-endpoints", endpoint]);
         command
     };
@@ -88,15 +89,15 @@ async fn etcd_is_not_where_it_is_looked_for() {
         ("http://10.99.0.2", "`http://10.99.0.2` has no port: is it http://10.99.0.2:2379?"),
         ("http://10.99.0.2:2379/v3", "is not a URL such as http://"),
     ] {
-        story.ends("h1", flags(endpoint)).exits(2).complains(&["--etcd-endpoints", words]);
+        lab.run_to_exit("h1", flags(endpoint)).assert_code(2).assert_stderr_contains(&["--etcd-endpoints", words]);
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn http_to_an_etcd_that_speaks_tls() {
-    let story = hosts(1, Families::V4).await;
+async fn plain_http_to_tls_etcd_is_reported() {
+    let lab = start_lab_without_agents(1, Families::V4).await;
     // What a TLS server does with a request in the clear: it ends the connection.
-    let listener = story.inside("h1").run(|| TcpListener::bind("127.0.0.1:2398")).must("h1").must("a port");
+    let listener = lab.open_netns("h1").run(|| TcpListener::bind("127.0.0.1:2398")).expect_ok("h1").expect_ok("a port");
     let server = std::thread::spawn(move || {
         // Each try of the agent, until the test asks for nothing.
         while let Ok((mut stream, _)) = listener.accept() {
@@ -107,30 +108,31 @@ async fn http_to_an_etcd_that_speaks_tls() {
             }
         }
     });
-    start_at(&story, "http://127.0.0.1:2398");
-    problem(&story, &[], &["http://127.0.0.1:2398", "use an https:// endpoint", "--etcd-cafile"]).await;
-    stop(&story);
-    kernel::shell(&story, "h1", "bash -c 'echo end >/dev/tcp/127.0.0.1/2398'");
+    start_agent_with_endpoint(&lab, "http://127.0.0.1:2398");
+    start_and_wait_for_problem(&lab, &[], &["http://127.0.0.1:2398", "use an https:// endpoint", "--etcd-cafile"]).await;
+    stop_agent(&lab);
+    kernel::shell(&lab, "h1", "bash -c 'echo end >/dev/tcp/127.0.0.1/2398'");
     server.join().unwrap_or_default();
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_external_interface_that_is_not_there() {
-    let story = hosts(1, Families::Dual).await;
-    problem(&story, &["--iface", "eth9"], &["--iface", "no interface eth9", "candidates: eth0 (10.99.1.1"]).await;
-    story.ctl("h1", &["attach", "web"]).exits(1).complains(&["not in place", "overlayctl status"]);
-    stop(&story);
+async fn missing_external_interface_is_reported() {
+    let lab = start_lab_without_agents(1, Families::Dual).await;
+    start_and_wait_for_problem(&lab, &["--iface", "eth9"], &["--iface", "no interface eth9", "candidates: eth0 (10.99.1.1"])
+        .await;
+    lab.ctl("h1", &["attach", "web"]).assert_code(1).assert_stderr_contains(&["not in place", "overlayctl status"]);
+    stop_agent(&lab);
     // It is there, and lacks what the network needs.
-    kernel::shell(&story, "h1", "ip -6 address flush dev eth0 scope global");
-    problem(&story, &[], &["eth0 has no IPv6 address", "--iface"]).await;
-    kernel::shell(&story, "h1", "ip address add fd99::1:1/64 dev eth0 nodad");
-    story.at("h1").wait_ready(READY).await.must("ready once it has one");
+    kernel::shell(&lab, "h1", "ip -6 address flush dev eth0 scope global");
+    start_and_wait_for_problem(&lab, &[], &["eth0 has no IPv6 address", "--iface"]).await;
+    kernel::shell(&lab, "h1", "ip address add fd99::1:1/64 dev eth0 nodad");
+    lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("ready once it has one");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_file_is_not_what_it_should_be() {
-    let story = hosts(1, Families::V4).await;
-    let path = story.dir().join("overlayd.toml");
+async fn invalid_config_file_is_reported() {
+    let lab = start_lab_without_agents(1, Families::V4).await;
+    let path = lab.dir().join("overlayd.toml");
     let shown = path.display().to_string();
     for (text, words) in [
         ("etcd-endpoint = \"http://x:1\"\n", &["etcd-endpoint in", "did you mean `etcd-endpoints`?"][..]),
@@ -143,29 +145,30 @@ async fn the_file_is_not_what_it_should_be() {
         ("iface = \"eth0\"\nlog-level = \n", &["line 2", "is not TOML"]),
         ("ip-masq = \"no\"\n", &["ip-masq in", "`no` is not true or false"]),
     ] {
-        fs::write(&path, text).must("a file");
+        fs::write(&path, text).expect_ok("a file");
         let mut command = Command::new(overlayd());
         command.arg("--config").arg(&path);
-        let said = story.ends("h1", command).exits(2).complains(&[&["1 mistake", &shown], words].concat());
-        assert!(!said.err.contains("hush"), "{}", said.err);
+        let output =
+            lab.run_to_exit("h1", command).assert_code(2).assert_stderr_contains(&[&["1 mistake", &shown], words].concat());
+        assert!(!output.stderr.contains("hush"), "{}", output.stderr);
     }
     // A key that others may read is told once, not as a certificate without its key as well.
-    let (certificate, key) = (story.dir().join("a.crt"), story.dir().join("a.key"));
-    fs::write(&certificate, "x").must("a file");
-    fs::write(&key, "x").must("a file");
-    fs::set_permissions(&key, std::os::unix::fs::PermissionsExt::from_mode(0o644)).must("a mode");
-    let mut command = story.overlayd("h1", story.dir().join("new/run"), story.dir().join("new/state"));
+    let (certificate, key) = (lab.dir().join("a.crt"), lab.dir().join("a.key"));
+    fs::write(&certificate, "x").expect_ok("a file");
+    fs::write(&key, "x").expect_ok("a file");
+    fs::set_permissions(&key, std::os::unix::fs::PermissionsExt::from_mode(0o644)).expect_ok("a mode");
+    let mut command = lab.overlayd_command("h1", lab.dir().join("new/run"), lab.dir().join("new/state"));
     command.arg("--etcd-certfile").arg(&certificate).arg("--etcd-keyfile").arg(&key);
-    let said = story.ends("h1", command).exits(2).complains(&["--etcd-keyfile", "chmod 600"]);
-    assert!(!said.err.contains("needs --etcd-keyfile"), "{}", said.err);
+    let output = lab.run_to_exit("h1", command).assert_code(2).assert_stderr_contains(&["--etcd-keyfile", "chmod 600"]);
+    assert!(!output.stderr.contains("needs --etcd-keyfile"), "{}", output.stderr);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_networks_file_is_not_what_it_should_be() {
-    let story = hosts(1, Families::V4).await;
-    let path = story.dir().join("network.json");
+async fn invalid_network_file_is_reported() {
+    let lab = start_lab_without_agents(1, Families::V4).await;
+    let path = lab.dir().join("network.json");
     let shown = path.display().to_string();
-    let stored = || etcd::list(&story, &etcd::config_key()).into_iter().map(|entry| entry.value).collect::<Vec<_>>();
+    let stored = || etcd::list(&lab, &etcd::config_key()).into_iter().map(|entry| entry.value).collect::<Vec<_>>();
     let before = stored();
     for (text, words) in [
         ("{\"Network\": \"10.244.0.0/16\",}", &["is not JSON", "line 1 column"][..]),
@@ -175,189 +178,202 @@ async fn the_networks_file_is_not_what_it_should_be() {
             &["Backend.MTU: `1200`", "1350", "IPv6"],
         ),
     ] {
-        fs::write(&path, text).must("a file");
-        let said = story.ctl("h1", &["config", "validate", &shown]).exits(1);
-        let all = format!("{}{}", said.out, said.err);
+        fs::write(&path, text).expect_ok("a file");
+        let output = lab.ctl("h1", &["config", "validate", &shown]).assert_code(1);
+        let all = format!("{}{}", output.stdout, output.stderr);
         assert!(words.iter().all(|word| all.contains(word)) && all.contains(&shown), "{all}");
-        let endpoints = story.layout().etcd_endpoints().join(",");
-        let said = story.ctl("h1", &["config", "set", &shown, "--etcd-endpoints", &endpoints]).exits(1);
-        said.complains(&[&[shown.as_str(), "nothing was written"], words].concat());
+        let endpoints = lab.layout().etcd_endpoints().join(",");
+        let output = lab.ctl("h1", &["config", "set", &shown, "--etcd-endpoints", &endpoints]).assert_code(1);
+        output.assert_stderr_contains(&[&[shown.as_str(), "nothing was written"], words].concat());
     }
     assert_eq!(stored(), before);
     // One that got there by other hands.
-    etcd::put(&story, &etcd::config_key(), "{\"Network\": \"10.244.0.0/16\"");
-    problem(&story, &[], &["/config is bad", "is not JSON", "overlayctl config set FILE"]).await;
-    let said = story.ctl("h1", &["status"]).exits(3).out;
-    assert!(said.contains("what is written is bad"), "{said}");
+    etcd::put(&lab, &etcd::config_key(), "{\"Network\": \"10.244.0.0/16\"");
+    start_and_wait_for_problem(&lab, &[], &["/config is bad", "is not JSON", "overlayctl config set FILE"]).await;
+    let output = lab.ctl("h1", &["status"]).assert_code(3).stdout;
+    assert!(output.contains("what is written is bad"), "{output}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_agent_runs() {
-    let story = hosts(1, Families::V4).await;
+async fn commands_without_agent_name_remedy() {
+    let lab = start_lab_without_agents(1, Families::V4).await;
     for command in [&["status"][..], &["peers"], &["subnets"], &["mesh"], &["attach", "web"]] {
-        story.ctl("h1", command).exits(1).complains(&["no agent at", "overlayd.sock", "systemctl status overlayd", "--socket"]);
+        lab.ctl("h1", command).assert_code(1).assert_stderr_contains(&[
+            "no agent at",
+            "overlayd.sock",
+            "systemctl status overlayd",
+            "--socket",
+        ]);
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ports_that_are_taken() {
-    let story = hosts(1, Families::V4).await;
-    let metrics = story.inside("h1").run(|| TcpListener::bind("0.0.0.0:9780")).must("h1").must("a port");
-    let mut command = story.overlayd("h1", story.dir().join("new/run"), story.dir().join("new/state"));
+async fn taken_ports_are_reported() {
+    let lab = start_lab_without_agents(1, Families::V4).await;
+    let metrics = lab.open_netns("h1").run(|| TcpListener::bind("0.0.0.0:9780")).expect_ok("h1").expect_ok("a port");
+    let mut command = lab.overlayd_command("h1", lab.dir().join("new/run"), lab.dir().join("new/state"));
     command.args(["--metrics-listen", "127.0.0.1:9780"]);
-    story.ends("h1", command).exits(1).complains(&["127.0.0.1:9780", "--metrics-listen", "in use"]);
+    lab.run_to_exit("h1", command).assert_code(1).assert_stderr_contains(&["127.0.0.1:9780", "--metrics-listen", "in use"]);
     drop(metrics);
 
-    let tunnel = story.inside("h1").run(|| UdpSocket::bind("0.0.0.0:8472")).must("h1").must("a port");
-    problem(&story, &[], &["UDP port 8472 is taken", "ss -ulnp", "Backend.Port"]).await;
+    let tunnel = lab.open_netns("h1").run(|| UdpSocket::bind("0.0.0.0:8472")).expect_ok("h1").expect_ok("a port");
+    start_and_wait_for_problem(&lab, &[], &["UDP port 8472 is taken", "ss -ulnp", "Backend.Port"]).await;
     // The lease is held: that is not what is missing.
-    story.ctl("h1", &["attach", "web"]).exits(1).complains(&["devices are not in place", "overlayctl status"]);
+    lab.ctl("h1", &["attach", "web"]).assert_code(1).assert_stderr_contains(&["devices are not in place", "overlayctl status"]);
     drop(tunnel);
-    story.at("h1").wait_ready(READY).await.must("ready once the port is free");
-    stop(&story);
+    lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("ready once the port is free");
+    stop_agent(&lab);
 }
 
 /// All that peers need stands on the device: its failure is reported, with the remedy, and none of those that follow from it.
 #[tokio::test(flavor = "multi_thread")]
-async fn device_left_by_flannel_is_reported_as_the_one_cause() {
+async fn leftover_flannel_device_is_sole_reported_cause() {
     const PEERS: u16 = 20;
-    let story = Story::up(|options| {
+    let lab = TestLab::up(|options| {
         options.hosts = 2;
         options.containers = 0;
         options.agents = false;
-        options.networks.v4 = peers::networks().v4;
+        options.networks.v4 = synthetic_leases::networks().v4;
     })
     .await;
-    story.start("h2").await;
-    peers::put_all(&story, &peers::beside(&story, PEERS, false));
-    kernel::shell(&story, "h1", "ip link add flannel.1 type vxlan id 1 dstport 8472 dev eth0; ip link set flannel.1 up");
+    lab.start_agent("h2").await;
+    synthetic_leases::put_all(&lab, &synthetic_leases::unused_leases(&lab, PEERS, false));
+    kernel::shell(&lab, "h1", "ip link add flannel.1 type vxlan id 1 dstport 8472 dev eth0; ip link set flannel.1 up");
     let cause = ["set link ovx.1", "in use by interface flannel.1", "delete it"];
-    let said = problem(&story, &[], &cause).await;
-    assert!(said.starts_with("1 entry cannot be programmed: set link ovx.1"), "{said}");
+    let output = start_and_wait_for_problem(&lab, &[], &cause).await;
+    assert!(output.starts_with("1 entry cannot be programmed: set link ovx.1"), "{output}");
     // Some tries later it is the same.
-    let waited = story.ctl("h1", &["status", "--wait", "3s"]).exits(4).out;
+    let waited = lab.ctl("h1", &["status", "--wait", "3s"]).assert_code(4).stdout;
     assert!(cause.iter().all(|word| waited.contains(word)), "{waited}");
-    let status = story.status("h1").await;
+    let status = lab.status("h1").await;
     assert_eq!(status.data_path.failed.len(), 1, "{:?}", status.data_path.failed);
-    let shown = story.ctl("h1", &["peers"]).exits(0).out;
+    let shown = lab.ctl("h1", &["peers"]).assert_code(0).stdout;
     assert!(shown.contains("waits for link ovx.1"), "{shown}");
-    let log = story.log("h1");
+    let log = lab.log("h1");
     let warnings: Vec<&str> = log.lines().filter(|line| line.contains("WARN") || line.contains("ERROR")).collect();
     let follows = |line: &&&str| line.contains("exthop") || line.contains("No such device") || line.contains("does not exist");
     assert_eq!(warnings.iter().filter(follows).collect::<Vec<_>>(), Vec::<&&str>::new(), "{log}");
     assert!(warnings.iter().any(|line| line.contains("flannel.1")), "{log}");
 
-    kernel::shell(&story, "h1", "ip link delete flannel.1");
+    kernel::shell(&lab, "h1", "ip link delete flannel.1");
     let all = |status: &Status| status.ready && status.data_path.peers == usize::from(PEERS) + 1;
-    story.at("h1").wait_status(READY, "it has not all peers once the device is gone", all).await.must("h1");
-    story.settled("h1", SOON).await;
+    lab.host("h1").wait_status(READY_TIMEOUT, "it has not all peers once the device is gone", all).await.expect_ok("h1");
+    lab.wait_converged("h1", CONVERGE_TIMEOUT).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_subnet_is_free() {
-    let story = hosts(2, Families::V4).await;
+async fn exhausted_pool_is_reported() {
+    let lab = start_lab_without_agents(2, Families::V4).await;
     let only = r#"{"Network":"10.244.0.0/16","SubnetMin":"10.244.7.0","SubnetMax":"10.244.7.0"}"#;
-    etcd::put(&story, &etcd::config_key(), only);
-    story.start("h2").await;
-    let said = problem(&story, &[], &["no free subnet: all 1 of 10.244.0.0/16", "overlayctl subnets", "larger network"]).await;
-    assert!(said.starts_with("no subnet is leased"), "{said}");
-    etcd::put(&story, &etcd::config_key(), &story.layout().config);
-    story.at("h1").wait_ready(READY).await.must("ready once there are more");
+    etcd::put(&lab, &etcd::config_key(), only);
+    lab.start_agent("h2").await;
+    let output = start_and_wait_for_problem(
+        &lab,
+        &[],
+        &["no free subnet: all 1 of 10.244.0.0/16", "overlayctl subnets", "larger network"],
+    )
+    .await;
+    assert!(output.starts_with("no subnet is leased"), "{output}");
+    etcd::put(&lab, &etcd::config_key(), &lab.layout().config);
+    lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("ready once there are more");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_mtu_that_is_too_small() {
+async fn too_small_mtu_is_reported() {
     // IPv6 needs 1280 bytes, and the kernel has none on a device with less.
-    let story = hosts(1, Families::Dual).await;
-    kernel::shell(&story, "h1", "ip link set eth0 mtu 1349");
-    problem(&story, &[], &["the overlay's MTU is 1279", "IPv6 needs 1280", "eth0 (now 1349) to 1350"]).await;
-    kernel::shell(&story, "h1", "ip link set eth0 mtu 1350");
-    kernel::shell(&story, "h1", "ip address add fd99::1:1/64 dev eth0 nodad 2>/dev/null || true");
-    story.at("h1").wait_ready(READY).await.must("ready with one byte more");
-    story.settled("h1", SOON).await;
+    let lab = start_lab_without_agents(1, Families::Dual).await;
+    kernel::shell(&lab, "h1", "ip link set eth0 mtu 1349");
+    start_and_wait_for_problem(&lab, &[], &["the overlay's MTU is 1279", "IPv6 needs 1280", "eth0 (now 1349) to 1350"]).await;
+    kernel::shell(&lab, "h1", "ip link set eth0 mtu 1350");
+    kernel::shell(&lab, "h1", "ip address add fd99::1:1/64 dev eth0 nodad 2>/dev/null || true");
+    lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("ready with one byte more");
+    lab.wait_converged("h1", CONVERGE_TIMEOUT).await;
 }
 
 /// Without IPv6 in the network there is nothing wrong with it; and when it grows, nothing of IPv6 comes that the agent does not want.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_small_mtu_without_ipv6() {
-    let story = hosts(1, Families::V4).await;
-    kernel::shell(&story, "h1", "ip link set eth0 mtu 1300");
-    let status = story.start("h1").await;
+async fn small_mtu_works_without_ipv6() {
+    let lab = start_lab_without_agents(1, Families::V4).await;
+    kernel::shell(&lab, "h1", "ip link set eth0 mtu 1300");
+    let status = lab.start_agent("h1").await;
     assert_eq!((status.data_path.mtu, status.problems), (Some(1250), Vec::new()));
-    story.ctl("h1", &["attach", "web"]).exits(0);
-    kernel::shell(&story, "h1", "ip link set eth0 mtu 1500");
+    lab.ctl("h1", &["attach", "web"]).assert_code(0);
+    kernel::shell(&lab, "h1", "ip link set eth0 mtu 1500");
     let grown = |status: &Status| status.ready && status.data_path.mtu == Some(1450);
-    story.at("h1").wait_status(SOON, "the MTU is not followed", grown).await.must("h1");
-    story.settled("h1", SOON).await;
-    eventually_asked("no router is listened to, and no address is made up", SOON, || {
-        let said = kernel::shell(
-            &story,
+    lab.host("h1").wait_status(CONVERGE_TIMEOUT, "the MTU is not followed", grown).await.expect_ok("h1");
+    lab.wait_converged("h1", CONVERGE_TIMEOUT).await;
+    eventually_async("no router is listened to, and no address is made up", CONVERGE_TIMEOUT, || {
+        let output = kernel::shell(
+            &lab,
             "h1",
             "cat /proc/sys/net/ipv6/conf/ovx.1/accept_ra /proc/sys/net/ipv6/conf/ovb.1/accept_ra; ip -6 -o address show dev ovx.1; ip -6 -o address show dev ovb.1",
         );
-        std::future::ready(if said.trim() == "0\n0" { Ok(()) } else { Err(said) })
+        std::future::ready(if output.trim() == "0\n0" { Ok(()) } else { Err(output) })
     })
     .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_firewall_before_there_are_peers() {
-    let story = Story::one_host(Families::V4).await;
-    let check = || story.ctl("h1", &["check", "firewall"]);
-    check().exits(0);
+async fn firewall_is_reported_without_peers() {
+    let lab = TestLab::one_host(Families::V4).await;
+    let check = || lab.ctl("h1", &["check", "firewall"]);
+    check().assert_code(0);
     kernel::shell(
-        &story,
+        &lab,
         "h1",
         "nft 'table inet strict { chain in { type filter hook input priority 0; policy drop; tcp sport 2379 accept; }; }'",
     );
-    let said = check().exits(3).out;
+    let output = check().assert_code(3).stdout;
     for word in
         ["UDP port 8472", "from peers", "table inet strict, chain in", "nft insert rule inet strict in udp dport 8472 accept"]
     {
-        assert!(said.contains(word), "{word}: {said}");
+        assert!(output.contains(word), "{word}: {output}");
     }
-    kernel::shell(&story, "h1", "nft delete table inet strict");
-    check().exits(0);
+    kernel::shell(&lab, "h1", "nft delete table inet strict");
+    check().assert_code(0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn state_of_before() {
-    let story = hosts(2, Families::V4).await;
-    story.start("h1").await;
-    stop(&story);
+async fn copied_or_torn_state_is_reported() {
+    let lab = start_lab_without_agents(2, Families::V4).await;
+    lab.start_agent("h1").await;
+    stop_agent(&lab);
     // A copy of the first host, by its disk.
-    let (own, copy) = (story.at("h1").state_dir(), story.at("h2").state_dir());
-    fs::create_dir_all(&copy).must("a directory");
+    let (own, copy) = (lab.host("h1").state_dir(), lab.host("h2").state_dir());
+    fs::create_dir_all(&copy).expect_ok("a directory");
     for name in ["node-id", "state.json"] {
-        fs::copy(own.join(name), copy.join(name)).must(name);
+        fs::copy(own.join(name), copy.join(name)).expect_ok(name);
     }
-    story.start("h1").await;
-    let host = story.at("h2");
-    host.agent_start(&[]).must("start");
+    lab.start_agent("h1").await;
+    let host = lab.host("h2");
+    host.agent_start(&[]).expect_ok("start");
     let named = |status: &Status| {
         status.problems.iter().any(|p| p.contains("this host's identity is that of host h1") && p.contains("node-id"))
     };
-    host.wait_status(READY, "the copy is not named", named).await.must("h2");
-    assert!(story.status("h1").await.ready, "the first one keeps what it has");
-    host.agent_stop(Signal::SIGTERM).must("stop");
+    host.wait_status(READY_TIMEOUT, "the copy is not named", named).await.expect_ok("h2");
+    assert!(lab.status("h1").await.ready, "the first one keeps what it has");
+    host.agent_stop(Signal::SIGTERM).expect_ok("stop");
 
     // The remedy is enough: what else was copied does not stand in the way.
-    fs::remove_file(copy.join("node-id")).must("the remedy");
-    story.start("h2").await;
-    story.mesh().await;
-    host.agent_stop(Signal::SIGTERM).must("stop");
+    fs::remove_file(copy.join("node-id")).expect_ok("the remedy");
+    lab.start_agent("h2").await;
+    lab.wait_full_mesh().await;
+    host.agent_stop(Signal::SIGTERM).expect_ok("stop");
 
     // Files that are torn are set aside by name, and one that is in the way is named with its flag.
-    fs::write(copy.join("state.json"), "{\"torn").must("a torn file");
-    story.start("h2").await;
-    story.logged("h2", &["state.json", "set aside", "torn"]).await;
-    let file = story.dir().join("file");
-    fs::write(&file, "").must("a file");
+    fs::write(copy.join("state.json"), "{\"torn").expect_ok("a torn file");
+    lab.start_agent("h2").await;
+    lab.wait_for_log("h2", &["state.json", "set aside", "torn"]).await;
+    let file = lab.dir().join("file");
+    fs::write(&file, "").expect_ok("a file");
     for (run, state, flag) in
-        [(file.join("run"), copy.clone(), "--run-dir"), (story.dir().join("new/run"), file.join("state"), "--state-dir")]
+        [(file.join("run"), copy.clone(), "--run-dir"), (lab.dir().join("new/run"), file.join("state"), "--state-dir")]
     {
-        let said =
-            story.ends("world", story.overlayd("h1", run, state)).exits(1).complains(&[flag, "Not a directory", "remove it"]);
-        assert_eq!(said.err.matches("Not a directory").count(), 1, "{}", said.err);
+        let output = lab.run_to_exit("world", lab.overlayd_command("h1", run, state)).assert_code(1).assert_stderr_contains(&[
+            flag,
+            "Not a directory",
+            "remove it",
+        ]);
+        assert_eq!(output.stderr.matches("Not a directory").count(), 1, "{}", output.stderr);
     }
 }

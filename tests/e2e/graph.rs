@@ -1,27 +1,27 @@
 //! The picture of a real overlay: every host and container is in it, and a link that is broken shows.
 
 use overlay_tests::faults::Fault;
-use overlay_tests::{Must, Story, eventually, kernel};
+use overlay_tests::{ExpectContext, TestLab, eventually, kernel};
 use overlayctl::graph::Graph;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_lab_is_drawn_whole() {
-    let story = Story::up(|options| options.hosts = 3).await;
-    let sockets: Vec<String> = ["h2", "h3"].map(|host| story.at(host).socket().to_string_lossy().into_owned()).into();
+async fn graph_shows_every_host_and_broken_link() {
+    let lab = TestLab::up(|options| options.hosts = 3).await;
+    let sockets: Vec<String> = ["h2", "h3"].map(|host| lab.host(host).socket().to_string_lossy().into_owned()).into();
     let all = ["graph", "--also", &sockets[0], "--also", &sockets[1]];
     let drawn = |format: &str| {
         let arguments: Vec<&str> = all.iter().copied().chain(["--format", format]).collect();
-        story.ctl("h1", &arguments).exits(0).out
+        lab.ctl("h1", &arguments).assert_code(0).stdout
     };
     let pictures = ["svg", "dot", "text"].map(drawn);
     let mut wanted = vec!["10.244.0.0/16".to_owned()];
-    for host in story.hosts() {
+    for host in lab.hosts() {
         wanted.push(host.name().to_owned());
-        let status = story.status(host.name()).await;
-        wanted.push(status.lease.must("a lease").subnet.to_string());
-        for endpoint in host.client().endpoints().await.must("endpoints").endpoints {
+        let status = lab.status(host.name()).await;
+        wanted.push(status.lease.expect_ok("a lease").subnet.to_string());
+        for endpoint in host.client().endpoints().await.expect_ok("endpoints").endpoints {
             wanted.push(endpoint.name.to_string());
-            wanted.push(endpoint.addresses().v4.must("an address").to_string());
+            wanted.push(endpoint.addresses().v4.expect_ok("an address").to_string());
         }
     }
     assert_eq!(wanted.len(), 1 + 3 * (2 + 2 * 2));
@@ -34,20 +34,20 @@ async fn a_lab_is_drawn_whole() {
     assert_eq!(pictures[0].matches("<path class=\"link\"").count(), 3, "each pair of hosts is linked: {}", pictures[0]);
 
     // One agent alone knows the others by their leases.
-    let alone: Graph = story.ctl("h1", &["-o", "json", "graph"]).exits(0).json();
+    let alone: Graph = lab.ctl("h1", &["-o", "json", "graph"]).assert_code(0).json();
     let known: Vec<bool> = alone.hosts.iter().map(|host| host.containers.is_some()).collect();
     assert_eq!((alone.hosts.len(), alone.links.len()), (3, 2));
     assert_eq!(known.iter().filter(|known| **known).count(), 1, "its own containers alone");
 
     // With somebody else's device in the place of ours no link of this host is whole.
-    let hang = Fault::AgentHangs("h1");
-    hang.begin(&story).await;
-    kernel::shell(&story, "h1", "ip link delete ovx.1; ip link add ovx.1 type bridge");
-    hang.end(&story).await;
-    eventually("the broken links show", overlay_tests::story::SOON, || {
-        let graph: Graph = story.ctl("h1", &["-o", "json", "graph"]).json();
+    let hang = Fault::AgentFrozen("h1");
+    hang.begin(&lab).await;
+    kernel::shell(&lab, "h1", "ip link delete ovx.1; ip link add ovx.1 type bridge");
+    hang.end(&lab).await;
+    eventually("the broken links show", overlay_tests::test_lab::CONVERGE_TIMEOUT, || {
+        let graph: Graph = lab.ctl("h1", &["-o", "json", "graph"]).json();
         let broken = graph.links.iter().filter(|link| !link.well && link.state.contains("missing")).count();
-        let svg = story.ctl("h1", &["graph", "--format", "svg"]).out;
+        let svg = lab.ctl("h1", &["graph", "--format", "svg"]).stdout;
         if broken == 2 && svg.matches("class=\"link bad\"").count() == 2 { Ok(()) } else { Err(format!("{:#?}", graph.links)) }
     })
     .await;

@@ -4,19 +4,19 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use overlay_agent::model::Family;
-use overlay_tests::story::{READY, SECOND, SOON};
-use overlay_tests::{Must, Story, etcd, eventually, kernel, within};
+use overlay_tests::test_lab::{CONVERGE_TIMEOUT, READY_TIMEOUT, REPAIR_DEADLINE};
+use overlay_tests::{ExpectContext, TestLab, etcd, eventually, eventually_true, kernel};
 use overlayctl::lab::Families;
 
 /// The VXLAN device's MAC.
-fn vtep(story: &Story, host: &str) -> String {
-    kernel::text(&kernel::link(story, host, "ovx.1").must("ovx.1"), "address")
+fn vtep_mac(lab: &TestLab, host: &str) -> String {
+    kernel::text(&kernel::link(lab, host, "ovx.1").expect_ok("ovx.1"), "address")
 }
 
 /// The routes of the agent, as destinations.
-fn destinations(story: &Story, host: &str) -> Vec<String> {
+fn route_destinations(lab: &TestLab, host: &str) -> Vec<String> {
     let mut all: Vec<String> =
-        kernel::listed(story, host, "ip", &["route", "show", "proto", kernel::PROTOCOL, "type", "unicast"])
+        kernel::list_json(lab, host, "ip", &["route", "show", "proto", kernel::ROUTE_PROTOCOL, "type", "unicast"])
             .iter()
             .map(|route| kernel::text(route, "dst"))
             .collect();
@@ -25,150 +25,156 @@ fn destinations(story: &Story, host: &str) -> Vec<String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_host_joins_leaves_and_returns_with_its_subnet() {
-    let story = Story::without_agents(3, Families::V4).await;
-    story.start("h1").await;
-    story.start("h2").await;
+async fn returning_host_gets_same_subnet() {
+    let lab = TestLab::without_agents(3, Families::V4).await;
+    lab.start_agent("h1").await;
+    lab.start_agent("h2").await;
     for host in ["h1", "h2"] {
-        story.at(host).wait_status(SOON, "one peer", |s| s.data_path.peers == 1).await.must(host);
+        lab.host(host).wait_status(CONVERGE_TIMEOUT, "one peer", |s| s.data_path.peers == 1).await.expect_ok(host);
     }
 
-    let joined = story.start("h3").await.lease.must("a lease").subnet;
-    let range = joined.get(Family::V4).must("a range").to_string();
+    let joined = lab.start_agent("h3").await.lease.expect_ok("a lease").subnet;
+    let range = joined.get(Family::V4).expect_ok("a range").to_string();
     for host in ["h1", "h2"] {
-        within(&format!("{host} has a route to {range}"), SECOND, || destinations(&story, host).contains(&range)).await;
+        eventually_true(&format!("{host} has a route to {range}"), REPAIR_DEADLINE, || {
+            route_destinations(&lab, host).contains(&range)
+        })
+        .await;
     }
-    let mac = vtep(&story, "h3");
+    let mac = vtep_mac(&lab, "h3");
 
     // An end in good order keeps the lease: the data path forwards on, and so the peers keep theirs.
-    story.at("h3").agent_stop(Signal::SIGTERM).must("SIGTERM");
+    lab.host("h3").agent_stop(Signal::SIGTERM).expect_ok("SIGTERM");
     tokio::time::sleep(Duration::from_millis(300)).await;
     for host in ["h1", "h2"] {
-        assert!(destinations(&story, host).contains(&range), "{host} keeps its route to a host whose agent is stopped");
+        assert!(route_destinations(&lab, host).contains(&range), "{host} keeps its route to a host whose agent is stopped");
     }
 
-    let lease = story.lease_of("h3");
-    etcd::revoke(&story, lease.lease);
+    let lease = lab.lease_of("h3");
+    etcd::revoke(&lab, lease.lease);
     for host in ["h1", "h2"] {
-        within(&format!("{host} has no route to {range}"), SECOND, || !destinations(&story, host).contains(&range)).await;
-        story.settled(host, SECOND).await;
-        assert_eq!(story.status(host).await.data_path.peers, 1);
+        eventually_true(&format!("{host} has no route to {range}"), REPAIR_DEADLINE, || {
+            !route_destinations(&lab, host).contains(&range)
+        })
+        .await;
+        lab.wait_converged(host, REPAIR_DEADLINE).await;
+        assert_eq!(lab.status(host).await.data_path.peers, 1);
     }
 
-    let returned = story.start("h3").await.lease.must("a lease").subnet;
-    assert_eq!((returned, vtep(&story, "h3")), (joined, mac), "the same subnet and MAC after the lease had gone");
-    story.mesh().await;
-    for host in story.hosts() {
-        story.settled(host.name(), SOON).await;
+    let returned = lab.start_agent("h3").await.lease.expect_ok("a lease").subnet;
+    assert_eq!((returned, vtep_mac(&lab, "h3")), (joined, mac), "the same subnet and MAC after the lease had gone");
+    lab.wait_full_mesh().await;
+    for host in lab.hosts() {
+        lab.wait_converged(host.name(), CONVERGE_TIMEOUT).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_peer_that_left_while_the_agent_was_down_is_removed_at_its_start() {
-    let story = Story::up(|options| options.containers = 0).await;
-    story.at("h1").agent_stop(Signal::SIGKILL).must("SIGKILL");
-    story.at("h3").agent_stop(Signal::SIGKILL).must("SIGKILL");
-    let lease = story.lease_of("h3");
-    etcd::revoke(&story, lease.lease);
-    assert_eq!(destinations(&story, "h1").len(), 2, "without its agent nothing changes");
-    story.start("h1").await;
-    story.settled("h1", SOON).await;
-    assert_eq!(destinations(&story, "h1").len(), 1);
+async fn agent_start_removes_departed_peer() {
+    let lab = TestLab::up(|options| options.containers = 0).await;
+    lab.host("h1").agent_stop(Signal::SIGKILL).expect_ok("SIGKILL");
+    lab.host("h3").agent_stop(Signal::SIGKILL).expect_ok("SIGKILL");
+    let lease = lab.lease_of("h3");
+    etcd::revoke(&lab, lease.lease);
+    assert_eq!(route_destinations(&lab, "h1").len(), 2, "without its agent nothing changes");
+    lab.start_agent("h1").await;
+    lab.wait_converged("h1", CONVERGE_TIMEOUT).await;
+    assert_eq!(route_destinations(&lab, "h1").len(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_restart_and_a_reboot_keep_subnet_and_mac() {
-    let story = Story::up(|options| {
+async fn restart_and_reboot_keep_subnet_and_mac() {
+    let lab = TestLab::up(|options| {
         options.hosts = 2;
         options.containers = 0;
         options.families = Families::Dual;
     })
     .await;
-    let before = (story.status("h1").await.lease, vtep(&story, "h1"), story.lease_of("h1").value);
-    let bridge = kernel::text(&kernel::link(&story, "h1", "ovb.1").must("ovb.1"), "address");
+    let before = (lab.status("h1").await.lease, vtep_mac(&lab, "h1"), lab.lease_of("h1").value);
+    let bridge = kernel::text(&kernel::link(&lab, "h1", "ovb.1").expect_ok("ovb.1"), "address");
     for signal in [Signal::SIGTERM, Signal::SIGKILL] {
-        story.at("h1").agent_stop(signal).must("stop");
-        story.start("h1").await;
-        assert_eq!((story.status("h1").await.lease, vtep(&story, "h1"), story.lease_of("h1").value), before, "after {signal}");
+        lab.host("h1").agent_stop(signal).expect_ok("stop");
+        lab.start_agent("h1").await;
+        assert_eq!((lab.status("h1").await.lease, vtep_mac(&lab, "h1"), lab.lease_of("h1").value), before, "after {signal}");
     }
     // What a reboot does: the state directory is all that is left, /run and the kernel's state are gone.
-    story.at("h1").agent_stop(Signal::SIGTERM).must("SIGTERM");
+    lab.host("h1").agent_stop(Signal::SIGTERM).expect_ok("SIGTERM");
     for device in ["ovx.1", "ovx6.1", "ovb.1"] {
-        kernel::run(&story, "h1", &["ip", "link", "delete", device]);
+        kernel::run(&lab, "h1", &["ip", "link", "delete", device]);
     }
-    kernel::run(&story, "h1", &["nft", "delete", "table", "inet", "overlayd"]);
-    kernel::run(&story, "h1", &["ip", "nexthop", "flush", "proto", kernel::PROTOCOL]);
-    std::fs::remove_dir_all(story.at("h1").run_dir()).must("remove the run directory");
-    story.start("h1").await;
-    assert_eq!((story.status("h1").await.lease, vtep(&story, "h1"), story.lease_of("h1").value), before, "after a reboot");
-    assert_eq!(kernel::text(&kernel::link(&story, "h1", "ovb.1").must("ovb.1"), "address"), bridge);
-    story.settled("h1", SOON).await;
+    kernel::run(&lab, "h1", &["nft", "delete", "table", "inet", "overlayd"]);
+    kernel::run(&lab, "h1", &["ip", "nexthop", "flush", "proto", kernel::ROUTE_PROTOCOL]);
+    std::fs::remove_dir_all(lab.host("h1").run_dir()).expect_ok("remove the run directory");
+    lab.start_agent("h1").await;
+    assert_eq!((lab.status("h1").await.lease, vtep_mac(&lab, "h1"), lab.lease_of("h1").value), before, "after a reboot");
+    assert_eq!(kernel::text(&kernel::link(&lab, "h1", "ovb.1").expect_ok("ovb.1"), "address"), bridge);
+    lab.wait_converged("h1", CONVERGE_TIMEOUT).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_new_underlay_address_is_published_and_peers_follow() {
-    let story = Story::up(|options| {
+async fn new_underlay_address_reaches_peers() {
+    let lab = TestLab::up(|options| {
         options.hosts = 2;
         options.containers = 1;
     })
     .await;
-    let before = story.lease_of("h2");
+    let before = lab.lease_of("h2");
     kernel::shell(
-        &story,
+        &lab,
         "h2",
         "ip address del 10.99.1.2/16 dev eth0
          ip address add 10.99.1.222/16 dev eth0
          ip route replace default via 10.99.0.254 dev eth0",
     );
-    let now = eventually("h2 publishes its new address", READY, || {
-        let now = story.lease_of("h2");
+    let now = eventually("h2 publishes its new address", READY_TIMEOUT, || {
+        let now = lab.lease_of("h2");
         if now.value.contains("\"PublicIP\":\"10.99.1.222\"") { Ok(now) } else { Err(now.value) }
     })
     .await;
     assert_eq!((now.key, now.lease), (before.key, before.lease), "the subnet and the etcd lease stay");
     let device =
-        |story: &Story| kernel::text(&kernel::link(story, "h2", "ovx.1").must("ovx.1")["linkinfo"]["info_data"], "local");
-    within("the device of h2 sends from the new address", SOON, || device(&story) == "10.99.1.222").await;
-    let behind = |story: &Story| {
-        let all = kernel::listed(story, "h1", "bridge", &["fdb", "show", "dev", "ovx.1"]);
+        |lab: &TestLab| kernel::text(&kernel::link(lab, "h2", "ovx.1").expect_ok("ovx.1")["linkinfo"]["info_data"], "local");
+    eventually_true("the device of h2 sends from the new address", CONVERGE_TIMEOUT, || device(&lab) == "10.99.1.222").await;
+    let behind = |lab: &TestLab| {
+        let all = kernel::list_json(lab, "h1", "bridge", &["fdb", "show", "dev", "ovx.1"]);
         all.iter().map(|fdb| kernel::text(fdb, "dst")).collect::<Vec<_>>()
     };
-    eventually("h1 sends to the new address alone", SOON, || {
-        let found = behind(&story);
+    eventually("h1 sends to the new address alone", CONVERGE_TIMEOUT, || {
+        let found = behind(&lab);
         if found == ["10.99.1.222"] { Ok(()) } else { Err(format!("{found:?}")) }
     })
     .await;
-    let flow = story.flow("h1-c1", "h2-c1", Family::V4).await;
-    flow.go_on(Duration::from_millis(500)).await;
+    let flow = lab.start_ping("h1-c1", "h2-c1", Family::V4).await;
+    flow.run_for(Duration::from_millis(500)).await;
     flow.stop().await.assert_no_loss("after the change of address");
-    story.settled("h1", SOON).await;
-    story.settled("h2", SOON).await;
+    lab.wait_converged("h1", CONVERGE_TIMEOUT).await;
+    lab.wait_converged("h2", CONVERGE_TIMEOUT).await;
 }
 
 /// Its address changed while the agent was down. It could be a copy of a host that still lives, so it first looks whether the lease is
 /// renewed; then it takes it, with the same subnet.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_host_that_comes_back_with_another_address() {
-    let story = Story::up(|options| {
+async fn host_with_new_address_keeps_subnet() {
+    let lab = TestLab::up(|options| {
         options.hosts = 2;
         options.containers = 1;
     })
     .await;
-    let before = story.lease_of("h2");
-    story.at("h2").agent_stop(Signal::SIGTERM).must("stop");
+    let before = lab.lease_of("h2");
+    lab.host("h2").agent_stop(Signal::SIGTERM).expect_ok("stop");
     kernel::shell(
-        &story,
+        &lab,
         "h2",
         "ip address del 10.99.1.2/16 dev eth0
          ip address add 10.99.1.222/16 dev eth0
          ip route replace default via 10.99.0.254 dev eth0",
     );
-    story.at("h2").agent_start(&[]).must("start");
-    story.at("h2").wait_ready(Duration::from_secs(60)).await.must("ready");
-    let after = story.lease_of("h2");
+    lab.host("h2").agent_start(&[]).expect_ok("start");
+    lab.host("h2").wait_ready(Duration::from_secs(60)).await.expect_ok("ready");
+    let after = lab.lease_of("h2");
     assert_eq!(after.key, before.key, "the subnet stays");
     assert!(after.value.contains("10.99.1.222"), "{after:?}");
-    story.mesh().await;
-    story.settled("h1", SOON).await;
-    story.flow("h1-c1", "h2-c1", Family::V4).await.stop().await.assert_no_loss("with the new address");
+    lab.wait_full_mesh().await;
+    lab.wait_converged("h1", CONVERGE_TIMEOUT).await;
+    lab.start_ping("h1-c1", "h2-c1", Family::V4).await.stop().await.assert_no_loss("with the new address");
 }

@@ -7,9 +7,9 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use overlay_agent::kernel::netns::Netns;
-use overlay_tests::dump::Dump;
-use overlay_tests::programs::{Said, needs_root, overlayctl};
-use overlay_tests::{Must, within};
+use overlay_tests::dump::NetnsDump;
+use overlay_tests::programs::{CommandOutput, overlayctl, require_root};
+use overlay_tests::{ExpectContext, eventually_true};
 use overlayctl::lab::LabName;
 
 /// Labs of one test, by the command line; taken down at the end.
@@ -20,8 +20,8 @@ struct Labs {
 
 impl Labs {
     fn new(count: usize) -> Labs {
-        needs_root();
-        let dir = tempfile::Builder::new().prefix("ovl").tempdir_in("/tmp").must("a directory");
+        require_root();
+        let dir = tempfile::Builder::new().prefix("ovl").tempdir_in("/tmp").expect_ok("a directory");
         Labs { dir, names: (0..count).map(|_| LabName::unique().to_string()).collect() }
     }
 
@@ -31,30 +31,33 @@ impl Labs {
         command
     }
 
-    fn run(&self, arguments: &[&str]) -> Said {
-        Said::of(&[&["overlayctl", "lab"], arguments].concat(), &self.command(arguments).output().must("overlayctl"))
+    fn run(&self, arguments: &[&str]) -> CommandOutput {
+        CommandOutput::from_output(
+            &[&["overlayctl", "lab"], arguments].concat(),
+            &self.command(arguments).output().expect_ok("overlayctl"),
+        )
     }
 
-    fn begin(&self, arguments: &[&str]) -> Child {
-        self.command(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().must("overlayctl")
+    fn spawn(&self, arguments: &[&str]) -> Child {
+        self.command(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect_ok("overlayctl")
     }
 
     fn namespaces(&self, name: &str) -> Vec<String> {
         let prefix = format!("ov-{name}-");
-        Netns::list().must("namespaces").into_iter().filter(|n| n.starts_with(&prefix)).collect()
+        Netns::list().expect_ok("namespaces").into_iter().filter(|n| n.starts_with(&prefix)).collect()
     }
 
     /// Processes that name the lab's directory.
     fn processes(&self, name: &str) -> Vec<String> {
         let mark = self.dir.path().join(name).to_string_lossy().into_owned();
-        let all = std::fs::read_dir("/proc").must("/proc").flatten();
+        let all = std::fs::read_dir("/proc").expect_ok("/proc").flatten();
         let lines =
             all.filter_map(|e| std::fs::read_to_string(e.path().join("cmdline")).ok()).map(|line| line.replace('\0', " "));
         lines.filter(|line| line.contains(&mark)).collect()
     }
 
     async fn assert_nothing_left(&self, name: &str) {
-        within(&format!("nothing is left of lab {name}"), Duration::from_secs(5), || {
+        eventually_true(&format!("nothing is left of lab {name}"), Duration::from_secs(5), || {
             self.namespaces(name).is_empty() && self.processes(name).is_empty() && !self.path(name).exists()
         })
         .await;
@@ -73,77 +76,77 @@ impl Drop for Labs {
     }
 }
 
-fn machine() -> Dump {
-    Dump::of(&Netns::current().must("the machine's namespace"))
+fn host_dump() -> NetnsDump {
+    NetnsDump::of(&Netns::current().expect_ok("the machine's namespace"))
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn side_by_side() {
+async fn labs_run_side_by_side() {
     let labs = Labs::new(3);
-    let before = machine();
+    let before = host_dump();
     let up: Vec<Child> = labs
         .names
         .iter()
-        .map(|name| labs.begin(&["up", "--name", name, "--hosts", "2", "--containers", "1", "--family", "dual"]))
+        .map(|name| labs.spawn(&["up", "--name", name, "--hosts", "2", "--containers", "1", "--family", "dual"]))
         .collect();
     for child in up {
-        let output = child.wait_with_output().must("overlayctl");
-        Said::of(&["lab up"], &output).exits(0);
+        let output = child.wait_with_output().expect_ok("overlayctl");
+        CommandOutput::from_output(&["lab up"], &output).assert_code(0);
     }
     for name in &labs.names {
-        labs.run(&["check", "--name", name]).exits(0);
+        labs.run(&["check", "--name", name]).assert_code(0);
         assert_eq!(labs.namespaces(name).len(), 6, "two hosts, two containers, the switch and the world");
     }
-    labs.run(&["up", "--name", &labs.names[0]]).exits(1).complains(&["is there already", "lab down"]);
-    labs.run(&["check", "--name", &labs.names[0]]).exits(0);
+    labs.run(&["up", "--name", &labs.names[0]]).assert_code(1).assert_stderr_contains(&["is there already", "lab down"]);
+    labs.run(&["check", "--name", &labs.names[0]]).assert_code(0);
     // One goes, the others stay as they are.
-    labs.run(&["down", "--name", &labs.names[0]]).exits(0);
+    labs.run(&["down", "--name", &labs.names[0]]).assert_code(0);
     labs.assert_nothing_left(&labs.names[0]).await;
     for name in &labs.names[1..] {
-        labs.run(&["check", "--name", name]).exits(0);
+        labs.run(&["check", "--name", name]).assert_code(0);
     }
-    labs.run(&["down", "--all"]).exits(0);
+    labs.run(&["down", "--all"]).assert_code(0);
     for name in &labs.names {
         labs.assert_nothing_left(name).await;
     }
-    let changes = machine().changes_since(&before);
+    let changes = host_dump().changes_since(&before);
     assert!(changes.is_empty(), "the machine's own namespace has changed:\n{changes}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn killed_half_way() {
+async fn killed_lab_up_is_cleaned_by_down() {
     let labs = Labs::new(1);
     let name = &labs.names[0];
     for milliseconds in [10, 40, 90, 160, 250, 350, 500, 700] {
-        let mut child = labs.begin(&["up", "--name", name, "--hosts", "3", "--containers", "2"]);
+        let mut child = labs.spawn(&["up", "--name", name, "--hosts", "3", "--containers", "2"]);
         tokio::time::sleep(Duration::from_millis(milliseconds)).await;
-        child.kill().must("SIGKILL");
-        child.wait().must("its end");
-        labs.run(&["down", "--name", name]).exits(0);
+        child.kill().expect_ok("SIGKILL");
+        child.wait().expect_ok("its end");
+        labs.run(&["down", "--name", name]).assert_code(0);
         labs.assert_nothing_left(name).await;
     }
     // The name is free again.
-    labs.run(&["up", "--name", name, "--hosts", "1", "--containers", "1"]).exits(0);
-    labs.run(&["down", "--name", name]).exits(0);
+    labs.run(&["up", "--name", name, "--hosts", "1", "--containers", "1"]).assert_code(0);
+    labs.run(&["down", "--name", name]).assert_code(0);
     labs.assert_nothing_left(name).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn interrupted_it_leaves_nothing() {
+async fn interrupted_lab_up_leaves_nothing() {
     let labs = Labs::new(1);
     let name = &labs.names[0];
     for signal in [Signal::SIGINT, Signal::SIGTERM] {
-        let child = labs.begin(&["up", "--name", name, "--hosts", "3", "--containers", "2"]);
-        within("it has begun", Duration::from_secs(10), || !labs.namespaces(name).is_empty()).await;
-        kill(Pid::from_raw(i32::try_from(child.id()).must("a process id")), signal).must("a signal");
-        let said = Said::of(&["lab up"], &child.wait_with_output().must("overlayctl"));
-        assert_eq!(said.code, Some(128 + signal as i32), "{}", said.err);
+        let child = labs.spawn(&["up", "--name", name, "--hosts", "3", "--containers", "2"]);
+        eventually_true("it has begun", Duration::from_secs(10), || !labs.namespaces(name).is_empty()).await;
+        kill(Pid::from_raw(i32::try_from(child.id()).expect_ok("a process id")), signal).expect_ok("a signal");
+        let output = CommandOutput::from_output(&["lab up"], &child.wait_with_output().expect_ok("overlayctl"));
+        assert_eq!(output.code, Some(128 + signal as i32), "{}", output.stderr);
         labs.assert_nothing_left(name).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_cannot_be_is_refused_before_anything_is_made() {
+async fn invalid_arguments_create_nothing() {
     let labs = Labs::new(1);
     let name = &labs.names[0];
     for (arguments, code, wanted) in [
@@ -155,23 +158,23 @@ async fn what_cannot_be_is_refused_before_anything_is_made() {
         (&["check", "--name", name], 1, "there is no lab"),
         (&["exec", "--name", name, "h1", "--", "true"], 1, "there is no lab"),
     ] {
-        labs.run(arguments).exits(code).complains(&[wanted]);
+        labs.run(arguments).assert_code(code).assert_stderr_contains(&[wanted]);
         assert!(labs.namespaces(name).is_empty() && !labs.path(name).join("lab.json").exists(), "{arguments:?}");
     }
-    labs.run(&["down", "--name", name]).exits(0);
+    labs.run(&["down", "--name", name]).assert_code(0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn commands_inside() {
+async fn lab_exec_runs_in_target_namespace() {
     let labs = Labs::new(1);
     let name = &labs.names[0];
-    labs.run(&["up", "--name", name, "--hosts", "1", "--containers", "1"]).exits(0);
+    labs.run(&["up", "--name", name, "--hosts", "1", "--containers", "1"]).assert_code(0);
     let exec = |target: &str, command: &[&str]| labs.run(&[&["exec", "--name", name, target, "--"], command].concat());
-    assert!(exec("h1", &["overlayctl", "status", "--brief"]).exits(0).out.starts_with("h1 ready"));
-    assert!(exec("h1-c1", &["ip", "-o", "address"]).exits(0).out.contains("10.244."));
-    assert!(exec("world", &["ip", "-o", "address"]).exits(0).out.contains("203.0.113.1"));
-    exec("h1", &["sh", "-c", "exit 7"]).exits(7);
-    exec("h7", &["true"]).exits(1).complains(&["has no `h7`", "h1-c1"]);
-    let status = labs.run(&["status", "--name", name]).exits(0);
-    assert!(status.out.contains("ready") && status.out.contains("c1"), "{}", status.out);
+    assert!(exec("h1", &["overlayctl", "status", "--brief"]).assert_code(0).stdout.starts_with("h1 ready"));
+    assert!(exec("h1-c1", &["ip", "-o", "address"]).assert_code(0).stdout.contains("10.244."));
+    assert!(exec("world", &["ip", "-o", "address"]).assert_code(0).stdout.contains("203.0.113.1"));
+    exec("h1", &["sh", "-c", "exit 7"]).assert_code(7);
+    exec("h7", &["true"]).assert_code(1).assert_stderr_contains(&["has no `h7`", "h1-c1"]);
+    let status = labs.run(&["status", "--name", name]).assert_code(0);
+    assert!(status.stdout.contains("ready") && status.stdout.contains("c1"), "{}", status.stdout);
 }

@@ -9,36 +9,36 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use overlay_agent::metrics::Metrics;
 use overlay_tests::faults::Fault;
-use overlay_tests::programs::{Said, needs};
-use overlay_tests::story::SOON;
-use overlay_tests::{Must, Story, etcd, eventually, http, kernel};
+use overlay_tests::programs::{CommandOutput, require_program};
+use overlay_tests::test_lab::CONVERGE_TIMEOUT;
+use overlay_tests::{ExpectContext, TestLab, etcd, eventually, http, kernel};
 use overlayctl::lab::Families;
 use serde_json::Value;
 
 /// How long an agent may take to notice that etcd answers again.
-const NOTICED: Duration = Duration::from_secs(20);
+const DETECT_TIMEOUT: Duration = Duration::from_secs(20);
 
-fn top() -> PathBuf {
+fn repo_root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
 fn read(path: &str) -> String {
-    fs::read_to_string(top().join(path)).must(path)
+    fs::read_to_string(repo_root().join(path)).expect_ok(path)
 }
 
 #[track_caller]
-fn promtool(arguments: &[&str], input: &str) -> Said {
-    needs("promtool", "prometheus");
-    let file = tempfile::NamedTempFile::new().must("a file");
-    fs::write(file.path(), input).must("a file");
-    let stdin = fs::File::open(file.path()).must("a file");
-    let output = Command::new("promtool").args(arguments).stdin(stdin).current_dir(top()).output().must("promtool");
+fn promtool(arguments: &[&str], input: &str) -> CommandOutput {
+    require_program("promtool", "prometheus");
+    let file = tempfile::NamedTempFile::new().expect_ok("a file");
+    fs::write(file.path(), input).expect_ok("a file");
+    let stdin = fs::File::open(file.path()).expect_ok("a file");
+    let output = Command::new("promtool").args(arguments).stdin(stdin).current_dir(repo_root()).output().expect_ok("promtool");
     let command: Vec<&str> = std::iter::once("promtool").chain(arguments.iter().copied()).collect();
-    Said::of(&command, &output)
+    CommandOutput::from_output(&command, &output)
 }
 
 /// The families of a page.
-fn families(page: &str) -> BTreeSet<String> {
+fn metric_families(page: &str) -> BTreeSet<String> {
     page.lines().filter_map(|line| Some(line.strip_prefix("# TYPE ")?.split_once(' ')?.0.to_owned())).collect()
 }
 
@@ -48,7 +48,7 @@ fn sample(page: &str, name: &str) -> Option<f64> {
 }
 
 /// The agent's metrics that an expression names.
-fn named(expression: &str) -> BTreeSet<String> {
+fn metric_names(expression: &str) -> BTreeSet<String> {
     let words = expression.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
     let ours = words.filter(|word| word.starts_with("overlayd_") || word.starts_with("process_"));
     ours.map(|word| ["_bucket", "_sum", "_count"].iter().find_map(|end| word.strip_suffix(end)).unwrap_or(word).to_owned())
@@ -56,20 +56,20 @@ fn named(expression: &str) -> BTreeSet<String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_the_agent_serves_is_as_prometheus_wants_it() {
-    let story = Story::up(|options| {
+async fn metrics_pass_promtool() {
+    let lab = TestLab::up(|options| {
         options.hosts = 2;
         options.containers = 1;
     })
     .await;
-    let socket = story.at("h1").socket();
-    let page = || http::ask(&socket, "GET", "/metrics", "").body;
+    let socket = lab.host("h1").socket();
+    let page = || http::request(&socket, "GET", "/metrics", "").body;
     // A value that is refused, drift of two kinds, and an etcd that goes and comes back: so that every family has something to show.
-    etcd::put(&story, &etcd::lease_key("10.244.77.0-24"), "{");
-    kernel::shell(&story, "h1", "ip route delete $(ip route show proto 86 type unicast | cut -d' ' -f1 | head -1) proto 86");
-    kernel::shell(&story, "h1", "echo 0 >/proc/sys/net/ipv4/conf/ovb.1/forwarding");
-    etcd::kill(&story);
-    eventually("the loss of etcd is seen", NOTICED, || {
+    etcd::put(&lab, &etcd::lease_key("10.244.77.0-24"), "{");
+    kernel::shell(&lab, "h1", "ip route delete $(ip route show proto 86 type unicast | cut -d' ' -f1 | head -1) proto 86");
+    kernel::shell(&lab, "h1", "echo 0 >/proc/sys/net/ipv4/conf/ovb.1/forwarding");
+    etcd::kill(&lab);
+    eventually("the loss of etcd is seen", DETECT_TIMEOUT, || {
         let page = page();
         match (sample(&page, "overlayd_store_connected"), sample(&page, "overlayd_store_request_failures_total")) {
             (Some(0.0), Some(failures)) if failures >= 1.0 => Ok(()),
@@ -77,8 +77,8 @@ async fn what_the_agent_serves_is_as_prometheus_wants_it() {
         }
     })
     .await;
-    etcd::start(&story).await;
-    let seen = eventually("all of it is counted", NOTICED, || {
+    etcd::start(&lab).await;
+    let seen = eventually("all of it is counted", DETECT_TIMEOUT, || {
         let page = page();
         let wanted = [
             ("overlayd_store_reconnects_total", 1.0),
@@ -107,70 +107,70 @@ async fn what_the_agent_serves_is_as_prometheus_wants_it() {
     {
         assert!(sample(&seen, counted).is_some_and(|value| value > 0.0), "{counted} in {seen}");
     }
-    let said = promtool(&["check", "metrics"], &seen).exits(0);
-    assert_eq!((said.out.as_str(), said.err.as_str()), ("", ""), "nothing to remark");
-    assert_eq!(families(&seen), families(&Metrics::new().render()), "every family is there from the start");
+    let output = promtool(&["check", "metrics"], &seen).assert_code(0);
+    assert_eq!((output.stdout.as_str(), output.stderr.as_str()), ("", ""), "nothing to remark");
+    assert_eq!(metric_families(&seen), metric_families(&Metrics::new().render()), "every family is there from the start");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ready_goes_away_and_comes_back() {
-    let story = Story::up(|options| {
+async fn readiness_follows_agent_state() {
+    let lab = TestLab::up(|options| {
         options.hosts = 2;
         options.containers = 1;
     })
     .await;
-    let socket = story.at("h1").socket();
-    let asked = |path: &str| http::ask(&socket, "GET", path, "");
+    let socket = lab.host("h1").socket();
+    let asked = |path: &str| http::request(&socket, "GET", path, "");
     assert_eq!((asked("/healthz").status, asked("/readyz").status), (200, 200));
     // A device of somebody else's in the place of ours: nothing can be built on it, and it is not ours to remove. The agent would be faster than
     // the second command, so it does not run meanwhile.
-    let hang = Fault::AgentHangs("h1");
-    hang.begin(&story).await;
-    kernel::shell(&story, "h1", "ip link delete ovx.1; ip link add ovx.1 type bridge");
-    hang.end(&story).await;
-    let broken = eventually("the broken data path takes readiness away", SOON, || match asked("/readyz") {
+    let hang = Fault::AgentFrozen("h1");
+    hang.begin(&lab).await;
+    kernel::shell(&lab, "h1", "ip link delete ovx.1; ip link add ovx.1 type bridge");
+    hang.end(&lab).await;
+    let broken = eventually("the broken data path takes readiness away", CONVERGE_TIMEOUT, || match asked("/readyz") {
         answer if answer.status == 503 => Ok(answer.body),
         answer => Err(format!("{} {}", answer.status, answer.body)),
     })
     .await;
     assert!(broken.contains("ovx.1"), "the reason is told: {broken}");
     assert_eq!(asked("/healthz").status, 200, "the agent lives");
-    kernel::shell(&story, "h1", "ip link delete ovx.1");
-    let ready = |story: &Story| http::ask(&story.at("h1").socket(), "GET", "/readyz", "");
-    eventually("it is ready again", NOTICED, || match ready(&story) {
+    kernel::shell(&lab, "h1", "ip link delete ovx.1");
+    let ready = |lab: &TestLab| http::request(&lab.host("h1").socket(), "GET", "/readyz", "");
+    eventually("it is ready again", DETECT_TIMEOUT, || match ready(&lab) {
         answer if answer.status == 200 => Ok(()),
         answer => Err(answer.body),
     })
     .await;
-    story.settled("h1", SOON).await;
-    story.assert_all_reach().await;
+    lab.wait_converged("h1", CONVERGE_TIMEOUT).await;
+    lab.assert_full_reachability().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn health_over_tcp_follows_the_agent() {
-    let story = Story::without_agents(1, Families::V4).await;
-    let host = story.at("h1");
-    host.agent_start(&["--metrics-listen", "127.0.0.1:9476"]).must("start");
-    host.wait_ready(overlay_tests::story::READY).await.must("ready");
+    let lab = TestLab::without_agents(1, Families::V4).await;
+    let host = lab.host("h1");
+    host.agent_start(&["--metrics-listen", "127.0.0.1:9476"]).expect_ok("start");
+    host.wait_ready(overlay_tests::test_lab::READY_TIMEOUT).await.expect_ok("ready");
     let status = |path: &str| {
         let script = format!(
             "exec 3<>/dev/tcp/127.0.0.1/9476; printf 'GET {path} HTTP/1.0\\r\\nHost: x\\r\\n\\r\\n' >&3; head -1 <&3 | cut -d' ' -f2"
         );
-        kernel::attempt(&story, "h1", &["bash", "-c", &script]).out.trim().to_owned()
+        kernel::attempt(&lab, "h1", &["bash", "-c", &script]).stdout.trim().to_owned()
     };
     assert_eq!(["/healthz", "/readyz", "/metrics", "/v1/status"].map(status), ["200", "200", "200", "404"]);
-    host.agent_stop(Signal::SIGTERM).must("stop");
+    host.agent_stop(Signal::SIGTERM).expect_ok("stop");
     assert_eq!(status("/healthz"), "", "nobody answers");
 }
 
 #[test]
-fn the_alerts_are_sound() {
+fn alert_rules_pass_promtool() {
     const RULES: &str = "deploy/monitoring/alerts.yaml";
     const CASES: &str = "tests/fixtures/monitoring/alerts.test.yaml";
-    promtool(&["check", "rules", RULES], "").exits(0);
-    promtool(&["test", "rules", CASES], "").exits(0);
+    promtool(&["check", "rules", RULES], "").assert_code(0);
+    promtool(&["test", "rules", CASES], "").assert_code(0);
     let (rules, cases, page) = (read(RULES), read(CASES), read("docs/metrics.md"));
-    let known = families(&Metrics::new().render());
+    let known = metric_families(&Metrics::new().render());
     let mut alerts = 0;
     for rule in rules.split("      - alert: ").skip(1) {
         let name = rule.lines().next().unwrap_or_default();
@@ -182,7 +182,7 @@ fn the_alerts_are_sound() {
         assert!(cases.contains(&format!("- name: {name}\n")), "{name} has no case in {CASES}");
         assert!(page.contains(&format!("| `{name}` |")), "{name} is not in docs/metrics.md");
         let expression = rule.lines().find_map(|line| line.strip_prefix("        expr: ")).unwrap_or_default();
-        let unknown: Vec<String> = named(expression).difference(&known).cloned().collect();
+        let unknown: Vec<String> = metric_names(expression).difference(&known).cloned().collect();
         assert!(unknown.is_empty(), "{name} names metrics that the agent has not: {unknown:?}");
         alerts += 1;
     }
@@ -190,31 +190,31 @@ fn the_alerts_are_sound() {
 }
 
 #[test]
-fn the_dashboard_is_sound() {
-    let dashboard: Value = serde_json::from_str(&read("deploy/monitoring/grafana.json")).must("the dashboard");
-    let known = families(&Metrics::new().render());
-    let panels = dashboard["panels"].as_array().must("panels");
+fn dashboard_uses_known_metrics() {
+    let dashboard: Value = serde_json::from_str(&read("deploy/monitoring/grafana.json")).expect_ok("the dashboard");
+    let known = metric_families(&Metrics::new().render());
+    let panels = dashboard["panels"].as_array().expect_ok("panels");
     // As recording rules the expressions can be judged by Prometheus' own parser.
     let mut rules = "groups:\n  - name: dashboard\n    rules:\n".to_owned();
     let mut shown = BTreeSet::new();
     for panel in panels {
-        let title = panel["title"].as_str().must("a title");
+        let title = panel["title"].as_str().expect_ok("a title");
         assert!(panel["description"].as_str().is_some_and(|text| text.len() > 10), "{title} has no description");
         assert!(panel["fieldConfig"]["defaults"]["unit"].is_string(), "{title} has no unit");
-        let targets = panel["targets"].as_array().must(title);
+        let targets = panel["targets"].as_array().expect_ok(title);
         assert!(!targets.is_empty(), "{title}");
         for target in targets {
-            let expression = target["expr"].as_str().must(title);
-            let unknown: Vec<String> = named(expression).difference(&known).cloned().collect();
+            let expression = target["expr"].as_str().expect_ok(title);
+            let unknown: Vec<String> = metric_names(expression).difference(&known).cloned().collect();
             assert!(unknown.is_empty(), "{title} names metrics that the agent has not: {unknown:?}");
-            shown.extend(named(expression));
+            shown.extend(metric_names(expression));
             let plain = expression.replace("$__rate_interval", "5m").replace("$host", ".*");
             rules += &format!("      - record: dashboard:{}:expression\n        expr: '{plain}'\n", shown.len());
         }
     }
-    let file = tempfile::NamedTempFile::with_suffix(".yaml").must("a file");
-    fs::write(file.path(), rules).must("a file");
-    promtool(&["check", "rules", "--lint=none", &file.path().to_string_lossy()], "").exits(0);
+    let file = tempfile::NamedTempFile::with_suffix(".yaml").expect_ok("a file");
+    fs::write(file.path(), rules).expect_ok("a file");
+    promtool(&["check", "rules", "--lint=none", &file.path().to_string_lossy()], "").assert_code(0);
     let unseen: Vec<&String> = known.difference(&shown).collect();
     assert!(unseen.is_empty(), "the dashboard does not show {unseen:?}");
 }

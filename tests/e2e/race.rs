@@ -4,30 +4,30 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use overlay_agent::model::Subnet;
-use overlay_tests::{Must, Story, etcd, story};
+use overlay_tests::{ExpectContext, TestLab, etcd, test_lab};
 use overlayctl::lab::{Families, agent};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_hosts() {
+async fn two_hosts_get_distinct_subnets() {
     // Races are won and lost by chance: again and again from nothing.
     for _ in 0..5 {
-        all_at_once(2, Families::V4, "10.244.0.0/16").await;
+        assert_distinct_subnets(2, Families::V4, "10.244.0.0/16").await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn twenty_hosts() {
-    all_at_once(20, Families::V4, "10.244.0.0/16").await;
+async fn twenty_hosts_get_distinct_subnets() {
+    assert_distinct_subnets(20, Families::V4, "10.244.0.0/16").await;
 }
 
 /// As many subnets as hosts: every host meets others at its choice, and the last one has a single subnet left.
 #[tokio::test(flavor = "multi_thread")]
-async fn as_many_hosts_as_subnets() {
-    all_at_once(7, Families::V4, "10.200.0.0/27").await;
+async fn full_pool_gives_every_host_a_subnet() {
+    assert_distinct_subnets(7, Families::V4, "10.200.0.0/27").await;
 }
 
-async fn all_at_once(hosts: u16, families: Families, network: &str) {
-    let story = Story::up(|options| {
+async fn assert_distinct_subnets(hosts: u16, families: Families, network: &str) {
+    let lab = TestLab::up(|options| {
         options.hosts = hosts;
         options.containers = 0;
         options.families = families;
@@ -38,20 +38,20 @@ async fn all_at_once(hosts: u16, families: Families, network: &str) {
         }
     })
     .await;
-    for host in story.hosts() {
-        host.agent_start(&[]).must("start");
+    for host in lab.hosts() {
+        host.agent_start(&[]).expect_ok("start");
     }
-    agent::wait_mesh(&story, Duration::from_secs(60)).await.must("a full mesh");
+    agent::wait_mesh(&lab, Duration::from_secs(60)).await.expect_ok("a full mesh");
     let mut subnets: Vec<Subnet> = Vec::new();
-    for host in story.hosts() {
-        let status = host.client().status().await.must(host.name());
-        let subnet = status.lease.must("a lease").subnet;
+    for host in lab.hosts() {
+        let status = host.client().status().await.expect_ok(host.name());
+        let subnet = status.lease.expect_ok("a lease").subnet;
         assert!(!subnets.iter().any(|other| other.overlaps(&subnet)), "{} has {subnet}, as another one", host.name());
         subnets.push(subnet);
         assert!(status.problems.is_empty(), "{}: {:?}", host.name(), status.problems);
-        story.settled(host.name(), story::SOON).await;
+        lab.wait_converged(host.name(), test_lab::CONVERGE_TIMEOUT).await;
     }
-    let keys: BTreeSet<String> = etcd::leases(&story).into_iter().map(|entry| entry.key).collect();
+    let keys: BTreeSet<String> = etcd::leases(&lab).into_iter().map(|entry| entry.key).collect();
     let held: BTreeSet<String> = subnets.iter().map(|subnet| etcd::lease_key(&subnet.to_key())).collect();
     assert_eq!(keys, held, "one lease a host, and none is left behind by a lost race");
 }

@@ -5,39 +5,39 @@ use std::process::Command;
 
 use nix::sys::signal::Signal;
 use overlay_agent::model::api::Status;
-use overlay_tests::dump::Dump;
+use overlay_tests::dump::NetnsDump;
 use overlay_tests::notify::Notifications;
-use overlay_tests::programs::{needs, overlayd};
-use overlay_tests::story::{READY, SOON};
-use overlay_tests::{Must, Story, kernel};
+use overlay_tests::programs::{overlayd, require_program};
+use overlay_tests::test_lab::{CONVERGE_TIMEOUT, READY_TIMEOUT};
+use overlay_tests::{ExpectContext, TestLab, kernel};
 use overlayctl::lab::Families;
 
 /// A host whose agent has not run: what is refused must leave it as it is.
-async fn host() -> (Story, Dump) {
-    let story = Story::without_agents(1, Families::V4).await;
-    Notifications::listen(&story.inside("h1")).settle().await;
-    let before = Dump::of(&story.inside("h1"));
-    (story, before)
+async fn start_quiet_host() -> (TestLab, NetnsDump) {
+    let lab = TestLab::without_agents(1, Families::V4).await;
+    Notifications::subscribe(&lab.open_netns("h1")).wait_quiet().await;
+    let before = NetnsDump::of(&lab.open_netns("h1"));
+    (lab, before)
 }
 
 #[track_caller]
-fn untouched(story: &Story, before: &Dump) {
-    let changes = Dump::of(&story.inside("h1")).changes_since(before);
+fn assert_untouched(lab: &TestLab, before: &NetnsDump) {
+    let changes = NetnsDump::of(&lab.open_netns("h1")).changes_since(before);
     assert!(changes.is_empty(), "it was touched:\n{changes}");
 }
 
 /// The agent's command with directories of its own, which are not there yet.
-fn agent(story: &Story) -> Command {
-    story.overlayd("h1", story.dir().join("new/run"), story.dir().join("new/state"))
+fn agent_command(lab: &TestLab) -> Command {
+    lab.overlayd_command("h1", lab.dir().join("new/run"), lab.dir().join("new/state"))
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn wrong_flags_are_told_all_at_once() {
-    let (story, before) = host().await;
-    let mut command = agent(&story);
+async fn all_invalid_flags_are_reported() {
+    let (lab, before) = start_quiet_host().await;
+    let mut command = agent_command(&lab);
     command.args(["--public-ip=nowhere", "--iface-regex=(", "--log-format=xml", "--resync-interval=0s", "--etcd-username=me"]);
     command.args(["--etcd-cafile=/no/such/file", "--etcd-prefix=relative"]);
-    story.ends("h1", command).exits(2).complains(&[
+    lab.run_to_exit("h1", command).assert_code(2).assert_stderr_contains(&[
         "7 mistakes",
         "--public-ip: `nowhere`",
         "--iface-regex: `(`",
@@ -47,153 +47,164 @@ async fn wrong_flags_are_told_all_at_once() {
         "--etcd-cafile: `/no/such/file`",
         "--etcd-prefix: `relative`",
     ]);
-    let mut unknown = agent(&story);
+    let mut unknown = agent_command(&lab);
     unknown.arg("--no-such-flag");
-    story.ends("h1", unknown).exits(2).complains(&["--no-such-flag"]);
-    assert!(!story.dir().join("new").exists(), "not even a directory is made");
-    untouched(&story, &before);
+    lab.run_to_exit("h1", unknown).assert_code(2).assert_stderr_contains(&["--no-such-flag"]);
+    assert!(!lab.dir().join("new").exists(), "not even a directory is made");
+    assert_untouched(&lab, &before);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_unknown_key_in_the_file() {
-    let (story, before) = host().await;
-    let file = story.dir().join("overlayd.toml");
-    std::fs::write(&file, "run-dri = \"/run/x\"\nlog-level = \"debug\"\n").must("a file");
+async fn unknown_config_key_is_refused() {
+    let (lab, before) = start_quiet_host().await;
+    let file = lab.dir().join("overlayd.toml");
+    std::fs::write(&file, "run-dri = \"/run/x\"\nlog-level = \"debug\"\n").expect_ok("a file");
     let mut command = Command::new(overlayd());
     command.arg("--config").arg(&file);
     let place = format!("run-dri in {}", file.display());
-    story.ends("h1", command).exits(2).complains(&[&place, "is no setting", "did you mean `run-dir`?"]);
+    lab.run_to_exit("h1", command).assert_code(2).assert_stderr_contains(&[&place, "is no setting", "did you mean `run-dir`?"]);
 
-    std::fs::write(&file, "log-level = [\n").must("a file");
+    std::fs::write(&file, "log-level = [\n").expect_ok("a file");
     let mut torn = Command::new(overlayd());
     torn.arg("--config").arg(&file);
-    story.ends("h1", torn).exits(2).complains(&["is not TOML", &file.display().to_string()]);
+    lab.run_to_exit("h1", torn).assert_code(2).assert_stderr_contains(&["is not TOML", &file.display().to_string()]);
 
     let mut missing = Command::new(overlayd());
     missing.args(["--config", "/no/such/overlayd.toml"]);
-    story.ends("h1", missing).exits(2).complains(&["/no/such/overlayd.toml", "cannot be read"]);
-    untouched(&story, &before);
+    lab.run_to_exit("h1", missing).assert_code(2).assert_stderr_contains(&["/no/such/overlayd.toml", "cannot be read"]);
+    assert_untouched(&lab, &before);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_right_to_change_the_network() {
-    let (story, before) = host().await;
-    needs("setpriv", "util-linux");
-    let inner = agent(&story);
+async fn missing_cap_net_admin_is_refused() {
+    let (lab, before) = start_quiet_host().await;
+    require_program("setpriv", "util-linux");
+    let inner = agent_command(&lab);
     let mut command = Command::new("setpriv");
     command.args(["--bounding-set=-net_admin", "--inh-caps=-net_admin"]).arg(inner.get_program()).args(inner.get_args());
-    story.ends("h1", command).exits(1).complains(&["CAP_NET_ADMIN", "Nothing was touched"]);
+    lab.run_to_exit("h1", command).assert_code(1).assert_stderr_contains(&["CAP_NET_ADMIN", "Nothing was touched"]);
     let mut cleanup = Command::new("setpriv");
     cleanup.args(["--bounding-set=-net_admin", "--inh-caps=-net_admin"]).arg(inner.get_program()).args(inner.get_args());
     cleanup.arg("cleanup");
-    story.ends("h1", cleanup).exits(1).complains(&["CAP_NET_ADMIN"]);
-    assert!(!story.dir().join("new").exists(), "not even a directory is made");
-    untouched(&story, &before);
+    lab.run_to_exit("h1", cleanup).assert_code(1).assert_stderr_contains(&["CAP_NET_ADMIN"]);
+    assert!(!lab.dir().join("new").exists(), "not even a directory is made");
+    assert_untouched(&lab, &before);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_second_agent() {
-    let story = Story::up(|options| {
+async fn second_agent_is_refused() {
+    let lab = TestLab::up(|options| {
         options.hosts = 2;
         options.containers = 1;
     })
     .await;
-    let before = kernel::actual(&story, "h1");
-    let pid = story.at("h1").agent().must("the agent").pid;
-    let same_run = story.overlayd("h1", story.at("h1").run_dir(), story.dir().join("new/state"));
-    story.ends("h1", same_run).exits(1).complains(&["is in use by another overlayd", &format!("pid {pid}"), "--run-dir"]);
-    story.ends("h1", agent(&story)).exits(1).complains(&["another overlayd runs in this network namespace"]);
+    let before = kernel::actual_state(&lab, "h1");
+    let pid = lab.host("h1").agent().expect_ok("the agent").pid;
+    let same_run = lab.overlayd_command("h1", lab.host("h1").run_dir(), lab.dir().join("new/state"));
+    lab.run_to_exit("h1", same_run).assert_code(1).assert_stderr_contains(&[
+        "is in use by another overlayd",
+        &format!("pid {pid}"),
+        "--run-dir",
+    ]);
+    lab.run_to_exit("h1", agent_command(&lab))
+        .assert_code(1)
+        .assert_stderr_contains(&["another overlayd runs in this network namespace"]);
     // In another namespace, with the state of this one.
-    let state = story.at("h1").state_dir();
-    let same_state = story.overlayd("h1", story.dir().join("new/run"), state.clone());
-    let said = story.ends("world", same_state).exits(1);
-    assert!(said.err.contains(&state.display().to_string()) && said.err.contains("in use"), "{}", said.err);
-    assert_eq!(kernel::difference(&kernel::actual(&story, "h1"), &before), "");
-    assert_eq!(story.at("h1").agent().must("still there").pid, pid);
-    story.assert_all_reach().await;
+    let state = lab.host("h1").state_dir();
+    let same_state = lab.overlayd_command("h1", lab.dir().join("new/run"), state.clone());
+    let output = lab.run_to_exit("world", same_state).assert_code(1);
+    assert!(output.stderr.contains(&state.display().to_string()) && output.stderr.contains("in use"), "{}", output.stderr);
+    assert_eq!(kernel::difference(&kernel::actual_state(&lab, "h1"), &before), "");
+    assert_eq!(lab.host("h1").agent().expect_ok("still there").pid, pid);
+    lab.assert_full_reachability().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_sockets_path_is_taken() {
-    let (story, _) = host().await;
-    let (run, state) = (story.dir().join("run"), story.dir().join("state"));
-    std::fs::create_dir_all(&run).must("a directory");
+async fn occupied_socket_path_is_refused() {
+    let (lab, _) = start_quiet_host().await;
+    let (run, state) = (lab.dir().join("run"), lab.dir().join("state"));
+    std::fs::create_dir_all(&run).expect_ok("a directory");
     let socket = run.join("overlayd.sock");
     let shown = socket.display().to_string();
 
     // Somebody who answers: here it is this test.
-    let live = UnixListener::bind(&socket).must("a socket");
-    let said = story.ends("h1", story.overlayd("h1", run.clone(), state.clone())).exits(1);
-    said.complains(&[&shown, "belongs to a live agent", &format!("pid {}", std::process::id())]);
+    let live = UnixListener::bind(&socket).expect_ok("a socket");
+    let output = lab.run_to_exit("h1", lab.overlayd_command("h1", run.clone(), state.clone())).assert_code(1);
+    output.assert_stderr_contains(&[&shown, "belongs to a live agent", &format!("pid {}", std::process::id())]);
     drop(live);
 
-    std::fs::remove_file(&socket).must("remove the socket");
-    std::fs::write(&socket, "precious").must("a file");
-    story.ends("h1", story.overlayd("h1", run.clone(), state)).exits(1).complains(&[&shown, "is no socket", "left alone"]);
-    assert_eq!(std::fs::read_to_string(&socket).must("the file"), "precious");
+    std::fs::remove_file(&socket).expect_ok("remove the socket");
+    std::fs::write(&socket, "precious").expect_ok("a file");
+    lab.run_to_exit("h1", lab.overlayd_command("h1", run.clone(), state)).assert_code(1).assert_stderr_contains(&[
+        &shown,
+        "is no socket",
+        "left alone",
+    ]);
+    assert_eq!(std::fs::read_to_string(&socket).expect_ok("the file"), "precious");
 
     // A socket that nobody listens on any more, as a killed agent leaves it, is replaced.
-    let host = story.at("h1");
-    std::fs::create_dir_all(host.run_dir()).must("a directory");
-    drop(UnixListener::bind(host.socket()).must("a socket"));
+    let host = lab.host("h1");
+    std::fs::create_dir_all(host.run_dir()).expect_ok("a directory");
+    drop(UnixListener::bind(host.socket()).expect_ok("a socket"));
     assert!(host.socket().exists());
-    story.start("h1").await;
+    lab.start_agent("h1").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_device_of_our_name_that_is_not_ours() {
-    let story = Story::without_agents(2, Families::V4).await;
-    story.start("h2").await;
+async fn foreign_device_with_agent_name_is_kept() {
+    let lab = TestLab::without_agents(2, Families::V4).await;
+    lab.start_agent("h2").await;
     for (device, kind) in [("ovx.1", "a bridge"), ("ovb.1", "a bridge")] {
-        kernel::run(&story, "h1", &["ip", "link", "add", device, "type", "bridge"]);
-        kernel::run(&story, "h1", &["ip", "address", "add", "10.77.0.1/24", "dev", device]);
-        let before = kernel::listed(&story, "h1", "ip", &["address", "show", "dev", device]);
-        story.at("h1").agent_start(&[]).must("start");
+        kernel::run(&lab, "h1", &["ip", "link", "add", device, "type", "bridge"]);
+        kernel::run(&lab, "h1", &["ip", "address", "add", "10.77.0.1/24", "dev", device]);
+        let before = kernel::list_json(&lab, "h1", "ip", &["address", "show", "dev", device]);
+        lab.host("h1").agent_start(&[]).expect_ok("start");
         let named = |s: &Status| {
             !s.ready
                 && s.problems.iter().any(|p| p.contains(device))
                 && s.data_path.failed.iter().any(|f| f.entry.contains(device))
         };
-        let status = story.at("h1").wait_status(SOON, &format!("it does not name {device}"), named).await.must("h1");
-        let failed = status.data_path.failed.iter().find(|f| f.entry.contains(device)).must(device);
+        let status =
+            lab.host("h1").wait_status(CONVERGE_TIMEOUT, &format!("it does not name {device}"), named).await.expect_ok("h1");
+        let failed = status.data_path.failed.iter().find(|f| f.entry.contains(device)).expect_ok(device);
         assert!(failed.error.contains("not ours") || failed.error.contains("not made by"), "{kind}: {failed:?}");
-        story.logged("h1", &[device, "the kernel refused an entry"]).await;
-        let after = kernel::listed(&story, "h1", "ip", &["address", "show", "dev", device]);
+        lab.wait_for_log("h1", &[device, "the kernel refused an entry"]).await;
+        let after = kernel::list_json(&lab, "h1", "ip", &["address", "show", "dev", device]);
         assert_eq!(after, before, "it is left alone");
-        story.ctl("h1", &["status"]).exits(3);
+        lab.ctl("h1", &["status"]).assert_code(3);
 
-        kernel::run(&story, "h1", &["ip", "link", "delete", device]);
-        story.at("h1").wait_ready(READY).await.must("ready once it is gone");
-        story.mesh().await;
-        story.settled("h1", SOON).await;
-        story.at("h1").agent_stop(Signal::SIGTERM).must("stop");
-        let mut cleanup = story.overlayd("h1", story.at("h1").run_dir(), story.at("h1").state_dir());
+        kernel::run(&lab, "h1", &["ip", "link", "delete", device]);
+        lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("ready once it is gone");
+        lab.wait_full_mesh().await;
+        lab.wait_converged("h1", CONVERGE_TIMEOUT).await;
+        lab.host("h1").agent_stop(Signal::SIGTERM).expect_ok("stop");
+        let mut cleanup = lab.overlayd_command("h1", lab.host("h1").run_dir(), lab.host("h1").state_dir());
         cleanup.arg("cleanup");
-        story.ends("h1", cleanup).exits(0);
+        lab.run_to_exit("h1", cleanup).assert_code(0);
     }
 }
 
 /// What is not ours is not removed either, however much it looks like ours.
 #[tokio::test(flavor = "multi_thread")]
-async fn routes_of_others_to_the_same_place() {
-    let story = Story::without_agents(2, Families::V4).await;
-    story.start("h2").await;
-    let subnet = story.status("h2").await.lease.must("a lease").subnet;
+async fn foreign_routes_are_kept() {
+    let lab = TestLab::without_agents(2, Families::V4).await;
+    lab.start_agent("h2").await;
+    let subnet = lab.status("h2").await.lease.expect_ok("a lease").subnet;
     let metric = ["ip", "route", "add", &subnet.to_string(), "via", "10.99.0.254", "metric", "500"];
-    kernel::run(&story, "h1", &metric);
-    kernel::run(&story, "h1", &["ip", "route", "add", "10.60.0.0/16", "via", "10.99.0.254", "proto", "bgp"]);
+    kernel::run(&lab, "h1", &metric);
+    kernel::run(&lab, "h1", &["ip", "route", "add", "10.60.0.0/16", "via", "10.99.0.254", "proto", "bgp"]);
     let theirs = || {
-        let all = kernel::listed(&story, "h1", "ip", &["route", "show"]);
+        let all = kernel::list_json(&lab, "h1", "ip", &["route", "show"]);
         all.into_iter().filter(|r| kernel::text(r, "gateway") == "10.99.0.254").count()
     };
     assert_eq!(theirs(), 3, "with the default route");
-    story.start("h1").await;
-    story.mesh().await;
-    story.settled("h1", SOON).await;
+    lab.start_agent("h1").await;
+    lab.wait_full_mesh().await;
+    lab.wait_converged("h1", CONVERGE_TIMEOUT).await;
     assert_eq!(theirs(), 3);
-    story.at("h1").agent_stop(Signal::SIGTERM).must("stop");
-    let mut cleanup = story.overlayd("h1", story.at("h1").run_dir(), story.at("h1").state_dir());
+    lab.host("h1").agent_stop(Signal::SIGTERM).expect_ok("stop");
+    let mut cleanup = lab.overlayd_command("h1", lab.host("h1").run_dir(), lab.host("h1").state_dir());
     cleanup.arg("cleanup");
-    story.ends("h1", cleanup).exits(0);
+    lab.run_to_exit("h1", cleanup).assert_code(0);
     assert_eq!(theirs(), 3);
 }

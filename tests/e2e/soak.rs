@@ -14,70 +14,70 @@ use nix::sys::signal::Signal;
 use overlay_agent::kernel::netns::Netns;
 use overlay_agent::model::Mode;
 use overlay_agent::model::api::AttachRequest;
-use overlay_tests::dump::Dump;
-use overlay_tests::faults::{Cut, Fault};
+use overlay_tests::dump::NetnsDump;
+use overlay_tests::faults::{Fault, LinkCut};
 use overlay_tests::notify::Notifications;
-use overlay_tests::programs::Said;
-use overlay_tests::{Must, Story, churn, cluster, damage, etcd};
+use overlay_tests::programs::CommandOutput;
+use overlay_tests::{ExpectContext, TestLab, churn, cluster, etcd, kernel_fault};
 use overlayctl::client::ClientError;
 use overlayctl::lab::Families;
 use rand::rngs::SmallRng;
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
 
-const MINUTES: &str = "OVERLAY_SOAK_MINUTES";
-const SEED: &str = "OVERLAY_SOAK_SEED";
+const MINUTES_VAR: &str = "OVERLAY_SOAK_MINUTES";
+const SEED_VAR: &str = "OVERLAY_SOAK_SEED";
 
 /// How long it takes where nobody says otherwise, the lab's coming and going aside.
-const SHORT: Duration = Duration::from_secs(15);
+const DEFAULT_DURATION: Duration = Duration::from_secs(15);
 
 /// Steps that are told where something is wrong: those since the last but one quiet point.
-const LAST: usize = 3 * STEPS;
+const REPORTED_STEPS: usize = 3 * STEPS_PER_CHECKPOINT;
 
 /// The first one stays and is never restarted: growth would show there.
 const HOSTS: [&str; 4] = ["h1", "h2", "h3", "h4"];
-const STAYS: &str = HOSTS[0];
+const STABLE_HOST: &str = HOSTS[0];
 
 /// More containers than this on a host say nothing more.
-const CONTAINERS: usize = 4;
+const MAX_CONTAINERS: usize = 4;
 
 /// Ports that containers publish: so few that some are taken.
-const PORTS: Range<u16> = 7000..7016;
+const PUBLISHED_PORTS: Range<u16> = 7000..7016;
 /// Where a container serves them.
-const SERVED: u16 = 7080;
+const SERVICE_PORT: u16 = 7080;
 
 /// Steps between two quiet points.
-const STEPS: usize = 8;
+const STEPS_PER_CHECKPOINT: usize = 8;
 
 /// What a container was attached with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Wish {
+pub enum AttachKind {
     /// Addresses of the overlay.
     Overlay,
     /// The same, and this TCP port of the host leads to it.
     Published(u16),
     /// Loopback only.
-    Nothing,
+    LoopbackOnly,
 }
 
 /// The lab and what must be true of it.
 struct Soak {
-    story: Story,
-    random: SmallRng,
+    lab: TestLab,
+    rng: SmallRng,
     /// How long a fault of the store may last.
-    longest: Duration,
+    max_fault_duration: Duration,
     /// Hosts that take part, with their containers.
-    active: BTreeMap<&'static str, BTreeMap<String, Wish>>,
+    containers_by_host: BTreeMap<&'static str, BTreeMap<String, AttachKind>>,
     /// Peers that are leases alone.
     peers: BTreeSet<u8>,
     /// What lasts at the moment.
     fault: Option<Fault>,
     /// Numbers containers.
-    serial: u32,
+    next_container: u32,
     /// The hosts before an agent ran there.
-    clean: BTreeMap<&'static str, Dump>,
+    initial_dumps: BTreeMap<&'static str, NetnsDump>,
     /// Open files and anonymous memory of each agent at its first quiet point.
-    sizes: BTreeMap<i32, quiet::Size>,
+    sizes: BTreeMap<i32, quiet::ProcessSize>,
     counts: BTreeMap<String, u32>,
     /// What was done, in order.
     steps: Vec<String>,
@@ -86,7 +86,7 @@ struct Soak {
 impl Drop for Soak {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let last = &self.steps[self.steps.len().saturating_sub(LAST)..];
+            let last = &self.steps[self.steps.len().saturating_sub(REPORTED_STEPS)..];
             eprintln!("--- the last steps of {}:\n  {}", self.steps.len(), last.join("\n  "));
         }
     }
@@ -94,8 +94,8 @@ impl Drop for Soak {
 
 impl Soak {
     async fn new(seed: u64, long: bool) -> Soak {
-        let story = cluster::up(|options| {
-            options.hosts = u16::try_from(HOSTS.len()).must("hosts");
+        let lab = cluster::up(|options| {
+            options.hosts = u16::try_from(HOSTS.len()).expect_ok("hosts");
             options.containers = 0;
             options.agents = false;
             options.families = Families::Dual;
@@ -105,211 +105,211 @@ impl Soak {
         .await;
         let mut clean = BTreeMap::new();
         for host in HOSTS {
-            Notifications::listen(&story.inside(host)).settle().await;
-            clean.insert(host, Dump::of(&story.inside(host)));
+            Notifications::subscribe(&lab.open_netns(host)).wait_quiet().await;
+            clean.insert(host, NetnsDump::of(&lab.open_netns(host)));
         }
         let mut soak = Soak {
-            story,
-            random: SmallRng::seed_from_u64(seed),
-            longest: if long { Duration::from_secs(14) } else { Duration::from_millis(1500) },
-            active: BTreeMap::new(),
+            lab,
+            rng: SmallRng::seed_from_u64(seed),
+            max_fault_duration: if long { Duration::from_secs(14) } else { Duration::from_millis(1500) },
+            containers_by_host: BTreeMap::new(),
             peers: BTreeSet::new(),
             fault: None,
-            serial: 0,
-            clean,
+            next_container: 0,
+            initial_dumps: clean,
             sizes: BTreeMap::new(),
             counts: BTreeMap::new(),
             steps: Vec::new(),
         };
         for host in &HOSTS[..3] {
             soak.join(host);
-            soak.story.at(host).wait_ready(overlay_tests::story::READY).await.must(host);
+            soak.lab.host(host).wait_ready(overlay_tests::test_lab::READY_TIMEOUT).await.expect_ok(host);
             soak.attach(host).await;
         }
         soak
     }
 
     /// The containers of a host that have addresses.
-    fn with_addresses(&self, host: &str) -> usize {
-        self.active[host].values().filter(|wish| **wish != Wish::Nothing).count()
+    fn addressed_containers(&self, host: &str) -> usize {
+        self.containers_by_host[host].values().filter(|kind| **kind != AttachKind::LoopbackOnly).count()
     }
 
     /// Notes what is done, and where.
-    fn count(&mut self, place: &str, what: impl Into<String>) {
+    fn record_step(&mut self, location: &str, what: impl Into<String>) {
         let what = what.into();
-        self.steps.push(format!("{place}: {what}"));
+        self.steps.push(format!("{location}: {what}"));
         *self.counts.entry(what).or_default() += 1;
     }
 
     /// One of the hosts that take part.
-    fn some_host(&mut self) -> &'static str {
-        let all: Vec<&'static str> = self.active.keys().copied().collect();
-        all.choose(&mut self.random).copied().must("a host")
+    fn random_host(&mut self) -> &'static str {
+        let all: Vec<&'static str> = self.containers_by_host.keys().copied().collect();
+        all.choose(&mut self.rng).copied().expect_ok("a host")
     }
 
     async fn step(&mut self) {
-        let host = self.some_host();
-        match self.random.random_range(0..100) {
-            0..12 => self.come_or_go().await,
+        let host = self.random_host();
+        match self.rng.random_range(0..100) {
+            0..12 => self.join_or_leave().await,
             12..32 => self.attach(host).await,
             32..44 => self.detach(host).await,
             44..56 => self.restart(host).await,
             56..76 => {
-                let damage = damage::ALL.choose(&mut self.random).must("a damage");
-                self.count(host, format!("damage: {}", damage.name));
+                let damage = kernel_fault::ALL.choose(&mut self.rng).expect_ok("a damage");
+                self.record_step(host, format!("damage: {}", damage.name));
                 // What it would damage may be away already.
-                damage.tried_on(&self.story, host);
+                damage.try_inject(&self.lab, host);
             }
-            76..86 => self.peer(),
-            _ => self.store(host).await,
+            76..86 => self.toggle_peer(),
+            _ => self.inject_store_fault(host).await,
         }
-        let pause = self.random.random_range(0..200);
+        let pause = self.rng.random_range(0..200);
         tokio::time::sleep(Duration::from_millis(pause)).await;
     }
 
-    async fn come_or_go(&mut self) {
-        let away: Vec<&'static str> = HOSTS.into_iter().filter(|host| !self.active.contains_key(host)).collect();
-        if let Some(host) = away.choose(&mut self.random).copied() {
+    async fn join_or_leave(&mut self) {
+        let away: Vec<&'static str> = HOSTS.into_iter().filter(|host| !self.containers_by_host.contains_key(host)).collect();
+        if let Some(host) = away.choose(&mut self.rng).copied() {
             self.join(host);
             return;
         }
-        let others: Vec<&'static str> = self.active.keys().copied().filter(|host| *host != STAYS).collect();
-        let host = others.choose(&mut self.random).copied().must("another host");
+        let others: Vec<&'static str> = self.containers_by_host.keys().copied().filter(|host| *host != STABLE_HOST).collect();
+        let host = others.choose(&mut self.rng).copied().expect_ok("another host");
         // Its lease is given back only while the store answers.
         if self.fault.is_some() {
             return;
         }
-        while !self.active[host].is_empty() {
+        while !self.containers_by_host[host].is_empty() {
             self.detach(host).await;
         }
-        self.count(host, "host leaves");
-        self.story.at(host).agent_stop(Signal::SIGTERM).must("stop");
-        let mut command = self.story.overlayd(host, self.story.at(host).run_dir(), self.story.at(host).state_dir());
+        self.record_step(host, "host leaves");
+        self.lab.host(host).agent_stop(Signal::SIGTERM).expect_ok("stop");
+        let mut command = self.lab.overlayd_command(host, self.lab.host(host).run_dir(), self.lab.host(host).state_dir());
         command.arg("cleanup");
-        let said: Said = self.story.ends(host, command);
-        said.exits(0);
-        self.active.remove(host);
+        let output: CommandOutput = self.lab.run_to_exit(host, command);
+        output.assert_code(0);
+        self.containers_by_host.remove(host);
     }
 
     fn join(&mut self, host: &'static str) {
-        self.count(host, "host joins");
-        self.story.at(host).agent_start(&[]).must("start");
-        self.active.insert(host, BTreeMap::new());
+        self.record_step(host, "host joins");
+        self.lab.host(host).agent_start(&[]).expect_ok("start");
+        self.containers_by_host.insert(host, BTreeMap::new());
     }
 
     async fn attach(&mut self, host: &'static str) {
-        if self.active[host].len() >= CONTAINERS {
+        if self.containers_by_host[host].len() >= MAX_CONTAINERS {
             return;
         }
-        self.serial += 1;
-        let name = format!("c{}", self.serial);
-        let wish = match self.random.random_range(0..10) {
-            0..2 => Wish::Nothing,
-            2..5 => Wish::Published(self.random.random_range(PORTS)),
-            _ => Wish::Overlay,
+        self.next_container += 1;
+        let name = format!("c{}", self.next_container);
+        let kind = match self.rng.random_range(0..10) {
+            0..2 => AttachKind::LoopbackOnly,
+            2..5 => AttachKind::Published(self.rng.random_range(PUBLISHED_PORTS)),
+            _ => AttachKind::Overlay,
         };
         // A host that has no lease yet, or whose bridge was just deleted, says so, and nothing is left behind.
-        match self.attach_as(host, &name, wish).await {
+        match self.attach_as(host, &name, kind).await {
             Ok(()) => {
-                self.active.entry(host).or_default().insert(name, wish);
-                self.count(
+                self.containers_by_host.entry(host).or_default().insert(name, kind);
+                self.record_step(
                     host,
-                    match wish {
-                        Wish::Overlay => "container attached",
-                        Wish::Published(_) => "container attached, with a port",
-                        Wish::Nothing => "container attached, without a network",
+                    match kind {
+                        AttachKind::Overlay => "container attached",
+                        AttachKind::Published(_) => "container attached, with a port",
+                        AttachKind::LoopbackOnly => "container attached, without a network",
                     },
                 );
             }
             Err(error) => {
-                println!("  {host} refuses {name}, {wish:?}: {error}");
-                self.count(host, "container refused");
+                println!("  {host} refuses {name}, {kind:?}: {error}");
+                self.record_step(host, "container refused");
             }
         }
     }
 
     /// Makes the namespace and has the agent attach it.
-    async fn attach_as(&self, host: &str, name: &str, wish: Wish) -> Result<(), ClientError> {
-        let netns = Netns::create(&self.namespace(host, name)).must("a container's namespace");
+    async fn attach_as(&self, host: &str, name: &str, kind: AttachKind) -> Result<(), ClientError> {
+        let netns = Netns::create(&self.namespace_name(host, name)).expect_ok("a container's namespace");
         let mut request = AttachRequest { netns: Some(netns.path().to_owned()), ..AttachRequest::default() };
-        match wish {
-            Wish::Overlay => {}
-            Wish::Published(port) => request.publish = vec![format!("{port}:{SERVED}").parse().must("a port")],
-            Wish::Nothing => request.mode = Mode::None,
+        match kind {
+            AttachKind::Overlay => {}
+            AttachKind::Published(port) => request.publish = vec![format!("{port}:{SERVICE_PORT}").parse().expect_ok("a port")],
+            AttachKind::LoopbackOnly => request.mode = Mode::None,
         }
-        let answer = self.story.at(host).client().attach(&name.parse().must("a name"), &request).await;
+        let answer = self.lab.host(host).client().attach(&name.parse().expect_ok("a name"), &request).await;
         if answer.is_err() {
-            Netns::delete(&self.namespace(host, name)).must("delete the container");
+            Netns::delete(&self.namespace_name(host, name)).expect_ok("delete the container");
         }
         answer.map(|_| ())
     }
 
-    fn namespace(&self, host: &str, name: &str) -> String {
-        self.story.layout().namespace(&format!("{host}-{name}"))
+    fn namespace_name(&self, host: &str, name: &str) -> String {
+        self.lab.layout().namespace(&format!("{host}-{name}"))
     }
 
     async fn detach(&mut self, host: &'static str) {
-        let all: Vec<String> = self.active[host].keys().cloned().collect();
-        let Some(name) = all.choose(&mut self.random).cloned() else { return };
+        let all: Vec<String> = self.containers_by_host[host].keys().cloned().collect();
+        let Some(name) = all.choose(&mut self.rng).cloned() else { return };
         self.detach_named(host, &name).await;
-        self.active.entry(host).or_default().remove(&name);
-        self.count(host, "container detached");
+        self.containers_by_host.entry(host).or_default().remove(&name);
+        self.record_step(host, "container detached");
     }
 
     async fn detach_named(&self, host: &str, name: &str) {
-        self.story.at(host).client().detach(&name.parse().must("a name")).await.must("detach");
-        Netns::delete(&self.namespace(host, name)).must("delete the container");
+        self.lab.host(host).client().detach(&name.parse().expect_ok("a name")).await.expect_ok("detach");
+        Netns::delete(&self.namespace_name(host, name)).expect_ok("delete the container");
     }
 
     async fn restart(&mut self, host: &'static str) {
-        let signal = [Signal::SIGTERM, Signal::SIGKILL, Signal::SIGSTOP].choose(&mut self.random).copied().must("a signal");
-        if host == STAYS || signal == Signal::SIGSTOP {
-            self.count(host, "agent hangs");
-            let fault = Fault::AgentHangs(host);
-            fault.begin(&self.story).await;
+        let signal = [Signal::SIGTERM, Signal::SIGKILL, Signal::SIGSTOP].choose(&mut self.rng).copied().expect_ok("a signal");
+        if host == STABLE_HOST || signal == Signal::SIGSTOP {
+            self.record_step(host, "agent hangs");
+            let fault = Fault::AgentFrozen(host);
+            fault.begin(&self.lab).await;
             tokio::time::sleep(Duration::from_millis(300)).await;
-            fault.end(&self.story).await;
+            fault.end(&self.lab).await;
             return;
         }
-        self.count(host, format!("agent ends: {signal}"));
-        Fault::AgentEnds(host, signal).begin(&self.story).await;
-        Fault::AgentEnds(host, signal).end(&self.story).await;
+        self.record_step(host, format!("agent ends: {signal}"));
+        Fault::AgentKilled(host, signal).begin(&self.lab).await;
+        Fault::AgentKilled(host, signal).end(&self.lab).await;
         // So that the next step finds a socket.
-        let socket = self.story.at(host).client();
-        overlay_tests::wait::eventually_asked("the agent answers", overlay_tests::story::SOON, || async {
+        let socket = self.lab.host(host).client();
+        overlay_tests::wait::eventually_async("the agent answers", overlay_tests::test_lab::CONVERGE_TIMEOUT, || async {
             socket.status().await.map(|_| ()).map_err(|error| error.to_string())
         })
         .await;
     }
 
     /// A peer that is a lease alone comes, changes or goes.
-    fn peer(&mut self) {
+    fn toggle_peer(&mut self) {
         if self.fault.is_some() {
             return;
         }
-        let number = self.random.random_range(1..=12u8);
+        let number = self.rng.random_range(1..=12u8);
         let key = etcd::lease_key(&format!("10.244.{}.0-24", 200 + number));
         if self.peers.remove(&number) {
-            self.count(&key, "peer goes");
-            etcd::delete(&self.story, &key);
+            self.record_step(&key, "peer goes");
+            etcd::delete(&self.lab, &key);
         } else {
-            self.count(&key, "peer comes");
+            self.record_step(&key, "peer comes");
             self.peers.insert(number);
-            etcd::put(&self.story, &key, &churn::lease(number, self.random.random_range(0..9)));
+            etcd::put(&self.lab, &key, &churn::lease(number, self.rng.random_range(0..9)));
         }
     }
 
     /// Something happens to the store, or between it and a host.
-    async fn store(&mut self, host: &'static str) {
+    async fn inject_store_fault(&mut self, host: &'static str) {
         if self.fault.is_some() {
             self.end_fault().await;
             return;
         }
-        let member = self.random.random_range(1..=3u8);
-        let kind = self.random.random_range(0..9);
+        let member = self.rng.random_range(1..=3u8);
+        let kind = self.rng.random_range(0..9);
         let moment = match kind {
             0 => Some((Fault::LeaderMoves, "leader moves")),
-            1 => Some((Fault::Compacted, "compacted")),
+            1 => Some((Fault::HistoryCompacted, "compacted")),
             2 => Some((Fault::Defragmented, "defragmented")),
             // Right after another fault it may have no lease: nothing to end.
             3 if self.has_lease(host) => Some((Fault::LeaseRevoked(host), "lease revoked")),
@@ -318,52 +318,52 @@ impl Soak {
             _ => None,
         };
         if let Some((fault, name)) = moment {
-            self.count(&format!("store ({host}, e{member})"), name);
-            fault.begin(&self.story).await;
+            self.record_step(&format!("store ({host}, e{member})"), name);
+            fault.begin(&self.lab).await;
             return;
         }
         let (fault, name) = match kind {
-            5 => (Fault::MembersDie(vec![member]), "a member dies"),
-            6 => (Fault::MembersHang(vec![member]), "a member hangs"),
-            7 => (Fault::all_members_die(), "all members die"),
-            _ => (Fault::Cut(Cut::from_cluster(host)), "a host is cut off"),
+            5 => (Fault::MembersKilled(vec![member]), "a member dies"),
+            6 => (Fault::MembersFrozen(vec![member]), "a member hangs"),
+            7 => (Fault::all_members_killed(), "all members die"),
+            _ => (Fault::LinkCut(LinkCut::from_cluster(host)), "a host is cut off"),
         };
-        self.count(&format!("store ({host}, e{member})"), name);
-        fault.begin(&self.story).await;
+        self.record_step(&format!("store ({host}, e{member})"), name);
+        fault.begin(&self.lab).await;
         self.fault = Some(fault);
     }
 
     fn has_lease(&self, host: &str) -> bool {
         let named = format!("\"Name\":\"{host}\"");
-        etcd::leases(&self.story).iter().any(|entry| entry.value.contains(&named) && entry.lease != 0)
+        etcd::leases(&self.lab).iter().any(|entry| entry.value.contains(&named) && entry.lease != 0)
     }
 
     /// Lets what lasts last a while, and ends it.
     async fn end_fault(&mut self) {
         let Some(fault) = self.fault.take() else { return };
-        let longest = u64::try_from(self.longest.as_millis()).must("milliseconds");
-        tokio::time::sleep(Duration::from_millis(self.random.random_range(0..longest))).await;
+        let longest = u64::try_from(self.max_fault_duration.as_millis()).expect_ok("milliseconds");
+        tokio::time::sleep(Duration::from_millis(self.rng.random_range(0..longest))).await;
         self.steps.push(format!("ends: {fault}"));
-        fault.end(&self.story).await;
-        cluster::healthy(&self.story, &cluster::MEMBERS).await;
+        fault.end(&self.lab).await;
+        cluster::wait_members_healthy(&self.lab, &cluster::MEMBERS).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn all_that_happens() {
-    let minutes = std::env::var(MINUTES).ok().map(|text| text.parse::<u64>().must(MINUTES));
-    let seed = std::env::var(SEED).map_or_else(|_| rand::rng().random(), |text| text.parse().must(SEED));
-    println!("{SEED}={seed}");
+async fn random_faults_converge() {
+    let minutes = std::env::var(MINUTES_VAR).ok().map(|text| text.parse::<u64>().expect_ok(MINUTES_VAR));
+    let seed = std::env::var(SEED_VAR).map_or_else(|_| rand::rng().random(), |text| text.parse().expect_ok(SEED_VAR));
+    println!("{SEED_VAR}={seed}");
     let mut soak = Soak::new(seed, minutes.is_some()).await;
-    let end = Instant::now() + minutes.map_or(SHORT, |minutes| Duration::from_secs(minutes * 60));
+    let end = Instant::now() + minutes.map_or(DEFAULT_DURATION, |minutes| Duration::from_secs(minutes * 60));
     let (mut rounds, mut steps) = (0, 0);
     // On a machine that is busy with other things, too, there is more than one.
     while Instant::now() < end || rounds < 2 {
-        for _ in 0..STEPS {
+        for _ in 0..STEPS_PER_CHECKPOINT {
             soak.step().await;
             steps += 1;
         }
-        soak.quiet().await;
+        soak.check_invariants().await;
         rounds += 1;
         if rounds % 20 == 0 {
             println!("{rounds} quiet points after {steps} steps: {}", soak.growth());

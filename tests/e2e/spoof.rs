@@ -8,40 +8,40 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
-use frames::{Me, Verdict};
+use frames::{ExpectedOutcome, Station};
 use overlay_agent::model::Family;
 use overlay_agent::model::api::Status;
-use overlay_tests::craft::{self, Mac, Wire};
-use overlay_tests::story::SOON;
-use overlay_tests::wait::eventually_asked;
-use overlay_tests::{Must, Story, eventually, http, kernel, rules};
+use overlay_tests::packet_builder::{self, Mac, PacketSocket};
+use overlay_tests::test_lab::CONVERGE_TIMEOUT;
+use overlay_tests::wait::eventually_async;
+use overlay_tests::{ExpectContext, TestLab, eventually, http, kernel, rules};
 use overlayctl::lab::Families;
 
-type Counts = BTreeMap<String, u64>;
+type DropCounts = BTreeMap<String, u64>;
 
-async fn counts(story: &Story, host: &str) -> Counts {
-    story.status(host).await.data_path.dropped
+async fn drop_counts(lab: &TestLab, host: &str) -> DropCounts {
+    lab.status(host).await.data_path.dropped
 }
 
 /// An endpoint of a host.
-async fn party(story: &Story, host: &str, name: &str) -> Me {
-    let endpoints = story.at(host).client().endpoints().await.must(host).endpoints;
-    let endpoint = endpoints.into_iter().find(|e| e.name.as_str() == name).must(name);
-    let address = |family| *endpoint.addresses().get(family).must("its address");
-    let mac = endpoint.port.as_ref().must("its port").mac.0;
-    Me { mac, v4: address(Family::V4), v6: address(Family::V6) }
+async fn find_station(lab: &TestLab, host: &str, name: &str) -> Station {
+    let endpoints = lab.host(host).client().endpoints().await.expect_ok(host).endpoints;
+    let endpoint = endpoints.into_iter().find(|e| e.name.as_str() == name).expect_ok(name);
+    let address = |family| *endpoint.addresses().get(family).expect_ok("its address");
+    let mac = endpoint.port.as_ref().expect_ok("its port").mac.0;
+    Station { mac, v4: address(Family::V4), v6: address(Family::V6) }
 }
 
-fn bridge_mac(story: &Story, host: &str) -> Mac {
-    let link = kernel::link(story, host, "ovb.1").must("the bridge");
+fn bridge_mac(lab: &TestLab, host: &str) -> Mac {
+    let link = kernel::link(lab, host, "ovb.1").expect_ok("the bridge");
     let bytes: Vec<u8> =
-        kernel::text(&link, "address").split(':').map(|byte| u8::from_str_radix(byte, 16).must("a MAC")).collect();
-    bytes.try_into().ok().must("six bytes")
+        kernel::text(&link, "address").split(':').map(|byte| u8::from_str_radix(byte, 16).expect_ok("a MAC")).collect();
+    bytes.try_into().ok().expect_ok("six bytes")
 }
 
 /// Two hosts with two containers each, both families.
-async fn lab() -> Story {
-    Story::up(|options| {
+async fn start_lab() -> TestLab {
+    TestLab::up(|options| {
         options.hosts = 2;
         options.containers = 2;
         options.families = Families::Dual;
@@ -50,197 +50,229 @@ async fn lab() -> Story {
 }
 
 /// The sender's wire, the wire of who shares its bridge, and a packet that always passes: what was sent before it has been judged when it comes.
-struct Scene<'a> {
-    story: &'a Story,
-    from: Wire,
-    tap: Wire,
-    me: Me,
-    other: Me,
-    fences: u16,
+struct SpoofFixture<'a> {
+    lab: &'a TestLab,
+    sender_socket: PacketSocket,
+    receiver_socket: PacketSocket,
+    sender: Station,
+    receiver: Station,
+    marker_count: u16,
 }
 
-impl<'a> Scene<'a> {
-    async fn new(story: &'a Story, sender: &str) -> Scene<'a> {
-        let (me, other) = (party(story, "h1", sender).await, party(story, "h1", "c2").await);
-        let from = Wire::open(&story.inside(&format!("h1-{sender}")), "eth0");
-        Scene { story, from, tap: Wire::open(&story.inside("h1-c2"), "eth0"), me, other, fences: 0 }
+impl<'a> SpoofFixture<'a> {
+    async fn new(lab: &'a TestLab, sender: &str) -> SpoofFixture<'a> {
+        let (me, other) = (find_station(lab, "h1", sender).await, find_station(lab, "h1", "c2").await);
+        let from = PacketSocket::open(&lab.open_netns(&format!("h1-{sender}")), "eth0");
+        SpoofFixture {
+            lab,
+            sender_socket: from,
+            receiver_socket: PacketSocket::open(&lab.open_netns("h1-c2"), "eth0"),
+            sender: me,
+            receiver: other,
+            marker_count: 0,
+        }
     }
 
     /// A datagram to the other, which has a number.
-    fn fence(&mut self) -> Vec<u8> {
-        self.fences += 1;
-        let packet = craft::udp(
-            SocketAddr::new(self.me.v4, 4000),
-            SocketAddr::new(self.other.v4, 4001),
-            &[b"fence".as_slice(), &self.fences.to_be_bytes()].concat(),
+    fn marker_frame(&mut self) -> Vec<u8> {
+        self.marker_count += 1;
+        let packet = packet_builder::udp(
+            SocketAddr::new(self.sender.v4, 4000),
+            SocketAddr::new(self.receiver.v4, 4001),
+            &[b"fence".as_slice(), &self.marker_count.to_be_bytes()].concat(),
         );
-        craft::ip_frame(self.other.mac, self.me.mac, &packet)
+        packet_builder::ip_frame(self.receiver.mac, self.sender.mac, &packet)
     }
 
     /// Sends a frame and checks what becomes of it: it comes to the other, or it is counted under its reason and does not. No other counter moves.
-    async fn send(&mut self, name: &str, frame: &[u8], verdict: Verdict) {
-        let before = counts(self.story, "h1").await;
+    async fn assert_outcome(&mut self, name: &str, frame: &[u8], expected: ExpectedOutcome) {
+        let before = drop_counts(self.lab, "h1").await;
         let mut wanted = before.clone();
-        if let Verdict::Dropped(reason) = verdict {
-            *wanted.get_mut(reason).must(reason) += 1;
+        if let ExpectedOutcome::Dropped(reason) = expected {
+            *wanted.get_mut(reason).expect_ok(reason) += 1;
         }
-        drop(self.tap.frames());
-        self.from.send(frame);
-        let fence = self.fence();
-        self.from.send(&fence);
+        drop(self.receiver_socket.frames());
+        self.sender_socket.send(frame);
+        let fence = self.marker_frame();
+        self.sender_socket.send(&fence);
         let mut seen: Vec<Vec<u8>> = Vec::new();
-        eventually(&format!("{name}: what was sent is judged"), SOON, || {
-            seen.extend(self.tap.frames());
+        eventually(&format!("{name}: what was sent is judged"), CONVERGE_TIMEOUT, || {
+            seen.extend(self.receiver_socket.frames());
             let has = |frame: &[u8]| seen.iter().any(|s| s == frame);
-            match (has(&fence), has(frame) || verdict != Verdict::Passes) {
+            match (has(&fence), has(frame) || expected != ExpectedOutcome::Delivered) {
                 (true, true) => Ok(()),
                 (fence, frame) => Err(format!("the frame has come: {frame}, the one behind it: {fence}")),
             }
         })
         .await;
-        let story = self.story;
-        eventually_asked(&format!("{name}: {verdict:?}"), SOON, || async {
-            let now = counts(story, "h1").await;
+        let lab = self.lab;
+        eventually_async(&format!("{name}: {expected:?}"), CONVERGE_TIMEOUT, || async {
+            let now = drop_counts(lab, "h1").await;
             if now == wanted { Ok(()) } else { Err(format!("it was {before:?}, is {now:?}")) }
         })
         .await;
-        seen.extend(self.tap.frames());
+        seen.extend(self.receiver_socket.frames());
         let came = seen.iter().any(|s| s == frame);
-        assert_eq!(came, verdict == Verdict::Passes, "{name}: whether it came; {verdict:?}");
+        assert_eq!(came, expected == ExpectedOutcome::Delivered, "{name}: whether it came; {expected:?}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn addresses_macs_and_roles_of_others() {
-    let story = lab().await;
-    let far = party(&story, "h2", "c1").await;
-    let gateway = Me {
-        mac: bridge_mac(&story, "h1"),
-        v4: story.status("h1").await.lease.must("a lease").subnet.gateway(Family::V4).must("IPv4"),
-        v6: story.status("h1").await.lease.must("a lease").subnet.gateway(Family::V6).must("IPv6"),
+async fn spoofed_addresses_macs_and_roles_are_dropped() {
+    let lab = start_lab().await;
+    let far = find_station(&lab, "h2", "c1").await;
+    let gateway = Station {
+        mac: bridge_mac(&lab, "h1"),
+        v4: lab.status("h1").await.lease.expect_ok("a lease").subnet.gateway(Family::V4).expect_ok("IPv4"),
+        v6: lab.status("h1").await.lease.expect_ok("a lease").subnet.gateway(Family::V6).expect_ok("IPv6"),
     };
-    let mut scene = Scene::new(&story, "c1").await;
-    let (me, other) = (scene.me, scene.other);
-    for (name, frame, verdict) in frames::checked(me, other, far, gateway) {
-        scene.send(&name, &frame, verdict).await;
+    let mut scene = SpoofFixture::new(&lab, "c1").await;
+    let (me, other) = (scene.sender, scene.receiver);
+    for (name, frame, verdict) in frames::frames_with_source_check(me, other, far, gateway) {
+        scene.assert_outcome(&name, &frame, verdict).await;
     }
-    let noticed = counts(&story, "h1").await;
+    let noticed = drop_counts(&lab, "h1").await;
     for reason in ["source", "router", "dhcp"] {
         assert!(noticed[reason] > 0, "{noticed:?}");
     }
 
     // The same numbers for people and for Prometheus.
-    let said = story.ctl("h1", &["status"]).exits(0).out;
-    let line = said.lines().find(|line| line.contains("dropped")).must(&said);
+    let output = lab.ctl("h1", &["status"]).assert_code(0).stdout;
+    let line = output.lines().find(|line| line.contains("dropped")).expect_ok(&output);
     assert!(line.contains(&format!("{} source", noticed["source"])) && !line.contains("tunnel"), "{line}");
-    let metrics = http::ask(&story.at("h1").socket(), "GET", "/metrics", "").body;
+    let metrics = http::request(&lab.host("h1").socket(), "GET", "/metrics", "").body;
     for (reason, packets) in &noticed {
         let sample = format!("overlayd_dropped_packets_total{{reason=\"{reason}\"}} {packets}");
         assert!(metrics.lines().any(|line| line == sample), "{sample} is not in\n{metrics}");
     }
 
     // One that is not checked: a router, or one with virtual addresses.
-    story.ctl("h1", &["attach", "router", "--no-source-check"]).exits(0);
-    let mut scene = Scene::new(&story, "router").await;
-    for (name, frame, verdict) in frames::unchecked(scene.me, scene.other, far) {
-        scene.send(&format!("unchecked, {name}"), &frame, verdict).await;
+    lab.ctl("h1", &["attach", "router", "--no-source-check"]).assert_code(0);
+    let mut scene = SpoofFixture::new(&lab, "router").await;
+    for (name, frame, verdict) in frames::frames_without_source_check(scene.sender, scene.receiver, far) {
+        scene.assert_outcome(&format!("unchecked, {name}"), &frame, verdict).await;
     }
 
     // The counters outlive the agent, and the guard does not need it.
-    let before = counts(&story, "h1").await;
-    story.at("h1").agent_stop(nix::sys::signal::Signal::SIGKILL).must("SIGKILL");
-    let mut scene = Scene { from: Wire::open(&story.inside("h1-c1"), "eth0"), me, other, ..scene };
-    drop(scene.tap.frames());
-    let forged = craft::udp(SocketAddr::new(other.v4, 9), SocketAddr::new(other.v4, 9), b"forged");
-    scene.from.send(&craft::ip_frame(other.mac, me.mac, &forged));
-    let fence = scene.fence();
-    scene.from.send(&fence);
-    eventually("the frame behind it comes", SOON, || {
-        let seen = scene.tap.frames();
+    let before = drop_counts(&lab, "h1").await;
+    lab.host("h1").agent_stop(nix::sys::signal::Signal::SIGKILL).expect_ok("SIGKILL");
+    let mut scene = SpoofFixture {
+        sender_socket: PacketSocket::open(&lab.open_netns("h1-c1"), "eth0"),
+        sender: me,
+        receiver: other,
+        ..scene
+    };
+    drop(scene.receiver_socket.frames());
+    let forged = packet_builder::udp(SocketAddr::new(other.v4, 9), SocketAddr::new(other.v4, 9), b"forged");
+    scene.sender_socket.send(&packet_builder::ip_frame(other.mac, me.mac, &forged));
+    let fence = scene.marker_frame();
+    scene.sender_socket.send(&fence);
+    eventually("the frame behind it comes", CONVERGE_TIMEOUT, || {
+        let seen = scene.receiver_socket.frames();
         assert!(!seen.iter().any(|frame| frame.ends_with(b"forged")), "forged while there is no agent");
         if seen.contains(&fence) { Ok(()) } else { Err("not yet".to_owned()) }
     })
     .await;
-    story.start("h1").await;
-    assert_eq!(counts(&story, "h1").await["source"], before["source"] + 1);
-    story.assert_all_reach().await;
+    lab.start_agent("h1").await;
+    assert_eq!(drop_counts(&lab, "h1").await["source"], before["source"] + 1);
+    lab.assert_full_reachability().await;
 }
 
 /// Encapsulation that a container forges: to its own host, which would take it for a peer's, and to others, where it would come from this host.
 #[tokio::test(flavor = "multi_thread")]
-async fn forged_encapsulation() {
-    let story = lab().await;
-    let far = party(&story, "h2", "c1").await;
-    let mut scene = Scene::new(&story, "c1").await;
-    let (me, other, gateway) = (scene.me, scene.other, bridge_mac(&story, "h1"));
-    let subnets = story.at("h1").client().subnets().await.must("subnets").subnets;
+async fn forged_encapsulation_is_dropped() {
+    let lab = start_lab().await;
+    let far = find_station(&lab, "h2", "c1").await;
+    let mut scene = SpoofFixture::new(&lab, "c1").await;
+    let (me, other, gateway) = (scene.sender, scene.receiver, bridge_mac(&lab, "h1"));
+    let subnets = lab.host("h1").client().subnets().await.expect_ok("subnets").subnets;
     let vtep =
-        |own: bool, family| subnets.iter().find(|s| s.own == own).and_then(|s| s.vtep.get(family).copied()).must("a VTEP").0;
-    let far_tap = Wire::open(&story.inside("h2-c1"), "eth0");
+        |own: bool, family| subnets.iter().find(|s| s.own == own).and_then(|s| s.vtep.get(family).copied()).expect_ok("a VTEP").0;
+    let far_tap = PacketSocket::open(&lab.open_netns("h2-c1"), "eth0");
     let comes = |frames: Vec<Vec<u8>>| frames.iter().any(|frame| frame.ends_with(b"smuggled"));
     for family in Family::ALL {
-        let own = |party: Me| if family == Family::V4 { party.v4 } else { party.v6 };
-        let underlay = |host: &str| *story.at(host).layout().addresses.get(family).must("an address");
-        let subnet = story.status("h1").await.lease.must("a lease").subnet;
-        let bridge: IpAddr = subnet.gateway(family).must("a gateway");
+        let own = |party: Station| if family == Family::V4 { party.v4 } else { party.v6 };
+        let underlay = |host: &str| *lab.host(host).layout().addresses.get(family).expect_ok("an address");
+        let subnet = lab.status("h1").await.lease.expect_ok("a lease").subnet;
+        let bridge: IpAddr = subnet.gateway(family).expect_ok("a gateway");
         // As if the other host's container wrote to ours, and ours to the other host's.
-        let inner = |from: Me, to: Me, mac: Mac| {
-            let packet = craft::udp(SocketAddr::new(own(from), 5000), SocketAddr::new(own(to), 5001), b"smuggled");
-            craft::vxlan(1, &craft::ip_frame(mac, [2, 0, 0, 0, 0, 1], &packet))
+        let inner = |from: Station, to: Station, mac: Mac| {
+            let packet = packet_builder::udp(SocketAddr::new(own(from), 5000), SocketAddr::new(own(to), 5001), b"smuggled");
+            packet_builder::vxlan(1, &packet_builder::ip_frame(mac, [2, 0, 0, 0, 0, 1], &packet))
         };
         let outer = |to: IpAddr, port: u16, data: &[u8]| {
-            let packet = craft::udp(SocketAddr::new(own(me), 5000), SocketAddr::new(to, port), data);
-            craft::ip_frame(gateway, me.mac, &packet)
+            let packet = packet_builder::udp(SocketAddr::new(own(me), 5000), SocketAddr::new(to, port), data);
+            packet_builder::ip_frame(gateway, me.mac, &packet)
         };
         for (name, to, data) in [
             ("the own host", underlay("h1"), inner(far, other, vtep(true, family))),
             ("the own host by the bridge", bridge, inner(far, other, vtep(true, family))),
             ("another host", underlay("h2"), inner(other, far, vtep(false, family))),
-            ("another VNI", underlay("h1"), craft::vxlan(77, b"whatever")),
+            ("another VNI", underlay("h1"), packet_builder::vxlan(77, b"whatever")),
             ("nothing inside", underlay("h2"), Vec::new()),
         ] {
-            let forged = outer(to, craft_port(), &data);
-            scene.send(&format!("encapsulation to {name} ({family})"), &forged, Verdict::Dropped("encapsulation")).await;
-            assert!(!comes(scene.tap.frames()) && !comes(far_tap.frames()), "what was encapsulated came out: {name}");
+            let forged = outer(to, vxlan_port(), &data);
+            scene
+                .assert_outcome(
+                    &format!("encapsulation to {name} ({family})"),
+                    &forged,
+                    ExpectedOutcome::Dropped("encapsulation"),
+                )
+                .await;
+            assert!(!comes(scene.receiver_socket.frames()) && !comes(far_tap.frames()), "what was encapsulated came out: {name}");
         }
         // It is the port alone that is closed.
         for host in ["h1", "h2"] {
-            let address = SocketAddr::new(underlay(host), craft_port() + 1);
-            let server = story.inside(host).run(|| UdpSocket::bind(address)).must(host).must("a socket");
-            server.set_read_timeout(Some(SOON)).must("a limit");
-            scene.from.send(&outer(address.ip(), address.port(), b"plain"));
+            let address = SocketAddr::new(underlay(host), vxlan_port() + 1);
+            let server = lab.open_netns(host).run(|| UdpSocket::bind(address)).expect_ok(host).expect_ok("a socket");
+            server.set_read_timeout(Some(CONVERGE_TIMEOUT)).expect_ok("a limit");
+            scene.sender_socket.send(&outer(address.ip(), address.port(), b"plain"));
             let mut buffer = [0; 64];
-            let (length, _) = server.recv_from(&mut buffer).must(&format!("a datagram to {address}"));
+            let (length, _) = server.recv_from(&mut buffer).expect_ok(&format!("a datagram to {address}"));
             assert_eq!(&buffer[..length], b"plain");
         }
     }
     // Addresses of the loopback device are on no wire, even while ports of 127.0.0.1 are published.
-    story.ctl("h1", &["attach", "web", "--publish", "127.0.0.1:8080:80"]).exits(0);
-    let packet = craft::udp(SocketAddr::new(me.v4, 5000), "127.0.0.1:8080".parse().must("an address"), b"inside");
-    scene.send("to 127.0.0.1", &craft::ip_frame(gateway, me.mac, &packet), Verdict::Dropped("loopback")).await;
-    story.ctl("h1", &["attach", "router", "--no-source-check"]).exits(0);
-    let mut scene = Scene::new(&story, "router").await;
-    let packet = craft::udp("127.0.0.1:5000".parse().must("an address"), SocketAddr::new(far.v4, 5001), b"inside");
-    scene.send("from 127.0.0.1", &craft::ip_frame(gateway, scene.me.mac, &packet), Verdict::Dropped("loopback")).await;
-    let to_own = SocketAddr::new(*story.at("h1").layout().addresses.get(Family::V4).must("IPv4"), craft_port());
-    let packet = craft::udp(SocketAddr::new(scene.me.v4, 5000), to_own, b"inside");
+    lab.ctl("h1", &["attach", "web", "--publish", "127.0.0.1:8080:80"]).assert_code(0);
+    let packet = packet_builder::udp(SocketAddr::new(me.v4, 5000), "127.0.0.1:8080".parse().expect_ok("an address"), b"inside");
+    scene
+        .assert_outcome("to 127.0.0.1", &packet_builder::ip_frame(gateway, me.mac, &packet), ExpectedOutcome::Dropped("loopback"))
+        .await;
+    lab.ctl("h1", &["attach", "router", "--no-source-check"]).assert_code(0);
+    let mut scene = SpoofFixture::new(&lab, "router").await;
+    let packet = packet_builder::udp("127.0.0.1:5000".parse().expect_ok("an address"), SocketAddr::new(far.v4, 5001), b"inside");
+    scene
+        .assert_outcome(
+            "from 127.0.0.1",
+            &packet_builder::ip_frame(gateway, scene.sender.mac, &packet),
+            ExpectedOutcome::Dropped("loopback"),
+        )
+        .await;
+    let to_own = SocketAddr::new(*lab.host("h1").layout().addresses.get(Family::V4).expect_ok("IPv4"), vxlan_port());
+    let packet = packet_builder::udp(SocketAddr::new(scene.sender.v4, 5000), to_own, b"inside");
     let name = "encapsulation of one that is not checked";
-    scene.send(name, &craft::ip_frame(gateway, scene.me.mac, &packet), Verdict::Dropped("encapsulation")).await;
-    story.assert_all_reach().await;
+    scene
+        .assert_outcome(
+            name,
+            &packet_builder::ip_frame(gateway, scene.sender.mac, &packet),
+            ExpectedOutcome::Dropped("encapsulation"),
+        )
+        .await;
+    lab.assert_full_reachability().await;
 }
 
-fn craft_port() -> u16 {
+fn vxlan_port() -> u16 {
     overlay_tests::capture::VXLAN_PORT
 }
 
 /// The host takes no router advertisement from the bridge, whoever is at it: also from an interface that somebody else plugged in, which no guard
 /// judges. The same advertisement works where they are taken.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_host_takes_no_router() {
-    let story = lab().await;
+async fn host_ignores_router_advertisements() {
+    let lab = start_lab().await;
     let pair = |name: &str| {
         kernel::shell(
-            &story,
+            &lab,
             "h1",
             &format!(
                 "ip link add {name}a type veth peer name {name}b; echo 0 >/proc/sys/net/ipv6/conf/{name}b/accept_dad
@@ -250,21 +282,22 @@ async fn the_host_takes_no_router() {
     };
     pair("tame");
     pair("wild");
-    kernel::shell(&story, "h1", "ip link set wilda master ovb.1; for d in tamea tameb wilda wildb; do ip link set $d up; done");
-    let advertisement = craft::router_advertisement([2, 0, 0, 0, 0xba, 0xd0], "2001:db8:bad::".parse().must("a prefix"));
+    kernel::shell(&lab, "h1", "ip link set wilda master ovb.1; for d in tamea tameb wilda wildb; do ip link set $d up; done");
+    let advertisement =
+        packet_builder::router_advertisement([2, 0, 0, 0, 0xba, 0xd0], "2001:db8:bad::".parse().expect_ok("a prefix"));
     let has = |device: &str| {
-        let addresses = kernel::run(&story, "h1", &["ip", "-6", "address", "show", "dev", device]);
-        let routes = kernel::run(&story, "h1", &["ip", "-6", "route", "show", "dev", device]);
+        let addresses = kernel::run(&lab, "h1", &["ip", "-6", "address", "show", "dev", device]);
+        let routes = kernel::run(&lab, "h1", &["ip", "-6", "route", "show", "dev", device]);
         addresses.contains("2001:db8:bad:") || routes.contains("2001:db8:bad:") || routes.contains("default")
     };
-    let send = |device: &str| Wire::open(&story.inside("h1"), device).send(&advertisement);
-    eventually("an advertisement works where it is taken", SOON, || {
+    let send = |device: &str| PacketSocket::open(&lab.open_netns("h1"), device).send(&advertisement);
+    eventually("an advertisement works where it is taken", CONVERGE_TIMEOUT, || {
         send("tameb");
         if has("tamea") { Ok(()) } else { Err("no address came of it".to_owned()) }
     })
     .await;
-    let tap = Wire::open(&story.inside("h1-c2"), "eth0");
-    eventually("it comes through the bridge", SOON, || {
+    let tap = PacketSocket::open(&lab.open_netns("h1-c2"), "eth0");
+    eventually("it comes through the bridge", CONVERGE_TIMEOUT, || {
         send("wildb");
         if tap.frames().contains(&advertisement) { Ok(()) } else { Err("not yet".to_owned()) }
     })
@@ -279,40 +312,40 @@ async fn the_host_takes_no_router() {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     for container in ["h1-c1", "h1-c2"] {
-        let routes = kernel::run(&story, container, &["ip", "-6", "address"]);
+        let routes = kernel::run(&lab, container, &["ip", "-6", "address"]);
         assert!(!routes.contains("2001:db8:bad:"), "{container}: {routes}");
     }
 }
 
 /// Containers that do nothing wrong are not counted: neither while their interfaces come up nor later, with and without IPv6.
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_counted_for_nothing() {
+async fn legitimate_traffic_is_not_counted() {
     for families in [Families::V4, Families::Dual] {
-        let story = Story::up(|options| {
+        let lab = TestLab::up(|options| {
             options.hosts = 1;
             options.families = families;
         })
         .await;
-        story.assert_all_reach().await;
+        lab.assert_full_reachability().await;
         // A kernel announces its groups and addresses within two seconds (RFC 3810 section 9.11, RFC 4862 section 5.4).
         tokio::time::sleep(Duration::from_secs(3)).await;
-        let counted = counts(&story, "h1").await;
+        let counted = drop_counts(&lab, "h1").await;
         assert_eq!(counted.len(), 6, "{counted:?}");
         assert!(counted.values().all(|packets| *packets == 0), "{families:?}: {counted:?}");
-        assert!(!story.ctl("h1", &["status"]).exits(0).out.contains("dropped"));
+        assert!(!lab.ctl("h1", &["status"]).assert_code(0).stdout.contains("dropped"));
     }
     // Where the network has no IPv6, a container has none: not even a link-local address would be let through.
-    let story = Story::up(|options| options.hosts = 1).await;
-    let status: Status = story.status("h1").await;
+    let lab = TestLab::up(|options| options.hosts = 1).await;
+    let status: Status = lab.status("h1").await;
     assert_eq!(status.data_path.dropped["source"], 0);
-    let endpoints = story.at("h1").client().endpoints().await.must("h1").endpoints;
-    let mac = endpoints[0].port.as_ref().must("a port").mac.0;
-    let from = Wire::open(&story.inside(&format!("h1-{}", endpoints[0].name)), "eth0");
+    let endpoints = lab.host("h1").client().endpoints().await.expect_ok("h1").endpoints;
+    let mac = endpoints[0].port.as_ref().expect_ok("a port").mac.0;
+    let from = PacketSocket::open(&lab.open_netns(&format!("h1-{}", endpoints[0].name)), "eth0");
     let local = rules::link_local(mac);
-    let packet = craft::udp(SocketAddr::new(local, 9), "[ff02::1]:9".parse().must("an address"), b"IPv6");
-    from.send(&craft::ip_frame(craft::ALL_NODES, mac, &packet));
-    eventually_asked("IPv6 in a network without it is counted", SOON, || async {
-        match counts(&story, "h1").await["source"] {
+    let packet = packet_builder::udp(SocketAddr::new(local, 9), "[ff02::1]:9".parse().expect_ok("an address"), b"IPv6");
+    from.send(&packet_builder::ip_frame(packet_builder::ALL_NODES, mac, &packet));
+    eventually_async("IPv6 in a network without it is counted", CONVERGE_TIMEOUT, || async {
+        match drop_counts(&lab, "h1").await["source"] {
             1 => Ok(()),
             other => Err(other.to_string()),
         }

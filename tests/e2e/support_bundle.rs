@@ -5,8 +5,8 @@ use std::path::Path;
 use std::process::Command;
 
 use nix::sys::signal::Signal;
-use overlay_tests::programs::needs;
-use overlay_tests::{Must, Story};
+use overlay_tests::programs::require_program;
+use overlay_tests::{ExpectContext, TestLab};
 use overlayctl::bundle::Bundle;
 
 /// Each stands where secrets stand, and nowhere else.
@@ -14,19 +14,19 @@ const SECRETS: [&str; 5] = ["pw-of-a-file-81", "pw-in-a-url-82", "pw-of-a-key-83
 
 /// Unpacks it; all texts, by name.
 fn unpack(file: &Path, into: &Path) -> Vec<(String, String)> {
-    needs("tar", "tar");
-    let done = Command::new("tar").arg("xzf").arg(file).arg("-C").arg(into).status().must("tar");
+    require_program("tar", "tar");
+    let done = Command::new("tar").arg("xzf").arg(file).arg("-C").arg(into).status().expect_ok("tar");
     assert!(done.success());
     let mut all = Vec::new();
     let mut folders = vec![into.to_owned()];
     while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(folder).must("a folder") {
-            let path = entry.must("an entry").path();
+        for entry in std::fs::read_dir(folder).expect_ok("a folder") {
+            let path = entry.expect_ok("an entry").path();
             if path.is_dir() {
                 folders.push(path);
             } else {
-                let name = path.strip_prefix(into).must("inside").components().skip(1).collect::<std::path::PathBuf>();
-                all.push((name.display().to_string(), std::fs::read_to_string(&path).must("text")));
+                let name = path.strip_prefix(into).expect_ok("inside").components().skip(1).collect::<std::path::PathBuf>();
+                all.push((name.display().to_string(), std::fs::read_to_string(&path).expect_ok("text")));
             }
         }
     }
@@ -34,40 +34,37 @@ fn unpack(file: &Path, into: &Path) -> Vec<(String, String)> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn all_that_helps_and_no_secret() {
-    let story = Story::up(|options| {
+async fn bundle_is_complete_without_secrets() {
+    let lab = TestLab::up(|options| {
         options.hosts = 2;
         options.containers = 1;
     })
     .await;
-    let dir = tempfile::tempdir().must("a directory");
+    let dir = tempfile::tempdir().expect_ok("a directory");
     let place = |name: &str| dir.path().join(name);
-    std::fs::write(place("pw"), "pw-of-a-file-81\n").must("written");
+    std::fs::write(place("pw"), "pw-of-a-file-81\n").expect_ok("written");
     let config = format!(
         "etcd-username = \"agent\"\netcd-password-file = \"{}\"\netcd-endpoints = [\"http://agent:pw-in-a-url-82@10.0.0.1:2379\"]\n# api_key = \"pw-of-a-key-83\"\n",
         place("pw").display()
     );
-    std::fs::write(place("overlayd.toml"), config).must("written");
+    std::fs::write(place("overlayd.toml"), config).expect_ok("written");
     let log = "a line of the log\nlogin of agent with pw-of-a-file-81 refused\nauthorization: Bearer bearer-of-a-log-84\n\
                -----BEGIN EC PRIVATE KEY-----\nc2VjcmV0LWtleS04NQ\n-----END EC PRIVATE KEY-----\n";
-    std::fs::write(place("log"), log).must("written");
-    let text = |path: std::path::PathBuf| path.to_str().must("a path").to_owned();
-    let state = text(story.at("h1").state_dir());
+    std::fs::write(place("log"), log).expect_ok("written");
+    let text = |path: std::path::PathBuf| path.to_str().expect_ok("a path").to_owned();
+    let state = text(lab.host("h1").state_dir());
     let make = |out: &str| {
         let out = text(place(out));
         let (config, log) = (text(place("overlayd.toml")), text(place("log")));
-        story.ctl(
-            "h1",
-            &["-o", "json", "support-bundle", "--out", &out, "--config", &config, "--log", &log, "--state-dir", &state],
-        )
+        lab.ctl("h1", &["-o", "json", "support-bundle", "--out", &out, "--config", &config, "--log", &log, "--state-dir", &state])
     };
-    let bundle: Bundle = make("with.tar.gz").exits(0).json();
-    assert_eq!(std::fs::metadata(&bundle.file).must("the file").permissions().mode() & 0o777, 0o600);
+    let bundle: Bundle = make("with.tar.gz").assert_code(0).json();
+    assert_eq!(std::fs::metadata(&bundle.file).expect_ok("the file").permissions().mode() & 0o777, 0o600);
     let found = unpack(&bundle.file, &{
-        std::fs::create_dir(place("with")).must("a folder");
+        std::fs::create_dir(place("with")).expect_ok("a folder");
         place("with")
     });
-    let part = |name: &str| &found.iter().find(|(found, _)| found == name).must(name).1;
+    let part = |name: &str| &found.iter().find(|(found, _)| found == name).expect_ok(name).1;
     // What is listed is inside, and the other way round.
     let mut listed: Vec<&str> = bundle.entries.iter().filter(|e| e.missing.is_none()).map(|e| e.name.as_str()).collect();
     listed.push("CONTENTS.txt");
@@ -79,8 +76,11 @@ async fn all_that_helps_and_no_secret() {
     // The agent's view, the kernel's, and the container's.
     assert!(part("agent/status.json").contains("\"node\": \"h1\"") && part("agent/metrics.txt").contains("overlayd_ready 1"));
     assert!(part("kernel/fdb.txt").contains("ovx.1") && part("kernel/nftables.txt").contains("table inet overlayd"));
-    let address =
-        story.at("h1").client().endpoints().await.must("endpoints").endpoints[0].addresses().v4.must("IPv4").to_string();
+    let address = lab.host("h1").client().endpoints().await.expect_ok("endpoints").endpoints[0]
+        .addresses()
+        .v4
+        .expect_ok("IPv4")
+        .to_string();
     assert!(part("containers/c1/address.txt").contains(&address) && part("state/endpoints.json").contains(&address));
     assert!(part("logs/1.txt").contains("a line of the log") && part("config/overlayd.toml").contains("etcd-password-file = "));
     // No secret, and each was seen.
@@ -89,16 +89,16 @@ async fn all_that_helps_and_no_secret() {
             assert!(!text.contains(secret), "{secret} in {name}");
         }
     }
-    let removed = |name: &str| bundle.entries.iter().find(|e| e.name == name).must(name).removed;
+    let removed = |name: &str| bundle.entries.iter().find(|e| e.name == name).expect_ok(name).removed;
     assert_eq!((removed("config/overlayd.toml"), removed("logs/1.txt")), (2, 3), "{:#?}", bundle.entries);
     // A file that is there stays.
-    make("with.tar.gz").exits(1).complains(&["with.tar.gz", "--out"]);
+    make("with.tar.gz").assert_code(1).assert_stderr_contains(&["with.tar.gz", "--out"]);
 
     // Without an agent: what the kernel and the files say.
-    story.at("h1").agent_stop(Signal::SIGKILL).must("stop the agent");
-    let bundle: Bundle = make("without.tar.gz").exits(0).json();
-    let missing = |name: &str| bundle.entries.iter().find(|e| e.name == name).must(name).missing.clone();
-    assert!(missing("agent/status.json").must("why").contains("no agent answers"));
+    lab.host("h1").agent_stop(Signal::SIGKILL).expect_ok("stop the agent");
+    let bundle: Bundle = make("without.tar.gz").assert_code(0).json();
+    let missing = |name: &str| bundle.entries.iter().find(|e| e.name == name).expect_ok(name).missing.clone();
+    assert!(missing("agent/status.json").expect_ok("why").contains("no agent answers"));
     assert_eq!(
         (missing("kernel/links.txt"), missing("containers/c1/address.txt"), missing("state/endpoints.json")),
         (None, None, None)

@@ -4,13 +4,13 @@ use std::net::IpAddr;
 
 use nix::sys::signal::Signal;
 use overlay_agent::model::Family;
-use overlay_tests::story::SOON;
-use overlay_tests::{Must, Story, eventually, kernel};
+use overlay_tests::test_lab::CONVERGE_TIMEOUT;
+use overlay_tests::{ExpectContext, TestLab, eventually, kernel};
 use overlayctl::lab::Families;
-use overlayctl::trace::{Outcome, Trace};
+use overlayctl::trace::{Trace, TraceOutcome};
 
-async fn lab(families: Families) -> Story {
-    Story::up(|options| {
+async fn start_lab(families: Families) -> TestLab {
+    TestLab::up(|options| {
         options.hosts = 2;
         options.containers = 2;
         options.families = families;
@@ -19,73 +19,77 @@ async fn lab(families: Families) -> Story {
 }
 
 /// The address of a container `HOST-NAME`.
-async fn address(story: &Story, container: &str, family: Family) -> IpAddr {
-    let (host, name) = container.split_once('-').must("HOST-NAME");
-    let endpoints = story.at(host).client().endpoints().await.must(host).endpoints;
-    *endpoints.iter().find(|e| e.name.as_str() == name).must(container).addresses().get(family).must("its address")
+async fn address(lab: &TestLab, container: &str, family: Family) -> IpAddr {
+    let (host, name) = container.split_once('-').expect_ok("HOST-NAME");
+    let endpoints = lab.host(host).client().endpoints().await.expect_ok(host).endpoints;
+    *endpoints.iter().find(|e| e.name.as_str() == name).expect_ok(container).addresses().get(family).expect_ok("its address")
 }
 
 /// The trace, whatever the exit code, which has to fit.
 #[track_caller]
-fn trace(story: &Story, arguments: &[&str]) -> Trace {
-    let state = story.at("h1").state_dir();
-    let state = state.to_str().must("a path");
-    let said = story.ctl("h1", &[&["-o", "json", "trace", "--state-dir", state], arguments].concat());
-    let trace: Trace = serde_json::from_str(&said.out).unwrap_or_else(|e| panic!("{e}: {} {}", said.out, said.err));
+fn trace(lab: &TestLab, arguments: &[&str]) -> Trace {
+    let state = lab.host("h1").state_dir();
+    let state = state.to_str().expect_ok("a path");
+    let output = lab.ctl("h1", &[&["-o", "json", "trace", "--state-dir", state], arguments].concat());
+    let trace: Trace =
+        serde_json::from_str(&output.stdout).unwrap_or_else(|e| panic!("{e}: {} {}", output.stdout, output.stderr));
     let live = trace.live.as_ref().is_some_and(|live| live.dropped);
     let code = match trace.outcome {
         _ if live => 1,
-        Outcome::Ok => 0,
-        Outcome::Stop => 1,
-        Outcome::Unsure => 3,
+        TraceOutcome::Ok => 0,
+        TraceOutcome::Stop => 1,
+        TraceOutcome::Unsure => 3,
     };
-    assert_eq!(said.code, Some(code), "{trace:#?}");
+    assert_eq!(output.code, Some(code), "{trace:#?}");
     trace
 }
 
-/// The steps, as `PLACE/STEP`.
-fn steps(trace: &Trace) -> Vec<String> {
+/// The steps, as `PLACE/BLOCK_TIMEOUT`.
+fn hop_names(trace: &Trace) -> Vec<String> {
     trace.hops.iter().map(|hop| format!("{}/{}", hop.place, hop.step)).collect()
 }
 
 /// It stops at this hop, and says this.
 #[track_caller]
-fn stops(trace: &Trace, at: &str, words: &[&str], what: &str) {
-    let last = trace.hops.last().must("a hop");
-    assert_eq!((trace.outcome, format!("{}/{}", last.place, last.step).as_str()), (Outcome::Stop, at), "{what}: {trace:#?}");
-    let text = format!("{} {}", last.answer, last.remedy.as_deref().must("a remedy"));
+fn assert_stops_at(trace: &Trace, at: &str, words: &[&str], what: &str) {
+    let last = trace.hops.last().expect_ok("a hop");
+    assert_eq!((trace.outcome, format!("{}/{}", last.place, last.step).as_str()), (TraceOutcome::Stop, at), "{what}: {trace:#?}");
+    let text = format!("{} {}", last.answer, last.remedy.as_deref().expect_ok("a remedy"));
     for word in words {
         assert!(text.contains(word), "{what}: `{word}` in {text}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_whole_lab() {
-    let story = lab(Families::Dual).await;
-    story.ctl("h1", &["attach", "web", "--publish", "8080:80"]).exits(0);
+async fn trace_passes_on_healthy_lab() {
+    let lab = start_lab(Families::Dual).await;
+    lab.ctl("h1", &["attach", "web", "--publish", "8080:80"]).assert_code(0);
     for family in Family::ALL {
         let flag: &[&str] = if family == Family::V6 { &["-6"] } else { &[] };
         let ask = |ends: &[&str]| {
-            let trace = trace(&story, &[flag, ends].concat());
-            assert_eq!(trace.outcome, Outcome::Ok, "{ends:?}: {trace:#?}");
+            let trace = trace(&lab, &[flag, ends].concat());
+            assert_eq!(trace.outcome, TraceOutcome::Ok, "{ends:?}: {trace:#?}");
             trace
         };
-        let far = address(&story, "h2-c1", family).await.to_string();
-        let near = address(&story, "h1-c1", family).await;
+        let far = address(&lab, "h2-c1", family).await.to_string();
+        let near = address(&lab, "h1-c1", family).await;
         // To another host: every entry that leads there.
         let over = ask(&["c1", &far]);
-        let peer = story.at("h1").client().peers().await.must("peers").peers;
-        let peer = peer.into_iter().find(|p| p.subnet.family() == family).must("a peer");
+        let peer = lab.host("h1").client().peers().await.expect_ok("peers").peers;
+        let peer = peer.into_iter().find(|p| p.subnet.family() == family).expect_ok("a peer");
         for step in ["host/route", "host/next hop", "host/neighbour", "host/fdb", "host/outer route", "host/rules forward"] {
-            assert!(steps(&over).iter().any(|s| s == step), "{step} in {over:#?}");
+            assert!(hop_names(&over).iter().any(|s| s == step), "{step} in {over:#?}");
         }
-        let answer = |step: &str| over.hops.iter().find(|h| h.step == step).must(step).answer.clone();
+        let answer = |step: &str| over.hops.iter().find(|h| h.step == step).expect_ok(step).answer.clone();
         assert!(answer("fdb").contains(&peer.vtep.to_string()) && answer("fdb").contains(&peer.public_ip.to_string()));
         assert!(over.end.contains("h2") && over.to.what == "on host h2" && over.from.address == near, "{over:#?}");
         assert!(over.hops.iter().any(|h| h.step == "translation" && h.answer.starts_with("none")), "{over:#?}");
         // The other host's half of it, from the other end.
         let back = ask(&[&far, "c1"]);
-        assert!(steps(&back).contains(&"host/outer rules input".to_owned()) && back.end.contains("container c1"), "{back:#?}");
+        assert!(
+            hop_names(&back).contains(&"host/outer rules input".to_owned()) && back.end.contains("container c1"),
+            "{back:#?}"
+        );
         // On this host, to this host, from this host, to a host by its name.
         assert_eq!(ask(&["c1", "c2"]).hops.last().map(|h| h.place.clone()).as_deref(), Some("container c2"));
         assert!(ask(&["c1", "host"]).end.contains("this host"));
@@ -96,22 +100,23 @@ async fn a_whole_lab() {
         let out = ask(&["c1", &outside]);
         assert!(out.hops.iter().any(|h| h.step == "translation" && h.answer.contains("masquerade")), "{out:#?}");
         // A published port, from outside.
-        let public = story.status("h1").await.underlay.must("an underlay").public_ip.get(family).must("an address").to_string();
+        let public =
+            lab.status("h1").await.underlay.expect_ok("an underlay").public_ip.get(family).expect_ok("an address").to_string();
         let public = if family == Family::V6 { format!("[{public}]:8080") } else { format!("{public}:8080") };
         let published = ask(&[&outside, &public]);
-        let web = address(&story, "h1-web", family).await.to_string();
-        let translation = published.hops.iter().find(|h| h.step == "translation").must("a translation");
+        let web = address(&lab, "h1-web", family).await.to_string();
+        let translation = published.hops.iter().find(|h| h.step == "translation").expect_ok("a translation");
         assert!(translation.answer.contains(&web) && published.end.contains("container web"), "{published:#?}");
     }
-    let text = story.ctl("h1", &["trace", "c1", "h2"]).exits(0).out;
+    let text = lab.ctl("h1", &["trace", "c1", "h2"]).assert_code(0).stdout;
     assert!(text.contains("It passes") && text.contains("WHERE"), "{text}");
-    story.ctl("h1", &["trace", "nobody", "h2"]).exits(1).complains(&["`nobody` is no container of this host"]);
-    story.ctl("h1", &["trace", "c1", "h2:x"]).exits(1).complains(&["`h2:x`: the port is no number"]);
+    lab.ctl("h1", &["trace", "nobody", "h2"]).assert_code(1).assert_stderr_contains(&["`nobody` is no container of this host"]);
+    lab.ctl("h1", &["trace", "c1", "h2:x"]).assert_code(1).assert_stderr_contains(&["`h2:x`: the port is no number"]);
 }
 
 /// What is broken, by which script (`$1` is the container's address on the other host, `$2` the MAC, `$3` the base, `$4` the id of the next hop, `$5`
 /// the port of the container's bridge), and what trace says of it.
-const BROKEN: [(&str, &str, &str, &[&str]); 13] = [
+const DATA_PATH_FAULTS: [(&str, &str, &str, &[&str]); 13] = [
     ("FDB entry", "bridge fdb del $2 dev ovx.1", "host/fdb", &["has no entry for"]),
     ("neighbour", "ip neigh del $3 dev ovx.1", "host/neighbour", &["on ovx.1"]),
     (
@@ -148,80 +153,80 @@ const BROKEN: [(&str, &str, &str, &[&str]); 13] = [
 ];
 
 #[tokio::test(flavor = "multi_thread")]
-async fn each_part_broken() {
-    let story = lab(Families::V4).await;
-    let far = address(&story, "h2-c1", Family::V4).await.to_string();
-    let endpoints = story.at("h1").client().endpoints().await.must("endpoints").endpoints;
-    let port = endpoints[0].port.clone().must("a port").host_interface;
-    for (what, script, at, words) in BROKEN {
-        let peer = story.at("h1").client().peers().await.must("peers").peers.remove(0);
-        assert_eq!(trace(&story, &["c1", &far]).outcome, Outcome::Ok, "before: {what}");
-        story.at("h1").agent_stop(Signal::SIGKILL).must("stop the agent");
-        let id = peer.nexthop_id.must("a next hop").to_string();
+async fn trace_names_each_broken_part() {
+    let lab = start_lab(Families::V4).await;
+    let far = address(&lab, "h2-c1", Family::V4).await.to_string();
+    let endpoints = lab.host("h1").client().endpoints().await.expect_ok("endpoints").endpoints;
+    let port = endpoints[0].port.clone().expect_ok("a port").host_interface;
+    for (what, script, at, words) in DATA_PATH_FAULTS {
+        let peer = lab.host("h1").client().peers().await.expect_ok("peers").peers.remove(0);
+        assert_eq!(trace(&lab, &["c1", &far]).outcome, TraceOutcome::Ok, "before: {what}");
+        lab.host("h1").agent_stop(Signal::SIGKILL).expect_ok("stop the agent");
+        let id = peer.nexthop_id.expect_ok("a next hop").to_string();
         let (mac, base) = (peer.vtep.to_string(), peer.subnet.base().to_string());
-        kernel::run(&story, "h1", &["sh", "-ec", script, "sh", &far, &mac, &base, &id, &port]);
-        let found = trace(&story, &["c1", &far]);
-        stops(&found, at, words, what);
+        kernel::run(&lab, "h1", &["sh", "-ec", script, "sh", &far, &mac, &base, &id, &port]);
+        let found = trace(&lab, &["c1", &far]);
+        assert_stops_at(&found, at, words, what);
         assert!(found.notes.iter().any(|note| note.contains("Names are taken from")), "{what}: {found:#?}");
-        kernel::shell(&story, "h1", "for t in 'inet block' 'ip out'; do nft delete table $t 2>/dev/null || true; done");
-        story.start("h1").await;
+        kernel::shell(&lab, "h1", "for t in 'inet block' 'ip out'; do nft delete table $t 2>/dev/null || true; done");
+        lab.start_agent("h1").await;
     }
 }
 
 /// With an agent that lives but does not answer, the kernel is asked all the same; and with one that answers, leases are told.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_underlay_containers_and_leases() {
-    let story = lab(Families::V4).await;
-    let far = address(&story, "h2-c1", Family::V4).await.to_string();
+async fn trace_covers_underlay_containers_and_leases() {
+    let lab = start_lab(Families::V4).await;
+    let far = address(&lab, "h2-c1", Family::V4).await.to_string();
     // A container's own part.
-    kernel::shell(&story, "h1-c1", "ip route del default");
-    stops(&trace(&story, &["c1", &far]), "container c1/route", &["no route", "inspect c1"], "the default route");
-    kernel::shell(&story, "h1-c2", "ip link set eth0 down");
-    stops(
-        &trace(&story, &["host", &address(&story, "h1-c2", Family::V4).await.to_string()]),
+    kernel::shell(&lab, "h1-c1", "ip route del default");
+    assert_stops_at(&trace(&lab, &["c1", &far]), "container c1/route", &["no route", "inspect c1"], "the default route");
+    kernel::shell(&lab, "h1-c2", "ip link set eth0 down");
+    assert_stops_at(
+        &trace(&lab, &["host", &address(&lab, "h1-c2", Family::V4).await.to_string()]),
         "host/port",
         &["no carrier"],
         "eth0",
     );
-    story.ctl("h1", &["attach", "c1"]).exits(0);
+    lab.ctl("h1", &["attach", "c1"]).assert_code(0);
     // The underlay: the peer is not there.
-    kernel::shell(&story, "h2", "ip link set eth0 down");
-    kernel::run(&story, "h1", &["sh", "-c", "ip neigh flush dev eth0; ping -c 1 -W 1 10.99.1.2 || true"]);
-    eventually("the peer is known not to answer", SOON, || {
-        let found = trace(&story, &["c1", &far]);
-        let last = found.hops.last().must("a hop").clone();
-        if last.step == "outer neighbour" && last.outcome == Outcome::Stop { Ok(()) } else { Err(format!("{last:?}")) }
+    kernel::shell(&lab, "h2", "ip link set eth0 down");
+    kernel::run(&lab, "h1", &["sh", "-c", "ip neigh flush dev eth0; ping -c 1 -W 1 10.99.1.2 || true"]);
+    eventually("the peer is known not to answer", CONVERGE_TIMEOUT, || {
+        let found = trace(&lab, &["c1", &far]);
+        let last = found.hops.last().expect_ok("a hop").clone();
+        if last.step == "outer neighbour" && last.outcome == TraceOutcome::Stop { Ok(()) } else { Err(format!("{last:?}")) }
     })
     .await;
-    kernel::shell(&story, "h2", "ip link set eth0 up");
+    kernel::shell(&lab, "h2", "ip link set eth0 up");
     // Its lease ends while this host's agent follows.
-    story.at("h2").agent_stop(Signal::SIGKILL).must("stop the agent");
-    let lease = story.lease_of("h2");
-    overlay_tests::etcd::delete(&story, &lease.key);
-    eventually("the peer has gone", SOON, || {
-        let found = trace(&story, &["c1", &far]);
-        let last = found.hops.last().must("a hop").clone();
-        let told = last.step == "route" && last.answer.contains("no host holds a subnet with it");
-        if told { Ok(()) } else { Err(format!("{last:?}")) }
+    lab.host("h2").agent_stop(Signal::SIGKILL).expect_ok("stop the agent");
+    let lease = lab.lease_of("h2");
+    overlay_tests::etcd::delete(&lab, &lease.key);
+    eventually("the peer has gone", CONVERGE_TIMEOUT, || {
+        let found = trace(&lab, &["c1", &far]);
+        let last = found.hops.last().expect_ok("a hop").clone();
+        let is_reported = last.step == "route" && last.answer.contains("no host holds a subnet with it");
+        if is_reported { Ok(()) } else { Err(format!("{last:?}")) }
     })
     .await;
     // An agent that lives and does not answer.
-    let pid = story.at("h1").agent().must("an agent");
-    pid.signal(Signal::SIGSTOP).must("stop it");
-    let found = trace(&story, &["c1", "host"]);
-    assert_eq!(found.outcome, Outcome::Ok, "{found:#?}");
+    let pid = lab.host("h1").agent().expect_ok("an agent");
+    pid.signal(Signal::SIGSTOP).expect_ok("stop it");
+    let found = trace(&lab, &["c1", "host"]);
+    assert_eq!(found.outcome, TraceOutcome::Ok, "{found:#?}");
     assert!(found.notes.iter().any(|note| note.contains("did not answer")), "{found:#?}");
-    pid.signal(Signal::SIGCONT).must("let it go on");
+    pid.signal(Signal::SIGCONT).expect_ok("let it go on");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn packets_are_watched() {
-    let story = lab(Families::Dual).await;
+async fn live_trace_shows_packets() {
+    let lab = start_lab(Families::Dual).await;
     for family in Family::ALL {
         let flag: &[&str] = if family == Family::V6 { &["-6"] } else { &[] };
-        let far = address(&story, "h2-c1", family).await.to_string();
-        let found = trace(&story, &[flag, &["c1", &far, "--live", "--send", "--wait", "20s"]].concat());
-        let live = found.live.must("what was seen");
+        let far = address(&lab, "h2-c1", family).await.to_string();
+        let found = trace(&lab, &[flag, &["c1", &far, "--live", "--send", "--wait", "20s"]].concat());
+        let live = found.live.expect_ok("what was seen");
         assert!(live.answered && !live.dropped, "{live:#?}");
         let tunnel = if family == Family::V4 { "ovx.1" } else { "ovx6.1" };
         let at = |packet: &str, place: &str, what: &str| {
@@ -235,31 +240,41 @@ async fn packets_are_watched() {
         assert!(live.rules.iter().any(|s| s.place == "inet overlayd incoming" && s.what.ends_with("accept")), "{live:#?}");
     }
     // A rule that no look at the tables can judge, and that drops each packet.
-    let far = address(&story, "h2-c1", Family::V4).await.to_string();
+    let far = address(&lab, "h2-c1", Family::V4).await.to_string();
     kernel::shell(
-        &story,
+        &lab,
         "h1",
         "nft 'add table inet block; add chain inet block f { type filter hook forward priority 10; }; \
          add rule inet block f ip daddr 10.244.0.0/16 meta length > 20 drop'",
     );
-    let found = trace(&story, &["c1", &far, "--live", "--send", "--wait", "20s"]);
-    assert_eq!(found.outcome, Outcome::Unsure, "{found:#?}");
-    let live = found.live.must("what was seen");
+    let found = trace(&lab, &["c1", &far, "--live", "--send", "--wait", "20s"]);
+    assert_eq!(found.outcome, TraceOutcome::Unsure, "{found:#?}");
+    let live = found.live.expect_ok("what was seen");
     assert!(live.dropped && !live.answered && live.summary.contains("inet block f"), "{live:#?}");
-    kernel::shell(&story, "h1", "nft delete table inet block");
+    kernel::shell(&lab, "h1", "nft delete table inet block");
     // Nothing stays behind, not even of one that is killed.
-    let tables = || kernel::run(&story, "h1", &["nft", "list", "tables"]);
+    let tables = || kernel::run(&lab, "h1", &["nft", "list", "tables"]);
     assert!(!tables().contains("overlay-trace"), "{}", tables());
     let program = overlay_tests::programs::overlayctl();
-    let program = program.to_str().must("a path");
-    let socket = story.at("h1").socket();
-    let socket = socket.to_str().must("a path");
+    let program = program.to_str().expect_ok("a path");
+    let socket = lab.host("h1").socket();
+    let socket = socket.to_str().expect_ok("a path");
     let command = [program, "--socket", socket, "trace", "c1", &far, "--live", "--wait", "60s"];
-    let mut watcher = story.command("h1", &command).must("a command");
+    let mut watcher = lab.command("h1", &command).expect_ok("a command");
     watcher.stdout(std::process::Stdio::null());
-    let mut watcher = story.inside("h1").run(|| watcher.spawn()).must("enter the host").must("a watcher");
-    eventually("the watch has begun", SOON, || if tables().contains("overlay-trace") { Ok(()) } else { Err(tables()) }).await;
-    watcher.kill().must("kill it");
-    watcher.wait().must("its end");
-    eventually("its tables are gone", SOON, || if tables().contains("overlay-trace") { Err(tables()) } else { Ok(()) }).await;
+    let mut watcher = lab.open_netns("h1").run(|| watcher.spawn()).expect_ok("enter the host").expect_ok("a watcher");
+    eventually(
+        "the watch has begun",
+        CONVERGE_TIMEOUT,
+        || if tables().contains("overlay-trace") { Ok(()) } else { Err(tables()) },
+    )
+    .await;
+    watcher.kill().expect_ok("kill it");
+    watcher.wait().expect_ok("its end");
+    eventually(
+        "its tables are gone",
+        CONVERGE_TIMEOUT,
+        || if tables().contains("overlay-trace") { Err(tables()) } else { Ok(()) },
+    )
+    .await;
 }

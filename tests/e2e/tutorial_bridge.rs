@@ -3,11 +3,11 @@
 use overlay_tests::tutorial::Tutorial;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn by_hand() {
-    Tutorial::begin("By hand").await.to_the_end().await;
+async fn manual_bridge_section_runs() {
+    Tutorial::begin("By hand").await.run_to_end().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn by_the_agent() {
-    Tutorial::begin("Two containers on one bridge").await.to_the_end().await;
+async fn agent_bridge_section_runs() {
+    Tutorial::begin("Two containers on one bridge").await.run_to_end().await;
 }

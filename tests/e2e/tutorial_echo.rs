@@ -3,6 +3,6 @@
 use overlay_tests::tutorial::Tutorial;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_echo_server() {
-    Tutorial::begin("An echo server").await.to_the_end().await;
+async fn echo_server_section_runs() {
+    Tutorial::begin("An echo server").await.run_to_end().await;
 }

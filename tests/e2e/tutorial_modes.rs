@@ -3,6 +3,6 @@
 use overlay_tests::tutorial::Tutorial;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_four_modes() {
-    Tutorial::begin("The four modes").await.to_the_end().await;
+async fn modes_section_runs() {
+    Tutorial::begin("The four modes").await.run_to_end().await;
 }

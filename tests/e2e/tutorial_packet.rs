@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use overlay_tests::Must;
+use overlay_tests::ExpectContext;
 use overlay_tests::capture::{Capture, Packet, VXLAN_PORT};
 use overlay_tests::tutorial::Tutorial;
 use overlayctl::lab::Lab;
@@ -12,35 +12,35 @@ const ICMP: u8 = 1;
 const ARP: u16 = 0x0806;
 
 /// The hosts' addresses on the underlay.
-const HOSTS: [&str; 2] = ["10.99.1.1", "10.99.1.2"];
+const HOST_ADDRESSES: [&str; 2] = ["10.99.1.1", "10.99.1.2"];
 
-fn address(text: &str) -> IpAddr {
-    text.parse().must(text)
+fn parse_address(text: &str) -> IpAddr {
+    text.parse().expect_ok(text)
 }
 
-async fn container(lab: &Lab, host: &str, name: &str) -> IpAddr {
-    let endpoints = lab.host(host).must(host).client().endpoints().await.must(host).endpoints;
-    let endpoint = endpoints.into_iter().find(|e| e.name.as_str() == name).must(name);
-    endpoint.addresses().v4.must("IPv4")
+async fn container_address(lab: &Lab, host: &str, name: &str) -> IpAddr {
+    let endpoints = lab.host(host).expect_ok(host).client().endpoints().await.expect_ok(host).endpoints;
+    let endpoint = endpoints.into_iter().find(|e| e.name.as_str() == name).expect_ok(name);
+    endpoint.addresses().v4.expect_ok("IPv4")
 }
 
 /// Whether a packet, or one inside of it, is ARP or neighbour discovery with an address of the overlay.
-fn asks_for_a_container(packet: &Packet) -> bool {
+fn is_overlay_neighbour_discovery(packet: &Packet) -> bool {
     let overlay = |address: IpAddr| matches!(address, IpAddr::V4(a) if a.octets()[..2] == [10, 244]);
     let own = packet.is_neighbour_discovery() && packet.addresses.is_some_and(|(from, to)| overlay(from) || overlay(to));
-    own || packet.vxlan.as_ref().is_some_and(|(_, inner)| inner.is_neighbour_discovery() || inner.is_group())
+    own || packet.vxlan.as_ref().is_some_and(|(_, inner)| inner.is_neighbour_discovery() || inner.is_multicast())
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_way_of_a_packet() {
+async fn packet_path_section_matches_captures() {
     let mut tutorial = Tutorial::begin("The way of a packet").await;
-    tutorial.up_to("ping -c 1").await;
+    tutorial.run_until("ping -c 1").await;
     let lab = tutorial.lab();
-    let (c3, c5) = (container(&lab, "h1", "c3").await, container(&lab, "h2", "c5").await);
-    let [h1, h2] = HOSTS.map(address);
+    let (c3, c5) = (container_address(&lab, "h1", "c3").await, container_address(&lab, "h2", "c5").await);
+    let [h1, h2] = HOST_ADDRESSES.map(parse_address);
     let wires = [("h1", "eth0"), ("h2", "eth0"), ("h1", "ovb.1"), ("h2", "ovb.1")];
     let captures = wires.map(|(host, interface)| Capture::start(&lab, host, interface));
-    tutorial.step().await;
+    tutorial.run_block().await;
     let [wire1, wire2, bridge1, bridge2] = captures.map(Capture::stop);
 
     for (name, packets) in [("h1", &wire1), ("h2", &wire2)] {
@@ -48,13 +48,13 @@ async fn the_way_of_a_packet() {
         let shown: Vec<_> = tunnelled
             .iter()
             .map(|outer| {
-                let (vni, inner) = outer.vxlan.as_ref().must("a packet inside");
+                let (vni, inner) = outer.vxlan.as_ref().expect_ok("a packet inside");
                 (outer.addresses, *vni, inner.protocol, inner.addresses)
             })
             .collect();
         let wanted = [(Some((h1, h2)), 1, ICMP, Some((c3, c5))), (Some((h2, h1)), 1, ICMP, Some((c5, c3)))];
         assert_eq!(shown, wanted, "the underlay of {name}: request and answer, outer, VNI and inner");
-        let asked: Vec<&Packet> = packets.iter().filter(|p| asks_for_a_container(p)).collect();
+        let asked: Vec<&Packet> = packets.iter().filter(|p| is_overlay_neighbour_discovery(p)).collect();
         assert!(asked.is_empty(), "no container is asked for on the underlay of {name}: {asked:?}");
         let bare: Vec<&Packet> = packets.iter().filter(|p| p.protocol == ICMP).collect();
         assert!(bare.is_empty(), "nothing goes without a tunnel: {bare:?}");
@@ -66,5 +66,5 @@ async fn the_way_of_a_packet() {
     }
     // It is there that a container's neighbours are asked for.
     assert!(bridge1.iter().any(|p| p.ether_type == ARP && p.addresses.is_some_and(|(from, _)| from == c3)), "{bridge1:?}");
-    tutorial.to_the_end().await;
+    tutorial.run_to_end().await;
 }

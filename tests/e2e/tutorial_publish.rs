@@ -3,6 +3,6 @@
 use overlay_tests::tutorial::Tutorial;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_published_port() {
-    Tutorial::begin("A published port").await.to_the_end().await;
+async fn published_port_section_runs() {
+    Tutorial::begin("A published port").await.run_to_end().await;
 }

@@ -3,6 +3,6 @@
 use overlay_tests::tutorial::Tutorial;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_switches_and_a_router() {
-    Tutorial::begin("Two switches and a router between them").await.to_the_end().await;
+async fn router_section_runs() {
+    Tutorial::begin("Two switches and a router between them").await.run_to_end().await;
 }

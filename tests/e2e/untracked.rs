@@ -5,20 +5,20 @@ use std::net::{SocketAddr, UdpSocket};
 
 use overlay_agent::model::Family;
 use overlay_tests::capture::VXLAN_PORT;
-use overlay_tests::story::SOON;
-use overlay_tests::transfer::Transfer;
-use overlay_tests::{Must, Story, eventually, kernel, within};
+use overlay_tests::tcp_stream::Transfer;
+use overlay_tests::test_lab::CONVERGE_TIMEOUT;
+use overlay_tests::{ExpectContext, TestLab, eventually, eventually_true, kernel};
 use overlayctl::lab::Families;
 use overlayctl::lab::layout::gateway_address;
 
 /// A firewall that knows connections, for all that goes in, out and through.
-const FIREWALL: &str = "nft 'table inet firewall {
+const CONNTRACK_FIREWALL: &str = "nft 'table inet firewall {
     chain i { type filter hook input priority 0; ct state invalid drop; }
     chain f { type filter hook forward priority 0; ct state invalid drop; }
     chain o { type filter hook output priority 0; ct state invalid drop; }; }'";
 
 /// One that takes nothing but what belongs to a connection, neighbour discovery and the tunnel.
-const STATEFUL: &str = "nft 'table inet firewall { chain i {
+const STATEFUL_FIREWALL: &str = "nft 'table inet firewall { chain i {
     type filter hook input priority 0; policy drop;
     ct state established,related accept
     ct state invalid counter drop
@@ -27,10 +27,10 @@ const STATEFUL: &str = "nft 'table inet firewall { chain i {
     udp dport 8472 accept; }; }'";
 
 /// How addresses of the lab's networks begin, as the table writes them.
-const NETWORKS: [&str; 2] = ["10.244.", "fd00:0010:0244:"];
+const NETWORK_PREFIXES: [&str; 2] = ["10.244.", "fd00:0010:0244:"];
 
-async fn lab() -> Story {
-    Story::up(|options| {
+async fn start_lab() -> TestLab {
+    TestLab::up(|options| {
         options.hosts = 2;
         options.containers = 1;
         options.families = Families::Dual;
@@ -39,19 +39,19 @@ async fn lab() -> Story {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_tunnels_packets_are_in_no_table() {
-    let story = lab().await;
+async fn vxlan_packets_are_not_tracked() {
+    let lab = start_lab().await;
     for host in ["h1", "h2"] {
-        kernel::shell(&story, host, FIREWALL);
+        kernel::shell(&lab, host, CONNTRACK_FIREWALL);
     }
-    story.assert_all_reach().await;
+    lab.assert_full_reachability().await;
     for host in ["h1", "h2"] {
-        let table = kernel::run(&story, host, &["cat", "/proc/net/nf_conntrack"]);
+        let table = kernel::run(&lab, host, &["cat", "/proc/net/nf_conntrack"]);
         let port = format!("dport={VXLAN_PORT} ");
         let tunnel: Vec<&str> = table.lines().filter(|line| line.contains(&port)).collect();
         assert!(tunnel.is_empty(), "{host} follows the tunnel: {tunnel:#?}");
         // The containers' own connections are what it is there for.
-        for network in NETWORKS {
+        for network in NETWORK_PREFIXES {
             let inside = |line: &str| line.contains(&format!("src={network}")) && line.contains(&format!("dst={network}"));
             assert!(table.lines().any(inside), "{host} does not follow what containers of {network} say: {table}");
         }
@@ -60,58 +60,59 @@ async fn the_tunnels_packets_are_in_no_table() {
 
 /// Between the hosts stands a router whose next wire carries less than theirs, and their firewalls take of what it says only what is related.
 #[tokio::test(flavor = "multi_thread")]
-async fn large_packets_pass_a_router_of_a_smaller_mtu() {
-    let story = Story::without_agents(2, Families::Dual).await;
+async fn large_packets_pass_router_with_smaller_mtu() {
+    let lab = TestLab::without_agents(2, Families::Dual).await;
     kernel::shell(
-        &story,
+        &lab,
         "world",
         "cd /proc/sys/net; echo 1 >ipv4/ip_forward; echo 1 >ipv6/conf/all/forwarding; for f in ipv4/conf/*/send_redirects; do echo 0 >$f; done",
     );
     for (host, other) in [("h1", "h2"), ("h2", "h1")] {
-        kernel::shell(&story, host, STATEFUL);
-        for (family, address) in story.at(other).layout().addresses.iter() {
-            kernel::run(&story, host, &["ip", "route", "add", &address.to_string(), "via", &gateway_address(family).to_string()]);
+        kernel::shell(&lab, host, STATEFUL_FIREWALL);
+        for (family, address) in lab.host(other).layout().addresses.iter() {
+            kernel::run(&lab, host, &["ip", "route", "add", &address.to_string(), "via", &gateway_address(family).to_string()]);
             let narrow = ["ip", "route", "add", &address.to_string(), "dev", "eth0", "mtu", "lock", "1400"];
-            kernel::run(&story, "world", &narrow);
+            kernel::run(&lab, "world", &narrow);
         }
     }
     for host in ["h1", "h2"] {
-        story.start(host).await;
-        story.at(host).attach("c1").await.must("attach");
+        lab.start_agent(host).await;
+        lab.host(host).attach("c1").await.expect_ok("attach");
     }
-    story.mesh().await;
-    let path = *story.at("h2").layout().addresses.get(Family::V6).must("its address");
-    eventually("the kernel knows the path's MTU", SOON, || {
-        let route = kernel::run(&story, "h1", &["ip", "route", "get", &path.to_string()]);
+    lab.wait_full_mesh().await;
+    let path = *lab.host("h2").layout().addresses.get(Family::V6).expect_ok("its address");
+    eventually("the kernel knows the path's MTU", CONVERGE_TIMEOUT, || {
+        let route = kernel::run(&lab, "h1", &["ip", "route", "get", &path.to_string()]);
         if route.contains("mtu 1400") { Ok(()) } else { Err(route) }
     })
     .await;
     for family in Family::ALL {
-        let endpoints = story.at("h2").client().endpoints().await.must("h2").endpoints;
-        let address = *endpoints.first().must("a container").addresses().get(family).must("its address");
-        kernel::run(&story, "h1-c1", &["ping", "-n", "-c", "1", "-W", "5", &address.to_string()]);
-        let transfer = Transfer::start(&story.inside("h1-c1"), &story.inside("h2-c1"), address).await;
-        within(&format!("{family}: 400 kB arrive"), 2 * SOON, || transfer.received() >= 400_000).await;
-        transfer.stop().await.assert_whole(&format!("{family}"), SOON);
+        let endpoints = lab.host("h2").client().endpoints().await.expect_ok("h2").endpoints;
+        let address = *endpoints.first().expect_ok("a container").addresses().get(family).expect_ok("its address");
+        kernel::run(&lab, "h1-c1", &["ping", "-n", "-c", "1", "-W", "5", &address.to_string()]);
+        let transfer = Transfer::start(&lab.open_netns("h1-c1"), &lab.open_netns("h2-c1"), address).await;
+        eventually_true(&format!("{family}: 400 kB arrive"), 2 * CONVERGE_TIMEOUT, || transfer.received() >= 400_000).await;
+        transfer.stop().await.assert_complete(&format!("{family}"), CONVERGE_TIMEOUT);
     }
-    kernel::run(
-        &story,
-        "h2",
-        &["nft", "add", "rule", "inet", "firewall", "i", "meta", "l4proto", "{ icmp, ipv6-icmp }", "accept"],
+    kernel::run(&lab, "h2", &["nft", "add", "rule", "inet", "firewall", "i", "meta", "l4proto", "{ icmp, ipv6-icmp }", "accept"]);
+    let found = lab.ctl("h1", &["check", "paths"]);
+    assert!(
+        found.stdout.contains("bytes: senders are told so") && found.stdout.contains("mtu 1400"),
+        "{}{}",
+        found.stdout,
+        found.stderr
     );
-    let found = story.ctl("h1", &["check", "paths"]);
-    assert!(found.out.contains("bytes: senders are told so") && found.out.contains("mtu 1400"), "{}{}", found.out, found.err);
 }
 
 /// A guest of a host, behind its address, has an overlay of its own by the same port.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_only_forwarded_is_translated() {
-    let story = lab().await;
-    let guest = story.inside("h1-c1");
-    let name = guest.path().file_name().and_then(|name| name.to_str()).must("a name").to_owned();
+async fn forwarded_vxlan_is_masqueraded() {
+    let lab = start_lab().await;
+    let guest = lab.open_netns("h1-c1");
+    let name = guest.path().file_name().and_then(|name| name.to_str()).expect_ok("a name").to_owned();
     let world = gateway_address(Family::V4);
     kernel::shell(
-        &story,
+        &lab,
         "h1",
         &format!(
             "ip link add guest type veth peer name out netns {name}; ip address add 192.168.77.1/24 dev guest; ip link set guest up
@@ -119,17 +120,17 @@ async fn what_is_only_forwarded_is_translated() {
         ),
     );
     kernel::shell(
-        &story,
+        &lab,
         "h1-c1",
         &format!("ip address add 192.168.77.2/24 dev out; ip link set out up; ip route add {world} via 192.168.77.1"),
     );
     let bind = |address: SocketAddr| move || UdpSocket::bind(address);
-    let server = story.inside("world").run(bind(SocketAddr::new(world, VXLAN_PORT))).must("world").must("a socket");
-    server.set_read_timeout(Some(SOON)).must("a limit");
-    let from = guest.run(bind(([192, 168, 77, 2], 0).into())).must("h1-c1").must("a socket");
-    from.send_to(b"a guest's own tunnel", SocketAddr::new(world, VXLAN_PORT)).must("sending");
+    let server = lab.open_netns("world").run(bind(SocketAddr::new(world, VXLAN_PORT))).expect_ok("world").expect_ok("a socket");
+    server.set_read_timeout(Some(CONVERGE_TIMEOUT)).expect_ok("a limit");
+    let from = guest.run(bind(([192, 168, 77, 2], 0).into())).expect_ok("h1-c1").expect_ok("a socket");
+    from.send_to(b"a guest's own tunnel", SocketAddr::new(world, VXLAN_PORT)).expect_ok("sending");
     let mut buffer = [0; 64];
-    let (_, source) = server.recv_from(&mut buffer).must("a datagram of the guest");
-    let host = *story.at("h1").layout().addresses.get(Family::V4).must("its address");
+    let (_, source) = server.recv_from(&mut buffer).expect_ok("a datagram of the guest");
+    let host = *lab.host("h1").layout().addresses.get(Family::V4).expect_ok("its address");
     assert_eq!(source.ip(), host, "the guest's packet keeps its own address");
 }

@@ -5,190 +5,192 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use overlay_agent::model::Family;
 use overlay_tests::churn::Churn;
-use overlay_tests::faults::{Cut, Fault};
+use overlay_tests::faults::{Fault, LinkCut};
 use overlay_tests::notify::Notifications;
-use overlay_tests::story::READY;
+use overlay_tests::test_lab::READY_TIMEOUT;
 use overlay_tests::traffic::Traffic;
-use overlay_tests::{Must, Story, cluster, etcd};
+use overlay_tests::{ExpectContext, TestLab, cluster, etcd};
 use overlayctl::lab::LabOptions;
 
 /// How long after a fault something may still come to light.
-const AFTER: Duration = Duration::from_millis(700);
+const OBSERVATION_PERIOD: Duration = Duration::from_millis(700);
 
-const SHORT: Duration = Duration::from_secs(2);
+const SHORT_FAULT: Duration = Duration::from_secs(2);
 
 /// Longer than an agent takes to notice that a silent server is gone (10 s).
-const LONG: Duration = Duration::from_secs(12);
+const LONG_FAULT: Duration = Duration::from_secs(12);
 
 /// The hosts' subnets are apart from those of peers that are leases alone.
-fn apart(options: &mut LabOptions) {
+fn reserve_subnets(options: &mut LabOptions) {
     options.config.insert("SubnetMax".to_owned(), "10.244.200.0".into());
 }
 
 /// Faults one after the other, in a lab with a cluster, under one traffic; between them nothing may be written to a kernel or, the faults' own
 /// writes aside, to the store.
-async fn in_silence(faults: &[(Fault, Duration)]) {
-    let story = cluster::up(|options| {
+async fn assert_faults_are_silent(faults: &[(Fault, Duration)]) {
+    let lab = cluster::up(|options| {
         options.hosts = 2;
         options.containers = 1;
     })
     .await;
-    let kernels = ["h1", "h2"].map(|host| (host, Notifications::listen(&story.inside(host))));
+    let kernels = ["h1", "h2"].map(|host| (host, Notifications::subscribe(&lab.open_netns(host))));
     for (_, notifications) in &kernels {
-        notifications.settle().await;
+        notifications.wait_quiet().await;
     }
-    let traffic = Traffic::start(&story, "h1-c1", "h2-c1", Family::V4).await;
-    let (revision, leases) = (etcd::revision(&story), etcd::leases(&story));
+    let traffic = Traffic::start(&lab, "h1-c1", "h2-c1", Family::V4).await;
+    let (revision, leases) = (etcd::revision(&lab), etcd::leases(&lab));
     for (fault, time) in faults {
-        fault.over(&story, *time).await;
-        traffic.go_on(AFTER).await;
+        fault.run_for(&lab, *time).await;
+        traffic.run_for(OBSERVATION_PERIOD).await;
         for (host, notifications) in &kernels {
-            notifications.assert_silence(&format!("{host}, after {fault}"));
-            let repairs = story.status(host).await.data_path.drift_repairs;
+            notifications.assert_none(&format!("{host}, after {fault}"));
+            let repairs = lab.status(host).await.data_path.drift_repairs;
             assert_eq!(repairs, 0, "{host}, after {fault}: nothing had to be repaired");
         }
-        assert_eq!((etcd::revision(&story), etcd::leases(&story)), (revision, leases.clone()), "the store, after {fault}");
+        assert_eq!((etcd::revision(&lab), etcd::leases(&lab)), (revision, leases.clone()), "the store, after {fault}");
         println!("{fault}: silence on both hosts");
     }
-    traffic.stop().await.assert_none("faults of agents and store");
-    story.assert_all_reach().await;
+    traffic.stop().await.assert_no_loss("faults of agents and store");
+    lab.assert_full_reachability().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_agent_ends_or_hangs() {
-    in_silence(&[
-        (Fault::AgentEnds("h1", Signal::SIGTERM), SHORT / 4),
-        (Fault::AgentEnds("h2", Signal::SIGKILL), SHORT / 4),
-        (Fault::AgentHangs("h1"), SHORT),
-        (Fault::AgentHangs("h2"), SHORT),
+async fn agent_kill_or_hang_loses_no_packet() {
+    assert_faults_are_silent(&[
+        (Fault::AgentKilled("h1", Signal::SIGTERM), SHORT_FAULT / 4),
+        (Fault::AgentKilled("h2", Signal::SIGKILL), SHORT_FAULT / 4),
+        (Fault::AgentFrozen("h1"), SHORT_FAULT),
+        (Fault::AgentFrozen("h2"), SHORT_FAULT),
     ])
     .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn members_of_the_store_end_or_hang() {
-    in_silence(&[
-        (Fault::LeaderMoves, SHORT / 4),
-        (Fault::MembersDie(vec![1]), SHORT),
-        (Fault::MembersDie(vec![2, 3]), SHORT),
-        (Fault::all_members_die(), SHORT),
-        (Fault::MembersHang(vec![1]), SHORT),
-        (Fault::MembersHang(vec![1, 2, 3]), SHORT),
+async fn etcd_member_faults_lose_no_packet() {
+    assert_faults_are_silent(&[
+        (Fault::LeaderMoves, SHORT_FAULT / 4),
+        (Fault::MembersKilled(vec![1]), SHORT_FAULT),
+        (Fault::MembersKilled(vec![2, 3]), SHORT_FAULT),
+        (Fault::all_members_killed(), SHORT_FAULT),
+        (Fault::MembersFrozen(vec![1]), SHORT_FAULT),
+        (Fault::MembersFrozen(vec![1, 2, 3]), SHORT_FAULT),
     ])
     .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_store_is_cut_off() {
-    in_silence(&[
-        (Fault::Cut(Cut::from_cluster("h1")), SHORT),
+async fn etcd_partition_loses_no_packet() {
+    assert_faults_are_silent(&[
+        (Fault::LinkCut(LinkCut::from_cluster("h1")), SHORT_FAULT),
         // Requests arrive and answers do not.
-        (Fault::Cut(Cut::one_way(&["e1", "e2", "e3"], &["h1", "h2"])), LONG),
-        (Fault::Cut(Cut::between(&["e1"], &["e2", "e3"])), SHORT),
+        (Fault::LinkCut(LinkCut::one_way(&["e1", "e2", "e3"], &["h1", "h2"])), LONG_FAULT),
+        (Fault::LinkCut(LinkCut::between(&["e1"], &["e2", "e3"])), SHORT_FAULT),
     ])
     .await;
 }
 
 /// History is dropped; with a host cut off meanwhile, which then has to read all leases again: no peer flaps.
 #[tokio::test(flavor = "multi_thread")]
-async fn history_is_dropped() {
-    let story = cluster::up(|options| {
+async fn compaction_loses_no_packet() {
+    let lab = cluster::up(|options| {
         options.hosts = 2;
         options.containers = 1;
-        apart(options);
+        reserve_subnets(options);
     })
     .await;
-    let notifications = Notifications::listen(&story.inside("h1"));
-    notifications.settle().await;
-    let traffic = Traffic::start(&story, "h1-c1", "h2-c1", Family::V4).await;
-    Fault::Compacted.over(&story, SHORT / 4).await;
-    Fault::Defragmented.over(&story, SHORT / 4).await;
-    notifications.assert_silence("compacted and defragmented");
+    let notifications = Notifications::subscribe(&lab.open_netns("h1"));
+    notifications.wait_quiet().await;
+    let traffic = Traffic::start(&lab, "h1-c1", "h2-c1", Family::V4).await;
+    Fault::HistoryCompacted.run_for(&lab, SHORT_FAULT / 4).await;
+    Fault::Defragmented.run_for(&lab, SHORT_FAULT / 4).await;
+    notifications.assert_none("compacted and defragmented");
 
-    let cut = Fault::Cut(Cut::from_cluster("h1"));
-    cut.begin(&story).await;
+    let cut = Fault::LinkCut(LinkCut::from_cluster("h1"));
+    cut.begin(&lab).await;
     let gone = |s: &overlay_agent::model::api::Status| !s.store.connected;
-    story.at("h1").wait_status(READY, "it does not notice", gone).await.must("h1");
+    lab.host("h1").wait_status(READY_TIMEOUT, "it does not notice", gone).await.expect_ok("h1");
     // What h1 misses: a lease that comes and goes, so that its place in the history is not the end.
     let key = etcd::lease_key("10.244.240.0-24");
-    etcd::put(&story, &key, &overlay_tests::churn::lease(1, 1));
-    etcd::delete(&story, &key);
-    Fault::Compacted.begin(&story).await;
-    cut.end(&story).await;
-    cluster::all_well(&story).await;
-    story.logged("h1", &["reading all leases again"]).await;
-    traffic.go_on(AFTER).await;
-    notifications.assert_silence("all leases were read again");
-    traffic.stop().await.assert_none("history dropped");
-    story.assert_all_reach().await;
+    etcd::put(&lab, &key, &overlay_tests::churn::lease(1, 1));
+    etcd::delete(&lab, &key);
+    Fault::HistoryCompacted.begin(&lab).await;
+    cut.end(&lab).await;
+    cluster::wait_agents_healthy(&lab).await;
+    lab.wait_for_log("h1", &["reading all leases again"]).await;
+    traffic.run_for(OBSERVATION_PERIOD).await;
+    notifications.assert_none("all leases were read again");
+    traffic.stop().await.assert_no_loss("history dropped");
+    lab.assert_full_reachability().await;
 }
 
 /// Other peers come, change and go while the lead moves and a member ends: who has nothing to do with it loses nothing.
 #[tokio::test(flavor = "multi_thread")]
-async fn others_come_and_go() {
-    let story = cluster::up(|options| {
+async fn peer_churn_loses_no_packet() {
+    let lab = cluster::up(|options| {
         options.hosts = 2;
         options.containers = 1;
-        apart(options);
+        reserve_subnets(options);
     })
     .await;
-    let traffic = Traffic::start(&story, "h1-c1", "h2-c1", Family::V4).await;
-    let churn = Churn::start(&story);
-    traffic.go_on(SHORT).await;
-    for fault in [Fault::LeaderMoves, Fault::LeaderMoves, Fault::MembersDie(vec![2]), Fault::AgentEnds("h1", Signal::SIGKILL)] {
-        fault.begin(&story).await;
-        traffic.go_on(SHORT / 2).await;
-        fault.end(&story).await;
-        traffic.go_on(SHORT / 2).await;
+    let traffic = Traffic::start(&lab, "h1-c1", "h2-c1", Family::V4).await;
+    let churn = Churn::start(&lab);
+    traffic.run_for(SHORT_FAULT).await;
+    for fault in
+        [Fault::LeaderMoves, Fault::LeaderMoves, Fault::MembersKilled(vec![2]), Fault::AgentKilled("h1", Signal::SIGKILL)]
+    {
+        fault.begin(&lab).await;
+        traffic.run_for(SHORT_FAULT / 2).await;
+        fault.end(&lab).await;
+        traffic.run_for(SHORT_FAULT / 2).await;
     }
     let count = churn.stop().await;
     println!("{count:?}");
-    assert!(count.done >= 50, "peers came and went: {count:?}");
-    cluster::all_well(&story).await;
+    assert!(count.succeeded >= 50, "peers came and went: {count:?}");
+    cluster::wait_agents_healthy(&lab).await;
     for host in ["h1", "h2"] {
-        story.settled(host, READY).await;
+        lab.wait_converged(host, READY_TIMEOUT).await;
     }
-    traffic.stop().await.assert_none("others come and go");
+    traffic.stop().await.assert_no_loss("others come and go");
 }
 
 /// The binary is replaced as a package manager does it, under the running agent, and the agent is started anew.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_upgrade() {
-    let place = tempfile::tempdir().must("a directory");
+async fn upgrade_loses_no_packet() {
+    let place = tempfile::tempdir().expect_ok("a directory");
     let binary = place.path().join("overlayd");
-    std::fs::copy(overlay_tests::programs::overlayd(), &binary).must("a copy of the agent");
+    std::fs::copy(overlay_tests::programs::overlayd(), &binary).expect_ok("a copy of the agent");
     let installed = binary.clone();
-    let story = Story::up(move |options| {
+    let lab = TestLab::up(move |options| {
         options.hosts = 2;
         options.containers = 1;
         options.overlayd = Some(installed);
     })
     .await;
-    let kernels = ["h1", "h2"].map(|host| (host, Notifications::listen(&story.inside(host))));
+    let kernels = ["h1", "h2"].map(|host| (host, Notifications::subscribe(&lab.open_netns(host))));
     for (_, notifications) in &kernels {
-        notifications.settle().await;
+        notifications.wait_quiet().await;
     }
-    let traffic = Traffic::start(&story, "h1-c1", "h2-c1", Family::V4).await;
+    let traffic = Traffic::start(&lab, "h1-c1", "h2-c1", Family::V4).await;
     // Another file with another content; what follows an ELF file's sections is nobody's.
     let new = place.path().join("overlayd.new");
-    std::fs::copy(&binary, &new).must("another copy");
-    let mut file = std::fs::File::options().append(true).open(&new).must("the copy");
-    std::io::Write::write_all(&mut file, b"another version").must("write");
+    std::fs::copy(&binary, &new).expect_ok("another copy");
+    let mut file = std::fs::File::options().append(true).open(&new).expect_ok("the copy");
+    std::io::Write::write_all(&mut file, b"another version").expect_ok("write");
     drop(file);
-    std::fs::rename(&new, &binary).must("replace the agent");
+    std::fs::rename(&new, &binary).expect_ok("replace the agent");
     for host in ["h1", "h2"] {
-        let before = story.at(host).agent().must("an agent");
-        let running = std::fs::read_link(format!("/proc/{}/exe", before.pid)).must("its program");
+        let before = lab.host(host).agent().expect_ok("an agent");
+        let running = std::fs::read_link(format!("/proc/{}/exe", before.pid)).expect_ok("its program");
         assert!(running.to_string_lossy().ends_with("(deleted)"), "the old program runs on: {running:?}");
-        story.at(host).agent_stop(Signal::SIGTERM).must("stop");
-        story.start(host).await;
-        let after = story.at(host).agent().must("an agent");
-        assert_eq!(std::fs::read_link(format!("/proc/{}/exe", after.pid)).must("its program"), binary);
+        lab.host(host).agent_stop(Signal::SIGTERM).expect_ok("stop");
+        lab.start_agent(host).await;
+        let after = lab.host(host).agent().expect_ok("an agent");
+        assert_eq!(std::fs::read_link(format!("/proc/{}/exe", after.pid)).expect_ok("its program"), binary);
     }
-    traffic.go_on(AFTER).await;
+    traffic.run_for(OBSERVATION_PERIOD).await;
     for (host, notifications) in &kernels {
-        notifications.assert_silence(&format!("{host}, after the upgrade"));
+        notifications.assert_none(&format!("{host}, after the upgrade"));
     }
-    traffic.stop().await.assert_none("an upgrade");
-    story.assert_all_reach().await;
+    traffic.stop().await.assert_no_loss("an upgrade");
+    lab.assert_full_reachability().await;
 }

@@ -10,8 +10,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use overlayctl::lab::Lab;
 
-use crate::Must;
-use crate::programs::needs;
+use crate::ExpectContext;
+use crate::programs::require_program;
 
 /// VXLAN's port in the overlay (`wire.md`).
 pub const VXLAN_PORT: u16 = 8472;
@@ -44,7 +44,7 @@ pub struct Packet {
 
 impl Packet {
     /// Whether it goes to more than one station.
-    pub fn is_group(&self) -> bool {
+    pub fn is_multicast(&self) -> bool {
         self.to_mac[0] & 1 == 1
     }
 
@@ -57,22 +57,22 @@ impl Packet {
 impl Capture {
     /// Begins to capture at an interface, every packet whole.
     pub fn start(lab: &Lab, target: &str, interface: &str) -> Capture {
-        needs("tcpdump", "tcpdump");
+        require_program("tcpdump", "tcpdump");
         let file = lab.dir().join(format!("{target}-{interface}.pcap"));
         let mut command = Command::new("tcpdump");
         command.args(["--immediate-mode", "-U", "-n", "-Z", "root", "-i", interface, "-w"]).arg(&file);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-        let netns = lab.netns(target).must(target);
-        let mut child = netns.run(|| command.spawn()).must("enter the namespace").must("tcpdump");
-        let mut said = BufReader::new(child.stderr.take().must("tcpdump's words"));
+        let netns = lab.netns(target).expect_ok(target);
+        let mut child = netns.run(|| command.spawn()).expect_ok("enter the namespace").expect_ok("tcpdump");
+        let mut output = BufReader::new(child.stderr.take().expect_ok("tcpdump's words"));
         let mut line = String::new();
         while !line.contains("listening on") {
             let before = line.len();
-            said.read_line(&mut line).must("tcpdump's words");
+            output.read_line(&mut line).expect_ok("tcpdump's words");
             assert!(line.len() > before, "tcpdump ended: {line}");
         }
         // It says more only at its end; a closed pipe must not end it before.
-        child.stderr = Some(said.into_inner());
+        child.stderr = Some(output.into_inner());
         Capture { child, file }
     }
 
@@ -80,12 +80,12 @@ impl Capture {
     pub fn stop(mut self) -> Vec<Packet> {
         // Packets reach tcpdump at once, the file a moment later.
         std::thread::sleep(Duration::from_millis(200));
-        self.end(Signal::SIGINT);
-        let bytes = std::fs::read(&self.file).must("the capture");
+        self.terminate(Signal::SIGINT);
+        let bytes = std::fs::read(&self.file).expect_ok("the capture");
         packets(&bytes)
     }
 
-    fn end(&mut self, signal: Signal) {
+    fn terminate(&mut self, signal: Signal) {
         if let Ok(None) = self.child.try_wait() {
             let _ended = kill(Pid::from_raw(i32::try_from(self.child.id()).unwrap_or(i32::MAX)), signal);
             let _collected = self.child.wait();
@@ -95,7 +95,7 @@ impl Capture {
 
 impl Drop for Capture {
     fn drop(&mut self) {
-        self.end(Signal::SIGKILL);
+        self.terminate(Signal::SIGKILL);
     }
 }
 
@@ -106,20 +106,20 @@ fn packets(bytes: &[u8]) -> Vec<Packet> {
     while let Some(length) = rest.get(8..12).and_then(|b| b.try_into().ok()).map(u32::from_ne_bytes) {
         let end = 16 + usize::try_from(length).unwrap_or(usize::MAX - 16);
         let Some(frame) = rest.get(16..end) else { break };
-        found.extend(ethernet(frame));
+        found.extend(parse_ethernet(frame));
         rest = &rest[end..];
     }
     found
 }
 
-fn word(bytes: &[u8], at: usize) -> Option<u16> {
+fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_be_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
 }
 
-fn ethernet(frame: &[u8]) -> Option<Packet> {
+fn parse_ethernet(frame: &[u8]) -> Option<Packet> {
     let mut packet = Packet {
         to_mac: frame.get(..6)?.try_into().ok()?,
-        ether_type: word(frame, 12)?,
+        ether_type: u16_at(frame, 12)?,
         addresses: None,
         protocol: 0,
         port: None,
@@ -147,7 +147,7 @@ fn ethernet(frame: &[u8]) -> Option<Packet> {
         _ => return Some(packet),
     };
     match packet.protocol {
-        6 | 17 => packet.port = word(payload, 2),
+        6 | 17 => packet.port = u16_at(payload, 2),
         // ICMPv6: 135 and 136 are neighbour solicitation and advertisement, with the target behind eight bytes (RFC 4861 section 4.3).
         58 if matches!(payload.first(), Some(135 | 136)) => packet.neighbour = v6(48),
         _ => {}
@@ -155,7 +155,7 @@ fn ethernet(frame: &[u8]) -> Option<Packet> {
     if packet.protocol == 17 && packet.port == Some(VXLAN_PORT) {
         // UDP 8 bytes, VXLAN 8 bytes with the VNI in the fifth to seventh (RFC 7348 section 5).
         let vni = payload.get(12..15)?.iter().fold(0, |vni, byte| vni << 8 | u32::from(*byte));
-        packet.vxlan = Some((vni, Box::new(ethernet(payload.get(16..)?)?)));
+        packet.vxlan = Some((vni, Box::new(parse_ethernet(payload.get(16..)?)?)));
     }
     Some(packet)
 }

@@ -1,6 +1,6 @@
 //! Unrelated peers that come, change and go in the store, again and again, while a story goes on.
 //!
-//! One thread, which ends with [`Churn::stop`], or when the churn is dropped.
+//! One thread, which ends with [`Churn::stop_agent`], or when the churn is dropped.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,14 +14,14 @@ use crate::etcd;
 #[derive(Debug)]
 pub struct Churn {
     stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<Count>>,
+    thread: Option<JoinHandle<ChurnStats>>,
 }
 
 /// How much there was.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Count {
+pub struct ChurnStats {
     /// Writes and deletions that etcd took.
-    pub done: u32,
+    pub succeeded: u32,
     /// Those that it did not take in time, or refused.
     pub failed: u32,
 }
@@ -39,7 +39,7 @@ impl Churn {
         let stop = Arc::new(AtomicBool::new(false));
         let (lab, ended) = (lab.clone(), Arc::clone(&stop));
         let thread = std::thread::spawn(move || {
-            let mut count = Count::default();
+            let mut count = ChurnStats::default();
             let mut round = 0u8;
             while !ended.load(Ordering::Relaxed) {
                 round = round.wrapping_add(1);
@@ -47,12 +47,12 @@ impl Churn {
                 let key = etcd::lease_key(&format!("10.244.{}.0-24", 240 + number));
                 let value = lease(number + 1, round / 16);
                 // Every third time it goes, so that next time it comes anew.
-                let said = match round % 3 {
+                let output = match round % 3 {
                     0 => etcd::etcdctl(&lab, &["del", "--", &key]),
                     _ => etcd::etcdctl(&lab, &["put", "--", &key, &value]),
                 };
-                if said.code == Some(0) {
-                    count.done += 1;
+                if output.code == Some(0) {
+                    count.succeeded += 1;
                 } else {
                     count.failed += 1;
                 }
@@ -66,9 +66,9 @@ impl Churn {
     }
 
     /// Ends it and removes what is left of it.
-    pub async fn stop(mut self) -> Count {
+    pub async fn stop(mut self) -> ChurnStats {
         self.stop.store(true, Ordering::Relaxed);
-        let Some(thread) = self.thread.take() else { return Count::default() };
+        let Some(thread) = self.thread.take() else { return ChurnStats::default() };
         let joined = tokio::task::spawn_blocking(move || thread.join()).await;
         match joined {
             Ok(Ok(count)) => count,

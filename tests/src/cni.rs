@@ -8,14 +8,14 @@ use std::process::{Command, Stdio};
 use overlay_agent::kernel::netns::Netns;
 use serde_json::{Value, json};
 
-use crate::programs::{Said, built};
-use crate::{Must, Story};
+use crate::programs::{CommandOutput, workspace_binary};
+use crate::{ExpectContext, TestLab};
 
 /// Where Debian's package containernetworking-plugins has its plugins.
 pub const DEBIAN_PLUGINS: &str = "/usr/lib/cni";
 
 /// The versions that are served.
-pub const VERSIONS: [&str; 4] = ["0.3.1", "0.4.0", "1.0.0", "1.1.0"];
+pub const SUPPORTED_VERSIONS: [&str; 4] = ["0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 
 /// One interface of one container.
 #[derive(Debug, Clone)]
@@ -46,12 +46,12 @@ pub struct Network {
 }
 
 /// The keys of our plugin for a host's agent.
-pub fn ours(story: &Story, host: &str) -> Value {
+pub fn plugin_config(lab: &TestLab, host: &str) -> Value {
     json!({
         "type": "overlay-cni",
-        "socket": story.at(host).socket(),
+        "socket": lab.host(host).socket(),
         "timeout": "20s",
-        "logFile": story.at(host).dir().join("cni.log"),
+        "logFile": lab.host(host).dir().join("cni.log"),
         "logLevel": "debug",
         "capabilities": { "ips": true, "mac": true, "portMappings": true, "dns": true },
     })
@@ -59,10 +59,10 @@ pub fn ours(story: &Story, host: &str) -> Value {
 
 /// The error that a plugin printed: code and message.
 #[track_caller]
-pub fn error_of(said: &Said) -> (u64, String) {
-    assert_ne!(said.code, Some(0), "`{}` succeeded: {}", said.command, said.out);
-    let value: Value = said.json();
-    let code = value["code"].as_u64().must("a code");
+pub fn parse_error(output: &CommandOutput) -> (u64, String) {
+    assert_ne!(output.code, Some(0), "`{}` succeeded: {}", output.command, output.stdout);
+    let value: Value = output.json();
+    let code = value["code"].as_u64().expect_ok("a code");
     assert!(value["cniVersion"].is_string() && value["msg"].as_str().is_some_and(|m| !m.is_empty()), "{value}");
     (code, value["msg"].as_str().unwrap_or_default().to_owned())
 }
@@ -70,8 +70,8 @@ pub fn error_of(said: &Said) -> (u64, String) {
 impl Attachment {
     /// A new namespace of a container, which goes with the lab.
     #[track_caller]
-    pub fn new(story: &Story, host: &str, name: &str) -> Attachment {
-        let netns = Netns::create(&story.layout().namespace(&format!("{host}-{name}"))).must("a namespace");
+    pub fn new(lab: &TestLab, host: &str, name: &str) -> Attachment {
+        let netns = Netns::create(&lab.layout().namespace(&format!("{host}-{name}"))).expect_ok("a namespace");
         Attachment {
             container: format!("{name}{}", "0123456789abcdef".repeat(4)).chars().take(64).collect(),
             interface: "eth0".to_owned(),
@@ -82,25 +82,25 @@ impl Attachment {
 
     /// The container's namespace.
     #[track_caller]
-    pub fn inside(&self) -> Netns {
-        Netns::open(&self.netns).must(&self.netns)
+    pub fn open_netns(&self) -> Netns {
+        Netns::open(&self.netns).expect_ok(&self.netns)
     }
 }
 
 impl Network {
     /// A network of our plugin alone.
-    pub fn of(story: &Story, host: &str, version: &str) -> Network {
+    pub fn overlay_only(lab: &TestLab, host: &str, version: &str) -> Network {
         Network {
-            host: story.inside(host),
+            host: lab.open_netns(host),
             version: version.to_owned(),
             name: "overlay".to_owned(),
-            plugins: vec![ours(story, host)],
+            plugins: vec![plugin_config(lab, host)],
             runtime: json!({}),
         }
     }
 
     /// The configuration of one plugin, as `SPEC.md`, "Deriving execution configuration from plugin configuration", has it.
-    pub fn config(&self, plugin: &Value, more: &[(&str, Value)]) -> Value {
+    pub fn config(&self, plugin: &Value, extra: &[(&str, Value)]) -> Value {
         let mut config = plugin.clone();
         config["cniVersion"] = self.version.clone().into();
         config["name"] = self.name.clone().into();
@@ -111,73 +111,77 @@ impl Network {
         if !served.is_empty() {
             config["runtimeConfig"] = served.into();
         }
-        for (key, value) in more.iter().filter(|(_, value)| !value.is_null()) {
+        for (key, value) in extra.iter().filter(|(_, value)| !value.is_null()) {
             config[*key] = value.clone();
         }
         config
     }
 
     /// ADD by each plugin; the first that fails ends it.
-    pub fn add(&self, who: &Attachment) -> Result<Value, Said> {
+    pub fn add(&self, attachment: &Attachment) -> Result<Value, CommandOutput> {
         let mut result = Value::Null;
         for plugin in &self.plugins {
-            let said = self.run("ADD", who, plugin, &self.config(plugin, &[("prevResult", result)]));
-            if said.code != Some(0) {
-                return Err(said);
+            let output = self.exec_plugin("ADD", attachment, plugin, &self.config(plugin, &[("prevResult", result)]));
+            if output.code != Some(0) {
+                return Err(output);
             }
-            result = said.json();
+            result = output.json();
         }
         Ok(result)
     }
 
     /// CHECK by each plugin, with the result of ADD.
-    pub fn check(&self, who: &Attachment, result: &Value) -> Result<(), Said> {
-        self.plugins
-            .iter()
-            .try_for_each(|plugin| ended(self.run("CHECK", who, plugin, &self.config(plugin, &[("prevResult", result.clone())]))))
+    pub fn check(&self, attachment: &Attachment, result: &Value) -> Result<(), CommandOutput> {
+        self.plugins.iter().try_for_each(|plugin| {
+            into_result(self.exec_plugin("CHECK", attachment, plugin, &self.config(plugin, &[("prevResult", result.clone())])))
+        })
     }
 
     /// DEL by each plugin in reverse order; `result` may be null.
-    pub fn del(&self, who: &Attachment, result: &Value) -> Result<(), Said> {
-        self.plugins
-            .iter()
-            .rev()
-            .try_for_each(|plugin| ended(self.run("DEL", who, plugin, &self.config(plugin, &[("prevResult", result.clone())]))))
+    pub fn del(&self, attachment: &Attachment, result: &Value) -> Result<(), CommandOutput> {
+        self.plugins.iter().rev().try_for_each(|plugin| {
+            into_result(self.exec_plugin("DEL", attachment, plugin, &self.config(plugin, &[("prevResult", result.clone())])))
+        })
     }
 
     /// GC of our plugin, with what is to be kept.
-    pub fn gc(&self, keep: &[&Attachment]) -> Result<(), Said> {
-        let keep: Vec<Value> = keep.iter().map(|who| json!({ "containerID": who.container, "ifname": who.interface })).collect();
-        ended(self.bare("GC", &self.config(&self.plugins[0], &[("cni.dev/valid-attachments", keep.into())]).to_string()))
+    pub fn gc(&self, keep: &[&Attachment]) -> Result<(), CommandOutput> {
+        let keep: Vec<Value> = keep
+            .iter()
+            .map(|attachment| json!({ "containerID": attachment.container, "ifname": attachment.interface }))
+            .collect();
+        into_result(
+            self.exec_own_plugin("GC", &self.config(&self.plugins[0], &[("cni.dev/valid-attachments", keep.into())]).to_string()),
+        )
     }
 
     /// STATUS of our plugin.
-    pub fn status(&self) -> Result<(), Said> {
-        ended(self.bare("STATUS", &self.config(&self.plugins[0], &[]).to_string()))
+    pub fn status(&self) -> Result<(), CommandOutput> {
+        into_result(self.exec_own_plugin("STATUS", &self.config(&self.plugins[0], &[]).to_string()))
     }
 
     /// Our plugin with a verb, an input and nothing else.
-    pub fn bare(&self, verb: &str, input: &str) -> Said {
-        self.start(&built("overlay-cni"), &[("CNI_COMMAND", verb), ("CNI_PATH", DEBIAN_PLUGINS)], input)
+    pub fn exec_own_plugin(&self, verb: &str, input: &str) -> CommandOutput {
+        self.exec_with_env(&workspace_binary("overlay-cni"), &[("CNI_COMMAND", verb), ("CNI_PATH", DEBIAN_PLUGINS)], input)
     }
 
     /// One plugin, one verb.
-    pub fn run(&self, verb: &str, who: &Attachment, plugin: &Value, config: &Value) -> Said {
-        let name = plugin["type"].as_str().must("a type");
+    pub fn exec_plugin(&self, verb: &str, attachment: &Attachment, plugin: &Value, config: &Value) -> CommandOutput {
+        let name = plugin["type"].as_str().expect_ok("a type");
         let variables = [
             ("CNI_COMMAND", verb),
-            ("CNI_CONTAINERID", &who.container),
-            ("CNI_IFNAME", &who.interface),
-            ("CNI_NETNS", &who.netns),
-            ("CNI_ARGS", &who.arguments),
+            ("CNI_CONTAINERID", &attachment.container),
+            ("CNI_IFNAME", &attachment.interface),
+            ("CNI_NETNS", &attachment.netns),
+            ("CNI_ARGS", &attachment.arguments),
             ("CNI_PATH", DEBIAN_PLUGINS),
         ];
-        self.start(&program(name), &variables, &config.to_string())
+        self.exec_with_env(&plugin_path(name), &variables, &config.to_string())
     }
 
     /// A plugin with an environment, empty values left out, and an input.
     #[track_caller]
-    pub fn start(&self, program: &Path, variables: &[(&str, &str)], input: &str) -> Said {
+    pub fn exec_with_env(&self, program: &Path, variables: &[(&str, &str)], input: &str) -> CommandOutput {
         let output = self.host.run(|| {
             let mut command = Command::new(program);
             command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
@@ -190,18 +194,21 @@ impl Network {
             child.wait_with_output()
         });
         let verb = variables.first().map_or("", |(_, verb)| verb);
-        Said::of(&[&program.to_string_lossy(), verb], &output.must("enter the host").must(&program.display().to_string()))
+        CommandOutput::from_output(
+            &[&program.to_string_lossy(), verb],
+            &output.expect_ok("enter the host").expect_ok(&program.display().to_string()),
+        )
     }
 }
 
-fn ended(said: Said) -> Result<(), Said> {
-    if said.code == Some(0) { Ok(()) } else { Err(said) }
+fn into_result(output: CommandOutput) -> Result<(), CommandOutput> {
+    if output.code == Some(0) { Ok(()) } else { Err(output) }
 }
 
 /// Where a plugin is: ours beside the tests, the others where Debian has them.
-fn program(name: &str) -> PathBuf {
+fn plugin_path(name: &str) -> PathBuf {
     if name == "overlay-cni" {
-        return built(name);
+        return workspace_binary(name);
     }
     let path = Path::new(DEBIAN_PLUGINS).join(name);
     assert!(path.is_file(), "{} is not installed: apt-get install containernetworking-plugins", path.display());

@@ -12,30 +12,30 @@ use overlayctl::lab::Lab;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::programs::{Said, needs};
-use crate::{Must, eventually};
+use crate::programs::{CommandOutput, require_program};
+use crate::{ExpectContext, eventually};
 
 /// The image that every Docker here has.
 pub const IMAGE: &str = "overlay-tests";
 
 /// Debian's client; the search path may have another one first.
-const CLIENT: &str = "/usr/bin/docker";
+const DOCKER_CLIENT: &str = "/usr/bin/docker";
 
 /// Where images and containers are, and the beginning of the directory's name; the lab's follows.
-const FILES: (&str, &str) = ("/var/tmp", "overlay-docker-");
+const DATA_DIR: (&str, &str) = ("/var/tmp", "overlay-docker-");
 
 /// The beginning of the control groups' names; the lab's and the host's follow.
-const GROUPS: &str = "overlay-tests-";
+const CGROUP_PREFIX: &str = "overlay-tests-";
 
 /// Where the control groups of version 2 are, and below it those of each controller of version 1.
-const CONTROL: &str = "/sys/fs/cgroup";
+const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
 /// How long containerd and dockerd may take to start, or to end.
-const START: Duration = Duration::from_secs(60);
+const START_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What runs inside the new namespaces. The first process: when it ends, the kernel ends all others; and it ends when nobody holds its
 /// standard input any more, however this test ends.
-const SCRIPT: &str = r#"
+const INIT_SCRIPT: &str = r#"
 mount --make-rprivate /
 mount -t proc proc /proc
 mount -t tmpfs -o mode=755 tmpfs /run
@@ -68,15 +68,16 @@ impl DockerFiles {
         for (program, package) in
             [("dockerd", "docker.io"), ("containerd", "containerd"), ("runc", "runc"), ("busybox", "busybox-static")]
         {
-            needs(program, package);
+            require_program(program, package);
         }
-        assert!(Path::new(CLIENT).is_file(), "{CLIENT} is not installed: apt-get install docker.io");
+        assert!(Path::new(DOCKER_CLIENT).is_file(), "{DOCKER_CLIENT} is not installed: apt-get install docker.io");
         let lab = &lab.layout().name;
-        let dir = tempfile::Builder::new().prefix(&format!("{}{lab}-", FILES.1)).tempdir_in(FILES.0).must("a directory");
+        let dir =
+            tempfile::Builder::new().prefix(&format!("{}{lab}-", DATA_DIR.1)).tempdir_in(DATA_DIR.0).expect_ok("a directory");
         // Without the part for Kubernetes, which opens ports.
         fs::write(dir.path().join("containerd.toml"), "version = 2\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n")
-            .must("containerd's configuration");
-        DockerFiles { dir, cgroup: format!("{GROUPS}{lab}-{host}") }
+            .expect_ok("containerd's configuration");
+        DockerFiles { dir, cgroup: format!("{CGROUP_PREFIX}{lab}-{host}") }
     }
 
     /// Where dockerd's configuration file is to be.
@@ -90,21 +91,21 @@ impl DockerFiles {
         let socket = dir.join("docker.sock");
         let _from_before = fs::remove_file(&socket);
         let mut command = Command::new("unshare");
-        command.args(["--mount", "--pid", "--fork", "--kill-child", "sh", "-euc", SCRIPT, "docker"]);
+        command.args(["--mount", "--pid", "--fork", "--kill-child", "sh", "-euc", INIT_SCRIPT, "docker"]);
         let none = dir.join("no.json");
-        fs::write(&none, "{}").must("a configuration");
+        fs::write(&none, "{}").expect_ok("a configuration");
         command.arg("--config-file").arg(config.unwrap_or(&none));
         command.env("DIR", dir).env("CGROUP", &self.cgroup).env_remove("DOCKER_HOST");
         command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
-        let netns = lab.netns(host).must(host);
-        let init = netns.run(|| command.spawn()).must("enter the host").must("unshare");
+        let netns = lab.netns(host).expect_ok(host);
+        let init = netns.run(|| command.spawn()).expect_ok("enter the host").expect_ok("unshare");
         let mut docker = Docker { files: self, init };
-        eventually(&format!("dockerd of {host} answers"), START, || {
-            let said = docker.attempt(&["version", "--format", "{{.Server.Version}}"]);
-            if said.code == Some(0) { Ok(()) } else { Err(format!("{}\n{}", said.err, docker.log())) }
+        eventually(&format!("dockerd of {host} answers"), START_TIMEOUT, || {
+            let output = docker.attempt(&["version", "--format", "{{.Server.Version}}"]);
+            if output.code == Some(0) { Ok(()) } else { Err(format!("{}\n{}", output.stderr, docker.log())) }
         })
         .await;
-        assert!(docker.init.try_wait().must("wait").is_none(), "it ended: {}", docker.log());
+        assert!(docker.init.try_wait().expect_ok("wait").is_none(), "it ended: {}", docker.log());
         docker
     }
 }
@@ -118,16 +119,16 @@ impl Drop for DockerFiles {
 }
 
 /// Removes what test runs that were killed have left: control groups and files of labs that are over. What is still in use stays for the next time.
-pub fn remove_left_over(is_over: impl Fn(&str) -> bool) {
+pub fn remove_leftovers(is_finished: impl Fn(&str) -> bool) {
     let left = |parent: &Path, prefix: &str| -> Vec<PathBuf> {
         let entries = fs::read_dir(parent).into_iter().flatten().flatten();
-        let over = |name: &str| name.strip_prefix(prefix)?.split_once('-').map(|(lab, _)| is_over(lab));
+        let over = |name: &str| name.strip_prefix(prefix)?.split_once('-').map(|(lab, _)| is_finished(lab));
         entries.filter(|entry| entry.file_name().to_str().and_then(over) == Some(true)).map(|entry| entry.path()).collect()
     };
-    for group in cgroup_parents().iter().flat_map(|parent| left(parent, GROUPS)) {
+    for group in cgroup_parents().iter().flat_map(|parent| left(parent, CGROUP_PREFIX)) {
         remove_cgroup(&group);
     }
-    for dir in left(Path::new(FILES.0), FILES.1) {
+    for dir in left(Path::new(DATA_DIR.0), DATA_DIR.1) {
         // Another test process may be at it as well.
         let _gone_already = fs::remove_dir_all(dir);
     }
@@ -135,8 +136,8 @@ pub fn remove_left_over(is_over: impl Fn(&str) -> bool) {
 
 /// Where groups may be.
 fn cgroup_parents() -> Vec<PathBuf> {
-    let controllers = fs::read_dir(CONTROL).into_iter().flatten().flatten().map(|entry| entry.path());
-    controllers.filter(|path| path.is_dir()).chain([PathBuf::from(CONTROL)]).collect()
+    let controllers = fs::read_dir(CGROUP_ROOT).into_iter().flatten().flatten().map(|entry| entry.path());
+    controllers.filter(|path| path.is_dir()).chain([PathBuf::from(CGROUP_ROOT)]).collect()
 }
 
 /// Removes a group with those below it; a group goes by itself only when it is told to.
@@ -149,53 +150,54 @@ fn remove_cgroup(group: &Path) {
 
 impl Docker<'_> {
     /// Runs Docker's client, however it ends.
-    pub fn attempt(&self, arguments: &[&str]) -> Said {
+    pub fn attempt(&self, arguments: &[&str]) -> CommandOutput {
         self.attempt_with(arguments, &[])
     }
 
-    fn attempt_with(&self, arguments: &[&str], input: &[u8]) -> Said {
+    fn attempt_with(&self, arguments: &[&str], input: &[u8]) -> CommandOutput {
         let dir = self.files.dir.path();
-        let mut command = Command::new(CLIENT);
+        let mut command = Command::new(DOCKER_CLIENT);
         command.arg("--host").arg(format!("unix://{}", dir.join("docker.sock").display())).args(arguments);
         command.env("DOCKER_CONFIG", dir).env_remove("DOCKER_HOST").env_remove("DOCKER_CONTEXT");
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().must(CLIENT);
-        let mut stdin = child.stdin.take().must("its input");
+        let mut child = command.spawn().expect_ok(DOCKER_CLIENT);
+        let mut stdin = child.stdin.take().expect_ok("its input");
         // A client that does not read its input ends all the same.
         let _closed = stdin.write_all(input);
         drop(stdin);
-        let output = child.wait_with_output().must(CLIENT);
-        Said::of(&[&["docker"], arguments].concat(), &output)
+        let output = child.wait_with_output().expect_ok(DOCKER_CLIENT);
+        CommandOutput::from_output(&[&["docker"], arguments].concat(), &output)
     }
 
     /// Runs Docker's client; it must end well. What it said, without the last line end.
     #[track_caller]
     pub fn run(&self, arguments: &[&str]) -> String {
-        self.attempt(arguments).exits(0).out.trim_end().to_owned()
+        self.attempt(arguments).assert_code(0).stdout.trim_end().to_owned()
     }
 
     /// Makes [`IMAGE`]: busybox, and a page in `/www` that names the host.
     #[track_caller]
     pub fn import_image(&self, page: &str) {
         let root = self.files.dir.path().join("image");
-        fs::create_dir_all(root.join("bin")).must("the image");
-        fs::create_dir_all(root.join("www")).must("the image");
-        fs::write(root.join("www/index.html"), page).must("the page");
-        let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|path| Path::new(path).is_file()).must("busybox");
-        fs::copy(busybox, root.join("bin/busybox")).must("busybox");
+        fs::create_dir_all(root.join("bin")).expect_ok("the image");
+        fs::create_dir_all(root.join("www")).expect_ok("the image");
+        fs::write(root.join("www/index.html"), page).expect_ok("the page");
+        let busybox =
+            ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|path| Path::new(path).is_file()).expect_ok("busybox");
+        fs::copy(busybox, root.join("bin/busybox")).expect_ok("busybox");
         for applet in ["sh", "ping", "ping6", "httpd", "nc", "ip"] {
             let link = root.join("bin").join(applet);
             if !link.exists() {
-                symlink("busybox", link).must(applet);
+                symlink("busybox", link).expect_ok(applet);
             }
         }
-        let tar = Command::new("tar").arg("-C").arg(&root).args(["-c", "."]).output().must("tar");
-        self.attempt_with(&["import", "-", IMAGE], &tar.stdout).exits(0);
+        let tar = Command::new("tar").arg("-C").arg(&root).args(["-c", "."]).output().expect_ok("tar");
+        self.attempt_with(&["import", "-", IMAGE], &tar.stdout).assert_code(0);
     }
 
     /// Starts a container that serves its page, and ends at once when it is told to.
     #[track_caller]
-    pub fn serve(&self, name: &str) {
+    pub fn run_web_server(&self, name: &str) {
         self.run(&[
             "run",
             "--detach",
@@ -216,15 +218,15 @@ impl Docker<'_> {
 
     /// A container's settings on Docker's default network.
     #[track_caller]
-    pub fn network_of(&self, container: &str) -> Value {
+    pub fn network_settings(&self, container: &str) -> Value {
         let text = self.run(&["inspect", "--format", "{{json .NetworkSettings.Networks.bridge}}", container]);
-        serde_json::from_str(&text).must(&text)
+        serde_json::from_str(&text).expect_ok(&text)
     }
 
     /// The ends of the daemons' logs.
     pub fn log(&self) -> String {
         let dir = self.files.dir.path();
-        let end = |name: &str| overlayctl::lab::process::tail(&dir.join(name));
+        let end = |name: &str| overlayctl::lab::process::log_tail(&dir.join(name));
         format!("containerd:\n{}\ndockerd:\n{}", end("containerd.log"), end("dockerd.log"))
     }
 }
@@ -236,7 +238,7 @@ impl Drop for Docker<'_> {
             eprintln!("--- Docker in {}\n{}", self.files.cgroup, self.log());
         }
         drop(self.init.stdin.take());
-        let end = Instant::now() + START;
+        let end = Instant::now() + START_TIMEOUT;
         while let Ok(None) = self.init.try_wait() {
             if Instant::now() > end {
                 let _killed = self.init.kill();

@@ -8,12 +8,12 @@ use std::path::Path;
 use overlay_agent::kernel::netns::Netns;
 use serde_json::Value;
 
-use crate::Must;
-use crate::programs::{Said, needs};
+use crate::ExpectContext;
+use crate::programs::{CommandOutput, require_program};
 
 /// The dump of a namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Dump(BTreeSet<String>);
+pub struct NetnsDump(BTreeSet<String>);
 
 /// Fields that a clock or a counter changes.
 const VOLATILE: [&str; 13] = [
@@ -35,10 +35,10 @@ const VOLATILE: [&str; 13] = [
 /// Sysctls that a counter or a random number generator changes.
 const VOLATILE_SYSCTLS: [&str; 3] = ["nf_conntrack_count", "tcp_fastopen_key", "stable_secret"];
 
-impl Dump {
+impl NetnsDump {
     /// What the namespace holds now.
-    pub fn of(netns: &Netns) -> Dump {
-        needs("nft", "nftables");
+    pub fn of(netns: &Netns) -> NetnsDump {
+        require_program("nft", "nftables");
         let mut lines = BTreeSet::new();
         for (kind, command) in [
             ("link", &["ip", "-j", "-d", "link"][..]),
@@ -51,20 +51,20 @@ impl Dump {
             ("fdb", &["bridge", "-j", "-d", "fdb", "show"]),
             ("nexthop", &["ip", "-j", "-d", "nexthop", "show"]),
         ] {
-            let said = said(netns, command);
-            let values: Vec<Value> = if said.out.trim().is_empty() { Vec::new() } else { said.json() };
+            let output = run_command(netns, command);
+            let values: Vec<Value> = if output.stdout.trim().is_empty() { Vec::new() } else { output.json() };
             for mut value in values {
                 if kind == "fdb" && value["state"] != "permanent" {
                     continue;
                 }
-                still(&mut value);
+                remove_volatile(&mut value);
                 lines.insert(format!("{kind} {value}"));
             }
         }
-        let rules = said(netns, &["nft", "-s", "list", "ruleset"]).out;
+        let rules = run_command(netns, &["nft", "-s", "list", "ruleset"]).stdout;
         lines.extend(rules.lines().enumerate().map(|(number, line)| format!("nft {number:04} {line}")));
-        netns.run(|| sysctls(Path::new("/proc/sys/net"), &mut lines)).must("read /proc/sys/net");
-        Dump(lines)
+        netns.run(|| read_sysctls(Path::new("/proc/sys/net"), &mut lines)).expect_ok("read /proc/sys/net");
+        NetnsDump(lines)
     }
 
     /// The lines.
@@ -73,8 +73,8 @@ impl Dump {
     }
 
     /// What has changed since another dump, as text; empty where nothing has. Sysctls that are new came with a kernel module.
-    pub fn changes_since(&self, before: &Dump) -> String {
-        let names = |dump: &Dump| -> BTreeSet<String> {
+    pub fn changes_since(&self, before: &NetnsDump) -> String {
+        let names = |dump: &NetnsDump| -> BTreeSet<String> {
             dump.0.iter().filter(|l| l.starts_with("sysctl ")).filter_map(|l| l.split(" = ").next().map(str::to_owned)).collect()
         };
         let known = names(before);
@@ -87,29 +87,30 @@ impl Dump {
     }
 }
 
-fn said(netns: &Netns, command: &[&str]) -> Said {
+fn run_command(netns: &Netns, command: &[&str]) -> CommandOutput {
     let Some((program, arguments)) = command.split_first() else { panic!("no command") };
-    let output = netns.run(|| std::process::Command::new(program).args(arguments).output()).must("enter the namespace");
-    Said::of(command, &output.must(&format!("{program} (apt-get install iproute2 nftables)"))).exits(0)
+    let output = netns.run(|| std::process::Command::new(program).args(arguments).output()).expect_ok("enter the namespace");
+    CommandOutput::from_output(command, &output.expect_ok(&format!("{program} (apt-get install iproute2 nftables)")))
+        .assert_code(0)
 }
 
 /// Takes out what changes by itself, at any depth.
-fn still(value: &mut Value) {
+fn remove_volatile(value: &mut Value) {
     match value {
         Value::Object(fields) => {
             fields.retain(|name, _| !VOLATILE.contains(&name.as_str()));
-            fields.values_mut().for_each(still);
+            fields.values_mut().for_each(remove_volatile);
         }
-        Value::Array(items) => items.iter_mut().for_each(still),
+        Value::Array(items) => items.iter_mut().for_each(remove_volatile),
         _ => {}
     }
 }
 
-fn sysctls(dir: &Path, lines: &mut BTreeSet<String>) {
+fn read_sysctls(dir: &Path, lines: &mut BTreeSet<String>) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let path = entry.path();
         if path.is_dir() {
-            sysctls(&path, lines);
+            read_sysctls(&path, lines);
             continue;
         }
         // Some can only be written, some only be read once they are set.

@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use overlayctl::lab::process::{GRACE, ProcessId};
+use overlayctl::lab::process::{ProcessId, TERM_GRACE};
 use overlayctl::lab::{self, Lab, layout};
 use serde_json::Value;
 
-use crate::Must;
-use crate::programs::{Said, needs};
+use crate::ExpectContext;
+use crate::programs::{CommandOutput, require_program};
 
 /// The configuration's key.
 pub fn config_key() -> String {
@@ -21,58 +21,58 @@ pub fn lease_key(name: &str) -> String {
 }
 
 /// Runs etcdctl against a lab's etcd; whatever happens.
-pub fn etcdctl(lab: &Lab, arguments: &[&str]) -> Said {
+pub fn etcdctl(lab: &Lab, arguments: &[&str]) -> CommandOutput {
     etcdctl_at(lab, "net", &lab.layout().etcd_endpoints().join(","), arguments)
 }
 
 /// Runs etcdctl inside a target against chosen endpoints; whatever happens.
-pub fn etcdctl_at(lab: &Lab, target: &str, endpoints: &str, arguments: &[&str]) -> Said {
-    needs("etcdctl", "etcd-client");
+pub fn etcdctl_at(lab: &Lab, target: &str, endpoints: &str, arguments: &[&str]) -> CommandOutput {
+    require_program("etcdctl", "etcd-client");
     let endpoint = format!("--endpoints={endpoints}");
     let command: Vec<&str> = ["env", "ETCDCTL_API=3", "etcdctl", "--command-timeout=5s", &endpoint]
         .into_iter()
         .chain(arguments.iter().copied())
         .collect();
-    let output = lab.exec(target, &command).must("etcdctl");
-    Said::of(&command, &output)
+    let output = lab.exec(target, &command).expect_ok("etcdctl");
+    CommandOutput::from_output(&command, &output)
 }
 
 /// Writes a key; a reservation where it lies below `subnets/`.
 pub fn put(lab: &Lab, key: &str, value: &str) {
-    etcdctl(lab, &["put", "--", key, value]).exits(0);
+    etcdctl(lab, &["put", "--", key, value]).assert_code(0);
 }
 
 /// Writes a key with a value that is too long for a command line.
 pub fn put_long(lab: &Lab, key: &str, value: &[u8]) {
     let file = lab.dir().join("value");
-    std::fs::write(&file, value).must("a file for the value");
+    std::fs::write(&file, value).expect_ok("a file for the value");
     let endpoint = lab.layout().etcd_endpoints().join(",");
     let script = "ETCDCTL_API=3 exec etcdctl --endpoints=\"$1\" put -- \"$2\" <\"$3\"";
     let file = file.to_string_lossy().into_owned();
     let command = ["sh", "-c", script, "sh", &endpoint, key, &file];
-    Said::of(&command, &lab.exec("net", &command).must("etcdctl")).exits(0);
+    CommandOutput::from_output(&command, &lab.exec("net", &command).expect_ok("etcdctl")).assert_code(0);
 }
 
 /// Makes an etcd lease of that many seconds; its id as etcdctl writes it.
 pub fn grant(lab: &Lab, seconds: u32) -> String {
-    let said = etcdctl(lab, &["lease", "grant", &seconds.to_string()]).exits(0);
-    said.out.split_whitespace().nth(1).must("the id of an etcd lease").to_owned()
+    let output = etcdctl(lab, &["lease", "grant", &seconds.to_string()]).assert_code(0);
+    output.stdout.split_whitespace().nth(1).expect_ok("the id of an etcd lease").to_owned()
 }
 
 /// Writes a key that ends with an etcd lease.
 pub fn put_leased(lab: &Lab, key: &str, value: &str, lease: &str) {
-    etcdctl(lab, &["put", &format!("--lease={lease}"), "--", key, value]).exits(0);
+    etcdctl(lab, &["put", &format!("--lease={lease}"), "--", key, value]).assert_code(0);
 }
 
 /// Deletes a key; it must have been there.
 pub fn delete(lab: &Lab, key: &str) {
-    let said = etcdctl(lab, &["del", "--", key]).exits(0);
-    assert_eq!(said.out.trim(), "1", "{key} is deleted");
+    let output = etcdctl(lab, &["del", "--", key]).assert_code(0);
+    assert_eq!(output.stdout.trim(), "1", "{key} is deleted");
 }
 
 /// Ends an etcd lease, and with it its keys.
 pub fn revoke(lab: &Lab, lease: i64) {
-    etcdctl(lab, &["lease", "revoke", &format!("{lease:x}")]).exits(0);
+    etcdctl(lab, &["lease", "revoke", &format!("{lease:x}")]).assert_code(0);
 }
 
 /// A key with all that etcd says of it.
@@ -92,7 +92,7 @@ pub struct Entry {
 
 /// Every key below a prefix.
 pub fn list(lab: &Lab, prefix: &str) -> Vec<Entry> {
-    let answer: Value = etcdctl(lab, &["get", "--prefix", "-w", "json", "--", prefix]).exits(0).json();
+    let answer: Value = etcdctl(lab, &["get", "--prefix", "-w", "json", "--", prefix]).assert_code(0).json();
     let number = |v: &Value, name: &str| v[name].as_i64().unwrap_or(0);
     answer["kvs"]
         .as_array()
@@ -100,8 +100,8 @@ pub fn list(lab: &Lab, prefix: &str) -> Vec<Entry> {
         .unwrap_or_default()
         .iter()
         .map(|kv| Entry {
-            key: base64(kv["key"].as_str().unwrap_or_default()),
-            value: base64(kv["value"].as_str().unwrap_or_default()),
+            key: decode_base64(kv["key"].as_str().unwrap_or_default()),
+            value: decode_base64(kv["value"].as_str().unwrap_or_default()),
             lease: number(kv, "lease"),
             create_revision: number(kv, "create_revision"),
             mod_revision: number(kv, "mod_revision"),
@@ -119,37 +119,37 @@ pub fn leases(lab: &Lab) -> Vec<Entry> {
 pub fn lease_with(lab: &Lab, text: &str) -> Entry {
     let all = leases(lab);
     let found = all.iter().find(|entry| entry.value.contains(text)).cloned();
-    found.must(&format!("a lease with {text} in {all:#?}"))
+    found.expect_ok(&format!("a lease with {text} in {all:#?}"))
 }
 
 /// The store's revision: every write makes it greater.
 pub fn revision(lab: &Lab) -> i64 {
-    let answer: Value = etcdctl(lab, &["get", "-w", "json", "no-such-key"]).exits(0).json();
-    answer["header"]["revision"].as_i64().must("a revision")
+    let answer: Value = etcdctl(lab, &["get", "-w", "json", "no-such-key"]).assert_code(0).json();
+    answer["header"]["revision"].as_i64().expect_ok("a revision")
 }
 
 /// Ends etcd without warning.
 pub fn kill(lab: &Lab) {
-    let id = ProcessId::recorded(&lab::etcd::record(lab.dir())).must("etcd's process id");
-    id.signal(Signal::SIGKILL).must("SIGKILL to etcd");
-    assert!(id.wait(GRACE), "etcd ends on SIGKILL");
+    let id = ProcessId::from_pid_file(&lab::etcd::pid_file(lab.dir())).expect_ok("etcd's process id");
+    id.signal(Signal::SIGKILL).expect_ok("SIGKILL to etcd");
+    assert!(id.wait(TERM_GRACE), "etcd ends on SIGKILL");
 }
 
 /// Starts etcd again, with its data.
 pub async fn start(lab: &Lab) {
-    lab::etcd::start(lab).await.must("etcd starts again");
+    lab::etcd::start(lab).await.expect_ok("etcd starts again");
 }
 
 /// Stops etcd in the middle of whatever it does, for that long: connections stay open and nothing answers.
 pub async fn freeze(lab: &Lab, time: Duration) {
-    let id = ProcessId::recorded(&lab::etcd::record(lab.dir())).must("etcd's process id");
-    id.signal(Signal::SIGSTOP).must("SIGSTOP to etcd");
+    let id = ProcessId::from_pid_file(&lab::etcd::pid_file(lab.dir())).expect_ok("etcd's process id");
+    id.signal(Signal::SIGSTOP).expect_ok("SIGSTOP to etcd");
     tokio::time::sleep(time).await;
-    id.signal(Signal::SIGCONT).must("SIGCONT to etcd");
+    id.signal(Signal::SIGCONT).expect_ok("SIGCONT to etcd");
 }
 
 /// The text of a base64 value (RFC 4648 section 4), as etcdctl writes keys and values.
-fn base64(text: &str) -> String {
+fn decode_base64(text: &str) -> String {
     let mut bytes = Vec::new();
     let (mut bits, mut count) = (0u32, 0);
     for c in text.bytes() {
@@ -174,10 +174,10 @@ fn base64(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     #[test]
-    fn base64_is_read() {
+    fn base64_decodes_rfc_4648_values() {
         for (text, wanted) in [("", ""), ("YQ==", "a"), ("YWI=", "ab"), ("YWJj", "abc"), ("eyI/Ijoi8J+YgCJ9", r#"{"?":"😀"}"#)]
         {
-            assert_eq!(super::base64(text), wanted);
+            assert_eq!(super::decode_base64(text), wanted);
         }
     }
 }

@@ -8,34 +8,34 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use overlayctl::lab::process::{GRACE, ProcessId};
+use overlayctl::lab::process::{ProcessId, TERM_GRACE};
 use overlayctl::lab::{self, layout};
 
 use crate::cluster::{self, MEMBERS};
-use crate::story::READY;
-use crate::{Must, Story, damage, etcd, kernel};
+use crate::test_lab::READY_TIMEOUT;
+use crate::{ExpectContext, TestLab, etcd, kernel, kernel_fault};
 
 /// A fault.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fault {
     /// A host's agent gets SIGTERM or SIGKILL; it is started again at the end.
-    AgentEnds(&'static str, Signal),
+    AgentKilled(&'static str, Signal),
     /// A host's agent is stopped (SIGSTOP) until the end.
-    AgentHangs(&'static str),
+    AgentFrozen(&'static str),
     /// Members of the cluster get SIGKILL; they are started again at the end.
-    MembersDie(Vec<u8>),
+    MembersKilled(Vec<u8>),
     /// Members of the cluster are stopped until the end: connections stay open and nothing answers.
-    MembersHang(Vec<u8>),
+    MembersFrozen(Vec<u8>),
     /// The lab's own etcd gets SIGKILL; it is started again at the end.
-    EtcdDies,
+    EtcdKilled,
     /// The lab's own etcd is stopped until the end.
-    EtcdHangs,
+    EtcdFrozen,
     /// Packets from the ones to the others are dropped on the switch until the end.
-    Cut(Cut),
+    LinkCut(LinkCut),
     /// Another member of the cluster leads.
     LeaderMoves,
     /// All history of the store is dropped.
-    Compacted,
+    HistoryCompacted,
     /// The store is defragmented: it answers nothing meanwhile.
     Defragmented,
     /// A host's etcd lease is revoked, as at its expiry: its key goes with it.
@@ -48,51 +48,51 @@ pub enum Fault {
     UnderlayMtu(&'static str, u32),
     /// A host's address on the underlay is changed to this one; at the end its old one is back.
     UnderlayAddress(&'static str, IpAddr),
-    /// A piece of a host's kernel state is deleted or altered: the name of one of [`damage::ALL`].
-    Damage(&'static str, &'static str),
+    /// A piece of a host's kernel state is deleted or altered: the name of one of [`kernel_fault::BULK_FAULTS`].
+    KernelFault(&'static str, &'static str),
 }
 
 /// A partition.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Cut {
+pub struct LinkCut {
     /// Hosts (`h1`), members (`e1`), or `net` for the lab's own etcd.
     pub from: Vec<String>,
     /// The others.
     pub to: Vec<String>,
     /// Whether packets the other way are dropped as well.
-    pub both_ways: bool,
+    pub bidirectional: bool,
 }
 
-impl Cut {
+impl LinkCut {
     /// Nothing passes between the ones and the others.
-    pub fn between(from: &[&str], to: &[&str]) -> Cut {
+    pub fn between(from: &[&str], to: &[&str]) -> LinkCut {
         let owned = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
-        Cut { from: owned(from), to: owned(to), both_ways: true }
+        LinkCut { from: owned(from), to: owned(to), bidirectional: true }
     }
 
     /// Nothing passes from the ones to the others; the other way all does.
-    pub fn one_way(from: &[&str], to: &[&str]) -> Cut {
-        Cut { both_ways: false, ..Cut::between(from, to) }
+    pub fn one_way(from: &[&str], to: &[&str]) -> LinkCut {
+        LinkCut { bidirectional: false, ..LinkCut::between(from, to) }
     }
 
     /// Nothing passes between a host and every member of the cluster.
-    pub fn from_cluster(host: &str) -> Cut {
-        Cut::between(&[host], &["e1", "e2", "e3"])
+    pub fn from_cluster(host: &str) -> LinkCut {
+        LinkCut::between(&[host], &["e1", "e2", "e3"])
     }
 
     /// The name of its table on the switch.
-    fn table(&self) -> String {
+    fn table_name(&self) -> String {
         let letters = |names: &[String]| names.join("_");
         format!("cut_{}_{}", letters(&self.from), letters(&self.to))
     }
 
-    fn script(&self, story: &Story) -> String {
+    fn ruleset(&self, lab: &TestLab) -> String {
         let mut rules = String::new();
         for from in &self.from {
             for to in &self.to {
-                for (a, b) in pairs(story, from, to) {
+                for (a, b) in pairs(lab, from, to) {
                     rules += &drop_rule(a, b);
-                    if self.both_ways {
+                    if self.bidirectional {
                         rules += &drop_rule(b, a);
                     }
                 }
@@ -100,7 +100,7 @@ impl Cut {
         }
         // What passes the switch, and what the switch's own namespace (the lab's own etcd) receives and sends.
         let chain = |hook: &str| format!("chain {hook} {{\ntype filter hook {hook} priority -300\n{rules}}}\n");
-        format!("table bridge {} {{\n{}{}{}}}\n", self.table(), chain("forward"), chain("input"), chain("output"))
+        format!("table bridge {} {{\n{}{}{}}}\n", self.table_name(), chain("forward"), chain("input"), chain("output"))
     }
 }
 
@@ -110,14 +110,14 @@ fn drop_rule(from: IpAddr, to: IpAddr) -> String {
 }
 
 /// The addresses of two targets on the underlay, of the families that both have.
-fn pairs(story: &Story, a: &str, b: &str) -> Vec<(IpAddr, IpAddr)> {
+fn pairs(lab: &TestLab, a: &str, b: &str) -> Vec<(IpAddr, IpAddr)> {
     let addresses = |target: &str| -> Vec<IpAddr> {
         if target == "net" {
-            return story.layout().families().map(layout::etcd_address).collect();
+            return lab.layout().families().map(layout::etcd_address).collect();
         }
         match target.strip_prefix('e').and_then(|number| number.parse().ok()) {
             Some(member) => vec![cluster::address(member).into()],
-            None => story.at(target).layout().addresses.iter().map(|(_, address)| *address).collect(),
+            None => lab.host(target).layout().addresses.iter().map(|(_, address)| *address).collect(),
         }
     };
     let (a, b) = (addresses(a), addresses(b));
@@ -126,84 +126,84 @@ fn pairs(story: &Story, a: &str, b: &str) -> Vec<(IpAddr, IpAddr)> {
 
 impl Fault {
     /// Makes it happen.
-    pub async fn begin(&self, story: &Story) {
+    pub async fn begin(&self, lab: &TestLab) {
         match self {
-            Fault::AgentEnds(host, signal) => story.at(host).agent_stop(*signal).must("stop the agent"),
-            Fault::AgentHangs(host) => signal(&agent(story, host), Signal::SIGSTOP),
-            Fault::MembersDie(members) => members.iter().for_each(|m| cluster::signal(story, *m, Signal::SIGKILL)),
-            Fault::MembersHang(members) => members.iter().for_each(|m| cluster::signal(story, *m, Signal::SIGSTOP)),
-            Fault::EtcdDies => etcd::kill(story),
-            Fault::EtcdHangs => signal(&own_etcd(story), Signal::SIGSTOP),
-            Fault::Cut(cut) => {
-                let file = story.dir().join(cut.table());
-                std::fs::write(&file, cut.script(story)).must("write the rules of a partition");
-                kernel::run(story, "net", &["nft", "-f", &file.to_string_lossy()]);
+            Fault::AgentKilled(host, signal) => lab.host(host).agent_stop(*signal).expect_ok("stop the agent"),
+            Fault::AgentFrozen(host) => signal(&agent_process(lab, host), Signal::SIGSTOP),
+            Fault::MembersKilled(members) => members.iter().for_each(|m| cluster::signal(lab, *m, Signal::SIGKILL)),
+            Fault::MembersFrozen(members) => members.iter().for_each(|m| cluster::signal(lab, *m, Signal::SIGSTOP)),
+            Fault::EtcdKilled => etcd::kill(lab),
+            Fault::EtcdFrozen => signal(&etcd_process(lab), Signal::SIGSTOP),
+            Fault::LinkCut(cut) => {
+                let file = lab.dir().join(cut.table_name());
+                std::fs::write(&file, cut.ruleset(lab)).expect_ok("write the rules of a partition");
+                kernel::run(lab, "net", &["nft", "-f", &file.to_string_lossy()]);
             }
             Fault::LeaderMoves => {
-                cluster::move_leader(story).await;
+                cluster::move_leader(lab).await;
             }
-            Fault::Compacted => cluster::compact(story),
+            Fault::HistoryCompacted => cluster::compact(lab),
             Fault::Defragmented => {
-                etcd::etcdctl(story, &["defrag", "--command-timeout=30s"]).exits(0);
+                etcd::etcdctl(lab, &["defrag", "--command-timeout=30s"]).assert_code(0);
             }
-            Fault::LeaseRevoked(host) => etcd::revoke(story, story.lease_of(host).lease),
-            Fault::KeyDeleted(host) => etcd::delete(story, &story.lease_of(host).key),
+            Fault::LeaseRevoked(host) => etcd::revoke(lab, lab.lease_of(host).lease),
+            Fault::KeyDeleted(host) => etcd::delete(lab, &lab.lease_of(host).key),
             Fault::UnderlayDown(host) => {
-                kernel::run(story, host, &["ip", "link", "set", "eth0", "down"]);
+                kernel::run(lab, host, &["ip", "link", "set", "eth0", "down"]);
             }
             Fault::UnderlayMtu(host, mtu) => {
-                kernel::run(story, host, &["ip", "link", "set", "eth0", "mtu", &mtu.to_string()]);
+                kernel::run(lab, host, &["ip", "link", "set", "eth0", "mtu", &mtu.to_string()]);
             }
-            Fault::UnderlayAddress(host, address) => readdress(story, host, own_address(story, host), *address),
-            Fault::Damage(host, name) => damage::named(name).on(story, host),
+            Fault::UnderlayAddress(host, address) => replace_address(lab, host, own_address(lab, host), *address),
+            Fault::KernelFault(host, name) => kernel_fault::by_name(name).inject(lab, host),
         }
     }
 
     /// Ends it. Does not wait for what follows from that.
-    pub async fn end(&self, story: &Story) {
+    pub async fn end(&self, lab: &TestLab) {
         match self {
-            Fault::AgentEnds(host, _) => {
-                story.at(host).agent_start(&[]).must("start the agent");
+            Fault::AgentKilled(host, _) => {
+                lab.host(host).agent_start(&[]).expect_ok("start the agent");
             }
-            Fault::AgentHangs(host) => signal(&agent(story, host), Signal::SIGCONT),
-            Fault::MembersDie(members) => members.iter().for_each(|m| cluster::start(story, *m)),
-            Fault::MembersHang(members) => members.iter().for_each(|m| cluster::signal(story, *m, Signal::SIGCONT)),
-            Fault::EtcdDies => etcd::start(story).await,
-            Fault::EtcdHangs => signal(&own_etcd(story), Signal::SIGCONT),
-            Fault::Cut(cut) => {
-                kernel::run(story, "net", &["nft", "delete", "table", "bridge", &cut.table()]);
+            Fault::AgentFrozen(host) => signal(&agent_process(lab, host), Signal::SIGCONT),
+            Fault::MembersKilled(members) => members.iter().for_each(|m| cluster::start(lab, *m)),
+            Fault::MembersFrozen(members) => members.iter().for_each(|m| cluster::signal(lab, *m, Signal::SIGCONT)),
+            Fault::EtcdKilled => etcd::start(lab).await,
+            Fault::EtcdFrozen => signal(&etcd_process(lab), Signal::SIGCONT),
+            Fault::LinkCut(cut) => {
+                kernel::run(lab, "net", &["nft", "delete", "table", "bridge", &cut.table_name()]);
             }
             Fault::UnderlayDown(host) => {
                 // The default route went with the link.
-                kernel::shell(story, host, "ip link set eth0 up; ip route replace default via 10.99.0.254 dev eth0");
+                kernel::shell(lab, host, "ip link set eth0 up; ip route replace default via 10.99.0.254 dev eth0");
             }
             Fault::UnderlayMtu(host, _) => {
-                kernel::run(story, host, &["ip", "link", "set", "eth0", "mtu", "1500"]);
+                kernel::run(lab, host, &["ip", "link", "set", "eth0", "mtu", "1500"]);
             }
-            Fault::UnderlayAddress(host, address) => readdress(story, host, *address, own_address(story, host)),
+            Fault::UnderlayAddress(host, address) => replace_address(lab, host, *address, own_address(lab, host)),
             Fault::LeaderMoves
-            | Fault::Compacted
+            | Fault::HistoryCompacted
             | Fault::Defragmented
             | Fault::LeaseRevoked(_)
             | Fault::KeyDeleted(_)
-            | Fault::Damage(..) => {}
+            | Fault::KernelFault(..) => {}
         }
     }
 
     /// Begins it, lets it last, ends it, and waits until every agent is well again.
-    pub async fn over(&self, story: &Story, time: Duration) {
-        self.begin(story).await;
+    pub async fn run_for(&self, lab: &TestLab, time: Duration) {
+        self.begin(lab).await;
         tokio::time::sleep(time).await;
-        self.end(story).await;
-        if let Fault::MembersDie(members) | Fault::MembersHang(members) = self {
-            cluster::healthy(story, members).await;
+        self.end(lab).await;
+        if let Fault::MembersKilled(members) | Fault::MembersFrozen(members) = self {
+            cluster::wait_members_healthy(lab, members).await;
         }
-        cluster::all_well(story).await;
+        cluster::wait_agents_healthy(lab).await;
     }
 
     /// All members of the cluster at once, by SIGKILL.
-    pub fn all_members_die() -> Fault {
-        Fault::MembersDie(MEMBERS.to_vec())
+    pub fn all_members_killed() -> Fault {
+        Fault::MembersKilled(MEMBERS.to_vec())
     }
 }
 
@@ -214,38 +214,38 @@ impl fmt::Display for Fault {
 }
 
 /// The address of a host on the underlay, as the lab gave it.
-fn own_address(story: &Story, host: &str) -> IpAddr {
-    let addresses = &story.at(host).layout().addresses;
-    addresses.v4.or(addresses.v6).must("an address")
+fn own_address(lab: &TestLab, host: &str) -> IpAddr {
+    let addresses = &lab.host(host).layout().addresses;
+    addresses.v4.or(addresses.v6).expect_ok("an address")
 }
 
 /// The new address is there before the old one goes, and is not taken along by it.
-fn readdress(story: &Story, host: &str, old: IpAddr, new: IpAddr) {
+fn replace_address(lab: &TestLab, host: &str, old: IpAddr, new: IpAddr) {
     let length = layout::underlay(overlay_agent::model::Family::of(new)).length();
     let script = format!(
         "echo 1 >/proc/sys/net/ipv4/conf/eth0/promote_secondaries
          ip address add {new}/{length} dev eth0
          ip address delete {old}/{length} dev eth0"
     );
-    kernel::shell(story, host, &script);
+    kernel::shell(lab, host, &script);
 }
 
-fn agent(story: &Story, host: &str) -> ProcessId {
-    story.at(host).agent().must("a running agent")
+fn agent_process(lab: &TestLab, host: &str) -> ProcessId {
+    lab.host(host).agent().expect_ok("a running agent")
 }
 
-fn own_etcd(story: &Story) -> ProcessId {
-    ProcessId::recorded(&lab::etcd::record(story.dir())).must("etcd's process id")
+fn etcd_process(lab: &TestLab) -> ProcessId {
+    ProcessId::from_pid_file(&lab::etcd::pid_file(lab.dir())).expect_ok("etcd's process id")
 }
 
 fn signal(id: &ProcessId, signal: Signal) {
-    id.signal(signal).must("signal a process");
+    id.signal(signal).expect_ok("signal a process");
     if signal == Signal::SIGKILL {
-        assert!(id.wait(GRACE), "process {} ends", id.pid);
+        assert!(id.wait(TERM_GRACE), "process {} ends", id.pid);
     }
 }
 
 /// Waits until a host's agent is ready again.
-pub async fn ready(story: &Story, host: &str) {
-    story.at(host).wait_ready(READY).await.must(host);
+pub async fn wait_ready(lab: &TestLab, host: &str) {
+    lab.host(host).wait_ready(READY_TIMEOUT).await.expect_ok(host);
 }

@@ -7,14 +7,14 @@ use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 
-use crate::Must;
+use crate::ExpectContext;
 
 /// How long an answer may take.
-const LIMIT: Duration = Duration::from_secs(10);
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// An answer.
 #[derive(Debug, Clone)]
-pub struct Answer {
+pub struct Response {
     /// The status code.
     pub status: u16,
     /// The header lines, in lower case.
@@ -23,7 +23,7 @@ pub struct Answer {
     pub body: String,
 }
 
-impl Answer {
+impl Response {
     /// The body as JSON of a shape.
     #[track_caller]
     pub fn json<T: DeserializeOwned>(&self) -> T {
@@ -36,14 +36,14 @@ impl Answer {
 
 /// Asks the socket. HTTP/1.0: the answer ends with the connection.
 #[track_caller]
-pub fn ask(socket: &Path, method: &str, path: &str, body: &str) -> Answer {
-    let mut stream = UnixStream::connect(socket).must(&socket.display().to_string());
-    stream.set_read_timeout(Some(LIMIT)).must("a limit");
+pub fn request(socket: &Path, method: &str, path: &str, body: &str) -> Response {
+    let mut stream = UnixStream::connect(socket).expect_ok(&socket.display().to_string());
+    stream.set_read_timeout(Some(RESPONSE_TIMEOUT)).expect_ok("a limit");
     let request = format!(
         "{method} {path} HTTP/1.0\r\nHost: overlayd\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
         body.len()
     );
-    stream.write_all(request.as_bytes()).must(path);
+    stream.write_all(request.as_bytes()).expect_ok(path);
     let mut bytes = Vec::new();
     match stream.read_to_end(&mut bytes) {
         // The agent may answer before it has read all of a request that it refuses, and close then.
@@ -51,8 +51,8 @@ pub fn ask(socket: &Path, method: &str, path: &str, body: &str) -> Answer {
         _ => {}
     }
     let text = String::from_utf8_lossy(&bytes);
-    let (head, body) = text.split_once("\r\n\r\n").must(&format!("a body in {text}"));
+    let (head, body) = text.split_once("\r\n\r\n").expect_ok(&format!("a body in {text}"));
     let mut lines = head.lines();
-    let status = lines.next().and_then(|line| line.split(' ').nth(1)?.parse().ok()).must(&format!("a status in {head}"));
-    Answer { status, headers: lines.map(str::to_lowercase).collect(), body: body.to_owned() }
+    let status = lines.next().and_then(|line| line.split(' ').nth(1)?.parse().ok()).expect_ok(&format!("a status in {head}"));
+    Response { status, headers: lines.map(str::to_lowercase).collect(), body: body.to_owned() }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use overlay_agent::kernel::netns::Netns;
 
-use crate::Must;
+use crate::ExpectContext;
 
 /// Where Debian's package busybox-static has it.
 const BUSYBOX: &str = "/bin/busybox";
@@ -18,32 +18,32 @@ const BUSYBOX: &str = "/bin/busybox";
 const APPLETS: [&str; 5] = ["sh", "ip", "ping", "httpd", "sleep"];
 
 /// How long a call may take.
-const LIMIT: Duration = Duration::from_secs(5);
+const FETCH_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What a container's web server says.
-pub const PAGE: &str = "a page from inside\n";
+pub const PAGE_BODY: &str = "a page from inside\n";
 
 /// Makes the tree below a directory; its path.
-pub fn tree(dir: &Path) -> PathBuf {
+pub fn build_rootfs(dir: &Path) -> PathBuf {
     let root = dir.join("rootfs");
     for name in ["bin", "etc", "proc", "sys", "dev", "tmp", "www"] {
-        fs::create_dir_all(root.join(name)).must("make the container's tree");
+        fs::create_dir_all(root.join(name)).expect_ok("make the container's tree");
     }
-    fs::copy(BUSYBOX, root.join("bin/busybox")).must("busybox (apt-get install busybox-static)");
+    fs::copy(BUSYBOX, root.join("bin/busybox")).expect_ok("busybox (apt-get install busybox-static)");
     for applet in APPLETS {
-        symlink("busybox", root.join("bin").join(applet)).must(applet);
+        symlink("busybox", root.join("bin").join(applet)).expect_ok(applet);
     }
-    fs::write(root.join("etc/passwd"), "root:x:0:0:root:/:/bin/sh\n").must("passwd");
-    fs::write(root.join("www/page"), PAGE).must("the page");
+    fs::write(root.join("etc/passwd"), "root:x:0:0:root:/:/bin/sh\n").expect_ok("passwd");
+    fs::write(root.join("www/page"), PAGE_BODY).expect_ok("the page");
     root
 }
 
 /// Fetches the page of a container from inside a namespace; what went wrong as text. The busybox of some distributions cannot resolve even a
 /// numeric address, so it is not asked.
-pub fn fetch(from: &Netns, to: IpAddr) -> Result<String, String> {
+pub fn fetch_page(from: &Netns, to: IpAddr) -> Result<String, String> {
     let call = || -> std::io::Result<String> {
-        let mut stream = TcpStream::connect_timeout(&SocketAddr::new(to, 80), LIMIT)?;
-        stream.set_read_timeout(Some(LIMIT))?;
+        let mut stream = TcpStream::connect_timeout(&SocketAddr::new(to, 80), FETCH_TIMEOUT)?;
+        stream.set_read_timeout(Some(FETCH_TIMEOUT))?;
         stream.write_all(b"GET /page HTTP/1.0\r\n\r\n")?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer)?;

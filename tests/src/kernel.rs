@@ -1,6 +1,6 @@
-//! The kernel's state of a lab's host, read with the tools that an operator has: `ip`, `bridge`, `nft`, /proc/sys.
+//! The kernel's state of a lab's host, read with the tools that an operator has: `ip`, `bridge_name`, `nft`, /proc/sys.
 //!
-//! [`actual`] writes down what there is of the overlay, one line an entry; [`expected`] what section 5 of the design asks for, from the
+//! [`actual`] writes down what there is of the overlay, one line an entry; [`expected_state`] what section 5 of the design asks for, from the
 //! leases alone. A story compares the two.
 
 use std::collections::BTreeSet;
@@ -14,23 +14,23 @@ use overlay_agent::model::device::PORT_PREFIX;
 use overlayctl::lab::{Host, Lab};
 use serde_json::Value;
 
-use crate::Must;
-use crate::programs::{Said, needs};
-use crate::rules::{self, Golden};
+use crate::ExpectContext;
+use crate::programs::{CommandOutput, require_program};
+use crate::rules::{self, ExpectedRuleset};
 
 /// The protocol number of all that is the agent's.
-pub const PROTOCOL: &str = "86";
+pub const ROUTE_PROTOCOL: &str = "86";
 
 /// Runs a command inside a target; it must end well.
 #[track_caller]
 pub fn run(lab: &Lab, target: &str, command: &[&str]) -> String {
-    attempt(lab, target, command).exits(0).out
+    attempt(lab, target, command).assert_code(0).stdout
 }
 
 /// Runs a command inside a target, however it ends.
 #[track_caller]
-pub fn attempt(lab: &Lab, target: &str, command: &[&str]) -> Said {
-    Said::of(command, &lab.exec(target, command).must(&format!("{target}: {}", command.join(" "))))
+pub fn attempt(lab: &Lab, target: &str, command: &[&str]) -> CommandOutput {
+    CommandOutput::from_output(command, &lab.exec(target, command).expect_ok(&format!("{target}: {}", command.join(" "))))
 }
 
 /// Runs a line of shell inside a target; it must end well.
@@ -39,41 +39,41 @@ pub fn shell(lab: &Lab, target: &str, script: &str) -> String {
     run(lab, target, &["sh", "-ec", script])
 }
 
-/// The elements that `ip -j -d` or `bridge -j` lists; none where nothing is printed.
+/// The elements that `ip -j -d` or `bridge_name -j` lists; none where nothing is printed.
 #[track_caller]
-pub fn listed(lab: &Lab, target: &str, program: &str, arguments: &[&str]) -> Vec<Value> {
-    needs(program, "iproute2");
+pub fn list_json(lab: &Lab, target: &str, program: &str, arguments: &[&str]) -> Vec<Value> {
+    require_program(program, "iproute2");
     let command: Vec<&str> = [program, "-j", "-d"].into_iter().chain(arguments.iter().copied()).collect();
-    let said = attempt(lab, target, &command).exits(0);
-    if said.out.trim().is_empty() {
+    let output = attempt(lab, target, &command).assert_code(0);
+    if output.stdout.trim().is_empty() {
         return Vec::new();
     }
-    let all: Vec<Value> = said.json();
+    let all: Vec<Value> = output.json();
     all.into_iter().filter(|v| v.as_object().is_some_and(|fields| !fields.is_empty())).collect()
 }
 
 /// A link by name, where it is there.
 pub fn link(lab: &Lab, target: &str, name: &str) -> Option<Value> {
-    listed(lab, target, "ip", &["link", "show"]).into_iter().find(|link| link["ifname"] == name)
+    list_json(lab, target, "ip", &["link", "show"]).into_iter().find(|link| link["ifname"] == name)
 }
 
 /// A sysctl below /proc/sys/net, as the target sees it.
 #[track_caller]
 pub fn sysctl(lab: &Lab, target: &str, path: &str) -> String {
     let file = Path::new("/proc/sys/net").join(path);
-    let read = lab.netns(target).must(target).run(|| fs::read_to_string(&file)).must(target);
-    read.must(&format!("{target}: {}", file.display())).trim().to_owned()
+    let read = lab.netns(target).expect_ok(target).run(|| fs::read_to_string(&file)).expect_ok(target);
+    read.expect_ok(&format!("{target}: {}", file.display())).trim().to_owned()
 }
 
 /// Everything of the overlay that a host's kernel holds, one line an entry. The ids of next-hop objects are resolved.
-pub fn actual(lab: &Lab, target: &str) -> BTreeSet<String> {
+pub fn actual_state(lab: &Lab, target: &str) -> BTreeSet<String> {
     let mut all = BTreeSet::new();
-    for link in listed(lab, target, "ip", &["link", "show"]) {
+    for link in list_json(lab, target, "ip", &["link", "show"]) {
         all.extend(link_line(&link));
     }
-    for link in listed(lab, target, "ip", &["address", "show"]) {
+    for link in list_json(lab, target, "ip", &["address", "show"]) {
         let name = text(&link, "ifname");
-        if !is_ours(&name) {
+        if !is_agent_device(&name) {
             continue;
         }
         for address in link["addr_info"].as_array().map(Vec::as_slice).unwrap_or_default() {
@@ -88,13 +88,13 @@ pub fn actual(lab: &Lab, target: &str) -> BTreeSet<String> {
         if link(lab, target, &device).is_none() {
             continue;
         }
-        for fdb in listed(lab, target, "bridge", &["fdb", "show", "dev", &device]) {
+        for fdb in list_json(lab, target, "bridge", &["fdb", "show", "dev", &device]) {
             let flags = fdb["flags"].as_array().map(Vec::len);
             let lasting = fdb["state"] == "permanent" && flags == Some(1) && fdb["flags"][0] == "self";
             let state = if lasting { "permanent self".to_owned() } else { format!("{} {}", fdb["state"], fdb["flags"]) };
             all.insert(format!("fdb {} dst {} dev {device} {state}", text(&fdb, "mac"), text(&fdb, "dst")));
         }
-        for neigh in listed(lab, target, "ip", &["neigh", "show", "dev", &device]) {
+        for neigh in list_json(lab, target, "ip", &["neigh", "show", "dev", &device]) {
             let (state, protocol) = (&neigh["state"], text(&neigh, "protocol"));
             let state = if *state == serde_json::json!(["PERMANENT"]) { "permanent".to_owned() } else { state.to_string() };
             all.insert(format!(
@@ -104,36 +104,37 @@ pub fn actual(lab: &Lab, target: &str) -> BTreeSet<String> {
             ));
         }
     }
-    for nexthop in listed(lab, target, "ip", &["nexthop", "show", "proto", PROTOCOL]) {
+    for nexthop in list_json(lab, target, "ip", &["nexthop", "show", "proto", ROUTE_PROTOCOL]) {
         all.insert(format!(
-            "nexthop via {} dev {} {} proto {PROTOCOL}",
+            "nexthop via {} dev {} {} proto {ROUTE_PROTOCOL}",
             text(&nexthop, "gateway"),
             text(&nexthop, "dev"),
-            words(&nexthop["flags"])
+            join_words(&nexthop["flags"])
         ));
     }
     for family in ["-4", "-6"] {
-        for route in listed(lab, target, "ip", &[family, "route", "show", "proto", PROTOCOL, "type", "unreachable"]) {
+        for route in list_json(lab, target, "ip", &[family, "route", "show", "proto", ROUTE_PROTOCOL, "type", "unreachable"]) {
             let metric = number(&route, "metric");
-            all.insert(format!("route unreachable {} metric {metric} proto {PROTOCOL}", text(&route, "dst")));
+            all.insert(format!("route unreachable {} metric {metric} proto {ROUTE_PROTOCOL}", text(&route, "dst")));
         }
-        for route in listed(lab, target, "ip", &[family, "route", "show", "proto", PROTOCOL, "type", "unicast"]) {
+        for route in list_json(lab, target, "ip", &[family, "route", "show", "proto", ROUTE_PROTOCOL, "type", "unicast"]) {
             let by = if route.get("nhid").is_some() { "nexthop" } else { "classic" };
             all.insert(format!(
-                "route {} via {} dev {} {} {by} proto {PROTOCOL}",
+                "route {} via {} dev {} {} {by} proto {ROUTE_PROTOCOL}",
                 text(&route, "dst"),
                 text(&route, "gateway"),
                 text(&route, "dev"),
-                words(&route["flags"])
+                join_words(&route["flags"])
             ));
         }
     }
-    all.extend(rules::actual(lab, target));
-    for route in listed(lab, target, "ip", &["-6", "route", "show", "table", "all", "type", "local", "proto", PROTOCOL]) {
-        all.insert(format!("route local {} dev {} proto {PROTOCOL}", text(&route, "dst"), text(&route, "dev")));
+    all.extend(rules::actual_ruleset(lab, target));
+    for route in list_json(lab, target, "ip", &["-6", "route", "show", "table", "all", "type", "local", "proto", ROUTE_PROTOCOL])
+    {
+        all.insert(format!("route local {} dev {} proto {ROUTE_PROTOCOL}", text(&route, "dst"), text(&route, "dev")));
     }
     let there = |name: &str| link(lab, target, name).is_some();
-    for path in settings(lab).into_iter().map(|(path, _)| path) {
+    for path in expected_sysctls(lab).into_iter().map(|(path, _)| path) {
         if path.split('/').nth(2).is_none_or(|name| name == "all" || there(name)) {
             all.insert(format!("sysctl {path} {}", sysctl(lab, target, &path)));
         }
@@ -142,13 +143,13 @@ pub fn actual(lab: &Lab, target: &str) -> BTreeSet<String> {
 }
 
 /// What section 5 of the design asks for on a host: from the leases, the network and the underlay. Lines as [`actual`] has them.
-pub async fn expected(host: &Host<'_>, classic: bool) -> BTreeSet<String> {
+pub async fn expected_state(host: &Host<'_>, classic: bool) -> BTreeSet<String> {
     let lab = host.lab();
-    let Subnets { subnets } = host.client().subnets().await.must("the subnets");
-    let own = subnets.iter().find(|entry| entry.own).must("this host's own lease");
+    let Subnets { subnets } = host.client().subnets().await.expect_ok("the subnets");
+    let own = subnets.iter().find(|entry| entry.own).expect_ok("this host's own lease");
     let peers: Vec<&SubnetEntry> = subnets.iter().filter(|entry| !entry.own && entry.refused.is_none()).collect();
-    let underlay_mtu = link(lab, host.name(), "eth0").map(|l| number(&l, "mtu")).must("eth0");
-    let subnet = own.subnet.must("the own subnet");
+    let underlay_mtu = link(lab, host.name(), "eth0").map(|l| number(&l, "mtu")).expect_ok("eth0");
+    let subnet = own.subnet.expect_ok("the own subnet");
     let (vni, port) = (vni(lab), port(lab));
     let mut all = BTreeSet::new();
     let mut smallest = u64::MAX;
@@ -159,29 +160,29 @@ pub async fn expected(host: &Host<'_>, classic: bool) -> BTreeSet<String> {
         };
         let mtu = underlay_mtu - overhead;
         smallest = smallest.min(mtu);
-        let local = own.public_ip.get(family).must("the own address");
-        let mac = own.vtep.get(family).must("the own MAC");
+        let local = own.public_ip.get(family).expect_ok("the own address");
+        let mac = own.vtep.get(family).expect_ok("the own MAC");
         all.insert(format!(
             "link {device} vxlan {vni} local {local} dev eth0 port {port} learning false mac {mac} mtu {mtu} up alias overlayd"
         ));
         all.insert(format!("address {}/{whole} dev {device}", range.base()));
-        all.insert(format!("address {}/{} dev ovb.{vni}", subnet.gateway(family).must("a gateway"), range.length()));
+        all.insert(format!("address {}/{} dev ovb.{vni}", subnet.gateway(family).expect_ok("a gateway"), range.length()));
         for peer in &peers {
             let Some(base) = peer.subnet.and_then(|s| s.get(family)) else { continue };
-            let (dst, mac) = (peer.public_ip.get(family).must("its address"), peer.vtep.get(family).must("its MAC"));
+            let (dst, mac) = (peer.public_ip.get(family).expect_ok("its address"), peer.vtep.get(family).expect_ok("its MAC"));
             let gateway = base.base();
             all.insert(format!("fdb {mac} dst {dst} dev {device} permanent self"));
-            all.insert(format!("neigh {gateway} lladdr {mac} dev {device} permanent proto {PROTOCOL}"));
+            all.insert(format!("neigh {gateway} lladdr {mac} dev {device} permanent proto {ROUTE_PROTOCOL}"));
             if classic {
-                all.insert(format!("route {base} via {gateway} dev {device} onlink classic proto {PROTOCOL}"));
+                all.insert(format!("route {base} via {gateway} dev {device} onlink classic proto {ROUTE_PROTOCOL}"));
             } else {
-                all.insert(format!("nexthop via {gateway} dev {device} onlink proto {PROTOCOL}"));
-                all.insert(format!("route {base} via {gateway} dev {device} onlink nexthop proto {PROTOCOL}"));
+                all.insert(format!("nexthop via {gateway} dev {device} onlink proto {ROUTE_PROTOCOL}"));
+                all.insert(format!("route {base} via {gateway} dev {device} onlink nexthop proto {ROUTE_PROTOCOL}"));
             }
         }
     }
     all.insert(format!("link ovb.{vni} bridge mtu {smallest} up alias overlayd"));
-    let endpoints = host.client().endpoints().await.must("the endpoints").endpoints;
+    let endpoints = host.client().endpoints().await.expect_ok("the endpoints").endpoints;
     let published = endpoints.iter().any(|endpoint| !endpoint.published.is_empty());
     for endpoint in &endpoints {
         let Some(port) = &endpoint.port else { continue };
@@ -189,18 +190,18 @@ pub async fn expected(host: &Host<'_>, classic: bool) -> BTreeSet<String> {
         all.insert(format!("port {} master ovb.{vni} mtu {smallest} up hairpin {hairpin} alias overlayd", port.host_interface));
     }
     if published && subnet.get(Family::V6).is_some() {
-        all.insert(format!("route local ::1 dev ovb.{vni} proto {PROTOCOL}"));
+        all.insert(format!("route local ::1 dev ovb.{vni} proto {ROUTE_PROTOCOL}"));
     }
     // Of the configuration in force: a story may have written another one than the lab's.
-    let pools = host.client().status().await.must("the status").network.must("the network").pools;
+    let pools = host.client().status().await.expect_ok("the status").network.expect_ok("the network").pools;
     // The hosts of a lab have the machine's resolvers, which may have any address.
     let resolvers = resolvers();
     for range in pools.iter().flat_map(|(_, pool)| pool.leasable_without(&resolvers)) {
-        all.insert(format!("route unreachable {range} metric {} proto {PROTOCOL}", u32::MAX));
+        all.insert(format!("route unreachable {range} metric {} proto {ROUTE_PROTOCOL}", u32::MAX));
     }
     let local = own.public_ip;
-    all.extend(Golden { vni, port, pools, subnet, local, peers: &peers, endpoints: &endpoints }.lines());
-    for (path, value) in settings(lab) {
+    all.extend(ExpectedRuleset { vni, port, pools, subnet, local, peers: &peers, endpoints: &endpoints }.lines());
+    for (path, value) in expected_sysctls(lab) {
         let family = if path.starts_with("ipv4/") { Family::V4 } else { Family::V6 };
         let value = match value {
             _ if path.ends_with("route_localnet") => u8::from(published).to_string(),
@@ -221,7 +222,7 @@ fn resolvers() -> BTreeSet<IpAddr> {
 }
 
 /// The sysctls that the agent holds, with their values; without one where it is forwarding of a family that the network may not have.
-fn settings(lab: &Lab) -> Vec<(String, Option<&'static str>)> {
+fn expected_sysctls(lab: &Lab) -> Vec<(String, Option<&'static str>)> {
     let (vni, networks) = (vni(lab), lab.layout().networks);
     let (bridge, v4, v6) = (format!("ovb.{vni}"), format!("ovx.{vni}"), format!("ovx6.{vni}"));
     let mut all = vec![("ipv4/ip_forward".to_owned(), None), ("ipv6/conf/all/forwarding".to_owned(), None)];
@@ -264,12 +265,12 @@ pub fn port(lab: &Lab) -> u64 {
 }
 
 fn backend(lab: &Lab, field: &str, default: u64) -> u64 {
-    let config: Value = serde_json::from_str(&lab.layout().config).must("the lab's configuration");
+    let config: Value = serde_json::from_str(&lab.layout().config).expect_ok("the lab's configuration");
     config["Backend"][field].as_u64().unwrap_or(default)
 }
 
 /// Whether a link is one of the agent's devices, the ports of the bridge aside.
-pub fn is_ours(name: &str) -> bool {
+pub fn is_agent_device(name: &str) -> bool {
     ["ovx.", "ovx6.", "ovb."].iter().any(|prefix| name.starts_with(prefix))
 }
 
@@ -282,7 +283,7 @@ fn link_line(link: &Value) -> Option<String> {
         let alias = text(link, "ifalias");
         return Some(format!("port {name} master {master} mtu {} {state} hairpin {hairpin} alias {alias}", number(link, "mtu")));
     }
-    if !is_ours(&name) {
+    if !is_agent_device(&name) {
         return None;
     }
     let data = &link["linkinfo"]["info_data"];
@@ -318,7 +319,7 @@ pub fn number(value: &Value, name: &str) -> u64 {
     value[name].as_u64().unwrap_or_default()
 }
 
-fn words(list: &Value) -> String {
+fn join_words(list: &Value) -> String {
     let all: Vec<&str> = list.as_array().map(Vec::as_slice).unwrap_or_default().iter().filter_map(Value::as_str).collect();
     all.join(" ")
 }

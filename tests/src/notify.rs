@@ -12,7 +12,7 @@ use nix::sys::socket::{
 };
 use overlay_agent::kernel::netns::Netns;
 
-use crate::Must;
+use crate::ExpectContext;
 
 /// Groups of `linux/rtnetlink.h`: link, neighbours, IPv4 address, route and rule, IPv6 address, route and rule, the two of netconf, next hops.
 const ROUTE_GROUPS: [u32; 11] = [1, 3, 5, 7, 8, 9, 11, 19, 24, 25, 32];
@@ -21,14 +21,14 @@ const ROUTE_GROUPS: [u32; 11] = [1, 3, 5, 7, 8, 9, 11, 19, 24, 25, 32];
 const NFT_GROUPS: [u32; 1] = [7];
 
 /// Room for some ten thousand notifications.
-const BUFFER: usize = 8 << 20;
+const RECEIVE_BUFFER_SIZE: usize = 8 << 20;
 
 /// How long a host must be silent to be at rest, and how long it may take until then.
-const REST: Duration = Duration::from_millis(300);
-const REST_LIMIT: Duration = Duration::from_secs(20);
+const QUIET_PERIOD: Duration = Duration::from_millis(300);
+const QUIET_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A header is 16 bytes (`struct nlmsghdr`).
-const HEADER: usize = 16;
+const NLMSG_HDRLEN: usize = 16;
 
 /// Listens in one namespace, from when it is made.
 #[derive(Debug)]
@@ -39,12 +39,12 @@ pub struct Notifications {
 
 impl Notifications {
     /// Begins to listen.
-    pub fn listen(netns: &Netns) -> Notifications {
+    pub fn subscribe(netns: &Netns) -> Notifications {
         Notifications { netns: netns.clone(), sockets: sockets(netns) }
     }
 
     /// What came since the last call, one line each.
-    pub fn take(&self) -> Vec<String> {
+    pub fn drain(&self) -> Vec<String> {
         let mut lines = Vec::new();
         let mut buffer = vec![0; 64 << 10];
         for (kind, fd) in &self.sockets {
@@ -62,30 +62,31 @@ impl Notifications {
 
     /// Checks that nothing came.
     #[track_caller]
-    pub fn assert_silence(&self, what: &str) {
-        let lines = self.take();
+    pub fn assert_none(&self, what: &str) {
+        let lines = self.drain();
         assert!(lines.is_empty(), "{what}: the kernel tells of {} changes:\n  {}", lines.len(), lines.join("\n  "));
     }
 
     /// Waits until every new address has passed duplicate address detection (which takes a second or two) and nothing has come for a while.
-    pub async fn settle(&self) {
+    pub async fn wait_quiet(&self) {
         let start = Instant::now();
         let mut last = start;
-        while last.elapsed() < REST {
-            let (lines, tentative) = (self.take(), self.tentative());
+        while last.elapsed() < QUIET_PERIOD {
+            let (lines, tentative) = (self.drain(), self.tentative_addresses());
             if !lines.is_empty() || !tentative.is_empty() {
                 last = Instant::now();
             }
-            assert!(start.elapsed() < REST_LIMIT, "the host does not come to rest: {lines:?} {tentative}");
+            assert!(start.elapsed() < QUIET_TIMEOUT, "the host does not come to rest: {lines:?} {tentative}");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
 
     /// Addresses that are not yet usable.
-    fn tentative(&self) -> String {
+    fn tentative_addresses(&self) -> String {
         let mut command = std::process::Command::new("ip");
         command.args(["-6", "-o", "address", "show", "tentative"]);
-        let output = self.netns.run(|| command.output()).must("enter the namespace").must("ip (apt-get install iproute2)");
+        let output =
+            self.netns.run(|| command.output()).expect_ok("enter the namespace").expect_ok("ip (apt-get install iproute2)");
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 }
@@ -95,7 +96,7 @@ pub(crate) fn sockets(netns: &Netns) -> [(&'static str, OwnedFd); 2] {
     let open = |protocol, groups: &[u32]| -> nix::Result<OwnedFd> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let fd = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)?;
-        setsockopt(&fd, sockopt::RcvBufForce, &BUFFER)?;
+        setsockopt(&fd, sockopt::RcvBufForce, &RECEIVE_BUFFER_SIZE)?;
         bind(fd.as_raw_fd(), &NetlinkAddr::new(0, groups.iter().fold(0, |mask, group| mask | 1 << (group - 1))))?;
         Ok(fd)
     };
@@ -105,14 +106,14 @@ pub(crate) fn sockets(netns: &Netns) -> [(&'static str, OwnedFd); 2] {
             ("nftables", open(SockProtocol::NetlinkNetFilter, &NFT_GROUPS)?),
         ])
     };
-    netns.run(all).must("enter the namespace").must("listen to the kernel (root is needed)")
+    netns.run(all).expect_ok("enter the namespace").expect_ok("listen to the kernel (root is needed)")
 }
 
 /// Cuts a datagram into messages.
 pub(crate) fn messages(mut bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
     std::iter::from_fn(move || {
         let length = usize::try_from(u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?)).ok()?;
-        let message = bytes.get(..length.max(HEADER))?;
+        let message = bytes.get(..length.max(NLMSG_HDRLEN))?;
         bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
         Some(message)
     })
@@ -122,7 +123,7 @@ pub(crate) fn messages(mut bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
 pub(crate) fn describe(kind: &str, message: &[u8]) -> Option<String> {
     let code = u16::from_ne_bytes(message.get(4..6)?.try_into().ok()?);
     let sender = u32::from_ne_bytes(message.get(12..16)?.try_into().ok()?);
-    let body = message.get(HEADER..).unwrap_or_default();
+    let body = message.get(NLMSG_HDRLEN..).unwrap_or_default();
     if kind == "nftables" {
         return Some(format!("nftables message {} by port {sender}", code & 0xff));
     }

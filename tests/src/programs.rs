@@ -6,27 +6,27 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
-use crate::Must;
+use crate::ExpectContext;
 
 /// A binary of this workspace, from the directory above the running test's.
-pub fn built(name: &str) -> PathBuf {
-    let own = std::env::current_exe().must("the path of the running test");
+pub fn workspace_binary(name: &str) -> PathBuf {
+    let own = std::env::current_exe().expect_ok("the path of the running test");
     let found = own.ancestors().skip(1).take(2).map(|dir| dir.join(name)).find(|path| path.is_file());
-    found.must(&format!("{name} is not built beside {}: run `cargo build --workspace` first", own.display()))
+    found.expect_ok(&format!("{name} is not built beside {}: run `cargo build --workspace` first", own.display()))
 }
 
 /// The agent.
 pub fn overlayd() -> PathBuf {
-    built("overlayd")
+    workspace_binary("overlayd")
 }
 
 /// The command line.
 pub fn overlayctl() -> PathBuf {
-    built("overlayctl")
+    workspace_binary("overlayctl")
 }
 
 /// Fails with advice where a program of the system is not installed.
-pub fn needs(program: &str, package: &str) {
+pub fn require_program(program: &str, package: &str) {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&path)
         .chain(["/usr/sbin", "/sbin", "/usr/bin"].map(PathBuf::from))
@@ -35,7 +35,7 @@ pub fn needs(program: &str, package: &str) {
 }
 
 /// Fails with advice where the test does not run as root.
-pub fn needs_root() {
+pub fn require_root() {
     assert!(
         nix::unistd::geteuid().is_root(),
         "this story makes network namespaces: run it as root (sudo cargo test ...), or all of them by sudo ./tests/run.sh"
@@ -44,44 +44,50 @@ pub fn needs_root() {
 
 /// How a program ended and what it said, as text.
 #[derive(Debug, Clone)]
-pub struct Said {
+pub struct CommandOutput {
     /// The exit code; `None` where a signal ended it.
     pub code: Option<i32>,
     /// Standard output.
-    pub out: String,
+    pub stdout: String,
     /// Standard error.
-    pub err: String,
+    pub stderr: String,
     /// The command, for messages.
     pub command: String,
 }
 
-impl Said {
+impl CommandOutput {
     /// What a program said.
-    pub fn of(command: &[impl AsRef<str>], output: &Output) -> Said {
+    pub fn from_output(command: &[impl AsRef<str>], output: &Output) -> CommandOutput {
         let names: Vec<&str> = command
             .iter()
             .map(|part| Path::new(part.as_ref()).file_name().and_then(|n| n.to_str()).unwrap_or(part.as_ref()))
             .collect();
-        Said {
+        CommandOutput {
             code: output.status.code(),
-            out: String::from_utf8_lossy(&output.stdout).into_owned(),
-            err: String::from_utf8_lossy(&output.stderr).into_owned(),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
             command: names.join(" "),
         }
     }
 
     /// The same, after checking the exit code.
     #[track_caller]
-    pub fn exits(self, code: i32) -> Said {
-        assert_eq!(self.code, Some(code), "`{}` ended otherwise; it said:\n{}{}", self.command, self.out, self.err);
+    pub fn assert_code(self, code: i32) -> CommandOutput {
+        assert_eq!(self.code, Some(code), "`{}` ended otherwise; it said:\n{}{}", self.command, self.stdout, self.stderr);
         self
     }
 
     /// The same, after checking that standard error holds each of these.
     #[track_caller]
-    pub fn complains(self, wanted: &[&str]) -> Said {
-        for text in wanted {
-            assert!(self.err.contains(text), "`{}` does not say `{text}`; it said:\n{}{}", self.command, self.out, self.err);
+    pub fn assert_stderr_contains(self, texts: &[&str]) -> CommandOutput {
+        for text in texts {
+            assert!(
+                self.stderr.contains(text),
+                "`{}` does not say `{text}`; it said:\n{}{}",
+                self.command,
+                self.stdout,
+                self.stderr
+            );
         }
         self
     }
@@ -89,15 +95,15 @@ impl Said {
     /// Standard output as JSON.
     #[track_caller]
     pub fn json<T: serde::de::DeserializeOwned>(&self) -> T {
-        match serde_json::from_str(&self.out) {
+        match serde_json::from_str(&self.stdout) {
             Ok(value) => value,
-            Err(error) => panic!("`{}`: {error} in:\n{}{}", self.command, self.out, self.err),
+            Err(error) => panic!("`{}`: {error} in:\n{}{}", self.command, self.stdout, self.stderr),
         }
     }
 }
 
 /// Time on processors that a process has used, threads that have ended included, to the nanosecond.
-pub fn processor_time(pid: i32) -> nix::Result<Duration> {
+pub fn process_cpu_time(pid: i32) -> nix::Result<Duration> {
     let mut clock: libc::clockid_t = 0;
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the system writes one value to the place that it is given.

@@ -3,36 +3,36 @@
 use std::process::Command;
 
 use nix::sys::signal::Signal;
-use overlayctl::lab::process::{self, GRACE, ProcessId};
+use overlayctl::lab::process::{self, ProcessId, TERM_GRACE};
 use overlayctl::lab::{self, Lab, LabOptions, layout};
 
-use crate::programs::Said;
-use crate::story::READY;
-use crate::{Must, Story, cluster, etcd, eventually};
+use crate::programs::CommandOutput;
+use crate::test_lab::READY_TIMEOUT;
+use crate::{ExpectContext, TestLab, cluster, etcd, eventually};
 
 /// The proxies, by number.
 pub const PROXIES: [u8; 2] = [1, 2];
 
-/// Brings up a lab as [`cluster::up`] does, whose agents know the proxies alone.
-pub async fn up(change: impl FnOnce(&mut LabOptions)) -> Story {
+/// Brings up a lab as [`cluster_id::report_up`] does, whose agents know the proxies alone.
+pub async fn up(configure: impl FnOnce(&mut LabOptions)) -> TestLab {
     let mut agents = true;
-    let story = Story::up(|options| {
-        change(options);
+    let lab = TestLab::up(|options| {
+        configure(options);
         agents = std::mem::replace(&mut options.agents, false);
         options.etcd = PROXIES.map(url).to_vec();
     })
     .await;
     for member in cluster::MEMBERS {
-        cluster::wire(&story, &cluster::name(member), cluster::address(member)).await;
-        cluster::start(&story, member);
+        cluster::add_switch_namespace(&lab, &cluster::name(member), cluster::address(member)).await;
+        cluster::start(&lab, member);
     }
-    cluster::healthy(&story, &cluster::MEMBERS).await;
+    cluster::wait_members_healthy(&lab, &cluster::MEMBERS).await;
     for proxy in PROXIES {
-        cluster::wire(&story, &name(proxy), address(proxy)).await;
-        start(&story, proxy).await;
+        cluster::add_switch_namespace(&lab, &name(proxy), address(proxy)).await;
+        start(&lab, proxy).await;
     }
-    cluster::begin(&story, agents).await;
-    story
+    cluster::configure_and_start_agents(&lab, agents).await;
+    lab
 }
 
 /// The namespace of a proxy, as the lab names it.
@@ -51,41 +51,43 @@ pub fn url(proxy: u8) -> String {
 }
 
 /// As `docs/scale.md` has it.
-const COMMAND: &str = "etcd grpc-proxy start --endpoints=https://e1:2379,https://e2:2379,https://e3:2379 --listen-addr=0.0.0.0:2379 --advertise-client-url=PROXY:2379 --max-send-bytes=33554432";
-const PAGES_MEMBERS: &str = "https://e1:2379,https://e2:2379,https://e3:2379";
+const PROXY_COMMAND: &str = "etcd grpc-proxy start --endpoints=https://e1:2379,https://e2:2379,https://e3:2379 --listen-addr=0.0.0.0:2379 --advertise-client-url=PROXY:2379 --max-send-bytes=33554432";
+const DOC_ENDPOINTS: &str = "https://e1:2379,https://e2:2379,https://e3:2379";
 
 /// Starts a proxy and waits until it hands on what it is asked.
-pub async fn start(story: &Story, proxy: u8) {
-    let dir = story.dir().join(name(proxy));
-    std::fs::create_dir_all(&dir).must("a proxy's directory");
-    let mut command = Command::new(lab::etcd::program().must("etcd"));
-    cluster::clean(&mut command);
+pub async fn start(lab: &TestLab, proxy: u8) {
+    let dir = lab.dir().join(name(proxy));
+    std::fs::create_dir_all(&dir).expect_ok("a proxy's directory");
+    let mut command = Command::new(lab::etcd::find_program().expect_ok("etcd"));
+    cluster::clear_etcd_env(&mut command);
     let members: Vec<String> = cluster::MEMBERS.iter().map(|member| cluster::url(*member, layout::ETCD_PORT)).collect();
     let own = url(proxy);
     let own = own.trim_start_matches("http://");
-    let words = COMMAND.replace(PAGES_MEMBERS, &members.join(",")).replace("0.0.0.0:2379", own).replace("PROXY:2379", own);
+    let words = PROXY_COMMAND.replace(DOC_ENDPOINTS, &members.join(",")).replace("0.0.0.0:2379", own).replace("PROXY:2379", own);
     command.args(words.split_whitespace().skip(1)).arg("--data-dir").arg(dir.join("data"));
-    let netns = story.netns(&name(proxy)).must("a proxy's namespace");
-    process::start(command, Some(&netns), &dir.join("proxy.log"), &record(story, proxy)).must("start a proxy");
-    eventually(&format!("{} hands on", name(proxy)), READY, || match ask(story, proxy, &["get", "no-such-key"]) {
-        said if said.code == Some(0) => Ok(()),
-        said => Err(said.err),
+    let netns = lab.netns(&name(proxy)).expect_ok("a proxy's namespace");
+    process::start(command, Some(&netns), &dir.join("proxy.log"), &pid_file(lab, proxy)).expect_ok("start a proxy");
+    eventually(&format!("{} hands on", name(proxy)), READY_TIMEOUT, || {
+        match etcdctl_via_proxy(lab, proxy, &["get", "no-such-key"]) {
+            output if output.code == Some(0) => Ok(()),
+            output => Err(output.stderr),
+        }
     })
     .await;
 }
 
 /// Ends a proxy without warning.
 pub fn kill(lab: &Lab, proxy: u8) {
-    let id = ProcessId::recorded(&record(lab, proxy)).must("a proxy's process id");
-    id.signal(Signal::SIGKILL).must("kill a proxy");
-    assert!(id.wait(GRACE), "p{proxy} ends");
+    let id = ProcessId::from_pid_file(&pid_file(lab, proxy)).expect_ok("a proxy's process id");
+    id.signal(Signal::SIGKILL).expect_ok("kill a proxy");
+    assert!(id.wait(TERM_GRACE), "p{proxy} ends");
 }
 
 /// Runs etcdctl against one proxy.
-pub fn ask(lab: &Lab, proxy: u8, arguments: &[&str]) -> Said {
+pub fn etcdctl_via_proxy(lab: &Lab, proxy: u8, arguments: &[&str]) -> CommandOutput {
     etcd::etcdctl_at(lab, "net", &url(proxy), arguments)
 }
 
-fn record(lab: &Lab, proxy: u8) -> std::path::PathBuf {
+fn pid_file(lab: &Lab, proxy: u8) -> std::path::PathBuf {
     lab.dir().join(name(proxy)).join("proxy.pid")
 }

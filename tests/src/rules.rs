@@ -8,26 +8,29 @@ use std::net::{IpAddr, Ipv6Addr};
 
 use overlay_agent::model::api::SubnetEntry;
 use overlay_agent::model::network::Pool;
-use overlay_agent::model::publish::Publish;
+use overlay_agent::model::publish::PublishedPort;
 use overlay_agent::model::{Cidr, Endpoint, Family, PerFamily, Subnet};
 use overlayctl::lab::Lab;
 
 use crate::kernel::attempt;
-use crate::programs::needs;
+use crate::programs::require_program;
 
 /// The families of the agent's tables.
-const TABLES: [&str; 2] = ["inet", "bridge"];
+const TABLE_FAMILIES: [&str; 2] = ["inet", "bridge"];
 
 /// The agent's tables as a target has them: one line a counter, a set's kind, an element, and a chain with its rules.
-pub fn actual(lab: &Lab, target: &str) -> BTreeSet<String> {
-    needs("nft", "nftables");
+pub fn actual_ruleset(lab: &Lab, target: &str) -> BTreeSet<String> {
+    require_program("nft", "nftables");
     // Without the counters' values.
-    TABLES.iter().flat_map(|table| lines(&attempt(lab, target, &["nft", "-s", "list", "table", table, "overlayd"]).out)).collect()
+    TABLE_FAMILIES
+        .iter()
+        .flat_map(|table| lines(&attempt(lab, target, &["nft", "-s", "list", "table", table, "overlayd"]).stdout))
+        .collect()
 }
 
 /// What the tables follow from.
 #[derive(Debug)]
-pub struct Golden<'a> {
+pub struct ExpectedRuleset<'a> {
     /// The VNI.
     pub vni: u64,
     /// The UDP port of the tunnel.
@@ -45,7 +48,7 @@ pub struct Golden<'a> {
 }
 
 /// Words of a family in rules.
-struct Words {
+struct FamilyTokens {
     ip: &'static str,
     digit: char,
     kind: &'static str,
@@ -57,9 +60,9 @@ struct Words {
     source: &'static str,
 }
 
-fn words(family: Family) -> Words {
+fn family_tokens(family: Family) -> FamilyTokens {
     match family {
-        Family::V4 => Words {
+        Family::V4 => FamilyTokens {
             ip: "ip",
             digit: '4',
             kind: "ipv4_addr",
@@ -69,7 +72,7 @@ fn words(family: Family) -> Words {
             tunnel: "ovx",
             source: "@th,336,32",
         },
-        Family::V6 => Words {
+        Family::V6 => FamilyTokens {
             ip: "ip6",
             digit: '6',
             kind: "ipv6_addr",
@@ -82,11 +85,11 @@ fn words(family: Family) -> Words {
     }
 }
 
-impl Golden<'_> {
+impl ExpectedRuleset<'_> {
     /// The lines of both tables.
     pub fn lines(&self) -> BTreeSet<String> {
         let mut all = lines(&self.inet());
-        all.extend(lines(BRIDGE));
+        all.extend(lines(BRIDGE_TABLE));
         all.extend(self.elements());
         all
     }
@@ -97,13 +100,13 @@ impl Golden<'_> {
 
     fn inet(&self) -> String {
         let (vni, port, bridge) = (self.vni, self.port, format!("\"ovb.{}\"", self.vni));
-        let each = |text: &dyn Fn(Words, &str, Cidr) -> String| -> String {
+        let each = |text: &dyn Fn(FamilyTokens, &str, Cidr) -> String| -> String {
             let families = self.subnet.iter().filter_map(|(family, own)| Some((family, self.pools.get(family)?, own)));
             let leased = |pool: &Pool| format!("{}-{}", pool.min.base(), pool.max.last());
-            families.map(|(family, pool, own)| text(words(family), &leased(pool), own)).collect()
+            families.map(|(family, pool, own)| text(family_tokens(family), &leased(pool), own)).collect()
         };
         let mut text = "table inet overlayd {\n\tcounter encapsulation {\n\t}\n\tcounter tunnel {\n\t}\n".to_owned();
-        text += &each(&|Words { digit, kind, .. }, _, _| {
+        text += &each(&|FamilyTokens { digit, kind, .. }, _, _| {
             format!(
                 "\tset peers{digit} {{\n\t\ttype {kind} . {kind}\n\t}}\n\tset ranges{digit} {{\n\t\ttype {kind} . {kind}\n\t\tflags interval\n\t}}\n"
             )
@@ -123,24 +126,26 @@ impl Golden<'_> {
         }
         text += &format!("\t}}\n\tchain encapsulated {{\n\t\tiifname {bridge} counter name \"encapsulation\" drop\n");
         for (family, address) in self.local.iter().filter(|(family, _)| self.subnet.get(*family).is_some()) {
-            text += &format!("\t\t{} daddr {address} notrack accept\n", words(family).ip);
+            text += &format!("\t\t{} daddr {address} notrack accept\n", family_tokens(family).ip);
         }
         text += &format!(
             "\t}}\n\tchain outgoing {{\n\t\ttype filter hook output priority raw; policy accept;\n\t\tudp dport {port} notrack\n\t}}\n"
         );
         text += "\tchain overlay {\n";
-        text += &each(&|Words { ip, .. }, leased, _| format!("\t\t{ip} saddr {leased} accept\n\t\t{ip} daddr {leased} accept\n"));
+        text += &each(&|FamilyTokens { ip, .. }, leased, _| {
+            format!("\t\t{ip} saddr {leased} accept\n\t\t{ip} daddr {leased} accept\n")
+        });
         text += "\t}\n";
         text += "\tchain postrouting {\n\t\ttype nat hook postrouting priority srcnat; policy accept;\n";
         if self.publishes() {
-            text += &each(&|Words { ip, loopback, .. }, _, own| {
+            text += &each(&|FamilyTokens { ip, loopback, .. }, _, own| {
                 let rule = |source: String| {
                     format!("\t\toifname {bridge} ct status dnat {ip} saddr {source} masquerade random,fully-random\n")
                 };
                 rule(own.to_string()) + &rule(loopback.to_owned())
             });
         }
-        text += &each(&|Words { ip, multicast, tunnel, .. }, leased, _| {
+        text += &each(&|FamilyTokens { ip, multicast, tunnel, .. }, leased, _| {
             format!(
                 "\t\t{ip} saddr {leased} oifname != {bridge} oifname != \"{tunnel}.{vni}\" {ip} daddr != {leased} {ip} daddr != {multicast} masquerade random,fully-random
 \t\toifname \"{tunnel}.{vni}\" {ip} saddr != {leased} masquerade random,fully-random\n"
@@ -155,7 +160,7 @@ impl Golden<'_> {
 		iifname {bridge} counter name \"encapsulation\" drop
 		@th,96,24 != {vni:#x} return\n"
         );
-        text += &each(&|Words { ip, digit, ethertype, source, .. }, _, own| {
+        text += &each(&|FamilyTokens { ip, digit, ethertype, source, .. }, _, own| {
             let pass =
                 |inner: String, set: &str| format!("\t\t@th,224,16 {ethertype} {ip} saddr . {inner} @{set}{digit} accept\n");
             pass(format!("{source}{}", mask(own)), "peers") + &pass(source.to_owned(), "ranges")
@@ -167,17 +172,17 @@ impl Golden<'_> {
         text + "}\n"
     }
 
-    fn published(&self, each: impl Fn(&dyn Fn(Words, &str, Cidr) -> String) -> String) -> String {
-        let mut text = each(&|Words { digit, kind, .. }, _, _| {
+    fn published(&self, each: impl Fn(&dyn Fn(FamilyTokens, &str, Cidr) -> String) -> String) -> String {
+        let mut text = each(&|FamilyTokens { digit, kind, .. }, _, _| {
             let map = |name, key: &str| {
                 format!("\tmap {name}{digit} {{\n\t\ttype {key}inet_proto . inet_service : {kind} . inet_service\n\t}}\n")
             };
             map("bound", &format!("{kind} . ")) + &map("ports", "")
         });
-        let bound = each(&|Words { ip, digit, .. }, _, _| {
+        let bound = each(&|FamilyTokens { ip, digit, .. }, _, _| {
             format!("\t\tdnat {ip} to {ip} daddr . meta l4proto . th dport map @bound{digit}\n")
         });
-        let any = each(&|Words { ip, digit, .. }, _, _| {
+        let any = each(&|FamilyTokens { ip, digit, .. }, _, _| {
             format!("\t\tfib daddr type local dnat {ip} to meta l4proto . th dport map @ports{digit}\n")
         });
         let loopback = if self.subnet.get(Family::V4).is_some() { "\t\tip daddr 127.0.0.0/8 accept\n" } else { "" };
@@ -193,7 +198,7 @@ impl Golden<'_> {
         let mut all = BTreeSet::new();
         let mut add = |table: &str, set: String, element: String| all.insert(format!("nft {table} {set}: {element}"));
         for (family, own) in self.subnet.iter() {
-            let digit = words(family).digit;
+            let digit = family_tokens(family).digit;
             for peer in self.peers {
                 let (Some(range), Some(address)) = (peer.subnet.and_then(|s| s.get(family)), peer.public_ip.get(family)) else {
                     continue;
@@ -212,12 +217,12 @@ impl Golden<'_> {
                 add("bridge", "unchecked".to_owned(), from.clone());
             }
             for (family, address) in port.addresses.iter() {
-                let digit = words(family).digit;
+                let digit = family_tokens(family).digit;
                 let linklocal = (family == Family::V6).then(|| link_local(port.mac.0));
                 for source in [Some(*address), linklocal].into_iter().flatten().filter(|_| endpoint.source_check) {
                     add("bridge", format!("source{digit}"), format!("{from} . {} . {source}", port.mac));
                 }
-                for Publish { address: bound, host_port, container_port, count, protocol } in &endpoint.published {
+                for PublishedPort { address: bound, host_port, container_port, count, protocol } in &endpoint.published {
                     if bound.is_some_and(|bound| Family::of(bound) != family) {
                         continue;
                     }
@@ -282,7 +287,7 @@ fn lines(text: &str) -> BTreeSet<String> {
 }
 
 /// The table that looks at what containers send: the same on every host.
-const BRIDGE: &str = r#"table bridge overlayd {
+const BRIDGE_TABLE: &str = r#"table bridge overlayd {
 	counter dhcp {
 	}
 	counter router {

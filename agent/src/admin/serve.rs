@@ -14,48 +14,48 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::stall::Stall;
+use super::write_timeout::WriteTimeout;
 
 /// How many connections are served at the same time; a request on a further one is answered 503. Far above what people and monitoring need.
-pub const MOST_CONNECTIONS: usize = 128;
+pub const MAX_CONNECTIONS: usize = 128;
 
 /// What clients may use.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Limits {
     /// Connections that are served.
-    pub(super) connections: usize,
+    pub(super) max_connections: usize,
     /// How long a client may take for a request's head, and how long a connection may be idle.
-    pub(super) head: Duration,
+    pub(super) header_timeout: Duration,
     /// How long a request may take until the head of its answer is there.
-    pub(super) request: Duration,
+    pub(super) request_timeout: Duration,
     /// How long a client may leave its answer unread.
-    pub(super) stall: Duration,
+    pub(super) write_timeout: Duration,
     /// How long running requests may go on after the stop.
-    pub(super) end: Duration,
+    pub(super) shutdown_grace: Duration,
 }
 
 impl Limits {
     pub(super) const DEFAULT: Limits = Limits {
-        connections: MOST_CONNECTIONS,
-        head: Duration::from_secs(10),
-        request: Duration::from_secs(30),
-        stall: Duration::from_secs(30),
+        max_connections: MAX_CONNECTIONS,
+        header_timeout: Duration::from_secs(10),
+        request_timeout: Duration::from_secs(30),
+        write_timeout: Duration::from_secs(30),
         // Below the five seconds that the whole agent has for its end.
-        end: Duration::from_secs(3),
+        shutdown_grace: Duration::from_secs(3),
     };
 }
 
-/// How many connections beyond [`MOST_CONNECTIONS`] are kept open to be told so; what comes above that is closed at once.
-const SPARE_CONNECTIONS: usize = 32;
+/// How many connections beyond [`MAX_CONNECTIONS`] are kept open to be told so; what comes above that is closed at once.
+const MAX_BUSY_RESPONSES: usize = 32;
 
 /// How long a client that is told so may take for its request.
-const SPARE_TIMEOUT: Duration = Duration::from_secs(1);
+const BUSY_RESPONSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The largest head of a request, in bytes.
-const LARGEST_HEAD: usize = 16 << 10;
+const MAX_HEADER_SIZE: usize = 16 << 10;
 
 /// How long to wait after a failed accept: what makes it fail (no free descriptors) takes a moment to pass.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 
 /// Where connections come from.
 pub(super) trait Listener {
@@ -94,29 +94,29 @@ pub async fn bind_tcp(address: SocketAddr) -> io::Result<TcpListener> {
     })
 }
 
-/// Accepts and serves until `stop`; returns when every connection has ended, or was ended at the deadline.
-pub(super) async fn accept<L: Listener>(listener: &L, routes: Router, limits: Limits, stop: &CancellationToken) {
+/// Accepts and serves until `stop_agent`; returns when every connection has ended, or was ended at the deadline.
+pub(super) async fn accept_connections<L: Listener>(listener: &L, routes: Router, limits: Limits, stop: &CancellationToken) {
     let mut connections = JoinSet::new();
-    let free = Arc::new(Semaphore::new(limits.connections));
-    let busy = super::routes::busy(limits.connections);
+    let permits = Arc::new(Semaphore::new(limits.max_connections));
+    let busy = super::routes::busy_router(limits.max_connections);
     let mut failures = 0_u64;
     loop {
         tokio::select! {
             () = stop.cancelled() => break,
-            Some(end) = connections.join_next() => report(end),
+            Some(end) = connections.join_next() => log_panic(end),
             accepted = listener.next() => match accepted {
                 Ok(stream) => {
                     failures = 0;
                     let stop = stop.clone();
-                    if let Ok(permit) = Arc::clone(&free).try_acquire_owned() {
-                        let serving = connection(stream, routes.clone(), limits, stop);
+                    if let Ok(permit) = Arc::clone(&permits).try_acquire_owned() {
+                        let serving = serve_connection(stream, routes.clone(), limits, stop);
                         connections.spawn(async move {
                             serving.await;
                             drop(permit);
                         });
-                    } else if connections.len() < limits.connections + SPARE_CONNECTIONS {
-                        let limits = Limits { head: SPARE_TIMEOUT, stall: SPARE_TIMEOUT, ..limits };
-                        connections.spawn(connection(stream, busy.clone(), limits, stop));
+                    } else if connections.len() < limits.max_connections + MAX_BUSY_RESPONSES {
+                        let limits = Limits { header_timeout: BUSY_RESPONSE_TIMEOUT, write_timeout: BUSY_RESPONSE_TIMEOUT, ..limits };
+                        connections.spawn(serve_connection(stream, busy.clone(), limits, stop));
                     } else {
                         tracing::debug!(open = connections.len(), "closing a connection: too many are open");
                     }
@@ -128,15 +128,15 @@ pub(super) async fn accept<L: Listener>(listener: &L, routes: Router, limits: Li
                     }
                     tokio::select! {
                         () = stop.cancelled() => break,
-                        () = tokio::time::sleep(ACCEPT_PAUSE) => {}
+                        () = tokio::time::sleep(ACCEPT_RETRY_DELAY) => {}
                     }
                 }
             },
         }
     }
-    let drained = tokio::time::timeout(limits.end, async {
+    let drained = tokio::time::timeout(limits.shutdown_grace, async {
         while let Some(end) = connections.join_next().await {
-            report(end);
+            log_panic(end);
         }
     });
     if drained.await.is_err() {
@@ -145,7 +145,7 @@ pub(super) async fn accept<L: Listener>(listener: &L, routes: Router, limits: Li
     }
 }
 
-async fn connection<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
+async fn serve_connection<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
     stream: S,
     routes: Router,
     limits: Limits,
@@ -153,9 +153,9 @@ async fn connection<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
 ) {
     let serving = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(limits.head)
-        .max_buf_size(LARGEST_HEAD)
-        .serve_connection(TokioIo::new(Stall::new(stream, limits.stall)), TowerToHyperService::new(routes));
+        .header_read_timeout(limits.header_timeout)
+        .max_buf_size(MAX_HEADER_SIZE)
+        .serve_connection(TokioIo::new(WriteTimeout::new(stream, limits.write_timeout)), TowerToHyperService::new(routes));
     tokio::pin!(serving);
     let outcome = tokio::select! {
         outcome = &mut serving => outcome,
@@ -169,7 +169,7 @@ async fn connection<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
     }
 }
 
-fn report(end: Result<(), tokio::task::JoinError>) {
+fn log_panic(end: Result<(), tokio::task::JoinError>) {
     if let Some(panic) = end.err().and_then(crate::shutdown::panic_text) {
         tracing::error!(panic, "a connection's task panicked");
     }

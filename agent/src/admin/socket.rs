@@ -12,7 +12,7 @@ use nix::sys::stat::{Mode, fchmod};
 use tokio::net::UnixListener;
 
 /// Root and the socket's group may connect, nobody else: whoever can connect can attach to any namespace.
-const MODE: u32 = 0o660;
+const SOCKET_MODE: u32 = 0o660;
 
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 128;
@@ -23,7 +23,7 @@ pub struct AdminSocket {
     listener: UnixListener,
     path: PathBuf,
     /// Device and inode of the file, where it is the agent's.
-    identity: Option<(u64, u64)>,
+    file_id: Option<(u64, u64)>,
 }
 
 /// Why there is no socket.
@@ -31,7 +31,7 @@ pub struct AdminSocket {
 pub enum SocketError {
     /// An agent answers there.
     #[error("{path} belongs to a live agent ({holder}): stop that one, or start this one with its own --run-dir and --state-dir")]
-    Live {
+    InUse {
         /// The socket's path.
         path: PathBuf,
         /// `pid 123`, or that it is not known.
@@ -39,7 +39,7 @@ pub enum SocketError {
     },
     /// Something else stands there.
     #[error("{path} is there and is no socket: it is left alone; move it away, or choose another --run-dir")]
-    NoSocket {
+    NotASocket {
         /// The path.
         path: PathBuf,
     },
@@ -67,21 +67,21 @@ impl AdminSocket {
     pub fn bind(path: &Path) -> Result<AdminSocket, SocketError> {
         let system = |action| move |source: io::Error| SocketError::System { action, path: path.to_owned(), source };
         let address = UnixAddr::new(path).map_err(|_| SocketError::TooLong { path: path.to_owned() })?;
-        clear_stale(path, &address)?;
+        remove_stale(path, &address)?;
         let fd = listen_private(&address).map_err(|e| system("make")(e.into()))?;
         // The umask can only have narrowed the mode.
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(MODE)).map_err(system("set the mode of"))?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(SOCKET_MODE)).map_err(system("set the mode of"))?;
         let metadata = std::fs::symlink_metadata(path).map_err(system("look at"))?;
         let listener = UnixListener::from_std(std::os::unix::net::UnixListener::from(fd)).map_err(system("listen on"))?;
-        Ok(AdminSocket { listener, path: path.to_owned(), identity: Some((metadata.dev(), metadata.ino())) })
+        Ok(AdminSocket { listener, path: path.to_owned(), file_id: Some((metadata.dev(), metadata.ino())) })
     }
 
     /// Serves a socket that listens already, at `path`: whose file it is, its mode and its end are the giver's affair. Needs a tokio runtime.
-    pub fn inherit(listener: std::os::unix::net::UnixListener, path: &Path) -> Result<AdminSocket, SocketError> {
+    pub fn from_listener(listener: std::os::unix::net::UnixListener, path: &Path) -> Result<AdminSocket, SocketError> {
         let system = |source: io::Error| SocketError::System { action: "listen on", path: path.to_owned(), source };
         listener.set_nonblocking(true).map_err(system)?;
         let listener = UnixListener::from_std(listener).map_err(system)?;
-        Ok(AdminSocket { listener, path: path.to_owned(), identity: None })
+        Ok(AdminSocket { listener, path: path.to_owned(), file_id: None })
     }
 
     /// The path.
@@ -96,7 +96,7 @@ impl AdminSocket {
 
 impl Drop for AdminSocket {
     fn drop(&mut self) {
-        let ours = |m: &std::fs::Metadata| Some((m.dev(), m.ino())) == self.identity;
+        let ours = |m: &std::fs::Metadata| Some((m.dev(), m.ino())) == self.file_id;
         if std::fs::symlink_metadata(&self.path).is_ok_and(|m| ours(&m)) {
             // One that stays is stale, and replaced at the next start.
             let _ = std::fs::remove_file(&self.path);
@@ -105,12 +105,12 @@ impl Drop for AdminSocket {
 }
 
 /// Makes room at the path if what stands there is a socket on which nobody answers.
-fn clear_stale(path: &Path, address: &UnixAddr) -> Result<(), SocketError> {
+fn remove_stale(path: &Path, address: &UnixAddr) -> Result<(), SocketError> {
     let system = |action| move |source: io::Error| SocketError::System { action, path: path.to_owned(), source };
     match std::fs::symlink_metadata(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(e) => return Err(system("look at")(e)),
-        Ok(m) if !m.file_type().is_socket() => return Err(SocketError::NoSocket { path: path.to_owned() }),
+        Ok(m) if !m.file_type().is_socket() => return Err(SocketError::NotASocket { path: path.to_owned() }),
         Ok(_) => {}
     }
     let probe = stream_socket().map_err(|e| system("probe")(e.into()))?;
@@ -127,7 +127,7 @@ fn clear_stale(path: &Path, address: &UnixAddr) -> Result<(), SocketError> {
         Ok(()) | Err(nix::errno::Errno::EAGAIN) => {
             let pid = getsockopt(&probe, sockopt::PeerCredentials).map(|c| c.pid()).unwrap_or_default();
             let holder = if pid > 0 { format!("pid {pid}") } else { "its pid is not known".to_owned() };
-            Err(SocketError::Live { path: path.to_owned(), holder })
+            Err(SocketError::InUse { path: path.to_owned(), holder })
         }
         Err(e) => Err(system("probe")(e.into())),
     }
@@ -141,7 +141,7 @@ fn stream_socket() -> nix::Result<OwnedFd> {
 /// less the umask (`unix_bind_bsd` in the kernel's net/unix/af_unix.c).
 fn listen_private(address: &UnixAddr) -> nix::Result<OwnedFd> {
     let fd = stream_socket()?;
-    fchmod(&fd, Mode::from_bits_truncate(MODE))?;
+    fchmod(&fd, Mode::from_bits_truncate(SOCKET_MODE))?;
     bind(fd.as_raw_fd(), address)?;
     listen(&fd, Backlog::new(BACKLOG)?)?;
     Ok(fd)
@@ -151,12 +151,12 @@ fn listen_private(address: &UnixAddr) -> nix::Result<OwnedFd> {
 mod tests {
     use super::*;
 
-    fn mode(path: &Path) -> u32 {
+    fn file_mode(path: &Path) -> u32 {
         std::fs::symlink_metadata(path).unwrap().mode() & 0o7777
     }
 
     #[tokio::test]
-    async fn the_socket_is_never_open_to_others() {
+    async fn socket_mode_is_private_under_any_umask() {
         let dir = tempfile::tempdir().unwrap();
         for umask in [0o000, 0o022, 0o077, 0o777] {
             let raw = dir.path().join(format!("raw-{umask:o}"));
@@ -169,23 +169,23 @@ mod tests {
                     nix::sys::stat::umask(Mode::from_bits_truncate(umask));
                     let _runtime = runtime.enter();
                     let _fd = listen_private(&UnixAddr::new(&raw).unwrap()).unwrap();
-                    assert_eq!(mode(&raw), MODE & !umask, "umask {umask:o}");
+                    assert_eq!(file_mode(&raw), SOCKET_MODE & !umask, "umask {umask:o}");
                     let socket = AdminSocket::bind(&whole).unwrap();
-                    assert_eq!(mode(socket.path()), MODE);
+                    assert_eq!(file_mode(socket.path()), SOCKET_MODE);
                 });
             });
         }
     }
 
     #[tokio::test]
-    async fn a_stale_file_is_replaced_and_a_live_agent_is_named() {
+    async fn stale_socket_is_replaced_and_live_agent_named() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("overlayd.sock");
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         assert!(path.exists());
         let socket = AdminSocket::bind(&path).unwrap();
         let error = AdminSocket::bind(&path).unwrap_err();
-        assert!(matches!(error, SocketError::Live { .. }));
+        assert!(matches!(error, SocketError::InUse { .. }));
         assert!(error.to_string().contains(&format!("pid {}", std::process::id())), "{error}");
         // The refused one has left the file alone; the owner removes it.
         assert!(path.exists());
@@ -200,12 +200,12 @@ mod tests {
         drop(second);
         // One that was inherited stays for the next agent.
         let held = std::os::unix::net::UnixListener::bind(&path).unwrap();
-        drop(AdminSocket::inherit(held.try_clone().unwrap(), &path).unwrap());
+        drop(AdminSocket::from_listener(held.try_clone().unwrap(), &path).unwrap());
         assert!(path.exists());
     }
 
     #[tokio::test]
-    async fn a_live_agent_that_does_not_accept_is_live() {
+    async fn full_backlog_counts_as_live_agent() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         let address = UnixAddr::new(&path).unwrap();
@@ -216,18 +216,18 @@ mod tests {
             connect(client.as_raw_fd(), &address).unwrap();
             waiting.push(client);
         }
-        assert!(matches!(AdminSocket::bind(&path), Err(SocketError::Live { .. })));
+        assert!(matches!(AdminSocket::bind(&path), Err(SocketError::InUse { .. })));
     }
 
     #[tokio::test]
-    async fn what_is_no_socket_is_left_alone() {
+    async fn non_socket_path_is_left_alone() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("file");
         std::fs::write(&file, "mine").unwrap();
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(dir.path().join("nowhere"), &link).unwrap();
         for path in [&file, &link, &dir.path().to_owned()] {
-            assert!(matches!(AdminSocket::bind(path), Err(SocketError::NoSocket { .. })), "{}", path.display());
+            assert!(matches!(AdminSocket::bind(path), Err(SocketError::NotASocket { .. })), "{}", path.display());
         }
         assert_eq!(std::fs::read(&file).unwrap(), b"mine");
         let long = dir.path().join("x".repeat(120));

@@ -23,15 +23,15 @@ struct Agent {
 
 impl Agent {
     fn start() -> Agent {
-        Agent::start_within(Limits::DEFAULT)
+        Agent::start_with_limits(Limits::DEFAULT)
     }
 
-    fn start_within(limits: Limits) -> Agent {
+    fn start_with_limits(limits: Limits) -> Agent {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("overlayd.sock");
         let (backend, stop) = (Arc::new(FakeBackend::default()), CancellationToken::new());
         let socket = AdminSocket::bind(&path).unwrap();
-        let task = tokio::spawn(serve_within(socket, Arc::clone(&backend), limits, stop.clone()));
+        let task = tokio::spawn(serve_with_limits(socket, Arc::clone(&backend), limits, stop.clone()));
         Agent { path, backend, stop, task, _directory: directory }
     }
 
@@ -40,24 +40,24 @@ impl Agent {
     }
 
     /// Sends bytes as they are and reads to the end.
-    async fn raw(&self, bytes: &[u8]) -> String {
+    async fn send_raw(&self, bytes: &[u8]) -> String {
         let mut stream = self.connect().await;
         stream.write_all(bytes).await.unwrap();
         read_all(&mut stream).await
     }
 
-    async fn ask(&self, method: &str, path: &str, body: &str) -> (u16, String) {
+    async fn request(&self, method: &str, path: &str, body: &str) -> (u16, String) {
         let length = body.len();
         let text = format!("{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}");
-        split(&self.raw(text.as_bytes()).await)
+        split_response(&self.send_raw(text.as_bytes()).await)
     }
 
     async fn get(&self, path: &str) -> (u16, Value) {
-        let (status, body) = self.ask("GET", path, "").await;
+        let (status, body) = self.request("GET", path, "").await;
         (status, serde_json::from_str(&body).unwrap_or(Value::String(body)))
     }
 
-    async fn end(self) {
+    async fn shut_down(self) {
         self.stop.cancel();
         tokio::time::timeout(Duration::from_secs(20), self.task).await.expect("an end in time").unwrap();
         assert!(!self.path.exists());
@@ -71,13 +71,13 @@ async fn read_all(stream: &mut UnixStream) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-fn split(answer: &str) -> (u16, String) {
+fn split_response(answer: &str) -> (u16, String) {
     let status = answer.split(' ').nth(1).and_then(|s| s.parse().ok()).unwrap_or(0);
     (status, answer.split_once("\r\n\r\n").map_or(String::new(), |(_, body)| body.to_owned()))
 }
 
 #[tokio::test]
-async fn each_path_answers() {
+async fn every_path_responds() {
     let agent = Agent::start();
     let (status, body) = agent.get("/v1/status").await;
     assert_eq!((status, &body["node"], &body["health"]), (200, &json!("h1"), &json!("ok")));
@@ -88,28 +88,28 @@ async fn each_path_answers() {
     assert_eq!((status, &body["name"], &body["vni"], &body["bridge"]), (200, &json!("default"), &json!(1), &json!(null)));
     assert_eq!(agent.get("/healthz").await, (200, json!("ok\n")));
     assert_eq!(agent.get("/readyz").await, (200, json!("ready\n")));
-    let (status, page) = agent.ask("GET", "/metrics", "").await;
+    let (status, page) = agent.request("GET", "/metrics", "").await;
     assert!(status == 200 && page.starts_with("# HELP"), "{page}");
-    let head = agent.raw(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await;
+    let head = agent.send_raw(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await;
     assert!(head.contains("content-type: text/plain; version=0.0.4; charset=utf-8"), "{head}");
 
     let (status, body) =
-        agent.ask("PUT", "/v1/endpoints/c1", r#"{"netns":"/run/netns/c1","addresses":{"v4":"10.244.1.7"}}"#).await;
-    let attached: Attached = serde_json::from_str(&body).expect(&body);
+        agent.request("PUT", "/v1/endpoints/c1", r#"{"netns":"/run/netns/c1","addresses":{"v4":"10.244.1.7"}}"#).await;
+    let attached: AttachResponse = serde_json::from_str(&body).expect(&body);
     assert_eq!((status, attached.endpoint.name.as_str()), (200, "c1"));
     assert_eq!(attached.endpoint.addresses().v4.map(|a| a.to_string()).as_deref(), Some("10.244.1.7"));
-    assert_eq!(agent.ask("DELETE", "/v1/endpoints/c1", "").await, (200, r#"{"endpoint":"c1","sharers":[]}"#.to_owned()));
-    let forced = agent.ask("DELETE", "/v1/endpoints/c1?force=true", "").await;
+    assert_eq!(agent.request("DELETE", "/v1/endpoints/c1", "").await, (200, r#"{"endpoint":"c1","sharers":[]}"#.to_owned()));
+    let forced = agent.request("DELETE", "/v1/endpoints/c1?force=true", "").await;
     assert_eq!(forced, (200, r#"{"endpoint":"c1","sharers":["sharer"]}"#.to_owned()));
 
     assert_eq!(agent.get("/v1/log-level").await, (200, json!({"level": "info"})));
-    assert_eq!(agent.ask("PUT", "/v1/log-level", r#"{"level":"debug"}"#).await, (200, r#"{"level":"debug"}"#.to_owned()));
+    assert_eq!(agent.request("PUT", "/v1/log-level", r#"{"level":"debug"}"#).await, (200, r#"{"level":"debug"}"#.to_owned()));
     assert_eq!(agent.get("/v1/log-level").await, (200, json!({"level": "debug"})));
-    agent.end().await;
+    agent.shut_down().await;
 }
 
 #[tokio::test]
-async fn errors_are_problems_with_a_fitting_status() {
+async fn errors_have_matching_status_and_body() {
     let agent = Agent::start();
     let attach = |name: &'static str, body: &'static str| ("PUT", format!("/v1/endpoints/{name}"), body);
     let get = |path: &str| ("GET", path.to_owned(), "");
@@ -141,8 +141,8 @@ async fn errors_are_problems_with_a_fitting_status() {
         (("PUT", "/v1/log-level".to_owned(), r#"{"level":"inof"}"#), 400, "inof"),
         (("PUT", "/v1/log-level".to_owned(), r#"{"level":3}"#), 400, "invalid type"),
     ] {
-        let (got, text) = agent.ask(method, &path, body).await;
-        let problem: crate::model::api::Problem =
+        let (got, text) = agent.request(method, &path, body).await;
+        let problem: crate::model::api::ErrorBody =
             serde_json::from_str(&text).unwrap_or_else(|e| panic!("{method} {path}: {e}: {text}"));
         assert!(problem.error.contains(expected) && !problem.error.contains('\u{1b}'), "{method} {path}: {}", problem.error);
         assert_eq!(got, status, "{method} {path}: {}", problem.error);
@@ -152,11 +152,11 @@ async fn errors_are_problems_with_a_fitting_status() {
     assert_eq!(agent.get("/healthz").await.0, 200);
     agent.backend.not_ready(&["the loop is stuck"]);
     assert_eq!(agent.get("/healthz").await, (503, json!({"error": "the loop is stuck"})));
-    agent.end().await;
+    agent.shut_down().await;
 }
 
 #[tokio::test]
-async fn one_connection_carries_many_requests() {
+async fn connection_is_kept_alive_between_requests() {
     let agent = Agent::start();
     let mut stream = agent.connect().await;
     for _ in 0..3 {
@@ -167,11 +167,11 @@ async fn one_connection_carries_many_requests() {
     }
     // An idle connection does not hold up the end.
     let began = Instant::now();
-    agent.end().await;
+    agent.shut_down().await;
     assert!(began.elapsed() < Duration::from_secs(3));
 }
 
-async fn watch(agent: &Agent) -> tokio::io::Lines<BufReader<UnixStream>> {
+async fn open_watch(agent: &Agent) -> tokio::io::Lines<BufReader<UnixStream>> {
     let mut stream = agent.connect().await;
     stream.write_all(b"GET /v1/subnets?watch=true HTTP/1.0\r\nhost: x\r\n\r\n").await.unwrap();
     let mut lines = BufReader::new(stream).lines();
@@ -179,39 +179,39 @@ async fn watch(agent: &Agent) -> tokio::io::Lines<BufReader<UnixStream>> {
     lines
 }
 
-async fn keys(lines: &mut tokio::io::Lines<BufReader<UnixStream>>) -> Vec<String> {
+async fn next_keys(lines: &mut tokio::io::Lines<BufReader<UnixStream>>) -> Vec<String> {
     let line = tokio::time::timeout(Duration::from_secs(10), lines.next_line()).await.expect("a line in time");
     let subnets: Subnets = serde_json::from_str(&line.unwrap().expect("a line")).unwrap();
     subnets.subnets.into_iter().map(|s| s.key).collect()
 }
 
 #[tokio::test]
-async fn a_watch_tells_each_change_and_ends_at_the_stop() {
+async fn watch_streams_changes_until_stop() {
     let agent = Agent::start();
-    let mut lines = watch(&agent).await;
-    assert!(keys(&mut lines).await.is_empty());
+    let mut lines = open_watch(&agent).await;
+    assert!(next_keys(&mut lines).await.is_empty());
     // A change elsewhere is not told; many together are told once, with the last state.
-    agent.backend.touch();
+    agent.backend.notify_change();
     tokio::time::sleep(Duration::from_millis(60)).await;
     for i in 0..100 {
         agent.backend.add_subnet(&format!("10.244.{i}.0-24"));
     }
-    let mut told = 1;
-    while keys(&mut lines).await.len() < 100 {
-        told += 1;
+    let mut line_count = 1;
+    while next_keys(&mut lines).await.len() < 100 {
+        line_count += 1;
     }
-    assert!(told < 10, "{told} lines for 100 changes at once");
+    assert!(line_count < 10, "{line_count} lines for 100 changes at once");
     let began = Instant::now();
-    agent.end().await;
+    agent.shut_down().await;
     assert!(began.elapsed() < Duration::from_secs(3));
     assert_eq!(lines.next_line().await.unwrap(), None);
 }
 
 #[tokio::test]
-async fn a_watch_ends_with_its_client() {
-    let agent = Agent::start_within(Limits { connections: 1, ..Limits::DEFAULT });
-    let mut lines = watch(&agent).await;
-    assert!(keys(&mut lines).await.is_empty());
+async fn watch_ends_when_client_disconnects() {
+    let agent = Agent::start_with_limits(Limits { max_connections: 1, ..Limits::DEFAULT });
+    let mut lines = open_watch(&agent).await;
+    assert!(next_keys(&mut lines).await.is_empty());
     assert_eq!(agent.get("/healthz").await.0, 503);
     drop(lines);
     let began = Instant::now();
@@ -219,11 +219,11 @@ async fn a_watch_ends_with_its_client() {
         assert!(began.elapsed() < Duration::from_secs(5), "the watch's connection is still open");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    agent.end().await;
+    agent.shut_down().await;
 }
 
 #[tokio::test]
-async fn metrics_over_tcp_show_nothing_else() {
+async fn tcp_listener_serves_only_metrics_and_health() {
     let listener = bind_tcp("127.0.0.1:0".parse().unwrap()).await.unwrap();
     let address = listener.local_addr().unwrap();
     let taken = bind_tcp(address).await.unwrap_err().to_string();
@@ -236,7 +236,7 @@ async fn metrics_over_tcp_show_nothing_else() {
         stream.write_all(format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").as_bytes()).await.unwrap();
         let mut text = String::new();
         stream.read_to_string(&mut text).await.unwrap();
-        assert_eq!(split(&text).0, expected, "{path}");
+        assert_eq!(split_response(&text).0, expected, "{path}");
     }
     stop.cancel();
     task.await.unwrap();

@@ -14,49 +14,49 @@ use tokio_util::sync::CancellationToken;
 use super::Backend;
 
 /// How long changes are gathered before they are told: many hosts starting together are one line, and a person sees no delay.
-const GATHER: Duration = Duration::from_millis(20);
+const COALESCE_DELAY: Duration = Duration::from_millis(20);
 
-struct Watch<B> {
+struct SubnetsWatch<B> {
     backend: Arc<B>,
     changes: Receiver<u64>,
     stop: CancellationToken,
     /// A hash of the last line, so that a change elsewhere in the agent does not repeat it.
-    last: Option<u64>,
+    last_hash: Option<u64>,
 }
 
-/// The answer's body. Ends with the client or at `stop`. A client that reads slowly misses states in between, never the last one.
-pub(super) fn subnets<B: Backend>(backend: Arc<B>, stop: CancellationToken) -> Body {
+/// The answer's body. Ends with the client or at `stop_agent`. A client that reads slowly misses states in between, never the last one.
+pub(super) fn stream_subnets<B: Backend>(backend: Arc<B>, stop: CancellationToken) -> Body {
     let changes = backend.changes();
-    let watch = Watch { backend, changes, stop, last: None };
+    let watch = SubnetsWatch { backend, changes, stop, last_hash: None };
     Body::from_stream(stream::unfold(watch, |mut watch| async move {
-        let line = watch.next().await?;
+        let line = watch.next_line().await?;
         Some((Ok::<Bytes, Infallible>(line), watch))
     }))
 }
 
-impl<B: Backend> Watch<B> {
-    async fn next(&mut self) -> Option<Bytes> {
+impl<B: Backend> SubnetsWatch<B> {
+    async fn next_line(&mut self) -> Option<Bytes> {
         loop {
-            if self.last.is_some() {
+            if self.last_hash.is_some() {
                 tokio::select! {
                     () = self.stop.cancelled() => return None,
                     changed = self.changes.changed() => changed.ok()?,
                 }
-                tokio::time::sleep(GATHER).await;
+                tokio::time::sleep(COALESCE_DELAY).await;
             }
             // Marked as seen before it is read: what changes while it is read is another change.
             self.changes.borrow_and_update();
-            let line = self.line().await?;
+            let line = self.encode_line().await?;
             let mut hasher = DefaultHasher::new();
             line.hash(&mut hasher);
             let hash = hasher.finish();
-            if self.last.replace(hash) != Some(hash) {
+            if self.last_hash.replace(hash) != Some(hash) {
                 return Some(line);
             }
         }
     }
 
-    async fn line(&self) -> Option<Bytes> {
+    async fn encode_line(&self) -> Option<Bytes> {
         let subnets = match self.backend.subnets().await {
             Ok(subnets) => subnets,
             Err(error) => {

@@ -1,27 +1,27 @@
-//! `overlayd cleanup`: removes what the agent made on the host, and gives its lease back.
+//! `overlayd_command run_cleanup`: removes what the agent made on the host, and gives its lease back.
 
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 
-use super::{SOCKET, guard, store_config};
+use super::{SOCKET_NAME, preflight, store_config};
 use crate::config::HostConfig;
 use crate::kernel::{Kernel, KernelOptions};
 use crate::plan::diff::diff;
-use crate::plan::{ContainerPath, DataPath, Key, LinkKind, Op, State, Value};
-use crate::state::{HostState, RunLock, StateDir};
+use crate::plan::{DataPath, Key, LinkKind, Op, PortDriver, State, Value};
+use crate::state::{DirLock, HostState, StateDir};
 use crate::store;
 
 /// How long etcd may take to give the lease back.
-const RELEASE_WAIT: Duration = Duration::from_secs(10);
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Removes everything: endpoints' interfaces, devices, routes and next hops of our protocol number, rules, changed sysctls, the lease, the state.
 /// Goes on over errors and names them all at the end; safe to repeat.
 pub async fn cleanup(config: HostConfig) -> anyhow::Result<()> {
-    guard::check_capabilities()?;
-    let run_lock = RunLock::acquire(&config.run_dir).context("cleanup needs the agent stopped")?;
-    let _namespace_lock = guard::lock_namespace().context("cleanup needs the agent stopped")?;
+    preflight::check_capabilities()?;
+    let run_lock = DirLock::acquire(&config.run_dir).context("cleanup needs the agent stopped")?;
+    let _namespace_lock = preflight::lock_namespace().context("cleanup needs the agent stopped")?;
     let state = StateDir::open(&config.state_dir)?;
     let mut failures: Vec<String> = Vec::new();
     let host = state.load_host().unwrap_or_else(|error| {
@@ -30,7 +30,7 @@ pub async fn cleanup(config: HostConfig) -> anyhow::Result<()> {
     });
     clean_kernel(&host, &mut failures).await?;
     release_lease(&config, &state, &mut failures).await;
-    let files = [config.subnet_file.clone(), config.run_dir.join(SOCKET)];
+    let files = [config.subnet_file.clone(), config.run_dir.join(SOCKET_NAME)];
     for path in &files {
         remove_file(path, &mut failures);
     }
@@ -53,22 +53,23 @@ pub async fn cleanup(config: HostConfig) -> anyhow::Result<()> {
 
 async fn clean_kernel(host: &HostState, failures: &mut Vec<String>) -> anyhow::Result<()> {
     let (mut kernel, _events, _follow) = Kernel::open(&KernelOptions::default())?;
-    let plugger = kernel.plugger();
+    let port_manager = kernel.port_manager();
     let actual = kernel.dump().await.context("the kernel's state cannot be read")?;
     for (key, value) in &actual {
         if let (Key::Link(name), Value::Link(link)) = (key, value)
             && link.kind == LinkKind::Port
-            && let Err(error) = plugger.unplug(name).await
+            && let Err(error) = port_manager.detach_port(name).await
         {
             failures.push(format!("{key}: {error}"));
         }
     }
     let mut batch = diff(&State::new(), &actual);
     // Switched back last: until then nothing else differs for the host's other traffic. Those of interfaces that are gone went with them.
-    let there = kernel.follow(host.sysctls.keys().cloned().collect()).await.context("the host's settings cannot be read")?;
+    let present =
+        kernel.watch_sysctls(host.sysctls.keys().cloned().collect()).await.context("the host's settings cannot be read")?;
     let before = host.sysctls.iter().map(|(path, value)| (Key::Sysctl(path.clone().into()), Value::Sysctl(value.clone().into())));
     batch.extend(
-        before.filter(|(key, _)| key.device().is_none() && there.contains_key(key)).map(|(key, value)| Op::Set(key, value)),
+        before.filter(|(key, _)| key.device().is_none() && present.contains_key(key)).map(|(key, value)| Op::Set(key, value)),
     );
     let report = kernel.apply(&batch).await;
     for (index, error) in report.failed {
@@ -86,7 +87,7 @@ async fn release_lease(config: &HostConfig, state: &StateDir, failures: &mut Vec
             return;
         }
     };
-    match tokio::time::timeout(RELEASE_WAIT, store::release(&store_config(&config.etcd), &id)).await {
+    match tokio::time::timeout(RELEASE_TIMEOUT, store::release(&store_config(&config.etcd), &id)).await {
         Ok(Ok(done)) => {
             for key in done.released {
                 tracing::info!(key, "lease given back");
@@ -98,7 +99,7 @@ async fn release_lease(config: &HostConfig, state: &StateDir, failures: &mut Vec
         Ok(Err(error)) => failures.push(format!("the lease in etcd is not given back: {error}")),
         Err(_) => failures.push(format!(
             "the lease in etcd is not given back: no answer within {} s; without it the lease ends by itself a day after its last renewal",
-            RELEASE_WAIT.as_secs()
+            RELEASE_TIMEOUT.as_secs()
         )),
     }
 }

@@ -10,16 +10,16 @@ use crate::config::HostConfig;
 use crate::state::{FileError, write_if_changed};
 
 /// The network's name for runtimes: `podman run --network overlay`.
-const NETWORK: &str = "overlay";
+const NETWORK_NAME: &str = "overlay";
 
 /// The version that runtimes of all ages read; newer ones look at `cniVersions`.
-const VERSION: &str = "1.0.0";
+const CNI_VERSION: &str = "1.0.0";
 
 /// The key that tells our file from one that others wrote or changed, and its value.
-const MARK: (&str, &str) = ("writtenBy", "overlayd");
+const OWNER_FIELD: (&str, &str) = ("writtenBy", "overlayd");
 
 /// The largest file that is looked at, in bytes.
-const LARGEST: u64 = 1 << 20;
+const MAX_FILE_SIZE: u64 = 1 << 20;
 
 /// The list's file.
 #[derive(Debug)]
@@ -27,38 +27,38 @@ pub(super) struct Conflist {
     path: PathBuf,
     text: String,
     /// Whether it was said that the file is another's.
-    told: bool,
+    warned: bool,
 }
 
 /// What stands at the file's path.
 #[derive(Debug, PartialEq, Eq)]
-enum Found {
-    Nothing,
-    Ours,
-    Others,
+enum ExistingFile {
+    Missing,
+    Own,
+    Foreign,
 }
 
 impl Conflist {
     /// The file that the configuration asks for, if it does; the socket is the agent's.
-    pub(super) fn of(config: &HostConfig, socket: &Path) -> Option<Conflist> {
+    pub(super) fn from_config(config: &HostConfig, socket: &Path) -> Option<Conflist> {
         let path = config.cni_conflist.clone()?;
-        Some(Conflist { path, text: text(socket), told: false })
+        Some(Conflist { path, text: render(socket), warned: false })
     }
 
     /// Writes the file where it is missing or an older one of ours; says what it did. An error keeps no container off the network that is
     /// attached otherwise, so it is only logged.
     pub(super) fn write(&mut self) {
         match self.try_write() {
-            Ok(true) => tracing::info!(file = %self.path.display(), network = NETWORK, "CNI network list written"),
+            Ok(true) => tracing::info!(file = %self.path.display(), network = NETWORK_NAME, "CNI network list written"),
             Ok(false) => {}
             Err(error) => tracing::error!(%error, "the CNI network list cannot be written"),
         }
     }
 
     fn try_write(&mut self) -> Result<bool, FileError> {
-        if found(&self.path)? == Found::Others {
-            if !std::mem::replace(&mut self.told, true) {
-                let key = MARK.0;
+        if inspect_file(&self.path)? == ExistingFile::Foreign {
+            if !std::mem::replace(&mut self.warned, true) {
+                let key = OWNER_FIELD.0;
                 tracing::warn!(
                     file = %self.path.display(),
                     "the CNI network list was written or changed by others (it lacks the key {key}) and is left alone; remove it to have it written anew"
@@ -73,27 +73,27 @@ impl Conflist {
     }
 }
 
-fn found(path: &Path) -> Result<Found, FileError> {
+fn inspect_file(path: &Path) -> Result<ExistingFile, FileError> {
     let failed = |source| FileError::new("read", path, source);
     let metadata = match std::fs::symlink_metadata(path) {
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Found::Nothing),
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(ExistingFile::Missing),
         metadata => metadata.map_err(failed)?,
     };
     // A link leads to a file of others, which must not be replaced by ours.
-    if !metadata.is_file() || metadata.len() > LARGEST {
-        return Ok(Found::Others);
+    if !metadata.is_file() || metadata.len() > MAX_FILE_SIZE {
+        return Ok(ExistingFile::Foreign);
     }
     let bytes = std::fs::read(path).map_err(failed)?;
-    let mark = serde_json::from_slice::<Value>(&bytes).ok().and_then(|list| list.get(MARK.0)?.as_str().map(str::to_owned));
-    Ok(if mark.as_deref() == Some(MARK.1) { Found::Ours } else { Found::Others })
+    let mark = serde_json::from_slice::<Value>(&bytes).ok().and_then(|list| list.get(OWNER_FIELD.0)?.as_str().map(str::to_owned));
+    Ok(if mark.as_deref() == Some(OWNER_FIELD.1) { ExistingFile::Own } else { ExistingFile::Foreign })
 }
 
-fn text(socket: &Path) -> String {
+fn render(socket: &Path) -> String {
     let list = json!({
-        "cniVersion": VERSION,
+        "cniVersion": CNI_VERSION,
         "cniVersions": ["0.3.1", "0.4.0", "1.0.0", "1.1.0"],
-        "name": NETWORK,
-        MARK.0: MARK.1,
+        "name": NETWORK_NAME,
+        OWNER_FIELD.0: OWNER_FIELD.1,
         "plugins": [{
             "type": "overlay-cni",
             "socket": socket.to_string_lossy(),
@@ -108,10 +108,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn written_anew_but_never_over_anothers() {
+    fn conflist_is_rewritten_but_foreign_file_kept() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("net.d/10-overlay.conflist");
-        let list = |socket: &str| Conflist { path: path.clone(), text: text(Path::new(socket)), told: false };
+        let list = |socket: &str| Conflist { path: path.clone(), text: render(Path::new(socket)), warned: false };
         let read = || std::fs::read_to_string(&path).expect("the file");
         assert!(list("/run/a.sock").try_write().expect("the directory is made"));
         assert!(!list("/run/a.sock").try_write().expect("nothing to do"));

@@ -1,4 +1,4 @@
-//! The task that probes peers: one echo request at a time, never more than [`MOST_A_SECOND`](crate::plan::mesh::MOST_A_SECOND) a second. What it finds
+//! The task that probes peers: one echo request at a time, never more than [`MAX_PROBES_PER_SECOND`](crate::plan::mesh::MAX_PROBES_PER_SECOND) a second. What it finds
 //! is in a [`Shared`] book, which the socket answers from. It ends only when told to: that nothing can be probed is said there, and in the log once.
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,33 +9,33 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::kernel::echo::Echo;
+use crate::kernel::icmp::PingSocket;
 use crate::metrics::Metrics;
 use crate::model::api::{Mesh, Peers};
 use crate::model::{Family, PerFamily};
-use crate::plan::mesh::{Book, Probe};
-use crate::reconcile::Query;
+use crate::plan::mesh::{Probe, ProbeTable};
+use crate::reconcile::ReconcilerQuery;
 
 /// How long to wait before it is looked for peers again once something changed where there were none, and before it is tried again where no socket
 /// can be had.
-const IDLE: Duration = Duration::from_secs(5);
+const IDLE_RETRY_DELAY: Duration = Duration::from_secs(5);
 
 /// What the probes found.
 #[derive(Debug)]
-pub(super) struct Shared {
+pub(super) struct MeshState {
     node: String,
     interval: Option<Duration>,
-    state: Mutex<(Book, Option<String>)>,
+    state: Mutex<(ProbeTable, Option<String>)>,
     metrics: Arc<Metrics>,
 }
 
-impl Shared {
-    pub(super) fn new(node: String, interval: Option<Duration>, metrics: Arc<Metrics>) -> Shared {
-        Shared { node, interval, state: Mutex::default(), metrics }
+impl MeshState {
+    pub(super) fn new(node: String, interval: Option<Duration>, metrics: Arc<Metrics>) -> MeshState {
+        MeshState { node, interval, state: Mutex::default(), metrics }
     }
 
     /// Brings the numbers that are of this moment up to date.
-    pub(super) fn count(&self) {
+    pub(super) fn update_metrics(&self) {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         self.metrics.set_mesh(self.interval.is_some() && state.1.is_none(), state.0.summary());
     }
@@ -48,11 +48,11 @@ impl Shared {
         mesh
     }
 
-    fn with<T>(&self, work: impl FnOnce(&mut Book) -> T) -> T {
+    fn with_table<T>(&self, work: impl FnOnce(&mut ProbeTable) -> T) -> T {
         work(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner).0)
     }
 
-    fn fail(&self, error: Option<String>) {
+    fn set_error(&self, error: Option<String>) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(error) = error.as_ref().filter(|error| state.1.as_ref() != Some(*error)) {
             tracing::warn!(%error, "peers cannot be probed; --mesh-interval=0s switches it off");
@@ -61,63 +61,69 @@ impl Shared {
     }
 }
 
-/// Probes until `stop`; `changes` counts up with what may be new among the peers.
+/// Probes until `stop_agent`; `changes` counts up with what may be new among the peers.
 pub(super) async fn run(
-    shared: Arc<Shared>,
-    queries: mpsc::Sender<Query>,
+    shared: Arc<MeshState>,
+    queries: mpsc::Sender<ReconcilerQuery>,
     changes: watch::Receiver<u64>,
     stop: CancellationToken,
 ) {
     let Some(interval) = shared.interval else { return stop.cancelled().await };
     tokio::select! {
         () = stop.cancelled() => {}
-        () = probe(&shared, interval, &queries, changes) => {}
+        () = probe_peers(&shared, interval, &queries, changes) => {}
     }
     stop.cancelled().await;
 }
 
 /// Rounds without end, until the agent does.
-async fn probe(shared: &Shared, interval: Duration, queries: &mpsc::Sender<Query>, mut changes: watch::Receiver<u64>) {
+async fn probe_peers(
+    shared: &MeshState,
+    interval: Duration,
+    queries: &mpsc::Sender<ReconcilerQuery>,
+    mut changes: watch::Receiver<u64>,
+) {
     let start = Instant::now();
     let now = || u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
-    let mut sockets: PerFamily<AsyncFd<Echo>> = PerFamily::default();
+    let mut sockets: PerFamily<AsyncFd<PingSocket>> = PerFamily::default();
     // Not all hosts at the same moment, where a cluster is started as one.
     tokio::time::sleep(interval.mul_f64(rand::random::<f64>())).await;
     loop {
         changes.mark_unchanged();
-        let Some(Peers { peers }) = Query::ask(queries, Query::Peers).await else { return };
+        let Some(Peers { peers }) = ReconcilerQuery::ask(queries, ReconcilerQuery::Peers).await else { return };
         let epoch = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-        shared.with(|book| book.begin(&peers, epoch));
+        shared.with_table(|book| book.start_round(&peers, epoch));
         if peers.is_empty() {
             if changes.changed().await.is_err() {
                 return;
             }
-            tokio::time::sleep(IDLE).await;
+            tokio::time::sleep(IDLE_RETRY_DELAY).await;
             continue;
         }
-        if let Err(error) =
-            open(&mut sockets, peers.iter().map(|peer| peer.subnet.family()).chain(peers.iter().map(|p| Family::of(p.public_ip))))
-        {
-            shared.fail(Some(error));
-            tokio::time::sleep(IDLE).await;
+        if let Err(error) = open_sockets(
+            &mut sockets,
+            peers.iter().map(|peer| peer.subnet.family()).chain(peers.iter().map(|p| Family::of(p.public_ip))),
+        ) {
+            shared.set_error(Some(error));
+            tokio::time::sleep(IDLE_RETRY_DELAY).await;
             continue;
         }
-        shared.fail(None);
-        let pause = shared.with(|book| book.pause(interval));
-        while let Some(probe) = shared.with(|book| book.next(now())) {
-            send(shared, &sockets, probe);
-            listen(shared, &sockets, pause, &now).await;
+        shared.set_error(None);
+        let pause = shared.with_table(|book| book.probe_interval(interval));
+        while let Some(probe) = shared.with_table(|book| book.next_probe(now())) {
+            send_probe(shared, &sockets, probe);
+            receive_for(shared, &sockets, pause, &now).await;
         }
     }
 }
 
 /// The sockets that are needed and not open yet.
-fn open(sockets: &mut PerFamily<AsyncFd<Echo>>, families: impl Iterator<Item = Family>) -> Result<(), String> {
+fn open_sockets(sockets: &mut PerFamily<AsyncFd<PingSocket>>, families: impl Iterator<Item = Family>) -> Result<(), String> {
     for family in families {
         let slot = sockets.slot(family);
         if slot.is_none() {
-            let echo = Echo::open(family, rand::random(), None).map_err(|error| error.message)?;
-            // SAFETY: `Echo` owns its descriptor, hands on the same one each time and closes it when it is dropped, not before.
+            let echo = PingSocket::open(family, rand::random(), None).map_err(|error| error.message)?;
+            // SAFETY: `PingSocket` owns its descriptor, hands on the same one each time and closes it when it is dropped, not before.
             let registered = unsafe { AsyncFd::register_with_interest(echo, Interest::READABLE) };
             *slot = Some(registered.map_err(|error| error.into_parts().1.to_string())?);
         }
@@ -125,39 +131,39 @@ fn open(sockets: &mut PerFamily<AsyncFd<Echo>>, families: impl Iterator<Item = F
     Ok(())
 }
 
-fn send(shared: &Shared, sockets: &PerFamily<AsyncFd<Echo>>, probe: Probe) {
+fn send_probe(shared: &MeshState, sockets: &PerFamily<AsyncFd<PingSocket>>, probe: Probe) {
     let sent = match sockets.get(Family::of(probe.address)) {
         Some(socket) => socket.get_ref().send(probe.address, probe.number).map_err(|error| error.to_string()),
         None => Err("no socket of its family".to_owned()),
     };
     if let Err(error) = sent
-        && let Some(way) = shared.with(|book| book.unsent(probe.number, error))
+        && let Some(way) = shared.with_table(|book| book.send_failed(probe.number, error))
     {
         shared.metrics.probe_lost(way);
     }
 }
 
 /// Takes what comes in for a while.
-async fn listen(shared: &Shared, sockets: &PerFamily<AsyncFd<Echo>>, pause: Duration, now: &impl Fn() -> u64) {
+async fn receive_for(shared: &MeshState, sockets: &PerFamily<AsyncFd<PingSocket>>, pause: Duration, now: &impl Fn() -> u64) {
     let end = tokio::time::Instant::now() + pause;
     loop {
         tokio::select! {
             () = tokio::time::sleep_until(end) => break,
-            () = receive(shared, sockets.get(Family::V4), now) => {}
-            () = receive(shared, sockets.get(Family::V6), now) => {}
+            () = receive_replies(shared, sockets.get(Family::V4), now) => {}
+            () = receive_replies(shared, sockets.get(Family::V6), now) => {}
         }
     }
-    shared.with(|book| book.expire(now(), |way| shared.metrics.probe_lost(way)));
+    shared.with_table(|book| book.expire(now(), |way| shared.metrics.probe_lost(way)));
 }
 
 /// Waits for answers of one socket and takes them. Cancel-safe: nothing is awaited once one is read.
-async fn receive(shared: &Shared, socket: Option<&AsyncFd<Echo>>, now: &impl Fn() -> u64) {
+async fn receive_replies(shared: &MeshState, socket: Option<&AsyncFd<PingSocket>>, now: &impl Fn() -> u64) {
     let Some(socket) = socket else { return std::future::pending().await };
     let Ok(mut ready) = socket.readable().await else { return std::future::pending().await };
     loop {
         match socket.get_ref().receive() {
             Ok(Some(reply)) => {
-                if let Some((way, took)) = shared.with(|book| book.answered(reply.number, reply.from, now())) {
+                if let Some((way, took)) = shared.with_table(|book| book.on_reply(reply.sequence, reply.from, now())) {
                     shared.metrics.probe_answered(way, Duration::from_micros(took));
                 }
             }

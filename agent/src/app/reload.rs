@@ -6,43 +6,43 @@ use clap::ArgMatches;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{HostConfig, Raw, gather};
+use crate::config::{HostConfig, RawSettings, load_settings};
 use crate::systemd::Notifier;
 use crate::telemetry::LevelHandle;
 
 /// The settings that a running agent takes up; the others are read once. What the etcd files hold is read at each connect anyway.
-const AT_ONCE: [&str; 1] = ["log-level"];
+const RELOADABLE: [&str; 1] = ["log-level"];
 
 /// Where the settings came from, so that they can be read again.
 #[derive(Debug)]
-pub struct Source {
+pub struct SettingsSource {
     matches: ArgMatches,
     /// As they were at the start.
-    running: Raw,
+    running: RawSettings,
 }
 
-impl Source {
+impl SettingsSource {
     /// The settings of a command line, as the agent starts with them.
-    pub fn new(matches: ArgMatches, running: Raw) -> Source {
-        Source { matches, running }
+    pub fn new(matches: ArgMatches, running: RawSettings) -> SettingsSource {
+        SettingsSource { matches, running }
     }
 }
 
 /// SIGHUP, caught from the moment this is made.
 pub(super) struct Reload {
     hangup: Signal,
-    source: Source,
+    source: SettingsSource,
     level: LevelHandle,
     notifier: Arc<Notifier>,
 }
 
 impl Reload {
     /// Catches the signal. Needs a tokio runtime; the error is the system's.
-    pub(super) fn catch(source: Source, level: LevelHandle, notifier: Arc<Notifier>) -> std::io::Result<Reload> {
+    pub(super) fn catch(source: SettingsSource, level: LevelHandle, notifier: Arc<Notifier>) -> std::io::Result<Reload> {
         Ok(Reload { hangup: signal(SignalKind::hangup())?, source, level, notifier })
     }
 
-    /// The task: a reload at each signal, until `stop`.
+    /// The task: a reload at each signal, until `stop_agent`.
     pub(super) async fn run(mut self, stop: CancellationToken) {
         loop {
             tokio::select! {
@@ -58,9 +58,9 @@ impl Reload {
     }
 }
 
-fn reload(source: &Source, level: &LevelHandle) {
-    let raw = gather(&source.matches);
-    let config = match HostConfig::check(raw.clone()) {
+fn reload(source: &SettingsSource, level: &LevelHandle) {
+    let raw = load_settings(&source.matches);
+    let config = match HostConfig::validate(raw.clone()) {
         Ok(config) => config,
         Err(mistakes) => {
             tracing::error!(%mistakes, "the settings were read again and are refused as a whole; the agent goes on as it was");
@@ -71,7 +71,7 @@ fn reload(source: &Source, level: &LevelHandle) {
         Ok(()) => tracing::info!(log_level = config.log_level, "the settings were read again"),
         Err(error) => tracing::error!(%error, "the log level stays"),
     }
-    let (_, waiting) = split(source.running.differing(&raw));
+    let (_, waiting) = split_reloadable(source.running.changed_settings(&raw));
     if !waiting.is_empty() {
         tracing::warn!(
             settings = waiting.join(", "),
@@ -81,8 +81,8 @@ fn reload(source: &Source, level: &LevelHandle) {
 }
 
 /// Changed settings: those that take effect at once, those that wait for the next start.
-fn split(changed: Vec<&'static str>) -> (Vec<&'static str>, Vec<&'static str>) {
-    changed.into_iter().partition(|name| AT_ONCE.contains(name))
+fn split_reloadable(changed: Vec<&'static str>) -> (Vec<&'static str>, Vec<&'static str>) {
+    changed.into_iter().partition(|name| RELOADABLE.contains(name))
 }
 
 #[cfg(test)]
@@ -91,16 +91,16 @@ mod tests {
     use crate::config::command;
 
     #[test]
-    fn what_takes_effect_at_once_is_told_from_what_waits() {
+    fn reloadable_settings_are_separated_from_others() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("overlayd.toml");
         let matches = || command().get_matches_from(["overlayd".as_ref(), "--config".as_ref(), file.as_os_str()]);
         std::fs::write(&file, "iface = [\"eth0\"]\nip-masq = true\n").unwrap();
-        let before = gather(&matches());
+        let before = load_settings(&matches());
         // `ip-masq` was the default before: written or not, nothing has changed.
         std::fs::write(&file, "iface = [\"eth1\"]\nlog-level = \"debug\"\nresync-interval = \"1m\"\n").unwrap();
-        let after = gather(&matches());
-        assert_eq!(split(before.differing(&after)), (vec!["log-level"], vec!["iface", "resync-interval"]));
-        assert!(before.differing(&before).is_empty());
+        let after = load_settings(&matches());
+        assert_eq!(split_reloadable(before.changed_settings(&after)), (vec!["log-level"], vec!["iface", "resync-interval"]));
+        assert!(before.changed_settings(&before).is_empty());
     }
 }

@@ -13,56 +13,56 @@ use crate::systemd::Notifier;
 /// How often the status line is renewed where no watchdog asks for more.
 const STATUS_INTERVAL: Duration = Duration::from_secs(10);
 /// How many times within the watchdog's time the agent says that it makes progress.
-const FEEDS: u32 = 4;
+const WATCHDOG_DIVISOR: u32 = 4;
 /// How long the answer for the status line may take: it comes from the loop that the watchdog is about.
-const ANSWER_WAIT: Duration = Duration::from_secs(1);
+const STATUS_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What the task watches.
-pub(super) struct Signs {
+pub(super) struct HealthInputs {
     /// Whether the agent is ready.
     pub(super) ready: watch::Receiver<bool>,
     /// Counts up with each turn of the reconcile loop; a question for the status is a turn.
-    pub(super) beats: watch::Receiver<u64>,
+    pub(super) heartbeat: watch::Receiver<u64>,
 }
 
-/// The task: tells systemd until `stop`. The watchdog is fed only where the reconcile loop has turned since the last time, so that a loop that is
+/// The task: tells systemd until `stop_agent`. The watchdog is fed only where the reconcile loop has turned since the last time, so that a loop that is
 /// stuck ends the agent, whatever its other tasks do. A loop with nothing to do turns because it is asked for the status here.
-pub(super) async fn tell<B: Backend>(notifier: Arc<Notifier>, signs: Signs, backend: Arc<B>, stop: CancellationToken) {
-    let ask = || async { tokio::time::timeout(ANSWER_WAIT, backend.status()).await.ok() };
-    tell_with(&notifier, signs, ask, stop).await;
+pub(super) async fn notify<B: Backend>(notifier: Arc<Notifier>, inputs: HealthInputs, backend: Arc<B>, stop: CancellationToken) {
+    let query_status = || async { tokio::time::timeout(STATUS_TIMEOUT, backend.status()).await.ok() };
+    notify_with(&notifier, inputs, query_status, stop).await;
 }
 
 /// `ask` answers the agent's status, or nothing where that takes too long.
-async fn tell_with<F>(notifier: &Notifier, mut signs: Signs, ask: impl Fn() -> F, stop: CancellationToken)
+async fn notify_with<F>(notifier: &Notifier, mut inputs: HealthInputs, query_status: impl Fn() -> F, stop: CancellationToken)
 where
     F: Future<Output = Option<Result<api::Status, ApiError>>>,
 {
-    if !notifier.is_heard() {
+    if !notifier.is_enabled() {
         return stop.cancelled().await;
     }
-    let interval = notifier.watchdog().map_or(STATUS_INTERVAL, |watchdog| (watchdog / FEEDS).min(STATUS_INTERVAL));
+    let interval = notifier.watchdog().map_or(STATUS_INTERVAL, |watchdog| (watchdog / WATCHDOG_DIVISOR).min(STATUS_INTERVAL));
     let mut tick = tokio::time::interval(interval);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut told = None;
+    let mut last_sent = None;
     loop {
         // Before the status, whose answer may be long in coming.
-        if signs.beats.has_changed().unwrap_or(false) {
-            signs.beats.mark_unchanged();
-            notifier.alive().await;
+        if inputs.heartbeat.has_changed().unwrap_or(false) {
+            inputs.heartbeat.mark_unchanged();
+            notifier.feed_watchdog().await;
         }
-        let ready = *signs.ready.borrow_and_update();
+        let ready = *inputs.ready.borrow_and_update();
         if ready {
             notifier.ready().await;
         }
-        let status = line(ready, ask().await);
-        if told.as_ref() != Some(&status) {
+        let status = status_line(ready, query_status().await);
+        if last_sent.as_ref() != Some(&status) {
             notifier.status(&status).await;
-            told = Some(status);
+            last_sent = Some(status);
         }
         tokio::select! {
             () = stop.cancelled() => return notifier.stopping().await,
             _ = tick.tick() => {}
-            changed = signs.ready.changed() => if changed.is_err() {
+            changed = inputs.ready.changed() => if changed.is_err() {
                 stop.cancelled().await;
             },
         }
@@ -70,7 +70,7 @@ where
 }
 
 /// The status line.
-fn line(ready: bool, answer: Option<Result<api::Status, ApiError>>) -> String {
+fn status_line(ready: bool, answer: Option<Result<api::Status, ApiError>>) -> String {
     let prefix = if ready { "Ready" } else { "Not ready" };
     match answer {
         Some(Ok(status)) => {
@@ -90,38 +90,38 @@ mod tests {
     use tokio::net::UnixDatagram;
 
     /// The next message, within the watchdog's time.
-    async fn heard(systemd: &UnixDatagram, watchdog: Duration) -> Option<String> {
+    async fn receive_message(systemd: &UnixDatagram, watchdog: Duration) -> Option<String> {
         let mut bytes = [0; 1024];
         let length = tokio::time::timeout(watchdog, systemd.recv(&mut bytes)).await.ok()?.unwrap();
         Some(String::from_utf8(bytes[..length].to_vec()).unwrap())
     }
 
     #[tokio::test]
-    async fn the_watchdog_is_fed_by_the_loop_alone() {
+    async fn watchdog_is_fed_only_by_loop_progress() {
         let watchdog = Duration::from_secs(1);
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("notify");
         let systemd = UnixDatagram::bind(&path).unwrap();
-        let notifier = Notifier::at(path, Some(watchdog)).unwrap();
-        let (beat, beats) = watch::channel(0);
+        let notifier = Notifier::connect_to(path, Some(watchdog)).unwrap();
+        let (heartbeat, heartbeats) = watch::channel(0);
         let (readiness, ready) = watch::channel(false);
         let stop = CancellationToken::new();
         let stopped = stop.clone();
         // The loop is so stuck that it does not answer either.
         let task = tokio::spawn(async move {
             let ask = || async { None };
-            tell_with(&notifier, Signs { ready, beats }, ask, stopped).await;
+            notify_with(&notifier, HealthInputs { ready, heartbeat: heartbeats }, ask, stopped).await;
         });
-        assert_eq!(heard(&systemd, watchdog).await.as_deref(), Some("STATUS=Not ready: the reconcile loop is busy"));
-        assert_eq!(heard(&systemd, 2 * watchdog).await, None, "fed although the loop has not turned");
-        beat.send_modify(|count| *count += 1);
-        assert_eq!(heard(&systemd, 4 * watchdog).await.as_deref(), Some("WATCHDOG=1"));
-        assert_eq!(heard(&systemd, 2 * watchdog).await, None, "fed twice for one turn");
+        assert_eq!(receive_message(&systemd, watchdog).await.as_deref(), Some("STATUS=Not ready: the reconcile loop is busy"));
+        assert_eq!(receive_message(&systemd, 2 * watchdog).await, None, "fed although the loop has not turned");
+        heartbeat.send_modify(|count| *count += 1);
+        assert_eq!(receive_message(&systemd, 4 * watchdog).await.as_deref(), Some("WATCHDOG=1"));
+        assert_eq!(receive_message(&systemd, 2 * watchdog).await, None, "fed twice for one turn");
         readiness.send_replace(true);
-        assert_eq!(heard(&systemd, 4 * watchdog).await.as_deref(), Some("READY=1"));
-        assert!(heard(&systemd, 4 * watchdog).await.unwrap().starts_with("STATUS=Ready"));
+        assert_eq!(receive_message(&systemd, 4 * watchdog).await.as_deref(), Some("READY=1"));
+        assert!(receive_message(&systemd, 4 * watchdog).await.unwrap().starts_with("STATUS=Ready"));
         stop.cancel();
-        while let Some(text) = heard(&systemd, 4 * watchdog).await {
+        while let Some(text) = receive_message(&systemd, 4 * watchdog).await {
             if text.starts_with("STOPPING=1") {
                 return task.await.unwrap();
             }
@@ -130,8 +130,8 @@ mod tests {
     }
 
     #[test]
-    fn an_error_is_told_in_the_status() {
+    fn error_is_shown_in_status_line() {
         let error = ApiError::new(ErrorKind::NotReady, "the agent is ending");
-        assert_eq!(line(false, Some(Err(error))), "Not ready: the agent is ending");
+        assert_eq!(status_line(false, Some(Err(error))), "Not ready: the agent is ending");
     }
 }

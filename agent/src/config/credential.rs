@@ -1,6 +1,6 @@
 //! Files that are given by a bare name: credentials, which systemd hands to the service (`systemd.exec(5)`, `LoadCredential=`).
 //!
-//! `overlayd.service` loads all of `/etc/overlayd/credentials` under the id `overlayd`, so the file `client.key` there is
+//! `overlayd_command.service` loads all of `/etc/overlayd_command/read_credentials` under the id `overlayd_command`, so the file `client.key` there is
 //! `$CREDENTIALS_DIRECTORY/overlayd_client.key`. A name alone means the same file in the service and for root at the shell.
 
 use std::ffi::OsString;
@@ -8,13 +8,13 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 /// Where secrets are kept that the service loads.
-const DIRECTORY: &str = "/etc/overlayd/credentials";
+const CREDENTIALS_DIR: &str = "/etc/overlayd/credentials";
 /// The id under which the service loads that directory.
-const ID: &str = "overlayd";
+const CREDENTIAL_ID: &str = "overlayd";
 
 /// The file that a setting means: a path as it stands, a bare name among the credentials.
 pub(super) fn resolve(text: &str) -> PathBuf {
-    resolve_in(text, std::env::var_os("CREDENTIALS_DIRECTORY"), Path::new(DIRECTORY))
+    resolve_in(text, std::env::var_os("CREDENTIALS_DIRECTORY"), Path::new(CREDENTIALS_DIR))
 }
 
 /// What to do where the file that a setting means cannot be read; empty where the system's words have to do.
@@ -26,18 +26,23 @@ fn advice_in(text: &str, kind: io::ErrorKind, service: bool) -> String {
     match (text.contains('/'), kind) {
         (false, _) if service => {
             format!(
-                "; systemd has loaded no {text} from {DIRECTORY}: put it there under this name, then `systemctl restart overlayd`"
+                "; systemd has loaded no {text} from {CREDENTIALS_DIR}: put it there under this name, then `systemctl restart overlayd`"
             )
         }
-        (false, io::ErrorKind::NotFound) => format!("; a bare name is a file in {DIRECTORY}: put it there, or give a whole path"),
+        (false, io::ErrorKind::NotFound) => {
+            format!("; a bare name is a file in {CREDENTIALS_DIR}: put it there, or give a whole path")
+        }
         (true, io::ErrorKind::PermissionDenied) => {
-            format!("; the agent's user may not: put the file into {DIRECTORY} and give its bare name, `{}`", bare(text))
+            format!(
+                "; the agent's user may not: put the file into {CREDENTIALS_DIR} and give its bare name, `{}`",
+                file_name(text)
+            )
         }
         _ => String::new(),
     }
 }
 
-fn bare(path: &str) -> &str {
+fn file_name(path: &str) -> &str {
     path.rsplit_once('/').map_or(path, |(_, name)| name)
 }
 
@@ -46,7 +51,7 @@ fn resolve_in(text: &str, loaded: Option<OsString>, directory: &Path) -> PathBuf
         return PathBuf::from(text);
     }
     let loaded = loaded.map(PathBuf::from);
-    let candidates = loaded.iter().flat_map(|loaded| [loaded.join(format!("{ID}_{text}")), loaded.join(text)]);
+    let candidates = loaded.iter().flat_map(|loaded| [loaded.join(format!("{CREDENTIAL_ID}_{text}")), loaded.join(text)]);
     candidates.into_iter().find(|path| path.exists()).unwrap_or_else(|| directory.join(text))
 }
 
@@ -55,7 +60,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_to_do_about_a_file() {
+    fn unreadable_file_advice_names_remedy() {
         use io::ErrorKind::{NotFound, PermissionDenied};
         for (text, kind, service, words) in [
             // The service's user cannot even look into the directory.
@@ -69,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bare_name_is_a_credential() {
+    fn bare_name_resolves_to_credential() {
         let dir = tempfile::tempdir().unwrap();
         let loaded = dir.path().join("loaded");
         let kept = dir.path().join("kept");

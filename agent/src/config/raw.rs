@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use clap::ArgMatches;
 use clap::parser::ValueSource;
 
-use super::settings::{DEFAULT_FILE, Kind, SECRET_FILES, SETTINGS, variable};
-use super::{Mistake, secret};
+use super::settings::{DEFAULT_CONFIG_FILE, SECRET_FILES, SETTINGS, SettingKind, env_variable};
+use super::{SettingError, secret};
 
 /// Where a value stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,12 +24,12 @@ pub enum Origin {
 
 /// All values as they were written, and the mistakes of the file itself.
 #[derive(Debug, Clone, Default)]
-pub struct Raw {
+pub struct RawSettings {
     values: BTreeMap<&'static str, (Vec<String>, Origin)>,
-    pub(super) mistakes: Vec<Mistake>,
+    pub(super) errors: Vec<SettingError>,
 }
 
-impl Raw {
+impl RawSettings {
     /// A setting's value; `None` where there is none, not even by default. An empty text is no value.
     pub fn text(&self, name: &str) -> Option<String> {
         self.values.get(name).and_then(|(values, _)| values.last()).filter(|text| !text.is_empty()).cloned()
@@ -47,9 +47,9 @@ impl Raw {
     }
 
     /// The settings whose values differ, wherever they stand.
-    pub fn differing(&self, other: &Raw) -> Vec<&'static str> {
+    pub fn changed_settings(&self, other: &RawSettings) -> Vec<&'static str> {
         let differs = |name: &&'static str| {
-            let value = |raw: &Raw| raw.values.get(name).map(|(values, _)| values.clone());
+            let value = |raw: &RawSettings| raw.values.get(name).map(|(values, _)| values.clone());
             value(self) != value(other)
         };
         SETTINGS.iter().map(|setting| setting.name).filter(differs).collect()
@@ -58,7 +58,7 @@ impl Raw {
     /// Where a setting's value stands, for messages.
     pub fn place(&self, name: &str) -> String {
         match self.values.get(name).map(|(_, origin)| origin) {
-            Some(Origin::Environment) => variable(name),
+            Some(Origin::Environment) => env_variable(name),
             Some(Origin::File(path)) => format!("{name} in {}", path.display()),
             Some(Origin::Flag | Origin::Default) | None => format!("--{name}"),
         }
@@ -66,12 +66,12 @@ impl Raw {
 }
 
 /// Puts flags, environment, file and defaults together.
-pub fn gather(matches: &ArgMatches) -> Raw {
-    let mut raw = Raw::default();
+pub fn load_settings(matches: &ArgMatches) -> RawSettings {
+    let mut raw = RawSettings::default();
     let named = matches.get_one::<String>("config").map(PathBuf::from);
-    let path = named.clone().unwrap_or_else(|| PathBuf::from(DEFAULT_FILE));
+    let path = named.clone().unwrap_or_else(|| PathBuf::from(DEFAULT_CONFIG_FILE));
     let mut file = match std::fs::read_to_string(&path) {
-        Ok(text) => parse(&text, &path, &mut raw.mistakes),
+        Ok(text) => parse_file(&text, &path, &mut raw.errors),
         Err(error) if named.is_none() && error.kind() == std::io::ErrorKind::NotFound => BTreeMap::new(),
         Err(error) => {
             let place = "--config".to_owned();
@@ -82,7 +82,7 @@ pub fn gather(matches: &ArgMatches) -> Raw {
                 _ => String::new(),
             };
             let rule = format!("cannot be read: {error}{advice}");
-            raw.mistakes.push(Mistake { place, value: path.display().to_string(), rule });
+            raw.errors.push(SettingError { place, value: path.display().to_string(), rule });
             BTreeMap::new()
         }
     };
@@ -90,7 +90,7 @@ pub fn gather(matches: &ArgMatches) -> Raw {
         && let Some(exposed) = secret::writable_by_others(&path)
     {
         let value = path.display().to_string();
-        raw.mistakes.push(Mistake { place: "--config".to_owned(), value, rule: exposed.to_string() });
+        raw.errors.push(SettingError { place: "--config".to_owned(), value, rule: exposed.to_string() });
     }
     for setting in SETTINGS {
         let given = matches.get_many::<String>(setting.name).map(|values| values.cloned().collect::<Vec<_>>());
@@ -110,7 +110,7 @@ pub fn gather(matches: &ArgMatches) -> Raw {
 }
 
 /// The file's values as texts. Unknown keys and values of another type are mistakes.
-fn parse(text: &str, path: &Path, mistakes: &mut Vec<Mistake>) -> BTreeMap<&'static str, Vec<String>> {
+fn parse_file(text: &str, path: &Path, errors: &mut Vec<SettingError>) -> BTreeMap<&'static str, Vec<String>> {
     let mut values = BTreeMap::new();
     let table = match text.parse::<toml::Table>() {
         Ok(table) => table,
@@ -118,10 +118,10 @@ fn parse(text: &str, path: &Path, mistakes: &mut Vec<Mistake>) -> BTreeMap<&'sta
             let line = error.span().map_or(0, |span| text[..span.start.min(text.len())].lines().count().max(1));
             let place = format!("{} line {line}", path.display());
             let mut value = text.lines().nth(line.saturating_sub(1)).unwrap_or_default().to_owned();
-            if let Some((key, _)) = value.split_once('=').filter(|(key, _)| secret::is_secret(key)) {
+            if let Some((key, _)) = value.split_once('=').filter(|(key, _)| secret::looks_secret(key)) {
                 value = format!("{key}= ...");
             }
-            mistakes.push(Mistake { place, value, rule: format!("is not TOML: {}", error.message()) });
+            errors.push(SettingError { place, value, rule: format!("is not TOML: {}", error.message()) });
             return values;
         }
     };
@@ -132,25 +132,25 @@ fn parse(text: &str, path: &Path, mistakes: &mut Vec<Mistake>) -> BTreeMap<&'sta
             toml::Value::Table(_) => format!("[{key}]"),
             other => other.to_string(),
         };
-        let mut fail = |rule: String| mistakes.push(Mistake { place: place.clone(), value: shown.clone(), rule });
+        let mut fail = |rule: String| errors.push(SettingError { place: place.clone(), value: shown.clone(), rule });
         let Some(setting) = SETTINGS.iter().find(|setting| setting.name == key) else {
-            if secret::is_secret(&key) {
+            if secret::looks_secret(&key) {
                 let rule = "is no setting: a secret stands in a file of its own, which etcd-password-file or etcd-keyfile names";
-                mistakes.push(Mistake { place, value: "...".to_owned(), rule: rule.to_owned() });
+                errors.push(SettingError { place, value: "...".to_owned(), rule: rule.to_owned() });
                 continue;
             }
             let near = match &value {
-                toml::Value::Table(table) => in_a_table(&key, table),
-                _ => nearest(&key).map_or_else(String::new, |name| format!(": did you mean `{name}`?")),
+                toml::Value::Table(table) => table_advice(&key, table),
+                _ => nearest_setting(&key).map_or_else(String::new, |name| format!(": did you mean `{name}`?")),
             };
             fail(format!("is no setting{near}"));
             continue;
         };
         let texts = match (&value, setting.kind) {
-            (toml::Value::String(text), Kind::List) => Some(text.split(',').map(str::to_owned).collect()),
+            (toml::Value::String(text), SettingKind::List) => Some(text.split(',').map(str::to_owned).collect()),
             (toml::Value::String(text), _) => Some(vec![text.clone()]),
-            (toml::Value::Boolean(value), Kind::Boolean) => Some(vec![value.to_string()]),
-            (toml::Value::Array(items), Kind::List) => {
+            (toml::Value::Boolean(value), SettingKind::Boolean) => Some(vec![value.to_string()]),
+            (toml::Value::Array(items), SettingKind::List) => {
                 items.iter().map(|item| item.as_str().map(str::to_owned)).collect::<Option<Vec<_>>>()
             }
             _ => None,
@@ -160,9 +160,9 @@ fn parse(text: &str, path: &Path, mistakes: &mut Vec<Mistake>) -> BTreeMap<&'sta
                 values.insert(setting.name, texts);
             }
             None => fail(match setting.kind {
-                Kind::Text => "is not a string".to_owned(),
-                Kind::List => "is neither a string nor an array of strings".to_owned(),
-                Kind::Boolean => "is neither true nor false".to_owned(),
+                SettingKind::Text => "is not a string".to_owned(),
+                SettingKind::List => "is neither a string nor an array of strings".to_owned(),
+                SettingKind::Boolean => "is neither true nor false".to_owned(),
             }),
         }
     }
@@ -170,14 +170,14 @@ fn parse(text: &str, path: &Path, mistakes: &mut Vec<Mistake>) -> BTreeMap<&'sta
 }
 
 /// What to write in place of a table, which no setting stands in.
-fn in_a_table(table: &str, inside: &toml::Table) -> String {
-    let meant = inside.keys().find_map(|key| nearest(&format!("{table}-{key}")).or_else(|| nearest(key)));
+fn table_advice(table: &str, inside: &toml::Table) -> String {
+    let meant = inside.keys().find_map(|key| nearest_setting(&format!("{table}-{key}")).or_else(|| nearest_setting(key)));
     let such = meant.map_or_else(String::new, |name| format!(", as `{name} = ...`"));
     format!(" but a table: settings stand at the top of the file, not below a line in brackets{such}")
 }
 
 /// The setting whose name is nearest, where one is near: at most two letters added, left out or changed.
-fn nearest(key: &str) -> Option<&'static str> {
+fn nearest_setting(key: &str) -> Option<&'static str> {
     let key = key.replace('_', "-");
     let distance = |name| strsim::damerau_levenshtein(&key, name);
     SETTINGS.iter().map(|setting| (distance(setting.name), setting.name)).filter(|(d, _)| *d <= 2).min().map(|(_, name)| name)

@@ -7,24 +7,24 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 /// Others read, write or search; the group writes. That a group reads is allowed: a service's own group is how root hands a file to it.
-const OPEN: u32 = 0o027;
+const FORBIDDEN_SECRET_MODE: u32 = 0o027;
 /// Group or others write.
-const WRITABLE: u32 = 0o022;
+const FORBIDDEN_WRITE_MODE: u32 = 0o022;
 /// Words in the names of what is secret.
 const SECRET_WORDS: [&str; 4] = ["passw", "secret", "token", "credential"];
 
 /// A file that more people may use than should.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Exposed {
+pub struct ExposedFile {
     path: PathBuf,
     mode: u32,
     allowed: u32,
     why: &'static str,
 }
 
-impl fmt::Display for Exposed {
+impl fmt::Display for ExposedFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Exposed { path, mode, allowed, why } = self;
+        let ExposedFile { path, mode, allowed, why } = self;
         write!(f, "{why} (mode {mode:04o}): chmod {allowed:o} {}", path.display())
     }
 }
@@ -35,7 +35,7 @@ pub enum SecretError {
     /// The system's answer.
     File(io::Error),
     /// It is open to others.
-    Exposed(Exposed),
+    Exposed(ExposedFile),
 }
 
 /// Opens a file with a secret, and reads nothing yet.
@@ -47,13 +47,13 @@ pub fn open(path: &Path) -> Result<File, SecretError> {
     let file = File::open(path).map_err(SecretError::File)?;
     let metadata = file.metadata().map_err(SecretError::File)?;
     let why = "holds a secret and is open to others";
-    exposed(path, &metadata, OPEN, 0o600, why).map_or(Ok(file), |exposed| Err(SecretError::Exposed(exposed)))
+    check_mode(path, &metadata, FORBIDDEN_SECRET_MODE, 0o600, why).map_or(Ok(file), |exposed| Err(SecretError::Exposed(exposed)))
 }
 
 /// Reads a file with a secret.
 ///
 /// # Errors
-/// Those of [`open`], and what goes wrong while it is read.
+/// Those of [`open_sockets`], and what goes wrong while it is read.
 pub fn read(path: &Path) -> Result<Vec<u8>, SecretError> {
     let mut bytes = Vec::new();
     open(path)?.read_to_end(&mut bytes).map_err(SecretError::File)?;
@@ -61,18 +61,18 @@ pub fn read(path: &Path) -> Result<Vec<u8>, SecretError> {
 }
 
 /// What is wrong with the mode of a file that names secrets: whoever writes it sends them elsewhere.
-pub fn writable_by_others(path: &Path) -> Option<Exposed> {
+pub fn writable_by_others(path: &Path) -> Option<ExposedFile> {
     let metadata = std::fs::metadata(path).ok()?;
-    exposed(path, &metadata, WRITABLE, 0o644, "names files with secrets and can be changed by others")
+    check_mode(path, &metadata, FORBIDDEN_WRITE_MODE, 0o644, "names files with secrets and can be changed by others")
 }
 
-fn exposed(path: &Path, metadata: &Metadata, refused: u32, allowed: u32, why: &'static str) -> Option<Exposed> {
+fn check_mode(path: &Path, metadata: &Metadata, forbidden: u32, allowed: u32, why: &'static str) -> Option<ExposedFile> {
     let mode = metadata.permissions().mode() & 0o7777;
-    (metadata.is_file() && mode & refused != 0).then(|| Exposed { path: path.to_owned(), mode, allowed, why })
+    (metadata.is_file() && mode & forbidden != 0).then(|| ExposedFile { path: path.to_owned(), mode, allowed, why })
 }
 
 /// A URL as messages show it: without a user and password.
-pub fn without_login(url: &str) -> String {
+pub fn redact_credentials(url: &str) -> String {
     let scheme = url.find("://").map_or(0, |at| at + 3);
     match url[scheme..].rsplit_once('@') {
         Some((_, host)) => format!("{}...@{host}", &url[..scheme]),
@@ -81,7 +81,7 @@ pub fn without_login(url: &str) -> String {
 }
 
 /// Whether a key that is no setting looks as if its value were a secret.
-pub fn is_secret(key: &str) -> bool {
+pub fn looks_secret(key: &str) -> bool {
     let key = key.to_lowercase();
     SECRET_WORDS.iter().any(|word| key.contains(word))
 }
@@ -91,7 +91,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn modes() {
+    fn exposed_modes_are_rejected() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("password");
         std::fs::write(&path, "x").unwrap();
@@ -120,10 +120,15 @@ mod tests {
     }
 
     #[test]
-    fn logins_are_not_shown() {
-        assert_eq!(without_login("https://root:hunter2@etcd:2379"), "https://...@etcd:2379");
-        assert_eq!(without_login("root:hunt@er2@etcd"), "...@etcd");
-        assert_eq!(without_login("https://etcd:2379"), "https://etcd:2379");
-        assert!(is_secret("etcd-password") && is_secret("ETCD_PASSWD") && is_secret("auth_token") && !is_secret("run-dri"));
+    fn url_credentials_are_redacted() {
+        assert_eq!(redact_credentials("https://root:hunter2@etcd:2379"), "https://...@etcd:2379");
+        assert_eq!(redact_credentials("root:hunt@er2@etcd"), "...@etcd");
+        assert_eq!(redact_credentials("https://etcd:2379"), "https://etcd:2379");
+        assert!(
+            looks_secret("etcd-password")
+                && looks_secret("ETCD_PASSWD")
+                && looks_secret("auth_token")
+                && !looks_secret("run-dri")
+        );
     }
 }

@@ -4,7 +4,7 @@ use clap::{Arg, ArgAction, Command};
 
 /// How a setting is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum SettingKind {
     /// One value.
     Text,
     /// Several values: a flag is repeated or its values are separated by commas, the file has an array or such a text.
@@ -19,7 +19,7 @@ pub struct Setting {
     /// The flag without its dashes, and the key in the file; the variable is `OVERLAYD_` and the same in capitals with `_`.
     pub name: &'static str,
     /// How it is written.
-    pub kind: Kind,
+    pub kind: SettingKind,
     /// What stands for its value in the help.
     pub value: &'static str,
     /// The value where none is given; empty for none.
@@ -29,15 +29,15 @@ pub struct Setting {
 }
 
 const fn text(name: &'static str, value: &'static str, default: &'static str, help: &'static str) -> Setting {
-    Setting { name, kind: Kind::Text, value, default, help }
+    Setting { name, kind: SettingKind::Text, value, default, help }
 }
 
 const fn list(name: &'static str, value: &'static str, default: &'static str, help: &'static str) -> Setting {
-    Setting { name, kind: Kind::List, value, default, help }
+    Setting { name, kind: SettingKind::List, value, default, help }
 }
 
 const fn boolean(name: &'static str, default: &'static str, help: &'static str) -> Setting {
-    Setting { name, kind: Kind::Boolean, value: "true|false", default, help }
+    Setting { name, kind: SettingKind::Boolean, value: "true|false", default, help }
 }
 
 /// Every setting, in the order of the reference.
@@ -97,7 +97,7 @@ pub const SETTINGS: &[Setting] = &[
 ];
 
 /// The environment variable of a setting.
-pub fn variable(name: &str) -> String {
+pub fn env_variable(name: &str) -> String {
     format!("OVERLAYD_{}", name.to_uppercase().replace('-', "_"))
 }
 
@@ -105,9 +105,9 @@ pub fn variable(name: &str) -> String {
 pub const SECRET_FILES: [&str; 2] = ["etcd-keyfile", "etcd-password-file"];
 
 /// Where the file is unless `--config` says otherwise; it need not be there then.
-pub const DEFAULT_FILE: &str = "/etc/overlayd/overlayd.toml";
+pub const DEFAULT_CONFIG_FILE: &str = "/etc/overlayd/overlayd.toml";
 
-/// The command line of `overlayd`.
+/// The command line of `overlayd_command`.
 pub fn command() -> Command {
     let mut command = Command::new("overlayd")
         .version(env!("CARGO_PKG_VERSION"))
@@ -122,14 +122,15 @@ pub fn command() -> Command {
                 .env("OVERLAYD_CONFIG")
                 .value_name("FILE")
                 .global(true)
-                .help(format!("Configuration file [default: {DEFAULT_FILE}, where it is there]")),
+                .help(format!("Configuration file [default: {DEFAULT_CONFIG_FILE}, where it is there]")),
         )
         .subcommand(
             Command::new("cleanup")
                 .about("Removes all that the agent made on this host and gives its lease back; the agent must not be running"),
         );
     for setting in SETTINGS {
-        let arg = Arg::new(setting.name).long(setting.name).env(variable(setting.name)).value_name(setting.value).global(true);
+        let arg =
+            Arg::new(setting.name).long(setting.name).env(env_variable(setting.name)).value_name(setting.value).global(true);
         let help = if setting.default.is_empty() {
             setting.help.to_owned()
         } else {
@@ -137,9 +138,9 @@ pub fn command() -> Command {
         };
         let arg = arg.help(help).hide_env(true);
         command = command.arg(match setting.kind {
-            Kind::Text => arg.action(ArgAction::Set),
-            Kind::List => arg.action(ArgAction::Append).value_delimiter(','),
-            Kind::Boolean => arg.action(ArgAction::Set).num_args(0..=1).require_equals(true).default_missing_value("true"),
+            SettingKind::Text => arg.action(ArgAction::Set),
+            SettingKind::List => arg.action(ArgAction::Append).value_delimiter(','),
+            SettingKind::Boolean => arg.action(ArgAction::Set).num_args(0..=1).require_equals(true).default_missing_value("true"),
         });
     }
     command

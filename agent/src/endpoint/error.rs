@@ -4,10 +4,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use super::ipam::IpamError;
-use crate::model::device::bridge_full;
+use crate::model::device::bridge_full_message;
 use crate::model::endpoint::EndpointName;
 use crate::model::publish::PublishError;
-use crate::model::{Family, Mac, Mode, Publish, Subnet};
+use crate::model::{Family, Mac, Mode, PublishedPort, Subnet};
 use crate::plan::OpError;
 use crate::state::StateError;
 
@@ -31,19 +31,19 @@ pub enum EndpointError {
     },
     /// There is no network namespace at the path.
     #[error("there is no network namespace at {netns}: {}", remedy(netns))]
-    NetnsGone {
+    NetnsNotFound {
         /// The path.
         netns: PathBuf,
     },
     /// The namespace is the host's own.
     #[error("{netns} is the host's own network namespace: attach with mode host, or name another one")]
-    OwnNetns {
+    HostNetns {
         /// The path.
         netns: PathBuf,
     },
     /// The mode has no such thing.
     #[error("mode {mode} has no place for {what}: leave it out, or use mode overlay")]
-    NotInMode {
+    UnsupportedInMode {
         /// What was asked for.
         what: &'static str,
         /// The mode.
@@ -60,29 +60,29 @@ pub enum EndpointError {
     Publish(#[from] PublishError),
     /// Two of one request lead the same port of the host to different ports.
     #[error("{one} and {other} lead the same port of the host to different ports: leave one out")]
-    PublishTwice {
+    PublishConflict {
         /// One.
-        one: Publish,
+        one: PublishedPort,
         /// The other.
-        other: Publish,
+        other: PublishedPort,
     },
     /// Another endpoint has the port.
     #[error(
         "{wanted} cannot be published: endpoint {holder} has {held}; choose another port, or `overlayctl detach {holder}` first"
     )]
-    PublishHeld {
+    PublishInUse {
         /// What was asked for.
-        wanted: Publish,
+        wanted: PublishedPort,
         /// Who has it.
         holder: EndpointName,
         /// As what.
-        held: Publish,
+        held: PublishedPort,
     },
     /// A socket of the host has the port.
     #[error("{wanted} cannot be published: {holder} listens on {socket}; stop it, or choose another port or address")]
     PublishListener {
         /// What was asked for.
-        wanted: Publish,
+        wanted: PublishedPort,
         /// The socket's address and port.
         socket: SocketAddr,
         /// Whose it is.
@@ -92,7 +92,7 @@ pub enum EndpointError {
     #[error("{wanted} cannot be published: the host has no address {address} (`ip address`); leave it out for all that it has")]
     PublishAddress {
         /// What was asked for.
-        wanted: Publish,
+        wanted: PublishedPort,
         /// The address.
         address: IpAddr,
     },
@@ -102,7 +102,7 @@ pub enum EndpointError {
     )]
     PublishFamily {
         /// What was asked for.
-        wanted: Publish,
+        wanted: PublishedPort,
         /// The address's family.
         family: Family,
         /// The host's subnet.
@@ -110,13 +110,13 @@ pub enum EndpointError {
     },
     /// The wished MAC is no address of one station.
     #[error("MAC {mac} cannot be given: it is a group's or all zeros; one such as 02:00:5e:10:00:01 can")]
-    MacGroup {
+    MacNotUnicast {
         /// The wished MAC.
         mac: Mac,
     },
     /// The wished MAC is another endpoint's.
     #[error("MAC {mac} is in use by endpoint {holder}: choose another one, or `overlayctl detach {holder}` first")]
-    MacHeld {
+    MacInUse {
         /// The wished MAC.
         mac: Mac,
         /// Who has it.
@@ -124,7 +124,7 @@ pub enum EndpointError {
     },
     /// There is no endpoint to share with.
     #[error("there is no endpoint {target} to share the network namespace of: `overlayctl endpoints` lists them")]
-    NoTarget {
+    TargetNotFound {
         /// The name.
         target: EndpointName,
     },
@@ -133,7 +133,7 @@ pub enum EndpointError {
         "endpoint {name} shares its network namespace with {}: detach these first, or all of them by `overlayctl detach --force {name}`",
         names(sharers)
     )]
-    Shared {
+    NetnsShared {
         /// The endpoint.
         name: EndpointName,
         /// Who shares it.
@@ -141,7 +141,7 @@ pub enum EndpointError {
     },
     /// The endpoint whose namespace was to be shared went away meanwhile.
     #[error("endpoint {name}: endpoint {target} was detached at the same time: attach that one again first")]
-    TargetLeft {
+    TargetDetached {
         /// The endpoint.
         name: EndpointName,
         /// Who it was to share with.
@@ -151,7 +151,7 @@ pub enum EndpointError {
     #[error(
         "{netns} belongs to endpoint {holder} in mode {mode}: attach with mode container:{holder}, or `overlayctl detach {holder}` first"
     )]
-    NetnsHeld {
+    NetnsInUse {
         /// The namespace.
         netns: PathBuf,
         /// Who has it.
@@ -167,7 +167,7 @@ pub enum EndpointError {
     },
     /// A wished address stands in the other family's place.
     #[error("{address} was asked for as {family} address")]
-    WishFamily {
+    FamilyMismatch {
         /// The wished address.
         address: IpAddr,
         /// The family it was given for.
@@ -175,7 +175,7 @@ pub enum EndpointError {
     },
     /// A wished address is of a family that the host's subnet has not.
     #[error("address {address} cannot be given: this host's subnet {subnet} has no {family}")]
-    NoFamily {
+    FamilyNotAvailable {
         /// The wished address.
         address: IpAddr,
         /// Its family.
@@ -187,11 +187,11 @@ pub enum EndpointError {
     #[error(transparent)]
     Address(#[from] IpamError),
     /// The bridge has no port left.
-    #[error("{}", bridge_full())]
+    #[error("{}", bridge_full_message())]
     BridgeFull,
     /// The wished address is another endpoint's.
     #[error("address {address} is in use by endpoint {holder}: choose another one, or `overlayctl detach {holder}` first")]
-    AddressHeld {
+    AddressInUse {
         /// The wished address.
         address: IpAddr,
         /// Who has it.
@@ -199,10 +199,10 @@ pub enum EndpointError {
     },
     /// The name is attached, with something else than what is asked for.
     #[error("endpoint {name} is attached with {held}, not {asked}: `overlayctl detach {name}` first, or choose another name")]
-    NameHeld {
+    NameInUse {
         /// The name.
         name: EndpointName,
-        /// What it has: `network namespace /run/netns/a`.
+        /// What it has: `network namespace_name /run/path/a`.
         held: String,
         /// What was asked for.
         asked: String,
@@ -211,7 +211,7 @@ pub enum EndpointError {
     #[error(
         "interface {interface} in {netns} belongs to endpoint {holder}: choose another interface, or `overlayctl detach {holder}` first"
     )]
-    InterfaceHeld {
+    InterfaceInUse {
         /// The interface.
         interface: String,
         /// The namespace.
@@ -238,7 +238,7 @@ pub enum EndpointError {
     NoSubnet,
     /// The agent is ending.
     #[error("the agent is ending: try again when it has started again")]
-    Ending,
+    ShuttingDown,
     /// The state directory cannot be written, so nothing was done.
     #[error("endpoint {name}: {source}")]
     State {
@@ -257,7 +257,7 @@ pub enum EndpointError {
     },
     /// A defect of the agent.
     #[error("endpoint {name}: the agent failed while it worked on it: {text}; this is a defect, please report it")]
-    Defect {
+    Internal {
         /// The endpoint.
         name: EndpointName,
         /// The panic's text.
@@ -267,9 +267,9 @@ pub enum EndpointError {
 
 /// What kind of error it is, for the answer's status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Class {
+pub enum ErrorClass {
     /// The request cannot be right.
-    BadValue,
+    InvalidRequest,
     /// What the request names is not there.
     NotFound,
     /// The request is right, but not beside what is there.
@@ -288,49 +288,49 @@ impl EndpointError {
     /// The endpoint that holds what was asked for.
     pub(super) fn holder(&self) -> Option<&EndpointName> {
         match self {
-            EndpointError::PublishHeld { holder, .. }
-            | EndpointError::MacHeld { holder, .. }
-            | EndpointError::NetnsHeld { holder, .. }
-            | EndpointError::AddressHeld { holder, .. }
-            | EndpointError::InterfaceHeld { holder, .. } => Some(holder),
+            EndpointError::PublishInUse { holder, .. }
+            | EndpointError::MacInUse { holder, .. }
+            | EndpointError::NetnsInUse { holder, .. }
+            | EndpointError::AddressInUse { holder, .. }
+            | EndpointError::InterfaceInUse { holder, .. } => Some(holder),
             _ => None,
         }
     }
 
     /// The error's kind.
-    pub fn class(&self) -> Class {
+    pub fn class(&self) -> ErrorClass {
         match self {
             EndpointError::NetnsPath { .. }
-            | EndpointError::NetnsGone { .. }
-            | EndpointError::OwnNetns { .. }
-            | EndpointError::NotInMode { .. }
+            | EndpointError::NetnsNotFound { .. }
+            | EndpointError::HostNetns { .. }
+            | EndpointError::UnsupportedInMode { .. }
             | EndpointError::Owner { .. }
             | EndpointError::Publish(_)
-            | EndpointError::PublishTwice { .. }
+            | EndpointError::PublishConflict { .. }
             | EndpointError::PublishAddress { .. }
             | EndpointError::PublishFamily { .. }
             | EndpointError::InterfaceName { .. }
-            | EndpointError::WishFamily { .. }
-            | EndpointError::NoFamily { .. }
-            | EndpointError::MacGroup { .. }
+            | EndpointError::FamilyMismatch { .. }
+            | EndpointError::FamilyNotAvailable { .. }
+            | EndpointError::MacNotUnicast { .. }
             | EndpointError::Address(IpamError::Outside { .. } | IpamError::Reserved { .. } | IpamError::Docker { .. }) => {
-                Class::BadValue
+                ErrorClass::InvalidRequest
             }
-            EndpointError::NoTarget { .. } => Class::NotFound,
+            EndpointError::TargetNotFound { .. } => ErrorClass::NotFound,
             EndpointError::Address(IpamError::Full { .. } | IpamError::InUse { .. })
             | EndpointError::BridgeFull
-            | EndpointError::AddressHeld { .. }
-            | EndpointError::MacHeld { .. }
-            | EndpointError::NameHeld { .. }
-            | EndpointError::InterfaceHeld { .. }
-            | EndpointError::NetnsHeld { .. }
-            | EndpointError::PublishHeld { .. }
+            | EndpointError::AddressInUse { .. }
+            | EndpointError::MacInUse { .. }
+            | EndpointError::NameInUse { .. }
+            | EndpointError::InterfaceInUse { .. }
+            | EndpointError::NetnsInUse { .. }
+            | EndpointError::PublishInUse { .. }
             | EndpointError::PublishListener { .. }
-            | EndpointError::Shared { .. }
-            | EndpointError::TargetLeft { .. }
-            | EndpointError::Stale { .. } => Class::Conflict,
-            EndpointError::NoSubnet | EndpointError::Ending => Class::NotReady,
-            EndpointError::State { .. } | EndpointError::Kernel { .. } | EndpointError::Defect { .. } => Class::Internal,
+            | EndpointError::NetnsShared { .. }
+            | EndpointError::TargetDetached { .. }
+            | EndpointError::Stale { .. } => ErrorClass::Conflict,
+            EndpointError::NoSubnet | EndpointError::ShuttingDown => ErrorClass::NotReady,
+            EndpointError::State { .. } | EndpointError::Kernel { .. } | EndpointError::Internal { .. } => ErrorClass::Internal,
         }
     }
 }

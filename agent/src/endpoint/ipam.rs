@@ -12,22 +12,22 @@ use crate::model::{Cidr, DockerShare, Family};
 
 /// How many addresses given back are remembered. Beyond that (only a range larger than a /16 comes there) the oldest are as good as never
 /// used.
-const REMEMBERED: usize = 65_536;
+const MAX_RELEASED: usize = 65_536;
 
 /// The allocator of one range.
 #[derive(Debug, Clone)]
 pub struct Ipam {
     range: Cidr,
     /// What of the range is Docker's.
-    docker: Option<DockerShare>,
+    docker_share: Option<DockerShare>,
     /// The lowest and the highest address that can be handed out.
     first: u128,
     last: u128,
     used: BTreeSet<u128>,
     /// Given back and not in use since: by the order in which they were, and the same the other way round.
-    resting: BTreeMap<u64, u128>,
-    rested_at: BTreeMap<u128, u64>,
-    releases: u64,
+    released: BTreeMap<u64, u128>,
+    released_at: BTreeMap<u128, u64>,
+    release_count: u64,
     cursor: u128,
 }
 
@@ -95,30 +95,30 @@ impl Ipam {
         };
         Ipam {
             range,
-            docker: None,
+            docker_share: None,
             first,
             last,
             used: BTreeSet::new(),
-            resting: BTreeMap::new(),
-            rested_at: BTreeMap::new(),
-            releases: 0,
+            released: BTreeMap::new(),
+            released_at: BTreeMap::new(),
+            release_count: 0,
             cursor: first,
         }
     }
 
     /// The allocator of what Docker leaves of a range; of all of it where it is too small to be shared.
-    pub fn beside_docker(range: Cidr) -> Ipam {
+    pub fn with_docker_share(range: Cidr) -> Ipam {
         let mut ipam = Ipam::new(range);
-        ipam.docker = DockerShare::of(range);
-        if let Some(share) = ipam.docker {
-            ipam.last = ipam.last.min(address_value(share.first).saturating_sub(1));
+        ipam.docker_share = DockerShare::from_range(range);
+        if let Some(share) = ipam.docker_share {
+            ipam.last = ipam.last.min(address_value(share.first_address).saturating_sub(1));
         }
         ipam
     }
 
     /// What of the range is Docker's.
-    pub fn docker(&self) -> Option<DockerShare> {
-        self.docker
+    pub fn docker_share(&self) -> Option<DockerShare> {
+        self.docker_share
     }
 
     /// The range.
@@ -146,7 +146,7 @@ impl Ipam {
         self.used.len()
     }
 
-    /// Where the search for a never used address goes on; kept over a restart by [`Ipam::resume`].
+    /// Where the search for a never used address goes on; kept over a restart by [`Ipam::resume_from`].
     pub fn cursor(&self) -> IpAddr {
         self.range.family().address(self.cursor)
     }
@@ -161,16 +161,16 @@ impl Ipam {
 
     /// Hands out the address that has been out of use the longest.
     pub fn allocate(&mut self) -> Result<IpAddr, IpamError> {
-        let value = self.fresh().or_else(|| self.resting.values().next().copied());
+        let value = self.next_unused().or_else(|| self.released.values().next().copied());
         let Some(value) = value else { return Err(IpamError::Full { range: self.range, in_use: self.used.len() }) };
-        self.occupy(value);
+        self.mark_used(value);
         Ok(self.range.family().address(value))
     }
 
     /// Hands out this very address.
-    pub fn take(&mut self, address: IpAddr) -> Result<(), IpamError> {
+    pub fn reserve(&mut self, address: IpAddr) -> Result<(), IpamError> {
         self.check(address)?;
-        self.occupy(address_value(address));
+        self.mark_used(address_value(address));
         Ok(())
     }
 
@@ -181,7 +181,7 @@ impl Ipam {
             return Err(IpamError::Outside { address, range });
         }
         let value = address_value(address);
-        if self.docker.is_some_and(|share| value >= address_value(share.first)) {
+        if self.docker_share.is_some_and(|share| value >= address_value(share.first_address)) {
             return Err(IpamError::Docker { address, range, first: self.first(), last: self.last() });
         }
         if !(self.first..=self.last).contains(&value) {
@@ -201,20 +201,20 @@ impl Ipam {
         if Family::of(address) != self.range.family() || !self.used.remove(&value) {
             return;
         }
-        self.releases += 1;
-        self.resting.insert(self.releases, value);
-        self.rested_at.insert(value, self.releases);
-        if self.resting.len() > REMEMBERED
-            && let Some((_, oldest)) = self.resting.pop_first()
+        self.release_count += 1;
+        self.released.insert(self.release_count, value);
+        self.released_at.insert(value, self.release_count);
+        if self.released.len() > MAX_RELEASED
+            && let Some((_, oldest)) = self.released.pop_first()
         {
-            self.rested_at.remove(&oldest);
+            self.released_at.remove(&oldest);
         }
     }
 
-    fn occupy(&mut self, value: u128) {
+    fn mark_used(&mut self, value: u128) {
         self.used.insert(value);
-        if let Some(order) = self.rested_at.remove(&value) {
-            self.resting.remove(&order);
+        if let Some(order) = self.released_at.remove(&value) {
+            self.released.remove(&order);
         }
         if value == self.cursor {
             self.cursor = if value == self.last { self.first } else { value + 1 };
@@ -222,12 +222,12 @@ impl Ipam {
     }
 
     /// The next address from the cursor on that is neither in use nor resting; `None` where each address is one or the other.
-    fn fresh(&mut self) -> Option<u128> {
-        if (self.used.len() + self.resting.len()) as u128 >= self.capacity() {
+    fn next_unused(&mut self) -> Option<u128> {
+        if (self.used.len() + self.released.len()) as u128 >= self.capacity() {
             return None;
         }
         // One of at most `used + resting + 1` addresses in a row is free, so this ends.
-        while self.used.contains(&self.cursor) || self.rested_at.contains_key(&self.cursor) {
+        while self.used.contains(&self.cursor) || self.released_at.contains_key(&self.cursor) {
             self.cursor = if self.cursor == self.last { self.first } else { self.cursor + 1 };
         }
         Some(self.cursor)
@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slash_24_holds_253() {
+    fn slash_24_has_253_addresses() {
         let mut ipam = ipam("10.244.1.0/24");
         let all: BTreeSet<IpAddr> = (0..253).map(|_| ipam.allocate().unwrap()).collect();
         assert_eq!(all.len(), 253);
@@ -258,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn the_smallest_and_the_largest_ranges() {
+    fn smallest_and_largest_ranges_allocate() {
         let mut small = ipam("10.0.0.4/30");
         assert_eq!(small.allocate().unwrap().to_string(), "10.0.0.6");
         assert!(small.allocate().is_err());
@@ -273,33 +273,33 @@ mod tests {
         assert_eq!(first.to_string(), "fd00:10:244:51::2");
         huge.release(first);
         assert_eq!(huge.allocate().unwrap().to_string(), "fd00:10:244:51::3");
-        huge.take("fd00:10:244:51:ffff:ffff:ffff:ffff".parse().unwrap()).unwrap();
+        huge.reserve("fd00:10:244:51:ffff:ffff:ffff:ffff".parse().unwrap()).unwrap();
     }
 
     #[test]
-    fn docker_has_its_part_for_itself() {
-        let mut ipam = Ipam::beside_docker("10.244.1.0/28".parse().unwrap());
+    fn docker_share_is_excluded() {
+        let mut ipam = Ipam::with_docker_share("10.244.1.0/28".parse().unwrap());
         assert_eq!((ipam.capacity(), ipam.last().to_string()), (6, "10.244.1.7".to_owned()));
         let last = (0..6).map(|_| ipam.allocate().unwrap()).last().unwrap();
         assert_eq!(last.to_string(), "10.244.1.7");
         assert!(matches!(ipam.allocate(), Err(IpamError::Full { in_use: 6, .. })));
         for address in ["10.244.1.8", "10.244.1.15"] {
-            let error = ipam.take(address.parse().unwrap()).unwrap_err().to_string();
+            let error = ipam.reserve(address.parse().unwrap()).unwrap_err().to_string();
             assert!(error.contains("is of Docker's part of subnet 10.244.1.0/28; from 10.244.1.2 to 10.244.1.7"), "{error}");
         }
         // A cursor from a time when all was ours.
         ipam.resume("10.244.1.12".parse().unwrap());
         ipam.release(last);
         assert_eq!(ipam.allocate().unwrap(), last);
-        let mut six = Ipam::beside_docker("fd00:10:244:51::/64".parse().unwrap());
-        six.take("fd00:10:244:51::ffff:ffff".parse().unwrap()).unwrap();
-        assert!(matches!(six.take("fd00:10:244:51:0:242:af4:181".parse().unwrap()), Err(IpamError::Docker { .. })));
+        let mut six = Ipam::with_docker_share("fd00:10:244:51::/64".parse().unwrap());
+        six.reserve("fd00:10:244:51::ffff:ffff".parse().unwrap()).unwrap();
+        assert!(matches!(six.reserve("fd00:10:244:51:0:242:af4:181".parse().unwrap()), Err(IpamError::Docker { .. })));
         // Too small to be shared.
-        assert_eq!(Ipam::beside_docker("10.0.0.4/30".parse().unwrap()).docker(), None);
+        assert_eq!(Ipam::with_docker_share("10.0.0.4/30".parse().unwrap()).docker_share(), None);
     }
 
     #[test]
-    fn what_was_given_back_comes_last_and_in_that_order() {
+    fn released_addresses_are_reused_last_in_order() {
         let mut ipam = ipam("10.0.0.0/29");
         let all: Vec<IpAddr> = (0..5).map(|_| ipam.allocate().unwrap()).collect();
         for i in [3, 0, 4] {
@@ -309,10 +309,10 @@ mod tests {
     }
 
     #[test]
-    fn a_restart_goes_on_behind_the_last_address() {
+    fn restart_resumes_after_last_address() {
         let mut ipam = ipam("10.0.0.0/24");
         ipam.resume("10.0.0.200".parse().unwrap());
-        ipam.take("10.0.0.200".parse().unwrap()).unwrap();
+        ipam.reserve("10.0.0.200".parse().unwrap()).unwrap();
         assert_eq!(ipam.allocate().unwrap().to_string(), "10.0.0.201");
         ipam.resume("10.0.1.5".parse().unwrap());
         ipam.resume("10.0.0.255".parse().unwrap());
@@ -323,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn wishes_that_cannot_be_granted_are_named() {
+    fn unavailable_addresses_are_explained() {
         let mut ipam = ipam("10.244.1.0/24");
         for (address, expected) in [
             ("10.244.1.0", "is the base of"),
@@ -332,28 +332,28 @@ mod tests {
             ("10.244.2.7", "is outside this host's subnet 10.244.1.0/24"),
             ("fd00::7", "is outside"),
         ] {
-            let error = ipam.take(address.parse().unwrap()).unwrap_err().to_string();
+            let error = ipam.reserve(address.parse().unwrap()).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");
         }
-        ipam.take("10.244.1.7".parse().unwrap()).unwrap();
-        assert!(matches!(ipam.take("10.244.1.7".parse().unwrap()), Err(IpamError::InUse { .. })));
+        ipam.reserve("10.244.1.7".parse().unwrap()).unwrap();
+        assert!(matches!(ipam.reserve("10.244.1.7".parse().unwrap()), Err(IpamError::InUse { .. })));
     }
 
     #[test]
     fn memory_is_bounded_in_a_large_range() {
         let mut ipam = ipam("fd00::/64");
-        for _ in 0..REMEMBERED + 100 {
+        for _ in 0..MAX_RELEASED + 100 {
             let address = ipam.allocate().unwrap();
             ipam.release(address);
         }
-        assert_eq!((ipam.resting.len(), ipam.rested_at.len(), ipam.in_use()), (REMEMBERED, REMEMBERED, 0));
+        assert_eq!((ipam.released.len(), ipam.released_at.len(), ipam.in_use()), (MAX_RELEASED, MAX_RELEASED, 0));
     }
 
     proptest! {
         /// Against a simple model, in ranges small enough to run full: no address twice, none that is reserved, full only when full, and a
         /// released one only when all others were in use since or are.
         #[test]
-        fn behaves_as_the_model(
+        fn matches_reference_model(
             v6 in any::<bool>(), bits in 2u8..6, steps in proptest::collection::vec((0u8..4, any::<u16>()), 1..300)
         ) {
             let range = if v6 { format!("fd00:0:0:7::/{}", 128 - bits) } else { format!("10.9.8.0/{}", 32 - bits) };
@@ -384,7 +384,7 @@ mod tests {
                         let wish = range.nth(u128::from(pick) % size).unwrap();
                         let free = !used.contains(&wish)
                             && wish != range.base() && Some(wish) != range.nth(1) && (v6 || wish != range.last());
-                        prop_assert_eq!(ipam.take(wish).is_ok(), free);
+                        prop_assert_eq!(ipam.reserve(wish).is_ok(), free);
                         if free {
                             used.push(wish);
                         }

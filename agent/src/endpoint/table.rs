@@ -1,4 +1,4 @@
-//! The endpoints of this host in memory, and as they stand in `endpoints.json`. Pure: no files, no kernel, no tasks.
+//! The endpoints of this host in memory, and as they stand in `endpoint_count.json`. Pure: no files, no kernel, no tasks.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -8,13 +8,13 @@ use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
 use super::ipam::{Ipam, IpamError};
-use super::request::{Place, Site, Wish, free_mac, host_interface};
+use super::spec::{AttachMode, AttachSpec, NetnsRef, free_mac, veth_name};
 use super::{EndpointError, EndpointNetwork};
-use crate::model::api::Attached;
-use crate::model::device::BRIDGE_PORTS;
+use crate::model::api::AttachResponse;
+use crate::model::device::MAX_BRIDGE_PORTS;
 use crate::model::endpoint::EndpointName;
-use crate::model::{Cidr, Endpoint, Family, Mac, Mode, PerFamily, Port, Publish, Subnet};
-use crate::plan::Plug;
+use crate::model::{Cidr, Endpoint, Family, Mac, Mode, PerFamily, Port, PublishedPort, Subnet};
+use crate::plan::PortSpec;
 
 /// How far an endpoint is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,7 +30,7 @@ pub(super) enum Phase {
 
 /// An endpoint and how far it is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Record {
+pub(super) struct EndpointRecord {
     pub(super) phase: Phase,
     #[serde(flatten)]
     pub(super) endpoint: Arc<Endpoint>,
@@ -39,30 +39,30 @@ pub(super) struct Record {
     pub(super) netns_id: Option<String>,
 }
 
-/// The content of `endpoints.json`.
+/// The content of `endpoint_count.json`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Stored {
+pub(super) struct StoredTable {
     /// The endpoints, by name.
-    pub(super) endpoints: Vec<Record>,
+    pub(super) endpoints: Vec<EndpointRecord>,
     /// Where each family's search for an address goes on, so that a restart does not hand out again what was just given back.
     #[serde(default)]
     pub(super) cursor: PerFamily<IpAddr>,
 }
 
-/// What became of one endpoint: a line of `endpoints.journal`.
+/// What became of one endpoint: a line of `endpoint_count.journal`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Change {
+pub(super) struct JournalEntry {
     name: EndpointName,
     /// Its record as it is now; absent where there is none any more.
-    record: Option<Record>,
+    record: Option<EndpointRecord>,
     /// As in [`Stored`].
     #[serde(default)]
     cursor: PerFamily<IpAddr>,
 }
 
-impl Stored {
+impl StoredTable {
     /// The same after changes.
-    pub(super) fn after(self, changes: Vec<Change>) -> Stored {
+    pub(super) fn replay(self, changes: Vec<JournalEntry>) -> StoredTable {
         let mut records: BTreeMap<_, _> = self.endpoints.into_iter().map(|r| (r.endpoint.name.clone(), r)).collect();
         let mut cursor = self.cursor;
         for change in changes {
@@ -72,14 +72,14 @@ impl Stored {
                 None => records.remove(&change.name),
             };
         }
-        Stored { endpoints: records.into_values().collect(), cursor }
+        StoredTable { endpoints: records.into_values().collect(), cursor }
     }
 }
 
 /// Everything known of this host's endpoints.
 #[derive(Debug, Default)]
-pub(super) struct Table {
-    records: BTreeMap<EndpointName, Record>,
+pub(super) struct EndpointTable {
+    records: BTreeMap<EndpointName, EndpointRecord>,
     network: Option<EndpointNetwork>,
     /// The allocators of the last known subnet; kept while no subnet is leased.
     pools: PerFamily<Ipam>,
@@ -91,14 +91,14 @@ pub(super) struct Table {
     changed: BTreeSet<EndpointName>,
 }
 
-impl Table {
-    pub(super) fn from_stored(stored: Stored) -> Table {
+impl EndpointTable {
+    pub(super) fn from_stored(stored: StoredTable) -> EndpointTable {
         let records = stored.endpoints.into_iter().map(|record| (record.endpoint.name.clone(), record)).collect();
-        Table { records, cursor: stored.cursor, ..Table::default() }
+        EndpointTable { records, cursor: stored.cursor, ..EndpointTable::default() }
     }
 
-    pub(super) fn stored(&self) -> Stored {
-        Stored { endpoints: self.records.values().cloned().collect(), cursor: self.cursor() }
+    pub(super) fn stored(&self) -> StoredTable {
+        StoredTable { endpoints: self.records.values().cloned().collect(), cursor: self.cursor() }
     }
 
     fn cursor(&self) -> PerFamily<IpAddr> {
@@ -106,48 +106,48 @@ impl Table {
     }
 
     /// Notes that the record of that name is not as it is stored.
-    fn touch(&mut self, name: &EndpointName) {
+    fn mark_changed(&mut self, name: &EndpointName) {
         self.changed.insert(name.clone());
         self.version += 1;
     }
 
     /// What changed since this was last asked for.
-    pub(super) fn take_changes(&mut self) -> Vec<Change> {
+    pub(super) fn take_changes(&mut self) -> Vec<JournalEntry> {
         let cursor = self.cursor();
         let changed = std::mem::take(&mut self.changed).into_iter();
-        changed.map(|name| Change { record: self.records.get(&name).cloned(), name, cursor }).collect()
+        changed.map(|name| JournalEntry { record: self.records.get(&name).cloned(), name, cursor }).collect()
     }
 
     /// Takes back that changes were asked for: they are not stored.
-    pub(super) fn keep_changes(&mut self, changes: Vec<Change>) {
+    pub(super) fn requeue_changes(&mut self, changes: Vec<JournalEntry>) {
         self.changed.extend(changes.into_iter().map(|change| change.name));
     }
 
-    pub(super) fn get(&self, name: &EndpointName) -> Option<&Record> {
+    pub(super) fn get(&self, name: &EndpointName) -> Option<&EndpointRecord> {
         self.records.get(name)
     }
 
-    pub(super) fn records(&self) -> impl Iterator<Item = &Record> {
+    pub(super) fn records(&self) -> impl Iterator<Item = &EndpointRecord> {
         self.records.values()
     }
 
     /// The endpoints that hold what an attach was refused for: of a full subnet or bridge all.
-    pub(super) fn holders(&self, refusal: &EndpointError) -> Vec<Record> {
-        let holds = |record: &&Record| match refusal {
+    pub(super) fn holders(&self, error: &EndpointError) -> Vec<EndpointRecord> {
+        let holds = |record: &&EndpointRecord| match error {
             EndpointError::Address(IpamError::Full { range, .. }) => {
                 record.endpoint.addresses().iter().any(|(_, address)| range.contains(*address))
             }
             EndpointError::BridgeFull => record.endpoint.port.is_some(),
-            _ => refusal.holder() == Some(&record.endpoint.name),
+            _ => error.holder() == Some(&record.endpoint.name),
         };
         self.records.values().filter(holds).cloned().collect()
     }
 
     /// The endpoints that are plugged, by name, without those whose namespace is missing: a veth pair goes with its namespace.
-    pub(super) fn plugged(&self, missing: &BTreeSet<EndpointName>) -> Vec<Arc<Endpoint>> {
-        let plugged =
-            |r: &&Record| r.phase == Phase::Attached && r.endpoint.port.is_some() && !missing.contains(&r.endpoint.name);
-        self.records.values().filter(plugged).map(|r| Arc::clone(&r.endpoint)).collect()
+    pub(super) fn ports(&self, missing: &BTreeSet<EndpointName>) -> Vec<Arc<Endpoint>> {
+        let has_port =
+            |r: &&EndpointRecord| r.phase == Phase::Attached && r.endpoint.port.is_some() && !missing.contains(&r.endpoint.name);
+        self.records.values().filter(has_port).map(|r| Arc::clone(&r.endpoint)).collect()
     }
 
     /// Takes another subnet, bridge or MTU as the present one. Addresses of endpoints count as in use where they lie in it.
@@ -164,13 +164,13 @@ impl Table {
     }
 
     fn pool(&self, range: Cidr, family: Family, docker: bool) -> Ipam {
-        let mut pool = if docker { Ipam::beside_docker(range) } else { Ipam::new(range) };
+        let mut pool = if docker { Ipam::with_docker_share(range) } else { Ipam::new(range) };
         if let Some(cursor) = self.cursor.get(family) {
             pool.resume(*cursor);
         }
         for address in self.records.values().filter_map(|r| r.endpoint.addresses().get(family).copied()) {
             // Outside the range it is a stale endpoint's, in Docker's part one's from before; twice the same cannot be, and would do no harm.
-            let _ = pool.take(address);
+            let _ = pool.reserve(address);
         }
         pool
     }
@@ -187,17 +187,17 @@ impl Table {
     /// Endpoints with an address outside the present subnet; none while there is no subnet.
     pub(super) fn stale(&self) -> Vec<Endpoint> {
         let Some(network) = &self.network else { return Vec::new() };
-        let outside = |r: &&Record| outside(&r.endpoint, &network.subnet).is_some();
-        self.records.values().filter(outside).map(|r| Endpoint::clone(&r.endpoint)).collect()
+        let is_outside = |r: &&EndpointRecord| address_outside(&r.endpoint, &network.subnet).is_some();
+        self.records.values().filter(is_outside).map(|r| Endpoint::clone(&r.endpoint)).collect()
     }
 
     /// The mode of what is asked for. Who shares with one that shares itself shares with the namespace's owner.
-    fn mode(&self, place: &Place) -> Mode {
-        match place {
-            Place::Overlay { .. } => Mode::Overlay,
-            Place::None(_) => Mode::None,
-            Place::Host(_) => Mode::Host,
-            Place::Container(target) => match self.records.get(target).map(|r| &r.endpoint.mode) {
+    fn mode(&self, attach_mode: &AttachMode) -> Mode {
+        match attach_mode {
+            AttachMode::Overlay { .. } => Mode::Overlay,
+            AttachMode::None(_) => Mode::None,
+            AttachMode::Host(_) => Mode::Host,
+            AttachMode::Container(target) => match self.records.get(target).map(|r| &r.endpoint.mode) {
                 Some(Mode::Container(owner)) => Mode::Container(owner.clone()),
                 _ => Mode::Container(target.clone()),
             },
@@ -205,65 +205,68 @@ impl Table {
     }
 
     /// Whether the endpoint of that name is what is asked for, so that attaching it again answers it; an error where it is something else.
-    pub(super) fn matches(&self, endpoint: &Endpoint, wish: &Wish) -> Result<(), EndpointError> {
-        let held = |held: String, asked: String| EndpointError::NameHeld { name: endpoint.name.clone(), held, asked };
+    pub(super) fn matches(&self, endpoint: &Endpoint, spec: &AttachSpec) -> Result<(), EndpointError> {
+        let held =
+            |held: String, requested: String| EndpointError::NameInUse { name: endpoint.name.clone(), held, asked: requested };
         let differs = |what: &str, is: &str, asked: &str| {
             if is == asked { Ok(()) } else { Err(held(format!("{what} {is}"), format!("{what} {asked}"))) }
         };
-        differs("mode", &endpoint.mode.to_string(), &self.mode(&wish.place).to_string())?;
-        if let Some(site) = wish.site() {
-            differs("network namespace", &endpoint.netns.to_string_lossy(), &site.netns.to_string_lossy())?;
+        differs("mode", &endpoint.mode.to_string(), &self.mode(&spec.mode).to_string())?;
+        if let Some(netns) = spec.netns() {
+            differs("network namespace", &endpoint.netns.to_string_lossy(), &netns.path.to_string_lossy())?;
         }
         let owner = |owner: &Option<String>| owner.clone().unwrap_or_else(|| "nobody".to_owned());
-        differs("owner", &owner(&endpoint.owner), &owner(&wish.owner))?;
-        differs("published ports", &listed(&endpoint.published), &listed(&wish.publish))?;
+        differs("owner", &owner(&endpoint.owner), &owner(&spec.owner))?;
+        differs("published ports", &format_ports(&endpoint.published), &format_ports(&spec.publish))?;
         let check = |on: bool| if on { "on" } else { "off" };
-        differs("source check", check(endpoint.source_check), check(wish.source_check))?;
-        differs("default route", check(endpoint.default_route), check(wish.default_route))?;
-        let (Some(port), Place::Overlay { interface, addresses, mac, .. }) = (&endpoint.port, &wish.place) else { return Ok(()) };
+        differs("source check", check(endpoint.source_check), check(spec.source_check))?;
+        differs("default route", check(endpoint.default_route), check(spec.default_route))?;
+        let (Some(port), AttachMode::Overlay { interface, addresses, mac, .. }) = (&endpoint.port, &spec.mode) else {
+            return Ok(());
+        };
         differs("interface", &port.interface, interface)?;
         differs("MAC", &port.mac.to_string(), &mac.unwrap_or(port.mac).to_string())?;
-        for (family, wished) in addresses.iter() {
+        for (family, requested) in addresses.iter() {
             match port.addresses.get(family) {
-                Some(address) if address == wished => {}
-                Some(address) => return Err(held(format!("address {address}"), wished.to_string())),
-                None => return Err(held(format!("no {family} address"), wished.to_string())),
+                Some(address) if address == requested => {}
+                Some(address) => return Err(held(format!("address {address}"), requested.to_string())),
+                None => return Err(held(format!("no {family} address"), requested.to_string())),
             }
         }
         let subnet = self.network()?.subnet;
-        match outside(endpoint, &subnet) {
+        match address_outside(endpoint, &subnet) {
             Some(address) => Err(EndpointError::Stale { name: endpoint.name.clone(), address, subnet }),
             None => Ok(()),
         }
     }
 
     /// Makes a record with all that belongs to it, in phase attaching where the kernel has to do something for it. All or nothing.
-    pub(super) fn reserve(&mut self, name: EndpointName, wish: Wish, now: u64) -> Result<Endpoint, EndpointError> {
-        let mode = self.mode(&wish.place);
-        let Wish { place, publish, source_check, default_route, owner } = wish;
-        let (site, port) = match place {
-            Place::Overlay { site, interface, addresses, mac } => {
+    pub(super) fn reserve(&mut self, name: EndpointName, spec: AttachSpec, now: u64) -> Result<Endpoint, EndpointError> {
+        let mode = self.mode(&spec.mode);
+        let AttachSpec { mode: place, publish, source_check, default_route, owner } = spec;
+        let (netns, port) = match place {
+            AttachMode::Overlay { netns: site, interface, addresses, mac } => {
                 self.check_published(&publish)?;
                 let port = self.reserve_port(&name, &site, interface, &addresses, mac)?;
                 (site, Some(port))
             }
-            Place::None(site) => {
-                self.unheld(&site, |_| true)?;
-                (site, None)
+            AttachMode::None(netns) => {
+                self.check_netns_free(&netns, |_| true)?;
+                (netns, None)
             }
-            Place::Host(netns) => (Site { netns, id: None }, None),
-            Place::Container(target) => {
+            AttachMode::Host(netns) => (NetnsRef { path: netns, id: None }, None),
+            AttachMode::Container(target) => {
                 let owner = if let Mode::Container(owner) = &mode { owner } else { &target };
                 let known = self.records.get(owner).filter(|r| r.phase == Phase::Attached);
-                let Some(record) = known else { return Err(EndpointError::NoTarget { target }) };
-                (Site { netns: record.endpoint.netns.clone(), id: record.netns_id.clone() }, None)
+                let Some(record) = known else { return Err(EndpointError::TargetNotFound { target }) };
+                (NetnsRef { path: record.endpoint.netns.clone(), id: record.netns_id.clone() }, None)
             }
         };
         let phase = if matches!(mode, Mode::Overlay | Mode::None) { Phase::Attaching } else { Phase::Attached };
         let endpoint = Endpoint {
             name: name.clone(),
             mode,
-            netns: site.netns,
+            netns: netns.path,
             port,
             published: publish,
             source_check,
@@ -271,24 +274,24 @@ impl Table {
             owner,
             attached_at: now,
         };
-        self.touch(&name);
-        self.records.insert(name, Record { phase, endpoint: Arc::new(endpoint.clone()), netns_id: site.id });
+        self.mark_changed(&name);
+        self.records.insert(name, EndpointRecord { phase, endpoint: Arc::new(endpoint.clone()), netns_id: netns.id });
         Ok(endpoint)
     }
 
     /// No endpoint of these modes has the namespace for itself.
-    fn unheld(&self, site: &Site, rival: impl Fn(&Mode) -> bool) -> Result<(), EndpointError> {
-        let own = |mode: &Mode| matches!(mode, Mode::Overlay | Mode::None) && rival(mode);
-        match self.records.values().map(|r| &*r.endpoint).find(|e| own(&e.mode) && site.is_at(&e.netns)) {
+    fn check_netns_free(&self, netns: &NetnsRef, conflicts: impl Fn(&Mode) -> bool) -> Result<(), EndpointError> {
+        let has_own_netns = |mode: &Mode| matches!(mode, Mode::Overlay | Mode::None) && conflicts(mode);
+        match self.records.values().map(|r| &*r.endpoint).find(|e| has_own_netns(&e.mode) && netns.is_at(&e.netns)) {
             Some(Endpoint { name, mode, netns, .. }) => {
-                Err(EndpointError::NetnsHeld { netns: netns.clone(), holder: name.clone(), mode: mode.clone() })
+                Err(EndpointError::NetnsInUse { netns: netns.clone(), holder: name.clone(), mode: mode.clone() })
             }
             None => Ok(()),
         }
     }
 
     /// The ports can be published here, and nobody else has them.
-    fn check_published(&self, publish: &[Publish]) -> Result<(), EndpointError> {
+    fn check_published(&self, publish: &[PublishedPort]) -> Result<(), EndpointError> {
         for wanted in publish {
             let subnet = self.network()?.subnet;
             if let Some(family) = wanted.family().filter(|family| subnet.get(*family).is_none()) {
@@ -298,9 +301,9 @@ impl Table {
                 return Err(EndpointError::PublishFamily { wanted: *wanted, family, subnet });
             }
             for endpoint in self.records.values().map(|r| &*r.endpoint) {
-                let mut in_effect = endpoint.published.iter().filter(|held| endpoint.is_reached_by(held));
-                if let Some(held) = in_effect.find(|held| held.collides(wanted)) {
-                    return Err(EndpointError::PublishHeld { wanted: *wanted, holder: endpoint.name.clone(), held: *held });
+                let mut in_effect = endpoint.published.iter().filter(|held| endpoint.has_address_for(held));
+                if let Some(held) = in_effect.find(|held| held.conflicts_with(wanted)) {
+                    return Err(EndpointError::PublishInUse { wanted: *wanted, holder: endpoint.name.clone(), held: *held });
                 }
             }
         }
@@ -311,65 +314,66 @@ impl Table {
     fn reserve_port(
         &mut self,
         name: &EndpointName,
-        site: &Site,
+        netns: &NetnsRef,
         interface: String,
-        wished: &PerFamily<IpAddr>,
+        requested: &PerFamily<IpAddr>,
         mac: Option<Mac>,
     ) -> Result<Port, EndpointError> {
         let subnet = self.network()?.subnet;
-        for (family, address) in wished.iter() {
-            let pool = self.pools.get(family).ok_or(EndpointError::NoFamily { address: *address, family, subnet })?;
+        for (family, address) in requested.iter() {
+            let pool = self.pools.get(family).ok_or(EndpointError::FamilyNotAvailable { address: *address, family, subnet })?;
             if let Some(holder) = self.records.values().find(|r| r.endpoint.addresses().get(family) == Some(address)) {
-                return Err(EndpointError::AddressHeld { address: *address, holder: holder.endpoint.name.clone() });
+                return Err(EndpointError::AddressInUse { address: *address, holder: holder.endpoint.name.clone() });
             }
             pool.check(*address)?;
         }
-        let of_mac = |mac: Mac| self.records.values().find(|r| r.endpoint.port.as_ref().is_some_and(|port| port.mac == mac));
-        if let Some((mac, holder)) = mac.and_then(|mac| Some((mac, of_mac(mac)?))) {
-            return Err(EndpointError::MacHeld { mac, holder: holder.endpoint.name.clone() });
+        let find_by_mac = |mac: Mac| self.records.values().find(|r| r.endpoint.port.as_ref().is_some_and(|port| port.mac == mac));
+        if let Some((mac, holder)) = mac.and_then(|mac| Some((mac, find_by_mac(mac)?))) {
+            return Err(EndpointError::MacInUse { mac, holder: holder.endpoint.name.clone() });
         }
-        self.unheld(site, |mode| *mode == Mode::None)?;
+        self.check_netns_free(netns, |mode| *mode == Mode::None)?;
         let same_interface = |port: &Port| port.interface == interface;
-        let same_place = |r: &&Record| r.endpoint.port.as_ref().is_some_and(same_interface) && site.is_at(&r.endpoint.netns);
-        if let Some(holder) = self.records.values().find(same_place) {
+        let same_interface_in_netns =
+            |r: &&EndpointRecord| r.endpoint.port.as_ref().is_some_and(same_interface) && netns.is_at(&r.endpoint.netns);
+        if let Some(holder) = self.records.values().find(same_interface_in_netns) {
             let holder = holder.endpoint.name.clone();
-            return Err(EndpointError::InterfaceHeld { interface, netns: site.netns.clone(), holder });
+            return Err(EndpointError::InterfaceInUse { interface, netns: netns.path.clone(), holder });
         }
-        if self.records.values().filter(|r| r.endpoint.port.is_some()).count() >= BRIDGE_PORTS {
+        if self.records.values().filter(|r| r.endpoint.port.is_some()).count() >= MAX_BRIDGE_PORTS {
             return Err(EndpointError::BridgeFull);
         }
-        let addresses = self.allocate(wished)?;
+        let addresses = self.allocate(requested)?;
         let ports = || self.records.values().filter_map(|r| r.endpoint.port.as_ref());
-        let taken = |interface: &str| ports().any(|port| port.host_interface == interface);
+        let is_used = |interface: &str| ports().any(|port| port.host_interface == interface);
         let mut attempt = 0;
-        let mut host_end = host_interface(name, attempt);
-        while taken(&host_end) {
+        let mut host_end = veth_name(name, attempt);
+        while is_used(&host_end) {
             attempt += 1;
-            host_end = host_interface(name, attempt);
+            host_end = veth_name(name, attempt);
         }
         let mac = mac.unwrap_or_else(|| free_mac(|mac| ports().any(|port| port.mac == mac)));
         Ok(Port { interface, host_interface: host_end, mac, addresses })
     }
 
     /// One address in each family of the subnet; the wished ones have been checked.
-    fn allocate(&mut self, wished: &PerFamily<IpAddr>) -> Result<PerFamily<IpAddr>, EndpointError> {
-        let mut given = PerFamily::default();
+    fn allocate(&mut self, requested: &PerFamily<IpAddr>) -> Result<PerFamily<IpAddr>, EndpointError> {
+        let mut allocated = PerFamily::default();
         let families: Vec<Family> = self.pools.families().collect();
         for family in families {
             let Some(pool) = self.pools.slot(family) else { continue };
-            let address = match wished.get(family) {
-                Some(address) => pool.take(*address).map(|()| *address),
+            let address = match requested.get(family) {
+                Some(address) => pool.reserve(*address).map(|()| *address),
                 None => pool.allocate(),
             };
             match address {
-                Ok(address) => *given.slot(family) = Some(address),
+                Ok(address) => *allocated.slot(family) = Some(address),
                 Err(error) => {
-                    self.release(&given);
+                    self.release(&allocated);
                     return Err(error.into());
                 }
             }
         }
-        Ok(given)
+        Ok(allocated)
     }
 
     fn release(&mut self, addresses: &PerFamily<IpAddr>) {
@@ -381,11 +385,11 @@ impl Table {
     }
 
     /// Marks an endpoint as attached; whether it is still there.
-    pub(super) fn complete(&mut self, name: &EndpointName) -> bool {
+    pub(super) fn mark_attached(&mut self, name: &EndpointName) -> bool {
         let Some(record) = self.records.get_mut(name) else { return false };
         if record.phase != Phase::Attached {
             record.phase = Phase::Attached;
-            self.touch(name);
+            self.mark_changed(name);
         }
         true
     }
@@ -398,13 +402,13 @@ impl Table {
         }
         let record = self.records.get_mut(name)?;
         let was = std::mem::replace(&mut record.phase, Phase::Detaching);
-        self.touch(name);
+        self.mark_changed(name);
         Some(was)
     }
 
     /// Those who share the namespace of an endpoint.
     pub(super) fn sharers(&self, of: &EndpointName) -> Vec<EndpointName> {
-        let shares = |r: &&Record| matches!(&r.endpoint.mode, Mode::Container(owner) if owner == of);
+        let shares = |r: &&EndpointRecord| matches!(&r.endpoint.mode, Mode::Container(owner) if owner == of);
         self.records.values().filter(shares).map(|r| r.endpoint.name.clone()).collect()
     }
 
@@ -414,7 +418,7 @@ impl Table {
         for name in self.sharers(name).into_iter().chain([name.clone()]) {
             if let Some(record) = self.records.get_mut(&name).filter(|r| r.netns_id.as_deref() != Some(id)) {
                 record.netns_id = Some(id.to_owned());
-                self.touch(&name);
+                self.mark_changed(&name);
             }
         }
         self.version != version
@@ -424,12 +428,12 @@ impl Table {
     pub(super) fn remove(&mut self, name: &EndpointName) {
         if let Some(record) = self.records.remove(name) {
             self.release(&record.endpoint.addresses());
-            self.touch(name);
+            self.mark_changed(name);
         }
     }
 
     /// Gives the endpoints of mode host, and those who share with them, the path of the host's namespace as it is now.
-    pub(super) fn set_own_netns(&mut self, path: &std::path::Path) {
+    pub(super) fn set_host_netns(&mut self, path: &std::path::Path) {
         let of_host: Vec<EndpointName> = {
             let hosts = self.records.values().filter(|r| r.endpoint.mode == Mode::Host).map(|r| &r.endpoint.name);
             hosts.flat_map(|name| self.sharers(name).into_iter().chain([name.clone()])).collect()
@@ -437,14 +441,14 @@ impl Table {
         for name in of_host {
             if let Some(record) = self.records.get_mut(&name).filter(|r| r.endpoint.netns != path) {
                 Arc::make_mut(&mut record.endpoint).netns = path.to_owned();
-                self.touch(&name);
+                self.mark_changed(&name);
             }
         }
     }
 
     /// What the kernel needs for an endpoint, where it needs something on the bridge, and the answer to the attach.
-    pub(super) fn plug(&self, endpoint: &Endpoint) -> Result<(Option<Plug>, Attached), EndpointError> {
-        let mut attached = Attached {
+    pub(super) fn port_spec(&self, endpoint: &Endpoint) -> Result<(Option<PortSpec>, AttachResponse), EndpointError> {
+        let mut attached = AttachResponse {
             endpoint: endpoint.clone(),
             prefix_length: PerFamily::default(),
             gateway: PerFamily::default(),
@@ -454,7 +458,7 @@ impl Table {
         let Some(port) = endpoint.port.as_ref() else { return Ok((None, attached)) };
         let network = self.network()?;
         attached.mtu = Some(network.mtu);
-        let mut plug = Plug {
+        let mut spec = PortSpec {
             netns: endpoint.netns.clone(),
             interface: port.interface.clone(),
             host_interface: port.host_interface.clone(),
@@ -469,28 +473,28 @@ impl Table {
             let stale = || EndpointError::Stale { name: endpoint.name.clone(), address: *address, subnet: network.subnet };
             let range = network.subnet.get(family).filter(|range| range.contains(*address)).ok_or_else(stale)?;
             let gateway = network.subnet.gateway(family).ok_or_else(stale)?;
-            plug.addresses.push(IpNetwork::new(*address, range.length()).map_err(|_| stale())?);
+            spec.addresses.push(IpNetwork::new(*address, range.length()).map_err(|_| stale())?);
             // Where this host's subnet is the whole network, the address's own prefix leads there.
             let overlay = network.networks.get(family).copied().filter(|network| *network != range);
             let destination = if endpoint.default_route { Some(Cidr::all(family)) } else { overlay };
-            plug.routes.extend(destination.map(|destination| (destination, gateway)));
+            spec.routes.extend(destination.map(|destination| (destination, gateway)));
             *attached.routes.slot(family) = destination;
             *attached.prefix_length.slot(family) = Some(range.length());
             *attached.gateway.slot(family) = Some(gateway);
         }
-        Ok((Some(plug), attached))
+        Ok((Some(spec), attached))
     }
 }
 
 /// Published ports for a message.
-fn listed(published: &[Publish]) -> String {
+fn format_ports(published: &[PublishedPort]) -> String {
     if published.is_empty() {
         return "none".to_owned();
     }
-    published.iter().map(Publish::to_string).collect::<Vec<_>>().join(", ")
+    published.iter().map(PublishedPort::to_string).collect::<Vec<_>>().join(", ")
 }
 
-fn outside(endpoint: &Endpoint, subnet: &Subnet) -> Option<IpAddr> {
-    let outside = |(family, address): &(Family, &IpAddr)| !subnet.get(*family).is_some_and(|range| range.contains(**address));
-    endpoint.addresses().iter().find(outside).map(|(_, address)| *address)
+fn address_outside(endpoint: &Endpoint, subnet: &Subnet) -> Option<IpAddr> {
+    let is_outside = |(family, address): &(Family, &IpAddr)| !subnet.get(*family).is_some_and(|range| range.contains(**address));
+    endpoint.addresses().iter().find(is_outside).map(|(_, address)| *address)
 }

@@ -1,28 +1,28 @@
 //! Attach and detach over a kernel that is made up: what it holds survives the agent, it can refuse, and it can be slow.
 
 mod crash;
+mod fake_kernel;
 mod holders;
-mod kernel;
 mod modes;
 
 use std::net::IpAddr;
 
-use super::book::{FILE, JOURNAL};
-use super::table::Stored;
+use super::persist::{FILE, JOURNAL};
+use super::table::StoredTable;
 use super::*;
 use crate::model::Vni;
-use crate::model::device::BRIDGE_PORTS;
+use crate::model::device::MAX_BRIDGE_PORTS;
 use crate::state::Journal;
-use kernel::FakeKernel;
+use fake_kernel::FakeKernel;
 
-struct Host {
+struct TestHost {
     directory: tempfile::TempDir,
     kernel: FakeKernel,
 }
 
-impl Host {
-    fn new(namespaces: &[&str]) -> Host {
-        Host { directory: tempfile::tempdir().unwrap(), kernel: FakeKernel::new(namespaces) }
+impl TestHost {
+    fn new(namespaces: &[&str]) -> TestHost {
+        TestHost { directory: tempfile::tempdir().unwrap(), kernel: FakeKernel::new(namespaces) }
     }
 
     /// Starts an agent; the network is set where a subnet is given.
@@ -36,11 +36,11 @@ impl Host {
     }
 
     /// What is written down.
-    fn file(&self) -> String {
+    fn stored_json(&self) -> String {
         let at = |name| self.directory.path().join(name);
-        let stored: Stored = crate::state::peek(&at(FILE)).unwrap().unwrap_or_default();
+        let stored: StoredTable = crate::state::peek(&at(FILE)).unwrap().unwrap_or_default();
         let changes = Journal::peek(&at(JOURNAL)).unwrap_or_default();
-        serde_json::to_string_pretty(&stored.after(changes)).unwrap()
+        serde_json::to_string_pretty(&stored.replay(changes)).unwrap()
     }
 }
 
@@ -54,184 +54,209 @@ fn name(text: &str) -> EndpointName {
     text.parse().unwrap()
 }
 
-fn ask(netns: &str) -> AttachRequest {
+fn attach_request(netns: &str) -> AttachRequest {
     AttachRequest { netns: Some(netns.into()), ..AttachRequest::default() }
 }
 
-fn ask_for(netns: &str, addresses: &[&str]) -> AttachRequest {
+fn attach_request_with(netns: &str, addresses: &[&str]) -> AttachRequest {
     let parsed = addresses.iter().map(|a| a.parse::<IpAddr>().unwrap());
-    AttachRequest { addresses: parsed.map(|a| (crate::model::Family::of(a), a)).collect(), ..ask(netns) }
+    AttachRequest { addresses: parsed.map(|a| (crate::model::Family::of(a), a)).collect(), ..attach_request(netns) }
 }
 
-fn routes(plug: &crate::plan::Plug) -> Vec<String> {
-    plug.routes.iter().map(|(destination, gateway)| format!("{destination} via {gateway}")).collect()
+fn format_routes(spec: &crate::plan::PortSpec) -> Vec<String> {
+    spec.routes.iter().map(|(destination, gateway)| format!("{destination} via {gateway}")).collect()
 }
 
 const DUAL: &str = "10.244.1.0-24&fd00:10:244:1::-64";
 
 #[tokio::test]
-async fn an_attach_gives_an_address_in_each_family_and_plugs_it() {
-    let host = Host::new(&["/ns/a"]);
+async fn attach_allocates_addresses_and_creates_port() {
+    let host = TestHost::new(&["/ns/a"]);
     let endpoints = host.start(DUAL).await;
-    let mut ports = endpoints.plugged();
-    let attached = endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
+    let mut ports = endpoints.ports();
+    let attached = endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap();
     assert_eq!(attached.endpoint.addresses().v4.unwrap().to_string(), "10.244.1.2");
     assert_eq!(attached.endpoint.addresses().v6.unwrap().to_string(), "fd00:10:244:1::2");
     assert_eq!(attached.prefix_length, PerFamily { v4: Some(24), v6: Some(64) });
     assert_eq!(attached.gateway.v4.unwrap().to_string(), "10.244.1.1");
     assert_eq!((attached.endpoint.port.as_ref().unwrap().interface.as_str(), attached.mtu), ("eth0", Some(1430)));
-    let plugs = host.kernel.plugs();
+    let plugs = host.kernel.port_specs();
     let plug = &plugs[&attached.endpoint.port.as_ref().unwrap().host_interface];
     assert_eq!(plug.addresses.iter().map(ToString::to_string).collect::<Vec<_>>(), ["10.244.1.2/24", "fd00:10:244:1::2/64"]);
-    assert_eq!(routes(plug), ["0.0.0.0/0 via 10.244.1.1", "::/0 via fd00:10:244:1::1"]);
+    assert_eq!(format_routes(plug), ["0.0.0.0/0 via 10.244.1.1", "::/0 via fd00:10:244:1::1"]);
     assert_eq!((plug.mac, plug.bridge.name().as_str()), (attached.endpoint.port.as_ref().unwrap().mac, "ovb.1"));
     assert!(ports.has_changed().unwrap());
     assert_eq!(*ports.borrow_and_update(), vec![Arc::new(attached.endpoint.clone())]);
 
     // The same again is the same endpoint, and one that others took away is put back.
     host.kernel.remove(&attached.endpoint.port.as_ref().unwrap().host_interface);
-    assert_eq!(endpoints.attach(name("a"), ask("/ns/a")).await.unwrap(), attached);
-    assert_eq!(host.kernel.plugs(), plugs);
+    assert_eq!(endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap(), attached);
+    assert_eq!(host.kernel.port_specs(), plugs);
     host.kernel.remove(&attached.endpoint.port.as_ref().unwrap().host_interface);
-    assert!(endpoints.heal().await.is_empty());
-    assert_eq!(host.kernel.plugs(), plugs);
+    assert!(endpoints.reconcile_ports().await.is_empty());
+    assert_eq!(host.kernel.port_specs(), plugs);
 
     assert_eq!(endpoints.detach(name("a"), false).await.unwrap().endpoint, Some(name("a")));
     assert_eq!(endpoints.detach(name("a"), false).await.unwrap().endpoint, None);
-    assert!(host.kernel.plugs().is_empty() && endpoints.list().is_empty() && ports.borrow().is_empty());
+    assert!(host.kernel.port_specs().is_empty() && endpoints.list().is_empty() && ports.borrow().is_empty());
     assert_eq!(
-        endpoints.attach(name("a"), ask("/ns/a")).await.unwrap().endpoint.addresses().v4.unwrap().to_string(),
+        endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap().endpoint.addresses().v4.unwrap().to_string(),
         "10.244.1.3"
     );
 }
 
 #[tokio::test]
-async fn what_cannot_be_is_refused_by_name_and_leaves_nothing() {
-    let host = Host::new(&["/ns/a", "/ns/b"]);
+async fn invalid_attach_is_rejected_without_leftovers() {
+    let host = TestHost::new(&["/ns/a", "/ns/b"]);
     let endpoints = host.start("").await;
-    let error = endpoints.attach(name("a"), ask("/ns/a")).await.unwrap_err();
-    assert!(error.to_string().starts_with("no subnet is leased yet") && error.class() == Class::NotReady);
+    let error = endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap_err();
+    assert!(error.to_string().starts_with("no subnet is leased yet") && error.class() == ErrorClass::NotReady);
     let known = tokio::spawn({
         let endpoints = endpoints.clone();
-        async move { endpoints.network_known().await }
+        async move { endpoints.wait_for_network().await }
     });
     tokio::task::yield_now().await;
     assert!(!known.is_finished());
     endpoints.set_network(Some(network("10.244.1.0-24")));
     tokio::time::timeout(Duration::from_secs(5), known).await.expect("it is known").unwrap();
-    endpoints.attach(name("a"), ask_for("/ns/a", &["10.244.1.77"])).await.unwrap();
-    let before = (host.file(), host.kernel.plugs());
-    let other_interface = AttachRequest { interface: Some("eth1".to_owned()), ..ask("/ns/a") };
+    endpoints.attach(name("a"), attach_request_with("/ns/a", &["10.244.1.77"])).await.unwrap();
+    let before = (host.stored_json(), host.kernel.port_specs());
+    let other_interface = AttachRequest { interface: Some("eth1".to_owned()), ..attach_request("/ns/a") };
     for (who, request, class, expected) in [
-        ("a", ask("/ns/b"), Class::Conflict, "endpoint a is attached with network namespace /ns/a, not network namespace /ns/b"),
-        ("a", other_interface, Class::Conflict, "endpoint a is attached with interface eth0, not interface eth1"),
         (
             "a",
-            ask_for("/ns/a", &["10.244.1.78"]),
-            Class::Conflict,
+            attach_request("/ns/b"),
+            ErrorClass::Conflict,
+            "endpoint a is attached with network namespace /ns/a, not network namespace /ns/b",
+        ),
+        ("a", other_interface, ErrorClass::Conflict, "endpoint a is attached with interface eth0, not interface eth1"),
+        (
+            "a",
+            attach_request_with("/ns/a", &["10.244.1.78"]),
+            ErrorClass::Conflict,
             "endpoint a is attached with address 10.244.1.77, not 10.244.1.78",
         ),
-        ("a", ask_for("/ns/a", &["fd00::1"]), Class::Conflict, "endpoint a is attached with no IPv6 address, not fd00::1"),
-        ("b", ask("/ns/a"), Class::Conflict, "interface eth0 in /ns/a belongs to endpoint a"),
-        ("b", ask("/ns/c"), Class::BadValue, "there is no network namespace at /ns/c"),
-        ("b", ask("ns/b"), Class::BadValue, "is not an absolute path"),
-        ("b", ask_for("/ns/b", &["10.244.1.77"]), Class::Conflict, "address 10.244.1.77 is in use by endpoint a"),
-        ("b", ask_for("/ns/b", &["10.244.1.1"]), Class::BadValue, "is the gateway of"),
-        ("b", ask_for("/ns/b", &["10.244.2.7"]), Class::BadValue, "is outside this host's subnet 10.244.1.0/24"),
-        ("b", ask_for("/ns/b", &["fd00::7"]), Class::BadValue, "this host's subnet 10.244.1.0/24 has no IPv6"),
+        (
+            "a",
+            attach_request_with("/ns/a", &["fd00::1"]),
+            ErrorClass::Conflict,
+            "endpoint a is attached with no IPv6 address, not fd00::1",
+        ),
+        ("b", attach_request("/ns/a"), ErrorClass::Conflict, "interface eth0 in /ns/a belongs to endpoint a"),
+        ("b", attach_request("/ns/c"), ErrorClass::InvalidRequest, "there is no network namespace at /ns/c"),
+        ("b", attach_request("ns/b"), ErrorClass::InvalidRequest, "is not an absolute path"),
+        (
+            "b",
+            attach_request_with("/ns/b", &["10.244.1.77"]),
+            ErrorClass::Conflict,
+            "address 10.244.1.77 is in use by endpoint a",
+        ),
+        ("b", attach_request_with("/ns/b", &["10.244.1.1"]), ErrorClass::InvalidRequest, "is the gateway of"),
+        (
+            "b",
+            attach_request_with("/ns/b", &["10.244.2.7"]),
+            ErrorClass::InvalidRequest,
+            "is outside this host's subnet 10.244.1.0/24",
+        ),
+        (
+            "b",
+            attach_request_with("/ns/b", &["fd00::7"]),
+            ErrorClass::InvalidRequest,
+            "this host's subnet 10.244.1.0/24 has no IPv6",
+        ),
     ] {
         let error = endpoints.attach(name(who), request).await.expect_err(expected);
         assert!(error.to_string().contains(expected), "{error}");
         assert_eq!(error.class(), class, "{error}");
     }
-    assert_eq!((host.file(), host.kernel.plugs()), before);
+    assert_eq!((host.stored_json(), host.kernel.port_specs()), before);
     // The holder's namespace is gone: nothing is lost by taking the name over.
-    host.kernel.kill("/ns/a");
-    endpoints.attach(name("a"), ask("/ns/b")).await.unwrap();
-    assert_eq!(host.kernel.plugs().len(), 1);
+    host.kernel.remove_netns("/ns/a");
+    endpoints.attach(name("a"), attach_request("/ns/b")).await.unwrap();
+    assert_eq!(host.kernel.port_specs().len(), 1);
 }
 
 #[tokio::test]
-async fn a_full_subnet_says_so_and_gives_nothing_of_the_other_family_away() {
-    let host = Host::new(&["/ns/a", "/ns/b", "/ns/c"]);
+async fn full_subnet_rejects_without_allocating_other_family() {
+    let host = TestHost::new(&["/ns/a", "/ns/b", "/ns/c"]);
     let endpoints = host.start("10.244.1.4-30&fd00:10:244:1::-64").await;
-    endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
-    let error = endpoints.attach(name("b"), ask("/ns/b")).await.unwrap_err();
+    endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap();
+    let error = endpoints.attach(name("b"), attach_request("/ns/b")).await.unwrap_err();
     assert!(error.to_string().starts_with("subnet 10.244.1.4/30 is full: 1 addresses in use"), "{error}");
-    assert_eq!(error.class(), Class::Conflict);
+    assert_eq!(error.class(), ErrorClass::Conflict);
     endpoints.detach(name("a"), false).await.unwrap();
-    let again = endpoints.attach(name("c"), ask("/ns/c")).await.unwrap();
+    let again = endpoints.attach(name("c"), attach_request("/ns/c")).await.unwrap();
     assert_eq!(again.endpoint.addresses().v4.unwrap().to_string(), "10.244.1.6");
     assert_eq!(again.endpoint.addresses().v6.unwrap().to_string(), "fd00:10:244:1::3");
 }
 
 #[tokio::test]
-async fn a_refusing_kernel_leaves_nothing_behind() {
-    let host = Host::new(&["/ns/a"]);
+async fn kernel_error_leaves_nothing_behind() {
+    let host = TestHost::new(&["/ns/a"]);
     let endpoints = host.start(DUAL).await;
-    host.kernel.refuse_plugs(1);
-    let error = endpoints.attach(name("a"), ask("/ns/a")).await.unwrap_err();
+    host.kernel.fail_attaches(1);
+    let error = endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap_err();
     assert!(error.to_string().contains("endpoint a: no plug today"), "{error}");
-    assert_eq!(error.class(), Class::Internal);
-    assert!(host.kernel.plugs().is_empty() && endpoints.list().is_empty() && !host.file().contains("\"a\""));
+    assert_eq!(error.class(), ErrorClass::Internal);
+    assert!(host.kernel.port_specs().is_empty() && endpoints.list().is_empty() && !host.stored_json().contains("\"a\""));
     // Neither plugs nor unplugs: what is left is cleared by the audit, or by the next attach.
     for cleared_by_audit in [true, false] {
-        host.kernel.refuse_plugs(1);
-        host.kernel.refuse_unplugs_after(1);
-        endpoints.attach(name("a"), ask("/ns/a")).await.unwrap_err();
-        assert!(endpoints.list().is_empty() && host.file().contains("\"a\""));
-        host.kernel.refuse_nothing();
+        host.kernel.fail_attaches(1);
+        host.kernel.fail_detaches_after(1);
+        endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap_err();
+        assert!(endpoints.list().is_empty() && host.stored_json().contains("\"a\""));
+        host.kernel.clear_failures();
         if cleared_by_audit {
             assert!(endpoints.audit().await.is_empty());
-            assert!(!host.file().contains("\"a\""));
+            assert!(!host.stored_json().contains("\"a\""));
         } else {
-            endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
+            endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap();
             assert_eq!(endpoints.list().len(), 1);
         }
     }
 }
 
 #[tokio::test]
-async fn endpoints_and_the_order_of_addresses_survive_a_restart() {
-    let host = Host::new(&["/ns/a", "/ns/b", "/ns/c"]);
+async fn endpoints_and_address_order_survive_restart() {
+    let host = TestHost::new(&["/ns/a", "/ns/b", "/ns/c"]);
     let endpoints = host.start(DUAL).await;
-    let a = endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
-    endpoints.attach(name("b"), ask("/ns/b")).await.unwrap();
+    let a = endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap();
+    endpoints.attach(name("b"), attach_request("/ns/b")).await.unwrap();
     endpoints.detach(name("b"), false).await.unwrap();
     endpoints.close().await;
-    assert!(matches!(endpoints.attach(name("b"), ask("/ns/b")).await, Err(EndpointError::Ending)));
+    assert!(matches!(endpoints.attach(name("b"), attach_request("/ns/b")).await, Err(EndpointError::ShuttingDown)));
     drop(endpoints);
 
-    let plugged = host.kernel.changes();
+    let plugged = host.kernel.change_count();
     let endpoints = host.start(DUAL).await;
-    assert_eq!(host.kernel.changes(), plugged, "a restart changes nothing in the kernel");
+    assert_eq!(host.kernel.change_count(), plugged, "a restart changes nothing in the kernel");
     assert_eq!(endpoints.list(), vec![a.endpoint.clone()]);
-    assert_eq!(*endpoints.plugged().borrow(), vec![Arc::new(a.endpoint.clone())]);
-    assert_eq!(endpoints.attach(name("a"), ask("/ns/a")).await.unwrap(), a);
-    let c = endpoints.attach(name("c"), ask("/ns/c")).await.unwrap();
+    assert_eq!(*endpoints.ports().borrow(), vec![Arc::new(a.endpoint.clone())]);
+    assert_eq!(endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap(), a);
+    let c = endpoints.attach(name("c"), attach_request("/ns/c")).await.unwrap();
     assert_eq!(c.endpoint.addresses().v4.unwrap().to_string(), "10.244.1.4");
 }
 
 #[tokio::test]
-async fn an_endpoint_whose_namespace_is_gone_is_detached_at_the_second_look() {
-    let host = Host::new(&["/ns/a", "/ns/b"]);
+async fn missing_netns_is_detached_at_second_audit() {
+    let host = TestHost::new(&["/ns/a", "/ns/b"]);
     let endpoints = host.start(DUAL).await;
-    endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
-    endpoints.attach(name("b"), ask("/ns/b")).await.unwrap();
-    host.kernel.kill("/ns/a");
-    let ports = endpoints.plugged();
+    endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap();
+    endpoints.attach(name("b"), attach_request("/ns/b")).await.unwrap();
+    host.kernel.remove_netns("/ns/a");
+    let ports = endpoints.ports();
     assert!(endpoints.audit().await.is_empty());
     assert_eq!((endpoints.list().len(), ports.borrow().len()), (2, 1), "its port went with the namespace");
-    host.kernel.revive("/ns/a");
+    host.kernel.restore_netns("/ns/a");
     assert!(endpoints.audit().await.is_empty());
     assert_eq!(ports.borrow().len(), 2);
     // A namespace that is there again under the same path, as after a reboot, is known again at once when it is asked for.
-    host.kernel.kill("/ns/a");
+    host.kernel.remove_netns("/ns/a");
     assert!(endpoints.audit().await.is_empty());
-    host.kernel.revive("/ns/a");
-    endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
+    host.kernel.restore_netns("/ns/a");
+    endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap();
     assert_eq!(ports.borrow().len(), 2);
-    host.kernel.kill("/ns/a");
+    host.kernel.remove_netns("/ns/a");
     endpoints.close().await;
     drop(endpoints);
     // The start is the first look.
@@ -239,13 +264,13 @@ async fn an_endpoint_whose_namespace_is_gone_is_detached_at_the_second_look() {
     assert_eq!(endpoints.list().len(), 2);
     assert_eq!(endpoints.audit().await, vec![name("a")]);
     assert_eq!(endpoints.list().len(), 1);
-    assert_eq!(host.kernel.plugs().len(), 1);
+    assert_eq!(host.kernel.port_specs().len(), 1);
 }
 
 #[tokio::test]
-async fn audits_begin_with_the_first_endpoint_and_end_with_the_last() {
+async fn audits_run_only_while_endpoints_exist() {
     const INTERVAL: Duration = Duration::from_millis(10);
-    let host = Host::new(&["/ns/a"]);
+    let host = TestHost::new(&["/ns/a"]);
     let endpoints = host.start(DUAL).await;
     let stop = CancellationToken::new();
     let task = tokio::spawn({
@@ -255,100 +280,102 @@ async fn audits_begin_with_the_first_endpoint_and_end_with_the_last() {
     for _ in 0..2 {
         // Long enough to be at rest.
         tokio::time::sleep(INTERVAL * 3).await;
-        assert!(endpoints.is_at_rest());
-        endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
-        host.kernel.kill("/ns/a");
+        assert!(endpoints.is_idle());
+        endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap();
+        host.kernel.remove_netns("/ns/a");
         let gone = async {
-            while !endpoints.list().is_empty() || !endpoints.is_at_rest() {
+            while !endpoints.list().is_empty() || !endpoints.is_idle() {
                 tokio::time::sleep(INTERVAL).await;
             }
         };
         tokio::time::timeout(Duration::from_secs(10), gone).await.expect("it is found by the audits");
-        host.kernel.revive("/ns/a");
+        host.kernel.restore_netns("/ns/a");
     }
     stop.cancel();
     task.await.unwrap();
 }
 
 #[tokio::test]
-async fn another_subnet_makes_endpoints_stale_but_not_unreachable_to_detach() {
-    let host = Host::new(&["/ns/a", "/ns/b"]);
+async fn subnet_change_makes_endpoints_stale_but_detachable() {
+    let host = TestHost::new(&["/ns/a", "/ns/b"]);
     let endpoints = host.start("10.244.1.0-24").await;
-    endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
+    endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap();
     endpoints.set_network(None);
     assert!(endpoints.stale().is_empty());
     endpoints.set_network(Some(network("10.244.9.0-24")));
     assert_eq!(endpoints.stale().len(), 1);
-    let error = endpoints.attach(name("a"), ask("/ns/a")).await.unwrap_err().to_string();
+    let error = endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap_err().to_string();
     assert!(error.contains("endpoint a has 10.244.1.2, outside the present subnet 10.244.9.0/24"), "{error}");
-    let b = endpoints.attach(name("b"), ask("/ns/b")).await.unwrap();
+    let b = endpoints.attach(name("b"), attach_request("/ns/b")).await.unwrap();
     assert_eq!(b.endpoint.addresses().v4.unwrap().to_string(), "10.244.9.2");
     endpoints.detach(name("a"), false).await.unwrap();
-    let a = endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
+    let a = endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap();
     assert_eq!(a.endpoint.addresses().v4.unwrap().to_string(), "10.244.9.3");
     assert!(endpoints.stale().is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn many_at_once_get_addresses_of_their_own_and_one_name_is_one_endpoint() {
+async fn concurrent_attaches_get_unique_addresses() {
     let namespaces: Vec<String> = (0..200).map(|i| format!("/ns/{i}")).collect();
-    let host = Host::new(&namespaces.iter().map(String::as_str).collect::<Vec<_>>());
+    let host = TestHost::new(&namespaces.iter().map(String::as_str).collect::<Vec<_>>());
     let endpoints = host.start(DUAL).await;
     let mut all = JoinSet::new();
     for i in 0..200 {
         // Each name is asked for twice at the same time.
         for _ in 0..2 {
             let endpoints = endpoints.clone();
-            all.spawn(async move { endpoints.attach(name(&format!("c{i}")), ask(&format!("/ns/{i}"))).await.unwrap() });
+            all.spawn(
+                async move { endpoints.attach(name(&format!("c{i}")), attach_request(&format!("/ns/{i}"))).await.unwrap() },
+            );
         }
     }
     let attached = all.join_all().await;
-    let distinct = |of: fn(&Attached) -> String| attached.iter().map(of).collect::<BTreeSet<_>>().len();
+    let distinct = |of: fn(&AttachResponse) -> String| attached.iter().map(of).collect::<BTreeSet<_>>().len();
     assert_eq!(distinct(|a| a.endpoint.addresses().v4.unwrap().to_string()), 200);
     assert_eq!(distinct(|a| a.endpoint.addresses().v6.unwrap().to_string()), 200);
     assert_eq!(distinct(|a| a.endpoint.port.as_ref().unwrap().mac.to_string()), 200);
     assert_eq!(distinct(|a| a.endpoint.port.as_ref().unwrap().host_interface.clone()), 200);
-    assert_eq!(host.kernel.plugs().len(), 200);
+    assert_eq!(host.kernel.port_specs().len(), 200);
     let mut all = JoinSet::new();
     for endpoint in endpoints.list() {
         let endpoints = endpoints.clone();
         all.spawn(async move { endpoints.detach(endpoint.name, false).await.unwrap() });
     }
     all.join_all().await;
-    assert!(host.kernel.plugs().is_empty());
-    assert!(lock(&endpoints.0.names).len() <= MOST_AT_ONCE + 200);
+    assert!(host.kernel.port_specs().is_empty());
+    assert!(lock(&endpoints.0.name_locks).len() <= MAX_CONCURRENT + 200);
 }
 
 #[tokio::test]
-async fn a_client_that_goes_away_does_not_stop_an_attach_half_way() {
-    let host = Host::new(&["/ns/a"]);
+async fn client_disconnect_does_not_abort_attach() {
+    let host = TestHost::new(&["/ns/a"]);
     let endpoints = host.start(DUAL).await;
-    let gate = host.kernel.hang_before_plug();
-    let asked = tokio::time::timeout(Duration::from_millis(50), endpoints.attach(name("a"), ask("/ns/a"))).await;
+    let gate = host.kernel.block_before_attach();
+    let asked = tokio::time::timeout(Duration::from_millis(50), endpoints.attach(name("a"), attach_request("/ns/a"))).await;
     assert!(asked.is_err());
     gate.add_permits(1);
     endpoints.close().await;
     assert_eq!(endpoints.list().len(), 1);
-    assert_eq!(host.kernel.plugs().len(), 1);
+    assert_eq!(host.kernel.port_specs().len(), 1);
 }
 
 #[tokio::test]
-async fn an_attach_answers_when_its_rules_are_in_place() {
-    let host = Host::new(&["/ns/a", "/ns/b", "/ns/c"]);
+async fn attach_waits_for_rules() {
+    let host = TestHost::new(&["/ns/a", "/ns/b", "/ns/c"]);
     let endpoints = host.start(DUAL).await;
-    let programmed = endpoints.programmed();
-    let mut plugged = endpoints.plugged();
+    let programmed = endpoints.applied_endpoints();
+    let mut plugged = endpoints.ports();
     let asked = endpoints.clone();
-    let attach = tokio::spawn(async move { asked.attach(name("a"), ask("/ns/a")).await });
+    let attach = tokio::spawn(async move { asked.attach(name("a"), attach_request("/ns/a")).await });
     let all = plugged.wait_for(|all| !all.is_empty()).await.unwrap().clone();
     tokio::time::sleep(Duration::from_millis(20)).await;
     assert!(!attach.is_finished());
     programmed.send_replace(all);
     attach.await.unwrap().unwrap();
     // Where the guard was told by the plug, only published ports are waited for.
-    host.kernel.tell_guard();
-    endpoints.attach(name("b"), ask("/ns/b")).await.unwrap();
-    let publishes = AttachRequest { publish: vec!["80:80".parse().unwrap()], ..ask("/ns/c") };
+    host.kernel.apply_source_filter();
+    endpoints.attach(name("b"), attach_request("/ns/b")).await.unwrap();
+    let publishes = AttachRequest { publish: vec!["80:80".parse().unwrap()], ..attach_request("/ns/c") };
     let asked = endpoints.clone();
     let attach = tokio::spawn(async move { asked.attach(name("c"), publishes).await });
     let all = plugged.wait_for(|all| all.len() == 3).await.unwrap().clone();
@@ -362,31 +389,31 @@ async fn an_attach_answers_when_its_rules_are_in_place() {
 }
 
 #[tokio::test]
-async fn a_panic_below_is_an_error_and_the_name_stays_usable() {
-    let host = Host::new(&["/ns/a"]);
+async fn panic_in_attach_leaves_name_usable() {
+    let host = TestHost::new(&["/ns/a"]);
     let endpoints = host.start(DUAL).await;
-    host.kernel.panic_at_next_plug();
-    let error = endpoints.attach(name("a"), ask("/ns/a")).await.unwrap_err();
-    assert!(matches!(error, EndpointError::Defect { .. }), "{error}");
-    endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
+    host.kernel.panic_on_next_attach();
+    let error = endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap_err();
+    assert!(matches!(error, EndpointError::Internal { .. }), "{error}");
+    endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap();
     assert_eq!(endpoints.list().len(), 1);
 }
 
 #[tokio::test]
-async fn attach_beyond_the_ports_of_a_bridge_is_refused() {
-    let namespaces: Vec<String> = (0..=BRIDGE_PORTS).map(|number| format!("/ns/{number}")).collect();
-    let host = Host::new(&namespaces.iter().map(String::as_str).collect::<Vec<_>>());
+async fn attach_beyond_bridge_port_limit_is_rejected() {
+    let namespaces: Vec<String> = (0..=MAX_BRIDGE_PORTS).map(|number| format!("/ns/{number}")).collect();
+    let host = TestHost::new(&namespaces.iter().map(String::as_str).collect::<Vec<_>>());
     let endpoints = host.start("10.244.0.0-21").await;
     for (number, netns) in namespaces[1..].iter().enumerate() {
-        endpoints.attach(name(&format!("c{number}")), ask(netns)).await.unwrap();
+        endpoints.attach(name(&format!("c{number}")), attach_request(netns)).await.unwrap();
     }
-    let before = host.kernel.plugs();
-    let error = endpoints.attach(name("late"), ask(&namespaces[0])).await.unwrap_err();
+    let before = host.kernel.port_specs();
+    let error = endpoints.attach(name("late"), attach_request(&namespaces[0])).await.unwrap_err();
     assert!(error.to_string().contains("all of the 1023 ports that the kernel gives it"), "{error}");
-    assert_eq!((error.class(), host.kernel.plugs().len()), (Class::Conflict, before.len()));
+    assert_eq!((error.class(), host.kernel.port_specs().len()), (ErrorClass::Conflict, before.len()));
     endpoints.detach(name("c7"), false).await.unwrap();
-    endpoints.attach(name("late"), ask(&namespaces[0])).await.unwrap();
+    endpoints.attach(name("late"), attach_request(&namespaces[0])).await.unwrap();
     // Of a namespace that is gone it is taken back.
-    host.kernel.kill(&namespaces[1]);
-    endpoints.attach(name("later"), ask(&namespaces[8])).await.unwrap();
+    host.kernel.remove_netns(&namespaces[1]);
+    endpoints.attach(name("later"), attach_request(&namespaces[8])).await.unwrap();
 }

@@ -2,23 +2,23 @@
 
 use std::sync::Arc;
 
-use super::table::{Phase, Record};
+use super::table::{EndpointRecord, Phase};
 use super::{Endpoints, lock};
 use crate::model::PerFamily;
 use crate::model::api::{EndpointView, IpamView};
 use crate::model::network::NetworkConfig;
-use crate::plan::ContainerPath;
+use crate::plan::PortDriver;
 
 /// The state of an endpoint that is as it should be.
 const IN_PLACE: &str = "in place";
 
-impl<C: ContainerPath + 'static> Endpoints<C> {
+impl<C: PortDriver + 'static> Endpoints<C> {
     /// Every endpoint, compared with the kernel: namespace, interface, MAC, addresses, routes. Changes nothing. Ports and counters are for the
     /// caller to add.
     pub async fn views(&self) -> Vec<EndpointView> {
         let endpoints = self.clone();
         let looked = tokio::task::spawn_blocking(move || {
-            let records: Vec<Record> =
+            let records: Vec<EndpointRecord> =
                 lock(&endpoints.0.table).records().filter(|r| r.phase == Phase::Attached).cloned().collect();
             records.into_iter().map(|record| endpoints.view(record)).collect()
         });
@@ -26,12 +26,12 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
         looked.await.unwrap_or_default()
     }
 
-    fn view(&self, record: Record) -> EndpointView {
+    fn view(&self, record: EndpointRecord) -> EndpointView {
         let inner = Arc::clone(&self.0);
-        let wanted = lock(&inner.table).plug(&record.endpoint);
+        let wanted = lock(&inner.table).port_spec(&record.endpoint);
         let state = match wanted {
             _ if !inner.is_alive(&record) => "its network namespace is gone".to_owned(),
-            Ok((Some(plug), _)) => match inner.path.difference(&plug) {
+            Ok((Some(spec), _)) => match inner.driver.check_port(&spec) {
                 Ok(None) => IN_PLACE.to_owned(),
                 Ok(Some(difference)) => difference,
                 Err(error) => error.to_string(),
@@ -55,7 +55,7 @@ impl<C: ContainerPath + 'static> Endpoints<C> {
                 network: of.network,
                 subnet: range,
                 gateway,
-                docker: pool.docker().map(|share| share.fixed),
+                docker: pool.docker_share().map(|share| share.fixed_cidr),
                 first: pool.first(),
                 last: pool.last(),
                 in_use: pool.in_use(),

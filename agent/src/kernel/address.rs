@@ -3,7 +3,7 @@
 use ipnetwork::IpNetwork;
 
 use super::link::Links;
-use super::socket::Refusal;
+use super::route_socket::KernelError;
 use super::sysctl;
 use crate::model::Device;
 use crate::plan::OpError;
@@ -15,17 +15,17 @@ pub async fn set(links: &mut Links<'_>, device: Device, address: IpNetwork, pres
     let result = match links.known.index(device) {
         Some(index) if present => links.rtnl.add_address(index, address).await,
         Some(index) => links.rtnl.delete_address(index, address).await,
-        None => Err(Refusal { errno: libc::ENODEV, detail: format!("{device} is not there") }),
+        None => Err(KernelError { errno: libc::ENODEV, detail: format!("{device} is not there") }),
     };
     match result {
         // Gone already, or with its device.
         Err(e) if !present && matches!(e.errno, libc::EADDRNOTAVAIL | libc::ENODEV) => {}
         Err(e) if e.errno == libc::EACCES && address.is_ipv6() => {
-            let mut error = e.during(what());
+            let mut error = e.context(what());
             error.message.push_str(&format!("; sysctl -w net/{}=0", sysctl::disable_ipv6(&device.name())));
             return Err(error);
         }
-        other => other.map_err(|e| e.during(what()))?,
+        other => other.map_err(|e| e.context(what()))?,
     }
     if present {
         links.known.addresses.insert((device, address));

@@ -13,39 +13,39 @@ use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_ROUTE;
 use nix::sys::socket::{setsockopt, sockopt};
 
-use super::known::Known;
-use super::message::messages;
-use super::socket::{Refusal, outcome};
-use super::wire;
-use crate::plan::state::Via;
+use super::cache::KernelCache;
+use super::nlmsg::messages;
+use super::peer_messages;
+use super::route_socket::{KernelError, parse_ack};
+use crate::plan::state::RouteTarget;
 use crate::plan::{ApplyReport, Key, Op, OpError, Value};
 
 /// Ops to one `send`: with more, the gain is below a percent, and the table locks are held longer.
-const CHUNK: usize = 200;
+const OPS_PER_SEND: usize = 200;
 /// Socket buffers in bytes: room for an error of some hundred bytes to each message of a chunk, many times over.
-const BUFFER: usize = 8 << 20;
+const SOCKET_BUFFER_SIZE: usize = 8 << 20;
 /// Answers are datagrams of some hundred bytes each.
-const RECEIVE: usize = 16 * 1024;
+const RECEIVE_SIZE: usize = 16 * 1024;
 
 /// The socket of the batches.
 #[derive(Debug)]
 pub struct BatchSocket {
     socket: Socket,
-    port: u32,
+    port_id: u32,
     sequence: u32,
     output: Vec<u8>,
     input: Vec<u8>,
     /// The messages of the chunk, in order.
-    sent: Vec<Sent>,
+    sent: Vec<SentMessage>,
 }
 
 /// A message of a chunk.
 #[derive(Debug, Clone, Copy)]
-struct Sent {
+struct SentMessage {
     /// The op it belongs to, within the chunk.
-    op: usize,
+    op_index: usize,
     /// It removes something: that there is nothing to remove is success.
-    removes: bool,
+    is_delete: bool,
     /// Where its header begins in the output.
     start: usize,
 }
@@ -53,81 +53,81 @@ struct Sent {
 impl BatchSocket {
     /// Opens the socket in the calling thread's network namespace.
     pub fn open() -> Result<BatchSocket, OpError> {
-        BatchSocket::try_open().map_err(|e| Refusal::from(e).during("cannot open an rtnetlink socket for batches"))
+        BatchSocket::try_open().map_err(|e| KernelError::from(e).context("cannot open an rtnetlink socket for batches"))
     }
 
     fn try_open() -> io::Result<BatchSocket> {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
-        let port = socket.bind_auto()?.port_number();
+        let port_id = socket.bind_auto()?.port_number();
         socket.set_cap_ack(true)?;
         socket.set_ext_ack(true)?;
         // Without CAP_NET_ADMIN in the initial user namespace the size is cut to net.core.{r,w}mem_max: then losses are more likely, no more.
-        if setsockopt(&socket, sockopt::RcvBufForce, &BUFFER).is_err() {
-            setsockopt(&socket, sockopt::RcvBuf, &BUFFER)?;
+        if setsockopt(&socket, sockopt::RcvBufForce, &SOCKET_BUFFER_SIZE).is_err() {
+            setsockopt(&socket, sockopt::RcvBuf, &SOCKET_BUFFER_SIZE)?;
         }
-        if setsockopt(&socket, sockopt::SndBufForce, &BUFFER).is_err() {
-            setsockopt(&socket, sockopt::SndBuf, &BUFFER)?;
+        if setsockopt(&socket, sockopt::SndBufForce, &SOCKET_BUFFER_SIZE).is_err() {
+            setsockopt(&socket, sockopt::SndBuf, &SOCKET_BUFFER_SIZE)?;
         }
-        Ok(BatchSocket { socket, port, sequence: 0, output: Vec::new(), input: vec![0; RECEIVE], sent: Vec::new() })
+        Ok(BatchSocket { socket, port_id, sequence: 0, output: Vec::new(), input: vec![0; RECEIVE_SIZE], sent: Vec::new() })
     }
 
     /// The port id by which the kernel names this socket in events.
-    pub fn port(&self) -> u32 {
-        self.port
+    pub fn port_id(&self) -> u32 {
+        self.port_id
     }
 
     /// A receive buffer of that many bytes, so small that answers get lost.
     #[cfg(test)]
-    pub fn shrink(&self, bytes: usize) {
+    pub fn set_receive_buffer(&self, bytes: usize) {
         setsockopt(&self.socket, sockopt::RcvBuf, &bytes).expect("a small buffer");
     }
 
-    /// Applies ops that are all of the kinds of [`wire::is_wire`]; `first` is the index of the first one in the report.
-    pub fn apply(&mut self, ops: &[Op], first: usize, known: &mut Known, report: &mut ApplyReport) {
-        known.reserve(ops);
-        for (n, chunk) in ops.chunks(CHUNK).enumerate() {
-            let first = first + n * CHUNK;
+    /// Applies ops that are all of the kinds of [`wire::is_peer_entry`]; `first` is the index of the first one in the report.
+    pub fn apply(&mut self, ops: &[Op], first: usize, cache: &mut KernelCache, report: &mut ApplyReport) {
+        cache.reserve(ops);
+        for (n, chunk) in ops.chunks(OPS_PER_SEND).enumerate() {
+            let first = first + n * OPS_PER_SEND;
             let mut failed = Vec::new();
-            if !self.send(chunk, known, &mut failed) {
+            if !self.send_chunk(chunk, cache, &mut failed) {
                 failed.clear();
                 tracing::debug!(ops = chunk.len(), "answers to a batch were lost; sending its messages one by one");
                 for (i, op) in chunk.iter().enumerate() {
-                    let mut one = Vec::new();
-                    if !self.send(std::slice::from_ref(op), known, &mut one) {
-                        one = vec![(0, Refusal { errno: libc::EIO, detail: "the kernel did not answer".to_owned() })];
+                    let mut failure = Vec::new();
+                    if !self.send_chunk(std::slice::from_ref(op), cache, &mut failure) {
+                        failure = vec![(0, KernelError { errno: libc::EIO, detail: "the kernel did not answer".to_owned() })];
                     }
-                    failed.extend(one.into_iter().map(|(_, refusal)| (i, refusal)));
+                    failed.extend(failure.into_iter().map(|(_, error)| (i, error)));
                 }
             }
             failed.sort_by_key(|(i, _)| *i);
             failed.dedup_by_key(|(i, _)| *i);
-            report.failed.extend(failed.into_iter().map(|(i, refusal)| (first + i, explain(&chunk[i], &refusal))));
+            report.failed.extend(failed.into_iter().map(|(i, error)| (first + i, op_error(&chunk[i], &error))));
         }
     }
 
     /// Sends a chunk and collects its failures. False: the outcome is not known.
-    fn send(&mut self, ops: &[Op], known: &mut Known, failed: &mut Vec<(usize, Refusal)>) -> bool {
+    fn send_chunk(&mut self, ops: &[Op], cache: &mut KernelCache, failed: &mut Vec<(usize, KernelError)>) -> bool {
         let base = self.sequence.wrapping_add(1);
         self.output.clear();
         self.sent.clear();
         for (i, op) in ops.iter().enumerate() {
-            if let Err(refusal) = self.write(i, op, known) {
-                failed.push((i, refusal));
+            if let Err(error) = self.append_op(i, op, cache) {
+                failed.push((i, error));
             }
         }
         let Some(last) = self.sent.last() else { return true };
         let flags = last.start + 6;
-        let acknowledged = u16::from_ne_bytes([self.output[flags], self.output[flags + 1]]) | NLM_F_ACK;
-        self.output[flags..flags + 2].copy_from_slice(&acknowledged.to_ne_bytes());
+        let with_ack = u16::from_ne_bytes([self.output[flags], self.output[flags + 1]]) | NLM_F_ACK;
+        self.output[flags..flags + 2].copy_from_slice(&with_ack.to_ne_bytes());
         // A failure shows in the missing acknowledgement.
         if let Err(error) = self.socket.send(&self.output, 0) {
             tracing::debug!(%error, bytes = self.output.len(), "a batch could not be sent");
         }
-        self.collect(base, failed)
+        self.read_replies(base, failed)
     }
 
-    /// Reads all answers to the messages from sequence number `base` on.
-    fn collect(&mut self, base: u32, failed: &mut Vec<(usize, Refusal)>) -> bool {
+    /// Reads all answers to the messages from sequence number `base_chain` on.
+    fn read_replies(&mut self, base: u32, failed: &mut Vec<(usize, KernelError)>) -> bool {
         let (mut complete, mut lost) = (false, false);
         loop {
             let received = match self.socket.recv(&mut self.input.as_mut_slice(), libc::MSG_DONTWAIT) {
@@ -150,79 +150,83 @@ impl BatchSocket {
                     continue;
                 }
                 complete |= position + 1 == self.sent.len();
-                if let Err(refusal) = outcome(body)
-                    && !(sent.removes && matches!(refusal.errno, libc::ENOENT | libc::ESRCH | libc::ENODEV))
+                if let Err(error) = parse_ack(body)
+                    && !(sent.is_delete && matches!(error.errno, libc::ENOENT | libc::ESRCH | libc::ENODEV))
                 {
-                    failed.push((sent.op, refusal));
+                    failed.push((sent.op_index, error));
                 }
             }
         }
     }
 
     /// Appends the messages of an op.
-    fn write(&mut self, i: usize, op: &Op, known: &mut Known) -> Result<(), Refusal> {
+    fn append_op(&mut self, i: usize, op: &Op, cache: &mut KernelCache) -> Result<(), KernelError> {
         let (key, value) = match op {
             Op::Set(key, value) | Op::Delete(key, value) => (key, value),
         };
-        let device = wire::device(key, value);
-        let Some(index) = device.map_or(Some(0), |d| known.index(d)) else {
+        let device = peer_messages::entry_device(key, value);
+        let Some(index) = device.map_or(Some(0), |d| cache.index(d)) else {
             let detail = device.map_or_else(String::new, |d| format!("{d} is not there"));
             return match op {
-                Op::Set(..) => Err(Refusal { errno: libc::ENODEV, detail }),
+                Op::Set(..) => Err(KernelError { errno: libc::ENODEV, detail }),
                 // The kernel removed the entry with its device. Of a next hop or route only the id and destination count.
                 Op::Delete(Key::Fdb(..) | Key::Neigh(..), _) => Ok(()),
                 Op::Delete(..) => {
-                    self.message(i, true, |buffer, sequence| wire::write_delete(buffer, sequence, 0, key));
+                    self.append_message(i, true, |buffer, sequence| peer_messages::write_delete(buffer, sequence, 0, key));
                     Ok(())
                 }
             };
         };
-        let fits = match op {
-            Op::Set(..) => self.message(i, false, |buffer, sequence| wire::write_set(buffer, sequence, index, key, value)),
-            Op::Delete(..) => self.message(i, true, |buffer, sequence| wire::write_delete(buffer, sequence, index, key)),
+        let written = match op {
+            Op::Set(..) => {
+                self.append_message(i, false, |buffer, sequence| peer_messages::write_set(buffer, sequence, index, key, value))
+            }
+            Op::Delete(..) => {
+                self.append_message(i, true, |buffer, sequence| peer_messages::write_delete(buffer, sequence, index, key))
+            }
         };
-        if !fits {
-            return Err(Refusal { errno: libc::EINVAL, detail: "this value cannot be written".to_owned() });
+        if !written {
+            return Err(KernelError { errno: libc::EINVAL, detail: "this value cannot be written".to_owned() });
         }
         match (op, key, value) {
             (Op::Set(..), Key::Fdb(_, mac), Value::Fdb(remote)) => {
-                known.fdb.insert((index, *mac), *remote);
+                cache.fdb.insert((index, *mac), *remote);
             }
             (Op::Delete(..), Key::Fdb(_, mac), _) => {
-                known.fdb.remove(&(index, *mac));
+                cache.fdb.remove(&(index, *mac));
             }
-            (Op::Set(..), Key::Neigh(_, address), _) if !known.removed_neighbours.is_empty() => {
-                known.removed_neighbours.remove(&(index, *address));
+            (Op::Set(..), Key::Neigh(_, address), _) if !cache.removed_neighbours.is_empty() => {
+                cache.removed_neighbours.remove(&(index, *address));
             }
             (Op::Delete(..), Key::Neigh(_, address), _) => {
-                known.removed_neighbours.insert((index, *address));
+                cache.removed_neighbours.insert((index, *address));
             }
             _ => {}
         }
         Ok(())
     }
 
-    fn message(&mut self, op: usize, removes: bool, write: impl FnOnce(&mut Vec<u8>, u32) -> bool) -> bool {
+    fn append_message(&mut self, op_index: usize, is_delete: bool, write: impl FnOnce(&mut Vec<u8>, u32) -> bool) -> bool {
         let start = self.output.len();
         let sequence = self.sequence.wrapping_add(1);
-        let fits = write(&mut self.output, sequence);
-        if fits {
+        let written = write(&mut self.output, sequence);
+        if written {
             self.sequence = sequence;
-            self.sent.push(Sent { op, removes, start });
+            self.sent.push(SentMessage { op_index, is_delete, start });
         }
-        fits
+        written
     }
 }
 
 /// The error of an op, with the remedy where one is known.
-fn explain(op: &Op, refusal: &Refusal) -> OpError {
-    let mut error = refusal.during(op);
-    // `ip6_route_check_nh_onlink` in `net/ipv6/route.c` looks the gateway up although it is on link, and ignores only default routes.
+fn op_error(op: &Op, cause: &KernelError) -> OpError {
+    let mut error = cause.context(op);
+    // `ip6_route_check_nh_onlink` in `net/is_ipv6/route.c` looks the gateway up although it is on link, and ignores only default routes.
     let gateway = match op {
-        Op::Set(_, Value::Nexthop { gateway, .. } | Value::Route(Via::Gateway(_, gateway))) => Some(*gateway),
+        Op::Set(_, Value::Nexthop { gateway, .. } | Value::Route(RouteTarget::Gateway(_, gateway))) => Some(*gateway),
         _ => None,
     };
-    if let (libc::EINVAL, Some(gateway @ IpAddr::V6(_))) = (refusal.errno, gateway) {
+    if let (libc::EINVAL, Some(gateway @ IpAddr::V6(_))) = (cause.errno, gateway) {
         let remedy =
             format!("; does a route by another interface cover {gateway}? ip -6 route show match {gateway} tells: remove it");
         error.message.push_str(&remedy);

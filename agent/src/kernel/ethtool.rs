@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
-use super::socket::Refusal;
+use super::route_socket::KernelError;
 use crate::plan::OpError;
 
 const ETHTOOL_GTXCSUM: u32 = 0x16;
@@ -30,32 +30,32 @@ impl Ethtool {
     /// Opens it in the calling thread's network namespace.
     pub fn open() -> Result<Ethtool, OpError> {
         let opened = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None);
-        let socket = opened.map_err(|e| Refusal::from(io::Error::from(e)).during("cannot open a socket for ethtool"))?;
+        let socket = opened.map_err(|e| KernelError::from(io::Error::from(e)).context("cannot open a socket for ethtool"))?;
         Ok(Ethtool { socket })
     }
 
     /// Whether the interface computes, or leaves to what is below it, the checksums of what it sends. An interface that cannot be asked
     /// has the kernel's default: it does.
     pub fn tx_checksum(&self, interface: &str) -> bool {
-        self.call(interface, ETHTOOL_GTXCSUM, 0).map_or(true, |value| value != 0)
+        self.ioctl(interface, ETHTOOL_GTXCSUM, 0).map_or(true, |value| value != 0)
     }
 
     /// Switches it.
     pub fn set_tx_checksum(&self, interface: &str, on: bool) -> Result<(), OpError> {
-        self.call(interface, ETHTOOL_STXCSUM, u32::from(on)).map(|_| ()).map_err(|e| {
+        self.ioctl(interface, ETHTOOL_STXCSUM, u32::from(on)).map(|_| ()).map_err(|e| {
             let wanted = if on { "on" } else { "off" };
-            Refusal::from(e)
-                .during(format!("cannot switch transmit checksums of {interface} {wanted} (ethtool -K {interface} tx {wanted})"))
+            KernelError::from(e)
+                .context(format!("cannot switch transmit checksums of {interface} {wanted} (ethtool -K {interface} tx {wanted})"))
         })
     }
 
-    fn call(&self, interface: &str, command: u32, data: u32) -> io::Result<u32> {
+    fn ioctl(&self, interface: &str, command: u32, data: u32) -> io::Result<u32> {
         let mut value = EthtoolValue { command, data };
         // SAFETY: all-zero bytes are a valid ifreq: integers, arrays and pointers that the kernel does not read for this request.
         let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
         // The last byte stays zero: it ends the name.
-        let room = request.ifr_name.len() - 1;
-        if interface.is_empty() || interface.len() > room {
+        let max_length = request.ifr_name.len() - 1;
+        if interface.is_empty() || interface.len() > max_length {
             return Err(io::Error::from_raw_os_error(libc::ENODEV));
         }
         for (to, from) in request.ifr_name.iter_mut().zip(interface.bytes()) {

@@ -7,27 +7,27 @@ use netlink_packet_route::address::AddressFlags;
 use netlink_packet_route::link::LinkFlags;
 use netlink_packet_route::route::{RouteProtocol, RouteType};
 
-use super::message::{attributes, u32_at};
+use super::nlmsg::{attributes, u32_at};
 use super::objects::{self, RouteInfo};
-use super::socket::{Refusal, RouteSocket};
+use super::peer_messages::{EntryQuery, NHMSG_LEN, family_of};
+use super::route_socket::{KernelError, RouteSocket};
 use super::uapi::NHA_OIF;
-use super::wire::{NHMSG, Query, family_of};
-use super::{Shared, known};
+use super::{Shared, cache};
 use crate::model::device::PORT_PREFIX;
 use crate::model::{Device, Family};
 use crate::plan::OpError;
-use crate::plan::underlay::{DefaultRoute, Flaw, ForeignLink, HostAddress, Inventory, nameservers};
+use crate::plan::underlay::{DefaultRoute, Flaw, ForeignLink, HostAddress, HostInventory, nameservers};
 
 /// Reads it.
-pub fn inventory(shared: &mut Shared) -> Result<Inventory, OpError> {
+pub fn inventory(shared: &mut Shared) -> Result<HostInventory, OpError> {
     let links = objects::links(&mut shared.socket)?;
     let mut addresses = objects::addresses(&mut shared.socket, 0)?;
     addresses.retain(objects::AddressInfo::is_global);
     let vrfs: Vec<u32> = links.iter().filter(|link| link.kind == "vrf").map(|link| link.index).collect();
-    let named_ours = |name: &str| Device::from_name(name).is_some() || name.starts_with(PORT_PREFIX);
+    let has_own_name = |name: &str| Device::from_name(name).is_some() || name.starts_with(PORT_PREFIX);
     let links = links
         .into_iter()
-        .filter(|link| !(named_ours(&link.name) && known::is_marked(link)))
+        .filter(|link| !(has_own_name(&link.name) && cache::is_own_link(link)))
         .map(|link| ForeignLink {
             index: link.index,
             mtu: link.mtu,
@@ -45,7 +45,7 @@ pub fn inventory(shared: &mut Shared) -> Result<Inventory, OpError> {
     for family in Family::ALL {
         defaults.extend(default_routes(&mut shared.socket, family)?);
     }
-    Ok(Inventory { links, defaults, forward_drops: shared.nft.dump()?.forward_drops, resolvers: resolvers() })
+    Ok(HostInventory { links, default_routes: defaults, forward_drops: shared.nft.dump()?.forward_drops, resolvers: resolvers() })
 }
 
 /// The servers of resolv.conf(5), and those that systemd-resolved asks in turn where it is the only one there.
@@ -75,7 +75,7 @@ fn host_address(info: &objects::AddressInfo) -> HostAddress {
 }
 
 fn default_routes(socket: &mut RouteSocket, family: Family) -> Result<Vec<DefaultRoute>, OpError> {
-    let read = socket.dump(&Query::Routes(family, 0), Vec::new, |all, header, body| {
+    let read = socket.dump(&EntryQuery::Routes(family, 0), Vec::new, |all, header, body| {
         // A kernel without IPv6 answers with the routes of all families.
         if header.message_type == libc::RTM_NEWROUTE && body.first().copied().and_then(family_of) == Some(family) {
             all.extend(RouteInfo::read_default(body));
@@ -83,8 +83,8 @@ fn default_routes(socket: &mut RouteSocket, family: Family) -> Result<Vec<Defaul
     });
     let mut routes = match read {
         Ok(routes) => routes,
-        Err(e) if e.is_without_family() => Vec::new(),
-        Err(e) => return Err(e.during(format!("cannot list the {family} routes"))),
+        Err(e) if e.is_unsupported_family() => Vec::new(),
+        Err(e) => return Err(e.context(format!("cannot list the {family} routes"))),
     };
     routes.sort_by_key(|route| route.metric);
     let mut found = Vec::new();
@@ -107,21 +107,22 @@ fn default_routes(socket: &mut RouteSocket, family: Family) -> Result<Vec<Defaul
 }
 
 fn nexthop_interface(socket: &mut RouteSocket, id: u32) -> Option<u32> {
-    let read = |body: &[u8]| attributes(body, NHMSG).find(|(kind, _)| *kind == NHA_OIF).and_then(|(_, value)| u32_at(value, 0));
-    socket.get(&Query::Nexthop(id), read).ok()
+    let read =
+        |body: &[u8]| attributes(body, NHMSG_LEN).find(|(kind, _)| *kind == NHA_OIF).and_then(|(_, value)| u32_at(value, 0));
+    socket.get(&EntryQuery::Nexthop(id), read).ok()
 }
 
 /// The interface by which the kernel would send to an address.
 pub fn route_to(socket: &mut RouteSocket, address: IpAddr) -> Result<Option<u32>, OpError> {
     // IPv6 answers with an unreachable route where IPv4 answers with an error.
-    let leads = |route: &RouteInfo| matches!(route.kind, RouteType::Unicast | RouteType::Local);
-    let read = |body: &[u8]| RouteInfo::read(body).filter(leads)?.interface;
+    let is_reachable = |route: &RouteInfo| matches!(route.kind, RouteType::Unicast | RouteType::Local);
+    let read = |body: &[u8]| RouteInfo::read(body).filter(is_reachable)?.interface;
     match socket.get(&objects::route_request(address), read) {
         Ok(index) => Ok(Some(index)),
-        Err(Refusal {
+        Err(KernelError {
             errno: libc::ENETUNREACH | libc::EHOSTUNREACH | libc::ESRCH | libc::EACCES | libc::EINVAL | libc::EPROTO,
             ..
         }) => Ok(None),
-        Err(e) => Err(e.during(format!("cannot ask for the route to {address}"))),
+        Err(e) => Err(e.context(format!("cannot ask for the route to {address}"))),
     }
 }

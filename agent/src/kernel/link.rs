@@ -9,13 +9,13 @@ use netlink_packet_route::link::{
 };
 use rtnetlink::{LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVxlan};
 
+use super::cache::{KernelCache, LINK_GROUP, is_own_link};
 use super::ethtool::Ethtool;
-use super::known::{Known, LINK_GROUP, is_marked};
 use super::objects::{self, LinkInfo};
+use super::route_socket::{KernelError, RouteSocket};
 use super::rtnl::{Rtnl, no_link_local};
-use super::socket::{Refusal, RouteSocket};
 use super::sysctl;
-use crate::model::network::IPV6_LEAST_MTU;
+use crate::model::network::IPV6_MIN_MTU;
 use crate::plan::OpError;
 use crate::plan::state::{LINK_ALIAS, LinkKind, LinkState, Vxlan};
 
@@ -35,7 +35,7 @@ pub struct Links<'a> {
     /// Offload settings.
     pub ethtool: &'a Ethtool,
     /// What is known; updated with what was done.
-    pub known: &'a mut Known,
+    pub known: &'a mut KernelCache,
 }
 
 impl Links<'_> {
@@ -43,8 +43,8 @@ impl Links<'_> {
     pub async fn set(&mut self, name: &str, wanted: &LinkState) -> Result<(), OpError> {
         let result = self.set_steps(name, wanted).await;
         // What was reached counts as known, also where a step failed: its events are ours.
-        let noted = self.note(name);
-        result.and(noted)
+        let refreshed = self.refresh(name);
+        result.and(refreshed)
     }
 
     async fn set_steps(&mut self, name: &str, wanted: &LinkState) -> Result<(), OpError> {
@@ -52,14 +52,14 @@ impl Links<'_> {
             return Err(error(libc::EINVAL, format!("cannot make interface {name}: a foreign link is never wanted")));
         }
         let existing = match self.find(name)? {
-            Some(link) => self.keep_or_remove(link, wanted).await?,
+            Some(link) => self.reuse_or_delete(link, wanted).await?,
             None => None,
         };
         let link = match existing {
             Some(link) => link,
             None => self.create(name, wanted).await?,
         };
-        self.mark(&link).await?;
+        self.ensure_alias(&link).await?;
         if let LinkKind::Vxlan(vxlan) = &wanted.kind {
             self.change_vxlan(&link, vxlan).await?;
         }
@@ -75,39 +75,39 @@ impl Links<'_> {
     /// Removes links of ours at the same time; what became of each.
     pub async fn delete_all(&mut self, names: &[&str]) -> Vec<Result<(), OpError>> {
         let begin = |name: &&str| match self.find(name)? {
-            Some(link) if !is_marked(&link) => Err(foreign(&link)),
-            Some(link) => Ok(Some((link.index, remove(link.index)))),
+            Some(link) if !is_own_link(&link) => Err(foreign_link_error(&link)),
+            Some(link) => Ok(Some((link.index, delete_by_index(link.index)))),
             None => Ok(None),
         };
-        let begun: Vec<Result<_, OpError>> = names.iter().map(begin).collect();
-        let mut ended = Vec::with_capacity(names.len());
-        for (name, begun) in names.iter().zip(begun) {
-            let removed = match begun {
+        let removals: Vec<Result<_, OpError>> = names.iter().map(begin).collect();
+        let mut results = Vec::with_capacity(names.len());
+        for (name, task) in names.iter().zip(removals) {
+            let removed = match task {
                 Ok(Some((index, removal))) => removal
                     .await
-                    .map(|()| self.known.removed_link(index))
-                    .map_err(|e| e.during(format!("cannot delete interface {name}"))),
+                    .map(|()| self.known.mark_removed(index))
+                    .map_err(|e| e.context(format!("cannot delete interface {name}"))),
                 Ok(None) => Ok(()),
                 Err(error) => Err(error),
             };
             if removed.is_ok() {
-                self.known.drop_link(name);
+                self.known.remove_link(name);
             }
-            ended.push(removed);
+            results.push(removed);
         }
-        ended
+        results
     }
 
     /// Reads a link anew and notes it.
-    pub fn note(&mut self, name: &str) -> Result<(), OpError> {
+    pub fn refresh(&mut self, name: &str) -> Result<(), OpError> {
         match self.find(name)? {
             None => {
-                self.known.drop_link(name);
+                self.known.remove_link(name);
             }
             Some(link) => {
                 let ethtool = self.ethtool;
                 if let Some(state) = self.known.link_state(&link, |name| ethtool.tx_checksum(name)) {
-                    self.known.put_link(name, link.index, state);
+                    self.known.insert_link(name, link.index, state);
                 }
             }
         }
@@ -118,14 +118,14 @@ impl Links<'_> {
         match objects::link(self.socket, name) {
             Ok(link) => Ok(Some(link)),
             Err(e) if e.errno == libc::ENODEV => Ok(None),
-            Err(e) => Err(e.during(format!("cannot examine interface {name}"))),
+            Err(e) => Err(e.context(format!("cannot examine interface {name}"))),
         }
     }
 
     /// The link that is there, if it can become the wanted one; one of ours that cannot is removed.
-    async fn keep_or_remove(&mut self, link: LinkInfo, wanted: &LinkState) -> Result<Option<LinkInfo>, OpError> {
-        if !is_marked(&link) {
-            return Err(foreign(&link));
+    async fn reuse_or_delete(&mut self, link: LinkInfo, wanted: &LinkState) -> Result<Option<LinkInfo>, OpError> {
+        if !is_own_link(&link) {
+            return Err(foreign_link_error(&link));
         }
         let ethtool = self.ethtool;
         let current = self.known.link_state(&link, |name| ethtool.tx_checksum(name));
@@ -145,7 +145,7 @@ impl Links<'_> {
         let link = match &wanted.kind {
             LinkKind::Vxlan(vxlan) => {
                 let link = LinkVxlan::new(name, vxlan.vni.get()).port(vxlan.port).learning(vxlan.learning).ttl(TTL);
-                common(way(link, vxlan), wanted)
+                build_with_defaults(with_underlay(link, vxlan), wanted)
             }
             LinkKind::Bridge => {
                 let link = LinkMessageBuilder::<LinkBridge>::new(name)
@@ -154,7 +154,7 @@ impl Links<'_> {
                     // Frames to the bridge's own group addresses (LLDP, say) come before all rules: nothing is to be learned from them, or a
                     // container could draw another one's frames to itself (`br_handle_frame` in net/bridge/br_input.c).
                     .append_info_data(InfoBridge::MultiBoolOpt(BridgeBooleanOptions { value: NO_LL_LEARN, mask: NO_LL_LEARN }));
-                common(link, wanted)
+                build_with_defaults(link, wanted)
             }
             LinkKind::Port | LinkKind::Foreign { .. } => {
                 return Err(error(
@@ -165,33 +165,33 @@ impl Links<'_> {
         };
         match (self.rtnl.add_link(link).await, &wanted.kind) {
             (Ok(()), _) => {}
-            (Err(e), LinkKind::Vxlan(vxlan)) => return Err(self.vxlan_advice(name, vxlan, &e)),
-            (Err(e), _) => return Err(e.during(format!("cannot make bridge {name}"))),
+            (Err(e), LinkKind::Vxlan(vxlan)) => return Err(self.vxlan_error(name, vxlan, &e)),
+            (Err(e), _) => return Err(e.context(format!("cannot make bridge {name}"))),
         }
-        let link = objects::link(self.socket, name).map_err(|e| e.during(format!("cannot find interface {name} just made")))?;
+        let link = objects::link(self.socket, name).map_err(|e| e.context(format!("cannot find interface {name} just made")))?;
         // In force before the link is up for the first time.
-        sysctl::write_if_there(&sysctl::accept_ra(name), "0")?;
+        sysctl::write_if_exists(&sysctl::accept_ra(name), "0")?;
         Ok(link)
     }
 
     /// Gives a link our alias, and takes from it what IPv6 would do by itself.
-    async fn mark(&mut self, link: &LinkInfo) -> Result<(), OpError> {
-        if link.alias == LINK_ALIAS { Ok(()) } else { self.mark_anew(link).await }
+    async fn ensure_alias(&mut self, link: &LinkInfo) -> Result<(), OpError> {
+        if link.alias == LINK_ALIAS { Ok(()) } else { self.set_alias(link).await }
     }
 
     /// The same whatever alias it has.
-    async fn mark_anew(&mut self, link: &LinkInfo) -> Result<(), OpError> {
+    async fn set_alias(&mut self, link: &LinkInfo) -> Result<(), OpError> {
         let ipv6 = sysctl::read(&sysctl::accept_ra(&link.name))?.is_some();
-        let change = marked(link.index, ipv6);
-        self.rtnl.change_link(change).await.map_err(|e| not_marked(&link.name, &e))
+        let change = alias_message(link.index, ipv6);
+        self.rtnl.change_link(change).await.map_err(|e| alias_error(&link.name, &e))
     }
 
     async fn change_vxlan(&mut self, link: &LinkInfo, wanted: &Vxlan) -> Result<(), OpError> {
-        let is = link.vxlan.clone().unwrap_or_default();
-        if is.local != Some(wanted.local) || is.link != wanted.underlay {
+        let current = link.vxlan.clone().unwrap_or_default();
+        if current.local != Some(wanted.local) || current.link != wanted.underlay {
             let change = LinkMessageBuilder::<LinkVxlan>::new_with_info_kind(InfoKind::Vxlan).index(link.index);
-            let changed = self.rtnl.change_link(way(change, wanted).build()).await;
-            changed.map_err(|e| self.vxlan_advice(&link.name, wanted, &e))?;
+            let changed = self.rtnl.change_link(with_underlay(change, wanted).build()).await;
+            changed.map_err(|e| self.vxlan_error(&link.name, wanted, &e))?;
         }
         if self.ethtool.tx_checksum(&link.name) != wanted.tx_checksum {
             self.ethtool.set_tx_checksum(&link.name, wanted.tx_checksum)?;
@@ -227,17 +227,17 @@ impl Links<'_> {
             change = if wanted.up { change.up() } else { change.down() };
         }
         let changed = self.rtnl.change_link(change.build()).await;
-        changed.map_err(|e| change_advice(name, wanted, &e))?;
-        if link.mtu < IPV6_LEAST_MTU && wanted.mtu >= IPV6_LEAST_MTU {
-            self.tame_ipv6(link).await?;
+        changed.map_err(|e| change_error(name, wanted, &e))?;
+        if link.mtu < IPV6_MIN_MTU && wanted.mtu >= IPV6_MIN_MTU {
+            self.disable_ipv6_autoconf(link).await?;
         }
         Ok(())
     }
 
     /// Takes from a link on which the kernel has just begun IPv6 what it then does by itself, and has done: a link-local address is there already.
-    async fn tame_ipv6(&mut self, link: &LinkInfo) -> Result<(), OpError> {
-        sysctl::write_if_there(&sysctl::accept_ra(&link.name), "0")?;
-        self.mark_anew(link).await?;
+    async fn disable_ipv6_autoconf(&mut self, link: &LinkInfo) -> Result<(), OpError> {
+        sysctl::write_if_exists(&sysctl::accept_ra(&link.name), "0")?;
+        self.set_alias(link).await?;
         let switch = sysctl::disable_ipv6(&link.name);
         if sysctl::read(&switch)?.as_deref() == Some(sysctl::OFF) {
             // There was no IPv6 a moment ago: no address is lost but that one.
@@ -255,20 +255,20 @@ impl Links<'_> {
         }
         let port = LinkBridgePort::new(link.index).append_info_data(InfoBridgePort::HairpinMode(wanted.hairpin));
         let changed = self.rtnl.change_link(port.build()).await;
-        changed.map_err(|e| change_advice(&link.name, wanted, &e))
+        changed.map_err(|e| change_error(&link.name, wanted, &e))
     }
 
     /// Who stands in the way of a VXLAN device.
-    fn vxlan_advice(&mut self, name: &str, wanted: &Vxlan, refusal: &Refusal) -> OpError {
-        let mut e = refusal.during(format!("cannot make VXLAN device {name}"));
-        let remedy = match refusal.errno {
+    fn vxlan_error(&mut self, name: &str, wanted: &Vxlan, cause: &KernelError) -> OpError {
+        let mut e = cause.context(format!("cannot make VXLAN device {name}"));
+        let remedy = match cause.errno {
             libc::EEXIST => {
-                let rival = objects::links(self.socket).unwrap_or_default().into_iter().find(|l| {
+                let conflict = objects::links(self.socket).unwrap_or_default().into_iter().find(|l| {
                     l.name != name && l.vxlan.as_ref().is_some_and(|v| v.id == wanted.vni.get() && v.port == wanted.port)
                 });
-                let rival = rival.map_or_else(|| "another device".to_owned(), |l| format!("interface {}", l.name));
+                let conflict = conflict.map_or_else(|| "another device".to_owned(), |l| format!("interface {}", l.name));
                 format!(
-                    "; VNI {} on UDP port {} is in use by {rival}: stop what made it (flanneld makes flannel.{}) and delete it, or choose another VNI or port",
+                    "; VNI {} on UDP port {} is in use by {conflict}: stop what made it (flanneld makes flannel.{}) and delete it, or choose another VNI or port",
                     wanted.vni, wanted.port, wanted.vni
                 )
             }
@@ -285,9 +285,9 @@ impl Links<'_> {
 /// Begins to remove a link; that it is gone already is success. The kernel takes some 15 ms for it, most of them waiting until no processor can see the
 /// link any more (`netdev_run_todo` in `net/core/dev.c`), but several at once hardly longer: so each on a thread and a socket of its own. By that
 /// socket nobody knows that it was us: the link is to be known as removed before its events are judged.
-pub fn remove(index: u32) -> impl Future<Output = Result<(), Refusal>> {
+pub fn delete_by_index(index: u32) -> impl Future<Output = Result<(), KernelError>> {
     let removed = tokio::task::spawn_blocking(move || {
-        let mut socket = RouteSocket::open().map_err(|e| Refusal { errno: e.errno, detail: e.message })?;
+        let mut socket = RouteSocket::open().map_err(|e| KernelError { errno: e.errno, detail: e.message })?;
         let request = RouteNetlinkMessage::DelLink(LinkUnspec::new_with_index(index).build());
         match socket.change(&request) {
             Err(e) if e.errno != libc::ENODEV => Err(e),
@@ -295,24 +295,24 @@ pub fn remove(index: u32) -> impl Future<Output = Result<(), Refusal>> {
         }
     });
     // It fails only while the runtime ends.
-    async { removed.await.unwrap_or_else(|e| Err(Refusal { errno: libc::ECANCELED, detail: e.to_string() })) }
+    async { removed.await.unwrap_or_else(|e| Err(KernelError { errno: libc::ECANCELED, detail: e.to_string() })) }
 }
 
 /// The change that gives a link our alias, and where it has IPv6 takes from it what the kernel would do by itself: a link-local address, router
 /// solicitations. Without IPv6 on the link (switched off, or an MTU below 1280) the kernel refuses that part.
-pub fn marked(index: u32, ipv6: bool) -> LinkMessage {
+pub fn alias_message(index: u32, ipv6: bool) -> LinkMessage {
     let change = LinkUnspec::new_with_index(index).alias(LINK_ALIAS);
     let change = if ipv6 { change.append_extra_attribute(no_link_local()) } else { change };
     change.build()
 }
 
 /// The error where it is refused.
-pub fn not_marked(name: &str, refusal: &Refusal) -> OpError {
-    refusal.during(format!("cannot mark interface {name}"))
+pub fn alias_error(name: &str, cause: &KernelError) -> OpError {
+    cause.context(format!("cannot mark interface {name}"))
 }
 
 /// The error for a link of our name that is not ours.
-pub fn foreign(link: &LinkInfo) -> OpError {
+pub fn foreign_link_error(link: &LinkInfo) -> OpError {
     let LinkInfo { name, kind, .. } = link;
     let kind = if kind.is_empty() { "hardware" } else { kind };
     error(
@@ -323,9 +323,9 @@ pub fn foreign(link: &LinkInfo) -> OpError {
     )
 }
 
-fn change_advice(name: &str, wanted: &LinkState, refusal: &Refusal) -> OpError {
-    let mut e = refusal.during(format!("cannot change interface {name}"));
-    let remedy = match (refusal.errno, &wanted.kind) {
+fn change_error(name: &str, wanted: &LinkState, cause: &KernelError) -> OpError {
+    let mut e = cause.context(format!("cannot change interface {name}"));
+    let remedy = match (cause.errno, &wanted.kind) {
         (libc::EADDRINUSE, LinkKind::Vxlan(v)) => {
             format!(
                 "; UDP port {} is taken by another program (ss -ulnp shows it): stop it, or choose another Backend.Port for the network, which all hosts share",
@@ -348,7 +348,7 @@ fn error(errno: i32, message: String) -> OpError {
 }
 
 /// What all links of ours are made with.
-fn common<T>(link: LinkMessageBuilder<T>, wanted: &LinkState) -> LinkMessage {
+fn build_with_defaults<T>(link: LinkMessageBuilder<T>, wanted: &LinkState) -> LinkMessage {
     let link = link.link_group(LINK_GROUP);
     match wanted.mac {
         Some(mac) => link.address(mac.0.to_vec()).build(),
@@ -357,7 +357,7 @@ fn common<T>(link: LinkMessageBuilder<T>, wanted: &LinkState) -> LinkMessage {
 }
 
 /// The way that outer packets take, which can be changed in place.
-fn way(link: LinkMessageBuilder<LinkVxlan>, vxlan: &Vxlan) -> LinkMessageBuilder<LinkVxlan> {
+fn with_underlay(link: LinkMessageBuilder<LinkVxlan>, vxlan: &Vxlan) -> LinkMessageBuilder<LinkVxlan> {
     let link = link.dev(vxlan.underlay);
     match vxlan.local {
         IpAddr::V4(local) => link.local(local),

@@ -9,7 +9,7 @@
 //! (`known`), which our own changes update first. What the kernel does by itself because of a change of ours may carry our port id too, and
 //! is not reported then: whoever removes a next hop or a device has to know that its routes go with it.
 //!
-//! While many entries are written, their events are kept out too ([`Ears`]), and what others did meanwhile is found afterwards.
+//! While many entries are written, their events are kept out too ([`EventSubscriptions`]), and what others did meanwhile is found afterwards.
 
 use std::collections::HashMap;
 use std::future::poll_fn;
@@ -26,29 +26,29 @@ use nix::sys::socket::{setsockopt, sockopt};
 use tokio::sync::{Mutex, mpsc};
 use tokio::time::Instant;
 
-use super::ears::{Ears, Unheard};
-use super::events::{Foreign, Pending, note};
-use super::message::messages;
+use super::events::{HostInterfaces, PendingEvents, apply_event};
 use super::nft::{NftChange, NftMonitor};
-use super::socket::Refusal;
-use super::uapi::RTNLGRP;
-use super::wire::AF_BRIDGE;
+use super::nlmsg::messages;
+use super::peer_messages::AF_BRIDGE;
+use super::route_socket::KernelError;
+use super::subscription::{EventSubscriptions, MissedEventsQueue};
+use super::uapi::MONITORED_GROUPS;
 use super::{Shared, blocking, dump};
 use crate::model::{Family, Mac};
 use crate::plan::{KernelEvent, Key, OpError, Value};
 
 /// Receive buffer in bytes: an event takes some 800 bytes of kernel memory.
-const BUFFER: usize = 32 << 20;
+const RECEIVE_BUFFER_SIZE: usize = 32 << 20;
 /// Bytes of a receive: an event is a datagram of its own, links' are the largest with some 2 KiB.
-const RECEIVE: usize = 32 * 1024;
+const MAX_DATAGRAM_SIZE: usize = 32 * 1024;
 /// Messages that are read before others who want the shared state get their turn.
-const TURN: usize = 8192;
+const MESSAGES_PER_LOCK: usize = 8192;
 
 /// How long after it was missed something is looked at: who waits for the batch that was the cause goes first.
-const LATER: Duration = Duration::from_millis(10);
+const RESYNC_DELAY: Duration = Duration::from_millis(10);
 
 /// How many sockets of ours cause events.
-pub(super) const OWN: usize = 3;
+pub(super) const OWN_SOCKETS: usize = 3;
 
 /// The monitor of one network namespace.
 pub struct Monitor {
@@ -56,12 +56,12 @@ pub struct Monitor {
     nft: NftMonitor,
     shared: Arc<Mutex<Shared>>,
     sender: mpsc::Sender<KernelEvent>,
-    pending: Pending,
-    foreign: Foreign,
+    pending: PendingEvents,
+    host_interfaces: HostInterfaces,
     forward_drops: Option<Vec<Family>>,
-    unheard: Arc<Unheard>,
-    own: [u32; OWN],
-    first: Vec<u8>,
+    missed: Arc<MissedEventsQueue>,
+    own_ports: [u32; OWN_SOCKETS],
+    first_message: Vec<u8>,
     input: Vec<u8>,
 }
 
@@ -70,32 +70,33 @@ impl Monitor {
     /// `foreign` is what is there and not ours.
     pub(super) fn open(
         shared: Arc<Mutex<Shared>>,
-        own: [u32; OWN],
+        own_ports: [u32; OWN_SOCKETS],
         nft_port: u32,
-        foreign: Foreign,
+        host_interfaces: HostInterfaces,
         sender: mpsc::Sender<KernelEvent>,
     ) -> Result<Monitor, OpError> {
         let nft = NftMonitor::open(Some(nft_port))?;
-        let socket = listen(own).map_err(|e| Refusal::from(e).during("cannot listen to the kernel's changes"))?;
+        let socket = open_socket(own_ports).map_err(|e| KernelError::from(e).context("cannot listen to the kernel's changes"))?;
         Ok(Monitor {
             socket,
             nft,
             shared,
             sender,
-            pending: Pending::default(),
-            foreign,
+            pending: PendingEvents::default(),
+            host_interfaces,
             forward_drops: None,
-            unheard: Arc::default(),
-            own,
-            first: Vec::with_capacity(RECEIVE),
-            input: vec![0; RECEIVE],
+            missed: Arc::default(),
+            own_ports,
+            first_message: Vec::with_capacity(MAX_DATAGRAM_SIZE),
+            input: vec![0; MAX_DATAGRAM_SIZE],
         })
     }
 
     /// What is let through.
-    pub(super) fn ears(&self) -> Result<Arc<Ears>, OpError> {
-        let ears = Ears::of(self.socket.socket_ref(), self.nft.socket(), self.own, Arc::clone(&self.unheard));
-        ears.map(Arc::new).map_err(|e| Refusal::from(e).during("cannot share the sockets of the kernel's changes"))
+    pub(super) fn subscriptions(&self) -> Result<Arc<EventSubscriptions>, OpError> {
+        let subscriptions =
+            EventSubscriptions::new(self.socket.socket_ref(), self.nft.socket(), self.own_ports, Arc::clone(&self.missed));
+        subscriptions.map(Arc::new).map_err(|e| KernelError::from(e).context("cannot share the sockets of the kernel's changes"))
     }
 
     /// Follows the kernel until the receiver of the events is dropped. Cancel-safe: it may be aborted at any await.
@@ -104,29 +105,29 @@ impl Monitor {
     /// A socket failed; the kernel's changes are no longer seen. Or the connection ended by which links and addresses are changed.
     pub async fn run(mut self) -> Result<(), OpError> {
         let sender = self.sender.clone();
-        let mut ended = pin!(self.shared.lock().await.rtnl.ended());
+        let mut ended = pin!(self.shared.lock().await.rtnl.closed());
         let mut look = None;
         loop {
             tokio::select! {
-                received = first(&self.socket, &mut self.first) => {
+                received = receive_first(&self.socket, &mut self.first_message) => {
                     let mut shared = self.shared.lock().await;
-                    let mut news = News { shared: &mut shared, foreign: &mut self.foreign, pending: &mut self.pending };
-                    news.take(received.map(|()| self.first.as_slice())).map_err(failed)?;
-                    news.drain(self.socket.socket_ref(), &mut self.input).map_err(failed)?;
-                    self.pending.prune();
+                    let mut news = EventDecoder { shared: &mut shared, host_interfaces: &mut self.host_interfaces, pending: &mut self.pending };
+                    news.handle(received.map(|()| self.first_message.as_slice())).map_err(read_error)?;
+                    news.drain(self.socket.socket_ref(), &mut self.input).map_err(read_error)?;
+                    self.pending.drop_reverted();
                 }
                 change = self.nft.changed() => {
                     let change = change?;
-                    self.note_rules(change).await;
+                    self.reread_rules(change).await;
                 }
-                () = self.unheard.told() => { look.get_or_insert_with(|| Instant::now() + LATER); }
-                () = at(look) => {
+                () = self.missed.wait() => { look.get_or_insert_with(|| Instant::now() + RESYNC_DELAY); }
+                () = sleep_until(look) => {
                     look = None;
-                    self.look().await;
+                    self.reread_missed().await;
                 }
                 permit = sender.reserve(), if !self.pending.is_empty() => {
                     let Ok(permit) = permit else { return Ok(()) };
-                    if let Some(event) = self.pending.take() {
+                    if let Some(event) = self.pending.next_event() {
                         permit.send(event);
                     }
                 }
@@ -137,100 +138,100 @@ impl Monitor {
     }
 
     /// Looks at what was not heard of.
-    async fn look(&mut self) {
-        let missed = self.unheard.take();
-        if missed.entries {
-            self.pending.stale("most peers went, and nobody listened to changes of entries");
+    async fn reread_missed(&mut self) {
+        let missed = self.missed.take();
+        if missed.peer_entries {
+            self.pending.require_resync("most peers went, and nobody listened to changes of entries");
             // A default route of others may have changed.
-            self.pending.underlay();
+            self.pending.host_network_changed();
         }
         if missed.fdb {
-            self.note_fdb().await;
+            self.reread_fdb().await;
         }
         if missed.rules {
-            let others = self.shared.lock().await.nft.others().ok();
-            if others.is_none() || others != missed.others {
-                self.note_rules(NftChange::Lost).await;
+            let generation = self.shared.lock().await.nft.foreign_generation().ok();
+            if generation.is_none() || generation != missed.foreign_generation {
+                self.reread_rules(NftChange::Lost).await;
             }
         }
     }
 
     /// Reads the FDB and tells what differs from what is known.
-    async fn note_fdb(&mut self) {
+    async fn reread_fdb(&mut self) {
         let mut shared = self.shared.lock().await;
-        match blocking(|| dump::fdb(&mut shared)) {
+        match blocking(|| dump::read_fdb(&mut shared)) {
             Ok(found) => {
-                let before = std::mem::replace(&mut shared.known.fdb, found);
-                let found = &shared.known.fdb;
-                let gone = before.keys().filter(|at| !found.contains_key(at));
-                let differs = found.iter().filter(|(at, remote)| before.get(at) != Some(remote)).map(|(at, _)| at);
-                for (index, mac) in gone.chain(differs) {
-                    let Some(device) = shared.known.device(*index) else { continue };
+                let before = std::mem::replace(&mut shared.cache.fdb, found);
+                let found = &shared.cache.fdb;
+                let removed = before.keys().filter(|at| !found.contains_key(at));
+                let changed = found.iter().filter(|(at, remote)| before.get(at) != Some(remote)).map(|(at, _)| at);
+                for (index, mac) in removed.chain(changed) {
+                    let Some(device) = shared.cache.device(*index) else { continue };
                     let value = |all: &HashMap<(u32, Mac), IpAddr>| all.get(&(*index, *mac)).copied().map(Value::Fdb);
-                    self.pending.changed_from(Key::Fdb(device, *mac), value(&before), value(found));
+                    self.pending.record_change(Key::Fdb(device, *mac), value(&before), value(found));
                 }
             }
             Err(error) => {
                 tracing::warn!(%error, "the FDB could not be read");
-                self.pending.stale("the FDB could not be read");
+                self.pending.require_resync("the FDB could not be read");
             }
         }
     }
 
     /// Reads the rules anew and tells what differs from what is known.
-    async fn note_rules(&mut self, change: NftChange) {
+    async fn reread_rules(&mut self, change: NftChange) {
         let mut shared = self.shared.lock().await;
-        let forward_alone = change == NftChange::Forward;
-        let read = blocking(|| if forward_alone { shared.nft.dump_forward() } else { shared.nft.dump() });
+        let forward_only = change == NftChange::Forward;
+        let read = blocking(|| if forward_only { shared.nft.dump_forward() } else { shared.nft.dump() });
         let rules = match read {
             Ok(rules) => rules,
             Err(error) => {
                 tracing::warn!(%error, ?change, "nf_tables changed and could not be read");
-                self.pending.stale("nf_tables changed and could not be read");
+                self.pending.require_resync("nf_tables changed and could not be read");
                 return;
             }
         };
         if self.forward_drops.as_ref() != Some(&rules.forward_drops) {
             self.forward_drops = Some(rules.forward_drops.clone());
-            self.pending.underlay();
+            self.pending.host_network_changed();
         }
         let now = rules.into_entries();
-        let known = &mut shared.known.rules;
-        let concerned = |key: &Key| !forward_alone || matches!(key, Key::ForwardAccept(_));
-        let gone: Vec<Key> = known.keys().filter(|key| concerned(key) && !now.contains_key(key)).cloned().collect();
-        for key in gone {
+        let known = &mut shared.cache.rules;
+        let is_affected = |key: &Key| !forward_only || matches!(key, Key::ForwardAccept(_));
+        let removed: Vec<Key> = known.keys().filter(|key| is_affected(key) && !now.contains_key(key)).cloned().collect();
+        for key in removed {
             known.remove(&key);
-            self.pending.changed(key, None);
+            self.pending.record(key, None);
         }
         for (key, value) in now {
             if known.get(&key) != Some(&value) {
                 known.insert(key.clone(), value.clone());
-                self.pending.changed(key, Some(value));
+                self.pending.record(key, Some(value));
             }
         }
     }
 
     /// A receive buffer of that many bytes, so small that events get lost.
     #[cfg(test)]
-    pub fn shrink(&self, bytes: usize) {
+    pub fn set_receive_buffer(&self, bytes: usize) {
         setsockopt(self.socket.socket_ref(), sockopt::RcvBuf, &bytes).expect("a small buffer");
     }
 }
 
-fn failed(error: io::Error) -> OpError {
-    Refusal::from(error).during("cannot read the kernel's changes")
+fn read_error(error: io::Error) -> OpError {
+    KernelError::from(error).context("cannot read the kernel's changes")
 }
 
 /// Waits for a moment; without one, for ever.
-async fn at(moment: Option<Instant>) {
-    match moment {
+async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
         Some(moment) => tokio::time::sleep_until(moment).await,
         None => std::future::pending().await,
     }
 }
 
 /// Waits for a message. Cancel-safe: it is read only where the wait ends.
-async fn first(socket: &TokioSocket, buffer: &mut Vec<u8>) -> io::Result<()> {
+async fn receive_first(socket: &TokioSocket, buffer: &mut Vec<u8>) -> io::Result<()> {
     buffer.clear();
     poll_fn(|context| socket.poll_recv(context, buffer)).await?;
     // A full buffer means that the end was cut off.
@@ -238,40 +239,40 @@ async fn first(socket: &TokioSocket, buffer: &mut Vec<u8>) -> io::Result<()> {
 }
 
 /// Where messages are judged, with the shared state held.
-struct News<'a> {
+struct EventDecoder<'a> {
     shared: &'a mut Shared,
-    foreign: &'a mut Foreign,
-    pending: &'a mut Pending,
+    host_interfaces: &'a mut HostInterfaces,
+    pending: &'a mut PendingEvents,
 }
 
-impl News<'_> {
+impl EventDecoder<'_> {
     /// Reads what is there, up to a bound.
     fn drain(&mut self, socket: &Socket, input: &mut [u8]) -> io::Result<()> {
-        for _ in 0..TURN {
+        for _ in 0..MESSAGES_PER_LOCK {
             let received = socket.recv(&mut &mut *input, libc::MSG_DONTWAIT | libc::MSG_TRUNC);
             let bytes = received.and_then(|n| input.get(..n).ok_or_else(|| io::Error::from_raw_os_error(libc::EMSGSIZE)));
             match bytes {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                other => self.take(other)?,
+                other => self.handle(other)?,
             }
         }
         Ok(())
     }
 
     /// Judges what was received.
-    fn take(&mut self, received: io::Result<&[u8]>) -> io::Result<()> {
+    fn handle(&mut self, received: io::Result<&[u8]>) -> io::Result<()> {
         match received {
             Ok(bytes) => {
                 for (header, body) in messages(bytes) {
-                    note(header, body, self.shared, self.foreign, self.pending);
+                    apply_event(header, body, self.shared, self.host_interfaces, self.pending);
                 }
             }
             Err(e) => match e.raw_os_error() {
                 Some(libc::EINTR) => {}
-                Some(libc::EMSGSIZE) => self.pending.stale("an event was too long to be read"),
+                Some(libc::EMSGSIZE) => self.pending.require_resync("an event was too long to be read"),
                 Some(libc::ENOBUFS) => {
-                    self.pending.stale("events were lost: more came than the receive buffer holds");
-                    self.pending.underlay();
+                    self.pending.require_resync("events were lost: more came than the receive buffer holds");
+                    self.pending.host_network_changed();
                 }
                 _ => return Err(e),
             },
@@ -280,21 +281,21 @@ impl News<'_> {
     }
 }
 
-fn listen(own: [u32; OWN]) -> io::Result<TokioSocket> {
+fn open_socket(own_ports: [u32; OWN_SOCKETS]) -> io::Result<TokioSocket> {
     let mut listener = TokioSocket::new(NETLINK_ROUTE)?;
     let socket = listener.socket_mut();
     // Without CAP_NET_ADMIN in the initial user namespace the size is cut to net.core.rmem_max: overruns are more likely, no more.
-    if setsockopt(socket, sockopt::RcvBufForce, &BUFFER).is_err() {
-        setsockopt(socket, sockopt::RcvBuf, &BUFFER)?;
+    if setsockopt(socket, sockopt::RcvBufForce, &RECEIVE_BUFFER_SIZE).is_err() {
+        setsockopt(socket, sockopt::RcvBuf, &RECEIVE_BUFFER_SIZE)?;
     }
-    attach_filter(socket.as_fd(), own, true)?;
+    attach_filter(socket.as_fd(), own_ports, true)?;
     socket.bind_auto()?;
-    join(socket, RTNLGRP)?;
+    join_groups(socket, MONITORED_GROUPS)?;
     Ok(listener)
 }
 
 /// Begins to listen to groups.
-pub(super) fn join(socket: &Socket, groups: impl IntoIterator<Item = u32>) -> io::Result<()> {
+pub(super) fn join_groups(socket: &Socket, groups: impl IntoIterator<Item = u32>) -> io::Result<()> {
     groups.into_iter().try_for_each(|group| match socket.add_membership(group) {
         // RTNLGRP_NEXTHOP is unknown to kernels without next-hop objects.
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(()),
@@ -304,7 +305,7 @@ pub(super) fn join(socket: &Socket, groups: impl IntoIterator<Item = u32>) -> io
 
 /// Drops messages whose `nlmsg_pid` is one of ours, and those about FDB entries unless `fdb`: a classic BPF program (`linux/filter.h`), run by the
 /// kernel on each message before it is queued.
-pub(super) fn attach_filter(socket: BorrowedFd<'_>, own: [u32; OWN], fdb: bool) -> io::Result<()> {
+pub(super) fn attach_filter(socket: BorrowedFd<'_>, own_ports: [u32; OWN_SOCKETS], with_fdb: bool) -> io::Result<()> {
     /// Offsets of `nlmsg_type` and `nlmsg_pid` in `struct nlmsghdr`, and of `ndm_family` behind it.
     const TYPE: u32 = 4;
     const PORT: u32 = 12;
@@ -320,12 +321,12 @@ pub(super) fn attach_filter(socket: BorrowedFd<'_>, own: [u32; OWN], fdb: bool) 
     let step = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
     let loaded = |port: u32| u32::from_be_bytes(port.to_ne_bytes());
     let loaded_half = |kind: u16| u32::from(u16::from_be_bytes(kind.to_ne_bytes()));
-    let family = if fdb { u32::MAX } else { AF_BRIDGE.into() };
+    let family = if with_fdb { u32::MAX } else { AF_BRIDGE.into() };
     let mut program = [
         step(LOAD, 0, 0, PORT),
-        step(JUMP_IF_EQUAL, 8, 0, loaded(own[0])),
-        step(JUMP_IF_EQUAL, 7, 0, loaded(own[1])),
-        step(JUMP_IF_EQUAL, 6, 0, loaded(own[2])),
+        step(JUMP_IF_EQUAL, 8, 0, loaded(own_ports[0])),
+        step(JUMP_IF_EQUAL, 7, 0, loaded(own_ports[1])),
+        step(JUMP_IF_EQUAL, 6, 0, loaded(own_ports[2])),
         step(LOAD_BYTE, 0, 0, FAMILY),
         // Links have a family at the same place, which is the bridge's for what bridges tell of their ports.
         step(JUMP_IF_EQUAL, 0, 3, family),

@@ -1,7 +1,7 @@
-//! Network namespaces by file: made, opened, entered by a thread of its own, and deleted, as `ip netns` does (`ip-netns(8)`).
+//! Network namespaces by file: made, opened, entered by a thread of its own, and deleted, as `ip path` does (`ip-path(8)`).
 //!
 //! What has to run inside one runs on a thread that is made for it, or where that would cost more than the work, on the calling thread, which is
-//! back before anything else can run on it ([`Netns::visit`]). Everything works inside a user namespace too, where the caller owns a mount namespace and has a writable `/run/netns`.
+//! back before anything else can run on it ([`Netns::run_in_place`]). Everything works inside a user namespace too, where the caller owns a mount namespace and has a writable `/run/path`.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -18,34 +18,34 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use rtnetlink::LinkUnspec;
 
-use super::socket::RouteSocket;
+use super::route_socket::RouteSocket;
 use crate::plan::OpError;
 
 /// Where named namespaces are.
-pub const DIRECTORY: &str = "/run/netns";
+pub const NETNS_RUN_DIR: &str = "/run/netns";
 /// Interface index of `lo` in each namespace (`LOOPBACK_IFINDEX` in `include/net/net_namespace.h`).
-pub(super) const LOOPBACK: u32 = 1;
+pub(super) const LOOPBACK_IFINDEX: u32 = 1;
 /// The calling thread's namespace. `/proc/self` would be the main thread's.
-const OWN: &str = "/proc/thread-self/ns/net";
+const CURRENT_NETNS: &str = "/proc/thread-self/ns/net";
 
 /// Why a namespace could not be made, opened, entered or deleted.
 #[derive(Debug, thiserror::Error)]
 pub enum NetnsError {
     /// The name cannot be a file name.
     #[error("`{name}` cannot name a network namespace: 1 to 255 bytes, no slash, neither `.` nor `..`")]
-    Name {
+    InvalidName {
         /// The refused name.
         name: String,
     },
     /// The name is taken.
     #[error("network namespace {path} exists already: delete it (ip netns delete) or choose another name")]
-    Exists {
+    AlreadyExists {
         /// Its path.
         path: PathBuf,
     },
     /// Nothing is there.
     #[error("there is no network namespace {path}: `ip netns list` shows the named ones, a process has /proc/PID/ns/net")]
-    Missing {
+    NotFound {
         /// The path.
         path: PathBuf,
     },
@@ -57,7 +57,7 @@ pub enum NetnsError {
     },
     /// The system refused.
     #[error("cannot {action} {path}: {source}{}", advice(source))]
-    System {
+    Io {
         /// What was tried.
         action: &'static str,
         /// On which file.
@@ -100,13 +100,14 @@ impl Netns {
         let path = named_path(name)?;
         prepare_directory()?;
         File::options().write(true).create_new(true).open(&path).map_err(|source| match source.kind() {
-            io::ErrorKind::AlreadyExists => NetnsError::Exists { path: path.clone() },
-            _ => NetnsError::System { action: "create", path: path.clone(), source },
+            io::ErrorKind::AlreadyExists => NetnsError::AlreadyExists { path: path.clone() },
+            _ => NetnsError::Io { action: "create", path: path.clone(), source },
         })?;
-        let made = on_thread(&path, || {
-            unshare(CloneFlags::CLONE_NEWNET).map_err(system("make a network namespace for", &path))?;
-            mount(Some(OWN), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(system("mount on", &path))?;
-            loopback_up().map_err(|source| NetnsError::Loopback { path: path.clone(), source })
+        let made = run_on_thread(&path, || {
+            unshare(CloneFlags::CLONE_NEWNET).map_err(io_error("make a network namespace for", &path))?;
+            mount(Some(CURRENT_NETNS), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+                .map_err(io_error("mount on", &path))?;
+            set_loopback_up().map_err(|source| NetnsError::Loopback { path: path.clone(), source })
         });
         match made.and_then(|up| up).and_then(|()| Netns::open(&path)) {
             Ok(netns) => Ok(netns),
@@ -119,7 +120,7 @@ impl Netns {
         }
     }
 
-    /// Opens the namespace of a file: `/run/netns/NAME`, `/proc/PID/ns/net`. Any other file is refused.
+    /// Opens the namespace of a file: `/run/path/NAME`, `/proc/PID/ns/net`. Any other file is refused.
     pub fn open(path: impl AsRef<Path>) -> Result<Netns, NetnsError> {
         let path = path.as_ref().to_owned();
         // Opening a FIFO would wait, opening a device may do anything: a namespace is a regular file of nsfs.
@@ -131,8 +132,8 @@ impl Netns {
         };
         let fd = match opened {
             Ok(file) => OwnedFd::from(file),
-            Err(source) if source.kind() == io::ErrorKind::NotFound => return Err(NetnsError::Missing { path }),
-            Err(source) => return Err(NetnsError::System { action: "open", path, source }),
+            Err(source) if source.kind() == io::ErrorKind::NotFound => return Err(NetnsError::NotFound { path }),
+            Err(source) => return Err(NetnsError::Io { action: "open", path, source }),
         };
         // SAFETY: NS_GET_NSTYPE takes no argument and only reads; on a file that is no namespace the kernel answers ENOTTY (ioctl_nsfs(2)).
         let kind = unsafe { libc::ioctl(fd.as_raw_fd(), libc::NS_GET_NSTYPE) };
@@ -142,14 +143,14 @@ impl Netns {
         Ok(Netns { path, fd: Arc::new(fd) })
     }
 
-    /// Opens a namespace by its name in `/run/netns`.
+    /// Opens a namespace by its name in `/run/path`.
     pub fn named(name: &str) -> Result<Netns, NetnsError> {
         Netns::open(named_path(name)?)
     }
 
     /// The calling thread's namespace.
     pub fn current() -> Result<Netns, NetnsError> {
-        Netns::open(OWN)
+        Netns::open(CURRENT_NETNS)
     }
 
     /// Unmounts and removes a named namespace. The namespace itself goes when its last process and open file are gone. That it is gone
@@ -159,18 +160,18 @@ impl Netns {
         match umount2(&path, MntFlags::MNT_DETACH) {
             // EINVAL: the file is no mount point, as a crash between its creation and the mount leaves it.
             Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
-            Err(errno) => return Err(system("unmount", &path)(errno)),
+            Err(errno) => return Err(io_error("unmount", &path)(errno)),
         }
         match fs::remove_file(&path) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(NetnsError::System { action: "remove", path, source }),
+            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(NetnsError::Io { action: "remove", path, source }),
             _ => Ok(()),
         }
     }
 
-    /// The names in `/run/netns`, sorted; none where the directory is missing.
+    /// The names in `/run/path`, sorted; none where the directory is missing.
     pub fn list() -> Result<BTreeSet<String>, NetnsError> {
-        let failed = |source| NetnsError::System { action: "read", path: PathBuf::from(DIRECTORY), source };
-        let entries = match fs::read_dir(DIRECTORY) {
+        let failed = |source| NetnsError::Io { action: "read", path: PathBuf::from(NETNS_RUN_DIR), source };
+        let entries = match fs::read_dir(NETNS_RUN_DIR) {
             Ok(entries) => entries,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(BTreeSet::new()),
             Err(source) => return Err(failed(source)),
@@ -191,8 +192,8 @@ impl Netns {
     ///
     /// Sockets opened inside stay in the namespace, so do threads and processes started inside.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T, NetnsError> {
-        on_thread(&self.path, || {
-            setns(&self.fd, CloneFlags::CLONE_NEWNET).map_err(system("enter", &self.path))?;
+        run_on_thread(&self.path, || {
+            setns(&self.fd, CloneFlags::CLONE_NEWNET).map_err(io_error("enter", &self.path))?;
             Ok(work())
         })?
     }
@@ -202,11 +203,11 @@ impl Netns {
     ///
     /// A thread that could not come back would do other work in the wrong namespace: then the process is aborted. That takes a kernel without
     /// memory for a few hundred bytes, as what is needed to go in is needed to come back.
-    pub fn visit<T>(&self, work: impl FnOnce() -> T) -> Result<T, NetnsError> {
-        let home = Netns::current()?;
-        setns(&self.fd, CloneFlags::CLONE_NEWNET).map_err(system("enter", &self.path))?;
+    pub fn run_in_place<T>(&self, work: impl FnOnce() -> T) -> Result<T, NetnsError> {
+        let original = Netns::current()?;
+        setns(&self.fd, CloneFlags::CLONE_NEWNET).map_err(io_error("enter", &self.path))?;
         let outcome = panic::catch_unwind(panic::AssertUnwindSafe(work));
-        if let Err(errno) = setns(&home.fd, CloneFlags::CLONE_NEWNET) {
+        if let Err(errno) = setns(&original.fd, CloneFlags::CLONE_NEWNET) {
             tracing::error!(%errno, netns = %self.path.display(), "cannot leave a container's network namespace");
             std::process::abort();
         }
@@ -215,16 +216,16 @@ impl Netns {
 
     /// Whether both are the same namespace.
     pub fn is_same(&self, other: &Netns) -> Result<bool, NetnsError> {
-        Ok(self.identity()? == other.identity()?)
+        Ok(self.device_and_inode()? == other.device_and_inode()?)
     }
 
     /// What tells the namespace from every other one, now and later: the kernel's number for it, which it gives to no other until it is
     /// booted again (`SO_NETNS_COOKIE`, since Linux 5.14), behind the boot's own. Paths and inode numbers come back.
     pub fn id(&self) -> Result<String, NetnsError> {
         let boot = Path::new("/proc/sys/kernel/random/boot_id");
-        let read = |source| NetnsError::System { action: "read", path: boot.to_owned(), source };
+        let read = |source| NetnsError::Io { action: "read", path: boot.to_owned(), source };
         let boot = fs::read_to_string(boot).map_err(read)?;
-        let cookie = self.visit(cookie)?.map_err(|source| NetnsError::System {
+        let cookie = self.run_in_place(netns_cookie)?.map_err(|source| NetnsError::Io {
             action: "ask for the number of",
             path: self.path.clone(),
             source,
@@ -234,10 +235,9 @@ impl Netns {
 
     /// The processes whose main thread is in the namespace, except this one.
     pub fn pids(&self) -> Result<Vec<i32>, NetnsError> {
-        let identity = self.identity()?;
+        let identity = self.device_and_inode()?;
         let proc = Path::new("/proc");
-        let entries =
-            fs::read_dir(proc).map_err(|source| NetnsError::System { action: "read", path: proc.to_owned(), source })?;
+        let entries = fs::read_dir(proc).map_err(|source| NetnsError::Io { action: "read", path: proc.to_owned(), source })?;
         let own = std::process::id().cast_signed();
         let in_namespace = |pid: &i32| {
             // A process that ended meanwhile, or whose namespace we may not see, is none that we could end.
@@ -247,8 +247,8 @@ impl Netns {
         Ok(pids.filter(|pid| *pid != own).filter(in_namespace).collect())
     }
 
-    fn identity(&self) -> Result<(u64, u64), NetnsError> {
-        let stat = nix::sys::stat::fstat(&self.fd).map_err(system("examine", &self.path))?;
+    fn device_and_inode(&self) -> Result<(u64, u64), NetnsError> {
+        let stat = nix::sys::stat::fstat(&self.fd).map_err(io_error("examine", &self.path))?;
         Ok((stat.st_dev, stat.st_ino))
     }
 }
@@ -261,50 +261,50 @@ impl AsFd for Netns {
 
 /// The path of a named namespace, whether it is there or not.
 pub fn named_path(name: &str) -> Result<PathBuf, NetnsError> {
-    let bad = name.is_empty() || name.len() > 255 || name == "." || name == ".." || name.contains(['/', '\0']);
-    if bad {
-        return Err(NetnsError::Name { name: name.chars().take(80).collect() });
+    let invalid = name.is_empty() || name.len() > 255 || name == "." || name == ".." || name.contains(['/', '\0']);
+    if invalid {
+        return Err(NetnsError::InvalidName { name: name.chars().take(80).collect() });
     }
-    Ok(Path::new(DIRECTORY).join(name))
+    Ok(Path::new(NETNS_RUN_DIR).join(name))
 }
 
-/// Makes `/run/netns` a shared mount point, as `ip netns add` does, so that a deletion in one mount namespace reaches the others.
+/// Makes `/run/path` a shared mount point, as `ip path push_additions` does, so that a deletion in one mount namespace reaches the others.
 fn prepare_directory() -> Result<(), NetnsError> {
-    let path = Path::new(DIRECTORY);
-    fs::create_dir_all(path).map_err(|source| NetnsError::System { action: "create", path: path.to_owned(), source })?;
+    let path = Path::new(NETNS_RUN_DIR);
+    fs::create_dir_all(path).map_err(|source| NetnsError::Io { action: "create", path: path.to_owned(), source })?;
     let share = || mount(None::<&str>, path, None::<&str>, MsFlags::MS_SHARED | MsFlags::MS_REC, None::<&str>);
     match share() {
         Err(nix::Error::EINVAL) => {
             mount(Some(path), path, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)
-                .map_err(system("mount on itself", path))?;
-            share().map_err(system("share", path))
+                .map_err(io_error("mount on itself", path))?;
+            share().map_err(io_error("share", path))
         }
-        other => other.map_err(system("share", path)),
+        other => other.map_err(io_error("share", path)),
     }
 }
 
-fn system(action: &'static str, path: &Path) -> impl FnOnce(nix::Error) -> NetnsError {
+fn io_error(action: &'static str, path: &Path) -> impl FnOnce(nix::Error) -> NetnsError {
     let path = path.to_owned();
-    move |errno| NetnsError::System { action, path, source: errno.into() }
+    move |errno| NetnsError::Io { action, path, source: errno.into() }
 }
 
 /// Runs on a thread that ends with the work, so that whatever namespace it enters is nobody else's.
-fn on_thread<T: Send>(path: &Path, work: impl FnOnce() -> T + Send) -> Result<T, NetnsError> {
+fn run_on_thread<T: Send>(path: &Path, work: impl FnOnce() -> T + Send) -> Result<T, NetnsError> {
     thread::scope(|scope| {
         let thread = thread::Builder::new()
             .name("netns".to_owned())
             .spawn_scoped(scope, work)
-            .map_err(|source| NetnsError::System { action: "start a thread for", path: path.to_owned(), source })?;
+            .map_err(|source| NetnsError::Io { action: "start a thread for", path: path.to_owned(), source })?;
         thread.join().map_err(|cause| panic::resume_unwind(cause))
     })
 }
 
 /// The kernel's number for the calling thread's network namespace.
-fn cookie() -> io::Result<u64> {
+fn netns_cookie() -> io::Result<u64> {
     let socket = std::os::unix::net::UnixDatagram::unbound()?;
     let mut cookie = 0_u64;
     let mut length = libc::socklen_t::try_from(size_of::<u64>()).map_err(io::Error::other)?;
-    // SAFETY: the kernel writes at most `length` bytes to `cookie`, which has as many, and their number to `length`.
+    // SAFETY: the kernel writes at most `encoded_length` bytes to `netns_cookie`, which has as many, and their number to `encoded_length`.
     let outcome = unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),
@@ -318,16 +318,16 @@ fn cookie() -> io::Result<u64> {
 }
 
 /// On the blocking socket: a namespace is made also where no runtime runs.
-pub(super) fn loopback_up() -> Result<(), OpError> {
-    let up = LinkUnspec::new_with_index(LOOPBACK).up().build();
-    RouteSocket::open()?.change(&RouteNetlinkMessage::SetLink(up)).map_err(|e| e.during("cannot set lo up"))
+pub(super) fn set_loopback_up() -> Result<(), OpError> {
+    let up = LinkUnspec::new_with_index(LOOPBACK_IFINDEX).up().build();
+    RouteSocket::open()?.change(&RouteNetlinkMessage::SetLink(up)).map_err(|e| e.context("cannot set lo up"))
 }
 
 impl From<&NetnsError> for OpError {
     fn from(error: &NetnsError) -> OpError {
         let errno = match error {
-            NetnsError::System { source, .. } => source.raw_os_error().unwrap_or_default(),
-            NetnsError::Missing { .. } => libc::ENOENT,
+            NetnsError::Io { source, .. } => source.raw_os_error().unwrap_or_default(),
+            NetnsError::NotFound { .. } => libc::ENOENT,
             NetnsError::NotNetns { .. } => libc::EINVAL,
             _ => 0,
         };

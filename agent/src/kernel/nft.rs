@@ -1,4 +1,4 @@
-//! nf_tables over nfnetlink: our tables `inet overlayd` and `bridge overlayd`, and our accept rules in iptables' FORWARD chains; and the entries
+//! nf_tables over nfnetlink: our tables `inet overlayd_command` and `bridge_name overlayd_command`, and our accept rules in iptables' FORWARD chains; and the entries
 //! of conntrack that a change of them makes stale (`conntrack`).
 //!
 //! Owns one blocking socket ([`Nft`]) and one that listens ([`NftMonitor`]), both of the network namespace that they were opened in. No
@@ -6,33 +6,33 @@
 //! thread, [`NftMonitor`] is awaited by whoever follows the kernel.
 
 mod apply;
-mod book;
-mod channel;
+mod codec;
 mod conntrack;
+mod eval;
 mod expr;
 mod forward;
-mod judge;
 mod monitor;
+mod nfnl_socket;
 mod registers;
 mod set;
+mod snapshot;
 mod table;
 #[cfg(test)]
 mod tests;
-mod watch;
-mod wire;
+mod trace_monitor;
 
 use std::collections::BTreeMap;
 
-pub(super) use apply::is_rules;
-pub use book::{Book, Place};
-pub(super) use conntrack::{Connections, Stale, Translations};
-pub use judge::{Judgement, Translation};
+pub(super) use apply::is_ruleset_key;
+pub(super) use codec::NFNLGRP_NFTABLES;
+pub(super) use conntrack::{ConntrackCleaner, NatMappings, StaleFilter};
+pub use eval::{EvalResult, Translation};
 pub use monitor::{NftChange, NftMonitor};
-pub use table::Counted;
-pub use watch::{Sight, TraceWatch, Watched};
-pub(super) use wire::NFNLGRP_NFTABLES;
+pub use snapshot::{RuleRef, RulesetSnapshot};
+pub use table::CounterValue;
+pub use trace_monitor::{TraceEvent, TraceMonitor, TraceRead};
 
-use channel::Channel;
+use nfnl_socket::NfnlSocket;
 
 use crate::model::{Cidr, Family, PerFamily};
 use crate::plan::ruleset::{Counter, Table};
@@ -40,7 +40,7 @@ use crate::plan::{Key, Op, OpError, Ruleset, State, Value};
 
 /// nf_tables of one network namespace.
 pub struct Nft {
-    channel: Channel,
+    socket: NfnlSocket,
 }
 
 /// What nf_tables holds that is ours or concerns us, at one moment.
@@ -79,20 +79,20 @@ impl Nft {
     /// # Errors
     /// The kernel has no nfnetlink, or the process no file descriptors left. That nf_tables is missing or forbidden shows in the calls.
     pub fn open() -> Result<Nft, OpError> {
-        Ok(Nft { channel: Channel::open(wire::NFNL_SUBSYS_NFTABLES)? })
+        Ok(Nft { socket: NfnlSocket::open(codec::NFNL_SUBSYS_NFTABLES)? })
     }
 
     /// The netlink port id of the socket: events of our own changes carry it.
     pub fn port_id(&self) -> u32 {
-        self.channel.port()
+        self.socket.port_id()
     }
 
     /// How many transactions others made in the namespace, counted from any number: while it stays the same, nothing changed that was not changed here.
     ///
     /// # Errors
     /// No permission, or no nf_tables in the kernel.
-    pub fn others(&mut self) -> Result<u32, OpError> {
-        self.channel.others()
+    pub fn foreign_generation(&mut self) -> Result<u32, OpError> {
+        self.socket.foreign_generation()
     }
 
     /// Reads everything that concerns us, as it stands at one moment.
@@ -100,12 +100,12 @@ impl Nft {
     /// # Errors
     /// No permission, no nf_tables in the kernel, or others change it faster than it can be read (`EINTR`).
     pub fn dump(&mut self) -> Result<NftState, OpError> {
-        let read = |channel: &mut Channel| {
-            let mut state = NftState { rules: read_rules(channel)?, ..NftState::default() };
-            read_forward(channel, &mut state)?;
+        let read = |socket: &mut NfnlSocket| {
+            let mut state = NftState { rules: read_rules(socket)?, ..NftState::default() };
+            read_forward(socket, &mut state)?;
             Ok(state)
         };
-        self.channel.consistent(read).map(|(state, _)| state)
+        self.socket.read_consistent(read).map(|(state, _)| state)
     }
 
     /// Reads what concerns us of iptables' FORWARD chains alone: nothing of our tables.
@@ -113,12 +113,12 @@ impl Nft {
     /// # Errors
     /// As [`Nft::dump`].
     pub fn dump_forward(&mut self) -> Result<NftState, OpError> {
-        let read = |channel: &mut Channel| {
+        let read = |socket: &mut NfnlSocket| {
             let mut state = NftState::default();
-            read_forward(channel, &mut state)?;
+            read_forward(socket, &mut state)?;
             Ok(state)
         };
-        self.channel.consistent(read).map(|(state, _)| state)
+        self.socket.read_consistent(read).map(|(state, _)| state)
     }
 
     /// Applies changes of our tables and their elements ([`Key::Ruleset`], [`Key::Element`]), in one transaction: no packet sees anything between. A
@@ -126,15 +126,15 @@ impl Nft {
     /// afterwards; where it turns out to be wrong it is read anew. What is there already is not written.
     ///
     /// Returns the ops that failed, by their index: the kernel refused a part (named in the message), or the value has parts that were only ever
-    /// read ([`Expr::Foreign`](crate::plan::ruleset::Expr::Foreign)). The others are in force.
-    pub fn apply(&mut self, ops: &[Op], known: &mut State) -> Vec<(usize, OpError)> {
-        let mut rules = std::mem::take(known);
+    /// read ([`Expr::HostInterfaces`](crate::plan::ruleset::Expr::Foreign)). The others are in force.
+    pub fn apply(&mut self, ops: &[Op], cached: &mut State) -> Vec<(usize, OpError)> {
+        let mut rules = std::mem::take(cached);
         // Which are behind our tables in the order of keys.
-        let others = rules.split_off(&Key::ForwardAccept(Family::V4));
+        let forward_entries = rules.split_off(&Key::ForwardAccept(Family::V4));
         let failed =
-            apply::apply(&mut self.channel, ops, &mut rules, |channel| channel.consistent(read_rules).map(|(rules, _)| rules));
-        rules.extend(others);
-        *known = rules;
+            apply::apply(&mut self.socket, ops, &mut rules, |socket| socket.read_consistent(read_rules).map(|(rules, _)| rules));
+        rules.extend(forward_entries);
+        *cached = rules;
         failed
     }
 
@@ -142,21 +142,21 @@ impl Nft {
     ///
     /// # Errors
     /// No permission, or no nf_tables in the kernel.
-    pub fn counters(&mut self) -> Result<BTreeMap<Counter, Counted>, OpError> {
-        let read = |channel: &mut Channel| {
+    pub fn counters(&mut self) -> Result<BTreeMap<Counter, CounterValue>, OpError> {
+        let read = |socket: &mut NfnlSocket| {
             let mut all = BTreeMap::new();
             for table in Table::ALL {
-                all.extend(table::counters(channel, table)?);
+                all.extend(table::read_counters(socket, table)?);
             }
             Ok(all)
         };
-        self.channel.consistent(read).map(|(all, _)| all)
+        self.socket.read_consistent(read).map(|(all, _)| all)
     }
 
     /// The number of the last transaction in the namespace, whoever's.
     #[cfg(test)]
     fn generation(&mut self) -> u32 {
-        self.channel.consistent(|_| Ok(())).expect("a generation").1
+        self.socket.read_consistent(|_| Ok(())).expect("a generation").1
     }
 
     /// Has iptables' FORWARD chain of a family accept what comes from and goes to a network, by two rules at its head. Rules of ours for
@@ -169,7 +169,7 @@ impl Nft {
             let message = format!("{network} is no {family} network: its accept rules belong into the other FORWARD chain");
             return Err(OpError { errno: libc::EINVAL, message });
         }
-        forward::set(&mut self.channel, family, Some(network))
+        forward::set(&mut self.socket, family, Some(network))
     }
 
     /// Removes our rules from iptables' FORWARD chain of a family. That there are none, or no such chain, is success.
@@ -177,17 +177,17 @@ impl Nft {
     /// # Errors
     /// The kernel refused.
     pub fn delete_forward_accept(&mut self, family: Family) -> Result<(), OpError> {
-        forward::set(&mut self.channel, family, None)
+        forward::set(&mut self.socket, family, None)
     }
 }
 
-/// Reads our tables and what their sets hold. To be called inside [`Channel::consistent`].
-fn read_rules(channel: &mut Channel) -> Result<State, OpError> {
+/// Reads our tables and what their sets hold. To be called inside [`NfnlSocket::read_consistent`].
+fn read_rules(socket: &mut NfnlSocket) -> Result<State, OpError> {
     let mut rules = State::new();
     for table in Table::ALL {
-        let Some(mut ruleset) = table::read(channel, table)? else { continue };
+        let Some(mut ruleset) = table::read(socket, table)? else { continue };
         for set in ruleset.sets.clone() {
-            if !set::read_elements(channel, set, &mut rules)? {
+            if !set::read_elements(socket, set, &mut rules)? {
                 ruleset.foreign.push(format!("elements of set {} that are not ours", set.name()));
             }
         }
@@ -196,12 +196,12 @@ fn read_rules(channel: &mut Channel) -> Result<State, OpError> {
     Ok(rules)
 }
 
-/// Reads what concerns us of iptables' FORWARD chains. To be called inside [`Channel::consistent`].
-fn read_forward(channel: &mut Channel, state: &mut NftState) -> Result<(), OpError> {
+/// Reads what concerns us of iptables' FORWARD chains. To be called inside [`NfnlSocket::read_consistent`].
+fn read_forward(socket: &mut NfnlSocket, state: &mut NftState) -> Result<(), OpError> {
     for family in Family::ALL {
-        let forward = forward::read(channel, family)?;
-        *state.forward_accept.slot(family) = forward.accepted(family);
-        if forward.drops {
+        let forward = forward::read(socket, family)?;
+        *state.forward_accept.slot(family) = forward.accepted_network(family);
+        if forward.policy_drop {
             state.forward_drops.push(family);
         }
     }

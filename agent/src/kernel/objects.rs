@@ -17,19 +17,19 @@ use netlink_packet_route::route::{
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
-use super::message::{attributes, text, u32_at};
-use super::socket::{Refusal, RouteSocket};
+use super::nlmsg::{attributes, text, u32_at};
+use super::route_socket::{KernelError, RouteSocket};
 use super::uapi::{DEVCONF_ACCEPT_RA, DEVCONF_DISABLE_IPV6, DEVCONF_FORWARDING, IFLA_INET6_CONF};
 use crate::model::{Cidr, Device, Family, Mac, Role};
 use crate::plan::underlay::Ipv6Settings;
 use crate::plan::{Key, OpError};
 
 /// Length of `struct ifinfomsg`.
-const IFINFOMSG: usize = 16;
+const IFINFOMSG_LEN: usize = 16;
 /// Length of `struct ifaddrmsg`.
-const IFADDRMSG: usize = 8;
-/// Length of `struct rtmsg`.
-const RTMSG: usize = 12;
+const IFADDRMSG_LEN: usize = 8;
+/// Length of `struct put_rtmsg`.
+const RTMSG_LEN: usize = 12;
 
 /// What the kernel tells about a link, as far as it is needed here.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -41,8 +41,8 @@ pub struct LinkInfo {
     /// `IFF_...`.
     pub flags: LinkFlags,
     /// Which of the flags the message announces as changed.
-    pub changed: LinkFlags,
-    /// `vxlan`, `bridge`, `veth`; empty for hardware.
+    pub change_mask: LinkFlags,
+    /// `vxlan_chain`, `bridge_name`, `veth`; empty for hardware.
     pub kind: String,
     /// `ifalias`.
     pub alias: String,
@@ -86,8 +86,9 @@ impl LinkInfo {
         if header.interface_family != AddressFamily::Unspec {
             return None;
         }
-        let mut link = LinkInfo { index: header.index, flags: header.flags, changed: header.change_mask, ..LinkInfo::default() };
-        for attribute in raw_attributes(body, IFINFOMSG) {
+        let mut link =
+            LinkInfo { index: header.index, flags: header.flags, change_mask: header.change_mask, ..LinkInfo::default() };
+        for attribute in raw_attributes(body, IFINFOMSG_LEN) {
             if attribute.kind() == libc::IFLA_AF_SPEC {
                 link.ipv6 = ipv6_settings(attribute.value());
                 continue;
@@ -100,17 +101,17 @@ impl LinkInfo {
                 Ok(LinkAttribute::Group(group)) => link.group = group,
                 Ok(LinkAttribute::Controller(master)) => link.master = Some(master),
                 Ok(LinkAttribute::Link(peer)) => link.peer = Some(peer),
-                Ok(LinkAttribute::LinkInfo(infos)) => link.take_infos(infos),
+                Ok(LinkAttribute::LinkInfo(infos)) => link.apply_link_info(infos),
                 Ok(_) => {}
                 // An interface is still one where its name is no UTF-8.
                 Err(_) if attribute.kind() == libc::IFLA_IFNAME => link.name = text(attribute.value()),
-                Err(error) => undecoded("link", header.index, attribute.kind(), &error),
+                Err(error) => log_undecoded("link", header.index, attribute.kind(), &error),
             }
         }
         (!link.name.is_empty()).then_some(link)
     }
 
-    fn take_infos(&mut self, infos: Vec<Info>) {
+    fn apply_link_info(&mut self, infos: Vec<Info>) {
         for info in infos {
             match info {
                 Info::Kind(kind) => self.kind = kind.to_string(),
@@ -131,9 +132,9 @@ impl LinkInfo {
 
 /// What a link has for IPv6: an array that grows with the kernel, of which `netlink-packet-route` wants the whole.
 fn ipv6_settings(families: &[u8]) -> Option<Ipv6Settings> {
-    let within = |bytes, wanted| attributes(bytes, 0).find(|(kind, _)| *kind == wanted).map(|(_, value)| value);
-    let family = within(families, u16::from(u8::from(AddressFamily::Inet6)))?;
-    let settings = within(family, IFLA_INET6_CONF)?;
+    let nested = |bytes, wanted| attributes(bytes, 0).find(|(kind, _)| *kind == wanted).map(|(_, value)| value);
+    let family = nested(families, u16::from(u8::from(AddressFamily::Inet6)))?;
+    let settings = nested(family, IFLA_INET6_CONF)?;
     let setting = |number: usize| u32_at(settings, 4 * number);
     Some(Ipv6Settings {
         forwarding: setting(DEVCONF_FORWARDING)? != 0,
@@ -161,32 +162,32 @@ impl From<Vec<InfoVxlan>> for VxlanInfo {
 }
 
 /// The link of that name.
-pub fn link(socket: &mut RouteSocket, name: &str) -> Result<LinkInfo, Refusal> {
-    let mut request = all_links();
-    request.attributes.push(LinkAttribute::IfName(checked(name)?.to_owned()));
+pub fn link(socket: &mut RouteSocket, name: &str) -> Result<LinkInfo, KernelError> {
+    let mut request = link_request();
+    request.attributes.push(LinkAttribute::IfName(check_interface_name(name)?.to_owned()));
     socket.get(&RouteNetlinkMessage::GetLink(request), LinkInfo::read)
 }
 
 /// A name that an interface can have; the kernel's own answer to others would be about their length, not about the interface.
-pub fn checked(name: &str) -> Result<&str, Refusal> {
+pub fn check_interface_name(name: &str) -> Result<&str, KernelError> {
     if name.is_empty() || name.len() > 15 {
-        return Err(Refusal { errno: libc::ENODEV, detail: "interface names have 1 to 15 bytes".to_owned() });
+        return Err(KernelError { errno: libc::ENODEV, detail: "interface names have 1 to 15 bytes".to_owned() });
     }
     Ok(name)
 }
 
 /// All links.
 pub fn links(socket: &mut RouteSocket) -> Result<Vec<LinkInfo>, OpError> {
-    let read = socket.dump(&RouteNetlinkMessage::GetLink(all_links()), Vec::new, |all, header, body| {
+    let read = socket.dump(&RouteNetlinkMessage::GetLink(link_request()), Vec::new, |all, header, body| {
         if header.message_type == libc::RTM_NEWLINK {
             all.extend(LinkInfo::read(body));
         }
     });
-    read.map_err(|e| e.during("cannot list the links"))
+    read.map_err(|e| e.context("cannot list the links"))
 }
 
 /// A request without the counters, which are most of an answer.
-fn all_links() -> LinkMessage {
+fn link_request() -> LinkMessage {
     let mut request = LinkMessage::default();
     request.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
     request
@@ -211,14 +212,14 @@ impl AddressInfo {
         let header = AddressHeader::parse(body).ok()?;
         let (mut local, mut address) = (None, None);
         let mut flags = AddressFlags::from_bits_retain(u32::from(header.flags.bits()));
-        for attribute in raw_attributes(body, IFADDRMSG) {
+        for attribute in raw_attributes(body, IFADDRMSG_LEN) {
             match AddressAttribute::parse(&attribute) {
                 // On a point-to-point link IFA_ADDRESS is the other end; IPv6 without a peer has only that.
                 Ok(AddressAttribute::Local(ip)) => local = Some(ip),
                 Ok(AddressAttribute::Address(ip)) => address = Some(ip),
                 Ok(AddressAttribute::Flags(all)) => flags = all,
                 Ok(_) => {}
-                Err(error) => undecoded("address", header.index, attribute.kind(), &error),
+                Err(error) => log_undecoded("address", header.index, attribute.kind(), &error),
             }
         }
         let address = IpNetwork::new(local.or(address)?, header.prefix_len).ok()?;
@@ -226,9 +227,9 @@ impl AddressInfo {
     }
 
     /// As an address of a device of ours: of global scope, on the bridge also link-local.
-    pub fn on(&self, device: Device) -> Option<Key> {
-        let counts = self.is_global() || (device.role == Role::Bridge && self.scope == AddressScope::Link);
-        counts.then_some(Key::Address(device, self.address))
+    pub fn address_key(&self, device: Device) -> Option<Key> {
+        let is_relevant = self.is_global() || (device.role == Role::Bridge && self.scope == AddressScope::Link);
+        is_relevant.then_some(Key::Address(device, self.address))
     }
 
     /// Of global scope.
@@ -237,7 +238,7 @@ impl AddressInfo {
     }
 
     /// The flags that say how fit it is as a source.
-    pub fn fitness(&self) -> AddressFlags {
+    pub fn source_selection_flags(&self) -> AddressFlags {
         self.flags
             & (AddressFlags::Secondary
                 | AddressFlags::Deprecated
@@ -261,8 +262,8 @@ pub fn addresses(socket: &mut RouteSocket, index: u32) -> Result<Vec<AddressInfo
         });
         match read {
             Ok(addresses) => all.extend(addresses),
-            Err(e) if e.is_without_family() => {}
-            Err(e) => return Err(e.during(format!("cannot list the {family} addresses"))),
+            Err(e) if e.is_unsupported_family() => {}
+            Err(e) => return Err(e.context(format!("cannot list the {family} addresses"))),
         }
     }
     Ok(all)
@@ -294,7 +295,7 @@ impl RouteInfo {
         let (family, kind) = (header.address_family, header.kind);
         let mut route =
             RouteInfo { protocol: header.protocol, kind, metric: 0, gateway: None, source: None, interface: None, nexthop: None };
-        for attribute in raw_attributes(body, RTMSG) {
+        for attribute in raw_attributes(body, RTMSG_LEN) {
             match RouteAttribute::parse_with_param(&attribute, (family, kind, RouteLwEnCapType::None)) {
                 Ok(RouteAttribute::Priority(metric)) => route.metric = metric,
                 Ok(RouteAttribute::Gateway(RouteAddress::Inet(ip))) => route.gateway = Some(ip.into()),
@@ -305,7 +306,7 @@ impl RouteInfo {
                 Ok(RouteAttribute::MultiPath(hops)) => route.interface = hops.first().map(|hop| hop.interface_index),
                 Ok(RouteAttribute::NhId(id)) => route.nexthop = Some(id),
                 Ok(_) => {}
-                Err(error) => undecoded("route", 0, attribute.kind(), &error),
+                Err(error) => log_undecoded("route", 0, attribute.kind(), &error),
             }
         }
         Some(route)
@@ -313,7 +314,7 @@ impl RouteInfo {
 
     /// Reads it where it is a default route of the main table; what others say is not decoded, for they may be ten thousand.
     pub fn read_default(body: &[u8]) -> Option<RouteInfo> {
-        RouteInfo::read_of_main(body, 0)
+        RouteInfo::read_main_table(body, 0)
     }
 
     /// Reads it where it is a route of the main table to that destination.
@@ -323,17 +324,17 @@ impl RouteInfo {
             IpAddr::V6(base) => base.octets().to_vec(),
         };
         // A default route names no destination.
-        let to = raw_attributes(body, RTMSG).find(|attribute| attribute.kind() == libc::RTA_DST);
-        let leads_there = to.map_or(destination.length() == 0, |to| to.value() == base);
-        RouteInfo::read_of_main(body, destination.length()).filter(|_| leads_there)
+        let to = raw_attributes(body, RTMSG_LEN).find(|attribute| attribute.kind() == libc::RTA_DST);
+        let destination_matches = to.map_or(destination.length() == 0, |to| to.value() == base);
+        RouteInfo::read_main_table(body, destination.length()).filter(|_| destination_matches)
     }
 
-    fn read_of_main(body: &[u8], length: u8) -> Option<RouteInfo> {
+    fn read_main_table(body: &[u8], length: u8) -> Option<RouteInfo> {
         let header = RouteHeader::parse(body).ok()?;
-        let is_meant = header.destination_prefix_length == length
+        let is_match = header.destination_prefix_length == length
             && header.table == RouteHeader::RT_TABLE_MAIN
             && header.kind == RouteType::Unicast;
-        if is_meant { RouteInfo::read(body) } else { None }
+        if is_match { RouteInfo::read(body) } else { None }
     }
 }
 
@@ -359,7 +360,7 @@ pub fn raw_attributes(body: &[u8], skip: usize) -> impl Iterator<Item = NlaBuffe
     NlasIterator::new(body.get(skip..).unwrap_or_default()).map_while(Result::ok)
 }
 
-fn undecoded(what: &str, index: u32, attribute: u16, error: &DecodeError) {
+fn log_undecoded(what: &str, index: u32, attribute: u16, error: &DecodeError) {
     tracing::debug!(what, index, attribute, %error, "the kernel tells something that cannot be decoded; it is passed over");
 }
 
@@ -390,11 +391,11 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_decoded_is_passed_over() {
+    fn undecodable_attributes_are_skipped() {
         let mut body = bytes(&link());
-        let whole = LinkInfo::read(&body).expect("a link");
-        assert_eq!((whole.index, whole.mtu, whole.up(), whole.kind.as_str()), (7, 1450, true, "vxlan"));
-        assert_eq!(whole.vxlan, Some(VxlanInfo { id: 5, port: 8472, local: None, link: 2, learning: true }));
+        let valid = LinkInfo::read(&body).expect("a link");
+        assert_eq!((valid.index, valid.mtu, valid.up(), valid.kind.as_str()), (7, 1450, true, "vxlan"));
+        assert_eq!(valid.vxlan, Some(VxlanInfo { id: 5, port: 8472, local: None, link: 2, learning: true }));
         // An alias that is no UTF-8, an MTU of one byte, an attribute of the future, and the end of one that was cut off.
         let mut junk = Vec::new();
         junk.extend_from_slice(&[6, 0, 20, 0, 0xff, 0xfe, 0, 0]);
@@ -402,7 +403,7 @@ mod tests {
         junk.extend_from_slice(&[8, 0, 0xff, 0x0f, 1, 2, 3, 4]);
         junk.extend_from_slice(&[40, 0, 4, 0]);
         body.extend_from_slice(&junk);
-        assert_eq!(LinkInfo::read(&body), Some(whole));
+        assert_eq!(LinkInfo::read(&body), Some(valid));
         for end in 0..body.len() {
             let _ = LinkInfo::read(&body[..end]);
             let _ = AddressInfo::read(&body[..end]);
@@ -411,14 +412,14 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_is_no_text_is_still_a_name() {
+    fn non_utf8_link_name_is_read_lossily() {
         let mut body = bytes(&LinkMessage::default());
         body.extend_from_slice(&[7, 0, 3, 0, b'a', 0xff, 0, 0]);
         assert_eq!(LinkInfo::read(&body).expect("a link").name, "a\u{fffd}");
     }
 
     #[test]
-    fn flags_of_the_attribute_count_before_those_of_the_header() {
+    fn flags_attribute_overrides_header_flags() {
         let mut address = AddressMessage::default();
         address.header.prefix_len = 64;
         address.attributes = vec![
@@ -426,7 +427,7 @@ mod tests {
             AddressAttribute::Flags(AddressFlags::Deprecated | AddressFlags::Noprefixroute),
         ];
         let read = AddressInfo::read(&bytes(&address)).expect("an address");
-        assert!(read.fitness() == AddressFlags::Deprecated && read.is_global());
+        assert!(read.source_selection_flags() == AddressFlags::Deprecated && read.is_global());
         assert_eq!(read.address.to_string(), "fd00::1/64");
     }
 }

@@ -23,8 +23,8 @@ use tokio::time::timeout;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use super::netns::Netns;
-use super::objects::{address_family, checked};
-use super::socket::{ANSWER_TIMEOUT, Refusal, detail};
+use super::objects::{address_family, check_interface_name};
+use super::route_socket::{ANSWER_TIMEOUT, KernelError, ext_ack_message};
 use crate::model::{Cidr, Family};
 use crate::plan::OpError;
 
@@ -32,9 +32,9 @@ use crate::plan::OpError;
 #[derive(Debug)]
 pub struct Rtnl {
     handle: Handle,
-    port: u32,
+    port_id: u32,
     task: JoinHandle<()>,
-    ended: CancellationToken,
+    closed: CancellationToken,
 }
 
 impl Drop for Rtnl {
@@ -47,46 +47,46 @@ impl Rtnl {
     /// Connects in the calling thread's network namespace. Must be called inside a tokio runtime with I/O and time.
     pub fn open() -> Result<Rtnl, OpError> {
         let runtime = runtime::Handle::try_current().map_err(io::Error::other);
-        runtime.and_then(|runtime| Rtnl::connect(&runtime)).map_err(failed)
+        runtime.and_then(|runtime| Rtnl::connect(&runtime)).map_err(open_error)
     }
 
     /// Connects in another network namespace; under the same condition.
     pub fn open_in(netns: &Netns) -> Result<Rtnl, OpError> {
-        let runtime = runtime::Handle::try_current().map_err(|e| failed(io::Error::other(e)))?;
+        let runtime = runtime::Handle::try_current().map_err(|e| open_error(io::Error::other(e)))?;
         let connected = netns.run(|| {
             // The thread that enters the namespace is none of the runtime's.
             let _entered = runtime.enter();
             Rtnl::connect(&runtime)
         });
-        connected.map_err(|e| OpError::from(&e))?.map_err(failed)
+        connected.map_err(|e| OpError::from(&e))?.map_err(open_error)
     }
 
     fn connect(runtime: &runtime::Handle) -> io::Result<Rtnl> {
         let mut listener = TokioSocket::new(NETLINK_ROUTE)?;
         let socket = listener.socket_mut();
-        let port = socket.bind_auto()?.port_number();
+        let port_id = socket.bind_auto()?.port_number();
         socket.set_cap_ack(true)?;
         socket.set_ext_ack(true)?;
         let (mut connection, handle, _) = rtnetlink::from_socket(listener);
         // Else a connection that ended looks like success to a request that waits for its acknowledgement: see `acknowledged`.
         connection.set_forward_ack(true);
-        let ended = CancellationToken::new();
-        let guard = ended.clone().drop_guard();
+        let closed = CancellationToken::new();
+        let guard = closed.clone().drop_guard();
         let task = runtime.spawn(async move {
             let _guard = guard;
             connection.await;
         });
-        Ok(Rtnl { handle, port, task, ended })
+        Ok(Rtnl { handle, port_id, task, closed })
     }
 
     /// The port id by which the kernel names this connection in events.
-    pub fn port(&self) -> u32 {
-        self.port
+    pub fn port_id(&self) -> u32 {
+        self.port_id
     }
 
     /// Comes to its end with the connection: then nothing can be changed any more.
-    pub fn ended(&self) -> WaitForCancellationFutureOwned {
-        self.ended.clone().cancelled_owned()
+    pub fn closed(&self) -> WaitForCancellationFutureOwned {
+        self.closed.clone().cancelled_owned()
     }
 
     /// Ends the connection, as a failure of its socket would.
@@ -96,79 +96,81 @@ impl Rtnl {
     }
 
     /// The interface index of the link of that name.
-    pub async fn link_index(&self, name: &str) -> Result<u32, Refusal> {
+    pub async fn link_index(&self, name: &str) -> Result<u32, KernelError> {
         use futures_util::TryStreamExt;
-        let mut answers = std::pin::pin!(self.handle.link().get().match_name(checked(name)?).execute());
-        match in_time(answers.try_next()).await? {
+        let mut answers = std::pin::pin!(self.handle.link().get().match_name(check_interface_name(name)?).execute());
+        match with_timeout(answers.try_next()).await? {
             Ok(Some(link)) => Ok(link.header.index),
-            Ok(None) => Err(connection_ended()),
+            Ok(None) => Err(connection_closed()),
             Err(error) => Err(error.into()),
         }
     }
 
     /// Makes a link. Fails with `EEXIST` where the name is taken.
-    pub async fn add_link(&self, link: LinkMessage) -> Result<(), Refusal> {
-        acknowledged(self.handle.link().add(link).execute()).await
+    pub async fn add_link(&self, link: LinkMessage) -> Result<(), KernelError> {
+        expect_ack(self.handle.link().add(link).execute()).await
     }
 
     /// Changes the link whose index the message has.
-    pub async fn change_link(&self, link: LinkMessage) -> Result<(), Refusal> {
-        acknowledged(self.handle.link().change(link).execute()).await
+    pub async fn change_link(&self, link: LinkMessage) -> Result<(), KernelError> {
+        expect_ack(self.handle.link().change(link).execute()).await
     }
 
     /// Removes a link.
-    pub async fn delete_link(&self, index: u32) -> Result<(), Refusal> {
-        acknowledged(self.handle.link().del(index).execute()).await
+    pub async fn delete_link(&self, index: u32) -> Result<(), KernelError> {
+        expect_ack(self.handle.link().del(index).execute()).await
     }
 
     /// Adds an address, without duplicate address detection; that it is there already is success.
-    pub async fn add_address(&self, index: u32, address: IpNetwork) -> Result<(), Refusal> {
+    pub async fn add_address(&self, index: u32, address: IpNetwork) -> Result<(), KernelError> {
         let mut request = self.handle.address().add(index, address.ip(), address.prefix()).replace();
         *request.message_mut() = new_address(index, address);
-        acknowledged(request.execute()).await
+        expect_ack(request.execute()).await
     }
 
     /// Removes an address.
-    pub async fn delete_address(&self, index: u32, address: IpNetwork) -> Result<(), Refusal> {
-        acknowledged(self.handle.address().del(address_message(index, address)).execute()).await
+    pub async fn delete_address(&self, index: u32, address: IpNetwork) -> Result<(), KernelError> {
+        expect_ack(self.handle.address().del(address_message(index, address)).execute()).await
     }
 
     /// Adds a route, in place of the one to that destination.
-    pub async fn replace_route(&self, route: RouteMessage) -> Result<(), Refusal> {
-        acknowledged(self.handle.route().add(route).replace().execute()).await
+    pub async fn replace_route(&self, route: RouteMessage) -> Result<(), KernelError> {
+        expect_ack(self.handle.route().add(route).replace().execute()).await
     }
 }
 
 /// Gives the request a bound in time.
-async fn in_time<T>(request: impl Future<Output = T>) -> Result<T, Refusal> {
-    let late = |_| Refusal { errno: libc::ETIMEDOUT, detail: "no answer that could be read".to_owned() };
+async fn with_timeout<T>(request: impl Future<Output = T>) -> Result<T, KernelError> {
+    let late = |_| KernelError { errno: libc::ETIMEDOUT, detail: "no answer that could be read".to_owned() };
     timeout(ANSWER_TIMEOUT, request).await.map_err(late)
 }
 
 /// The outcome of a request that is acknowledged. The acknowledgement itself is handed on as an error without a number; where nothing came, the
 /// connection ended before.
-async fn acknowledged(request: impl Future<Output = Result<(), Error>>) -> Result<(), Refusal> {
-    match in_time(request).await? {
+async fn expect_ack(request: impl Future<Output = Result<(), Error>>) -> Result<(), KernelError> {
+    match with_timeout(request).await? {
         Err(Error::NetlinkError(answer)) if answer.code.is_none() => Ok(()),
         Err(error) => Err(error.into()),
-        Ok(()) => Err(connection_ended()),
+        Ok(()) => Err(connection_closed()),
     }
 }
 
-fn connection_ended() -> Refusal {
-    Refusal { errno: libc::EPIPE, detail: "the rtnetlink connection has ended: restart the agent".to_owned() }
+fn connection_closed() -> KernelError {
+    KernelError { errno: libc::EPIPE, detail: "the rtnetlink connection has ended: restart the agent".to_owned() }
 }
 
-fn failed(error: io::Error) -> OpError {
-    Refusal::from(error).during("cannot open an rtnetlink connection")
+fn open_error(error: io::Error) -> OpError {
+    KernelError::from(error).context("cannot open an rtnetlink connection")
 }
 
-impl From<Error> for Refusal {
-    fn from(error: Error) -> Refusal {
+impl From<Error> for KernelError {
+    fn from(error: Error) -> KernelError {
         match error {
-            Error::NetlinkError(answer) => Refusal { errno: answer.raw_code().saturating_neg(), detail: detail(&answer.header) },
-            Error::RequestFailed => connection_ended(),
-            other => Refusal { errno: libc::EPROTO, detail: other.to_string() },
+            Error::NetlinkError(answer) => {
+                KernelError { errno: answer.raw_code().saturating_neg(), detail: ext_ack_message(&answer.header) }
+            }
+            Error::RequestFailed => connection_closed(),
+            other => KernelError { errno: libc::EPROTO, detail: other.to_string() },
         }
     }
 }

@@ -40,11 +40,11 @@ pub fn route_localnet(interface: &str) -> String {
 
 /// The value at a path below `/proc/sys/net`; `None` where there is no such file, as without IPv6.
 pub fn read(path: &str) -> Result<Option<String>, OpError> {
-    found(fs::File::open(file(path)?), path)
+    read_file(fs::File::open(sysctl_path(path)?), path)
 }
 
 /// What stands in a sysctl's file; `None` where there is no such file.
-fn found(file: io::Result<fs::File>, path: &str) -> Result<Option<String>, OpError> {
+fn read_file(file: io::Result<fs::File>, path: &str) -> Result<Option<String>, OpError> {
     match file.and_then(io::read_to_string) {
         Ok(text) => Ok(Some(text.trim_end().to_owned())),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -55,46 +55,46 @@ fn found(file: io::Result<fs::File>, path: &str) -> Result<Option<String>, OpErr
 /// Writes a value where another one stands.
 pub fn write(path: &str, value: &str) -> Result<(), OpError> {
     let found = read(path)?;
-    if found.as_deref() == Some(value) || (found.is_none() && value == OFF && is_moot(path)) {
+    if found.as_deref() == Some(value) || (found.is_none() && value == OFF && is_implicitly_off(path)) {
         return Ok(());
     }
-    put(path, value)
+    overwrite(path, value)
 }
 
-fn put(path: &str, value: &str) -> Result<(), OpError> {
+fn overwrite(path: &str, value: &str) -> Result<(), OpError> {
     // Without O_CREAT: /proc/sys refuses it with a misleading EACCES where the file is missing.
-    stored(fs::File::options().write(true).open(file(path)?), path, value)
+    write_file(fs::File::options().write(true).open(sysctl_path(path)?), path, value)
 }
 
-fn stored(file: io::Result<fs::File>, path: &str, value: &str) -> Result<(), OpError> {
+fn write_file(file: io::Result<fs::File>, path: &str, value: &str) -> Result<(), OpError> {
     file.and_then(|mut file| file.write_all(value.as_bytes())).map_err(|e| error("write", path, &e))
 }
 
-/// The IPv6 settings of the interfaces of one namespace, by their directory, which is held open. For each namespace in which `net/ipv6` was ever
+/// The IPv6 settings of the interfaces of one namespace, by their directory, which is held open. For each namespace in which `net/is_ipv6` was ever
 /// looked up the kernel keeps an entry, all of one name and in one list: with hundreds of containers a look-up from the root takes several times as
 /// long.
 #[derive(Debug)]
-pub struct Interfaces(Option<OwnedFd>);
+pub struct Ipv6ConfDir(Option<OwnedFd>);
 
-impl Interfaces {
+impl Ipv6ConfDir {
     /// Those of the calling thread's namespace.
-    pub fn open() -> Interfaces {
+    pub fn open() -> Ipv6ConfDir {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         // A kernel without IPv6 has no such directory.
-        Interfaces(open(&PathBuf::from(format!("{ROOT}/ipv6/conf")), flags, Mode::empty()).ok())
+        Ipv6ConfDir(open(&PathBuf::from(format!("{ROOT}/ipv6/conf")), flags, Mode::empty()).ok())
     }
 
     /// Has an interface take nothing from router advertisements. Whether it has IPv6 at all.
-    pub fn refuse_ra(&self, interface: &str) -> Result<bool, OpError> {
+    pub fn disable_accept_ra(&self, interface: &str) -> Result<bool, OpError> {
         let Some(directory) = &self.0 else { return Ok(false) };
         let path = accept_ra(interface);
         let file = |flags: OFlag| {
             let name = PathBuf::from(format!("{interface}/accept_ra"));
             Ok(openat(directory, &name, flags | OFlag::O_CLOEXEC, Mode::empty())?.into())
         };
-        let Some(now) = found(file(OFlag::O_RDONLY), &path)? else { return Ok(false) };
+        let Some(now) = read_file(file(OFlag::O_RDONLY), &path)? else { return Ok(false) };
         if now != OFF {
-            stored(file(OFlag::O_WRONLY), &path, OFF)?;
+            write_file(file(OFlag::O_WRONLY), &path, OFF)?;
         }
         Ok(true)
     }
@@ -103,26 +103,26 @@ impl Interfaces {
 /// The value of what is switched off.
 pub const OFF: &str = "0";
 
-/// Whether a sysctl that is missing is as good as switched off: the kernel has no IPv6 at all (`ipv6.disable=1`), or none on an interface that is
-/// there, because its MTU is below 1280 (`addrconf_notify` in `net/ipv6/addrconf.c`).
-pub fn is_moot(path: &str) -> bool {
-    let there = |path: &str| PathBuf::from(format!("{ROOT}/{path}")).exists();
+/// Whether a sysctl that is missing is as good as switched off: the kernel has no IPv6 at all (`is_ipv6.disable=1`), or none on an interface that is
+/// there, because its MTU is below 1280 (`addrconf_notify` in `net/is_ipv6/addrconf.c`).
+pub fn is_implicitly_off(path: &str) -> bool {
+    let exists = |path: &str| PathBuf::from(format!("{ROOT}/{path}")).exists();
     let Some(rest) = path.strip_prefix("ipv6/") else { return false };
     let interface = rest.strip_prefix("conf/").and_then(|rest| rest.split_once('/')).map(|(interface, _)| interface);
-    !there("ipv6") || interface.is_some_and(|name| !there(&format!("ipv6/conf/{name}")) && there(&format!("ipv4/conf/{name}")))
+    !exists("ipv6") || interface.is_some_and(|name| !exists(&format!("ipv6/conf/{name}")) && exists(&format!("ipv4/conf/{name}")))
 }
 
 /// Writes a value where there is such a sysctl.
-pub fn write_if_there(path: &str, value: &str) -> Result<(), OpError> {
+pub fn write_if_exists(path: &str, value: &str) -> Result<(), OpError> {
     match read(path)? {
-        Some(found) if found != value => put(path, value),
+        Some(found) if found != value => overwrite(path, value),
         _ => Ok(()),
     }
 }
 
-fn file(path: &str) -> Result<PathBuf, OpError> {
-    let plain = |part: &str| !part.is_empty() && part != "." && part != ".." && !part.contains('\0');
-    if !path.split('/').all(plain) {
+fn sysctl_path(path: &str) -> Result<PathBuf, OpError> {
+    let is_plain = |part: &str| !part.is_empty() && part != "." && part != ".." && !part.contains('\0');
+    if !path.split('/').all(is_plain) {
         let message = format!("`{path}` is no path of a sysctl below {ROOT}");
         return Err(OpError { errno: libc::EINVAL, message });
     }

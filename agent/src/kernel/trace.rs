@@ -1,8 +1,8 @@
 //! What the kernel of one network namespace answers about the way of a packet: which route it would take, which next hop, neighbour and FDB entry
 //! that leads to, what the rules would do with it; and, live, where packets of a flow are seen.
 //!
-//! Everything here asks; nothing is changed but the table by which a live watch marks packets ([`TraceWatch`]), which goes with its socket. All calls
-//! block, and belong to the namespace of the thread that makes them ([`super::netns::Netns::run`]).
+//! Everything here asks; nothing is changed but the table by which a live watch marks packets ([`TraceMonitor`]), which goes with its socket. All calls
+//! block, and belong to the namespace of the thread that makes them ([`super::path::Netns::run`]).
 
 mod capture;
 pub mod packet;
@@ -16,26 +16,26 @@ use netlink_packet_route::link::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::message::{Message, address, attributes, mac, u16_at, u32_at};
 use super::nft::{Nft, NftState};
+use super::nlmsg::{Message, address, attributes, mac, u16_at, u32_at};
 use super::objects::{self, LinkInfo, raw_attributes};
-use super::socket::{Ask, RouteSocket};
+use super::peer_messages::{AF_BRIDGE, EntryQuery, KernelEntry, NHMSG_LEN, family_of};
+use super::route_socket::{Request, RouteSocket};
 use super::uapi::*;
-use super::wire::{AF_BRIDGE, Entry, NHMSG, Query, family_of};
 use crate::model::{Cidr, Device, Family, Mac, PerFamily, Role};
 use crate::plan::OpError;
-use crate::plan::ruleset::{Expr, Field, OVERLAY, Table};
+use crate::plan::ruleset::{Expr, Field, OVERLAY_CHAIN, Table};
 use crate::plan::state::PROTOCOL;
 
-pub use super::nft::{Book, Judgement, Place, Sight, TraceWatch, Translation, Watched};
-pub use capture::{Capture, Passage, Watchlist};
+pub use super::nft::{EvalResult, RuleRef, RulesetSnapshot, TraceEvent, TraceMonitor, TraceRead, Translation};
+pub use capture::{Capture, CaptureFilter, CapturedPacket};
 
 /// Length of `struct ifinfomsg`.
-const IFINFOMSG: usize = 16;
-/// Length of `struct ndmsg`.
-const NDMSG: usize = 12;
-/// Length of `struct rtmsg`.
-const RTMSG: usize = 12;
+const IFINFOMSG_LEN: usize = 16;
+/// Length of `struct put_ndmsg`.
+const NDMSG_LEN: usize = 12;
+/// Length of `struct put_rtmsg`.
+const RTMSG_LEN: usize = 12;
 /// `linux/rtnetlink.h`: answer with the route that matched, not with what the lookup made of it.
 const RTM_F_FIB_MATCH: u32 = 0x2000;
 /// `linux/rtnetlink.h`.
@@ -50,7 +50,7 @@ pub struct Link {
     pub index: u32,
     /// Interface name.
     pub name: String,
-    /// `vxlan`, `bridge`, `veth`; empty for hardware.
+    /// `vxlan_chain`, `bridge_name`, `veth`; empty for hardware.
     pub kind: String,
     /// Administratively up.
     pub up: bool,
@@ -64,7 +64,7 @@ pub struct Link {
     pub master: Option<u32>,
     /// Interface index of a veth pair's other end.
     pub peer: Option<u32>,
-    /// The state of a bridge's port: `forwarding`, `disabled`, ...
+    /// The state of a bridge's port: `check_forwarding`, `disabled`, ...
     pub port_state: Option<String>,
     /// A VXLAN device's VNI, UDP port, own address and underlay interface.
     pub vxlan: Option<Vxlan>,
@@ -88,7 +88,7 @@ pub struct Vxlan {
 pub struct Route {
     /// The entry that matched; absent where the kernel does not say.
     pub destination: Option<Cidr>,
-    /// `unicast`, `local`, `blackhole`, ...
+    /// `unicast_is_detected`, `local`, `blackhole`, ...
     pub kind: String,
     /// Who made it, by number.
     pub protocol: u8,
@@ -133,14 +133,14 @@ impl Neighbour {
 
 /// The overlay as the rules of the host have it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Overlay {
-    /// The first and the last address that is leased in each family; none where the table `inet overlayd` is not there.
+pub struct OverlayRanges {
+    /// The first and the last address that is leased in each family; none where the table `inet overlayd_command` is not there.
     pub ranges: PerFamily<(IpAddr, IpAddr)>,
 }
 
 /// A question for the route to an address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Lookup {
+pub struct RouteLookup {
     /// To where.
     pub destination: IpAddr,
     /// From where.
@@ -149,18 +149,18 @@ pub struct Lookup {
     pub input: Option<u32>,
 }
 
-struct RouteRequest(Lookup, bool);
+struct RouteRequest(RouteLookup, bool);
 
-impl Ask for RouteRequest {
+impl Request for RouteRequest {
     fn write(&self, buffer: &mut Vec<u8>, flags: u16, sequence: u32) {
-        let RouteRequest(lookup, matched) = self;
+        let RouteRequest(lookup, fib_match) = self;
         let family = Family::of(lookup.destination);
         let number = if family == Family::V4 { libc::AF_INET } else { libc::AF_INET6 };
         let source_length = if lookup.source.is_some() { family.bits() } else { 0 };
-        let asked: u32 = if *matched { RTM_F_FIB_MATCH } else { 0 };
+        let route_flags: u32 = if *fib_match { RTM_F_FIB_MATCH } else { 0 };
         let mut m = Message::begin(buffer, libc::RTM_GETROUTE, flags, sequence);
         m.body(&[u8::try_from(number).unwrap_or_default(), family.bits(), source_length, 0, 0, 0, 0, 0]);
-        m.body(&asked.to_ne_bytes()).put_address(RTA_DST, lookup.destination);
+        m.body(&route_flags.to_ne_bytes()).put_address(RTA_DST, lookup.destination);
         if let Some(source) = lookup.source {
             m.put_address(RTA_SRC, source);
         }
@@ -176,7 +176,7 @@ enum NeighbourRequest {
     Fdb(u32, Mac),
 }
 
-impl Ask for NeighbourRequest {
+impl Request for NeighbourRequest {
     fn write(&self, buffer: &mut Vec<u8>, flags: u16, sequence: u32) {
         let mut m = Message::begin(buffer, libc::RTM_GETNEIGH, flags, sequence);
         match self {
@@ -194,17 +194,17 @@ impl Ask for NeighbourRequest {
 }
 
 /// Asks the kernel.
-pub struct Look {
+pub struct KernelQuery {
     socket: RouteSocket,
 }
 
-impl Look {
+impl KernelQuery {
     /// Opens the calling thread's namespace.
     ///
     /// # Errors
     /// No file descriptors left, no netlink.
-    pub fn open() -> Result<Look, OpError> {
-        Ok(Look { socket: RouteSocket::open()? })
+    pub fn open() -> Result<KernelQuery, OpError> {
+        Ok(KernelQuery { socket: RouteSocket::open()? })
     }
 
     /// All interfaces.
@@ -218,7 +218,7 @@ impl Look {
                 all.extend(read_link(body));
             }
         });
-        read.map_err(|e| e.during("cannot list the links"))
+        read.map_err(|e| e.context("cannot list the links"))
     }
 
     /// The addresses of an interface.
@@ -234,12 +234,12 @@ impl Look {
     ///
     /// # Errors
     /// The question itself failed.
-    pub fn route(&mut self, lookup: Lookup) -> Result<Result<Route, String>, OpError> {
-        let asked = self.socket.get(&RouteRequest(lookup, false), read_route);
-        let mut route = match asked {
+    pub fn route(&mut self, lookup: RouteLookup) -> Result<Result<Route, String>, OpError> {
+        let reply = self.socket.get(&RouteRequest(lookup, false), read_route);
+        let mut route = match reply {
             Ok(route) => route,
             Err(refusal) if refusal.errno == libc::EPERM => {
-                return Err(refusal.during(format!("cannot ask for the route to {}", lookup.destination)));
+                return Err(refusal.context(format!("cannot ask for the route to {}", lookup.destination)));
             }
             Err(refusal) => {
                 let reason = std::io::Error::from_raw_os_error(refusal.errno).to_string();
@@ -262,14 +262,15 @@ impl Look {
     }
 
     /// The unreachable route of ours that covers an address; `None` where there is none.
-    pub fn unreachable(&mut self, covered: IpAddr) -> Option<Cidr> {
-        let ours = Query::Routes(Family::of(covered), PROTOCOL);
+    pub fn unreachable_route(&mut self, destination_address: IpAddr) -> Option<Cidr> {
+        let ours = EntryQuery::Routes(Family::of(destination_address), PROTOCOL);
         let read = self.socket.dump(
             &ours,
             || None,
             |found, header, body| {
-                if let Some(Entry::Unreachable { destination, protocol: PROTOCOL, unreachable: true }) = Entry::read(header, body)
-                    && destination.contains(covered)
+                if let Some(KernelEntry::Unreachable { destination, protocol: PROTOCOL, unreachable: true }) =
+                    KernelEntry::read(header, body)
+                    && destination.contains(destination_address)
                 {
                     *found = Some(destination);
                 }
@@ -280,12 +281,12 @@ impl Look {
 
     /// A next-hop object; `None` where there is none of that id.
     pub fn nexthop(&mut self, id: u32) -> Option<Nexthop> {
-        self.socket.get(&Query::Nexthop(id), read_nexthop).ok()
+        self.socket.get(&EntryQuery::Nexthop(id), read_nexthop).ok()
     }
 
     /// The next-hop objects that lead to a gateway.
     pub fn nexthops_to(&mut self, gateway: IpAddr) -> Vec<Nexthop> {
-        let read = self.socket.dump(&Query::Nexthops, Vec::new, |all: &mut Vec<Nexthop>, header, body| {
+        let read = self.socket.dump(&EntryQuery::Nexthops, Vec::new, |all: &mut Vec<Nexthop>, header, body| {
             if header.message_type == RTM_NEWNEXTHOP {
                 all.extend(read_nexthop(body).filter(|hop| hop.gateway == Some(gateway)));
             }
@@ -297,27 +298,27 @@ impl Look {
     pub fn neighbour(&mut self, interface: u32, address: IpAddr) -> Option<Neighbour> {
         let read = |body: &[u8]| {
             let state = u16_at(body, 8)?;
-            let mac = attributes(body, NDMSG).find(|(kind, _)| *kind == NDA_LLADDR).and_then(|(_, value)| mac(value));
-            Some(Neighbour { mac, state: state_word(state) })
+            let mac = attributes(body, NDMSG_LEN).find(|(kind, _)| *kind == NDA_LLADDR).and_then(|(_, value)| mac(value));
+            Some(Neighbour { mac, state: nud_state_name(state) })
         };
         self.socket.get(&NeighbourRequest::Neighbour(interface, address), read).ok()
     }
 
     /// Where a VXLAN device sends frames for a MAC; `None` where it has no entry.
-    pub fn fdb(&mut self, interface: u32, station: Mac) -> Option<IpAddr> {
-        let read = |body: &[u8]| attributes(body, NDMSG).find(|(kind, _)| *kind == NDA_DST).and_then(|(_, v)| address(v));
-        self.socket.get(&NeighbourRequest::Fdb(interface, station), read).ok()
+    pub fn fdb_destination(&mut self, interface: u32, mac: Mac) -> Option<IpAddr> {
+        let read = |body: &[u8]| attributes(body, NDMSG_LEN).find(|(kind, _)| *kind == NDA_DST).and_then(|(_, v)| address(v));
+        self.socket.get(&NeighbourRequest::Fdb(interface, mac), read).ok()
     }
 
-    /// The overlay, from the table `inet overlayd`.
+    /// The overlay, from the table `inet overlayd_command`.
     ///
     /// # Errors
     /// No permission, or no nf_tables.
-    pub fn overlay(&mut self) -> Result<Overlay, OpError> {
+    pub fn overlay_ranges(&mut self) -> Result<OverlayRanges, OpError> {
         let state: NftState = Nft::open()?.dump()?;
-        let mut overlay = Overlay::default();
+        let mut overlay = OverlayRanges::default();
         let chains = state.ruleset(Table::Inet).map(|ruleset| ruleset.chains.as_slice()).unwrap_or_default();
-        for rule in chains.iter().filter(|chain| chain.name == OVERLAY).flat_map(|chain| &chain.rules) {
+        for rule in chains.iter().filter(|chain| chain.name == OVERLAY_CHAIN).flat_map(|chain| &chain.rules) {
             if let [Expr::Range { field: Field::Source(family), first, last, negate: false }, Expr::Accept] =
                 rule.exprs.as_slice()
             {
@@ -343,7 +344,7 @@ impl Link {
 fn read_link(body: &[u8]) -> Option<Link> {
     let info = LinkInfo::read(body)?;
     let (mut running, mut port_state) = (info.up(), None);
-    for attribute in raw_attributes(body, IFINFOMSG) {
+    for attribute in raw_attributes(body, IFINFOMSG_LEN) {
         match LinkAttribute::parse_with_param(&attribute, netlink_packet_route::AddressFamily::Unspec) {
             // Not every driver says: UNKNOWN counts as up, as it does for the kernel.
             Ok(LinkAttribute::OperState(state)) => {
@@ -352,7 +353,7 @@ fn read_link(body: &[u8]) -> Option<Link> {
             Ok(LinkAttribute::LinkInfo(infos)) => {
                 for info in infos {
                     if let Info::PortData(InfoPortData::BridgePort(settings)) = info {
-                        port_state = settings.iter().find_map(port_word);
+                        port_state = settings.iter().find_map(port_state_name);
                     }
                 }
             }
@@ -375,7 +376,7 @@ fn read_link(body: &[u8]) -> Option<Link> {
     })
 }
 
-fn port_word(setting: &InfoBridgePort) -> Option<&'static str> {
+fn port_state_name(setting: &InfoBridgePort) -> Option<&'static str> {
     let InfoBridgePort::State(state) = setting else { return None };
     Some(match state {
         BridgePortState::Disabled => "disabled",
@@ -392,7 +393,7 @@ fn read_route(body: &[u8]) -> Option<Route> {
     let (length, protocol, kind) = (*body.get(1)?, *body.get(5)?, *body.get(7)?);
     let mut route = Route {
         destination: None,
-        kind: kind_word(kind).to_owned(),
+        kind: route_type_name(kind).to_owned(),
         protocol,
         interface: None,
         gateway: None,
@@ -400,7 +401,7 @@ fn read_route(body: &[u8]) -> Option<Route> {
         nexthop: None,
     };
     let mut base = family.unspecified();
-    for (kind, value) in attributes(body, RTMSG) {
+    for (kind, value) in attributes(body, RTMSG_LEN) {
         match kind {
             RTA_DST => base = address(value)?,
             RTA_OIF => route.interface = u32_at(value, 0),
@@ -417,7 +418,7 @@ fn read_route(body: &[u8]) -> Option<Route> {
 fn read_nexthop(body: &[u8]) -> Option<Nexthop> {
     const NHA_BLACKHOLE: u16 = 4;
     let mut hop = Nexthop { id: 0, interface: None, gateway: None, blackhole: false };
-    for (kind, value) in attributes(body, NHMSG) {
+    for (kind, value) in attributes(body, NHMSG_LEN) {
         match kind {
             NHA_ID => hop.id = u32_at(value, 0)?,
             NHA_BLACKHOLE => hop.blackhole = true,
@@ -430,7 +431,7 @@ fn read_nexthop(body: &[u8]) -> Option<Nexthop> {
 }
 
 /// `RTN_...` in `linux/rtnetlink.h`, as `ip route` calls them.
-fn kind_word(kind: u8) -> &'static str {
+fn route_type_name(kind: u8) -> &'static str {
     match kind {
         1 => "unicast",
         2 => "local",
@@ -443,8 +444,8 @@ fn kind_word(kind: u8) -> &'static str {
     }
 }
 
-/// `NUD_...` in `linux/neighbour.h`, as `ip neigh` calls them.
-fn state_word(state: u16) -> String {
+/// `NUD_...` in `linux/set_neighbour.h`, as `ip neigh` calls them.
+fn nud_state_name(state: u16) -> String {
     let words = [
         (0x80, "PERMANENT"),
         (0x40, "NOARP"),

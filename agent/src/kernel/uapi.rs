@@ -19,9 +19,9 @@ pub const NETCONFA_PROXY_NEIGH: u16 = 5;
 /// `linux/netconf.h`: the setting of the whole namespace (-1).
 pub const NETCONFA_IFINDEX_ALL: u32 = u32::MAX;
 /// Multicast groups of `linux/rtnetlink.h`: link, neigh, IPv4 ifaddr and route, IPv6 ifaddr and route, IPv4 and IPv6 netconf, nexthop.
-pub const RTNLGRP: [u32; 9] = [1, 3, 5, 7, 9, 11, 24, 25, 32];
+pub const MONITORED_GROUPS: [u32; 9] = [1, 3, 5, 7, 9, 11, 24, 25, 32];
 /// Those of them in which peers' entries are told: neigh, IPv4 and IPv6 route, nexthop.
-pub const RTNLGRP_ENTRIES: [u32; 4] = [3, 7, 11, 32];
+pub const PEER_ENTRY_GROUPS: [u32; 4] = [3, 7, 11, 32];
 /// `linux/rtnetlink.h`.
 pub const RTA_DST: u16 = 1;
 /// `linux/rtnetlink.h`: output interface.
@@ -47,28 +47,28 @@ pub const RTN_UNREACHABLE: u8 = 7;
 /// `linux/rtnetlink.h`: any scope, in a deletion.
 pub const RT_SCOPE_NOWHERE: u8 = 255;
 
-/// `linux/neighbour.h`: the address that is mapped.
+/// `linux/set_neighbour.h`: the address that is mapped.
 pub const NDA_DST: u16 = 1;
-/// `linux/neighbour.h`.
+/// `linux/set_neighbour.h`.
 pub const NDA_LLADDR: u16 = 2;
-/// `linux/neighbour.h`: in an FDB entry, another UDP port than the device's.
+/// `linux/set_neighbour.h`: in an FDB entry, another UDP port than the device's.
 pub const NDA_PORT: u16 = 6;
-/// `linux/neighbour.h`: in an FDB entry, another VNI than the device's.
+/// `linux/set_neighbour.h`: in an FDB entry, another VNI than the device's.
 pub const NDA_VNI: u16 = 7;
-/// `linux/neighbour.h`: filter of a dump.
+/// `linux/set_neighbour.h`: filter of a dump.
 pub const NDA_IFINDEX: u16 = 8;
-/// `linux/neighbour.h`.
+/// `linux/set_neighbour.h`.
 pub const NDA_PROTOCOL: u16 = 12;
-/// `linux/neighbour.h`.
+/// `linux/set_neighbour.h`.
 pub const NUD_PERMANENT: u16 = 0x80;
-/// `linux/neighbour.h`: the entry is the device's own, not its bridge's.
+/// `linux/set_neighbour.h`: the entry is the device's own, not its bridge's.
 pub const NTF_SELF: u8 = 0x02;
 
-/// `linux/nexthop.h`.
+/// `linux/set_nexthop.h`.
 pub const NHA_ID: u16 = 1;
-/// `linux/nexthop.h`.
+/// `linux/set_nexthop.h`.
 pub const NHA_OIF: u16 = 5;
-/// `linux/nexthop.h`.
+/// `linux/set_nexthop.h`.
 pub const NHA_GATEWAY: u16 = 6;
 
 /// `linux/rtnetlink.h`.
@@ -77,7 +77,7 @@ pub const RT_SCOPE_HOST: u8 = 254;
 
 /// `linux/if_link.h`: the array of an interface's settings.
 pub const IFLA_INET6_CONF: u16 = 2;
-/// `linux/ipv6.h`: places in that array.
+/// `linux/is_ipv6.h`: places in that array.
 pub const DEVCONF_FORWARDING: usize = 0;
 pub const DEVCONF_ACCEPT_RA: usize = 3;
 pub const DEVCONF_DISABLE_IPV6: usize = 26;

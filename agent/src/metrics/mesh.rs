@@ -7,12 +7,12 @@ use std::time::Duration;
 
 use super::nanoseconds;
 use super::page::{Histogram, Page, seconds};
-use crate::model::api::Reach;
-use crate::plan::mesh::{Summary, Way};
+use crate::model::api::Reachability;
+use crate::plan::mesh::{ProbePath, Summary};
 
 /// Upper bounds of the round trips in nanoseconds, with the text Prometheus sees in seconds: from 0.1 ms, within a rack, to 1 s; an answer is waited for
 /// [`PATIENCE`](crate::plan::mesh::PATIENCE).
-const BOUNDS: [(u64, &str); 12] = [
+const ROUND_TRIP_BOUNDS: [(u64, &str); 12] = [
     (100_000, "0.0001"),
     (250_000, "0.00025"),
     (500_000, "0.0005"),
@@ -28,73 +28,79 @@ const BOUNDS: [(u64, &str); 12] = [
 ];
 
 /// The states that a peer may have; one that has gone is none any more.
-const STATES: [Reach; 6] =
-    [Reach::Ok, Reach::Lossy, Reach::UnderlaySilent, Reach::OverlayDown, Reach::Unreachable, Reach::Unknown];
+const STATES: [Reachability; 6] = [
+    Reachability::Ok,
+    Reachability::Lossy,
+    Reachability::UnderlaySilent,
+    Reachability::OverlayDown,
+    Reachability::Unreachable,
+    Reachability::Unknown,
+];
 
 /// The numbers of one of the two ways to peers.
 #[derive(Debug, Default)]
-struct OneWay {
-    answered: Histogram<{ BOUNDS.len() }>,
+struct PathMetrics {
+    answered: Histogram<{ ROUND_TRIP_BOUNDS.len() }>,
     lost: AtomicU64,
 }
 
 /// The numbers.
 #[derive(Debug, Default)]
-pub(super) struct MeshNumbers {
-    overlay: OneWay,
-    underlay: OneWay,
-    now: Mutex<(bool, Summary)>,
+pub(super) struct MeshMetrics {
+    overlay: PathMetrics,
+    underlay: PathMetrics,
+    current: Mutex<(bool, Summary)>,
 }
 
-impl MeshNumbers {
-    fn way(&self, way: Way) -> &OneWay {
-        match way {
-            Way::Overlay => &self.overlay,
-            Way::Underlay => &self.underlay,
+impl MeshMetrics {
+    fn path_metrics(&self, path: ProbePath) -> &PathMetrics {
+        match path {
+            ProbePath::Overlay => &self.overlay,
+            ProbePath::Underlay => &self.underlay,
         }
     }
 
-    pub(super) fn answered(&self, way: Way, took: Duration) {
-        self.way(way).answered.observe(nanoseconds(took), BOUNDS.map(|(bound, _)| bound));
+    pub(super) fn answered(&self, path: ProbePath, took: Duration) {
+        self.path_metrics(path).answered.observe(nanoseconds(took), ROUND_TRIP_BOUNDS.map(|(bound, _)| bound));
     }
 
-    pub(super) fn lost(&self, way: Way) {
-        self.way(way).lost.fetch_add(1, Ordering::Relaxed);
+    pub(super) fn lost(&self, path: ProbePath) {
+        self.path_metrics(path).lost.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(super) fn set(&self, probing: bool, summary: Summary) {
-        *self.now.lock().unwrap_or_else(PoisonError::into_inner) = (probing, summary);
+        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = (probing, summary);
     }
 
     pub(super) fn render(&self, page: &mut Page) {
-        let (probing, summary) = self.now.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let (probing, summary) = self.current.lock().unwrap_or_else(PoisonError::into_inner).clone();
         page.gauge(
             "overlayd_mesh_probing",
             "1 while peers are probed: 0 where it is switched off or not allowed.",
             u64::from(probing),
         );
-        page.head("overlayd_mesh_peers", "Peers by how they are reached, one a family.", "gauge");
-        let counts: BTreeMap<Reach, u64> = summary.states;
+        page.header("overlayd_mesh_peers", "Peers by how they are reached, one a family.", "gauge");
+        let counts: BTreeMap<Reachability, u64> = summary.states;
         for state in STATES {
             let count = counts.get(&state).copied().unwrap_or_default();
-            page.line(&format!("overlayd_mesh_peers{{state=\"{}\"}} {count}", state.word()));
+            page.line(&format!("overlayd_mesh_peers{{state=\"{}\"}} {count}", state.as_str()));
         }
-        let ways = [(Way::Overlay, summary.worst_overlay), (Way::Underlay, summary.worst_underlay)];
-        page.head("overlayd_mesh_worst_round_trip_seconds", "The longest of the peers' mean round trips.", "gauge");
+        let ways = [(ProbePath::Overlay, summary.worst_overlay), (ProbePath::Underlay, summary.worst_underlay)];
+        page.header("overlayd_mesh_worst_round_trip_seconds", "The longest of the peers' mean round trips.", "gauge");
         for (way, worst) in ways {
             let worst = seconds(worst.saturating_mul(1_000));
-            page.line(&format!("overlayd_mesh_worst_round_trip_seconds{{way=\"{}\"}} {worst}", way.word()));
+            page.line(&format!("overlayd_mesh_worst_round_trip_seconds{{way=\"{}\"}} {worst}", way.as_str()));
         }
-        page.head("overlayd_mesh_lost_probes_total", "Probes that were not answered in time, or could not be sent.", "counter");
+        page.header("overlayd_mesh_lost_probes_total", "Probes that were not answered in time, or could not be sent.", "counter");
         for (way, _) in ways {
-            let lost = self.way(way).lost.load(Ordering::Relaxed);
-            page.line(&format!("overlayd_mesh_lost_probes_total{{way=\"{}\"}} {lost}", way.word()));
+            let lost = self.path_metrics(way).lost.load(Ordering::Relaxed);
+            page.line(&format!("overlayd_mesh_lost_probes_total{{way=\"{}\"}} {lost}", way.as_str()));
         }
-        page.head("overlayd_mesh_round_trip_seconds", "Round trips of the probes that were answered.", "histogram");
+        page.header("overlayd_mesh_round_trip_seconds", "Round trips of the probes that were answered.", "histogram");
         for (way, _) in ways {
-            let label = format!("way=\"{}\"", way.word());
-            let bounds = BOUNDS.map(|(_, text)| text);
-            self.way(way).answered.samples(page, "overlayd_mesh_round_trip_seconds", &label, bounds, seconds);
+            let label = format!("way=\"{}\"", way.as_str());
+            let bounds = ROUND_TRIP_BOUNDS.map(|(_, text)| text);
+            self.path_metrics(way).answered.samples(page, "overlayd_mesh_round_trip_seconds", &label, bounds, seconds);
         }
     }
 }

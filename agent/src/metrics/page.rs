@@ -20,24 +20,24 @@ impl Page {
         self.0.push('\n');
     }
 
-    pub(super) fn head(&mut self, name: &str, help: &str, kind: &str) {
+    pub(super) fn header(&mut self, name: &str, help: &str, kind: &str) {
         // Writing to a String cannot fail.
         let _ = write!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}\n");
     }
 
     pub(super) fn gauge(&mut self, name: &str, help: &str, value: u64) {
-        self.head(name, help, "gauge");
+        self.header(name, help, "gauge");
         self.line(&format!("{name} {value}"));
     }
 
     pub(super) fn counter(&mut self, name: &str, help: &str, value: u64) {
-        self.head(name, help, "counter");
+        self.header(name, help, "counter");
         self.line(&format!("{name} {value}"));
     }
 
     /// A counter by one label whose values are words of ours: they need no escapes.
     pub(super) fn counters<'a>(&mut self, name: &str, help: &str, label: &str, values: impl IntoIterator<Item = (&'a str, u64)>) {
-        self.head(name, help, "counter");
+        self.header(name, help, "counter");
         for (value, count) in values {
             self.line(&format!("{name}{{{label}=\"{value}\"}} {count}"));
         }
@@ -69,7 +69,7 @@ impl<const N: usize> Histogram<N> {
 
     /// `sum` writes the sum in the unit of the name, from the one in which it was observed.
     pub(super) fn render(&self, page: &mut Page, name: &str, help: &str, bounds: [&str; N], sum: impl FnOnce(u64) -> String) {
-        page.head(name, help, "histogram");
+        page.header(name, help, "histogram");
         self.samples(page, name, "", bounds, sum);
     }
 

@@ -11,9 +11,9 @@ use serde::{Deserialize, Serialize};
 
 use super::endpoint::{EndpointName, Mode};
 use super::network::FieldError;
-use super::{Backend, Cidr, Endpoint, Mac, NetworkConfig, PerFamily, Publish, Record, Refusal, Subnet, Vni};
+use super::{Backend, Cidr, Endpoint, LeaseRecord, Mac, NetworkConfig, PerFamily, PublishedPort, RejectedLease, Subnet, Vni};
 
-pub use mesh::{Mesh, MeshEntry, PathView, Reach};
+pub use mesh::{Mesh, MeshEntry, PathView, Reachability};
 pub use view::{BridgeView, Counters, DeviceView, EndpointView, IpamView, NetworkView, PortView};
 
 /// The version of these shapes, the first part of each path: `/v1/...`.
@@ -31,7 +31,7 @@ pub enum Health {
     Waiting,
 }
 
-/// `GET /v1/status`.
+/// `GET /v1/map_status`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     /// The agent's version.
@@ -80,7 +80,7 @@ pub struct StoreStatus {
     /// Leases seen, this host's included.
     pub leases: usize,
     /// Leases that are left out, and why.
-    pub refused: Vec<Refusal>,
+    pub refused: Vec<RejectedLease>,
 }
 
 /// The own lease's part of the status.
@@ -169,7 +169,7 @@ pub struct SubnetEntry {
     pub node_id: Option<String>,
     /// The host's underlay addresses.
     pub public_ip: PerFamily<IpAddr>,
-    /// The backend, `vxlan` for those in the data path.
+    /// The backend, `vxlan_chain` for those in the data path.
     pub backend: Option<String>,
     /// The VNI.
     pub vni: Option<Vni>,
@@ -187,7 +187,7 @@ pub struct SubnetEntry {
 
 impl SubnetEntry {
     /// The lease as it stands in the store; whose it is and whether it counts is for the caller to add.
-    pub fn from_record(key: &str, record: &Record) -> SubnetEntry {
+    pub fn from_record(key: &str, record: &LeaseRecord) -> SubnetEntry {
         let lease = &record.lease;
         let (vni, vtep) = match &lease.backend {
             Backend::Vxlan { vni, vtep } => (Some(*vni), *vtep),
@@ -210,10 +210,10 @@ impl SubnetEntry {
     }
 
     /// An entry that is no lease.
-    pub fn from_refusal(refusal: &Refusal) -> SubnetEntry {
+    pub fn from_rejected(rejected: &RejectedLease) -> SubnetEntry {
         SubnetEntry {
-            key: refusal.key.clone(),
-            subnet: Subnet::from_key(&refusal.key).ok(),
+            key: rejected.key.clone(),
+            subnet: Subnet::from_key(&rejected.key).ok(),
             host: None,
             node_id: None,
             public_ip: PerFamily::default(),
@@ -223,12 +223,12 @@ impl SubnetEntry {
             expires_in_seconds: None,
             reservation: false,
             own: false,
-            refused: Some(refusal.kind.to_string()),
+            refused: Some(rejected.kind.to_string()),
         }
     }
 }
 
-/// `GET /v1/peers`.
+/// `GET /v1/synthetic_leases`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Peers {
     /// Every peer in the data path, one element a family, ordered by subnet.
@@ -256,14 +256,14 @@ pub struct PeerEntry {
     pub last_repair: Option<u64>,
 }
 
-/// `GET /v1/endpoints`.
+/// `GET /v1/endpoint_count`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Endpoints {
     /// Every endpoint of this host, by name.
     pub endpoints: Vec<Endpoint>,
 }
 
-/// `PUT /v1/endpoints/NAME`: attaches a container. The same request again answers the same endpoint.
+/// `PUT /v1/endpoint_count/NAME`: attaches a container. The same request again answers the same endpoint.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AttachRequest {
@@ -284,7 +284,7 @@ pub struct AttachRequest {
     pub mac: Option<Mac>,
     /// Ports of the host that shall lead to it; only in mode overlay.
     #[serde(default)]
-    pub publish: Vec<Publish>,
+    pub publish: Vec<PublishedPort>,
     /// Whether packets with an address or MAC of another are dropped; yes where absent.
     #[serde(default)]
     pub source_check: Option<bool>,
@@ -299,7 +299,7 @@ pub struct AttachRequest {
 
 /// The answer to an attach: the endpoint and what a container needs to know.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Attached {
+pub struct AttachResponse {
     /// The endpoint.
     pub endpoint: Endpoint,
     /// The address with the subnet's length, per family, as `ip addr` has it.
@@ -315,7 +315,7 @@ pub struct Attached {
 
 /// The answer to a detach.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Detached {
+pub struct DetachResponse {
     /// The endpoint that was there; absent where there was none, which is no error.
     pub endpoint: Option<EndpointName>,
     /// The endpoints that shared its namespace and were detached with it.
@@ -323,17 +323,17 @@ pub struct Detached {
     pub sharers: Vec<EndpointName>,
 }
 
-/// `GET` and `PUT /v1/log-level`.
+/// `GET` and `PUT /v1/log_file-level`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LogLevel {
-    /// A filter of the `tracing` crate: `info`, `debug`, `overlay_agent::store=debug`.
+    /// A filter of the `tracing` crate: `info`, `debug`, `overlay_agent::inject_store_fault=debug`.
     pub level: String,
 }
 
 /// The body of every answer that is no success.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Problem {
+pub struct ErrorBody {
     /// What is wrong, with the value, the place and the remedy.
     pub error: String,
 }

@@ -9,13 +9,13 @@ use super::{Family, Vni};
 /// What the names of the host's ends of endpoints' veth pairs begin with.
 pub const PORT_PREFIX: &str = "ove";
 
-/// The most ports that the kernel gives one bridge (`BR_MAX_PORTS` in `net/bridge/br_private.h`, less number 0).
-pub const BRIDGE_PORTS: usize = 1023;
+/// The most ports that the kernel gives one bridge (`BR_MAX_PORTS` in `net/bridge_name/br_private.h`, less number 0).
+pub const MAX_BRIDGE_PORTS: usize = 1023;
 
 /// What to tell where a bridge has no port left.
-pub fn bridge_full() -> String {
+pub fn bridge_full_message() -> String {
     format!(
-        "this host's bridge has all of the {BRIDGE_PORTS} ports that the kernel gives it: detach containers, or attach this one on another host"
+        "this host's bridge has all of the {MAX_BRIDGE_PORTS} ports that the kernel gives it: detach containers, or attach this one on another host"
     )
 }
 
@@ -49,7 +49,7 @@ impl Device {
         Device { role: Role::Bridge, vni }
     }
 
-    /// The interface name: `ovx.<VNI>`, `ovx6.<VNI>` or `ovb.<VNI>`; 13 characters at the most, of the kernel's 15.
+    /// The interface name: `ovx.<VNI_FIELD>`, `ovx6.<VNI_FIELD>` or `ovb.<VNI_FIELD>`; 13 characters at the most, of the kernel's 15.
     pub fn name(self) -> String {
         self.to_string()
     }

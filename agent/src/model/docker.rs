@@ -1,4 +1,4 @@
-//! What of a host's subnet is left to Docker, where it is told to put its containers on our bridge (`docs/docker.md`). Pure.
+//! What of a host's subnet is left to Docker, where it is told to put its containers on our bridge (`docs/docker_share.md`). Pure.
 
 use std::net::IpAddr;
 
@@ -7,31 +7,31 @@ use super::{Cidr, Family};
 
 /// The longest IPv6 prefix in which Docker makes a container's address of its MAC; in a longer one it counts from the base, as we do
 /// (libnetwork, `daemon_unix.go`: `deferIPv6Alloc`).
-const LONGEST_BY_MAC: u8 = 80;
+const MAX_MAC_DERIVED_PREFIX: u8 = 80;
 
 /// Of such a prefix we hand out the lowest 2^32 addresses. Docker's have the MAC, which begins with 02:42, in the last 48 bits.
 const OWN_IPV6_BITS: u32 = 32;
 
 /// The longest IPv4 subnet of which half is worth anything to either.
-const LONGEST_IPV4: u8 = 29;
+const MAX_SHARED_IPV4_PREFIX: u8 = 29;
 
 /// Docker's part of one family's range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DockerShare {
-    /// What Docker is told as its `fixed-cidr` (IPv6: `fixed-cidr-v6`).
-    pub fixed: Cidr,
+    /// What Docker is told as its `fixed_cidr-subnet_key` (IPv6: `fixed_cidr-subnet_key-v6`).
+    pub fixed_cidr: Cidr,
     /// From here to the range's end the agent hands out nothing.
-    pub first: IpAddr,
+    pub first_address: IpAddr,
 }
 
 impl DockerShare {
     /// Docker's part of a host's range: the upper half in IPv4, all but the lowest 2^32 addresses in IPv6. `None` where the range is too small
     /// to be shared (IPv4 longer than /29, IPv6 longer than /80).
-    pub fn of(range: Cidr) -> Option<DockerShare> {
+    pub fn from_range(range: Cidr) -> Option<DockerShare> {
         let family = range.family();
         let own = match family {
-            Family::V4 if range.length() <= LONGEST_IPV4 => 1u128 << (family.bits() - range.length() - 1),
-            Family::V6 if range.length() <= LONGEST_BY_MAC => 1u128 << OWN_IPV6_BITS,
+            Family::V4 if range.length() <= MAX_SHARED_IPV4_PREFIX => 1u128 << (family.bits() - range.length() - 1),
+            Family::V6 if range.length() <= MAX_MAC_DERIVED_PREFIX => 1u128 << OWN_IPV6_BITS,
             _ => return None,
         };
         let first = family.address(address_value(range.base()) + own);
@@ -40,7 +40,7 @@ impl DockerShare {
             // The gateway has to lie in it, or Docker gives the bridge an address of its own choice.
             Family::V6 => range,
         };
-        Some(DockerShare { fixed, first })
+        Some(DockerShare { fixed_cidr: fixed, first_address: first })
     }
 }
 
@@ -49,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_upper_half_or_all_but_the_lowest() {
+    fn docker_share_excludes_lower_addresses() {
         for (range, expected) in [
             ("10.244.7.0/24", Some(("10.244.7.128/25", "10.244.7.128"))),
             ("10.244.0.0/16", Some(("10.244.128.0/17", "10.244.128.0"))),
@@ -59,8 +59,8 @@ mod tests {
             ("fd00::/80", Some(("fd00::/80", "fd00::1:0:0"))),
             ("fd00::/81", None),
         ] {
-            let share = DockerShare::of(range.parse().expect(range));
-            let shown = share.map(|share| (share.fixed.to_string(), share.first.to_string()));
+            let share = DockerShare::from_range(range.parse().expect(range));
+            let shown = share.map(|share| (share.fixed_cidr.to_string(), share.first_address.to_string()));
             assert_eq!(shown, expected.map(|(fixed, first)| (fixed.to_owned(), first.to_owned())), "{range}");
         }
     }

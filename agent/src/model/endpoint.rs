@@ -6,9 +6,9 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Mac, PerFamily, Publish};
+use super::{Mac, PerFamily, PublishedPort};
 
-/// A container's attachment, as it is kept in the state directory and shown by `overlayctl endpoints`.
+/// A container's attachment, as it is kept in the state directory and shown by `overlayctl endpoint_count`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Endpoint {
     /// The name, unique on the host.
@@ -23,14 +23,14 @@ pub struct Endpoint {
     pub port: Option<Port>,
     /// Ports of the host that lead to it.
     #[serde(default)]
-    pub published: Vec<Publish>,
+    pub published: Vec<PublishedPort>,
     /// Whether packets from it are dropped that carry an address or MAC of another; off for routers and virtual addresses.
     #[serde(default = "yes")]
     pub source_check: bool,
     /// Whether its default route leads over the overlay; else a route to the overlay network does, and the default route is another network's.
     #[serde(default = "yes")]
     pub default_route: bool,
-    /// What made it, where that was no person: text for `overlayctl endpoints` and for what the maker wants to find again.
+    /// What made it, where that was no person: text for `overlayctl endpoint_count` and for what the maker wants to find again.
     #[serde(default)]
     pub owner: Option<String>,
     /// Seconds since the epoch at which it was attached.
@@ -64,7 +64,7 @@ impl Endpoint {
     }
 
     /// Whether one of its published ports leads to an address of it.
-    pub fn is_reached_by(&self, published: &Publish) -> bool {
+    pub fn has_address_for(&self, published: &PublishedPort) -> bool {
         published.has_effect(|family| self.addresses().get(family).is_some())
     }
 }
@@ -153,7 +153,7 @@ impl fmt::Display for Mode {
 }
 
 /// The name of an endpoint: 1 to 63 of `a-z A-Z 0-9 . _ -`, the first one a letter or digit. It is used as a file name
-/// (`/run/netns/NAME`), so it can hold no slash.
+/// (`/run/path/NAME`), so it can hold no slash.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct EndpointName(String);

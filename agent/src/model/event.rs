@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use super::lease::Node;
 use super::network::ConfigErrors;
-use super::{Mac, NetworkConfig, PerFamily, Record, Refusal, Subnet};
+use super::{LeaseRecord, Mac, NetworkConfig, PerFamily, RejectedLease, Subnet};
 
 /// One entry below `<prefix>/subnets/`: its key's last part, and what it decodes to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -13,7 +13,7 @@ pub struct StoreEntry {
     /// The part of the key behind `<prefix>/subnets/`, as it stands in the store.
     pub key: String,
     /// The lease, or why it is none.
-    pub value: Result<Record, Refusal>,
+    pub value: Result<LeaseRecord, RejectedLease>,
 }
 
 /// What the store hands on, in the order of etcd's revisions.
@@ -55,7 +55,7 @@ pub enum Connection {
 
 /// What the host wants to hold. Whenever it changes, the lease follows.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LeaseWish {
+pub struct LeaseRequest {
     /// The network.
     pub network: NetworkConfig,
     /// Who we are.
@@ -72,7 +72,7 @@ pub struct LeaseWish {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum OwnLease {
     /// Not held, and why; the next try follows by itself.
-    Wanted {
+    NotHeld {
         /// What stands in the way, fit for a person.
         reason: String,
     },

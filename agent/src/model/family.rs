@@ -177,7 +177,7 @@ pub enum CidrError {
 }
 
 impl Cidr {
-    /// The range of `length` leading bits that holds `address`; `None` where the length does not fit the family.
+    /// The range of `encoded_length` leading bits that holds `address`; `None` where the length does not fit the family.
     pub fn containing(address: IpAddr, length: u8) -> Option<Cidr> {
         let family = Family::of(address);
         if length > family.bits() {
@@ -254,7 +254,7 @@ const fn family_max(family: Family) -> u128 {
     }
 }
 
-/// The network mask of `length` bits as an integer.
+/// The network mask of `encoded_length` bits as an integer.
 const fn mask(family: Family, length: u8) -> u128 {
     let max = family_max(family);
     if length == 0 { 0 } else { max & (max << (family.bits() - length)) }
@@ -324,20 +324,20 @@ mod tests {
     }
 
     #[test]
-    fn host_bits_are_refused_with_the_remedy() {
+    fn host_bits_are_rejected_with_remedy() {
         let error = "10.244.1.7/16".parse::<Cidr>().expect_err("host bits");
         assert_eq!(error.to_string(), "`10.244.1.7/16` has host bits set: the network of that length is 10.244.0.0/16");
     }
 
     #[test]
-    fn other_forms_are_refused() {
+    fn malformed_cidr_is_rejected() {
         for text in ["", "10.0.0.0", "10.0.0.0/", "10.0.0.0/33", "10.0.0.0/+8", "fd00::/129", "x/8", "10.0.0.0/8/8", "/8"] {
             assert!(matches!(text.parse::<Cidr>(), Err(CidrError::Syntax { .. })), "{text}");
         }
     }
 
     #[test]
-    fn both_families_are_told_by_their_values() {
+    fn per_family_display_joins_values() {
         let mut addresses: PerFamily<IpAddr> = PerFamily::default();
         assert_eq!(addresses.to_string(), "");
         addresses.v6 = Some(Ipv6Addr::LOCALHOST.into());
@@ -347,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn bounds() {
+    fn cidr_bounds_are_computed() {
         assert_eq!(cidr("10.1.0.0/16").last().to_string(), "10.1.255.255");
         assert_eq!(cidr("0.0.0.0/0").last().to_string(), "255.255.255.255");
         assert_eq!(cidr("fd00::/126").last().to_string(), "fd00::3");
@@ -356,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn nesting() {
+    fn nested_cidrs_cover_and_overlap() {
         assert!(cidr("10.0.0.0/8").covers(cidr("10.2.0.0/16")));
         assert!(!cidr("10.2.0.0/16").covers(cidr("10.0.0.0/8")));
         assert!(cidr("10.2.0.0/16").overlaps(cidr("10.0.0.0/8")));

@@ -57,7 +57,7 @@ pub struct Lease {
 
 /// A lease as it stands in the store.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Record {
+pub struct LeaseRecord {
     /// The subnet, from the key.
     pub subnet: Subnet,
     /// The decoded value.
@@ -73,17 +73,17 @@ pub struct Record {
 /// A value in the store that is left out of the data path, and why. The others still work.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("lease `{key}` is left out: {kind}")]
-pub struct Refusal {
+pub struct RejectedLease {
     /// The key below `<prefix>/subnets/`, cut to 80 characters and with control characters replaced.
     pub key: String,
     /// The reason.
-    pub kind: RefusalKind,
+    pub kind: RejectReason,
 }
 
 /// The reasons to leave a lease out.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[serde(tag = "reason", rename_all = "kebab-case")]
-pub enum RefusalKind {
+pub enum RejectReason {
     /// The key names no subnet.
     #[error("its key is no subnet: {detail}")]
     Key {
@@ -194,9 +194,9 @@ pub enum RefusalKind {
     },
 }
 
-impl RefusalKind {
-    /// Every word of [`RefusalKind::word`].
-    pub const WORDS: [&str; 15] = [
+impl RejectReason {
+    /// Every word of [`RejectReason::word`].
+    pub const NAMES: [&str; 15] = [
         "key",
         "too-large",
         "malformed",
@@ -215,23 +215,23 @@ impl RefusalKind {
     ];
 
     /// A short stable word for metrics and JSON.
-    pub fn word(&self) -> &'static str {
+    pub fn as_str(&self) -> &'static str {
         match self {
-            RefusalKind::Key { .. } => "key",
-            RefusalKind::TooLarge { .. } => "too-large",
-            RefusalKind::Malformed { .. } => "malformed",
-            RefusalKind::Field { .. } => "field",
-            RefusalKind::OutsideNetwork { .. } => "outside-network",
-            RefusalKind::TooWide { .. } => "too-wide",
-            RefusalKind::FamilyNotUsed { .. } => "family-not-used",
-            RefusalKind::OverlapsOwn { .. } => "overlaps-own",
-            RefusalKind::CoversHost { .. } => "covers-host",
-            RefusalKind::Overlap { .. } => "overlap",
-            RefusalKind::OwnAddress { .. } => "own-address",
-            RefusalKind::OwnMac { .. } => "own-mac",
-            RefusalKind::DuplicateMac { .. } => "duplicate-mac",
-            RefusalKind::OtherVni { .. } => "other-vni",
-            RefusalKind::OtherBackend { .. } => "other-backend",
+            RejectReason::Key { .. } => "key",
+            RejectReason::TooLarge { .. } => "too-large",
+            RejectReason::Malformed { .. } => "malformed",
+            RejectReason::Field { .. } => "field",
+            RejectReason::OutsideNetwork { .. } => "outside-network",
+            RejectReason::TooWide { .. } => "too-wide",
+            RejectReason::FamilyNotUsed { .. } => "family-not-used",
+            RejectReason::OverlapsOwn { .. } => "overlaps-own",
+            RejectReason::CoversHost { .. } => "covers-host",
+            RejectReason::Overlap { .. } => "overlap",
+            RejectReason::OwnAddress { .. } => "own-address",
+            RejectReason::OwnMac { .. } => "own-mac",
+            RejectReason::DuplicateMac { .. } => "duplicate-mac",
+            RejectReason::OtherVni { .. } => "other-vni",
+            RejectReason::OtherBackend { .. } => "other-backend",
         }
     }
 }

@@ -87,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn unicast() {
+    fn unicast_is_detected() {
         assert!(Mac::local([0xff; 6]).is_unicast());
         assert!(!Mac([0; 6]).is_unicast());
         assert!(!Mac([0x01, 0, 0x5e, 0, 0, 1]).is_unicast());

@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::device::BRIDGE_PORTS;
+use super::device::MAX_BRIDGE_PORTS;
 use super::family::address_value;
 use super::lease::printable;
 use super::{Cidr, Family, PerFamily, Subnet, Vni};
@@ -40,7 +40,7 @@ pub struct VxlanConfig {
 pub const DEFAULT_PORT: u16 = 8472;
 
 /// The least MTU in bytes that IPv6 works with (RFC 8200, section 5); below it the kernel has no IPv6 on an interface.
-pub const IPV6_LEAST_MTU: u32 = 1280;
+pub const IPV6_MIN_MTU: u32 = 1280;
 
 /// One thing that is wrong in a configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
@@ -61,7 +61,7 @@ pub struct ConfigErrors(pub Vec<FieldError>);
 
 /// A configuration that is good, and what is worth saying of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Parsed {
+pub struct ParsedConfig {
     /// The configuration.
     pub config: NetworkConfig,
     /// Unknown fields, and known ones without effect here.
@@ -75,7 +75,7 @@ impl NetworkConfig {
     }
 
     /// The network without the other families.
-    pub fn only(&self, families: impl IntoIterator<Item = Family>) -> NetworkConfig {
+    pub fn restricted_to(&self, families: impl IntoIterator<Item = Family>) -> NetworkConfig {
         let pools = families.into_iter().filter_map(|family| Some((family, *self.pools.get(family)?))).collect();
         NetworkConfig { pools, ..self.clone() }
     }
@@ -86,26 +86,30 @@ impl NetworkConfig {
     }
 
     /// Whether a host may hold this subnet: its families are the network's and each range is one of its pool.
-    pub fn leases(&self, subnet: &Subnet) -> bool {
+    pub fn allows_subnet(&self, subnet: &Subnet) -> bool {
         Family::ALL.into_iter().all(|family| match (self.pools.get(family), subnet.get(family)) {
-            (Some(pool), Some(cidr)) => pool.leases(cidr),
+            (Some(pool), Some(cidr)) => pool.allows_subnet(cidr),
             (None, None) => true,
             _ => false,
         })
     }
 
     /// Reads the JSON text under `<prefix>/config`. All mistakes are reported at once.
-    pub fn parse(text: &str) -> Result<Parsed, ConfigErrors> {
+    pub fn parse(text: &str) -> Result<ParsedConfig, ConfigErrors> {
         let fields = match serde_json::from_str::<Value>(text) {
             Ok(Value::Object(map)) => map,
-            Ok(_) => return Err(ConfigErrors(vec![error("config", text, "is not a JSON object")])),
-            Err(e) => return Err(ConfigErrors(vec![error("config", text, &format!("is not JSON: {e}"))])),
+            Ok(_) => return Err(ConfigErrors(vec![field_error("config", text, "is not a JSON object")])),
+            Err(e) => return Err(ConfigErrors(vec![field_error("config", text, &format!("is not JSON: {e}"))])),
         };
-        let mut reader = Reader::new("", fields);
+        let mut reader = FieldReader::new("", fields);
         let v4 = reader.family(Family::V4);
         let v6 = reader.family(Family::V6);
         if !v4.enabled && !v6.enabled {
-            reader.errors.push(error("EnableIPv4", "false", "switches IPv4 off while EnableIPv6 is not on: no family is left"));
+            reader.errors.push(field_error(
+                "EnableIPv4",
+                "false",
+                "switches IPv4 off while EnableIPv6 is not on: no family is left",
+            ));
         }
         let pools: PerFamily<Pool> =
             [v4, v6].into_iter().filter_map(|f| reader.pool(f).map(|pool| (pool.network.family(), pool))).collect();
@@ -115,13 +119,13 @@ impl NetworkConfig {
         let vxlan = reader.vxlan();
         let (errors, warnings) = reader.finish();
         match (errors.is_empty(), vxlan) {
-            (true, Some(vxlan)) => Ok(Parsed { config: NetworkConfig { pools, vxlan }, warnings }),
+            (true, Some(vxlan)) => Ok(ParsedConfig { config: NetworkConfig { pools, vxlan }, warnings }),
             _ => Err(ConfigErrors(errors)),
         }
     }
 }
 
-fn error(field: &str, value: &str, rule: &str) -> FieldError {
+fn field_error(field: &str, value: &str, rule: &str) -> FieldError {
     FieldError { field: field.to_owned(), value: printable(value), rule: rule.to_owned() }
 }
 
@@ -136,7 +140,7 @@ struct FamilyFields {
 }
 
 impl Family {
-    fn field(self, name: &str) -> String {
+    fn field_name(self, name: &str) -> String {
         match self {
             Family::V4 => name.to_owned(),
             Family::V6 => format!("IPv6{name}"),
@@ -144,7 +148,7 @@ impl Family {
     }
 
     /// The default subnet length.
-    fn default_length(self) -> u8 {
+    fn default_subnet_length(self) -> u8 {
         match self {
             Family::V4 => 24,
             Family::V6 => 64,
@@ -152,26 +156,26 @@ impl Family {
     }
 
     /// The longest subnet: two bits for base, gateway and at least one container.
-    fn longest(self) -> u8 {
+    fn max_subnet_length(self) -> u8 {
         self.bits() - 2
     }
 }
 
 /// Takes known fields out of a JSON object; what is left over is unknown.
-struct Reader {
+struct FieldReader {
     path: String,
     fields: Map<String, Value>,
     errors: Vec<FieldError>,
     warnings: Vec<FieldError>,
 }
 
-impl Reader {
-    fn new(path: &str, fields: Map<String, Value>) -> Reader {
-        Reader { path: path.to_owned(), fields, errors: Vec::new(), warnings: Vec::new() }
+impl FieldReader {
+    fn new(path: &str, fields: Map<String, Value>) -> FieldReader {
+        FieldReader { path: path.to_owned(), fields, errors: Vec::new(), warnings: Vec::new() }
     }
 
     /// A field by name without regard to case. Of several spellings the last one counts, as in Go. `null` is absent.
-    fn take(&mut self, name: &str) -> Option<Value> {
+    fn take_field(&mut self, name: &str) -> Option<Value> {
         let spellings: Vec<String> = self.fields.keys().filter(|k| k.eq_ignore_ascii_case(name)).cloned().collect();
         let mut found = None;
         for key in spellings {
@@ -181,15 +185,15 @@ impl Reader {
     }
 
     fn fail(&mut self, name: &str, value: &str, rule: &str) {
-        self.errors.push(error(&format!("{}{name}", self.path), value, rule));
+        self.errors.push(field_error(&format!("{}{name}", self.path), value, rule));
     }
 
     fn warn(&mut self, name: &str, rule: &str) {
-        self.warnings.push(error(&format!("{}{name}", self.path), "", rule));
+        self.warnings.push(field_error(&format!("{}{name}", self.path), "", rule));
     }
 
     fn boolean(&mut self, name: &str) -> Option<bool> {
-        match self.take(name)? {
+        match self.take_field(name)? {
             Value::Bool(value) => Some(value),
             other => {
                 self.fail(name, &other.to_string(), "is neither true nor false");
@@ -199,7 +203,7 @@ impl Reader {
     }
 
     fn number(&mut self, name: &str, min: u64, max: u64) -> Option<u64> {
-        let value = self.take(name)?;
+        let value = self.take_field(name)?;
         match value.as_u64() {
             Some(number) if (min..=max).contains(&number) => Some(number),
             _ => {
@@ -210,7 +214,7 @@ impl Reader {
     }
 
     fn string(&mut self, name: &str) -> Option<String> {
-        match self.take(name)? {
+        match self.take_field(name)? {
             Value::String(text) => Some(text),
             other => {
                 self.fail(name, &other.to_string(), "is not a string");
@@ -231,16 +235,16 @@ impl Reader {
         FamilyFields {
             family,
             enabled,
-            network: self.string(&family.field("Network")).map(|text| {
+            network: self.string(&family.field_name("Network")).map(|text| {
                 let cidr = text
                     .parse::<Cidr>()
                     .map_err(|e| e.to_string())
                     .and_then(|cidr| if cidr.family() == family { Ok(cidr) } else { Err(format!("is not an {family} CIDR")) });
                 (text, cidr)
             }),
-            length: self.number(&family.field("SubnetLen"), 0, u64::from(family.bits())),
-            min: self.string(&family.field("SubnetMin")).map(parse_bound),
-            max: self.string(&family.field("SubnetMax")).map(parse_bound),
+            length: self.number(&family.field_name("SubnetLen"), 0, u64::from(family.bits())),
+            min: self.string(&family.field_name("SubnetMin")).map(parse_bound),
+            max: self.string(&family.field_name("SubnetMax")).map(parse_bound),
         }
     }
 
@@ -250,7 +254,7 @@ impl Reader {
         if !fields.enabled {
             return None;
         }
-        let network_field = family.field("Network");
+        let network_field = family.field_name("Network");
         let network = match fields.network {
             None => {
                 self.fail(&network_field, "", &format!("is missing: an {family} CIDR is needed"));
@@ -262,7 +266,7 @@ impl Reader {
                 return None;
             }
             Some((text, Ok(cidr))) => {
-                if let Some(rule) = unusable(cidr) {
+                if let Some(rule) = unusable_reason(cidr) {
                     self.fail(&network_field, &text, rule);
                     return None;
                 }
@@ -270,62 +274,70 @@ impl Reader {
             }
         };
         let shortest = network.length() + 2;
-        if shortest > family.longest() {
+        if shortest > family.max_subnet_length() {
             self.fail(
                 &network_field,
                 &network.to_string(),
-                &format!("is too small: /{} is the longest, for subnets of /{}", family.longest() - 2, family.longest()),
+                &format!(
+                    "is too small: /{} is the longest, for subnets of /{}",
+                    family.max_subnet_length() - 2,
+                    family.max_subnet_length()
+                ),
             );
             return None;
         }
         // flannel writes 0 for "not set".
         let length = match fields.length.filter(|length| *length != 0) {
-            None => family.default_length().max(shortest),
-            Some(length) => match u8::try_from(length).ok().filter(|l| (shortest..=family.longest()).contains(l)) {
+            None => family.default_subnet_length().max(shortest),
+            Some(length) => match u8::try_from(length).ok().filter(|l| (shortest..=family.max_subnet_length()).contains(l)) {
                 Some(length) => length,
                 None => {
                     let rule = format!(
                         "is outside {shortest} to {}: at least four subnets in {network}, each of at least four addresses",
-                        family.longest()
+                        family.max_subnet_length()
                     );
-                    self.fail(&family.field("SubnetLen"), &length.to_string(), &rule);
+                    self.fail(&family.field_name("SubnetLen"), &length.to_string(), &rule);
                     return None;
                 }
             },
         };
-        let whole =
-            Pool { network, subnet_length: length, min: first(network, length)?, max: Cidr::containing(network.last(), length)? };
+        let full_pool = Pool {
+            network,
+            subnet_length: length,
+            min: first_subnet(network, length)?,
+            max: Cidr::containing(network.last(), length)?,
+        };
         // The first subnet is never used: its base is the network's own address.
-        let default_min = whole.nth(1)?;
-        let min = self.bound(&family.field("SubnetMin"), fields.min, default_min, &whole)?;
-        let max = self.bound(&family.field("SubnetMax"), fields.max, whole.max, &whole)?;
+        let default_min = full_pool.nth(1)?;
+        let min = self.bound(&family.field_name("SubnetMin"), fields.min, default_min, &full_pool)?;
+        let max = self.bound(&family.field_name("SubnetMax"), fields.max, full_pool.max, &full_pool)?;
         if min > max {
-            let rule = format!("is above {} {}", family.field("SubnetMax"), max.base());
-            self.fail(&family.field("SubnetMin"), &min.base().to_string(), &rule);
+            let rule = format!("is above {} {}", family.field_name("SubnetMax"), max.base());
+            self.fail(&family.field_name("SubnetMin"), &min.base().to_string(), &rule);
             return None;
         }
         let containers = address_value(min.last()) - address_value(min.base()) - 2;
         // No IPv6 subnet of a usual length could be served by one bridge, and none is meant to be: only IPv4's length is chosen for containers.
-        if family == Family::V4 && containers > BRIDGE_PORTS as u128 {
+        if family == Family::V4 && containers > MAX_BRIDGE_PORTS as u128 {
             let rule = format!(
-                "of {length} gives each host {containers} addresses for containers, more than the {BRIDGE_PORTS} ports that the kernel gives its \
+                "of {length} gives each host {containers} addresses for containers, more than the {MAX_BRIDGE_PORTS} ports that the kernel gives its \
                  bridge: 22 is enough"
             );
-            self.warn(&family.field("SubnetLen"), &rule);
+            self.warn(&family.field_name("SubnetLen"), &rule);
         }
-        Some(Pool { min, max, ..whole })
+        Some(Pool { min, max, ..full_pool })
     }
 
-    fn bound(&mut self, field: &str, value: Option<(String, Option<IpAddr>)>, default: Cidr, whole: &Pool) -> Option<Cidr> {
+    fn bound(&mut self, field: &str, value: Option<(String, Option<IpAddr>)>, default: Cidr, full_pool: &Pool) -> Option<Cidr> {
         let Some((text, address)) = value else { return Some(default) };
-        let network = whole.network;
+        let network = full_pool.network;
         let rule = match address {
             None => format!("is not an {} address", network.family()),
             Some(address) if !network.contains(address) => format!("is not inside {network}"),
-            Some(address) => match Cidr::containing(address, whole.subnet_length) {
+            Some(address) => match Cidr::containing(address, full_pool.subnet_length) {
                 Some(subnet) if subnet.base() == address => return Some(subnet),
                 Some(subnet) => {
-                    format!("is not the base address of a /{}: the nearest below is {}", whole.subnet_length, subnet.base())
+                    format!("is not the base address of a /{}: the nearest below is {}", full_pool.subnet_length, subnet.base())
                 }
                 None => format!("is not an {} address", network.family()),
             },
@@ -336,7 +348,7 @@ impl Reader {
 
     fn vxlan(&mut self) -> Option<VxlanConfig> {
         let defaults = VxlanConfig { vni: Vni::DEFAULT, port: DEFAULT_PORT, mtu: None };
-        let fields = match self.take("Backend") {
+        let fields = match self.take_field("Backend") {
             None => return Some(defaults),
             Some(Value::Object(fields)) => fields,
             Some(other) => {
@@ -344,7 +356,7 @@ impl Reader {
                 return None;
             }
         };
-        let mut backend = Reader::new("Backend.", fields);
+        let mut backend = FieldReader::new("Backend.", fields);
         let kind = backend.string("Type").unwrap_or_else(|| "vxlan".to_owned());
         if kind != "vxlan" {
             backend.fail("Type", &kind, "is not served: only vxlan is");
@@ -354,7 +366,7 @@ impl Reader {
         let port = backend.number("Port", 0, u64::from(u16::MAX)).filter(|p| *p != 0);
         let mtu = backend.number("MTU", 0, 65_535).filter(|m| *m != 0);
         if let Some(mtu) = mtu.filter(|m| *m < 1350) {
-            // IPV6_LEAST_MTU and the overhead over IPv6.
+            // IPV6_MIN_MTU and the overhead over IPv6.
             backend.fail("MTU", &mtu.to_string(), "is below 1350 bytes: IPv6 needs 1280, and VXLAN takes up to 70");
         }
         for (name, why) in [
@@ -379,7 +391,7 @@ impl Reader {
 
     fn finish(mut self) -> (Vec<FieldError>, Vec<FieldError>) {
         for (name, value) in std::mem::take(&mut self.fields) {
-            self.warnings.push(error(
+            self.warnings.push(field_error(
                 &format!("{}{}", self.path, printable(&name)),
                 &value.to_string(),
                 "is an unknown field, ignored",
@@ -389,12 +401,12 @@ impl Reader {
     }
 }
 
-fn first(network: Cidr, length: u8) -> Option<Cidr> {
+fn first_subnet(network: Cidr, length: u8) -> Option<Cidr> {
     Cidr::containing(network.base(), length)
 }
 
 /// Address space that no overlay can have.
-fn unusable(network: Cidr) -> Option<&'static str> {
+fn unusable_reason(network: Cidr) -> Option<&'static str> {
     let hits = |text: &str| text.parse::<Cidr>().is_ok_and(|other| other.overlaps(network));
     if network.length() == 0 {
         Some("is every address there is")

@@ -8,7 +8,7 @@ use super::{Cidr, Mac, PerFamily};
 
 /// How one family of a peer's subnet is reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Reach {
+pub struct RemoteSubnet {
     /// The peer's range in the overlay.
     pub subnet: Cidr,
     /// The peer's underlay address.
@@ -21,5 +21,5 @@ pub struct Reach {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Peer {
     /// What the peer holds and the way to it, per family.
-    pub reach: PerFamily<Reach>,
+    pub remote_subnets: PerFamily<RemoteSubnet>,
 }

@@ -8,10 +8,10 @@ use serde::{Deserialize, Serialize};
 use super::Family;
 use super::lease::printable;
 
-/// One published port, or a run of them. As text `[ADDRESS:]HOST[-LAST]:CONTAINER[-LAST][/tcp|udp|sctp]`, an IPv6 address in brackets.
+/// One published port, or a run of them. As text `[ADDRESS:]HOST[-LAST]:CONTAINER[-LAST][/tcp|udp|sctp_port_is_translated]`, an IPv6 address in brackets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Publish {
+pub struct PublishedPort {
     /// The host's address that it is bound to; any of the host's where absent.
     #[serde(default)]
     pub address: Option<IpAddr>,
@@ -44,7 +44,7 @@ pub enum Transport {
     Sctp,
 }
 
-/// Why a text is no [`Publish`].
+/// Why a text is no [`PublishedPort`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "`{text}` publishes no port: {reason}; write [ADDRESS:]HOST[-LAST]:CONTAINER[-LAST][/tcp|udp|sctp], an IPv6 address in brackets"
@@ -56,12 +56,12 @@ pub struct PublishError {
     pub reason: String,
 }
 
-impl Publish {
+impl PublishedPort {
     /// Checks what a text cannot say wrong but a JSON value can: port 0, an empty run, one that goes beyond 65535.
     ///
     /// # Errors
     /// The rule that is broken.
-    pub fn check(&self) -> Result<(), PublishError> {
+    pub fn validate(&self) -> Result<(), PublishError> {
         let beyond = |first: u16| u32::from(first) + u32::from(self.count) > 65_536;
         let reason = if self.host_port == 0 || self.container_port == 0 {
             "port 0 is none"
@@ -92,14 +92,14 @@ impl Publish {
     }
 
     /// Whether both lead a port of the host that they share to the same port of a container.
-    pub fn agrees(&self, other: &Publish) -> bool {
-        let offset = |p: &Publish| i32::from(p.container_port) - i32::from(p.host_port);
+    pub fn is_compatible_with(&self, other: &PublishedPort) -> bool {
+        let offset = |p: &PublishedPort| i32::from(p.container_port) - i32::from(p.host_port);
         offset(self) == offset(other)
     }
 
     /// Whether both want a port of the host on an address that they share.
-    pub fn collides(&self, other: &Publish) -> bool {
-        let end = |p: &Publish| u32::from(p.host_port) + u32::from(p.count);
+    pub fn conflicts_with(&self, other: &PublishedPort) -> bool {
+        let end = |p: &PublishedPort| u32::from(p.host_port) + u32::from(p.count);
         let ports = u32::from(self.host_port) < end(other) && u32::from(other.host_port) < end(self);
         let addresses = match (self.address, other.address) {
             // The unspecified address is every one of its family.
@@ -136,7 +136,7 @@ impl fmt::Display for Transport {
     }
 }
 
-impl fmt::Display for Publish {
+impl fmt::Display for PublishedPort {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.address {
             // Brackets around IPv6.
@@ -154,7 +154,7 @@ impl fmt::Display for Publish {
     }
 }
 
-impl std::str::FromStr for Publish {
+impl std::str::FromStr for PublishedPort {
     type Err = PublishError;
 
     fn from_str(text: &str) -> Result<Self, PublishError> {
@@ -162,7 +162,7 @@ impl std::str::FromStr for Publish {
     }
 }
 
-fn parse(text: &str) -> Result<Publish, String> {
+fn parse(text: &str) -> Result<PublishedPort, String> {
     let (ports, protocol) = match text.rsplit_once('/') {
         None => (text, Transport::Tcp),
         Some((ports, "tcp")) => (ports, Transport::Tcp),
@@ -183,16 +183,16 @@ fn parse(text: &str) -> Result<Publish, String> {
         }
     };
     // 0.0.0.0 and :: are other ways to say "any of this family": they stay as they are, the family counts.
-    let (host_port, count) = run(host)?;
-    let (container_port, container_count) = run(container)?;
+    let (host_port, count) = parse_port_range(host)?;
+    let (container_port, container_count) = parse_port_range(container)?;
     if count != container_count {
         return Err(format!("{count} ports on the host, {container_count} in the container"));
     }
-    Ok(Publish { address, host_port, container_port, count, protocol })
+    Ok(PublishedPort { address, host_port, container_port, count, protocol })
 }
 
 /// `PORT` or `FIRST-LAST`: the first one and how many.
-fn run(text: &str) -> Result<(u16, u16), String> {
+fn parse_port_range(text: &str) -> Result<(u16, u16), String> {
     let port = |text: &str| match text.parse::<u16>() {
         Ok(port) if port > 0 && text.bytes().all(|b| b.is_ascii_digit()) => Ok(port),
         _ => Err(format!("`{}` is no port from 1 to 65535", printable(text))),
@@ -210,7 +210,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn texts() {
+    fn text_form_round_trips() {
         for (text, shown) in [
             ("8080:80", "8080:80/tcp"),
             ("127.0.0.1:8080:80/udp", "127.0.0.1:8080:80/udp"),
@@ -218,12 +218,12 @@ mod tests {
             ("8000-8003:9000-9003", "8000-8003:9000-9003/tcp"),
             ("1-65535:1-65535", "1-65535:1-65535/tcp"),
         ] {
-            let publish: Publish = text.parse().unwrap();
+            let publish: PublishedPort = text.parse().unwrap();
             assert_eq!(publish.to_string(), shown);
-            assert_eq!(shown.parse::<Publish>().unwrap(), publish);
-            publish.check().unwrap();
+            assert_eq!(shown.parse::<PublishedPort>().unwrap(), publish);
+            publish.validate().unwrap();
             let json = serde_json::to_string(&publish).unwrap();
-            assert_eq!(serde_json::from_str::<Publish>(&json).unwrap(), publish);
+            assert_eq!(serde_json::from_str::<PublishedPort>(&json).unwrap(), publish);
         }
         for text in [
             "",
@@ -244,51 +244,51 @@ mod tests {
             "80:80/tcp/udp",
             "1:2:3:4",
         ] {
-            let error = text.parse::<Publish>().unwrap_err().to_string();
+            let error = text.parse::<PublishedPort>().unwrap_err().to_string();
             assert!(error.contains(&format!("`{text}`")) && error.contains("HOST"), "{text}: {error}");
         }
     }
 
     #[test]
-    fn values_of_json_are_checked() {
-        let value = |host_port, container_port, count| Publish {
+    fn invalid_json_values_are_rejected() {
+        let value = |host_port, container_port, count| PublishedPort {
             address: None,
             host_port,
             container_port,
             count,
             protocol: Transport::Tcp,
         };
-        assert!(value(1, 1, 65_535).check().is_ok());
+        assert!(value(1, 1, 65_535).validate().is_ok());
         for bad in [value(0, 1, 1), value(1, 0, 1), value(1, 1, 0), value(2, 1, 65_535), value(1, 2, 65_535)] {
-            assert!(bad.check().is_err(), "{bad:?}");
+            assert!(bad.validate().is_err(), "{bad:?}");
         }
     }
 
     #[test]
     fn wildcard_of_missing_family_has_no_effect() {
         let effects = |text: &str| {
-            let publish: Publish = text.parse().unwrap();
+            let publish: PublishedPort = text.parse().unwrap();
             Family::ALL.map(|there| publish.has_effect(|family| family == there))
         };
         assert_eq!((effects("80:80"), effects("0.0.0.0:80:80")), ([true, true], [true, false]));
         assert_eq!((effects("[::]:80:80"), effects("[::1]:80:80")), ([false, true], [false, true]));
-        let wildcard = |text: &str| text.parse::<Publish>().unwrap().is_wildcard();
+        let wildcard = |text: &str| text.parse::<PublishedPort>().unwrap().is_wildcard();
         assert!(wildcard("[::]:80:80") && wildcard("0.0.0.0:80:80") && !wildcard("80:80") && !wildcard("[::1]:80:80"));
     }
 
     #[test]
-    fn shared_port_to_same_container_port_agrees() {
-        let agree = |a: &str, b: &str| a.parse::<Publish>().unwrap().agrees(&b.parse().unwrap());
+    fn shared_port_to_same_container_port_is_compatible() {
+        let agree = |a: &str, b: &str| a.parse::<PublishedPort>().unwrap().is_compatible_with(&b.parse().unwrap());
         assert!(agree("80:8080", "0.0.0.0:80:8080") && agree("80-90:180-190", "85:185"));
         assert!(!agree("80:8080", "80:8081") && !agree("80-90:180-190", "85:186"));
     }
 
     #[test]
-    fn collisions() {
+    fn overlapping_ports_conflict() {
         let collide = |a: &str, b: &str| {
-            let (a, b): (Publish, Publish) = (a.parse().unwrap(), b.parse().unwrap());
-            assert_eq!(a.collides(&b), b.collides(&a));
-            a.collides(&b)
+            let (a, b): (PublishedPort, PublishedPort) = (a.parse().unwrap(), b.parse().unwrap());
+            assert_eq!(a.conflicts_with(&b), b.conflicts_with(&a));
+            a.conflicts_with(&b)
         };
         assert!(collide("80:1", "80:2") && collide("80-90:1-11", "90:1") && collide("1.2.3.4:80:1", "80:1"));
         assert!(collide("0.0.0.0:80:1", "1.2.3.4:80:1") && !collide("0.0.0.0:80:1", "[::]:80:1"));

@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn other_keys_are_refused() {
+    fn non_canonical_keys_are_rejected() {
         for key in [
             "",
             "config",

@@ -9,11 +9,11 @@ use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 
-use super::ruleset::{Element, Pair, Rules, guard};
-use super::state::{Key, LinkKind, LinkState, NEXTHOP_IDS, State, Value, Via, Vxlan};
+use super::ruleset::{Element, InetTableSpec, PeerPair, source_filter};
+use super::state::{Key, LinkKind, LinkState, NEXTHOP_IDS, RouteTarget, State, Value, Vxlan};
 use super::underlay::Underlay;
-use crate::model::peer::Reach;
-use crate::model::{Cidr, Device, Endpoint, Family, Mac, NetworkConfig, Peer, PerFamily, Port, Publish, Role, Subnet};
+use crate::model::peer::RemoteSubnet;
+use crate::model::{Cidr, Device, Endpoint, Family, Mac, NetworkConfig, Peer, PerFamily, Port, PublishedPort, Role, Subnet};
 
 /// What dockerd sets on a bridge with IPv6, and looks for right afterwards: where it has gone meanwhile as an address of nobody's, dockerd does
 /// not start (libnetwork, `setup_verify_linux.go` and `bridgeIPv6`). So it is there from the beginning.
@@ -21,7 +21,7 @@ const DOCKER_LINK_LOCAL: IpAddr = IpAddr::V6(std::net::Ipv6Addr::new(0xfe80, 0, 
 
 /// Everything about this host that its kernel state follows from, peers aside.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Host {
+pub struct HostSpec {
     /// The network.
     pub network: NetworkConfig,
     /// The subnet that this host holds.
@@ -46,22 +46,22 @@ pub struct Host {
     pub forward_drops: Vec<Family>,
     /// Addresses of the underlay that this host depends on, although the overlay may lease them.
     pub reserved: BTreeSet<IpAddr>,
-    /// The host's own interfaces that would stop to take router advertisements once it forwards IPv6 ([`sysctls::keep_routers`]).
-    pub keep_routers: Vec<String>,
-    /// The host's own interfaces by which containers reach the world outside ([`Inventory::uplinks`]).
+    /// The host's own interfaces that would stop to take router advertisements once it forwards IPv6 ([`read_sysctls::accept_ra_interfaces`]).
+    pub accept_ra_interfaces: Vec<String>,
+    /// The host's own interfaces by which containers reach the world outside ([`HostInventory::uplinks`]).
     ///
-    /// [`Inventory::uplinks`]: super::underlay::Inventory::uplinks
+    /// [`HostInventory::uplinks`]: super::underlay::Inventory::uplinks
     pub uplinks: Vec<String>,
 }
 
-impl Host {
+impl HostSpec {
     /// The families that the network has and this host holds a subnet of.
     pub fn families(&self) -> impl Iterator<Item = Family> + '_ {
         self.network.families().filter(|family| self.subnet.get(*family).is_some())
     }
 
     /// Whether what peers need, and which leases count, is the same for both: they differ in what concerns this host alone.
-    pub fn has_peers_of(&self, other: &Host) -> bool {
+    pub fn has_same_peer_entries(&self, other: &HostSpec) -> bool {
         self.network == other.network
             && self.subnet == other.subnet
             && self.underlay.public_ip == other.underlay.public_ip
@@ -122,45 +122,45 @@ impl Host {
                     }
                 }
             }
-            sysctls::want(&mut state, sysctls::forwarding(family), "1");
-            for (path, value) in [bridge, device].into_iter().flat_map(|device| sysctls::of_device(device, family)) {
-                sysctls::want(&mut state, path, value);
+            sysctls::insert(&mut state, sysctls::forwarding(family), "1");
+            for (path, value) in [bridge, device].into_iter().flat_map(|device| sysctls::device_settings(device, family)) {
+                sysctls::insert(&mut state, path, value);
             }
         }
         if self.families().any(|family| family == Family::V4) {
             // Answers to containers, and what comes for published ports.
             for interface in &self.uplinks {
-                sysctls::want(&mut state, sysctls::of(interface, Family::V4, "forwarding"), "1");
+                sysctls::insert(&mut state, sysctls::interface_path(interface, Family::V4, "forwarding"), "1");
             }
             // A port of 127.0.0.1 that leads to a container: the packet leaves with that source, and its answer comes back to it. The table has a
             // chain that keeps containers from using it for anything else.
-            let path = sysctls::of(&bridge.name(), Family::V4, "route_localnet");
-            sysctls::want(&mut state, path, if self.publishes() { "1" } else { "0" });
+            let path = sysctls::interface_path(&bridge.name(), Family::V4, "route_localnet");
+            sysctls::insert(&mut state, path, if self.has_published_ports() { "1" } else { "0" });
         }
-        if self.publishes() && self.families().any(|family| family == Family::V6) {
+        if self.has_published_ports() && self.families().any(|family| family == Family::V6) {
             // The same for ::1: what comes back by the bridge finds the address on no other device (`ip6_route_input_lookup` in the kernel's
             // net/ipv6/route.c). A packet that says so on the wire is dropped before (`ip6_rcv_core`).
-            state.insert(Key::Route(Cidr::host(std::net::Ipv6Addr::LOCALHOST.into())), Value::Route(Via::Local(bridge)));
+            state.insert(Key::Route(Cidr::host(std::net::Ipv6Addr::LOCALHOST.into())), Value::Route(RouteTarget::Local(bridge)));
         }
         // What we create takes no router advertisement, neither from a container nor through the tunnel; also where the network has no
         // IPv6, because the host may have it.
         for device in self.families().map(|family| Device::vxlan(family, vni)).chain([bridge]) {
-            sysctls::want(&mut state, sysctls::of(&device.name(), Family::V6, "accept_ra"), "0");
+            sysctls::insert(&mut state, sysctls::interface_path(&device.name(), Family::V6, "accept_ra"), "0");
         }
         if self.families().any(|family| family == Family::V6) {
             // A host that forwards ignores advertisements unless told otherwise, and drops the routes that came from them.
-            for interface in &self.keep_routers {
-                sysctls::want(&mut state, sysctls::of(interface, Family::V6, "accept_ra"), "2");
+            for interface in &self.accept_ra_interfaces {
+                sysctls::insert(&mut state, sysctls::interface_path(interface, Family::V6, "accept_ra"), "2");
             }
         }
         let mac = Some(self.bridge_mac);
         let link = LinkState { kind: LinkKind::Bridge, mac, mtu: self.mtu(), up: true, master: None, hairpin: false };
         state.insert(Key::Link(bridge.name().into()), Value::Link(Box::new(link)));
         state.extend(self.ports.iter().flat_map(|endpoint| self.port_entries(endpoint)));
-        let publishes = self.publishes();
-        let Host { network, subnet, masquerade, .. } = self;
-        let rules = Rules { network, subnet, local: &self.underlay.local, masquerade: *masquerade, publishes };
-        for ruleset in [rules.ruleset(), guard()] {
+        let publishes = self.has_published_ports();
+        let HostSpec { network, subnet, masquerade, .. } = self;
+        let rules = InetTableSpec { network, subnet, local: &self.underlay.local, masquerade: *masquerade, publishes };
+        for ruleset in [rules.ruleset(), source_filter()] {
             state.insert(Key::Ruleset(ruleset.table), Value::Ruleset(Box::new(ruleset)));
         }
         // What nobody holds leaves by no other route, the default route above all: in clear and with the container's address as source. A subnet that has
@@ -188,9 +188,9 @@ impl Host {
             let link = LinkState { kind: LinkKind::Port, mac: None, mtu, up: true, master: Some(bridge), hairpin };
             let link = (Key::Link(port.host_interface.clone().into()), Value::Link(Box::new(link)));
             let own = port.addresses.iter().map(|(_, address)| *address);
-            let sources = may_send(&port.host_interface, port.mac, own, endpoint.source_check);
+            let sources = source_elements(&port.host_interface, port.mac, own, endpoint.source_check);
             let sources = sources.map(|element| (Key::Element(element), Value::Element(None)));
-            let published = endpoint.published.iter().flat_map(|publish| leads_to(publish, port));
+            let published = endpoint.published.iter().flat_map(|publish| dnat_elements(publish, port));
             let published = published.map(|(element, target)| (Key::Element(element), Value::Element(Some(Box::new(target)))));
             [link].into_iter().chain(sources).chain(published)
         })
@@ -198,18 +198,18 @@ impl Host {
 
     /// What of its own, peers aside, the kernel should hold for this host and what for the other one, without what is the same for both as far as
     /// that is seen without making it: the entries of all endpoints but those that came or went.
-    pub fn own_entries(&self, other: &Host) -> (State, State) {
-        if self.publishes() != other.publishes() || !self.is_but_for_ports(other) {
+    pub fn changed_entries(&self, other: &HostSpec) -> (State, State) {
+        if self.has_published_ports() != other.has_published_ports() || !self.eq_ignoring_ports(other) {
             return (self.entries(), other.entries());
         }
-        let (came, went) = differing(&self.ports, &other.ports);
+        let (added, removed) = diff_endpoints(&self.ports, &other.ports);
         let entries = |ports: Vec<&Arc<Endpoint>>| ports.into_iter().flat_map(|endpoint| self.port_entries(endpoint)).collect();
-        (entries(came), entries(went))
+        (entries(added), entries(removed))
     }
 
     /// Whether both are the same, their ports aside.
-    fn is_but_for_ports(&self, other: &Host) -> bool {
-        let Host {
+    fn eq_ignoring_ports(&self, other: &HostSpec) -> bool {
+        let HostSpec {
             network,
             subnet,
             underlay,
@@ -222,7 +222,7 @@ impl Host {
             ports: _,
             forward_drops,
             reserved,
-            keep_routers,
+            accept_ra_interfaces: keep_routers,
             uplinks,
         } = self;
         *network == other.network
@@ -236,20 +236,20 @@ impl Host {
             && *nexthop_objects == other.nexthop_objects
             && *forward_drops == other.forward_drops
             && *reserved == other.reserved
-            && *keep_routers == other.keep_routers
+            && *keep_routers == other.accept_ra_interfaces
             && *uplinks == other.uplinks
     }
 
     /// Whether any port of this host leads to an endpoint.
-    fn publishes(&self) -> bool {
+    fn has_published_ports(&self) -> bool {
         self.ports.iter().any(|endpoint| !endpoint.published.is_empty())
     }
 
     /// What a peer may send through the tunnel: from its subnet, and where packets to it are not masqueraded, its own answers to them.
-    fn may_tunnel(&self, family: Family, reach: &Reach) -> impl Iterator<Item = Element> {
-        let Reach { subnet, public_ip, .. } = *reach;
+    fn tunnel_elements(&self, family: Family, reach: &RemoteSubnet) -> impl Iterator<Item = Element> {
+        let RemoteSubnet { subnet, public_ip, .. } = *reach;
         let usual = self.network.pools.get(family).is_some_and(|pool| pool.subnet_length == subnet.length());
-        let pair = Pair::new(public_ip, subnet.base()).filter(|_| usual);
+        let pair = PeerPair::new(public_ip, subnet.base()).filter(|_| usual);
         let from = pair.map_or_else(|| Element::Range(Box::new((public_ip, subnet.base(), subnet.last()))), Element::Peer);
         [Some(from), (!self.masquerade).then_some(Element::Host(public_ip))].into_iter().flatten()
     }
@@ -258,18 +258,18 @@ impl Host {
     pub fn peer_entries(&self, peer: &Peer, ids: &mut NexthopIds) -> Vec<(Key, Value)> {
         let mut entries = Vec::with_capacity(8);
         for family in self.families() {
-            let Some(reach) = peer.reach.get(family) else { continue };
+            let Some(reach) = peer.remote_subnets.get(family) else { continue };
             let device = Device { role: Role::Vxlan(family), vni: self.network.vxlan.vni };
             let gateway = reach.subnet.base();
-            entries.extend(self.may_tunnel(family, reach).map(|element| (Key::Element(element), Value::Element(None))));
+            entries.extend(self.tunnel_elements(family, reach).map(|element| (Key::Element(element), Value::Element(None))));
             entries.push((Key::Fdb(device, reach.vtep), Value::Fdb(reach.public_ip)));
             entries.push((Key::Neigh(device, gateway), Value::Neigh(reach.vtep)));
             let via = if self.nexthop_objects {
                 let id = ids.id_for(device, gateway);
                 entries.push((Key::Nexthop(id), Value::Nexthop { device, gateway }));
-                Via::Nexthop(id)
+                RouteTarget::Nexthop(id)
             } else {
-                Via::Gateway(device, gateway)
+                RouteTarget::Gateway(device, gateway)
             };
             entries.push((Key::Route(reach.subnet), Value::Route(via)));
         }
@@ -279,7 +279,7 @@ impl Host {
 
 /// What comes in by an endpoint's interface may have: its MAC with its addresses, and where it has IPv6 with the link-local address that the kernel
 /// makes of the MAC; or anything, unless its source is checked.
-pub fn may_send(
+pub fn source_elements(
     interface: &str,
     mac: Mac,
     addresses: impl IntoIterator<Item = IpAddr>,
@@ -294,9 +294,12 @@ pub fn may_send(
 }
 
 /// The endpoints, in the order of their names, that only the first or only the second has, or both with different contents.
-fn differing<'a>(ours: &'a [Arc<Endpoint>], others: &'a [Arc<Endpoint>]) -> (Vec<&'a Arc<Endpoint>>, Vec<&'a Arc<Endpoint>>) {
+fn diff_endpoints<'a>(
+    ours: &'a [Arc<Endpoint>],
+    others: &'a [Arc<Endpoint>],
+) -> (Vec<&'a Arc<Endpoint>>, Vec<&'a Arc<Endpoint>>) {
     let (mut left, mut right) = (ours.iter().peekable(), others.iter().peekable());
-    let (mut came, mut went) = (Vec::new(), Vec::new());
+    let (mut added, mut removed) = (Vec::new(), Vec::new());
     loop {
         match (left.peek(), right.peek()) {
             // Most of them are the very same, which their addresses tell.
@@ -304,22 +307,22 @@ fn differing<'a>(ours: &'a [Arc<Endpoint>], others: &'a [Arc<Endpoint>]) -> (Vec
                 left.next();
                 right.next();
             }
-            (Some(a), Some(b)) if a.name > b.name => went.extend(right.next()),
+            (Some(a), Some(b)) if a.name > b.name => removed.extend(right.next()),
             (Some(a), Some(b)) if a.name == b.name => {
-                came.extend(left.next());
-                went.extend(right.next());
+                added.extend(left.next());
+                removed.extend(right.next());
             }
-            (Some(_), _) => came.extend(left.next()),
-            (None, Some(_)) => went.extend(right.next()),
-            (None, None) => return (came, went),
+            (Some(_), _) => added.extend(left.next()),
+            (None, Some(_)) => removed.extend(right.next()),
+            (None, None) => return (added, removed),
         }
     }
 }
 
 /// The elements of a published port, or run of ports, and where each leads. One element a port: a run of the whole range is 65,535 of them, a look-up
 /// costs the same.
-fn leads_to<'a>(publish: &'a Publish, port: &'a Port) -> impl Iterator<Item = (Element, SocketAddr)> + 'a {
-    let Publish { address, protocol, .. } = *publish;
+fn dnat_elements<'a>(publish: &'a PublishedPort, port: &'a Port) -> impl Iterator<Item = (Element, SocketAddr)> + 'a {
+    let PublishedPort { address, protocol, .. } = *publish;
     port.addresses.iter().filter(|(family, _)| publish.has_effect(|bound| bound == *family)).flat_map(move |(family, to)| {
         (0..publish.count).filter_map(move |n| {
             let host_port = publish.host_port.checked_add(n)?;

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::ops::{Batch, Op};
 use super::ruleset::Table;
-use super::state::{Key, LinkKind, LinkState, State, Value, Via, device_of};
+use super::state::{Key, LinkKind, LinkState, RouteTarget, State, Value, device_of};
 use crate::model::Device;
 
 /// The batch that makes all of `actual` equal to `desired`.
@@ -21,16 +21,16 @@ pub fn diff(desired: &State, actual: &State) -> Batch {
 /// removed. Costs in time grow with the number of keys, not with that of the entries.
 pub fn diff_keys<'a>(desired: &'a State, actual: &'a State, keys: impl IntoIterator<Item = &'a Key>) -> Batch {
     let mut keys: BTreeSet<&Key> = keys.into_iter().collect();
-    let mut fates = Fates::new(desired, actual);
+    let mut changes = DeviceChanges::new(desired, actual);
     let changing: BTreeSet<Device> = keys
         .iter()
         .filter_map(|key| link_device(key))
-        .filter(|device| !matches!(fates.of(*device), Fate::Kept | Fate::InTheWay))
+        .filter(|device| !matches!(changes.get(*device), DeviceChange::Unchanged | DeviceChange::Conflict))
         .collect();
     if !changing.is_empty() {
         for state in [desired, actual] {
             let on_them =
-                |key: &Key, value: &Value| stands_on(key, value, state).is_some_and(|device| changing.contains(&device));
+                |key: &Key, value: &Value| required_device(key, value, state).is_some_and(|device| changing.contains(&device));
             keys.extend(state.iter().filter(|(key, value)| on_them(key, value)).map(|(key, _)| key));
         }
     }
@@ -38,10 +38,10 @@ pub fn diff_keys<'a>(desired: &'a State, actual: &'a State, keys: impl IntoItera
 }
 
 /// An entry as it is wanted and as it is found.
-type Pair<'a> = (&'a Key, Option<&'a Value>, Option<&'a Value>);
+type EntryPair<'a> = (&'a Key, Option<&'a Value>, Option<&'a Value>);
 
 /// Both states side by side, in the order of the keys: each is walked once and nothing is looked up.
-fn union<'a>(desired: &'a State, actual: &'a State) -> impl Iterator<Item = Pair<'a>> {
+fn union<'a>(desired: &'a State, actual: &'a State) -> impl Iterator<Item = EntryPair<'a>> {
     let (mut desired, mut actual) = (desired.iter().peekable(), actual.iter().peekable());
     std::iter::from_fn(move || {
         let order = match (desired.peek(), actual.peek()) {
@@ -56,51 +56,51 @@ fn union<'a>(desired: &'a State, actual: &'a State) -> impl Iterator<Item = Pair
     })
 }
 
-fn compare<'a>(desired: &State, actual: &State, pairs: impl Iterator<Item = Pair<'a>>) -> Batch {
-    let mut fates = Fates::new(desired, actual);
-    let eventful = fates.any_changes();
-    let goes = |table: &Table| actual.contains_key(&Key::Ruleset(*table)) && !desired.contains_key(&Key::Ruleset(*table));
-    let tables_gone: Vec<Table> = Table::ALL.into_iter().filter(goes).collect();
+fn compare<'a>(desired: &State, actual: &State, pairs: impl Iterator<Item = EntryPair<'a>>) -> Batch {
+    let mut changes = DeviceChanges::new(desired, actual);
+    let any_device_changes = changes.any_changes();
+    let is_removed = |table: &Table| actual.contains_key(&Key::Ruleset(*table)) && !desired.contains_key(&Key::Ruleset(*table));
+    let removed_tables: Vec<Table> = Table::ALL.into_iter().filter(is_removed).collect();
     let mut teardown = Vec::new();
     let mut sets = Vec::new();
     let mut deletions = Vec::new();
     for (key, wanted, mut found) in pairs {
-        let mut fate = |value: Option<&Value>, state| {
-            let value = value.filter(|_| eventful)?;
-            stands_on(key, value, state).map(|device| fates.of(device))
+        let mut device_change = |value: Option<&Value>, state| {
+            let value = value.filter(|_| any_device_changes)?;
+            required_device(key, value, state).map(|device| changes.get(device))
         };
-        let (wanted_on, found_on) = (fate(wanted, desired), fate(found, actual));
-        if wanted_on == Some(Fate::InTheWay) || (key.device().is_some() && found_on == Some(Fate::InTheWay)) {
+        let (wanted_on, found_on) = (device_change(wanted, desired), device_change(found, actual));
+        if wanted_on == Some(DeviceChange::Conflict) || (key.device().is_some() && found_on == Some(DeviceChange::Conflict)) {
             // The link is somebody else's: setting it fails with advice, and nothing is done to it.
             continue;
         }
         if let Some(value) = found
-            && let Some(fate) = found_on
-            && fate.takes(key)
+            && let Some(change) = found_on
+            && change.removes(key)
         {
             // Left to the kernel, each next hop that goes with its device walks the whole routing table.
-            if fate == Fate::MadeAgain && matches!(key, Key::Route(_) | Key::Nexthop(_)) {
+            if change == DeviceChange::Recreate && matches!(key, Key::Route(_) | Key::Nexthop(_)) {
                 teardown.push(Op::Delete(key.clone(), value.clone()));
             }
             found = None;
         }
         match (wanted, found) {
-            (Some(wanted), Some(found)) if satisfied(wanted, found) => {}
+            (Some(wanted), Some(found)) if is_satisfied(wanted, found) => {}
             (Some(wanted), found) => {
                 if let Some(found) = found
-                    && must_be_made_again(wanted, found)
+                    && needs_recreate(wanted, found)
                 {
                     teardown.push(Op::Delete(key.clone(), found.clone()));
                 }
                 sets.push(Op::Set(key.clone(), wanted.clone()));
             }
-            (None, Some(found)) if ours(key, found) => {
+            (None, Some(found)) if is_managed(key, found) => {
                 // What stands on a device alone goes with it, an element with its table.
-                let taken = match key {
-                    Key::Element(element) => tables_gone.contains(&element.set().table()),
-                    key => key.device().is_some() && found_on == Some(Fate::Removed),
+                let removed_implicitly = match key {
+                    Key::Element(element) => removed_tables.contains(&element.set().table()),
+                    key => key.device().is_some() && found_on == Some(DeviceChange::Delete),
                 };
-                if !taken {
+                if !removed_implicitly {
                     deletions.push(Op::Delete(key.clone(), found.clone()));
                 }
             }
@@ -118,43 +118,43 @@ fn compare<'a>(desired: &State, actual: &State, pairs: impl Iterator<Item = Pair
 
 /// What becomes of a device, and so of what lives on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fate {
+enum DeviceChange {
     /// It stays as it is, or changes in a way that what lives on it survives.
-    Kept,
+    Unchanged,
     /// It gets another MAC: the kernel forgets its neighbours then, permanent ones included (`neigh_changeaddr` in
-    /// `net/core/neighbour.c`).
-    NewMac,
+    /// `net/core/set_neighbour.c`).
+    MacChanged,
     /// It is not there yet.
-    Made,
+    Create,
     /// It is deleted and made.
-    MadeAgain,
+    Recreate,
     /// It is deleted.
-    Removed,
+    Delete,
     /// A link of its name is not ours.
-    InTheWay,
+    Conflict,
 }
 
-impl Fate {
+impl DeviceChange {
     /// Whether the entry is gone, or a port loose, once the link is as wanted.
-    fn takes(self, key: &Key) -> bool {
+    fn removes(self, key: &Key) -> bool {
         match self {
-            Fate::Made | Fate::MadeAgain => true,
-            Fate::NewMac => matches!(key, Key::Neigh(..)),
-            Fate::Kept | Fate::Removed | Fate::InTheWay => false,
+            DeviceChange::Create | DeviceChange::Recreate => true,
+            DeviceChange::MacChanged => matches!(key, Key::Neigh(..)),
+            DeviceChange::Unchanged | DeviceChange::Delete | DeviceChange::Conflict => false,
         }
     }
 }
 
 /// The fates of devices, each found once.
-struct Fates<'a> {
+struct DeviceChanges<'a> {
     desired: &'a State,
     actual: &'a State,
-    known: BTreeMap<Device, Fate>,
+    cache: BTreeMap<Device, DeviceChange>,
 }
 
-impl<'a> Fates<'a> {
-    fn new(desired: &'a State, actual: &'a State) -> Fates<'a> {
-        Fates { desired, actual, known: BTreeMap::new() }
+impl<'a> DeviceChanges<'a> {
+    fn new(desired: &'a State, actual: &'a State) -> DeviceChanges<'a> {
+        DeviceChanges { desired, actual, cache: BTreeMap::new() }
     }
 
     /// Whether a device has another fate than to be kept. Most often none has: then it does not matter what an entry stands on.
@@ -168,29 +168,29 @@ impl<'a> Fates<'a> {
             links.filter(|(_, link)| link.kind != LinkKind::Port).filter_map(|(key, _)| link_device(key))
         };
         let devices: BTreeSet<Device> = links(self.desired).chain(links(self.actual)).collect();
-        devices.into_iter().any(|device| self.of(device) != Fate::Kept)
+        devices.into_iter().any(|device| self.get(device) != DeviceChange::Unchanged)
     }
 
-    fn of(&mut self, device: Device) -> Fate {
-        let Fates { desired, actual, known } = self;
+    fn get(&mut self, device: Device) -> DeviceChange {
+        let DeviceChanges { desired, actual, cache: known } = self;
         *known.entry(device).or_insert_with(|| {
             let key = Key::Link(device.name().into());
             match (desired.get(&key), actual.get(&key)) {
-                (_, Some(Value::Link(found))) if matches!(found.kind, LinkKind::Foreign { .. }) => Fate::InTheWay,
-                (Some(wanted), Some(found)) if must_be_made_again(wanted, found) => Fate::MadeAgain,
+                (_, Some(Value::Link(found))) if matches!(found.kind, LinkKind::Foreign { .. }) => DeviceChange::Conflict,
+                (Some(wanted), Some(found)) if needs_recreate(wanted, found) => DeviceChange::Recreate,
                 (Some(Value::Link(wanted)), Some(Value::Link(found))) if wanted.mac.is_some_and(|mac| found.mac != Some(mac)) => {
-                    Fate::NewMac
+                    DeviceChange::MacChanged
                 }
-                (Some(_), None) => Fate::Made,
-                (None, Some(_)) => Fate::Removed,
-                _ => Fate::Kept,
+                (Some(_), None) => DeviceChange::Create,
+                (None, Some(_)) => DeviceChange::Delete,
+                _ => DeviceChange::Unchanged,
             }
         })
     }
 }
 
 /// The device that an entry needs: the one it lives on, and for a port its bridge.
-fn stands_on(key: &Key, value: &Value, state: &State) -> Option<Device> {
+fn required_device(key: &Key, value: &Value, state: &State) -> Option<Device> {
     match value {
         Value::Link(link) => link.master,
         _ => device_of(key, value, state),
@@ -201,8 +201,8 @@ fn stands_on(key: &Key, value: &Value, state: &State) -> Option<Device> {
 pub fn prerequisite(key: &Key, value: &Value, state: &State) -> Option<Key> {
     match (key, value) {
         (Key::Element(element), _) => Some(Key::Ruleset(element.set().table())),
-        (_, Value::Route(Via::Nexthop(id))) => Some(Key::Nexthop(*id)),
-        _ => stands_on(key, value, state).map(|device| Key::Link(device.name().into())),
+        (_, Value::Route(RouteTarget::Nexthop(id))) => Some(Key::Nexthop(*id)),
+        _ => required_device(key, value, state).map(|device| Key::Link(device.name().into())),
     }
 }
 
@@ -215,7 +215,7 @@ fn link_device(key: &Key) -> Option<Device> {
 }
 
 /// Whether what is found is as good as what is wanted.
-pub fn satisfied(wanted: &Value, found: &Value) -> bool {
+pub fn is_satisfied(wanted: &Value, found: &Value) -> bool {
     match (wanted, found) {
         (Value::Link(wanted), Value::Link(found)) => {
             let LinkState { kind, mac, mtu, up, master, hairpin } = &**wanted;
@@ -231,7 +231,7 @@ pub fn satisfied(wanted: &Value, found: &Value) -> bool {
 }
 
 /// Whether a link has to be deleted before it can be as wanted.
-fn must_be_made_again(wanted: &Value, found: &Value) -> bool {
+fn needs_recreate(wanted: &Value, found: &Value) -> bool {
     match (wanted, found) {
         (Value::Link(wanted), Value::Link(found)) => match (&wanted.kind, &found.kind) {
             (LinkKind::Vxlan(wanted), LinkKind::Vxlan(found)) => !found.changes_in_place(wanted),
@@ -243,9 +243,9 @@ fn must_be_made_again(wanted: &Value, found: &Value) -> bool {
 }
 
 /// Whether an entry may be deleted: sysctls have no absence, foreign things are not ours, and endpoints own their links.
-fn ours(key: &Key, found: &Value) -> bool {
+fn is_managed(key: &Key, found: &Value) -> bool {
     match (key, found) {
-        (Key::Sysctl(_), _) | (_, Value::Route(Via::Foreign)) => false,
+        (Key::Sysctl(_), _) | (_, Value::Route(RouteTarget::Foreign)) => false,
         (_, Value::Link(link)) => !matches!(link.kind, LinkKind::Foreign { .. } | LinkKind::Port),
         _ => true,
     }
@@ -254,7 +254,7 @@ fn ours(key: &Key, found: &Value) -> bool {
 /// The order in which entries are made: each stands on those of earlier stages.
 ///
 /// Router advertisements are settled before forwarding is switched on, because the kernel drops default routes that came from them at that
-/// moment (`rt6_purge_dflt_routers` in `net/ipv6/route.c`). The FDB entry comes before the neighbour, so that no neighbour points to a MAC
+/// moment (`rt6_purge_dflt_routers` in `net/is_ipv6/route.c`). The FDB entry comes before the neighbour, so that no neighbour points to a MAC
 /// without a destination; the route comes last, because it draws the traffic. What a peer may send passes before anything is sent to it.
 pub fn stage(key: &Key) -> u8 {
     match key {

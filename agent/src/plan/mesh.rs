@@ -6,35 +6,35 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use crate::model::Cidr;
-use crate::model::api::{Mesh, MeshEntry, PathView, PeerEntry, Reach};
+use crate::model::api::{Mesh, MeshEntry, PathView, PeerEntry, Reachability};
 
 /// The most echo requests a second, however many peers: 10,000 peers, with two paths each, are probed once in 400 s, for some 4 kB/s.
-pub const MOST_A_SECOND: u32 = 50;
+pub const MAX_PROBES_PER_SECOND: u32 = 50;
 /// How long an answer is waited for.
-pub const PATIENCE: Duration = Duration::from_secs(2);
+pub const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Probes of a path that are remembered, a bit each.
-const REMEMBERED: u32 = 16;
+const PROBE_HISTORY: u32 = 16;
 /// The last probes that have to be lost for a path to count as silent: one may be lost by chance.
-const SILENT: u32 = 2;
+const SILENT_AFTER: u32 = 2;
 /// How long a peer that has gone is told of, and how many at the most.
-const GONE: Duration = Duration::from_secs(3600);
-const GONE_MOST: usize = 64;
+const DEPARTED_RETENTION: Duration = Duration::from_secs(3600);
+const MAX_DEPARTED: usize = 64;
 
 /// One of the two ways to a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Way {
+pub enum ProbePath {
     /// To its VTEP.
     Overlay,
     /// To its public IP.
     Underlay,
 }
 
-impl Way {
+impl ProbePath {
     /// As a word.
-    pub const fn word(self) -> &'static str {
+    pub const fn as_str(self) -> &'static str {
         match self {
-            Way::Overlay => "overlay",
-            Way::Underlay => "underlay",
+            ProbePath::Overlay => "overlay",
+            ProbePath::Underlay => "underlay",
         }
     }
 }
@@ -43,7 +43,7 @@ impl Way {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Summary {
     /// How many peers are reached how; those that have gone are not counted.
-    pub states: BTreeMap<Reach, u64>,
+    pub states: BTreeMap<Reachability, u64>,
     /// The longest of the means to a VTEP, in microseconds; 0 where nothing has answered.
     pub worst_overlay: u64,
     /// The same to a public IP.
@@ -60,67 +60,67 @@ pub struct Probe {
 }
 
 #[derive(Debug, Clone)]
-struct Path {
+struct PathStats {
     address: IpAddr,
     /// The outcomes, the last one in the lowest bit; a lost one is 1.
-    lost: u32,
+    loss_bits: u32,
     count: u32,
-    last: Option<u64>,
-    mean: Option<u64>,
+    last_rtt: Option<u64>,
+    mean_rtt: Option<u64>,
     error: Option<String>,
 }
 
-impl Path {
-    fn new(address: IpAddr) -> Path {
-        Path { address, lost: 0, count: 0, last: None, mean: None, error: None }
+impl PathStats {
+    fn new(address: IpAddr) -> PathStats {
+        PathStats { address, loss_bits: 0, count: 0, last_rtt: None, mean_rtt: None, error: None }
     }
 
-    fn note(&mut self, lost: bool) {
-        self.lost = (self.lost << 1 | u32::from(lost)) & ((1 << REMEMBERED) - 1);
-        self.count = (self.count + 1).min(REMEMBERED);
+    fn record(&mut self, lost: bool) {
+        self.loss_bits = (self.loss_bits << 1 | u32::from(lost)) & ((1 << PROBE_HISTORY) - 1);
+        self.count = (self.count + 1).min(PROBE_HISTORY);
     }
 
     /// Whether it answers; `None` where that is not known yet.
-    fn answers(&self) -> Option<bool> {
-        let last = self.count.min(SILENT);
-        (last > 0).then(|| self.lost & ((1 << last) - 1) != (1 << last) - 1)
+    fn is_responding(&self) -> Option<bool> {
+        let last = self.count.min(SILENT_AFTER);
+        (last > 0).then(|| self.loss_bits & ((1 << last) - 1) != (1 << last) - 1)
     }
 
     fn view(&self) -> PathView {
         PathView {
             address: self.address,
             probes: self.count,
-            lost: self.lost.count_ones(),
-            last_micros: self.last,
-            mean_micros: self.mean,
+            lost: self.loss_bits.count_ones(),
+            last_micros: self.last_rtt,
+            mean_micros: self.mean_rtt,
             error: self.error.clone(),
         }
     }
 }
 
 #[derive(Debug, Clone)]
-struct Row {
+struct PeerProbes {
     host: Option<String>,
-    overlay: Path,
-    underlay: Path,
+    overlay: PathStats,
+    underlay: PathStats,
 }
 
-impl Row {
-    fn path(&mut self, way: Way) -> &mut Path {
-        match way {
-            Way::Overlay => &mut self.overlay,
-            Way::Underlay => &mut self.underlay,
+impl PeerProbes {
+    fn stats_mut(&mut self, path: ProbePath) -> &mut PathStats {
+        match path {
+            ProbePath::Overlay => &mut self.overlay,
+            ProbePath::Underlay => &mut self.underlay,
         }
     }
 
-    fn state(&self) -> Reach {
-        match (self.overlay.answers(), self.underlay.answers()) {
-            (Some(true), Some(true)) if self.overlay.lost | self.underlay.lost != 0 => Reach::Lossy,
-            (Some(true), Some(true)) => Reach::Ok,
-            (Some(true), Some(false)) => Reach::UnderlaySilent,
-            (Some(false), Some(true)) => Reach::OverlayDown,
-            (Some(false), Some(false)) => Reach::Unreachable,
-            _ => Reach::Unknown,
+    fn state(&self) -> Reachability {
+        match (self.overlay.is_responding(), self.underlay.is_responding()) {
+            (Some(true), Some(true)) if self.overlay.loss_bits | self.underlay.loss_bits != 0 => Reachability::Lossy,
+            (Some(true), Some(true)) => Reachability::Ok,
+            (Some(true), Some(false)) => Reachability::UnderlaySilent,
+            (Some(false), Some(true)) => Reachability::OverlayDown,
+            (Some(false), Some(false)) => Reachability::Unreachable,
+            _ => Reachability::Unknown,
         }
     }
 
@@ -128,7 +128,7 @@ impl Row {
         MeshEntry {
             subnet,
             host: self.host.clone(),
-            state: if gone_since.is_some() { Reach::Gone } else { self.state() },
+            state: if gone_since.is_some() { Reachability::Gone } else { self.state() },
             overlay: self.overlay.view(),
             underlay: self.underlay.view(),
             gone_since,
@@ -138,105 +138,104 @@ impl Row {
 
 /// The book.
 #[derive(Debug, Default)]
-pub struct Book {
-    rows: BTreeMap<Cidr, Row>,
+pub struct ProbeTable {
+    rows: BTreeMap<Cidr, PeerProbes>,
     /// With the second since the epoch at which each was found gone.
-    gone: BTreeMap<Cidr, (Row, u64)>,
+    departed: BTreeMap<Cidr, (PeerProbes, u64)>,
     /// What this round has still to probe.
-    round: VecDeque<(Cidr, Way)>,
+    queue: VecDeque<(Cidr, ProbePath)>,
     /// Probes that wait for their answer, by number: ascending in number and in time.
-    waiting: BTreeMap<u64, (Cidr, Way, u64)>,
-    last: u64,
+    in_flight: BTreeMap<u64, (Cidr, ProbePath, u64)>,
+    last_number: u64,
 }
 
-impl Book {
+impl ProbeTable {
     /// Begins a round over these peers; `epoch` is the second since 1970. A peer with another address than before begins anew.
-    pub fn begin(&mut self, peers: &[PeerEntry], epoch: u64) {
+    pub fn start_round(&mut self, peers: &[PeerEntry], epoch: u64) {
         let mut before = std::mem::take(&mut self.rows);
-        self.round.clear();
+        self.queue.clear();
         for peer in peers {
             let (vtep, public) = (peer.subnet.base(), peer.public_ip);
-            let mut row = before.remove(&peer.subnet).filter(|row| row.underlay.address == public).unwrap_or_else(|| Row {
-                host: None,
-                overlay: Path::new(vtep),
-                underlay: Path::new(public),
-            });
+            let mut row = before
+                .remove(&peer.subnet)
+                .filter(|row| row.underlay.address == public)
+                .unwrap_or_else(|| PeerProbes { host: None, overlay: PathStats::new(vtep), underlay: PathStats::new(public) });
             row.host.clone_from(&peer.host);
-            self.gone.remove(&peer.subnet);
+            self.departed.remove(&peer.subnet);
             self.rows.insert(peer.subnet, row);
-            self.round.extend([(peer.subnet, Way::Overlay), (peer.subnet, Way::Underlay)]);
+            self.queue.extend([(peer.subnet, ProbePath::Overlay), (peer.subnet, ProbePath::Underlay)]);
         }
-        self.gone
+        self.departed
             .extend(before.into_iter().filter(|(subnet, _)| !self.rows.contains_key(subnet)).map(|(s, row)| (s, (row, epoch))));
-        self.gone.retain(|_, (_, since)| epoch.saturating_sub(*since) < GONE.as_secs());
-        while self.gone.len() > GONE_MOST {
-            let oldest = self.gone.iter().min_by_key(|(_, (_, since))| *since).map(|(subnet, _)| *subnet);
-            oldest.map(|subnet| self.gone.remove(&subnet));
+        self.departed.retain(|_, (_, since)| epoch.saturating_sub(*since) < DEPARTED_RETENTION.as_secs());
+        while self.departed.len() > MAX_DEPARTED {
+            let oldest = self.departed.iter().min_by_key(|(_, (_, since))| *since).map(|(subnet, _)| *subnet);
+            oldest.map(|subnet| self.departed.remove(&subnet));
         }
     }
 
     /// The next probe of this round; `None` at its end.
-    pub fn next(&mut self, now: u64) -> Option<Probe> {
-        let (subnet, way) = self.round.pop_front()?;
-        let address = self.rows.get_mut(&subnet)?.path(way).address;
-        self.last += 1;
-        self.waiting.insert(self.last, (subnet, way, now));
-        Some(Probe { number: self.last, address })
+    pub fn next_probe(&mut self, now: u64) -> Option<Probe> {
+        let (subnet, path) = self.queue.pop_front()?;
+        let address = self.rows.get_mut(&subnet)?.stats_mut(path).address;
+        self.last_number += 1;
+        self.in_flight.insert(self.last_number, (subnet, path, now));
+        Some(Probe { number: self.last_number, address })
     }
 
     /// A probe could not be sent. By which way it was, where its peer is still there.
-    pub fn unsent(&mut self, number: u64, error: String) -> Option<Way> {
-        let (subnet, way, _) = self.waiting.remove(&number)?;
-        let path = self.rows.get_mut(&subnet)?.path(way);
-        path.note(true);
-        path.error = Some(error);
-        Some(way)
+    pub fn send_failed(&mut self, number: u64, error: String) -> Option<ProbePath> {
+        let (subnet, path, _) = self.in_flight.remove(&number)?;
+        let stats = self.rows.get_mut(&subnet)?.stats_mut(path);
+        stats.record(true);
+        stats.error = Some(error);
+        Some(path)
     }
 
     /// An answer came. One that nobody waits for any more is passed over, and so is one from another address than was asked. By which way it came,
     /// and how many microseconds it took.
-    pub fn answered(&mut self, number: u64, from: IpAddr, now: u64) -> Option<(Way, u64)> {
-        let &(subnet, way, sent) = self.waiting.get(&number)?;
-        let path = self.rows.get_mut(&subnet).map(|row| row.path(way)).filter(|path| path.address == from)?;
-        self.waiting.remove(&number);
+    pub fn on_reply(&mut self, number: u64, from: IpAddr, now: u64) -> Option<(ProbePath, u64)> {
+        let &(subnet, path, sent) = self.in_flight.get(&number)?;
+        let stats = self.rows.get_mut(&subnet).map(|row| row.stats_mut(path)).filter(|path| path.address == from)?;
+        self.in_flight.remove(&number);
         let took = now.saturating_sub(sent);
-        path.note(false);
-        path.error = None;
-        path.last = Some(took);
-        path.mean = Some(path.mean.map_or(took, |mean| (mean * 7 + took) / 8));
-        Some((way, took))
+        stats.record(false);
+        stats.error = None;
+        stats.last_rtt = Some(took);
+        stats.mean_rtt = Some(stats.mean_rtt.map_or(took, |mean| (mean * 7 + took) / 8));
+        Some((path, took))
     }
 
     /// Gives up those that have waited too long; `lost` is told of each whose peer is still there.
-    pub fn expire(&mut self, now: u64, mut lost: impl FnMut(Way)) {
-        let patience = u64::try_from(PATIENCE.as_micros()).unwrap_or(u64::MAX);
-        while let Some((&number, &(subnet, way, sent))) = self.waiting.first_key_value() {
-            if now.saturating_sub(sent) < patience {
+    pub fn expire(&mut self, now: u64, mut on_lost: impl FnMut(ProbePath)) {
+        let timeout = u64::try_from(PROBE_TIMEOUT.as_micros()).unwrap_or(u64::MAX);
+        while let Some((&number, &(subnet, path, sent))) = self.in_flight.first_key_value() {
+            if now.saturating_sub(sent) < timeout {
                 return;
             }
-            self.waiting.remove(&number);
+            self.in_flight.remove(&number);
             if let Some(row) = self.rows.get_mut(&subnet) {
-                row.path(way).note(true);
-                lost(way);
+                row.stats_mut(path).record(true);
+                on_lost(path);
             }
         }
     }
 
     /// Whether answers are waited for.
-    pub fn is_waiting(&self) -> bool {
-        !self.waiting.is_empty()
+    pub fn has_in_flight(&self) -> bool {
+        !self.in_flight.is_empty()
     }
 
     /// The pause between two probes, so that a round takes `interval`, or longer where that would be too many a second.
-    pub fn pause(&self, interval: Duration) -> Duration {
+    pub fn probe_interval(&self, interval: Duration) -> Duration {
         let probes = u32::try_from(self.rows.len() * 2).unwrap_or(u32::MAX).max(1);
-        (interval / probes).max(Duration::from_secs(1) / MOST_A_SECOND)
+        (interval / probes).max(Duration::from_secs(1) / MAX_PROBES_PER_SECOND)
     }
 
     /// All of it.
     pub fn view(&self, node: &str, interval: Duration) -> Mesh {
         let mut peers: Vec<MeshEntry> = self.rows.iter().map(|(subnet, row)| row.entry(*subnet, None)).collect();
-        peers.extend(self.gone.iter().map(|(subnet, (row, since))| row.entry(*subnet, Some(*since))));
+        peers.extend(self.departed.iter().map(|(subnet, (row, since))| row.entry(*subnet, Some(*since))));
         Mesh { node: node.to_owned(), interval_seconds: interval.as_secs(), error: None, peers }
     }
 
@@ -245,8 +244,8 @@ impl Book {
         let mut all = Summary::default();
         for row in self.rows.values() {
             *all.states.entry(row.state()).or_default() += 1;
-            all.worst_overlay = all.worst_overlay.max(row.overlay.mean.unwrap_or(0));
-            all.worst_underlay = all.worst_underlay.max(row.underlay.mean.unwrap_or(0));
+            all.worst_overlay = all.worst_overlay.max(row.overlay.mean_rtt.unwrap_or(0));
+            all.worst_underlay = all.worst_underlay.max(row.underlay.mean_rtt.unwrap_or(0));
         }
         all
     }
@@ -270,31 +269,34 @@ mod tests {
     }
 
     /// Goes some rounds; `answers` says of an address how long it takes, if it answers at all.
-    fn rounds(book: &mut Book, peers: &[PeerEntry], count: u64, answers: impl Fn(IpAddr) -> Option<u64>) -> Mesh {
+    fn run_rounds(table: &mut ProbeTable, peers: &[PeerEntry], count: u64, answers: impl Fn(IpAddr) -> Option<u64>) -> Mesh {
         for round in 0..count {
             let now = round * 10_000_000;
-            book.begin(peers, 1000 + round);
-            while let Some(probe) = book.next(now) {
+            table.start_round(peers, 1000 + round);
+            while let Some(probe) = table.next_probe(now) {
                 if let Some(took) = answers(probe.address) {
-                    book.answered(probe.number, probe.address, now + took);
+                    table.on_reply(probe.number, probe.address, now + took);
                 }
             }
-            book.expire(now + 3_000_000, |_| {});
+            table.expire(now + 3_000_000, |_| {});
         }
-        book.view("me", Duration::from_secs(30))
+        table.view("me", Duration::from_secs(30))
     }
 
     #[test]
-    fn the_two_faults_are_told_apart() {
+    fn overlay_and_underlay_faults_are_distinguished() {
         let peers = [peer(1), peer(2), peer(3), peer(4)];
-        let mut book = Book::default();
-        let mesh = rounds(&mut book, &peers, 3, |address| match address.to_string().as_str() {
+        let mut table = ProbeTable::default();
+        let mesh = run_rounds(&mut table, &peers, 3, |address| match address.to_string().as_str() {
             "10.244.1.0" | "192.0.2.1" | "192.0.2.2" | "10.244.3.0" => Some(800),
             _ => None,
         });
-        let states: Vec<Reach> = mesh.peers.iter().map(|peer| peer.state).collect();
-        assert_eq!(states, [Reach::Ok, Reach::OverlayDown, Reach::UnderlaySilent, Reach::Unreachable]);
-        let summary = book.summary();
+        let states: Vec<Reachability> = mesh.peers.iter().map(|peer| peer.state).collect();
+        assert_eq!(
+            states,
+            [Reachability::Ok, Reachability::OverlayDown, Reachability::UnderlaySilent, Reachability::Unreachable]
+        );
+        let summary = table.summary();
         assert_eq!(summary.states, states.iter().map(|state| (*state, 1)).collect());
         assert_eq!((summary.worst_overlay, summary.worst_underlay), (800, 800));
         let path = &mesh.peers[0].overlay;
@@ -303,51 +305,51 @@ mod tests {
     }
 
     #[test]
-    fn one_lost_probe_is_loss_and_no_silence() {
-        let mut book = Book::default();
-        rounds(&mut book, &[peer(1)], 4, |_| Some(100));
-        let mesh = rounds(&mut book, &[peer(1)], 1, |_| None);
-        assert_eq!((mesh.peers[0].state, mesh.peers[0].overlay.lost), (Reach::Lossy, 1));
-        let mesh = rounds(&mut book, &[peer(1)], 1, |_| None);
-        assert_eq!(mesh.peers[0].state, Reach::Unreachable);
-        let mesh = rounds(&mut book, &[peer(1)], 16, |_| Some(100));
-        assert_eq!(mesh.peers[0].state, Reach::Ok, "it is forgotten after 16");
+    fn single_lost_probe_is_lossy_not_unreachable() {
+        let mut table = ProbeTable::default();
+        run_rounds(&mut table, &[peer(1)], 4, |_| Some(100));
+        let mesh = run_rounds(&mut table, &[peer(1)], 1, |_| None);
+        assert_eq!((mesh.peers[0].state, mesh.peers[0].overlay.lost), (Reachability::Lossy, 1));
+        let mesh = run_rounds(&mut table, &[peer(1)], 1, |_| None);
+        assert_eq!(mesh.peers[0].state, Reachability::Unreachable);
+        let mesh = run_rounds(&mut table, &[peer(1)], 16, |_| Some(100));
+        assert_eq!(mesh.peers[0].state, Reachability::Ok, "it is forgotten after 16");
     }
 
     #[test]
-    fn a_host_that_left_is_gone_and_one_that_moved_begins_anew() {
-        let mut book = Book::default();
-        rounds(&mut book, &[peer(1), peer(2)], 2, |_| None);
-        book.begin(&[peer(1)], 2000);
-        let mesh = book.view("me", Duration::ZERO);
+    fn departed_peer_is_gone_and_moved_peer_resets() {
+        let mut table = ProbeTable::default();
+        run_rounds(&mut table, &[peer(1), peer(2)], 2, |_| None);
+        table.start_round(&[peer(1)], 2000);
+        let mesh = table.view("me", Duration::ZERO);
         assert_eq!(
             mesh.peers.iter().map(|p| (p.state, p.gone_since)).collect::<Vec<_>>(),
-            [(Reach::Unreachable, None), (Reach::Gone, Some(2000))]
+            [(Reachability::Unreachable, None), (Reachability::Gone, Some(2000))]
         );
         let moved = PeerEntry { public_ip: "192.0.2.99".parse().expect("ip"), ..peer(1) };
-        book.begin(&[moved, peer(2)], 2001);
-        let mesh = book.view("me", Duration::ZERO);
-        assert!(mesh.peers.iter().all(|p| p.state == Reach::Unknown && p.gone_since.is_none()), "{mesh:?}");
-        book.begin(&[], 2002);
-        book.begin(&[], 2002 + GONE.as_secs());
-        assert!(book.view("me", Duration::ZERO).peers.is_empty());
+        table.start_round(&[moved, peer(2)], 2001);
+        let mesh = table.view("me", Duration::ZERO);
+        assert!(mesh.peers.iter().all(|p| p.state == Reachability::Unknown && p.gone_since.is_none()), "{mesh:?}");
+        table.start_round(&[], 2002);
+        table.start_round(&[], 2002 + DEPARTED_RETENTION.as_secs());
+        assert!(table.view("me", Duration::ZERO).peers.is_empty());
     }
 
     #[test]
-    fn the_rate_is_bounded_and_late_or_foreign_answers_do_not_count() {
-        let mut book = Book::default();
+    fn probe_rate_is_bounded_and_stale_replies_ignored() {
+        let mut table = ProbeTable::default();
         let many: Vec<PeerEntry> = (1..=200).map(peer).collect();
-        book.begin(&many[..3], 0);
-        assert_eq!(book.pause(Duration::from_secs(30)), Duration::from_secs(5));
-        book.begin(&many, 0);
-        assert_eq!(book.pause(Duration::from_secs(1)), Duration::from_millis(20));
-        let probe = book.next(0).expect("a probe");
-        assert_eq!(book.answered(probe.number, "203.0.113.1".parse().expect("ip"), 5), None);
-        assert_eq!(book.view("me", Duration::ZERO).peers[0].overlay.probes, 0);
+        table.start_round(&many[..3], 0);
+        assert_eq!(table.probe_interval(Duration::from_secs(30)), Duration::from_secs(5));
+        table.start_round(&many, 0);
+        assert_eq!(table.probe_interval(Duration::from_secs(1)), Duration::from_millis(20));
+        let probe = table.next_probe(0).expect("a probe");
+        assert_eq!(table.on_reply(probe.number, "203.0.113.1".parse().expect("ip"), 5), None);
+        assert_eq!(table.view("me", Duration::ZERO).peers[0].overlay.probes, 0);
         let mut lost = Vec::new();
-        book.expire(3_000_000, |way| lost.push(way));
-        assert_eq!(lost, [Way::Overlay]);
-        book.answered(probe.number, probe.address, 3_000_001);
-        assert_eq!((book.view("me", Duration::ZERO).peers[0].overlay.lost, book.is_waiting()), (1, false));
+        table.expire(3_000_000, |way| lost.push(way));
+        assert_eq!(lost, [ProbePath::Overlay]);
+        table.on_reply(probe.number, probe.address, 3_000_001);
+        assert_eq!((table.view("me", Duration::ZERO).peers[0].overlay.lost, table.has_in_flight()), (1, false));
     }
 }

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::state::{Key, LinkState, State, Value, Via, device_of};
+use super::state::{Key, LinkState, RouteTarget, State, Value, device_of};
 use crate::model::Device;
 
 /// One change of the kernel. Setting is idempotent: what is there with another value is replaced.
@@ -29,8 +29,8 @@ impl Op {
     }
 
     /// Follows in `state` what the kernel does when it has applied the op: a device takes along what lives on it, a next hop the routes
-    /// that use it, a table its elements, and a device with a new MAC forgets its neighbours (`neigh_changeaddr` in `net/core/neighbour.c`).
-    pub fn record(&self, state: &mut State) {
+    /// that use it, a table its elements, and a device with a new MAC forgets its neighbours (`neigh_changeaddr` in `net/core/set_neighbour.c`).
+    pub fn apply_to(&self, state: &mut State) {
         match self {
             Op::Set(key, value) => {
                 let mut value = value.clone();
@@ -40,18 +40,18 @@ impl Op {
                     let old_mac = old.mac;
                     new.mac = new.mac.or(old_mac);
                     if new.mac != old_mac {
-                        forget(state, key, |key| matches!(key, Key::Neigh(..)));
+                        remove_device_entries(state, key, |key| matches!(key, Key::Neigh(..)));
                     }
                 }
                 state.insert(key.clone(), value);
             }
             Op::Delete(key, _) => {
                 match key {
-                    Key::Link(_) => forget(state, key, |_| true),
+                    Key::Link(_) => remove_device_entries(state, key, |_| true),
                     Key::Ruleset(table) => {
                         state.retain(|key, _| !matches!(key, Key::Element(element) if element.set().table() == *table));
                     }
-                    Key::Nexthop(id) => state.retain(|_, value| *value != Value::Route(Via::Nexthop(*id))),
+                    Key::Nexthop(id) => state.retain(|_, value| *value != Value::Route(RouteTarget::Nexthop(*id))),
                     _ => {}
                 }
                 state.remove(key);
@@ -61,7 +61,7 @@ impl Op {
 }
 
 /// Removes the entries of one kind from the device that `link` is; a bridge's ports lose their master.
-fn forget(state: &mut State, link: &Key, kind: impl Fn(&Key) -> bool) {
+fn remove_device_entries(state: &mut State, link: &Key, kind: impl Fn(&Key) -> bool) {
     let Key::Link(name) = link else { return };
     let Some(device) = Device::from_name(name) else { return };
     let mut gone = Vec::new();
@@ -109,7 +109,7 @@ pub struct ApplyReport {
     pub failed: Vec<(usize, OpError)>,
 }
 
-/// The data path as `reconcile` sees it; `kernel` implements it.
+/// The data path as `reconcile` sees it; `fake_kernel` implements it.
 pub trait DataPath: Send {
     /// Everything of ours that the kernel holds. Errors are fit for a person.
     fn dump(&mut self) -> impl Future<Output = Result<State, OpError>> + Send;
@@ -118,13 +118,13 @@ pub trait DataPath: Send {
     fn apply(&mut self, batch: &Batch) -> impl Future<Output = ApplyReport> + Send;
 
     /// Sysctls by their paths, those that are there; from now on dumps have them, and changes of them are told.
-    fn follow(&mut self, paths: Vec<String>) -> impl Future<Output = Result<State, OpError>> + Send;
+    fn watch_sysctls(&mut self, paths: Vec<String>) -> impl Future<Output = Result<State, OpError>> + Send;
 
     /// A link by its name, as it is at this moment; `None` where it is not there.
-    fn link(&mut self, name: &str) -> impl Future<Output = Result<Option<LinkState>, OpError>> + Send;
+    fn get_link(&mut self, name: &str) -> impl Future<Output = Result<Option<LinkState>, OpError>> + Send;
 
     /// Links, addresses and default routes of the host that are not ours: what the external interface is chosen from.
-    fn inventory(&mut self) -> impl Future<Output = Result<super::underlay::Inventory, OpError>> + Send;
+    fn inventory(&mut self) -> impl Future<Output = Result<super::underlay::HostInventory, OpError>> + Send;
 
     /// The interface by which the kernel would send to an address; `None` where there is no route.
     fn route_to(&mut self, address: std::net::IpAddr) -> impl Future<Output = Result<Option<u32>, OpError>> + Send;
@@ -137,17 +137,17 @@ pub enum KernelEvent {
     /// at it ([`DataPath::link`]).
     Changed(Vec<(Key, Option<Value>)>),
     /// More changed than the event says (a device went down or away and took entries with it, events were lost): dump again.
-    Stale {
+    ResyncNeeded {
         /// What happened, for the log.
         reason: &'static str,
     },
     /// Links, addresses or default routes that are not ours changed.
-    Underlay,
+    HostNetworkChanged,
 }
 
 /// What a container's attachment needs in the kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Plug {
+pub struct PortSpec {
     /// Path of the container's network namespace.
     pub netns: std::path::PathBuf,
     /// The interface to make in it.
@@ -168,51 +168,51 @@ pub struct Plug {
     pub source_check: bool,
 }
 
-/// How `endpoint` has containers wired; `kernel` implements it.
-pub trait ContainerPath: Send + Sync {
+/// How `endpoint` has containers wired; `fake_kernel` implements it.
+pub trait PortDriver: Send + Sync {
     /// Makes the veth pair, its addresses, routes and loopback; all or nothing. Where the very same plug is in place it succeeds
     /// without a change.
-    fn plug(&self, plug: &Plug) -> impl Future<Output = Result<Guard, OpError>> + Send;
+    fn attach_port(&self, spec: &PortSpec) -> impl Future<Output = Result<SourceFilter, OpError>> + Send;
 
     /// What of a plug is not in place, for a person; `None` where all is. Blocks.
-    fn difference(&self, plug: &Plug) -> Result<Option<String>, OpError>;
+    fn check_port(&self, spec: &PortSpec) -> Result<Option<String>, OpError>;
 
     /// Removes the pair by its host end. That it is gone already is success.
-    fn unplug(&self, host_interface: &str) -> impl Future<Output = Result<(), OpError>> + Send;
+    fn detach_port(&self, host_interface: &str) -> impl Future<Output = Result<(), OpError>> + Send;
 
     /// Ends the connections of addresses that are nobody's any more: who gets one next is not to get what was meant for the last. Blocks.
-    fn forget(&self, addresses: &crate::model::PerFamily<std::net::IpAddr>);
+    fn flush_connections(&self, addresses: &crate::model::PerFamily<std::net::IpAddr>);
 
     /// Whether the namespace is still there, for the audit of leaked endpoints.
-    fn netns_alive(&self, netns: &std::path::Path) -> bool;
+    fn netns_exists(&self, netns: &std::path::Path) -> bool;
 
     /// What tells the namespace at a path from every other one, now and later; `None` where there is none, or the kernel is too old to say.
     fn netns_id(&self, netns: &std::path::Path) -> Option<String>;
 
     /// Whether the path leads to the host's own namespace.
-    fn is_own_netns(&self, netns: &std::path::Path) -> bool;
+    fn is_host_netns(&self, netns: &std::path::Path) -> bool;
 
     /// A path of the host's own namespace, good until the agent ends.
-    fn own_netns(&self) -> std::path::PathBuf;
+    fn host_netns(&self) -> std::path::PathBuf;
 
     /// Brings up the loopback device of a namespace.
-    fn loopback(&self, netns: &std::path::Path) -> impl Future<Output = Result<(), OpError>> + Send;
+    fn set_loopback_up(&self, netns: &std::path::Path) -> impl Future<Output = Result<(), OpError>> + Send;
 
     /// The host's addresses, and which of these ports its own sockets hold.
-    fn host_ports(&self, wanted: &[crate::model::Publish]) -> Result<HostPorts, OpError>;
+    fn host_ports(&self, wanted: &[crate::model::PublishedPort]) -> Result<HostPorts, OpError>;
 
     /// The host's ends of all veth pairs of ours, whether an endpoint is known for them or not.
-    fn ports(&self) -> Result<Vec<String>, OpError>;
+    fn list_host_interfaces(&self) -> Result<Vec<String>, OpError>;
 }
 
 /// Whether the guard has what a container may send.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Guard {
+pub enum SourceFilter {
     /// It was told before the container's port joined the bridge.
-    Told,
+    Applied,
     /// Its table is not there yet: what is plugged comes with it.
     #[default]
-    ToCome,
+    Pending,
 }
 
 /// What of the host's own stands beside published ports.
@@ -228,7 +228,7 @@ pub struct HostPorts {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostSocket {
     /// The wanted port that it has.
-    pub wanted: crate::model::Publish,
+    pub wanted: crate::model::PublishedPort,
     /// Its address; unspecified where it waits on every one.
     pub address: std::net::IpAddr,
     /// Its port.

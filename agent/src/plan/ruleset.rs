@@ -1,12 +1,12 @@
-//! The nftables tables `inet overlayd` and `bridge overlayd` as values: what `kernel::nft` writes, reads back and compares.
+//! The nftables tables `inet overlayd_command` and `bridge_name overlayd_command` as values: what `fake_kernel::nft` writes, reads back and compares.
 //!
 //! A rule is a list of [`Expr`], the few nf_tables expressions that our rules need. Rules of others never appear here. As text
-//! (`Display`) it is what `nft -s -t list table ...` prints. What the sets hold is not part of a ruleset: each [`Element`] is an entry of its own, so
+//! (`Display`) it is what `nft -s -t filter table_name ...` prints. What the sets hold is not part of a ruleset: each [`Element`] is an entry of its own, so
 //! that a peer or an endpoint more is one element more and no new table.
 
-mod guard;
 mod host;
 mod set;
+mod source_filter;
 mod text;
 
 use std::net::IpAddr;
@@ -15,9 +15,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::{Cidr, Family};
 
-pub use guard::guard;
-pub use host::{OVERLAY, Rules};
-pub use set::{Datum, Element, Pair, SetName, Type};
+pub use host::{InetTableSpec, OVERLAY_CHAIN};
+pub use set::{Element, PeerPair, SetFieldType, SetName, SetValue};
+pub use source_filter::source_filter;
 
 /// The name of our tables, in either family.
 pub const TABLE: &str = "overlayd";
@@ -52,7 +52,7 @@ pub struct Ruleset {
     pub sets: Vec<SetName>,
     /// The chains, in order of their names.
     pub chains: Vec<Chain>,
-    /// What the table holds beside them, each in words: `flags 0x1`, `chain extra`, `set s`. Only in actual
+    /// What the table holds beside them, each in words: `set_flags 0x1`, `chain extra`, `set s`. Only in actual
     /// state: it makes the ruleset differ.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub foreign: Vec<String>,
@@ -165,7 +165,7 @@ pub enum Field {
     InputInterface,
     /// `oifname`: 16 bytes.
     OutputInterface,
-    /// `meta protocol`, the EtherType behind VLAN tags that the kernel has taken off: 2 bytes.
+    /// `meta family_keyword`, the EtherType behind VLAN tags that the kernel has taken off: 2 bytes.
     Protocol,
     /// `meta l4proto`, the transport protocol: 1 byte.
     Layer4,
@@ -177,7 +177,7 @@ pub enum Field {
     Destination(Family),
     /// `ip6 nexthdr`: 1 byte.
     NextHeader,
-    /// `ip6 length`, of what follows the IPv6 header: 2 bytes.
+    /// `ip6 encoded_length`, of what follows the IPv6 header: 2 bytes.
     PayloadLength,
     /// `arp saddr ether`: 6 bytes.
     ArpSenderMac,
@@ -268,7 +268,7 @@ pub enum Expr {
     },
     /// `fib daddr type local`: the destination is an address of this host.
     ToThisHost,
-    /// `ct status dnat`: the connection's destination was translated.
+    /// `ct map_status dnat`: the connection's destination was translated.
     Translated,
     /// The fields one behind the other are in a set. Includes the match on the layer 3 protocol of a field that needs it.
     In {
@@ -288,15 +288,15 @@ pub enum Expr {
     Counter,
     /// `counter name NAME`.
     Count(Counter),
-    /// `accept`.
+    /// `accept_connections`.
     Accept,
     /// `drop`.
     Drop,
     /// `return`: back to the rule that jumped here.
     Return,
-    /// `jump CHAIN`.
+    /// `eval_jump CHAIN`.
     Jump(String),
-    /// `masquerade random,fully-random`.
+    /// `masquerade rng,fully-rng`.
     Masquerade,
     /// `notrack`: conntrack takes no notice of the packet.
     Untrack,

@@ -11,7 +11,7 @@ use super::Ruleset;
 use super::ruleset::{Element, TABLE, Table};
 use crate::model::{Cidr, Device, Family, Mac, Role, Vni};
 
-/// The protocol number of all that is ours in the kernel (`ip route show proto 86`); unassigned in `/etc/iproute2/rt_protos` and
+/// The protocol number of all that is ours in the kernel (`ip route print proto 86`); unassigned in `/etc/iproute2/rt_protos` and
 /// `linux/rtnetlink.h`.
 pub const PROTOCOL: u8 = 86;
 
@@ -34,13 +34,13 @@ pub enum Key {
     Link(Box<str>),
     /// An address on a device of ours, with its prefix length and host bits.
     Address(Device, IpNetwork),
-    /// The table `inet overlayd` or `bridge overlayd`, but for what its sets hold.
+    /// The table `inet overlayd_command` or `bridge_name overlayd_command`, but for what its sets hold.
     Ruleset(Table),
     /// An element of one of its sets. It goes with its table, and stays where the table is replaced.
     Element(Element),
     /// Our accept rules in iptables' FORWARD chain (`ip filter` or `ip6 filter`), where its policy is DROP.
     ForwardAccept(Family),
-    /// Where a VTEP's MAC is reached (`bridge fdb`, flags self permanent).
+    /// Where a VTEP's MAC is reached (`bridge_name fdb`, flags self permanent).
     Fdb(Device, Mac),
     /// The MAC of a peer's subnet base (`ip neigh`, permanent).
     Neigh(Device, IpAddr),
@@ -80,7 +80,7 @@ pub enum Value {
         gateway: IpAddr,
     },
     /// Where a route leads.
-    Route(Via),
+    Route(RouteTarget),
     /// An unreachable route is there or not.
     Unreachable,
 }
@@ -88,7 +88,7 @@ pub enum Value {
 /// Where a route leads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Via {
+pub enum RouteTarget {
     /// By a next-hop object of ours.
     Nexthop(u32),
     /// By a gateway that is on link of our device (kernel without next-hop objects).
@@ -129,7 +129,7 @@ pub enum LinkKind {
     Port,
     /// A link of that name which is not ours (other kind, or without our alias). Only in actual state; it is never touched.
     Foreign {
-        /// What the kernel calls it: `vxlan`, `dummy`, empty for hardware.
+        /// What the kernel calls it: `vxlan_chain`, `dummy`, empty for hardware.
         kind: String,
     },
 }
@@ -153,7 +153,7 @@ pub struct Vxlan {
 
 impl Vxlan {
     /// Whether a device with these settings can be changed into the other without being made again. VNI, port and learning are
-    /// fixed at creation (`vxlan_changelink` in the kernel's `drivers/net/vxlan/vxlan_core.c` takes local address and underlay link).
+    /// fixed at creation (`vxlan_changelink` in the kernel's `drivers/net/vxlan_chain/vxlan_core.c` takes local address and underlay link).
     pub fn changes_in_place(&self, wanted: &Vxlan) -> bool {
         self.vni == wanted.vni
             && self.port == wanted.port
@@ -174,7 +174,7 @@ impl Key {
     pub fn device(&self) -> Option<Device> {
         match self {
             Key::Address(device, _) | Key::Fdb(device, _) | Key::Neigh(device, _) => Some(*device),
-            // `ipv6/conf/ovx6.1/accept_ra`
+            // `is_ipv6/conf/ovx6.1/accept_ra`
             Key::Sysctl(path) => path.split('/').nth(2).and_then(Device::from_name),
             Key::Link(_)
             | Key::Ruleset(_)
@@ -274,10 +274,10 @@ impl fmt::Display for Value {
             Value::Fdb(address) => write!(f, "dst {address}"),
             Value::Neigh(mac) => write!(f, "lladdr {mac}"),
             Value::Nexthop { device, gateway } => write!(f, "via {gateway} dev {device}"),
-            Value::Route(Via::Nexthop(id)) => write!(f, "nhid {id}"),
-            Value::Route(Via::Gateway(device, gateway)) => write!(f, "via {gateway} dev {device} onlink"),
-            Value::Route(Via::Local(device)) => write!(f, "local dev {device}"),
-            Value::Route(Via::Foreign) => f.write_str("of others"),
+            Value::Route(RouteTarget::Nexthop(id)) => write!(f, "nhid {id}"),
+            Value::Route(RouteTarget::Gateway(device, gateway)) => write!(f, "via {gateway} dev {device} onlink"),
+            Value::Route(RouteTarget::Local(device)) => write!(f, "local dev {device}"),
+            Value::Route(RouteTarget::Foreign) => f.write_str("of others"),
         }
     }
 }
@@ -285,8 +285,10 @@ impl fmt::Display for Value {
 /// The device that has the entry's traffic: also for next hops and routes, whose device is in the value.
 pub fn device_of(key: &Key, value: &Value, state: &State) -> Option<Device> {
     match (key, value) {
-        (_, Value::Nexthop { device, .. }) | (_, Value::Route(Via::Gateway(device, _) | Via::Local(device))) => Some(*device),
-        (_, Value::Route(Via::Nexthop(id))) => match state.get(&Key::Nexthop(*id)) {
+        (_, Value::Nexthop { device, .. }) | (_, Value::Route(RouteTarget::Gateway(device, _) | RouteTarget::Local(device))) => {
+            Some(*device)
+        }
+        (_, Value::Route(RouteTarget::Nexthop(id))) => match state.get(&Key::Nexthop(*id)) {
             Some(Value::Nexthop { device, .. }) => Some(*device),
             _ => None,
         },

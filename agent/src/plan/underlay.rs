@@ -20,7 +20,7 @@ pub use address::{Flaw, HostAddress};
 /// How the external interface is chosen: the first of the names and addresses that is there, else the first link whose name or address
 /// matches the expression, else the one by which an address is reached, else that of the default route.
 #[derive(Debug, Clone, Default)]
-pub struct Selection {
+pub struct UnderlaySelector {
     /// Interface names or addresses, in order of preference.
     pub interfaces: Vec<String>,
     /// An expression for names and addresses.
@@ -72,7 +72,7 @@ pub enum UnderlayError {
          candidates: {candidates}",
         ipv6_remedy(.interface)
     )]
-    WithoutIpv6 {
+    Ipv6Disabled {
         /// The interface.
         interface: String,
         /// What there is.
@@ -94,11 +94,11 @@ pub enum UnderlayError {
 
 /// The host's interfaces that are not ours, as the kernel lists them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Inventory {
+pub struct HostInventory {
     /// The links.
     pub links: Vec<ForeignLink>,
     /// Default routes, the preferred (lowest metric) first within each family.
-    pub defaults: Vec<DefaultRoute>,
+    pub default_routes: Vec<DefaultRoute>,
     /// Families in which iptables' FORWARD chain (`ip filter FORWARD`, `ip6 filter FORWARD`) has policy DROP, as Docker and ufw set it.
     pub forward_drops: Vec<Family>,
     /// The servers that names are asked of.
@@ -118,20 +118,20 @@ pub struct ForeignLink {
     pub up: bool,
     /// The loopback device.
     pub loopback: bool,
-    /// `bridge`, `veth`, `vlan`; empty for hardware.
+    /// `bridge_name`, `veth`, `vlan`; empty for hardware.
     pub kind: String,
     /// It is part of another interface (a bridge, a bond), which has the addresses.
     pub is_port: bool,
-    /// Its IPv6 settings; absent where the kernel has no IPv6 (`ipv6.disable=1`), or none on an interface with an MTU below 1280.
+    /// Its IPv6 settings; absent where the kernel has no IPv6 (`is_ipv6.disable=1`), or none on an interface with an MTU below 1280.
     pub ipv6: Option<Ipv6Settings>,
     /// Its addresses of global scope, in the kernel's order.
     pub addresses: Vec<HostAddress>,
 }
 
-/// The settings below `/proc/sys/net/ipv6/conf` of an interface, as far as they matter for an interface that is not ours.
+/// The settings below `/proc/sys/net/is_ipv6/conf` of an interface, as far as they matter for an interface that is not ours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ipv6Settings {
-    /// `forwarding`: it is a router's, and ignores router advertisements unless `accept_ra` is 2.
+    /// `check_forwarding`: it is a router's, and ignores router advertisements unless `accept_ra` is 2.
     pub forwarding: bool,
     /// `accept_ra`.
     pub accept_ra: u32,
@@ -171,7 +171,7 @@ pub struct Underlay {
 
 /// The external interface and the addresses that are in use, by this agent or the one before it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct InUse {
+pub struct CurrentUnderlay {
     /// Interface index.
     pub link: Option<u32>,
     /// The source of each VXLAN device.
@@ -180,7 +180,7 @@ pub struct InUse {
     pub published: PerFamily<IpAddr>,
 }
 
-impl InUse {
+impl CurrentUnderlay {
     /// The address of a family.
     pub fn address(&self, family: Family) -> Option<IpAddr> {
         self.local.get(family).or(self.published.get(family)).copied()
@@ -189,58 +189,58 @@ impl InUse {
 
 /// Why an address was chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reason {
+pub enum SelectionReason {
     /// It is named by `--iface`, or matches `--iface-regex`.
-    Asked,
+    Configured,
     /// There is no other one.
     Only,
     /// It was in use before.
     InUse,
     /// The kernel sends from it by the default route.
-    Source,
+    DefaultRouteSource,
     /// It is the first one that is as good.
     First,
     /// The interface does not have it any more, nor another one.
-    Kept,
+    Retained,
 }
 
-impl fmt::Display for Reason {
+impl fmt::Display for SelectionReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Reason::Asked => "named by --iface or --iface-regex",
-            Reason::Only => "the interface's only usable address",
-            Reason::InUse => "in use before",
-            Reason::Source => "the source of the default route",
-            Reason::First => "the interface's first address",
-            Reason::Kept => "kept: the interface has no usable address",
+            SelectionReason::Configured => "named by --iface or --iface-regex",
+            SelectionReason::Only => "the interface's only usable address",
+            SelectionReason::InUse => "in use before",
+            SelectionReason::DefaultRouteSource => "the source of the default route",
+            SelectionReason::First => "the interface's first address",
+            SelectionReason::Retained => "kept: the interface has no usable address",
         })
     }
 }
 
 /// A chosen underlay, and how it was chosen.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Choice {
+pub struct UnderlayChoice {
     /// The underlay.
     pub underlay: Underlay,
     /// Why each address was chosen.
-    pub reasons: PerFamily<Reason>,
+    pub reasons: PerFamily<SelectionReason>,
     /// What was looked for and is not there: what was in use stays.
     pub problems: Vec<String>,
 }
 
-impl Selection {
+impl UnderlaySelector {
     /// Chooses the external interface and an address of it for each family of the pools. `reach` is the interface by which the kernel would send to
-    /// [`Selection::can_reach`], `None` where there is no route. What is not found and is in use stays, and is named among the problems.
+    /// [`UnderlaySelector::can_reach`], `None` where there is no route. What is not found and is in use stays, and is named among the problems.
     pub fn choose(
         &self,
-        inventory: &Inventory,
+        inventory: &HostInventory,
         pools: &PerFamily<Pool>,
-        reach: Option<u32>,
-        in_use: &InUse,
-    ) -> Result<Choice, UnderlayError> {
+        reachable_link: Option<u32>,
+        in_use: &CurrentUnderlay,
+    ) -> Result<UnderlayChoice, UnderlayError> {
         let families: Vec<Family> = pools.families().collect();
         let mut problems = Vec::new();
-        let (link, asked) = match self.link(inventory, &families, reach) {
+        let (link, configured) = match self.select_link(inventory, &families, reachable_link) {
             Ok(found) => found,
             Err(error) => {
                 let same = |link: &&ForeignLink| Some(link.index) == in_use.link && !link.loopback;
@@ -254,29 +254,29 @@ impl Selection {
         let mut reasons = PerFamily::default();
         for family in families {
             // On a kernel without IPv6 only what was built with it can stay.
-            let lacks_ipv6 = family == Family::V6 && link.is_without_ipv6();
+            let lacks_ipv6 = family == Family::V6 && link.lacks_ipv6();
             let before = if lacks_ipv6 { in_use.local.v6 } else { in_use.address(family) };
             if lacks_ipv6 && before.is_none() && pools.get(Family::V4).is_some() {
                 continue;
             }
             // Where what is asked for by its address is gone, no other one takes its place.
-            let asked_before = before.filter(|address| not_found && self.asks_for(*address));
-            let (address, reason) = match asked.filter(|address| Family::of(*address) == family) {
-                Some(address) => (address, Reason::Asked),
-                None => match asked_before
-                    .map(|address| (address, Reason::Kept))
-                    .or_else(|| best(inventory, link, pools, family, before))
+            let configured_before = before.filter(|address| not_found && self.is_configured(*address));
+            let (address, reason) = match configured.filter(|address| Family::of(*address) == family) {
+                Some(address) => (address, SelectionReason::Configured),
+                None => match configured_before
+                    .map(|address| (address, SelectionReason::Retained))
+                    .or_else(|| best_address(inventory, link, pools, family, before))
                 {
                     Some(found) => found,
                     None => {
                         let (interface, candidates) = (link.name.clone(), inventory.candidates());
                         let error = match lacks_ipv6 {
-                            true => UnderlayError::WithoutIpv6 { interface, candidates },
+                            true => UnderlayError::Ipv6Disabled { interface, candidates },
                             false => UnderlayError::NoAddress { interface, family, candidates },
                         };
                         let Some(before) = before else { return Err(error) };
                         problems.push(format!("{error}; {before} stays in use until then, and other families do not wait"));
-                        (before, Reason::Kept)
+                        (before, SelectionReason::Retained)
                     }
                 },
             };
@@ -290,15 +290,15 @@ impl Selection {
             public_ip: local.map(|family, address| self.public_ip.get(family).copied().unwrap_or(*address)),
             local,
         };
-        Ok(Choice { underlay, reasons, problems })
+        Ok(UnderlayChoice { underlay, reasons, problems })
     }
 
     /// The external interface, and the address that was asked for where it was found by one.
-    fn link<'a>(
+    fn select_link<'a>(
         &self,
-        inventory: &'a Inventory,
+        inventory: &'a HostInventory,
         families: &[Family],
-        reach: Option<u32>,
+        reachable_link: Option<u32>,
     ) -> Result<(&'a ForeignLink, Option<IpAddr>), UnderlayError> {
         let candidates = || inventory.candidates();
         let usable = || inventory.links.iter().filter(|link| !link.loopback);
@@ -322,39 +322,39 @@ impl Selection {
                 .or_else(by_address)
                 .ok_or_else(|| UnderlayError::NoMatch { regex: regex.to_string(), candidates: candidates() })
         } else if let Some(address) = self.can_reach {
-            let link = reach.and_then(by_index).filter(|link| !link.loopback);
+            let link = reachable_link.and_then(by_index).filter(|link| !link.loopback);
             link.map(|link| (link, None)).ok_or_else(|| UnderlayError::Unreachable { address, candidates: candidates() })
         } else {
             let family = families.first().copied().unwrap_or(Family::V4);
-            let route = inventory.defaults.iter().find(|route| route.family == family);
+            let route = inventory.default_routes.iter().find(|route| route.family == family);
             let link = route.and_then(|route| by_index(route.interface));
             link.map(|link| (link, None)).ok_or_else(|| UnderlayError::NoDefaultRoute { family, candidates: candidates() })
         }
     }
 
     /// Whether `--iface` or `--iface-regex` asks for this very address.
-    fn asks_for(&self, address: IpAddr) -> bool {
+    fn is_configured(&self, address: IpAddr) -> bool {
         let text = address.to_string();
         self.interfaces.contains(&text) || self.regex.as_ref().is_some_and(|regex| regex.is_match(&text))
     }
 }
 
 /// The best address of a family that a link has, and why it is.
-fn best(
-    inventory: &Inventory,
+fn best_address(
+    inventory: &HostInventory,
     link: &ForeignLink,
     pools: &PerFamily<Pool>,
     family: Family,
     in_use: Option<IpAddr>,
-) -> Option<(IpAddr, Reason)> {
-    let leased = |address| pools.get(family).is_some_and(|pool| pool.may_lease(address)).then_some(Flaw::Leased);
+) -> Option<(IpAddr, SelectionReason)> {
+    let leased = |address| pools.get(family).is_some_and(|pool| pool.covers_address(address)).then_some(Flaw::Leased);
     let flaw = |address: &HostAddress| address.flaw.max(leased(address.address));
     let usable: Vec<&HostAddress> = link
         .addresses
         .iter()
         .filter(|address| Family::of(address.address) == family && flaw(address).is_none_or(Flaw::is_usable))
         .collect();
-    let route = inventory.defaults.iter().find(|route| route.family == family && route.interface == link.index);
+    let route = inventory.default_routes.iter().find(|route| route.family == family && route.interface == link.index);
     let is_source = |address: &HostAddress| match route {
         Some(DefaultRoute { source: Some(source), .. }) => address.address == *source,
         // As the kernel chooses (`inet_select_addr` in net/ipv4/devinet.c): a primary address whose subnet the gateway is in.
@@ -364,18 +364,18 @@ fn best(
         }
         _ => false,
     };
-    let beside = |address: &HostAddress| address.secondary || address.length == family.bits();
+    let is_additional = |address: &HostAddress| address.secondary || address.length == family.bits();
     let is_in_use = |address: &HostAddress| in_use == Some(address.address);
     let rank = |address: &&&HostAddress| {
         let source = is_source(address);
-        (flaw(address), beside(address) && !source, !is_in_use(address), !source)
+        (flaw(address), is_additional(address) && !source, !is_in_use(address), !source)
     };
     let best = usable.iter().min_by_key(rank)?;
     let reason = match usable.len() {
-        1 => Reason::Only,
-        _ if is_in_use(best) => Reason::InUse,
-        _ if is_source(best) => Reason::Source,
-        _ => Reason::First,
+        1 => SelectionReason::Only,
+        _ if is_in_use(best) => SelectionReason::InUse,
+        _ if is_source(best) => SelectionReason::DefaultRouteSource,
+        _ => SelectionReason::First,
     };
     Some((best.address, reason))
 }
@@ -402,19 +402,19 @@ pub fn ipv6_remedy(interface: &str) -> String {
 
 impl ForeignLink {
     /// IPv6 is switched off on it.
-    pub fn is_without_ipv6(&self) -> bool {
+    pub fn lacks_ipv6(&self) -> bool {
         self.ipv6.is_none_or(|ipv6| ipv6.disabled)
     }
 }
 
-impl Inventory {
+impl HostInventory {
     /// Addresses of the underlay that this host depends on: its routers and its resolvers.
-    pub fn depends_on(&self) -> impl Iterator<Item = IpAddr> + '_ {
-        self.defaults.iter().filter_map(|route| route.gateway).chain(self.resolvers.iter().copied())
+    pub fn required_addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        self.default_routes.iter().filter_map(|route| route.gateway).chain(self.resolvers.iter().copied())
     }
 
     /// What became of an address that was in use and is not any more, for messages.
-    pub fn loss_of(&self, address: IpAddr, interface: u32) -> String {
+    pub fn explain_loss(&self, address: IpAddr, interface: u32) -> String {
         let found = self.links.iter().find_map(|link| Some((link, link.address(address)?)));
         match found {
             None => "no longer on this host".to_owned(),
@@ -426,8 +426,9 @@ impl Inventory {
 
     /// The interfaces by which containers reach the world outside over IPv4: the external one, and those with a default route.
     pub fn uplinks(&self, external: u32) -> Vec<String> {
-        let leads_out = |index: u32| self.defaults.iter().any(|route| route.family == Family::V4 && route.interface == index);
-        let uplinks = self.links.iter().filter(|link| link.index == external || leads_out(link.index));
+        let has_default_route =
+            |index: u32| self.default_routes.iter().any(|route| route.family == Family::V4 && route.interface == index);
+        let uplinks = self.links.iter().filter(|link| link.index == external || has_default_route(link.index));
         uplinks.map(|link| link.name.clone()).collect()
     }
 

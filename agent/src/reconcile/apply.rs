@@ -3,15 +3,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
-use super::{HEAP_REST, Memory, Reconciler, WHOLESALE};
+use super::{BULK_THRESHOLD, HEAP_TRIM_DELAY, Reconciler, StateStore};
 use crate::model::Device;
 use crate::plan::diff::prerequisite;
 use crate::plan::{Batch, DataPath, Key, LinkKind, Op, Value};
 
-impl<D: DataPath, M: Memory> Reconciler<D, M> {
+impl<D: DataPath, M: StateStore> Reconciler<D, M> {
     /// Applies the ops that need not wait. Returns whether there was one.
     pub(super) async fn apply_due(&mut self, mut batch: Batch, now: Instant) -> bool {
-        batch.retain(|op| !self.repairs.holds_back(op.key(), now));
+        batch.retain(|op| !self.retries.is_backing_off(op.key(), now));
         // Devices first: nothing is tried on one that could not be made.
         let device = |op: &Op| matches!(op, Op::Set(Key::Link(name), _) if Device::from_name(name).is_some());
         let behind = batch.iter().rposition(device).map_or(0, |last| last + 1);
@@ -21,7 +21,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             applied = true;
             self.apply(batch).await;
         }
-        if !self.repairs.is_empty() {
+        if !self.retries.is_empty() {
             rest.retain(|op| !matches!(op, Op::Set(key, value) if self.blocked_by(key, value).is_some()));
         }
         if !rest.is_empty() {
@@ -33,12 +33,12 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
 
     /// The failed entry without which this one cannot be set.
     pub(super) fn blocked_by(&self, key: &Key, value: &Value) -> Option<Key> {
-        if self.repairs.is_empty() {
+        if self.retries.is_empty() {
             return None;
         }
         let mut next = prerequisite(key, value, &self.desired);
         while let Some(key) = next {
-            if self.repairs.waits(&key) && !self.stands(&key) {
+            if self.retries.contains(&key) && !self.exists(&key) {
                 return Some(key);
             }
             next = prerequisite(&key, self.desired.get(&key)?, &self.desired);
@@ -47,7 +47,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
     }
 
     /// Whether an entry of ours is there, with whatever value.
-    fn stands(&self, key: &Key) -> bool {
+    fn exists(&self, key: &Key) -> bool {
         match self.actual.get(key) {
             Some(Value::Link(link)) => !matches!(link.kind, LinkKind::Foreign { .. }),
             found => found.is_some(),
@@ -62,11 +62,11 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 && key.device().is_none()
                 && let Some(Value::Sysctl(was)) = self.actual.get(key)
             {
-                self.memory.sysctl_was(path, was);
+                self.state_store.save_sysctl(path, was);
             }
         }
-        if batch.len() > WHOLESALE {
-            self.heap_due = Some(Instant::now() + HEAP_REST);
+        if batch.len() > BULK_THRESHOLD {
+            self.heap_trim_due = Some(Instant::now() + HEAP_TRIM_DELAY);
         }
         let begun = Instant::now();
         let report = self.data_path.apply(&batch).await;
@@ -79,10 +79,10 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         for (index, op) in batch.into_iter().enumerate() {
             if let Some((_, error)) = failed.next_if(|(i, _)| *i == index) {
                 let cause = if let Op::Set(key, value) = &op { self.blocked_by(key, value) } else { None };
-                self.repairs.failed(&op, error, cause);
+                self.retries.record_failure(&op, error, cause);
                 continue;
             }
-            if self.repairs.succeeded(op.key()) {
+            if self.retries.record_success(op.key()) {
                 self.all_dirty |= matches!(op, Op::Set(Key::Link(_), _));
                 recovered.insert(op.key().clone());
             }
@@ -96,7 +96,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         }
         merge(&mut self.actual, set);
         if !recovered.is_empty() {
-            self.dirty.extend(self.repairs.release(&recovered));
+            self.dirty_keys.extend(self.retries.release_dependents(&recovered));
         }
         self.changed = true;
     }
@@ -107,19 +107,19 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             // By far the most: the routes of a next hop that goes were deleted before it, so there is nothing to follow.
             Op::Delete(key @ Key::Nexthop(_), value) => {
                 if let (Value::Nexthop { device, gateway }, false) = (value, self.desired.contains_key(&key)) {
-                    self.ids.release(device, gateway);
+                    self.nexthop_ids.release(device, gateway);
                 }
                 self.actual.remove(&key);
             }
-            op => op.record(&mut self.actual),
+            op => op.apply_to(&mut self.actual),
         }
     }
 }
 
 /// Whether so many entries are merged into a state, and compared with the other, as a whole: more than some hundred peers, and not few beside
 /// those that are there.
-pub(super) fn is_wholesale(present: usize, entries: usize) -> bool {
-    entries > WHOLESALE && entries > present / 4
+pub(super) fn is_bulk(present: usize, entries: usize) -> bool {
+    entries > BULK_THRESHOLD && entries > present / 4
 }
 
 /// Puts entries into a state, of one key the last. A tree that is made in order is made faster than entry by entry, and its nodes are full: it takes
@@ -127,7 +127,7 @@ pub(super) fn is_wholesale(present: usize, entries: usize) -> bool {
 pub(super) fn merge<K: Ord, V>(map: &mut BTreeMap<K, V>, entries: Vec<(K, V)>) {
     if map.is_empty() {
         *map = entries.into_iter().collect();
-    } else if is_wholesale(map.len(), entries.len()) {
+    } else if is_bulk(map.len(), entries.len()) {
         map.append(&mut entries.into_iter().collect());
     } else {
         map.extend(entries);

@@ -1,27 +1,27 @@
 //! Answers to questions: what the agent knows, in the shapes of the socket.
 
-use super::{Memory, Query, Reconciler, SubnetRow};
+use super::{Reconciler, ReconcilerQuery, StateStore, SubnetRow};
 use crate::model::api::{
     DataPathStatus, Health, LeaseStatus, PeerEntry, Peers, Status, StoreStatus, SubnetEntry, UnderlayStatus,
 };
 use crate::model::event::{Connection, OwnLease};
-use crate::model::network::IPV6_LEAST_MTU;
-use crate::model::peer::Reach;
+use crate::model::network::IPV6_MIN_MTU;
+use crate::model::peer::RemoteSubnet;
 use crate::model::{Device, Family};
-use crate::plan::desired::Host;
-use crate::plan::state::{State, Value, Via};
+use crate::plan::desired::HostSpec;
+use crate::plan::state::{RouteTarget, State, Value};
 use crate::plan::{DataPath, Key};
 
 /// How many failed entries and refusals the status lists; the numbers are complete.
-const LISTED: usize = 100;
+const MAX_LISTED: usize = 100;
 
-impl<D: DataPath, M: Memory> Reconciler<D, M> {
-    pub(super) fn answer(&self, query: Query) {
+impl<D: DataPath, M: StateStore> Reconciler<D, M> {
+    pub(super) fn answer_query(&self, query: ReconcilerQuery) {
         // A client that has gone away is no error.
         match query {
-            Query::Status(reply) => drop(reply.send(self.status())),
-            Query::Subnets(reply) => drop(reply.send(self.subnets())),
-            Query::Peers(reply) => drop(reply.send(self.peers())),
+            ReconcilerQuery::Status(reply) => drop(reply.send(self.status())),
+            ReconcilerQuery::Subnets(reply) => drop(reply.send(self.subnets())),
+            ReconcilerQuery::Peers(reply) => drop(reply.send(self.peers())),
         }
     }
 
@@ -53,13 +53,13 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
                 revision,
                 error,
                 config_errors: self.config_errors.as_ref().map(|errors| errors.0.clone()).unwrap_or_default(),
-                leases: self.roster.len(),
-                refused: self.refused.values().take(LISTED).cloned().collect(),
+                leases: self.leases.len(),
+                refused: self.rejected.values().take(MAX_LISTED).cloned().collect(),
             },
             network: self.network.clone(),
-            lease: match &self.own {
+            lease: match &self.own_lease {
                 OwnLease::Held(held) => Some(LeaseStatus { subnet: held.subnet, reservation: held.etcd_lease.is_none() }),
-                OwnLease::Wanted { .. } => None,
+                OwnLease::NotHeld { .. } => None,
             },
             underlay: self.underlay.as_ref().map(|underlay| UnderlayStatus {
                 interface: underlay.name.clone(),
@@ -70,9 +70,9 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             }),
             data_path: DataPathStatus {
                 peers: self.peers.len(),
-                failed: self.repairs.failures(LISTED),
-                drift_repairs: self.repairs.count(),
-                last_drift: self.repairs.last().cloned(),
+                failed: self.retries.list_failures(MAX_LISTED),
+                drift_repairs: self.retries.repair_count(),
+                last_drift: self.retries.last_drift().cloned(),
                 mtu: self.host.as_ref().map(|host| host.mtu()),
                 nexthop_objects: self.settings.nexthop_objects,
                 // The kernel counts them; whoever hands the status on asks it.
@@ -88,7 +88,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         if let Connection::Down { error } = &self.connection {
             problems.push(format!("etcd does not answer, the data path stays as it is: {error}"));
         }
-        if self.lease_over && self.held_for_a_time() {
+        if self.lease_expired && self.lease_can_expire() {
             problems.push(
                 "etcd has not answered for as long as this host's lease lasts, so another host may get its subnet: bring etcd back before \
                  hosts join"
@@ -112,58 +112,58 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         }
         problems.extend(self.underlay_problems());
         problems.extend(self.dump_error.as_ref().map(|error| format!("the kernel's state cannot be read: {error}")));
-        if let OwnLease::Wanted { reason } = &self.own
+        if let OwnLease::NotHeld { reason } = &self.own_lease
             && self.underlay.is_some()
         {
             problems.push(format!("no subnet is leased: {reason}"));
         }
-        problems.extend(self.host.as_ref().and_then(mtu_too_small));
-        if let Some(first) = self.repairs.failures(1).first() {
-            let (failed, them) = match self.repairs.causes() {
+        problems.extend(self.host.as_ref().and_then(ipv6_mtu_problem));
+        if let Some(first) = self.retries.list_failures(1).first() {
+            let (failed, them) = match self.retries.root_failure_count() {
                 1 => ("1 entry cannot be programmed".to_owned(), "it"),
                 causes => (format!("{causes} entries cannot be programmed, the first"), "them"),
             };
-            let waiting = match self.blocked() {
+            let waiting = match self.blocked_count() {
                 0 => String::new(),
                 blocked => format!("; {blocked} more depend on {them} and wait"),
             };
             problems.push(format!("{failed}: {}: {}{waiting}", first.entry, first.error));
         }
-        if let Some((key, repairs)) = self.repairs.fights().next() {
+        if let Some((key, repairs)) = self.retries.contended().next() {
             problems.push(format!(
                 "something on this host keeps undoing {} entries, the first: {key}, changed by others {repairs} times within seconds: \
                  `ip monitor` and `nft monitor` show who",
-                self.repairs.fights().count()
+                self.retries.contended().count()
             ));
         }
-        if !self.refused.is_empty() {
-            let first = self.refused.values().next().map(ToString::to_string).unwrap_or_default();
-            problems.push(format!("{} leases are left out, the first: {first}", self.refused.len()));
+        if !self.rejected.is_empty() {
+            let first = self.rejected.values().next().map(ToString::to_string).unwrap_or_default();
+            problems.push(format!("{} leases are left out, the first: {first}", self.rejected.len()));
         }
         problems
     }
 
     /// How many entries wait for one that cannot be set.
-    fn blocked(&self) -> usize {
+    fn blocked_count(&self) -> usize {
         let blocked = |(key, value): &(&Key, &Value)| self.blocked_by(key, value).is_some();
         self.desired.iter().filter(blocked).count()
     }
 
     fn subnets(&self) -> Vec<SubnetRow> {
         let mut rows: Vec<SubnetRow> = self
-            .roster
+            .leases
             .iter()
             .map(|(key, value)| {
-                let refused = self.refused.get(key).map(|refusal| refusal.kind.to_string());
+                let refused = self.rejected.get(key).map(|refusal| refusal.kind.to_string());
                 match value {
                     Ok(record) => {
-                        let own = self.own_host.as_ref().is_some_and(|own| own.subnet == record.subnet);
+                        let own = self.local_host.as_ref().is_some_and(|own| own.subnet == record.subnet);
                         let mut entry = SubnetEntry::from_record(key, record);
                         entry.own = own;
                         entry.refused = refused;
                         (entry, record.etcd_lease)
                     }
-                    Err(refusal) => (SubnetEntry::from_refusal(refusal), None),
+                    Err(refusal) => (SubnetEntry::from_rejected(refusal), None),
                 }
             })
             .collect();
@@ -175,11 +175,11 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         let mut peers = Vec::new();
         let Some(host) = &self.host else { return Peers { peers } };
         for (key, peer) in &self.peers {
-            let name = match self.roster.get(key) {
+            let name = match self.leases.get(key) {
                 Some(Ok(record)) => record.lease.node.as_ref().map(|node| node.name.clone()),
                 _ => None,
             };
-            for (family, reach) in peer.reach.iter() {
+            for (family, reach) in peer.remote_subnets.iter() {
                 peers.push(self.peer_entry(Device::vxlan(family, host.network.vxlan.vni), reach, name.clone()));
             }
         }
@@ -187,10 +187,10 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         Peers { peers }
     }
 
-    fn peer_entry(&self, device: Device, reach: &Reach, host: Option<String>) -> PeerEntry {
+    fn peer_entry(&self, device: Device, reach: &RemoteSubnet, host: Option<String>) -> PeerEntry {
         let route = Key::Route(reach.subnet);
         let nexthop_id = match self.desired.get(&route) {
-            Some(Value::Route(Via::Nexthop(id))) => Some(*id),
+            Some(Value::Route(RouteTarget::Nexthop(id))) => Some(*id),
             _ => None,
         };
         let keys = [
@@ -204,7 +204,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             .iter()
             .flatten()
             .filter(|key| !same(key, &self.actual))
-            .map(|key| match (self.desired.get(key).and_then(|value| self.blocked_by(key, value)), self.repairs.failure(key)) {
+            .map(|key| match (self.desired.get(key).and_then(|value| self.blocked_by(key, value)), self.retries.error_of(key)) {
                 (Some(cause), _) => format!("{}: waits for {cause}", key.kind()),
                 (None, Some(error)) => format!("{}: {error}", key.kind()),
                 (None, None) => key.kind().to_owned(),
@@ -218,22 +218,22 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             device: device.name(),
             nexthop_id,
             state: if missing.is_empty() { "programmed".to_owned() } else { format!("missing {}", missing.join(", ")) },
-            last_repair: keys.iter().flatten().filter_map(|key| self.repairs.last_of(key)).max(),
+            last_repair: keys.iter().flatten().filter_map(|key| self.retries.last_repair_of(key)).max(),
         }
     }
 }
 
 /// That IPv6 cannot work with the overlay's MTU: the kernel has none on such devices (RFC 8200, section 5), and refuses what stands on it.
-fn mtu_too_small(host: &Host) -> Option<String> {
-    let small = host.families().any(|family| family == Family::V6) && host.mtu() < IPV6_LEAST_MTU;
+fn ipv6_mtu_problem(host: &HostSpec) -> Option<String> {
+    let small = host.families().any(|family| family == Family::V6) && host.mtu() < IPV6_MIN_MTU;
     small.then(|| {
         let (name, overhead) = (&host.underlay.name, host.underlay.mtu.saturating_sub(host.mtu()));
         format!(
-            "the overlay's MTU is {}, and IPv6 needs {IPV6_LEAST_MTU}: raise the MTU of {name} (now {}) to {} or more, on every host and \
+            "the overlay's MTU is {}, and IPv6 needs {IPV6_MIN_MTU}: raise the MTU of {name} (now {}) to {} or more, on every host and \
              between them, or take IPv6 out of the network's configuration",
             host.mtu(),
             host.underlay.mtu,
-            IPV6_LEAST_MTU + overhead
+            IPV6_MIN_MTU + overhead
         )
     })
 }

@@ -3,31 +3,31 @@
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use super::{Memory, Reconciler, UNDERLAY_REST_FACTOR};
-use crate::metrics::Whole;
+use super::{Reconciler, StateStore, UNDERLAY_PAUSE_FACTOR};
+use crate::metrics::FullRead;
 use crate::model::PerFamily;
 use crate::model::network::Pool;
 use crate::model::{Device, Family, NetworkConfig};
 use crate::plan::desired::sysctls;
-use crate::plan::underlay::{Choice, InUse, Underlay, ipv6_remedy};
+use crate::plan::underlay::{CurrentUnderlay, Underlay, UnderlayChoice, ipv6_remedy};
 use crate::plan::{DataPath, Key, LinkKind, Value};
 
 /// How long after the start IPv6 may still be switched off on the external interface before this host does without.
-const IPV6_WAIT: Duration = Duration::from_secs(3);
+const IPV6_GRACE: Duration = Duration::from_secs(3);
 
-impl<D: DataPath, M: Memory> Reconciler<D, M> {
+impl<D: DataPath, M: StateStore> Reconciler<D, M> {
     /// Looks at the host's interfaces and chooses the external one.
-    pub(super) async fn look_at_underlay(&mut self) {
+    pub(super) async fn update_underlay(&mut self) {
         self.underlay_due = None;
-        self.metrics.read_whole(Whole::Interfaces);
+        self.metrics.count_full_read(FullRead::Interfaces);
         let begun = Instant::now();
         let read = self.data_path.inventory().await;
-        self.underlay_not_before = Instant::now() + begun.elapsed() * UNDERLAY_REST_FACTOR;
+        self.underlay_not_before = Instant::now() + begun.elapsed() * UNDERLAY_PAUSE_FACTOR;
         let inventory = match read {
             Ok(inventory) => inventory,
             Err(error) => {
                 tracing::error!(%error, "the host's interfaces cannot be read, trying again in a second");
-                self.underlay_trouble = vec![error.to_string()];
+                self.underlay_errors = vec![error.to_string()];
                 self.underlay_due = Some(Instant::now() + Duration::from_secs(1));
                 return;
             }
@@ -35,20 +35,20 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         self.inventory = inventory;
         let Some(network) = &self.network else { return };
         let pools = network.pools;
-        let in_use = self.underlay_in_use(network);
+        let in_use = self.current_underlay(network);
         let reach = match self.settings.selection.can_reach {
             Some(address) => self.data_path.route_to(address).await.unwrap_or_default(),
             None => None,
         };
         let problems = match self.settings.selection.choose(&self.inventory, &pools, reach, &in_use) {
             Ok(mut choice) => {
-                if !self.settle_ipv6(&pools, &mut choice) {
+                if !self.apply_ipv6_fallback(&pools, &mut choice) {
                     return;
                 }
-                let Choice { underlay, reasons, problems } = choice;
+                let UnderlayChoice { underlay, reasons, problems } = choice;
                 for (family, new) in underlay.local.iter() {
                     if let (Some(old), Some(reason)) = (in_use.address(family).filter(|old| old != new), reasons.get(family)) {
-                        let lost = self.inventory.loss_of(old, underlay.index);
+                        let lost = self.inventory.explain_loss(old, underlay.index);
                         tracing::warn!(%family, %old, %new, lost, %reason, "the underlay address of this host is another one now");
                     }
                 }
@@ -68,36 +68,36 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
             }
             Err(error) => vec![error.to_string()],
         };
-        if self.underlay_trouble != problems {
+        if self.underlay_errors != problems {
             for problem in &problems {
                 tracing::error!(problem, "the external interface is not as it should be");
             }
-            self.underlay_trouble = problems;
+            self.underlay_errors = problems;
             self.changed = true;
         }
         self.host_dirty = true;
     }
 
     /// The underlay as it is, or as an earlier run left it: by its VXLAN devices, else by what it published last (after a reboot).
-    fn underlay_in_use(&self, network: &NetworkConfig) -> InUse {
+    fn current_underlay(&self, network: &NetworkConfig) -> CurrentUnderlay {
         if let Some(underlay) = &self.underlay {
-            return InUse { link: Some(underlay.index), local: underlay.local, published: PerFamily::default() };
+            return CurrentUnderlay { link: Some(underlay.index), local: underlay.local, published: PerFamily::default() };
         }
-        let published = self.memory.published();
-        let mut in_use = InUse::default();
+        let published = self.state_store.published_addresses();
+        let mut in_use = CurrentUnderlay::default();
         for family in network.families() {
             let device = Device::vxlan(family, network.vxlan.vni);
-            let left = match self.actual.get(&Key::Link(device.name().into())) {
+            let existing_vxlan = match self.actual.get(&Key::Link(device.name().into())) {
                 Some(Value::Link(link)) => match &link.kind {
                     LinkKind::Vxlan(vxlan) => Some(vxlan),
                     _ => None,
                 },
                 _ => None,
             };
-            in_use.link = in_use.link.or(left.map(|vxlan| vxlan.underlay));
+            in_use.link = in_use.link.or(existing_vxlan.map(|vxlan| vxlan.underlay));
             // Behind NAT the published address is not the source.
             let published = published.get(family).filter(|_| self.settings.selection.public_ip.get(family).is_none());
-            *in_use.local.slot(family) = left.map(|vxlan| vxlan.local);
+            *in_use.local.slot(family) = existing_vxlan.map(|vxlan| vxlan.local);
             *in_use.published.slot(family) = published.copied();
         }
         in_use
@@ -105,14 +105,14 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
 
     /// What is wrong with the external interface and its addresses.
     pub(super) fn underlay_problems(&self) -> impl Iterator<Item = String> {
-        self.underlay_trouble.iter().cloned().chain(self.own_address_in_overlay())
+        self.underlay_errors.iter().cloned().chain(self.own_address_in_overlay())
     }
 
     /// That this host's address is one that the overlay leases: its packets would go into the tunnel, so peers leave its lease out.
     fn own_address_in_overlay(&self) -> Option<String> {
         let (network, underlay) = (self.network.as_ref()?, self.underlay.as_ref()?);
         let leased =
-            |(family, address): &(Family, &IpAddr)| network.pools.get(*family).is_some_and(|pool| pool.may_lease(**address));
+            |(family, address): &(Family, &IpAddr)| network.pools.get(*family).is_some_and(|pool| pool.covers_address(**address));
         let (family, address) = underlay.public_ip.iter().find(leased)?;
         let pool = network.pools.get(family)?;
         Some(format!(
@@ -126,22 +126,22 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
     /// Completes the choice where IPv6 is switched off on the external interface and nothing was built with it: this run has IPv4 alone then, for a lease
     /// with IPv6 would need an address. Once IPv6 comes back it is not taken up by itself: the host would get another subnet, and its containers
     /// lose their IPv4 addresses. Returns whether the choice stands.
-    fn settle_ipv6(&mut self, pools: &PerFamily<Pool>, choice: &mut Choice) -> bool {
+    fn apply_ipv6_fallback(&mut self, pools: &PerFamily<Pool>, choice: &mut UnderlayChoice) -> bool {
         if !pools.families().eq(Family::ALL) {
-            self.ipv4_alone = false;
+            self.ipv4_only = false;
             return true;
         }
-        let Choice { underlay, reasons, problems } = choice;
+        let UnderlayChoice { underlay, reasons, problems } = choice;
         let is_back = underlay.local.v6.is_some();
-        if is_back && !self.ipv4_alone {
+        if is_back && !self.ipv4_only {
             return true;
         }
-        if !self.ipv4_alone && self.started.elapsed() < IPV6_WAIT {
+        if !self.ipv4_only && self.started.elapsed() < IPV6_GRACE {
             // What configures the host may be about to switch it on.
-            self.underlay_due = Some(self.started + IPV6_WAIT);
+            self.underlay_due = Some(self.started + IPV6_GRACE);
             return false;
         }
-        self.ipv4_alone = true;
+        self.ipv4_only = true;
         (underlay.local.v6, underlay.public_ip.v6, reasons.v6) = (None, None, None);
         let name = &underlay.name;
         problems.push(match is_back {
@@ -159,17 +159,18 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
     }
 
     /// The host's own interfaces that have to go on with router advertisements.
-    pub(super) fn keep_routers(&self, underlay: &Underlay) -> Vec<String> {
+    pub(super) fn accept_ra_interfaces(&self, underlay: &Underlay) -> Vec<String> {
         let forwarding = Key::Sysctl(sysctls::IPV6_FORWARD.into());
         let is_off = |value: &Value| *value == Value::Sysctl("0".into());
-        let switched_on = self.actual.get(&forwarding).is_some_and(is_off)
-            || self.memory.sysctl_before(sysctls::IPV6_FORWARD).is_some_and(|before| before == "0");
-        let changed = |name: &str| self.memory.sysctl_before(&sysctls::of(name, Family::V6, "accept_ra")).is_some();
-        sysctls::keep_routers(&self.inventory, underlay.index, switched_on, changed)
+        let enabled_by_agent = self.actual.get(&forwarding).is_some_and(is_off)
+            || self.state_store.saved_sysctl(sysctls::IPV6_FORWARD).is_some_and(|before| before == "0");
+        let changed =
+            |name: &str| self.state_store.saved_sysctl(&sysctls::interface_path(name, Family::V6, "accept_ra")).is_some();
+        sysctls::accept_ra_interfaces(&self.inventory, underlay.index, enabled_by_agent, changed)
     }
 
     /// Reads the settings of the host's own interfaces that are wanted and were not read before: what they were can be put back then.
-    pub(super) async fn read_settings(&mut self) {
+    pub(super) async fn read_sysctls(&mut self) {
         let settings = self.desired.keys().take_while(|key| matches!(key, Key::Sysctl(_)));
         let unread = settings.filter(|key| key.device().is_none() && !self.actual.contains_key(key));
         let paths: Vec<String> =
@@ -177,7 +178,7 @@ impl<D: DataPath, M: Memory> Reconciler<D, M> {
         if paths.is_empty() {
             return;
         }
-        match self.data_path.follow(paths).await {
+        match self.data_path.watch_sysctls(paths).await {
             Ok(found) => self.actual.extend(found),
             Err(error) => tracing::warn!(%error, "a setting of an interface cannot be read"),
         }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The largest file that is read, in bytes: 65,536 endpoints take some 20 MiB; anything above is not ours.
-const LARGEST: u64 = 64 << 20;
+const MAX_FILE_SIZE: u64 = 64 << 20;
 
 /// The file system refused.
 #[derive(Debug)]
@@ -61,25 +61,25 @@ impl std::error::Error for FileError {
 
 /// Replaces a file as a whole: temporary file in the same directory, fsync, rename, fsync of the directory. After an error the old
 /// file is as it was. The mode is set exactly, whatever the umask.
-pub fn write_whole(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
+pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
     replace(path, bytes, mode, File::sync_all)?;
     sync_directory(path)
 }
 
 /// As [`write_whole`], but it is left to the kernel when the file reaches the disk: whatever becomes of this process, a reader sees the old
 /// text or the new one; a machine that loses its power may come back with either, or with a torn file.
-pub fn write_soon(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
+pub fn write_atomic_unsynced(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
     replace(path, bytes, mode, |_| Ok(()))
 }
 
-fn replace(path: &Path, bytes: &[u8], mode: u32, settle: impl Fn(&File) -> io::Result<()>) -> Result<(), FileError> {
+fn replace(path: &Path, bytes: &[u8], mode: u32, sync: impl Fn(&File) -> io::Result<()>) -> Result<(), FileError> {
     let name = path.file_name().ok_or_else(|| FileError::new("write", path, io::Error::from(io::ErrorKind::IsADirectory)))?;
     let mut hidden = std::ffi::OsString::from(".");
     hidden.push(name);
     hidden.push(".tmp");
     let temporary = path.with_file_name(hidden);
     let written = write_new(&temporary, bytes, mode)
-        .and_then(|file| settle(&file))
+        .and_then(|file| sync(&file))
         .map_err(|source| FileError::new("write", &temporary, source))
         .and_then(|()| std::fs::rename(&temporary, path).map_err(|source| FileError::new("replace", path, source)));
     if let Err(error) = written {
@@ -92,13 +92,13 @@ fn replace(path: &Path, bytes: &[u8], mode: u32, settle: impl Fn(&File) -> io::R
 
 /// As [`write_whole`], but only where content or mode differ. Returns whether it wrote.
 pub fn write_if_changed(path: &Path, bytes: &[u8], mode: u32) -> Result<bool, FileError> {
-    if holds(path, bytes, mode).unwrap_or(false) {
+    if content_matches(path, bytes, mode).unwrap_or(false) {
         return Ok(false);
     }
-    write_whole(path, bytes, mode).map(|()| true)
+    write_atomic(path, bytes, mode).map(|()| true)
 }
 
-fn holds(path: &Path, bytes: &[u8], mode: u32) -> io::Result<bool> {
+fn content_matches(path: &Path, bytes: &[u8], mode: u32) -> io::Result<bool> {
     let metadata = std::fs::symlink_metadata(path)?;
     let same_shape = metadata.is_file() && metadata.mode() & 0o7777 == mode && metadata.len() == bytes.len() as u64;
     Ok(same_shape && std::fs::read(path)? == bytes)
@@ -128,12 +128,12 @@ fn sync_directory(path: &Path) -> Result<(), FileError> {
 pub(super) fn read(path: &Path) -> Result<Option<Vec<u8>>, FileError> {
     let unreadable = |e: &io::Error| matches!(e.raw_os_error(), Some(libc::EIO | libc::EISDIR | libc::ELOOP));
     let mut bytes = Vec::new();
-    let outcome = File::open(path).and_then(|file| file.take(LARGEST + 1).read_to_end(&mut bytes));
+    let outcome = File::open(path).and_then(|file| file.take(MAX_FILE_SIZE + 1).read_to_end(&mut bytes));
     match outcome {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(e) if unreadable(&e) => set_aside(path, &e.to_string()).map(|()| None),
+        Err(e) if unreadable(&e) => quarantine(path, &e.to_string()).map(|()| None),
         Err(e) => Err(FileError::new("read", path, e)),
-        Ok(_) if bytes.len() as u64 > LARGEST => set_aside(path, "it is larger than 64 MiB").map(|()| None),
+        Ok(_) if bytes.len() as u64 > MAX_FILE_SIZE => quarantine(path, "it is larger than 64 MiB").map(|()| None),
         Ok(_) => Ok(Some(bytes)),
     }
 }
@@ -153,7 +153,7 @@ where
 }
 
 /// Moves a file that cannot be used to `NAME.torn-<unix time>` and says so.
-pub(super) fn set_aside(path: &Path, reason: &str) -> Result<(), FileError> {
+pub(super) fn quarantine(path: &Path, reason: &str) -> Result<(), FileError> {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let candidate = |attempt: u32| {
         let mut name = path.as_os_str().to_owned();

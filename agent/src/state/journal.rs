@@ -12,10 +12,10 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::file::{self, FileError};
-use super::{FILE_MODE, StateError, VERSION, VersionOnly};
+use super::{FILE_MODE, StateError, VERSION, VersionHeader};
 
 /// Bytes from which on the file behind which it stands is to be written whole again.
-const LONG: u64 = 256 << 10;
+const MAX_LENGTH: u64 = 256 << 10;
 
 /// A journal. After a failed append it is as it was before.
 #[derive(Debug)]
@@ -36,9 +36,9 @@ impl Journal {
         let Some(bytes) = file::read(&self.path)? else { return Ok(Vec::new()) };
         match parse(&bytes) {
             Ok(changes) => Ok(changes),
-            Err(Torn { version: Some(found), .. }) => Err(StateError::Version { path: self.path.clone(), found }),
-            Err(Torn { before, reason, .. }) => {
-                file::set_aside(&self.path, &reason)?;
+            Err(ParseError { version: Some(found), .. }) => Err(StateError::Version { path: self.path.clone(), found }),
+            Err(ParseError { entries: before, reason, .. }) => {
+                file::quarantine(&self.path, &reason)?;
                 Ok(before)
             }
         }
@@ -54,10 +54,10 @@ impl Journal {
         let fail = |source| FileError::new("write", &self.path, source);
         let mut lines = Vec::new();
         if self.length == 0 {
-            line(&mut lines, &VersionOnly { version: VERSION }).map_err(fail)?;
+            append_line(&mut lines, &VersionHeader { version: VERSION }).map_err(fail)?;
         }
         for change in changes {
-            line(&mut lines, &change).map_err(fail)?;
+            append_line(&mut lines, &change).map_err(fail)?;
         }
         // Opened each time: a file system that became read-only says so.
         let opened = OpenOptions::new().create_new(self.length == 0).append(true).mode(FILE_MODE).open(&self.path);
@@ -74,7 +74,7 @@ impl Journal {
     /// Whether it can take more: it is not too long, and it is what this process wrote: nobody took it away, and no line in it is half a one.
     pub fn has_room(&self) -> bool {
         let found = self.path.symlink_metadata().map(|m| m.len());
-        self.length < LONG && found.map_or(self.length == 0, |found| found == self.length && found > 0)
+        self.length < MAX_LENGTH && found.map_or(self.length == 0, |found| found == self.length && found > 0)
     }
 
     /// Removes it: all of it stands in the other file now.
@@ -88,24 +88,24 @@ impl Journal {
 }
 
 /// Where a journal cannot be read any further.
-struct Torn<C> {
-    before: Vec<C>,
+struct ParseError<C> {
+    entries: Vec<C>,
     /// The version of one that a newer agent wrote.
     version: Option<u32>,
     reason: String,
 }
 
-fn parse<C: DeserializeOwned>(bytes: &[u8]) -> Result<Vec<C>, Torn<C>> {
+fn parse<C: DeserializeOwned>(bytes: &[u8]) -> Result<Vec<C>, ParseError<C>> {
     // What stands behind the last line's end was never finished.
-    let whole = bytes.iter().rposition(|b| *b == b'\n').map_or(0, |end| end + 1);
-    let mut lines = bytes[..whole].split_inclusive(|b| *b == b'\n');
+    let complete_length = bytes.iter().rposition(|b| *b == b'\n').map_or(0, |end| end + 1);
+    let mut lines = bytes[..complete_length].split_inclusive(|b| *b == b'\n');
     let mut before = Vec::new();
     let Some(head) = lines.next() else { return Ok(before) };
-    let torn = |before, error: serde_json::Error| Torn { before, version: None, reason: error.to_string() };
-    match serde_json::from_slice::<VersionOnly>(head) {
+    let torn = |before, error: serde_json::Error| ParseError { entries: before, version: None, reason: error.to_string() };
+    match serde_json::from_slice::<VersionHeader>(head) {
         Ok(head) if head.version > VERSION => {
             let reason = format!("it has version {}", head.version);
-            return Err(Torn { before, version: Some(head.version), reason });
+            return Err(ParseError { entries: before, version: Some(head.version), reason });
         }
         Ok(_) => {}
         Err(error) => return Err(torn(before, error)),
@@ -119,7 +119,7 @@ fn parse<C: DeserializeOwned>(bytes: &[u8]) -> Result<Vec<C>, Torn<C>> {
     Ok(before)
 }
 
-fn line(lines: &mut Vec<u8>, content: &impl Serialize) -> io::Result<()> {
+fn append_line(lines: &mut Vec<u8>, content: &impl Serialize) -> io::Result<()> {
     serde_json::to_writer(&mut *lines, content).map_err(io::Error::other)?;
     lines.push(b'\n');
     Ok(())

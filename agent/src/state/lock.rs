@@ -16,7 +16,7 @@ pub(super) const STATE_LOCK: &str = "state.lock";
 /// A held lock. The kernel lets go of it when the process ends, however it ends. The file stays: removing it would race with the next
 /// agent.
 #[derive(Debug)]
-pub struct RunLock {
+pub struct DirLock {
     _file: File,
 }
 
@@ -38,13 +38,13 @@ pub enum LockError {
     File(#[from] FileError),
 }
 
-impl RunLock {
+impl DirLock {
     /// Locks a run directory, made with mode 0755 where it is missing. Does not wait.
-    pub fn acquire(directory: &Path) -> Result<RunLock, LockError> {
-        RunLock::acquire_named(directory, RUN_LOCK)
+    pub fn acquire(directory: &Path) -> Result<DirLock, LockError> {
+        DirLock::acquire_named(directory, RUN_LOCK)
     }
 
-    pub(super) fn acquire_named(directory: &Path, name: &str) -> Result<RunLock, LockError> {
+    pub(super) fn acquire_named(directory: &Path, name: &str) -> Result<DirLock, LockError> {
         std::fs::DirBuilder::new()
             .recursive(true)
             .mode(0o755)
@@ -72,7 +72,7 @@ impl RunLock {
         if let Err(error) = written {
             tracing::warn!(path = %path.display(), %error, "cannot write the pid into the lock file");
         }
-        Ok(RunLock { _file: file })
+        Ok(DirLock { _file: file })
     }
 }
 

@@ -1,4 +1,4 @@
-//! `subnet.env`: what other tools (the flannel CNI plugin, Docker option scripts) read to learn the host's subnet.
+//! `local_subnet.env`: what other tools (the flannel CNI plugin, Docker option scripts) read to learn the host's subnet.
 
 use std::fmt::Write;
 use std::path::Path;

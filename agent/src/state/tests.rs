@@ -3,13 +3,13 @@ use std::os::unix::fs::{MetadataExt, symlink};
 use super::*;
 use crate::model::{Device, Family, Vni};
 
-fn torn_files(directory: &Path) -> Vec<String> {
+fn quarantined_files(directory: &Path) -> Vec<String> {
     let names = std::fs::read_dir(directory).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
     names.filter(|n| n.contains(".torn-")).collect()
 }
 
 #[test]
-fn the_node_id_is_made_once() {
+fn node_id_is_created_once() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a/state");
     let id = StateDir::open(&path).unwrap().node_id().unwrap();
@@ -20,12 +20,12 @@ fn the_node_id_is_made_once() {
 }
 
 #[test]
-fn a_new_identity_has_new_macs() {
+fn new_node_id_resets_macs() {
     let dir = tempfile::tempdir().unwrap();
     let state = StateDir::open(dir.path()).unwrap();
     let device = Device::vxlan(Family::V4, Vni::DEFAULT);
     let (id, mut host) = (state.node_id().unwrap(), HostState::default());
-    let (mac, _) = host.mac(device, None);
+    let (mac, _) = host.device_mac(device, None);
     host.sysctls.insert("ipv4/ip_forward".to_owned(), "0".to_owned());
     state.save_host(&host).unwrap();
     assert_eq!((state.node_id().unwrap(), state.load_host().unwrap()), (id.clone(), host.clone()));
@@ -33,15 +33,15 @@ fn a_new_identity_has_new_macs() {
     assert_ne!(state.node_id().unwrap(), id);
     let mut copy = state.load_host().unwrap();
     assert_eq!(copy.sysctls, host.sysctls);
-    assert_ne!(copy.mac(device, None).0, mac);
+    assert_ne!(copy.device_mac(device, None).0, mac);
 }
 
 #[test]
-fn torn_files_are_set_aside_and_the_agent_starts() {
+fn corrupt_files_are_quarantined() {
     let dir = tempfile::tempdir().unwrap();
     let state = StateDir::open(dir.path()).unwrap();
     let mut host = HostState::default();
-    let (mac, _) = host.mac(Device::vxlan(Family::V6, Vni::DEFAULT), None);
+    let (mac, _) = host.device_mac(Device::vxlan(Family::V6, Vni::DEFAULT), None);
     state.save_host(&host).unwrap();
     let whole = std::fs::read(dir.path().join("state.json")).unwrap();
     // Every way of losing the end of the file, and what is no text at all.
@@ -55,50 +55,53 @@ fn torn_files_are_set_aside_and_the_agent_starts() {
     for (n, bytes) in torn.iter().enumerate() {
         std::fs::write(dir.path().join("state.json"), bytes).unwrap();
         assert_eq!(state.load_host().unwrap(), HostState::default(), "{:?}", String::from_utf8_lossy(bytes));
-        assert_eq!(torn_files(dir.path()).len(), n + 1);
+        assert_eq!(quarantined_files(dir.path()).len(), n + 1);
     }
     state.save_host(&host).unwrap();
-    assert_eq!(state.load_host().unwrap().mac(Device::vxlan(Family::V6, Vni::DEFAULT), None), (mac, false));
+    assert_eq!(state.load_host().unwrap().device_mac(Device::vxlan(Family::V6, Vni::DEFAULT), None), (mac, false));
     let found = Some(Mac([2, 0, 0, 0, 0, 7]));
-    assert_eq!(state.load_host().unwrap().mac(Device::vxlan(Family::V4, Vni::DEFAULT), found), (Mac([2, 0, 0, 0, 0, 7]), true));
+    assert_eq!(
+        state.load_host().unwrap().device_mac(Device::vxlan(Family::V4, Vni::DEFAULT), found),
+        (Mac([2, 0, 0, 0, 0, 7]), true)
+    );
 
     std::fs::write(dir.path().join("node-id"), "").unwrap();
     assert_eq!(state.node_id().unwrap().len(), 32);
     std::fs::remove_file(dir.path().join("state.json")).unwrap();
     std::fs::create_dir(dir.path().join("state.json")).unwrap();
     assert_eq!(state.load_host().unwrap(), HostState::default());
-    assert!(torn_files(dir.path()).iter().any(|n| n.starts_with("node-id.torn-")));
+    assert!(quarantined_files(dir.path()).iter().any(|n| n.starts_with("node-id.torn-")));
 }
 
 #[test]
 fn bridges_share_the_gateways_mac() {
     let mut host = HostState::default();
     let (first, second) = (Vni::DEFAULT, Vni::try_from(7).unwrap());
-    let (gateway, _) = host.mac(Device::bridge(first), None);
-    let (tunnel, _) = host.mac(Device::vxlan(Family::V4, first), None);
-    assert_eq!(host.mac(Device::bridge(second), None), (gateway, true));
-    assert_ne!(host.mac(Device::vxlan(Family::V4, second), None).0, tunnel, "each VTEP has its own");
-    assert_eq!(host.mac(Device::bridge(second), None), (gateway, false));
+    let (gateway, _) = host.device_mac(Device::bridge(first), None);
+    let (tunnel, _) = host.device_mac(Device::vxlan(Family::V4, first), None);
+    assert_eq!(host.device_mac(Device::bridge(second), None), (gateway, true));
+    assert_ne!(host.device_mac(Device::vxlan(Family::V4, second), None).0, tunnel, "each VTEP has its own");
+    assert_eq!(host.device_mac(Device::bridge(second), None), (gateway, false));
 }
 
 #[test]
-fn a_later_version_is_refused_and_kept() {
+fn newer_version_is_rejected_and_kept() {
     let dir = tempfile::tempdir().unwrap();
     let state = StateDir::open(dir.path()).unwrap();
     let path = dir.path().join("state.json");
     std::fs::write(&path, "{\"version\":2,\"subnet\":{\"other\":1}}").unwrap();
     let error = state.load_host().unwrap_err().to_string();
     assert!(error.contains("has version 2, this overlayd knows 1"), "{error}");
-    assert!(path.exists() && torn_files(dir.path()).is_empty());
+    assert!(path.exists() && quarantined_files(dir.path()).is_empty());
 }
 
 #[test]
-fn the_host_state_round_trips_and_an_equal_one_is_not_written() {
+fn host_state_round_trips_and_skips_equal_write() {
     let dir = tempfile::tempdir().unwrap();
     let state = StateDir::open(dir.path()).unwrap();
     let mut host = HostState::default();
-    let (mac, _) = host.mac(Device::vxlan(Family::V4, Vni::DEFAULT), None);
-    assert_eq!(host.mac(Device::vxlan(Family::V4, Vni::DEFAULT), None), (mac, false));
+    let (mac, _) = host.device_mac(Device::vxlan(Family::V4, Vni::DEFAULT), None);
+    assert_eq!(host.device_mac(Device::vxlan(Family::V4, Vni::DEFAULT), None), (mac, false));
     assert!(mac.is_unicast());
     host.subnet = Some(Subnet::from_key("10.244.101.0-24&fd00:10:244:51::-64").unwrap());
     host.public_ip.v4 = Some("10.99.1.1".parse().unwrap());
@@ -111,36 +114,36 @@ fn the_host_state_round_trips_and_an_equal_one_is_not_written() {
 }
 
 #[test]
-fn a_second_agent_is_refused_by_pid_and_directory() {
+fn second_agent_is_rejected_with_pid() {
     let dir = tempfile::tempdir().unwrap();
-    let held = RunLock::acquire(dir.path()).unwrap();
-    let error = RunLock::acquire(dir.path()).unwrap_err().to_string();
+    let held = DirLock::acquire(dir.path()).unwrap();
+    let error = DirLock::acquire(dir.path()).unwrap_err().to_string();
     assert!(error.contains(&format!("pid {}", std::process::id())), "{error}");
     assert!(error.contains(&dir.path().display().to_string()), "{error}");
     drop(held);
     let state = StateDir::open(dir.path()).unwrap();
     assert!(matches!(StateDir::open(dir.path()), Err(StateError::Lock(LockError::Held { .. }))));
     // One directory may be both run and state directory of one agent.
-    let run = RunLock::acquire(dir.path()).unwrap();
+    let run = DirLock::acquire(dir.path()).unwrap();
     drop((state, run));
     StateDir::open(dir.path()).unwrap();
 }
 
 #[test]
-fn a_planted_link_is_not_followed() {
+fn symlink_is_not_followed() {
     let dir = tempfile::tempdir().unwrap();
     let victim = dir.path().join("victim");
     std::fs::write(&victim, "mine").unwrap();
     symlink(&victim, dir.path().join(".file.tmp")).unwrap();
     symlink(&victim, dir.path().join("file")).unwrap();
-    write_whole(&dir.path().join("file"), b"new", 0o640).unwrap();
+    write_atomic(&dir.path().join("file"), b"new", 0o640).unwrap();
     assert_eq!(std::fs::read(&victim).unwrap(), b"mine");
     assert_eq!(std::fs::read(dir.path().join("file")).unwrap(), b"new");
     assert_eq!(std::fs::symlink_metadata(dir.path().join("file")).unwrap().mode() & 0o7777, 0o640);
 }
 
 #[test]
-fn subnet_env_is_flannels_byte_for_byte() {
+fn subnet_env_matches_flannel() {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/flannel-v0.20.2");
     let cases = [
         ("vxlan", "10.244.0.0/16", "", "10.244.27.0-24", 1450, ""),
@@ -171,7 +174,7 @@ fn subnet_env_is_flannels_byte_for_byte() {
 }
 
 #[test]
-fn subnet_env_is_world_readable_and_written_only_when_it_differs() {
+fn subnet_env_is_world_readable_and_written_on_change() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("run/flannel/subnet.env");
     assert!(write_subnet_env(&path, "A=1\n").unwrap());
@@ -201,24 +204,24 @@ fn on_tmpfs(directory: &Path, options: &str, test: impl FnOnce() + Send) {
 }
 
 #[test]
-fn a_full_disk_leaves_the_old_file_and_says_so() {
+fn full_disk_keeps_old_file_and_reports() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("state.json");
     on_tmpfs(dir.path(), "size=64k", || {
-        write_whole(&file, b"old", 0o600).unwrap();
-        let error = write_whole(&file, &vec![b'x'; 1 << 20], 0o600).unwrap_err().to_string();
+        write_atomic(&file, b"old", 0o600).unwrap();
+        let error = write_atomic(&file, &vec![b'x'; 1 << 20], 0o600).unwrap_err().to_string();
         assert!(
             error.contains(&dir.path().display().to_string()) && error.contains("file system is full: free space"),
             "{error}"
         );
         assert_eq!(std::fs::read(&file).unwrap(), b"old");
         // What the failed write took is free again.
-        write_whole(&file, &vec![b'x'; 30 << 10], 0o600).unwrap();
+        write_atomic(&file, &vec![b'x'; 30 << 10], 0o600).unwrap();
     });
 }
 
 #[test]
-fn a_read_only_file_system_is_named() {
+fn read_only_filesystem_is_reported() {
     let dir = tempfile::tempdir().unwrap();
     on_tmpfs(dir.path(), "ro", || {
         let error = StateDir::open(&dir.path().join("state")).unwrap_err().to_string();
@@ -227,7 +230,7 @@ fn a_read_only_file_system_is_named() {
 }
 
 #[test]
-fn a_journal_holds_what_was_appended_and_loses_no_more_than_a_torn_line() {
+fn journal_replays_appends_and_drops_partial_line() {
     let dir = tempfile::tempdir().unwrap();
     let state = StateDir::open(dir.path()).unwrap();
     let path = dir.path().join("j");
@@ -245,18 +248,18 @@ fn a_journal_holds_what_was_appended_and_loses_no_more_than_a_torn_line() {
         let lines = whole[..length].iter().filter(|b| **b == b'\n').count();
         assert_eq!(read().unwrap(), [1, 2, 3][..lines.saturating_sub(1)], "{length} bytes");
     }
-    assert!(torn_files(dir.path()).is_empty());
+    assert!(quarantined_files(dir.path()).is_empty());
     // What cannot be read is set aside, what stands before it counts.
     std::fs::write(&path, b"{\"version\":1}\n1\n\"x\"\n3\n").unwrap();
     assert_eq!(read().unwrap(), [1]);
-    assert_eq!((torn_files(dir.path()).len(), path.exists()), (1, false));
+    assert_eq!((quarantined_files(dir.path()).len(), path.exists()), (1, false));
     std::fs::write(&path, b"{\"version\":9}\n1\n").unwrap();
     assert!(matches!(read(), Err(StateError::Version { found: 9, .. })));
     assert!(path.exists(), "a newer agent's is left alone");
 }
 
 #[test]
-fn a_journal_has_room_until_it_is_long_or_gone() {
+fn journal_has_room_until_long_or_removed() {
     let dir = tempfile::tempdir().unwrap();
     let state = StateDir::open(dir.path()).unwrap();
     let mut journal = state.journal("j");

@@ -15,7 +15,7 @@ const VERSION: u8 = 0xa0;
 pub(super) fn has_expired(pem: &[u8], now: SystemTime) -> Option<bool> {
     let der = first_block(&String::from_utf8_lossy(pem))?;
     let now = now.duration_since(UNIX_EPOCH).ok()?.as_secs();
-    Some(not_after(&der)? < civil(now))
+    Some(not_after(&der)? < format_utc(now))
 }
 
 fn first_block(text: &str) -> Option<Vec<u8>> {
@@ -58,19 +58,19 @@ fn element(der: &[u8]) -> Option<(u8, &[u8], &[u8])> {
 }
 
 /// The content of the first element, which must have that tag, and what follows.
-fn expect(der: &[u8], wanted: u8) -> Option<(&[u8], &[u8])> {
+fn expect_tag(der: &[u8], wanted: u8) -> Option<(&[u8], &[u8])> {
     element(der).filter(|(tag, ..)| *tag == wanted).map(|(_, content, rest)| (content, rest))
 }
 
 /// `YYYYMMDDHHMMSS` of the end.
 fn not_after(der: &[u8]) -> Option<String> {
-    let (certificate, _) = expect(der, SEQUENCE)?;
-    let (tbs, _) = expect(certificate, SEQUENCE)?;
-    let tbs = expect(tbs, VERSION).map_or(tbs, |(_, rest)| rest);
-    let (_, tbs) = expect(tbs, INTEGER)?;
-    let (_, tbs) = expect(tbs, SEQUENCE)?; // signature
-    let (_, tbs) = expect(tbs, SEQUENCE)?; // issuer
-    let (validity, _) = expect(tbs, SEQUENCE)?;
+    let (certificate, _) = expect_tag(der, SEQUENCE)?;
+    let (tbs, _) = expect_tag(certificate, SEQUENCE)?;
+    let tbs = expect_tag(tbs, VERSION).map_or(tbs, |(_, rest)| rest);
+    let (_, tbs) = expect_tag(tbs, INTEGER)?;
+    let (_, tbs) = expect_tag(tbs, SEQUENCE)?; // signature
+    let (_, tbs) = expect_tag(tbs, SEQUENCE)?; // issuer
+    let (validity, _) = expect_tag(tbs, SEQUENCE)?;
     let (_, _, rest) = element(validity)?; // notBefore
     let (tag, text, _) = element(rest)?;
     let text = std::str::from_utf8(text).ok()?.strip_suffix('Z')?;
@@ -83,7 +83,7 @@ fn not_after(der: &[u8]) -> Option<String> {
 }
 
 /// `YYYYMMDDHHMMSS` of seconds since 1970, by the days-to-civil algorithm for the proleptic Gregorian calendar.
-fn civil(seconds: u64) -> String {
+fn format_utc(seconds: u64) -> String {
     let (days, rest) = (seconds / 86_400 + 719_468, seconds % 86_400);
     let (era, of_era) = (days / 146_097, days % 146_097);
     let year_of_era = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
@@ -102,7 +102,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn dates_are_civil() {
+    fn format_utc_matches_known_dates() {
         for (seconds, wanted) in [
             (0, "19700101000000"),
             (951_782_399, "20000228235959"),
@@ -110,12 +110,12 @@ mod tests {
             (4_102_444_799, "20991231235959"),
             (4_107_542_400, "21000301000000"),
         ] {
-            assert_eq!(civil(seconds), wanted);
+            assert_eq!(format_utc(seconds), wanted);
         }
     }
 
     #[test]
-    fn the_end_of_a_real_certificate_is_found() {
+    fn openssl_certificate_expiry_is_detected() {
         let now = SystemTime::now();
         let day = Duration::from_secs(86_400);
         // Beyond 2049 the time is written in another form.
@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_certificate_has_no_end() {
+    fn invalid_certificate_has_no_expiry() {
         let block = |body: &str| format!("-----BEGIN CERTIFICATE-----\n{body}\n-----END CERTIFICATE-----\n");
         for text in ["", "x", &block(""), &block("MIIB"), &block("!!!!"), &block("MP////////8="), &block("MIH/////")] {
             assert_eq!(has_expired(text.as_bytes(), SystemTime::now()), None, "{text}");

@@ -1,4 +1,4 @@
-//! A server's clock, as it tells it in the `Date` of an HTTP answer: etcd serves `/version` on its client port, over TLS as without.
+//! A server's clock, as it tells it in the `Date` of an HTTP answer: etcd serves `/ip_version` on its client port, over TLS as without.
 
 use std::io;
 use std::sync::Arc;
@@ -14,12 +14,12 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 use tracing::debug;
 
 use super::StoreError;
-use super::connect::{StoreConfig, normalise};
+use super::connect::{StoreConfig, normalise_endpoint};
 
 /// How long the answer may take, with the connection before it.
-const LIMIT: Duration = Duration::from_secs(5);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// The largest head of an answer, in bytes.
-const LARGEST: usize = 16 << 10;
+const MAX_HEADER_SIZE: usize = 16 << 10;
 
 /// The clock of the first endpoint, in seconds since 1970; `None` where its answer has no date. No login is needed for it. Takes 5 s at the most.
 ///
@@ -27,15 +27,15 @@ const LARGEST: usize = 16 << 10;
 /// [`StoreError::Unreachable`] where there is no answer, and the errors of the settings and their files.
 pub async fn server_clock(config: &StoreConfig) -> Result<Option<u64>, StoreError> {
     let endpoint = config.endpoints.first().ok_or(StoreError::NoEndpoint)?;
-    let url = normalise(endpoint, config.wants_tls())?;
+    let url = normalise_endpoint(endpoint, config.uses_tls())?;
     let (scheme, authority) = url.split_once("://").unwrap_or(("http", &url));
-    let tls = if scheme == "https" { Some(tls(config)?) } else { None };
-    let head = match tokio::time::timeout(LIMIT, ask(authority, tls)).await {
+    let tls = if scheme == "https" { Some(tls_connector(config)?) } else { None };
+    let head = match tokio::time::timeout(REQUEST_TIMEOUT, fetch_head(authority, tls)).await {
         Ok(answer) => answer,
         Err(_) => Err(io::ErrorKind::TimedOut.into()),
     };
     match head {
-        Ok(head) => Ok(date_of(&head)),
+        Ok(head) => Ok(date_header(&head)),
         Err(error) => {
             debug!(url, %error, "a server's clock cannot be read");
             Err(StoreError::Unreachable { endpoint: url, detail: error.to_string() })
@@ -44,7 +44,7 @@ pub async fn server_clock(config: &StoreConfig) -> Result<Option<u64>, StoreErro
 }
 
 /// The TLS settings that the connection to etcd itself is made with.
-fn tls(config: &StoreConfig) -> Result<TlsConnector, StoreError> {
+fn tls_connector(config: &StoreConfig) -> Result<TlsConnector, StoreError> {
     let unusable = |error: String| StoreError::Endpoint {
         endpoint: config.endpoints.join(","),
         rule: format!("cannot be asked over TLS: {error}"),
@@ -67,20 +67,20 @@ fn tls(config: &StoreConfig) -> Result<TlsConnector, StoreError> {
     Ok(TlsConnector::from(Arc::new(client)))
 }
 
-async fn ask(authority: &str, tls: Option<TlsConnector>) -> io::Result<String> {
+async fn fetch_head(authority: &str, tls: Option<TlsConnector>) -> io::Result<String> {
     let stream = TcpStream::connect(authority).await?;
-    let Some(tls) = tls else { return head(stream, authority).await };
+    let Some(tls) = tls else { return request_head(stream, authority).await };
     let host = authority.rsplit_once(':').map_or(authority, |(host, _)| host).trim_matches(['[', ']']);
     let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
-    head(tls.connect(name, stream).await?, authority).await
+    request_head(tls.connect(name, stream).await?, authority).await
 }
 
 /// Asks, and reads up to the empty line behind the head, or to the end.
-async fn head(mut stream: impl AsyncRead + AsyncWrite + Unpin, authority: &str) -> io::Result<String> {
+async fn request_head(mut stream: impl AsyncRead + AsyncWrite + Unpin, authority: &str) -> io::Result<String> {
     stream.write_all(format!("GET /version HTTP/1.0\r\nHost: {authority}\r\n\r\n").as_bytes()).await?;
     stream.flush().await?;
     let (mut answer, mut part) = (Vec::new(), [0; 1024]);
-    while answer.len() < LARGEST && !answer.windows(4).any(|end| end == b"\r\n\r\n") {
+    while answer.len() < MAX_HEADER_SIZE && !answer.windows(4).any(|end| end == b"\r\n\r\n") {
         match stream.read(&mut part).await? {
             0 => break,
             length => answer.extend_from_slice(&part[..length]),
@@ -89,7 +89,7 @@ async fn head(mut stream: impl AsyncRead + AsyncWrite + Unpin, authority: &str) 
     Ok(String::from_utf8_lossy(&answer).into_owned())
 }
 
-fn date_of(head: &str) -> Option<u64> {
+fn date_header(head: &str) -> Option<u64> {
     let lines = head.lines().take_while(|line| !line.is_empty());
     let date = lines.filter_map(|line| line.split_once(':')).find(|(name, _)| name.eq_ignore_ascii_case("date"));
     parse_date(date?.1.trim())
@@ -118,7 +118,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn dates_of_http() {
+    fn http_date_is_parsed() {
         assert_eq!(parse_date("Sun, 06 Nov 1994 08:49:37 GMT"), Some(784_111_777));
         assert_eq!(parse_date("Thu, 01 Jan 1970 00:00:00 GMT"), Some(0));
         assert_eq!(parse_date("Tue, 29 Feb 2028 23:59:59 GMT"), Some(1_835_481_599));
@@ -136,8 +136,8 @@ mod tests {
     }
 
     #[test]
-    fn the_head_alone_is_read() {
-        assert_eq!(date_of("HTTP/1.0 200 OK\r\ndate: Thu, 01 Jan 1970 00:00:01 GMT\r\n\r\n{}"), Some(1));
-        assert_eq!(date_of("HTTP/1.0 200 OK\r\n\r\nDate: Thu, 01 Jan 1970 00:00:01 GMT\r\n"), None);
+    fn date_in_body_is_ignored() {
+        assert_eq!(date_header("HTTP/1.0 200 OK\r\ndate: Thu, 01 Jan 1970 00:00:01 GMT\r\n\r\n{}"), Some(1));
+        assert_eq!(date_header("HTTP/1.0 200 OK\r\n\r\nDate: Thu, 01 Jan 1970 00:00:01 GMT\r\n"), None);
     }
 }

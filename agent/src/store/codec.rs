@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use super::read::RawEntry;
 use crate::model::event::StoreEntry;
 use crate::model::lease::printable;
-use crate::model::{Backend, Family, Lease, Mac, Node, PerFamily, Record, Refusal, RefusalKind, Subnet, Vni};
+use crate::model::{Backend, Family, Lease, LeaseRecord, Mac, Node, PerFamily, RejectReason, RejectedLease, Subnet, Vni};
 
 /// The largest value that is looked at, in bytes. A lease of ours has some 300.
 pub const MAX_VALUE: usize = 16 * 1024;
@@ -19,7 +19,7 @@ pub const MAX_NODE_NAME: usize = 253;
 /// The longest host identity, in bytes.
 pub const MAX_NODE_ID: usize = 64;
 /// The longest name of a backend, in bytes.
-const MAX_BACKEND: usize = 32;
+const MAX_BACKEND_NAME: usize = 32;
 
 /// What an entry says of its holder, read leniently: reservations made by hand often hold no more.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -38,13 +38,13 @@ pub fn read_entry(key: &str, value: &[u8], create_revision: i64) -> StoreEntry {
 
 /// Reads an entry; every value that is no lease becomes a [`Refusal`].
 pub(super) fn decode(entry: &RawEntry) -> StoreEntry {
-    let value = decode_record(entry).map_err(|kind| Refusal { key: printable(&entry.key), kind });
+    let value = decode_record(entry).map_err(|kind| RejectedLease { key: printable(&entry.key), kind });
     StoreEntry { key: entry.key.clone(), value }
 }
 
-fn decode_record(entry: &RawEntry) -> Result<Record, RefusalKind> {
-    let subnet = Subnet::from_key(&entry.key).map_err(|e| RefusalKind::Key { detail: printable(&e.to_string()) })?;
-    Ok(Record {
+fn decode_record(entry: &RawEntry) -> Result<LeaseRecord, RejectReason> {
+    let subnet = Subnet::from_key(&entry.key).map_err(|e| RejectReason::Key { detail: printable(&e.to_string()) })?;
+    Ok(LeaseRecord {
         subnet,
         lease: decode_value(&subnet, &entry.value)?,
         create_revision: entry.create_revision,
@@ -54,9 +54,9 @@ fn decode_record(entry: &RawEntry) -> Result<Record, RefusalKind> {
 }
 
 /// Reads the value of a lease of this subnet.
-pub(super) fn decode_value(subnet: &Subnet, value: &[u8]) -> Result<Lease, RefusalKind> {
+pub(super) fn decode_value(subnet: &Subnet, value: &[u8]) -> Result<Lease, RejectReason> {
     if value.len() > MAX_VALUE {
-        return Err(RefusalKind::TooLarge { size: value.len(), limit: MAX_VALUE });
+        return Err(RejectReason::TooLarge { size: value.len(), limit: MAX_VALUE });
     }
     let fields = object(value)?;
     let mut public_ip = PerFamily::default();
@@ -64,14 +64,14 @@ pub(super) fn decode_value(subnet: &Subnet, value: &[u8]) -> Result<Lease, Refus
         *public_ip.slot(family) = Some(address(&fields, family)?);
     }
     let kind = text(&fields, "BackendType", "")?;
-    if kind.is_empty() || kind.len() > MAX_BACKEND || !kind.bytes().all(|b| b.is_ascii_graphic()) {
-        return Err(field("BackendType", &kind, "must be a word of at most 32 printable characters"));
+    if kind.is_empty() || kind.len() > MAX_BACKEND_NAME || !kind.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(field_error("BackendType", &kind, "must be a word of at most 32 printable characters"));
     }
     let backend = if kind == "vxlan" { vxlan(&fields, subnet)? } else { Backend::Other { name: kind } };
     let node = match get(&fields, "Node") {
         None => None,
         Some(Value::Object(node)) => Some(decode_node(node)?),
-        Some(other) => return Err(field("Node", &other.to_string(), "must be an object with Name and Id")),
+        Some(other) => return Err(field_error("Node", &other.to_string(), "must be an object with Name and Id")),
     };
     Ok(Lease { public_ip, backend, node })
 }
@@ -138,16 +138,16 @@ struct NodeValue<'a> {
     id: &'a str,
 }
 
-fn field(name: &str, value: &str, rule: &str) -> RefusalKind {
+fn field_error(name: &str, value: &str, rule: &str) -> RejectReason {
     let value = if value.is_empty() { "missing".to_owned() } else { format!("`{}`", printable(value)) };
-    RefusalKind::Field { field: name.to_owned(), value, rule: rule.to_owned() }
+    RejectReason::Field { field: name.to_owned(), value, rule: rule.to_owned() }
 }
 
-fn object(value: &[u8]) -> Result<Map<String, Value>, RefusalKind> {
+fn object(value: &[u8]) -> Result<Map<String, Value>, RejectReason> {
     match serde_json::from_slice(value) {
         Ok(Value::Object(fields)) => Ok(fields),
-        Ok(_) => Err(RefusalKind::Malformed { detail: "it is not a JSON object".to_owned() }),
-        Err(e) => Err(RefusalKind::Malformed { detail: format!("it is not JSON: {}", printable(&e.to_string())) }),
+        Ok(_) => Err(RejectReason::Malformed { detail: "it is not a JSON object".to_owned() }),
+        Err(e) => Err(RejectReason::Malformed { detail: format!("it is not JSON: {}", printable(&e.to_string())) }),
     }
 }
 
@@ -160,15 +160,15 @@ fn get<'a>(fields: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
 }
 
 /// A field that must be a string; empty where it is absent.
-fn text(fields: &Map<String, Value>, name: &str, path: &str) -> Result<String, RefusalKind> {
+fn text(fields: &Map<String, Value>, name: &str, path: &str) -> Result<String, RejectReason> {
     match get(fields, name) {
         None => Ok(String::new()),
         Some(Value::String(text)) => Ok(text.clone()),
-        Some(other) => Err(field(&format!("{path}{name}"), &other.to_string(), "must be a string")),
+        Some(other) => Err(field_error(&format!("{path}{name}"), &other.to_string(), "must be a string")),
     }
 }
 
-fn address(fields: &Map<String, Value>, family: Family) -> Result<IpAddr, RefusalKind> {
+fn address(fields: &Map<String, Value>, family: Family) -> Result<IpAddr, RejectReason> {
     let name = match family {
         Family::V4 => "PublicIP",
         Family::V6 => "PublicIPv6",
@@ -176,16 +176,16 @@ fn address(fields: &Map<String, Value>, family: Family) -> Result<IpAddr, Refusa
     let value = text(fields, name, "")?;
     let address = match value.parse::<IpAddr>() {
         Ok(address) if Family::of(address) == family => address,
-        _ => return Err(field(name, &value, &format!("must be an {family} address"))),
+        _ => return Err(field_error(name, &value, &format!("must be an {family} address"))),
     };
-    match unusable(address) {
-        Some(what) => Err(field(name, &value, &format!("{what} is no address of a host on the underlay"))),
+    match unusable_reason(address) {
+        Some(what) => Err(field_error(name, &value, &format!("{what} is no address of a host on the underlay"))),
         None => Ok(address),
     }
 }
 
 /// Why no tunnel can end at an address.
-fn unusable(address: IpAddr) -> Option<&'static str> {
+fn unusable_reason(address: IpAddr) -> Option<&'static str> {
     if address.is_unspecified() {
         Some("the unspecified address")
     } else if address.is_loopback() {
@@ -204,7 +204,7 @@ fn unusable(address: IpAddr) -> Option<&'static str> {
     }
 }
 
-fn vxlan(fields: &Map<String, Value>, subnet: &Subnet) -> Result<Backend, RefusalKind> {
+fn vxlan(fields: &Map<String, Value>, subnet: &Subnet) -> Result<Backend, RejectReason> {
     let mut vtep = PerFamily::default();
     let mut vni: Option<Vni> = None;
     for family in subnet.families() {
@@ -214,21 +214,22 @@ fn vxlan(fields: &Map<String, Value>, subnet: &Subnet) -> Result<Backend, Refusa
         };
         let data = match get(fields, name) {
             Some(Value::Object(data)) => data,
-            Some(other) => return Err(field(name, &other.to_string(), "must be an object with VNI and VtepMAC")),
-            None => return Err(field(name, "", "a vxlan lease names its VNI and VTEP MAC here")),
+            Some(other) => return Err(field_error(name, &other.to_string(), "must be an object with VNI and VtepMAC")),
+            None => return Err(field_error(name, "", "a vxlan lease names its VNI and VTEP MAC here")),
         };
         let path = format!("{name}.");
         let number = get(data, "VNI").map(ToString::to_string).unwrap_or_default();
         let here = number.parse::<u32>().ok().and_then(|n| Vni::try_from(n).ok());
-        let here = here.ok_or_else(|| field(&format!("{path}VNI"), &number, "must be a whole number from 1 to 16777215"))?;
+        let here =
+            here.ok_or_else(|| field_error(&format!("{path}VNI"), &number, "must be a whole number from 1 to 16777215"))?;
         if vni.is_some_and(|other| other != here) {
-            return Err(field(&format!("{path}VNI"), &number, "both families of a host have the same VNI"));
+            return Err(field_error(&format!("{path}VNI"), &number, "both families of a host have the same VNI"));
         }
         vni = Some(here);
         let mac = text(data, "VtepMAC", &path)?;
         let parsed = mac.parse::<Mac>().ok().filter(|mac| mac.is_unicast());
         let parsed = parsed.ok_or_else(|| {
-            field(&format!("{path}VtepMAC"), &mac, "must be a unicast MAC address, six bytes as in 02:00:5e:10:00:01")
+            field_error(&format!("{path}VtepMAC"), &mac, "must be a unicast MAC address, six bytes as in 02:00:5e:10:00:01")
         })?;
         *vtep.slot(family) = Some(parsed);
     }
@@ -236,13 +237,13 @@ fn vxlan(fields: &Map<String, Value>, subnet: &Subnet) -> Result<Backend, Refusa
     Ok(Backend::Vxlan { vni: vni.unwrap_or(Vni::DEFAULT), vtep })
 }
 
-fn decode_node(fields: &Map<String, Value>) -> Result<Node, RefusalKind> {
+fn decode_node(fields: &Map<String, Value>) -> Result<Node, RejectReason> {
     let word = |name: &str, limit: usize| {
         let value = text(fields, name, "Node.")?;
         let good = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
         if value.is_empty() || value.len() > limit || !value.bytes().all(good) {
             let rule = format!("must be 1 to {limit} letters, digits, `.`, `_` or `-`");
-            return Err(field(&format!("Node.{name}"), &value, &rule));
+            return Err(field_error(&format!("Node.{name}"), &value, &rule));
         }
         Ok(value)
     };

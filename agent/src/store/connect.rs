@@ -25,7 +25,7 @@ use crate::metrics::Metrics;
 /// How long opening a connection may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long one server has until the next one is tried beside it: one in a family that this host cannot send by does not answer at all.
-const HEAD_START: Duration = Duration::from_secs(1);
+const CONNECTION_ATTEMPT_DELAY: Duration = Duration::from_secs(1);
 /// How long an answer may take.
 pub(super) const RPC_TIMEOUT: Duration = Duration::from_secs(5);
 /// A ping is sent after this long without a frame. etcd ends connections that ping more often than every 5 s
@@ -36,21 +36,21 @@ const PING_TIMEOUT: Duration = Duration::from_secs(4);
 /// The port of an endpoint that names none.
 const DEFAULT_PORT: u16 = 2379;
 /// The largest answer that is accepted, in bytes: 2,000 leases have some 0.6 MB.
-const MAX_ANSWER: usize = 32 << 20;
+const MAX_RESPONSE_SIZE: usize = 32 << 20;
 /// Where distributions keep the certificates of public CAs in one file.
-const SYSTEM_CAS: &str = "/etc/ssl/certs/ca-certificates.crt";
+const SYSTEM_CA_FILE: &str = "/etc/ssl/certs/ca-certificates.crt";
 /// TTL of the etcd lease behind a subnet: flannel's.
 const LEASE_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 /// The longest time between two renewals of an etcd lease. Far shorter than the TTL needs: so that a host that stopped renewing can be
 /// told from a living one within half a minute.
-const KEEP_ALIVE: Duration = Duration::from_secs(20);
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(20);
 
 /// How to reach etcd, and where in it the network stands. Holds no secret, only the paths of files that do.
 #[derive(Debug, Clone)]
 pub struct StoreConfig {
     /// URLs such as `https://etcd1:2379`; without a scheme, https where TLS files are given and http otherwise; port 2379 unless given.
     pub endpoints: Vec<String>,
-    /// A domain whose SRV records name the endpoints, in place of `endpoints`.
+    /// A domain whose SRV records name the endpoints, in place of `endpoint_count`.
     pub discovery_srv: Option<String>,
     /// The key prefix.
     pub prefix: String,
@@ -84,7 +84,7 @@ impl Default for StoreConfig {
             username: None,
             password_file: None,
             lease_ttl: LEASE_TTL,
-            keep_alive: KEEP_ALIVE,
+            keep_alive: KEEP_ALIVE_INTERVAL,
         }
     }
 }
@@ -110,33 +110,33 @@ impl StoreConfig {
             return Err(StoreError::NoEndpoint);
         }
         for endpoint in &self.endpoints {
-            normalise(endpoint, self.wants_tls())?;
+            normalise_endpoint(endpoint, self.uses_tls())?;
         }
         Keys::new(&self.prefix)
     }
 
     /// How long a lease lasts at least while etcd does not answer: its TTL, less the time that may have passed since the last renewal.
-    pub fn lease_lasts(&self) -> Duration {
+    pub fn min_lease_validity(&self) -> Duration {
         self.lease_ttl.saturating_sub(keep_alive_interval(self.lease_ttl, self.keep_alive))
     }
 
-    pub(super) fn wants_tls(&self) -> bool {
+    pub(super) fn uses_tls(&self) -> bool {
         self.cafile.is_some() || self.certfile.is_some()
     }
 
     /// The endpoints in the order in which they are to be tried.
     pub(super) async fn candidates(&self) -> Result<Vec<String>, StoreError> {
         if let Some(name) = &self.discovery_srv {
-            return discovery::endpoints(name, self.wants_tls()).await;
+            return discovery::endpoints(name, self.uses_tls()).await;
         }
         let mut endpoints =
-            self.endpoints.iter().map(|e| normalise(e, self.wants_tls())).collect::<Result<Vec<_>, StoreError>>()?;
+            self.endpoints.iter().map(|e| normalise_endpoint(e, self.uses_tls())).collect::<Result<Vec<_>, StoreError>>()?;
         // So that the agents of many hosts spread over the servers.
         endpoints.shuffle(&mut rand::rng());
         Ok(endpoints)
     }
 
-    fn tls(&self) -> Result<TlsOptions, StoreError> {
+    fn tls_options(&self) -> Result<TlsOptions, StoreError> {
         let (authorities, identity) = self.tls_files()?;
         let tls = TlsOptions::new().ca_certificate(Certificate::from_pem(authorities));
         Ok(match identity {
@@ -147,13 +147,13 @@ impl StoreConfig {
 
     /// The CAs, and where there is one the client certificate with its key; all as PEM.
     pub(super) fn tls_files(&self) -> Result<TlsFiles, StoreError> {
-        let system = PathBuf::from(SYSTEM_CAS);
+        let system = PathBuf::from(SYSTEM_CA_FILE);
         let cafile = self.cafile.as_ref().unwrap_or(&system);
-        let authorities = pem("etcd CA (--etcd-cafile)", cafile, "CERTIFICATE")?;
+        let authorities = read_pem("etcd CA (--etcd-cafile)", cafile, "CERTIFICATE")?;
         let (Some(certfile), Some(keyfile)) = (&self.certfile, &self.keyfile) else { return Ok((authorities, None)) };
-        let certificate = pem("client certificate (--etcd-certfile)", certfile, "CERTIFICATE")?;
+        let certificate = read_pem("client certificate (--etcd-certfile)", certfile, "CERTIFICATE")?;
         let purpose = "client certificate's key (--etcd-keyfile)";
-        let key = pem_of(read_secret(purpose, keyfile)?, purpose, keyfile, "PRIVATE KEY")?;
+        let key = check_pem(read_secret(purpose, keyfile)?, purpose, keyfile, "PRIVATE KEY")?;
         Ok((authorities, Some((certificate, key))))
     }
 
@@ -163,7 +163,7 @@ impl StoreConfig {
         pem.and_then(|pem| certificate::has_expired(&pem, SystemTime::now())).unwrap_or(false)
     }
 
-    fn credentials(&self) -> Result<Option<(String, String)>, StoreError> {
+    fn read_credentials(&self) -> Result<Option<(String, String)>, StoreError> {
         let (Some(user), Some(path)) = (&self.username, &self.password_file) else { return Ok(None) };
         let purpose = "etcd password file (--etcd-password-file)";
         let bytes = read_secret(purpose, path)?;
@@ -182,9 +182,9 @@ impl StoreConfig {
 type TlsFiles = (Vec<u8>, Option<(Vec<u8>, Vec<u8>)>);
 
 /// A PEM file that has at least one block of this kind.
-fn pem(purpose: &'static str, path: &Path, kind: &str) -> Result<Vec<u8>, StoreError> {
+fn read_pem(purpose: &'static str, path: &Path, kind: &str) -> Result<Vec<u8>, StoreError> {
     let bytes = fs::read(path).map_err(|source| StoreError::File { purpose, path: path.to_owned(), source })?;
-    pem_of(bytes, purpose, path, kind)
+    check_pem(bytes, purpose, path, kind)
 }
 
 /// A file that nobody but its owner, and who its owner gave it to, may read.
@@ -195,7 +195,7 @@ fn read_secret(purpose: &'static str, path: &Path) -> Result<Vec<u8>, StoreError
     })
 }
 
-fn pem_of(bytes: Vec<u8>, purpose: &'static str, path: &Path, kind: &str) -> Result<Vec<u8>, StoreError> {
+fn check_pem(bytes: Vec<u8>, purpose: &'static str, path: &Path, kind: &str) -> Result<Vec<u8>, StoreError> {
     let text = String::from_utf8_lossy(&bytes);
     if text.lines().any(|line| line.starts_with("-----BEGIN ") && line.trim_end().ends_with(&format!("{kind}-----"))) {
         Ok(bytes)
@@ -205,9 +205,9 @@ fn pem_of(bytes: Vec<u8>, purpose: &'static str, path: &Path, kind: &str) -> Res
 }
 
 /// An endpoint as URL with scheme and port.
-pub(super) fn normalise(endpoint: &str, tls: bool) -> Result<String, StoreError> {
+pub(super) fn normalise_endpoint(endpoint: &str, tls: bool) -> Result<String, StoreError> {
     let error = |rule: &str| {
-        let endpoint = crate::model::lease::printable(&secret::without_login(endpoint));
+        let endpoint = crate::model::lease::printable(&secret::redact_credentials(endpoint));
         StoreError::Endpoint { endpoint, rule: rule.to_owned() }
     };
     let (scheme, rest) = match endpoint.trim().split_once("://") {
@@ -245,21 +245,21 @@ pub(super) struct Session {
     pub(super) context: Context,
     pub(super) keys: Keys,
     /// What the server's first answer said of it.
-    pub(super) greeting: Greeting,
+    pub(super) cluster_state: ClusterState,
 }
 
 /// Where a server stands; tells a restored or replaced cluster from the one seen before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Greeting {
-    pub(super) cluster: u64,
+pub(super) struct ClusterState {
+    pub(super) cluster_id: u64,
     pub(super) term: u64,
     pub(super) revision: i64,
 }
 
-impl Greeting {
+impl ClusterState {
     /// Whether a server that answers like this may be of the cluster that was seen before: revisions and terms only grow.
-    pub(super) fn continues(&self, before: &Greeting, seen: i64) -> bool {
-        self.cluster == before.cluster && self.term >= before.term && self.revision >= seen
+    pub(super) fn is_continuation_of(&self, before: &ClusterState, last_revision: i64) -> bool {
+        self.cluster_id == before.cluster_id && self.term >= before.term && self.revision >= last_revision
     }
 }
 
@@ -279,12 +279,12 @@ pub(super) async fn connect_to_any(
     metrics: Option<&Arc<Metrics>>,
 ) -> Result<Session, StoreError> {
     let keys = config.validate()?;
-    let credentials = config.credentials()?;
+    let credentials = config.read_credentials()?;
     let mut candidates = endpoints.into_iter();
     let attempt = |endpoint| {
         let (user, prefix) = (config.username.clone(), keys.prefix().to_owned());
         let (expired, metrics) = (config.certificate_expired(), metrics.cloned());
-        let context = Context { endpoint, user, prefix, greeted: false, expired, metrics };
+        let context = Context { endpoint, user, prefix, has_responded: false, certificate_expired: expired, metrics };
         connect_to(config, context, &keys, credentials.clone())
     };
     let mut errors = Vec::new();
@@ -293,7 +293,7 @@ pub(super) async fn connect_to_any(
         tokio::select! {
             Some(outcome) = attempts.next() => match outcome {
                 Ok(session) => {
-                    debug!(endpoint = session.context.endpoint, revision = session.greeting.revision, "connected to etcd");
+                    debug!(endpoint = session.context.endpoint, revision = session.cluster_state.revision, "connected to etcd");
                     return Ok(session);
                 }
                 Err(error) => {
@@ -301,7 +301,7 @@ pub(super) async fn connect_to_any(
                     errors.push(error);
                 }
             },
-            () = tokio::time::sleep(HEAD_START), if candidates.len() > 0 => {}
+            () = tokio::time::sleep(CONNECTION_ATTEMPT_DELAY), if candidates.len() > 0 => {}
         }
         attempts.extend(candidates.next().map(&attempt));
     }
@@ -330,41 +330,41 @@ async fn connect_to(
         .with_require_leader(true)
         .with_auto_token_refresh(true);
     if context.endpoint.starts_with("https://") {
-        options = options.with_tls(config.tls()?);
+        options = options.with_tls(config.tls_options()?);
     }
     let with_user = match credentials {
         Some((user, password)) => options.clone().with_user(user, password),
         None => options.clone(),
     };
-    let open = |options| within(&context, "log in", Client::connect([context.endpoint.clone()], Some(options)));
+    let open = |options| with_timeout(&context, "log in", Client::connect([context.endpoint.clone()], Some(options)));
     let client = match open(with_user).await {
-        Err(StoreError::Answer { detail, .. }) if detail.contains("authentication is not enabled") => {
+        Err(StoreError::RequestFailed { detail, .. }) if detail.contains("authentication is not enabled") => {
             warn!(endpoint = context.endpoint, "etcd has no authentication enabled: --etcd-username is not needed");
             open(options).await?
         }
         other => other?,
     };
-    let greeting = Greeting { cluster: 0, term: 0, revision: 0 };
-    let mut session = Session { client, context, keys: keys.clone(), greeting };
+    let cluster_state = ClusterState { cluster_id: 0, term: 0, revision: 0 };
+    let mut session = Session { client, context, keys: keys.clone(), cluster_state };
     let (_, header) = session.get_config().await?;
-    session.greeting = header;
-    session.context.greeted = true;
+    session.cluster_state = header;
+    session.context.has_responded = true;
     Ok(session)
 }
 
 /// Waits for an answer, but not for ever, and turns the library's errors into ours.
-pub(super) async fn within<T>(
+pub(super) async fn with_timeout<T>(
     context: &Context,
     what: &'static str,
     request: impl Future<Output = Result<T, etcd_client::Error>>,
 ) -> Result<T, StoreError> {
-    let begun = Instant::now();
+    let started = Instant::now();
     let answer = tokio::time::timeout(RPC_TIMEOUT, request).await;
     if let Some(metrics) = &context.metrics {
-        metrics.store_asked(begun.elapsed(), matches!(answer, Ok(Ok(_))));
+        metrics.store_request_finished(started.elapsed(), matches!(answer, Ok(Ok(_))));
     }
     match answer {
-        Ok(answer) => answer.map_err(|error| context.error(what, error)),
+        Ok(answer) => answer.map_err(|error| context.map_error(what, error)),
         Err(_) => {
             let seconds = RPC_TIMEOUT.as_secs_f32();
             Err(StoreError::Timeout { endpoint: context.endpoint.clone(), what, seconds })
@@ -374,20 +374,20 @@ pub(super) async fn within<T>(
 
 impl Session {
     pub(super) fn kv(&self) -> etcd_client::KvClient {
-        self.client.kv_client().max_decoding_message_size(MAX_ANSWER)
+        self.client.kv_client().max_decoding_message_size(MAX_RESPONSE_SIZE)
     }
 
     pub(super) fn watcher(&self) -> etcd_client::WatchClient {
-        self.client.watch_client().max_decoding_message_size(MAX_ANSWER)
+        self.client.watch_client().max_decoding_message_size(MAX_RESPONSE_SIZE)
     }
 
     /// Waits for an answer of this server.
-    pub(super) async fn within<T>(
+    pub(super) async fn with_timeout<T>(
         &self,
         what: &'static str,
         request: impl Future<Output = Result<T, etcd_client::Error>>,
     ) -> Result<T, StoreError> {
-        within(&self.context, what, request).await
+        with_timeout(&self.context, what, request).await
     }
 }
 
@@ -396,7 +396,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn endpoints_are_made_whole() {
+    fn endpoint_defaults_are_filled_in() {
         for (given, tls, wanted) in [
             ("http://127.0.0.1:2379", false, "http://127.0.0.1:2379"),
             ("https://etcd1:2379/", true, "https://etcd1:2379"),
@@ -405,12 +405,12 @@ mod tests {
             ("HTTPS://[fd00::1]", false, "https://[fd00::1]:2379"),
             ("https://[fd00::1]:77", false, "https://[fd00::1]:77"),
         ] {
-            assert_eq!(normalise(given, tls).expect(given), wanted);
+            assert_eq!(normalise_endpoint(given, tls).expect(given), wanted);
         }
     }
 
     #[test]
-    fn endpoints_that_are_none_are_refused_with_the_remedy() {
+    fn invalid_endpoint_is_rejected_with_remedy() {
         for (given, tls, wanted) in [
             ("", false, "is not of the form"),
             ("http://", false, "is not of the form"),
@@ -423,13 +423,13 @@ mod tests {
             ("http://x/path", false, "is not of the form"),
             ("http://x y", false, "is not of the form"),
         ] {
-            let error = normalise(given, tls).expect_err(given).to_string();
+            let error = normalise_endpoint(given, tls).expect_err(given).to_string();
             assert!(error.contains(wanted), "{error}");
         }
     }
 
     #[test]
-    fn settings_that_contradict_each_other_are_refused() {
+    fn contradicting_settings_are_rejected() {
         let good = StoreConfig { endpoints: vec!["x".to_owned()], ..StoreConfig::default() };
         assert!(good.validate().is_ok());
         let errors = [
@@ -444,12 +444,12 @@ mod tests {
     }
 
     #[test]
-    fn a_restored_cluster_is_told_from_the_one_before() {
-        let before = Greeting { cluster: 1, term: 5, revision: 100 };
-        assert!(Greeting { revision: 130, ..before }.continues(&before, 120));
-        assert!(Greeting { term: 6, revision: 130, ..before }.continues(&before, 120));
-        assert!(!Greeting { revision: 119, ..before }.continues(&before, 120));
-        assert!(!Greeting { cluster: 2, revision: 130, ..before }.continues(&before, 120));
-        assert!(!Greeting { term: 2, revision: 130, ..before }.continues(&before, 120));
+    fn restored_cluster_is_detected() {
+        let before = ClusterState { cluster_id: 1, term: 5, revision: 100 };
+        assert!(ClusterState { revision: 130, ..before }.is_continuation_of(&before, 120));
+        assert!(ClusterState { term: 6, revision: 130, ..before }.is_continuation_of(&before, 120));
+        assert!(!ClusterState { revision: 119, ..before }.is_continuation_of(&before, 120));
+        assert!(!ClusterState { cluster_id: 2, revision: 130, ..before }.is_continuation_of(&before, 120));
+        assert!(!ClusterState { term: 2, revision: 130, ..before }.is_continuation_of(&before, 120));
     }
 }

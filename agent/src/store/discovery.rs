@@ -12,14 +12,14 @@ use rand::{Rng, RngExt};
 use super::StoreError;
 
 /// How long the resolver may take for all its tries.
-const TIMEOUT: Duration = Duration::from_secs(10);
+const SRV_LOOKUP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long the name of a server may take to be resolved. Connecting resolves it again, and has more time.
-const NAME_TIMEOUT: Duration = Duration::from_secs(1);
+const HOST_LOOKUP_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// One SRV record (RFC 2782).
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Target {
+struct SrvRecord {
     priority: u16,
     weight: u16,
     host: String,
@@ -30,10 +30,10 @@ struct Target {
 pub(super) async fn endpoints(name: &str, tls: bool) -> Result<Vec<String>, StoreError> {
     let resolver = TokioResolver::builder_tokio().and_then(|builder| builder.build());
     let resolver = resolver.map_err(|e| StoreError::Discovery { name: name.to_owned(), detail: e.to_string() })?;
-    endpoints_by(&resolver, name, tls).await
+    endpoints_with(&resolver, name, tls).await
 }
 
-async fn endpoints_by(resolver: &TokioResolver, name: &str, tls: bool) -> Result<Vec<String>, StoreError> {
+async fn endpoints_with(resolver: &TokioResolver, name: &str, tls: bool) -> Result<Vec<String>, StoreError> {
     let failed = |detail: String| StoreError::Discovery { name: name.to_owned(), detail };
     let services: &[(&str, &str)] = if tls {
         &[("_etcd-client-ssl._tcp", "https")]
@@ -45,13 +45,13 @@ async fn endpoints_by(resolver: &TokioResolver, name: &str, tls: bool) -> Result
     let mut errors = Vec::new();
     for (service, scheme) in services {
         // With the dot at the end no search domain is appended.
-        let answer = tokio::time::timeout(TIMEOUT, resolver.srv_lookup(format!("{service}.{domain}."))).await;
+        let answer = tokio::time::timeout(SRV_LOOKUP_TIMEOUT, resolver.srv_lookup(format!("{service}.{domain}."))).await;
         match answer {
-            Err(_) => errors.push(format!("no answer within {} s", TIMEOUT.as_secs())),
+            Err(_) => errors.push(format!("no answer within {} s", SRV_LOOKUP_TIMEOUT.as_secs())),
             Ok(Err(error)) => errors.push(error.to_string()),
             Ok(Ok(lookup)) => {
                 let targets = lookup.answers().iter().filter_map(|record| match &record.data {
-                    RData::SRV(srv) => Some(Target {
+                    RData::SRV(srv) => Some(SrvRecord {
                         priority: srv.priority,
                         weight: srv.weight,
                         host: srv.target.to_utf8().trim_end_matches('.').to_owned(),
@@ -61,7 +61,7 @@ async fn endpoints_by(resolver: &TokioResolver, name: &str, tls: bool) -> Result
                 });
                 // The root as target says that the service is not there (RFC 2782).
                 let targets = targets.filter(|target| !target.host.is_empty()).collect();
-                let sorted = order(targets, &mut rand::rng());
+                let sorted = order_records(targets, &mut rand::rng());
                 endpoints.extend(sorted.into_iter().map(|target| format!("{scheme}://{}:{}", target.host, target.port)));
             }
         }
@@ -74,11 +74,11 @@ async fn endpoints_by(resolver: &TokioResolver, name: &str, tls: bool) -> Result
 }
 
 /// The addresses that endpoints as URLs stand for now. A name without an answer in time has none.
-pub(super) async fn addresses(endpoints: &[String]) -> BTreeSet<IpAddr> {
+pub(super) async fn resolve_addresses(endpoints: &[String]) -> BTreeSet<IpAddr> {
     let mut found = BTreeSet::new();
     for endpoint in endpoints {
         let authority = endpoint.rsplit("://").next().unwrap_or_default();
-        match tokio::time::timeout(NAME_TIMEOUT, tokio::net::lookup_host(authority)).await {
+        match tokio::time::timeout(HOST_LOOKUP_TIMEOUT, tokio::net::lookup_host(authority)).await {
             Ok(Ok(addresses)) => found.extend(addresses.map(|address| address.ip())),
             Ok(Err(error)) => tracing::debug!(endpoint, %error, "the name of an etcd server is not resolved"),
             Err(_) => tracing::debug!(endpoint, "the name of an etcd server is not resolved in time"),
@@ -88,7 +88,7 @@ pub(super) async fn addresses(endpoints: &[String]) -> BTreeSet<IpAddr> {
 }
 
 /// Lowest priority first; within one, drawn by weight (RFC 2782).
-fn order(mut targets: Vec<Target>, random: &mut impl Rng) -> Vec<Target> {
+fn order_records(mut targets: Vec<SrvRecord>, random: &mut impl Rng) -> Vec<SrvRecord> {
     targets.sort_by_key(|target| (target.priority, target.weight));
     let mut sorted = Vec::with_capacity(targets.len());
     while let Some(priority) = targets.first().map(|target| target.priority) {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::metrics::Metrics;
 
-use crate::config::secret::Exposed;
+use crate::config::secret::ExposedFile;
 
 /// Why something could not be read from or written to etcd.
 #[derive(Debug, thiserror::Error)]
@@ -60,7 +60,7 @@ pub enum StoreError {
         /// The file.
         path: PathBuf,
         /// Its mode, and the remedy.
-        exposed: Exposed,
+        exposed: ExposedFile,
     },
     /// A user without a password file, a certificate without a key, or the reverse.
     #[error("{given} needs {missing} as well")]
@@ -140,13 +140,13 @@ pub enum StoreError {
     },
     /// An etcd lease has expired or was revoked.
     #[error("etcd lease {lease:x} is not there any more")]
-    LeaseGone {
+    LeaseNotFound {
         /// The etcd lease.
         lease: i64,
     },
     /// The connection may hang on an address that this host no longer has; the kernel would let it wait for answers that cannot come.
     #[error("this host's underlay address has changed: connecting to etcd anew")]
-    Moved,
+    AddressChanged,
     /// The revision that is asked for has been compacted away.
     #[error("etcd has compacted the revisions behind {revision} away")]
     Compacted {
@@ -163,7 +163,7 @@ pub enum StoreError {
     },
     /// Any other answer that is no success.
     #[error("etcd {endpoint} could not {what}: {detail}")]
-    Answer {
+    RequestFailed {
         /// The endpoint.
         endpoint: String,
         /// What was asked.
@@ -189,14 +189,17 @@ pub enum StoreError {
     },
     /// Nobody receives events any more.
     #[error("the receiver of store events is gone")]
-    ReceiverGone,
+    ReceiverClosed,
 }
 
 impl StoreError {
     /// Whether the connection is of no use any more, as against an answer that is no success.
     pub(super) fn ends_session(&self) -> bool {
         use StoreError as E;
-        matches!(self, E::Unreachable { .. } | E::Timeout { .. } | E::Tls { .. } | E::Login { .. } | E::Moved | E::ReceiverGone)
+        matches!(
+            self,
+            E::Unreachable { .. } | E::Timeout { .. } | E::Tls { .. } | E::Login { .. } | E::AddressChanged | E::ReceiverClosed
+        )
     }
 }
 
@@ -210,9 +213,9 @@ pub(super) struct Context {
     /// The prefix.
     pub(super) prefix: String,
     /// Whether the server has answered anything yet.
-    pub(super) greeted: bool,
+    pub(super) has_responded: bool,
     /// Whether the client certificate has expired.
-    pub(super) expired: bool,
+    pub(super) certificate_expired: bool,
     /// Where round trips are counted.
     pub(super) metrics: Option<Arc<Metrics>>,
 }
@@ -226,33 +229,33 @@ const UNAVAILABLE: i32 = 14;
 const UNAUTHENTICATED: i32 = 16;
 
 /// How a connection looks that the server ended after it was made.
-const ENDED: [&str; 3] = ["connection closed", "broken pipe", "reset by peer"];
+const CONNECTION_CLOSED_TEXTS: [&str; 3] = ["connection closed", "broken pipe", "reset by peer"];
 
 /// The client library's own words, which say nothing to whoever reads them behind the system's.
-const NOISE: [&str; 3] = ["tcp connect error: ", "transport error: ", ": transport error"];
+const REDUNDANT_TEXTS: [&str; 3] = ["tcp connect error: ", "transport error: ", ": transport error"];
 
 impl Context {
-    pub(super) fn who(&self) -> String {
+    pub(super) fn user_description(&self) -> String {
         self.user.as_ref().map_or_else(|| "a client without a user name".to_owned(), |user| format!("user `{user}`"))
     }
 
     /// Our error for the library's.
-    pub(super) fn error(&self, what: &'static str, error: etcd_client::Error) -> StoreError {
+    pub(super) fn map_error(&self, what: &'static str, error: etcd_client::Error) -> StoreError {
         use etcd_client::Error as E;
         let endpoint = self.endpoint.clone();
         match error {
             E::GRpcStatus(status) => {
-                let detail = chain(status.message(), status.source());
-                self.status(what, i32::from(status.code()), status.source().is_some(), detail)
+                let detail = error_chain(status.message(), status.source());
+                self.map_status(what, i32::from(status.code()), status.source().is_some(), detail)
             }
-            E::TransportError(error) => self.transport(chain("", Some(&error))),
+            E::TransportError(error) => self.map_transport_error(error_chain("", Some(&error))),
             E::IoError(error) => StoreError::Unreachable { endpoint, detail: error.to_string() },
             E::InvalidUri(error) => StoreError::Endpoint { endpoint, rule: format!("is no URL: {error}") },
-            other => StoreError::Answer { endpoint, what, detail: other.to_string() },
+            other => StoreError::RequestFailed { endpoint, what, detail: other.to_string() },
         }
     }
 
-    fn status(&self, what: &'static str, code: i32, local: bool, detail: String) -> StoreError {
+    fn map_status(&self, what: &'static str, code: i32, local: bool, detail: String) -> StoreError {
         let endpoint = self.endpoint.clone();
         let says = |text: &str| detail.contains(text);
         if says("required revision has been compacted") {
@@ -265,25 +268,30 @@ impl Context {
             return StoreError::NoSpace { endpoint };
         }
         if says("authentication failed") || says("user name is empty") || says("invalid auth token") || code == UNAUTHENTICATED {
-            return StoreError::Login { endpoint, who: self.who(), detail };
+            return StoreError::Login { endpoint, who: self.user_description(), detail };
         }
         match code {
-            PERMISSION_DENIED => StoreError::Permission { endpoint, who: self.who(), what, prefix: self.prefix.clone() },
-            NOT_FOUND if says("lease not found") => StoreError::LeaseGone { lease: 0 },
-            UNAVAILABLE if !local => StoreError::Answer { endpoint, what, detail },
-            UNAVAILABLE => self.transport(detail),
-            DEADLINE_EXCEEDED | RESOURCE_EXHAUSTED => StoreError::Answer { endpoint, what, detail },
-            _ if local => self.transport(detail),
-            _ => StoreError::Answer { endpoint, what, detail },
+            PERMISSION_DENIED => {
+                StoreError::Permission { endpoint, who: self.user_description(), what, prefix: self.prefix.clone() }
+            }
+            NOT_FOUND if says("lease not found") => StoreError::LeaseNotFound { lease: 0 },
+            UNAVAILABLE if !local => StoreError::RequestFailed { endpoint, what, detail },
+            UNAVAILABLE => self.map_transport_error(detail),
+            DEADLINE_EXCEEDED | RESOURCE_EXHAUSTED => StoreError::RequestFailed { endpoint, what, detail },
+            _ if local => self.map_transport_error(detail),
+            _ => StoreError::RequestFailed { endpoint, what, detail },
         }
     }
 
     /// A failure below gRPC: TLS tells what is wrong only in words.
-    fn transport(&self, detail: String) -> StoreError {
+    fn map_transport_error(&self, detail: String) -> StoreError {
         let endpoint = self.endpoint.clone();
         let says = |text: &str| detail.contains(text);
-        let alert = says("alert") || (endpoint.starts_with("https://") && !self.greeted && ENDED.iter().any(|words| says(words)));
-        let remedy = if self.expired && alert {
+        let alert = says("alert")
+            || (endpoint.starts_with("https://")
+                && !self.has_responded
+                && CONNECTION_CLOSED_TEXTS.iter().any(|words| says(words)));
+        let remedy = if self.certificate_expired && alert {
             // Not every server says so.
             "the client certificate of --etcd-certfile has expired: renew it, or set this host's clock right"
         } else if says("UnknownIssuer") || says("BadSignature") {
@@ -298,7 +306,10 @@ impl Context {
             "it wants a client certificate of its CA: set --etcd-certfile and --etcd-keyfile"
         } else if says("InvalidContentType") || says("corrupt message") || says("handshake eof") {
             "where it does not speak TLS, use an http:// endpoint"
-        } else if endpoint.starts_with("https://") && !self.greeted && ENDED.iter().any(|words| says(words)) {
+        } else if endpoint.starts_with("https://")
+            && !self.has_responded
+            && CONNECTION_CLOSED_TEXTS.iter().any(|words| says(words))
+        {
             // TLS 1.3 servers look at the client's certificate only after the handshake. One without TLS says so where its words arrive before the end
             // of the connection, which they need not.
             "servers that want a client certificate of their CA end the connection so: set --etcd-certfile and --etcd-keyfile; and servers \
@@ -306,14 +317,14 @@ impl Context {
         } else if says("certificate") || says("tls") || says("TLS") || says("fatal alert") {
             "check --etcd-cafile, --etcd-certfile and --etcd-keyfile"
         } else {
-            return StoreError::Unreachable { endpoint, detail: plain(&detail) };
+            return StoreError::Unreachable { endpoint, detail: strip_redundant_text(&detail) };
         };
-        StoreError::Tls { endpoint, detail: plain(&detail), remedy }
+        StoreError::Tls { endpoint, detail: strip_redundant_text(&detail), remedy }
     }
 }
 
-fn plain(detail: &str) -> String {
-    NOISE.iter().fold(detail.to_owned(), |detail, noise| detail.replace(noise, ""))
+fn strip_redundant_text(detail: &str) -> String {
+    REDUNDANT_TEXTS.iter().fold(detail.to_owned(), |detail, noise| detail.replace(noise, ""))
 }
 
 /// What to do about an endpoint that cannot be reached, by the system's words.
@@ -327,7 +338,7 @@ fn unreachable(endpoint: &str, detail: &str) -> String {
         let host = endpoint.rsplit_once("://").map_or(endpoint, |(_, rest)| rest);
         let name = host.rsplit_once(':').map_or(host, |(name, _)| name);
         format!("is the name of --etcd-endpoints right? `getent hosts {name}` asks as the agent does")
-    } else if endpoint.starts_with("http://") && ENDED.iter().any(|words| says(words)) {
+    } else if endpoint.starts_with("http://") && CONNECTION_CLOSED_TEXTS.iter().any(|words| says(words)) {
         "servers that speak TLS end the connection so: use an https:// endpoint, and --etcd-cafile; and etcd's client port, usually 2379"
             .to_owned()
     } else {
@@ -336,7 +347,7 @@ fn unreachable(endpoint: &str, detail: &str) -> String {
 }
 
 /// An error's words and those of its sources, without repetition.
-fn chain(first: &str, source: Option<&(dyn Error + 'static)>) -> String {
+fn error_chain(first: &str, source: Option<&(dyn Error + 'static)>) -> String {
     let mut parts: Vec<String> = if first.is_empty() { Vec::new() } else { vec![first.to_owned()] };
     let mut next = source;
     while let Some(error) = next {

@@ -1,4 +1,4 @@
-//! Where things stand in etcd: `<prefix>/config` and `<prefix>/subnets/<subnet>`. Pure.
+//! Where things stand in etcd: `<prefix>/config` and `<prefix>/subnets/<local_subnet>`. Pure.
 
 use super::StoreError;
 use crate::model::Cidr;
@@ -14,7 +14,7 @@ pub struct Keys {
 
 /// What a key below the prefix is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum KeyKind {
     /// The network's configuration.
     Config,
     /// An entry of `subnets/`, by the part behind it.
@@ -57,24 +57,24 @@ impl Keys {
     }
 
     /// The range that holds everything below the prefix: from (inclusive), to (exclusive).
-    pub(super) fn everything(&self) -> (String, String) {
+    pub(super) fn prefix_range(&self) -> (String, String) {
         (format!("{}/", self.prefix), format!("{}0", self.prefix))
     }
 
     /// The range that holds every entry: from (inclusive), to (exclusive).
-    pub(super) fn subnets(&self) -> (String, String) {
+    pub(super) fn subnets_range(&self) -> (String, String) {
         (format!("{}/subnets/", self.prefix), format!("{}/subnets0", self.prefix))
     }
 
     /// What a key is.
-    pub(super) fn place(&self, key: &[u8]) -> Place {
-        let Some(rest) = key.strip_prefix(self.prefix.as_bytes()) else { return Place::Other };
+    pub(super) fn kind_of(&self, key: &[u8]) -> KeyKind {
+        let Some(rest) = key.strip_prefix(self.prefix.as_bytes()) else { return KeyKind::Other };
         if rest == b"/config" {
-            return Place::Config;
+            return KeyKind::Config;
         }
         match rest.strip_prefix(b"/subnets/") {
-            Some(part) => Place::Subnet(String::from_utf8_lossy(part).into_owned()),
-            None => Place::Other,
+            Some(part) => KeyKind::Subnet(String::from_utf8_lossy(part).into_owned()),
+            None => KeyKind::Other,
         }
     }
 }
@@ -114,21 +114,21 @@ mod tests {
     }
 
     #[test]
-    fn keys_and_places_agree() {
+    fn key_kinds_match_built_keys() {
         let keys = keys("/p");
-        assert_eq!(keys.place(keys.config().as_bytes()), Place::Config);
-        assert_eq!(keys.place(keys.subnet("10.1.0.0-24").as_bytes()), Place::Subnet("10.1.0.0-24".to_owned()));
+        assert_eq!(keys.kind_of(keys.config().as_bytes()), KeyKind::Config);
+        assert_eq!(keys.kind_of(keys.subnet("10.1.0.0-24").as_bytes()), KeyKind::Subnet("10.1.0.0-24".to_owned()));
         for other in ["/p", "/p/config2", "/p/endpoints/x", "/pp/config", "/p/subnets", ""] {
-            assert_eq!(keys.place(other.as_bytes()), Place::Other, "{other}");
+            assert_eq!(keys.kind_of(other.as_bytes()), KeyKind::Other, "{other}");
         }
-        let (from, to) = keys.subnets();
+        let (from, to) = keys.subnets_range();
         assert!(from < keys.subnet("0") && keys.subnet("~") < to);
-        let (from, to) = keys.everything();
+        let (from, to) = keys.prefix_range();
         assert!(from < keys.config() && keys.subnet("~") < to);
     }
 
     #[test]
-    fn claims_of_keys_that_are_no_leases() {
+    fn non_canonical_keys_claim_ranges() {
         let claims = |key: &str| claimed_ranges(key).iter().map(ToString::to_string).collect::<Vec<_>>();
         assert_eq!(claims("10.244.1.7-24"), ["10.244.1.0/24"]);
         assert_eq!(claims("FD00:0::-64"), ["fd00::/64"]);

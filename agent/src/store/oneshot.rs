@@ -1,4 +1,4 @@
-//! Single requests for programs that are no agent: `overlayctl` straight at etcd, and `overlayd cleanup`.
+//! Single requests for programs that are no agent: `overlayctl` straight at etcd, and `overlayd_command run_cleanup`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -8,14 +8,14 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use tracing::debug;
 
 use super::connect::{Session, StoreConfig, connect};
-use super::lease::{Claim, Look};
+use super::lease::{LeaseEntry, LeaseSnapshot};
 use super::{StoreError, codec};
 use crate::model::event::StoreEntry;
 
 /// Requests for the time left of etcd leases that are under way at once.
-const PARALLEL: usize = 64;
+const MAX_CONCURRENT_REQUESTS: usize = 64;
 /// How often an entry is looked at again that was changed while it was being released.
-const RELEASE_TRIES: u32 = 5;
+const MAX_RELEASE_ATTEMPTS: u32 = 5;
 
 /// Everything in the store at one revision.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,7 +27,7 @@ pub struct Snapshot {
     /// Every entry below `<prefix>/subnets/`.
     pub entries: Vec<StoreEntry>,
     /// What is left of each etcd lease, by its id, where it was asked for.
-    pub time_left: BTreeMap<i64, Duration>,
+    pub remaining_ttls: BTreeMap<i64, Duration>,
 }
 
 /// The network's configuration as it stands in the store.
@@ -41,7 +41,7 @@ pub struct ConfigText {
 
 /// What one server says of itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Member {
+pub struct MemberStatus {
     /// etcd's version.
     pub version: String,
     /// Whether the cluster has a leader, as this server sees it.
@@ -52,7 +52,7 @@ pub struct Member {
 
 /// Which configuration may be replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Replace {
+pub enum ReplaceCondition {
     /// The one that was last changed at this revision; 0 where there must be none.
     Revision(i64),
     /// Any.
@@ -61,7 +61,7 @@ pub enum Replace {
 
 /// What became of a host's entries.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Released {
+pub struct ReleaseReport {
     /// Keys that were deleted.
     pub released: Vec<String>,
     /// Keys of reservations, which stay.
@@ -72,31 +72,34 @@ pub struct Released {
 ///
 /// # Errors
 /// Whatever keeps etcd from answering.
-pub async fn read_all(config: &StoreConfig, time_left: bool) -> Result<Snapshot, StoreError> {
+pub async fn read_all(config: &StoreConfig, with_remaining_ttls: bool) -> Result<Snapshot, StoreError> {
     let session = connect(config).await?;
     let listing = session.list().await?;
     let entries: Vec<StoreEntry> = listing.entries.iter().map(codec::decode).collect();
-    let left = match time_left {
-        true => ask_time_left(&session, listing.entries.iter().filter_map(|entry| entry.etcd_lease)).await?,
+    let left = match with_remaining_ttls {
+        true => request_remaining_ttls(&session, listing.entries.iter().filter_map(|entry| entry.etcd_lease)).await?,
         false => BTreeMap::new(),
     };
     let config = config_text(listing.config);
-    Ok(Snapshot { revision: listing.revision, config, entries, time_left: left })
+    Ok(Snapshot { revision: listing.revision, config, entries, remaining_ttls: left })
 }
 
 /// What is left of these etcd leases; one that is gone is not in the answer.
 ///
 /// # Errors
 /// Whatever keeps etcd from answering.
-pub async fn time_left(config: &StoreConfig, ids: Vec<i64>) -> Result<BTreeMap<i64, Duration>, StoreError> {
-    ask_time_left(&connect(config).await?, ids).await
+pub async fn remaining_ttls(config: &StoreConfig, ids: Vec<i64>) -> Result<BTreeMap<i64, Duration>, StoreError> {
+    request_remaining_ttls(&connect(config).await?, ids).await
 }
 
-async fn ask_time_left(session: &Session, ids: impl IntoIterator<Item = i64>) -> Result<BTreeMap<i64, Duration>, StoreError> {
+async fn request_remaining_ttls(
+    session: &Session,
+    ids: impl IntoIterator<Item = i64>,
+) -> Result<BTreeMap<i64, Duration>, StoreError> {
     let ids: BTreeSet<i64> = ids.into_iter().collect();
     stream::iter(ids)
         .map(|id| async move { Ok::<_, StoreError>((id, session.time_to_live(id).await?)) })
-        .buffer_unordered(PARALLEL)
+        .buffer_unordered(MAX_CONCURRENT_REQUESTS)
         .try_filter_map(|(id, ttl)| async move { Ok(ttl.map(|ttl| (id, ttl.remaining))) })
         .try_collect()
         .await
@@ -106,11 +109,11 @@ async fn ask_time_left(session: &Session, ids: impl IntoIterator<Item = i64>) ->
 ///
 /// # Errors
 /// Whatever keeps etcd from answering.
-pub async fn member(config: &StoreConfig) -> Result<Member, StoreError> {
+pub async fn member_status(config: &StoreConfig) -> Result<MemberStatus, StoreError> {
     let session = connect(config).await?;
     let mut client = session.client.maintenance_client();
-    let status = session.within("read the server's status", client.status()).await?;
-    Ok(Member { version: status.version().to_owned(), has_leader: status.leader() != 0, alarms: status.errors().to_vec() })
+    let status = session.with_timeout("read the server's status", client.status()).await?;
+    Ok(MemberStatus { version: status.version().to_owned(), has_leader: status.leader() != 0, alarms: status.errors().to_vec() })
 }
 
 /// Reads the network's configuration.
@@ -129,18 +132,18 @@ fn config_text(raw: Option<super::read::RawConfig>) -> ConfigText {
 ///
 /// # Errors
 /// [`StoreError::Conflict`] where another one stands there than the caller wants to replace.
-pub async fn put_config(config: &StoreConfig, text: &str, replace: Replace) -> Result<i64, StoreError> {
+pub async fn put_config(config: &StoreConfig, text: &str, replace: ReplaceCondition) -> Result<i64, StoreError> {
     let session = connect(config).await?;
     let key = session.keys.config();
     let mut txn = Txn::new();
-    if let Replace::Revision(revision) = replace {
+    if let ReplaceCondition::Revision(revision) = replace {
         txn = txn.when(vec![Compare::mod_revision(key.clone(), CompareOp::Equal, revision)]);
     }
     let txn = txn.and_then(vec![TxnOp::put(key, text, None)]);
     let mut kv = session.kv();
-    let answer = session.within("write the configuration", kv.txn(txn)).await?;
+    let answer = session.with_timeout("write the configuration", kv.txn(txn)).await?;
     match (answer.succeeded(), replace) {
-        (false, Replace::Revision(expected)) => {
+        (false, ReplaceCondition::Revision(expected)) => {
             let found = session.get_config().await?.0.map_or(0, |config| config.mod_revision);
             Err(StoreError::Conflict { expected, found })
         }
@@ -152,20 +155,20 @@ pub async fn put_config(config: &StoreConfig, text: &str, replace: Replace) -> R
 ///
 /// # Errors
 /// Whatever keeps etcd from answering; what was released before stays released.
-pub async fn release(config: &StoreConfig, node_id: &str) -> Result<Released, StoreError> {
+pub async fn release(config: &StoreConfig, node_id: &str) -> Result<ReleaseReport, StoreError> {
     let session = connect(config).await?;
-    let mut done = Released::default();
-    for _ in 0..RELEASE_TRIES {
-        let look = Look::of(session.list().await?, node_id);
-        let is_ours = |claim: &&Claim| claim.owner.node.as_ref().is_some_and(|node| node.id == node_id);
-        done.reservations =
-            look.claims.iter().filter(is_ours).filter(|c| c.etcd_lease.is_none()).map(|c| c.key.clone()).collect();
+    let mut report = ReleaseReport::default();
+    for _ in 0..MAX_RELEASE_ATTEMPTS {
+        let snapshot = LeaseSnapshot::from_listing(session.list().await?, node_id);
+        let is_ours = |claim: &&LeaseEntry| claim.owner.node.as_ref().is_some_and(|node| node.id == node_id);
+        report.reservations =
+            snapshot.entries.iter().filter(is_ours).filter(|c| c.etcd_lease.is_none()).map(|c| c.key.clone()).collect();
         let mut again = false;
-        for claim in look.claims.iter().filter(is_ours) {
+        for claim in snapshot.entries.iter().filter(is_ours) {
             let Some(id) = claim.etcd_lease else { continue };
             if session.remove(&claim.key, claim.mod_revision).await? {
-                done.released.push(claim.key.clone());
-                if !look.claims.iter().any(|other| other.key != claim.key && other.etcd_lease == Some(id)) {
+                report.released.push(claim.key.clone());
+                if !snapshot.entries.iter().any(|other| other.key != claim.key && other.etcd_lease == Some(id)) {
                     session.revoke(id).await?;
                 }
             } else {
@@ -177,5 +180,5 @@ pub async fn release(config: &StoreConfig, node_id: &str) -> Result<Released, St
             break;
         }
     }
-    Ok(done)
+    Ok(report)
 }

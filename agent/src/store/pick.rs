@@ -9,10 +9,10 @@ use crate::model::network::Pool;
 use crate::model::{Cidr, Family, NetworkConfig, PerFamily, Subnet};
 
 /// The subnets of a pool that are taken: disjoint ranges of indexes (first and last, inclusive), ascending.
-struct Taken(Vec<(u128, u128)>);
+struct AllocatedRanges(Vec<(u128, u128)>);
 
-impl Taken {
-    fn of(pool: &Pool, ranges: &[Cidr]) -> Taken {
+impl AllocatedRanges {
+    fn from_ranges(pool: &Pool, ranges: &[Cidr]) -> AllocatedRanges {
         let shift = u32::from(pool.network.family().bits() - pool.subnet_length);
         let (first, last) = (address_value(pool.min.base()), address_value(pool.max.last()));
         // A range as large as the network is nobody's subnet: it must not keep every host out.
@@ -22,10 +22,10 @@ impl Taken {
             let high = address_value(range.last()).min(last);
             (low <= high).then(|| ((low - first) >> shift, (high - first) >> shift))
         });
-        Taken::merge(spans.collect())
+        AllocatedRanges::merge(spans.collect())
     }
 
-    fn merge(mut spans: Vec<(u128, u128)>) -> Taken {
+    fn merge(mut spans: Vec<(u128, u128)>) -> AllocatedRanges {
         spans.sort_unstable();
         let mut merged: Vec<(u128, u128)> = Vec::with_capacity(spans.len());
         for (low, high) in spans {
@@ -34,19 +34,19 @@ impl Taken {
                 _ => merged.push((low, high)),
             }
         }
-        Taken(merged)
+        AllocatedRanges(merged)
     }
 
-    fn union(&self, other: &Taken) -> Taken {
-        Taken::merge(self.0.iter().chain(&other.0).copied().collect())
+    fn union(&self, other: &AllocatedRanges) -> AllocatedRanges {
+        AllocatedRanges::merge(self.0.iter().chain(&other.0).copied().collect())
     }
 
-    fn holds(&self, index: u128) -> bool {
+    fn contains(&self, index: u128) -> bool {
         self.0.iter().any(|(low, high)| (*low..=*high).contains(&index))
     }
 
     /// How many of the first `count` indexes are free.
-    fn free(&self, count: u128) -> u128 {
+    fn free_count(&self, count: u128) -> u128 {
         let taken = self.0.iter().filter(|(low, _)| *low < count).map(|(low, high)| (*high).min(count - 1) - low + 1);
         count - taken.sum::<u128>()
     }
@@ -66,10 +66,10 @@ impl Taken {
     /// The choice number `attempt` of a host among the first `count` indexes; `None` where none is free.
     fn choose(&self, count: u128, identity: &str, attempt: u32) -> Option<u128> {
         let first = hash(identity, 0) % count;
-        if attempt == 0 && !self.holds(first) {
+        if attempt == 0 && !self.contains(first) {
             return Some(first);
         }
-        let free = self.free(count);
+        let free = self.free_count(count);
         (free > 0).then(|| self.nth_free(hash(identity, attempt.wrapping_add(1)) % free))
     }
 }
@@ -78,11 +78,11 @@ impl Taken {
 ///
 /// `taken` is every range that any entry of the store names. With two families the same index in both pools is preferred, which makes
 /// the two subnets of a host look alike.
-pub(super) fn pick(network: &NetworkConfig, taken: &[Cidr], identity: &str, attempt: u32) -> Option<Subnet> {
-    let pools: Vec<(Family, Pool, Taken)> =
-        network.pools.iter().map(|(family, pool)| (family, *pool, Taken::of(pool, taken))).collect();
+pub(super) fn pick(network: &NetworkConfig, allocated: &[Cidr], identity: &str, attempt: u32) -> Option<Subnet> {
+    let pools: Vec<(Family, Pool, AllocatedRanges)> =
+        network.pools.iter().map(|(family, pool)| (family, *pool, AllocatedRanges::from_ranges(pool, allocated))).collect();
     let common = pools.iter().map(|(_, pool, _)| pool.count()).min()?;
-    let union = pools.iter().fold(Taken(Vec::new()), |all, (_, _, taken)| all.union(taken));
+    let union = pools.iter().fold(AllocatedRanges(Vec::new()), |all, (_, _, taken)| all.union(taken));
     let same = union.choose(common, identity, attempt);
     let mut cidrs = PerFamily::default();
     for (family, pool, taken) in &pools {
@@ -123,12 +123,12 @@ mod tests {
     const DUAL: &str = r#"{"Network":"10.1.0.0/16","SubnetMin":"10.1.10.0","SubnetMax":"10.1.13.0","EnableIPv6":true,"IPv6Network":"fd00::/56"}"#;
 
     #[test]
-    fn takes_every_subnet_of_a_pool_and_then_none() {
+    fn pick_exhausts_pool_then_returns_none() {
         let network = network(SMALL);
         let mut taken = Vec::new();
         for host in 0..10 {
             let subnet = pick(&network, &taken, &format!("host{host}"), 0).expect("a free subnet");
-            assert!(network.leases(&subnet), "{subnet}");
+            assert!(network.allows_subnet(&subnet), "{subnet}");
             let cidr = subnet.get(Family::V4).expect("IPv4");
             assert!(!taken.contains(&cidr), "{cidr} twice");
             taken.push(cidr);
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn foreign_ranges_of_any_length_are_kept_clear() {
+    fn pick_avoids_foreign_ranges_of_any_length() {
         let network = network(SMALL);
         let taken = cidrs(&["10.1.8.0/21", "10.1.16.0/23", "10.1.19.128/25", "fd00::/8", "10.9.0.0/16"]);
         for attempt in 0..50 {
@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn families_have_the_same_index_where_that_is_free() {
+    fn dual_stack_pick_prefers_same_index() {
         let network = network(DUAL);
         let index = |subnet: &Subnet, family| {
             network.pools.get(family).and_then(|pool| pool.index_of(subnet.get(family)?)).expect("of the pool")
@@ -157,12 +157,12 @@ mod tests {
         // Crosswise taken: no index is free in both, each family still has one.
         let taken = cidrs(&["10.1.10.0/24", "10.1.11.0/24", "fd00:0:0:3::/64", "fd00:0:0:4::/64"]);
         let subnet = pick(&network, &taken, "h", 5).expect("free");
-        assert!(network.leases(&subnet) && subnet.iter().all(|(_, c)| !taken.contains(&c)), "{subnet}");
+        assert!(network.allows_subnet(&subnet) && subnet.iter().all(|(_, c)| !taken.contains(&c)), "{subnet}");
         assert_eq!(pick(&network, &cidrs(&["10.1.8.0/21"]), "h", 0), None, "one family is exhausted");
     }
 
     #[test]
-    fn hosts_scatter() {
+    fn first_choices_of_hosts_are_spread() {
         let network = network(r#"{"Network":"10.0.0.0/8"}"#);
         for attempt in [0, 1, 7] {
             let mut all: Vec<_> = (0..1000).filter_map(|n| pick(&network, &[], &format!("host-{n}"), attempt)).collect();
@@ -174,7 +174,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_picked_is_free_and_of_the_pool(
+        fn picked_subnet_is_free_and_in_pool(
             ranges in prop::collection::vec((any::<u32>(), 8_u8..=32), 0..60), identity in "[a-z0-9]{1,12}", attempt in 0_u32..9,
         ) {
             let network = network(r#"{"Network":"10.0.0.0/12","SubnetLen":20}"#);
@@ -188,7 +188,7 @@ mod tests {
             match pick(&network, &taken, &identity, attempt) {
                 None => prop_assert_eq!(free, 0),
                 Some(subnet) => {
-                    prop_assert!(network.leases(&subnet));
+                    prop_assert!(network.allows_subnet(&subnet));
                     prop_assert!(subnet.iter().all(|(_, c)| !taken.iter().any(|t| t.overlaps(c))), "{} is taken", subnet);
                 }
             }

@@ -6,11 +6,11 @@ use etcd_client::{GetOptions, KeyValue, ResponseHeader};
 use tracing::debug;
 
 use super::StoreError;
-use super::connect::{Greeting, Session};
-use super::keys::Place;
+use super::connect::{ClusterState, Session};
+use super::keys::KeyKind;
 
 /// Leases in one answer.
-const PAGE: i64 = 2_000;
+const PAGE_SIZE: i64 = 2_000;
 
 /// The configuration as it stands in the store.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,14 +39,14 @@ pub(super) struct Listing {
 }
 
 impl RawConfig {
-    pub(super) fn of(kv: &KeyValue) -> RawConfig {
+    pub(super) fn from_kv(kv: &KeyValue) -> RawConfig {
         RawConfig { text: String::from_utf8_lossy(kv.value()).into_owned(), mod_revision: kv.mod_revision() }
     }
 }
 
 impl RawEntry {
     /// An entry from its key's last part and what etcd says of it.
-    pub(super) fn of(key: String, kv: &KeyValue) -> RawEntry {
+    pub(super) fn from_kv(key: String, kv: &KeyValue) -> RawEntry {
         RawEntry {
             key,
             value: kv.value().to_vec(),
@@ -58,44 +58,44 @@ impl RawEntry {
 }
 
 /// Where a server stands, by the header of an answer.
-pub(super) fn greeting(header: Option<&ResponseHeader>) -> Greeting {
+pub(super) fn cluster_state(header: Option<&ResponseHeader>) -> ClusterState {
     match header {
-        Some(h) => Greeting { cluster: h.cluster_id(), term: h.raft_term(), revision: h.revision() },
-        None => Greeting { cluster: 0, term: 0, revision: 0 },
+        Some(h) => ClusterState { cluster_id: h.cluster_id(), term: h.raft_term(), revision: h.revision() },
+        None => ClusterState { cluster_id: 0, term: 0, revision: 0 },
     }
 }
 
 impl Session {
     /// The configuration now.
-    pub(super) async fn get_config(&self) -> Result<(Option<RawConfig>, Greeting), StoreError> {
+    pub(super) async fn get_config(&self) -> Result<(Option<RawConfig>, ClusterState), StoreError> {
         let mut kv = self.kv();
-        let answer = self.within("read the configuration", kv.get(self.keys.config(), None)).await?;
-        Ok((answer.kvs().first().map(RawConfig::of), greeting(answer.header())))
+        let answer = self.with_timeout("read the configuration", kv.get(self.keys.config(), None)).await?;
+        Ok((answer.kvs().first().map(RawConfig::from_kv), cluster_state(answer.header())))
     }
 
     /// One entry, and the revision at which it is so.
     pub(super) async fn get_entry(&self, key: &str) -> Result<(Option<RawEntry>, i64), StoreError> {
         let mut kv = self.kv();
-        let answer = self.within("read a lease", kv.get(self.keys.subnet(key), None)).await?;
-        let entry = answer.kvs().first().map(|kv| RawEntry::of(key.to_owned(), kv));
-        Ok((entry, greeting(answer.header()).revision))
+        let answer = self.with_timeout("read a lease", kv.get(self.keys.subnet(key), None)).await?;
+        let entry = answer.kvs().first().map(|kv| RawEntry::from_kv(key.to_owned(), kv));
+        Ok((entry, cluster_state(answer.header()).revision))
     }
 
     /// The configuration and every entry at one revision.
     ///
     /// # Errors
-    /// Also [`StoreError::Compacted`] where the revision was compacted away between two pages: read again.
+    /// Also [`StoreError::HistoryCompacted`] where the revision was compacted away between two pages: read again.
     pub(super) async fn list(&self) -> Result<Listing, StoreError> {
-        let begun = Instant::now();
+        let started = Instant::now();
         let (config, now) = self.get_config().await?;
         let mut listing = Listing { revision: now.revision, config, entries: Vec::new() };
-        let (mut from, to) = self.keys.subnets();
+        let (mut from, to) = self.keys.subnets_range();
         let mut from = std::mem::take(&mut from).into_bytes();
-        let mut page = PAGE;
+        let mut page = PAGE_SIZE;
         loop {
             let options = GetOptions::new().with_range(to.clone()).with_limit(page).with_revision(listing.revision);
             let mut kv = self.kv();
-            let answer = match self.within("read the leases", kv.get(from.clone(), Some(options))).await {
+            let answer = match self.with_timeout("read the leases", kv.get(from.clone(), Some(options))).await {
                 // Somebody put large values there: ask for fewer of them.
                 Err(StoreError::TooLarge { detail, .. }) if page > 1 => {
                     debug!(page, detail, "answer too large, asking for smaller pages");
@@ -106,8 +106,8 @@ impl Session {
             };
             let kvs = answer.kvs();
             for kv in kvs {
-                if let Place::Subnet(key) = self.keys.place(kv.key()) {
-                    listing.entries.push(RawEntry::of(key, kv));
+                if let KeyKind::Subnet(key) = self.keys.kind_of(kv.key()) {
+                    listing.entries.push(RawEntry::from_kv(key, kv));
                 }
             }
             match kvs.last() {
@@ -116,7 +116,7 @@ impl Session {
                     from = [last.key(), &[0]].concat();
                 }
                 _ => {
-                    debug!(leases = listing.entries.len(), ms = begun.elapsed().as_secs_f64() * 1e3, "leases read");
+                    debug!(leases = listing.entries.len(), ms = started.elapsed().as_secs_f64() * 1e3, "leases read");
                     return Ok(listing);
                 }
             }

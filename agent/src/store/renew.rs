@@ -8,45 +8,45 @@ use super::StoreError;
 use super::connect::Session;
 
 /// The time between two renewals of an etcd lease with this TTL.
-pub(super) fn keep_alive_interval(ttl: Duration, longest: Duration) -> Duration {
-    (ttl / 3).min(longest)
+pub(super) fn keep_alive_interval(ttl: Duration, max_interval: Duration) -> Duration {
+    (ttl / 3).min(max_interval)
 }
 
 /// What etcd says of an etcd lease: seconds granted and left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Ttl {
+pub(super) struct LeaseTtl {
     pub(super) granted: Duration,
     pub(super) remaining: Duration,
 }
 
 /// Whether somebody renews an etcd lease.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Life {
+pub(super) enum Liveness {
     /// Not renewed for longer than a living host waits.
-    Gone,
+    Dead,
     /// Renewed since the first look.
     Alive {
         /// Look again after this long.
-        again: Duration,
+        recheck_after: Duration,
     },
     /// Cannot be told yet.
     Unknown {
         /// Look again after this long.
-        again: Duration,
+        recheck_after: Duration,
     },
 }
 
 /// Whether somebody renews an etcd lease, `watched` after the first look at it; hosts renew at least every `longest`.
-pub(super) fn life(ttl: Ttl, longest: Duration, watched: Duration) -> Life {
+pub(super) fn liveness(ttl: LeaseTtl, max_interval: Duration, observed_for: Duration) -> Liveness {
     let age = ttl.granted.saturating_sub(ttl.remaining);
     // etcd counts in whole seconds, rounded down at both ends: one second each, and half an interval for a busy host.
-    let limit = keep_alive_interval(ttl.granted, longest) * 3 / 2 + Duration::from_secs(2);
+    let limit = keep_alive_interval(ttl.granted, max_interval) * 3 / 2 + Duration::from_secs(2);
     if age > limit {
-        Life::Gone
-    } else if age + Duration::from_secs(2) < watched {
-        Life::Alive { again: limit }
+        Liveness::Dead
+    } else if age + Duration::from_secs(2) < observed_for {
+        Liveness::Alive { recheck_after: limit }
     } else {
-        Life::Unknown { again: limit - age + Duration::from_secs(1) }
+        Liveness::Unknown { recheck_after: limit - age + Duration::from_secs(1) }
     }
 }
 
@@ -56,23 +56,23 @@ pub(super) fn life(ttl: Ttl, longest: Duration, watched: Duration) -> Life {
 /// ones only when a third of the TTL has passed, which is eight hours (`keepAliveLoop` in etcd's `proxy/grpcproxy/lease.go`).
 pub(super) struct Renewal {
     id: i64,
-    ticks: tokio::time::Interval,
+    interval: tokio::time::Interval,
 }
 
 impl Renewal {
     /// Renews once and goes on in the rhythm that the lease's TTL asks for.
-    pub(super) async fn start(session: &Session, id: i64, longest: Duration) -> Result<Renewal, StoreError> {
+    pub(super) async fn start(session: &Session, id: i64, max_interval: Duration) -> Result<Renewal, StoreError> {
         Renewal::renew(session, id).await?;
-        let ttl = session.time_to_live(id).await?.ok_or(StoreError::LeaseGone { lease: id })?.granted;
-        let rhythm = keep_alive_interval(ttl, longest).max(Duration::from_millis(100));
-        let mut ticks = tokio::time::interval_at(Instant::now() + rhythm, rhythm);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        Ok(Renewal { id, ticks })
+        let ttl = session.time_to_live(id).await?.ok_or(StoreError::LeaseNotFound { lease: id })?.granted;
+        let period = keep_alive_interval(ttl, max_interval).max(Duration::from_millis(100));
+        let mut interval = tokio::time::interval_at(Instant::now() + period, period);
+        interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Ok(Renewal { id, interval })
     }
 
     /// Waits until it is time and renews; never ends where there is nothing to renew.
     pub(super) async fn next(renewal: &mut Option<Renewal>, session: &Session) -> Result<(), StoreError> {
-        let Some(Renewal { id, ticks }) = renewal else { return std::future::pending().await };
+        let Some(Renewal { id, interval: ticks }) = renewal else { return std::future::pending().await };
         ticks.tick().await;
         Renewal::renew(session, *id).await
     }
@@ -81,12 +81,12 @@ impl Renewal {
     async fn renew(session: &Session, id: i64) -> Result<(), StoreError> {
         let mut client = session.client.lease_client();
         // The library opens the stream, asks once and reads one answer: dropped, the stream is closed.
-        match session.within("renew the lease", client.keep_alive(id)).await {
+        match session.with_timeout("renew the lease", client.keep_alive(id)).await {
             Ok(_) => Ok(()),
-            Err(StoreError::Answer { detail, .. }) if detail.contains("lease not found") => {
-                Err(StoreError::LeaseGone { lease: id })
+            Err(StoreError::RequestFailed { detail, .. }) if detail.contains("lease not found") => {
+                Err(StoreError::LeaseNotFound { lease: id })
             }
-            Err(StoreError::LeaseGone { .. }) => Err(StoreError::LeaseGone { lease: id }),
+            Err(StoreError::LeaseNotFound { .. }) => Err(StoreError::LeaseNotFound { lease: id }),
             Err(error) => Err(error),
         }
     }
@@ -96,24 +96,24 @@ impl Session {
     pub(super) async fn grant(&self, ttl: Duration) -> Result<i64, StoreError> {
         let seconds = i64::try_from(ttl.as_secs().max(1)).unwrap_or(i64::MAX);
         let mut client = self.client.lease_client();
-        Ok(self.within("get an etcd lease", client.grant(seconds, None)).await?.id())
+        Ok(self.with_timeout("get an etcd lease", client.grant(seconds, None)).await?.id())
     }
 
     /// Ends an etcd lease; no error where it is gone already.
     pub(super) async fn revoke(&self, id: i64) -> Result<(), StoreError> {
-        match self.within("revoke an etcd lease", self.client.lease_client().revoke(id)).await {
-            Ok(_) | Err(StoreError::LeaseGone { .. }) => Ok(()),
+        match self.with_timeout("revoke an etcd lease", self.client.lease_client().revoke(id)).await {
+            Ok(_) | Err(StoreError::LeaseNotFound { .. }) => Ok(()),
             Err(error) => Err(error),
         }
     }
 
     /// What is left of an etcd lease; `None` where it is gone.
-    pub(super) async fn time_to_live(&self, id: i64) -> Result<Option<Ttl>, StoreError> {
+    pub(super) async fn time_to_live(&self, id: i64) -> Result<Option<LeaseTtl>, StoreError> {
         let mut client = self.client.lease_client();
-        let answer = self.within("read an etcd lease", client.time_to_live(id, None)).await?;
+        let answer = self.with_timeout("read an etcd lease", client.time_to_live(id, None)).await?;
         let seconds = |value: i64| u64::try_from(value).ok().map(Duration::from_secs);
         Ok(match (seconds(answer.granted_ttl()), seconds(answer.ttl())) {
-            (Some(granted), Some(remaining)) => Some(Ttl { granted, remaining }),
+            (Some(granted), Some(remaining)) => Some(LeaseTtl { granted, remaining }),
             _ => None,
         })
     }
@@ -124,24 +124,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn proof_of_life() {
+    fn liveness_follows_lease_age() {
         let longest = Duration::from_secs(20);
         let day = 86_400;
         let at = |age: u64, watched: u64| {
-            let ttl = Ttl { granted: Duration::from_secs(day), remaining: Duration::from_secs(day - age) };
-            life(ttl, longest, Duration::from_secs(watched))
+            let ttl = LeaseTtl { granted: Duration::from_secs(day), remaining: Duration::from_secs(day - age) };
+            liveness(ttl, longest, Duration::from_secs(watched))
         };
         let seconds = Duration::from_secs;
-        assert_eq!(at(5, 0), Life::Unknown { again: seconds(28) });
-        assert_eq!(at(5, 28), Life::Alive { again: seconds(32) });
-        assert_eq!(at(32, 27), Life::Unknown { again: seconds(1) });
-        assert_eq!(at(33, 28), Life::Gone);
-        assert_eq!(at(4000, 0), Life::Gone);
+        assert_eq!(at(5, 0), Liveness::Unknown { recheck_after: seconds(28) });
+        assert_eq!(at(5, 28), Liveness::Alive { recheck_after: seconds(32) });
+        assert_eq!(at(32, 27), Liveness::Unknown { recheck_after: seconds(1) });
+        assert_eq!(at(33, 28), Liveness::Dead);
+        assert_eq!(at(4000, 0), Liveness::Dead);
         // A short TTL is renewed more often.
-        let short = Ttl { granted: seconds(6), remaining: seconds(0) };
-        assert_eq!(life(short, longest, Duration::ZERO), Life::Gone);
+        let short = LeaseTtl { granted: seconds(6), remaining: seconds(0) };
+        assert_eq!(liveness(short, longest, Duration::ZERO), Liveness::Dead);
         for (granted, remaining) in [(0, 0), (0, 5), (3, 9)] {
-            life(Ttl { granted: seconds(granted), remaining: seconds(remaining) }, longest, seconds(1));
+            liveness(LeaseTtl { granted: seconds(granted), remaining: seconds(remaining) }, longest, seconds(1));
         }
     }
 }

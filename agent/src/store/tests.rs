@@ -1,12 +1,12 @@
 //! Stories against a real etcd on loopback ports, and a model of the lease protocol that is searched through.
 
-mod following;
+mod contention;
 mod harness;
 mod history;
-mod holding;
-mod link;
+mod lease_keeping;
 mod model;
 mod oneshot;
-mod racing;
+mod proxy;
 mod security;
-mod stampede;
+mod thundering_herd;
+mod watching;

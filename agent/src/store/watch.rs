@@ -9,135 +9,140 @@ use etcd_client::{EventType, WatchOptions, WatchResponse};
 use tokio::sync::{mpsc, watch};
 use tracing::{debug, info, warn};
 
-use super::connect::{Greeting, Session};
-use super::keys::Place;
+use super::connect::{ClusterState, Session};
+use super::keys::KeyKind;
 use super::read::{RawConfig, RawEntry};
 use super::{StoreError, codec};
 use crate::model::NetworkConfig;
 use crate::model::event::{Connection, StoreEntry, StoreEvent};
 
 /// How often a read is tried again at once because its revision was compacted away under it.
-const READ_TRIES: u32 = 5;
+const MAX_READ_RETRIES: u32 = 5;
 
 /// What the watch and the lease holder tell each other. Both run in one task; each side only ever looks at the latest state.
 #[derive(Debug)]
-pub(super) struct Board {
+pub(super) struct WatchState {
     /// The entry that the holder holds or is about to take, by the last part of its key.
-    pub(super) held: watch::Sender<Option<String>>,
+    pub(super) held_key: watch::Sender<Option<String>>,
     /// This host's identity: an entry that names it under another key is of its making, too.
-    pub(super) identity: watch::Sender<Option<String>>,
+    pub(super) node_id: watch::Sender<Option<String>>,
     /// What the watch has seen.
-    pub(super) sightings: watch::Sender<Sightings>,
+    pub(super) progress: watch::Sender<WatchProgress>,
 }
 
 /// What the watch has seen, as far as the lease holder is concerned.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Sightings {
+pub(super) struct WatchProgress {
     /// The revision up to which everything was seen.
     pub(super) revision: i64,
     /// The revision of the last change of the held entry, or of another one of this host's.
-    pub(super) held: i64,
+    pub(super) held_revision: i64,
     /// Number of entries seen to go.
     pub(super) removals: u64,
 }
 
-impl Board {
-    pub(super) fn new() -> Board {
-        Board {
-            held: watch::Sender::new(None),
-            identity: watch::Sender::new(None),
-            sightings: watch::Sender::new(Sightings::default()),
+impl WatchState {
+    pub(super) fn new() -> WatchState {
+        WatchState {
+            held_key: watch::Sender::new(None),
+            node_id: watch::Sender::new(None),
+            progress: watch::Sender::new(WatchProgress::default()),
         }
     }
 }
 
-impl Board {
+impl WatchState {
     /// Whether an entry is of this host's making, whatever its key: a write whose answer was lost may arrive when another entry is held
     /// already.
-    fn names_us(&self, entry: &StoreEntry) -> bool {
+    fn is_own_entry(&self, entry: &StoreEntry) -> bool {
         let node = entry.value.as_ref().ok().and_then(|record| record.lease.node.as_ref());
-        node.is_some_and(|node| self.identity.borrow().as_ref() == Some(&node.id))
+        node.is_some_and(|node| self.node_id.borrow().as_ref() == Some(&node.id))
     }
 }
 
 /// Follows the store over any number of connections.
 #[derive(Debug)]
-pub(super) struct Follower {
+pub(super) struct Watcher {
     /// The first revision that has not been handed on, and where the server stood; absent until the first snapshot.
-    resume: Option<(i64, Greeting)>,
+    resume_from: Option<(i64, ClusterState)>,
     /// The configuration that was handed on last; absent before the first.
-    config: Option<Option<RawConfig>>,
+    delivered_config: Option<Option<RawConfig>>,
     connected: bool,
 }
 
-impl Follower {
-    pub(super) fn new() -> Follower {
-        Follower { resume: None, config: None, connected: false }
+impl Watcher {
+    pub(super) fn new() -> Watcher {
+        Watcher { resume_from: None, delivered_config: None, connected: false }
     }
 
     /// Hands on what happens until something fails.
-    pub(super) async fn run(&mut self, session: &Session, board: &Board, events: &mpsc::Sender<StoreEvent>) -> StoreError {
-        match self.follow(session, board, events).await {
+    pub(super) async fn run(
+        &mut self,
+        session: &Session,
+        watch_state: &WatchState,
+        events: &mpsc::Sender<StoreEvent>,
+    ) -> StoreError {
+        match self.watch_changes(session, watch_state, events).await {
             Err(error) => error,
             Ok(never) => match never {},
         }
     }
 
     /// Hands on that the store does not answer, once for each reason.
-    pub(super) async fn down(
+    pub(super) async fn report_down(
         &mut self,
         error: String,
-        told: &mut Option<Connection>,
+        last_reported: &mut Option<Connection>,
         events: &mpsc::Sender<StoreEvent>,
     ) -> Result<(), StoreError> {
         self.connected = false;
         let event = Connection::Down { error };
-        if told.as_ref() == Some(&event) {
+        if last_reported.as_ref() == Some(&event) {
             return Ok(());
         }
-        *told = Some(event.clone());
-        send(events, StoreEvent::Connection(event)).await
+        *last_reported = Some(event.clone());
+        send_event(events, StoreEvent::Connection(event)).await
     }
 
-    async fn up(&mut self, revision: i64, events: &mpsc::Sender<StoreEvent>) -> Result<(), StoreError> {
+    async fn report_up(&mut self, revision: i64, events: &mpsc::Sender<StoreEvent>) -> Result<(), StoreError> {
         if !self.connected {
             self.connected = true;
-            send(events, StoreEvent::Connection(Connection::Up { revision })).await?;
+            send_event(events, StoreEvent::Connection(Connection::Up { revision })).await?;
         }
         Ok(())
     }
 
     /// Whether the current connection has been reported as up.
-    pub(super) fn connected(&self) -> bool {
+    pub(super) fn is_connected(&self) -> bool {
         self.connected
     }
 
-    async fn follow(
+    async fn watch_changes(
         &mut self,
         session: &Session,
-        board: &Board,
+        watch_state: &WatchState,
         events: &mpsc::Sender<StoreEvent>,
     ) -> Result<std::convert::Infallible, StoreError> {
-        if let Some((next, before)) = self.resume
-            && !session.greeting.continues(&before, next - 1)
+        if let Some((next, before)) = self.resume_from
+            && !session.cluster_state.is_continuation_of(&before, next - 1)
         {
             warn!(
                 seen = next - 1,
-                revision = session.greeting.revision,
+                revision = session.cluster_state.revision,
                 "etcd is behind what was seen: it was restored or replaced"
             );
-            self.resume = None;
+            self.resume_from = None;
         }
         loop {
-            let next = match self.resume {
+            let next = match self.resume_from {
                 Some((next, _)) => next,
-                None => self.snapshot(session, board, events).await?,
+                None => self.deliver_snapshot(session, watch_state, events).await?,
             };
-            self.resume = Some((next, session.greeting));
-            let (from, to) = session.keys.everything();
+            self.resume_from = Some((next, session.cluster_state));
+            let (from, to) = session.keys.prefix_range();
             let options = WatchOptions::new().with_range(to).with_start_revision(next).with_progress_notify();
-            let mut stream = session.within("watch the network", session.watcher().watch(from, Some(options))).await?;
-            self.up(session.greeting.revision, events).await?;
+            let mut stream = session.with_timeout("watch the network", session.watcher().watch(from, Some(options))).await?;
+            self.report_up(session.cluster_state.revision, events).await?;
             debug!(from = next, endpoint = session.context.endpoint, "watching");
             loop {
                 let message = match stream.message().await {
@@ -146,9 +151,9 @@ impl Follower {
                         let detail = "the server ended the watch".to_owned();
                         return Err(StoreError::Unreachable { endpoint: session.context.endpoint.clone(), detail });
                     }
-                    Err(error) => match session.context.error("watch the network", error) {
+                    Err(error) => match session.context.map_error("watch the network", error) {
                         StoreError::Compacted { .. } | StoreError::TooLarge { .. } => {
-                            self.resume = None;
+                            self.resume_from = None;
                             break;
                         }
                         error => return Err(error),
@@ -160,47 +165,52 @@ impl Follower {
                         compacted = message.compact_revision(),
                         "revisions were compacted away, reading all leases again"
                     );
-                    self.resume = None;
+                    self.resume_from = None;
                     break;
                 }
                 if message.canceled() {
-                    return Err(cancelled(session, message.cancel_reason()));
+                    return Err(cancel_error(session, message.cancel_reason()));
                 }
-                self.hand_on(session, board, events, &message).await?;
+                self.deliver(session, watch_state, events, &message).await?;
             }
         }
     }
 
     /// Reads everything and hands it on; returns the revision to watch from.
-    async fn snapshot(&mut self, session: &Session, board: &Board, events: &mpsc::Sender<StoreEvent>) -> Result<i64, StoreError> {
+    async fn deliver_snapshot(
+        &mut self,
+        session: &Session,
+        watch_state: &WatchState,
+        events: &mpsc::Sender<StoreEvent>,
+    ) -> Result<i64, StoreError> {
         let mut tries = 0;
         let listing = loop {
             match session.list().await {
-                Err(StoreError::Compacted { .. }) if tries < READ_TRIES => tries += 1,
+                Err(StoreError::Compacted { .. }) if tries < MAX_READ_RETRIES => tries += 1,
                 other => break other?,
             }
         };
-        self.up(listing.revision, events).await?;
-        self.config(session, listing.config, events).await?;
+        self.report_up(listing.revision, events).await?;
+        self.deliver_config(session, listing.config, events).await?;
         let begun = Instant::now();
         let entries: Vec<_> = listing.entries.iter().map(codec::decode).collect();
         debug!(leases = entries.len(), ms = begun.elapsed().as_secs_f64() * 1e3, "leases decoded");
         drop(listing.entries);
         info!(revision = listing.revision, leases = entries.len(), "read all leases");
-        send(events, StoreEvent::Snapshot(entries)).await?;
-        board.sightings.send_modify(|seen| {
+        send_event(events, StoreEvent::Snapshot(entries)).await?;
+        watch_state.progress.send_modify(|seen| {
             seen.revision = listing.revision;
             // Whatever happened in between, the holder looks for itself.
-            seen.held = listing.revision;
+            seen.held_revision = listing.revision;
             seen.removals += 1;
         });
         Ok(listing.revision + 1)
     }
 
-    async fn hand_on(
+    async fn deliver(
         &mut self,
         session: &Session,
-        board: &Board,
+        watch_state: &WatchState,
         events: &mpsc::Sender<StoreEvent>,
         message: &WatchResponse,
     ) -> Result<(), StoreError> {
@@ -210,13 +220,14 @@ impl Follower {
             let revision = kv.mod_revision();
             last = Some(revision);
             let deleted = event.event_type() == EventType::Delete;
-            match session.keys.place(kv.key()) {
-                Place::Config => self.config(session, (!deleted).then(|| RawConfig::of(kv)), events).await?,
-                Place::Subnet(key) => {
-                    let entry = (!deleted).then(|| codec::decode(&RawEntry::of(key.clone(), kv)));
-                    let held = board.held.borrow().as_ref() == Some(&key) || entry.as_ref().is_some_and(|e| board.names_us(e));
-                    board.sightings.send_if_modified(|seen| {
-                        seen.held = if held { revision } else { seen.held };
+            match session.keys.kind_of(kv.key()) {
+                KeyKind::Config => self.deliver_config(session, (!deleted).then(|| RawConfig::from_kv(kv)), events).await?,
+                KeyKind::Subnet(key) => {
+                    let entry = (!deleted).then(|| codec::decode(&RawEntry::from_kv(key.clone(), kv)));
+                    let held = watch_state.held_key.borrow().as_ref() == Some(&key)
+                        || entry.as_ref().is_some_and(|e| watch_state.is_own_entry(e));
+                    watch_state.progress.send_if_modified(|seen| {
+                        seen.held_revision = if held { revision } else { seen.held_revision };
                         seen.removals += u64::from(deleted);
                         held || deleted
                     });
@@ -224,17 +235,17 @@ impl Follower {
                         None => StoreEvent::Remove { key },
                         Some(entry) => StoreEvent::Upsert(entry),
                     };
-                    send(events, event).await?;
+                    send_event(events, event).await?;
                 }
-                Place::Other => {}
+                KeyKind::Other => {}
             }
         }
         // The header of an answer with events can be ahead of them; only that of a progress notification is a place to go on from.
         let progress = (!message.created()).then(|| message.header().map(|header| header.revision())).flatten();
         if let Some(seen) = last.or(progress) {
-            let next = self.resume.map_or(0, |(next, _)| next).max(seen + 1);
-            self.resume = Some((next, session.greeting));
-            board.sightings.send_if_modified(|sightings| {
+            let next = self.resume_from.map_or(0, |(next, _)| next).max(seen + 1);
+            self.resume_from = Some((next, session.cluster_state));
+            watch_state.progress.send_if_modified(|sightings| {
                 sightings.revision = sightings.revision.max(seen);
                 false
             });
@@ -243,13 +254,14 @@ impl Follower {
     }
 
     /// Hands on the configuration where it differs from what was handed on before.
-    async fn config(
+    async fn deliver_config(
         &mut self,
         session: &Session,
         config: Option<RawConfig>,
         events: &mpsc::Sender<StoreEvent>,
     ) -> Result<(), StoreError> {
-        if self.config.as_ref().is_some_and(|known| known.as_ref().map(|c| &c.text) == config.as_ref().map(|c| &c.text)) {
+        if self.delivered_config.as_ref().is_some_and(|known| known.as_ref().map(|c| &c.text) == config.as_ref().map(|c| &c.text))
+        {
             return Ok(());
         }
         let key = session.keys.config();
@@ -264,24 +276,29 @@ impl Follower {
                 info!(key, "read the network's configuration");
             }
         }
-        send(events, StoreEvent::Config(parsed.map(|result| result.map(|parsed| parsed.config)))).await?;
-        self.config = Some(config);
+        send_event(events, StoreEvent::Config(parsed.map(|result| result.map(|parsed| parsed.config)))).await?;
+        self.delivered_config = Some(config);
         Ok(())
     }
 }
 
 /// What a watch that etcd cancelled for another reason than compaction means.
-fn cancelled(session: &Session, reason: &str) -> StoreError {
+fn cancel_error(session: &Session, reason: &str) -> StoreError {
     let context = &session.context;
     let what = "watch the network";
     if reason.contains("permission denied") {
-        StoreError::Permission { endpoint: context.endpoint.clone(), who: context.who(), what, prefix: context.prefix.clone() }
+        StoreError::Permission {
+            endpoint: context.endpoint.clone(),
+            who: context.user_description(),
+            what,
+            prefix: context.prefix.clone(),
+        }
     } else {
-        StoreError::Answer { endpoint: context.endpoint.clone(), what, detail: format!("cancelled: {reason}") }
+        StoreError::RequestFailed { endpoint: context.endpoint.clone(), what, detail: format!("cancelled: {reason}") }
     }
 }
 
 /// Hands on an event; waits while the receiver is busy.
-pub(super) async fn send(events: &mpsc::Sender<StoreEvent>, event: StoreEvent) -> Result<(), StoreError> {
-    events.send(event).await.map_err(|_| StoreError::ReceiverGone)
+pub(super) async fn send_event(events: &mpsc::Sender<StoreEvent>, event: StoreEvent) -> Result<(), StoreError> {
+    events.send(event).await.map_err(|_| StoreError::ReceiverClosed)
 }

@@ -8,7 +8,7 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::socket::{SockType, getsockopt, sockopt};
 
 /// The first descriptor that systemd hands over (`SD_LISTEN_FDS_START` in `sd-daemon.h`).
-const FIRST: RawFd = 3;
+const SD_LISTEN_FDS_START: RawFd = 3;
 
 /// Why the socket that systemd hands over cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -19,7 +19,7 @@ pub enum ListenError {
          socket's directory, or disable overlayd.socket",
         wanted.display()
     )]
-    Other {
+    WrongSocket {
         /// What it is.
         found: String,
         /// What it should be.
@@ -27,7 +27,7 @@ pub enum ListenError {
     },
     /// There are several.
     #[error("systemd hands over {count} sockets; the agent takes one: leave a single ListenStream= in overlayd.socket")]
-    Several {
+    TooMany {
         /// How many.
         count: i32,
     },
@@ -51,12 +51,12 @@ pub fn take_listener(wanted: &Path) -> Result<Option<UnixListener>, ListenError>
         return Ok(None);
     }
     if count > 1 {
-        return Err(ListenError::Several { count });
+        return Err(ListenError::TooMany { count });
     }
-    take(FIRST, wanted).map(Some)
+    adopt_listener(SD_LISTEN_FDS_START, wanted).map(Some)
 }
 
-fn take(fd: RawFd, wanted: &Path) -> Result<UnixListener, ListenError> {
+fn adopt_listener(fd: RawFd, wanted: &Path) -> Result<UnixListener, ListenError> {
     // SAFETY: the descriptor's number comes from systemd, which leaves its ownership to this process (sd_listen_fds(3)); nothing else in the
     // process knows it. Whether it is open is what the next call tells.
     let fd_owned = unsafe { OwnedFd::from_raw_fd(fd) };
@@ -65,7 +65,7 @@ fn take(fd: RawFd, wanted: &Path) -> Result<UnixListener, ListenError> {
         std::mem::forget(fd_owned);
         return Err(ListenError::Descriptor { fd, source });
     }
-    let other = |found: String| ListenError::Other { found, wanted: wanted.to_owned() };
+    let other = |found: String| ListenError::WrongSocket { found, wanted: wanted.to_owned() };
     let listens = getsockopt(&fd_owned, sockopt::AcceptConn).unwrap_or(false);
     if !listens || getsockopt(&fd_owned, sockopt::SockType) != Ok(SockType::Stream) {
         return Err(other("something that is no listening stream socket".to_owned()));
@@ -89,23 +89,23 @@ mod tests {
     use std::os::unix::net::UnixDatagram;
 
     #[test]
-    fn only_a_listening_socket_at_the_path_is_taken() {
+    fn only_listening_socket_at_path_is_accepted() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("overlayd.sock");
         let fd = UnixListener::bind(&path).unwrap().into_raw_fd();
-        let taken = take(fd, &path).unwrap();
+        let taken = adopt_listener(fd, &path).unwrap();
         let flags = fcntl(&taken, FcntlArg::F_GETFD).unwrap();
         assert_eq!(flags & libc::FD_CLOEXEC, libc::FD_CLOEXEC);
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(dir.path(), &link).unwrap();
-        take(taken.into_raw_fd(), &link.join("overlayd.sock")).unwrap();
+        adopt_listener(taken.into_raw_fd(), &link.join("overlayd.sock")).unwrap();
 
         let other = UnixListener::bind(dir.path().join("other")).unwrap().into_raw_fd();
-        let error = take(other, &path).unwrap_err().to_string();
+        let error = adopt_listener(other, &path).unwrap_err().to_string();
         assert!(error.contains("other") && error.contains("ListenStream="), "{error}");
         let datagram = UnixDatagram::bind(dir.path().join("datagram")).unwrap().into_raw_fd();
-        assert!(take(datagram, &path).unwrap_err().to_string().contains("no listening stream socket"));
+        assert!(adopt_listener(datagram, &path).unwrap_err().to_string().contains("no listening stream socket"));
         // Far above what a test's process has open.
-        assert!(matches!(take(60_000, &path), Err(ListenError::Descriptor { fd: 60_000, .. })));
+        assert!(matches!(adopt_listener(60_000, &path), Err(ListenError::Descriptor { fd: 60_000, .. })));
     }
 }

@@ -1,6 +1,6 @@
 //! The journal's native protocol (systemd's `JOURNAL_NATIVE_PROTOCOL.md`): one datagram an event, each field a field of the journal.
 //!
-//! `MESSAGE` holds the whole line, fields included, because that is what `journalctl -u overlayd` shows; the fields stand beside it as
+//! `MESSAGE` holds the whole line, fields included, because that is what `journalctl -u overlayd_command` shows; the fields stand beside it as
 //! `OVERLAYD_<NAME>` to search by (`journalctl OVERLAYD_PEER=...`).
 
 use std::ffi::OsStr;
@@ -17,56 +17,56 @@ use tracing_subscriber::Layer;
 use tracing_subscriber::layer::Context;
 
 /// Where journald listens.
-const SOCKET: &str = "/run/systemd/journal/socket";
+const JOURNAL_SOCKET: &str = "/run/systemd/journal/socket";
 /// The longest name of a field (systemd's `journal_field_valid`).
-const LONGEST_NAME: usize = 64;
+const MAX_FIELD_NAME_LENGTH: usize = 64;
 /// How long a journal that does not keep up may hold an event up; it goes to standard error then, where the journal listens, too.
-const PATIENCE: Duration = Duration::from_millis(500);
+const SEND_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Writes events to the journal.
-pub(super) struct Journal {
+pub(super) struct JournalLayer {
     socket: UnixDatagram,
 }
 
-impl Journal {
+impl JournalLayer {
     /// A writer to the system's journal.
-    pub(super) fn open() -> io::Result<Journal> {
-        Journal::at(Path::new(SOCKET))
+    pub(super) fn open() -> io::Result<JournalLayer> {
+        JournalLayer::connect_to(Path::new(JOURNAL_SOCKET))
     }
 
-    fn at(path: &Path) -> io::Result<Journal> {
+    fn connect_to(path: &Path) -> io::Result<JournalLayer> {
         let socket = UnixDatagram::unbound()?;
-        socket.set_write_timeout(Some(PATIENCE))?;
+        socket.set_write_timeout(Some(SEND_TIMEOUT))?;
         socket.connect(path)?;
-        Ok(Journal { socket })
+        Ok(JournalLayer { socket })
     }
 }
 
-/// Whether a variable such as systemd's `JOURNAL_STREAM` (`<device>:<inode>`) names this descriptor: what is written there goes to the
+/// Whether a variable such as systemd's `JOURNAL_STREAM` (`<entry_device>:<inode>`) names this descriptor: what is written there goes to the
 /// journal.
-pub(super) fn is_stream(variable: Option<&OsStr>, stream: impl AsFd) -> bool {
+pub(super) fn is_journal_stream(variable: Option<&OsStr>, stream: impl AsFd) -> bool {
     let named = variable.and_then(OsStr::to_str).and_then(|text| text.split_once(':'));
     let Some((device, inode)) = named else { return false };
     let (Ok(device), Ok(inode)) = (device.parse::<u64>(), inode.parse::<u64>()) else { return false };
     nix::sys::stat::fstat(stream).is_ok_and(|stat| (stat.st_dev, stat.st_ino) == (device, inode))
 }
 
-impl<S: Subscriber> Layer<S> for Journal {
+impl<S: Subscriber> Layer<S> for JournalLayer {
     fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
-        let mut fields = Fields::default();
+        let mut fields = EventFields::default();
         event.record(&mut fields);
         let metadata = event.metadata();
         let mut entry = Vec::with_capacity(512);
-        put(&mut entry, "MESSAGE", &fields.line());
-        put(&mut entry, "PRIORITY", priority(*metadata.level()));
-        put(&mut entry, "SYSLOG_IDENTIFIER", "overlayd");
-        put(&mut entry, "OVERLAYD_MODULE", metadata.target());
+        append_field(&mut entry, "MESSAGE", &fields.line());
+        append_field(&mut entry, "PRIORITY", priority(*metadata.level()));
+        append_field(&mut entry, "SYSLOG_IDENTIFIER", "overlayd");
+        append_field(&mut entry, "OVERLAYD_MODULE", metadata.target());
         if let (Some(file), Some(line)) = (metadata.file(), metadata.line()) {
-            put(&mut entry, "CODE_FILE", file);
-            put(&mut entry, "CODE_LINE", &line.to_string());
+            append_field(&mut entry, "CODE_FILE", file);
+            append_field(&mut entry, "CODE_LINE", &line.to_string());
         }
-        for (name, value) in &fields.others {
-            put(&mut entry, &field_name(name), value);
+        for (name, value) in &fields.named_fields {
+            append_field(&mut entry, &field_name(name), value);
         }
         if self.socket.send(&entry).is_err() {
             // `<N>` is the priority of a line to journald (sd-daemon(3)). Where even that fails, nobody is left to tell.
@@ -77,36 +77,36 @@ impl<S: Subscriber> Layer<S> for Journal {
 
 /// An event's message and fields.
 #[derive(Default)]
-struct Fields {
+struct EventFields {
     message: String,
     /// Name, value as it is, value as the line shows it.
-    others: Vec<(&'static str, String)>,
-    tail: String,
+    named_fields: Vec<(&'static str, String)>,
+    rendered_fields: String,
 }
 
-impl Fields {
+impl EventFields {
     fn line(&self) -> String {
-        format!("{}{}", self.message, self.tail)
+        format!("{}{}", self.message, self.rendered_fields)
     }
 
-    fn take(&mut self, field: &Field, value: String, shown: &dyn Debug) {
+    fn record_field(&mut self, field: &Field, value: String, rendered: &dyn Debug) {
         if field.name() == "message" {
             self.message = value;
         } else {
             // Writing to a String cannot fail.
-            let _ = write!(self.tail, " {}={shown:?}", field.name());
-            self.others.push((field.name(), value));
+            let _ = write!(self.rendered_fields, " {}={rendered:?}", field.name());
+            self.named_fields.push((field.name(), value));
         }
     }
 }
 
-impl Visit for Fields {
+impl Visit for EventFields {
     fn record_str(&mut self, field: &Field, value: &str) {
-        self.take(field, value.to_owned(), &value);
+        self.record_field(field, value.to_owned(), &value);
     }
 
     fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
-        self.take(field, format!("{value:?}"), value);
+        self.record_field(field, format!("{value:?}"), value);
     }
 }
 
@@ -123,11 +123,11 @@ fn priority(level: Level) -> &'static str {
 /// A name that the journal takes: capitals, digits and underscores, no underscore first.
 fn field_name(name: &str) -> String {
     let upper = name.chars().map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_uppercase() } else { '_' });
-    format!("OVERLAYD_{}", upper.collect::<String>()).chars().take(LONGEST_NAME).collect()
+    format!("OVERLAYD_{}", upper.collect::<String>()).chars().take(MAX_FIELD_NAME_LENGTH).collect()
 }
 
 /// Adds a field; the length goes before a value of several lines, so that no value can pass for another field.
-fn put(entry: &mut Vec<u8>, name: &str, value: &str) {
+fn append_field(entry: &mut Vec<u8>, name: &str, value: &str) {
     entry.extend_from_slice(name.as_bytes());
     if value.contains('\n') {
         entry.push(b'\n');
@@ -167,11 +167,11 @@ mod tests {
     }
 
     #[test]
-    fn each_field_is_a_field_of_the_journal() {
+    fn event_fields_become_journal_fields() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("journal");
         let journald = UnixDatagram::bind(&path).unwrap();
-        let subscriber = tracing_subscriber::registry().with(Journal::at(&path).unwrap());
+        let subscriber = tracing_subscriber::registry().with(JournalLayer::connect_to(&path).unwrap());
         tracing::subscriber::with_default(subscriber, || {
             tracing::warn!(peer.subnet = "10.244.7.0/24", attempts = 3, note = "a\nPRIORITY=0", error = %"no luck", "peer lost");
         });
@@ -195,12 +195,12 @@ mod tests {
     }
 
     #[test]
-    fn the_journals_stream_is_recognised() {
+    fn journal_stream_is_recognised() {
         let file = tempfile::tempfile().unwrap();
         let (device, inode) = file.metadata().map(|m| (m.dev(), m.ino())).unwrap();
-        let named = |text: &str| is_stream(Some(OsStr::new(text)), &file);
+        let named = |text: &str| is_journal_stream(Some(OsStr::new(text)), &file);
         assert!(named(&format!("{device}:{inode}")));
         assert!(!named(&format!("{device}:{}", inode + 1)) && !named("") && !named("x:y"));
-        assert!(!is_stream(None, &file));
+        assert!(!is_journal_stream(None, &file));
     }
 }

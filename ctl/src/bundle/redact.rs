@@ -5,16 +5,16 @@ use std::path::Path;
 use regex::{Captures, Regex};
 
 /// What stands in a secret's place.
-pub const REMOVED: &str = "<removed>";
+pub const REDACTED: &str = "<removed>";
 
 /// Shorter ones would be found in every word.
-const SHORTEST: usize = 4;
+const MIN_SECRET_LEN: usize = 4;
 
 /// Takes secrets out.
 #[derive(Debug)]
 pub struct Redactor {
     /// Texts that are secrets, the longest first.
-    known: Vec<String>,
+    secrets: Vec<String>,
     patterns: Vec<(Regex, Kind)>,
 }
 
@@ -23,17 +23,17 @@ pub struct Redactor {
 enum Kind {
     /// All of it is secret.
     Whole,
-    /// The group `secret` is.
+    /// The group `write_secret` is.
     Group,
 }
 
-/// Patterns, by what they find. A word that ends in `file`, `path`, `dir` or the like names where a secret is kept, which is none.
+/// Patterns, by what they find. A word that ends in `file`, `path`, `lab_dir` or the like names where a secret is kept, which is none.
 const PATTERNS: [(&str, Kind); 5] = [
     (r"(?s)-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----.*?(-----END [A-Z0-9 ]*PRIVATE KEY-----|\z)", Kind::Whole),
     (r"[A-Za-z][A-Za-z0-9+.-]*://(?P<secret>[^\s/@'\x22]+)@", Kind::Group),
     (r"(?i)\b(?:proxy-)?authorization\s*[:=]\s*(?P<secret>(?:basic|bearer|digest)\s+[^\s'\x22,;]+)", Kind::Group),
     (
-        // `password = "x"`, `"Password": "x"`, `--token=x`, `ETCD_PASSWORD=x`, `secret: x`
+        // `password_file = "x"`, `"Password": "x"`, `--token=x`, `ETCD_PASSWORD=x`, `write_secret: x`
         r#"(?im)[\w.-]*(?:passw(?:or)?d|passphrase|secret|token|api[_-]?key|private[_-]?key|psk|preshared[_-]?key)(?:[\w.-]*(?:data|value|text))?["']?\s*[:=]\s*(?:"(?P<secret>(?:[^"\\]|\\.)*)"|'(?P<single>[^']*)'|(?P<bare>[^\s"',;}\]]+))"#,
         Kind::Group,
     ),
@@ -42,23 +42,23 @@ const PATTERNS: [(&str, Kind); 5] = [
 
 impl Redactor {
     /// One that also takes these out, wherever they stand.
-    pub fn new(mut known: Vec<String>) -> Redactor {
-        known.retain(|text| text.len() >= SHORTEST);
-        known.sort_by_key(|text| std::cmp::Reverse(text.len()));
-        known.dedup();
+    pub fn new(mut secrets: Vec<String>) -> Redactor {
+        secrets.retain(|text| text.len() >= MIN_SECRET_LEN);
+        secrets.sort_by_key(|text| std::cmp::Reverse(text.len()));
+        secrets.dedup();
         // A pattern that is wrong fails the tests.
         let patterns = PATTERNS.iter().filter_map(|(pattern, kind)| Some((Regex::new(pattern).ok()?, *kind))).collect();
-        Redactor { known, patterns }
+        Redactor { secrets, patterns }
     }
 
     /// The text without secrets, and how many there were.
-    pub fn clean(&self, text: &str) -> (String, usize) {
+    pub fn redact(&self, text: &str) -> (String, usize) {
         let (mut text, mut count) = (text.to_owned(), 0);
-        for secret in &self.known {
+        for secret in &self.secrets {
             let found = text.matches(secret.as_str()).count();
             if found > 0 {
                 count += found;
-                text = text.replace(secret.as_str(), REMOVED);
+                text = text.replace(secret.as_str(), REDACTED);
             }
         }
         for (pattern, kind) in &self.patterns {
@@ -68,12 +68,12 @@ impl Redactor {
                 match (kind, secret) {
                     (Kind::Whole, _) => {
                         count += 1;
-                        REMOVED.to_owned()
+                        REDACTED.to_owned()
                     }
-                    (Kind::Group, Some(secret)) if !secret.is_empty() && !secret.as_str().contains(REMOVED) => {
+                    (Kind::Group, Some(secret)) if !secret.is_empty() && !secret.as_str().contains(REDACTED) => {
                         count += 1;
                         let start = secret.start() - found.get(0).map_or(0, |m| m.start());
-                        format!("{}{REMOVED}{}", &whole[..start], &whole[start + secret.len()..])
+                        format!("{}{REDACTED}{}", &whole[..start], &whole[start + secret.len()..])
                     }
                     _ => whole.to_owned(),
                 }
@@ -104,12 +104,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_pattern_is_one() {
+    fn every_pattern_compiles() {
         assert_eq!(Redactor::new(Vec::new()).patterns.len(), PATTERNS.len());
     }
 
     #[test]
-    fn secrets_go_and_the_rest_stays() {
+    fn secrets_are_redacted() {
         let redactor = Redactor::new(vec!["hunter2".to_owned(), "abc".to_owned()]);
         for (text, wanted) in [
             ("login with hunter2 failed", "login with <removed> failed"),
@@ -133,10 +133,10 @@ mod tests {
             ),
             ("abcdef", "abcdef"),
         ] {
-            let (cleaned, count) = redactor.clean(text);
+            let (cleaned, count) = redactor.redact(text);
             assert_eq!(cleaned, wanted);
             assert_eq!(count, usize::from(text != wanted), "{text}");
-            assert_eq!(redactor.clean(&cleaned).0, cleaned, "twice is once");
+            assert_eq!(redactor.redact(&cleaned).0, cleaned, "twice is once");
         }
     }
 }

@@ -11,15 +11,15 @@ use super::Part;
 use crate::client::{Client, ClientError};
 
 /// How long one command may take.
-const COMMAND: Duration = Duration::from_secs(15);
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long the agent may take for one answer.
-const AGENT: Duration = Duration::from_secs(5);
+const AGENT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Containers whose namespaces are looked into: enough to compare, and not a thousand.
-const CONTAINERS: usize = 32;
+const MAX_CONTAINERS: usize = 32;
 
 /// Where a host's things are.
 #[derive(Debug, Clone)]
-pub struct Places {
+pub struct HostPaths {
     /// The agent's configuration file.
     pub config: PathBuf,
     /// Its state directory.
@@ -38,17 +38,17 @@ pub enum Source {
     /// A command's output.
     Command(Vec<String>),
     /// The same inside a container's namespace.
-    Inside(PathBuf, Vec<String>),
+    NetnsCommand(PathBuf, Vec<String>),
     /// A file.
     File(PathBuf),
     /// An answer of the agent.
-    Agent(Answer),
+    Agent(AgentQuery),
 }
 
 /// Which answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Answer {
-    /// `GET /v1/status`, and so on.
+pub enum AgentQuery {
+    /// `GET /v1/map_status`, and so on.
     Status,
     /// Every lease.
     Subnets,
@@ -101,40 +101,40 @@ const FILES: [(&str, &str); 4] = [
     ("kernel/softnet.txt", "/proc/net/softnet_stat"),
 ];
 
-const ANSWERS: [(&str, Answer); 7] = [
-    ("agent/status.json", Answer::Status),
-    ("agent/subnets.json", Answer::Subnets),
-    ("agent/peers.json", Answer::Peers),
-    ("agent/endpoints.json", Answer::Endpoints),
-    ("agent/network.json", Answer::Network),
-    ("agent/mesh.json", Answer::Mesh),
-    ("agent/metrics.txt", Answer::Metrics),
+const AGENT_QUERIES: [(&str, AgentQuery); 7] = [
+    ("agent/status.json", AgentQuery::Status),
+    ("agent/subnets.json", AgentQuery::Subnets),
+    ("agent/peers.json", AgentQuery::Peers),
+    ("agent/endpoints.json", AgentQuery::Endpoints),
+    ("agent/network.json", AgentQuery::Network),
+    ("agent/mesh.json", AgentQuery::Mesh),
+    ("agent/metrics.txt", AgentQuery::Metrics),
 ];
 
-/// All that is collected, in this order. `endpoints` are the host's containers, as far as they are known.
-pub fn all(places: &Places, endpoints: &[Endpoint]) -> Vec<(String, Source)> {
+/// All that is collected, in this order. `endpoint_count` are the host's containers, as far as they are known.
+pub fn all(paths: &HostPaths, endpoints: &[Endpoint]) -> Vec<(String, Source)> {
     let words = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
     let mut all: Vec<(String, Source)> = Vec::new();
-    all.extend(ANSWERS.map(|(name, answer)| (name.to_owned(), Source::Agent(answer))));
-    all.push(("config/overlayd.toml".to_owned(), Source::File(places.config.clone())));
+    all.extend(AGENT_QUERIES.map(|(name, answer)| (name.to_owned(), Source::Agent(answer))));
+    all.push(("config/overlayd.toml".to_owned(), Source::File(paths.config.clone())));
     for name in ["state.json", "endpoints.json", "endpoints.journal", "node-id"] {
-        all.push((format!("state/{name}"), Source::File(places.state_dir.join(name))));
+        all.push((format!("state/{name}"), Source::File(paths.state_dir.join(name))));
     }
-    all.push(("run/subnet.env".to_owned(), Source::File(places.run_dir.join("subnet.env"))));
+    all.push(("run/subnet.env".to_owned(), Source::File(paths.run_dir.join("subnet.env"))));
     let journal =
-        ["journalctl", "--no-pager", "-u", "overlayd", "-o", "short-iso-precise", "-n", "50000", "--since", &places.since];
+        ["journalctl", "--no-pager", "-u", "overlayd", "-o", "short-iso-precise", "-n", "50000", "--since", &paths.since];
     all.push(("logs/journal.txt".to_owned(), Source::Command(journal.map(str::to_owned).to_vec())));
-    for (number, log) in places.logs.iter().enumerate() {
+    for (number, log) in paths.logs.iter().enumerate() {
         all.push((format!("logs/{}.txt", number + 1), Source::File(log.clone())));
     }
     all.extend(FILES.map(|(name, path)| (name.to_owned(), Source::File(PathBuf::from(path)))));
     all.extend(COMMANDS.map(|(name, line)| (name.to_owned(), Source::Command(words(line)))));
-    for endpoint in endpoints.iter().filter(|endpoint| endpoint.port.is_some()).take(CONTAINERS) {
+    for endpoint in endpoints.iter().filter(|endpoint| endpoint.port.is_some()).take(MAX_CONTAINERS) {
         for (what, line) in
             [("address", "ip -d -s address show"), ("route", "ip route show table all"), ("neigh", "ip neigh show")]
         {
             let name = format!("containers/{}/{what}.txt", endpoint.name);
-            all.push((name, Source::Inside(endpoint.netns.clone(), words(line))));
+            all.push((name, Source::NetnsCommand(endpoint.netns.clone(), words(line))));
         }
     }
     all
@@ -143,38 +143,38 @@ pub fn all(places: &Places, endpoints: &[Endpoint]) -> Vec<(String, Source)> {
 /// Collects one.
 pub async fn collect(name: String, source: &Source, client: &Client) -> Part {
     let (from, content) = match source {
-        Source::Command(words) => (words.join(" "), run(words, None).await),
-        Source::Inside(netns, words) => {
-            (format!("{} inside {}", words.join(" "), netns.display()), run(words, Some(netns)).await)
+        Source::Command(words) => (words.join(" "), run_command(words, None).await),
+        Source::NetnsCommand(netns, words) => {
+            (format!("{} inside {}", words.join(" "), netns.display()), run_command(words, Some(netns)).await)
         }
         Source::File(path) => {
             let read = std::fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
             (path.display().to_string(), read.map_err(|error| error.to_string()))
         }
-        Source::Agent(answer) => (format!("the agent at {}", client.socket().display()), ask(*answer, client).await),
+        Source::Agent(answer) => (format!("the agent at {}", client.socket().display()), query_agent(*answer, client).await),
     };
     Part { name, from, content }
 }
 
-async fn ask(answer: Answer, client: &Client) -> Result<String, String> {
+async fn query_agent(answer: AgentQuery, client: &Client) -> Result<String, String> {
     fn text<T: Serialize>(answer: Result<T, ClientError>) -> Result<String, String> {
         let answer = answer.map_err(|error| error.to_string())?;
         serde_json::to_string_pretty(&answer).map_err(|error| error.to_string())
     }
-    let client = client.clone().with_timeout(AGENT);
+    let client = client.clone().with_timeout(AGENT_TIMEOUT);
     match answer {
-        Answer::Status => text(client.status().await),
-        Answer::Subnets => text(client.subnets().await),
-        Answer::Peers => text(client.peers().await),
-        Answer::Endpoints => text(client.endpoints().await),
-        Answer::Network => text(client.network().await),
-        Answer::Mesh => text(client.mesh().await),
-        Answer::Metrics => client.metrics().await.map_err(|error| error.to_string()),
+        AgentQuery::Status => text(client.status().await),
+        AgentQuery::Subnets => text(client.subnets().await),
+        AgentQuery::Peers => text(client.peers().await),
+        AgentQuery::Endpoints => text(client.endpoints().await),
+        AgentQuery::Network => text(client.network().await),
+        AgentQuery::Mesh => text(client.mesh().await),
+        AgentQuery::Metrics => client.metrics().await.map_err(|error| error.to_string()),
     }
 }
 
 /// A command's output, what it says on standard error behind it.
-async fn run(words: &[String], netns: Option<&Path>) -> Result<String, String> {
+async fn run_command(words: &[String], netns: Option<&Path>) -> Result<String, String> {
     let (program, arguments) = words.split_first().ok_or_else(|| "no command".to_owned())?;
     let mut command = std::process::Command::new(program);
     command.args(arguments).env("LC_ALL", "C").stdin(std::process::Stdio::null());
@@ -199,19 +199,19 @@ async fn run(words: &[String], netns: Option<&Path>) -> Result<String, String> {
         std::io::ErrorKind::NotFound => format!("{program} is not installed"),
         _ => error.to_string(),
     })?;
-    let output = match tokio::time::timeout(COMMAND, child.wait_with_output()).await {
+    let output = match tokio::time::timeout(COMMAND_TIMEOUT, child.wait_with_output()).await {
         Ok(output) => output.map_err(|error| error.to_string())?,
-        Err(_) => return Err(format!("not within {} s", COMMAND.as_secs())),
+        Err(_) => return Err(format!("not within {} s", COMMAND_TIMEOUT.as_secs())),
     };
-    let said = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let lossy_text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     if !output.status.success() && output.stdout.is_empty() {
-        let words = said(&output.stderr);
+        let words = lossy_text(&output.stderr);
         return Err(format!("{}: {}", output.status, words.lines().next().unwrap_or("nothing said")));
     }
-    let mut text = said(&output.stdout);
+    let mut text = lossy_text(&output.stdout);
     if !output.stderr.is_empty() {
         text.push_str("\n--- standard error\n");
-        text.push_str(&said(&output.stderr));
+        text.push_str(&lossy_text(&output.stderr));
     }
     Ok(text)
 }

@@ -8,7 +8,7 @@ use overlay_agent::model::{Cidr, Family};
 use overlay_agent::plan::underlay::nameservers;
 use serde_json::Value;
 
-use super::facts::{ToolError, is_ours, is_tunnel, json, not_looked_at, sysctl};
+use super::facts::{ToolError, is_overlay_link, is_tunnel, report_unchecked, run_tool_json, sysctl};
 use super::{Facts, Findings};
 
 /// The protocol number of the agent's routes.
@@ -18,32 +18,35 @@ pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
     for (family, pool) in facts.pools().iter() {
         match routes(family).await {
             Ok(routes) => collisions(pool, &routes, findings),
-            Err(error) => not_looked_at(findings, &format!("what this host routes by {family}"), &error),
+            Err(error) => report_unchecked(findings, &format!("what this host routes by {family}"), &error),
         }
-        reserved(facts, pool, findings);
+        reserved_addresses(facts, pool, findings);
     }
-    ways(facts, findings).await;
+    peer_routes(facts, findings).await;
 }
 
 async fn routes(family: Family) -> Result<Vec<Value>, ToolError> {
     let flag = if family == Family::V4 { "-4" } else { "-6" };
-    json(&["ip", flag, "-j", "-N", "route", "show", "table", "all"]).await
+    run_tool_json(&["ip", flag, "-j", "-N", "route", "show", "table", "all"]).await
 }
 
 fn collisions(pool: &Pool, routes: &[Value], findings: &mut Findings) {
     // The kernel's own table for addresses of this host (`RT_TABLE_LOCAL`) says nothing of where packets go to.
-    const LOCAL: &str = "255";
+    const RT_TABLE_LOCAL: &str = "255";
     let Pool { network, min, max, .. } = pool;
     for route in routes {
         let text = |name: &str| route[name].as_str().unwrap_or_default();
         let (device, destination) = (text("dev"), text("dst"));
-        let foreign = text("protocol") != OUR_PROTOCOL && !is_ours(device) && text("table") != LOCAL && text("table") != "local";
+        let foreign = text("protocol") != OUR_PROTOCOL
+            && !is_overlay_link(device)
+            && text("table") != RT_TABLE_LOCAL
+            && text("table") != "local";
         // Only what is leased collides: hosts may lie in the rest of the network.
         let leased = |range: &Cidr| range.base() <= max.last() && min.base() <= range.last();
-        let Some(range) = parse(destination).filter(|range| foreign && leased(range)) else { continue };
-        let evidence = vec![format!("route {destination} dev {device} proto {}", name_of(text("protocol")))];
+        let Some(range) = parse_destination(destination).filter(|range| foreign && leased(range)) else { continue };
+        let evidence = vec![format!("route {destination} dev {device} proto {}", protocol_name(text("protocol")))];
         if !(range.covers(*min) && range.covers(*max)) {
-            let who = owner(device);
+            let who = device_owner(device);
             findings.error(
                 format!(
                     "the overlay network {network} collides with {who}: containers with these addresses are not reached from here"
@@ -68,7 +71,7 @@ fn collisions(pool: &Pool, routes: &[Value], findings: &mut Findings) {
     }
 }
 
-fn parse(destination: &str) -> Option<Cidr> {
+fn parse_destination(destination: &str) -> Option<Cidr> {
     if destination == "default" {
         return None;
     }
@@ -76,20 +79,20 @@ fn parse(destination: &str) -> Option<Cidr> {
 }
 
 /// The names of `/etc/iproute2/rt_protos` that are met most; `-N` prints numbers.
-fn name_of(protocol: &str) -> &str {
+fn protocol_name(protocol: &str) -> &str {
     match protocol {
         "2" => "kernel",
         "3" => "boot",
         "4" => "static",
         "16" => "dhcp",
-        // What `ip route add` writes unless it is told another, and leaves out when it prints.
+        // What `ip route push_additions` writes unless it is told another, and leaves out when it prints.
         "" => "boot",
         other => other,
     }
 }
 
 /// Whose a device is, as far as its name says.
-fn owner(device: &str) -> String {
+fn device_owner(device: &str) -> String {
     let who = match device {
         "docker0" | "docker_gwbridge" => "Docker's network",
         name if name.starts_with("br-") => "Docker's network",
@@ -103,7 +106,7 @@ fn owner(device: &str) -> String {
 }
 
 /// Addresses that must not lie among the overlay's subnets: the underlay's, the resolvers', etcd's.
-fn reserved(facts: &Facts, pool: &Pool, findings: &mut Findings) {
+fn reserved_addresses(facts: &Facts, pool: &Pool, findings: &mut Findings) {
     let resolvers = std::fs::read_to_string(facts.path("/etc/resolv.conf")).unwrap_or_default();
     let endpoints = facts.status().map(|status| status.store.endpoints.as_slice()).unwrap_or_default();
     let servers = endpoints.iter().filter_map(|endpoint| {
@@ -116,7 +119,7 @@ fn reserved(facts: &Facts, pool: &Pool, findings: &mut Findings) {
         .map(|address| ("a resolver of /etc/resolv.conf", address))
         .chain(servers.map(|address| ("etcd", address)))
         .chain(own.iter().map(|(_, address)| ("this host's own underlay address", *address)));
-    let leased = |address: IpAddr| pool.may_lease(address) || facts.peers.iter().any(|peer| peer.subnet.contains(address));
+    let leased = |address: IpAddr| pool.covers_address(address) || facts.peers.iter().any(|peer| peer.subnet.contains(address));
     for (what, address) in all.filter(|(_, address)| Family::of(*address) == pool.network.family() && leased(*address)) {
         findings.error(
             format!("{what} lies inside the overlay network {}, among the subnets that are leased", pool.network),
@@ -128,17 +131,17 @@ fn reserved(facts: &Facts, pool: &Pool, findings: &mut Findings) {
 }
 
 /// The way to each peer, and whether a reverse path filter (RFC 3704) drops what comes back the other way.
-async fn ways(facts: &Facts, findings: &mut Findings) {
+async fn peer_routes(facts: &Facts, findings: &mut Findings) {
     let Some(underlay) = facts.status().and_then(|status| status.underlay.as_ref()) else { return };
     for peer in facts.peers.iter().take(facts.settings.peers) {
         let inside = peer.subnet.nth(1).unwrap_or_else(|| peer.subnet.base());
         for (address, wanted) in [(peer.public_ip, underlay.interface.as_str()), (inside, peer.device.as_str())] {
-            let Ok(answer) = json(&["ip", "-j", "route", "get", &address.to_string()]).await else { continue };
+            let Ok(answer) = run_tool_json(&["ip", "-j", "route", "get", &address.to_string()]).await else { continue };
             let Some(device) = answer.first().and_then(|route| route["dev"].as_str()).filter(|device| *device != wanted) else {
                 continue;
             };
             let evidence = vec![format!("ip route get {address}: dev {device}, not {wanted}")];
-            let strict = strict(Family::of(address), wanted);
+            let strict = strict_rp_filter(Family::of(address), wanted);
             let host = peer.host.clone().unwrap_or_else(|| peer.subnet.to_string());
             match strict {
                 Some(filter) if !is_tunnel(device) => findings.error(
@@ -157,7 +160,7 @@ async fn ways(facts: &Facts, findings: &mut Findings) {
 }
 
 /// The strict filter of an interface: the larger of its own and the common setting counts (`ip-sysctl.rst`). IPv6 has none.
-fn strict(family: Family, interface: &str) -> Option<String> {
+fn strict_rp_filter(family: Family, interface: &str) -> Option<String> {
     if family == Family::V6 {
         return None;
     }

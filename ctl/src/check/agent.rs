@@ -5,7 +5,7 @@ use tokio::net::UnixStream;
 use super::{Facts, Findings};
 
 /// `CAP_NET_ADMIN` and `CAP_SYS_ADMIN` in `linux/capability.h`.
-const NEEDED: [(u32, &str); 2] = [(12, "CAP_NET_ADMIN"), (21, "CAP_SYS_ADMIN")];
+const REQUIRED_CAPABILITIES: [(u32, &str); 2] = [(12, "CAP_NET_ADMIN"), (21, "CAP_SYS_ADMIN")];
 
 pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
     let status = match &facts.status {
@@ -27,18 +27,18 @@ pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
         let remedy = "restart the agent after an upgrade: systemctl restart overlayd cuts no traffic";
         findings.info("overlayctl and the agent are of different versions", vec![format!("{own}, {}", status.version)], remedy);
     }
-    rights(facts, findings).await;
+    capabilities(facts, findings).await;
 }
 
 /// The capabilities of the process behind the socket. Where systemd made the socket, that is systemd: nothing is said then.
-async fn rights(facts: &Facts, findings: &mut Findings) {
+async fn capabilities(facts: &Facts, findings: &mut Findings) {
     let Ok(stream) = UnixStream::connect(facts.settings.client.socket()).await else { return };
     let Some(pid) = stream.peer_cred().ok().and_then(|peer| peer.pid()) else { return };
     let read = |file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
     if read("comm").trim() != "overlayd" {
         return;
     }
-    let missing = missing(&read("status"));
+    let missing = missing_capabilities(&read("status"));
     if !missing.is_empty() {
         findings.error(
             format!("the agent (process {pid}) has lost rights that it needs"),
@@ -48,10 +48,10 @@ async fn rights(facts: &Facts, findings: &mut Findings) {
     }
 }
 
-fn missing(status: &str) -> Vec<&'static str> {
+fn missing_capabilities(status: &str) -> Vec<&'static str> {
     let mask = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok());
     let lacks = |bit: u32| mask.is_some_and(|mask| mask & (1 << bit) == 0);
-    NEEDED.iter().filter(|(bit, _)| lacks(*bit)).map(|(_, name)| *name).collect()
+    REQUIRED_CAPABILITIES.iter().filter(|(bit, _)| lacks(*bit)).map(|(_, name)| *name).collect()
 }
 
 #[cfg(test)]
@@ -59,9 +59,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn capabilities_are_read_from_the_effective_set() {
-        assert!(missing("CapEff:\t000001ffffffffff\n").is_empty());
-        assert_eq!(missing("CapPrm:\t000001ffffffffff\nCapEff:\t0000000000001000\n"), ["CAP_SYS_ADMIN"]);
-        assert!(missing("").is_empty(), "what cannot be read is no finding");
+    fn missing_capabilities_use_effective_set() {
+        assert!(missing_capabilities("CapEff:\t000001ffffffffff\n").is_empty());
+        assert_eq!(missing_capabilities("CapPrm:\t000001ffffffffff\nCapEff:\t0000000000001000\n"), ["CAP_SYS_ADMIN"]);
+        assert!(missing_capabilities("").is_empty(), "what cannot be read is no finding");
     }
 }

@@ -7,34 +7,34 @@ use std::net::IpAddr;
 use std::path::Path;
 
 use nix::ifaddrs::{InterfaceAddress, getifaddrs};
-use overlay_agent::endpoint::{Recorded, recorded};
-use overlay_agent::kernel::netns::{DIRECTORY, Netns};
+use overlay_agent::endpoint::{StoredEndpoint, read_stored};
+use overlay_agent::kernel::netns::{NETNS_RUN_DIR, Netns};
 use overlay_agent::model::Endpoint;
 use overlay_agent::model::api::NetworkView;
-use overlay_agent::model::device::BRIDGE_PORTS;
+use overlay_agent::model::device::MAX_BRIDGE_PORTS;
 use overlay_agent::state::StateError;
 
-use super::{Facts, Findings, NEARLY_FULL};
+use super::{FULL_WARNING_PERCENT, Facts, Findings};
 
 pub(super) fn check(facts: &Facts, findings: &mut Findings) {
-    let stored = stored(facts, findings);
+    let stored = stored_endpoints(facts, findings);
     if let Some(network) = &facts.network {
-        known(network, findings);
+        endpoint_states(network, findings);
         ports(network, findings);
         if let Some(stored) = &stored {
             compare(network, stored, findings);
         }
-        leaked(facts, network, findings);
+        leaked_namespaces(facts, network, findings);
     } else if let Some(stored) = &stored {
         for record in stored {
-            look_inside(&record.endpoint, findings);
+            container_addresses(&record.endpoint, findings);
         }
     }
 }
 
 /// What the state directory holds; nothing where it is another one, or not to be read.
-fn stored(facts: &Facts, findings: &mut Findings) -> Option<Vec<Recorded>> {
-    match recorded(&facts.settings.state_dir) {
+fn stored_endpoints(facts: &Facts, findings: &mut Findings) -> Option<Vec<StoredEndpoint>> {
+    match read_stored(&facts.settings.state_dir) {
         // None: no container was ever attached, or the agent has another directory.
         Ok(stored) => stored,
         Err(StateError::File(error)) if error.source.kind() != ErrorKind::InvalidData => {
@@ -54,7 +54,7 @@ fn stored(facts: &Facts, findings: &mut Findings) -> Option<Vec<Recorded>> {
 }
 
 /// Endpoints that the agent itself finds not in place.
-fn known(network: &NetworkView, findings: &mut Findings) {
+fn endpoint_states(network: &NetworkView, findings: &mut Findings) {
     for view in network.endpoints.iter().filter(|view| view.state != "in place") {
         let name = &view.endpoint.name;
         let gone = !view.endpoint.netns.exists();
@@ -72,11 +72,11 @@ fn known(network: &NetworkView, findings: &mut Findings) {
 /// Ports of our bridge that are no endpoint's.
 fn ports(network: &NetworkView, findings: &mut Findings) {
     if let Some(bridge) = &network.bridge {
-        room(bridge.ports.len(), findings);
+        free_bridge_ports(bridge.ports.len(), findings);
     }
     let bridge = network.bridge.iter();
-    let strange = bridge.flat_map(|bridge| &bridge.ports).filter(|port| port.endpoint.is_none());
-    let (ours, foreign): (Vec<_>, Vec<_>) = strange.partition(|port| port.interface.starts_with("ove"));
+    let unowned = bridge.flat_map(|bridge| &bridge.ports).filter(|port| port.endpoint.is_none());
+    let (ours, foreign): (Vec<_>, Vec<_>) = unowned.partition(|port| port.interface.starts_with("ove"));
     for port in ours {
         findings.warning(
             format!("{} is a port of the bridge, but no container's", port.interface),
@@ -94,22 +94,23 @@ fn ports(network: &NetworkView, findings: &mut Findings) {
 }
 
 /// The bridge has ports left.
-fn room(taken: usize, findings: &mut Findings) {
-    if taken * 100 >= BRIDGE_PORTS * NEARLY_FULL {
+fn free_bridge_ports(taken: usize, findings: &mut Findings) {
+    if taken * 100 >= MAX_BRIDGE_PORTS * FULL_WARNING_PERCENT {
         findings.warning(
             "the bridge is nearly full: the kernel will refuse more containers on this host",
-            vec![format!("{taken} of the {BRIDGE_PORTS} ports that the kernel gives a bridge are taken")],
+            vec![format!("{taken} of the {MAX_BRIDGE_PORTS} ports that the kernel gives a bridge are taken")],
             "attach further containers on other hosts; a SubnetLen of 22 or longer hands out no more addresses than a bridge has ports",
         );
     }
 }
 
 /// The agent's table beside the file.
-fn compare(network: &NetworkView, stored: &[Recorded], findings: &mut Findings) {
-    let file: BTreeMap<String, &Recorded> = stored.iter().map(|record| (record.endpoint.name.to_string(), record)).collect();
+fn compare(network: &NetworkView, stored: &[StoredEndpoint], findings: &mut Findings) {
+    let file: BTreeMap<String, &StoredEndpoint> =
+        stored.iter().map(|record| (record.endpoint.name.to_string(), record)).collect();
     let agent: BTreeMap<String, &Endpoint> =
         network.endpoints.iter().map(|view| (view.endpoint.name.to_string(), &view.endpoint)).collect();
-    let half: Vec<String> =
+    let in_transition: Vec<String> =
         file.iter().filter(|(name, record)| !record.attached && !agent.contains_key(*name)).map(|(n, _)| n.clone()).collect();
     let differ = |name: &&String| match (file.get(*name), agent.get(*name)) {
         (Some(record), Some(endpoint)) => record.endpoint.addresses() != endpoint.addresses(),
@@ -125,14 +126,14 @@ fn compare(network: &NetworkView, stored: &[Recorded], findings: &mut Findings) 
             "somebody wrote to the state directory while the agent ran, or --state-dir names another agent's: systemctl restart overlayd reads it anew",
         );
     }
-    if !half.is_empty() {
+    if !in_transition.is_empty() {
         let remedy = "wait some seconds and look again; what stays is cleared by the agent's next audit";
-        findings.info("containers are being attached or detached", vec![half.join(", ")], remedy);
+        findings.info("containers are being attached or detached", vec![in_transition.join(", ")], remedy);
     }
 }
 
 /// The container's interface has its addresses.
-fn look_inside(endpoint: &Endpoint, findings: &mut Findings) {
+fn container_addresses(endpoint: &Endpoint, findings: &mut Findings) {
     let Some(port) = &endpoint.port else { return };
     let Ok(netns) = Netns::open(&endpoint.netns) else {
         return findings.warning(
@@ -143,7 +144,7 @@ fn look_inside(endpoint: &Endpoint, findings: &mut Findings) {
     };
     let Ok(Ok(all)) = netns.run(|| getifaddrs().map(Iterator::collect::<Vec<InterfaceAddress>>)) else { return };
     let there = all.iter().any(|one| one.interface_name == port.interface);
-    let have: Vec<IpAddr> = all.iter().filter(|one| one.interface_name == port.interface).filter_map(address).collect();
+    let have: Vec<IpAddr> = all.iter().filter(|one| one.interface_name == port.interface).filter_map(interface_address).collect();
     let missing: Vec<String> = port.addresses.iter().filter(|(_, a)| !have.contains(a)).map(|(_, a)| a.to_string()).collect();
     if !missing.is_empty() {
         let found = if there { "is there without" } else { "is not there, so there is no" };
@@ -155,26 +156,26 @@ fn look_inside(endpoint: &Endpoint, findings: &mut Findings) {
     }
 }
 
-fn address(one: &InterfaceAddress) -> Option<IpAddr> {
+fn interface_address(one: &InterfaceAddress) -> Option<IpAddr> {
     let address = one.address.as_ref()?;
     let v4 = address.as_sockaddr_in().map(|a| IpAddr::from(a.ip()));
     v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::from(a.ip())))
 }
 
-/// Namespaces that `overlayctl attach` made, as its notes beside the socket say, and that no container uses any more.
-fn leaked(facts: &Facts, network: &NetworkView, findings: &mut Findings) {
+/// Namespaces that `overlayctl attach_filter` made, as its notes beside the socket say, and that no container uses any more.
+fn leaked_namespaces(facts: &Facts, network: &NetworkView, findings: &mut Findings) {
     let Some(notes) = facts.settings.client.socket().parent().and_then(|run| std::fs::read_dir(run.join("netns")).ok()) else {
         return;
     };
     let used: BTreeSet<&OsStr> = network.endpoints.iter().filter_map(|view| view.endpoint.netns.file_name()).collect();
-    let there = |name: &OsString| Path::new(DIRECTORY).join(name).exists() && !used.contains(name.as_os_str());
+    let there = |name: &OsString| Path::new(NETNS_RUN_DIR).join(name).exists() && !used.contains(name.as_os_str());
     let mut left: Vec<OsString> = notes.flatten().map(|note| note.file_name()).filter(there).collect();
     left.sort();
     for name in left {
         let name = name.to_string_lossy();
         findings.warning(
             format!("the namespace {name} was made for a container that is no more"),
-            vec![format!("{DIRECTORY}/{name}")],
+            vec![format!("{NETNS_RUN_DIR}/{name}")],
             format!("it leaked: ip netns delete {name}"),
         );
     }
@@ -185,11 +186,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bridge_with_hardly_a_port_left_is_warned_of() {
+    fn nearly_full_bridge_is_reported() {
         let evidence = |taken| {
-            let mut findings = Findings::of("endpoints");
-            room(taken, &mut findings);
-            findings.into_found().into_iter().flat_map(|finding| finding.evidence).collect::<Vec<_>>()
+            let mut findings = Findings::for_check("endpoints");
+            free_bridge_ports(taken, &mut findings);
+            findings.into_vec().into_iter().flat_map(|finding| finding.evidence).collect::<Vec<_>>()
         };
         assert_eq!(evidence(920), Vec::<String>::new());
         assert_eq!(evidence(921), ["921 of the 1023 ports that the kernel gives a bridge are taken"]);

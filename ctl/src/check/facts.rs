@@ -14,7 +14,7 @@ use crate::client::Client;
 use crate::etcd::EtcdArgs;
 
 /// How long a program of the system may take.
-const TOOL_LIMIT: Duration = Duration::from_secs(20);
+const TOOL_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// What the doctor is told.
 #[derive(Debug)]
@@ -56,13 +56,13 @@ pub(super) enum ToolError {
 impl Facts {
     /// Asks the agent and the kernel.
     pub async fn gather(settings: Settings) -> Facts {
-        let client = settings.client.clone().with_timeout(TOOL_LIMIT);
+        let client = settings.client.clone().with_timeout(TOOL_TIMEOUT);
         let status = client.status().await.map_err(|error| error.to_string());
         let (peers, network) = match &status {
             Ok(_) => (client.peers().await.map(|all| all.peers).unwrap_or_default(), client.network().await.ok()),
             Err(_) => (Vec::new(), None),
         };
-        let links = json(&["ip", "-j", "-d", "link", "show"]).await.ok();
+        let links = run_tool_json(&["ip", "-j", "-d", "link", "show"]).await.ok();
         Facts { settings, status, peers, network, links }
     }
 
@@ -82,9 +82,9 @@ impl Facts {
     }
 
     /// The names of links that `wanted` is true for.
-    pub(super) fn link_names(&self, wanted: impl Fn(&str) -> bool) -> Vec<String> {
+    pub(super) fn link_names(&self, predicate: impl Fn(&str) -> bool) -> Vec<String> {
         let names = self.links.iter().flatten().filter_map(|link| link["ifname"].as_str());
-        names.filter(|name| wanted(name)).map(str::to_owned).collect()
+        names.filter(|name| predicate(name)).map(str::to_owned).collect()
     }
 
     /// A link by its name.
@@ -106,7 +106,7 @@ impl Facts {
 
 /// A column of a file below `/proc/net/stat`: one value a processor. Empty where the file is not there: it is one for all network namespaces, and
 /// seen from the machine's own alone.
-pub(crate) fn statistics(file: &str, column: &str) -> Vec<u64> {
+pub(crate) fn read_net_stat(file: &str, column: &str) -> Vec<u64> {
     let text = std::fs::read_to_string(Path::new("/proc/net/stat").join(file)).unwrap_or_default();
     let mut lines = text.lines();
     let place = lines.next().and_then(|header| header.split_ascii_whitespace().position(|name| name == column));
@@ -120,17 +120,17 @@ pub(super) fn is_tunnel(name: &str) -> bool {
 }
 
 /// Whether a link has the name of one of ours.
-pub(super) fn is_ours(name: &str) -> bool {
+pub(super) fn is_overlay_link(name: &str) -> bool {
     is_tunnel(name) || name.starts_with("ovb.") || name.starts_with("ove")
 }
 
 /// What a program prints.
-pub(super) async fn tool(command: &[&str]) -> Result<String, ToolError> {
-    tool_within(command, TOOL_LIMIT).await
+pub(super) async fn run_tool(command: &[&str]) -> Result<String, ToolError> {
+    run_tool_with_timeout(command, TOOL_TIMEOUT).await
 }
 
 /// The same within a limit.
-pub(super) async fn tool_within(command: &[&str], limit: Duration) -> Result<String, ToolError> {
+pub(super) async fn run_tool_with_timeout(command: &[&str], limit: Duration) -> Result<String, ToolError> {
     let Some((program, arguments)) = command.split_first() else { return Ok(String::new()) };
     let failed = |reason: String| ToolError::Failed { command: command.join(" "), reason };
     let mut child = tokio::process::Command::new(program);
@@ -144,16 +144,16 @@ pub(super) async fn tool_within(command: &[&str], limit: Duration) -> Result<Str
         Ok(Err(error)) => Err(failed(error.to_string())),
         Ok(Ok(output)) if output.status.success() => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
         Ok(Ok(output)) => {
-            let told = if output.stderr.is_empty() { &output.stdout } else { &output.stderr };
-            let text = String::from_utf8_lossy(told);
+            let stream = if output.stderr.is_empty() { &output.stdout } else { &output.stderr };
+            let text = String::from_utf8_lossy(stream);
             Err(failed(text.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("without a word").trim().to_owned()))
         }
     }
 }
 
 /// The list that a program prints as JSON; empty where it prints nothing.
-pub(super) async fn json(command: &[&str]) -> Result<Vec<Value>, ToolError> {
-    let text = tool(command).await?;
+pub(super) async fn run_tool_json(command: &[&str]) -> Result<Vec<Value>, ToolError> {
+    let text = run_tool(command).await?;
     if text.trim().is_empty() {
         return Ok(Vec::new());
     }
@@ -162,9 +162,9 @@ pub(super) async fn json(command: &[&str]) -> Result<Vec<Value>, ToolError> {
 }
 
 /// Tells that something could not be looked at.
-pub(super) fn not_looked_at(findings: &mut Findings, what: &str, error: &ToolError) {
+pub(super) fn report_unchecked(findings: &mut Findings, what: &str, error: &ToolError) {
     let remedy = match error {
-        ToolError::Missing(program) => match package(program) {
+        ToolError::Missing(program) => match debian_package(program) {
             Some(package) => format!("install it, then run this again: apt-get install {package}"),
             None => "install it, then run this again".to_owned(),
         },
@@ -174,7 +174,7 @@ pub(super) fn not_looked_at(findings: &mut Findings, what: &str, error: &ToolErr
 }
 
 /// The Debian package of a program.
-fn package(program: &str) -> Option<&'static str> {
+fn debian_package(program: &str) -> Option<&'static str> {
     Some(match program {
         "ip" | "bridge" => "iproute2",
         "nft" => "nftables",

@@ -1,8 +1,8 @@
 //! Rules of others that drop the tunnel or forwarding. The packets that the overlay lives from are walked through the rules of every table but ours, as the
 //! kernel would; a rule that drops one is named.
 //!
-//! `rules` reads what `nft list ruleset` prints, which is nftables' own and what `iptables-nft`, firewalld, ufw and Docker write through it. The
-//! older `iptables-legacy` is translated by `iptables-restore-translate`, of the same package.
+//! `rules` reads what `nft filter ruleset` prints, which is nftables' own and what `iptables-nft`, firewalld, ufw and Docker write through it. The
+//! older `iptables-legacy_ruleset` is translated by `iptables-restore-translate`, of the same package.
 
 mod packet;
 mod rules;
@@ -14,39 +14,39 @@ use std::net::IpAddr;
 use overlay_agent::model::api::{PeerEntry, Status, UnderlayStatus};
 use overlay_agent::model::{Cidr, Device, Family, Mac};
 
-use super::facts::{ToolError, not_looked_at, tool};
+use super::facts::{ToolError, report_unchecked, run_tool};
 use super::{Facts, Findings};
 
 use packet::{Hook, Packet};
 use rules::{Dropped, Ruleset};
 
 /// Our own tables.
-const OURS: &str = "overlayd";
+const OWN_TABLE: &str = "overlayd";
 /// The container's port in the packets that are walked: one that no rule is likely to name.
 const ANY_PORT: u16 = 49_771;
 /// How many peers' packets are walked: rules rarely name single ones.
-const PEERS: usize = 8;
+const MAX_PEERS: usize = 8;
 
 pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
     let mut all = Vec::new();
-    match tool(&["nft", "-a", "list", "ruleset"]).await {
+    match run_tool(&["nft", "-a", "list", "ruleset"]).await {
         Ok(text) => all.push(Ruleset::parse(&text)),
-        Err(error) => not_looked_at(findings, "nftables and what is written through it", &error),
+        Err(error) => report_unchecked(findings, "nftables and what is written through it", &error),
     }
     for family in [Family::V4, Family::V6] {
-        match legacy(family).await {
+        match legacy_ruleset(family).await {
             Ok(rules) => all.extend(rules),
-            Err(error) => not_looked_at(findings, &format!("the older iptables of {family}"), &error),
+            Err(error) => report_unchecked(findings, &format!("the older iptables of {family}"), &error),
         }
     }
     for (what, hurts, packet) in packets(facts) {
-        let dropped: Vec<Dropped> = all.iter().filter_map(|rules| rules.verdict(&packet, OURS)).collect();
+        let dropped: Vec<Dropped> = all.iter().filter_map(|rules| rules.verdict(&packet, OWN_TABLE)).collect();
         // What several tables drop is told once a table; the same of several peers once.
         for drop in dropped {
             let summary =
                 format!("{what} {}", if drop.certain { "are dropped by a firewall" } else { "may be dropped by a firewall" });
             let evidence = vec![drop.place.clone(), drop.rule.clone(), format!("for example: {packet}")];
-            if findings.has(&summary, &evidence[1]) {
+            if findings.contains(&summary, &evidence[1]) {
                 continue;
             }
             let remedy = remedy(&drop, &packet);
@@ -61,13 +61,13 @@ pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
 
 impl Findings {
     /// Whether this was found already.
-    fn has(&self, summary: &str, rule: &str) -> bool {
-        self.found.iter().any(|finding| finding.summary == summary && finding.evidence.iter().any(|line| line == rule))
+    fn contains(&self, summary: &str, rule: &str) -> bool {
+        self.items.iter().any(|finding| finding.summary == summary && finding.evidence.iter().any(|line| line == rule))
     }
 }
 
-/// The rules of `iptables-legacy`, where there are any. The program itself loads the kernel's module: it is not run where no module is there.
-async fn legacy(family: Family) -> Result<Option<Ruleset>, ToolError> {
+/// The rules of `iptables-legacy_ruleset`, where there are any. The program itself loads the kernel's module: it is not run where no module is there.
+async fn legacy_ruleset(family: Family) -> Result<Option<Ruleset>, ToolError> {
     let (names, program) = match family {
         Family::V4 => ("/proc/net/ip_tables_names", "iptables"),
         Family::V6 => ("/proc/net/ip6_tables_names", "ip6tables"),
@@ -76,7 +76,7 @@ async fn legacy(family: Family) -> Result<Option<Ruleset>, ToolError> {
         return Ok(None);
     }
     let script = format!("{program}-legacy-save | {program}-restore-translate -f /dev/stdin");
-    let translated = tool(&["sh", "-ec", &script]).await?;
+    let translated = run_tool(&["sh", "-ec", &script]).await?;
     Ok(Some(Ruleset::parse_commands(&translated)))
 }
 
@@ -93,9 +93,9 @@ fn packets(facts: &Facts) -> Vec<(String, bool, Packet)> {
             Family::V6 => IpAddr::from([0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, 1]),
         }
     };
-    let stand_ins = if facts.peers.is_empty() { stand_ins(status, underlay) } else { Vec::new() };
+    let stand_ins = if facts.peers.is_empty() { sample_peers(status, underlay) } else { Vec::new() };
     let hurts = stand_ins.is_empty();
-    for peer in facts.peers.iter().chain(&stand_ins).take(PEERS) {
+    for peer in facts.peers.iter().chain(&stand_ins).take(MAX_PEERS) {
         let underlay_family = Family::of(peer.public_ip);
         let Some(own) = underlay.public_ip.get(underlay_family).copied() else { continue };
         let name = underlay.interface.as_str();
@@ -124,7 +124,7 @@ fn packets(facts: &Facts) -> Vec<(String, bool, Packet)> {
 
 /// Where there is no peer yet: what one will be like, a neighbour on the underlay with a subnet of the same network. What is dropped of it is a
 /// warning only, because a rule may well accept the real ones by name.
-fn stand_ins(status: &Status, underlay: &UnderlayStatus) -> Vec<PeerEntry> {
+fn sample_peers(status: &Status, underlay: &UnderlayStatus) -> Vec<PeerEntry> {
     let (Some(network), Some(lease)) = (&status.network, &status.lease) else { return Vec::new() };
     let one = |(family, own): (Family, Cidr)| {
         let public_ip = match underlay.public_ip.get(family)? {

@@ -3,68 +3,68 @@
 use overlay_agent::model::{Device, Family};
 use overlay_agent::plan::desired::sysctls;
 
-use super::facts::{ToolError, not_looked_at, statistics, sysctl, tool};
-use super::{Facts, Findings, NEARLY_FULL};
+use super::facts::{ToolError, read_net_stat, report_unchecked, run_tool, sysctl};
+use super::{FULL_WARNING_PERCENT, Facts, Findings};
 
 /// A feature: what it is, the commands that need it, and whether the overlay stands without it.
 struct Feature {
-    what: &'static str,
+    name: &'static str,
     script: &'static str,
-    needed: bool,
+    required: bool,
     remedy: &'static str,
 }
 
 const FEATURES: [Feature; 6] = [
     Feature {
-        what: "VXLAN devices",
+        name: "VXLAN devices",
         script: "ip link add name x0 type vxlan id 1 dstport 8472 nolearning local 192.0.2.1",
-        needed: true,
+        required: true,
         remedy: "modprobe vxlan, or a kernel with CONFIG_VXLAN",
     },
     Feature {
-        what: "bridges",
+        name: "bridges",
         script: "ip link add name b0 type bridge",
-        needed: true,
+        required: true,
         remedy: "modprobe bridge, or a kernel with CONFIG_BRIDGE",
     },
     Feature {
-        what: "veth pairs",
+        name: "veth pairs",
         script: "ip link add name v0 type veth peer name v1",
-        needed: true,
+        required: true,
         remedy: "modprobe veth, or a kernel with CONFIG_VETH",
     },
     Feature {
-        what: "next-hop objects",
+        name: "next-hop objects",
         script: "ip link set lo up; ip nexthop add id 7 dev lo",
-        needed: false,
+        required: false,
         remedy: "a kernel from 5.3 on; without them, thousands of peers take seconds instead of milliseconds",
     },
     Feature {
-        what: "nftables with masquerade",
+        name: "nftables with masquerade",
         script: "nft 'table inet t { chain c { type nat hook postrouting priority 100; ip saddr 192.0.2.0/24 masquerade random,fully-random; }; }'",
-        needed: true,
+        required: true,
         remedy: "modprobe nf_tables nft_masq nft_chain_nat, or a kernel with CONFIG_NF_TABLES and CONFIG_NFT_MASQ",
     },
     Feature {
-        what: "nftables on bridges",
+        name: "nftables on bridges",
         script: "nft 'table bridge t { chain c { type filter hook prerouting priority 0; iifname \"x\" ether saddr 02:00:00:00:00:01 drop; }; }'",
-        needed: true,
+        required: true,
         remedy: "modprobe nf_tables_bridge, or a kernel with CONFIG_NF_TABLES_BRIDGE: without it containers can use each other's addresses",
     },
 ];
 
 pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
-    match tool(&["unshare", "--net", "true"]).await {
+    match run_tool(&["unshare", "--net", "true"]).await {
         Ok(_) => {
             for feature in &FEATURES {
-                try_out(feature, findings).await;
+                probe_feature(feature, findings).await;
             }
         }
-        Err(error) => not_looked_at(findings, "what the kernel can do", &error),
+        Err(error) => report_unchecked(findings, "what the kernel can do", &error),
     }
     forwarding(facts, findings);
-    interfaces(facts, findings);
-    connections(findings);
+    interface_sysctls(facts, findings);
+    conntrack_usage(findings);
     for family in Family::ALL {
         let (file, limit) = match family {
             Family::V4 => ("arp_cache", "ipv4/neigh/default/gc_thresh3"),
@@ -72,16 +72,16 @@ pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
         };
         let most = sysctl(limit).and_then(|text| text.parse().ok());
         // Each processor's line has the number of all.
-        if let (Some(entries), Some(most)) = (statistics(file, "entries").first(), most) {
+        if let (Some(entries), Some(most)) = (read_net_stat(file, "entries").first(), most) {
             // The agent's own are permanent and do not count against the limit.
-            neighbours(family, entries.saturating_sub(facts.peers.len() as u64), most, findings);
+            neighbour_table(family, entries.saturating_sub(facts.peers.len() as u64), most, findings);
         }
     }
 }
 
 /// The kernel's neighbour table, one for all network namespaces: a container's entry for the gateway counts like the host's for the container.
-fn neighbours(family: Family, entries: u64, most: u64, findings: &mut Findings) {
-    if most > 0 && entries * 100 >= most * NEARLY_FULL as u64 {
+fn neighbour_table(family: Family, entries: u64, most: u64, findings: &mut Findings) {
+    if most > 0 && entries * 100 >= most * FULL_WARNING_PERCENT as u64 {
         let name = format!("net.{}.neigh.default.gc_thresh", family.to_string().to_lowercase());
         findings.warning(
             format!("the kernel's {family} neighbour table is nearly full: containers and hosts will not find each other"),
@@ -91,17 +91,17 @@ fn neighbours(family: Family, entries: u64, most: u64, findings: &mut Findings) 
     }
 }
 
-async fn try_out(feature: &Feature, findings: &mut Findings) {
+async fn probe_feature(feature: &Feature, findings: &mut Findings) {
     let program = feature.script.split(' ').next().unwrap_or_default();
-    match tool(&["unshare", "--net", "sh", "-ec", feature.script]).await {
+    match run_tool(&["unshare", "--net", "sh", "-ec", feature.script]).await {
         Ok(_) => {}
         Err(ToolError::Failed { reason, .. }) if reason.contains("not found") => {
-            not_looked_at(findings, feature.what, &ToolError::Missing(program.to_owned()));
+            report_unchecked(findings, feature.name, &ToolError::Missing(program.to_owned()));
         }
         Err(error) => {
-            let summary = format!("the kernel has no {}", feature.what);
+            let summary = format!("the kernel has no {}", feature.name);
             let evidence = vec![error.to_string()];
-            if feature.needed {
+            if feature.required {
                 findings.error(summary, evidence, feature.remedy);
             } else {
                 findings.warning(summary, evidence, feature.remedy);
@@ -135,19 +135,19 @@ fn forwarding(facts: &Facts, findings: &mut Findings) {
 }
 
 /// Settings of interfaces with which the kernel does not carry the overlay's traffic, whatever the global ones are.
-fn interfaces(facts: &Facts, findings: &mut Findings) {
+fn interface_sysctls(facts: &Facts, findings: &mut Findings) {
     let ours: Vec<Device> = facts.link_names(|_| true).iter().filter_map(|name| Device::from_name(name)).collect();
     for family in facts.families() {
         let of_devices = ours.iter().filter(|device| device.carries(family));
-        let mut wanted: Vec<(String, &str)> = of_devices.flat_map(|device| sysctls::of_device(*device, family)).collect();
+        let mut wanted: Vec<(String, &str)> = of_devices.flat_map(|device| sysctls::device_settings(*device, family)).collect();
         if let (Family::V4, Some(underlay)) = (family, facts.status().and_then(|status| status.underlay.as_ref())) {
-            wanted.push((sysctls::of(&underlay.interface, family, "forwarding"), "1"));
+            wanted.push((sysctls::interface_path(&underlay.interface, family, "forwarding"), "1"));
         }
         let number = |path: &str| sysctl(path).and_then(|text| text.parse::<u32>().ok());
         for (path, value) in wanted {
             let Some(found) = sysctl(&path).filter(|found| found != value) else { continue };
             // The larger of this and the common one counts, and only 1 (strict) is in the way.
-            let all = sysctls::of("all", family, "rp_filter");
+            let all = sysctls::interface_path("all", family, "rp_filter");
             if path.ends_with("/rp_filter") && number(&all).max(number(&path)) != Some(1) {
                 continue;
             }
@@ -161,7 +161,7 @@ fn interfaces(facts: &Facts, findings: &mut Findings) {
                 ),
             );
         }
-        let all = sysctls::of("all", family, "arp_ignore");
+        let all = sysctls::interface_path("all", family, "arp_ignore");
         if family == Family::V4 && number(&all) == Some(8) {
             findings.error(
                 "this host answers no ARP request: containers do not find their gateway",
@@ -172,11 +172,11 @@ fn interfaces(facts: &Facts, findings: &mut Findings) {
     }
 }
 
-fn connections(findings: &mut Findings) {
+fn conntrack_usage(findings: &mut Findings) {
     let number = |name: &str| sysctl(&format!("netfilter/{name}")).and_then(|text| text.parse::<u64>().ok());
     if let (Some(count), Some(most)) = (number("nf_conntrack_count"), number("nf_conntrack_max"))
         && most > 0
-        && count * 100 >= most * NEARLY_FULL as u64
+        && count * 100 >= most * FULL_WARNING_PERCENT as u64
     {
         findings.warning(
             "the table of connections is nearly full: new connections will be dropped",
@@ -191,14 +191,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn neighbour_table_is_told_before_it_is_full() {
-        let told = |entries| {
-            let mut findings = Findings::of("kernel");
-            neighbours(Family::V6, entries, 1024, &mut findings);
-            findings.into_found().into_iter().next().map(|finding| (finding.evidence.concat(), finding.remedy))
+    fn nearly_full_neighbour_table_is_reported() {
+        let finding_for = |entries| {
+            let mut findings = Findings::for_check("kernel");
+            neighbour_table(Family::V6, entries, 1024, &mut findings);
+            findings.into_vec().into_iter().next().map(|finding| (finding.evidence.concat(), finding.remedy))
         };
-        assert_eq!(told(921), None);
-        let (evidence, remedy) = told(922).expect("a finding");
+        assert_eq!(finding_for(921), None);
+        let (evidence, remedy) = finding_for(922).expect("a finding");
         assert_eq!(evidence, "922 entries, net.ipv6.neigh.default.gc_thresh3 = 1024");
         assert!(remedy.contains("net.ipv6.neigh.default.gc_thresh3=4096"), "{remedy}");
     }

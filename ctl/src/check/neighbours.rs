@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::facts::{is_ours, tool};
+use super::facts::{is_overlay_link, run_tool};
 use super::{Facts, Findings};
 
 pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
@@ -11,10 +11,10 @@ pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
 }
 
 /// The links of ours by index and name.
-fn ours(facts: &Facts) -> Vec<(u64, String)> {
+fn overlay_links(facts: &Facts) -> Vec<(u64, String)> {
     let links = facts.links.iter().flatten();
     let pairs = links.filter_map(|link| Some((link["ifindex"].as_u64()?, link["ifname"].as_str()?.to_owned())));
-    pairs.filter(|(_, name)| is_ours(name)).collect()
+    pairs.filter(|(_, name)| is_overlay_link(name)).collect()
 }
 
 /// NetworkManager keeps a file a device (`/run/NetworkManager/devices/INDEX`, `managed=`), systemd-networkd as well (`/run/systemd/netif/links/INDEX`,
@@ -23,7 +23,7 @@ fn managers(facts: &Facts, findings: &mut Findings) {
     let held = |directory: &str, is_managed: fn(&str) -> bool| -> Vec<String> {
         let directory = facts.path(directory);
         let managed = |index: u64| read(&directory.join(index.to_string())).lines().any(|line| is_managed(line.trim()));
-        ours(facts).into_iter().filter(|(index, _)| managed(*index)).map(|(_, name)| name).collect()
+        overlay_links(facts).into_iter().filter(|(index, _)| managed(*index)).map(|(_, name)| name).collect()
     };
     let by_manager = held("/run/NetworkManager/devices", |line| line == "managed=true" || line == "managed=1");
     if !by_manager.is_empty() {
@@ -74,7 +74,7 @@ async fn flannel(facts: &Facts, findings: &mut Findings) {
         left.push(format!("{}: {}", environment.display(), read(&environment).lines().collect::<Vec<_>>().join(" ")));
     }
     // What cannot be read is said by the check of the firewall.
-    let chains = tool(&["nft", "list", "chains"]).await.unwrap_or_default();
+    let chains = run_tool(&["nft", "list", "chains"]).await.unwrap_or_default();
     let chain = |line: &str| line.trim().strip_prefix("chain ").map(|rest| rest.trim_end_matches([' ', '{']).to_owned());
     left.extend(chains.lines().filter_map(chain).filter(|name| name.starts_with("FLANNEL")).map(|name| format!("chain {name}")));
     if !left.is_empty() {

@@ -13,25 +13,25 @@ use overlay_agent::model::Family;
 use overlay_agent::model::api::PeerEntry;
 use tokio::net::TcpStream;
 
-use super::facts::{ToolError, json, not_looked_at, tool, tool_within};
+use super::facts::{ToolError, report_unchecked, run_tool, run_tool_json, run_tool_with_timeout};
 use super::{Facts, Findings};
 
 /// Peers that are asked at once.
-const AT_ONCE: usize = 8;
+const MAX_CONCURRENT: usize = 8;
 /// Discard (RFC 863): hardly anybody listens there, and who does swallows what comes.
-const PORT: u16 = 9;
+const DISCARD_PORT: u16 = 9;
 /// How long an answer may take: a lost SYN is sent again after 1 s (RFC 6298).
-const LIMIT: Duration = Duration::from_secs(3);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
 /// IPv4 and IPv6 headers without options, and those of ICMP echo and UDP, in bytes (RFC 791, RFC 8200, RFC 792, RFC 768).
-const fn header(family: Family) -> u32 {
+const fn ip_header_len(family: Family) -> u32 {
     match family {
         Family::V4 => 20,
         Family::V6 => 40,
     }
 }
-const ECHO: u32 = 8;
+const L4_HEADER_LEN: u32 = 8;
 /// The smallest packet that each family carries (RFC 791, RFC 8200): pings of it need no path MTU.
-const fn smallest(family: Family) -> u32 {
+const fn min_packet_len(family: Family) -> u32 {
     match family {
         Family::V4 => 576,
         Family::V6 => 1280,
@@ -43,7 +43,7 @@ const TRAINS: u32 = 3;
 
 /// What was seen of one peer.
 #[derive(Debug)]
-struct Seen {
+struct PeerProbe {
     name: String,
     peer: PeerEntry,
     /// Bytes that the underlay carries whole: 0 where not even the smallest ping is answered.
@@ -51,7 +51,7 @@ struct Seen {
     /// The same for the overlay.
     overlay: u32,
     /// The MTU of the way there that the kernel has learnt from routers and goes by.
-    learnt: Option<u64>,
+    cached_path_mtu: Option<u64>,
     tcp: Option<bool>,
     segments: Option<bool>,
 }
@@ -62,49 +62,49 @@ pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
     if facts.peers.is_empty() {
         return;
     }
-    if let Err(error) = tool(&["ping", "-V"]).await {
-        return not_looked_at(findings, "the way to peers", &error);
+    if let Err(error) = run_tool(&["ping", "-V"]).await {
+        return report_unchecked(findings, "the way to peers", &error);
     }
-    let asked: Vec<PeerEntry> = facts.peers.iter().take(facts.settings.peers).cloned().collect();
-    let left = facts.peers.len() - asked.len();
+    let probed: Vec<PeerEntry> = facts.peers.iter().take(facts.settings.peers).cloned().collect();
+    let left = facts.peers.len() - probed.len();
     if left > 0 {
         findings.info(
             format!("{left} of {} peers were not asked", facts.peers.len()),
-            vec![format!("the first {} were", asked.len())],
+            vec![format!("the first {} were", probed.len())],
             "overlayctl check --peers NUMBER asks more",
         );
     }
-    let looks = stream::iter(asked).map(|peer| look(peer, underlay.mtu, overlay_mtu));
-    let seen: Vec<Seen> = looks.buffered(AT_ONCE).collect().await;
-    for one in &seen {
-        judge(one, underlay.mtu, overlay_mtu, findings);
+    let probes = stream::iter(probed).map(|peer| probe_peer(peer, underlay.mtu, overlay_mtu));
+    let results: Vec<PeerProbe> = probes.buffered(MAX_CONCURRENT).collect().await;
+    for one in &results {
+        report(one, underlay.mtu, overlay_mtu, findings);
     }
 }
 
-async fn look(peer: PeerEntry, underlay_mtu: u32, overlay_mtu: u32) -> Seen {
+async fn probe_peer(peer: PeerEntry, underlay_mtu: u32, overlay_mtu: u32) -> PeerProbe {
     let inside = peer.subnet.base();
     let name = peer.host.clone().unwrap_or_else(|| peer.public_ip.to_string());
-    let underlay = carries(peer.public_ip, underlay_mtu).await;
-    let overlay = carries(inside, overlay_mtu).await;
+    let underlay = probe_mtu(peer.public_ip, underlay_mtu).await;
+    let overlay = probe_mtu(inside, overlay_mtu).await;
     let (tcp, segments) = match overlay {
         0 => (None, None),
-        _ => (Some(refused(inside).await), Some(train(inside, overlay).await)),
+        _ => (Some(tcp_answers(inside).await), Some(udp_segments_answered(inside, overlay).await)),
     };
-    let learnt = learnt(peer.public_ip).await;
-    Seen { name, peer, underlay, overlay, learnt, tcp, segments }
+    let learnt = query_path_mtu(peer.public_ip).await;
+    PeerProbe { name, peer, underlay, overlay, cached_path_mtu: learnt, tcp, segments }
 }
 
-async fn learnt(address: IpAddr) -> Option<u64> {
-    let answer = json(&["ip", "-j", "route", "get", &address.to_string()]).await.ok()?;
+async fn query_path_mtu(address: IpAddr) -> Option<u64> {
+    let answer = run_tool_json(&["ip", "-j", "route", "get", &address.to_string()]).await.ok()?;
     answer.first()?["metrics"].as_array()?.iter().find_map(|metric| metric["mtu"].as_u64())
 }
 
 /// The largest packet up to `most` that is answered without being fragmented; 0 where not even the smallest is.
-async fn carries(address: IpAddr, most: u32) -> u32 {
-    if ping(address, most).await {
-        return most;
+async fn probe_mtu(address: IpAddr, max_size: u32) -> u32 {
+    if ping(address, max_size).await {
+        return max_size;
     }
-    let (mut good, mut bad) = (smallest(Family::of(address)).min(most), most);
+    let (mut good, mut bad) = (min_packet_len(Family::of(address)).min(max_size), max_size);
     if !ping(address, good).await {
         return 0;
     }
@@ -122,16 +122,16 @@ async fn carries(address: IpAddr, most: u32) -> u32 {
 
 /// Whether one of two pings of a whole size, which must not be fragmented, is answered.
 async fn ping(address: IpAddr, size: u32) -> bool {
-    let payload = size.saturating_sub(header(Family::of(address)) + ECHO).to_string();
+    let payload = size.saturating_sub(ip_header_len(Family::of(address)) + L4_HEADER_LEN).to_string();
     let target = address.to_string();
     let command = ["ping", "-n", "-q", "-M", "do", "-c", "2", "-i", "0.2", "-W", "1", "-s", &payload, &target];
     // ping ends well where one of them was answered.
-    tool_within(&command, LIMIT + LIMIT).await.map_err(|error: ToolError| error).is_ok()
+    run_tool_with_timeout(&command, ANSWER_TIMEOUT + ANSWER_TIMEOUT).await.map_err(|error: ToolError| error).is_ok()
 }
 
 /// Whether TCP gets an answer: a refusal, or a connection where somebody listens after all.
-async fn refused(address: IpAddr) -> bool {
-    match tokio::time::timeout(LIMIT, TcpStream::connect(SocketAddr::new(address, PORT))).await {
+async fn tcp_answers(address: IpAddr) -> bool {
+    match tokio::time::timeout(ANSWER_TIMEOUT, TcpStream::connect(SocketAddr::new(address, DISCARD_PORT))).await {
         Ok(Ok(_)) => true,
         Ok(Err(error)) => error.kind() == ErrorKind::ConnectionRefused,
         Err(_) => false,
@@ -139,12 +139,12 @@ async fn refused(address: IpAddr) -> bool {
 }
 
 /// Whether UDP segments arrive that are handed to the kernel in one piece (`UDP_SEGMENT`, udp(7)): the peer says that the port is closed.
-async fn train(address: IpAddr, mtu: u32) -> bool {
+async fn udp_segments_answered(address: IpAddr, mtu: u32) -> bool {
     let sent = tokio::task::spawn_blocking(move || -> std::io::Result<bool> {
         let socket = UdpSocket::bind(SocketAddr::new(Family::of(address).unspecified(), 0))?;
-        socket.connect(SocketAddr::new(address, PORT))?;
-        socket.set_read_timeout(Some(LIMIT / TRAINS))?;
-        let segment = mtu.saturating_sub(header(Family::of(address)) + ECHO).min(65_000 / SEGMENTS);
+        socket.connect(SocketAddr::new(address, DISCARD_PORT))?;
+        socket.set_read_timeout(Some(ANSWER_TIMEOUT / TRAINS))?;
+        let segment = mtu.saturating_sub(ip_header_len(Family::of(address)) + L4_HEADER_LEN).min(65_000 / SEGMENTS);
         let size = i32::try_from(segment).unwrap_or(i32::MAX);
         setsockopt(&socket, sockopt::UdpGsoSegment, &size)?;
         let bytes = vec![0; usize::try_from(segment * SEGMENTS).unwrap_or(0)];
@@ -160,8 +160,8 @@ async fn train(address: IpAddr, mtu: u32) -> bool {
     matches!(sent.await, Ok(Ok(true)))
 }
 
-fn judge(seen: &Seen, underlay_mtu: u32, overlay_mtu: u32, findings: &mut Findings) {
-    let Seen { name, peer, underlay, overlay, learnt, tcp, segments } = seen;
+fn report(probe: &PeerProbe, underlay_mtu: u32, overlay_mtu: u32, findings: &mut Findings) {
+    let PeerProbe { name, peer, underlay, overlay, cached_path_mtu: learnt, tcp, segments } = probe;
     let (public, inside) = (peer.public_ip, peer.subnet.base());
     if *overlay == 0 {
         let evidence = vec![
@@ -185,7 +185,8 @@ fn judge(seen: &Seen, underlay_mtu: u32, overlay_mtu: u32, findings: &mut Findin
         return;
     }
     if *overlay < overlay_mtu {
-        let evidence = format!("ping -M do -s {} {inside}: no answer", overlay_mtu - header(Family::of(inside)) - ECHO);
+        let evidence =
+            format!("ping -M do -s {} {inside}: no answer", overlay_mtu - ip_header_len(Family::of(inside)) - L4_HEADER_LEN);
         let remedy = format!(
             "raise the MTU on the way to {public} by {} bytes, or set `Backend.MTU`, the underlay's, to {} in the network's configuration \
              (overlayctl config set)",
@@ -209,7 +210,7 @@ fn judge(seen: &Seen, underlay_mtu: u32, overlay_mtu: u32, findings: &mut Findin
     } else if *underlay > 0 && *underlay < underlay_mtu {
         findings.warning(
             format!("the underlay to {name} carries {underlay} of {underlay_mtu} bytes whole: the tunnel's packets are fragmented, or lost"),
-            vec![format!("ping -M do -s {} {public}: no answer", underlay_mtu - header(Family::of(public)) - ECHO)],
+            vec![format!("ping -M do -s {} {public}: no answer", underlay_mtu - ip_header_len(Family::of(public)) - L4_HEADER_LEN)],
             format!(
                 "raise the MTU on the way, or set `Backend.MTU`, the underlay's, to {underlay} in the network's configuration (overlayctl config set)"
             ),
@@ -227,13 +228,16 @@ fn judge(seen: &Seen, underlay_mtu: u32, overlay_mtu: u32, findings: &mut Findin
     if *tcp == Some(false) {
         findings.error(
             format!("{name} answers pings over the overlay, but no TCP: checksums arrive broken, or TCP is dropped"),
-            vec![format!("connect to {inside} port {PORT}: neither refused nor accepted within {} s", LIMIT.as_secs())],
+            vec![format!(
+                "connect to {inside} port {DISCARD_PORT}: neither refused nor accepted within {} s",
+                ANSWER_TIMEOUT.as_secs()
+            )],
             offload,
         );
     } else if *segments == Some(false) {
         findings.warning(
             format!("large sends do not arrive at {name}: segmentation by kernel or network card is broken, or UDP is dropped"),
-            vec![format!("{TRAINS} trains of {SEGMENTS} UDP segments to {inside} port {PORT}: no answer")],
+            vec![format!("{TRAINS} trains of {SEGMENTS} UDP segments to {inside} port {DISCARD_PORT}: no answer")],
             offload,
         );
     }

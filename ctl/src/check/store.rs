@@ -8,14 +8,14 @@ use tokio::time::Instant;
 use super::{Facts, Findings};
 
 /// The oldest etcd that its project still mends; the agent needs leases and watches with progress, which older ones have, too.
-const OLDEST: (u32, u32) = (3, 4);
+const MIN_ETCD_VERSION: (u32, u32) = (3, 4);
 /// A round trip that takes longer is worth a word: renewals have five seconds.
-const SLOW: Duration = Duration::from_millis(500);
+const SLOW_RESPONSE: Duration = Duration::from_millis(500);
 /// Clocks may differ by that many seconds. HTTP's `Date` has whole seconds, and certificates are judged by minutes.
-const SKEW: u64 = 5;
+const MAX_CLOCK_SKEW: u64 = 5;
 
 pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
-    let Some(config) = config(facts) else {
+    let Some(config) = store_config(facts) else {
         if let Some(status) = facts.status().filter(|status| !status.store.connected) {
             let error = status.store.error.clone().unwrap_or_default();
             findings.error("the agent has no answer of etcd", vec![error], "the line says what to do");
@@ -24,34 +24,34 @@ pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
             "overlayctl check --etcd-endpoints URLS, with --etcd-cafile and the other flags where etcd wants TLS or a login";
         return findings.info("etcd itself was not asked", vec![String::new()], remedy);
     };
-    let mut dead = Vec::new();
+    let mut unreachable = Vec::new();
     for endpoint in &config.endpoints {
         let one = StoreConfig { endpoints: vec![endpoint.clone()], ..config.clone() };
-        clock(&one, findings).await;
+        clock_skew(&one, findings).await;
         let begun = Instant::now();
-        match store::member(&one).await {
-            Ok(member) => judge(endpoint, &member, begun.elapsed(), findings),
-            Err(error) => dead.push(error.to_string()),
+        match store::member_status(&one).await {
+            Ok(member) => report_member(endpoint, &member, begun.elapsed(), findings),
+            Err(error) => unreachable.push(error.to_string()),
         }
     }
     let all = config.endpoints.len();
-    match dead.len() {
+    match unreachable.len() {
         0 => {}
         count if count == all => {
             let remedy = "see that etcd runs and that its port is open from here; the data path stays as it is meanwhile";
-            findings.error("etcd does not answer", dead, remedy);
+            findings.error("etcd does not answer", unreachable, remedy);
         }
         count => {
             let remedy = "mend them, or take them out of --etcd-endpoints; the agent uses the others";
-            findings.warning(format!("{count} of {all} etcd servers do not answer"), dead, remedy);
+            findings.warning(format!("{count} of {all} etcd servers do not answer"), unreachable, remedy);
         }
     }
 }
 
 /// The settings given, else the agent's endpoints. TLS and logins need files that the agent alone may read.
-fn config(facts: &Facts) -> Option<StoreConfig> {
+fn store_config(facts: &Facts) -> Option<StoreConfig> {
     let args = &facts.settings.etcd;
-    if args.given() {
+    if args.is_given() {
         return Some(args.store_config());
     }
     let endpoints = &facts.status()?.store.endpoints;
@@ -61,12 +61,12 @@ fn config(facts: &Facts) -> Option<StoreConfig> {
     usable.then(|| StoreConfig { endpoints: endpoints.clone(), prefix, ..StoreConfig::default() })
 }
 
-fn judge(endpoint: &str, member: &store::Member, took: Duration, findings: &mut Findings) {
+fn report_member(endpoint: &str, member: &store::MemberStatus, elapsed: Duration, findings: &mut Findings) {
     let mut parts = member.version.split('.').map(|part| part.parse::<u32>().unwrap_or(0));
     let version = (parts.next().unwrap_or(0), parts.next().unwrap_or(0));
-    if version < OLDEST {
+    if version < MIN_ETCD_VERSION {
         findings.warning(
-            format!("etcd {} is older than {}.{}", member.version, OLDEST.0, OLDEST.1),
+            format!("etcd {} is older than {}.{}", member.version, MIN_ETCD_VERSION.0, MIN_ETCD_VERSION.1),
             vec![endpoint.to_owned()],
             "upgrade etcd, one minor version at a time, one member at a time",
         );
@@ -79,21 +79,21 @@ fn judge(endpoint: &str, member: &store::Member, took: Duration, findings: &mut 
         let remedy = "etcdctl alarm list; for NOSPACE: etcdctl compact, etcdctl defrag, etcdctl alarm disarm";
         findings.error("etcd reports trouble of its own", member.alarms.clone(), remedy);
     }
-    if took > SLOW {
+    if elapsed > SLOW_RESPONSE {
         findings.warning(
             "etcd is slow to answer",
-            vec![format!("{endpoint}: {} ms for connecting and two answers", took.as_millis())],
+            vec![format!("{endpoint}: {} ms for connecting and two answers", elapsed.as_millis())],
             "its disk and its network: etcdctl check perf",
         );
     }
 }
 
 /// The server's clock beside ours. One that cannot be asked is told of as a server that does not answer.
-async fn clock(server: &StoreConfig, findings: &mut Findings) {
+async fn clock_skew(server: &StoreConfig, findings: &mut Findings) {
     let Ok(Some(theirs)) = store::server_clock(server).await else { return };
     let ours = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |time| time.as_secs());
     let apart = ours.abs_diff(theirs);
-    if apart > SKEW {
+    if apart > MAX_CLOCK_SKEW {
         findings.warning(
             format!("this host's clock and that of etcd are {apart} s apart"),
             vec![format!("{} says {theirs}, this host {ours} (seconds since 1970)", server.endpoints.join(", "))],
@@ -107,8 +107,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_server_says_of_itself() {
-        let member = |version: &str, has_leader, alarms: &[&str]| store::Member {
+    fn member_problems_are_reported() {
+        let member = |version: &str, has_leader, alarms: &[&str]| store::MemberStatus {
             version: version.to_owned(),
             has_leader,
             alarms: alarms.iter().map(ToString::to_string).collect(),
@@ -123,9 +123,9 @@ mod tests {
             (member("3.5.16", true, &["memberID:1 alarm:NOSPACE"]), fast, "trouble of its own"),
             (member("3.5.16", true, &[]), Duration::from_secs(2), "slow"),
         ] {
-            let mut findings = Findings::of("store");
-            judge("http://x:2379", &member, took, &mut findings);
-            let told: Vec<String> = findings.into_found().into_iter().map(|finding| finding.summary).collect();
+            let mut findings = Findings::for_check("store");
+            report_member("http://x:2379", &member, took, &mut findings);
+            let told: Vec<String> = findings.into_vec().into_iter().map(|finding| finding.summary).collect();
             assert!(if wanted.is_empty() { told.is_empty() } else { told.len() == 1 && told[0].contains(wanted) }, "{told:?}");
         }
     }

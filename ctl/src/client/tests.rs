@@ -8,7 +8,7 @@ use tokio::net::UnixListener;
 use super::*;
 
 /// Answers one connection with these bytes and hands back the request.
-fn server(dir: &Path, answer: &'static str) -> (Client, tokio::task::JoinHandle<String>) {
+fn serve_once(dir: &Path, answer: &'static str) -> (Client, tokio::task::JoinHandle<String>) {
     let socket = dir.join("overlayd.sock");
     let listener = UnixListener::bind(&socket).expect("a socket in a temporary directory");
     let task = tokio::spawn(async move {
@@ -26,47 +26,47 @@ fn name(text: &str) -> EndpointName {
 }
 
 #[tokio::test]
-async fn a_success_is_decoded_and_the_request_is_right() {
+async fn successful_response_is_decoded() {
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let (client, task) = server(dir.path(), "HTTP/1.1 200 OK\r\ncontent-length: 18\r\n\r\n{\"endpoint\":\"web\"}");
+    let (client, task) = serve_once(dir.path(), "HTTP/1.1 200 OK\r\ncontent-length: 18\r\n\r\n{\"endpoint\":\"web\"}");
     let answer = client.detach(&name("web")).await.expect("a detach");
     assert_eq!(answer.endpoint, Some(name("web")));
     assert!(task.await.expect("the server").starts_with("DELETE /v1/endpoints/web HTTP/1.1\r\n"));
 }
 
 #[tokio::test]
-async fn a_problem_is_told_in_the_agents_words() {
+async fn problem_response_keeps_agent_message() {
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let (client, _task) = server(dir.path(), "HTTP/1.1 409 Conflict\r\ncontent-length: 22\r\n\r\n{\"error\":\"it is held\"}");
+    let (client, _task) = serve_once(dir.path(), "HTTP/1.1 409 Conflict\r\ncontent-length: 22\r\n\r\n{\"error\":\"it is held\"}");
     let error = client.detach(&name("web")).await.expect_err("a problem");
     assert_eq!(error.to_string(), "it is held");
     assert!(matches!(error, ClientError::Problem { status: StatusCode::CONFLICT, .. }));
 }
 
 #[tokio::test]
-async fn other_shapes_are_named() {
+async fn unexpected_response_is_reported() {
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let (client, _task) = server(dir.path(), "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n[]");
+    let (client, _task) = serve_once(dir.path(), "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n[]");
     let message = client.status().await.expect_err("no status").to_string();
     assert!(message.contains("GET /v1/status") && message.contains("one version"), "{message}");
 }
 
 #[tokio::test]
-async fn a_connection_that_breaks_is_named() {
+async fn lost_connection_is_reported() {
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let (client, _task) = server(dir.path(), "HTTP/1.1 200 OK\r\ncontent-length: 200\r\n\r\n{\"endp");
-    assert!(matches!(client.detach(&name("web")).await, Err(ClientError::Broken { .. })));
+    let (client, _task) = serve_once(dir.path(), "HTTP/1.1 200 OK\r\ncontent-length: 200\r\n\r\n{\"endp");
+    assert!(matches!(client.detach(&name("web")).await, Err(ClientError::ConnectionLost { .. })));
 }
 
 #[tokio::test]
-async fn the_socket_is_missing_stale_or_silent() {
+async fn missing_stale_and_silent_sockets_are_distinguished() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let missing = Client::new(dir.path().join("none.sock")).peers().await.expect_err("nobody there");
     assert!(missing.to_string().contains("systemctl status overlayd"), "{missing}");
 
     let stale = dir.path().join("stale.sock");
     drop(std::os::unix::net::UnixListener::bind(&stale).expect("a socket"));
-    assert!(matches!(Client::new(stale).peers().await, Err(ClientError::Refused { .. })));
+    assert!(matches!(Client::new(stale).peers().await, Err(ClientError::ConnectionRefused { .. })));
 
     let silent = dir.path().join("silent.sock");
     let _listener = std::os::unix::net::UnixListener::bind(&silent).expect("a socket");
@@ -76,9 +76,9 @@ async fn the_socket_is_missing_stale_or_silent() {
 }
 
 #[tokio::test]
-async fn a_watch_hands_on_line_by_line() {
+async fn watch_yields_one_value_per_line() {
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let (client, task) = server(
+    let (client, task) = serve_once(
         dir.path(),
         "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n9\r\n{\"subnets\r\n8\r\n\":[]}\n\n\n\r\ne\r\n{\"subnets\":[]}\r\n1\r\n\n\r\n0\r\n\r\n",
     );

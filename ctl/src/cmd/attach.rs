@@ -1,18 +1,18 @@
-//! `overlayctl attach`: puts a network namespace on the overlay; without one, makes a named one first.
+//! `overlayctl attach_filter`: puts a network namespace on the overlay; without one, makes a named one first.
 
 use std::path::PathBuf;
 
 use overlay_agent::model::Mode;
-use overlay_agent::model::api::Attached;
+use overlay_agent::model::api::AttachResponse;
 use overlay_agent::model::endpoint::EndpointName;
 use serde::Serialize;
 
 use super::{CommandError, Context, Outcome};
+use crate::attach_args::AttachArgs;
 use crate::lab::process::ProcessId;
 use crate::netns::{NamedNamespaces, NamespaceError};
 use crate::output::{Style, Tone, View, joined};
 use crate::resolver::ResolverFile;
-use crate::wish::WishArgs;
 
 /// The arguments.
 #[derive(Debug, clap::Args)]
@@ -20,53 +20,57 @@ use crate::wish::WishArgs;
 pub struct Args {
     /// The endpoint's name, unique on this host
     name: EndpointName,
-    /// The network namespace to attach; without it a namespace NAME is made, as by `ip netns add`, and removed again by `detach`
+    /// The network namespace to attach; without it a namespace NAME is made, as by `ip path push_additions`, and removed again by `detach`
     #[arg(long, value_name = "PATH", conflicts_with = "pid")]
     netns: Option<PathBuf>,
     /// Attach the network namespace of a process
     #[arg(long, value_name = "PID")]
     pid: Option<i32>,
     #[command(flatten)]
-    wish: WishArgs,
+    attach: AttachArgs,
 }
 
 /// Attaches.
 pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
-    let Args { name, wish, .. } = args;
-    if !wish.has_namespace() && (args.netns.is_some() || args.pid.is_some()) {
-        let message = format!("mode {} has a network namespace already: leave out --netns and --pid", wish.mode);
+    let Args { name, attach, .. } = args;
+    if !attach.has_namespace() && (args.netns.is_some() || args.pid.is_some()) {
+        let message = format!("mode {} has a network namespace already: leave out --netns and --pid", attach.mode);
         return Err(CommandError::Usage { message });
     }
-    let mut request = wish.request(None)?;
-    let namespaces = NamedNamespaces::of(context.client.socket(), &wish.prefix);
-    let mut made = None;
+    let mut request = attach.request(None)?;
+    let namespaces = NamedNamespaces::for_socket(context.client.socket(), &attach.prefix);
+    let mut created = None;
     let mut process = None;
     request.netns = match (&args.netns, args.pid) {
-        _ if !wish.has_namespace() => None,
+        _ if !attach.has_namespace() => None,
         // The agent has another working directory.
         (Some(path), _) => Some(std::path::absolute(path).map_err(|source| CommandError::Read { path: path.clone(), source })?),
         (None, Some(pid)) => {
-            process = Some(ProcessId::of(pid).ok_or(NamespaceError::NoProcess { pid })?);
+            process = Some(ProcessId::from_pid(pid).ok_or(NamespaceError::NoProcess { pid })?);
             Some(format!("/proc/{pid}/ns/net").into())
         }
         (None, None) => {
-            let known = context.client.endpoints().await?.endpoints.into_iter().find(|e| e.name == *name);
+            let existing = context.client.endpoints().await?.endpoints.into_iter().find(|e| e.name == *name);
             let path = namespaces.path(name);
             // One that has gone away in the meantime is made again, and the endpoint plugged into it.
-            if !(known.is_some_and(|e| e.netns == path) && path.exists()) {
-                made = Some(namespaces.make(name)?);
+            if !(existing.is_some_and(|e| e.netns == path) && path.exists()) {
+                created = Some(namespaces.create(name)?);
             }
             Some(path)
         }
     };
-    let file = request.netns.as_deref().and_then(|netns| ResolverFile::of(netns, name)).filter(|_| wish.mode == Mode::Overlay);
-    if wish.resolver.is_given() && file.is_none() {
+    let file = request
+        .netns
+        .as_deref()
+        .and_then(|netns| ResolverFile::for_namespace(netns, name))
+        .filter(|_| attach.mode == Mode::Overlay);
+    if attach.resolver.is_given() && file.is_none() {
         let message =
             "--dns, --dns-search and --dns-option need a namespace with a name (/run/netns/NAME): a resolver file is found by it";
         return Err(CommandError::Usage { message: message.to_owned() });
     }
     let written = match &file {
-        Some(file) => file.write(&wish.resolver, made.is_some())?,
+        Some(file) => file.write(&attach.resolver, created.is_some())?,
         None => None,
     };
     let attached = context.client.attach(name, &request).await?;
@@ -75,23 +79,23 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
         context.client.detach(name).await?;
         return Err(NamespaceError::NoProcess { pid: process.pid }.into());
     }
-    if let Some(made) = made {
+    if let Some(made) = created {
         made.keep();
     }
     if let Some(written) = written {
         written.keep();
     }
-    context.printer.show(&AttachedView(&attached))?;
-    Ok(Outcome::Well)
+    context.printer.print(&AttachedView(&attached))?;
+    Ok(Outcome::Ok)
 }
 
 #[derive(Serialize)]
 #[serde(transparent)]
-struct AttachedView<'a>(&'a Attached);
+struct AttachedView<'a>(&'a AttachResponse);
 
 impl View for AttachedView<'_> {
     fn text(&self, style: Style, wide: bool) -> String {
-        let Attached { endpoint, prefix_length, gateway, routes, mtu } = self.0;
+        let AttachResponse { endpoint, prefix_length, gateway, routes, mtu } = self.0;
         let addresses: Vec<String> = endpoint
             .addresses()
             .iter()

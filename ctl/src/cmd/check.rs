@@ -35,11 +35,11 @@ pub async fn run(context: &Context, args: Args) -> Result<Outcome, CommandError>
     let Args { only, peers, state_dir, etcd, root } = args;
     let settings = Settings { client: context.client.clone(), etcd, state_dir, root, peers };
     let report = check::run(settings, &only).await;
-    context.printer.show(&ReportView(&report))?;
+    context.printer.print(&ReportView(&report))?;
     Ok(match report.worst {
-        None | Some(Severity::Info) => Outcome::Well,
+        None | Some(Severity::Info) => Outcome::Ok,
         Some(Severity::Warning) => Outcome::Degraded,
-        Some(Severity::Error) => Outcome::No,
+        Some(Severity::Error) => Outcome::Negative,
     })
 }
 
@@ -47,7 +47,7 @@ pub async fn run(context: &Context, args: Args) -> Result<Outcome, CommandError>
 #[serde(transparent)]
 struct ReportView<'a>(&'a Report);
 
-fn word(severity: Option<Severity>) -> (Tone, &'static str) {
+fn severity_label(severity: Option<Severity>) -> (Tone, &'static str) {
     match severity {
         None => (Tone::Good, "ok"),
         Some(Severity::Info) => (Tone::Quiet, "info"),
@@ -60,20 +60,20 @@ impl View for ReportView<'_> {
     fn text(&self, style: Style, wide: bool) -> String {
         let mut lines = Vec::new();
         for checked in &self.0.checks {
-            let (tone, text) = word(checked.worst);
+            let (tone, text) = severity_label(checked.worst);
             let took = if wide { format!(" ({} ms)", checked.milliseconds) } else { String::new() };
             lines.push(format!("{}  {:<11} {}{took}", style.paint(tone, &format!("{text:<7}")), checked.name, checked.about));
         }
         for finding in &self.0.findings {
             lines.push(String::new());
-            lines.extend(told(finding, style));
+            lines.extend(render_finding(finding, style));
         }
         lines.join("\n")
     }
 }
 
-fn told(finding: &Finding, style: Style) -> Vec<String> {
-    let (tone, text) = word(Some(finding.severity));
+fn render_finding(finding: &Finding, style: Style) -> Vec<String> {
+    let (tone, text) = severity_label(Some(finding.severity));
     let mut lines = vec![format!("{} {}: {}", style.paint(tone, text), finding.check, finding.summary)];
     lines.extend(finding.evidence.iter().map(|line| format!("  {}  {line}", style.paint(Tone::Quiet, "seen"))));
     if !finding.remedy.is_empty() {
@@ -85,10 +85,10 @@ fn told(finding: &Finding, style: Style) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::check::Checked;
+    use crate::check::CheckResult;
 
     #[test]
-    fn the_documentation_shows_a_report() {
+    fn documentation_example_is_a_valid_report() {
         let page = include_str!("../../../docs/check.md");
         let example = page.split_once("```json\n").and_then(|(_, rest)| rest.split_once("```")).expect("an example").0;
         let shown: serde_json::Value = serde_json::from_str(example).expect("JSON");
@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn a_report_reads_from_the_top() {
+    fn report_lists_checks_then_findings() {
         let finding = Finding {
             check: "firewall".to_owned(),
             severity: Severity::Error,
@@ -108,7 +108,8 @@ mod tests {
             evidence: vec!["udp dport 8472 drop".to_owned()],
             remedy: "ufw allow 8472/udp".to_owned(),
         };
-        let checked = |name: &str, worst| Checked { name: name.to_owned(), about: "rules".to_owned(), worst, milliseconds: 7 };
+        let checked =
+            |name: &str, worst| CheckResult { name: name.to_owned(), about: "rules".to_owned(), worst, milliseconds: 7 };
         let checks = vec![checked("agent", None), checked("firewall", Some(Severity::Error))];
         let report = Report { version: check::VERSION, worst: Some(Severity::Error), checks, findings: vec![finding] };
         assert_eq!(

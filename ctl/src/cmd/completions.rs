@@ -1,4 +1,4 @@
-//! `overlayctl completions SHELL`.
+//! `overlayctl completions SHELL_LOOP`.
 
 use clap::CommandFactory;
 use clap_complete::Shell;
@@ -18,6 +18,6 @@ pub struct Args {
 pub fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
     let mut text = Vec::new();
     clap_complete::generate(args.shell, &mut Cli::command(), "overlayctl", &mut text);
-    context.printer.raw(&text)?;
-    Ok(Outcome::Well)
+    context.printer.write_raw(&text)?;
+    Ok(Outcome::Ok)
 }

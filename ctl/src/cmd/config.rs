@@ -4,7 +4,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use overlay_agent::model::network::{ConfigErrors, FieldError, NetworkConfig, Parsed, Pool};
+use overlay_agent::model::network::{ConfigErrors, FieldError, NetworkConfig, ParsedConfig, Pool};
 use serde::Serialize;
 
 use super::{CommandError, Context, Outcome};
@@ -12,10 +12,10 @@ use crate::etcd::EtcdArgs;
 use crate::output::{Style, Tone, View};
 
 /// The largest configuration read from a file, in bytes; etcd's own limit for a request is 1.5 MiB.
-const FILE_LIMIT: u64 = 1 << 20;
+const MAX_FILE_BYTES: u64 = 1 << 20;
 
 /// How long the agent may take to say where etcd is.
-const AGENT_LIMIT: Duration = Duration::from_secs(3);
+const AGENT_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// The arguments.
 #[derive(Debug, clap::Subcommand)]
@@ -45,106 +45,106 @@ pub enum Args {
 /// Shows, sets or validates.
 pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
     match args {
-        Args::Show { etcd } => show(context, &located(context, etcd).await).await,
-        Args::Set { file, etcd } => set(context, file, &located(context, etcd).await).await,
+        Args::Show { etcd } => show(context, &resolve_endpoints(context, etcd).await).await,
+        Args::Set { file, etcd } => set(context, file, &resolve_endpoints(context, etcd).await).await,
         Args::Validate { file } => validate(context, file),
     }
 }
 
 /// The flags; where they name no server, those of this host's agent, if one answers. What the agent does not tell (certificates, login) has
 /// to be said all the same.
-async fn located(context: &Context, etcd: &EtcdArgs) -> EtcdArgs {
-    if etcd.given() {
+async fn resolve_endpoints(context: &Context, etcd: &EtcdArgs) -> EtcdArgs {
+    if etcd.is_given() {
         return etcd.clone();
     }
-    match context.client.clone().with_timeout(AGENT_LIMIT).status().await {
+    match context.client.clone().with_timeout(AGENT_TIMEOUT).status().await {
         Ok(status) => EtcdArgs { endpoints: status.store.endpoints, prefix: status.store.prefix, ..etcd.clone() },
         Err(_) => etcd.clone(),
     }
 }
 
 async fn show(context: &Context, etcd: &EtcdArgs) -> Result<Outcome, CommandError> {
-    let Some(stored) = etcd.config().await? else {
+    let Some(stored) = etcd.read_config().await? else {
         eprintln!("overlayctl: there is no configuration at {}. Write one: overlayctl config set FILE", etcd.config_key());
-        return Ok(Outcome::No);
+        return Ok(Outcome::Negative);
     };
     let outcome = match NetworkConfig::parse(&stored.text) {
         Ok(parsed) => {
-            warn(&parsed.warnings);
-            Outcome::Well
+            print_warnings(&parsed.warnings);
+            Outcome::Ok
         }
         Err(errors) => {
-            tell_errors(&etcd.config_key(), &errors);
-            Outcome::No
+            print_errors(&etcd.config_key(), &errors);
+            Outcome::Negative
         }
     };
     match serde_json::from_str::<serde_json::Value>(&stored.text) {
-        Ok(json) => context.printer.show(&Document(json))?,
+        Ok(json) => context.printer.print(&Document(json))?,
         // No JSON: as it stands, so that it can be mended.
-        Err(_) => context.printer.line(&stored.text)?,
+        Err(_) => context.printer.print_line(&stored.text)?,
     }
     Ok(outcome)
 }
 
 async fn set(context: &Context, file: &Path, etcd: &EtcdArgs) -> Result<Outcome, CommandError> {
-    let text = read(file)?;
+    let text = read_file(file)?;
     let parsed = match NetworkConfig::parse(&text) {
         Ok(parsed) => parsed,
         Err(errors) => {
-            tell_errors(&file.display().to_string(), &errors);
+            print_errors(&file.display().to_string(), &errors);
             eprintln!("overlayctl: nothing was written");
-            return Ok(Outcome::No);
+            return Ok(Outcome::Negative);
         }
     };
-    warn(&parsed.warnings);
-    let before = etcd.config().await?;
+    print_warnings(&parsed.warnings);
+    let before = etcd.read_config().await?;
     if before.as_ref().is_some_and(|b| b.text == text) {
-        context.printer.show(&SetView { key: etcd.config_key(), changed: false, before: None, now: summary(&parsed.config) })?;
-        return Ok(Outcome::Well);
+        context.printer.print(&SetView { key: etcd.config_key(), changed: false, before: None, now: summary(&parsed.config) })?;
+        return Ok(Outcome::Ok);
     }
     etcd.put_config(&text, before.as_ref()).await?;
     let before = before.map(|b| b.text);
-    context.printer.show(&SetView { key: etcd.config_key(), changed: true, before, now: summary(&parsed.config) })?;
-    Ok(Outcome::Well)
+    context.printer.print(&SetView { key: etcd.config_key(), changed: true, before, now: summary(&parsed.config) })?;
+    Ok(Outcome::Ok)
 }
 
 fn validate(context: &Context, file: &Path) -> Result<Outcome, CommandError> {
-    let result = NetworkConfig::parse(&read(file)?);
+    let result = NetworkConfig::parse(&read_file(file)?);
     let view = match result {
-        Ok(Parsed { config, warnings }) => ValidateView { valid: true, errors: Vec::new(), warnings, config: Some(config) },
+        Ok(ParsedConfig { config, warnings }) => ValidateView { valid: true, errors: Vec::new(), warnings, config: Some(config) },
         Err(ConfigErrors(errors)) => ValidateView { valid: false, errors, warnings: Vec::new(), config: None },
     };
-    context.printer.show(&view)?;
+    context.printer.print(&view)?;
     if !view.valid {
         eprintln!("overlayctl: {} is not valid", file.display());
     }
-    Ok(if view.valid { Outcome::Well } else { Outcome::No })
+    Ok(if view.valid { Outcome::Ok } else { Outcome::Negative })
 }
 
-fn read(file: &Path) -> Result<String, CommandError> {
+fn read_file(file: &Path) -> Result<String, CommandError> {
     let error = |source| CommandError::Read { path: file.to_owned(), source };
     let mut text = String::new();
     let length = if file == Path::new("-") {
-        std::io::stdin().lock().take(FILE_LIMIT + 1).read_to_string(&mut text)
+        std::io::stdin().lock().take(MAX_FILE_BYTES + 1).read_to_string(&mut text)
     } else {
-        std::fs::File::open(file).map_err(error)?.take(FILE_LIMIT + 1).read_to_string(&mut text)
+        std::fs::File::open(file).map_err(error)?.take(MAX_FILE_BYTES + 1).read_to_string(&mut text)
     };
     let length = length.map_err(error)?;
-    if u64::try_from(length).unwrap_or(u64::MAX) > FILE_LIMIT {
-        return Err(error(std::io::Error::other(format!("it has more than {FILE_LIMIT} bytes, which no configuration has"))));
+    if u64::try_from(length).unwrap_or(u64::MAX) > MAX_FILE_BYTES {
+        return Err(error(std::io::Error::other(format!("it has more than {MAX_FILE_BYTES} bytes, which no configuration has"))));
     }
     Ok(text)
 }
 
-fn warn(warnings: &[FieldError]) {
-    let style = Style::of(&std::io::stderr());
+fn print_warnings(warnings: &[FieldError]) {
+    let style = Style::for_stream(&std::io::stderr());
     for warning in warnings {
         eprintln!("{} {} {}", style.paint(Tone::Warning, "warning:"), warning.field, warning.rule);
     }
 }
 
-fn tell_errors(place: &str, errors: &ConfigErrors) {
-    let style = Style::of(&std::io::stderr());
+fn print_errors(place: &str, errors: &ConfigErrors) {
+    let style = Style::for_stream(&std::io::stderr());
     for error in &errors.0 {
         eprintln!("{} {place}: {error}", style.paint(Tone::Bad, "error:"));
     }
@@ -223,21 +223,23 @@ mod tests {
 
     fn text(json: &str) -> String {
         let view = match NetworkConfig::parse(json) {
-            Ok(Parsed { config, warnings }) => ValidateView { valid: true, errors: Vec::new(), warnings, config: Some(config) },
+            Ok(ParsedConfig { config, warnings }) => {
+                ValidateView { valid: true, errors: Vec::new(), warnings, config: Some(config) }
+            }
             Err(ConfigErrors(errors)) => ValidateView { valid: false, errors, warnings: Vec::new(), config: None },
         };
         view.text(Style::PLAIN, false)
     }
 
     #[test]
-    fn every_mistake_is_listed() {
+    fn every_error_is_listed() {
         let all = text(r#"{"Network":"10.0.0.1/16","Backend":{"VNI":"x"}}"#);
         assert_eq!(all.lines().count(), 2, "{all}");
         assert!(all.contains("the network of that length is 10.0.0.0/16"), "{all}");
     }
 
     #[test]
-    fn what_a_good_one_means_is_told() {
+    fn valid_configuration_is_summarised() {
         assert_eq!(
             text(r#"{"Network":"10.244.0.0/16","Netwrk":1}"#),
             "warning: Netwrk is an unknown field, ignored\nvalid\n  10.244.0.0/16: 255 subnets of /24, 10.244.1.0 to 10.244.255.0\n  VXLAN VNI 1, UDP port 8472"

@@ -1,6 +1,6 @@
-//! `overlayctl detach`: takes a container off the overlay, and removes its namespace and resolver file where `attach` had made them.
+//! `overlayctl detach`: takes a container off the overlay, and removes its namespace and resolver file where `attach_filter` had made them.
 
-use overlay_agent::model::api::Detached;
+use overlay_agent::model::api::DetachResponse;
 use overlay_agent::model::endpoint::EndpointName;
 use serde::Serialize;
 
@@ -23,17 +23,17 @@ pub struct Args {
 
 /// Detaches. One that is not there is no error: what was asked for is the case.
 pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
-    let known = context.client.endpoints().await?.endpoints.into_iter().find(|e| e.name == args.name);
+    let existing = context.client.endpoints().await?.endpoints.into_iter().find(|e| e.name == args.name);
     let detached = context.client.detach_with(&args.name, args.force).await?;
-    let namespaces = NamedNamespaces::of(context.client.socket(), &args.prefix);
+    let namespaces = NamedNamespaces::for_socket(context.client.socket(), &args.prefix);
     // Also where the agent knew of none: an attach that was killed half way leaves a namespace.
-    let netns = known.map_or_else(|| namespaces.path(&args.name), |endpoint| endpoint.netns);
-    if let Some(file) = ResolverFile::of(&netns, &args.name) {
+    let netns = existing.map_or_else(|| namespaces.path(&args.name), |endpoint| endpoint.netns);
+    if let Some(file) = ResolverFile::for_namespace(&netns, &args.name) {
         file.remove()?;
     }
     let namespace_removed = namespaces.remove(&args.name)?;
-    context.printer.show(&DetachedView { name: &args.name, detached: &detached, namespace_removed })?;
-    Ok(Outcome::Well)
+    context.printer.print(&DetachedView { name: &args.name, detached: &detached, namespace_removed })?;
+    Ok(Outcome::Ok)
 }
 
 #[derive(Serialize)]
@@ -41,13 +41,13 @@ struct DetachedView<'a> {
     #[serde(skip)]
     name: &'a EndpointName,
     #[serde(flatten)]
-    detached: &'a Detached,
+    detached: &'a DetachResponse,
     namespace_removed: bool,
 }
 
 impl View for DetachedView<'_> {
     fn text(&self, _style: Style, _wide: bool) -> String {
-        let Detached { endpoint, sharers } = self.detached;
+        let DetachResponse { endpoint, sharers } = self.detached;
         let namespace = if self.namespace_removed { "; its namespace is removed" } else { "" };
         let sharers = if sharers.is_empty() { String::new() } else { format!(", and with it {}", joined(sharers)) };
         match endpoint {

@@ -1,19 +1,19 @@
-//! `overlayctl docker-options`: what dockerd has to be told so that its containers are on the overlay.
+//! `overlayctl docker_share-docker_options_match_lease`: what dockerd has to be told so that its containers are on the overlay.
 
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use overlay_agent::model::{Family, PerFamily};
-use overlay_agent::state::write_whole;
+use overlay_agent::state::write_atomic;
 use serde::Serialize;
 
 use super::{CommandError, Context, Outcome};
-use crate::docker::{DockerOptions, read};
+use crate::docker::{DockerOptions, read_config};
 use crate::output::{Style, View};
 
 /// The mode of a file that was not there; it holds nothing secret.
-const MODE: u32 = 0o644;
+const DEFAULT_MODE: u32 = 0o644;
 
 /// The arguments.
 #[derive(Debug, clap::Args)]
@@ -30,22 +30,22 @@ pub struct Args {
 /// Prints or writes the options.
 pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
     let network = context.client.network().await?;
-    let options = DockerOptions::of(&network)?;
+    let options = DockerOptions::from_network(&network)?;
     let subnets: PerFamily<_> = network.ipam.map(|_, ipam| ipam.subnet);
     if let (Some(subnet), None) = (subnets.get(Family::V6), options.fixed_cidr_v6) {
         eprintln!("overlayctl: Docker's containers have no IPv6: {subnet} is longer than /80");
     }
     let Some(path) = &args.write else {
         if args.flags {
-            context.printer.line(&options.flags())?;
+            context.printer.print_line(&options.flags())?;
         } else {
-            context.printer.show(&OptionsView(&options))?;
+            context.printer.print(&OptionsView(&options))?;
         }
-        return Ok(Outcome::Well);
+        return Ok(Outcome::Ok);
     };
     let changed = write(path, &options)?;
-    context.printer.show(&WrittenView { file: path, changed, options: &options })?;
-    Ok(Outcome::Well)
+    context.printer.print(&WrittenView { file: path, changed, options: &options })?;
+    Ok(Outcome::Ok)
 }
 
 /// Merges the options into the file, which is written whole and keeps its mode; whether it changed.
@@ -56,7 +56,7 @@ fn write(path: &Path, options: &DockerOptions) -> Result<bool, CommandError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => std::path::absolute(path).map_err(failed)?,
         other => other.map_err(failed)?,
     };
-    let present = read(&target)?;
+    let present = read_config(&target)?;
     let merged = options.merged(path, present.clone())?;
     if merged == present {
         return Ok(false);
@@ -64,12 +64,12 @@ fn write(path: &Path, options: &DockerOptions) -> Result<bool, CommandError> {
     let text = format!("{:#}\n", serde_json::Value::Object(merged));
     let mode = match std::fs::metadata(&target) {
         Ok(metadata) => metadata.permissions().mode() & 0o7777,
-        Err(_) => MODE,
+        Err(_) => DEFAULT_MODE,
     };
     if let Some(directory) = target.parent() {
         std::fs::create_dir_all(directory).map_err(failed)?;
     }
-    write_whole(&target, text.as_bytes(), mode).map_err(|error| failed(error.source))?;
+    write_atomic(&target, text.as_bytes(), mode).map_err(|error| failed(error.source))?;
     Ok(true)
 }
 

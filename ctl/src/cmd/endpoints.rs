@@ -1,10 +1,10 @@
-//! `overlayctl endpoints`: the containers of this host.
+//! `overlayctl endpoint_count`: the containers of this host.
 
 use overlay_agent::model::api::Endpoints;
 use serde::Serialize;
 
 use super::{CommandError, Context, Outcome};
-use crate::output::{Style, Table, View, ago, cell, joined};
+use crate::output::{Style, Table, View, cell, format_ago, joined};
 
 /// The arguments: none.
 #[derive(Debug, clap::Args)]
@@ -13,8 +13,8 @@ pub struct Args {}
 /// Prints the endpoints.
 pub async fn run(context: &Context, _args: &Args) -> Result<Outcome, CommandError> {
     let endpoints = context.client.endpoints().await?;
-    context.printer.show(&EndpointsView(&endpoints))?;
-    Ok(Outcome::Well)
+    context.printer.print(&EndpointsView(&endpoints))?;
+    Ok(Outcome::Ok)
 }
 
 #[derive(Serialize)]
@@ -38,7 +38,7 @@ impl View for EndpointsView<'_> {
                 cell(Some(joined(endpoint.addresses().iter().map(|(_, a)| a)))),
                 cell(Some(joined(&endpoint.published))),
                 cell(Some(endpoint.netns.display())),
-                cell(Some(ago(endpoint.attached_at))),
+                cell(Some(format_ago(endpoint.attached_at))),
             ];
             if wide {
                 let port = endpoint.port.as_ref();

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::{CommandError, Context, Outcome};
 use crate::client::{Client, ClientError};
-use crate::graph::{Answers, Graph, dot, svg, text};
+use crate::graph::{AgentSnapshot, Graph, dot, svg, text};
 use crate::output::{Style, View};
 
 /// How the picture is drawn.
@@ -36,17 +36,17 @@ pub struct Args {
 
 /// Draws it.
 pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
-    let mut all = vec![ask(&context.client).await?];
+    let mut all = vec![fetch_snapshot(&context.client).await?];
     for socket in &args.also {
-        all.push(ask(&Client::new(socket)).await?);
+        all.push(fetch_snapshot(&Client::new(socket)).await?);
     }
-    let graph = Graph::of(&all);
-    context.printer.show(&GraphView { graph: &graph, drawing: args.format })?;
-    Ok(Outcome::Well)
+    let graph = Graph::from_snapshots(&all);
+    context.printer.print(&GraphView { graph: &graph, drawing: args.format })?;
+    Ok(Outcome::Ok)
 }
 
-async fn ask(client: &Client) -> Result<Answers, ClientError> {
-    Ok(Answers {
+async fn fetch_snapshot(client: &Client) -> Result<AgentSnapshot, ClientError> {
+    Ok(AgentSnapshot {
         status: client.status().await?,
         subnets: client.subnets().await?,
         peers: client.peers().await?,

@@ -5,14 +5,14 @@ use overlay_agent::model::endpoint::EndpointName;
 use serde::Serialize;
 
 use super::{CommandError, Context, Outcome};
-use crate::output::{Style, Table, Tone, View, ago, cell, joined};
+use crate::output::{Style, Table, Tone, View, cell, format_ago, joined};
 
 /// The arguments.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// One endpoint; all of the network without it
     name: Option<EndpointName>,
-    /// The bridge and its ports as a tree, as `brctl show` has them
+    /// The bridge and its ports as a tree, as `brctl print` has them
     #[arg(long, conflicts_with = "name")]
     tree: bool,
 }
@@ -27,16 +27,16 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
                 CommandError::Missing { message }
             };
             let endpoint = network.endpoints.iter().find(|view| view.endpoint.name == *name).ok_or_else(missing)?;
-            context.printer.show(&OneView(endpoint))?;
+            context.printer.print(&EndpointDetailView(endpoint))?;
         }
-        None if args.tree => context.printer.show(&TreeView(&network))?,
-        None => context.printer.show(&AllView(&network))?,
+        None if args.tree => context.printer.print(&TreeView(&network))?,
+        None => context.printer.print(&NetworkSummaryView(&network))?,
     }
-    Ok(Outcome::Well)
+    Ok(Outcome::Ok)
 }
 
 /// Names in one column and values in the next.
-fn lines(style: Style, pairs: &[(&str, String)]) -> String {
+fn key_value_lines(style: Style, pairs: &[(&str, String)]) -> String {
     let width = pairs.iter().map(|(name, _)| name.len()).max().unwrap_or(0) + 2;
     let line = |(name, value): &(&str, String)| format!("{}{value}", style.paint(Tone::Quiet, &format!("{name:width$}")));
     pairs.iter().map(line).collect::<Vec<_>>().join("\n")
@@ -60,9 +60,9 @@ fn traffic(counters: &Counters) -> String {
 
 #[derive(Serialize)]
 #[serde(transparent)]
-struct AllView<'a>(&'a NetworkView);
+struct NetworkSummaryView<'a>(&'a NetworkView);
 
-impl View for AllView<'_> {
+impl View for NetworkSummaryView<'_> {
     fn text(&self, style: Style, wide: bool) -> String {
         let network = self.0;
         let mut pairs = vec![
@@ -77,7 +77,7 @@ impl View for AllView<'_> {
         }
         pairs.extend(network.devices.iter().map(|d| ("tunnel", device(d))));
         pairs.extend(network.bridge.iter().map(|bridge| ("bridge", device(&bridge.device))));
-        let mut text = lines(style, &pairs);
+        let mut text = key_value_lines(style, &pairs);
         if network.endpoints.is_empty() {
             return text + "\n\nno endpoints";
         }
@@ -113,9 +113,9 @@ impl View for AllView<'_> {
 
 #[derive(Serialize)]
 #[serde(transparent)]
-struct OneView<'a>(&'a EndpointView);
+struct EndpointDetailView<'a>(&'a EndpointView);
 
-impl View for OneView<'_> {
+impl View for EndpointDetailView<'_> {
     fn text(&self, style: Style, _wide: bool) -> String {
         let EndpointView { endpoint, state, bridge_port, shared_by, counters } = self.0;
         let mut pairs = vec![
@@ -123,7 +123,7 @@ impl View for OneView<'_> {
             ("mode", endpoint.mode.to_string()),
             ("state", state.clone()),
             ("namespace", endpoint.netns.display().to_string()),
-            ("attached", ago(endpoint.attached_at)),
+            ("attached", format_ago(endpoint.attached_at)),
         ];
         if let Some(port) = &endpoint.port {
             let number = bridge_port.map_or("no port of the bridge".to_owned(), |number| format!("port {number} of the bridge"));
@@ -142,7 +142,7 @@ impl View for OneView<'_> {
             pairs.push(("shared by", joined(shared_by)));
         }
         pairs.extend(endpoint.owner.iter().map(|owner| ("owner", owner.clone())));
-        lines(style, &pairs)
+        key_value_lines(style, &pairs)
     }
 }
 

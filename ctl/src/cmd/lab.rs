@@ -1,6 +1,6 @@
-//! `overlayctl lab`: several hosts on this machine.
+//! `overlayctl start_lab`: several hosts on this machine.
 //!
-//! Without root each command runs itself again inside the lab's namespaces ([`rootless`]); `up` starts their keeper before that, `down`
+//! Without root each command runs itself again inside the lab's namespaces ([`rootless`]); `report_up` starts their keeper before that, `report_down`
 //! ends it and everything else inside.
 
 mod view;
@@ -16,8 +16,8 @@ use overlay_agent::model::{Cidr, PerFamily};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::{CommandError, Context, Outcome};
-use crate::lab::down::Removed;
-use crate::lab::{Families, Home, Lab, LabError, LabName, LabOptions, Progress, check, down, rootless, status};
+use crate::lab::down::TeardownSummary;
+use crate::lab::{Families, Lab, LabError, LabName, LabOptions, LabsDir, Progress, check, down, rootless, status};
 use crate::output::{Style, Tone};
 use view::{CheckView, DownView, StatusView};
 
@@ -76,7 +76,7 @@ pub struct NameArg {
     name: LabName,
 }
 
-/// The arguments of `lab up`.
+/// The arguments of `start_lab report_up`.
 #[derive(Debug, clap::Args)]
 pub struct UpArgs {
     #[command(flatten)]
@@ -106,24 +106,24 @@ pub struct UpArgs {
 
 /// Runs the command, or runs it again where it must be inside.
 pub async fn run(context: &Context, args: Args) -> Result<Outcome, CommandError> {
-    let home = Home::of_user();
+    let labs_dir = LabsDir::for_user();
     let enter = rootless::is_needed();
     if rootless::is_inside() {
         rootless::restore_directory();
     }
     match args {
-        Args::Keeper { directory } => match rootless::keep(&directory)? {},
-        Args::Up(args) if enter => up_rootless(&home, &args),
-        Args::Up(args) => up(context, &home, &args).await,
-        Args::Down { name, all } => down_all(context, &home, if all { home.labs()? } else { vec![name.name] }),
-        Args::Status { name } | Args::Check { name } | Args::Exec { name, .. } if enter => inside(&home, &name.name),
+        Args::Keeper { directory } => match rootless::run_supervisor(&directory)? {},
+        Args::Up(args) if enter => up_rootless(&labs_dir, &args),
+        Args::Up(args) => up(context, &labs_dir, &args).await,
+        Args::Down { name, all } => down_all(context, &labs_dir, if all { labs_dir.labs()? } else { vec![name.name] }),
+        Args::Status { name } | Args::Check { name } | Args::Exec { name, .. } if enter => run_inside(&labs_dir, &name.name),
         Args::Status { name } => {
-            let lab = Lab::open(&home, &name.name)?;
-            context.printer.show(&StatusView(&status::status(&lab).await))?;
-            Ok(Outcome::Well)
+            let lab = Lab::open(&labs_dir, &name.name)?;
+            context.printer.print(&StatusView(&status::status(&lab).await))?;
+            Ok(Outcome::Ok)
         }
-        Args::Check { name } => run_check(context, &Lab::open(&home, &name.name)?).await,
-        Args::Exec { name, target, command } => exec(&Lab::open(&home, &name.name)?, &target, &command),
+        Args::Check { name } => run_check(context, &Lab::open(&labs_dir, &name.name)?).await,
+        Args::Exec { name, target, command } => exec(&Lab::open(&labs_dir, &name.name)?, &target, &command),
     }
 }
 
@@ -148,62 +148,62 @@ fn options(args: &UpArgs) -> Result<LabOptions, CommandError> {
     })
 }
 
-async fn up(context: &Context, home: &Home, args: &UpArgs) -> Result<Outcome, CommandError> {
+async fn up(context: &Context, labs_dir: &LabsDir, args: &UpArgs) -> Result<Outcome, CommandError> {
     let options = options(args)?;
-    let tell = |elapsed: Duration, text: &str| {
-        let style = Style::of(&std::io::stderr());
+    let report = |elapsed: Duration, text: &str| {
+        let style = Style::for_stream(&std::io::stderr());
         eprintln!("{} {text}", style.paint(Tone::Quiet, &format!("{:>6.2}s", elapsed.as_secs_f64())));
     };
-    let (mut interrupt, mut terminate) = (watched(SignalKind::interrupt())?, watched(SignalKind::terminate())?);
+    let (mut interrupt, mut terminate) = (signal_stream(SignalKind::interrupt())?, signal_stream(SignalKind::terminate())?);
     // Interrupted means: nothing stays. The lab's name alone tells what to remove.
     let code = tokio::select! {
-        lab = Lab::up(home, &options, Progress::new(&tell)) => {
-            context.printer.show(&StatusView(&status::status(&lab?).await))?;
-            return Ok(Outcome::Well);
+        lab = Lab::up(labs_dir, &options, Progress::new(&report)) => {
+            context.printer.print(&StatusView(&status::status(&lab?).await))?;
+            return Ok(Outcome::Ok);
         }
         _ = interrupt.recv() => 130,
         _ = terminate.recv() => 143,
     };
-    eprintln!("overlayctl: interrupted: taking down what was made");
-    down::down(&home.dir(&options.name), &options.name)?;
+    eprintln!("overlayctl: taking down what was made");
+    down::down(&labs_dir.lab_dir(&options.name), &options.name)?;
     Ok(Outcome::Code(code))
 }
 
-fn watched(kind: SignalKind) -> Result<Signal, CommandError> {
+fn signal_stream(kind: SignalKind) -> Result<Signal, CommandError> {
     Ok(signal(kind).map_err(|source| LabError::Spawn { program: "a watch on signals".to_owned(), source })?)
 }
 
 /// Starts a keeper, and brings the lab up inside of it.
-fn up_rootless(home: &Home, args: &UpArgs) -> Result<Outcome, CommandError> {
+fn up_rootless(labs_dir: &LabsDir, args: &UpArgs) -> Result<Outcome, CommandError> {
     let name = &args.name.name;
     // Mistakes are told before anything is made.
     crate::lab::Layout::new(&options(args)?)?;
-    if home.read(name).is_ok() || rootless::keeper(home, name).is_some() {
-        return Err(LabError::Exists { name: name.to_string(), dir: home.dir(name) }.into());
+    if labs_dir.read_layout(name).is_ok() || rootless::supervisor(labs_dir, name).is_some() {
+        return Err(LabError::Exists { name: name.to_string(), dir: labs_dir.lab_dir(name) }.into());
     }
-    rootless::start_keeper(home, name)?;
-    let outcome = inside(home, name);
-    if !matches!(outcome, Ok(Outcome::Well)) {
-        rootless::down(home, name)?;
+    rootless::start_supervisor(labs_dir, name)?;
+    let outcome = run_inside(labs_dir, name);
+    if !matches!(outcome, Ok(Outcome::Ok)) {
+        rootless::down(labs_dir, name)?;
     }
     outcome
 }
 
 /// Runs this command again inside the lab.
-fn inside(home: &Home, name: &LabName) -> Result<Outcome, CommandError> {
+fn run_inside(labs_dir: &LabsDir, name: &LabName) -> Result<Outcome, CommandError> {
     // An interrupt is for the command inside; its end is waited for here.
-    let _watches = (watched(SignalKind::interrupt())?, watched(SignalKind::terminate())?);
-    Ok(match rootless::enter(home, name)? {
-        0 => Outcome::Well,
+    let _watches = (signal_stream(SignalKind::interrupt())?, signal_stream(SignalKind::terminate())?);
+    Ok(match rootless::enter(labs_dir, name)? {
+        0 => Outcome::Ok,
         code => Outcome::Code(code),
     })
 }
 
-fn down_all(context: &Context, home: &Home, names: Vec<LabName>) -> Result<Outcome, CommandError> {
+fn down_all(context: &Context, labs_dir: &LabsDir, names: Vec<LabName>) -> Result<Outcome, CommandError> {
     let mut first_error = None;
     let mut views = Vec::new();
     for name in names {
-        match down_one(home, &name) {
+        match down_one(labs_dir, &name) {
             Ok(removed) => views.push(DownView { name: name.to_string(), removed }),
             Err(error) => {
                 // Every lab is tried; all but the first error are told at once.
@@ -214,20 +214,20 @@ fn down_all(context: &Context, home: &Home, names: Vec<LabName>) -> Result<Outco
         }
     }
     for view in &views {
-        context.printer.show(view)?;
+        context.printer.print(view)?;
     }
     if views.is_empty() && first_error.is_none() {
         eprintln!("no lab is up");
     }
-    first_error.map_or(Ok(Outcome::Well), Err)
+    first_error.map_or(Ok(Outcome::Ok), Err)
 }
 
-fn down_one(home: &Home, name: &LabName) -> Result<Removed, CommandError> {
+fn down_one(labs_dir: &LabsDir, name: &LabName) -> Result<TeardownSummary, CommandError> {
     if rootless::is_inside() {
         let message = "this is the inside of a lab without root: take it down from outside".to_owned();
         return Err(CommandError::Usage { message });
     }
-    Ok(if rootless::is_needed() { rootless::down(home, name)? } else { down::down(&home.dir(name), name)? })
+    Ok(if rootless::is_needed() { rootless::down(labs_dir, name)? } else { down::down(&labs_dir.lab_dir(name), name)? })
 }
 
 /// Becomes the command, inside the target's namespace.
@@ -254,11 +254,11 @@ async fn run_check(context: &Context, lab: &Lab) -> Result<Outcome, CommandError
         let message = format!("lab `{}` has no containers: there is nothing to check", lab.layout().name);
         return Err(LabError::Options { message }.into());
     }
-    context.printer.show(&CheckView(&report))?;
+    context.printer.print(&CheckView(&report))?;
     if report.ok {
-        return Ok(Outcome::Well);
+        return Ok(Outcome::Ok);
     }
     let failed = report.overlay.iter().chain(&report.egress).filter(|c| c.error.is_some()).count();
     eprintln!("overlayctl: {failed} of {} calls failed", report.overlay.len() + report.egress.len());
-    Ok(Outcome::No)
+    Ok(Outcome::Negative)
 }

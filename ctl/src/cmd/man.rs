@@ -8,20 +8,20 @@ use clap::CommandFactory;
 use clap_mangen::Man;
 
 use super::{Cli, CommandError, Context, Outcome};
-use markdown::Frame;
+use markdown::PageMeta;
 
 /// The documentation's pages that are manual pages too.
-const CONFIGURATION: &str = include_str!("../../../docs/configuration.md");
-const CNI: &str = include_str!("../../../docs/cni.md");
+const CONFIGURATION_MD: &str = include_str!("../../../docs/configuration.md");
+const CNI_MD: &str = include_str!("../../../docs/cni.md");
 
-const SETTINGS: Frame = Frame {
+const SETTINGS_PAGE: PageMeta = PageMeta {
     name: "overlayd.toml",
     section: "5",
     about: "settings of a host's agent, and the configuration of the overlay network",
     see_also: "overlayd(8), overlayctl(1), overlayctl-config(1)",
 };
 
-const PLUGIN: Frame = Frame {
+const PLUGIN_PAGE: PageMeta = PageMeta {
     name: "overlay-cni",
     section: "8",
     about: "CNI plugin that puts a runtime's containers on the overlay network",
@@ -29,7 +29,7 @@ const PLUGIN: Frame = Frame {
 };
 
 /// What the agent's command line does not tell of it.
-const AGENT: &str = r"
+const AGENT_SECTIONS: &str = r"
 .SH SIGNALS
 .TP
 \fBSIGTERM\fR, \fBSIGINT\fR
@@ -73,17 +73,17 @@ pub fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
         None => {
             let mut page = Vec::new();
             Man::new(command).render(&mut page).map_err(crate::output::OutputError::from)?;
-            context.printer.raw(&page)?;
+            context.printer.write_raw(&page)?;
         }
         Some(dir) => {
-            write(dir, command).map_err(|source| CommandError::Write { path: dir.clone(), source })?;
+            write_pages(dir, command).map_err(|source| CommandError::Write { path: dir.clone(), source })?;
         }
     }
-    Ok(Outcome::Well)
+    Ok(Outcome::Ok)
 }
 
 /// The programs' pages come from their command lines, the others from the documentation's pages.
-fn write(dir: &Path, command: clap::Command) -> std::io::Result<()> {
+fn write_pages(dir: &Path, command: clap::Command) -> std::io::Result<()> {
     let [commands, files, daemons] = ["man1", "man5", "man8"].map(|section| dir.join(section));
     for section in [&commands, &files, &daemons] {
         std::fs::create_dir_all(section)?;
@@ -97,12 +97,12 @@ fn write(dir: &Path, command: clap::Command) -> std::io::Result<()> {
         let command = command.version(env!("CARGO_PKG_VERSION")).display_name(name).bin_name(name.replace('-', " "));
         Man::new(command).title(name).section("8").manual("System Administration").render(&mut page)?;
         if name == "overlayd" {
-            page.extend_from_slice(AGENT.as_bytes());
+            page.extend_from_slice(AGENT_SECTIONS.as_bytes());
         }
         std::fs::write(daemons.join(format!("{name}.8")), page)?;
     }
-    std::fs::write(files.join("overlayd.toml.5"), markdown::page(SETTINGS, &CONFIGURATION.replace("\n| `--", "\n| `")))?;
-    std::fs::write(daemons.join("overlay-cni.8"), markdown::page(PLUGIN, CNI))
+    std::fs::write(files.join("overlayd.toml.5"), markdown::page(SETTINGS_PAGE, &CONFIGURATION_MD.replace("\n| `--", "\n| `")))?;
+    std::fs::write(daemons.join("overlay-cni.8"), markdown::page(PLUGIN_PAGE, CNI_MD))
 }
 
 #[cfg(test)]
@@ -113,7 +113,7 @@ mod tests {
     #[test]
     fn every_command_and_the_agent_have_a_page() {
         let dir = tempfile::tempdir().expect("a directory");
-        write(dir.path(), Cli::command()).expect("pages");
+        write_pages(dir.path(), Cli::command()).expect("pages");
         for (page, wanted) in [
             ("man1/overlayctl.1", "overlayctl\\-subnets(1)"),
             ("man1/overlayctl-subnets.1", "subnets"),

@@ -10,23 +10,23 @@ use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
 use overlay_agent::model::Cidr;
-use overlay_agent::model::api::{Mesh, MeshEntry, PathView, Reach, SubnetEntry};
+use overlay_agent::model::api::{Mesh, MeshEntry, PathView, Reachability, SubnetEntry};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use super::{CommandError, Context, Outcome};
 use crate::client::Client;
-use crate::output::{Style, Table, Tone, View, ago, cell, seconds, toned};
+use crate::output::{Style, Table, Tone, View, cell, format_ago, format_seconds, toned};
 
 /// How long another host may take to answer.
-const OTHER: Duration = Duration::from_secs(3);
+const PEER_TIMEOUT: Duration = Duration::from_secs(3);
 /// Hosts that are asked at the same time.
-const PARALLEL: usize = 16;
+const MAX_CONCURRENT: usize = 16;
 /// The largest row, in bytes: 10,000 peers are some 5 MB.
-const LARGEST: u64 = 64 << 20;
+const MAX_RESPONSE_BYTES: u64 = 64 << 20;
 /// An agent renews its lease at least every 20 s: one that is this far behind this host's has not for a while.
-const BEHIND: i64 = 90;
+const LEASE_IDLE_THRESHOLD: i64 = 90;
 
 /// The arguments.
 #[derive(Debug, clap::Args)]
@@ -47,7 +47,7 @@ pub struct Matrix {
     /// Every path between two hosts, the worst first.
     pub paths: Vec<PathEntry>,
     /// Hosts whose row could not be had, and why.
-    pub missing: Vec<Missing>,
+    pub missing: Vec<MissingHost>,
     /// What keeps hosts from probing.
     pub problems: Vec<String>,
 }
@@ -59,7 +59,7 @@ pub struct PathEntry {
     pub from: String,
     /// What it found.
     #[serde(flatten)]
-    pub found: MeshEntry,
+    pub entry: MeshEntry,
     /// Seconds for which the peer's agent has not renewed its lease; 0 where it does, absent where that is not known.
     pub lease_idle_seconds: Option<i64>,
     /// What it comes to, for a person.
@@ -68,7 +68,7 @@ pub struct PathEntry {
 
 /// A host without a row.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Missing {
+pub struct MissingHost {
     /// The host.
     pub host: String,
     /// Why.
@@ -82,35 +82,35 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
     let mut missing = Vec::new();
     let mut rows = vec![own];
     for socket in &args.also {
-        match Client::new(socket).with_timeout(OTHER).mesh().await {
+        match Client::new(socket).with_timeout(PEER_TIMEOUT).mesh().await {
             Ok(mesh) => rows.push(mesh),
-            Err(error) => missing.push(Missing { host: socket.display().to_string(), error: error.to_string() }),
+            Err(error) => missing.push(MissingHost { host: socket.display().to_string(), error: error.to_string() }),
         }
     }
     if let Some(port) = args.port {
-        let others: Vec<SubnetEntry> = leases.iter().filter(|lease| !lease.own && lease.refused.is_none()).cloned().collect();
-        let asked = stream::iter(others).map(|lease| async move { (name(&lease), ask(&lease, port).await) });
-        for (host, answer) in asked.buffered(PARALLEL).collect::<Vec<_>>().await {
+        let peers: Vec<SubnetEntry> = leases.iter().filter(|lease| !lease.own && lease.refused.is_none()).cloned().collect();
+        let asked = stream::iter(peers).map(|lease| async move { (host_name(&lease), query_host(&lease, port).await) });
+        for (host, answer) in asked.buffered(MAX_CONCURRENT).collect::<Vec<_>>().await {
             match answer {
                 Ok(mesh) => rows.push(mesh),
-                Err(error) => missing.push(Missing { host, error }),
+                Err(error) => missing.push(MissingHost { host, error }),
             }
         }
     }
     let matrix = matrix(rows, &leases, missing);
     let outcome = outcome(&matrix);
-    context.printer.show(&MatrixView(&matrix))?;
+    context.printer.print(&MatrixView(&matrix))?;
     Ok(outcome)
 }
 
 /// Whether anything is cut off.
 pub(super) fn outcome(matrix: &Matrix) -> Outcome {
-    let cut = matrix.paths.iter().any(|path| matches!(path.found.state, Reach::OverlayDown | Reach::Unreachable));
-    if cut || !matrix.problems.is_empty() { Outcome::Degraded } else { Outcome::Well }
+    let cut = matrix.paths.iter().any(|path| matches!(path.entry.state, Reachability::OverlayDown | Reachability::Unreachable));
+    if cut || !matrix.problems.is_empty() { Outcome::Degraded } else { Outcome::Ok }
 }
 
 /// The rows as paths, the worst first.
-pub(super) fn matrix(rows: Vec<Mesh>, leases: &[SubnetEntry], missing: Vec<Missing>) -> Matrix {
+pub(super) fn matrix(rows: Vec<Mesh>, leases: &[SubnetEntry], missing: Vec<MissingHost>) -> Matrix {
     let idle = lease_idle(leases);
     let mut matrix = Matrix { hosts: Vec::new(), paths: Vec::new(), missing, problems: Vec::new() };
     for row in rows {
@@ -127,16 +127,16 @@ pub(super) fn matrix(rows: Vec<Mesh>, leases: &[SubnetEntry], missing: Vec<Missi
         }
         for found in row.peers {
             let lease_idle_seconds = idle.get(&found.subnet).copied().flatten();
-            let says = says(&found, lease_idle_seconds);
-            matrix.paths.push(PathEntry { from: row.node.clone(), found, lease_idle_seconds, says });
+            let says = diagnosis(&found, lease_idle_seconds);
+            matrix.paths.push(PathEntry { from: row.node.clone(), entry: found, lease_idle_seconds, says });
         }
         matrix.hosts.push(row.node);
     }
     let rank = |path: &PathEntry| {
-        let found = &path.found;
+        let found = &path.entry;
         (found.state, found.overlay.lost + found.underlay.lost, found.overlay.mean_micros)
     };
-    matrix.paths.sort_by(|a, b| rank(b).cmp(&rank(a)).then_with(|| (&a.from, a.found.subnet).cmp(&(&b.from, b.found.subnet))));
+    matrix.paths.sort_by(|a, b| rank(b).cmp(&rank(a)).then_with(|| (&a.from, a.entry.subnet).cmp(&(&b.from, b.entry.subnet))));
     matrix
 }
 
@@ -147,7 +147,7 @@ fn lease_idle(leases: &[SubnetEntry]) -> BTreeMap<Cidr, Option<i64>> {
     let mut all = BTreeMap::new();
     for lease in leases.iter().filter(|lease| !lease.own) {
         let behind = match (own, lease.expires_in_seconds, &lease.node_id) {
-            (Some(own), Some(left), Some(_)) if own > left + BEHIND => Some(own - left),
+            (Some(own), Some(left), Some(_)) if own > left + LEASE_IDLE_THRESHOLD => Some(own - left),
             (Some(_), Some(_), Some(_)) => Some(0),
             _ => None,
         };
@@ -158,43 +158,43 @@ fn lease_idle(leases: &[SubnetEntry]) -> BTreeMap<Cidr, Option<i64>> {
     all
 }
 
-fn says(found: &MeshEntry, idle: Option<i64>) -> String {
-    match (found.state, idle, found.gone_since) {
-        (Reach::Unreachable, Some(0), _) => {
+fn diagnosis(entry: &MeshEntry, idle: Option<i64>) -> String {
+    match (entry.state, idle, entry.gone_since) {
+        (Reachability::Unreachable, Some(0), _) => {
             format!(
-                "no answer on either path, and its lease was renewed within the last {BEHIND} s: cut off from here rather than down"
+                "no answer on either path, and its lease was renewed within the last {LEASE_IDLE_THRESHOLD} s: cut off from here rather than down"
             )
         }
-        (Reach::Unreachable, Some(idle), _) => {
-            let idle = seconds(u64::try_from(idle).unwrap_or(0));
+        (Reachability::Unreachable, Some(idle), _) => {
+            let idle = format_seconds(u64::try_from(idle).unwrap_or(0));
             format!("no answer on either path, and its lease was not renewed for {idle}: the host is down")
         }
-        (Reach::Unreachable, None, _) => "no answer on either path".to_owned(),
-        (Reach::OverlayDown, ..) => {
+        (Reachability::Unreachable, None, _) => "no answer on either path".to_owned(),
+        (Reachability::OverlayDown, ..) => {
             "the underlay answers, the tunnel does not: `overlayctl trace host HOST` says where it stops".to_owned()
         }
-        (Reach::UnderlaySilent, ..) => "the overlay answers; the underlay drops ICMP".to_owned(),
-        (Reach::Lossy, ..) => "some probes are lost".to_owned(),
-        (Reach::Gone, _, Some(since)) => format!("its lease ended {}", ago(since)),
-        (Reach::Unknown, ..) => "not probed yet".to_owned(),
+        (Reachability::UnderlaySilent, ..) => "the overlay answers; the underlay drops ICMP".to_owned(),
+        (Reachability::Lossy, ..) => "some probes are lost".to_owned(),
+        (Reachability::Gone, _, Some(since)) => format!("its lease ended {}", format_ago(since)),
+        (Reachability::Unknown, ..) => "not probed yet".to_owned(),
         _ => String::new(),
     }
 }
 
-fn name(lease: &SubnetEntry) -> String {
+fn host_name(lease: &SubnetEntry) -> String {
     lease.host.clone().unwrap_or_else(|| lease.key.clone())
 }
 
 /// Asks another host's agent over TCP, at its public IP, then at its VTEP.
-async fn ask(lease: &SubnetEntry, port: u16) -> Result<Mesh, String> {
+async fn query_host(lease: &SubnetEntry, port: u16) -> Result<Mesh, String> {
     let public = lease.public_ip.iter().map(|(_, address)| *address);
     let vteps = lease.subnet.iter().flat_map(|subnet| subnet.iter()).map(|(_, range)| range.base());
     let mut errors = Vec::new();
     for address in public.chain(vteps).collect::<Vec<IpAddr>>() {
-        match tokio::time::timeout(OTHER, fetch(SocketAddr::new(address, port))).await {
+        match tokio::time::timeout(PEER_TIMEOUT, fetch(SocketAddr::new(address, port))).await {
             Ok(Ok(mesh)) => return Ok(mesh),
             Ok(Err(error)) => errors.push(format!("{address}: {error}")),
-            Err(_) => errors.push(format!("{address}: no answer within {} s", OTHER.as_secs())),
+            Err(_) => errors.push(format!("{address}: no answer within {} s", PEER_TIMEOUT.as_secs())),
         }
     }
     errors.push(format!("its agent has to listen there: --metrics-listen ADDRESS:{port}"));
@@ -207,7 +207,7 @@ async fn fetch(address: SocketAddr) -> Result<Mesh, String> {
     let request = format!("GET /mesh HTTP/1.0\r\nHost: {address}\r\n\r\n");
     stream.write_all(request.as_bytes()).await.map_err(|e| e.to_string())?;
     let mut answer = Vec::new();
-    stream.take(LARGEST).read_to_end(&mut answer).await.map_err(|e| e.to_string())?;
+    stream.take(MAX_RESPONSE_BYTES).read_to_end(&mut answer).await.map_err(|e| e.to_string())?;
     let split = answer.windows(4).position(|w| w == b"\r\n\r\n").ok_or("no answer of HTTP")?;
     let head = String::from_utf8_lossy(&answer[..split]);
     let status = head.split(' ').nth(1).unwrap_or_default();
@@ -243,18 +243,18 @@ impl View for MatrixView<'_> {
         header.push("NOTE");
         let mut table = Table::new(style, &header);
         for path in &matrix.paths {
-            let found = &path.found;
+            let found = &path.entry;
             let tone = match found.state {
-                Reach::Ok => Tone::Good,
-                Reach::Unknown | Reach::Gone => Tone::Quiet,
-                Reach::UnderlaySilent | Reach::Lossy => Tone::Warning,
-                Reach::OverlayDown | Reach::Unreachable => Tone::Bad,
+                Reachability::Ok => Tone::Good,
+                Reachability::Unknown | Reachability::Gone => Tone::Quiet,
+                Reachability::UnderlaySilent | Reachability::Lossy => Tone::Warning,
+                Reachability::OverlayDown | Reachability::Unreachable => Tone::Bad,
             };
             let to = found.host.clone().unwrap_or_else(|| found.subnet.to_string());
             let mut row = vec![
                 cell(Some(&path.from)),
                 cell(Some(to)),
-                toned(tone, found.state.word()),
+                toned(tone, found.state.as_str()),
                 cell(Some(path_text(&found.overlay))),
                 cell(Some(path_text(&found.underlay))),
             ];
@@ -279,11 +279,11 @@ impl View for MatrixView<'_> {
 mod tests {
     use super::*;
 
-    fn entry(number: u8, state: Reach) -> MeshEntry {
+    fn entry(number: u8, state: Reachability) -> MeshEntry {
         let path = |text: String| PathView {
             address: text.parse().expect("ip"),
             probes: 4,
-            lost: u32::from(state == Reach::Unreachable) * 4,
+            lost: u32::from(state == Reachability::Unreachable) * 4,
             last_micros: Some(900),
             mean_micros: Some(1_000),
             error: None,
@@ -308,18 +308,18 @@ mod tests {
     }
 
     #[test]
-    fn the_worst_is_first_and_a_host_that_is_down_is_told_from_one_that_is_cut_off() {
+    fn down_host_is_distinguished_from_cut_off_host() {
         let leases = [lease(1, 86_395, true), lease(2, 86_390, false), lease(3, 86_100, false), lease(4, 86_380, false)];
         let row = Mesh {
             node: "h1".to_owned(),
             interval_seconds: 30,
             error: None,
-            peers: vec![entry(2, Reach::Ok), entry(3, Reach::Unreachable), entry(4, Reach::Unreachable)],
+            peers: vec![entry(2, Reachability::Ok), entry(3, Reachability::Unreachable), entry(4, Reachability::Unreachable)],
         };
         let matrix = matrix(vec![row.clone(), row], &leases, Vec::new());
-        let told: Vec<(&str, Option<i64>)> =
-            matrix.paths.iter().map(|p| (p.found.host.as_deref().unwrap_or_default(), p.lease_idle_seconds)).collect();
-        assert_eq!(told, [("h3", Some(295)), ("h4", Some(0)), ("h2", Some(0))]);
+        let reported: Vec<(&str, Option<i64>)> =
+            matrix.paths.iter().map(|p| (p.entry.host.as_deref().unwrap_or_default(), p.lease_idle_seconds)).collect();
+        assert_eq!(reported, [("h3", Some(295)), ("h4", Some(0)), ("h2", Some(0))]);
         assert!(matrix.paths[0].says.contains("not renewed for 4m55s: the host is down"), "{}", matrix.paths[0].says);
         assert!(matrix.paths[1].says.contains("cut off from here rather than down"), "{}", matrix.paths[1].says);
         assert_eq!(outcome(&matrix), Outcome::Degraded);

@@ -1,10 +1,10 @@
-//! `overlayctl peers`: how this host reaches each peer.
+//! `overlayctl synthetic_leases`: how this host reaches each peer.
 
 use overlay_agent::model::api::Peers;
 use serde::Serialize;
 
 use super::{CommandError, Context, Outcome};
-use crate::output::{Style, Table, Tone, View, ago, cell, toned};
+use crate::output::{Style, Table, Tone, View, cell, format_ago, toned};
 
 /// The arguments: none.
 #[derive(Debug, clap::Args)]
@@ -13,8 +13,8 @@ pub struct Args {}
 /// Prints the peers.
 pub async fn run(context: &Context, _args: &Args) -> Result<Outcome, CommandError> {
     let peers = context.client.peers().await?;
-    context.printer.show(&PeersView(&peers))?;
-    Ok(Outcome::Well)
+    context.printer.print(&PeersView(&peers))?;
+    Ok(Outcome::Ok)
 }
 
 #[derive(Serialize)]
@@ -42,7 +42,7 @@ impl View for PeersView<'_> {
             ];
             if wide {
                 let hop = peer.nexthop_id.map_or_else(|| "classic route".to_owned(), |id| format!("id {id}"));
-                row.extend([cell(Some(peer.vtep)), cell(Some(hop)), cell(peer.last_repair.map(ago))]);
+                row.extend([cell(Some(peer.vtep)), cell(Some(hop)), cell(peer.last_repair.map(format_ago))]);
             }
             table.row(row);
         }
@@ -55,7 +55,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_peer_that_is_not_programmed_is_seen() {
+    fn failed_peer_is_shown() {
         let peers: Peers = serde_json::from_str(
             r#"{"peers":[{"subnet":"10.244.2.0/24","host":"h2","public_ip":"10.99.1.2","vtep":"02:00:00:00:00:02","device":"ovx.1",
                 "nexthop_id":7,"state":"programmed","last_repair":null},

@@ -21,19 +21,19 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 use super::{CommandError, Context, Outcome};
+use crate::attach_args::AttachArgs;
 use crate::client::ClientError;
 use crate::netns::{NamedNamespaces, NamespaceError};
 use crate::resolver::ResolverFile;
-use crate::wish::WishArgs;
 
 /// Exit codes of a shell: the command cannot be run, is not found, was ended by a signal (added to its number).
-const NOT_RUNNABLE: u8 = 126;
-const NOT_FOUND: u8 = 127;
-const BY_SIGNAL: i32 = 128;
+const EXIT_NOT_EXECUTABLE: u8 = 126;
+const EXIT_NOT_FOUND: u8 = 127;
+const EXIT_SIGNAL_BASE: i32 = 128;
 
 /// How long an agent that is away at the end, because it starts anew, is waited for.
-const DETACH_WAIT: Duration = Duration::from_secs(15);
-const DETACH_PAUSE: Duration = Duration::from_millis(200);
+const DETACH_TIMEOUT: Duration = Duration::from_secs(15);
+const DETACH_RETRY_INTERVAL: Duration = Duration::from_millis(200);
 
 /// The arguments.
 #[derive(Debug, clap::Args)]
@@ -43,7 +43,7 @@ pub struct Args {
     #[arg(long)]
     name: Option<EndpointName>,
     #[command(flatten)]
-    wish: WishArgs,
+    attach: AttachArgs,
     /// The command, behind `--`
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<String>,
@@ -51,12 +51,12 @@ pub struct Args {
 
 /// Runs the command and answers its exit code.
 pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
-    args.wish.request(None)?;
+    args.attach.request(None)?;
     // From here on no signal ends us before all is taken down.
-    let mut signals = Signals::catch()?;
+    let mut signals = Signals::subscribe()?;
     let name = match &args.name {
         Some(name) => name.clone(),
-        None => made_up_name()?,
+        None => generate_name()?,
     };
     if context.client.endpoints().await?.endpoints.iter().any(|e| e.name == name) {
         let message = format!(
@@ -64,10 +64,10 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
         );
         return Err(CommandError::Usage { message });
     }
-    let namespaces = NamedNamespaces::of(context.client.socket(), &args.wish.prefix);
-    let outcome = within(context, args, &name, &namespaces, &mut signals).await;
+    let namespaces = NamedNamespaces::for_socket(context.client.socket(), &args.attach.prefix);
+    let outcome = run_attached(context, args, &name, &namespaces, &mut signals).await;
     // The command's own outcome is what is asked for; only where it was well, a failure here counts.
-    match (outcome, take_down(context, &name, &namespaces).await) {
+    match (outcome, teardown(context, &name, &namespaces).await) {
         (Ok(Outcome::Code(0)) | Err(_), Err(error)) => Err(error),
         (outcome, Ok(())) => outcome,
         (outcome, Err(error)) => {
@@ -78,45 +78,46 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
 }
 
 /// Makes what is needed and runs the command in it. Whoever calls takes it down.
-async fn within(
+async fn run_attached(
     context: &Context,
     args: &Args,
     name: &EndpointName,
     namespaces: &NamedNamespaces,
     signals: &mut Signals,
 ) -> Result<Outcome, CommandError> {
-    let wish = &args.wish;
-    let made = if wish.has_namespace() { Some(namespaces.make(name)?) } else { None };
-    let netns = made.as_ref().map(|_| namespaces.path(name));
-    let own_file = netns.as_deref().and_then(|netns| ResolverFile::of(netns, name)).filter(|_| wish.mode == Mode::Overlay);
+    let attach = &args.attach;
+    let created = if attach.has_namespace() { Some(namespaces.create(name)?) } else { None };
+    let netns = created.as_ref().map(|_| namespaces.path(name));
+    let own_file =
+        netns.as_deref().and_then(|netns| ResolverFile::for_namespace(netns, name)).filter(|_| attach.mode == Mode::Overlay);
     let written = match &own_file {
-        Some(file) => file.write(&wish.resolver, true)?,
+        Some(file) => file.write(&attach.resolver, true)?,
         None => None,
     };
-    let request = wish.request(netns)?;
+    let request = attach.request(netns)?;
     let attached = tokio::select! {
         attached = context.client.attach(name, &request) => attached?,
-        Some(signal) = signals.next() => return Ok(by_signal(signal)),
+        Some(signal) = signals.next() => return Ok(signal_outcome(signal)),
     };
     let endpoint = attached.endpoint;
     // One that shares has the resolvers of whom it shares with.
     let file = match &endpoint.mode {
-        Mode::Container(owner) => ResolverFile::of(&endpoint.netns, owner),
+        Mode::Container(owner) => ResolverFile::for_namespace(&endpoint.netns, owner),
         _ => own_file,
     };
     let resolver = file.as_ref().and_then(ResolverFile::existing).filter(|_| endpoint.mode != Mode::Host);
-    let inside = Inside { resolver, own_mounts: endpoint.mode != Mode::Host };
+    let mounts = MountSetup { resolver, private_mounts: endpoint.mode != Mode::Host };
     let netns = Netns::open(&endpoint.netns).map_err(NamespaceError::from)?;
-    let outcome = match start(&netns, &inside, &args.command)? {
+    let outcome = match start(&netns, &mounts, &args.command)? {
         Ok(child) => wait(child, signals).await?,
         Err(error) => {
             eprintln!("overlayctl: cannot run {}: {error}", args.command.first().map_or("", String::as_str));
             let missing = error.kind() == io::ErrorKind::NotFound;
-            Outcome::Code(if missing { NOT_FOUND } else { NOT_RUNNABLE })
+            Outcome::Code(if missing { EXIT_NOT_FOUND } else { EXIT_NOT_EXECUTABLE })
         }
     };
     // The agent takes its end down before the namespace goes.
-    if let Some(made) = made {
+    if let Some(made) = created {
         made.keep();
     }
     if let Some(written) = written {
@@ -126,19 +127,19 @@ async fn within(
 }
 
 /// What the command finds besides the network.
-struct Inside<'a> {
+struct MountSetup<'a> {
     /// The file in place of `/etc/resolv.conf`.
     resolver: Option<&'a Path>,
     /// Whether it has mounts of its own.
-    own_mounts: bool,
+    private_mounts: bool,
 }
 
 /// Starts the command on a thread inside; the inner error is about the command itself.
-fn start(netns: &Netns, inside: &Inside<'_>, words: &[String]) -> Result<io::Result<Child>, CommandError> {
+fn start(netns: &Netns, mounts: &MountSetup<'_>, words: &[String]) -> Result<io::Result<Child>, CommandError> {
     let runtime = tokio::runtime::Handle::current();
     let started = netns.run(|| {
-        if inside.own_mounts {
-            set_up_mounts(inside.resolver)?;
+        if mounts.private_mounts {
+            set_up_mounts(mounts.resolver)?;
         }
         let _entered = runtime.enter();
         let (program, arguments) = words.split_first().map_or(("", &[][..]), |(program, rest)| (program.as_str(), rest));
@@ -148,7 +149,7 @@ fn start(netns: &Netns, inside: &Inside<'_>, words: &[String]) -> Result<io::Res
     started.map_err(NamespaceError::from)?
 }
 
-/// Gives the calling thread mounts of its own, as `ip netns exec` does: the resolver file, and the network devices of its namespace in `/sys`.
+/// Gives the calling thread mounts of its own, as `ip path exec` does: the resolver file, and the network devices of its namespace in `/sys`.
 fn set_up_mounts(resolver: Option<&Path>) -> Result<(), CommandError> {
     let failed = |path: &Path| {
         let path = path.to_owned();
@@ -192,28 +193,28 @@ fn comes_from_terminal(signal: Signal) -> bool {
 }
 
 fn exit_code(status: ExitStatus) -> u8 {
-    let code = status.code().or(status.signal().map(|signal| BY_SIGNAL + signal)).unwrap_or(1);
+    let code = status.code().or(status.signal().map(|signal| EXIT_SIGNAL_BASE + signal)).unwrap_or(1);
     u8::try_from(code).unwrap_or(1)
 }
 
-fn by_signal(signal: Signal) -> Outcome {
-    Outcome::Code(u8::try_from(BY_SIGNAL + signal as i32).unwrap_or(1))
+fn signal_outcome(signal: Signal) -> Outcome {
+    Outcome::Code(u8::try_from(EXIT_SIGNAL_BASE + signal as i32).unwrap_or(1))
 }
 
 /// Detaches, and removes the resolver file and the namespace. An agent that is away is waited for.
-async fn take_down(context: &Context, name: &EndpointName, namespaces: &NamedNamespaces) -> Result<(), CommandError> {
-    let end = Instant::now() + DETACH_WAIT;
+async fn teardown(context: &Context, name: &EndpointName, namespaces: &NamedNamespaces) -> Result<(), CommandError> {
+    let end = Instant::now() + DETACH_TIMEOUT;
     let detached = loop {
         match context.client.detach_with(name, true).await {
-            Err(ClientError::NoSocket { .. } | ClientError::Refused { .. } | ClientError::Broken { .. })
+            Err(ClientError::NoSocket { .. } | ClientError::ConnectionRefused { .. } | ClientError::ConnectionLost { .. })
                 if Instant::now() < end =>
             {
-                tokio::time::sleep(DETACH_PAUSE).await;
+                tokio::time::sleep(DETACH_RETRY_INTERVAL).await;
             }
             outcome => break outcome,
         }
     };
-    if let Some(file) = ResolverFile::of(&namespaces.path(name), name) {
+    if let Some(file) = ResolverFile::for_namespace(&namespaces.path(name), name) {
         file.remove()?;
     }
     namespaces.remove(name)?;
@@ -222,7 +223,7 @@ async fn take_down(context: &Context, name: &EndpointName, namespaces: &NamedNam
 }
 
 /// A name that nobody else has: of our process and the moment.
-fn made_up_name() -> Result<EndpointName, CommandError> {
+fn generate_name() -> Result<EndpointName, CommandError> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis());
     let text = format!("run-{}-{:x}", std::process::id(), now & 0xff_ffff);
     text.parse().map_err(|e| CommandError::Usage { message: format!("{e}") })
@@ -230,19 +231,19 @@ fn made_up_name() -> Result<EndpointName, CommandError> {
 
 /// The signals that are handed on, but for those that were ignored when we were started (`nohup`): the command ignores them, too.
 struct Signals {
-    arrived: mpsc::Receiver<Signal>,
+    receiver: mpsc::Receiver<Signal>,
     _tasks: tokio::task::JoinSet<()>,
 }
 
 impl Signals {
-    const CAUGHT: [Signal; 6] =
+    const FORWARDED: [Signal; 6] =
         [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGUSR2];
 
-    fn catch() -> Result<Signals, CommandError> {
-        let ignored = ignored();
+    fn subscribe() -> Result<Signals, CommandError> {
+        let ignored = ignored_signals();
         let (send, arrived) = mpsc::channel(16);
         let mut tasks = tokio::task::JoinSet::new();
-        for caught in Self::CAUGHT.into_iter().filter(|s| ignored & (1 << (*s as u32 - 1)) == 0) {
+        for caught in Self::FORWARDED.into_iter().filter(|s| ignored & (1 << (*s as u32 - 1)) == 0) {
             let mut stream = signal(SignalKind::from_raw(caught as i32))
                 .map_err(|source| CommandError::Read { path: "/proc/self/status".into(), source })?;
             let send = send.clone();
@@ -254,17 +255,17 @@ impl Signals {
                 }
             });
         }
-        Ok(Signals { arrived, _tasks: tasks })
+        Ok(Signals { receiver: arrived, _tasks: tasks })
     }
 
     /// The next one. Cancel-safe.
     async fn next(&mut self) -> Option<Signal> {
-        self.arrived.recv().await
+        self.receiver.recv().await
     }
 }
 
 /// The ignored signals as a mask (`SigIgn`, `proc_pid_status(5)`).
-fn ignored() -> u64 {
+fn ignored_signals() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
@@ -275,15 +276,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn exit_codes_are_a_shells() {
+    fn exit_codes_follow_shell_convention() {
         for (raw, code) in [(0, 0), (7 << 8, 7), (9, 137), (15, 143)] {
             assert_eq!(exit_code(ExitStatus::from_raw(raw)), code);
         }
-        assert_eq!(by_signal(Signal::SIGINT), Outcome::Code(130));
+        assert_eq!(signal_outcome(Signal::SIGINT), Outcome::Code(130));
     }
 
     #[test]
-    fn made_up_names_are_names() {
-        assert!(made_up_name().expect("a name").as_str().starts_with("run-"));
+    fn generated_name_is_valid() {
+        assert!(generate_name().expect("a name").as_str().starts_with("run-"));
     }
 }

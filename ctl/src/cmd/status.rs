@@ -1,18 +1,18 @@
-//! `overlayctl status`: the agent's health, and waiting for it.
+//! `overlayctl map_status`: the agent's health, and waiting for it.
 
 use std::time::Duration;
 
 use overlay_agent::model::api::{Health, Status};
-use overlay_agent::plan::underlay::Reason;
+use overlay_agent::plan::underlay::SelectionReason;
 use serde::Serialize;
 use tokio::time::Instant;
 
 use super::{CommandError, Context, Outcome};
 use crate::client::ClientError;
-use crate::output::{Style, Tone, View, ago, joined, seconds};
+use crate::output::{Style, Tone, View, format_ago, format_seconds, joined};
 
 /// How often `--wait` looks: short beside the second or so that a start takes, long beside the millisecond of one request.
-const POLL: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The arguments.
 #[derive(Debug, clap::Args)]
@@ -31,18 +31,18 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
     let (status, outcome) = match args.wait {
         None => {
             let status = context.client.status().await?;
-            let outcome = if status.ready && status.health == Health::Ok { Outcome::Well } else { Outcome::Degraded };
+            let outcome = if status.ready && status.health == Health::Ok { Outcome::Ok } else { Outcome::Degraded };
             (status, outcome)
         }
         Some(limit) => match wait(context, limit).await? {
             Some(status) => {
-                let outcome = if status.ready { Outcome::Well } else { Outcome::TimedOut };
+                let outcome = if status.ready { Outcome::Ok } else { Outcome::TimedOut };
                 (status, outcome)
             }
             None => return Ok(Outcome::TimedOut),
         },
     };
-    context.printer.show(&StatusView { status: &status, brief: args.brief })?;
+    context.printer.print(&StatusView { status: &status, brief: args.brief })?;
     if outcome == Outcome::TimedOut {
         eprintln!("overlayctl: not ready within {}", humantime::format_duration(args.wait.unwrap_or_default()));
     }
@@ -53,14 +53,18 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
 async fn wait(context: &Context, limit: Duration) -> Result<Option<Status>, CommandError> {
     let end = Instant::now() + limit;
     // A request that hangs must not outlast the wait by much.
-    let client = context.client.clone().with_timeout(limit.clamp(POLL, Duration::from_secs(5)));
+    let client = context.client.clone().with_timeout(limit.clamp(POLL_INTERVAL, Duration::from_secs(5)));
     loop {
         let answer = client.status().await;
-        let over = Instant::now() + POLL > end;
+        let over = Instant::now() + POLL_INTERVAL > end;
         match answer {
             Ok(status) if status.ready || over => return Ok(Some(status)),
             Ok(_) => {}
-            Err(error @ (ClientError::NoSocket { .. } | ClientError::Refused { .. } | ClientError::Broken { .. }))
+            Err(
+                error @ (ClientError::NoSocket { .. }
+                | ClientError::ConnectionRefused { .. }
+                | ClientError::ConnectionLost { .. }),
+            )
             | Err(error @ ClientError::TimedOut { .. }) => {
                 if over {
                     eprintln!("overlayctl: not ready within {}: {error}", humantime::format_duration(limit));
@@ -69,7 +73,7 @@ async fn wait(context: &Context, limit: Duration) -> Result<Option<Status>, Comm
             }
             Err(error) => return Err(error.into()),
         }
-        tokio::time::sleep_until((Instant::now() + POLL).min(end)).await;
+        tokio::time::sleep_until((Instant::now() + POLL_INTERVAL).min(end)).await;
     }
 }
 
@@ -87,7 +91,7 @@ impl View for StatusView<'_> {
     }
 }
 
-fn word(status: &Status, style: Style) -> String {
+fn state_text(status: &Status, style: Style) -> String {
     match (status.ready, status.health) {
         (true, Health::Ok) => style.paint(Tone::Good, "ready"),
         (true, _) => style.paint(Tone::Warning, "ready, degraded"),
@@ -102,7 +106,7 @@ fn brief(status: &Status, style: Style) -> String {
     format!(
         "{} {} {lease}, {} peers, {} endpoints{first}",
         status.node,
-        word(status, style),
+        state_text(status, style),
         status.data_path.peers,
         status.endpoints
     )
@@ -112,8 +116,8 @@ fn full(status: &Status, style: Style, wide: bool) -> String {
     let mut lines = vec![format!(
         "{}  {}  {}",
         status.node,
-        word(status, style),
-        style.paint(Tone::Quiet, &format!("overlayd {}, up {}", status.version, seconds(status.uptime_seconds)))
+        state_text(status, style),
+        style.paint(Tone::Quiet, &format!("overlayd {}, up {}", status.version, format_seconds(status.uptime_seconds)))
     )];
     let mut line =
         |label: &str, text: String| lines.push(format!("  {}{text}", style.paint(Tone::Quiet, &format!("{label:<13}"))));
@@ -124,12 +128,12 @@ fn full(status: &Status, style: Style, wide: bool) -> String {
     line("network", network(status));
     line("lease", lease(status));
     line("underlay", underlay(status));
-    if let Some(text) = chosen(status, wide) {
+    if let Some(text) = address_reasons(status, wide) {
         line("", text);
     }
     line("data path", data_path(status));
     if let Some(drift) = &status.data_path.last_drift {
-        line("last repair", format!("{} ({})", drift.entry, ago(drift.at)));
+        line("last repair", format!("{} ({})", drift.entry, format_ago(drift.at)));
     }
     if let Some(text) = dropped(status) {
         line("dropped", text);
@@ -189,9 +193,9 @@ fn underlay(status: &Status) -> String {
 }
 
 /// Why the underlay addresses were chosen, where there was a choice.
-fn chosen(status: &Status, wide: bool) -> Option<String> {
+fn address_reasons(status: &Status, wide: bool) -> Option<String> {
     let underlay = status.underlay.as_ref()?;
-    let only = Reason::Only.to_string();
+    let only = SelectionReason::Only.to_string();
     let reasons = underlay.reasons.iter().filter(|(_, reason)| wide || **reason != only);
     let texts: Vec<String> =
         reasons.filter_map(|(family, reason)| Some(format!("{}: {reason}", underlay.local.get(family)?))).collect();

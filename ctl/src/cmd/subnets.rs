@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use super::{CommandError, Context, Outcome};
 use crate::etcd::{EtcdArgs, SubnetsWatch};
-use crate::output::{Style, Table, Tone, View, cell, joined, seconds, toned};
+use crate::output::{Style, Table, Tone, View, cell, format_seconds, joined, toned};
 
 /// The arguments.
 #[derive(Debug, clap::Args)]
@@ -20,23 +20,23 @@ pub struct Args {
 /// Prints the subnets.
 pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
     let printer = &context.printer;
-    match (args.etcd.given(), args.watch) {
-        (false, false) => printer.show(&SubnetsView(&context.client.subnets().await?))?,
-        (true, false) => printer.show(&SubnetsView(&args.etcd.subnets().await?))?,
+    match (args.etcd.is_given(), args.watch) {
+        (false, false) => printer.print(&SubnetsView(&context.client.subnets().await?))?,
+        (true, false) => printer.print(&SubnetsView(&args.etcd.subnets().await?))?,
         (false, true) => {
             let mut stream = context.client.watch_subnets().await?;
             while let Some(subnets) = stream.next().await? {
-                printer.show_next(&SubnetsView(&subnets))?;
+                printer.print_next(&SubnetsView(&subnets))?;
             }
         }
         (true, true) => {
             let mut watch = SubnetsWatch::start(&args.etcd).await?;
             loop {
-                printer.show_next(&SubnetsView(&watch.next().await?))?;
+                printer.print_next(&SubnetsView(&watch.next().await?))?;
             }
         }
     }
-    Ok(Outcome::Well)
+    Ok(Outcome::Ok)
 }
 
 #[derive(Serialize)]
@@ -80,7 +80,7 @@ fn expiry(entry: &SubnetEntry) -> String {
     match (entry.reservation, entry.expires_in_seconds) {
         (true, _) => "never".to_owned(),
         (false, None) => "-".to_owned(),
-        (false, Some(left)) => seconds(u64::try_from(left).unwrap_or(0)),
+        (false, Some(left)) => format_seconds(u64::try_from(left).unwrap_or(0)),
     }
 }
 
@@ -97,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn own_reserved_and_refused_are_told_apart() {
+    fn own_reserved_and_rejected_leases_are_distinguished() {
         let subnets: Subnets = serde_json::from_str(
             r#"{"subnets":[
              {"key":"10.244.1.0-24","subnet":{"v4":"10.244.1.0/24"},"host":"h1","node_id":"aa","public_ip":{"v4":"10.99.1.1"},"backend":"vxlan",

@@ -8,17 +8,17 @@ use serde::Serialize;
 
 use super::{CommandError, Context, Outcome};
 use crate::bundle::redact::{Redactor, known_secrets};
-use crate::bundle::sources::{self, Places};
+use crate::bundle::sources::{self, HostPaths};
 use crate::bundle::{Archive, Bundle, Part, contents};
 use crate::output::{Style, Tone, View};
-use crate::trace::ends::Known;
+use crate::trace::targets::Inventory;
 
 /// How long the agent may take to say which containers there are.
-const AGENT: Duration = Duration::from_secs(3);
+const AGENT_TIMEOUT: Duration = Duration::from_secs(3);
 /// Where the service's secrets are.
-const CREDENTIALS: &str = "credentials";
+const CREDENTIALS_DIR: &str = "credentials";
 /// Cells of the progress bar.
-const BAR: usize = 30;
+const BAR_WIDTH: usize = 30;
 
 /// The arguments.
 #[derive(Debug, clap::Args)]
@@ -48,22 +48,22 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
     let top = format!("overlay-support-{host}-{stamp}");
     let path = args.out.clone().unwrap_or_else(|| PathBuf::from(format!("{top}.tar.gz")));
     let run_dir = context.client.socket().parent().unwrap_or(Path::new("/run/overlayd")).to_owned();
-    let places = Places {
+    let paths = HostPaths {
         config: args.config.clone(),
         state_dir: args.state_dir.clone(),
         run_dir,
         logs: args.log.clone(),
         since: args.since.clone(),
     };
-    let endpoints = match context.client.clone().with_timeout(AGENT).endpoints().await {
+    let endpoints = match context.client.clone().with_timeout(AGENT_TIMEOUT).endpoints().await {
         Ok(answer) => answer.endpoints,
-        Err(_) => Known::from_state(&args.state_dir).endpoints,
+        Err(_) => Inventory::from_state(&args.state_dir).endpoints,
     };
     let at = now.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let mut archive = Archive::create(&path, &top, at, Redactor::new(secrets(&args.config)))?;
     let version = format!("overlayctl {}\nmade {}\n", env!("CARGO_PKG_VERSION"), humantime::format_rfc3339_seconds(now));
     archive.add(Part { name: "versions/overlayctl.txt".to_owned(), from: "this program".to_owned(), content: Ok(version) })?;
-    let all = sources::all(&places, &endpoints);
+    let all = sources::all(&paths, &endpoints);
     let progress = Progress::new(all.len());
     for (number, (name, source)) in all.iter().enumerate() {
         progress.show(number, name);
@@ -71,14 +71,14 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
     }
     progress.clear();
     let bundle = archive.finish()?;
-    context.printer.show(&BundleView(&bundle))?;
-    Ok(Outcome::Well)
+    context.printer.print(&BundleView(&bundle))?;
+    Ok(Outcome::Ok)
 }
 
 /// What is known to be secret: the password's file that the configuration or the environment names, and the service's credentials.
 fn secrets(config: &Path) -> Vec<String> {
     let text = std::fs::read_to_string(config).unwrap_or_default();
-    let credentials = config.parent().unwrap_or(Path::new("/etc/overlayd")).join(CREDENTIALS);
+    let credentials = config.parent().unwrap_or(Path::new("/etc/overlayd")).join(CREDENTIALS_DIR);
     let line = text.lines().map(str::trim).find_map(|line| line.strip_prefix("etcd-password-file"));
     let named = line.and_then(|rest| Some(rest.trim_start().strip_prefix('=')?.trim().trim_matches(['"', '\''])));
     let mut files: Vec<PathBuf> = named.map(|name| credentials.join(name)).into_iter().collect();
@@ -96,31 +96,31 @@ fn secrets(config: &Path) -> Vec<String> {
 /// A bar on standard error, where that is a terminal.
 struct Progress {
     total: usize,
-    shown: bool,
+    is_terminal: bool,
 }
 
 impl Progress {
     fn new(total: usize) -> Progress {
-        Progress { total, shown: std::io::stderr().is_terminal() }
+        Progress { total, is_terminal: std::io::stderr().is_terminal() }
     }
 
     fn show(&self, done: usize, what: &str) {
-        if self.shown {
+        if self.is_terminal {
             // A closed standard error is no reason to stop.
             let _ = write!(std::io::stderr(), "\r\u{1b}[K{}", bar(done, self.total, what));
         }
     }
 
     fn clear(&self) {
-        if self.shown {
+        if self.is_terminal {
             let _ = write!(std::io::stderr(), "\r\u{1b}[K");
         }
     }
 }
 
 fn bar(done: usize, total: usize, what: &str) -> String {
-    let full = (BAR * done).checked_div(total).unwrap_or(BAR);
-    format!("[{}{}] {done}/{total} {what}", "#".repeat(full), ".".repeat(BAR - full))
+    let full = (BAR_WIDTH * done).checked_div(total).unwrap_or(BAR_WIDTH);
+    format!("[{}{}] {done}/{total} {what}", "#".repeat(full), ".".repeat(BAR_WIDTH - full))
 }
 
 #[derive(Serialize)]
@@ -142,18 +142,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_bar_fills() {
-        assert_eq!(bar(0, 4, "x"), format!("[{}] 0/4 x", ".".repeat(BAR)));
-        assert_eq!(bar(4, 4, "x"), format!("[{}] 4/4 x", "#".repeat(BAR)));
+    fn progress_bar_fills() {
+        assert_eq!(bar(0, 4, "x"), format!("[{}] 0/4 x", ".".repeat(BAR_WIDTH)));
+        assert_eq!(bar(4, 4, "x"), format!("[{}] 4/4 x", "#".repeat(BAR_WIDTH)));
         assert_eq!(bar(0, 0, "x").len(), bar(4, 4, "x").len());
     }
 
     #[test]
-    fn the_files_of_secrets_are_found() {
+    fn secret_files_are_collected() {
         let dir = tempfile::tempdir().expect("a directory");
         let config = dir.path().join("overlayd.toml");
-        std::fs::create_dir(dir.path().join(CREDENTIALS)).expect("made");
-        std::fs::write(dir.path().join(CREDENTIALS).join("other"), "in-credentials\n").expect("written");
+        std::fs::create_dir(dir.path().join(CREDENTIALS_DIR)).expect("made");
+        std::fs::write(dir.path().join(CREDENTIALS_DIR).join("other"), "in-credentials\n").expect("written");
         std::fs::write(dir.path().join("pw"), "by-its-path\n").expect("written");
         std::fs::write(&config, format!("etcd-password-file = \"{}\"\n", dir.path().join("pw").display())).expect("written");
         let found = secrets(&config);

@@ -8,12 +8,12 @@ use serde::Serialize;
 
 use super::{CommandError, Context, Outcome};
 use crate::output::{Style, Table, Tone, View, cell, toned};
-use crate::trace::ends::{End, Known, Wanted};
 use crate::trace::live::{self, Live};
+use crate::trace::targets::{Inventory, TargetArg, TraceEnd};
 use crate::trace::{self, Trace, TraceError};
 
 /// How long the agent may take to say what it knows: the kernel is what counts here.
-const AGENT: Duration = Duration::from_secs(2);
+const AGENT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The arguments.
 #[derive(Debug, clap::Args)]
@@ -43,43 +43,44 @@ pub struct Args {
 
 /// Prints the way. Exit code 1 where the packet stops, 3 where that cannot be known.
 pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
-    let (known, note) = known(context, args).await;
+    let (inventory, note) = load_inventory(context, args).await;
     let (from, to) = (args.from.clone(), args.to.clone());
     let family = args.v6.then_some(Family::V6);
-    let watch = args.live.then_some(live::Watch { wait: args.wait, send: args.send, netns: None });
+    let watch = args.live.then_some(live::WatchOptions { wait: args.wait, send: args.send, netns: None });
     let work = move || -> Result<Trace, TraceError> {
-        let mut trace = trace::walk::trace(&from, &to, family, &known)?;
+        let mut trace = trace::tracer::trace(&from, &to, family, &inventory)?;
         trace.notes.splice(0..0, note);
         if let Some(mut watch) = watch {
-            if let End::Container(endpoint) = known.end(&Wanted::parse(&from)?.name)? {
+            if let TraceEnd::Container(endpoint) = inventory.resolve(&TargetArg::parse(&from)?.name)? {
                 watch.netns = Some(endpoint.netns);
             }
             trace.live = Some(live::watch(&trace, &watch)?);
         }
         Ok(trace)
     };
-    let trace =
-        tokio::task::spawn_blocking(work).await.map_err(|e| TraceError::End { message: format!("tracing broke off: {e}") })??;
-    context.printer.show(&TraceView(&trace))?;
+    let trace = tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|e| TraceError::Target { message: format!("tracing broke off: {e}") })??;
+    context.printer.print(&TraceView(&trace))?;
     Ok(match (trace.outcome, &trace.live) {
-        (_, Some(live)) if live.dropped => Outcome::No,
-        (trace::Outcome::Stop, _) => Outcome::No,
-        (trace::Outcome::Unsure, _) => Outcome::Degraded,
-        (trace::Outcome::Ok, _) => Outcome::Well,
+        (_, Some(live)) if live.dropped => Outcome::Negative,
+        (trace::TraceOutcome::Stop, _) => Outcome::Negative,
+        (trace::TraceOutcome::Unsure, _) => Outcome::Degraded,
+        (trace::TraceOutcome::Ok, _) => Outcome::Ok,
     })
 }
 
 /// What is known beside the kernel, and a note where that is less than it could be.
-async fn known(context: &Context, args: &Args) -> (Known, Option<String>) {
-    let client = context.client.clone().with_timeout(AGENT);
+async fn load_inventory(context: &Context, args: &Args) -> (Inventory, Option<String>) {
+    let client = context.client.clone().with_timeout(AGENT_TIMEOUT);
     match client.endpoints().await {
         Ok(endpoints) => {
             let leases = client.subnets().await.ok().map(|subnets| subnets.subnets);
-            (Known { endpoints: endpoints.endpoints, leases }, None)
+            (Inventory { endpoints: endpoints.endpoints, leases }, None)
         }
         Err(error) => {
             let note = format!("{error}. Names are taken from {}; the way is the kernel's own answer", args.state_dir.display());
-            (Known::from_state(&args.state_dir), Some(note))
+            (Inventory::from_state(&args.state_dir), Some(note))
         }
     }
 }
@@ -88,11 +89,11 @@ async fn known(context: &Context, args: &Args) -> (Known, Option<String>) {
 #[serde(transparent)]
 struct TraceView<'a>(&'a Trace);
 
-fn tone(outcome: trace::Outcome) -> (Tone, &'static str) {
+fn outcome_style(outcome: trace::TraceOutcome) -> (Tone, &'static str) {
     match outcome {
-        trace::Outcome::Ok => (Tone::Good, "ok"),
-        trace::Outcome::Unsure => (Tone::Warning, "unsure"),
-        trace::Outcome::Stop => (Tone::Bad, "STOP"),
+        trace::TraceOutcome::Ok => (Tone::Good, "ok"),
+        trace::TraceOutcome::Unsure => (Tone::Warning, "unsure"),
+        trace::TraceOutcome::Stop => (Tone::Bad, "STOP"),
     }
 }
 
@@ -106,18 +107,18 @@ impl View for TraceView<'_> {
         );
         let mut table = Table::new(style, &["", "WHERE", "STEP", "ANSWER"]);
         for hop in &trace.hops {
-            let (tone, word) = tone(hop.outcome);
+            let (tone, word) = outcome_style(hop.outcome);
             table.row(vec![toned(tone, word), cell(Some(&hop.place)), cell(Some(&hop.step)), cell(Some(&hop.answer))]);
         }
         text.push_str(&table.text());
-        let (tone, _) = tone(trace.outcome);
+        let (tone, _) = outcome_style(trace.outcome);
         let head = match trace.outcome {
-            trace::Outcome::Ok => "It passes",
-            trace::Outcome::Unsure => "It passes, as far as can be known",
-            trace::Outcome::Stop => "It stops",
+            trace::TraceOutcome::Ok => "It passes",
+            trace::TraceOutcome::Unsure => "It passes, as far as can be known",
+            trace::TraceOutcome::Stop => "It stops",
         };
         text.push_str(&format!("\n\n{}: {}", style.paint(tone, head), trace.end));
-        for hop in trace.hops.iter().filter(|hop| hop.outcome != trace::Outcome::Ok) {
+        for hop in trace.hops.iter().filter(|hop| hop.outcome != trace::TraceOutcome::Ok) {
             if let Some(remedy) = &hop.remedy {
                 text.push_str(&format!("\n  {} of {}: {remedy}", hop.step, hop.place));
             }

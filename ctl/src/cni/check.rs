@@ -10,26 +10,30 @@ use overlay_agent::model::{Endpoint, Mac, Port};
 use super::environment::Attachment;
 use super::error::{CniError, Code};
 use super::name;
-use super::result::{Address, Interface, Outcome, Route};
-use super::sandbox::{self, Seen};
+use super::result::{Address, CniResult, Interface, Route};
+use super::sandbox::{self, InterfaceState};
 use super::verbs::{Context, endpoint_name};
 
 /// Our part of a previous result.
-struct Made<'a> {
+struct AttachResult<'a> {
     interface: &'a Interface,
     addresses: Vec<&'a Address>,
     /// Those over the gateways of these addresses.
     routes: Vec<&'a Route>,
 }
 
-impl<'a> Made<'a> {
+impl<'a> AttachResult<'a> {
     /// The interface in the container, and what belongs to it.
-    fn of(outcome: &'a Outcome, name: &str) -> Option<Made<'a>> {
+    fn from_result(result: &'a CniResult, name: &str) -> Option<AttachResult<'a>> {
         let ours = |interface: &&Interface| interface.name == name && !interface.sandbox.is_empty();
-        let place = outcome.interfaces.iter().position(|interface| ours(&interface))?;
-        let addresses: Vec<&Address> = outcome.ips.iter().filter(|address| address.interface == Some(place)).collect();
+        let place = result.interfaces.iter().position(|interface| ours(&interface))?;
+        let addresses: Vec<&Address> = result.ips.iter().filter(|address| address.interface == Some(place)).collect();
         let by_ours = |route: &&Route| route.gw.is_some() && addresses.iter().any(|address| address.gateway == route.gw);
-        Some(Made { interface: &outcome.interfaces[place], routes: outcome.routes.iter().filter(by_ours).collect(), addresses })
+        Some(AttachResult {
+            interface: &result.interfaces[place],
+            routes: result.routes.iter().filter(by_ours).collect(),
+            addresses,
+        })
     }
 }
 
@@ -38,25 +42,25 @@ impl Context<'_> {
     pub fn check(&self, attachment: &Attachment) -> Result<(), CniError> {
         let owner = name::owner(self.config, attachment)?;
         let endpoint = endpoint_name(&owner)?;
-        let Some(previous) = &self.config.previous else {
+        let Some(previous) = &self.config.prev_result else {
             return Err(CniError::new(Code::InvalidConfig, "CHECK without prevResult: there is nothing to compare with"));
         };
         let interface = &attachment.interface;
-        let Some(made) = Made::of(previous, interface) else {
+        let Some(attached) = AttachResult::from_result(previous, interface) else {
             let text =
                 format!("prevResult has no interface {interface} of a container: it is not the result of this attachment's ADD");
             return Err(CniError::new(Code::InvalidConfig, text));
         };
         let netns = sandbox::open(attachment.netns.as_deref().unwrap_or_else(|| std::path::Path::new("")))?;
-        let known = self.agent().endpoints()?.endpoints.into_iter().find(|known| known.name == endpoint);
-        let seen = sandbox::interfaces(&netns)?;
-        let mut differences = in_kernel(&made, &seen);
-        match &known {
+        let registered = self.agent().endpoints()?.endpoints.into_iter().find(|known| known.name == endpoint);
+        let interfaces = sandbox::interfaces(&netns)?;
+        let mut differences = compare_with_kernel(&attached, &interfaces);
+        match &registered {
             Some(Endpoint { port: Some(port), source_check, netns: at, .. }) => {
                 if at.canonicalize().ok() != netns.path().canonicalize().ok() {
                     differences.push(format!("the agent has endpoint {endpoint} in {}", at.display()));
                 }
-                differences.extend(at_agent(&made, port, *source_check));
+                differences.extend(compare_with_agent(&attached, port, *source_check));
                 if if_nametoindex(port.host_interface.as_str()).is_err() {
                     differences.push(format!("the host's end {} is gone", port.host_interface));
                 }
@@ -64,7 +68,7 @@ impl Context<'_> {
             _ => differences.push(format!("the agent knows no endpoint {endpoint}")),
         }
         if differences.is_empty() {
-            self.log.info(format_args!("CHECK {endpoint}: as it was attached, by {owner} after {:.1} ms", self.milliseconds()));
+            self.log.info(format_args!("CHECK {endpoint}: as it was attached, by {owner} after {:.1} ms", self.elapsed_ms()));
             return Ok(());
         }
         let first = &differences[0];
@@ -73,29 +77,29 @@ impl Context<'_> {
             // Writing to a String cannot fail.
             let _ = write!(text, ", and {} more", differences.len() - 1);
         }
-        Err(CniError::new(Code::Differs, text).with_details(differences.join("\n")))
+        Err(CniError::new(Code::Mismatch, text).with_details(differences.join("\n")))
     }
 }
 
 /// The result against the kernel.
-fn in_kernel(made: &Made<'_>, seen: &BTreeMap<String, Seen>) -> Vec<String> {
-    let name = &made.interface.name;
-    let Some(found) = seen.get(name) else { return vec![format!("{name} is gone")] };
+fn compare_with_kernel(attached: &AttachResult<'_>, interfaces: &BTreeMap<String, InterfaceState>) -> Vec<String> {
+    let name = &attached.interface.name;
+    let Some(found) = interfaces.get(name) else { return vec![format!("{name} is gone")] };
     let mut differences = Vec::new();
     if !found.up {
         differences.push(format!("{name} is down"));
     }
-    if let Ok(mac) = made.interface.mac.to_ascii_lowercase().parse::<Mac>()
+    if let Ok(mac) = attached.interface.mac.to_ascii_lowercase().parse::<Mac>()
         && found.mac != Some(mac.0)
     {
         differences.push(format!("{name} has the MAC {}, not {mac}", found.mac.map(|m| Mac(m).to_string()).unwrap_or_default()));
     }
-    for Address { address, .. } in &made.addresses {
+    for Address { address, .. } in &attached.addresses {
         if !found.addresses.contains(address) {
             differences.push(format!("{name} has no address {address}"));
         }
     }
-    for Route { dst, gw, .. } in &made.routes {
+    for Route { dst, gw, .. } in &attached.routes {
         if let Some(gateway) = gw.filter(|gateway| !found.routes.contains(&(*dst, *gateway))) {
             let what = if dst.prefix() == 0 { "default route".to_owned() } else { format!("route to {dst}") };
             differences.push(format!("there is no {what} via {gateway} over {name}"));
@@ -105,22 +109,22 @@ fn in_kernel(made: &Made<'_>, seen: &BTreeMap<String, Seen>) -> Vec<String> {
 }
 
 /// The result against the agent, whose source check lets pass only what it knows.
-fn at_agent(made: &Made<'_>, port: &Port, source_check: bool) -> Vec<String> {
+fn compare_with_agent(attached: &AttachResult<'_>, port: &Port, source_check: bool) -> Vec<String> {
     let mut differences = Vec::new();
-    if port.interface != made.interface.name {
+    if port.interface != attached.interface.name {
         differences.push(format!("the agent has it as interface {}", port.interface));
     }
     for (_, known) in port.addresses.iter() {
-        if !made.addresses.iter().any(|address| address.address.ip() == *known) {
+        if !attached.addresses.iter().any(|address| address.address.ip() == *known) {
             differences.push(format!("the agent gave it {known}, which prevResult has not"));
         }
     }
-    for address in made.addresses.iter().map(|address| address.address.ip()) {
+    for address in attached.addresses.iter().map(|address| address.address.ip()) {
         if source_check && !port.addresses.iter().any(|(_, known)| *known == address) {
             differences.push(format!("the agent did not give it {address}: packets from it are dropped"));
         }
     }
-    if let Ok(mac) = made.interface.mac.to_ascii_lowercase().parse::<Mac>()
+    if let Ok(mac) = attached.interface.mac.to_ascii_lowercase().parse::<Mac>()
         && source_check
         && mac != port.mac
     {

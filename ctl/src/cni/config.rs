@@ -6,10 +6,10 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::environment::{is_identifier, shown};
+use super::environment::{is_identifier, quoted};
 use super::error::{CniError, Code};
 use super::log::Level;
-use super::result::{Dns, Outcome};
+use super::result::{CniResult, Dns};
 use super::version::Version;
 use crate::client::DEFAULT_SOCKET;
 
@@ -18,7 +18,7 @@ use crate::client::DEFAULT_SOCKET;
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What `timeout` can be.
-const TIMEOUTS: std::ops::RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(600);
+const TIMEOUT_RANGE: std::ops::RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(600);
 
 /// The key by which GC is told what to keep.
 const VALID_ATTACHMENTS: &str = "cni.dev/valid-attachments";
@@ -40,24 +40,24 @@ pub struct Config {
     pub log_level: Level,
     /// `sourceCheck`.
     pub source_check: Option<bool>,
-    /// `isDefaultGateway`, as the plugin `bridge` calls it.
+    /// `isDefaultGateway`, as the plugin `bridge_name` calls it.
     pub default_route: Option<bool>,
     /// `dns`, as it goes into the result.
     pub dns: Dns,
     /// `runtimeConfig`: what the runtime asks for by capabilities.
-    pub runtime: Runtime,
+    pub runtime_config: RuntimeConfig,
     /// `args.cni`: what the runtime asks for by the older convention.
-    pub args: Wishes,
+    pub args: CniArgs,
     /// `prevResult`: of the plugin before this one, or of the last ADD.
-    pub previous: Option<Outcome>,
-    /// `cni.dev/valid-attachments`.
-    pub valid: Option<Vec<Valid>>,
+    pub prev_result: Option<CniResult>,
+    /// `cni.dev/valid_attachments-attachments`.
+    pub valid_attachments: Option<Vec<ValidAttachment>>,
 }
 
 /// `runtimeConfig`.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-pub struct Runtime {
+pub struct RuntimeConfig {
     /// Wished addresses, with or without a prefix length.
     pub ips: Vec<String>,
     /// The wished MAC.
@@ -98,7 +98,7 @@ pub struct RuntimeDns {
 /// `args.cni`.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
-pub struct Wishes {
+pub struct CniArgs {
     /// Wished addresses.
     pub ips: Vec<String>,
     /// The wished MAC.
@@ -107,7 +107,7 @@ pub struct Wishes {
 
 /// One attachment that the runtime still has.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-pub struct Valid {
+pub struct ValidAttachment {
     /// `CNI_CONTAINERID` of its ADD.
     #[serde(rename = "containerID")]
     pub container: String,
@@ -132,17 +132,17 @@ impl Keys {
     fn path(&mut self, key: &str) -> Result<Option<PathBuf>, CniError> {
         let path = self.take::<PathBuf>(key)?;
         match path {
-            Some(path) if !path.is_absolute() => Err(wrong(key, &path.display().to_string(), "is no absolute path")),
+            Some(path) if !path.is_absolute() => Err(invalid_value(key, &path.display().to_string(), "is no absolute path")),
             path => Ok(path),
         }
     }
 }
 
-fn wrong(key: &str, value: &str, rule: &str) -> CniError {
-    CniError::new(Code::InvalidConfig, format!("{key} {} of the network configuration {rule}", shown(value)))
+fn invalid_value(key: &str, value: &str, rule: &str) -> CniError {
+    CniError::new(Code::InvalidConfig, format!("{key} {} of the network configuration {rule}", quoted(value)))
 }
 
-fn object(bytes: &[u8]) -> Result<Keys, CniError> {
+fn parse_object(bytes: &[u8]) -> Result<Keys, CniError> {
     match serde_json::from_slice(bytes) {
         Ok(Value::Object(keys)) => Ok(Keys(keys)),
         Ok(_) => Err(CniError::new(Code::Decode, "the network configuration on standard input is no JSON object")),
@@ -151,18 +151,18 @@ fn object(bytes: &[u8]) -> Result<Keys, CniError> {
 }
 
 /// The version that VERSION is asked with; none where nothing at all is said, as very old runtimes do.
-pub fn asked_version(bytes: &[u8]) -> Result<Option<String>, CniError> {
+pub fn requested_version(bytes: &[u8]) -> Result<Option<String>, CniError> {
     if bytes.iter().all(u8::is_ascii_whitespace) {
         return Ok(None);
     }
-    object(bytes)?.take("cniVersion")
+    parse_object(bytes)?.take("cniVersion")
 }
 
 impl Config {
     /// Reads the configuration; an error has the version to answer in.
     pub fn decode(bytes: &[u8]) -> Result<Config, (Version, CniError)> {
         let early = |error| (Version::LATEST, error);
-        let mut keys = object(bytes).map_err(early)?;
+        let mut keys = parse_object(bytes).map_err(early)?;
         let text: Option<String> = keys.take("cniVersion").map_err(early)?;
         let version = Version::parse(text.as_deref()).map_err(early)?;
         Config::from_keys(version, keys).map_err(|error| (version, error))
@@ -173,7 +173,7 @@ impl Config {
             keys.take("name")?.ok_or_else(|| CniError::new(Code::InvalidConfig, "the network configuration has no name"))?;
         if !is_identifier(&name) {
             let rule = "is no network name: it begins with a letter or digit, and has only a-z A-Z 0-9 . _ -";
-            return Err(wrong("name", &name, rule));
+            return Err(invalid_value("name", &name, rule));
         }
         // Whoever writes one expects it to choose the addresses.
         let ipam: Option<Map<String, Value>> = keys.take("ipam")?;
@@ -183,10 +183,10 @@ impl Config {
                 format!("ipam {shown} is not served: the agent gives the addresses of the host's subnet; remove the key ipam");
             return Err(CniError::new(Code::UnsupportedField, text));
         }
-        let runtime: Runtime = keys.take("runtimeConfig")?.unwrap_or_default();
+        let runtime: RuntimeConfig = keys.take("runtimeConfig")?.unwrap_or_default();
         let mut args: Map<String, Value> = keys.take("args")?.unwrap_or_default();
         let args = args.remove("cni").map(|cni| Keys([("args.cni".to_owned(), cni)].into_iter().collect()));
-        let args: Option<Wishes> = args.map(|mut cni| cni.take("args.cni")).transpose()?.flatten();
+        let args: Option<CniArgs> = args.map(|mut cni| cni.take("args.cni")).transpose()?.flatten();
         let mut dns: Dns = keys.take("dns")?.unwrap_or_default();
         if let Some(RuntimeDns { servers, searches, options }) = runtime.dns.clone() {
             let or = |wished: Vec<String>, configured: &mut Vec<String>| {
@@ -203,7 +203,7 @@ impl Config {
             Some(Value::Null) => Some(Vec::new()),
             _ => keys.take(VALID_ATTACHMENTS)?,
         };
-        let previous = keys.take::<Value>("prevResult")?.map(Outcome::parse).transpose()?;
+        let previous = keys.take::<Value>("prevResult")?.map(CniResult::parse).transpose()?;
         Ok(Config {
             version,
             name,
@@ -214,22 +214,22 @@ impl Config {
             source_check: keys.take("sourceCheck")?,
             default_route: keys.take("isDefaultGateway")?,
             dns,
-            runtime,
+            runtime_config: runtime,
             args: args.unwrap_or_default(),
-            previous,
-            valid,
+            prev_result: previous,
+            valid_attachments: valid,
         })
     }
 }
 
 fn timeout(keys: &mut Keys) -> Result<Duration, CniError> {
     let Some(text) = keys.take::<String>("timeout")? else { return Ok(DEFAULT_TIMEOUT) };
-    let given = humantime::parse_duration(&text).ok().filter(|duration| TIMEOUTS.contains(duration));
-    given.ok_or_else(|| wrong("timeout", &text, "is no duration from 1s to 10m, such as 30s"))
+    let given = humantime::parse_duration(&text).ok().filter(|duration| TIMEOUT_RANGE.contains(duration));
+    given.ok_or_else(|| invalid_value("timeout", &text, "is no duration from 1s to 10m, such as 30s"))
 }
 
 fn log_level(keys: &mut Keys) -> Result<Level, CniError> {
     let Some(text) = keys.take::<String>("logLevel")? else { return Ok(Level::Info) };
     let given = Level::ALL.into_iter().find(|level| level.as_str() == text);
-    given.ok_or_else(|| wrong("logLevel", &text, &format!("is none of {}", Level::ALL.map(Level::as_str).join(", "))))
+    given.ok_or_else(|| invalid_value("logLevel", &text, &format!("is none of {}", Level::ALL.map(Level::as_str).join(", "))))
 }

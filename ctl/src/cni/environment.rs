@@ -8,7 +8,7 @@ use super::error::{CniError, Code};
 use super::version::Version;
 
 /// The longest interface name in bytes: `IFNAMSIZ` - 1 (linux/if.h).
-const LONGEST_INTERFACE: usize = 15;
+const MAX_INTERFACE_NAME: usize = 15;
 
 /// What is to be done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,83 +74,83 @@ pub struct Attachment {
 pub struct Arguments {
     /// `IP`: wished addresses, separated by commas.
     pub ips: Vec<String>,
-    /// `MAC`: the wished MAC.
+    /// `PEER_MAC`: the wished MAC.
     pub mac: Option<String>,
 }
 
-fn bad(text: impl Into<String>) -> CniError {
+fn invalid(text: impl Into<String>) -> CniError {
     CniError::new(Code::InvalidEnvironment, text)
 }
 
 /// A variable; an empty one is as good as none.
-fn text(variable: &impl Fn(&str) -> Option<OsString>, name: &str) -> Result<Option<String>, CniError> {
+fn optional(variable: &impl Fn(&str) -> Option<OsString>, name: &str) -> Result<Option<String>, CniError> {
     match variable(name).filter(|value| !value.is_empty()) {
         None => Ok(None),
-        Some(value) => value.into_string().map(Some).map_err(|_| bad(format!("{name} is not UTF-8"))),
+        Some(value) => value.into_string().map(Some).map_err(|_| invalid(format!("{name} is not UTF-8"))),
     }
 }
 
-fn needed(variable: &impl Fn(&str) -> Option<OsString>, name: &str) -> Result<String, CniError> {
-    text(variable, name)?.ok_or_else(|| bad(format!("{name} is not set: a runtime sets it for this verb")))
+fn required(variable: &impl Fn(&str) -> Option<OsString>, name: &str) -> Result<String, CniError> {
+    optional(variable, name)?.ok_or_else(|| invalid(format!("{name} is not set: a runtime sets it for this verb")))
 }
 
 /// The verb.
 pub fn verb(variable: &impl Fn(&str) -> Option<OsString>) -> Result<Verb, CniError> {
-    let Some(asked) = text(variable, "CNI_COMMAND")? else {
-        return Err(bad(
+    let Some(asked) = optional(variable, "CNI_COMMAND")? else {
+        return Err(invalid(
             "CNI_COMMAND is not set: overlay-cni is run by a container runtime, not by hand (see overlay-cni --help)",
         ));
     };
     Verb::ALL.into_iter().find(|verb| verb.as_str() == asked).ok_or_else(|| {
         let known = Verb::ALL.map(Verb::as_str).join(", ");
-        bad(format!("CNI_COMMAND={} is unknown: known are {known}", shown(&asked)))
+        invalid(format!("CNI_COMMAND={} is unknown: known are {known}", quoted(&asked)))
     })
 }
 
 /// The attachment; `with_netns` where its namespace is needed.
 pub fn attachment(variable: &impl Fn(&str) -> Option<OsString>, with_netns: bool) -> Result<Attachment, CniError> {
-    let container = needed(variable, "CNI_CONTAINERID")?;
+    let container = required(variable, "CNI_CONTAINERID")?;
     if !is_identifier(&container) {
         let rule = "it begins with a letter or digit, and has only a-z A-Z 0-9 . _ -";
-        return Err(bad(format!("CNI_CONTAINERID={} is no container id: {rule}", shown(&container))));
+        return Err(invalid(format!("CNI_CONTAINERID={} is no container id: {rule}", quoted(&container))));
     }
-    let interface = needed(variable, "CNI_IFNAME")?;
-    if !is_interface(&interface) {
+    let interface = required(variable, "CNI_IFNAME")?;
+    if !is_interface_name(&interface) {
         let rule = "1 to 15 visible ASCII characters without / : %, and not `lo`, `.` or `..`";
-        return Err(bad(format!("CNI_IFNAME={} is no interface name: {rule}", shown(&interface))));
+        return Err(invalid(format!("CNI_IFNAME={} is no interface name: {rule}", quoted(&interface))));
     }
-    let netns = if with_netns { Some(needed(variable, "CNI_NETNS")?) } else { text(variable, "CNI_NETNS")? };
+    let netns = if with_netns { Some(required(variable, "CNI_NETNS")?) } else { optional(variable, "CNI_NETNS")? };
     Ok(Attachment { container, interface, netns: netns.map(PathBuf::from) })
 }
 
-/// What `CNI_ARGS` asks for (`SPEC.md`: `FOO=BAR;ABC=123`). A key that is not known is refused unless `IgnoreUnknown` says otherwise, as
+/// What `CNI_ARGS` asks for (`SPEC.md`: `FOO=BAR_WIDTH;ABC=123`). A key that is not known is refused unless `IgnoreUnknown` says otherwise, as
 /// the reference library does.
 pub fn arguments(variable: &impl Fn(&str) -> Option<OsString>) -> Result<Arguments, CniError> {
-    let all = text(variable, "CNI_ARGS")?.unwrap_or_default();
+    let all = optional(variable, "CNI_ARGS")?.unwrap_or_default();
     let mut arguments = Arguments::default();
     let mut ignore = false;
     let mut unknown = Vec::new();
     for pair in all.split(';').map(str::trim).filter(|pair| !pair.is_empty()) {
         let (key, value) =
-            pair.split_once('=').ok_or_else(|| bad(format!("CNI_ARGS has {}, which is no KEY=VALUE", shown(pair))))?;
+            pair.split_once('=').ok_or_else(|| invalid(format!("CNI_ARGS has {}, which is no KEY=VALUE", quoted(pair))))?;
         match key {
             "IgnoreUnknown" => {
                 ignore = match value.to_ascii_lowercase().as_str() {
                     "1" | "true" => true,
                     "0" | "false" | "" => false,
-                    _ => return Err(bad(format!("CNI_ARGS: IgnoreUnknown={} is neither 1 nor 0", shown(value)))),
+                    _ => return Err(invalid(format!("CNI_ARGS: IgnoreUnknown={} is neither 1 nor 0", quoted(value)))),
                 }
             }
             "IP" => arguments.ips.extend(value.split(',').filter(|ip| !ip.is_empty()).map(str::to_owned)),
             "MAC" if value.is_empty() => {}
             "MAC" => arguments.mac = Some(value.to_owned()),
-            _ => unknown.push(shown(key)),
+            _ => unknown.push(quoted(key)),
         }
     }
     if unknown.is_empty() || ignore {
         Ok(arguments)
     } else {
-        Err(bad(format!("CNI_ARGS has unknown keys: {}; known are IP, MAC and IgnoreUnknown=1", unknown.join(", "))))
+        Err(invalid(format!("CNI_ARGS has unknown keys: {}; known are IP, MAC and IgnoreUnknown=1", unknown.join(", "))))
     }
 }
 
@@ -161,13 +161,13 @@ pub(super) fn is_identifier(text: &str) -> bool {
 }
 
 /// As the agent has it, so that the error names the variable.
-fn is_interface(name: &str) -> bool {
+fn is_interface_name(name: &str) -> bool {
     let allowed = |b: u8| b.is_ascii_graphic() && !matches!(b, b'/' | b':' | b'%');
-    (1..=LONGEST_INTERFACE).contains(&name.len()) && name.bytes().all(allowed) && !matches!(name, "." | ".." | "lo")
+    (1..=MAX_INTERFACE_NAME).contains(&name.len()) && name.bytes().all(allowed) && !matches!(name, "." | ".." | "lo")
 }
 
 /// A value for a message: printable, and not longer than a line.
-pub(super) fn shown(text: &str) -> String {
+pub(super) fn quoted(text: &str) -> String {
     let cut: String = text.chars().take(80).collect();
     format!("{cut:?}")
 }

@@ -34,7 +34,7 @@ pub enum Code {
     /// The agent or the kernel failed.
     Failed = 102,
     /// CHECK: the container is not as its attachment left it.
-    Differs = 103,
+    Mismatch = 103,
 }
 
 /// Why a verb failed.

@@ -8,10 +8,10 @@ use super::environment::Attachment;
 use super::error::{CniError, Code};
 
 /// The longest owner in bytes that the agent takes.
-const LONGEST_OWNER: usize = 256;
+const MAX_OWNER_BYTES: usize = 256;
 
-/// How many characters of the container's id a name shows: as many as `docker ps` and `podman ps` do.
-const SHOWN_ID: usize = 12;
+/// How many characters of the container's id a name shows: as many as `docker_share ps` and `podman ps` do.
+const SHORT_ID_LEN: usize = 12;
 
 /// What stands before the owners of a network's attachments: `cni/NETWORK/`. None of the parts can have a slash.
 pub fn owner_prefix(network: &str) -> String {
@@ -21,10 +21,10 @@ pub fn owner_prefix(network: &str) -> String {
 /// The owner of an attachment: `cni/NETWORK/CONTAINERID/IFNAME`.
 pub fn owner(config: &Config, attachment: &Attachment) -> Result<String, CniError> {
     let owner = format!("{}{}/{}", owner_prefix(&config.name), attachment.container, attachment.interface);
-    if owner.len() <= LONGEST_OWNER {
+    if owner.len() <= MAX_OWNER_BYTES {
         return Ok(owner);
     }
-    let room = LONGEST_OWNER - owner_prefix("").len() - 2;
+    let room = MAX_OWNER_BYTES - owner_prefix("").len() - 2;
     let text =
         format!("the network's name, CNI_CONTAINERID and CNI_IFNAME have {} bytes together, more than {room}", owner.len());
     Err(CniError::new(Code::InvalidConfig, text))
@@ -37,13 +37,13 @@ pub fn endpoint(owner: &str) -> Result<EndpointName, EndpointNameError> {
     let plain = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-') { c } else { '_' };
     let interface: String = interface.chars().map(plain).collect();
     // The id has ASCII only.
-    let shown: String = container.chars().take(SHOWN_ID).collect();
-    format!("{shown}-{interface}-{:016x}", fnv(owner.as_bytes())).parse()
+    let shown: String = container.chars().take(SHORT_ID_LEN).collect();
+    format!("{shown}-{interface}-{:016x}", fnv1a(owner.as_bytes())).parse()
 }
 
 /// FNV-1a, 64 bits: it has to be the same in every version, because DEL may come from another than ADD. Two attachments of one host with
 /// the same name are 2^64 to the number of pairs against; the agent would refuse the second, for its namespace differs.
-fn fnv(bytes: &[u8]) -> u64 {
+fn fnv1a(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }
 

@@ -12,7 +12,7 @@ use super::version::Version;
 /// What all plugins of a chain have made: the fields of every version.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-pub struct Outcome {
+pub struct CniResult {
     /// Interfaces, on the host and in the container.
     pub interfaces: Vec<Interface>,
     /// Addresses.
@@ -72,7 +72,7 @@ pub struct Route {
     pub gw: Option<IpAddr>,
     /// From 1.1.0 on: MTU, MSS, priority, table and scope, as another plugin set them.
     #[serde(flatten)]
-    pub more: serde_json::Map<String, Value>,
+    pub extra: serde_json::Map<String, Value>,
 }
 
 /// The resolver.
@@ -93,9 +93,9 @@ pub struct Dns {
     pub options: Vec<String>,
 }
 
-impl Outcome {
+impl CniResult {
     /// Reads a `prevResult`. Lists that are null are empty ones, as Go writes them.
-    pub fn parse(value: Value) -> Result<Outcome, CniError> {
+    pub fn parse(value: Value) -> Result<CniResult, CniError> {
         let Value::Object(mut fields) = value else {
             return Err(CniError::new(Code::Decode, "prevResult is no JSON object"));
         };
@@ -121,10 +121,10 @@ impl Outcome {
                 *interface = Interface { name, mac, sandbox, ..Interface::default() };
             }
             for route in &mut converted.routes {
-                route.more.clear();
+                route.extra.clear();
             }
         }
-        let Outcome { interfaces, ips, routes, dns } = converted;
+        let CniResult { interfaces, ips, routes, dns } = converted;
         json!({ "cniVersion": version.as_str(), "interfaces": interfaces, "ips": ips, "routes": routes, "dns": dns })
     }
 }
@@ -133,8 +133,8 @@ impl Outcome {
 mod tests {
     use super::*;
 
-    fn outcome() -> Outcome {
-        Outcome::parse(json!({
+    fn sample_result() -> CniResult {
+        CniResult::parse(json!({
             "cniVersion": "1.1.0",
             "interfaces": [
                 { "name": "ove1" },
@@ -151,8 +151,8 @@ mod tests {
     }
 
     #[test]
-    fn each_version_has_its_own_shape() {
-        let all = outcome();
+    fn result_shape_follows_version() {
+        let all = sample_result();
         let newest = all.to_json(Version::V1_1_0);
         assert_eq!(newest["interfaces"][1]["mtu"], 1450);
         assert_eq!(newest["routes"][0]["table"], 7);
@@ -167,17 +167,17 @@ mod tests {
             let value = all.to_json(old);
             assert_eq!(value["cniVersion"], old.as_str());
             assert_eq!((&value["ips"][0]["version"], &value["ips"][1]["version"]), (&json!("4"), &json!("6")));
-            assert_eq!(Outcome::parse(value.clone()).expect("read again").to_json(old), value);
+            assert_eq!(CniResult::parse(value.clone()).expect("read again").to_json(old), value);
         }
-        assert_eq!(Outcome::parse(newest.clone()).expect("read again"), all);
+        assert_eq!(CniResult::parse(newest.clone()).expect("read again"), all);
     }
 
     #[test]
-    fn results_of_others() {
-        let nothing = Outcome::parse(json!({ "interfaces": null, "ips": null, "dns": {} })).expect("nulls");
-        assert_eq!(nothing, Outcome::default());
+    fn foreign_results_are_parsed_or_refused() {
+        let nothing = CniResult::parse(json!({ "interfaces": null, "ips": null, "dns": {} })).expect("nulls");
+        assert_eq!(nothing, CniResult::default());
         assert_eq!(nothing.to_json(Version::V1_0_0)["ips"], json!([]));
-        let code = |value| Outcome::parse(value).expect_err("refused").code;
+        let code = |value| CniResult::parse(value).expect_err("refused").code;
         assert_eq!(code(json!({ "ip4": { "ip": "10.0.0.2/24" } })), Code::IncompatibleVersion);
         assert_eq!(code(json!({ "ips": [{ "address": "10.0.0.300/24" }] })), Code::Decode);
         assert_eq!(code(json!([])), Code::Decode);

@@ -18,7 +18,7 @@ const ROUTES_V6: &str = "/proc/thread-self/net/ipv6_route";
 
 /// An interface as the kernel has it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Seen {
+pub struct InterfaceState {
     /// Whether it is up.
     pub up: bool,
     /// Its MAC.
@@ -33,7 +33,7 @@ pub struct Seen {
 pub fn open(path: &Path) -> Result<Netns, CniError> {
     let netns = Netns::open(path).map_err(|e| {
         let code = match &e {
-            NetnsError::Missing { .. } => Code::UnknownContainer,
+            NetnsError::NotFound { .. } => Code::UnknownContainer,
             _ => Code::InvalidEnvironment,
         };
         CniError::new(code, format!("CNI_NETNS: {e}"))
@@ -48,26 +48,26 @@ pub fn open(path: &Path) -> Result<Netns, CniError> {
 
 /// Whether the namespace has an interface of that name.
 pub fn has_interface(netns: &Netns, name: &str) -> Result<bool, CniError> {
-    inside(netns, || Ok(if_nametoindex(name).is_ok()))
+    in_namespace(netns, || Ok(if_nametoindex(name).is_ok()))
 }
 
 /// All interfaces of the namespace by name.
-pub fn interfaces(netns: &Netns) -> Result<BTreeMap<String, Seen>, CniError> {
-    inside(netns, || {
-        let mut all: BTreeMap<String, Seen> = BTreeMap::new();
+pub fn interfaces(netns: &Netns) -> Result<BTreeMap<String, InterfaceState>, CniError> {
+    in_namespace(netns, || {
+        let mut all: BTreeMap<String, InterfaceState> = BTreeMap::new();
         for entry in getifaddrs().map_err(std::io::Error::from)? {
-            let seen = all.entry(entry.interface_name).or_default();
-            seen.up = entry.flags.contains(InterfaceFlags::IFF_UP);
+            let state = all.entry(entry.interface_name).or_default();
+            state.up = entry.flags.contains(InterfaceFlags::IFF_UP);
             let Some(address) = entry.address else { continue };
             let netmask = entry.netmask;
             let v4 = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
             let ip = v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())));
             if let Some(link) = address.as_link_addr() {
-                seen.mac = link.addr();
+                state.mac = link.addr();
             } else if let (Some(ip), Some(mask)) = (ip, netmask) {
                 let v4 = mask.as_sockaddr_in().map(|m| IpAddr::V4(m.ip()));
                 let mask = v4.or_else(|| mask.as_sockaddr_in6().map(|m| IpAddr::V6(m.ip())));
-                seen.addresses.extend(mask.and_then(|mask| IpNetwork::with_netmask(ip, mask).ok()));
+                state.addresses.extend(mask.and_then(|mask| IpNetwork::with_netmask(ip, mask).ok()));
             }
         }
         for (interface, destination, gateway) in routes()? {
@@ -77,27 +77,27 @@ pub fn interfaces(netns: &Netns) -> Result<BTreeMap<String, Seen>, CniError> {
     })
 }
 
-fn inside<T>(netns: &Netns, look: impl FnOnce() -> std::io::Result<T>) -> Result<T, CniError> {
+fn in_namespace<T>(netns: &Netns, read: impl FnOnce() -> std::io::Result<T>) -> Result<T, CniError> {
     let failed =
         |e: &dyn std::fmt::Display| CniError::new(Code::Failed, format!("cannot look into {}: {e}", netns.path().display()));
-    netns.visit(look).map_err(|e| failed(&e))?.map_err(|e| failed(&e))
+    netns.run_in_place(read).map_err(|e| failed(&e))?.map_err(|e| failed(&e))
 }
 
 /// An interface, a destination and a gateway.
-type ViaGateway = (String, IpNetwork, IpAddr);
+type GatewayRoute = (String, IpNetwork, IpAddr);
 
 /// The routes of the thread's namespace that have a gateway. A kernel without a family has no file for it.
-fn routes() -> std::io::Result<Vec<ViaGateway>> {
+fn routes() -> std::io::Result<Vec<GatewayRoute>> {
     let text = |path| match std::fs::read_to_string(path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(String::new()),
         read => read,
     };
-    let mut routes: Vec<ViaGateway> = text(ROUTES_V4)?.lines().skip(1).filter_map(route_v4).collect();
+    let mut routes: Vec<GatewayRoute> = text(ROUTES_V4)?.lines().skip(1).filter_map(route_v4).collect();
     routes.extend(text(ROUTES_V6)?.lines().filter_map(route_v6));
     Ok(routes)
 }
 
-fn route_v4(line: &str) -> Option<ViaGateway> {
+fn route_v4(line: &str) -> Option<GatewayRoute> {
     let mut words = line.split_whitespace();
     let (interface, destination, gateway) = (words.next()?, words.next()?, words.next()?);
     let mask = words.nth(4)?;
@@ -107,7 +107,7 @@ fn route_v4(line: &str) -> Option<ViaGateway> {
     Some((interface.to_owned(), destination, gateway.into()))
 }
 
-fn route_v6(line: &str) -> Option<ViaGateway> {
+fn route_v6(line: &str) -> Option<GatewayRoute> {
     let words: Vec<&str> = line.split_whitespace().collect();
     let [destination, length, _, _, gateway, .., interface] = words[..] else { return None };
     let address = |hex: &str| u128::from_str_radix(hex, 16).ok().map(Ipv6Addr::from);
@@ -121,7 +121,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn routes_by_gateway_are_told_from_others() {
+    fn only_gateway_routes_are_parsed() {
         let v4 = "eth0\t00000000\t01C8F40A\t0003\t0\t0\t0\t00000000\t0\t0\t0";
         let gateway = u32::from_str_radix("01C8F40A", 16).expect("a number").to_ne_bytes();
         let to = |text: &str| text.parse::<IpNetwork>().expect(text);

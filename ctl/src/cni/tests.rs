@@ -1,38 +1,41 @@
 use super::*;
 
-fn said(command: &str, more: &[(&str, &str)], input: &str) -> Result<Option<Value>, CniError> {
+fn run_plugin(command: &str, more: &[(&str, &str)], input: &str) -> Result<Option<Value>, CniError> {
     let variable = |name: &str| {
         let all = [("CNI_COMMAND", command)];
         all.iter().chain(more).find(|(n, v)| *n == name && !v.is_empty()).map(|(_, v)| OsString::from(v))
     };
     let bytes = input.as_bytes().to_vec();
-    call(variable, |_| Ok(bytes), Instant::now()).map_err(|failed| failed.error)
+    handle(variable, |_| Ok(bytes), Instant::now()).map_err(|failed| failed.error)
 }
 
-const WHO: [(&str, &str); 3] = [("CNI_CONTAINERID", "c1"), ("CNI_IFNAME", "eth0"), ("CNI_NETNS", "/run/netns/none")];
-const NET: &str = r#"{"cniVersion":"1.1.0","name":"net","type":"overlay-cni","socket":"/nonexistent","timeout":"1s"}"#;
+const CNI_ENV: [(&str, &str); 3] = [("CNI_CONTAINERID", "c1"), ("CNI_IFNAME", "eth0"), ("CNI_NETNS", "/run/netns/none")];
+const NETWORK_CONFIG: &str = r#"{"cniVersion":"1.1.0","name":"net","type":"overlay-cni","socket":"/nonexistent","timeout":"1s"}"#;
 
 /// A configuration with more keys.
-fn with(more: &str) -> String {
-    NET.replace("\"1s\"}", &format!("\"1s\",{more}}}"))
+fn config_with(more: &str) -> String {
+    NETWORK_CONFIG.replace("\"1s\"}", &format!("\"1s\",{more}}}"))
 }
 
-fn code(result: Result<Option<Value>, CniError>) -> Code {
+fn error_code(result: Result<Option<Value>, CniError>) -> Code {
     result.expect_err("an error").code
 }
 
 #[test]
-fn version_needs_nothing() {
-    let answer = said("VERSION", &[], "").expect("an answer").expect("a value");
+fn version_needs_no_environment() {
+    let answer = run_plugin("VERSION", &[], "").expect("an answer").expect("a value");
     assert_eq!(answer["supportedVersions"], serde_json::json!(["0.3.1", "0.4.0", "1.0.0", "1.1.0"]));
-    assert_eq!(said("VERSION", &[], r#"{"cniVersion":"0.4.0"}"#).expect("an answer").expect("a value")["cniVersion"], "0.4.0");
-    assert_eq!(code(said("VERSION", &[], "{")), Code::Decode);
+    assert_eq!(
+        run_plugin("VERSION", &[], r#"{"cniVersion":"0.4.0"}"#).expect("an answer").expect("a value")["cniVersion"],
+        "0.4.0"
+    );
+    assert_eq!(error_code(run_plugin("VERSION", &[], "{")), Code::Decode);
 }
 
 #[test]
-fn the_environment_is_checked() {
-    assert_eq!(code(said("", &WHO, NET)), Code::InvalidEnvironment);
-    assert_eq!(code(said("add", &WHO, NET)), Code::InvalidEnvironment);
+fn environment_is_validated() {
+    assert_eq!(error_code(run_plugin("", &CNI_ENV, NETWORK_CONFIG)), Code::InvalidEnvironment);
+    assert_eq!(error_code(run_plugin("add", &CNI_ENV, NETWORK_CONFIG)), Code::InvalidEnvironment);
     for (name, bad) in [
         ("CNI_CONTAINERID", ""),
         ("CNI_CONTAINERID", "a/b"),
@@ -43,25 +46,29 @@ fn the_environment_is_checked() {
         ("CNI_IFNAME", "lo"),
         ("CNI_NETNS", ""),
     ] {
-        let who = WHO.map(|(n, v)| (n, if n == name { bad } else { v }));
+        let who = CNI_ENV.map(|(n, v)| (n, if n == name { bad } else { v }));
         for verb in ["ADD", "CHECK"] {
-            let error = said(verb, &who, NET).expect_err(bad);
+            let error = run_plugin(verb, &who, NETWORK_CONFIG).expect_err(bad);
             assert!(error.code == Code::InvalidEnvironment && error.message.contains(name), "{verb} {name}={bad}: {error}");
         }
     }
     for (arguments, wanted) in
         [("x", "KEY=VALUE"), ("a=b", "unknown keys"), ("IgnoreUnknown=perhaps", "neither"), ("IP=1.2.3", "no IP address")]
     {
-        let error = said("ADD", &[&WHO[..], &[("CNI_ARGS", arguments)]].concat(), NET).expect_err(arguments);
+        let error = run_plugin("ADD", &[&CNI_ENV[..], &[("CNI_ARGS", arguments)]].concat(), NETWORK_CONFIG).expect_err(arguments);
         assert!(error.code == Code::InvalidEnvironment && error.message.contains(wanted), "{arguments}: {error}");
     }
     // It gets past the arguments.
-    let ignored = said("ADD", &[&WHO[..], &[("CNI_ARGS", "IgnoreUnknown=1;K8S_POD_NAME=p;IP=10.0.0.1")]].concat(), NET);
-    assert_eq!(code(ignored), Code::UnknownContainer);
+    let ignored = run_plugin(
+        "ADD",
+        &[&CNI_ENV[..], &[("CNI_ARGS", "IgnoreUnknown=1;K8S_POD_NAME=p;IP=10.0.0.1")]].concat(),
+        NETWORK_CONFIG,
+    );
+    assert_eq!(error_code(ignored), Code::UnknownContainer);
 }
 
 #[test]
-fn the_configuration_is_checked() {
+fn configuration_is_validated() {
     for (input, wanted) in [
         ("", Code::Decode),
         ("{", Code::Decode),
@@ -72,69 +79,76 @@ fn the_configuration_is_checked() {
         (r#"{"cniVersion":"1.2.0","name":"net"}"#, Code::IncompatibleVersion),
         (r#"{"cniVersion":"1.0.0"}"#, Code::InvalidConfig),
         (r#"{"cniVersion":"1.0.0","name":"a/b"}"#, Code::InvalidConfig),
-        (&with(r#""ipam":{"type":"host-local"}"#), Code::UnsupportedField),
-        (&with(r#""logFile":"relative""#), Code::InvalidConfig),
-        (&with(r#""logLevel":"loud""#), Code::InvalidConfig),
-        (&NET.replace("1s", "0s"), Code::InvalidConfig),
-        (&NET.replace("/nonexistent", "nonexistent"), Code::InvalidConfig),
-        (&with(r#""sourceCheck":"no""#), Code::Decode),
-        (&with(r#""isDefaultGateway":"no""#), Code::Decode),
-        (&with(r#""runtimeConfig":{"ips":["10.0.0.1","10.0.0.2"]}"#), Code::InvalidConfig),
-        (&with(r#""runtimeConfig":{"ips":["10.0.0.1"]},"args":{"cni":{"ips":["10.0.0.2"]}}"#), Code::InvalidConfig),
-        (&with(r#""runtimeConfig":{"ips":["here"]}"#), Code::InvalidConfig),
-        (&with(r#""runtimeConfig":{"portMappings":[{"hostPort":0,"containerPort":80}]}"#), Code::InvalidConfig),
-        (&with(r#""runtimeConfig":{"portMappings":[{"hostPort":1,"containerPort":80,"protocol":"icmp"}]}"#), Code::InvalidConfig),
-        (&with(r#""runtimeConfig":{"portMappings":[{"hostPort":1,"containerPort":80,"hostIP":"here"}]}"#), Code::InvalidConfig),
-        (&with(r#""runtimeConfig":{"bandwidth":{"ingressRate":1000}}"#), Code::UnsupportedField),
-        (&with(r#""prevResult":{"ip4":{}}"#), Code::IncompatibleVersion),
+        (&config_with(r#""ipam":{"type":"host-local"}"#), Code::UnsupportedField),
+        (&config_with(r#""logFile":"relative""#), Code::InvalidConfig),
+        (&config_with(r#""logLevel":"loud""#), Code::InvalidConfig),
+        (&NETWORK_CONFIG.replace("1s", "0s"), Code::InvalidConfig),
+        (&NETWORK_CONFIG.replace("/nonexistent", "nonexistent"), Code::InvalidConfig),
+        (&config_with(r#""sourceCheck":"no""#), Code::Decode),
+        (&config_with(r#""isDefaultGateway":"no""#), Code::Decode),
+        (&config_with(r#""runtimeConfig":{"ips":["10.0.0.1","10.0.0.2"]}"#), Code::InvalidConfig),
+        (&config_with(r#""runtimeConfig":{"ips":["10.0.0.1"]},"args":{"cni":{"ips":["10.0.0.2"]}}"#), Code::InvalidConfig),
+        (&config_with(r#""runtimeConfig":{"ips":["here"]}"#), Code::InvalidConfig),
+        (&config_with(r#""runtimeConfig":{"portMappings":[{"hostPort":0,"containerPort":80}]}"#), Code::InvalidConfig),
+        (
+            &config_with(r#""runtimeConfig":{"portMappings":[{"hostPort":1,"containerPort":80,"protocol":"icmp"}]}"#),
+            Code::InvalidConfig,
+        ),
+        (
+            &config_with(r#""runtimeConfig":{"portMappings":[{"hostPort":1,"containerPort":80,"hostIP":"here"}]}"#),
+            Code::InvalidConfig,
+        ),
+        (&config_with(r#""runtimeConfig":{"bandwidth":{"ingressRate":1000}}"#), Code::UnsupportedField),
+        (&config_with(r#""prevResult":{"ip4":{}}"#), Code::IncompatibleVersion),
         // These can be right, and get as far as the container.
         (
-            &with(r#""runtimeConfig":{"bandwidth":{"ingressRate":0}},"ipam":{},"args":{"other":1},"unknown":[]"#),
+            &config_with(r#""runtimeConfig":{"bandwidth":{"ingressRate":0}},"ipam":{},"args":{"other":1},"unknown":[]"#),
             Code::UnknownContainer,
         ),
         (
-            &with(r#""runtimeConfig":{"ips":["10.0.0.1/24"]},"args":{"cni":{"ips":["10.0.0.1","fd00::1"]}}"#),
+            &config_with(r#""runtimeConfig":{"ips":["10.0.0.1/24"]},"args":{"cni":{"ips":["10.0.0.1","fd00::1"]}}"#),
             Code::UnknownContainer,
         ),
-        (&with(r#""runtimeConfig":null,"args":{"cni":null},"dns":null,"prevResult":null"#), Code::UnknownContainer),
-        (&with(r#""isDefaultGateway":false"#), Code::UnknownContainer),
-        (&with(r#""isDefaultGateway":null"#), Code::UnknownContainer),
+        (&config_with(r#""runtimeConfig":null,"args":{"cni":null},"dns":null,"prevResult":null"#), Code::UnknownContainer),
+        (&config_with(r#""isDefaultGateway":false"#), Code::UnknownContainer),
+        (&config_with(r#""isDefaultGateway":null"#), Code::UnknownContainer),
     ] {
-        assert_eq!(code(said("ADD", &WHO, input)), wanted, "{input}");
+        assert_eq!(error_code(run_plugin("ADD", &CNI_ENV, input)), wanted, "{input}");
     }
 }
 
 #[test]
-fn verbs_came_with_versions() {
-    let older = |version: &str| NET.replace("1.1.0", version);
+fn verb_requires_its_spec_version() {
+    let older = |version: &str| NETWORK_CONFIG.replace("1.1.0", version);
     for (verb, version) in [("CHECK", "0.3.1"), ("GC", "1.0.0"), ("STATUS", "1.0.0"), ("STATUS", "0.4.0")] {
-        assert_eq!(code(said(verb, &WHO, &older(version))), Code::IncompatibleVersion, "{verb} {version}");
+        assert_eq!(error_code(run_plugin(verb, &CNI_ENV, &older(version))), Code::IncompatibleVersion, "{verb} {version}");
     }
-    assert_eq!(code(said("CHECK", &WHO, &older("0.4.0"))), Code::InvalidConfig, "no prevResult");
-    assert_eq!(code(said("GC", &[], NET)), Code::InvalidConfig, "what to keep is not said");
-    assert_eq!(code(said("STATUS", &[], NET)), Code::NotAvailable);
-    assert_eq!(code(said("GC", &[], &with(r#""cni.dev/valid-attachments":null"#))), Code::TryAgain);
+    assert_eq!(error_code(run_plugin("CHECK", &CNI_ENV, &older("0.4.0"))), Code::InvalidConfig, "no prevResult");
+    assert_eq!(error_code(run_plugin("GC", &[], NETWORK_CONFIG)), Code::InvalidConfig, "what to keep is not said");
+    assert_eq!(error_code(run_plugin("STATUS", &[], NETWORK_CONFIG)), Code::NotAvailable);
+    assert_eq!(error_code(run_plugin("GC", &[], &config_with(r#""cni.dev/valid-attachments":null"#))), Code::TryAgain);
 }
 
 #[test]
-fn without_an_agent() {
+fn del_without_agent_depends_on_namespace() {
     // The namespace is gone: nothing is left to do but for the agent, which finds out by itself.
-    assert_eq!(said("DEL", &WHO, NET), Ok(None));
-    assert_eq!(said("DEL", &WHO[..2], NET), Ok(None));
+    assert_eq!(run_plugin("DEL", &CNI_ENV, NETWORK_CONFIG), Ok(None));
+    assert_eq!(run_plugin("DEL", &CNI_ENV[..2], NETWORK_CONFIG), Ok(None));
     // Where one is there, the runtime has to come again.
-    let here = WHO.map(|(n, v)| (n, if n == "CNI_NETNS" { "/proc/self/ns/net" } else { v }));
-    assert_eq!(code(said("DEL", &here, NET)), Code::TryAgain);
-    let error = said("ADD", &here, NET).expect_err("the host's own");
+    let here = CNI_ENV.map(|(n, v)| (n, if n == "CNI_NETNS" { "/proc/self/ns/net" } else { v }));
+    assert_eq!(error_code(run_plugin("DEL", &here, NETWORK_CONFIG)), Code::TryAgain);
+    let error = run_plugin("ADD", &here, NETWORK_CONFIG).expect_err("the host's own");
     assert!(error.code == Code::InvalidEnvironment && error.message.contains("host's own"), "{error}");
 }
 
 #[test]
-fn ports_become_runs() {
+fn consecutive_ports_become_one_range() {
     let ports = |json: &str| {
-        let config =
-            Config::decode(with(&format!(r#""runtimeConfig":{{"portMappings":[{json}]}}"#)).as_bytes()).expect("a configuration");
+        let config = Config::decode(config_with(&format!(r#""runtimeConfig":{{"portMappings":[{json}]}}"#)).as_bytes())
+            .expect("a configuration");
         let attachment = environment::Attachment { container: "c".to_owned(), interface: "eth0".to_owned(), netns: None };
-        let request = wish::request(&config, &attachment, &environment::Arguments::default(), String::new()).expect("a request");
+        let request =
+            attach_request::request(&config, &attachment, &environment::Arguments::default(), String::new()).expect("a request");
         request.publish.iter().map(ToString::to_string).collect::<Vec<_>>()
     };
     let one = |host: u16, inside: u16, more: &str| format!(r#"{{"hostPort":{host},"containerPort":{inside}{more}}}"#);
@@ -145,12 +159,12 @@ fn ports_become_runs() {
 }
 
 #[test]
-fn macs_of_three_places() {
+fn mac_sources_have_precedence() {
     let mac = |more: &str, arguments: Option<&str>| {
-        let config = Config::decode(with(more).as_bytes()).expect("a configuration");
+        let config = Config::decode(config_with(more).as_bytes()).expect("a configuration");
         let arguments = environment::Arguments { mac: arguments.map(str::to_owned), ..environment::Arguments::default() };
         let attachment = environment::Attachment { container: "c".to_owned(), interface: "eth0".to_owned(), netns: None };
-        let request = wish::request(&config, &attachment, &arguments, String::new());
+        let request = attach_request::request(&config, &attachment, &arguments, String::new());
         request.map(|request| request.mac.map(|mac| mac.to_string())).map_err(|error| error.code)
     };
     let text = |n: u8| format!("02:00:00:00:00:0{n}");
@@ -163,7 +177,7 @@ fn macs_of_three_places() {
 }
 
 #[test]
-fn errors_as_a_runtime_reads_them() {
+fn error_json_matches_specification() {
     let error = CniError::new(Code::TryAgain, "later").with_details("more");
     let wanted = serde_json::json!({ "cniVersion": "0.4.0", "code": 11, "msg": "later", "details": "more" });
     assert_eq!(error.to_json(Version::V0_4_0), wanted);

@@ -5,16 +5,16 @@ use std::time::{Duration, Instant};
 use ipnetwork::IpNetwork;
 use overlay_agent::kernel::netns::Netns;
 use overlay_agent::model::Cidr;
-use overlay_agent::model::api::{AttachRequest, Attached};
+use overlay_agent::model::api::{AttachRequest, AttachResponse};
 use overlay_agent::model::endpoint::EndpointName;
 
-use super::agent::Agent;
+use super::agent::AgentClient;
 use super::config::Config;
 use super::environment::{Arguments, Attachment};
 use super::error::{CniError, Code};
 use super::log::Log;
-use super::result::{Address, Interface, Outcome, Route};
-use super::{name, sandbox, wish};
+use super::result::{Address, CniResult, Interface, Route};
+use super::{attach_request, name, sandbox};
 
 /// How long STATUS waits for an answer: it is asked often, and says "not now" rather than wait.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(2);
@@ -35,10 +35,10 @@ pub struct Context<'a> {
 
 impl Context<'_> {
     /// ADD: attaches. Where it fails nothing is left behind.
-    pub fn add(&self, attachment: &Attachment, arguments: &Arguments) -> Result<Outcome, CniError> {
+    pub fn add(&self, attachment: &Attachment, arguments: &Arguments) -> Result<CniResult, CniError> {
         let owner = name::owner(self.config, attachment)?;
         let endpoint = endpoint_name(&owner)?;
-        let request = wish::request(self.config, attachment, arguments, owner)?;
+        let request = attach_request::request(self.config, attachment, arguments, owner)?;
         let path = attachment.netns.as_deref().unwrap_or_else(|| std::path::Path::new(""));
         let netns = sandbox::open(path)?;
         // The specification has a second ADD fail. What is there stays as it is.
@@ -64,16 +64,16 @@ impl Context<'_> {
             path.display(),
             attached.endpoint.addresses(),
             request.owner.as_deref().unwrap_or_default(),
-            self.milliseconds(),
+            self.elapsed_ms(),
         ));
-        Ok(self.outcome(attachment, &attached))
+        Ok(self.result(attachment, &attached))
     }
 
-    fn attach(&self, name: &EndpointName, request: &AttachRequest) -> Result<Attached, CniError> {
+    fn attach(&self, name: &EndpointName, request: &AttachRequest) -> Result<AttachResponse, CniError> {
         let agent = self.agent();
         match agent.attach(name, request) {
             Ok(attached) => {
-                let unserved = unserved(request, &attached);
+                let unserved = unsupported(request, &attached);
                 unserved.map_or(Ok(attached), |error| Err(self.undo(&agent, name, error)))
             }
             // Nobody knows how far it came.
@@ -83,17 +83,17 @@ impl Context<'_> {
     }
 
     /// Takes an attachment back, as far as the agent lets itself be asked; the runtime's DEL does the rest.
-    fn undo(&self, agent: &Agent<'_>, name: &EndpointName, error: CniError) -> CniError {
-        if let Err(second) = agent.until(Instant::now() + UNDO_TIMEOUT).detach(name) {
+    fn undo(&self, agent: &AgentClient<'_>, name: &EndpointName, error: CniError) -> CniError {
+        if let Err(second) = agent.with_deadline(Instant::now() + UNDO_TIMEOUT).detach(name) {
             self.log.warn(format_args!("ADD {name}: failed, and may be half done until DEL: {second}"));
         }
         error
     }
 
     /// What all plugins so far have made, ours behind the others'.
-    fn outcome(&self, attachment: &Attachment, attached: &Attached) -> Outcome {
-        let mut outcome = self.config.previous.clone().unwrap_or_default();
-        outcome.dns = match &self.config.previous {
+    fn result(&self, attachment: &Attachment, attached: &AttachResponse) -> CniResult {
+        let mut outcome = self.config.prev_result.clone().unwrap_or_default();
+        outcome.dns = match &self.config.prev_result {
             Some(before) if self.config.dns == super::result::Dns::default() => before.dns.clone(),
             _ => self.config.dns.clone(),
         };
@@ -113,7 +113,7 @@ impl Context<'_> {
             // It does not fail: the lengths are those of the families.
             let Ok(address) = IpNetwork::new(*address, length) else { continue };
             outcome.ips.push(Address { version: None, interface: Some(place), address, gateway });
-            let route = |dst: &Cidr| Route { dst: dst.network(), gw: gateway, more: serde_json::Map::new() };
+            let route = |dst: &Cidr| Route { dst: dst.network(), gw: gateway, extra: serde_json::Map::new() };
             outcome.routes.extend(attached.routes.get(family).map(route));
         }
         outcome
@@ -126,12 +126,12 @@ impl Context<'_> {
         match self.agent().detach(&endpoint) {
             Ok(detached) => {
                 let what = if detached.endpoint.is_some() { "detached" } else { "was not attached" };
-                self.log.info(format_args!("DEL {endpoint}: {what}, by {owner} after {:.1} ms", self.milliseconds()));
+                self.log.info(format_args!("DEL {endpoint}: {what}, by {owner} after {:.1} ms", self.elapsed_ms()));
                 Ok(())
             }
             // Its interface went with its namespace, and the agent gives back by itself what belongs to a namespace that is gone: nothing
             // that a second DEL would do.
-            Err(error) if error.code == Code::TryAgain && gone(attachment) => {
+            Err(error) if error.code == Code::TryAgain && namespace_is_gone(attachment) => {
                 self.log.warn(format_args!("DEL {endpoint}: left to the agent's audit, for its namespace is gone: {error}"));
                 Ok(())
             }
@@ -141,7 +141,7 @@ impl Context<'_> {
 
     /// GC: detaches what this network attached and the runtime has no longer. Goes on where one fails, and tells of all.
     pub fn gc(&self) -> Result<(), CniError> {
-        let Some(valid) = &self.config.valid else {
+        let Some(valid) = &self.config.valid_attachments else {
             let text = "GC without cni.dev/valid-attachments: what to keep is not said, so nothing is removed";
             return Err(CniError::new(Code::InvalidConfig, text));
         };
@@ -168,16 +168,18 @@ impl Context<'_> {
     /// STATUS: whether an ADD would be served now.
     pub fn status(&self) -> Result<(), CniError> {
         let limit = self.config.timeout.min(STATUS_TIMEOUT);
-        let agent = Agent::new(&self.config.socket, self.started + limit, self.log);
-        agent.ready().map_err(|reason| CniError::new(Code::NotAvailable, format!("no container can be attached now: {reason}")))
+        let agent = AgentClient::new(&self.config.socket, self.started + limit, self.log);
+        agent
+            .check_ready()
+            .map_err(|reason| CniError::new(Code::NotAvailable, format!("no container can be attached now: {reason}")))
     }
 
     /// The agent, asked until the verb's time is over.
-    pub(super) fn agent(&self) -> Agent<'_> {
-        Agent::new(&self.config.socket, self.started + self.config.timeout, self.log)
+    pub(super) fn agent(&self) -> AgentClient<'_> {
+        AgentClient::new(&self.config.socket, self.started + self.config.timeout, self.log)
     }
 
-    pub(super) fn milliseconds(&self) -> f64 {
+    pub(super) fn elapsed_ms(&self) -> f64 {
         self.started.elapsed().as_secs_f64() * 1e3
     }
 }
@@ -188,7 +190,7 @@ pub(super) fn endpoint_name(owner: &str) -> Result<EndpointName, CniError> {
 }
 
 /// What was asked for and is not there: an agent of an older version passes over what it does not know.
-fn unserved(request: &AttachRequest, attached: &Attached) -> Option<CniError> {
+fn unsupported(request: &AttachRequest, attached: &AttachResponse) -> Option<CniError> {
     let missing: Vec<String> =
         request.publish.iter().filter(|port| !attached.endpoint.published.contains(port)).map(ToString::to_string).collect();
     (!missing.is_empty()).then(|| {
@@ -202,6 +204,6 @@ fn unserved(request: &AttachRequest, attached: &Attached) -> Option<CniError> {
 }
 
 /// Whether the container's namespace is known to be gone.
-fn gone(attachment: &Attachment) -> bool {
+fn namespace_is_gone(attachment: &Attachment) -> bool {
     attachment.netns.as_deref().is_none_or(|path| Netns::open(path).is_err())
 }

@@ -13,7 +13,7 @@ pub enum Version {
     V0_3_1,
     /// 0.4.0: CHECK as well, and the previous result at DEL.
     V0_4_0,
-    /// 1.0.0: addresses without a `version` field.
+    /// 1.0.0: addresses without a `ip_version` field.
     V1_0_0,
     /// 1.1.0: STATUS and GC as well, the MTU in results.
     V1_1_0,
@@ -53,9 +53,9 @@ impl fmt::Display for Version {
 }
 
 /// The answer to VERSION: the version that was asked with, and all that are served.
-pub fn supported(asked: Option<&str>) -> Value {
+pub fn supported(requested: Option<&str>) -> Value {
     json!({
-        "cniVersion": asked.unwrap_or(Version::LATEST.as_str()),
+        "cniVersion": requested.unwrap_or(Version::LATEST.as_str()),
         "supportedVersions": Version::ALL.map(Version::as_str),
     })
 }

@@ -17,15 +17,15 @@ fn merged(options: &DockerOptions, present: &str) -> Result<Value, String> {
 }
 
 #[test]
-fn as_flags_and_as_keys() {
+fn options_render_as_flags_and_keys() {
     assert_eq!(options().flags(), "--bridge=ovb.1 --fixed-cidr=10.244.7.128/25 --ip-masq=false --mtu=1450");
     let dual = DockerOptions { ipv6: true, fixed_cidr_v6: Some("fd00::/64".parse().expect("a range")), ..options() };
     assert!(dual.flags().contains("--fixed-cidr-v6=fd00::/64 --ip-masq=false --ipv6=true"), "{}", dual.flags());
-    assert!(dual.keys().keys().all(|key| OURS.contains(&key.as_str())));
+    assert!(dual.keys().keys().all(|key| OWN_KEYS.contains(&key.as_str())));
 }
 
 #[test]
-fn what_others_set_stays() {
+fn foreign_keys_are_kept() {
     let found = merged(&options(), r#"{"log-driver": "journald", "hosts": ["unix://"], "mtu": 1450}"#).expect("no conflict");
     let expected = serde_json::json!({
         "log-driver": "journald", "hosts": ["unix://"],
@@ -37,7 +37,7 @@ fn what_others_set_stays() {
 }
 
 #[test]
-fn an_earlier_lease_is_replaced_as_a_whole() {
+fn options_of_old_lease_are_replaced() {
     let earlier = r#"{"bridge": "ovb.7", "fixed-cidr": "10.9.1.128/25", "mtu": 1430, "ip-masq": false, "ipv6": true,
         "fixed-cidr-v6": "fd00:9::/64", "debug": true}"#;
     let mut expected = options().keys();
@@ -46,7 +46,7 @@ fn an_earlier_lease_is_replaced_as_a_whole() {
 }
 
 #[test]
-fn each_contradiction_is_named() {
+fn every_conflict_is_reported() {
     let present =
         r#"{"bip": "172.17.0.1/16", "bridge": "docker0", "mtu": 1500, "default-gateway": "172.17.0.1", "ip-masq": false}"#;
     let error = merged(&options(), present).expect_err("conflicts");
@@ -68,15 +68,15 @@ fn each_contradiction_is_named() {
 }
 
 #[test]
-fn files_that_dockerd_would_refuse() {
+fn malformed_config_is_refused() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let path = dir.path().join("daemon.json");
-    assert_eq!(read(&path).expect("none is none"), Map::new());
+    assert_eq!(read_config(&path).expect("none is none"), Map::new());
     for (text, complaint) in [("[]", "it holds an array"), ("{\"mtu\": }", "line 1"), ("{} x", "trailing")] {
         std::fs::write(&path, text).expect("writable");
-        let error = read(&path).expect_err(text).to_string();
+        let error = read_config(&path).expect_err(text).to_string();
         assert!(error.contains(complaint) && error.contains("daemon.json"), "{error}");
     }
     std::fs::write(&path, "\n").expect("writable");
-    assert_eq!(read(&path).expect("an empty file is none"), Map::new());
+    assert_eq!(read_config(&path).expect("an empty file is none"), Map::new());
 }

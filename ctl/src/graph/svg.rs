@@ -5,15 +5,15 @@ use std::fmt::Write;
 use super::{Graph, HostNode};
 
 /// Hosts that are drawn; of a larger fleet the rest is a line of text.
-const MOST: usize = 24;
+const MAX_HOSTS: usize = 24;
 /// Sizes in pixels: a box and the gap between two, the lines in it, the margin, and how much higher an arc is for each host that it spans.
 const BOX: usize = 210;
 const GAP: usize = 30;
 const LINE: usize = 20;
 const MARGIN: usize = 24;
-const RISE: usize = 26;
+const ARC_RISE: usize = 26;
 /// Letters of 12 pixels that fit into a box.
-const LETTERS: usize = 28;
+const MAX_LABEL_CHARS: usize = 28;
 
 const STYLE: &str = "text{font:12px sans-serif;fill:#223}.name{font-weight:bold;font-size:14px}.quiet{fill:#667}.bad{fill:#b3261e}.label{paint-order:stroke;stroke:#fff;stroke-width:4px}\
                      .host{fill:#f4f7fb;stroke:#5b7aa6}.host.bad{stroke:#b3261e}.container{fill:#fff;stroke:#9db3d1}\
@@ -21,9 +21,9 @@ const STYLE: &str = "text{font:12px sans-serif;fill:#223}.name{font-weight:bold;
 
 /// The whole document.
 pub fn svg(graph: &Graph) -> String {
-    let (graph, left) = graph.first(MOST);
+    let (graph, left) = graph.truncated(MAX_HOSTS);
     let span = graph.links.iter().map(|link| link.to - link.from).max().unwrap_or(0);
-    let top = MARGIN + 2 * LINE + span * RISE + LINE;
+    let top = MARGIN + 2 * LINE + span * ARC_RISE + LINE;
     let tallest = graph.hosts.iter().map(height).max().unwrap_or(0);
     let row = graph.hosts.len() * BOX + graph.hosts.len().saturating_sub(1) * GAP;
     // The title needs some room of its own.
@@ -41,7 +41,7 @@ pub fn svg(graph: &Graph) -> String {
     );
     for link in &graph.links {
         let [from, to] = [link.from, link.to].map(|at| x(at) + BOX / 2);
-        let peak = top - (link.to - link.from) * RISE;
+        let peak = top - (link.to - link.from) * ARC_RISE;
         // A quadratic curve reaches half way to its control point, which may lie above the page.
         let up = 2 * (top - peak);
         let control = if up <= top { (top - up).to_string() } else { format!("-{}", up - top) };
@@ -59,8 +59,8 @@ pub fn svg(graph: &Graph) -> String {
             out,
             "<text class=\"bad label\" text-anchor=\"middle\" x=\"{}\" y=\"{}\">{}</text>",
             (x(link.from) + x(link.to) + BOX) / 2,
-            top - (link.to - link.from) * RISE - 4,
-            escape(&short(&link.state, 60))
+            top - (link.to - link.from) * ARC_RISE - 4,
+            escape(&ellipsize(&link.state, 60))
         );
     }
     for (n, host) in graph.hosts.iter().enumerate() {
@@ -95,11 +95,19 @@ fn draw(out: &mut String, host: &HostNode, x: usize, y: usize) {
     for (class, text) in [("name", &host.name), ("", &host.subnet), ("quiet", &host.public_ip), ("quiet", &host.state)] {
         line += LINE;
         let class = if class == "quiet" && !host.well && text == &host.state { "bad" } else { class };
-        let _ = writeln!(out, "<text class=\"{class}\" x=\"{left}\" y=\"{}\">{}</text>", line - 5, escape(&short(text, LETTERS)));
+        let _ = writeln!(
+            out,
+            "<text class=\"{class}\" x=\"{left}\" y=\"{}\">{}</text>",
+            line - 5,
+            escape(&ellipsize(text, MAX_LABEL_CHARS))
+        );
     }
     for container in host.containers.iter().flatten() {
         let (frame, inner, first, second) = (line + 4, left + 8, line + LINE, line + 2 * LINE - 2);
-        let (name, address) = (escape(&short(&container.name, LETTERS - 3)), escape(&short(&container.address, LETTERS - 3)));
+        let (name, address) = (
+            escape(&ellipsize(&container.name, MAX_LABEL_CHARS - 3)),
+            escape(&ellipsize(&container.address, MAX_LABEL_CHARS - 3)),
+        );
         let (wide, tall) = (BOX - 24, 2 * LINE);
         let _ = writeln!(
             out,
@@ -112,8 +120,8 @@ fn draw(out: &mut String, host: &HostNode, x: usize, y: usize) {
 }
 
 /// Text that is too long for its place, with dots at its end.
-fn short(text: &str, most: usize) -> String {
-    if text.chars().count() <= most { text.to_owned() } else { text.chars().take(most - 1).chain(['…']).collect() }
+fn ellipsize(text: &str, max: usize) -> String {
+    if text.chars().count() <= max { text.to_owned() } else { text.chars().take(max - 1).chain(['…']).collect() }
 }
 
 /// Text as XML has it; control characters, which XML has no form for, are replaced.

@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use super::{Answers, Graph, dot, svg, text};
+use super::{AgentSnapshot, Graph, dot, svg, text};
 
 /// What the agent of host `n` of three answers; `worker-2` lacks a route to `worker-3`.
-fn answers(n: usize) -> Answers {
+fn snapshot(n: usize) -> AgentSnapshot {
     let subnets: Vec<serde_json::Value> = (1..=3)
         .map(|m| {
             serde_json::json!({"key": format!("10.244.{m}.0-24"), "subnet": {"v4": format!("10.244.{m}.0/24")}, "host": format!("worker-{m}"),
@@ -37,7 +37,7 @@ fn answers(n: usize) -> Answers {
         "lease": {"subnet": {"v4": format!("10.244.{n}.0/24")}, "reservation": false}, "underlay": null,
         "data_path": {"peers": 2, "failed": [], "drift_repairs": 0, "last_drift": null, "mtu": 1450, "nexthop_objects": true}, "endpoints": 2});
     let value = |value| serde_json::from_value(value).expect("a status");
-    Answers {
+    AgentSnapshot {
         status: value(status),
         subnets: serde_json::from_value(serde_json::json!({"subnets": subnets})).expect("subnets"),
         peers: serde_json::from_value(serde_json::json!({"peers": peers})).expect("peers"),
@@ -73,7 +73,7 @@ fn well_formed(document: &str) -> Vec<String> {
 
 #[test]
 fn every_host_and_container_is_drawn() {
-    let graph = Graph::of(&[answers(1), answers(2), answers(3)]);
+    let graph = Graph::from_snapshots(&[snapshot(1), snapshot(2), snapshot(3)]);
     let drawn = svg(&graph);
     let texts = well_formed(&drawn);
     for wanted in
@@ -90,16 +90,16 @@ fn every_host_and_container_is_drawn() {
 }
 
 #[test]
-fn one_agent_knows_its_own_containers_alone() {
-    let graph = Graph::of(&[answers(1)]);
+fn single_agent_draws_only_own_containers() {
+    let graph = Graph::from_snapshots(&[snapshot(1)]);
     let known: Vec<bool> = graph.hosts.iter().map(|host| host.containers.is_some()).collect();
     assert_eq!((known, graph.links.len()), (vec![true, false, false], 2));
     assert!(text(&graph).contains("known by its lease"));
 }
 
 #[test]
-fn names_of_others_break_no_picture() {
-    let mut graph = Graph::of(&[answers(1)]);
+fn hostile_names_are_escaped() {
+    let mut graph = Graph::from_snapshots(&[snapshot(1)]);
     graph.hosts[1].name = "<script>\"&\u{1b}".repeat(9);
     graph.hosts[2].state = "]]>\\\"".to_owned();
     well_formed(&svg(&graph));
@@ -113,8 +113,8 @@ fn names_of_others_break_no_picture() {
 
 /// `docs/graph.svg` and the text in `docs/graph.md` are what is drawn of this fleet.
 #[test]
-fn the_documentation_shows_what_is_drawn() {
-    let graph = Graph::of(&[answers(1), answers(2), answers(3)]);
+fn documentation_matches_drawing() {
+    let graph = Graph::from_snapshots(&[snapshot(1), snapshot(2), snapshot(3)]);
     let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs");
     let (picture, page) = (docs.join("graph.svg"), docs.join("graph.md"));
     if std::env::var_os("OVERLAY_REGENERATE").is_some_and(|value| value == "1") {

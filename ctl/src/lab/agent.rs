@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use overlay_agent::model::api::Status;
 
-use super::process::{ProcessId, ended, tail};
+use super::process::{ProcessId, ended_error, log_tail};
 use super::{Host, Lab, LabError, etcd};
 use crate::client::ClientError;
 
@@ -15,13 +15,13 @@ use crate::client::ClientError;
 const PROGRAM: &str = "overlayd";
 
 /// How often an agent that is not ready is asked again.
-const POLL: Duration = Duration::from_millis(25);
+const POLL_INTERVAL: Duration = Duration::from_millis(25);
 
 /// How many agents are asked at once.
-const AT_ONCE: usize = 16;
+const MAX_CONCURRENT: usize = 16;
 
 /// The agent's program: the one given, `$OVERLAYD_BIN`, the one beside this program (of a test: one directory up), the search path's.
-pub fn program(given: Option<&Path>) -> Result<PathBuf, LabError> {
+pub fn find_program(given: Option<&Path>) -> Result<PathBuf, LabError> {
     let named =
         given.map(Path::to_owned).or_else(|| std::env::var_os("OVERLAYD_BIN").filter(|v| !v.is_empty()).map(PathBuf::from));
     if let Some(path) = named {
@@ -30,8 +30,8 @@ pub fn program(given: Option<&Path>) -> Result<PathBuf, LabError> {
         return if absolute.is_file() { Ok(absolute) } else { Err(error(std::io::ErrorKind::NotFound.into())) };
     }
     let own = std::env::current_exe().ok();
-    let beside = own.iter().flat_map(|p| p.ancestors().skip(1).take(2)).map(|dir| dir.join(PROGRAM)).find(|p| p.is_file());
-    beside.or_else(|| etcd::find(PROGRAM)).ok_or_else(|| LabError::Program {
+    let sibling = own.iter().flat_map(|p| p.ancestors().skip(1).take(2)).map(|dir| dir.join(PROGRAM)).find(|p| p.is_file());
+    sibling.or_else(|| etcd::find_in_path(PROGRAM)).ok_or_else(|| LabError::Program {
         program: PROGRAM.to_owned(),
         remedy: "build it (cargo build -p overlay-agent), or say where it is: --overlayd PATH or OVERLAYD_BIN".to_owned(),
     })
@@ -43,12 +43,12 @@ pub fn socket_path(lab_dir: &Path, host: &str) -> PathBuf {
 }
 
 /// Where the process id of a host's agent is kept.
-pub fn record(lab_dir: &Path, host: &str) -> PathBuf {
+pub fn pid_file(lab_dir: &Path, host: &str) -> PathBuf {
     lab_dir.join(host).join("overlayd.pid")
 }
 
 /// The command of a host's agent.
-pub(super) fn command(host: &Host<'_>, program: &Path, more: &[&str]) -> Command {
+pub(super) fn command(host: &Host<'_>, program: &Path, extra_args: &[&str]) -> Command {
     let layout = host.lab().layout();
     let mut command = Command::new(program);
     // What the caller's own agent is told must not reach the lab's.
@@ -60,7 +60,7 @@ pub(super) fn command(host: &Host<'_>, program: &Path, more: &[&str]) -> Command
     command.arg("--run-dir").arg(host.run_dir()).arg("--state-dir").arg(host.state_dir());
     command.args(["--node-name", host.name(), "--etcd-endpoints", &layout.etcd_endpoints().join(",")]);
     command.args(["--etcd-prefix", super::layout::ETCD_PREFIX]);
-    command.args(&layout.agent_args).args(more);
+    command.args(&layout.agent_args).args(extra_args);
     command
 }
 
@@ -74,16 +74,16 @@ pub async fn wait_mesh(lab: &Lab, limit: Duration) -> Result<(), LabError> {
         |status: &Status| status.ready && (status.data_path.peers == others || status.data_path.peers == others * families);
     let waits = stream::iter(lab.hosts()).map(|host| {
         let what = format!("{} has no way to each of {others} peers", host.name());
-        async move { wait(&host, whole, end, limit, &what).await }
+        async move { wait_status(&host, whole, end, limit, &what).await }
     });
-    waits.buffer_unordered(AT_ONCE).try_collect::<Vec<_>>().await?;
+    waits.buffer_unordered(MAX_CONCURRENT).try_collect::<Vec<_>>().await?;
     Ok(())
 }
 
 /// Waits until the agent's status is as wished.
-pub(super) async fn wait(
+pub(super) async fn wait_status(
     host: &Host<'_>,
-    wished: impl Fn(&Status) -> bool,
+    predicate: impl Fn(&Status) -> bool,
     end: Instant,
     limit: Duration,
     what: &str,
@@ -92,24 +92,24 @@ pub(super) async fn wait(
     loop {
         let answer = client.status().await;
         let detail = match answer {
-            Ok(status) if wished(&status) => return Ok(status),
+            Ok(status) if predicate(&status) => return Ok(status),
             Ok(status) => describe(&status),
             Err(
                 error @ (ClientError::NoSocket { .. }
-                | ClientError::Refused { .. }
-                | ClientError::Broken { .. }
+                | ClientError::ConnectionRefused { .. }
+                | ClientError::ConnectionLost { .. }
                 | ClientError::TimedOut { .. }),
             ) => error.to_string(),
             Err(source) => return Err(LabError::Agent { host: host.name().to_owned(), source }),
         };
         if host.agent().is_none() {
-            return Err(ended(&format!("{PROGRAM} of {}", host.name()), &host.log()));
+            return Err(ended_error(&format!("{PROGRAM} of {}", host.name()), &host.log()));
         }
         if Instant::now() >= end {
-            let detail = format!("{detail}; the end of its log ({}):\n{}", host.log().display(), tail(&host.log()));
+            let detail = format!("{detail}; the end of its log ({}):\n{}", host.log().display(), log_tail(&host.log()));
             return Err(LabError::TimedOut { what: what.to_owned(), limit, detail });
         }
-        tokio::time::sleep(POLL).await;
+        tokio::time::sleep(POLL_INTERVAL).await;
     }
 }
 
@@ -119,6 +119,6 @@ fn describe(status: &Status) -> String {
 }
 
 /// The process of a host's agent, where it runs.
-pub(super) fn running(host: &Host<'_>) -> Option<ProcessId> {
-    ProcessId::recorded(&record(host.lab().dir(), host.name())).filter(ProcessId::is_alive)
+pub(super) fn running_process(host: &Host<'_>) -> Option<ProcessId> {
+    ProcessId::from_pid_file(&pid_file(host.lab().dir(), host.name())).filter(ProcessId::is_alive)
 }

@@ -17,46 +17,46 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::task::JoinSet;
 
-use super::container::{self, Found};
+use super::container::{self, AttachedContainer};
 use super::layout::outside_address;
 use super::{Lab, LabError};
-use crate::check::statistics;
+use crate::check::read_net_stat;
 
 /// The port of the servers: of the dynamic range, so that nothing in a container is likely to have it.
-const PORT: u16 = 49_771;
+const SERVER_PORT: u16 = 49_771;
 
 /// How many calls are under way at once.
-const AT_ONCE: usize = 16;
+const MAX_CONCURRENT: usize = 16;
 
 /// After this many failed calls the others are not made: something is wrong at large, and each would take its whole time.
-const FAILURES: usize = 96;
+const MAX_FAILURES: usize = 96;
 
 /// After this long no further call is made: thousands take some seconds where all is well.
-const WHOLE_LIMIT: Duration = Duration::from_secs(60);
+const TOTAL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What calls that are not made yet depend on.
-struct Budget {
+struct TimeBudget {
     failures: AtomicUsize,
     end: Instant,
 }
 
-impl Budget {
-    fn new() -> Budget {
-        Budget { failures: AtomicUsize::new(0), end: Instant::now() + WHOLE_LIMIT }
+impl TimeBudget {
+    fn new() -> TimeBudget {
+        TimeBudget { failures: AtomicUsize::new(0), end: Instant::now() + TOTAL_TIMEOUT }
     }
 
     /// Why no further call is made.
-    fn spent(&self) -> Option<String> {
-        if self.failures.load(Ordering::Relaxed) >= FAILURES {
-            return Some(format!("not tried, {FAILURES} calls had failed before"));
+    fn exhausted(&self) -> Option<String> {
+        if self.failures.load(Ordering::Relaxed) >= MAX_FAILURES {
+            return Some(format!("not tried, {MAX_FAILURES} calls had failed before"));
         }
         (Instant::now() >= self.end)
-            .then(|| format!("not tried, the others had taken {} already", humantime::format_duration(WHOLE_LIMIT)))
+            .then(|| format!("not tried, the others had taken {} already", humantime::format_duration(TOTAL_TIMEOUT)))
     }
 }
 
 /// How long one call may take: a lost SYN is sent again after 1 s and 3 s (RFC 6298), so a call that takes longer has no way.
-const LIMIT: Duration = Duration::from_secs(5);
+const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What a check found.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -66,16 +66,16 @@ pub struct Report {
     /// The names of the containers, in the order of the calls.
     pub containers: Vec<String>,
     /// Every container to every other one, in each family.
-    pub overlay: Vec<Call>,
+    pub overlay: Vec<Probe>,
     /// Every container to the world outside, in each family.
-    pub egress: Vec<Call>,
+    pub egress: Vec<Probe>,
     /// What else is known of failed calls.
     pub remarks: Vec<String>,
 }
 
 /// One call and its outcome.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Call {
+pub struct Probe {
     /// Who calls: a container such as `h1-c1`.
     pub from: String,
     /// Who is called: a container, or `world`.
@@ -95,7 +95,7 @@ pub struct Call {
 }
 
 /// A container with its namespace open.
-struct Party {
+struct Prober {
     name: String,
     netns: Netns,
     addresses: PerFamily<IpAddr>,
@@ -104,9 +104,9 @@ struct Party {
 
 /// Checks a lab.
 pub async fn check(lab: &Lab) -> Result<Report, LabError> {
-    let parties = parties(lab)?;
+    let probers = list_probers(lab)?;
     let mut servers = JoinSet::new();
-    for party in &parties {
+    for party in &probers {
         for (_, address) in party.addresses.iter() {
             serve(&mut servers, &party.netns, &party.name, *address)?;
         }
@@ -118,19 +118,19 @@ pub async fn check(lab: &Lab) -> Result<Report, LabError> {
     let families: Vec<Family> = lab.layout().families().collect();
     let mut overlay = Vec::new();
     let mut egress = Vec::new();
-    for from in &parties {
+    for from in &probers {
         for family in &families {
-            for to in parties.iter().filter(|to| to.name != from.name) {
-                overlay.push(planned(from, *family, &to.name, to.addresses.get(*family), from.addresses.get(*family)));
+            for to in probers.iter().filter(|to| to.name != from.name) {
+                overlay.push(plan_probe(from, *family, &to.name, to.addresses.get(*family), from.addresses.get(*family)));
             }
-            egress.push(planned(from, *family, "world", Some(&outside_address(*family)), from.host_addresses.get(*family)));
+            egress.push(plan_probe(from, *family, "world", Some(&outside_address(*family)), from.host_addresses.get(*family)));
         }
     }
     let overflows = neighbour_overflows();
-    let budget = Budget::new();
-    let make = |planned: Call| call(parties.iter().find(|p| p.name == planned.from), planned, &budget);
-    let overlay = stream::iter(overlay).map(make).buffered(AT_ONCE).collect::<Vec<_>>().await;
-    let egress = stream::iter(egress).map(make).buffered(AT_ONCE).collect::<Vec<_>>().await;
+    let budget = TimeBudget::new();
+    let make = |planned: Probe| run_probe(probers.iter().find(|p| p.name == planned.from), planned, &budget);
+    let overlay = stream::iter(overlay).map(make).buffered(MAX_CONCURRENT).collect::<Vec<_>>().await;
+    let egress = stream::iter(egress).map(make).buffered(MAX_CONCURRENT).collect::<Vec<_>>().await;
     servers.shutdown().await;
     let ok = overlay.iter().chain(&egress).all(|c| c.error.is_none());
     let mut remarks = Vec::new();
@@ -141,30 +141,30 @@ pub async fn check(lab: &Lab) -> Result<Report, LabError> {
                 .to_owned(),
         );
     }
-    Ok(Report { ok, containers: parties.into_iter().map(|p| p.name).collect(), overlay, egress, remarks })
+    Ok(Report { ok, containers: probers.into_iter().map(|p| p.name).collect(), overlay, egress, remarks })
 }
 
 /// How often the kernel's neighbour tables were full since the boot; 0 where that is not to be seen. Hosts that all talk to each other need
 /// as many entries as there are pairs of them, and `gc_thresh3` (arp(7)) counts those of every namespace together.
 fn neighbour_overflows() -> u64 {
-    ["arp_cache", "ndisc_cache"].into_iter().flat_map(|file| statistics(file, "table_fulls")).sum()
+    ["arp_cache", "ndisc_cache"].into_iter().flat_map(|file| read_net_stat(file, "table_fulls")).sum()
 }
 
 /// Every container of every host, as the kernel has them: a data path must work while its agent does not run.
-fn parties(lab: &Lab) -> Result<Vec<Party>, LabError> {
-    let mut parties = Vec::new();
+fn list_probers(lab: &Lab) -> Result<Vec<Prober>, LabError> {
+    let mut probers = Vec::new();
     for host in lab.hosts() {
-        for Found { name, netns, addresses } in container::found(&host)? {
+        for AttachedContainer { name, netns, addresses } in container::list_attached(&host)? {
             let name = format!("{}-{name}", host.name());
-            parties.push(Party { name, netns, addresses, host_addresses: host.layout().addresses });
+            probers.push(Prober { name, netns, addresses, host_addresses: host.layout().addresses });
         }
     }
-    Ok(parties)
+    Ok(probers)
 }
 
 /// Starts a server at an address of a namespace: each caller is sent the address that it is seen by.
 fn serve(servers: &mut JoinSet<()>, netns: &Netns, name: &str, address: IpAddr) -> Result<(), LabError> {
-    let at = SocketAddr::new(address, PORT);
+    let at = SocketAddr::new(address, SERVER_PORT);
     let bind = || -> std::io::Result<std::net::TcpListener> {
         let listener = std::net::TcpListener::bind(at)?;
         listener.set_nonblocking(true)?;
@@ -182,14 +182,14 @@ fn serve(servers: &mut JoinSet<()>, netns: &Netns, name: &str, address: IpAddr) 
 }
 
 /// A call before it is made.
-fn planned(from: &Party, family: Family, to: &str, address: Option<&IpAddr>, expected: Option<&IpAddr>) -> Call {
+fn plan_probe(from: &Prober, family: Family, to: &str, address: Option<&IpAddr>, expected: Option<&IpAddr>) -> Probe {
     let absent = family.unspecified();
     let error = match (address, expected) {
         (None, _) => Some(format!("{to} has no {family} address")),
         (_, None) => Some(format!("{} has no {family} address", from.name)),
         _ => None,
     };
-    Call {
+    Probe {
         from: from.name.clone(),
         to: to.to_owned(),
         family,
@@ -202,35 +202,35 @@ fn planned(from: &Party, family: Family, to: &str, address: Option<&IpAddr>, exp
 }
 
 /// Makes a call, and counts it where it fails.
-async fn call(from: Option<&Party>, mut call: Call, budget: &Budget) -> Call {
-    let (Some(from), None) = (from, &call.error) else { return call };
-    if let Some(reason) = budget.spent() {
-        call.error = Some(reason);
-        return call;
+async fn run_probe(from: Option<&Prober>, mut probe: Probe, budget: &TimeBudget) -> Probe {
+    let (Some(from), None) = (from, &probe.error) else { return probe };
+    if let Some(reason) = budget.exhausted() {
+        probe.error = Some(reason);
+        return probe;
     }
-    match tokio::time::timeout(LIMIT, ask(&from.netns, call.address)).await {
+    match tokio::time::timeout(PROBE_TIMEOUT, query_seen_address(&from.netns, probe.address)).await {
         Ok(Ok((seen, time))) => {
-            call.seen = Some(seen);
-            call.micros = u64::try_from(time.as_micros()).ok();
-            if seen != call.expected {
-                call.error = Some(format!("the other side sees {seen} instead of {}", call.expected));
+            probe.seen = Some(seen);
+            probe.micros = u64::try_from(time.as_micros()).ok();
+            if seen != probe.expected {
+                probe.error = Some(format!("the other side sees {seen} instead of {}", probe.expected));
             }
         }
-        Ok(Err(error)) => call.error = Some(error.to_string()),
-        Err(_) => call.error = Some(format!("no answer within {}", humantime::format_duration(LIMIT))),
+        Ok(Err(error)) => probe.error = Some(error.to_string()),
+        Err(_) => probe.error = Some(format!("no answer within {}", humantime::format_duration(PROBE_TIMEOUT))),
     }
-    if call.error.is_some() {
+    if probe.error.is_some() {
         budget.failures.fetch_add(1, Ordering::Relaxed);
     }
-    call
+    probe
 }
 
 /// Asks the server at an address by which address it sees a caller from this namespace, and how long connecting and answer took.
-async fn ask(netns: &Netns, address: IpAddr) -> std::io::Result<(IpAddr, Duration)> {
+async fn query_seen_address(netns: &Netns, address: IpAddr) -> std::io::Result<(IpAddr, Duration)> {
     let open = || if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
     let socket = netns.run(open).map_err(std::io::Error::other)??;
     let start = Instant::now();
-    let mut stream = socket.connect(SocketAddr::new(address, PORT)).await?;
+    let mut stream = socket.connect(SocketAddr::new(address, SERVER_PORT)).await?;
     let mut answer = String::new();
     (&mut stream).take(64).read_to_string(&mut answer).await?;
     let time = start.elapsed();
@@ -245,30 +245,35 @@ mod tests {
 
     /// In a namespace of its own: the loopback address is seen as itself, and a closed port is an error.
     #[tokio::test]
-    async fn a_server_says_whom_it_sees() {
+    async fn probe_detects_nat_and_closed_port() {
         let name = format!("ovt-check-{}", std::process::id());
         let netns = Netns::create(&name).expect("a namespace (root is needed)");
         Netns::delete(&name).expect("its name is not needed any more");
         let loopback: IpAddr = "127.0.0.1".parse().expect("an address");
         let mut servers = JoinSet::new();
         serve(&mut servers, &netns, "test", loopback).expect("a free port");
-        let budget = Budget::new();
-        let party = Party {
+        let budget = TimeBudget::new();
+        let prober = Prober {
             name: "a".to_owned(),
             netns,
             addresses: PerFamily { v4: Some(loopback), v6: None },
             host_addresses: PerFamily { v4: "10.0.0.1".parse().ok(), v6: None },
         };
-        let good = call(Some(&party), planned(&party, Family::V4, "b", Some(&loopback), Some(&loopback)), &budget).await;
+        let good =
+            run_probe(Some(&prober), plan_probe(&prober, Family::V4, "b", Some(&loopback), Some(&loopback)), &budget).await;
         assert_eq!((good.seen, &good.error), (Some(loopback), &None));
-        let translated =
-            call(Some(&party), planned(&party, Family::V4, "b", Some(&loopback), party.host_addresses.get(Family::V4)), &budget)
-                .await;
+        let translated = run_probe(
+            Some(&prober),
+            plan_probe(&prober, Family::V4, "b", Some(&loopback), prober.host_addresses.get(Family::V4)),
+            &budget,
+        )
+        .await;
         assert_eq!(translated.error.as_deref(), Some("the other side sees 127.0.0.1 instead of 10.0.0.1"));
-        let absent = call(Some(&party), planned(&party, Family::V6, "b", None, None), &budget).await;
+        let absent = run_probe(Some(&prober), plan_probe(&prober, Family::V6, "b", None, None), &budget).await;
         assert_eq!(absent.error.as_deref(), Some("b has no IPv6 address"));
         servers.shutdown().await;
-        let closed = call(Some(&party), planned(&party, Family::V4, "b", Some(&loopback), Some(&loopback)), &budget).await;
+        let closed =
+            run_probe(Some(&prober), plan_probe(&prober, Family::V4, "b", Some(&loopback), Some(&loopback)), &budget).await;
         assert!(closed.error.is_some_and(|e| e.contains("refused")));
         // The absent address never was a call.
         assert_eq!(budget.failures.into_inner(), 2);

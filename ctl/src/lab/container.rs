@@ -4,14 +4,14 @@ use std::net::IpAddr;
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use overlay_agent::kernel::netns::Netns;
-use overlay_agent::model::api::{AttachRequest, Attached};
+use overlay_agent::model::api::{AttachRequest, AttachResponse};
 use overlay_agent::model::endpoint::EndpointName;
 use overlay_agent::model::{Family, PerFamily};
 
 use super::{Host, Lab, LabError};
 
 /// How many hosts attach theirs at once.
-const AT_ONCE: usize = 8;
+const MAX_CONCURRENT_HOSTS: usize = 8;
 
 /// Attaches every container of the layout: on each host one after the other, so that addresses follow the names.
 pub async fn attach_all(lab: &Lab) -> Result<(), LabError> {
@@ -21,12 +21,12 @@ pub async fn attach_all(lab: &Lab) -> Result<(), LabError> {
         }
         Ok::<(), LabError>(())
     });
-    attached.buffer_unordered(AT_ONCE).try_collect::<Vec<()>>().await?;
+    attached.buffer_unordered(MAX_CONCURRENT_HOSTS).try_collect::<Vec<()>>().await?;
     Ok(())
 }
 
 /// Makes the namespace and has the agent attach it. Where the agent refuses, the namespace is removed again.
-pub(super) async fn attach(host: &Host<'_>, name: &str) -> Result<Attached, LabError> {
+pub(super) async fn attach(host: &Host<'_>, name: &str) -> Result<AttachResponse, LabError> {
     let endpoint: EndpointName = name.parse().map_err(|e| LabError::Options { message: format!("{e}") })?;
     let namespace = host.lab().layout().namespace(&format!("{}-{name}", host.name()));
     let netns = Netns::create(&namespace)?;
@@ -42,7 +42,7 @@ pub(super) async fn attach(host: &Host<'_>, name: &str) -> Result<Attached, LabE
 
 /// A container that is on the overlay, as the kernel has it.
 #[derive(Debug)]
-pub struct Found {
+pub struct AttachedContainer {
     /// Its name on the host: `c1`.
     pub name: String,
     /// Its namespace.
@@ -52,26 +52,26 @@ pub struct Found {
 }
 
 /// The containers of a host, those attached by hand too, whether the agent runs or not.
-pub fn found(host: &Host<'_>) -> Result<Vec<Found>, LabError> {
+pub fn list_attached(host: &Host<'_>) -> Result<Vec<AttachedContainer>, LabError> {
     let prefix = host.lab().layout().namespace(&format!("{}-", host.name()));
     let mut all = Vec::new();
     for (namespace, name) in Netns::list()?.iter().filter_map(|n| Some((n, n.strip_prefix(&prefix)?))) {
         let netns = Netns::named(namespace)?;
-        let addresses = netns.run(addresses)?.map_err(|errno| LabError::File {
+        let addresses = netns.run(global_addresses)?.map_err(|errno| LabError::File {
             action: "list the addresses in",
             path: netns.path().to_owned(),
             source: errno.into(),
         })?;
         // One that was never attached, or is detached, is no part of the overlay.
         if !addresses.is_empty() {
-            all.push(Found { name: name.to_owned(), netns, addresses });
+            all.push(AttachedContainer { name: name.to_owned(), netns, addresses });
         }
     }
     Ok(all)
 }
 
 /// The addresses of the calling thread's namespace that are neither loopback nor link-local: one per family in a container.
-fn addresses() -> nix::Result<PerFamily<IpAddr>> {
+fn global_addresses() -> nix::Result<PerFamily<IpAddr>> {
     let all = nix::ifaddrs::getifaddrs()?.filter_map(|i| {
         let address = i.address?;
         let v4 = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));

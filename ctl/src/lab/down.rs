@@ -8,16 +8,16 @@ use std::path::Path;
 use overlay_agent::kernel::netns::Netns;
 
 use super::layout::{LabName, prefix};
-use super::process::{GRACE, ProcessId, end_all};
+use super::process::{ProcessId, TERM_GRACE, terminate_all};
 use super::{LabError, agent, etcd, rootless};
 use crate::resolver;
 
 /// How often processes are looked for again, in case one was just starting another.
-pub(super) const ROUNDS: usize = 3;
+pub(super) const MAX_KILL_ROUNDS: usize = 3;
 
 /// What was there to remove.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
-pub struct Removed {
+pub struct TeardownSummary {
     /// Processes ended.
     pub processes: usize,
     /// Namespaces deleted.
@@ -26,24 +26,24 @@ pub struct Removed {
     pub directory: bool,
 }
 
-impl Removed {
+impl TeardownSummary {
     /// Whether there was nothing at all.
-    pub fn is_nothing(&self) -> bool {
-        *self == Removed::default()
+    pub fn is_empty(&self) -> bool {
+        *self == TeardownSummary::default()
     }
 }
 
 /// Takes a lab down. Blocks.
-pub fn down(dir: &Path, name: &LabName) -> Result<Removed, LabError> {
-    let mut removed = Removed::default();
+pub fn down(dir: &Path, name: &LabName) -> Result<TeardownSummary, LabError> {
+    let mut removed = TeardownSummary::default();
     let mut failures = Vec::new();
-    for _ in 0..ROUNDS {
+    for _ in 0..MAX_KILL_ROUNDS {
         let processes = processes(dir, name, &mut failures);
         if processes.is_empty() {
             break;
         }
         removed.processes += processes.len();
-        failures.extend(end_all(&processes.into_iter().collect::<Vec<_>>(), GRACE));
+        failures.extend(terminate_all(&processes.into_iter().collect::<Vec<_>>(), TERM_GRACE));
     }
     match namespaces(name) {
         Ok(names) => {
@@ -56,7 +56,7 @@ pub fn down(dir: &Path, name: &LabName) -> Result<Removed, LabError> {
         }
         Err(error) => failures.push(error.to_string()),
     }
-    if let Err(error) = resolver::remove_all(&prefix(name)) {
+    if let Err(error) = resolver::remove_managed(&prefix(name)) {
         failures.push(error.to_string());
     }
     // With something left its description stays, so that the next try knows of it. Inside a keeper's namespaces the directory with the
@@ -68,7 +68,7 @@ pub fn down(dir: &Path, name: &LabName) -> Result<Removed, LabError> {
         }
     }
     failures.dedup();
-    if failures.is_empty() { Ok(removed) } else { Err(LabError::Left { name: name.to_string(), failures }) }
+    if failures.is_empty() { Ok(removed) } else { Err(LabError::NotRemoved { name: name.to_string(), failures }) }
 }
 
 /// Removes the lab's directory; whether there was one.
@@ -88,7 +88,7 @@ fn namespaces(name: &LabName) -> Result<Vec<String>, LabError> {
 
 /// Every process that is in a namespace of the lab or was recorded.
 fn processes(dir: &Path, name: &LabName, failures: &mut Vec<String>) -> BTreeSet<ProcessId> {
-    let mut found: BTreeSet<ProcessId> = recorded(dir);
+    let mut found: BTreeSet<ProcessId> = recorded_processes(dir);
     let names = match namespaces(name) {
         Ok(names) => names,
         Err(error) => {
@@ -100,7 +100,7 @@ fn processes(dir: &Path, name: &LabName, failures: &mut Vec<String>) -> BTreeSet
         // One that is no namespace (a crash between its file and its mount) has no processes.
         let Ok(netns) = Netns::named(&namespace) else { continue };
         match netns.pids() {
-            Ok(pids) => found.extend(pids.into_iter().filter_map(ProcessId::of)),
+            Ok(pids) => found.extend(pids.into_iter().filter_map(ProcessId::from_pid)),
             Err(error) => failures.push(error.to_string()),
         }
     }
@@ -108,8 +108,8 @@ fn processes(dir: &Path, name: &LabName, failures: &mut Vec<String>) -> BTreeSet
 }
 
 /// The processes that the lab's files name and that still run.
-pub(super) fn recorded(dir: &Path) -> BTreeSet<ProcessId> {
+pub(super) fn recorded_processes(dir: &Path) -> BTreeSet<ProcessId> {
     let hosts = fs::read_dir(dir).into_iter().flatten().flatten().filter_map(|e| e.file_name().into_string().ok());
-    let files = hosts.map(|host| agent::record(dir, &host)).chain([etcd::record(dir)]);
-    files.filter_map(|file| ProcessId::recorded(&file)).filter(ProcessId::is_alive).collect()
+    let files = hosts.map(|host| agent::pid_file(dir, &host)).chain([etcd::pid_file(dir)]);
+    files.filter_map(|file| ProcessId::from_pid_file(&file)).filter(ProcessId::is_alive).collect()
 }

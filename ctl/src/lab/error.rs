@@ -130,7 +130,7 @@ pub enum LabError {
     },
     /// Bringing up failed, and so did taking down what was made.
     #[error("{error}\nand taking down what was made failed too: {second}")]
-    Unwound {
+    RollbackFailed {
         /// The first error.
         error: Box<LabError>,
         /// The second one.
@@ -138,7 +138,7 @@ pub enum LabError {
     },
     /// Something stays behind.
     #[error("lab `{name}` is not wholly removed:\n  {}", failures.join("\n  "))]
-    Left {
+    NotRemoved {
         /// The lab.
         name: String,
         /// What stays, and why.

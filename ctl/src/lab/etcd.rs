@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use super::layout::{ETCD_PORT, ETCD_PREFIX, etcd_address, etcd_url};
-use super::process::{ProcessId, ended, start as start_process, tail};
+use super::process::{ProcessId, ended_error, log_tail, start as start_process};
 use super::{Lab, LabError};
 use crate::etcd::{EtcdArgs, EtcdError};
 
@@ -15,29 +15,29 @@ use crate::etcd::{EtcdArgs, EtcdError};
 const PEER_PORT: u16 = 2380;
 
 /// How long etcd may take to answer: a fraction of a second usually, more on a busy machine with a slow disk.
-const LIMIT: Duration = Duration::from_secs(30);
+const READY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Where etcd's program is.
-pub fn program() -> Result<PathBuf, LabError> {
-    find("etcd").ok_or_else(|| LabError::Program {
+pub fn find_program() -> Result<PathBuf, LabError> {
+    find_in_path("etcd").ok_or_else(|| LabError::Program {
         program: "etcd".to_owned(),
         remedy: "apt-get install etcd-server (the lab runs its own; no service is needed)".to_owned(),
     })
 }
 
 /// A program of the search path.
-pub fn find(name: &str) -> Option<PathBuf> {
+pub fn find_in_path(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let usual = ["/usr/local/bin", "/usr/bin", "/usr/sbin"].map(PathBuf::from);
     std::env::split_paths(&path).chain(usual).map(|dir| dir.join(name)).find(|p| p.is_file())
 }
 
 /// Where the process id is kept.
-pub fn record(dir: &Path) -> PathBuf {
+pub fn pid_file(dir: &Path) -> PathBuf {
     dir.join("etcd.pid")
 }
 
-fn log(dir: &Path) -> PathBuf {
+fn log_file(dir: &Path) -> PathBuf {
     dir.join("etcd.log")
 }
 
@@ -45,7 +45,7 @@ fn log(dir: &Path) -> PathBuf {
 pub async fn start(lab: &Lab) -> Result<ProcessId, LabError> {
     let urls = |port: u16| lab.layout().families().map(|family| etcd_url(family, port)).collect::<Vec<_>>().join(",");
     let data = lab.dir().join("etcd");
-    let mut command = Command::new(program()?);
+    let mut command = Command::new(find_program()?);
     for (name, _) in std::env::vars_os().filter(|(n, _)| n.to_string_lossy().starts_with("ETCD_")) {
         command.env_remove(name);
     }
@@ -59,7 +59,7 @@ pub async fn start(lab: &Lab) -> Result<ProcessId, LabError> {
     let cluster: Vec<String> = lab.layout().families().map(|family| format!("lab={}", etcd_url(family, PEER_PORT))).collect();
     command.args(["--initial-cluster", &cluster.join(","), "--initial-cluster-state", "new"]);
     let netns = lab.netns("net")?;
-    let id = start_process(command, Some(&netns), &log(lab.dir()), &record(lab.dir()))?;
+    let id = start_process(command, Some(&netns), &log_file(lab.dir()), &pid_file(lab.dir()))?;
     wait_ready(lab, id).await?;
     Ok(id)
 }
@@ -67,17 +67,17 @@ pub async fn start(lab: &Lab) -> Result<ProcessId, LabError> {
 async fn wait_ready(lab: &Lab, id: ProcessId) -> Result<(), LabError> {
     let netns = lab.netns("net")?;
     let addresses: Vec<SocketAddr> = lab.layout().families().map(|f| SocketAddr::new(etcd_address(f), ETCD_PORT)).collect();
-    let end = Instant::now() + LIMIT;
+    let end = Instant::now() + READY_TIMEOUT;
     loop {
         if netns.run(|| addresses.iter().all(|address| is_healthy(*address)))? {
             return Ok(());
         }
         if !id.is_alive() {
-            return Err(ended("etcd", &log(lab.dir())));
+            return Err(ended_error("etcd", &log_file(lab.dir())));
         }
         if Instant::now() >= end {
-            let detail = format!("the end of its log:\n{}", tail(&log(lab.dir())));
-            return Err(LabError::TimedOut { what: "etcd does not answer".to_owned(), limit: LIMIT, detail });
+            let detail = format!("the end of its log:\n{}", log_tail(&log_file(lab.dir())));
+            return Err(LabError::TimedOut { what: "etcd does not answer".to_owned(), limit: READY_TIMEOUT, detail });
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
@@ -98,16 +98,16 @@ fn is_healthy(address: SocketAddr) -> bool {
 }
 
 /// The flags by which this etcd is reached from inside the lab.
-pub fn arguments(lab: &Lab) -> EtcdArgs {
-    EtcdArgs::plain(lab.layout().etcd_endpoints(), ETCD_PREFIX)
+pub fn etcd_args(lab: &Lab) -> EtcdArgs {
+    EtcdArgs::without_tls(lab.layout().etcd_endpoints(), ETCD_PREFIX)
 }
 
 /// Writes the network's configuration where there is none.
 pub async fn configure(lab: &Lab) -> Result<(), LabError> {
-    let arguments = arguments(lab);
+    let arguments = etcd_args(lab);
     let text = lab.layout().config.clone();
-    inside(lab, || async move {
-        match arguments.config().await? {
+    in_switch_namespace(lab, || async move {
+        match arguments.read_config().await? {
             None => arguments.put_config(&text, None).await,
             Some(_) => Ok(()),
         }
@@ -117,7 +117,7 @@ pub async fn configure(lab: &Lab) -> Result<(), LabError> {
 
 /// Runs a conversation with etcd inside the switch's namespace, on a thread and runtime of its own: sockets belong to the namespace of the
 /// thread that opens them.
-fn inside<T: Send, F: Future<Output = Result<T, EtcdError>>>(
+fn in_switch_namespace<T: Send, F: Future<Output = Result<T, EtcdError>>>(
     lab: &Lab,
     work: impl FnOnce() -> F + Send,
 ) -> Result<Result<T, EtcdError>, LabError> {

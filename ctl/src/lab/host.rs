@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use overlay_agent::kernel::netns::Netns;
-use overlay_agent::model::api::{Attached, Status};
+use overlay_agent::model::api::{AttachResponse, Status};
 
 use super::layout::HostLayout;
-use super::process::{self, GRACE, ProcessId};
+use super::process::{self, ProcessId, TERM_GRACE};
 use super::{Lab, LabError, agent, container};
 use crate::client::Client;
 
@@ -83,7 +83,7 @@ impl<'a> Host<'a> {
 
     /// The agent's process, where it runs.
     pub fn agent(&self) -> Option<ProcessId> {
-        agent::running(self)
+        agent::running_process(self)
     }
 
     /// Starts the agent, with flags beside the lab's own. Where one runs already, it is left as it is. Does not wait until it is ready.
@@ -93,13 +93,13 @@ impl<'a> Host<'a> {
         }
         let program = match &self.lab.layout().overlayd {
             Some(program) => program.clone(),
-            None => agent::program(None)?,
+            None => agent::find_program(None)?,
         };
         for dir in [self.run_dir(), self.state_dir()] {
             fs::create_dir_all(&dir).map_err(|source| LabError::File { action: "make", path: dir, source })?;
         }
         let command = agent::command(self, &program, flags);
-        process::start(command, Some(&self.netns()?), &self.log(), &agent::record(self.lab.dir(), self.name()))
+        process::start(command, Some(&self.netns()?), &self.log(), &agent::pid_file(self.lab.dir(), self.name()))
     }
 
     /// Sends the agent a signal and waits until it has ended; one that does not within five seconds is killed, which is an error. Blocks.
@@ -107,31 +107,36 @@ impl<'a> Host<'a> {
         let Some(running) = self.agent() else { return Ok(()) };
         let refused = |detail: String| LabError::TimedOut {
             what: format!("overlayd of {} does not end on {signal}", self.name()),
-            limit: GRACE,
+            limit: TERM_GRACE,
             detail,
         };
         running.signal(signal).map_err(|errno| refused(errno.desc().to_owned()))?;
-        if running.wait(GRACE) {
+        if running.wait(TERM_GRACE) {
             return Ok(());
         }
-        let tail = process::tail(&self.log());
-        let left = process::end_all(&[running], Duration::ZERO);
+        let tail = process::log_tail(&self.log());
+        let left = process::terminate_all(&[running], Duration::ZERO);
         Err(refused(format!("killed{}; the end of its log:\n{tail}", left.iter().map(|l| format!(", {l}")).collect::<String>())))
     }
 
     /// Waits until the agent is ready.
     pub async fn wait_ready(&self, limit: Duration) -> Result<Status, LabError> {
         let what = format!("{} is not ready", self.name());
-        agent::wait(self, |status| status.ready, Instant::now() + limit, limit, &what).await
+        agent::wait_status(self, |status| status.ready, Instant::now() + limit, limit, &what).await
     }
 
     /// Waits until the agent's status is as wished; `what` says in the error what is not the case.
-    pub async fn wait_status(&self, limit: Duration, what: &str, wished: impl Fn(&Status) -> bool) -> Result<Status, LabError> {
-        agent::wait(self, wished, Instant::now() + limit, limit, what).await
+    pub async fn wait_status(
+        &self,
+        limit: Duration,
+        what: &str,
+        predicate: impl Fn(&Status) -> bool,
+    ) -> Result<Status, LabError> {
+        agent::wait_status(self, predicate, Instant::now() + limit, limit, what).await
     }
 
     /// Makes a container's namespace and attaches it; the container is the lab's target `HOST-NAME`.
-    pub async fn attach(&self, name: &str) -> Result<Attached, LabError> {
+    pub async fn attach(&self, name: &str) -> Result<AttachResponse, LabError> {
         container::attach(self, name).await
     }
 }

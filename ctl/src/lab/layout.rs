@@ -138,7 +138,7 @@ impl LabOptions {
     }
 }
 
-/// Everything a lab consists of, as kept in `lab.json`.
+/// Everything a lab consists of, as kept in `start_lab.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Layout {
     /// The lab's name.
@@ -187,7 +187,7 @@ impl Layout {
         }
         let networks: PerFamily<Cidr> =
             families.iter().map(|f| (*f, options.networks.get(*f).copied().unwrap_or_else(|| default_network(*f)))).collect();
-        let config = config(&networks, &options.config);
+        let config = network_config(&networks, &options.config);
         let pools = match NetworkConfig::parse(&config) {
             Ok(parsed) => parsed.config.pools,
             Err(errors) => return refuse(format!("the lab's network cannot be: {errors}")),
@@ -265,17 +265,17 @@ pub fn underlay(family: Family) -> Cidr {
 
 /// etcd's address on the underlay.
 pub fn etcd_address(family: Family) -> IpAddr {
-    pick(family, [10, 99, 0, 2], [0xfd99, 0, 0, 0, 0, 0, 0, 2])
+    by_family(family, [10, 99, 0, 2], [0xfd99, 0, 0, 0, 0, 0, 0, 2])
 }
 
 /// The world's address on the underlay, the hosts' default gateway.
 pub fn gateway_address(family: Family) -> IpAddr {
-    pick(family, [10, 99, 0, 254], [0xfd99, 0, 0, 0, 0, 0, 0, 0x254])
+    by_family(family, [10, 99, 0, 254], [0xfd99, 0, 0, 0, 0, 0, 0, 0x254])
 }
 
 /// The world's address that is outside underlay and overlay (documentation ranges, RFC 5737 and RFC 3849).
 pub fn outside_address(family: Family) -> IpAddr {
-    pick(family, [203, 0, 113, 1], [0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, 1])
+    by_family(family, [203, 0, 113, 1], [0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, 1])
 }
 
 /// etcd's URL at a port.
@@ -291,12 +291,12 @@ fn host_address(family: Family, number: u16) -> IpAddr {
             let base = u32::from(Ipv4Addr::new(10, 99, 0, 0));
             IpAddr::V4(Ipv4Addr::from_bits(base + u32::from(high) * 256 + u32::from(low)))
         }
-        Family::V6 => IpAddr::V6(Ipv6Addr::new(0xfd99, 0, 0, 0, 0, 0, read_alike(high), read_alike(low))),
+        Family::V6 => IpAddr::V6(Ipv6Addr::new(0xfd99, 0, 0, 0, 0, 0, decimal_digits_as_hex(high), decimal_digits_as_hex(low))),
     }
 }
 
 /// The number whose hexadecimal digits are these decimal ones (of up to four).
-fn read_alike(number: u16) -> u16 {
+fn decimal_digits_as_hex(number: u16) -> u16 {
     (0..4).fold(0, |sum, digit| sum | (number / 10u16.pow(digit) % 10) << (4 * digit))
 }
 
@@ -307,7 +307,7 @@ fn default_network(family: Family) -> Cidr {
     }
 }
 
-fn pick(family: Family, v4: [u8; 4], v6: [u16; 8]) -> IpAddr {
+fn by_family(family: Family, v4: [u8; 4], v6: [u16; 8]) -> IpAddr {
     match family {
         Family::V4 => IpAddr::from(v4),
         Family::V6 => IpAddr::from(v6),
@@ -315,12 +315,12 @@ fn pick(family: Family, v4: [u8; 4], v6: [u16; 8]) -> IpAddr {
 }
 
 fn network(v4: [u8; 4], v6: [u16; 8], length: u8, family: Family) -> Cidr {
-    let address = pick(family, v4, v6);
+    let address = by_family(family, v4, v6);
     Cidr::containing(address, length).unwrap_or_else(|| Cidr::host(address))
 }
 
 /// The configuration in flannel's schema.
-fn config(networks: &PerFamily<Cidr>, others: &serde_json::Map<String, serde_json::Value>) -> String {
+fn network_config(networks: &PerFamily<Cidr>, extra: &serde_json::Map<String, serde_json::Value>) -> String {
     let mut fields = serde_json::Map::new();
     for (family, network) in networks.iter() {
         let name = match family {
@@ -331,7 +331,7 @@ fn config(networks: &PerFamily<Cidr>, others: &serde_json::Map<String, serde_jso
     }
     fields.insert("EnableIPv4".to_owned(), networks.v4.is_some().into());
     fields.insert("EnableIPv6".to_owned(), networks.v6.is_some().into());
-    fields.extend(others.clone());
+    fields.extend(extra.clone());
     serde_json::Value::Object(fields).to_string()
 }
 
@@ -344,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_read_alike_and_stay_apart() {
+    fn host_addresses_are_distinct_and_readable() {
         let layout = Layout::new(&LabOptions { hosts: MAX_HOSTS, families: Families::Dual, ..options() })
             .expect_err("a /16 has 255 subnets");
         assert!(layout.to_string().contains("too few for 1000 hosts"), "{layout}");
@@ -361,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_families_asked_for() {
+    fn only_requested_families_are_configured() {
         let layout = Layout::new(&LabOptions { families: Families::V6, ..options() }).expect("a layout");
         assert_eq!(layout.etcd_endpoints(), ["http://[fd99::2]:2379"]);
         assert_eq!(layout.config, r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:10:244::/56"}"#);
@@ -369,7 +369,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_is_refused() {
+    fn invalid_options_are_refused() {
         let v6 = PerFamily { v4: None, v6: "fd00::/48".parse().ok() };
         let underlay = PerFamily { v4: "10.96.0.0/12".parse().ok(), v6: None };
         for (bad, wanted) in [
@@ -396,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn names() {
+    fn invalid_lab_names_are_refused() {
         for bad in ["", "Lab", "a-b", "a/b", "..", "thirteenchars", "ü"] {
             assert!(bad.parse::<LabName>().is_err(), "{bad}");
         }

@@ -17,16 +17,16 @@ use serde::{Deserialize, Serialize};
 use super::LabError;
 
 /// How long a process may take to end on SIGTERM before it is killed.
-pub const GRACE: Duration = Duration::from_secs(5);
+pub const TERM_GRACE: Duration = Duration::from_secs(5);
 
 /// How long a killed process may take to go: only one that hangs in the kernel takes longer.
-const KILL_LIMIT: Duration = Duration::from_secs(5);
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long a process may take to stop, as `KILL_LIMIT`.
-const STOP_LIMIT: Duration = Duration::from_secs(5);
+/// How long a process may take to stop, as `KILL_TIMEOUT`.
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How often ending and stopping processes are looked at.
-const POLL: Duration = Duration::from_millis(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// A process, told apart from later ones with the same id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -39,9 +39,9 @@ pub struct ProcessId {
 
 impl ProcessId {
     /// The process that has this id now; `None` where there is none or it has ended and only waits to be collected.
-    pub fn of(pid: i32) -> Option<ProcessId> {
+    pub fn from_pid(pid: i32) -> Option<ProcessId> {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        let fields = after_name(&stat)?;
+        let fields = stat_fields(&stat)?;
         if matches!(fields.first(), Some(&"Z" | &"X")) && !has_threads(pid) {
             return None;
         }
@@ -51,10 +51,10 @@ impl ProcessId {
     /// Whether it still runs, if only one of its threads does. A child of this process that has ended is collected.
     pub fn is_alive(&self) -> bool {
         let _collected = waitpid(Pid::from_raw(self.pid), Some(WaitPidFlag::WNOHANG));
-        ProcessId::of(self.pid) == Some(*self)
+        ProcessId::from_pid(self.pid) == Some(*self)
     }
 
-    /// Sends a signal; one that has ended is no error. After SIGSTOP none of its threads runs any more: `kill(2)` itself returns before, and on a busy
+    /// Sends a signal; one that has ended is no error. After SIGSTOP none of its threads runs any more: `remove_netns(2)` itself returns before, and on a busy
     /// machine a thread may answer a request in between. Blocks.
     pub fn signal(&self, signal: Signal) -> Result<(), Errno> {
         if !self.is_alive() {
@@ -68,12 +68,12 @@ impl ProcessId {
     }
 
     fn wait_stopped(&self) -> Result<(), Errno> {
-        let end = Instant::now() + STOP_LIMIT;
+        let end = Instant::now() + STOP_TIMEOUT;
         while self.is_alive() && !is_stopped(self.pid) {
             if Instant::now() >= end {
                 return Err(Errno::ETIMEDOUT);
             }
-            std::thread::sleep(POLL);
+            std::thread::sleep(POLL_INTERVAL);
         }
         Ok(())
     }
@@ -84,7 +84,7 @@ impl ProcessId {
     }
 
     /// Keeps the id in a file, written whole.
-    pub fn record(&self, path: &Path) -> Result<(), LabError> {
+    pub fn write_pid_file(&self, path: &Path) -> Result<(), LabError> {
         let temporary = path.with_extension("new");
         let text = format!("{} {}\n", self.pid, self.start_time);
         fs::write(&temporary, text).and_then(|()| fs::rename(&temporary, path)).map_err(|source| LabError::File {
@@ -95,7 +95,7 @@ impl ProcessId {
     }
 
     /// The id kept in a file; `None` where none is, or the file is torn.
-    pub fn recorded(path: &Path) -> Option<ProcessId> {
+    pub fn from_pid_file(path: &Path) -> Option<ProcessId> {
         let text = fs::read_to_string(path).ok()?;
         let (pid, start_time) = text.trim().split_once(' ')?;
         Some(ProcessId { pid: pid.parse().ok()?, start_time: start_time.parse().ok()? })
@@ -103,7 +103,7 @@ impl ProcessId {
 }
 
 /// Starts a command that goes on by itself: in the namespace, in a session of its own, with its output appended to a log.
-pub fn start(mut command: Command, netns: Option<&Netns>, log: &Path, record: &Path) -> Result<ProcessId, LabError> {
+pub fn start(mut command: Command, netns: Option<&Netns>, log: &Path, pid_file: &Path) -> Result<ProcessId, LabError> {
     let program = command.get_program().to_string_lossy().into_owned();
     let file = |source| LabError::File { action: "write", path: log.to_owned(), source };
     let output = File::options().create(true).append(true).open(log).map_err(file)?;
@@ -119,11 +119,11 @@ pub fn start(mut command: Command, netns: Option<&Netns>, log: &Path, record: &P
     };
     let child = spawned.map_err(|source| LabError::Spawn { program: program.clone(), source })?;
     let pid = i32::try_from(child.id()).unwrap_or(i32::MAX);
-    let Some(id) = ProcessId::of(pid) else {
-        return Err(ended(&program, log));
+    let Some(id) = ProcessId::from_pid(pid) else {
+        return Err(ended_error(&program, log));
     };
-    if let Err(error) = id.record(record) {
-        let _left = end_all(&[id], Duration::ZERO);
+    if let Err(error) = id.write_pid_file(pid_file) {
+        let _left = terminate_all(&[id], Duration::ZERO);
         return Err(error);
     }
     Ok(id)
@@ -138,23 +138,23 @@ fn has_threads(pid: i32) -> bool {
 /// Whether every thread of a process is stopped.
 fn is_stopped(pid: i32) -> bool {
     let state = |thread: fs::DirEntry| fs::read_to_string(thread.path().join("stat")).ok();
-    let stopped = |stat: String| after_name(&stat).is_some_and(|fields| fields.first() == Some(&"T"));
+    let stopped = |stat: String| stat_fields(&stat).is_some_and(|fields| fields.first() == Some(&"T"));
     fs::read_dir(format!("/proc/{pid}/task"))
         .is_ok_and(|threads| threads.flatten().all(|thread| state(thread).is_none_or(stopped)))
 }
 
 /// The fields of `proc_pid_stat(5)` from the third on. The name, field 2, stands in parentheses and can hold blanks and parentheses itself.
-fn after_name(stat: &str) -> Option<Vec<&str>> {
+fn stat_fields(stat: &str) -> Option<Vec<&str>> {
     stat.rsplit_once(')').map(|(_, rest)| rest.split_ascii_whitespace().collect())
 }
 
 /// The error for a program that has ended, with the end of its log.
-pub fn ended(program: &str, log: &Path) -> LabError {
-    LabError::Ended { program: program.to_owned(), log: log.to_owned(), tail: tail(log) }
+pub fn ended_error(program: &str, log: &Path) -> LabError {
+    LabError::Ended { program: program.to_owned(), log: log.to_owned(), tail: log_tail(log) }
 }
 
 /// The last lines of a log, indented.
-pub fn tail(log: &Path) -> String {
+pub fn log_tail(log: &Path) -> String {
     let text = String::from_utf8_lossy(&fs::read(log).unwrap_or_default()).into_owned();
     let lines: Vec<&str> = text.lines().collect();
     let from = lines.len().saturating_sub(12);
@@ -166,7 +166,7 @@ pub fn tail(log: &Path) -> String {
 }
 
 /// Ends processes: SIGTERM, a wait, SIGKILL, a wait. What could not be ended is named. Blocks.
-pub fn end_all(processes: &[ProcessId], grace: Duration) -> Vec<String> {
+pub fn terminate_all(processes: &[ProcessId], grace: Duration) -> Vec<String> {
     let mut failures = Vec::new();
     let mut send = |left: &[ProcessId], signal: Signal| {
         for process in left {
@@ -182,7 +182,7 @@ pub fn end_all(processes: &[ProcessId], grace: Duration) -> Vec<String> {
     }
     if !left.is_empty() {
         send(&left, Signal::SIGKILL);
-        left = wait_all(&left, KILL_LIMIT);
+        left = wait_all(&left, KILL_TIMEOUT);
     }
     failures.extend(left.iter().map(|p| format!("process {} does not end, not even by SIGKILL", p.pid)));
     failures
@@ -197,7 +197,7 @@ fn wait_all(processes: &[ProcessId], limit: Duration) -> Vec<ProcessId> {
         if left.is_empty() || Instant::now() >= end {
             return left;
         }
-        std::thread::sleep(POLL);
+        std::thread::sleep(POLL_INTERVAL);
     }
 }
 
@@ -206,45 +206,45 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_process_is_started_recorded_and_ended() {
+    fn process_is_started_recorded_and_terminated() {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let (log, record) = (dir.path().join("log"), dir.path().join("pid"));
         let mut command = Command::new("sh");
         command.args(["-c", "trap '' TERM; echo started; while :; do sleep 0.05; done"]);
         let id = start(command, None, &log, &record).expect("sh starts");
-        let end = Instant::now() + GRACE;
-        while tail(&log) != "  started" && Instant::now() < end {
-            std::thread::sleep(POLL);
+        let end = Instant::now() + TERM_GRACE;
+        while log_tail(&log) != "  started" && Instant::now() < end {
+            std::thread::sleep(POLL_INTERVAL);
         }
         assert!(id.is_alive());
-        assert_eq!(ProcessId::recorded(&record), Some(id));
-        let stranger = ProcessId { start_time: id.start_time + 1, ..id };
-        assert!(!stranger.is_alive());
-        assert_eq!(end_all(&[stranger], GRACE), Vec::<String>::new());
+        assert_eq!(ProcessId::from_pid_file(&record), Some(id));
+        let reused_pid = ProcessId { start_time: id.start_time + 1, ..id };
+        assert!(!reused_pid.is_alive());
+        assert_eq!(terminate_all(&[reused_pid], TERM_GRACE), Vec::<String>::new());
         assert!(id.is_alive(), "a stranger's end is not its end");
         id.signal(Signal::SIGSTOP).expect("it stops");
         assert!(is_stopped(id.pid));
         id.signal(Signal::SIGCONT).expect("it goes on");
         // It ignores SIGTERM.
-        assert_eq!(end_all(&[id], Duration::from_millis(100)), Vec::<String>::new());
+        assert_eq!(terminate_all(&[id], Duration::from_millis(100)), Vec::<String>::new());
         assert!(!id.is_alive());
-        assert_eq!(tail(&log), "  started");
+        assert_eq!(log_tail(&log), "  started");
     }
 
     #[test]
-    fn a_program_that_is_missing_is_named() {
+    fn missing_program_is_reported() {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let error = start(Command::new("/no/such/program"), None, &dir.path().join("log"), &dir.path().join("pid"));
         assert!(error.expect_err("missing").to_string().contains("/no/such/program"));
     }
 
     #[test]
-    fn a_torn_record_is_none() {
+    fn torn_pid_file_is_ignored() {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let path = dir.path().join("pid");
         for text in ["", "12", "12 x", "x 12"] {
             fs::write(&path, text).expect("writable");
-            assert_eq!(ProcessId::recorded(&path), None);
+            assert_eq!(ProcessId::from_pid_file(&path), None);
         }
     }
 }

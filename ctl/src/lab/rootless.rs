@@ -1,7 +1,7 @@
 //! Labs without root: a keeper process holds a user, a mount and a network namespace in which the user is root, and every later command on
 //! the lab runs itself again inside of them.
 //!
-//! The keeper is `unshare --user --map-root-user --mount --net overlayctl lab keeper`; commands enter by `nsenter`; both programs are of
+//! The keeper is `unshare --user --map-root-user --mount --net overlayctl start_lab supervisor`; commands enter by `nsenter`; both programs are of
 //! util-linux, which every system has.
 
 use std::collections::BTreeSet;
@@ -16,10 +16,10 @@ use std::time::{Duration, Instant};
 use nix::mount::{MsFlags, mount};
 use nix::unistd::geteuid;
 
-use super::down::{ROUNDS, Removed, recorded, remove_dir};
-use super::home::DIR_VARIABLE;
-use super::process::{GRACE, ProcessId, end_all, start, tail};
-use super::{Home, LabError, LabName};
+use super::down::{MAX_KILL_ROUNDS, TeardownSummary, recorded_processes, remove_dir};
+use super::labs_dir::DIR_VARIABLE;
+use super::process::{ProcessId, TERM_GRACE, log_tail, start, terminate_all};
+use super::{LabError, LabName, LabsDir};
 
 /// Set for a command that runs inside a keeper's namespaces.
 const INSIDE_VARIABLE: &str = "OVERLAY_LAB_INSIDE";
@@ -28,7 +28,7 @@ const INSIDE_VARIABLE: &str = "OVERLAY_LAB_INSIDE";
 const CWD_VARIABLE: &str = "OVERLAY_LAB_CWD";
 
 /// How long the keeper may take to set itself up: some milliseconds of system calls.
-const READY_LIMIT: Duration = Duration::from_secs(10);
+const READY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Whether this process is inside a keeper's namespaces.
 pub fn is_inside() -> bool {
@@ -41,43 +41,46 @@ pub fn is_needed() -> bool {
 }
 
 /// Where the keeper's process id is kept.
-fn record(dir: &Path) -> PathBuf {
+fn pid_file(dir: &Path) -> PathBuf {
     dir.join("keeper.pid")
 }
 
-fn log(dir: &Path) -> PathBuf {
+fn log_file(dir: &Path) -> PathBuf {
     dir.join("keeper.log")
 }
 
 /// The keeper of a lab, where it runs.
-pub fn keeper(home: &Home, name: &LabName) -> Option<ProcessId> {
-    ProcessId::recorded(&record(&home.dir(name))).filter(ProcessId::is_alive)
+pub fn supervisor(labs_dir: &LabsDir, name: &LabName) -> Option<ProcessId> {
+    ProcessId::from_pid_file(&pid_file(&labs_dir.lab_dir(name))).filter(ProcessId::is_alive)
 }
 
 /// Starts the keeper of a lab. Blocks until it is set up.
-pub fn start_keeper(home: &Home, name: &LabName) -> Result<ProcessId, LabError> {
-    let dir = home.prepare(name)?;
-    let own = own_program()?;
+pub fn start_supervisor(labs_dir: &LabsDir, name: &LabName) -> Result<ProcessId, LabError> {
+    let dir = labs_dir.create_lab_dir(name)?;
+    let own = current_program()?;
     let mut command = Command::new("unshare");
     command.args(["--user", "--map-root-user", "--mount", "--net", "--"]).arg(own);
     command.args(["lab", "keeper", "--directory"]).arg(&dir);
-    let keeper = start(command, None, &log(&dir), &record(&dir))?;
-    let end = Instant::now() + READY_LIMIT;
+    let supervisor = start(command, None, &log_file(&dir), &pid_file(&dir))?;
+    let end = Instant::now() + READY_TIMEOUT;
     while !dir.join("keeper.ready").exists() {
-        if keeper.is_alive() && Instant::now() < end {
+        if supervisor.is_alive() && Instant::now() < end {
             std::thread::sleep(Duration::from_millis(5));
             continue;
         }
-        let reason = format!("its keeper did not come up:\n{}", tail(&log(&dir)));
-        let mut left = end_all(&[keeper], Duration::ZERO);
+        let reason = format!("its keeper did not come up:\n{}", log_tail(&log_file(&dir)));
+        let mut left = terminate_all(&[supervisor], Duration::ZERO);
         left.extend(remove_dir(&dir).err());
-        return Err(LabError::Rootless { reason: left.into_iter().fold(reason, |r, l| format!("{r}\n{l}")), advice: advice() });
+        return Err(LabError::Rootless {
+            reason: left.into_iter().fold(reason, |r, l| format!("{r}\n{l}")),
+            advice: userns_hint(),
+        });
     }
-    Ok(keeper)
+    Ok(supervisor)
 }
 
 /// What on this machine may forbid user namespaces.
-fn advice() -> String {
+fn userns_hint() -> String {
     let forbidden = |path: &str, value: &str| fs::read_to_string(path).is_ok_and(|text| text.trim() == value);
     if forbidden("/proc/sys/kernel/apparmor_restrict_unprivileged_userns", "1") {
         ", or allow user namespaces: sysctl kernel.apparmor_restrict_unprivileged_userns=0".to_owned()
@@ -90,22 +93,22 @@ fn advice() -> String {
     }
 }
 
-fn own_program() -> Result<PathBuf, LabError> {
+fn current_program() -> Result<PathBuf, LabError> {
     std::env::current_exe().map_err(|source| LabError::Spawn { program: "overlayctl again".to_owned(), source })
 }
 
 /// Runs this very command again inside the lab's namespaces and waits for it; its exit code. Blocks.
-pub fn enter(home: &Home, name: &LabName) -> Result<u8, LabError> {
-    let Some(keeper) = keeper(home, name) else {
+pub fn enter(labs_dir: &LabsDir, name: &LabName) -> Result<u8, LabError> {
+    let Some(supervisor) = supervisor(labs_dir, name) else {
         // Either there is no such lab, or its keeper is gone and with it every name in it.
-        home.read(name)?;
+        labs_dir.read_layout(name)?;
         let reason = format!("the keeper of lab `{name}` is gone: take the lab down (overlayctl lab down --name {name})");
         return Err(LabError::Rootless { reason, advice: String::new() });
     };
     let mut command = Command::new("nsenter");
-    command.args(["--target", &keeper.pid.to_string(), "--user", "--mount", "--net", "--preserve-credentials", "--"]);
-    command.arg(own_program()?).args(std::env::args_os().skip(1));
-    command.env(INSIDE_VARIABLE, "1").env(DIR_VARIABLE, home.base());
+    command.args(["--target", &supervisor.pid.to_string(), "--user", "--mount", "--net", "--preserve-credentials", "--"]);
+    command.arg(current_program()?).args(std::env::args_os().skip(1));
+    command.env(INSIDE_VARIABLE, "1").env(DIR_VARIABLE, labs_dir.base());
     if let Ok(cwd) = std::env::current_dir() {
         command.env(CWD_VARIABLE, cwd);
     }
@@ -115,7 +118,7 @@ pub fn enter(home: &Home, name: &LabName) -> Result<u8, LabError> {
     Ok(u8::try_from(code).unwrap_or(1))
 }
 
-/// Goes where the caller of [`enter`] was.
+/// Goes where the caller of [`nsenter_command`] was.
 pub fn restore_directory() {
     if let Some(dir) = std::env::var_os(CWD_VARIABLE) {
         // One that cannot be entered any more leaves the command at the root.
@@ -125,19 +128,19 @@ pub fn restore_directory() {
 
 /// Takes a lab down that has a keeper: ends every process in its user namespace, the keeper too, and removes the directory. Namespaces and
 /// mounts end with the last process in them. Works without the keeper as well, from what was recorded. Blocks.
-pub fn down(home: &Home, name: &LabName) -> Result<Removed, LabError> {
-    let dir = home.dir(name);
-    let mut removed = Removed::default();
+pub fn down(labs_dir: &LabsDir, name: &LabName) -> Result<TeardownSummary, LabError> {
+    let dir = labs_dir.lab_dir(name);
+    let mut removed = TeardownSummary::default();
     let mut failures = Vec::new();
-    for _ in 0..ROUNDS {
-        let mut processes = recorded(&dir);
-        processes.extend(keeper(home, name));
-        processes.extend(companions(&processes));
+    for _ in 0..MAX_KILL_ROUNDS {
+        let mut processes = recorded_processes(&dir);
+        processes.extend(supervisor(labs_dir, name));
+        processes.extend(user_namespace_processes(&processes));
         if processes.is_empty() {
             break;
         }
         removed.processes += processes.len();
-        failures.extend(end_all(&processes.into_iter().collect::<Vec<_>>(), GRACE));
+        failures.extend(terminate_all(&processes.into_iter().collect::<Vec<_>>(), TERM_GRACE));
     }
     if failures.is_empty() {
         match remove_dir(&dir) {
@@ -145,11 +148,11 @@ pub fn down(home: &Home, name: &LabName) -> Result<Removed, LabError> {
             Err(error) => failures.push(error),
         }
     }
-    if failures.is_empty() { Ok(removed) } else { Err(LabError::Left { name: name.to_string(), failures }) }
+    if failures.is_empty() { Ok(removed) } else { Err(LabError::NotRemoved { name: name.to_string(), failures }) }
 }
 
 /// Every process in the user namespaces of these, unless that is our own.
-fn companions(processes: &BTreeSet<ProcessId>) -> BTreeSet<ProcessId> {
+fn user_namespace_processes(processes: &BTreeSet<ProcessId>) -> BTreeSet<ProcessId> {
     let namespace = |pid: &str| fs::metadata(format!("/proc/{pid}/ns/user")).ok().map(|m| (m.dev(), m.ino()));
     let Some(own) = namespace("self") else { return BTreeSet::new() };
     let theirs: BTreeSet<(u64, u64)> =
@@ -157,13 +160,13 @@ fn companions(processes: &BTreeSet<ProcessId>) -> BTreeSet<ProcessId> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
     let inside = pids.filter(|pid| namespace(&pid.to_string()).is_some_and(|n| theirs.contains(&n)));
-    inside.filter_map(ProcessId::of).collect()
+    inside.filter_map(ProcessId::from_pid).collect()
 }
 
 /// What the keeper does: makes /run/netns writable, says so, and stays until it is ended. Returns only where something fails.
-pub fn keep(dir: &Path) -> Result<std::convert::Infallible, LabError> {
+pub fn run_supervisor(dir: &Path) -> Result<std::convert::Infallible, LabError> {
     let file = |action, path: PathBuf| move |source| LabError::File { action, path, source };
-    prepare_run(dir).map_err(file("make room for namespaces in", PathBuf::from("/run")))?;
+    prepare_run_netns(dir).map_err(file("make room for namespaces in", PathBuf::from("/run")))?;
     fs::write(dir.join("keeper.ready"), "").map_err(file("write", dir.join("keeper.ready")))?;
     loop {
         // SIGTERM ends it: there is nothing to put in order, the namespaces go with it.
@@ -172,7 +175,7 @@ pub fn keep(dir: &Path) -> Result<std::convert::Infallible, LabError> {
 }
 
 /// An empty /run/netns of our own. Where there is none, /run itself becomes ours, with everything that was in it.
-fn prepare_run(dir: &Path) -> io::Result<()> {
+fn prepare_run_netns(dir: &Path) -> io::Result<()> {
     let netns = Path::new("/run/netns");
     let tmpfs = |at: &Path| mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=0755"));
     if netns.is_dir() {

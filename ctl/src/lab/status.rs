@@ -10,10 +10,10 @@ use serde::{Deserialize, Serialize};
 use super::{Host, Lab, container};
 
 /// How long one agent may take to answer.
-const LIMIT: Duration = Duration::from_secs(3);
+const STATUS_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// How many agents are asked at once.
-const AT_ONCE: usize = 16;
+const MAX_CONCURRENT: usize = 16;
 
 /// A lab.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -60,8 +60,9 @@ pub struct ContainerStatus {
 
 /// Asks every agent. What does not answer is said to be so; there is no error.
 pub async fn status(lab: &Lab) -> LabStatus {
-    let hosts = stream::iter(lab.hosts()).map(|host| async move { host_status(&host).await }).buffered(AT_ONCE).collect().await;
-    let etcd = super::process::ProcessId::recorded(&super::etcd::record(lab.dir()));
+    let hosts =
+        stream::iter(lab.hosts()).map(|host| async move { host_status(&host).await }).buffered(MAX_CONCURRENT).collect().await;
+    let etcd = super::process::ProcessId::from_pid_file(&super::etcd::pid_file(lab.dir()));
     LabStatus {
         name: lab.layout().name.to_string(),
         directory: lab.dir().to_owned(),
@@ -81,14 +82,14 @@ async fn host_status(host: &Host<'_>) -> HostStatus {
         addresses: host.layout().addresses,
         containers: Vec::new(),
     };
-    match container::found(host) {
+    match container::list_attached(host) {
         Ok(all) => found.containers = all.into_iter().map(|f| ContainerStatus { name: f.name, addresses: f.addresses }).collect(),
         Err(error) => found.problems.push(error.to_string()),
     }
     if found.agent_pid.is_none() {
         return found;
     }
-    let client = host.client().with_timeout(LIMIT);
+    let client = host.client().with_timeout(STATUS_TIMEOUT);
     match client.status().await {
         Err(error) => {
             found.agent = "silent".to_owned();

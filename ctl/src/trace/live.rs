@@ -10,26 +10,26 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
-use overlay_agent::kernel::echo::Echo;
+use overlay_agent::kernel::icmp::PingSocket;
 use overlay_agent::kernel::netns::Netns;
-use overlay_agent::kernel::trace::{Capture, Look, Passage, Sight, TraceWatch, Watched, Watchlist};
+use overlay_agent::kernel::trace::{Capture, CaptureFilter, CapturedPacket, KernelQuery, TraceEvent, TraceMonitor, TraceRead};
 use overlay_agent::model::Family;
 use serde::{Deserialize, Serialize};
 
 use super::{Trace, TraceError};
 
 /// How often the listeners look whether to end.
-const PAUSE: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// After the first packet: how long nothing more has to be seen for the watch to end.
-const QUIET: Duration = Duration::from_millis(1500);
+const QUIET_PERIOD: Duration = Duration::from_millis(1500);
 /// What is kept at the most: a watch is about a few packets.
-const MOST: usize = 400;
+const MAX_EVENTS: usize = 400;
 /// What waits between the listeners and the reader.
-const WAITING: usize = 1024;
+const CHANNEL_CAPACITY: usize = 1024;
 
 /// What to do.
 #[derive(Debug, Clone)]
-pub struct Watch {
+pub struct WatchOptions {
     /// How long to wait for a packet.
     pub wait: Duration,
     /// Sends one packet.
@@ -42,9 +42,9 @@ pub struct Watch {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Live {
     /// At the interfaces, in the order in which it was seen.
-    pub interfaces: Vec<Seen>,
+    pub interfaces: Vec<Observation>,
     /// In the rules, in their order. The kernel does not tell when: how these go between the others is not known.
-    pub rules: Vec<Seen>,
+    pub rules: Vec<Observation>,
     /// What it comes to, for a person.
     pub summary: String,
     /// A packet was dropped by the rules.
@@ -57,7 +57,7 @@ pub struct Live {
 
 /// A packet at one place.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Seen {
+pub struct Observation {
     /// At interfaces `request` or `reply`; in rules which packet it was, by a number that the kernel gives it.
     pub packet: String,
     /// The interface, or the chain.
@@ -67,8 +67,8 @@ pub struct Seen {
 }
 
 enum Event {
-    Rules(Vec<Sight>),
-    Interface(Passage),
+    Rules(Vec<TraceEvent>),
+    Interface(CapturedPacket),
     Lost,
     Failed(TraceError),
 }
@@ -77,21 +77,21 @@ enum Event {
 ///
 /// # Errors
 /// No permission, a kernel before 5.12, or the packet cannot be sent.
-pub fn watch(trace: &Trace, watch: &Watch) -> Result<Live, TraceError> {
+pub fn watch(trace: &Trace, watch: &WatchOptions) -> Result<Live, TraceError> {
     let mut pairs: Vec<(IpAddr, IpAddr)> = Vec::new();
-    for (source, destination) in &trace.forms {
+    for (source, destination) in &trace.addresses_seen {
         for pair in [(*source, *destination), (*destination, *source)] {
             if !pairs.contains(&pair) && !source.is_unspecified() {
                 pairs.push(pair);
             }
         }
     }
-    let rules = TraceWatch::open(&pairs, PAUSE)?;
-    let capture = Capture::open(Watchlist { pairs, port: trace.tunnel_port }, PAUSE)?;
-    let names: BTreeMap<u32, String> = Look::open()?.links()?.into_iter().map(|link| (link.index, link.name)).collect();
+    let rules = TraceMonitor::open(&pairs, POLL_INTERVAL)?;
+    let capture = Capture::open(CaptureFilter { pairs, port: trace.tunnel_port }, POLL_INTERVAL)?;
+    let names: BTreeMap<u32, String> = KernelQuery::open()?.links()?.into_iter().map(|link| (link.index, link.name)).collect();
     let stop = AtomicBool::new(false);
     let start = Instant::now();
-    let (sender, events) = sync_channel(WAITING);
+    let (sender, events) = sync_channel(CHANNEL_CAPACITY);
     let collected = std::thread::scope(|scope| {
         let of_rules = sender.clone();
         scope.spawn(|| listen_to_rules(rules, of_rules, &stop));
@@ -111,12 +111,12 @@ pub fn watch(trace: &Trace, watch: &Watch) -> Result<Live, TraceError> {
     Ok(summarise(trace, events, lost, &names))
 }
 
-fn listen_to_rules(mut rules: TraceWatch, sender: SyncSender<(Instant, Event)>, stop: &AtomicBool) {
+fn listen_to_rules(mut rules: TraceMonitor, sender: SyncSender<(Instant, Event)>, stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
         let event = match rules.wait() {
-            Ok(Watched::Nothing) => continue,
-            Ok(Watched::Sights(sights)) => Event::Rules(sights),
-            Ok(Watched::Lost) => Event::Lost,
+            Ok(TraceRead::Timeout) => continue,
+            Ok(TraceRead::Events(sights)) => Event::Rules(sights),
+            Ok(TraceRead::Lost) => Event::Lost,
             Err(error) => Event::Failed(error.into()),
         };
         let ends = matches!(event, Event::Failed(_));
@@ -141,22 +141,22 @@ fn listen_at_interfaces(mut capture: Capture, sender: SyncSender<(Instant, Event
 }
 
 /// A packet's socket, open while its answer is awaited.
-type Kept = Box<dyn std::any::Any + Send>;
+type OpenSocket = Box<dyn std::any::Any + Send>;
 
 /// Sends one packet from the source's namespace.
-fn send(trace: &Trace, netns: Option<PathBuf>) -> Result<Option<Kept>, TraceError> {
+fn send(trace: &Trace, netns: Option<PathBuf>) -> Result<Option<OpenSocket>, TraceError> {
     let (to, port, protocol) = (trace.to.address, trace.port.unwrap_or(0), trace.protocol.clone());
     let from = trace.from.address;
-    let work = move || -> Result<Kept, TraceError> {
-        let failed = |error: std::io::Error| TraceError::End { message: format!("cannot send a packet to {to}: {error}") };
+    let work = move || -> Result<OpenSocket, TraceError> {
+        let failed = |error: std::io::Error| TraceError::Target { message: format!("cannot send a packet to {to}: {error}") };
         Ok(match protocol.as_str() {
             "icmp" => {
-                let echo = Echo::open(Family::of(to), u64::from(std::process::id()) << 32 | 1, Some(PAUSE))?;
+                let echo = PingSocket::open(Family::of(to), u64::from(std::process::id()) << 32 | 1, Some(POLL_INTERVAL))?;
                 echo.send(to, 1).map_err(failed)?;
                 Box::new(echo)
             }
             // Whether it is accepted is seen on the way.
-            "tcp" => Box::new(TcpStream::connect_timeout(&SocketAddr::new(to, port), 5 * PAUSE).ok()),
+            "tcp" => Box::new(TcpStream::connect_timeout(&SocketAddr::new(to, port), 5 * POLL_INTERVAL).ok()),
             _ => {
                 let socket = UdpSocket::bind(SocketAddr::new(Family::of(to).unspecified(), 0)).map_err(failed)?;
                 socket.send_to(b"overlayctl trace", SocketAddr::new(to, port)).map_err(failed)?;
@@ -166,8 +166,8 @@ fn send(trace: &Trace, netns: Option<PathBuf>) -> Result<Option<Kept>, TraceErro
     };
     match netns {
         Some(path) => Ok(Some(Netns::open(path)?.run(work)??)),
-        None if Look::open()?.addresses(0)?.contains(&from) => Ok(Some(work()?)),
-        None => Err(TraceError::End {
+        None if KernelQuery::open()?.addresses(0)?.contains(&from) => Ok(Some(work()?)),
+        None => Err(TraceError::Target {
             message: format!(
                 "{from} is elsewhere: a packet can be sent from a container of this host or from this host; without --send one that is sent there is waited for"
             ),
@@ -175,9 +175,9 @@ fn send(trace: &Trace, netns: Option<PathBuf>) -> Result<Option<Kept>, TraceErro
     }
 }
 
-type Collected = Vec<Event>;
+type Events = Vec<Event>;
 
-fn collect(events: &Receiver<(Instant, Event)>, wait: Duration, start: Instant) -> Result<(Collected, bool), TraceError> {
+fn collect(events: &Receiver<(Instant, Event)>, wait: Duration, start: Instant) -> Result<(Events, bool), TraceError> {
     let (mut all, mut lost) = (Vec::new(), false);
     let mut end = start + wait;
     let mut count = 0;
@@ -190,11 +190,11 @@ fn collect(events: &Receiver<(Instant, Event)>, wait: Duration, start: Instant) 
                     Event::Rules(sights) => sights.len(),
                     _ => 1,
                 };
-                if count > MOST {
+                if count > MAX_EVENTS {
                     return Ok((all, true));
                 }
                 if count > 0 {
-                    end = (start + wait).min(at + QUIET);
+                    end = (start + wait).min(at + QUIET_PERIOD);
                 }
                 all.push(event);
             }
@@ -203,14 +203,14 @@ fn collect(events: &Receiver<(Instant, Event)>, wait: Duration, start: Instant) 
     }
 }
 
-fn summarise(trace: &Trace, events: Collected, lost: bool, names: &BTreeMap<u32, String>) -> Live {
+fn summarise(trace: &Trace, events: Events, lost: bool, names: &BTreeMap<u32, String>) -> Live {
     let mut live = Live { lost, ..Live::default() };
     let name = |index: u32| names.get(&index).cloned().unwrap_or_else(|| format!("interface {index}"));
     let (mut drop_place, mut last) = (None, None);
     for event in events {
         match event {
             Event::Interface(passage) => {
-                let request = trace.forms.contains(&(passage.source, passage.destination));
+                let request = trace.addresses_seen.contains(&(passage.source, passage.destination));
                 live.answered |= !request;
                 let tunnel = passage.tunnel.map(|(from, to)| format!(", in VXLAN from {from} to {to}")).unwrap_or_default();
                 let way = if passage.outgoing { "out" } else { "in" };
@@ -218,7 +218,7 @@ fn summarise(trace: &Trace, events: Collected, lost: bool, names: &BTreeMap<u32,
                 if request {
                     last = Some(place.clone());
                 }
-                live.interfaces.push(Seen {
+                live.interfaces.push(Observation {
                     packet: if request { "request" } else { "reply" }.to_owned(),
                     place,
                     what: format!("{way}: {} > {}{tunnel}", passage.source, passage.destination),
@@ -233,7 +233,7 @@ fn summarise(trace: &Trace, events: Collected, lost: bool, names: &BTreeMap<u32,
                     if sight.verdict == "drop" {
                         drop_place = Some(format!("{rule} of chain {chain}"));
                     }
-                    live.rules.push(Seen {
+                    live.rules.push(Observation {
                         packet: format!("{:x}", sight.packet),
                         place: chain,
                         what: format!("{rule}: {}", sight.verdict),

@@ -4,16 +4,16 @@
 use std::net::IpAddr;
 
 use overlay_agent::kernel::trace::packet::{Flow, Packet, UDP};
-use overlay_agent::kernel::trace::{Link, Lookup, Route};
+use overlay_agent::kernel::trace::{Link, Route, RouteLookup};
 use overlay_agent::model::Family;
 use overlay_agent::plan::ruleset::Hook;
 
-use super::passage::{Ended, Go};
-use super::site::link_fault;
-use super::walk::{HOST, Walk};
+use super::hop_log::{Step, Stop};
+use super::host_view::link_fault;
+use super::tracer::{HOST, Tracer};
 
 /// What heals most of what is wrong with entries of peers.
-const REPAIR: &str = "the agent puts it back: `overlayctl status` and `overlayctl peers` say how it is; systemctl start overlayd where it does not run";
+const REPAIR_HINT: &str = "the agent puts it back: `overlayctl status` and `overlayctl peers` say how it is; systemctl start overlayd where it does not run";
 
 /// Where a packet for a peer goes.
 struct Remote {
@@ -22,32 +22,32 @@ struct Remote {
     mac: overlay_agent::model::Mac,
 }
 
-impl Walk<'_> {
+impl Tracer<'_> {
     /// Whether a route for an address of the overlay leads where the overlay is.
-    pub(super) fn leads_into_overlay(&self, route: &Route) -> bool {
-        self.site.link(route.interface).is_some_and(|link| link.device().is_some())
+    pub(super) fn routes_into_overlay(&self, route: &Route) -> bool {
+        self.host.link(route.interface).is_some_and(|link| link.device().is_some())
     }
 
     /// The destination is of the overlay, and no peer's route leads to it.
-    pub(super) fn no_peer(&mut self, flow: &Flow, route: &Route) -> Ended {
+    pub(super) fn no_peer_route(&mut self, flow: &Flow, route: &Route) -> Stop {
         let by = route.destination.map(|entry| format!("the route {entry}")).unwrap_or_else(|| "another route".to_owned());
-        let what = format!("no peer's route covers it: {by} would send it out by {}", self.site.name(route.interface));
-        self.no_route_in_overlay(flow, &what)
+        let what = format!("no peer's route covers it: {by} would send it out by {}", self.host.name(route.interface));
+        self.no_overlay_route(flow, &what)
     }
 
     /// The same, with what the leases and the next-hop objects say of it.
-    pub(super) fn no_route_in_overlay(&mut self, flow: &Flow, what: &str) -> Ended {
+    pub(super) fn no_overlay_route(&mut self, flow: &Flow, what: &str) -> Stop {
         let destination = flow.destination;
         let mut answer = format!("{destination} is in the overlay network, but {what}");
-        let lease = self.known.lease_of(destination).cloned();
-        let remedy = match (&lease, self.known.leases.is_some()) {
+        let lease = self.inventory.lease_for(destination).cloned();
+        let remedy = match (&lease, self.inventory.leases.is_some()) {
             (Some(lease), _) => {
                 let host = lease.host.clone().unwrap_or_else(|| lease.key.clone());
                 let base = lease.subnet.and_then(|s| s.get(Family::of(destination))).map(|range| range.base());
                 if let Some(refused) = &lease.refused {
                     answer.push_str(&format!("; the lease of {host} is left out: {refused}"));
                 } else {
-                    let hop = base.is_some_and(|base| !self.site.look.nexthops_to(base).is_empty());
+                    let hop = base.is_some_and(|base| !self.host.kernel.nexthops_to(base).is_empty());
                     let missing = if hop {
                         "the next hop is there, the route is not"
                     } else {
@@ -55,7 +55,7 @@ impl Walk<'_> {
                     };
                     answer.push_str(&format!("; {host} holds its subnet, {missing}"));
                 }
-                REPAIR.to_owned()
+                REPAIR_HINT.to_owned()
             }
             (None, true) => {
                 answer.push_str("; no host holds a subnet with it: its lease has ended, or never was");
@@ -63,56 +63,57 @@ impl Walk<'_> {
             }
             (None, false) => {
                 answer.push_str("; the agent does not answer, so whether a host holds it is not known");
-                format!("{REPAIR}; `overlayctl subnets --etcd-endpoints URL` lists the leases without an agent")
+                format!("{REPAIR_HINT}; `overlayctl subnets --etcd-endpoints URL` lists the leases without an agent")
             }
         };
-        self.passage.stop(HOST, "route", answer, remedy)
+        self.log.stop(HOST, "route", answer, remedy)
     }
 
     /// Through the tunnel's device to the peer.
-    pub(super) fn tunnel(&mut self, flow: &Flow, route: &Route, device: &Link) -> Go<String> {
+    pub(super) fn through_tunnel(&mut self, flow: &Flow, route: &Route, device: &Link) -> Step<String> {
         let Some(vxlan) = device.vxlan.clone() else {
-            return Err(self.passage.stop(HOST, "tunnel", format!("{} is no VXLAN device", device.name), REPAIR));
+            return Err(self.log.stop(HOST, "tunnel", format!("{} is no VXLAN device", device.name), REPAIR_HINT));
         };
         if let Some(fault) = link_fault(device) {
-            return Err(self.passage.stop(HOST, "tunnel", fault, format!("ip link set {} up; {REPAIR}", device.name)));
+            return Err(self.log.stop(HOST, "tunnel", fault, format!("ip link set {} up; {REPAIR_HINT}", device.name)));
         }
         let local = vxlan.local.map_or("-".to_owned(), |local| local.to_string());
-        let remote = self.remote(flow.destination, route, device)?;
-        self.passage.ok(
+        let remote = self.resolve_remote(flow.destination, route, device)?;
+        self.log.ok(
             HOST,
             "tunnel",
             format!("{}: VNI {}, UDP {}, MTU {}, from {local}", device.name, vxlan.vni, vxlan.port, device.mtu),
         );
         let Some(source) = vxlan.local else {
-            return Err(self.passage.stop(HOST, "tunnel", format!("{} has no address of its own", device.name), REPAIR));
+            return Err(self.log.stop(HOST, "tunnel", format!("{} has no address of its own", device.name), REPAIR_HINT));
         };
-        let lookup = Lookup { destination: remote.public, source: Some(source), input: None };
-        let outer = match self.site.look.route(lookup)? {
+        let lookup = RouteLookup { destination: remote.public, source: Some(source), input: None };
+        let outer = match self.host.kernel.route(lookup)? {
             Ok(outer) if outer.kind == "local" => {
                 let answer = format!("{} is this host's own address: the FDB entry leads back here", remote.public);
-                return Err(self.passage.stop(HOST, "outer route", answer, REPAIR));
+                return Err(self.log.stop(HOST, "outer route", answer, REPAIR_HINT));
             }
             Ok(outer) => outer,
             Err(reason) => {
                 let answer = format!("no route to {} from {source}: {reason}", remote.public);
                 let remedy = format!("the underlay's routes: ip route get {} from {source}", remote.public);
-                return Err(self.passage.stop(HOST, "outer route", answer, remedy));
+                return Err(self.log.stop(HOST, "outer route", answer, remedy));
             }
         };
         let via = outer.gateway.map(|gateway| format!(" via {gateway}")).unwrap_or_default();
-        let exit = self.site.link(outer.interface).cloned();
-        self.passage.ok(HOST, "outer route", format!("{}{via} dev {}", remote.public, self.site.name(outer.interface)));
-        let around = Flow { source, destination: remote.public, protocol: UDP, port: vxlan.port };
+        let exit = self.host.link(outer.interface).cloned();
+        self.log.ok(HOST, "outer route", format!("{}{via} dev {}", remote.public, self.host.name(outer.interface)));
+        let outer_flow = Flow { source, destination: remote.public, protocol: UDP, port: vxlan.port };
         let inner = Packet::new(flow);
-        let mut packet = Packet { output: self.site.interface(outer.interface), ..Packet::tunnelled(&inner, &around, vxlan.vni) };
-        let judgement = self.site.book.judge(Hook::Output, false, &packet);
-        self.passage.judged(HOST, "outer rules output", &judgement)?;
-        packet.untracked = judgement.untracked;
-        let judgement = self.site.book.judge(Hook::Postrouting, false, &packet);
-        self.passage.judged(HOST, "outer rules postrouting", &judgement)?;
+        let mut packet =
+            Packet { output: self.host.interface(outer.interface), ..Packet::vxlan_encapsulated(&inner, &outer_flow, vxlan.vni) };
+        let result = self.host.ruleset.evaluate(Hook::Output, false, &packet);
+        self.log.record_rules(HOST, "outer rules output", &result)?;
+        packet.untracked = result.untracked;
+        let result = self.host.ruleset.evaluate(Hook::Postrouting, false, &packet);
+        self.log.record_rules(HOST, "outer rules postrouting", &result)?;
         let Some(exit) = exit else {
-            return Err(self.passage.stop(HOST, "outer route", "it names no interface", REPAIR));
+            return Err(self.log.stop(HOST, "outer route", "it names no interface", REPAIR_HINT));
         };
         let need = device.mtu + Family::of(remote.public).vxlan_overhead();
         if exit.mtu < need {
@@ -120,14 +121,14 @@ impl Walk<'_> {
                 "{} has MTU {}, a full packet of {} needs {need}: large packets are lost",
                 exit.name, exit.mtu, device.name
             );
-            self.passage.unsure(HOST, "outer MTU", answer, "the agent follows the underlay's MTU: `overlayctl status`");
+            self.log.unsure(HOST, "outer MTU", answer, "the agent follows the underlay's MTU: `overlayctl status`");
         }
-        self.leave(remote.public, &outer, &exit, "outer ")?;
-        let host = self.known.host_at(remote.public);
-        if !self.site.in_overlay(flow.source) && flow.source != source {
+        self.leave_host(remote.public, &outer, &exit, "outer ")?;
+        let host = self.inventory.host_name_at(remote.public);
+        if !self.host.in_overlay(flow.source) && flow.source != source {
             let answer = format!("{} is not of the overlay: {host} drops it as `tunnel`, unless it runs flannel", flow.source);
             let remedy = "--ip-masq=true, the default, has this host put its own address of the overlay in place";
-            self.passage.unsure(HOST, "peer's guard", answer, remedy);
+            self.log.unsure(HOST, "peer's guard", answer, remedy);
         }
         Ok(format!(
             "leaves this host by {} for {host}; goes on there: overlayctl trace {} {} on that host",
@@ -136,151 +137,155 @@ impl Walk<'_> {
     }
 
     /// Next hop, neighbour and FDB entry, in this order.
-    fn remote(&mut self, destination: IpAddr, route: &Route, device: &Link) -> Go<Remote> {
+    fn resolve_remote(&mut self, destination: IpAddr, route: &Route, device: &Link) -> Step<Remote> {
         if let Some(id) = route.nexthop {
-            let Some(hop) = self.site.look.nexthop(id) else {
-                return Err(self.passage.stop(HOST, "next hop", format!("object {id} is not there"), REPAIR));
+            let Some(hop) = self.host.kernel.nexthop(id) else {
+                return Err(self.log.stop(HOST, "next hop", format!("object {id} is not there"), REPAIR_HINT));
             };
             let leads = hop.gateway.map_or_else(|| "nowhere".to_owned(), |gateway| format!("via {gateway}"));
-            let leads = format!("object {id} leads {leads} dev {}", self.site.name(hop.interface));
+            let leads = format!("object {id} leads {leads} dev {}", self.host.name(hop.interface));
             let base = route.destination.map(|entry| entry.base());
             if hop.blackhole || hop.gateway.is_none() || hop.interface != Some(device.index) {
-                return Err(self.passage.stop(HOST, "next hop", leads, REPAIR));
+                return Err(self.log.stop(HOST, "next hop", leads, REPAIR_HINT));
             }
             if base.is_some() && hop.gateway != base {
                 let answer =
                     format!("{leads}, which is not the peer of {}", route.destination.map(|d| d.to_string()).unwrap_or_default());
-                return Err(self.passage.stop(HOST, "next hop", answer, REPAIR));
+                return Err(self.log.stop(HOST, "next hop", answer, REPAIR_HINT));
             }
-            self.passage.ok(HOST, "next hop", leads);
+            self.log.ok(HOST, "next hop", leads);
         }
         let Some(gateway) = route.gateway else {
             let answer = format!("the route to {destination} has no gateway: a peer's leads via the base of its subnet");
-            return Err(self.passage.stop(HOST, "next hop", answer, REPAIR));
+            return Err(self.log.stop(HOST, "next hop", answer, REPAIR_HINT));
         };
-        let mac = match self.site.look.neighbour(device.index, gateway) {
+        let mac = match self.host.kernel.neighbour(device.index, gateway) {
             Some(found) if found.is_usable() => {
                 let mac = found.mac.unwrap_or(overlay_agent::model::Mac([0; 6]));
-                self.passage.ok(HOST, "neighbour", format!("{gateway} is {mac} ({})", found.state));
+                self.log.ok(HOST, "neighbour", format!("{gateway} is {mac} ({})", found.state));
                 mac
             }
             Some(found) => {
                 let answer = format!("{gateway} on {} is {}: it has no MAC", device.name, found.state);
-                return Err(self.passage.stop(HOST, "neighbour", answer, REPAIR));
+                return Err(self.log.stop(HOST, "neighbour", answer, REPAIR_HINT));
             }
             None => {
                 let answer = format!("{gateway} is not known on {}, and a tunnel asks nobody", device.name);
-                return Err(self.passage.stop(HOST, "neighbour", answer, REPAIR));
+                return Err(self.log.stop(HOST, "neighbour", answer, REPAIR_HINT));
             }
         };
-        let Some(public) = self.site.look.fdb(device.index, mac) else {
+        let Some(public) = self.host.kernel.fdb_destination(device.index, mac) else {
             let answer = format!("{} has no entry for {mac}: it does not know behind which host that is", device.name);
-            return Err(self.passage.stop(HOST, "fdb", answer, REPAIR));
+            return Err(self.log.stop(HOST, "fdb", answer, REPAIR_HINT));
         };
-        self.passage.ok(HOST, "fdb", format!("{mac} is behind {}", self.known.host_at(public)));
-        self.agrees(destination, public);
+        self.log.ok(HOST, "fdb", format!("{mac} is behind {}", self.inventory.host_name_at(public)));
+        self.compare_with_lease(destination, public);
         Ok(Remote { gateway, public, mac })
     }
 
     /// Notes where the lease says otherwise than the kernel.
-    fn agrees(&mut self, destination: IpAddr, public: IpAddr) {
-        match self.known.lease_of(destination) {
+    fn compare_with_lease(&mut self, destination: IpAddr, public: IpAddr) {
+        match self.inventory.lease_for(destination) {
             Some(lease) if lease.public_ip.iter().all(|(_, own)| *own != public) => {
                 let wanted: Vec<String> = lease.public_ip.iter().map(|(_, own)| own.to_string()).collect();
                 let host = lease.host.clone().unwrap_or_default();
                 let answer = format!("the lease of {host} says {}, the kernel {public}", wanted.join(" "));
-                self.passage.unsure(HOST, "lease", answer, REPAIR);
+                self.log.unsure(HOST, "lease", answer, REPAIR_HINT);
             }
-            None if self.known.leases.is_some() => {
+            None if self.inventory.leases.is_some() => {
                 let answer = format!("no host holds a subnet with {destination} any more, yet the kernel leads there");
-                self.passage.unsure(HOST, "lease", answer, "`overlayctl subnets` lists the leases");
+                self.log.unsure(HOST, "lease", answer, "`overlayctl subnets` lists the leases");
             }
             _ => {}
         }
     }
 
     /// Out by an interface of the underlay.
-    pub(super) fn leave(&mut self, destination: IpAddr, route: &Route, link: &Link, prefix: &str) -> Go<()> {
+    pub(super) fn leave_host(&mut self, destination: IpAddr, route: &Route, link: &Link, prefix: &str) -> Step<()> {
         if let Some(fault) = link_fault(link) {
-            return Err(self.passage.stop(HOST, &format!("{prefix}interface"), fault, format!("ip link set {} up", link.name)));
+            return Err(self.log.stop(HOST, &format!("{prefix}interface"), fault, format!("ip link set {} up", link.name)));
         }
         let next = route.gateway.unwrap_or(destination);
         let step = format!("{prefix}neighbour");
-        match self.site.look.neighbour(link.index, next) {
+        match self.host.kernel.neighbour(link.index, next) {
             Some(found) if found.is_usable() => {
                 let mac = found.mac.map(|mac| mac.to_string()).unwrap_or_default();
-                self.passage.ok(HOST, &step, format!("{next} is {mac} ({})", found.state));
+                self.log.ok(HOST, &step, format!("{next} is {mac} ({})", found.state));
             }
             Some(found) if matches!(found.state.as_str(), "FAILED" | "INCOMPLETE") => {
                 let answer = format!("{next} does not answer on {} ({})", link.name, found.state);
                 let remedy = format!("the underlay is at fault: is {next} up, and on this network? `ip neigh show {next}`");
-                return Err(self.passage.stop(HOST, &step, answer, remedy));
+                return Err(self.log.stop(HOST, &step, answer, remedy));
             }
-            _ => self.passage.ok(HOST, &step, format!("{next} is not known yet: it is asked for with the first packet")),
+            _ => self.log.ok(HOST, &step, format!("{next} is not known yet: it is asked for with the first packet")),
         }
         Ok(())
     }
 
     /// From outside, or from another host of the overlay.
-    pub(super) fn arriving(&mut self, source: IpAddr, destination: IpAddr, protocol: u8, port: u16) -> Go<String> {
+    pub(super) fn arrive(&mut self, source: IpAddr, destination: IpAddr, protocol: u8, port: u16) -> Step<String> {
         let flow = Flow { source, destination, protocol, port };
-        let back = self.route(Lookup { destination: source, source: None, input: None })?;
-        if self.site.in_overlay(source) || self.leads_into_overlay(&back) {
-            return self.arriving_by_tunnel(flow, &back);
+        let back = self.lookup_route(RouteLookup { destination: source, source: None, input: None })?;
+        if self.host.in_overlay(source) || self.routes_into_overlay(&back) {
+            return self.arrive_by_tunnel(flow, &back);
         }
-        let input = self.site.link(back.interface).cloned();
-        let name = self.site.name(back.interface);
-        self.passage.ok(HOST, "arrival", format!("taken to come in by {name}, by which {source} is reached"));
-        if self.site.in_overlay(destination) {
-            self.note_guard(&flow);
+        let input = self.host.link(back.interface).cloned();
+        let name = self.host.name(back.interface);
+        self.log.ok(HOST, "arrival", format!("taken to come in by {name}, by which {source} is reached"));
+        if self.host.in_overlay(destination) {
+            self.note_source_filter(&flow);
         }
-        self.through(flow, input)
+        self.through_host(flow, input)
     }
 
     /// Notes what becomes of a packet from outside the overlay that a peer hands on through the tunnel as it is.
-    fn note_guard(&mut self, flow: &Flow) {
-        let peers = self.known.leases.iter().flatten().filter(|lease| !lease.own && lease.refused.is_none());
+    fn note_source_filter(&mut self, flow: &Flow) {
+        let peers = self.inventory.leases.iter().flatten().filter(|lease| !lease.own && lease.refused.is_none());
         let public = peers.filter_map(|lease| lease.public_ip.get(flow.family()).copied()).next();
-        let vxlan = self.site.tunnel(flow.family()).and_then(|link| link.vxlan.clone());
+        let vxlan = self.host.tunnel(flow.family()).and_then(|link| link.vxlan.clone());
         let (Some(public), Some(vxlan)) = (public, vxlan) else { return };
         let Some(packet) = self.tunnelled(flow, public, &vxlan) else { return };
-        let judgement = self.site.book.judge(Hook::Input, false, &packet);
-        if let Some(by) = judgement.dropped.as_ref().filter(|_| judgement.is_drop()) {
-            let (source, host) = (flow.source, self.known.host_at(public));
-            self.passage.notes.push(format!(
+        let result = self.host.ruleset.evaluate(Hook::Input, false, &packet);
+        if let Some(by) = result.dropped.as_ref().filter(|_| result.is_certain_drop()) {
+            let (source, host) = (flow.source, self.inventory.host_name_at(public));
+            self.log.notes.push(format!(
                 "what comes from {source} by way of another host, {host} for one, and is not masqueraded there is dropped here by {by} (`{}`)",
-                by.command()
+                by.list_command()
             ));
         }
     }
 
     /// A packet as it arrives by the tunnel from a peer; `None` where the tunnel has no address of its own.
     fn tunnelled(&mut self, flow: &Flow, public: IpAddr, vxlan: &overlay_agent::kernel::trace::Vxlan) -> Option<Packet> {
-        let around = Flow { source: public, destination: vxlan.local?, protocol: UDP, port: vxlan.port };
-        let outer = self.site.look.route(Lookup { destination: public, source: None, input: None }).ok()?;
-        let input = self.site.interface(outer.ok().and_then(|route| route.interface));
-        Some(Packet { input, local: Some(true), ..Packet::tunnelled(&Packet::new(flow), &around, vxlan.vni) })
+        let outer_flow = Flow { source: public, destination: vxlan.local?, protocol: UDP, port: vxlan.port };
+        let outer = self.host.kernel.route(RouteLookup { destination: public, source: None, input: None }).ok()?;
+        let input = self.host.interface(outer.ok().and_then(|route| route.interface));
+        Some(Packet {
+            input,
+            destination_is_local: Some(true),
+            ..Packet::vxlan_encapsulated(&Packet::new(flow), &outer_flow, vxlan.vni)
+        })
     }
 
-    fn arriving_by_tunnel(&mut self, flow: Flow, back: &Route) -> Go<String> {
-        let device = self.site.link(back.interface).cloned();
+    fn arrive_by_tunnel(&mut self, flow: Flow, back: &Route) -> Step<String> {
+        let device = self.host.link(back.interface).cloned();
         let Some((device, vxlan)) = device.and_then(|device| device.vxlan.clone().map(|vxlan| (device, vxlan))) else {
-            return Err(self.no_peer(&Flow { destination: flow.source, ..flow }, back));
+            return Err(self.no_peer_route(&Flow { destination: flow.source, ..flow }, back));
         };
-        self.passage.ok(HOST, "way back", format!("{} is reached by {}", flow.source, device.name));
-        let remote = self.remote(flow.source, back, &device)?;
+        self.log.ok(HOST, "way back", format!("{} is reached by {}", flow.source, device.name));
+        let remote = self.resolve_remote(flow.source, back, &device)?;
         let Some(mut packet) = self.tunnelled(&flow, remote.public, &vxlan) else {
-            return Err(self.passage.stop(HOST, "tunnel", format!("{} has no address of its own", device.name), REPAIR));
+            return Err(self.log.stop(HOST, "tunnel", format!("{} has no address of its own", device.name), REPAIR_HINT));
         };
-        let judgement = self.site.book.judge(Hook::Prerouting, false, &packet);
-        self.passage.judged(HOST, "outer rules prerouting", &judgement)?;
-        packet.untracked = judgement.untracked;
-        let judgement = self.site.book.judge(Hook::Input, false, &packet);
-        self.passage.judged(HOST, "outer rules input", &judgement)?;
+        let result = self.host.ruleset.evaluate(Hook::Prerouting, false, &packet);
+        self.log.record_rules(HOST, "outer rules prerouting", &result)?;
+        packet.untracked = result.untracked;
+        let result = self.host.ruleset.evaluate(Hook::Input, false, &packet);
+        self.log.record_rules(HOST, "outer rules input", &result)?;
         if let Some(fault) = link_fault(&device) {
-            return Err(self.passage.stop(HOST, "tunnel", fault, format!("ip link set {} up; {REPAIR}", device.name)));
+            return Err(self.log.stop(HOST, "tunnel", fault, format!("ip link set {} up; {REPAIR_HINT}", device.name)));
         }
-        self.passage.ok(HOST, "tunnel", format!("{} takes it out, from {} ({})", device.name, remote.gateway, remote.mac));
-        self.through(flow, Some(device))
+        self.log.ok(HOST, "tunnel", format!("{} takes it out, from {} ({})", device.name, remote.gateway, remote.mac));
+        self.through_host(flow, Some(device))
     }
 }

@@ -1,5 +1,5 @@
-//! `attach`: a container attached and detached, through the agent's socket and by the CNI plugin as a whole process, beside Debian's plugins
-//! `bridge` and `host-local` that do the same work (veth pair, bridge port, address, default route).
+//! `attach_filter`: a container attached and detached, through the agent's socket and by the CNI plugin as a whole process, beside Debian's plugins
+//! `bridge_name` and `host-local` that do the same work (veth pair, bridge port, address, default route).
 //!
 //! Two hosts of one lab, each with a real agent: one without endpoints, one with many; two namespaces for the reference with as many of its own
 //! containers; and two more, each with a bridge and as many ports, where nothing is done but what the kernel has to do in any case: a veth pair,
@@ -14,32 +14,32 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow, ensure};
 use clap::Args;
 use overlay_agent::kernel::netns::Netns;
-use overlay_agent::kernel::setup::Setup;
+use overlay_agent::kernel::netns_builder::NetnsBuilder;
 use overlay_agent::model::api::AttachRequest;
 use overlay_agent::model::endpoint::EndpointName;
 use overlayctl::client::Client;
 use tokio::runtime::Runtime;
 
+use super::bench_lab::BenchLab;
+use super::netns_guard::{BRIDGE, NetnsGuard};
 use super::progress;
 use super::report::{Report, Row};
-use super::space::{BRIDGE, Space};
-use super::stage::Stage;
 use super::stats::milliseconds;
 
 /// Where Debian's package containernetworking-plugins has its plugins.
 const DEBIAN_PLUGINS: &str = "/usr/lib/cni";
 /// An ADD at the median, one at a time, in milliseconds.
-const GOAL: f64 = 10.0;
+const MAX_ADD_MS: f64 = 10.0;
 /// An ADD to the reference's.
-const GOAL_RATIO: f64 = 1.0 / 3.0;
+const MAX_ADD_RATIO: f64 = 1.0 / 3.0;
 /// An ADD with many endpoints to one with none: no slower, but for what two runs of the same differ by.
-const GOAL_MANY: f64 = 1.1;
+const MAX_SCALING_RATIO: f64 = 1.1;
 /// How many at once.
-const SIDE_BY_SIDE: usize = 8;
+const CONCURRENCY: usize = 8;
 /// Four on each of two hosts.
-const CONTESTANTS: usize = 8;
+const COMPETITORS: usize = 8;
 /// Turns at the begin of which caches are cold.
-const WARM_UP: usize = 3;
+const WARM_UP_ROUNDS: usize = 3;
 
 /// How to measure.
 #[derive(Debug, Args)]
@@ -53,41 +53,41 @@ pub struct AttachArguments {
 }
 
 /// Who attaches.
-enum By<'a> {
+enum Method<'a> {
     /// The socket, by the client that `overlayctl` uses, in this process.
     Socket { client: Client, runtime: &'a Runtime },
     /// A plugin, one process a verb.
     Plugin { program: PathBuf, config: String },
     /// A veth pair and a bridge's port alone.
-    Kernel { setup: Setup, runtime: &'a Runtime },
+    Kernel { setup: NetnsBuilder, runtime: &'a Runtime },
 }
 
 /// Somebody who attaches containers of one host.
-struct Contestant<'a> {
+struct Competitor<'a> {
     name: &'static str,
     host: Netns,
-    by: By<'a>,
-    slots: &'a [Slot],
+    method: Method<'a>,
+    containers: &'a [ContainerNetns],
 }
 
 /// A container's namespace, which goes when it is dropped.
-struct Slot {
+struct ContainerNetns {
     name: String,
     path: PathBuf,
 }
 
-impl Slot {
-    fn new(name: String) -> anyhow::Result<Slot> {
+impl ContainerNetns {
+    fn new(name: String) -> anyhow::Result<ContainerNetns> {
         let path = Netns::create(&name)?.path().to_owned();
-        Ok(Slot { name, path })
+        Ok(ContainerNetns { name, path })
     }
 
-    fn many(kind: &str, count: usize) -> anyhow::Result<Vec<Slot>> {
-        (0..count).map(|n| Slot::new(format!("ovbench-{}-{kind}{n}", std::process::id()))).collect()
+    fn create_many(kind: &str, count: usize) -> anyhow::Result<Vec<ContainerNetns>> {
+        (0..count).map(|n| ContainerNetns::new(format!("ovbench-{}-{kind}{n}", std::process::id()))).collect()
     }
 }
 
-impl Drop for Slot {
+impl Drop for ContainerNetns {
     fn drop(&mut self) {
         if let Err(error) = Netns::delete(&self.name) {
             eprintln!("overlay-bench: {error}");
@@ -101,11 +101,11 @@ enum Verb {
     Del,
 }
 
-impl Contestant<'_> {
+impl Competitor<'_> {
     /// Attaches or detaches one container.
-    fn act(&self, verb: Verb, slot: &Slot) -> anyhow::Result<()> {
-        match &self.by {
-            By::Socket { client, runtime } => {
+    fn execute(&self, verb: Verb, slot: &ContainerNetns) -> anyhow::Result<()> {
+        match &self.method {
+            Method::Socket { client, runtime } => {
                 let name: EndpointName = slot.name.parse()?;
                 runtime.block_on(async {
                     match verb {
@@ -118,8 +118,8 @@ impl Contestant<'_> {
                 })?;
                 Ok(())
             }
-            By::Plugin { program, config } => plugin(program, config, verb, slot),
-            By::Kernel { setup, runtime } => {
+            Method::Plugin { program, config } => run_plugin(program, config, verb, slot),
+            Method::Kernel { setup, runtime } => {
                 // A name of its own for each slot, short enough for an interface.
                 let port = format!("k-{}", slot.name.rsplit('-').next().unwrap_or_default());
                 let netns = Netns::open(&slot.path)?;
@@ -137,17 +137,17 @@ impl Contestant<'_> {
     }
 
     /// The same for the first so many slots, all at once; from the first one's begin to the last one's end.
-    fn all(&self, verb: Verb, count: usize) -> anyhow::Result<Duration> {
+    fn execute_concurrently(&self, verb: Verb, count: usize) -> anyhow::Result<Duration> {
         let barrier = Barrier::new(count);
-        let work = |slot: &Slot| {
+        let work = |slot: &ContainerNetns| {
             self.host.run(|| {
                 barrier.wait();
                 let begin = Instant::now();
-                self.act(verb, slot).map(|()| (begin, Instant::now()))
+                self.execute(verb, slot).map(|()| (begin, Instant::now()))
             })
         };
         let times = thread::scope(|scope| {
-            let running: Vec<_> = self.slots[..count].iter().map(|slot| scope.spawn(|| work(slot))).collect();
+            let running: Vec<_> = self.containers[..count].iter().map(|slot| scope.spawn(|| work(slot))).collect();
             running
                 .into_iter()
                 .map(|thread| thread.join().map_err(|_| anyhow!("a thread panicked"))??.with_context(|| self.name))
@@ -160,7 +160,7 @@ impl Contestant<'_> {
 }
 
 /// Runs a plugin as a runtime does, in the calling thread's namespace.
-fn plugin(program: &Path, config: &str, verb: Verb, slot: &Slot) -> anyhow::Result<()> {
+fn run_plugin(program: &Path, config: &str, verb: Verb, slot: &ContainerNetns) -> anyhow::Result<()> {
     let command = match verb {
         Verb::Add => "ADD",
         Verb::Del => "DEL",
@@ -192,10 +192,10 @@ pub fn measure(arguments: &AttachArguments, report: &mut Report) -> anyhow::Resu
     let own = std::env::current_exe()?.with_file_name("overlay-cni");
     ensure!(own.is_file(), "{} is needed: build it with the same profile (cargo build --release --workspace)", own.display());
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let stage = runtime.block_on(Stage::for_containers(2))?;
-    let spaces = (0..4).map(|_| runtime.block_on(Space::new())).collect::<anyhow::Result<Vec<_>>>()?;
+    let stage = runtime.block_on(BenchLab::for_containers(2))?;
+    let spaces = (0..4).map(|_| runtime.block_on(NetnsGuard::new())).collect::<anyhow::Result<Vec<_>>>()?;
     let data = tempfile::tempdir()?;
-    let slots = Slot::many("s", SIDE_BY_SIDE)?;
+    let slots = ContainerNetns::create_many("s", CONCURRENCY)?;
     let mut contestants = Vec::new();
     for (n, host) in stage.lab.hosts().enumerate() {
         let config =
@@ -205,33 +205,33 @@ pub fn measure(arguments: &AttachArguments, report: &mut Report) -> anyhow::Resu
             "ipam":{{"type":"host-local","dataDir":"{}/{n}","ranges":[[{{"subnet":"10.77.0.0/16"}}]],"routes":[{{"dst":"0.0.0.0/0"}}]}}}}"#,
             data.path().display()
         );
-        let contestant = |name, host, by| Contestant { name, host, by, slots: &slots };
+        let contestant = |name, host, by| Competitor { name, host, method: by, containers: &slots };
         let client = host.client();
-        contestants.push(contestant("socket", host.netns()?, By::Socket { client, runtime: &runtime }));
-        contestants.push(contestant("overlay-cni", host.netns()?, By::Plugin { program: own.clone(), config }));
-        let by = By::Plugin { program: bridge.clone(), config: reference };
+        contestants.push(contestant("socket", host.netns()?, Method::Socket { client, runtime: &runtime }));
+        contestants.push(contestant("overlay-cni", host.netns()?, Method::Plugin { program: own.clone(), config }));
+        let by = Method::Plugin { program: bridge.clone(), config: reference };
         contestants.push(contestant("reference", spaces[n].netns().clone(), by));
         let alone = &spaces[2 + n];
         runtime.block_on(alone.add_bridge())?;
-        let setup = runtime.block_on(async { Setup::open(alone.netns()) })?;
-        contestants.push(contestant("kernel", alone.netns().clone(), By::Kernel { setup, runtime: &runtime }));
+        let setup = runtime.block_on(async { NetnsBuilder::open(alone.netns()) })?;
+        contestants.push(contestant("kernel", alone.netns().clone(), Method::Kernel { setup, runtime: &runtime }));
     }
     progress(&format!("{} endpoints on the second host, and as many of the reference's", arguments.endpoints));
-    let crowd = [Slot::many("p", arguments.endpoints)?, Slot::many("r", arguments.endpoints)?];
-    for (contestant, slots) in company(&contestants, &crowd) {
+    let crowd = [ContainerNetns::create_many("p", arguments.endpoints)?, ContainerNetns::create_many("r", arguments.endpoints)?];
+    for (contestant, slots) in preloaded(&contestants, &crowd) {
         for slot in slots {
-            contestant.host.run(|| contestant.act(Verb::Add, slot))??;
+            contestant.host.run(|| contestant.execute(Verb::Add, slot))??;
         }
     }
-    for count in [1, SIDE_BY_SIDE] {
+    for count in [1, CONCURRENCY] {
         let turns = if count == 1 { arguments.samples } else { arguments.samples.div_ceil(4) };
         progress(&format!("{count} at once, {turns} turns"));
-        let (mut added, mut removed): (Samples, Samples) = (vec![Vec::new(); CONTESTANTS], vec![Vec::new(); CONTESTANTS]);
-        for turn in 0..turns + WARM_UP {
+        let (mut added, mut removed): (Samples, Samples) = (vec![Vec::new(); COMPETITORS], vec![Vec::new(); COMPETITORS]);
+        for turn in 0..turns + WARM_UP_ROUNDS {
             for (number, contestant) in contestants.iter().enumerate() {
-                let add = contestant.all(Verb::Add, count)?;
-                let del = contestant.all(Verb::Del, count)?;
-                if turn >= WARM_UP {
+                let add = contestant.execute_concurrently(Verb::Add, count)?;
+                let del = contestant.execute_concurrently(Verb::Del, count)?;
+                if turn >= WARM_UP_ROUNDS {
                     added[number].push(milliseconds(add));
                     removed[number].push(milliseconds(del));
                 }
@@ -239,19 +239,22 @@ pub fn measure(arguments: &AttachArguments, report: &mut Report) -> anyhow::Resu
         }
         add_rows(report, arguments, count, &added, &removed)?;
     }
-    leave(&contestants, &crowd)
+    detach_preloaded(&contestants, &crowd)
 }
 
 /// Who has company on the second host, and which.
-fn company<'a, 'b>(contestants: &'a [Contestant<'b>], crowd: &'a [Vec<Slot>; 2]) -> [(&'a Contestant<'b>, &'a [Slot]); 3] {
-    [(&contestants[5], &crowd[0]), (&contestants[6], &crowd[1]), (&contestants[7], &crowd[1])]
+fn preloaded<'a, 'b>(
+    competitors: &'a [Competitor<'b>],
+    preload: &'a [Vec<ContainerNetns>; 2],
+) -> [(&'a Competitor<'b>, &'a [ContainerNetns]); 3] {
+    [(&competitors[5], &preload[0]), (&competitors[6], &preload[1]), (&competitors[7], &preload[1])]
 }
 
 /// Detaches what was there for company, so that nothing outlives its namespace.
-fn leave(contestants: &[Contestant<'_>], crowd: &[Vec<Slot>; 2]) -> anyhow::Result<()> {
-    for (contestant, slots) in company(contestants, crowd) {
+fn detach_preloaded(competitors: &[Competitor<'_>], preload: &[Vec<ContainerNetns>; 2]) -> anyhow::Result<()> {
+    for (contestant, slots) in preloaded(competitors, preload) {
         for slot in slots {
-            contestant.host.run(|| contestant.act(Verb::Del, slot))??;
+            contestant.host.run(|| contestant.execute(Verb::Del, slot))??;
         }
     }
     Ok(())
@@ -265,8 +268,8 @@ fn add_rows(
     added: &Samples,
     removed: &Samples,
 ) -> anyhow::Result<()> {
-    let [empty_socket, empty, empty_ref, empty_kernel, many_socket, many, many_ref, many_kernel] = each(added)?;
-    let removed = each(removed)?;
+    let [empty_socket, empty, empty_ref, empty_kernel, many_socket, many, many_ref, many_kernel] = columns(added)?;
+    let removed = columns(removed)?;
     let title = if count == 1 { "one at a time".to_owned() } else { format!("{count} at once, until the last") };
     let hosts = [
         (0, [empty_socket, empty, empty_ref], [removed[0], removed[1], removed[2]]),
@@ -275,27 +278,28 @@ fn add_rows(
     for (present, adds, dels) in hosts {
         let conditions = format!("{present} endpoints, {title}");
         let row = |what: &str, samples: &[f64], reference: &[f64]| {
-            Row::new("attach", &conditions, what, "ms", samples).map(|r| r.against("bridge + host-local", samples, reference))
+            Row::new("attach", &conditions, what, "ms", samples)
+                .map(|r| r.with_baseline("bridge + host-local", samples, reference))
         };
         report.add(row("attach by the socket", adds[0], adds[2]));
-        let add = row("CNI ADD", adds[1], adds[2]).map(|r| r.ratio_goal(GOAL_RATIO));
+        let add = row("CNI ADD", adds[1], adds[2]).map(|r| r.ratio_goal(MAX_ADD_RATIO));
         report.add(add);
         if count == 1 {
-            report.add(Row::new("attach", &conditions, "CNI ADD", "ms", adds[1]).map(|r| r.median_goal(GOAL)));
+            report.add(Row::new("attach", &conditions, "CNI ADD", "ms", adds[1]).map(|r| r.median_goal(MAX_ADD_MS)));
         }
         report.add(row("detach by the socket", dels[0], dels[2]));
         report.add(row("CNI DEL", dels[1], dels[2]));
     }
     let conditions = format!("{} endpoints, {title}", arguments.endpoints);
     let row = |what: &str, many: &[f64], empty: &[f64]| {
-        Row::new("attach", &conditions, what, "ms", many).map(|r| r.against("0 endpoints", many, empty))
+        Row::new("attach", &conditions, what, "ms", many).map(|r| r.with_baseline("0 endpoints", many, empty))
     };
-    report.add(row("CNI ADD", many, empty).map(|r| r.ratio_goal(GOAL_MANY)));
+    report.add(row("CNI ADD", many, empty).map(|r| r.ratio_goal(MAX_SCALING_RATIO)));
     report.add(row("of the kernel alone: a pair, a port", many_kernel, empty_kernel));
     Ok(())
 }
 
-fn each(samples: &Samples) -> anyhow::Result<[&[f64]; CONTESTANTS]> {
+fn columns(samples: &Samples) -> anyhow::Result<[&[f64]; COMPETITORS]> {
     let all: Vec<&[f64]> = samples.iter().map(Vec::as_slice).collect();
-    <[&[f64]; CONTESTANTS]>::try_from(all).map_err(|_| anyhow!("each contestant has samples"))
+    <[&[f64]; COMPETITORS]>::try_from(all).map_err(|_| anyhow!("each contestant has samples"))
 }

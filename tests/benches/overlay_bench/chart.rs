@@ -23,15 +23,15 @@ pub struct Axes {
 }
 
 /// Size of the picture at the least, and of the field that the curves are in, in pixels. Longer names make it wider, by so much a letter.
-const SIZE: (f64, f64) = (760.0, 420.0);
-const LETTER: f64 = 7.5;
-const FIELD: (f64, f64, f64, f64) = (70.0, 50.0, 480.0, 310.0);
+const MIN_SIZE: (f64, f64) = (760.0, 420.0);
+const LETTER_WIDTH: f64 = 7.5;
+const PLOT_AREA: (f64, f64, f64, f64) = (70.0, 50.0, 480.0, 310.0);
 /// From the field to the names.
-const LEGEND: f64 = 48.0;
+const LEGEND_GAP: f64 = 48.0;
 /// Colours that also the colour-blind tell apart (Okabe and Ito, "Color Universal Design").
 const COLOURS: [&str; 8] = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000"];
 /// About how many steps an axis has.
-const STEPS: f64 = 5.0;
+const AXIS_STEPS: f64 = 5.0;
 
 /// The picture.
 pub fn svg(axes: &Axes, curves: &[Curve]) -> String {
@@ -39,10 +39,11 @@ pub fn svg(axes: &Axes, curves: &[Curve]) -> String {
     let smallest = points().map(|(x, _)| *x).filter(|x| *x > 0.0).fold(f64::INFINITY, f64::min);
     let x = Scale::new(points().map(|(x, _)| *x), axes.logarithmic.then_some(smallest).filter(|x| x.is_finite()));
     let y = Scale::new(points().map(|(_, y)| *y), None);
-    let (left, top, width, height) = FIELD;
-    let at = |(px, py): &(f64, f64)| (left + width * x.place(*px), top + height * (1.0 - y.place(*py)));
+    let (left, top, width, height) = PLOT_AREA;
+    let at = |(px, py): &(f64, f64)| (left + width * x.position(*px), top + height * (1.0 - y.position(*py)));
     let longest = curves.iter().map(|curve| curve.name.chars().count()).max().unwrap_or_default();
-    let whole = f64::from(u16::try_from(longest).unwrap_or(u16::MAX)).mul_add(LETTER, left + width + LEGEND).max(SIZE.0);
+    let whole =
+        f64::from(u16::try_from(longest).unwrap_or(u16::MAX)).mul_add(LETTER_WIDTH, left + width + LEGEND_GAP).max(MIN_SIZE.0);
     let mut out = String::new();
     let _ = write!(
         out,
@@ -51,31 +52,32 @@ pub fn svg(axes: &Axes, curves: &[Curve]) -> String {
 <text x="{left}" y="26" font-size="16" font-weight="bold">{title}</text>
 <g stroke="#dddddd">"##,
         whole,
-        SIZE.1,
-        title = escaped(&axes.title)
+        MIN_SIZE.1,
+        title = escape_xml(&axes.title)
     );
     let bottom = top + height;
-    for step in y.steps() {
-        let place = top + height * (1.0 - y.place(step));
+    for step in y.ticks() {
+        let place = top + height * (1.0 - y.position(step));
         let _ = write!(out, "\n<path d=\"M{left} {place:.1}h{width}\"/>");
     }
     let _ = write!(out, "\n</g>\n<g fill=\"#333333\">");
-    for step in y.steps() {
-        let place = top + height * (1.0 - y.place(step)) + 4.0;
-        let _ = write!(out, "\n<text x=\"{}\" y=\"{place:.1}\" text-anchor=\"end\">{}</text>", left - 8.0, tick(step));
+    for step in y.ticks() {
+        let place = top + height * (1.0 - y.position(step)) + 4.0;
+        let _ = write!(out, "\n<text x=\"{}\" y=\"{place:.1}\" text-anchor=\"end\">{}</text>", left - 8.0, tick_label(step));
     }
-    for step in x.steps() {
-        let place = left + width * x.place(step);
-        let _ = write!(out, "\n<text x=\"{place:.1}\" y=\"{}\" text-anchor=\"middle\">{}</text>", bottom + 18.0, tick(step));
+    for step in x.ticks() {
+        let place = left + width * x.position(step);
+        let _ =
+            write!(out, "\n<text x=\"{place:.1}\" y=\"{}\" text-anchor=\"middle\">{}</text>", bottom + 18.0, tick_label(step));
     }
     let _ = write!(
         out,
         "\n<text x=\"{}\" y=\"{}\" text-anchor=\"middle\">{}</text>\n<text transform=\"translate(18 {}) rotate(-90)\" text-anchor=\"middle\">{}</text>\n</g>",
         left + width / 2.0,
         bottom + 40.0,
-        escaped(&axes.x),
+        escape_xml(&axes.x),
         top + height / 2.0,
-        escaped(&axes.y)
+        escape_xml(&axes.y)
     );
     let _ = write!(out, "\n<path d=\"M{left} {top}v{height}h{width}\" fill=\"none\" stroke=\"#333333\"/>");
     for ((curve, colour), row) in curves.iter().zip(COLOURS.iter().cycle()).zip(0_u16..) {
@@ -88,8 +90,8 @@ pub fn svg(axes: &Axes, curves: &[Curve]) -> String {
                 let _ = write!(out, "\n<circle cx=\"{px:.1}\" cy=\"{py:.1}\" r=\"3.5\" fill=\"{colour}\"/>");
             }
         }
-        let (legend, line) = (left + width + LEGEND - 24.0 - 8.0, top + 10.0 + 20.0 * f64::from(row));
-        let name = escaped(&curve.name);
+        let (legend, line) = (left + width + LEGEND_GAP - 24.0 - 8.0, top + 10.0 + 20.0 * f64::from(row));
+        let name = escape_xml(&curve.name);
         let _ = write!(
             out,
             "\n<path d=\"M{legend} {line}h18\" stroke=\"{colour}\" stroke-width=\"3\"/>\n<text x=\"{}\" y=\"{}\">{name}</text>",
@@ -117,20 +119,20 @@ impl Scale {
             let (from, to) = (smallest.log10().floor(), greatest.log10().ceil());
             return Scale { from, to: to.max(from + 1.0), step: 1.0, logarithmic: true };
         }
-        let rough = (greatest / STEPS).max(f64::MIN_POSITIVE);
+        let rough = (greatest / AXIS_STEPS).max(f64::MIN_POSITIVE);
         let ten = 10_f64.powf(rough.log10().floor());
         let step = [1.0, 2.0, 5.0, 10.0].map(|n| n * ten).into_iter().find(|step| *step >= rough).unwrap_or(10.0 * ten);
         Scale { from: 0.0, to: step * (greatest / step).ceil().max(1.0), step, logarithmic: false }
     }
 
     /// 0 at the begin of the axis, 1 at its end.
-    fn place(&self, value: f64) -> f64 {
+    fn position(&self, value: f64) -> f64 {
         // Nothing at all stands at the begin of powers of ten.
         let value = if self.logarithmic { value.max(10_f64.powf(self.from)).log10() } else { value };
         (value - self.from) / (self.to - self.from)
     }
 
-    fn steps(&self) -> Vec<f64> {
+    fn ticks(&self) -> Vec<f64> {
         let count = ((self.to - self.from) / self.step).round();
         let steps = (0_u32..).map(f64::from).take_while(|n| *n <= count).map(|n| self.from + n * self.step);
         steps.map(|step| if self.logarithmic { 10_f64.powf(step) } else { step }).collect()
@@ -138,7 +140,7 @@ impl Scale {
 }
 
 /// A number beside an axis: `50000` is 50,000, `0.25` stays.
-fn tick(value: f64) -> String {
+fn tick_label(value: f64) -> String {
     if value < 1.0 && value > 0.0 {
         let text = format!("{value:.3}");
         return text.trim_end_matches('0').trim_end_matches('.').to_owned();
@@ -151,7 +153,7 @@ fn tick(value: f64) -> String {
     groups.join(",")
 }
 
-fn escaped(text: &str) -> String {
+fn escape_xml(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
@@ -164,20 +166,20 @@ mod tests {
     }
 
     #[test]
-    fn values_stand_where_they_belong() {
+    fn values_map_to_axis_positions() {
         let plain = Scale::new([0.0, 50_000.0].into_iter(), None);
-        assert_eq!((plain.place(0.0), plain.place(25_000.0), plain.place(50_000.0)), (0.0, 0.5, 1.0));
-        assert_eq!(plain.steps(), [0.0, 10_000.0, 20_000.0, 30_000.0, 40_000.0, 50_000.0]);
+        assert_eq!((plain.position(0.0), plain.position(25_000.0), plain.position(50_000.0)), (0.0, 0.5, 1.0));
+        assert_eq!(plain.ticks(), [0.0, 10_000.0, 20_000.0, 30_000.0, 40_000.0, 50_000.0]);
         let powers = Scale::new([1.0, 1000.0].into_iter(), Some(1.0));
-        assert_eq!(powers.steps().iter().map(|step| step.round()).collect::<Vec<_>>(), [1.0, 10.0, 100.0, 1000.0]);
-        assert!((powers.place(10.0) - 1.0 / 3.0).abs() < 1e-9);
+        assert_eq!(powers.ticks().iter().map(|step| step.round()).collect::<Vec<_>>(), [1.0, 10.0, 100.0, 1000.0]);
+        assert!((powers.position(10.0) - 1.0 / 3.0).abs() < 1e-9);
         let small = Scale::new([0.7].into_iter(), None);
-        assert_eq!(small.steps().iter().map(|step| tick(*step)).collect::<Vec<_>>(), ["0", "0.2", "0.4", "0.6", "0.8"]);
-        assert_eq!([1234567.0, 2.5, 1000.0].map(tick), ["1,234,567", "2.5", "1,000"]);
+        assert_eq!(small.ticks().iter().map(|step| tick_label(*step)).collect::<Vec<_>>(), ["0", "0.2", "0.4", "0.6", "0.8"]);
+        assert_eq!([1234567.0, 2.5, 1000.0].map(tick_label), ["1,234,567", "2.5", "1,000"]);
     }
 
     #[test]
-    fn each_curve_is_a_path_with_its_name() {
+    fn each_curve_is_a_named_path() {
         let curve = |name: &str, y: f64| Curve { name: name.to_owned(), points: vec![(1000.0, y), (10_000.0, 10.0 * y)] };
         let picture = svg(&axes(false), &[curve("agent", 14.0), curve("raw <limit>", 9.0)]);
         assert!(picture.starts_with("<svg") && picture.ends_with("</svg>\n"), "{picture}");
@@ -189,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_measured_is_an_empty_field() {
+    fn empty_data_gives_empty_plot() {
         let picture = svg(&axes(true), &[]);
         assert!(picture.contains("peers") && !picture.contains("NaN") && !picture.contains("inf"), "{picture}");
     }

@@ -14,21 +14,21 @@ use clap::Args;
 use overlay_agent::model::{Cidr, Mac};
 use tokio_util::sync::CancellationToken;
 
-use super::gauge::{Page, Used, etcd_process};
-use super::join::{Ending, Seen, Who, listen, watch};
-use super::member::Member;
+use super::bench_lab::{BenchLab, etcd_key, etcd_socket_addr};
+use super::join::{Observation, Observer, StopOnDrop, listen_routes, watch_leases};
+use super::process_stats::{MetricsPage, Usage, etcd_process};
 use super::progress;
 use super::report::{Report, Row};
-use super::stage::{Stage, etcd, key};
 use super::stats::milliseconds;
-use overlay_tests::gateway::Gateway;
+use super::synthetic_peer::SyntheticPeer;
+use overlay_tests::etcd_gateway::EtcdGateway;
 
 /// How long the last changes may take to arrive.
-const LIMIT: Duration = Duration::from_secs(30);
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 /// The parts at the begin and at the end that are compared: this fraction of the whole.
-const PART: u32 = 6;
+const EDGE_FRACTION: u32 = 6;
 /// The end to the begin, at the median: above it there is a backlog.
-const GOAL: f64 = 1.5;
+const MAX_SLOWDOWN: f64 = 1.5;
 
 /// How to measure.
 #[derive(Debug, Args)]
@@ -49,21 +49,21 @@ pub struct ChurnArguments {
 
 /// A change that was sent.
 #[derive(Debug, Clone, Copy)]
-struct Sent {
+struct SentChange {
     subnet: Cidr,
     /// Whether the lease is there afterwards.
     present: bool,
     /// Whether the kernel's route comes or goes with it.
-    of_route: bool,
+    changes_route: bool,
     at: Instant,
 }
 
 /// When each change arrived, in milliseconds after it was sent, by the moment of sending.
 #[derive(Debug, Default)]
-struct Lags {
-    all: Vec<(Instant, f64)>,
+struct Latencies {
+    samples: Vec<(Instant, f64)>,
     /// Changes that were followed by another one of the same lease before they arrived.
-    overtaken: usize,
+    superseded: usize,
 }
 
 /// Measures.
@@ -72,14 +72,14 @@ pub fn measure(arguments: &ChurnArguments, report: &mut Report) -> anyhow::Resul
     ensure!(rate > 0 && seconds > 0 && peers > 0 && writers > 0, "rate, seconds, peers and writers have to be at least 1");
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     progress(&format!("one agent, {peers} leases: starting"));
-    let stage = runtime.block_on(Stage::new(1, peers))?;
+    let stage = runtime.block_on(BenchLab::new(1, peers))?;
     let host = stage.lab.host("h1")?;
     let (agent, etcd) = (host.agent().context("the agent has ended")?.pid, etcd_process(&stage.lab)?.pid);
     progress(&format!("{rate} changes a second for {seconds} s"));
-    let before = (Page::of_agent(&host.socket())?, Used::now(agent)?, Used::now(etcd)?);
+    let before = (MetricsPage::of_agent(&host.socket())?, Usage::now(agent)?, Usage::now(etcd)?);
     let (sent, seen) = listen_and_write(&stage, arguments)?;
-    let after = (Page::of_agent(&host.socket())?, Used::now(agent)?, Used::now(etcd)?);
-    runtime.block_on(whole(&stage, &sent))?;
+    let after = (MetricsPage::of_agent(&host.socket())?, Usage::now(agent)?, Usage::now(etcd)?);
+    runtime.block_on(wait_converged(&stage, &sent))?;
 
     let conditions = format!("{rate} changes/s for {seconds} s, {peers} leases");
     let one = |what: &str, unit, value: f64| Row::new("churn", &conditions, what, unit, &[value]);
@@ -90,20 +90,20 @@ pub fn measure(arguments: &ChurnArguments, report: &mut Report) -> anyhow::Resul
     #[expect(clippy::cast_precision_loss, reason = "some hundred thousand changes")]
     let changes = sent.len() as f64;
     report.add(one("changes that etcd took", "1/s", changes / took.as_secs_f64()));
-    let kernel = lags(sent.iter().filter(|s| s.of_route), &sent, &seen, Who::Host(0));
-    let watched = lags(sent.iter(), &sent, &seen, Who::Watcher);
-    let part = took / PART;
-    let begin = |lags: &Lags| lags.between(first, first + part);
-    let end = |lags: &Lags| lags.between(last - part, last);
+    let kernel = match_latencies(sent.iter().filter(|s| s.changes_route), &sent, &seen, Observer::Host(0));
+    let watched = match_latencies(sent.iter(), &sent, &seen, Observer::Watcher);
+    let part = took / EDGE_FRACTION;
+    let begin = |lags: &Latencies| lags.between(first, first + part);
+    let end = |lags: &Latencies| lags.between(last - part, last);
     let lag = |what: &str, values: &[f64]| Row::new("churn", &conditions, what, "ms", values);
     let (kernel_begin, kernel_end) = (begin(&kernel), end(&kernel));
-    report.add(lag("put to route, begin", &kernel_begin).map(|r| r.against("bare watch", &kernel_begin, &begin(&watched))));
-    report.add(lag("put to route, end", &kernel_end).map(|r| r.against("bare watch", &kernel_end, &end(&watched))));
+    report.add(lag("put to route, begin", &kernel_begin).map(|r| r.with_baseline("bare watch", &kernel_begin, &begin(&watched))));
+    report.add(lag("put to route, end", &kernel_end).map(|r| r.with_baseline("bare watch", &kernel_end, &end(&watched))));
     let compared = lag("put to route, end to begin", &kernel_end);
-    report.add(compared.map(|r| r.against("begin", &sorted(&kernel_end), &sorted(&kernel_begin)).ratio_goal(GOAL)));
+    report.add(compared.map(|r| r.with_baseline("begin", &sorted(&kernel_end), &sorted(&kernel_begin)).ratio_goal(MAX_SLOWDOWN)));
     #[expect(clippy::cast_precision_loss, reason = "some thousands")]
-    report.add(one("overtaken by the next change of the same lease", "changes", kernel.overtaken as f64));
-    let drained = seen.iter().filter(|s| s.who == Who::Host(0)).map(|s| s.at).max();
+    report.add(one("overtaken by the next change of the same lease", "changes", kernel.superseded as f64));
+    let drained = seen.iter().filter(|s| s.observer == Observer::Host(0)).map(|s| s.at).max();
     report.add(one(
         "last change sent to last route",
         "ms",
@@ -111,10 +111,10 @@ pub fn measure(arguments: &ChurnArguments, report: &mut Report) -> anyhow::Resul
     ));
 
     let (agent, etcd) = (after.1.since(&before.1), after.2.since(&before.2));
-    let share = Row::new("churn", &conditions, "agent's share of one processor", "%", &[agent.share()]);
-    report.add(share.map(|row| row.against("etcd", &[agent.share()], &[etcd.share()])));
-    report.add(one("agent's processor time a change", "µs", agent.processor.as_secs_f64() * 1e6 / changes));
-    let added = |name: &str, label: &str| after.0.added(&before.0, name, label);
+    let share = Row::new("churn", &conditions, "agent's share of one processor", "%", &[agent.cpu_percent()]);
+    report.add(share.map(|row| row.with_baseline("etcd", &[agent.cpu_percent()], &[etcd.cpu_percent()])));
+    report.add(one("agent's processor time a change", "µs", agent.cpu_time.as_secs_f64() * 1e6 / changes));
+    let added = |name: &str, label: &str| after.0.delta(&before.0, name, label);
     let (events, batches) = (added("overlayd_events_total", "store"), added("overlayd_batch_ops_count", ""));
     report.add(one("events from the store", "events", events));
     report.add(one("rounds of the reconcile loop", "rounds", added("overlayd_rounds_total", "")));
@@ -129,36 +129,36 @@ pub fn measure(arguments: &ChurnArguments, report: &mut Report) -> anyhow::Resul
 }
 
 /// Waits until the agent has a way to exactly the leases that are there now.
-async fn whole(stage: &Stage, sent: &[Sent]) -> anyhow::Result<()> {
-    let mut present: BTreeMap<Cidr, bool> = stage.fleet.iter().map(|member| (member.subnet, true)).collect();
+async fn wait_converged(stage: &BenchLab, sent: &[SentChange]) -> anyhow::Result<()> {
+    let mut present: BTreeMap<Cidr, bool> = stage.peers.iter().map(|member| (member.subnet, true)).collect();
     // Of one lease the changes are in order: one writer has it.
     present.extend(sent.iter().map(|sent| (sent.subnet, sent.present)));
     let peers = present.values().filter(|there| **there).count();
     let whole = |status: &overlay_agent::model::api::Status| status.ready && status.data_path.peers == peers;
-    stage.lab.host("h1")?.wait_status(LIMIT, &format!("h1 has not {peers} peers after the churn"), whole).await?;
+    stage.lab.host("h1")?.wait_status(DRAIN_TIMEOUT, &format!("h1 has not {peers} peers after the churn"), whole).await?;
     Ok(())
 }
 
 /// Writes, while others note what arrives.
-fn listen_and_write(stage: &Stage, arguments: &ChurnArguments) -> anyhow::Result<(Vec<Sent>, Vec<Seen>)> {
+fn listen_and_write(stage: &BenchLab, arguments: &ChurnArguments) -> anyhow::Result<(Vec<SentChange>, Vec<Observation>)> {
     let (host, net) = (stage.lab.netns("h1")?, stage.lab.netns("net")?);
     let over = AtomicBool::new(false);
     let stop = CancellationToken::new();
     let (sender, arrived) = sync_channel(4096);
     let (ready, ready_seen) = sync_channel(2);
     thread::scope(|scope| {
-        let ending = Ending { over: &over, stop: stop.clone() };
-        let collector = scope.spawn(move || arrived.iter().collect::<Vec<Seen>>());
+        let ending = StopOnDrop { finished: &over, stop: stop.clone() };
+        let collector = scope.spawn(move || arrived.iter().collect::<Vec<Observation>>());
         let watcher = {
             let (sender, ready, net) = (sender.clone(), ready.clone(), &net);
-            scope.spawn(move || watch(net, &sender, &ready, stop))
+            scope.spawn(move || watch_leases(net, &sender, &ready, stop))
         };
         let listener = {
             let (host, over) = (&host, &over);
-            scope.spawn(move || listen(host, Who::Host(0), &sender, &ready, over))
+            scope.spawn(move || listen_routes(host, Observer::Host(0), &sender, &ready, over))
         };
         for _ in 0..2 {
-            if ready_seen.recv_timeout(LIMIT).is_err() {
+            if ready_seen.recv_timeout(DRAIN_TIMEOUT).is_err() {
                 break;
             }
         }
@@ -193,9 +193,9 @@ fn listen_and_write(stage: &Stage, arguments: &ChurnArguments) -> anyhow::Result
 }
 
 /// One writer: every so-manieth lease, each change at its time or as soon after it as etcd takes it.
-fn write(stage: &Stage, arguments: &ChurnArguments, number: usize, start: Instant) -> anyhow::Result<Vec<Sent>> {
-    let mut gateway = Gateway::connect(etcd())?;
-    let own: Vec<&Member> = stage.fleet.iter().skip(number).step_by(arguments.writers).collect();
+fn write(stage: &BenchLab, arguments: &ChurnArguments, number: usize, start: Instant) -> anyhow::Result<Vec<SentChange>> {
+    let mut gateway = EtcdGateway::connect(etcd_socket_addr())?;
+    let own: Vec<&SyntheticPeer> = stage.peers.iter().skip(number).step_by(arguments.writers).collect();
     ensure!(!own.is_empty(), "more writers than leases");
     let total = u64::from(arguments.rate) * u64::from(arguments.seconds);
     let step = Duration::from_secs(1) / arguments.rate;
@@ -205,50 +205,60 @@ fn write(stage: &Stage, arguments: &ChurnArguments, number: usize, start: Instan
         thread::sleep(due.saturating_duration_since(Instant::now()));
         let turn = sent.len() / own.len();
         let member = own[sent.len() % own.len()];
-        let key = key(member)?;
+        let key = etcd_key(member)?;
         // Another MAC, gone, back.
         let exchange = match turn % 3 {
             1 => gateway.delete(&key)?,
-            _ => gateway.put(&key, &with_mac(member, turn).value())?,
+            _ => gateway.put(&key, &with_mac(member, turn).lease_value())?,
         };
-        sent.push(Sent { subnet: member.subnet, present: turn % 3 != 1, of_route: !turn.is_multiple_of(3), at: exchange.sent });
+        sent.push(SentChange {
+            subnet: member.subnet,
+            present: turn % 3 != 1,
+            changes_route: !turn.is_multiple_of(3),
+            at: exchange.sent,
+        });
     }
     Ok(sent)
 }
 
 /// The member with the MAC that it has in a turn.
-fn with_mac(member: &Member, turn: usize) -> Member {
+fn with_mac(member: &SyntheticPeer, turn: usize) -> SyntheticPeer {
     let [a, b, _, d, e, f] = member.mac.0;
-    Member { mac: Mac([a, b, u8::try_from(1 + turn % 200).unwrap_or(1), d, e, f]), ..*member }
+    SyntheticPeer { mac: Mac([a, b, u8::try_from(1 + turn % 200).unwrap_or(1), d, e, f]), ..*member }
 }
 
 /// Matches what was sent with what arrived at one place.
-fn lags<'a>(wanted: impl Iterator<Item = &'a Sent>, all: &[Sent], seen: &[Seen], who: Who) -> Lags {
+fn match_latencies<'a>(
+    selected: impl Iterator<Item = &'a SentChange>,
+    all: &[SentChange],
+    observations: &[Observation],
+    observer: Observer,
+) -> Latencies {
     let mut changes: BTreeMap<Cidr, Vec<Instant>> = BTreeMap::new();
     for sent in all {
         changes.entry(sent.subnet).or_default().push(sent.at);
     }
     changes.values_mut().for_each(|times| times.sort_unstable());
     let mut arrivals: BTreeMap<Cidr, Vec<(Instant, bool)>> = BTreeMap::new();
-    for seen in seen.iter().filter(|seen| seen.who == who) {
+    for seen in observations.iter().filter(|seen| seen.observer == observer) {
         arrivals.entry(seen.subnet).or_default().push((seen.at, seen.present));
     }
-    let mut lags = Lags::default();
-    for sent in wanted {
+    let mut lags = Latencies::default();
+    for sent in selected {
         let next = changes.get(&sent.subnet).and_then(|times| times.iter().find(|at| **at > sent.at));
         let mut of_subnet = arrivals.get(&sent.subnet).into_iter().flatten();
         let came = of_subnet.find(|(at, present)| *present == sent.present && *at >= sent.at && next.is_none_or(|n| at < n));
         match came {
-            Some((at, _)) => lags.all.push((sent.at, milliseconds(at.duration_since(sent.at)))),
-            None => lags.overtaken += 1,
+            Some((at, _)) => lags.samples.push((sent.at, milliseconds(at.duration_since(sent.at)))),
+            None => lags.superseded += 1,
         }
     }
     lags
 }
 
-impl Lags {
+impl Latencies {
     fn between(&self, from: Instant, to: Instant) -> Vec<f64> {
-        self.all.iter().filter(|(at, _)| (from..=to).contains(at)).map(|(_, lag)| *lag).collect()
+        self.samples.iter().filter(|(at, _)| (from..=to).contains(at)).map(|(_, lag)| *lag).collect()
     }
 }
 
@@ -261,30 +271,30 @@ fn sorted(samples: &[f64]) -> Vec<f64> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::member::members;
+    use super::super::synthetic_peer::synthetic_peers;
     use super::*;
     use overlay_agent::model::Family;
 
     #[test]
-    fn a_change_is_matched_with_its_own_arrival_alone() {
-        let member = members(Family::V4, 1..=1).expect("room")[0];
+    fn change_matches_only_its_own_arrival() {
+        let member = synthetic_peers(Family::V4, 1..=1).expect("room")[0];
         let subnet = member.subnet;
         let start = Instant::now();
         let at = |ms: u64| start + Duration::from_millis(ms);
-        let sent = |ms, present| Sent { subnet, present, of_route: true, at: at(ms) };
-        let seen = |ms, present| Seen { who: Who::Host(0), subnet, present, at: at(ms) };
+        let sent = |ms, present| SentChange { subnet, present, changes_route: true, at: at(ms) };
+        let seen = |ms, present| Observation { observer: Observer::Host(0), subnet, present, at: at(ms) };
         let all = [sent(0, false), sent(100, true), sent(200, false), sent(300, true)];
         // The third change was overtaken by the fourth.
         let arrived = [seen(2, false), seen(105, true), seen(310, true)];
-        let lags = lags(all.iter(), &all, &arrived, Who::Host(0));
-        assert_eq!(lags.all.iter().map(|(_, lag)| *lag).collect::<Vec<_>>(), [2.0, 5.0, 10.0]);
-        assert_eq!(lags.overtaken, 1);
+        let lags = match_latencies(all.iter(), &all, &arrived, Observer::Host(0));
+        assert_eq!(lags.samples.iter().map(|(_, lag)| *lag).collect::<Vec<_>>(), [2.0, 5.0, 10.0]);
+        assert_eq!(lags.superseded, 1);
         assert_eq!(lags.between(at(50), at(300)), [5.0, 10.0]);
     }
 
     #[test]
-    fn a_turn_changes_the_mac_and_nothing_else() {
-        let member = members(Family::V4, 7..=7).expect("room")[0];
+    fn turn_changes_only_the_mac() {
+        let member = synthetic_peers(Family::V4, 7..=7).expect("room")[0];
         let (first, second) = (with_mac(&member, 0), with_mac(&member, 3));
         assert!(first.mac != second.mac && first.mac != member.mac);
         assert_eq!((first.subnet, first.public_ip), (member.subnet, member.public_ip));

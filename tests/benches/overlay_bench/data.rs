@@ -3,12 +3,12 @@
 //! Two hosts of one lab, their agents held, and a plain bridge. First what passes in a second, on threads side by side; then what one packet, one request and one
 //! megabyte cost, with rules and without, by one thread on one processor. Each turn goes through all ways, or all rules, from another one on than the last turn.
 
-mod alone;
-mod ground;
+mod ablation;
 mod parallel;
+mod path;
 mod rules;
-mod tried;
-mod way;
+mod single_flow;
+mod testbed;
 
 use std::time::Duration;
 
@@ -18,15 +18,15 @@ use overlay_agent::model::Family;
 
 use super::progress;
 use super::report::{Report, Row};
-use alone::{Ends, Kind};
-use ground::{Hosts, Plain};
-use parallel::{Load, Passed};
-use rules::{Rules, Switch, set_all};
-use tried::Setting;
-use way::{Way, stay_on};
+use ablation::Setting;
+use parallel::{Load, Throughput};
+use path::{TrafficPath, pin_to_cpu};
+use rules::{Rules, RulesetSwitch, set_on_all};
+use single_flow::{FlowEnds, Operation};
+use testbed::{OverlayHosts, PlainBridge};
 
 /// The overlay's packets with our rules to those without.
-const GOAL: f64 = 1.01;
+const MAX_OVERHEAD_RATIO: f64 = 1.01;
 /// The MTU of the lab's containers in bytes: its wires' 1500 less what VXLAN takes.
 const UNDERLAY_MTU: u32 = 1500;
 
@@ -69,15 +69,15 @@ pub fn measure(arguments: &DataArguments, report: &mut Report) -> anyhow::Result
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let family = arguments.family;
     progress("two hosts with two containers each, and a plain bridge");
-    let hosts = runtime.block_on(Hosts::new(family))?;
+    let hosts = runtime.block_on(OverlayHosts::new(family))?;
     let time = Duration::from_millis(arguments.time.max(10));
     if let (Some(with), Some(without)) = (&arguments.with, &arguments.without) {
-        return add_tried(report, &hosts, arguments, Setting { with, without });
+        return add_ablation(report, &hosts, arguments, Setting { with, without });
     }
     if arguments.turns > 0 {
-        let plain = runtime.block_on(Plain::new(family, UNDERLAY_MTU - family.vxlan_overhead()))?;
-        let ways = [hosts.underlay()?, hosts.overlay()?, plain.way(family)?, hosts.bridge()?];
-        add_passed(report, family, &ways, arguments.turns, time)?;
+        let plain = runtime.block_on(PlainBridge::new(family, UNDERLAY_MTU - family.vxlan_overhead()))?;
+        let paths = [hosts.underlay()?, hosts.overlay()?, plain.path(family)?, hosts.bridge()?];
+        add_throughput(report, family, &paths, arguments.turns, time)?;
     }
     if arguments.rules > 0 {
         // The thread that measures stays on one processor; it ends here, so that nothing else is bound by that.
@@ -88,14 +88,20 @@ pub fn measure(arguments: &DataArguments, report: &mut Report) -> anyhow::Result
 }
 
 /// What passes in a second.
-fn add_passed(report: &mut Report, family: Family, ways: &[Way; 4], turns: usize, time: Duration) -> anyhow::Result<()> {
-    let mut samples: [[Vec<Passed>; 4]; 4] = Default::default();
+fn add_throughput(
+    report: &mut Report,
+    family: Family,
+    paths: &[TrafficPath; 4],
+    turns: usize,
+    time: Duration,
+) -> anyhow::Result<()> {
+    let mut samples: [[Vec<Throughput>; 4]; 4] = Default::default();
     for turn in 0..turns {
         progress(&format!("{family}, ways: turn {} of {turns}", turn + 1));
         for (number, (load, what, ..)) in LOADS.iter().enumerate() {
-            for step in 0..ways.len() {
-                let way = (turn + step) % ways.len();
-                let passed = load.run(&ways[way], time).with_context(|| format!("{what} to {}", ways[way].address))?;
+            for step in 0..paths.len() {
+                let way = (turn + step) % paths.len();
+                let passed = load.run(&paths[way], time).with_context(|| format!("{what} to {}", paths[way].address))?;
                 samples[number][way].push(passed);
             }
         }
@@ -105,23 +111,28 @@ fn add_passed(report: &mut Report, family: Family, ways: &[Way; 4], turns: usize
     for (conditions, baseline, way, other) in pairs {
         let conditions = format!("{family}, {conditions}");
         for ((_, what, unit, factor), all) in LOADS.iter().zip(&samples) {
-            let rate = |way: usize| all[way].iter().map(|passed| passed.each_second * factor).collect::<Vec<f64>>();
+            let rate = |way: usize| all[way].iter().map(|passed| passed.per_second * factor).collect::<Vec<f64>>();
             let row = Row::new("data", &conditions, *what, unit, &rate(way));
-            report.add(row.map(|r| r.against(baseline, &rate(way), &rate(other))));
+            report.add(row.map(|r| r.with_baseline(baseline, &rate(way), &rate(other))));
         }
-        let cost = |way: usize| samples[0][way].iter().map(|p| p.processor / p.each_second * 1e12).collect::<Vec<f64>>();
+        let cost = |way: usize| samples[0][way].iter().map(|p| p.processor / p.per_second * 1e12).collect::<Vec<f64>>();
         let row = Row::new("data", &conditions, "TCP, one stream: processor time for a gigabyte", "ms", &cost(way));
-        report.add(row.map(|r| r.against(baseline, &cost(way), &cost(other))));
+        report.add(row.map(|r| r.with_baseline(baseline, &cost(way), &cost(other))));
     }
     Ok(())
 }
 
 /// What a setting does: what passes in a second, and what one costs.
-fn add_tried(report: &mut Report, hosts: &Hosts, arguments: &DataArguments, setting: Setting<'_>) -> anyhow::Result<()> {
+fn add_ablation(
+    report: &mut Report,
+    hosts: &OverlayHosts,
+    arguments: &DataArguments,
+    setting: Setting<'_>,
+) -> anyhow::Result<()> {
     let DataArguments { turns, family, .. } = arguments;
     let time = Duration::from_millis(arguments.time.max(10));
     let (namespaces, way) = (hosts.namespaces()?, hosts.overlay()?);
-    let mut passed: [[Vec<Passed>; 2]; 4] = Default::default();
+    let mut passed: [[Vec<Throughput>; 2]; 4] = Default::default();
     let mut costs: [[Vec<f64>; 2]; 3] = Default::default();
     for turn in 0..*turns {
         progress(&format!("{family}, with and without: turn {} of {turns}", turn + 1));
@@ -132,9 +143,9 @@ fn add_tried(report: &mut Report, hosts: &Hosts, arguments: &DataArguments, sett
                 all[side].push(load.run(&way, time).context(*what)?);
             }
             let alone = || -> anyhow::Result<Vec<f64>> {
-                stay_on(true)?;
-                let mut ends = Ends::open(&way)?;
-                Kind::ALL.into_iter().map(|kind| ends.cost(kind, time / 5)).collect()
+                pin_to_cpu(true)?;
+                let mut ends = FlowEnds::open(&way)?;
+                Operation::ALL.into_iter().map(|kind| ends.cost(kind, time / 5)).collect()
             };
             let alone = std::thread::scope(|scope| scope.spawn(alone).join());
             for (cost, all) in alone.map_err(|_| anyhow::anyhow!("the thread that measures panicked"))??.iter().zip(&mut costs) {
@@ -145,62 +156,62 @@ fn add_tried(report: &mut Report, hosts: &Hosts, arguments: &DataArguments, sett
     setting.set(&namespaces, false)?;
     let conditions = format!("{family}, with {}", setting.with);
     let mut add = |what: &str, unit, [without, with]: [&[f64]; 2]| {
-        report.add(Row::new("data", &conditions, what, unit, with).map(|r| r.against("without", with, without)));
+        report.add(Row::new("data", &conditions, what, unit, with).map(|r| r.with_baseline("without", with, without)));
     };
     for ((_, what, unit, factor), all) in LOADS.iter().zip(&passed) {
-        let rates = all.each_ref().map(|side| side.iter().map(|p| p.each_second * factor).collect::<Vec<f64>>());
+        let rates = all.each_ref().map(|side| side.iter().map(|p| p.per_second * factor).collect::<Vec<f64>>());
         add(what, unit, rates.each_ref().map(Vec::as_slice));
     }
-    for (kind, all) in Kind::ALL.into_iter().zip(&costs) {
-        let (what, unit) = kind.words();
+    for (kind, all) in Operation::ALL.into_iter().zip(&costs) {
+        let (what, unit) = kind.label();
         add(what, unit, all.each_ref().map(Vec::as_slice));
     }
     Ok(())
 }
 
 /// What the rules cost.
-fn add_costs(report: &mut Report, hosts: &Hosts, arguments: &DataArguments) -> anyhow::Result<()> {
-    stay_on(true)?;
+fn add_costs(report: &mut Report, hosts: &OverlayHosts, arguments: &DataArguments) -> anyhow::Result<()> {
+    pin_to_cpu(true)?;
     let (family, turns, time) = (arguments.family, arguments.rules, Duration::from_millis(arguments.time.max(10)) / 5);
-    let mut switches = hosts.namespaces()?.iter().map(Switch::new).collect::<anyhow::Result<Vec<_>>>()?;
-    let ways = [("two hosts", hosts.overlay()?), ("one host", hosts.bridge()?)];
-    let mut ends = ways.iter().map(|(_, way)| Ends::open(way)).collect::<anyhow::Result<Vec<_>>>()?;
-    let mut each = Rules::EACH.to_vec();
+    let mut switches = hosts.namespaces()?.iter().map(RulesetSwitch::new).collect::<anyhow::Result<Vec<_>>>()?;
+    let paths = [("two hosts", hosts.overlay()?), ("one host", hosts.bridge()?)];
+    let mut ends = paths.iter().map(|(_, way)| FlowEnds::open(way)).collect::<anyhow::Result<Vec<_>>>()?;
+    let mut each = Rules::WITH_BASELINE.to_vec();
     each.retain(|(rules, _)| arguments.only.is_empty() || arguments.only.contains(rules));
     // By way, kind, rules.
-    let mut samples = vec![vec![vec![Vec::new(); each.len()]; Kind::ALL.len()]; ways.len()];
+    let mut samples = vec![vec![vec![Vec::new(); each.len()]; Operation::ALL.len()]; paths.len()];
     for turn in 0..turns {
         progress(&format!("{family}, rules: turn {} of {turns}", turn + 1));
         for step in 0..each.len() {
             let number = (turn + step) % each.len();
-            set_all(&mut switches, each[number].0)?;
+            set_on_all(&mut switches, each[number].0)?;
             for (ends, samples) in ends.iter_mut().zip(&mut samples) {
-                for (kind, samples) in Kind::ALL.into_iter().zip(samples) {
+                for (kind, samples) in Operation::ALL.into_iter().zip(samples) {
                     // The first packets make entries and fill caches.
                     ends.cost(kind, time / 10)?;
-                    let cost = ends.cost(kind, time).with_context(|| format!("with {}", each[number].0.words()))?;
+                    let cost = ends.cost(kind, time).with_context(|| format!("with {}", each[number].0.label()))?;
                     samples[number].push(cost);
                 }
             }
         }
     }
-    set_all(&mut switches, Rules::All)?;
+    set_on_all(&mut switches, Rules::All)?;
     for switch in &mut switches {
-        ensure!(switch.is_whole()?, "the rules that were put back are not those that the agent had made");
+        ensure!(switch.is_restored()?, "the rules that were put back are not those that the agent had made");
     }
-    for ((way, _), by_kind) in ways.iter().zip(&samples) {
-        for (kind, by_rules) in Kind::ALL.into_iter().zip(by_kind) {
-            let (what, unit) = kind.words();
+    for ((way, _), by_kind) in paths.iter().zip(&samples) {
+        for (kind, by_rules) in Operation::ALL.into_iter().zip(by_kind) {
+            let (what, unit) = kind.label();
             for ((rules, baseline), costs) in each.iter().zip(by_rules) {
-                let conditions = format!("{family}, {way}, {}", rules.words());
+                let conditions = format!("{family}, {way}, {}", rules.label());
                 let row = Row::new("data", &conditions, what, unit, costs);
                 let against = |row: Row| match baseline.and_then(|b| Some((b, each.iter().position(|(r, _)| *r == b)?))) {
-                    Some((baseline, number)) => row.against(baseline.words(), costs, &by_rules[number]),
+                    Some((baseline, number)) => row.with_baseline(baseline.label(), costs, &by_rules[number]),
                     None => row,
                 };
                 let row = row.map(against);
                 let judged = matches!(rules, Rules::All | Rules::AllAndOthers);
-                report.add(if judged { row.map(|r| r.ratio_goal(GOAL)) } else { row });
+                report.add(if judged { row.map(|r| r.ratio_goal(MAX_OVERHEAD_RATIO)) } else { row });
             }
         }
     }

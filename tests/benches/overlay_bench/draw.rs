@@ -23,7 +23,7 @@ pub struct DrawArguments {
 
 /// A report, as far as it is drawn.
 #[derive(Debug, Deserialize)]
-struct Drawn {
+struct PlotInput {
     rows: Vec<Row>,
 }
 
@@ -38,62 +38,62 @@ struct Row {
 }
 
 /// What is drawn of a measurement that has rows.
-struct Picture {
+struct Plot {
     measurement: &'static str,
     /// What of it, each a curve of its own for each of the conditions.
     what: &'static [&'static str],
     title: &'static str,
-    shape: Shape,
+    shape: PlotKind,
     unit: &'static str,
     /// Whether the baseline is a curve of its own; else it is another point of the same one.
     with_baseline: bool,
 }
 
-enum Shape {
+enum PlotKind {
     /// The median against the number in the conditions that stands before this word.
-    Against(&'static str),
+    MedianBy(&'static str),
     /// The share of samples that were no greater.
     Distribution,
 }
 
-const PICTURES: [Picture; 5] = [
-    Picture {
+const PLOTS: [Plot; 5] = [
+    Plot {
         measurement: "peers",
         what: &["snapshot to last route"],
         title: "One snapshot of all peers, until the last route",
-        shape: Shape::Against("peers"),
+        shape: PlotKind::MedianBy("peers"),
         unit: "ms",
         with_baseline: true,
     },
-    Picture {
+    Plot {
         measurement: "start",
         what: &["process begun to overlay in place"],
         title: "From the start of the process to the overlay in place",
-        shape: Shape::Against("peers"),
+        shape: PlotKind::MedianBy("peers"),
         unit: "ms",
         with_baseline: true,
     },
-    Picture {
+    Plot {
         measurement: "memory",
         what: &["resident (VmRSS)"],
         title: "Resident memory of an agent",
-        shape: Shape::Against("peers"),
+        shape: PlotKind::MedianBy("peers"),
         unit: "MiB",
         with_baseline: false,
     },
-    Picture {
+    Plot {
         measurement: "fleet",
         what: &["all started: processor time of an agent, the mean", "one joins: processor time of another agent"],
         title: "Processor time of an agent in a fleet",
-        shape: Shape::Against("agents"),
+        shape: PlotKind::MedianBy("agents"),
         unit: "ms",
         with_baseline: false,
     },
-    Picture {
+    Plot {
         measurement: "join",
         what: &["put sent to route on every host"],
         title: "A lease put into etcd, until it is a route on every host",
-        shape: Shape::Distribution,
+        shape: PlotKind::Distribution,
         unit: "ms",
         with_baseline: true,
     },
@@ -105,13 +105,13 @@ pub fn draw(arguments: &DrawArguments) -> anyhow::Result<String> {
     for path in &arguments.reports {
         let shown = path.display();
         let text = fs::read(path).with_context(|| format!("cannot read {shown}"))?;
-        let report: Drawn = serde_json::from_slice(&text)
+        let report: PlotInput = serde_json::from_slice(&text)
             .with_context(|| format!("{shown} is no report: make one with  overlay-bench --json peers >{shown}"))?;
         rows.extend(report.rows);
     }
     fs::create_dir_all(&arguments.to).with_context(|| format!("cannot make {}", arguments.to.display()))?;
     let mut drawn = String::new();
-    for picture in &PICTURES {
+    for picture in &PLOTS {
         let curves = picture.curves(&rows);
         if curves.is_empty() {
             continue;
@@ -124,13 +124,13 @@ pub fn draw(arguments: &DrawArguments) -> anyhow::Result<String> {
     Ok(drawn)
 }
 
-impl Picture {
+impl Plot {
     fn axes(&self) -> Axes {
         let (x, y) = match self.shape {
-            Shape::Against(word) => (word.to_owned(), self.unit.to_owned()),
-            Shape::Distribution => (self.unit.to_owned(), "% of the samples".to_owned()),
+            PlotKind::MedianBy(word) => (word.to_owned(), self.unit.to_owned()),
+            PlotKind::Distribution => (self.unit.to_owned(), "% of the samples".to_owned()),
         };
-        Axes { title: self.title.to_owned(), x, y, logarithmic: matches!(self.shape, Shape::Distribution) }
+        Axes { title: self.title.to_owned(), x, y, logarithmic: matches!(self.shape, PlotKind::Distribution) }
     }
 
     /// Curves of rows that differ in nothing but the number, in the order in which they come.
@@ -145,7 +145,7 @@ impl Picture {
             let what = if self.what.len() > 1 { row.what.as_str() } else { "overlayd" };
             let baseline = row.baseline.as_deref().zip(row.baseline_value.as_ref()).filter(|_| self.with_baseline);
             match self.shape {
-                Shape::Against(word) => {
+                PlotKind::MedianBy(word) => {
                     let Some((number, rest)) = number_before(&row.conditions, word) else { continue };
                     let named = |what: &str| if rest.is_empty() { what.to_owned() } else { format!("{what}, {rest}") };
                     add(named(what), &[(number, row.value.median)]);
@@ -153,10 +153,10 @@ impl Picture {
                         add(named(baseline), &[(number, value.median)]);
                     }
                 }
-                Shape::Distribution => {
-                    add(format!("{what}, {}", row.conditions), &shares(&row.value));
+                PlotKind::Distribution => {
+                    add(format!("{what}, {}", row.conditions), &cumulative_shares(&row.value));
                     if let Some((baseline, value)) = baseline {
-                        add(format!("{baseline}, {}", row.conditions), &shares(value));
+                        add(format!("{baseline}, {}", row.conditions), &cumulative_shares(value));
                     }
                 }
             }
@@ -169,12 +169,12 @@ impl Picture {
 }
 
 /// The samples that are no greater than a value, as a share of all.
-fn shares(summary: &Summary) -> Vec<(f64, f64)> {
+fn cumulative_shares(summary: &Summary) -> Vec<(f64, f64)> {
     let steps = f64::from(u32::try_from(summary.distribution.len() - 1).unwrap_or(u32::MAX));
     (0_u32..).map(f64::from).zip(summary.distribution).map(|(n, value)| (value, 100.0 * n / steps)).collect()
 }
 
-/// The number before a word, and the conditions without both: of `IPv4, 10000 peers` 10,000 and `IPv4`.
+/// The number before a word, and the conditions without both: of `IPv4, 10000 synthetic_leases` 10,000 and `IPv4`.
 fn number_before(conditions: &str, word: &str) -> Option<(f64, String)> {
     let mut number = None;
     let rest: Vec<&str> = conditions
@@ -202,17 +202,17 @@ mod tests {
             for family in ["IPv4", "IPv6"] {
                 let conditions = format!("{family}, {peers} peers");
                 let row = Made::new("peers", &conditions, "snapshot to last route", "ms", &[took]);
-                report.add(row.map(|row| row.against("raw netlink", &[took], &[took / 2.0])));
+                report.add(row.map(|row| row.with_baseline("raw netlink", &[took], &[took / 2.0])));
             }
         }
         let samples: Vec<f64> = (1..=1000).map(f64::from).collect();
         report.add(Made::new("join", "3 agents, 0 peers", "put sent to route on every host", "ms", &samples));
-        let drawn: Drawn = serde_json::from_str(&report.json().expect("JSON")).expect("a report");
-        let curves = PICTURES[0].curves(&drawn.rows);
+        let drawn: PlotInput = serde_json::from_str(&report.json().expect("JSON")).expect("a report");
+        let curves = PLOTS[0].curves(&drawn.rows);
         let names: Vec<&str> = curves.iter().map(|curve| curve.name.as_str()).collect();
         assert_eq!(names, ["overlayd, IPv4", "raw netlink, IPv4", "overlayd, IPv6", "raw netlink, IPv6"]);
         assert_eq!(curves[1].points, [(1000.0, 7.5), (10_000.0, 70.0)]);
-        let latency = PICTURES[4].curves(&drawn.rows);
+        let latency = PLOTS[4].curves(&drawn.rows);
         assert_eq!(latency.len(), 1);
         assert_eq!(latency[0].points.first(), Some(&(1.0, 0.0)));
         assert_eq!(latency[0].points.last(), Some(&(1000.0, 100.0)));

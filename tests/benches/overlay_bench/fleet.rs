@@ -9,29 +9,29 @@ use anyhow::{Context, ensure};
 use clap::Args;
 use nix::sys::signal::Signal;
 use overlay_agent::model::PerFamily;
-use overlayctl::lab::{Families, Home, Host, Lab, LabName, LabOptions, Progress};
+use overlayctl::lab::{Families, Host, Lab, LabName, LabOptions, LabsDir, Progress};
 
-use super::gauge::{Between, Page, Used, etcd_process};
-use super::memory::{field, of_process};
+use super::memory::{proc_field_mib, read_proc_file};
+use super::process_stats::{MetricsPage, Usage, UsageDelta, etcd_process};
 use super::progress;
 use super::report::{Report, Row};
 use super::stats::{Summary, milliseconds};
 
 /// Without probes: with them each host asks for the address of each other one, and the kernel keeps the answers of all namespaces in one table of 1,024
 /// entries (`net.ipv4.neigh.default.gc_thresh3`), which 33 hosts fill; then nobody reaches anybody. Hosts of their own have such a table each.
-const FLAGS: &[&str] = &["--log-level", "warn", "--mesh-interval", "0s"];
+const AGENT_FLAGS: &[&str] = &["--log-level", "warn", "--mesh-interval", "0s"];
 /// How long all may take to have a way to all.
-const LIMIT: Duration = Duration::from_secs(300);
+const CONVERGE_TIMEOUT: Duration = Duration::from_secs(300);
 /// How often an agent that has not everything yet is asked again.
-const POLL: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// The time at rest that is measured: three renewals of each lease.
-const REST: Duration = Duration::from_secs(60);
+const IDLE_PERIOD: Duration = Duration::from_secs(60);
 /// Between the full mesh and the time at rest: threads of the start end, memory is given back.
-const SETTLE: Duration = Duration::from_secs(12);
+const SETTLE_TIME: Duration = Duration::from_secs(12);
 /// One joins, and all have a way to it, in milliseconds.
-const JOIN_GOAL: f64 = 2_000.0;
+const MAX_JOIN_MS: f64 = 2_000.0;
 /// Processor time of an agent at the start, the largest fleet to the smallest: below the ratio of their sizes.
-const GROWTH: &str = "the smallest fleet";
+const GROWTH_BASELINE: &str = "the smallest fleet";
 
 /// How to measure.
 #[derive(Debug, Args)]
@@ -46,13 +46,13 @@ pub struct FleetArguments {
 
 /// What one fleet came to.
 #[derive(Debug, Default, Clone)]
-struct Fleet {
+struct FleetResult {
     /// From the first agent's start until all had a way to all, in ms.
     mesh: f64,
     /// Starting the processes alone, in ms.
-    started: f64,
+    spawn_time: f64,
     /// Processor time of each agent until then, in ms.
-    each: Vec<f64>,
+    agent_cpu_times: Vec<f64>,
     etcd: f64,
     requests: f64,
     events: f64,
@@ -61,29 +61,29 @@ struct Fleet {
     memory: f64,
     etcd_memory: f64,
     /// At rest, shares of one processor in per cent.
-    rest_agent: f64,
-    rest_etcd: f64,
-    rest_requests: f64,
-    rest_wakes: f64,
+    idle_agent_cpu: f64,
+    idle_etcd_cpu: f64,
+    idle_requests: f64,
+    idle_wakeups: f64,
     /// One joins: until it is ready with a way to all, and until all have a way to it.
-    join: f64,
-    join_agents: f64,
-    join_etcd: f64,
+    join_time: f64,
+    join_agent_cpu: f64,
+    join_etcd_cpu: f64,
     /// The third is killed and started again.
-    back: f64,
-    back_changes: f64,
+    rejoin_time: f64,
+    rejoin_ops: f64,
 }
 
 /// Measures each number of agents.
 pub fn measure(arguments: &FleetArguments, report: &mut Report) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-    let mut first: Option<Vec<Fleet>> = None;
+    let mut first: Option<Vec<FleetResult>> = None;
     for agents in &arguments.agents {
         ensure!(*agents >= 3, "a fleet has three agents at least");
         let mut fleets = Vec::new();
         for turn in 0..arguments.runs {
             progress(&format!("{agents} agents: fleet {} of {}", turn + 1, arguments.runs));
-            fleets.push(runtime.block_on(fleet(*agents))?);
+            fleets.push(runtime.block_on(measure_fleet(*agents))?);
         }
         add_rows(report, &format!("{agents} agents"), &fleets, first.as_deref().unwrap_or(&fleets));
         first.get_or_insert(fleets);
@@ -91,18 +91,19 @@ pub fn measure(arguments: &FleetArguments, report: &mut Report) -> anyhow::Resul
     Ok(())
 }
 
-fn add_rows(report: &mut Report, conditions: &str, fleets: &[Fleet], first: &[Fleet]) {
-    let column = |all: &[Fleet], value: fn(&Fleet) -> f64| all.iter().map(value).collect::<Vec<f64>>();
-    let row = |what: &str, unit, value: fn(&Fleet) -> f64| {
+fn add_rows(report: &mut Report, conditions: &str, fleets: &[FleetResult], first: &[FleetResult]) {
+    let column = |all: &[FleetResult], value: fn(&FleetResult) -> f64| all.iter().map(value).collect::<Vec<f64>>();
+    let row = |what: &str, unit, value: fn(&FleetResult) -> f64| {
         let values = column(fleets, value);
-        Row::new("fleet", conditions, what, unit, &values).map(|row| row.against(GROWTH, &values, &column(first, value)))
+        Row::new("fleet", conditions, what, unit, &values)
+            .map(|row| row.with_baseline(GROWTH_BASELINE, &values, &column(first, value)))
     };
     report.add(row("all started to full mesh", "ms", |f| f.mesh));
-    report.add(row("of it, starting the processes", "ms", |f| f.started));
-    let each: Vec<f64> = fleets.iter().flat_map(|f| f.each.clone()).collect();
+    report.add(row("of it, starting the processes", "ms", |f| f.spawn_time));
+    let each: Vec<f64> = fleets.iter().flat_map(|f| f.agent_cpu_times.clone()).collect();
     report.add(Row::new("fleet", conditions, "an agent's processor time until then", "ms", &each));
     report.add(row("all started: processor time of an agent, the mean", "ms", |f| {
-        f.each.iter().sum::<f64>() / f64::from(u32::try_from(f.each.len()).unwrap_or(1))
+        f.agent_cpu_times.iter().sum::<f64>() / f64::from(u32::try_from(f.agent_cpu_times.len()).unwrap_or(1))
     }));
     report.add(row("etcd's processor time until then", "ms", |f| f.etcd));
     report.add(row("etcd's requests until then", "requests", |f| f.requests));
@@ -110,15 +111,15 @@ fn add_rows(report: &mut Report, conditions: &str, fleets: &[Fleet], first: &[Fl
     report.add(row("bytes that etcd sent until then", "MiB", |f| f.sent_mib));
     report.add(row("an agent's memory (Pss)", "MiB", |f| f.memory));
     report.add(row("etcd's memory (VmRSS)", "MiB", |f| f.etcd_memory));
-    report.add(row("at rest: an agent's share of a processor", "%", |f| f.rest_agent));
-    report.add(row("at rest: etcd's share of a processor", "%", |f| f.rest_etcd));
-    report.add(row("at rest: messages to etcd a minute", "messages", |f| f.rest_requests));
-    report.add(row("at rest: an agent's wake-ups a minute", "wake-ups", |f| f.rest_wakes));
-    report.add(row("one joins: start to a way from all and to all", "ms", |f| f.join).map(|r| r.median_goal(JOIN_GOAL)));
-    report.add(row("one joins: processor time of another agent", "ms", |f| f.join_agents));
-    report.add(row("one joins: etcd's processor time", "ms", |f| f.join_etcd));
-    report.add(row("one is killed and returns: start to ready with all", "ms", |f| f.back));
-    let changes = column(fleets, |f| f.back_changes);
+    report.add(row("at rest: an agent's share of a processor", "%", |f| f.idle_agent_cpu));
+    report.add(row("at rest: etcd's share of a processor", "%", |f| f.idle_etcd_cpu));
+    report.add(row("at rest: messages to etcd a minute", "messages", |f| f.idle_requests));
+    report.add(row("at rest: an agent's wake-ups a minute", "wake-ups", |f| f.idle_wakeups));
+    report.add(row("one joins: start to a way from all and to all", "ms", |f| f.join_time).map(|r| r.median_goal(MAX_JOIN_MS)));
+    report.add(row("one joins: processor time of another agent", "ms", |f| f.join_agent_cpu));
+    report.add(row("one joins: etcd's processor time", "ms", |f| f.join_etcd_cpu));
+    report.add(row("one is killed and returns: start to ready with all", "ms", |f| f.rejoin_time));
+    let changes = column(fleets, |f| f.rejoin_ops);
     let row = Row::new("fleet", conditions, "one is killed and returns: kernel changes of all the others", "ops", &changes);
     report.add(row.map(|row| row.median_goal(0.0)));
 }
@@ -127,7 +128,7 @@ fn add_rows(report: &mut Report, conditions: &str, fleets: &[Fleet], first: &[Fl
 const NETWORK: &str = "10.240.0.0/12";
 
 /// One fleet from its start to its end.
-async fn fleet(agents: u16) -> anyhow::Result<Fleet> {
+async fn measure_fleet(agents: u16) -> anyhow::Result<FleetResult> {
     // The last host joins later.
     let options = LabOptions {
         hosts: agents + 1,
@@ -137,76 +138,76 @@ async fn fleet(agents: u16) -> anyhow::Result<Fleet> {
         agents: false,
         ..LabOptions::new(LabName::unique())
     };
-    let lab = Lab::up(&Home::of_user(), &options, Progress::silent()).await?.guarded();
+    let lab = Lab::up(&LabsDir::for_user(), &options, Progress::silent()).await?.guarded();
     let hosts: Vec<Host<'_>> = lab.hosts().collect();
     let (late, hosts) = hosts.split_last().context("a lab without hosts")?;
     let etcd = etcd_process(&lab)?.pid;
 
-    let (page, used) = (Page::of_etcd(&lab)?, Used::now(etcd)?);
+    let (page, used) = (MetricsPage::of_etcd(&lab)?, Usage::now(etcd)?);
     let begun = Instant::now();
     for host in hosts {
-        host.agent_start(FLAGS)?;
+        host.agent_start(AGENT_FLAGS)?;
     }
-    let mut fleet = Fleet { started: milliseconds(begun.elapsed()), ..Fleet::default() };
-    all_have(hosts, hosts.len() - 1).await?;
+    let mut fleet = FleetResult { spawn_time: milliseconds(begun.elapsed()), ..FleetResult::default() };
+    wait_all_converged(hosts, hosts.len() - 1).await?;
     fleet.mesh = milliseconds(begun.elapsed());
-    let after = Page::of_etcd(&lab)?;
-    fleet.etcd = milliseconds(Used::now(etcd)?.since(&used).processor);
+    let after = MetricsPage::of_etcd(&lab)?;
+    fleet.etcd = milliseconds(Usage::now(etcd)?.since(&used).cpu_time);
     fleet.requests = requests(&after, &page);
-    fleet.events = after.added(&page, "etcd_debugging_mvcc_events_total", "");
-    fleet.sent_mib = after.added(&page, "etcd_network_client_grpc_sent_bytes_total", "") / f64::from(1 << 20);
-    fleet.each = each_used(hosts)?.iter().map(|used| milliseconds(used.since_start())).collect();
+    fleet.events = after.delta(&page, "etcd_debugging_mvcc_events_total", "");
+    fleet.sent_mib = after.delta(&page, "etcd_network_client_grpc_sent_bytes_total", "") / f64::from(1 << 20);
+    fleet.agent_cpu_times = agent_usages(hosts)?.iter().map(|used| milliseconds(used.total_cpu_time())).collect();
 
-    tokio::time::sleep(SETTLE).await;
-    at_rest(&lab, hosts, etcd, &mut fleet).await?;
+    tokio::time::sleep(SETTLE_TIME).await;
+    measure_idle(&lab, hosts, etcd, &mut fleet).await?;
 
-    let (used, before) = (Used::now(etcd)?, each_used(hosts)?);
+    let (used, before) = (Usage::now(etcd)?, agent_usages(hosts)?);
     let begun = Instant::now();
-    late.agent_start(FLAGS)?;
-    all_have(std::slice::from_ref(late), hosts.len()).await?;
-    all_have(hosts, hosts.len()).await?;
-    fleet.join = milliseconds(begun.elapsed());
-    fleet.join_agents = mean(&between(hosts, &before)?, |b| milliseconds(b.processor));
-    fleet.join_etcd = milliseconds(Used::now(etcd)?.since(&used).processor);
+    late.agent_start(AGENT_FLAGS)?;
+    wait_all_converged(std::slice::from_ref(late), hosts.len()).await?;
+    wait_all_converged(hosts, hosts.len()).await?;
+    fleet.join_time = milliseconds(begun.elapsed());
+    fleet.join_agent_cpu = mean(&usage_deltas(hosts, &before)?, |b| milliseconds(b.cpu_time));
+    fleet.join_etcd_cpu = milliseconds(Usage::now(etcd)?.since(&used).cpu_time);
 
     let third = hosts[2];
-    let ops = |host: &Host<'_>| Ok::<f64, anyhow::Error>(Page::of_agent(&host.socket())?.sum("overlayd_ops_total", ""));
+    let ops = |host: &Host<'_>| Ok::<f64, anyhow::Error>(MetricsPage::of_agent(&host.socket())?.sum("overlayd_ops_total", ""));
     let others = || hosts.iter().filter(|host| host.name() != third.name());
     let before = others().map(ops).collect::<anyhow::Result<Vec<f64>>>()?;
     third.agent_stop(Signal::SIGKILL)?;
     let begun = Instant::now();
-    third.agent_start(FLAGS)?;
-    all_have(&[third], hosts.len()).await?;
-    fleet.back = milliseconds(begun.elapsed());
-    all_have(hosts, hosts.len()).await?;
+    third.agent_start(AGENT_FLAGS)?;
+    wait_all_converged(&[third], hosts.len()).await?;
+    fleet.rejoin_time = milliseconds(begun.elapsed());
+    wait_all_converged(hosts, hosts.len()).await?;
     let after = others().map(ops).collect::<anyhow::Result<Vec<f64>>>()?;
-    fleet.back_changes = after.iter().zip(before).map(|(after, before)| after - before).sum();
+    fleet.rejoin_ops = after.iter().zip(before).map(|(after, before)| after - before).sum();
     Ok(fleet)
 }
 
 /// What agents and etcd use while nothing happens.
-async fn at_rest(lab: &Lab, hosts: &[Host<'_>], etcd: i32, fleet: &mut Fleet) -> anyhow::Result<()> {
-    let (page, used, before) = (Page::of_etcd(lab)?, Used::now(etcd)?, each_used(hosts)?);
-    tokio::time::sleep(REST).await;
-    let each = between(hosts, &before)?;
-    fleet.rest_etcd = Used::now(etcd)?.since(&used).share();
-    fleet.rest_agent = mean(&each, Between::share);
-    fleet.rest_wakes = mean(&each, |b| f64::from(u32::try_from(b.wakes).unwrap_or(u32::MAX)));
-    fleet.rest_requests = Page::of_etcd(lab)?.added(&page, "grpc_server_msg_received_total", "");
-    let sizes = hosts.iter().map(|host| kib(pid(host)?, "smaps_rollup", "Pss:")).collect::<anyhow::Result<Vec<f64>>>()?;
+async fn measure_idle(lab: &Lab, hosts: &[Host<'_>], etcd: i32, fleet: &mut FleetResult) -> anyhow::Result<()> {
+    let (page, used, before) = (MetricsPage::of_etcd(lab)?, Usage::now(etcd)?, agent_usages(hosts)?);
+    tokio::time::sleep(IDLE_PERIOD).await;
+    let each = usage_deltas(hosts, &before)?;
+    fleet.idle_etcd_cpu = Usage::now(etcd)?.since(&used).cpu_percent();
+    fleet.idle_agent_cpu = mean(&each, UsageDelta::cpu_percent);
+    fleet.idle_wakeups = mean(&each, |b| f64::from(u32::try_from(b.wakeups).unwrap_or(u32::MAX)));
+    fleet.idle_requests = MetricsPage::of_etcd(lab)?.delta(&page, "grpc_server_msg_received_total", "");
+    let sizes = hosts.iter().map(|host| proc_mib(pid(host)?, "smaps_rollup", "Pss:")).collect::<anyhow::Result<Vec<f64>>>()?;
     fleet.memory = Summary::of(&sizes).map_or(0.0, |all| all.median);
-    fleet.etcd_memory = kib(etcd, "status", "VmRSS:")?;
+    fleet.etcd_memory = proc_mib(etcd, "status", "VmRSS:")?;
     Ok(())
 }
 
 /// Requests that etcd has begun to answer, streams counted once.
-fn requests(after: &Page, before: &Page) -> f64 {
-    after.added(before, "grpc_server_started_total", "")
+fn requests(after: &MetricsPage, before: &MetricsPage) -> f64 {
+    after.delta(before, "grpc_server_started_total", "")
 }
 
 /// Waits until each of these agents is ready and has that many peers in its kernel.
-async fn all_have(hosts: &[Host<'_>], peers: usize) -> anyhow::Result<()> {
-    let end = Instant::now() + LIMIT;
+async fn wait_all_converged(hosts: &[Host<'_>], peers: usize) -> anyhow::Result<()> {
+    let end = Instant::now() + CONVERGE_TIMEOUT;
     for host in hosts {
         let client = host.client().with_timeout(Duration::from_secs(30));
         loop {
@@ -220,7 +221,7 @@ async fn all_have(hosts: &[Host<'_>], peers: usize) -> anyhow::Result<()> {
             }
             ensure!(host.agent().is_some(), "overlayd of {} has ended: see {}", host.name(), host.log().display());
             ensure!(Instant::now() < end, "{} has no way to each of {peers} peers: {status:?}", host.name());
-            tokio::time::sleep(POLL).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
     Ok(())
@@ -230,19 +231,19 @@ fn pid(host: &Host<'_>) -> anyhow::Result<i32> {
     Ok(host.agent().with_context(|| format!("overlayd of {} has ended", host.name()))?.pid)
 }
 
-fn each_used(hosts: &[Host<'_>]) -> anyhow::Result<Vec<Used>> {
-    hosts.iter().map(|host| Used::now(pid(host)?)).collect()
+fn agent_usages(hosts: &[Host<'_>]) -> anyhow::Result<Vec<Usage>> {
+    hosts.iter().map(|host| Usage::now(pid(host)?)).collect()
 }
 
-fn between(hosts: &[Host<'_>], before: &[Used]) -> anyhow::Result<Vec<Between>> {
-    Ok(each_used(hosts)?.iter().zip(before).map(|(now, before)| now.since(before)).collect())
+fn usage_deltas(hosts: &[Host<'_>], before: &[Usage]) -> anyhow::Result<Vec<UsageDelta>> {
+    Ok(agent_usages(hosts)?.iter().zip(before).map(|(now, before)| now.since(before)).collect())
 }
 
-fn mean(all: &[Between], value: impl Fn(&Between) -> f64) -> f64 {
+fn mean(all: &[UsageDelta], value: impl Fn(&UsageDelta) -> f64) -> f64 {
     all.iter().map(value).sum::<f64>() / f64::from(u32::try_from(all.len().max(1)).unwrap_or(u32::MAX))
 }
 
-/// A line `Name:   123 kB` of a process, in MiB.
-fn kib(pid: i32, file: &str, name: &str) -> anyhow::Result<f64> {
-    field(&of_process(pid, file)?, name)
+/// A line `InvalidName:   123 kB` of a process, in MiB.
+fn proc_mib(pid: i32, file: &str, name: &str) -> anyhow::Result<f64> {
+    proc_field_mib(&read_proc_file(pid, file)?, name)
 }

@@ -18,29 +18,29 @@ use overlay_agent::store::{Store, StoreConfig};
 use overlayctl::lab::layout::ETCD_PREFIX;
 use tokio_util::sync::CancellationToken;
 
-use super::limit::route_of;
-use super::member::Member;
+use super::bench_lab::{BenchLab, FAMILY, etcd_key, etcd_socket_addr};
 use super::progress;
+use super::raw_netlink::route_of;
 use super::report::{Report, Row};
 use super::rtnl::Rtnl;
-use super::stage::{FAMILY, Stage, etcd, key};
 use super::stats::{milliseconds, ratios};
-use overlay_tests::gateway::{Exchange, Gateway};
+use super::synthetic_peer::SyntheticPeer;
+use overlay_tests::etcd_gateway::{EtcdGateway, RequestTiming};
 
 /// `RTMGRP_IPV4_ROUTE` (`linux/rtnetlink.h`).
-const ROUTES: u32 = 0x40;
+const RTMGRP_IPV4_ROUTE: u32 = 0x40;
 /// How long a sample may take.
-const LIMIT: Duration = Duration::from_secs(10);
+const SAMPLE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often a listening thread looks whether it is over.
-const POLL: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// Between samples, so that each finds all at rest.
 const PAUSE: Duration = Duration::from_millis(5);
 /// From the event of the bare watch to the route in the last of the hosts, in milliseconds: the median, the 99th percentile.
-const GOAL: (f64, f64) = (1.0, 3.0);
+const MAX_LATENCY_MS: (f64, f64) = (1.0, 3.0);
 /// With peers present as a multiple of the same with the first number of them.
-const SAME_GOAL: f64 = 1.1;
+const MAX_SCALING_RATIO: f64 = 1.1;
 /// Samples at the begin of which connections and caches are cold.
-const WARM_UP: usize = 10;
+const WARM_UP_SAMPLES: usize = 10;
 
 /// How to measure.
 #[derive(Debug, Args)]
@@ -58,15 +58,15 @@ pub struct JoinArguments {
 
 /// Who has seen a change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Who {
+pub(super) enum Observer {
     Watcher,
     Host(usize),
 }
 
 /// A change that somebody has seen.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Seen {
-    pub(super) who: Who,
+pub(super) struct Observation {
+    pub(super) observer: Observer,
     pub(super) subnet: Cidr,
     pub(super) present: bool,
     pub(super) at: Instant,
@@ -81,8 +81,8 @@ struct Samples {
     last: Vec<f64>,
     last_after_ack: Vec<f64>,
     over_watch: Vec<f64>,
-    gone: Vec<f64>,
-    gone_watched: Vec<f64>,
+    removed: Vec<f64>,
+    removed_watched: Vec<f64>,
 }
 
 /// Measures with each number of peers.
@@ -91,8 +91,8 @@ pub fn measure(arguments: &JoinArguments, report: &mut Report) -> anyhow::Result
     let mut first: Option<Vec<f64>> = None;
     for peers in &arguments.peers {
         progress(&format!("{} agents, {peers} peers: starting", arguments.hosts));
-        let stage = runtime.block_on(Stage::new(arguments.hosts, *peers))?;
-        let newcomers = runtime.block_on(stage.newcomers(arguments.samples + WARM_UP))?;
+        let stage = runtime.block_on(BenchLab::new(arguments.hosts, *peers))?;
+        let newcomers = runtime.block_on(stage.unused_peers(arguments.samples + WARM_UP_SAMPLES))?;
         progress(&format!("{} agents, {peers} peers: {} samples", arguments.hosts, arguments.samples));
         let samples = listen_and_sample(&stage, &newcomers)?;
         let conditions = format!("{} agents, {peers} peers", arguments.hosts);
@@ -101,7 +101,9 @@ pub fn measure(arguments: &JoinArguments, report: &mut Report) -> anyhow::Result
         let watches = ratios(&samples.last, &samples.watched);
         if let Some(first) = &first {
             let row = Row::new("join", &conditions, "put sent to route on every host, in bare watches", "x", &watches);
-            report.add(row.map(|row| row.against("the same with the first number", &watches, first).ratio_goal(SAME_GOAL)));
+            report.add(
+                row.map(|row| row.with_baseline("the same with the first number", &watches, first).ratio_goal(MAX_SCALING_RATIO)),
+            );
         }
         first.get_or_insert(watches);
     }
@@ -111,42 +113,43 @@ pub fn measure(arguments: &JoinArguments, report: &mut Report) -> anyhow::Result
 fn add_rows(report: &mut Report, conditions: &str, samples: &Samples) {
     let row = |what: &str, values: &[f64]| Row::new("join", conditions, what, "ms", values);
     let against =
-        |what: &str, values: &[f64], baseline: &[f64]| row(what, values).map(|r| r.against("bare watch", values, baseline));
+        |what: &str, values: &[f64], baseline: &[f64]| row(what, values).map(|r| r.with_baseline("bare watch", values, baseline));
     report.add(row("put sent to acknowledged", &samples.acknowledged));
     report.add(against("put sent to route on the first host", &samples.first, &samples.watched));
     report.add(against("put sent to route on every host", &samples.last, &samples.watched));
-    report.add(row("of it, over the bare watch", &samples.over_watch).map(|r| r.latency_goal(GOAL.0, GOAL.1)));
+    report
+        .add(row("of it, over the bare watch", &samples.over_watch).map(|r| r.latency_goal(MAX_LATENCY_MS.0, MAX_LATENCY_MS.1)));
     report.add(row("put acknowledged to route on every host", &samples.last_after_ack));
-    report.add(against("deletion sent to route gone on every host", &samples.gone, &samples.gone_watched));
+    report.add(against("deletion sent to route gone on every host", &samples.removed, &samples.removed_watched));
 }
 
-fn listen_and_sample(stage: &Stage, newcomers: &[Member]) -> anyhow::Result<Samples> {
+fn listen_and_sample(stage: &BenchLab, newcomers: &[SyntheticPeer]) -> anyhow::Result<Samples> {
     let namespaces = stage.lab.hosts().map(|host| host.netns()).collect::<Result<Vec<_>, _>>()?;
     let over = AtomicBool::new(false);
     let stop = CancellationToken::new();
     let (sender, seen) = sync_channel(4096);
     thread::scope(|scope| {
         // Whatever happens the threads are told to end, or the scope would wait for them for ever.
-        let ending = Ending { over: &over, stop: stop.clone() };
+        let ending = StopOnDrop { finished: &over, stop: stop.clone() };
         let (ready, ready_seen) = sync_channel(namespaces.len() + 1);
         let mut threads = Vec::new();
         for (number, netns) in namespaces.iter().enumerate() {
             let (sender, ready, over) = (sender.clone(), ready.clone(), &over);
-            threads.push(scope.spawn(move || listen(netns, Who::Host(number), &sender, &ready, over)));
+            threads.push(scope.spawn(move || listen_routes(netns, Observer::Host(number), &sender, &ready, over)));
         }
         {
             let (sender, ready, stop) = (sender.clone(), ready.clone(), stop.clone());
             let netns = stage.lab.netns("net")?;
-            threads.push(scope.spawn(move || watch(&netns, &sender, &ready, stop)));
+            threads.push(scope.spawn(move || watch_leases(&netns, &sender, &ready, stop)));
         }
         drop((sender, ready));
         for _ in 0..threads.len() {
-            if ready_seen.recv_timeout(LIMIT).is_err() {
+            if ready_seen.recv_timeout(SAMPLE_TIMEOUT).is_err() {
                 break;
             }
         }
         let hosts = namespaces.len();
-        let sampled = stage.in_etcds_namespace(move |gateway| sample_all(gateway, newcomers, &seen, hosts));
+        let sampled = stage.with_etcd_gateway(move |gateway| sample_all(gateway, newcomers, &seen, hosts));
         drop(ending);
         for thread in threads {
             match thread.join() {
@@ -159,33 +162,33 @@ fn listen_and_sample(stage: &Stage, newcomers: &[Member]) -> anyhow::Result<Samp
 }
 
 /// Tells the listening threads to end when it is dropped.
-pub(super) struct Ending<'a> {
-    pub(super) over: &'a AtomicBool,
+pub(super) struct StopOnDrop<'a> {
+    pub(super) finished: &'a AtomicBool,
     pub(super) stop: CancellationToken,
 }
 
-impl Drop for Ending<'_> {
+impl Drop for StopOnDrop<'_> {
     fn drop(&mut self) {
-        self.over.store(true, Ordering::Relaxed);
+        self.finished.store(true, Ordering::Relaxed);
         self.stop.cancel();
     }
 }
 
 /// Tells of every route that comes or goes in a namespace.
-pub(super) fn listen(
+pub(super) fn listen_routes(
     netns: &Netns,
-    who: Who,
-    sender: &SyncSender<Seen>,
+    observer: Observer,
+    sender: &SyncSender<Observation>,
     ready: &SyncSender<()>,
-    over: &AtomicBool,
+    finished: &AtomicBool,
 ) -> anyhow::Result<()> {
     netns.run(|| {
-        let mut socket = Rtnl::with_groups(ROUTES)?;
-        socket.set_timeout(POLL)?;
+        let mut socket = Rtnl::with_groups(RTMGRP_IPV4_ROUTE)?;
+        socket.set_timeout(POLL_INTERVAL)?;
         ready.send(())?;
-        while !over.load(Ordering::Relaxed) {
+        while !finished.load(Ordering::Relaxed) {
             let mut events = Vec::new();
-            socket.next(|kind, body| {
+            socket.next_events(|kind, body| {
                 let at = Instant::now();
                 let present = match kind {
                     libc::RTM_NEWROUTE => true,
@@ -193,7 +196,7 @@ pub(super) fn listen(
                     _ => return,
                 };
                 if let Some((subnet, _)) = route_of(body) {
-                    events.push(Seen { who, subnet, present, at });
+                    events.push(Observation { observer, subnet, present, at });
                 }
             })?;
             for event in events {
@@ -206,14 +209,14 @@ pub(super) fn listen(
 }
 
 /// Tells of every lease that comes or goes, as the store hands it on.
-pub(super) fn watch(
+pub(super) fn watch_leases(
     netns: &Netns,
-    sender: &SyncSender<Seen>,
+    sender: &SyncSender<Observation>,
     ready: &SyncSender<()>,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let store = Store::new(StoreConfig {
-        endpoints: vec![format!("http://{}", etcd())],
+        endpoints: vec![format!("http://{}", etcd_socket_addr())],
         prefix: ETCD_PREFIX.to_owned(),
         ..StoreConfig::default()
     });
@@ -235,7 +238,7 @@ pub(super) fn watch(
                     };
                     let subnet =
                         overlay_agent::model::Subnet::from_key(&key)?.get(FAMILY).context("a lease of another family")?;
-                    let _gone = sender.send(Seen { who: Who::Watcher, subnet, present, at });
+                    let _gone = sender.send(Observation { observer: Observer::Watcher, subnet, present, at });
                 }
                 anyhow::Ok(())
             };
@@ -247,16 +250,21 @@ pub(super) fn watch(
     })?
 }
 
-fn sample_all(mut gateway: Gateway, newcomers: &[Member], seen: &Receiver<Seen>, hosts: usize) -> anyhow::Result<Samples> {
+fn sample_all(
+    mut gateway: EtcdGateway,
+    newcomers: &[SyntheticPeer],
+    observations: &Receiver<Observation>,
+    hosts: usize,
+) -> anyhow::Result<Samples> {
     let mut samples = Samples::default();
     for (number, member) in newcomers.iter().enumerate() {
-        let key = key(member)?;
-        let put = gateway.put(&key, &member.value())?;
-        let came = collect(seen, member.subnet, true, hosts)?;
+        let key = etcd_key(member)?;
+        let put = gateway.put(&key, &member.lease_value())?;
+        let came = collect(observations, member.subnet, true, hosts)?;
         let delete = gateway.delete(&key)?;
-        let went = collect(seen, member.subnet, false, hosts)?;
-        if number >= WARM_UP {
-            samples.note(put, &came, delete, &went);
+        let went = collect(observations, member.subnet, false, hosts)?;
+        if number >= WARM_UP_SAMPLES {
+            samples.record(put, &came, delete, &went);
         }
         thread::sleep(PAUSE);
     }
@@ -264,45 +272,56 @@ fn sample_all(mut gateway: Gateway, newcomers: &[Member], seen: &Receiver<Seen>,
 }
 
 impl Samples {
-    fn note(&mut self, put: Exchange, came: &BTreeMap<Who, Instant>, delete: Exchange, went: &BTreeMap<Who, Instant>) {
-        let Some((watched, first, last)) = ends(came) else { return };
-        let Some((gone_watched, _, gone)) = ends(went) else { return };
+    fn record(
+        &mut self,
+        put: RequestTiming,
+        added: &BTreeMap<Observer, Instant>,
+        delete: RequestTiming,
+        removed: &BTreeMap<Observer, Instant>,
+    ) {
+        let Some((watched, first, last)) = observation_times(added) else { return };
+        let Some((gone_watched, _, gone)) = observation_times(removed) else { return };
         self.acknowledged.push(milliseconds(put.acknowledged - put.sent));
         self.watched.push(milliseconds(watched - put.sent));
         self.first.push(milliseconds(first - put.sent));
         self.last.push(milliseconds(last - put.sent));
-        self.last_after_ack.push(signed(put.acknowledged, last));
-        self.over_watch.push(signed(watched, last));
-        self.gone.push(milliseconds(gone - delete.sent));
-        self.gone_watched.push(milliseconds(gone_watched - delete.sent));
+        self.last_after_ack.push(signed_milliseconds(put.acknowledged, last));
+        self.over_watch.push(signed_milliseconds(watched, last));
+        self.removed.push(milliseconds(gone - delete.sent));
+        self.removed_watched.push(milliseconds(gone_watched - delete.sent));
     }
 }
 
 /// When the watcher, the first host and the last host saw it.
-fn ends(all: &BTreeMap<Who, Instant>) -> Option<(Instant, Instant, Instant)> {
-    let hosts = || all.iter().filter(|(who, _)| **who != Who::Watcher).map(|(_, at)| *at);
-    Some((*all.get(&Who::Watcher)?, hosts().min()?, hosts().max()?))
+fn observation_times(all: &BTreeMap<Observer, Instant>) -> Option<(Instant, Instant, Instant)> {
+    let hosts = || all.iter().filter(|(who, _)| **who != Observer::Watcher).map(|(_, at)| *at);
+    Some((*all.get(&Observer::Watcher)?, hosts().min()?, hosts().max()?))
 }
 
 /// Milliseconds from one moment to another, negative where that came first: a route may be there before the acknowledgement.
-fn signed(from: Instant, to: Instant) -> f64 {
+fn signed_milliseconds(from: Instant, to: Instant) -> f64 {
     milliseconds(to.saturating_duration_since(from)) - milliseconds(from.saturating_duration_since(to))
 }
 
 /// Waits until the watcher and every host have seen a change.
-fn collect(seen: &Receiver<Seen>, subnet: Cidr, present: bool, hosts: usize) -> anyhow::Result<BTreeMap<Who, Instant>> {
-    let end = Instant::now() + LIMIT;
+fn collect(
+    observations: &Receiver<Observation>,
+    subnet: Cidr,
+    present: bool,
+    hosts: usize,
+) -> anyhow::Result<BTreeMap<Observer, Instant>> {
+    let end = Instant::now() + SAMPLE_TIMEOUT;
     let mut all = BTreeMap::new();
     while all.len() < hosts + 1 {
-        match seen.recv_timeout(end.saturating_duration_since(Instant::now())) {
+        match observations.recv_timeout(end.saturating_duration_since(Instant::now())) {
             Ok(event) if event.subnet == subnet && event.present == present => {
-                all.entry(event.who).or_insert(event.at);
+                all.entry(event.observer).or_insert(event.at);
             }
             Ok(_) => {}
             Err(_) => bail!(
                 "{subnet} {} within {} s by {:?} alone",
                 if present { "was seen to come" } else { "was seen to go" },
-                LIMIT.as_secs(),
+                SAMPLE_TIMEOUT.as_secs(),
                 all.keys().collect::<Vec<_>>()
             ),
         }
@@ -315,10 +334,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn both_signs() {
+    fn signed_difference_has_both_signs() {
         let begin = Instant::now();
         let later = begin + Duration::from_millis(2);
-        assert_eq!(signed(begin, later), 2.0);
-        assert_eq!(signed(later, begin), -2.0);
+        assert_eq!(signed_milliseconds(begin, later), 2.0);
+        assert_eq!(signed_milliseconds(later, begin), -2.0);
     }
 }

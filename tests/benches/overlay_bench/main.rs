@@ -2,38 +2,38 @@
 //!
 //! | module | holds |
 //! | --- | --- |
-//! | `peers`, `start`, `join`, `churn`, `storm`, `fleet`, `memory`, `attach`, `data` | one measurement each |
+//! | `synthetic_leases`, `start`, `join`, `churn`, `run_batch`, `fleet`, `memory`, `attach_filter`, `data` | one measurement each |
 //! | `stats`, `report` | samples to medians and spreads, rows to a table or JSON |
 //! | `draw`, `chart` | reports to pictures, curves to SVG |
 //! | `member` | peers as leases, as the store's entries and as the kernel's |
 //! | `rtnl`, `limit` | a minimal rtnetlink, and the raw limit made of it |
 //! | `driver` | the agent's path without its process |
-//! | `space`, `stage` | a namespace, a lab full of leases |
-//! | `gauge` | what a process has used, what agents and etcd say of themselves |
+//! | `netns_guard`, `bench_lab` | a namespace, a lab full of leases |
+//! | `process_stats` | what a process has used, what agents and etcd say of themselves |
 //!
-//! It needs root (network namespaces of its own), iproute2 and, for all but `peers`, etcd and an `overlayd` of the same profile.
+//! It needs root (network namespaces of its own), iproute2 and, for all but `synthetic_leases`, etcd and an `overlayd_command` of the same profile.
 //! `docs/performance.md` shows results and how to repeat them.
 
 mod attach;
+mod bench_lab;
 mod chart;
 mod churn;
 mod data;
 mod draw;
 mod driver;
 mod fleet;
-mod gauge;
 mod join;
-mod limit;
-mod member;
 mod memory;
+mod netns_guard;
 mod peers;
+mod process_stats;
+mod raw_netlink;
 mod report;
 mod rtnl;
-mod space;
-mod stage;
 mod start;
 mod stats;
 mod storm;
+mod synthetic_peer;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -81,7 +81,7 @@ enum Measurement {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     if let Measurement::Draw(arguments) = &arguments.measurement {
-        return drawn(arguments);
+        return run_draw(arguments);
     }
     let printed = measure(&arguments.measurement).and_then(|report| {
         let text = if arguments.json { report.json()? } else { report.table() };
@@ -100,7 +100,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn drawn(arguments: &draw::DrawArguments) -> ExitCode {
+fn run_draw(arguments: &draw::DrawArguments) -> ExitCode {
     match draw::draw(arguments) {
         Ok(files) => {
             let _closed = write!(std::io::stdout(), "{files}");

@@ -1,4 +1,4 @@
-//! `memory`: what a real `overlayd` keeps resident, once all its peers are in the kernel and it has come to rest; how often it wakes up then, and the
+//! `memory`: what a real `overlayd_command` keeps resident, once all its peers are in the kernel and it has come to rest; how often it wakes up then, and the
 //! size of its program.
 
 use std::fs;
@@ -8,24 +8,24 @@ use anyhow::Context;
 use clap::Args;
 use overlayctl::lab;
 
-use super::gauge::{Between, Used};
+use super::bench_lab::BenchLab;
+use super::process_stats::{Usage, UsageDelta};
 use super::progress;
 use super::report::{Report, Row};
-use super::stage::Stage;
 
 /// How long the agent rests before it is looked at: what the start needed has been given back by then, as far as it is.
-const REST: Duration = Duration::from_secs(3);
+const SETTLE_BEFORE_READ: Duration = Duration::from_secs(3);
 /// Threads that work at the start brought about end, and memory is given back, before wake-ups are counted.
-const SETTLE: Duration = Duration::from_secs(15);
+const SETTLE_BEFORE_WAKEUPS: Duration = Duration::from_secs(15);
 /// The time over which wake-ups are counted.
-const MINUTE: Duration = Duration::from_secs(60);
+const WAKEUP_WINDOW: Duration = Duration::from_secs(60);
 /// What an agent has beside what it needs for its peers is measured by itself.
 const NO_PROBES: &[&str] = &["--mesh-interval", "0s"];
 /// Resident size in MiB, for a number of peers.
-const GOALS: [(u32, f64); 2] = [(0, 12.0), (10_000, 25.0)];
+const MAX_RSS_MIB: [(u32, f64); 2] = [(0, 12.0), (10_000, 25.0)];
 /// Wake-ups of an agent's threads in a minute at rest. Its timers are three renewals of the lease, ten pings of the connection to etcd (each answered
 /// a moment later, at which the thread wakes up again) and two looks after the endpoints.
-const WAKES_GOAL: f64 = 60.0;
+const MAX_WAKEUPS: f64 = 60.0;
 
 /// How to measure.
 #[derive(Debug, Args)]
@@ -43,7 +43,7 @@ pub struct MemoryArguments {
 
 /// What a process occupies, in MiB.
 #[derive(Debug, Default, Clone, Copy)]
-struct Size {
+struct MemorySize {
     resident: f64,
     proportional: f64,
     private: f64,
@@ -53,11 +53,11 @@ struct Size {
 /// Measures all sizes.
 pub fn measure(arguments: &MemoryArguments, report: &mut Report) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-    let sizes = |peers: u32| -> anyhow::Result<(Vec<Size>, Vec<Between>)> {
+    let sizes = |peers: u32| -> anyhow::Result<(Vec<MemorySize>, Vec<UsageDelta>)> {
         let mut all = (Vec::new(), Vec::new());
         for turn in 0..arguments.runs {
             progress(&format!("{peers} peers: agent {} of {}", turn + 1, arguments.runs));
-            let (size, minute) = runtime.block_on(one(peers, turn == 0 && !arguments.no_wakes, NO_PROBES))?;
+            let (size, minute) = runtime.block_on(measure_agent(peers, turn == 0 && !arguments.no_wakes, NO_PROBES))?;
             all.0.push(size);
             all.1.extend(minute.map(|(_, between)| between));
         }
@@ -65,23 +65,23 @@ pub fn measure(arguments: &MemoryArguments, report: &mut Report) -> anyhow::Resu
     };
     let probing = |peers: u32| {
         progress(&format!("{peers} peers: an agent that probes them"));
-        runtime.block_on(one(peers, true, &[]))
+        runtime.block_on(measure_agent(peers, true, &[]))
     };
-    let program = lab::agent::program(None)?;
+    let program = lab::agent::find_program(None)?;
     #[expect(clippy::cast_precision_loss, reason = "a few million bytes")]
     let bytes = fs::metadata(&program).with_context(|| format!("cannot look at {}", program.display()))?.len() as f64;
     report.add(Row::new("memory", "overlayd", "size of the program", "MiB", &[bytes / f64::from(1 << 20)]));
     let (alone, minute) = sizes(0)?;
     for peers in &arguments.peers {
         let (with_peers, minute) = if *peers == 0 { (alone.clone(), minute.clone()) } else { sizes(*peers)? };
-        let row = |what: &str, part: fn(&Size) -> f64| {
+        let row = |what: &str, part: fn(&MemorySize) -> f64| {
             let (samples, baseline): (Vec<f64>, Vec<f64>) =
                 (with_peers.iter().map(part).collect(), alone.iter().map(part).collect());
             Row::new("memory", &format!("{peers} peers"), what, "MiB", &samples)
-                .map(|r| r.against("no peers", &samples, &baseline))
+                .map(|r| r.with_baseline("no peers", &samples, &baseline))
         };
         let resident = row("resident (VmRSS)", |s| s.resident);
-        let goal = GOALS.iter().find(|(of, _)| of == peers);
+        let goal = MAX_RSS_MIB.iter().find(|(of, _)| of == peers);
         report.add(resident.map(|r| match goal {
             Some((_, limit)) => r.median_goal(*limit),
             None => r,
@@ -89,58 +89,62 @@ pub fn measure(arguments: &MemoryArguments, report: &mut Report) -> anyhow::Resu
         report.add(row("proportional (Pss)", |s| s.proportional));
         report.add(row("private", |s| s.private));
         report.add(row("peak resident (VmHWM)", |s| s.peak));
-        let at_rest = |what: &str, unit, value: fn(&Between) -> f64| {
+        let at_rest = |what: &str, unit, value: fn(&UsageDelta) -> f64| {
             let values: Vec<f64> = minute.iter().map(value).collect();
             Row::new("memory", &format!("{peers} peers, a minute at rest"), what, unit, &values)
         };
-        let wakes = at_rest("wake-ups of its threads", "wake-ups", |b| f64::from(u32::try_from(b.wakes).unwrap_or(u32::MAX)));
-        report.add(wakes.map(|row| row.median_goal(WAKES_GOAL)));
-        report.add(at_rest("processor time", "ms", |b| b.processor.as_secs_f64() * 1e3));
+        let wakes = at_rest("wake-ups of its threads", "wake-ups", |b| f64::from(u32::try_from(b.wakeups).unwrap_or(u32::MAX)));
+        report.add(wakes.map(|row| row.median_goal(MAX_WAKEUPS)));
+        report.add(at_rest("processor time", "ms", |b| b.cpu_time.as_secs_f64() * 1e3));
         if !arguments.no_wakes {
             let (_, Some((size, minute))) = probing(*peers)? else { continue };
             let conditions = format!("{peers} peers, a minute with probes of them");
             let row = |what: &str, unit, value: f64| Row::new("memory", &conditions, what, unit, &[value]);
             report.add(row("resident (VmRSS)", "MiB", size.resident));
-            report.add(row("wake-ups of its threads", "wake-ups", f64::from(u32::try_from(minute.wakes).unwrap_or(u32::MAX))));
-            report.add(row("processor time", "ms", minute.processor.as_secs_f64() * 1e3));
+            report.add(row("wake-ups of its threads", "wake-ups", f64::from(u32::try_from(minute.wakeups).unwrap_or(u32::MAX))));
+            report.add(row("processor time", "ms", minute.cpu_time.as_secs_f64() * 1e3));
         }
     }
     Ok(())
 }
 
 /// An agent of its own lab, and where it is wished its size after a minute at rest and what it did in it.
-async fn one(peers: u32, wakes: bool, flags: &[&str]) -> anyhow::Result<(Size, Option<(Size, Between)>)> {
-    let stage = Stage::with_agents(1, peers, flags).await?;
-    tokio::time::sleep(REST).await;
+async fn measure_agent(
+    peers: u32,
+    wakes: bool,
+    flags: &[&str],
+) -> anyhow::Result<(MemorySize, Option<(MemorySize, UsageDelta)>)> {
+    let stage = BenchLab::with_agent_flags(1, peers, flags).await?;
+    tokio::time::sleep(SETTLE_BEFORE_READ).await;
     let agent = stage.lab.host("h1")?.agent().context("the agent has ended")?.pid;
-    let size = read(agent)?;
+    let size = read_memory_size(agent)?;
     if !wakes {
         return Ok((size, None));
     }
-    tokio::time::sleep(SETTLE).await;
-    let before = Used::now(agent)?;
-    tokio::time::sleep(MINUTE).await;
-    Ok((size, Some((read(agent)?, Used::now(agent)?.since(&before)))))
+    tokio::time::sleep(SETTLE_BEFORE_WAKEUPS).await;
+    let before = Usage::now(agent)?;
+    tokio::time::sleep(WAKEUP_WINDOW).await;
+    Ok((size, Some((read_memory_size(agent)?, Usage::now(agent)?.since(&before)))))
 }
 
-fn read(pid: i32) -> anyhow::Result<Size> {
-    let (status, rollup) = (of_process(pid, "status")?, of_process(pid, "smaps_rollup")?);
-    Ok(Size {
-        resident: field(&status, "VmRSS:")?,
-        peak: field(&status, "VmHWM:")?,
-        proportional: field(&rollup, "Pss:")?,
-        private: field(&rollup, "Private_Clean:")? + field(&rollup, "Private_Dirty:")?,
+fn read_memory_size(pid: i32) -> anyhow::Result<MemorySize> {
+    let (status, rollup) = (read_proc_file(pid, "status")?, read_proc_file(pid, "smaps_rollup")?);
+    Ok(MemorySize {
+        resident: proc_field_mib(&status, "VmRSS:")?,
+        peak: proc_field_mib(&status, "VmHWM:")?,
+        proportional: proc_field_mib(&rollup, "Pss:")?,
+        private: proc_field_mib(&rollup, "Private_Clean:")? + proc_field_mib(&rollup, "Private_Dirty:")?,
     })
 }
 
 /// What `/proc` says of a process.
-pub fn of_process(pid: i32, file: &str) -> anyhow::Result<String> {
+pub fn read_proc_file(pid: i32, file: &str) -> anyhow::Result<String> {
     let path = format!("/proc/{pid}/{file}");
     fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))
 }
 
-/// A line `Name:   123 kB`, in MiB.
-pub fn field(text: &str, name: &str) -> anyhow::Result<f64> {
+/// A line `InvalidName:   123 kB`, in MiB.
+pub fn proc_field_mib(text: &str, name: &str) -> anyhow::Result<f64> {
     let rest = text.lines().find_map(|line| line.strip_prefix(name)).with_context(|| format!("there is no line {name}"))?;
     let kib: f64 = rest.trim().trim_end_matches(" kB").parse().with_context(|| format!("{name}{rest}"))?;
     Ok(kib / 1024.0)
@@ -151,9 +155,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn fields_are_read() {
+    fn proc_fields_are_parsed() {
         let text = "Name:\toverlayd\nVmHWM:\t    4096 kB\nVmRSS:\t    2048 kB\n";
-        assert_eq!(field(text, "VmRSS:").expect("a field"), 2.0);
-        assert!(field(text, "Pss:").is_err());
+        assert_eq!(proc_field_mib(text, "VmRSS:").expect("a field"), 2.0);
+        assert!(proc_field_mib(text, "Pss:").is_err());
     }
 }

@@ -1,4 +1,4 @@
-//! `peers`: N peers in one snapshot, until the last route is in the kernel; all of them gone in another; and all taken down with the devices.
+//! `synthetic_leases`: N peers in one snapshot, until the last route is in the kernel; all of them gone in another; and all taken down with the devices.
 //!
 //! The agent (`driver`) runs in turns with the raw limit (`limit`), each turn in a fresh namespace.
 
@@ -7,22 +7,22 @@ use std::time::Duration;
 use clap::Args;
 use overlay_agent::model::Family;
 
-use super::driver::{Took, agent};
-use super::limit::{Raw, raw};
-use super::member::{Member, members};
+use super::driver::{AgentTiming, measure_agent};
 use super::progress;
+use super::raw_netlink::{RawTiming, measure_raw};
 use super::report::{Report, Row};
 use super::stats::{milliseconds, ratios};
+use super::synthetic_peer::{SyntheticPeer, synthetic_peers};
 
 /// Between turns: the kernel removes a namespace in the background, and frees what was in it when RCU's grace periods are over.
 const PAUSE: Duration = Duration::from_millis(400);
 /// What the kernel is busy for, as a multiple of the raw limit; and until the last entry, all else included.
-const BATCH_GOAL: f64 = 1.2;
-const GOAL: f64 = 1.5;
+const MAX_BATCH_RATIO: f64 = 1.2;
+const MAX_TOTAL_RATIO: f64 = 1.5;
 /// What the batch is of the raw limit, as a multiple of what it is in the first size: it grows with the peers as the kernel does. And the batch of IPv6
 /// as a multiple of that of IPv4.
-const LINEAR_GOAL: f64 = 1.2;
-const IPV6_GOAL: f64 = 2.0;
+const MAX_SCALING_RATIO: f64 = 1.2;
+const MAX_IPV6_RATIO: f64 = 2.0;
 
 /// How to measure.
 #[derive(Debug, Args)]
@@ -42,14 +42,14 @@ pub struct PeersArguments {
 pub type Families = &'static [Family];
 
 const BOTH: Families = &Family::ALL;
-const EACH: [Families; 3] = [&[Family::V4], &[Family::V6], BOTH];
+const FAMILY_SETS: [Families; 3] = [&[Family::V4], &[Family::V6], BOTH];
 
 fn families(text: &str) -> Result<Families, String> {
     match text {
         "both" => Ok(BOTH),
         _ => family(text).map_err(|_| "expected 4, 6 or both".to_owned()).map(|family| match family {
-            Family::V4 => EACH[0],
-            Family::V6 => EACH[1],
+            Family::V4 => FAMILY_SETS[0],
+            Family::V6 => FAMILY_SETS[1],
         }),
     }
 }
@@ -65,15 +65,15 @@ pub fn family(text: &str) -> Result<Family, String> {
 
 /// What the turns of one size took, in milliseconds.
 #[derive(Debug, Default)]
-struct Turns {
-    set: Steps,
-    removed: Steps,
-    taken_down: Steps,
+struct PhaseTimings {
+    set: PhaseSamples,
+    removed: PhaseSamples,
+    taken_down: PhaseSamples,
 }
 
 /// One step, turn by turn.
 #[derive(Debug, Default)]
-struct Steps {
+struct PhaseSamples {
     raw: Vec<f64>,
     raw_processor: Vec<f64>,
     last: Vec<f64>,
@@ -87,24 +87,24 @@ pub fn measure(arguments: &PeersArguments, report: &mut Report) -> anyhow::Resul
     // With a thread of its own, so that the connections of a turn end with it and do not hold its namespace until the next one.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     // The first size's parts of the raw limit, of each of the families.
-    let mut firsts: [Option<Vec<f64>>; EACH.len()] = Default::default();
+    let mut firsts: [Option<Vec<f64>>; FAMILY_SETS.len()] = Default::default();
     for peers in &arguments.peers {
         let mut ipv4 = None;
-        for (n, families) in EACH.into_iter().enumerate().filter(|(_, f)| arguments.family.is_none_or(|only| only == *f)) {
+        for (n, families) in FAMILY_SETS.into_iter().enumerate().filter(|(_, f)| arguments.family.is_none_or(|only| only == *f)) {
             let named: Vec<String> = families.iter().map(ToString::to_string).collect();
             let conditions = format!("{}, {peers} peers", named.join(" and "));
-            let all = families.iter().map(|family| members(*family, 1..=*peers)).collect::<anyhow::Result<Vec<_>>>()?;
-            let fleet: Vec<&[Member]> = all.iter().map(Vec::as_slice).collect();
-            let mut turns = Turns::default();
+            let all = families.iter().map(|family| synthetic_peers(*family, 1..=*peers)).collect::<anyhow::Result<Vec<_>>>()?;
+            let fleet: Vec<&[SyntheticPeer]> = all.iter().map(Vec::as_slice).collect();
+            let mut turns = PhaseTimings::default();
             for turn in 0..arguments.runs {
                 progress(&format!("{conditions}: turn {} of {}", turn + 1, arguments.runs));
                 // In every other turn the agent goes first, so that whatever the first one finds cold is cold for both.
                 for part in 0..2 {
                     std::thread::sleep(PAUSE);
                     if (turn + part) % 2 == 0 {
-                        turns.add_raw(&runtime.block_on(raw(&fleet))?);
+                        turns.add_raw(&runtime.block_on(measure_raw(&fleet))?);
                     } else {
-                        turns.add_agent(&runtime.block_on(agent(&fleet))?);
+                        turns.add_agent(&runtime.block_on(measure_agent(&fleet))?);
                     }
                 }
             }
@@ -114,8 +114,8 @@ pub fn measure(arguments: &PeersArguments, report: &mut Report) -> anyhow::Resul
             let of_raw = ratios(&turns.set.batch, &turns.set.raw);
             if let Some(first) = &firsts[n] {
                 let row = Row::new("peers", &conditions, "the batch, in raw limits", "x", &of_raw);
-                let compared = row.map(|row| row.against("the same of the first size", &of_raw, first));
-                report.add(compared.map(|row| row.ratio_goal(LINEAR_GOAL)));
+                let compared = row.map(|row| row.with_baseline("the same of the first size", &of_raw, first));
+                report.add(compared.map(|row| row.ratio_goal(MAX_SCALING_RATIO)));
             }
             firsts[n].get_or_insert(of_raw);
             match families {
@@ -123,8 +123,8 @@ pub fn measure(arguments: &PeersArguments, report: &mut Report) -> anyhow::Resul
                 [Family::V6] => {
                     if let Some(ipv4) = &ipv4 {
                         let row = Row::new("peers", &conditions, "the batch of all coming", "ms", &turns.set.batch);
-                        let compared = row.map(|row| row.against("the same of IPv4", &turns.set.batch, &ipv4.set.batch));
-                        report.add(compared.map(|row| row.ratio_goal(IPV6_GOAL)));
+                        let compared = row.map(|row| row.with_baseline("the same of IPv4", &turns.set.batch, &ipv4.set.batch));
+                        report.add(compared.map(|row| row.ratio_goal(MAX_IPV6_RATIO)));
                     }
                 }
                 _ => {}
@@ -134,8 +134,8 @@ pub fn measure(arguments: &PeersArguments, report: &mut Report) -> anyhow::Resul
     Ok(())
 }
 
-impl Turns {
-    fn add_raw(&mut self, took: &Raw) {
+impl PhaseTimings {
+    fn add_raw(&mut self, took: &RawTiming) {
         for (steps, cost) in
             [(&mut self.set, took.set), (&mut self.removed, took.removed), (&mut self.taken_down, took.taken_down)]
         {
@@ -144,28 +144,28 @@ impl Turns {
         }
     }
 
-    fn add_agent(&mut self, took: &Took) {
+    fn add_agent(&mut self, took: &AgentTiming) {
         for (steps, step) in [(&mut self.set, took.set), (&mut self.removed, took.removed)] {
-            steps.last.push(milliseconds(step.last));
-            steps.batch.push(milliseconds(step.batch));
+            steps.last.push(milliseconds(step.last_applied));
+            steps.batch.push(milliseconds(step.apply_time));
             steps.settled.push(milliseconds(step.settled.wall));
             steps.processor.push(milliseconds(step.settled.processor));
         }
-        self.taken_down.last.push(milliseconds(took.taken_down));
-        self.taken_down.batch.push(milliseconds(took.taken_down_batch));
+        self.taken_down.last.push(milliseconds(took.cleanup));
+        self.taken_down.batch.push(milliseconds(took.cleanup_apply));
     }
 
     fn report(&self, conditions: &str, report: &mut Report) {
         let row = |what: &str, samples: &[f64], raw: &[f64]| {
-            Row::new("peers", conditions, what, "ms", samples).map(|row| row.against("raw netlink", samples, raw))
+            Row::new("peers", conditions, what, "ms", samples).map(|row| row.with_baseline("raw netlink", samples, raw))
         };
         for (steps, whole) in [
             (&self.set, "snapshot to last route"),
             (&self.removed, "all gone: snapshot to last entry"),
             (&self.taken_down, "all taken down with the devices"),
         ] {
-            report.add(row(whole, &steps.last, &steps.raw).map(|r| r.ratio_goal(GOAL)));
-            report.add(row("of it, the batch", &steps.batch, &steps.raw).map(|r| r.ratio_goal(BATCH_GOAL)));
+            report.add(row(whole, &steps.last, &steps.raw).map(|r| r.ratio_goal(MAX_TOTAL_RATIO)));
+            report.add(row("of it, the batch", &steps.batch, &steps.raw).map(|r| r.ratio_goal(MAX_BATCH_RATIO)));
             report.add(row("until rest", &steps.settled, &steps.raw));
             report.add(row("processor time until rest", &steps.processor, &steps.raw_processor));
         }

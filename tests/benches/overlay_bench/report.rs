@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::stats::Summary;
 
 /// The version of the JSON: fields are only ever added within one.
-const VERSION: u32 = 1;
+const JSON_VERSION: u32 = 1;
 
 /// All results of a run.
 #[derive(Debug, Serialize)]
@@ -37,7 +37,7 @@ struct Machine {
 pub struct Row {
     /// The sub-command.
     pub measurement: &'static str,
-    /// The conditions: `IPv4, 10000 peers`.
+    /// The conditions: `IPv4, 10000 synthetic_leases`.
     pub conditions: String,
     /// What is measured.
     pub what: String,
@@ -89,7 +89,7 @@ impl Row {
     }
 
     /// With a baseline: one sample for each of the row's.
-    pub fn against(mut self, baseline: &'static str, samples: &[f64], baseline_samples: &[f64]) -> Row {
+    pub fn with_baseline(mut self, baseline: &'static str, samples: &[f64], baseline_samples: &[f64]) -> Row {
         self.baseline = Some(baseline);
         self.baseline_value = Summary::of(baseline_samples);
         self.ratio = Summary::of_ratios(samples, baseline_samples);
@@ -122,9 +122,9 @@ impl Report {
     pub fn new() -> Report {
         let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned();
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        let load = load();
+        let load = load_average();
         let machine = Machine { kernel, processors, load_before: load, load_after: load, seconds: 0.0 };
-        Report { version: VERSION, machine, rows: Vec::new(), started: Instant::now() }
+        Report { version: JSON_VERSION, machine, rows: Vec::new(), started: Instant::now() }
     }
 
     /// Adds what there is a sample of.
@@ -134,7 +134,7 @@ impl Report {
 
     /// Notes that the run is over.
     pub fn finish(&mut self) {
-        self.machine.load_after = load();
+        self.machine.load_after = load_average();
         self.machine.seconds = self.started.elapsed().as_secs_f64();
     }
 
@@ -164,24 +164,24 @@ impl Report {
             "min..max",
             "goal",
         ];
-        let mut table = Table::new(Style::of(&std::io::stdout()), &header);
+        let mut table = Table::new(Style::for_stream(&std::io::stdout()), &header);
         for row in &self.rows {
-            let spread = |s: &Summary| format!("{}..{}", number(s.min), number(s.max));
+            let spread = |s: &Summary| format!("{}..{}", format_number(s.min), format_number(s.max));
             let goal = match &row.goal {
                 Some(goal) if goal.met => toned(Tone::Good, format!("{}: yes", goal.text)),
                 Some(goal) => toned(Tone::Bad, format!("{}: NO", goal.text)),
                 None => cell(None::<&str>),
             };
-            let p99 = (row.value.samples >= 100).then(|| number(row.value.p99));
+            let p99 = (row.value.samples >= 100).then(|| format_number(row.value.p99));
             table.row(vec![
                 cell(Some(&row.conditions)),
                 cell(Some(&row.what)),
                 cell(Some(row.unit)),
-                cell(Some(number(row.value.median))),
+                cell(Some(format_number(row.value.median))),
                 cell(Some(spread(&row.value))),
                 cell(p99),
                 cell(row.baseline),
-                cell(row.baseline_value.map(|b| number(b.median))),
+                cell(row.baseline_value.map(|b| format_number(b.median))),
                 cell(row.baseline_value.as_ref().map(spread)),
                 cell(row.ratio.map(|r| format!("{:.2}", r.median))),
                 cell(row.ratio.map(|r| format!("{:.2}..{:.2}", r.min, r.max))),
@@ -197,7 +197,7 @@ impl Report {
 }
 
 /// Three digits that count.
-fn number(value: f64) -> String {
+fn format_number(value: f64) -> String {
     match value.abs() {
         v if v < 10.0 => format!("{value:.2}"),
         v if v < 100.0 => format!("{value:.1}"),
@@ -205,7 +205,7 @@ fn number(value: f64) -> String {
     }
 }
 
-fn load() -> f64 {
+fn load_average() -> f64 {
     let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     text.split(' ').next().and_then(|first| first.parse().ok()).unwrap_or_default()
 }
@@ -215,9 +215,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_goal_that_is_missed_shows() {
+    fn missed_goal_is_marked() {
         let row = Row::new("peers", "IPv4", "route", "ms", &[3.0, 4.0]).expect("samples");
-        let row = row.against("raw", &[3.0, 4.0], &[2.0, 2.0]).ratio_goal(1.5);
+        let row = row.with_baseline("raw", &[3.0, 4.0], &[2.0, 2.0]).ratio_goal(1.5);
         let mut report = Report::new();
         report.add(Some(row.clone()));
         assert!(!report.goals_met());
@@ -231,6 +231,6 @@ mod tests {
 
     #[test]
     fn numbers_have_three_digits() {
-        assert_eq!([0.0123, 9.876, 98.76, 987.6].map(number), ["0.01", "9.88", "98.8", "988"]);
+        assert_eq!([0.0123, 9.876, 98.76, 987.6].map(format_number), ["0.01", "9.88", "98.8", "988"]);
     }
 }

@@ -1,5 +1,5 @@
 //! As much of rtnetlink as a baseline needs, on its own so that it shares no mistake with the agent's: one blocking socket, requests written by
-//! hand, dumps that are counted. Layout: `linux/netlink.h`, `linux/rtnetlink.h`, `linux/neighbour.h`, `linux/nexthop.h`.
+//! hand, dumps that are counted. Layout: `linux/netlink.h`, `linux/rtnetlink.h`, `linux/set_neighbour.h`, `linux/set_nexthop.h`.
 
 use std::io;
 use std::net::IpAddr;
@@ -13,10 +13,10 @@ use nix::sys::socket::{
 use nix::sys::time::{TimeVal, TimeValLike};
 
 /// Socket buffers in bytes, as in the C program.
-const BUFFER: usize = 8 << 20;
+const SOCKET_BUFFER_SIZE: usize = 8 << 20;
 /// Bytes of a receive: the kernel fills dumps up to 32 KiB.
-const RECEIVE: usize = 64 * 1024;
-const HEADER: usize = 16;
+const RECEIVE_SIZE: usize = 64 * 1024;
+const NLMSG_HDRLEN: usize = 16;
 
 /// `linux/rtnetlink.h`.
 pub const RTM_NEWNEXTHOP: u16 = 104;
@@ -30,7 +30,7 @@ pub const RTM_GETNEXTHOP: u16 = 106;
 pub struct Rtnl {
     fd: OwnedFd,
     sequence: u32,
-    input: Vec<u8>,
+    receive_buffer: Vec<u8>,
 }
 
 impl Rtnl {
@@ -42,10 +42,10 @@ impl Rtnl {
     /// Opens a socket that gets the events of a mask of groups (`RTMGRP_...` in `linux/rtnetlink.h`).
     pub fn with_groups(groups: u32) -> io::Result<Rtnl> {
         let fd = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, Some(SockProtocol::NetlinkRoute))?;
-        setsockopt(&fd, sockopt::SndBufForce, &BUFFER)?;
-        setsockopt(&fd, sockopt::RcvBufForce, &BUFFER)?;
+        setsockopt(&fd, sockopt::SndBufForce, &SOCKET_BUFFER_SIZE)?;
+        setsockopt(&fd, sockopt::RcvBufForce, &SOCKET_BUFFER_SIZE)?;
         bind(fd.as_raw_fd(), &NetlinkAddr::new(0, groups))?;
-        Ok(Rtnl { fd, sequence: 0, input: vec![0; RECEIVE] })
+        Ok(Rtnl { fd, sequence: 0, receive_buffer: vec![0; RECEIVE_SIZE] })
     }
 
     /// Makes [`Rtnl::next`] give up after a while.
@@ -59,24 +59,26 @@ impl Rtnl {
         send(self.fd.as_raw_fd(), messages, MsgFlags::empty())?;
         let mut refusals = 0;
         loop {
-            match recv(self.fd.as_raw_fd(), &mut self.input, MsgFlags::MSG_DONTWAIT) {
-                Ok(received) => refusals += messages_in(&self.input[..received]).filter(|m| refusal(m).is_some()).count(),
+            match recv(self.fd.as_raw_fd(), &mut self.receive_buffer, MsgFlags::MSG_DONTWAIT) {
+                Ok(received) => {
+                    refusals += parse_messages(&self.receive_buffer[..received]).filter(|m| error_code(m).is_some()).count()
+                }
                 Err(Errno::EAGAIN) => return Ok(refusals),
                 Err(errno) => return Err(errno.into()),
             }
         }
     }
 
-    /// Asks for all objects of a kind; `body` is the request's fixed part.
+    /// Asks for all objects of a kind; `parse_body` is the request's fixed part.
     pub fn dump(&mut self, kind: u16, body: &[u8], mut each: impl FnMut(&[u8])) -> io::Result<()> {
         self.sequence += 1;
         let mut request = Vec::new();
         write(&mut request, kind, flag(libc::NLM_F_DUMP), self.sequence, body, &[]);
         send(self.fd.as_raw_fd(), &request, MsgFlags::empty())?;
         loop {
-            let received = recv(self.fd.as_raw_fd(), &mut self.input, MsgFlags::empty())?;
-            for message in messages_in(&self.input[..received]) {
-                if let Some(errno) = refusal(&message) {
+            let received = recv(self.fd.as_raw_fd(), &mut self.receive_buffer, MsgFlags::empty())?;
+            for message in parse_messages(&self.receive_buffer[..received]) {
+                if let Some(errno) = error_code(&message) {
                     return Err(io::Error::from_raw_os_error(errno));
                 }
                 match libc::c_int::from(message.kind) {
@@ -88,10 +90,10 @@ impl Rtnl {
     }
 
     /// Waits for events and hands each on; false: none came in time.
-    pub fn next(&mut self, mut each: impl FnMut(u16, &[u8])) -> io::Result<bool> {
-        match recv(self.fd.as_raw_fd(), &mut self.input, MsgFlags::empty()) {
+    pub fn next_events(&mut self, mut each: impl FnMut(u16, &[u8])) -> io::Result<bool> {
+        match recv(self.fd.as_raw_fd(), &mut self.receive_buffer, MsgFlags::empty()) {
             Ok(received) => {
-                for message in messages_in(&self.input[..received]) {
+                for message in parse_messages(&self.receive_buffer[..received]) {
                     each(message.kind, message.body);
                 }
                 Ok(true)
@@ -109,16 +111,16 @@ struct Message<'a> {
 }
 
 /// The error number of an answer that is one.
-fn refusal(message: &Message<'_>) -> Option<i32> {
+fn error_code(message: &Message<'_>) -> Option<i32> {
     let is_error = libc::c_int::from(message.kind) == libc::NLMSG_ERROR;
     let code = u32_at(message.body, 0).filter(|_| is_error)?.cast_signed();
     (code != 0).then_some(code.saturating_neg())
 }
 
-fn messages_in(mut bytes: &[u8]) -> impl Iterator<Item = Message<'_>> {
+fn parse_messages(mut bytes: &[u8]) -> impl Iterator<Item = Message<'_>> {
     std::iter::from_fn(move || {
         let length = usize::try_from(u32_at(bytes, 0)?).ok()?;
-        let body = bytes.get(HEADER..length)?;
+        let body = bytes.get(NLMSG_HDRLEN..length)?;
         let message = Message { kind: u16::from_ne_bytes([bytes[4], bytes[5]]), body };
         bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
         Some(message)
@@ -163,7 +165,7 @@ pub fn octets(address: IpAddr) -> Vec<u8> {
 pub fn write(buffer: &mut Vec<u8>, kind: u16, flags: u16, sequence: u32, body: &[u8], attributes: &[(u16, &[u8])]) {
     let padded = |length: usize| length.next_multiple_of(4);
     let start = buffer.len();
-    let total = HEADER + padded(body.len()) + attributes.iter().map(|(_, v)| padded(4 + v.len())).sum::<usize>();
+    let total = NLMSG_HDRLEN + padded(body.len()) + attributes.iter().map(|(_, v)| padded(4 + v.len())).sum::<usize>();
     buffer.extend_from_slice(&u32::try_from(total).unwrap_or(u32::MAX).to_ne_bytes());
     buffer.extend_from_slice(&kind.to_ne_bytes());
     buffer.extend_from_slice(&(flags | flag(libc::NLM_F_REQUEST)).to_ne_bytes());
@@ -189,11 +191,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_written_is_read() {
+    fn written_message_is_parsed() {
         let mut buffer = Vec::new();
         write(&mut buffer, RTM_NEWNEXTHOP, 0, 7, &[1; 8], &[(1, &[9, 9, 9, 9]), (2, &[8, 8])]);
         write(&mut buffer, RTM_DELNEXTHOP, 0, 8, &[0; 8], &[]);
-        let all: Vec<Message<'_>> = messages_in(&buffer).collect();
+        let all: Vec<Message<'_>> = parse_messages(&buffer).collect();
         assert_eq!(all.iter().map(|m| m.kind).collect::<Vec<_>>(), [RTM_NEWNEXTHOP, RTM_DELNEXTHOP]);
         let read: Vec<_> = attributes(all[0].body, 8).collect();
         assert_eq!(read, [(1, &[9u8, 9, 9, 9][..]), (2, &[8, 8][..])]);

@@ -1,4 +1,4 @@
-//! `start`: a real `overlayd` from the start of its process until the overlay is in place with all peers: in a kernel that holds nothing of it, and
+//! `start`: a real `overlayd_command` from the start of its process until the overlay is in place with all peers: in a kernel that holds nothing of it, and
 //! again where everything is in place. The parts are what the agent says of itself in its log.
 
 use std::fs;
@@ -8,18 +8,18 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, bail, ensure};
 use clap::Args;
 use nix::sys::signal::Signal;
-use overlay_tests::programs::processor_time;
+use overlay_tests::programs::process_cpu_time;
 use overlayctl::lab::Host;
 use serde_json::Value;
 
-use super::limit::raw;
+use super::bench_lab::{BenchLab, etcd_socket_addr};
 use super::progress;
+use super::raw_netlink::measure_raw;
 use super::report::{Report, Row};
-use super::stage::{Stage, etcd};
 use super::stats::milliseconds;
 
 /// Until the overlay is in place, in ms, with so many leases: in an empty kernel, and where everything is in place.
-const GOAL: (u32, f64, f64) = (10_000, 400.0, 250.0);
+const MAX_START_MS: (u32, f64, f64) = (10_000, 400.0, 250.0);
 
 /// How to measure.
 #[derive(Debug, Args)]
@@ -33,7 +33,7 @@ pub struct StartArguments {
 }
 
 /// A part of a start: what it is called in the table, and by which message of the log its time is told.
-const PARTS: [(&str, &str); 6] = [
+const PHASES: [(&str, &str); 6] = [
     ("kernel state read", "kernel state read"),
     ("leases read from etcd", "leases read"),
     ("decoded", "leases decoded"),
@@ -44,10 +44,10 @@ const PARTS: [(&str, &str); 6] = [
 
 /// One start, in ms.
 #[derive(Debug, Default, Clone)]
-struct Start {
+struct StartTiming {
     in_place: f64,
     processor: f64,
-    parts: [f64; PARTS.len()],
+    phases: [f64; PHASES.len()],
     /// Changes of the kernel.
     ops: u64,
 }
@@ -59,36 +59,36 @@ pub fn measure(arguments: &StartArguments, report: &mut Report) -> anyhow::Resul
         let (mut cold, mut warm, mut read, mut limit) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for turn in 0..arguments.runs {
             progress(&format!("{peers} peers: turn {} of {}", turn + 1, arguments.runs));
-            let stage = runtime.block_on(Stage::prepared(1, *peers))?;
-            read.push(bare_read(&stage, *peers)?);
+            let stage = runtime.block_on(BenchLab::without_agents(1, *peers))?;
+            read.push(etcdctl_read(&stage, *peers)?);
             let written =
-                if stage.fleet.is_empty() { 0.0 } else { milliseconds(runtime.block_on(raw(&[&stage.fleet]))?.set.wall) };
+                if stage.peers.is_empty() { 0.0 } else { milliseconds(runtime.block_on(measure_raw(&[&stage.peers]))?.set.wall) };
             limit.push(written);
             let host = stage.lab.host("h1")?;
-            cold.push(runtime.block_on(start(&stage, &host))?);
+            cold.push(runtime.block_on(start_agent(&stage, &host))?);
             host.agent_stop(Signal::SIGTERM)?;
-            let again = runtime.block_on(start(&stage, &host))?;
+            let again = runtime.block_on(start_agent(&stage, &host))?;
             ensure!(again.ops == 0, "a start with everything in place changed the kernel: {} ops", again.ops);
             warm.push(again);
         }
         let both: Vec<f64> = read.iter().zip(&limit).map(|(read, limit)| read + limit).collect();
-        let is_goal = *peers == GOAL.0;
+        let is_goal = *peers == MAX_START_MS.0;
         for (conditions, starts, baseline, values, goal) in [
-            (format!("{peers} peers, empty kernel"), &cold, "etcdctl + raw netlink", &both, GOAL.1),
-            (format!("{peers} peers, all in place"), &warm, "etcdctl", &read, GOAL.2),
+            (format!("{peers} peers, empty kernel"), &cold, "etcdctl + raw netlink", &both, MAX_START_MS.1),
+            (format!("{peers} peers, all in place"), &warm, "etcdctl", &read, MAX_START_MS.2),
         ] {
-            let column = |part: fn(&Start) -> f64| starts.iter().map(part).collect::<Vec<f64>>();
+            let column = |part: fn(&StartTiming) -> f64| starts.iter().map(part).collect::<Vec<f64>>();
             let whole = column(|start| start.in_place);
             let row = Row::new("start", &conditions, "process begun to overlay in place", "ms", &whole)
-                .map(|row| row.against(baseline, &whole, values));
+                .map(|row| row.with_baseline(baseline, &whole, values));
             report.add(if is_goal { row.map(|row| row.median_goal(goal)) } else { row });
-            for (number, (name, _)) in PARTS.iter().enumerate() {
-                let part: Vec<f64> = starts.iter().map(|start| start.parts[number]).collect();
+            for (number, (name, _)) in PHASES.iter().enumerate() {
+                let part: Vec<f64> = starts.iter().map(|start| start.phases[number]).collect();
                 let row = Row::new("start", &conditions, format!("of it: {name}"), "ms", &part);
                 report.add(match *name {
-                    "leases read from etcd" => row.map(|row| row.against("etcdctl", &part, &read)),
+                    "leases read from etcd" => row.map(|row| row.with_baseline("etcdctl", &part, &read)),
                     "applied" if std::ptr::eq(starts, &cold) && *peers > 0 => {
-                        row.map(|row| row.against("raw netlink", &part, &limit))
+                        row.map(|row| row.with_baseline("raw netlink", &part, &limit))
                     }
                     _ => row,
                 });
@@ -100,8 +100,8 @@ pub fn measure(arguments: &StartArguments, report: &mut Report) -> anyhow::Resul
 }
 
 /// All leases read by etcd's own tool, as a whole process, in ms.
-fn bare_read(stage: &Stage, peers: u32) -> anyhow::Result<f64> {
-    let endpoints = format!("--endpoints={}", etcd());
+fn etcdctl_read(stage: &BenchLab, peers: u32) -> anyhow::Result<f64> {
+    let endpoints = format!("--endpoints={}", etcd_socket_addr());
     let begun = std::time::Instant::now();
     let output = stage.lab.exec("net", &["etcdctl", &endpoints, "get", "--prefix", "--keys-only=false", "/"])?;
     let took = milliseconds(begun.elapsed());
@@ -115,12 +115,12 @@ fn bare_read(stage: &Stage, peers: u32) -> anyhow::Result<f64> {
 }
 
 /// What the log holds behind a place, once the overlay is told to be in place: shortly after the kernel is, for the file for other tools comes between.
-async fn told(log: &Path, before: usize) -> anyhow::Result<Vec<u8>> {
-    const TOLD: &[u8] = b"overlay in place";
+async fn wait_in_place_logged(log: &Path, before: usize) -> anyhow::Result<Vec<u8>> {
+    const IN_PLACE_MESSAGE: &[u8] = b"overlay in place";
     for _ in 0..500 {
         let text = fs::read(log).with_context(|| format!("cannot read {}", log.display()))?;
         let new = text.get(before..).unwrap_or_default();
-        if new.windows(TOLD.len()).any(|part| part == TOLD) && new.ends_with(b"\n") {
+        if new.windows(IN_PLACE_MESSAGE.len()).any(|part| part == IN_PLACE_MESSAGE) && new.ends_with(b"\n") {
             return Ok(new.to_vec());
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
@@ -129,23 +129,23 @@ async fn told(log: &Path, before: usize) -> anyhow::Result<Vec<u8>> {
 }
 
 /// Starts the agent and reads from its log what it did until the overlay was in place with all peers.
-async fn start(stage: &Stage, host: &Host<'_>) -> anyhow::Result<Start> {
+async fn start_agent(stage: &BenchLab, host: &Host<'_>) -> anyhow::Result<StartTiming> {
     let log = host.log();
     let before = fs::metadata(&log).map_or(0, |file| file.len());
     // Written anew, and told, at each start: as after a boot.
     let _absent = fs::remove_file(host.run_dir().join("subnet.env"));
     let begun = SystemTime::now().duration_since(UNIX_EPOCH)?;
     let agent = host.agent_start(&["--log-level", "debug", "--log-format", "json"])?;
-    stage.settled(host).await?;
-    let text = told(&log, usize::try_from(before)?).await?;
-    let mut start = Start { processor: milliseconds(processor_time(agent.pid)?), ..Start::default() };
+    stage.wait_converged(host).await?;
+    let text = wait_in_place_logged(&log, usize::try_from(before)?).await?;
+    let mut start = StartTiming { processor: milliseconds(process_cpu_time(agent.pid)?), ..StartTiming::default() };
     for line in text.split(|byte| *byte == b'\n') {
         let Ok(line) = serde_json::from_slice::<Value>(line) else { continue };
         let field = |name: &str| line.get(name).or_else(|| line.get("fields")?.get(name));
         let Some(message) = field("message").and_then(Value::as_str) else { continue };
         let took = field("ms").and_then(Value::as_f64).unwrap_or_default();
-        if let Some(part) = PARTS.iter().position(|(_, told)| *told == message) {
-            start.parts[part] += took;
+        if let Some(part) = PHASES.iter().position(|(_, told)| *told == message) {
+            start.phases[part] += took;
         }
         if message == "batch applied" {
             start.ops += field("ops").and_then(Value::as_u64).unwrap_or_default();

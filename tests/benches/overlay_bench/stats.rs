@@ -7,7 +7,7 @@ use nix::sys::time::TimeValLike;
 use serde::{Deserialize, Serialize};
 
 /// How many values a distribution has.
-const DISTRIBUTION: usize = 21;
+const QUANTILES: usize = 21;
 
 /// What a set of samples comes to. In the unit of the samples.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -23,7 +23,7 @@ pub struct Summary {
     /// The greatest.
     pub max: f64,
     /// The values that so many samples are no greater than, by nearest rank: none (the least), 5 %, 10 % and so on to all.
-    pub distribution: [f64; DISTRIBUTION],
+    pub distribution: [f64; QUANTILES],
 }
 
 impl Summary {
@@ -36,7 +36,7 @@ impl Summary {
         let median =
             if sorted.len().is_multiple_of(2) { f64::midpoint(sorted[middle - 1], sorted[middle]) } else { sorted[middle] };
         let nearest_rank = |parts: usize, of: usize| sorted[(sorted.len() * parts).div_ceil(of).max(1) - 1];
-        let distribution = std::array::from_fn(|n| nearest_rank(n, DISTRIBUTION - 1));
+        let distribution = std::array::from_fn(|n| nearest_rank(n, QUANTILES - 1));
         Some(Summary { samples: sorted.len(), median, min, p99: nearest_rank(99, 100), max, distribution })
     }
 
@@ -54,7 +54,7 @@ pub fn ratios(samples: &[f64], baseline: &[f64]) -> Vec<f64> {
 
 /// A moment from which costs are counted.
 #[derive(Debug, Clone, Copy)]
-pub struct Begin {
+pub struct CostTimer {
     wall: Instant,
     processor: Duration,
 }
@@ -68,11 +68,11 @@ pub struct Cost {
     pub processor: Duration,
 }
 
-impl Begin {
+impl CostTimer {
     /// This moment.
-    pub fn now() -> nix::Result<Begin> {
+    pub fn start() -> nix::Result<CostTimer> {
         let processor = processor_time()?;
-        Ok(Begin { wall: Instant::now(), processor })
+        Ok(CostTimer { wall: Instant::now(), processor })
     }
 
     /// What it took since.
@@ -103,7 +103,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn summaries() {
+    fn summary_has_median_and_quantiles() {
         assert_eq!(Summary::of(&[]), None);
         let one = Summary::of(&[3.0]).expect("a sample");
         assert_eq!((one.median, one.min, one.p99, one.max), (3.0, 3.0, 3.0, 3.0));

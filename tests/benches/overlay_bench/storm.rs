@@ -1,4 +1,4 @@
-//! `storm`: foreign routes and links that come and go in the host's namespace by the thousand. What does it cost an agent that has nothing to do with
+//! `run_batch`: foreign routes and links that come and go in the host's namespace by the thousand. What does it cost an agent that has nothing to do with
 //! them, against what they cost who makes them?
 
 use std::fmt::Write;
@@ -10,20 +10,20 @@ use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
 use overlayctl::lab::Host;
 
-use super::gauge::{Between, Page, Used};
+use super::bench_lab::BenchLab;
+use super::process_stats::{MetricsPage, Usage, UsageDelta};
 use super::progress;
 use super::report::{Report, Row};
-use super::stage::Stage;
 use super::stats::milliseconds;
 
 /// The agent has come to rest when it has not used a processor for this long.
-const REST: Duration = Duration::from_millis(500);
+const QUIET_PERIOD: Duration = Duration::from_millis(500);
 /// How long it may take to.
-const LIMIT: Duration = Duration::from_secs(60);
+const QUIET_TIMEOUT: Duration = Duration::from_secs(60);
 /// The group of the foreign links, by which they go at once.
-const GROUP: &str = "77";
+const LINK_GROUP: &str = "77";
 /// What the agent uses, as a part of what who makes the storm does.
-const GOAL: f64 = 0.5;
+const MAX_CPU_RATIO: f64 = 0.5;
 
 /// How to measure.
 #[derive(Debug, Args)]
@@ -43,12 +43,12 @@ pub struct StormArguments {
 }
 
 /// What one part of a storm came to.
-struct Part {
+struct StormPhase {
     /// Processor time of who made it.
-    maker: Duration,
+    generator_cpu_time: Duration,
     /// From its begin until it was over.
-    lasted: Duration,
-    agent: Between,
+    duration: Duration,
+    agent: UsageDelta,
     reads: [f64; 2],
     repairs: f64,
 }
@@ -57,7 +57,7 @@ struct Part {
 pub fn measure(arguments: &StormArguments, report: &mut Report) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let StormArguments { routes, links, peers, runs } = *arguments;
-    let stage = runtime.block_on(Stage::new(1, peers))?;
+    let stage = runtime.block_on(BenchLab::new(1, peers))?;
     let host = stage.lab.host("h1")?;
     let route = |n: u32| format!("blackhole {}/32 proto 99", std::net::Ipv4Addr::from_bits(0xc612_0000 + n));
     let list = |count: u32, line: &dyn Fn(u32) -> String| {
@@ -72,32 +72,32 @@ pub fn measure(arguments: &StormArguments, report: &mut Report) -> anyhow::Resul
         (
             "links come",
             links,
-            list(links.div_ceil(2), &|n| format!("link add foreign{n} group {GROUP} type veth peer name other{n}")),
+            list(links.div_ceil(2), &|n| format!("link add foreign{n} group {LINK_GROUP} type veth peer name other{n}")),
         ),
-        ("links go", links, format!("link delete group {GROUP}\n")),
+        ("links go", links, format!("link delete group {LINK_GROUP}\n")),
     ];
-    let mut came: [Vec<Part>; 4] = Default::default();
+    let mut came: [Vec<StormPhase>; 4] = Default::default();
     for turn in 0..runs {
         for (parts_of, (what, count, batch)) in came.iter_mut().zip(&parts) {
             progress(&format!("{peers} peers, {count} {what}: turn {} of {runs}", turn + 1));
-            parts_of.push(storm(&host, batch)?);
+            parts_of.push(run_batch(&host, batch)?);
         }
     }
     for (all, (what, count, _)) in came.iter().zip(&parts) {
         add_rows(report, &format!("{count} {what}, {peers} peers"), all);
     }
-    runtime.block_on(stage.settled(&host))
+    runtime.block_on(stage.wait_converged(&host))
 }
 
-fn add_rows(report: &mut Report, conditions: &str, parts: &[Part]) {
-    let column = |value: fn(&Part) -> f64| parts.iter().map(value).collect::<Vec<f64>>();
-    let row = |what: &str, unit, value: fn(&Part) -> f64| Row::new("storm", conditions, what, unit, &column(value));
-    report.add(row("until it is over", "ms", |p| milliseconds(p.lasted)));
-    let maker = column(|p| milliseconds(p.maker));
-    let agent = column(|p| milliseconds(p.agent.processor));
+fn add_rows(report: &mut Report, conditions: &str, parts: &[StormPhase]) {
+    let column = |value: fn(&StormPhase) -> f64| parts.iter().map(value).collect::<Vec<f64>>();
+    let row = |what: &str, unit, value: fn(&StormPhase) -> f64| Row::new("storm", conditions, what, unit, &column(value));
+    report.add(row("until it is over", "ms", |p| milliseconds(p.duration)));
+    let maker = column(|p| milliseconds(p.generator_cpu_time));
+    let agent = column(|p| milliseconds(p.agent.cpu_time));
     report.add(
-        row("agent's processor time", "ms", |p| milliseconds(p.agent.processor))
-            .map(|r| r.against("who makes it", &agent, &maker).ratio_goal(GOAL)),
+        row("agent's processor time", "ms", |p| milliseconds(p.agent.cpu_time))
+            .map(|r| r.with_baseline("who makes it", &agent, &maker).ratio_goal(MAX_CPU_RATIO)),
     );
     report.add(row("reads of all that is ours", "reads", |p| p.reads[0]).map(|r| r.median_goal(0.0)));
     report.add(row("reads of all interfaces", "reads", |p| p.reads[1]));
@@ -105,32 +105,32 @@ fn add_rows(report: &mut Report, conditions: &str, parts: &[Part]) {
 }
 
 /// Runs a list of commands in the host's namespace, and waits until the agent rests.
-fn storm(host: &Host<'_>, batch: &str) -> anyhow::Result<Part> {
+fn run_batch(host: &Host<'_>, batch: &str) -> anyhow::Result<StormPhase> {
     let pid = host.agent().context("the agent has ended")?.pid;
     let file = host.dir().join("storm");
     std::fs::write(&file, batch)?;
-    let (page, used) = (Page::of_agent(&host.socket())?, Used::now(pid)?);
-    let (begun, made_before) = (Instant::now(), children()?);
+    let (page, used) = (MetricsPage::of_agent(&host.socket())?, Usage::now(pid)?);
+    let (begun, made_before) = (Instant::now(), children_cpu_time()?);
     let output = host.exec(&["ip", "-batch", &file.to_string_lossy()])?;
     ensure!(output.status.success(), "ip -batch: {}", String::from_utf8_lossy(&output.stderr).lines().next().unwrap_or_default());
-    let (lasted, maker) = (begun.elapsed(), children()?.saturating_sub(made_before));
-    let mut last = Used::now(pid)?;
+    let (lasted, maker) = (begun.elapsed(), children_cpu_time()?.saturating_sub(made_before));
+    let mut last = Usage::now(pid)?;
     loop {
-        std::thread::sleep(REST);
-        let now = Used::now(pid)?;
+        std::thread::sleep(QUIET_PERIOD);
+        let now = Usage::now(pid)?;
         // A look costs it nothing; what it does beside the storm is well below a hundredth.
-        if now.since(&last).share() < 1.0 {
+        if now.since(&last).cpu_percent() < 1.0 {
             break;
         }
-        ensure!(begun.elapsed() < lasted + LIMIT, "the agent does not come to rest after the storm");
+        ensure!(begun.elapsed() < lasted + QUIET_TIMEOUT, "the agent does not come to rest after the storm");
         last = now;
     }
-    let agent = Used::now(pid)?.since(&used);
-    let after = Page::of_agent(&host.socket())?;
-    let added = |name: &str, label: &str| after.added(&page, name, label);
-    Ok(Part {
-        maker,
-        lasted,
+    let agent = Usage::now(pid)?.since(&used);
+    let after = MetricsPage::of_agent(&host.socket())?;
+    let added = |name: &str, label: &str| after.delta(&page, name, label);
+    Ok(StormPhase {
+        generator_cpu_time: maker,
+        duration: lasted,
         agent,
         reads: ["state", "interfaces"].map(|what| added("overlayd_kernel_reads_total", what)),
         repairs: added("overlayd_drift_repairs_total", ""),
@@ -138,7 +138,7 @@ fn storm(host: &Host<'_>, batch: &str) -> anyhow::Result<Part> {
 }
 
 /// Processor time of the children that have ended.
-fn children() -> nix::Result<Duration> {
+fn children_cpu_time() -> nix::Result<Duration> {
     let usage = getrusage(UsageWho::RUSAGE_CHILDREN)?;
     let micros = usage.user_time().num_microseconds() + usage.system_time().num_microseconds();
     Ok(Duration::from_micros(micros.unsigned_abs()))

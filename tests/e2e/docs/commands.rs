@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 
 use clap::{Command, CommandFactory};
-use overlay_tests::page::{self, Block, Place};
+use overlay_tests::doc_page::{self, Block, RunTarget};
 use overlay_tests::shell;
 use overlayctl::cmd::Cli;
 
@@ -12,18 +12,18 @@ use overlayctl::cmd::Cli;
 const TUTORIAL: &str = "docs/tutorial.md";
 
 /// A word that stands for what is left out.
-const ANY: &str = "...";
+const PLACEHOLDER: &str = "...";
 
 fn blocks(page: &str) -> Vec<Block> {
-    page::blocks(&page::text(page)).unwrap_or_else(|error| panic!("{page}:{error}"))
+    doc_page::blocks(&doc_page::page_text(page)).unwrap_or_else(|error| panic!("{page}:{error}"))
 }
 
 /// What is wrong with a command line of ours; `None` for one that is well, or is another program's.
-fn mistake(words: &[String]) -> Option<String> {
+fn command_error(words: &[String]) -> Option<String> {
     let program = words.first()?.rsplit('/').next()?;
     // What a function is called with is not known here.
     if words.iter().any(|word| word.starts_with("$1") || word.starts_with("$2")) {
-        return slip(&words.iter().map(String::as_str).collect::<Vec<_>>());
+        return inline_command_error(&words.iter().map(String::as_str).collect::<Vec<_>>());
     }
     let parse = |command: Command, words: &[String]| match command.try_get_matches_from(words) {
         Err(error) if error.use_stderr() => Some(error.to_string()),
@@ -32,7 +32,7 @@ fn mistake(words: &[String]) -> Option<String> {
     match program {
         "overlayctl" => {
             // What runs inside is a command line of its own.
-            let inner = words.iter().position(|word| word == "--").and_then(|at| mistake(&words[at + 1..]));
+            let inner = words.iter().position(|word| word == "--").and_then(|at| command_error(&words[at + 1..]));
             inner.or_else(|| parse(Cli::command(), words))
         }
         "overlayd" => parse(overlay_agent::config::command(), words),
@@ -40,21 +40,21 @@ fn mistake(words: &[String]) -> Option<String> {
             .then(|| "it has no such argument".to_owned()),
         "cargo" if words.get(1).is_some_and(|word| word == "test") => {
             let target = words.iter().position(|word| word == "--test").and_then(|at| words.get(at + 1))?;
-            (!page::top().join(format!("tests/e2e/{target}.rs")).exists()).then(|| format!("no test {target}"))
+            (!doc_page::repo_root().join(format!("tests/e2e/{target}.rs")).exists()).then(|| format!("no test {target}"))
         }
         _ => None,
     }
 }
 
 #[test]
-fn every_command_line_of_ours_is_one_that_the_programs_take() {
+fn documented_command_lines_parse() {
     let mut seen = 0;
     let mut bad = Vec::new();
-    for page in page::pages() {
+    for page in doc_page::page_paths() {
         for block in blocks(&page) {
             for words in shell::commands(&block.commands) {
                 seen += usize::from(words[0].starts_with("overlay"));
-                if let Some(error) = mistake(&words) {
+                if let Some(error) = command_error(&words) {
                     bad.push(format!("{page}:{}: {}: {error}", block.line, words.join(" ")));
                 }
             }
@@ -65,7 +65,7 @@ fn every_command_line_of_ours_is_one_that_the_programs_take() {
 }
 
 /// What is wrong with a command line of ours that stands in a sentence: there it may lack arguments, and words in capitals stand for values.
-fn slip(words: &[&str]) -> Option<String> {
+fn inline_command_error(words: &[&str]) -> Option<String> {
     let mut command = match words.first()?.rsplit('/').next()? {
         "overlayctl" => Cli::command(),
         "overlayd" => overlay_agent::config::command(),
@@ -82,7 +82,7 @@ fn slip(words: &[&str]) -> Option<String> {
             note(&command);
         } else if word.starts_with('-') {
             at += usize::from(matches!(*word, "-o" | "--socket" | "--name" | "--dir"));
-        } else if command.has_subcommands() && *word != ANY && word.starts_with(|c: char| c.is_ascii_lowercase()) {
+        } else if command.has_subcommands() && *word != PLACEHOLDER && word.starts_with(|c: char| c.is_ascii_lowercase()) {
             return Some(format!("no subcommand {word}"));
         } else {
             break;
@@ -96,11 +96,11 @@ fn slip(words: &[&str]) -> Option<String> {
 }
 
 #[test]
-fn commands_in_sentences_are_there() {
+fn inline_commands_parse() {
     let mut seen = 0;
     let mut bad = Vec::new();
-    for page in page::pages() {
-        let text = page::text(&page);
+    for page in doc_page::page_paths() {
+        let text = doc_page::page_text(&page);
         let mut fenced = false;
         for (number, line) in text.lines().enumerate() {
             if line.starts_with("```") {
@@ -112,7 +112,7 @@ fn commands_in_sentences_are_there() {
                 let plain = plain.split(['|', '>', ';']).next().unwrap_or_default();
                 let words: Vec<&str> = plain.split_whitespace().skip_while(|word| *word == "sudo").collect();
                 seen += usize::from(words.first().is_some_and(|word| ["overlayctl", "overlayd"].contains(word)));
-                if let Some(error) = slip(&words) {
+                if let Some(error) = inline_command_error(&words) {
                     bad.push(format!("{page}:{}: {span}: {error}", number + 1));
                 }
             }
@@ -123,7 +123,7 @@ fn commands_in_sentences_are_there() {
 }
 
 /// The lines of a block as a script has them: whole, without `sudo` and remarks.
-fn bare_lines(commands: &str) -> Vec<String> {
+fn normalized_lines(commands: &str) -> Vec<String> {
     let whole = commands.replace("\\\n", " ");
     let bare = whole.lines().map(|line| line.split_once("  #").map_or(line, |(line, _)| line));
     let bare = bare.map(|line| line.trim().trim_start_matches("sudo ").split_whitespace().collect::<Vec<_>>().join(" "));
@@ -131,48 +131,48 @@ fn bare_lines(commands: &str) -> Vec<String> {
 }
 
 /// What is wrong with a script's claim to run a block.
-fn is_not_in(script: &str, page: &str, block: &Block) -> Option<String> {
+fn missing_line(script: &str, page: &str, block: &Block) -> Option<String> {
     let text = script.split_whitespace().collect::<Vec<_>>().join(" ");
     if text.contains(&format!("documented {page} \"{}\"", block.section)) {
         return None;
     }
-    bare_lines(&block.commands).into_iter().find(|line| !text.contains(line.as_str()))
+    normalized_lines(&block.commands).into_iter().find(|line| !text.contains(line.as_str()))
 }
 
-/// A page's stories: `Page::open("PAGE"` in `tests/e2e`.
-fn stories() -> String {
-    let entries = fs::read_dir(page::top().join("tests/e2e")).expect("tests/e2e");
+/// A page's stories: `Page::open_sockets("PAGE"` in `tests/e2e`.
+fn e2e_sources() -> String {
+    let entries = fs::read_dir(doc_page::repo_root().join("tests/e2e")).expect("tests/e2e");
     let paths = entries.map(|entry| entry.expect("an entry").path()).filter(|path| path.is_file());
     paths.map(|path| fs::read_to_string(path).expect("a story")).collect()
 }
 
 #[test]
-fn something_runs_every_block_of_commands() {
-    let stories = stories();
+fn every_command_block_is_run() {
+    let stories = e2e_sources();
     let mut bad = Vec::new();
     let mut seen = 0;
-    for page in page::pages().iter().filter(|page| *page != TUTORIAL) {
+    for page in doc_page::page_paths().iter().filter(|page| *page != TUTORIAL) {
         for block in blocks(page) {
             seen += 1;
             let place = format!("{page}:{}", block.line);
             let own = shell::commands(&block.commands)
                 .iter()
                 .all(|words| matches!(words.as_slice(), [cargo, test, ..] if cargo == "cargo" && test == "test"));
-            match &block.place {
+            match &block.target {
                 // Tests themselves: that there are such is looked at above.
                 None if own => {}
                 None => bad.push(format!(
                     "{place}: nothing says where this is run: put `<!-- on MACHINE -->` or `<!-- as in FILE -->` above it"
                 )),
-                Some(Place::On { .. }) if !stories.contains(&format!("Page::open(\"{page}\"")) => {
+                Some(RunTarget::Hosts { .. }) if !stories.contains(&format!("Page::open(\"{page}\"")) => {
                     bad.push(format!("{place}: no story has Page::open(\"{page}\""));
                 }
-                Some(Place::On { .. }) => {}
-                Some(Place::AsIn(file)) => match fs::read_to_string(page::top().join(file)) {
+                Some(RunTarget::Hosts { .. }) => {}
+                Some(RunTarget::Script(file)) => match fs::read_to_string(doc_page::repo_root().join(file)) {
                     Err(error) => bad.push(format!("{place}: {}: {error}", file.display())),
                     Ok(script) => {
                         bad.extend(
-                            is_not_in(&script, page, &block)
+                            missing_line(&script, page, &block)
                                 .map(|line| format!("{place}: {} does not have: {line}", file.display())),
                         );
                     }
@@ -185,7 +185,7 @@ fn something_runs_every_block_of_commands() {
 }
 
 #[test]
-fn mistakes_are_noticed() {
+fn command_errors_are_detected() {
     let words = |line: &str| shell::commands(line).remove(0);
     for line in [
         "overlayctl subnet",
@@ -194,7 +194,7 @@ fn mistakes_are_noticed() {
         "overlay-cni ADD",
         "cargo test --test nothing",
     ] {
-        assert!(mistake(&words(line)).is_some(), "{line}");
+        assert!(command_error(&words(line)).is_some(), "{line}");
     }
     for line in [
         "overlayctl -o json subnets --watch",
@@ -203,17 +203,22 @@ fn mistakes_are_noticed() {
         "overlayctl attach web --publish 8080:80",
         "true",
     ] {
-        assert_eq!(mistake(&words(line)), None, "{line}");
+        assert_eq!(command_error(&words(line)), None, "{line}");
     }
-    let slip = |line: &str| slip(&line.split(' ').collect::<Vec<_>>());
+    let slip = |line: &str| inline_command_error(&line.split(' ').collect::<Vec<_>>());
     assert!(
         slip("overlayctl stats").is_some() && slip("overlayctl attach --no-check").is_some() && slip("overlayd clean").is_some()
     );
     assert_eq!((slip("overlayctl attach --no-source-check"), slip("overlayctl -o json config set FILE")), (None, None));
-    let block =
-        |commands: &str| Block { line: 1, section: "S".to_owned(), place: None, commands: commands.to_owned(), shown: None };
+    let block = |commands: &str| Block {
+        line: 1,
+        section: "S".to_owned(),
+        target: None,
+        commands: commands.to_owned(),
+        expected_output: None,
+    };
     let script = "on 1 systemctl stop x\ndocumented docs/p.md \"S\"\n";
-    assert_eq!(is_not_in(script, "docs/q.md", &block("sudo systemctl   stop x   # it stops\n")), None);
-    assert!(is_not_in(script, "docs/q.md", &block("systemctl start x\n")).is_some());
-    assert_eq!(is_not_in(script, "docs/p.md", &block("systemctl start x\n")), None);
+    assert_eq!(missing_line(script, "docs/q.md", &block("sudo systemctl   stop x   # it stops\n")), None);
+    assert!(missing_line(script, "docs/q.md", &block("systemctl start x\n")).is_some());
+    assert_eq!(missing_line(script, "docs/p.md", &block("systemctl start x\n")), None);
 }

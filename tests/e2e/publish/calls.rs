@@ -5,13 +5,13 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use overlay_agent::kernel::netns::Netns;
-use overlay_tests::Must;
+use overlay_tests::ExpectContext;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, UdpSocket};
 use tokio::task::JoinSet;
 
 /// How long a call may take: a SYN that was lost is sent again after one second and three (RFC 6298).
-const LIMIT: Duration = Duration::from_secs(8);
+const CALL_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// How one calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,12 +29,12 @@ pub fn serve(netns: &Netns, ports: &[(Protocol, u16)]) -> JoinSet<()> {
         match protocol {
             Protocol::Tcp => {
                 let bind = || std::net::TcpListener::bind(at).and_then(nonblocking_listener);
-                let bound = netns.run(bind).must("enter").must(&what);
-                tasks.spawn(serve_tcp(TcpListener::from_std(bound).must(&what)));
+                let bound = netns.run(bind).expect_ok("enter").expect_ok(&what);
+                tasks.spawn(serve_tcp(TcpListener::from_std(bound).expect_ok(&what)));
             }
             Protocol::Udp => {
-                let bound = netns.run(|| datagrams(at)).must("enter").must(&what);
-                tasks.spawn(serve_udp(UdpSocket::from_std(bound).must(&what)));
+                let bound = netns.run(|| bind_nonblocking_udp(at)).expect_ok("enter").expect_ok(&what);
+                tasks.spawn(serve_udp(UdpSocket::from_std(bound).expect_ok(&what)));
             }
         }
     }
@@ -46,7 +46,7 @@ fn nonblocking_listener(listener: std::net::TcpListener) -> io::Result<std::net:
     Ok(listener)
 }
 
-fn datagrams(at: SocketAddr) -> io::Result<std::net::UdpSocket> {
+fn bind_nonblocking_udp(at: SocketAddr) -> io::Result<std::net::UdpSocket> {
     let socket = std::net::UdpSocket::bind(at)?;
     socket.set_nonblocking(true)?;
     Ok(socket)
@@ -58,10 +58,10 @@ async fn serve_tcp(listener: TcpListener) {
     loop {
         let Ok((mut stream, caller)) = listener.accept().await else { continue };
         callers.spawn(async move {
-            let said = format!("{}\n", caller.ip().to_canonical());
+            let output = format!("{}\n", caller.ip().to_canonical());
             let mut buffer = [0; 64];
             while let Ok(1..) = stream.read(&mut buffer).await {
-                if stream.write_all(said.as_bytes()).await.is_err() {
+                if stream.write_all(output.as_bytes()).await.is_err() {
                     break;
                 }
             }
@@ -74,8 +74,8 @@ async fn serve_udp(socket: UdpSocket) {
     loop {
         // An error belongs to an earlier packet.
         if let Ok((_, caller)) = socket.recv_from(&mut buffer).await {
-            let said = format!("{}\n", caller.ip().to_canonical());
-            let _sent = socket.send_to(said.as_bytes(), caller).await;
+            let output = format!("{}\n", caller.ip().to_canonical());
+            let _sent = socket.send_to(output.as_bytes(), caller).await;
         }
     }
 }
@@ -87,8 +87,10 @@ pub struct Connection(tokio::net::TcpStream);
 impl Connection {
     /// Connects from a namespace.
     pub async fn open(from: &Netns, to: SocketAddr) -> Result<Connection, String> {
-        let socket =
-            from.run(|| if to.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }).must("enter").must("a socket");
+        let socket = from
+            .run(|| if to.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() })
+            .expect_ok("enter")
+            .expect_ok("a socket");
         Ok(Connection(socket.connect(to).await.map_err(|error| error.to_string())?))
     }
 
@@ -99,36 +101,39 @@ impl Connection {
             self.0.write_all(b"?\n").await?;
             self.0.read(&mut buffer).await
         };
-        let length =
-            tokio::time::timeout(LIMIT, asked).await.map_err(|_| "no answer".to_owned())?.map_err(|error| error.to_string())?;
-        address(&buffer[..length])
+        let length = tokio::time::timeout(CALL_TIMEOUT, asked)
+            .await
+            .map_err(|_| "no answer".to_owned())?
+            .map_err(|error| error.to_string())?;
+        parse_address(&buffer[..length])
     }
 }
 
-fn address(said: &[u8]) -> Result<IpAddr, String> {
-    let text = String::from_utf8_lossy(said);
+fn parse_address(reply: &[u8]) -> Result<IpAddr, String> {
+    let text = String::from_utf8_lossy(reply);
     text.trim().parse().map_err(|error| format!("`{text}`: {error}"))
 }
 
 /// Calls from a namespace: the address that the server sees. Over UDP the answer counts only from the address that was called.
-pub async fn call(from: &Netns, to: SocketAddr, protocol: Protocol) -> Result<IpAddr, String> {
-    call_within(from, to, protocol, LIMIT).await
+pub async fn observe_source(from: &Netns, to: SocketAddr, protocol: Protocol) -> Result<IpAddr, String> {
+    observe_source_within(from, to, protocol, CALL_TIMEOUT).await
 }
 
 /// The same, with another limit.
-pub async fn call_within(from: &Netns, to: SocketAddr, protocol: Protocol, limit: Duration) -> Result<IpAddr, String> {
+pub async fn observe_source_within(from: &Netns, to: SocketAddr, protocol: Protocol, limit: Duration) -> Result<IpAddr, String> {
     let called = async {
         match protocol {
             Protocol::Tcp => Connection::open(from, to).await?.ask().await,
-            Protocol::Udp => call_udp(from, to).await,
+            Protocol::Udp => observe_source_udp(from, to).await,
         }
     };
     tokio::time::timeout(limit, called).await.unwrap_or_else(|_| Err("no answer".to_owned()))
 }
 
-async fn call_udp(from: &Netns, to: SocketAddr) -> Result<IpAddr, String> {
+async fn observe_source_udp(from: &Netns, to: SocketAddr) -> Result<IpAddr, String> {
     let any: IpAddr = if to.is_ipv4() { [0_u8; 4].into() } else { [0_u16; 8].into() };
-    let socket = UdpSocket::from_std(from.run(|| datagrams((any, 0).into())).must("enter").must("a socket")).must("a socket");
+    let socket = UdpSocket::from_std(from.run(|| bind_nonblocking_udp((any, 0).into())).expect_ok("enter").expect_ok("a socket"))
+        .expect_ok("a socket");
     let asked = async {
         socket.connect(to).await?;
         socket.send(b"?").await?;
@@ -136,5 +141,5 @@ async fn call_udp(from: &Netns, to: SocketAddr) -> Result<IpAddr, String> {
         let length = socket.recv(&mut buffer).await?;
         Ok::<_, io::Error>(buffer[..length].to_vec())
     };
-    address(&asked.await.map_err(|error| error.to_string())?)
+    parse_address(&asked.await.map_err(|error| error.to_string())?)
 }

@@ -6,125 +6,134 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 
 use overlay_agent::kernel::netns::Netns;
 use overlay_agent::model::api::Status;
-use overlay_tests::dump::Dump;
-use overlay_tests::story::{READY, SOON};
-use overlay_tests::{Must, etcd, eventually, kernel, memory};
+use overlay_tests::dump::NetnsDump;
+use overlay_tests::test_lab::{CONVERGE_TIMEOUT, READY_TIMEOUT};
+use overlay_tests::{ExpectContext, etcd, eventually, kernel, process_memory};
 use overlayctl::lab::check;
 
-use super::{HOSTS, SERVED, STAYS, Soak, Wish};
+use super::{AttachKind, HOSTS, SERVICE_PORT, STABLE_HOST, Soak};
 
 /// Open files that an agent may have more than at its first quiet point: connections that come and go.
-const FILES: usize = 12;
+const MAX_EXTRA_FILES: usize = 12;
 /// Anonymous memory that it may have more, in kB.
-const MEMORY: u64 = 4 << 10;
+const MAX_EXTRA_KIB: u64 = 4 << 10;
 
 /// Open files and anonymous memory (kB) of an agent.
 #[derive(Debug, Clone, Copy)]
-pub struct Size {
+pub struct ProcessSize {
     files: usize,
-    memory: u64,
+    memory_kib: u64,
 }
 
 impl Soak {
     /// Ends what lasts, waits until all agents are well, and looks at everything.
-    pub async fn quiet(&mut self) {
+    pub async fn check_invariants(&mut self) {
         self.end_fault().await;
         self.steps.push("quiet".to_owned());
-        self.wait().await;
-        self.move_containers().await;
-        for host in self.active.keys() {
-            self.story.settled(host, READY).await;
+        self.wait_converged().await;
+        self.reattach_moved_containers().await;
+        for host in self.containers_by_host.keys() {
+            self.lab.wait_converged(host, READY_TIMEOUT).await;
         }
-        self.everybody_reaches_everybody().await;
-        self.published_ports_lead_to_their_containers().await;
-        self.nothing_is_left_over().await;
-        self.nothing_grows().await;
+        self.assert_full_reachability().await;
+        self.assert_published_ports().await;
+        self.assert_no_leftovers().await;
+        self.assert_no_growth().await;
     }
 
     /// Every agent is ready, has every peer, and nothing waits for another try.
-    async fn wait(&self) {
-        let peers = self.active.len() - 1 + self.peers.len();
+    async fn wait_converged(&self) {
+        let peers = self.containers_by_host.len() - 1 + self.peers.len();
         let well = |s: &Status| s.ready && s.store.connected && s.data_path.peers == peers && s.data_path.failed.is_empty();
-        for host in self.active.keys() {
-            self.story.at(host).wait_status(2 * READY, &format!("{host} has not {peers} peers"), well).await.must(host);
+        for host in self.containers_by_host.keys() {
+            self.lab
+                .host(host)
+                .wait_status(2 * READY_TIMEOUT, &format!("{host} has not {peers} peers"), well)
+                .await
+                .expect_ok(host);
         }
     }
 
     /// A host whose lease was another's for a moment has moved: its containers are attached anew, as an operator would.
-    async fn move_containers(&mut self) {
-        for host in HOSTS.into_iter().filter(|host| self.active.contains_key(host)).collect::<Vec<_>>() {
-            let subnet = self.story.status(host).await.lease.must("a lease").subnet;
-            let endpoints = self.story.at(host).client().endpoints().await.must(host).endpoints;
+    async fn reattach_moved_containers(&mut self) {
+        for host in HOSTS.into_iter().filter(|host| self.containers_by_host.contains_key(host)).collect::<Vec<_>>() {
+            let subnet = self.lab.status(host).await.lease.expect_ok("a lease").subnet;
+            let endpoints = self.lab.host(host).client().endpoints().await.expect_ok(host).endpoints;
             for endpoint in endpoints {
                 let inside = |(family, address): (_, &IpAddr)| subnet.get(family).is_some_and(|r| r.contains(*address));
                 if endpoint.addresses().iter().all(inside) {
                     continue;
                 }
-                self.count(host, "container moved");
+                self.record_step(host, "container moved");
                 let name = endpoint.name.as_str();
-                let wish = self.active[host][name];
+                let kind = self.containers_by_host[host][name];
                 self.detach_named(host, name).await;
-                self.attach_as(host, name, wish).await.must("attach anew");
+                self.attach_as(host, name, kind).await.expect_ok("attach anew");
             }
         }
     }
 
-    async fn everybody_reaches_everybody(&self) {
-        let report = check::check(&self.story).await.must("check");
+    async fn assert_full_reachability(&self) {
+        let report = check::check(&self.lab).await.expect_ok("check");
         let bad: Vec<_> = report.overlay.iter().chain(&report.egress).filter(|call| call.error.is_some()).collect();
         assert!(bad.is_empty() && report.ok, "calls went wrong: {bad:#?} {:?}", report.remarks);
-        let containers: usize = self.active.keys().map(|host| self.with_addresses(host)).sum();
+        let containers: usize = self.containers_by_host.keys().map(|host| self.addressed_containers(host)).sum();
         assert_eq!(report.containers.len(), containers, "{:?}", report.containers);
     }
 
     /// From the world outside, by each address of the host.
-    async fn published_ports_lead_to_their_containers(&self) {
-        let world = self.story.inside("world");
-        for (host, containers) in &self.active {
-            for (name, wish) in containers {
-                let Wish::Published(port) = wish else { continue };
-                let inside = self.story.inside(&format!("{host}-{name}"));
+    async fn assert_published_ports(&self) {
+        let world = self.lab.open_netns("world");
+        for (host, containers) in &self.containers_by_host {
+            for (name, kind) in containers {
+                let AttachKind::Published(port) = kind else { continue };
+                let inside = self.lab.open_netns(&format!("{host}-{name}"));
                 // One socket for both families.
-                let server = inside.run(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, SERVED))).must("enter").must("serve");
-                server.set_nonblocking(true).must("a server that does not wait");
-                for (_, address) in self.story.at(host).layout().addresses.iter() {
+                let server =
+                    inside.run(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, SERVICE_PORT))).expect_ok("enter").expect_ok("serve");
+                server.set_nonblocking(true).expect_ok("a server that does not wait");
+                for (_, address) in self.lab.host(host).layout().addresses.iter() {
                     let to = SocketAddr::new(*address, *port);
-                    let call = || world.run(|| TcpStream::connect_timeout(&to, SOON)).must("enter");
-                    let stream = call().must(&format!("{name} of {host}, by {to} from outside"));
+                    let call = || world.run(|| TcpStream::connect_timeout(&to, CONVERGE_TIMEOUT)).expect_ok("enter");
+                    let stream = call().expect_ok(&format!("{name} of {host}, by {to} from outside"));
                     let accept = || server.accept().map_err(|error| error.to_string());
-                    let (_, caller) = eventually(&format!("{name} of {host} is called by {to}"), SOON, accept).await;
-                    assert_eq!(caller.port(), stream.local_addr().must("an address").port(), "{name} by {to}: another's call");
+                    let (_, caller) = eventually(&format!("{name} of {host} is called by {to}"), CONVERGE_TIMEOUT, accept).await;
+                    assert_eq!(
+                        caller.port(),
+                        stream.local_addr().expect_ok("an address").port(),
+                        "{name} by {to}: another's call"
+                    );
                 }
             }
         }
     }
 
     /// Namespaces, endpoints, ports, leases: those that there should be and no others. Hosts that left are as they were.
-    async fn nothing_is_left_over(&self) {
-        let layout = self.story.layout();
+    async fn assert_no_leftovers(&self) {
+        let layout = self.lab.layout();
         let mut wanted: BTreeSet<String> = ["net", "world", "e1", "e2", "e3"].iter().map(|name| layout.namespace(name)).collect();
         wanted.extend(HOSTS.iter().map(|host| layout.namespace(host)));
-        for (host, containers) in &self.active {
+        for (host, containers) in &self.containers_by_host {
             wanted.extend(containers.keys().map(|name| layout.namespace(&format!("{host}-{name}"))));
-            let endpoints = self.story.at(host).client().endpoints().await.must(host).endpoints;
+            let endpoints = self.lab.host(host).client().endpoints().await.expect_ok(host).endpoints;
             let names: BTreeSet<String> = endpoints.iter().map(|endpoint| endpoint.name.to_string()).collect();
             assert!(names.iter().eq(containers.keys()), "the endpoints of {host}: {names:?}, not {containers:?}");
             let addresses: BTreeSet<_> =
                 endpoints.iter().flat_map(|e| e.addresses().iter().map(|(_, a)| *a).collect::<Vec<_>>()).collect();
-            let (all, apart) = (2 * self.with_addresses(host), addresses.len());
+            let (all, apart) = (2 * self.addressed_containers(host), addresses.len());
             assert_eq!(apart, all, "each has its own addresses: {addresses:?}");
-            let links = kernel::listed(&self.story, host, "ip", &["link", "show"]);
+            let links = kernel::list_json(&self.lab, host, "ip", &["link", "show"]);
             let ports = links.iter().filter(|link| kernel::text(link, "ifname").starts_with("ove")).count();
-            assert_eq!(ports, self.with_addresses(host), "the ports of {host}");
+            assert_eq!(ports, self.addressed_containers(host), "the ports of {host}");
         }
         let found: BTreeSet<String> =
-            Netns::list().must("namespaces").into_iter().filter(|n| n.starts_with(&layout.prefix())).collect();
+            Netns::list().expect_ok("namespaces").into_iter().filter(|n| n.starts_with(&layout.prefix())).collect();
         assert_eq!(found, wanted, "namespaces");
-        let leases = etcd::leases(&self.story);
-        assert_eq!(leases.len(), self.active.len() + self.peers.len(), "leases: {leases:#?}");
-        for host in HOSTS.iter().filter(|host| !self.active.contains_key(*host)) {
-            eventually("a host that left is as it was", READY, || {
-                let changes = Dump::of(&self.story.inside(host)).changes_since(&self.clean[host]);
+        let leases = etcd::leases(&self.lab);
+        assert_eq!(leases.len(), self.containers_by_host.len() + self.peers.len(), "leases: {leases:#?}");
+        for host in HOSTS.iter().filter(|host| !self.containers_by_host.contains_key(*host)) {
+            eventually("a host that left is as it was", READY_TIMEOUT, || {
+                let changes = NetnsDump::of(&self.lab.open_netns(host)).changes_since(&self.initial_dumps[host]);
                 if changes.is_empty() { Ok(()) } else { Err(format!("{host}:\n{changes}")) }
             })
             .await;
@@ -132,13 +141,13 @@ impl Soak {
     }
 
     /// Growth is what is left after the agent gave unused memory back, which it does a second after its last batch.
-    async fn nothing_grows(&mut self) {
-        for host in self.active.keys() {
-            let pid = self.story.at(host).agent().must("an agent").pid;
-            let first = *self.sizes.entry(pid).or_insert_with(|| size(pid));
-            eventually(&format!("open files and memory of {host}"), SOON, || {
-                let now = size(pid);
-                let grown = now.files > first.files + FILES || now.memory > first.memory + MEMORY;
+    async fn assert_no_growth(&mut self) {
+        for host in self.containers_by_host.keys() {
+            let pid = self.lab.host(host).agent().expect_ok("an agent").pid;
+            let first = *self.sizes.entry(pid).or_insert_with(|| process_size(pid));
+            eventually(&format!("open files and memory of {host}"), CONVERGE_TIMEOUT, || {
+                let now = process_size(pid);
+                let grown = now.files > first.files + MAX_EXTRA_FILES || now.memory_kib > first.memory_kib + MAX_EXTRA_KIB;
                 if grown { Err(format!("{first:?} at the first quiet point, now {now:?}")) } else { Ok(()) }
             })
             .await;
@@ -147,11 +156,14 @@ impl Soak {
 
     /// How the agent that stays has grown, for people.
     pub fn growth(&self) -> String {
-        let pid = self.story.at(STAYS).agent().must("an agent").pid;
-        format!("{STAYS}: {:?}, at first {:?}", size(pid), self.sizes.get(&pid))
+        let pid = self.lab.host(STABLE_HOST).agent().expect_ok("an agent").pid;
+        format!("{STABLE_HOST}: {:?}, at first {:?}", process_size(pid), self.sizes.get(&pid))
     }
 }
 
-fn size(pid: i32) -> Size {
-    Size { files: fs::read_dir(format!("/proc/{pid}/fd")).must("an agent's open files").count(), memory: memory::anonymous(pid) }
+fn process_size(pid: i32) -> ProcessSize {
+    ProcessSize {
+        files: fs::read_dir(format!("/proc/{pid}/fd")).expect_ok("an agent's open files").count(),
+        memory_kib: process_memory::anonymous_rss_kib(pid),
+    }
 }

@@ -4,4 +4,4 @@
 
 use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|data: &[u8]| overlay_tests::junk::check_config(&String::from_utf8_lossy(data)));
+fuzz_target!(|data: &[u8]| overlay_tests::invalid_values::check_config(&String::from_utf8_lossy(data)));

@@ -6,5 +6,5 @@ use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
     let (key, value) = data.split_at(data.iter().position(|b| *b == b'\n').unwrap_or(data.len()));
-    overlay_tests::junk::check_entry(&String::from_utf8_lossy(key), value.get(1..).unwrap_or_default());
+    overlay_tests::invalid_values::check_entry(&String::from_utf8_lossy(key), value.get(1..).unwrap_or_default());
 });

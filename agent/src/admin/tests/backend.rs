@@ -30,7 +30,7 @@ impl FakeBackend {
         *self.reasons.lock().unwrap() = reasons.iter().map(|s| (*s).to_owned()).collect();
     }
 
-    pub(super) fn touch(&self) {
+    pub(super) fn notify_change(&self) {
         self.changes.send_modify(|n| *n += 1);
     }
 
@@ -50,7 +50,7 @@ impl FakeBackend {
             refused: None,
         };
         self.subnets.lock().unwrap().push(entry);
-        self.touch();
+        self.notify_change();
     }
 }
 
@@ -121,7 +121,7 @@ impl Backend for FakeBackend {
         })
     }
 
-    async fn attach(&self, name: EndpointName, request: AttachRequest) -> Result<Attached, ApiError> {
+    async fn attach(&self, name: EndpointName, request: AttachRequest) -> Result<AttachResponse, ApiError> {
         match name.as_str() {
             "bad" => return Err(ApiError::new(ErrorKind::BadValue, "bad value")),
             "conflict" => return Err(ApiError::new(ErrorKind::Conflict, "conflict")),
@@ -148,7 +148,7 @@ impl Backend for FakeBackend {
             owner: request.owner,
             attached_at: 0,
         };
-        Ok(Attached {
+        Ok(AttachResponse {
             endpoint,
             prefix_length: PerFamily::default(),
             gateway: PerFamily::default(),
@@ -157,9 +157,9 @@ impl Backend for FakeBackend {
         })
     }
 
-    async fn detach(&self, name: EndpointName, force: bool) -> Result<Detached, ApiError> {
+    async fn detach(&self, name: EndpointName, force: bool) -> Result<DetachResponse, ApiError> {
         let sharers = if force { vec!["sharer".parse().expect("a name")] } else { Vec::new() };
-        Ok(Detached { endpoint: Some(name), sharers })
+        Ok(DetachResponse { endpoint: Some(name), sharers })
     }
 
     async fn alive(&self) -> Result<(), String> {

@@ -2,16 +2,16 @@
 
 use super::*;
 
-const QUICK: Limits = Limits {
-    connections: 128,
-    head: Duration::from_millis(1500),
-    request: Duration::from_millis(700),
-    stall: Duration::from_millis(700),
-    end: Duration::from_millis(700),
+const SHORT_LIMITS: Limits = Limits {
+    max_connections: 128,
+    header_timeout: Duration::from_millis(1500),
+    request_timeout: Duration::from_millis(700),
+    write_timeout: Duration::from_millis(700),
+    shutdown_grace: Duration::from_millis(700),
 };
 
 #[tokio::test]
-async fn a_giant_body_is_refused() {
+async fn oversized_body_is_rejected() {
     let agent = Agent::start();
     for head in ["content-length: 99999999999", "transfer-encoding: chunked"] {
         let mut stream = agent.connect().await;
@@ -27,14 +27,14 @@ async fn a_giant_body_is_refused() {
         assert!(answer.starts_with("HTTP/1.1 413") && answer.contains("has more than 65536 bytes"), "{head}: {answer}");
     }
     let fits = format!(r#"{{"netns":"/{}"}}"#, "x".repeat((64 << 10) - 13));
-    assert_eq!((agent.ask("PUT", "/v1/endpoints/a", &fits).await.0, fits.len()), (200, 64 << 10));
-    assert_eq!(agent.ask("PUT", "/v1/endpoints/a", &format!("{fits} ")).await.0, 413);
-    agent.end().await;
+    assert_eq!((agent.request("PUT", "/v1/endpoints/a", &fits).await.0, fits.len()), (200, 64 << 10));
+    assert_eq!(agent.request("PUT", "/v1/endpoints/a", &format!("{fits} ")).await.0, 413);
+    agent.shut_down().await;
 }
 
 #[tokio::test]
-async fn garbage_is_refused_and_the_agent_goes_on() {
-    let agent = Agent::start_within(QUICK);
+async fn garbage_is_rejected_and_agent_keeps_serving() {
+    let agent = Agent::start_with_limits(SHORT_LIMITS);
     let long_head = [b"GET / HTTP/1.1\r\nx: ".as_slice(), &b"y".repeat(1 << 20)].concat();
     let garbage: [&[u8]; 8] = [
         b"\0\0\0\0\r\n\r\n",
@@ -54,12 +54,12 @@ async fn garbage_is_refused_and_the_agent_goes_on() {
         assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 4"), "{answer}");
         assert_eq!(agent.get("/healthz").await.0, 200);
     }
-    agent.end().await;
+    agent.shut_down().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_thousand_idle_connections_are_bounded_and_pass() {
-    let agent = Agent::start_within(QUICK);
+async fn idle_connections_are_bounded_and_time_out() {
+    let agent = Agent::start_with_limits(SHORT_LIMITS);
     let mut idle = Vec::new();
     for _ in 0..1000 {
         idle.push(agent.connect().await);
@@ -78,7 +78,7 @@ async fn a_thousand_idle_connections_are_bounded_and_pass() {
         let mut stream = agent.connect().await;
         // The agent may have closed already.
         let _ = stream.write_all(b"GET /healthz HTTP/1.0\r\n\r\n").await;
-        match split(&read_all(&mut stream).await) {
+        match split_response(&read_all(&mut stream).await) {
             (200, _) => break,
             (status, body) => {
                 assert!(status == 0 || (status == 503 && body.contains("128 connections are open")), "{status} {body}")
@@ -88,12 +88,12 @@ async fn a_thousand_idle_connections_are_bounded_and_pass() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     drop(idle);
-    agent.end().await;
+    agent.shut_down().await;
 }
 
 #[tokio::test]
-async fn a_slow_client_holds_up_nobody_and_not_for_ever() {
-    let agent = Agent::start_within(QUICK);
+async fn slow_clients_time_out_without_blocking_others() {
+    let agent = Agent::start_with_limits(SHORT_LIMITS);
     // One that trickles its head, one that trickles its body, one whose handler hangs, one that does not read a large answer.
     let mut head = agent.connect().await;
     head.write_all(b"GET /v1/st").await.unwrap();
@@ -105,32 +105,32 @@ async fn a_slow_client_holds_up_nobody_and_not_for_ever() {
     for i in 0..20_000 {
         agent.backend.add_subnet(&format!("10.{}.{}.0-24", i / 256, i % 256));
     }
-    let mut deaf = agent.connect().await;
-    deaf.write_all(b"GET /v1/subnets HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+    let mut unread = agent.connect().await;
+    unread.write_all(b"GET /v1/subnets HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
     let began = Instant::now();
     assert_eq!(agent.get("/healthz").await.0, 200);
     // Less than the slow ones have: nobody waited for them.
-    assert!(began.elapsed() < QUICK.head);
+    assert!(began.elapsed() < SHORT_LIMITS.header_timeout);
 
-    let (status, text) = split(&read_all(&mut hangs).await);
+    let (status, text) = split_response(&read_all(&mut hangs).await);
     assert!(status == 504 && text.contains("it may still be done"), "{status} {text}");
     assert!(read_all(&mut body).await.starts_with("HTTP/1.1 504"));
-    assert_eq!(split(&read_all(&mut head).await).0, 0, "closed without an answer, or with a refusal");
+    assert_eq!(split_response(&read_all(&mut head).await).0, 0, "closed without an answer, or with a refusal");
     tokio::time::sleep(Duration::from_millis(900)).await;
-    let answer = read_all(&mut deaf).await;
+    let answer = read_all(&mut unread).await;
     assert!(answer.starts_with("HTTP/1.1 200") && !answer.ends_with("]}"), "the answer was cut off");
-    agent.end().await;
+    agent.shut_down().await;
 }
 
 #[tokio::test]
-async fn the_end_waits_for_requests_but_not_for_ever() {
-    let agent = Agent::start_within(Limits { request: Duration::from_secs(60), ..QUICK });
+async fn shutdown_waits_for_requests_up_to_deadline() {
+    let agent = Agent::start_with_limits(Limits { request_timeout: Duration::from_secs(60), ..SHORT_LIMITS });
     let mut hangs = agent.connect().await;
     let text = "PUT /v1/endpoints/slow HTTP/1.1\r\nhost: x\r\ncontent-length: 14\r\n\r\n{\"netns\":\"/a\"}";
     hangs.write_all(text.as_bytes()).await.unwrap();
     // Answered, so the one before has been accepted.
     assert_eq!(agent.get("/healthz").await.0, 200);
     let began = Instant::now();
-    agent.end().await;
+    agent.shut_down().await;
     assert!((Duration::from_millis(600)..Duration::from_secs(5)).contains(&began.elapsed()), "{:?}", began.elapsed());
 }

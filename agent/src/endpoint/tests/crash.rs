@@ -1,15 +1,15 @@
 //! The agent is killed at each step of an attach and a detach; the disk is full at each writing.
 
-use super::kernel::Point;
+use super::fake_kernel::BlockPoint;
 use super::*;
 
 /// Runs on a runtime that is then torn down with everything on it, as a kill does.
-fn killed_during(host: &Host, work: impl AsyncFnOnce(Endpoints<FakeKernel>)) {
+fn kill_during(host: &TestHost, work: impl AsyncFnOnce(Endpoints<FakeKernel>)) {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     runtime.block_on(async {
         let endpoints = host.start(DUAL).await;
         let reached = async {
-            while !host.kernel.reached() {
+            while !host.kernel.is_blocked() {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
         };
@@ -19,133 +19,133 @@ fn killed_during(host: &Host, work: impl AsyncFnOnce(Endpoints<FakeKernel>)) {
         }
     });
     runtime.shutdown_timeout(Duration::from_secs(5));
-    host.kernel.hang_nowhere();
+    host.kernel.unblock();
 }
 
-fn after<T>(work: impl Future<Output = T>) -> T {
+fn block_on<T>(work: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(work)
 }
 
 #[test]
-fn a_kill_during_an_attach_leaves_nothing_after_the_next_start() {
-    for point in [Point::BeforeUnplug, Point::AfterUnplug, Point::BeforePlug, Point::AfterPlug] {
-        let host = Host::new(&["/ns/a"]);
-        host.kernel.hang_at(point);
-        killed_during(&host, async |endpoints| {
-            let _ = endpoints.attach(name("a"), ask("/ns/a")).await;
+fn kill_during_attach_is_cleaned_up_at_restart() {
+    for point in [BlockPoint::BeforeDetach, BlockPoint::AfterDetach, BlockPoint::BeforeAttach, BlockPoint::AfterAttach] {
+        let host = TestHost::new(&["/ns/a"]);
+        host.kernel.block_at(point);
+        kill_during(&host, async |endpoints| {
+            let _ = endpoints.attach(name("a"), attach_request("/ns/a")).await;
         });
-        assert!(host.file().contains("\"attaching\""), "{point:?}: written down before the kernel's work");
-        after(async {
+        assert!(host.stored_json().contains("\"attaching\""), "{point:?}: written down before the kernel's work");
+        block_on(async {
             let endpoints = host.start(DUAL).await;
-            assert!(endpoints.list().is_empty() && host.kernel.plugs().is_empty(), "{point:?}");
-            assert!(!host.file().contains("\"a\""), "{point:?}");
-            endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
+            assert!(endpoints.list().is_empty() && host.kernel.port_specs().is_empty(), "{point:?}");
+            assert!(!host.stored_json().contains("\"a\""), "{point:?}");
+            endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap();
         });
     }
 }
 
 #[test]
-fn a_kill_during_a_detach_is_finished_at_the_next_start() {
-    for point in [Point::BeforeUnplug, Point::AfterUnplug] {
-        let host = Host::new(&["/ns/a"]);
-        killed_during(&host, async |endpoints| {
-            endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
-            host.kernel.hang_at(point);
+fn kill_during_detach_is_finished_at_restart() {
+    for point in [BlockPoint::BeforeDetach, BlockPoint::AfterDetach] {
+        let host = TestHost::new(&["/ns/a"]);
+        kill_during(&host, async |endpoints| {
+            endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap();
+            host.kernel.block_at(point);
             let _ = endpoints.detach(name("a"), false).await;
         });
-        after(async {
+        block_on(async {
             let endpoints = host.start(DUAL).await;
-            assert!(endpoints.list().is_empty() && host.kernel.plugs().is_empty(), "{point:?}");
+            assert!(endpoints.list().is_empty() && host.kernel.port_specs().is_empty(), "{point:?}");
         });
     }
 }
 
 #[test]
-fn a_torn_file_is_set_aside_and_what_the_kernel_still_has_does_not_stand_in_the_way() {
-    let host = Host::new(&["/ns/a"]);
-    after(async {
+fn corrupt_file_is_quarantined_and_attach_works() {
+    let host = TestHost::new(&["/ns/a"]);
+    block_on(async {
         let endpoints = host.start(DUAL).await;
-        endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
+        endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap();
         endpoints.close().await;
     });
-    std::fs::write(host.directory.path().join(FILE), &host.file()[..40]).unwrap();
-    after(async {
+    std::fs::write(host.directory.path().join(FILE), &host.stored_json()[..40]).unwrap();
+    block_on(async {
         let endpoints = host.start(DUAL).await;
         assert!(endpoints.list().is_empty());
-        endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
-        assert_eq!(host.kernel.plugs().len(), 1);
+        endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap();
+        assert_eq!(host.kernel.port_specs().len(), 1);
     });
 }
 
 /// Makes writing fail: the places of the temporary file and of the journal are taken by directories that are not empty.
-fn disk(host: &Host, full: bool) {
-    let places = [format!(".{FILE}.tmp"), JOURNAL.to_owned()].map(|name| host.directory.path().join(name));
-    for place in places {
+fn set_disk_full(host: &TestHost, full: bool) {
+    let paths = [format!(".{FILE}.tmp"), JOURNAL.to_owned()].map(|name| host.directory.path().join(name));
+    for path in paths {
         if full {
-            let _ = std::fs::remove_file(&place);
-            std::fs::create_dir_all(place.join("full")).unwrap();
+            let _ = std::fs::remove_file(&path);
+            std::fs::create_dir_all(path.join("full")).unwrap();
         } else {
-            std::fs::remove_dir_all(place).unwrap();
+            std::fs::remove_dir_all(path).unwrap();
         }
     }
 }
 
 #[test]
-fn where_nothing_can_be_written_nothing_is_attached_and_a_detach_still_unplugs() {
-    let host = Host::new(&["/ns/a", "/ns/b"]);
-    after(async {
+fn full_disk_rejects_attach_but_allows_detach() {
+    let host = TestHost::new(&["/ns/a", "/ns/b"]);
+    block_on(async {
         let endpoints = host.start(DUAL).await;
-        let a = endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
-        disk(&host, true);
-        let error = endpoints.attach(name("b"), ask("/ns/b")).await.unwrap_err();
+        let a = endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap();
+        set_disk_full(&host, true);
+        let error = endpoints.attach(name("b"), attach_request("/ns/b")).await.unwrap_err();
         assert!(error.to_string().contains("endpoint b: cannot write"), "{error}");
         assert_eq!(endpoints.list(), vec![a.endpoint]);
-        assert_eq!(host.kernel.plugs().len(), 1);
+        assert_eq!(host.kernel.port_specs().len(), 1);
         let error = endpoints.detach(name("a"), false).await.unwrap_err();
         assert!(error.to_string().contains("endpoint a: cannot write"), "{error}");
-        assert!(host.kernel.plugs().is_empty());
+        assert!(host.kernel.port_specs().is_empty());
         assert!(endpoints.detach(name("a"), false).await.is_err(), "still not written down");
-        disk(&host, false);
+        set_disk_full(&host, false);
         assert_eq!(endpoints.detach(name("a"), false).await.unwrap().endpoint, None);
-        assert!(!host.file().contains("\"a\""));
+        assert!(!host.stored_json().contains("\"a\""));
     });
 }
 
 #[test]
-fn a_disk_that_fills_while_the_kernel_works_takes_the_attach_back() {
-    let host = Host::new(&["/ns/a"]);
-    after(async {
+fn disk_full_during_attach_rolls_back() {
+    let host = TestHost::new(&["/ns/a"]);
+    block_on(async {
         let endpoints = host.start(DUAL).await;
-        let gate = host.kernel.hang_before_plug();
+        let gate = host.kernel.block_before_attach();
         let ((), outcome) = tokio::join!(
             async {
-                while !host.file().contains("\"attaching\"") {
+                while !host.stored_json().contains("\"attaching\"") {
                     tokio::time::sleep(Duration::from_millis(1)).await;
                 }
-                disk(&host, true);
+                set_disk_full(&host, true);
                 gate.add_permits(1);
             },
-            endpoints.attach(name("a"), ask("/ns/a"))
+            endpoints.attach(name("a"), attach_request("/ns/a"))
         );
         assert!(matches!(outcome, Err(EndpointError::State { .. })));
-        assert!(host.kernel.plugs().is_empty() && endpoints.list().is_empty() && endpoints.plugged().borrow().is_empty());
+        assert!(host.kernel.port_specs().is_empty() && endpoints.list().is_empty() && endpoints.ports().borrow().is_empty());
     });
 }
 
 /// The state was lost, the kernel's part was not: the one who made it can still be rid of it, and of nobody else's.
 #[test]
-fn a_detach_removes_what_a_lost_state_left() {
-    let host = Host::new(&["/ns/a", "/ns/b"]);
-    after(async {
+fn detach_without_record_removes_leftover_port() {
+    let host = TestHost::new(&["/ns/a", "/ns/b"]);
+    block_on(async {
         let endpoints = host.start(DUAL).await;
-        endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
+        endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap();
         endpoints.close().await;
         drop(endpoints);
         std::fs::remove_file(host.directory.path().join(FILE)).unwrap();
         let endpoints = host.start(DUAL).await;
-        endpoints.attach(name("b"), ask_for("/ns/b", &["10.244.1.77", "fd00:10:244:1::77"])).await.unwrap();
-        assert_eq!((endpoints.list().len(), host.kernel.plugs().len()), (1, 2));
+        endpoints.attach(name("b"), attach_request_with("/ns/b", &["10.244.1.77", "fd00:10:244:1::77"])).await.unwrap();
+        assert_eq!((endpoints.list().len(), host.kernel.port_specs().len()), (1, 2));
         assert_eq!(endpoints.detach(name("a"), false).await.unwrap().endpoint, None);
-        assert_eq!(host.kernel.plugs().values().map(|plug| plug.netns.to_str().unwrap()).collect::<Vec<_>>(), ["/ns/b"]);
+        assert_eq!(host.kernel.port_specs().values().map(|plug| plug.netns.to_str().unwrap()).collect::<Vec<_>>(), ["/ns/b"]);
     });
 }

@@ -3,56 +3,97 @@
 use super::*;
 use crate::model::Mac;
 
-pub(super) fn in_mode(mode: &str, netns: Option<&str>) -> AttachRequest {
+pub(super) fn mode_request(mode: &str, netns: Option<&str>) -> AttachRequest {
     AttachRequest { mode: mode.parse().expect(mode), netns: netns.map(Into::into), ..AttachRequest::default() }
 }
 
-pub(super) fn publishing(netns: &str, ports: &[&str]) -> AttachRequest {
-    AttachRequest { publish: ports.iter().map(|p| p.parse().expect(p)).collect(), ..ask(netns) }
+pub(super) fn publish_request(netns: &str, ports: &[&str]) -> AttachRequest {
+    AttachRequest { publish: ports.iter().map(|p| p.parse().expect(p)).collect(), ..attach_request(netns) }
 }
 
-async fn refused(endpoints: &Endpoints<FakeKernel>, who: &str, request: AttachRequest, class: Class, expected: &str) {
+async fn assert_rejected(
+    endpoints: &Endpoints<FakeKernel>,
+    who: &str,
+    request: AttachRequest,
+    class: ErrorClass,
+    expected: &str,
+) {
     let error = endpoints.attach(name(who), request).await.expect_err(expected);
     assert!(error.to_string().contains(expected), "{error} lacks {expected}");
     assert_eq!(error.class(), class, "{error}");
 }
 
 #[tokio::test]
-async fn the_modes_that_need_no_subnet() {
-    let host = Host::new(&["/ns/a", "/ns/b"]);
+async fn modes_without_subnet_attach() {
+    let host = TestHost::new(&["/ns/a", "/ns/b"]);
     let endpoints = host.start("").await;
-    let none = endpoints.attach(name("n"), in_mode("none", Some("/ns/a"))).await.unwrap();
+    let none = endpoints.attach(name("n"), mode_request("none", Some("/ns/a"))).await.unwrap();
     assert_eq!((none.mtu, none.endpoint.port.is_none(), host.kernel.loopbacks()), (None, true, 1));
-    let own = endpoints.attach(name("h"), in_mode("host", None)).await.unwrap();
+    let own = endpoints.attach(name("h"), mode_request("host", None)).await.unwrap();
     assert_eq!(own.endpoint.netns.to_str(), Some("/proc/1/ns/net"));
-    let shared = endpoints.attach(name("s"), in_mode("container:n", None)).await.unwrap();
+    let shared = endpoints.attach(name("s"), mode_request("container:n", None)).await.unwrap();
     assert_eq!(shared.endpoint.netns.to_str(), Some("/ns/a"));
     // Who shares with one that shares, shares with the owner.
-    let stacked = endpoints.attach(name("t"), in_mode("container:s", None)).await.unwrap();
+    let stacked = endpoints.attach(name("t"), mode_request("container:s", None)).await.unwrap();
     assert_eq!(stacked.endpoint.mode.to_string(), "container:n");
     for (who, request) in [
-        ("n", in_mode("none", Some("/ns/a"))),
-        ("h", in_mode("host", None)),
-        ("s", in_mode("container:n", None)),
-        ("t", in_mode("container:s", None)),
+        ("n", mode_request("none", Some("/ns/a"))),
+        ("h", mode_request("host", None)),
+        ("s", mode_request("container:n", None)),
+        ("t", mode_request("container:s", None)),
     ] {
         endpoints.attach(name(who), request).await.expect("the same again");
     }
-    assert!(endpoints.plugged().borrow().is_empty(), "none of them has a port on the bridge");
-    assert!(host.kernel.plugs().is_empty());
+    assert!(endpoints.ports().borrow().is_empty(), "none of them has a port on the bridge");
+    assert!(host.kernel.port_specs().is_empty());
 
-    let conflict = Class::Conflict;
-    refused(&endpoints, "n", in_mode("host", None), conflict, "endpoint n is attached with mode none, not mode host").await;
-    refused(&endpoints, "m", in_mode("none", Some("/ns/a")), conflict, "/ns/a belongs to endpoint n in mode none").await;
-    refused(&endpoints, "m", in_mode("none", Some("/ns/c")), Class::BadValue, "no network namespace at /ns/c").await;
-    refused(&endpoints, "m", in_mode("container:x", None), Class::NotFound, "there is no endpoint x").await;
-    refused(&endpoints, "m", in_mode("container:m", None), Class::NotFound, "there is no endpoint m").await;
-    refused(&endpoints, "n", in_mode("container:s", None), conflict, "attached with mode none, not mode container:n").await;
-    endpoints.set_network(Some(network("10.244.1.0-24")));
-    refused(&endpoints, "m", ask("/ns/a"), conflict, "/ns/a belongs to endpoint n in mode none: attach with mode container:n")
+    let conflict = ErrorClass::Conflict;
+    assert_rejected(
+        &endpoints,
+        "n",
+        mode_request("host", None),
+        conflict,
+        "endpoint n is attached with mode none, not mode host",
+    )
+    .await;
+    assert_rejected(&endpoints, "m", mode_request("none", Some("/ns/a")), conflict, "/ns/a belongs to endpoint n in mode none")
         .await;
-    endpoints.attach(name("o"), ask("/ns/b")).await.unwrap();
-    refused(&endpoints, "m", in_mode("none", Some("/ns/b")), conflict, "/ns/b belongs to endpoint o in mode overlay").await;
+    assert_rejected(
+        &endpoints,
+        "m",
+        mode_request("none", Some("/ns/c")),
+        ErrorClass::InvalidRequest,
+        "no network namespace at /ns/c",
+    )
+    .await;
+    assert_rejected(&endpoints, "m", mode_request("container:x", None), ErrorClass::NotFound, "there is no endpoint x").await;
+    assert_rejected(&endpoints, "m", mode_request("container:m", None), ErrorClass::NotFound, "there is no endpoint m").await;
+    assert_rejected(
+        &endpoints,
+        "n",
+        mode_request("container:s", None),
+        conflict,
+        "attached with mode none, not mode container:n",
+    )
+    .await;
+    endpoints.set_network(Some(network("10.244.1.0-24")));
+    assert_rejected(
+        &endpoints,
+        "m",
+        attach_request("/ns/a"),
+        conflict,
+        "/ns/a belongs to endpoint n in mode none: attach with mode container:n",
+    )
+    .await;
+    endpoints.attach(name("o"), attach_request("/ns/b")).await.unwrap();
+    assert_rejected(
+        &endpoints,
+        "m",
+        mode_request("none", Some("/ns/b")),
+        conflict,
+        "/ns/b belongs to endpoint o in mode overlay",
+    )
+    .await;
 
     // Over a restart.
     let before = endpoints.list();
@@ -60,184 +101,213 @@ async fn the_modes_that_need_no_subnet() {
     drop(endpoints);
     let endpoints = host.start("10.244.1.0-24").await;
     assert_eq!(endpoints.list(), before);
-    assert!(endpoints.heal().await.is_empty() && endpoints.audit().await.is_empty());
+    assert!(endpoints.reconcile_ports().await.is_empty() && endpoints.audit().await.is_empty());
 }
 
 #[tokio::test]
-async fn a_shared_namespace_is_let_go_only_by_force() {
-    let host = Host::new(&["/ns/a"]);
+async fn shared_netns_detach_requires_force() {
+    let host = TestHost::new(&["/ns/a"]);
     let endpoints = host.start(DUAL).await;
-    endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
+    endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap();
     for sharer in ["s", "t"] {
-        endpoints.attach(name(sharer), in_mode("container:a", None)).await.unwrap();
+        endpoints.attach(name(sharer), mode_request("container:a", None)).await.unwrap();
     }
     let error = endpoints.detach(name("a"), false).await.unwrap_err();
     assert!(error.to_string().contains("endpoint a shares its network namespace with s, t"), "{error}");
-    assert_eq!((error.class(), endpoints.list().len(), host.kernel.plugs().len()), (Class::Conflict, 3, 1));
+    assert_eq!((error.class(), endpoints.list().len(), host.kernel.port_specs().len()), (ErrorClass::Conflict, 3, 1));
     assert_eq!(endpoints.detach(name("t"), false).await.unwrap().sharers, []);
     let detached = endpoints.detach(name("a"), true).await.unwrap();
     assert_eq!((detached.endpoint, detached.sharers), (Some(name("a")), vec![name("s")]));
-    assert!(endpoints.list().is_empty() && host.kernel.plugs().is_empty() && !host.file().contains("\"s\""));
+    assert!(endpoints.list().is_empty() && host.kernel.port_specs().is_empty() && !host.stored_json().contains("\"s\""));
     // It is not there: nobody can begin to share it.
-    refused(&endpoints, "s", in_mode("container:a", None), Class::NotFound, "there is no endpoint a").await;
+    assert_rejected(&endpoints, "s", mode_request("container:a", None), ErrorClass::NotFound, "there is no endpoint a").await;
 }
 
 #[tokio::test]
-async fn sharers_go_with_the_namespace() {
-    let host = Host::new(&["/ns/a"]);
+async fn sharers_are_detached_with_netns() {
+    let host = TestHost::new(&["/ns/a"]);
     let endpoints = host.start(DUAL).await;
-    endpoints.attach(name("a"), ask("/ns/a")).await.unwrap();
-    endpoints.attach(name("s"), in_mode("container:a", None)).await.unwrap();
-    endpoints.attach(name("h"), in_mode("host", None)).await.unwrap();
-    host.kernel.kill("/ns/a");
+    endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap();
+    endpoints.attach(name("s"), mode_request("container:a", None)).await.unwrap();
+    endpoints.attach(name("h"), mode_request("host", None)).await.unwrap();
+    host.kernel.remove_netns("/ns/a");
     assert!(endpoints.audit().await.is_empty());
     assert_eq!(endpoints.audit().await, [name("a")]);
     assert_eq!(endpoints.list().into_iter().map(|e| e.name).collect::<Vec<_>>(), [name("h")]);
 }
 
 #[tokio::test]
-async fn a_process_id_that_came_back_is_another_namespace() {
+async fn reused_pid_is_a_different_netns() {
     const PATH: &str = "/proc/4711/ns/net";
-    let host = Host::new(&[PATH, "/ns/b"]);
+    let host = TestHost::new(&[PATH, "/ns/b"]);
     let endpoints = host.start(DUAL).await;
-    let first = endpoints.attach(name("a"), ask(PATH)).await.unwrap();
-    endpoints.attach(name("s"), in_mode("container:a", None)).await.unwrap();
-    endpoints.attach(name("b"), ask("/ns/b")).await.unwrap();
-    assert_eq!(endpoints.attach(name("a"), ask(PATH)).await.unwrap(), first);
+    let first = endpoints.attach(name("a"), attach_request(PATH)).await.unwrap();
+    endpoints.attach(name("s"), mode_request("container:a", None)).await.unwrap();
+    endpoints.attach(name("b"), attach_request("/ns/b")).await.unwrap();
+    assert_eq!(endpoints.attach(name("a"), attach_request(PATH)).await.unwrap(), first);
     host.kernel.replace_namespaces();
     // The old one's interface is not made in the stranger's namespace.
     host.kernel.remove(&first.endpoint.port.as_ref().unwrap().host_interface);
-    assert!(endpoints.heal().await.is_empty());
-    assert_eq!(host.kernel.plugs().len(), 1, "b's, whose path says which one is meant");
+    assert!(endpoints.reconcile_ports().await.is_empty());
+    assert_eq!(host.kernel.port_specs().len(), 1, "b's, whose path says which one is meant");
     // Asked for, the stranger is a new endpoint.
-    let second = endpoints.attach(name("a"), ask(PATH)).await.unwrap();
+    let second = endpoints.attach(name("a"), attach_request(PATH)).await.unwrap();
     assert_ne!(first.endpoint.addresses(), second.endpoint.addresses());
     assert_eq!(endpoints.list().len(), 2, "who shared the old one is gone with it");
     host.kernel.replace_namespaces();
     assert!(endpoints.audit().await.is_empty());
     assert_eq!(endpoints.audit().await, [name("a")]);
-    refused(&endpoints, "a", ask("/proc/1/ns/net"), Class::BadValue, "no network namespace").await;
-    host.kernel.revive("/proc/1/ns/net");
-    refused(&endpoints, "a", ask("/proc/1/ns/net"), Class::BadValue, "is the host's own network namespace").await;
+    assert_rejected(&endpoints, "a", attach_request("/proc/1/ns/net"), ErrorClass::InvalidRequest, "no network namespace").await;
+    host.kernel.restore_netns("/proc/1/ns/net");
+    assert_rejected(
+        &endpoints,
+        "a",
+        attach_request("/proc/1/ns/net"),
+        ErrorClass::InvalidRequest,
+        "is the host's own network namespace",
+    )
+    .await;
 }
 
 #[tokio::test]
-async fn ports_are_published_where_nobody_has_them() {
-    let host = Host::new(&["/ns/a", "/ns/b"]);
+async fn conflicting_published_ports_are_rejected() {
+    let host = TestHost::new(&["/ns/a", "/ns/b"]);
     let endpoints = host.start("10.244.1.0-24").await;
     host.kernel.listen("22:22/tcp", "sshd (process 7)");
-    let a = endpoints.attach(name("a"), publishing("/ns/a", &["8081:81", "192.0.2.7:8080:80"])).await.unwrap();
-    let shown = |published: &[crate::model::Publish]| published.iter().map(ToString::to_string).collect::<Vec<_>>();
+    let a = endpoints.attach(name("a"), publish_request("/ns/a", &["8081:81", "192.0.2.7:8080:80"])).await.unwrap();
+    let shown = |published: &[crate::model::PublishedPort]| published.iter().map(ToString::to_string).collect::<Vec<_>>();
     assert_eq!(shown(&a.endpoint.published), ["8081:81/tcp", "192.0.2.7:8080:80/tcp"]);
-    assert_eq!(endpoints.plugged().borrow()[0].published, a.endpoint.published);
-    assert!(host.file().contains("8081"), "kept");
+    assert_eq!(endpoints.ports().borrow()[0].published, a.endpoint.published);
+    assert!(host.stored_json().contains("8081"), "kept");
     // The order does not matter, the ports do.
-    let again = endpoints.attach(name("a"), publishing("/ns/a", &["192.0.2.7:8080:80", "8081:81"])).await.unwrap();
+    let again = endpoints.attach(name("a"), publish_request("/ns/a", &["192.0.2.7:8080:80", "8081:81"])).await.unwrap();
     assert_eq!(again, a);
-    let before = (host.file(), host.kernel.plugs());
-    let conflict = Class::Conflict;
+    let before = (host.stored_json(), host.kernel.port_specs());
+    let conflict = ErrorClass::Conflict;
     for (who, ports, class, expected) in [
         ("b", &["8080:80"][..], conflict, "8080:80/tcp cannot be published: endpoint a has 192.0.2.7:8080:80/tcp"),
         ("b", &["8000-8100:1-101"], conflict, "endpoint a has"),
         ("b", &["22:22"], conflict, "22:22/tcp cannot be published: sshd (process 7) listens on 0.0.0.0:22"),
-        ("b", &["192.0.2.8:90:90"], Class::BadValue, "the host has no address 192.0.2.8"),
-        ("b", &["[::1]:90:90"], Class::BadValue, "this host's subnet 10.244.1.0/24 has no IPv6"),
+        ("b", &["192.0.2.8:90:90"], ErrorClass::InvalidRequest, "the host has no address 192.0.2.8"),
+        ("b", &["[::1]:90:90"], ErrorClass::InvalidRequest, "this host's subnet 10.244.1.0/24 has no IPv6"),
     ] {
-        refused(&endpoints, who, publishing("/ns/b", ports), class, expected).await;
+        assert_rejected(&endpoints, who, publish_request("/ns/b", ports), class, expected).await;
     }
     let other = "published ports 8081:81/tcp, 192.0.2.7:8080:80/tcp, not published ports 8081:82/tcp";
-    refused(&endpoints, "a", publishing("/ns/a", &["8081:82"]), conflict, other).await;
-    refused(&endpoints, "a", ask("/ns/a"), conflict, "not published ports none").await;
-    assert_eq!((host.file(), host.kernel.plugs()), before);
+    assert_rejected(&endpoints, "a", publish_request("/ns/a", &["8081:82"]), conflict, other).await;
+    assert_rejected(&endpoints, "a", attach_request("/ns/a"), conflict, "not published ports none").await;
+    assert_eq!((host.stored_json(), host.kernel.port_specs()), before);
     for ports in [&["8082:1"][..], &["8080:80/udp"], &["127.0.0.1:8080:1"]] {
-        endpoints.attach(name("b"), publishing("/ns/b", ports)).await.unwrap();
+        endpoints.attach(name("b"), publish_request("/ns/b", ports)).await.unwrap();
         endpoints.detach(name("b"), false).await.unwrap();
     }
 }
 
 #[tokio::test]
-async fn wildcard_of_missing_family_is_taken_without_effect() {
+async fn wildcard_of_missing_family_has_no_effect() {
     for (subnet, served, missing, specific) in [
         ("10.244.1.0-24", "0.0.0.0:8080:80", "[::]:8080:80", "[2001:db8::7]:8081:80"),
         ("fd00:10:244:1::-64", "[::]:8080:80", "0.0.0.0:8080:80", "192.0.2.7:8081:80"),
     ] {
-        let host = Host::new(&["/ns/a", "/ns/b", "/ns/c"]);
+        let host = TestHost::new(&["/ns/a", "/ns/b", "/ns/c"]);
         let endpoints = host.start(subnet).await;
         // A socket there keeps nothing from a container that would not be reached by it.
         host.kernel.listen(missing, "sshd (process 7)");
-        let both = publishing("/ns/a", &[served, missing]);
+        let both = publish_request("/ns/a", &[served, missing]);
         let a = endpoints.attach(name("a"), both.clone()).await.unwrap();
         assert_eq!(a.endpoint.published.len(), 2, "it is shown as it was asked for");
         assert_eq!(endpoints.attach(name("a"), both).await.unwrap(), a, "the same again");
-        refused(&endpoints, "b", publishing("/ns/b", &[served]), Class::Conflict, "endpoint a has").await;
-        refused(&endpoints, "b", publishing("/ns/b", &[specific]), Class::BadValue, "so no container could answer").await;
+        assert_rejected(&endpoints, "b", publish_request("/ns/b", &[served]), ErrorClass::Conflict, "endpoint a has").await;
+        assert_rejected(
+            &endpoints,
+            "b",
+            publish_request("/ns/b", &[specific]),
+            ErrorClass::InvalidRequest,
+            "so no container could answer",
+        )
+        .await;
         endpoints.detach(name("a"), false).await.unwrap();
         // Alone it is nobody's claim to the port.
-        endpoints.attach(name("b"), publishing("/ns/b", &[missing])).await.unwrap();
-        endpoints.attach(name("c"), publishing("/ns/c", &["8080:80"])).await.unwrap();
+        endpoints.attach(name("b"), publish_request("/ns/b", &[missing])).await.unwrap();
+        endpoints.attach(name("c"), publish_request("/ns/c", &["8080:80"])).await.unwrap();
     }
 }
 
 #[tokio::test]
-async fn mapping_repeated_in_one_request_is_taken() {
-    let host = Host::new(&["/ns/a"]);
+async fn repeated_mapping_is_accepted() {
+    let host = TestHost::new(&["/ns/a"]);
     let endpoints = host.start(DUAL).await;
-    let repeated = publishing("/ns/a", &["8080:80", "8080:80", "0.0.0.0:8080:80", "[::]:8080:80", "8080-8081:80-81"]);
+    let repeated = publish_request("/ns/a", &["8080:80", "8080:80", "0.0.0.0:8080:80", "[::]:8080:80", "8080-8081:80-81"]);
     let a = endpoints.attach(name("a"), repeated.clone()).await.unwrap();
     assert_eq!(endpoints.attach(name("a"), repeated).await.unwrap(), a);
-    let elsewhere = publishing("/ns/a", &["0.0.0.0:8080:80", "8080:81"]);
-    refused(&endpoints, "b", elsewhere, Class::BadValue, "lead the same port of the host to different ports").await;
+    let elsewhere = publish_request("/ns/a", &["0.0.0.0:8080:80", "8080:81"]);
+    assert_rejected(&endpoints, "b", elsewhere, ErrorClass::InvalidRequest, "lead the same port of the host to different ports")
+        .await;
 }
 
 #[tokio::test]
-async fn source_check_and_owner_are_kept() {
-    let host = Host::new(&["/ns/a"]);
+async fn source_check_and_owner_are_persisted() {
+    let host = TestHost::new(&["/ns/a"]);
     let endpoints = host.start("10.244.1.0-24").await;
-    let router = AttachRequest { source_check: Some(false), owner: Some("cni/net/1".to_owned()), ..ask("/ns/a") };
+    let router = AttachRequest { source_check: Some(false), owner: Some("cni/net/1".to_owned()), ..attach_request("/ns/a") };
     let a = endpoints.attach(name("a"), router.clone()).await.unwrap().endpoint;
     assert_eq!((a.source_check, a.owner.as_deref()), (false, Some("cni/net/1")));
-    refused(&endpoints, "a", AttachRequest { source_check: None, ..router.clone() }, Class::Conflict, "source check off").await;
-    refused(&endpoints, "a", AttachRequest { owner: None, ..router }, Class::Conflict, "owner cni/net/1, not owner nobody").await;
+    assert_rejected(
+        &endpoints,
+        "a",
+        AttachRequest { source_check: None, ..router.clone() },
+        ErrorClass::Conflict,
+        "source check off",
+    )
+    .await;
+    assert_rejected(
+        &endpoints,
+        "a",
+        AttachRequest { owner: None, ..router },
+        ErrorClass::Conflict,
+        "owner cni/net/1, not owner nobody",
+    )
+    .await;
     endpoints.close().await;
     drop(endpoints);
     assert_eq!(host.start("10.244.1.0-24").await.list(), [a]);
 }
 
 #[tokio::test]
-async fn without_default_route_the_overlay_network_is_routed_and_that_is_kept() {
-    let host = Host::new(&["/ns/a"]);
+async fn without_default_route_only_overlay_is_routed() {
+    let host = TestHost::new(&["/ns/a"]);
     let endpoints = host.start(DUAL).await;
-    let second = AttachRequest { default_route: Some(false), interface: Some("eth1".to_owned()), ..ask("/ns/a") };
+    let second = AttachRequest { default_route: Some(false), interface: Some("eth1".to_owned()), ..attach_request("/ns/a") };
     let a = endpoints.attach(name("a"), second.clone()).await.unwrap();
-    let plugged = || routes(host.kernel.plugs().values().next().unwrap());
+    let plugged = || format_routes(host.kernel.port_specs().values().next().unwrap());
     let wanted = ["10.244.0.0/16 via 10.244.1.1", "fd00:10:244::/56 via fd00:10:244:1::1"];
     assert_eq!(plugged(), wanted);
     assert_eq!(a.routes.iter().map(|(_, to)| to.to_string()).collect::<Vec<_>>(), ["10.244.0.0/16", "fd00:10:244::/56"]);
     assert_eq!(endpoints.attach(name("a"), second.clone()).await.unwrap(), a);
     let with_one = AttachRequest { default_route: None, ..second };
-    refused(&endpoints, "a", with_one, Class::Conflict, "default route off, not default route on").await;
+    assert_rejected(&endpoints, "a", with_one, ErrorClass::Conflict, "default route off, not default route on").await;
     endpoints.close().await;
     drop(endpoints);
     let endpoints = host.start(DUAL).await;
     assert_eq!(endpoints.list(), [a.endpoint]);
     host.kernel.remove(&endpoints.list()[0].port.as_ref().unwrap().host_interface);
-    assert!(endpoints.heal().await.is_empty());
+    assert!(endpoints.reconcile_ports().await.is_empty());
     assert_eq!(plugged(), wanted);
 }
 
 #[tokio::test]
-async fn subnet_that_is_the_whole_network_needs_no_route() {
-    let host = Host::new(&["/ns/a"]);
+async fn subnet_equal_to_network_needs_no_route() {
+    let host = TestHost::new(&["/ns/a"]);
     let endpoints = host.start("").await;
     let whole = network("10.244.1.0-24");
     let networks = whole.subnet.iter().collect();
     endpoints.set_network(Some(EndpointNetwork { networks, ..whole }));
-    endpoints.attach(name("a"), AttachRequest { default_route: Some(false), ..ask("/ns/a") }).await.unwrap();
-    assert!(routes(host.kernel.plugs().values().next().unwrap()).is_empty());
+    endpoints.attach(name("a"), AttachRequest { default_route: Some(false), ..attach_request("/ns/a") }).await.unwrap();
+    assert!(format_routes(host.kernel.port_specs().values().next().unwrap()).is_empty());
 }
 
 #[test]
-fn endpoint_of_an_older_file_has_a_default_route() {
+fn older_file_implies_default_route() {
     let port = crate::model::Port {
         interface: "eth0".to_owned(),
         host_interface: "ove1".to_owned(),
@@ -250,23 +320,23 @@ fn endpoint_of_an_older_file_has_a_default_route() {
 }
 
 #[tokio::test]
-async fn a_wished_mac_is_given_once() {
-    let host = Host::new(&["/ns/a", "/ns/b"]);
+async fn requested_mac_is_unique() {
+    let host = TestHost::new(&["/ns/a", "/ns/b"]);
     let endpoints = host.start("10.244.1.0-24").await;
-    let with = |mac: &str, netns: &str| AttachRequest { mac: Some(mac.parse().unwrap()), ..ask(netns) };
+    let with = |mac: &str, netns: &str| AttachRequest { mac: Some(mac.parse().unwrap()), ..attach_request(netns) };
     let mac = "02:00:5e:10:00:07";
     let a = endpoints.attach(name("a"), with(mac, "/ns/a")).await.unwrap();
     let port = a.endpoint.port.clone().unwrap();
-    assert_eq!((port.mac.to_string().as_str(), host.kernel.plugs()[&port.host_interface].mac), (mac, port.mac));
+    assert_eq!((port.mac.to_string().as_str(), host.kernel.port_specs()[&port.host_interface].mac), (mac, port.mac));
     // With the same wish and with none it is the same endpoint.
     assert_eq!(endpoints.attach(name("a"), with(mac, "/ns/a")).await.unwrap(), a);
-    assert_eq!(endpoints.attach(name("a"), ask("/ns/a")).await.unwrap(), a);
+    assert_eq!(endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap(), a);
     let other = "endpoint a is attached with MAC 02:00:5e:10:00:07, not MAC 02:00:5e:10:00:08";
-    refused(&endpoints, "a", with("02:00:5e:10:00:08", "/ns/a"), Class::Conflict, other).await;
-    refused(&endpoints, "b", with(mac, "/ns/b"), Class::Conflict, "in use by endpoint a").await;
-    refused(&endpoints, "b", with("ff:ff:ff:ff:ff:ff", "/ns/b"), Class::BadValue, "a group's").await;
-    let in_none = AttachRequest { mac: Some(port.mac), ..in_mode("none", Some("/ns/b")) };
-    refused(&endpoints, "b", in_none, Class::BadValue, "a wished MAC").await;
+    assert_rejected(&endpoints, "a", with("02:00:5e:10:00:08", "/ns/a"), ErrorClass::Conflict, other).await;
+    assert_rejected(&endpoints, "b", with(mac, "/ns/b"), ErrorClass::Conflict, "in use by endpoint a").await;
+    assert_rejected(&endpoints, "b", with("ff:ff:ff:ff:ff:ff", "/ns/b"), ErrorClass::InvalidRequest, "a group's").await;
+    let in_none = AttachRequest { mac: Some(port.mac), ..mode_request("none", Some("/ns/b")) };
+    assert_rejected(&endpoints, "b", in_none, ErrorClass::InvalidRequest, "a wished MAC").await;
     endpoints.detach(name("a"), false).await.unwrap();
     endpoints.attach(name("b"), with(mac, "/ns/b")).await.unwrap();
 }

@@ -6,54 +6,54 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
-use super::channel::{Channel, ERESTART, Refused, Transaction};
-use super::set::{self, PACK};
-use super::table::{self, Counted, Piece};
-use super::wire;
+use super::codec;
+use super::nfnl_socket::{ERESTART, NfnlSocket, Transaction, TransactionError};
+use super::set::{self, ELEMENTS_PER_MESSAGE};
+use super::table::{self, CounterValue, TableChange};
 use crate::plan::ruleset::{Counter, Element, Ruleset, SetName, TABLE, Table};
 use crate::plan::{Key, Op, OpError, State, Value};
 
 /// How often a transaction is computed anew: because others changed nf_tables meanwhile, or without an op that was refused.
-const TRIES: usize = 32;
+const MAX_RETRIES: usize = 32;
 /// Elements of one transaction where no table is replaced: some 100 KB, less than any socket may send at once.
-const SPLIT: usize = 2000;
+const ELEMENTS_PER_TRANSACTION: usize = 2000;
 /// Entries from which on they are taken into what is known as a whole rather than one by one.
-const WHOLESALE: usize = 1000;
+const BULK_THRESHOLD: usize = 1000;
 
 /// Whether an op goes through here.
-pub(in crate::kernel) fn is_rules(key: &Key) -> bool {
+pub(in crate::kernel) fn is_ruleset_key(key: &Key) -> bool {
     matches!(key, Key::Ruleset(_) | Key::Element(_))
 }
 
-/// Applies ops that are all of [`is_rules`] and follows in `known` what became of them. Returns those that failed, by their index. `reread`
+/// Applies ops that are all of [`is_ruleset_key`] and follows in `known` what became of them. Returns those that failed, by their index. `reread`
 /// reads what is there.
 pub(super) fn apply(
-    channel: &mut Channel,
+    socket: &mut NfnlSocket,
     ops: &[Op],
-    known: &mut State,
-    mut reread: impl FnMut(&mut Channel) -> Result<State, OpError>,
+    cached: &mut State,
+    mut reread: impl FnMut(&mut NfnlSocket) -> Result<State, OpError>,
 ) -> Vec<(usize, OpError)> {
     let mut failed = Vec::new();
     let whole = ops.iter().any(|op| matches!(op, Op::Set(Key::Ruleset(_), _)));
-    let parts = if whole { ops.len().max(1) } else { SPLIT };
+    let parts = if whole { ops.len().max(1) } else { ELEMENTS_PER_TRANSACTION };
     for (n, part) in ops.chunks(parts).enumerate() {
         let first = n * parts;
-        failed.extend(apply_part(channel, part, known, &mut reread).into_iter().map(|(index, error)| (first + index, error)));
+        failed.extend(apply_part(socket, part, cached, &mut reread).into_iter().map(|(index, error)| (first + index, error)));
     }
     failed.sort_by_key(|(index, _)| *index);
     failed
 }
 
 fn apply_part(
-    channel: &mut Channel,
+    socket: &mut NfnlSocket,
     ops: &[Op],
-    known: &mut State,
-    reread: &mut impl FnMut(&mut Channel) -> Result<State, OpError>,
+    cached: &mut State,
+    reread: &mut impl FnMut(&mut NfnlSocket) -> Result<State, OpError>,
 ) -> Vec<(usize, OpError)> {
     let mut failed: BTreeMap<usize, OpError> = BTreeMap::new();
     for (index, op) in ops.iter().enumerate() {
         if let Op::Set(_, Value::Ruleset(ruleset)) = op
-            && let Err(error) = table::check(ruleset)
+            && let Err(error) = table::validate(ruleset)
         {
             failed.insert(index, error);
         }
@@ -61,39 +61,39 @@ fn apply_part(
     // How a table differs is looked up: what others added to it must go as well. Its elements are not read for that.
     for op in ops {
         if let Op::Set(key @ Key::Ruleset(table), _) = op
-            && let Ok((found, _)) = channel.consistent(|channel| table::read(channel, *table))
+            && let Ok((found, _)) = socket.read_consistent(|socket| table::read(socket, *table))
         {
             match found {
-                Some(found) => known.insert(key.clone(), Value::Ruleset(Box::new(found))),
-                None => known.remove(key),
+                Some(found) => cached.insert(key.clone(), Value::Ruleset(Box::new(found))),
+                None => cached.remove(key),
             };
         }
     }
-    let (mut pack, mut read) = (PACK, false);
+    let (mut elements_per_message, mut reread_done) = (ELEMENTS_PER_MESSAGE, false);
     let mut last = None;
-    for _ in 0..TRIES {
-        let plan = Plan::new(ops, &failed, known, pack);
-        let Err(refused) = plan.commit(channel) else {
-            record(ops, &failed, known);
+    for _ in 0..MAX_RETRIES {
+        let plan = TransactionPlan::new(ops, &failed, cached, elements_per_message);
+        let Err(refused) = plan.commit(socket) else {
+            update_cache(ops, &failed, cached);
             return failed.into_iter().collect();
         };
-        let Refused { index, error } = refused;
-        if !read && matches!(error.errno, libc::ENOENT | libc::EEXIST | libc::EBUSY | ERESTART | libc::ENOBUFS) {
+        let TransactionError { index, error } = refused;
+        if !reread_done && matches!(error.errno, libc::ENOENT | libc::EEXIST | libc::EBUSY | ERESTART | libc::ENOBUFS) {
             // What is there is not what was thought.
-            match reread(channel) {
-                Ok(state) => *known = state,
+            match reread(socket) {
+                Ok(state) => *cached = state,
                 Err(_) => break,
             }
-            read = error.errno != ERESTART;
+            reread_done = error.errno != ERESTART;
             last = Some(error);
             continue;
         }
-        match plan.blame(index) {
-            Blame::Op(op) => {
+        match plan.failure_scope(index) {
+            FailureScope::Op(op) => {
                 failed.insert(op, plan.describe(index, error));
             }
-            Blame::Several => pack = 1,
-            Blame::All => {
+            FailureScope::OneOfSeveral => elements_per_message = 1,
+            FailureScope::All => {
                 last = Some(error);
                 break;
             }
@@ -108,71 +108,76 @@ fn apply_part(
 }
 
 /// What a transaction consists of.
-enum Step<'a> {
-    Table { table: Table, pieces: Vec<Piece<'a>> },
+enum Command<'a> {
+    Table { table: Table, changes: Vec<TableChange<'a>> },
     Elements { message: u8, set: SetName, elements: Vec<(&'a Element, Option<SocketAddr>)> },
 }
 
 /// Whose fault a refusal is.
-enum Blame {
+enum FailureScope {
     Op(usize),
     /// One of several elements in a message.
-    Several,
+    OneOfSeveral,
     /// None in particular.
     All,
 }
 
 /// A transaction.
-struct Plan<'a> {
+struct TransactionPlan<'a> {
     /// Each step with the ops that it comes from; none for elements that were there before.
-    steps: Vec<(Step<'a>, Vec<usize>)>,
+    commands: Vec<(Command<'a>, Vec<usize>)>,
 }
 
-impl<'a> Plan<'a> {
-    fn new(ops: &'a [Op], failed: &BTreeMap<usize, OpError>, known: &'a State, pack: usize) -> Plan<'a> {
-        let taken = || ops.iter().enumerate().filter(|(index, _)| !failed.contains_key(index));
-        let mut steps: Vec<(Step<'a>, Vec<usize>)> = Vec::new();
+impl<'a> TransactionPlan<'a> {
+    fn new(
+        ops: &'a [Op],
+        failed: &BTreeMap<usize, OpError>,
+        cached: &'a State,
+        elements_per_message: usize,
+    ) -> TransactionPlan<'a> {
+        let pending_ops = || ops.iter().enumerate().filter(|(index, _)| !failed.contains_key(index));
+        let mut commands: Vec<(Command<'a>, Vec<usize>)> = Vec::new();
         // Tables that are made anew, so that what their sets held has to be written again.
         let mut replaced: BTreeMap<Table, &Ruleset> = BTreeMap::new();
         // Tables that go, and their elements with them.
         let mut removed: BTreeSet<Table> = BTreeSet::new();
-        for (index, op) in taken() {
+        for (index, op) in pending_ops() {
             let Key::Ruleset(table) = op.key() else { continue };
             if matches!(op, Op::Delete(..)) {
                 removed.insert(*table);
             }
-            let pieces = match (op, known.get(op.key())) {
+            let changes = match (op, cached.get(op.key())) {
                 (Op::Set(_, Value::Ruleset(wanted)), Some(Value::Ruleset(found))) if found.foreign.is_empty() => {
-                    table::change(found, wanted)
+                    table::update(found, wanted)
                 }
                 (Op::Set(_, Value::Ruleset(wanted)), _) => {
                     replaced.insert(*table, wanted);
-                    table::replace(wanted)
+                    table::replacement(wanted)
                 }
                 (Op::Delete(..), Some(_)) => {
                     removed.insert(*table);
-                    vec![Piece::Table { message: wire::NFT_MSG_DELTABLE }]
+                    vec![TableChange::Table { message: codec::NFT_MSG_DELTABLE }]
                 }
                 _ => continue,
             };
-            steps.push((Step::Table { table: *table, pieces }, vec![index]));
+            commands.push((Command::Table { table: *table, changes }, vec![index]));
         }
         // What changes, by element: what is there, what shall be, and because of which op.
-        let mut changes: BTreeMap<&Element, Change> = BTreeMap::new();
-        let before = |key: &Key| match known.get(key) {
+        let mut changes: BTreeMap<&Element, ElementChange> = BTreeMap::new();
+        let before = |key: &Key| match cached.get(key) {
             Some(Value::Element(target)) => Some(target.as_deref().copied()),
             _ => None,
         };
-        let all_known = if replaced.is_empty() { None } else { Some(known.iter()) };
+        let all_known = if replaced.is_empty() { None } else { Some(cached.iter()) };
         for (key, value) in all_known.into_iter().flatten() {
             if let (Key::Element(element), Value::Element(target)) = (key, value)
                 && let Some(ruleset) = replaced.get(&element.set().table())
                 && ruleset.sets.contains(&element.set())
             {
-                changes.insert(element, Change { before: None, after: Some(target.as_deref().copied()), op: None });
+                changes.insert(element, ElementChange { before: None, after: Some(target.as_deref().copied()), op: None });
             }
         }
-        for (index, op) in taken() {
+        for (index, op) in pending_ops() {
             let Key::Element(element) = op.key() else { continue };
             let table = element.set().table();
             let fresh = replaced.contains_key(&table) || removed.contains(&table);
@@ -181,87 +186,87 @@ impl<'a> Plan<'a> {
                 _ => None,
             };
             let before = if fresh { None } else { before(op.key()) };
-            changes.insert(element, Change { before, after, op: Some(index) });
+            changes.insert(element, ElementChange { before, after, op: Some(index) });
         }
-        for (message, wanted) in [(wire::NFT_MSG_DELSETELEM, Wanted::Before), (wire::NFT_MSG_NEWSETELEM, Wanted::After)] {
-            let mut by_set: BTreeMap<SetName, Vec<Written<'_>>> = BTreeMap::new();
+        for (message, side) in [(codec::NFT_MSG_DELSETELEM, ChangeSide::Before), (codec::NFT_MSG_NEWSETELEM, ChangeSide::After)] {
+            let mut by_set: BTreeMap<SetName, Vec<ElementWithOp<'_>>> = BTreeMap::new();
             for (element, change) in &changes {
                 if change.before == change.after {
                     continue;
                 }
-                let target = match wanted {
-                    Wanted::Before => change.before,
-                    Wanted::After => change.after,
+                let target = match side {
+                    ChangeSide::Before => change.before,
+                    ChangeSide::After => change.after,
                 };
                 if let Some(target) = target {
                     by_set.entry(element.set()).or_default().push((element, target, change.op));
                 }
             }
             for (set, all) in by_set {
-                for part in all.chunks(pack) {
+                for part in all.chunks(elements_per_message) {
                     let elements = part.iter().map(|(element, target, _)| (*element, *target)).collect();
                     let ops = part.iter().filter_map(|(_, _, op)| *op).collect();
-                    steps.push((Step::Elements { message, set, elements }, ops));
+                    commands.push((Command::Elements { message, set, elements }, ops));
                 }
             }
         }
-        Plan { steps }
+        TransactionPlan { commands }
     }
 
-    fn commit(&self, channel: &mut Channel) -> Result<(), Refused> {
-        if self.steps.is_empty() {
+    fn commit(&self, socket: &mut NfnlSocket) -> Result<(), TransactionError> {
+        if self.commands.is_empty() {
             return Ok(());
         }
-        let mut counted: BTreeMap<Counter, Counted> = BTreeMap::new();
-        for (step, _) in &self.steps {
-            if let Step::Table { table, .. } = step {
+        let mut counter_values: BTreeMap<Counter, CounterValue> = BTreeMap::new();
+        for (command, _) in &self.commands {
+            if let Command::Table { table, .. } = command {
                 // A count that cannot be read begins anew.
-                counted.extend(table::counters(channel, *table).unwrap_or_default());
+                counter_values.extend(table::read_counters(socket, *table).unwrap_or_default());
             }
         }
-        let total: usize = self.steps.iter().map(|(step, _)| step.changes()).sum();
+        let total: usize = self.commands.iter().map(|(command, _)| command.message_count()).sum();
         let total = u32::try_from(total).unwrap_or(u32::MAX);
-        channel.commit(None, total, |transaction| {
-            for (step, _) in &self.steps {
-                step.write(transaction, &counted);
+        socket.commit(None, total, |transaction| {
+            for (command, _) in &self.commands {
+                command.write(transaction, &counter_values);
             }
         })
     }
 
     /// The step that a change of the transaction belongs to, and which of its changes it is.
-    fn step(&self, index: Option<u32>) -> Option<(&(Step<'a>, Vec<usize>), usize)> {
+    fn command_at(&self, index: Option<u32>) -> Option<(&(Command<'a>, Vec<usize>), usize)> {
         let mut left = usize::try_from(index?).ok()?;
-        for step in &self.steps {
-            let changes = step.0.changes();
+        for command in &self.commands {
+            let changes = command.0.message_count();
             if left < changes {
-                return Some((step, left));
+                return Some((command, left));
             }
             left -= changes;
         }
         None
     }
 
-    fn blame(&self, index: Option<u32>) -> Blame {
-        match self.step(index) {
+    fn failure_scope(&self, index: Option<u32>) -> FailureScope {
+        match self.command_at(index) {
             Some(((_, ops), _)) => match ops.as_slice() {
-                [op] => Blame::Op(*op),
-                [] => Blame::All,
-                _ => Blame::Several,
+                [op] => FailureScope::Op(*op),
+                [] => FailureScope::All,
+                _ => FailureScope::OneOfSeveral,
             },
-            None => Blame::All,
+            None => FailureScope::All,
         }
     }
 
     /// Names the part that the kernel refused.
     fn describe(&self, index: Option<u32>, error: OpError) -> OpError {
         let OpError { errno, message } = error;
-        let message = match self.step(index) {
-            Some(((Step::Table { table, pieces }, _), change)) => {
-                let part = pieces.get(change).map(Piece::words).unwrap_or_default();
+        let message = match self.command_at(index) {
+            Some(((Command::Table { table, changes }, _), change)) => {
+                let part = changes.get(change).map(TableChange::describe).unwrap_or_default();
                 let comma = if part.is_empty() { "" } else { ", " };
                 format!("table {table} {TABLE}{comma}{part}: {message}")
             }
-            Some(((Step::Elements { set, elements, .. }, _), _)) => match elements.as_slice() {
+            Some(((Command::Elements { set, elements, .. }, _), _)) => match elements.as_slice() {
                 [(element, _)] => format!("table {} {TABLE}, {element}: {message}", set.table()),
                 _ => format!("table {} {TABLE}, set {}: {message}", set.table(), set.name()),
             },
@@ -272,46 +277,46 @@ impl<'a> Plan<'a> {
 }
 
 /// An element as a message has it, with the op that it comes from.
-type Written<'a> = (&'a Element, Option<SocketAddr>, Option<usize>);
+type ElementWithOp<'a> = (&'a Element, Option<SocketAddr>, Option<usize>);
 
-struct Change {
+struct ElementChange {
     before: Option<Option<SocketAddr>>,
     after: Option<Option<SocketAddr>>,
     op: Option<usize>,
 }
 
-enum Wanted {
+enum ChangeSide {
     Before,
     After,
 }
 
-impl Step<'_> {
-    fn changes(&self) -> usize {
+impl Command<'_> {
+    fn message_count(&self) -> usize {
         match self {
-            Step::Table { pieces, .. } => pieces.len(),
-            Step::Elements { .. } => 1,
+            Command::Table { changes, .. } => changes.len(),
+            Command::Elements { .. } => 1,
         }
     }
 
-    fn write(&self, transaction: &mut Transaction, counted: &BTreeMap<Counter, Counted>) {
+    fn write(&self, transaction: &mut Transaction, counter_values: &BTreeMap<Counter, CounterValue>) {
         match self {
-            Step::Table { table, pieces } => {
-                for piece in pieces {
-                    piece.write(transaction, *table, counted);
+            Command::Table { table, changes } => {
+                for change in changes {
+                    change.write(transaction, *table, counter_values);
                 }
             }
-            Step::Elements { message, set, elements } => set::change_elements(transaction, *message, *set, elements),
+            Command::Elements { message, set, elements } => set::change_elements(transaction, *message, *set, elements),
         }
     }
 }
 
 /// Follows in `known` what the ops of a transaction have changed.
-fn record(ops: &[Op], failed: &BTreeMap<usize, OpError>, known: &mut State) {
+fn update_cache(ops: &[Op], failed: &BTreeMap<usize, OpError>, cached: &mut State) {
     // What was set since the last deletion: many are taken in as a whole, which leaves the tree's nodes full.
-    let mut made: Vec<(Key, Value)> = Vec::new();
-    let take_in = |made: &mut Vec<(Key, Value)>, known: &mut State| match made.len() {
-        0..WHOLESALE => known.extend(made.drain(..)),
-        _ => known.append(&mut made.drain(..).collect()),
+    let mut pending_sets: Vec<(Key, Value)> = Vec::new();
+    let flush = |pending_sets: &mut Vec<(Key, Value)>, cached: &mut State| match pending_sets.len() {
+        0..BULK_THRESHOLD => cached.extend(pending_sets.drain(..)),
+        _ => cached.append(&mut pending_sets.drain(..).collect()),
     };
     for (index, op) in ops.iter().enumerate() {
         if failed.contains_key(&index) {
@@ -320,22 +325,22 @@ fn record(ops: &[Op], failed: &BTreeMap<usize, OpError>, known: &mut State) {
         match op {
             Op::Set(key, value) => {
                 if let (Key::Ruleset(table), Value::Ruleset(ruleset)) = (key, value) {
-                    take_in(&mut made, known);
-                    known.retain(|key, _| match key {
+                    flush(&mut pending_sets, cached);
+                    cached.retain(|key, _| match key {
                         Key::Element(element) if element.set().table() == *table => ruleset.sets.contains(&element.set()),
                         _ => true,
                     });
                 }
-                made.push((key.clone(), value.clone()));
+                pending_sets.push((key.clone(), value.clone()));
             }
             Op::Delete(key, _) => {
-                take_in(&mut made, known);
+                flush(&mut pending_sets, cached);
                 if let Key::Ruleset(table) = key {
-                    known.retain(|key, _| !matches!(key, Key::Element(element) if element.set().table() == *table));
+                    cached.retain(|key, _| !matches!(key, Key::Element(element) if element.set().table() == *table));
                 }
-                known.remove(key);
+                cached.remove(key);
             }
         }
     }
-    take_in(&mut made, known);
+    flush(&mut pending_sets, cached);
 }

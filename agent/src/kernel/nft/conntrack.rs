@@ -13,9 +13,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::sync::{Mutex, PoisonError};
 
-use super::channel::Channel;
-use super::wire::{self, Object, Writer};
-use crate::kernel::sockets::host_ports;
+use super::codec::{self, Object, Writer};
+use super::nfnl_socket::NfnlSocket;
+use crate::kernel::host_ports::query;
 use crate::model::{Family, Transport};
 use crate::plan::ruleset::{Element, Expr, Field, Rule, Table};
 use crate::plan::{Key, Op, OpError, State, Value};
@@ -42,15 +42,15 @@ const IPS_SEEN_REPLY: u32 = 2;
 
 /// Why entries are stale.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Stale {
+pub enum StaleFilter {
     /// A published port leads elsewhere than it did.
     Port {
         /// [`Element::Port`] or [`Element::Bound`].
         element: Element,
         /// Where it led; `None` where it was not published.
-        was: Option<SocketAddr>,
+        old_target: Option<SocketAddr>,
         /// Where it leads; `None` where it is published no longer.
-        now: Option<SocketAddr>,
+        new_target: Option<SocketAddr>,
     },
     /// A container's address is nobody's any more.
     Address(IpAddr),
@@ -60,15 +60,15 @@ pub enum Stale {
 
 /// The translations that our rules give, as far as ops may change them.
 #[derive(Debug)]
-pub struct Translations {
-    ports: BTreeMap<Element, Option<SocketAddr>>,
+pub struct NatMappings {
+    port_targets: BTreeMap<Element, Option<SocketAddr>>,
     /// `None` where the rules stay.
-    masqueraded: Option<Vec<RangeInclusive<IpAddr>>>,
+    masqueraded_ranges: Option<Vec<RangeInclusive<IpAddr>>>,
 }
 
-impl Translations {
+impl NatMappings {
     /// Those before the ops, out of the rules that are in force.
-    pub fn before(ops: &[Op], rules: &State) -> Translations {
+    pub fn capture(ops: &[Op], rules: &State) -> NatMappings {
         let replaced = ops.iter().any(|op| *op.key() == Key::Ruleset(Table::Inet));
         // The elements of a table that goes go with it.
         let of_table = replaced.then(|| rules.keys()).into_iter().flatten();
@@ -76,21 +76,23 @@ impl Translations {
             Key::Element(element @ (Element::Port(..) | Element::Bound(..))) => Some(element),
             _ => None,
         });
-        let ports = published.map(|element| (element.clone(), target(element, rules))).collect();
-        Translations { ports, masqueraded: replaced.then(|| masqueraded(rules)) }
+        let port_targets = published.map(|element| (element.clone(), target(element, rules))).collect();
+        NatMappings { port_targets, masqueraded_ranges: replaced.then(|| masqueraded_ranges(rules)) }
     }
 
     /// What differs in the rules that are in force now.
-    pub fn changed(self, rules: &State) -> Vec<Stale> {
-        let moved = self.ports.into_iter().filter_map(|(element, was)| {
+    pub fn stale_filters(self, rules: &State) -> Vec<StaleFilter> {
+        let moved = self.port_targets.into_iter().filter_map(|(element, was)| {
             let now = target(&element, rules);
             // Where nothing was published only datagrams have entries that stay.
             let is_udp = matches!(element, Element::Port(_, Transport::Udp, _) | Element::Bound(_, Transport::Udp, _));
-            (was != now && (was.is_some() || is_udp)).then_some(Stale::Port { element, was, now })
+            (was != now && (was.is_some() || is_udp)).then_some(StaleFilter::Port { element, old_target: was, new_target: now })
         });
-        let mut stale: Vec<Stale> = moved.collect();
-        if let Some(before) = self.masqueraded {
-            stale.extend(masqueraded(rules).into_iter().filter(|range| !before.contains(range)).map(Stale::Masqueraded));
+        let mut stale: Vec<StaleFilter> = moved.collect();
+        if let Some(before) = self.masqueraded_ranges {
+            stale.extend(
+                masqueraded_ranges(rules).into_iter().filter(|range| !before.contains(range)).map(StaleFilter::Masqueraded),
+            );
         }
         stale
     }
@@ -104,7 +106,7 @@ fn target(element: &Element, rules: &State) -> Option<SocketAddr> {
 }
 
 /// The addresses from which what leaves for elsewhere is masqueraded.
-fn masqueraded(rules: &State) -> Vec<RangeInclusive<IpAddr>> {
+fn masqueraded_ranges(rules: &State) -> Vec<RangeInclusive<IpAddr>> {
     let Some(Value::Ruleset(ruleset)) = rules.get(&Key::Ruleset(Table::Inet)) else { return Vec::new() };
     let rules = ruleset.chains.iter().flat_map(|chain| &chain.rules);
     let range = |rule: &Rule| {
@@ -123,68 +125,69 @@ fn masqueraded(rules: &State) -> Vec<RangeInclusive<IpAddr>> {
 
 /// Deletes stale entries, those of callers at the same time by one dump.
 #[derive(Debug, Default)]
-pub struct Connections {
-    waiting: Mutex<Vec<Stale>>,
-    turn: Mutex<()>,
+pub struct ConntrackCleaner {
+    queue: Mutex<Vec<StaleFilter>>,
+    delete_lock: Mutex<()>,
 }
 
-impl Connections {
+impl ConntrackCleaner {
     /// Deletes the entries that are stale, in the calling thread's network namespace; how many, those of other callers included. Blocks.
     ///
     /// # Errors
     /// The kernel has no ctnetlink, or refused.
-    pub fn delete(&self, stale: Vec<Stale>) -> Result<usize, OpError> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).extend(stale);
-        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+    pub fn delete(&self, stale: Vec<StaleFilter>) -> Result<usize, OpError> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner).extend(stale);
+        let _turn = self.delete_lock.lock().unwrap_or_else(PoisonError::into_inner);
         // Empty where another caller took them along: its dump began after they were here.
-        let all = std::mem::take(&mut *self.waiting.lock().unwrap_or_else(PoisonError::into_inner));
-        delete(&all)
+        let all = std::mem::take(&mut *self.queue.lock().unwrap_or_else(PoisonError::into_inner));
+        delete_matching(&all)
     }
 }
 
-fn delete(stale: &[Stale]) -> Result<usize, OpError> {
+fn delete_matching(stale: &[StaleFilter]) -> Result<usize, OpError> {
     if stale.is_empty() {
         return Ok(0);
     }
     let failed = |error: OpError| OpError { message: format!("cannot delete connections of conntrack: {error}"), ..error };
-    let mut channel = Channel::open(wire::NFNL_SUBSYS_CTNETLINK).map_err(failed)?;
-    let own = if stale.iter().any(|stale| matches!(stale, Stale::Port { now: Some(_), .. })) {
-        host_ports(&[]).map_err(failed)?.addresses
+    let mut socket = NfnlSocket::open(codec::NFNL_SUBSYS_CTNETLINK).map_err(failed)?;
+    let local_addresses = if stale.iter().any(|stale| matches!(stale, StaleFilter::Port { new_target: Some(_), .. })) {
+        query(&[]).map_err(failed)?.addresses
     } else {
         BTreeSet::new()
     };
     let mut found = Vec::new();
     let mut read = |object: Object<'_>| {
-        let Some(entry) = Entry::read(object.attributes) else { return };
-        if stale.iter().any(|stale| stale.is(&entry, |address| address.is_loopback() || own.contains(&address))) {
-            found.push((object.family, names(object.attributes)));
+        let Some(entry) = ConntrackEntry::read(object.attributes) else { return };
+        if stale.iter().any(|stale| stale.matches(&entry, |address| address.is_loopback() || local_addresses.contains(&address)))
+        {
+            found.push((object.family, identifying_attributes(object.attributes)));
         }
     };
     // One dump of everything: the kernel locks each bucket of its table in turn, which takes as long as to write out some ten thousand entries, and a
     // filter (`CTA_FILTER`, since Linux 5.8) has one value of a kind, so that two addresses would take two dumps.
-    channel.dump(IPCTNL_MSG_CT_GET, wire::NFPROTO_UNSPEC, |_| (), &mut read).map_err(failed)?;
+    socket.dump(IPCTNL_MSG_CT_GET, codec::NFPROTO_UNSPEC, |_| (), &mut read).map_err(failed)?;
     for (family, names) in &found {
         let body = |w: &mut Writer| names.iter().for_each(|(kind, value)| w.bytes(*kind, value));
         // One that is gone by itself is what was wanted.
-        channel.get(IPCTNL_MSG_CT_DELETE, *family, body, |_| ()).map_err(failed)?;
+        socket.get(IPCTNL_MSG_CT_DELETE, *family, body, |_| ()).map_err(failed)?;
     }
     Ok(found.len())
 }
 
 /// The attributes by which an entry is deleted: with its number it is no later one of the same flow.
-fn names(attributes: &[u8]) -> Vec<(u16, Vec<u8>)> {
-    let named = wire::attributes(attributes).filter(|(kind, _)| matches!(*kind, CTA_TUPLE_ORIG | CTA_ID));
-    let nested = |kind| if kind == CTA_TUPLE_ORIG { kind | wire::NLA_F_NESTED } else { kind };
+fn identifying_attributes(attributes: &[u8]) -> Vec<(u16, Vec<u8>)> {
+    let named = codec::attributes(attributes).filter(|(kind, _)| matches!(*kind, CTA_TUPLE_ORIG | CTA_ID));
+    let nested = |kind| if kind == CTA_TUPLE_ORIG { kind | codec::NLA_F_NESTED } else { kind };
     named.map(|(kind, value)| (nested(kind), value.to_vec())).collect()
 }
 
 /// An entry: what its first packet had, and what the answers to it have.
 #[derive(Debug, Clone, Copy)]
-struct Entry {
+struct ConntrackEntry {
     protocol: u8,
     original: Tuple,
     reply: Tuple,
-    answered: bool,
+    seen_reply: bool,
 }
 
 /// Sender and receiver; port 0 where the protocol has none.
@@ -194,30 +197,35 @@ struct Tuple {
     destination: SocketAddr,
 }
 
-impl Entry {
+impl ConntrackEntry {
     /// `None` for an entry of a zone, which none of our rules makes, and of a protocol that is not IP.
-    fn read(attributes: &[u8]) -> Option<Entry> {
-        let [original, reply] = [CTA_TUPLE_ORIG, CTA_TUPLE_REPLY].map(|kind| wire::attribute(attributes, kind));
+    fn read(attributes: &[u8]) -> Option<ConntrackEntry> {
+        let [original, reply] = [CTA_TUPLE_ORIG, CTA_TUPLE_REPLY].map(|kind| codec::attribute(attributes, kind));
         let (original, reply) = (original?, reply?);
-        let in_zone = wire::attribute(attributes, CTA_ZONE).is_some()
-            || [original, reply].iter().any(|tuple| wire::attribute(tuple, CTA_TUPLE_ZONE).is_some());
+        let in_zone = codec::attribute(attributes, CTA_ZONE).is_some()
+            || [original, reply].iter().any(|tuple| codec::attribute(tuple, CTA_TUPLE_ZONE).is_some());
         if in_zone {
             return None;
         }
-        let protocol = wire::attribute(wire::attribute(original, CTA_TUPLE_PROTO)?, CTA_PROTO_NUM)?.first()?;
-        let answered = wire::number(attributes, CTA_STATUS).is_some_and(|status| status & IPS_SEEN_REPLY != 0);
-        Some(Entry { protocol: *protocol, original: Tuple::read(original)?, reply: Tuple::read(reply)?, answered })
+        let protocol = codec::attribute(codec::attribute(original, CTA_TUPLE_PROTO)?, CTA_PROTO_NUM)?.first()?;
+        let answered = codec::attribute_u32(attributes, CTA_STATUS).is_some_and(|status| status & IPS_SEEN_REPLY != 0);
+        Some(ConntrackEntry {
+            protocol: *protocol,
+            original: Tuple::read(original)?,
+            reply: Tuple::read(reply)?,
+            seen_reply: answered,
+        })
     }
 }
 
 impl Tuple {
     fn read(tuple: &[u8]) -> Option<Tuple> {
-        let (ip, protocol) = (wire::attribute(tuple, CTA_TUPLE_IP)?, wire::attribute(tuple, CTA_TUPLE_PROTO)?);
-        let address = |v4, v6| match wire::attribute(ip, v4) {
+        let (ip, protocol) = (codec::attribute(tuple, CTA_TUPLE_IP)?, codec::attribute(tuple, CTA_TUPLE_PROTO)?);
+        let address = |v4, v6| match codec::attribute(ip, v4) {
             Some(bytes) => Some(IpAddr::from(Ipv4Addr::from(<[u8; 4]>::try_from(bytes).ok()?))),
-            None => Some(IpAddr::from(Ipv6Addr::from(<[u8; 16]>::try_from(wire::attribute(ip, v6)?).ok()?))),
+            None => Some(IpAddr::from(Ipv6Addr::from(<[u8; 16]>::try_from(codec::attribute(ip, v6)?).ok()?))),
         };
-        let port = |kind| wire::attribute(protocol, kind).and_then(|bytes| bytes.try_into().ok()).map_or(0, u16::from_be_bytes);
+        let port = |kind| codec::attribute(protocol, kind).and_then(|bytes| bytes.try_into().ok()).map_or(0, u16::from_be_bytes);
         Some(Tuple {
             source: SocketAddr::new(address(CTA_IP_V4_SRC, CTA_IP_V6_SRC)?, port(CTA_PROTO_SRC_PORT)),
             destination: SocketAddr::new(address(CTA_IP_V4_DST, CTA_IP_V6_DST)?, port(CTA_PROTO_DST_PORT)),
@@ -225,13 +233,13 @@ impl Tuple {
     }
 }
 
-impl Stale {
+impl StaleFilter {
     /// Whether the rules would do another thing to an entry's first packet. `is_own` says which addresses are the host's.
-    fn is(&self, entry: &Entry, is_own: impl Fn(IpAddr) -> bool) -> bool {
-        let Entry { protocol, original, reply, answered } = entry;
+    fn matches(&self, entry: &ConntrackEntry, is_local: impl Fn(IpAddr) -> bool) -> bool {
+        let ConntrackEntry { protocol, original, reply, seen_reply: answered } = entry;
         let (to, reached) = (original.destination, reply.source);
         match self {
-            Stale::Port { element, was, now } => {
+            StaleFilter::Port { element, old_target: was, new_target: now } => {
                 let meant = match element {
                     Element::Port(family, transport, port) => {
                         Family::of(to.ip()) == *family && transport.number() == *protocol && *port == to.port()
@@ -243,10 +251,10 @@ impl Stale {
                 };
                 // A connection that was there before the port was published is the host's own and stays; only datagrams make no new one.
                 let unpublished = now.is_some() && *protocol == Transport::Udp.number() && reached == to;
-                meant && ((*was == Some(reached) && reached != to) || (unpublished && is_own(to.ip())))
+                meant && ((*was == Some(reached) && reached != to) || (unpublished && is_local(to.ip())))
             }
-            Stale::Address(address) => original.source.ip() == *address || reached.ip() == *address,
-            Stale::Masqueraded(range) => {
+            StaleFilter::Address(address) => original.source.ip() == *address || reached.ip() == *address,
+            StaleFilter::Masqueraded(range) => {
                 let leaves = range.contains(&original.source.ip()) && !range.contains(&to.ip()) && !to.ip().is_multicast();
                 // What is answered needs no translation.
                 leaves && reply.destination == original.source && !answered
@@ -259,91 +267,102 @@ impl Stale {
 mod tests {
     use super::*;
     use crate::model::{NetworkConfig, PerFamily, Subnet};
-    use crate::plan::ruleset::Rules;
+    use crate::plan::ruleset::InetTableSpec;
 
-    fn at(text: &str) -> SocketAddr {
+    fn socket_address(text: &str) -> SocketAddr {
         text.parse().expect(text)
     }
 
-    /// A flow from outside to the host's port, which was translated to `reached`.
-    fn flow(to: &str, reached: &str) -> Entry {
-        let client = at("192.0.2.9:4000");
-        Entry {
+    /// A flow from outside to the host's port, which was translated to `is_blocked`.
+    fn flow(to: &str, reached: &str) -> ConntrackEntry {
+        let client = socket_address("192.0.2.9:4000");
+        ConntrackEntry {
             protocol: Transport::Udp.number(),
-            original: Tuple { source: client, destination: at(to) },
-            reply: Tuple { source: at(reached), destination: client },
-            answered: true,
+            original: Tuple { source: client, destination: socket_address(to) },
+            reply: Tuple { source: socket_address(reached), destination: client },
+            seen_reply: true,
         }
     }
 
-    fn port(was: Option<&str>, now: Option<&str>) -> Stale {
-        Stale::Port { element: Element::Port(Family::V4, Transport::Udp, 53), was: was.map(at), now: now.map(at) }
+    fn port_filter(old_target: Option<&str>, new_target: Option<&str>) -> StaleFilter {
+        StaleFilter::Port {
+            element: Element::Port(Family::V4, Transport::Udp, 53),
+            old_target: old_target.map(socket_address),
+            new_target: new_target.map(socket_address),
+        }
     }
 
     const HOST: &str = "192.0.2.1:53";
     const FIRST: &str = "10.244.0.2:53";
     const SECOND: &str = "10.244.0.3:53";
 
-    fn is_stale(stale: &Stale, entry: &Entry) -> bool {
-        stale.is(entry, |address| address == at(HOST).ip())
+    fn is_stale(stale: &StaleFilter, entry: &ConntrackEntry) -> bool {
+        stale.matches(entry, |address| address == socket_address(HOST).ip())
     }
 
     #[test]
     fn flow_to_the_last_target_is_stale() {
         for now in [Some(SECOND), None] {
-            let stale = port(Some(FIRST), now);
+            let stale = port_filter(Some(FIRST), now);
             assert!(is_stale(&stale, &flow(HOST, FIRST)));
             // Translated by another's rules, to another port, by another protocol, and to the container directly.
             assert!(!is_stale(&stale, &flow(HOST, "10.0.0.7:53")));
             assert!(!is_stale(&stale, &flow("192.0.2.1:54", FIRST)));
-            assert!(!is_stale(&stale, &Entry { protocol: Transport::Tcp.number(), ..flow(HOST, FIRST) }));
+            assert!(!is_stale(&stale, &ConntrackEntry { protocol: Transport::Tcp.number(), ..flow(HOST, FIRST) }));
             assert!(!is_stale(&stale, &flow(FIRST, FIRST)));
         }
     }
 
     #[test]
     fn untranslated_datagrams_to_a_published_port_are_stale() {
-        let stale = port(None, Some(FIRST));
+        let stale = port_filter(None, Some(FIRST));
         assert!(is_stale(&stale, &flow(HOST, HOST)));
         assert!(!is_stale(&stale, &flow("198.51.100.1:53", "198.51.100.1:53")), "forwarded, not to this host");
-        let tcp = Stale::Port { element: Element::Port(Family::V4, Transport::Tcp, 53), was: None, now: Some(at(FIRST)) };
-        assert!(!is_stale(&tcp, &Entry { protocol: Transport::Tcp.number(), ..flow(HOST, HOST) }), "a connection of the host");
-        assert!(!is_stale(&port(Some(FIRST), None), &flow(HOST, HOST)), "no longer published");
+        let tcp = StaleFilter::Port {
+            element: Element::Port(Family::V4, Transport::Tcp, 53),
+            old_target: None,
+            new_target: Some(socket_address(FIRST)),
+        };
+        assert!(
+            !is_stale(&tcp, &ConntrackEntry { protocol: Transport::Tcp.number(), ..flow(HOST, HOST) }),
+            "a connection of the host"
+        );
+        assert!(!is_stale(&port_filter(Some(FIRST), None), &flow(HOST, HOST)), "no longer published");
     }
 
     #[test]
     fn port_of_one_address_leaves_other_addresses_alone() {
-        let bound = Element::Bound(at(HOST).ip(), Transport::Udp, 53);
-        let stale = Stale::Port { element: bound, was: Some(at(FIRST)), now: None };
+        let bound = Element::Bound(socket_address(HOST).ip(), Transport::Udp, 53);
+        let stale = StaleFilter::Port { element: bound, old_target: Some(socket_address(FIRST)), new_target: None };
         assert!(is_stale(&stale, &flow(HOST, FIRST)));
         assert!(!is_stale(&stale, &flow("192.0.2.2:53", FIRST)));
     }
 
     #[test]
     fn flows_of_an_address_are_stale() {
-        let stale = Stale::Address(at(FIRST).ip());
+        let stale = StaleFilter::Address(socket_address(FIRST).ip());
         assert!(is_stale(&stale, &flow(HOST, FIRST)));
-        let out = Tuple { source: at(FIRST), destination: at("198.51.100.1:53") };
-        assert!(is_stale(&stale, &Entry { original: out, ..flow(HOST, HOST) }));
+        let out = Tuple { source: socket_address(FIRST), destination: socket_address("198.51.100.1:53") };
+        assert!(is_stale(&stale, &ConntrackEntry { original: out, ..flow(HOST, HOST) }));
         assert!(!is_stale(&stale, &flow(HOST, SECOND)));
     }
 
     #[test]
     fn unanswered_flow_without_masquerade_is_stale() {
         let address = |text: &str| text.parse::<IpAddr>().expect("an address");
-        let stale = Stale::Masqueraded(address("10.244.0.0")..=address("10.244.255.255"));
-        let there = |to: &str| Entry {
-            original: Tuple { source: at(FIRST), destination: at(to) },
-            reply: Tuple { source: at(to), destination: at(FIRST) },
-            answered: false,
+        let stale = StaleFilter::Masqueraded(address("10.244.0.0")..=address("10.244.255.255"));
+        let there = |to: &str| ConntrackEntry {
+            original: Tuple { source: socket_address(FIRST), destination: socket_address(to) },
+            reply: Tuple { source: socket_address(to), destination: socket_address(FIRST) },
+            seen_reply: false,
             ..flow(HOST, HOST)
         };
         assert!(is_stale(&stale, &there("198.51.100.1:53")));
-        assert!(!is_stale(&stale, &Entry { answered: true, ..there("198.51.100.1:53") }));
+        assert!(!is_stale(&stale, &ConntrackEntry { seen_reply: true, ..there("198.51.100.1:53") }));
         assert!(!is_stale(&stale, &there("10.244.9.9:53")), "inside of the overlay");
         assert!(!is_stale(&stale, &there("224.0.0.251:53")), "multicast");
-        let masqueraded = Tuple { source: at("198.51.100.1:53"), destination: at("192.0.2.1:9") };
-        assert!(!is_stale(&stale, &Entry { reply: masqueraded, ..there("198.51.100.1:53") }));
+        let masqueraded = Tuple { source: socket_address("198.51.100.1:53"), destination: socket_address("192.0.2.1:9") };
+        assert!(!is_stale(&stale, &ConntrackEntry { reply: masqueraded, ..there("198.51.100.1:53") }));
     }
 
     #[test]
@@ -352,9 +371,10 @@ mod tests {
         let network = NetworkConfig::parse(text).expect("a configuration").config;
         let subnet = Subnet::from_key("10.244.7.0-24&fd00:10:244:7::-64").expect("a subnet");
         let ranges = |masquerade| {
-            let rules = Rules { network: &network, subnet: &subnet, local: &PerFamily::default(), masquerade, publishes: true };
+            let rules =
+                InetTableSpec { network: &network, subnet: &subnet, local: &PerFamily::default(), masquerade, publishes: true };
             let table = (Key::Ruleset(Table::Inet), Value::Ruleset(Box::new(rules.ruleset())));
-            masqueraded(&State::from([table])).into_iter().map(|range| format!("{range:?}")).collect::<Vec<_>>()
+            masqueraded_ranges(&State::from([table])).into_iter().map(|range| format!("{range:?}")).collect::<Vec<_>>()
         };
         let all = ["10.244.1.0..=10.244.255.255", "fd00:10:244:1::..=fd00:10:244:ff:ffff:ffff:ffff:ffff"];
         assert_eq!((ranges(true), ranges(false)), (all.map(str::to_owned).to_vec(), Vec::new()));
@@ -363,7 +383,7 @@ mod tests {
     #[test]
     fn changed_targets_are_found() {
         let element = |port| Key::Element(Element::Port(Family::V4, Transport::Udp, port));
-        let leads = |to: &str| Value::Element(Some(Box::new(at(to))));
+        let leads = |to: &str| Value::Element(Some(Box::new(socket_address(to))));
         let mut rules = State::from([(element(1), leads(FIRST)), (element(2), leads(FIRST)), (element(3), leads(FIRST))]);
         let ops = [
             Op::Set(element(1), leads(SECOND)),
@@ -372,26 +392,26 @@ mod tests {
             Op::Set(element(4), leads(SECOND)),
             Op::Set(Key::Element(Element::Port(Family::V4, Transport::Tcp, 5)), leads(SECOND)),
         ];
-        let translations = Translations::before(&ops, &rules);
+        let translations = NatMappings::capture(&ops, &rules);
         for op in &ops {
-            op.record(&mut rules);
+            op.apply_to(&mut rules);
         }
-        let stale = |port, was: Option<&str>, now: Option<&str>| Stale::Port {
+        let stale = |port, was: Option<&str>, now: Option<&str>| StaleFilter::Port {
             element: Element::Port(Family::V4, Transport::Udp, port),
-            was: was.map(at),
-            now: now.map(at),
+            old_target: was.map(socket_address),
+            new_target: now.map(socket_address),
         };
         let expected = [stale(1, Some(FIRST), Some(SECOND)), stale(2, Some(FIRST), None), stale(4, None, Some(SECOND))];
-        assert_eq!(translations.changed(&rules), expected);
+        assert_eq!(translations.stale_filters(&rules), expected);
 
         // With the table its elements go.
         let table = Key::Ruleset(Table::Inet);
         rules.insert(table.clone(), Value::Ruleset(Box::default()));
         let ops = [Op::Delete(table, Value::Ruleset(Box::default()))];
-        let translations = Translations::before(&ops, &rules);
+        let translations = NatMappings::capture(&ops, &rules);
         for op in &ops {
-            op.record(&mut rules);
+            op.apply_to(&mut rules);
         }
-        assert_eq!(translations.changed(&rules).len(), 4);
+        assert_eq!(translations.stale_filters(&rules).len(), 4);
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! A match is a load into a register, a mask where only some bits count, and a comparison or a look-up in a set; fields of a look-up are loaded one
 //! behind the other. In the inet family a comparison of the layer 3 protocol goes before the first field of a rule that needs it. Reading knows a
-//! match again however its mask was written, so that what is equal in effect compares equal; what it does not know becomes [`Expr::Foreign`].
+//! match again however its mask was written, so that what is equal in effect compares equal; what it does not know becomes [`Expr::HostInterfaces`].
 
 mod field;
 mod raw;
@@ -10,18 +10,18 @@ mod raw;
 mod tests;
 pub(super) mod uapi;
 
-use super::wire::{self, NF_ACCEPT, NF_DROP, NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6, Writer};
+use super::codec::{self, NF_ACCEPT, NF_DROP, NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6, Writer};
 use crate::model::family::address_value;
 use crate::model::{Cidr, Family};
 use crate::plan::ruleset::{Expr, Field, Rule, SetName, Table};
 
-use raw::{Nat, Raw};
+use raw::{Nat, RawExpr};
 use uapi::*;
 pub(super) use uapi::{IFNAMSIZ, NFTA_DATA_VALUE};
 
 /// How a rule's matches are written.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Dialect {
+pub(super) enum RuleEncoding {
     /// For a table of the inet family, as `nft` writes it: the protocol is matched, whole bytes need no mask.
     Inet,
     /// For a table of the bridge family: the rule matches the protocol itself.
@@ -30,43 +30,43 @@ pub(super) enum Dialect {
     Iptables(Family),
 }
 
-impl Dialect {
+impl RuleEncoding {
     /// That of one of our tables.
-    pub(super) const fn of(table: Table) -> Dialect {
+    pub(super) const fn for_table(table: Table) -> RuleEncoding {
         match table {
-            Table::Inet => Dialect::Inet,
-            Table::Bridge => Dialect::Bridge,
+            Table::Inet => RuleEncoding::Inet,
+            Table::Bridge => RuleEncoding::Bridge,
         }
     }
 
     /// The table that its sets are in.
     const fn table(self) -> Table {
         match self {
-            Dialect::Bridge => Table::Bridge,
-            Dialect::Inet | Dialect::Iptables(_) => Table::Inet,
+            RuleEncoding::Bridge => Table::Bridge,
+            RuleEncoding::Inet | RuleEncoding::Iptables(_) => Table::Inet,
         }
     }
 }
 
-/// Writes the attribute that holds a rule's expressions. [`Expr::Foreign`] has no form and is left out: check before.
-pub(super) fn write(writer: &mut Writer, rule: &Rule, dialect: Dialect) {
-    writer.nest(wire::NFTA_RULE_EXPRESSIONS, |w| {
+/// Writes the attribute that holds a rule's expressions. [`Expr::HostInterfaces`] has no form and is left out: check before.
+pub(super) fn write(writer: &mut Writer, rule: &Rule, encoding: RuleEncoding) {
+    writer.nest(codec::NFTA_RULE_EXPRESSIONS, |w| {
         let mut protocol = None;
         for expr in &rule.exprs {
-            if let (Some(family), Dialect::Inet) = (family_of(expr), dialect)
+            if let (Some(family), RuleEncoding::Inet) = (expr_family(expr), encoding)
                 && protocol != Some(family)
             {
                 protocol = Some(family);
-                load(w, Load::Meta(NFT_META_NFPROTO), 0);
+                load(w, RegisterLoad::Meta(NFT_META_NFPROTO), 0);
                 compare(w, NFT_CMP_EQ, &[protocol_number(family)]);
             }
-            write_expr(w, expr, dialect);
+            write_expr(w, expr, encoding);
         }
     });
 }
 
 /// The family whose header an expression looks at.
-fn family_of(expr: &Expr) -> Option<Family> {
+fn expr_family(expr: &Expr) -> Option<Family> {
     match expr {
         Expr::Source { cidr, .. } | Expr::Destination { cidr, .. } => Some(cidr.family()),
         Expr::Field { field, .. } | Expr::Range { field, .. } => field.family(),
@@ -75,12 +75,12 @@ fn family_of(expr: &Expr) -> Option<Family> {
     }
 }
 
-fn write_expr(w: &mut Writer, expr: &Expr, dialect: Dialect) {
+fn write_expr(w: &mut Writer, expr: &Expr, encoding: RuleEncoding) {
     match expr {
-        Expr::Source { cidr, negate } => address(w, *cidr, false, *negate, dialect),
-        Expr::Destination { cidr, negate } => address(w, *cidr, true, *negate, dialect),
+        Expr::Source { cidr, negate } => write_address_match(w, *cidr, false, *negate, encoding),
+        Expr::Destination { cidr, negate } => write_address_match(w, *cidr, true, *negate, encoding),
         Expr::Range { field, first, last, negate } => {
-            field::load_all(w, &[*field]);
+            field::load_fields(w, &[*field]);
             let size = usize::from(field.length());
             expression(w, "range", |w| {
                 w.u32(NFTA_RANGE_SREG, NFT_REG_1);
@@ -90,10 +90,10 @@ fn write_expr(w: &mut Writer, expr: &Expr, dialect: Dialect) {
                 }
             });
         }
-        Expr::InputInterface(name) => interface(w, NFT_META_IIFNAME, name),
-        Expr::OutputInterface(name) => interface(w, NFT_META_OIFNAME, name),
+        Expr::InputInterface(name) => write_interface_match(w, NFT_META_IIFNAME, name),
+        Expr::OutputInterface(name) => write_interface_match(w, NFT_META_OIFNAME, name),
         Expr::Field { field, negate, value } => {
-            field::load_all(w, &[*field]);
+            field::load_fields(w, &[*field]);
             compare(w, operation(*negate), value);
         }
         Expr::ToThisHost => {
@@ -113,31 +113,31 @@ fn write_expr(w: &mut Writer, expr: &Expr, dialect: Dialect) {
             compare(w, NFT_CMP_NEQ, &[0; 4]);
         }
         Expr::In { fields, set } => {
-            field::load_all(w, fields);
+            field::load_fields(w, fields);
             expression(w, "lookup", |w| {
                 w.text(NFTA_LOOKUP_SET, set.name());
                 w.u32(NFTA_LOOKUP_SREG, NFT_REG_1);
             });
         }
         Expr::Translate { fields, map } => {
-            field::load_all(w, fields);
+            field::load_fields(w, fields);
             expression(w, "lookup", |w| {
                 w.text(NFTA_LOOKUP_SET, map.name());
                 w.u32(NFTA_LOOKUP_SREG, NFT_REG_1);
                 w.u32(NFTA_LOOKUP_DREG, NFT_REG_1);
             });
-            if let Some(nat) = nat_of(*map) {
+            if let Some(nat) = nat_for_map(*map) {
                 expression(w, "nat", |w| {
                     w.u32(NFTA_NAT_TYPE, NFT_NAT_DNAT);
                     w.u32(NFTA_NAT_FAMILY, u32::from(protocol_number(nat.family)));
                     w.u32(NFTA_NAT_REG_ADDR_MIN, NFT_REG_1);
-                    w.u32(NFTA_NAT_REG_PROTO_MIN, register(nat.port));
+                    w.u32(NFTA_NAT_REG_PROTO_MIN, register_number(nat.port_reg32));
                 });
             }
         }
         Expr::Counter => expression(w, "counter", |_| {}),
         Expr::Count(counter) => expression(w, "objref", |w| {
-            w.u32(NFTA_OBJREF_IMM_TYPE, wire::NFT_OBJECT_COUNTER);
+            w.u32(NFTA_OBJREF_IMM_TYPE, codec::NFT_OBJECT_COUNTER);
             w.text(NFTA_OBJREF_IMM_NAME, counter.name());
         }),
         Expr::Accept => verdict(w, NF_ACCEPT, None),
@@ -151,40 +151,40 @@ fn write_expr(w: &mut Writer, expr: &Expr, dialect: Dialect) {
 }
 
 /// How the data of a map are laid out for a translation: address, then port.
-fn nat_of(map: SetName) -> Option<Nat> {
+fn nat_for_map(map: SetName) -> Option<Nat> {
     match map {
-        SetName::Bound(family) | SetName::Ports(family) => Some(Nat { family, port: u32::from(family.bits() / 32) }),
+        SetName::Bound(family) | SetName::Ports(family) => Some(Nat { family, port_reg32: u32::from(family.bits() / 32) }),
         _ => None,
     }
 }
 
-fn address(w: &mut Writer, cidr: Cidr, destination: bool, negate: bool, dialect: Dialect) {
+fn write_address_match(w: &mut Writer, cidr: Cidr, destination: bool, negate: bool, encoding: RuleEncoding) {
     let family = cidr.family();
     let size = usize::from(family.bits() / 8);
     let length = cidr.length();
     let value = address_bytes(cidr);
-    let whole_bytes = !matches!(dialect, Dialect::Iptables(_)) && length > 0 && length.is_multiple_of(8);
+    let whole_bytes = !matches!(encoding, RuleEncoding::Iptables(_)) && length > 0 && length.is_multiple_of(8);
     let loaded = if whole_bytes { usize::from(length / 8) } else { size };
     let offset = field::address_offset(family, destination);
-    load(w, Load::Payload { base: NFT_PAYLOAD_NETWORK_HEADER, offset, length: length_u32(loaded) }, 0);
+    load(w, RegisterLoad::Payload { base: NFT_PAYLOAD_NETWORK_HEADER, offset, length: length_u32(loaded) }, 0);
     if !whole_bytes && length < family.bits() {
         mask(w, 0, &mask_bytes(length)[..size]);
     }
     compare(w, operation(negate), &value[..loaded]);
 }
 
-fn interface(w: &mut Writer, key: u32, name: &str) {
+fn write_interface_match(w: &mut Writer, key: u32, name: &str) {
     let mut padded = [0; IFNAMSIZ];
     for (to, from) in padded.iter_mut().zip(name.as_bytes()) {
         *to = *from;
     }
-    load(w, Load::Meta(key), 0);
+    load(w, RegisterLoad::Meta(key), 0);
     compare(w, NFT_CMP_EQ, &padded);
 }
 
 /// What is loaded into a register.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Load {
+enum RegisterLoad {
     /// `NFT_META_*`.
     Meta(u32),
     /// Bytes of the packet.
@@ -197,14 +197,14 @@ enum Load {
 }
 
 /// Loads into the register at a place.
-fn load(w: &mut Writer, what: Load, place: u32) {
-    match what {
-        Load::Meta(key) => expression(w, "meta", |w| {
+fn load(w: &mut Writer, source: RegisterLoad, reg32: u32) {
+    match source {
+        RegisterLoad::Meta(key) => expression(w, "meta", |w| {
             w.u32(NFTA_META_KEY, key);
-            w.u32(NFTA_META_DREG, register(place));
+            w.u32(NFTA_META_DREG, register_number(reg32));
         }),
-        Load::Payload { base, offset, length } => expression(w, "payload", |w| {
-            w.u32(NFTA_PAYLOAD_DREG, register(place));
+        RegisterLoad::Payload { base, offset, length } => expression(w, "payload", |w| {
+            w.u32(NFTA_PAYLOAD_DREG, register_number(reg32));
             w.u32(NFTA_PAYLOAD_BASE, base);
             w.u32(NFTA_PAYLOAD_OFFSET, offset);
             w.u32(NFTA_PAYLOAD_LEN, length);
@@ -212,10 +212,10 @@ fn load(w: &mut Writer, what: Load, place: u32) {
     }
 }
 
-fn mask(w: &mut Writer, place: u32, mask: &[u8]) {
+fn mask(w: &mut Writer, reg32: u32, mask: &[u8]) {
     expression(w, "bitwise", |w| {
-        w.u32(NFTA_BITWISE_SREG, register(place));
-        w.u32(NFTA_BITWISE_DREG, register(place));
+        w.u32(NFTA_BITWISE_SREG, register_number(reg32));
+        w.u32(NFTA_BITWISE_DREG, register_number(reg32));
         w.u32(NFTA_BITWISE_LEN, length_u32(mask.len()));
         w.nest(NFTA_BITWISE_MASK, |w| w.bytes(NFTA_DATA_VALUE, mask));
         w.nest(NFTA_BITWISE_XOR, |w| w.bytes(NFTA_DATA_VALUE, &[0; 16][..mask.len()]));
@@ -252,88 +252,96 @@ fn expression(w: &mut Writer, name: &str, data: impl FnOnce(&mut Writer)) {
 }
 
 /// Reads a rule from the attributes of its message.
-pub(super) fn read(attributes: &[u8], dialect: Dialect) -> Rule {
-    let raw: Vec<Raw<'_>> = wire::attribute(attributes, wire::NFTA_RULE_EXPRESSIONS)
-        .map(|list| wire::attributes(list).map(|(_, element)| Raw::read(element)).collect())
+pub(super) fn read(attributes: &[u8], encoding: RuleEncoding) -> Rule {
+    let raw: Vec<RawExpr<'_>> = codec::attribute(attributes, codec::NFTA_RULE_EXPRESSIONS)
+        .map(|list| codec::attributes(list).map(|(_, element)| RawExpr::read(element)).collect())
         .unwrap_or_default();
     let mut exprs = Vec::new();
-    let mut protocol = match dialect {
-        Dialect::Iptables(family) => Some(family),
-        Dialect::Inet | Dialect::Bridge => None,
+    let mut protocol = match encoding {
+        RuleEncoding::Iptables(family) => Some(family),
+        RuleEncoding::Inet | RuleEncoding::Bridge => None,
     };
     // A match on the protocol that no field has needed yet.
-    let mut bare = false;
+    let mut protocol_pending = false;
     let mut rest = raw.as_slice();
     while let Some(first) = rest.first() {
         if let [
-            Raw::Load { what: Load::Meta(NFT_META_NFPROTO), place: 0 },
-            Raw::Compare { operation: NFT_CMP_EQ, value: [number] },
+            RawExpr::Load { source: RegisterLoad::Meta(NFT_META_NFPROTO), reg32: 0 },
+            RawExpr::Compare { operation: NFT_CMP_EQ, value: [number] },
             ..,
         ] = rest
-            && dialect == Dialect::Inet
-            && !bare
+            && encoding == RuleEncoding::Inet
+            && !protocol_pending
             && let Some(family) = protocol_family(*number)
         {
             protocol = Some(family);
-            bare = true;
+            protocol_pending = true;
             rest = &rest[2..];
             continue;
         }
         let (expr, used) = read_address(protocol, rest)
             .or_else(|| read_range(protocol, rest))
-            .or_else(|| field::read(rest, dialect.table()))
-            .or_else(|| read_state(rest))
-            .unwrap_or((first.alone(), 1));
-        if let Some(family) = expr.as_ref().and_then(family_of) {
-            bare &= protocol != Some(family);
+            .or_else(|| field::read(rest, encoding.table()))
+            .or_else(|| read_fib_or_ct(rest))
+            .unwrap_or((first.standalone(), 1));
+        if let Some(family) = expr.as_ref().and_then(expr_family) {
+            protocol_pending &= protocol != Some(family);
         }
         // In a table of the bridge family the rule says itself what protocol its addresses are of.
-        if let (Some(Expr::Field { field: Field::Protocol, negate: false, value }), Dialect::Bridge) = (&expr, dialect) {
+        if let (Some(Expr::Field { field: Field::Protocol, negate: false, value }), RuleEncoding::Bridge) = (&expr, encoding) {
             protocol = match value.as_slice() {
                 [0x08, 0x00] => Some(Family::V4),
                 [0x86, 0xdd] => Some(Family::V6),
                 _ => None,
             };
         }
-        let known =
-            expr.filter(|expr| dialect == Dialect::Bridge || family_of(expr).is_none_or(|family| protocol == Some(family)));
+        let known = expr
+            .filter(|expr| encoding == RuleEncoding::Bridge || expr_family(expr).is_none_or(|family| protocol == Some(family)));
         exprs.push(known.unwrap_or(Expr::Foreign));
         rest = &rest[used..];
     }
-    if bare {
+    if protocol_pending {
         exprs.push(Expr::Foreign);
     }
     Rule { exprs }
 }
 
-/// The text of iptables' `-m comment`, where a rule has one (`struct xt_comment_info`, `linux/netfilter/xt_comment.h`).
+/// The text of iptables' `-m rule_comment`, where a rule has one (`struct xt_comment_info`, `linux/netfilter/xt_comment.h`).
 pub(super) fn comment_match(attributes: &[u8]) -> Option<&[u8]> {
-    wire::attributes(wire::attribute(attributes, wire::NFTA_RULE_EXPRESSIONS)?).find_map(|(_, element)| {
-        let data = wire::attribute(element, NFTA_EXPR_DATA)?;
-        let text = |kind| wire::attribute(data, kind).map(wire::name);
+    codec::attributes(codec::attribute(attributes, codec::NFTA_RULE_EXPRESSIONS)?).find_map(|(_, element)| {
+        let data = codec::attribute(element, NFTA_EXPR_DATA)?;
+        let text = |kind| codec::attribute(data, kind).map(codec::strip_nul);
         let comment =
-            wire::attribute(element, NFTA_EXPR_NAME).map(wire::name)? == b"match" && text(NFTA_MATCH_NAME)? == b"comment";
+            codec::attribute(element, NFTA_EXPR_NAME).map(codec::strip_nul)? == b"match" && text(NFTA_MATCH_NAME)? == b"comment";
         comment.then(|| text(NFTA_MATCH_INFO)).flatten()
     })
 }
 
 /// A match on an address range: load, perhaps a mask, comparison. What it means and how many expressions it is.
-fn read_address(protocol: Option<Family>, rest: &[Raw<'_>]) -> Option<(Option<Expr>, usize)> {
-    let network = |what: &Load| match what {
-        Load::Payload { base: NFT_PAYLOAD_NETWORK_HEADER, offset, length } => Some((*offset, *length)),
+fn read_address(protocol: Option<Family>, rest: &[RawExpr<'_>]) -> Option<(Option<Expr>, usize)> {
+    let network = |what: &RegisterLoad| match what {
+        RegisterLoad::Payload { base: NFT_PAYLOAD_NETWORK_HEADER, offset, length } => Some((*offset, *length)),
         _ => None,
     };
     let (place, mask, operation, value, used) = match rest {
-        [Raw::Load { what, place: 0 }, Raw::Mask { place: 0, mask }, Raw::Compare { operation, value }, ..] => {
-            (network(what)?, Some(*mask), *operation, *value, 3)
+        [RawExpr::Load { source, reg32: 0 }, RawExpr::Mask { reg32: 0, mask }, RawExpr::Compare { operation, value }, ..] => {
+            (network(source)?, Some(*mask), *operation, *value, 3)
         }
-        [Raw::Load { what, place: 0 }, Raw::Compare { operation, value }, ..] => (network(what)?, None, *operation, *value, 2),
+        [RawExpr::Load { source, reg32: 0 }, RawExpr::Compare { operation, value }, ..] => {
+            (network(source)?, None, *operation, *value, 2)
+        }
         _ => return None,
     };
-    Some((Some(address_match(protocol?, place, mask, operation, value)?), used))
+    Some((Some(parse_address_match(protocol?, place, mask, operation, value)?), used))
 }
 
-fn address_match(family: Family, (at, length): (u32, u32), mask: Option<&[u8]>, operation: u32, value: &[u8]) -> Option<Expr> {
+fn parse_address_match(
+    family: Family,
+    (offset, length): (u32, u32),
+    mask: Option<&[u8]>,
+    operation: u32,
+    value: &[u8],
+) -> Option<Expr> {
     let size = usize::from(family.bits() / 8);
     let loaded = usize::try_from(length).ok()?;
     if loaded > size || value.len() != loaded || mask.is_some_and(|mask| mask.len() != loaded) {
@@ -359,7 +367,7 @@ fn address_match(family: Family, (at, length): (u32, u32), mask: Option<&[u8]>, 
         NFT_CMP_NEQ => true,
         _ => return None,
     };
-    match at {
+    match offset {
         at if at == field::address_offset(family, false) => Some(Expr::Source { cidr, negate }),
         at if at == field::address_offset(family, true) => Some(Expr::Destination { cidr, negate }),
         _ => None,
@@ -367,10 +375,10 @@ fn address_match(family: Family, (at, length): (u32, u32), mask: Option<&[u8]>, 
 }
 
 /// A match on the addresses from one to another: load and comparison.
-fn read_range(protocol: Option<Family>, rest: &[Raw<'_>]) -> Option<(Option<Expr>, usize)> {
+fn read_range(protocol: Option<Family>, rest: &[RawExpr<'_>]) -> Option<(Option<Expr>, usize)> {
     let [
-        Raw::Load { what: Load::Payload { base: NFT_PAYLOAD_NETWORK_HEADER, offset, length }, place: 0 },
-        Raw::Range { operation, first, last },
+        RawExpr::Load { source: RegisterLoad::Payload { base: NFT_PAYLOAD_NETWORK_HEADER, offset, length }, reg32: 0 },
+        RawExpr::Range { operation, first, last },
         ..,
     ] = rest
     else {
@@ -391,12 +399,14 @@ fn read_range(protocol: Option<Family>, rest: &[Raw<'_>]) -> Option<(Option<Expr
 }
 
 /// Matches on what the kernel knows of a packet's destination and connection.
-fn read_state(rest: &[Raw<'_>]) -> Option<(Option<Expr>, usize)> {
+fn read_fib_or_ct(rest: &[RawExpr<'_>]) -> Option<(Option<Expr>, usize)> {
     match rest {
-        [Raw::DestinationType, Raw::Compare { operation: NFT_CMP_EQ, value }, ..] if **value == RTN_LOCAL.to_ne_bytes() => {
+        [RawExpr::DestinationType, RawExpr::Compare { operation: NFT_CMP_EQ, value }, ..]
+            if **value == RTN_LOCAL.to_ne_bytes() =>
+        {
             Some((Some(Expr::ToThisHost), 2))
         }
-        [Raw::ConnectionStatus, Raw::Mask { place: 0, mask }, Raw::Compare { operation: NFT_CMP_NEQ, value }, ..]
+        [RawExpr::ConnectionStatus, RawExpr::Mask { reg32: 0, mask }, RawExpr::Compare { operation: NFT_CMP_NEQ, value }, ..]
             if **mask == IPS_DST_NAT.to_ne_bytes() && **value == [0; 4] =>
         {
             Some((Some(Expr::Translated), 3))
@@ -420,8 +430,8 @@ fn operation(negate: bool) -> u32 {
 }
 
 /// The number of the register at a place.
-fn register(place: u32) -> u32 {
-    if place == 0 { NFT_REG_1 } else { NFT_REG32_00 + place }
+fn register_number(reg32: u32) -> u32 {
+    if reg32 == 0 { NFT_REG_1 } else { NFT_REG32_00 + reg32 }
 }
 
 fn length_u32(bytes: usize) -> u32 {
@@ -449,6 +459,6 @@ pub(super) const fn protocol_family(number: u8) -> Option<Family> {
 pub(super) const fn table_family(table: Table) -> u8 {
     match table {
         Table::Inet => NFPROTO_INET,
-        Table::Bridge => wire::NFPROTO_BRIDGE,
+        Table::Bridge => codec::NFPROTO_BRIDGE,
     }
 }

@@ -8,26 +8,26 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 use netlink_sys::{AsyncSocket, Socket, TokioSocket};
 use nix::sys::socket::{setsockopt, sockopt};
 
-use super::channel::io_error;
+use super::codec::{self, NFPROTO_BRIDGE, NFPROTO_INET, Object, Payload};
 use super::expr::protocol_family;
 use super::forward;
-use super::table::is_named;
-use super::wire::{self, Content, NFPROTO_BRIDGE, NFPROTO_INET, Object};
-use crate::kernel::monitor::{OWN, attach_filter};
+use super::nfnl_socket::io_error;
+use super::table::attribute_equals;
+use crate::kernel::monitor::{OWN_SOCKETS, attach_filter};
 use crate::plan::OpError;
 use crate::plan::ruleset::TABLE;
 
 /// Bytes of a receive: events come in datagrams of at most a page (`NLMSG_GOODSIZE`), several to one.
-const RECEIVE: usize = 64 * 1024;
+const RECEIVE_BUFFER_LEN: usize = 64 * 1024;
 
 /// Receive buffer in bytes: `kube-proxy` or Docker starting anew write some thousand rules at once.
-const BUFFER: usize = 4 * 1024 * 1024;
+const SOCKET_BUFFER_LEN: usize = 4 * 1024 * 1024;
 
 /// What others changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NftChange {
     /// Something in one of our tables, or the table itself.
-    Ours,
+    OwnTables,
     /// The FORWARD chain of iptables in one of the families: its rules, its policy, or that it exists.
     Forward,
     /// Events were lost: anything may have changed.
@@ -37,15 +37,15 @@ pub enum NftChange {
 /// Follows nf_tables in one network namespace.
 pub struct NftMonitor {
     socket: TokioSocket,
-    own: Option<u32>,
+    own_port_id: Option<u32>,
     buffer: Vec<u8>,
-    pending: Pending,
+    pending: PendingChanges,
 }
 
 /// What was seen and not handed out yet.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-struct Pending {
-    ours: bool,
+struct PendingChanges {
+    own_tables: bool,
     forward: bool,
     lost: bool,
 }
@@ -60,18 +60,18 @@ impl NftMonitor {
         let open = || -> io::Result<TokioSocket> {
             let mut socket = TokioSocket::new(NETLINK_NETFILTER)?;
             socket.socket_mut().bind_auto()?;
-            if setsockopt(socket.socket_ref(), sockopt::RcvBufForce, &BUFFER).is_err() {
-                setsockopt(socket.socket_ref(), sockopt::RcvBuf, &BUFFER)?;
+            if setsockopt(socket.socket_ref(), sockopt::RcvBufForce, &SOCKET_BUFFER_LEN).is_err() {
+                setsockopt(socket.socket_ref(), sockopt::RcvBuf, &SOCKET_BUFFER_LEN)?;
             }
             // A transaction's events come together and carry the port id of its socket: our own are not even queued.
             if let Some(own) = own_port_id {
-                attach_filter(socket.socket_ref().as_fd(), [own; OWN], true)?;
+                attach_filter(socket.socket_ref().as_fd(), [own; OWN_SOCKETS], true)?;
             }
-            socket.socket_mut().add_membership(wire::NFNLGRP_NFTABLES)?;
+            socket.socket_mut().add_membership(codec::NFNLGRP_NFTABLES)?;
             Ok(socket)
         };
         let socket = open().map_err(|error| io_error("listening to changes of nf_tables", &error))?;
-        Ok(NftMonitor { socket, own: own_port_id, buffer: Vec::with_capacity(RECEIVE), pending: Pending::default() })
+        Ok(NftMonitor { socket, own_port_id, buffer: Vec::with_capacity(RECEIVE_BUFFER_LEN), pending: PendingChanges::default() })
     }
 
     /// The socket that listens.
@@ -86,7 +86,7 @@ impl NftMonitor {
     /// The socket failed; open a new monitor.
     pub async fn changed(&mut self) -> Result<NftChange, OpError> {
         loop {
-            if let Some(change) = self.pending.take() {
+            if let Some(change) = self.pending.pop() {
                 return Ok(change);
             }
             self.buffer.clear();
@@ -94,7 +94,7 @@ impl NftMonitor {
             match poll_fn(|context| socket.poll_recv(context, buffer)).await {
                 // A full buffer means that the end was cut off.
                 Ok(()) if self.buffer.len() == self.buffer.capacity() => self.pending.lost = true,
-                Ok(()) => self.pending.note(&self.buffer, self.own),
+                Ok(()) => self.pending.record(&self.buffer, self.own_port_id),
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => self.pending.lost = true,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(io_error("reading changes of nf_tables", &error)),
@@ -103,28 +103,28 @@ impl NftMonitor {
     }
 }
 
-impl Pending {
-    fn take(&mut self) -> Option<NftChange> {
+impl PendingChanges {
+    fn pop(&mut self) -> Option<NftChange> {
         if std::mem::take(&mut self.lost) {
             // Who dumps again sees the rest as well.
-            *self = Pending::default();
+            *self = PendingChanges::default();
             Some(NftChange::Lost)
-        } else if std::mem::take(&mut self.ours) {
-            Some(NftChange::Ours)
+        } else if std::mem::take(&mut self.own_tables) {
+            Some(NftChange::OwnTables)
         } else {
             std::mem::take(&mut self.forward).then_some(NftChange::Forward)
         }
     }
 
     /// Folds in the events of a datagram.
-    fn note(&mut self, datagram: &[u8], own: Option<u32>) {
-        for received in wire::messages(datagram) {
-            if own == Some(received.port) {
+    fn record(&mut self, datagram: &[u8], own_port_id: Option<u32>) {
+        for received in codec::messages(datagram) {
+            if own_port_id == Some(received.port_id) {
                 continue;
             }
-            if let Content::Object(object) = received.content {
-                match concerns(object) {
-                    Some(NftChange::Ours) => self.ours = true,
+            if let Payload::Object(object) = received.payload {
+                match classify_event(object) {
+                    Some(NftChange::OwnTables) => self.own_tables = true,
                     Some(NftChange::Forward) => self.forward = true,
                     Some(NftChange::Lost) | None => {}
                 }
@@ -134,22 +134,26 @@ impl Pending {
 }
 
 /// Whom an event concerns. The table's name is the first attribute of each kind of event, so that this costs little.
-fn concerns(object: Object<'_>) -> Option<NftChange> {
+fn classify_event(object: Object<'_>) -> Option<NftChange> {
     // Attribute 1 is the table's name in every nf_tables message but this one, which closes each transaction.
-    if object.kind == wire::NFT_MSG_NEWGEN {
+    if object.kind == codec::NFT_MSG_NEWGEN {
         return None;
     }
     if matches!(object.family, NFPROTO_INET | NFPROTO_BRIDGE) {
-        return is_named(object.attributes, wire::NFTA_TABLE_NAME, TABLE).then_some(NftChange::Ours);
+        return attribute_equals(object.attributes, codec::NFTA_TABLE_NAME, TABLE).then_some(NftChange::OwnTables);
     }
     protocol_family(object.family)?;
-    if !is_named(object.attributes, wire::NFTA_TABLE_NAME, forward::TABLE) {
+    if !attribute_equals(object.attributes, codec::NFTA_TABLE_NAME, forward::TABLE) {
         return None;
     }
     let concerned = match object.kind {
-        wire::NFT_MSG_NEWTABLE | wire::NFT_MSG_DELTABLE => true,
-        wire::NFT_MSG_NEWCHAIN | wire::NFT_MSG_DELCHAIN => is_named(object.attributes, wire::NFTA_CHAIN_NAME, forward::CHAIN),
-        wire::NFT_MSG_NEWRULE | wire::NFT_MSG_DELRULE => is_named(object.attributes, wire::NFTA_RULE_CHAIN, forward::CHAIN),
+        codec::NFT_MSG_NEWTABLE | codec::NFT_MSG_DELTABLE => true,
+        codec::NFT_MSG_NEWCHAIN | codec::NFT_MSG_DELCHAIN => {
+            attribute_equals(object.attributes, codec::NFTA_CHAIN_NAME, forward::CHAIN)
+        }
+        codec::NFT_MSG_NEWRULE | codec::NFT_MSG_DELRULE => {
+            attribute_equals(object.attributes, codec::NFTA_RULE_CHAIN, forward::CHAIN)
+        }
         _ => false,
     };
     concerned.then_some(NftChange::Forward)

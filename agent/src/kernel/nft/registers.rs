@@ -3,52 +3,52 @@
 
 use std::net::IpAddr;
 
-use super::book::{Book, BookChain, BookElement, BookSet};
+use super::codec;
+use super::eval::Translation;
 use super::expr::uapi::*;
-use super::judge::Translation;
 use super::set::{NFT_SET_CONCAT, NFT_SET_INTERVAL};
-use super::wire;
+use super::snapshot::{ChainDump, ElementDump, RulesetSnapshot, SetDump};
 use crate::kernel::trace::packet::{Packet, SOURCE_PORT, TCP, UDP, ethertype};
 use crate::model::Family;
 
 /// Whether a rule matches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Truth {
-    Yes,
-    No,
+pub(super) enum MatchResult {
+    True,
+    False,
     Unknown,
 }
 
-impl Truth {
-    fn of(value: bool) -> Truth {
-        if value { Truth::Yes } else { Truth::No }
+impl MatchResult {
+    fn from_bool(value: bool) -> MatchResult {
+        if value { MatchResult::True } else { MatchResult::False }
     }
 
     /// Both.
-    pub(super) fn and(self, other: Truth) -> Truth {
+    pub(super) fn and(self, other: MatchResult) -> MatchResult {
         match (self, other) {
-            (Truth::No, _) | (_, Truth::No) => Truth::No,
-            (Truth::Yes, Truth::Yes) => Truth::Yes,
-            _ => Truth::Unknown,
+            (MatchResult::False, _) | (_, MatchResult::False) => MatchResult::False,
+            (MatchResult::True, MatchResult::True) => MatchResult::True,
+            _ => MatchResult::Unknown,
         }
     }
 
-    fn not(self) -> Truth {
+    fn not(self) -> MatchResult {
         match self {
-            Truth::Yes => Truth::No,
-            Truth::No => Truth::Yes,
-            Truth::Unknown => Truth::Unknown,
+            MatchResult::True => MatchResult::False,
+            MatchResult::False => MatchResult::True,
+            MatchResult::Unknown => MatchResult::Unknown,
         }
     }
 }
 
 /// Sixteen registers of four bytes behind the verdict's sixteen bytes (`struct nft_regs`).
-const WORDS: usize = 20;
+const REGISTER_WORDS: usize = 20;
 
 // `linux/netfilter/nf_tables.h`.
-const NFTA_CMP_LT: u32 = 2;
-const NFTA_CMP_LTE: u32 = 3;
-const NFTA_CMP_GT: u32 = 4;
+const NFT_CMP_LT: u32 = 2;
+const NFT_CMP_LTE: u32 = 3;
+const NFT_CMP_GT: u32 = 4;
 const NFT_META_MARK: u32 = 3;
 const NFT_META_IIF: u32 = 4;
 const NFT_META_OIF: u32 = 5;
@@ -56,9 +56,9 @@ const NFT_CT_STATE: u32 = 0;
 const NFT_CT_DIRECTION: u32 = 1;
 const NFT_CT_MARK: u32 = 3;
 /// `NF_CT_STATE_BIT(IP_CT_NEW)`.
-const STATE_NEW: u32 = 8;
+const CT_STATE_NEW: u32 = 8;
 /// `NF_CT_STATE_UNTRACKED_BIT`, `linux/netfilter/nf_conntrack_common.h`.
-const STATE_UNTRACKED: u32 = 1 << 6;
+const CT_STATE_UNTRACKED: u32 = 1 << 6;
 const NFTA_BYTEORDER_SREG: u16 = 1;
 const NFTA_BYTEORDER_DREG: u16 = 2;
 const NFTA_BYTEORDER_LEN: u16 = 4;
@@ -69,26 +69,26 @@ const RTN_UNICAST: u32 = 1;
 
 /// The registers while a rule is executed.
 pub(super) struct Registers<'a> {
-    bytes: [Option<u8>; WORDS * 4],
+    bytes: [Option<u8>; REGISTER_WORDS * 4],
     packet: &'a Packet,
-    book: &'a Book,
-    chain: &'a BookChain,
+    snapshot: &'a RulesetSnapshot,
+    chain: &'a ChainDump,
     untracked: bool,
 }
 
 impl<'a> Registers<'a> {
-    pub(super) fn new(packet: &'a Packet, book: &'a Book, chain: &'a BookChain, untracked: bool) -> Registers<'a> {
-        Registers { bytes: [None; WORDS * 4], packet, book, chain, untracked }
+    pub(super) fn new(packet: &'a Packet, snapshot: &'a RulesetSnapshot, chain: &'a ChainDump, untracked: bool) -> Registers<'a> {
+        Registers { bytes: [None; REGISTER_WORDS * 4], packet, snapshot, chain, untracked }
     }
 
     /// Executes an expression that decides nothing but whether the rule matches.
-    pub(super) fn execute(&mut self, name: &str, data: &[u8]) -> Truth {
-        let number = |kind| wire::number(data, kind);
+    pub(super) fn execute(&mut self, name: &str, data: &[u8]) -> MatchResult {
+        let number = |kind| codec::attribute_u32(data, kind);
         match name {
             "meta" => match (number(NFTA_META_DREG), number(NFTA_META_KEY)) {
                 (Some(register), Some(key)) => self.load(register, 16, self.meta(key)),
                 // Sets a mark.
-                _ => Truth::Yes,
+                _ => MatchResult::True,
             },
             "payload" => match (number(NFTA_PAYLOAD_DREG), number(NFTA_PAYLOAD_LEN)) {
                 (Some(register), Some(length)) => {
@@ -96,16 +96,16 @@ impl<'a> Registers<'a> {
                     let value = self.payload(base, offset, length);
                     self.load(register, length as usize, value)
                 }
-                _ => Truth::Yes,
+                _ => MatchResult::True,
             },
             "ct" => match (number(NFTA_CT_DREG), number(NFTA_CT_KEY)) {
                 (Some(register), Some(key)) => {
-                    let status = if self.packet.translated { IPS_DST_NAT } else { 0 };
+                    let status = if self.packet.destination_translated { IPS_DST_NAT } else { 0 };
                     let value = match key {
-                        NFT_CT_STATE if self.untracked => Some(STATE_UNTRACKED.to_ne_bytes().to_vec()),
+                        NFT_CT_STATE if self.untracked => Some(CT_STATE_UNTRACKED.to_ne_bytes().to_vec()),
                         // There is no connection to look at: the rule ends (`nft_ct_get_eval` in net/netfilter/nft_ct.c).
-                        _ if self.untracked => return Truth::No,
-                        NFT_CT_STATE => Some(STATE_NEW.to_ne_bytes().to_vec()),
+                        _ if self.untracked => return MatchResult::False,
+                        NFT_CT_STATE => Some(CT_STATE_NEW.to_ne_bytes().to_vec()),
                         NFT_CT_DIRECTION => Some(vec![0]),
                         NFT_CT_STATUS => Some(status.to_ne_bytes().to_vec()),
                         NFT_CT_MARK => Some(vec![0; 4]),
@@ -113,38 +113,38 @@ impl<'a> Registers<'a> {
                     };
                     self.load(register, 16, value)
                 }
-                _ => Truth::Yes,
+                _ => MatchResult::True,
             },
             "fib" => {
                 let kind = number(NFTA_FIB_RESULT) == Some(NFT_FIB_RESULT_ADDRTYPE);
                 let destination = number(NFTA_FIB_FLAGS) == Some(NFTA_FIB_F_DADDR);
-                let known = self.packet.local.filter(|_| kind && destination);
+                let known = self.packet.destination_is_local.filter(|_| kind && destination);
                 let value = known.map(|local| if local { RTN_LOCAL } else { RTN_UNICAST }.to_ne_bytes().to_vec());
-                number(NFTA_FIB_DREG).map_or(Truth::Unknown, |register| self.load(register, 16, value))
+                number(NFTA_FIB_DREG).map_or(MatchResult::Unknown, |register| self.load(register, 16, value))
             }
             "immediate" => {
-                let value = wire::attribute(data, NFTA_IMMEDIATE_DATA).and_then(|d| wire::attribute(d, NFTA_DATA_VALUE));
+                let value = codec::attribute(data, NFTA_IMMEDIATE_DATA).and_then(|d| codec::attribute(d, NFTA_DATA_VALUE));
                 let register = number(NFTA_IMMEDIATE_DREG);
-                register.map_or(Truth::Yes, |register| self.load(register, 16, value.map(<[u8]>::to_vec)))
+                register.map_or(MatchResult::True, |register| self.load(register, 16, value.map(<[u8]>::to_vec)))
             }
             "bitwise" => self.bitwise(data),
             "byteorder" => self.byteorder(data),
             "cmp" => self.compare(data),
             "range" => self.range(data),
             "lookup" => match self.lookup(data) {
-                Some((truth, found)) => {
-                    let value = found.and_then(|d| wire::attribute(&d, NFTA_DATA_VALUE).map(<[u8]>::to_vec));
+                Some((matched, found)) => {
+                    let value = found.and_then(|d| codec::attribute(&d, NFTA_DATA_VALUE).map(<[u8]>::to_vec));
                     if let Some(register) = number(NFTA_LOOKUP_DREG) {
                         self.load(register, 64, value);
                     }
-                    if number(NFTA_LOOKUP_FLAGS).unwrap_or(0) & NFT_LOOKUP_F_INV != 0 { truth.not() } else { truth }
+                    if number(NFTA_LOOKUP_FLAGS).unwrap_or(0) & NFT_LOOKUP_F_INV != 0 { matched.not() } else { matched }
                 }
-                None => Truth::Unknown,
+                None => MatchResult::Unknown,
             },
-            "match" => self.xtables(data),
-            "counter" | "log" | "objref" | "last" | "dup" | "flow_offload" => Truth::Yes,
+            "match" => self.xtables_match(data),
+            "counter" | "log" | "objref" | "last" | "dup" | "flow_offload" => MatchResult::True,
             // A limit, a quota, chance, a socket: only a packet that is sent tells.
-            _ => Truth::Unknown,
+            _ => MatchResult::Unknown,
         }
     }
 
@@ -161,8 +161,8 @@ impl<'a> Registers<'a> {
         match key {
             NFT_META_PROTOCOL => Some(ethertype(packet.family).to_vec()),
             NFT_META_NFPROTO => Some(vec![match packet.family {
-                Family::V4 => wire::NFPROTO_IPV4,
-                Family::V6 => wire::NFPROTO_IPV6,
+                Family::V4 => codec::NFPROTO_IPV4,
+                Family::V6 => codec::NFPROTO_IPV6,
             }]),
             NFT_META_L4PROTO => Some(vec![packet.protocol]),
             NFT_META_MARK => Some(vec![0; 4]),
@@ -185,33 +185,33 @@ impl<'a> Registers<'a> {
         header.get(offset..offset + length as usize).map(<[u8]>::to_vec)
     }
 
-    /// Loads a value; an unknown one makes `length` bytes unknown.
-    fn load(&mut self, register: u32, length: usize, value: Option<Vec<u8>>) -> Truth {
-        let start = place(register);
+    /// Loads a value; an unknown one makes `encoded_length` bytes unknown.
+    fn load(&mut self, register: u32, length: usize, value: Option<Vec<u8>>) -> MatchResult {
+        let start = register_offset(register);
         let length = value.as_ref().map_or(length, Vec::len);
         for (at, slot) in self.bytes.iter_mut().skip(start).take(length.next_multiple_of(4)).enumerate() {
             *slot = value.as_ref().map(|value| value.get(at).copied().unwrap_or(0));
         }
-        Truth::Yes
+        MatchResult::True
     }
 
     fn value(&self, register: u32, length: usize) -> Option<Vec<u8>> {
-        let start = place(register);
+        let start = register_offset(register);
         self.bytes.get(start..start + length)?.iter().copied().collect()
     }
 
-    fn bitwise(&mut self, data: &[u8]) -> Truth {
-        let number = |kind| wire::number(data, kind);
-        let bytes = |kind| wire::attribute(data, kind).and_then(|d| wire::attribute(d, NFTA_DATA_VALUE));
+    fn bitwise(&mut self, data: &[u8]) -> MatchResult {
+        let number = |kind| codec::attribute_u32(data, kind);
+        let bytes = |kind| codec::attribute(data, kind).and_then(|d| codec::attribute(d, NFTA_DATA_VALUE));
         let (Some(source), Some(target), Some(length)) =
             (number(NFTA_BITWISE_SREG), number(NFTA_BITWISE_DREG), number(NFTA_BITWISE_LEN))
         else {
-            return Truth::Unknown;
+            return MatchResult::Unknown;
         };
         let length = length as usize;
         let masked = match (number(NFTA_BITWISE_OP).unwrap_or(0), bytes(NFTA_BITWISE_MASK), bytes(NFTA_BITWISE_XOR)) {
             (0, Some(mask), Some(xor)) => {
-                let start = place(source);
+                let start = register_offset(source);
                 let part = |at: usize| {
                     let (mask, xor) = (*mask.get(at)?, *xor.get(at)?);
                     // What is masked away need not be known.
@@ -224,12 +224,12 @@ impl<'a> Registers<'a> {
         self.load(target, length, masked)
     }
 
-    fn byteorder(&mut self, data: &[u8]) -> Truth {
-        let number = |kind| wire::number(data, kind);
+    fn byteorder(&mut self, data: &[u8]) -> MatchResult {
+        let number = |kind| codec::attribute_u32(data, kind);
         let (Some(source), Some(target), Some(length), Some(size)) =
             (number(NFTA_BYTEORDER_SREG), number(NFTA_BYTEORDER_DREG), number(NFTA_BYTEORDER_LEN), number(NFTA_BYTEORDER_SIZE))
         else {
-            return Truth::Unknown;
+            return MatchResult::Unknown;
         };
         let swap = |mut value: Vec<u8>| {
             if cfg!(target_endian = "little") {
@@ -241,83 +241,85 @@ impl<'a> Registers<'a> {
         self.load(target, length as usize, value)
     }
 
-    fn compare(&self, data: &[u8]) -> Truth {
-        let number = |kind| wire::number(data, kind);
-        let wanted = wire::attribute(data, NFTA_CMP_DATA).and_then(|d| wire::attribute(d, NFTA_DATA_VALUE));
+    fn compare(&self, data: &[u8]) -> MatchResult {
+        let number = |kind| codec::attribute_u32(data, kind);
+        let wanted = codec::attribute(data, NFTA_CMP_DATA).and_then(|d| codec::attribute(d, NFTA_DATA_VALUE));
         let (Some(register), Some(op), Some(wanted)) = (number(NFTA_CMP_SREG), number(NFTA_CMP_OP), wanted) else {
-            return Truth::Unknown;
+            return MatchResult::Unknown;
         };
-        let Some(value) = self.value(register, wanted.len()) else { return Truth::Unknown };
+        let Some(value) = self.value(register, wanted.len()) else { return MatchResult::Unknown };
         let value = value.as_slice();
-        Truth::of(match op {
+        MatchResult::from_bool(match op {
             NFT_CMP_EQ => value == wanted,
             NFT_CMP_NEQ => value != wanted,
-            NFTA_CMP_LT => value < wanted,
-            NFTA_CMP_LTE => value <= wanted,
-            NFTA_CMP_GT => value > wanted,
+            NFT_CMP_LT => value < wanted,
+            NFT_CMP_LTE => value <= wanted,
+            NFT_CMP_GT => value > wanted,
             _ => value >= wanted,
         })
     }
 
-    fn range(&self, data: &[u8]) -> Truth {
-        let bytes = |kind| wire::attribute(data, kind).and_then(|d| wire::attribute(d, NFTA_DATA_VALUE));
+    fn range(&self, data: &[u8]) -> MatchResult {
+        let bytes = |kind| codec::attribute(data, kind).and_then(|d| codec::attribute(d, NFTA_DATA_VALUE));
         let (Some(register), Some(from), Some(to)) =
-            (wire::number(data, NFTA_RANGE_SREG), bytes(NFTA_RANGE_FROM_DATA), bytes(NFTA_RANGE_TO_DATA))
+            (codec::attribute_u32(data, NFTA_RANGE_SREG), bytes(NFTA_RANGE_FROM_DATA), bytes(NFTA_RANGE_TO_DATA))
         else {
-            return Truth::Unknown;
+            return MatchResult::Unknown;
         };
-        let Some(value) = self.value(register, from.len()) else { return Truth::Unknown };
-        let inside = Truth::of(from <= value.as_slice() && value.as_slice() <= to);
-        if wire::number(data, NFTA_RANGE_OP) == Some(NFT_CMP_NEQ) { inside.not() } else { inside }
+        let Some(value) = self.value(register, from.len()) else { return MatchResult::Unknown };
+        let inside = MatchResult::from_bool(from <= value.as_slice() && value.as_slice() <= to);
+        if codec::attribute_u32(data, NFTA_RANGE_OP) == Some(NFT_CMP_NEQ) { inside.not() } else { inside }
     }
 
     /// Whether the set of a lookup has the register's value, and the attributes of what that leads to.
-    pub(super) fn lookup(&self, data: &[u8]) -> Option<(Truth, Option<Vec<u8>>)> {
-        let name = wire::attribute(data, NFTA_LOOKUP_SET).map(wire::name)?;
-        let set = self.book.set(self.chain.family, &self.chain.table, std::str::from_utf8(name).ok()?)?;
-        let register = wire::number(data, NFTA_LOOKUP_SREG)?;
+    pub(super) fn lookup(&self, data: &[u8]) -> Option<(MatchResult, Option<Vec<u8>>)> {
+        let name = codec::attribute(data, NFTA_LOOKUP_SET).map(codec::strip_nul)?;
+        let set = self.snapshot.set(self.chain.family, &self.chain.table, std::str::from_utf8(name).ok()?)?;
+        let register = codec::attribute_u32(data, NFTA_LOOKUP_SREG)?;
         let Some(length) = set.elements.first().map(|element| element.key.len()) else {
-            return Some((Truth::No, None));
+            return Some((MatchResult::False, None));
         };
         let value = self.value(register, length)?;
-        let found = find(&set, &value);
-        Some((Truth::of(found.is_some()), found.and_then(|element| element.data.clone())))
+        let found = find_element(&set, &value);
+        Some((MatchResult::from_bool(found.is_some()), found.and_then(|element| element.data.clone())))
     }
 
     /// The matches of xtables that iptables-nft writes as such. Layouts: `linux/netfilter/xt_conntrack.h` and `xt_tcpudp.h`.
-    fn xtables(&self, data: &[u8]) -> Truth {
-        let info = wire::attribute(data, NFTA_MATCH_INFO).unwrap_or_default();
+    fn xtables_match(&self, data: &[u8]) -> MatchResult {
+        let info = codec::attribute(data, NFTA_MATCH_INFO).unwrap_or_default();
         let u16_at = |at: usize| info.get(at..at + 2).and_then(|b| b.try_into().ok()).map(u16::from_ne_bytes);
-        match wire::attribute(data, NFTA_MATCH_NAME).map(wire::name).unwrap_or_default() {
-            b"comment" => Truth::Yes,
+        match codec::attribute(data, NFTA_MATCH_NAME).map(codec::strip_nul).unwrap_or_default() {
+            b"comment" => MatchResult::True,
             // `match_flags`, `invert_flags` and `state_mask` of `struct xt_conntrack_mtinfo3`; XT_CONNTRACK_STATE is bit 0.
             b"conntrack" => match (u16_at(146), u16_at(148), u16_at(150)) {
                 (Some(1), Some(invert), Some(states)) => {
-                    let new = Truth::of(u32::from(states) & STATE_NEW != 0);
+                    let new = MatchResult::from_bool(u32::from(states) & CT_STATE_NEW != 0);
                     if invert & 1 != 0 { new.not() } else { new }
                 }
-                _ => Truth::Unknown,
+                _ => MatchResult::Unknown,
             },
-            b"state" => info.first().map_or(Truth::Unknown, |states| Truth::of(u32::from(*states) & STATE_NEW != 0)),
+            b"state" => {
+                info.first().map_or(MatchResult::Unknown, |states| MatchResult::from_bool(u32::from(*states) & CT_STATE_NEW != 0))
+            }
             kind @ (b"tcp" | b"udp") => {
                 let protocol = if kind == b"tcp" { TCP } else { UDP };
                 let ports = [u16_at(0), u16_at(2), u16_at(4), u16_at(6)];
-                let [Some(from), Some(to), Some(first), Some(last)] = ports else { return Truth::Unknown };
+                let [Some(from), Some(to), Some(first), Some(last)] = ports else { return MatchResult::Unknown };
                 let to_port = self.packet.transport.get(2..4).map_or(0, |b| u16::from_be_bytes([b[0], b[1]]));
                 // Options and flags are not looked at; inverted ports are rare.
                 let inverted = info.get(if kind == b"tcp" { 11 } else { 8 }).copied().unwrap_or(0) != 0;
                 let flags = kind == b"tcp" && info.get(8..11).is_some_and(|b| b != [0, 0, 0]);
                 let fits =
                     self.packet.protocol == protocol && (from..=to).contains(&SOURCE_PORT) && (first..=last).contains(&to_port);
-                if inverted || (fits && flags) { Truth::Unknown } else { Truth::of(fits) }
+                if inverted || (fits && flags) { MatchResult::Unknown } else { MatchResult::from_bool(fits) }
             }
-            _ => Truth::Unknown,
+            _ => MatchResult::Unknown,
         }
     }
 
     /// What a statement of address translation does.
     pub(super) fn translation(&self, name: &str, data: &[u8]) -> Translation {
-        let register = |kind| wire::number(data, kind);
+        let register = |kind| codec::attribute_u32(data, kind);
         let address = register(NFTA_NAT_REG_ADDR_MIN).and_then(|register| match self.packet.family {
             Family::V4 => Some(IpAddr::from(<[u8; 4]>::try_from(self.value(register, 4)?).ok()?)),
             Family::V6 => Some(IpAddr::from(<[u8; 16]>::try_from(self.value(register, 16)?).ok()?)),
@@ -335,20 +337,20 @@ impl<'a> Registers<'a> {
 }
 
 /// The first byte of a register, by either way of counting them.
-fn place(register: u32) -> usize {
+fn register_offset(register: u32) -> usize {
     let register = register as usize;
     let first32 = NFT_REG32_00 as usize;
     if register < first32 { register * 16 } else { 16 + (register - first32) * 4 }
 }
 
 /// The element of a set that a value is.
-fn find<'s>(set: &'s BookSet, value: &[u8]) -> Option<&'s BookElement> {
+fn find_element<'s>(set: &'s SetDump, value: &[u8]) -> Option<&'s ElementDump> {
     if set.flags & NFT_SET_INTERVAL == 0 {
         return set.elements.iter().find(|element| element.key == value);
     }
     if set.flags & NFT_SET_CONCAT != 0 {
-        let inside = |element: &&BookElement| {
-            let end = element.end.as_ref().unwrap_or(&element.key);
+        let inside = |element: &&ElementDump| {
+            let end = element.key_end.as_ref().unwrap_or(&element.key);
             // A comparison of the padded fields, each by itself, comes to one of four bytes each only where no field is longer; longer
             // ones are compared whole.
             let words = value.chunks(4).zip(element.key.chunks(4)).zip(end.chunks(4));
@@ -364,30 +366,33 @@ fn find<'s>(set: &'s BookSet, value: &[u8]) -> Option<&'s BookElement> {
     }
     // Each element is the beginning of an interval, or the first value behind one.
     let below = set.elements.iter().filter(|element| element.key.as_slice() <= value);
-    let last = below.max_by(|a, b| a.key.cmp(&b.key).then(b.closes.cmp(&a.closes)))?;
-    (!last.closes).then_some(last)
+    let last = below.max_by(|a, b| a.key.cmp(&b.key).then(b.is_interval_end.cmp(&a.is_interval_end)))?;
+    (!last.is_interval_end).then_some(last)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn element(key: &[u8], end: Option<&[u8]>, closes: bool) -> BookElement {
-        BookElement { key: key.to_vec(), end: end.map(<[u8]>::to_vec), closes, data: None }
+    fn element(key: &[u8], end: Option<&[u8]>, is_interval_end: bool) -> ElementDump {
+        ElementDump { key: key.to_vec(), key_end: end.map(<[u8]>::to_vec), is_interval_end, data: None }
     }
 
     #[test]
-    fn members_of_sets() {
-        let plain = BookSet { flags: 0, elements: vec![element(&[1, 2, 0, 0], None, false)] };
-        assert!(find(&plain, &[1, 2, 0, 0]).is_some() && find(&plain, &[1, 3, 0, 0]).is_none());
+    fn set_lookup_finds_members_and_intervals() {
+        let plain = SetDump { flags: 0, elements: vec![element(&[1, 2, 0, 0], None, false)] };
+        assert!(find_element(&plain, &[1, 2, 0, 0]).is_some() && find_element(&plain, &[1, 3, 0, 0]).is_none());
         // 10 to 19, 30 and above; as the kernel lists them, in any order.
         let elements = vec![element(&[30], None, false), element(&[20], None, true), element(&[10], None, false)];
-        let ranges = BookSet { flags: NFT_SET_INTERVAL, elements };
-        let inside: Vec<u8> = (0..40).filter(|n| find(&ranges, &[*n]).is_some()).collect();
+        let ranges = SetDump { flags: NFT_SET_INTERVAL, elements };
+        let inside: Vec<u8> = (0..40).filter(|n| find_element(&ranges, &[*n]).is_some()).collect();
         assert_eq!(inside, (10..20).chain(30..40).collect::<Vec<_>>());
         let elements = vec![element(&[1, 0, 0, 0, 5, 0, 0, 0], Some(&[1, 0, 0, 0, 9, 255, 255, 255]), false)];
-        let pairs = BookSet { flags: NFT_SET_INTERVAL | NFT_SET_CONCAT, elements };
-        assert!(find(&pairs, &[1, 0, 0, 0, 7, 1, 2, 3]).is_some());
-        assert!(find(&pairs, &[2, 0, 0, 0, 7, 1, 2, 3]).is_none() && find(&pairs, &[1, 0, 0, 0, 10, 0, 0, 0]).is_none());
+        let pairs = SetDump { flags: NFT_SET_INTERVAL | NFT_SET_CONCAT, elements };
+        assert!(find_element(&pairs, &[1, 0, 0, 0, 7, 1, 2, 3]).is_some());
+        assert!(
+            find_element(&pairs, &[2, 0, 0, 0, 7, 1, 2, 3]).is_none()
+                && find_element(&pairs, &[1, 0, 0, 0, 10, 0, 0, 0]).is_none()
+        );
     }
 }

@@ -5,11 +5,11 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use super::channel::{Channel, Transaction};
+use super::codec::{self, NLM_F_CREATE, Object, Writer};
 use super::expr::{NFTA_DATA_VALUE, table_family};
-use super::wire::{self, NLM_F_CREATE, Object, Writer};
+use super::nfnl_socket::{NfnlSocket, Transaction};
 use crate::model::{Family, Mac};
-use crate::plan::ruleset::{Datum, Element, SetName, TABLE, Table, Type};
+use crate::plan::ruleset::{Element, SetFieldType, SetName, SetValue, TABLE, Table};
 use crate::plan::{Key, OpError, State, Value};
 
 pub(super) const NFTA_SET_TABLE: u16 = 1;
@@ -44,7 +44,7 @@ pub(super) const NFTA_SET_ELEM_KEY_END: u16 = 10;
 pub(super) const NFT_SET_ELEM_INTERVAL_END: u32 = 1;
 
 /// Elements of one message: a list of them is one attribute of less than 64 KiB, and the longest has some 90 bytes.
-pub(super) const PACK: usize = 500;
+pub(super) const ELEMENTS_PER_MESSAGE: usize = 500;
 
 /// Bits of a type's number in a concatenation's, `TYPE_BITS` in nftables' `include/datatype.h`, where the numbers are, too. The kernel only keeps
 /// them, for whoever lists the set.
@@ -52,22 +52,22 @@ const TYPE_BITS: u32 = 6;
 
 /// For whoever lists the set: `NFTNL_UDATA_SET_KEYBYTEORDER` (libnftnl's `include/libnftnl/udata.h`), its length, and nftables'
 /// `BYTEORDER_HOST_ENDIAN`, a number in the host's byte order.
-const HOST_BYTE_ORDER: [u8; 6] = {
+const HOST_ENDIAN_USERDATA: [u8; 6] = {
     let [a, b, c, d] = 1_u32.to_ne_bytes();
     [0, 4, a, b, c, d]
 };
 
 /// Makes a set.
-pub(super) fn new_set(transaction: &mut Transaction, set: SetName, id: u32) {
-    transaction.change(wire::NFT_MSG_NEWSET, NLM_F_CREATE, table_family(set.table()), |w| {
+pub(super) fn add_set(transaction: &mut Transaction, set: SetName, id: u32) {
+    transaction.push_message(codec::NFT_MSG_NEWSET, NLM_F_CREATE, table_family(set.table()), |w| {
         w.text(NFTA_SET_TABLE, TABLE);
         w.text(NFTA_SET_NAME, set.name());
-        w.u32(NFTA_SET_FLAGS, flags(set));
-        w.u32(NFTA_SET_KEY_TYPE, type_number(&set.key()));
-        w.u32(NFTA_SET_KEY_LEN, length(&set.key()));
+        w.u32(NFTA_SET_FLAGS, set_flags(set));
+        w.u32(NFTA_SET_KEY_TYPE, type_id(&set.key()));
+        w.u32(NFTA_SET_KEY_LEN, encoded_length(&set.key()));
         if !set.data().is_empty() {
-            w.u32(NFTA_SET_DATA_TYPE, type_number(&set.data()));
-            w.u32(NFTA_SET_DATA_LEN, length(&set.data()));
+            w.u32(NFTA_SET_DATA_TYPE, type_id(&set.data()));
+            w.u32(NFTA_SET_DATA_LEN, encoded_length(&set.data()));
         }
         if set.has_ranges() {
             w.nest(NFTA_SET_DESC, |w| {
@@ -79,24 +79,24 @@ pub(super) fn new_set(transaction: &mut Transaction, set: SetName, id: u32) {
             });
         }
         w.u32(NFTA_SET_ID, id);
-        if set.key() == [Type::Interface] {
+        if set.key() == [SetFieldType::Interface] {
             // Without, `nft` lists names back to front.
-            w.bytes(NFTA_SET_USERDATA, &HOST_BYTE_ORDER);
+            w.bytes(NFTA_SET_USERDATA, &HOST_ENDIAN_USERDATA);
         }
     });
 }
 
 /// Reads the sets of a table: those of ours, and in words what is none.
-pub(super) fn read_sets(channel: &mut Channel, table: Table) -> Result<(Vec<SetName>, Vec<String>), OpError> {
+pub(super) fn read_sets(socket: &mut NfnlSocket, table: Table) -> Result<(Vec<SetName>, Vec<String>), OpError> {
     let (mut sets, mut foreign) = (Vec::new(), Vec::new());
     let of_table = |w: &mut Writer| w.text(NFTA_SET_TABLE, TABLE);
-    channel.dump(wire::NFT_MSG_GETSET, table_family(table), of_table, |object| {
-        if !super::table::is_named(object.attributes, NFTA_SET_TABLE, TABLE) {
+    socket.dump(codec::NFT_MSG_GETSET, table_family(table), of_table, |object| {
+        if !super::table::attribute_equals(object.attributes, NFTA_SET_TABLE, TABLE) {
             return;
         }
-        let name = wire::attribute(object.attributes, NFTA_SET_NAME).map(wire::name).unwrap_or_default();
+        let name = codec::attribute(object.attributes, NFTA_SET_NAME).map(codec::strip_nul).unwrap_or_default();
         match SetName::from_name(table, name) {
-            Some(set) if is_as_made(object.attributes, set) => sets.push(set),
+            Some(set) if matches_definition(object.attributes, set) => sets.push(set),
             Some(set) => foreign.push(format!("set {} of another kind", set.name())),
             None => foreign.push(format!("set {}", String::from_utf8_lossy(name))),
         }
@@ -105,15 +105,17 @@ pub(super) fn read_sets(channel: &mut Channel, table: Table) -> Result<(Vec<SetN
     Ok((sets, foreign))
 }
 
-fn is_as_made(attributes: &[u8], set: SetName) -> bool {
-    let number = |kind| wire::number(attributes, kind).unwrap_or(0);
+fn matches_definition(attributes: &[u8], set: SetName) -> bool {
+    let number = |kind| codec::attribute_u32(attributes, kind).unwrap_or(0);
     let data = set.data();
-    number(NFTA_SET_FLAGS) == flags(set)
-        && number(NFTA_SET_KEY_TYPE) == type_number(&set.key())
-        && number(NFTA_SET_KEY_LEN) == length(&set.key())
-        && number(NFTA_SET_DATA_TYPE) == type_number(&data)
-        && number(NFTA_SET_DATA_LEN) == length(&data)
-        && [NFTA_SET_TIMEOUT, NFTA_SET_EXPR, NFTA_SET_EXPRESSIONS].iter().all(|kind| wire::attribute(attributes, *kind).is_none())
+    number(NFTA_SET_FLAGS) == set_flags(set)
+        && number(NFTA_SET_KEY_TYPE) == type_id(&set.key())
+        && number(NFTA_SET_KEY_LEN) == encoded_length(&set.key())
+        && number(NFTA_SET_DATA_TYPE) == type_id(&data)
+        && number(NFTA_SET_DATA_LEN) == encoded_length(&data)
+        && [NFTA_SET_TIMEOUT, NFTA_SET_EXPR, NFTA_SET_EXPRESSIONS]
+            .iter()
+            .all(|kind| codec::attribute(attributes, *kind).is_none())
 }
 
 /// Adds elements to a set, or takes them from it.
@@ -123,22 +125,22 @@ pub(super) fn change_elements(
     set: SetName,
     elements: &[(&Element, Option<SocketAddr>)],
 ) {
-    let flags = if message == wire::NFT_MSG_NEWSETELEM { NLM_F_CREATE } else { 0 };
-    transaction.change(message, flags, table_family(set.table()), |w| {
+    let flags = if message == codec::NFT_MSG_NEWSETELEM { NLM_F_CREATE } else { 0 };
+    transaction.push_message(message, flags, table_family(set.table()), |w| {
         w.text(NFTA_SET_ELEM_LIST_TABLE, TABLE);
         w.text(NFTA_SET_ELEM_LIST_SET, set.name());
         w.nest(NFTA_SET_ELEM_LIST_ELEMENTS, |w| {
             for (element, target) in elements {
                 w.nest(NFTA_LIST_ELEM, |w| {
-                    let value = |w: &mut Writer, kind, data: &[Datum]| {
+                    let value = |w: &mut Writer, kind, data: &[SetValue]| {
                         w.nest(kind, |w| w.bytes(NFTA_DATA_VALUE, &encode(data)));
                     };
                     value(w, NFTA_SET_ELEM_KEY, &element.key());
                     if let Some(end) = element.key_end() {
                         value(w, NFTA_SET_ELEM_KEY_END, &end);
                     }
-                    if let (Some(target), wire::NFT_MSG_NEWSETELEM) = (target, message) {
-                        value(w, NFTA_SET_ELEM_DATA, &[Datum::Address(target.ip()), Datum::Port(target.port())]);
+                    if let (Some(target), codec::NFT_MSG_NEWSETELEM) = (target, message) {
+                        value(w, NFTA_SET_ELEM_DATA, &[SetValue::Address(target.ip()), SetValue::Port(target.port())]);
                     }
                 });
             }
@@ -147,15 +149,15 @@ pub(super) fn change_elements(
 }
 
 /// Reads the elements of a set into a state. False: there are some that ours are not like.
-pub(super) fn read_elements(channel: &mut Channel, set: SetName, state: &mut State) -> Result<bool, OpError> {
+pub(super) fn read_elements(socket: &mut NfnlSocket, set: SetName, state: &mut State) -> Result<bool, OpError> {
     let mut all_ours = true;
     let of_set = |w: &mut Writer| {
         w.text(NFTA_SET_ELEM_LIST_TABLE, TABLE);
         w.text(NFTA_SET_ELEM_LIST_SET, set.name());
     };
-    channel.dump(wire::NFT_MSG_GETSETELEM, table_family(set.table()), of_set, |object: Object<'_>| {
-        let list = wire::attribute(object.attributes, NFTA_SET_ELEM_LIST_ELEMENTS).unwrap_or_default();
-        for (_, attributes) in wire::attributes(list) {
+    socket.dump(codec::NFT_MSG_GETSETELEM, table_family(set.table()), of_set, |object: Object<'_>| {
+        let list = codec::attribute(object.attributes, NFTA_SET_ELEM_LIST_ELEMENTS).unwrap_or_default();
+        for (_, attributes) in codec::attributes(list) {
             match read_element(set, attributes) {
                 Some((element, target)) => {
                     state.insert(Key::Element(element), Value::Element(target.map(Box::new)));
@@ -168,9 +170,9 @@ pub(super) fn read_elements(channel: &mut Channel, set: SetName, state: &mut Sta
 }
 
 fn read_element(set: SetName, attributes: &[u8]) -> Option<(Element, Option<SocketAddr>)> {
-    let value = |kind| wire::attribute(attributes, kind).and_then(|nested| wire::attribute(nested, NFTA_DATA_VALUE));
-    let plain = wire::number(attributes, NFTA_SET_ELEM_FLAGS).unwrap_or(0) == 0
-        && wire::attribute(attributes, NFTA_SET_ELEM_TIMEOUT).is_none();
+    let value = |kind| codec::attribute(attributes, kind).and_then(|nested| codec::attribute(nested, NFTA_DATA_VALUE));
+    let plain = codec::attribute_u32(attributes, NFTA_SET_ELEM_FLAGS).unwrap_or(0) == 0
+        && codec::attribute(attributes, NFTA_SET_ELEM_TIMEOUT).is_none();
     let key = decode(&set.key(), value(NFTA_SET_ELEM_KEY)?)?;
     let end = match value(NFTA_SET_ELEM_KEY_END) {
         Some(end) => Some(decode(&set.key(), end)?),
@@ -178,7 +180,7 @@ fn read_element(set: SetName, attributes: &[u8]) -> Option<(Element, Option<Sock
     };
     let target = match value(NFTA_SET_ELEM_DATA) {
         Some(data) => match decode(&set.data(), data)?.as_slice() {
-            [Datum::Address(address), Datum::Port(port)] => Some(SocketAddr::new(*address, *port)),
+            [SetValue::Address(address), SetValue::Port(port)] => Some(SocketAddr::new(*address, *port)),
             _ => return None,
         },
         None => None,
@@ -187,40 +189,40 @@ fn read_element(set: SetName, attributes: &[u8]) -> Option<(Element, Option<Sock
     (plain && target.is_some() != set.data().is_empty()).then_some((element, target))
 }
 
-fn flags(set: SetName) -> u32 {
+fn set_flags(set: SetName) -> u32 {
     let map = if set.data().is_empty() { 0 } else { NFT_SET_MAP };
     map | if set.has_ranges() { NFT_SET_INTERVAL | NFT_SET_CONCAT } else { 0 }
 }
 
-fn type_number(fields: &[Type]) -> u32 {
+fn type_id(fields: &[SetFieldType]) -> u32 {
     fields.iter().fold(0, |number, field| {
         number << TYPE_BITS
             | match field {
-                Type::Address(Family::V4) => 7,
-                Type::Address(Family::V6) => 8,
-                Type::Mac => 9,
-                Type::Protocol => 12,
-                Type::Port => 13,
-                Type::Interface => 41,
+                SetFieldType::Address(Family::V4) => 7,
+                SetFieldType::Address(Family::V6) => 8,
+                SetFieldType::Mac => 9,
+                SetFieldType::Protocol => 12,
+                SetFieldType::Port => 13,
+                SetFieldType::Interface => 41,
             }
     })
 }
 
-fn length(fields: &[Type]) -> u32 {
+fn encoded_length(fields: &[SetFieldType]) -> u32 {
     let bytes: usize = fields.iter().map(|field| field.length().next_multiple_of(4)).sum();
     u32::try_from(bytes).unwrap_or(u32::MAX)
 }
 
-fn encode(data: &[Datum]) -> Vec<u8> {
+fn encode(data: &[SetValue]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(64);
     for datum in data {
         match datum {
-            Datum::Address(IpAddr::V4(address)) => bytes.extend_from_slice(&address.octets()),
-            Datum::Address(IpAddr::V6(address)) => bytes.extend_from_slice(&address.octets()),
-            Datum::Mac(mac) => bytes.extend_from_slice(&mac.0),
-            Datum::Protocol(number) => bytes.push(*number),
-            Datum::Port(port) => bytes.extend_from_slice(&port.to_be_bytes()),
-            Datum::Interface(name) => {
+            SetValue::Address(IpAddr::V4(address)) => bytes.extend_from_slice(&address.octets()),
+            SetValue::Address(IpAddr::V6(address)) => bytes.extend_from_slice(&address.octets()),
+            SetValue::Mac(mac) => bytes.extend_from_slice(&mac.0),
+            SetValue::Protocol(number) => bytes.push(*number),
+            SetValue::Port(port) => bytes.extend_from_slice(&port.to_be_bytes()),
+            SetValue::Interface(name) => {
                 let mut padded = [0; super::expr::IFNAMSIZ];
                 for (to, from) in padded.iter_mut().zip(name.as_bytes()) {
                     *to = *from;
@@ -233,21 +235,21 @@ fn encode(data: &[Datum]) -> Vec<u8> {
     bytes
 }
 
-fn decode(fields: &[Type], mut bytes: &[u8]) -> Option<Vec<Datum>> {
+fn decode(fields: &[SetFieldType], mut bytes: &[u8]) -> Option<Vec<SetValue>> {
     let mut data = Vec::with_capacity(fields.len());
-    if bytes.len() != length(fields) as usize {
+    if bytes.len() != encoded_length(fields) as usize {
         return None;
     }
     for field in fields {
         let value = bytes.get(..field.length())?;
         bytes = bytes.get(field.length().next_multiple_of(4)..)?;
         data.push(match field {
-            Type::Address(Family::V4) => Datum::Address(Ipv4Addr::from(<[u8; 4]>::try_from(value).ok()?).into()),
-            Type::Address(Family::V6) => Datum::Address(Ipv6Addr::from(<[u8; 16]>::try_from(value).ok()?).into()),
-            Type::Mac => Datum::Mac(Mac(value.try_into().ok()?)),
-            Type::Protocol => Datum::Protocol(*value.first()?),
-            Type::Port => Datum::Port(u16::from_be_bytes(value.try_into().ok()?)),
-            Type::Interface => Datum::Interface(std::str::from_utf8(wire::name(value)).ok()?.to_owned()),
+            SetFieldType::Address(Family::V4) => SetValue::Address(Ipv4Addr::from(<[u8; 4]>::try_from(value).ok()?).into()),
+            SetFieldType::Address(Family::V6) => SetValue::Address(Ipv6Addr::from(<[u8; 16]>::try_from(value).ok()?).into()),
+            SetFieldType::Mac => SetValue::Mac(Mac(value.try_into().ok()?)),
+            SetFieldType::Protocol => SetValue::Protocol(*value.first()?),
+            SetFieldType::Port => SetValue::Port(u16::from_be_bytes(value.try_into().ok()?)),
+            SetFieldType::Interface => SetValue::Interface(std::str::from_utf8(codec::strip_nul(value)).ok()?.to_owned()),
         });
     }
     Some(data)
@@ -257,10 +259,10 @@ fn decode(fields: &[Type], mut bytes: &[u8]) -> Option<Vec<Datum>> {
 mod tests {
     use super::*;
     use crate::model::Transport;
-    use crate::plan::ruleset::Pair;
+    use crate::plan::ruleset::PeerPair;
 
     #[test]
-    fn keys_come_back() {
+    fn element_keys_round_trip() {
         let ip = |text: &str| text.parse::<IpAddr>().expect(text);
         for family in Family::ALL {
             let (a, b, c) = match family {
@@ -268,7 +270,7 @@ mod tests {
                 Family::V6 => (ip("2001:db8::1"), ip("fd00:1::"), ip("fd00:1::ffff")),
             };
             for element in [
-                Element::Peer(Pair::new(a, b).expect("one family")),
+                Element::Peer(PeerPair::new(a, b).expect("one family")),
                 Element::Range(Box::new((a, b, c))),
                 Element::Host(a),
                 Element::Port(family, Transport::Sctp, 65535),
@@ -280,12 +282,12 @@ mod tests {
                 assert_eq!(SetName::from_name(set.table(), set.name().as_bytes()), Some(set));
                 let fields = set.key();
                 let bytes = encode(&element.key());
-                assert_eq!(u32::try_from(bytes.len()).expect("short"), length(&fields));
+                assert_eq!(u32::try_from(bytes.len()).expect("short"), encoded_length(&fields));
                 let end = element.key_end().map(|end| decode(&fields, &encode(&end)).expect("an end"));
                 assert_eq!(Element::from_key(set, decode(&fields, &bytes).expect("a key"), end), Some(element));
                 assert_eq!(decode(&fields, &bytes[1..]), None);
             }
         }
-        assert!(length(&SetName::Source(Family::V6).key()) <= 64, "NFT_DATA_VALUE_MAXLEN");
+        assert!(encoded_length(&SetName::Source(Family::V6).key()) <= 64, "NFT_DATA_VALUE_MAXLEN");
     }
 }

@@ -1,8 +1,8 @@
 //! Against the real kernel, as root: each test in a network namespace of its own, made by its thread and gone with it.
 
 mod elements;
+mod eval;
 mod forward;
-mod judge;
 mod monitor;
 mod table;
 
@@ -11,11 +11,11 @@ use std::process::{Command, Stdio};
 
 use super::Nft;
 use crate::model::{Family, NetworkConfig, PerFamily, Subnet};
-use crate::plan::ruleset::{Rules, Table};
+use crate::plan::ruleset::{InetTableSpec, Table};
 use crate::plan::{Key, Op, Ruleset, State, Value};
 
-/// Runs `body` on a thread that has a fresh network namespace. Commands started by it live in the same namespace.
-fn in_namespace<T: Send>(body: impl FnOnce() -> T + Send) -> T {
+/// Runs `parse_body` on a thread that has a fresh network namespace. Commands started by it live in the same namespace.
+fn in_netns<T: Send>(body: impl FnOnce() -> T + Send) -> T {
     let run = || {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)
             .expect("a network namespace for the test: run the tests as root, or under `unshare --user --map-root-user`");
@@ -28,7 +28,7 @@ fn in_namespace<T: Send>(body: impl FnOnce() -> T + Send) -> T {
 }
 
 /// What a command prints. It must succeed.
-fn output(program: &str, arguments: &[&str], input: &str) -> String {
+fn run_command(program: &str, arguments: &[&str], input: &str) -> String {
     let mut child = Command::new(program)
         .args(arguments)
         .stdin(Stdio::piped())
@@ -44,13 +44,13 @@ fn output(program: &str, arguments: &[&str], input: &str) -> String {
 
 /// Runs `nft` with a script.
 fn nft(script: &str) -> String {
-    output("nft", &["-f", "-"], script)
+    run_command("nft", &["-f", "-"], script)
 }
 
 /// Runs a command line of iptables or ip6tables, split at spaces.
 fn iptables(line: &str) -> String {
     let words: Vec<&str> = line.split(' ').collect();
-    output(words[0], &words[1..], "")
+    run_command(words[0], &words[1..], "")
 }
 
 fn network(json: &str) -> NetworkConfig {
@@ -70,19 +70,19 @@ fn dual() -> NetworkConfig {
 }
 
 /// What this host's subnet is in a network.
-fn subnet(network: &NetworkConfig) -> Subnet {
+fn local_subnet(network: &NetworkConfig) -> Subnet {
     let of = |family: Family| network.pools.get(family).and_then(|pool| pool.nth(3)).map(|cidr| (family, cidr));
     Subnet::new(Family::ALL.into_iter().filter_map(of).collect()).expect("a subnet")
 }
 
 /// The rules for a network.
 fn ruleset(network: &NetworkConfig, masquerade: bool, publishes: bool) -> Ruleset {
-    let local: PerFamily<_> = network.families().map(|family| (family, local(family))).collect();
-    Rules { network, subnet: &subnet(network), local: &local, masquerade, publishes }.ruleset()
+    let local: PerFamily<_> = network.families().map(|family| (family, underlay_address(family))).collect();
+    InetTableSpec { network, subnet: &local_subnet(network), local: &local, masquerade, publishes }.ruleset()
 }
 
 /// This host's address on the underlay.
-fn local(family: Family) -> std::net::IpAddr {
+fn underlay_address(family: Family) -> std::net::IpAddr {
     match family {
         Family::V4 => [192, 0, 2, 3].into(),
         Family::V6 => [0x2001, 0xdb8, 0, 0, 0, 0, 0, 3].into(),
@@ -97,17 +97,17 @@ fn rules() -> Ruleset {
 /// nf_tables with what is known of it.
 struct Tables {
     nft: Nft,
-    known: State,
+    cached: State,
 }
 
 impl Tables {
     fn open() -> Tables {
-        Tables { nft: Nft::open().expect("open"), known: State::new() }
+        Tables { nft: Nft::open().expect("open"), cached: State::new() }
     }
 
     /// Applies ops that must all succeed.
     fn apply(&mut self, ops: &[Op]) {
-        assert_eq!(self.nft.apply(ops, &mut self.known), []);
+        assert_eq!(self.nft.apply(ops, &mut self.cached), []);
     }
 
     /// Sets tables.

@@ -10,7 +10,7 @@ use crate::plan::underlay::{Flaw, ForeignLink};
 use crate::plan::{DataPath, Key, Op, Value};
 
 #[test]
-fn devices_are_made_as_wanted_and_set_again_without_a_change() {
+fn setting_devices_is_idempotent() {
     on_host("devices", KernelOptions::default(), async |host| {
         assert!(host.dump().await.keys().all(|key| matches!(key, Key::Sysctl(_))), "nothing of ours at first");
         let batch = devices(host.underlay);
@@ -33,18 +33,18 @@ fn devices_are_made_as_wanted_and_set_again_without_a_change() {
         }
         let addresses = run("ip -6 address show dev ovx.1") + &run("ip -6 address show dev ovb.1");
         assert!(!addresses.contains("fe80"), "no link-local address: {addresses}");
-        host.quiet().await;
-        host.apply(&removal(&batch)).await;
-        host.apply(&removal(&batch)).await;
+        host.expect_no_events().await;
+        host.apply(&deletions(&batch)).await;
+        host.apply(&deletions(&batch)).await;
         assert!(host.dump().await.keys().all(|key| matches!(key, Key::Sysctl(_))));
-        host.quiet().await;
+        host.expect_no_events().await;
     });
 }
 
 #[test]
-fn a_link_is_changed_in_place_where_it_can_be() {
+fn link_changes_in_place_when_possible() {
     on_host("inplace", KernelOptions::default(), async |host| {
-        host.make_devices().await;
+        host.create_devices().await;
         let before = run("ip -o link show ovx.1");
         let mut wanted = vxlan_link(Family::V4, host.underlay);
         wanted.mac = Some(Mac([2, 0, 0, 0, 1, 99]));
@@ -57,19 +57,19 @@ fn a_link_is_changed_in_place_where_it_can_be() {
         assert_eq!(link_of(host.dump().await.get(&key)), wanted);
         let number = |text: &str| text.split(':').next().map(str::to_owned);
         assert_eq!(number(&before), number(&run("ip -o link show ovx.1")), "the same device");
-        host.quiet().await;
+        host.expect_no_events().await;
 
         let LinkKind::Vxlan(settings) = &mut wanted.kind else { panic!("a vxlan device") };
         settings.port = 4789;
         host.apply(&vec![set_link(vxlan(Family::V4), wanted.clone())]).await;
         assert_eq!(link_of(host.dump().await.get(&key)), wanted);
         assert_ne!(number(&before), number(&run("ip -o link show ovx.1")), "a port cannot be changed: made again");
-        host.quiet().await;
+        host.expect_no_events().await;
     });
 }
 
 #[test]
-fn a_foreign_link_of_our_name_is_refused_and_left_alone() {
+fn foreign_link_with_own_name_is_refused() {
     on_host("foreign", KernelOptions::default(), async |host| {
         run("ip link add ovx.1 type bridge");
         run("ip link add ovb.1 type veth peer name other");
@@ -80,7 +80,7 @@ fn a_foreign_link_of_our_name_is_refused_and_left_alone() {
         assert_eq!(unmarked.kind, LinkKind::Foreign { kind: "veth".to_owned() });
         let before = run("ip -d link");
         let mut batch = devices(host.underlay);
-        batch.extend(removal(&batch));
+        batch.extend(deletions(&batch));
         let report = host.kernel.apply(&batch).await;
         let of = |name: &str, n: usize| {
             let named = report.failed.iter().filter(|(i, _)| batch[*i].key() == &Key::Link(name.into()));
@@ -99,16 +99,16 @@ fn a_foreign_link_of_our_name_is_refused_and_left_alone() {
 }
 
 #[test]
-fn a_link_whose_making_was_cut_in_two_is_ours() {
+fn half_created_link_is_adopted() {
     on_host("torn", KernelOptions::default(), async |host| {
         run("ip link add ovb.1 group 22102 type bridge");
-        host.make_devices().await;
+        host.create_devices().await;
         assert!(run("ip -d link show ovb.1").contains("alias overlayd"));
     });
 }
 
 #[test]
-fn who_stands_in_the_way_of_a_vxlan_device_is_named() {
+fn vxlan_conflict_error_names_the_cause() {
     on_host("rival", KernelOptions::default(), async |host| {
         run("ip link add flannel.1 type vxlan id 1 local 10.99.0.1 dev eth0 dstport 8472 nolearning");
         let report = host.kernel.apply(&vec![set_link(vxlan(Family::V4), vxlan_link(Family::V4, host.underlay))]).await;
@@ -121,7 +121,7 @@ fn who_stands_in_the_way_of_a_vxlan_device_is_named() {
         let (_, error) = report.failed.first().expect("refused");
         assert!(error.message.contains("UDP port 8472 is taken by another program"), "{error}");
         drop(taken);
-        host.make_devices().await;
+        host.create_devices().await;
         let mut large = vxlan_link(Family::V4, host.underlay);
         large.mtu = 70_000;
         let report = host.kernel.apply(&vec![set_link(vxlan(Family::V4), large)]).await;
@@ -130,9 +130,9 @@ fn who_stands_in_the_way_of_a_vxlan_device_is_named() {
 }
 
 #[test]
-fn a_port_is_never_made_but_changed() {
+fn port_is_changed_but_never_created() {
     on_host("port", KernelOptions::default(), async |host| {
-        host.make_devices().await;
+        host.create_devices().await;
         let port = LinkState { kind: LinkKind::Port, mac: None, mtu: 1400, up: true, master: Some(bridge()), hairpin: true };
         let set = vec![Op::Set(Key::Link("ove0".into()), Value::Link(Box::new(port.clone())))];
         let report = host.kernel.apply(&set).await;
@@ -148,7 +148,7 @@ fn a_port_is_never_made_but_changed() {
 }
 
 #[test]
-fn sysctls_are_written_where_they_differ() {
+fn sysctls_are_written_and_read_back() {
     on_host("sysctl", KernelOptions::default(), async |host| {
         let key = Key::Sysctl(sysctls::IPV4_FORWARD.into());
         let other = Key::Sysctl("ipv4/conf/eth0/rp_filter".into());
@@ -158,7 +158,7 @@ fn sysctls_are_written_where_they_differ() {
         assert_eq!(state.get(&key), Some(&Value::Sysctl("1".into())));
         assert_eq!(state.get(&other), Some(&Value::Sysctl("2".into())), "what was written is read from then on");
         assert_eq!(state.get(&Key::Sysctl(sysctls::IPV6_FORWARD.into())), Some(&Value::Sysctl("0".into())));
-        host.quiet().await;
+        host.expect_no_events().await;
         let report = host.kernel.apply(&vec![set(&Key::Sysctl("ipv4/none".into()), "1"), set(&other, "0")]).await;
         assert_eq!(report.failed.len(), 1);
         assert_eq!(report.failed[0].0, 0);
@@ -166,9 +166,9 @@ fn sysctls_are_written_where_they_differ() {
 }
 
 #[test]
-fn the_inventory_lists_what_is_not_ours() {
+fn inventory_lists_foreign_links_and_routes() {
     on_host("inventory", KernelOptions::default(), async |host| {
-        host.make_devices().await;
+        host.create_devices().await;
         run("ip link add eth1 mtu 9000 type veth peer name far1");
         run("ip link set far1 up");
         run("ip address add 192.0.2.7/24 dev eth1");
@@ -184,7 +184,8 @@ fn the_inventory_lists_what_is_not_ours() {
         let addresses = |link: &ForeignLink| link.addresses.iter().map(|a| a.address).collect::<Vec<_>>();
         assert_eq!(addresses(eth0), [ip("10.99.0.1"), ip("fd99::1")]);
         assert_eq!((eth1.mtu, eth1.up, addresses(eth1)), (9000, true, vec![ip("192.0.2.7")]));
-        let defaults: Vec<_> = inventory.defaults.iter().map(|d| (d.family, d.interface, d.from_router_advertisement)).collect();
+        let defaults: Vec<_> =
+            inventory.default_routes.iter().map(|d| (d.family, d.interface, d.from_router_advertisement)).collect();
         assert_eq!(
             defaults,
             [
@@ -194,7 +195,7 @@ fn the_inventory_lists_what_is_not_ours() {
                 (Family::V6, eth0.index, false)
             ]
         );
-        assert_eq!((inventory.defaults[1].source, inventory.defaults[1].gateway), (None, Some(ip("192.0.2.1"))));
+        assert_eq!((inventory.default_routes[1].source, inventory.default_routes[1].gateway), (None, Some(ip("192.0.2.1"))));
         assert!(inventory.forward_drops.is_empty());
         run("ip address add 192.0.2.8/24 dev eth1");
         run("ip address add 192.0.2.100/32 dev eth1");
@@ -216,7 +217,7 @@ fn the_inventory_lists_what_is_not_ours() {
         assert_eq!(found("fd98::7"), (64, false, Some(Flaw::Tentative)));
         assert_eq!(found("fd98::8"), (64, false, Some(Flaw::Deprecated)));
         assert_eq!(found("fd98::9"), (64, false, None));
-        assert_eq!(inventory.defaults[1].source, Some(ip("192.0.2.8")));
+        assert_eq!(inventory.default_routes[1].source, Some(ip("192.0.2.8")));
         let mut to = async |text| host.kernel.route_to(ip(text)).await.expect("an answer");
         assert_eq!(to("192.0.2.99").await, Some(eth1.index));
         assert_eq!(to("203.0.113.1").await, Some(eth0.index));

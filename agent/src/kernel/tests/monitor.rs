@@ -4,24 +4,24 @@ use netlink_packet_core::NetlinkHeader;
 
 use super::support::*;
 use crate::kernel::KernelOptions;
-use crate::kernel::ears::Out;
-use crate::kernel::events::{Foreign, Pending, note};
-use crate::kernel::message::messages;
-use crate::kernel::wire;
+use crate::kernel::events::{HostInterfaces, PendingEvents, apply_event};
+use crate::kernel::nlmsg::messages;
+use crate::kernel::peer_messages;
+use crate::kernel::subscription::EventClass;
 use crate::model::Family;
 use crate::plan::desired::sysctls;
 use crate::plan::ruleset::Table;
-use crate::plan::state::{LinkKind, Via};
+use crate::plan::state::{LinkKind, RouteTarget};
 use crate::plan::{Batch, KernelEvent, Key, Op, Ruleset, Value};
 
 #[test]
-fn entries_removed_or_altered_by_others() {
+fn external_entry_changes_are_reported() {
     on_host("drift", KernelOptions::default(), async |host| {
-        host.make_devices().await;
+        host.create_devices().await;
         for family in Family::ALL {
             let batch = peers(family, 0..1, true);
             host.apply(&batch).await;
-            host.quiet().await;
+            host.expect_no_events().await;
             let [Op::Set(fdb, fdb_value), Op::Set(neigh, neigh_value), Op::Set(nexthop, nexthop_value), Op::Set(route, _)] =
                 &batch[..]
             else {
@@ -34,99 +34,99 @@ fn entries_removed_or_altered_by_others() {
             let flag = if family == Family::V4 { "-4" } else { "-6" };
 
             run(&format!("bridge fdb del {mac} dev {device}"));
-            assert_eq!(host.changed(fdb).await, None);
+            assert_eq!(host.wait_for_change(fdb).await, None);
             run(&format!("ip neigh del {base} dev {device}"));
-            assert_eq!(host.changed(neigh).await, None);
+            assert_eq!(host.wait_for_change(neigh).await, None);
             run(&format!("ip {flag} route del {cidr}"));
-            assert_eq!(host.changed(route).await, None);
+            assert_eq!(host.wait_for_change(route).await, None);
             host.apply(&batch).await;
-            host.quiet().await;
+            host.expect_no_events().await;
 
             let elsewhere = if family == Family::V4 { "10.99.66.6" } else { "fd99::6666" };
             run(&format!("bridge fdb replace {mac} dev {device} dst {elsewhere} self permanent"));
-            assert_eq!(host.changed(fdb).await, Some(Value::Fdb(ip(elsewhere))));
+            assert_eq!(host.wait_for_change(fdb).await, Some(Value::Fdb(ip(elsewhere))));
             run(&format!("ip neigh replace {base} dev {device} lladdr 02:66:66:66:66:66 nud permanent"));
-            assert_eq!(host.changed(neigh).await, Some(Value::Neigh("02:66:66:66:66:66".parse().expect("mac"))));
+            assert_eq!(host.wait_for_change(neigh).await, Some(Value::Neigh("02:66:66:66:66:66".parse().expect("mac"))));
             run(&format!("ip neigh replace {base} dev {device} lladdr 02:66:66:66:66:66 nud reachable"));
-            assert_eq!(host.changed(neigh).await, None);
+            assert_eq!(host.wait_for_change(neigh).await, None);
             run(&format!("ip {flag} route replace {cidr} dev eth0"));
-            assert_eq!(host.changed(route).await, Some(Value::Route(Via::Foreign)));
+            assert_eq!(host.wait_for_change(route).await, Some(Value::Route(RouteTarget::Foreign)));
             // Not the next hop: IPv6 refuses it while another interface's route covers the gateway.
             host.apply(&vec![batch[0].clone(), batch[1].clone(), batch[3].clone()]).await;
-            host.quiet().await;
+            host.expect_no_events().await;
             let state = host.dump().await;
             assert_eq!(state.get(fdb), Some(fdb_value));
             assert_eq!(state.get(neigh), Some(neigh_value));
             assert_eq!(state.get(nexthop), Some(nexthop_value));
 
             run(&format!("ip nexthop del id {id}"));
-            assert_eq!(host.changed(nexthop).await, None);
-            host.stale("next hop").await;
-            host.settle().await;
+            assert_eq!(host.wait_for_change(nexthop).await, None);
+            host.wait_for_resync("next hop").await;
+            host.drain_events().await;
             assert_eq!(host.dump().await.get(route), None, "the kernel removed the route with it");
-            host.apply(&removal(&batch)).await;
-            host.settle().await;
+            host.apply(&deletions(&batch)).await;
+            host.drain_events().await;
         }
     });
 }
 
 #[test]
-fn where_entries_are_not_heard_all_is_in_doubt_afterwards() {
+fn pausing_entry_events_requires_resync() {
     on_host("deaf", KernelOptions::default(), async |host| {
-        host.make_devices().await;
+        host.create_devices().await;
         let batch = peers(Family::V4, 0..2, true);
         host.apply(&batch).await;
-        host.quiet().await;
+        host.expect_no_events().await;
         let mut neighbours = batch.iter().map(Op::key).filter(|key| matches!(key, Key::Neigh(..)));
         let (Some(Key::Neigh(device, first)), Some(Key::Neigh(_, second))) = (neighbours.next(), neighbours.next()) else {
             panic!("two entries")
         };
-        let unheard = host.kernel.ears.without(vec![Out::Entries]);
+        let pause_guard = host.kernel.subscriptions.pause(vec![EventClass::PeerEntries]);
         run(&format!("ip neigh del {first} dev {device}"));
-        host.quiet().await;
-        drop(unheard);
-        host.stale("most peers went").await;
-        host.settle().await;
+        host.expect_no_events().await;
+        drop(pause_guard);
+        host.wait_for_resync("most peers went").await;
+        host.drain_events().await;
         run(&format!("ip neigh del {second} dev {device}"));
-        assert_eq!(host.changed(&Key::Neigh(*device, *second)).await, None, "it is heard again");
+        assert_eq!(host.wait_for_change(&Key::Neigh(*device, *second)).await, None, "it is heard again");
     });
 }
 
 /// What is applied to the kernel is heard of all the same where it is little: most of the peers that go are not.
 #[test]
-fn most_peers_go_unheard() {
+fn removing_most_peers_pauses_entry_events() {
     on_host("leave", KernelOptions::default(), async |host| {
-        host.make_devices().await;
+        host.create_devices().await;
         let batch = peers(Family::V4, 0..1200, true);
         host.apply(&batch).await;
-        host.settle().await;
+        host.drain_events().await;
         // Of some that go each is told apart: all that is left is not read for them.
-        host.apply(&removal(&peers(Family::V4, 0..550, true))).await;
-        host.quiet().await;
-        host.apply(&removal(&peers(Family::V4, 550..1150, true))).await;
-        host.stale("most peers went").await;
+        host.apply(&deletions(&peers(Family::V4, 0..550, true))).await;
+        host.expect_no_events().await;
+        host.apply(&deletions(&peers(Family::V4, 550..1150, true))).await;
+        host.wait_for_resync("most peers went").await;
         let left = host.dump().await.keys().filter(|key| matches!(key, Key::Neigh(..))).count();
         assert_eq!(left, 50);
         // Those whose other entries go with their device.
         let batch = peers(Family::V4, 0..600, true);
         host.apply(&batch).await;
-        host.settle().await;
-        let by_themselves = |op: &Op| matches!(op.key(), Key::Route(_) | Key::Nexthop(_));
-        host.apply(&removal(&batch).into_iter().filter(by_themselves).collect()).await;
-        host.stale("most peers went").await;
+        host.drain_events().await;
+        let deleted_explicitly = |op: &Op| matches!(op.key(), Key::Route(_) | Key::Nexthop(_));
+        host.apply(&deletions(&batch).into_iter().filter(deleted_explicitly).collect()).await;
+        host.wait_for_resync("most peers went").await;
     });
 }
 
 #[test]
-fn what_is_not_heard_of_the_fdb_is_found_afterwards() {
+fn fdb_changes_during_pause_are_found() {
     on_host("unheard", KernelOptions::default(), async |host| {
-        host.make_devices().await;
+        host.create_devices().await;
         let batch = peers(Family::V4, 0..3, true);
         host.apply(&batch).await;
-        host.quiet().await;
+        host.expect_no_events().await;
         let fdb: Vec<&Key> = batch.iter().map(Op::key).filter(|key| matches!(key, Key::Fdb(..))).collect();
         let [Key::Fdb(device, first), Key::Fdb(_, second), _] = fdb[..] else { panic!("three entries") };
-        let unheard = host.kernel.ears.without(vec![Out::Fdb]);
+        let pause_guard = host.kernel.subscriptions.pause(vec![EventClass::Fdb]);
         run(&format!("bridge fdb del {first} dev {device}"));
         run(&format!("bridge fdb replace {second} dev {device} dst 10.99.66.6 self permanent"));
         run("bridge fdb add 02:66:66:66:66:66 dev ovx.1 dst 10.99.66.7 self permanent");
@@ -137,8 +137,8 @@ fn what_is_not_heard_of_the_fdb_is_found_afterwards() {
             KernelEvent::Changed(changes) => assert_eq!(changes.iter().map(|(key, _)| key).collect::<Vec<_>>(), [&bridge]),
             other => panic!("{other:?}"),
         }
-        host.quiet().await;
-        drop(unheard);
+        host.expect_no_events().await;
+        drop(pause_guard);
         let stranger = Key::Fdb(*device, "02:66:66:66:66:66".parse().expect("mac"));
         let mut wanted = vec![
             (fdb[0].clone(), None),
@@ -152,14 +152,14 @@ fn what_is_not_heard_of_the_fdb_is_found_afterwards() {
         }
         // And from then on they are heard again.
         run("bridge fdb del 02:66:66:66:66:66 dev ovx.1");
-        assert_eq!(host.changed(&stranger).await, None);
+        assert_eq!(host.wait_for_change(&stranger).await, None);
     });
 }
 
 /// What the core of a kernel before 6.13 tells of an FDB entry that was set or removed, behind the device's own event.
-fn core_echo(kind: u16, index: u32, key: &Key) -> (NetlinkHeader, Vec<u8>) {
+fn rtnl_fdb_notification(kind: u16, index: u32, key: &Key) -> (NetlinkHeader, Vec<u8>) {
     let mut buffer = Vec::new();
-    assert!(wire::write_delete(&mut buffer, 0, index, key), "{key}");
+    assert!(peer_messages::write_delete(&mut buffer, 0, index, key), "{key}");
     let (mut header, body) = messages(&buffer).next().expect("a message");
     header.message_type = kind;
     header.flags = 0;
@@ -167,102 +167,102 @@ fn core_echo(kind: u16, index: u32, key: &Key) -> (NetlinkHeader, Vec<u8>) {
 }
 
 #[test]
-fn what_older_kernels_say_twice_of_an_fdb_entry_is_no_news() {
+fn duplicate_fdb_notification_is_ignored() {
     on_host("twice", KernelOptions::default(), async |host| {
-        host.make_devices().await;
+        host.create_devices().await;
         for family in Family::ALL {
             let batch = peers(family, 0..1, true);
             host.apply(&batch).await;
-            host.quiet().await;
+            host.expect_no_events().await;
             let Some(fdb @ Key::Fdb(device, mac)) = batch.iter().map(Op::key).find(|key| matches!(key, Key::Fdb(..))) else {
                 panic!("an FDB entry")
             };
             for kind in [libc::RTM_NEWNEIGH, libc::RTM_DELNEIGH] {
                 let mut shared = host.kernel.shared.lock().await;
-                let index = shared.known.index(*device).expect("the device");
-                let (header, body) = core_echo(kind, index, fdb);
-                let mut pending = Pending::default();
-                note(header, &body, &mut shared, &mut Foreign::default(), &mut pending);
+                let index = shared.cache.index(*device).expect("the device");
+                let (header, body) = rtnl_fdb_notification(kind, index, fdb);
+                let mut pending = PendingEvents::default();
+                apply_event(header, &body, &mut shared, &mut HostInterfaces::default(), &mut pending);
                 assert!(pending.is_empty(), "{kind}: {pending:?}");
             }
             run(&format!("bridge fdb del {mac} dev {device}"));
-            assert_eq!(host.changed(fdb).await, None);
+            assert_eq!(host.wait_for_change(fdb).await, None);
         }
     });
 }
 
 #[test]
-fn links_and_addresses_altered_by_others() {
+fn external_link_and_address_changes_are_reported() {
     on_host("linkdrift", KernelOptions::default(), async |host| {
-        host.make_devices().await;
-        host.quiet().await;
+        host.create_devices().await;
+        host.expect_no_events().await;
         let key = Key::Link("ovx.1".into());
         let mut wanted = vxlan_link(Family::V4, host.underlay);
         run("ip link set ovx.1 mtu 1300");
         wanted.mtu = 1300;
-        assert_eq!(host.changed(&key).await, Some(Value::Link(Box::new(wanted.clone()))));
+        assert_eq!(host.wait_for_change(&key).await, Some(Value::Link(Box::new(wanted.clone()))));
         run("ip link set ovx.1 down");
         wanted.up = false;
-        assert_eq!(host.changed(&key).await, Some(Value::Link(Box::new(wanted))));
-        host.stale("went down").await;
-        host.settle().await;
+        assert_eq!(host.wait_for_change(&key).await, Some(Value::Link(Box::new(wanted))));
+        host.wait_for_resync("went down").await;
+        host.drain_events().await;
 
         let address = Key::Address(bridge(), "10.244.0.1/24".parse().expect("address"));
         run("ip address del 10.244.0.1/24 dev ovb.1");
-        assert_eq!(host.changed(&address).await, None);
+        assert_eq!(host.wait_for_change(&address).await, None);
         run("ip address add 10.244.0.1/24 dev ovb.1");
-        assert_eq!(host.changed(&address).await, Some(Value::Address));
+        assert_eq!(host.wait_for_change(&address).await, Some(Value::Address));
         run("ip address add fd00:66::1/64 dev ovb.1");
         let stranger = Key::Address(bridge(), "fd00:66::1/64".parse().expect("address"));
-        assert_eq!(host.changed(&stranger).await, Some(Value::Address));
-        host.settle().await;
+        assert_eq!(host.wait_for_change(&stranger).await, Some(Value::Address));
+        host.drain_events().await;
 
         run("ip link delete ovb.1");
-        assert_eq!(host.changed(&Key::Link("ovb.1".into())).await, None);
-        host.stale("of ours went").await;
-        host.settle().await;
+        assert_eq!(host.wait_for_change(&Key::Link("ovb.1".into())).await, None);
+        host.wait_for_resync("of ours went").await;
+        host.drain_events().await;
         run("ip link delete ovx.1");
-        assert_eq!(host.changed(&key).await, None);
-        host.settle().await;
+        assert_eq!(host.wait_for_change(&key).await, None);
+        host.drain_events().await;
         run("ip link add ovx.1 type bridge");
-        match host.changed(&key).await {
+        match host.wait_for_change(&key).await {
             Some(Value::Link(link)) => assert_eq!(link.kind, LinkKind::Foreign { kind: "bridge".to_owned() }),
             other => panic!("{other:?}"),
         }
         run("ip link delete ovx.1");
-        host.settle().await;
-        host.make_devices().await;
-        host.quiet().await;
+        host.drain_events().await;
+        host.create_devices().await;
+        host.expect_no_events().await;
         let batch = peers(Family::V4, 0..3, true);
         host.apply(&batch).await;
-        host.quiet().await;
+        host.expect_no_events().await;
         run("ip link set ovx.1 name elsewhere");
-        assert_eq!(host.changed(&key).await, None);
+        assert_eq!(host.wait_for_change(&key).await, None);
     });
 }
 
 #[test]
-fn forwarding_switched_off_by_others() {
+fn external_forwarding_change_is_reported() {
     on_host("forward", KernelOptions::default(), async |host| {
-        host.make_devices().await;
-        host.settle().await;
+        host.create_devices().await;
+        host.drain_events().await;
         for path in [sysctls::IPV4_FORWARD, sysctls::IPV6_FORWARD] {
             let key = Key::Sysctl(path.into());
             host.apply(&vec![Op::Set(key.clone(), Value::Sysctl("1".into()))]).await;
-            host.quiet().await;
+            host.expect_no_events().await;
             std::fs::write(format!("/proc/sys/net/{path}"), "0").expect("written");
-            assert_eq!(host.changed(&key).await, Some(Value::Sysctl("0".into())));
-            host.settle().await;
+            assert_eq!(host.wait_for_change(&key).await, Some(Value::Sysctl("0".into())));
+            host.drain_events().await;
         }
     });
 }
 
 #[test]
-fn settings_of_interfaces_changed_by_others() {
+fn external_interface_sysctl_changes_are_reported() {
     on_host("settings", KernelOptions::default(), async |host| {
-        host.make_devices().await;
-        host.settle().await;
-        let of = |interface: &str, family, setting: &str| sysctls::of(interface, family, setting);
+        host.create_devices().await;
+        host.drain_events().await;
+        let of = |interface: &str, family, setting: &str| sysctls::interface_path(interface, family, setting);
         for (path, right, wrong) in [
             (of("ovb.1", Family::V4, "forwarding"), "1", "0"),
             (of("ovx.1", Family::V4, "rp_filter"), "2", "1"),
@@ -272,31 +272,31 @@ fn settings_of_interfaces_changed_by_others() {
         ] {
             let key = Key::Sysctl(path.clone().into());
             host.apply(&vec![Op::Set(key.clone(), Value::Sysctl(right.into()))]).await;
-            host.quiet().await;
+            host.expect_no_events().await;
             std::fs::write(format!("/proc/sys/net/{path}"), wrong).expect("written");
-            assert_eq!(host.changed(&key).await, Some(Value::Sysctl(wrong.into())), "{path}");
-            host.settle().await;
+            assert_eq!(host.wait_for_change(&key).await, Some(Value::Sysctl(wrong.into())), "{path}");
+            host.drain_events().await;
         }
     });
 }
 
 /// The kernel tells only that addresses go.
 #[test]
-fn ipv6_switched_off_by_others_is_noticed() {
+fn external_ipv6_disable_is_reported() {
     on_host("noipv6", KernelOptions::default(), async |host| {
-        host.make_devices().await;
-        let path = sysctls::of("ovb.1", Family::V6, "disable_ipv6");
+        host.create_devices().await;
+        let path = sysctls::interface_path("ovb.1", Family::V6, "disable_ipv6");
         let key = Key::Sysctl(path.clone().into());
         assert_eq!(host.dump().await.get(&key), Some(&Value::Sysctl("0".into())));
-        host.settle().await;
+        host.drain_events().await;
         std::fs::write(format!("/proc/sys/net/{path}"), "1").expect("written");
-        assert_eq!(host.changed(&key).await, Some(Value::Sysctl("1".into())));
-        assert!(matches!(host.event().await, KernelEvent::Stale { reason } if reason.contains("IPv6")));
+        assert_eq!(host.wait_for_change(&key).await, Some(Value::Sysctl("1".into())));
+        assert!(matches!(host.next_event().await, KernelEvent::ResyncNeeded { reason } if reason.contains("IPv6")));
     });
 }
 
 #[test]
-fn rules_altered_by_others() {
+fn external_rule_changes_are_reported() {
     on_host("rules", KernelOptions::default(), async |host| {
         let batch: Batch = Table::ALL
             .map(|table| {
@@ -305,47 +305,47 @@ fn rules_altered_by_others() {
             })
             .to_vec();
         host.apply(&batch).await;
-        host.quiet().await;
+        host.expect_no_events().await;
         assert_eq!(host.dump().await.keys().filter(|key| matches!(key, Key::Ruleset(_))).count(), 2);
         run("nft add table inet mine");
-        host.quiet().await;
+        host.expect_no_events().await;
         run("nft delete table inet overlayd");
-        assert_eq!(host.changed(&Key::Ruleset(Table::Inet)).await, None);
+        assert_eq!(host.wait_for_change(&Key::Ruleset(Table::Inet)).await, None);
         run("nft delete table bridge overlayd");
-        assert_eq!(host.changed(&Key::Ruleset(Table::Bridge)).await, None);
+        assert_eq!(host.wait_for_change(&Key::Ruleset(Table::Bridge)).await, None);
     });
 }
 
 #[test]
-fn rules_that_were_not_heard_of_are_found_afterwards() {
+fn rule_changes_during_pause_are_found() {
     on_host("unheardrules", KernelOptions::default(), async |host| {
         let tables = || {
             let table = |table| Op::Set(Key::Ruleset(table), Value::Ruleset(Box::new(Ruleset { table, ..Ruleset::default() })));
             Table::ALL.map(table).to_vec()
         };
         host.apply(&tables()).await;
-        host.quiet().await;
-        let others = host.kernel.shared.lock().await.nft.others().expect("a number");
-        let unheard = host.kernel.ears.without(vec![Out::Rules(others)]);
+        host.expect_no_events().await;
+        let generation = host.kernel.shared.lock().await.nft.foreign_generation().expect("a number");
+        let pause_guard = host.kernel.subscriptions.pause(vec![EventClass::Rules(generation)]);
         run("nft delete table inet overlayd");
-        host.quiet().await;
+        host.expect_no_events().await;
         // An earlier number counts as long as nobody has looked.
-        let others = host.kernel.shared.lock().await.nft.others().expect("a number");
-        drop(host.kernel.ears.without(vec![Out::Rules(others)]));
-        drop(unheard);
-        assert_eq!(host.changed(&Key::Ruleset(Table::Inet)).await, None);
+        let generation = host.kernel.shared.lock().await.nft.foreign_generation().expect("a number");
+        drop(host.kernel.subscriptions.pause(vec![EventClass::Rules(generation)]));
+        drop(pause_guard);
+        assert_eq!(host.wait_for_change(&Key::Ruleset(Table::Inet)).await, None);
         host.apply(&tables()).await;
-        host.settle().await;
+        host.drain_events().await;
         run("nft delete table bridge overlayd");
-        assert_eq!(host.changed(&Key::Ruleset(Table::Bridge)).await, None, "they are heard again");
+        assert_eq!(host.wait_for_change(&Key::Ruleset(Table::Bridge)).await, None, "they are heard again");
     });
 }
 
 #[test]
-fn the_underlay_changes() {
+fn host_network_changes_are_reported() {
     on_host("underlay", KernelOptions::default(), async |host| {
-        host.make_devices().await;
-        host.settle().await;
+        host.create_devices().await;
+        host.drain_events().await;
         for command in [
             "ip address add 10.99.0.77/24 dev eth0",
             "ip address del 10.99.0.77/24 dev eth0",
@@ -358,55 +358,55 @@ fn the_underlay_changes() {
             run(command);
             loop {
                 // Device eth0's MTU may bring the VXLAN devices' along.
-                match host.event().await {
-                    KernelEvent::Underlay => break,
+                match host.next_event().await {
+                    KernelEvent::HostNetworkChanged => break,
                     KernelEvent::Changed(_) => {}
                     other => panic!("{command}: {other:?}"),
                 }
             }
-            host.settle().await;
+            host.drain_events().await;
         }
         run("ip route add 198.51.100.0/24 dev eth0");
         run("ip neigh add 10.99.0.5 lladdr 02:00:00:00:00:05 dev eth0");
-        host.quiet().await;
+        host.expect_no_events().await;
     });
 }
 
 #[test]
-fn an_overrun_is_told() {
-    on_tuned_host(
+fn receive_buffer_overrun_requires_resync() {
+    on_host_with_monitor(
         "overrun",
         KernelOptions::default(),
-        |monitor| monitor.shrink(2048),
+        |monitor| monitor.set_receive_buffer(2048),
         async |host| {
-            host.make_devices().await;
-            host.settle().await;
+            host.create_devices().await;
+            host.drain_events().await;
             let lines: String =
                 (0..3000).map(|n| format!("route add 10.{}.{}.0/24 dev eth0 proto 86\n", n / 250, n % 250)).collect();
             let file = tempfile::NamedTempFile::new().expect("a file");
             std::fs::write(file.path(), lines).expect("written");
             run(&format!("ip -batch {}", file.path().display()));
-            host.stale("events were lost").await;
+            host.wait_for_resync("events were lost").await;
         },
     );
 }
 
 #[test]
-fn a_slow_reader_loses_nothing() {
+fn slow_reader_loses_no_events() {
     let options = KernelOptions { event_capacity: 1, ..KernelOptions::default() };
     on_host("slow", options, async |host| {
-        host.make_devices().await;
-        host.settle().await;
+        host.create_devices().await;
+        host.drain_events().await;
         for n in 0..40 {
             run(&format!("ip route add 10.1.{n}.0/24 dev eth0 proto 86"));
             tokio::task::yield_now().await;
         }
         let mut seen = std::collections::BTreeSet::new();
         while seen.len() < 40 {
-            if let KernelEvent::Changed(changes) = host.event().await {
+            if let KernelEvent::Changed(changes) = host.next_event().await {
                 seen.extend(changes.into_iter().map(|(key, _)| key));
             }
         }
-        host.quiet().await;
+        host.expect_no_events().await;
     });
 }

@@ -4,23 +4,23 @@ use std::fs;
 use std::net::{TcpListener, TcpStream};
 use std::time::Duration;
 
-use super::support::{Scratch, run};
+use super::support::{TestNetns, run};
 use crate::kernel::netns::{Netns, NetnsError, named_path};
-use crate::kernel::setup::Setup;
+use crate::kernel::netns_builder::NetnsBuilder;
 use crate::model::Mac;
 
 #[test]
-fn made_found_entered_and_deleted() {
+fn namespace_is_created_entered_and_deleted() {
     let before = Netns::current().expect("own");
-    let scratch = Scratch::new("life");
+    let scratch = TestNetns::new("life");
     assert!(Netns::list().expect("list").contains(scratch.name()));
-    assert!(matches!(Netns::create(scratch.name()), Err(NetnsError::Exists { .. })));
+    assert!(matches!(Netns::create(scratch.name()), Err(NetnsError::AlreadyExists { .. })));
     assert!(Netns::named(scratch.name()).expect("named").is_same(&scratch.netns).expect("same"));
     let inside = scratch.netns.run(|| Netns::current().expect("inside")).expect("run");
     assert!(inside.is_same(&scratch.netns).expect("same"));
     assert!(!before.is_same(&scratch.netns).expect("same"));
     assert!(before.is_same(&Netns::current().expect("own")).expect("same"), "the caller stays where it was");
-    let inside = scratch.netns.visit(|| Netns::current().expect("inside")).expect("visit");
+    let inside = scratch.netns.run_in_place(|| Netns::current().expect("inside")).expect("visit");
     assert!(inside.is_same(&scratch.netns).expect("same"));
     assert!(before.is_same(&Netns::current().expect("own")).expect("same"), "a visitor comes back");
     let links = scratch.netns.run(|| run("ip -br link")).expect("run");
@@ -30,23 +30,23 @@ fn made_found_entered_and_deleted() {
     drop(scratch);
     assert!(!Netns::list().expect("list").contains(&name));
     Netns::delete(&name).expect("a second deletion succeeds");
-    assert!(matches!(Netns::named(&name), Err(NetnsError::Missing { .. })));
+    assert!(matches!(Netns::named(&name), Err(NetnsError::NotFound { .. })));
 }
 
 #[test]
-fn what_is_no_namespace_is_refused() {
+fn non_namespace_path_is_refused() {
     for path in ["/etc/passwd", "/run", "/dev/null", "/proc/self/ns/uts", "/proc/self/ns/mnt"] {
         let refused = Netns::open(path).expect_err(path);
         assert!(matches!(refused, NetnsError::NotNetns { .. }), "{path}: {refused}");
     }
     for name in ["", ".", "..", "a/b", "../x"] {
-        assert!(matches!(named_path(name), Err(NetnsError::Name { .. })), "{name}");
+        assert!(matches!(named_path(name), Err(NetnsError::InvalidName { .. })), "{name}");
     }
 }
 
 #[test]
-fn a_half_made_namespace_can_be_deleted() {
-    let scratch = Scratch::new("half");
+fn half_created_namespace_can_be_deleted() {
+    let scratch = TestNetns::new("half");
     let name = format!("{}-file", scratch.name());
     let path = named_path(&name).expect("path");
     fs::write(&path, "").expect("a plain file");
@@ -56,18 +56,18 @@ fn a_half_made_namespace_can_be_deleted() {
 }
 
 #[test]
-fn a_panic_inside_reaches_the_caller() {
-    let scratch = Scratch::new("panic");
+fn panic_inside_namespace_reaches_caller() {
+    let scratch = TestNetns::new("panic");
     let before = Netns::current().expect("own");
     let caught = |work: &dyn Fn()| std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err();
     assert!(caught(&|| scratch.netns.run(|| panic!("inside")).expect("entered")));
-    assert!(caught(&|| scratch.netns.visit(|| panic!("inside")).expect("entered")));
+    assert!(caught(&|| scratch.netns.run_in_place(|| panic!("inside")).expect("entered")));
     assert!(before.is_same(&Netns::current().expect("own")).expect("same"), "a visitor comes back");
 }
 
 #[test]
-fn processes_inside_are_found() {
-    let scratch = Scratch::new("pids");
+fn pids_lists_processes_in_namespace() {
+    let scratch = TestNetns::new("pids");
     assert_eq!(scratch.netns.pids().expect("pids"), Vec::<i32>::new());
     let spawn = || std::process::Command::new("sleep").arg("60").spawn().expect("sleep");
     let mut child = scratch.netns.run(spawn).expect("run");
@@ -78,11 +78,11 @@ fn processes_inside_are_found() {
 }
 
 #[test]
-fn wires_between_namespaces() {
-    let (left, right) = (Scratch::new("left"), Scratch::new("right"));
+fn veth_pair_connects_two_namespaces() {
+    let (left, right) = (TestNetns::new("left"), TestNetns::new("right"));
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
     let error = runtime.block_on(async {
-        let (l, r) = (Setup::open(&left.netns)?, Setup::open(&right.netns)?);
+        let (l, r) = (NetnsBuilder::open(&left.netns)?, NetnsBuilder::open(&right.netns)?);
         l.add_bridge("br0").await?;
         l.add_veth("port", "eth0", &right.netns).await?;
         l.set_master("port", "br0").await?;

@@ -2,66 +2,66 @@
 
 use super::support::*;
 use crate::kernel::KernelOptions;
-use crate::kernel::UNHEARD;
+use crate::kernel::PAUSE_EVENTS_ABOVE;
 use std::net::IpAddr;
 
 use crate::model::{Family, Mac, NetworkConfig, Subnet};
-use crate::plan::ruleset::{Element, Pair, Rules, Table};
-use crate::plan::state::{NEXTHOP_IDS, Via};
+use crate::plan::ruleset::{Element, InetTableSpec, PeerPair, Table};
+use crate::plan::state::{NEXTHOP_IDS, RouteTarget};
 use crate::plan::{Batch, DataPath, Key, Op, State, Value};
 
-const CLASSIC: fn() -> KernelOptions = || KernelOptions { force_classic_routes: true, ..KernelOptions::default() };
+const CLASSIC_ROUTES: fn() -> KernelOptions = || KernelOptions { force_classic_routes: true, ..KernelOptions::default() };
 
 /// The state without links, addresses and sysctls.
-fn entries(state: State) -> State {
+fn peer_entries(state: State) -> State {
     state.into_iter().filter(|(key, _)| !matches!(key, Key::Link(_) | Key::Address(..) | Key::Sysctl(_))).collect()
 }
 
-fn program(what: &str, options: KernelOptions, count: u32) {
+fn set_and_delete_peers(what: &str, options: KernelOptions, count: u32) {
     on_host(what, options, async |host| {
-        host.make_devices().await;
+        host.create_devices().await;
         let nexthops = host.kernel.nexthop_objects();
-        let many = usize::try_from(count).is_ok_and(|count| count >= UNHEARD);
+        let many = usize::try_from(count).is_ok_and(|count| count >= PAUSE_EVENTS_ABOVE);
         for family in Family::ALL {
             let batch = peers(family, 0..count, nexthops);
             for _ in 0..2 {
                 host.apply(&batch).await;
-                let is = entries(host.dump().await);
+                let is = peer_entries(host.dump().await);
                 let wanted = state_of(&batch);
                 assert_eq!(is.len(), wanted.len(), "{family}");
                 assert!(is == wanted, "{family}: what is read is what was set");
             }
-            host.quiet().await;
-            let gone = removal(&batch);
+            host.expect_no_events().await;
+            let gone = deletions(&batch);
             host.apply(&gone).await;
-            assert_eq!(entries(host.dump().await), State::new());
+            assert_eq!(peer_entries(host.dump().await), State::new());
             if many {
-                host.stale("most peers went").await;
+                host.wait_for_resync("most peers went").await;
             }
             host.apply(&gone).await;
             if many {
-                host.stale("most peers went").await;
-                host.settle().await;
+                host.wait_for_resync("most peers went").await;
+                host.drain_events().await;
             }
-            host.quiet().await;
+            host.expect_no_events().await;
         }
     });
 }
 
 #[test]
 fn a_thousand_peers_with_nexthop_objects() {
-    program("thousand", KernelOptions::default(), 1000);
+    set_and_delete_peers("thousand", KernelOptions::default(), 1000);
 }
 
 #[test]
 fn peers_with_classic_routes() {
-    program("classic", CLASSIC(), 300);
+    set_and_delete_peers("classic", CLASSIC_ROUTES(), 300);
 }
 
 #[test]
 fn values_are_replaced_in_place() {
     on_host("replace", KernelOptions::default(), async |host| {
-        host.make_devices().await;
+        host.create_devices().await;
         for family in Family::ALL {
             let old = peers(family, 0..3, true);
             let other = peers(family, 7..8, true);
@@ -73,26 +73,27 @@ fn values_are_replaced_in_place() {
                 *value = with.clone();
             }
             host.apply(&new).await;
-            let is = entries(host.dump().await);
+            let is = peer_entries(host.dump().await);
             for (key, value) in state_of(&new) {
                 assert_eq!(is.get(&key), Some(&value), "{key}");
             }
-            host.apply(&removal(&new)).await;
-            host.apply(&removal(&other)).await;
+            host.apply(&deletions(&new)).await;
+            host.apply(&deletions(&other)).await;
         }
-        host.quiet().await;
+        host.expect_no_events().await;
     });
 }
 
 #[test]
-fn each_failure_is_told_and_stops_nothing() {
+fn failed_op_is_reported_and_batch_continues() {
     on_host("failures", KernelOptions::default(), async |host| {
-        host.make_devices().await;
+        host.create_devices().await;
         for family in Family::ALL {
             let mut batch = peers(family, 0..500, true);
-            let bad_route =
-                |n: usize| (1500 + n, Op::Set(batch[1500 + n].key().clone(), Value::Route(Via::Nexthop(NEXTHOP_IDS.end - 1))));
-            let spoiled = [
+            let bad_route = |n: usize| {
+                (1500 + n, Op::Set(batch[1500 + n].key().clone(), Value::Route(RouteTarget::Nexthop(NEXTHOP_IDS.end - 1))))
+            };
+            let bad_ops = [
                 (3, Op::Set(batch[3].key().clone(), Value::Neigh(Mac([2; 6])))),
                 (200, Op::Set(Key::Fdb(vxlan(family), Mac([0; 6])), Value::Fdb(ip("10.99.0.9")))),
                 (399, Op::Set(Key::Fdb(vxlan(family), Mac([1, 0, 0, 0, 0, 1])), Value::Fdb(ip("10.99.0.9")))),
@@ -101,35 +102,37 @@ fn each_failure_is_told_and_stops_nothing() {
                 bad_route(498),
                 bad_route(499),
             ];
-            let expected: Vec<usize> = spoiled.iter().map(|(i, _)| *i).collect();
-            for (i, op) in spoiled {
+            let expected: Vec<usize> = bad_ops.iter().map(|(i, _)| *i).collect();
+            for (i, op) in bad_ops {
                 batch[i] = op;
             }
             let report = host.kernel.apply(&batch).await;
             let failed: Vec<usize> = report.failed.iter().map(|(i, _)| *i).collect();
             assert_eq!(failed, expected, "{:?}", report.failed);
             assert!(report.failed.iter().all(|(i, e)| e.message.starts_with(&batch[*i].to_string())), "{:?}", report.failed);
-            assert_eq!(entries(host.dump().await).len(), batch.len() - expected.len());
-            host.apply(&removal(&peers(family, 0..500, true))).await;
+            assert_eq!(peer_entries(host.dump().await).len(), batch.len() - expected.len());
+            host.apply(&deletions(&peers(family, 0..500, true))).await;
         }
     });
 }
 
 /// Many elements are written beside the entries that follow them, and all that is refused of both is told in order.
 #[test]
-fn elements_beside_entries() {
+fn elements_and_entries_apply_in_parallel() {
     on_host("beside", KernelOptions::default(), async |host| {
-        host.make_devices().await;
+        host.create_devices().await;
         let network = NetworkConfig::parse(r#"{"Network":"10.128.0.0/10","SubnetLen":24}"#).expect("a network").config;
         let own = network.pools.v4.and_then(|pool| pool.nth(3)).map(|cidr| (Family::V4, cidr));
         let own = Subnet::new(own.into_iter().collect()).expect("a subnet");
         let local = std::iter::once((Family::V4, [192, 0, 2, 1].into())).collect();
-        let rules = Rules { network: &network, subnet: &own, local: &local, masquerade: true, publishes: false }.ruleset();
+        let rules =
+            InetTableSpec { network: &network, subnet: &own, local: &local, masquerade: true, publishes: false }.ruleset();
         host.apply(&vec![Op::Set(Key::Ruleset(Table::Inet), Value::Ruleset(Box::new(rules)))]).await;
-        let before = entries(host.dump().await).len();
+        let before = peer_entries(host.dump().await).len();
         let element = |n: u16| {
             let [a, b] = n.to_be_bytes();
-            let peer = Element::Peer(Pair::new(IpAddr::from([198, 18, a, b]), IpAddr::from([10, a, b, 0])).expect("one family"));
+            let peer =
+                Element::Peer(PeerPair::new(IpAddr::from([198, 18, a, b]), IpAddr::from([10, a, b, 0])).expect("one family"));
             // There is no such set where containers' packets are masqueraded.
             let host = Element::Host(IpAddr::from([198, 18, a, b]));
             Op::Set(Key::Element(if n == 7 { host } else { peer }), Value::Element(None))
@@ -140,95 +143,95 @@ fn elements_beside_entries() {
         let report = host.kernel.apply(&batch).await;
         let failed: Vec<usize> = report.failed.iter().map(|(i, _)| *i).collect();
         assert_eq!(failed, [7, 3100], "{:?}", report.failed);
-        assert_eq!(entries(host.dump().await).len(), before + batch.len() - 2);
-        host.quiet().await;
+        assert_eq!(peer_entries(host.dump().await).len(), before + batch.len() - 2);
+        host.expect_no_events().await;
     });
 }
 
 #[test]
-fn lost_answers_are_asked_for_again() {
+fn lost_replies_resend_messages_individually() {
     on_host("lost", KernelOptions::default(), async |host| {
-        host.make_devices().await;
-        host.kernel.batch_socket().shrink(2048);
+        host.create_devices().await;
+        host.kernel.batch_socket().set_receive_buffer(2048);
         let mut batch = peers(Family::V4, 0..400, true);
         for n in 0..100 {
             let route = 1250 + n;
-            batch[route] = Op::Set(batch[route].key().clone(), Value::Route(Via::Nexthop(NEXTHOP_IDS.end - 1)));
+            batch[route] = Op::Set(batch[route].key().clone(), Value::Route(RouteTarget::Nexthop(NEXTHOP_IDS.end - 1)));
         }
         let report = host.kernel.apply(&batch).await;
         let failed: Vec<usize> = report.failed.iter().map(|(i, _)| *i).collect();
         assert_eq!(failed, (1250..1350).collect::<Vec<_>>());
-        assert_eq!(entries(host.dump().await).len(), 1500);
+        assert_eq!(peer_entries(host.dump().await).len(), 1500);
     });
 }
 
 #[test]
-fn without_the_device_setting_fails_and_removal_succeeds() {
+fn missing_device_fails_set_but_not_delete() {
     on_host("nodevice", KernelOptions::default(), async |host| {
         let batch = peers(Family::V4, 0..3, true);
         let report = host.kernel.apply(&batch).await;
         assert_eq!(report.failed.len(), batch.len());
         assert!(report.failed[0].1.message.contains("ovx.1 is not there"), "{:?}", report.failed);
-        host.apply(&removal(&batch)).await;
+        host.apply(&deletions(&batch)).await;
     });
 }
 
 #[test]
-fn a_route_of_others_is_neither_listed_nor_removed() {
+fn foreign_route_is_neither_listed_nor_removed() {
     on_host("others", KernelOptions::default(), async |host| {
-        host.make_devices().await;
+        host.create_devices().await;
         run("ip route add 10.128.0.1/32 dev eth0");
         run("ip route add 10.200.0.0/16 dev eth0");
         run("ip nexthop add id 77 via 10.99.0.254 dev eth0");
-        assert_eq!(entries(host.dump().await), State::new());
+        assert_eq!(peer_entries(host.dump().await), State::new());
         let batch = peers(Family::V4, 0..1, true);
-        host.apply(&removal(&batch)).await;
+        host.apply(&deletions(&batch)).await;
         assert!(run("ip route").contains("10.128.0.1"));
         host.apply(&batch).await;
-        assert_eq!(entries(host.dump().await), state_of(&batch));
-        host.apply(&removal(&batch)).await;
+        assert_eq!(peer_entries(host.dump().await), state_of(&batch));
+        host.apply(&deletions(&batch)).await;
         assert!(run("ip route").contains("10.200.0.0/16") && run("ip nexthop").contains("id 77"));
     });
 }
 
 /// A peer's route and the unreachable one of the same range are two entries: each goes by itself, and the peer's is taken.
 #[test]
-fn unreachable_route_stands_behind_a_peers_route_of_the_same_range() {
+fn peer_route_takes_precedence_over_unreachable_route() {
     on_host("unreachable", KernelOptions::default(), async |host| {
-        host.make_devices().await;
+        host.create_devices().await;
         for family in Family::ALL {
             for nexthops in [true, false] {
                 let batch = peers(family, 0..1, nexthops);
                 let Some(Key::Route(range)) = batch.last().map(|op| op.key().clone()) else { panic!("a route") };
-                let behind = vec![Op::Set(Key::Unreachable(range), Value::Unreachable)];
-                let whole = [batch.clone(), behind.clone()].concat();
-                for first in [&behind, &batch] {
+                let unreachable = vec![Op::Set(Key::Unreachable(range), Value::Unreachable)];
+                let both = [batch.clone(), unreachable.clone()].concat();
+                for first in [&unreachable, &batch] {
                     host.apply(first).await;
-                    host.apply(&whole).await;
-                    assert!(entries(host.dump().await) == state_of(&whole), "{family}");
+                    host.apply(&both).await;
+                    assert!(peer_entries(host.dump().await) == state_of(&both), "{family}");
                     let found = host.kernel.route_to(range.base()).await.expect("an answer");
                     assert!(found.is_some_and(|index| index != host.underlay), "{family}: the peer's route is taken: {found:?}");
-                    host.apply(&removal(&behind)).await;
-                    assert!(entries(host.dump().await) == state_of(&batch), "{family}: the peer's stays");
-                    host.apply(&behind).await;
-                    host.apply(&removal(&batch)).await;
-                    assert!(entries(host.dump().await) == state_of(&behind), "{family}: the unreachable one stays");
+                    host.apply(&deletions(&unreachable)).await;
+                    assert!(peer_entries(host.dump().await) == state_of(&batch), "{family}: the peer's stays");
+                    host.apply(&unreachable).await;
+                    host.apply(&deletions(&batch)).await;
+                    assert!(peer_entries(host.dump().await) == state_of(&unreachable), "{family}: the unreachable one stays");
                     assert_eq!(host.kernel.route_to(range.base()).await.expect("an answer"), None, "{family}");
                     // With nothing of a peer's left to remove.
-                    host.apply(&removal(&batch)).await;
-                    assert!(entries(host.dump().await) == state_of(&behind), "{family}: the unreachable one stays");
-                    host.apply(&removal(&behind)).await;
+                    host.apply(&deletions(&batch)).await;
+                    assert!(peer_entries(host.dump().await) == state_of(&unreachable), "{family}: the unreachable one stays");
+                    host.apply(&deletions(&unreachable)).await;
                 }
-                host.quiet().await;
-                host.apply(&behind).await;
+                host.expect_no_events().await;
+                host.apply(&unreachable).await;
                 let (key, flag) = (Key::Unreachable(range), if family == Family::V4 { "-4" } else { "-6" });
                 run(&format!("ip {flag} route replace blackhole {range} metric 4294967295"));
-                assert_eq!(host.changed(&key).await, None, "{family}: one of others in its place");
-                host.apply(&behind).await;
-                assert!(entries(host.dump().await) == state_of(&behind), "{family}: it is replaced");
+                assert_eq!(host.wait_for_change(&key).await, None, "{family}: one of others in its place");
+                host.apply(&unreachable).await;
+                assert!(peer_entries(host.dump().await) == state_of(&unreachable), "{family}: it is replaced");
                 run(&format!("ip {flag} route delete unreachable {range} metric 4294967295"));
-                assert_eq!(host.changed(&key).await, None, "{family}: it was deleted");
-                host.settle().await;
+                assert_eq!(host.wait_for_change(&key).await, None, "{family}: it was deleted");
+                host.drain_events().await;
             }
         }
     });

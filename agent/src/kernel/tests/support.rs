@@ -8,25 +8,25 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use crate::kernel::netns::Netns;
-use crate::kernel::setup::Setup;
+use crate::kernel::netns_builder::NetnsBuilder;
 use crate::kernel::{Kernel, KernelOptions, Monitor};
 use crate::model::{Cidr, Device, Family, Mac, Vni};
-use crate::plan::state::{LinkKind, NEXTHOP_IDS, Via, Vxlan};
+use crate::plan::state::{LinkKind, NEXTHOP_IDS, RouteTarget, Vxlan};
 use crate::plan::{Batch, DataPath, KernelEvent, Key, LinkState, Op, State, Value};
 
 /// A named namespace that is deleted when it goes out of scope.
 #[derive(Debug)]
-pub struct Scratch {
+pub struct TestNetns {
     name: String,
     pub netns: Netns,
 }
 
-impl Scratch {
-    pub fn new(what: &str) -> Scratch {
+impl TestNetns {
+    pub fn new(what: &str) -> TestNetns {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
         let name = format!("ovt-{what}-{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
         let netns = Netns::create(&name).unwrap_or_else(|e| panic!("these tests make network namespaces: {e}"));
-        Scratch { name, netns }
+        TestNetns { name, netns }
     }
 
     pub fn name(&self) -> &str {
@@ -40,7 +40,7 @@ impl Scratch {
     }
 }
 
-impl Drop for Scratch {
+impl Drop for TestNetns {
     fn drop(&mut self) {
         if let Err(error) = Netns::delete(&self.name) {
             eprintln!("left behind: {error}");
@@ -74,28 +74,28 @@ impl Drop for Host {
 
 /// Runs a test on a host in a namespace of its own.
 pub fn on_host(what: &str, options: KernelOptions, test: impl AsyncFnOnce(&mut Host) + Send) {
-    on_tuned_host(what, options, |_| (), test);
+    on_host_with_monitor(what, options, |_| (), test);
 }
 
 /// The same, with the monitor changed before it runs.
-pub fn on_tuned_host(
+pub fn on_host_with_monitor(
     what: &str,
     options: KernelOptions,
-    tune: impl FnOnce(&Monitor) + Send,
+    configure: impl FnOnce(&Monitor) + Send,
     test: impl AsyncFnOnce(&mut Host) + Send,
 ) {
-    on_host_in(Scratch::new(what), options, tune, test);
+    on_host_in(TestNetns::new(what), options, configure, test);
 }
 
 fn on_host_in(
-    scratch: Scratch,
+    scratch: TestNetns,
     options: KernelOptions,
-    tune: impl FnOnce(&Monitor) + Send,
+    configure: impl FnOnce(&Monitor) + Send,
     test: impl AsyncFnOnce(&mut Host) + Send,
 ) {
     let netns = scratch.netns.clone();
     scratch.block_on(async move || {
-        let setup = Setup::open(&netns).expect("a socket");
+        let setup = NetnsBuilder::open(&netns).expect("a socket");
         setup.add_veth("eth0", "far", &netns).await.expect("a pair");
         for address in ["10.99.0.1/24", "fd99::1/64"] {
             setup.add_address("eth0", address.parse().expect("address")).await.expect("an address");
@@ -107,10 +107,10 @@ fn on_host_in(
         }
         let underlay = setup.link_index("eth0").await.expect("eth0");
         let (kernel, events, monitor) = Kernel::open(&options).expect("the kernel");
-        tune(&monitor);
+        configure(&monitor);
         let monitor = tokio::spawn(async { monitor.run().await.expect("the monitor") });
         let mut host = Host { kernel, events, monitor, underlay };
-        host.settle().await;
+        host.drain_events().await;
         test(&mut host).await;
         assert!(!host.monitor.is_finished(), "the monitor runs on");
     });
@@ -130,21 +130,21 @@ impl Host {
     }
 
     /// Makes all devices with their addresses.
-    pub async fn make_devices(&mut self) {
+    pub async fn create_devices(&mut self) {
         let batch = devices(self.underlay);
         self.apply(&batch).await;
     }
 
     /// The next event, within two seconds.
-    pub async fn event(&mut self) -> KernelEvent {
+    pub async fn next_event(&mut self) -> KernelEvent {
         let next = tokio::time::timeout(Duration::from_secs(2), self.events.recv()).await;
         next.expect("an event within two seconds").expect("the monitor is there")
     }
 
     /// The changes of the next events until they hold the key; also whether `Stale` came meanwhile.
-    pub async fn changed(&mut self, key: &Key) -> Option<Value> {
+    pub async fn wait_for_change(&mut self, key: &Key) -> Option<Value> {
         for _ in 0..50 {
-            if let KernelEvent::Changed(changes) = self.event().await
+            if let KernelEvent::Changed(changes) = self.next_event().await
                 && let Some((_, value)) = changes.into_iter().find(|(k, _)| k == key)
             {
                 return value;
@@ -154,9 +154,9 @@ impl Host {
     }
 
     /// Waits for a `Stale` whose reason holds the text.
-    pub async fn stale(&mut self, text: &str) {
+    pub async fn wait_for_resync(&mut self, text: &str) {
         for _ in 0..50 {
-            if let KernelEvent::Stale { reason } = self.event().await
+            if let KernelEvent::ResyncNeeded { reason } = self.next_event().await
                 && reason.contains(text)
             {
                 return;
@@ -166,13 +166,13 @@ impl Host {
     }
 
     /// Nothing more happens for a while.
-    pub async fn quiet(&mut self) {
+    pub async fn expect_no_events(&mut self) {
         let next = tokio::time::timeout(Duration::from_millis(150), self.events.recv()).await;
         assert!(next.is_err(), "unexpected: {next:?}");
     }
 
     /// Takes what has happened, until it is quiet.
-    pub async fn settle(&mut self) {
+    pub async fn drain_events(&mut self) {
         while tokio::time::timeout(Duration::from_millis(100), self.events.recv()).await.is_ok() {}
     }
 }
@@ -251,9 +251,9 @@ pub fn peers(family: Family, numbers: std::ops::Range<u32>, nexthops: bool) -> B
         kinds[1].push(Op::Set(Key::Neigh(device, subnet), Value::Neigh(mac)));
         let via = if nexthops {
             kinds[2].push(Op::Set(Key::Nexthop(id), Value::Nexthop { device, gateway: subnet }));
-            Via::Nexthop(id)
+            RouteTarget::Nexthop(id)
         } else {
-            Via::Gateway(device, subnet)
+            RouteTarget::Gateway(device, subnet)
         };
         let route = Key::Route(Cidr::containing(subnet, length).expect("a cidr"));
         kinds[3].push(Op::Set(route, Value::Route(via)));
@@ -261,7 +261,7 @@ pub fn peers(family: Family, numbers: std::ops::Range<u32>, nexthops: bool) -> B
     kinds.concat()
 }
 
-/// What a batch of `Set` makes.
+/// What a batch of `AddSet` makes.
 pub fn state_of(batch: &Batch) -> State {
     let entry = |op: &Op| match op {
         Op::Set(key, value) => (key.clone(), value.clone()),
@@ -271,6 +271,6 @@ pub fn state_of(batch: &Batch) -> State {
 }
 
 /// The ops that remove what a batch makes, in reverse.
-pub fn removal(batch: &Batch) -> Batch {
+pub fn deletions(batch: &Batch) -> Batch {
     state_of(batch).into_iter().rev().map(|(key, value)| Op::Delete(key, value)).collect()
 }

@@ -15,13 +15,13 @@ use crate::model::Family;
 use crate::plan::OpError;
 
 /// Bytes of a packet that are kept: an outer IPv6 header, UDP, VXLAN, Ethernet and an inner IPv6 header are 110.
-const KEPT: u32 = 128;
+const SNAPLEN: u32 = 128;
 /// From the UDP header to the inner IP header: UDP 8, VXLAN 8, Ethernet 14 (RFC 7348 section 5).
-const TO_INNER: u32 = 30;
+const INNER_IP_OFFSET: u32 = 30;
 
 /// A packet of the flow at an interface.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Passage {
+pub struct CapturedPacket {
     /// Interface index.
     pub interface: u32,
     /// It goes out by the interface; else it came in.
@@ -36,7 +36,7 @@ pub struct Passage {
 
 /// What to listen for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Watchlist {
+pub struct CaptureFilter {
     /// Source and destination of packets, in any form that the flow takes on the way.
     pub pairs: Vec<(IpAddr, IpAddr)>,
     /// The UDP port of the tunnel.
@@ -46,7 +46,7 @@ pub struct Watchlist {
 /// Listens at all interfaces of the calling thread's namespace.
 pub struct Capture {
     socket: OwnedFd,
-    list: Watchlist,
+    filter: CaptureFilter,
 }
 
 impl Capture {
@@ -54,11 +54,11 @@ impl Capture {
     ///
     /// # Errors
     /// No permission (`CAP_NET_RAW`), or the filter is refused.
-    pub fn open(list: Watchlist, pause: Duration) -> Result<Capture, OpError> {
+    pub fn open(filter: CaptureFilter, timeout: Duration) -> Result<Capture, OpError> {
         let open = || -> io::Result<OwnedFd> {
             let socket = socket(AddressFamily::Packet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, Some(SockProtocol::EthAll))?;
-            attach(&socket, program(&list))?;
-            let micros = i64::try_from(pause.as_micros()).unwrap_or(i64::MAX);
+            attach_filter(&socket, bpf_program(&filter))?;
+            let micros = i64::try_from(timeout.as_micros()).unwrap_or(i64::MAX);
             setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::new(micros / 1_000_000, micros % 1_000_000))?;
             Ok(socket)
         };
@@ -66,15 +66,15 @@ impl Capture {
             errno: error.raw_os_error().unwrap_or_default(),
             message: format!("cannot listen at the interfaces: {error}; this needs CAP_NET_RAW: run as root"),
         };
-        Ok(Capture { socket: open().map_err(failed)?, list })
+        Ok(Capture { socket: open().map_err(failed)?, filter })
     }
 
     /// Waits for the next packet; `None` after the pause.
     ///
     /// # Errors
     /// The socket failed.
-    pub fn wait(&mut self) -> Result<Option<Passage>, OpError> {
-        let mut buffer = [0; KEPT as usize];
+    pub fn wait(&mut self) -> Result<Option<CapturedPacket>, OpError> {
+        let mut buffer = [0; SNAPLEN as usize];
         let (length, from) = match recvfrom::<LinkAddr>(self.socket.as_raw_fd(), &mut buffer) {
             Ok(received) => received,
             // The interface went down.
@@ -85,8 +85,8 @@ impl Capture {
         };
         let Some(from) = from else { return Ok(None) };
         let outgoing = from.pkttype() == libc::PACKET_OUTGOING;
-        let read = self.list.read(buffer.get(..length).unwrap_or(&buffer));
-        Ok(read.map(|(tunnel, (source, destination))| Passage {
+        let read = self.filter.match_packet(buffer.get(..length).unwrap_or(&buffer));
+        Ok(read.map(|(tunnel, (source, destination))| CapturedPacket {
             interface: u32::try_from(from.ifindex()).unwrap_or(0),
             outgoing,
             tunnel,
@@ -96,27 +96,27 @@ impl Capture {
     }
 }
 
-type Pair = (IpAddr, IpAddr);
+type AddressPair = (IpAddr, IpAddr);
 
-impl Watchlist {
+impl CaptureFilter {
     /// The outer addresses, if any, and the flow's own, of a packet from its IP header on.
-    fn read(&self, packet: &[u8]) -> Option<(Option<Pair>, Pair)> {
-        let (outer, protocol, behind) = addresses(packet)?;
+    fn match_packet(&self, packet: &[u8]) -> Option<(Option<AddressPair>, AddressPair)> {
+        let (outer, protocol, header_length) = parse_ip_header(packet)?;
         if self.pairs.contains(&outer) {
             return Some((None, outer));
         }
-        let port = packet.get(behind + 2..behind + 4)?;
-        let inner = packet.get(behind + TO_INNER as usize..)?;
+        let port = packet.get(header_length + 2..header_length + 4)?;
+        let inner = packet.get(header_length + INNER_IP_OFFSET as usize..)?;
         if protocol != UDP || port != self.port.to_be_bytes() {
             return None;
         }
-        let (inner, ..) = addresses(inner)?;
+        let (inner, ..) = parse_ip_header(inner)?;
         self.pairs.contains(&inner).then_some((Some(outer), inner))
     }
 }
 
 /// Source and destination, protocol and length of an IP header.
-fn addresses(packet: &[u8]) -> Option<(Pair, u8, usize)> {
+fn parse_ip_header(packet: &[u8]) -> Option<(AddressPair, u8, usize)> {
     let first = *packet.first()?;
     match first >> 4 {
         4 => {
@@ -133,33 +133,33 @@ fn addresses(packet: &[u8]) -> Option<(Pair, u8, usize)> {
 
 /// One step of an alternative of the filter.
 #[derive(Clone, Copy)]
-enum Check {
+enum BpfTest {
     /// A byte, of which these bits count, has a value.
     Byte(u32, u32, u32),
     /// Two bytes behind the header of IPv4 have a value.
-    PortBehind(u32, u32),
+    HalfIndirect(u32, u32),
     /// Two bytes have a value.
     Half(u32, u32),
     /// Four bytes have a value.
     Word(u32, u32),
     /// Four bytes behind the header of IPv4 have a value.
-    WordBehind(u32, u32),
+    WordIndirect(u32, u32),
 }
 
-/// A filter that keeps what [`Watchlist::read`] reads: plain packets, and those inside VXLAN over either family.
-fn program(list: &Watchlist) -> Vec<libc::sock_filter> {
-    let mut alternatives: Vec<Vec<Check>> = Vec::new();
-    let port = u32::from(list.port);
-    for pair in &list.pairs {
-        let mut plain = vec![version(Family::of(pair.0))];
-        plain.extend(words(*pair).into_iter().map(|(at, word)| Check::Word(at, word)));
+/// A filter that keeps what [`CaptureFilter::read`] reads: plain packets, and those inside VXLAN over either family.
+fn bpf_program(filter: &CaptureFilter) -> Vec<libc::sock_filter> {
+    let mut alternatives: Vec<Vec<BpfTest>> = Vec::new();
+    let port = u32::from(filter.port);
+    for pair in &filter.pairs {
+        let mut plain = vec![ip_version(Family::of(pair.0))];
+        plain.extend(address_words(*pair).into_iter().map(|(at, word)| BpfTest::Word(at, word)));
         alternatives.push(plain);
         let udp = u32::from(UDP);
-        let mut over4 = vec![version(Family::V4), Check::Byte(9, 0xff, udp), Check::PortBehind(2, port)];
-        over4.extend(words(*pair).into_iter().map(|(at, word)| Check::WordBehind(TO_INNER + at, word)));
+        let mut over4 = vec![ip_version(Family::V4), BpfTest::Byte(9, 0xff, udp), BpfTest::HalfIndirect(2, port)];
+        over4.extend(address_words(*pair).into_iter().map(|(at, word)| BpfTest::WordIndirect(INNER_IP_OFFSET + at, word)));
         alternatives.push(over4);
-        let mut over6 = vec![version(Family::V6), Check::Byte(6, 0xff, udp), Check::Half(42, port)];
-        over6.extend(words(*pair).into_iter().map(|(at, word)| Check::Word(40 + TO_INNER + at, word)));
+        let mut over6 = vec![ip_version(Family::V6), BpfTest::Byte(6, 0xff, udp), BpfTest::Half(42, port)];
+        over6.extend(address_words(*pair).into_iter().map(|(at, word)| BpfTest::Word(40 + INNER_IP_OFFSET + at, word)));
         alternatives.push(over6);
     }
     // BPF_LD with BPF_ABS or BPF_IND and a size, BPF_LDX with BPF_MSH, BPF_ALU with BPF_AND, BPF_JMP with BPF_JEQ, BPF_RET
@@ -167,8 +167,8 @@ fn program(list: &Watchlist) -> Vec<libc::sock_filter> {
     const BYTE: u16 = 0x30;
     const HALF: u16 = 0x28;
     const WORD: u16 = 0x20;
-    const HALF_BEHIND: u16 = 0x48;
-    const WORD_BEHIND: u16 = 0x40;
+    const HALF_INDIRECT: u16 = 0x48;
+    const WORD_INDIRECT: u16 = 0x40;
     const HEADER_LENGTH: u16 = 0xb1;
     const AND: u16 = 0x54;
     const EQUAL: u16 = 0x15;
@@ -179,30 +179,30 @@ fn program(list: &Watchlist) -> Vec<libc::sock_filter> {
         let mut block = Vec::new();
         for check in alternative {
             let value = match check {
-                Check::Byte(at, mask, value) => {
+                BpfTest::Byte(at, mask, value) => {
                     block.extend([step(BYTE, 0, 0, at), step(AND, 0, 0, mask)]);
                     value
                 }
-                Check::Half(at, value) => {
+                BpfTest::Half(at, value) => {
                     block.push(step(HALF, 0, 0, at));
                     value
                 }
-                Check::Word(at, value) => {
+                BpfTest::Word(at, value) => {
                     block.push(step(WORD, 0, 0, at));
                     value
                 }
-                Check::PortBehind(at, value) => {
-                    block.extend([step(HEADER_LENGTH, 0, 0, 0), step(HALF_BEHIND, 0, 0, at)]);
+                BpfTest::HalfIndirect(at, value) => {
+                    block.extend([step(HEADER_LENGTH, 0, 0, 0), step(HALF_INDIRECT, 0, 0, at)]);
                     value
                 }
-                Check::WordBehind(at, value) => {
-                    block.push(step(WORD_BEHIND, 0, 0, at));
+                BpfTest::WordIndirect(at, value) => {
+                    block.push(step(WORD_INDIRECT, 0, 0, at));
                     value
                 }
             };
             block.push(step(EQUAL, 0, 0, value));
         }
-        block.push(step(RETURN, 0, 0, KEPT));
+        block.push(step(RETURN, 0, 0, SNAPLEN));
         // What does not fit goes on with the next alternative.
         let end = block.len();
         for (at, step) in block.iter_mut().enumerate() {
@@ -216,12 +216,12 @@ fn program(list: &Watchlist) -> Vec<libc::sock_filter> {
     program
 }
 
-fn version(family: Family) -> Check {
-    Check::Byte(0, 0xf0, if family == Family::V4 { 0x40 } else { 0x60 })
+fn ip_version(family: Family) -> BpfTest {
+    BpfTest::Byte(0, 0xf0, if family == Family::V4 { 0x40 } else { 0x60 })
 }
 
 /// Source and destination as words, by their offset in the IP header.
-fn words((source, destination): Pair) -> Vec<(u32, u32)> {
+fn address_words((source, destination): AddressPair) -> Vec<(u32, u32)> {
     let mut bytes = Vec::new();
     for address in [source, destination] {
         match address {
@@ -234,7 +234,7 @@ fn words((source, destination): Pair) -> Vec<(u32, u32)> {
     (first..).step_by(4).zip(words).collect()
 }
 
-fn attach(socket: &OwnedFd, mut program: Vec<libc::sock_filter>) -> io::Result<()> {
+fn attach_filter(socket: &OwnedFd, mut program: Vec<libc::sock_filter>) -> io::Result<()> {
     let filter = libc::sock_fprog { len: u16::try_from(program.len()).unwrap_or(u16::MAX), filter: program.as_mut_ptr() };
     let length = libc::socklen_t::try_from(size_of::<libc::sock_fprog>()).unwrap_or_default();
     // SAFETY: the program and its description live until the call returns; the kernel copies both (sk_attach_filter in net/core/filter.c).
@@ -250,22 +250,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn packets_are_read_plain_and_inside_vxlan() {
+    fn plain_and_vxlan_packets_are_matched() {
         let ip = |text: &str| text.parse::<IpAddr>().expect(text);
         for (a, b) in [("10.244.1.2", "10.244.2.3"), ("fd00:1::2", "fd00:2::3")] {
-            let list = Watchlist { pairs: vec![(ip(a), ip(b))], port: 8472 };
-            let inner = Packet::new(&Flow::echo(ip(a), ip(b)));
+            let filter = CaptureFilter { pairs: vec![(ip(a), ip(b))], port: 8472 };
+            let inner = Packet::new(&Flow::echo_request(ip(a), ip(b)));
             let bytes = |packet: &Packet| [packet.network.clone(), packet.transport.clone()].concat();
-            assert_eq!(list.read(&bytes(&inner)), Some((None, (ip(a), ip(b)))));
-            assert_eq!(list.read(&bytes(&Packet::new(&Flow::echo(ip(b), ip(a))))), None);
+            assert_eq!(filter.match_packet(&bytes(&inner)), Some((None, (ip(a), ip(b)))));
+            assert_eq!(filter.match_packet(&bytes(&Packet::new(&Flow::echo_request(ip(b), ip(a))))), None);
             for (x, y) in [("192.0.2.1", "192.0.2.2"), ("fd99::1", "fd99::2")] {
                 let outer = Flow { source: ip(x), destination: ip(y), protocol: UDP, port: 8472 };
-                let tunnel = bytes(&Packet::tunnelled(&inner, &outer, 1));
-                assert_eq!(list.read(&tunnel), Some((Some((ip(x), ip(y))), (ip(a), ip(b)))));
-                let other = bytes(&Packet::tunnelled(&inner, &Flow { port: 4789, ..outer }, 1));
-                assert_eq!(list.read(&other), None);
+                let tunnel = bytes(&Packet::vxlan_encapsulated(&inner, &outer, 1));
+                assert_eq!(filter.match_packet(&tunnel), Some((Some((ip(x), ip(y))), (ip(a), ip(b)))));
+                let other = bytes(&Packet::vxlan_encapsulated(&inner, &Flow { port: 4789, ..outer }, 1));
+                assert_eq!(filter.match_packet(&other), None);
                 for end in 0..tunnel.len() {
-                    let _ = list.read(&tunnel[..end]);
+                    let _ = filter.match_packet(&tunnel[..end]);
                 }
             }
         }

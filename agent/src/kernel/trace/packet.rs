@@ -31,7 +31,7 @@ pub const SOURCE_PORT: u16 = 32768;
 
 impl Flow {
     /// An echo request.
-    pub fn echo(source: IpAddr, destination: IpAddr) -> Flow {
+    pub fn echo_request(source: IpAddr, destination: IpAddr) -> Flow {
         let protocol = if source.is_ipv4() { ICMP } else { ICMPV6 };
         Flow { source, destination, protocol, port: 0 }
     }
@@ -41,8 +41,8 @@ impl Flow {
         Family::of(self.destination)
     }
 
-    /// The IP header (RFC 791 section 3.1, RFC 8200 section 3) of a packet with `length` bytes behind it.
-    fn network(&self, length: u16) -> Vec<u8> {
+    /// The IP header (RFC 791 section 3.1, RFC 8200 section 3) of a packet with `encoded_length` bytes behind it.
+    fn network_header(&self, length: u16) -> Vec<u8> {
         let mut header = match self.family() {
             Family::V4 => {
                 let mut header = vec![0x45, 0, 0, 0, 0, 0, 0x40, 0, 64, self.protocol, 0, 0];
@@ -64,7 +64,7 @@ impl Flow {
     }
 
     /// The transport header: of an echo request, a TCP SYN, or UDP.
-    fn transport(&self) -> Vec<u8> {
+    fn transport_header(&self) -> Vec<u8> {
         let mut ports = SOURCE_PORT.to_be_bytes().to_vec();
         ports.extend_from_slice(&self.port.to_be_bytes());
         match self.protocol {
@@ -110,9 +110,9 @@ pub struct Packet {
     /// By which interface it goes out.
     pub output: Option<Interface>,
     /// Whether its destination is an address of this host; `None` where that is not known.
-    pub local: Option<bool>,
+    pub destination_is_local: Option<bool>,
     /// Whether its destination was translated.
-    pub translated: bool,
+    pub destination_translated: bool,
     /// Whether conntrack takes no notice of it.
     pub untracked: bool,
 }
@@ -120,40 +120,40 @@ pub struct Packet {
 impl Packet {
     /// The first packet of a flow.
     pub fn new(flow: &Flow) -> Packet {
-        let transport = flow.transport();
+        let transport = flow.transport_header();
         Packet {
             family: flow.family(),
             protocol: flow.protocol,
             link: Vec::new(),
-            network: flow.network(u16::try_from(transport.len()).unwrap_or(u16::MAX)),
+            network: flow.network_header(u16::try_from(transport.len()).unwrap_or(u16::MAX)),
             transport,
             input: None,
             output: None,
-            local: None,
-            translated: false,
+            destination_is_local: None,
+            destination_translated: false,
             untracked: false,
         }
     }
 
     /// The same with an Ethernet header, as a bridge sees it.
-    pub fn framed(mut self, source: Mac, destination: Mac) -> Packet {
-        self.link = frame(self.family, source, destination);
+    pub fn with_ethernet_header(mut self, source: Mac, destination: Mac) -> Packet {
+        self.link = ethernet_header(self.family, source, destination);
         self
     }
 
-    /// The packet that carries `inner` through a VXLAN tunnel (RFC 7348 section 5).
-    pub fn tunnelled(inner: &Packet, outer: &Flow, vni: u32) -> Packet {
+    /// The packet that carries `build_inner_frame` through a VXLAN tunnel (RFC 7348 section 5).
+    pub fn vxlan_encapsulated(inner: &Packet, outer: &Flow, vni: u32) -> Packet {
         let mut packet = Packet::new(outer);
         let [_, vni @ ..] = vni.to_be_bytes();
         packet.transport.extend_from_slice(&[0x08, 0, 0, 0, vni[0], vni[1], vni[2], 0]);
-        packet.transport.extend_from_slice(&frame(inner.family, Mac([0; 6]), Mac([0; 6])));
+        packet.transport.extend_from_slice(&ethernet_header(inner.family, Mac([0; 6]), Mac([0; 6])));
         packet.transport.extend_from_slice(&inner.network);
         packet.transport.extend_from_slice(&inner.transport);
         packet
     }
 }
 
-fn frame(family: Family, source: Mac, destination: Mac) -> Vec<u8> {
+fn ethernet_header(family: Family, source: Mac, destination: Mac) -> Vec<u8> {
     let mut header = destination.0.to_vec();
     header.extend_from_slice(&source.0);
     header.extend_from_slice(&ethertype(family));
@@ -173,7 +173,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn headers_have_their_fields_where_the_rules_look() {
+    fn packet_headers_match_wire_layout() {
         for (source, destination, at, length) in [("10.1.0.2", "10.2.0.3", 12, 20), ("fd00::2", "fd01::3", 8, 40)] {
             let (source, destination): (IpAddr, IpAddr) = (source.parse().expect("ip"), destination.parse().expect("ip"));
             let packet = Packet::new(&Flow { source, destination, protocol: TCP, port: 80 });
@@ -187,7 +187,7 @@ mod tests {
             assert_eq!((text(at), text(at + bits)), (octets(source), octets(destination)));
             assert_eq!((&packet.transport[2..4], packet.transport[13], packet.transport.len()), (&[0, 80][..], 2, 20));
             let outer = Flow { source, destination, protocol: UDP, port: 8472 };
-            let tunnel = Packet::tunnelled(&packet, &outer, 0x01_02_03);
+            let tunnel = Packet::vxlan_encapsulated(&packet, &outer, 0x01_02_03);
             // As the guard of the tunnel reads it: the VNI, the inner EtherType, the inner source.
             assert_eq!(tunnel.transport[12..15], [1, 2, 3]);
             assert_eq!(tunnel.transport[28..30], ethertype(packet.family));

@@ -27,7 +27,7 @@ pub struct MeshEntry {
     /// The host's name; absent for a flannel host.
     pub host: Option<String>,
     /// What the two paths come to.
-    pub state: Reach,
+    pub state: Reachability,
     /// To the peer's VTEP, through the tunnel.
     pub overlay: PathView,
     /// To the peer's public IP.
@@ -56,7 +56,7 @@ pub struct PathView {
 /// How a peer is reached. The order is the one of concern.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Reach {
+pub enum Reachability {
     /// Both paths answer.
     Ok,
     /// Not probed yet.
@@ -73,17 +73,17 @@ pub enum Reach {
     Unreachable,
 }
 
-impl Reach {
+impl Reachability {
     /// As a word.
-    pub const fn word(self) -> &'static str {
+    pub const fn as_str(self) -> &'static str {
         match self {
-            Reach::Ok => "ok",
-            Reach::Unknown => "unknown",
-            Reach::UnderlaySilent => "underlay-silent",
-            Reach::Lossy => "lossy",
-            Reach::Gone => "gone",
-            Reach::OverlayDown => "overlay-down",
-            Reach::Unreachable => "unreachable",
+            Reachability::Ok => "ok",
+            Reachability::Unknown => "unknown",
+            Reachability::UnderlaySilent => "underlay-silent",
+            Reachability::Lossy => "lossy",
+            Reachability::Gone => "gone",
+            Reachability::OverlayDown => "overlay-down",
+            Reachability::Unreachable => "unreachable",
         }
     }
 }

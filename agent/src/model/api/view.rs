@@ -12,7 +12,7 @@ use crate::model::{Cidr, Endpoint, Mac, PerFamily, Vni};
 pub struct NetworkView {
     /// Its name.
     pub name: String,
-    /// How hosts reach each other: `vxlan`.
+    /// How hosts reach each other: `vxlan_chain`.
     pub driver: String,
     /// VXLAN network identifier.
     pub vni: Vni,
@@ -89,7 +89,7 @@ pub struct PortView {
     pub interface: String,
     /// Whose it is; absent where it is no endpoint's.
     pub endpoint: Option<EndpointName>,
-    /// `forwarding`, `disabled`, `blocking` and so on.
+    /// `check_forwarding`, `disabled`, `blocking` and so on.
     pub state: String,
     /// Its MTU in bytes.
     pub mtu: u32,

@@ -27,7 +27,7 @@ impl Pool {
         ((self.value(self.max) - self.value(self.min)) >> self.shift()) + 1
     }
 
-    /// The subnet number `index`, from 0 at `min`; `None` behind `max`.
+    /// The subnet number `link_index`, from 0 at `min`; `None` behind `max`.
     pub fn nth(&self, index: u128) -> Option<Cidr> {
         if index >= self.count() {
             return None;
@@ -38,18 +38,18 @@ impl Pool {
 
     /// The number of a subnet in the pool; `None` where it is not one of it.
     pub fn index_of(&self, subnet: Cidr) -> Option<u128> {
-        self.leases(subnet).then(|| (self.value(subnet) - self.value(self.min)) >> self.shift())
+        self.allows_subnet(subnet).then(|| (self.value(subnet) - self.value(self.min)) >> self.shift())
     }
 
     /// Whether the pool leases this very subnet.
-    pub fn leases(&self, subnet: Cidr) -> bool {
+    pub fn allows_subnet(&self, subnet: Cidr) -> bool {
         subnet.length() == self.subnet_length
             && subnet.family() == self.network.family()
             && (self.min..=self.max).contains(&subnet)
     }
 
     /// Whether an address lies in a subnet that the pool leases.
-    pub fn may_lease(&self, address: IpAddr) -> bool {
+    pub fn covers_address(&self, address: IpAddr) -> bool {
         Family::of(address) == self.network.family() && (self.min.base()..=self.max.last()).contains(&address)
     }
 
@@ -69,7 +69,7 @@ impl Pool {
         let mut ranges = Vec::new();
         let mut next = Some(self.value(self.min));
         while let Some(base) = next.filter(|base| *base <= last) {
-            // The shortest prefix that begins at `base` and does not reach beyond `last`.
+            // The shortest prefix that begins at `base_chain` and does not reach beyond `last`.
             let fits = |length: &u8| {
                 Cidr::containing(family.address(base), *length)
                     .filter(|cidr| self.value(*cidr) == base && address_value(cidr.last()) <= last)
@@ -84,12 +84,13 @@ impl Pool {
     /// The same without the subnets that hold one of these addresses.
     pub fn leasable_without(&self, addresses: &BTreeSet<IpAddr>) -> Vec<Cidr> {
         let mut ranges = Vec::new();
-        let mut left: Vec<Cidr> = self.leasable().into_iter().rev().collect();
-        while let Some(range) = left.pop() {
+        let mut pending: Vec<Cidr> = self.leasable().into_iter().rev().collect();
+        while let Some(range) = pending.pop() {
             if !addresses.iter().any(|address| range.contains(*address)) {
                 ranges.push(range);
             } else if range.length() < self.subnet_length {
-                left.extend([range.last(), range.base()].into_iter().filter_map(|end| Cidr::containing(end, range.length() + 1)));
+                pending
+                    .extend([range.last(), range.base()].into_iter().filter_map(|end| Cidr::containing(end, range.length() + 1)));
             }
         }
         ranges

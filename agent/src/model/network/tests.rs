@@ -2,11 +2,11 @@
 
 use super::*;
 
-fn good(text: &str) -> NetworkConfig {
+fn parse_valid(text: &str) -> NetworkConfig {
     NetworkConfig::parse(text).unwrap_or_else(|e| panic!("{text}: {e}")).config
 }
 
-fn bad(text: &str) -> String {
+fn parse_errors(text: &str) -> String {
     match NetworkConfig::parse(text) {
         Ok(parsed) => panic!("{text} was accepted: {parsed:?}"),
         Err(errors) => errors.to_string(),
@@ -14,8 +14,8 @@ fn bad(text: &str) -> String {
 }
 
 #[test]
-fn defaults() {
-    let config = good(r#"{"Network":"10.244.0.0/16"}"#);
+fn omitted_fields_use_defaults() {
+    let config = parse_valid(r#"{"Network":"10.244.0.0/16"}"#);
     let pool = config.pools.v4.expect("IPv4");
     assert_eq!((pool.subnet_length, pool.count()), (24, 255));
     assert_eq!(pool.min.to_string(), "10.244.1.0/24");
@@ -25,24 +25,24 @@ fn defaults() {
 }
 
 #[test]
-fn lengths_of_small_networks() {
-    let pool = |text: &str| good(text).pools.iter().next().map(|(_, p)| *p).expect("a pool");
+fn small_networks_use_longer_subnet_prefix() {
+    let pool = |text: &str| parse_valid(text).pools.iter().next().map(|(_, p)| *p).expect("a pool");
     assert_eq!(pool(r#"{"Network":"10.0.0.0/22"}"#).subnet_length, 24);
     assert_eq!(pool(r#"{"Network":"10.0.0.0/24"}"#).subnet_length, 26);
     assert_eq!(pool(r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00::/63"}"#).subnet_length, 65);
     assert_eq!(pool(r#"{"Network":"10.0.0.0/28"}"#).subnet_length, 30);
-    assert!(bad(r#"{"Network":"10.0.0.0/29"}"#).contains("too small"));
+    assert!(parse_errors(r#"{"Network":"10.0.0.0/29"}"#).contains("too small"));
 }
 
 #[test]
 fn case_of_keys_is_ignored() {
-    let config = good(r#"{"network":"10.244.0.0/16","subnetlen":26,"backend":{"type":"vxlan","vni":42,"PORT":4789}}"#);
+    let config = parse_valid(r#"{"network":"10.244.0.0/16","subnetlen":26,"backend":{"type":"vxlan","vni":42,"PORT":4789}}"#);
     assert_eq!(config.vxlan, VxlanConfig { vni: Vni::try_from(42).expect("a VNI"), port: 4789, mtu: None });
     assert_eq!(config.pools.v4.map(|p| p.subnet_length), Some(26));
 }
 
 #[test]
-fn every_mistake_is_named_with_field_value_and_rule() {
+fn every_error_names_field_value_and_rule() {
     for (text, wanted) in [
         ("[]", "is not a JSON object"),
         ("{", "is not JSON"),
@@ -70,10 +70,10 @@ fn every_mistake_is_named_with_field_value_and_rule() {
         (r#"{"Network":"10.0.0.0/16","Backend":{"Port":-1}}"#, "Backend.Port: `-1`"),
         (r#"{"Network":"10.0.0.0/16","Backend":{"MTU":900}}"#, "Backend.MTU: `900` is below 1350"),
     ] {
-        let message = bad(text);
+        let message = parse_errors(text);
         assert!(message.contains(wanted), "{text}: {message}");
     }
-    let all = bad(r#"{"Network":"10.0.0.1/16","Backend":{"Type":"udp","VNI":"x"}}"#);
+    let all = parse_errors(r#"{"Network":"10.0.0.1/16","Backend":{"Type":"udp","VNI":"x"}}"#);
     assert_eq!(all.matches(';').count(), 2, "all at once: {all}");
 }
 
@@ -86,14 +86,14 @@ fn unknown_fields_are_warnings() {
 }
 
 #[test]
-fn subnet_with_more_addresses_than_bridge_ports_is_warned_of() {
+fn subnet_larger_than_bridge_ports_warns() {
     let warnings = |text: &str| NetworkConfig::parse(text).expect(text).warnings;
-    let told = warnings(r#"{"Network":"10.244.0.0/16","SubnetLen":21}"#);
-    assert_eq!(told.len(), 1, "{told:?}");
-    assert_eq!(told[0].field, "SubnetLen");
+    let found = warnings(r#"{"Network":"10.244.0.0/16","SubnetLen":21}"#);
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert_eq!(found[0].field, "SubnetLen");
     assert!(
-        told[0].rule.starts_with("of 21 gives each host 2045 addresses for containers, more than the 1023 ports"),
-        "{told:?}"
+        found[0].rule.starts_with("of 21 gives each host 2045 addresses for containers, more than the 1023 ports"),
+        "{found:?}"
     );
     for fits in [
         r#"{"Network":"10.244.0.0/16","SubnetLen":22}"#,
@@ -104,8 +104,8 @@ fn subnet_with_more_addresses_than_bridge_ports_is_warned_of() {
 }
 
 #[test]
-fn pool_numbers_its_subnets() {
-    let pool = good(r#"{"Network":"10.244.0.0/16","SubnetLen":26,"SubnetMin":"10.244.10.0","SubnetMax":"10.244.20.0"}"#)
+fn pool_index_round_trips() {
+    let pool = parse_valid(r#"{"Network":"10.244.0.0/16","SubnetLen":26,"SubnetMin":"10.244.10.0","SubnetMax":"10.244.20.0"}"#)
         .pools
         .v4
         .expect("IPv4");
@@ -118,8 +118,8 @@ fn pool_numbers_its_subnets() {
 }
 
 #[test]
-fn subnets_that_hold_an_address_are_left_out_of_leasable() {
-    let pool = good(r#"{"Network":"10.1.0.0/22","SubnetMin":"10.1.0.0"}"#).pools.v4.expect("IPv4");
+fn leasable_without_excludes_subnets_holding_addresses() {
+    let pool = parse_valid(r#"{"Network":"10.1.0.0/22","SubnetMin":"10.1.0.0"}"#).pools.v4.expect("IPv4");
     let without = |addresses: &[&str]| {
         let addresses = addresses.iter().map(|text| text.parse().expect("an address")).collect();
         pool.leasable_without(&addresses).iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
@@ -132,13 +132,13 @@ fn subnets_that_hold_an_address_are_left_out_of_leasable() {
 }
 
 #[test]
-fn leasable_covers_the_pool_and_nothing_else() {
+fn leasable_covers_exactly_the_pool() {
     let ranges = |text: &str| {
-        let (_, pool) = good(text).pools.iter().next().map(|(f, p)| (f, *p)).expect("a pool");
+        let (_, pool) = parse_valid(text).pools.iter().next().map(|(f, p)| (f, *p)).expect("a pool");
         let ranges = pool.leasable();
         let covered = |address: std::net::IpAddr| ranges.iter().any(|range| range.contains(address));
         for address in [pool.network.base(), pool.min.base(), pool.max.last(), pool.network.last()] {
-            assert_eq!(covered(address), pool.may_lease(address), "{address}");
+            assert_eq!(covered(address), pool.covers_address(address), "{address}");
         }
         ranges.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
     };
@@ -155,14 +155,14 @@ fn leasable_covers_the_pool_and_nothing_else() {
 }
 
 #[test]
-fn span_is_the_smallest_cidr_that_holds_the_pool() {
+fn span_is_smallest_covering_cidr() {
     for (text, span) in [
         (r#"{"Network":"10.244.0.0/16"}"#, "10.244.0.0/16"),
         (r#"{"Network":"10.0.0.0/8","SubnetMin":"10.10.0.0","SubnetMax":"10.99.0.0"}"#, "10.0.0.0/9"),
         (r#"{"Network":"10.0.0.0/8","SubnetMin":"10.10.0.0","SubnetMax":"10.10.255.0"}"#, "10.10.0.0/16"),
         (r#"{"Network":"10.0.0.0/8","SubnetMin":"10.10.7.0","SubnetMax":"10.10.7.0"}"#, "10.10.7.0/24"),
     ] {
-        let pool = good(text).pools.v4.expect("a pool");
+        let pool = parse_valid(text).pools.v4.expect("a pool");
         assert_eq!(pool.span().to_string(), span, "{text}");
         assert!(pool.leasable().iter().all(|range| pool.span().covers(*range)), "{text}");
     }

@@ -1,7 +1,7 @@
 //! What a host wants of its kernel, entry by entry.
 
 use super::*;
-use crate::model::peer::Reach;
+use crate::model::peer::RemoteSubnet;
 use crate::model::{Cidr, Vni};
 use crate::plan::ruleset::Table;
 use crate::plan::state::device_of;
@@ -14,13 +14,13 @@ fn cidr(text: &str) -> Cidr {
     text.parse().expect(text)
 }
 
-fn host(config: &str, key: &str) -> Host {
+fn host(config: &str, key: &str) -> HostSpec {
     let network = NetworkConfig::parse(config).expect("a configuration").config;
     let local = network
         .families()
         .map(|family| (family, address(if family == Family::V4 { "192.0.2.1" } else { "2001:db8::1" })))
         .collect();
-    Host {
+    HostSpec {
         subnet: Subnet::from_key(key).expect("a key"),
         underlay: Underlay { index: 2, name: "eth0".to_owned(), mtu: 1500, public_ip: local, local },
         vtep: network.families().map(|family| (family, Mac([2, 1, 0, 0, 0, 1]))).collect(),
@@ -33,7 +33,7 @@ fn host(config: &str, key: &str) -> Host {
         ports: Vec::new(),
         forward_drops: vec![Family::V6],
         reserved: BTreeSet::new(),
-        keep_routers: Vec::new(),
+        accept_ra_interfaces: Vec::new(),
         uplinks: vec!["eth0".to_owned()],
     }
 }
@@ -44,13 +44,13 @@ const DUAL: &str = r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network"
 const DUAL_KEY: &str = "10.244.7.0-24&fd00:10:244:7::-64";
 
 fn peer() -> Peer {
-    let reach = |subnet: &str, public_ip: &str, last: u8| Reach {
+    let reach = |subnet: &str, public_ip: &str, last: u8| RemoteSubnet {
         subnet: cidr(subnet),
         public_ip: address(public_ip),
         vtep: Mac([2, 0, 0, 0, 9, last]),
     };
     Peer {
-        reach: PerFamily {
+        remote_subnets: PerFamily {
             v4: Some(reach("10.244.9.0/24", "192.0.2.9", 4)),
             v6: Some(reach("fd00:10:244:9::/64", "2001:db8::9", 6)),
         },
@@ -62,7 +62,7 @@ fn lines<'a>(entries: impl IntoIterator<Item = (&'a Key, &'a Value)>) -> Vec<Str
 }
 
 #[test]
-fn a_dual_stack_host_has_exactly_these_entries() {
+fn dual_stack_host_has_expected_entries() {
     let wanted = [
         "sysctl net/ipv4/conf/eth0/forwarding 1",
         "sysctl net/ipv4/conf/ovb.1/accept_redirects 0",
@@ -122,14 +122,17 @@ fn a_dual_stack_host_has_exactly_these_entries() {
         "route unreachable fd00:10:244:40::/58 present",
         "route unreachable fd00:10:244:80::/57 present",
     ];
-    let host = Host { ports: vec![Arc::new(attached(&["127.0.0.1:80-81:8080-8081", "53:5353/udp"]))], ..host(DUAL, DUAL_KEY) };
+    let host = HostSpec {
+        ports: vec![Arc::new(endpoint_with_ports(&["127.0.0.1:80-81:8080-8081", "53:5353/udp"]))],
+        ..host(DUAL, DUAL_KEY)
+    };
     assert_eq!(lines(&host.entries()), wanted);
 }
 
 #[test]
-fn subnet_of_an_address_the_host_depends_on_is_not_unreachable() {
+fn subnet_of_required_address_has_no_unreachable_route() {
     let unreachable = |reserved: &[&str]| {
-        let host = Host { reserved: reserved.iter().map(|text| address(text)).collect(), ..host(DUAL, DUAL_KEY) };
+        let host = HostSpec { reserved: reserved.iter().map(|text| address(text)).collect(), ..host(DUAL, DUAL_KEY) };
         let ranges =
             lines(&host.entries()).into_iter().filter_map(|line| Some(line.strip_prefix("route unreachable ")?.to_owned()));
         ranges.filter(|line| line.starts_with("10.244.1") || line.contains(":80")).collect::<Vec<_>>()
@@ -143,7 +146,7 @@ fn subnet_of_an_address_the_host_depends_on_is_not_unreachable() {
 }
 
 /// An endpoint with these published ports.
-fn attached(published: &[&str]) -> Endpoint {
+fn endpoint_with_ports(published: &[&str]) -> Endpoint {
     let port = Port {
         interface: "eth0".to_owned(),
         host_interface: "veth7".to_owned(),
@@ -155,22 +158,22 @@ fn attached(published: &[&str]) -> Endpoint {
 }
 
 #[test]
-fn endpoints_that_come_and_go_are_told_without_the_others() {
+fn changed_entries_omit_unchanged_endpoints() {
     let named = |name: &str, last: u8, published: &[&str]| {
-        let mut endpoint = attached(published);
+        let mut endpoint = endpoint_with_ports(published);
         let port = endpoint.port.as_mut().expect("a port");
         port.host_interface = format!("veth{last}");
         port.mac = Mac([2, 5, 0, 0, 0, last]);
         Arc::new(Endpoint { name: name.parse().expect(name), ..endpoint })
     };
-    let with = |ports: &[&Arc<Endpoint>]| Host { ports: ports.iter().copied().cloned().collect(), ..host(DUAL, DUAL_KEY) };
+    let with = |ports: &[&Arc<Endpoint>]| HostSpec { ports: ports.iter().copied().cloned().collect(), ..host(DUAL, DUAL_KEY) };
     let (a, b, c) = (named("a", 1, &[]), named("b", 2, &[]), named("c", 3, &["80:80"]));
     let other_b = named("b", 4, &[]);
     let hosts = [with(&[]), with(&[&a]), with(&[&a, &b]), with(&[&a, &other_b]), with(&[&c]), with(&[&a, &b, &c])];
-    let moved = Host { masquerade: false, ..with(&[&a, &b]) };
+    let moved = HostSpec { masquerade: false, ..with(&[&a, &b]) };
     for from in hosts.iter().chain([&moved]) {
         for to in hosts.iter().chain([&moved]) {
-            let (was, now) = from.own_entries(to);
+            let (was, now) = from.changed_entries(to);
             // The whole, less what is said to go, with what is said to come, is the other whole.
             let mut state = from.entries();
             state.retain(|key, _| !was.contains_key(key));
@@ -178,21 +181,21 @@ fn endpoints_that_come_and_go_are_told_without_the_others() {
             assert_eq!(state, to.entries(), "{:?} to {:?}", from.ports, to.ports);
         }
     }
-    let (was, now) = with(&[&a, &b]).own_entries(&with(&[&a, &other_b]));
+    let (was, now) = with(&[&a, &b]).changed_entries(&with(&[&a, &other_b]));
     let interfaces = |state: &State| lines(state).iter().filter(|line| line.starts_with("link")).count();
     assert_eq!((interfaces(&was), interfaces(&now)), (1, 1));
     assert!(lines(&was).iter().chain(&lines(&now)).all(|line| !line.contains("veth1")));
 }
 
 /// The elements of a host's sets, but for those of its peers.
-fn elements(host: &Host) -> Vec<String> {
+fn elements(host: &HostSpec) -> Vec<String> {
     lines(&host.entries()).into_iter().filter_map(|line| line.strip_prefix("element of ").map(str::to_owned)).collect()
 }
 
 #[test]
-fn published_ports_lead_to_the_container_in_each_family() {
+fn published_port_maps_to_container_per_family() {
     let ports = |published: &str| {
-        let host = Host { ports: vec![Arc::new(attached(&[published]))], ..host(DUAL, DUAL_KEY) };
+        let host = HostSpec { ports: vec![Arc::new(endpoint_with_ports(&[published]))], ..host(DUAL, DUAL_KEY) };
         elements(&host).into_iter().filter(|line| !line.starts_with("source")).collect::<Vec<_>>()
     };
     for (published, wanted) in [
@@ -209,36 +212,36 @@ fn published_ports_lead_to_the_container_in_each_family() {
 }
 
 #[test]
-fn without_published_ports_nothing_is_translated() {
-    let rules = |host: &Host| match &host.entries()[&Key::Ruleset(Table::Inet)] {
+fn no_published_ports_means_no_dnat() {
+    let rules = |host: &HostSpec| match &host.entries()[&Key::Ruleset(Table::Inet)] {
         Value::Ruleset(rules) => rules.to_string(),
         _ => unreachable!("rules"),
     };
-    let quiet = Host { masquerade: false, ports: vec![Arc::new(attached(&[]))], ..host(DUAL, DUAL_KEY) };
+    let quiet = HostSpec { masquerade: false, ports: vec![Arc::new(endpoint_with_ports(&[]))], ..host(DUAL, DUAL_KEY) };
     let text = rules(&quiet);
     assert!(!text.contains(" nat ") && !text.contains("map "), "no conntrack for a host that translates nothing:\n{text}");
     let sysctl = "sysctl net/ipv4/conf/ovb.1/route_localnet 0".to_owned();
     assert!(lines(&quiet.entries()).contains(&sysctl));
-    let text = rules(&Host { ports: vec![Arc::new(attached(&["80:80"]))], ..quiet });
+    let text = rules(&HostSpec { ports: vec![Arc::new(endpoint_with_ports(&["80:80"]))], ..quiet });
     assert!(text.contains("chain prerouting") && text.contains("chain output") && text.contains("chain postrouting"), "{text}");
 }
 
 #[test]
-fn an_endpoint_is_checked_unless_it_asks_not_to_be() {
-    let free = Endpoint { source_check: false, ..attached(&[]) };
-    assert_eq!(elements(&Host { ports: vec![Arc::new(free)], ..host(DUAL, DUAL_KEY) }), ["unchecked: veth7 present"]);
-    let mut v4 = attached(&[]);
+fn endpoint_source_is_checked_by_default() {
+    let free = Endpoint { source_check: false, ..endpoint_with_ports(&[]) };
+    assert_eq!(elements(&HostSpec { ports: vec![Arc::new(free)], ..host(DUAL, DUAL_KEY) }), ["unchecked: veth7 present"]);
+    let mut v4 = endpoint_with_ports(&[]);
     v4.port.as_mut().expect("a port").addresses.v6 = None;
-    let only = elements(&Host { ports: vec![Arc::new(v4)], ..host(V4, "10.244.7.0-24") });
+    let only = elements(&HostSpec { ports: vec![Arc::new(v4)], ..host(V4, "10.244.7.0-24") });
     assert_eq!(only, ["source4: veth7 . 02:05:00:00:00:07 . 10.244.7.2 present"]);
 }
 
 #[test]
-fn a_peer_may_tunnel_its_own_subnet() {
-    let of = |host: &Host, subnet: &str| {
+fn peer_tunnel_elements_cover_its_subnet() {
+    let of = |host: &HostSpec, subnet: &str| {
         let mut peer = peer();
-        peer.reach.v6 = None;
-        peer.reach.v4 = peer.reach.v4.map(|reach| Reach { subnet: cidr(subnet), ..reach });
+        peer.remote_subnets.v6 = None;
+        peer.remote_subnets.v4 = peer.remote_subnets.v4.map(|reach| RemoteSubnet { subnet: cidr(subnet), ..reach });
         let entries = host.peer_entries(&peer, &mut NexthopIds::default());
         let elements = entries.into_iter().filter(|(key, _)| matches!(key, Key::Element(_)));
         elements.map(|(key, _)| key.to_string()).collect::<Vec<_>>()
@@ -247,13 +250,13 @@ fn a_peer_may_tunnel_its_own_subnet() {
     assert_eq!(of(&usual, "10.244.9.0/24"), ["element of peers4: 192.0.2.9 . 10.244.9.0"]);
     assert_eq!(of(&usual, "10.244.8.0/22"), ["element of ranges4: 192.0.2.9 . 10.244.8.0-10.244.11.255"]);
     assert_eq!(of(&usual, "10.244.9.64/26"), ["element of ranges4: 192.0.2.9 . 10.244.9.64-10.244.9.127"]);
-    let plain = Host { masquerade: false, ..usual };
+    let plain = HostSpec { masquerade: false, ..usual };
     let wanted = ["element of peers4: 192.0.2.9 . 10.244.9.0", "element of hosts4: 192.0.2.9 . 192.0.2.9"];
     assert_eq!(of(&plain, "10.244.9.0/24"), wanted, "it answers containers by its own address");
 }
 
 #[test]
-fn a_peer_has_five_entries_a_family() {
+fn peer_has_five_entries_per_family() {
     let mut ids = NexthopIds::default();
     let entries = host(DUAL, DUAL_KEY).peer_entries(&peer(), &mut ids);
     let wanted = [
@@ -270,7 +273,7 @@ fn a_peer_has_five_entries_a_family() {
     ];
     assert_eq!(lines(entries.iter().map(|(key, value)| (key, value))), wanted);
 
-    let classic = Host { nexthop_objects: false, ..host(V4, "10.244.7.0-24") };
+    let classic = HostSpec { nexthop_objects: false, ..host(V4, "10.244.7.0-24") };
     let entries = classic.peer_entries(&peer(), &mut ids);
     let wanted = [
         "element of peers4: 192.0.2.9 . 10.244.9.0 present",
@@ -282,7 +285,7 @@ fn a_peer_has_five_entries_a_family() {
 }
 
 #[test]
-fn every_entry_fits_its_key_and_stands_on_a_desired_device() {
+fn entries_fit_keys_and_use_desired_devices() {
     for (config, key) in [(V4, "10.244.7.0-24"), (V6, "fd00:10:244:7::-64"), (DUAL, DUAL_KEY)] {
         let host = host(config, key);
         let mut state = host.entries();
@@ -312,10 +315,10 @@ fn mtu_leaves_room_for_the_encapsulation() {
 }
 
 #[test]
-fn router_advertisements_are_taken_by_the_hosts_own_interfaces_only() {
+fn only_host_interfaces_accept_router_advertisements() {
     let sysctls = |config: &str, key: &str, kept: bool| -> Vec<String> {
         let mut host = host(config, key);
-        host.keep_routers.extend(kept.then(|| "eth0".to_owned()));
+        host.accept_ra_interfaces.extend(kept.then(|| "eth0".to_owned()));
         lines(&host.entries()).into_iter().filter(|line| line.contains("accept_ra")).collect()
     };
     let ours = ["sysctl net/ipv6/conf/ovb.1/accept_ra 0", "sysctl net/ipv6/conf/ovx.1/accept_ra 0"];
@@ -325,7 +328,7 @@ fn router_advertisements_are_taken_by_the_hosts_own_interfaces_only() {
 }
 
 #[test]
-fn sysctls_are_desired_in_families_of_the_network_only() {
+fn sysctls_cover_only_network_families() {
     let of = |config: &str, key: &str| -> Vec<String> {
         let wanted = |line: &String| line.starts_with("sysctl") && !line.contains("accept_ra");
         lines(&host(config, key).entries()).into_iter().filter(wanted).collect()
@@ -337,8 +340,8 @@ fn sysctls_are_desired_in_families_of_the_network_only() {
 }
 
 #[test]
-fn masquerade_and_offload_follow_the_switches() {
-    let host = Host { masquerade: false, tx_checksum: false, ..host(V4, "10.244.7.0-24") };
+fn masquerade_and_offload_follow_settings() {
+    let host = HostSpec { masquerade: false, tx_checksum: false, ..host(V4, "10.244.7.0-24") };
     let entries = host.entries();
     assert!(
         matches!(&entries[&Key::Ruleset(Table::Inet)], Value::Ruleset(rules) if rules.chains.iter().all(|chain| chain.name != "postrouting"))
@@ -348,9 +351,9 @@ fn masquerade_and_offload_follow_the_switches() {
 }
 
 #[test]
-fn docker_finds_its_link_local_address() {
+fn bridge_has_docker_link_local_address() {
     let found = |config: &str, key: &str| {
-        let host = Host { docker: true, ..host(config, key) };
+        let host = HostSpec { docker: true, ..host(config, key) };
         lines(&host.entries()).contains(&"address fe80::1/64 dev ovb.1 present".to_owned())
     };
     assert!(found(DUAL, DUAL_KEY));
@@ -365,12 +368,12 @@ fn gateway(i: u8) -> IpAddr {
     std::net::Ipv4Addr::new(10, 244, i, 0).into()
 }
 
-fn held(objects: &[(u32, u8)]) -> State {
+fn nexthop_state(objects: &[(u32, u8)]) -> State {
     objects.iter().map(|(id, i)| (Key::Nexthop(*id), Value::Nexthop { device: ovx(), gateway: gateway(*i) })).collect()
 }
 
 #[test]
-fn nexthop_ids_are_unique_and_stay() {
+fn nexthop_ids_are_unique_and_stable() {
     let mut ids = NexthopIds::default();
     let all: HashSet<u32> = (0..200).map(|i| ids.id_for(ovx(), gateway(i))).collect();
     assert_eq!(all.len(), 200);
@@ -384,10 +387,10 @@ fn nexthop_ids_are_unique_and_stay() {
 }
 
 #[test]
-fn nexthop_ids_in_the_kernel_are_kept() {
+fn existing_nexthop_ids_are_adopted() {
     let start = NEXTHOP_IDS.start;
     let mut ids = NexthopIds::default();
-    ids.adopt(&held(&[(start, 1), (start + 1, 2), (start + 2, 1), (5, 3)]));
+    ids.adopt(&nexthop_state(&[(start, 1), (start + 1, 2), (start + 2, 1), (5, 3)]));
     assert_eq!(ids.id_for(ovx(), gateway(1)), start, "the first of two counts");
     assert_eq!(ids.id_for(ovx(), gateway(2)), start + 1);
     assert_eq!(ids.id_for(ovx(), gateway(4)), start + 3, "the second one's id is nobody's: routes may still use it");
@@ -395,7 +398,7 @@ fn nexthop_ids_in_the_kernel_are_kept() {
 }
 
 #[test]
-fn nexthop_ids_are_not_used_again_at_once() {
+fn nexthop_ids_are_not_reused_immediately() {
     let mut ids = NexthopIds::default();
     let first = ids.id_for(ovx(), gateway(1));
     ids.release(ovx(), gateway(1));

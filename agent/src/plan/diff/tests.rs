@@ -1,14 +1,14 @@
 //! Properties of the comparison, from any actual state to any desired one, on a kernel that follows the real one's rules.
 
 mod cases;
-mod world;
+mod simulation;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use proptest::prelude::*;
 
-use self::world::{Kernel, Setup, any_setup, any_state, normalise, similar_setups};
+use self::simulation::{Setup, SimulatedKernel, any_setup, any_state, normalise, similar_setups};
 use super::*;
 use crate::model::{Cidr, Mac};
 use crate::plan::desired::NexthopIds;
@@ -27,22 +27,22 @@ fn on_foreign_link(device: Option<Device>, foreign: &BTreeSet<Key>) -> bool {
 }
 
 /// Whether nothing that the agent may do makes this entry as desired: a link of others is in the way, or an endpoint's port is gone.
-fn out_of_reach(key: &Key, desired: &State, actual: &State, foreign: &BTreeSet<Key>) -> bool {
+fn cannot_converge(key: &Key, desired: &State, actual: &State, foreign: &BTreeSet<Key>) -> bool {
     let wanted = &desired[key];
     let lost_port = matches!(wanted, Value::Link(link) if link.kind == LinkKind::Port) && !actual.contains_key(key);
-    lost_port || foreign.contains(key) || on_foreign_link(stands_on(key, wanted, desired), foreign)
+    lost_port || foreign.contains(key) || on_foreign_link(required_device(key, wanted, desired), foreign)
 }
 
 /// Where the data path sends a packet for a subnet: the inner MAC and the outer address. `None` where it is lost on the way.
 fn resolve(state: &State, subnet: Cidr) -> Option<(Mac, IpAddr)> {
     let Some(Value::Route(via)) = state.get(&Key::Route(subnet)) else { return None };
     let (device, gateway) = match via {
-        Via::Nexthop(id) => match state.get(&Key::Nexthop(*id)) {
+        RouteTarget::Nexthop(id) => match state.get(&Key::Nexthop(*id)) {
             Some(Value::Nexthop { device, gateway }) => (*device, *gateway),
             _ => return None,
         },
-        Via::Gateway(device, gateway) => (*device, *gateway),
-        Via::Local(_) | Via::Foreign => return None,
+        RouteTarget::Gateway(device, gateway) => (*device, *gateway),
+        RouteTarget::Local(_) | RouteTarget::Foreign => return None,
     };
     let up = matches!(state.get(&Key::Link(device.name().into())), Some(Value::Link(link)) if link.up);
     let Some(Value::Neigh(mac)) = state.get(&Key::Neigh(device, gateway)) else { return None };
@@ -54,7 +54,7 @@ fn resolve(state: &State, subnet: Cidr) -> Option<(Mac, IpAddr)> {
 fn device_survives(subnet: Cidr, desired: &State, actual: &State) -> bool {
     let key = Key::Route(subnet);
     let device = desired.get(&key).and_then(|value| device_of(&key, value, desired));
-    device.is_some_and(|device| Fates::new(desired, actual).of(device) == Fate::Kept)
+    device.is_some_and(|device| DeviceChanges::new(desired, actual).get(device) == DeviceChange::Unchanged)
 }
 
 /// Checks at each step of a batch that every subnet that works before and is desired after goes the old way or the new one. Returns how many
@@ -69,7 +69,7 @@ fn watch_traffic(desired: &State, actual: &State, new_macs_only: bool) -> usize 
         .filter_map(|subnet| Some((subnet, resolve(actual, subnet)?, resolve(desired, subnet)?)))
         .filter(|(_, old, new)| old == new || (new_macs_only && (old.0 == new.0 || !macs_before.contains(&new.0))))
         .collect();
-    let mut kernel = Kernel::new(actual.clone());
+    let mut kernel = SimulatedKernel::new(actual.clone());
     for op in diff(desired, actual) {
         kernel.apply(&op);
         for (subnet, old, new) in &watched {
@@ -84,7 +84,7 @@ fn watch_traffic(desired: &State, actual: &State, new_macs_only: bool) -> usize 
 }
 
 /// The batch with the ops of each stage, whose order is free, sorted.
-fn in_one_order(mut batch: Batch) -> Batch {
+fn sort_within_stages(mut batch: Batch) -> Batch {
     let step = |op: &Op| (matches!(op, Op::Set(..)), stage(op.key()));
     for ops in batch.chunk_by_mut(|a, b| step(a) == step(b)) {
         ops.sort_by(|a, b| a.key().cmp(b.key()));
@@ -93,7 +93,7 @@ fn in_one_order(mut batch: Batch) -> Batch {
 }
 
 /// Desired state on a host whose kernel holds `actual`.
-fn desired_over(setup: &Setup, actual: &State) -> State {
+fn desired_for(setup: &Setup, actual: &State) -> State {
     let mut ids = NexthopIds::default();
     ids.adopt(actual);
     setup.desired(&mut ids)
@@ -104,23 +104,23 @@ proptest! {
 
     /// From any actual state one batch leads to the desired one, a second has nothing to do, and what is not ours stays.
     #[test]
-    fn any_actual_becomes_desired(setup in any_setup(), actual in any_state()) {
-        let desired = desired_over(&setup, &actual);
-        let mut kernel = Kernel::new(actual.clone());
+    fn any_actual_state_converges(setup in any_setup(), actual in any_state()) {
+        let desired = desired_for(&setup, &actual);
+        let mut kernel = SimulatedKernel::new(actual.clone());
         for op in diff(&desired, &actual) {
             kernel.apply(&op);
         }
         let after = &kernel.state;
         let foreign = foreign_links(&actual);
         for (key, wanted) in &desired {
-            let reached = after.get(key).is_some_and(|found| satisfied(wanted, found));
-            prop_assert!(reached || out_of_reach(key, &desired, &actual, &foreign), "{key}: {:?} is not {wanted:?}", after.get(key));
+            let reached = after.get(key).is_some_and(|found| is_satisfied(wanted, found));
+            prop_assert!(reached || cannot_converge(key, &desired, &actual, &foreign), "{key}: {:?} is not {wanted:?}", after.get(key));
         }
         for (key, found) in after.iter().filter(|(key, _)| !desired.contains_key(key)) {
-            prop_assert!(!ours(key, found) || on_foreign_link(key.device(), &foreign), "{key} {found} is left over");
+            prop_assert!(!is_managed(key, found) || on_foreign_link(key.device(), &foreign), "{key} {found} is left over");
         }
         for (key, found) in &actual {
-            let not_ours = !ours(key, found) && !matches!(found, Value::Sysctl(_));
+            let not_ours = !is_managed(key, found) && !matches!(found, Value::Sysctl(_));
             if not_ours && !desired.contains_key(key) || foreign.contains(key) || on_foreign_link(key.device(), &foreign) {
                 match (found, after.get(key)) {
                     // A port may lose its bridge, but never goes.
@@ -130,54 +130,54 @@ proptest! {
             }
         }
         for op in diff(&desired, after) {
-            let refused = !Kernel::new(after.clone()).apply(&op);
+            let refused = !SimulatedKernel::new(after.clone()).apply(&op);
             prop_assert!(refused && matches!(op, Op::Set(Key::Link(_), _)), "the second batch has `{op}`");
         }
     }
 
     /// What works before and after works at every step between, whatever else stands in the kernel.
     #[test]
-    fn what_carries_traffic_is_never_cut(setup in any_setup(), actual in any_state()) {
-        watch_traffic(&desired_over(&setup, &actual), &actual, false);
+    fn traffic_is_never_interrupted(setup in any_setup(), actual in any_state()) {
+        watch_traffic(&desired_for(&setup, &actual), &actual, false);
     }
 
     /// The same where the agent's own state changes into another: peers that change address or MAC go the old way or the new one.
     #[test]
-    fn peers_that_change_are_never_lost((before, after) in similar_setups()) {
+    fn changing_peers_stay_reachable((before, after) in similar_setups()) {
         let mut ids = NexthopIds::default();
         let actual = before.desired(&mut ids);
         let desired = after.desired(&mut ids);
         let watched = watch_traffic(&desired, &actual, true);
-        if before.links() == after.links() {
-            prop_assert!(watched >= before.peers_that_stay(&after), "{watched} of {}", before.peers_that_stay(&after));
+        if before.device_settings() == after.device_settings() {
+            prop_assert!(watched >= before.surviving_peer_count(&after), "{watched} of {}", before.surviving_peer_count(&after));
         }
     }
 
     /// Comparing some keys gives what comparing all gives for them, and for all that lives on a device whose link is among them and changes.
     #[test]
-    fn some_keys_are_the_same_part_of_all(setup in any_setup(), actual in any_state(), picks in prop::collection::vec(any::<prop::sample::Index>(), 0..12)) {
-        let desired = desired_over(&setup, &actual);
+    fn partial_diff_equals_part_of_full_diff(setup in any_setup(), actual in any_state(), picks in prop::collection::vec(any::<prop::sample::Index>(), 0..12)) {
+        let desired = desired_for(&setup, &actual);
         let all: Vec<&Key> = desired.keys().chain(actual.keys()).collect();
         let some: BTreeSet<&Key> = picks.iter().filter(|_| !all.is_empty()).map(|pick| all[pick.index(all.len())]).collect();
-        let mut fates = Fates::new(&desired, &actual);
+        let mut fates = DeviceChanges::new(&desired, &actual);
         let changing: BTreeSet<Device> = some
             .iter()
             .filter_map(|key| link_device(key))
-            .filter(|device| !matches!(fates.of(*device), Fate::Kept | Fate::InTheWay))
+            .filter(|device| !matches!(fates.get(*device), DeviceChange::Unchanged | DeviceChange::Conflict))
             .collect();
         let included = |key: &Key| {
             some.contains(key)
                 || [&desired, &actual].into_iter().any(|state| {
-                    state.get(key).and_then(|value| stands_on(key, value, state)).is_some_and(|device| changing.contains(&device))
+                    state.get(key).and_then(|value| required_device(key, value, state)).is_some_and(|device| changing.contains(&device))
                 })
         };
         let wanted: Batch = diff(&desired, &actual).into_iter().filter(|op| included(op.key())).collect();
-        prop_assert_eq!(in_one_order(diff_keys(&desired, &actual, some.iter().copied())), in_one_order(wanted));
+        prop_assert_eq!(sort_within_stages(diff_keys(&desired, &actual, some.iter().copied())), sort_within_stages(wanted));
     }
 
     /// The made-up kernel states are such as a kernel can hold.
     #[test]
-    fn made_up_states_are_possible(actual in any_state()) {
+    fn generated_states_are_valid(actual in any_state()) {
         prop_assert_eq!(normalise(actual.clone()), actual);
     }
 }

@@ -1,4 +1,4 @@
-//! The table `inet overlayd`: forwarding, masquerade, published ports, and who may tunnel to this host.
+//! The table `inet overlayd_command`: forwarding, masquerade, published ports, and who may tunnel to this host.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -7,21 +7,21 @@ use crate::model::network::Pool;
 use crate::model::{Cidr, Device, Family, NetworkConfig, PerFamily, Subnet};
 
 /// `NF_IP_PRI_RAW`, `NF_IP_PRI_NAT_DST` and `NF_IP_PRI_NAT_SRC` in `linux/netfilter_ipv4.h`.
-const RAW: i32 = -300;
-const NAT_DESTINATION: i32 = -100;
-const NAT_SOURCE: i32 = 100;
+const NF_IP_PRI_RAW: i32 = -300;
+const NF_IP_PRI_NAT_DST: i32 = -100;
+const NF_IP_PRI_NAT_SRC: i32 = 100;
 
 /// The chain that says what the overlay is.
-pub const OVERLAY: &str = "overlay";
+pub const OVERLAY_CHAIN: &str = "overlay";
 
 /// Bytes from the beginning of the UDP header of a VXLAN packet: UDP has 8 bytes, VXLAN 8, and an Ethernet header 14 (RFC 7348 section 5).
-const VNI: Field = Field::transport(12, 3);
+const VNI_FIELD: Field = Field::transport(12, 3);
 const INNER_ETHERTYPE: Field = Field::transport(28, 2);
-const INNER_IP: u8 = 30;
+const INNER_IP_OFFSET: u8 = 30;
 
 /// What the rules follow from.
 #[derive(Debug, Clone, Copy)]
-pub struct Rules<'a> {
+pub struct InetTableSpec<'a> {
     /// The network.
     pub network: &'a NetworkConfig,
     /// This host's subnet.
@@ -34,21 +34,21 @@ pub struct Rules<'a> {
     pub publishes: bool,
 }
 
-impl Rules<'_> {
-    /// The table `inet overlayd`:
+impl InetTableSpec<'_> {
+    /// The table `inet overlayd_command`:
     ///
-    /// - `tunnel` and `vxlan`: VXLAN with our VNI passes only from a peer, and only with an inner source of that peer's subnet.
+    /// - `tunnel` and `vxlan_chain`: VXLAN with our VNI passes only from a peer, and only with an inner source of that peer's subnet.
     ///   The hook is input, behind the reassembly of fragments: nothing that is checked can hide in the next fragment. Other VNIs of the port
     ///   are not ours to judge.
-    /// - `incoming`: encapsulation that a container forged is dropped, be it for this host or for another one; containers neither send from 127.0.0.0/8
+    /// - `incoming_chain`: encapsulation that a container forged is dropped, be it for this host or for another one; containers neither send from 127.0.0.0/8
     ///   nor reach it, whatever `route_localnet` says.
-    /// - `encapsulated` (from `incoming`) and `outgoing`: conntrack takes no notice of the tunnel's own packets, each of which it would look up as a connection of
+    /// - `encapsulated_chain` (from `incoming_chain`) and `outgoing`: conntrack takes no notice of the tunnel's own packets, each of which it would look up as a connection of
     ///   its own, beside the one inside. What VXLAN packets this host only forwards are somebody else's, and may be translated by it.
     /// - `overlay`: no packet goes through it. It says what the overlay is (the addresses of the subnets that are leased, not the whole network, in
     ///   which hosts may lie as well), to people and to `overlayctl trace`. That forwarding is accepted needs no rule: what
     ///   passes all of this table's rules is accepted, and what another table drops no rule of this one lifts.
-    /// - `prerouting`, `output`: published ports.
-    /// - `postrouting`: with `masquerade` what leaves the overlay for elsewhere (not multicast, nor what stays on the bridge) gets the host's address; a container that was
+    /// - `prerouting`, `run_command`: published ports.
+    /// - `postrouting_rules`: with `masquerade` what leaves the overlay for elsewhere (not multicast, nor what stays on the bridge) gets the host's address; a container that was
     ///   reached by a published port from its own bridge or from the host's loopback answers through this host. What enters the tunnel from outside the overlay
     ///   gets this host's address in it, because peers take from a host its own subnet only. Inside the overlay nothing is translated, nor what a container sends
     ///   to a peer whose subnet the network does not lease any more.
@@ -56,23 +56,41 @@ impl Rules<'_> {
         let mut counters = vec![Counter::Encapsulation, Counter::Loopback, Counter::Tunnel];
         let families: Vec<Family> = self.network.families().collect();
         let mut chains = vec![
-            self.tunnel(),
-            self.vxlan(&families),
-            self.incoming(&families),
-            self.encapsulated(&families),
-            base("outgoing", Hook::Output, ChainKind::Filter, RAW, vec![rule([self.vxlan_port(), vec![Expr::Untrack]].concat())]),
-            self.overlay(),
+            self.tunnel_chain(),
+            self.vxlan_chain(&families),
+            self.incoming_chain(&families),
+            self.encapsulated_chain(&families),
+            base_chain(
+                "outgoing",
+                Hook::Output,
+                ChainKind::Filter,
+                NF_IP_PRI_RAW,
+                vec![rule([self.vxlan_port_match(), vec![Expr::Untrack]].concat())],
+            ),
+            self.overlay_chain(),
         ];
         if !families.contains(&Family::V4) {
             counters.retain(|counter| *counter != Counter::Loopback);
         }
         if self.publishes {
-            chains.push(base("prerouting", Hook::Prerouting, ChainKind::Nat, NAT_DESTINATION, self.publish(&families, true)));
-            chains.push(base("output", Hook::Output, ChainKind::Nat, NAT_DESTINATION, self.publish(&families, false)));
+            chains.push(base_chain(
+                "prerouting",
+                Hook::Prerouting,
+                ChainKind::Nat,
+                NF_IP_PRI_NAT_DST,
+                self.publish_rules(&families, true),
+            ));
+            chains.push(base_chain(
+                "output",
+                Hook::Output,
+                ChainKind::Nat,
+                NF_IP_PRI_NAT_DST,
+                self.publish_rules(&families, false),
+            ));
         }
-        let postrouting = self.postrouting(&families);
+        let postrouting = self.postrouting_rules(&families);
         if !postrouting.is_empty() {
-            chains.push(base("postrouting", Hook::Postrouting, ChainKind::Nat, NAT_SOURCE, postrouting));
+            chains.push(base_chain("postrouting", Hook::Postrouting, ChainKind::Nat, NF_IP_PRI_NAT_SRC, postrouting));
         }
         let mut sets = Vec::new();
         for family in families {
@@ -89,33 +107,33 @@ impl Rules<'_> {
         Ruleset { table: Table::Inet, counters, sets, chains, foreign: Vec::new() }
     }
 
-    fn bridge(&self) -> String {
+    fn bridge_name(&self) -> String {
         Device::bridge(self.network.vxlan.vni).name()
     }
 
     /// UDP to the VXLAN port.
-    fn vxlan_port(&self) -> Vec<Expr> {
+    fn vxlan_port_match(&self) -> Vec<Expr> {
         vec![is(Field::Layer4, &UDP), is(Field::DestinationPort, &self.network.vxlan.port.to_be_bytes())]
     }
 
-    fn tunnel(&self) -> Chain {
-        let jump = rule([self.vxlan_port(), vec![Expr::Jump("vxlan".to_owned())]].concat());
-        base("tunnel", Hook::Input, ChainKind::Filter, RAW, vec![jump])
+    fn tunnel_chain(&self) -> Chain {
+        let jump = rule([self.vxlan_port_match(), vec![Expr::Jump("vxlan".to_owned())]].concat());
+        base_chain("tunnel", Hook::Input, ChainKind::Filter, NF_IP_PRI_RAW, vec![jump])
     }
 
-    fn vxlan(&self, families: &[Family]) -> Chain {
+    fn vxlan_chain(&self, families: &[Family]) -> Chain {
         let [_, vni @ ..] = self.network.vxlan.vni.get().to_be_bytes();
         let mut rules = vec![
-            rule([Expr::InputInterface(self.bridge()), Expr::Count(Counter::Encapsulation), Expr::Drop]),
-            rule([is_not(VNI, &vni), Expr::Return]),
+            rule([Expr::InputInterface(self.bridge_name()), Expr::Count(Counter::Encapsulation), Expr::Drop]),
+            rule([is_not(VNI_FIELD, &vni), Expr::Return]),
         ];
         for family in families {
             let Some(pool) = self.network.pools.get(*family) else { continue };
             let bits = family.bits();
             // RFC 791 section 3.1, RFC 8200 section 3: where the source stands in the inner IP header.
             let (ethertype, offset) = match family {
-                Family::V4 => ([0x08, 0x00], INNER_IP + 12),
-                Family::V6 => ([0x86, 0xdd], INNER_IP + 8),
+                Family::V4 => ([0x08, 0x00], INNER_IP_OFFSET + 12),
+                Family::V6 => ([0x86, 0xdd], INNER_IP_OFFSET + 8),
             };
             let mut allow = |set, prefix| {
                 let fields = vec![Field::Source(*family), Field::Transport { offset, length: bits / 8, prefix }];
@@ -132,34 +150,35 @@ impl Rules<'_> {
     }
 
     /// What comes by another interface than the bridge is through after one comparison.
-    fn incoming(&self, families: &[Family]) -> Chain {
-        let mut rules = vec![rule([self.vxlan_port(), vec![Expr::Jump("encapsulated".to_owned())]].concat())];
+    fn incoming_chain(&self, families: &[Family]) -> Chain {
+        let mut rules = vec![rule([self.vxlan_port_match(), vec![Expr::Jump("encapsulated".to_owned())]].concat())];
         if families.contains(&Family::V4) {
             let cidr = loopback(Family::V4);
-            rules.push(rule([not_by(Field::InputInterface, &self.bridge()), Expr::Accept]));
+            rules.push(rule([interface_is_not(Field::InputInterface, &self.bridge_name()), Expr::Accept]));
             let ends = [Expr::Destination { cidr, negate: false }, Expr::Source { cidr, negate: false }];
             rules.extend(ends.map(|end| rule([end, Expr::Count(Counter::Loopback), Expr::Drop])));
         }
-        base("incoming", Hook::Prerouting, ChainKind::Filter, RAW, rules)
+        base_chain("incoming", Hook::Prerouting, ChainKind::Filter, NF_IP_PRI_RAW, rules)
     }
 
-    fn encapsulated(&self, families: &[Family]) -> Chain {
-        let mut rules = vec![rule([Expr::InputInterface(self.bridge()), Expr::Count(Counter::Encapsulation), Expr::Drop])];
+    fn encapsulated_chain(&self, families: &[Family]) -> Chain {
+        let mut rules = vec![rule([Expr::InputInterface(self.bridge_name()), Expr::Count(Counter::Encapsulation), Expr::Drop])];
         let here = families.iter().filter_map(|family| self.local.get(*family));
         let here = here.map(|address| Expr::Destination { cidr: Cidr::host(*address), negate: false });
         rules.extend(here.map(|to_us| rule([to_us, Expr::Untrack, Expr::Accept])));
         Chain { name: "encapsulated".to_owned(), base: None, rules }
     }
 
-    fn overlay(&self) -> Chain {
+    fn overlay_chain(&self) -> Chain {
         let ends = |family| [Field::Source(family), Field::Destination(family)];
-        let ends = self.network.pools.iter().flat_map(|(family, pool)| ends(family).map(|field| leased(field, pool, false)));
-        Chain { name: OVERLAY.to_owned(), base: None, rules: ends.map(|end| rule([end, Expr::Accept])).collect() }
+        let ends =
+            self.network.pools.iter().flat_map(|(family, pool)| ends(family).map(|field| in_leased_range(field, pool, false)));
+        Chain { name: OVERLAY_CHAIN.to_owned(), base: None, rules: ends.map(|end| rule([end, Expr::Accept])).collect() }
     }
 
     /// Ports of one address before those of any. From outside, an address of the loopback device is nobody's: what is bound there is reached from
     /// this host alone.
-    fn publish(&self, families: &[Family], from_outside: bool) -> Vec<Rule> {
+    fn publish_rules(&self, families: &[Family], from_outside: bool) -> Vec<Rule> {
         let mut rules = Vec::new();
         if from_outside && families.contains(&Family::V4) {
             rules.push(rule([Expr::Destination { cidr: loopback(Family::V4), negate: false }, Expr::Accept]));
@@ -175,27 +194,27 @@ impl Rules<'_> {
         rules
     }
 
-    fn postrouting(&self, families: &[Family]) -> Vec<Rule> {
+    fn postrouting_rules(&self, families: &[Family]) -> Vec<Rule> {
         let mut rules = Vec::new();
         if self.publishes {
             let sources = families.iter().flat_map(|family| [self.subnet.get(*family), Some(loopback(*family))]).flatten();
             for cidr in sources {
                 let from = Expr::Source { cidr, negate: false };
-                rules.push(rule([Expr::OutputInterface(self.bridge()), Expr::Translated, from, Expr::Masquerade]));
+                rules.push(rule([Expr::OutputInterface(self.bridge_name()), Expr::Translated, from, Expr::Masquerade]));
             }
         }
         if self.masquerade {
             for (family, pool) in self.network.pools.iter() {
                 let tunnel = Device::vxlan(family, self.network.vxlan.vni).name();
                 rules.push(rule([
-                    leased(Field::Source(family), pool, false),
-                    not_by(Field::OutputInterface, &self.bridge()),
-                    not_by(Field::OutputInterface, &tunnel),
-                    leased(Field::Destination(family), pool, true),
+                    in_leased_range(Field::Source(family), pool, false),
+                    interface_is_not(Field::OutputInterface, &self.bridge_name()),
+                    interface_is_not(Field::OutputInterface, &tunnel),
+                    in_leased_range(Field::Destination(family), pool, true),
                     Expr::Destination { cidr: multicast(family), negate: true },
                     Expr::Masquerade,
                 ]));
-                let from_outside = leased(Field::Source(family), pool, true);
+                let from_outside = in_leased_range(Field::Source(family), pool, true);
                 rules.push(rule([Expr::OutputInterface(tunnel), from_outside, Expr::Masquerade]));
             }
         }
@@ -203,12 +222,12 @@ impl Rules<'_> {
     }
 }
 
-fn base(name: &str, hook: Hook, kind: ChainKind, priority: i32, rules: Vec<Rule>) -> Chain {
+fn base_chain(name: &str, hook: Hook, kind: ChainKind, priority: i32, rules: Vec<Rule>) -> Chain {
     Chain { name: name.to_owned(), base: Some(Base { hook, kind, priority }), rules }
 }
 
 /// Not in, or not out, by this interface. With br_netfilter, frames that stay on the bridge pass the hooks, too: a broadcast would get the host's address.
-fn not_by(field: Field, interface: &str) -> Expr {
+fn interface_is_not(field: Field, interface: &str) -> Expr {
     let mut padded = vec![0; usize::from(field.length())];
     for (to, from) in padded.iter_mut().zip(interface.as_bytes()) {
         *to = *from;
@@ -217,24 +236,24 @@ fn not_by(field: Field, interface: &str) -> Expr {
 }
 
 /// The addresses of the subnets that a pool leases; with `negate`, all others.
-fn leased(field: Field, pool: &Pool, negate: bool) -> Expr {
+fn in_leased_range(field: Field, pool: &Pool, negate: bool) -> Expr {
     Expr::Range { field, first: pool.min.base(), last: pool.max.last(), negate }
 }
 
 fn loopback(family: Family) -> Cidr {
     match family {
-        Family::V4 => range(Ipv4Addr::LOCALHOST.into(), 8),
-        Family::V6 => range(Ipv6Addr::LOCALHOST.into(), 128),
+        Family::V4 => to_cidr(Ipv4Addr::LOCALHOST.into(), 8),
+        Family::V6 => to_cidr(Ipv6Addr::LOCALHOST.into(), 128),
     }
 }
 
 fn multicast(family: Family) -> Cidr {
     match family {
-        Family::V4 => range(Ipv4Addr::new(224, 0, 0, 0).into(), 4),
-        Family::V6 => range(Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0).into(), 8),
+        Family::V4 => to_cidr(Ipv4Addr::new(224, 0, 0, 0).into(), 4),
+        Family::V6 => to_cidr(Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0).into(), 8),
     }
 }
 
-fn range(address: IpAddr, length: u8) -> Cidr {
+fn to_cidr(address: IpAddr, length: u8) -> Cidr {
     Cidr::containing(address, length).unwrap_or_else(|| Cidr::host(address))
 }

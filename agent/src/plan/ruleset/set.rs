@@ -12,13 +12,13 @@ use crate::model::{Family, Mac, Transport};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SetName {
-    /// `address . protocol . port` of this host: where it leads, for ports bound to one address.
+    /// `address . family_keyword . port` of this host: where it leads, for ports bound to one address.
     Bound(Family),
     /// The own addresses of peers (outer source and inner source are the same one), where containers' packets to them are not masqueraded.
     Hosts(Family),
     /// Outer source and the base of the inner source's subnet, of the length that the network's subnets have.
     Peers(Family),
-    /// `protocol . port` of any address of this host: where it leads.
+    /// `family_keyword . port` of any address of this host: where it leads.
     Ports(Family),
     /// Outer source and range of inner sources, for subnets of another length.
     Ranges(Family),
@@ -30,7 +30,7 @@ pub enum SetName {
 
 /// Types of a set's fields, as `nft` calls them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Type {
+pub enum SetFieldType {
     /// `ipv4_addr`, `ipv6_addr`.
     Address(Family),
     /// `ether_addr`.
@@ -45,7 +45,7 @@ pub enum Type {
 
 /// A value of one field.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Datum {
+pub enum SetValue {
     /// An address.
     Address(IpAddr),
     /// A MAC.
@@ -109,22 +109,22 @@ impl SetName {
     }
 
     /// The types of its key's fields.
-    pub fn key(self) -> Vec<Type> {
+    pub fn key(self) -> Vec<SetFieldType> {
         match self {
-            SetName::Bound(family) => vec![Type::Address(family), Type::Protocol, Type::Port],
+            SetName::Bound(family) => vec![SetFieldType::Address(family), SetFieldType::Protocol, SetFieldType::Port],
             SetName::Hosts(family) | SetName::Peers(family) | SetName::Ranges(family) => {
-                vec![Type::Address(family), Type::Address(family)]
+                vec![SetFieldType::Address(family), SetFieldType::Address(family)]
             }
-            SetName::Ports(_) => vec![Type::Protocol, Type::Port],
-            SetName::Source(family) => vec![Type::Interface, Type::Mac, Type::Address(family)],
-            SetName::Unchecked => vec![Type::Interface],
+            SetName::Ports(_) => vec![SetFieldType::Protocol, SetFieldType::Port],
+            SetName::Source(family) => vec![SetFieldType::Interface, SetFieldType::Mac, SetFieldType::Address(family)],
+            SetName::Unchecked => vec![SetFieldType::Interface],
         }
     }
 
     /// The types of what a map's elements lead to; none for a set.
-    pub fn data(self) -> Vec<Type> {
+    pub fn data(self) -> Vec<SetFieldType> {
         match self {
-            SetName::Bound(family) | SetName::Ports(family) => vec![Type::Address(family), Type::Port],
+            SetName::Bound(family) | SetName::Ports(family) => vec![SetFieldType::Address(family), SetFieldType::Port],
             _ => Vec::new(),
         }
     }
@@ -135,15 +135,15 @@ impl SetName {
     }
 }
 
-impl Type {
+impl SetFieldType {
     /// Length in bytes, without the padding to four that a field of a concatenation has.
     pub const fn length(self) -> usize {
         match self {
-            Type::Address(Family::V4) => 4,
-            Type::Address(Family::V6) | Type::Interface => 16,
-            Type::Mac => 6,
-            Type::Protocol => 1,
-            Type::Port => 2,
+            SetFieldType::Address(Family::V4) => 4,
+            SetFieldType::Address(Family::V6) | SetFieldType::Interface => 16,
+            SetFieldType::Mac => 6,
+            SetFieldType::Protocol => 1,
+            SetFieldType::Port => 2,
         }
     }
 }
@@ -153,7 +153,7 @@ impl Type {
 #[serde(rename_all = "lowercase")]
 pub enum Element {
     /// The peer behind an underlay address may tunnel packets of the subnet that begins with the second address.
-    Peer(Pair),
+    Peer(PeerPair),
     /// The same for the addresses from the second to the third one.
     Range(Box<(IpAddr, IpAddr, IpAddr)>),
     /// The peer behind an underlay address may tunnel packets from that very address.
@@ -172,7 +172,7 @@ pub enum Element {
 /// element itself.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "(IpAddr, IpAddr)", into = "(IpAddr, IpAddr)")]
-pub struct Pair(Addresses);
+pub struct PeerPair(Addresses);
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 enum Addresses {
@@ -180,15 +180,15 @@ enum Addresses {
     V6(Box<(Ipv6Addr, Ipv6Addr)>),
 }
 
-impl Pair {
+impl PeerPair {
     /// Of an underlay address and a base; `None` where they are of two families.
-    pub fn new(outer: IpAddr, base: IpAddr) -> Option<Pair> {
+    pub fn new(outer: IpAddr, base: IpAddr) -> Option<PeerPair> {
         let addresses = match (outer, base) {
             (IpAddr::V4(outer), IpAddr::V4(base)) => Addresses::V4(outer, base),
             (IpAddr::V6(outer), IpAddr::V6(base)) => Addresses::V6(Box::new((outer, base))),
             _ => return None,
         };
-        Some(Pair(addresses))
+        Some(PeerPair(addresses))
     }
 
     /// The underlay address.
@@ -213,16 +213,16 @@ impl Pair {
     }
 }
 
-impl TryFrom<(IpAddr, IpAddr)> for Pair {
+impl TryFrom<(IpAddr, IpAddr)> for PeerPair {
     type Error = &'static str;
 
-    fn try_from((outer, base): (IpAddr, IpAddr)) -> Result<Pair, &'static str> {
-        Pair::new(outer, base).ok_or("both addresses have to be of one family")
+    fn try_from((outer, base): (IpAddr, IpAddr)) -> Result<PeerPair, &'static str> {
+        PeerPair::new(outer, base).ok_or("both addresses have to be of one family")
     }
 }
 
-impl From<Pair> for (IpAddr, IpAddr) {
-    fn from(pair: Pair) -> (IpAddr, IpAddr) {
+impl From<PeerPair> for (IpAddr, IpAddr) {
+    fn from(pair: PeerPair) -> (IpAddr, IpAddr) {
         (pair.outer(), pair.base())
     }
 }
@@ -251,36 +251,36 @@ impl Element {
     }
 
     /// Its key, field by field.
-    pub fn key(&self) -> Vec<Datum> {
+    pub fn key(&self) -> Vec<SetValue> {
         match self {
-            Element::Peer(peer) => vec![Datum::Address(peer.outer()), Datum::Address(peer.base())],
-            Element::Range(range) => vec![Datum::Address(range.0), Datum::Address(range.1)],
-            Element::Host(address) => vec![Datum::Address(*address), Datum::Address(*address)],
-            Element::Port(_, protocol, port) => vec![Datum::Protocol(protocol.number()), Datum::Port(*port)],
+            Element::Peer(peer) => vec![SetValue::Address(peer.outer()), SetValue::Address(peer.base())],
+            Element::Range(range) => vec![SetValue::Address(range.0), SetValue::Address(range.1)],
+            Element::Host(address) => vec![SetValue::Address(*address), SetValue::Address(*address)],
+            Element::Port(_, protocol, port) => vec![SetValue::Protocol(protocol.number()), SetValue::Port(*port)],
             Element::Bound(address, protocol, port) => {
-                vec![Datum::Address(*address), Datum::Protocol(protocol.number()), Datum::Port(*port)]
+                vec![SetValue::Address(*address), SetValue::Protocol(protocol.number()), SetValue::Port(*port)]
             }
             Element::Source(source) => {
-                vec![Datum::Interface(source.0.clone()), Datum::Mac(source.1), Datum::Address(source.2)]
+                vec![SetValue::Interface(source.0.clone()), SetValue::Mac(source.1), SetValue::Address(source.2)]
             }
-            Element::Unchecked(interface) => vec![Datum::Interface(interface.to_string())],
+            Element::Unchecked(interface) => vec![SetValue::Interface(interface.to_string())],
         }
     }
 
     /// The end of its key, where that is a range.
-    pub fn key_end(&self) -> Option<Vec<Datum>> {
+    pub fn key_end(&self) -> Option<Vec<SetValue>> {
         match self {
-            Element::Range(range) => Some(vec![Datum::Address(range.0), Datum::Address(range.2)]),
+            Element::Range(range) => Some(vec![SetValue::Address(range.0), SetValue::Address(range.2)]),
             _ => None,
         }
     }
 
     /// The element with this key; `None` where no element of ours has it.
-    pub fn from_key(set: SetName, key: Vec<Datum>, end: Option<Vec<Datum>>) -> Option<Element> {
-        use Datum::{Address, Interface, Mac, Port, Protocol};
+    pub fn from_key(set: SetName, key: Vec<SetValue>, end: Option<Vec<SetValue>>) -> Option<Element> {
+        use SetValue::{Address, Interface, Mac, Port, Protocol};
         let transport = |number: u8| [Transport::Tcp, Transport::Udp, Transport::Sctp].into_iter().find(|t| t.number() == number);
         let element = match (set, key.as_slice(), end.as_deref()) {
-            (SetName::Peers(_), [Address(outer), Address(base)], None) => Element::Peer(Pair::new(*outer, *base)?),
+            (SetName::Peers(_), [Address(outer), Address(base)], None) => Element::Peer(PeerPair::new(*outer, *base)?),
             (SetName::Ranges(_), [Address(outer), Address(first)], Some([Address(same), Address(last)])) if same == outer => {
                 Element::Range(Box::new((*outer, *first, *last)))
             }

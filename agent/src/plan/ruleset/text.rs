@@ -1,8 +1,8 @@
-//! A ruleset as text, word for word as `nft -s list table inet overlayd` prints it, so that a person can compare the two.
+//! A ruleset as text, word for word as `nft -s filter table_name inet overlayd_command` prints it, so that a person can compare the two.
 
 use std::fmt;
 
-use super::{Base, Chain, ChainKind, Expr, Field, Hook, Rule, Ruleset, SetName, TABLE, Table, Type};
+use super::{Base, Chain, ChainKind, Expr, Field, Hook, Rule, Ruleset, SetFieldType, SetName, TABLE, Table};
 use crate::model::{Cidr, Family};
 
 impl fmt::Display for Table {
@@ -22,7 +22,7 @@ impl fmt::Display for Ruleset {
         }
         let counters = self.counters.iter().map(|counter| format!("\tcounter {} {{\n\t}}\n", counter.name()));
         let sets = self.sets.iter().map(|set| set_text(*set));
-        let chains = self.chains.iter().map(|chain| InTable(chain, self.table).to_string());
+        let chains = self.chains.iter().map(|chain| ChainInTable(chain, self.table).to_string());
         for (index, part) in counters.chain(sets).chain(chains).enumerate() {
             if index > 0 {
                 writeln!(f)?;
@@ -34,31 +34,31 @@ impl fmt::Display for Ruleset {
 }
 
 fn set_text(set: SetName) -> String {
-    let types = |types: Vec<Type>| types.iter().map(ToString::to_string).collect::<Vec<_>>().join(" . ");
+    let types = |types: Vec<SetFieldType>| types.iter().map(ToString::to_string).collect::<Vec<_>>().join(" . ");
     let (kind, leads) = if set.data().is_empty() { ("set", String::new()) } else { ("map", format!(" : {}", types(set.data()))) };
     let flags = if set.has_ranges() { "\t\tflags interval\n" } else { "" };
     format!("\t{kind} {} {{\n\t\ttype {}{leads}\n{flags}\t}}\n", set.name(), types(set.key()))
 }
 
-impl fmt::Display for Type {
+impl fmt::Display for SetFieldType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Type::Address(Family::V4) => "ipv4_addr",
-            Type::Address(Family::V6) => "ipv6_addr",
-            Type::Mac => "ether_addr",
-            Type::Protocol => "inet_proto",
-            Type::Port => "inet_service",
-            Type::Interface => "ifname",
+            SetFieldType::Address(Family::V4) => "ipv4_addr",
+            SetFieldType::Address(Family::V6) => "ipv6_addr",
+            SetFieldType::Mac => "ether_addr",
+            SetFieldType::Protocol => "inet_proto",
+            SetFieldType::Port => "inet_service",
+            SetFieldType::Interface => "ifname",
         })
     }
 }
 
 /// A chain, whose priority has a name by the table's family.
-struct InTable<'a>(&'a Chain, Table);
+struct ChainInTable<'a>(&'a Chain, Table);
 
-impl fmt::Display for InTable<'_> {
+impl fmt::Display for ChainInTable<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let InTable(chain, table) = self;
+        let ChainInTable(chain, table) = self;
         writeln!(f, "\tchain {} {{", chain.name)?;
         if let Some(Base { hook, kind, priority }) = chain.base {
             let priority = Priority { table: *table, hook, value: priority };
@@ -76,19 +76,19 @@ impl fmt::Display for Rule {
         let udp = Expr::Field { field: Field::Layer4, negate: false, value: vec![17] };
         let port = |expr: &Expr| matches!(expr, Expr::Field { field: Field::DestinationPort, .. });
         // What follows from another match is not said: a field of a protocol says the protocol, but UDP is in every one.
-        let named = self.exprs.contains(&udp) && self.exprs.iter().any(port);
+        let is_udp_port_match = self.exprs.contains(&udp) && self.exprs.iter().any(port);
         let matches = |expr: &Expr| matches!(expr, Expr::Field { .. } | Expr::In { .. });
-        let of_protocol = !named && self.exprs.iter().filter(|expr| matches(expr)).count() > 1;
-        let said = |expr: &&Expr| match expr {
+        let of_protocol = !is_udp_port_match && self.exprs.iter().filter(|expr| matches(expr)).count() > 1;
+        let is_printed = |expr: &&Expr| match expr {
             Expr::Field { field: Field::Protocol, .. } => !of_protocol,
-            expr => !named || **expr != udp,
+            expr => !is_udp_port_match || **expr != udp,
         };
-        for (index, expr) in self.exprs.iter().filter(said).enumerate() {
+        for (index, expr) in self.exprs.iter().filter(is_printed).enumerate() {
             if index > 0 {
                 f.write_str(" ")?;
             }
             match expr.to_string() {
-                text if named && port(expr) => f.write_str(&text.replacen("th", "udp", 1))?,
+                text if is_udp_port_match && port(expr) => f.write_str(&text.replacen("th", "udp", 1))?,
                 text => f.write_str(&text)?,
             }
         }
@@ -99,23 +99,23 @@ impl fmt::Display for Rule {
 impl fmt::Display for Expr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Expr::Source { cidr, negate } => address(f, "saddr", *cidr, *negate),
-            Expr::Destination { cidr, negate } => address(f, "daddr", *cidr, *negate),
+            Expr::Source { cidr, negate } => write_address_match(f, "saddr", *cidr, *negate),
+            Expr::Destination { cidr, negate } => write_address_match(f, "daddr", *cidr, *negate),
             Expr::Range { field, first, last, negate } => {
                 write!(f, "{field} {}{first}-{last}", if *negate { "!= " } else { "" })
             }
             Expr::InputInterface(name) => write!(f, "iifname \"{name}\""),
             Expr::OutputInterface(name) => write!(f, "oifname \"{name}\""),
-            Expr::Field { field, negate, value } => compared(f, *field, *negate, value),
+            Expr::Field { field, negate, value } => write_comparison(f, *field, *negate, value),
             Expr::ToThisHost => f.write_str("fib daddr type local"),
             Expr::Translated => f.write_str("ct status dnat"),
-            Expr::In { fields, set } => write!(f, "{} @{}", concatenated(fields), set.name()),
+            Expr::In { fields, set } => write!(f, "{} @{}", concatenation(fields), set.name()),
             Expr::Translate { fields, map } => {
                 let ip = match map {
-                    SetName::Bound(family) | SetName::Ports(family) => protocol(*family),
+                    SetName::Bound(family) | SetName::Ports(family) => family_keyword(*family),
                     _ => "?",
                 };
-                write!(f, "dnat {ip} to {} map @{}", concatenated(fields), map.name())
+                write!(f, "dnat {ip} to {} map @{}", concatenation(fields), map.name())
             }
             Expr::Counter => f.write_str("counter"),
             Expr::Count(counter) => write!(f, "counter name \"{}\"", counter.name()),
@@ -131,7 +131,7 @@ impl fmt::Display for Expr {
 }
 
 /// A field with a value: the numbers that have names by their names.
-fn compared(f: &mut fmt::Formatter<'_>, field: Field, negate: bool, value: &[u8]) -> fmt::Result {
+fn write_comparison(f: &mut fmt::Formatter<'_>, field: Field, negate: bool, value: &[u8]) -> fmt::Result {
     let number = value.iter().fold(0_u128, |number, byte| number << 8 | u128::from(*byte));
     let text = match (field, value) {
         (Field::InputInterface | Field::OutputInterface, value) if value.len() < 16 => {
@@ -151,7 +151,7 @@ fn compared(f: &mut fmt::Formatter<'_>, field: Field, negate: bool, value: &[u8]
     write!(f, "{field} {}{text}", if negate { "!= " } else { "" })
 }
 
-fn concatenated(fields: &[Field]) -> String {
+fn concatenation(fields: &[Field]) -> String {
     fields.iter().map(ToString::to_string).collect::<Vec<_>>().join(" . ")
 }
 
@@ -163,8 +163,8 @@ impl fmt::Display for Field {
             Field::Protocol => f.write_str("meta protocol"),
             Field::Layer4 => f.write_str("meta l4proto"),
             Field::EtherSource => f.write_str("ether saddr"),
-            Field::Source(family) => write!(f, "{} saddr", protocol(*family)),
-            Field::Destination(family) => write!(f, "{} daddr", protocol(*family)),
+            Field::Source(family) => write!(f, "{} saddr", family_keyword(*family)),
+            Field::Destination(family) => write!(f, "{} daddr", family_keyword(*family)),
             Field::NextHeader => f.write_str("ip6 nexthdr"),
             Field::PayloadLength => f.write_str("ip6 length"),
             Field::ArpSenderMac => f.write_str("arp saddr ether"),
@@ -201,12 +201,12 @@ impl fmt::Display for ChainKind {
     }
 }
 
-fn address(f: &mut fmt::Formatter<'_>, field: &str, cidr: Cidr, negate: bool) -> fmt::Result {
-    write!(f, "{} {field} {}", protocol(cidr.family()), if negate { "!= " } else { "" })?;
+fn write_address_match(f: &mut fmt::Formatter<'_>, field: &str, cidr: Cidr, negate: bool) -> fmt::Result {
+    write!(f, "{} {field} {}", family_keyword(cidr.family()), if negate { "!= " } else { "" })?;
     if cidr.length() == cidr.family().bits() { write!(f, "{}", cidr.base()) } else { write!(f, "{cidr}") }
 }
 
-const fn protocol(family: Family) -> &'static str {
+const fn family_keyword(family: Family) -> &'static str {
     match family {
         Family::V4 => "ip",
         Family::V6 => "ip6",
@@ -255,7 +255,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reads_like_nft() {
+    fn ruleset_text_matches_nft() {
         let base = |hook, kind, priority| Some(Base { hook, kind, priority });
         let chain = |name: &str, base, rule| Chain { name: name.to_owned(), base, rules: vec![rule] };
         let negated = Expr::Source { cidr: "10.1.2.3/32".parse().expect("a cidr"), negate: true };

@@ -10,12 +10,12 @@ fn entry(key: &str, value: &str) -> RawEntry {
     RawEntry { key: key.to_owned(), value: value.as_bytes().to_vec(), create_revision: 5, mod_revision: 9, etcd_lease: Some(77) }
 }
 
-fn good(key: &str, value: &str) -> Lease {
+fn decode_valid(key: &str, value: &str) -> Lease {
     decode(&entry(key, value)).value.unwrap_or_else(|e| panic!("{e}: {value}")).lease
 }
 
 /// The entries of a recorded etcd dump: a key and its value in turn.
-fn recorded(folder: &str) -> Vec<(String, String)> {
+fn recorded_values(folder: &str) -> Vec<(String, String)> {
     let path = format!("{}/../tests/fixtures/flannel-v0.20.2/{folder}/etcd.txt", env!("CARGO_MANIFEST_DIR"));
     let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
     let lines: Vec<&str> = text.lines().filter(|line| !line.is_empty()).collect();
@@ -26,41 +26,44 @@ fn recorded(folder: &str) -> Vec<(String, String)> {
 }
 
 #[test]
-fn recorded_values_are_read_and_written_back_byte_by_byte() {
+fn recorded_values_round_trip_byte_for_byte() {
     let mut seen = 0;
     for folder in ["vxlan", "vxlan-dualstack", "vxlan-directrouting", "host-gw"] {
-        for (key, value) in recorded(folder) {
-            let lease = good(&key, &value);
+        for (key, value) in recorded_values(folder) {
+            let lease = decode_valid(&key, &value);
             assert_eq!(encode(&lease).unwrap(), value, "{folder} {key}");
             assert_eq!(lease.node, None);
             seen += 1;
         }
     }
     assert_eq!(seen, 8);
-    assert_eq!(good("10.244.15.0-24", &recorded("host-gw")[0].1).backend, Backend::Other { name: "host-gw".to_owned() });
+    assert_eq!(
+        decode_valid("10.244.15.0-24", &recorded_values("host-gw")[0].1).backend,
+        Backend::Other { name: "host-gw".to_owned() }
+    );
 }
 
 #[test]
-fn the_node_is_an_addition_behind_what_flannel_writes() {
-    let lease = good("10.244.101.0-24&fd00:10:244:51::-64", DUAL);
+fn node_is_appended_to_flannel_value() {
+    let lease = decode_valid("10.244.101.0-24&fd00:10:244:51::-64", DUAL);
     assert_eq!(lease.node, Some(Node { name: "h1".to_owned(), id: "0123abcd".to_owned() }));
     assert_eq!(encode(&lease).unwrap(), DUAL);
 }
 
 #[test]
-fn ipv6_alone() {
+fn ipv6_only_lease_is_decoded() {
     let value = r#"{"PublicIP":null,"PublicIPv6":"fd99::1:1","BackendType":"vxlan","BackendV6Data":{"VNI":7,"VtepMAC":"ba:1b:a3:ca:ed:d5"}}"#;
-    assert_eq!(encode(&good("fd00:10:244:51::-64", value)).unwrap(), value);
+    assert_eq!(encode(&decode_valid("fd00:10:244:51::-64", value)).unwrap(), value);
 }
 
 #[test]
-fn keys_are_found_without_regard_to_case_and_unknown_ones_ignored() {
+fn keys_are_case_insensitive_and_unknown_ones_ignored() {
     let value = r#"{"publicip":"10.99.1.1","BACKENDTYPE":"vxlan","backenddata":{"vni":1,"vtepmac":"4A:DE:38:28:A5:6B","x":1},"Later":[{}]}"#;
-    assert_eq!(good("10.244.27.0-24", value), good("10.244.27.0-24", FLANNEL));
+    assert_eq!(decode_valid("10.244.27.0-24", value), decode_valid("10.244.27.0-24", FLANNEL));
 }
 
 #[test]
-fn hostile_values_are_refused_with_field_value_and_rule() {
+fn hostile_values_are_rejected_with_field_and_rule() {
     let swap = |from: &str, to: &str| {
         assert!(FLANNEL.contains(from), "{from}");
         FLANNEL.replace(from, to)
@@ -133,7 +136,7 @@ fn hostile_values_are_refused_with_field_value_and_rule() {
 }
 
 #[test]
-fn an_owner_is_read_from_values_that_are_no_leases() {
+fn owner_is_read_from_partial_values() {
     let read = |value: &str| owner(value.as_bytes());
     assert_eq!(read(r#"{"PublicIP":"10.99.1.7"}"#).public_ip.v4.map(|a| a.to_string()).as_deref(), Some("10.99.1.7"));
     assert_eq!(read(r#"{"Node":{"Name":"h","Id":"i"}}"#).node.map(|n| n.id).as_deref(), Some("i"));
@@ -170,20 +173,20 @@ fn any_lease() -> impl Strategy<Value = (Subnet, Lease)> {
 
 proptest! {
     #[test]
-    fn what_is_written_is_read_back((subnet, lease) in any_lease()) {
+    fn encoded_lease_decodes_unchanged((subnet, lease) in any_lease()) {
         let text = encode(&lease).unwrap();
         prop_assert_eq!(decode_value(&subnet, text.as_bytes()), Ok(lease));
     }
 
     #[test]
-    fn no_bytes_make_the_reader_panic(key in ".{0,40}", value in prop::collection::vec(any::<u8>(), 0..300)) {
+    fn random_bytes_do_not_panic_decoder(key in ".{0,40}", value in prop::collection::vec(any::<u8>(), 0..300)) {
         let raw = RawEntry { key, value, create_revision: 1, mod_revision: 1, etcd_lease: None };
         let _ = decode(&raw);
         let _ = owner(&raw.value);
     }
 
     #[test]
-    fn no_mutation_makes_the_reader_panic(at in 0..DUAL.len(), byte in any::<u8>(), cut in 0..DUAL.len()) {
+    fn mutated_lease_does_not_panic_decoder(at in 0..DUAL.len(), byte in any::<u8>(), cut in 0..DUAL.len()) {
         let mut value = DUAL.as_bytes().to_vec();
         value[at] = byte;
         let _ = decode_value(&Subnet::from_key("10.244.101.0-24&fd00:10:244:51::-64").unwrap(), &value);

@@ -11,16 +11,17 @@ use tokio::net::UdpSocket;
 
 use super::*;
 
-fn target(priority: u16, weight: u16, host: &str) -> Target {
-    Target { priority, weight, host: host.to_owned(), port: 2379 }
+fn srv_record(priority: u16, weight: u16, host: &str) -> SrvRecord {
+    SrvRecord { priority, weight, host: host.to_owned(), port: 2379 }
 }
 
 #[test]
-fn lower_priorities_come_first_and_weights_draw() {
-    let targets = vec![target(20, 0, "last"), target(10, 90, "heavy"), target(10, 10, "light"), target(10, 0, "nil")];
+fn records_are_ordered_by_priority_and_weight() {
+    let targets =
+        vec![srv_record(20, 0, "last"), srv_record(10, 90, "heavy"), srv_record(10, 10, "light"), srv_record(10, 0, "nil")];
     let mut first = std::collections::BTreeMap::new();
     for seed in 0..1000 {
-        let sorted = order(targets.clone(), &mut SmallRng::seed_from_u64(seed));
+        let sorted = order_records(targets.clone(), &mut SmallRng::seed_from_u64(seed));
         assert_eq!(sorted.len(), 4);
         assert_eq!(sorted[3].host, "last");
         *first.entry(sorted[0].host.clone()).or_insert(0) += 1;
@@ -77,21 +78,21 @@ async fn endpoints_come_from_srv_records() {
     .await;
     let resolver = resolver(server);
     let tls = ["https://etcd1.example.test:2380", "https://etcd2.example.test:2379"];
-    assert_eq!(endpoints_by(&resolver, "example.test", true).await.unwrap(), tls);
-    let all = endpoints_by(&resolver, "example.test.", false).await.unwrap();
+    assert_eq!(endpoints_with(&resolver, "example.test", true).await.unwrap(), tls);
+    let all = endpoints_with(&resolver, "example.test.", false).await.unwrap();
     assert_eq!((&all[..2], all[2].as_str()), (&tls.map(str::to_owned)[..], "http://plain.example.test:4001"));
-    assert_eq!(endpoints_by(&resolver, "plain.test", false).await.unwrap(), ["http://plain.example.test:4001"]);
+    assert_eq!(endpoints_with(&resolver, "plain.test", false).await.unwrap(), ["http://plain.example.test:4001"]);
     for name in ["none.test", "nothing.test"] {
-        let error = endpoints_by(&resolver, name, false).await.unwrap_err().to_string();
+        let error = endpoints_with(&resolver, name, false).await.unwrap_err().to_string();
         assert!(error.contains(name) && error.contains("dig SRV"), "{error}");
     }
     // Records without TLS are not good enough where TLS is asked for.
-    assert!(endpoints_by(&resolver, "plain.test", true).await.is_err());
+    assert!(endpoints_with(&resolver, "plain.test", true).await.is_err());
 }
 
 #[tokio::test]
-async fn endpoints_with_addresses_stand_for_these() {
+async fn ip_endpoints_resolve_to_themselves() {
     let endpoints = ["http://192.0.2.7:2379", "https://[2001:db8::7]:2379", "http://server.invalid:2379"].map(str::to_owned);
-    let found: Vec<String> = addresses(&endpoints).await.iter().map(ToString::to_string).collect();
+    let found: Vec<String> = resolve_addresses(&endpoints).await.iter().map(ToString::to_string).collect();
     assert_eq!(found, ["192.0.2.7", "2001:db8::7"], "a name that is not resolved has none");
 }

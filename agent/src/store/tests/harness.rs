@@ -12,12 +12,12 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::model::event::{HeldLease, LeaseWish, OwnLease, StoreEvent};
+use crate::model::event::{HeldLease, LeaseRequest, OwnLease, StoreEvent};
 use crate::model::{Family, Mac, NetworkConfig, Node, PerFamily, Subnet};
 use crate::store::{Store, StoreConfig, StoreError};
 
 /// Nothing that a test waits for takes longer.
-pub(super) const LIMIT: Duration = Duration::from_secs(30);
+pub(super) const TEST_TIMEOUT: Duration = Duration::from_secs(30);
 pub(super) const PREFIX: &str = "/coreos.com/network";
 pub(super) const NETWORK: &str = r#"{"Network":"10.244.0.0/16"}"#;
 pub(super) const DUAL: &str = r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/56"}"#;
@@ -34,7 +34,7 @@ pub(super) struct Etcd {
     directory: TempDir,
     ports: [u16; 2],
     /// Its place in the cluster, and the peer ports of all members.
-    member: (usize, Vec<u16>),
+    cluster_member: (usize, Vec<u16>),
     tls: Option<ServerTls>,
     child: Option<Child>,
 }
@@ -50,7 +50,7 @@ impl Etcd {
             let ports = free_ports();
             let tls =
                 tls.as_ref().map(|t| ServerTls { ca: t.ca.clone(), certificate: t.certificate.clone(), key: t.key.clone() });
-            let mut etcd = Etcd { directory: directory(), ports, member: (0, vec![ports[1]]), tls, child: None };
+            let mut etcd = Etcd { directory: directory(), ports, cluster_member: (0, vec![ports[1]]), tls, child: None };
             if etcd.run().await {
                 return etcd;
             }
@@ -66,7 +66,7 @@ impl Etcd {
             let mut members = [0, 1, 2].map(|n| Etcd {
                 directory: directory(),
                 ports: ports[n],
-                member: (n, peers.clone()),
+                cluster_member: (n, peers.clone()),
                 tls: None,
                 child: None,
             });
@@ -86,8 +86,8 @@ impl Etcd {
         let url = |scheme: &str, port: u16| format!("{scheme}://127.0.0.1:{port}");
         let (client, peer) = (self.endpoint(), url("http", self.ports[1]));
         let mut command = Command::new("etcd");
-        let members = self.member.1.iter().enumerate().map(|(n, port)| format!("m{n}={}", url("http", *port)));
-        command.arg("--name").arg(format!("m{}", self.member.0)).args(["--log-level", "error"]);
+        let members = self.cluster_member.1.iter().enumerate().map(|(n, port)| format!("m{n}={}", url("http", *port)));
+        command.arg("--name").arg(format!("m{}", self.cluster_member.0)).args(["--log-level", "error"]);
         command.arg("--initial-cluster").arg(members.collect::<Vec<_>>().join(","));
         command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
         command.args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer]);
@@ -99,7 +99,7 @@ impl Etcd {
         let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
         let child = child.unwrap_or_else(|e| panic!("etcd cannot be started ({e}): run `apt-get install etcd-server`"));
         let child = self.child.insert(child);
-        let deadline = Instant::now() + LIMIT;
+        let deadline = Instant::now() + TEST_TIMEOUT;
         while Instant::now() < deadline {
             if child.try_wait().unwrap().is_some() {
                 self.child = None;
@@ -134,7 +134,7 @@ impl Etcd {
     }
 
     /// How many requests of this kind it has answered.
-    pub(super) async fn requests(&self, method: &str) -> u64 {
+    pub(super) async fn request_count(&self, method: &str) -> u64 {
         use tokio::io::{AsyncReadExt, AsyncWriteExt};
         let mut stream = tokio::net::TcpStream::connect((Ipv4Addr::LOCALHOST, self.ports[0])).await.unwrap();
         stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").await.unwrap();
@@ -156,7 +156,7 @@ impl Etcd {
 
     /// A client of the test's own.
     pub(super) async fn client(&self) -> Client {
-        let deadline = Instant::now() + LIMIT;
+        let deadline = Instant::now() + TEST_TIMEOUT;
         loop {
             let mut client = Client::connect([self.endpoint()], None).await.unwrap();
             match client.get("x", None).await {
@@ -217,7 +217,7 @@ fn directory() -> TempDir {
 }
 
 /// The wish of host number `number`.
-pub(super) fn wish(network: &str, number: u16) -> LeaseWish {
+pub(super) fn lease_request(network: &str, number: u16) -> LeaseRequest {
     let network = NetworkConfig::parse(network).expect(network).config;
     let [high, low] = number.to_be_bytes();
     let mac = |family| Mac::local([2, if family == Family::V4 { 4 } else { 6 }, 0, 0, high, low]);
@@ -226,7 +226,7 @@ pub(super) fn wish(network: &str, number: u16) -> LeaseWish {
         Family::V6 => format!("fd99::{number:x}").parse().unwrap(),
     };
     let families: Vec<Family> = network.families().collect();
-    LeaseWish {
+    LeaseRequest {
         node: Node { name: format!("host{number}"), id: format!("id-{number}") },
         public_ip: families.iter().map(|f| (*f, address(*f))).collect::<PerFamily<_>>(),
         vtep: families.iter().map(|f| (*f, mac(*f))).collect::<PerFamily<_>>(),
@@ -238,19 +238,19 @@ pub(super) fn wish(network: &str, number: u16) -> LeaseWish {
 /// The store of one agent.
 pub(super) struct Agent {
     pub(super) events: mpsc::Receiver<StoreEvent>,
-    pub(super) wish: watch::Sender<Option<LeaseWish>>,
+    pub(super) lease_request: watch::Sender<Option<LeaseRequest>>,
     shutdown: CancellationToken,
     task: Option<JoinHandle<Result<(), StoreError>>>,
 }
 
 impl Agent {
-    pub(super) fn start(config: StoreConfig, wish: Option<LeaseWish>) -> Agent {
+    pub(super) fn start(config: StoreConfig, lease_request: Option<LeaseRequest>) -> Agent {
         let (sender, events) = mpsc::channel(64);
-        let (wish, wishes) = watch::channel(wish);
+        let (lease_request, lease_requests) = watch::channel(lease_request);
         let shutdown = CancellationToken::new();
         let token = shutdown.clone();
-        let task = tokio::spawn(async move { Store::new(config).run(sender, wishes, token).await });
-        Agent { events, wish, shutdown, task: Some(task) }
+        let task = tokio::spawn(async move { Store::new(config).run(sender, lease_requests, token).await });
+        Agent { events, lease_request, shutdown, task: Some(task) }
     }
 
     /// The next event, the addresses of servers aside.
@@ -260,7 +260,7 @@ impl Agent {
 
     /// The first event that the function makes something of; the others are passed over.
     pub(super) async fn find<T>(&mut self, mut f: impl FnMut(&StoreEvent) -> Option<T>) -> T {
-        let deadline = Instant::now() + LIMIT;
+        let deadline = Instant::now() + TEST_TIMEOUT;
         let mut passed = Vec::new();
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -275,7 +275,7 @@ impl Agent {
         }
     }
 
-    pub(super) async fn held(&mut self) -> HeldLease {
+    pub(super) async fn next_held(&mut self) -> HeldLease {
         self.find(|event| match event {
             StoreEvent::Own(OwnLease::Held(held)) => Some(held.clone()),
             _ => None,
@@ -283,9 +283,9 @@ impl Agent {
         .await
     }
 
-    pub(super) async fn wanted(&mut self) -> String {
+    pub(super) async fn next_not_held(&mut self) -> String {
         self.find(|event| match event {
-            StoreEvent::Own(OwnLease::Wanted { reason }) => Some(reason.clone()),
+            StoreEvent::Own(OwnLease::NotHeld { reason }) => Some(reason.clone()),
             _ => None,
         })
         .await
@@ -296,7 +296,7 @@ impl Agent {
         self.shutdown.cancel();
         let task = self.task.take().unwrap();
         let drain = async { while self.events.recv().await.is_some() {} };
-        let (ended, ()) = tokio::time::timeout(LIMIT, async { tokio::join!(task, drain) }).await.expect("ends in time");
+        let (ended, ()) = tokio::time::timeout(TEST_TIMEOUT, async { tokio::join!(task, drain) }).await.expect("ends in time");
         ended.unwrap().unwrap();
     }
 }
@@ -314,7 +314,7 @@ pub(super) fn subnet(key: &str) -> Subnet {
 }
 
 /// Runs a command to its end and fails with its words where it fails.
-pub(super) fn run(directory: &Path, command: &str, arguments: &[&str]) {
+pub(super) fn run_command(directory: &Path, command: &str, arguments: &[&str]) {
     let output = Command::new(command).args(arguments).current_dir(directory).output();
     let output = output.unwrap_or_else(|e| panic!("{command} cannot be started ({e}): run `apt-get install {command}`"));
     let said = String::from_utf8_lossy(&output.stderr);

@@ -12,7 +12,7 @@ use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
 use super::harness::*;
-use super::link::Link;
+use super::proxy::PausableProxy;
 use crate::model::Subnet;
 use crate::model::event::{OwnLease, StoreEvent};
 use crate::store::StoreConfig;
@@ -20,12 +20,12 @@ use crate::store::codec;
 use crate::store::keys::claimed_ranges;
 
 /// Fixes the faults of a run that failed; it prints its seed.
-const SEED: &str = "OVERLAY_HISTORY_SEED";
+const SEED_ENV: &str = "OVERLAY_HISTORY_SEED";
 
 /// A pool with one subnet more than there are agents, so that everybody wants what somebody has.
-const TIGHT: &str = r#"{"Network":"10.244.0.0/16","SubnetMin":"10.244.1.0","SubnetMax":"10.244.11.0"}"#;
+const TIGHT_NETWORK: &str = r#"{"Network":"10.244.0.0/16","SubnetMin":"10.244.1.0","SubnetMax":"10.244.11.0"}"#;
 /// The same in two families.
-const TIGHT_DUAL: &str = r#"{"Network":"10.244.0.0/16","SubnetMin":"10.244.1.0","SubnetMax":"10.244.11.0","EnableIPv6":true,"IPv6Network":"fd00:10:244::/56","IPv6SubnetMin":"fd00:10:244:1::","IPv6SubnetMax":"fd00:10:244:d::"}"#;
+const TIGHT_DUAL_NETWORK: &str = r#"{"Network":"10.244.0.0/16","SubnetMin":"10.244.1.0","SubnetMax":"10.244.11.0","EnableIPv6":true,"IPv6Network":"fd00:10:244::/56","IPv6SubnetMin":"fd00:10:244:1::","IPv6SubnetMax":"fd00:10:244:d::"}"#;
 const AGENTS: u16 = 10;
 
 /// Expiry is a matter of seconds.
@@ -33,14 +33,14 @@ const TTL: Duration = Duration::from_secs(3);
 const KEEP_ALIVE: Duration = Duration::from_secs(1);
 
 /// How many seconds faults come, and what sets another number.
-const SECONDS: u64 = 12;
-const LONGER: &str = "OVERLAY_HISTORY_SECONDS";
+const FAULT_SECONDS: u64 = 12;
+const SECONDS_ENV: &str = "OVERLAY_HISTORY_SECONDS";
 
 /// One host: its way to the cluster and its agent, where one runs.
 struct Host {
     number: u16,
     generation: u32,
-    link: Link,
+    proxy: PausableProxy,
     agent: Option<Agent>,
     /// What its agents said they hold, one after the other.
     held: Vec<Subnet>,
@@ -48,16 +48,16 @@ struct Host {
 
 impl Host {
     fn start(&mut self, network: &str) {
-        let mut wish = wish(network, self.number);
-        wish.node.id = format!("id-{}-{}", self.number, self.generation);
-        wish.preferred = self.held.last().copied().filter(|_| self.generation == 0);
-        let endpoints = vec![self.link.endpoint()];
+        let mut request = lease_request(network, self.number);
+        request.node.id = format!("id-{}-{}", self.number, self.generation);
+        request.preferred = self.held.last().copied().filter(|_| self.generation == 0);
+        let endpoints = vec![self.proxy.endpoint()];
         let config = StoreConfig { endpoints, lease_ttl: TTL, keep_alive: KEEP_ALIVE, ..StoreConfig::default() };
-        self.agent = Some(Agent::start(config, Some(wish)));
+        self.agent = Some(Agent::start(config, Some(request)));
     }
 
     /// Takes what the agent has said; whether it holds a lease by the last of it.
-    fn listen(&mut self) {
+    fn drain_events(&mut self) {
         let Some(agent) = &mut self.agent else { return };
         while let Ok(event) = agent.events.try_recv() {
             if let StoreEvent::Own(OwnLease::Held(lease)) = event {
@@ -68,28 +68,28 @@ impl Host {
 }
 
 /// How often each fault came.
-type Counts = BTreeMap<&'static str, u32>;
+type FaultCounts = BTreeMap<&'static str, u32>;
 
-async fn run(network: &str) {
-    let seed = std::env::var(SEED).map_or_else(|_| rand::rng().random(), |text| text.parse().expect("a seed"));
-    println!("{SEED}={seed}");
+async fn run_with_faults(network: &str) {
+    let seed = std::env::var(SEED_ENV).map_or_else(|_| rand::rng().random(), |text| text.parse().expect("a seed"));
+    println!("{SEED_ENV}={seed}");
     let mut random = SmallRng::seed_from_u64(seed);
     let mut members = Etcd::cluster().await;
     members[0].put_config(network).await;
     let mut hosts = Vec::new();
     for number in 1..=AGENTS {
-        let link = Link::to(&members).await;
-        let mut host = Host { number, generation: 0, link, agent: None, held: Vec::new() };
+        let link = PausableProxy::connect_to(&members).await;
+        let mut host = Host { number, generation: 0, proxy: link, agent: None, held: Vec::new() };
         host.start(network);
         hosts.push(host);
     }
-    let mut counts = Counts::new();
-    let mut ill: Option<(usize, bool, Instant)> = None;
-    let seconds = std::env::var(LONGER).map_or(SECONDS, |text| text.parse().expect("seconds"));
+    let mut counts = FaultCounts::new();
+    let mut failed_member: Option<(usize, bool, Instant)> = None;
+    let seconds = std::env::var(SECONDS_ENV).map_or(FAULT_SECONDS, |text| text.parse().expect("seconds"));
     let end = Instant::now() + Duration::from_secs(seconds);
     while Instant::now() < end {
         // One member at a time is dead or stopped, so that there is a majority.
-        if let Some((member, killed, since)) = ill
+        if let Some((member, killed, since)) = failed_member
             && since.elapsed() > Duration::from_secs(2)
         {
             if killed {
@@ -97,12 +97,12 @@ async fn run(network: &str) {
             } else {
                 members[member].freeze(false)
             };
-            ill = None;
+            failed_member = None;
         }
         let host = random.random_range(0..hosts.len());
-        let fault = fault(&mut hosts[host], network, &mut random);
+        let fault = inject_fault(&mut hosts[host], network, &mut random);
         *counts.entry(fault).or_default() += 1;
-        if ill.is_none() && random.random_range(0..15) == 0 {
+        if failed_member.is_none() && random.random_range(0..15) == 0 {
             let (member, kill) = (random.random_range(0..3), random.random_bool(0.5));
             if kill {
                 members[member].kill()
@@ -110,15 +110,15 @@ async fn run(network: &str) {
                 members[member].freeze(true)
             };
             *counts.entry(if kill { "a member is killed" } else { "a member is stopped" }).or_default() += 1;
-            ill = Some((member, kill, Instant::now()));
+            failed_member = Some((member, kill, Instant::now()));
         }
-        if random.random_range(0..2) == 0 && ill.is_none() {
-            *counts.entry(meddle(&members[0], &mut random).await).or_default() += 1;
+        if random.random_range(0..2) == 0 && failed_member.is_none() {
+            *counts.entry(tamper_with_store(&members[0], &mut random).await).or_default() += 1;
         }
-        hosts.iter_mut().for_each(Host::listen);
+        hosts.iter_mut().for_each(Host::drain_events);
         tokio::time::sleep(Duration::from_millis(random.random_range(80..300))).await;
     }
-    if let Some((member, killed, _)) = ill {
+    if let Some((member, killed, _)) = failed_member {
         if killed {
             assert!(members[member].run().await, "the member starts again")
         } else {
@@ -126,18 +126,18 @@ async fn run(network: &str) {
         };
     }
     for host in &mut hosts {
-        host.link.hold(false);
+        host.proxy.set_paused(false);
         if host.agent.is_none() {
             host.start(network);
         }
     }
-    at_rest(&members[0], &mut hosts).await;
-    let (changes, holders) = judge(&members[0]).await;
+    wait_until_settled(&members[0], &mut hosts).await;
+    let (changes, holders) = verify_history(&members[0]).await;
     println!("{changes} changes, {} holders of {} subnets, faults: {counts:?}", hosts.len(), holders.len());
     assert!(changes > 2 * usize::from(AGENTS), "there was something to judge");
     // What an agent believed to hold it did hold.
     for host in &hosts {
-        let ip = wish(network, host.number).public_ip.v4.expect("IPv4");
+        let ip = lease_request(network, host.number).public_ip.v4.expect("IPv4");
         for subnet in &host.held {
             let all = holders.get(&subnet.to_key()).map(Vec::as_slice).unwrap_or_default();
             assert!(all.contains(&ip), "host {} says that it held {subnet}, of which etcd knows {all:?}", host.number);
@@ -146,27 +146,27 @@ async fn run(network: &str) {
 }
 
 /// Something happens to a host.
-fn fault(host: &mut Host, network: &str, random: &mut SmallRng) -> &'static str {
+fn inject_fault(host: &mut Host, network: &str, random: &mut SmallRng) -> &'static str {
     if host.agent.is_none() {
         host.start(network);
         return "starts";
     }
-    if host.link.is_held() {
-        host.link.hold(false);
+    if host.proxy.is_paused() {
+        host.proxy.set_paused(false);
         return "is linked again";
     }
     match random.random_range(0..6) {
         0..3 => {
-            host.link.hold(true);
+            host.proxy.set_paused(true);
             "is cut off"
         }
         3 | 4 => {
-            host.listen();
+            host.drain_events();
             host.agent = None;
             "crashes"
         }
         _ => {
-            host.listen();
+            host.drain_events();
             host.agent = None;
             host.generation += 1;
             "crashes and loses its state"
@@ -175,7 +175,7 @@ fn fault(host: &mut Host, network: &str, random: &mut SmallRng) -> &'static str 
 }
 
 /// Somebody deletes a key or revokes an etcd lease.
-async fn meddle(member: &Etcd, random: &mut SmallRng) -> &'static str {
+async fn tamper_with_store(member: &Etcd, random: &mut SmallRng) -> &'static str {
     let (entries, _) = member.subnets().await;
     let Some((key, _, lease)) = entries.get(random.random_range(0..entries.len().max(1))) else { return "nothing to delete" };
     let mut client = member.client().await;
@@ -190,10 +190,10 @@ async fn meddle(member: &Etcd, random: &mut SmallRng) -> &'static str {
 }
 
 /// Waits until each host holds exactly one entry, and nothing else is there.
-async fn at_rest(member: &Etcd, hosts: &mut [Host]) {
-    let deadline = Instant::now() + 2 * LIMIT;
+async fn wait_until_settled(member: &Etcd, hosts: &mut [Host]) {
+    let deadline = Instant::now() + 2 * TEST_TIMEOUT;
     loop {
-        hosts.iter_mut().for_each(Host::listen);
+        hosts.iter_mut().for_each(Host::drain_events);
         let (entries, _) = member.subnets().await;
         let mut owners: Vec<IpAddr> = entries.iter().filter_map(|(_, value, _)| ip(value)).collect();
         owners.sort_unstable();
@@ -211,7 +211,7 @@ fn ip(value: &str) -> Option<IpAddr> {
 }
 
 /// Reads every change since revision 1; at each revision no two hosts' entries overlap. Returns the number of changes and who ever had each key.
-async fn judge(member: &Etcd) -> (usize, BTreeMap<String, Vec<IpAddr>>) {
+async fn verify_history(member: &Etcd) -> (usize, BTreeMap<String, Vec<IpAddr>>) {
     let (_, revision) = member.subnets().await;
     let mut client = member.client().await;
     let prefix = format!("{PREFIX}/subnets/");
@@ -223,7 +223,7 @@ async fn judge(member: &Etcd) -> (usize, BTreeMap<String, Vec<IpAddr>>) {
     let mut holders: BTreeMap<String, Vec<IpAddr>> = BTreeMap::new();
     let mut changes = 0;
     loop {
-        let message = tokio::time::timeout(LIMIT, stream.message()).await.expect("history in time");
+        let message = tokio::time::timeout(TEST_TIMEOUT, stream.message()).await.expect("history in time");
         let message = message.expect("history").expect("more history");
         assert_eq!(message.compact_revision(), 0, "the history is whole");
         for event in message.events() {
@@ -254,11 +254,11 @@ async fn judge(member: &Etcd) -> (usize, BTreeMap<String, Vec<IpAddr>>) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_family() {
-    run(TIGHT).await;
+async fn single_stack_history_has_no_overlaps() {
+    run_with_faults(TIGHT_NETWORK).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_families() {
-    run(TIGHT_DUAL).await;
+async fn dual_stack_history_has_no_overlaps() {
+    run_with_faults(TIGHT_DUAL_NETWORK).await;
 }

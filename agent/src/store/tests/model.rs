@@ -9,53 +9,53 @@
 //! every state the hosts come to rest without another fault, and then each holds a subnet. And the search sees what it should see: protocols that
 //! lack a guard are found out.
 
+mod canonical;
 mod etcd;
-mod numbers;
-mod world;
+mod state;
 
 use std::collections::HashMap;
 use std::collections::VecDeque;
 
-use world::{Broken, World};
+use state::{Defect, ModelState};
 
 /// More states than this are more than memory is for.
-const STATES: usize = 4_000_000;
+const MAX_STATES: usize = 4_000_000;
 
 /// Adds so many faults to each scenario: a search of minutes in place of seconds.
-const MORE: &str = "OVERLAY_MODEL_FAULTS";
+const EXTRA_FAULTS_ENV: &str = "OVERLAY_MODEL_FAULTS";
 
 /// Three subnets.
-const THREE: &str = r#"{"Network":"10.1.0.0/16","SubnetMin":"10.1.10.0","SubnetMax":"10.1.12.0"}"#;
+const THREE_SUBNETS: &str = r#"{"Network":"10.1.0.0/16","SubnetMin":"10.1.10.0","SubnetMax":"10.1.12.0"}"#;
 /// Two subnets.
-const TWO: &str = r#"{"Network":"10.1.0.0/16","SubnetMin":"10.1.10.0","SubnetMax":"10.1.11.0"}"#;
+const TWO_SUBNETS: &str = r#"{"Network":"10.1.0.0/16","SubnetMin":"10.1.10.0","SubnetMax":"10.1.11.0"}"#;
 /// The same range in other sizes: a subnet of the one overlaps two of the other.
-const HALVES: &str = r#"{"Network":"10.1.0.0/16","SubnetLen":25,"SubnetMin":"10.1.10.0","SubnetMax":"10.1.11.128"}"#;
+const HALF_SIZE_SUBNETS: &str = r#"{"Network":"10.1.0.0/16","SubnetLen":25,"SubnetMin":"10.1.10.0","SubnetMax":"10.1.11.128"}"#;
 /// Two families, of three and of four subnets.
 const DUAL: &str = r#"{"Network":"10.1.0.0/16","SubnetMin":"10.1.10.0","SubnetMax":"10.1.12.0","EnableIPv6":true,"IPv6Network":"fd00::/48","IPv6SubnetMin":"fd00:0:0:1::","IPv6SubnetMax":"fd00:0:0:4::"}"#;
 
 /// Reservations that leave two subnets in each family and no place that is free in both: keys differ while a part of them is the same.
-const CROSSWISE: [&str; 3] = ["10.1.10.0-24", "fd00:0:0:2::-64", "fd00:0:0:3::-64"];
+const CROSSED_RESERVATIONS: [&str; 3] = ["10.1.10.0-24", "fd00:0:0:2::-64", "fd00:0:0:3::-64"];
 
 /// What a search found.
 #[derive(Debug)]
-struct Found {
+struct SearchResult {
     states: usize,
     steps: usize,
-    resting: usize,
+    quiescent: usize,
     /// The first violation, with the way to it.
     violation: Option<String>,
 }
 
 /// Goes through all states that can be reached.
-fn search(start: World) -> Found {
+fn explore(start: ModelState) -> SearchResult {
     let mut numbers: HashMap<u64, u32> = HashMap::new();
     // How each state was reached first, and from where it can be reached.
-    let mut ways: Vec<(u32, String)> = vec![(0, "start".to_owned())];
+    let mut predecessors: Vec<(u32, String)> = vec![(0, "start".to_owned())];
     let mut before: Vec<Vec<u32>> = vec![Vec::new()];
     let mut resting: Vec<u32> = Vec::new();
     let mut queue = VecDeque::from([(0u32, start.canonical())]);
     numbers.insert(start.canonical().fingerprint(), 0);
-    let mut found = Found { states: 1, steps: 0, resting: 0, violation: None };
+    let mut found = SearchResult { states: 1, steps: 0, quiescent: 0, violation: None };
     let way = |ways: &[(u32, String)], mut at: u32| {
         let mut steps = Vec::new();
         while at != 0 {
@@ -68,23 +68,23 @@ fn search(start: World) -> Found {
     };
     while let Some((number, world)) = queue.pop_front() {
         let mut rests = true;
-        for step in world.steps() {
+        for step in world.transitions() {
             found.steps += 1;
             let next = match step.outcome {
                 Ok(next) => next.canonical(),
                 Err(violation) => {
-                    found.violation = Some(format!("{violation}:\n  {}\n  {}", way(&ways, number), step.label));
+                    found.violation = Some(format!("{violation}:\n  {}\n  {}", way(&predecessors, number), step.label));
                     return found;
                 }
             };
-            let fresh = u32::try_from(ways.len()).unwrap();
+            let fresh = u32::try_from(predecessors.len()).unwrap();
             let target = *numbers.entry(next.fingerprint()).or_insert(fresh);
             rests &= step.fault || target == number;
             if target == fresh {
-                ways.push((number, step.label));
+                predecessors.push((number, step.label));
                 before.push(Vec::new());
                 queue.push_back((fresh, next));
-                assert!(ways.len() < STATES, "the scenario has more than {STATES} states");
+                assert!(predecessors.len() < MAX_STATES, "the scenario has more than {MAX_STATES} states");
             }
             // A fault need not come: only what goes on by itself leads to rest.
             if !step.fault && target != number {
@@ -92,15 +92,15 @@ fn search(start: World) -> Found {
             }
         }
         if rests {
-            if let Some(fault) = world.unrest() {
-                found.violation = Some(format!("at rest, {fault}:\n  {}\n{world:#?}", way(&ways, number)));
+            if let Some(fault) = world.quiescence_violation() {
+                found.violation = Some(format!("at rest, {fault}:\n  {}\n{world:#?}", way(&predecessors, number)));
                 return found;
             }
             resting.push(number);
         }
     }
-    (found.states, found.resting) = (ways.len(), resting.len());
-    let mut reaches = vec![false; ways.len()];
+    (found.states, found.quiescent) = (predecessors.len(), resting.len());
+    let mut reaches = vec![false; predecessors.len()];
     while let Some(number) = resting.pop() {
         let index = usize::try_from(number).unwrap();
         if !std::mem::replace(&mut reaches[index], true) {
@@ -108,63 +108,77 @@ fn search(start: World) -> Found {
         }
     }
     if let Some(stuck) = reaches.iter().position(|reaches| !reaches) {
-        found.violation = Some(format!("never comes to rest:\n  {}", way(&ways, u32::try_from(stuck).unwrap())));
+        found.violation = Some(format!("never comes to rest:\n  {}", way(&predecessors, u32::try_from(stuck).unwrap())));
     }
     found
 }
 
 #[track_caller]
-fn holds(what: &str, start: World) {
-    let found = search(start);
-    println!("{what}: {} states, {} steps, {} at rest", found.states, found.steps, found.resting);
+fn assert_holds(what: &str, start: ModelState) {
+    let found = explore(start);
+    println!("{what}: {} states, {} steps, {} at rest", found.states, found.steps, found.quiescent);
     if let Some(violation) = found.violation {
         panic!("{what}: {violation}");
     }
-    assert!(found.states > 50 && found.resting > 0, "{what}: the search went somewhere: {found:?}");
+    assert!(found.states > 50 && found.quiescent > 0, "{what}: the search went somewhere: {found:?}");
 }
 
 /// The search must find the violation that a protocol with a defect has.
 #[track_caller]
-fn breaks(what: &str, wanted: &str, start: World) {
-    let found = search(start);
+fn assert_violates(what: &str, wanted: &str, start: ModelState) {
+    let found = explore(start);
     let violation = found.violation.unwrap_or_else(|| panic!("{what}: {} states, and no violation is seen", found.states));
     println!("{what}: found after {} steps: {violation}\n", found.steps);
     assert!(violation.starts_with(wanted), "{what}: {violation}");
 }
 
-fn faults(number: u8) -> u8 {
-    number + std::env::var(MORE).map_or(0, |text| text.parse().expect("OVERLAY_MODEL_FAULTS is a number"))
+fn fault_budget(number: u8) -> u8 {
+    number + std::env::var(EXTRA_FAULTS_ENV).map_or(0, |text| text.parse().expect("OVERLAY_MODEL_FAULTS is a number"))
 }
 
 #[test]
-fn three_hosts_at_the_same_moment() {
-    holds("three hosts, three subnets", World::new(&[THREE], &[], 3, faults(0)));
+fn three_hosts_never_overlap() {
+    assert_holds("three hosts, three subnets", ModelState::new(&[THREE_SUBNETS], &[], 3, fault_budget(0)));
 }
 
 #[test]
-fn two_hosts_and_two_subnets() {
-    holds("two hosts, two subnets", World::new(&[TWO], &[], 2, faults(1)));
+fn two_hosts_with_two_subnets_never_overlap() {
+    assert_holds("two hosts, two subnets", ModelState::new(&[TWO_SUBNETS], &[], 2, fault_budget(1)));
 }
 
 #[test]
-fn two_hosts_with_two_families() {
-    holds("two hosts, two families", World::new(&[DUAL], &CROSSWISE, 2, faults(1)));
+fn dual_stack_hosts_never_overlap() {
+    assert_holds("two hosts, two families", ModelState::new(&[DUAL], &CROSSED_RESERVATIONS, 2, fault_budget(1)));
 }
 
 #[test]
-fn a_configuration_that_changes() {
-    holds("two hosts, shorter subnets than before", World::new(&[TWO, HALVES], &[], 2, faults(0)));
-    holds("two hosts, longer subnets than before", World::new(&[HALVES, TWO], &[], 2, faults(0)));
+fn configuration_change_causes_no_overlap() {
+    assert_holds(
+        "two hosts, shorter subnets than before",
+        ModelState::new(&[TWO_SUBNETS, HALF_SIZE_SUBNETS], &[], 2, fault_budget(0)),
+    );
+    assert_holds(
+        "two hosts, longer subnets than before",
+        ModelState::new(&[HALF_SIZE_SUBNETS, TWO_SUBNETS], &[], 2, fault_budget(0)),
+    );
 }
 
 #[test]
-fn protocols_with_a_defect_are_found_out() {
+fn defective_protocols_are_detected() {
     let broken = |configs: &[&str], faults, defect| {
-        let reserved = if configs == [DUAL] { &CROSSWISE[..] } else { &[] };
-        World::new(configs, reserved, 2, faults).broken(defect)
+        let reserved = if configs == [DUAL] { &CROSSED_RESERVATIONS[..] } else { &[] };
+        ModelState::new(configs, reserved, 2, faults).with_defect(defect)
     };
-    breaks("entries are made without a guard", "h", broken(&[TWO], 0, Broken::Create));
-    breaks("only the own key is compared, with two families", "h", broken(&[DUAL], 0, Broken::Whole));
-    breaks("the configuration is not compared", "h", broken(&[TWO, HALVES], 0, Broken::Config));
-    breaks("entries are changed and deleted without a guard", "h", broken(&[TWO], 2, Broken::Change));
+    assert_violates("entries are made without a guard", "h", broken(&[TWO_SUBNETS], 0, Defect::UnconditionalCreate));
+    assert_violates("only the own key is compared, with two families", "h", broken(&[DUAL], 0, Defect::UncheckedRange));
+    assert_violates(
+        "the configuration is not compared",
+        "h",
+        broken(&[TWO_SUBNETS, HALF_SIZE_SUBNETS], 0, Defect::UncheckedConfig),
+    );
+    assert_violates(
+        "entries are changed and deleted without a guard",
+        "h",
+        broken(&[TWO_SUBNETS], 2, Defect::UnconditionalChange),
+    );
 }

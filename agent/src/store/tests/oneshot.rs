@@ -6,50 +6,54 @@ use etcd_client::{PutOptions, Txn, TxnOp};
 
 use super::harness::*;
 use crate::model::event::StoreEvent;
-use crate::store::{Replace, StoreError, get_config, put_config, read_all, release};
+use crate::store::{ReplaceCondition, StoreError, get_config, put_config, read_all, release};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_configuration_is_replaced_only_where_it_is_the_known_one() {
+async fn config_is_replaced_only_at_expected_revision() {
     let etcd = Etcd::start().await;
     let config = etcd.config();
     etcd.client().await;
     assert_eq!(get_config(&config).await.unwrap().text, None);
-    let first = put_config(&config, NETWORK, Replace::Revision(0)).await.unwrap();
+    let first = put_config(&config, NETWORK, ReplaceCondition::Revision(0)).await.unwrap();
     let known = get_config(&config).await.unwrap();
     assert_eq!((known.text.as_deref(), known.mod_revision), (Some(NETWORK), first));
-    let error = put_config(&config, DUAL, Replace::Revision(0)).await.unwrap_err();
+    let error = put_config(&config, DUAL, ReplaceCondition::Revision(0)).await.unwrap_err();
     assert!(matches!(error, StoreError::Conflict { expected: 0, found } if found == first), "{error}");
-    let second = put_config(&config, DUAL, Replace::Revision(first)).await.unwrap();
+    let second = put_config(&config, DUAL, ReplaceCondition::Revision(first)).await.unwrap();
     assert!(second > first);
-    put_config(&config, NETWORK, Replace::Any).await.unwrap();
+    put_config(&config, NETWORK, ReplaceCondition::Any).await.unwrap();
     assert_eq!(get_config(&config).await.unwrap().text.as_deref(), Some(NETWORK));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn time_left_and_release() {
+async fn release_deletes_entries_and_revokes_leases() {
     let etcd = Etcd::start().await;
     etcd.put_config(NETWORK).await;
-    let mut agents: Vec<Agent> = (1..4).map(|n| Agent::start(etcd.config(), Some(wish(NETWORK, n)))).collect();
+    let mut agents: Vec<Agent> = (1..4).map(|n| Agent::start(etcd.config(), Some(lease_request(NETWORK, n)))).collect();
     for agent in &mut agents {
-        agent.held().await;
+        agent.next_held().await;
     }
     for agent in agents {
         agent.stop().await;
     }
     etcd.put_subnet("10.244.200.0-24", r#"{"PublicIP":"192.168.0.99"}"#, None).await;
     let all = read_all(&etcd.config(), true).await.unwrap();
-    assert_eq!((all.entries.len(), all.time_left.len()), (4, 3));
+    assert_eq!((all.entries.len(), all.remaining_ttls.len()), (4, 3));
     let day = Duration::from_secs(24 * 60 * 60);
-    assert!(all.time_left.values().all(|left| *left <= day && *left > day - Duration::from_secs(60)), "{:?}", all.time_left);
+    assert!(
+        all.remaining_ttls.values().all(|left| *left <= day && *left > day - Duration::from_secs(60)),
+        "{:?}",
+        all.remaining_ttls
+    );
     let done = release(&etcd.config(), "id-2").await.unwrap();
     assert_eq!((done.released.len(), done.reservations.len()), (1, 0));
-    assert_eq!(read_all(&etcd.config(), true).await.unwrap().time_left.len(), 2);
+    assert_eq!(read_all(&etcd.config(), true).await.unwrap().remaining_ttls.len(), 2);
     assert_eq!(etcd.client().await.leases().await.unwrap().leases().len(), 2, "its etcd lease is revoked");
-    assert_eq!(release(&etcd.config(), "id-2").await.unwrap(), crate::store::Released::default());
+    assert_eq!(release(&etcd.config(), "id-2").await.unwrap(), crate::store::ReleaseReport::default());
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ten_thousand_leases_are_read_page_by_page() {
+async fn ten_thousand_leases_are_paginated() {
     let etcd = Etcd::start().await;
     let network = r#"{"Network":"10.0.0.0/8"}"#;
     etcd.put_config(network).await;
@@ -71,16 +75,16 @@ async fn ten_thousand_leases_are_read_page_by_page() {
     assert_eq!(all.entries.len(), 10_000);
     assert!(all.entries.iter().all(|entry| entry.value.is_ok()));
     let begun = Instant::now();
-    let mut agent = Agent::start(etcd.config(), Some(wish(network, 0xffff)));
+    let mut agent = Agent::start(etcd.config(), Some(lease_request(network, 0xffff)));
     agent.find(|event| matches!(event, StoreEvent::Snapshot(all) if all.len() == 10_000).then_some(())).await;
     println!("10,000 leases handed on {:?} after start", begun.elapsed());
-    agent.held().await;
+    agent.next_held().await;
     println!("own lease among 10,000 held {:?} after start", begun.elapsed());
     agent.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn values_larger_than_one_answer_are_read_in_smaller_pages() {
+async fn oversized_response_shrinks_page_size() {
     let etcd = Etcd::start().await;
     etcd.put_config(NETWORK).await;
     let large = "x".repeat(1_400_000);

@@ -11,8 +11,8 @@ use crate::model::event::{Connection, StoreEvent};
 use crate::store::{StoreConfig, StoreError, get_config, put_config, read_all, server_clock};
 
 /// A CA, and certificates signed by it for the server and for a client.
-fn certificates(directory: &Path) {
-    let openssl = |arguments: &[&str]| run(directory, "openssl", arguments);
+fn create_certificates(directory: &Path) {
+    let openssl = |arguments: &[&str]| run_command(directory, "openssl", arguments);
     let key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"];
     for ca in ["ca", "other"] {
         let (keyout, out) = (format!("{ca}.key"), format!("{ca}.crt"));
@@ -47,9 +47,9 @@ fn certificates(directory: &Path) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn tls_with_a_client_certificate() {
+async fn mutual_tls_connects() {
     let directory = tempfile::tempdir().unwrap();
-    certificates(directory.path());
+    create_certificates(directory.path());
     let file = |name: &str| directory.path().join(name);
     let tls = ServerTls { ca: file("ca.crt"), certificate: file("server.crt"), key: file("server.key") };
     let etcd = Etcd::start_with(Some(tls)).await;
@@ -59,12 +59,12 @@ async fn tls_with_a_client_certificate() {
         keyfile: Some(file("client.key")),
         ..etcd.config()
     };
-    put_config(&good, NETWORK, crate::store::Replace::Any).await.unwrap();
+    put_config(&good, NETWORK, crate::store::ReplaceCondition::Any).await.unwrap();
     let clock = server_clock(&good).await.unwrap().expect("a date");
     let own = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
     assert!(own.abs_diff(clock) <= 5, "{clock}, and not {own}");
-    let mut agent = Agent::start(good.clone(), Some(wish(NETWORK, 7)));
-    agent.held().await;
+    let mut agent = Agent::start(good.clone(), Some(lease_request(NETWORK, 7)));
+    agent.next_held().await;
     agent.stop().await;
 
     let without = StoreConfig { certfile: None, keyfile: None, ..good.clone() };
@@ -90,9 +90,9 @@ async fn tls_with_a_client_certificate() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn tls_to_a_server_without_it_is_named() {
+async fn tls_to_plaintext_server_is_reported() {
     let directory = tempfile::tempdir().unwrap();
-    certificates(directory.path());
+    create_certificates(directory.path());
     let etcd = Etcd::start().await;
     let endpoints = vec![etcd.endpoint().replace("http", "https")];
     let config = StoreConfig { endpoints, cafile: Some(directory.path().join("ca.crt")), ..etcd.config() };
@@ -101,7 +101,7 @@ async fn tls_to_a_server_without_it_is_named() {
 }
 
 /// Users `root` and `agent` (may write below the prefix) and `reader` (may read there), all with the same password.
-async fn with_login(etcd: &Etcd) -> StoreConfig {
+async fn enable_auth(etcd: &Etcd) -> StoreConfig {
     let mut client: Client = etcd.client().await;
     for user in ["root", "agent", "reader", "nobody"] {
         client.user_add(user, "s3cret of all", None).await.unwrap();
@@ -124,22 +124,22 @@ async fn with_login(etcd: &Etcd) -> StoreConfig {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn user_and_password() {
+async fn password_authentication_works() {
     let etcd = Etcd::start().await;
     etcd.put_config(NETWORK).await;
     let directory = tempfile::tempdir().unwrap();
     let file = |name: &str, text: &str| {
-        secret(&directory.path().join(name), text);
+        write_secret(&directory.path().join(name), text);
         Some(directory.path().join(name))
     };
     // A password where etcd asks for none is no error.
     let superfluous = StoreConfig { username: Some("agent".to_owned()), password_file: file("any", "x"), ..etcd.config() };
     get_config(&superfluous).await.unwrap();
 
-    let config = with_login(&etcd).await;
+    let config = enable_auth(&etcd).await;
     let good = StoreConfig { password_file: file("good", "s3cret of all\n"), ..config.clone() };
-    let mut agent = Agent::start(good.clone(), Some(wish(NETWORK, 7)));
-    agent.held().await;
+    let mut agent = Agent::start(good.clone(), Some(lease_request(NETWORK, 7)));
+    agent.next_held().await;
     agent.stop().await;
     read_all(&good, true).await.unwrap();
     assert!(!format!("{good:?}").contains("s3cret"));
@@ -165,9 +165,9 @@ async fn user_and_password() {
 
     // Who may only read still follows the network, and is told why there is no lease.
     let reader = StoreConfig { username: Some("reader".to_owned()), ..good };
-    let mut agent = Agent::start(reader, Some(wish(NETWORK, 8)));
+    let mut agent = Agent::start(reader, Some(lease_request(NETWORK, 8)));
     agent.find(|event| matches!(event, StoreEvent::Snapshot(_)).then_some(())).await;
-    let reason = agent.wanted().await;
+    let reason = agent.next_not_held().await;
     assert!(reason.contains("user `reader` may not write"), "{reason}");
     let quiet = tokio::time::timeout(std::time::Duration::from_secs(2), agent.events.recv()).await;
     assert!(!matches!(quiet, Ok(Some(StoreEvent::Connection(Connection::Down { .. })))), "{quiet:?}");
@@ -175,16 +175,16 @@ async fn user_and_password() {
 }
 
 /// A file for its owner alone.
-fn secret(path: &Path, text: &str) {
+fn write_secret(path: &Path, text: &str) {
     fs::write(path, text).unwrap();
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
 }
 
 /// Everything that is logged at any level, as text.
 #[derive(Clone, Default)]
-struct Log(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
+struct LogBuffer(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
 
-impl std::io::Write for Log {
+impl std::io::Write for LogBuffer {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         self.0.lock().unwrap().extend_from_slice(bytes);
         Ok(bytes.len())
@@ -196,16 +196,16 @@ impl std::io::Write for Log {
 }
 
 /// Set in the process that runs the test below by itself.
-const ALONE: &str = "OVERLAY_TEST_ALONE";
+const ISOLATED_ENV: &str = "OVERLAY_TEST_ALONE";
 
 #[tokio::test]
-async fn the_password_is_in_no_log() {
+async fn password_is_never_logged() {
     // What other tests do with their subscribers decides, for the whole process, which events are made at all.
-    if std::env::var_os(ALONE).is_none() {
+    if std::env::var_os(ISOLATED_ENV).is_none() {
         let this = std::thread::current().name().unwrap().to_owned();
         let output = std::process::Command::new(std::env::current_exe().unwrap())
             .args(["--exact", &this, "--nocapture"])
-            .env(ALONE, "1")
+            .env(ISOLATED_ENV, "1")
             .output()
             .unwrap();
         let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
@@ -216,9 +216,9 @@ async fn the_password_is_in_no_log() {
     etcd.put_config(NETWORK).await;
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("password");
-    secret(&file, "s3cret of all");
-    let config = StoreConfig { password_file: Some(file.clone()), ..with_login(&etcd).await };
-    let log = Log::default();
+    write_secret(&file, "s3cret of all");
+    let config = StoreConfig { password_file: Some(file.clone()), ..enable_auth(&etcd).await };
+    let log = LogBuffer::default();
     let writer = log.clone();
     let subscriber = tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_writer(move || writer.clone()).finish();
     // One thread runs everything, so this thread's subscriber sees everything.

@@ -44,15 +44,15 @@ pub(super) struct Packet {
 
 /// Whether something is so.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Truth {
-    Yes,
-    No,
+pub(super) enum Ternary {
+    True,
+    False,
     Unknown,
 }
 
-impl From<bool> for Truth {
-    fn from(value: bool) -> Truth {
-        if value { Truth::Yes } else { Truth::No }
+impl From<bool> for Ternary {
+    fn from(value: bool) -> Ternary {
+        if value { Ternary::True } else { Ternary::False }
     }
 }
 
@@ -89,8 +89,8 @@ impl Packet {
     }
 
     /// Whether `key` (`ip saddr`, `udp dport`, `iifname` ...) of this packet is `value`: one value, a range, a prefix, or a list.
-    pub(super) fn is(&self, key: &str, value: &[String]) -> Truth {
-        let any = |one: &dyn Fn(&str) -> Truth| any(value, one);
+    pub(super) fn is(&self, key: &str, value: &[String]) -> Ternary {
+        let any = |one: &dyn Fn(&str) -> Ternary| any(value, one);
         let v4 = self.family() == Family::V4;
         match key {
             "iifname" | "iif" => any(&|value| name(&self.input, value)),
@@ -99,109 +99,109 @@ impl Packet {
                 if v4 {
                     any(&|value| address(self.source, value))
                 } else {
-                    Truth::No
+                    Ternary::False
                 }
             }
             "ip daddr" => {
                 if v4 {
                     any(&|value| address(self.destination, value))
                 } else {
-                    Truth::No
+                    Ternary::False
                 }
             }
             "ip6 saddr" => {
                 if v4 {
-                    Truth::No
+                    Ternary::False
                 } else {
                     any(&|value| address(self.source, value))
                 }
             }
             "ip6 daddr" => {
                 if v4 {
-                    Truth::No
+                    Ternary::False
                 } else {
                     any(&|value| address(self.destination, value))
                 }
             }
-            "ip protocol" if !v4 => Truth::No,
-            "ip6 nexthdr" if v4 => Truth::No,
+            "ip protocol" if !v4 => Ternary::False,
+            "ip6 nexthdr" if v4 => Ternary::False,
             "meta l4proto" | "ip protocol" | "ip6 nexthdr" => any(&|value| self.is_protocol(value)),
-            "meta nfproto" => any(&|value| Truth::from(value == if v4 { "ipv4" } else { "ipv6" })),
+            "meta nfproto" => any(&|value| Ternary::from(value == if v4 { "ipv4" } else { "ipv6" })),
             "udp dport" | "tcp dport" | "th dport" | "sctp dport" => self.port(key, value, self.destination_port),
             "udp sport" | "tcp sport" | "th sport" | "sctp sport" => self.port(key, value, self.source_port),
             // Our rules keep the tunnel's packets from conntrack.
-            "ct state" if self.hook != Hook::Forward => any(&|value| Truth::from(value == "untracked")),
-            "ct state" => any(&|value| Truth::from(value == "new")),
-            "ct status" if self.hook != Hook::Forward => Truth::No,
-            "ct status" => any(&|value| Truth::from(value == "confirmed")),
-            "icmp type" | "icmp code" | "icmpv6 type" | "tcp flags" => Truth::No,
-            "pkttype" | "meta pkttype" => any(&|value| Truth::from(value == "unicast" || value == "host")),
+            "ct state" if self.hook != Hook::Forward => any(&|value| Ternary::from(value == "untracked")),
+            "ct state" => any(&|value| Ternary::from(value == "new")),
+            "ct status" if self.hook != Hook::Forward => Ternary::False,
+            "ct status" => any(&|value| Ternary::from(value == "confirmed")),
+            "icmp type" | "icmp code" | "icmpv6 type" | "tcp flags" => Ternary::False,
+            "pkttype" | "meta pkttype" => any(&|value| Ternary::from(value == "unicast" || value == "host")),
             "fib daddr type" => any(&|value| self.destination_type(value)),
-            _ => Truth::Unknown,
+            _ => Ternary::Unknown,
         }
     }
 
-    fn is_protocol(&self, value: &str) -> Truth {
+    fn is_protocol(&self, value: &str) -> Ternary {
         let number = if self.protocol == "udp" { "17" } else { "6" };
-        Truth::from(value == self.protocol || value == number)
+        Ternary::from(value == self.protocol || value == number)
     }
 
-    fn port(&self, key: &str, values: &[String], port: u16) -> Truth {
+    fn port(&self, key: &str, values: &[String], port: u16) -> Ternary {
         if !key.starts_with("th ") && !key.starts_with(self.protocol) {
-            return Truth::No;
+            return Ternary::False;
         }
         any(values, &|value| in_range(port, value))
     }
 
-    fn destination_type(&self, value: &str) -> Truth {
+    fn destination_type(&self, value: &str) -> Ternary {
         match (value, self.hook) {
-            ("local", hook) => Truth::from(hook == Hook::Input),
-            ("unicast", hook) => Truth::from(hook != Hook::Input),
-            _ => Truth::No,
+            ("local", hook) => Ternary::from(hook == Hook::Input),
+            ("unicast", hook) => Ternary::from(hook != Hook::Input),
+            _ => Ternary::False,
         }
     }
 }
 
 /// Whether something is so of one of the values.
-fn any(values: &[String], one: &dyn Fn(&str) -> Truth) -> Truth {
-    let all: Vec<Truth> = values.iter().map(|value| one(value)).collect();
+fn any(values: &[String], one: &dyn Fn(&str) -> Ternary) -> Ternary {
+    let all: Vec<Ternary> = values.iter().map(|value| one(value)).collect();
     match () {
-        () if all.contains(&Truth::Yes) => Truth::Yes,
-        () if all.contains(&Truth::Unknown) => Truth::Unknown,
-        () => Truth::No,
+        () if all.contains(&Ternary::True) => Ternary::True,
+        () if all.contains(&Ternary::Unknown) => Ternary::Unknown,
+        () => Ternary::False,
     }
 }
 
 /// An interface's name, in quotes or not; a `*` at its end stands for any rest.
-fn name(have: &str, wanted: &str) -> Truth {
+fn name(have: &str, wanted: &str) -> Ternary {
     let wanted = wanted.trim_matches('"');
     match wanted.strip_suffix('*') {
-        Some(start) => Truth::from(!have.is_empty() && have.starts_with(start)),
-        None => Truth::from(have == wanted),
+        Some(start) => Ternary::from(!have.is_empty() && have.starts_with(start)),
+        None => Ternary::from(have == wanted),
     }
 }
 
-fn address(have: IpAddr, wanted: &str) -> Truth {
+fn address(have: IpAddr, wanted: &str) -> Ternary {
     if let Some((first, last)) = wanted.split_once('-') {
         return match (first.parse::<IpAddr>(), last.parse::<IpAddr>()) {
-            (Ok(first), Ok(last)) => Truth::from(first <= have && have <= last),
-            _ => Truth::Unknown,
+            (Ok(first), Ok(last)) => Ternary::from(first <= have && have <= last),
+            _ => Ternary::Unknown,
         };
     }
     if let Ok(one) = wanted.parse::<IpAddr>() {
-        return Truth::from(one == have);
+        return Ternary::from(one == have);
     }
-    wanted.parse::<Cidr>().map_or(Truth::Unknown, |range| Truth::from(range.contains(have)))
+    wanted.parse::<Cidr>().map_or(Ternary::Unknown, |range| Ternary::from(range.contains(have)))
 }
 
-fn in_range(have: u16, wanted: &str) -> Truth {
+fn in_range(have: u16, wanted: &str) -> Ternary {
     match wanted.split_once('-') {
         Some((first, last)) => match (first.parse::<u16>(), last.parse::<u16>()) {
-            (Ok(first), Ok(last)) => Truth::from(first <= have && have <= last),
-            _ => Truth::Unknown,
+            (Ok(first), Ok(last)) => Ternary::from(first <= have && have <= last),
+            _ => Ternary::Unknown,
         },
         // Names of services are none of the overlay's ports.
-        None => wanted.parse::<u16>().map_or(Truth::No, |port| Truth::from(port == have)),
+        None => wanted.parse::<u16>().map_or(Ternary::False, |port| Ternary::from(port == have)),
     }
 }
 

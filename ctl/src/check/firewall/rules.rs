@@ -5,10 +5,10 @@
 
 use std::collections::BTreeMap;
 
-use super::packet::{Packet, Truth};
+use super::packet::{Packet, Ternary};
 
 /// How deep chains may call each other; the kernel's own limit is 16 (`NFT_JUMP_STACK_SIZE`).
-const DEEPEST: usize = 16;
+const MAX_JUMP_DEPTH: usize = 16;
 
 /// All rules of one kind of table.
 #[derive(Debug, Default)]
@@ -17,7 +17,7 @@ pub(super) struct Ruleset {
     chains: BTreeMap<String, Chain>,
     /// Elements by family, table and set.
     sets: BTreeMap<String, Vec<String>>,
-    /// They are `iptables-legacy`'s.
+    /// They are `iptables-legacy_ruleset`'s.
     legacy: bool,
 }
 
@@ -39,7 +39,7 @@ struct Base {
 /// Where a packet ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Dropped {
-    /// `table ip filter, chain INPUT`.
+    /// `table_name ip filter, chain INPUT`.
     pub(super) place: String,
     /// The rule's text, or the chain's policy.
     pub(super) rule: String,
@@ -49,7 +49,7 @@ pub(super) struct Dropped {
     pub(super) path: Vec<String>,
     /// Whether nothing on the way is in doubt.
     pub(super) certain: bool,
-    /// Whether the rule is `iptables-legacy`'s, to whose chains the agent adds nothing.
+    /// Whether the rule is `iptables-legacy_ruleset`'s, to whose chains the agent adds nothing.
     pub(super) legacy: bool,
 }
 
@@ -69,18 +69,18 @@ impl Dropped {
 }
 
 /// What became of a packet in a chain.
-enum End {
+enum ChainResult {
     /// Accepted in this base chain.
     Accepted,
     /// Nobody decided.
-    Open,
+    NoVerdict,
     /// Dropped, by this rule of that chain.
     Dropped { chain: String, rule: String },
 }
 
 /// What is noted on the way through one base chain.
 #[derive(Default)]
-struct Way {
+struct ChainTrace {
     path: Vec<String>,
     /// A rule that may have accepted the packet.
     maybe_accepted: bool,
@@ -89,8 +89,8 @@ struct Way {
 }
 
 /// One rule's outcome for a packet: whether it matches, and what it does then.
-struct Effect {
-    matches: Truth,
+struct RuleResult {
+    matches: Ternary,
     verdict: Verdict,
 }
 
@@ -103,7 +103,7 @@ enum Verdict {
 }
 
 impl Ruleset {
-    /// What `nft -a list ruleset` prints.
+    /// What `nft -a filter ruleset` prints.
     pub(super) fn parse(text: &str) -> Ruleset {
         let mut rules = Ruleset::default();
         let (mut table, mut inner) = (String::new(), String::new());
@@ -187,13 +187,13 @@ impl Ruleset {
                 .collect();
             bases.sort_by_key(|(.., base)| base.priority);
             for (name, _, base) in bases {
-                let mut way = Way::default();
+                let mut way = ChainTrace::default();
                 let end = self.walk(name, packet, &mut way, 0);
                 let dropped = match end {
-                    End::Accepted => None,
-                    End::Open if base.drops => Some((name.clone(), "policy drop".to_owned())),
-                    End::Open => None,
-                    End::Dropped { chain, rule } => Some((chain, rule)),
+                    ChainResult::Accepted => None,
+                    ChainResult::NoVerdict if base.drops => Some((name.clone(), "policy drop".to_owned())),
+                    ChainResult::NoVerdict => None,
+                    ChainResult::Dropped { chain, rule } => Some((chain, rule)),
                 };
                 let certain = dropped.is_some() && !way.maybe_accepted;
                 let Some((chain, rule)) = dropped.or(way.maybe_dropped) else { continue };
@@ -211,56 +211,56 @@ impl Ruleset {
         None
     }
 
-    fn walk(&self, name: &str, packet: &Packet, way: &mut Way, depth: usize) -> End {
-        let Some(chain) = self.chains.get(name).filter(|_| depth < DEEPEST) else { return End::Open };
+    fn walk(&self, name: &str, packet: &Packet, way: &mut ChainTrace, depth: usize) -> ChainResult {
+        let Some(chain) = self.chains.get(name).filter(|_| depth < MAX_JUMP_DEPTH) else { return ChainResult::NoVerdict };
         let table = name.rsplit_once(' ').map_or(name, |(table, _)| table);
         way.path.push(name.rsplit(' ').next().unwrap_or(name).to_owned());
         for rule in &chain.rules {
-            let Effect { matches, verdict } = self.effect(rule, table, packet);
-            if matches == Truth::No {
+            let RuleResult { matches, verdict } = self.effect(rule, table, packet);
+            if matches == Ternary::False {
                 continue;
             }
-            let sure = matches == Truth::Yes;
+            let sure = matches == Ternary::True;
             match verdict {
                 Verdict::None => {}
-                Verdict::Accept if sure => return End::Accepted,
+                Verdict::Accept if sure => return ChainResult::Accepted,
                 Verdict::Accept => way.maybe_accepted = true,
-                Verdict::Drop if sure => return End::Dropped { chain: name.to_owned(), rule: rule.clone() },
+                Verdict::Drop if sure => return ChainResult::Dropped { chain: name.to_owned(), rule: rule.clone() },
                 Verdict::Drop => {
                     way.maybe_dropped.get_or_insert((name.to_owned(), rule.clone()));
                 }
-                Verdict::Return if sure => return End::Open,
+                Verdict::Return if sure => return ChainResult::NoVerdict,
                 Verdict::Return => way.maybe_accepted = true,
                 Verdict::Call { chain: called, back } => {
                     let end = self.walk(&format!("{table} {called}"), packet, way, depth + 1);
                     match (end, sure) {
-                        (End::Open, true) if back => {}
-                        (End::Open, true) => return End::Open,
-                        (End::Open, false) => {}
+                        (ChainResult::NoVerdict, true) if back => {}
+                        (ChainResult::NoVerdict, true) => return ChainResult::NoVerdict,
+                        (ChainResult::NoVerdict, false) => {}
                         (end, true) => return end,
-                        (End::Accepted, false) => way.maybe_accepted = true,
-                        (End::Dropped { chain, rule }, false) => {
+                        (ChainResult::Accepted, false) => way.maybe_accepted = true,
+                        (ChainResult::Dropped { chain, rule }, false) => {
                             way.maybe_dropped.get_or_insert((chain, rule));
                         }
                     }
                 }
             }
         }
-        End::Open
+        ChainResult::NoVerdict
     }
 
-    fn effect(&self, rule: &str, table: &str, packet: &Packet) -> Effect {
+    fn effect(&self, rule: &str, table: &str, packet: &Packet) -> RuleResult {
         let words = tokens(rule);
-        let mut matches = Truth::Yes;
+        let mut matches = Ternary::True;
         let mut at = 0;
-        let and = |matches: &mut Truth, found: Truth| {
+        let and = |matches: &mut Ternary, found: Ternary| {
             *matches = match (*matches, found) {
-                (Truth::No, _) | (_, Truth::No) => Truth::No,
-                (Truth::Unknown, _) | (_, Truth::Unknown) => Truth::Unknown,
-                _ => Truth::Yes,
+                (Ternary::False, _) | (_, Ternary::False) => Ternary::False,
+                (Ternary::Unknown, _) | (_, Ternary::Unknown) => Ternary::Unknown,
+                _ => Ternary::True,
             };
         };
-        let verdict = |verdict: Verdict, matches: Truth| Effect { matches, verdict };
+        let verdict = |verdict: Verdict, matches: Ternary| RuleResult { matches, verdict };
         while at < words.len() {
             let word = words[at].as_str();
             at += 1;
@@ -272,7 +272,7 @@ impl Ruleset {
                     let chain = words.get(at).cloned().unwrap_or_default();
                     return verdict(Verdict::Call { chain, back: word == "jump" }, matches);
                 }
-                "queue" => return verdict(Verdict::Accept, Truth::Unknown),
+                "queue" => return verdict(Verdict::Accept, Ternary::Unknown),
                 "counter" => {
                     if words.get(at).is_some_and(|word| word == "packets") {
                         at += 4;
@@ -291,7 +291,7 @@ impl Ruleset {
                 "notrack" => {}
                 _ => {
                     let Some((key, used)) = key(&words[at - 1..]) else {
-                        and(&mut matches, Truth::Unknown);
+                        and(&mut matches, Ternary::Unknown);
                         continue;
                     };
                     at += used - 1;
@@ -301,7 +301,7 @@ impl Ruleset {
                     at += 1;
                     if value == "vmap" {
                         let decided = self.mapped(&key, words.get(at).map(String::as_str).unwrap_or_default(), packet);
-                        return Effect { matches: meet(matches, decided.matches), verdict: decided.verdict };
+                        return RuleResult { matches: meet(matches, decided.matches), verdict: decided.verdict };
                     }
                     if value == "set" {
                         // `meta mark set 1`: a value, no match.
@@ -310,12 +310,12 @@ impl Ruleset {
                     }
                     let found = match self.values(value, table) {
                         Some(values) => packet.is(&key, &values),
-                        None => Truth::Unknown,
+                        None => Ternary::Unknown,
                     };
                     let found = match (found, negated) {
-                        (Truth::Yes, true) => Truth::No,
-                        (Truth::No, true) if of_other_protocol(&key, packet) => Truth::No,
-                        (Truth::No, true) => Truth::Yes,
+                        (Ternary::True, true) => Ternary::False,
+                        (Ternary::False, true) if of_other_protocol(&key, packet) => Ternary::False,
+                        (Ternary::False, true) => Ternary::True,
                         (found, _) => found,
                     };
                     and(&mut matches, found);
@@ -334,13 +334,13 @@ impl Ruleset {
     }
 
     /// `KEY vmap { VALUE : VERDICT, ... }`.
-    fn mapped(&self, key: &str, map: &str, packet: &Packet) -> Effect {
+    fn mapped(&self, key: &str, map: &str, packet: &Packet) -> RuleResult {
         if !map.starts_with('{') {
-            return Effect { matches: Truth::Unknown, verdict: Verdict::Drop };
+            return RuleResult { matches: Ternary::Unknown, verdict: Verdict::Drop };
         }
         for pair in map.trim_matches(['{', '}']).split(',') {
             let Some((value, verdict)) = pair.split_once(" : ") else { continue };
-            if packet.is(key, &[value.trim().to_owned()]) != Truth::Yes {
+            if packet.is(key, &[value.trim().to_owned()]) != Ternary::True {
                 continue;
             }
             let words: Vec<&str> = verdict.split_whitespace().collect();
@@ -352,9 +352,9 @@ impl Ruleset {
                 ["goto", chain] => Verdict::Call { chain: (*chain).to_owned(), back: false },
                 _ => Verdict::None,
             };
-            return Effect { matches: Truth::Yes, verdict };
+            return RuleResult { matches: Ternary::True, verdict };
         }
-        Effect { matches: Truth::No, verdict: Verdict::None }
+        RuleResult { matches: Ternary::False, verdict: Verdict::None }
     }
 }
 
@@ -393,19 +393,19 @@ fn of_other_protocol(key: &str, packet: &Packet) -> bool {
         Some(word @ ("udp" | "tcp" | "sctp")) => word,
         Some("ip" | "ip6") => {
             return packet.is(&format!("{} daddr", &key[..key.find(' ').unwrap_or(0)]), &[packet.destination.to_string()])
-                == Truth::No;
+                == Ternary::False;
         }
         Some("icmp" | "icmpv6") => return true,
         _ => return false,
     };
-    packet.is("meta l4proto", &[protocol.to_owned()]) == Truth::No
+    packet.is("meta l4proto", &[protocol.to_owned()]) == Ternary::False
 }
 
-fn meet(a: Truth, b: Truth) -> Truth {
+fn meet(a: Ternary, b: Ternary) -> Ternary {
     match (a, b) {
-        (Truth::No, _) | (_, Truth::No) => Truth::No,
-        (Truth::Yes, Truth::Yes) => Truth::Yes,
-        _ => Truth::Unknown,
+        (Ternary::False, _) | (_, Ternary::False) => Ternary::False,
+        (Ternary::True, Ternary::True) => Ternary::True,
+        _ => Ternary::Unknown,
     }
 }
 
@@ -457,7 +457,7 @@ fn tokens(rule: &str) -> Vec<String> {
     all
 }
 
-/// The elements of a list; what follows an element (`timeout`, `counter`, `comment`) is left off.
+/// The elements of a list; what follows an element (`timeout`, `counter`, `rule_comment`) is left off.
 fn split_list(text: &str) -> Vec<String> {
     let first = |element: &str| element.split_whitespace().next().map(str::to_owned);
     text.split(',').filter_map(first).collect()

@@ -45,7 +45,7 @@ fn rules_that_drop_the_tunnel() {
 }
 
 #[test]
-fn rules_that_do_not() {
+fn rules_that_pass_the_tunnel() {
     for rule in [
         "udp dport 4789 drop",
         "tcp dport 8472 drop",
@@ -66,7 +66,7 @@ fn rules_that_do_not() {
 }
 
 #[test]
-fn what_is_not_known_is_not_certain() {
+fn unknown_match_is_uncertain() {
     for rule in ["xt match \"weird\" drop", "limit rate 5/second drop", "meta mark 0x7 accept\ndrop", "udp dport @unknown drop"] {
         let dropped = input(rule).unwrap_or_else(|| panic!("passes: {rule}"));
         assert!(!dropped.certain, "{rule}: {dropped:?}");

@@ -1,23 +1,23 @@
-//! What `overlayctl lab` prints.
+//! What `overlayctl start_lab` prints.
 
 use overlay_agent::model::Family;
 use serde::Serialize;
 
-use crate::lab::check::{Call, Report};
-use crate::lab::down::Removed;
+use crate::lab::check::{Probe, Report};
+use crate::lab::down::TeardownSummary;
 use crate::lab::status::{ContainerStatus, HostStatus, LabStatus};
 use crate::output::{Style, Table, Tone, View, cell, joined, toned};
 
 /// A matrix of more containers than this does not fit a terminal.
-const MATRIX_LIMIT: usize = 12;
+const MAX_MATRIX_CONTAINERS: usize = 12;
 
 /// Containers of a host beyond this many are only counted.
-const CONTAINERS_SHOWN: usize = 6;
+const MAX_CONTAINERS_SHOWN: usize = 6;
 
 /// Failures beyond this many are only counted.
-const FAILURES_SHOWN: usize = 20;
+const MAX_FAILURES_SHOWN: usize = 20;
 
-/// `lab status`.
+/// `start_lab map_status`.
 #[derive(Serialize)]
 #[serde(transparent)]
 pub(super) struct StatusView<'a>(pub(super) &'a LabStatus);
@@ -64,7 +64,7 @@ fn agent(host: &HostStatus) -> comfy_table::Cell {
 
 /// One line a container.
 fn containers(host: &HostStatus, wide: bool) -> String {
-    let shown = if wide { usize::MAX } else { CONTAINERS_SHOWN };
+    let shown = if wide { usize::MAX } else { MAX_CONTAINERS_SHOWN };
     let one = |e: &ContainerStatus| format!("{} {}", e.name, joined(e.addresses.iter().map(|(_, a)| a)));
     let mut lines: Vec<String> = host.containers.iter().take(shown).map(one).collect();
     if host.containers.len() > shown {
@@ -73,18 +73,18 @@ fn containers(host: &HostStatus, wide: bool) -> String {
     if lines.is_empty() { "-".to_owned() } else { lines.join("\n") }
 }
 
-/// `lab down`.
+/// `start_lab report_down`.
 #[derive(Serialize)]
 pub(super) struct DownView {
     pub(super) name: String,
     #[serde(flatten)]
-    pub(super) removed: Removed,
+    pub(super) removed: TeardownSummary,
 }
 
 impl View for DownView {
     fn text(&self, _style: Style, _wide: bool) -> String {
-        let Removed { processes, namespaces, .. } = self.removed;
-        if self.removed.is_nothing() {
+        let TeardownSummary { processes, namespaces, .. } = self.removed;
+        if self.removed.is_empty() {
             return format!("there is no lab {}: nothing to do", self.name);
         }
         // Without root the namespaces are not deleted by name: they end with the processes.
@@ -93,7 +93,7 @@ impl View for DownView {
     }
 }
 
-/// `lab check`.
+/// `start_lab check`.
 #[derive(Serialize)]
 #[serde(transparent)]
 pub(super) struct CheckView<'a>(pub(super) &'a Report);
@@ -102,19 +102,19 @@ impl View for CheckView<'_> {
     fn text(&self, style: Style, wide: bool) -> String {
         let report = self.0;
         let mut lines = Vec::new();
-        if report.containers.len() <= MATRIX_LIMIT || wide {
+        if report.containers.len() <= MAX_MATRIX_CONTAINERS || wide {
             lines.push(matrix(report, style));
             lines.push(String::new());
         }
         lines.push(summary(&report.overlay, style, "overlay", "each seen by its own address: no NAT inside the overlay"));
         lines.push(summary(&report.egress, style, "egress", "each seen by its host's address: masqueraded on the way out"));
-        let failed: Vec<&Call> = report.overlay.iter().chain(&report.egress).filter(|c| c.error.is_some()).collect();
-        for call in failed.iter().take(FAILURES_SHOWN) {
+        let failed: Vec<&Probe> = report.overlay.iter().chain(&report.egress).filter(|c| c.error.is_some()).collect();
+        for call in failed.iter().take(MAX_FAILURES_SHOWN) {
             let reason = call.error.as_deref().unwrap_or_default();
             lines.push(format!("{} {} -> {} ({}): {reason}", style.paint(Tone::Bad, "!"), call.from, call.to, call.address));
         }
-        if failed.len() > FAILURES_SHOWN {
-            lines.push(format!("  and {} more: -o json has them all", failed.len() - FAILURES_SHOWN));
+        if failed.len() > MAX_FAILURES_SHOWN {
+            lines.push(format!("  and {} more: -o json has them all", failed.len() - MAX_FAILURES_SHOWN));
         }
         lines.extend(report.remarks.iter().cloned());
         lines.join("\n")
@@ -143,7 +143,7 @@ fn matrix(report: &Report, style: Style) -> String {
     table.text()
 }
 
-fn summary(calls: &[Call], style: Style, what: &str, good: &str) -> String {
+fn summary(calls: &[Probe], style: Style, what: &str, good: &str) -> String {
     let well = calls.iter().filter(|c| c.error.is_none()).count();
     let mut times: Vec<u64> = calls.iter().filter_map(|c| c.micros).collect();
     times.sort_unstable();
@@ -160,9 +160,9 @@ fn summary(calls: &[Call], style: Style, what: &str, good: &str) -> String {
 mod tests {
     use super::*;
 
-    fn call(from: &str, to: &str, family: Family, error: Option<&str>) -> Call {
+    fn probe(from: &str, to: &str, family: Family, error: Option<&str>) -> Probe {
         let address = family.unspecified();
-        Call {
+        Probe {
             from: from.to_owned(),
             to: to.to_owned(),
             family,
@@ -175,17 +175,17 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_call_is_seen_in_the_matrix_and_named() {
+    fn failed_probe_is_shown_in_matrix() {
         let report = Report {
             ok: false,
             containers: vec!["h1-c1".to_owned(), "h2-c1".to_owned()],
             overlay: vec![
-                call("h1-c1", "h2-c1", Family::V4, None),
-                call("h1-c1", "h2-c1", Family::V6, None),
-                call("h2-c1", "h1-c1", Family::V4, None),
-                call("h2-c1", "h1-c1", Family::V6, Some("no answer within 5s")),
+                probe("h1-c1", "h2-c1", Family::V4, None),
+                probe("h1-c1", "h2-c1", Family::V6, None),
+                probe("h2-c1", "h1-c1", Family::V4, None),
+                probe("h2-c1", "h1-c1", Family::V6, Some("no answer within 5s")),
             ],
-            egress: vec![call("h1-c1", "world", Family::V4, None), call("h2-c1", "world", Family::V4, None)],
+            egress: vec![probe("h1-c1", "world", Family::V4, None), probe("h2-c1", "world", Family::V4, None)],
             remarks: vec!["a remark".to_owned()],
         };
         assert_eq!(

@@ -2,39 +2,39 @@
 
 /// What stands around a page's text.
 #[derive(Debug, Clone, Copy)]
-pub struct Frame {
+pub struct PageMeta {
     /// The name of the page.
     pub name: &'static str,
     /// Its section of the manual.
     pub section: &'static str,
     /// What it is about, in one line.
     pub about: &'static str,
-    /// Other pages, as `overlayd(8)`.
+    /// Other pages, as `overlayd_command(8)`.
     pub see_also: &'static str,
 }
 
 /// The page as `man(7)` has it. The title of the text is left out: the name stands for it.
-pub fn page(frame: Frame, text: &str) -> String {
-    let Frame { name, section, about, see_also } = frame;
+pub fn page(meta: PageMeta, text: &str) -> String {
+    let PageMeta { name, section, about, see_also } = meta;
     let version = env!("CARGO_PKG_VERSION");
     let mut page = Writer { out: String::new(), header: None, paragraph: true };
-    page.line(&format!(".TH {} {section} \"\" \"overlayd {version}\" \"System Administration\"", escaped(name)));
-    page.line(&format!(".SH NAME\n{} \\- {}\n.SH DESCRIPTION", escaped(name), escaped(about)));
+    page.line(&format!(".TH {} {section} \"\" \"overlayd {version}\" \"System Administration\"", escape(name)));
+    page.line(&format!(".SH NAME\n{} \\- {}\n.SH DESCRIPTION", escape(name), escape(about)));
     let mut lines = text.lines().skip_while(|line| !line.starts_with("# ")).skip(1);
     while let Some(line) = lines.next() {
         match line.strip_prefix("```") {
             Some(_) => {
                 page.line(".PP\n.RS 4\n.EX");
                 for line in lines.by_ref().take_while(|line| *line != "```") {
-                    page.text(&escaped(line));
+                    page.text(&escape(line));
                 }
                 page.line(".EE\n.RE");
                 page.paragraph = true;
             }
-            None => page.take(line),
+            None => page.convert(line),
         }
     }
-    page.line(&format!(".SH SEE ALSO\n{}", escaped(see_also)));
+    page.line(&format!(".SH SEE ALSO\n{}", escape(see_also)));
     page.out
 }
 
@@ -58,7 +58,7 @@ impl Writer {
         self.line(&format!("{guard}{text}"));
     }
 
-    fn take(&mut self, line: &str) {
+    fn convert(&mut self, line: &str) {
         if let Some(cells) = line.strip_prefix("| ") {
             return self.row(cells);
         }
@@ -67,24 +67,24 @@ impl Writer {
         } else if line.is_empty() {
             self.paragraph = true;
         } else if let Some(heading) = line.strip_prefix("### ") {
-            self.line(&format!(".SS {}", inline(heading)));
+            self.line(&format!(".SS {}", render_inline(heading)));
             self.paragraph = false;
         } else if let Some(heading) = line.strip_prefix("## ") {
-            self.line(&format!(".SH {}", inline(heading).to_uppercase()));
+            self.line(&format!(".SH {}", render_inline(heading).to_uppercase()));
             self.paragraph = false;
-        } else if let Some((number, words)) = numbered(line) {
+        } else if let Some((number, words)) = list_item(line) {
             self.line(&format!(".IP \"{number}\" 4"));
-            self.text(&inline(words));
+            self.text(&render_inline(words));
             self.paragraph = false;
         } else if let Some(words) = line.strip_prefix("- ") {
             self.line(".IP \\(bu 2");
-            self.text(&inline(words));
+            self.text(&render_inline(words));
             self.paragraph = false;
         } else {
             if std::mem::take(&mut self.paragraph) {
                 self.line(".PP");
             }
-            self.text(&inline(line.trim_start()));
+            self.text(&render_inline(line.trim_start()));
         }
     }
 
@@ -104,34 +104,35 @@ impl Writer {
         let mut words = String::new();
         for (number, cell) in cells.iter().enumerate().skip(1).filter(|(_, cell)| !cell.is_empty()) {
             let head = header.get(number).filter(|head| number < last && !head.is_empty());
-            words += &head.map_or_else(|| inline(cell), |head| format!("{}: {}. ", inline(head), inline(cell)));
+            words +=
+                &head.map_or_else(|| render_inline(cell), |head| format!("{}: {}. ", render_inline(head), render_inline(cell)));
         }
-        let term = inline(cells.first().map_or("", String::as_str));
+        let term = render_inline(cells.first().map_or("", String::as_str));
         self.line(&format!(".TP\n\\fB{}\\fR", term.replace("\\fB", "").replace("\\fR", "")));
         self.text(words.trim_end());
         self.paragraph = true;
     }
 }
 
-fn numbered(line: &str) -> Option<(&str, &str)> {
+fn list_item(line: &str) -> Option<(&str, &str)> {
     let (number, words) = line.split_once(". ")?;
     number.chars().all(|c| c.is_ascii_digit()).then_some((&line[..=number.len()], words))
 }
 
 /// Characters that roff reads otherwise. A hyphen stays the one that is typed, so that flags can be copied.
-fn escaped(text: &str) -> String {
+fn escape(text: &str) -> String {
     text.replace('\\', "\\e").replace('-', "\\-")
 }
 
 /// Code and strong words in bold; of a link its words.
-fn inline(text: &str) -> String {
+fn render_inline(text: &str) -> String {
     let mut out = String::new();
     for (number, part) in text.split('`').enumerate() {
         if number % 2 == 1 {
-            out += &format!("\\fB{}\\fR", escaped(part));
+            out += &format!("\\fB{}\\fR", escape(part));
             continue;
         }
-        let part = escaped(&linked(part).replace("\\<", "<"));
+        let part = escape(&strip_links(part).replace("\\<", "<"));
         for (number, part) in part.split("**").enumerate() {
             out += &if number % 2 == 1 { format!("\\fB{part}\\fR") } else { part.to_owned() };
         }
@@ -140,7 +141,7 @@ fn inline(text: &str) -> String {
 }
 
 /// A text with the words of its links in place of them.
-fn linked(text: &str) -> String {
+fn strip_links(text: &str) -> String {
     let mut out = String::new();
     let mut rest = text;
     while let Some((before, words, after)) = rest.split_once("](").and_then(|(left, right)| {
@@ -158,13 +159,13 @@ fn linked(text: &str) -> String {
 mod tests {
     use super::*;
 
-    const FRAME: Frame = Frame { name: "overlay-x", section: "8", about: "does x", see_also: "overlayd(8)" };
+    const PAGE_META: PageMeta = PageMeta { name: "overlay-x", section: "8", about: "does x", see_also: "overlayd(8)" };
 
     #[test]
-    fn what_the_pages_use() {
+    fn markdown_converts_to_man() {
         let text = "# X\n\nSee [this page](x.md#y) and `a-b`,\n.not a request.\n\n## Keys\n\n| key | value | default |\n| --- | --- | --- |\n\
                     | `a` | a\\|b | none |\n\n1. one\n2. two\n   more\n\n```toml\n.x = 1\n```\n";
-        let page = page(FRAME, text);
+        let page = page(PAGE_META, text);
         let (_, body) = page.split_once(".SH DESCRIPTION\n").expect("a description");
         assert_eq!(
             body,

@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, ensure};
 
-use super::way::{PAYLOAD, Way, stay_on};
+use super::path::{TrafficPath, UDP_PAYLOAD_LEN, pin_to_cpu};
 
 /// Bytes that a program hands over at once.
-const BLOCK: usize = 128 << 10;
+const WRITE_SIZE: usize = 128 << 10;
 
 /// What is sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,26 +27,26 @@ pub enum Load {
 
 /// What passed.
 #[derive(Debug, Clone, Copy)]
-pub struct Passed {
+pub struct Throughput {
     /// In a second: bytes, requests answered, or packets that arrived.
-    pub each_second: f64,
+    pub per_second: f64,
     /// Seconds of processor time of the whole machine, in a second.
     pub processor: f64,
 }
 
 impl Load {
     /// Sends for a time, once it has begun to flow.
-    pub fn run(self, way: &Way, time: Duration) -> anyhow::Result<Passed> {
+    pub fn run(self, path: &TrafficPath, time: Duration) -> anyhow::Result<Throughput> {
         match self {
-            Load::Streams(count) => streams(way, count, time),
-            Load::Requests => requests(way, time),
-            Load::Packets => packets(way, time),
+            Load::Streams(count) => streams(path, count, time),
+            Load::Requests => requests(path, time),
+            Load::Packets => packets(path, time),
         }
     }
 }
 
-fn streams(way: &Way, count: usize, time: Duration) -> anyhow::Result<Passed> {
-    let pairs = (0..count).map(|_| way.connect()).collect::<anyhow::Result<Vec<_>>>()?;
+fn streams(path: &TrafficPath, count: usize, time: Duration) -> anyhow::Result<Throughput> {
+    let pairs = (0..count).map(|_| path.connect()).collect::<anyhow::Result<Vec<_>>>()?;
     let received = AtomicU64::new(0);
     let ends: Vec<&TcpStream> = pairs.iter().flat_map(|(near, far)| [near, far]).collect();
     // One stream is told where to run, so that no two turns differ in that; several spread by themselves.
@@ -55,25 +55,25 @@ fn streams(way: &Way, count: usize, time: Duration) -> anyhow::Result<Passed> {
         for (near, far) in &pairs {
             scope.spawn(move || -> anyhow::Result<()> {
                 if chosen {
-                    stay_on(false)?;
+                    pin_to_cpu(false)?;
                 }
-                let (mut near, block) = (near, vec![0x5a; BLOCK]);
+                let (mut near, block) = (near, vec![0x5a; WRITE_SIZE]);
                 while near.write_all(&block).is_ok() {}
                 Ok(())
             });
             let received = &received;
             scope.spawn(move || -> anyhow::Result<()> {
                 if chosen {
-                    stay_on(true)?;
+                    pin_to_cpu(true)?;
                 }
-                let (mut far, mut block) = (far, vec![0; BLOCK]);
+                let (mut far, mut block) = (far, vec![0; WRITE_SIZE]);
                 while let Ok(length @ 1..) = far.read(&mut block) {
                     received.fetch_add(u64::try_from(length)?, Ordering::Relaxed);
                 }
                 Ok(())
             });
         }
-        let passed = watch(&received, time);
+        let passed = measure_rate(&received, time);
         for end in ends {
             let _gone = end.shutdown(Shutdown::Both);
         }
@@ -81,12 +81,12 @@ fn streams(way: &Way, count: usize, time: Duration) -> anyhow::Result<Passed> {
     })
 }
 
-fn requests(way: &Way, time: Duration) -> anyhow::Result<Passed> {
-    let (near, far) = way.connect()?;
+fn requests(path: &TrafficPath, time: Duration) -> anyhow::Result<Throughput> {
+    let (near, far) = path.connect()?;
     let answered = AtomicU64::new(0);
     thread::scope(|scope| {
         scope.spawn(|| -> anyhow::Result<()> {
-            stay_on(false)?;
+            pin_to_cpu(false)?;
             let (mut near, mut byte) = (&near, [1]);
             while near.write_all(&byte).is_ok() && near.read_exact(&mut byte).is_ok() {
                 answered.fetch_add(1, Ordering::Relaxed);
@@ -94,12 +94,12 @@ fn requests(way: &Way, time: Duration) -> anyhow::Result<Passed> {
             Ok(())
         });
         scope.spawn(|| -> anyhow::Result<()> {
-            stay_on(true)?;
+            pin_to_cpu(true)?;
             let (mut far, mut byte) = (&far, [1]);
             while far.read_exact(&mut byte).is_ok() && far.write_all(&byte).is_ok() {}
             Ok(())
         });
-        let passed = watch(&answered, time);
+        let passed = measure_rate(&answered, time);
         for end in [&near, &far] {
             let _gone = end.shutdown(Shutdown::Both);
         }
@@ -107,23 +107,23 @@ fn requests(way: &Way, time: Duration) -> anyhow::Result<Passed> {
     })
 }
 
-fn packets(way: &Way, time: Duration) -> anyhow::Result<Passed> {
-    let (near, far) = way.datagrams()?;
+fn packets(path: &TrafficPath, time: Duration) -> anyhow::Result<Throughput> {
+    let (near, far) = path.datagrams()?;
     far.set_read_timeout(Some(Duration::from_millis(100)))?;
     let (received, stop) = (AtomicU64::new(0), AtomicBool::new(false));
     let going = || !stop.load(Ordering::Relaxed);
     thread::scope(|scope| {
         scope.spawn(|| -> anyhow::Result<()> {
-            stay_on(false)?;
+            pin_to_cpu(false)?;
             while going() {
                 // A queue that is full loses the packet: it does not arrive, and is not counted.
-                let _lost = near.send(&[0x5a; PAYLOAD]);
+                let _lost = near.send(&[0x5a; UDP_PAYLOAD_LEN]);
             }
             Ok(())
         });
         scope.spawn(|| -> anyhow::Result<()> {
-            stay_on(true)?;
-            let mut packet = [0; PAYLOAD];
+            pin_to_cpu(true)?;
+            let mut packet = [0; UDP_PAYLOAD_LEN];
             while going() {
                 if far.recv(&mut packet).is_ok() {
                     received.fetch_add(1, Ordering::Relaxed);
@@ -131,33 +131,33 @@ fn packets(way: &Way, time: Duration) -> anyhow::Result<Passed> {
             }
             Ok(())
         });
-        let passed = watch(&received, time);
+        let passed = measure_rate(&received, time);
         stop.store(true, Ordering::Relaxed);
         passed
     })
 }
 
 /// Waits a little, and then looks how fast a count grows, and what the machine does for it.
-fn watch(count: &AtomicU64, time: Duration) -> anyhow::Result<Passed> {
+fn measure_rate(count: &AtomicU64, time: Duration) -> anyhow::Result<Throughput> {
     thread::sleep(time / 5);
-    let (begin, idle, before) = (Instant::now(), idle()?, count.load(Ordering::Relaxed));
+    let (begin, idle, before) = (Instant::now(), idle_seconds()?, count.load(Ordering::Relaxed));
     thread::sleep(time);
     let (seconds, grown) = (begin.elapsed().as_secs_f64(), count.load(Ordering::Relaxed) - before);
-    let idle = self::idle()? - idle;
+    let idle = self::idle_seconds()? - idle;
     ensure!(grown > 0, "nothing arrives");
     let processors = u32::try_from(thread::available_parallelism().map_or(1, usize::from))?;
     // A count of that size is exact in a double.
     let each_second = u32::try_from(grown >> 16).map(f64::from)? * 65536.0 + f64::from(u16::try_from(grown & 0xffff)?);
-    Ok(Passed { each_second: each_second / seconds, processor: (f64::from(processors) - idle / seconds).max(0.0) })
+    Ok(Throughput { per_second: each_second / seconds, processor: (f64::from(processors) - idle / seconds).max(0.0) })
 }
 
 /// Seconds that the processors were idle since the machine started (`proc_stat(5)`), together. The kernel measures them; times of work it only samples.
-fn idle() -> anyhow::Result<f64> {
+fn idle_seconds() -> anyhow::Result<f64> {
     let text = fs::read_to_string("/proc/stat").context("cannot read /proc/stat")?;
-    idle_of(&text).ok_or_else(|| anyhow!("/proc/stat does not begin with the sum of all processors"))
+    parse_idle_seconds(&text).ok_or_else(|| anyhow!("/proc/stat does not begin with the sum of all processors"))
 }
 
-fn idle_of(text: &str) -> Option<f64> {
+fn parse_idle_seconds(text: &str) -> Option<f64> {
     let mut fields = text.lines().next()?.strip_prefix("cpu ")?.split_whitespace().skip(3);
     let (idle, waiting): (f64, f64) = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
     // USER_HZ, which is 100 on every machine that Rust runs on but Alpha.
@@ -169,9 +169,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn idle_time_is_read() {
+    fn idle_time_is_parsed() {
         let text = "cpu  100 0 50 3000 200 0 7 0 0 0\ncpu0 50 0 25 1500 100 0 3 0 0 0\n";
-        assert_eq!(idle_of(text), Some(32.0));
-        assert_eq!(idle_of("intr 1 2 3"), None);
+        assert_eq!(parse_idle_seconds(text), Some(32.0));
+        assert_eq!(parse_idle_seconds("intr 1 2 3"), None);
     }
 }

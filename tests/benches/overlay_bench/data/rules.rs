@@ -8,7 +8,7 @@ use anyhow::{Context, anyhow, ensure};
 use clap::ValueEnum;
 use overlay_agent::kernel::netns::Netns;
 use overlay_agent::kernel::nft::Nft;
-use overlay_agent::plan::ruleset::{ChainKind, Expr, OVERLAY, Rule, Table};
+use overlay_agent::plan::ruleset::{ChainKind, Expr, OVERLAY_CHAIN, Rule, Table};
 use overlay_agent::plan::{Key, Op, OpError, Ruleset, State, Value};
 
 /// What others have: a firewall that knows connections, as Docker, kube-proxy, firewalld and ufw bring it.
@@ -40,7 +40,7 @@ pub enum Rules {
 
 impl Rules {
     /// Each, behind what it is compared with.
-    pub const EACH: [(Rules, Option<Rules>); 9] = [
+    pub const WITH_BASELINE: [(Rules, Option<Rules>); 9] = [
         (Rules::None, None),
         (Rules::All, Some(Rules::None)),
         (Rules::Bridge, Some(Rules::None)),
@@ -53,7 +53,7 @@ impl Rules {
     ];
 
     /// For the table.
-    pub const fn words(self) -> &'static str {
+    pub const fn label(self) -> &'static str {
         match self {
             Rules::None => "no rules",
             Rules::All => "our rules",
@@ -67,12 +67,12 @@ impl Rules {
         }
     }
 
-    const fn foreign(self) -> bool {
+    const fn has_foreign_firewall(self) -> bool {
         matches!(self, Rules::Others | Rules::AllAndOthers)
     }
 
     /// What of a table of ours stands.
-    fn of(self, ruleset: &Ruleset) -> Option<Ruleset> {
+    fn select(self, ruleset: &Ruleset) -> Option<Ruleset> {
         match (self, ruleset.table) {
             (Rules::All | Rules::AllAndOthers, _) | (Rules::Bridge, Table::Bridge) | (Rules::Inet, Table::Inet) => {
                 Some(ruleset.clone())
@@ -92,7 +92,7 @@ impl Rules {
             }
             (Rules::InnerUntracked, Table::Inet) => {
                 let mut ruleset = ruleset.clone();
-                let overlay = ruleset.chains.iter().find(|chain| chain.name == OVERLAY);
+                let overlay = ruleset.chains.iter().find(|chain| chain.name == OVERLAY_CHAIN);
                 let overlay = overlay.map(|chain| chain.rules.iter().flat_map(|rule| rule.exprs.clone())).into_iter().flatten();
                 let inside = overlay.filter(|expr| !matches!(expr, Expr::Accept)).chain([Expr::Untrack]).collect();
                 if let Some(chain) = ruleset.chains.iter_mut().find(|chain| chain.name == "incoming") {
@@ -106,55 +106,56 @@ impl Rules {
 }
 
 /// The rules of a host.
-pub struct Switch {
+pub struct RulesetSwitch {
     netns: Netns,
     nft: Nft,
     /// What the agent made.
-    made: State,
-    known: State,
-    foreign: bool,
+    original: State,
+    current: State,
+    foreign_firewall: bool,
 }
 
-impl Switch {
+impl RulesetSwitch {
     /// Looks at what a host has, which should be both tables.
-    pub fn new(netns: &Netns) -> anyhow::Result<Switch> {
+    pub fn new(netns: &Netns) -> anyhow::Result<RulesetSwitch> {
         let mut nft = netns.run(Nft::open)??;
         let made = nft.dump()?.rules;
         for table in Table::ALL {
             ensure!(made.contains_key(&Key::Ruleset(table)), "there is no table {table} overlayd to be measured");
         }
-        Ok(Switch { netns: netns.clone(), nft, known: made.clone(), made, foreign: false })
+        Ok(RulesetSwitch { netns: netns.clone(), nft, current: made.clone(), original: made, foreign_firewall: false })
     }
 
     /// Has these rules stand, and no others.
     pub fn set(&mut self, rules: Rules) -> anyhow::Result<()> {
-        let gone: Vec<Op> = self.known.iter().filter(|(key, _)| matches!(key, Key::Ruleset(_))).map(delete).collect();
-        let tables: Vec<Ruleset> = self.made.values().filter_map(|value| as_ruleset(value).and_then(|r| rules.of(r))).collect();
+        let gone: Vec<Op> = self.current.iter().filter(|(key, _)| matches!(key, Key::Ruleset(_))).map(delete_op).collect();
+        let tables: Vec<Ruleset> =
+            self.original.values().filter_map(|value| as_ruleset(value).and_then(|r| rules.select(r))).collect();
         let held = |key: &Key| matches!(key, Key::Element(e) if tables.iter().any(|t| t.sets.contains(&e.set()) && t.table == e.set().table()));
-        let elements = self.made.iter().filter(|(key, _)| held(key)).map(|(key, value)| Op::Set(key.clone(), value.clone()));
+        let elements = self.original.iter().filter(|(key, _)| held(key)).map(|(key, value)| Op::Set(key.clone(), value.clone()));
         let tables = tables.iter().map(|r| Op::Set(Key::Ruleset(r.table), Value::Ruleset(Box::new(r.clone()))));
         let come: Vec<Op> = tables.chain(elements).collect();
         for ops in [gone, come].iter().filter(|ops| !ops.is_empty()) {
-            refused(self.nft.apply(ops, &mut self.known))?;
+            first_error(self.nft.apply(ops, &mut self.current))?;
         }
-        if rules.foreign() != self.foreign {
-            let script = if rules.foreign() { FIREWALL } else { "delete table inet others" };
+        if rules.has_foreign_firewall() != self.foreign_firewall {
+            let script = if rules.has_foreign_firewall() { FIREWALL } else { "delete table inet others" };
             let run = || Command::new("nft").arg(script).output();
             let output = self.netns.run(run)?.context("`nft` is needed: apt-get install nftables")?;
             ensure!(output.status.success(), "nft {script}: {}", String::from_utf8_lossy(&output.stderr).trim());
-            self.foreign = rules.foreign();
+            self.foreign_firewall = rules.has_foreign_firewall();
         }
         Ok(())
     }
 
     /// Whether the kernel has again what the agent had made.
-    pub fn is_whole(&mut self) -> anyhow::Result<bool> {
-        Ok(self.nft.dump()?.rules == self.made)
+    pub fn is_restored(&mut self) -> anyhow::Result<bool> {
+        Ok(self.nft.dump()?.rules == self.original)
     }
 }
 
 /// Has these rules stand on all hosts, and lets the kernel come to rest: it takes hooks away when no processor is inside any more.
-pub fn set_all(switches: &mut [Switch], rules: Rules) -> anyhow::Result<()> {
+pub fn set_on_all(switches: &mut [RulesetSwitch], rules: Rules) -> anyhow::Result<()> {
     for switch in &mut *switches {
         switch.set(rules)?;
     }
@@ -162,7 +163,7 @@ pub fn set_all(switches: &mut [Switch], rules: Rules) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn delete((key, value): (&Key, &Value)) -> Op {
+fn delete_op((key, value): (&Key, &Value)) -> Op {
     Op::Delete(key.clone(), value.clone())
 }
 
@@ -173,6 +174,6 @@ fn as_ruleset(value: &Value) -> Option<&Ruleset> {
     }
 }
 
-fn refused(failed: Vec<(usize, OpError)>) -> anyhow::Result<()> {
+fn first_error(failed: Vec<(usize, OpError)>) -> anyhow::Result<()> {
     failed.into_iter().next().map_or(Ok(()), |(_, error)| Err(anyhow!(error)))
 }

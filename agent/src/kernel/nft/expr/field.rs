@@ -1,14 +1,14 @@
 //! Fields of packets as loads into registers, one behind the other, there and back.
 
-use super::raw::Raw;
+use super::raw::RawExpr;
 use super::uapi::*;
-use super::{Load, load, mask, mask_bytes, nat_of};
-use crate::kernel::nft::wire::Writer;
+use super::{RegisterLoad, load, mask, mask_bytes, nat_for_map};
+use crate::kernel::nft::codec::Writer;
 use crate::model::Family;
 use crate::plan::ruleset::{Expr, Field, SetName, Table};
 
 /// The fields that stand at a fixed place, but for those of the transport header.
-const FIXED: [Field; 14] = [
+const FIXED_FIELDS: [Field; 14] = [
     Field::InputInterface,
     Field::OutputInterface,
     Field::Protocol,
@@ -37,16 +37,16 @@ pub(super) fn address_offset(family: Family, destination: bool) -> u32 {
 }
 
 /// How a field is loaded.
-fn load_of(field: Field) -> Load {
+fn load_for_field(field: Field) -> RegisterLoad {
     let length = u32::from(field.length());
-    let network = |offset| Load::Payload { base: NFT_PAYLOAD_NETWORK_HEADER, offset, length };
-    let transport = |offset| Load::Payload { base: NFT_PAYLOAD_TRANSPORT_HEADER, offset, length };
+    let network = |offset| RegisterLoad::Payload { base: NFT_PAYLOAD_NETWORK_HEADER, offset, length };
+    let transport = |offset| RegisterLoad::Payload { base: NFT_PAYLOAD_TRANSPORT_HEADER, offset, length };
     match field {
-        Field::InputInterface => Load::Meta(NFT_META_IIFNAME),
-        Field::OutputInterface => Load::Meta(NFT_META_OIFNAME),
-        Field::Protocol => Load::Meta(NFT_META_PROTOCOL),
-        Field::Layer4 => Load::Meta(NFT_META_L4PROTO),
-        Field::EtherSource => Load::Payload { base: NFT_PAYLOAD_LINK_HEADER, offset: 6, length },
+        Field::InputInterface => RegisterLoad::Meta(NFT_META_IIFNAME),
+        Field::OutputInterface => RegisterLoad::Meta(NFT_META_OIFNAME),
+        Field::Protocol => RegisterLoad::Meta(NFT_META_PROTOCOL),
+        Field::Layer4 => RegisterLoad::Meta(NFT_META_L4PROTO),
+        Field::EtherSource => RegisterLoad::Payload { base: NFT_PAYLOAD_LINK_HEADER, offset: 6, length },
         Field::Source(family) => network(address_offset(family, false)),
         Field::Destination(family) => network(address_offset(family, true)),
         Field::NextHeader => network(6),
@@ -60,58 +60,58 @@ fn load_of(field: Field) -> Load {
 }
 
 /// Loads fields one behind the other, each at the next multiple of four bytes.
-pub(super) fn load_all(w: &mut Writer, fields: &[Field]) {
-    let mut place = 0;
+pub(super) fn load_fields(w: &mut Writer, fields: &[Field]) {
+    let mut reg32 = 0;
     for field in fields {
-        load(w, load_of(*field), place);
+        load(w, load_for_field(*field), reg32);
         if let Field::Transport { length, prefix, .. } = field
             && *prefix < length * 8
         {
-            mask(w, place, &mask_bytes(*prefix)[..usize::from(*length)]);
+            mask(w, reg32, &mask_bytes(*prefix)[..usize::from(*length)]);
         }
-        place += places(*field);
+        reg32 += reg32_count(*field);
     }
 }
 
 /// How many registers of four bytes a field takes.
-fn places(field: Field) -> u32 {
+fn reg32_count(field: Field) -> u32 {
     u32::from(field.length()).div_ceil(4)
 }
 
 /// Reads loads and what becomes of them: a comparison, a look-up, a translation. What it means and how many expressions it is.
-pub(super) fn read(raw: &[Raw<'_>], table: Table) -> Option<(Option<Expr>, usize)> {
+pub(super) fn read(raw: &[RawExpr<'_>], table: Table) -> Option<(Option<Expr>, usize)> {
     let mut fields = Vec::new();
-    let mut next = 0;
+    let mut next_reg32 = 0;
     let mut rest = raw;
-    while let [Raw::Load { what, place }, behind @ ..] = rest {
-        if *place != next {
+    while let [RawExpr::Load { source, reg32 }, behind @ ..] = rest {
+        if *reg32 != next_reg32 {
             return None;
         }
         rest = behind;
-        let mut field = field_of(*what)?;
-        if let (Field::Transport { length, prefix, .. }, [Raw::Mask { place, mask }, behind @ ..]) = (&mut field, rest)
-            && *place == next
+        let mut field = field_for_load(*source)?;
+        if let (Field::Transport { length, prefix, .. }, [RawExpr::Mask { reg32, mask }, behind @ ..]) = (&mut field, rest)
+            && *reg32 == next_reg32
         {
             *prefix = (0..*length * 8).find(|bits| mask_bytes(*bits)[..usize::from(*length)] == **mask)?;
             rest = behind;
         }
-        next += places(field);
+        next_reg32 += reg32_count(field);
         fields.push(field);
     }
     let set = |name: &[u8]| SetName::from_name(table, name);
     let (expr, used) = match (fields.as_slice(), rest) {
-        ([field], [Raw::Compare { operation, value }, ..]) => {
+        ([field], [RawExpr::Compare { operation, value }, ..]) => {
             let negate = match *operation {
                 NFT_CMP_EQ => false,
                 NFT_CMP_NEQ => true,
                 _ => return None,
             };
-            (compared(*field, negate, value)?, 1)
+            (read_comparison(*field, negate, value)?, 1)
         }
-        ([_, ..], [Raw::Lookup { set: name, into: false }, ..]) => (Expr::In { set: set(name)?, fields }, 1),
-        ([_, ..], [Raw::Lookup { set: name, into: true }, Raw::Nat(nat), ..]) => {
+        ([_, ..], [RawExpr::Lookup { set: name, is_map: false }, ..]) => (Expr::In { set: set(name)?, fields }, 1),
+        ([_, ..], [RawExpr::Lookup { set: name, is_map: true }, RawExpr::Nat(nat), ..]) => {
             let map = set(name)?;
-            if nat_of(map) != Some(*nat) {
+            if nat_for_map(map) != Some(*nat) {
                 return None;
             }
             (Expr::Translate { fields, map }, 2)
@@ -122,10 +122,10 @@ pub(super) fn read(raw: &[Raw<'_>], table: Table) -> Option<(Option<Expr>, usize
 }
 
 /// A comparison of one field.
-fn compared(field: Field, negate: bool, value: &[u8]) -> Option<Expr> {
+fn read_comparison(field: Field, negate: bool, value: &[u8]) -> Option<Expr> {
     let whole = value.len() == usize::from(field.length());
     let name = || {
-        let name = crate::kernel::nft::wire::name(value);
+        let name = crate::kernel::nft::codec::strip_nul(value);
         let padded = value.contains(&0) && value[name.len()..].iter().all(|byte| *byte == 0);
         std::str::from_utf8(name).ok().filter(|text| padded && !text.is_empty()).map(str::to_owned)
     };
@@ -144,12 +144,12 @@ fn compared(field: Field, negate: bool, value: &[u8]) -> Option<Expr> {
 }
 
 /// The field that a load is of.
-fn field_of(what: Load) -> Option<Field> {
-    if let Some(field) = FIXED.into_iter().find(|field| load_of(*field) == what) {
+fn field_for_load(load: RegisterLoad) -> Option<Field> {
+    if let Some(field) = FIXED_FIELDS.into_iter().find(|field| load_for_field(*field) == load) {
         return Some(field);
     }
-    match what {
-        Load::Payload { base: NFT_PAYLOAD_TRANSPORT_HEADER, offset, length } if (1..=16).contains(&length) => {
+    match load {
+        RegisterLoad::Payload { base: NFT_PAYLOAD_TRANSPORT_HEADER, offset, length } if (1..=16).contains(&length) => {
             Some(Field::transport(u8::try_from(offset).ok()?, u8::try_from(length).ok()?))
         }
         _ => None,

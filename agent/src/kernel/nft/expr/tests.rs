@@ -20,7 +20,7 @@ fn any_expr() -> impl Strategy<Value = Expr> {
         "[a-z0-9.]{1,15}".prop_map(Expr::OutputInterface),
         "[a-z0-9.]{1,15}".prop_map(Expr::Jump),
         any_comparison(),
-        any_look_up(),
+        any_lookup(),
         proptest::sample::select(Counter::ALL.to_vec()).prop_map(Expr::Count),
         Just(Expr::ToThisHost),
         Just(Expr::Translated),
@@ -86,7 +86,7 @@ fn any_comparison() -> impl Strategy<Value = Expr> {
     })
 }
 
-fn any_look_up() -> impl Strategy<Value = Expr> {
+fn any_lookup() -> impl Strategy<Value = Expr> {
     let inet: Vec<SetName> = SetName::ALL.into_iter().filter(|set| set.table() == Table::Inet).collect();
     let fields = proptest::collection::vec(any_field(), 1..4);
     let fits = |fields: &Vec<Field>| fields.iter().map(|field| usize::from(field.length())).sum::<usize>() <= 48;
@@ -95,55 +95,55 @@ fn any_look_up() -> impl Strategy<Value = Expr> {
     })
 }
 
-fn there_and_back(rule: &Rule, dialect: Dialect) -> Rule {
+fn round_trip(rule: &Rule, encoding: RuleEncoding) -> Rule {
     let mut writer = Writer::default();
-    write(&mut writer, rule, dialect);
-    read(writer.finish().expect("fits"), dialect)
+    write(&mut writer, rule, encoding);
+    read(writer.finish().expect("fits"), encoding)
 }
 
 proptest! {
     #[test]
-    fn every_rule_comes_back(exprs in proptest::collection::vec(any_expr(), 0..6)) {
+    fn any_rule_round_trips(exprs in proptest::collection::vec(any_expr(), 0..6)) {
         let rule = Rule { exprs };
-        prop_assert_eq!(&there_and_back(&rule, Dialect::Inet), &rule);
+        prop_assert_eq!(&round_trip(&rule, RuleEncoding::Inet), &rule);
     }
 
     #[test]
-    fn every_address_comes_back_from_iptables(cidr in any_cidr(), negate in any::<bool>()) {
+    fn any_iptables_address_round_trips(cidr in any_cidr(), negate in any::<bool>()) {
         let rule = Rule { exprs: vec![Expr::Destination { cidr, negate }, Expr::Counter, Expr::Accept] };
-        prop_assert_eq!(&there_and_back(&rule, Dialect::Iptables(cidr.family())), &rule);
+        prop_assert_eq!(&round_trip(&rule, RuleEncoding::Iptables(cidr.family())), &rule);
     }
 
     #[test]
-    fn any_bytes_are_survived(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
-        let _ = read(&bytes, Dialect::Inet);
+    fn arbitrary_bytes_do_not_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+        let _ = read(&bytes, RuleEncoding::Inet);
         let mut writer = Writer::default();
-        writer.nest(wire::NFTA_RULE_EXPRESSIONS, |w| w.nest(NFTA_LIST_ELEM, |w| w.bytes(NFTA_EXPR_NAME, &bytes)));
-        let _ = read(writer.finish().expect("fits"), Dialect::Inet);
+        writer.nest(codec::NFTA_RULE_EXPRESSIONS, |w| w.nest(NFTA_LIST_ELEM, |w| w.bytes(NFTA_EXPR_NAME, &bytes)));
+        let _ = read(writer.finish().expect("fits"), RuleEncoding::Inet);
     }
 }
 
 #[test]
-fn what_is_not_ours_is_foreign() {
+fn unknown_expressions_read_as_foreign() {
     let raw = |body: &dyn Fn(&mut Writer)| {
         let mut writer = Writer::default();
-        writer.nest(wire::NFTA_RULE_EXPRESSIONS, |w| body(w));
-        read(writer.finish().expect("fits"), Dialect::Inet).exprs
+        writer.nest(codec::NFTA_RULE_EXPRESSIONS, |w| body(w));
+        read(writer.finish().expect("fits"), RuleEncoding::Inet).exprs
     };
     // A protocol without an address, an address without a protocol, an interface with a wildcard, other masks, flags, verdicts.
     assert_eq!(
         raw(&|w| {
-            load(w, Load::Meta(NFT_META_NFPROTO), 0);
+            load(w, RegisterLoad::Meta(NFT_META_NFPROTO), 0);
             compare(w, NFT_CMP_EQ, &[NFPROTO_IPV4]);
             verdict(w, NF_ACCEPT, None);
         }),
         [Expr::Accept, Expr::Foreign]
     );
     let cidr: Cidr = "10.0.0.0/8".parse().expect("cidr");
-    assert!(raw(&|w| address(w, cidr, false, false, Dialect::Inet)).iter().all(|expr| *expr == Expr::Foreign));
+    assert!(raw(&|w| write_address_match(w, cidr, false, false, RuleEncoding::Inet)).iter().all(|expr| *expr == Expr::Foreign));
     assert_eq!(
         raw(&|w| {
-            load(w, Load::Meta(NFT_META_IIFNAME), 0);
+            load(w, RegisterLoad::Meta(NFT_META_IIFNAME), 0);
             compare(w, NFT_CMP_EQ, b"ov");
         }),
         [Expr::Field { field: Field::InputInterface, negate: false, value: b"ov".to_vec() }]
@@ -154,11 +154,11 @@ fn what_is_not_ours_is_foreign() {
 }
 
 #[test]
-fn odd_masks_are_foreign() {
+fn unsupported_masks_are_rejected() {
     for (mask, value) in [([0xff, 0, 0xff, 0], [10, 0, 1, 0]), ([0xff, 0, 0, 0], [10, 1, 0, 0])] {
-        assert_eq!(address_match(Family::V4, (12, 4), Some(&mask), NFT_CMP_EQ, &value), None);
+        assert_eq!(parse_address_match(Family::V4, (12, 4), Some(&mask), NFT_CMP_EQ, &value), None);
     }
-    assert_eq!(address_match(Family::V4, (13, 1), None, NFT_CMP_EQ, &[10]), None);
-    assert_eq!(address_match(Family::V4, (12, 2), None, 2, &[10, 0]), None);
-    assert_eq!(address_match(Family::V4, (12, 8), None, NFT_CMP_EQ, &[10, 0, 0, 0, 0, 0, 0, 0]), None);
+    assert_eq!(parse_address_match(Family::V4, (13, 1), None, NFT_CMP_EQ, &[10]), None);
+    assert_eq!(parse_address_match(Family::V4, (12, 2), None, 2, &[10, 0]), None);
+    assert_eq!(parse_address_match(Family::V4, (12, 8), None, NFT_CMP_EQ, &[10, 0, 0, 0, 0, 0, 0, 0]), None);
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use super::*;
 use crate::model::{Mac, Transport};
-use crate::plan::ruleset::{Counter, Element, Pair, guard};
+use crate::plan::ruleset::{Counter, Element, PeerPair, source_filter};
 
 fn ip(text: &str) -> IpAddr {
     text.parse().expect(text)
@@ -32,7 +32,7 @@ fn one_of_each() -> Vec<Op> {
     ] {
         let (outer, base, last) = (ip(outer), ip(base), ip(last));
         let to = Some(SocketAddr::new(base, 8080));
-        ops.push(set(Element::Peer(Pair::new(outer, base).expect("one family")), None));
+        ops.push(set(Element::Peer(PeerPair::new(outer, base).expect("one family")), None));
         ops.push(set(Element::Range(Box::new((outer, base, last))), None));
         ops.push(set(Element::Host(outer), None));
         ops.push(set(Element::Port(family, Transport::Udp, 53), to));
@@ -43,17 +43,17 @@ fn one_of_each() -> Vec<Op> {
     ops
 }
 
-fn both() -> Vec<Op> {
-    [ruleset(&dual(), false, true), guard()].map(set_table).to_vec()
+fn both_tables() -> Vec<Op> {
+    [ruleset(&dual(), false, true), source_filter()].map(set_table).to_vec()
 }
 
 #[test]
-fn each_kind_is_read_and_listed() {
-    in_namespace(|| {
+fn every_element_kind_round_trips() {
+    in_netns(|| {
         let mut tables = Tables::open();
-        tables.apply(&[both(), one_of_each()].concat());
-        assert_eq!(tables.nft.dump().expect("dump").rules, tables.known);
-        assert_eq!(tables.known.len(), 2 + 13);
+        tables.apply(&[both_tables(), one_of_each()].concat());
+        assert_eq!(tables.nft.dump().expect("dump").rules, tables.cached);
+        assert_eq!(tables.cached.len(), 2 + 13);
         for (kind, table, name, wanted) in [
             ("set", "inet", "peers4", "192.0.2.9 . 10.244.9.0"),
             ("set", "inet", "hosts6", "2001:db8::9 . 2001:db8::9"),
@@ -64,7 +64,7 @@ fn each_kind_is_read_and_listed() {
             ("set", "bridge", "source6", "\"ove0123456789a\" . 02:03:04:05:06:07 . fd00:10:244:9::"),
             ("set", "bridge", "unchecked", "\"ove0123456789a\""),
         ] {
-            let listed = output("nft", &["list", kind, table, "overlayd", name], "");
+            let listed = run_command("nft", &["list", kind, table, "overlayd", name], "");
             assert!(listed.contains(&format!("elements = {{ {wanted} }}")), "{listed}");
         }
         // The same again writes nothing, and all of it goes again.
@@ -74,61 +74,61 @@ fn each_kind_is_read_and_listed() {
         let deletions: Vec<Op> = one_of_each().into_iter().map(|op| Op::Delete(op.key().clone(), Value::Element(None))).collect();
         tables.apply(&deletions);
         tables.apply(&deletions);
-        assert_eq!(tables.known.len(), 2);
-        assert_eq!(tables.nft.dump().expect("dump").rules, tables.known);
+        assert_eq!(tables.cached.len(), 2);
+        assert_eq!(tables.nft.dump().expect("dump").rules, tables.cached);
     });
 }
 
-/// As `overlayd cleanup` does it: elements and the tables that they are in, in one batch.
+/// As `overlayd_command run_cleanup` does it: elements and the tables that they are in, in one batch.
 #[test]
-fn elements_go_with_their_tables() {
-    in_namespace(|| {
+fn deleting_tables_deletes_their_elements() {
+    in_netns(|| {
         let mut tables = Tables::open();
-        tables.apply(&[both(), one_of_each()].concat());
+        tables.apply(&[both_tables(), one_of_each()].concat());
         let mut elements = tables.nft.dump().expect("dump").rules;
         elements.retain(|key, _| matches!(key, Key::Element(_)));
         let gone = elements.into_iter().map(|(key, value)| Op::Delete(key, value));
         let all: Vec<Op> = gone.chain(Table::ALL.map(|t| Op::Delete(Key::Ruleset(t), Value::Ruleset(Box::default())))).collect();
         tables.apply(&all);
-        assert_eq!((tables.known.len(), tables.nft.dump().expect("dump").rules.len()), (0, 0));
+        assert_eq!((tables.cached.len(), tables.nft.dump().expect("dump").rules.len()), (0, 0));
         // Also where another has removed them meanwhile.
-        tables.apply(&[both(), one_of_each()].concat());
+        tables.apply(&[both_tables(), one_of_each()].concat());
         nft("flush ruleset");
         tables.apply(&all);
-        assert_eq!(tables.known.len(), 0);
+        assert_eq!(tables.cached.len(), 0);
     });
 }
 
 #[test]
-fn a_replaced_table_keeps_its_elements_and_counts() {
-    in_namespace(|| {
+fn replaced_table_keeps_elements_and_counters() {
+    in_netns(|| {
         let mut tables = Tables::open();
-        tables.apply(&[both(), one_of_each()].concat());
+        tables.apply(&[both_tables(), one_of_each()].concat());
         let before = tables.nft.dump().expect("dump").rules;
         super::nft("reset counters table inet overlayd\nadd rule inet overlayd tunnel counter name tunnel");
-        output("sh", &["-c", "ip link set lo up && ping -c 2 -i 0.2 127.0.0.1"], "");
+        run_command("sh", &["-c", "ip link set lo up && ping -c 2 -i 0.2 127.0.0.1"], "");
         let counted = tables.nft.counters().expect("counters")[&Counter::Tunnel];
         assert!(counted.packets >= 4 && counted.bytes >= 4 * 84, "{counted:?}");
-        tables.apply(&both());
+        tables.apply(&both_tables());
         assert_eq!(tables.nft.dump().expect("dump").rules, before);
         assert_eq!(tables.nft.counters().expect("counters")[&Counter::Tunnel], counted);
 
         // What the table has no set for any more goes with the set.
         tables.set([ruleset(&dual(), true, false)]);
         let state = tables.nft.dump().expect("dump");
-        assert_eq!(state.rules, tables.known);
+        assert_eq!(state.rules, tables.cached);
         assert!(!state.rules.keys().any(|key| matches!(key, Key::Element(Element::Port(..) | Element::Host(_)))));
         tables.delete();
-        assert_eq!(tables.known, State::new());
+        assert_eq!(tables.cached, State::new());
     });
 }
 
 #[test]
-fn an_element_leads_elsewhere() {
-    in_namespace(|| {
+fn element_target_is_replaced() {
+    in_netns(|| {
         let mut tables = Tables::open();
         let port = || Element::Port(Family::V4, Transport::Tcp, 80);
-        tables.apply(&[both(), vec![set(port(), target("10.244.9.2:80"))]].concat());
+        tables.apply(&[both_tables(), vec![set(port(), target("10.244.9.2:80"))]].concat());
         tables.apply(&[set(port(), target("10.244.9.3:81"))]);
         assert_eq!(
             tables.nft.dump().expect("dump").rules[&Key::Element(port())],
@@ -144,26 +144,26 @@ fn an_element_leads_elsewhere() {
 
 /// What others did meanwhile is found out: the changes are computed anew from what is there.
 #[test]
-fn what_is_known_may_be_wrong() {
+fn stale_cache_is_reread_and_retried() {
     for alteration in [
         "delete element inet overlayd peers4 { 192.0.2.9 . 10.244.9.0 }",
         "add element inet overlayd ports4 { tcp . 80 : 10.0.0.1 . 1 }",
         "delete element inet overlayd ports4 { udp . 53 : 10.244.9.0 . 8080 }",
         "flush set bridge overlayd source4",
     ] {
-        in_namespace(|| {
+        in_netns(|| {
             let mut tables = Tables::open();
-            tables.apply(&[both(), one_of_each()].concat());
+            tables.apply(&[both_tables(), one_of_each()].concat());
             super::nft(alteration);
             let wanted = vec![
-                delete(Element::Peer(Pair::new(ip("192.0.2.9"), ip("10.244.9.0")).expect("one family"))),
+                delete(Element::Peer(PeerPair::new(ip("192.0.2.9"), ip("10.244.9.0")).expect("one family"))),
                 delete(Element::Source(Box::new(("ove0123456789a".to_owned(), Mac([2, 3, 4, 5, 6, 7]), ip("10.244.9.0"))))),
                 delete(Element::Port(Family::V4, Transport::Udp, 53)),
                 set(Element::Port(Family::V4, Transport::Tcp, 80), target("10.244.9.2:80")),
             ];
             tables.apply(&wanted);
             let found = tables.nft.dump().expect("dump").rules;
-            assert_eq!(found, tables.known, "{alteration}");
+            assert_eq!(found, tables.cached, "{alteration}");
             for op in &wanted {
                 match op {
                     Op::Set(key, value) => assert_eq!(found.get(key), Some(value), "{alteration}"),
@@ -175,39 +175,39 @@ fn what_is_known_may_be_wrong() {
 }
 
 #[test]
-fn a_bad_element_stops_no_other() {
-    in_namespace(|| {
+fn refused_element_does_not_block_others() {
+    in_netns(|| {
         let mut tables = Tables::open();
         let bad = set(Element::Host(ip("192.0.2.1")), None);
         // There is no such set where containers' packets are masqueraded.
-        let mut ops = vec![set_table(rules()), set_table(guard())];
+        let mut ops = vec![set_table(rules()), set_table(source_filter())];
         ops.extend(one_of_each().into_iter().filter(|op| !matches!(op.key(), Key::Element(Element::Host(_)))));
         let good = ops.len();
         ops.insert(5, bad);
-        let failed = tables.nft.apply(&ops, &mut tables.known);
+        let failed = tables.nft.apply(&ops, &mut tables.cached);
         assert_eq!(failed.iter().map(|(index, _)| *index).collect::<Vec<_>>(), [5], "{failed:?}");
         let message = &failed[0].1.message;
         assert!(message.starts_with("table inet overlayd, element of hosts4: 192.0.2.1 . 192.0.2.1: "), "{message}");
-        assert_eq!(tables.known.len(), good);
-        assert_eq!(tables.nft.dump().expect("dump").rules, tables.known);
+        assert_eq!(tables.cached.len(), good);
+        assert_eq!(tables.nft.dump().expect("dump").rules, tables.cached);
         // Two ranges of one peer that overlap: the second is refused, alone or among others.
         let range = |last| set(Element::Range(Box::new((ip("192.0.2.9"), ip("10.244.9.9"), ip(last)))), None);
-        let failed = tables.nft.apply(&[range("10.244.20.0")], &mut tables.known);
+        let failed = tables.nft.apply(&[range("10.244.20.0")], &mut tables.cached);
         assert_eq!(failed.len(), 1, "{failed:?}");
-        assert_eq!(tables.nft.dump().expect("dump").rules, tables.known);
+        assert_eq!(tables.nft.dump().expect("dump").rules, tables.cached);
     });
 }
 
 /// Printed: what the guards cost where there are many peers.
 #[test]
-fn ten_thousand_peers() {
+fn ten_thousand_peers_are_applied() {
     let peer = |n: u32| {
         let outer = Ipv4Addr::from_bits(0xc612_0000 + n).into();
-        Element::Peer(Pair::new(outer, Ipv4Addr::from_bits(0x0a00_0000 + (n << 8)).into()).expect("one family"))
+        Element::Peer(PeerPair::new(outer, Ipv4Addr::from_bits(0x0a00_0000 + (n << 8)).into()).expect("one family"))
     };
-    in_namespace(|| {
+    in_netns(|| {
         let mut tables = Tables::open();
-        tables.apply(&both());
+        tables.apply(&both_tables());
         let all: Vec<Op> = (0..10_000).map(|n| set(peer(n), None)).collect();
         let timed = |what: &str, work: &mut dyn FnMut()| {
             let begin = Instant::now();
@@ -215,13 +215,13 @@ fn ten_thousand_peers() {
             println!("{what}: {:?}", begin.elapsed());
         };
         timed("10,000 elements set", &mut || tables.apply(&all));
-        assert_eq!(tables.known.len(), 10_002);
+        assert_eq!(tables.cached.len(), 10_002);
         timed("one more", &mut || tables.apply(&[set(peer(10_000), None)]));
         timed("one removed", &mut || tables.apply(&[delete(peer(10_000))]));
-        timed("the table replaced with all of them", &mut || tables.apply(&both()));
+        timed("the table replaced with all of them", &mut || tables.apply(&both_tables()));
         let mut found = State::new();
         timed("all read", &mut || found = tables.nft.dump().expect("dump").rules);
-        assert_eq!(found, tables.known);
+        assert_eq!(found, tables.cached);
         let none: Vec<Op> = (0..10_000).map(|n| delete(peer(n))).collect();
         timed("10,000 elements removed", &mut || tables.apply(&none));
         assert_eq!(tables.nft.dump().expect("dump").rules.len(), 2);
@@ -230,18 +230,18 @@ fn ten_thousand_peers() {
 
 /// Printed: a run of published ports, one element each.
 #[test]
-fn every_port_of_a_protocol() {
-    in_namespace(|| {
+fn every_port_of_a_protocol_is_published() {
+    in_netns(|| {
         let mut tables = Tables::open();
-        tables.apply(&both());
+        tables.apply(&both_tables());
         for count in [1_000, 65_535] {
             let to = |port| Some(SocketAddr::new(ip("10.244.9.2"), port));
             let all: Vec<Op> = (1..=count).map(|port| set(Element::Port(Family::V4, Transport::Tcp, port), to(port))).collect();
             let begin = Instant::now();
             tables.apply(&all);
             println!("{count} ports published: {:?}", begin.elapsed());
-            assert_eq!(tables.known.len(), 2 + usize::from(count));
+            assert_eq!(tables.cached.len(), 2 + usize::from(count));
         }
-        assert_eq!(tables.nft.dump().expect("dump").rules, tables.known);
+        assert_eq!(tables.nft.dump().expect("dump").rules, tables.cached);
     });
 }

@@ -20,8 +20,8 @@ fn families() -> [(Family, &'static str, Cidr); 2] {
 }
 
 /// What iptables would restore, without its dates and counters.
-fn saved(program: &str) -> String {
-    let text = output(&format!("{program}-save"), &[], "");
+fn saved_rules(program: &str) -> String {
+    let text = run_command(&format!("{program}-save"), &[], "");
     text.lines()
         .filter(|line| !line.starts_with('#'))
         .map(|line| line.split(" [").next().unwrap_or(line).to_owned() + "\n")
@@ -29,8 +29,8 @@ fn saved(program: &str) -> String {
 }
 
 #[test]
-fn a_namespace_without_iptables_has_none() {
-    in_namespace(|| {
+fn netns_without_iptables_has_no_forward_chain() {
+    in_netns(|| {
         let mut nft = Nft::open().expect("open");
         assert_eq!(nft.dump().expect("dump"), NftState::default());
         for (family, _, network) in families() {
@@ -41,13 +41,13 @@ fn a_namespace_without_iptables_has_none() {
         }
         let error = nft.set_forward_accept(Family::V6, families()[0].2).expect_err("other family");
         assert_eq!(error.message, "10.244.0.0/16 is no IPv6 network: its accept rules belong into the other FORWARD chain");
-        assert_eq!(output("nft", &["list", "ruleset"], ""), "");
+        assert_eq!(run_command("nft", &["list", "ruleset"], ""), "");
     });
 }
 
 #[test]
-fn policies_are_seen() {
-    in_namespace(|| {
+fn drop_policy_is_reported_per_family() {
+    in_netns(|| {
         let mut nft = Nft::open().expect("open");
         let mut drops = || nft.dump().expect("dump").forward_drops;
         iptables("iptables -A FORWARD -j ACCEPT");
@@ -68,14 +68,14 @@ fn policies_are_seen() {
 }
 
 #[test]
-fn iptables_shows_the_rules_and_lives_with_them() {
-    in_namespace(|| {
+fn iptables_lists_and_restores_accept_rules() {
+    in_netns(|| {
         for line in SETUP {
             iptables(line);
         }
         let mut nft = Nft::open().expect("open");
         for (family, program, network) in families() {
-            let before = saved(program);
+            let before = saved_rules(program);
             nft.set_forward_accept(family, network).expect("set");
             assert_eq!(nft.dump().expect("dump").forward_accept.get(family), Some(&network));
             let listed = iptables(&format!("{program} -S FORWARD"));
@@ -86,13 +86,13 @@ fn iptables_shows_the_rules_and_lives_with_them() {
                  -A FORWARD -s "
             );
             assert!(listed.starts_with(&ours), "{listed}");
-            assert_eq!(saved(program).lines().count(), before.lines().count() + 2);
+            assert_eq!(saved_rules(program).lines().count(), before.lines().count() + 2);
 
             // Others go on with their rules; what they save they can restore.
             iptables(&format!("{program} -I FORWARD -i lo -j ACCEPT"));
             iptables(&format!("{program} -D FORWARD -i lo -j ACCEPT"));
-            let text = output(&format!("{program}-save"), &[], "");
-            output(&format!("{program}-restore"), &[], &text);
+            let text = run_command(&format!("{program}-save"), &[], "");
+            run_command(&format!("{program}-restore"), &[], &text);
             assert_eq!(iptables(&format!("{program} -S FORWARD")), listed);
 
             // Restored by iptables they have the comment in its way, which is not how we write it, but ours.
@@ -104,15 +104,15 @@ fn iptables_shows_the_rules_and_lives_with_them() {
             nft.set_forward_accept(family, network).expect("set");
             nft.delete_forward_accept(family).expect("delete");
             nft.delete_forward_accept(family).expect("delete what is gone");
-            assert_eq!(saved(program), before);
+            assert_eq!(saved_rules(program), before);
             assert_eq!(nft.dump().expect("dump").forward_accept.get(family), None);
         }
     });
 }
 
 #[test]
-fn setting_is_idempotent_and_repairs() {
-    in_namespace(|| {
+fn setting_is_idempotent_and_repairs_damage() {
+    in_netns(|| {
         for line in SETUP {
             iptables(line);
         }
@@ -120,7 +120,7 @@ fn setting_is_idempotent_and_repairs() {
         for (family, program, network) in families() {
             let table = if family == Family::V4 { "ip" } else { "ip6" };
             let handles = || {
-                let listed = output("nft", &["-a", "list", "chain", table, "filter", "FORWARD"], "");
+                let listed = run_command("nft", &["-a", "list", "chain", table, "filter", "FORWARD"], "");
                 let ours = listed.lines().filter(|line| line.contains("comment \"overlayd\""));
                 ours.filter_map(|line| line.split("# handle ").nth(1)).map(str::to_owned).collect::<Vec<_>>()
             };

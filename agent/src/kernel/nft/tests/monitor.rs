@@ -2,73 +2,73 @@
 
 use std::time::Duration;
 
-use super::table::{ALTERATIONS, alter};
+use super::table::{ALTERATIONS, run_alteration};
 use super::*;
 use crate::kernel::nft::{Nft, NftChange, NftMonitor};
 use crate::model::Family;
-use crate::plan::ruleset::guard;
+use crate::plan::ruleset::source_filter;
 
 /// Longer than an event ever takes: the kernel delivers it before the change's command returns.
-const SOON: Duration = Duration::from_secs(5);
+const EVENT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// An event that is there comes at once, so that this suffices to see that there is none.
-const QUIET: Duration = Duration::from_millis(50);
+const QUIET_PERIOD: Duration = Duration::from_millis(50);
 
 fn with_runtime<F: Future>(body: impl FnOnce() -> F + Send) {
-    in_namespace(|| {
+    in_netns(|| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
         runtime.block_on(async { body().await });
     });
 }
 
 /// All that comes until it is quiet.
-async fn events(monitor: &mut NftMonitor) -> Vec<NftChange> {
+async fn collect_events(monitor: &mut NftMonitor) -> Vec<NftChange> {
     let mut seen = Vec::new();
-    let mut wait = SOON;
+    let mut wait = EVENT_TIMEOUT;
     while let Ok(change) = tokio::time::timeout(wait, monitor.changed()).await {
         seen.push(change.expect("monitor"));
         assert!(seen.len() < 1000, "no end of events");
-        wait = QUIET;
+        wait = QUIET_PERIOD;
     }
     seen
 }
 
-async fn quiet(monitor: &mut NftMonitor) {
-    if let Ok(change) = tokio::time::timeout(QUIET, monitor.changed()).await {
+async fn expect_no_event(monitor: &mut NftMonitor) {
+    if let Ok(change) = tokio::time::timeout(QUIET_PERIOD, monitor.changed()).await {
         panic!("unexpected {change:?}");
     }
 }
 
 #[test]
-fn alterations_are_events_and_own_changes_are_none() {
+fn foreign_changes_emit_events_own_do_not() {
     with_runtime(|| async {
         let mut tables = Tables::open();
         let mut monitor = NftMonitor::open(Some(tables.nft.port_id())).expect("monitor");
         for (what, script) in ALTERATIONS {
-            tables.set([rules(), guard()]);
-            quiet(&mut monitor).await;
-            alter(script);
-            let seen = events(&mut monitor).await;
-            assert!(!seen.is_empty() && seen.iter().all(|change| *change == NftChange::Ours), "{what}: {seen:?}");
+            tables.set([rules(), source_filter()]);
+            expect_no_event(&mut monitor).await;
+            run_alteration(script);
+            let seen = collect_events(&mut monitor).await;
+            assert!(!seen.is_empty() && seen.iter().all(|change| *change == NftChange::OwnTables), "{what}: {seen:?}");
         }
         tables.delete();
-        quiet(&mut monitor).await;
+        expect_no_event(&mut monitor).await;
     });
 }
 
 #[test]
-fn another_agents_socket_is_another() {
+fn changes_by_another_socket_emit_events() {
     with_runtime(|| async {
         let nft = Nft::open().expect("open");
         let mut other = Tables::open();
         let mut monitor = NftMonitor::open(Some(nft.port_id())).expect("monitor");
         other.set([rules()]);
-        assert_eq!(monitor.changed().await.expect("event"), NftChange::Ours);
+        assert_eq!(monitor.changed().await.expect("event"), NftChange::OwnTables);
     });
 }
 
 #[test]
-fn forward_chains_are_followed_and_other_tables_are_not() {
+fn only_forward_chains_of_foreign_tables_emit_events() {
     with_runtime(|| async {
         let mut nft = Nft::open().expect("open");
         let mut monitor = NftMonitor::open(Some(nft.port_id())).expect("monitor");
@@ -86,13 +86,13 @@ fn forward_chains_are_followed_and_other_tables_are_not() {
         ];
         for line in forward {
             iptables(line);
-            let seen = events(&mut monitor).await;
+            let seen = collect_events(&mut monitor).await;
             assert!(!seen.is_empty() && seen.iter().all(|change| *change == NftChange::Forward), "{line}: {seen:?}");
         }
 
         iptables("iptables -P FORWARD DROP");
         iptables("ip6tables -P FORWARD DROP");
-        events(&mut monitor).await;
+        collect_events(&mut monitor).await;
         for (family, network) in [(Family::V4, "10.244.0.0/16"), (Family::V6, "fd00::/8")] {
             nft.set_forward_accept(family, network.parse().expect("cidr")).expect("set");
             nft.delete_forward_accept(family).expect("delete");
@@ -110,32 +110,32 @@ fn forward_chains_are_followed_and_other_tables_are_not() {
         for line in unrelated {
             iptables(line);
         }
-        quiet(&mut monitor).await;
+        expect_no_event(&mut monitor).await;
     });
 }
 
 #[test]
-fn both_in_one_transaction_are_two_events() {
+fn one_transaction_on_both_emits_two_events() {
     with_runtime(|| async {
         let mut tables = Tables::open();
         iptables("iptables -P FORWARD DROP");
         tables.set([rules()]);
         let mut monitor = NftMonitor::open(Some(tables.nft.port_id())).expect("monitor");
         super::nft("flush ruleset");
-        let seen = events(&mut monitor).await;
-        assert!(seen.contains(&NftChange::Ours) && seen.contains(&NftChange::Forward), "{seen:?}");
+        let seen = collect_events(&mut monitor).await;
+        assert!(seen.contains(&NftChange::OwnTables) && seen.contains(&NftChange::Forward), "{seen:?}");
     });
 }
 
 #[test]
-fn an_abandoned_wait_loses_nothing() {
+fn cancelled_wait_loses_no_event() {
     with_runtime(|| async {
         let mut monitor = NftMonitor::open(None).expect("monitor");
         for _ in 0..20 {
             assert!(tokio::time::timeout(Duration::from_millis(1), monitor.changed()).await.is_err());
         }
         super::nft("add table inet overlayd");
-        assert!(tokio::time::timeout(SOON, monitor.changed()).await.is_ok());
+        assert!(tokio::time::timeout(EVENT_TIMEOUT, monitor.changed()).await.is_ok());
     });
 }
 
@@ -149,20 +149,20 @@ fn lost_events_are_reported() {
             tables.set([rules()]);
         }
         let mut seen = Vec::new();
-        while let Ok(change) = tokio::time::timeout(QUIET, monitor.changed()).await {
+        while let Ok(change) = tokio::time::timeout(QUIET_PERIOD, monitor.changed()).await {
             seen.push(change.expect("monitor"));
             assert!(seen.len() < 100_000, "no end of events");
         }
         assert!(seen.contains(&NftChange::Lost));
         super::nft("flush ruleset");
-        let seen = events(&mut monitor).await;
-        assert!(!seen.is_empty() && seen.iter().all(|change| *change == NftChange::Ours), "{seen:?}");
+        let seen = collect_events(&mut monitor).await;
+        assert!(!seen.is_empty() && seen.iter().all(|change| *change == NftChange::OwnTables), "{seen:?}");
     });
 }
 
 /// Others' rules written by the thousand cost the follower little: printed as time of this process.
 #[test]
-fn a_storm_of_others_passes_by() {
+fn unrelated_rule_storm_is_skipped() {
     with_runtime(|| async {
         let mut monitor = NftMonitor::open(None).expect("monitor");
         super::nft("add table inet storm\nadd chain inet storm c");
@@ -174,7 +174,7 @@ fn a_storm_of_others_passes_by() {
         // Behind the storm, so that it has been read through when this comes.
         super::nft("add table inet overlayd");
         let begin = std::time::Instant::now();
-        assert_eq!(monitor.changed().await.expect("event"), NftChange::Ours);
+        assert_eq!(monitor.changed().await.expect("event"), NftChange::OwnTables);
         println!("5,000 unrelated rules read through in {:?}", begin.elapsed());
     });
 }

@@ -1,34 +1,34 @@
 //! The table as it is set, read, listed by `nft`, and altered by others.
 
 use super::*;
-use crate::plan::ruleset::{Base, Chain, ChainKind, Expr, Field, Hook, Rule, guard};
+use crate::plan::ruleset::{Base, Chain, ChainKind, Expr, Field, Hook, Rule, source_filter};
 
 #[test]
-fn what_is_set_is_read() {
-    in_namespace(|| {
+fn written_tables_read_back() {
+    in_netns(|| {
         let mut tables = Tables::open();
         assert_eq!(tables.ruleset(), None);
         for config in [ipv4(), ipv6(), dual()] {
             for [masquerade, publishes] in [[true, true], [true, false], [false, true], [false, false]] {
                 let rules = ruleset(&config, masquerade, publishes);
                 for _ in 0..2 {
-                    tables.set([rules.clone(), guard()]);
+                    tables.set([rules.clone(), source_filter()]);
                     let state = tables.nft.dump().expect("dump");
                     assert_eq!(state.ruleset(Table::Inet), Some(&rules));
-                    assert_eq!(state.ruleset(Table::Bridge), Some(&guard()));
-                    assert_eq!(state.rules, tables.known);
+                    assert_eq!(state.ruleset(Table::Bridge), Some(&source_filter()));
+                    assert_eq!(state.rules, tables.cached);
                 }
             }
         }
         tables.delete();
         tables.delete();
         assert_eq!(tables.ruleset(), None);
-        assert_eq!(output("nft", &["list", "ruleset"], ""), "");
+        assert_eq!(run_command("nft", &["list", "ruleset"], ""), "");
     });
 }
 
 #[test]
-fn every_address_and_hook_is_read_and_listed() {
+fn every_address_and_hook_round_trips() {
     let cidr = |text: &str| text.parse().expect(text);
     let chain = |name: &str, hook, kind, priority, rules| {
         let base = Some(Base { hook, kind, priority });
@@ -70,21 +70,21 @@ fn every_address_and_hook_is_read_and_listed() {
         ..Ruleset::default()
     };
     rules.chains.sort_by(|a, b| a.name.cmp(&b.name));
-    in_namespace(|| {
+    in_netns(|| {
         let mut tables = Tables::open();
         tables.set([rules.clone()]);
         assert_eq!(tables.ruleset().as_ref(), Some(&rules));
-        assert_eq!(output("nft", &["-s", "list", "table", "inet", "overlayd"], ""), rules.to_string());
+        assert_eq!(run_command("nft", &["-s", "list", "table", "inet", "overlayd"], ""), rules.to_string());
     });
 }
 
 #[test]
-fn nft_lists_it_so() {
-    in_namespace(|| {
+fn nft_listing_matches_display() {
+    in_netns(|| {
         let mut tables = Tables::open();
-        tables.set([rules(), guard()]);
-        for (ruleset, table) in [(rules(), "inet"), (guard(), "bridge")] {
-            let listed = output("nft", &["-s", "-t", "list", "table", table, "overlayd"], "");
+        tables.set([rules(), source_filter()]);
+        for (ruleset, table) in [(rules(), "inet"), (source_filter(), "bridge")] {
+            let listed = run_command("nft", &["-s", "-t", "list", "table", table, "overlayd"], "");
             assert_eq!(listed, ruleset.to_string());
         }
     });
@@ -120,10 +120,10 @@ pub(super) const ALTERATIONS: [(&str, &str); 22] = [
 ];
 
 /// Carries out one of them.
-pub(super) fn alter(script: &str) {
+pub(super) fn run_alteration(script: &str) {
     let mut script = script.to_owned();
     if script.contains('@') {
-        let listed = output("nft", &["-a", "list", "chain", "inet", "overlayd", "overlay"], "");
+        let listed = run_command("nft", &["-a", "list", "chain", "inet", "overlayd", "overlay"], "");
         let rules = listed.lines().filter(|line| line.contains("accept #")).filter_map(|line| line.split("# handle ").nth(1));
         for (index, handle) in rules.enumerate() {
             script = script.replace(&format!("@{}", index + 1), handle);
@@ -133,23 +133,23 @@ pub(super) fn alter(script: &str) {
 }
 
 #[test]
-fn every_alteration_shows_and_is_repaired() {
-    in_namespace(|| {
+fn every_alteration_is_detected_and_repaired() {
+    in_netns(|| {
         let mut tables = Tables::open();
         for (what, script) in ALTERATIONS {
-            tables.set([rules(), guard()]);
+            tables.set([rules(), source_filter()]);
             let before = tables.nft.dump().expect("dump").rules;
-            alter(script);
+            run_alteration(script);
             assert_ne!(tables.nft.dump().expect("dump").rules, before, "{what}");
         }
-        tables.set([rules(), guard()]);
+        tables.set([rules(), source_filter()]);
         assert_eq!(tables.ruleset(), Some(rules()));
     });
 }
 
 #[test]
-fn what_is_not_ours_is_named() {
-    in_namespace(|| {
+fn foreign_objects_are_reported() {
+    in_netns(|| {
         let mut tables = Tables::open();
         tables.set([rules()]);
         super::nft(
@@ -164,8 +164,8 @@ fn what_is_not_ours_is_named() {
 }
 
 #[test]
-fn other_tables_are_left_alone() {
-    const OTHERS: &str = "\
+fn foreign_tables_are_left_alone() {
+    const FOREIGN_TABLES: &str = "\
 table inet overlayd2 {
 \tset s {
 \t\ttype ipv4_addr
@@ -183,20 +183,20 @@ table ip overlayd {
 \t}
 }
 ";
-    in_namespace(|| {
-        super::nft(OTHERS);
+    in_netns(|| {
+        super::nft(FOREIGN_TABLES);
         let mut tables = Tables::open();
         assert_eq!(tables.nft.dump().expect("dump").rules, State::new());
-        tables.set([rules(), guard()]);
+        tables.set([rules(), source_filter()]);
         assert_eq!(tables.ruleset(), Some(rules()));
         tables.delete();
-        assert_eq!(output("nft", &["list", "ruleset"], ""), OTHERS);
+        assert_eq!(run_command("nft", &["list", "ruleset"], ""), FOREIGN_TABLES);
     });
 }
 
 #[test]
-fn what_cannot_be_written_is_refused_by_name() {
-    in_namespace(|| {
+fn invalid_rules_are_refused_with_location() {
+    in_netns(|| {
         let mut tables = Tables::open();
         tables.set([rules()]);
         let with = |expr: Expr| {
@@ -206,7 +206,7 @@ fn what_cannot_be_written_is_refused_by_name() {
             rules
         };
         let mut refused = |rules: Ruleset| {
-            let failed = tables.nft.apply(&[set_table(rules)], &mut tables.known);
+            let failed = tables.nft.apply(&[set_table(rules)], &mut tables.cached);
             assert_eq!(failed.len(), 1, "{failed:?}");
             failed[0].1.message.clone()
         };
@@ -229,8 +229,8 @@ fn what_cannot_be_written_is_refused_by_name() {
 }
 
 #[test]
-fn dumps_are_whole_while_others_write() {
-    in_namespace(|| {
+fn dumps_are_consistent_during_concurrent_writes() {
+    in_netns(|| {
         let mut nft = Nft::open().expect("open");
         let mut writer = Tables::open();
         let (one, two) = (ruleset(&ipv4(), true, false), ruleset(&dual(), true, true));
@@ -258,21 +258,21 @@ fn dumps_are_whole_while_others_write() {
 }
 
 #[test]
-fn transactions_of_others_are_counted_and_own_ones_are_not() {
-    in_namespace(|| {
+fn foreign_generation_ignores_own_transactions() {
+    in_netns(|| {
         let mut tables = Tables::open();
-        let before = tables.nft.others().expect("a number");
-        tables.set([rules(), guard()]);
+        let before = tables.nft.foreign_generation().expect("a number");
+        tables.set([rules(), source_filter()]);
         tables.delete();
-        assert_eq!(tables.nft.others().expect("a number"), before);
-        alter("add table inet mine");
-        assert_eq!(tables.nft.others().expect("a number"), before.wrapping_add(1));
+        assert_eq!(tables.nft.foreign_generation().expect("a number"), before);
+        run_alteration("add table inet mine");
+        assert_eq!(tables.nft.foreign_generation().expect("a number"), before.wrapping_add(1));
     });
 }
 
 #[test]
-fn without_permission_it_says_so() {
-    in_namespace(|| {
+fn missing_capability_is_reported() {
+    in_netns(|| {
         let mut tables = Tables::open();
         // The capabilities are the thread's, and this thread ends with the test.
         // `_LINUX_CAPABILITY_VERSION_3` with this thread's id (0), and no capabilities: linux/capability.h.
@@ -280,7 +280,7 @@ fn without_permission_it_says_so() {
         // SAFETY: capset reads a header of two and a body of six 32-bit words, both alive and of that size.
         let dropped = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), none.as_ptr()) };
         assert_eq!(dropped, 0, "capset: {}", std::io::Error::last_os_error());
-        let refused = tables.nft.apply(&[set_table(rules())], &mut tables.known).remove(0).1;
+        let refused = tables.nft.apply(&[set_table(rules())], &mut tables.cached).remove(0).1;
         for error in [tables.nft.dump().expect_err("dump"), refused] {
             assert_eq!(error.errno, libc::EPERM);
             assert!(error.message.contains("needs CAP_NET_ADMIN"), "{}", error.message);

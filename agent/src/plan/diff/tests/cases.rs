@@ -7,12 +7,12 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::super::{diff, satisfied};
-use super::world::{Kernel, Setup, subnet};
+use super::super::{diff, is_satisfied};
+use super::simulation::{Setup, SimulatedKernel, subnet};
 use crate::model::{Family, Mac};
 use crate::plan::Op;
 use crate::plan::desired::NexthopIds;
-use crate::plan::state::{Key, LinkKind, State, Value, Via};
+use crate::plan::state::{Key, LinkKind, RouteTarget, State, Value};
 
 struct Case {
     name: &'static str,
@@ -42,11 +42,11 @@ fn host(families: u8) -> Setup {
 }
 
 /// What a kernel holds, in a state that the agent made and `spoil` changed, becomes what `wish` wants.
-fn case(name: &'static str, before: Setup, spoil: impl Fn(&mut State), wish: impl Fn(&mut Setup)) -> Case {
+fn case(name: &'static str, before: Setup, mutate_actual: impl Fn(&mut State), mutate_setup: impl Fn(&mut Setup)) -> Case {
     let mut actual = before.desired(&mut NexthopIds::default());
-    spoil(&mut actual);
+    mutate_actual(&mut actual);
     let mut after = before;
-    wish(&mut after);
+    mutate_setup(&mut after);
     let mut ids = NexthopIds::default();
     ids.adopt(&actual);
     Case { name, actual, desired: after.desired(&mut ids) }
@@ -56,10 +56,10 @@ fn empty(name: &'static str, families: u8) -> Case {
     case(name, host(families), State::clear, |_| {})
 }
 
-fn nothing(_: &mut State) {}
+fn no_change(_: &mut State) {}
 
 /// The ports as endpoints have just made them: on no bridge yet.
-fn loose_ports(state: &mut State, host: &Setup) {
+fn ports_without_bridge(state: &mut State, host: &Setup) {
     for (key, value) in host.desired(&mut NexthopIds::default()) {
         if let Value::Link(mut link) = value
             && link.kind == LinkKind::Port
@@ -91,39 +91,44 @@ fn cases() -> Vec<Case> {
         empty("empty-to-three-peers-v4", V4),
         empty("empty-to-three-peers-v6", V6),
         empty("empty-to-three-peers-dual", DUAL),
-        case("nothing-to-do", host(DUAL), nothing, |_| {}),
-        case("peer-changes-address", host(DUAL), nothing, |host| host.peers[1] = Some((1, 0, DUAL))),
-        case("peer-changes-mac", host(DUAL), nothing, |host| host.peers[1] = Some((0, 1, DUAL))),
-        case("peer-leaves", host(DUAL), nothing, |host| host.peers[1] = None),
-        case("peer-leaves-another-joins", host(V4), nothing, |host| {
+        case("nothing-to-do", host(DUAL), no_change, |_| {}),
+        case("peer-changes-address", host(DUAL), no_change, |host| host.peers[1] = Some((1, 0, DUAL))),
+        case("peer-changes-mac", host(DUAL), no_change, |host| host.peers[1] = Some((0, 1, DUAL))),
+        case("peer-leaves", host(DUAL), no_change, |host| host.peers[1] = None),
+        case("peer-leaves-another-joins", host(V4), no_change, |host| {
             host.peers[1] = None;
             host.peers[4] = Some((0, 0, V4));
         }),
-        case("own-subnet-moves", host(DUAL), nothing, |host| host.own_subnet = 2),
-        case("own-mac-changes", host(V4), nothing, |host| host.own_mac = 2),
-        case("vni-changes", with_ports(), nothing, |host| host.vni = 2),
-        case("port-changes", host(DUAL), nothing, |host| host.port = 4789),
-        case("underlay-address-changes", host(DUAL), nothing, |host| host.own_address = 2),
-        case("underlay-mtu-changes", with_ports(), nothing, |host| host.underlay_mtu = 1400),
+        case("own-subnet-moves", host(DUAL), no_change, |host| host.own_subnet = 2),
+        case("own-mac-changes", host(V4), no_change, |host| host.own_mac = 2),
+        case("vni-changes", with_ports(), no_change, |host| host.vni = 2),
+        case("port-changes", host(DUAL), no_change, |host| host.port = 4789),
+        case("underlay-address-changes", host(DUAL), no_change, |host| host.own_address = 2),
+        case("underlay-mtu-changes", with_ports(), no_change, |host| host.underlay_mtu = 1400),
         case("foreign-link-in-the-way", host(V4), foreign, |_| {}),
         case(
             "foreign-route-at-a-peers-subnet",
             host(V4),
             |state| {
-                state.insert(Key::Route(subnet(Family::V4, 10)), Value::Route(Via::Foreign));
-                state.insert(Key::Route(subnet(Family::V4, 99)), Value::Route(Via::Foreign));
+                state.insert(Key::Route(subnet(Family::V4, 10)), Value::Route(RouteTarget::Foreign));
+                state.insert(Key::Route(subnet(Family::V4, 99)), Value::Route(RouteTarget::Foreign));
             },
             |_| {},
         ),
-        case("to-classic-routes", host(DUAL), nothing, |host| host.flags[3] = false),
-        case("from-classic-routes", Setup { flags: [true, true, false, false], ..host(DUAL) }, nothing, |host| {
+        case("to-classic-routes", host(DUAL), no_change, |host| host.flags[3] = false),
+        case("from-classic-routes", Setup { flags: [true, true, false, false], ..host(DUAL) }, no_change, |host| {
             host.flags[3] = true
         }),
-        case("masquerade-off", host(DUAL), nothing, |host| host.flags[0] = false),
-        case("forward-chain-drops", host(DUAL), nothing, |host| host.flags[2] = true),
-        case("ports-join-the-bridge", host(V4), |state| loose_ports(state, &with_ports()), |host| host.ports = vec![1, 2]),
-        case("ports-lost-their-bridge", with_ports(), |state| loose_ports(state, &with_ports()), |_| {}),
-        case("bridge-is-gone", with_ports(), |state| Op::Delete(link("ovb.1"), Value::Address).record(state), |_| {}),
+        case("masquerade-off", host(DUAL), no_change, |host| host.flags[0] = false),
+        case("forward-chain-drops", host(DUAL), no_change, |host| host.flags[2] = true),
+        case(
+            "ports-join-the-bridge",
+            host(V4),
+            |state| ports_without_bridge(state, &with_ports()),
+            |host| host.ports = vec![1, 2],
+        ),
+        case("ports-lost-their-bridge", with_ports(), |state| ports_without_bridge(state, &with_ports()), |_| {}),
+        case("bridge-is-gone", with_ports(), |state| Op::Delete(link("ovb.1"), Value::Address).apply_to(state), |_| {}),
         case(
             "drift",
             host(V4),
@@ -131,7 +136,7 @@ fn cases() -> Vec<Case> {
                 let lost = [Key::Route(subnet(Family::V4, 11)), Key::Neigh(ovx(), subnet(Family::V4, 12).base())];
                 state.retain(|key, _| !lost.contains(key));
                 state.insert(Key::Sysctl("ipv4/ip_forward".into()), Value::Sysctl("0".into()));
-                state.insert(Key::Fdb(ovx(), Mac([2, 9, 9, 9, 9, 9])), Value::Fdb(super::world::public_ip(Family::V4, 99)));
+                state.insert(Key::Fdb(ovx(), Mac([2, 9, 9, 9, 9, 9])), Value::Fdb(super::simulation::public_ip(Family::V4, 99)));
             },
             |_| {},
         ),
@@ -142,7 +147,7 @@ fn ovx() -> crate::model::Device {
     crate::model::Device::vxlan(Family::V4, crate::model::Vni::DEFAULT)
 }
 
-fn folder() -> PathBuf {
+fn fixture_dir() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/diff")
 }
 
@@ -165,10 +170,10 @@ fn read(path: &Path) -> String {
 }
 
 #[test]
-fn written_cases() {
+fn cases_match_fixtures() {
     let regenerate = std::env::var_os("OVERLAY_REGENERATE").is_some_and(|value| value == "1");
     for case in cases() {
-        let (name, folder) = (case.name, folder().join(case.name));
+        let (name, folder) = (case.name, fixture_dir().join(case.name));
         if regenerate {
             fs::create_dir_all(&folder).expect(name);
             fs::write(folder.join("desired.json"), to_json(&case.desired)).expect(name);
@@ -185,18 +190,18 @@ fn written_cases() {
         let batch = diff(&desired, &actual);
         assert_eq!(to_text(&batch), read(&folder.join("ops.txt")), "{name}");
 
-        let mut kernel = Kernel::new(actual);
+        let mut kernel = SimulatedKernel::new(actual);
         let applied = batch.iter().filter(|op| kernel.apply(op)).count();
         if applied == batch.len() {
             for (key, wanted) in &desired {
-                assert!(kernel.state.get(key).is_some_and(|found| satisfied(wanted, found)), "{name}: {key}");
+                assert!(kernel.state.get(key).is_some_and(|found| is_satisfied(wanted, found)), "{name}: {key}");
             }
         } else {
             assert_eq!(name, "foreign-link-in-the-way");
         }
     }
 
-    let written: BTreeSet<String> = fs::read_dir(folder())
+    let written: BTreeSet<String> = fs::read_dir(fixture_dir())
         .expect("the fixtures")
         .map(|entry| entry.expect("an entry").file_name().into_string().expect("UTF-8"))
         .collect();
@@ -206,13 +211,13 @@ fn written_cases() {
 
 /// What goes with a device or a table is not removed one by one.
 #[test]
-fn all_is_taken_down() {
+fn empty_desired_removes_everything() {
     let actual = host(DUAL).desired(&mut NexthopIds::default());
     assert!(actual.keys().any(|key| matches!(key, Key::Element(_))));
     let batch = diff(&State::new(), &actual);
     let alone = |op: &Op| !matches!(op.key(), Key::Element(_) | Key::Fdb(..) | Key::Neigh(..) | Key::Address(..));
     assert!(batch.iter().all(alone), "{}", to_text(&batch));
     let mut left = actual;
-    batch.iter().for_each(|op| op.record(&mut left));
+    batch.iter().for_each(|op| op.apply_to(&mut left));
     assert!(left.keys().all(|key| matches!(key, Key::Sysctl(_))), "{}", to_json(&left));
 }

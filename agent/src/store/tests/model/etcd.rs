@@ -5,133 +5,139 @@ use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::rc::Rc;
 
-use super::world::{Stage, World};
+use super::state::{ModelState, Stage};
 use crate::store::codec;
 use crate::store::keys::claimed_ranges;
-use crate::store::lease::Held;
+use crate::store::lease::HeldEntry;
 use crate::store::read::{Listing, RawConfig, RawEntry};
-use crate::store::write::Guard;
+use crate::store::write::Precondition;
 
 /// The writer of reservations, which is no host.
-pub(super) const NOBODY: usize = usize::MAX;
+pub(super) const NO_HOST: usize = usize::MAX;
 
 #[derive(Debug, Clone)]
-pub(super) struct Stored {
+pub(super) struct StoredEntry {
     pub(super) writer: usize,
-    pub(super) value: Rc<Text>,
-    pub(super) created: i64,
-    pub(super) changed: i64,
+    pub(super) value: Rc<StoredValue>,
+    pub(super) create_revision: i64,
+    pub(super) mod_revision: i64,
     pub(super) etcd_lease: Option<i64>,
 }
 
 /// A transaction on its way.
 #[derive(Debug, Clone)]
-pub(super) struct Request {
+pub(super) struct TxnRequest {
     pub(super) key: String,
-    pub(super) guards: Vec<Guard>,
-    pub(super) what: What,
+    pub(super) preconditions: Vec<Precondition>,
+    pub(super) operation: Operation,
 }
 
 #[derive(Debug, Clone)]
-pub(super) enum What {
+pub(super) enum Operation {
     /// Put this value, bound to another etcd lease where one is given; with success this is held.
-    Put { value: Rc<Text>, binding: Option<i64>, held: Held, made: bool },
+    Put { value: Rc<StoredValue>, binding: Option<i64>, held: HeldEntry, creates: bool },
     /// Delete, and end the etcd lease where nothing else is bound to it.
     Remove { etcd_lease: Option<i64> },
 }
 
 /// A value, with a number by which it is told from others at a glance.
-pub(super) struct Text {
+pub(super) struct StoredValue {
     pub(super) bytes: Vec<u8>,
     /// The identity that it names.
     pub(super) id: Option<String>,
-    number: u64,
+    hash: u64,
 }
 
-impl Text {
-    pub(super) fn new(text: String) -> Rc<Text> {
+impl StoredValue {
+    pub(super) fn new(text: String) -> Rc<StoredValue> {
         let mut hasher = DefaultHasher::new();
         text.hash(&mut hasher);
         let id = codec::owner(text.as_bytes()).node.map(|node| node.id);
-        Rc::new(Text { bytes: text.into_bytes(), id, number: hasher.finish() })
+        Rc::new(StoredValue { bytes: text.into_bytes(), id, hash: hasher.finish() })
     }
 }
 
-impl fmt::Debug for Text {
+impl fmt::Debug for StoredValue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:x}", self.number)
+        write!(f, "{:x}", self.hash)
     }
 }
 
 /// How a transaction ended.
-pub(super) enum Answer {
+pub(super) enum TxnResult {
     Written(i64),
-    Refused,
-    LeaseGone,
+    PreconditionFailed,
+    LeaseNotFound,
 }
 
-impl World {
+impl ModelState {
     pub(super) fn listing(&self) -> Listing {
         let entries = self.entries.iter().map(|(key, stored)| RawEntry {
             key: key.clone(),
             value: stored.value.bytes.clone(),
-            create_revision: stored.created,
-            mod_revision: stored.changed,
+            create_revision: stored.create_revision,
+            mod_revision: stored.mod_revision,
             etcd_lease: stored.etcd_lease,
         });
         let (number, mod_revision) = self.config;
-        let config = RawConfig { text: self.setting.configs[number].0.clone(), mod_revision };
+        let config = RawConfig { text: self.scenario.configs[number].0.clone(), mod_revision };
         Listing { revision: self.revision, config: Some(config), entries: entries.collect() }
     }
 
     /// A transaction, as etcd does it: compare and write in one step.
-    pub(super) fn carry_out(&mut self, number: usize, request: &Request) -> Result<Answer, String> {
-        if !request.guards.iter().all(|guard| self.permits(guard)) {
-            return Ok(Answer::Refused);
+    pub(super) fn commit(&mut self, number: usize, request: &TxnRequest) -> Result<TxnResult, String> {
+        if !request.preconditions.iter().all(|guard| self.satisfies(guard)) {
+            return Ok(TxnResult::PreconditionFailed);
         }
         let before = self.entries.get(&request.key).cloned();
         let victim = before.as_ref().filter(|stored| stored.writer != number && self.is_held(&request.key, stored));
         let taken = victim.map(|stored| format!("h{number} takes {}, which h{} holds", request.key, stored.writer));
-        match &request.what {
-            What::Put { binding: Some(id), .. } if !self.alive.contains(id) => return Ok(Answer::LeaseGone),
-            What::Put { value, binding, .. } => {
+        match &request.operation {
+            Operation::Put { binding: Some(id), .. } if !self.live_leases.contains(id) => return Ok(TxnResult::LeaseNotFound),
+            Operation::Put { value, binding, .. } => {
                 let Some(etcd_lease) = binding.map(Some).or(before.as_ref().map(|stored| stored.etcd_lease)) else {
                     // The lease is to stay as it is, of a key that is not there: etcd refuses.
-                    return Ok(Answer::Refused);
+                    return Ok(TxnResult::PreconditionFailed);
                 };
                 self.revision += 1;
-                let created = before.map_or(self.revision, |stored| stored.created);
-                let stored = Stored { writer: number, value: Rc::clone(value), created, changed: self.revision, etcd_lease };
+                let created = before.map_or(self.revision, |stored| stored.create_revision);
+                let stored = StoredEntry {
+                    writer: number,
+                    value: Rc::clone(value),
+                    create_revision: created,
+                    mod_revision: self.revision,
+                    etcd_lease,
+                };
                 self.entries.insert(request.key.clone(), stored);
             }
-            What::Remove { .. } if before.is_none() => return Ok(Answer::Refused),
-            What::Remove { etcd_lease } => {
+            Operation::Remove { .. } if before.is_none() => return Ok(TxnResult::PreconditionFailed),
+            Operation::Remove { etcd_lease } => {
                 self.revision += 1;
                 self.entries.remove(&request.key);
                 if let Some(id) = etcd_lease {
-                    self.end_lease(*id);
+                    self.revoke_lease(*id);
                 }
             }
         }
         match taken.or_else(|| self.overlap(number, &request.key)) {
             Some(violation) => Err(violation),
-            None => Ok(Answer::Written(self.revision)),
+            None => Ok(TxnResult::Written(self.revision)),
         }
     }
 
-    fn permits(&self, guard: &Guard) -> bool {
-        let keys = &self.setting.keys;
-        match guard {
-            Guard::Unchanged { key, revision } if *key == keys.config() => self.config.1 == *revision,
-            Guard::Unchanged { key, revision } => {
+    fn satisfies(&self, precondition: &Precondition) -> bool {
+        let keys = &self.scenario.keys;
+        match precondition {
+            Precondition::Unchanged { key, revision } if *key == keys.config() => self.config.1 == *revision,
+            Precondition::Unchanged { key, revision } => {
                 let stored = self.entries.iter().find(|(last, _)| keys.subnet(last) == *key);
-                stored.map_or(0, |(_, stored)| stored.changed) == *revision
+                stored.map_or(0, |(_, stored)| stored.mod_revision) == *revision
             }
-            Guard::NoneMade { from, to, behind } => self
+            Precondition::NoneCreated { from, to, after_revision: behind } => self
                 .entries
                 .iter()
                 .filter(|(last, _)| (from..to).contains(&&keys.subnet(last)))
-                .all(|(_, stored)| stored.created <= *behind),
+                .all(|(_, stored)| stored.create_revision <= *behind),
         }
     }
 
@@ -141,23 +147,23 @@ impl World {
         let others = self.entries.iter().filter(|(_, stored)| stored.writer != number);
         let bad = others.filter(|(other, _)| claimed_ranges(other).iter().any(|o| ranges.iter().any(|r| o.overlaps(*r))));
         let present = self.entries.contains_key(key);
-        let named = |writer: usize| if writer == NOBODY { "nobody".to_owned() } else { format!("h{writer}") };
+        let named = |writer: usize| if writer == NO_HOST { "nobody".to_owned() } else { format!("h{writer}") };
         bad.map(|(other, stored)| format!("h{number} has {key} while {} has {other}", named(stored.writer)))
             .next()
             .filter(|_| present)
     }
 
-    pub(super) fn end_lease(&mut self, id: i64) {
-        self.alive.remove(&id);
+    pub(super) fn revoke_lease(&mut self, id: i64) {
+        self.live_leases.remove(&id);
         let before = self.entries.len();
         self.entries.retain(|_, stored| stored.etcd_lease != Some(id));
         self.revision += i64::from(self.entries.len() != before);
     }
 
     /// Whether the writer of an entry is up and linked and holds it.
-    pub(super) fn is_held(&self, key: &str, stored: &Stored) -> bool {
+    pub(super) fn is_held(&self, key: &str, stored: &StoredEntry) -> bool {
         let Some(host) = self.hosts.get(stored.writer) else { return false };
-        let held = host.memory.held.as_ref().is_some_and(|held| held.key == *key && held.mod_revision == stored.changed);
-        host.up && host.linked && matches!(host.stage, Stage::Hold) && held
+        let held = host.state.held.as_ref().is_some_and(|held| held.key == *key && held.mod_revision == stored.mod_revision);
+        host.up && host.connected && matches!(host.stage, Stage::Hold) && held
     }
 }

@@ -1,0 +1,389 @@
+//! nfnetlink messages as bytes: a writer of headers and attributes, and readers that believe no length they are told.
+//!
+//! Numbers are those of `linux/netlink.h`, `linux/netfilter/nfnetlink.h` and `linux/netfilter/nf_tables.h`, under their names there.
+//! Headers are in the host's byte order, numbers inside attributes in network order.
+
+/// Subsystem of nf_tables: the upper byte of each message type.
+pub(super) const NFNL_SUBSYS_NFTABLES: u8 = 10;
+/// Subsystem of ctnetlink.
+pub(super) const NFNL_SUBSYS_CTNETLINK: u8 = 1;
+/// Group that reports each change of nf_tables in the namespace.
+pub(in crate::kernel) const NFNLGRP_NFTABLES: u32 = 7;
+
+/// `NFPROTO_UNSPEC`: any family.
+pub(super) const NFPROTO_UNSPEC: u8 = 0;
+/// `NFPROTO_INET`: tables that see IPv4 and IPv6.
+pub(super) const NFPROTO_INET: u8 = 1;
+/// `NFPROTO_IPV4`.
+pub(super) const NFPROTO_IPV4: u8 = 2;
+/// `NFPROTO_IPV6`.
+pub(super) const NFPROTO_IPV6: u8 = 10;
+
+/// `NFPROTO_BRIDGE`.
+pub(super) const NFPROTO_BRIDGE: u8 = 7;
+
+/// Opens and closes a transaction (`NLMSG_MIN_TYPE` and the one behind it: no subsystem).
+pub(super) const NFNL_MSG_BATCH_BEGIN: u16 = 0x10;
+pub(super) const NFNL_MSG_BATCH_END: u16 = 0x11;
+/// The generation that a transaction was computed from; the kernel refuses it (`ERESTART`) when that is no longer the present one.
+pub(super) const NFNL_BATCH_GENID: u16 = 1;
+
+pub(super) const NFT_MSG_NEWTABLE: u8 = 0;
+pub(super) const NFT_MSG_GETTABLE: u8 = 1;
+pub(super) const NFT_MSG_DELTABLE: u8 = 2;
+pub(super) const NFT_MSG_NEWCHAIN: u8 = 3;
+pub(super) const NFT_MSG_GETCHAIN: u8 = 4;
+pub(super) const NFT_MSG_DELCHAIN: u8 = 5;
+pub(super) const NFT_MSG_NEWRULE: u8 = 6;
+pub(super) const NFT_MSG_GETRULE: u8 = 7;
+pub(super) const NFT_MSG_DELRULE: u8 = 8;
+pub(super) const NFT_MSG_NEWSET: u8 = 9;
+pub(super) const NFT_MSG_GETSET: u8 = 10;
+pub(super) const NFT_MSG_DELSET: u8 = 11;
+pub(super) const NFT_MSG_NEWSETELEM: u8 = 12;
+pub(super) const NFT_MSG_GETSETELEM: u8 = 13;
+pub(super) const NFT_MSG_DELSETELEM: u8 = 14;
+pub(super) const NFT_MSG_NEWGEN: u8 = 15;
+pub(super) const NFT_MSG_GETGEN: u8 = 16;
+pub(super) const NFT_MSG_NEWOBJ: u8 = 18;
+pub(super) const NFT_MSG_GETOBJ: u8 = 19;
+pub(super) const NFT_MSG_DELOBJ: u8 = 20;
+pub(super) const NFT_MSG_GETFLOWTABLE: u8 = 23;
+
+pub(super) const NFTA_GEN_ID: u16 = 1;
+
+pub(super) const NFTA_TABLE_NAME: u16 = 1;
+pub(super) const NFTA_TABLE_FLAGS: u16 = 2;
+
+pub(super) const NFTA_CHAIN_TABLE: u16 = 1;
+pub(super) const NFTA_CHAIN_NAME: u16 = 3;
+pub(super) const NFTA_CHAIN_HOOK: u16 = 4;
+pub(super) const NFTA_CHAIN_POLICY: u16 = 5;
+pub(super) const NFTA_CHAIN_TYPE: u16 = 7;
+pub(super) const NFTA_CHAIN_FLAGS: u16 = 10;
+/// `NFT_CHAIN_BASE`, the one chain flag that each base chain has.
+pub(super) const NFT_CHAIN_BASE: u32 = 1;
+
+pub(super) const NFTA_HOOK_HOOKNUM: u16 = 1;
+pub(super) const NFTA_HOOK_PRIORITY: u16 = 2;
+pub(super) const NFTA_HOOK_DEV: u16 = 3;
+pub(super) const NFTA_HOOK_DEVS: u16 = 4;
+
+pub(super) const NFTA_RULE_TABLE: u16 = 1;
+pub(super) const NFTA_RULE_CHAIN: u16 = 2;
+pub(super) const NFTA_RULE_HANDLE: u16 = 3;
+pub(super) const NFTA_RULE_EXPRESSIONS: u16 = 4;
+pub(super) const NFTA_RULE_USERDATA: u16 = 7;
+
+/// `NFT_OBJECT_COUNTER`.
+pub(super) const NFT_OBJECT_COUNTER: u32 = 1;
+
+/// Verdicts, `linux/netfilter.h`; also the policies of base chains.
+pub(super) const NF_DROP: u32 = 0;
+pub(super) const NF_ACCEPT: u32 = 1;
+
+pub(super) const NLM_F_REQUEST: u16 = 0x1;
+pub(super) const NLM_F_ACK: u16 = 0x4;
+pub(super) const NLM_F_DUMP_INTR: u16 = 0x10;
+pub(super) const NLM_F_DUMP: u16 = 0x300;
+pub(super) const NLM_F_CREATE: u16 = 0x400;
+pub(super) const NLM_F_APPEND: u16 = 0x800;
+/// In answers: the refused request is not quoted behind its header.
+const NLM_F_CAPPED: u16 = 0x100;
+/// In answers: attributes of an extended acknowledgement follow.
+const NLM_F_ACK_TLVS: u16 = 0x200;
+const NLMSGERR_ATTR_MSG: u16 = 1;
+
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+pub(super) const NLA_F_NESTED: u16 = 0x8000;
+/// Both flag bits of an attribute's type: nested, and network byte order.
+const NLA_TYPE_FLAGS: u16 = 0xc000;
+
+/// Length of `struct nlmsghdr`.
+const NLMSG_HDRLEN: usize = 16;
+/// Length of `struct nfgenmsg`, behind the header.
+const NFGENMSG_LEN: usize = 4;
+
+/// The message type of an nf_tables message.
+pub(super) const fn nft_message_type(message: u8) -> u16 {
+    message_type(NFNL_SUBSYS_NFTABLES, message)
+}
+
+/// The message type of a subsystem's message.
+pub(super) const fn message_type(subsystem: u8, message: u8) -> u16 {
+    u16::from_be_bytes([subsystem, message])
+}
+
+/// Messages as they are sent, one behind the other.
+#[derive(Default)]
+pub(super) struct Writer {
+    bytes: Vec<u8>,
+    /// Something was longer than its length field can say.
+    overflow: bool,
+}
+
+impl Writer {
+    /// A message: header, `nfgenmsg` and the attributes that `parse_body` writes.
+    pub(super) fn message(
+        &mut self,
+        kind: u16,
+        flags: u16,
+        sequence: u32,
+        family: u8,
+        resource: u16,
+        body: impl FnOnce(&mut Writer),
+    ) {
+        let start = self.bytes.len();
+        self.bytes.extend_from_slice(&[0; 4]);
+        self.bytes.extend_from_slice(&kind.to_ne_bytes());
+        self.bytes.extend_from_slice(&flags.to_ne_bytes());
+        self.bytes.extend_from_slice(&sequence.to_ne_bytes());
+        self.bytes.extend_from_slice(&[0; 4]);
+        self.bytes.extend_from_slice(&[family, 0]);
+        self.bytes.extend_from_slice(&resource.to_be_bytes());
+        body(self);
+        match u32::try_from(self.bytes.len() - start) {
+            Ok(length) => self.bytes[start..start + 4].copy_from_slice(&length.to_ne_bytes()),
+            Err(_) => self.overflow = true,
+        }
+    }
+
+    /// An attribute of raw bytes.
+    pub(super) fn bytes(&mut self, kind: u16, payload: &[u8]) {
+        self.attribute(kind, |writer| writer.bytes.extend_from_slice(payload));
+    }
+
+    /// A text with its terminating zero.
+    pub(super) fn text(&mut self, kind: u16, text: &str) {
+        self.attribute(kind, |writer| {
+            writer.bytes.extend_from_slice(text.as_bytes());
+            writer.bytes.push(0);
+        });
+    }
+
+    /// A 32-bit number.
+    pub(super) fn u32(&mut self, kind: u16, value: u32) {
+        self.bytes(kind, &value.to_be_bytes());
+    }
+
+    /// A 64-bit number.
+    pub(super) fn u64(&mut self, kind: u16, value: u64) {
+        self.bytes(kind, &value.to_be_bytes());
+    }
+
+    /// An attribute that holds attributes.
+    pub(super) fn nest(&mut self, kind: u16, body: impl FnOnce(&mut Writer)) {
+        self.attribute(kind | NLA_F_NESTED, body);
+    }
+
+    /// All that was written; `None` where a part was too long for its length field.
+    pub(super) fn finish(&self) -> Option<&[u8]> {
+        (!self.overflow).then_some(&self.bytes)
+    }
+
+    fn attribute(&mut self, kind: u16, body: impl FnOnce(&mut Writer)) {
+        let start = self.bytes.len();
+        self.bytes.extend_from_slice(&[0; 2]);
+        self.bytes.extend_from_slice(&kind.to_ne_bytes());
+        body(self);
+        match u16::try_from(self.bytes.len() - start) {
+            Ok(length) => self.bytes[start..start + 2].copy_from_slice(&length.to_ne_bytes()),
+            Err(_) => self.overflow = true,
+        }
+        let padded = self.bytes.len().next_multiple_of(4);
+        self.bytes.resize(padded, 0);
+    }
+}
+
+/// What a received message is.
+pub(super) enum Payload<'a> {
+    /// An acknowledgement (`errno` 0) or refusal.
+    Ack {
+        /// Positive error number.
+        errno: i32,
+        /// The kernel's words, where it had any.
+        text: Option<String>,
+    },
+    /// The end of a dump, with the error that ended it, if any.
+    Done {
+        /// Positive error number, 0 for a complete dump.
+        errno: i32,
+    },
+    /// An object or event of a subsystem.
+    Object(Object<'a>),
+    /// Anything else.
+    Other,
+}
+
+/// An object or event of a subsystem.
+#[derive(Clone, Copy)]
+pub(super) struct Object<'a> {
+    /// `NFT_MSG_*`, or the like of another subsystem.
+    pub(super) kind: u8,
+    /// `NFPROTO_*`.
+    pub(super) family: u8,
+    /// Its attributes.
+    pub(super) attributes: &'a [u8],
+}
+
+/// A received message.
+pub(super) struct ReceivedMessage<'a> {
+    /// The request that it answers.
+    pub(super) sequence: u32,
+    /// In events: the port id of the socket whose request made the change.
+    pub(super) port_id: u32,
+    /// `NLM_F_DUMP_INTR`: the dump is a mixture of two states.
+    pub(super) interrupted: bool,
+    /// What it says.
+    pub(super) payload: Payload<'a>,
+}
+
+/// The messages of a datagram. Ends at the first one whose length cannot be.
+pub(super) fn messages(mut datagram: &[u8]) -> impl Iterator<Item = ReceivedMessage<'_>> {
+    std::iter::from_fn(move || {
+        let length = usize::try_from(native_u32(datagram, 0)?).ok()?;
+        if length < NLMSG_HDRLEN || length > datagram.len() {
+            return None;
+        }
+        let (message, _) = datagram.split_at(length);
+        datagram = datagram.get(length.next_multiple_of(4)..).unwrap_or_default();
+        let flags = native_u16(message, 6)?;
+        Some(ReceivedMessage {
+            sequence: native_u32(message, 8)?,
+            port_id: native_u32(message, 12)?,
+            interrupted: flags & NLM_F_DUMP_INTR != 0,
+            payload: parse_payload(native_u16(message, 4)?, flags, &message[NLMSG_HDRLEN..]),
+        })
+    })
+}
+
+fn parse_payload(kind: u16, flags: u16, payload: &[u8]) -> Payload<'_> {
+    let errno = || native_u32(payload, 0).map_or(0, |code| code.cast_signed().saturating_neg());
+    match kind {
+        NLMSG_ERROR => {
+            let quoted = if flags & NLM_F_CAPPED != 0 { Some(NLMSG_HDRLEN) } else { native_u32(payload, 4).map(|n| n as usize) };
+            let tail = quoted.and_then(|length| payload.get(4 + length.next_multiple_of(4)..));
+            let text = (flags & NLM_F_ACK_TLVS != 0)
+                .then(|| tail.and_then(|tail| attribute(tail, NLMSGERR_ATTR_MSG)))
+                .flatten()
+                .map(|text| String::from_utf8_lossy(strip_nul(text)).into_owned());
+            Payload::Ack { errno: errno(), text }
+        }
+        NLMSG_DONE => Payload::Done { errno: errno() },
+        kind => match (kind.to_be_bytes(), payload.get(NFGENMSG_LEN..)) {
+            // What opens and closes a transaction is of no subsystem.
+            ([1..=u8::MAX, kind], Some(attributes)) => Payload::Object(Object { kind, family: payload[0], attributes }),
+            _ => Payload::Other,
+        },
+    }
+}
+
+/// The attributes in some bytes, as type and payload. Ends at the first one whose length cannot be.
+pub(super) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    std::iter::from_fn(move || {
+        let length = usize::from(native_u16(bytes, 0)?);
+        let kind = native_u16(bytes, 2)? & !NLA_TYPE_FLAGS;
+        if length < 4 {
+            return None;
+        }
+        let payload = bytes.get(4..length)?;
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some((kind, payload))
+    })
+}
+
+/// The first attribute of that type.
+pub(super) fn attribute(bytes: &[u8], kind: u16) -> Option<&[u8]> {
+    attributes(bytes).find(|(k, _)| *k == kind).map(|(_, payload)| payload)
+}
+
+/// A text without what follows its terminating zero.
+pub(super) fn strip_nul(payload: &[u8]) -> &[u8] {
+    payload.split(|byte| *byte == 0).next().unwrap_or_default()
+}
+
+/// The 32-bit number in an attribute's payload.
+pub(super) fn be32(payload: &[u8]) -> Option<u32> {
+    payload.try_into().ok().map(u32::from_be_bytes)
+}
+
+/// The 64-bit number in an attribute's payload.
+pub(super) fn be64(payload: &[u8]) -> Option<u64> {
+    payload.try_into().ok().map(u64::from_be_bytes)
+}
+
+/// The 32-bit number in the first attribute of that type.
+pub(super) fn attribute_u32(bytes: &[u8], kind: u16) -> Option<u32> {
+    attribute(bytes, kind).and_then(be32)
+}
+
+fn native_u16(bytes: &[u8], at: usize) -> Option<u16> {
+    bytes.get(at..at + 2)?.try_into().ok().map(u16::from_ne_bytes)
+}
+
+fn native_u32(bytes: &[u8], at: usize) -> Option<u32> {
+    bytes.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn written_messages_read_back() {
+        let mut writer = Writer::default();
+        writer.message(nft_message_type(NFT_MSG_NEWRULE), NLM_F_REQUEST, 7, NFPROTO_INET, 0, |w| {
+            w.text(NFTA_RULE_TABLE, "abc");
+            w.nest(NFTA_RULE_EXPRESSIONS, |w| w.u32(1, 0x0102_0304));
+            w.u64(NFTA_RULE_HANDLE, 9);
+        });
+        writer.message(NFNL_MSG_BATCH_END, 0, 8, 0, 10, |_| {});
+        let bytes = writer.finish().expect("fits");
+        let read: Vec<_> = messages(bytes).collect();
+        assert_eq!(read.len(), 2);
+        assert_eq!((read[0].sequence, read[1].sequence), (7, 8));
+        assert!(matches!(read[1].payload, Payload::Other));
+        let Payload::Object(object) = read[0].payload else { panic!("no nf_tables message") };
+        assert_eq!((object.kind, object.family), (NFT_MSG_NEWRULE, NFPROTO_INET));
+        assert_eq!(attribute(object.attributes, NFTA_RULE_TABLE).map(strip_nul), Some(&b"abc"[..]));
+        assert_eq!(attribute(object.attributes, NFTA_RULE_HANDLE).and_then(be64), Some(9));
+        let nested = attribute(object.attributes, NFTA_RULE_EXPRESSIONS).expect("nested");
+        assert_eq!(attribute_u32(nested, 1), Some(0x0102_0304));
+    }
+
+    #[test]
+    fn oversized_attribute_fails_finish() {
+        let mut writer = Writer::default();
+        writer.bytes(1, &vec![0; 70_000]);
+        assert!(writer.finish().is_none());
+    }
+
+    #[test]
+    fn error_carries_extended_ack_text() {
+        // As linux/netlink.h lays it out: error, the refused header, attributes.
+        let mut payload = (-libc::EPERM).to_ne_bytes().to_vec();
+        payload.extend_from_slice(&[0; NLMSG_HDRLEN]);
+        let mut text = Writer::default();
+        text.text(NLMSGERR_ATTR_MSG, "no way");
+        payload.extend_from_slice(text.finish().expect("fits"));
+        match parse_payload(NLMSG_ERROR, NLM_F_CAPPED | NLM_F_ACK_TLVS, &payload) {
+            Payload::Ack { errno, text } => assert_eq!((errno, text.as_deref()), (libc::EPERM, Some("no way"))),
+            _ => panic!("not an answer"),
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_do_not_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            for message in messages(&bytes) {
+                if let Payload::Object(object) = message.payload {
+                    prop_assert!(attributes(object.attributes).count() <= bytes.len());
+                }
+            }
+            prop_assert!(attributes(&bytes).count() <= bytes.len());
+        }
+    }
+}

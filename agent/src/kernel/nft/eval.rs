@@ -1,0 +1,263 @@
+//! What the rules of a namespace do with a packet that is not sent: its headers go through the expressions of each chain as the kernel would
+//! have them go (`nft_do_chain` in net/netfilter/nf_tables_core.c). The packet is taken to be the first of its connection.
+//!
+//! What cannot be known beforehand (a limit, an unread match of xtables, a mark) makes a rule uncertain, and the verdict says so.
+
+use serde::{Deserialize, Serialize};
+
+use super::codec::{self, NF_ACCEPT, NF_DROP, NFPROTO_BRIDGE, NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6};
+use super::expr::uapi::*;
+use super::registers::{MatchResult, Registers};
+use super::snapshot::{ChainDump, RuleDump, RuleRef, RulesetSnapshot, family_name};
+use super::table::hook_number;
+use crate::kernel::trace::packet::Packet;
+use crate::model::Family;
+use crate::plan::ruleset::Hook;
+
+/// Chains that jump to each other: the kernel allows 16 (`NFT_JUMP_STACK_SIZE`).
+const NFT_JUMP_STACK_SIZE: usize = 16;
+const NFT_GOTO: u32 = (-4_i32).cast_unsigned();
+const NFT_CONTINUE: u32 = u32::MAX;
+
+/// What becomes of a packet at a hook.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EvalResult {
+    /// Where it is dropped; absent where it passes.
+    pub dropped: Option<RuleRef>,
+    /// Rules before that which would let it pass, if they matched: that cannot be known beforehand.
+    pub possible_accepts: Vec<RuleRef>,
+    /// Where it passes: rules that would drop it, if they matched.
+    pub possible_drops: Vec<RuleRef>,
+    /// Whether conntrack takes no notice of it from here on.
+    pub untracked: bool,
+    /// How it is translated, and where.
+    pub translation: Option<(Translation, RuleRef)>,
+    /// The base chains that it goes through, each as `inet overlayd_command incoming_chain`.
+    pub chains: Vec<String>,
+}
+
+impl EvalResult {
+    /// Whether it is dropped whatever cannot be known.
+    pub fn is_certain_drop(&self) -> bool {
+        self.dropped.is_some() && self.possible_accepts.is_empty()
+    }
+}
+
+/// How an address of a packet is changed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Translation {
+    /// The destination becomes another; the port is absent where it stays.
+    Destination {
+        /// The new address; absent where it stays.
+        address: Option<std::net::IpAddr>,
+        /// The new port.
+        port: Option<u16>,
+    },
+    /// The source becomes another.
+    Source {
+        /// The new address; absent where it stays.
+        address: Option<std::net::IpAddr>,
+    },
+    /// The source becomes the address of the interface that the packet leaves by.
+    Masquerade,
+    /// Translated in a way that cannot be read.
+    Unknown,
+}
+
+/// How a chain ended.
+enum ChainOutcome {
+    Accept,
+    Drop(RuleRef),
+    /// Nothing decided.
+    NoVerdict,
+}
+
+struct Evaluator<'a> {
+    snapshot: &'a RulesetSnapshot,
+    packet: &'a Packet,
+    result: EvalResult,
+}
+
+impl RulesetSnapshot {
+    /// Has the packet pass the chains of a hook, by their priorities. `bridge_name` asks for the chains that see frames, not packets.
+    pub fn evaluate(&self, hook: Hook, bridge: bool, packet: &Packet) -> EvalResult {
+        let result = EvalResult {
+            dropped: None,
+            possible_accepts: Vec::new(),
+            possible_drops: Vec::new(),
+            untracked: packet.untracked,
+            translation: None,
+            chains: Vec::new(),
+        };
+        let mut evaluator = Evaluator { snapshot: self, packet, result };
+        let sees = |family: u8| match (bridge, packet.family) {
+            (true, _) => family == NFPROTO_BRIDGE,
+            (false, Family::V4) => matches!(family, NFPROTO_INET | NFPROTO_IPV4),
+            (false, Family::V6) => matches!(family, NFPROTO_INET | NFPROTO_IPV6),
+        };
+        let mut chains: Vec<(i32, &ChainDump)> = Vec::new();
+        for chain in self.chains.iter().filter(|chain| sees(chain.family)) {
+            chains.extend(chain.base.filter(|(number, _)| *number == hook_number(hook)).map(|(_, priority)| (priority, chain)));
+        }
+        chains.sort_by_key(|(priority, _)| *priority);
+        for (_, chain) in chains {
+            evaluator.result.chains.push(format!("{} {} {}", family_name(chain.family), chain.table, chain.name));
+            match evaluator.eval_chain(chain, 0, true) {
+                ChainOutcome::Drop(rule) => {
+                    evaluator.result.dropped = Some(rule);
+                    break;
+                }
+                ChainOutcome::Accept => {}
+                ChainOutcome::NoVerdict if chain.policy_drop => {
+                    evaluator.result.dropped = Some(rule_ref(chain, None));
+                    break;
+                }
+                ChainOutcome::NoVerdict => {}
+            }
+        }
+        evaluator.result
+    }
+}
+
+fn rule_ref(chain: &ChainDump, rule: Option<&RuleDump>) -> RuleRef {
+    RuleRef {
+        family: family_name(chain.family).to_owned(),
+        table: chain.table.clone(),
+        chain: chain.name.clone(),
+        handle: rule.map(|rule| rule.handle),
+        comment: rule.and_then(|rule| rule.comment.clone()),
+    }
+}
+
+/// What a rule decides.
+enum Verdict {
+    Accept,
+    Drop,
+    Jump(String),
+    Goto(String),
+    Return,
+    Continue,
+}
+
+impl Evaluator<'_> {
+    /// A chain's rules in order. `unconditional` is false where the jump that led here is uncertain: nothing is decided then, only noted.
+    fn eval_chain(&mut self, chain: &ChainDump, depth: usize, unconditional: bool) -> ChainOutcome {
+        for rule in &chain.rules {
+            let mut registers = Registers::new(self.packet, self.snapshot, chain, self.result.untracked);
+            let (matched, verdict) = self.eval_rule(chain, rule, &mut registers);
+            let certain = unconditional && matched == MatchResult::True;
+            match (matched, verdict) {
+                (MatchResult::False, _) | (_, Verdict::Continue) => {}
+                (_, Verdict::Accept) if certain => return ChainOutcome::Accept,
+                (_, Verdict::Drop) if certain => return ChainOutcome::Drop(rule_ref(chain, Some(rule))),
+                (_, Verdict::Accept) => self.result.possible_accepts.push(rule_ref(chain, Some(rule))),
+                (_, Verdict::Drop) => self.result.possible_drops.push(rule_ref(chain, Some(rule))),
+                (_, Verdict::Return) if matched == MatchResult::True => return ChainOutcome::NoVerdict,
+                // Nobody knows whether it goes on: the rules behind are followed, too.
+                (_, Verdict::Return) => {}
+                (_, Verdict::Jump(to)) => match self.eval_jump(chain, &to, depth, certain) {
+                    ChainOutcome::NoVerdict => {}
+                    end => return end,
+                },
+                (_, Verdict::Goto(to)) => match self.eval_jump(chain, &to, depth, certain) {
+                    ChainOutcome::NoVerdict if certain => return ChainOutcome::NoVerdict,
+                    ChainOutcome::NoVerdict => {}
+                    end => return end,
+                },
+            }
+        }
+        ChainOutcome::NoVerdict
+    }
+
+    fn is_packet_family(&self, family: u32) -> bool {
+        let own = match self.packet.family {
+            Family::V4 => NFPROTO_IPV4,
+            Family::V6 => NFPROTO_IPV6,
+        };
+        family == u32::from(own)
+    }
+
+    fn eval_jump(&mut self, from: &ChainDump, name: &str, depth: usize, unconditional: bool) -> ChainOutcome {
+        let snapshot = self.snapshot;
+        let same = |chain: &&ChainDump| chain.family == from.family && chain.table == from.table && chain.name == name;
+        match snapshot.chains.iter().find(same) {
+            Some(chain) if depth < NFT_JUMP_STACK_SIZE => self.eval_chain(chain, depth + 1, unconditional),
+            _ => ChainOutcome::NoVerdict,
+        }
+    }
+
+    fn eval_rule(&mut self, chain: &ChainDump, rule: &RuleDump, registers: &mut Registers<'_>) -> (MatchResult, Verdict) {
+        let mut matched = MatchResult::True;
+        for (name, data) in &rule.exprs {
+            let number = |kind| codec::attribute_u32(data, kind);
+            let verdict = match name.as_str() {
+                "immediate" if number(NFTA_IMMEDIATE_DREG) == Some(NFT_REG_VERDICT) => {
+                    codec::attribute(data, NFTA_IMMEDIATE_DATA).and_then(parse_verdict)
+                }
+                "lookup" if number(NFTA_LOOKUP_DREG) == Some(NFT_REG_VERDICT) => match registers.lookup(data) {
+                    Some((MatchResult::True, found)) => found.and_then(|data| parse_verdict(&data)),
+                    Some((MatchResult::False, _)) => return (MatchResult::False, Verdict::Continue),
+                    _ => {
+                        matched = matched.and(MatchResult::Unknown);
+                        None
+                    }
+                },
+                "reject" => Some(Verdict::Drop),
+                "notrack" => {
+                    self.result.untracked |= matched == MatchResult::True;
+                    None
+                }
+                // In a table of both families each rule translates packets of one.
+                "nat" if number(NFTA_NAT_FAMILY).is_some_and(|family| !self.is_packet_family(family)) => None,
+                "nat" | "masq" | "redir" => {
+                    if matched == MatchResult::True {
+                        self.result.translation = Some((registers.translation(name, data), rule_ref(chain, Some(rule))));
+                    }
+                    Some(Verdict::Accept)
+                }
+                "target" => match codec::attribute(data, NFTA_MATCH_NAME).map(codec::strip_nul).unwrap_or_default() {
+                    b"REJECT" => Some(Verdict::Drop),
+                    target @ (b"MASQUERADE" | b"DNAT" | b"SNAT" | b"REDIRECT") => {
+                        let how = if target == b"MASQUERADE" { Translation::Masquerade } else { Translation::Unknown };
+                        if matched == MatchResult::True {
+                            self.result.translation = Some((how, rule_ref(chain, Some(rule))));
+                        }
+                        Some(Verdict::Accept)
+                    }
+                    _ => None,
+                },
+                _ => {
+                    matched = matched.and(registers.execute(name, data));
+                    None
+                }
+            };
+            if matched == MatchResult::False {
+                return (MatchResult::False, Verdict::Continue);
+            }
+            if let Some(verdict) = verdict {
+                return (matched, verdict);
+            }
+        }
+        (matched, Verdict::Continue)
+    }
+}
+
+/// The verdict in a data attribute.
+fn parse_verdict(data: &[u8]) -> Option<Verdict> {
+    let verdict = codec::attribute(data, NFTA_DATA_VERDICT)?;
+    let chain = || {
+        let name = codec::attribute(verdict, NFTA_VERDICT_CHAIN).map(codec::strip_nul).unwrap_or_default();
+        String::from_utf8_lossy(name).into_owned()
+    };
+    Some(match codec::attribute_u32(verdict, NFTA_VERDICT_CODE)? {
+        NF_DROP => Verdict::Drop,
+        NFT_JUMP => Verdict::Jump(chain()),
+        NFT_GOTO => Verdict::Goto(chain()),
+        NFT_RETURN => Verdict::Return,
+        NFT_CONTINUE => Verdict::Continue,
+        NF_ACCEPT => Verdict::Accept,
+        // A queue: some program decides.
+        _ => Verdict::Accept,
+    })
+}

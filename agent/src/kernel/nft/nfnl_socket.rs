@@ -1,0 +1,397 @@
+//! One nfnetlink socket: requests with an answer, dumps and transactions. Blocking; the kernel does the work inside `send`, so the
+//! answers wait to be read when it returns.
+
+use std::fmt::Display;
+use std::io;
+use std::time::Duration;
+
+use netlink_sys::protocols::NETLINK_NETFILTER;
+use netlink_sys::{Socket, SocketAddr};
+use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::time::TimeVal;
+
+use super::codec::{self, Object, Payload, Writer};
+use crate::plan::OpError;
+
+/// How often a dump is repeated because others changed nf_tables meanwhile. A dump takes some hundred microseconds.
+const MAX_DUMP_RETRIES: u32 = 32;
+
+/// How long the kernel may take to answer: far more than it ever does, also while another process holds its nf_tables lock.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Bytes of a receive: the kernel's answers have at most 32 KiB (`netlink_dump` in `net/netlink/af_netlink.c`).
+const RECEIVE_BUFFER_LEN: usize = 64 * 1024;
+
+/// Socket buffers in bytes: a transaction is one datagram, and with set elements it grows with the number of peers.
+const SOCKET_BUFFER_LEN: usize = 4 * 1024 * 1024;
+
+/// "Interrupted system call should be restarted", `include/linux/errno.h`: the generation is no longer the present one.
+pub(super) const ERESTART: i32 = 85;
+
+/// A socket for requests.
+pub(super) struct NfnlSocket {
+    socket: Socket,
+    subsystem: u8,
+    port_id: u32,
+    sequence: u32,
+    /// Transactions of this socket that are in force.
+    commits: u32,
+    buffer: Vec<u8>,
+}
+
+/// Why a transaction was refused as a whole: nothing of it is in force.
+pub(super) struct TransactionError {
+    /// Which of its changes was refused, counted from 0; `None` where it was none in particular.
+    pub(super) index: Option<u32>,
+    /// The reason.
+    pub(super) error: OpError,
+}
+
+/// The changes of a transaction.
+pub(super) struct Transaction {
+    writer: Writer,
+    first: u32,
+    count: u32,
+    total: u32,
+}
+
+impl NfnlSocket {
+    /// Opens a socket for a subsystem in the calling thread's network namespace.
+    ///
+    /// # Errors
+    /// The kernel has no nfnetlink, or the process no file descriptors left.
+    pub(super) fn open(subsystem: u8) -> Result<NfnlSocket, OpError> {
+        let open = || -> io::Result<(Socket, SocketAddr)> {
+            let mut socket = Socket::new(NETLINK_NETFILTER)?;
+            let address = socket.bind_auto()?;
+            socket.set_cap_ack(true)?;
+            socket.set_ext_ack(true)?;
+            let seconds = i64::try_from(ANSWER_TIMEOUT.as_secs()).unwrap_or(i64::MAX);
+            setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::new(seconds, 0))?;
+            // Forced sizes need CAP_NET_ADMIN; without it the system's limits hold and nothing else works either.
+            if setsockopt(&socket, sockopt::SndBufForce, &SOCKET_BUFFER_LEN).is_err() {
+                setsockopt(&socket, sockopt::SndBuf, &SOCKET_BUFFER_LEN)?;
+            }
+            if setsockopt(&socket, sockopt::RcvBufForce, &SOCKET_BUFFER_LEN).is_err() {
+                setsockopt(&socket, sockopt::RcvBuf, &SOCKET_BUFFER_LEN)?;
+            }
+            Ok((socket, address))
+        };
+        let (socket, address) = open().map_err(|error| io_error("opening an nfnetlink socket", &error))?;
+        Ok(NfnlSocket {
+            socket,
+            subsystem,
+            port_id: address.port_number(),
+            sequence: 0,
+            commits: 0,
+            buffer: Vec::with_capacity(RECEIVE_BUFFER_LEN),
+        })
+    }
+
+    /// The port id that events of this socket's changes carry.
+    pub(super) fn port_id(&self) -> u32 {
+        self.port_id
+    }
+
+    /// Asks for one object. `None` where it does not exist.
+    pub(super) fn get<T>(
+        &mut self,
+        message: u8,
+        family: u8,
+        body: impl FnOnce(&mut Writer),
+        mut read: impl FnMut(Object<'_>) -> T,
+    ) -> Result<Option<T>, OpError> {
+        let mut found = None;
+        match self.request(message, 0, family, body, |object| found = Some(read(object))) {
+            Ok(()) => Ok(found),
+            Err(error) if error.errno == libc::ENOENT => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Asks for all objects of a kind in a family that `parse_body` does not exclude.
+    pub(super) fn dump(
+        &mut self,
+        message: u8,
+        family: u8,
+        body: impl FnOnce(&mut Writer),
+        read: impl FnMut(Object<'_>),
+    ) -> Result<(), OpError> {
+        self.request(message, codec::NLM_F_DUMP, family, body, read)
+    }
+
+    /// Reads several things as they stand at one moment, and says which generation that is. `read` is called again when others
+    /// changed nf_tables meanwhile.
+    pub(super) fn read_consistent<T>(
+        &mut self,
+        mut read: impl FnMut(&mut NfnlSocket) -> Result<T, OpError>,
+    ) -> Result<(T, u32), OpError> {
+        for attempt in 0..MAX_DUMP_RETRIES {
+            let generation = self.generation()?;
+            // The kernel numbers a generation before it puts it into force, so the number alone does not say that all of it is.
+            if self.wait_for_generation(generation)? {
+                let outcome = read(self);
+                // A dump counts by place in a list, and a transaction that is being prepared has its rules in that list already, before its
+                // generation has a number: what was read of it may be there twice (`__nf_tables_dump_rules` in
+                // net/netfilter/nf_tables_api.c).
+                let same = self.wait_for_generation(generation)?;
+                match outcome {
+                    // What was asked for may have changed or gone meanwhile.
+                    _ if !same => {}
+                    Ok(value) => return Ok((value, generation)),
+                    Err(error) if matches!(error.errno, libc::EINTR | libc::ENOBUFS) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            std::thread::sleep(Duration::from_micros(50) * attempt);
+        }
+        let message = format!(
+            "nf_tables changed during each of {MAX_DUMP_RETRIES} dumps: find what rewrites it so often with `nft monitor`"
+        );
+        Err(OpError { errno: libc::EINTR, message })
+    }
+
+    /// Waits for a transaction that is being put into force, and tells whether the generation still is the present one after it. Done
+    /// by a transaction without changes, for which the kernel takes its lock of nf_tables and compares the generation (`nf_tables_valid_genid`
+    /// and `nf_tables_commit` in net/netfilter/nf_tables_api.c), and which makes no generation of its own.
+    fn wait_for_generation(&mut self, generation: u32) -> Result<bool, OpError> {
+        let begin = self.allocate_sequence(2);
+        let mut writer = Writer::default();
+        begin_batch(&mut writer, begin, Some(generation));
+        end_batch(&mut writer, begin.wrapping_add(1));
+        self.send(&writer)?;
+        // Only a refusal is answered, and it is there when `send` returns.
+        loop {
+            self.buffer.clear();
+            match self.socket.recv(&mut self.buffer, libc::MSG_DONTWAIT) {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(true),
+                Err(error) => return Err(io_error("reading the answer of nf_tables", &error)),
+            }
+            for received in codec::messages(&self.buffer) {
+                match received.payload {
+                    Payload::Ack { errno: ERESTART, .. } if received.sequence == begin => return Ok(false),
+                    Payload::Ack { errno, text } if received.sequence == begin && errno != 0 => {
+                        return Err(kernel_error(codec::NFNL_SUBSYS_NFTABLES, errno, text));
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// Puts `total` changes into force together, or none of them. With a generation, only where that is still the present one
+    /// (`ERESTART` otherwise).
+    pub(super) fn commit(
+        &mut self,
+        generation: Option<u32>,
+        total: u32,
+        changes: impl FnOnce(&mut Transaction),
+    ) -> Result<(), TransactionError> {
+        let begin = self.allocate_sequence(total + 2);
+        let mut writer = Writer::default();
+        begin_batch(&mut writer, begin, generation);
+        let mut transaction = Transaction { writer, first: begin.wrapping_add(1), count: 0, total };
+        changes(&mut transaction);
+        let Transaction { mut writer, count, .. } = transaction;
+        debug_assert_eq!(count, total, "the announced number of changes");
+        end_batch(&mut writer, begin.wrapping_add(1).wrapping_add(count));
+
+        let mut refused: Option<TransactionError> = None;
+        let outcome = self.send(&writer).and_then(|()| {
+            self.receive(|received| {
+                let index = received.sequence.wrapping_sub(begin);
+                let Payload::Ack { errno, text } = received.payload else { return ReadControl::Continue };
+                if index > count {
+                    // Left over from an earlier transaction.
+                    return ReadControl::Continue;
+                }
+                if errno != 0 && refused.is_none() {
+                    refused = Some(TransactionError {
+                        index: index.checked_sub(1),
+                        error: kernel_error(codec::NFNL_SUBSYS_NFTABLES, errno, text),
+                    });
+                }
+                // The opening message is answered only when the whole was refused, the last change always.
+                if index == 0 || index == count { ReadControl::Stop } else { ReadControl::Continue }
+            })
+        });
+        match (outcome, refused) {
+            (Err(error), _) => Err(TransactionError { index: None, error }),
+            (Ok(()), Some(refused)) => Err(refused),
+            (Ok(()), None) => {
+                self.commits = self.commits.wrapping_add(1);
+                Ok(())
+            }
+        }
+    }
+
+    /// The number of transactions in this namespace that were none of this socket's, and a constant.
+    pub(super) fn foreign_generation(&mut self) -> Result<u32, OpError> {
+        // A transaction of ours that changed nothing has no number: then this is one less, and no longer the same as before.
+        Ok(self.generation()?.wrapping_sub(self.commits))
+    }
+
+    /// The number of transactions that nf_tables has seen in this namespace.
+    fn generation(&mut self) -> Result<u32, OpError> {
+        let read = |object: Object<'_>| codec::attribute_u32(object.attributes, codec::NFTA_GEN_ID);
+        self.get(codec::NFT_MSG_GETGEN, 0, |_| {}, read)?
+            .flatten()
+            .ok_or_else(|| OpError { errno: 0, message: "the kernel did not say the generation of nf_tables".to_owned() })
+    }
+
+    fn request(
+        &mut self,
+        message: u8,
+        flags: u16,
+        family: u8,
+        body: impl FnOnce(&mut Writer),
+        mut read: impl FnMut(Object<'_>),
+    ) -> Result<(), OpError> {
+        let sequence = self.allocate_sequence(1);
+        let dump = flags & codec::NLM_F_DUMP != 0;
+        // A dump ends by a message of its own, other requests by the acknowledgement.
+        let flags = flags | codec::NLM_F_REQUEST | if dump { 0 } else { codec::NLM_F_ACK };
+        let mut writer = Writer::default();
+        writer.message(codec::message_type(self.subsystem, message), flags, sequence, family, 0, body);
+        self.send(&writer)?;
+        let subsystem = self.subsystem;
+        let mut interrupted = false;
+        let mut failure = None;
+        self.receive(|received| {
+            if received.sequence != sequence {
+                return ReadControl::Continue;
+            }
+            interrupted |= received.interrupted;
+            match received.payload {
+                Payload::Object(object) => read(object),
+                Payload::Done { errno: 0 } | Payload::Ack { errno: 0, .. } => return ReadControl::Stop,
+                Payload::Done { errno } => {
+                    failure = Some(kernel_error(subsystem, errno, None));
+                    return ReadControl::Stop;
+                }
+                Payload::Ack { errno, text } => {
+                    failure = Some(kernel_error(subsystem, errno, text));
+                    return ReadControl::Stop;
+                }
+                Payload::Other => {}
+            }
+            ReadControl::Continue
+        })?;
+        match failure {
+            Some(error) => Err(error),
+            None if interrupted => Err(kernel_error(subsystem, libc::EINTR, None)),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes sequence numbers for as many messages; the first of them.
+    fn allocate_sequence(&mut self, messages: u32) -> u32 {
+        let first = self.sequence.wrapping_add(1);
+        self.sequence = self.sequence.wrapping_add(messages);
+        first
+    }
+
+    fn send(&mut self, writer: &Writer) -> Result<(), OpError> {
+        let Some(bytes) = writer.finish() else {
+            return Err(OpError {
+                errno: libc::EMSGSIZE,
+                message: "a rule is too long for a netlink attribute (64 KiB)".to_owned(),
+            });
+        };
+        match self.socket.send(bytes, 0) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(io_error(format_args!("sending {} bytes to nf_tables", bytes.len()), &error)),
+        }
+    }
+
+    /// Hands each message that arrives to `handle` until that has what it wants, to the end of the datagram.
+    fn receive(&mut self, mut handle: impl FnMut(codec::ReceivedMessage<'_>) -> ReadControl) -> Result<(), OpError> {
+        loop {
+            self.buffer.clear();
+            match self.socket.recv(&mut self.buffer, 0) {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let message = format!("nf_tables gave no answer within {} s", ANSWER_TIMEOUT.as_secs());
+                    return Err(OpError { errno: libc::ETIMEDOUT, message });
+                }
+                Err(error) => return Err(io_error("reading the answer of nf_tables", &error)),
+            }
+            let mut end = false;
+            for received in codec::messages(&self.buffer) {
+                end |= matches!(handle(received), ReadControl::Stop);
+            }
+            if end {
+                return Ok(());
+            }
+        }
+    }
+}
+
+impl Transaction {
+    /// Adds a change.
+    pub(super) fn push_message(&mut self, message: u8, flags: u16, family: u8, body: impl FnOnce(&mut Writer)) {
+        let sequence = self.first.wrapping_add(self.count);
+        self.count += 1;
+        // Errors are always answered; one acknowledgement at the end says that all was looked at.
+        let last = if self.count == self.total { codec::NLM_F_ACK } else { 0 };
+        self.writer.message(codec::nft_message_type(message), flags | last | codec::NLM_F_REQUEST, sequence, family, 0, body);
+    }
+}
+
+fn begin_batch(writer: &mut Writer, sequence: u32, generation: Option<u32>) {
+    let resource = u16::from(codec::NFNL_SUBSYS_NFTABLES);
+    writer.message(codec::NFNL_MSG_BATCH_BEGIN, codec::NLM_F_REQUEST, sequence, 0, resource, |w| {
+        if let Some(generation) = generation {
+            w.u32(codec::NFNL_BATCH_GENID, generation);
+        }
+    });
+}
+
+fn end_batch(writer: &mut Writer, sequence: u32) {
+    let resource = u16::from(codec::NFNL_SUBSYS_NFTABLES);
+    writer.message(codec::NFNL_MSG_BATCH_END, codec::NLM_F_REQUEST, sequence, 0, resource, |_| {});
+}
+
+enum ReadControl {
+    Continue,
+    Stop,
+}
+
+/// An error that the kernel answered, with the remedy where one is known.
+fn kernel_error(subsystem: u8, errno: i32, text: Option<String>) -> OpError {
+    let mut message = text.unwrap_or_else(|| io::Error::from_raw_os_error(errno).to_string());
+    let advice = match errno {
+        libc::EPERM if subsystem == codec::NFNL_SUBSYS_CTNETLINK => {
+            "conntrack needs CAP_NET_ADMIN in the network namespace's user namespace"
+        }
+        libc::EINVAL | libc::EOPNOTSUPP if subsystem == codec::NFNL_SUBSYS_CTNETLINK => {
+            "does the kernel have ctnetlink? `modprobe nf_conntrack_netlink`"
+        }
+        libc::EPERM => {
+            "nf_tables needs CAP_NET_ADMIN in the network namespace's user namespace, and a table with the owner flag is its owner's alone"
+        }
+        libc::ENOENT | libc::EINVAL | libc::EOPNOTSUPP | libc::EPROTONOSUPPORT => {
+            "does the kernel have nf_tables, NAT included? `modprobe nf_tables nft_chain_nat nft_masq`"
+        }
+        _ => "",
+    };
+    if !advice.is_empty() {
+        message.push_str(": ");
+        message.push_str(advice);
+    }
+    OpError { errno, message }
+}
+
+/// A failed system call.
+pub(super) fn io_error(context: impl Display, error: &io::Error) -> OpError {
+    let advice = match error.raw_os_error() {
+        Some(libc::EPROTONOSUPPORT) => ": the kernel has no nfnetlink, `modprobe nfnetlink nf_tables`",
+        Some(libc::EMSGSIZE) => ": more than the socket may send, raise the sysctl net.core.wmem_max",
+        _ => "",
+    };
+    let message = format!("{context}: {error}{advice}");
+    OpError { errno: error.raw_os_error().unwrap_or(0), message }
+}

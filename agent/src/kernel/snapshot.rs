@@ -1,0 +1,136 @@
+//! Looks at the bridge, its ports and the tunnel's devices, with their counters, and at what the guards have dropped: for people, so on sockets of
+//! its own and without waiting for what is being changed.
+
+use std::collections::BTreeMap;
+
+use netlink_packet_core::ParseableParametrized;
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::{
+    BridgePortState, InfoBridgePort, InfoPortData, LinkAttribute, LinkInfo as Info, LinkMessage, Stats64,
+};
+
+use super::nft::Nft;
+use super::objects::{self, LinkInfo, raw_attributes};
+use super::route_socket::RouteSocket;
+use crate::model::api::{BridgeView, Counters, DeviceView, PortView};
+use crate::model::{Device, Role};
+use crate::plan::OpError;
+use crate::plan::ruleset::Counter;
+
+/// Length of `struct ifinfomsg`.
+const IFINFOMSG_LEN: usize = 16;
+
+/// The devices of the overlay as the kernel has them. Ports are told by their interfaces; whose they are is for the caller to add.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct OverlaySnapshot {
+    /// The tunnel's devices.
+    pub devices: Vec<DeviceView>,
+    /// The bridge.
+    pub bridge: Option<BridgeView>,
+}
+
+/// A link with what the agent itself does not need.
+struct LinkStats {
+    info: LinkInfo,
+    counters: Counters,
+    port: Option<(u16, String)>,
+}
+
+/// Looks. Blocks for as long as a dump of all links takes.
+pub fn read_overlay(bridge: Device) -> Result<OverlaySnapshot, OpError> {
+    let mut socket = RouteSocket::open()?;
+    let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
+    let all = socket
+        .dump(&request, Vec::new, |all: &mut Vec<LinkStats>, header, body| {
+            if header.message_type == libc::RTM_NEWLINK {
+                all.extend(read_link_stats(body));
+            }
+        })
+        .map_err(|e| e.context("cannot list the links"))?;
+    let addresses = objects::addresses(&mut socket, 0)?;
+    let device = |link: &LinkStats| DeviceView {
+        interface: link.info.name.clone(),
+        mac: link.info.mac,
+        mtu: link.info.mtu,
+        up: link.info.up(),
+        addresses: addresses.iter().filter(|a| a.index == link.info.index).map(|a| a.address.to_string()).collect(),
+        counters: link.counters,
+    };
+    let mut snapshot = OverlaySnapshot::default();
+    for link in &all {
+        match Device::from_name(&link.info.name) {
+            Some(found) if found == bridge => {
+                let ports = all.iter().filter(|other| other.info.master == Some(link.info.index)).filter_map(port_view);
+                let mut ports: Vec<PortView> = ports.collect();
+                ports.sort_by_key(|port| port.number);
+                snapshot.bridge = Some(BridgeView { device: device(link), ports });
+            }
+            Some(Device { role: Role::Vxlan(_), vni }) if vni == bridge.vni => snapshot.devices.push(device(link)),
+            _ => {}
+        }
+    }
+    Ok(snapshot)
+}
+
+/// What the guards have dropped, in packets; nothing where our tables are not there.
+pub fn dropped_packets() -> Result<BTreeMap<Counter, u64>, OpError> {
+    let counted = Nft::open()?.counters()?;
+    Ok(counted.into_iter().map(|(counter, counted)| (counter, counted.packets)).collect())
+}
+
+fn port_view(stats: &LinkStats) -> Option<PortView> {
+    let (number, state) = stats.port.clone()?;
+    let link = &stats.info;
+    Some(PortView { number, interface: link.name.clone(), endpoint: None, state, mtu: link.mtu, counters: stats.counters })
+}
+
+fn read_link_stats(body: &[u8]) -> Option<LinkStats> {
+    let mut link = LinkStats { info: LinkInfo::read(body)?, counters: Counters::default(), port: None };
+    for attribute in raw_attributes(body, IFINFOMSG_LEN) {
+        match LinkAttribute::parse_with_param(&attribute, netlink_packet_route::AddressFamily::Unspec) {
+            Ok(LinkAttribute::Stats64(stats)) => link.counters = counters(&stats),
+            Ok(LinkAttribute::LinkInfo(infos)) => {
+                for info in infos {
+                    if let Info::PortData(InfoPortData::BridgePort(settings)) = info {
+                        link.port = Some(bridge_port(&settings));
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    Some(link)
+}
+
+fn bridge_port(settings: &[InfoBridgePort]) -> (u16, String) {
+    let mut port = (0, "unknown".to_owned());
+    for setting in settings {
+        match setting {
+            InfoBridgePort::PortNumber(number) => port.0 = *number,
+            InfoBridgePort::State(state) => {
+                port.1 = match state {
+                    BridgePortState::Disabled => "disabled",
+                    BridgePortState::Listening => "listening",
+                    BridgePortState::Learning => "learning",
+                    BridgePortState::Forwarding => "forwarding",
+                    BridgePortState::Blocking => "blocking",
+                    _ => "unknown",
+                }
+                .to_owned();
+            }
+            _ => {}
+        }
+    }
+    port
+}
+
+fn counters(stats: &Stats64) -> Counters {
+    Counters {
+        rx_bytes: stats.rx_bytes,
+        rx_packets: stats.rx_packets,
+        rx_dropped: stats.rx_dropped,
+        tx_bytes: stats.tx_bytes,
+        tx_packets: stats.tx_packets,
+        tx_dropped: stats.tx_dropped,
+    }
+}

@@ -1,0 +1,449 @@
+//! Which leases count: every entry of the store, indexed so that one change is judged without looking at the others.
+//!
+//! An entry is left out where it cannot be right by itself (outside the network, another backend), where it contradicts this host (its
+//! subnet, address or MAC), and where it contradicts another entry that ranks before it. Rank is: leases that the network's pools would give
+//! out before others, then the older before the younger. An entry that is itself left out still ranks, so that the verdict on each entry
+//! depends on its neighbours only, never on a chain.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use crate::model::event::StoreEntry;
+use crate::model::peer::RemoteSubnet;
+use crate::model::{
+    Backend, Cidr, Family, LeaseRecord, Mac, NetworkConfig, Peer, PerFamily, RejectReason, RejectedLease, Subnet,
+};
+
+/// The part of a lease's key behind `<prefix>/subnets/`.
+pub type LeaseKey = Arc<str>;
+
+/// This host, as far as other leases can contradict it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LocalHost {
+    /// The subnet it holds.
+    pub subnet: Subnet,
+    /// Its underlay addresses.
+    pub public_ip: PerFamily<IpAddr>,
+    /// The MACs of its VXLAN devices.
+    pub vtep: PerFamily<Mac>,
+}
+
+/// What an entry is to this host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Classification {
+    /// This host's own lease.
+    Own,
+    /// A peer in the data path.
+    Accepted(Peer),
+    /// Left out.
+    Rejected(RejectedLease),
+}
+
+/// All entries of the store.
+#[derive(Debug, Default)]
+pub struct LeaseTable {
+    entries: BTreeMap<LeaseKey, Result<LeaseRecord, RejectedLease>>,
+    by_cidr: BTreeMap<Cidr, Owners>,
+    /// How many ranges there are of each length: usually all have one, and nothing shorter is looked for.
+    prefix_lengths: BTreeMap<(Family, u8), usize>,
+    by_mac: HashMap<(Family, Mac), Owners>,
+    /// Whether two entries may share an address or a MAC. Where none do, which is nearly always, no verdict has to look for others.
+    has_conflicts: bool,
+}
+
+/// The entries that hold one range or one MAC, in order: one nearly always, which then takes no memory of its own.
+#[derive(Debug)]
+enum Owners {
+    One(LeaseKey),
+    /// Also none, for a moment. Boxed, so that the one above takes no more than itself.
+    #[expect(clippy::box_collection, reason = "a vector would make each of the many others half as large again")]
+    Many(Box<Vec<LeaseKey>>),
+}
+
+impl Owners {
+    fn insert(&mut self, key: &LeaseKey) {
+        let Err(position) = self.as_slice().binary_search(key) else { return };
+        match self {
+            Owners::One(first) => {
+                let mut keys = vec![first.clone()];
+                keys.insert(position, key.clone());
+                *self = Owners::Many(Box::new(keys));
+            }
+            Owners::Many(keys) => keys.insert(position, key.clone()),
+        }
+    }
+
+    fn remove(&mut self, key: &LeaseKey) {
+        match self {
+            Owners::One(first) if first == key => *self = Owners::Many(Box::default()),
+            Owners::One(_) => {}
+            Owners::Many(keys) => keys.retain(|other| other != key),
+        }
+    }
+
+    fn as_slice(&self) -> &[LeaseKey] {
+        match self {
+            Owners::One(key) => std::slice::from_ref(key),
+            Owners::Many(keys) => keys,
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.as_slice().is_empty()
+    }
+
+    fn iter(&self) -> std::slice::Iter<'_, LeaseKey> {
+        self.as_slice().iter()
+    }
+}
+
+impl LeaseTable {
+    /// Every entry, by key.
+    pub fn iter(&self) -> impl Iterator<Item = (&LeaseKey, &Result<LeaseRecord, RejectedLease>)> {
+        self.entries.iter()
+    }
+
+    /// One entry.
+    pub fn get(&self, key: &str) -> Option<&Result<LeaseRecord, RejectedLease>> {
+        self.entries.get(key)
+    }
+
+    /// Number of entries, those left out included.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Makes the entries those of a snapshot: what it lacks is gone. Returns the keys whose verdict may have changed; `None` for all, where
+    /// there was nothing before or most of it goes.
+    pub fn replace(&mut self, snapshot: Vec<StoreEntry>) -> Option<BTreeSet<LeaseKey>> {
+        if self.entries.len() > 2 * snapshot.len() || self.entries.is_empty() {
+            *self = LeaseTable::default();
+            self.fill(snapshot);
+            return None;
+        }
+        let new: BTreeSet<&str> = snapshot.iter().map(|entry| entry.key.as_str()).collect();
+        let gone: Vec<LeaseKey> = self.entries.keys().filter(|key| !new.contains(key.as_ref())).cloned().collect();
+        let mut affected = BTreeSet::new();
+        for key in gone {
+            affected.extend(self.remove(&key));
+        }
+        for entry in snapshot {
+            affected.extend(self.upsert(entry));
+        }
+        Some(affected)
+    }
+
+    /// Fills what is empty: each index is made as a whole, which takes a quarter of the time that entry by entry takes.
+    fn fill(&mut self, snapshot: Vec<StoreEntry>) {
+        self.entries = snapshot.into_iter().map(|entry| (entry.key.into(), entry.value)).collect();
+        self.by_mac.reserve(self.entries.len());
+        let mut ranges: Vec<(Cidr, &LeaseKey)> = Vec::with_capacity(self.entries.len());
+        for (key, value) in &self.entries {
+            let Ok(record) = value else { continue };
+            ranges.extend(record.subnet.iter().map(|(_, cidr)| (cidr, key)));
+            for mac in macs(record) {
+                let add_owner = |keys: &mut Owners| {
+                    keys.insert(key);
+                    self.has_conflicts = true;
+                };
+                self.by_mac.entry(mac).and_modify(add_owner).or_insert_with(|| Owners::One(key.clone()));
+            }
+        }
+        ranges.sort_unstable();
+        // In order, a range that overlaps an earlier one overlaps the one that reaches furthest of them.
+        let mut furthest: Option<Cidr> = None;
+        for (cidr, _) in &ranges {
+            self.has_conflicts |= furthest.is_some_and(|before| before.overlaps(*cidr));
+            if furthest.is_none_or(|before| !before.contains(cidr.base())) {
+                furthest = Some(*cidr);
+            }
+        }
+        let mut owners: Vec<(Cidr, Owners)> = Vec::with_capacity(ranges.len());
+        for (cidr, key) in ranges {
+            match owners.last_mut() {
+                Some((last, keys)) if *last == cidr => keys.insert(key),
+                _ => {
+                    *self.prefix_lengths.entry((cidr.family(), cidr.length())).or_default() += 1;
+                    owners.push((cidr, Owners::One(key.clone())));
+                }
+            }
+        }
+        self.by_cidr = owners.into_iter().collect();
+    }
+
+    /// Adds or changes an entry. Returns the keys whose verdict may have changed: none where nothing that matters did.
+    pub fn upsert(&mut self, entry: StoreEntry) -> BTreeSet<LeaseKey> {
+        let StoreEntry { key, value } = entry;
+        if let Some(old) = self.entries.get(key.as_str())
+            && is_equivalent(old, &value)
+        {
+            // A renewal: the revisions change, the meaning does not.
+            self.entries.insert(key.into(), value);
+            return BTreeSet::new();
+        }
+        let mut affected = self.remove(&key);
+        let key: LeaseKey = key.into();
+        if let Ok(record) = &value {
+            for (_, cidr) in record.subnet.iter() {
+                self.by_cidr.entry(cidr).and_modify(|keys| keys.insert(&key)).or_insert_with(|| {
+                    *self.prefix_lengths.entry((cidr.family(), cidr.length())).or_default() += 1;
+                    Owners::One(key.clone())
+                });
+            }
+            for mac in macs(record) {
+                self.by_mac.entry(mac).and_modify(|keys| keys.insert(&key)).or_insert_with(|| Owners::One(key.clone()));
+            }
+            let candidates = self.conflict_candidates(record);
+            self.has_conflicts |= candidates.iter().any(|other| *other != key);
+            affected.extend(candidates);
+            affected.extend(self.entries_covering(record));
+        }
+        self.entries.insert(key.clone(), value);
+        affected.insert(key);
+        affected
+    }
+
+    /// Takes an entry away. Returns the keys whose verdict may have changed, its own included.
+    pub fn remove(&mut self, key: &str) -> BTreeSet<LeaseKey> {
+        let Some((key, value)) = self.entries.remove_entry(key) else { return BTreeSet::new() };
+        let mut affected = BTreeSet::new();
+        if let Ok(record) = &value {
+            affected = self.conflict_candidates(record);
+            affected.extend(self.entries_covering(record));
+            for (_, cidr) in record.subnet.iter() {
+                self.remove_range(cidr, &key);
+            }
+            for mac in macs(record) {
+                if let Some(keys) = self.by_mac.get_mut(&mac) {
+                    keys.remove(&key);
+                    if keys.is_empty() {
+                        self.by_mac.remove(&mac);
+                    }
+                }
+            }
+        }
+        affected.insert(key);
+        affected
+    }
+
+    /// What an entry is to this host; `None` for a key that is not there.
+    pub fn classify(&self, key: &str, network: &NetworkConfig, own: Option<&LocalHost>) -> Option<Classification> {
+        self.entries.get(key).map(|value| self.classify_entry(key, value, network, own))
+    }
+
+    /// What each entry is to this host, in the order of the keys.
+    pub fn classify_all(
+        &self,
+        network: &NetworkConfig,
+        own: Option<&LocalHost>,
+    ) -> impl Iterator<Item = (&LeaseKey, Classification)> {
+        self.entries.iter().map(move |(key, value)| (key, self.classify_entry(key, value, network, own)))
+    }
+
+    fn classify_entry(
+        &self,
+        key: &str,
+        value: &Result<LeaseRecord, RejectedLease>,
+        network: &NetworkConfig,
+        own: Option<&LocalHost>,
+    ) -> Classification {
+        let record = match value {
+            Ok(record) => record,
+            Err(refusal) => return Classification::Rejected(refusal.clone()),
+        };
+        if own.is_some_and(|own| own.subnet == record.subnet) {
+            return Classification::Own;
+        }
+        let conflict = || self.covered_host(key, record, network, own).or_else(|| self.conflict(key, record, network));
+        let verdict = check_record(record, network, own).and_then(|peer| conflict().map_or(Ok(peer), Err));
+        match verdict {
+            Ok(peer) => Classification::Accepted(peer),
+            Err(kind) => Classification::Rejected(RejectedLease { key: crate::model::lease::printable(key), kind }),
+        }
+    }
+
+    /// The address of this host or of another entry's that lies in this entry's range: its tunnel would lead into itself. No range that the
+    /// pools lease has one: such an address is left out itself.
+    fn covered_host(
+        &self,
+        key: &str,
+        record: &LeaseRecord,
+        network: &NetworkConfig,
+        own: Option<&LocalHost>,
+    ) -> Option<RejectReason> {
+        record.subnet.iter().find_map(|(family, subnet)| {
+            let pool = network.pools.get(family)?;
+            if pool.allows_subnet(subnet) {
+                return None;
+            }
+            let here = own.and_then(|own| own.public_ip.get(family).copied());
+            let others = self
+                .entries
+                .iter()
+                .filter(|(other, _)| other.as_ref() != key)
+                .filter_map(|(_, value)| value.as_ref().ok()?.lease.public_ip.get(family).copied());
+            let address =
+                here.into_iter().chain(others).find(|address| subnet.contains(*address) && !pool.covers_address(*address))?;
+            Some(RejectReason::CoversHost { subnet, address })
+        })
+    }
+
+    /// The entries whose range holds a record's address.
+    fn entries_covering(&self, record: &LeaseRecord) -> impl Iterator<Item = LeaseKey> {
+        record.lease.public_ip.iter().flat_map(|(_, address)| self.overlapping(Cidr::host(*address)))
+    }
+
+    /// The first contradiction with an entry that ranks before this one.
+    fn conflict(&self, key: &str, record: &LeaseRecord, network: &NetworkConfig) -> Option<RejectReason> {
+        if !self.has_conflicts {
+            return None;
+        }
+        let before = |other: &LeaseKey| match self.entries.get(other) {
+            Some(Ok(o)) if other.as_ref() != key => (rank(o, network), other.as_ref()) < (rank(record, network), key),
+            _ => false,
+        };
+        for (_, cidr) in record.subnet.iter() {
+            if let Some(other) = self.overlapping(cidr).into_iter().find(|other| before(other)) {
+                return Some(RejectReason::Overlap { other: other.to_string() });
+            }
+        }
+        macs(record).find_map(|(family, mac)| {
+            let other = self.by_mac.get(&(family, mac))?.iter().find(|other| {
+                // The same host twice (a lease that it has left behind) has one address behind the MAC: no contradiction.
+                let same_place = self.entries.get(*other).is_some_and(|value| {
+                    value.as_ref().is_ok_and(|o| o.lease.public_ip.get(family) == record.lease.public_ip.get(family))
+                });
+                !same_place && before(other)
+            })?;
+            Some(RejectReason::DuplicateMac { mac, other: other.to_string() })
+        })
+    }
+
+    /// The entries that share an address or a MAC with a record.
+    fn conflict_candidates(&self, record: &LeaseRecord) -> BTreeSet<LeaseKey> {
+        let mut keys = BTreeSet::new();
+        for (_, cidr) in record.subnet.iter() {
+            keys.extend(self.overlapping(cidr));
+        }
+        for mac in macs(record) {
+            keys.extend(self.by_mac.get(&mac).into_iter().flat_map(Owners::iter).cloned());
+        }
+        keys
+    }
+
+    /// Takes a key from a range.
+    fn remove_range(&mut self, cidr: Cidr, key: &LeaseKey) {
+        let Some(keys) = self.by_cidr.get_mut(&cidr) else { return };
+        keys.remove(key);
+        if !keys.is_empty() {
+            return;
+        }
+        self.by_cidr.remove(&cidr);
+        let of_length = (cidr.family(), cidr.length());
+        if let Some(count) = self.prefix_lengths.get_mut(&of_length) {
+            *count -= 1;
+            if *count == 0 {
+                self.prefix_lengths.remove(&of_length);
+            }
+        }
+    }
+
+    /// The entries whose range overlaps: those that cover it (one look-up per shorter length that there is) and those that lie in it.
+    fn overlapping(&self, cidr: Cidr) -> Vec<LeaseKey> {
+        let shorter = self.prefix_lengths.range((cidr.family(), 0)..(cidr.family(), cidr.length()));
+        let covering = shorter.filter_map(|((_, length), _)| self.by_cidr.get(&Cidr::containing(cidr.base(), *length)?));
+        let inside = self.by_cidr.range(cidr..).take_while(|(other, _)| cidr.contains(other.base())).map(|(_, keys)| keys);
+        covering.chain(inside).flat_map(Owners::iter).cloned().collect()
+    }
+}
+
+/// Whether two values mean the same: all but the revision of the last change.
+fn is_equivalent(a: &Result<LeaseRecord, RejectedLease>, b: &Result<LeaseRecord, RejectedLease>) -> bool {
+    match (a, b) {
+        (Ok(a), Ok(b)) => a.subnet == b.subnet && a.lease == b.lease && a.create_revision == b.create_revision,
+        (a, b) => a == b,
+    }
+}
+
+/// Lower ranks first.
+fn rank(record: &LeaseRecord, network: &NetworkConfig) -> (bool, i64) {
+    let of_pools =
+        record.subnet.iter().all(|(family, cidr)| network.pools.get(family).is_some_and(|pool| pool.allows_subnet(cidr)));
+    (!of_pools, record.create_revision)
+}
+
+fn macs(record: &LeaseRecord) -> impl Iterator<Item = (Family, Mac)> + '_ {
+    let vtep = match &record.lease.backend {
+        Backend::Vxlan { vtep, .. } => Some(vtep),
+        Backend::Other { .. } => None,
+    };
+    vtep.into_iter().flat_map(|vtep| vtep.iter().map(|(family, mac)| (family, *mac)))
+}
+
+/// What can be said of a record without looking at others.
+fn check_record(record: &LeaseRecord, network: &NetworkConfig, own: Option<&LocalHost>) -> Result<Peer, RejectReason> {
+    let (vni, vtep) = match &record.lease.backend {
+        Backend::Vxlan { vni, vtep } => (*vni, vtep),
+        Backend::Other { name } => return Err(RejectReason::OtherBackend { name: name.clone() }),
+    };
+    if vni != network.vxlan.vni {
+        return Err(RejectReason::OtherVni { theirs: vni, ours: network.vxlan.vni });
+    }
+    let mut reach = PerFamily::default();
+    for (family, subnet) in record.subnet.iter() {
+        let Some(pool) = network.pools.get(family) else { continue };
+        if !pool.network.covers(subnet) {
+            return Err(RejectReason::OutsideNetwork { subnet, network: pool.network });
+        }
+        // The least that a network is cut into (`SubnetLen`): nobody holds more than a quarter of it.
+        if subnet.length() < pool.network.length() + 2 {
+            return Err(RejectReason::TooWide { subnet, network: pool.network });
+        }
+        let missing = |field: &str| RejectReason::Field {
+            field: field.to_owned(),
+            value: "null".to_owned(),
+            rule: format!("needed for {subnet}"),
+        };
+        let public_ip = *record.lease.public_ip.get(family).ok_or_else(|| missing("PublicIP"))?;
+        let vtep = *vtep.get(family).ok_or_else(|| missing("VtepMAC"))?;
+        if let Some(own) = own {
+            if own.public_ip.get(family) == Some(&public_ip) {
+                return Err(RejectReason::OwnAddress { address: public_ip });
+            }
+            if own.vtep.get(family) == Some(&vtep) {
+                return Err(RejectReason::OwnMac { mac: vtep });
+            }
+        }
+        if pool.covers_address(public_ip) || subnet.contains(public_ip) {
+            // The outer packet would be routed into the overlay again.
+            return Err(RejectReason::Field {
+                field: "PublicIP".to_owned(),
+                value: public_ip.to_string(),
+                rule: format!(
+                    "must not lie among the overlay's subnets, {} to {} and {subnet}",
+                    pool.min.base(),
+                    pool.max.last()
+                ),
+            });
+        }
+        *reach.slot(family) = Some(RemoteSubnet { subnet, public_ip, vtep });
+    }
+    if let Some(own) = own
+        && own.subnet.overlaps(&record.subnet)
+    {
+        return Err(RejectReason::OverlapsOwn { subnet: record.subnet, own: own.subnet });
+    }
+    match record.subnet.iter().next() {
+        Some((_, subnet)) if reach.is_empty() => Err(RejectReason::FamilyNotUsed { subnet }),
+        _ => Ok(Peer { remote_subnets: reach }),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,117 @@
+//! A kernel made of a map.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::model::Family;
+use crate::plan::state::LinkState;
+use crate::plan::underlay::{DefaultRoute, ForeignLink, HostAddress, HostInventory, Ipv6Settings};
+use crate::plan::{ApplyReport, Batch, DataPath, Key, Op, OpError, State, Value};
+
+/// A kernel: what it holds, what it refuses, and every op that it was given.
+#[derive(Debug)]
+pub struct FakeState {
+    pub state: State,
+    pub failing_keys: BTreeSet<Key>,
+    pub applied_ops: Vec<Op>,
+    pub dump_count: usize,
+    /// A change never comes to its end.
+    pub stuck: bool,
+    /// The addresses of the external interface.
+    pub addresses: Vec<HostAddress>,
+}
+
+impl Default for FakeState {
+    fn default() -> FakeState {
+        FakeState {
+            state: State::new(),
+            failing_keys: BTreeSet::new(),
+            applied_ops: Vec::new(),
+            dump_count: 0,
+            stuck: false,
+            addresses: vec![address("192.0.2.100", 24)],
+        }
+    }
+}
+
+/// An address of the external interface.
+pub fn address(text: &str, length: u8) -> HostAddress {
+    HostAddress { address: text.parse().unwrap(), length, secondary: false, flaw: None }
+}
+
+#[derive(Debug, Clone, Default)]
+pub struct FakeKernel(Arc<Mutex<FakeState>>);
+
+impl FakeKernel {
+    /// The kernel, for a look or a change by others.
+    pub fn lock(&self) -> std::sync::MutexGuard<'_, FakeState> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl DataPath for FakeKernel {
+    async fn dump(&mut self) -> Result<State, OpError> {
+        let mut world = self.lock();
+        world.dump_count += 1;
+        Ok(world.state.clone())
+    }
+
+    async fn apply(&mut self, batch: &Batch) -> ApplyReport {
+        let stuck = self.lock().stuck;
+        if stuck {
+            std::future::pending::<()>().await;
+        }
+        let mut world = self.lock();
+        let mut report = ApplyReport::default();
+        for (index, op) in batch.iter().enumerate() {
+            if world.failing_keys.contains(op.key()) {
+                report.failed.push((index, OpError { errno: 12, message: "cannot allocate memory".to_owned() }));
+            } else {
+                op.apply_to(&mut world.state);
+                world.applied_ops.push(op.clone());
+            }
+        }
+        report
+    }
+
+    async fn watch_sysctls(&mut self, paths: Vec<String>) -> Result<State, OpError> {
+        let world = self.lock();
+        let found = |path: String| world.state.get_key_value(&Key::Sysctl(path.into()));
+        Ok(paths.into_iter().filter_map(found).map(|(key, value)| (key.clone(), value.clone())).collect())
+    }
+
+    async fn get_link(&mut self, name: &str) -> Result<Option<LinkState>, OpError> {
+        match self.lock().state.get(&Key::Link(name.into())) {
+            Some(Value::Link(link)) => Ok(Some((**link).clone())),
+            _ => Ok(None),
+        }
+    }
+
+    async fn inventory(&mut self) -> Result<HostInventory, OpError> {
+        Ok(HostInventory {
+            links: vec![ForeignLink {
+                index: 2,
+                name: "eth0".to_owned(),
+                mtu: 1500,
+                up: true,
+                loopback: false,
+                kind: String::new(),
+                is_port: false,
+                ipv6: Some(Ipv6Settings { forwarding: false, accept_ra: 1, disabled: false }),
+                addresses: self.lock().addresses.clone(),
+            }],
+            default_routes: vec![DefaultRoute {
+                family: Family::V4,
+                interface: 2,
+                source: None,
+                gateway: None,
+                from_router_advertisement: false,
+            }],
+            ..HostInventory::default()
+        })
+    }
+
+    async fn route_to(&mut self, _: std::net::IpAddr) -> Result<Option<u32>, OpError> {
+        Ok(None)
+    }
+}

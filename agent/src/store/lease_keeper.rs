@@ -1,0 +1,455 @@
+//! Taking, renewing and giving back this host's lease: carries out what [`lease`] decides.
+//!
+//! Runs beside the watch in the task of [`Store::run`](super::Store::run) and never holds it up. It may be dropped at any await: whatever
+//! was written is found again by the next look, because the entry names this host; [`Memory`] only spares work.
+
+use std::time::Duration;
+
+use rand::SeedableRng;
+use rand::rngs::SmallRng;
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+use tracing::{debug, info, warn};
+
+use super::connect::{Session, StoreConfig};
+use super::lease::{self, Action, HeldEntry, HolderState, LeaseSnapshot, RETRY_INTERVAL};
+use super::renew::{self, Liveness, Renewal};
+use super::watch::{WatchProgress, WatchState, send_event};
+use super::write::LeaseBinding;
+use super::{StoreError, codec};
+use crate::backoff::Backoff;
+use crate::model::Subnet;
+use crate::model::event::{HeldLease, LeaseOrigin, LeaseRequest, OwnLease, StoreEvent};
+
+/// Waiting between tries after a lost race. Short: the other one has finished, and the next choice is another.
+const RACE_BACKOFF: Backoff = Backoff::new(Duration::from_millis(1), Duration::from_millis(500));
+/// Waiting between tries after an answer that was an error.
+const ERROR_BACKOFF: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(15));
+/// How long giving back an unused etcd lease may hold up the end.
+const REVOKE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Holds this host's lease over any number of connections.
+pub(super) struct LeaseKeeper<'a> {
+    ttl: Duration,
+    keep_alive: Duration,
+    watch_state: &'a WatchState,
+    events: mpsc::Sender<StoreEvent>,
+    lease_request: watch::Receiver<Option<LeaseRequest>>,
+    state: HolderState,
+    /// What was handed on last.
+    last_reported: Option<OwnLease>,
+    /// The revision up to which the state of the held entry is known.
+    known_revision: i64,
+    /// An etcd lease that was granted and is not bound to a key yet.
+    unused_lease: Option<i64>,
+    /// The etcd lease of an entry that was lost.
+    stale_lease: Option<i64>,
+    /// The etcd lease whose holder is being watched, and since when.
+    probed_lease: Option<(i64, Instant)>,
+    random: SmallRng,
+    race_backoff: Backoff,
+    error_backoff: Backoff,
+}
+
+/// What follows a step.
+enum ActionOutcome {
+    /// Look again.
+    Retry,
+    /// Look again after a short wait: somebody was faster.
+    LostRace,
+    /// Look again after this long or when something changes.
+    RetryAfter(Duration),
+    /// Renew until something changes.
+    Renew,
+}
+
+impl<'a> LeaseKeeper<'a> {
+    pub(super) fn new(
+        config: &StoreConfig,
+        watch_state: &'a WatchState,
+        events: mpsc::Sender<StoreEvent>,
+        lease_request: watch::Receiver<Option<LeaseRequest>>,
+    ) -> LeaseKeeper<'a> {
+        LeaseKeeper {
+            ttl: config.lease_ttl,
+            keep_alive: config.keep_alive,
+            watch_state,
+            events,
+            lease_request,
+            state: HolderState::default(),
+            last_reported: None,
+            known_revision: 0,
+            unused_lease: None,
+            stale_lease: None,
+            probed_lease: None,
+            random: SmallRng::from_rng(&mut rand::rng()),
+            race_backoff: RACE_BACKOFF,
+            error_backoff: ERROR_BACKOFF,
+        }
+    }
+
+    /// Takes and holds the wished lease until the connection fails.
+    pub(super) async fn run(&mut self, session: &Session) -> StoreError {
+        let mut address = None;
+        loop {
+            let request = self.lease_request.borrow_and_update().clone();
+            let Some(request) = request else {
+                request_changed(&mut self.lease_request).await;
+                continue;
+            };
+            if *address.get_or_insert(request.public_ip) != request.public_ip {
+                return StoreError::AddressChanged;
+            }
+            self.watch_state.node_id.send_replace(Some(request.node.id.clone()));
+            match self.step(session, &request).await {
+                Ok(()) => self.error_backoff.reset(),
+                Err(error) if error.ends_session() => return error,
+                Err(error) => {
+                    if let Err(gone) = self.report_error(&error).await {
+                        return gone;
+                    }
+                    let delay = self.error_backoff.next_delay(&mut self.random);
+                    tokio::select! {
+                        () = tokio::time::sleep(delay) => {}
+                        () = request_changed(&mut self.lease_request) => {}
+                    }
+                }
+            }
+        }
+    }
+
+    /// Gives back what was granted and not used.
+    pub(super) async fn revoke_unused(&mut self, session: &Session) {
+        if let Some(id) = self.unused_lease.take()
+            && !matches!(tokio::time::timeout(REVOKE_TIMEOUT, session.revoke(id)).await, Ok(Ok(())))
+        {
+            debug!(etcd_lease = format!("{id:x}"), "an unused etcd lease is left to expire");
+        }
+    }
+
+    /// Looks, decides, acts; returns when it is time to look again.
+    async fn step(&mut self, session: &Session, request: &LeaseRequest) -> Result<(), StoreError> {
+        let snapshot = LeaseSnapshot::from_listing(session.list().await?, &request.node.id);
+        self.known_revision = snapshot.revision;
+        if let Some((lost, reason)) = self.state.detect_loss(&snapshot, request) {
+            warn!(subnet = %lost.lease.subnet, reason, "this host's lease is lost, taking one again");
+            self.stale_lease = lost.lease.etcd_lease.or(self.stale_lease);
+            self.report_state(OwnLease::NotHeld { reason }).await?;
+        }
+        if let Some(id) = self.stale_lease.take_if(|id| !snapshot.entries.iter().any(|claim| claim.etcd_lease == Some(*id))) {
+            // Nothing is bound to it, so nothing goes with it.
+            if let Err(error) = session.revoke(id).await {
+                debug!(%error, "the etcd lease of the lost entry is left to expire");
+            }
+        }
+        let step = lease::decide(&snapshot, request, &self.state);
+        debug!(revision = snapshot.revision, attempt = self.state.attempt, ?step, "decided");
+        match self.execute(session, request, snapshot, step).await? {
+            ActionOutcome::Retry => Ok(()),
+            ActionOutcome::LostRace => {
+                let delay = self.race_backoff.next_delay(&mut self.random);
+                tokio::time::sleep(delay).await;
+                Ok(())
+            }
+            ActionOutcome::RetryAfter(delay) => {
+                self.watch_state.held_key.send_replace(None);
+                self.revoke_unused(session).await;
+                self.wait_for_change(delay).await;
+                Ok(())
+            }
+            ActionOutcome::Renew => self.renew_until_change(session, request).await,
+        }
+    }
+
+    /// Waits for a new wish, an entry that goes, or the end of the delay.
+    async fn wait_for_change(&mut self, delay: Duration) {
+        let mut progress = self.watch_state.progress.subscribe();
+        let removals = progress.borrow_and_update().removals;
+        let removed = wait_until(&mut progress, |seen| seen.removals != removals);
+        tokio::select! {
+            () = tokio::time::sleep(delay) => {}
+            () = request_changed(&mut self.lease_request) => {}
+            () = removed => {}
+        }
+    }
+
+    async fn execute(
+        &mut self,
+        session: &Session,
+        request: &LeaseRequest,
+        snapshot: LeaseSnapshot,
+        step: Action,
+    ) -> Result<ActionOutcome, StoreError> {
+        match step {
+            Action::Keep(held) => {
+                self.watch_state.held_key.send_replace(Some(held.key.clone()));
+                let watched_revision = self.watch_state.progress.borrow().revision;
+                if watched_revision > snapshot.revision {
+                    // The watch is already behind the look and did not look out for this entry.
+                    drop(snapshot);
+                    let (now, revision) = session.get_entry(&held.key).await?;
+                    if now.is_none_or(|entry| entry.mod_revision != held.mod_revision) {
+                        return Ok(ActionOutcome::Retry);
+                    }
+                    self.known_revision = revision;
+                }
+                self.record_held(held);
+                Ok(ActionOutcome::Renew)
+            }
+            Action::Write(held) => {
+                drop(snapshot);
+                self.overwrite(session, request, held).await
+            }
+            Action::TakeOver(mut held) => {
+                let from = snapshot.entry(&held.key).and_then(|claim| claim.owner.node.clone()).map(|node| node.name);
+                info!(subnet = %held.lease.subnet, from, "taking over the lease that has this host's public IP");
+                drop(snapshot);
+                if held.lease.etcd_lease.is_some() {
+                    held.lease.etcd_lease = Some(self.grant(session).await?);
+                }
+                self.overwrite(session, request, held).await
+            }
+            Action::Acquire { subnet, compare_all: whole } => self.acquire(session, request, &snapshot, subnet, whole).await,
+            Action::Release { key, mod_revision, etcd_lease, reason } => {
+                warn!(key, reason, "giving up a lease");
+                if self.state.held.as_ref().is_some_and(|held| held.key == key) {
+                    self.state.held = None;
+                    self.report_state(OwnLease::NotHeld { reason }).await?;
+                }
+                let shared = snapshot.entries.iter().any(|claim| claim.key != key && claim.etcd_lease == etcd_lease);
+                let deleted = session.remove(&key, mod_revision).await?;
+                if let (true, false, Some(id)) = (deleted, shared, etcd_lease) {
+                    session.revoke(id).await?;
+                }
+                Ok(if deleted { ActionOutcome::Retry } else { ActionOutcome::LostRace })
+            }
+            Action::VerifyLiveness { key, mod_revision, etcd_lease, reason } => {
+                drop(snapshot);
+                self.state.forget_held();
+                self.verify_liveness(session, (key, mod_revision), etcd_lease, reason).await
+            }
+            Action::RetryLater { reason } => {
+                self.state.forget_held();
+                self.report_not_held(reason).await?;
+                Ok(ActionOutcome::RetryAfter(RETRY_INTERVAL))
+            }
+            Action::Idle if self.state.held.is_some() => Ok(ActionOutcome::Renew),
+            Action::Idle => Ok(ActionOutcome::RetryAfter(RETRY_INTERVAL)),
+        }
+    }
+
+    /// Writes our value into an entry that stands there, unless it was changed since the look.
+    async fn overwrite(
+        &mut self,
+        session: &Session,
+        request: &LeaseRequest,
+        mut held: HeldEntry,
+    ) -> Result<ActionOutcome, StoreError> {
+        self.watch_state.held_key.send_replace(Some(held.key.clone()));
+        let binding = match held.lease.etcd_lease {
+            Some(id) if self.unused_lease == Some(id) => LeaseBinding::To(id),
+            _ => LeaseBinding::Keep,
+        };
+        let written = session.overwrite(&held.key, Self::encode_lease(session, request)?, binding, held.mod_revision).await;
+        match self.expired_as_lost_race(written)? {
+            None => Ok(ActionOutcome::LostRace),
+            Some(revision) => {
+                held.mod_revision = revision;
+                info!(subnet = %held.lease.subnet, reservation = held.lease.etcd_lease.is_none(), "wrote this host's lease");
+                self.record_held(held);
+                Ok(ActionOutcome::Renew)
+            }
+        }
+    }
+
+    /// Makes a new entry in one transaction that fails where anybody was faster.
+    async fn acquire(
+        &mut self,
+        session: &Session,
+        request: &LeaseRequest,
+        snapshot: &LeaseSnapshot,
+        subnet: Subnet,
+        compare_all: bool,
+    ) -> Result<ActionOutcome, StoreError> {
+        let etcd_lease = self.grant(session).await?;
+        let key = subnet.to_key();
+        let config = snapshot.config.as_ref().map_or(0, |config| config.mod_revision);
+        let max_create_revision = compare_all.then_some(snapshot.revision);
+        self.watch_state.held_key.send_replace(Some(key.clone()));
+        let written = session.create(&key, Self::encode_lease(session, request)?, etcd_lease, config, max_create_revision).await;
+        let Some(mod_revision) = self.expired_as_lost_race(written)? else {
+            debug!(%subnet, attempt = self.state.attempt, "somebody was faster");
+            self.state.attempt = self.state.attempt.saturating_add(1);
+            return Ok(ActionOutcome::LostRace);
+        };
+        match self.state.last_subnet.or(request.preferred) {
+            Some(last) if last != subnet => {
+                warn!(from = %last, to = %subnet, "THIS HOST'S SUBNET HAS CHANGED: its old one is not free any more or does not fit the network");
+            }
+            _ => info!(%subnet, "took a free subnet"),
+        }
+        let lease = HeldLease { subnet, etcd_lease: Some(etcd_lease), origin: LeaseOrigin::Acquired };
+        self.record_held(HeldEntry { key, mod_revision, lease });
+        Ok(ActionOutcome::Renew)
+    }
+
+    /// Our value as text.
+    fn encode_lease(session: &Session, request: &LeaseRequest) -> Result<String, StoreError> {
+        codec::encode(&lease::lease_value(request)).map_err(|error| StoreError::RequestFailed {
+            endpoint: session.context.endpoint.clone(),
+            what: "write this host's lease",
+            detail: error.to_string(),
+        })
+    }
+
+    /// A spare etcd lease that expired while it waited to be used is a race lost.
+    fn expired_as_lost_race(&mut self, answer: Result<Option<i64>, StoreError>) -> Result<Option<i64>, StoreError> {
+        match answer {
+            Err(StoreError::LeaseNotFound { .. }) if self.unused_lease.is_some() => {
+                self.unused_lease = None;
+                Ok(None)
+            }
+            other => other,
+        }
+    }
+
+    /// An etcd lease that is bound to no key yet.
+    async fn grant(&mut self, session: &Session) -> Result<i64, StoreError> {
+        if let Some(id) = self.unused_lease {
+            return Ok(id);
+        }
+        let id = session.grant(self.ttl).await?;
+        self.unused_lease = Some(id);
+        Ok(id)
+    }
+
+    /// Finds out whether the holder of an entry that could be ours lives.
+    async fn verify_liveness(
+        &mut self,
+        session: &Session,
+        entry: (String, i64),
+        etcd_lease: i64,
+        reason: String,
+    ) -> Result<ActionOutcome, StoreError> {
+        let now = Instant::now();
+        let since = match self.probed_lease {
+            Some((id, since)) if id == etcd_lease => since,
+            _ => now,
+        };
+        self.probed_lease = Some((etcd_lease, since));
+        let Some(ttl) = session.time_to_live(etcd_lease).await? else {
+            // Expired: the entry goes in a moment.
+            return Ok(ActionOutcome::LostRace);
+        };
+        let (reason, again) = match renew::liveness(ttl, self.keep_alive, now - since) {
+            Liveness::Dead => {
+                info!(key = entry.0, "the holder of the entry has stopped renewing it");
+                self.state.dead_entry = Some(entry);
+                self.probed_lease = None;
+                return Ok(ActionOutcome::Retry);
+            }
+            Liveness::Alive { recheck_after: again } => (reason, again),
+            Liveness::Unknown { recheck_after: again } => (format!("{reason}; waiting whether it still renews its lease"), again),
+        };
+        self.report_not_held(reason).await?;
+        Ok(ActionOutcome::RetryAfter(again))
+    }
+
+    /// Takes note of what is held.
+    fn record_held(&mut self, held: HeldEntry) {
+        if held.lease.etcd_lease == self.unused_lease {
+            self.unused_lease = None;
+        }
+        if held.lease.etcd_lease == self.stale_lease {
+            self.stale_lease = None;
+        }
+        self.probed_lease = None;
+        self.state = HolderState { last_subnet: Some(held.lease.subnet), held: Some(held), ..HolderState::default() };
+        self.race_backoff.reset();
+    }
+
+    /// Renews until the wish or the entry changes.
+    async fn renew_until_change(&mut self, session: &Session, request: &LeaseRequest) -> Result<(), StoreError> {
+        let Some(held) = self.state.held.clone() else { return Ok(()) };
+        let mut renewal = match held.lease.etcd_lease {
+            None => None,
+            Some(id) => match Renewal::start(session, id, self.keep_alive).await {
+                Err(StoreError::LeaseNotFound { .. }) => return Err(self.handle_expired(&held, id).await?),
+                other => Some(other?),
+            },
+        };
+        self.report_state(OwnLease::Held(held.lease.clone())).await?;
+        let known = self.known_revision.max(held.mod_revision);
+        let mut progress = self.watch_state.progress.subscribe();
+        loop {
+            let touched = wait_until(&mut progress, |seen| seen.held_revision > known);
+            tokio::select! {
+                () = touched => return Ok(()),
+                () = request_changed(&mut self.lease_request) => {
+                    if self.lease_request.borrow_and_update().as_ref().is_some_and(|new| new != request) {
+                        return Ok(());
+                    }
+                }
+                renewed = Renewal::next(&mut renewal, session) => match renewed {
+                    Err(StoreError::LeaseNotFound { lease }) => return Err(self.handle_expired(&held, lease).await?),
+                    other => other?,
+                },
+            }
+        }
+    }
+
+    /// The etcd lease behind our entry is gone, so the entry goes too.
+    async fn handle_expired(&mut self, held: &HeldEntry, id: i64) -> Result<StoreError, StoreError> {
+        let reason = format!("the etcd lease of {} has expired or was revoked", held.lease.subnet);
+        warn!(subnet = %held.lease.subnet, etcd_lease = format!("{id:x}"), "this host's etcd lease has expired or was revoked");
+        self.state.forget_held();
+        self.report_state(OwnLease::NotHeld { reason }).await?;
+        Ok(StoreError::LeaseNotFound { lease: id })
+    }
+
+    /// Says that an error stands in the way.
+    async fn report_error(&mut self, error: &StoreError) -> Result<(), StoreError> {
+        match error {
+            StoreError::LeaseNotFound { .. } | StoreError::Compacted { .. } => Ok(()),
+            // What is held stays held; only its change or renewal waits.
+            _ if self.state.held.is_some() => {
+                warn!(%error, "this host's lease could not be updated, trying again");
+                Ok(())
+            }
+            _ => self.report_not_held(error.to_string()).await,
+        }
+    }
+
+    /// Hands on that no lease is held, and logs it when the reason is new.
+    async fn report_not_held(&mut self, reason: String) -> Result<(), StoreError> {
+        let not_held = OwnLease::NotHeld { reason };
+        if self.last_reported.as_ref() != Some(&not_held)
+            && let OwnLease::NotHeld { reason } = &not_held
+        {
+            warn!(reason, "this host has no lease");
+        }
+        self.report_state(not_held).await
+    }
+
+    /// Hands on the state of the lease where it differs from what was handed on before.
+    async fn report_state(&mut self, own: OwnLease) -> Result<(), StoreError> {
+        if self.last_reported.as_ref() != Some(&own) {
+            self.last_reported = Some(own.clone());
+            send_event(&self.events, StoreEvent::Own(own)).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Waits for a new wish; for ever where nobody can wish any more.
+async fn request_changed(request: &mut watch::Receiver<Option<LeaseRequest>>) {
+    if request.changed().await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Waits for a sighting.
+async fn wait_until(progress: &mut watch::Receiver<WatchProgress>, predicate: impl FnMut(&WatchProgress) -> bool) {
+    // The board lives longer than whoever waits on it.
+    let _ = progress.wait_for(predicate).await;
+}

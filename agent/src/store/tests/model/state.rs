@@ -1,0 +1,500 @@
+//! etcd and the hosts as one value, and every step that can come next.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+
+use super::super::harness::{PREFIX, lease_request};
+use super::etcd::{NO_HOST, Operation, StoredEntry, StoredValue, TxnRequest, TxnResult};
+use crate::model::event::{HeldLease, LeaseOrigin, LeaseRequest};
+use crate::model::{Cidr, NetworkConfig, Subnet};
+use crate::store::codec;
+use crate::store::keys::{Keys, claimed_ranges};
+use crate::store::lease::{Action, HeldEntry, HolderState, LeaseSnapshot, decide, lease_value};
+use crate::store::pick::pick;
+use crate::store::write::{Precondition, change_preconditions, create_preconditions};
+
+/// Races after which a host's choice repeats: a bound for the search, not of the protocol.
+const MAX_ATTEMPTS: u32 = 4;
+
+/// A protocol that lacks something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Defect {
+    /// Entries are made wherever the choice fell.
+    UnconditionalCreate,
+    /// Other keys that could name the same range are not compared.
+    UncheckedRange,
+    /// The configuration that the choice rests on is not compared.
+    UncheckedConfig,
+    /// Entries are changed and deleted whatever has become of them.
+    UnconditionalChange,
+}
+
+/// All there is.
+#[derive(Clone)]
+pub(super) struct ModelState {
+    pub(super) scenario: Rc<Scenario>,
+    pub(super) revision: i64,
+    /// Which configuration is there, and since which revision.
+    pub(super) config: (usize, i64),
+    pub(super) entries: BTreeMap<String, StoredEntry>,
+    /// etcd leases that have not ended.
+    pub(super) live_leases: BTreeSet<i64>,
+    pub(super) last_lease_id: i64,
+    pub(super) hosts: Vec<Host>,
+    /// Writes that a server received and has not carried out: nobody waits for their answer any more.
+    pub(super) delayed_writes: Vec<(usize, TxnRequest)>,
+    /// Faults that may still come.
+    pub(super) remaining_faults: u8,
+}
+
+/// What does not change.
+pub(super) struct Scenario {
+    pub(super) keys: Keys,
+    pub(super) configs: Vec<(String, NetworkConfig)>,
+    /// Identities of each host: the next one when it lost its state.
+    pub(super) identities: Vec<Vec<String>>,
+    pub(super) defect: Option<Defect>,
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct Host {
+    /// How often it lost its state.
+    pub(super) generation: usize,
+    pub(super) up: bool,
+    pub(super) connected: bool,
+    /// The configuration that it has seen.
+    pub(super) seen_config: usize,
+    /// What its state file remembers.
+    pub(super) preferred: Option<Subnet>,
+    pub(super) state: HolderState,
+    pub(super) unused_lease: Option<i64>,
+    pub(super) stale_lease: Option<i64>,
+    pub(super) stage: Stage,
+}
+
+/// What a host does next.
+#[derive(Debug, Clone)]
+pub(super) enum Stage {
+    Decide,
+    /// Get an etcd lease, then make or take over the entry.
+    Grant(PlannedWrite),
+    Write(TxnRequest),
+    Hold,
+}
+
+#[derive(Debug, Clone)]
+pub(super) enum PlannedWrite {
+    Create { subnet: Subnet, config: i64, max_create_revision: Option<i64> },
+    TakeOver(HeldEntry),
+}
+
+/// A step and where it leads.
+pub(super) struct Transition {
+    pub(super) label: String,
+    /// Whether it is one that need not come.
+    pub(super) fault: bool,
+    /// The world behind it, or the property that it violates.
+    pub(super) outcome: Result<ModelState, String>,
+}
+
+impl ModelState {
+    /// So many hosts that know the first configuration; each change to a later one is free, faults are counted. The hosts' first choices have
+    /// the first family's part in common.
+    pub(super) fn new(configs: &[&str], reserved: &[&str], hosts: usize, faults: u8) -> ModelState {
+        let configs: Vec<(String, NetworkConfig)> =
+            configs.iter().map(|text| ((*text).to_owned(), NetworkConfig::parse(text).unwrap().config)).collect();
+        let ranges: Vec<Cidr> = reserved.iter().flat_map(|key| claimed_ranges(key)).collect();
+        let choice = |id: &str| pick(&configs[0].1, &ranges, id, 0).unwrap();
+        let wanted = choice("h0");
+        let near = |subnet: &Subnet| subnet.iter().next() == wanted.iter().next();
+        let ids = (0..500).map(|n| format!("h{n}")).filter(|id| near(&choice(id)));
+        let (mut same, mut other): (Vec<String>, Vec<String>) = ids.partition(|id| choice(id) == wanted);
+        let mut next = |n: usize| if n % 2 == 1 && !other.is_empty() { other.remove(0) } else { same.remove(0) };
+        let identities = (0..hosts).map(|host| (0..3).map(|_| next(host)).collect()).collect();
+        let reservation = |key: &&str| {
+            let stored = StoredEntry {
+                writer: NO_HOST,
+                value: StoredValue::new("{}".to_owned()),
+                create_revision: 1,
+                mod_revision: 1,
+                etcd_lease: None,
+            };
+            ((*key).to_owned(), stored)
+        };
+        let entries = reserved.iter().map(reservation).collect();
+        let host = Host {
+            generation: 0,
+            up: true,
+            connected: true,
+            seen_config: 0,
+            preferred: None,
+            state: HolderState::default(),
+            unused_lease: None,
+            stale_lease: None,
+            stage: Stage::Decide,
+        };
+        ModelState {
+            scenario: Rc::new(Scenario { keys: Keys::new(PREFIX).unwrap(), configs, identities, defect: None }),
+            revision: 1,
+            config: (0, 1),
+            entries,
+            live_leases: BTreeSet::new(),
+            last_lease_id: 0,
+            hosts: vec![host; hosts],
+            delayed_writes: Vec::new(),
+            remaining_faults: faults,
+        }
+    }
+
+    /// The same with a defect.
+    pub(super) fn with_defect(mut self, defect: Defect) -> ModelState {
+        if let Some(setting) = Rc::get_mut(&mut self.scenario) {
+            setting.defect = Some(defect);
+        }
+        self
+    }
+
+    fn lease_request(&self, number: usize) -> LeaseRequest {
+        let host = &self.hosts[number];
+        let mut request = lease_request(&self.scenario.configs[host.seen_config].0, u16::try_from(number + 1).unwrap());
+        request.node.id.clone_from(&self.scenario.identities[number][host.generation]);
+        request.preferred = host.preferred;
+        request
+    }
+
+    fn encode_value(request: &LeaseRequest) -> Rc<StoredValue> {
+        StoredValue::new(codec::encode(&lease_value(request)).unwrap())
+    }
+
+    /// Every step that can come next.
+    pub(super) fn transitions(&self) -> Vec<Transition> {
+        let mut all = Vec::new();
+        for number in 0..self.hosts.len() {
+            self.host_transitions(number, &mut all);
+        }
+        let mut add = |label: String, fault: bool, change: &dyn Fn(&mut ModelState) -> Result<(), String>| {
+            let mut world = self.clone();
+            let outcome = change(&mut world).map(|()| world);
+            all.push(Transition { label, fault, outcome });
+        };
+        for (number, (writer, request)) in self.delayed_writes.iter().enumerate() {
+            add(format!("h{writer}'s late write of {} arrives", request.key), false, &|world| {
+                world.delayed_writes.remove(number);
+                world.commit(*writer, request).map(|_| ())
+            });
+            add(format!("h{writer}'s late write of {} is lost", request.key), false, &|world| {
+                world.delayed_writes.remove(number);
+                Ok(())
+            });
+        }
+        for id in self.live_leases.iter().filter(|id| !self.is_renewed(**id)) {
+            add(format!("etcd lease {id} expires"), false, &|world| {
+                world.revoke_lease(*id);
+                Ok(())
+            });
+        }
+        if self.config.0 + 1 < self.scenario.configs.len() {
+            add("the configuration changes".to_owned(), false, &|world| {
+                world.revision += 1;
+                world.config = (world.config.0 + 1, world.revision);
+                Ok(())
+            });
+        }
+        if self.remaining_faults > 0 {
+            for (key, stored) in self.entries.iter().filter(|(_, stored)| stored.writer != NO_HOST) {
+                add(format!("somebody deletes {key}"), true, &|world| {
+                    world.remaining_faults -= 1;
+                    world.revision += 1;
+                    world.entries.remove(key);
+                    Ok(())
+                });
+                if let Some(id) = stored.etcd_lease.filter(|id| self.is_renewed(*id)) {
+                    add(format!("somebody revokes etcd lease {id}"), true, &|world| {
+                        world.remaining_faults -= 1;
+                        world.revoke_lease(id);
+                        Ok(())
+                    });
+                }
+            }
+        }
+        all
+    }
+
+    fn host_transitions(&self, number: usize, all: &mut Vec<Transition>) {
+        let host = &self.hosts[number];
+        let mut add = |label: &str, fault: bool, change: &dyn Fn(&mut ModelState) -> Result<(), String>| {
+            let mut world = self.clone();
+            let outcome = change(&mut world).map(|()| world);
+            all.push(Transition { label: format!("h{number} {label}"), fault, outcome });
+        };
+        if !host.up {
+            add("starts", false, &|world| {
+                world.hosts[number].up = true;
+                Ok(())
+            });
+            return;
+        }
+        if host.seen_config != self.config.0 {
+            add("sees the configuration", false, &|world| {
+                let host = &mut world.hosts[number];
+                host.seen_config += 1;
+                if matches!(host.stage, Stage::Hold) {
+                    host.stage = Stage::Decide;
+                }
+                Ok(())
+            });
+        }
+        if !host.connected {
+            add("is linked again", false, &|world| {
+                world.hosts[number].connected = true;
+                world.hosts[number].stage = Stage::Decide;
+                Ok(())
+            });
+        } else if let Some(doing) = self.next_step(number) {
+            add(&doing, false, &|world| world.advance(number));
+        }
+        if self.remaining_faults == 0 || !host.connected {
+            return;
+        }
+        // What is on its way is lost, or arrives and only its answer is lost, or arrives at any later time.
+        let fates: &[&str] = if matches!(host.stage, Stage::Write(_)) { &["lost", "done", "late"] } else { &["none"] };
+        for fate in fates {
+            for what in ["crashes", "crashes and loses its state", "is cut off"] {
+                add(&format!("{what}, its write {fate}"), true, &|world| {
+                    world.remaining_faults -= 1;
+                    if let Stage::Write(request) = std::mem::replace(&mut world.hosts[number].stage, Stage::Decide) {
+                        match *fate {
+                            "done" => {
+                                world.commit(number, &request)?;
+                            }
+                            "late" => world.delayed_writes.push((number, request)),
+                            _ => {}
+                        }
+                    }
+                    let host = &mut world.hosts[number];
+                    if what == "is cut off" {
+                        host.connected = false;
+                        return Ok(());
+                    }
+                    let memory = std::mem::take(&mut host.state);
+                    host.preferred = memory.held.map(|held| held.lease.subnet).or(memory.last_subnet).or(host.preferred);
+                    (host.up, host.unused_lease, host.stale_lease) = (false, None, None);
+                    if what == "crashes and loses its state" {
+                        (host.generation, host.preferred) = (host.generation + 1, None);
+                    }
+                    Ok(())
+                });
+            }
+        }
+    }
+
+    /// What a host that is up and linked would do now.
+    fn next_step(&self, number: usize) -> Option<String> {
+        let host = &self.hosts[number];
+        match &host.stage {
+            Stage::Decide => Some("looks and decides".to_owned()),
+            Stage::Grant(_) => Some("gets an etcd lease".to_owned()),
+            Stage::Write(request) => Some(format!("writes or deletes {}", request.key)),
+            Stage::Hold => {
+                let held = host.state.held.as_ref()?;
+                let gone = held.lease.etcd_lease.is_some_and(|id| !self.live_leases.contains(&id));
+                let same = self.entries.get(&held.key).is_some_and(|stored| stored.mod_revision == held.mod_revision);
+                // The watch looks out for entries that name this host, too: a write that arrives late makes one.
+                let second = self.entries.iter().any(|(key, stored)| *key != held.key && self.names_host(number, stored));
+                (gone || !same || second).then(|| "notices a change".to_owned())
+            }
+        }
+    }
+
+    fn names_host(&self, number: usize, stored: &StoredEntry) -> bool {
+        let id = &self.scenario.identities[number][self.hosts[number].generation];
+        stored.value.id.as_ref() == Some(id)
+    }
+
+    fn advance(&mut self, number: usize) -> Result<(), String> {
+        match self.hosts[number].stage.clone() {
+            Stage::Decide => self.decide_next(number),
+            Stage::Grant(plan) => {
+                let id = match self.hosts[number].unused_lease {
+                    Some(id) => id,
+                    None => {
+                        self.last_lease_id += 1;
+                        self.live_leases.insert(self.last_lease_id);
+                        self.last_lease_id
+                    }
+                };
+                self.hosts[number].unused_lease = Some(id);
+                self.hosts[number].stage = Stage::Write(self.build_request(number, plan, id));
+            }
+            Stage::Write(request) => {
+                let answer = self.commit(number, &request)?;
+                self.handle_result(number, request, answer);
+            }
+            Stage::Hold => {
+                let host = &mut self.hosts[number];
+                let gone =
+                    host.state.held.as_ref().and_then(|h| h.lease.etcd_lease).is_some_and(|id| !self.live_leases.contains(&id));
+                if gone {
+                    host.state.forget_held();
+                }
+                host.stage = Stage::Decide;
+            }
+        }
+        Ok(())
+    }
+
+    /// One look, and what `decide` makes of it: the order of `LeaseKeeper::turn` and `LeaseKeeper::execute`.
+    fn decide_next(&mut self, number: usize) {
+        let request = self.lease_request(number);
+        let snapshot = LeaseSnapshot::from_listing(self.listing(), &request.node.id);
+        let mut state = std::mem::take(&mut self.hosts[number].state);
+        if let Some((lost, _)) = state.detect_loss(&snapshot, &request) {
+            self.hosts[number].stale_lease = lost.lease.etcd_lease.or(self.hosts[number].stale_lease);
+        }
+        let bound = |id: i64| snapshot.entries.iter().any(|claim| claim.etcd_lease == Some(id));
+        if let Some(id) = self.hosts[number].stale_lease.take_if(|id| !bound(*id)) {
+            self.revoke_lease(id);
+        }
+        let step = decide(&snapshot, &request, &state);
+        let config = snapshot.config.as_ref().map_or(0, |config| config.mod_revision);
+        self.hosts[number].stage = match step {
+            Action::Keep(held) => {
+                state = self.record_held(number, held);
+                Stage::Hold
+            }
+            Action::Write(held) => Stage::Write(self.change_request(&request, held, None)),
+            Action::TakeOver(held) if held.lease.etcd_lease.is_some() => Stage::Grant(PlannedWrite::TakeOver(held)),
+            Action::TakeOver(held) => Stage::Write(self.change_request(&request, held, None)),
+            Action::Acquire { subnet, compare_all: whole } => {
+                Stage::Grant(PlannedWrite::Create { subnet, config, max_create_revision: whole.then_some(snapshot.revision) })
+            }
+            Action::Release { key, mod_revision, etcd_lease, .. } => {
+                if state.held.as_ref().is_some_and(|held| held.key == key) {
+                    state.held = None;
+                }
+                let shared = snapshot.entries.iter().any(|claim| claim.key != key && claim.etcd_lease == etcd_lease);
+                let etcd_lease = etcd_lease.filter(|_| !shared);
+                let guards = self.preconditions_unless(
+                    change_preconditions(&self.scenario.keys, &key, mod_revision),
+                    Defect::UnconditionalChange,
+                );
+                Stage::Write(TxnRequest { key, preconditions: guards, operation: Operation::Remove { etcd_lease } })
+            }
+            Action::VerifyLiveness { key, mod_revision, etcd_lease, .. } => {
+                state.forget_held();
+                // Whoever is up and linked renews. What is renewed no more is known to be so after half a minute.
+                if self.live_leases.contains(&etcd_lease) && !self.is_renewed(etcd_lease) {
+                    state.dead_entry = Some((key, mod_revision));
+                }
+                Stage::Decide
+            }
+            Action::RetryLater { .. } => {
+                state.forget_held();
+                Stage::Decide
+            }
+            Action::Idle if state.held.is_some() => Stage::Hold,
+            Action::Idle => Stage::Decide,
+        };
+        self.hosts[number].state = state;
+    }
+
+    fn build_request(&self, number: usize, plan: PlannedWrite, id: i64) -> TxnRequest {
+        let request = self.lease_request(number);
+        match plan {
+            PlannedWrite::TakeOver(mut held) => {
+                held.lease.etcd_lease = Some(id);
+                self.change_request(&request, held, Some(id))
+            }
+            PlannedWrite::Create { subnet, config, max_create_revision: whole } => {
+                let key = subnet.to_key();
+                let whole = whole.filter(|_| self.scenario.defect != Some(Defect::UncheckedRange));
+                let mut guards = self.preconditions_unless(
+                    create_preconditions(&self.scenario.keys, &key, config, whole),
+                    Defect::UnconditionalCreate,
+                );
+                if self.scenario.defect == Some(Defect::UncheckedConfig) {
+                    guards.retain(|guard| !matches!(guard, Precondition::Unchanged { .. }));
+                }
+                if self.scenario.defect == Some(Defect::UncheckedRange) {
+                    guards = vec![Precondition::Unchanged { key: self.scenario.keys.subnet(&key), revision: 0 }];
+                }
+                let lease = HeldLease { subnet, etcd_lease: Some(id), origin: LeaseOrigin::Acquired };
+                let held = HeldEntry { key: key.clone(), mod_revision: 0, lease };
+                let what = Operation::Put { value: ModelState::encode_value(&request), binding: Some(id), held, creates: true };
+                TxnRequest { key, preconditions: guards, operation: what }
+            }
+        }
+    }
+
+    fn change_request(&self, request: &LeaseRequest, held: HeldEntry, binding: Option<i64>) -> TxnRequest {
+        let guards = self.preconditions_unless(
+            change_preconditions(&self.scenario.keys, &held.key, held.mod_revision),
+            Defect::UnconditionalChange,
+        );
+        TxnRequest {
+            key: held.key.clone(),
+            preconditions: guards,
+            operation: Operation::Put { value: ModelState::encode_value(request), binding, held, creates: false },
+        }
+    }
+
+    fn preconditions_unless(&self, guards: Vec<Precondition>, defect: Defect) -> Vec<Precondition> {
+        if self.scenario.defect == Some(defect) { Vec::new() } else { guards }
+    }
+
+    fn handle_result(&mut self, number: usize, request: TxnRequest, answer: TxnResult) {
+        let mut stage = Stage::Decide;
+        match (request.operation, answer) {
+            (Operation::Put { mut held, .. }, TxnResult::Written(revision)) => {
+                held.mod_revision = revision;
+                self.hosts[number].state = self.record_held(number, held);
+                stage = Stage::Hold;
+            }
+            (Operation::Put { creates: made, .. }, answer) => {
+                let host = &mut self.hosts[number];
+                if matches!(answer, TxnResult::LeaseNotFound) {
+                    host.unused_lease = None;
+                }
+                if made {
+                    host.state.attempt = (host.state.attempt + 1).min(MAX_ATTEMPTS);
+                }
+            }
+            (Operation::Remove { .. }, _) => {}
+        }
+        self.hosts[number].stage = stage;
+    }
+
+    /// What is remembered of what is held: `LeaseKeeper::record_held`.
+    fn record_held(&mut self, number: usize, held: HeldEntry) -> HolderState {
+        let host = &mut self.hosts[number];
+        for slot in [&mut host.unused_lease, &mut host.stale_lease] {
+            if *slot == held.lease.etcd_lease {
+                *slot = None;
+            }
+        }
+        HolderState { last_subnet: Some(held.lease.subnet), held: Some(held), ..HolderState::default() }
+    }
+
+    /// Whether a host that is up and linked keeps this etcd lease alive, or has just got it.
+    fn is_renewed(&self, id: i64) -> bool {
+        let keeps = |host: &Host| {
+            let held = host.state.held.as_ref().and_then(|held| held.lease.etcd_lease);
+            host.up && host.connected && (held == Some(id) || host.unused_lease == Some(id))
+        };
+        self.hosts.iter().any(keeps)
+    }
+
+    /// What is not as it should be where nothing goes on any more.
+    pub(super) fn quiescence_violation(&self) -> Option<String> {
+        let holds = |number: &usize| {
+            let Some(held) = &self.hosts[*number].state.held else { return false };
+            self.entries.get(&held.key).is_some_and(|s| s.writer == *number && self.is_held(&held.key, s))
+        };
+        let without: Vec<usize> = (0..self.hosts.len()).filter(|number| !holds(number)).collect();
+        if !without.is_empty() {
+            return Some(format!("hosts {without:?} hold nothing"));
+        }
+        let leases = self.entries.values().filter(|stored| stored.writer != NO_HOST).count();
+        (leases != self.hosts.len()).then(|| format!("{leases} entries of {} hosts", self.hosts.len()))
+    }
+}

@@ -1,0 +1,76 @@
+//! The way from one agent to the members of a cluster, which can be held up: what was sent meanwhile arrives when it goes on.
+
+use std::net::Ipv4Addr;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::{AbortHandle, JoinSet};
+
+use super::harness::Etcd;
+
+/// A way; it ends when it is dropped.
+pub(super) struct PausableProxy {
+    port: u16,
+    paused: watch::Sender<bool>,
+    task: AbortHandle,
+}
+
+impl PausableProxy {
+    /// A way to the members, one after the other with each connection.
+    pub(super) async fn connect_to(members: &[Etcd]) -> PausableProxy {
+        let targets: Vec<u16> =
+            members.iter().map(|m| m.endpoint().rsplit(':').next().and_then(|port| port.parse().ok()).expect("a port")).collect();
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port");
+        let port = listener.local_addr().expect("its address").port();
+        let (paused, paused_rx) = watch::channel(false);
+        let task = tokio::spawn(async move {
+            let mut connections = JoinSet::new();
+            for target in targets.iter().cycle() {
+                let Ok((near, _)) = listener.accept().await else { return };
+                let (target, holds) = (*target, paused_rx.clone());
+                connections.spawn(async move {
+                    let Ok(far) = TcpStream::connect((Ipv4Addr::LOCALHOST, target)).await else { return };
+                    let ((near_in, near_out), (far_in, far_out)) = (near.into_split(), far.into_split());
+                    // Where one direction ends, both do.
+                    tokio::select! {
+                        () = copy_stream(near_in, far_out, holds.clone()) => {}
+                        () = copy_stream(far_in, near_out, holds) => {}
+                    }
+                });
+                while connections.try_join_next().is_some() {}
+            }
+        });
+        PausableProxy { port, paused, task: task.abort_handle() }
+    }
+
+    pub(super) fn endpoint(&self) -> String {
+        format!("http://127.0.0.1:{}", self.port)
+    }
+
+    /// Holds everything up, or lets it go on.
+    pub(super) fn set_paused(&self, paused: bool) {
+        self.paused.send_replace(paused);
+    }
+
+    pub(super) fn is_paused(&self) -> bool {
+        *self.paused.borrow()
+    }
+}
+
+impl Drop for PausableProxy {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn copy_stream(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut paused: watch::Receiver<bool>) {
+    let mut buffer = vec![0; 16 << 10];
+    loop {
+        let Ok(count @ 1..) = from.read(&mut buffer).await else { return };
+        if paused.wait_for(|held| !held).await.is_err() || to.write_all(&buffer[..count]).await.is_err() {
+            return;
+        }
+    }
+}

@@ -1,0 +1,267 @@
+//! Snapshot, changes, lost connections, compaction.
+
+use std::time::Instant;
+
+use etcd_client::CompactionOptions;
+use tokio::sync::mpsc;
+
+use super::harness::*;
+use crate::model::event::{Connection, StoreEvent};
+use crate::store::connect::connect;
+use crate::store::watch::{WatchState, Watcher};
+
+const VALUE: &str =
+    r#"{"PublicIP":"10.99.1.1","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"4a:de:38:28:a5:6b"}}"#;
+
+fn snapshot_keys(event: &StoreEvent) -> Option<Vec<String>> {
+    match event {
+        StoreEvent::Snapshot(entries) => Some(entries.iter().map(|entry| entry.key.clone()).collect()),
+        _ => None,
+    }
+}
+
+fn upsert_key(event: &StoreEvent) -> Option<String> {
+    match event {
+        StoreEvent::Upsert(entry) => Some(entry.key.clone()),
+        _ => None,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn snapshot_is_followed_by_every_change() {
+    let etcd = Etcd::start().await;
+    etcd.put_config(NETWORK).await;
+    etcd.put_subnet("10.244.1.0-24", VALUE, None).await;
+    let mut agent = Agent::start(etcd.config(), None);
+    assert!(matches!(agent.next().await, StoreEvent::Connection(Connection::Up { revision }) if revision >= 3));
+    assert!(matches!(agent.next().await, StoreEvent::Config(Some(Ok(_)))));
+    let StoreEvent::Snapshot(entries) = agent.next().await else { panic!("a snapshot") };
+    let record = entries[0].value.clone().unwrap();
+    assert_eq!((record.subnet, record.etcd_lease), (subnet("10.244.1.0-24"), None));
+
+    let lease = etcd.grant(60).await;
+    etcd.put_subnet("10.244.2.0-24", VALUE, Some(lease)).await;
+    let StoreEvent::Upsert(entry) = agent.next().await else { panic!("an upsert") };
+    let record = entry.value.unwrap();
+    assert_eq!((record.etcd_lease, record.create_revision), (Some(lease), record.mod_revision));
+    etcd.client().await.put(format!("{PREFIX}/other/x"), "not ours", None).await.unwrap();
+    etcd.client().await.lease_revoke(lease).await.unwrap();
+    assert_eq!(agent.next().await, StoreEvent::Remove { key: "10.244.2.0-24".to_owned() });
+    etcd.put_subnet("$(reboot)", "x", None).await;
+    assert!(matches!(agent.next().await, StoreEvent::Upsert(entry) if entry.value.is_err()));
+    etcd.put_config("{").await;
+    assert!(matches!(agent.next().await, StoreEvent::Config(Some(Err(_)))));
+    etcd.client().await.delete(format!("{PREFIX}/config"), None).await.unwrap();
+    assert_eq!(agent.next().await, StoreEvent::Config(None));
+    agent.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn late_configuration_is_delivered() {
+    let etcd = Etcd::start().await;
+    let mut agent = Agent::start(etcd.config(), None);
+    agent.find(|e| (*e == StoreEvent::Config(None)).then_some(())).await;
+    assert_eq!(agent.find(snapshot_keys).await, Vec::<String>::new());
+    etcd.put_config(NETWORK).await;
+    assert!(matches!(agent.next().await, StoreEvent::Config(Some(Ok(_)))));
+    agent.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn etcd_restart_resumes_without_snapshot() {
+    let mut etcd = Etcd::start().await;
+    etcd.put_config(NETWORK).await;
+    let mut agent = Agent::start(etcd.config(), None);
+    agent.find(snapshot_keys).await;
+    etcd.put_subnet("10.244.1.0-24", VALUE, None).await;
+    assert_eq!(agent.find(upsert_key).await, "10.244.1.0-24");
+    etcd.kill();
+    let StoreEvent::Connection(Connection::Down { error }) = agent.next().await else { panic!("down") };
+    assert!(error.contains(&etcd.endpoint()), "{error}");
+    assert!(etcd.run().await);
+    // Written before the agent is back: it must not miss it.
+    etcd.put_subnet("10.244.2.0-24", VALUE, None).await;
+    let started = Instant::now();
+    agent
+        .find(|event| match event {
+            StoreEvent::Connection(Connection::Up { .. }) => Some(()),
+            StoreEvent::Connection(Connection::Down { .. }) => None,
+            other => panic!("{other:?}"),
+        })
+        .await;
+    assert_eq!(agent.next().await, StoreEvent::Upsert(entry_of(&etcd, "10.244.2.0-24").await), "no snapshot in between");
+    println!("back after {:?}", started.elapsed());
+    agent.stop().await;
+}
+
+async fn entry_of(etcd: &Etcd, key: &str) -> crate::model::event::StoreEntry {
+    let snapshot = crate::store::read_all(&etcd.config(), false).await.unwrap();
+    snapshot.entries.into_iter().find(|entry| entry.key == key).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn replaced_etcd_data_triggers_new_snapshot() {
+    let mut etcd = Etcd::start().await;
+    etcd.put_config(NETWORK).await;
+    for n in 1..5 {
+        etcd.put_subnet(&format!("10.244.{n}.0-24"), VALUE, None).await;
+    }
+    let mut agent = Agent::start(etcd.config(), None);
+    assert_eq!(agent.find(snapshot_keys).await.len(), 4);
+    etcd.kill();
+    etcd.wipe();
+    assert!(etcd.run().await);
+    etcd.put_subnet("10.244.9.0-24", VALUE, None).await;
+    // Depending on who was first the entry is in the snapshot or behind it.
+    agent.find(|event| (event == &StoreEvent::Config(None)).then_some(())).await;
+    let keys = agent.find(snapshot_keys).await;
+    if keys.is_empty() {
+        assert_eq!(agent.find(upsert_key).await, "10.244.9.0-24");
+    } else {
+        assert_eq!(keys, ["10.244.9.0-24"]);
+    }
+    agent.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn compaction_triggers_new_snapshot() {
+    let etcd = Etcd::start().await;
+    etcd.put_config(NETWORK).await;
+    etcd.put_subnet("10.244.1.0-24", VALUE, None).await;
+    let session = connect(&etcd.config()).await.unwrap();
+    let (sender, mut events) = mpsc::channel(64);
+    let (mut follower, board) = (Watcher::new(), WatchState::new());
+    let first = async {
+        loop {
+            if let Some(StoreEvent::Snapshot(entries)) = events.recv().await {
+                return entries.len();
+            }
+        }
+    };
+    tokio::select! {
+        error = follower.run(&session, &board, &sender) => panic!("{error}"),
+        entries = first => assert_eq!(entries, 1),
+    }
+    // Away from the stream, the world goes on and forgets.
+    etcd.client().await.delete(format!("{PREFIX}/subnets/10.244.1.0-24"), None).await.unwrap();
+    for n in 2..6 {
+        etcd.put_subnet(&format!("10.244.{n}.0-24"), VALUE, None).await;
+    }
+    let (_, revision) = etcd.subnets().await;
+    etcd.client().await.compact(revision, Some(CompactionOptions::new().with_physical())).await.unwrap();
+    let session = connect(&etcd.config()).await.unwrap();
+    let again = async {
+        loop {
+            match events.recv().await.unwrap() {
+                StoreEvent::Snapshot(entries) => return entries.len(),
+                StoreEvent::Connection(Connection::Up { .. }) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    };
+    tokio::select! {
+        error = follower.run(&session, &board, &sender) => panic!("{error}"),
+        entries = again => assert_eq!(entries, 4),
+    }
+    etcd.put_subnet("10.244.7.0-24", VALUE, None).await;
+    let session = connect(&etcd.config()).await.unwrap();
+    tokio::select! {
+        error = follower.run(&session, &board, &sender) => panic!("{error}"),
+        event = events.recv() => assert!(matches!(event, Some(StoreEvent::Upsert(e)) if e.key == "10.244.7.0-24")),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn missing_etcd_is_retried_until_available() {
+    let mut etcd = Etcd::start().await;
+    // An etcd that is killed before it has a leader never gets one.
+    etcd.client().await;
+    etcd.kill();
+    let mut agent = Agent::start(etcd.config(), None);
+    let StoreEvent::Connection(Connection::Down { error }) = agent.next().await else { panic!("down") };
+    assert!(error.contains("cannot be reached") && error.contains("refused"), "{error}");
+    assert!(etcd.run().await);
+    agent.find(snapshot_keys).await;
+    agent.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dead_endpoint_falls_back_to_next() {
+    let etcd = Etcd::start().await;
+    let mut config = etcd.config();
+    config.endpoints.extend(["http://127.0.0.1:1".to_owned(), "http://127.0.0.2:1".to_owned()]);
+    for _ in 0..5 {
+        let session = connect(&config).await.unwrap();
+        assert_eq!(session.context.endpoint, etcd.endpoint());
+    }
+    config.endpoints.remove(0);
+    let Err(error) = connect(&config).await else { panic!("nobody is there") };
+    let error = error.to_string();
+    assert!(error.contains("127.0.0.1:1 cannot be reached") && error.contains("127.0.0.2:1 cannot be reached"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn put_reaches_watcher_quickly() {
+    let etcd = Etcd::start().await;
+    etcd.put_config(NETWORK).await;
+    let mut agent = Agent::start(etcd.config(), None);
+    agent.find(snapshot_keys).await;
+    let mut client = etcd.client().await;
+    let mut times = Vec::new();
+    for n in 0..200 {
+        let value = VALUE.replace("10.99.1.1", &format!("10.99.1.{}", n + 1));
+        client.put(format!("{PREFIX}/subnets/10.244.1.0-24"), value, None).await.unwrap();
+        let answered = Instant::now();
+        agent.find(upsert_key).await;
+        times.push(answered.elapsed());
+    }
+    times.sort_unstable();
+    println!("from the answer to a put to the event: median {:?}, 99th of 100 {:?}", times[100], times[198]);
+    assert!(times[100].as_millis() < 50, "{:?}", times[100]);
+    agent.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hanging_server_is_detected() {
+    let etcd = Etcd::start().await;
+    etcd.put_config(NETWORK).await;
+    let mut agent = Agent::start(etcd.config(), None);
+    agent.find(snapshot_keys).await;
+    // Let the watch be answered: only the ping can notice now.
+    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+    etcd.freeze(true);
+    let begun = Instant::now();
+    agent.find(|event| matches!(event, StoreEvent::Connection(Connection::Down { .. })).then_some(())).await;
+    println!("a server that hangs was noticed after {:?}", begun.elapsed());
+    assert!(begun.elapsed().as_secs() < 15, "{:?}", begun.elapsed());
+    etcd.freeze(false);
+    agent.find(|event| matches!(event, StoreEvent::Connection(Connection::Up { .. })).then_some(())).await;
+    agent.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn member_or_leader_loss_is_survived() {
+    let mut members = Etcd::cluster().await;
+    members[0].put_config(NETWORK).await;
+    let mut config = members[0].config();
+    config.endpoints = members.iter().map(Etcd::endpoint).collect();
+    let mut agent = Agent::start(config, Some(lease_request(NETWORK, 7)));
+    let held = agent.next_held().await;
+    // A majority is left: whichever server was used, another one serves.
+    members[0].kill();
+    members[1].put_subnet("10.244.9.0-24", VALUE, None).await;
+    agent.find(|event| (upsert_key(event)? == "10.244.9.0-24").then_some(())).await;
+    // None is left: the remaining one does not know what happens, and says so.
+    members[1].kill();
+    agent.find(|event| matches!(event, StoreEvent::Connection(Connection::Down { .. })).then_some(())).await;
+    assert!(members[0].run().await && members[1].run().await);
+    members[0].put_subnet("10.244.10.0-24", VALUE, None).await;
+    let only = |event: &StoreEvent| match event {
+        StoreEvent::Snapshot(_) | StoreEvent::Own(_) => panic!("{event:?}"),
+        event => (upsert_key(event)? == "10.244.10.0-24").then_some(()),
+    };
+    agent.find(only).await;
+    let all = crate::store::read_all(&members[2].config(), true).await.unwrap();
+    assert!(all.entries.iter().any(|entry| entry.key == held.subnet.to_key()));
+    agent.stop().await;
+}

@@ -1,0 +1,139 @@
+//! What a configuration and `CNI_ARGS` ask of the agent for one attachment. Pure.
+
+use std::net::IpAddr;
+
+use ipnetwork::IpNetwork;
+use overlay_agent::model::api::AttachRequest;
+use overlay_agent::model::{Family, Mac, Mode, PerFamily, PublishedPort, Transport};
+use serde_json::Value;
+
+use super::config::{Config, PortMapping};
+use super::environment::{Arguments, Attachment, quoted};
+use super::error::{CniError, Code};
+
+/// The request of an ADD.
+pub fn request(
+    config: &Config,
+    attachment: &Attachment,
+    arguments: &Arguments,
+    owner: String,
+) -> Result<AttachRequest, CniError> {
+    if let Some(limits) = config.runtime_config.bandwidth.as_ref().filter(|value| is_requested(value)) {
+        let text = format!(
+            "runtimeConfig.bandwidth {limits} is not served: take the capability from overlay-cni, and chain the plugin `bandwidth` behind it"
+        );
+        return Err(CniError::new(Code::UnsupportedField, text));
+    }
+    Ok(AttachRequest {
+        mode: Mode::Overlay,
+        netns: attachment.netns.clone(),
+        interface: Some(attachment.interface.clone()),
+        addresses: addresses(config, arguments)?,
+        mac: mac(config, arguments)?,
+        publish: ports(&config.runtime_config.port_mappings)?,
+        source_check: config.source_check,
+        default_route: config.default_route,
+        owner: Some(owner),
+    })
+}
+
+/// Whether a limit is asked for: absent, null and 0 are none.
+fn is_requested(value: &Value) -> bool {
+    match value {
+        Value::Null => false,
+        Value::Object(fields) => fields.values().any(is_requested),
+        Value::Number(number) => number.as_f64() != Some(0.0),
+        _ => true,
+    }
+}
+
+/// The wished addresses of all three places, one a family. A prefix length says nothing new and is passed over.
+fn addresses(config: &Config, arguments: &Arguments) -> Result<PerFamily<IpAddr>, CniError> {
+    let mut requested = PerFamily::default();
+    let places = [
+        ("runtimeConfig.ips", Code::InvalidConfig, &config.runtime_config.ips),
+        ("args.cni.ips", Code::InvalidConfig, &config.args.ips),
+        ("CNI_ARGS: IP", Code::InvalidEnvironment, &arguments.ips),
+    ];
+    for (place, code, texts) in places {
+        for text in texts {
+            let address = text.parse::<IpAddr>().ok().or_else(|| text.parse::<IpNetwork>().ok().map(|network| network.ip()));
+            let address = address.ok_or_else(|| CniError::new(code, format!("{place}: {} is no IP address", quoted(text))))?;
+            let family = Family::of(address);
+            match requested.slot(family).replace(address) {
+                Some(before) if before != address => {
+                    let text = format!("{place}: {address} is asked for beside {before}: an endpoint has one {family} address");
+                    return Err(CniError::new(code, text));
+                }
+                _ => {}
+            }
+        }
+    }
+    Ok(requested)
+}
+
+/// The wished MAC: that of the capability before the other two places.
+fn mac(config: &Config, arguments: &Arguments) -> Result<Option<Mac>, CniError> {
+    let places = [
+        ("runtimeConfig.mac", Code::InvalidConfig, &config.runtime_config.mac),
+        ("args.cni.mac", Code::InvalidConfig, &config.args.mac),
+        ("CNI_ARGS: MAC", Code::InvalidEnvironment, &arguments.mac),
+    ];
+    let Some((place, code, text)) = places.into_iter().find_map(|(place, code, text)| {
+        let text = text.as_deref().filter(|text| !text.is_empty())?;
+        Some((place, code, text))
+    }) else {
+        return Ok(None);
+    };
+    let mac = text.parse::<Mac>().map_err(|e| CniError::new(code, format!("{place}: {e}")))?;
+    if mac.is_unicast() {
+        Ok(Some(mac))
+    } else {
+        Err(CniError::new(code, format!("{place}: {mac} is no address of one station")))
+    }
+}
+
+/// The ports to publish. Ports that follow each other on both sides are one run, as the runtime was told it.
+fn ports(mappings: &[PortMapping]) -> Result<Vec<PublishedPort>, CniError> {
+    let mut runs: Vec<PublishedPort> = Vec::new();
+    for mapping in mappings {
+        let one = port(mapping)?;
+        match runs.last_mut() {
+            Some(run) if continues_range(run, &one) => run.count += 1,
+            _ => runs.push(one),
+        }
+    }
+    Ok(runs)
+}
+
+fn continues_range(run: &PublishedPort, next: &PublishedPort) -> bool {
+    let after = |first: u16, port: u16| first.checked_add(run.count) == Some(port);
+    run.address == next.address
+        && run.protocol == next.protocol
+        && after(run.host_port, next.host_port)
+        && after(run.container_port, next.container_port)
+}
+
+fn port(mapping: &PortMapping) -> Result<PublishedPort, CniError> {
+    let bad = |what: String| CniError::new(Code::InvalidConfig, format!("runtimeConfig.portMappings: {what}"));
+    let number = |name: &str, value: i64| {
+        u16::try_from(value).ok().filter(|port| *port != 0).ok_or_else(|| bad(format!("{name} {value} is not 1 to 65535")))
+    };
+    let protocol = match mapping.protocol.to_ascii_lowercase().as_str() {
+        "" | "tcp" => Transport::Tcp,
+        "udp" => Transport::Udp,
+        "sctp" => Transport::Sctp,
+        _ => return Err(bad(format!("protocol {} is not tcp, udp or sctp", quoted(&mapping.protocol)))),
+    };
+    let address = match mapping.host_ip.as_str() {
+        "" => None,
+        text => Some(text.parse().map_err(|_| bad(format!("hostIP {} is no IP address", quoted(text))))?),
+    };
+    Ok(PublishedPort {
+        address,
+        host_port: number("hostPort", mapping.host_port)?,
+        container_port: number("containerPort", mapping.container_port)?,
+        count: 1,
+        protocol,
+    })
+}

@@ -1,0 +1,355 @@
+//! The way itself, from the source's namespace through the host's to where the packet leaves it or arrives.
+
+use std::net::IpAddr;
+
+use overlay_agent::kernel::trace::packet::{Flow, ICMP, ICMPV6, Packet, TCP, UDP};
+use overlay_agent::kernel::trace::{EvalResult, KernelQuery, Link, Route, RouteLookup, Translation};
+use overlay_agent::model::Family;
+use overlay_agent::model::publish::Transport;
+use overlay_agent::plan::desired::sysctls;
+use overlay_agent::plan::ruleset::Hook;
+
+use super::container::BridgeDecision;
+use super::hop_log::{HopLog, Step, Stop};
+use super::host_view::HostView;
+use super::targets::{Inventory, TargetArg, TraceEnd};
+use super::{EndView, Trace, TraceError, TraceOutcome};
+
+/// The place of most hops.
+pub(super) const HOST: &str = "host";
+
+/// A way that is being gone.
+pub(super) struct Tracer<'a> {
+    pub(super) host: HostView,
+    pub(super) inventory: &'a Inventory,
+    pub(super) log: HopLog,
+    /// Source and destination in each form so far.
+    pub(super) addresses_seen: Vec<(IpAddr, IpAddr)>,
+}
+
+/// Goes the way from SRC to DST. To be called on a thread that may block, in the host's namespace.
+///
+/// # Errors
+/// The kernel cannot be asked, or an end is nothing that is known. That the packet stops is none.
+pub fn trace(from: &str, to: &str, family: Option<Family>, inventory: &Inventory) -> Result<Trace, TraceError> {
+    let (source, target) = (TargetArg::parse(from)?, TargetArg::parse(to)?);
+    let (start, goal) = (inventory.resolve(&source.name)?, inventory.resolve(&target.name)?);
+    let host = HostView::open()?;
+    let common = |f: &Family| start.families().contains(f) && goal.families().contains(f) && family.is_none_or(|only| only == *f);
+    let family = Family::ALL
+        .into_iter()
+        .find(common)
+        .ok_or_else(|| TraceError::Target { message: format!("{from} and {to} have no address family in common") })?;
+    let destination = resolve_destination(&goal, family, &start, &host)?;
+    let (protocol, port) = match target.port {
+        None => (if family == Family::V4 { ICMP } else { ICMPV6 }, 0),
+        Some((port, Transport::Tcp)) => (TCP, port),
+        Some((port, Transport::Udp)) => (UDP, port),
+        Some((port, transport)) => (transport.number(), port),
+    };
+    let tunnel_port = host.tunnel(family).and_then(|link| link.vxlan.as_ref()).map_or(8472, |vxlan| vxlan.port);
+    let from_view = describe(&start, inventory, &host);
+    let to_view = EndView { what: describe_address(&goal, destination, inventory, &host), address: destination };
+    let mut walk = Tracer { host, inventory, log: HopLog::default(), addresses_seen: Vec::new() };
+    let mut origin = start.address(family).unwrap_or_else(|| family.unspecified());
+    let outcome = walk.start_at_source(&start, destination, protocol, port, &mut origin);
+    let end = match outcome {
+        Ok(end) => end,
+        Err(Stop::AtLastHop) => {
+            let hop = walk.log.hops.last();
+            hop.map_or_else(String::new, |hop| format!("stops at the {} of {}: {}", hop.step, hop.place, hop.answer))
+        }
+        Err(Stop::Failed(error)) => return Err(error),
+    };
+    let worst = |hops: &[super::Hop]| {
+        let has = |outcome| hops.iter().any(|hop| hop.outcome == outcome);
+        if has(TraceOutcome::Stop) {
+            TraceOutcome::Stop
+        } else if has(TraceOutcome::Unsure) {
+            TraceOutcome::Unsure
+        } else {
+            TraceOutcome::Ok
+        }
+    };
+    let legacy = std::fs::read_to_string("/proc/net/ip_tables_names").unwrap_or_default();
+    if !legacy.trim().is_empty() {
+        let note =
+            "this host has rules of iptables-legacy (`iptables-legacy -S`), which cannot be read here: they may drop what passes";
+        walk.log.notes.push(note.to_owned());
+    }
+    let HopLog { hops, notes } = walk.log;
+    Ok(Trace {
+        from: EndView { what: from_view, address: origin },
+        to: to_view,
+        protocol: protocol_name(protocol),
+        port: (port != 0).then_some(port),
+        outcome: worst(&hops),
+        end,
+        hops,
+        notes,
+        live: None,
+        addresses_seen: walk.addresses_seen,
+        tunnel_port,
+    })
+}
+
+fn protocol_name(protocol: u8) -> String {
+    match protocol {
+        ICMP | ICMPV6 => "icmp".to_owned(),
+        TCP => "tcp".to_owned(),
+        UDP => "udp".to_owned(),
+        other => Transport::Sctp.name().to_owned() + if other == Transport::Sctp.number() { "" } else { "?" },
+    }
+}
+
+/// The address that is sent to.
+fn resolve_destination(goal: &TraceEnd, family: Family, start: &TraceEnd, host: &HostView) -> Result<IpAddr, TraceError> {
+    match goal {
+        TraceEnd::Host => {
+            // Containers call this host by the gateway's address; everyone else by the one that the tunnel has.
+            let bridge = host.bridge().map(|link| link.index);
+            let of = |index: Option<u32>| {
+                let mut kernel = KernelQuery::open().ok()?;
+                let usable = |a: &IpAddr| match a {
+                    IpAddr::V6(a) => family == Family::V6 && !a.is_unicast_link_local(),
+                    IpAddr::V4(_) => family == Family::V4,
+                };
+                kernel.addresses(index?).ok()?.into_iter().find(usable)
+            };
+            let tunnel = host.tunnel(family).and_then(|link| link.vxlan.as_ref()).and_then(|vxlan| vxlan.local);
+            let found =
+                if matches!(start, TraceEnd::Container(_)) { of(bridge).or(tunnel) } else { tunnel.or_else(|| of(bridge)) };
+            found.ok_or_else(|| TraceError::Target {
+                message: "this host has no address in the overlay: write its address".to_owned(),
+            })
+        }
+        goal => goal
+            .address(family)
+            .ok_or_else(|| TraceError::Target { message: format!("{} has no {family} address", end_name(goal)) }),
+    }
+}
+
+fn end_name(end: &TraceEnd) -> String {
+    match end {
+        TraceEnd::Container(endpoint) => format!("container {}", endpoint.name),
+        TraceEnd::Host => "this host".to_owned(),
+        TraceEnd::Peer(name, _) => format!("host {name}"),
+        TraceEnd::Address(address) => address.to_string(),
+    }
+}
+
+fn describe(end: &TraceEnd, inventory: &Inventory, host: &HostView) -> String {
+    match end {
+        TraceEnd::Address(address) => describe_address(end, *address, inventory, host),
+        end => end_name(end),
+    }
+}
+
+fn describe_address(end: &TraceEnd, address: IpAddr, inventory: &Inventory, host: &HostView) -> String {
+    match (end, inventory.lease_for(address)) {
+        (TraceEnd::Container(_) | TraceEnd::Host | TraceEnd::Peer(..), _) => end_name(end),
+        _ if host.addresses.contains(&address) => "this host".to_owned(),
+        (_, Some(lease)) if !lease.own => match &lease.host {
+            Some(host) => format!("on host {host}"),
+            None => "on another host".to_owned(),
+        },
+        _ if host.in_overlay(address) => "in the overlay".to_owned(),
+        _ => "outside the overlay".to_owned(),
+    }
+}
+
+impl Tracer<'_> {
+    fn start_at_source(
+        &mut self,
+        start: &TraceEnd,
+        destination: IpAddr,
+        protocol: u8,
+        port: u16,
+        origin: &mut IpAddr,
+    ) -> Step<String> {
+        match start {
+            TraceEnd::Container(endpoint) => {
+                let endpoint = endpoint.clone();
+                let flow = self.leave_container(&endpoint, destination, protocol, port, origin)?;
+                match flow {
+                    BridgeDecision::ToHost(flow, input) => self.through_host(flow, Some(*input)),
+                    BridgeDecision::Delivered(end) => Ok(end),
+                }
+            }
+            TraceEnd::Peer(..) => self.arrive(*origin, destination, protocol, port),
+            TraceEnd::Address(address) if !self.host.addresses.contains(address) => {
+                self.arrive(*address, destination, protocol, port)
+            }
+            TraceEnd::Address(_) | TraceEnd::Host => {
+                let source = match start {
+                    TraceEnd::Address(address) => Some(*address),
+                    _ => None,
+                };
+                let route = self.lookup_route(RouteLookup { destination, source, input: None })?;
+                *origin = source.or(route.source).unwrap_or(*origin);
+                let flow = Flow { source: *origin, destination, protocol, port };
+                self.through_host(flow, None)
+            }
+        }
+    }
+
+    /// Through the host: the rules before routing, the route, the rules behind it, and out.
+    pub(super) fn through_host(&mut self, mut flow: Flow, input: Option<Link>) -> Step<String> {
+        if !self.addresses_seen.contains(&(flow.source, flow.destination)) {
+            self.addresses_seen.push((flow.source, flow.destination));
+        }
+        let entry = input.as_ref().map(|link| link.index);
+        let mut packet = Packet { input: self.host.interface(entry), ..Packet::new(&flow) };
+        packet.destination_is_local = Some(self.host.addresses.contains(&flow.destination));
+        let (hook, step) = if input.is_some() { (Hook::Prerouting, "rules prerouting") } else { (Hook::Output, "rules output") };
+        if input.is_none() {
+            let route =
+                self.lookup_route(RouteLookup { destination: flow.destination, source: Some(flow.source), input: None })?;
+            packet.output = self.host.interface(route.interface);
+        }
+        let result = self.host.ruleset.evaluate(hook, false, &packet);
+        self.log.record_rules(HOST, step, &result)?;
+        let mut translated = false;
+        let untracked = result.untracked;
+        if let Some((Translation::Destination { address, port }, place)) = &result.translation {
+            let (address, port) = (address.unwrap_or(flow.destination), port.unwrap_or(flow.port));
+            self.log.ok(HOST, "translation", format!("destination becomes {}, by {place}", socket_text(address, port)));
+            flow.destination = address;
+            flow.port = port;
+            translated = true;
+            self.addresses_seen.push((flow.source, flow.destination));
+        }
+        // Without forwarding the kernel answers as if there were no route.
+        if let Some(input) = input.as_ref().filter(|_| !self.host.addresses.contains(&flow.destination)) {
+            self.check_forwarding(flow.family(), &input.name)?;
+        }
+        let lookup = RouteLookup { destination: flow.destination, source: input.as_ref().map(|_| flow.source), input: entry };
+        let route = self.lookup_route(lookup)?;
+        let exit = route.interface;
+        let mut packet = Packet { input: self.host.interface(entry), ..Packet::new(&flow) };
+        (packet.destination_translated, packet.untracked) = (translated, untracked);
+        packet.destination_is_local = Some(route.kind == "local");
+        if route.kind == "local" {
+            self.log_route(&flow, &route);
+            if input.is_some() {
+                let result = self.host.ruleset.evaluate(Hook::Input, false, &packet);
+                self.log.record_rules(HOST, "rules input", &result)?;
+            }
+            return Ok(format!("arrives at this host: {}", socket_text(flow.destination, flow.port)));
+        }
+        if self.host.in_overlay(flow.destination) && !self.routes_into_overlay(&route) {
+            return Err(self.no_peer_route(&flow, &route));
+        }
+        self.log_route(&flow, &route);
+        packet.output = self.host.interface(exit);
+        if input.is_some() {
+            let result = self.host.ruleset.evaluate(Hook::Forward, false, &packet);
+            self.log.record_rules(HOST, "rules forward", &result)?;
+        }
+        let result = self.host.ruleset.evaluate(Hook::Postrouting, false, &packet);
+        self.log.record_rules(HOST, "rules postrouting", &result)?;
+        self.apply_snat(&mut flow, &result, exit);
+        let Some(link) = self.host.link(exit).cloned() else {
+            return Err(self.log.stop(HOST, "interface", "the route names no interface", "ip route get"));
+        };
+        if link.is_tunnel(flow.family()) {
+            return self.through_tunnel(&flow, &route, &link);
+        }
+        if self.host.bridge().is_some_and(|bridge| bridge.index == link.index) {
+            return self.deliver_to_container(flow.destination, &link);
+        }
+        self.leave_host(flow.destination, &route, &link, "")?;
+        Ok(format!(
+            "leaves this host by {} for {}",
+            link.name,
+            route.gateway.map_or(flow.destination.to_string(), |g| format!("the gateway {g}"))
+        ))
+    }
+
+    fn log_route(&mut self, flow: &Flow, route: &Route) {
+        let entry = route.destination.map(|entry| format!(" by {entry}")).unwrap_or_default();
+        let via = route.gateway.map(|gateway| format!(" via {gateway}")).unwrap_or_default();
+        let name = self.host.name(route.interface);
+        let kind = if route.kind == "local" { " local" } else { "" };
+        let id = route.nexthop.map(|id| format!(" next hop {id}")).unwrap_or_default();
+        self.log.ok(HOST, "route", format!("{}{entry}:{kind}{via} dev {name}{id}", flow.destination));
+    }
+
+    /// Asks for the route; where there is none the way ends.
+    pub(super) fn lookup_route(&mut self, lookup: RouteLookup) -> Step<Route> {
+        match self.host.kernel.route(lookup)? {
+            Ok(route) => Ok(route),
+            Err(_) if self.host.in_overlay(lookup.destination) => {
+                let flow = Flow::echo_request(lookup.source.unwrap_or(lookup.destination), lookup.destination);
+                let what = match self.host.kernel.unreachable_route(lookup.destination) {
+                    Some(range) => {
+                        format!("no peer's route covers it: {range} is unreachable but for the subnets that hosts hold")
+                    }
+                    None => "the kernel has no route".to_owned(),
+                };
+                Err(self.no_overlay_route(&flow, &what))
+            }
+            Err(reason) => {
+                let from = lookup
+                    .input
+                    .map(|index| format!(" for what comes in by {}", self.host.name(Some(index))))
+                    .unwrap_or_default();
+                let strict = if reason.contains("cross-device") {
+                    "; the reverse path filter refuses the source: sysctl net.ipv4.conf.all.rp_filter"
+                } else {
+                    ""
+                };
+                let answer = format!("no route to {}{from}: {reason}", lookup.destination);
+                Err(self.log.stop(HOST, "route", answer, format!("ip route get {}{strict}", lookup.destination)))
+            }
+        }
+    }
+
+    /// `net.ipv4.conf.IN.check_forwarding`, the setting that counts for what comes in by an interface; for IPv6 that of all interfaces does.
+    fn check_forwarding(&mut self, family: Family, input: &str) -> Step<()> {
+        let path = match family {
+            Family::V4 => sysctls::interface_path(input, family, "forwarding"),
+            Family::V6 => sysctls::forwarding(family).to_owned(),
+        };
+        match HostView::sysctl(&path).as_deref() {
+            Some("0") => {
+                let name = path.replace('/', ".");
+                Err(self.log.stop(HOST, "forwarding", format!("net.{name} is 0"), format!("sysctl -w net/{path}=1")))
+            }
+            _ => {
+                self.log.ok(HOST, "forwarding", format!("on for what comes in by {input}"));
+                Ok(())
+            }
+        }
+    }
+
+    fn apply_snat(&mut self, flow: &mut Flow, result: &EvalResult, exit: Option<u32>) {
+        match &result.translation {
+            Some((Translation::Masquerade, place)) => {
+                let own = exit.and_then(|index| self.host.kernel.addresses(index).ok()).unwrap_or_default();
+                let global = |address: &IpAddr| !matches!(address, IpAddr::V6(a) if a.is_unicast_link_local());
+                let own = own.into_iter().find(|address| Family::of(*address) == flow.family() && global(address));
+                let shown = own.map_or_else(|| "the address of the interface".to_owned(), |own| own.to_string());
+                self.log.ok(HOST, "translation", format!("source becomes {shown} (masquerade), by {place}"));
+                if let Some(own) = own {
+                    flow.source = own;
+                    self.addresses_seen.push((flow.source, flow.destination));
+                }
+            }
+            Some((Translation::Source { address: Some(address) }, place)) => {
+                self.log.ok(HOST, "translation", format!("source becomes {address}, by {place}"));
+                flow.source = *address;
+                self.addresses_seen.push((flow.source, flow.destination));
+            }
+            Some((_, place)) => {
+                self.log.unsure(HOST, "translation", format!("translated by {place} in a way that cannot be read"), "")
+            }
+            None => self.log.ok(HOST, "translation", "none: source and destination stay"),
+        }
+    }
+}
+
+/// An address with a port, where there is one.
+pub(super) fn socket_text(address: IpAddr, port: u16) -> String {
+    if port == 0 { address.to_string() } else { std::net::SocketAddr::new(address, port).to_string() }
+}

@@ -1,0 +1,104 @@
+//! One thread on one processor that holds both ends: it sends, and then reads what has come. Nobody is woken and nobody waits, the kernel carries each packet to
+//! the other end before the call returns, so the time that passes is what the way costs. Rules that cost one part in a hundred show.
+
+use std::io::{Read, Write};
+use std::net::{TcpStream, UdpSocket};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+
+use super::path::{TrafficPath, UDP_PAYLOAD_LEN};
+
+/// Packets under way at once.
+const PACKETS_IN_FLIGHT: usize = 32;
+/// Bytes under way at once: less than the buffers of a connection that has just begun.
+const BLOCK_SIZE: usize = 48 << 10;
+
+/// What is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Operation {
+    /// UDP packets of [`PAYLOAD`] bytes.
+    Packet,
+    /// One byte by TCP and one back.
+    Request,
+    /// Much by TCP, in megabytes.
+    Megabyte,
+}
+
+impl Operation {
+    /// Each.
+    pub const ALL: [Operation; 3] = [Operation::Packet, Operation::Request, Operation::Megabyte];
+
+    /// What its cost is the cost of, and the unit.
+    pub const fn label(self) -> (&'static str, &'static str) {
+        match self {
+            Operation::Packet => ("a UDP packet of 64 bytes", "us"),
+            Operation::Request => ("one byte by TCP and one back", "us"),
+            Operation::Megabyte => ("a megabyte by TCP", "us"),
+        }
+    }
+}
+
+/// Both ends of a way.
+#[derive(Debug)]
+pub struct FlowEnds {
+    datagrams: (UdpSocket, UdpSocket),
+    stream: (TcpStream, TcpStream),
+}
+
+impl FlowEnds {
+    /// Opens them.
+    pub fn open(path: &TrafficPath) -> anyhow::Result<FlowEnds> {
+        Ok(FlowEnds { datagrams: path.datagrams()?, stream: path.connect()? })
+    }
+
+    /// Sends for a time. Microseconds for one.
+    pub fn cost(&mut self, kind: Operation, time: Duration) -> anyhow::Result<f64> {
+        let begin = Instant::now();
+        let mut done = 0.0;
+        loop {
+            done += match kind {
+                Operation::Packet => self.packets(),
+                Operation::Request => self.requests(),
+                Operation::Megabyte => self.block(),
+            }
+            .context("what was sent does not arrive")?;
+            let passed = begin.elapsed();
+            if passed >= time {
+                return Ok(passed.as_secs_f64() * 1e6 / done);
+            }
+        }
+    }
+
+    fn packets(&mut self) -> std::io::Result<f64> {
+        let (near, far) = &self.datagrams;
+        let mut packet = [0x5a; UDP_PAYLOAD_LEN];
+        for _ in 0..PACKETS_IN_FLIGHT {
+            near.send(&packet)?;
+        }
+        for _ in 0..PACKETS_IN_FLIGHT {
+            far.recv(&mut packet)?;
+        }
+        Ok(32.0)
+    }
+
+    fn requests(&mut self) -> std::io::Result<f64> {
+        let (near, far) = &mut self.stream;
+        let mut byte = [1];
+        for _ in 0..8 {
+            near.write_all(&byte)?;
+            far.read_exact(&mut byte)?;
+            far.write_all(&byte)?;
+            near.read_exact(&mut byte)?;
+        }
+        Ok(8.0)
+    }
+
+    fn block(&mut self) -> std::io::Result<f64> {
+        let (near, far) = &mut self.stream;
+        let mut block = [0; BLOCK_SIZE];
+        near.write_all(&block)?;
+        far.read_exact(&mut block)?;
+        Ok(49_152.0 / 1e6)
+    }
+}

@@ -1,0 +1,137 @@
+//! The peers of a measurement: the same ones as the store's entries, as leases in etcd, and for the raw limit.
+
+use std::net::IpAddr;
+
+use anyhow::Context;
+use overlay_agent::model::event::StoreEntry;
+use overlay_agent::model::{Backend, Cidr, Family, Lease, LeaseRecord, Mac, NetworkConfig, Node, Subnet, Vni};
+
+/// One peer in one family.
+#[derive(Debug, Clone, Copy)]
+pub struct SyntheticPeer {
+    /// Its place in the fleet, from 1 on.
+    pub number: u32,
+    /// Its part of the overlay.
+    pub subnet: Cidr,
+    /// Its underlay address.
+    pub public_ip: IpAddr,
+    /// Its VTEP's MAC.
+    pub mac: Mac,
+}
+
+/// The overlay network, apart from the lab's underlay.
+pub fn network_cidr(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "10.128.0.0/9",
+        Family::V6 => "fd10::/40",
+    }
+}
+
+/// The length of an IPv4 peer's subnet: room for 131,000 of them.
+pub const SUBNET_LENGTH: u8 = 26;
+
+/// The configuration of a network of these families, as it stands in etcd.
+pub fn network_config(families: &[Family]) -> String {
+    let mut config =
+        serde_json::json!({ "EnableIPv4": families.contains(&Family::V4), "EnableIPv6": families.contains(&Family::V6) });
+    for family in families {
+        match family {
+            Family::V4 => {
+                config["Network"] = network_cidr(*family).into();
+                config["SubnetLen"] = SUBNET_LENGTH.into();
+            }
+            Family::V6 => config["IPv6Network"] = network_cidr(*family).into(),
+        }
+    }
+    config.to_string()
+}
+
+/// The members of these numbers.
+pub fn synthetic_peers(family: Family, numbers: std::ops::RangeInclusive<u32>) -> anyhow::Result<Vec<SyntheticPeer>> {
+    let network = NetworkConfig::parse(&network_config(&[family]))?.config;
+    let pool = network.pools.get(family).context("the network lacks its family")?;
+    numbers
+        .map(|number| {
+            let subnet = pool.nth(number.into()).with_context(|| format!("{} has no room for peer {number}", pool.network))?;
+            let [_, a, b, c] = number.to_be_bytes();
+            let public_ip = match family {
+                Family::V4 => IpAddr::from([172, 16 | a, b, c]),
+                Family::V6 => IpAddr::from([0xfd98, 0, 0, 0, 0, 0, a.into(), u16::from_be_bytes([b, c])]),
+            };
+            Ok(SyntheticPeer { number, subnet, public_ip, mac: Mac([0x02, 0xaa, 0x00, a, b, c]) })
+        })
+        .collect()
+}
+
+impl SyntheticPeer {
+    /// The subnet as a key of the store.
+    pub fn store_key(&self) -> anyhow::Result<String> {
+        Ok(Subnet::new(std::iter::once((self.subnet.family(), self.subnet)).collect())?.to_key())
+    }
+
+    /// The lease's value in etcd (`docs/wire.md`).
+    pub fn lease_value(&self) -> String {
+        let node = serde_json::json!({ "Name": format!("n{}", self.number), "Id": format!("{:032x}", self.number) });
+        let backend = serde_json::json!({ "VNI": 1, "VtepMAC": self.mac.to_string() });
+        let lease = match self.subnet.family() {
+            Family::V4 => serde_json::json!({
+                "PublicIP": self.public_ip, "PublicIPv6": null, "BackendType": "vxlan", "BackendData": backend, "Node": node
+            }),
+            Family::V6 => serde_json::json!({
+                "PublicIP": null, "PublicIPv6": self.public_ip, "BackendType": "vxlan", "BackendV6Data": backend, "Node": node
+            }),
+        };
+        lease.to_string()
+    }
+}
+
+/// A peer as the store hands it on: one member, or the two of the same number in both families.
+pub fn store_entry(peer: &[SyntheticPeer]) -> anyhow::Result<StoreEntry> {
+    let number = peer.first().context("a peer without a family")?.number;
+    let subnet = Subnet::new(peer.iter().map(|member| (member.subnet.family(), member.subnet)).collect())?;
+    let vtep = peer.iter().map(|member| (member.subnet.family(), member.mac)).collect();
+    let lease = Lease {
+        public_ip: peer.iter().map(|member| (member.subnet.family(), member.public_ip)).collect(),
+        backend: Backend::Vxlan { vni: Vni::DEFAULT, vtep },
+        node: Some(Node { name: format!("n{number}"), id: format!("{number:032x}") }),
+    };
+    let revision = i64::from(number);
+    let record = LeaseRecord { subnet, lease, create_revision: revision, mod_revision: revision, etcd_lease: Some(revision) };
+    Ok(StoreEntry { key: subnet.to_key(), value: Ok(record) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn synthetic_peers_are_distinct_and_in_network() {
+        for family in Family::ALL {
+            let network = NetworkConfig::parse(&network_config(&[family])).expect("a network").config;
+            let all = synthetic_peers(family, 1..=10_000).expect("room");
+            let distinct = |f: fn(&SyntheticPeer) -> String| all.iter().map(f).collect::<std::collections::BTreeSet<_>>().len();
+            assert_eq!(distinct(|m| m.subnet.to_string()), all.len());
+            assert_eq!(distinct(|m| m.public_ip.to_string()), all.len());
+            assert_eq!(distinct(|m| m.mac.to_string()), all.len());
+            for member in &all {
+                assert!(!network.pools.get(family).expect("a pool").network.contains(member.public_ip));
+                let entry = store_entry(&[*member]).expect("an entry");
+                assert_eq!(entry.key, member.store_key().expect("a key"));
+            }
+        }
+        assert!(synthetic_peers(Family::V4, 1..=140_000).is_err());
+    }
+
+    #[test]
+    fn dual_stack_peer_is_one_entry() {
+        let network = NetworkConfig::parse(&network_config(&Family::ALL)).expect("a network").config;
+        assert!(Family::ALL.into_iter().all(|family| network.pools.get(family).is_some()));
+        let peer = Family::ALL.map(|family| synthetic_peers(family, 7..=7).expect("room")[0]);
+        let record = store_entry(&peer).expect("an entry").value.expect("a record");
+        assert_eq!(Family::ALL.map(|family| record.subnet.get(family)), peer.map(|member| Some(member.subnet)));
+        assert_eq!(
+            Family::ALL.map(|family| record.lease.public_ip.get(family).copied()),
+            peer.map(|member| Some(member.public_ip))
+        );
+    }
+}

@@ -1,0 +1,267 @@
+//! The rules of the house, read from the sources: imports point down only, foreign interfaces are named in one place each, files stay
+//! about one thing. `docs/architecture.md` has the floors.
+
+#[path = "architecture/source.rs"]
+mod source;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use source::{ImportPath, Token, paths, tokens, without_tests};
+
+/// What may stand at the top of the repository, dotfiles and `target` aside.
+const TOP_LEVEL_ENTRIES: [&str; 11] =
+    ["Cargo.toml", "Cargo.lock", "agent", "ctl", "deploy", "vagrant", "tests", "docs", "README.md", "LICENSE", "CHANGELOG.md"];
+
+/// The most lines a source file has.
+const MAX_LINES: usize = 500;
+
+/// The floors of the agent, from the ground. Modules on one floor do not import each other, except helpers.
+const LAYERS: [(&str, &[&str]); 5] = [
+    ("model", &["model"]),
+    ("plan", &["plan"]),
+    ("helpers", &["config", "state", "backoff", "blocking", "allocator", "metrics", "telemetry", "shutdown", "systemd"]),
+    ("middle", &["store", "kernel", "endpoint", "admin", "reconcile"]),
+    ("wiring", &["app"]),
+];
+const HELPER_LAYER: usize = 2;
+
+/// What `ctl` takes from the agent: the pure floors, the agent's command line for its manual page, the state directory's layout and the endpoints
+/// in it, the store's one-shot functions and the verbs for namespaces and links.
+const CTL_ALLOWED_IMPORTS: [&[&str]; 11] = [
+    &["model"],
+    &["plan"],
+    &["state"],
+    &["store"],
+    &["endpoint", "read_stored"],
+    &["endpoint", "StoredEndpoint"],
+    &["config", "command"],
+    &["kernel", "netns"],
+    &["kernel", "netns_builder"],
+    &["kernel", "trace"],
+    &["kernel", "icmp"],
+];
+
+/// Parts of the standard library that do I/O, start something or read a clock.
+const IMPURE: [&str; 8] = ["fs", "io", "process", "env", "thread", "os", "SystemTime", "Instant"];
+
+/// One source file, by its path from the top of the repository.
+struct SourceFile {
+    path: String,
+    text: String,
+}
+
+impl SourceFile {
+    /// The path of the module in its crate: `agent/src/plan/diff.rs` is `["plan", "diff"]`.
+    fn module(&self) -> Vec<String> {
+        let Some((_, inside)) = self.path.split_once("/src/") else { return Vec::new() };
+        let parts: Vec<String> = inside.trim_end_matches(".rs").split('/').map(ToOwned::to_owned).collect();
+        if parts == ["lib"] || parts == ["main"] || parts[0] == "bin" { Vec::new() } else { parts }
+    }
+
+    /// Whether the file holds only tests.
+    fn is_test(&self) -> bool {
+        !self.path.contains("/src/") || self.module().iter().any(|part| part == "tests")
+    }
+
+    fn is_in(&self, folder: &str) -> bool {
+        self.path.starts_with(&format!("{folder}/")) || self.path == format!("{folder}.rs")
+    }
+}
+
+/// All that is wrong with a file, each as `PATH:LINE: what`.
+fn rule_violations(file: &SourceFile) -> Vec<String> {
+    let all = tokens(&file.text);
+    let own = if file.is_test() { Vec::new() } else { without_tests(&all) };
+    let mut faults = Vec::new();
+    let mut fault = |line: usize, what: String| faults.push(format!("{}:{line}: {what}", file.path));
+
+    if file.path.ends_with("/mod.rs") {
+        fault(1, "a module is foo.rs beside foo/, never mod.rs".to_owned());
+    }
+    let lines = file.text.lines().count();
+    if lines > MAX_LINES {
+        fault(lines, format!("{lines} lines are more than {MAX_LINES}: the file is about two things"));
+    }
+    if !file.is_test() && !file.text.starts_with("//!") {
+        fault(1, "a file begins with what it owns, as `//!` lines".to_owned());
+    }
+    for token in &all {
+        let name = token.text.as_str();
+        if name == "etcd_client" && !file.is_in("agent/src/store") {
+            fault(token.line, "etcd_client is named outside agent/src/store".to_owned());
+        }
+        if (name == "rtnetlink" || name.starts_with("netlink_")) && !file.is_in("agent/src/kernel") {
+            fault(token.line, format!("{name} is named outside agent/src/kernel"));
+        }
+    }
+    if file.path.contains("/src/") && !file.path.starts_with("tests/") {
+        for (line, what) in panicking_calls(&own) {
+            fault(line, what);
+        }
+    }
+    if file.is_in("agent/src") {
+        for (line, what) in print_macros(&own, file.path == "agent/src/main.rs") {
+            fault(line, what);
+        }
+        for path in paths(&own, &file.module()) {
+            if let Some(what) = layer_violation(&file.module(), &path) {
+                fault(path.line, what);
+            }
+        }
+    }
+    if file.path.starts_with("ctl/") {
+        for path in paths(&own, &file.module()) {
+            let taken = path.parts.split_first().filter(|(first, _)| *first == "overlay_agent").map(|(_, rest)| rest);
+            if let Some(rest) = taken
+                && !CTL_ALLOWED_IMPORTS
+                    .iter()
+                    .any(|allowed| rest.iter().zip(*allowed).filter(|(a, b)| a == b).count() == allowed.len())
+            {
+                fault(path.line, format!("ctl takes {} from the agent", rest.join("::")));
+            }
+        }
+    }
+    faults
+}
+
+/// Why an import breaks the floors, if it does.
+fn layer_violation(module: &[String], path: &ImportPath) -> Option<String> {
+    let floor = |name: &str| LAYERS.iter().position(|(_, modules)| modules.contains(&name));
+    // main.rs and lib.rs stand above all floors.
+    let from = module.first()?;
+    let Some(own_floor) = floor(from) else {
+        return Some(format!("module {from} is on no floor: give it one here, in agent/src/lib.rs and in docs/architecture.md"));
+    };
+    let (first, rest) = path.parts.split_first()?;
+    if own_floor < HELPER_LAYER {
+        let impure = first == "std" && rest.iter().any(|part| IMPURE.contains(&part.as_str()));
+        if first == "tokio" || impure {
+            return Some(format!("{from} is pure and names {}", path.parts.join("::")));
+        }
+    }
+    let to = if first == "crate" || first == "overlay_agent" { rest.first()? } else { return None };
+    let target = floor(to)?;
+    let allowed = from == to || target < own_floor || (target == own_floor && target == HELPER_LAYER);
+    (!allowed).then(|| format!("{from} ({} floor) imports {to} ({} floor)", LAYERS[own_floor].0, LAYERS[target].0))
+}
+
+/// `unwrap()` and `expect(`.
+fn panicking_calls(tokens: &[Token]) -> Vec<(usize, String)> {
+    let calls = tokens.windows(3).filter(|w| w[0].text == "." && w[2].text == "(");
+    calls
+        .filter(|w| ["unwrap", "expect"].contains(&w[1].text.as_str()))
+        .map(|w| (w[1].line, format!("{}( outside tests", w[1].text)))
+        .collect()
+}
+
+/// Macros that write to standard output, and outside the binary also to standard error.
+fn print_macros(tokens: &[Token], is_binary: bool) -> Vec<(usize, String)> {
+    let forbidden: &[&str] =
+        if is_binary { &["println", "print", "dbg"] } else { &["println", "print", "dbg", "eprintln", "eprint"] };
+    let macros = tokens.windows(2).filter(|w| w[1].text == "!" && forbidden.contains(&w[0].text.as_str()));
+    macros.map(|w| (w[0].line, format!("{}! in the agent, which logs through tracing", w[0].text))).collect()
+}
+
+fn repo_root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+fn collect_sources(folder: &Path, prefix: &str, into: &mut Vec<SourceFile>) {
+    let entries = fs::read_dir(folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
+    for entry in entries {
+        let entry = entry.expect("an entry of the folder");
+        let name = entry.file_name().into_string().expect("names are UTF-8");
+        let path = format!("{prefix}/{name}");
+        if entry.file_type().expect("a type").is_dir() {
+            collect_sources(&entry.path(), &path, into);
+        } else if name.ends_with(".rs") {
+            into.push(SourceFile { path, text: fs::read_to_string(entry.path()).expect("a source is UTF-8") });
+        }
+    }
+}
+
+#[test]
+fn sources_follow_architecture_rules() {
+    let mut files = Vec::new();
+    for member in ["agent", "ctl", "tests"] {
+        collect_sources(&repo_root().join(member), member, &mut files);
+    }
+    assert!(files.len() > 20, "the sources are found: {}", files.len());
+    let faults: Vec<String> = files.iter().flat_map(rule_violations).collect();
+    assert!(faults.is_empty(), "{} faults:\n{}", faults.len(), faults.join("\n"));
+}
+
+#[test]
+fn top_level_has_only_allowed_entries() {
+    let names = fs::read_dir(repo_root())
+        .expect("the repository")
+        .map(|e| e.expect("an entry").file_name().into_string().expect("UTF-8"));
+    let strange: Vec<String> =
+        names.filter(|name| !name.starts_with('.') && name != "target" && !TOP_LEVEL_ENTRIES.contains(&name.as_str())).collect();
+    assert!(strange.is_empty(), "{strange:?} at the top level, which holds only {TOP_LEVEL_ENTRIES:?} and dotfiles");
+}
+
+/// Each rule, broken once; and code that only looks like it.
+#[test]
+fn rule_violations_are_detected() {
+    for (path, text, wanted) in [
+        ("agent/src/plan/x.rs", "use crate::store::Key;", Some("plan (plan floor) imports store (middle floor)")),
+        ("agent/src/plan/x.rs", "fn f() { super::super::kernel::dump() }", Some("plan (plan floor) imports kernel")),
+        ("agent/src/model/x.rs", "use crate::{plan::{Key, State as S}, model::Mac};", Some("model (model floor) imports plan")),
+        ("agent/src/model/x.rs", "use tokio::net::UnixStream;", Some("model is pure and names tokio::net::UnixStream")),
+        ("agent/src/plan/x.rs", "fn f() { std::fs::read(p) }", Some("plan is pure and names std::fs::read")),
+        ("agent/src/plan/x.rs", "use std::time::{Duration, Instant};", Some("plan is pure and names std::time::Instant")),
+        ("agent/src/store/x.rs", "use crate::kernel::Batch;", Some("store (middle floor) imports kernel (middle floor)")),
+        ("agent/src/admin.rs", "use super::reconcile::Command;", Some("admin (middle floor) imports reconcile")),
+        ("agent/src/config.rs", "use crate::store::Tls;", Some("config (helpers floor) imports store")),
+        ("agent/src/kernel/x.rs", "use crate::app::App;", Some("kernel (middle floor) imports app")),
+        ("agent/src/extra.rs", "use std::net::IpAddr;", Some("module extra is on no floor")),
+        ("agent/src/reconcile.rs", "use etcd_client::Client;", Some("etcd_client is named outside")),
+        ("ctl/src/lab.rs", "fn f() -> rtnetlink::Handle {}", Some("rtnetlink is named outside")),
+        ("ctl/src/lab.rs", "use netlink_sys::Socket;", Some("netlink_sys is named outside")),
+        ("ctl/src/cmd/x.rs", "use overlay_agent::reconcile::Core;", Some("ctl takes reconcile::Core from the agent")),
+        (
+            "ctl/src/cmd/x.rs",
+            "use overlay_agent::kernel::{netns::enter, batch::Writer};",
+            Some("ctl takes kernel::batch::Writer"),
+        ),
+        ("agent/src/endpoint.rs", "fn f() { x.unwrap() }", Some("unwrap( outside tests")),
+        ("ctl/src/lab.rs", "fn f() { x\n.expect(\"y\") }", Some(":3: expect( outside tests")),
+        ("agent/src/endpoint.rs", "fn f() { println!(\"x\") }", Some("println! in the agent")),
+        ("agent/src/endpoint.rs", "fn f() { eprintln!(\"x\") }", Some("eprintln! in the agent")),
+        ("agent/src/kernel/mod.rs", "", Some("never mod.rs")),
+        // Keeping the rules.
+        ("agent/src/main.rs", "use overlay_agent::app;\nfn main() { eprintln!(\"x\") }", None),
+        ("agent/src/app.rs", "use crate::{store, kernel, reconcile, plan, model};", None),
+        ("agent/src/store/x.rs", "use etcd_client::Client; use super::keys; use crate::backoff::Backoff;", None),
+        ("agent/src/plan/x.rs", "use std::fmt; use super::state::Key; use crate::model::Mac; use std::time::Duration;", None),
+        (
+            "agent/src/admin.rs",
+            "#[cfg(test)]\nmod tests { use super::*; fn f() { x.unwrap(); println!(\"\") } }\nfn g() {}",
+            None,
+        ),
+        (
+            "agent/src/admin.rs",
+            "// x.unwrap() println!\n/* use crate::store; */ fn f() { \"\\\"a.unwrap()\"; r#\"println!(\"x\")\"#; '\"'; }",
+            None,
+        ),
+        (
+            "agent/src/admin.rs",
+            "fn f<'a>(x: &'a str) { x.unwrap_or_default(); #[expect(dead_code, reason = \"x\")] let y = 1; }",
+            None,
+        ),
+        ("agent/src/kernel/tests/x.rs", "use crate::store::Key; fn f() { x.unwrap() }", None),
+        ("ctl/src/cmd/x.rs", "use overlay_agent::model::api::{Status, Peers}; use overlay_agent::kernel::netns;", None),
+    ] {
+        let found = rule_violations(&SourceFile { path: path.to_owned(), text: format!("//! What it owns.\n{text}") });
+        match wanted {
+            None => assert!(found.is_empty(), "{path}: {text}: {found:?}"),
+            Some(wanted) => assert!(found.iter().any(|f| f.contains(wanted)), "{path}: {text}: {found:?} lacks {wanted}"),
+        }
+    }
+    let long = SourceFile { path: "ctl/src/x.rs".to_owned(), text: format!("//! x\n{}", "fn f() {}\n".repeat(MAX_LINES)) };
+    assert!(rule_violations(&long)[0].contains("501 lines"));
+    let bare = SourceFile { path: "ctl/src/x.rs".to_owned(), text: "fn f() {}\n".to_owned() };
+    assert!(rule_violations(&bare)[0].contains("begins with what it owns"));
+}

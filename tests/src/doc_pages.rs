@@ -1,0 +1,158 @@
+//! Runs the commands of a page on [machines](crate::machines), block by block, and compares what they print with what the page shows
+//! ([`crate::doc_page`] says how a block tells where it is run).
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io::Write;
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::doc_hosts::DocHosts;
+use crate::doc_page::{Block, RunMode, RunTarget, blocks, page_text};
+use crate::output_match::matches;
+use crate::{ExpectContext, eventually};
+
+/// How long a block may take.
+const BLOCK_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// How long a block may be tried again that is to hold soon.
+const RETRY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What reads how a block is run and the file that it is in, and runs each: with nothing to read, for the names are not for the commands. A block in the
+/// background ends with its machine.
+const SHELL_LOOP: &str = r#"set -eu -o pipefail
+while read -r __way __step; do
+    case $__way in
+    plain) . "$__step" </dev/null; __code=0 ;;
+    on) ( . "$__step" ) </dev/null & __code=0 ;;
+    own) set +e; ( set -e; . "$__step" ) </dev/null; __code=$?; set -e ;;
+    esac
+    printf '\001%s %s\n' "$__step" "$__code"
+done"#;
+
+/// A page that is being run.
+#[derive(Debug)]
+pub struct DocPage<'a> {
+    name: String,
+    hosts: &'a DocHosts,
+    blocks: VecDeque<Block>,
+    shells: BTreeMap<String, Shell>,
+    scratch: tempfile::TempDir,
+    blocks_run: usize,
+}
+
+#[derive(Debug)]
+struct Shell {
+    bash: Child,
+    output: std::path::PathBuf,
+}
+
+impl<'a> DocPage<'a> {
+    /// Opens a page. Blocks that another script runs are left out.
+    pub fn open(name: &str, hosts: &'a DocHosts) -> DocPage<'a> {
+        let all = blocks(&page_text(name)).unwrap_or_else(|error| panic!("{name}:{error}"));
+        let blocks: VecDeque<Block> =
+            all.into_iter().filter(|block| matches!(block.target, Some(RunTarget::Hosts { .. }))).collect();
+        assert!(!blocks.is_empty(), "{name} has blocks `on` machines");
+        let scratch = tempfile::tempdir().expect_ok("a directory");
+        DocPage { name: name.to_owned(), hosts, blocks, shells: BTreeMap::new(), scratch, blocks_run: 0 }
+    }
+
+    /// The section of the next block; `None` at the end.
+    pub fn next_section(&self) -> Option<&str> {
+        self.blocks.front().map(|block| block.section.as_str())
+    }
+
+    /// Runs the blocks before a section.
+    pub async fn run_until_section(&mut self, section: &str) {
+        while self.next_section().expect_ok(&format!("a section `{section}`")) != section {
+            self.run_block().await;
+        }
+    }
+
+    /// Runs what is left.
+    pub async fn run_to_end(mut self) {
+        while self.next_section().is_some() {
+            self.run_block().await;
+        }
+    }
+
+    /// Runs the next block, on each of its machines.
+    pub async fn run_block(&mut self) {
+        let block = self.blocks.pop_front().expect_ok("a block that is left");
+        let Some(RunTarget::Hosts { hosts: machines, mode: way }) = &block.target else { return };
+        for machine in machines {
+            let end = Instant::now() + RETRY_TIMEOUT;
+            loop {
+                let outcome = self.run_on_host(machine, &block, *way).await;
+                match outcome {
+                    Ok(()) => break,
+                    Err(_) if matches!(way, RunMode::RetryUntilExit(_)) && Instant::now() < end => {
+                        tokio::time::sleep(Duration::from_millis(200)).await
+                    }
+                    Err(error) => panic!("{}:{}: on {machine}:\n{}{error}", self.name, block.line, block.commands),
+                }
+            }
+        }
+    }
+
+    /// Runs a block on one machine; the error says how it ended otherwise than the page has it.
+    async fn run_on_host(&mut self, host: &str, block: &Block, mode: RunMode) -> Result<(), String> {
+        let file = self.scratch.path().join(format!("step-{}", self.blocks_run));
+        self.blocks_run += 1;
+        std::fs::write(&file, &block.commands).expect_ok("a file");
+        let (word, wanted) = match mode {
+            RunMode::Plain => ("plain", 0),
+            RunMode::Background => ("on", 0),
+            RunMode::ExpectExit(code) | RunMode::RetryUntilExit(code) => ("own", code),
+        };
+        let (machines, scratch) = (self.hosts, self.scratch.path());
+        let shell = self.shells.entry(host.to_owned()).or_insert_with(|| Shell::start(machines, host, scratch));
+        let before = shell.read_output().len();
+        writeln!(shell.bash.stdin.as_mut().expect_ok("its input"), "{word} {}", file.display()).expect_ok("bash");
+        let mark = format!("\u{1}{} ", file.display());
+        let place = format!("{}:{} ends on {host}", self.name, block.line);
+        let (printed, code) = eventually(&place, BLOCK_TIMEOUT, || {
+            let text = shell.read_output();
+            let ended = shell.bash.try_wait().expect_ok("bash");
+            match text[before..].split_once(&mark) {
+                // What runs on in the background may print behind it.
+                Some((printed, rest)) if rest.contains('\n') => {
+                    Ok((printed.to_owned(), rest.lines().next().and_then(|code| code.parse::<i32>().ok())))
+                }
+                _ if ended.is_some() => Ok((text[before..].to_owned(), None)),
+                _ => Err(text[before..].to_owned()),
+            }
+        })
+        .await;
+        if code != Some(wanted) {
+            let code = code.map_or_else(|| "a command that failed".to_owned(), |code| format!("exit code {code}"));
+            return Err(format!("ends with {code} and prints\n{printed}"));
+        }
+        match &block.expected_output {
+            Some(shown) => matches(shown, &printed)
+                .map_err(|line| format!("the page shows\n{shown}but it prints\n{printed}what is missing: {line}")),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Shell {
+    fn start(hosts: &DocHosts, host: &str, scratch: &std::path::Path) -> Shell {
+        let output = scratch.join(format!("{host}.output"));
+        let file = std::fs::File::create(&output).expect_ok("a file");
+        let mut command = hosts.command(host, "bash", &["-c", SHELL_LOOP]);
+        command.stdin(Stdio::piped()).stderr(file.try_clone().expect_ok("the file")).stdout(file);
+        Shell { bash: command.spawn().expect_ok("nsenter"), output }
+    }
+
+    fn read_output(&self) -> String {
+        String::from_utf8_lossy(&std::fs::read(&self.output).expect_ok("what it printed")).into_owned()
+    }
+}
+
+impl Drop for Shell {
+    fn drop(&mut self) {
+        // What it started ends with the machine.
+        let _ended = self.bash.kill().and_then(|()| self.bash.wait());
+    }
+}

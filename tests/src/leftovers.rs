@@ -1,0 +1,69 @@
+//! What containers can leave on a host: to compare before and after.
+
+use overlay_agent::kernel::netns::Netns;
+use overlay_agent::model::Endpoint;
+
+use crate::dump::NetnsDump;
+use crate::test_lab::CONVERGE_TIMEOUT;
+use crate::{ExpectContext, TestLab, eventually};
+
+/// All that an attach can leave: in the host's namespace, among the names of namespaces and of resolver files, with the agent.
+#[derive(Debug, Clone)]
+pub struct Leftovers {
+    host_dump: NetnsDump,
+    names: Vec<String>,
+    /// With the agent.
+    pub endpoints: Vec<Endpoint>,
+}
+
+impl Leftovers {
+    /// What there is on host `h1`, once it is quiet. One container has come and gone by then: the first port changes the bridge for good,
+    /// its operational state and the sizes that it offloads.
+    pub async fn baseline(lab: &TestLab) -> Leftovers {
+        lab.ctl("h1", &["attach", "first"]).assert_code(0);
+        lab.ctl("h1", &["detach", "first"]).assert_code(0);
+        // The kernel tells a bridge without ports that it has no carrier up to a second later.
+        let has = |dump: &NetnsDump, words: &[&str]| dump.lines().iter().any(|line| words.iter().all(|word| line.contains(word)));
+        eventually("the first container's traces are gone", CONVERGE_TIMEOUT, || {
+            let left = Leftovers::collect(lab);
+            if has(&left.host_dump, &["\"tentative\":true"]) {
+                return Err("duplicate address detection goes on".to_owned());
+            }
+            let without_ports = !has(&left.host_dump, &["\"ifname\":\"ove"]);
+            if without_ports && !has(&left.host_dump, &["\"ifname\":\"ovb.", "\"NO-CARRIER\""]) {
+                return Err("the bridge has carrier without ports".to_owned());
+            }
+            Ok(left)
+        })
+        .await
+    }
+
+    fn collect(lab: &TestLab) -> Leftovers {
+        let prefix = lab.layout().namespace("h1-");
+        let files = std::fs::read_dir("/etc/netns").into_iter().flatten().flatten();
+        let files = files.filter_map(|e| e.file_name().into_string().ok()).map(|name| ("resolver file", name));
+        let namespaces = Netns::list().expect_ok("namespaces").into_iter().map(|name| ("namespace", name));
+        let ours = namespaces.chain(files).filter(|(_, name)| name.starts_with(&prefix));
+        Leftovers {
+            host_dump: NetnsDump::of(&lab.open_netns("h1")),
+            names: ours.map(|(kind, name)| format!("{kind} {name}")).collect(),
+            endpoints: lab.endpoints("h1"),
+        }
+    }
+
+    /// Waits until it is the same again: the kernel takes a namespace down some time after its last process.
+    pub async fn assert_unchanged(&self, lab: &TestLab, action: &str) {
+        eventually(&format!("nothing is left behind after {action}"), CONVERGE_TIMEOUT, || {
+            let now = Leftovers::collect(lab);
+            let changes = now.host_dump.changes_since(&self.host_dump);
+            if !changes.is_empty() {
+                return Err(format!("\n{changes}"));
+            }
+            if now.names != self.names || now.endpoints != self.endpoints {
+                return Err(format!("{:?} {:?}, not {:?} {:?}", now.names, now.endpoints, self.names, self.endpoints));
+            }
+            Ok(())
+        })
+        .await;
+    }
+}

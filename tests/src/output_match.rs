@@ -1,0 +1,69 @@
+//! What a page shows, compared with what was printed: line by line, where `...` is any text, alone on a line any lines, and runs of blanks count as one.
+
+/// Compares what is shown with what was printed; the first line that is shown and not found, or printed and not shown.
+pub fn matches(expected: &str, actual: &str) -> Result<(), String> {
+    let plain = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
+    // What bash says of a server that ran in the background and went with its lab, now or later.
+    let mut printed = actual.lines().filter(|line| !matches!(*line, "Terminated" | "Killed")).map(plain);
+    let mut any = false;
+    for line in expected.lines().map(plain) {
+        if line == "..." {
+            any = true;
+            continue;
+        }
+        let found = if any {
+            printed.any(|other| line_matches(&line, &other))
+        } else {
+            printed.next().is_some_and(|other| line_matches(&line, &other))
+        };
+        if !found {
+            return Err(line);
+        }
+        any = false;
+    }
+    match printed.next() {
+        Some(line) if !any => Err(format!("`{line}` on the page")),
+        _ => Ok(()),
+    }
+}
+
+/// Whether a line is as the page has it, where `...` is any text.
+fn line_matches(pattern: &str, line: &str) -> bool {
+    let Some((start, rest)) = pattern.split_once("...") else { return pattern == line };
+    let Some(mut line) = line.strip_prefix(start) else { return false };
+    let mut parts = rest.split("...").peekable();
+    while let Some(part) = parts.next() {
+        if parts.peek().is_none() {
+            return line.ends_with(part);
+        }
+        let Some(at) = line.find(part) else { return false };
+        line = &line[at + part.len()..];
+    }
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ellipsis_matches_any_output() {
+        for (shown, printed, same) in [
+            ("a\nb\n", "a\nb\n", true),
+            ("a  b\n", "a b  \n", true),
+            ("a\n", "a\nb\n", false),
+            ("a\n...\n", "a\nb\n", true),
+            ("...\nb\n", "a\na\nb\n", true),
+            ("...\nb\n", "a\n", false),
+            ("a\nb\n", "b\na\n", false),
+            ("time=... ms\n", "time=0.1 ms\n", true),
+            ("time=... ms\n", "time=0.1 s\n", false),
+            ("1 sent, 1 received, ...\n", "1 sent, 0 received, 100% loss\n", false),
+            ("a...b...c\n", "a1b2c\n", true),
+            ("a...b...c\n", "a1c\n", false),
+            ("a\nb\n", "a\nTerminated\nb\n", true),
+        ] {
+            assert_eq!(matches(shown, printed).is_ok(), same, "{shown:?} {printed:?}");
+        }
+    }
+}

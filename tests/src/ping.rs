@@ -1,0 +1,200 @@
+//! Traffic under which things happen: numbered UDP packets from one container to another and back, at a steady pace, with every loss
+//! counted.
+//!
+//! Tasks: one that sends, one that receives, one that echoes; all end with [`Flow::stop_agent`], or when the flow is dropped.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use overlay_agent::kernel::netns::Netns;
+use tokio::net::UdpSocket;
+use tokio::task::{JoinHandle, JoinSet};
+
+use crate::ExpectContext;
+
+/// The port of the echo: of the dynamic range, and not the lab check's.
+const ECHO_PORT: u16 = 49_773;
+
+/// A hundred packets a second.
+const PING_INTERVAL: Duration = Duration::from_millis(10);
+
+/// Fewer packets than this say nothing.
+const MIN_PACKETS: usize = 20;
+
+/// How long a packet may be under way at the end before it counts as lost.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Packets that go to and fro.
+#[derive(Debug)]
+pub struct PingFlow {
+    tasks: JoinSet<()>,
+    sender: JoinHandle<()>,
+    stop: Arc<AtomicBool>,
+    counts: Arc<Mutex<Counts>>,
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    /// When each packet was sent, since the start.
+    sent: Vec<Duration>,
+    /// Which of them came back.
+    answered: Vec<bool>,
+    /// Errors of sending and receiving, each with how often it came.
+    errors: BTreeMap<String, u32>,
+}
+
+/// What became of the packets.
+#[derive(Debug, Clone)]
+pub struct PingStats {
+    /// How many were sent.
+    pub sent: usize,
+    /// When those were sent that did not come back, since the start of the flow.
+    pub lost: Vec<Duration>,
+    /// Errors of sending and receiving, each with how often it came.
+    pub errors: BTreeMap<String, u32>,
+}
+
+impl PingStats {
+    /// Checks that packets were sent and all of them came back.
+    #[track_caller]
+    pub fn assert_no_loss(&self, what: &str) {
+        assert!(self.sent >= MIN_PACKETS, "{what}: only {} packets were sent, which shows nothing", self.sent);
+        assert!(
+            self.lost.is_empty(),
+            "{what}: {} of {} packets were lost, sent at {:?} behind the start; errors: {:?}",
+            self.lost.len(),
+            self.sent,
+            self.lost,
+            self.errors
+        );
+    }
+}
+
+impl PingFlow {
+    /// Starts a flow from a container to an address of another one, and waits until the first packet has come back.
+    pub async fn start(from: &Netns, to: &Netns, address: IpAddr) -> PingFlow {
+        let echo = socket(to, SocketAddr::new(address, ECHO_PORT));
+        let any: IpAddr = if address.is_ipv4() { [0u8; 4].into() } else { [0u16; 8].into() };
+        let near = Arc::new(socket(from, SocketAddr::new(any, 0)));
+        near.connect(SocketAddr::new(address, ECHO_PORT)).await.expect_ok("the flow's socket");
+        let (stop, counts) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Counts::default())));
+        let start = Instant::now();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move {
+            let mut buffer = [0; 64];
+            loop {
+                // An error belongs to an earlier packet (a port that is unreachable): the next one counts for itself.
+                if let Ok((length, caller)) = echo.recv_from(&mut buffer).await {
+                    let _sent = echo.send_to(&buffer[..length], caller).await;
+                }
+            }
+        });
+        tasks.spawn(receive(Arc::clone(&near), Arc::clone(&counts)));
+        let sender = tokio::spawn(send(near, Arc::clone(&counts), Arc::clone(&stop), start));
+        let flow = PingFlow { tasks, sender, stop, counts };
+        let end = Instant::now() + Duration::from_secs(10);
+        while !flow.with_counts(|counts| counts.answered.iter().any(|a| *a)) {
+            assert!(Instant::now() < end, "no packet comes back from {address}: {:?}", flow.with_counts(|c| c.errors.clone()));
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        // What was lost while neighbours were looked for is not the story's.
+        flow.with_counts(|counts| {
+            counts.answered.iter_mut().for_each(|a| *a = true);
+            counts.errors.clear();
+        });
+        flow
+    }
+
+    /// Lets the flow go on for a time.
+    pub async fn run_for(&self, time: Duration) {
+        tokio::time::sleep(time).await;
+    }
+
+    /// Stops sending, waits for what is under way, and tells what became of the packets.
+    pub async fn stop(mut self) -> PingStats {
+        // On a busy machine the pace is slower: fewer packets would show nothing.
+        let end = Instant::now() + DRAIN_TIMEOUT;
+        while self.with_counts(|counts| counts.sent.len()) < MIN_PACKETS && Instant::now() < end {
+            tokio::time::sleep(PING_INTERVAL).await;
+        }
+        self.stop.store(true, Ordering::Relaxed);
+        // It may be about to send one more, which is under way like the others.
+        (&mut self.sender).await.expect_ok("the task that sends");
+        let end = Instant::now() + DRAIN_TIMEOUT;
+        while self.with_counts(|counts| counts.answered.contains(&false)) && Instant::now() < end {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        self.with_counts(|counts| PingStats {
+            sent: counts.sent.len(),
+            lost: counts.sent.iter().zip(&counts.answered).filter(|(_, answered)| !**answered).map(|(at, _)| *at).collect(),
+            errors: counts.errors.clone(),
+        })
+    }
+
+    fn with_counts<T>(&self, f: impl FnOnce(&mut Counts) -> T) -> T {
+        f(&mut lock(&self.counts))
+    }
+}
+
+impl Drop for PingFlow {
+    fn drop(&mut self) {
+        self.tasks.abort_all();
+        self.sender.abort();
+    }
+}
+
+fn lock(counts: &Mutex<Counts>) -> std::sync::MutexGuard<'_, Counts> {
+    counts.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn socket(netns: &Netns, at: SocketAddr) -> UdpSocket {
+    let bind = || -> io::Result<std::net::UdpSocket> {
+        let socket = std::net::UdpSocket::bind(at)?;
+        socket.set_nonblocking(true)?;
+        Ok(socket)
+    };
+    let bound = netns.run(bind).expect_ok("enter the container").expect_ok(&format!("a socket at {at}"));
+    UdpSocket::from_std(bound).expect_ok("a socket of the runtime")
+}
+
+async fn send(socket: Arc<UdpSocket>, counts: Arc<Mutex<Counts>>, stop: Arc<AtomicBool>, start: Instant) {
+    let mut pace = tokio::time::interval(PING_INTERVAL);
+    // A busy machine sends later, never in bursts.
+    pace.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    while !stop.load(Ordering::Relaxed) {
+        pace.tick().await;
+        let number = {
+            let mut counts = lock(&counts);
+            counts.sent.push(start.elapsed());
+            counts.answered.push(false);
+            counts.sent.len() - 1
+        };
+        if let Err(error) = socket.send(&number.to_be_bytes()).await {
+            count_error(&counts, &error);
+        }
+    }
+}
+
+async fn receive(socket: Arc<UdpSocket>, counts: Arc<Mutex<Counts>>) {
+    let mut buffer = [0; 8];
+    loop {
+        match socket.recv(&mut buffer).await {
+            Ok(8) => {
+                let number = usize::from_be_bytes(buffer);
+                if let Some(answered) = lock(&counts).answered.get_mut(number) {
+                    *answered = true;
+                }
+            }
+            Ok(_) => {}
+            Err(error) => count_error(&counts, &error),
+        }
+    }
+}
+
+fn count_error(counts: &Mutex<Counts>, error: &io::Error) {
+    *lock(counts).errors.entry(error.to_string()).or_default() += 1;
+}
