@@ -91,7 +91,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         if self.lease_expired && self.lease_can_expire() {
             problems.push(
                 "etcd has not answered for longer than this host's lease TTL, so another host may get its subnet: restore etcd before \
-                                 new hosts join"
+                 new hosts join"
                     .to_owned(),
             );
         }
@@ -132,7 +132,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         if let Some((key, repairs)) = self.retries.contended().next() {
             problems.push(format!(
                 "another process keeps changing {} entries, the first: {key}, changed by another process {repairs} times within seconds: \
-                                 find it with `ip monitor` and `nft monitor`",
+                 find it with `ip monitor` and `nft monitor`",
                 self.retries.contended().count()
             ));
         }

@@ -119,7 +119,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         let pool = network.pools.get(family)?;
         Some(format!(
             "this host's address {address} lies among the overlay's subnets, {} to {}, so peers ignore this host: exclude its range with \
-                         SubnetMin and SubnetMax, or choose another network",
+             SubnetMin and SubnetMax, or choose another network",
             pool.min.base(),
             pool.max.last()
         ))
@@ -149,11 +149,11 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         problems.push(match is_back {
             true => format!(
                 "IPv6 is enabled again on {name}, but this host leased an IPv4 subnet only: restart overlayd to use both; the host then gets \
-                                 another subnet, so attach its containers again"
+                 another subnet, so attach its containers again"
             ),
             false => format!(
                 "IPv6 is switched off on the external interface {name}, so only IPv4 of the overlay works on this host: {}, or remove IPv6 \
-                                 from the network's configuration",
+                 from the network's configuration",
                 ipv6_remedy(name)
             ),
         });
