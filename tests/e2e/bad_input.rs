@@ -44,7 +44,7 @@ async fn invalid_attach_values_are_rejected() {
         (
             &["attach", "a", "--publish", "81:1", "--publish", "80-81:5-6"],
             1,
-            &["lead the same port of the host to different ports"],
+            &["map the same host port to different container ports"],
         ),
         (&["run", "--publish", &busy_port, "--", "true"], 1, &[&own]),
     ] {
