@@ -85,7 +85,7 @@ impl NatMappings {
     pub fn stale_filters(self, rules: &State) -> Vec<StaleFilter> {
         let moved = self.port_targets.into_iter().filter_map(|(element, was)| {
             let now = target(&element, rules);
-            // An unpublished port only leaves lasting entries for datagrams.
+            // If the port was not published before, only UDP has entries that stay.
             let is_udp = matches!(element, Element::Port(_, Transport::Udp, _) | Element::Bound(_, Transport::Udp, _));
             (was != now && (was.is_some() || is_udp)).then_some(StaleFilter::Port { element, old_target: was, new_target: now })
         });
