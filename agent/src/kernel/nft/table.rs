@@ -322,7 +322,11 @@ pub(super) fn validate(ruleset: &Ruleset) -> Result<(), OpError> {
             for expr in &rule.exprs {
                 match expr {
                     Expr::Foreign => {
-                        return refuse(format!("rule {} of chain {} has an expression that is not ours and can only be read", index + 1, chain.name));
+                        return refuse(format!(
+                            "rule {} of chain {} has an expression that is not ours and can only be read",
+                            index + 1,
+                            chain.name
+                        ));
                     }
                     Expr::InputInterface(name) | Expr::OutputInterface(name)
                         if name.is_empty() || name.len() >= IFNAMSIZ || name.contains('\0') =>

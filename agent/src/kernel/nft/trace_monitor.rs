@@ -141,8 +141,7 @@ impl TraceMonitor {
         });
         outcome.map_err(|refused| {
             let older = if refused.error.errno == libc::EOPNOTSUPP { "; tracing needs Linux 5.12" } else { "" };
-            let message =
-                format!("cannot create the trace tables {table}: {}{older}", refused.error.message);
+            let message = format!("cannot create the trace tables {table}: {}{older}", refused.error.message);
             OpError { errno: refused.error.errno, message }
         })?;
         Ok(TraceMonitor { _owner: owner, socket, table, buffer: Vec::with_capacity(RECEIVE_BUFFER_LEN) })

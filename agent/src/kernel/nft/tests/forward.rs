@@ -40,7 +40,10 @@ fn netns_without_iptables_has_no_forward_chain() {
             assert!(error.message.contains("filter FORWARD: no such chain"), "{}", error.message);
         }
         let error = nft.set_forward_accept(Family::V6, families()[0].2).expect_err("other family");
-        assert_eq!(error.message, "10.244.0.0/16 is not an IPv6 network: its accept rules belong in the other family's FORWARD chain");
+        assert_eq!(
+            error.message,
+            "10.244.0.0/16 is not an IPv6 network: its accept rules belong in the other family's FORWARD chain"
+        );
         assert_eq!(run_command("nft", &["list", "ruleset"], ""), "");
     });
 }

@@ -158,8 +158,13 @@ fn foreign_objects_are_reported() {
              chain y { type filter hook input priority 0; policy drop; }; chain z { type route hook output priority 0; }; }",
         );
         super::nft("add table inet overlayd { flags dormant; }");
-        let words =
-            ["flags 0x1", "chain y with a policy other than accept", "chain z with an unsupported type or hook", "set s", "object c"];
+        let words = [
+            "flags 0x1",
+            "chain y with a policy other than accept",
+            "chain z with an unsupported type or hook",
+            "set s",
+            "object c",
+        ];
         assert_eq!(tables.ruleset().expect("table").foreign, words);
     });
 }
@@ -211,7 +216,10 @@ fn invalid_rules_are_refused_with_location() {
             assert_eq!(failed.len(), 1, "{failed:?}");
             failed[0].1.message.clone()
         };
-        assert_eq!(refused(with(Expr::Foreign)), "rule 2 of chain tunnel has an expression that is not ours and can only be read");
+        assert_eq!(
+            refused(with(Expr::Foreign)),
+            "rule 2 of chain tunnel has an expression that is not ours and can only be read"
+        );
         assert_eq!(
             refused(with(Expr::InputInterface("sixteen.bytes.xy".to_owned()))),
             "interface name `sixteen.bytes.xy` in rule 2 of chain tunnel: 1 to 15 bytes are allowed"
