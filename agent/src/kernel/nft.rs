@@ -1,7 +1,7 @@
 //! nf_tables over nfnetlink, and conntrack clean-up after ruleset changes (`conntrack`).
 //!
-//! Writes the tables `inet overlayd` and `bridge overlayd`, and the accept rules in the FORWARD chains of iptables. No other
-//! table is touched and no process is started.
+//! Writes the tables `inet overlayd` and `bridge overlayd`. Also writes accept rules into the FORWARD chains of iptables. No
+//! other table is touched and no process is started.
 //!
 //! Owns one blocking socket ([`Nft`]) and one event socket ([`NftMonitor`]). Each belongs to the network namespace in which it
 //! was opened. This module spawns no tasks: [`Nft`] calls take some hundred microseconds and belong on a blocking thread; the
@@ -172,7 +172,8 @@ impl Nft {
     /// `EINVAL` if the network has the other family, `ENOENT` if the chain does not exist, or the kernel refused.
     pub fn set_forward_accept(&mut self, family: Family, network: Cidr) -> Result<(), OpError> {
         if network.family() != family {
-            let message = format!("{network} is not an {family} network: its accept rules belong in the other family's FORWARD chain");
+            let message =
+                format!("{network} is not an {family} network: its accept rules belong in the other family's FORWARD chain");
             return Err(OpError { errno: libc::EINVAL, message });
         }
         forward::set(&mut self.socket, family, Some(network))

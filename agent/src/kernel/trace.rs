@@ -1,7 +1,7 @@
 //! Kernel queries for a packet trace in one network namespace.
 //!
-//! Queries return the route of a packet, its next hop, neighbour and FDB entry, and the verdict of the rules. Live captures
-//! report the interfaces and rules that packets of a flow pass.
+//! Queries return the route of a packet and the verdict of the rules. They also return the next hop, neighbour and FDB entry of a
+//! route. Live captures report the interfaces and rules that packets of a flow pass.
 //!
 //! Queries change nothing. A live trace creates one table that marks packets ([`TraceMonitor`]); it disappears with its socket.
 //! All calls block, and apply to the network namespace of the calling thread ([`super::netns::Netns::run`]).
@@ -136,7 +136,7 @@ impl Neighbour {
 /// The overlay's address ranges, as the rules of the host define them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct OverlayRanges {
-    /// The first and last leased address per family; empty if the table `inet overlayd` does not exist.
+    /// The first and last leased address per family. Empty if the table `inet overlayd` does not exist.
     pub ranges: PerFamily<(IpAddr, IpAddr)>,
 }
 
@@ -442,7 +442,7 @@ fn route_type_name(kind: u8) -> &'static str {
         6 => "blackhole",
         7 => "unreachable",
         8 => "prohibit",
-        _ => "of another kind",
+        _ => "of unknown type",
     }
 }
 

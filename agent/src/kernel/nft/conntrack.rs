@@ -252,8 +252,8 @@ impl StaleFilter {
                     }
                     _ => false,
                 };
-                // A TCP connection from before the port was published belongs to the host and stays; only datagrams create no new
-                // entry.
+                // A TCP connection that predates the publication belongs to the host and stays. UDP has no new connection: its
+                // datagrams keep the old entry alive.
                 let unpublished = now.is_some() && *protocol == Transport::Udp.number() && reached == to;
                 meant && ((*was == Some(reached) && reached != to) || (unpublished && is_local(to.ip())))
             }

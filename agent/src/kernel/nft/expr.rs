@@ -1,9 +1,8 @@
 //! Encodes and decodes rules as lists of nf_tables expressions.
 //!
-//! A match consists of a load into a register, an optional mask, and a comparison or a set lookup. Several lookup fields are
-//! loaded into consecutive registers. In the inet family, a layer 3 protocol comparison precedes the first field of a rule that
-//! needs it. Decoding accepts any encoding of a mask, so that equivalent rules compare equal. Unsupported expressions decode as
-//! [`Expr::Foreign`].
+//! A match is a load, an optional mask, and a comparison or set lookup. Several lookup fields are loaded into consecutive
+//! registers. In the inet family, a layer 3 protocol comparison precedes the first field of a rule that needs it. Decoding
+//! accepts any encoding of a mask, so that equivalent rules compare equal. Unsupported expressions decode as [`Expr::Foreign`].
 
 mod field;
 mod raw;

@@ -88,8 +88,8 @@ pub(super) fn read(socket: &mut NfnlSocket, family: Family) -> Result<ForwardCha
     Ok(ForwardChain { policy_drop: policy == Some(codec::NF_DROP), rules })
 }
 
-/// Replaces our rules by the two of `network` at the head of the chain, or removes them. Writes nothing if the rules are already
-/// right.
+/// Replaces our rules by the two of `network`, or removes them. The rules stand at the head of the chain. Writes nothing if the
+/// rules are already right.
 pub(super) fn set(socket: &mut NfnlSocket, family: Family, network: Option<Cidr>) -> Result<(), OpError> {
     let number = expr::protocol_number(family);
     let mut last = None;

@@ -63,8 +63,8 @@ impl NftMonitor {
             if setsockopt(socket.socket_ref(), sockopt::RcvBufForce, &SOCKET_BUFFER_LEN).is_err() {
                 setsockopt(socket.socket_ref(), sockopt::RcvBuf, &SOCKET_BUFFER_LEN)?;
             }
-            // All events of a transaction carry the port id of its socket, so the kernel filter drops our own before they are
-            // queued.
+            // All events of a transaction carry the port id of its socket. The socket filter drops our own events before the
+            // kernel queues them.
             if let Some(own) = own_port_id {
                 attach_filter(socket.socket_ref().as_fd(), [own; OWN_SOCKETS], true)?;
             }
@@ -136,7 +136,7 @@ impl PendingChanges {
 
 /// Maps an event to the change that it means for us. This is cheap: the table's name is the first attribute of each event.
 fn classify_event(object: Object<'_>) -> Option<NftChange> {
-    // Attribute 1 is the table's name in every nf_tables message except this one, which ends each transaction.
+    // NEWGEN ends each transaction. In every other nf_tables message, attribute 1 is the table's name.
     if object.kind == codec::NFT_MSG_NEWGEN {
         return None;
     }

@@ -128,7 +128,8 @@ impl NfnlSocket {
     ) -> Result<(T, u32), OpError> {
         for attempt in 0..MAX_DUMP_RETRIES {
             let generation = self.generation()?;
-            // The kernel increments the generation before it commits, so the number alone does not prove a complete commit.
+            // The kernel increments the generation before it commits. The number alone therefore does not prove a complete
+            // commit.
             if self.wait_for_generation(generation)? {
                 let outcome = read(self);
                 // A dump resumes by position in a list. A transaction in preparation already has its rules in that list, before
@@ -306,7 +307,7 @@ impl NfnlSocket {
         }
     }
 
-    /// Passes each received message to `handle` until it stops, at least to the end of the datagram.
+    /// Passes received messages to `handle` until it returns `Stop`. The rest of that datagram is passed on too.
     fn receive(&mut self, mut handle: impl FnMut(codec::ReceivedMessage<'_>) -> ReadControl) -> Result<(), OpError> {
         loop {
             self.buffer.clear();
@@ -368,13 +369,13 @@ fn kernel_error(subsystem: u8, errno: i32, text: Option<String>) -> OpError {
             "conntrack needs CAP_NET_ADMIN in the network namespace's user namespace"
         }
         libc::EINVAL | libc::EOPNOTSUPP if subsystem == codec::NFNL_SUBSYS_CTNETLINK => {
-            "does the kernel have ctnetlink? `modprobe nf_conntrack_netlink`"
+            "the kernel may lack ctnetlink, try `modprobe nf_conntrack_netlink`"
         }
         libc::EPERM => {
             "nf_tables needs CAP_NET_ADMIN in the network namespace's user namespace, and only its owner can change a table with the owner flag"
         }
         libc::ENOENT | libc::EINVAL | libc::EOPNOTSUPP | libc::EPROTONOSUPPORT => {
-            "does the kernel have nf_tables, NAT included? `modprobe nf_tables nft_chain_nat nft_masq`"
+            "the kernel may lack nf_tables or its NAT support, try `modprobe nf_tables nft_chain_nat nft_masq`"
         }
         _ => "",
     };
@@ -388,7 +389,7 @@ fn kernel_error(subsystem: u8, errno: i32, text: Option<String>) -> OpError {
 /// A failed system call.
 pub(super) fn io_error(context: impl Display, error: &io::Error) -> OpError {
     let advice = match error.raw_os_error() {
-        Some(libc::EPROTONOSUPPORT) => ": the kernel has no nfnetlink, `modprobe nfnetlink nf_tables`",
+        Some(libc::EPROTONOSUPPORT) => ": the kernel has no nfnetlink, try `modprobe nfnetlink nf_tables`",
         Some(libc::EMSGSIZE) => ": the message exceeds the send buffer, raise the sysctl net.core.wmem_max",
         _ => "",
     };

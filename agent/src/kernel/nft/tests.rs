@@ -35,7 +35,9 @@ fn run_command(program: &str, arguments: &[&str], input: &str) -> String {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
-        .unwrap_or_else(|error| panic!("{program}: {error}: `apt-get install nftables iptables` installs the tools for these tests"));
+        .unwrap_or_else(|error| {
+            panic!("{program}: {error}: `apt-get install nftables iptables` installs the tools for these tests")
+        });
     child.stdin.take().expect("piped").write_all(input.as_bytes()).expect("the command reads its input");
     let done = child.wait_with_output().expect("the command ends");
     assert!(done.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&done.stderr));

@@ -238,7 +238,7 @@ fn interface_is_not(field: Field, interface: &str) -> Expr {
     is_not(field, &padded)
 }
 
-/// A match on the addresses of the subnets that a pool leases; with `negate`, on all other addresses.
+/// A match on the addresses of a pool's leased subnets. With `negate`, a match on all other addresses.
 fn in_leased_range(field: Field, pool: &Pool, negate: bool) -> Expr {
     Expr::Range { field, first: pool.min.base(), last: pool.max.last(), negate }
 }

@@ -152,7 +152,7 @@ impl SetFieldType {
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Element {
-    /// The peer at an underlay address may tunnel packets of the subnet that starts at the second address.
+    /// The peer at an underlay address may tunnel packets of a subnet. The second address is the first one of the subnet.
     Peer(PeerPair),
     /// The peer at an underlay address may tunnel packets from the second to the third address.
     Range(Box<(IpAddr, IpAddr, IpAddr)>),

@@ -1,4 +1,4 @@
-//! Formats a ruleset exactly as `nft -s list table inet overlayd` prints it, so that an operator can compare the two.
+//! Formats a ruleset exactly as `nft -s list table inet overlayd` prints it. An operator can compare the two.
 
 use std::fmt;
 
@@ -214,7 +214,7 @@ const fn family_keyword(family: Family) -> &'static str {
     }
 }
 
-/// A priority, by name if it is within ten of a named one, as `nft` prints it.
+/// A priority as `nft` prints it: by name if within ten of a named one.
 struct Priority {
     table: Table,
     hook: Hook,

@@ -103,7 +103,7 @@ pub(super) const ALTERATIONS: [(&str, &str); 22] = [
     ),
     ("rule with an unknown expression", "add rule inet overlayd overlay ct state established accept"),
     ("rule with a vmap", "add rule inet overlayd overlay ip protocol vmap { tcp : accept, udp : drop }"),
-    ("masquerade in another way", "add rule inet overlayd postrouting masquerade"),
+    ("masquerade with other flags", "add rule inet overlayd postrouting masquerade"),
     ("policy changed", "add chain inet overlayd incoming { policy drop; }"),
     ("chain flushed", "flush chain inet overlayd overlay"),
     ("chain added", "add chain inet overlayd extra"),
