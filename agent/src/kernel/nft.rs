@@ -1,7 +1,7 @@
 //! nf_tables over nfnetlink, and conntrack clean-up after ruleset changes (`conntrack`).
 //!
-//! Writes the tables `inet overlayd` and `bridge overlayd`. Also writes accept rules into the FORWARD chains of iptables. No
-//! other table is touched and no process is started.
+//! Writes the tables `inet overlayd` and `bridge overlayd`. Also writes accept rules into the FORWARD chains of iptables.
+//! [`TraceMonitor`] creates temporary tables. No other table is touched and no process is started.
 //!
 //! Owns one blocking socket ([`Nft`]) and one event socket ([`NftMonitor`]). Each belongs to the network namespace in which it
 //! was opened. This module spawns no tasks: [`Nft`] calls take some hundred microseconds and belong on a blocking thread; the

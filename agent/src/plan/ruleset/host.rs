@@ -50,10 +50,11 @@ impl InetTableSpec<'_> {
     ///   no rule: a packet that passes this table is accepted, and no rule here can override a drop in another table.
     /// - `prerouting`, `output`: published ports.
     /// - `postrouting`: with `masquerade`, traffic that leaves the overlay gets the host's address, except multicast and traffic
-    ///   that stays on the bridge. Connections to a published port from the container's own bridge or the host's loopback are
-    ///   masqueraded too, so that the container answers through this host. Traffic that enters the tunnel from outside the
-    ///   overlay gets this host's address in the overlay, because peers accept only its subnet from a host. Traffic inside the
-    ///   overlay is not translated, nor is traffic from a container to a peer whose subnet the network no longer leases.
+    ///   that stays on the bridge. With `masquerade`, traffic that enters the tunnel from outside the overlay gets this host's
+    ///   address in the overlay, because peers accept only its subnet from a host. Connections to a published port from the
+    ///   container's own bridge or the host's loopback are masqueraded too, so that the container answers through this host.
+    ///   Traffic inside the overlay is not translated, nor is traffic from a container to a peer whose subnet the network no
+    ///   longer leases.
     pub fn ruleset(&self) -> Ruleset {
         let mut counters = vec![Counter::Encapsulation, Counter::Loopback, Counter::Tunnel];
         let families: Vec<Family> = self.network.families().collect();
