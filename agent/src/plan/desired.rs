@@ -2,17 +2,18 @@
 
 pub mod sysctls;
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 
-use super::ruleset::{Element, InetTableSpec, PeerPair, source_filter};
-use super::state::{Key, LinkKind, LinkState, NEXTHOP_IDS, RouteTarget, State, Value, Vxlan};
+use super::ruleset::{Element, InetTableSpec, PeerPair};
+use super::shared::SharedSpec;
+use super::state::{Key, LinkKind, LinkState, RouteTarget, State, Value, Vxlan};
 use super::underlay::Underlay;
 use crate::model::peer::RemoteSubnet;
-use crate::model::{Cidr, Device, Endpoint, Family, Mac, NetworkConfig, Peer, PerFamily, Port, PublishedPort, Role, Subnet};
+use crate::model::{Device, Endpoint, Family, Mac, NetworkConfig, Peer, PerFamily, Port, PublishedPort, Role, Subnet};
 
 /// Link-local address that dockerd sets on a bridge with IPv6. dockerd checks for it right afterwards, and does not start if the
 /// agent has removed it as a foreign address by then (libnetwork, `setup_verify_linux.go` and `bridgeIPv6`). So the agent sets it
@@ -38,21 +39,10 @@ pub struct HostSpec {
     pub tx_checksum: bool,
     /// Whether Docker attaches containers to the bridge, in addition to the endpoints.
     pub docker: bool,
-    /// Whether to use next-hop objects; requires that the kernel has them.
-    pub nexthop_objects: bool,
     /// The endpoints that have a port on the bridge, by name.
     pub ports: Vec<Arc<Endpoint>>,
-    /// Families in which the policy of iptables' FORWARD chain drops packets.
-    pub forward_drops: Vec<Family>,
     /// Underlay addresses in the overlay's leasable range that this host depends on.
     pub reserved: BTreeSet<IpAddr>,
-    /// The host's own interfaces that would stop accepting router advertisements once the host forwards IPv6
-    /// ([`sysctls::accept_ra_interfaces`]).
-    pub accept_ra_interfaces: Vec<String>,
-    /// The host's own interfaces through which containers reach external networks ([`HostInventory::uplinks`]).
-    ///
-    /// [`HostInventory::uplinks`]: super::underlay::HostInventory::uplinks
-    pub uplinks: Vec<String>,
 }
 
 impl HostSpec {
@@ -67,7 +57,6 @@ impl HostSpec {
             && self.subnet == other.subnet
             && self.underlay.public_ip == other.underlay.public_ip
             && self.vtep == other.vtep
-            && self.nexthop_objects == other.nexthop_objects
             && self.masquerade == other.masquerade
     }
 
@@ -81,7 +70,25 @@ impl HostSpec {
         self.families().map(|family| self.vxlan_mtu(family)).min().unwrap_or(self.underlay.mtu)
     }
 
-    /// The entries that do not depend on peers.
+    /// Inputs of the entries that this network shares with others in its network namespace.
+    pub fn shared(&self) -> SharedSpec {
+        SharedSpec {
+            families: self.families().collect(),
+            external: self.underlay.index,
+            // Not the whole network: the rest of it may contain hosts, whose packets iptables has to filter.
+            forwarded: self.network.pools.map(|_, pool| pool.span()),
+            bridge: Device::bridge(self.network.vxlan.vni),
+            inet: InetTableSpec {
+                network: self.network.clone(),
+                subnet: self.subnet,
+                local: self.underlay.local,
+                masquerade: self.masquerade,
+                publishes: self.has_published_ports(),
+            },
+        }
+    }
+
+    /// The entries that belong to this network alone and do not depend on peers.
     pub fn entries(&self) -> State {
         let vni = self.network.vxlan.vni;
         let bridge = Device::bridge(vni);
@@ -123,60 +130,30 @@ impl HostSpec {
                     }
                 }
             }
-            sysctls::insert(&mut state, sysctls::forwarding(family), "1");
             for (path, value) in [bridge, device].into_iter().flat_map(|device| sysctls::device_settings(device, family)) {
                 sysctls::insert(&mut state, path, value);
             }
         }
         if self.families().any(|family| family == Family::V4) {
-            // For replies to containers, and for packets to published ports.
-            for interface in &self.uplinks {
-                sysctls::insert(&mut state, sysctls::interface_path(interface, Family::V4, "forwarding"), "1");
-            }
             // For a published port of 127.0.0.1: the packet leaves with that source address, and the reply returns to it. A chain
             // of the nftables table keeps containers from using this setting for other packets.
             let path = sysctls::interface_path(&bridge.name(), Family::V4, "route_localnet");
             sysctls::insert(&mut state, path, if self.has_published_ports() { "1" } else { "0" });
-        }
-        if self.has_published_ports() && self.families().any(|family| family == Family::V6) {
-            // The same for ::1: for a reply that arrives on the bridge, the kernel finds the address on no other device
-            // (`ip6_route_input_lookup` in net/ipv6/route.c). Packets with that address from the wire are dropped before
-            // (`ip6_rcv_core`).
-            state.insert(Key::Route(Cidr::host(std::net::Ipv6Addr::LOCALHOST.into())), Value::Route(RouteTarget::Local(bridge)));
         }
         // Our devices accept no router advertisements, neither from a container nor through the tunnel. This also applies to a
         // network without IPv6, because the host may have IPv6.
         for device in self.families().map(|family| Device::vxlan(family, vni)).chain([bridge]) {
             sysctls::insert(&mut state, sysctls::interface_path(&device.name(), Family::V6, "accept_ra"), "0");
         }
-        if self.families().any(|family| family == Family::V6) {
-            // With forwarding enabled, the kernel ignores advertisements unless `accept_ra` is 2, and drops the routes learned
-            // from them.
-            for interface in &self.accept_ra_interfaces {
-                sysctls::insert(&mut state, sysctls::interface_path(interface, Family::V6, "accept_ra"), "2");
-            }
-        }
         let mac = Some(self.bridge_mac);
         let link = LinkState { kind: LinkKind::Bridge, mac, mtu: self.mtu(), up: true, master: None, hairpin: false };
         state.insert(Key::Link(bridge.name().into()), Value::Link(Box::new(link)));
         state.extend(self.ports.iter().flat_map(|endpoint| self.port_entries(endpoint)));
-        let publishes = self.has_published_ports();
-        let HostSpec { network, subnet, masquerade, .. } = self;
-        let rules = InetTableSpec { network, subnet, local: &self.underlay.local, masquerade: *masquerade, publishes };
-        for ruleset in [rules.ruleset(), source_filter()] {
-            state.insert(Key::Ruleset(ruleset.table), Value::Ruleset(Box::new(ruleset)));
-        }
         // Packets to unleased subnets must not leave by another route, such as the default route: they would be unencapsulated
         // and have the container's source address. A subnet with an address that this host depends on keeps its other routes.
         for (_, pool) in self.network.pools.iter() {
             let ranges = pool.leasable_without(&self.reserved).into_iter();
             state.extend(ranges.map(|range| (Key::Unreachable(range), Value::Unreachable)));
-        }
-        for family in &self.forward_drops {
-            // Not the whole network: the rest of it may contain hosts, whose packets iptables has to filter.
-            if let Some(pool) = self.network.pools.get(*family) {
-                state.insert(Key::ForwardAccept(*family), Value::ForwardAccept(pool.span()));
-            }
         }
         state
     }
@@ -222,12 +199,8 @@ impl HostSpec {
             masquerade,
             tx_checksum,
             docker,
-            nexthop_objects,
             ports: _,
-            forward_drops,
             reserved,
-            accept_ra_interfaces: keep_routers,
-            uplinks,
         } = self;
         *network == other.network
             && *subnet == other.subnet
@@ -237,11 +210,7 @@ impl HostSpec {
             && *masquerade == other.masquerade
             && *tx_checksum == other.tx_checksum
             && *docker == other.docker
-            && *nexthop_objects == other.nexthop_objects
-            && *forward_drops == other.forward_drops
             && *reserved == other.reserved
-            && *keep_routers == other.accept_ra_interfaces
-            && *uplinks == other.uplinks
     }
 
     /// Whether any endpoint has published ports.
@@ -260,23 +229,16 @@ impl HostSpec {
     }
 
     /// The entries of a peer: five per family, or four with classic routes.
-    pub fn peer_entries(&self, peer: &Peer, ids: &mut NexthopIds) -> Vec<(Key, Value)> {
+    pub fn peer_entries(&self, peer: &Peer) -> Vec<(Key, Value)> {
         let mut entries = Vec::with_capacity(8);
         for family in self.families() {
-            let Some(reach) = peer.remote_subnets.get(family) else { continue };
+            let Some(remote) = peer.remote_subnets.get(family) else { continue };
             let device = Device { role: Role::Vxlan(family), vni: self.network.vxlan.vni };
-            let gateway = reach.subnet.base();
-            entries.extend(self.tunnel_elements(family, reach).map(|element| (Key::Element(element), Value::Element(None))));
-            entries.push((Key::Fdb(device, reach.vtep), Value::Fdb(reach.public_ip)));
-            entries.push((Key::Neigh(device, gateway), Value::Neigh(reach.vtep)));
-            let via = if self.nexthop_objects {
-                let id = ids.id_for(device, gateway);
-                entries.push((Key::Nexthop(id), Value::Nexthop { device, gateway }));
-                RouteTarget::Nexthop(id)
-            } else {
-                RouteTarget::Gateway(device, gateway)
-            };
-            entries.push((Key::Route(reach.subnet), Value::Route(via)));
+            let gateway = remote.subnet.base();
+            entries.extend(self.tunnel_elements(family, remote).map(|element| (Key::Element(element), Value::Element(None))));
+            entries.push((Key::Fdb(device, remote.vtep), Value::Fdb(remote.public_ip)));
+            entries.push((Key::Neigh(device, gateway), Value::Neigh(remote.vtep)));
+            entries.push((Key::Route(remote.subnet), Value::Route(RouteTarget::Gateway(device, gateway))));
         }
         entries
     }
@@ -345,70 +307,6 @@ fn link_local(mac: Mac) -> IpAddr {
     let [a, b, c, d, e, f] = mac.0;
     let words = [[a ^ 0x02, b], [c, 0xff], [0xfe, d], [e, f]].map(u16::from_be_bytes);
     IpAddr::V6(std::net::Ipv6Addr::new(0xfe80, 0, 0, 0, words[0], words[1], words[2], words[3]))
-}
-
-/// Ids of the next-hop objects, by gateway.
-///
-/// Ids have no meaning of their own, so they are allocated, not planned. An existing object keeps its id; a new one gets the next
-/// free id. Allocation cycles through the whole range, so that an id is not reused while a route may still refer to it.
-#[derive(Debug)]
-pub struct NexthopIds {
-    ids: HashMap<(Device, IpAddr), u32>,
-    used: HashSet<u32>,
-    next: u32,
-}
-
-impl Default for NexthopIds {
-    fn default() -> Self {
-        NexthopIds { ids: HashMap::new(), used: HashSet::new(), next: NEXTHOP_IDS.start }
-    }
-}
-
-impl NexthopIds {
-    /// Reserves capacity for `gateways` more gateways.
-    pub fn reserve(&mut self, gateways: usize) {
-        self.ids.reserve(gateways);
-        self.used.reserve(gateways);
-    }
-
-    /// Adopts the ids of the objects in the kernel. If a gateway has two objects, the first is used; the second one's id stays
-    /// reserved, because routes may still use it.
-    pub fn adopt(&mut self, actual: &State) {
-        for (key, value) in actual.range(Key::Nexthop(0)..=Key::Nexthop(u32::MAX)) {
-            if let (Key::Nexthop(id), Value::Nexthop { device, gateway }) = (key, value)
-                && NEXTHOP_IDS.contains(id)
-                && self.used.insert(*id)
-            {
-                self.ids.entry((*device, *gateway)).or_insert(*id);
-            }
-        }
-    }
-
-    /// The id of a gateway's object; allocated if there is none.
-    pub fn id_for(&mut self, device: Device, gateway: IpAddr) -> u32 {
-        if let Some(id) = self.ids.get(&(device, gateway)) {
-            return *id;
-        }
-        while self.used.contains(&self.next) {
-            self.advance();
-        }
-        let id = self.next;
-        self.advance();
-        self.ids.insert((device, gateway), id);
-        self.used.insert(id);
-        id
-    }
-
-    /// Releases a gateway's id.
-    pub fn release(&mut self, device: Device, gateway: IpAddr) {
-        if let Some(id) = self.ids.remove(&(device, gateway)) {
-            self.used.remove(&id);
-        }
-    }
-
-    fn advance(&mut self) {
-        self.next = if self.next + 1 < NEXTHOP_IDS.end { self.next + 1 } else { NEXTHOP_IDS.start };
-    }
 }
 
 #[cfg(test)]

@@ -9,17 +9,17 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::ops::{Batch, Op};
 use super::ruleset::Table;
-use super::state::{Key, LinkKind, LinkState, RouteTarget, State, Value, device_of};
+use super::state::{Entries, Key, LinkKind, LinkState, RouteTarget, State, Value, device_of};
 use crate::model::Device;
 
 /// The batch that makes all of `actual` equal to `desired`.
-pub fn diff(desired: &State, actual: &State) -> Batch {
+pub fn diff(desired: &impl Entries, actual: &State) -> Batch {
     compare(desired, actual, union(desired, actual))
 }
 
 /// The same for some keys only, each named once. A device's link stands for all that lives on it where the device is made, made again or
 /// removed. Costs in time grow with the number of keys, not with that of the entries.
-pub fn diff_keys<'a>(desired: &'a State, actual: &'a State, keys: impl IntoIterator<Item = &'a Key>) -> Batch {
+pub fn diff_keys<'a>(desired: &'a impl Entries, actual: &'a State, keys: impl IntoIterator<Item = &'a Key>) -> Batch {
     let mut keys: BTreeSet<&Key> = keys.into_iter().collect();
     let mut changes = DeviceChanges::new(desired, actual);
     let changing: BTreeSet<Device> = keys
@@ -28,11 +28,11 @@ pub fn diff_keys<'a>(desired: &'a State, actual: &'a State, keys: impl IntoItera
         .filter(|device| !matches!(changes.get(*device), DeviceChange::Unchanged | DeviceChange::Conflict))
         .collect();
     if !changing.is_empty() {
-        for state in [desired, actual] {
-            let on_them =
-                |key: &Key, value: &Value| required_device(key, value, state).is_some_and(|device| changing.contains(&device));
-            keys.extend(state.iter().filter(|(key, value)| on_them(key, value)).map(|(key, _)| key));
-        }
+        let is_changing = |device: Option<Device>| device.is_some_and(|device| changing.contains(&device));
+        let on_changing = |(key, value): &(&Key, &Value)| is_changing(required_device(key, value, desired));
+        keys.extend(desired.iter().filter(on_changing).map(|(key, _)| key));
+        let on_changing = |(key, value): &(&Key, &Value)| is_changing(required_device(key, value, actual));
+        keys.extend(actual.iter().filter(on_changing).map(|(key, _)| key));
     }
     compare(desired, actual, keys.into_iter().map(|key| (key, desired.get(key), actual.get(key))))
 }
@@ -41,7 +41,7 @@ pub fn diff_keys<'a>(desired: &'a State, actual: &'a State, keys: impl IntoItera
 type EntryPair<'a> = (&'a Key, Option<&'a Value>, Option<&'a Value>);
 
 /// Both states side by side, in the order of the keys: each is walked once and nothing is looked up.
-fn union<'a>(desired: &'a State, actual: &'a State) -> impl Iterator<Item = EntryPair<'a>> {
+fn union<'a>(desired: &'a impl Entries, actual: &'a State) -> impl Iterator<Item = EntryPair<'a>> {
     let (mut desired, mut actual) = (desired.iter().peekable(), actual.iter().peekable());
     std::iter::from_fn(move || {
         let order = match (desired.peek(), actual.peek()) {
@@ -56,7 +56,7 @@ fn union<'a>(desired: &'a State, actual: &'a State) -> impl Iterator<Item = Entr
     })
 }
 
-fn compare<'a>(desired: &State, actual: &State, pairs: impl Iterator<Item = EntryPair<'a>>) -> Batch {
+fn compare<'a>(desired: &impl Entries, actual: &State, pairs: impl Iterator<Item = EntryPair<'a>>) -> Batch {
     let mut changes = DeviceChanges::new(desired, actual);
     let any_device_changes = changes.any_changes();
     let is_removed = |table: &Table| actual.contains_key(&Key::Ruleset(*table)) && !desired.contains_key(&Key::Ruleset(*table));
@@ -146,28 +146,24 @@ impl DeviceChange {
 }
 
 /// The fates of devices, each found once.
-struct DeviceChanges<'a> {
-    desired: &'a State,
+struct DeviceChanges<'a, D> {
+    desired: &'a D,
     actual: &'a State,
     cache: BTreeMap<Device, DeviceChange>,
 }
 
-impl<'a> DeviceChanges<'a> {
-    fn new(desired: &'a State, actual: &'a State) -> DeviceChanges<'a> {
+impl<'a, D: Entries> DeviceChanges<'a, D> {
+    fn new(desired: &'a D, actual: &'a State) -> DeviceChanges<'a, D> {
         DeviceChanges { desired, actual, cache: BTreeMap::new() }
     }
 
-    /// Whether a device has another fate than to be kept. Most often none has: then it does not matter what an entry stands on.
+    /// Whether any device changes. Usually none does, and an entry's device does not matter then.
     fn any_changes(&mut self) -> bool {
-        let links = |state: &'a State| {
-            let links = state.range(Key::Link(String::new().into())..).map_while(|(key, value)| match value {
-                Value::Link(link) => Some((key, link)),
-                _ => None,
-            });
-            // By far the most are ports, of which none is a device.
-            links.filter(|(_, link)| link.kind != LinkKind::Port).filter_map(|(key, _)| link_device(key))
-        };
-        let devices: BTreeSet<Device> = links(self.desired).chain(links(self.actual)).collect();
+        // Most links are ports, which are not devices.
+        let devices: BTreeSet<Device> = (self.desired.links().chain(self.actual.links()))
+            .filter(|(_, link)| link.kind != LinkKind::Port)
+            .filter_map(|(key, _)| link_device(key))
+            .collect();
         devices.into_iter().any(|device| self.get(device) != DeviceChange::Unchanged)
     }
 
@@ -190,7 +186,7 @@ impl<'a> DeviceChanges<'a> {
 }
 
 /// The device that an entry needs: the one it lives on, and for a port its bridge.
-fn required_device(key: &Key, value: &Value, state: &State) -> Option<Device> {
+fn required_device(key: &Key, value: &Value, state: &impl Entries) -> Option<Device> {
     match value {
         Value::Link(link) => link.master,
         _ => device_of(key, value, state),
@@ -198,7 +194,7 @@ fn required_device(key: &Key, value: &Value, state: &State) -> Option<Device> {
 }
 
 /// The entry that this one stands on and cannot be set without; `None` for what stands alone.
-pub fn prerequisite(key: &Key, value: &Value, state: &State) -> Option<Key> {
+pub fn prerequisite(key: &Key, value: &Value, state: &impl Entries) -> Option<Key> {
     match (key, value) {
         (Key::Element(element), _) => Some(Key::Ruleset(element.set().table())),
         (_, Value::Route(RouteTarget::Nexthop(id))) => Some(Key::Nexthop(*id)),

@@ -168,6 +168,40 @@ const _: () = assert!(size_of::<(Key, Value)>() == 48);
 /// Entries by name.
 pub type State = BTreeMap<Key, Value>;
 
+/// Read access to entries: those of one [`State`], or of several together.
+pub trait Entries {
+    /// The value of an entry.
+    fn get(&self, key: &Key) -> Option<&Value>;
+
+    /// All entries, sorted by key.
+    fn iter(&self) -> impl Iterator<Item = (&Key, &Value)>;
+
+    /// The links, in any order.
+    fn links(&self) -> impl Iterator<Item = (&Key, &LinkState)>;
+
+    /// Whether there is such an entry.
+    fn contains_key(&self, key: &Key) -> bool {
+        self.get(key).is_some()
+    }
+}
+
+impl Entries for State {
+    fn get(&self, key: &Key) -> Option<&Value> {
+        BTreeMap::get(self, key)
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (&Key, &Value)> {
+        BTreeMap::iter(self)
+    }
+
+    fn links(&self) -> impl Iterator<Item = (&Key, &LinkState)> {
+        self.range(Key::Link(Box::default())..).map_while(|(key, value)| match value {
+            Value::Link(link) => Some((key, &**link)),
+            _ => None,
+        })
+    }
+}
+
 impl Key {
     /// The device that the entry lives on and goes with; `None` for what stands alone. A next hop's and a route's device is in their
     /// values.
@@ -283,7 +317,7 @@ impl fmt::Display for Value {
 }
 
 /// The device that has the entry's traffic: also for next hops and routes, whose device is in the value.
-pub fn device_of(key: &Key, value: &Value, state: &State) -> Option<Device> {
+pub fn device_of(key: &Key, value: &Value, state: &impl Entries) -> Option<Device> {
     match (key, value) {
         (_, Value::Nexthop { device, .. }) | (_, Value::Route(RouteTarget::Gateway(device, _) | RouteTarget::Local(device))) => {
             Some(*device)

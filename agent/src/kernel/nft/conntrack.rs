@@ -376,7 +376,7 @@ mod tests {
         let subnet = Subnet::from_key("10.244.7.0-24&fd00:10:244:7::-64").expect("a subnet");
         let ranges = |masquerade| {
             let rules =
-                InetTableSpec { network: &network, subnet: &subnet, local: &PerFamily::default(), masquerade, publishes: true };
+                InetTableSpec { network: network.clone(), subnet, local: PerFamily::default(), masquerade, publishes: true };
             let table = (Key::Ruleset(Table::Inet), Value::Ruleset(Box::new(rules.ruleset())));
             masqueraded_ranges(&State::from([table])).into_iter().map(|range| format!("{range:?}")).collect::<Vec<_>>()
         };

@@ -80,7 +80,7 @@ fn local_subnet(network: &NetworkConfig) -> Subnet {
 /// The rules for a network.
 fn ruleset(network: &NetworkConfig, masquerade: bool, publishes: bool) -> Ruleset {
     let local: PerFamily<_> = network.families().map(|family| (family, underlay_address(family))).collect();
-    InetTableSpec { network, subnet: &local_subnet(network), local: &local, masquerade, publishes }.ruleset()
+    InetTableSpec { network: network.clone(), subnet: local_subnet(network), local, masquerade, publishes }.ruleset()
 }
 
 /// This host's address on the underlay.

@@ -3,7 +3,9 @@
 use super::*;
 use crate::model::peer::RemoteSubnet;
 use crate::model::{Cidr, Vni};
+use crate::plan::nexthop_ids::NexthopIds;
 use crate::plan::ruleset::Table;
+use crate::plan::shared::{NamespaceFacts, shared_entries};
 use crate::plan::state::device_of;
 
 fn address(text: &str) -> IpAddr {
@@ -29,13 +31,25 @@ fn host(config: &str, key: &str) -> HostSpec {
         masquerade: true,
         tx_checksum: true,
         docker: false,
-        nexthop_objects: true,
         ports: Vec::new(),
-        forward_drops: vec![Family::V6],
         reserved: BTreeSet::new(),
-        accept_ra_interfaces: Vec::new(),
-        uplinks: vec!["eth0".to_owned()],
     }
+}
+
+/// All entries of a namespace with this network only, without those of its peers.
+fn entries(host: &HostSpec) -> State {
+    entries_with(host, &[])
+}
+
+fn entries_with(host: &HostSpec, accept_ra_interfaces: &[&str]) -> State {
+    let facts = NamespaceFacts {
+        forward_drops: vec![Family::V6],
+        accept_ra_interfaces: accept_ra_interfaces.iter().map(|name| (*name).to_owned()).collect(),
+        uplinks: vec!["eth0".to_owned()],
+    };
+    let mut state = host.entries();
+    state.extend(shared_entries(&[&host.shared()], &facts));
+    state
 }
 
 const V4: &str = r#"{"Network":"10.244.0.0/16"}"#;
@@ -126,7 +140,7 @@ fn dual_stack_host_has_expected_entries() {
         ports: vec![Arc::new(endpoint_with_ports(&["127.0.0.1:80-81:8080-8081", "53:5353/udp"]))],
         ..host(DUAL, DUAL_KEY)
     };
-    assert_eq!(lines(&host.entries()), wanted);
+    assert_eq!(lines(&entries(&host)), wanted);
 }
 
 #[test]
@@ -134,7 +148,7 @@ fn subnet_of_required_address_has_no_unreachable_route() {
     let unreachable = |reserved: &[&str]| {
         let host = HostSpec { reserved: reserved.iter().map(|text| address(text)).collect(), ..host(DUAL, DUAL_KEY) };
         let ranges =
-            lines(&host.entries()).into_iter().filter_map(|line| Some(line.strip_prefix("route unreachable ")?.to_owned()));
+            lines(&entries(&host)).into_iter().filter_map(|line| Some(line.strip_prefix("route unreachable ")?.to_owned()));
         ranges.filter(|line| line.starts_with("10.244.1") || line.contains(":80")).collect::<Vec<_>>()
     };
     assert_eq!(
@@ -189,7 +203,7 @@ fn changed_entries_omit_unchanged_endpoints() {
 
 /// The elements of a host's sets, without those of its peers.
 fn elements(host: &HostSpec) -> Vec<String> {
-    lines(&host.entries()).into_iter().filter_map(|line| line.strip_prefix("element of ").map(str::to_owned)).collect()
+    lines(&entries(host)).into_iter().filter_map(|line| line.strip_prefix("element of ").map(str::to_owned)).collect()
 }
 
 #[test]
@@ -213,7 +227,7 @@ fn published_port_maps_to_container_per_family() {
 
 #[test]
 fn no_published_ports_means_no_dnat() {
-    let rules = |host: &HostSpec| match &host.entries()[&Key::Ruleset(Table::Inet)] {
+    let rules = |host: &HostSpec| match &entries(host)[&Key::Ruleset(Table::Inet)] {
         Value::Ruleset(rules) => rules.to_string(),
         _ => unreachable!("rules"),
     };
@@ -221,7 +235,7 @@ fn no_published_ports_means_no_dnat() {
     let text = rules(&quiet);
     assert!(!text.contains(" nat ") && !text.contains("map "), "no conntrack on a host without NAT:\n{text}");
     let sysctl = "sysctl net/ipv4/conf/ovb.1/route_localnet 0".to_owned();
-    assert!(lines(&quiet.entries()).contains(&sysctl));
+    assert!(lines(&entries(&quiet)).contains(&sysctl));
     let text = rules(&HostSpec { ports: vec![Arc::new(endpoint_with_ports(&["80:80"]))], ..quiet });
     assert!(text.contains("chain prerouting") && text.contains("chain output") && text.contains("chain postrouting"), "{text}");
 }
@@ -242,7 +256,7 @@ fn peer_tunnel_elements_cover_its_subnet() {
         let mut peer = peer();
         peer.remote_subnets.v6 = None;
         peer.remote_subnets.v4 = peer.remote_subnets.v4.map(|reach| RemoteSubnet { subnet: cidr(subnet), ..reach });
-        let entries = host.peer_entries(&peer, &mut NexthopIds::default());
+        let entries = host.peer_entries(&peer);
         let elements = entries.into_iter().filter(|(key, _)| matches!(key, Key::Element(_)));
         elements.map(|(key, _)| key.to_string()).collect::<Vec<_>>()
     };
@@ -258,7 +272,7 @@ fn peer_tunnel_elements_cover_its_subnet() {
 #[test]
 fn peer_has_five_entries_per_family() {
     let mut ids = NexthopIds::default();
-    let entries = host(DUAL, DUAL_KEY).peer_entries(&peer(), &mut ids);
+    let entries = ids.resolve(host(DUAL, DUAL_KEY).peer_entries(&peer()));
     let wanted = [
         "element of peers4: 192.0.2.9 . 10.244.9.0 present",
         "fdb 02:00:00:00:09:04 dev ovx.1 dst 192.0.2.9",
@@ -273,8 +287,7 @@ fn peer_has_five_entries_per_family() {
     ];
     assert_eq!(lines(entries.iter().map(|(key, value)| (key, value))), wanted);
 
-    let classic = HostSpec { nexthop_objects: false, ..host(V4, "10.244.7.0-24") };
-    let entries = classic.peer_entries(&peer(), &mut ids);
+    let entries = host(V4, "10.244.7.0-24").peer_entries(&peer());
     let wanted = [
         "element of peers4: 192.0.2.9 . 10.244.9.0 present",
         "fdb 02:00:00:00:09:04 dev ovx.1 dst 192.0.2.9",
@@ -288,8 +301,8 @@ fn peer_has_five_entries_per_family() {
 fn entries_fit_keys_and_use_desired_devices() {
     for (config, key) in [(V4, "10.244.7.0-24"), (V6, "fd00:10:244:7::-64"), (DUAL, DUAL_KEY)] {
         let host = host(config, key);
-        let mut state = host.entries();
-        state.extend(host.peer_entries(&peer(), &mut NexthopIds::default()));
+        let mut state = entries(&host);
+        state.extend(host.peer_entries(&peer()));
         for (key, value) in &state {
             assert!(key.fits(value), "{key} {value}");
             if let Some(device) = device_of(key, value, &state) {
@@ -317,9 +330,8 @@ fn mtu_leaves_room_for_the_encapsulation() {
 #[test]
 fn only_host_interfaces_accept_router_advertisements() {
     let sysctls = |config: &str, key: &str, kept: bool| -> Vec<String> {
-        let mut host = host(config, key);
-        host.accept_ra_interfaces.extend(kept.then(|| "eth0".to_owned()));
-        lines(&host.entries()).into_iter().filter(|line| line.contains("accept_ra")).collect()
+        let accept_ra: &[&str] = if kept { &["eth0"] } else { &[] };
+        lines(&entries_with(&host(config, key), accept_ra)).into_iter().filter(|line| line.contains("accept_ra")).collect()
     };
     let ours = ["sysctl net/ipv6/conf/ovb.1/accept_ra 0", "sysctl net/ipv6/conf/ovx.1/accept_ra 0"];
     assert_eq!(sysctls(V4, "10.244.7.0-24", true), ours, "IPv6 forwarding and the external interface stay unchanged");
@@ -331,7 +343,7 @@ fn only_host_interfaces_accept_router_advertisements() {
 fn sysctls_cover_only_network_families() {
     let of = |config: &str, key: &str| -> Vec<String> {
         let wanted = |line: &String| line.starts_with("sysctl") && !line.contains("accept_ra");
-        lines(&host(config, key).entries()).into_iter().filter(wanted).collect()
+        lines(&entries(&host(config, key))).into_iter().filter(wanted).collect()
     };
     assert!(of(V4, "10.244.7.0-24").iter().all(|line| line.contains("net/ipv4/")));
     let v6 = of(V6, "fd00:10:244:7::-64");
@@ -342,7 +354,7 @@ fn sysctls_cover_only_network_families() {
 #[test]
 fn masquerade_and_offload_follow_settings() {
     let host = HostSpec { masquerade: false, tx_checksum: false, ..host(V4, "10.244.7.0-24") };
-    let entries = host.entries();
+    let entries = entries(&host);
     assert!(
         matches!(&entries[&Key::Ruleset(Table::Inet)], Value::Ruleset(rules) if rules.chains.iter().all(|chain| chain.name != "postrouting"))
     );
@@ -354,58 +366,8 @@ fn masquerade_and_offload_follow_settings() {
 fn bridge_has_docker_link_local_address() {
     let found = |config: &str, key: &str| {
         let host = HostSpec { docker: true, ..host(config, key) };
-        lines(&host.entries()).contains(&"address fe80::1/64 dev ovb.1 present".to_owned())
+        lines(&entries(&host)).contains(&"address fe80::1/64 dev ovb.1 present".to_owned())
     };
     assert!(found(DUAL, DUAL_KEY));
     assert!(!found(V4, "10.244.7.0-24"));
-}
-
-fn ovx() -> Device {
-    Device::vxlan(Family::V4, Vni::DEFAULT)
-}
-
-fn gateway(i: u8) -> IpAddr {
-    std::net::Ipv4Addr::new(10, 244, i, 0).into()
-}
-
-fn nexthop_state(objects: &[(u32, u8)]) -> State {
-    objects.iter().map(|(id, i)| (Key::Nexthop(*id), Value::Nexthop { device: ovx(), gateway: gateway(*i) })).collect()
-}
-
-#[test]
-fn nexthop_ids_are_unique_and_stable() {
-    let mut ids = NexthopIds::default();
-    let all: HashSet<u32> = (0..200).map(|i| ids.id_for(ovx(), gateway(i))).collect();
-    assert_eq!(all.len(), 200);
-    assert!(all.iter().all(|id| NEXTHOP_IDS.contains(id)));
-    assert_eq!(ids.id_for(ovx(), gateway(7)), ids.id_for(ovx(), gateway(7)));
-    assert_ne!(
-        ids.id_for(Device::vxlan(Family::V6, Vni::DEFAULT), gateway(7)),
-        ids.id_for(ovx(), gateway(7)),
-        "of another device"
-    );
-}
-
-#[test]
-fn existing_nexthop_ids_are_adopted() {
-    let start = NEXTHOP_IDS.start;
-    let mut ids = NexthopIds::default();
-    ids.adopt(&nexthop_state(&[(start, 1), (start + 1, 2), (start + 2, 1), (5, 3)]));
-    assert_eq!(ids.id_for(ovx(), gateway(1)), start, "the first of two is used");
-    assert_eq!(ids.id_for(ovx(), gateway(2)), start + 1);
-    assert_eq!(ids.id_for(ovx(), gateway(4)), start + 3, "the second one's id stays reserved: routes may still use it");
-    assert_eq!(ids.id_for(ovx(), gateway(3)), start + 4, "an id outside our range is not ours");
-}
-
-#[test]
-fn nexthop_ids_are_not_reused_immediately() {
-    let mut ids = NexthopIds::default();
-    let first = ids.id_for(ovx(), gateway(1));
-    ids.release(ovx(), gateway(1));
-    assert_ne!(ids.id_for(ovx(), gateway(2)), first);
-    assert_ne!(ids.id_for(ovx(), gateway(1)), first);
-
-    let mut ids = NexthopIds { next: NEXTHOP_IDS.end - 1, ..NexthopIds::default() };
-    assert_eq!(ids.id_for(ovx(), gateway(1)), NEXTHOP_IDS.end - 1);
-    assert_eq!(ids.id_for(ovx(), gateway(2)), NEXTHOP_IDS.start, "ids wrap around");
 }

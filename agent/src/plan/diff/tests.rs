@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use self::simulation::{Setup, SimulatedKernel, any_setup, any_state, normalise, similar_setups};
 use super::*;
 use crate::model::{Cidr, Mac};
-use crate::plan::desired::NexthopIds;
+use crate::plan::nexthop_ids::NexthopIds;
 
 /// Devices and ports that somebody else's link of that name keeps us from.
 fn foreign_links(state: &State) -> BTreeSet<Key> {

@@ -20,21 +20,21 @@ const INNER_ETHERTYPE: Field = Field::transport(28, 2);
 const INNER_IP_OFFSET: u8 = 30;
 
 /// The input of the rules.
-#[derive(Debug, Clone, Copy)]
-pub struct InetTableSpec<'a> {
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InetTableSpec {
     /// The network.
-    pub network: &'a NetworkConfig,
+    pub network: NetworkConfig,
     /// This host's subnet.
-    pub subnet: &'a Subnet,
+    pub subnet: Subnet,
     /// The source addresses of its VXLAN devices, per family.
-    pub local: &'a PerFamily<IpAddr>,
+    pub local: PerFamily<IpAddr>,
     /// Whether traffic that leaves the overlay gets the host's address.
     pub masquerade: bool,
     /// Whether ports are published. Without them, their chains are left out, so that no connection pays for them.
     pub publishes: bool,
 }
 
-impl InetTableSpec<'_> {
+impl InetTableSpec {
     /// Builds the table `inet overlayd`:
     ///
     /// - `tunnel` and `vxlan`: the tunnel source filter. VXLAN with our VNI is only accepted from a peer, and only with an inner

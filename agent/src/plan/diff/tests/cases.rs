@@ -11,7 +11,7 @@ use super::super::{diff, is_satisfied};
 use super::simulation::{Setup, SimulatedKernel, subnet};
 use crate::model::{Family, Mac};
 use crate::plan::Op;
-use crate::plan::desired::NexthopIds;
+use crate::plan::nexthop_ids::NexthopIds;
 use crate::plan::state::{Key, LinkKind, RouteTarget, State, Value};
 
 struct Case {

@@ -11,7 +11,9 @@ use proptest::sample::select;
 use crate::model::peer::RemoteSubnet;
 use crate::model::{Cidr, Device, Endpoint, Family, Mac, NetworkConfig, Peer, PerFamily, Port, Subnet, Transport, Vni};
 use crate::plan::Op;
-use crate::plan::desired::{HostSpec, NexthopIds};
+use crate::plan::desired::HostSpec;
+use crate::plan::nexthop_ids::NexthopIds;
+use crate::plan::shared::{NamespaceFacts, shared_entries};
 use crate::plan::ruleset::{Element, Expr, PeerPair, Rule, Table};
 use crate::plan::state::{Key, LinkKind, LinkState, NEXTHOP_IDS, RouteTarget, State, Value, device_of};
 use crate::plan::underlay::Underlay;
@@ -145,7 +147,7 @@ impl Setup {
     }
 
     pub fn host(&self) -> HostSpec {
-        let [masquerade, tx_checksum, forward_drops, nexthop_objects] = self.flags;
+        let [masquerade, tx_checksum, ..] = self.flags;
         let v4 = self.families().any(|family| family == Family::V4);
         let v6 = self.families().any(|family| family == Family::V6);
         let text = format!(
@@ -170,13 +172,23 @@ impl Setup {
             masquerade,
             tx_checksum,
             docker: false,
-            nexthop_objects,
             ports: self.ports.iter().map(|i| self.endpoint(*i)).collect(),
-            forward_drops: if forward_drops { self.families().collect() } else { Vec::new() },
             reserved: BTreeSet::new(),
+        }
+    }
+
+    /// The entries without those of peers.
+    fn entries(&self) -> State {
+        let [_, _, forward_drops, _] = self.flags;
+        let facts = NamespaceFacts {
+            forward_drops: if forward_drops { self.families().collect() } else { Vec::new() },
             accept_ra_interfaces: (self.own_address == 3).then(|| "eth0".to_owned()).into_iter().collect(),
             uplinks: vec!["eth0".to_owned()],
-        }
+        };
+        let host = self.host();
+        let mut state = host.entries();
+        state.extend(shared_entries(&[&host.shared()], &facts));
+        state
     }
 
     /// An endpoint: the first one is not checked, the last one has published ports.
@@ -194,7 +206,7 @@ impl Setup {
 
     pub fn desired(&self, ids: &mut NexthopIds) -> State {
         let host = self.host();
-        let mut state = host.entries();
+        let mut state = self.entries();
         for (i, peer) in (10u8..).zip(&self.peers) {
             let Some((address, mac, families)) = *peer else { continue };
             let reach: PerFamily<RemoteSubnet> = peer_families(families, self)
@@ -211,7 +223,8 @@ impl Setup {
                 })
                 .collect();
             if !reach.is_empty() {
-                state.extend(host.peer_entries(&Peer { remote_subnets: reach }, ids));
+                let entries = host.peer_entries(&Peer { remote_subnets: reach });
+                state.extend(if self.flags[3] { ids.resolve(entries) } else { entries });
             }
         }
         state
@@ -338,7 +351,7 @@ fn sysctl(path: &str, on: bool) -> (Key, Value) {
 
 fn drifted_ruleset(setup: &Setup) -> (Key, Value) {
     let table = Table::ALL[usize::from(setup.own_address % 2)];
-    let entries = setup.host().entries();
+    let entries = setup.entries();
     let Value::Ruleset(rules) = &entries[&Key::Ruleset(table)] else { unreachable!("each host has both tables") };
     let mut rules = rules.clone();
     for chain in &mut rules.chains {
@@ -351,7 +364,7 @@ fn drifted_ruleset(setup: &Setup) -> (Key, Value) {
 fn any_link() -> impl Strategy<Value = (Key, Value)> {
     (any_setup(), any::<prop::sample::Index>(), 0u8..8).prop_map(|(setup, index, form)| {
         let links: Vec<(Key, Value)> =
-            setup.host().entries().into_iter().filter(|(_, value)| matches!(value, Value::Link(_))).collect();
+            setup.entries().into_iter().filter(|(_, value)| matches!(value, Value::Link(_))).collect();
         let (key, value) = links[index.index(links.len())].clone();
         let Value::Link(mut link) = value else { unreachable!("only links are left") };
         link.mac = link.mac.or(Some(Mac([2, 3, 0, 0, 0, 1])));

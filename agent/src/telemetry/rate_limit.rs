@@ -8,7 +8,7 @@ const WINDOW: Duration = Duration::from_secs(10);
 
 /// Counts logged and suppressed lines.
 #[derive(Debug, Default)]
-pub(super) struct LogRateLimit {
+pub struct LogRateLimit {
     window_start: Option<Instant>,
     logged: usize,
     suppressed: usize,
@@ -16,7 +16,7 @@ pub(super) struct LogRateLimit {
 
 impl LogRateLimit {
     /// Whether to write a line; otherwise counts it as suppressed.
-    pub(super) fn allows(&mut self, now: Instant) -> bool {
+    pub fn allows(&mut self, now: Instant) -> bool {
         if self.window_start.is_none_or(|since| now.duration_since(since) > WINDOW) {
             self.window_start = Some(now);
             self.logged = 0;
@@ -32,7 +32,7 @@ impl LogRateLimit {
 
     /// The number of suppressed lines since the last report, if a report is due: at the first suppressed line, then once per
     /// window.
-    pub(super) fn take_suppressed(&mut self, now: Instant) -> Option<usize> {
+    pub fn take_suppressed(&mut self, now: Instant) -> Option<usize> {
         let first = self.logged == MAX_LINES;
         if self.suppressed == 0 || !(first || self.window_start.is_none_or(|since| now.duration_since(since) > WINDOW)) {
             return None;

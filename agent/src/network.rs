@@ -1,0 +1,290 @@
+//! One overlay network: folds store events and facts about the host, and plans the network's desired entries.
+//!
+//! One task per network, [`Network::run`], owns the lease table and the peers, so nothing is locked. It changes nothing in the
+//! kernel: it sends each change of desired entries to the reconciler of its network namespace as a [`Contribution`], and learns
+//! from [`Progress`] which of them are applied.
+//!
+//! Cancel safety: every await of the `select!` is a channel's `recv`, `changed` or a timer; no event is lost when another arm
+//! wins.
+
+mod planner;
+mod report;
+mod store_view;
+mod underlay;
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::metrics::{EventSource, Metrics};
+use crate::model::api;
+use crate::model::event::{LeaseRequest, OwnLease, StoreEvent};
+use crate::model::peer::RemoteSubnet;
+use crate::model::{Device, Endpoint, Mac, NetworkConfig, NetworkName, Node, PerFamily, Subnet};
+use crate::plan::contribution::{Contribution, HostView, NetworkProgress, Progress, ReconcilerInput};
+use crate::plan::lease_table::LeaseKey;
+use crate::plan::underlay::UnderlaySelector;
+
+use planner::Planner;
+use store_view::StoreView;
+use underlay::UnderlayState;
+
+/// Fixed settings of a network.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Name of the network.
+    pub name: NetworkName,
+    /// Name and id of this host.
+    pub node: Node,
+    /// Selection rules for the external interface.
+    pub selection: UnderlaySelector,
+    /// Whether packets that leave the overlay are masqueraded with the host's address.
+    pub masquerade: bool,
+    /// Transmit checksum offload on the VXLAN devices.
+    pub tx_checksum: bool,
+    /// Whether Docker attaches containers to the bridge.
+    pub docker: bool,
+    /// Minimum time for which the own lease stays valid while the store does not answer.
+    pub lease_ttl: Duration,
+    /// The store's endpoints, for the status.
+    pub store_endpoints: Vec<String>,
+    /// The key prefix, for the status.
+    pub store_prefix: String,
+}
+
+/// State of a network that survives restarts; `app` stores it in the state directory.
+pub trait NetworkStateStore: Send {
+    /// The MAC of a device of ours: the stored one, else the one found on the device, else a new one. It is stored from then on.
+    fn device_mac(&mut self, device: Device, found: Option<Mac>) -> Mac;
+    /// The last subnet of this host.
+    fn preferred_subnet(&self) -> Option<Subnet>;
+    /// The last underlay addresses that this host published.
+    fn published_addresses(&self) -> PerFamily<IpAddr>;
+}
+
+/// The overlay on this host, as the endpoints and `subnet.env` use it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Overlay {
+    /// The network.
+    pub network: NetworkConfig,
+    /// This host's subnet.
+    pub subnet: Subnet,
+    /// The bridge.
+    pub bridge: Device,
+    /// MTU in bytes.
+    pub mtu: u32,
+    /// This host's underlay addresses.
+    pub public_ip: PerFamily<IpAddr>,
+}
+
+/// A row of `overlayctl subnets`, with the id of its etcd lease, for which the caller queries the remaining time.
+pub type SubnetRow = (api::SubnetEntry, Option<i64>);
+
+/// A peer in one family.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerRow {
+    /// Our device towards it.
+    pub device: Device,
+    /// Its subnet and addresses.
+    pub remote: RemoteSubnet,
+    /// Name of its host, if the lease has one.
+    pub host: Option<String>,
+}
+
+/// Queries to a network.
+#[derive(Debug)]
+pub enum NetworkQuery {
+    /// The status, without what the reconciler and the endpoints know.
+    Status(oneshot::Sender<api::Status>),
+    /// Every lease.
+    Subnets(oneshot::Sender<Vec<SubnetRow>>),
+    /// Every peer in the data path.
+    Peers(oneshot::Sender<Vec<PeerRow>>),
+}
+
+/// A network's ends of its channels; all are bounded.
+#[derive(Debug)]
+pub struct Channels {
+    /// Events of the store.
+    pub store: mpsc::Receiver<StoreEvent>,
+    /// The host as the reconciler read it; `None` before the first read.
+    pub host: watch::Receiver<Option<Arc<HostView>>>,
+    /// The endpoints that have a port on the bridge.
+    pub endpoints: watch::Receiver<Vec<Arc<Endpoint>>>,
+    /// What the reconciler applied.
+    pub progress: watch::Receiver<Progress>,
+    /// Queries of the admin socket.
+    pub queries: mpsc::Receiver<NetworkQuery>,
+    /// To the reconciler.
+    pub reconciler: mpsc::Sender<ReconcilerInput>,
+    /// The endpoints whose entries were applied, or failed once and are being retried.
+    pub applied_endpoints: watch::Sender<Vec<Arc<Endpoint>>>,
+    /// To the store: the lease that this host requests.
+    pub lease_request: watch::Sender<Option<LeaseRequest>>,
+    /// To the endpoints and `subnet.env`: the overlay, once it is in place.
+    pub overlay: watch::Sender<Option<Overlay>>,
+    /// Incremented whenever the answer to a query may have changed.
+    pub changes: watch::Sender<u64>,
+    /// Whether the network is ready.
+    pub ready: watch::Sender<bool>,
+    /// Incremented by each iteration of the loop. An idle loop does not iterate, so a liveness probe has to send a query.
+    pub heartbeat: watch::Sender<u64>,
+}
+
+/// One overlay network on this host.
+pub struct Network<M> {
+    settings: Settings,
+    state_store: M,
+    metrics: Arc<Metrics>,
+    started: Instant,
+    store: StoreView,
+    underlay: UnderlayState,
+    endpoints: Vec<Arc<Endpoint>>,
+    planner: Planner,
+    dirty: Dirty,
+    progress: Progress,
+    /// The contribution after which `applied_endpoints` has to be sent; `None` if it was sent.
+    endpoints_sequence: Option<u64>,
+    /// Whether the answer to a query may have changed.
+    changed: bool,
+}
+
+/// What has to be planned again.
+#[derive(Debug, Default)]
+struct Dirty {
+    /// The selection of the external interface.
+    underlay: bool,
+    /// This host's own entries.
+    host: bool,
+    /// The entries of all peers.
+    all_leases: bool,
+    /// The entries of the peers with these leases.
+    leases: BTreeSet<LeaseKey>,
+}
+
+impl<M: NetworkStateStore> Network<M> {
+    /// A network without any state yet.
+    pub fn new(settings: Settings, state_store: M, metrics: Arc<Metrics>) -> Self {
+        let now = Instant::now();
+        Network {
+            store: StoreView::new(settings.lease_ttl),
+            settings,
+            state_store,
+            metrics,
+            started: now,
+            underlay: UnderlayState::new(now),
+            endpoints: Vec::new(),
+            planner: Planner::default(),
+            dirty: Dirty::default(),
+            progress: Progress::default(),
+            endpoints_sequence: Some(0),
+            changed: true,
+        }
+    }
+
+    /// Runs until `shutdown`, or until the reconciler has ended.
+    pub async fn run(mut self, mut channels: Channels, shutdown: CancellationToken) {
+        let mut queries = Vec::new();
+        self.fold_watches(&mut channels);
+        loop {
+            channels.heartbeat.send_modify(|count| *count += 1);
+            let sent = tokio::select! {
+                sent = self.converge(&channels) => sent,
+                () = shutdown.cancelled() => false,
+            };
+            if !sent {
+                return;
+            }
+            // A client that has gone away is no error.
+            queries.drain(..).for_each(|query| self.answer_query(query));
+            let deadline = self.next_deadline();
+            let timer = async {
+                match deadline {
+                    Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                Some(event) = channels.store.recv() => self.fold_store(event),
+                Ok(()) = channels.host.changed() => channels.host.mark_changed(),
+                Ok(()) = channels.endpoints.changed() => channels.endpoints.mark_changed(),
+                Ok(()) = channels.progress.changed() => channels.progress.mark_changed(),
+                Some(query) = channels.queries.recv() => queries.push(query),
+                () = timer => {}
+            }
+            // Everything queued is folded into the same iteration, so that answers include it. The channels' sizes bound it.
+            while let Ok(event) = channels.store.try_recv() {
+                self.fold_store(event);
+            }
+            self.fold_watches(&mut channels);
+            while let Ok(query) = channels.queries.try_recv() {
+                queries.push(query);
+            }
+        }
+    }
+
+    fn fold_store(&mut self, event: StoreEvent) {
+        self.changed = true;
+        self.metrics.count_events(EventSource::Store, 1);
+        self.store.fold(event, Instant::now(), &mut self.dirty);
+        self.metrics.set_store_connected(self.store.is_connected());
+    }
+
+    fn fold_watches(&mut self, channels: &mut Channels) {
+        if channels.host.has_changed().unwrap_or(false) {
+            if let Some(view) = &*channels.host.borrow_and_update() {
+                self.underlay.view = Some(Arc::clone(view));
+                self.dirty.underlay = true;
+            }
+        }
+        if channels.endpoints.has_changed().unwrap_or(false) {
+            self.endpoints = channels.endpoints.borrow_and_update().clone();
+            self.endpoints_sequence = Some(u64::MAX);
+            self.dirty.host = true;
+        }
+        if channels.progress.has_changed().unwrap_or(false) {
+            let progress = channels.progress.borrow_and_update().clone();
+            self.changed |= progress != self.progress;
+            self.progress = progress;
+        }
+    }
+
+    /// The next time at which work is due without an event.
+    fn next_deadline(&self) -> Option<Instant> {
+        [self.store.lease_expires_at(), self.underlay.due()].into_iter().flatten().min()
+    }
+
+    /// Plans what is dirty, sends it to the reconciler and publishes changed values. Returns whether the reconciler runs.
+    async fn converge(&mut self, channels: &Channels) -> bool {
+        let now = Instant::now();
+        self.changed |= self.store.check_lease_expiry(now);
+        let config_changed = self.store.take_config_changed();
+        let mut sent = true;
+        if config_changed {
+            // The families that the external interface has to serve may have changed.
+            self.dirty.underlay = true;
+            sent = channels.reconciler.send(ReconcilerInput::RefreshHost).await.is_ok();
+        }
+        if std::mem::take(&mut self.dirty.underlay) || self.underlay.due().is_some_and(|due| now >= due) {
+            self.update_underlay(now);
+        }
+        self.plan(now);
+        if std::mem::take(&mut self.dirty_request()) {
+            self.request_lease(channels);
+        }
+        if let Some(contribution) = self.planner.take_contribution(&self.settings.name) {
+            self.changed = true;
+            sent = channels.reconciler.send(ReconcilerInput::Contribution(contribution)).await.is_ok();
+        }
+        if self.endpoints_sequence == Some(u64::MAX) {
+            self.endpoints_sequence = Some(self.planner.sequence());
+        }
+        self.publish(channels);
+        sent
+    }
+}
