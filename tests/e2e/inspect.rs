@@ -98,7 +98,7 @@ async fn inspect_names_missing_parts() {
     let gateway = web.gateway.v4.expect_ok("a gateway");
     for (break_it, state) in [
         ("ip link set eth0 down".to_owned(), "eth0 is down".to_owned()),
-        ("ip route del default".to_owned(), format!("the default route via {gateway} is not there")),
+        ("ip route del default".to_owned(), format!("the default route via {gateway} is missing")),
         ("ip link set eth0 address 02:00:00:00:00:99".to_owned(), "eth0 has MAC 02:00:00:00:00:99".to_owned()),
         ("ip link set eth0 mtu 1300".to_owned(), "eth0 has MTU 1300, not 1450".to_owned()),
         (format!("ip address del {address}/{length} dev eth0"), format!("eth0 lacks {address}/{length}")),
