@@ -367,7 +367,9 @@ async fn apply_one(shared: &mut Shared, op: &Op) -> Result<(), OpError> {
         Op::Set(key, value) => {
             Err(OpError { errno: libc::EINVAL, message: format!("internal error: {key} cannot hold `{value}`") })
         }
-        Op::Delete(key, _) => Err(OpError { errno: libc::EINVAL, message: format!("internal error: {key} must be deleted in a batch") }),
+        Op::Delete(key, _) => {
+            Err(OpError { errno: libc::EINVAL, message: format!("internal error: {key} must be deleted in a batch") })
+        }
     }
 }
 

@@ -22,7 +22,9 @@ pub async fn set(links: &mut Links<'_>, device: Device, address: IpNetwork, pres
         Err(e) if !present && matches!(e.errno, libc::EADDRNOTAVAIL | libc::ENODEV) => {}
         Err(e) if e.errno == libc::EACCES && address.is_ipv6() => {
             let mut error = e.context(what());
-            error.message.push_str(&format!("; IPv6 may be switched off there: sysctl -w net/{}=0", sysctl::disable_ipv6(&device.name())));
+            error
+                .message
+                .push_str(&format!("; IPv6 may be switched off there: sysctl -w net/{}=0", sysctl::disable_ipv6(&device.name())));
             return Err(error);
         }
         other => other.map_err(|e| e.context(what()))?,

@@ -231,8 +231,9 @@ fn op_error(op: &Op, cause: &KernelError) -> OpError {
         _ => None,
     };
     if let (libc::EINVAL, Some(gateway @ IpAddr::V6(_))) = (cause.errno, gateway) {
-        let remedy =
-            format!("; a route by another interface may cover {gateway}: find it (ip -6 route show match {gateway}) and remove it");
+        let remedy = format!(
+            "; a route by another interface may cover {gateway}: find it (ip -6 route show match {gateway}) and remove it"
+        );
         error.message.push_str(&remedy);
     }
     error

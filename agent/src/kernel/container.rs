@@ -212,7 +212,8 @@ fn create_port(shared: &mut Shared, spec: &PortSpec, netns: &Netns, bridge: u32)
         }
         error
     })?;
-    let index = objects::link(&mut shared.socket, host).map_err(|e| e.context(format!("cannot find {host} after creating it")))?.index;
+    let index =
+        objects::link(&mut shared.socket, host).map_err(|e| e.context(format!("cannot find {host} after creating it")))?.index;
     let ipv6 = shared.ipv6_conf_dir.disable_accept_ra(host)?;
     change_link(&mut shared.socket, alias_message(index, ipv6)).map_err(|e| alias_error(host, &e))?;
     let (mut netns_socket, inner) = netns.run_in_place(|| configure_inner(spec)).map_err(|e| OpError::from(&e))??;

@@ -63,8 +63,8 @@ impl Ethtool {
             *to = libc::c_char::from_ne_bytes([from]);
         }
         request.ifr_ifru.ifru_data = (&raw mut value).cast();
-        // SAFETY: both structures live until the call returns, have the layout that SIOCETHTOOL expects, and the kernel writes no more than an
-        // ethtool_value for these two commands (dev_ethtool in net/ethtool/ioctl.c).
+        // SAFETY: both structures live until the call returns and have the layout that SIOCETHTOOL expects. The kernel writes at
+        // most an ethtool_value for these two commands (dev_ethtool in net/ethtool/ioctl.c).
         let result = unsafe { libc::ioctl(self.socket.as_raw_fd(), SIOCETHTOOL.into(), &raw mut request) };
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(value.data) }
     }

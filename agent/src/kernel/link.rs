@@ -171,7 +171,8 @@ impl Links<'_> {
             (Err(e), LinkKind::Vxlan(vxlan)) => return Err(self.vxlan_error(name, vxlan, &e)),
             (Err(e), _) => return Err(e.context(format!("cannot create bridge {name}"))),
         }
-        let link = objects::link(self.socket, name).map_err(|e| e.context(format!("cannot find interface {name} after creating it")))?;
+        let link =
+            objects::link(self.socket, name).map_err(|e| e.context(format!("cannot find interface {name} after creating it")))?;
         // Set before the link comes up for the first time.
         sysctl::write_if_exists(&sysctl::accept_ra(name), "0")?;
         Ok(link)

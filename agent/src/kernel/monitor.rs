@@ -342,7 +342,8 @@ pub(super) fn attach_filter(socket: BorrowedFd<'_>, own_ports: [u32; OWN_SOCKETS
     ];
     let filter = libc::sock_fprog { len: 11, filter: program.as_mut_ptr() };
     let length = libc::socklen_t::try_from(size_of::<libc::sock_fprog>()).unwrap_or_default();
-    // SAFETY: the program and its description live until the call returns; the kernel copies both (sk_attach_filter in net/core/filter.c).
+    // SAFETY: the program and its description live until the call returns; the kernel copies both (sk_attach_filter in
+    // net/core/filter.c).
     let result = unsafe {
         libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, (&raw const filter).cast(), length)
     };

@@ -197,7 +197,10 @@ impl RouteSocket {
         loop {
             let received = self.socket.recv(&mut self.input.as_mut_slice(), libc::MSG_TRUNC)?;
             let Some(bytes) = self.input.get(..received) else {
-                return Err(KernelError { errno: libc::EMSGSIZE, detail: format!("a reply of {received} bytes exceeds the receive buffer") });
+                return Err(KernelError {
+                    errno: libc::EMSGSIZE,
+                    detail: format!("a reply of {received} bytes exceeds the receive buffer"),
+                });
             };
             for (header, body) in messages(bytes) {
                 if header.sequence_number != self.sequence {

@@ -211,7 +211,7 @@ fn peer_route_takes_precedence_over_unreachable_route() {
                     host.apply(&both).await;
                     assert!(peer_entries(host.dump().await) == state_of(&both), "{family}");
                     let found = host.kernel.route_to(range.base()).await.expect("an answer");
-                    assert!(found.is_some_and(|index| index != host.underlay), "{family}: the peer's route is taken: {found:?}");
+                    assert!(found.is_some_and(|index| index != host.underlay), "{family}: the peer's route is used: {found:?}");
                     host.apply(&deletions(&unreachable)).await;
                     assert!(peer_entries(host.dump().await) == state_of(&batch), "{family}: the peer's stays");
                     host.apply(&unreachable).await;
