@@ -1,9 +1,11 @@
-//! nf_tables over nfnetlink: our tables `inet overlayd_command` and `bridge_name overlayd_command`, and our accept rules in iptables' FORWARD chains; and the entries
-//! of conntrack that a change of them makes stale (`conntrack`).
+//! nf_tables over nfnetlink, and conntrack clean-up after ruleset changes (`conntrack`).
 //!
-//! Owns one blocking socket ([`Nft`]) and one that listens ([`NftMonitor`]), both of the network namespace that they were opened in. No
-//! process is started and no other table is touched. No tasks: [`Nft`]'s calls take some hundred microseconds and belong on a blocking
-//! thread, [`NftMonitor`] is awaited by whoever follows the kernel.
+//! Writes the tables `inet overlayd` and `bridge overlayd`. Also writes accept rules into the FORWARD chains of iptables.
+//! [`TraceMonitor`] creates temporary tables. No other table is touched and no process is started.
+//!
+//! Owns one blocking socket ([`Nft`]) and one event socket ([`NftMonitor`]). Each belongs to the network namespace in which it
+//! was opened. This module spawns no tasks: [`Nft`] calls take some hundred microseconds and belong on a blocking thread; the
+//! caller awaits [`NftMonitor`].
 
 mod apply;
 mod codec;
@@ -43,20 +45,21 @@ pub struct Nft {
     socket: NfnlSocket,
 }
 
-/// What nf_tables holds that is ours or concerns us, at one moment.
+/// The nf_tables state that concerns us, read at one moment.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct NftState {
-    /// Our tables and what their sets hold, as [`Key::Ruleset`] and [`Key::Element`]. After [`Nft::apply`] it equals what was set.
+    /// Our tables and their set elements, as [`Key::Ruleset`] and [`Key::Element`]. Equals the applied state after
+    /// [`Nft::apply`].
     pub rules: State,
-    /// The network that our rules in iptables' FORWARD chain accept. Where others altered them, a value that no network has: the
-    /// unspecified address with full length (`0.0.0.0/32`, `::/128`).
+    /// The network that our rules in the FORWARD chain of iptables accept. If another process altered the rules, the value is the
+    /// unspecified address with full prefix length (`0.0.0.0/32`, `::/128`), which no network has.
     pub forward_accept: PerFamily<Cidr>,
-    /// The families whose FORWARD chain of iptables drops what no rule decides.
+    /// The families whose iptables FORWARD chain has the policy drop.
     pub forward_drops: Vec<Family>,
 }
 
 impl NftState {
-    /// One of our tables; `None` where there is none.
+    /// One of our tables; `None` if it does not exist.
     pub fn ruleset(&self, table: Table) -> Option<&Ruleset> {
         match self.rules.get(&Key::Ruleset(table)) {
             Some(Value::Ruleset(ruleset)) => Some(ruleset),
@@ -64,7 +67,7 @@ impl NftState {
         }
     }
 
-    /// All of it as entries.
+    /// Converts the state to entries.
     pub fn into_entries(self) -> State {
         let mut entries = self.rules;
         let accepted = |(family, network): (Family, &Cidr)| (Key::ForwardAccept(family), Value::ForwardAccept(*network));
@@ -77,17 +80,19 @@ impl Nft {
     /// Opens nf_tables of the calling thread's network namespace.
     ///
     /// # Errors
-    /// The kernel has no nfnetlink, or the process no file descriptors left. That nf_tables is missing or forbidden shows in the calls.
+    /// The kernel has no nfnetlink, or the process has no file descriptors left. Missing or forbidden nf_tables is reported by
+    /// the later calls.
     pub fn open() -> Result<Nft, OpError> {
         Ok(Nft { socket: NfnlSocket::open(codec::NFNL_SUBSYS_NFTABLES)? })
     }
 
-    /// The netlink port id of the socket: events of our own changes carry it.
+    /// The netlink port id of the socket. Events of our own changes carry it.
     pub fn port_id(&self) -> u32 {
         self.socket.port_id()
     }
 
-    /// How many transactions others made in the namespace, counted from any number: while it stays the same, nothing changed that was not changed here.
+    /// A counter of transactions by other processes in the namespace, with an arbitrary start. While it is unchanged, no other
+    /// process changed nf_tables.
     ///
     /// # Errors
     /// No permission, or no nf_tables in the kernel.
@@ -95,10 +100,10 @@ impl Nft {
         self.socket.foreign_generation()
     }
 
-    /// Reads everything that concerns us, as it stands at one moment.
+    /// Reads all nf_tables state that concerns us, at one moment.
     ///
     /// # Errors
-    /// No permission, no nf_tables in the kernel, or others change it faster than it can be read (`EINTR`).
+    /// No permission, no nf_tables in the kernel, or other processes change it faster than it can be read (`EINTR`).
     pub fn dump(&mut self) -> Result<NftState, OpError> {
         let read = |socket: &mut NfnlSocket| {
             let mut state = NftState { rules: read_rules(socket)?, ..NftState::default() };
@@ -108,10 +113,10 @@ impl Nft {
         self.socket.read_consistent(read).map(|(state, _)| state)
     }
 
-    /// Reads what concerns us of iptables' FORWARD chains alone: nothing of our tables.
+    /// Reads only the FORWARD chains of iptables, not our tables.
     ///
     /// # Errors
-    /// As [`Nft::dump`].
+    /// See [`Nft::dump`].
     pub fn dump_forward(&mut self) -> Result<NftState, OpError> {
         let read = |socket: &mut NfnlSocket| {
             let mut state = NftState::default();
@@ -121,15 +126,16 @@ impl Nft {
         self.socket.read_consistent(read).map(|(state, _)| state)
     }
 
-    /// Applies changes of our tables and their elements ([`Key::Ruleset`], [`Key::Element`]), in one transaction: no packet sees anything between. A
-    /// table that is replaced keeps the elements of its sets and what its counters have counted. `known` is what is there, and is made what is there
-    /// afterwards; where it turns out to be wrong it is read anew. What is there already is not written.
+    /// Applies changes to our tables and elements in one transaction. The ops are [`Key::Ruleset`] and [`Key::Element`] entries;
+    /// packets see no intermediate state. A replaced table keeps its set elements and counter values. `cached` is the state
+    /// assumed in the kernel; it is updated to the new state, and read again if it turns out to be wrong. Entries that already
+    /// exist are not written.
     ///
-    /// Returns the ops that failed, by their index: the kernel refused a part (named in the message), or the value has parts that were only ever
-    /// read ([`Expr::HostInterfaces`](crate::plan::ruleset::Expr::Foreign)). The others are in force.
+    /// Returns the failed ops by index. Either the kernel refused a part (named in the message), or the value has parts that can
+    /// only be read ([`Expr::Foreign`](crate::plan::ruleset::Expr::Foreign)). All other ops are in force.
     pub fn apply(&mut self, ops: &[Op], cached: &mut State) -> Vec<(usize, OpError)> {
         let mut rules = std::mem::take(cached);
-        // Which are behind our tables in the order of keys.
+        // Forward entries sort after our tables in the order of keys.
         let forward_entries = rules.split_off(&Key::ForwardAccept(Family::V4));
         let failed =
             apply::apply(&mut self.socket, ops, &mut rules, |socket| socket.read_consistent(read_rules).map(|(rules, _)| rules));
@@ -138,7 +144,7 @@ impl Nft {
         failed
     }
 
-    /// What was dropped on purpose since the tables were first made.
+    /// The packets dropped on purpose since the tables were first created.
     ///
     /// # Errors
     /// No permission, or no nf_tables in the kernel.
@@ -153,26 +159,27 @@ impl Nft {
         self.socket.read_consistent(read).map(|(all, _)| all)
     }
 
-    /// The number of the last transaction in the namespace, whoever's.
+    /// The generation number of the last transaction in the namespace, by any process.
     #[cfg(test)]
     fn generation(&mut self) -> u32 {
         self.socket.read_consistent(|_| Ok(())).expect("a generation").1
     }
 
-    /// Has iptables' FORWARD chain of a family accept what comes from and goes to a network, by two rules at its head. Rules of ours for
-    /// another network go; where the two are there, nothing is written.
+    /// Makes a family's iptables FORWARD chain accept traffic from and to a network. Two rules at the head of the chain do this.
+    /// Our rules for another network are removed. If both rules exist, nothing is written.
     ///
     /// # Errors
-    /// `EINVAL` where the network is of the other family, `ENOENT` where there is no such chain, or the kernel refused.
+    /// `EINVAL` if the network has the other family, `ENOENT` if the chain does not exist, or the kernel refused.
     pub fn set_forward_accept(&mut self, family: Family, network: Cidr) -> Result<(), OpError> {
         if network.family() != family {
-            let message = format!("{network} is no {family} network: its accept rules belong into the other FORWARD chain");
+            let message =
+                format!("{network} is not an {family} network: its accept rules belong in the other family's FORWARD chain");
             return Err(OpError { errno: libc::EINVAL, message });
         }
         forward::set(&mut self.socket, family, Some(network))
     }
 
-    /// Removes our rules from iptables' FORWARD chain of a family. That there are none, or no such chain, is success.
+    /// Removes our rules from a family's iptables FORWARD chain. Missing rules or a missing chain count as success.
     ///
     /// # Errors
     /// The kernel refused.
@@ -181,14 +188,14 @@ impl Nft {
     }
 }
 
-/// Reads our tables and what their sets hold. To be called inside [`NfnlSocket::read_consistent`].
+/// Reads our tables and their set elements. Call inside [`NfnlSocket::read_consistent`].
 fn read_rules(socket: &mut NfnlSocket) -> Result<State, OpError> {
     let mut rules = State::new();
     for table in Table::ALL {
         let Some(mut ruleset) = table::read(socket, table)? else { continue };
         for set in ruleset.sets.clone() {
             if !set::read_elements(socket, set, &mut rules)? {
-                ruleset.foreign.push(format!("elements of set {} that are not ours", set.name()));
+                ruleset.foreign.push(format!("foreign elements in set {}", set.name()));
             }
         }
         rules.insert(Key::Ruleset(table), Value::Ruleset(Box::new(ruleset)));
@@ -196,7 +203,7 @@ fn read_rules(socket: &mut NfnlSocket) -> Result<State, OpError> {
     Ok(rules)
 }
 
-/// Reads what concerns us of iptables' FORWARD chains. To be called inside [`NfnlSocket::read_consistent`].
+/// Reads the FORWARD chains of iptables. Call inside [`NfnlSocket::read_consistent`].
 fn read_forward(socket: &mut NfnlSocket, state: &mut NftState) -> Result<(), OpError> {
     for family in Family::ALL {
         let forward = forward::read(socket, family)?;

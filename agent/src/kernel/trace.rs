@@ -1,8 +1,10 @@
-//! What the kernel of one network namespace answers about the way of a packet: which route it would take, which next hop, neighbour and FDB entry
-//! that leads to, what the rules would do with it; and, live, where packets of a flow are seen.
+//! Kernel queries for a packet trace in one network namespace.
 //!
-//! Everything here asks; nothing is changed but the table by which a live watch marks packets ([`TraceMonitor`]), which goes with its socket. All calls
-//! block, and belong to the namespace of the thread that makes them ([`super::path::Netns::run`]).
+//! Queries return the route of a packet and the verdict of the rules. They also return the next hop, neighbour and FDB entry of a
+//! route. Live captures report the interfaces and rules that packets of a flow pass.
+//!
+//! Queries change nothing. A live trace creates one table that marks packets ([`TraceMonitor`]); it disappears with its socket.
+//! All calls block, and apply to the network namespace of the calling thread ([`super::netns::Netns::run`]).
 
 mod capture;
 pub mod packet;
@@ -32,11 +34,11 @@ pub use capture::{Capture, CaptureFilter, CapturedPacket};
 
 /// Length of `struct ifinfomsg`.
 const IFINFOMSG_LEN: usize = 16;
-/// Length of `struct put_ndmsg`.
+/// Length of `struct ndmsg`.
 const NDMSG_LEN: usize = 12;
-/// Length of `struct put_rtmsg`.
+/// Length of `struct rtmsg`.
 const RTMSG_LEN: usize = 12;
-/// `linux/rtnetlink.h`: answer with the route that matched, not with what the lookup made of it.
+/// `linux/rtnetlink.h`: return the matching route entry instead of the lookup result.
 const RTM_F_FIB_MATCH: u32 = 0x2000;
 /// `linux/rtnetlink.h`.
 const RTA_SRC: u16 = 2;
@@ -50,11 +52,11 @@ pub struct Link {
     pub index: u32,
     /// Interface name.
     pub name: String,
-    /// `vxlan_chain`, `bridge_name`, `veth`; empty for hardware.
+    /// `vxlan`, `bridge`, `veth`; empty for hardware.
     pub kind: String,
     /// Administratively up.
     pub up: bool,
-    /// Whether it has a carrier, as far as the driver says.
+    /// Whether it has a carrier, according to the driver.
     pub running: bool,
     /// MAC.
     pub mac: Option<Mac>,
@@ -64,9 +66,9 @@ pub struct Link {
     pub master: Option<u32>,
     /// Interface index of a veth pair's other end.
     pub peer: Option<u32>,
-    /// The state of a bridge's port: `check_forwarding`, `disabled`, ...
+    /// The bridge port state: `forwarding`, `disabled`, ...
     pub port_state: Option<String>,
-    /// A VXLAN device's VNI, UDP port, own address and underlay interface.
+    /// VXLAN settings: VNI, UDP port, local address and underlay interface.
     pub vxlan: Option<Vxlan>,
 }
 
@@ -79,24 +81,24 @@ pub struct Vxlan {
     pub port: u16,
     /// Source of outer packets.
     pub local: Option<IpAddr>,
-    /// Underlay interface index; 0 where there is none.
+    /// Underlay interface index; 0 if none.
     pub link: u32,
 }
 
-/// A route that a lookup found.
+/// The result of a route lookup.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Route {
-    /// The entry that matched; absent where the kernel does not say.
+    /// The matching entry; absent if the kernel does not report it.
     pub destination: Option<Cidr>,
-    /// `unicast_is_detected`, `local`, `blackhole`, ...
+    /// `unicast`, `local`, `blackhole`, ...
     pub kind: String,
-    /// Who made it, by number.
+    /// The routing protocol number (`RTPROT_*`), which names its creator.
     pub protocol: u8,
     /// Interface index.
     pub interface: Option<u32>,
     /// The gateway.
     pub gateway: Option<IpAddr>,
-    /// The source that the kernel would choose.
+    /// The preferred source address.
     pub source: Option<IpAddr>,
     /// Id of the next-hop object.
     pub nexthop: Option<u32>,
@@ -111,41 +113,41 @@ pub struct Nexthop {
     pub interface: Option<u32>,
     /// The gateway.
     pub gateway: Option<IpAddr>,
-    /// Leads nowhere on purpose.
+    /// Drops packets (`blackhole`).
     pub blackhole: bool,
 }
 
 /// A neighbour.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Neighbour {
-    /// Its MAC, where one is known.
+    /// The MAC, if known.
     pub mac: Option<Mac>,
     /// `PERMANENT`, `REACHABLE`, `STALE`, `INCOMPLETE`, `FAILED`, ...
     pub state: String,
 }
 
 impl Neighbour {
-    /// Whether the kernel would send to it at once.
+    /// Whether the kernel can send to it without resolution.
     pub fn is_usable(&self) -> bool {
         self.mac.is_some() && !matches!(self.state.as_str(), "FAILED" | "INCOMPLETE")
     }
 }
 
-/// The overlay as the rules of the host have it.
+/// The overlay's address ranges, as the rules of the host define them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct OverlayRanges {
-    /// The first and the last address that is leased in each family; none where the table `inet overlayd_command` is not there.
+    /// The first and last leased address per family. Empty if the table `inet overlayd` does not exist.
     pub ranges: PerFamily<(IpAddr, IpAddr)>,
 }
 
-/// A question for the route to an address.
+/// The parameters of a route lookup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RouteLookup {
-    /// To where.
+    /// Destination address.
     pub destination: IpAddr,
-    /// From where.
+    /// Source address.
     pub source: Option<IpAddr>,
-    /// By which interface the packet came in; none for one of the host's own.
+    /// Index of the input interface; `None` for packets of the host itself.
     pub input: Option<u32>,
 }
 
@@ -170,7 +172,7 @@ impl Request for RouteRequest {
     }
 }
 
-/// One neighbour, or one FDB entry.
+/// A request for one neighbour, or for one FDB entry.
 enum NeighbourRequest {
     Neighbour(u32, IpAddr),
     Fdb(u32, Mac),
@@ -193,7 +195,7 @@ impl Request for NeighbourRequest {
     }
 }
 
-/// Asks the kernel.
+/// A connection for kernel queries.
 pub struct KernelQuery {
     socket: RouteSocket,
 }
@@ -202,7 +204,7 @@ impl KernelQuery {
     /// Opens the calling thread's namespace.
     ///
     /// # Errors
-    /// No file descriptors left, no netlink.
+    /// No file descriptors left, or no netlink.
     pub fn open() -> Result<KernelQuery, OpError> {
         Ok(KernelQuery { socket: RouteSocket::open()? })
     }
@@ -230,23 +232,23 @@ impl KernelQuery {
         Ok(all.into_iter().filter(|a| interface == 0 || a.index == interface).map(|a| a.address.ip()).collect())
     }
 
-    /// The route that the kernel would take; where it has none, why, in its own words.
+    /// Looks up the route of a packet. The inner error is the kernel's reason for no route.
     ///
     /// # Errors
-    /// The question itself failed.
+    /// The query itself failed.
     pub fn route(&mut self, lookup: RouteLookup) -> Result<Result<Route, String>, OpError> {
         let reply = self.socket.get(&RouteRequest(lookup, false), read_route);
         let mut route = match reply {
             Ok(route) => route,
             Err(refusal) if refusal.errno == libc::EPERM => {
-                return Err(refusal.context(format!("cannot ask for the route to {}", lookup.destination)));
+                return Err(refusal.context(format!("cannot look up the route to {}", lookup.destination)));
             }
             Err(refusal) => {
                 let reason = std::io::Error::from_raw_os_error(refusal.errno).to_string();
                 return Ok(Err(reason.split(" (os error").next().unwrap_or(&reason).to_owned()));
             }
         };
-        // The entry itself, which the answer to a plain question does not name.
+        // A plain lookup does not name the matching entry, so ask for it.
         if let Ok(entry) = self.socket.get(&RouteRequest(lookup, true), read_route) {
             route.destination = entry.destination;
             route.nexthop = entry.nexthop;
@@ -256,12 +258,12 @@ impl KernelQuery {
         }
         match route.kind.as_str() {
             "unicast" | "local" => Ok(Ok(route)),
-            // IPv6 answers with such a route where IPv4 answers with an error.
+            // IPv6 returns such a route; IPv4 returns an error.
             kind => Ok(Err(format!("the route is {kind}"))),
         }
     }
 
-    /// The unreachable route of ours that covers an address; `None` where there is none.
+    /// Our unreachable route that covers an address; `None` if absent.
     pub fn unreachable_route(&mut self, destination_address: IpAddr) -> Option<Cidr> {
         let ours = EntryQuery::Routes(Family::of(destination_address), PROTOCOL);
         let read = self.socket.dump(
@@ -279,12 +281,12 @@ impl KernelQuery {
         read.ok().flatten()
     }
 
-    /// A next-hop object; `None` where there is none of that id.
+    /// A next-hop object by id; `None` if absent.
     pub fn nexthop(&mut self, id: u32) -> Option<Nexthop> {
         self.socket.get(&EntryQuery::Nexthop(id), read_nexthop).ok()
     }
 
-    /// The next-hop objects that lead to a gateway.
+    /// The next-hop objects with this gateway.
     pub fn nexthops_to(&mut self, gateway: IpAddr) -> Vec<Nexthop> {
         let read = self.socket.dump(&EntryQuery::Nexthops, Vec::new, |all: &mut Vec<Nexthop>, header, body| {
             if header.message_type == RTM_NEWNEXTHOP {
@@ -294,7 +296,7 @@ impl KernelQuery {
         read.unwrap_or_default()
     }
 
-    /// A neighbour of an interface; `None` where the kernel has no entry.
+    /// A neighbour of an interface; `None` if the kernel has no entry.
     pub fn neighbour(&mut self, interface: u32, address: IpAddr) -> Option<Neighbour> {
         let read = |body: &[u8]| {
             let state = u16_at(body, 8)?;
@@ -304,13 +306,13 @@ impl KernelQuery {
         self.socket.get(&NeighbourRequest::Neighbour(interface, address), read).ok()
     }
 
-    /// Where a VXLAN device sends frames for a MAC; `None` where it has no entry.
+    /// The VXLAN device's remote address for a MAC; `None` if it has no FDB entry.
     pub fn fdb_destination(&mut self, interface: u32, mac: Mac) -> Option<IpAddr> {
         let read = |body: &[u8]| attributes(body, NDMSG_LEN).find(|(kind, _)| *kind == NDA_DST).and_then(|(_, v)| address(v));
         self.socket.get(&NeighbourRequest::Fdb(interface, mac), read).ok()
     }
 
-    /// The overlay, from the table `inet overlayd_command`.
+    /// The overlay's address ranges, from the table `inet overlayd`.
     ///
     /// # Errors
     /// No permission, or no nf_tables.
@@ -330,7 +332,7 @@ impl KernelQuery {
 }
 
 impl Link {
-    /// As a device of ours.
+    /// The link as one of our devices; `None` if its name is not ours.
     pub fn device(&self) -> Option<Device> {
         Device::from_name(&self.name)
     }
@@ -346,7 +348,7 @@ fn read_link(body: &[u8]) -> Option<Link> {
     let (mut running, mut port_state) = (info.up(), None);
     for attribute in raw_attributes(body, IFINFOMSG_LEN) {
         match LinkAttribute::parse_with_param(&attribute, netlink_packet_route::AddressFamily::Unspec) {
-            // Not every driver says: UNKNOWN counts as up, as it does for the kernel.
+            // Some drivers do not report a state. UNKNOWN counts as up, as in the kernel.
             Ok(LinkAttribute::OperState(state)) => {
                 running = !matches!(state, State::Down | State::LowerLayerDown | State::NotPresent);
             }
@@ -430,7 +432,7 @@ fn read_nexthop(body: &[u8]) -> Option<Nexthop> {
     Some(hop)
 }
 
-/// `RTN_...` in `linux/rtnetlink.h`, as `ip route` calls them.
+/// `RTN_...` in `linux/rtnetlink.h`, with the names of `ip route`.
 fn route_type_name(kind: u8) -> &'static str {
     match kind {
         1 => "unicast",
@@ -440,11 +442,11 @@ fn route_type_name(kind: u8) -> &'static str {
         6 => "blackhole",
         7 => "unreachable",
         8 => "prohibit",
-        _ => "of another kind",
+        _ => "of unknown type",
     }
 }
 
-/// `NUD_...` in `linux/set_neighbour.h`, as `ip neigh` calls them.
+/// `NUD_...` in `linux/neighbour.h`, with the names of `ip neigh`.
 fn nud_state_name(state: u16) -> String {
     let words = [
         (0x80, "PERMANENT"),

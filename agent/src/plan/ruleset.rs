@@ -1,8 +1,8 @@
-//! The nftables tables `inet overlayd_command` and `bridge_name overlayd_command` as values: what `fake_kernel::nft` writes, reads back and compares.
+//! The nftables tables `inet overlayd` and `bridge overlayd` as values. `kernel::nft` writes, reads and compares them.
 //!
-//! A rule is a list of [`Expr`], the few nf_tables expressions that our rules need. Rules of others never appear here. As text
-//! (`Display`) it is what `nft -s -t filter table_name ...` prints. What the sets hold is not part of a ruleset: each [`Element`] is an entry of its own, so
-//! that a peer or an endpoint more is one element more and no new table.
+//! A rule is a list of [`Expr`], the few nf_tables expressions that our rules need. Foreign rules never appear here. The text
+//! form (`Display`) equals the output of `nft -s -t list table ...`. Set elements are not part of a ruleset: each [`Element`] is
+//! an entry of its own, so adding a peer or endpoint adds one element and does not rewrite the table.
 
 mod host;
 mod set;
@@ -22,14 +22,14 @@ pub use source_filter::source_filter;
 /// The name of our tables, in either family.
 pub const TABLE: &str = "overlayd";
 
-/// Our tables, by their family of nf_tables.
+/// Our tables, by nf_tables family.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Table {
-    /// IPv4 and IPv6 packets to, from and through the host: forwarding, masquerade, published ports, who may tunnel to us.
+    /// IPv4 and IPv6 packets to, from and through the host: forwarding, masquerade, published ports, tunnel source filter.
     #[default]
     Inet,
-    /// Frames that the bridge receives from containers.
+    /// Frames that bridges receive from containers.
     Bridge,
 }
 
@@ -38,10 +38,10 @@ impl Table {
     pub const ALL: [Table; 2] = [Table::Inet, Table::Bridge];
 }
 
-/// Everything in one of our tables but the elements of its sets.
+/// The contents of one of our tables, except its set elements.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ruleset {
-    /// Whose family.
+    /// The table.
     #[serde(default)]
     pub table: Table,
     /// The named counters, in order of their names.
@@ -52,36 +52,37 @@ pub struct Ruleset {
     pub sets: Vec<SetName>,
     /// The chains, in order of their names.
     pub chains: Vec<Chain>,
-    /// What the table holds beside them, each in words: `set_flags 0x1`, `chain extra`, `set s`. Only in actual
-    /// state: it makes the ruleset differ.
+    /// Foreign objects in the table, each as a description: `flags 0x1`, `chain extra`, `set s`. Only present in actual state,
+    /// where it makes the ruleset differ.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub foreign: Vec<String>,
 }
 
-/// What is dropped on purpose, each counted by itself.
+/// Counters of packets dropped on purpose, one per reason.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Counter {
     /// Containers' packets to the overlay's VXLAN port.
     Encapsulation,
-    /// Containers' packets from or to addresses of the loopback device, which no wire carries.
+    /// Containers' packets from or to loopback addresses, which must not appear on a network.
     Loopback,
-    /// VXLAN packets with our VNI that no peer may send: the outer source is no peer's, or the inner one not of that peer's subnet.
+    /// VXLAN packets with our VNI and a forbidden source: the outer source is not a peer, or the inner source is outside that
+    /// peer's subnet.
     Tunnel,
-    /// Containers' answers of a DHCP server.
+    /// Containers' DHCP server answers.
     Dhcp,
     /// Containers' router advertisements, redirects and router solicitations.
     Router,
-    /// Frames with an address or a MAC that is not the container's own.
+    /// Frames with an address or MAC that is not the container's own.
     Source,
 }
 
 impl Counter {
-    /// Each, in order.
+    /// All counters, in order.
     pub const ALL: [Counter; 6] =
         [Counter::Encapsulation, Counter::Loopback, Counter::Tunnel, Counter::Dhcp, Counter::Router, Counter::Source];
 
-    /// Its name in the table, and the word for metrics and messages.
+    /// The name in the table, in metrics and in messages.
     pub const fn name(self) -> &'static str {
         match self {
             Counter::Encapsulation => "encapsulation",
@@ -93,7 +94,7 @@ impl Counter {
         }
     }
 
-    /// The table that it is in.
+    /// The table that contains it.
     pub const fn table(self) -> Table {
         match self {
             Counter::Encapsulation | Counter::Loopback | Counter::Tunnel => Table::Inet,
@@ -107,13 +108,13 @@ impl Counter {
 pub struct Chain {
     /// Its name in the table.
     pub name: String,
-    /// Where it hooks in; `None` for one that others jump to.
+    /// The hook of a base chain; `None` for a regular chain, which is a jump target.
     pub base: Option<Base>,
     /// Its rules in order.
     pub rules: Vec<Rule>,
 }
 
-/// Where a base chain hooks in. Its policy is always accept.
+/// The hook of a base chain. The policy is always accept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Base {
     /// The hook.
@@ -128,7 +129,7 @@ pub struct Base {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Hook {
-    /// Before routing, or before the bridge looks where to send a frame and learns from where it came.
+    /// Before routing; on the bridge, before forwarding and MAC learning.
     Prerouting,
     /// To this host.
     Input,
@@ -157,7 +158,7 @@ pub struct Rule {
     pub exprs: Vec<Expr>,
 }
 
-/// A part of a packet, or something known of it. Lengths and offsets are in bytes.
+/// A field of a packet or of its metadata. Lengths and offsets are in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Field {
@@ -165,7 +166,7 @@ pub enum Field {
     InputInterface,
     /// `oifname`: 16 bytes.
     OutputInterface,
-    /// `meta family_keyword`, the EtherType behind VLAN tags that the kernel has taken off: 2 bytes.
+    /// `meta protocol`, the EtherType after VLAN tags that the kernel has stripped: 2 bytes.
     Protocol,
     /// `meta l4proto`, the transport protocol: 1 byte.
     Layer4,
@@ -177,7 +178,7 @@ pub enum Field {
     Destination(Family),
     /// `ip6 nexthdr`: 1 byte.
     NextHeader,
-    /// `ip6 encoded_length`, of what follows the IPv6 header: 2 bytes.
+    /// `ip6 length`, the payload length after the IPv6 header: 2 bytes.
     PayloadLength,
     /// `arp saddr ether`: 6 bytes.
     ArpSenderMac,
@@ -185,13 +186,13 @@ pub enum Field {
     ArpSenderAddress,
     /// `th dport`: 2 bytes.
     DestinationPort,
-    /// `@th,...`: bytes behind the beginning of the transport header, of which only the leading bits count.
+    /// `@th,...`: bytes at an offset in the transport header, of which only the leading bits count.
     Transport {
-        /// Where.
+        /// The offset.
         offset: u8,
-        /// How many.
+        /// The number of bytes.
         length: u8,
-        /// How many of the bits count; the others are taken for zero.
+        /// The number of leading bits that count; the other bits are masked to zero.
         prefix: u8,
     },
 }
@@ -210,12 +211,12 @@ impl Field {
         }
     }
 
-    /// Bytes behind the beginning of the transport header, all of which count.
+    /// Bytes at an offset in the transport header, all of which count.
     pub const fn transport(offset: u8, length: u8) -> Field {
         Field::Transport { offset, length, prefix: length * 8 }
     }
 
-    /// The family whose header it stands in.
+    /// The family whose header contains it.
     pub const fn family(self) -> Option<Family> {
         match self {
             Field::Source(family) | Field::Destination(family) => Some(family),
@@ -232,14 +233,14 @@ pub enum Expr {
     Source {
         /// The range.
         cidr: Cidr,
-        /// Not in it.
+        /// Negated: outside the range.
         negate: bool,
     },
     /// `ip daddr CIDR` or `ip6 daddr CIDR`; with `negate`, `!=`.
     Destination {
         /// The range.
         cidr: Cidr,
-        /// Not in it.
+        /// Negated: outside the range.
         negate: bool,
     },
     /// `ip saddr FIRST-LAST`, or another field of addresses; with `negate`, `!=`. Includes the match on the layer 3 protocol.
@@ -250,34 +251,35 @@ pub enum Expr {
         first: IpAddr,
         /// The last one.
         last: IpAddr,
-        /// Not from the first to the last.
+        /// Negated: outside the range.
         negate: bool,
     },
     /// `iifname NAME`.
     InputInterface(String),
     /// `oifname NAME`.
     OutputInterface(String),
-    /// A field has this value; with `negate`, another one. A value shorter than an interface's name is one with a wildcard at its end.
+    /// A field has this value; with `negate`, another value. For an interface field, a value shorter than the field is a prefix
+    /// match.
     Field {
-        /// Which.
+        /// The field.
         field: Field,
-        /// Another one.
+        /// Negated: another value.
         negate: bool,
-        /// In network byte order.
+        /// The value, in network byte order.
         value: Vec<u8>,
     },
     /// `fib daddr type local`: the destination is an address of this host.
     ToThisHost,
-    /// `ct map_status dnat`: the connection's destination was translated.
+    /// `ct status dnat`: the connection's destination was translated.
     Translated,
-    /// The fields one behind the other are in a set. Includes the match on the layer 3 protocol of a field that needs it.
+    /// The concatenation of the fields is in a set. Includes the match on the layer 3 protocol of a field that needs it.
     In {
         /// The fields.
         fields: Vec<Field>,
         /// The set.
         set: SetName,
     },
-    /// `dnat ip to FIELDS map @NAME`: the destination becomes what the map says of the fields, if it says anything.
+    /// `dnat ip to FIELDS map @NAME`: the map translates the destination. Nothing happens if the map has no entry for the fields.
     Translate {
         /// The fields.
         fields: Vec<Field>,
@@ -288,33 +290,33 @@ pub enum Expr {
     Counter,
     /// `counter name NAME`.
     Count(Counter),
-    /// `accept_connections`.
+    /// `accept`.
     Accept,
     /// `drop`.
     Drop,
-    /// `return`: back to the rule that jumped here.
+    /// `return`: back to the calling chain.
     Return,
-    /// `eval_jump CHAIN`.
+    /// `jump CHAIN`.
     Jump(String),
-    /// `masquerade rng,fully-rng`.
+    /// `masquerade random,fully-random`.
     Masquerade,
-    /// `notrack`: conntrack takes no notice of the packet.
+    /// `notrack`: conntrack ignores the packet.
     Untrack,
-    /// Something in the kernel that is none of these. Only in actual state: it makes the ruleset differ.
+    /// An unsupported expression in the kernel. Only present in actual state, where it makes the ruleset differ.
     Foreign,
 }
 
-/// A rule of these.
+/// A rule with these expressions.
 fn rule(exprs: impl IntoIterator<Item = Expr>) -> Rule {
     Rule { exprs: exprs.into_iter().collect() }
 }
 
-/// A field has this value.
+/// A match: the field has this value.
 fn is(field: Field, value: &[u8]) -> Expr {
     Expr::Field { field, negate: false, value: value.to_vec() }
 }
 
-/// A field has another value.
+/// A match: the field has another value.
 fn is_not(field: Field, value: &[u8]) -> Expr {
     Expr::Field { field, negate: true, value: value.to_vec() }
 }

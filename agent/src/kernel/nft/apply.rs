@@ -1,7 +1,9 @@
-//! Changes of our tables and their elements: each run of ops is one transaction, so that no packet sees a table without what its sets should hold.
+//! Applies changes to our tables and their elements. Each batch of ops is one transaction, so packets never see a table without
+//! its elements.
 //!
-//! What is written follows from what is known to be there. Where that turns out to be wrong (others changed it), it is read anew and the transaction
-//! computed again. An op that the kernel refuses is left out and the rest tried again: one bad entry stops no other.
+//! The transaction is computed from the cached state. If the cache is wrong (another process changed nf_tables), the state is
+//! read again and the transaction recomputed. An op that the kernel refuses is left out and the rest retried: one bad entry does
+//! not block the others.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -13,20 +15,20 @@ use super::table::{self, CounterValue, TableChange};
 use crate::plan::ruleset::{Counter, Element, Ruleset, SetName, TABLE, Table};
 use crate::plan::{Key, Op, OpError, State, Value};
 
-/// How often a transaction is computed anew: because others changed nf_tables meanwhile, or without an op that was refused.
+/// Maximum number of attempts per transaction. It is recomputed if another process changed nf_tables, or without a refused op.
 const MAX_RETRIES: usize = 32;
-/// Elements of one transaction where no table is replaced: some 100 KB, less than any socket may send at once.
+/// Elements per transaction if no table is replaced: some 100 KB, less than any socket may send at once.
 const ELEMENTS_PER_TRANSACTION: usize = 2000;
-/// Entries from which on they are taken into what is known as a whole rather than one by one.
+/// Number of entries from which the cache is extended in bulk instead of one by one.
 const BULK_THRESHOLD: usize = 1000;
 
-/// Whether an op goes through here.
+/// Whether [`apply`] handles ops with this key.
 pub(in crate::kernel) fn is_ruleset_key(key: &Key) -> bool {
     matches!(key, Key::Ruleset(_) | Key::Element(_))
 }
 
-/// Applies ops that are all of [`is_ruleset_key`] and follows in `known` what became of them. Returns those that failed, by their index. `reread`
-/// reads what is there.
+/// Applies ops and updates `cached` with their outcome. All ops must satisfy [`is_ruleset_key`]. Returns the failed ops by index.
+/// `reread` reads the current state.
 pub(super) fn apply(
     socket: &mut NfnlSocket,
     ops: &[Op],
@@ -58,7 +60,8 @@ fn apply_part(
             failed.insert(index, error);
         }
     }
-    // How a table differs is looked up: what others added to it must go as well. Its elements are not read for that.
+    // Reads each table before the comparison, because objects added by other processes must be removed too. This does not read
+    // its elements.
     for op in ops {
         if let Op::Set(key @ Key::Ruleset(table), _) = op
             && let Ok((found, _)) = socket.read_consistent(|socket| table::read(socket, *table))
@@ -79,7 +82,7 @@ fn apply_part(
         };
         let TransactionError { index, error } = refused;
         if !reread_done && matches!(error.errno, libc::ENOENT | libc::EEXIST | libc::EBUSY | ERESTART | libc::ENOBUFS) {
-            // What is there is not what was thought.
+            // The cache was wrong.
             match reread(socket) {
                 Ok(state) => *cached = state,
                 Err(_) => break,
@@ -99,32 +102,32 @@ fn apply_part(
             }
         }
     }
-    // The whole was refused, or too much of it.
-    let error = last.unwrap_or(OpError { errno: libc::EIO, message: "too many changes of nf_tables were refused".to_owned() });
+    // The kernel refused the whole transaction, or too many ops.
+    let error = last.unwrap_or(OpError { errno: libc::EIO, message: "the kernel refused too many nf_tables changes".to_owned() });
     for index in 0..ops.len() {
         failed.entry(index).or_insert_with(|| error.clone());
     }
     failed.into_iter().collect()
 }
 
-/// What a transaction consists of.
+/// A part of a transaction.
 enum Command<'a> {
     Table { table: Table, changes: Vec<TableChange<'a>> },
     Elements { message: u8, set: SetName, elements: Vec<(&'a Element, Option<SocketAddr>)> },
 }
 
-/// Whose fault a refusal is.
+/// The ops to which a kernel error applies.
 enum FailureScope {
     Op(usize),
     /// One of several elements in a message.
     OneOfSeveral,
-    /// None in particular.
+    /// The transaction as a whole.
     All,
 }
 
 /// A transaction.
 struct TransactionPlan<'a> {
-    /// Each step with the ops that it comes from; none for elements that were there before.
+    /// Each command with its ops; no ops for elements that existed before.
     commands: Vec<(Command<'a>, Vec<usize>)>,
 }
 
@@ -137,9 +140,9 @@ impl<'a> TransactionPlan<'a> {
     ) -> TransactionPlan<'a> {
         let pending_ops = || ops.iter().enumerate().filter(|(index, _)| !failed.contains_key(index));
         let mut commands: Vec<(Command<'a>, Vec<usize>)> = Vec::new();
-        // Tables that are made anew, so that what their sets held has to be written again.
+        // Tables that are recreated: the elements of their sets must be written again.
         let mut replaced: BTreeMap<Table, &Ruleset> = BTreeMap::new();
-        // Tables that go, and their elements with them.
+        // Tables that are deleted together with their elements.
         let mut removed: BTreeSet<Table> = BTreeSet::new();
         for (index, op) in pending_ops() {
             let Key::Ruleset(table) = op.key() else { continue };
@@ -162,7 +165,7 @@ impl<'a> TransactionPlan<'a> {
             };
             commands.push((Command::Table { table: *table, changes }, vec![index]));
         }
-        // What changes, by element: what is there, what shall be, and because of which op.
+        // Changes by element: the current value, the wanted value, and the op.
         let mut changes: BTreeMap<&Element, ElementChange> = BTreeMap::new();
         let before = |key: &Key| match cached.get(key) {
             Some(Value::Element(target)) => Some(target.as_deref().copied()),
@@ -220,7 +223,7 @@ impl<'a> TransactionPlan<'a> {
         let mut counter_values: BTreeMap<Counter, CounterValue> = BTreeMap::new();
         for (command, _) in &self.commands {
             if let Command::Table { table, .. } = command {
-                // A count that cannot be read begins anew.
+                // A counter that cannot be read starts at zero.
                 counter_values.extend(table::read_counters(socket, *table).unwrap_or_default());
             }
         }
@@ -233,7 +236,7 @@ impl<'a> TransactionPlan<'a> {
         })
     }
 
-    /// The step that a change of the transaction belongs to, and which of its changes it is.
+    /// The command of a message in the transaction, and the index of its change in that command.
     fn command_at(&self, index: Option<u32>) -> Option<(&(Command<'a>, Vec<usize>), usize)> {
         let mut left = usize::try_from(index?).ok()?;
         for command in &self.commands {
@@ -257,7 +260,7 @@ impl<'a> TransactionPlan<'a> {
         }
     }
 
-    /// Names the part that the kernel refused.
+    /// Adds the part that the kernel refused to the error.
     fn describe(&self, index: Option<u32>, error: OpError) -> OpError {
         let OpError { errno, message } = error;
         let message = match self.command_at(index) {
@@ -276,7 +279,7 @@ impl<'a> TransactionPlan<'a> {
     }
 }
 
-/// An element as a message has it, with the op that it comes from.
+/// An element of a message, with its target and its op.
 type ElementWithOp<'a> = (&'a Element, Option<SocketAddr>, Option<usize>);
 
 struct ElementChange {
@@ -310,9 +313,9 @@ impl Command<'_> {
     }
 }
 
-/// Follows in `known` what the ops of a transaction have changed.
+/// Updates the cached state with the successful ops of a transaction.
 fn update_cache(ops: &[Op], failed: &BTreeMap<usize, OpError>, cached: &mut State) {
-    // What was set since the last deletion: many are taken in as a whole, which leaves the tree's nodes full.
+    // Entries set since the last deletion. Inserting many at once leaves the nodes of the tree full.
     let mut pending_sets: Vec<(Key, Value)> = Vec::new();
     let flush = |pending_sets: &mut Vec<(Key, Value)>, cached: &mut State| match pending_sets.len() {
         0..BULK_THRESHOLD => cached.extend(pending_sets.drain(..)),

@@ -1,18 +1,18 @@
-//! nfnetlink messages as bytes: a writer of headers and attributes, and readers that believe no length they are told.
+//! Encodes and decodes nfnetlink messages. The readers check every length.
 //!
-//! Numbers are those of `linux/netlink.h`, `linux/netfilter/nfnetlink.h` and `linux/netfilter/nf_tables.h`, under their names there.
-//! Headers are in the host's byte order, numbers inside attributes in network order.
+//! Constants have their values and names from `linux/netlink.h`, `linux/netfilter/nfnetlink.h` and `linux/netfilter/nf_tables.h`.
+//! Headers are in host byte order, numbers inside attributes in network byte order.
 
 /// Subsystem of nf_tables: the upper byte of each message type.
 pub(super) const NFNL_SUBSYS_NFTABLES: u8 = 10;
 /// Subsystem of ctnetlink.
 pub(super) const NFNL_SUBSYS_CTNETLINK: u8 = 1;
-/// Group that reports each change of nf_tables in the namespace.
+/// Multicast group for all nf_tables changes in the namespace.
 pub(in crate::kernel) const NFNLGRP_NFTABLES: u32 = 7;
 
 /// `NFPROTO_UNSPEC`: any family.
 pub(super) const NFPROTO_UNSPEC: u8 = 0;
-/// `NFPROTO_INET`: tables that see IPv4 and IPv6.
+/// `NFPROTO_INET`: tables for both IPv4 and IPv6.
 pub(super) const NFPROTO_INET: u8 = 1;
 /// `NFPROTO_IPV4`.
 pub(super) const NFPROTO_IPV4: u8 = 2;
@@ -22,10 +22,10 @@ pub(super) const NFPROTO_IPV6: u8 = 10;
 /// `NFPROTO_BRIDGE`.
 pub(super) const NFPROTO_BRIDGE: u8 = 7;
 
-/// Opens and closes a transaction (`NLMSG_MIN_TYPE` and the one behind it: no subsystem).
+/// Begin and end of a transaction (`NLMSG_MIN_TYPE` and the next number; they have no subsystem).
 pub(super) const NFNL_MSG_BATCH_BEGIN: u16 = 0x10;
 pub(super) const NFNL_MSG_BATCH_END: u16 = 0x11;
-/// The generation that a transaction was computed from; the kernel refuses it (`ERESTART`) when that is no longer the present one.
+/// The generation that a transaction is based on. The kernel refuses an outdated one (`ERESTART`).
 pub(super) const NFNL_BATCH_GENID: u16 = 1;
 
 pub(super) const NFT_MSG_NEWTABLE: u8 = 0;
@@ -61,7 +61,7 @@ pub(super) const NFTA_CHAIN_HOOK: u16 = 4;
 pub(super) const NFTA_CHAIN_POLICY: u16 = 5;
 pub(super) const NFTA_CHAIN_TYPE: u16 = 7;
 pub(super) const NFTA_CHAIN_FLAGS: u16 = 10;
-/// `NFT_CHAIN_BASE`, the one chain flag that each base chain has.
+/// `NFT_CHAIN_BASE`, which is set on every base chain.
 pub(super) const NFT_CHAIN_BASE: u32 = 1;
 
 pub(super) const NFTA_HOOK_HOOKNUM: u16 = 1;
@@ -88,7 +88,7 @@ pub(super) const NLM_F_DUMP_INTR: u16 = 0x10;
 pub(super) const NLM_F_DUMP: u16 = 0x300;
 pub(super) const NLM_F_CREATE: u16 = 0x400;
 pub(super) const NLM_F_APPEND: u16 = 0x800;
-/// In answers: the refused request is not quoted behind its header.
+/// In answers: the refused request is not quoted after its header.
 const NLM_F_CAPPED: u16 = 0x100;
 /// In answers: attributes of an extended acknowledgement follow.
 const NLM_F_ACK_TLVS: u16 = 0x200;
@@ -97,12 +97,12 @@ const NLMSGERR_ATTR_MSG: u16 = 1;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 pub(super) const NLA_F_NESTED: u16 = 0x8000;
-/// Both flag bits of an attribute's type: nested, and network byte order.
+/// Both flag bits of an attribute type: nested, and network byte order.
 const NLA_TYPE_FLAGS: u16 = 0xc000;
 
 /// Length of `struct nlmsghdr`.
 const NLMSG_HDRLEN: usize = 16;
-/// Length of `struct nfgenmsg`, behind the header.
+/// Length of `struct nfgenmsg`, after the header.
 const NFGENMSG_LEN: usize = 4;
 
 /// The message type of an nf_tables message.
@@ -110,21 +110,21 @@ pub(super) const fn nft_message_type(message: u8) -> u16 {
     message_type(NFNL_SUBSYS_NFTABLES, message)
 }
 
-/// The message type of a subsystem's message.
+/// The message type of a message in a subsystem.
 pub(super) const fn message_type(subsystem: u8, message: u8) -> u16 {
     u16::from_be_bytes([subsystem, message])
 }
 
-/// Messages as they are sent, one behind the other.
+/// A buffer of messages to send.
 #[derive(Default)]
 pub(super) struct Writer {
     bytes: Vec<u8>,
-    /// Something was longer than its length field can say.
+    /// A length field overflowed.
     overflow: bool,
 }
 
 impl Writer {
-    /// A message: header, `nfgenmsg` and the attributes that `parse_body` writes.
+    /// Writes a message: header, `nfgenmsg` and the attributes from `body`.
     pub(super) fn message(
         &mut self,
         kind: u16,
@@ -149,12 +149,12 @@ impl Writer {
         }
     }
 
-    /// An attribute of raw bytes.
+    /// Writes an attribute of raw bytes.
     pub(super) fn bytes(&mut self, kind: u16, payload: &[u8]) {
         self.attribute(kind, |writer| writer.bytes.extend_from_slice(payload));
     }
 
-    /// A text with its terminating zero.
+    /// Writes a NUL-terminated string attribute.
     pub(super) fn text(&mut self, kind: u16, text: &str) {
         self.attribute(kind, |writer| {
             writer.bytes.extend_from_slice(text.as_bytes());
@@ -162,22 +162,22 @@ impl Writer {
         });
     }
 
-    /// A 32-bit number.
+    /// Writes a 32-bit number.
     pub(super) fn u32(&mut self, kind: u16, value: u32) {
         self.bytes(kind, &value.to_be_bytes());
     }
 
-    /// A 64-bit number.
+    /// Writes a 64-bit number.
     pub(super) fn u64(&mut self, kind: u16, value: u64) {
         self.bytes(kind, &value.to_be_bytes());
     }
 
-    /// An attribute that holds attributes.
+    /// Writes a nested attribute.
     pub(super) fn nest(&mut self, kind: u16, body: impl FnOnce(&mut Writer)) {
         self.attribute(kind | NLA_F_NESTED, body);
     }
 
-    /// All that was written; `None` where a part was too long for its length field.
+    /// The written bytes; `None` if a length field overflowed.
     pub(super) fn finish(&self) -> Option<&[u8]> {
         (!self.overflow).then_some(&self.bytes)
     }
@@ -196,16 +196,16 @@ impl Writer {
     }
 }
 
-/// What a received message is.
+/// The contents of a received message.
 pub(super) enum Payload<'a> {
-    /// An acknowledgement (`errno` 0) or refusal.
+    /// An acknowledgement (`errno` 0) or an error.
     Ack {
         /// Positive error number.
         errno: i32,
-        /// The kernel's words, where it had any.
+        /// The kernel's extended acknowledgement text, if any.
         text: Option<String>,
     },
-    /// The end of a dump, with the error that ended it, if any.
+    /// The end of a dump, with its error.
     Done {
         /// Positive error number, 0 for a complete dump.
         errno: i32,
@@ -219,7 +219,7 @@ pub(super) enum Payload<'a> {
 /// An object or event of a subsystem.
 #[derive(Clone, Copy)]
 pub(super) struct Object<'a> {
-    /// `NFT_MSG_*`, or the like of another subsystem.
+    /// `NFT_MSG_*`, or a message of another subsystem.
     pub(super) kind: u8,
     /// `NFPROTO_*`.
     pub(super) family: u8,
@@ -229,17 +229,17 @@ pub(super) struct Object<'a> {
 
 /// A received message.
 pub(super) struct ReceivedMessage<'a> {
-    /// The request that it answers.
+    /// The sequence number of the request.
     pub(super) sequence: u32,
-    /// In events: the port id of the socket whose request made the change.
+    /// In events: the port id of the socket that made the change.
     pub(super) port_id: u32,
-    /// `NLM_F_DUMP_INTR`: the dump is a mixture of two states.
+    /// `NLM_F_DUMP_INTR`: the dump mixes two states.
     pub(super) interrupted: bool,
-    /// What it says.
+    /// The contents.
     pub(super) payload: Payload<'a>,
 }
 
-/// The messages of a datagram. Ends at the first one whose length cannot be.
+/// The messages of a datagram. Stops at the first invalid length.
 pub(super) fn messages(mut datagram: &[u8]) -> impl Iterator<Item = ReceivedMessage<'_>> {
     std::iter::from_fn(move || {
         let length = usize::try_from(native_u32(datagram, 0)?).ok()?;
@@ -272,14 +272,14 @@ fn parse_payload(kind: u16, flags: u16, payload: &[u8]) -> Payload<'_> {
         }
         NLMSG_DONE => Payload::Done { errno: errno() },
         kind => match (kind.to_be_bytes(), payload.get(NFGENMSG_LEN..)) {
-            // What opens and closes a transaction is of no subsystem.
+            // Begin and end of a transaction have no subsystem.
             ([1..=u8::MAX, kind], Some(attributes)) => Payload::Object(Object { kind, family: payload[0], attributes }),
             _ => Payload::Other,
         },
     }
 }
 
-/// The attributes in some bytes, as type and payload. Ends at the first one whose length cannot be.
+/// The attributes in a buffer, as type and payload. Stops at the first invalid length.
 pub(super) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let length = usize::from(native_u16(bytes, 0)?);
@@ -298,7 +298,7 @@ pub(super) fn attribute(bytes: &[u8], kind: u16) -> Option<&[u8]> {
     attributes(bytes).find(|(k, _)| *k == kind).map(|(_, payload)| payload)
 }
 
-/// A text without what follows its terminating zero.
+/// The string up to its terminating zero.
 pub(super) fn strip_nul(payload: &[u8]) -> &[u8] {
     payload.split(|byte| *byte == 0).next().unwrap_or_default()
 }
@@ -363,7 +363,7 @@ mod tests {
 
     #[test]
     fn error_carries_extended_ack_text() {
-        // As linux/netlink.h lays it out: error, the refused header, attributes.
+        // Layout of linux/netlink.h: error, header of the refused request, attributes.
         let mut payload = (-libc::EPERM).to_ne_bytes().to_vec();
         payload.extend_from_slice(&[0; NLMSG_HDRLEN]);
         let mut text = Writer::default();

@@ -1,12 +1,13 @@
-//! Entries of conntrack whose translation is no longer the one that our rules give.
+//! Deletes conntrack entries whose translation our current rules no longer give.
 //!
-//! The kernel asks the rules for the first packet of a flow alone (`nf_nat_inet_fn` in net/netfilter/nf_nat_core.c). What they say of it stays in the
-//! flow's entry for as long as packets come, and each packet renews the entry: a port that leads to another container, or that is published only
-//! after the first datagram, would never be reached by a client that goes on sending. So entries that a change has made wrong are deleted, and the next
-//! packet of the flow makes one by the present rules.
+//! The kernel evaluates NAT rules only for the first packet of a flow (`nf_nat_inet_fn` in net/netfilter/nf_nat_core.c). The
+//! result stays in the flow's entry, and each packet renews the entry. Without deletion, a client that keeps sending would never
+//! reach a port that moved to another container, or that was published after its first datagram. So entries that a change
+//! invalidates are deleted, and the next packet creates an entry from the present rules.
 //!
-//! Only entries that name what changed are deleted: those of a published port by the container that it led to, those of a container's address, and
-//! those that no rule was there for. Entries of a conntrack zone are none of ours. No tasks: the calls block while the kernel walks through its table.
+//! Only affected entries are deleted: those of a published port with its former container, those of a container's address, and
+//! those that predate a masquerade rule. Entries of a conntrack zone are never ours. This module spawns no tasks; the calls block
+//! while the kernel walks its table.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -20,7 +21,7 @@ use crate::model::{Family, Transport};
 use crate::plan::ruleset::{Element, Expr, Field, Rule, Table};
 use crate::plan::{Key, Op, OpError, State, Value};
 
-/// Numbers of `linux/netfilter/nfnetlink_conntrack.h` and `linux/netfilter/nf_conntrack_common.h`, under their names there.
+/// Constants of `linux/netfilter/nfnetlink_conntrack.h` and `linux/netfilter/nf_conntrack_common.h`, under their names there.
 const IPCTNL_MSG_CT_GET: u8 = 1;
 const IPCTNL_MSG_CT_DELETE: u8 = 2;
 const CTA_TUPLE_ORIG: u16 = 1;
@@ -40,37 +41,37 @@ const CTA_PROTO_SRC_PORT: u16 = 2;
 const CTA_PROTO_DST_PORT: u16 = 3;
 const IPS_SEEN_REPLY: u32 = 2;
 
-/// Why entries are stale.
+/// Selects stale entries by the change that invalidated them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StaleFilter {
-    /// A published port leads elsewhere than it did.
+    /// The target of a published port changed.
     Port {
         /// [`Element::Port`] or [`Element::Bound`].
         element: Element,
-        /// Where it led; `None` where it was not published.
+        /// The former target; `None` if the port was not published.
         old_target: Option<SocketAddr>,
-        /// Where it leads; `None` where it is published no longer.
+        /// The present target; `None` if the port is no longer published.
         new_target: Option<SocketAddr>,
     },
-    /// A container's address is nobody's any more.
+    /// A container's address is no longer in use.
     Address(IpAddr),
-    /// What leaves these addresses, from the first to the last, is masqueraded, which it was not before.
+    /// Traffic from this address range is now masqueraded; before, it was not.
     Masqueraded(RangeInclusive<IpAddr>),
 }
 
-/// The translations that our rules give, as far as ops may change them.
+/// The NAT mappings of our rules that a batch of ops may change.
 #[derive(Debug)]
 pub struct NatMappings {
     port_targets: BTreeMap<Element, Option<SocketAddr>>,
-    /// `None` where the rules stay.
+    /// `None` if the ruleset does not change.
     masqueraded_ranges: Option<Vec<RangeInclusive<IpAddr>>>,
 }
 
 impl NatMappings {
-    /// Those before the ops, out of the rules that are in force.
+    /// Captures the mappings before the ops, from the rules in force.
     pub fn capture(ops: &[Op], rules: &State) -> NatMappings {
         let replaced = ops.iter().any(|op| *op.key() == Key::Ruleset(Table::Inet));
-        // The elements of a table that goes go with it.
+        // A deleted table takes its elements with it.
         let of_table = replaced.then(|| rules.keys()).into_iter().flatten();
         let published = ops.iter().map(Op::key).chain(of_table).filter_map(|key| match key {
             Key::Element(element @ (Element::Port(..) | Element::Bound(..))) => Some(element),
@@ -80,11 +81,11 @@ impl NatMappings {
         NatMappings { port_targets, masqueraded_ranges: replaced.then(|| masqueraded_ranges(rules)) }
     }
 
-    /// What differs in the rules that are in force now.
+    /// Compares the captured mappings with the rules now in force.
     pub fn stale_filters(self, rules: &State) -> Vec<StaleFilter> {
         let moved = self.port_targets.into_iter().filter_map(|(element, was)| {
             let now = target(&element, rules);
-            // Where nothing was published only datagrams have entries that stay.
+            // If the port was not published before, only UDP has entries that stay.
             let is_udp = matches!(element, Element::Port(_, Transport::Udp, _) | Element::Bound(_, Transport::Udp, _));
             (was != now && (was.is_some() || is_udp)).then_some(StaleFilter::Port { element, old_target: was, new_target: now })
         });
@@ -105,7 +106,7 @@ fn target(element: &Element, rules: &State) -> Option<SocketAddr> {
     }
 }
 
-/// The addresses from which what leaves for elsewhere is masqueraded.
+/// The source ranges whose traffic out of the overlay is masqueraded.
 fn masqueraded_ranges(rules: &State) -> Vec<RangeInclusive<IpAddr>> {
     let Some(Value::Ruleset(ruleset)) = rules.get(&Key::Ruleset(Table::Inet)) else { return Vec::new() };
     let rules = ruleset.chains.iter().flat_map(|chain| &chain.rules);
@@ -123,7 +124,7 @@ fn masqueraded_ranges(rules: &State) -> Vec<RangeInclusive<IpAddr>> {
     rules.filter_map(range).collect()
 }
 
-/// Deletes stale entries, those of callers at the same time by one dump.
+/// Deletes stale entries. Concurrent callers share one dump.
 #[derive(Debug, Default)]
 pub struct ConntrackCleaner {
     queue: Mutex<Vec<StaleFilter>>,
@@ -131,14 +132,15 @@ pub struct ConntrackCleaner {
 }
 
 impl ConntrackCleaner {
-    /// Deletes the entries that are stale, in the calling thread's network namespace; how many, those of other callers included. Blocks.
+    /// Deletes stale entries in the calling thread's network namespace; blocks. Returns their number, those of concurrent callers
+    /// included.
     ///
     /// # Errors
     /// The kernel has no ctnetlink, or refused.
     pub fn delete(&self, stale: Vec<StaleFilter>) -> Result<usize, OpError> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner).extend(stale);
         let _turn = self.delete_lock.lock().unwrap_or_else(PoisonError::into_inner);
-        // Empty where another caller took them along: its dump began after they were here.
+        // Empty if another caller handled these filters: its dump began after they were queued.
         let all = std::mem::take(&mut *self.queue.lock().unwrap_or_else(PoisonError::into_inner));
         delete_matching(&all)
     }
@@ -148,7 +150,7 @@ fn delete_matching(stale: &[StaleFilter]) -> Result<usize, OpError> {
     if stale.is_empty() {
         return Ok(0);
     }
-    let failed = |error: OpError| OpError { message: format!("cannot delete connections of conntrack: {error}"), ..error };
+    let failed = |error: OpError| OpError { message: format!("cannot delete conntrack entries: {error}"), ..error };
     let mut socket = NfnlSocket::open(codec::NFNL_SUBSYS_CTNETLINK).map_err(failed)?;
     let local_addresses = if stale.iter().any(|stale| matches!(stale, StaleFilter::Port { new_target: Some(_), .. })) {
         query(&[]).map_err(failed)?.addresses
@@ -163,25 +165,25 @@ fn delete_matching(stale: &[StaleFilter]) -> Result<usize, OpError> {
             found.push((object.family, identifying_attributes(object.attributes)));
         }
     };
-    // One dump of everything: the kernel locks each bucket of its table in turn, which takes as long as to write out some ten thousand entries, and a
-    // filter (`CTA_FILTER`, since Linux 5.8) has one value of a kind, so that two addresses would take two dumps.
+    // Dumps all entries once. The kernel locks each bucket of its table in turn, which takes as long as writing some ten thousand
+    // entries. A filter (`CTA_FILTER`, since Linux 5.8) holds one value of a kind, so two addresses would take two dumps.
     socket.dump(IPCTNL_MSG_CT_GET, codec::NFPROTO_UNSPEC, |_| (), &mut read).map_err(failed)?;
     for (family, names) in &found {
         let body = |w: &mut Writer| names.iter().for_each(|(kind, value)| w.bytes(*kind, value));
-        // One that is gone by itself is what was wanted.
+        // An entry that expired meanwhile needs no deletion.
         socket.get(IPCTNL_MSG_CT_DELETE, *family, body, |_| ()).map_err(failed)?;
     }
     Ok(found.len())
 }
 
-/// The attributes by which an entry is deleted: with its number it is no later one of the same flow.
+/// The attributes that identify an entry for deletion. Its id prevents deletion of a later entry of the same flow.
 fn identifying_attributes(attributes: &[u8]) -> Vec<(u16, Vec<u8>)> {
     let named = codec::attributes(attributes).filter(|(kind, _)| matches!(*kind, CTA_TUPLE_ORIG | CTA_ID));
     let nested = |kind| if kind == CTA_TUPLE_ORIG { kind | codec::NLA_F_NESTED } else { kind };
     named.map(|(kind, value)| (nested(kind), value.to_vec())).collect()
 }
 
-/// An entry: what its first packet had, and what the answers to it have.
+/// A conntrack entry, with the tuples of both directions.
 #[derive(Debug, Clone, Copy)]
 struct ConntrackEntry {
     protocol: u8,
@@ -190,7 +192,7 @@ struct ConntrackEntry {
     seen_reply: bool,
 }
 
-/// Sender and receiver; port 0 where the protocol has none.
+/// Source and destination; port 0 if the protocol has no ports.
 #[derive(Debug, Clone, Copy)]
 struct Tuple {
     source: SocketAddr,
@@ -198,7 +200,7 @@ struct Tuple {
 }
 
 impl ConntrackEntry {
-    /// `None` for an entry of a zone, which none of our rules makes, and of a protocol that is not IP.
+    /// `None` for entries of a zone, which our rules never create, and for non-IP protocols.
     fn read(attributes: &[u8]) -> Option<ConntrackEntry> {
         let [original, reply] = [CTA_TUPLE_ORIG, CTA_TUPLE_REPLY].map(|kind| codec::attribute(attributes, kind));
         let (original, reply) = (original?, reply?);
@@ -234,7 +236,8 @@ impl Tuple {
 }
 
 impl StaleFilter {
-    /// Whether the rules would do another thing to an entry's first packet. `is_own` says which addresses are the host's.
+    /// Whether the rules would now translate the entry's first packet differently. `is_local` tells whether an address belongs to
+    /// the host.
     fn matches(&self, entry: &ConntrackEntry, is_local: impl Fn(IpAddr) -> bool) -> bool {
         let ConntrackEntry { protocol, original, reply, seen_reply: answered } = entry;
         let (to, reached) = (original.destination, reply.source);
@@ -249,14 +252,15 @@ impl StaleFilter {
                     }
                     _ => false,
                 };
-                // A connection that was there before the port was published is the host's own and stays; only datagrams make no new one.
+                // A TCP connection that predates the publication belongs to the host and stays. UDP has no new connection: its
+                // datagrams keep the old entry alive.
                 let unpublished = now.is_some() && *protocol == Transport::Udp.number() && reached == to;
                 meant && ((*was == Some(reached) && reached != to) || (unpublished && is_local(to.ip())))
             }
             StaleFilter::Address(address) => original.source.ip() == *address || reached.ip() == *address,
             StaleFilter::Masqueraded(range) => {
                 let leaves = range.contains(&original.source.ip()) && !range.contains(&to.ip()) && !to.ip().is_multicast();
-                // What is answered needs no translation.
+                // An answered flow works without translation.
                 leaves && reply.destination == original.source && !answered
             }
         }
@@ -273,7 +277,7 @@ mod tests {
         text.parse().expect(text)
     }
 
-    /// A flow from outside to the host's port, which was translated to `is_blocked`.
+    /// A flow from outside to the host's port, translated to `reached`.
     fn flow(to: &str, reached: &str) -> ConntrackEntry {
         let client = socket_address("192.0.2.9:4000");
         ConntrackEntry {
@@ -305,7 +309,7 @@ mod tests {
         for now in [Some(SECOND), None] {
             let stale = port_filter(Some(FIRST), now);
             assert!(is_stale(&stale, &flow(HOST, FIRST)));
-            // Translated by another's rules, to another port, by another protocol, and to the container directly.
+            // Translated by foreign rules, to another port, with another protocol, and directly to the container.
             assert!(!is_stale(&stale, &flow(HOST, "10.0.0.7:53")));
             assert!(!is_stale(&stale, &flow("192.0.2.1:54", FIRST)));
             assert!(!is_stale(&stale, &ConntrackEntry { protocol: Transport::Tcp.number(), ..flow(HOST, FIRST) }));
@@ -359,7 +363,7 @@ mod tests {
         };
         assert!(is_stale(&stale, &there("198.51.100.1:53")));
         assert!(!is_stale(&stale, &ConntrackEntry { seen_reply: true, ..there("198.51.100.1:53") }));
-        assert!(!is_stale(&stale, &there("10.244.9.9:53")), "inside of the overlay");
+        assert!(!is_stale(&stale, &there("10.244.9.9:53")), "inside the overlay");
         assert!(!is_stale(&stale, &there("224.0.0.251:53")), "multicast");
         let masqueraded = Tuple { source: socket_address("198.51.100.1:53"), destination: socket_address("192.0.2.1:9") };
         assert!(!is_stale(&stale, &ConntrackEntry { reply: masqueraded, ..there("198.51.100.1:53") }));
@@ -404,7 +408,7 @@ mod tests {
         let expected = [stale(1, Some(FIRST), Some(SECOND)), stale(2, Some(FIRST), None), stale(4, None, Some(SECOND))];
         assert_eq!(translations.stale_filters(&rules), expected);
 
-        // With the table its elements go.
+        // Deleting the table deletes its elements.
         let table = Key::Ruleset(Table::Inet);
         rules.insert(table.clone(), Value::Ruleset(Box::default()));
         let ops = [Op::Delete(table, Value::Ruleset(Box::default()))];

@@ -1,7 +1,10 @@
-//! What the rules of a namespace do with a packet that is not sent: its headers go through the expressions of each chain as the kernel would
-//! have them go (`nft_do_chain` in net/netfilter/nf_tables_core.c). The packet is taken to be the first of its connection.
+//! Evaluates the nf_tables rules of a namespace for a packet that is not sent.
 //!
-//! What cannot be known beforehand (a limit, an unread match of xtables, a mark) makes a rule uncertain, and the verdict says so.
+//! The packet headers go through the expressions of each chain as in the kernel (`nft_do_chain` in
+//! net/netfilter/nf_tables_core.c). The packet is assumed to be the first of its connection.
+//!
+//! A rule is uncertain if it depends on state that cannot be predicted: a limit, an unsupported xtables match, a mark. The result
+//! lists such rules.
 
 use serde::{Deserialize, Serialize};
 
@@ -14,62 +17,62 @@ use crate::kernel::trace::packet::Packet;
 use crate::model::Family;
 use crate::plan::ruleset::Hook;
 
-/// Chains that jump to each other: the kernel allows 16 (`NFT_JUMP_STACK_SIZE`).
+/// Maximum depth of jumps between chains, as in the kernel.
 const NFT_JUMP_STACK_SIZE: usize = 16;
 const NFT_GOTO: u32 = (-4_i32).cast_unsigned();
 const NFT_CONTINUE: u32 = u32::MAX;
 
-/// What becomes of a packet at a hook.
+/// The outcome for a packet at a hook.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EvalResult {
-    /// Where it is dropped; absent where it passes.
+    /// The rule or policy that drops the packet; absent if it passes.
     pub dropped: Option<RuleRef>,
-    /// Rules before that which would let it pass, if they matched: that cannot be known beforehand.
+    /// Earlier rules that may accept the packet, whose match is uncertain.
     pub possible_accepts: Vec<RuleRef>,
-    /// Where it passes: rules that would drop it, if they matched.
+    /// Rules that may drop the packet, whose match is uncertain.
     pub possible_drops: Vec<RuleRef>,
-    /// Whether conntrack takes no notice of it from here on.
+    /// Whether conntrack ignores the packet from here on.
     pub untracked: bool,
-    /// How it is translated, and where.
+    /// The translation, and its rule.
     pub translation: Option<(Translation, RuleRef)>,
-    /// The base chains that it goes through, each as `inet overlayd_command incoming_chain`.
+    /// The base chains that the packet traverses, each as `inet overlayd incoming`.
     pub chains: Vec<String>,
 }
 
 impl EvalResult {
-    /// Whether it is dropped whatever cannot be known.
+    /// Whether the packet is dropped regardless of uncertain rules.
     pub fn is_certain_drop(&self) -> bool {
         self.dropped.is_some() && self.possible_accepts.is_empty()
     }
 }
 
-/// How an address of a packet is changed.
+/// An address translation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Translation {
-    /// The destination becomes another; the port is absent where it stays.
+    /// The destination changes.
     Destination {
-        /// The new address; absent where it stays.
+        /// The new address; absent if unchanged.
         address: Option<std::net::IpAddr>,
-        /// The new port.
+        /// The new port; absent if unchanged.
         port: Option<u16>,
     },
-    /// The source becomes another.
+    /// The source changes.
     Source {
-        /// The new address; absent where it stays.
+        /// The new address; absent if unchanged.
         address: Option<std::net::IpAddr>,
     },
-    /// The source becomes the address of the interface that the packet leaves by.
+    /// The source becomes the address of the output interface.
     Masquerade,
-    /// Translated in a way that cannot be read.
+    /// A translation that this program cannot decode.
     Unknown,
 }
 
-/// How a chain ended.
+/// The outcome of a chain.
 enum ChainOutcome {
     Accept,
     Drop(RuleRef),
-    /// Nothing decided.
+    /// No rule gave a verdict.
     NoVerdict,
 }
 
@@ -80,7 +83,8 @@ struct Evaluator<'a> {
 }
 
 impl RulesetSnapshot {
-    /// Has the packet pass the chains of a hook, by their priorities. `bridge_name` asks for the chains that see frames, not packets.
+    /// Evaluates the chains of a hook in priority order. `bridge` selects the bridge chains, which see frames, instead of the IP
+    /// chains.
     pub fn evaluate(&self, hook: Hook, bridge: bool, packet: &Packet) -> EvalResult {
         let result = EvalResult {
             dropped: None,
@@ -130,7 +134,7 @@ fn rule_ref(chain: &ChainDump, rule: Option<&RuleDump>) -> RuleRef {
     }
 }
 
-/// What a rule decides.
+/// The verdict of a rule.
 enum Verdict {
     Accept,
     Drop,
@@ -141,7 +145,8 @@ enum Verdict {
 }
 
 impl Evaluator<'_> {
-    /// A chain's rules in order. `unconditional` is false where the jump that led here is uncertain: nothing is decided then, only noted.
+    /// Evaluates a chain's rules in order. `unconditional` is false after an uncertain jump: verdicts are then recorded, not
+    /// final.
     fn eval_chain(&mut self, chain: &ChainDump, depth: usize, unconditional: bool) -> ChainOutcome {
         for rule in &chain.rules {
             let mut registers = Registers::new(self.packet, self.snapshot, chain, self.result.untracked);
@@ -154,7 +159,7 @@ impl Evaluator<'_> {
                 (_, Verdict::Accept) => self.result.possible_accepts.push(rule_ref(chain, Some(rule))),
                 (_, Verdict::Drop) => self.result.possible_drops.push(rule_ref(chain, Some(rule))),
                 (_, Verdict::Return) if matched == MatchResult::True => return ChainOutcome::NoVerdict,
-                // Nobody knows whether it goes on: the rules behind are followed, too.
+                // The return is uncertain: evaluation continues with the next rule.
                 (_, Verdict::Return) => {}
                 (_, Verdict::Jump(to)) => match self.eval_jump(chain, &to, depth, certain) {
                     ChainOutcome::NoVerdict => {}
@@ -208,7 +213,7 @@ impl Evaluator<'_> {
                     self.result.untracked |= matched == MatchResult::True;
                     None
                 }
-                // In a table of both families each rule translates packets of one.
+                // In an inet table, a NAT rule only translates packets of its own family.
                 "nat" if number(NFTA_NAT_FAMILY).is_some_and(|family| !self.is_packet_family(family)) => None,
                 "nat" | "masq" | "redir" => {
                     if matched == MatchResult::True {
@@ -243,7 +248,7 @@ impl Evaluator<'_> {
     }
 }
 
-/// The verdict in a data attribute.
+/// Decodes the verdict in a data attribute.
 fn parse_verdict(data: &[u8]) -> Option<Verdict> {
     let verdict = codec::attribute(data, NFTA_DATA_VERDICT)?;
     let chain = || {
@@ -257,7 +262,7 @@ fn parse_verdict(data: &[u8]) -> Option<Verdict> {
         NFT_RETURN => Verdict::Return,
         NFT_CONTINUE => Verdict::Continue,
         NF_ACCEPT => Verdict::Accept,
-        // A queue: some program decides.
+        // A queue: a userspace program decides.
         _ => Verdict::Accept,
     })
 }

@@ -1,8 +1,8 @@
-//! Rules as lists of nf_tables expressions, there and back.
+//! Encodes and decodes rules as lists of nf_tables expressions.
 //!
-//! A match is a load into a register, a mask where only some bits count, and a comparison or a look-up in a set; fields of a look-up are loaded one
-//! behind the other. In the inet family a comparison of the layer 3 protocol goes before the first field of a rule that needs it. Reading knows a
-//! match again however its mask was written, so that what is equal in effect compares equal; what it does not know becomes [`Expr::HostInterfaces`].
+//! A match is a load, an optional mask, and a comparison or set lookup. Several lookup fields are loaded into consecutive
+//! registers. In the inet family, a layer 3 protocol comparison precedes the first field of a rule that needs it. Decoding
+//! accepts any encoding of a mask, so that equivalent rules compare equal. Unsupported expressions decode as [`Expr::Foreign`].
 
 mod field;
 mod raw;
@@ -19,19 +19,19 @@ use raw::{Nat, RawExpr};
 use uapi::*;
 pub(super) use uapi::{IFNAMSIZ, NFTA_DATA_VALUE};
 
-/// How a rule's matches are written.
+/// The encoding of a rule's matches.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum RuleEncoding {
-    /// For a table of the inet family, as `nft` writes it: the protocol is matched, whole bytes need no mask.
+    /// For an inet table, as `nft` writes it: the protocol is matched, whole bytes need no mask.
     Inet,
-    /// For a table of the bridge family: the rule matches the protocol itself.
+    /// For a bridge table: the rule matches the protocol itself.
     Bridge,
-    /// For a table of one family, as every release of `iptables-nft` reads it: whole addresses with a mask.
+    /// For an ip or ip6 table, as every release of `iptables-nft` reads it: whole addresses with a mask.
     Iptables(Family),
 }
 
 impl RuleEncoding {
-    /// That of one of our tables.
+    /// The encoding of one of our tables.
     pub(super) const fn for_table(table: Table) -> RuleEncoding {
         match table {
             Table::Inet => RuleEncoding::Inet,
@@ -39,7 +39,7 @@ impl RuleEncoding {
         }
     }
 
-    /// The table that its sets are in.
+    /// The table that holds the sets.
     const fn table(self) -> Table {
         match self {
             RuleEncoding::Bridge => Table::Bridge,
@@ -48,7 +48,7 @@ impl RuleEncoding {
     }
 }
 
-/// Writes the attribute that holds a rule's expressions. [`Expr::HostInterfaces`] has no form and is left out: check before.
+/// Writes the attribute of a rule's expressions. [`Expr::Foreign`] cannot be encoded and is skipped; validate the rule first.
 pub(super) fn write(writer: &mut Writer, rule: &Rule, encoding: RuleEncoding) {
     writer.nest(codec::NFTA_RULE_EXPRESSIONS, |w| {
         let mut protocol = None;
@@ -65,7 +65,7 @@ pub(super) fn write(writer: &mut Writer, rule: &Rule, encoding: RuleEncoding) {
     });
 }
 
-/// The family whose header an expression looks at.
+/// The family whose IP header an expression reads.
 fn expr_family(expr: &Expr) -> Option<Family> {
     match expr {
         Expr::Source { cidr, .. } | Expr::Destination { cidr, .. } => Some(cidr.family()),
@@ -150,7 +150,7 @@ fn write_expr(w: &mut Writer, expr: &Expr, encoding: RuleEncoding) {
     }
 }
 
-/// How the data of a map are laid out for a translation: address, then port.
+/// The layout of a map's data for a translation: address, then port.
 fn nat_for_map(map: SetName) -> Option<Nat> {
     match map {
         SetName::Bound(family) | SetName::Ports(family) => Some(Nat { family, port_reg32: u32::from(family.bits() / 32) }),
@@ -182,7 +182,7 @@ fn write_interface_match(w: &mut Writer, key: u32, name: &str) {
     compare(w, NFT_CMP_EQ, &padded);
 }
 
-/// What is loaded into a register.
+/// The source of a register load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum RegisterLoad {
     /// `NFT_META_*`.
@@ -196,7 +196,7 @@ enum RegisterLoad {
     },
 }
 
-/// Loads into the register at a place.
+/// Writes a load into a register. `reg32` counts registers in units of 4 bytes.
 fn load(w: &mut Writer, source: RegisterLoad, reg32: u32) {
     match source {
         RegisterLoad::Meta(key) => expression(w, "meta", |w| {
@@ -251,7 +251,7 @@ fn expression(w: &mut Writer, name: &str, data: impl FnOnce(&mut Writer)) {
     });
 }
 
-/// Reads a rule from the attributes of its message.
+/// Decodes a rule from the attributes of its message.
 pub(super) fn read(attributes: &[u8], encoding: RuleEncoding) -> Rule {
     let raw: Vec<RawExpr<'_>> = codec::attribute(attributes, codec::NFTA_RULE_EXPRESSIONS)
         .map(|list| codec::attributes(list).map(|(_, element)| RawExpr::read(element)).collect())
@@ -261,7 +261,7 @@ pub(super) fn read(attributes: &[u8], encoding: RuleEncoding) -> Rule {
         RuleEncoding::Iptables(family) => Some(family),
         RuleEncoding::Inet | RuleEncoding::Bridge => None,
     };
-    // A match on the protocol that no field has needed yet.
+    // A protocol match that no field has used yet.
     let mut protocol_pending = false;
     let mut rest = raw.as_slice();
     while let Some(first) = rest.first() {
@@ -287,7 +287,7 @@ pub(super) fn read(attributes: &[u8], encoding: RuleEncoding) -> Rule {
         if let Some(family) = expr.as_ref().and_then(expr_family) {
             protocol_pending &= protocol != Some(family);
         }
-        // In a table of the bridge family the rule says itself what protocol its addresses are of.
+        // In a bridge table, the rule itself matches the protocol of its addresses.
         if let (Some(Expr::Field { field: Field::Protocol, negate: false, value }), RuleEncoding::Bridge) = (&expr, encoding) {
             protocol = match value.as_slice() {
                 [0x08, 0x00] => Some(Family::V4),
@@ -306,7 +306,7 @@ pub(super) fn read(attributes: &[u8], encoding: RuleEncoding) -> Rule {
     Rule { exprs }
 }
 
-/// The text of iptables' `-m rule_comment`, where a rule has one (`struct xt_comment_info`, `linux/netfilter/xt_comment.h`).
+/// The text of a rule's `-m comment` match (`struct xt_comment_info`, `linux/netfilter/xt_comment.h`), as iptables writes it.
 pub(super) fn comment_match(attributes: &[u8]) -> Option<&[u8]> {
     codec::attributes(codec::attribute(attributes, codec::NFTA_RULE_EXPRESSIONS)?).find_map(|(_, element)| {
         let data = codec::attribute(element, NFTA_EXPR_DATA)?;
@@ -317,7 +317,7 @@ pub(super) fn comment_match(attributes: &[u8]) -> Option<&[u8]> {
     })
 }
 
-/// A match on an address range: load, perhaps a mask, comparison. What it means and how many expressions it is.
+/// Decodes a match on a CIDR: load, optional mask, comparison. Returns the match and the number of expressions.
 fn read_address(protocol: Option<Family>, rest: &[RawExpr<'_>]) -> Option<(Option<Expr>, usize)> {
     let network = |what: &RegisterLoad| match what {
         RegisterLoad::Payload { base: NFT_PAYLOAD_NETWORK_HEADER, offset, length } => Some((*offset, *length)),
@@ -347,7 +347,7 @@ fn parse_address_match(
     if loaded > size || value.len() != loaded || mask.is_some_and(|mask| mask.len() != loaded) {
         return None;
     }
-    // As numbers, left-aligned: bytes that were not loaded are not compared.
+    // As left-aligned numbers: bytes that were not loaded are not compared.
     let number = |bytes: &[u8]| {
         let mut all = [0; 16];
         all[..bytes.len()].copy_from_slice(bytes);
@@ -374,7 +374,7 @@ fn parse_address_match(
     }
 }
 
-/// A match on the addresses from one to another: load and comparison.
+/// Decodes a match on an address range: load and comparison.
 fn read_range(protocol: Option<Family>, rest: &[RawExpr<'_>]) -> Option<(Option<Expr>, usize)> {
     let [
         RawExpr::Load { source: RegisterLoad::Payload { base: NFT_PAYLOAD_NETWORK_HEADER, offset, length }, reg32: 0 },
@@ -398,7 +398,7 @@ fn read_range(protocol: Option<Family>, rest: &[RawExpr<'_>]) -> Option<(Option<
     (whole(first) && whole(last)).then_some((Some(expr), 2))
 }
 
-/// Matches on what the kernel knows of a packet's destination and connection.
+/// Decodes matches on the destination's address type and the connection's status.
 fn read_fib_or_ct(rest: &[RawExpr<'_>]) -> Option<(Option<Expr>, usize)> {
     match rest {
         [RawExpr::DestinationType, RawExpr::Compare { operation: NFT_CMP_EQ, value }, ..]
@@ -420,7 +420,7 @@ fn address_bytes(cidr: Cidr) -> [u8; 16] {
     (address_value(cidr.base()) << (128 - u32::from(cidr.family().bits()))).to_be_bytes()
 }
 
-/// A prefix of that many ones, left-aligned in 16 bytes.
+/// A netmask of this prefix length, left-aligned in 16 bytes.
 fn mask_bytes(length: u8) -> [u8; 16] {
     u128::MAX.checked_shl(128 - u32::from(length)).unwrap_or(0).to_be_bytes()
 }
@@ -429,7 +429,7 @@ fn operation(negate: bool) -> u32 {
     if negate { NFT_CMP_NEQ } else { NFT_CMP_EQ }
 }
 
-/// The number of the register at a place.
+/// The kernel's number of a register that is counted in units of 4 bytes.
 fn register_number(reg32: u32) -> u32 {
     if reg32 == 0 { NFT_REG_1 } else { NFT_REG32_00 + reg32 }
 }
@@ -446,7 +446,7 @@ pub(super) const fn protocol_number(family: Family) -> u8 {
     }
 }
 
-/// The address family of an nf_tables family; `None` for those of both or neither.
+/// The address family of an nf_tables family; `None` for inet, bridge and unknown ones.
 pub(super) const fn protocol_family(number: u8) -> Option<Family> {
     match number {
         NFPROTO_IPV4 => Some(Family::V4),

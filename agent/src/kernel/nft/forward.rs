@@ -1,8 +1,8 @@
-//! Our accept rules in the FORWARD chain of iptables (`ip filter FORWARD`, `ip6 filter FORWARD`).
+//! Our accept rules in iptables' FORWARD chains (`ip filter FORWARD`, `ip6 filter FORWARD`).
 //!
-//! A DROP there wins over the accept in our own table. The rules are ours by their comment; they are written as `iptables-nft` writes
-//! its own, so that `iptables -S` shows them and leaves them alone. What `iptables-restore` writes back from a saved copy of them has
-//! the comment in the form of an xtables match: that is ours as well, and is replaced.
+//! A DROP in these chains overrides the accept in our own table. A comment marks our rules. They are encoded as `iptables-nft`
+//! does, so that `iptables -S` lists them and leaves them unchanged. `iptables-restore` writes the comment of saved rules as an
+//! xtables match; we recognise such rules as ours and replace them.
 
 use super::codec::{self, NLM_F_CREATE, Object, Writer};
 use super::expr::{self, RuleEncoding};
@@ -12,32 +12,32 @@ use crate::model::{Cidr, Family};
 use crate::plan::OpError;
 use crate::plan::ruleset::{Expr, Hook, Rule};
 
-/// The table and chain of iptables, in each family.
+/// The table and chain of iptables, the same in each family.
 pub(super) const TABLE: &str = "filter";
 pub(super) const CHAIN: &str = "FORWARD";
 
-/// The comment by which a rule there is ours.
+/// The comment that marks our rules.
 const RULE_COMMENT: &str = crate::plan::ruleset::TABLE;
 
-/// `NFTNL_UDATA_RULE_COMMENT`, libnftnl's `include/libnftnl/udata.h`: the type of a comment in a rule's user data, which is a list of
-/// type (1 byte), length (1 byte) and value, here a text with its terminating zero.
+/// `NFTNL_UDATA_RULE_COMMENT`, libnftnl's `include/libnftnl/udata.h`: the type of a comment in a rule's user data. User data are
+/// a list of type (1 byte), length (1 byte) and value; this value is a string with its terminating zero.
 const NFTNL_UDATA_RULE_COMMENT: u8 = 0;
 
-/// How often a change is computed anew because others changed nf_tables between reading and writing.
+/// Maximum number of attempts to apply a change, if other processes change nf_tables meanwhile.
 const MAX_RETRIES: u32 = 32;
 
-/// What a family's FORWARD chain holds.
+/// The state of a family's FORWARD chain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct ForwardChain {
-    /// Packets that no rule decides are dropped.
+    /// The chain's policy is drop.
     pub(super) policy_drop: bool,
     /// Our rules by handle, in order.
     rules: Vec<(u64, Rule)>,
 }
 
 impl ForwardChain {
-    /// The network that our rules there accept. Where they are not exactly the two that there should be, the unspecified address as
-    /// a range of one, which no network is: so it differs from any, and from none.
+    /// The network that our rules accept. If they are not exactly the two expected rules, it is the unspecified address with full
+    /// prefix length. No network has this value, so it differs from every network and from `None`.
     pub(super) fn accepted_network(&self, family: Family) -> Option<Cidr> {
         let (_, first) = self.rules.first()?;
         let cidr = match first.exprs.first() {
@@ -53,13 +53,13 @@ impl ForwardChain {
     }
 }
 
-/// The two rules for a network.
+/// The two accept rules of a network.
 fn accept_rules(cidr: Cidr) -> [Rule; 2] {
     [Expr::Source { cidr, negate: false }, Expr::Destination { cidr, negate: false }]
         .map(|range| Rule { exprs: vec![range, Expr::Counter, Expr::Accept] })
 }
 
-/// Reads a family's chain. To be called inside [`NfnlSocket::read_consistent`].
+/// Reads a family's chain. Call inside [`NfnlSocket::read_consistent`].
 pub(super) fn read(socket: &mut NfnlSocket, family: Family) -> Result<ForwardChain, OpError> {
     let number = expr::protocol_number(family);
     let policy = |object: Object<'_>| {
@@ -88,7 +88,8 @@ pub(super) fn read(socket: &mut NfnlSocket, family: Family) -> Result<ForwardCha
     Ok(ForwardChain { policy_drop: policy == Some(codec::NF_DROP), rules })
 }
 
-/// Makes our rules there the two for `wanted`, at the head of the chain, or none. Writes nothing where that is so already.
+/// Replaces our rules by the two of `network`, or removes them. The rules stand at the head of the chain. Writes nothing if the
+/// rules are already right.
 pub(super) fn set(socket: &mut NfnlSocket, family: Family, network: Option<Cidr>) -> Result<(), OpError> {
     let number = expr::protocol_number(family);
     let mut last = None;
@@ -110,7 +111,7 @@ pub(super) fn set(socket: &mut NfnlSocket, family: Family, network: Option<Cidr>
                     w.u64(codec::NFTA_RULE_HANDLE, *handle);
                 });
             }
-            // Without `NLM_F_APPEND` a rule becomes the first: so the last one goes first.
+            // Without `NLM_F_APPEND` the kernel inserts at the head, so the rules are sent in reverse order.
             for rule in new.iter().flatten().rev() {
                 transaction.push_message(codec::NFT_MSG_NEWRULE, NLM_F_CREATE, number, |w| {
                     write_rule_chain(w);
@@ -121,7 +122,7 @@ pub(super) fn set(socket: &mut NfnlSocket, family: Family, network: Option<Cidr>
         });
         match outcome {
             Ok(()) => return Ok(()),
-            // Others were faster: nothing was changed, look again.
+            // Another process was faster; nothing was changed. Read again.
             Err(TransactionError { error, .. }) if matches!(error.errno, ERESTART | libc::ENOBUFS) => last = Some(error),
             Err(TransactionError { error, .. }) => return Err(describe(error, family)),
         }
@@ -141,9 +142,9 @@ fn describe(error: OpError, family: Family) -> OpError {
     };
     let OpError { errno, message } = error;
     let message = match errno {
-        libc::ENOENT => "there is no such chain: nothing of iptables stands in the way of this family".to_owned(),
+        libc::ENOENT => "no such chain: iptables does not filter forwarded packets of this family".to_owned(),
         ERESTART => {
-            format!("nf_tables changed before each of {MAX_RETRIES} writes: find what rewrites it so often with `nft monitor`")
+            format!("nf_tables changed before each of {MAX_RETRIES} writes: find the process that rewrites it with `nft monitor`")
         }
         _ => message,
     };
@@ -155,7 +156,7 @@ fn comment_user_data(comment: &str) -> Vec<u8> {
     [&[NFTNL_UDATA_RULE_COMMENT, length], comment.as_bytes(), &[0]].concat()
 }
 
-/// Whether a rule has our comment, in either form.
+/// Whether a rule has our comment, as user data or as an xtables match.
 fn is_ours(attributes: &[u8]) -> bool {
     let text = codec::attribute(attributes, codec::NFTA_RULE_USERDATA)
         .and_then(rule_comment)

@@ -1,4 +1,4 @@
-//! Changes of nf_tables by others, as they happen. No task of its own: whoever awaits [`NftMonitor::changed`] does the work.
+//! Reports nf_tables changes by other processes. It spawns no task: the caller that awaits [`NftMonitor::changed`] does the work.
 
 use std::future::poll_fn;
 use std::io;
@@ -17,24 +17,24 @@ use crate::kernel::monitor::{OWN_SOCKETS, attach_filter};
 use crate::plan::OpError;
 use crate::plan::ruleset::TABLE;
 
-/// Bytes of a receive: events come in datagrams of at most a page (`NLMSG_GOODSIZE`), several to one.
+/// Bytes per receive. Events come in datagrams of at most a page (`NLMSG_GOODSIZE`), several per datagram.
 const RECEIVE_BUFFER_LEN: usize = 64 * 1024;
 
-/// Receive buffer in bytes: `kube-proxy` or Docker starting anew write some thousand rules at once.
+/// Socket receive buffer in bytes. A restart of `kube-proxy` or Docker writes some thousand rules at once.
 const SOCKET_BUFFER_LEN: usize = 4 * 1024 * 1024;
 
-/// What others changed.
+/// A change by another process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NftChange {
-    /// Something in one of our tables, or the table itself.
+    /// One of our tables, or an object in it.
     OwnTables,
-    /// The FORWARD chain of iptables in one of the families: its rules, its policy, or that it exists.
+    /// An iptables FORWARD chain: its rules, its policy, or its existence.
     Forward,
     /// Events were lost: anything may have changed.
     Lost,
 }
 
-/// Follows nf_tables in one network namespace.
+/// Monitors nf_tables in one network namespace.
 pub struct NftMonitor {
     socket: TokioSocket,
     own_port_id: Option<u32>,
@@ -42,7 +42,7 @@ pub struct NftMonitor {
     pending: PendingChanges,
 }
 
-/// What was seen and not handed out yet.
+/// Changes seen but not yet returned.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 struct PendingChanges {
     own_tables: bool,
@@ -51,11 +51,11 @@ struct PendingChanges {
 }
 
 impl NftMonitor {
-    /// Begins to follow the calling thread's network namespace. Changes through sockets with these port ids ([`super::Nft::port_id`]) are
-    /// left out. Must be called inside a tokio runtime with I/O.
+    /// Subscribes to nf_tables events of the calling thread's network namespace. Changes by the socket with `own_port_id`
+    /// ([`super::Nft::port_id`]) are not reported. Must be called inside a tokio runtime with I/O.
     ///
     /// # Errors
-    /// The kernel has no nfnetlink, or the process may not listen (`CAP_NET_ADMIN`).
+    /// The kernel has no nfnetlink, or the process lacks permission (`CAP_NET_ADMIN`).
     pub fn open(own_port_id: Option<u32>) -> Result<NftMonitor, OpError> {
         let open = || -> io::Result<TokioSocket> {
             let mut socket = TokioSocket::new(NETLINK_NETFILTER)?;
@@ -63,24 +63,25 @@ impl NftMonitor {
             if setsockopt(socket.socket_ref(), sockopt::RcvBufForce, &SOCKET_BUFFER_LEN).is_err() {
                 setsockopt(socket.socket_ref(), sockopt::RcvBuf, &SOCKET_BUFFER_LEN)?;
             }
-            // A transaction's events come together and carry the port id of its socket: our own are not even queued.
+            // All events of a transaction carry the port id of its socket. The socket filter drops our own events before the
+            // kernel queues them.
             if let Some(own) = own_port_id {
                 attach_filter(socket.socket_ref().as_fd(), [own; OWN_SOCKETS], true)?;
             }
             socket.socket_mut().add_membership(codec::NFNLGRP_NFTABLES)?;
             Ok(socket)
         };
-        let socket = open().map_err(|error| io_error("listening to changes of nf_tables", &error))?;
+        let socket = open().map_err(|error| io_error("subscribing to nf_tables events", &error))?;
         Ok(NftMonitor { socket, own_port_id, buffer: Vec::with_capacity(RECEIVE_BUFFER_LEN), pending: PendingChanges::default() })
     }
 
-    /// The socket that listens.
+    /// The event socket.
     pub(in crate::kernel) fn socket(&self) -> &Socket {
         self.socket.socket_ref()
     }
 
-    /// Waits for the next change by others. Changes of a kind that arrive before it is asked for come out as one. Cancel-safe: what
-    /// was received is kept in `self` before anything is awaited.
+    /// Waits for the next change by another process. Changes of one kind that arrive between two calls are merged. Cancel-safe:
+    /// received data are kept in `self` before the next await.
     ///
     /// # Errors
     /// The socket failed; open a new monitor.
@@ -92,12 +93,12 @@ impl NftMonitor {
             self.buffer.clear();
             let (socket, buffer) = (&self.socket, &mut self.buffer);
             match poll_fn(|context| socket.poll_recv(context, buffer)).await {
-                // A full buffer means that the end was cut off.
+                // A full buffer means a truncated datagram.
                 Ok(()) if self.buffer.len() == self.buffer.capacity() => self.pending.lost = true,
                 Ok(()) => self.pending.record(&self.buffer, self.own_port_id),
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => self.pending.lost = true,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(io_error("reading changes of nf_tables", &error)),
+                Err(error) => return Err(io_error("reading nf_tables events", &error)),
             }
         }
     }
@@ -106,7 +107,7 @@ impl NftMonitor {
 impl PendingChanges {
     fn pop(&mut self) -> Option<NftChange> {
         if std::mem::take(&mut self.lost) {
-            // Who dumps again sees the rest as well.
+            // The new dump after a loss covers the other pending changes too.
             *self = PendingChanges::default();
             Some(NftChange::Lost)
         } else if std::mem::take(&mut self.own_tables) {
@@ -116,7 +117,7 @@ impl PendingChanges {
         }
     }
 
-    /// Folds in the events of a datagram.
+    /// Adds the events of a datagram.
     fn record(&mut self, datagram: &[u8], own_port_id: Option<u32>) {
         for received in codec::messages(datagram) {
             if own_port_id == Some(received.port_id) {
@@ -133,9 +134,9 @@ impl PendingChanges {
     }
 }
 
-/// Whom an event concerns. The table's name is the first attribute of each kind of event, so that this costs little.
+/// Maps an event to the change that it means for us. This is cheap: the table's name is the first attribute of each event.
 fn classify_event(object: Object<'_>) -> Option<NftChange> {
-    // Attribute 1 is the table's name in every nf_tables message but this one, which closes each transaction.
+    // NEWGEN ends each transaction. In every other nf_tables message, attribute 1 is the table's name.
     if object.kind == codec::NFT_MSG_NEWGEN {
         return None;
     }

@@ -1,5 +1,5 @@
-//! One nfnetlink socket: requests with an answer, dumps and transactions. Blocking; the kernel does the work inside `send`, so the
-//! answers wait to be read when it returns.
+//! A blocking nfnetlink socket: requests with an answer, dumps and transactions. The kernel does the work inside `send`, so the
+//! answers are ready when it returns.
 
 use std::fmt::Display;
 use std::io;
@@ -13,35 +13,35 @@ use nix::sys::time::TimeVal;
 use super::codec::{self, Object, Payload, Writer};
 use crate::plan::OpError;
 
-/// How often a dump is repeated because others changed nf_tables meanwhile. A dump takes some hundred microseconds.
+/// Maximum number of dump attempts while other processes change nf_tables. A dump takes some hundred microseconds.
 const MAX_DUMP_RETRIES: u32 = 32;
 
-/// How long the kernel may take to answer: far more than it ever does, also while another process holds its nf_tables lock.
+/// Timeout for an answer of the kernel. It is far longer than any real wait, including that for another process's nf_tables lock.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Bytes of a receive: the kernel's answers have at most 32 KiB (`netlink_dump` in `net/netlink/af_netlink.c`).
+/// Bytes per receive. The kernel's answers have at most 32 KiB (`netlink_dump` in `net/netlink/af_netlink.c`).
 const RECEIVE_BUFFER_LEN: usize = 64 * 1024;
 
-/// Socket buffers in bytes: a transaction is one datagram, and with set elements it grows with the number of peers.
+/// Socket buffers in bytes. A transaction is one datagram; with set elements it grows with the number of peers.
 const SOCKET_BUFFER_LEN: usize = 4 * 1024 * 1024;
 
-/// "Interrupted system call should be restarted", `include/linux/errno.h`: the generation is no longer the present one.
+/// "Interrupted system call should be restarted", `include/linux/errno.h`: the generation is outdated.
 pub(super) const ERESTART: i32 = 85;
 
-/// A socket for requests.
+/// A request socket.
 pub(super) struct NfnlSocket {
     socket: Socket,
     subsystem: u8,
     port_id: u32,
     sequence: u32,
-    /// Transactions of this socket that are in force.
+    /// Number of successful transactions of this socket.
     commits: u32,
     buffer: Vec<u8>,
 }
 
-/// Why a transaction was refused as a whole: nothing of it is in force.
+/// The error of a refused transaction. Nothing of it is in force.
 pub(super) struct TransactionError {
-    /// Which of its changes was refused, counted from 0; `None` where it was none in particular.
+    /// The index of the refused change; `None` if the error concerns no particular change.
     pub(super) index: Option<u32>,
     /// The reason.
     pub(super) error: OpError,
@@ -59,7 +59,7 @@ impl NfnlSocket {
     /// Opens a socket for a subsystem in the calling thread's network namespace.
     ///
     /// # Errors
-    /// The kernel has no nfnetlink, or the process no file descriptors left.
+    /// The kernel has no nfnetlink, or the process has no file descriptors left.
     pub(super) fn open(subsystem: u8) -> Result<NfnlSocket, OpError> {
         let open = || -> io::Result<(Socket, SocketAddr)> {
             let mut socket = Socket::new(NETLINK_NETFILTER)?;
@@ -68,7 +68,7 @@ impl NfnlSocket {
             socket.set_ext_ack(true)?;
             let seconds = i64::try_from(ANSWER_TIMEOUT.as_secs()).unwrap_or(i64::MAX);
             setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::new(seconds, 0))?;
-            // Forced sizes need CAP_NET_ADMIN; without it the system's limits hold and nothing else works either.
+            // Forced sizes need CAP_NET_ADMIN. Without it the system limits apply, and every other call fails too.
             if setsockopt(&socket, sockopt::SndBufForce, &SOCKET_BUFFER_LEN).is_err() {
                 setsockopt(&socket, sockopt::SndBuf, &SOCKET_BUFFER_LEN)?;
             }
@@ -93,7 +93,7 @@ impl NfnlSocket {
         self.port_id
     }
 
-    /// Asks for one object. `None` where it does not exist.
+    /// Gets one object; `None` if it does not exist.
     pub(super) fn get<T>(
         &mut self,
         message: u8,
@@ -109,7 +109,7 @@ impl NfnlSocket {
         }
     }
 
-    /// Asks for all objects of a kind in a family that `parse_body` does not exclude.
+    /// Dumps all objects of a kind in a family, filtered by the attributes from `body`.
     pub(super) fn dump(
         &mut self,
         message: u8,
@@ -120,23 +120,24 @@ impl NfnlSocket {
         self.request(message, codec::NLM_F_DUMP, family, body, read)
     }
 
-    /// Reads several things as they stand at one moment, and says which generation that is. `read` is called again when others
-    /// changed nf_tables meanwhile.
+    /// Reads several objects at one moment, and returns their generation. `read` is called again if another process changed
+    /// nf_tables meanwhile.
     pub(super) fn read_consistent<T>(
         &mut self,
         mut read: impl FnMut(&mut NfnlSocket) -> Result<T, OpError>,
     ) -> Result<(T, u32), OpError> {
         for attempt in 0..MAX_DUMP_RETRIES {
             let generation = self.generation()?;
-            // The kernel numbers a generation before it puts it into force, so the number alone does not say that all of it is.
+            // The kernel increments the generation before it commits. The number alone therefore does not prove a complete
+            // commit.
             if self.wait_for_generation(generation)? {
                 let outcome = read(self);
-                // A dump counts by place in a list, and a transaction that is being prepared has its rules in that list already, before its
-                // generation has a number: what was read of it may be there twice (`__nf_tables_dump_rules` in
+                // A dump resumes by position in a list. A transaction in preparation already has its rules in that list, before
+                // its generation has a number. A dump can therefore return an object twice (`__nf_tables_dump_rules` in
                 // net/netfilter/nf_tables_api.c).
                 let same = self.wait_for_generation(generation)?;
                 match outcome {
-                    // What was asked for may have changed or gone meanwhile.
+                    // The objects may have changed or disappeared meanwhile.
                     _ if !same => {}
                     Ok(value) => return Ok((value, generation)),
                     Err(error) if matches!(error.errno, libc::EINTR | libc::ENOBUFS) => {}
@@ -146,21 +147,21 @@ impl NfnlSocket {
             std::thread::sleep(Duration::from_micros(50) * attempt);
         }
         let message = format!(
-            "nf_tables changed during each of {MAX_DUMP_RETRIES} dumps: find what rewrites it so often with `nft monitor`"
+            "nf_tables changed during each of {MAX_DUMP_RETRIES} dumps: find the process that rewrites it with `nft monitor`"
         );
         Err(OpError { errno: libc::EINTR, message })
     }
 
-    /// Waits for a transaction that is being put into force, and tells whether the generation still is the present one after it. Done
-    /// by a transaction without changes, for which the kernel takes its lock of nf_tables and compares the generation (`nf_tables_valid_genid`
-    /// and `nf_tables_commit` in net/netfilter/nf_tables_api.c), and which makes no generation of its own.
+    /// Waits for a running commit, and returns whether the generation is still current. It sends a transaction without changes:
+    /// the kernel takes its nf_tables lock and compares the generation, but creates no new one (`nf_tables_valid_genid` and
+    /// `nf_tables_commit` in net/netfilter/nf_tables_api.c).
     fn wait_for_generation(&mut self, generation: u32) -> Result<bool, OpError> {
         let begin = self.allocate_sequence(2);
         let mut writer = Writer::default();
         begin_batch(&mut writer, begin, Some(generation));
         end_batch(&mut writer, begin.wrapping_add(1));
         self.send(&writer)?;
-        // Only a refusal is answered, and it is there when `send` returns.
+        // The kernel only answers errors, and the answer is ready when `send` returns.
         loop {
             self.buffer.clear();
             match self.socket.recv(&mut self.buffer, libc::MSG_DONTWAIT) {
@@ -181,8 +182,7 @@ impl NfnlSocket {
         }
     }
 
-    /// Puts `total` changes into force together, or none of them. With a generation, only where that is still the present one
-    /// (`ERESTART` otherwise).
+    /// Commits `total` changes together, or none of them. With a generation, only if it is still current (`ERESTART` otherwise).
     pub(super) fn commit(
         &mut self,
         generation: Option<u32>,
@@ -204,7 +204,7 @@ impl NfnlSocket {
                 let index = received.sequence.wrapping_sub(begin);
                 let Payload::Ack { errno, text } = received.payload else { return ReadControl::Continue };
                 if index > count {
-                    // Left over from an earlier transaction.
+                    // An answer to an earlier transaction.
                     return ReadControl::Continue;
                 }
                 if errno != 0 && refused.is_none() {
@@ -213,7 +213,7 @@ impl NfnlSocket {
                         error: kernel_error(codec::NFNL_SUBSYS_NFTABLES, errno, text),
                     });
                 }
-                // The opening message is answered only when the whole was refused, the last change always.
+                // The begin message is answered only if the whole transaction was refused, the last change always.
                 if index == 0 || index == count { ReadControl::Stop } else { ReadControl::Continue }
             })
         });
@@ -227,18 +227,19 @@ impl NfnlSocket {
         }
     }
 
-    /// The number of transactions in this namespace that were none of this socket's, and a constant.
+    /// The number of transactions by other sockets in this namespace, plus a constant.
     pub(super) fn foreign_generation(&mut self) -> Result<u32, OpError> {
-        // A transaction of ours that changed nothing has no number: then this is one less, and no longer the same as before.
+        // Our own transaction without changes creates no generation. The result is then one less, which only looks like a foreign
+        // change.
         Ok(self.generation()?.wrapping_sub(self.commits))
     }
 
-    /// The number of transactions that nf_tables has seen in this namespace.
+    /// The number of nf_tables transactions in this namespace.
     fn generation(&mut self) -> Result<u32, OpError> {
         let read = |object: Object<'_>| codec::attribute_u32(object.attributes, codec::NFTA_GEN_ID);
         self.get(codec::NFT_MSG_GETGEN, 0, |_| {}, read)?
             .flatten()
-            .ok_or_else(|| OpError { errno: 0, message: "the kernel did not say the generation of nf_tables".to_owned() })
+            .ok_or_else(|| OpError { errno: 0, message: "the kernel did not report the nf_tables generation".to_owned() })
     }
 
     fn request(
@@ -251,7 +252,7 @@ impl NfnlSocket {
     ) -> Result<(), OpError> {
         let sequence = self.allocate_sequence(1);
         let dump = flags & codec::NLM_F_DUMP != 0;
-        // A dump ends by a message of its own, other requests by the acknowledgement.
+        // A dump ends with a done message, other requests with the acknowledgement.
         let flags = flags | codec::NLM_F_REQUEST | if dump { 0 } else { codec::NLM_F_ACK };
         let mut writer = Writer::default();
         writer.message(codec::message_type(self.subsystem, message), flags, sequence, family, 0, body);
@@ -286,7 +287,7 @@ impl NfnlSocket {
         }
     }
 
-    /// Takes sequence numbers for as many messages; the first of them.
+    /// Reserves sequence numbers for several messages; returns the first.
     fn allocate_sequence(&mut self, messages: u32) -> u32 {
         let first = self.sequence.wrapping_add(1);
         self.sequence = self.sequence.wrapping_add(messages);
@@ -306,7 +307,7 @@ impl NfnlSocket {
         }
     }
 
-    /// Hands each message that arrives to `handle` until that has what it wants, to the end of the datagram.
+    /// Passes received messages to `handle` until it returns `Stop`. The rest of that datagram is passed on too.
     fn receive(&mut self, mut handle: impl FnMut(codec::ReceivedMessage<'_>) -> ReadControl) -> Result<(), OpError> {
         loop {
             self.buffer.clear();
@@ -314,7 +315,7 @@ impl NfnlSocket {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    let message = format!("nf_tables gave no answer within {} s", ANSWER_TIMEOUT.as_secs());
+                    let message = format!("no answer from nf_tables within {} s", ANSWER_TIMEOUT.as_secs());
                     return Err(OpError { errno: libc::ETIMEDOUT, message });
                 }
                 Err(error) => return Err(io_error("reading the answer of nf_tables", &error)),
@@ -335,7 +336,7 @@ impl Transaction {
     pub(super) fn push_message(&mut self, message: u8, flags: u16, family: u8, body: impl FnOnce(&mut Writer)) {
         let sequence = self.first.wrapping_add(self.count);
         self.count += 1;
-        // Errors are always answered; one acknowledgement at the end says that all was looked at.
+        // Errors are always answered. One acknowledgement at the end confirms that all changes were processed.
         let last = if self.count == self.total { codec::NLM_F_ACK } else { 0 };
         self.writer.message(codec::nft_message_type(message), flags | last | codec::NLM_F_REQUEST, sequence, family, 0, body);
     }
@@ -360,7 +361,7 @@ enum ReadControl {
     Stop,
 }
 
-/// An error that the kernel answered, with the remedy where one is known.
+/// An error from the kernel, with the remedy if one is known.
 fn kernel_error(subsystem: u8, errno: i32, text: Option<String>) -> OpError {
     let mut message = text.unwrap_or_else(|| io::Error::from_raw_os_error(errno).to_string());
     let advice = match errno {
@@ -368,13 +369,13 @@ fn kernel_error(subsystem: u8, errno: i32, text: Option<String>) -> OpError {
             "conntrack needs CAP_NET_ADMIN in the network namespace's user namespace"
         }
         libc::EINVAL | libc::EOPNOTSUPP if subsystem == codec::NFNL_SUBSYS_CTNETLINK => {
-            "does the kernel have ctnetlink? `modprobe nf_conntrack_netlink`"
+            "the kernel may lack ctnetlink, try `modprobe nf_conntrack_netlink`"
         }
         libc::EPERM => {
-            "nf_tables needs CAP_NET_ADMIN in the network namespace's user namespace, and a table with the owner flag is its owner's alone"
+            "nf_tables needs CAP_NET_ADMIN in the network namespace's user namespace, and only its owner can change a table with the owner flag"
         }
         libc::ENOENT | libc::EINVAL | libc::EOPNOTSUPP | libc::EPROTONOSUPPORT => {
-            "does the kernel have nf_tables, NAT included? `modprobe nf_tables nft_chain_nat nft_masq`"
+            "the kernel may lack nf_tables or its NAT support, try `modprobe nf_tables nft_chain_nat nft_masq`"
         }
         _ => "",
     };
@@ -388,8 +389,8 @@ fn kernel_error(subsystem: u8, errno: i32, text: Option<String>) -> OpError {
 /// A failed system call.
 pub(super) fn io_error(context: impl Display, error: &io::Error) -> OpError {
     let advice = match error.raw_os_error() {
-        Some(libc::EPROTONOSUPPORT) => ": the kernel has no nfnetlink, `modprobe nfnetlink nf_tables`",
-        Some(libc::EMSGSIZE) => ": more than the socket may send, raise the sysctl net.core.wmem_max",
+        Some(libc::EPROTONOSUPPORT) => ": the kernel has no nfnetlink, try `modprobe nfnetlink nf_tables`",
+        Some(libc::EMSGSIZE) => ": the message exceeds the send buffer, raise the sysctl net.core.wmem_max",
         _ => "",
     };
     let message = format!("{context}: {error}{advice}");

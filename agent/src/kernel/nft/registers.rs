@@ -1,5 +1,5 @@
-//! The registers of a rule, and the expressions that load and compare them. A byte that nobody can know beforehand is unknown, and so is what
-//! follows from it.
+//! The registers of a rule, and the expressions that load and compare them. A byte that cannot be predicted is unknown, and so
+//! are results derived from it.
 
 use std::net::IpAddr;
 
@@ -11,7 +11,7 @@ use super::snapshot::{ChainDump, ElementDump, RulesetSnapshot, SetDump};
 use crate::kernel::trace::packet::{Packet, SOURCE_PORT, TCP, UDP, ethertype};
 use crate::model::Family;
 
-/// Whether a rule matches.
+/// Whether a rule matches (three-valued logic).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum MatchResult {
     True,
@@ -24,7 +24,7 @@ impl MatchResult {
         if value { MatchResult::True } else { MatchResult::False }
     }
 
-    /// Both.
+    /// Logical AND.
     pub(super) fn and(self, other: MatchResult) -> MatchResult {
         match (self, other) {
             (MatchResult::False, _) | (_, MatchResult::False) => MatchResult::False,
@@ -42,7 +42,7 @@ impl MatchResult {
     }
 }
 
-/// Sixteen registers of four bytes behind the verdict's sixteen bytes (`struct nft_regs`).
+/// Sixteen registers of four bytes after the 16 bytes of the verdict (`struct nft_regs`).
 const REGISTER_WORDS: usize = 20;
 
 // `linux/netfilter/nf_tables.h`.
@@ -67,7 +67,7 @@ const NFT_LOOKUP_F_INV: u32 = 1;
 /// `RTN_UNICAST`, `linux/rtnetlink.h`.
 const RTN_UNICAST: u32 = 1;
 
-/// The registers while a rule is executed.
+/// The register contents during a rule's evaluation.
 pub(super) struct Registers<'a> {
     bytes: [Option<u8>; REGISTER_WORDS * 4],
     packet: &'a Packet,
@@ -81,7 +81,7 @@ impl<'a> Registers<'a> {
         Registers { bytes: [None; REGISTER_WORDS * 4], packet, snapshot, chain, untracked }
     }
 
-    /// Executes an expression that decides nothing but whether the rule matches.
+    /// Executes an expression without a verdict; returns whether it matches.
     pub(super) fn execute(&mut self, name: &str, data: &[u8]) -> MatchResult {
         let number = |kind| codec::attribute_u32(data, kind);
         match name {
@@ -103,7 +103,7 @@ impl<'a> Registers<'a> {
                     let status = if self.packet.destination_translated { IPS_DST_NAT } else { 0 };
                     let value = match key {
                         NFT_CT_STATE if self.untracked => Some(CT_STATE_UNTRACKED.to_ne_bytes().to_vec()),
-                        // There is no connection to look at: the rule ends (`nft_ct_get_eval` in net/netfilter/nft_ct.c).
+                        // An untracked packet has no connection: the rule ends (`nft_ct_get_eval` in net/netfilter/nft_ct.c).
                         _ if self.untracked => return MatchResult::False,
                         NFT_CT_STATE => Some(CT_STATE_NEW.to_ne_bytes().to_vec()),
                         NFT_CT_DIRECTION => Some(vec![0]),
@@ -143,7 +143,7 @@ impl<'a> Registers<'a> {
             },
             "match" => self.xtables_match(data),
             "counter" | "log" | "objref" | "last" | "dup" | "flow_offload" => MatchResult::True,
-            // A limit, a quota, chance, a socket: only a packet that is sent tells.
+            // A limit, a quota, a random number, a socket: the result depends on a real packet.
             _ => MatchResult::Unknown,
         }
     }
@@ -185,7 +185,7 @@ impl<'a> Registers<'a> {
         header.get(offset..offset + length as usize).map(<[u8]>::to_vec)
     }
 
-    /// Loads a value; an unknown one makes `encoded_length` bytes unknown.
+    /// Loads a value; an unknown value makes `length` bytes unknown.
     fn load(&mut self, register: u32, length: usize, value: Option<Vec<u8>>) -> MatchResult {
         let start = register_offset(register);
         let length = value.as_ref().map_or(length, Vec::len);
@@ -214,7 +214,7 @@ impl<'a> Registers<'a> {
                 let start = register_offset(source);
                 let part = |at: usize| {
                     let (mask, xor) = (*mask.get(at)?, *xor.get(at)?);
-                    // What is masked away need not be known.
+                    // A byte that is masked out may be unknown.
                     if mask == 0 { Some(xor) } else { Some((*self.bytes.get(start + at)?)? & mask ^ xor) }
                 };
                 (0..length).map(part).collect()
@@ -271,7 +271,7 @@ impl<'a> Registers<'a> {
         if codec::attribute_u32(data, NFTA_RANGE_OP) == Some(NFT_CMP_NEQ) { inside.not() } else { inside }
     }
 
-    /// Whether the set of a lookup has the register's value, and the attributes of what that leads to.
+    /// Looks up the register's value in a set. Returns the match, and the data attributes of a map element.
     pub(super) fn lookup(&self, data: &[u8]) -> Option<(MatchResult, Option<Vec<u8>>)> {
         let name = codec::attribute(data, NFTA_LOOKUP_SET).map(codec::strip_nul)?;
         let set = self.snapshot.set(self.chain.family, &self.chain.table, std::str::from_utf8(name).ok()?)?;
@@ -284,7 +284,8 @@ impl<'a> Registers<'a> {
         Some((MatchResult::from_bool(found.is_some()), found.and_then(|element| element.data.clone())))
     }
 
-    /// The matches of xtables that iptables-nft writes as such. Layouts: `linux/netfilter/xt_conntrack.h` and `xt_tcpudp.h`.
+    /// Evaluates the xtables matches that iptables-nft writes as such. Layouts: `linux/netfilter/xt_conntrack.h` and
+    /// `xt_tcpudp.h`.
     fn xtables_match(&self, data: &[u8]) -> MatchResult {
         let info = codec::attribute(data, NFTA_MATCH_INFO).unwrap_or_default();
         let u16_at = |at: usize| info.get(at..at + 2).and_then(|b| b.try_into().ok()).map(u16::from_ne_bytes);
@@ -306,7 +307,8 @@ impl<'a> Registers<'a> {
                 let ports = [u16_at(0), u16_at(2), u16_at(4), u16_at(6)];
                 let [Some(from), Some(to), Some(first), Some(last)] = ports else { return MatchResult::Unknown };
                 let to_port = self.packet.transport.get(2..4).map_or(0, |b| u16::from_be_bytes([b[0], b[1]]));
-                // Options and flags are not looked at; inverted ports are rare.
+                // TCP options and flags and inverted ports are not evaluated: the result is then unknown. Inverted ports are
+                // rare.
                 let inverted = info.get(if kind == b"tcp" { 11 } else { 8 }).copied().unwrap_or(0) != 0;
                 let flags = kind == b"tcp" && info.get(8..11).is_some_and(|b| b != [0, 0, 0]);
                 let fits =
@@ -317,7 +319,7 @@ impl<'a> Registers<'a> {
         }
     }
 
-    /// What a statement of address translation does.
+    /// Decodes an address translation statement.
     pub(super) fn translation(&self, name: &str, data: &[u8]) -> Translation {
         let register = |kind| codec::attribute_u32(data, kind);
         let address = register(NFTA_NAT_REG_ADDR_MIN).and_then(|register| match self.packet.family {
@@ -336,14 +338,14 @@ impl<'a> Registers<'a> {
     }
 }
 
-/// The first byte of a register, by either way of counting them.
+/// The byte offset of a register, in either numbering.
 fn register_offset(register: u32) -> usize {
     let register = register as usize;
     let first32 = NFT_REG32_00 as usize;
     if register < first32 { register * 16 } else { 16 + (register - first32) * 4 }
 }
 
-/// The element of a set that a value is.
+/// The set element that contains a value.
 fn find_element<'s>(set: &'s SetDump, value: &[u8]) -> Option<&'s ElementDump> {
     if set.flags & NFT_SET_INTERVAL == 0 {
         return set.elements.iter().find(|element| element.key == value);
@@ -351,8 +353,8 @@ fn find_element<'s>(set: &'s SetDump, value: &[u8]) -> Option<&'s ElementDump> {
     if set.flags & NFT_SET_CONCAT != 0 {
         let inside = |element: &&ElementDump| {
             let end = element.key_end.as_ref().unwrap_or(&element.key);
-            // A comparison of the padded fields, each by itself, comes to one of four bytes each only where no field is longer; longer
-            // ones are compared whole.
+            // Field lengths are unknown here, so the value is compared in words of four bytes. That is exact for fields of up to
+            // four bytes. Consecutive words of a longer field are compared as one number.
             let words = value.chunks(4).zip(element.key.chunks(4)).zip(end.chunks(4));
             let mut open = (false, false);
             words.into_iter().all(|((value, low), high)| {
@@ -364,7 +366,7 @@ fn find_element<'s>(set: &'s SetDump, value: &[u8]) -> Option<&'s ElementDump> {
         };
         return set.elements.iter().find(inside);
     }
-    // Each element is the beginning of an interval, or the first value behind one.
+    // Each element is the start of an interval, or the first value after one.
     let below = set.elements.iter().filter(|element| element.key.as_slice() <= value);
     let last = below.max_by(|a, b| a.key.cmp(&b.key).then(b.is_interval_end.cmp(&a.is_interval_end)))?;
     (!last.is_interval_end).then_some(last)
@@ -382,7 +384,7 @@ mod tests {
     fn set_lookup_finds_members_and_intervals() {
         let plain = SetDump { flags: 0, elements: vec![element(&[1, 2, 0, 0], None, false)] };
         assert!(find_element(&plain, &[1, 2, 0, 0]).is_some() && find_element(&plain, &[1, 3, 0, 0]).is_none());
-        // 10 to 19, 30 and above; as the kernel lists them, in any order.
+        // 10 to 19, 30 and above; the kernel lists them in any order.
         let elements = vec![element(&[30], None, false), element(&[20], None, true), element(&[10], None, false)];
         let ranges = SetDump { flags: NFT_SET_INTERVAL, elements };
         let inside: Vec<u8> = (0..40).filter(|n| find_element(&ranges, &[*n]).is_some()).collect();

@@ -1,7 +1,7 @@
-//! The sets and maps of our tables and their elements, there and back.
+//! Encodes and decodes the sets and maps of our tables, and their elements.
 //!
-//! A key of several fields is their concatenation, each padded to four bytes. Sets without ranges are hash tables in the kernel: an element more
-//! costs the same however many there are.
+//! A key of several fields is their concatenation, each padded to four bytes. Sets without ranges are hash tables in the kernel:
+//! the cost of adding an element does not depend on their number.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -40,24 +40,24 @@ pub(super) const NFTA_SET_ELEM_DATA: u16 = 2;
 pub(super) const NFTA_SET_ELEM_FLAGS: u16 = 3;
 const NFTA_SET_ELEM_TIMEOUT: u16 = 4;
 pub(super) const NFTA_SET_ELEM_KEY_END: u16 = 10;
-/// `NFT_SET_ELEM_INTERVAL_END`: the first value behind an interval.
+/// `NFT_SET_ELEM_INTERVAL_END`: the first value after an interval.
 pub(super) const NFT_SET_ELEM_INTERVAL_END: u32 = 1;
 
-/// Elements of one message: a list of them is one attribute of less than 64 KiB, and the longest has some 90 bytes.
+/// Elements per message. The element list is one attribute of less than 64 KiB, and the longest element has some 90 bytes.
 pub(super) const ELEMENTS_PER_MESSAGE: usize = 500;
 
-/// Bits of a type's number in a concatenation's, `TYPE_BITS` in nftables' `include/datatype.h`, where the numbers are, too. The kernel only keeps
-/// them, for whoever lists the set.
+/// Bits per type number in the type number of a concatenation: `TYPE_BITS` in nftables' `include/datatype.h`, which also defines
+/// the type numbers. The kernel only stores the number, for programs that list the set.
 const TYPE_BITS: u32 = 6;
 
-/// For whoever lists the set: `NFTNL_UDATA_SET_KEYBYTEORDER` (libnftnl's `include/libnftnl/udata.h`), its length, and nftables'
-/// `BYTEORDER_HOST_ENDIAN`, a number in the host's byte order.
+/// User data for programs that list the set: `NFTNL_UDATA_SET_KEYBYTEORDER` (libnftnl's `include/libnftnl/udata.h`), its length,
+/// and nftables' `BYTEORDER_HOST_ENDIAN` in host byte order.
 const HOST_ENDIAN_USERDATA: [u8; 6] = {
     let [a, b, c, d] = 1_u32.to_ne_bytes();
     [0, 4, a, b, c, d]
 };
 
-/// Makes a set.
+/// Writes the message that creates a set.
 pub(super) fn add_set(transaction: &mut Transaction, set: SetName, id: u32) {
     transaction.push_message(codec::NFT_MSG_NEWSET, NLM_F_CREATE, table_family(set.table()), |w| {
         w.text(NFTA_SET_TABLE, TABLE);
@@ -80,13 +80,13 @@ pub(super) fn add_set(transaction: &mut Transaction, set: SetName, id: u32) {
         }
         w.u32(NFTA_SET_ID, id);
         if set.key() == [SetFieldType::Interface] {
-            // Without, `nft` lists names back to front.
+            // Without this, `nft` lists interface names reversed.
             w.bytes(NFTA_SET_USERDATA, &HOST_ENDIAN_USERDATA);
         }
     });
 }
 
-/// Reads the sets of a table: those of ours, and in words what is none.
+/// Reads the sets of a table: our sets, and descriptions of foreign ones.
 pub(super) fn read_sets(socket: &mut NfnlSocket, table: Table) -> Result<(Vec<SetName>, Vec<String>), OpError> {
     let (mut sets, mut foreign) = (Vec::new(), Vec::new());
     let of_table = |w: &mut Writer| w.text(NFTA_SET_TABLE, TABLE);
@@ -97,7 +97,7 @@ pub(super) fn read_sets(socket: &mut NfnlSocket, table: Table) -> Result<(Vec<Se
         let name = codec::attribute(object.attributes, NFTA_SET_NAME).map(codec::strip_nul).unwrap_or_default();
         match SetName::from_name(table, name) {
             Some(set) if matches_definition(object.attributes, set) => sets.push(set),
-            Some(set) => foreign.push(format!("set {} of another kind", set.name())),
+            Some(set) => foreign.push(format!("set {} with another definition", set.name())),
             None => foreign.push(format!("set {}", String::from_utf8_lossy(name))),
         }
     })?;
@@ -118,7 +118,7 @@ fn matches_definition(attributes: &[u8], set: SetName) -> bool {
             .all(|kind| codec::attribute(attributes, *kind).is_none())
 }
 
-/// Adds elements to a set, or takes them from it.
+/// Writes the message that adds elements to a set, or deletes them.
 pub(super) fn change_elements(
     transaction: &mut Transaction,
     message: u8,
@@ -148,7 +148,7 @@ pub(super) fn change_elements(
     });
 }
 
-/// Reads the elements of a set into a state. False: there are some that ours are not like.
+/// Reads the elements of a set into a state. Returns false if the set has foreign elements.
 pub(super) fn read_elements(socket: &mut NfnlSocket, set: SetName, state: &mut State) -> Result<bool, OpError> {
     let mut all_ours = true;
     let of_set = |w: &mut Writer| {

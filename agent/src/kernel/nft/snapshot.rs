@@ -1,4 +1,4 @@
-//! All rules of a network namespace, whoever made them: read for [`super::judge`], never written.
+//! A read-only snapshot of all nf_tables rules in a network namespace, for [`super::eval`].
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -13,21 +13,21 @@ use super::nfnl_socket::NfnlSocket;
 use super::set::*;
 use crate::plan::OpError;
 
-/// `NFT_TABLE_F_DORMANT`: the table's chains see no packet.
+/// `NFT_TABLE_F_DORMANT`: the chains of the table are not evaluated.
 const NFT_TABLE_F_DORMANT: u32 = 1;
 /// `NFTNL_UDATA_RULE_COMMENT`, libnftnl's `include/libnftnl/udata.h`.
 const NFTNL_UDATA_RULE_COMMENT: u8 = 0;
 
-/// Where in the rules something stands.
+/// The location of a rule or a chain policy.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct RuleRef {
-    /// `ip`, `ip6`, `inet`, `bridge_name`.
+    /// `ip`, `ip6`, `inet`, `bridge`.
     pub family: String,
     /// The table.
     pub table: String,
     /// The chain.
     pub chain: String,
-    /// The rule's handle, as `nft -a filter ruleset` shows it; absent for a chain's policy.
+    /// The rule's handle, as in `nft -a list ruleset`; absent for a chain policy.
     pub handle: Option<u64>,
     /// The rule's comment.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -46,7 +46,7 @@ impl fmt::Display for RuleRef {
 }
 
 impl RuleRef {
-    /// The command that lists the chain.
+    /// The `nft` command that lists the chain.
     pub fn list_command(&self) -> String {
         let RuleRef { family, table, chain, .. } = self;
         format!("nft -a list chain {family} {table} {chain}")
@@ -58,21 +58,21 @@ pub(super) struct ChainDump {
     pub(super) family: u8,
     pub(super) table: String,
     pub(super) name: String,
-    /// The hook's number and the priority.
+    /// The hook number and the priority, for a base chain that is active.
     pub(super) base: Option<(u32, i32)>,
-    /// Its policy is drop.
+    /// The policy is drop.
     pub(super) policy_drop: bool,
     pub(super) rules: Vec<RuleDump>,
 }
 
-/// A rule: its expressions by name, each with its attributes.
+/// A rule, with its expressions as name and attributes.
 pub(super) struct RuleDump {
     pub(super) handle: u64,
     pub(super) comment: Option<String>,
     pub(super) exprs: Vec<(String, Vec<u8>)>,
 }
 
-/// A set with what it holds.
+/// A set with its elements.
 #[derive(Debug, Default)]
 pub(super) struct SetDump {
     pub(super) flags: u32,
@@ -84,15 +84,15 @@ pub(super) struct SetDump {
 pub(super) struct ElementDump {
     pub(super) key: Vec<u8>,
     pub(super) key_end: Option<Vec<u8>>,
-    /// The element is the end of an interval, no member.
+    /// The element marks the end of an interval and is not a member.
     pub(super) is_interval_end: bool,
-    /// The attributes of what it leads to.
+    /// The data attributes of a map element.
     pub(super) data: Option<Vec<u8>>,
 }
 
 type SetId = (u8, String, String);
 
-/// All rules of a namespace. Sets are read when a rule asks for them.
+/// All rules of a namespace. Sets are read on first use.
 pub struct RulesetSnapshot {
     pub(super) chains: Vec<ChainDump>,
     socket: RefCell<NfnlSocket>,
@@ -103,14 +103,14 @@ impl RulesetSnapshot {
     /// Reads the calling thread's namespace.
     ///
     /// # Errors
-    /// No permission (`CAP_NET_ADMIN`), no nf_tables in the kernel.
+    /// No permission (`CAP_NET_ADMIN`), or no nf_tables in the kernel.
     pub fn read() -> Result<RulesetSnapshot, OpError> {
         let mut socket = NfnlSocket::open(codec::NFNL_SUBSYS_NFTABLES)?;
         let (chains, _) = socket.read_consistent(read_chains)?;
         Ok(RulesetSnapshot { chains, socket: RefCell::new(socket), sets: RefCell::default() })
     }
 
-    /// A set; `None` where it cannot be read.
+    /// A set; `None` if it cannot be read.
     pub(super) fn set(&self, family: u8, table: &str, name: &str) -> Option<Rc<SetDump>> {
         let key = (family, table.to_owned(), name.to_owned());
         if let Some(known) = self.sets.borrow().get(&key) {
@@ -122,10 +122,10 @@ impl RulesetSnapshot {
     }
 }
 
-/// The families whose chains see IP packets, and the bridge's.
+/// The families whose chains see IP packets, and the bridge family.
 const FAMILIES: [u8; 4] = [NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6, NFPROTO_BRIDGE];
 
-/// A family's word.
+/// The `nft` keyword of a family.
 pub(super) fn family_name(family: u8) -> &'static str {
     match family {
         NFPROTO_INET => "inet",
@@ -216,7 +216,7 @@ fn read_rule(attributes: &[u8]) -> RuleDump {
     }
 }
 
-/// The comment in a rule's user data: a list of type (1 byte), length (1 byte) and value.
+/// The comment in a rule's user data. User data are a list of type (1 byte), length (1 byte) and value.
 fn rule_comment(mut data: &[u8]) -> Option<String> {
     while let [kind, length, rest @ ..] = data {
         let value = rest.get(..usize::from(*length))?;

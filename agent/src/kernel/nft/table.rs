@@ -1,4 +1,4 @@
-//! Our tables: written in one transaction, read whole.
+//! Reads and writes our tables; a table is written in one transaction.
 
 use std::collections::BTreeMap;
 
@@ -19,23 +19,23 @@ const NFTA_COUNTER_PACKETS: u16 = 2;
 const NFTA_FLOWTABLE_TABLE: u16 = 1;
 const NFTA_FLOWTABLE_NAME: u16 = 2;
 
-/// What a counter has counted.
+/// The values of a counter.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct CounterValue {
     /// Packets.
     pub packets: u64,
-    /// Their bytes from the network header on; on the bridge, those of the frame without its Ethernet header.
+    /// Bytes, counted from the network header; on the bridge, of the frame without its Ethernet header.
     pub bytes: u64,
 }
 
-/// One message of a change of a table.
+/// One netlink message of a table change.
 #[derive(Clone, Copy)]
 pub(super) enum TableChange<'a> {
-    /// The table is made, or deleted with all that is in it.
+    /// Creates the table, or deletes it with its contents.
     Table {
         message: u8,
     },
-    /// All rules go.
+    /// Deletes all rules.
     DeleteRules,
     DeleteChain(&'a Chain),
     DeleteSet(SetName),
@@ -46,9 +46,9 @@ pub(super) enum TableChange<'a> {
     AddRule(&'a Chain, &'a Rule),
 }
 
-/// The pieces that make a table what it should be, whatever it held. What its sets held goes.
+/// The changes that rebuild a table from scratch. The elements of its sets are lost.
 pub(super) fn replacement(wanted: &Ruleset) -> Vec<TableChange<'_>> {
-    // Made first so that the deletion always finds one.
+    // Created first, because the deletion fails if the table does not exist.
     let mut changes = [codec::NFT_MSG_NEWTABLE, codec::NFT_MSG_DELTABLE, codec::NFT_MSG_NEWTABLE]
         .map(|message| TableChange::Table { message })
         .to_vec();
@@ -56,8 +56,8 @@ pub(super) fn replacement(wanted: &Ruleset) -> Vec<TableChange<'_>> {
     changes
 }
 
-/// The pieces that make one table of ours another one. Sets that both have keep what they hold, and counters what they have counted: the cost does
-/// not grow with the number of elements.
+/// The changes that turn one of our tables into another. Sets and counters in both keep their contents, so the cost does not grow
+/// with the number of elements.
 pub(super) fn update<'a>(found: &'a Ruleset, wanted: &'a Ruleset) -> Vec<TableChange<'a>> {
     let mut changes = vec![TableChange::DeleteRules];
     changes.extend(found.chains.iter().filter(|chain| !has_chain(wanted, chain)).map(TableChange::DeleteChain));
@@ -68,7 +68,7 @@ pub(super) fn update<'a>(found: &'a Ruleset, wanted: &'a Ruleset) -> Vec<TableCh
     changes
 }
 
-/// What is not there yet, and all rules.
+/// Adds the missing objects, and all rules.
 fn push_additions<'a>(changes: &mut Vec<TableChange<'a>>, found: &Ruleset, wanted: &'a Ruleset) {
     let new = wanted.sets.iter().filter(|set| !found.sets.contains(set));
     changes.extend(new.zip(1..).map(|(set, id)| TableChange::AddSet(*set, id)));
@@ -80,13 +80,13 @@ fn push_additions<'a>(changes: &mut Vec<TableChange<'a>>, found: &Ruleset, wante
     }
 }
 
-/// Whether a table has this chain, whatever its rules.
+/// Whether a table has this chain; rules are not compared.
 fn has_chain(ruleset: &Ruleset, chain: &Chain) -> bool {
     ruleset.chains.iter().any(|other| other.name == chain.name && other.base == chain.base)
 }
 
 impl TableChange<'_> {
-    /// Writes it. A counter begins with what it had counted.
+    /// Writes the change. A new counter starts with its previous value.
     pub(super) fn write(&self, transaction: &mut Transaction, table: Table, counter_values: &BTreeMap<Counter, CounterValue>) {
         let family = table_family(table);
         let named = |transaction: &mut Transaction, message, table_attribute, name_attribute, name: &str| {
@@ -129,7 +129,7 @@ impl TableChange<'_> {
         }
     }
 
-    /// What it is, in words; empty where it is the table.
+    /// A description for error messages; empty for the table itself.
     pub(super) fn describe(&self) -> String {
         match self {
             TableChange::Table { .. } => String::new(),
@@ -142,7 +142,7 @@ impl TableChange<'_> {
     }
 }
 
-/// Reads a table; `None` where there is none. To be called inside [`NfnlSocket::read_consistent`].
+/// Reads a table; `None` if it does not exist. Call inside [`NfnlSocket::read_consistent`].
 pub(super) fn read(socket: &mut NfnlSocket, table: Table) -> Result<Option<Ruleset>, OpError> {
     let family = table_family(table);
     let flags = |object: Object<'_>| codec::attribute_u32(object.attributes, codec::NFTA_TABLE_FLAGS).unwrap_or(0);
@@ -153,7 +153,7 @@ pub(super) fn read(socket: &mut NfnlSocket, table: Table) -> Result<Option<Rules
     if flags != 0 {
         ruleset.foreign.push(format!("flags {flags:#x}"));
     }
-    // Chains cannot be asked for by table.
+    // The kernel cannot filter a chain dump by table.
     socket.dump(
         codec::NFT_MSG_GETCHAIN,
         family,
@@ -177,7 +177,7 @@ pub(super) fn read(socket: &mut NfnlSocket, table: Table) -> Result<Option<Rules
         }
     }
     ruleset.counters.sort();
-    // The kernel has them in the order in which they were made.
+    // The kernel lists them in creation order.
     ruleset.chains.sort_by(|a, b| a.name.cmp(&b.name));
     socket.dump(codec::NFT_MSG_GETFLOWTABLE, family, named, |object| {
         if attribute_equals(object.attributes, NFTA_FLOWTABLE_TABLE, TABLE) {
@@ -198,7 +198,7 @@ pub(super) fn read(socket: &mut NfnlSocket, table: Table) -> Result<Option<Rules
     Ok(Some(ruleset))
 }
 
-/// What the counters of a table have counted; empty where there is no table.
+/// The counter values of a table; empty if it does not exist.
 pub(super) fn read_counters(socket: &mut NfnlSocket, table: Table) -> Result<Vec<(Counter, CounterValue)>, OpError> {
     let counter = |(_, counter, counted): (String, Option<Counter>, CounterValue)| counter.map(|counter| (counter, counted));
     match read_objects(socket, table) {
@@ -208,7 +208,7 @@ pub(super) fn read_counters(socket: &mut NfnlSocket, table: Table) -> Result<Vec
     }
 }
 
-/// The named objects of a table, those that are counters of ours and what they have counted.
+/// The named objects of a table. Our counters are given with their values.
 fn read_objects(socket: &mut NfnlSocket, table: Table) -> Result<Vec<(String, Option<Counter>, CounterValue)>, OpError> {
     let mut all = Vec::new();
     let of_table = |w: &mut Writer| w.text(NFTA_OBJ_TABLE, TABLE);
@@ -228,7 +228,7 @@ fn read_objects(socket: &mut NfnlSocket, table: Table) -> Result<Vec<(String, Op
     Ok(all)
 }
 
-/// Whether a text attribute has that value.
+/// Whether a string attribute has this value.
 pub(super) fn attribute_equals(attributes: &[u8], kind: u16, name: &str) -> bool {
     codec::attribute(attributes, kind).is_some_and(|value| codec::strip_nul(value) == name.as_bytes())
 }
@@ -259,7 +259,7 @@ fn add_chain(transaction: &mut Transaction, chain: &Chain, family: u8) {
     });
 }
 
-/// The chain, or in words what it is where no [`AddChain`] can say it.
+/// The chain, or a description if a [`Chain`] cannot represent it.
 fn read_chain(attributes: &[u8]) -> Result<Chain, String> {
     let name = codec::attribute(attributes, codec::NFTA_CHAIN_NAME).map(codec::strip_nul).unwrap_or_default();
     let name = String::from_utf8_lossy(name).into_owned();
@@ -269,7 +269,7 @@ fn read_chain(attributes: &[u8]) -> Result<Chain, String> {
     let other = |what: &str| format!("chain {name} with {what}");
     let policy = codec::attribute_u32(attributes, codec::NFTA_CHAIN_POLICY);
     if policy != Some(codec::NF_ACCEPT) {
-        return Err(other("another policy than accept"));
+        return Err(other("a policy other than accept"));
     }
     let flags = codec::attribute_u32(attributes, codec::NFTA_CHAIN_FLAGS).unwrap_or(codec::NFT_CHAIN_BASE);
     let on_device = [codec::NFTA_HOOK_DEV, codec::NFTA_HOOK_DEVS].iter().any(|kind| codec::attribute(hook, *kind).is_some());
@@ -286,13 +286,13 @@ fn read_chain(attributes: &[u8]) -> Result<Chain, String> {
             let base = Base { hook, kind, priority: priority.cast_signed() };
             Ok(Chain { name, base: Some(base), rules: Vec::new() })
         }
-        _ => Err(other("another type or hook")),
+        _ => Err(other("an unsupported type or hook")),
     }
 }
 
 const HOOKS: [Hook; 5] = [Hook::Prerouting, Hook::Input, Hook::Forward, Hook::Output, Hook::Postrouting];
 
-/// `enum nf_inet_hooks`, `linux/netfilter.h`; those of the bridge have the same numbers (`linux/netfilter_bridge.h`).
+/// `enum nf_inet_hooks`, `linux/netfilter.h`; the bridge hooks have the same numbers (`linux/netfilter_bridge.h`).
 pub(super) const fn hook_number(hook: Hook) -> u32 {
     match hook {
         Hook::Prerouting => 0,
@@ -310,19 +310,23 @@ const fn chain_type_name(kind: ChainKind) -> &'static str {
     }
 }
 
-/// Refuses what has no form in the kernel, before anything is sent.
+/// Rejects values that cannot be encoded, before anything is sent.
 pub(super) fn validate(ruleset: &Ruleset) -> Result<(), OpError> {
     let refuse = |message: String| Err(OpError { errno: libc::EINVAL, message });
     if let Some(thing) = ruleset.foreign.first() {
         let table = ruleset.table;
-        return refuse(format!("table {table} {TABLE} cannot be written with `{thing}`, which was read and is not ours"));
+        return refuse(format!("table {table} {TABLE} cannot be written: `{thing}` is not ours and can only be read"));
     }
     for chain in &ruleset.chains {
         for (index, rule) in chain.rules.iter().enumerate() {
             for expr in &rule.exprs {
                 match expr {
                     Expr::Foreign => {
-                        return refuse(format!("rule {} of chain {} was read and is not ours", index + 1, chain.name));
+                        return refuse(format!(
+                            "rule {} of chain {} has an expression that is not ours and can only be read",
+                            index + 1,
+                            chain.name
+                        ));
                     }
                     Expr::InputInterface(name) | Expr::OutputInterface(name)
                         if name.is_empty() || name.len() >= IFNAMSIZ || name.contains('\0') =>

@@ -1,4 +1,4 @@
-//! Against the real kernel, as root: each test in a network namespace of its own, made by its thread and gone with it.
+//! Tests against the real kernel, as root. Each test thread creates its own network namespace, which disappears with the thread.
 
 mod elements;
 mod eval;
@@ -14,7 +14,7 @@ use crate::model::{Family, NetworkConfig, PerFamily, Subnet};
 use crate::plan::ruleset::{InetTableSpec, Table};
 use crate::plan::{Key, Op, Ruleset, State, Value};
 
-/// Runs `parse_body` on a thread that has a fresh network namespace. Commands started by it live in the same namespace.
+/// Runs `body` on a thread with a new network namespace. Commands that it starts run in the same namespace.
 fn in_netns<T: Send>(body: impl FnOnce() -> T + Send) -> T {
     let run = || {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)
@@ -27,7 +27,7 @@ fn in_netns<T: Send>(body: impl FnOnce() -> T + Send) -> T {
     }
 }
 
-/// What a command prints. It must succeed.
+/// The output of a command, which must succeed.
 fn run_command(program: &str, arguments: &[&str], input: &str) -> String {
     let mut child = Command::new(program)
         .args(arguments)
@@ -35,7 +35,9 @@ fn run_command(program: &str, arguments: &[&str], input: &str) -> String {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
-        .unwrap_or_else(|error| panic!("{program}: {error}: `apt-get install nftables iptables` brings what these tests need"));
+        .unwrap_or_else(|error| {
+            panic!("{program}: {error}: `apt-get install nftables iptables` installs the tools for these tests")
+        });
     child.stdin.take().expect("piped").write_all(input.as_bytes()).expect("the command reads its input");
     let done = child.wait_with_output().expect("the command ends");
     assert!(done.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&done.stderr));
@@ -47,7 +49,7 @@ fn nft(script: &str) -> String {
     run_command("nft", &["-f", "-"], script)
 }
 
-/// Runs a command line of iptables or ip6tables, split at spaces.
+/// Runs an iptables or ip6tables command line, split at spaces.
 fn iptables(line: &str) -> String {
     let words: Vec<&str> = line.split(' ').collect();
     run_command(words[0], &words[1..], "")
@@ -69,7 +71,7 @@ fn dual() -> NetworkConfig {
     network(r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/53"}"#)
 }
 
-/// What this host's subnet is in a network.
+/// This host's subnet in a network.
 fn local_subnet(network: &NetworkConfig) -> Subnet {
     let of = |family: Family| network.pools.get(family).and_then(|pool| pool.nth(3)).map(|cidr| (family, cidr));
     Subnet::new(Family::ALL.into_iter().filter_map(of).collect()).expect("a subnet")
@@ -94,7 +96,7 @@ fn rules() -> Ruleset {
     ruleset(&dual(), true, true)
 }
 
-/// nf_tables with what is known of it.
+/// nf_tables and the cached state of it.
 struct Tables {
     nft: Nft,
     cached: State,
@@ -105,7 +107,7 @@ impl Tables {
         Tables { nft: Nft::open().expect("open"), cached: State::new() }
     }
 
-    /// Applies ops that must all succeed.
+    /// Applies ops, all of which must succeed.
     fn apply(&mut self, ops: &[Op]) {
         assert_eq!(self.nft.apply(ops, &mut self.cached), []);
     }
@@ -121,7 +123,7 @@ impl Tables {
         self.apply(&ops);
     }
 
-    /// The inet table as it is in the kernel.
+    /// The inet table in the kernel.
     fn ruleset(&mut self) -> Option<Ruleset> {
         self.nft.dump().expect("dump").ruleset(Table::Inet).cloned()
     }

@@ -1,7 +1,7 @@
-//! Packets of one flow as they go through the rules: `meta nftrace` in a table of its own, and the events that the kernel makes of it.
+//! Traces the packets of a flow through the rules. A private table sets `meta nftrace`, and the kernel sends trace events.
 //!
-//! The table belongs to the socket that made it (`NFT_TABLE_F_OWNER`, since Linux 5.12): the kernel removes it when the socket is closed, so
-//! also when the process is killed.
+//! The socket owns the table (`NFT_TABLE_F_OWNER`, since Linux 5.12). The kernel removes the table when the socket is closed,
+//! also if the process is killed.
 
 use std::io;
 use std::net::IpAddr;
@@ -23,7 +23,7 @@ use crate::kernel::trace::packet::ethertype;
 use crate::model::Family;
 use crate::plan::OpError;
 
-/// The table's name; behind it stands the process, so that two watch side by side.
+/// Prefix of the table name. The process id follows, so that two processes can trace at once.
 pub const TRACE_TABLE: &str = "overlay-trace";
 
 const NFNLGRP_NFTRACE: u32 = 9;
@@ -46,50 +46,50 @@ const NFT_TRACETYPE_POLICY: u32 = 1;
 /// `NFT_TRACETYPE_RULE`.
 const NFT_TRACETYPE_RULE: u32 = 3;
 
-/// Before all chains that others have: connection tracking's defragmentation is at -400 (`linux/netfilter_ipv4.h`).
+/// Runs before all common chains: connection tracking's defragmentation is at -400 (`linux/netfilter_ipv4.h`).
 const PRIORITY: i32 = -450;
 /// Prerouting and output (`enum nf_inet_hooks`).
 const HOOKS: [(&str, u32); 2] = [("prerouting", 0), ("output", 3)];
-/// Bytes of a receive: a trace event has some hundred, one to a datagram.
+/// Bytes per receive. A trace event has some hundred bytes, one per datagram.
 const RECEIVE_BUFFER_LEN: usize = 64 * 1024;
-/// Receive buffer in bytes.
+/// Socket receive buffer in bytes.
 const SOCKET_BUFFER_LEN: usize = 1024 * 1024;
 
-/// One thing that the rules did with a packet.
+/// One step of a packet through the rules.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TraceEvent {
-    /// Tells one packet from another.
+    /// Trace id of the packet.
     pub packet: u32,
-    /// `ip`, `ip6`, `inet`, `bridge_name`.
+    /// `ip`, `ip6`, `inet`, `bridge`.
     pub family: String,
     /// The table.
     pub table: String,
     /// The chain.
     pub chain: String,
-    /// The rule's handle; absent for the chain's policy or end.
+    /// The rule's handle; absent for the policy or the end of a chain.
     pub handle: Option<u64>,
-    /// `accept_connections`, `drop`, `continue`, `eval_jump NAME`, `return`.
+    /// `accept`, `drop`, `continue`, `jump NAME`, `goto NAME`, `return`.
     pub verdict: String,
-    /// The interface that it came in by, by index.
+    /// Index of the input interface.
     pub input: Option<u32>,
-    /// The interface that it goes out by, by index.
+    /// Index of the output interface.
     pub output: Option<u32>,
 }
 
-/// What a watch saw.
+/// The result of one read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TraceRead {
-    /// A packet of the flow in the rules.
+    /// Steps of packets of the flow.
     Events(Vec<TraceEvent>),
-    /// Nothing for a while.
+    /// No event before the timeout.
     Timeout,
-    /// More than could be read: some are lost.
+    /// The receive buffer overflowed; some events are lost.
     Lost,
 }
 
-/// A watch over flows in the calling thread's namespace, as long as it lives.
+/// Traces flows in the calling thread's namespace while it exists.
 pub struct TraceMonitor {
-    /// Owns the table.
+    /// The socket that owns the table.
     _owner: NfnlSocket,
     socket: Socket,
     table: String,
@@ -97,18 +97,19 @@ pub struct TraceMonitor {
 }
 
 impl TraceMonitor {
-    /// Begins to watch packets between these addresses, in the order given, of those chains that see them behind prerouting and output.
+    /// Starts tracing packets from the first address of a pair to the second. The chains at the prerouting and output hooks mark
+    /// them.
     ///
     /// # Errors
-    /// No permission, no nf_tables, or a kernel before 5.12.
+    /// No permission, no nf_tables, or a kernel older than 5.12.
     pub fn open(pairs: &[(IpAddr, IpAddr)], timeout: Duration) -> Result<TraceMonitor, OpError> {
-        let socket = open_trace_socket(timeout).map_err(|error| io_error("listening to traces of nf_tables", &error))?;
+        let socket = open_trace_socket(timeout).map_err(|error| io_error("subscribing to nf_tables trace events", &error))?;
         let table = format!("{TRACE_TABLE}-{}", std::process::id());
         let mut owner = NfnlSocket::open(codec::NFNL_SUBSYS_NFTABLES)?;
         let families: Vec<Family> =
             Family::ALL.into_iter().filter(|family| pairs.iter().any(|(source, _)| Family::of(*source) == *family)).collect();
         if families.is_empty() {
-            return Err(OpError { errno: libc::EINVAL, message: "no addresses to watch".to_owned() });
+            return Err(OpError { errno: libc::EINVAL, message: "no addresses to trace".to_owned() });
         }
         let count = 1 + HOOKS.len() + HOOKS.len() * pairs.len();
         let total = u32::try_from(2 * count).unwrap_or(u32::MAX);
@@ -139,15 +140,14 @@ impl TraceMonitor {
             }
         });
         outcome.map_err(|refused| {
-            let older = if refused.error.errno == libc::EOPNOTSUPP { "; watching needs Linux 5.12" } else { "" };
-            let message =
-                format!("cannot make the tables {table} that mark packets to be traced: {}{older}", refused.error.message);
+            let older = if refused.error.errno == libc::EOPNOTSUPP { "; tracing needs Linux 5.12" } else { "" };
+            let message = format!("cannot create the trace tables {table}: {}{older}", refused.error.message);
             OpError { errno: refused.error.errno, message }
         })?;
         Ok(TraceMonitor { _owner: owner, socket, table, buffer: Vec::with_capacity(RECEIVE_BUFFER_LEN) })
     }
 
-    /// Waits for the next, for the pause given at the beginning at the most.
+    /// Waits for the next events, at most for the timeout given to [`TraceMonitor::open`].
     ///
     /// # Errors
     /// The socket failed.
@@ -159,7 +159,7 @@ impl TraceMonitor {
                 return Ok(TraceRead::Timeout);
             }
             Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => return Ok(TraceRead::Lost),
-            Err(error) => return Err(io_error("reading traces of nf_tables", &error)),
+            Err(error) => return Err(io_error("reading nf_tables trace events", &error)),
         }
         let mut events = Vec::new();
         for received in codec::messages(&self.buffer) {
@@ -185,7 +185,7 @@ fn open_trace_socket(timeout: Duration) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// `ROUTE_PROTOCOL ip saddr SOURCE ip daddr DESTINATION meta nftrace set 1`.
+/// Writes `PROTOCOL ip saddr SOURCE ip daddr DESTINATION meta nftrace set 1`.
 fn write_nftrace_match(w: &mut Writer, (source, destination): (IpAddr, IpAddr), table: u8) {
     let family = Family::of(source);
     let expression = |w: &mut Writer, name: &str, data: &dyn Fn(&mut Writer)| {
@@ -264,7 +264,7 @@ fn read_trace_event(object: Object<'_>) -> Option<TraceEvent> {
     })
 }
 
-/// A verdict's word.
+/// The `nft` keyword of a verdict.
 fn verdict_name(code: u32, chain: &str) -> String {
     const NFT_GOTO: u32 = (-4_i32).cast_unsigned();
     match code {

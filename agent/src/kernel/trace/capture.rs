@@ -1,5 +1,5 @@
-//! Packets of one flow at the interfaces of a namespace, plain or inside VXLAN: an `AF_PACKET` socket with a filter in the kernel, so that a busy
-//! host pays for what matches alone (`packet(7)`).
+//! Captures the packets of a flow at all interfaces of a namespace, plain or inside VXLAN. An `AF_PACKET` socket filters in the
+//! kernel, so a busy host only pays for matching packets (`packet(7)`).
 
 use std::io;
 use std::net::IpAddr;
@@ -14,9 +14,9 @@ use super::packet::UDP;
 use crate::model::Family;
 use crate::plan::OpError;
 
-/// Bytes of a packet that are kept: an outer IPv6 header, UDP, VXLAN, Ethernet and an inner IPv6 header are 110.
+/// Captured bytes per packet. An outer IPv6 header, UDP, VXLAN, Ethernet and an inner IPv6 header are 110.
 const SNAPLEN: u32 = 128;
-/// From the UDP header to the inner IP header: UDP 8, VXLAN 8, Ethernet 14 (RFC 7348 section 5).
+/// Offset from the UDP header to the inner IP header: UDP 8, VXLAN 8, Ethernet 14 (RFC 7348 section 5).
 const INNER_IP_OFFSET: u32 = 30;
 
 /// A packet of the flow at an interface.
@@ -24,36 +24,36 @@ const INNER_IP_OFFSET: u32 = 30;
 pub struct CapturedPacket {
     /// Interface index.
     pub interface: u32,
-    /// It goes out by the interface; else it came in.
+    /// The direction: outgoing or incoming.
     pub outgoing: bool,
-    /// The outer addresses, where it is inside VXLAN.
+    /// The outer addresses, if the packet is inside VXLAN.
     pub tunnel: Option<(IpAddr, IpAddr)>,
-    /// Its source.
+    /// The source address, without the tunnel.
     pub source: IpAddr,
-    /// Its destination.
+    /// The destination address, without the tunnel.
     pub destination: IpAddr,
 }
 
-/// What to listen for.
+/// The packets to capture.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CaptureFilter {
-    /// Source and destination of packets, in any form that the flow takes on the way.
+    /// Source and destination pairs, one for each translation of the flow.
     pub pairs: Vec<(IpAddr, IpAddr)>,
     /// The UDP port of the tunnel.
     pub port: u16,
 }
 
-/// Listens at all interfaces of the calling thread's namespace.
+/// A capture at all interfaces of the calling thread's namespace.
 pub struct Capture {
     socket: OwnedFd,
     filter: CaptureFilter,
 }
 
 impl Capture {
-    /// Begins to listen; one wait takes as long as `pause` at the most.
+    /// Starts capturing. One wait lasts at most `timeout`.
     ///
     /// # Errors
-    /// No permission (`CAP_NET_RAW`), or the filter is refused.
+    /// No permission (`CAP_NET_RAW`), or the kernel refused the filter.
     pub fn open(filter: CaptureFilter, timeout: Duration) -> Result<Capture, OpError> {
         let open = || -> io::Result<OwnedFd> {
             let socket = socket(AddressFamily::Packet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, Some(SockProtocol::EthAll))?;
@@ -64,12 +64,12 @@ impl Capture {
         };
         let failed = |error: io::Error| OpError {
             errno: error.raw_os_error().unwrap_or_default(),
-            message: format!("cannot listen at the interfaces: {error}; this needs CAP_NET_RAW: run as root"),
+            message: format!("cannot capture packets: {error}; this needs CAP_NET_RAW: run as root"),
         };
         Ok(Capture { socket: open().map_err(failed)?, filter })
     }
 
-    /// Waits for the next packet; `None` after the pause.
+    /// Waits for the next packet; `None` after the timeout.
     ///
     /// # Errors
     /// The socket failed.
@@ -99,7 +99,7 @@ impl Capture {
 type AddressPair = (IpAddr, IpAddr);
 
 impl CaptureFilter {
-    /// The outer addresses, if any, and the flow's own, of a packet from its IP header on.
+    /// Matches a packet that starts with its IP header. Returns the outer addresses, if any, and the flow's own.
     fn match_packet(&self, packet: &[u8]) -> Option<(Option<AddressPair>, AddressPair)> {
         let (outer, protocol, header_length) = parse_ip_header(packet)?;
         if self.pairs.contains(&outer) {
@@ -115,7 +115,7 @@ impl CaptureFilter {
     }
 }
 
-/// Source and destination, protocol and length of an IP header.
+/// Reads addresses, protocol and length of an IP header.
 fn parse_ip_header(packet: &[u8]) -> Option<(AddressPair, u8, usize)> {
     let first = *packet.first()?;
     match first >> 4 {
@@ -131,22 +131,23 @@ fn parse_ip_header(packet: &[u8]) -> Option<(AddressPair, u8, usize)> {
     }
 }
 
-/// One step of an alternative of the filter.
+/// One comparison of the filter.
 #[derive(Clone, Copy)]
 enum BpfTest {
-    /// A byte, of which these bits count, has a value.
+    /// Offset, mask and value of a byte.
     Byte(u32, u32, u32),
-    /// Two bytes behind the header of IPv4 have a value.
+    /// Offset after the IPv4 header, and value, of two bytes.
     HalfIndirect(u32, u32),
-    /// Two bytes have a value.
+    /// Offset and value of two bytes.
     Half(u32, u32),
-    /// Four bytes have a value.
+    /// Offset and value of four bytes.
     Word(u32, u32),
-    /// Four bytes behind the header of IPv4 have a value.
+    /// Offset after the IPv4 header, and value, of four bytes.
     WordIndirect(u32, u32),
 }
 
-/// A filter that keeps what [`CaptureFilter::read`] reads: plain packets, and those inside VXLAN over either family.
+/// Compiles a filter with the matches of [`CaptureFilter::match_packet`]: plain packets, and packets inside VXLAN over either
+/// family.
 fn bpf_program(filter: &CaptureFilter) -> Vec<libc::sock_filter> {
     let mut alternatives: Vec<Vec<BpfTest>> = Vec::new();
     let port = u32::from(filter.port);
@@ -203,7 +204,7 @@ fn bpf_program(filter: &CaptureFilter) -> Vec<libc::sock_filter> {
             block.push(step(EQUAL, 0, 0, value));
         }
         block.push(step(RETURN, 0, 0, SNAPLEN));
-        // What does not fit goes on with the next alternative.
+        // A failed comparison jumps to the next alternative.
         let end = block.len();
         for (at, step) in block.iter_mut().enumerate() {
             if step.code == EQUAL {
@@ -220,7 +221,7 @@ fn ip_version(family: Family) -> BpfTest {
     BpfTest::Byte(0, 0xf0, if family == Family::V4 { 0x40 } else { 0x60 })
 }
 
-/// Source and destination as words, by their offset in the IP header.
+/// Source and destination as words, each with its offset in the IP header.
 fn address_words((source, destination): AddressPair) -> Vec<(u32, u32)> {
     let mut bytes = Vec::new();
     for address in [source, destination] {
@@ -237,7 +238,8 @@ fn address_words((source, destination): AddressPair) -> Vec<(u32, u32)> {
 fn attach_filter(socket: &OwnedFd, mut program: Vec<libc::sock_filter>) -> io::Result<()> {
     let filter = libc::sock_fprog { len: u16::try_from(program.len()).unwrap_or(u16::MAX), filter: program.as_mut_ptr() };
     let length = libc::socklen_t::try_from(size_of::<libc::sock_fprog>()).unwrap_or_default();
-    // SAFETY: the program and its description live until the call returns; the kernel copies both (sk_attach_filter in net/core/filter.c).
+    // SAFETY: the program and its description live until the call returns; the kernel copies both (sk_attach_filter in
+    // net/core/filter.c).
     let result = unsafe {
         libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, (&raw const filter).cast(), length)
     };

@@ -1,10 +1,10 @@
-//! A packet as the rules of the kernel see it: its headers as bytes, and what is known of it beside them.
+//! A packet as the kernel's rules see it: its header bytes and metadata.
 
 use std::net::IpAddr;
 
 use crate::model::{Family, Mac};
 
-/// Protocol numbers of IP (IANA).
+/// ICMP for IPv4. IP protocol numbers (IANA).
 pub const ICMP: u8 = 1;
 /// UDP.
 pub const UDP: u8 = 17;
@@ -13,20 +13,20 @@ pub const TCP: u8 = 6;
 /// ICMP for IPv6.
 pub const ICMPV6: u8 = 58;
 
-/// What is sent from one address to another.
+/// A flow from one address to another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Flow {
-    /// From where.
+    /// Source address.
     pub source: IpAddr,
-    /// To where; of the same family.
+    /// Destination address, of the same family.
     pub destination: IpAddr,
     /// The protocol's number in the IP header.
     pub protocol: u8,
-    /// The port it goes to; 0 where the protocol has none.
+    /// Destination port; 0 if the protocol has no ports.
     pub port: u16,
 }
 
-/// The port that a packet is taken to come from: the first that Linux gives out by itself (`net.ipv4.ip_local_port_range`).
+/// Assumed source port: the first ephemeral port of Linux (`net.ipv4.ip_local_port_range`).
 pub const SOURCE_PORT: u16 = 32768;
 
 impl Flow {
@@ -41,7 +41,7 @@ impl Flow {
         Family::of(self.destination)
     }
 
-    /// The IP header (RFC 791 section 3.1, RFC 8200 section 3) of a packet with `encoded_length` bytes behind it.
+    /// The IP header (RFC 791 section 3.1, RFC 8200 section 3) of a packet with `length` bytes of payload.
     fn network_header(&self, length: u16) -> Vec<u8> {
         let mut header = match self.family() {
             Family::V4 => {
@@ -63,7 +63,7 @@ impl Flow {
         header
     }
 
-    /// The transport header: of an echo request, a TCP SYN, or UDP.
+    /// The transport header of an echo request, a TCP SYN, or UDP.
     fn transport_header(&self) -> Vec<u8> {
         let mut ports = SOURCE_PORT.to_be_bytes().to_vec();
         ports.extend_from_slice(&self.port.to_be_bytes());
@@ -71,7 +71,7 @@ impl Flow {
             ICMP => vec![8, 0, 0, 0, 0, 1, 0, 1],
             ICMPV6 => vec![128, 0, 0, 0, 0, 1, 0, 1],
             TCP => {
-                // Five words of header, the flag SYN, a window (RFC 9293 section 3.1).
+                // Header length five words, the SYN flag, a window (RFC 9293 section 3.1).
                 ports.extend_from_slice(&[0, 0, 0, 1, 0, 0, 0, 0, 0x50, 0x02, 0xfa, 0xf0, 0, 0, 0, 0]);
                 ports
             }
@@ -83,7 +83,7 @@ impl Flow {
     }
 }
 
-/// An interface that a packet comes in or goes out by.
+/// The input or output interface of a packet.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Interface {
     /// Interface index.
@@ -99,21 +99,21 @@ pub struct Packet {
     pub family: Family,
     /// The transport protocol's number.
     pub protocol: u8,
-    /// The Ethernet header; empty where there is none.
+    /// The Ethernet header; empty if none.
     pub link: Vec<u8>,
     /// The IP header.
     pub network: Vec<u8>,
-    /// What follows it.
+    /// The transport header and payload.
     pub transport: Vec<u8>,
-    /// By which interface it came in.
+    /// The input interface.
     pub input: Option<Interface>,
-    /// By which interface it goes out.
+    /// The output interface.
     pub output: Option<Interface>,
-    /// Whether its destination is an address of this host; `None` where that is not known.
+    /// Whether the destination is an address of this host; `None` if unknown.
     pub destination_is_local: Option<bool>,
-    /// Whether its destination was translated.
+    /// Whether the destination was translated.
     pub destination_translated: bool,
-    /// Whether conntrack takes no notice of it.
+    /// Whether conntrack ignores it.
     pub untracked: bool,
 }
 
@@ -135,13 +135,13 @@ impl Packet {
         }
     }
 
-    /// The same with an Ethernet header, as a bridge sees it.
+    /// Adds an Ethernet header, as a bridge sees it.
     pub fn with_ethernet_header(mut self, source: Mac, destination: Mac) -> Packet {
         self.link = ethernet_header(self.family, source, destination);
         self
     }
 
-    /// The packet that carries `build_inner_frame` through a VXLAN tunnel (RFC 7348 section 5).
+    /// The VXLAN packet that carries `inner` (RFC 7348 section 5).
     pub fn vxlan_encapsulated(inner: &Packet, outer: &Flow, vni: u32) -> Packet {
         let mut packet = Packet::new(outer);
         let [_, vni @ ..] = vni.to_be_bytes();
@@ -188,7 +188,7 @@ mod tests {
             assert_eq!((&packet.transport[2..4], packet.transport[13], packet.transport.len()), (&[0, 80][..], 2, 20));
             let outer = Flow { source, destination, protocol: UDP, port: 8472 };
             let tunnel = Packet::vxlan_encapsulated(&packet, &outer, 0x01_02_03);
-            // As the guard of the tunnel reads it: the VNI, the inner EtherType, the inner source.
+            // Offsets that the tunnel filter reads: the VNI, the inner EtherType, the inner source.
             assert_eq!(tunnel.transport[12..15], [1, 2, 3]);
             assert_eq!(tunnel.transport[28..30], ethertype(packet.family));
             assert_eq!(tunnel.transport[30 + at..30 + at + bits], octets(source));

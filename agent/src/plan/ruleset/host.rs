@@ -1,4 +1,4 @@
-//! The table `inet overlayd_command`: forwarding, masquerade, published ports, and who may tunnel to this host.
+//! The table `inet overlayd`: forwarding, masquerade, published ports, and the tunnel source filter.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -11,47 +11,50 @@ const NF_IP_PRI_RAW: i32 = -300;
 const NF_IP_PRI_NAT_DST: i32 = -100;
 const NF_IP_PRI_NAT_SRC: i32 = 100;
 
-/// The chain that says what the overlay is.
+/// The chain that defines the overlay's address ranges.
 pub const OVERLAY_CHAIN: &str = "overlay";
 
-/// Bytes from the beginning of the UDP header of a VXLAN packet: UDP has 8 bytes, VXLAN 8, and an Ethernet header 14 (RFC 7348 section 5).
+/// Offsets from the UDP header of a VXLAN packet: UDP has 8 bytes, VXLAN 8, and an Ethernet header 14 (RFC 7348 section 5).
 const VNI_FIELD: Field = Field::transport(12, 3);
 const INNER_ETHERTYPE: Field = Field::transport(28, 2);
 const INNER_IP_OFFSET: u8 = 30;
 
-/// What the rules follow from.
+/// The input of the rules.
 #[derive(Debug, Clone, Copy)]
 pub struct InetTableSpec<'a> {
     /// The network.
     pub network: &'a NetworkConfig,
     /// This host's subnet.
     pub subnet: &'a Subnet,
-    /// The addresses that its VXLAN devices have as source, per family.
+    /// The source addresses of its VXLAN devices, per family.
     pub local: &'a PerFamily<IpAddr>,
-    /// Whether what leaves the overlay for elsewhere gets the host's address.
+    /// Whether traffic that leaves the overlay gets the host's address.
     pub masquerade: bool,
-    /// Whether ports are published: without, there are no chains for them, and no connection pays for them.
+    /// Whether ports are published. Without them, their chains are left out, so that no connection pays for them.
     pub publishes: bool,
 }
 
 impl InetTableSpec<'_> {
-    /// The table `inet overlayd_command`:
+    /// Builds the table `inet overlayd`:
     ///
-    /// - `tunnel` and `vxlan_chain`: VXLAN with our VNI passes only from a peer, and only with an inner source of that peer's subnet.
-    ///   The hook is input, behind the reassembly of fragments: nothing that is checked can hide in the next fragment. Other VNIs of the port
-    ///   are not ours to judge.
-    /// - `incoming_chain`: encapsulation that a container forged is dropped, be it for this host or for another one; containers neither send from 127.0.0.0/8
-    ///   nor reach it, whatever `route_localnet` says.
-    /// - `encapsulated_chain` (from `incoming_chain`) and `outgoing`: conntrack takes no notice of the tunnel's own packets, each of which it would look up as a connection of
-    ///   its own, beside the one inside. What VXLAN packets this host only forwards are somebody else's, and may be translated by it.
-    /// - `overlay`: no packet goes through it. It says what the overlay is (the addresses of the subnets that are leased, not the whole network, in
-    ///   which hosts may lie as well), to people and to `overlayctl trace`. That forwarding is accepted needs no rule: what
-    ///   passes all of this table's rules is accepted, and what another table drops no rule of this one lifts.
-    /// - `prerouting`, `run_command`: published ports.
-    /// - `postrouting_rules`: with `masquerade` what leaves the overlay for elsewhere (not multicast, nor what stays on the bridge) gets the host's address; a container that was
-    ///   reached by a published port from its own bridge or from the host's loopback answers through this host. What enters the tunnel from outside the overlay
-    ///   gets this host's address in it, because peers take from a host its own subnet only. Inside the overlay nothing is translated, nor what a container sends
-    ///   to a peer whose subnet the network does not lease any more.
+    /// - `tunnel` and `vxlan`: the tunnel source filter. VXLAN with our VNI is only accepted from a peer, and only with an inner
+    ///   source in that peer's subnet. The hook is input, after fragment reassembly, so that a later fragment cannot hide a
+    ///   checked field. Other VNIs on the port pass unchecked.
+    /// - `incoming`: drops encapsulation forged by a container, for this host or another one. Containers neither send from
+    ///   127.0.0.0/8 nor reach it, regardless of `route_localnet`.
+    /// - `encapsulated` (jumped to from `incoming`) and `outgoing`: exempt the tunnel's own packets from conntrack. Otherwise
+    ///   conntrack would track them as a connection, in addition to the inner one. VXLAN packets that this host only forwards
+    ///   stay tracked, because foreign rules may translate them.
+    /// - `overlay`: no packet traverses it. It documents the overlay's address ranges for operators and `overlayctl trace`. The
+    ///   ranges cover the leased subnets, not the whole network, which may also contain hosts. Accepting forwarded packets needs
+    ///   no rule: a packet that passes this table is accepted, and no rule here can override a drop in another table.
+    /// - `prerouting`, `output`: published ports.
+    /// - `postrouting`: with `masquerade`, traffic that leaves the overlay gets the host's address, except multicast and traffic
+    ///   that stays on the bridge. With `masquerade`, traffic that enters the tunnel from outside the overlay gets this host's
+    ///   address in the overlay, because peers accept only its subnet from a host. Connections to a published port from the
+    ///   container's own bridge or the host's loopback are masqueraded too, so that the container answers through this host.
+    ///   Traffic inside the overlay is not translated, nor is traffic from a container to a peer whose subnet the network no
+    ///   longer leases.
     pub fn ruleset(&self) -> Ruleset {
         let mut counters = vec![Counter::Encapsulation, Counter::Loopback, Counter::Tunnel];
         let families: Vec<Family> = self.network.families().collect();
@@ -130,7 +133,7 @@ impl InetTableSpec<'_> {
         for family in families {
             let Some(pool) = self.network.pools.get(*family) else { continue };
             let bits = family.bits();
-            // RFC 791 section 3.1, RFC 8200 section 3: where the source stands in the inner IP header.
+            // RFC 791 section 3.1, RFC 8200 section 3: offset of the source in the inner IP header.
             let (ethertype, offset) = match family {
                 Family::V4 => ([0x08, 0x00], INNER_IP_OFFSET + 12),
                 Family::V6 => ([0x86, 0xdd], INNER_IP_OFFSET + 8),
@@ -149,7 +152,7 @@ impl InetTableSpec<'_> {
         Chain { name: "vxlan".to_owned(), base: None, rules }
     }
 
-    /// What comes by another interface than the bridge is through after one comparison.
+    /// Packets from interfaces other than the bridge leave this chain after one comparison.
     fn incoming_chain(&self, families: &[Family]) -> Chain {
         let mut rules = vec![rule([self.vxlan_port_match(), vec![Expr::Jump("encapsulated".to_owned())]].concat())];
         if families.contains(&Family::V4) {
@@ -176,8 +179,8 @@ impl InetTableSpec<'_> {
         Chain { name: OVERLAY_CHAIN.to_owned(), base: None, rules: ends.map(|end| rule([end, Expr::Accept])).collect() }
     }
 
-    /// Ports of one address before those of any. From outside, an address of the loopback device is nobody's: what is bound there is reached from
-    /// this host alone.
+    /// Ports bound to one address come before ports of any address. A loopback address cannot be reached from outside: ports
+    /// bound to it are reachable from this host only.
     fn publish_rules(&self, families: &[Family], from_outside: bool) -> Vec<Rule> {
         let mut rules = Vec::new();
         if from_outside && families.contains(&Family::V4) {
@@ -226,7 +229,8 @@ fn base_chain(name: &str, hook: Hook, kind: ChainKind, priority: i32, rules: Vec
     Chain { name: name.to_owned(), base: Some(Base { hook, kind, priority }), rules }
 }
 
-/// Not in, or not out, by this interface. With br_netfilter, frames that stay on the bridge pass the hooks, too: a broadcast would get the host's address.
+/// A match: the packet's input or output interface is another one. With br_netfilter, frames that stay on the bridge also pass
+/// the hooks; without this match, a broadcast would get the host's address.
 fn interface_is_not(field: Field, interface: &str) -> Expr {
     let mut padded = vec![0; usize::from(field.length())];
     for (to, from) in padded.iter_mut().zip(interface.as_bytes()) {
@@ -235,7 +239,7 @@ fn interface_is_not(field: Field, interface: &str) -> Expr {
     is_not(field, &padded)
 }
 
-/// The addresses of the subnets that a pool leases; with `negate`, all others.
+/// A match on the addresses of a pool's leased subnets. With `negate`, a match on all other addresses.
 fn in_leased_range(field: Field, pool: &Pool, negate: bool) -> Expr {
     Expr::Range { field, first: pool.min.base(), last: pool.max.last(), negate }
 }

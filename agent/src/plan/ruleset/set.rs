@@ -1,4 +1,4 @@
-//! The sets and maps of our tables, and what an element of each says.
+//! The sets and maps of our tables, and the meaning of their elements.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -12,23 +12,23 @@ use crate::model::{Family, Mac, Transport};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SetName {
-    /// `address . family_keyword . port` of this host: where it leads, for ports bound to one address.
+    /// `address . protocol . port` of this host to a container's address and port, for ports bound to one address.
     Bound(Family),
-    /// The own addresses of peers (outer source and inner source are the same one), where containers' packets to them are not masqueraded.
+    /// The underlay addresses of peers, as outer and inner source. Containers' packets to these addresses are not masqueraded.
     Hosts(Family),
-    /// Outer source and the base of the inner source's subnet, of the length that the network's subnets have.
+    /// Outer source, and base address of the inner source's subnet, with the network's subnet length.
     Peers(Family),
-    /// `family_keyword . port` of any address of this host: where it leads.
+    /// `protocol . port` on any address of this host to a container's address and port.
     Ports(Family),
     /// Outer source and range of inner sources, for subnets of another length.
     Ranges(Family),
     /// Interface, MAC and address of an endpoint.
     Source(Family),
-    /// The interfaces of endpoints whose sources are not checked.
+    /// The interfaces of endpoints without source checks.
     Unchecked,
 }
 
-/// Types of a set's fields, as `nft` calls them.
+/// Types of a set's fields, with their `nft` names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SetFieldType {
     /// `ipv4_addr`, `ipv6_addr`.
@@ -59,7 +59,7 @@ pub enum SetValue {
 }
 
 impl SetName {
-    /// Each.
+    /// All sets and maps.
     pub const ALL: [SetName; 13] = [
         SetName::Bound(Family::V4),
         SetName::Bound(Family::V6),
@@ -76,7 +76,7 @@ impl SetName {
         SetName::Unchecked,
     ];
 
-    /// The table that it is in.
+    /// The table that contains it.
     pub const fn table(self) -> Table {
         match self {
             SetName::Source(_) | SetName::Unchecked => Table::Bridge,
@@ -84,7 +84,7 @@ impl SetName {
         }
     }
 
-    /// Its name there.
+    /// Its name in the table.
     pub const fn name(self) -> &'static str {
         match self {
             SetName::Bound(Family::V4) => "bound4",
@@ -121,7 +121,7 @@ impl SetName {
         }
     }
 
-    /// The types of what a map's elements lead to; none for a set.
+    /// The types of a map's data; none for a set.
     pub fn data(self) -> Vec<SetFieldType> {
         match self {
             SetName::Bound(family) | SetName::Ports(family) => vec![SetFieldType::Address(family), SetFieldType::Port],
@@ -136,7 +136,7 @@ impl SetName {
 }
 
 impl SetFieldType {
-    /// Length in bytes, without the padding to four that a field of a concatenation has.
+    /// Length in bytes, without the padding to four in a concatenation.
     pub const fn length(self) -> usize {
         match self {
             SetFieldType::Address(Family::V4) => 4,
@@ -148,28 +148,28 @@ impl SetFieldType {
     }
 }
 
-/// One element of one of our sets. Boxed where it is long: keys of peers are many.
+/// One element of one of our sets. Long variants are boxed, because the keys of peers are many.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Element {
-    /// The peer behind an underlay address may tunnel packets of the subnet that begins with the second address.
+    /// The peer at an underlay address may tunnel packets of a subnet. The second address is the first one of the subnet.
     Peer(PeerPair),
-    /// The same for the addresses from the second to the third one.
+    /// The peer at an underlay address may tunnel packets from the second to the third address.
     Range(Box<(IpAddr, IpAddr, IpAddr)>),
-    /// The peer behind an underlay address may tunnel packets from that very address.
+    /// The peer at an underlay address may tunnel packets from that address.
     Host(IpAddr),
     /// A port of any address of this host, in one family.
     Port(Family, Transport, u16),
     /// A port of one address of this host.
     Bound(IpAddr, Transport, u16),
-    /// What comes in by an interface may have this MAC and address.
+    /// An interface may send with this MAC and address.
     Source(Box<(String, Mac, IpAddr)>),
-    /// What comes in by an interface may have any.
+    /// An interface may send with any MAC and address.
     Unchecked(Box<str>),
 }
 
-/// An underlay address and the base of a subnet, of one family. There is one for each peer, three times: those of IPv4 take no memory beside the
-/// element itself.
+/// An underlay address and the base address of a subnet, of one family. Each peer has one, stored three times; so IPv4 pairs need
+/// no heap memory besides the element itself.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "(IpAddr, IpAddr)", into = "(IpAddr, IpAddr)")]
 pub struct PeerPair(Addresses);
@@ -181,7 +181,7 @@ enum Addresses {
 }
 
 impl PeerPair {
-    /// Of an underlay address and a base; `None` where they are of two families.
+    /// Creates a pair; `None` if the families differ.
     pub fn new(outer: IpAddr, base: IpAddr) -> Option<PeerPair> {
         let addresses = match (outer, base) {
             (IpAddr::V4(outer), IpAddr::V4(base)) => Addresses::V4(outer, base),
@@ -217,7 +217,7 @@ impl TryFrom<(IpAddr, IpAddr)> for PeerPair {
     type Error = &'static str;
 
     fn try_from((outer, base): (IpAddr, IpAddr)) -> Result<PeerPair, &'static str> {
-        PeerPair::new(outer, base).ok_or("both addresses have to be of one family")
+        PeerPair::new(outer, base).ok_or("both addresses must have the same family")
     }
 }
 
@@ -228,7 +228,7 @@ impl From<PeerPair> for (IpAddr, IpAddr) {
 }
 
 impl Element {
-    /// The set that it is one of.
+    /// The set that contains it.
     pub fn set(&self) -> SetName {
         match self {
             Element::Peer(peer) => SetName::Peers(peer.family()),
@@ -241,7 +241,7 @@ impl Element {
         }
     }
 
-    /// The endpoint's interface that it is about.
+    /// The endpoint's interface, for a source element.
     pub fn interface(&self) -> Option<&str> {
         match self {
             Element::Source(source) => Some(&source.0),
@@ -250,7 +250,7 @@ impl Element {
         }
     }
 
-    /// Its key, field by field.
+    /// The fields of its key.
     pub fn key(&self) -> Vec<SetValue> {
         match self {
             Element::Peer(peer) => vec![SetValue::Address(peer.outer()), SetValue::Address(peer.base())],
@@ -267,7 +267,7 @@ impl Element {
         }
     }
 
-    /// The end of its key, where that is a range.
+    /// The end of its key, if the key is a range.
     pub fn key_end(&self) -> Option<Vec<SetValue>> {
         match self {
             Element::Range(range) => Some(vec![SetValue::Address(range.0), SetValue::Address(range.2)]),
@@ -275,7 +275,7 @@ impl Element {
         }
     }
 
-    /// The element with this key; `None` where no element of ours has it.
+    /// The element with this key; `None` if no element of ours can have it.
     pub fn from_key(set: SetName, key: Vec<SetValue>, end: Option<Vec<SetValue>>) -> Option<Element> {
         use SetValue::{Address, Interface, Mac, Port, Protocol};
         let transport = |number: u8| [Transport::Tcp, Transport::Udp, Transport::Sctp].into_iter().find(|t| t.number() == number);

@@ -1,5 +1,5 @@
-//! The table `bridge_name overlayd_command`: what containers may send. It sees each frame before the bridge does: what is dropped here teaches the bridge
-//! nothing.
+//! The table `bridge overlayd`: the source filter (anti-spoofing) for containers' frames. It sees each frame before the bridge
+//! does, so the bridge learns nothing from dropped frames.
 
 use std::net::Ipv6Addr;
 
@@ -7,7 +7,7 @@ use super::{Base, Chain, ChainKind, Counter, Expr, Field, Hook, ICMPV6, Rule, Ru
 use crate::model::device::PORT_PREFIX;
 use crate::model::{Cidr, Family};
 
-/// `NF_BR_PRI_NAT_DST_BRIDGED` in `linux/netfilter_bridge.h`: before all others of the bridge's hook.
+/// `NF_BR_PRI_NAT_DST_BRIDGED` in `linux/netfilter_bridge.h`: the first priority of the bridge's hook.
 const NF_BR_PRI_NAT_DST_BRIDGED: i32 = -300;
 
 /// EtherTypes (IEEE 802 numbers).
@@ -15,7 +15,7 @@ const ETHERTYPE_IPV4: [u8; 2] = [0x08, 0x00];
 const ETHERTYPE_ARP: [u8; 2] = [0x08, 0x06];
 const ETHERTYPE_IPV6: [u8; 2] = [0x86, 0xdd];
 
-/// The ports that DHCP clients listen on: what is sent there is a server's answer, whatever port it comes from (RFC 2131 section 4.1, RFC 8415
+/// The ports of DHCP clients. Packets to these ports are server answers, from any source port (RFC 2131 section 4.1, RFC 8415
 /// section 7.2).
 const DHCP_CLIENT: u16 = 68;
 const DHCPV6_CLIENT: u16 = 546;
@@ -26,28 +26,29 @@ const ROUTER_ADVERTISEMENT: u8 = 134;
 const NEIGHBOUR_SOLICITATION: u8 = 135;
 const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
 const REDIRECT: u8 = 137;
-/// A multicast listener's report (RFC 3810 section 5.2).
+/// Multicast listener report (RFC 3810 section 5.2).
 const MLDV2_REPORT: u8 = 143;
 
-/// Where solicitations and advertisements have their target, their option's type and the MAC in it.
+/// Fields of neighbour solicitations and advertisements: target, option type and the MAC in the option.
 const ICMPV6_TYPE: Field = Field::transport(0, 1);
 const ND_TARGET: Field = Field::transport(8, 16);
 const ND_OPTION_TYPE: Field = Field::transport(24, 1);
 const ND_OPTION_MAC: Field = Field::transport(26, 6);
-/// The length of one without an option, and of one with a single option of eight bytes.
+/// Payload lengths without an option, and with one option of eight bytes.
 const ND_LENGTH_NO_OPTION: [u8; 2] = [0, 24];
 const ND_LENGTH_ONE_OPTION: [u8; 2] = [0, 32];
-/// The options source and target link-layer address.
+/// Option types: source and target link-layer address.
 const ND_OPT_SOURCE_LL_ADDR: u8 = 1;
 const ND_OPT_TARGET_LL_ADDR: u8 = 2;
 
-/// The table `bridge_name overlayd_command`. It looks at the interfaces of endpoints alone, by the beginning of their names; ports that others put on a bridge
-/// are not judged.
+/// Builds the table `bridge overlayd`. It filters only the interfaces of endpoints, by their name prefix. Foreign ports on a
+/// bridge pass unchecked.
 ///
-/// - `guard`: an IPv4, IPv6 or ARP packet passes with the sender's own MAC and address; everything else is dropped, unknown
-///   EtherTypes included. What is behind a VLAN tag is judged like what has none. An interface in the set `unchecked` is free of that.
-/// - `nd`: no router advertisements, solicitations and redirects, from nobody. Neighbour solicitations and advertisements tell nothing but
-///   the sender's own MAC and address: they have one option at the most, so that none hides behind another.
+/// - `guard`: accepts IPv4, IPv6 and ARP with the sender's own MAC and address. Everything else is dropped, including unknown
+///   EtherTypes. VLAN-tagged frames are checked like untagged ones. Interfaces in the set `unchecked` are exempt.
+/// - `nd`: drops router advertisements, router solicitations and redirects of every endpoint, also of those in `unchecked`.
+///   Neighbour solicitations and advertisements may only state the sender's own MAC and address. They have at most one option, so
+///   that no option can hide behind another.
 pub fn source_filter() -> Ruleset {
     let source_filter_chain = Chain {
         name: "guard".to_owned(),
@@ -78,7 +79,7 @@ fn source_filter_rules() -> Vec<Rule> {
         rule([is(Field::Protocol, ethertype), in_source_set(family, Field::EtherSource, Field::Source(family)), Expr::Accept])
     };
     let arp = |mac| in_source_set(Family::V4, mac, Field::ArpSenderAddress);
-    // What passes often stands first: each match costs every packet that goes by it some 25 ns.
+    // Frequent matches come first: each match costs every later packet some 25 ns.
     vec![
         rule([is_not(Field::InputInterface, PORT_PREFIX.as_bytes()), Expr::Accept]),
         dhcp(&ETHERTYPE_IPV4, DHCP_CLIENT),
@@ -97,8 +98,8 @@ fn nd_rules() -> Vec<Rule> {
         .map(|kind| rule([is(ICMPV6_TYPE, &[kind]), Expr::Count(Counter::Router), Expr::Drop]))
         .to_vec();
     rules.push(rule([in_unchecked_set(), Expr::Accept]));
-    // From the unspecified address while an interface comes up (RFC 3810 section 5.2.13): it says nothing that anybody may believe, and it is no
-    // attack to be counted.
+    // From the unspecified address while an interface comes up (RFC 3810 section 5.2.13). Receivers ignore such a report. It is
+    // not an attack, so it is dropped without a counter.
     rules.push(rule([is_ipv6(), is(ICMPV6_TYPE, &[MLDV2_REPORT]), from_unspecified(), Expr::Drop]));
     rules.push(rule([is(ICMPV6_TYPE, &[NEIGHBOUR_SOLICITATION]), jump("solicitation")]));
     rules.push(rule([is(ICMPV6_TYPE, &[NEIGHBOUR_ADVERTISEMENT]), jump("advertisement")]));
@@ -109,7 +110,7 @@ fn solicitation_rules() -> Vec<Rule> {
     let from_own = || in_source_set(Family::V6, Field::EtherSource, Field::Source(Family::V6));
     vec![
         drop_extension_headers(),
-        // Duplicate address detection: for an address of its own. A MAC in it is not believed by anybody (RFC 4861 section 7.1.1).
+        // Duplicate address detection for an own address. Receivers ignore a MAC in such a message (RFC 4861 section 7.1.1).
         rule([is_ipv6(), from_unspecified(), in_source_set(Family::V6, Field::EtherSource, ND_TARGET), Expr::Accept]),
         rule([is_ipv6(), is(Field::PayloadLength, &ND_LENGTH_NO_OPTION), from_own(), Expr::Accept]),
         rule([
@@ -142,12 +143,12 @@ fn advertisement_rules() -> Vec<Rule> {
     ]
 }
 
-/// Extension headers before a neighbour discovery message have no use, and would move what is checked.
+/// Drops extension headers before a neighbour discovery message. They have no use there, and would shift the checked offsets.
 fn drop_extension_headers() -> Rule {
     rule([is_ipv6(), is_not(Field::NextHeader, &ICMPV6), Expr::Count(Counter::Source), Expr::Drop])
 }
 
-/// The interface, a MAC and an address belong together.
+/// A match: the interface, the MAC and the address belong to one endpoint.
 fn in_source_set(family: Family, mac: Field, address: Field) -> Expr {
     Expr::In { fields: vec![Field::InputInterface, mac, address], set: SetName::Source(family) }
 }

@@ -1,4 +1,4 @@
-//! A ruleset as text, word for word as `nft -s filter table_name inet overlayd_command` prints it, so that a person can compare the two.
+//! Formats a ruleset exactly as `nft -s list table inet overlayd` prints it. An operator can compare the two.
 
 use std::fmt;
 
@@ -53,7 +53,7 @@ impl fmt::Display for SetFieldType {
     }
 }
 
-/// A chain, whose priority has a name by the table's family.
+/// A chain with its table, which determines the names of priorities.
 struct ChainInTable<'a>(&'a Chain, Table);
 
 impl fmt::Display for ChainInTable<'_> {
@@ -75,7 +75,8 @@ impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let udp = Expr::Field { field: Field::Layer4, negate: false, value: vec![17] };
         let port = |expr: &Expr| matches!(expr, Expr::Field { field: Field::DestinationPort, .. });
-        // What follows from another match is not said: a field of a protocol says the protocol, but UDP is in every one.
+        // `nft` leaves out a match that another match implies. A protocol's field implies the protocol. A UDP port implies UDP,
+        // but not the layer 3 protocol.
         let is_udp_port_match = self.exprs.contains(&udp) && self.exprs.iter().any(port);
         let matches = |expr: &Expr| matches!(expr, Expr::Field { .. } | Expr::In { .. });
         let of_protocol = !is_udp_port_match && self.exprs.iter().filter(|expr| matches(expr)).count() > 1;
@@ -130,7 +131,7 @@ impl fmt::Display for Expr {
     }
 }
 
-/// A field with a value: the numbers that have names by their names.
+/// Writes a comparison; known numbers appear by name.
 fn write_comparison(f: &mut fmt::Formatter<'_>, field: Field, negate: bool, value: &[u8]) -> fmt::Result {
     let number = value.iter().fold(0_u128, |number, byte| number << 8 | u128::from(*byte));
     let text = match (field, value) {
@@ -213,7 +214,7 @@ const fn family_keyword(family: Family) -> &'static str {
     }
 }
 
-/// A priority by name where it is within ten of one that has a name, as `nft` prints it.
+/// A priority as `nft` prints it: by name if within ten of a named one.
 struct Priority {
     table: Table,
     hook: Hook,
@@ -222,7 +223,7 @@ struct Priority {
 
 impl fmt::Display for Priority {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // nft(8), "Standard priority names"; the last column is the one hook in which the name holds.
+        // nft(8), "Standard priority names". The third value is the only hook for which the name is valid.
         const NAMES: [(&str, i32, Option<Hook>); 6] = [
             ("raw", -300, None),
             ("mangle", -150, None),
@@ -231,7 +232,7 @@ impl fmt::Display for Priority {
             ("security", 50, None),
             ("srcnat", 100, Some(Hook::Postrouting)),
         ];
-        // The bridge has others (`linux/netfilter_bridge.h`), of which we use one.
+        // The bridge family has other names (`linux/netfilter_bridge.h`), of which we use one.
         const BRIDGE: [(&str, i32, Option<Hook>); 1] = [("dstnat", -300, Some(Hook::Prerouting))];
         let names = match self.table {
             Table::Inet => NAMES.as_slice(),

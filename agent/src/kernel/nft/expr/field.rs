@@ -1,4 +1,4 @@
-//! Fields of packets as loads into registers, one behind the other, there and back.
+//! Encodes and decodes packet fields as loads into consecutive registers.
 
 use super::raw::RawExpr;
 use super::uapi::*;
@@ -7,7 +7,7 @@ use crate::kernel::nft::codec::Writer;
 use crate::model::Family;
 use crate::plan::ruleset::{Expr, Field, SetName, Table};
 
-/// The fields that stand at a fixed place, but for those of the transport header.
+/// The fields at a fixed offset, except generic fields of the transport header.
 const FIXED_FIELDS: [Field; 14] = [
     Field::InputInterface,
     Field::OutputInterface,
@@ -25,7 +25,7 @@ const FIXED_FIELDS: [Field; 14] = [
     Field::DestinationPort,
 ];
 
-/// Where an address stands in the IP header of its family, in bytes.
+/// The byte offset of an address in the IP header of its family.
 pub(super) fn address_offset(family: Family, destination: bool) -> u32 {
     match (family, destination) {
         // RFC 791 section 3.1, RFC 8200 section 3.
@@ -36,7 +36,7 @@ pub(super) fn address_offset(family: Family, destination: bool) -> u32 {
     }
 }
 
-/// How a field is loaded.
+/// The register load of a field.
 fn load_for_field(field: Field) -> RegisterLoad {
     let length = u32::from(field.length());
     let network = |offset| RegisterLoad::Payload { base: NFT_PAYLOAD_NETWORK_HEADER, offset, length };
@@ -59,7 +59,7 @@ fn load_for_field(field: Field) -> RegisterLoad {
     }
 }
 
-/// Loads fields one behind the other, each at the next multiple of four bytes.
+/// Writes the loads of several fields, each at the next multiple of four bytes.
 pub(super) fn load_fields(w: &mut Writer, fields: &[Field]) {
     let mut reg32 = 0;
     for field in fields {
@@ -73,12 +73,12 @@ pub(super) fn load_fields(w: &mut Writer, fields: &[Field]) {
     }
 }
 
-/// How many registers of four bytes a field takes.
+/// The number of 4-byte registers that a field occupies.
 fn reg32_count(field: Field) -> u32 {
     u32::from(field.length()).div_ceil(4)
 }
 
-/// Reads loads and what becomes of them: a comparison, a look-up, a translation. What it means and how many expressions it is.
+/// Decodes loads with their comparison, set lookup or translation. Returns the expression and the number of raw expressions.
 pub(super) fn read(raw: &[RawExpr<'_>], table: Table) -> Option<(Option<Expr>, usize)> {
     let mut fields = Vec::new();
     let mut next_reg32 = 0;
@@ -121,7 +121,7 @@ pub(super) fn read(raw: &[RawExpr<'_>], table: Table) -> Option<(Option<Expr>, u
     Some((Some(expr), raw.len() - rest.len() + used))
 }
 
-/// A comparison of one field.
+/// Decodes the comparison of one field.
 fn read_comparison(field: Field, negate: bool, value: &[u8]) -> Option<Expr> {
     let whole = value.len() == usize::from(field.length());
     let name = || {
@@ -132,18 +132,18 @@ fn read_comparison(field: Field, negate: bool, value: &[u8]) -> Option<Expr> {
     match field {
         Field::InputInterface if whole && !negate => name().map(Expr::InputInterface),
         Field::OutputInterface if whole && !negate => name().map(Expr::OutputInterface),
-        // A shorter comparison is one with a wildcard at the end.
+        // A shorter value is a prefix match (a wildcard at the end).
         Field::InputInterface | Field::OutputInterface if !value.is_empty() => {
             Some(Expr::Field { field, negate, value: value.to_vec() })
         }
-        // Addresses are compared as ranges.
+        // Address comparisons are decoded as CIDRs elsewhere.
         Field::Source(_) | Field::Destination(_) => None,
         Field::Transport { length, prefix, .. } if prefix < length * 8 => None,
         _ => whole.then(|| Expr::Field { field, negate, value: value.to_vec() }),
     }
 }
 
-/// The field that a load is of.
+/// The field of a register load.
 fn field_for_load(load: RegisterLoad) -> Option<Field> {
     if let Some(field) = FIXED_FIELDS.into_iter().find(|field| load_for_field(*field) == load) {
         return Some(field);

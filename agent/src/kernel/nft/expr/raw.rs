@@ -1,4 +1,4 @@
-//! Expressions as the kernel has them, as far as we use them.
+//! The kernel's nf_tables expressions, as far as we use them.
 
 use super::uapi::*;
 use super::{RegisterLoad, protocol_family};
@@ -6,10 +6,10 @@ use crate::kernel::nft::codec::{self, NF_ACCEPT, NF_DROP};
 use crate::model::Family;
 use crate::plan::ruleset::{Counter, Expr};
 
-/// `NF_NAT_RANGE_MAP_IPS | NF_NAT_RANGE_PROTO_SPECIFIED`, `linux/netfilter/nf_nat.h`: what the kernel adds by itself.
+/// `NF_NAT_RANGE_MAP_IPS | NF_NAT_RANGE_PROTO_SPECIFIED`, `linux/netfilter/nf_nat.h`: the kernel sets these itself.
 const IMPLICIT_NAT_FLAGS: u32 = 0x1 | 0x2;
 
-/// An expression. Places of registers are counted in four bytes.
+/// An expression. Registers are counted in units of 4 bytes.
 pub(super) enum RawExpr<'a> {
     Load {
         source: RegisterLoad,
@@ -19,18 +19,18 @@ pub(super) enum RawExpr<'a> {
         reg32: u32,
         mask: &'a [u8],
     },
-    /// Of the first register.
+    /// Compares the first register.
     Compare {
         operation: u32,
         value: &'a [u8],
     },
-    /// Of the first register. `NFT_RANGE_EQ` and `NFT_RANGE_NEQ` have the numbers of `NFT_CMP_EQ` and `NFT_CMP_NEQ`.
+    /// Compares the first register. `NFT_RANGE_EQ` and `NFT_RANGE_NEQ` have the numbers of `NFT_CMP_EQ` and `NFT_CMP_NEQ`.
     Range {
         operation: u32,
         first: &'a [u8],
         last: &'a [u8],
     },
-    /// From the first register on; `is_map`: what a map says goes there.
+    /// The key starts in the first register; with `is_map`, the map's data are stored there too.
     Lookup {
         set: &'a [u8],
         is_map: bool,
@@ -39,7 +39,7 @@ pub(super) enum RawExpr<'a> {
     Nat(Nat),
     /// `fib daddr type` into the first register.
     DestinationType,
-    /// `ct map_status` into the first register.
+    /// `ct status` into the first register.
     ConnectionStatus,
     Verdict {
         code: u32,
@@ -54,11 +54,11 @@ pub(super) enum RawExpr<'a> {
     Other,
 }
 
-/// A translation of the destination.
+/// A destination NAT.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Nat {
     pub(super) family: Family,
-    /// The place of the port's register.
+    /// The register of the port, in units of 4 bytes.
     pub(super) port_reg32: u32,
 }
 
@@ -150,7 +150,7 @@ impl RawExpr<'_> {
         }
     }
 
-    /// What it means where it belongs to no sequence.
+    /// The meaning of an expression outside a sequence.
     pub(super) fn standalone(&self) -> Option<Expr> {
         match self {
             RawExpr::Verdict { code: NF_ACCEPT, .. } => Some(Expr::Accept),
@@ -170,7 +170,7 @@ impl RawExpr<'_> {
     }
 }
 
-/// The place of a register: the kernel names the same one by its number of 16 bytes or of 4 bytes.
+/// The offset of a register in units of 4 bytes. The kernel has two numberings: by 16 bytes and by 4 bytes.
 fn reg32_index(register: u32) -> Option<u32> {
     match register {
         NFT_REG_1..=4 => Some((register - NFT_REG_1) * 4),

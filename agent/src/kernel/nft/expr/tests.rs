@@ -1,4 +1,4 @@
-//! Rules there and back without a kernel.
+//! Round-trip tests of rules, without a kernel.
 
 use std::net::IpAddr;
 
@@ -48,8 +48,8 @@ fn any_transport() -> impl Strategy<Value = Field> {
         length,
         prefix: prefix % (length * 8) + 1,
     });
-    // The destination port has a name.
-    places.prop_filter("an unnamed place", |field| !matches!(field, Field::Transport { offset: 2, length: 2, .. }))
+    // The destination port has a field of its own.
+    places.prop_filter("an unnamed offset", |field| !matches!(field, Field::Transport { offset: 2, length: 2, .. }))
 }
 
 fn any_field() -> impl Strategy<Value = Field> {
@@ -72,9 +72,9 @@ fn any_field() -> impl Strategy<Value = Field> {
 
 /// Comparisons of whole fields that have no expression of their own.
 fn any_comparison() -> impl Strategy<Value = Expr> {
-    let bare = any_field().prop_filter_map("a field that is compared as it is", |field| match field {
+    let bare = any_field().prop_filter_map("a field compared as is", |field| match field {
         Field::Source(_) | Field::Destination(_) | Field::InputInterface | Field::OutputInterface => None,
-        // Their places are those of IPv6 addresses in a rule on IPv6.
+        // Their offsets are those of IPv6 addresses in a rule on IPv6.
         Field::ArpSenderMac | Field::ArpSenderAddress => None,
         Field::Transport { offset, length, .. } => Some(Field::transport(offset, length)),
         field => Some(field),
@@ -130,7 +130,8 @@ fn unknown_expressions_read_as_foreign() {
         writer.nest(codec::NFTA_RULE_EXPRESSIONS, |w| body(w));
         read(writer.finish().expect("fits"), RuleEncoding::Inet).exprs
     };
-    // A protocol without an address, an address without a protocol, an interface with a wildcard, other masks, flags, verdicts.
+    // Each of these is foreign: a protocol without an address, an address without a protocol, other masks, flags and verdicts. An
+    // interface with a wildcard is a field comparison.
     assert_eq!(
         raw(&|w| {
             load(w, RegisterLoad::Meta(NFT_META_NFPROTO), 0);

@@ -1,4 +1,4 @@
-//! Numbers of nf_tables expressions, under their names in `linux/netfilter/nf_tables.h` where nothing else is said.
+//! Constants of nf_tables expressions, under their names in `linux/netfilter/nf_tables.h` unless noted.
 
 pub const NFTA_LIST_ELEM: u16 = 1;
 pub const NFTA_EXPR_NAME: u16 = 1;
@@ -87,7 +87,8 @@ pub const MASQUERADE_RANDOM: u32 = 0x4 | 0x10;
 pub const NFTA_MATCH_NAME: u16 = 1;
 pub const NFTA_MATCH_INFO: u16 = 3;
 
-/// The register of verdicts, the first of 16 bytes, and the first of 4 bytes: both begin at the same place. Places are counted in 4 bytes.
+/// The verdict register, the first register of 16 bytes, and the first of 4 bytes. The last two begin at the same offset. Offsets
+/// are counted in units of 4 bytes.
 pub const NFT_REG_VERDICT: u32 = 0;
 pub const NFT_REG_1: u32 = 1;
 pub const NFT_REG32_00: u32 = 8;
@@ -96,5 +97,5 @@ pub const NFT_REG32_00: u32 = 8;
 pub const NFT_JUMP: u32 = (-3_i32).cast_unsigned();
 pub const NFT_RETURN: u32 = (-5_i32).cast_unsigned();
 
-/// Length of an interface's name with its terminating zero: the kernel compares all 16 bytes.
+/// Length of an interface name with its terminating zero. The kernel compares all 16 bytes.
 pub const IFNAMSIZ: usize = 16;

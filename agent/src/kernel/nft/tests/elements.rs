@@ -1,4 +1,4 @@
-//! Elements of the sets: there and back, with their table, after others changed them, and how long they take.
+//! Tests of set elements: round trips, table changes, foreign changes and timing.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Instant;
@@ -23,7 +23,7 @@ fn target(text: &str) -> Option<SocketAddr> {
     Some(text.parse().expect(text))
 }
 
-/// One of each kind, in each family.
+/// One element of each kind, in each family.
 fn one_of_each() -> Vec<Op> {
     let mut ops = Vec::new();
     for (outer, base, last, family) in [
@@ -67,7 +67,7 @@ fn every_element_kind_round_trips() {
             let listed = run_command("nft", &["list", kind, table, "overlayd", name], "");
             assert!(listed.contains(&format!("elements = {{ {wanted} }}")), "{listed}");
         }
-        // The same again writes nothing, and all of it goes again.
+        // A second apply writes nothing; afterwards all elements are deleted.
         let generation = tables.nft.generation();
         tables.apply(&one_of_each());
         assert_eq!(tables.nft.generation(), generation);
@@ -79,7 +79,7 @@ fn every_element_kind_round_trips() {
     });
 }
 
-/// As `overlayd_command run_cleanup` does it: elements and the tables that they are in, in one batch.
+/// As `overlayd cleanup` does it: the elements and their tables in one batch.
 #[test]
 fn deleting_tables_deletes_their_elements() {
     in_netns(|| {
@@ -91,7 +91,7 @@ fn deleting_tables_deletes_their_elements() {
         let all: Vec<Op> = gone.chain(Table::ALL.map(|t| Op::Delete(Key::Ruleset(t), Value::Ruleset(Box::default())))).collect();
         tables.apply(&all);
         assert_eq!((tables.cached.len(), tables.nft.dump().expect("dump").rules.len()), (0, 0));
-        // Also where another has removed them meanwhile.
+        // Deleting also succeeds after another process removed the tables.
         tables.apply(&[both_tables(), one_of_each()].concat());
         nft("flush ruleset");
         tables.apply(&all);
@@ -113,7 +113,7 @@ fn replaced_table_keeps_elements_and_counters() {
         assert_eq!(tables.nft.dump().expect("dump").rules, before);
         assert_eq!(tables.nft.counters().expect("counters")[&Counter::Tunnel], counted);
 
-        // What the table has no set for any more goes with the set.
+        // The elements of a removed set disappear with it.
         tables.set([ruleset(&dual(), true, false)]);
         let state = tables.nft.dump().expect("dump");
         assert_eq!(state.rules, tables.cached);
@@ -142,7 +142,7 @@ fn element_target_is_replaced() {
     });
 }
 
-/// What others did meanwhile is found out: the changes are computed anew from what is there.
+/// Foreign changes are detected, and the transaction is computed again from the current state.
 #[test]
 fn stale_cache_is_reread_and_retried() {
     for alteration in [
@@ -179,7 +179,7 @@ fn refused_element_does_not_block_others() {
     in_netns(|| {
         let mut tables = Tables::open();
         let bad = set(Element::Host(ip("192.0.2.1")), None);
-        // There is no such set where containers' packets are masqueraded.
+        // The hosts sets do not exist when containers' packets are masqueraded.
         let mut ops = vec![set_table(rules()), set_table(source_filter())];
         ops.extend(one_of_each().into_iter().filter(|op| !matches!(op.key(), Key::Element(Element::Host(_)))));
         let good = ops.len();
@@ -190,7 +190,7 @@ fn refused_element_does_not_block_others() {
         assert!(message.starts_with("table inet overlayd, element of hosts4: 192.0.2.1 . 192.0.2.1: "), "{message}");
         assert_eq!(tables.cached.len(), good);
         assert_eq!(tables.nft.dump().expect("dump").rules, tables.cached);
-        // Two ranges of one peer that overlap: the second is refused, alone or among others.
+        // The kernel refuses a range that overlaps another one of the same peer.
         let range = |last| set(Element::Range(Box::new((ip("192.0.2.9"), ip("10.244.9.9"), ip(last)))), None);
         let failed = tables.nft.apply(&[range("10.244.20.0")], &mut tables.cached);
         assert_eq!(failed.len(), 1, "{failed:?}");
@@ -198,7 +198,7 @@ fn refused_element_does_not_block_others() {
     });
 }
 
-/// Printed: what the guards cost where there are many peers.
+/// Prints the cost of the source and tunnel filters with many peers.
 #[test]
 fn ten_thousand_peers_are_applied() {
     let peer = |n: u32| {
@@ -228,7 +228,7 @@ fn ten_thousand_peers_are_applied() {
     });
 }
 
-/// Printed: a run of published ports, one element each.
+/// Prints the cost of publishing many ports, one element each.
 #[test]
 fn every_port_of_a_protocol_is_published() {
     in_netns(|| {

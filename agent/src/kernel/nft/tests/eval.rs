@@ -1,5 +1,5 @@
-//! What rules are judged to do, beside what the kernel does: packets are sent over the loopback device, and one that the output hook drops is
-//! refused with `EPERM`.
+//! Compares evaluated verdicts with the kernel's. Packets are sent over the loopback device; if the output hook drops one, the
+//! send fails with `EPERM`.
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 
@@ -8,7 +8,7 @@ use crate::kernel::nft::{RulesetSnapshot, Translation};
 use crate::kernel::trace::packet::{Flow, Interface, Packet, SOURCE_PORT, TCP, UDP};
 use crate::plan::ruleset::Hook;
 
-/// Chains at the output hook. Each is judged for each port, in both families.
+/// Rules of a chain at the output hook. Each is evaluated for each port, in both families.
 const RULES: [&str; 24] = [
     "udp dport 53 drop",
     "udp dport { 22, 53, 80 } drop",
@@ -36,7 +36,7 @@ const RULES: [&str; 24] = [
     "ip daddr . udp dport { 127.0.0.1 . 53, 127.0.0.1 . 80 } drop",
 ];
 
-/// The same behind a chain that keeps packets to two of the ports from conntrack.
+/// Rules after a chain that exempts two of the ports from conntrack.
 const UNTRACKED: [&str; 6] = [
     "ct state new drop",
     "ct state untracked drop",
@@ -110,10 +110,10 @@ fn undecidable_matches_are_reported() {
         load_rules("meta skuid 7 accept", "drop", "");
         let result = evaluate();
         assert!(result.dropped.is_some() && !result.is_certain_drop() && result.possible_accepts.len() == 1, "{result:?}");
-        // A jump that may or may not be taken decides nothing.
+        // An uncertain jump gives no verdict.
         load_rules("limit rate 5/second jump more", "accept", "");
         assert!(!evaluate().is_certain_drop());
-        // A table that sleeps sees nothing.
+        // A dormant table is not evaluated.
         load_rules("drop", "accept", "");
         assert!(evaluate().is_certain_drop());
         nft("add table inet t { flags dormant; }");

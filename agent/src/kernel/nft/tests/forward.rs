@@ -1,4 +1,4 @@
-//! Our rules in the FORWARD chain of a real iptables-nft.
+//! Tests of our rules in the FORWARD chain of a real iptables-nft.
 
 use super::*;
 use crate::kernel::nft::{Nft, NftState};
@@ -19,7 +19,7 @@ fn families() -> [(Family, &'static str, Cidr); 2] {
     [(Family::V4, "iptables", cidr("10.244.0.0/16")), (Family::V6, "ip6tables", cidr("fd00:10:244::/53"))]
 }
 
-/// What iptables would restore, without its dates and counters.
+/// The output of iptables-save, without its dates and counters.
 fn saved_rules(program: &str) -> String {
     let text = run_command(&format!("{program}-save"), &[], "");
     text.lines()
@@ -37,10 +37,13 @@ fn netns_without_iptables_has_no_forward_chain() {
             nft.delete_forward_accept(family).expect("nothing to delete");
             let error = nft.set_forward_accept(family, network).expect_err("no chain");
             assert_eq!(error.errno, libc::ENOENT);
-            assert!(error.message.contains("filter FORWARD: there is no such chain"), "{}", error.message);
+            assert!(error.message.contains("filter FORWARD: no such chain"), "{}", error.message);
         }
         let error = nft.set_forward_accept(Family::V6, families()[0].2).expect_err("other family");
-        assert_eq!(error.message, "10.244.0.0/16 is no IPv6 network: its accept rules belong into the other FORWARD chain");
+        assert_eq!(
+            error.message,
+            "10.244.0.0/16 is not an IPv6 network: its accept rules belong in the other family's FORWARD chain"
+        );
         assert_eq!(run_command("nft", &["list", "ruleset"], ""), "");
     });
 }
@@ -61,7 +64,7 @@ fn drop_policy_is_reported_per_family() {
         assert_eq!(drops(), [Family::V4]);
         super::nft("delete table ip filter");
         assert_eq!(drops(), []);
-        // A chain of that name that does not hook into forwarding drops nothing there.
+        // A chain of that name on another hook does not drop forwarded packets.
         super::nft("table ip filter { chain FORWARD { type filter hook input priority 0; policy drop; }; }");
         assert_eq!(drops(), []);
     });
@@ -88,14 +91,14 @@ fn iptables_lists_and_restores_accept_rules() {
             assert!(listed.starts_with(&ours), "{listed}");
             assert_eq!(saved_rules(program).lines().count(), before.lines().count() + 2);
 
-            // Others go on with their rules; what they save they can restore.
+            // Other tools can still change their rules, and restore a saved ruleset.
             iptables(&format!("{program} -I FORWARD -i lo -j ACCEPT"));
             iptables(&format!("{program} -D FORWARD -i lo -j ACCEPT"));
             let text = run_command(&format!("{program}-save"), &[], "");
             run_command(&format!("{program}-restore"), &[], &text);
             assert_eq!(iptables(&format!("{program} -S FORWARD")), listed);
 
-            // Restored by iptables they have the comment in its way, which is not how we write it, but ours.
+            // iptables-restore writes the comment as an xtables match. We do not write that form, but recognise it as ours.
             assert_eq!(nft.dump().expect("dump").forward_accept.get(family), Some(&Cidr::host(family.unspecified())));
             nft.set_forward_accept(family, network).expect("set");
             assert_eq!(nft.dump().expect("dump").forward_accept.get(family), Some(&network));

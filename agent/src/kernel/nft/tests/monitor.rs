@@ -1,4 +1,4 @@
-//! Changes of others are events, our own are none.
+//! Tests of [`NftMonitor`]: foreign changes are reported, our own are not.
 
 use std::time::Duration;
 
@@ -8,10 +8,10 @@ use crate::kernel::nft::{Nft, NftChange, NftMonitor};
 use crate::model::Family;
 use crate::plan::ruleset::source_filter;
 
-/// Longer than an event ever takes: the kernel delivers it before the change's command returns.
+/// Longer than any event takes: the kernel delivers it before the command returns.
 const EVENT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// An event that is there comes at once, so that this suffices to see that there is none.
+/// A pending event arrives at once, so this wait shows that there is none.
 const QUIET_PERIOD: Duration = Duration::from_millis(50);
 
 fn with_runtime<F: Future>(body: impl FnOnce() -> F + Send) {
@@ -21,7 +21,7 @@ fn with_runtime<F: Future>(body: impl FnOnce() -> F + Send) {
     });
 }
 
-/// All that comes until it is quiet.
+/// Collects events until none arrives for [`QUIET_PERIOD`].
 async fn collect_events(monitor: &mut NftMonitor) -> Vec<NftChange> {
     let mut seen = Vec::new();
     let mut wait = EVENT_TIMEOUT;
@@ -144,7 +144,7 @@ fn lost_events_are_reported() {
     with_runtime(|| async {
         let mut tables = Tables::open();
         let mut monitor = NftMonitor::open(None).expect("monitor");
-        // Some KiB an event and none read: the receive buffer overflows long before the bound.
+        // Some KiB per event and no reads: the receive buffer overflows long before the loop ends.
         for _ in 0..4_000 {
             tables.set([rules()]);
         }
@@ -160,18 +160,18 @@ fn lost_events_are_reported() {
     });
 }
 
-/// Others' rules written by the thousand cost the follower little: printed as time of this process.
+/// Thousands of foreign rules cost the monitor little. Prints the time of this process.
 #[test]
 fn unrelated_rule_storm_is_skipped() {
     with_runtime(|| async {
         let mut monitor = NftMonitor::open(None).expect("monitor");
         super::nft("add table inet storm\nadd chain inet storm c");
         let rule = |i: u32| format!("add rule inet storm c ip saddr 10.{}.{}.0/24 accept\n", i / 256, i % 256);
-        // In parts, since without root `nft` cannot send more than net.core.wmem_max at once.
+        // In parts, because without root `nft` cannot send more than net.core.wmem_max at once.
         for part in 0..20 {
             super::nft(&(part * 250..(part + 1) * 250).map(rule).collect::<String>());
         }
-        // Behind the storm, so that it has been read through when this comes.
+        // This event follows the storm, so its arrival proves that the storm was read.
         super::nft("add table inet overlayd");
         let begin = std::time::Instant::now();
         assert_eq!(monitor.changed().await.expect("event"), NftChange::OwnTables);

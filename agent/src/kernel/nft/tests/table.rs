@@ -1,4 +1,4 @@
-//! The table as it is set, read, listed by `nft`, and altered by others.
+//! Tests that write and read our tables, list them with `nft`, and alter them from outside.
 
 use super::*;
 use crate::plan::ruleset::{Base, Chain, ChainKind, Expr, Field, Hook, Rule, source_filter};
@@ -90,7 +90,8 @@ fn nft_listing_matches_display() {
     });
 }
 
-/// Alterations by others, as scripts for `nft`; each must show. `@N` stands for the handle of the N-th rule of chain overlay.
+/// Alterations by another process, as `nft` scripts. Each must be detected. `@N` stands for the handle of the N-th rule of chain
+/// overlay.
 pub(super) const ALTERATIONS: [(&str, &str); 22] = [
     ("rule deleted", "delete rule inet overlayd overlay handle @1"),
     ("rule added", "add rule inet overlayd overlay drop"),
@@ -102,7 +103,7 @@ pub(super) const ALTERATIONS: [(&str, &str); 22] = [
     ),
     ("rule with an unknown expression", "add rule inet overlayd overlay ct state established accept"),
     ("rule with a vmap", "add rule inet overlayd overlay ip protocol vmap { tcp : accept, udp : drop }"),
-    ("masquerade in another way", "add rule inet overlayd postrouting masquerade"),
+    ("masquerade with other flags", "add rule inet overlayd postrouting masquerade"),
     ("policy changed", "add chain inet overlayd incoming { policy drop; }"),
     ("chain flushed", "flush chain inet overlayd overlay"),
     ("chain added", "add chain inet overlayd extra"),
@@ -111,15 +112,15 @@ pub(super) const ALTERATIONS: [(&str, &str); 22] = [
     ("counter added", "add counter inet overlayd c"),
     ("element added", "add element inet overlayd peers4 { 192.0.2.1 . 10.0.0.0 }"),
     ("element added to a map", "add element inet overlayd ports4 { tcp . 80 : 10.0.0.1 . 80 }"),
-    ("set made again", "add set inet overlayd hosts4 { type ipv4_addr; }"),
+    ("set recreated", "add set inet overlayd hosts4 { type ipv4_addr; }"),
     ("guard: chain flushed", "flush chain bridge overlayd guard"),
     ("guard: table deleted", "delete table bridge overlayd"),
-    ("table put to sleep", "add table inet overlayd { flags dormant; }"),
+    ("table made dormant", "add table inet overlayd { flags dormant; }"),
     ("table deleted", "delete table inet overlayd"),
     ("all flushed", "flush ruleset"),
 ];
 
-/// Carries out one of them.
+/// Runs one alteration.
 pub(super) fn run_alteration(script: &str) {
     let mut script = script.to_owned();
     if script.contains('@') {
@@ -157,8 +158,13 @@ fn foreign_objects_are_reported() {
              chain y { type filter hook input priority 0; policy drop; }; chain z { type route hook output priority 0; }; }",
         );
         super::nft("add table inet overlayd { flags dormant; }");
-        let words =
-            ["flags 0x1", "chain y with another policy than accept", "chain z with another type or hook", "set s", "object c"];
+        let words = [
+            "flags 0x1",
+            "chain y with a policy other than accept",
+            "chain z with an unsupported type or hook",
+            "set s",
+            "object c",
+        ];
         assert_eq!(tables.ruleset().expect("table").foreign, words);
     });
 }
@@ -210,12 +216,15 @@ fn invalid_rules_are_refused_with_location() {
             assert_eq!(failed.len(), 1, "{failed:?}");
             failed[0].1.message.clone()
         };
-        assert_eq!(refused(with(Expr::Foreign)), "rule 2 of chain tunnel was read and is not ours");
+        assert_eq!(
+            refused(with(Expr::Foreign)),
+            "rule 2 of chain tunnel has an expression that is not ours and can only be read"
+        );
         assert_eq!(
             refused(with(Expr::InputInterface("sixteen.bytes.xy".to_owned()))),
             "interface name `sixteen.bytes.xy` in rule 2 of chain tunnel: 1 to 15 bytes are allowed"
         );
-        // By the kernel: masquerade belongs into a nat chain, and a chain's name is not empty.
+        // The kernel refuses these: masquerade needs a nat chain, and a chain name has a length limit.
         let message = refused(with(Expr::Masquerade));
         assert!(message.starts_with("table inet overlayd, rule `masquerade random,fully-random` of chain tunnel: "), "{message}");
         let mut long = rules();
@@ -224,7 +233,7 @@ fn invalid_rules_are_refused_with_location() {
         long.chains.sort_by(|a, b| a.name.cmp(&b.name));
         let message = refused(long);
         assert!(message.starts_with(&format!("table inet overlayd, chain {name}: ")), "{message}");
-        assert_eq!(tables.ruleset(), Some(rules()), "what was in force stays so");
+        assert_eq!(tables.ruleset(), Some(rules()), "the previous ruleset stays in force");
     });
 }
 
@@ -274,8 +283,7 @@ fn foreign_generation_ignores_own_transactions() {
 fn missing_capability_is_reported() {
     in_netns(|| {
         let mut tables = Tables::open();
-        // The capabilities are the thread's, and this thread ends with the test.
-        // `_LINUX_CAPABILITY_VERSION_3` with this thread's id (0), and no capabilities: linux/capability.h.
+        // Capabilities are per thread, and this thread ends with the test.
         let (header, none) = ([0x2008_0522_u32, 0], [0_u32; 6]);
         // SAFETY: capset reads a header of two and a body of six 32-bit words, both alive and of that size.
         let dropped = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), none.as_ptr()) };
