@@ -42,7 +42,10 @@ async fn agents_wait_for_config() {
         .expect_ok("status");
     let fields: Vec<&str> = status.store.config_errors.iter().map(|e| e.field.as_str()).collect();
     assert!(fields.contains(&"Network") && fields.contains(&"Backend.Type"), "{fields:?}");
-    assert!(!status.ready && status.problems.iter().any(|p| p.contains("is bad") && p.contains("10.244.0.1/16")), "{status:#?}");
+    assert!(
+        !status.ready && status.problems.iter().any(|p| p.contains("is invalid") && p.contains("10.244.0.1/16")),
+        "{status:#?}"
+    );
     lab.wait_for_log("h1", &["10.244.0.1/16"]).await;
 
     let file = lab.dir().join("network.json");
