@@ -1,4 +1,4 @@
-//! The choice of the interface, and of one address among several.
+//! Tests of the selection of the interface, and of one of its addresses.
 
 use super::*;
 use crate::model::NetworkConfig;
@@ -23,7 +23,7 @@ fn pools(families: &[Family]) -> PerFamily<Pool> {
     families.iter().filter_map(|family| Some((*family, *pools.get(*family)?))).collect()
 }
 
-/// `ADDRESS/LENGTH`, with what the kernel says of it behind.
+/// Parses `ADDRESS/LENGTH`, followed by the kernel's flags of the address.
 fn address(text: &str) -> HostAddress {
     let mut words = text.split(' ');
     let network: ipnetwork::IpNetwork = words.next().expect("an address").parse().expect(text);
@@ -132,7 +132,7 @@ fn errors_name_the_candidates() {
     }
 }
 
-/// What is chosen on eth0, which has these addresses and the default route in both families.
+/// The choice on eth0, which has these addresses and the default route in both families.
 fn choose_on_eth0(addresses: &[&str], in_use: &[&str], route: DefaultRoute) -> UnderlayChoice {
     let families: &[Family] = if addresses.iter().any(|a| a.contains("::")) { &Family::ALL } else { &[Family::V4] };
     let inventory =
