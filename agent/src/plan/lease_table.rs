@@ -57,7 +57,7 @@ pub struct LeaseTable {
 enum Owners {
     One(LeaseKey),
     /// Empty only temporarily. Boxed, so that `One` takes no more than a key.
-    #[expect(clippy::box_collection, reason = "a vector would make each of the many others half as large again")]
+    #[expect(clippy::box_collection, reason = "a vector would enlarge each of the many `One` values by half")]
     Many(Box<Vec<LeaseKey>>),
 }
 

@@ -1,3 +1,5 @@
+//! Tests of the state directory, its files, locks and journals.
+
 use std::os::unix::fs::{MetadataExt, symlink};
 
 use super::*;

@@ -182,7 +182,7 @@ fn address_kinds_are_ranked() {
         ),
         ("in use stays", &["192.0.2.7/24", "198.51.100.7/24"], "198.51.100.7", gateway, "198.51.100.7", SelectionReason::InUse),
         (
-            "in use beside a preferred source",
+            "in use, with a preferred source present",
             &["192.0.2.7/24", "192.0.2.9/24"],
             "192.0.2.7",
             source,
@@ -190,7 +190,7 @@ fn address_kinds_are_ranked() {
             SelectionReason::InUse,
         ),
         (
-            "in use beside a new one of host length",
+            "in use, with a new one of host length present",
             &["192.0.2.100/32", "192.0.2.7/24"],
             "192.0.2.7",
             plain,
@@ -198,7 +198,7 @@ fn address_kinds_are_ranked() {
             SelectionReason::InUse,
         ),
         (
-            "in use, but beside the host's own",
+            "in use, but additional to the host's own",
             &["192.0.2.7/24", "192.0.2.100/32"],
             "192.0.2.100",
             plain,
