@@ -1,11 +1,12 @@
-//! The containers of this host on the overlay: names, addresses, and the order of work when one is attached or detached.
+//! Containers of this host on the overlay: names, addresses, and the steps of attach and detach.
 //!
-//! Owns `endpoint_count.json` and `endpoint_count.journal` in the state directory (`book`). Touches the kernel only through [`PortDriver`]. An endpoint is written down before
-//! anything is made in the kernel and marked complete afterwards, so that what a crash leaves half made is removed at the next start.
+//! Owns `endpoints.json` and `endpoints.journal` in the state directory (`persist`). Changes the kernel only through
+//! [`PortDriver`]. An endpoint is persisted before anything is created in the kernel, and marked as attached afterwards. So the
+//! next start can remove everything that a crash left incomplete.
 //!
-//! Tasks: each attach and detach runs as a task of its own, so that a client that goes away cannot stop it half way; at most
-//! [`MAX_CONCURRENT`] of them, one at a time for each name. [`Endpoints::run`] is a task that the caller runs: it audits, and at the end waits for
-//! the others.
+//! Tasks: each attach and detach runs as its own task, so that it completes even if the client disconnects. At most
+//! [`MAX_CONCURRENT`] tasks run, and one per name. The caller runs [`Endpoints::run`] as a task: it audits, and at shutdown waits
+//! for the other tasks.
 
 mod error;
 pub mod ipam;
@@ -37,31 +38,32 @@ use persist::EndpointStore;
 use spec::AttachSpec;
 use table::{EndpointTable, Phase};
 
-/// How many attaches and detaches run at the same time: far above what two cores can use, far below what would hurt.
+/// Maximum number of concurrent attaches and detaches: far above what two cores can use, far below what would overload a host.
 pub const MAX_CONCURRENT: usize = 64;
 
-/// How often the namespaces are looked at.
+/// Interval of the audits of the namespaces.
 const AUDIT_INTERVAL: Duration = Duration::from_secs(30);
 
-/// How long an attach waits for the rules of its endpoint: some milliseconds are usual, a second where thousands of peers come at once.
+/// Maximum time for which an attach waits for its endpoint's rules. Usual are some milliseconds, or a second while thousands of
+/// peers are added.
 const APPLY_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// What the containers of this host are attached to.
+/// The network that this host's containers are attached to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EndpointNetwork {
     /// The host's subnet.
     pub subnet: Subnet,
-    /// The ranges of the whole overlay network, of which the subnet is a part.
+    /// The ranges of the whole overlay network, which contain the subnet.
     pub networks: PerFamily<Cidr>,
     /// The bridge.
     pub bridge: Device,
     /// The overlay's MTU in bytes.
     pub mtu: u32,
-    /// Whether a part of the subnet is Docker's ([`crate::model::DockerShare`]).
+    /// Whether Docker uses a part of the subnet ([`crate::model::DockerShare`]).
     pub docker: bool,
 }
 
-/// The endpoints of this host: a handle, cheap to clone.
+/// Handle to the endpoints of this host; cheap to clone.
 #[derive(Debug)]
 pub struct Endpoints<C>(Arc<Inner<C>>);
 
@@ -75,33 +77,33 @@ impl<C> Clone for Endpoints<C> {
 struct Inner<C> {
     driver: C,
     table: Mutex<EndpointTable>,
-    /// The table as it is written down; held while it is.
+    /// The persisted table; locked while it is written.
     store: Mutex<EndpointStore>,
-    /// One lock for each name that is worked on.
+    /// One lock per name with running work.
     name_locks: Mutex<HashMap<EndpointName, Arc<tokio::sync::Mutex<()>>>>,
     permits: Arc<Semaphore>,
-    /// Running work; `None` when the agent is ending.
+    /// Running tasks; `None` once the agent shuts down.
     tasks: Mutex<Option<JoinSet<()>>>,
     ports: watch::Sender<Vec<Arc<Endpoint>>>,
-    /// What has been made of `plugged`; `None` while nobody makes anything of it.
+    /// The endpoints of `ports` whose entries are applied; `None` if no reconciler reports them.
     applied_endpoints: Mutex<Option<watch::Sender<Vec<Arc<Endpoint>>>>>,
-    /// Endpoints whose namespace is gone, as far as is known: their ports are wanted no more.
+    /// Endpoints whose namespace is gone as of the last check; their ports are not desired any more.
     missing: Mutex<BTreeSet<EndpointName>>,
-    /// Those whose namespace was gone at the last audit.
+    /// Endpoints whose namespace was gone at the last audit.
     missing_before: Mutex<BTreeSet<EndpointName>>,
-    /// Tells the audit that there may be something to look at again.
+    /// Wakes the audit: there may be endpoints to check again.
     work_done: Notify,
     /// Whether a network is set.
     has_network: watch::Sender<bool>,
 }
 
-/// A lock whose holder panicked protects data that is still whole: each change of it is made at once.
+/// Locks a mutex and ignores poisoning. Each change of the data is atomic, so it is consistent after a panic.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<C: PortDriver + 'static> Endpoints<C> {
-    /// Reads what is written down, removes what was left half made, and takes a first look at the namespaces. No subnet is set yet.
+    /// Reads the stored endpoints, removes incomplete ones, and audits the namespaces once. No subnet is set yet.
     pub async fn restore(state: Arc<StateDir>, driver: C) -> Result<Endpoints<C>, StateError> {
         let (store, stored) = blocking(|| EndpointStore::open(state))?;
         let mut table = EndpointTable::from_stored(stored);
@@ -124,15 +126,15 @@ impl<C: PortDriver + 'static> Endpoints<C> {
             has_network: watch::Sender::new(false),
         }));
         for name in incomplete {
-            tracing::info!(endpoint = %name, "removing an endpoint that was left half attached");
+            tracing::info!(endpoint = %name, "removing an incomplete endpoint");
             endpoints.remove_partial(&name).await;
         }
         endpoints.audit().await;
         Ok(endpoints)
     }
 
-    /// Sets what containers are attached to from now on; `None` while no subnet is leased. Endpoints that are there stay as they are; those
-    /// with an address outside a new subnet are named in a warning and by [`Endpoints::stale`].
+    /// Sets the network for further attaches; `None` while no subnet is leased. Existing endpoints stay unchanged. Endpoints with
+    /// an address outside a new subnet are logged and returned by [`Endpoints::stale`].
     pub fn set_network(&self, network: Option<EndpointNetwork>) {
         let stale = {
             let mut table = lock(&self.0.table);
@@ -144,7 +146,7 @@ impl<C: PortDriver + 'static> Endpoints<C> {
             tracing::warn!(
                 endpoint = %endpoint.name, addresses = %endpoint.addresses(),
                 subnet = network.map(|n| tracing::field::display(n.subnet)),
-                "the endpoint's address is outside the present subnet: detach it and attach it again"
+                "endpoint's address is outside the present subnet: detach it and attach it again"
             );
         }
     }
@@ -152,27 +154,29 @@ impl<C: PortDriver + 'static> Endpoints<C> {
     /// Waits until a network is set.
     pub async fn wait_for_network(&self) {
         let mut network = self.0.has_network.subscribe();
-        // Fails only where the sender is gone, which lives in `self`.
+        // Cannot fail: `self` owns the sender.
         let _known = network.wait_for(|known| *known).await;
     }
 
-    /// Attaches a container. Asked again with the same, it answers the same endpoint, and puts back what is missing of it. Goes on to its end
-    /// when the returned future is dropped.
+    /// Attaches a container. A repeated request returns the same endpoint and restores its missing parts. The work completes even
+    /// if the returned future is dropped.
     pub async fn attach(&self, name: EndpointName, request: AttachRequest) -> Result<AttachResponse, EndpointError> {
         let spec = AttachSpec::from_request(request)?;
         loop {
             let (inner, task_name, spec) = (Arc::clone(&self.0), name.clone(), spec.clone());
             match self.run_task(name.clone(), async move { inner.attach(task_name, spec).await }).await {
-                // Each turn frees what the one before was refused for.
+                // Each iteration releases the resource that the previous one lacked.
                 Err(error) if self.release_dead_holders(&error).await => {}
                 outcome => return outcome,
             }
         }
     }
 
-    /// Releases the endpoints whose namespace is gone among those that hold what was refused; whether any is not as it was. The audit finds them
-    /// later: a runtime that lost a container without a detach starts the next one at once. No name is held meanwhile, so two attaches never
-    /// wait for each other.
+    /// Releases endpoints whose namespace is gone, if they hold the resource that an attach was refused. Returns whether any of
+    /// them changed.
+    ///
+    /// The audit would find them later, but a runtime that lost a container without a detach starts the next one at once. No name
+    /// lock is held meanwhile, so two attaches never wait for each other.
     async fn release_dead_holders(&self, error: &EndpointError) -> bool {
         let holders = lock(&self.0.table).holders(error);
         if holders.is_empty() {
@@ -182,7 +186,7 @@ impl<C: PortDriver + 'static> Endpoints<C> {
         let dead =
             tokio::task::spawn_blocking(move || holders.into_iter().filter(|r| !inner.holds_resources(r)).collect::<Vec<_>>());
         let mut changed = false;
-        // It fails only while the runtime ends.
+        // Fails only while the Tokio runtime shuts down.
         for record in dead.await.unwrap_or_default() {
             self.release(&record.endpoint.name).await;
             changed |= lock(&self.0.table).get(&record.endpoint.name) != Some(&record);
@@ -200,8 +204,8 @@ impl<C: PortDriver + 'static> Endpoints<C> {
         })
     }
 
-    /// Detaches a container; that there was none of that name is no error. One whose namespace others share goes only where `force` is
-    /// given, and they with it. Goes on to its end when the returned future is dropped.
+    /// Detaches a container; an unknown name is no error. A container whose namespace other endpoints share is detached only with
+    /// `force`, together with those endpoints. The work completes even if the returned future is dropped.
     pub async fn detach(&self, name: EndpointName, force: bool) -> Result<DetachResponse, EndpointError> {
         let (inner, task_name) = (Arc::clone(&self.0), name.clone());
         let sharers = self.run_task(name.clone(), async move { inner.detach(task_name, force).await }).await?;
@@ -219,28 +223,29 @@ impl<C: PortDriver + 'static> Endpoints<C> {
         lock(&self.0.table).stale()
     }
 
-    /// The endpoints that are plugged into the bridge, by name, but for those whose namespace was gone at the last look. Changes are
-    /// announced. A pair exists in the kernel some moments before it is here and after it has gone from here: a port that is not here is
-    /// left alone.
+    /// The endpoints with a port on the bridge, by name, without those whose namespace was gone at the last check. The receiver
+    /// gets every change. A veth pair exists in the kernel some time before it is listed and after it is not listed any more, so
+    /// the reconciler leaves unlisted ports alone.
     pub fn ports(&self) -> watch::Receiver<Vec<Arc<Endpoint>>> {
         self.0.ports.subscribe()
     }
 
-    /// Where to tell which of [`Endpoints::plugged`] have been seen to, rules and published ports: from now on an attach waits for it, a
-    /// bounded time, before it answers.
+    /// Channel for the endpoints of [`Endpoints::ports`] whose rules and published ports are applied. Once it exists, an attach
+    /// waits for its endpoint on it, at most `APPLY_TIMEOUT`, before it answers.
     pub fn applied_endpoints(&self) -> watch::Sender<Vec<Arc<Endpoint>>> {
         lock(&self.0.applied_endpoints).get_or_insert_default().clone()
     }
 
-    /// Looks at each endpoint's namespace. One that is gone now and was at the last look is detached (twice, because a runtime may be replacing
-    /// it), and what an earlier failure left half detached is tried again. Returns the names of the detached ones.
+    /// Checks each endpoint's namespace. An endpoint is detached if its namespace is gone at two audits in a row, because a
+    /// runtime may be replacing the namespace at the first. Incomplete detaches are retried. Returns the names of the detached
+    /// endpoints.
     pub async fn audit(&self) -> Vec<EndpointName> {
         let inner = Arc::clone(&self.0);
         let looked = tokio::task::spawn_blocking(move || {
             let records: Vec<_> = lock(&inner.table).records().cloned().collect();
             records.into_iter().filter(|r| r.phase != Phase::Attached || !inner.is_alive(r)).collect::<Vec<_>>()
         });
-        // It fails only while the runtime ends.
+        // Fails only while the Tokio runtime shuts down.
         let Ok(suspects) = looked.await else { return Vec::new() };
         let gone: BTreeSet<EndpointName> =
             suspects.iter().filter(|r| r.phase == Phase::Attached).map(|r| r.endpoint.name.clone()).collect();
@@ -264,8 +269,8 @@ impl<C: PortDriver + 'static> Endpoints<C> {
         released
     }
 
-    /// Plugs each endpoint again whose namespace is there: for the case that others removed interfaces. Changes nothing where all is in
-    /// place. The port of one whose namespace is gone is not wanted any more. Returns what failed.
+    /// Restores the ports of all endpoints whose namespace exists, in case another process removed interfaces. Complete ports
+    /// stay unchanged. The port of an endpoint whose namespace is gone is not desired any more. Returns the failures.
     pub async fn reconcile_ports(&self) -> Vec<(EndpointName, EndpointError)> {
         let names: Vec<EndpointName> = self.list().into_iter().map(|e| e.name).collect();
         let mut failed = Vec::new();
@@ -279,17 +284,17 @@ impl<C: PortDriver + 'static> Endpoints<C> {
         failed
     }
 
-    /// The task: audits, and when told to stop, lets running work come to its end. What is asked for then is refused.
+    /// Runs the audits until `stop`, then waits for running work and refuses new requests.
     pub async fn run(&self, stop: CancellationToken) {
         self.audit_every(AUDIT_INTERVAL, stop).await;
         self.close().await;
     }
 
-    /// Audits until told to stop, and does not wake up while there is nothing to audit.
+    /// Audits periodically until `stop`; sleeps while there is nothing to audit.
     async fn audit_every(&self, interval: Duration, stop: CancellationToken) {
         let mut ticks = tokio::time::interval(interval);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        // The first tick is at once, and `restore` has just looked.
+        // The first tick is immediate, and `restore` has just audited.
         ticks.tick().await;
         loop {
             let is_idle = self.is_idle();
@@ -299,21 +304,21 @@ impl<C: PortDriver + 'static> Endpoints<C> {
                 _ = ticks.tick(), if !is_idle => {
                     self.audit().await;
                     if let Err(error) = self.flush().await {
-                        tracing::warn!(%error, "the endpoints are written down, but not on the disk for certain");
+                        tracing::warn!(%error, "endpoints are written, but cannot be synced to disk");
                     }
                 }
             }
         }
     }
 
-    /// Whether there is nothing to look at and nothing to write down: a host without containers is not woken up for them.
+    /// Whether there is nothing to audit and nothing to write, so that a host without containers does not wake up.
     fn is_idle(&self) -> bool {
         let inner = &self.0;
         let no_endpoints = lock(&inner.table).records().next().is_none() && lock(&inner.missing_before).is_empty();
         no_endpoints && inner.store.try_lock().is_ok_and(|book| book.is_synced(&inner.table))
     }
 
-    /// Refuses new work and waits for what is running.
+    /// Refuses new work and waits for running work.
     pub async fn close(&self) {
         let work = lock(&self.0.tasks).take();
         let Some(mut work) = work else { return };
@@ -321,31 +326,32 @@ impl<C: PortDriver + 'static> Endpoints<C> {
             log_panic(end);
         }
         if let Err(error) = self.flush().await {
-            tracing::warn!(%error, "the endpoints could not be written down at the end");
+            tracing::warn!(%error, "cannot write the endpoints at shutdown");
         }
     }
 
-    /// Waits until the disk has the table.
+    /// Syncs the table to disk.
     async fn flush(&self) -> Result<(), StateError> {
         let inner = Arc::clone(&self.0);
         let task = tokio::task::spawn_blocking(move || lock(&inner.store).flush(&inner.table));
-        // It fails only while the runtime ends.
+        // Fails only while the Tokio runtime shuts down.
         task.await.unwrap_or_else(|e| {
             let file = std::path::Path::new(persist::FILE);
             Err(FileError::new("finish the work on", file, std::io::Error::other(e)).into())
         })
     }
 
-    /// Takes down what is left of an endpoint that is not attached.
+    /// Removes the remaining parts of an endpoint that is not attached.
     async fn remove_partial(&self, name: &EndpointName) {
         let inner = Arc::clone(&self.0);
         let task_name = name.clone();
         if let Err(error) = self.run_task(name.clone(), async move { inner.remove_partial(task_name).await }).await {
-            tracing::warn!(endpoint = %name, %error, "an endpoint is half detached; it is tried again");
+            tracing::warn!(endpoint = %name, %error, "detach incomplete, retrying at the next audit");
         }
     }
 
-    /// Runs work on one name as a task: waits for the name and a permit (both given up when the caller goes away), then runs to its end.
+    /// Runs work on one name as a task. It waits for the name's lock and a permit, both of which it gives up if the caller is
+    /// dropped. The work then runs to completion.
     async fn run_task<T: Send + 'static>(
         &self,
         name: EndpointName,
@@ -365,12 +371,12 @@ impl<C: PortDriver + 'static> Endpoints<C> {
                 let outcome = work.await;
                 inner.work_done.notify_one();
                 drop((guard, permit));
-                // The caller may have gone away; the work is done all the same.
+                // The caller may be gone; the work is complete nevertheless.
                 let _ = answer.send(outcome);
             });
         }
         receiver.await.unwrap_or_else(|_| {
-            Err(EndpointError::Internal { name, text: "the work on it ended without an answer (see the log)".to_owned() })
+            Err(EndpointError::Internal { name, text: "its task ended without a result (see the log)".to_owned() })
         })
     }
 

@@ -1,11 +1,13 @@
-//! The one owner of state: an event loop that folds what the store, the kernel and the endpoints report, plans, and applies.
+//! Event loop that owns the agent's state: it folds events, plans changes and applies them.
 //!
-//! One task, [`Reconciler::run`]. It owns the roster of leases, desired and actual state; nobody else has them, so nothing is locked. Each round
-//! takes one event, folds whatever else is waiting, then converges: dump where actual state is in doubt, rebuild what is dirty, diff, apply, fold
-//! the outcomes. The batch is applied inside the round, before the next event is folded: an event that others caused after our write is folded after
-//! our write, so the last word is always the kernel's.
+//! One task, [`Reconciler::run`], owns the lease table, desired state and actual state, so nothing is locked. Events come from
+//! the store, the kernel and the endpoints. Each round takes one event and folds all further queued events. It then converges: it
+//! dumps the kernel if actual state is in doubt, rebuilds dirty entries, diffs, applies and folds the results. The batch is
+//! applied within the round, before the next event is folded. So a foreign change after our write is also folded after our write,
+//! and actual state ends up as the kernel's state.
 //!
-//! Cancel safety: every await of the `select!` is a channel's `recv`, `changed` or a timer; nothing is lost when another arm wins.
+//! Cancel safety: every await of the `select!` is a channel's `recv`, `changed` or a timer; no event is lost when another arm
+//! wins.
 
 mod apply;
 mod inputs;
@@ -41,42 +43,44 @@ use crate::plan::{Batch, DataPath, KernelEvent, Key, State};
 use rate_limit::LogRateLimit;
 use retry::RetryQueue;
 
-/// How long changes of foreign links and addresses settle before the external interface is looked at again.
+/// Delay from a change of foreign links or addresses to the next selection of the external interface.
 const UNDERLAY_DEBOUNCE: Duration = Duration::from_millis(100);
-/// How many times its own duration the look at all interfaces rests: a storm of foreign links costs a twentieth of a processor.
+/// Pause after a read of all interfaces, as a multiple of its duration. A storm of foreign links then costs 1/20 of a processor.
 const UNDERLAY_PAUSE_FACTOR: u32 = 20;
-/// The least time between two dumps, and how many times its own duration a dump rests, so that a storm of changes is no loop of dumps.
+/// Minimum pause between two dumps, so that a storm of changes does not cause a loop of dumps.
 const MIN_DUMP_PAUSE: Duration = Duration::from_millis(20);
+/// Pause after a dump, as a multiple of its duration.
 const DUMP_PAUSE_FACTOR: u32 = 5;
-/// Entries that are handled as a whole rather than one by one: those of 256 peers.
+/// Number of entries above which they are handled in bulk instead of one by one: the entries of 256 peers.
 const BULK_THRESHOLD: usize = 1024;
-/// How long after the start, and after work on that many entries, the memory is given back that it took: the store has dropped its part by then.
+/// Delay from the start, or from work on more than [`BULK_THRESHOLD`] entries, to the release of unused heap memory. By then the
+/// store has dropped its copy.
 const HEAP_TRIM_DELAY: Duration = Duration::from_secs(1);
-/// Why a full comparison is made that nothing else asked for.
+/// Reason of a dump that only the resync timer caused.
 const PERIODIC_RESYNC: &str = "periodic resync";
-/// Pause after a turn that the timer began and that found nothing to do: a wrong deadline then costs no processor.
+/// Pause after a timer wakeup that found nothing to do, so that a wrong deadline cannot cause a busy loop.
 const IDLE_WAKE_PAUSE: Duration = Duration::from_millis(100);
-/// How many refusals and repairs of one round are logged one by one before the rest is counted.
+/// Maximum number of drifted entries that one round logs individually; the rest is counted.
 const MAX_LOG_LINES: usize = 20;
 
-/// What the reconciler knows from the start.
+/// Fixed settings of the reconciler.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// Who this host is.
+    /// Name and id of this host.
     pub node: Node,
-    /// How the external interface is chosen.
+    /// Selection rules for the external interface.
     pub selection: UnderlaySelector,
-    /// Whether what leaves the overlay gets the host's address.
+    /// Whether packets that leave the overlay are masqueraded with the host's address.
     pub masquerade: bool,
     /// Transmit checksum offload on the VXLAN devices.
     pub tx_checksum: bool,
-    /// Whether Docker puts containers on the bridge.
+    /// Whether Docker attaches containers to the bridge.
     pub docker: bool,
     /// Whether routes use next-hop objects.
     pub nexthop_objects: bool,
-    /// Time between two full comparisons with the kernel.
+    /// Interval of full comparisons with the kernel.
     pub resync: Duration,
-    /// How long the own lease lasts at least while the store does not answer.
+    /// Minimum time for which the own lease stays valid while the store does not answer.
     pub lease_ttl: Duration,
     /// The store's endpoints and prefix, for the status.
     pub store_endpoints: Vec<String>,
@@ -84,21 +88,21 @@ pub struct Settings {
     pub store_prefix: String,
 }
 
-/// What is kept over restarts; `app` keeps it in the state directory.
+/// State that survives restarts; `app` stores it in the state directory.
 pub trait StateStore: Send {
-    /// The MAC of a device of ours: the one kept, else the one found on the device, else a new one; kept from then on.
+    /// The MAC of a device of ours: the stored one, else the one found on the device, else a new one. It is stored from then on.
     fn device_mac(&mut self, device: Device, found: Option<Mac>) -> Mac;
-    /// The subnet that this host held last.
+    /// The last subnet of this host.
     fn preferred_subnet(&self) -> Option<Subnet>;
-    /// The underlay addresses that this host published last.
+    /// The last underlay addresses that this host published.
     fn published_addresses(&self) -> PerFamily<IpAddr>;
-    /// The value of a sysctl before the agent first changed it, so that `overlayd_command run_cleanup` can put it back.
+    /// Saves a sysctl's value from before the agent's first change, so that `overlayd cleanup` can restore it.
     fn save_sysctl(&mut self, path: &str, value: &str);
-    /// That value; `None` where the agent did not change the sysctl.
+    /// The value saved by [`StateStore::save_sysctl`]; `None` if the agent did not change the sysctl.
     fn saved_sysctl(&self, path: &str) -> Option<String>;
 }
 
-/// The overlay as this host has it, for all who build on it (endpoints, `local_subnet.env`).
+/// The overlay on this host, as the endpoints and `subnet.env` use it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Overlay {
     /// The network.
@@ -113,13 +117,13 @@ pub struct Overlay {
     pub public_ip: PerFamily<IpAddr>,
 }
 
-/// A lease for the table, with its etcd lease so that the time left can be asked for.
+/// A row of `overlayctl subnets`, with the id of its etcd lease, for which the caller queries the remaining time.
 pub type SubnetRow = (api::SubnetEntry, Option<i64>);
 
-/// Questions to the reconciler.
+/// Queries to the reconciler.
 #[derive(Debug)]
 pub enum ReconcilerQuery {
-    /// The agent's status, the endpoints' number aside.
+    /// The agent's status without the number of endpoints.
     Status(oneshot::Sender<api::Status>),
     /// Every lease.
     Subnets(oneshot::Sender<Vec<SubnetRow>>),
@@ -128,7 +132,7 @@ pub enum ReconcilerQuery {
 }
 
 impl ReconcilerQuery {
-    /// Asks the reconciler; `None` where it has ended.
+    /// Sends a query to the reconciler; `None` if it has ended.
     pub async fn ask<T>(
         queries: &mpsc::Sender<ReconcilerQuery>,
         make_query: impl FnOnce(oneshot::Sender<T>) -> ReconcilerQuery,
@@ -139,34 +143,35 @@ impl ReconcilerQuery {
     }
 }
 
-/// The ends of the channels that the reconciler holds; all are bounded.
+/// The reconciler's ends of its channels; all are bounded.
 #[derive(Debug)]
 pub struct Channels {
-    /// From the store.
+    /// Events of the store.
     pub store: mpsc::Receiver<StoreEvent>,
-    /// From the kernel.
+    /// Events of the kernel.
     pub kernel: mpsc::Receiver<KernelEvent>,
-    /// From the admin socket.
+    /// Queries of the admin socket.
     pub queries: mpsc::Receiver<ReconcilerQuery>,
-    /// The endpoints that are plugged into the bridge.
+    /// The endpoints that have a port on the bridge.
     pub endpoints: watch::Receiver<Vec<Arc<Endpoint>>>,
-    /// Those for which all has been done, or tried and will be tried again.
+    /// The endpoints whose entries were applied, or failed once and are being retried.
     pub applied_endpoints: watch::Sender<Vec<Arc<Endpoint>>>,
-    /// To the store: what this host wants to hold.
+    /// To the store: the lease that this host requests.
     pub lease_request: watch::Sender<Option<LeaseRequest>>,
-    /// To the endpoints and `local_subnet.env`: the overlay once it is in place.
+    /// To the endpoints and `subnet.env`: the overlay, once it is in place.
     pub overlay: watch::Sender<Option<Overlay>>,
-    /// Counts up whenever an answer to a [`Query`] may have changed.
+    /// Incremented whenever the answer to a [`ReconcilerQuery`] may have changed.
     pub changes: watch::Sender<u64>,
     /// Whether the agent is ready.
     pub ready: watch::Sender<bool>,
-    /// Counts up whenever others removed the host's end of an endpoint's veth pair: only the endpoints can make it again.
+    /// Incremented whenever another process removed the host end of an endpoint's veth pair. Only `endpoint` can
+    /// recreate it.
     pub ports_lost: watch::Sender<u64>,
-    /// Counts up with each turn of the loop. With nothing to do it does not turn: who wants to know whether it can asks it something.
+    /// Incremented by each iteration of the loop. An idle loop does not iterate, so a liveness probe has to send a query.
     pub heartbeat: watch::Sender<u64>,
 }
 
-/// The owner of state.
+/// Owner of the lease table, of desired state and of actual state.
 pub struct Reconciler<D, M> {
     settings: Settings,
     data_path: D,
@@ -174,7 +179,7 @@ pub struct Reconciler<D, M> {
     metrics: Arc<Metrics>,
     started: Instant,
 
-    // What the store says.
+    // State of the store.
     connection: Connection,
     network: Option<NetworkConfig>,
     config_missing: bool,
@@ -182,26 +187,26 @@ pub struct Reconciler<D, M> {
     has_snapshot: bool,
     leases: LeaseTable,
     own_lease: OwnLease,
-    /// The addresses of its servers.
+    /// Addresses of the store's servers.
     servers: BTreeSet<std::net::IpAddr>,
-    /// When the own lease ends unless the store answers again; absent while it answers.
+    /// Time at which the own lease expires unless the store answers again; `None` while it answers.
     lease_expires_at: Option<Instant>,
-    /// That moment has passed: others may have the subnet by now.
+    /// `lease_expires_at` has passed: another host may have the subnet by now.
     lease_expired: bool,
 
-    // What the host is like.
+    // State of the host.
     inventory: HostInventory,
     underlay: Option<Underlay>,
-    /// Why its addresses were chosen.
+    /// Why the underlay's addresses were chosen.
     underlay_reasons: PerFamily<SelectionReason>,
     underlay_errors: Vec<String>,
-    /// IPv6 was switched off when the external interface was chosen.
+    /// IPv6 was disabled when the external interface was chosen.
     ipv4_only: bool,
     endpoints: Vec<Arc<Endpoint>>,
-    /// Whether those who wait for them have to be told.
+    /// Whether `applied_endpoints` has to be sent.
     endpoints_changed: bool,
 
-    // What follows.
+    // Derived state.
     host: Option<HostSpec>,
     local_host: Option<LocalHost>,
     peers: BTreeMap<LeaseKey, Peer>,
@@ -210,7 +215,7 @@ pub struct Reconciler<D, M> {
     desired: State,
     actual: State,
 
-    // What is to be done.
+    // Pending work.
     host_dirty: bool,
     dirty_leases: BTreeSet<LeaseKey>,
     all_leases_dirty: bool,
@@ -231,7 +236,7 @@ pub struct Reconciler<D, M> {
 }
 
 impl<D: DataPath, M: StateStore> Reconciler<D, M> {
-    /// A reconciler that knows nothing yet.
+    /// A reconciler without any state yet.
     pub fn new(settings: Settings, data_path: D, state_store: M, metrics: Arc<Metrics>) -> Self {
         let now = Instant::now();
         Reconciler {
@@ -284,7 +289,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         }
     }
 
-    /// Runs until `shutdown`. The data path is left as it is then.
+    /// Runs until `shutdown`, which leaves the data path unchanged.
     pub async fn run(mut self, mut channels: Channels, shutdown: CancellationToken) {
         self.endpoints = channels.endpoints.borrow_and_update().clone();
         self.converge(&channels).await;
@@ -308,7 +313,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
                 }
                 () = timer => woken_by_timer = true,
             }
-            // What waits already is folded into the same round. Bounded by the channels' sizes.
+            // Queued events are folded into the same round. The channels' sizes bound their number.
             while let Ok(event) = channels.kernel.try_recv() {
                 self.fold_kernel(event);
             }
@@ -323,7 +328,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         }
     }
 
-    /// The next moment at which something is due without an event.
+    /// The next time at which work is due without an event.
     fn next_deadline(&self) -> Instant {
         let next_dump = self.resync_reason.map(|_| self.dump_not_before);
         [next_dump, self.underlay_due, self.heap_trim_due, self.lease_expires_at, self.retries.next_due()]
@@ -332,7 +337,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
             .fold(self.resync_due, Instant::min)
     }
 
-    /// Brings actual state as near to desired state as it can be brought now. Returns whether there was anything to do.
+    /// Brings actual state as close to desired state as is possible now. Returns whether there was any work.
     async fn converge(&mut self, channels: &Channels) -> bool {
         let now = Instant::now();
         let mut progress = false;
@@ -346,7 +351,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         if self.resync_reason.is_some() && now >= self.dump_not_before {
             progress = true;
             if self.resync_reason == Some(PERIODIC_RESYNC) {
-                // The kernel tells nobody what becomes of `accept_ra`, nor of resolvers.
+                // Changes of `accept_ra` and of resolvers cause no event.
                 self.underlay_due.get_or_insert(now);
             }
             before_dump = self.dump().await;
@@ -375,8 +380,8 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
             self.record_dump_drift(&before, &batch);
         }
         progress |= self.apply_due(batch, now).await;
-        // An entry was set at another attempt: what stands on it was left out of the plan before. Ends, because each turn of this loop needs an
-        // entry that waited and was set.
+        // A retried entry was set, so the entries that depend on it, which the previous plan left out, can be planned now. The
+        // loop ends, because each iteration needs another pending entry that was set.
         while self.host.is_some() && (self.all_dirty || !self.dirty_keys.is_empty()) {
             let batch = self.plan();
             progress |= self.apply_due(batch, now).await;
@@ -386,7 +391,8 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         progress
     }
 
-    /// Reads actual state anew. Returns the state as it was believed to be, once there has been a plan to compare with.
+    /// Replaces actual state by a dump of the kernel. Returns the previous actual state if a desired state exists to compare it
+    /// with.
     async fn dump(&mut self) -> Option<State> {
         let reason = self.resync_reason.take().unwrap_or_default();
         let begun = Instant::now();
@@ -408,7 +414,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
                 self.host.is_some().then_some(before)
             }
             Err(error) => {
-                tracing::error!(reason, %error, "kernel state cannot be read, trying again in a second");
+                tracing::error!(reason, %error, "cannot dump kernel state, retrying in 1 s");
                 self.dump_error = Some(error.to_string());
                 self.resync_reason = Some("retry after an error");
                 self.dump_not_before = Instant::now() + Duration::from_secs(1);
@@ -417,10 +423,10 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         }
     }
 
-    /// The ops that are due.
+    /// Plans the ops for the dirty entries.
     fn plan(&mut self) -> Batch {
         let dirty = std::mem::take(&mut self.dirty_keys);
-        // Until there is a lease nothing is known to be wrong: what an earlier run left forwards on, untouched.
+        // Without a lease there is no desired state. The data path of an earlier run stays untouched and keeps forwarding.
         if self.host.is_none() {
             return Batch::new();
         }
@@ -431,7 +437,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         }
     }
 
-    /// Tells the others what is new.
+    /// Publishes metrics and changed values on the channels.
     fn broadcast(&mut self, channels: &Channels) {
         self.metrics.set_peers(self.peers.len());
         self.metrics.set_leases(self.leases.len(), self.rejected.len());
@@ -444,7 +450,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         channels.ready.send_if_modified(|was| std::mem::replace(was, ready) != ready);
         if let Some(host) = &self.host
             && !self.retries.any(|key| match key {
-                // A container's port that is gone is made again by whoever is told of the overlay here.
+                // Missing container ports do not count: the endpoints recreate them once they receive this overlay.
                 Key::Link(name) => Device::from_name(name).is_some(),
                 key => matches!(key, Key::Address(..) | Key::Sysctl(_) | Key::Ruleset(Table::Inet)),
             })

@@ -32,7 +32,7 @@ async fn invalid_attach_values_are_rejected() {
         (&["attach", "a", "--netns", "/etc/passwd"], 1, &["/etc/passwd"]),
         (&["attach", "a", "--netns", "/run"], 1, &["/run"]),
         (&["attach", "a", "--netns", "/proc/self/ns/mnt"], 1, &["no network namespace at /proc/self/ns/mnt"]),
-        (&["attach", "a", "--interface", "eth 0"], 1, &["no interface name"]),
+        (&["attach", "a", "--interface", "eth 0"], 1, &["invalid interface name"]),
         (&["attach", "a", "--ip", &taken], 1, &[&taken, "in use by endpoint held"]),
         (&["attach", "a", "--ip", "192.0.2.1"], 1, &["192.0.2.1", "outside this host's subnet"]),
         (&["attach", "a", "--mac", &mac], 1, &[&mac, "in use by endpoint held"]),
@@ -44,7 +44,7 @@ async fn invalid_attach_values_are_rejected() {
         (
             &["attach", "a", "--publish", "81:1", "--publish", "80-81:5-6"],
             1,
-            &["lead the same port of the host to different ports"],
+            &["map the same host port to different container ports"],
         ),
         (&["run", "--publish", &busy_port, "--", "true"], 1, &[&own]),
     ] {

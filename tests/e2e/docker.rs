@@ -151,7 +151,7 @@ async fn assert_reaches_overlay_endpoints(lab: &TestLab, d1: &Docker<'_>, d2: &D
         docker.run(&["exec", name, "/bin/ping", "-c", "2", "-W", "10", &own.to_string()]);
     }
     let held = lab.ctl("h1", &["attach", "wish", "--ip", &address(d1, "one", Family::V4).to_string()]);
-    held.assert_code(1).assert_stderr_contains(&["is of Docker's part of subnet"]);
+    held.assert_code(1).assert_stderr_contains(&["is in Docker's part of subnet"]);
     // Docker's port is shown as nobody's endpoint.
     let view: NetworkView = lab.ctl("h1", &["-o", "json", "inspect"]).assert_code(0).json();
     let ports = view.bridge.expect_ok("the bridge").ports;

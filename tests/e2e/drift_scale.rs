@@ -130,7 +130,7 @@ async fn single_entry_drift_is_repaired() {
     let mut all = RepairTimes::default();
     for (what, kind, script) in SINGLE_ENTRY_FAULTS {
         let (repairs, of_kind) = (lab.status("h1").await.data_path.drift_repairs, repair_count(&lab, kind));
-        let lines = lab.log("h1").lines().filter(|line| line.contains("an entry was changed by others")).count();
+        let lines = lab.log("h1").lines().filter(|line| line.contains("an entry changed by another process")).count();
         let mut times = RepairTimes::default();
         let mut whole = Duration::ZERO;
         stopwatch.collect_until_quiet(QUIET_PERIOD, CONVERGE_TIMEOUT).await;
@@ -152,7 +152,8 @@ async fn single_entry_drift_is_repaired() {
         assert!(status.data_path.drift_repairs >= repairs + count, "{what}: counted in the status: {:?}", status.data_path);
         assert!(repair_count(&lab, kind) >= of_kind + count, "{what}: counted in the metrics by kind");
         let log = lab.log("h1");
-        let logged: Vec<&str> = log.lines().filter(|line| line.contains("an entry was changed by others")).skip(lines).collect();
+        let logged: Vec<&str> =
+            log.lines().filter(|line| line.contains("an entry changed by another process")).skip(lines).collect();
         let (first, one) = (logged.first().expect_ok("a line"), format!("entry={kind}"));
         assert!(logged.iter().filter(|line| line.contains(kind)).count() >= REPEATS, "{what}: {one}: {logged:#?}");
         assert!(first.contains("found=") && first.contains("wanted="), "{what}: says what differed: {first}");
@@ -186,7 +187,7 @@ async fn bulk_drift_is_repaired() {
     }
     assert_eq!(lab.host("h1").client().endpoints().await.expect_ok("endpoints").endpoints, endpoints, "endpoints came through");
     let log = lab.log("h1");
-    let lines = log.lines().filter(|line| line.contains("putting it back") || line.contains("putting them back")).count();
+    let lines = log.lines().filter(|line| line.contains("drift: restoring")).count();
     let repairs = lab.status("h1").await.data_path.drift_repairs;
     assert!(lines * 4 < usize::try_from(repairs).expect_ok("a number"), "{repairs} repairs, and {lines} lines of log");
     lab.assert_full_reachability().await;
@@ -218,8 +219,8 @@ async fn contended_route_is_rate_limited() {
     assert!(repaired <= 40, "the rate is bounded: {repaired} repairs");
     assert!(used < time / 2, "the processor is not spun: {used:?} of {time:?}");
     assert!(status.problems.iter().any(|p| p.contains(&route)), "the status names it: {:?}", status.problems);
-    let loud = lab.wait_for_log("h1", &["ERROR", "keeps undoing an entry", &route]).await;
-    assert_eq!(lab.log("h1").matches("keeps undoing an entry").count(), 1, "told once: {loud}");
+    let loud = lab.wait_for_log("h1", &["ERROR", "keeps changing an entry", &route]).await;
+    assert_eq!(lab.log("h1").matches("keeps changing an entry").count(), 1, "told once: {loud}");
     // The other one gives up: the route is back when the pause is over.
     lab.host("h1")
         .wait_status(2 * CONVERGE_TIMEOUT, "it does not come to rest", |s| s.ready && s.data_path.failed.is_empty())

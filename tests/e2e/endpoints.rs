@@ -60,14 +60,14 @@ async fn requested_addresses_are_assigned_or_refused() {
     refused(&v4, &[&v4, "in use by endpoint a", "overlayctl detach a"]);
     refused(&v6, &[&v6, "in use by endpoint a"]);
     refused("192.0.2.1", &["192.0.2.1", "outside this host's subnet"]);
-    refused(&nth(Family::V4, 0), &["subnet", "for containers"]);
-    refused(&nth(Family::V4, 1), &["gateway", "for containers"]);
-    refused(&nth(Family::V4, 255), &["broadcast", "for containers"]);
+    refused(&nth(Family::V4, 0), &["subnet", "containers can have"]);
+    refused(&nth(Family::V4, 1), &["gateway", "containers can have"]);
+    refused(&nth(Family::V4, 255), &["broadcast", "containers can have"]);
     lab.ctl("h1", &["attach", "b", "--ip", &v4, "--ip", "10.0.0.1"]).assert_code(2).assert_stderr_contains(&["one IPv4 address"]);
     lab.ctl("h1", &["attach", "../b"]).assert_code(2);
     lab.ctl("h1", &["attach", "b", "--interface", "much-too-long-for-a-name"])
         .assert_code(1)
-        .assert_stderr_contains(&["no interface name"]);
+        .assert_stderr_contains(&["invalid interface name"]);
     // The name, with another wish.
     let other = nth(Family::V4, 78);
     lab.ctl("h1", &["attach", "a", "--ip", &other])

@@ -265,7 +265,7 @@ async fn host_without_ipv6_serves_ipv4() {
         "h1",
         &format!("echo 0 >/proc/sys/net/ipv6/conf/all/disable_ipv6; ip address add {address} dev eth0 nodad"),
     );
-    let back = |status: &Status| has_problem(status, &["IPv6 is on again", "restart overlayd"]);
+    let back = |status: &Status| has_problem(status, &["IPv6 is enabled again", "restart overlayd"]);
     lab.host("h1").wait_status(CONVERGE_TIMEOUT, "that it is on again", back).await.expect_ok("h1");
     assert_eq!(lab.lease_of("h1"), lease);
     assert_reaches(&lab, "h1-c1", addresses[1].v4.expect_ok("an address")).await;

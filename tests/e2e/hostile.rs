@@ -94,7 +94,7 @@ async fn hostile_leases_are_refused() {
         .await
         .expect_ok("h1");
     assert!(status.ready, "the rest works: {status:#?}");
-    assert!(status.problems.iter().any(|p| p.contains(&format!("{count} leases are left out"))), "{:?}", status.problems);
+    assert!(status.problems.iter().any(|p| p.contains(&format!("{count} leases ignored"))), "{:?}", status.problems);
     lab.ctl("h1", &["status"]).assert_code(3);
 
     let subnets = lab.host("h1").client().subnets().await.expect_ok("subnets").subnets;

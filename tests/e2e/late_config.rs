@@ -42,7 +42,10 @@ async fn agents_wait_for_config() {
         .expect_ok("status");
     let fields: Vec<&str> = status.store.config_errors.iter().map(|e| e.field.as_str()).collect();
     assert!(fields.contains(&"Network") && fields.contains(&"Backend.Type"), "{fields:?}");
-    assert!(!status.ready && status.problems.iter().any(|p| p.contains("is bad") && p.contains("10.244.0.1/16")), "{status:#?}");
+    assert!(
+        !status.ready && status.problems.iter().any(|p| p.contains("is invalid") && p.contains("10.244.0.1/16")),
+        "{status:#?}"
+    );
     lab.wait_for_log("h1", &["10.244.0.1/16"]).await;
 
     let file = lab.dir().join("network.json");
@@ -74,7 +77,7 @@ async fn invalid_config_keeps_last_valid_one() {
     assert!(status.lease.is_some() && status.network.is_some());
     lab.ctl("h1", &["status"]).assert_code(3);
     etcd::delete(&lab, &etcd::config_key());
-    let gone = |s: &overlay_agent::model::api::Status| s.problems.iter().any(|p| p.contains("is gone, the last one stays"));
+    let gone = |s: &overlay_agent::model::api::Status| s.problems.iter().any(|p| p.contains("was deleted; the last one stays"));
     lab.host("h1").wait_status(CONVERGE_TIMEOUT, "it does not say that it is gone", gone).await.expect_ok("h1");
     assert_eq!(kernel::difference(&kernel::actual_state(&lab, "h1"), &before), "");
     etcd::put(&lab, &etcd::config_key(), &lab.layout().config);

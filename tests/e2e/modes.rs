@@ -80,10 +80,10 @@ async fn unsupported_mode_options_are_refused() {
         (&["attach", "a", "--mode", "container:../b"], 2, "is no endpoint name"),
         (&["attach", "a", "--mode", "container:b"], 1, "there is no endpoint b"),
         (&["attach", "a", "--mode", "host", "--pid", "1"], 2, "leave out --netns and --pid"),
-        (&["attach", "a", "--mode", "none", "--publish", "1:1"], 1, "mode none has no place for published ports"),
-        (&["attach", "a", "--mode", "host", "--ip", "10.0.0.1"], 1, "mode host has no place for a wished address"),
+        (&["attach", "a", "--mode", "none", "--publish", "1:1"], 1, "mode none does not support published ports"),
+        (&["attach", "a", "--mode", "host", "--ip", "10.0.0.1"], 1, "mode host does not support an address"),
         (&["attach", "a", "--mode", "none", "--dns", "192.0.2.1"], 2, "are for mode overlay"),
-        (&["attach", "a", "--mode", "none", "--no-source-check"], 1, "mode none has no place for a source check"),
+        (&["attach", "a", "--mode", "none", "--no-source-check"], 1, "mode none does not support a source check"),
     ] {
         lab.ctl("h1", arguments).assert_code(code).assert_stderr_contains(&[wanted]);
         assert!(lab.endpoints("h1").is_empty() && lab.netns("h1-a").is_err(), "{arguments:?}");

@@ -309,7 +309,7 @@ async fn dual_stack_wildcards_are_accepted_in_single_family() {
         assert!(status.ready && status.problems.is_empty(), "{:?}", status.problems);
         lab.ctl("h1", &["attach", "other", "--publish", specific])
             .assert_code(1)
-            .assert_stderr_contains(&[specific, "no container could answer"]);
+            .assert_stderr_contains(&[specific, "no container could reply"]);
         // What has no effect is no claim to the port.
         attach(&lab, "next", &["8081:80"], &[]);
     }

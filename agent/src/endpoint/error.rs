@@ -1,4 +1,4 @@
-//! Why an endpoint is not attached or detached.
+//! Errors of attach and detach.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -11,25 +11,25 @@ use crate::model::{Family, Mac, Mode, PublishedPort, Subnet};
 use crate::plan::OpError;
 use crate::state::StateError;
 
-/// What to do where a namespace is not there: under systemd the agent sees other users' processes only where it is allowed to.
+/// Remedy for a missing namespace. Under systemd the agent sees other users' processes only with the capability for it.
 fn remedy(netns: &Path) -> &'static str {
     if netns.starts_with("/proc") {
         "has the process ended? The agent's unit sees processes only with CAP_SYS_PTRACE (proc-netns.conf, docs/install.md)"
     } else {
-        "make it first (`ip netns add NAME` makes /run/netns/NAME)"
+        "create it first (`ip netns add NAME` creates /run/netns/NAME)"
     }
 }
 
-/// Why an endpoint is not attached or detached. Each text names the value and what to do.
+/// Error of an attach or a detach. Each text names the value and the remedy.
 #[derive(Debug, thiserror::Error)]
 pub enum EndpointError {
-    /// The namespace's path is no absolute path.
+    /// The namespace's path is not absolute.
     #[error("network namespace `{netns}` is not an absolute path: expected one such as /run/netns/NAME or /proc/PID/ns/net")]
     NetnsPath {
         /// The refused path.
         netns: String,
     },
-    /// There is no network namespace at the path.
+    /// No network namespace exists at the path.
     #[error("there is no network namespace at {netns}: {}", remedy(netns))]
     NetnsNotFound {
         /// The path.
@@ -41,94 +41,96 @@ pub enum EndpointError {
         /// The path.
         netns: PathBuf,
     },
-    /// The mode has no such thing.
-    #[error("mode {mode} has no place for {what}: leave it out, or use mode overlay")]
+    /// The mode does not support an option of the request.
+    #[error("mode {mode} does not support {what}: omit it, or use mode overlay")]
     UnsupportedInMode {
-        /// What was asked for.
+        /// The unsupported option.
         what: &'static str,
         /// The mode.
         mode: Mode,
     },
-    /// The owner is no text for a person.
-    #[error("`{owner}` is no owner: 1 to 256 bytes of text without control characters")]
+    /// The owner is not printable text of valid length.
+    #[error("invalid owner `{owner}`: expected 1 to 256 bytes of text without control characters")]
     Owner {
         /// The refused text.
         owner: String,
     },
-    /// A port that cannot be published.
+    /// A published port is invalid.
     #[error(transparent)]
     Publish(#[from] PublishError),
-    /// Two of one request lead the same port of the host to different ports.
-    #[error("{one} and {other} lead the same port of the host to different ports: leave one out")]
+    /// Two published ports of one request map the same host port to different container ports.
+    #[error("{one} and {other} map the same host port to different container ports: omit one of them")]
     PublishConflict {
-        /// One.
+        /// The first one.
         one: PublishedPort,
-        /// The other.
+        /// The second one.
         other: PublishedPort,
     },
-    /// Another endpoint has the port.
+    /// Another endpoint has published the port.
     #[error(
         "{wanted} cannot be published: endpoint {holder} has {held}; choose another port, or `overlayctl detach {holder}` first"
     )]
     PublishInUse {
-        /// What was asked for.
+        /// The requested port.
         wanted: PublishedPort,
-        /// Who has it.
+        /// The other endpoint.
         holder: EndpointName,
-        /// As what.
+        /// The other endpoint's published port.
         held: PublishedPort,
     },
-    /// A socket of the host has the port.
+    /// A socket of the host listens on the port.
     #[error("{wanted} cannot be published: {holder} listens on {socket}; stop it, or choose another port or address")]
     PublishListener {
-        /// What was asked for.
+        /// The requested port.
         wanted: PublishedPort,
         /// The socket's address and port.
         socket: SocketAddr,
-        /// Whose it is.
+        /// The process that owns it.
         holder: String,
     },
-    /// The address is not the host's.
-    #[error("{wanted} cannot be published: the host has no address {address} (`ip address`); leave it out for all that it has")]
+    /// The host does not have the address.
+    #[error(
+        "{wanted} cannot be published: the host has no address {address} (`ip address`); omit it to publish on all addresses"
+    )]
     PublishAddress {
-        /// What was asked for.
+        /// The requested port.
         wanted: PublishedPort,
         /// The address.
         address: IpAddr,
     },
-    /// The address is of a family that containers have not.
+    /// The host's subnet does not have the address's family.
     #[error(
-        "{wanted} cannot be published: this host's subnet {subnet} has no {family}, so no container could answer; name an address of its family, or none"
+        "{wanted} cannot be published: this host's subnet {subnet} has no {family}, so no container could reply; use an address of a family that it has, or none"
     )]
     PublishFamily {
-        /// What was asked for.
+        /// The requested port.
         wanted: PublishedPort,
         /// The address's family.
         family: Family,
         /// The host's subnet.
         subnet: Subnet,
     },
-    /// The wished MAC is no address of one station.
-    #[error("MAC {mac} cannot be given: it is a group's or all zeros; one such as 02:00:5e:10:00:01 can")]
+    /// The requested MAC is not a unicast address.
+    #[error("MAC {mac} cannot be assigned: it is a group address or all zeros; use one such as 02:00:5e:10:00:01")]
     MacNotUnicast {
-        /// The wished MAC.
+        /// The requested MAC.
         mac: Mac,
     },
-    /// The wished MAC is another endpoint's.
+    /// Another endpoint has the requested MAC.
     #[error("MAC {mac} is in use by endpoint {holder}: choose another one, or `overlayctl detach {holder}` first")]
     MacInUse {
-        /// The wished MAC.
+        /// The requested MAC.
         mac: Mac,
-        /// Who has it.
+        /// The other endpoint.
         holder: EndpointName,
     },
-    /// There is no endpoint to share with.
-    #[error("there is no endpoint {target} to share the network namespace of: `overlayctl endpoints` lists them")]
+    /// The endpoint whose namespace is to be shared does not exist.
+    #[error("there is no endpoint {target} whose network namespace could be shared: list endpoints with `overlayctl endpoints`")]
     TargetNotFound {
         /// The name.
         target: EndpointName,
     },
-    /// Others share its namespace.
+    /// Other endpoints share its namespace.
     #[error(
         "endpoint {name} shares its network namespace with {}: detach these first, or all of them by `overlayctl detach --force {name}`",
         names(sharers)
@@ -136,78 +138,80 @@ pub enum EndpointError {
     NetnsShared {
         /// The endpoint.
         name: EndpointName,
-        /// Who shares it.
+        /// The endpoints that share it.
         sharers: Vec<EndpointName>,
     },
-    /// The endpoint whose namespace was to be shared went away meanwhile.
+    /// The endpoint whose namespace was to be shared was detached meanwhile.
     #[error("endpoint {name}: endpoint {target} was detached at the same time: attach that one again first")]
     TargetDetached {
         /// The endpoint.
         name: EndpointName,
-        /// Who it was to share with.
+        /// The owner of the namespace.
         target: EndpointName,
     },
-    /// The namespace is another endpoint's, and cannot be both's.
+    /// Another endpoint uses the namespace exclusively.
     #[error(
         "{netns} belongs to endpoint {holder} in mode {mode}: attach with mode container:{holder}, or `overlayctl detach {holder}` first"
     )]
     NetnsInUse {
         /// The namespace.
         netns: PathBuf,
-        /// Who has it.
+        /// The other endpoint.
         holder: EndpointName,
-        /// In which mode.
+        /// The other endpoint's mode.
         mode: Mode,
     },
-    /// The kernel would not take the interface name.
-    #[error("`{interface}` is no interface name: 1 to 15 visible ASCII characters without / : %, and not `lo`, `.` or `..`")]
+    /// The kernel would reject the interface name.
+    #[error(
+        "invalid interface name `{interface}`: expected 1 to 15 visible ASCII characters without / : %, and not `lo`, `.` or `..`"
+    )]
     InterfaceName {
         /// The refused name.
         interface: String,
     },
-    /// A wished address stands in the other family's place.
-    #[error("{address} was asked for as {family} address")]
+    /// A requested address is given for the other family.
+    #[error("address {address} was requested as the {family} address, but is of the other family")]
     FamilyMismatch {
-        /// The wished address.
+        /// The requested address.
         address: IpAddr,
-        /// The family it was given for.
+        /// The family for which it was given.
         family: Family,
     },
-    /// A wished address is of a family that the host's subnet has not.
-    #[error("address {address} cannot be given: this host's subnet {subnet} has no {family}")]
+    /// The host's subnet does not have a requested address's family.
+    #[error("address {address} cannot be assigned: this host's subnet {subnet} has no {family}")]
     FamilyNotAvailable {
-        /// The wished address.
+        /// The requested address.
         address: IpAddr,
         /// Its family.
         family: Family,
         /// The host's subnet.
         subnet: Subnet,
     },
-    /// No address, or not the wished one.
+    /// No address is free, or the requested one is not available.
     #[error(transparent)]
     Address(#[from] IpamError),
-    /// The bridge has no port left.
+    /// The bridge has no free port.
     #[error("{}", bridge_full_message())]
     BridgeFull,
-    /// The wished address is another endpoint's.
+    /// Another endpoint has the requested address.
     #[error("address {address} is in use by endpoint {holder}: choose another one, or `overlayctl detach {holder}` first")]
     AddressInUse {
-        /// The wished address.
+        /// The requested address.
         address: IpAddr,
-        /// Who has it.
+        /// The other endpoint.
         holder: EndpointName,
     },
-    /// The name is attached, with something else than what is asked for.
+    /// The name is attached with other values than the requested ones.
     #[error("endpoint {name} is attached with {held}, not {asked}: `overlayctl detach {name}` first, or choose another name")]
     NameInUse {
         /// The name.
         name: EndpointName,
-        /// What it has: `network namespace_name /run/path/a`.
+        /// The present value, such as `network namespace /run/netns/a`.
         held: String,
-        /// What was asked for.
+        /// The requested value.
         asked: String,
     },
-    /// The interface of that namespace belongs to another endpoint.
+    /// Another endpoint has the interface of that namespace.
     #[error(
         "interface {interface} in {netns} belongs to endpoint {holder}: choose another interface, or `overlayctl detach {holder}` first"
     )]
@@ -216,10 +220,10 @@ pub enum EndpointError {
         interface: String,
         /// The namespace.
         netns: PathBuf,
-        /// Who has it.
+        /// The other endpoint.
         holder: EndpointName,
     },
-    /// The endpoint's address is not of the present subnet.
+    /// The endpoint's address is outside the present subnet.
     #[error(
         "endpoint {name} has {address}, outside the present subnet {subnet}: `overlayctl detach {name}`, then attach it again"
     )]
@@ -236,10 +240,10 @@ pub enum EndpointError {
         "no subnet is leased yet, or the overlay's devices are not in place: wait until the agent is ready (`overlayctl status --wait 30s`); `overlayctl status` says what is missing"
     )]
     NoSubnet,
-    /// The agent is ending.
-    #[error("the agent is ending: try again when it has started again")]
+    /// The agent is shutting down.
+    #[error("the agent is shutting down: retry once it is running again")]
     ShuttingDown,
-    /// The state directory cannot be written, so nothing was done.
+    /// The state directory cannot be written.
     #[error("endpoint {name}: {source}")]
     State {
         /// The endpoint.
@@ -247,7 +251,7 @@ pub enum EndpointError {
         /// The file system's error.
         source: StateError,
     },
-    /// The kernel refused; what had been done is undone.
+    /// The kernel rejected a change; the attach was rolled back.
     #[error("endpoint {name}: {source}")]
     Kernel {
         /// The endpoint.
@@ -255,8 +259,8 @@ pub enum EndpointError {
         /// The kernel's error.
         source: OpError,
     },
-    /// A defect of the agent.
-    #[error("endpoint {name}: the agent failed while it worked on it: {text}; this is a defect, please report it")]
+    /// A bug in the agent.
+    #[error("endpoint {name}: internal error of the agent: {text}; please report this bug")]
     Internal {
         /// The endpoint.
         name: EndpointName,
@@ -265,18 +269,18 @@ pub enum EndpointError {
     },
 }
 
-/// What kind of error it is, for the answer's status.
+/// Class of an error, for the response's status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ErrorClass {
-    /// The request cannot be right.
+    /// The request is invalid.
     InvalidRequest,
-    /// What the request names is not there.
+    /// An object that the request names does not exist.
     NotFound,
-    /// The request is right, but not beside what is there.
+    /// The request is valid, but conflicts with present state.
     Conflict,
-    /// The request can be right later.
+    /// The request may succeed later.
     NotReady,
-    /// The host failed.
+    /// The agent or the host failed.
     Internal,
 }
 
@@ -285,7 +289,7 @@ fn names(names: &[EndpointName]) -> String {
 }
 
 impl EndpointError {
-    /// The endpoint that holds what was asked for.
+    /// The endpoint that holds the requested resource.
     pub(super) fn holder(&self) -> Option<&EndpointName> {
         match self {
             EndpointError::PublishInUse { holder, .. }
@@ -297,7 +301,7 @@ impl EndpointError {
         }
     }
 
-    /// The error's kind.
+    /// The error's class.
     pub fn class(&self) -> ErrorClass {
         match self {
             EndpointError::NetnsPath { .. }

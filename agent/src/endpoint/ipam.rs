@@ -1,8 +1,8 @@
-//! The addresses of one family of the host's subnet: which are in use, and which comes next. Pure: no clock, no files, no tasks.
+//! Allocator of the addresses of one family of the host's subnet. Pure: no clock, no files, no tasks.
 //!
-//! Addresses are handed out in the order of their last use: those that were never in use first, ascending from a cursor, then those that were
-//! given back, the oldest first. So an address is not in other hands a moment after it was given back, while neighbours and
-//! connections still remember its last owner. Memory grows with the addresses in use and given back, never with the size of the range.
+//! Addresses are allocated in the order of their last use: first never used ones, ascending from a cursor, then released ones,
+//! the oldest first. So an address is not reused right after its release, while neighbour entries and connections still refer to
+//! its last owner. Memory grows with the number of used and released addresses, never with the size of the range.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -10,83 +10,83 @@ use std::net::IpAddr;
 use crate::model::family::address_value;
 use crate::model::{Cidr, DockerShare, Family};
 
-/// How many addresses given back are remembered. Beyond that (only a range larger than a /16 comes there) the oldest are as good as never
+/// Maximum number of remembered released addresses. Beyond it, which takes a range larger than a /16, the oldest count as never
 /// used.
 const MAX_RELEASED: usize = 65_536;
 
-/// The allocator of one range.
+/// Allocator of one range.
 #[derive(Debug, Clone)]
 pub struct Ipam {
     range: Cidr,
-    /// What of the range is Docker's.
+    /// The part of the range that Docker uses.
     docker_share: Option<DockerShare>,
-    /// The lowest and the highest address that can be handed out.
+    /// The lowest and the highest allocatable address.
     first: u128,
     last: u128,
     used: BTreeSet<u128>,
-    /// Given back and not in use since: by the order in which they were, and the same the other way round.
+    /// Released addresses, by the sequence number of their release, and the inverse map.
     released: BTreeMap<u64, u128>,
     released_at: BTreeMap<u128, u64>,
     release_count: u64,
     cursor: u128,
 }
 
-/// Why an address is not handed out.
+/// Why an address cannot be allocated.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum IpamError {
-    /// Nothing is left.
+    /// No address is free.
     #[error("subnet {range} is full: {in_use} addresses in use; detach endpoints, or give the hosts larger subnets (SubnetLen)")]
     Full {
         /// The range.
         range: Cidr,
-        /// How many addresses are handed out.
+        /// Number of addresses in use.
         in_use: usize,
     },
-    /// The wished address lies elsewhere.
+    /// The requested address is outside the range.
     #[error("address {address} is outside this host's subnet {range}")]
     Outside {
-        /// The wished address.
+        /// The requested address.
         address: IpAddr,
         /// The range.
         range: Cidr,
     },
-    /// The wished address has another use.
-    #[error("address {address} is the {purpose} of subnet {range}; from {first} to {last} are for containers")]
+    /// The requested address has a fixed purpose.
+    #[error("address {address} is the {purpose} of subnet {range}; containers can have {first} to {last}")]
     Reserved {
-        /// The wished address.
+        /// The requested address.
         address: IpAddr,
-        /// What it is for.
+        /// Its purpose.
         purpose: &'static str,
         /// The range.
         range: Cidr,
-        /// The lowest address that can be handed out.
+        /// The lowest allocatable address.
         first: IpAddr,
         /// The highest one.
         last: IpAddr,
     },
-    /// The wished address is of the part that is Docker's.
-    #[error("address {address} is of Docker's part of subnet {range}; from {first} to {last} are for containers attached here")]
+    /// The requested address is in the part that Docker uses.
+    #[error("address {address} is in Docker's part of subnet {range}; containers attached here can have {first} to {last}")]
     Docker {
-        /// The wished address.
+        /// The requested address.
         address: IpAddr,
         /// The range.
         range: Cidr,
-        /// The lowest address that can be handed out.
+        /// The lowest allocatable address.
         first: IpAddr,
         /// The highest one.
         last: IpAddr,
     },
-    /// The wished address is handed out.
+    /// The requested address is in use.
     #[error("address {address} is in use")]
     InUse {
-        /// The wished address.
+        /// The requested address.
         address: IpAddr,
     },
 }
 
 impl Ipam {
-    /// The allocator of a range with nothing handed out. Never handed out: the base, the gateway (base + 1), and in IPv4 the broadcast
-    /// address.
+    /// An allocator of a range without used addresses. The base, the gateway (base + 1) and, in IPv4, the broadcast address are
+    /// never allocated.
     pub fn new(range: Cidr) -> Ipam {
         let first = address_value(range.base()).saturating_add(2);
         let last = match range.family() {
@@ -106,7 +106,7 @@ impl Ipam {
         }
     }
 
-    /// The allocator of what Docker leaves of a range; of all of it where it is too small to be shared.
+    /// An allocator of the part of a range that Docker does not use, or of the whole range if it is too small to be shared.
     pub fn with_docker_share(range: Cidr) -> Ipam {
         let mut ipam = Ipam::new(range);
         ipam.docker_share = DockerShare::from_range(range);
@@ -116,7 +116,7 @@ impl Ipam {
         ipam
     }
 
-    /// What of the range is Docker's.
+    /// The part of the range that Docker uses.
     pub fn docker_share(&self) -> Option<DockerShare> {
         self.docker_share
     }
@@ -126,32 +126,32 @@ impl Ipam {
         self.range
     }
 
-    /// The lowest address that can be handed out.
+    /// The lowest allocatable address.
     pub fn first(&self) -> IpAddr {
         self.range.family().address(self.first)
     }
 
-    /// The highest one.
+    /// The highest allocatable address.
     pub fn last(&self) -> IpAddr {
         self.range.family().address(self.last)
     }
 
-    /// How many addresses the range can hand out.
+    /// Number of allocatable addresses.
     pub fn capacity(&self) -> u128 {
         self.last.saturating_add(1).saturating_sub(self.first)
     }
 
-    /// How many are handed out.
+    /// Number of addresses in use.
     pub fn in_use(&self) -> usize {
         self.used.len()
     }
 
-    /// Where the search for a never used address goes on; kept over a restart by [`Ipam::resume_from`].
+    /// The next candidate of the search for a never used address; [`Ipam::resume`] restores it after a restart.
     pub fn cursor(&self) -> IpAddr {
         self.range.family().address(self.cursor)
     }
 
-    /// Goes on where an earlier allocator of the range stopped; an address outside the range is ignored.
+    /// Continues at the cursor of an earlier allocator of the range; an address outside the range is ignored.
     pub fn resume(&mut self, cursor: IpAddr) {
         let value = address_value(cursor);
         if Family::of(cursor) == self.range.family() && (self.first..=self.last).contains(&value) {
@@ -159,7 +159,7 @@ impl Ipam {
         }
     }
 
-    /// Hands out the address that has been out of use the longest.
+    /// Allocates the address that has been unused the longest.
     pub fn allocate(&mut self) -> Result<IpAddr, IpamError> {
         let value = self.next_unused().or_else(|| self.released.values().next().copied());
         let Some(value) = value else { return Err(IpamError::Full { range: self.range, in_use: self.used.len() }) };
@@ -167,14 +167,14 @@ impl Ipam {
         Ok(self.range.family().address(value))
     }
 
-    /// Hands out this very address.
+    /// Allocates this address.
     pub fn reserve(&mut self, address: IpAddr) -> Result<(), IpamError> {
         self.check(address)?;
         self.mark_used(address_value(address));
         Ok(())
     }
 
-    /// Whether [`Ipam::take`] would succeed.
+    /// Checks whether [`Ipam::reserve`] would succeed.
     pub fn check(&self, address: IpAddr) -> Result<(), IpamError> {
         let range = self.range;
         if !range.contains(address) {
@@ -195,7 +195,7 @@ impl Ipam {
         if self.used.contains(&value) { Err(IpamError::InUse { address }) } else { Ok(()) }
     }
 
-    /// Takes an address back. That it was not handed out is no error.
+    /// Releases an address; an unused one is no error.
     pub fn release(&mut self, address: IpAddr) {
         let value = address_value(address);
         if Family::of(address) != self.range.family() || !self.used.remove(&value) {
@@ -221,12 +221,12 @@ impl Ipam {
         }
     }
 
-    /// The next address from the cursor on that is neither in use nor resting; `None` where each address is one or the other.
+    /// The next address from the cursor on that is neither in use nor released; `None` if there is none.
     fn next_unused(&mut self) -> Option<u128> {
         if (self.used.len() + self.released.len()) as u128 >= self.capacity() {
             return None;
         }
-        // One of at most `used + resting + 1` addresses in a row is free, so this ends.
+        // Of `used + released + 1` consecutive addresses at least one is free, so the loop ends.
         while self.used.contains(&self.cursor) || self.released_at.contains_key(&self.cursor) {
             self.cursor = if self.cursor == self.last { self.first } else { self.cursor + 1 };
         }
@@ -285,9 +285,14 @@ mod tests {
         assert!(matches!(ipam.allocate(), Err(IpamError::Full { in_use: 6, .. })));
         for address in ["10.244.1.8", "10.244.1.15"] {
             let error = ipam.reserve(address.parse().unwrap()).unwrap_err().to_string();
-            assert!(error.contains("is of Docker's part of subnet 10.244.1.0/28; from 10.244.1.2 to 10.244.1.7"), "{error}");
+            assert!(
+                error.contains(
+                    "is in Docker's part of subnet 10.244.1.0/28; containers attached here can have 10.244.1.2 to 10.244.1.7"
+                ),
+                "{error}"
+            );
         }
-        // A cursor from a time when all was ours.
+        // A cursor from before Docker got its part.
         ipam.resume("10.244.1.12".parse().unwrap());
         ipam.release(last);
         assert_eq!(ipam.allocate().unwrap(), last);
@@ -328,7 +333,7 @@ mod tests {
         for (address, expected) in [
             ("10.244.1.0", "is the base of"),
             ("10.244.1.1", "is the gateway of"),
-            ("10.244.1.255", "is the broadcast address of subnet 10.244.1.0/24; from 10.244.1.2 to 10.244.1.254"),
+            ("10.244.1.255", "is the broadcast address of subnet 10.244.1.0/24; containers can have 10.244.1.2 to 10.244.1.254"),
             ("10.244.2.7", "is outside this host's subnet 10.244.1.0/24"),
             ("fd00::7", "is outside"),
         ] {
@@ -350,8 +355,9 @@ mod tests {
     }
 
     proptest! {
-        /// Against a simple model, in ranges small enough to run full: no address twice, none that is reserved, full only when full, and a
-        /// released one only when all others were in use since or are.
+        /// Compares the allocator with a simple model, in ranges small enough to become full. No address is allocated twice, none
+        /// is reserved, and a full error occurs only if the range is full. A released address is allocated only if every other
+        /// address is in use or was used since.
         #[test]
         fn matches_reference_model(
             v6 in any::<bool>(), bits in 2u8..6, steps in proptest::collection::vec((0u8..4, any::<u16>()), 1..300)
@@ -371,7 +377,7 @@ mod tests {
                             prop_assert!(range.contains(address) && !used.contains(&address));
                             prop_assert!(address != range.base() && Some(address) != range.nth(1));
                             prop_assert!(v6 || address != range.last());
-                            // Nothing that is free has rested longer.
+                            // No free address has been unused for longer.
                             let age = released.get(&address).copied();
                             for free in (0..size).filter_map(|n| range.nth(n)).filter(|a| !used.contains(a) && ipam.check(*a).is_ok()) {
                                 prop_assert!(age <= released.get(&free).copied(), "{} before {}", address, free);

@@ -1,8 +1,8 @@
-//! The table as it is written down: whole in `endpoint_count.json`, and behind it in `endpoint_count.journal` what changed since, a line each.
+//! Persistence of the endpoint table: a snapshot in `endpoints.json`, and a line per later change in `endpoints.journal`.
 //!
-//! What a kill leaves is whole. The disk has it after the next audit: when the power is lost, so are the namespaces that the table is about, and an
-//! attach would take twice as long if it waited. The whole file is written at an audit that finds changes, at the end, and where the journal
-//! is long; lines that it holds already change nothing when they are read again.
+//! The files are consistent after a kill. They are synced to disk at the next audit only: a power failure also removes the
+//! table's namespaces, and a sync per attach would double its duration. The snapshot is written at an audit that finds changes,
+//! at shutdown, and when the journal is full. Replaying journal lines that the snapshot already contains changes nothing.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -12,23 +12,23 @@ use super::table::{EndpointRecord, EndpointTable, JournalEntry, Phase, StoredTab
 use crate::model::Endpoint;
 use crate::state::{Journal, StateDir, StateError};
 
-/// The files in the state directory.
+/// File names in the state directory.
 pub(super) const FILE: &str = "endpoints.json";
 pub(super) const JOURNAL: &str = "endpoints.journal";
 
-/// What stands in the files.
+/// State of the files.
 #[derive(Debug)]
 pub(super) struct EndpointStore {
     state: Arc<StateDir>,
     journal: Journal,
-    /// The version of the table that stands in them.
+    /// Version of the table in the files.
     written_version: u64,
-    /// The one that stands in the whole file, on the disk for certain.
+    /// Version of the table in the snapshot that was synced to disk.
     synced_version: u64,
 }
 
 impl EndpointStore {
-    /// Opens it and reads what stands in it. Blocks, as everything here.
+    /// Opens the files and reads the stored table. Blocks, as all methods here do.
     pub(super) fn open(state: Arc<StateDir>) -> Result<(EndpointStore, StoredTable), StateError> {
         let journal = state.journal(JOURNAL);
         let stored: StoredTable = state.load(FILE)?.unwrap_or_default();
@@ -36,7 +36,8 @@ impl EndpointStore {
         Ok((EndpointStore { state, journal, written_version: 0, synced_version: 0 }, stored))
     }
 
-    /// Writes down what changed, where it is not by another's writing: those who wait at the same time share one.
+    /// Writes the changes up to version `wanted`, unless a concurrent call wrote them: callers that wait at the same time share
+    /// one write.
     pub(super) fn write(&mut self, table: &Mutex<EndpointTable>, wanted: u64) -> Result<(), StateError> {
         if self.written_version >= wanted {
             return Ok(());
@@ -56,12 +57,12 @@ impl EndpointStore {
         Ok(())
     }
 
-    /// Whether the disk has all of it.
+    /// Whether the whole table is synced to disk.
     pub(super) fn is_synced(&self, table: &Mutex<EndpointTable>) -> bool {
         self.synced_version == lock(table).version
     }
 
-    /// Writes all of it down, and waits until the disk has it; nothing where that is so already.
+    /// Writes a snapshot and syncs it to disk, unless that is already done.
     pub(super) fn flush(&mut self, table: &Mutex<EndpointTable>) -> Result<(), StateError> {
         if self.is_synced(table) {
             return Ok(());
@@ -90,19 +91,20 @@ impl EndpointStore {
     }
 }
 
-/// An endpoint as it is written down.
+/// A stored endpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredEndpoint {
     /// The endpoint.
     pub endpoint: Endpoint,
-    /// Whether it is attached; else it is on its way in or out.
+    /// Whether it is attached; otherwise its attach or detach is incomplete.
     pub attached: bool,
 }
 
-/// What the state directory of an agent says, whether one runs or not, by name; `None` where no container was ever attached. Changes nothing.
+/// Reads the endpoints from an agent's state directory, by name; `None` if no container was ever attached. Changes nothing, and
+/// works whether or not the agent runs.
 ///
 /// # Errors
-/// A file cannot be read, or is torn: the text names it and says why.
+/// A file cannot be read, or is corrupt: the text names the file and the reason.
 pub fn read_stored(state_dir: &Path) -> Result<Option<Vec<StoredEndpoint>>, StateError> {
     let Some(stored) = crate::state::peek::<StoredTable>(&state_dir.join(FILE))? else { return Ok(None) };
     let stored = stored.replay(Journal::peek::<JournalEntry>(&state_dir.join(JOURNAL))?);

@@ -1,4 +1,4 @@
-//! What an attach asks for, checked, and the names made up for an endpoint. Pure but for the random MAC.
+//! Validated attach requests, and generated names and MACs of endpoints. Pure except for the random MAC.
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -9,31 +9,31 @@ use crate::model::endpoint::EndpointName;
 use crate::model::lease::printable;
 use crate::model::{Family, Mac, Mode, PerFamily, PublishedPort};
 
-/// The interface inside the container unless asked otherwise.
+/// Default name of the interface in the container.
 const DEFAULT_INTERFACE: &str = "eth0";
 
-/// The longest interface name in bytes: `IFNAMSIZ` - 1 (linux/if.h).
+/// Maximum length of an interface name in bytes: `IFNAMSIZ` - 1 (linux/if.h).
 const MAX_INTERFACE_NAME: usize = 15;
 
-/// The longest owner in bytes.
+/// Maximum length of an owner in bytes.
 const MAX_OWNER: usize = 256;
 
-/// A request whose values can be right.
+/// An attach request with valid values.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct AttachSpec {
-    /// What the container gets, and where.
+    /// The mode, with its namespace and options.
     pub(super) mode: AttachMode,
-    /// Ports of the host that shall lead to it, sorted; no two contradict each other.
+    /// Published ports, sorted; no two conflict.
     pub(super) publish: Vec<PublishedPort>,
-    /// Whether its packets' addresses are checked.
+    /// Whether the source addresses of its packets are checked.
     pub(super) source_check: bool,
-    /// Whether its default route leads over the overlay.
+    /// Whether it gets a default route over the overlay.
     pub(super) default_route: bool,
-    /// What asks for it.
+    /// The runtime or plugin that manages the endpoint.
     pub(super) owner: Option<String>,
 }
 
-/// The mode of a request with what belongs to it.
+/// The mode of a request, with its options.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum AttachMode {
     /// An interface on the bridge.
@@ -42,38 +42,38 @@ pub(super) enum AttachMode {
         netns: NetnsRef,
         /// The interface in it.
         interface: String,
-        /// Wished addresses.
+        /// Requested addresses.
         addresses: PerFamily<IpAddr>,
-        /// The wished MAC.
+        /// The requested MAC.
         mac: Option<Mac>,
     },
     /// Loopback only.
     None(NetnsRef),
-    /// The host's namespace, by a path that is known where the request is served.
+    /// The host's namespace; its path is filled in by the agent.
     Host(PathBuf),
     /// The namespace of another endpoint.
     Container(EndpointName),
 }
 
-/// A network namespace that was asked for.
+/// A requested network namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct NetnsRef {
     /// Absolute path.
     pub(super) path: PathBuf,
-    /// What tells it from a later one at the same path, as far as the kernel says.
+    /// Id that distinguishes it from a later namespace at the same path; `None` if the kernel has none.
     pub(super) id: Option<String>,
 }
 
 impl AttachSpec {
-    /// Checks what can be checked without looking at the host.
+    /// Validates a request, as far as that is possible without the host's state.
     pub(super) fn from_request(request: AttachRequest) -> Result<AttachSpec, EndpointError> {
         let AttachRequest { mode, netns, interface, addresses, mac, mut publish, source_check, default_route, owner } = request;
         let unsupported = |what| EndpointError::UnsupportedInMode { what, mode: mode.clone() };
         if mode != Mode::Overlay {
             let given = [
                 (interface.is_some(), "an interface"),
-                (!addresses.is_empty(), "a wished address"),
-                (mac.is_some(), "a wished MAC"),
+                (!addresses.is_empty(), "an address"),
+                (mac.is_some(), "a MAC"),
                 (!publish.is_empty(), "published ports"),
                 (source_check.is_some(), "a source check"),
                 (default_route.is_some(), "a default route"),
@@ -110,7 +110,7 @@ impl AttachSpec {
         })
     }
 
-    /// The namespace that was asked for by path.
+    /// The namespace, if the request names it by path.
     pub(super) fn netns(&self) -> Option<&NetnsRef> {
         match &self.mode {
             AttachMode::Overlay { netns: site, .. } | AttachMode::None(site) => Some(site),
@@ -118,7 +118,7 @@ impl AttachSpec {
         }
     }
 
-    /// The same, to be made more exact.
+    /// The same, mutable, so that its path can be resolved.
     pub(super) fn netns_mut(&mut self) -> Option<&mut NetnsRef> {
         match &mut self.mode {
             AttachMode::Overlay { netns: site, .. } | AttachMode::None(site) => Some(site),
@@ -136,16 +136,16 @@ impl NetnsRef {
         Ok(NetnsRef { path: netns, id: None })
     }
 
-    /// Whether it is there, at a path that was resolved as well: the comparison by parts that paths have is some hundred times slower, and is made
-    /// with each endpoint of the host.
+    /// Whether it has the path `netns`, which has to be resolved too. Compares bytes, since the component-wise comparison of
+    /// paths is some hundred times slower, and an attach compares with each endpoint of the host.
     pub(super) fn is_at(&self, netns: &Path) -> bool {
         self.path.as_os_str() == netns.as_os_str()
     }
 
-    /// The path without symbolic links, so that `/var/run/path/a` is `/run/path/a`; as it is where that fails, which it does for
-    /// `/proc/PID/ns/net`. Looks at the file system.
+    /// Resolves symbolic links in the path, so that `/var/run/netns/a` becomes `/run/netns/a`. The path stays unchanged if that
+    /// fails, as it does for `/proc/PID/ns/net`. Reads the file system.
     pub(super) fn resolve(&mut self, id: impl FnOnce(&Path) -> Option<String>) {
-        // Also there in one spelling, without what is doubled: paths are compared byte by byte.
+        // The fallback is normalized too (no duplicate slashes), because paths are compared byte by byte.
         self.path = self.path.canonicalize().unwrap_or_else(|_| self.path.components().collect());
         self.id = id(&self.path);
     }
@@ -153,8 +153,8 @@ impl NetnsRef {
 
 fn checked_interface(interface: Option<String>) -> Result<String, EndpointError> {
     let interface = interface.unwrap_or_else(|| DEFAULT_INTERFACE.to_owned());
-    // As dev_valid_name in the kernel's net/core/dev.c, without % (the kernel would fill in a number) and without what a terminal
-    // would not show.
+    // As dev_valid_name in the kernel's net/core/dev.c, but without % (the kernel would insert a number) and without unprintable
+    // characters.
     let allowed = |b: u8| b.is_ascii_graphic() && !matches!(b, b'/' | b':' | b'%');
     let reserved = matches!(interface.as_str(), "." | ".." | "lo");
     if reserved || !(1..=MAX_INTERFACE_NAME).contains(&interface.len()) || !interface.bytes().all(allowed) {
@@ -177,7 +177,8 @@ fn checked_mac(mac: Option<Mac>) -> Result<Option<Mac>, EndpointError> {
     }
 }
 
-/// Each port can be one, and no two lead the same port of the host elsewhere: runtimes repeat a mapping, once with each address.
+/// Checks that each port is valid, and that no two map the same host port to different targets. Compatible repetitions are
+/// allowed, since runtimes repeat a mapping with each address.
 fn check_ports(publish: &[PublishedPort]) -> Result<(), EndpointError> {
     for (n, port) in publish.iter().enumerate() {
         port.validate()?;
@@ -188,10 +189,10 @@ fn check_ports(publish: &[PublishedPort]) -> Result<(), EndpointError> {
     Ok(())
 }
 
-/// The host's end of an endpoint's veth pair: `ove` and 11 hex digits of the name's hash, 14 characters of the kernel's 15. `attempt` counts
-/// the names that turned out to be taken.
+/// Name of the host end of an endpoint's veth pair: `ove` and 11 hex digits of the name's hash, 14 of the kernel's 15 characters.
+/// `attempt` counts the names that were in use already.
 pub(super) fn veth_name(name: &EndpointName, attempt: u32) -> String {
-    // FNV-1a, 64 bits: the same name has the same interface after a restart, so that one that was left behind is found again.
+    // FNV-1a, 64 bits: a name has the same interface after a restart, so that a leftover interface is found again.
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     for byte in name.as_str().bytes().chain(attempt.to_be_bytes()) {
         hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
@@ -199,10 +200,10 @@ pub(super) fn veth_name(name: &EndpointName, attempt: u32) -> String {
     format!("ove{:011x}", hash >> 20)
 }
 
-/// A random MAC, locally administered, that is none of those.
+/// A random, locally administered MAC that is not in use.
 pub(super) fn free_mac(is_used: impl Fn(Mac) -> bool) -> Mac {
     loop {
-        // 2^46 values: a second round is next to never needed.
+        // 2^46 values: a second iteration is very rare.
         let mac = Mac::local(rand::random());
         if !is_used(mac) {
             return mac;
@@ -243,16 +244,19 @@ mod tests {
     fn options_unsupported_by_mode_are_rejected() {
         let parse = |json: &str| AttachSpec::from_request(serde_json::from_str(json).expect(json)).map_err(|e| e.to_string());
         for (json, what) in [
-            (r#"{"mode": "none", "netns": "/a", "interface": "eth0"}"#, "mode none has no place for an interface"),
-            (r#"{"mode": "none", "netns": "/a", "publish": [{"host_port": 1, "container_port": 1}]}"#, "for published ports"),
-            (r#"{"mode": "none", "netns": "/a", "addresses": {"v4": "10.0.0.1"}}"#, "for a wished address"),
+            (r#"{"mode": "none", "netns": "/a", "interface": "eth0"}"#, "mode none does not support an interface"),
+            (
+                r#"{"mode": "none", "netns": "/a", "publish": [{"host_port": 1, "container_port": 1}]}"#,
+                "does not support published ports",
+            ),
+            (r#"{"mode": "none", "netns": "/a", "addresses": {"v4": "10.0.0.1"}}"#, "does not support an address"),
             (r#"{"mode": "none"}"#, "is not an absolute path"),
-            (r#"{"mode": "host", "netns": "/a"}"#, "mode host has no place for a network namespace"),
-            (r#"{"mode": "container:b", "netns": "/a"}"#, "mode container:b has no place for a network namespace"),
-            (r#"{"mode": "host", "source_check": false}"#, "for a source check"),
-            (r#"{"mode": "none", "netns": "/a", "default_route": false}"#, "for a default route"),
-            (r#"{"netns": "/a", "owner": "a\u001b[0m"}"#, "is no owner"),
-            (r#"{"netns": "/a", "owner": ""}"#, "is no owner"),
+            (r#"{"mode": "host", "netns": "/a"}"#, "mode host does not support a network namespace"),
+            (r#"{"mode": "container:b", "netns": "/a"}"#, "mode container:b does not support a network namespace"),
+            (r#"{"mode": "host", "source_check": false}"#, "does not support a source check"),
+            (r#"{"mode": "none", "netns": "/a", "default_route": false}"#, "does not support a default route"),
+            (r#"{"netns": "/a", "owner": "a\u001b[0m"}"#, "invalid owner"),
+            (r#"{"netns": "/a", "owner": ""}"#, "invalid owner"),
             (r#"{"netns": "/a", "publish": [{"host_port": 0, "container_port": 1}]}"#, "port 0 is none"),
             (
                 r#"{"netns": "/a", "publish": [{"host_port": 80, "container_port": 1}, {"host_port": 79, "container_port": 1, "count": 2}]}"#,

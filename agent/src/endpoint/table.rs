@@ -1,4 +1,4 @@
-//! The endpoints of this host in memory, and as they stand in `endpoint_count.json`. Pure: no files, no kernel, no tasks.
+//! Table of this host's endpoints, in memory and as stored in `endpoints.json`. Pure: no files, no kernel, no tasks.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -16,52 +16,52 @@ use crate::model::endpoint::EndpointName;
 use crate::model::{Cidr, Endpoint, Family, Mac, Mode, PerFamily, Port, PublishedPort, Subnet};
 use crate::plan::PortSpec;
 
-/// How far an endpoint is.
+/// Phase of an endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Phase {
-    /// Written down, not plugged yet or only in part.
+    /// Persisted; its port does not exist yet, or is incomplete.
     Attaching,
-    /// Plugged.
+    /// Its port is complete.
     Attached,
-    /// About to go.
+    /// Being removed.
     Detaching,
 }
 
-/// An endpoint and how far it is.
+/// An endpoint and its phase.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct EndpointRecord {
     pub(super) phase: Phase,
     #[serde(flatten)]
     pub(super) endpoint: Arc<Endpoint>,
-    /// What tells its namespace from a later one at the same path; absent on kernels that do not say.
+    /// Id that distinguishes its namespace from a later one at the same path; absent if the kernel has none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) netns_id: Option<String>,
 }
 
-/// The content of `endpoint_count.json`.
+/// The content of `endpoints.json`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct StoredTable {
     /// The endpoints, by name.
     pub(super) endpoints: Vec<EndpointRecord>,
-    /// Where each family's search for an address goes on, so that a restart does not hand out again what was just given back.
+    /// Each family's allocation cursor, so that a restart does not reuse an address that was just released.
     #[serde(default)]
     pub(super) cursor: PerFamily<IpAddr>,
 }
 
-/// What became of one endpoint: a line of `endpoint_count.journal`.
+/// A change of one endpoint: a line of `endpoints.journal`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct JournalEntry {
     name: EndpointName,
-    /// Its record as it is now; absent where there is none any more.
+    /// Its new record; absent if the endpoint was removed.
     record: Option<EndpointRecord>,
-    /// As in [`Stored`].
+    /// As in [`StoredTable`].
     #[serde(default)]
     cursor: PerFamily<IpAddr>,
 }
 
 impl StoredTable {
-    /// The same after changes.
+    /// The table after the changes.
     pub(super) fn replay(self, changes: Vec<JournalEntry>) -> StoredTable {
         let mut records: BTreeMap<_, _> = self.endpoints.into_iter().map(|r| (r.endpoint.name.clone(), r)).collect();
         let mut cursor = self.cursor;
@@ -76,18 +76,18 @@ impl StoredTable {
     }
 }
 
-/// Everything known of this host's endpoints.
+/// The endpoints of this host, and the network that they are attached to.
 #[derive(Debug, Default)]
 pub(super) struct EndpointTable {
     records: BTreeMap<EndpointName, EndpointRecord>,
     network: Option<EndpointNetwork>,
     /// The allocators of the last known subnet; kept while no subnet is leased.
     pools: PerFamily<Ipam>,
-    /// From the file, for the first subnet.
+    /// The stored cursor, for the first subnet.
     cursor: PerFamily<IpAddr>,
-    /// Counts changes of what is stored.
+    /// Counts changes of the stored content.
     pub(super) version: u64,
-    /// Whose records changed since they were last asked for.
+    /// Endpoints whose records changed since the last [`EndpointTable::take_changes`].
     changed: BTreeSet<EndpointName>,
 }
 
@@ -105,20 +105,20 @@ impl EndpointTable {
         if self.pools.is_empty() { self.cursor } else { self.pools.map(|_, pool| pool.cursor()) }
     }
 
-    /// Notes that the record of that name is not as it is stored.
+    /// Records that an endpoint's record differs from the stored one.
     fn mark_changed(&mut self, name: &EndpointName) {
         self.changed.insert(name.clone());
         self.version += 1;
     }
 
-    /// What changed since this was last asked for.
+    /// The changes since the last call.
     pub(super) fn take_changes(&mut self) -> Vec<JournalEntry> {
         let cursor = self.cursor();
         let changed = std::mem::take(&mut self.changed).into_iter();
         changed.map(|name| JournalEntry { record: self.records.get(&name).cloned(), name, cursor }).collect()
     }
 
-    /// Takes back that changes were asked for: they are not stored.
+    /// Marks changes as pending again, because they could not be stored.
     pub(super) fn requeue_changes(&mut self, changes: Vec<JournalEntry>) {
         self.changed.extend(changes.into_iter().map(|change| change.name));
     }
@@ -131,7 +131,7 @@ impl EndpointTable {
         self.records.values()
     }
 
-    /// The endpoints that hold what an attach was refused for: of a full subnet or bridge all.
+    /// The endpoints that hold the resource that an attach was refused; for a full subnet or bridge, all in it.
     pub(super) fn holders(&self, error: &EndpointError) -> Vec<EndpointRecord> {
         let holds = |record: &&EndpointRecord| match error {
             EndpointError::Address(IpamError::Full { range, .. }) => {
@@ -143,14 +143,14 @@ impl EndpointTable {
         self.records.values().filter(holds).cloned().collect()
     }
 
-    /// The endpoints that are plugged, by name, without those whose namespace is missing: a veth pair goes with its namespace.
+    /// The endpoints with a port on the bridge, by name, except those whose veth pair vanished with its namespace.
     pub(super) fn ports(&self, missing: &BTreeSet<EndpointName>) -> Vec<Arc<Endpoint>> {
         let has_port =
             |r: &&EndpointRecord| r.phase == Phase::Attached && r.endpoint.port.is_some() && !missing.contains(&r.endpoint.name);
         self.records.values().filter(has_port).map(|r| Arc::clone(&r.endpoint)).collect()
     }
 
-    /// Takes another subnet, bridge or MTU as the present one. Addresses of endpoints count as in use where they lie in it.
+    /// Sets the present subnet, bridge and MTU. Addresses of endpoints inside the subnet count as in use.
     pub(super) fn set_network(&mut self, network: Option<EndpointNetwork>) {
         if let Some(new) = &network {
             for family in Family::ALL {
@@ -169,7 +169,7 @@ impl EndpointTable {
             pool.resume(*cursor);
         }
         for address in self.records.values().filter_map(|r| r.endpoint.addresses().get(family).copied()) {
-            // Outside the range it is a stale endpoint's, in Docker's part one's from before; twice the same cannot be, and would do no harm.
+            // Fails harmlessly for stale endpoints, and for endpoints in what is now Docker's part. Duplicates cannot occur.
             let _ = pool.reserve(address);
         }
         pool
@@ -191,7 +191,7 @@ impl EndpointTable {
         self.records.values().filter(is_outside).map(|r| Endpoint::clone(&r.endpoint)).collect()
     }
 
-    /// The mode of what is asked for. Who shares with one that shares itself shares with the namespace's owner.
+    /// The mode of a request. If its target shares a namespace itself, the result refers to the namespace's owner.
     fn mode(&self, attach_mode: &AttachMode) -> Mode {
         match attach_mode {
             AttachMode::Overlay { .. } => Mode::Overlay,
@@ -204,7 +204,7 @@ impl EndpointTable {
         }
     }
 
-    /// Whether the endpoint of that name is what is asked for, so that attaching it again answers it; an error where it is something else.
+    /// Checks that an attached endpoint matches a request, so that a repeated attach can return it.
     pub(super) fn matches(&self, endpoint: &Endpoint, spec: &AttachSpec) -> Result<(), EndpointError> {
         let held =
             |held: String, requested: String| EndpointError::NameInUse { name: endpoint.name.clone(), held, asked: requested };
@@ -215,7 +215,7 @@ impl EndpointTable {
         if let Some(netns) = spec.netns() {
             differs("network namespace", &endpoint.netns.to_string_lossy(), &netns.path.to_string_lossy())?;
         }
-        let owner = |owner: &Option<String>| owner.clone().unwrap_or_else(|| "nobody".to_owned());
+        let owner = |owner: &Option<String>| owner.clone().unwrap_or_else(|| "none".to_owned());
         differs("owner", &owner(&endpoint.owner), &owner(&spec.owner))?;
         differs("published ports", &format_ports(&endpoint.published), &format_ports(&spec.publish))?;
         let check = |on: bool| if on { "on" } else { "off" };
@@ -240,7 +240,7 @@ impl EndpointTable {
         }
     }
 
-    /// Makes a record with all that belongs to it, in phase attaching where the kernel has to do something for it. All or nothing.
+    /// Creates a record and allocates its resources, or fails without effect. It is `Attaching` if the kernel has work for it.
     pub(super) fn reserve(&mut self, name: EndpointName, spec: AttachSpec, now: u64) -> Result<Endpoint, EndpointError> {
         let mode = self.mode(&spec.mode);
         let AttachSpec { mode: place, publish, source_check, default_route, owner } = spec;
@@ -279,7 +279,7 @@ impl EndpointTable {
         Ok(endpoint)
     }
 
-    /// No endpoint of these modes has the namespace for itself.
+    /// Checks that no endpoint of these modes uses the namespace exclusively.
     fn check_netns_free(&self, netns: &NetnsRef, conflicts: impl Fn(&Mode) -> bool) -> Result<(), EndpointError> {
         let has_own_netns = |mode: &Mode| matches!(mode, Mode::Overlay | Mode::None) && conflicts(mode);
         match self.records.values().map(|r| &*r.endpoint).find(|e| has_own_netns(&e.mode) && netns.is_at(&e.netns)) {
@@ -290,7 +290,7 @@ impl EndpointTable {
         }
     }
 
-    /// The ports can be published here, and nobody else has them.
+    /// Checks that the ports can be published on this host, and that no other endpoint has them.
     fn check_published(&self, publish: &[PublishedPort]) -> Result<(), EndpointError> {
         for wanted in publish {
             let subnet = self.network()?.subnet;
@@ -310,7 +310,7 @@ impl EndpointTable {
         Ok(())
     }
 
-    /// Addresses, MAC and host interface for an endpoint on the bridge.
+    /// Allocates addresses, MAC and host interface of an endpoint on the bridge.
     fn reserve_port(
         &mut self,
         name: &EndpointName,
@@ -355,7 +355,7 @@ impl EndpointTable {
         Ok(Port { interface, host_interface: host_end, mac, addresses })
     }
 
-    /// One address in each family of the subnet; the wished ones have been checked.
+    /// Allocates one address in each family of the subnet; the requested ones have been checked.
     fn allocate(&mut self, requested: &PerFamily<IpAddr>) -> Result<PerFamily<IpAddr>, EndpointError> {
         let mut allocated = PerFamily::default();
         let families: Vec<Family> = self.pools.families().collect();
@@ -384,7 +384,7 @@ impl EndpointTable {
         }
     }
 
-    /// Marks an endpoint as attached; whether it is still there.
+    /// Marks an endpoint as attached. Returns whether it still exists.
     pub(super) fn mark_attached(&mut self, name: &EndpointName) -> bool {
         let Some(record) = self.records.get_mut(name) else { return false };
         if record.phase != Phase::Attached {
@@ -394,8 +394,8 @@ impl EndpointTable {
         true
     }
 
-    /// Marks an endpoint as about to go, and forgets those who share its namespace: nothing of theirs is in the kernel. How far it was
-    /// before; `None` where it is not there.
+    /// Marks an endpoint as detaching, and removes endpoints that share its namespace, which have no entries in the kernel.
+    /// Returns the previous phase; `None` if the endpoint does not exist.
     pub(super) fn begin_detach(&mut self, name: &EndpointName) -> Option<Phase> {
         for sharer in self.sharers(name) {
             self.remove(&sharer);
@@ -406,13 +406,13 @@ impl EndpointTable {
         Some(was)
     }
 
-    /// Those who share the namespace of an endpoint.
+    /// The endpoints that share an endpoint's namespace.
     pub(super) fn sharers(&self, of: &EndpointName) -> Vec<EndpointName> {
         let shares = |r: &&EndpointRecord| matches!(&r.endpoint.mode, Mode::Container(owner) if owner == of);
         self.records.values().filter(shares).map(|r| r.endpoint.name.clone()).collect()
     }
 
-    /// Notes that an endpoint, and those who share with it, are in that namespace now; whether that was not known.
+    /// Sets the namespace id of an endpoint and of those that share its namespace. Returns whether it changed.
     pub(super) fn set_netns_id(&mut self, name: &EndpointName, id: &str) -> bool {
         let version = self.version;
         for name in self.sharers(name).into_iter().chain([name.clone()]) {
@@ -424,7 +424,7 @@ impl EndpointTable {
         self.version != version
     }
 
-    /// Forgets an endpoint and takes its addresses back.
+    /// Removes an endpoint and releases its addresses.
     pub(super) fn remove(&mut self, name: &EndpointName) {
         if let Some(record) = self.records.remove(name) {
             self.release(&record.endpoint.addresses());
@@ -432,7 +432,7 @@ impl EndpointTable {
         }
     }
 
-    /// Gives the endpoints of mode host, and those who share with them, the path of the host's namespace as it is now.
+    /// Updates the path of the host's namespace in endpoints of mode host, and in those that share with them.
     pub(super) fn set_host_netns(&mut self, path: &std::path::Path) {
         let of_host: Vec<EndpointName> = {
             let hosts = self.records.values().filter(|r| r.endpoint.mode == Mode::Host).map(|r| &r.endpoint.name);
@@ -446,7 +446,7 @@ impl EndpointTable {
         }
     }
 
-    /// What the kernel needs for an endpoint, where it needs something on the bridge, and the answer to the attach.
+    /// The port specification of an endpoint, if it has a port on the bridge, and the response to its attach.
     pub(super) fn port_spec(&self, endpoint: &Endpoint) -> Result<(Option<PortSpec>, AttachResponse), EndpointError> {
         let mut attached = AttachResponse {
             endpoint: endpoint.clone(),
@@ -474,7 +474,7 @@ impl EndpointTable {
             let range = network.subnet.get(family).filter(|range| range.contains(*address)).ok_or_else(stale)?;
             let gateway = network.subnet.gateway(family).ok_or_else(stale)?;
             spec.addresses.push(IpNetwork::new(*address, range.length()).map_err(|_| stale())?);
-            // Where this host's subnet is the whole network, the address's own prefix leads there.
+            // If this host's subnet is the whole network, the address's prefix route covers it.
             let overlay = network.networks.get(family).copied().filter(|network| *network != range);
             let destination = if endpoint.default_route { Some(Cidr::all(family)) } else { overlay };
             spec.routes.extend(destination.map(|destination| (destination, gateway)));
@@ -486,7 +486,7 @@ impl EndpointTable {
     }
 }
 
-/// Published ports for a message.
+/// Formats published ports for a message.
 fn format_ports(published: &[PublishedPort]) -> String {
     if published.is_empty() {
         return "none".to_owned();

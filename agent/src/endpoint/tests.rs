@@ -1,4 +1,4 @@
-//! Attach and detach over a kernel that is made up: what it holds survives the agent, it can refuse, and it can be slow.
+//! Tests of attach and detach with a fake kernel, whose state survives the agent, and which can fail or block.
 
 mod crash;
 mod fake_kernel;
@@ -25,7 +25,7 @@ impl TestHost {
         TestHost { directory: tempfile::tempdir().unwrap(), kernel: FakeKernel::new(namespaces) }
     }
 
-    /// Starts an agent; the network is set where a subnet is given.
+    /// Starts an agent, and sets the network unless `subnet` is empty.
     async fn start(&self, subnet: &str) -> Endpoints<FakeKernel> {
         let state = Arc::new(StateDir::open(self.directory.path()).unwrap());
         let endpoints = Endpoints::restore(state, self.kernel.clone()).await.unwrap();
@@ -35,7 +35,7 @@ impl TestHost {
         endpoints
     }
 
-    /// What is written down.
+    /// The stored table.
     fn stored_json(&self) -> String {
         let at = |name| self.directory.path().join(name);
         let stored: StoredTable = crate::state::peek(&at(FILE)).unwrap().unwrap_or_default();
@@ -88,7 +88,7 @@ async fn attach_allocates_addresses_and_creates_port() {
     assert!(ports.has_changed().unwrap());
     assert_eq!(*ports.borrow_and_update(), vec![Arc::new(attached.endpoint.clone())]);
 
-    // The same again is the same endpoint, and one that others took away is put back.
+    // A repeated attach returns the same endpoint, and restores a port that another process removed.
     host.kernel.remove(&attached.endpoint.port.as_ref().unwrap().host_interface);
     assert_eq!(endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap(), attached);
     assert_eq!(host.kernel.port_specs(), plugs);
@@ -118,7 +118,7 @@ async fn invalid_attach_is_rejected_without_leftovers() {
     tokio::task::yield_now().await;
     assert!(!known.is_finished());
     endpoints.set_network(Some(network("10.244.1.0-24")));
-    tokio::time::timeout(Duration::from_secs(5), known).await.expect("it is known").unwrap();
+    tokio::time::timeout(Duration::from_secs(5), known).await.expect("the network is set").unwrap();
     endpoints.attach(name("a"), attach_request_with("/ns/a", &["10.244.1.77"])).await.unwrap();
     let before = (host.stored_json(), host.kernel.port_specs());
     let other_interface = AttachRequest { interface: Some("eth1".to_owned()), ..attach_request("/ns/a") };
@@ -170,7 +170,7 @@ async fn invalid_attach_is_rejected_without_leftovers() {
         assert_eq!(error.class(), class, "{error}");
     }
     assert_eq!((host.stored_json(), host.kernel.port_specs()), before);
-    // The holder's namespace is gone: nothing is lost by taking the name over.
+    // The holder's namespace is gone, so its name is free.
     host.kernel.remove_netns("/ns/a");
     endpoints.attach(name("a"), attach_request("/ns/b")).await.unwrap();
     assert_eq!(host.kernel.port_specs().len(), 1);
@@ -196,10 +196,10 @@ async fn kernel_error_leaves_nothing_behind() {
     let endpoints = host.start(DUAL).await;
     host.kernel.fail_attaches(1);
     let error = endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap_err();
-    assert!(error.to_string().contains("endpoint a: no plug today"), "{error}");
+    assert!(error.to_string().contains("endpoint a: attach failed"), "{error}");
     assert_eq!(error.class(), ErrorClass::Internal);
     assert!(host.kernel.port_specs().is_empty() && endpoints.list().is_empty() && !host.stored_json().contains("\"a\""));
-    // Neither plugs nor unplugs: what is left is cleared by the audit, or by the next attach.
+    // Both attach and detach fail: the audit or the next attach removes the leftover.
     for cleared_by_audit in [true, false] {
         host.kernel.fail_attaches(1);
         host.kernel.fail_detaches_after(1);
@@ -246,11 +246,11 @@ async fn missing_netns_is_detached_at_second_audit() {
     host.kernel.remove_netns("/ns/a");
     let ports = endpoints.ports();
     assert!(endpoints.audit().await.is_empty());
-    assert_eq!((endpoints.list().len(), ports.borrow().len()), (2, 1), "its port went with the namespace");
+    assert_eq!((endpoints.list().len(), ports.borrow().len()), (2, 1), "its port vanished with the namespace");
     host.kernel.restore_netns("/ns/a");
     assert!(endpoints.audit().await.is_empty());
     assert_eq!(ports.borrow().len(), 2);
-    // A namespace that is there again under the same path, as after a reboot, is known again at once when it is asked for.
+    // If a namespace exists again at the same path, as after a reboot, an attach recognizes it at once.
     host.kernel.remove_netns("/ns/a");
     assert!(endpoints.audit().await.is_empty());
     host.kernel.restore_netns("/ns/a");
@@ -259,7 +259,7 @@ async fn missing_netns_is_detached_at_second_audit() {
     host.kernel.remove_netns("/ns/a");
     endpoints.close().await;
     drop(endpoints);
-    // The start is the first look.
+    // The start performs the first audit.
     let endpoints = host.start(DUAL).await;
     assert_eq!(endpoints.list().len(), 2);
     assert_eq!(endpoints.audit().await, vec![name("a")]);
@@ -278,7 +278,7 @@ async fn audits_run_only_while_endpoints_exist() {
         async move { endpoints.audit_every(INTERVAL, stop).await }
     });
     for _ in 0..2 {
-        // Long enough to be at rest.
+        // Long enough to become idle.
         tokio::time::sleep(INTERVAL * 3).await;
         assert!(endpoints.is_idle());
         endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap();
@@ -288,7 +288,7 @@ async fn audits_run_only_while_endpoints_exist() {
                 tokio::time::sleep(INTERVAL).await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(10), gone).await.expect("it is found by the audits");
+        tokio::time::timeout(Duration::from_secs(10), gone).await.expect("the audits find it");
         host.kernel.restore_netns("/ns/a");
     }
     stop.cancel();
@@ -321,7 +321,7 @@ async fn concurrent_attaches_get_unique_addresses() {
     let endpoints = host.start(DUAL).await;
     let mut all = JoinSet::new();
     for i in 0..200 {
-        // Each name is asked for twice at the same time.
+        // Each name is attached twice at the same time.
         for _ in 0..2 {
             let endpoints = endpoints.clone();
             all.spawn(
@@ -372,7 +372,7 @@ async fn attach_waits_for_rules() {
     assert!(!attach.is_finished());
     programmed.send_replace(all);
     attach.await.unwrap().unwrap();
-    // Where the guard was told by the plug, only published ports are waited for.
+    // If the source filter was applied with the port, an attach waits for published ports only.
     host.kernel.apply_source_filter();
     endpoints.attach(name("b"), attach_request("/ns/b")).await.unwrap();
     let publishes = AttachRequest { publish: vec!["80:80".parse().unwrap()], ..attach_request("/ns/c") };
@@ -383,7 +383,7 @@ async fn attach_waits_for_rules() {
     assert!(!attach.is_finished());
     programmed.send_replace(all);
     attach.await.unwrap().unwrap();
-    // What has no port on the bridge waits for nothing.
+    // An endpoint without a port on the bridge does not wait.
     let host_mode = AttachRequest { mode: crate::model::Mode::Host, ..AttachRequest::default() };
     endpoints.attach(name("h"), host_mode).await.unwrap();
 }
@@ -413,7 +413,7 @@ async fn attach_beyond_bridge_port_limit_is_rejected() {
     assert_eq!((error.class(), host.kernel.port_specs().len()), (ErrorClass::Conflict, before.len()));
     endpoints.detach(name("c7"), false).await.unwrap();
     endpoints.attach(name("late"), attach_request(&namespaces[0])).await.unwrap();
-    // Of a namespace that is gone it is taken back.
+    // The port of an endpoint whose namespace is gone is reclaimed.
     host.kernel.remove_netns(&namespaces[1]);
     endpoints.attach(name("later"), attach_request(&namespaces[8])).await.unwrap();
 }

@@ -1,4 +1,4 @@
-//! Endpoints as people look at them: what is known of each, and whether the kernel has it.
+//! Endpoints for the API: each record, and its state in the kernel.
 
 use std::sync::Arc;
 
@@ -9,12 +9,12 @@ use crate::model::api::{EndpointView, IpamView};
 use crate::model::network::NetworkConfig;
 use crate::plan::PortDriver;
 
-/// The state of an endpoint that is as it should be.
+/// State text of an endpoint that matches the kernel.
 const IN_PLACE: &str = "in place";
 
 impl<C: PortDriver + 'static> Endpoints<C> {
-    /// Every endpoint, compared with the kernel: namespace, interface, MAC, addresses, routes. Changes nothing. Ports and counters are for the
-    /// caller to add.
+    /// Every endpoint, compared with the kernel: namespace, interface, MAC, addresses, routes. Changes nothing. The caller adds
+    /// bridge ports and counters.
     pub async fn views(&self) -> Vec<EndpointView> {
         let endpoints = self.clone();
         let looked = tokio::task::spawn_blocking(move || {
@@ -22,7 +22,7 @@ impl<C: PortDriver + 'static> Endpoints<C> {
                 lock(&endpoints.0.table).records().filter(|r| r.phase == Phase::Attached).cloned().collect();
             records.into_iter().map(|record| endpoints.view(record)).collect()
         });
-        // It fails only while the runtime ends.
+        // Fails only while the Tokio runtime shuts down.
         looked.await.unwrap_or_default()
     }
 
@@ -43,7 +43,7 @@ impl<C: PortDriver + 'static> Endpoints<C> {
         EndpointView { endpoint: Arc::unwrap_or_clone(record.endpoint), state, bridge_port: None, shared_by, counters: None }
     }
 
-    /// The addresses of this host's subnet of a network, by family; nothing where it has none.
+    /// Use of the addresses in this host's subnet, by family; empty without a subnet.
     pub fn ipam(&self, network: &NetworkConfig) -> PerFamily<IpamView> {
         let table = lock(&self.0.table);
         let mut all = PerFamily::default();

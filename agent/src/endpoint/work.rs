@@ -1,4 +1,4 @@
-//! The steps of an attach and a detach. Each runs as a task that holds the name, so that no two work on one endpoint.
+//! Steps of attach and detach. Each runs as a task that holds the name's lock, so no two tasks work on one endpoint.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -26,7 +26,7 @@ impl<C: PortDriver + 'static> Inner<C> {
                     Ok(()) if self.is_alive(&record) => return self.reattach_port(&record.endpoint).await,
                     Err(error) if error.class() != ErrorClass::Conflict || self.holds_resources(&record) => return Err(error),
                     Ok(()) | Err(_) => {
-                        tracing::info!(endpoint = %name, netns = %record.endpoint.netns.display(), "its namespace is gone; attaching it anew");
+                        tracing::info!(endpoint = %name, netns = %record.endpoint.netns.display(), "namespace is gone, recreating endpoint");
                     }
                 }
             }
@@ -61,12 +61,12 @@ impl<C: PortDriver + 'static> Inner<C> {
                 return Err(EndpointError::Kernel { name, source });
             }
         };
-        // One that shares was gone already if its owner was detached meanwhile.
+        // A sharing endpoint was removed already if its namespace's owner was detached meanwhile.
         if !lock(&self.table).mark_attached(&name) {
             let target = if let Mode::Container(target) = endpoint.mode { target } else { name.clone() };
             return Err(EndpointError::TargetDetached { name, target });
         }
-        // Written down before it is announced: an endpoint that would be removed at the next start is no endpoint.
+        // Persisted before it is published, because the next start would remove an endpoint that is not marked as attached.
         if let Err(source) = self.persist() {
             self.rollback(&name).await;
             return Err(EndpointError::State { name, source });
@@ -86,7 +86,8 @@ impl<C: PortDriver + 'static> Inner<C> {
         Ok(attached)
     }
 
-    /// Detaches an endpoint, and where `force` is given or the namespace is gone those who share it; who they were.
+    /// Detaches an endpoint. Endpoints that share its namespace are detached with it if `force` is set or the namespace is gone.
+    /// Returns their names.
     pub(super) async fn detach(
         self: Arc<Self>,
         name: EndpointName,
@@ -99,18 +100,18 @@ impl<C: PortDriver + 'static> Inner<C> {
             if !sharers.is_empty() && !force {
                 return Err(EndpointError::NetnsShared { name, sharers });
             }
-            // From here on nobody can begin to share it.
+            // From here on no other endpoint can start sharing it.
             table.begin_detach(&name).map(|was| (was, sharers))
         };
         let Some((was, sharers)) = begun else {
-            // What an agent left in the kernel whose state was lost has the name's interface.
+            // An agent whose state was lost may have left an interface with the name's hash in the kernel.
             let leftover = veth_name(&name, 0);
             let uses_leftover = |r: &EndpointRecord| r.endpoint.port.as_ref().is_some_and(|port| port.host_interface == leftover);
             if !lock(&self.table).records().any(uses_leftover) {
                 let kernel = |source| EndpointError::Kernel { name: name.clone(), source };
                 self.driver.detach_port(&leftover).await.map_err(kernel)?;
             }
-            // An earlier detach may have failed at its last step, the writing.
+            // An earlier detach may have failed at its last step, the write.
             let written = self.persist();
             return written.map(|()| None).map_err(|source| EndpointError::State { name, source });
         };
@@ -131,13 +132,13 @@ impl<C: PortDriver + 'static> Inner<C> {
         Ok(true)
     }
 
-    /// Removes what is left of an endpoint that is neither attached nor gone.
+    /// Removes the remaining parts of an incomplete endpoint.
     pub(super) async fn remove_partial(self: Arc<Self>, name: EndpointName) -> Result<(), EndpointError> {
         let unfinished = lock(&self.table).get(&name).is_some_and(|r| r.phase != Phase::Attached);
         if unfinished { self.teardown(&name).await } else { Ok(()) }
     }
 
-    /// Plugs an attached endpoint again where its namespace and subnet are there.
+    /// Restores the port of an attached endpoint if its namespace and its subnet exist.
     pub(super) async fn reattach(self: Arc<Self>, name: EndpointName) -> Result<(), EndpointError> {
         let held = lock(&self.table).get(&name).filter(|r| r.phase == Phase::Attached && r.endpoint.port.is_some()).cloned();
         let Some(record) = held else { return Ok(()) };
@@ -149,17 +150,17 @@ impl<C: PortDriver + 'static> Inner<C> {
         Ok(())
     }
 
-    /// Whether an endpoint has a namespace to be in. A path below `/proc` stays while the process behind it can be another one, and a runtime
-    /// attaches each namespace that it makes: there it has to be the one that was attached. Any other path that a person gave says itself which
-    /// namespace is meant, also after a reboot. Blocks for as long as it takes to open a file.
+    /// Whether an endpoint's namespace exists. For a path below `/proc` it has to be the attached namespace, because PIDs are
+    /// reused. The same holds for an endpoint with an owner, because a runtime attaches each namespace that it creates. Any other
+    /// path, given by a person, identifies the namespace by itself, also after a reboot. Blocks while it opens a file.
     pub(super) fn is_alive(&self, record: &EndpointRecord) -> bool {
         let netns = &record.endpoint.netns;
         let must_match_id = netns.starts_with("/proc") || record.endpoint.owner.is_some();
         if must_match_id { self.netns_matches(record) } else { self.driver.netns_exists(netns) }
     }
 
-    /// Whether an endpoint keeps others from what it has: it is attached, and its namespace is the one that was attached. Another one that was
-    /// made at the same path since is no reason to refuse anybody. Blocks as [`Inner::is_alive`] does.
+    /// Whether an endpoint's addresses, ports and names are in use: it is attached, and its namespace is the attached one. A
+    /// newer namespace at the same path does not count. Blocks as [`Inner::is_alive`] does.
     pub(super) fn holds_resources(&self, record: &EndpointRecord) -> bool {
         record.phase == Phase::Attached && self.netns_matches(record)
     }
@@ -173,13 +174,13 @@ impl<C: PortDriver + 'static> Inner<C> {
             && record.netns_id.as_ref().is_none_or(|id| self.driver.netns_id(netns).as_ref() == Some(id))
     }
 
-    /// Notes that an endpoint's namespace is there.
+    /// Records that an endpoint's namespace exists.
     fn mark_present(&self, name: &EndpointName) {
         lock(&self.missing).remove(name);
         lock(&self.missing_before).remove(name);
     }
 
-    /// The namespace's path without links, and whether there is a namespace that can be a container's.
+    /// Resolves the namespace's path, and checks that a namespace exists there that is not the host's.
     fn resolve_netns(&self, mut spec: AttachSpec) -> Result<AttachSpec, EndpointError> {
         if let AttachMode::Host(path) = &mut spec.mode {
             *path = self.driver.host_netns();
@@ -202,9 +203,9 @@ impl<C: PortDriver + 'static> Inner<C> {
         Ok(spec)
     }
 
-    /// The host has the addresses of the ports that are to be published, and nothing of its own waits there.
+    /// Checks that the host has the addresses of the published ports, and that no socket of the host listens on them.
     async fn check_host_ports(self: &Arc<Self>, spec: &AttachSpec) -> Result<(), EndpointError> {
-        // A wildcard of a family that containers have not takes nothing from the host's sockets.
+        // A wildcard address of a family without a subnet does not conflict with the host's sockets.
         let subnet = lock(&self.table).network().map(|network| network.subnet).ok();
         let in_effect = |publish: &&PublishedPort| {
             !publish.is_wildcard() || publish.has_effect(|family| subnet.is_none_or(|subnet| subnet.get(family).is_some()))
@@ -217,9 +218,9 @@ impl<C: PortDriver + 'static> Inner<C> {
         let looked = tokio::task::spawn_blocking(move || inner.driver.host_ports(&publish));
         let host = match looked.await {
             Ok(Ok(host)) => host,
-            // What cannot be seen does not stand in the way.
+            // An unreadable socket list must not block the attach.
             Ok(Err(error)) => {
-                tracing::warn!(%error, "cannot look for what holds the ports on this host");
+                tracing::warn!(%error, "cannot list the host's listening sockets, skipping the check of published ports");
                 return Ok(());
             }
             Err(_) => return Err(EndpointError::ShuttingDown),
@@ -248,7 +249,7 @@ impl<C: PortDriver + 'static> Inner<C> {
             Some(spec) => self.driver.attach_port(&spec).await.map_err(kernel)?,
             None => SourceFilter::Applied,
         };
-        // The path may lead to another namespace than at the attach.
+        // The path may refer to another namespace than at the attach.
         if let Some(id) = self.driver.netns_id(&endpoint.netns)
             && lock(&self.table).set_netns_id(&endpoint.name, &id)
         {
@@ -260,7 +261,8 @@ impl<C: PortDriver + 'static> Inner<C> {
         Ok(attached)
     }
 
-    /// Waits until rules and published ports of an endpoint are in place: whoever is told that it is attached may send at once.
+    /// Waits until an endpoint's rules and published ports are applied, because the client may send packets right after the
+    /// response.
     async fn wait_applied(&self, endpoint: &Endpoint, source_filter: SourceFilter) {
         let Some(applied) = lock(&self.applied_endpoints).as_ref().map(watch::Sender::subscribe) else { return };
         if source_filter == SourceFilter::Applied && endpoint.published.is_empty() {
@@ -271,24 +273,25 @@ impl<C: PortDriver + 'static> Inner<C> {
             all.binary_search_by(|e| e.name.cmp(&endpoint.name)).is_ok_and(|at| all.get(at).is_some_and(|e| **e == *endpoint))
         });
         if tokio::time::timeout(APPLY_TIMEOUT, seen).await.is_err() {
-            tracing::warn!(endpoint = %endpoint.name, "attached, but its rules are not in place yet");
+            tracing::warn!(endpoint = %endpoint.name, "endpoint attached, but its rules are not applied yet");
         }
     }
 
-    /// Plugs a new endpoint. An interface of that name can only be what an agent left behind whose state was lost.
+    /// Creates the port of a new endpoint. An existing interface of that name can only be a leftover of an agent whose state was
+    /// lost.
     async fn attach_new_port(&self, spec: &PortSpec) -> Result<SourceFilter, OpError> {
         self.driver.detach_port(&spec.host_interface).await?;
         self.driver.attach_port(spec).await
     }
 
-    /// Takes a failed attach back. What cannot be taken back now is left to the audit.
+    /// Rolls a failed attach back. The audit retries a failed rollback.
     async fn rollback(&self, name: &EndpointName) {
         if let Err(error) = self.teardown(name).await {
-            tracing::warn!(endpoint = %name, %error, "a failed attach could not be undone; it is tried again");
+            tracing::warn!(endpoint = %name, %error, "rollback of a failed attach failed, retrying at the next audit");
         }
     }
 
-    /// Removes an endpoint and those who share its namespace, however far it is.
+    /// Removes an endpoint in any phase, and the endpoints that share its namespace.
     async fn teardown(&self, name: &EndpointName) -> Result<(), EndpointError> {
         let was = lock(&self.table).begin_detach(name);
         match was {
@@ -297,7 +300,7 @@ impl<C: PortDriver + 'static> Inner<C> {
         }
     }
 
-    /// Removes an endpoint that is marked: unplugged first, then forgotten. `old_target` is how far it was before.
+    /// Removes an endpoint that is marked as detaching: first its port, then its record. `was` is its previous phase.
     async fn finish_detach(&self, name: &EndpointName, was: Phase) -> Result<(), EndpointError> {
         let port = lock(&self.table).get(name).and_then(|r| r.endpoint.port.clone());
         self.broadcast_ports();
@@ -305,8 +308,8 @@ impl<C: PortDriver + 'static> Inner<C> {
             if was == Phase::Attached
                 && let Err(error) = self.persist()
             {
-                // A full disk must not keep a container on the network; the last step below reports it.
-                tracing::warn!(endpoint = %name, %error, "detaching without having written it down first");
+                // A full disk must not prevent a detach; the last step below reports the error.
+                tracing::warn!(endpoint = %name, %error, "cannot persist the detach, detaching anyway");
             }
             let kernel = |source| EndpointError::Kernel { name: name.clone(), source };
             self.driver.detach_port(&host_interface).await.map_err(kernel)?;
@@ -316,7 +319,7 @@ impl<C: PortDriver + 'static> Inner<C> {
         self.persist().map_err(|source| EndpointError::State { name: name.clone(), source })
     }
 
-    /// Tells what is plugged now.
+    /// Publishes the present ports.
     pub(super) fn broadcast_ports(&self) {
         let table = lock(&self.table);
         let ports = table.ports(&lock(&self.missing));
@@ -327,7 +330,7 @@ impl<C: PortDriver + 'static> Inner<C> {
         });
     }
 
-    /// Writes the table down.
+    /// Persists the table.
     pub(super) fn persist(&self) -> Result<(), StateError> {
         let wanted = lock(&self.table).version;
         lock(&self.store).write(&self.table, wanted)

@@ -1,5 +1,4 @@
-//! What the kernel should hold: a pure function of the network's configuration, this host's lease, the underlay, the peers and the
-//! endpoints.
+//! Desired kernel state: a pure function of network configuration, own lease, underlay, peers and endpoints.
 
 pub mod sysctls;
 
@@ -15,16 +14,17 @@ use super::underlay::Underlay;
 use crate::model::peer::RemoteSubnet;
 use crate::model::{Cidr, Device, Endpoint, Family, Mac, NetworkConfig, Peer, PerFamily, Port, PublishedPort, Role, Subnet};
 
-/// What dockerd sets on a bridge with IPv6, and looks for right afterwards: where it has gone meanwhile as an address of nobody's, dockerd does
-/// not start (libnetwork, `setup_verify_linux.go` and `bridgeIPv6`). So it is there from the beginning.
+/// Link-local address that dockerd sets on a bridge with IPv6. dockerd checks for it right afterwards, and does not start if the
+/// agent has removed it as a foreign address by then (libnetwork, `setup_verify_linux.go` and `bridgeIPv6`). So the agent sets it
+/// itself.
 const DOCKER_LINK_LOCAL: IpAddr = IpAddr::V6(std::net::Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1));
 
-/// Everything about this host that its kernel state follows from, peers aside.
+/// Inputs of this host's desired state, without the peers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostSpec {
     /// The network.
     pub network: NetworkConfig,
-    /// The subnet that this host holds.
+    /// The subnet of this host.
     pub subnet: Subnet,
     /// The external interface.
     pub underlay: Underlay,
@@ -32,35 +32,36 @@ pub struct HostSpec {
     pub vtep: PerFamily<Mac>,
     /// The MAC of the bridge.
     pub bridge_mac: Mac,
-    /// Whether what leaves the overlay gets the host's address.
+    /// Whether packets that leave the overlay are masqueraded with the host's address.
     pub masquerade: bool,
     /// Transmit checksum offload on the VXLAN devices.
     pub tx_checksum: bool,
-    /// Whether Docker puts containers on the bridge, beside the endpoints.
+    /// Whether Docker attaches containers to the bridge, in addition to the endpoints.
     pub docker: bool,
-    /// Whether the kernel has next-hop objects and they are to be used.
+    /// Whether to use next-hop objects; requires that the kernel has them.
     pub nexthop_objects: bool,
     /// The endpoints that have a port on the bridge, by name.
     pub ports: Vec<Arc<Endpoint>>,
-    /// Families in which iptables' FORWARD chain drops what nobody accepts.
+    /// Families in which the policy of iptables' FORWARD chain drops packets.
     pub forward_drops: Vec<Family>,
-    /// Addresses of the underlay that this host depends on, although the overlay may lease them.
+    /// Underlay addresses in the overlay's leasable range that this host depends on.
     pub reserved: BTreeSet<IpAddr>,
-    /// The host's own interfaces that would stop to take router advertisements once it forwards IPv6 ([`read_sysctls::accept_ra_interfaces`]).
+    /// The host's own interfaces that would stop accepting router advertisements once the host forwards IPv6
+    /// ([`sysctls::accept_ra_interfaces`]).
     pub accept_ra_interfaces: Vec<String>,
-    /// The host's own interfaces by which containers reach the world outside ([`HostInventory::uplinks`]).
+    /// The host's own interfaces through which containers reach external networks ([`HostInventory::uplinks`]).
     ///
-    /// [`HostInventory::uplinks`]: super::underlay::Inventory::uplinks
+    /// [`HostInventory::uplinks`]: super::underlay::HostInventory::uplinks
     pub uplinks: Vec<String>,
 }
 
 impl HostSpec {
-    /// The families that the network has and this host holds a subnet of.
+    /// The families of the network in which this host has a subnet.
     pub fn families(&self) -> impl Iterator<Item = Family> + '_ {
         self.network.families().filter(|family| self.subnet.get(*family).is_some())
     }
 
-    /// Whether what peers need, and which leases count, is the same for both: they differ in what concerns this host alone.
+    /// Whether both have the same peer entries and accept the same leases, so that they differ in this host's own entries only.
     pub fn has_same_peer_entries(&self, other: &HostSpec) -> bool {
         self.network == other.network
             && self.subnet == other.subnet
@@ -70,17 +71,17 @@ impl HostSpec {
             && self.masquerade == other.masquerade
     }
 
-    /// MTU of a family's VXLAN device in bytes: the underlay's less the encapsulation.
+    /// MTU of a family's VXLAN device in bytes: the underlay's MTU minus the encapsulation.
     pub fn vxlan_mtu(&self, family: Family) -> u32 {
         self.network.vxlan.mtu.unwrap_or(self.underlay.mtu).saturating_sub(family.vxlan_overhead())
     }
 
-    /// MTU of the bridge and the containers in bytes: the smallest of the families', since one interface carries them all.
+    /// MTU of the bridge and the containers in bytes: the minimum over the families, since one interface carries all of them.
     pub fn mtu(&self) -> u32 {
         self.families().map(|family| self.vxlan_mtu(family)).min().unwrap_or(self.underlay.mtu)
     }
 
-    /// What the kernel should hold whoever the peers are.
+    /// The entries that do not depend on peers.
     pub fn entries(&self) -> State {
         let vni = self.network.vxlan.vni;
         let bridge = Device::bridge(vni);
@@ -113,8 +114,8 @@ impl HostSpec {
                 }
             }
             if family == Family::V6 {
-                // A router needs a link-local address to ask for neighbours (RFC 4861 section 4.3). The kernel would make this very one
-                // and then wait for duplicate address detection; made by us it works at once.
+                // A router needs a link-local address for neighbour solicitations (RFC 4861 section 4.3). The kernel would
+                // generate the same one, but only after duplicate address detection; an address set by the agent works at once.
                 let docker = self.docker.then_some(DOCKER_LINK_LOCAL);
                 for address in [link_local(self.bridge_mac)].into_iter().chain(docker) {
                     if let Ok(address) = IpNetwork::new(address, 64) {
@@ -128,27 +129,29 @@ impl HostSpec {
             }
         }
         if self.families().any(|family| family == Family::V4) {
-            // Answers to containers, and what comes for published ports.
+            // For replies to containers, and for packets to published ports.
             for interface in &self.uplinks {
                 sysctls::insert(&mut state, sysctls::interface_path(interface, Family::V4, "forwarding"), "1");
             }
-            // A port of 127.0.0.1 that leads to a container: the packet leaves with that source, and its answer comes back to it. The table has a
-            // chain that keeps containers from using it for anything else.
+            // For a published port of 127.0.0.1: the packet leaves with that source address, and the reply returns to it. A chain
+            // of the nftables table keeps containers from using this setting for other packets.
             let path = sysctls::interface_path(&bridge.name(), Family::V4, "route_localnet");
             sysctls::insert(&mut state, path, if self.has_published_ports() { "1" } else { "0" });
         }
         if self.has_published_ports() && self.families().any(|family| family == Family::V6) {
-            // The same for ::1: what comes back by the bridge finds the address on no other device (`ip6_route_input_lookup` in the kernel's
-            // net/ipv6/route.c). A packet that says so on the wire is dropped before (`ip6_rcv_core`).
+            // The same for ::1: for a reply that arrives on the bridge, the kernel finds the address on no other device
+            // (`ip6_route_input_lookup` in net/ipv6/route.c). Packets with that address from the wire are dropped before
+            // (`ip6_rcv_core`).
             state.insert(Key::Route(Cidr::host(std::net::Ipv6Addr::LOCALHOST.into())), Value::Route(RouteTarget::Local(bridge)));
         }
-        // What we create takes no router advertisement, neither from a container nor through the tunnel; also where the network has no
-        // IPv6, because the host may have it.
+        // Our devices accept no router advertisements, neither from a container nor through the tunnel. This also applies to a
+        // network without IPv6, because the host may have IPv6.
         for device in self.families().map(|family| Device::vxlan(family, vni)).chain([bridge]) {
             sysctls::insert(&mut state, sysctls::interface_path(&device.name(), Family::V6, "accept_ra"), "0");
         }
         if self.families().any(|family| family == Family::V6) {
-            // A host that forwards ignores advertisements unless told otherwise, and drops the routes that came from them.
+            // With forwarding enabled, the kernel ignores advertisements unless `accept_ra` is 2, and drops the routes learned
+            // from them.
             for interface in &self.accept_ra_interfaces {
                 sysctls::insert(&mut state, sysctls::interface_path(interface, Family::V6, "accept_ra"), "2");
             }
@@ -163,14 +166,14 @@ impl HostSpec {
         for ruleset in [rules.ruleset(), source_filter()] {
             state.insert(Key::Ruleset(ruleset.table), Value::Ruleset(Box::new(ruleset)));
         }
-        // What nobody holds leaves by no other route, the default route above all: in clear and with the container's address as source. A subnet that has
-        // an address this host depends on is left to those routes.
+        // Packets to unleased subnets must not leave by another route, such as the default route: they would be unencapsulated
+        // and have the container's source address. A subnet with an address that this host depends on keeps its other routes.
         for (_, pool) in self.network.pools.iter() {
             let ranges = pool.leasable_without(&self.reserved).into_iter();
             state.extend(ranges.map(|range| (Key::Unreachable(range), Value::Unreachable)));
         }
         for family in &self.forward_drops {
-            // Not the whole network: hosts may lie in the rest of it, whose packets iptables is to decide on.
+            // Not the whole network: the rest of it may contain hosts, whose packets iptables has to filter.
             if let Some(pool) = self.network.pools.get(*family) {
                 state.insert(Key::ForwardAccept(*family), Value::ForwardAccept(pool.span()));
             }
@@ -178,12 +181,13 @@ impl HostSpec {
         state
     }
 
-    /// What the kernel should hold for an endpoint with a port on the bridge.
+    /// The entries of an endpoint with a port on the bridge.
     fn port_entries<'a>(&self, endpoint: &'a Endpoint) -> impl Iterator<Item = (Key, Value)> + use<'a> {
         let bridge = Device::bridge(self.network.vxlan.vni);
         let mtu = self.mtu();
         endpoint.port.iter().flat_map(move |port| {
-            // With br_netfilter the bridge translates by itself: what an endpoint sends to its own published port comes back by its own port.
+            // With br_netfilter, DNAT happens in the bridge: a packet from an endpoint to its own published port returns through
+            // its own port.
             let hairpin = !endpoint.published.is_empty();
             let link = LinkState { kind: LinkKind::Port, mac: None, mtu, up: true, master: Some(bridge), hairpin };
             let link = (Key::Link(port.host_interface.clone().into()), Value::Link(Box::new(link)));
@@ -196,8 +200,8 @@ impl HostSpec {
         })
     }
 
-    /// What of its own, peers aside, the kernel should hold for this host and what for the other one, without what is the same for both as far as
-    /// that is seen without making it: the entries of all endpoints but those that came or went.
+    /// The entries, without peers, of `self` and of `other` that may differ. If only ports were added or removed, these are the
+    /// entries of the changed endpoints; the entries of unchanged endpoints are not built.
     pub fn changed_entries(&self, other: &HostSpec) -> (State, State) {
         if self.has_published_ports() != other.has_published_ports() || !self.eq_ignoring_ports(other) {
             return (self.entries(), other.entries());
@@ -207,7 +211,7 @@ impl HostSpec {
         (entries(added), entries(removed))
     }
 
-    /// Whether both are the same, their ports aside.
+    /// Whether both are equal except for their ports.
     fn eq_ignoring_ports(&self, other: &HostSpec) -> bool {
         let HostSpec {
             network,
@@ -240,12 +244,13 @@ impl HostSpec {
             && *uplinks == other.uplinks
     }
 
-    /// Whether any port of this host leads to an endpoint.
+    /// Whether any endpoint has published ports.
     fn has_published_ports(&self) -> bool {
         self.ports.iter().any(|endpoint| !endpoint.published.is_empty())
     }
 
-    /// What a peer may send through the tunnel: from its subnet, and where packets to it are not masqueraded, its own answers to them.
+    /// The source addresses that a peer may use in the tunnel: its subnet, and without masquerade also its host address, for its
+    /// replies to containers.
     fn tunnel_elements(&self, family: Family, reach: &RemoteSubnet) -> impl Iterator<Item = Element> {
         let RemoteSubnet { subnet, public_ip, .. } = *reach;
         let usual = self.network.pools.get(family).is_some_and(|pool| pool.subnet_length == subnet.length());
@@ -254,7 +259,7 @@ impl HostSpec {
         [Some(from), (!self.masquerade).then_some(Element::Host(public_ip))].into_iter().flatten()
     }
 
-    /// What the kernel should hold for a peer: five entries a family, four with classic routes.
+    /// The entries of a peer: five per family, or four with classic routes.
     pub fn peer_entries(&self, peer: &Peer, ids: &mut NexthopIds) -> Vec<(Key, Value)> {
         let mut entries = Vec::with_capacity(8);
         for family in self.families() {
@@ -277,8 +282,8 @@ impl HostSpec {
     }
 }
 
-/// What comes in by an endpoint's interface may have: its MAC with its addresses, and where it has IPv6 with the link-local address that the kernel
-/// makes of the MAC; or anything, unless its source is checked.
+/// The source filter's elements for an endpoint: its MAC with each of its addresses. With IPv6 they include the link-local
+/// address that the kernel derives from the MAC. Without a source check there is one element that allows every source.
 pub fn source_elements(
     interface: &str,
     mac: Mac,
@@ -293,7 +298,7 @@ pub fn source_elements(
     all.into_iter().map(move |address| Element::Source(Box::new((interface.to_owned(), mac, address)))).chain(unchecked)
 }
 
-/// The endpoints, in the order of their names, that only the first or only the second has, or both with different contents.
+/// Endpoints that are only in `ours`, and those only in `others`, both sorted by name. A changed endpoint is in both results.
 fn diff_endpoints<'a>(
     ours: &'a [Arc<Endpoint>],
     others: &'a [Arc<Endpoint>],
@@ -302,7 +307,7 @@ fn diff_endpoints<'a>(
     let (mut added, mut removed) = (Vec::new(), Vec::new());
     loop {
         match (left.peek(), right.peek()) {
-            // Most of them are the very same, which their addresses tell.
+            // Most are the same allocation, so `Arc` compares their pointers.
             (Some(a), Some(b)) if a == b => {
                 left.next();
                 right.next();
@@ -319,8 +324,8 @@ fn diff_endpoints<'a>(
     }
 }
 
-/// The elements of a published port, or run of ports, and where each leads. One element a port: a run of the whole range is 65,535 of them, a look-up
-/// costs the same.
+/// The elements of a published port or port range, with the target of each. Each port is one element: the full range has 65,535
+/// elements, and a lookup costs the same.
 fn dnat_elements<'a>(publish: &'a PublishedPort, port: &'a Port) -> impl Iterator<Item = (Element, SocketAddr)> + 'a {
     let PublishedPort { address, protocol, .. } = *publish;
     port.addresses.iter().filter(|(family, _)| publish.has_effect(|bound| bound == *family)).flat_map(move |(family, to)| {
@@ -342,9 +347,10 @@ fn link_local(mac: Mac) -> IpAddr {
     IpAddr::V6(std::net::Ipv6Addr::new(0xfe80, 0, 0, 0, words[0], words[1], words[2], words[3]))
 }
 
-/// Which next-hop object stands for which gateway. Ids are a detail of the kernel's, so they are not planned but handed out: an existing
-/// object keeps its id, a new one gets the next id that is free. The ids go round the whole range, so that one is not used again while
-/// something may still refer to it.
+/// Ids of the next-hop objects, by gateway.
+///
+/// Ids have no meaning of their own, so they are allocated, not planned. An existing object keeps its id; a new one gets the next
+/// free id. Allocation cycles through the whole range, so that an id is not reused while a route may still refer to it.
 #[derive(Debug)]
 pub struct NexthopIds {
     ids: HashMap<(Device, IpAddr), u32>,
@@ -359,14 +365,14 @@ impl Default for NexthopIds {
 }
 
 impl NexthopIds {
-    /// Makes room for so many more gateways at once.
+    /// Reserves capacity for `gateways` more gateways.
     pub fn reserve(&mut self, gateways: usize) {
         self.ids.reserve(gateways);
         self.used.reserve(gateways);
     }
 
-    /// Takes the ids of the objects that the kernel holds already. Of two objects for one gateway the first counts; the other's id is
-    /// not given to anybody else, because routes may still use it.
+    /// Adopts the ids of the objects in the kernel. If a gateway has two objects, the first is used; the second one's id stays
+    /// reserved, because routes may still use it.
     pub fn adopt(&mut self, actual: &State) {
         for (key, value) in actual.range(Key::Nexthop(0)..=Key::Nexthop(u32::MAX)) {
             if let (Key::Nexthop(id), Value::Nexthop { device, gateway }) = (key, value)
@@ -378,7 +384,7 @@ impl NexthopIds {
         }
     }
 
-    /// The id of a gateway's object.
+    /// The id of a gateway's object; allocated if there is none.
     pub fn id_for(&mut self, device: Device, gateway: IpAddr) -> u32 {
         if let Some(id) = self.ids.get(&(device, gateway)) {
             return *id;
@@ -393,7 +399,7 @@ impl NexthopIds {
         id
     }
 
-    /// Gives a gateway's id back.
+    /// Releases a gateway's id.
     pub fn release(&mut self, device: Device, gateway: IpAddr) {
         if let Some(id) = self.ids.remove(&(device, gateway)) {
             self.used.remove(&id);

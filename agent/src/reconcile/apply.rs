@@ -1,4 +1,6 @@
-//! Applies batches and folds their outcome: devices first, nothing that depends on a failed entry, and what is set is actual state from then on.
+//! Applies batches and folds their results into actual state.
+//!
+//! Devices are applied first. Entries that depend on a failed entry are left out.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
@@ -9,10 +11,10 @@ use crate::plan::diff::prerequisite;
 use crate::plan::{Batch, DataPath, Key, LinkKind, Op, Value};
 
 impl<D: DataPath, M: StateStore> Reconciler<D, M> {
-    /// Applies the ops that need not wait. Returns whether there was one.
+    /// Applies the ops that are not backing off. Returns whether there was one.
     pub(super) async fn apply_due(&mut self, mut batch: Batch, now: Instant) -> bool {
         batch.retain(|op| !self.retries.is_backing_off(op.key(), now));
-        // Devices first: nothing is tried on one that could not be made.
+        // Devices first, so that no op is attempted on a device whose creation failed.
         let device = |op: &Op| matches!(op, Op::Set(Key::Link(name), _) if Device::from_name(name).is_some());
         let behind = batch.iter().rposition(device).map_or(0, |last| last + 1);
         let mut rest = batch.split_off(behind);
@@ -31,7 +33,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         applied
     }
 
-    /// The failed entry without which this one cannot be set.
+    /// The failed entry that this one depends on, directly or through other entries.
     pub(super) fn blocked_by(&self, key: &Key, value: &Value) -> Option<Key> {
         if self.retries.is_empty() {
             return None;
@@ -46,7 +48,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         None
     }
 
-    /// Whether an entry of ours is there, with whatever value.
+    /// Whether the entry exists as ours, with any value.
     fn exists(&self, key: &Key) -> bool {
         match self.actual.get(key) {
             Some(Value::Link(link)) => !matches!(link.kind, LinkKind::Foreign { .. }),
@@ -54,10 +56,10 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         }
     }
 
-    /// Applies a batch and folds what became of it.
+    /// Applies a batch and folds the result of each op.
     async fn apply(&mut self, batch: Batch) {
         for op in &batch {
-            // Those of our own devices go with them.
+            // Sysctls of our own devices vanish with the devices.
             if let Op::Set(key @ Key::Sysctl(path), _) = op
                 && key.device().is_none()
                 && let Some(Value::Sysctl(was)) = self.actual.get(key)
@@ -101,10 +103,10 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         self.changed = true;
     }
 
-    /// An op that the kernel accepted is actual state now.
+    /// Folds an op that the kernel accepted into actual state.
     fn fold_applied(&mut self, op: Op) {
         match op {
-            // By far the most: the routes of a next hop that goes were deleted before it, so there is nothing to follow.
+            // The most frequent case. The next hop's routes were deleted before it, so no dependent entries have to be removed.
             Op::Delete(key @ Key::Nexthop(_), value) => {
                 if let (Value::Nexthop { device, gateway }, false) = (value, self.desired.contains_key(&key)) {
                     self.nexthop_ids.release(device, gateway);
@@ -116,14 +118,14 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
     }
 }
 
-/// Whether so many entries are merged into a state, and compared with the other, as a whole: more than some hundred peers, and not few beside
-/// those that are there.
+/// Whether to merge and compare this many entries in bulk: the entries of more than 256 peers, and more than a quarter of those
+/// present.
 pub(super) fn is_bulk(present: usize, entries: usize) -> bool {
     entries > BULK_THRESHOLD && entries > present / 4
 }
 
-/// Puts entries into a state, of one key the last. A tree that is made in order is made faster than entry by entry, and its nodes are full: it takes
-/// half the memory.
+/// Inserts entries into a state; the last entry of a key wins. Building a tree from sorted entries is faster than inserting them
+/// one by one, and fills its nodes, so it takes half the memory.
 pub(super) fn merge<K: Ord, V>(map: &mut BTreeMap<K, V>, entries: Vec<(K, V)>) {
     if map.is_empty() {
         *map = entries.into_iter().collect();

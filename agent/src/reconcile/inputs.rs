@@ -1,4 +1,4 @@
-//! Folding: what each event makes dirty, and how desired state follows from what is known.
+//! Folds events into the reconciler's state, marks dirty entries and rebuilds desired state.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -16,7 +16,7 @@ use crate::plan::state::{State, Value};
 use crate::plan::{DataPath, KernelEvent, Key, LinkKind, Op};
 
 impl<D: DataPath, M: StateStore> Reconciler<D, M> {
-    /// The host's ends of the endpoints' veth pairs.
+    /// Names of the host ends of the endpoints' veth pairs.
     pub(super) fn ports(&self) -> Vec<String> {
         self.endpoints.iter().filter_map(|endpoint| endpoint.port.as_ref()).map(|port| port.host_interface.clone()).collect()
     }
@@ -30,9 +30,9 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
                 self.config_errors = None;
             }
             StoreEvent::Config(Some(Err(errors))) => {
-                tracing::error!(%errors, "the network's configuration in etcd is bad: {}", match self.network {
-                    Some(_) => "the last good one stays in force",
-                    None => "waiting for a good one",
+                tracing::error!(%errors, "invalid network configuration in etcd: {}", match self.network {
+                    Some(_) => "keeping the last valid one",
+                    None => "waiting for a valid one",
                 });
                 self.config_missing = false;
                 self.config_errors = Some(errors);
@@ -43,7 +43,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
                 if self.network.as_ref() != Some(&network) {
                     tracing::info!(network = %describe(&network), vni = network.vxlan.vni.get(), port = network.vxlan.port, "network configured");
                     self.network = Some(network);
-                    // Which families the external interface has to serve may have changed.
+                    // The families that the external interface has to serve may have changed.
                     self.underlay_due = Some(Instant::now());
                     self.host_dirty = true;
                 }
@@ -54,7 +54,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
                     Some(affected) => self.dirty_leases.extend(affected),
                     None => self.all_leases_dirty = true,
                 }
-                tracing::debug!(leases, ms = begun.elapsed().as_secs_f64() * 1e3, "leases judged");
+                tracing::debug!(leases, ms = begun.elapsed().as_secs_f64() * 1e3, "leases classified");
                 self.has_snapshot = true;
             }
             StoreEvent::Upsert(entry) => {
@@ -72,7 +72,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
                 if let (OwnLease::Held(old), OwnLease::Held(new)) = (&self.own_lease, &own)
                     && old.subnet != new.subnet
                 {
-                    tracing::error!(old = %old.subnet, new = %new.subnet, "this host moved to another subnet: its containers need a restart");
+                    tracing::error!(old = %old.subnet, new = %new.subnet, "this host's subnet changed: restart its containers");
                 }
                 self.own_lease = own;
                 self.host_dirty = true;
@@ -99,7 +99,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
                     }
                 }
                 if lines > MAX_LOG_LINES {
-                    tracing::warn!(entries = lines, "entries changed by others, putting them back");
+                    tracing::warn!(entries = lines, "drift: restoring entries changed by another process");
                 }
             }
             KernelEvent::ResyncNeeded { reason } => {
@@ -112,14 +112,15 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         }
     }
 
-    /// Looks at the links that the kernel told of: by now a change of ours may have come after what it told, and others have changed nothing.
+    /// Reads the links named by link events. An event may be older than our own last change of the link, so it is no evidence of
+    /// drift.
     pub(super) async fn reread_links(&mut self) {
         let changed = std::mem::take(&mut self.changed_links);
         if changed.len() > BULK_THRESHOLD {
             self.resync_reason.get_or_insert("many links changed");
             return;
         }
-        // All is read at once then.
+        // The dump that is due reads all links.
         if self.resync_reason.is_some() && Instant::now() >= self.dump_not_before {
             return;
         }
@@ -129,14 +130,14 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
                     self.fold_change(Key::Link(name), link.map(|link| Value::Link(Box::new(link))), line < MAX_LOG_LINES);
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "a link of ours cannot be looked at");
-                    self.resync_reason = Some("a link could not be looked at");
+                    tracing::warn!(%error, "cannot read a link of ours");
+                    self.resync_reason = Some("a link could not be read");
                 }
             }
         }
     }
 
-    /// Folds one entry that others changed. Returns whether that is drift.
+    /// Folds a changed entry. Returns whether the change is drift.
     fn fold_change(&mut self, key: Key, value: Option<Value>, log: bool) -> bool {
         let was_in_sync = self.is_in_sync(&key);
         match value {
@@ -163,7 +164,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
                 entry = %key,
                 found = show(self.actual.get(key)),
                 wanted = show(self.desired.get(key)),
-                "an entry was changed by others, putting it back"
+                "drift: restoring an entry changed by another process"
             );
         }
         self.retries.record_drift(key);
@@ -171,7 +172,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         self.changed = true;
     }
 
-    /// After a dump: what was right before and is not now has drifted.
+    /// Records drift after a dump: entries that were in sync before it and are not now.
     pub(super) fn record_dump_drift(&mut self, before: &State, batch: &[Op]) {
         let drifted: Vec<Key> = batch
             .iter()
@@ -184,11 +185,11 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
             self.record_drift(key, line < MAX_LOG_LINES);
         }
         if drifted.len() > MAX_LOG_LINES {
-            tracing::warn!(entries = drifted.len(), "entries changed by others, putting them back");
+            tracing::warn!(entries = drifted.len(), "drift: restoring entries changed by another process");
         }
     }
 
-    /// What waits for another try although nothing is wrong with it any more waits no longer.
+    /// Drops pending retries of entries that are in sync by now.
     pub(super) fn prune_satisfied(&mut self) {
         let (desired, actual) = (&self.desired, &self.actual);
         self.retries.prune_satisfied(|key| is_entry_in_sync(desired.get(key), actual.get(key)));
@@ -198,7 +199,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         is_entry_in_sync(self.desired.get(key), self.actual.get(key))
     }
 
-    /// Makes desired state follow from what has changed: all of it where this host did, else the peers of the leases that did.
+    /// Rebuilds desired state: the host's entries if the host changed, and the entries of the peers whose leases changed.
     pub(super) fn rebuild(&mut self, channels: &Channels) {
         if std::mem::take(&mut self.host_dirty) {
             self.request_lease(channels);
@@ -215,7 +216,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         }
         let leases = std::mem::take(&mut self.dirty_leases);
         if self.host.is_none() {
-            // Judged once there is a host: `rebuild_all` goes over the whole roster.
+            // Leases are classified once there is a host: `rebuild_all` classifies the whole lease table.
             return;
         }
         let has_classified = !self.peers.is_empty() || !self.rejected.is_empty();
@@ -239,7 +240,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         }
     }
 
-    /// This host as it should be; `None` while something is not known yet. A lease that was lost leaves things as they were.
+    /// Desired state of this host; `None` while an input is missing. After the loss of the lease its subnet stays in use.
     fn desired_host(&mut self) -> Option<HostSpec> {
         let underlay = self.underlay.clone()?;
         let network = self.network.as_ref()?.restricted_to(underlay.local.families());
@@ -287,7 +288,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         self.state_store.device_mac(device, found)
     }
 
-    /// Tells the store what this host wants to hold.
+    /// Sends the lease request of this host to the store.
     fn request_lease(&mut self, channels: &Channels) {
         let (Some(network), Some(underlay)) = (self.network.clone(), self.underlay.clone()) else { return };
         let preferred = match &self.own_lease {
@@ -307,7 +308,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         });
     }
 
-    /// Only what concerns this host alone has changed (a port, say): the peers' entries stay.
+    /// Replaces the host's own entries (such as those of a port) and keeps the peers' entries.
     fn rebuild_local(&mut self, host: HostSpec, was: State, entries: State) {
         for key in was.into_keys().filter(|key| !entries.contains_key(key)) {
             self.desired.remove(&key);
@@ -339,7 +340,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         self.changed = true;
     }
 
-    /// Takes some leases into the data path, or notes why not.
+    /// Classifies some leases and adds the peers of accepted ones to desired state.
     fn accept_leases(&mut self, leases: BTreeSet<LeaseKey>, rejected_before: &BTreeMap<LeaseKey, RejectedLease>) {
         let Some(host) = &self.host else { return };
         let classify = |key: LeaseKey| {
@@ -350,12 +351,12 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         self.apply_classifications(classified, rejected_before);
     }
 
-    /// Takes all leases that there are into the data path, or notes why not.
+    /// Classifies all leases and adds the peers of accepted ones to desired state.
     fn accept_all_leases(&mut self, rejected_before: &BTreeMap<LeaseKey, RejectedLease>) {
         let Some(host) = &self.host else { return };
         let classifications = self.leases.classify_all(&host.network, self.local_host.as_ref());
         let mut classified: Vec<_> = classifications.map(|(key, standing)| (key.clone(), standing)).collect();
-        // In the order of their addresses most of what follows from them is in order already.
+        // Leases sorted by address produce entries that are mostly sorted.
         classified.sort_by_cached_key(|(_, standing)| match standing {
             Classification::Accepted(peer) => Some(peer.remote_subnets.map(|_, reach| reach.subnet)),
             Classification::Own | Classification::Rejected(_) => None,
@@ -364,7 +365,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         self.apply_classifications(classified, rejected_before);
     }
 
-    /// Notes what leases are to this host. A refusal is logged unless it stood before.
+    /// Records accepted peers and rejected leases. A rejection is logged unless it is unchanged.
     fn apply_classifications(
         &mut self,
         classified: Vec<(LeaseKey, Classification)>,
@@ -393,7 +394,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
             }
         }
         if let Some(leases) = self.rejection_log.take_suppressed(now) {
-            tracing::warn!(leases, "more leases are left out: `overlayctl subnets` lists them");
+            tracing::warn!(leases, "more leases ignored; list them with `overlayctl subnets`");
         }
         merge(&mut self.peers, peers);
         self.add_desired(entries);
@@ -412,7 +413,8 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         merge(&mut self.desired, entries);
     }
 
-    /// Takes a peer's entries out of desired state. What another peer has in common with it is put in again when that one is admitted.
+    /// Removes a peer's entries from desired state. Entries shared with another peer return when that peer's lease is accepted
+    /// again.
     fn remove_peer(&mut self, peer: &crate::model::Peer) {
         let Some(host) = &self.host else { return };
         for (entry, _) in host.peer_entries(peer, &mut self.nexthop_ids) {

@@ -1,12 +1,12 @@
-//! How many lines of one kind the log gets: what others write into the store must not fill a disk.
+//! Rate limit for log lines of one kind, so that invalid values in the store cannot fill the disk.
 
 use std::time::{Duration, Instant};
 
-/// Lines within [`WINDOW`]; what is beyond is counted, and told in one line.
+/// Maximum number of lines within [`WINDOW`]. Further lines are counted and reported in one line.
 const MAX_LINES: usize = 40;
 const WINDOW: Duration = Duration::from_secs(10);
 
-/// The account.
+/// Counts logged and suppressed lines.
 #[derive(Debug, Default)]
 pub(super) struct LogRateLimit {
     window_start: Option<Instant>,
@@ -15,7 +15,7 @@ pub(super) struct LogRateLimit {
 }
 
 impl LogRateLimit {
-    /// Whether a line is to be written; counted where it is not.
+    /// Whether to write a line; otherwise counts it as suppressed.
     pub(super) fn allows(&mut self, now: Instant) -> bool {
         if self.window_start.is_none_or(|since| now.duration_since(since) > WINDOW) {
             self.window_start = Some(now);
@@ -30,13 +30,14 @@ impl LogRateLimit {
         allowed
     }
 
-    /// How many lines were not written and have not been told of, where it is time to tell: at the first of them, and then with each window.
+    /// The number of suppressed lines since the last report, if a report is due: at the first suppressed line, then once per
+    /// window.
     pub(super) fn take_suppressed(&mut self, now: Instant) -> Option<usize> {
         let first = self.logged == MAX_LINES;
         if self.suppressed == 0 || !(first || self.window_start.is_none_or(|since| now.duration_since(since) > WINDOW)) {
             return None;
         }
-        // One more than lines: the first is told.
+        // One above `MAX_LINES` marks the first suppressed line as reported.
         self.logged += 1;
         Some(std::mem::take(&mut self.suppressed))
     }
@@ -60,7 +61,7 @@ mod tests {
         assert_eq!(
             (logged, limit.take_suppressed(later)),
             (MAX_LINES - 1, Some(2)),
-            "what the last window kept back is not forgotten"
+            "lines suppressed in the last window are reported"
         );
     }
 

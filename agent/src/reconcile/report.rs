@@ -1,4 +1,4 @@
-//! Answers to questions: what the agent knows, in the shapes of the socket.
+//! Answers queries with the types of the admin socket's API.
 
 use super::{Reconciler, ReconcilerQuery, StateStore, SubnetRow};
 use crate::model::api::{
@@ -12,7 +12,7 @@ use crate::plan::desired::HostSpec;
 use crate::plan::state::{RouteTarget, State, Value};
 use crate::plan::{DataPath, Key};
 
-/// How many failed entries and refusals the status lists; the numbers are complete.
+/// Maximum number of failed entries and of rejected leases that the status lists; the counts are complete.
 const MAX_LISTED: usize = 100;
 
 impl<D: DataPath, M: StateStore> Reconciler<D, M> {
@@ -41,7 +41,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
             health: match (ready, problems.is_empty()) {
                 (true, true) => Health::Ok,
                 (true, false) => Health::Degraded,
-                // A data path that is in place forwards on, whatever the agent waits for.
+                // An existing data path keeps forwarding while the agent waits.
                 (false, _) if self.host.is_some() => Health::Degraded,
                 (false, _) => Health::Waiting,
             },
@@ -75,23 +75,23 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
                 last_drift: self.retries.last_drift().cloned(),
                 mtu: self.host.as_ref().map(|host| host.mtu()),
                 nexthop_objects: self.settings.nexthop_objects,
-                // The kernel counts them; whoever hands the status on asks it.
+                // The kernel counts them; `app` reads the counters and adds them.
                 dropped: std::collections::BTreeMap::new(),
             },
             endpoints: self.endpoints.len(),
         }
     }
 
-    /// What is not well, in the order in which it has to be mended.
+    /// Problems, in the order in which they have to be solved.
     fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         if let Connection::Down { error } = &self.connection {
-            problems.push(format!("etcd does not answer, the data path stays as it is: {error}"));
+            problems.push(format!("etcd does not answer, the data path stays unchanged: {error}"));
         }
         if self.lease_expired && self.lease_can_expire() {
             problems.push(
-                "etcd has not answered for as long as this host's lease lasts, so another host may get its subnet: bring etcd back before \
-                 hosts join"
+                "etcd has not answered for longer than this host's lease TTL, so another host may get its subnet: restore etcd before \
+                 new hosts join"
                     .to_owned(),
             );
         }
@@ -101,17 +101,17 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
                 None => {
                     format!("waiting for the network's configuration under {config}: write it with `overlayctl config set FILE`")
                 }
-                Some(_) => format!("the network's configuration under {config} is gone, the last one stays in force"),
+                Some(_) => format!("the network's configuration under {config} was deleted; the last one stays in use"),
             });
         }
         if let Some(errors) = &self.config_errors {
-            let kept = if self.network.is_some() { "; the last good one stays in force" } else { "" };
+            let kept = if self.network.is_some() { "; the last valid one stays in use" } else { "" };
             problems.push(format!(
-                "the network's configuration under {config} is bad: {errors}; correct it and write it with `overlayctl config set FILE`{kept}"
+                "the network's configuration under {config} is invalid: {errors}; correct it with `overlayctl config set FILE`{kept}"
             ));
         }
         problems.extend(self.underlay_problems());
-        problems.extend(self.dump_error.as_ref().map(|error| format!("the kernel's state cannot be read: {error}")));
+        problems.extend(self.dump_error.as_ref().map(|error| format!("cannot dump kernel state: {error}")));
         if let OwnLease::NotHeld { reason } = &self.own_lease
             && self.underlay.is_some()
         {
@@ -131,19 +131,19 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         }
         if let Some((key, repairs)) = self.retries.contended().next() {
             problems.push(format!(
-                "something on this host keeps undoing {} entries, the first: {key}, changed by others {repairs} times within seconds: \
-                 `ip monitor` and `nft monitor` show who",
+                "another process keeps changing {} entries, the first: {key}, changed by another process {repairs} times within seconds: \
+                 find it with `ip monitor` and `nft monitor`",
                 self.retries.contended().count()
             ));
         }
         if !self.rejected.is_empty() {
             let first = self.rejected.values().next().map(ToString::to_string).unwrap_or_default();
-            problems.push(format!("{} leases are left out, the first: {first}", self.rejected.len()));
+            problems.push(format!("{} leases ignored, the first: {first}", self.rejected.len()));
         }
         problems
     }
 
-    /// How many entries wait for one that cannot be set.
+    /// Number of entries that depend on a failed entry.
     fn blocked_count(&self) -> usize {
         let blocked = |(key, value): &(&Key, &Value)| self.blocked_by(key, value).is_some();
         self.desired.iter().filter(blocked).count()
@@ -223,7 +223,8 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
     }
 }
 
-/// That IPv6 cannot work with the overlay's MTU: the kernel has none on such devices (RFC 8200, section 5), and refuses what stands on it.
+/// The problem text if the overlay's MTU is too small for IPv6. The kernel has no IPv6 on such devices (RFC 8200, section 5) and
+/// rejects entries that depend on it.
 fn ipv6_mtu_problem(host: &HostSpec) -> Option<String> {
     let small = host.families().any(|family| family == Family::V6) && host.mtu() < IPV6_MIN_MTU;
     small.then(|| {

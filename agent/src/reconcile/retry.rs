@@ -1,5 +1,7 @@
-//! Which entries wait for another try, and who keeps changing them: jittered back-off for what the kernel refuses, and a bounded rate for what
-//! others undo again and again.
+//! Retry queue of failed entries, and contention with other processes.
+//!
+//! Entries that the kernel rejects are retried with jittered back-off. Entries that another process keeps changing are restored
+//! at a bounded rate.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -10,21 +12,21 @@ use crate::model::api::{Drift, FailedOp};
 use crate::plan::diff::stage;
 use crate::plan::{Key, Op, OpError};
 
-/// The first and the longest pause before another try.
+/// Shortest and longest pause before a retry.
 const MIN_BACKOFF: Duration = Duration::from_millis(50);
 const MAX_BACKOFF: Duration = Duration::from_secs(30);
-/// Repairs of one entry within [`CONTENTION_WINDOW`] that are taken for accidents; from then on it is a fight.
+/// Repairs of one entry within [`CONTENTION_WINDOW`] above which the entry counts as contended.
 const CONTENTION_THRESHOLD: u32 = 10;
 const CONTENTION_WINDOW: Duration = Duration::from_secs(10);
-/// So many entries' repairs are remembered before the old ones are looked for.
+/// Number of entries with tracked repairs above which old ones are pruned.
 const MAX_TRACKED_REPAIRS: usize = 4096;
 
-/// The entries that are not as they should be for a known reason, and the account of repairs.
+/// Pending retries by entry, and statistics of repairs.
 #[derive(Debug, Default)]
 pub(super) struct RetryQueue {
     pending: BTreeMap<Key, Pending>,
     contention: BTreeMap<Key, Contention>,
-    /// How many repairs were still of use when the old ones were last forgotten.
+    /// Number of tracked entries that the last pruning kept.
     live_after_prune: usize,
     repair_count: u64,
     last_drift: Option<Drift>,
@@ -36,7 +38,7 @@ struct Pending {
     error: String,
     attempts: u32,
     due: Instant,
-    /// The failed entry that this one stands on: it cannot be set before that one is.
+    /// The failed entry that this one depends on: it has to be set first.
     cause: Option<Key>,
 }
 
@@ -48,14 +50,14 @@ struct Contention {
 }
 
 impl RetryQueue {
-    /// The kernel refused an op: it is retried later. `cause` is the failed entry that it stands on.
+    /// Schedules a retry of an op that the kernel rejected. `cause` is the failed entry that the op depends on.
     pub(super) fn record_failure(&mut self, op: &Op, error: OpError, cause: Option<Key>) {
         let attempts = self.pending.get(op.key()).map_or(0, |w| w.attempts) + 1;
-        // Once at the first failure, then each time the pause has grown eightfold: a log that tells and does not flood.
+        // Logged at the first failure, then each time the pause has grown eightfold, to limit the log.
         if let Some(cause) = &cause {
-            tracing::debug!(op = %op, errno = error.errno, error = %error, attempts, %cause, "entry refused because of another one");
+            tracing::debug!(op = %op, errno = error.errno, error = %error, attempts, %cause, "entry rejected because of another failed entry");
         } else if attempts == 1 || attempts.is_multiple_of(3) {
-            tracing::warn!(op = %op, errno = error.errno, error = %error, attempts, "the kernel refused an entry, trying again");
+            tracing::warn!(op = %op, errno = error.errno, error = %error, attempts, "kernel rejected an entry, retrying");
         }
         self.schedule(op.key().clone(), op.to_string(), error.message, attempts, cause);
     }
@@ -65,7 +67,7 @@ impl RetryQueue {
         self.pending.insert(key, Pending { entry, error, attempts, due, cause });
     }
 
-    /// Gives every due entry another pause. Due entries that produced an op in this round have a new pause already, or wait no longer.
+    /// Reschedules every due entry. Due entries that produced an op in this round are already rescheduled or no longer pending.
     pub(super) fn reschedule_due(&mut self, now: Instant) {
         for waiting in self.pending.values_mut().filter(|waiting| waiting.due <= now) {
             waiting.attempts += 1;
@@ -73,7 +75,7 @@ impl RetryQueue {
         }
     }
 
-    /// Stops waiting with what stands on these entries, which are set now. Returns what to set.
+    /// Removes the pending retries that depend on these entries, which are set now. Returns the keys to set.
     pub(super) fn release_dependents(&mut self, causes: &BTreeSet<Key>) -> Vec<Key> {
         let is_dependent = |waiting: &Pending| waiting.cause.as_ref().is_some_and(|cause| causes.contains(cause));
         let keys: Vec<Key> =
@@ -82,22 +84,22 @@ impl RetryQueue {
         keys
     }
 
-    /// The entry is as it should be. Returns whether it had been waiting.
+    /// Removes an entry that was set. Returns whether it was pending.
     pub(super) fn record_success(&mut self, key: &Key) -> bool {
         self.pending.remove(key).is_some()
     }
 
-    /// What is wanted has changed: old failures say nothing any more.
+    /// Removes an entry whose desired value changed, which makes earlier failures irrelevant.
     pub(super) fn remove(&mut self, key: &Key) {
         self.pending.remove(key);
     }
 
-    /// The same for every entry.
+    /// Removes every pending entry.
     pub(super) fn clear(&mut self) {
         self.pending.clear();
     }
 
-    /// Others changed an entry of ours. Returns whether it is to be put back at once; otherwise it waits.
+    /// Records a change of our entry by another process. Returns whether to restore it at once; otherwise it is scheduled.
     pub(super) fn record_drift(&mut self, key: &Key) -> bool {
         let (now, at) = (Instant::now(), unix_time());
         self.repair_count += 1;
@@ -109,7 +111,7 @@ impl RetryQueue {
         contention.repairs += 1;
         contention.last_repair_at = at;
         let repairs = contention.repairs;
-        // Not before there are twice as many as lasted: where thousands drift at once, none of them is old, and each would look through all.
+        // Only once their number has doubled: if thousands drift at once, none is old, and each call would scan all of them.
         if self.contention.len() > MAX_TRACKED_REPAIRS.max(2 * self.live_after_prune) {
             self.contention.retain(|_, fight| now.duration_since(fight.since) <= CONTENTION_WINDOW);
             self.live_after_prune = self.contention.len();
@@ -118,57 +120,57 @@ impl RetryQueue {
             return true;
         }
         if repairs == CONTENTION_THRESHOLD + 1 {
-            tracing::error!(entry = %key, repairs, "something on this host keeps undoing an entry: it is put back at a bounded rate from now on");
+            tracing::error!(entry = %key, repairs, "another process keeps changing an entry; limiting the rate of repairs");
         }
         let error = format!(
-            "changed by others {repairs} times within {} s: find who does it with `ip monitor`",
+            "changed by another process {repairs} times within {} s: find it with `ip monitor`",
             CONTENTION_WINDOW.as_secs()
         );
         self.schedule(key.clone(), key.to_string(), error, repairs - CONTENTION_THRESHOLD, None);
         false
     }
 
-    /// Whether an entry waits at this moment.
+    /// Whether an entry's retry is not due yet.
     pub(super) fn is_backing_off(&self, key: &Key, now: Instant) -> bool {
         self.pending.get(key).is_some_and(|waiting| waiting.due > now)
     }
 
-    /// The entries whose pause is over.
+    /// The entries whose retry is due.
     pub(super) fn due_keys(&self, now: Instant) -> Vec<Key> {
         self.pending.iter().filter(|(_, waiting)| waiting.due <= now).map(|(key, _)| key.clone()).collect()
     }
 
-    /// When the next pause is over.
+    /// Time of the next retry.
     pub(super) fn next_due(&self) -> Option<Instant> {
         self.pending.values().map(|waiting| waiting.due).min()
     }
 
-    /// Forgets entries that wait although nothing is wrong with them any more.
+    /// Drops pending entries that are in sync by now.
     pub(super) fn prune_satisfied(&mut self, is_in_sync: impl Fn(&Key) -> bool) {
         self.pending.retain(|key, _| !is_in_sync(key));
     }
 
-    /// Whether an entry of some kind waits.
+    /// Whether any pending key matches.
     pub(super) fn any(&self, wanted: impl Fn(&Key) -> bool) -> bool {
         self.pending.keys().any(wanted)
     }
 
-    /// How many entries wait.
+    /// Number of pending entries.
     pub(super) fn len(&self) -> usize {
         self.pending.len()
     }
 
-    /// Nothing waits.
+    /// Whether no entry is pending.
     pub(super) fn is_empty(&self) -> bool {
         self.pending.is_empty()
     }
 
-    /// Whether this entry waits.
+    /// Whether this entry is pending.
     pub(super) fn contains(&self, key: &Key) -> bool {
         self.pending.contains_key(key)
     }
 
-    /// At most `most` of the entries that wait, for the status: causes before what follows from them, in the order in which entries are set.
+    /// At most `limit` pending entries for the status: causes before their dependents, in the order in which entries are set.
     pub(super) fn list_failures(&self, limit: usize) -> Vec<FailedOp> {
         let mut all: Vec<(&Key, &Pending)> = self.pending.iter().collect();
         all.sort_by_key(|(key, waiting)| (waiting.cause.is_some(), stage(key)));
@@ -176,17 +178,17 @@ impl RetryQueue {
         all.into_iter().take(limit).map(|(_, waiting)| failed(waiting)).collect()
     }
 
-    /// How many of the entries that wait do so for a reason of their own.
+    /// Number of pending entries that no other failed entry causes.
     pub(super) fn root_failure_count(&self) -> usize {
         self.pending.values().filter(|waiting| waiting.cause.is_none()).count()
     }
 
-    /// Why one entry waits.
+    /// Error of a pending entry.
     pub(super) fn error_of(&self, key: &Key) -> Option<&str> {
         self.pending.get(key).map(|w| w.error.as_str())
     }
 
-    /// The entries that others change again and again at present, with how often.
+    /// The entries under contention now, with their numbers of repairs.
     pub(super) fn contended(&self) -> impl Iterator<Item = (&Key, u32)> {
         let is_contended =
             |fight: &Contention| fight.repairs > CONTENTION_THRESHOLD && fight.since.elapsed() <= CONTENTION_WINDOW;
@@ -203,13 +205,13 @@ impl RetryQueue {
         self.last_drift.as_ref()
     }
 
-    /// When one entry was put back last, in seconds since the epoch; repairs are remembered for a while only.
+    /// Time of an entry's last repair, in seconds since the epoch; old repairs are forgotten.
     pub(super) fn last_repair_of(&self, key: &Key) -> Option<u64> {
         self.contention.get(key).map(|fight| fight.last_repair_at)
     }
 }
 
-/// When an entry is retried after so many attempts.
+/// Time of the retry after `attempts` attempts.
 fn retry_at(attempts: u32) -> Instant {
     let pause = MIN_BACKOFF.saturating_mul(1 << attempts.clamp(1, 12)).min(MAX_BACKOFF);
     Instant::now() + pause.mul_f64(rand::rng().random_range(0.5..1.0))

@@ -1,4 +1,4 @@
-//! The loop against a kernel made of a map, for faults that a real kernel shows only by luck. Real kernels are in `tests/e2e`.
+//! Tests of the loop with a fake kernel, for faults that a real kernel shows only by chance. `tests/e2e` uses real kernels.
 
 mod failures;
 mod fake_kernel;
@@ -11,7 +11,7 @@ use crate::model::{Backend, Family, Lease, LeaseRecord, RejectReason, Vni};
 use crate::plan::state::{LinkState, device_of};
 use crate::plan::{LinkKind, Op, Value};
 
-/// How long the lease lasts without the store.
+/// TTL of the lease while the store does not answer.
 const LEASE_TTL: Duration = Duration::from_millis(500);
 
 struct FakeStateStore;
@@ -129,7 +129,7 @@ impl Fixture {
         }
     }
 
-    /// Ready, with these peers.
+    /// Starts a reconciler with these peers and waits until it is ready.
     async fn ready(peers: impl IntoIterator<Item = u8>) -> Fixture {
         let mut fixture = Fixture::start();
         fixture.join(peers).await;
@@ -137,7 +137,7 @@ impl Fixture {
         fixture
     }
 
-    /// Hands over all that a host needs, with these peers.
+    /// Sends the store events that a host needs to become ready, with these peers.
     async fn join(&self, peers: impl IntoIterator<Item = u8>) {
         self.send(StoreEvent::Connection(Connection::Up { revision: 1 })).await;
         self.send(StoreEvent::Config(Some(Ok(network())))).await;
@@ -145,7 +145,7 @@ impl Fixture {
         self.send(held_lease(100)).await;
     }
 
-    /// How many turns the loop takes in that time.
+    /// Number of loop iterations within `time`.
     async fn wakeups_within(&self, time: Duration) -> u64 {
         let before = *self.heartbeat.borrow();
         tokio::time::sleep(time).await;
@@ -156,9 +156,9 @@ impl Fixture {
         self.store.send(event).await.unwrap();
     }
 
-    /// The answer comes after all that was sent before is folded and applied.
+    /// The status after all events sent before are folded and applied.
     async fn status(&self) -> api::Status {
-        // Two rounds: the first may be the one that folds the events.
+        // Two queries: the first may be answered in the round that folds the events.
         for _ in 0..2 {
             let (reply, answer) = oneshot::channel();
             self.queries.send(ReconcilerQuery::Status(reply)).await.unwrap();
@@ -174,7 +174,7 @@ impl Fixture {
         self.kernel.lock().state.get(&route(number)).cloned()
     }
 
-    /// Others delete an entry.
+    /// Deletes an entry as another process would.
     async fn delete(&self, key: Key) {
         self.kernel.lock().state.remove(&key);
         self.events.send(KernelEvent::Changed(vec![(key, None)])).await.unwrap();
@@ -224,10 +224,10 @@ async fn snapshot_replaces_known_leases() {
     let world = fixture.kernel.lock();
     assert!(!world.state.contains_key(&Key::Fdb(vxlan, Mac([2, 0, 0, 0, 0, 2]))), "the old MAC is gone");
     assert!(world.state.contains_key(&Key::Fdb(vxlan, Mac([2, 0, 0, 0, 0, 22]))));
-    assert!(world.applied_ops.iter().all(|op| *op.key() != route(3)), "what is as it was is not written");
+    assert!(world.applied_ops.iter().all(|op| *op.key() != route(3)), "an unchanged entry is not written");
 }
 
-/// All is judged anew then, and what stays is as it was.
+/// Such a snapshot causes a full classification; unchanged entries are not written again.
 #[tokio::test]
 async fn snapshot_without_most_leases_removes_them() {
     let fixture = Fixture::ready(1..=6).await;
@@ -243,7 +243,8 @@ async fn snapshot_without_most_leases_removes_them() {
     assert!(world.applied_ops.iter().all(|op| matches!(op, Op::Delete(..)) && *op.key() != route(2)), "{:?}", world.applied_ops);
 }
 
-/// The other's device goes, and the next try makes ours before the kernel's event of that is read: nothing else says that all which lives on it is missing.
+/// The foreign device is deleted, and the next retry creates ours before the kernel's event of the deletion is read. No other
+/// event reports that all entries on the device are missing.
 #[tokio::test]
 async fn recreated_device_gets_its_entries_back() {
     let mut fixture = Fixture::ready([1]).await;
@@ -280,7 +281,7 @@ async fn recreated_device_gets_its_entries_back() {
         }
     })
     .await
-    .expect("all that lived on the device is back");
+    .expect("all entries on the device are back");
 }
 
 #[tokio::test]
@@ -323,7 +324,7 @@ async fn drift_is_repaired_and_counted() {
     assert!(fixture.route(1).is_some());
     assert_eq!(status.data_path.drift_repairs, 1);
     assert_eq!(status.data_path.last_drift.map(|drift| drift.entry), Some("route 10.244.1.0/24".to_owned()));
-    // A foreign entry on our device, and an event that was lost.
+    // A foreign entry on our device, and a lost event.
     let extra = Key::Neigh(Device::vxlan(Family::V4, Vni::DEFAULT), "10.244.99.0".parse().unwrap());
     {
         let mut world = fixture.kernel.lock();
@@ -352,7 +353,7 @@ async fn contended_entry_is_repaired_at_bounded_rate() {
     }
     assert!((10..20).contains(&deletions), "{deletions} repairs in 600 ms");
     let status = fixture.status().await;
-    assert!(status.problems.iter().any(|problem| problem.contains("changed by others")), "{:?}", status.problems);
+    assert!(status.problems.iter().any(|problem| problem.contains("changed by another process")), "{:?}", status.problems);
 }
 
 #[tokio::test]
@@ -366,7 +367,7 @@ async fn lost_lease_keeps_data_path() {
     assert!(status.problems.iter().any(|problem| problem.contains("it expired")), "{:?}", status.problems);
     assert!(fixture.kernel.lock().applied_ops.is_empty());
     assert_eq!(fixture.lease_request.borrow().as_ref().and_then(|wish| wish.preferred), Some(subnet(100)));
-    // What drifts meanwhile is repaired all the same.
+    // Drift is still repaired.
     fixture.delete(route(1)).await;
     fixture.status().await;
     assert!(fixture.route(1).is_some());
@@ -379,16 +380,16 @@ async fn store_outage_beyond_lease_ttl_clears_readiness() {
     let down = || StoreEvent::Connection(Connection::Down { error: "no route to host".to_owned() });
     let begun = Instant::now();
     fixture.send(down()).await;
-    // Told again for another reason: the lease has not become longer by that.
+    // A second event with another error must not extend the lease's time.
     fixture.send(StoreEvent::Connection(Connection::Down { error: "connection refused".to_owned() })).await;
     fixture.ready.wait_for(|ready| !*ready).await.unwrap();
-    assert!(begun.elapsed() >= LEASE_TTL, "ready as long as the lease lasts");
+    assert!(begun.elapsed() >= LEASE_TTL, "ready until the lease expires");
     let status = fixture.status().await;
     assert!(status.problems.iter().any(|problem| problem.contains("another host may get its subnet")), "{:?}", status.problems);
-    assert_eq!(fixture.kernel.lock().applied_ops, [], "the data path is as it was");
+    assert_eq!(fixture.kernel.lock().applied_ops, [], "the data path is unchanged");
     fixture.send(StoreEvent::Connection(Connection::Up { revision: 9 })).await;
     fixture.ready.wait_for(|ready| *ready).await.unwrap();
-    // A reservation has no end.
+    // A reservation does not expire.
     let reservation = HeldLease { subnet: subnet(100), etcd_lease: None, origin: LeaseOrigin::Reused };
     fixture.send(StoreEvent::Own(OwnLease::Held(reservation))).await;
     fixture.send(down()).await;
@@ -428,7 +429,7 @@ async fn invalid_leases_are_reported_and_ignored() {
     assert_eq!(fixture.status().await.store.refused.len(), 1);
 }
 
-/// An event may wait behind a change of ours: what it tells is over.
+/// A queued event may be older than a change of ours, so its content is out of date.
 #[tokio::test]
 async fn link_event_triggers_reread() {
     let fixture = Fixture::ready([1]).await;
@@ -437,9 +438,9 @@ async fn link_event_triggers_reread() {
     let link_value = |mtu| Some(Value::Link(Box::new(LinkState { mtu, ..bridge.clone() })));
     fixture.events.send(KernelEvent::Changed(vec![(key.clone(), link_value(1300))])).await.unwrap();
     let status = fixture.status().await;
-    assert_eq!((status.data_path.drift_repairs, fixture.kernel.lock().applied_ops.len()), (0, 0), "it is as it should be");
+    assert_eq!((status.data_path.drift_repairs, fixture.kernel.lock().applied_ops.len()), (0, 0), "the bridge is in sync");
 
-    // And what has come since counts, whatever was told.
+    // The link's present state counts, whatever the event says.
     fixture.kernel.lock().state.insert(key.clone(), link_value(1200).unwrap());
     fixture.events.send(KernelEvent::Changed(vec![(key.clone(), link_value(1300))])).await.unwrap();
     assert_eq!(fixture.status().await.data_path.drift_repairs, 1);

@@ -1,4 +1,4 @@
-//! The host's own interfaces: which one is external, what is wrong with it, and what the settings of all were and have to be.
+//! Selection of the external interface, its problems, and the sysctls of the host's own interfaces.
 
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
@@ -12,11 +12,11 @@ use crate::plan::desired::sysctls;
 use crate::plan::underlay::{CurrentUnderlay, Underlay, UnderlayChoice, ipv6_remedy};
 use crate::plan::{DataPath, Key, LinkKind, Value};
 
-/// How long after the start IPv6 may still be switched off on the external interface before this host does without.
+/// Time after the start for IPv6 to be enabled on the external interface, before this host uses IPv4 only.
 const IPV6_GRACE: Duration = Duration::from_secs(3);
 
 impl<D: DataPath, M: StateStore> Reconciler<D, M> {
-    /// Looks at the host's interfaces and chooses the external one.
+    /// Reads the host's interfaces and selects the external one.
     pub(super) async fn update_underlay(&mut self) {
         self.underlay_due = None;
         self.metrics.count_full_read(FullRead::Interfaces);
@@ -26,7 +26,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         let inventory = match read {
             Ok(inventory) => inventory,
             Err(error) => {
-                tracing::error!(%error, "the host's interfaces cannot be read, trying again in a second");
+                tracing::error!(%error, "cannot read the host's interfaces, retrying in 1 s");
                 self.underlay_errors = vec![error.to_string()];
                 self.underlay_due = Some(Instant::now() + Duration::from_secs(1));
                 return;
@@ -49,7 +49,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
                 for (family, new) in underlay.local.iter() {
                     if let (Some(old), Some(reason)) = (in_use.address(family).filter(|old| old != new), reasons.get(family)) {
                         let lost = self.inventory.explain_loss(old, underlay.index);
-                        tracing::warn!(%family, %old, %new, lost, %reason, "the underlay address of this host is another one now");
+                        tracing::warn!(%family, %old, %new, lost, %reason, "underlay address changed");
                     }
                 }
                 if self.underlay.as_ref() != Some(&underlay) {
@@ -70,7 +70,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         };
         if self.underlay_errors != problems {
             for problem in &problems {
-                tracing::error!(problem, "the external interface is not as it should be");
+                tracing::error!(problem, "problem with the external interface");
             }
             self.underlay_errors = problems;
             self.changed = true;
@@ -78,7 +78,8 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         self.host_dirty = true;
     }
 
-    /// The underlay as it is, or as an earlier run left it: by its VXLAN devices, else by what it published last (after a reboot).
+    /// The underlay in use, or that of an earlier run: read from its VXLAN devices, else from the last published addresses (after
+    /// a reboot).
     fn current_underlay(&self, network: &NetworkConfig) -> CurrentUnderlay {
         if let Some(underlay) = &self.underlay {
             return CurrentUnderlay { link: Some(underlay.index), local: underlay.local, published: PerFamily::default() };
@@ -103,12 +104,13 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         in_use
     }
 
-    /// What is wrong with the external interface and its addresses.
+    /// Problems of the external interface and its addresses.
     pub(super) fn underlay_problems(&self) -> impl Iterator<Item = String> {
         self.underlay_errors.iter().cloned().chain(self.own_address_in_overlay())
     }
 
-    /// That this host's address is one that the overlay leases: its packets would go into the tunnel, so peers leave its lease out.
+    /// The problem text if this host's address is in the overlay's leasable range. Packets to it would enter the tunnel, so peers
+    /// reject the lease.
     fn own_address_in_overlay(&self) -> Option<String> {
         let (network, underlay) = (self.network.as_ref()?, self.underlay.as_ref()?);
         let leased =
@@ -116,16 +118,16 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         let (family, address) = underlay.public_ip.iter().find(leased)?;
         let pool = network.pools.get(family)?;
         Some(format!(
-            "this host's address {address} lies among the overlay's subnets, {} to {}, so peers leave this host out: leave its range out by \
+            "this host's address {address} lies among the overlay's subnets, {} to {}, so peers ignore this host: exclude its range with \
              SubnetMin and SubnetMax, or choose another network",
             pool.min.base(),
             pool.max.last()
         ))
     }
 
-    /// Completes the choice where IPv6 is switched off on the external interface and nothing was built with it: this run has IPv4 alone then, for a lease
-    /// with IPv6 would need an address. Once IPv6 comes back it is not taken up by itself: the host would get another subnet, and its containers
-    /// lose their IPv4 addresses. Returns whether the choice stands.
+    /// Reduces the choice to IPv4 if IPv6 is disabled on the external interface and this run has not used it yet. A lease with
+    /// IPv6 would need an underlay address. If IPv6 is enabled later, this run ignores it: the host would get another subnet, and
+    /// its containers would lose their IPv4 addresses. Returns whether the choice is final.
     fn apply_ipv6_fallback(&mut self, pools: &PerFamily<Pool>, choice: &mut UnderlayChoice) -> bool {
         if !pools.families().eq(Family::ALL) {
             self.ipv4_only = false;
@@ -137,7 +139,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
             return true;
         }
         if !self.ipv4_only && self.started.elapsed() < IPV6_GRACE {
-            // What configures the host may be about to switch it on.
+            // The host's network configuration may be about to enable it.
             self.underlay_due = Some(self.started + IPV6_GRACE);
             return false;
         }
@@ -146,19 +148,19 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         let name = &underlay.name;
         problems.push(match is_back {
             true => format!(
-                "IPv6 is on again on {name}, and this host leased an IPv4 subnet alone: restart overlayd to have both; it gets another subnet \
-                 then, so attach its containers again"
+                "IPv6 is enabled again on {name}, but this host leased an IPv4 subnet only: restart overlayd to use both; the host then gets \
+                 another subnet, so attach its containers again"
             ),
             false => format!(
-                "IPv6 is switched off on the external interface {name}, so that only IPv4 of the overlay works on this host: {}, or take IPv6 \
-                 out of the network's configuration",
+                "IPv6 is switched off on the external interface {name}, so only IPv4 of the overlay works on this host: {}, or remove IPv6 \
+                 from the network's configuration",
                 ipv6_remedy(name)
             ),
         });
         true
     }
 
-    /// The host's own interfaces that have to go on with router advertisements.
+    /// The host's own interfaces that have to keep accepting router advertisements.
     pub(super) fn accept_ra_interfaces(&self, underlay: &Underlay) -> Vec<String> {
         let forwarding = Key::Sysctl(sysctls::IPV6_FORWARD.into());
         let is_off = |value: &Value| *value == Value::Sysctl("0".into());
@@ -169,7 +171,8 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         sysctls::accept_ra_interfaces(&self.inventory, underlay.index, enabled_by_agent, changed)
     }
 
-    /// Reads the settings of the host's own interfaces that are wanted and were not read before: what they were can be put back then.
+    /// Reads the desired sysctls of the host's own interfaces that were not read before, so that their old values can be
+    /// restored.
     pub(super) async fn read_sysctls(&mut self) {
         let settings = self.desired.keys().take_while(|key| matches!(key, Key::Sysctl(_)));
         let unread = settings.filter(|key| key.device().is_none() && !self.actual.contains_key(key));
@@ -180,7 +183,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         }
         match self.data_path.watch_sysctls(paths).await {
             Ok(found) => self.actual.extend(found),
-            Err(error) => tracing::warn!(%error, "a setting of an interface cannot be read"),
+            Err(error) => tracing::warn!(%error, "cannot read a sysctl of an interface"),
         }
     }
 }

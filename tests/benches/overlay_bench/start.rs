@@ -37,7 +37,7 @@ const PHASES: [(&str, &str); 6] = [
     ("kernel state read", "kernel state read"),
     ("leases read from etcd", "leases read"),
     ("decoded", "leases decoded"),
-    ("judged", "leases judged"),
+    ("judged", "leases classified"),
     ("planned and compared", "planned"),
     ("applied", "batch applied"),
 ];

@@ -1,9 +1,9 @@
-//! The agent is killed at each step of an attach and a detach; the disk is full at each writing.
+//! Kills of the agent at each step of attach and detach, and a full disk at each write.
 
 use super::fake_kernel::BlockPoint;
 use super::*;
 
-/// Runs on a runtime that is then torn down with everything on it, as a kill does.
+/// Runs `work` until the kernel blocks, then drops the runtime with all its tasks, as a kill would.
 fn kill_during(host: &TestHost, work: impl AsyncFnOnce(Endpoints<FakeKernel>)) {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     runtime.block_on(async {
@@ -14,8 +14,8 @@ fn kill_during(host: &TestHost, work: impl AsyncFnOnce(Endpoints<FakeKernel>)) {
             }
         };
         tokio::select! {
-            () = work(endpoints) => panic!("the work was to hang"),
-            outcome = tokio::time::timeout(Duration::from_secs(20), reached) => outcome.expect("the point is reached"),
+            () = work(endpoints) => panic!("the work should have blocked"),
+            outcome = tokio::time::timeout(Duration::from_secs(20), reached) => outcome.expect("the block point is reached"),
         }
     });
     runtime.shutdown_timeout(Duration::from_secs(5));
@@ -34,7 +34,7 @@ fn kill_during_attach_is_cleaned_up_at_restart() {
         kill_during(&host, async |endpoints| {
             let _ = endpoints.attach(name("a"), attach_request("/ns/a")).await;
         });
-        assert!(host.stored_json().contains("\"attaching\""), "{point:?}: written down before the kernel's work");
+        assert!(host.stored_json().contains("\"attaching\""), "{point:?}: persisted before the kernel's work");
         block_on(async {
             let endpoints = host.start(DUAL).await;
             assert!(endpoints.list().is_empty() && host.kernel.port_specs().is_empty(), "{point:?}");
@@ -77,7 +77,7 @@ fn corrupt_file_is_quarantined_and_attach_works() {
     });
 }
 
-/// Makes writing fail: the places of the temporary file and of the journal are taken by directories that are not empty.
+/// Makes writes fail: non-empty directories replace the temporary file and the journal.
 fn set_disk_full(host: &TestHost, full: bool) {
     let paths = [format!(".{FILE}.tmp"), JOURNAL.to_owned()].map(|name| host.directory.path().join(name));
     for path in paths {
@@ -104,7 +104,7 @@ fn full_disk_rejects_attach_but_allows_detach() {
         let error = endpoints.detach(name("a"), false).await.unwrap_err();
         assert!(error.to_string().contains("endpoint a: cannot write"), "{error}");
         assert!(host.kernel.port_specs().is_empty());
-        assert!(endpoints.detach(name("a"), false).await.is_err(), "still not written down");
+        assert!(endpoints.detach(name("a"), false).await.is_err(), "still not persisted");
         set_disk_full(&host, false);
         assert_eq!(endpoints.detach(name("a"), false).await.unwrap().endpoint, None);
         assert!(!host.stored_json().contains("\"a\""));
@@ -132,7 +132,7 @@ fn disk_full_during_attach_rolls_back() {
     });
 }
 
-/// The state was lost, the kernel's part was not: the one who made it can still be rid of it, and of nobody else's.
+/// The state was lost, but the port still exists: a detach by name removes it, and no other port.
 #[test]
 fn detach_without_record_removes_leftover_port() {
     let host = TestHost::new(&["/ns/a", "/ns/b"]);

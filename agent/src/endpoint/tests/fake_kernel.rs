@@ -1,4 +1,4 @@
-//! A made-up kernel: shared by the agents that follow one another on a host.
+//! A fake kernel, shared by successive agents of a host.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -29,7 +29,7 @@ struct FakeState {
     source_filter: SourceFilter,
 }
 
-/// Where the kernel is slow.
+/// Point at which the fake kernel blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum BlockPoint {
     BeforeAttach,
@@ -61,7 +61,7 @@ impl FakeKernel {
     }
 
     pub(super) fn remove(&self, host_interface: &str) {
-        self.with_state(|w| w.ports.remove(host_interface)).expect("a plug");
+        self.with_state(|w| w.ports.remove(host_interface)).expect("a port");
     }
 
     pub(super) fn remove_netns(&self, netns: &str) {
@@ -72,7 +72,7 @@ impl FakeKernel {
         self.with_state(|w| w.netns_paths.insert(netns.to_owned()));
     }
 
-    /// Puts another namespace behind each path.
+    /// Replaces the namespace at each path.
     pub(super) fn replace_namespaces(&self) {
         self.with_state(|w| w.generation += 1);
     }
@@ -81,7 +81,7 @@ impl FakeKernel {
         self.with_state(|w| w.loopbacks.len())
     }
 
-    /// A socket of the host that a published port meets.
+    /// Adds a socket of the host that conflicts with a published port.
     pub(super) fn listen(&self, wanted: &str, holder: &str) {
         let wanted: PublishedPort = wanted.parse().expect(wanted);
         let address = IpAddr::from([0, 0, 0, 0]);
@@ -89,7 +89,7 @@ impl FakeKernel {
         self.with_state(|w| w.sockets.push(socket));
     }
 
-    /// From now on the guard is told of what is plugged.
+    /// From now on `attach_port` applies the source filter.
     pub(super) fn apply_source_filter(&self) {
         self.with_state(|w| w.source_filter = SourceFilter::Applied);
     }
@@ -114,14 +114,14 @@ impl FakeKernel {
         self.block_at(BlockPoint::BeforeAttach)
     }
 
-    /// Whoever comes to this point waits for a permit.
+    /// Blocks calls at this point until they get a permit.
     pub(super) fn block_at(&self, point: BlockPoint) -> Arc<Semaphore> {
         let gate = Arc::new(Semaphore::new(0));
         self.with_state(|w| (w.block, w.is_blocked) = (Some((point, Arc::clone(&gate))), false));
         gate
     }
 
-    /// Whether somebody waits at that point.
+    /// Whether a call is blocked at that point.
     pub(super) fn is_blocked(&self) -> bool {
         self.with_state(|w| w.is_blocked)
     }
@@ -143,16 +143,16 @@ impl PortDriver for FakeKernel {
     async fn attach_port(&self, spec: &PortSpec) -> Result<SourceFilter, OpError> {
         self.wait_at(BlockPoint::BeforeAttach).await;
         assert!(!self.with_state(|w| std::mem::take(&mut w.panic_on_attach)), "a defect");
-        // Lets others run in between, as the kernel's work does.
+        // Lets other tasks run in between, as the kernel's work does.
         tokio::task::yield_now().await;
         let guard = self.with_state(|w| {
             if w.failing_attaches > 0 {
                 w.failing_attaches -= 1;
-                return Err(kernel_error("no plug today"));
+                return Err(kernel_error("attach failed"));
             }
             match w.ports.get(&spec.host_interface) {
                 Some(there) if there == spec => return Ok(w.source_filter),
-                Some(_) => return Err(kernel_error("another plug of that name is there")),
+                Some(_) => return Err(kernel_error("another port of that name exists")),
                 None => {}
             }
             let taken = w.ports.values().any(|p| {
@@ -178,7 +178,7 @@ impl PortDriver for FakeKernel {
         self.wait_at(BlockPoint::BeforeDetach).await;
         self.with_state(|w| {
             match &mut w.allowed_detaches {
-                Some(0) => return Err(kernel_error("no unplug today")),
+                Some(0) => return Err(kernel_error("detach failed")),
                 Some(left) => *left -= 1,
                 None => {}
             }

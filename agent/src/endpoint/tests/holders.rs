@@ -1,9 +1,9 @@
-//! What an endpoint has whose namespace is gone is given to the next one that asks for it, without waiting for the audit.
+//! Resources of an endpoint whose namespace is gone are free for the next attach, before any audit.
 
 use super::modes::{mode_request, publish_request};
 use super::*;
 
-/// What one request asks for that another one has.
+/// Requests that conflict with each other, by the resource that they conflict in.
 fn requests(netns: &str) -> Vec<(&'static str, AttachRequest)> {
     vec![
         ("address", attach_request_with(netns, &["10.244.1.77"])),
@@ -32,7 +32,7 @@ async fn missing_netns_releases_resources_to_next_attach() {
         assert_eq!(
             (error.class(), names(&endpoints)),
             (ErrorClass::Conflict, vec!["a".to_owned()]),
-            "{what}: a living one keeps it"
+            "{what}: an endpoint with a namespace keeps it"
         );
         host.kernel.remove_netns("/ns/a");
         endpoints.attach(name("b"), next).await.expect(what);
@@ -51,7 +51,7 @@ async fn missing_netns_releases_resources_after_restart() {
             endpoints.close().await;
             drop(endpoints);
             if reboot {
-                // Others are at each path.
+                // Other namespaces are at each path.
                 host.kernel.replace_namespaces();
             } else {
                 host.kernel.remove_netns("/ns/a");
@@ -76,7 +76,7 @@ async fn attach_takes_over_from_several_endpoints() {
         publish: publish_request("/ns/d", &["8080-8081:80-81"]).publish,
         ..attach_request_with("/ns/d", &["10.244.1.77"])
     };
-    endpoints.attach(name("d"), wanted.clone()).await.expect_err("one of the three holders lives");
+    endpoints.attach(name("d"), wanted.clone()).await.expect_err("one of the three holders is alive");
     host.kernel.remove_netns("/ns/c");
     endpoints.attach(name("d"), wanted).await.unwrap();
     assert_eq!(names(&endpoints), ["d"]);
@@ -100,11 +100,11 @@ async fn recreated_netns_at_same_path_is_free() {
         let host = TestHost::new(&["/ns/a"]);
         let endpoints = host.start(DUAL).await;
         endpoints.attach(name("a"), held.clone()).await.unwrap();
-        endpoints.attach(name("b"), attach_request("/ns/a")).await.expect_err("it is a's");
+        endpoints.attach(name("b"), attach_request("/ns/a")).await.expect_err("a uses the namespace");
         host.kernel.replace_namespaces();
         endpoints.attach(name("b"), attach_request("/ns/a")).await.unwrap();
         assert_eq!(names(&endpoints), ["b"]);
-        // The name, with another owner.
+        // The same name with another owner.
         host.kernel.replace_namespaces();
         let other = AttachRequest { owner: Some("cni/net/2/eth0".to_owned()), ..held };
         endpoints.attach(name("b"), other).await.unwrap();
@@ -139,7 +139,7 @@ async fn runtime_endpoint_is_not_reattached_to_recreated_netns() {
     assert!(endpoints.reconcile_ports().await.is_empty());
     assert!(host.kernel.port_specs().is_empty() && endpoints.ports().borrow().is_empty());
     let second = endpoints.attach(name("a"), request).await.unwrap();
-    assert_ne!(first.endpoint.addresses(), second.endpoint.addresses(), "asked for, it is a new endpoint");
+    assert_ne!(first.endpoint.addresses(), second.endpoint.addresses(), "an attach creates a new endpoint");
     assert_eq!(host.kernel.port_specs().len(), 1);
     host.kernel.replace_namespaces();
     assert!(endpoints.audit().await.is_empty());
@@ -152,11 +152,11 @@ async fn reattached_name_gets_port_immediately() {
     let endpoints = host.start(DUAL).await;
     endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap();
     host.kernel.remove_netns("/ns/a");
-    // Its port went with its namespace, and somebody noticed.
+    // Its port vanished with its namespace, and both checks have noticed.
     assert!(endpoints.reconcile_ports().await.is_empty() && endpoints.audit().await.is_empty());
     endpoints.attach(name("a"), attach_request("/ns/b")).await.unwrap();
     assert_eq!(endpoints.ports().borrow().len(), 1);
-    // One look is not two.
+    // One audit is not enough to detach it.
     host.kernel.remove_netns("/ns/b");
     assert!(endpoints.audit().await.is_empty());
 }
@@ -170,7 +170,7 @@ async fn missing_shared_netns_is_released() {
     host.kernel.remove_netns("/ns/a");
     let error = endpoints.attach(name("t"), mode_request("container:a", None)).await.unwrap_err();
     assert!(error.to_string().contains("no network namespace at /ns/a"), "{error}");
-    // The name of one that shared it.
+    // Attach under the name of an endpoint that shared the namespace.
     host.kernel.restore_netns("/ns/b");
     endpoints.attach(name("s"), attach_request("/ns/b")).await.unwrap();
     host.kernel.restore_netns("/ns/a");

@@ -1,4 +1,4 @@
-//! The modes beside overlay, namespaces that are known by more than their path, and published ports.
+//! Tests of the modes other than overlay, of namespace ids, and of published ports.
 
 use super::*;
 use crate::model::Mac;
@@ -33,7 +33,7 @@ async fn modes_without_subnet_attach() {
     assert_eq!(own.endpoint.netns.to_str(), Some("/proc/1/ns/net"));
     let shared = endpoints.attach(name("s"), mode_request("container:n", None)).await.unwrap();
     assert_eq!(shared.endpoint.netns.to_str(), Some("/ns/a"));
-    // Who shares with one that shares, shares with the owner.
+    // Sharing with an endpoint that shares itself means sharing with the namespace's owner.
     let stacked = endpoints.attach(name("t"), mode_request("container:s", None)).await.unwrap();
     assert_eq!(stacked.endpoint.mode.to_string(), "container:n");
     for (who, request) in [
@@ -42,7 +42,7 @@ async fn modes_without_subnet_attach() {
         ("s", mode_request("container:n", None)),
         ("t", mode_request("container:s", None)),
     ] {
-        endpoints.attach(name(who), request).await.expect("the same again");
+        endpoints.attach(name(who), request).await.expect("a repeated attach");
     }
     assert!(endpoints.ports().borrow().is_empty(), "none of them has a port on the bridge");
     assert!(host.kernel.port_specs().is_empty());
@@ -95,7 +95,7 @@ async fn modes_without_subnet_attach() {
     )
     .await;
 
-    // Over a restart.
+    // After a restart.
     let before = endpoints.list();
     endpoints.close().await;
     drop(endpoints);
@@ -119,7 +119,7 @@ async fn shared_netns_detach_requires_force() {
     let detached = endpoints.detach(name("a"), true).await.unwrap();
     assert_eq!((detached.endpoint, detached.sharers), (Some(name("a")), vec![name("s")]));
     assert!(endpoints.list().is_empty() && host.kernel.port_specs().is_empty() && !host.stored_json().contains("\"s\""));
-    // It is not there: nobody can begin to share it.
+    // It does not exist, so no endpoint can start sharing it.
     assert_rejected(&endpoints, "s", mode_request("container:a", None), ErrorClass::NotFound, "there is no endpoint a").await;
 }
 
@@ -146,14 +146,14 @@ async fn reused_pid_is_a_different_netns() {
     endpoints.attach(name("b"), attach_request("/ns/b")).await.unwrap();
     assert_eq!(endpoints.attach(name("a"), attach_request(PATH)).await.unwrap(), first);
     host.kernel.replace_namespaces();
-    // The old one's interface is not made in the stranger's namespace.
+    // The old endpoint's interface is not created in the new namespace.
     host.kernel.remove(&first.endpoint.port.as_ref().unwrap().host_interface);
     assert!(endpoints.reconcile_ports().await.is_empty());
-    assert_eq!(host.kernel.port_specs().len(), 1, "b's, whose path says which one is meant");
-    // Asked for, the stranger is a new endpoint.
+    assert_eq!(host.kernel.port_specs().len(), 1, "b's port, whose path identifies its namespace");
+    // An attach of the new namespace creates a new endpoint.
     let second = endpoints.attach(name("a"), attach_request(PATH)).await.unwrap();
     assert_ne!(first.endpoint.addresses(), second.endpoint.addresses());
-    assert_eq!(endpoints.list().len(), 2, "who shared the old one is gone with it");
+    assert_eq!(endpoints.list().len(), 2, "endpoints that shared the old one are removed with it");
     host.kernel.replace_namespaces();
     assert!(endpoints.audit().await.is_empty());
     assert_eq!(endpoints.audit().await, [name("a")]);
@@ -179,7 +179,7 @@ async fn conflicting_published_ports_are_rejected() {
     assert_eq!(shown(&a.endpoint.published), ["8081:81/tcp", "192.0.2.7:8080:80/tcp"]);
     assert_eq!(endpoints.ports().borrow()[0].published, a.endpoint.published);
     assert!(host.stored_json().contains("8081"), "kept");
-    // The order does not matter, the ports do.
+    // The order of published ports does not matter.
     let again = endpoints.attach(name("a"), publish_request("/ns/a", &["192.0.2.7:8080:80", "8081:81"])).await.unwrap();
     assert_eq!(again, a);
     let before = (host.stored_json(), host.kernel.port_specs());
@@ -211,23 +211,23 @@ async fn wildcard_of_missing_family_has_no_effect() {
     ] {
         let host = TestHost::new(&["/ns/a", "/ns/b", "/ns/c"]);
         let endpoints = host.start(subnet).await;
-        // A socket there keeps nothing from a container that would not be reached by it.
+        // A socket on a family without a subnet does not conflict.
         host.kernel.listen(missing, "sshd (process 7)");
         let both = publish_request("/ns/a", &[served, missing]);
         let a = endpoints.attach(name("a"), both.clone()).await.unwrap();
-        assert_eq!(a.endpoint.published.len(), 2, "it is shown as it was asked for");
-        assert_eq!(endpoints.attach(name("a"), both).await.unwrap(), a, "the same again");
+        assert_eq!(a.endpoint.published.len(), 2, "shown as requested");
+        assert_eq!(endpoints.attach(name("a"), both).await.unwrap(), a, "a repeated attach");
         assert_rejected(&endpoints, "b", publish_request("/ns/b", &[served]), ErrorClass::Conflict, "endpoint a has").await;
         assert_rejected(
             &endpoints,
             "b",
             publish_request("/ns/b", &[specific]),
             ErrorClass::InvalidRequest,
-            "so no container could answer",
+            "so no container could reply",
         )
         .await;
         endpoints.detach(name("a"), false).await.unwrap();
-        // Alone it is nobody's claim to the port.
+        // A wildcard of the missing family alone does not occupy the port.
         endpoints.attach(name("b"), publish_request("/ns/b", &[missing])).await.unwrap();
         endpoints.attach(name("c"), publish_request("/ns/c", &["8080:80"])).await.unwrap();
     }
@@ -241,8 +241,14 @@ async fn repeated_mapping_is_accepted() {
     let a = endpoints.attach(name("a"), repeated.clone()).await.unwrap();
     assert_eq!(endpoints.attach(name("a"), repeated).await.unwrap(), a);
     let elsewhere = publish_request("/ns/a", &["0.0.0.0:8080:80", "8080:81"]);
-    assert_rejected(&endpoints, "b", elsewhere, ErrorClass::InvalidRequest, "lead the same port of the host to different ports")
-        .await;
+    assert_rejected(
+        &endpoints,
+        "b",
+        elsewhere,
+        ErrorClass::InvalidRequest,
+        "map the same host port to different container ports",
+    )
+    .await;
 }
 
 #[tokio::test]
@@ -265,7 +271,7 @@ async fn source_check_and_owner_are_persisted() {
         "a",
         AttachRequest { owner: None, ..router },
         ErrorClass::Conflict,
-        "owner cni/net/1, not owner nobody",
+        "owner cni/net/1, not owner none",
     )
     .await;
     endpoints.close().await;
@@ -328,15 +334,15 @@ async fn requested_mac_is_unique() {
     let a = endpoints.attach(name("a"), with(mac, "/ns/a")).await.unwrap();
     let port = a.endpoint.port.clone().unwrap();
     assert_eq!((port.mac.to_string().as_str(), host.kernel.port_specs()[&port.host_interface].mac), (mac, port.mac));
-    // With the same wish and with none it is the same endpoint.
+    // A request with the same MAC and one without a MAC both match the endpoint.
     assert_eq!(endpoints.attach(name("a"), with(mac, "/ns/a")).await.unwrap(), a);
     assert_eq!(endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap(), a);
     let other = "endpoint a is attached with MAC 02:00:5e:10:00:07, not MAC 02:00:5e:10:00:08";
     assert_rejected(&endpoints, "a", with("02:00:5e:10:00:08", "/ns/a"), ErrorClass::Conflict, other).await;
     assert_rejected(&endpoints, "b", with(mac, "/ns/b"), ErrorClass::Conflict, "in use by endpoint a").await;
-    assert_rejected(&endpoints, "b", with("ff:ff:ff:ff:ff:ff", "/ns/b"), ErrorClass::InvalidRequest, "a group's").await;
+    assert_rejected(&endpoints, "b", with("ff:ff:ff:ff:ff:ff", "/ns/b"), ErrorClass::InvalidRequest, "a group address").await;
     let in_none = AttachRequest { mac: Some(port.mac), ..mode_request("none", Some("/ns/b")) };
-    assert_rejected(&endpoints, "b", in_none, ErrorClass::InvalidRequest, "a wished MAC").await;
+    assert_rejected(&endpoints, "b", in_none, ErrorClass::InvalidRequest, "does not support a MAC").await;
     endpoints.detach(name("a"), false).await.unwrap();
     endpoints.attach(name("b"), with(mac, "/ns/b")).await.unwrap();
 }

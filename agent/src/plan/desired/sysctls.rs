@@ -1,10 +1,11 @@
-//! Settings of interfaces (`/proc/sys/net/ipv4/conf`, `/proc/sys/net/is_ipv6/conf`) with which the kernel would not carry the overlay's traffic.
+//! Interface sysctls (`/proc/sys/net/ipv4/conf`, `/proc/sys/net/ipv6/conf`) that the overlay's traffic depends on.
 //!
-//! A device is created with the values of `conf/default`, and the kernel goes by the device's own value, not by the global one: with
-//! `ip_forward=1` a device that was created under `conf/default/check_forwarding=0` forwards nothing. So the settings are desired for each device.
+//! A new device gets the values of `conf/default`, and the kernel uses the device's own value instead of the global one: with
+//! `ip_forward=1`, a device created under `conf/default/forwarding=0` forwards nothing. So desired state sets them on each
+//! device.
 //!
-//! Where the kernel combines a device's value with that of `conf/all`, only values are here that hold whatever the other is.
-//! `arp_ignore` is the one that `all` can overrule (the larger counts); `overlayctl check` looks at that.
+//! If the kernel combines a device's value with that of `conf/all`, the values here take effect whatever the value of `all` is.
+//! The exception is `arp_ignore`, which `all` can override (the larger value counts); `overlayctl check` reports that.
 
 use super::super::state::{Key, State, Value};
 use super::super::underlay::{ForeignLink, HostInventory};
@@ -12,23 +13,25 @@ use crate::model::{Device, Family, Role};
 
 /// IPv4 forwarding of the whole namespace.
 pub const IPV4_FORWARD: &str = "ipv4/ip_forward";
-/// IPv6 forwarding of the whole namespace. The kernel forwards IPv6 by this one alone (`ip6_forward` in `net/is_ipv6/ip6_output.c`).
+/// IPv6 forwarding of the whole namespace. It alone decides whether the kernel forwards IPv6 (`ip6_forward` in
+/// `net/ipv6/ip6_output.c`).
 pub const IPV6_FORWARD: &str = "ipv6/conf/all/forwarding";
 
-/// What every device that carries IPv4 has.
+/// Sysctls of every device that carries IPv4.
 ///
-/// | setting | without it |
+/// | sysctl | without it |
 /// | --- | --- |
-/// | `check_forwarding` | nothing that comes in by the device is forwarded (`ip_route_input_slow` in `net/ipv4/route.c`) |
-/// | `rp_filter` 2 (loose) | the larger of this and `all` counts, and strict (1) is the smaller: a source whose way back is another one is dropped |
-/// | `accept_redirects` | whoever is at the device could change the host's routes |
+/// | `forwarding` | packets received on the device are not forwarded (`ip_route_input_slow` in `net/ipv4/route.c`) |
+/// | `rp_filter` 2 (loose) | strict (1) drops packets whose return path is another device; the larger of this and `all` counts |
+/// | `accept_redirects` | any neighbour on the device could change the host's routes |
 const IPV4: [(&str, &str); 3] = [("forwarding", "1"), ("rp_filter", "2"), ("accept_redirects", "0")];
-/// What the bridge has beside that, so that it alone answers ARP for the gateway, always, and for nothing else.
+/// Further sysctls of the bridge, so that it always answers ARP requests for the gateway, and only those.
 const IPV4_BRIDGE: [(&str, &str); 4] = [("arp_filter", "0"), ("arp_ignore", "0"), ("proxy_arp", "0"), ("proxy_arp_pvlan", "0")];
-/// What every device that carries IPv6 has. A device that is no router takes redirects, and says in its advertisements that it is none.
+/// Sysctls of every device that carries IPv6. Without `forwarding` a device accepts redirects, and its neighbour advertisements
+/// lack the router flag.
 const IPV6: [(&str, &str); 2] = [("disable_ipv6", "0"), ("forwarding", "1")];
 
-/// The settings of a device for one family: path and value.
+/// The sysctls of a device for one family: path and value.
 pub fn device_settings(device: Device, family: Family) -> impl Iterator<Item = (String, &'static str)> {
     let settings = match (family, device.role) {
         (Family::V4, Role::Bridge) => IPV4.iter().chain(&IPV4_BRIDGE),
@@ -38,7 +41,7 @@ pub fn device_settings(device: Device, family: Family) -> impl Iterator<Item = (
     settings.map(move |(setting, value)| (interface_path(&device.to_string(), family, setting), *value))
 }
 
-/// Where a setting of an interface is.
+/// Path of an interface's sysctl, below `/proc/sys/net`.
 pub fn interface_path(interface: &str, family: Family, setting: &str) -> String {
     let protocol = match family {
         Family::V4 => "ipv4",
@@ -47,7 +50,7 @@ pub fn interface_path(interface: &str, family: Family, setting: &str) -> String 
     format!("{protocol}/conf/{interface}/{setting}")
 }
 
-/// The sysctl that lets the host forward a family.
+/// The sysctl that enables forwarding of a family on this host.
 pub const fn forwarding(family: Family) -> &'static str {
     match family {
         Family::V4 => IPV4_FORWARD,
@@ -55,15 +58,17 @@ pub const fn forwarding(family: Family) -> &'static str {
     }
 }
 
-/// Kinds of interfaces at whose other end may be a container or a guest: a router there is nobody's unless it is used already.
+/// Kinds of interfaces whose peer may be a container or a guest. A router there is ignored unless the host has a route from it.
 const INNER_KINDS: [&str; 3] = ["bridge", "tun", "veth"];
 
-/// The host's own interfaces that have to go on with router advertisements when the host forwards IPv6. With `accept_ra=1` the kernel ignores them
-/// then, and drops the default routes that came from them (`rt6_purge_dflt_routers` in `net/is_ipv6/route.c`).
+/// The host's own interfaces that have to keep accepting router advertisements when the host forwards IPv6. With forwarding and
+/// `accept_ra=1`, the kernel ignores advertisements and drops the default routes learned from them (`rt6_purge_dflt_routers` in
+/// `net/ipv6/route.c`).
 ///
-/// These are the interfaces that take advertisements now, and while forwarding was switched on by the agent (`enabled_by_agent`) those that would have;
-/// `changed` names the ones whose setting the agent changed before. An interface that ignored advertisements on a host that forwarded before the
-/// agent came stays as it is, as does one whose setting is 0: others do its router discovery.
+/// These are the interfaces that accept advertisements now. If the agent enabled forwarding (`enabled_by_agent`), they include
+/// those that accepted advertisements before. `changed` reports interfaces whose sysctl the agent changed before. On a host that
+/// forwarded before the agent's start, an interface that ignored advertisements stays unchanged. So does one with `accept_ra=0`,
+/// for which another program does router discovery.
 pub fn accept_ra_interfaces(
     inventory: &HostInventory,
     external: u32,
@@ -82,7 +87,7 @@ pub fn accept_ra_interfaces(
     inventory.links.iter().filter(is_kept).map(|link| link.name.clone()).collect()
 }
 
-/// Adds a setting to a state.
+/// Adds a sysctl to a state.
 pub fn insert(state: &mut State, path: impl Into<Box<str>>, value: &str) {
     state.insert(Key::Sysctl(path.into()), Value::Sysctl(value.into()));
 }
@@ -131,17 +136,25 @@ mod tests {
     fn accept_ra_is_kept_where_in_use() {
         let mut all = inventory();
         assert_eq!(accept_ra_names(&all, 2, true), "eth0 eth1 bond0.7 br0");
-        assert_eq!(accept_ra_names(&all, 6, true), "eth0 eth1 bond0.7 cali7 br0", "the external interface counts whatever it is");
+        assert_eq!(
+            accept_ra_names(&all, 6, true),
+            "eth0 eth1 bond0.7 cali7 br0",
+            "the external interface is included whatever its kind"
+        );
         let set = |all: &mut HostInventory, forwarding, accept_ra| {
             for link in &mut all.links {
                 link.ipv6 = Some(Ipv6Settings { forwarding, accept_ra, disabled: false });
             }
         };
         set(&mut all, true, 1);
-        assert_eq!(accept_ra_names(&all, 2, true), "eth0 eth1 bond0.7 br0", "the agent switched forwarding on");
-        assert_eq!(accept_ra_names(&all, 2, false), "br0", "the host forwarded before: only what lives from them");
+        assert_eq!(accept_ra_names(&all, 2, true), "eth0 eth1 bond0.7 br0", "the agent enabled forwarding");
+        assert_eq!(
+            accept_ra_names(&all, 2, false),
+            "br0",
+            "the host forwarded before: only interfaces with a default route from advertisements"
+        );
         set(&mut all, false, 0);
-        assert_eq!(accept_ra_names(&all, 2, true), "", "others do their router discovery");
+        assert_eq!(accept_ra_names(&all, 2, true), "", "another program does router discovery");
         set(&mut all, true, 2);
         assert_eq!(accept_ra_names(&all, 2, true), "", "nothing to change");
         all.links[2].name = "changed".to_owned();

@@ -1,4 +1,4 @@
-//! What a host wants of its kernel, entry by entry.
+//! Tests of desired state, entry by entry.
 
 use super::*;
 use crate::model::peer::RemoteSubnet;
@@ -145,7 +145,7 @@ fn subnet_of_required_address_has_no_unreachable_route() {
     assert!(!unreachable(&["fd00:10:244:ff::1"]).contains(&"fd00:10:244:80::/57 present".to_owned()));
 }
 
-/// An endpoint with these published ports.
+/// Creates an endpoint with these published ports.
 fn endpoint_with_ports(published: &[&str]) -> Endpoint {
     let port = Port {
         interface: "eth0".to_owned(),
@@ -174,7 +174,7 @@ fn changed_entries_omit_unchanged_endpoints() {
     for from in hosts.iter().chain([&moved]) {
         for to in hosts.iter().chain([&moved]) {
             let (was, now) = from.changed_entries(to);
-            // The whole, less what is said to go, with what is said to come, is the other whole.
+            // All entries of `from`, minus the old changed entries, plus the new ones, are all entries of `to`.
             let mut state = from.entries();
             state.retain(|key, _| !was.contains_key(key));
             state.extend(now);
@@ -187,7 +187,7 @@ fn changed_entries_omit_unchanged_endpoints() {
     assert!(lines(&was).iter().chain(&lines(&now)).all(|line| !line.contains("veth1")));
 }
 
-/// The elements of a host's sets, but for those of its peers.
+/// The elements of a host's sets, without those of its peers.
 fn elements(host: &HostSpec) -> Vec<String> {
     lines(&host.entries()).into_iter().filter_map(|line| line.strip_prefix("element of ").map(str::to_owned)).collect()
 }
@@ -219,7 +219,7 @@ fn no_published_ports_means_no_dnat() {
     };
     let quiet = HostSpec { masquerade: false, ports: vec![Arc::new(endpoint_with_ports(&[]))], ..host(DUAL, DUAL_KEY) };
     let text = rules(&quiet);
-    assert!(!text.contains(" nat ") && !text.contains("map "), "no conntrack for a host that translates nothing:\n{text}");
+    assert!(!text.contains(" nat ") && !text.contains("map "), "no conntrack on a host without NAT:\n{text}");
     let sysctl = "sysctl net/ipv4/conf/ovb.1/route_localnet 0".to_owned();
     assert!(lines(&quiet.entries()).contains(&sysctl));
     let text = rules(&HostSpec { ports: vec![Arc::new(endpoint_with_ports(&["80:80"]))], ..quiet });
@@ -252,7 +252,7 @@ fn peer_tunnel_elements_cover_its_subnet() {
     assert_eq!(of(&usual, "10.244.9.64/26"), ["element of ranges4: 192.0.2.9 . 10.244.9.64-10.244.9.127"]);
     let plain = HostSpec { masquerade: false, ..usual };
     let wanted = ["element of peers4: 192.0.2.9 . 10.244.9.0", "element of hosts4: 192.0.2.9 . 192.0.2.9"];
-    assert_eq!(of(&plain, "10.244.9.0/24"), wanted, "it answers containers by its own address");
+    assert_eq!(of(&plain, "10.244.9.0/24"), wanted, "it replies to containers from its own address");
 }
 
 #[test]
@@ -281,7 +281,7 @@ fn peer_has_five_entries_per_family() {
         "neigh 10.244.9.0 dev ovx.1 lladdr 02:00:00:00:09:04",
         "route 10.244.9.0/24 via 10.244.9.0 dev ovx.1 onlink",
     ];
-    assert_eq!(lines(entries.iter().map(|(key, value)| (key, value))), wanted, "only the family that this host has");
+    assert_eq!(lines(entries.iter().map(|(key, value)| (key, value))), wanted, "only the family of this host's subnet");
 }
 
 #[test]
@@ -322,7 +322,7 @@ fn only_host_interfaces_accept_router_advertisements() {
         lines(&host.entries()).into_iter().filter(|line| line.contains("accept_ra")).collect()
     };
     let ours = ["sysctl net/ipv6/conf/ovb.1/accept_ra 0", "sysctl net/ipv6/conf/ovx.1/accept_ra 0"];
-    assert_eq!(sysctls(V4, "10.244.7.0-24", true), ours, "forwarding of IPv6 stays as it is, so does the external interface");
+    assert_eq!(sysctls(V4, "10.244.7.0-24", true), ours, "IPv6 forwarding and the external interface stay unchanged");
     assert!(!sysctls(DUAL, DUAL_KEY, false).iter().any(|line| line.contains("eth0")));
     assert!(sysctls(V6, "fd00:10:244:7::-64", true).contains(&"sysctl net/ipv6/conf/eth0/accept_ra 2".to_owned()));
 }
@@ -391,9 +391,9 @@ fn existing_nexthop_ids_are_adopted() {
     let start = NEXTHOP_IDS.start;
     let mut ids = NexthopIds::default();
     ids.adopt(&nexthop_state(&[(start, 1), (start + 1, 2), (start + 2, 1), (5, 3)]));
-    assert_eq!(ids.id_for(ovx(), gateway(1)), start, "the first of two counts");
+    assert_eq!(ids.id_for(ovx(), gateway(1)), start, "the first of two is used");
     assert_eq!(ids.id_for(ovx(), gateway(2)), start + 1);
-    assert_eq!(ids.id_for(ovx(), gateway(4)), start + 3, "the second one's id is nobody's: routes may still use it");
+    assert_eq!(ids.id_for(ovx(), gateway(4)), start + 3, "the second one's id stays reserved: routes may still use it");
     assert_eq!(ids.id_for(ovx(), gateway(3)), start + 4, "an id outside our range is not ours");
 }
 
@@ -407,5 +407,5 @@ fn nexthop_ids_are_not_reused_immediately() {
 
     let mut ids = NexthopIds { next: NEXTHOP_IDS.end - 1, ..NexthopIds::default() };
     assert_eq!(ids.id_for(ovx(), gateway(1)), NEXTHOP_IDS.end - 1);
-    assert_eq!(ids.id_for(ovx(), gateway(2)), NEXTHOP_IDS.start, "they go round");
+    assert_eq!(ids.id_for(ovx(), gateway(2)), NEXTHOP_IDS.start, "ids wrap around");
 }

@@ -1,8 +1,8 @@
-//! Entries that the kernel refuses, and those that depend on them.
+//! Entries that the kernel rejects, and their dependent entries.
 
 use super::*;
 
-/// A foreign link hides the device: the entry's retry gives no op, and its deadline must not stay in the past.
+/// A foreign link hides the device, so the entry's retry produces no op. Its deadline must not stay in the past.
 #[tokio::test]
 async fn due_entry_without_op_is_rescheduled() {
     let fixture = Fixture::ready([1]).await;
@@ -22,19 +22,19 @@ async fn due_entry_without_op_is_rescheduled() {
     fixture.status().await;
     // Longer than the first pauses, so that the entry is due several times.
     let turns = fixture.wakeups_within(Duration::from_secs(1)).await;
-    assert!(turns < 50, "{turns} turns of the loop in a second");
+    assert!(turns < 50, "{turns} loop iterations in a second");
     let status = fixture.status().await;
     assert!(status.problems.iter().any(|problem| problem.contains("the first: set link ovx.1")), "{:?}", status.problems);
 }
 
 #[tokio::test]
 async fn wrong_deadline_causes_bounded_wakeups() {
-    // Each full comparison is followed by the next at once.
+    // With this interval each full comparison is followed by the next at once.
     let mut fixture = Fixture::start_with(FakeKernel::default(), Duration::ZERO);
     fixture.join([1]).await;
     fixture.ready.wait_for(|ready| *ready).await.unwrap();
     let turns = fixture.wakeups_within(Duration::from_secs(1)).await;
-    assert!((2..100).contains(&turns), "{turns} turns of the loop in a second");
+    assert!((2..100).contains(&turns), "{turns} loop iterations in a second");
 }
 
 #[tokio::test]
@@ -58,7 +58,7 @@ async fn entries_wait_for_failed_device() {
         assert!(!world.applied_ops.iter().any(on_device), "{:?}", world.applied_ops);
         assert!(
             world.state.contains_key(&Key::Link(Device::bridge(Vni::DEFAULT).name().into())),
-            "the bridge is made all the same"
+            "the bridge is created nevertheless"
         );
         world.failing_keys.clear();
     }

@@ -1,4 +1,4 @@
-//! A kernel made of a map.
+//! A fake kernel: a map of entries.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -8,14 +8,14 @@ use crate::plan::state::LinkState;
 use crate::plan::underlay::{DefaultRoute, ForeignLink, HostAddress, HostInventory, Ipv6Settings};
 use crate::plan::{ApplyReport, Batch, DataPath, Key, Op, OpError, State, Value};
 
-/// A kernel: what it holds, what it refuses, and every op that it was given.
+/// State of the fake kernel: its entries, the keys whose ops fail, and every applied op.
 #[derive(Debug)]
 pub struct FakeState {
     pub state: State,
     pub failing_keys: BTreeSet<Key>,
     pub applied_ops: Vec<Op>,
     pub dump_count: usize,
-    /// A change never comes to its end.
+    /// Whether `apply` never returns.
     pub stuck: bool,
     /// The addresses of the external interface.
     pub addresses: Vec<HostAddress>,
@@ -43,7 +43,7 @@ pub fn address(text: &str, length: u8) -> HostAddress {
 pub struct FakeKernel(Arc<Mutex<FakeState>>);
 
 impl FakeKernel {
-    /// The kernel, for a look or a change by others.
+    /// Locks the kernel's state, to read it or to change it as another process would.
     pub fn lock(&self) -> std::sync::MutexGuard<'_, FakeState> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
