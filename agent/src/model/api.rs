@@ -288,8 +288,8 @@ pub struct AttachRequest {
     /// Whether packets with an address or MAC of another are dropped; yes where absent.
     #[serde(default)]
     pub source_check: Option<bool>,
-    /// Whether the container's default route leads over the overlay; yes where absent. Without it, a route to the overlay network does. Absent from
-    /// the text where it is not asked for: an agent of an older version does not know it.
+    /// Whether the container's default route leads over the overlay; yes where absent. Without it, a route to the overlay network
+    /// does. Absent from the text where it is not asked for: an agent of an older version does not know it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub default_route: Option<bool>,
     /// What asks for it, where that is no person: printable text of at most 256 bytes.

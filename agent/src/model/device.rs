@@ -49,7 +49,8 @@ impl Device {
         Device { role: Role::Bridge, vni }
     }
 
-    /// The interface name: `ovx.<VNI_FIELD>`, `ovx6.<VNI_FIELD>` or `ovb.<VNI_FIELD>`; 13 characters at the most, of the kernel's 15.
+    /// The interface name: `ovx.<VNI_FIELD>`, `ovx6.<VNI_FIELD>` or `ovb.<VNI_FIELD>`; 13 characters at the most, of the kernel's
+    /// 15.
     pub fn name(self) -> String {
         self.to_string()
     }

@@ -1,12 +1,13 @@
-//! What of a host's subnet is left to Docker, where it is told to put its containers on our bridge (`docs/docker_share.md`). Pure.
+//! What of a host's subnet is left to Docker, where it is told to put its containers on our bridge (`docs/docker_share.md`).
+//! Pure.
 
 use std::net::IpAddr;
 
 use super::family::address_value;
 use super::{Cidr, Family};
 
-/// The longest IPv6 prefix in which Docker makes a container's address of its MAC; in a longer one it counts from the base, as we do
-/// (libnetwork, `daemon_unix.go`: `deferIPv6Alloc`).
+/// The longest IPv6 prefix in which Docker makes a container's address of its MAC; in a longer one it counts from the base, as we
+/// do (libnetwork, `daemon_unix.go`: `deferIPv6Alloc`).
 const MAX_MAC_DERIVED_PREFIX: u8 = 80;
 
 /// Of such a prefix we hand out the lowest 2^32 addresses. Docker's have the MAC, which begins with 02:42, in the last 48 bits.
@@ -25,8 +26,8 @@ pub struct DockerShare {
 }
 
 impl DockerShare {
-    /// Docker's part of a host's range: the upper half in IPv4, all but the lowest 2^32 addresses in IPv6. `None` where the range is too small
-    /// to be shared (IPv4 longer than /29, IPv6 longer than /80).
+    /// Docker's part of a host's range: the upper half in IPv4, all but the lowest 2^32 addresses in IPv6. `None` where the range
+    /// is too small to be shared (IPv4 longer than /29, IPv6 longer than /80).
     pub fn from_range(range: Cidr) -> Option<DockerShare> {
         let family = range.family();
         let own = match family {

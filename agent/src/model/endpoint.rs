@@ -27,7 +27,8 @@ pub struct Endpoint {
     /// Whether packets from it are dropped that carry an address or MAC of another; off for routers and virtual addresses.
     #[serde(default = "yes")]
     pub source_check: bool,
-    /// Whether its default route leads over the overlay; else a route to the overlay network does, and the default route is another network's.
+    /// Whether its default route leads over the overlay; else a route to the overlay network does, and the default route is
+    /// another network's.
     #[serde(default = "yes")]
     pub default_route: bool,
     /// What made it, where that was no person: text for `overlayctl endpoint_count` and for what the maker wants to find again.

@@ -317,7 +317,8 @@ impl FieldReader {
             return None;
         }
         let containers = address_value(min.last()) - address_value(min.base()) - 2;
-        // No IPv6 subnet of a usual length could be served by one bridge, and none is meant to be: only IPv4's length is chosen for containers.
+        // No IPv6 subnet of a usual length could be served by one bridge, and none is meant to be: only IPv4's length is chosen
+        // for containers.
         if family == Family::V4 && containers > MAX_BRIDGE_PORTS as u128 {
             let rule = format!(
                 "of {length} gives each host {containers} addresses for containers, more than the {MAX_BRIDGE_PORTS} ports that the kernel gives its \

@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 use super::Family;
 use super::lease::printable;
 
-/// One published port, or a run of them. As text `[ADDRESS:]HOST[-LAST]:CONTAINER[-LAST][/tcp|udp|sctp_port_is_translated]`, an IPv6 address in brackets.
+/// One published port, or a run of them. As text `[ADDRESS:]HOST[-LAST]:CONTAINER[-LAST][/tcp|udp|sctp_port_is_translated]`, an
+/// IPv6 address in brackets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PublishedPort {
@@ -80,8 +81,8 @@ impl PublishedPort {
         self.address.map(Family::of)
     }
 
-    /// Whether it leads to a container with addresses of these families. Runtimes publish on `0.0.0.0` and `::` together by default, whatever the
-    /// container has, so the wildcard of a family that is missing asks for nothing.
+    /// Whether it leads to a container with addresses of these families. Runtimes publish on `0.0.0.0` and `::` together by
+    /// default, whatever the container has, so the wildcard of a family that is missing asks for nothing.
     pub fn has_effect(&self, has: impl Fn(Family) -> bool) -> bool {
         self.family().is_none_or(has)
     }

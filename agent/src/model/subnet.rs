@@ -60,7 +60,8 @@ impl Subnet {
         self.get(family)?.nth(1)
     }
 
-    /// The last part of the key in etcd, as flannel writes it: `10.244.27.0-24`, dual-stack `10.244.101.0-24&fd00:10:244:51::-64`.
+    /// The last part of the key in etcd, as flannel writes it: `10.244.27.0-24`, dual-stack
+    /// `10.244.101.0-24&fd00:10:244:51::-64`.
     pub fn to_key(&self) -> String {
         let part = |cidr: Cidr| format!("{}-{}", cidr.base(), cidr.length());
         self.iter().map(|(_, cidr)| part(cidr)).collect::<Vec<_>>().join("&")

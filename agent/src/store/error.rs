@@ -144,7 +144,8 @@ pub enum StoreError {
         /// The etcd lease.
         lease: i64,
     },
-    /// The connection may hang on an address that this host no longer has; the kernel would let it wait for answers that cannot come.
+    /// The connection may hang on an address that this host no longer has; the kernel would let it wait for answers that cannot
+    /// come.
     #[error("this host's underlay address has changed: connecting to etcd anew")]
     AddressChanged,
     /// The revision that is asked for has been compacted away.
@@ -310,8 +311,8 @@ impl Context {
             && !self.has_responded
             && CONNECTION_CLOSED_TEXTS.iter().any(|words| says(words))
         {
-            // TLS 1.3 servers look at the client's certificate only after the handshake. One without TLS says so where its words arrive before the end
-            // of the connection, which they need not.
+            // TLS 1.3 servers look at the client's certificate only after the handshake. One without TLS says so where its words
+            // arrive before the end of the connection, which they need not.
             "servers that want a client certificate of their CA end the connection so: set --etcd-certfile and --etcd-keyfile; and servers \
              without TLS may: for these use an http:// endpoint"
         } else if says("certificate") || says("tls") || says("TLS") || says("fatal alert") {

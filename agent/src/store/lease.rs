@@ -1,5 +1,5 @@
-//! What a host without a lease, or with one, does next: a pure function of what stands in the store, what is wished and what is remembered.
-//! [`hold`](super::hold) carries it out.
+//! What a host without a lease, or with one, does next: a pure function of what stands in the store, what is wished and what is
+//! remembered. [`hold`](super::hold) carries it out.
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -264,7 +264,8 @@ fn release(entry: &LeaseEntry, reason: String) -> Action {
     Action::Release { key: entry.key.clone(), mod_revision: entry.mod_revision, etcd_lease: entry.etcd_lease, reason }
 }
 
-/// An entry with this host's public IP and another identity, or none: it is this host's from before it lost its state or ran flannel.
+/// An entry with this host's public IP and another identity, or none: it is this host's from before it lost its state or ran
+/// flannel.
 fn action_for_shared_address(snapshot: &LeaseSnapshot, request: &LeaseRequest, state: &HolderState) -> Option<Action> {
     let mut same: Vec<(&LeaseEntry, Subnet)> = snapshot
         .entries

@@ -1,7 +1,7 @@
 //! Taking, renewing and giving back this host's lease: carries out what [`lease`] decides.
 //!
-//! Runs beside the watch in the task of [`Store::run`](super::Store::run) and never holds it up. It may be dropped at any await: whatever
-//! was written is found again by the next look, because the entry names this host; [`Memory`] only spares work.
+//! Runs beside the watch in the task of [`Store::run`](super::Store::run) and never holds it up. It may be dropped at any await:
+//! whatever was written is found again by the next look, because the entry names this host; [`Memory`] only spares work.
 
 use std::time::Duration;
 

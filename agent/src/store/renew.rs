@@ -52,8 +52,9 @@ pub(super) fn liveness(ttl: LeaseTtl, max_interval: Duration, observed_for: Dura
 
 /// One etcd lease kept alive.
 ///
-/// Each renewal has a stream of its own, for the sake of `etcd grpc-proxy`: on a stream that stays open it answers the first renewal at once, and later
-/// ones only when a third of the TTL has passed, which is eight hours (`keepAliveLoop` in etcd's `proxy/grpcproxy/lease.go`).
+/// Each renewal has a stream of its own, for the sake of `etcd grpc-proxy`: on a stream that stays open it answers the first
+/// renewal at once, and later ones only when a third of the TTL has passed, which is eight hours (`keepAliveLoop` in etcd's
+/// `proxy/grpcproxy/lease.go`).
 pub(super) struct Renewal {
     id: i64,
     interval: tokio::time::Interval,

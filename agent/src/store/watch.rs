@@ -1,7 +1,7 @@
 //! Following the store: a snapshot at one revision, then every change behind it, in etcd's order.
 //!
-//! Runs inside the task of [`Store::run`](super::Store::run). The place to go on from survives a lost connection: it moves only when
-//! everything of an answer has been handed on, so that being dropped at any await repeats events and never loses one.
+//! Runs inside the task of [`Store::run`](super::Store::run). The place to go on from survives a lost connection: it moves only
+//! when everything of an answer has been handed on, so that being dropped at any await repeats events and never loses one.
 
 use std::time::Instant;
 
@@ -52,8 +52,8 @@ impl WatchState {
 }
 
 impl WatchState {
-    /// Whether an entry is of this host's making, whatever its key: a write whose answer was lost may arrive when another entry is held
-    /// already.
+    /// Whether an entry is of this host's making, whatever its key: a write whose answer was lost may arrive when another entry
+    /// is held already.
     fn is_own_entry(&self, entry: &StoreEntry) -> bool {
         let node = entry.value.as_ref().ok().and_then(|record| record.lease.node.as_ref());
         node.is_some_and(|node| self.node_id.borrow().as_ref() == Some(&node.id))
@@ -240,7 +240,8 @@ impl Watcher {
                 KeyKind::Other => {}
             }
         }
-        // The header of an answer with events can be ahead of them; only that of a progress notification is a place to go on from.
+        // The header of an answer with events can be ahead of them; only that of a progress notification is a place to go on
+        // from.
         let progress = (!message.created()).then(|| message.header().map(|header| header.revision())).flatten();
         if let Some(seen) = last.or(progress) {
             let next = self.resume_from.map_or(0, |(next, _)| next).max(seen + 1);

@@ -61,8 +61,8 @@ impl Pool {
         spans.find(holds).unwrap_or(self.network)
     }
 
-    /// The fewest CIDRs that hold every address that the pool leases and no other, ascending. Shape: one where `min` and `max` are the
-    /// network's first and last subnet, else at most two for each bit between network and subnet length.
+    /// The fewest CIDRs that hold every address that the pool leases and no other, ascending. Shape: one where `min` and `max`
+    /// are the network's first and last subnet, else at most two for each bit between network and subnet length.
     pub fn leasable(&self) -> Vec<Cidr> {
         let family = self.network.family();
         let last = address_value(self.max.last());

@@ -197,8 +197,8 @@ impl Drop for Etcd {
     }
 }
 
-/// Two ports that are free now. Below the range from which the kernel takes ports by itself (32768 and up), so that nobody else gets one
-/// while the etcd that listens there is down.
+/// Two ports that are free now. Below the range from which the kernel takes ports by itself (32768 and up), so that nobody else
+/// gets one while the etcd that listens there is down.
 fn free_ports() -> [u16; 2] {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let free = || loop {

@@ -1,5 +1,5 @@
-//! Real runs, judged by etcd's own history: many agents over a real cluster of three under random faults; afterwards every change since revision 1
-//! is read back, and at no revision did two hosts have overlapping entries.
+//! Real runs, judged by etcd's own history: many agents over a real cluster of three under random faults; afterwards every change
+//! since revision 1 is read back, and at no revision did two hosts have overlapping entries.
 //!
 //! A host is known by its public IP here, which stays when it loses its identity.
 
@@ -210,7 +210,8 @@ fn ip(value: &str) -> Option<IpAddr> {
     codec::owner(value.as_bytes()).public_ip.v4
 }
 
-/// Reads every change since revision 1; at each revision no two hosts' entries overlap. Returns the number of changes and who ever had each key.
+/// Reads every change since revision 1; at each revision no two hosts' entries overlap. Returns the number of changes and who
+/// ever had each key.
 async fn verify_history(member: &Etcd) -> (usize, BTreeMap<String, Vec<IpAddr>>) {
     let (_, revision) = member.subnets().await;
     let mut client = member.client().await;

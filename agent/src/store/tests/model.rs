@@ -1,13 +1,14 @@
-//! The lease protocol, searched through: every interleaving of a few hosts' steps, with crashes, lost answers, partitions, writes that arrive
-//! late, leases that expire, keys that are deleted and a configuration that changes, as far as a number of faults allows.
+//! The lease protocol, searched through: every interleaving of a few hosts' steps, with crashes, lost answers, partitions, writes
+//! that arrive late, leases that expire, keys that are deleted and a configuration that changes, as far as a number of faults
+//! allows.
 //!
-//! The model has the real parts: `Look`, `Memory` and `decide` choose each step, the guards of `write` are judged, keys and values are the
-//! real ones. What is written anew is etcd itself and the order in which `hold` does things (`model/world.rs`); that `hold` keeps to that
-//! order is `history.rs`' to show, against a real etcd.
+//! The model has the real parts: `Look`, `Memory` and `decide` choose each step, the guards of `write` are judged, keys and
+//! values are the real ones. What is written anew is etcd itself and the order in which `hold` does things (`model/world.rs`);
+//! that `hold` keeps to that order is `history.rs`' to show, against a real etcd.
 //!
-//! In every state: no two hosts have entries that overlap, and nobody's write or deletion goes over the entry of a host that holds it. From
-//! every state the hosts come to rest without another fault, and then each holds a subnet. And the search sees what it should see: protocols that
-//! lack a guard are found out.
+//! In every state: no two hosts have entries that overlap, and nobody's write or deletion goes over the entry of a host that
+//! holds it. From every state the hosts come to rest without another fault, and then each holds a subnet. And the search sees
+//! what it should see: protocols that lack a guard are found out.
 
 mod canonical;
 mod etcd;
@@ -33,7 +34,8 @@ const HALF_SIZE_SUBNETS: &str = r#"{"Network":"10.1.0.0/16","SubnetLen":25,"Subn
 /// Two families, of three and of four subnets.
 const DUAL: &str = r#"{"Network":"10.1.0.0/16","SubnetMin":"10.1.10.0","SubnetMax":"10.1.12.0","EnableIPv6":true,"IPv6Network":"fd00::/48","IPv6SubnetMin":"fd00:0:0:1::","IPv6SubnetMax":"fd00:0:0:4::"}"#;
 
-/// Reservations that leave two subnets in each family and no place that is free in both: keys differ while a part of them is the same.
+/// Reservations that leave two subnets in each family and no place that is free in both: keys differ while a part of them is the
+/// same.
 const CROSSED_RESERVATIONS: [&str; 3] = ["10.1.10.0-24", "fd00:0:0:2::-64", "fd00:0:0:3::-64"];
 
 /// What a search found.

@@ -1,5 +1,5 @@
-//! Two hundred agents whose etcd is back after an outage: they come back spread over time. Each moment of a new connection is noted by a gate
-//! between them and the server.
+//! Two hundred agents whose etcd is back after an outage: they come back spread over time. Each moment of a new connection is
+//! noted by a gate between them and the server.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicUsize, Ordering};

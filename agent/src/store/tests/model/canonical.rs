@@ -1,4 +1,5 @@
-//! Worlds that are the same but for the size of their numbers are one: of revisions only the order counts, of etcd leases only which are the same.
+//! Worlds that are the same but for the size of their numbers are one: of revisions only the order counts, of etcd leases only
+//! which are the same.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Write as _};

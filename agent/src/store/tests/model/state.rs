@@ -98,8 +98,8 @@ pub(super) struct Transition {
 }
 
 impl ModelState {
-    /// So many hosts that know the first configuration; each change to a later one is free, faults are counted. The hosts' first choices have
-    /// the first family's part in common.
+    /// So many hosts that know the first configuration; each change to a later one is free, faults are counted. The hosts' first
+    /// choices have the first family's part in common.
     pub(super) fn new(configs: &[&str], reserved: &[&str], hosts: usize, faults: u8) -> ModelState {
         let configs: Vec<(String, NetworkConfig)> =
             configs.iter().map(|text| ((*text).to_owned(), NetworkConfig::parse(text).unwrap().config)).collect();
