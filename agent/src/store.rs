@@ -6,11 +6,9 @@
 //! task.
 //!
 //! ```text
-//!           LeaseRequest                               StoreEvent
-//!   reconcile ---------> lease_keeper ---> etcd        (bounded)
-//!                             ^              |     watch ---------> reconcile
-//!                             |              +------>|
-//!                             +----- WatchState -----+
+//!   reconcile --LeaseRequest--> lease_keeper --> etcd --> watch --StoreEvent (bounded)--> reconcile
+//!                                     ^                      |
+//!                                     +----- WatchState -----+
 //! ```
 //!
 //! | file | contents |

@@ -279,7 +279,7 @@ async fn changed_network_moves_host_subnet() {
     let network = r#"{"Network":"10.77.0.0/16"}"#;
     etcd.put_config(network).await;
     agent.lease_request.send(Some(lease_request(network, 7))).unwrap();
-    assert!(agent.next_not_held().await.contains("is no subnet of the network 10.77.0.0/16 (/24) any more"));
+    assert!(agent.next_not_held().await.contains("is not a subnet of the network 10.77.0.0/16 (/24)"));
     let new = agent.next_held().await;
     assert!(lease_request(network, 7).network.allows_subnet(&new.subnet) && new.subnet != old.subnet);
     assert_eq!(etcd.subnets().await.0.len(), 1, "the old one is gone");
@@ -293,7 +293,7 @@ async fn misfit_reservation_is_reported_and_kept() {
     let mut agent = Agent::start(etcd.config(), Some(lease_request(NETWORK, 7)));
     let reason = agent.next_not_held().await;
     assert!(
-        reason.contains("the reservation 10.9.0.0/24 is no subnet of the network") && reason.contains("`10.9.0.0-24`"),
+        reason.contains("the reservation 10.9.0.0/24 is not a subnet of the network") && reason.contains("`10.9.0.0-24`"),
         "{reason}"
     );
     assert_eq!(etcd.subnets().await.0.len(), 1);
