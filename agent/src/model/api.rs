@@ -288,8 +288,8 @@ pub struct AttachRequest {
     /// Whether packets with a foreign source address or MAC are dropped; default true.
     #[serde(default)]
     pub source_check: Option<bool>,
-    /// Whether the container's default route uses the overlay; default true. If false, only a route to the overlay network does. Omitted
-    /// from the JSON if not set, because older agents do not know it.
+    /// Whether the container's default route uses the overlay; default true. If false, only a route to the overlay network does.
+    /// Omitted from the JSON if not set, because older agents do not know it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub default_route: Option<bool>,
     /// The program that attaches it, if any: printable text of at most 256 bytes.

@@ -5,12 +5,12 @@ use std::net::IpAddr;
 use super::family::address_value;
 use super::{Cidr, Family};
 
-/// The longest IPv6 prefix in which Docker derives a container's address from its MAC. In a longer prefix it counts from the base, as
-/// we do (libnetwork, `daemon_unix.go`: `deferIPv6Alloc`).
+/// The longest IPv6 prefix in which Docker derives a container's address from its MAC. In a longer prefix it counts from the
+/// base, as we do (libnetwork, `daemon_unix.go`: `deferIPv6Alloc`).
 const MAX_MAC_DERIVED_PREFIX: u8 = 80;
 
-/// The agent allocates the lowest 2^32 addresses of such a prefix. Docker's addresses have the MAC, which begins with 02:42, in the
-/// last 48 bits.
+/// The agent allocates the lowest 2^32 addresses of such a prefix. Docker's addresses have the MAC, which begins with 02:42, in
+/// the last 48 bits.
 const OWN_IPV6_BITS: u32 = 32;
 
 /// The longest IPv4 prefix of which half is still usable for both sides.
@@ -26,8 +26,8 @@ pub struct DockerShare {
 }
 
 impl DockerShare {
-    /// Docker's part of a host's range: the upper half in IPv4, all but the lowest 2^32 addresses in IPv6. `None` if the range is too
-    /// small to be shared (IPv4 longer than /29, IPv6 longer than /80).
+    /// Docker's part of a host's range: the upper half in IPv4, all but the lowest 2^32 addresses in IPv6. `None` if the range is
+    /// too small to be shared (IPv4 longer than /29, IPv6 longer than /80).
     pub fn from_range(range: Cidr) -> Option<DockerShare> {
         let family = range.family();
         let own = match family {

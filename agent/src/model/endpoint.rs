@@ -27,8 +27,8 @@ pub struct Endpoint {
     /// Whether packets from it with a foreign source address or MAC are dropped. Off for routers and virtual addresses.
     #[serde(default = "yes")]
     pub source_check: bool,
-    /// Whether its default route uses the overlay. Otherwise only a route to the overlay network does, and another network provides the
-    /// default route.
+    /// Whether its default route uses the overlay. Otherwise only a route to the overlay network does, and another network
+    /// provides the default route.
     #[serde(default = "yes")]
     pub default_route: bool,
     /// The program that attached it, if any: text for `overlayctl endpoints`, and for the program to find its endpoints again.

@@ -18,7 +18,8 @@ pub struct MacError {
 }
 
 impl Mac {
-    /// Makes a locally administered unicast address (IEEE 802 section 8.4: bit 1 of the first byte set, bit 0 clear) of these bytes.
+    /// Makes a locally administered unicast address (IEEE 802 section 8.4: bit 1 of the first byte set, bit 0 clear) of these
+    /// bytes.
     pub fn local(mut bytes: [u8; 6]) -> Mac {
         bytes[0] = (bytes[0] | 0x02) & !0x01;
         Mac(bytes)

@@ -80,8 +80,8 @@ impl PublishedPort {
         self.address.map(Family::of)
     }
 
-    /// Whether it forwards to a container with addresses of these families. Runtimes publish on both `0.0.0.0` and `::` by default, for
-    /// any container, so the wildcard address of a family that the container lacks has no effect.
+    /// Whether it forwards to a container with addresses of these families. Runtimes publish on both `0.0.0.0` and `::` by
+    /// default, for any container, so the wildcard address of a family that the container lacks has no effect.
     pub fn has_effect(&self, has: impl Fn(Family) -> bool) -> bool {
         self.family().is_none_or(has)
     }

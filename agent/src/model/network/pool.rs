@@ -61,8 +61,8 @@ impl Pool {
         spans.find(holds).unwrap_or(self.network)
     }
 
-    /// The minimal list of CIDRs that cover exactly the leasable addresses, ascending. It has one element if `min` and `max` are the
-    /// network's first and last subnet, otherwise at most two for each bit between network and subnet length.
+    /// The minimal list of CIDRs that cover exactly the leasable addresses, ascending. It has one element if `min` and `max` are
+    /// the network's first and last subnet, otherwise at most two for each bit between network and subnet length.
     pub fn leasable(&self) -> Vec<Cidr> {
         let family = self.network.family();
         let last = address_value(self.max.last());
