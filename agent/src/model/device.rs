@@ -15,7 +15,7 @@ pub const MAX_BRIDGE_PORTS: usize = 1023;
 /// Error message for a bridge without a free port.
 pub fn bridge_full_message() -> String {
     format!(
-        "all {MAX_BRIDGE_PORTS} ports that the kernel allows on this host's bridge are in use: detach containers, or attach this one on another host"
+        "this host's bridge uses all {MAX_BRIDGE_PORTS} ports that the kernel allows: detach containers, or attach this one on another host"
     )
 }
 
