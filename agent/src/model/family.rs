@@ -254,7 +254,7 @@ const fn family_max(family: Family) -> u128 {
     }
 }
 
-/// The network mask of `encoded_length` bits as an integer.
+/// The network mask of `length` bits as an integer.
 const fn mask(family: Family, length: u8) -> u128 {
     let max = family_max(family);
     if length == 0 { 0 } else { max & (max << (family.bits() - length)) }

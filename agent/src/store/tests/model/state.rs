@@ -202,14 +202,14 @@ impl ModelState {
         }
         if self.remaining_faults > 0 {
             for (key, stored) in self.entries.iter().filter(|(_, stored)| stored.writer != NO_HOST) {
-                add(format!("somebody deletes {key}"), true, &|world| {
+                add(format!("an operator deletes {key}"), true, &|world| {
                     world.remaining_faults -= 1;
                     world.revision += 1;
                     world.entries.remove(key);
                     Ok(())
                 });
                 if let Some(id) = stored.etcd_lease.filter(|id| self.is_renewed(*id)) {
-                    add(format!("somebody revokes etcd lease {id}"), true, &|world| {
+                    add(format!("an operator revokes etcd lease {id}"), true, &|world| {
                         world.remaining_faults -= 1;
                         world.revoke_lease(id);
                         Ok(())
