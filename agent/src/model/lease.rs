@@ -87,7 +87,7 @@ pub enum RejectReason {
     /// The key is not a subnet.
     #[error("its key is no subnet: {detail}")]
     Key {
-        /// What is wrong.
+        /// The cause.
         detail: String,
     },
     /// The value exceeds the size limit.
@@ -101,7 +101,7 @@ pub enum RejectReason {
     /// The value is not JSON, or not a lease.
     #[error("its value is not a lease: {detail}")]
     Malformed {
-        /// What is wrong.
+        /// The cause.
         detail: String,
     },
     /// A field has an invalid value.

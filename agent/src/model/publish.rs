@@ -52,7 +52,7 @@ pub enum Transport {
 pub struct PublishError {
     /// The rejected text, cut to 80 characters.
     pub text: String,
-    /// What is wrong with it.
+    /// The cause.
     pub reason: String,
 }
 

@@ -20,7 +20,7 @@ pub enum StoreError {
     Prefix {
         /// The rejected prefix.
         prefix: String,
-        /// What is wrong with it.
+        /// The violated rule.
         rule: &'static str,
     },
     /// An endpoint is not a valid URL of an etcd server.
@@ -34,28 +34,28 @@ pub enum StoreError {
     /// A configured file cannot be read.
     #[error("the {purpose} {} cannot be read: {source}", path.display())]
     File {
-        /// What the file is for, with the flag that names it.
+        /// The file's purpose, with its flag.
         purpose: &'static str,
         /// The file.
         path: PathBuf,
-        /// The system's answer.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
     /// A configured file has invalid content.
     #[error("the {purpose} {} {rule}", path.display())]
     Content {
-        /// What the file is for, with the flag that names it.
+        /// The file's purpose, with its flag.
         purpose: &'static str,
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The violated rule.
         rule: &'static str,
     },
     /// The mode of a secret file is too permissive.
     #[error("the {purpose} {} {exposed}", path.display())]
     Exposed {
-        /// What the file is for, with the flag that names it.
+        /// The file's purpose, with its flag.
         purpose: &'static str,
         /// The file.
         path: PathBuf,
@@ -75,7 +75,7 @@ pub enum StoreError {
     Discovery {
         /// The domain.
         name: String,
-        /// The resolver's answer.
+        /// The resolver's error.
         detail: String,
     },
     /// An endpoint cannot be reached.
@@ -93,7 +93,7 @@ pub enum StoreError {
     Timeout {
         /// The endpoint.
         endpoint: String,
-        /// What was asked.
+        /// The request.
         what: &'static str,
         /// The timeout, in seconds.
         seconds: f32,
@@ -113,9 +113,9 @@ pub enum StoreError {
     Login {
         /// The endpoint.
         endpoint: String,
-        /// Who was refused.
+        /// The rejected user.
         who: String,
-        /// etcd's words.
+        /// etcd's message.
         detail: String,
     },
     /// The user lacks a permission.
@@ -125,9 +125,9 @@ pub enum StoreError {
     Permission {
         /// The endpoint.
         endpoint: String,
-        /// Who was refused.
+        /// The rejected user.
         who: String,
-        /// What was asked.
+        /// The request.
         what: &'static str,
         /// The prefix.
         prefix: String,
@@ -167,9 +167,9 @@ pub enum StoreError {
     RequestFailed {
         /// The endpoint.
         endpoint: String,
-        /// What was asked.
+        /// The request.
         what: &'static str,
-        /// etcd's words.
+        /// etcd's message.
         detail: String,
     },
     /// None of the endpoints can be used.
@@ -187,7 +187,7 @@ pub enum StoreError {
         found: i64,
     },
     /// The receiver of store events was dropped.
-    #[error("the receiver of store events is gone")]
+    #[error("the receiver of store events was dropped")]
     ReceiverClosed,
 }
 

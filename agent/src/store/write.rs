@@ -23,7 +23,7 @@ pub(super) enum LeaseBinding {
 pub(super) enum Precondition {
     /// The key's last change was at this revision; 0: the key does not exist.
     Unchanged {
-        /// The whole key.
+        /// The full key.
         key: String,
         /// The revision.
         revision: i64,
