@@ -36,7 +36,7 @@ async fn invalid_attach_values_are_rejected() {
         (&["attach", "a", "--ip", &taken], 1, &[&taken, "in use by endpoint held"]),
         (&["attach", "a", "--ip", "192.0.2.1"], 1, &["192.0.2.1", "outside this host's subnet"]),
         (&["attach", "a", "--mac", &mac], 1, &[&mac, "in use by endpoint held"]),
-        (&["attach", "a", "--publish", "80"], 2, &["`80` publishes no port"]),
+        (&["attach", "a", "--publish", "80"], 2, &["`80` is not a valid published port"]),
         (&["attach", "a", "--publish", "8000-8100:1-101"], 1, &["endpoint held has 8080:80/tcp"]),
         (&["attach", "a", "--publish", &busy_port], 1, &[&busy_port, &own, "listens on 0.0.0.0"]),
         (&["attach", "a", "--publish", "8472:1/udp"], 1, &["8472:1/udp", "the kernel"]),

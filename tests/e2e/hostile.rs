@@ -105,7 +105,7 @@ async fn hostile_leases_are_refused() {
         let entry = subnets.iter().find(|s| s.key == *key || s.key == shown).expect_ok(&format!("{name}: an entry {shown}"));
         let refused = entry.refused.as_deref().unwrap_or_default();
         assert!(refused.contains(reason), "{name}: `{refused}` does not say `{reason}`");
-        assert!(log.lines().any(|line| line.contains(&shown) && line.contains("is left out")), "{name}: not in the log: {shown}");
+        assert!(log.lines().any(|line| line.contains(&shown) && line.contains("is ignored")), "{name}: not in the log: {shown}");
     }
     assert!(subnets.iter().any(|s| s.refused.as_deref().is_some_and(|r| r.contains("more than the"))), "1 MB is named");
     let table = lab.ctl("h1", &["subnets"]).assert_code(0);

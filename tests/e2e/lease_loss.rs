@@ -51,7 +51,7 @@ async fn host_reclaims_free_subnet() {
     let again = lab.lease_of("h1");
     assert_eq!((&again.key, &again.value), (&lease.key, &lease.value), "the same subnet");
     assert_ne!(again.lease, lease.lease, "by a new etcd lease");
-    lab.wait_for_log("h1", &["WARN", "lease is lost"]).await;
+    lab.wait_for_log("h1", &["WARN", "lease lost"]).await;
     for host in ["h1", "h2"] {
         lab.wait_converged(host, CONVERGE_TIMEOUT).await;
     }

@@ -76,7 +76,7 @@ async fn modes_work_side_by_side() {
 async fn unsupported_mode_options_are_refused() {
     let lab = TestLab::one_host(Families::Dual).await;
     for (arguments, code, wanted) in [
-        (&["attach", "a", "--mode", "bridge"][..], 2, "`bridge` is no mode: overlay, none, host or container:NAME"),
+        (&["attach", "a", "--mode", "bridge"][..], 2, "`bridge` is not a mode: use overlay, none, host or container:NAME"),
         (&["attach", "a", "--mode", "container:../b"], 2, "is no endpoint name"),
         (&["attach", "a", "--mode", "container:b"], 1, "there is no endpoint b"),
         (&["attach", "a", "--mode", "host", "--pid", "1"], 2, "leave out --netns and --pid"),

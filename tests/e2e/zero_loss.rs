@@ -116,7 +116,7 @@ async fn compaction_loses_no_packet() {
     Fault::HistoryCompacted.begin(&lab).await;
     cut.end(&lab).await;
     cluster::wait_agents_healthy(&lab).await;
-    lab.wait_for_log("h1", &["reading all leases again"]).await;
+    lab.wait_for_log("h1", &["rereading all leases"]).await;
     traffic.run_for(OBSERVATION_PERIOD).await;
     notifications.assert_none("all leases were read again");
     traffic.stop().await.assert_no_loss("history dropped");

@@ -208,7 +208,7 @@ fn attach_to_full_bridge_names_kernel_limit() {
         run(&format!("ip -batch {}", file.path().display()));
         let before = netns_state(&container.netns);
         let error = host.kernel.port_manager().attach_port(&port_spec(&container)).await.expect_err("the bridge is full");
-        assert!(error.message.contains("all of the 1023 ports that the kernel gives it: detach containers"), "{error}");
+        assert!(error.message.contains("bridge uses all 1023 ports that the kernel allows: detach containers"), "{error}");
         assert_eq!((netns_state(&container.netns), run("ip -o link").contains("ove1")), (before, false));
     });
 }
