@@ -167,7 +167,7 @@ async fn trace_names_each_broken_part() {
         kernel::run(&lab, "h1", &["sh", "-ec", script, "sh", &far, &mac, &base, &id, &port]);
         let found = trace(&lab, &["c1", &far]);
         assert_stops_at(&found, at, words, what);
-        assert!(found.notes.iter().any(|note| note.contains("Names are taken from")), "{what}: {found:#?}");
+        assert!(found.notes.iter().any(|note| note.contains("Names come from")), "{what}: {found:#?}");
         kernel::shell(&lab, "h1", "for t in 'inet block' 'ip out'; do nft delete table $t 2>/dev/null || true; done");
         lab.start_agent("h1").await;
     }
