@@ -268,7 +268,7 @@ async fn docker_options_match_lease() {
     })
     .await;
     let refused = lab.ctl("h1", &["docker-options"]).assert_code(1);
-    refused.assert_stderr_contains(&["hands out every address of", "docker = true"]);
+    refused.assert_stderr_contains(&["assigns every address of", "docker = true"]);
     let subnet: Subnet = lab.status("h1").await.lease.expect_ok("a lease").subnet;
     let range = subnet.get(Family::V4).expect_ok("IPv4");
     let share = DockerShare::from_range(range).expect_ok("a share");
