@@ -162,7 +162,7 @@ fn interface_address(one: &InterfaceAddress) -> Option<IpAddr> {
     v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::from(a.ip())))
 }
 
-/// Reports namespaces that `overlayctl attach` created, by its notes beside the socket, and that no container uses.
+/// Reports namespaces that `overlayctl attach` created, by the marker files in the directory of the socket, and that no container uses.
 fn leaked_namespaces(facts: &Facts, network: &NetworkView, findings: &mut Findings) {
     let Some(notes) = facts.settings.client.socket().parent().and_then(|run| std::fs::read_dir(run.join("netns")).ok()) else {
         return;

@@ -12,7 +12,7 @@ use super::{Facts, Findings};
 const MIN_ETCD_VERSION: (u32, u32) = (3, 4);
 /// Response time that is worth a warning: renewals have five seconds.
 const SLOW_RESPONSE: Duration = Duration::from_millis(500);
-/// Maximum difference of the clocks in seconds. HTTP's `Date` has whole seconds, and certificates are valid by minutes.
+/// Maximum difference of the clocks in seconds. HTTP's `Date` has whole seconds, and certificates need an accuracy of minutes only.
 const MAX_CLOCK_SKEW: u64 = 5;
 
 pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
