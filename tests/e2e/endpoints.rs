@@ -257,7 +257,7 @@ async fn endpoints_survive_agent_restart() {
     let lab = TestLab::one_host(Families::V4).await;
     let attached: AttachResponse = lab.ctl("h1", &["-o", "json", "attach", "web"]).assert_code(0).json();
     lab.host("h1").agent_stop(nix::sys::signal::Signal::SIGKILL).expect_ok("SIGKILL");
-    lab.ctl("h1", &["endpoints"]).assert_code(1).assert_stderr_contains(&["no agent answers"]);
+    lab.ctl("h1", &["endpoints"]).assert_code(1).assert_stderr_contains(&["nothing listens"]);
     lab.host("h1").agent_start(&[]).expect_ok("start");
     lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("ready");
     assert_eq!(lab.endpoints("h1"), [attached.endpoint]);

@@ -152,7 +152,7 @@ async fn unprivileged_user_has_no_access() {
         &["detach", "web"],
         &["run", "--", "true"],
     ] {
-        place.ctl(false, arguments).assert_code(1).assert_stderr_contains(&["is denied", "become root"]);
+        place.ctl(false, arguments).assert_code(1).assert_stderr_contains(&["permission denied", "become root"]);
     }
     // Files: what runtimes read of the subnet, and which namespace overlayctl made; nothing can be changed, made or removed.
     let namespace = place.lab.layout().namespace("h1-web");

@@ -156,7 +156,7 @@ async fn process_namespace_is_attached() {
     let old = attached.endpoint.port.expect_ok("a port").host_interface;
     let gone = process.pid();
     process.end();
-    lab.ctl("h1", &["attach", "q", "--pid", &gone]).assert_code(1).assert_stderr_contains(&["there is no process", &gone]);
+    lab.ctl("h1", &["attach", "q", "--pid", &gone]).assert_code(1).assert_stderr_contains(&["no process", &gone]);
     let other = NetnsProcess::start().await;
     let attached: AttachResponse = lab.ctl("h1", &["-o", "json", "attach", "p", "--pid", &other.pid()]).assert_code(0).json();
     assert_eq!(interfaces(&other.netns().expect_ok("its namespace")), ["eth0", "lo"]);

@@ -97,7 +97,7 @@ async fn large_packets_pass_router_with_smaller_mtu() {
     kernel::run(&lab, "h2", &["nft", "add", "rule", "inet", "firewall", "i", "meta", "l4proto", "{ icmp, ipv6-icmp }", "accept"]);
     let found = lab.ctl("h1", &["check", "paths"]);
     assert!(
-        found.stdout.contains("bytes: senders are told so") && found.stdout.contains("mtu 1400"),
+        found.stdout.contains("bytes: senders learn the path MTU") && found.stdout.contains("mtu 1400"),
         "{}{}",
         found.stdout,
         found.stderr
