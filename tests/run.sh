@@ -1,6 +1,5 @@
 #!/bin/bash
-# Installs the tests' packages, checks whether this machine can run the tests, and runs all of them with formatting, lints and
-# docs.
+# Installs the tests' packages, checks this machine, and runs all tests with formatting, lints and docs.
 #
 #   sudo ./tests/run.sh            everything
 #   sudo ./tests/run.sh --quick    without the end-to-end tests on real kernels and a real etcd

@@ -127,12 +127,12 @@ async fn firewall_faults_are_found() {
     )
     .await;
     let output = "iptables -N BAD; iptables -A BAD -p udp -m multiport --dports 53,8472 -j REJECT; iptables -A OUTPUT -j BAD";
-    let mend = "iptables -F; iptables -X BAD";
+    let repair = "iptables -F; iptables -X BAD";
     assert_fault_is_found_and_cleared(
         &lab,
         "firewall",
         output,
-        mend,
+        repair,
         Severity::Error,
         &["to peers", "chain BAD", "8472", "reject"],
     )
@@ -211,12 +211,12 @@ async fn address_and_neighbour_faults_are_found() {
     .await;
     let other = "ip link add wrong0 type bridge; ip link set wrong0 up; ip route add 10.99.1.2/32 dev wrong0";
     let filter = format!("{other}; echo 1 >/proc/sys/net/ipv4/conf/eth0/rp_filter");
-    let mend = "ip link delete wrong0; echo 0 >/proc/sys/net/ipv4/conf/eth0/rp_filter";
+    let repair = "ip link delete wrong0; echo 0 >/proc/sys/net/ipv4/conf/eth0/rp_filter";
     assert_fault_is_found_and_cleared(
         &lab,
         "addresses",
         &filter,
-        mend,
+        repair,
         Severity::Error,
         &["reverse path filter", "wrong0", "rp_filter=2"],
     )
@@ -260,8 +260,8 @@ async fn address_and_neighbour_faults_are_found() {
     assert_finding(&lab, &["neighbours", "--root", &path], Severity::Warning, &["flannel", "FLANNEL_NETWORK=10.244.0.0/16"]);
 
     let left = "ip link add flannel.1 type vxlan id 9 dev eth0 dstport 8472 nolearning; ip link add cni0 type bridge; iptables -N FLANNEL-FWD";
-    let mend = "ip link delete flannel.1; ip link delete cni0; iptables -X FLANNEL-FWD";
-    assert_fault_is_found_and_cleared(&lab, "neighbours", left, mend, Severity::Warning, &["flannel.1", "cni0", "FLANNEL-FWD"])
+    let repair = "ip link delete flannel.1; ip link delete cni0; iptables -X FLANNEL-FWD";
+    assert_fault_is_found_and_cleared(&lab, "neighbours", left, repair, Severity::Warning, &["flannel.1", "cni0", "FLANNEL-FWD"])
         .await;
 }
 

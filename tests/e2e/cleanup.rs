@@ -47,7 +47,7 @@ async fn cleanup_restores_host_state() {
         let (run_dir, state_dir) = (lab.host(host).run_dir(), lab.host(host).state_dir());
         run_cleanup(&lab, host).assert_code(0);
         let changes = NetnsDump::of(&lab.open_netns(host)).changes_since(&before[number]);
-        assert!(changes.is_empty(), "{host} is not as it was:\n{changes}");
+        assert!(changes.is_empty(), "{host} has changed:\n{changes}");
         assert_eq!(etcd::leases(&lab).len(), 1 - number, "the lease of {host} is gone");
         assert!(!run_dir.exists(), "{} is gone", run_dir.display());
         assert!(!state_dir.exists(), "{} is gone", state_dir.display());

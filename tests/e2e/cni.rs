@@ -46,7 +46,7 @@ async fn dump_when_stable(netns: &Netns) -> NetnsDump {
 
 /// Waits until a namespace equals an earlier dump.
 async fn wait_unchanged(what: &str, netns: &Netns, before: &NetnsDump) {
-    eventually(&format!("{what} is as it was before"), CONVERGE_TIMEOUT, || {
+    eventually(&format!("{what} has its earlier state"), CONVERGE_TIMEOUT, || {
         let changes = NetnsDump::of(netns).changes_since(before);
         if changes.is_empty() { Ok(()) } else { Err(changes) }
     })

@@ -122,9 +122,9 @@ async fn containers_on_two_hosts_reach_each_other() {
     assert!(listed.lines().any(|name| name == "overlay"), "{listed}");
 
     let subnet = lab.status("h2").await.lease.expect_ok("a lease").subnet;
-    let wished = subnet.get(Family::V4).and_then(|range| range.nth(99)).expect_ok("an address").to_string();
-    let web = two.serve("web", &["--ip", &wished, "--mac-address", "02:00:5e:10:00:99"]);
-    assert_eq!((field(&web, "IPAddress"), field(&web, "MacAddress")), (wished.as_str(), "02:00:5e:10:00:99"));
+    let requested = subnet.get(Family::V4).and_then(|range| range.nth(99)).expect_ok("an address").to_string();
+    let web = two.serve("web", &["--ip", &requested, "--mac-address", "02:00:5e:10:00:99"]);
+    assert_eq!((field(&web, "IPAddress"), field(&web, "MacAddress")), (requested.as_str(), "02:00:5e:10:00:99"));
     let near = one.serve("near", &[]);
     for (from, name, to) in [(&one, "near", &web), (&two, "web", &near)] {
         let inside = from.open_netns(name).await;
@@ -137,7 +137,7 @@ async fn containers_on_two_hosts_reach_each_other() {
     assert!(known.len() == 1 && known[0].owner.as_ref().is_some_and(|o| o.starts_with("cni/overlay/") && o.ends_with("/eth0")));
 
     // An address in use is refused.
-    let output = two.run(&["run", "--network", "overlay", "--ip", &wished, "busybox", "ip", "address"]);
+    let output = two.run(&["run", "--network", "overlay", "--ip", &requested, "busybox", "ip", "address"]);
     assert!(output.code != Some(0) && output.stderr.contains("is in use by endpoint"), "{}", output.stderr);
     assert_eq!(two.endpoint_count().await, 1);
 

@@ -57,7 +57,7 @@ impl Server {
 
     /// Waits for a datagram; returns its source.
     async fn wait_for_datagram(&self, what: &str, limit: Duration) -> IpAddr {
-        let from = eventually(what, limit, || self.drain_sources().pop().ok_or_else(|| "nothing came".to_owned())).await;
+        let from = eventually(what, limit, || self.drain_sources().pop().ok_or_else(|| "no datagram".to_owned())).await;
         from.ip().to_canonical()
     }
 }
@@ -132,12 +132,12 @@ async fn udp_flow_follows_published_port() {
         attach(&lab, name, &publish);
         let server = Server::bind(&lab, &format!("h1-{name}"), PORT);
         let mut callers = BTreeSet::new();
-        eventually(&format!("{name} hears each client"), REPAIR_DEADLINE * 2, || {
+        eventually(&format!("{name} receives from each client"), REPAIR_DEADLINE * 2, || {
             callers.extend(server.drain_sources());
             if callers.len() >= clients.len() { Ok(()) } else { Err(format!("{callers:?}")) }
         })
         .await;
-        println!("{name} heard all clients {} ms after its attach began", begin.elapsed().as_millis());
+        println!("{name} received from all clients {} ms after its attach began", begin.elapsed().as_millis());
     }
 }
 

@@ -150,7 +150,7 @@ async fn assert_reaches_overlay_endpoints(lab: &TestLab, d1: &Docker<'_>, d2: &D
         kernel::run(lab, "h1-web", &["ping", "-c", "2", "-W", "10", &other]);
         docker.run(&["exec", name, "/bin/ping", "-c", "2", "-W", "10", &own.to_string()]);
     }
-    let held = lab.ctl("h1", &["attach", "wish", "--ip", &address(d1, "one", Family::V4).to_string()]);
+    let held = lab.ctl("h1", &["attach", "other", "--ip", &address(d1, "one", Family::V4).to_string()]);
     held.assert_code(1).assert_stderr_contains(&["is of Docker's part of subnet"]);
     // Docker's port belongs to no endpoint.
     let view: NetworkView = lab.ctl("h1", &["-o", "json", "inspect"]).assert_code(0).json();

@@ -240,16 +240,16 @@ fn anchor(heading: &str) -> String {
 
 #[test]
 fn every_tutorial_is_run() {
-    let mut stories = String::new();
+    let mut sources = String::new();
     for entry in fs::read_dir(repo_root().join("tests/e2e")).expect("tests/e2e") {
         let name = entry.expect("an entry").file_name().into_string().expect("UTF-8");
         if name.starts_with("tutorial_") {
-            stories += &read(&format!("tests/e2e/{name}"));
+            sources += &read(&format!("tests/e2e/{name}"));
         }
     }
     let sections = overlay_tests::tutorial::sections();
     assert!(sections.len() >= 6, "{sections:?}");
     for section in sections {
-        assert!(stories.contains(&format!("Tutorial::begin(\"{section}\")")), "no tests/e2e/tutorial_*.rs runs `{section}`");
+        assert!(sources.contains(&format!("Tutorial::begin(\"{section}\")")), "no tests/e2e/tutorial_*.rs runs `{section}`");
     }
 }

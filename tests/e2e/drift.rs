@@ -61,10 +61,10 @@ async fn assert_traffic_flows(lab: &TestLab, what: &str) {
 async fn each_drift_is_repaired() {
     let lab = start_lab().await;
     let before = kernel::actual_state(&lab, "h1");
-    for damage in kernel_fault::ALL {
-        let what = damage.name;
+    for fault in kernel_fault::ALL {
+        let what = fault.name;
         let repairs = lab.status("h1").await.data_path.drift_repairs;
-        damage.inject(&lab, "h1");
+        fault.inject(&lab, "h1");
         let took = wait_repaired(&lab, what, &before).await;
         let status = lab.host("h1").wait_status(REPAIR_DEADLINE, "ready", |s| s.ready).await.expect_ok(what);
         assert!(status.data_path.drift_repairs > repairs, "{what}: the repairs are counted: {:#?}", status.data_path);

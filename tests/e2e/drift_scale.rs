@@ -93,7 +93,7 @@ async fn start_lab() -> TestLab {
     let all = usize::from(PEERS) + 1;
     for host in ["h1", "h2"] {
         let whole = |s: &overlay_agent::model::api::Status| s.ready && s.data_path.peers == all;
-        lab.host(host).wait_status(CONVERGE_TIMEOUT, "it has not every peer", whole).await.expect_ok(host);
+        lab.host(host).wait_status(CONVERGE_TIMEOUT, "not all peers", whole).await.expect_ok(host);
     }
     lab
 }

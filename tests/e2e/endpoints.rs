@@ -40,7 +40,7 @@ async fn endpoint_is_attached_listed_and_detached() {
     assert!(lab.endpoints("h1").is_empty());
     assert!(lab.netns("h1-web").is_err(), "the namespace created by attach is gone");
     assert!(kernel::link(&lab, "h1", &attached.endpoint.port.as_ref().expect_ok("a port").host_interface).is_none());
-    assert_eq!(kernel::difference(&kernel::actual_state(&lab, "h1"), &before), "", "the host is as it was before");
+    assert_eq!(kernel::difference(&kernel::actual_state(&lab, "h1"), &before), "", "the host is unchanged");
     let output = lab.ctl("h1", &["detach", "web"]).assert_code(0);
     assert!(output.stdout.contains("was not attached"), "{}", output.stdout);
 }

@@ -257,7 +257,7 @@ async fn agent_role_has_least_privilege() {
     gone.signal(Signal::SIGKILL).expect_ok("kill a member");
     assert!(gone.wait(TERM_GRACE), "the member is gone");
     let second = cluster.start_agent("h2", &flags);
-    wait_status("the second agent is ready with a member gone", &second, |status| status.ready && status.data_path.peers == 1)
+    wait_status("the second agent is ready without one member", &second, |status| status.ready && status.data_path.peers == 1)
         .await;
     let status =
         wait_status("the first agent has the second as peer", &first, |s| s.ready && s.store.connected && s.data_path.peers == 1)

@@ -54,8 +54,8 @@ async fn selection_flags_choose_interface() {
         assert!(lease.contains(&format!("\"PublicIP\":\"{public_ip}\"")), "the lease has the same address: {lease}");
     }
     // A peer sends to the published address.
-    let behind = kernel::list_json(&lab, "h1", "bridge", &["fdb", "show", "dev", "ovx.1"]);
-    assert!(behind.iter().any(|fdb| kernel::text(fdb, "dst") == "198.51.100.7"), "{behind:#?}");
+    let entries = kernel::list_json(&lab, "h1", "bridge", &["fdb", "show", "dev", "ovx.1"]);
+    assert!(entries.iter().any(|fdb| kernel::text(fdb, "dst") == "198.51.100.7"), "{entries:#?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

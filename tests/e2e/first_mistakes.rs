@@ -127,7 +127,7 @@ async fn missing_external_interface_is_reported() {
     kernel::shell(&lab, "h1", "ip -6 address flush dev eth0 scope global");
     start_and_wait_for_problem(&lab, &[], &["eth0 has no IPv6 address", "--iface"]).await;
     kernel::shell(&lab, "h1", "ip address add fd99::1:1/64 dev eth0 nodad");
-    lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("ready once it has one");
+    lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("ready with an IPv6 address");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -222,7 +222,7 @@ async fn taken_ports_are_reported() {
     // The lease is held, so it is not named as the missing part.
     lab.ctl("h1", &["attach", "web"]).assert_code(1).assert_stderr_contains(&["devices are not in place", "overlayctl status"]);
     drop(tunnel);
-    lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("ready once the port is free");
+    lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("ready with a free port");
     stop_agent(&lab);
 }
 

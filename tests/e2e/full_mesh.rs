@@ -81,7 +81,7 @@ async fn assert_only_tunnel_between_hosts(lab: &TestLab, packets: &[overlay_test
             assert!(packet.vxlan.is_none(), "a tunnel packet to a wrong destination: {packet:?}");
         }
     }
-    assert!(tunnelled > 20, "the calls went through the tunnel: {tunnelled} packets of {}", packets.len());
+    assert!(tunnelled > 20, "the calls use the tunnel: {tunnelled} packets of {}", packets.len());
 }
 
 /// Checks that the bridge has a fixed MAC and the overlay's MTU, and that its ports have no address.

@@ -147,7 +147,7 @@ async fn agents_recover_from_killed_proxies() {
         })
         .await;
     }
-    flow.stop().await.assert_no_loss("while both proxies were gone");
+    flow.stop().await.assert_no_loss("without proxies");
     let now = etcd::leases(&lab);
     let own: Vec<_> = now.into_iter().filter(|entry| entry.lease != 0).collect();
     assert_eq!(own, leases, "each host has kept its subnet");

@@ -90,7 +90,7 @@ async fn forwarding_is_enabled_on_new_interfaces() {
 
     run_cleanup(&lab);
     for (path, value) in before {
-        assert_eq!(read_sysctl(&lab, path), value, "{path} is as it was");
+        assert_eq!(read_sysctl(&lab, path), value, "{path} is unchanged");
     }
 }
 
@@ -121,10 +121,10 @@ async fn ipv6_is_enabled_on_new_interfaces() {
 
 /// Sends a router advertisement into a host's interface, and waits for its default route on h1.
 async fn send_router_advertisement(lab: &TestLab, from: (&str, &str), device: &str, mac: packet_builder::Mac) {
-    let wire = PacketSocket::open(&lab.open_netns(from.0), from.1);
+    let packet_socket = PacketSocket::open(&lab.open_netns(from.0), from.1);
     let advertisement = packet_builder::router_advertisement(mac, "2001:db8:7::".parse().expect_ok("a prefix"));
     eventually(&format!("a router advertisement is accepted on {device}"), CONVERGE_TIMEOUT, || {
-        wire.send(&advertisement);
+        packet_socket.send(&advertisement);
         if default_routers(lab, device).is_empty() { Err("no route".to_owned()) } else { Ok(()) }
     })
     .await;
@@ -195,7 +195,7 @@ async fn enabling_forwarding_keeps_router_advertisements() {
     kernel::shell(&lab, "h1", "ip link delete late0");
     run_cleanup(&lab);
     for device in ["eth0", "eth1"] {
-        assert_eq!(accept_ra(&lab, device), "1", "{device} is as it was");
+        assert_eq!(accept_ra(&lab, device), "1", "{device} is unchanged");
     }
     assert_eq!(read_sysctl(&lab, "ipv6/conf/all/forwarding"), "0");
 }
@@ -209,9 +209,9 @@ async fn ignored_router_advertisements_stay_ignored() {
     kernel::shell(&lab, "h1", "ip link add link eth1 name late0 type macvlan; ip link set late0 up");
     lab.wait_converged("h1", CONVERGE_TIMEOUT).await;
     let advertisement = packet_builder::router_advertisement(FIRST_ROUTER, "2001:db8:7::".parse().expect_ok("a prefix"));
-    let wire = PacketSocket::open(&lab.open_netns("h1"), "wall");
+    let packet_socket = PacketSocket::open(&lab.open_netns("h1"), "wall");
     for _ in 0..10 {
-        wire.send(&advertisement);
+        packet_socket.send(&advertisement);
         tokio::time::sleep(REPAIR_DEADLINE / 10).await;
     }
     assert_eq!(default_routers(&lab, "eth1"), "");

@@ -62,7 +62,7 @@ async fn returning_host_gets_same_subnet() {
     }
 
     let returned = lab.start_agent("h3").await.lease.expect_ok("a lease").subnet;
-    assert_eq!((returned, vtep_mac(&lab, "h3")), (joined, mac), "the same subnet and MAC after the lease had gone");
+    assert_eq!((returned, vtep_mac(&lab, "h3")), (joined, mac), "the same subnet and MAC after the loss of the lease");
     lab.wait_full_mesh().await;
     for host in lab.hosts() {
         lab.wait_converged(host.name(), CONVERGE_TIMEOUT).await;

@@ -60,8 +60,8 @@ async fn host_reclaims_free_subnet() {
     lab.assert_full_reachability().await;
     // Local traffic loses nothing. Traffic between hosts is lost while the lease is missing; TCP survives it.
     inside.stop().await.assert_no_loss("inside the host");
-    let toll = between.stop().await;
-    toll.assert_loss_at_most(toll.pings.sent, Duration::from_secs(45), "between the hosts");
+    let stats = between.stop().await;
+    stats.assert_loss_at_most(stats.pings.sent, Duration::from_secs(45), "between the hosts");
 }
 
 /// A pool of two subnets for two running hosts and a new one: the new one gets h1's subnet.

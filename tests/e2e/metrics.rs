@@ -78,7 +78,7 @@ async fn metrics_pass_promtool() {
     })
     .await;
     etcd::start(&lab).await;
-    let seen = eventually("all of it is counted", DETECT_TIMEOUT, || {
+    let seen = eventually("everything is counted", DETECT_TIMEOUT, || {
         let page = page();
         let wanted = [
             ("overlayd_store_reconnects_total", 1.0),
@@ -109,7 +109,7 @@ async fn metrics_pass_promtool() {
     }
     let output = promtool(&["check", "metrics"], &seen).assert_code(0);
     assert_eq!((output.stdout.as_str(), output.stderr.as_str()), ("", ""), "nothing to remark");
-    assert_eq!(metric_families(&seen), metric_families(&Metrics::new().render()), "every family is there from the start");
+    assert_eq!(metric_families(&seen), metric_families(&Metrics::new().render()), "every family exists from the start");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -160,7 +160,7 @@ async fn health_over_tcp_follows_the_agent() {
     };
     assert_eq!(["/healthz", "/readyz", "/metrics", "/v1/status"].map(status), ["200", "200", "200", "404"]);
     host.agent_stop(Signal::SIGTERM).expect_ok("stop");
-    assert_eq!(status("/healthz"), "", "nobody answers");
+    assert_eq!(status("/healthz"), "", "no answer");
 }
 
 #[test]

@@ -215,7 +215,7 @@ async fn bound_port_is_reachable_only_there() {
         let bytes: Vec<u8> = bytes.split(':').map(|byte| u8::from_str_radix(byte, 16).expect_ok("a MAC")).collect();
         bytes.try_into().ok().expect_ok("six bytes")
     };
-    let wire = PacketSocket::open(&lab.open_netns("world"), "eth0");
+    let packet_socket = PacketSocket::open(&lab.open_netns("world"), "eth0");
     let tap = PacketSocket::open(&lab.open_netns("h1-web"), "eth0");
     let (to, from) = (mac("h1"), mac("world"));
     let own: SocketAddr = SocketAddr::new(own[0], 8082);
@@ -227,7 +227,7 @@ async fn bound_port_is_reachable_only_there() {
         ("10.99.0.254:9", &own.to_string(), marks[3]),
     ] {
         let parsed = |text: &str| text.parse().expect_ok("an address");
-        wire.send(&packet_builder::ip_frame(to, from, &packet_builder::udp(parsed(source), parsed(destination), mark)));
+        packet_socket.send(&packet_builder::ip_frame(to, from, &packet_builder::udp(parsed(source), parsed(destination), mark)));
     }
     let mut came = Vec::new();
     eventually("the allowed packet has arrived", CONVERGE_TIMEOUT, || {
@@ -236,7 +236,7 @@ async fn bound_port_is_reachable_only_there() {
     })
     .await;
     for mark in &marks[..3] {
-        assert!(!came.iter().any(|frame| frame.ends_with(mark)), "{} came", String::from_utf8_lossy(mark));
+        assert!(!came.iter().any(|frame| frame.ends_with(mark)), "{} was delivered", String::from_utf8_lossy(mark));
     }
 }
 
@@ -418,14 +418,14 @@ async fn sctp_port_is_translated() {
         let to = SocketAddr::new(underlay_address(&lab, "h1", family), 2905);
         let init = sctp_init(4000, to.port());
         let packet = packet_builder::ip(world_address(family), to.ip(), IPPROTO_SCTP, &init);
-        let wire = PacketSocket::open(&lab.open_netns("world"), "eth0");
+        let packet_socket = PacketSocket::open(&lab.open_netns("world"), "eth0");
         let link = |host: &str| kernel::text(&kernel::link(&lab, host, "eth0").expect_ok("eth0"), "address");
         let mac = |host: &str| -> packet_builder::Mac {
             let bytes: Vec<u8> = link(host).split(':').map(|byte| u8::from_str_radix(byte, 16).expect_ok("a MAC")).collect();
             bytes.try_into().ok().expect_ok("six bytes")
         };
         let frame = packet_builder::ip_frame(mac("h1"), mac("world"), &packet);
-        wire.send(&frame);
+        packet_socket.send(&frame);
         // The ports follow the IP header; the second one is now the container's.
         let ports = [4000_u16.to_be_bytes(), 2906_u16.to_be_bytes()].concat();
         let address = packet_builder::octets(*inner);

@@ -170,11 +170,11 @@ async fn foreign_device_with_agent_name_is_kept() {
         assert!(failed.error.contains("not ours") || failed.error.contains("not made by"), "{kind}: {failed:?}");
         lab.wait_for_log("h1", &[device, "the kernel refused an entry"]).await;
         let after = kernel::list_json(&lab, "h1", "ip", &["address", "show", "dev", device]);
-        assert_eq!(after, before, "it is left alone");
+        assert_eq!(after, before, "it is unchanged");
         lab.ctl("h1", &["status"]).assert_code(3);
 
         kernel::run(&lab, "h1", &["ip", "link", "delete", device]);
-        lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("ready once it is gone");
+        lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("ready after its removal");
         lab.wait_full_mesh().await;
         lab.wait_converged("h1", CONVERGE_TIMEOUT).await;
         lab.host("h1").agent_stop(Signal::SIGTERM).expect_ok("stop");

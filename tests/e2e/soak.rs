@@ -156,10 +156,10 @@ impl Soak {
             32..44 => self.detach(host).await,
             44..56 => self.restart(host).await,
             56..76 => {
-                let damage = kernel_fault::ALL.choose(&mut self.rng).expect_ok("a damage");
-                self.record_step(host, format!("damage: {}", damage.name));
+                let fault = kernel_fault::ALL.choose(&mut self.rng).expect_ok("a kernel fault");
+                self.record_step(host, format!("kernel fault: {}", fault.name));
                 // The entries may be missing already.
-                damage.try_inject(&self.lab, host);
+                fault.try_inject(&self.lab, host);
             }
             76..86 => self.toggle_peer(),
             _ => self.inject_store_fault(host).await,
@@ -291,10 +291,10 @@ impl Soak {
         let number = self.rng.random_range(1..=12u8);
         let key = etcd::lease_key(&format!("10.244.{}.0-24", 200 + number));
         if self.peers.remove(&number) {
-            self.record_step(&key, "peer goes");
+            self.record_step(&key, "peer leaves");
             etcd::delete(&self.lab, &key);
         } else {
-            self.record_step(&key, "peer comes");
+            self.record_step(&key, "peer joins");
             self.peers.insert(number);
             etcd::put(&self.lab, &key, &churn::lease(number, self.rng.random_range(0..9)));
         }

@@ -96,7 +96,7 @@ async fn log_level_changes_at_runtime() {
     assert!(answer.status == 200 && answer.json::<LogLevel>().level.contains("trace"), "{answer:?}");
     // An event to log.
     kernel::run(&lab, "h1", &["nft", "delete", "table", "inet", "overlayd"]);
-    eventually("there are debug lines", CONVERGE_TIMEOUT, || {
+    eventually("the log has debug lines", CONVERGE_TIMEOUT, || {
         let count = debug(lab.log("h1"));
         if count > 0 { Ok(()) } else { Err(format!("{count} lines")) }
     })
@@ -112,7 +112,7 @@ async fn subnet_watch_streams_changes() {
     let mut stream = client.watch_subnets().await.expect_ok("a stream");
     let next = async |stream: &mut overlayctl::client::SubnetsStream| {
         let next = tokio::time::timeout(CONVERGE_TIMEOUT, stream.next()).await.expect_ok("in time").expect_ok("the stream");
-        next.expect_ok("the agent goes on").subnets
+        next.expect_ok("the stream continues").subnets
     };
     assert_eq!(next(&mut stream).await.len(), 2, "the present state first");
     let key = "10.244.200.0-24";

@@ -129,10 +129,10 @@ async fn spoofed_addresses_macs_and_roles_are_dropped() {
         v4: lab.status("h1").await.lease.expect_ok("a lease").subnet.gateway(Family::V4).expect_ok("IPv4"),
         v6: lab.status("h1").await.lease.expect_ok("a lease").subnet.gateway(Family::V6).expect_ok("IPv6"),
     };
-    let mut scene = SpoofFixture::new(&lab, "c1").await;
-    let (me, other) = (scene.sender, scene.receiver);
+    let mut fixture = SpoofFixture::new(&lab, "c1").await;
+    let (me, other) = (fixture.sender, fixture.receiver);
     for (name, frame, verdict) in frames::frames_with_source_check(me, other, far, gateway) {
-        scene.assert_outcome(&name, &frame, verdict).await;
+        fixture.assert_outcome(&name, &frame, verdict).await;
     }
     let noticed = drop_counts(&lab, "h1").await;
     for reason in ["source", "router", "dhcp"] {
@@ -151,27 +151,27 @@ async fn spoofed_addresses_macs_and_roles_are_dropped() {
 
     // An endpoint without source check: a router, or one with virtual addresses.
     lab.ctl("h1", &["attach", "router", "--no-source-check"]).assert_code(0);
-    let mut scene = SpoofFixture::new(&lab, "router").await;
-    for (name, frame, verdict) in frames::frames_without_source_check(scene.sender, scene.receiver, far) {
-        scene.assert_outcome(&format!("unchecked, {name}"), &frame, verdict).await;
+    let mut fixture = SpoofFixture::new(&lab, "router").await;
+    for (name, frame, verdict) in frames::frames_without_source_check(fixture.sender, fixture.receiver, far) {
+        fixture.assert_outcome(&format!("unchecked, {name}"), &frame, verdict).await;
     }
 
     // The counters survive the agent, and the source filter works without it.
     let before = drop_counts(&lab, "h1").await;
     lab.host("h1").agent_stop(nix::sys::signal::Signal::SIGKILL).expect_ok("SIGKILL");
-    let mut scene = SpoofFixture {
+    let mut fixture = SpoofFixture {
         sender_socket: PacketSocket::open(&lab.open_netns("h1-c1"), "eth0"),
         sender: me,
         receiver: other,
-        ..scene
+        ..fixture
     };
-    drop(scene.receiver_socket.frames());
+    drop(fixture.receiver_socket.frames());
     let forged = packet_builder::udp(SocketAddr::new(other.v4, 9), SocketAddr::new(other.v4, 9), b"forged");
-    scene.sender_socket.send(&packet_builder::ip_frame(other.mac, me.mac, &forged));
-    let fence = scene.marker_frame();
-    scene.sender_socket.send(&fence);
+    fixture.sender_socket.send(&packet_builder::ip_frame(other.mac, me.mac, &forged));
+    let fence = fixture.marker_frame();
+    fixture.sender_socket.send(&fence);
     eventually("the next frame arrives", CONVERGE_TIMEOUT, || {
-        let seen = scene.receiver_socket.frames();
+        let seen = fixture.receiver_socket.frames();
         assert!(!seen.iter().any(|frame| frame.ends_with(b"forged")), "a forged frame passes without an agent");
         if seen.contains(&fence) { Ok(()) } else { Err("not yet".to_owned()) }
     })
@@ -187,8 +187,8 @@ async fn spoofed_addresses_macs_and_roles_are_dropped() {
 async fn forged_encapsulation_is_dropped() {
     let lab = start_lab().await;
     let far = find_station(&lab, "h2", "c1").await;
-    let mut scene = SpoofFixture::new(&lab, "c1").await;
-    let (me, other, gateway) = (scene.sender, scene.receiver, bridge_mac(&lab, "h1"));
+    let mut fixture = SpoofFixture::new(&lab, "c1").await;
+    let (me, other, gateway) = (fixture.sender, fixture.receiver, bridge_mac(&lab, "h1"));
     let subnets = lab.host("h1").client().subnets().await.expect_ok("subnets").subnets;
     let vtep =
         |own: bool, family| subnets.iter().find(|s| s.own == own).and_then(|s| s.vtep.get(family).copied()).expect_ok("a VTEP").0;
@@ -216,21 +216,24 @@ async fn forged_encapsulation_is_dropped() {
             ("nothing inside", underlay("h2"), Vec::new()),
         ] {
             let forged = outer(to, vxlan_port(), &data);
-            scene
+            fixture
                 .assert_outcome(
                     &format!("encapsulation to {name} ({family})"),
                     &forged,
                     ExpectedOutcome::Dropped("encapsulation"),
                 )
                 .await;
-            assert!(!comes(scene.receiver_socket.frames()) && !comes(far_tap.frames()), "the inner packet was delivered: {name}");
+            assert!(
+                !comes(fixture.receiver_socket.frames()) && !comes(far_tap.frames()),
+                "the inner packet was delivered: {name}"
+            );
         }
         // Only this port is blocked.
         for host in ["h1", "h2"] {
             let address = SocketAddr::new(underlay(host), vxlan_port() + 1);
             let server = lab.open_netns(host).run(|| UdpSocket::bind(address)).expect_ok(host).expect_ok("a socket");
             server.set_read_timeout(Some(CONVERGE_TIMEOUT)).expect_ok("a limit");
-            scene.sender_socket.send(&outer(address.ip(), address.port(), b"plain"));
+            fixture.sender_socket.send(&outer(address.ip(), address.port(), b"plain"));
             let mut buffer = [0; 64];
             let (length, _) = server.recv_from(&mut buffer).expect_ok(&format!("a datagram to {address}"));
             assert_eq!(&buffer[..length], b"plain");
@@ -239,26 +242,26 @@ async fn forged_encapsulation_is_dropped() {
     // Loopback addresses are never on the wire, even while ports of 127.0.0.1 are published.
     lab.ctl("h1", &["attach", "web", "--publish", "127.0.0.1:8080:80"]).assert_code(0);
     let packet = packet_builder::udp(SocketAddr::new(me.v4, 5000), "127.0.0.1:8080".parse().expect_ok("an address"), b"inside");
-    scene
+    fixture
         .assert_outcome("to 127.0.0.1", &packet_builder::ip_frame(gateway, me.mac, &packet), ExpectedOutcome::Dropped("loopback"))
         .await;
     lab.ctl("h1", &["attach", "router", "--no-source-check"]).assert_code(0);
-    let mut scene = SpoofFixture::new(&lab, "router").await;
+    let mut fixture = SpoofFixture::new(&lab, "router").await;
     let packet = packet_builder::udp("127.0.0.1:5000".parse().expect_ok("an address"), SocketAddr::new(far.v4, 5001), b"inside");
-    scene
+    fixture
         .assert_outcome(
             "from 127.0.0.1",
-            &packet_builder::ip_frame(gateway, scene.sender.mac, &packet),
+            &packet_builder::ip_frame(gateway, fixture.sender.mac, &packet),
             ExpectedOutcome::Dropped("loopback"),
         )
         .await;
     let to_own = SocketAddr::new(*lab.host("h1").layout().addresses.get(Family::V4).expect_ok("IPv4"), vxlan_port());
-    let packet = packet_builder::udp(SocketAddr::new(scene.sender.v4, 5000), to_own, b"inside");
+    let packet = packet_builder::udp(SocketAddr::new(fixture.sender.v4, 5000), to_own, b"inside");
     let name = "encapsulation of one that is not checked";
-    scene
+    fixture
         .assert_outcome(
             name,
-            &packet_builder::ip_frame(gateway, scene.sender.mac, &packet),
+            &packet_builder::ip_frame(gateway, fixture.sender.mac, &packet),
             ExpectedOutcome::Dropped("encapsulation"),
         )
         .await;

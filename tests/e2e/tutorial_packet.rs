@@ -38,8 +38,8 @@ async fn packet_path_section_matches_captures() {
     let lab = tutorial.lab();
     let (c3, c5) = (container_address(&lab, "h1", "c3").await, container_address(&lab, "h2", "c5").await);
     let [h1, h2] = HOST_ADDRESSES.map(parse_address);
-    let wires = [("h1", "eth0"), ("h2", "eth0"), ("h1", "ovb.1"), ("h2", "ovb.1")];
-    let captures = wires.map(|(host, interface)| Capture::start(&lab, host, interface));
+    let interfaces = [("h1", "eth0"), ("h2", "eth0"), ("h1", "ovb.1"), ("h2", "ovb.1")];
+    let captures = interfaces.map(|(host, interface)| Capture::start(&lab, host, interface));
     tutorial.run_block().await;
     let [wire1, wire2, bridge1, bridge2] = captures.map(Capture::stop);
 

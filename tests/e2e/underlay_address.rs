@@ -145,7 +145,7 @@ async fn floating_address_changes_nothing() {
     lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("h1");
     stays("the agent starts again").await;
     kernel::shell(&lab, "h1", &delete);
-    stays("it goes to the other host").await;
+    stays("it moves to the other host").await;
     assert!(!lab.log("h1").contains("is another one now"), "{}", lab.log("h1"));
     traffic.stop().await.assert_no_loss("a floating address");
     for host in ["h1", "h2"] {

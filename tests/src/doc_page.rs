@@ -92,7 +92,7 @@ pub fn blocks(page: &str) -> Result<Vec<Block>, String> {
         }
         let Some(kind) = line.strip_prefix("```") else {
             if line.starts_with("    ") && !line.trim().is_empty() {
-                return Err(format!("{}: an indented block: fence it, with ```sh where it is commands", number + 1));
+                return Err(format!("{}: an indented block: fence it, commands with ```sh", number + 1));
             }
             marker = line.strip_prefix("<!-- ").and_then(|rest| rest.strip_suffix(" -->")).map(str::to_owned);
             behind = false;

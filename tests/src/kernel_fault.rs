@@ -100,7 +100,7 @@ impl KernelFault {
 /// The change of that name.
 #[track_caller]
 pub fn by_name(name: &str) -> KernelFault {
-    ALL.into_iter().find(|damage| damage.name == name).expect_ok(name)
+    ALL.into_iter().find(|fault| fault.name == name).expect_ok(name)
 }
 
 /// Runs a shell script on a host, with the functions of the changes.

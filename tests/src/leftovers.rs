@@ -24,7 +24,7 @@ impl Leftovers {
         lab.ctl("h1", &["detach", "first"]).assert_code(0);
         // The kernel reports the lost carrier of a bridge without ports up to a second later.
         let has = |dump: &NetnsDump, words: &[&str]| dump.lines().iter().any(|line| words.iter().all(|word| line.contains(word)));
-        eventually("the first container's traces are gone", CONVERGE_TIMEOUT, || {
+        eventually("the host is quiet after the first container", CONVERGE_TIMEOUT, || {
             let left = Leftovers::collect(lab);
             if has(&left.host_dump, &["\"tentative\":true"]) {
                 return Err("duplicate address detection is in progress".to_owned());

@@ -66,7 +66,7 @@ impl<T> ExpectContext<T> for Option<T> {
     fn expect_ok(self, what: &str) -> T {
         match self {
             Some(value) => value,
-            None => panic!("{what}: there is none"),
+            None => panic!("{what}: missing"),
         }
     }
 }

@@ -70,7 +70,7 @@ async fn chain_with_debian_plugins_works() {
         let result = network
             .add(&attachment)
             .unwrap_or_else(|output| panic!("{version}: `{}`: {}{}", output.command, output.stdout, output.stderr));
-        assert_eq!(result["interfaces"][1]["name"], "eth0", "ours comes first: {result}");
+        assert_eq!(result["interfaces"][1]["name"], "eth0", "our plugin is first: {result}");
         let tuned = kernel::sysctl(&lab, "h1-c1", "ipv4/conf/eth0/arp_filter");
         assert_eq!(tuned, "1", "tuning found the interface");
         let qdiscs = kernel::run(&lab, "h1", &["tc", "qdisc", "show"]);

@@ -104,7 +104,7 @@ async fn plugin_fails_without_agent() {
     assert!(code == 50 && text.contains("Is overlayd running?"), "{code}: {text}");
     assert_eq!(parse_error(&network.check(&known, &result).expect_err("CHECK")).0, 11);
     assert_eq!(parse_error(&network.gc(&[]).expect_err("GC")).0, 11);
-    assert_eq!(parse_error(&network.del(&known, &result).expect_err("DEL while the namespace is there")).0, 11);
+    assert_eq!(parse_error(&network.del(&known, &result).expect_err("DEL while the namespace exists")).0, 11);
     wait_unchanged("the host", &lab.open_netns("h1"), &before.0).await;
     wait_unchanged("the container", &attachment.open_netns(), &before.1).await;
     // Deleting the namespace deletes the interface; a returning agent notices this itself.
@@ -197,7 +197,7 @@ async fn container_killed_during_add_leaves_nothing() {
     lab.host("h1").agent().expect_ok("the agent").signal(Signal::SIGSTOP).expect_ok("SIGSTOP");
     let mut short = network.clone();
     short.plugins[0]["timeout"] = "1s".into();
-    let (code, text) = parse_error(&short.add(&attachment).expect_err("nobody answers"));
+    let (code, text) = parse_error(&short.add(&attachment).expect_err("the agent does not answer"));
     assert!(code == 11 && text.contains("did not answer in time"), "{code}: {text}");
     lab.host("h1").agent().expect_ok("the agent").signal(Signal::SIGCONT).expect_ok("SIGCONT");
     network.del(&attachment, &Value::Null).map_err(|output| output.stdout).expect_ok("DEL");

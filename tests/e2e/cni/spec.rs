@@ -229,23 +229,24 @@ async fn gc_removes_unknown_attachments() {
     let lab = TestLab::one_host(Families::V4).await;
     let network = Network::overlay_only(&lab, "h1", "1.1.0");
     let other = Network { name: "overlay2".to_owned(), ..network.clone() };
-    let who: Vec<Attachment> = ["a", "b", "c", "d"].iter().map(|name| Attachment::new(&lab, "h1", name)).collect();
-    for attachment in &who[..3] {
+    let attachments: Vec<Attachment> = ["a", "b", "c", "d"].iter().map(|name| Attachment::new(&lab, "h1", name)).collect();
+    for attachment in &attachments[..3] {
         network.add(attachment).map_err(|output| output.stdout).expect_ok("ADD");
     }
     let second = Attachment { interface: "eth1".to_owned(), ..Attachment::new(&lab, "h1", "e") };
     network.add(&second).map_err(|output| output.stdout).expect_ok("ADD of eth1");
-    other.add(&who[3]).map_err(|output| output.stdout).expect_ok("ADD to another network");
+    other.add(&attachments[3]).map_err(|output| output.stdout).expect_ok("ADD to another network");
     lab.ctl("h1", &["attach", "person"]).assert_code(0);
     // One with a deleted namespace.
-    Netns::delete(who[2].netns.rsplit_once('/').expect_ok("a name").1).expect_ok("delete");
+    Netns::delete(attachments[2].netns.rsplit_once('/').expect_ok("a name").1).expect_ok("delete");
     network
-        .gc(&[&who[0], &Attachment { interface: "eth0".to_owned(), ..second.clone() }])
+        .gc(&[&attachments[0], &Attachment { interface: "eth0".to_owned(), ..second.clone() }])
         .map_err(|output| output.stdout)
         .expect_ok("GC");
     let left: Vec<String> = endpoints(&lab).await.into_iter().map(|e| e.owner.unwrap_or_default()).collect();
-    let owner = |network: &str, who: &Attachment| format!("cni/{network}/{}/{}", who.container, who.interface);
-    let mut wanted = vec![String::new(), owner("overlay", &who[0]), owner("overlay2", &who[3])];
+    let owner =
+        |network: &str, attachment: &Attachment| format!("cni/{network}/{}/{}", attachment.container, attachment.interface);
+    let mut wanted = vec![String::new(), owner("overlay", &attachments[0]), owner("overlay2", &attachments[3])];
     wanted.sort();
     assert_eq!(
         {

@@ -143,12 +143,12 @@ fn missing_line(script: &str, page: &str, block: &Block) -> Option<String> {
 fn e2e_sources() -> String {
     let entries = fs::read_dir(doc_page::repo_root().join("tests/e2e")).expect("tests/e2e");
     let paths = entries.map(|entry| entry.expect("an entry").path()).filter(|path| path.is_file());
-    paths.map(|path| fs::read_to_string(path).expect("a story")).collect()
+    paths.map(|path| fs::read_to_string(path).expect("a readable source")).collect()
 }
 
 #[test]
 fn every_command_block_is_run() {
-    let stories = e2e_sources();
+    let sources = e2e_sources();
     let mut bad = Vec::new();
     let mut seen = 0;
     for page in doc_page::page_paths().iter().filter(|page| *page != TUTORIAL) {
@@ -162,7 +162,7 @@ fn every_command_block_is_run() {
                 // Commands that run tests: their existence is checked above.
                 None if own => {}
                 None => bad.push(format!("{place}: no run target: put `<!-- on MACHINE -->` or `<!-- as in FILE -->` above it")),
-                Some(RunTarget::Hosts { .. }) if !stories.contains(&format!("Page::open(\"{page}\"")) => {
+                Some(RunTarget::Hosts { .. }) if !sources.contains(&format!("Page::open(\"{page}\"")) => {
                     bad.push(format!("{place}: no test has DocPage::open(\"{page}\""));
                 }
                 Some(RunTarget::Hosts { .. }) => {}

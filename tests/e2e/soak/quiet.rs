@@ -68,7 +68,7 @@ impl Soak {
                 let name = endpoint.name.as_str();
                 let kind = self.containers_by_host[host][name];
                 self.detach_named(host, name).await;
-                self.attach_as(host, name, kind).await.expect_ok("attach anew");
+                self.attach_as(host, name, kind).await.expect_ok("attach again");
             }
         }
     }
@@ -132,7 +132,7 @@ impl Soak {
         let leases = etcd::leases(&self.lab);
         assert_eq!(leases.len(), self.containers_by_host.len() + self.peers.len(), "leases: {leases:#?}");
         for host in HOSTS.iter().filter(|host| !self.containers_by_host.contains_key(*host)) {
-            eventually("a host that left is as it was", READY_TIMEOUT, || {
+            eventually("a host that left has its initial state", READY_TIMEOUT, || {
                 let changes = NetnsDump::of(&self.lab.open_netns(host)).changes_since(&self.initial_dumps[host]);
                 if changes.is_empty() { Ok(()) } else { Err(format!("{host}:\n{changes}")) }
             })

@@ -88,11 +88,11 @@ fn router_messages(sender: Station, receiver: Station) -> TestFrames {
             "a router solicitation",
             ip_frame(ALL_NODES, sender.mac, &icmpv6(local, parse("ff02::1"), ROUTER_SOLICITATION, &[0; 4])),
         ),
-        named("a router advertisement behind a VLAN tag", {
+        named("a router advertisement after a VLAN tag", {
             let plain = router_advertisement(sender.mac, parse("2001:db8:bad::"));
             [&plain[..12], &[0x81, 0, 0, 5], &plain[12..]].concat()
         }),
-        named("a router advertisement behind another header", {
+        named("a router advertisement after another header", {
             let message = packet_builder::icmpv6_message(local, parse("ff02::1"), ROUTER_ADVERTISEMENT, &[0; 12]);
             ip_frame(ALL_NODES, sender.mac, &with_destination_options(local, parse("ff02::1"), &message))
         }),
@@ -171,12 +171,12 @@ fn forged_frames(sender: Station, receiver: Station, far: Station, gateway: Stat
         ("the gateway", gateway.v4),
         ("the world", parse("192.0.2.1")),
         ("loopback", parse("127.0.0.1")),
-        ("nobody", parse("0.0.0.0")),
+        ("the unspecified address", parse("0.0.0.0")),
         ("a far container in IPv6", far.v6),
         ("the gateway in IPv6", gateway.v6),
         ("the world in IPv6", parse("2001:db8::1")),
         ("the neighbour's link-local address", link_local(receiver.mac)),
-        ("nobody in IPv6", parse("::")),
+        ("the unspecified IPv6 address", parse("::")),
     ] {
         let destination = if address.is_ipv4() { receiver.v4 } else { receiver.v6 };
         add(format!("source of {whose}"), udp(receiver.mac, sender.mac, (address, 9), (destination, 9)));
@@ -199,7 +199,9 @@ fn forged_frames(sender: Station, receiver: Station, far: Station, gateway: Stat
             ),
         );
     }
-    for (whose, address) in [("a far container", far.v4), ("the gateway", gateway.v4), ("nobody", parse("0.0.0.0"))] {
+    for (whose, address) in
+        [("a far container", far.v4), ("the gateway", gateway.v4), ("the unspecified address", parse("0.0.0.0"))]
+    {
         for (word, operation) in [("request", 1), ("answer", 2)] {
             let output = packet_builder::arp(operation, (sender.mac, address), (receiver.mac, receiver.v4));
             add(format!("ARP {word} for {whose}"), packet_builder::frame(receiver.mac, sender.mac, ARP, &output));
@@ -242,7 +244,7 @@ fn forged_frames(sender: Station, receiver: Station, far: Station, gateway: Stat
         &nd_message_body(0x20, far.v6, &option(TARGET_MAC, sender.mac)),
     );
     add(
-        "advertisement behind another header".to_owned(),
+        "advertisement after another header".to_owned(),
         ip_frame(receiver.mac, sender.mac, &with_destination_options(sender.v6, receiver.v6, &message)),
     );
     add("a frame of no known protocol".to_owned(), packet_builder::frame(receiver.mac, sender.mac, 0x88cc, &[0; 50]));
@@ -252,9 +254,9 @@ fn forged_frames(sender: Station, receiver: Station, far: Station, gateway: Stat
     );
     let inner = packet_builder::udp(SocketAddr::new(far.v4, 9), SocketAddr::new(receiver.v4, 9), b"made by hand");
     let tagged = [[0, 5, 0x08, 0].as_slice(), &inner].concat();
-    add("a forged source behind a VLAN tag".to_owned(), packet_builder::frame(receiver.mac, sender.mac, 0x8100, &tagged));
+    add("a forged source after a VLAN tag".to_owned(), packet_builder::frame(receiver.mac, sender.mac, 0x8100, &tagged));
     let twice = [[0, 5, 0x81, 0].as_slice(), &tagged].concat();
-    add("a forged source behind two VLAN tags".to_owned(), packet_builder::frame(receiver.mac, sender.mac, 0x88a8, &twice));
+    add("a forged source after two VLAN tags".to_owned(), packet_builder::frame(receiver.mac, sender.mac, 0x88a8, &twice));
     all
 }
 
