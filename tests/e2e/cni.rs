@@ -21,7 +21,7 @@ async fn endpoints(lab: &TestLab) -> Vec<Endpoint> {
     lab.host("h1").client().endpoints().await.expect_ok("endpoints").endpoints
 }
 
-/// How long a namespace must be unchanged to count as stable: the kernel updates the carrier of links once a second
+/// How long a namespace must be unchanged to count as stable. The kernel updates the carrier of links once a second
 /// (`linkwatch_do_dev` in net/core/link_watch.c), and an address is tentative for as long.
 const STABLE_PERIOD: Duration = Duration::from_millis(1500);
 

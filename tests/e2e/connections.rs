@@ -1,4 +1,4 @@
-//! Continuous flows while their rules change: each packet is handled by the current rules, not by those of the flow's first
+//! Continuous flows while their rules change. Each packet is handled by the current rules, not by those of the flow's first
 //! packet.
 
 use std::collections::BTreeSet;

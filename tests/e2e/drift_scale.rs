@@ -197,7 +197,7 @@ async fn bulk_drift_is_repaired() {
     lab.assert_full_reachability().await;
 }
 
-/// Another process deletes a route every 10 ms: the agent neither gives up nor spins, and logs an error.
+/// Another process deletes a route every 10 ms. The agent neither gives up nor spins, and logs an error.
 #[tokio::test(flavor = "multi_thread")]
 async fn contended_route_is_rate_limited() {
     let lab = start_lab().await;

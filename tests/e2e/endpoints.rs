@@ -209,7 +209,7 @@ async fn moved_address_is_reachable_at_once() {
     all_reach("a2");
 }
 
-/// A container with another network besides the overlay: that network keeps the default route, also after the veth pair is
+/// A container with another network besides the overlay. That network keeps the default route, also after the veth pair is
 /// recreated.
 #[tokio::test(flavor = "multi_thread")]
 async fn second_interface_reaches_overlay_only() {

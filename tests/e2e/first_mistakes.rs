@@ -1,4 +1,4 @@
-//! Mistakes of the first day, as a new user makes them: each error names the value, the place and the remedy.
+//! Mistakes of the first day, as a new user makes them. Each error names the value, the place and the remedy.
 //!
 //! Other tests cover a second agent, missing privileges and unknown keys (`refusal`), a late or invalid network configuration
 //! (`late_config`), attach values (`bad_input`), and certificates, passwords and roles (`etcd_access`).
@@ -291,7 +291,7 @@ async fn too_small_mtu_is_reported() {
     lab.wait_converged("h1", CONVERGE_TIMEOUT).await;
 }
 
-/// A small MTU is no problem without IPv6 in the network; a larger one later enables no unwanted IPv6.
+/// A small MTU is no problem without IPv6 in the network. A larger one later enables no unwanted IPv6.
 #[tokio::test(flavor = "multi_thread")]
 async fn small_mtu_works_without_ipv6() {
     let lab = start_lab_without_agents(1, Families::V4).await;

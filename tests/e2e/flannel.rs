@@ -117,7 +117,7 @@ async fn migrated_host_keeps_subnet() {
     lab.wait_converged("h3", CONVERGE_TIMEOUT).await;
 }
 
-/// flanneld renews with a new etcd lease and an unconditional put of the same value: a watch event without a change.
+/// flanneld renews with a new etcd lease and an unconditional put of the same value. This is a watch event without a change.
 #[tokio::test(flavor = "multi_thread")]
 async fn flannel_renewal_changes_nothing() {
     let lab = start_lab(Families::V4).await;

@@ -1,4 +1,4 @@
-//! Three hosts with two containers each: every container reaches every other one by its own address, the outside sees the host's
+//! Three hosts with two containers each. Every container reaches every other one by its own address, the outside sees the host's
 //! address, and each kernel state is exactly the expected one.
 
 use std::net::IpAddr;

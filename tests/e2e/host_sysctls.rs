@@ -236,7 +236,7 @@ fn has_problem(status: &Status, words: &[&str]) -> bool {
     status.problems.iter().any(|problem| words.iter().all(|word| problem.contains(word)))
 }
 
-/// The words for [`wait_problem`] if IPv6 is disabled on the external interface.
+/// The words for [`has_problem`] if IPv6 is disabled on the external interface.
 const IPV6_OFF: [&str; 3] = ["IPv6 is switched off", "eth0", "sysctl -w net/ipv6/conf/eth0/disable_ipv6=0"];
 
 #[tokio::test(flavor = "multi_thread")]

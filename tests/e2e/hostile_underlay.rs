@@ -100,7 +100,7 @@ impl UnderlayFixture {
         socket.send_to(payload, to).expect_ok("send");
     }
 
-    /// Checks the outcome of the packet that `send` sends: it is delivered, or counted exactly once and not delivered.
+    /// Checks the outcome of the packet that `send` sends. It is delivered, or counted exactly once and not delivered.
     async fn assert_outcome(&self, name: &str, expected: ExpectedOutcome, data: &[u8], send: impl FnOnce()) {
         let before = self.dropped_count().await;
         drop(self.container_socket.frames());

@@ -1,4 +1,4 @@
-//! A late, invalid or changed network configuration: the agents wait and report it, keep the last valid one, and follow changes.
+//! A late, invalid or changed network configuration. The agents wait and report it, keep the last valid one, and follow changes.
 
 use overlay_agent::model::Family;
 use overlay_agent::model::api::Health;

@@ -64,7 +64,7 @@ async fn host_reclaims_free_subnet() {
     stats.assert_loss_at_most(stats.pings.sent, Duration::from_secs(45), "between the hosts");
 }
 
-/// A pool of two subnets for two running hosts and a new one: the new one gets h1's subnet.
+/// A pool of two subnets for two running hosts and a new one. The new one gets h1's subnet.
 #[tokio::test(flavor = "multi_thread")]
 async fn host_moves_when_subnet_is_taken() {
     let lab = cluster::up(|options| {

@@ -173,7 +173,7 @@ async fn unmasqueraded_source_address_is_kept() {
     }
 }
 
-/// A port bound to an address is reachable only by that address; one on loopback only from the host.
+/// A port bound to an address is reachable only by that address. One on loopback only from the host.
 #[tokio::test(flavor = "multi_thread")]
 async fn bound_port_is_reachable_only_there() {
     let lab = start_lab(&[]).await;

@@ -1,4 +1,4 @@
-//! Restarts of the agent under traffic: no packet is lost, and without a difference nothing is written to the kernel or to etcd.
+//! Restarts of the agent under traffic. No packet is lost, and without a difference nothing is written to the kernel or to etcd.
 
 use std::time::Duration;
 

@@ -51,7 +51,7 @@ async fn start_lab() -> TestLab {
     .await
 }
 
-/// Sockets of the sender and of a receiver on the same bridge, and a frame that always passes: its arrival shows that earlier
+/// Sockets of the sender and of a receiver on the same bridge, and a frame that always passes. Its arrival shows that earlier
 /// frames have been filtered.
 struct SpoofFixture<'a> {
     lab: &'a TestLab,
@@ -181,8 +181,7 @@ async fn spoofed_addresses_macs_and_roles_are_dropped() {
     lab.assert_full_reachability().await;
 }
 
-/// Encapsulation forged by a container: to its own host, which would accept it as a peer's, and to others, where it would come
-/// from this host.
+/// Encapsulation forged by a container. Its own host would accept it as a peer's, and other hosts as this host's.
 #[tokio::test(flavor = "multi_thread")]
 async fn forged_encapsulation_is_dropped() {
     let lab = start_lab().await;

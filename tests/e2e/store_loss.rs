@@ -1,4 +1,4 @@
-//! etcd outages and data loss: the data path keeps forwarding, the status reports it, and lost leases are restored.
+//! etcd outages and data loss. The data path keeps forwarding, the status reports it, and lost leases are restored.
 
 use std::time::Duration;
 

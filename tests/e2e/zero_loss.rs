@@ -1,4 +1,4 @@
-//! Faults of agent and store under traffic: no packet is lost, and without a difference nothing is written to the kernel.
+//! Faults of agent and store under traffic. No packet is lost, and without a difference nothing is written to the kernel.
 
 use std::time::Duration;
 
@@ -89,7 +89,7 @@ async fn etcd_partition_loses_no_packet() {
     .await;
 }
 
-/// Compaction of the history, also while a host is partitioned, which then has to read all leases again: no peer flaps.
+/// Compaction of the history, also while a host is partitioned, which then has to read all leases again. No peer flaps.
 #[tokio::test(flavor = "multi_thread")]
 async fn compaction_loses_no_packet() {
     let lab = cluster::up(|options| {
@@ -123,7 +123,7 @@ async fn compaction_loses_no_packet() {
     lab.assert_full_reachability().await;
 }
 
-/// Other peers join, change and leave while the leader moves and a member ends: unrelated hosts lose no packet.
+/// Other peers join, change and leave while the leader moves and a member ends. Unrelated hosts lose no packet.
 #[tokio::test(flavor = "multi_thread")]
 async fn peer_churn_loses_no_packet() {
     let lab = cluster::up(|options| {

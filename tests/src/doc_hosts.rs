@@ -24,7 +24,7 @@ use crate::{ExpectContext, eventually};
 /// Time limit for a host's boot: usually a fraction of a second.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Time limit for a condition on a host: usually a moment, more if the hosts share a busy processor.
+/// Time limit for a condition on a host. Usually a moment, more if the hosts share a busy processor.
 const CONDITION_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The hosts of a test. All of them end with this value.

@@ -96,7 +96,7 @@ impl EventSpans {
     }
 }
 
-/// Gives the calling thread real-time priority: a late read would record a change and its repair at almost the same time.
+/// Gives the calling thread real-time priority. A late read would record a change and its repair at almost the same time.
 fn use_realtime_scheduling() {
     // Priority 1 of sched(7)'s real-time scheduling precedes all ordinary threads.
     let first = libc::sched_param { sched_priority: 1 };

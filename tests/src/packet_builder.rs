@@ -184,7 +184,7 @@ fn length(bytes: usize) -> [u8; 2] {
     u16::try_from(bytes).expect_ok("a packet that fits its header").to_be_bytes()
 }
 
-/// A checksum with the pseudo header of either family (RFC 768, RFC 8200 section 8.1): the order of the words does not matter.
+/// A checksum with the pseudo header of either family (RFC 768, RFC 8200 section 8.1). The order of the words does not matter.
 fn transport_checksum(source: IpAddr, destination: IpAddr, protocol: u8, payload: &[u8]) -> [u8; 2] {
     checksum(&[&octets(source), &octets(destination), &length(payload.len()), &[0, protocol], payload])
 }

@@ -166,7 +166,7 @@ impl Lexer {
         word
     }
 
-    /// Parses the text after a `$`: a substitution is also stored separately, all other text stays in the word.
+    /// Parses the text after a `$`. A substitution is also stored separately, all other text stays in the word.
     fn dollar(&mut self, word: &mut String) {
         word.push('$');
         if self.peek() != Some('(') {

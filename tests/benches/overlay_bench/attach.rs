@@ -34,7 +34,8 @@ const DEBIAN_PLUGINS: &str = "/usr/lib/cni";
 const MAX_ADD_MS: f64 = 10.0;
 /// Goal of an ADD's time relative to the reference's.
 const MAX_ADD_RATIO: f64 = 1.0 / 3.0;
-/// Goal of an ADD's time with many endpoints relative to one with none: equal, apart from the variation between two equal runs.
+/// Goal of an ADD's time with many endpoints relative to one with none. They must be equal, apart from the variation between two
+/// equal runs.
 const MAX_SCALING_RATIO: f64 = 1.1;
 /// Number of concurrent operations.
 const CONCURRENCY: usize = 8;

@@ -112,7 +112,7 @@ struct Scale {
 }
 
 impl Scale {
-    /// A linear scale from 0; a logarithmic one from a power of ten below the smallest positive value, if given.
+    /// A linear scale from 0. With `smallest`, a logarithmic scale from a power of ten below it.
     fn new(values: impl Iterator<Item = f64>, smallest: Option<f64>) -> Scale {
         let greatest = values.fold(0.0, f64::max);
         if let Some(smallest) = smallest {

@@ -17,7 +17,7 @@ use super::progress;
 use super::report::{Report, Row};
 use super::stats::{Summary, milliseconds};
 
-/// Without probes: with them each host resolves the address of each other one, and the kernel keeps the neighbours of all
+/// Probes are off. With them each host resolves the address of each other one, and the kernel keeps the neighbours of all
 /// namespaces in one table of 1,024 entries (`net.ipv4.neigh.default.gc_thresh3`), which 33 hosts fill; then no host reaches
 /// another. Separate machines have separate tables.
 const AGENT_FLAGS: &[&str] = &["--log-level", "warn", "--mesh-interval", "0s"];
@@ -31,7 +31,7 @@ const IDLE_PERIOD: Duration = Duration::from_secs(60);
 const SETTLE_TIME: Duration = Duration::from_secs(12);
 /// Goal of a join until every host reaches the new one, in milliseconds.
 const MAX_JOIN_MS: f64 = 2_000.0;
-/// Goal of an agent's CPU time at the start, largest fleet to smallest: below the ratio of their sizes.
+/// Goal of an agent's CPU time at the start, largest fleet to smallest. It must stay below the ratio of their sizes.
 const GROWTH_BASELINE: &str = "the smallest fleet";
 
 /// Options of the measurement.

@@ -12,7 +12,7 @@ use super::process_stats::{Usage, UsageDelta};
 use super::progress;
 use super::report::{Report, Row};
 
-/// Delay before memory is read: the agent has returned the memory of its start, as far as it does.
+/// Delay before memory is read. By then the agent has returned the memory of its start, as far as it does.
 const SETTLE_BEFORE_READ: Duration = Duration::from_secs(3);
 /// Delay before wake-ups are counted: threads of the start end, and memory is returned.
 const SETTLE_BEFORE_WAKEUPS: Duration = Duration::from_secs(15);
@@ -107,7 +107,7 @@ pub fn measure(arguments: &MemoryArguments, report: &mut Report) -> anyhow::Resu
     Ok(())
 }
 
-/// Starts an agent in its own lab; on request also reads its size and its usage after an idle minute.
+/// Starts an agent in its own lab. On request also reads its size and its usage after an idle minute.
 async fn measure_agent(
     peers: u32,
     wakes: bool,

@@ -15,12 +15,12 @@ use super::report::{Report, Row};
 use super::stats::{milliseconds, ratios};
 use super::synthetic_peer::{SyntheticPeer, synthetic_peers};
 
-/// Pause between turns: the kernel removes a namespace in the background, and frees its contents after RCU's grace periods.
+/// Pause between turns. The kernel removes a namespace in the background, and frees its contents after RCU's grace periods.
 const PAUSE: Duration = Duration::from_millis(400);
 /// Goals relative to the raw limit: the kernel's busy time, and the total time until the last entry.
 const MAX_BATCH_RATIO: f64 = 1.2;
 const MAX_TOTAL_RATIO: f64 = 1.5;
-/// Goal of the batch's ratio to the raw limit, relative to that of the first size: it must scale with the peers like the kernel.
+/// Goal of the batch's ratio to the raw limit, relative to that of the first size. It must scale with the peers like the kernel.
 /// And goal of the IPv6 batch relative to the IPv4 batch.
 const MAX_SCALING_RATIO: f64 = 1.2;
 const MAX_IPV6_RATIO: f64 = 2.0;

@@ -115,8 +115,8 @@ fn etcdctl_read(stage: &BenchLab, peers: u32) -> anyhow::Result<f64> {
     Ok(took)
 }
 
-/// The log after a position, once it reports the overlay in place: shortly after the kernel, because the agent writes a file in
-/// between.
+/// The log after a position, once it reports the overlay in place. The report follows the kernel shortly, because the agent
+/// writes a file in between.
 async fn wait_in_place_logged(log: &Path, before: usize) -> anyhow::Result<Vec<u8>> {
     const IN_PLACE_MESSAGE: &[u8] = b"overlay in place";
     for _ in 0..500 {

@@ -40,7 +40,7 @@ impl Summary {
         Some(Summary { samples: sorted.len(), median, min, p99: nearest_rank(99, 100), max, distribution })
     }
 
-    /// The summary of the ratios of samples to the baseline's of the same turn: a disturbance that lasts longer than a turn
+    /// The summary of the ratios of samples to the baseline's of the same turn. A disturbance that lasts longer than a turn
     /// affects both and cancels out.
     pub fn of_ratios(samples: &[f64], baseline: &[f64]) -> Option<Summary> {
         Summary::of(&ratios(samples, baseline))

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use super::{dump_when_stable, endpoints, wait_unchanged};
 
-/// A lab with one host after its first container was removed: the first container's lasting side effects are part of the
+/// A lab with one host after its first container was removed. The first container's lasting side effects are part of the
 /// baseline.
 async fn start_lab_with_network() -> (TestLab, Network) {
     let lab = TestLab::one_host(Families::Dual).await;

@@ -64,7 +64,7 @@ fn documented_command_lines_parse() {
     assert!(seen > 100, "{seen} command lines");
 }
 
-/// The error of one of our command lines within a sentence: it may lack arguments, and capital words stand for values.
+/// The error of one of our command lines within a sentence. It may lack arguments, and capital words stand for values.
 fn inline_command_error(words: &[&str]) -> Option<String> {
     let mut command = match words.first()?.rsplit('/').next()? {
         "overlayctl" => Cli::command(),

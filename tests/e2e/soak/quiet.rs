@@ -54,7 +54,7 @@ impl Soak {
         }
     }
 
-    /// A host that lost its subnet to another one has moved: its containers are attached again, as an operator would.
+    /// A host that lost its subnet to another one has moved. Its containers are attached again, as an operator would.
     async fn reattach_moved_containers(&mut self) {
         for host in HOSTS.into_iter().filter(|host| self.containers_by_host.contains_key(host)).collect::<Vec<_>>() {
             let subnet = self.lab.status(host).await.lease.expect_ok("a lease").subnet;

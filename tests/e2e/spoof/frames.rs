@@ -271,7 +271,7 @@ pub fn frames_with_source_check(sender: Station, receiver: Station, far: Station
     parts.into_iter().flatten().collect()
 }
 
-/// Frames for one without source check: its addresses and MACs are free; router and DHCP server messages are not.
+/// Frames for one without source check. Its addresses and MACs are free; router and DHCP server messages are not.
 pub fn frames_without_source_check(sender: Station, receiver: Station, far: Station) -> TestFrames {
     let stranger = [2, 0, 0, 0, 0, 0x77];
     let virtual_mac = [0, 0, 0x5e, 0, 1, 7];

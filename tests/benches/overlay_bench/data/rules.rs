@@ -30,7 +30,7 @@ pub enum Rules {
     Stateless,
     /// All our rules, with the tunnel's packets in conntrack.
     Tracked,
-    /// All our rules, and no conntrack for packets inside the overlay: published ports and stateful firewalls would not work.
+    /// All our rules, and no conntrack for packets inside the overlay. Published ports and stateful firewalls would not work.
     InnerUntracked,
     /// None of ours, and a foreign firewall with conntrack.
     Others,
@@ -154,7 +154,7 @@ impl RulesetSwitch {
     }
 }
 
-/// Loads these rules on all hosts, and waits for the kernel: it frees hooks once no processor uses them.
+/// Loads these rules on all hosts, and waits for the kernel. It frees hooks once no processor uses them.
 pub fn set_on_all(switches: &mut [RulesetSwitch], rules: Rules) -> anyhow::Result<()> {
     for switch in &mut *switches {
         switch.set(rules)?;
