@@ -32,7 +32,7 @@ async fn start_lab(agent_args: &[&str]) -> TestLab {
     .await
 }
 
-/// Switches br_netfilter's hooks for bridged frames on or off. Returns whether the kernel has them.
+/// Switches the hooks of `br_netfilter` for bridged frames on or off. Returns whether the kernel has them.
 fn set_bridge_netfilter(lab: &TestLab, on: bool) -> bool {
     let names = ["iptables", "ip6tables"].map(|name| format!("/proc/sys/net/bridge/bridge-nf-call-{name}"));
     if !Path::new(&names[0]).exists() {
