@@ -137,7 +137,7 @@ async fn occupied_socket_path_is_refused() {
     std::fs::write(&socket, "precious").expect_ok("a file");
     lab.run_to_exit("h1", lab.overlayd_command("h1", run.clone(), state)).assert_code(1).assert_stderr_contains(&[
         &shown,
-        "is no socket",
+        "is not a socket",
         "left alone",
     ]);
     assert_eq!(std::fs::read_to_string(&socket).expect_ok("the file"), "precious");

@@ -51,7 +51,9 @@ pub(super) struct CachedTtls {
 
 impl AgentBackend {
     async fn query_reconciler<T>(&self, query: impl FnOnce(oneshot::Sender<T>) -> ReconcilerQuery) -> Result<T, ApiError> {
-        ReconcilerQuery::ask(&self.queries, query).await.ok_or_else(|| ApiError::new(ErrorKind::NotReady, "the agent is shutting down"))
+        ReconcilerQuery::ask(&self.queries, query)
+            .await
+            .ok_or_else(|| ApiError::new(ErrorKind::NotReady, "the agent is shutting down"))
     }
 
     /// The status, or an error if the reconcile loop does not answer.

@@ -8,8 +8,10 @@ use anyhow::{Context, bail};
 use crate::kernel::abstract_socket;
 
 /// `CAP_NET_ADMIN` and `CAP_SYS_ADMIN` in `linux/capability.h`.
-const REQUIRED_CAPABILITIES: [(u32, &str, &str); 2] =
-    [(12, "CAP_NET_ADMIN", "to create links, routes and rules"), (21, "CAP_SYS_ADMIN", "to enter containers' network namespaces")];
+const REQUIRED_CAPABILITIES: [(u32, &str, &str); 2] = [
+    (12, "CAP_NET_ADMIN", "to create links, routes and rules"),
+    (21, "CAP_SYS_ADMIN", "to enter containers' network namespaces"),
+];
 
 /// Fails unless the process has the capabilities it needs.
 pub(super) fn check_capabilities() -> anyhow::Result<()> {
