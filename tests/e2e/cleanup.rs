@@ -112,7 +112,7 @@ async fn cleanup_withdraws_lease_and_works_without_etcd() {
 
     lab.host("h2").agent_stop(Signal::SIGTERM).expect_ok("stop");
     etcd::kill(&lab);
-    let output = run_cleanup(&lab, "h2").assert_code(1).assert_stderr_contains(&["lease in etcd is not given back"]);
+    let output = run_cleanup(&lab, "h2").assert_code(1).assert_stderr_contains(&["lease in etcd is not released"]);
     assert!(kernel::link(&lab, "h2", "ovx.1").is_none(), "the kernel is cleaned all the same: {}", output.stderr);
     etcd::start(&lab).await;
     run_cleanup(&lab, "h2").assert_code(0);

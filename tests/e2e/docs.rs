@@ -56,11 +56,11 @@ fn reference_documents_every_setting() {
 fn default_configuration() -> String {
     let mut text = "# Configuration of overlayd, the overlay network's agent; overlayd(8).
 #
-# Every setting stands here with its default, or with the kind of value it takes where it has none. A setting is also a flag of overlayd and an
-# environment variable; those win over this file. `systemctl reload overlayd` takes up the log level, `systemctl restart overlayd` all of it.
-# Neither cuts traffic.
+# This file lists every setting with its default, or with the type of its value if it has no default. Each setting is also a flag of overlayd
+# and an environment variable; both override this file. `systemctl reload overlayd` applies the log level, `systemctl restart overlayd` all
+# settings. Neither interrupts traffic.
 #
-# A file of etcd that is given by a bare name is looked for in /etc/overlayd/credentials, which root alone can read and systemd hands to the
+# A bare file name in an etcd setting is looked up in /etc/overlayd/credentials, which only root can read and systemd passes to the
 # service: etcd-keyfile = \"client.key\"
 "
     .to_owned();

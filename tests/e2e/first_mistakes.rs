@@ -150,7 +150,7 @@ async fn invalid_config_file_is_reported() {
         let mut command = Command::new(overlayd());
         command.arg("--config").arg(&path);
         let output =
-            lab.run_to_exit("h1", command).assert_code(2).assert_stderr_contains(&[&["1 mistake", &shown], words].concat());
+            lab.run_to_exit("h1", command).assert_code(2).assert_stderr_contains(&[&["1 error", &shown], words].concat());
         assert!(!output.stderr.contains("hush"), "{}", output.stderr);
     }
     // A world-readable key is one error, without a second one about a certificate without its key.

@@ -38,7 +38,7 @@ async fn all_invalid_flags_are_reported() {
     command.args(["--public-ip=nowhere", "--iface-regex=(", "--log-format=xml", "--resync-interval=0s", "--etcd-username=me"]);
     command.args(["--etcd-cafile=/no/such/file", "--etcd-prefix=relative"]);
     lab.run_to_exit("h1", command).assert_code(2).assert_stderr_contains(&[
-        "7 mistakes",
+        "7 errors",
         "--public-ip: `nowhere`",
         "--iface-regex: `(`",
         "--log-format: `xml`",
@@ -62,7 +62,7 @@ async fn unknown_config_key_is_refused() {
     let mut command = Command::new(overlayd());
     command.arg("--config").arg(&file);
     let place = format!("run-dri in {}", file.display());
-    lab.run_to_exit("h1", command).assert_code(2).assert_stderr_contains(&[&place, "is no setting", "did you mean `run-dir`?"]);
+    lab.run_to_exit("h1", command).assert_code(2).assert_stderr_contains(&[&place, "is not a setting", "did you mean `run-dir`?"]);
 
     std::fs::write(&file, "log-level = [\n").expect_ok("a file");
     let mut torn = Command::new(overlayd());
@@ -137,7 +137,7 @@ async fn occupied_socket_path_is_refused() {
     std::fs::write(&socket, "precious").expect_ok("a file");
     lab.run_to_exit("h1", lab.overlayd_command("h1", run.clone(), state)).assert_code(1).assert_stderr_contains(&[
         &shown,
-        "is no socket",
+        "is not a socket",
         "left alone",
     ]);
     assert_eq!(std::fs::read_to_string(&socket).expect_ok("the file"), "precious");
