@@ -1,12 +1,12 @@
 #!/bin/sh
 # Installs overlayd from a built tree or an unpacked tarball.
 #
-#   sudo ./install.sh                          below /usr/local, units in /etc/systemd/system
-#   sudo ./install.sh --uninstall              removes them again; configuration and state stay
-#   PREFIX=/usr ./install.sh                   another prefix
-#   DESTDIR=/tmp/root PREFIX=/usr ./install.sh another root, as for a package: nothing is started
+#   sudo ./install.sh                          installs below /usr/local, units in /etc/systemd/system
+#   sudo ./install.sh --uninstall              removes the files; configuration and state stay
+#   PREFIX=/usr ./install.sh                   uses another prefix
+#   DESTDIR=/tmp/root PREFIX=/usr ./install.sh uses another root, as for a package; starts nothing
 #
-# What it takes: SOURCE, the directory with the files (the script's own), where `bin` holds the programs.
+# SOURCE is the directory with the files (by default the script's own); its subdirectory `bin` contains the programs.
 set -eu
 
 PREFIX=${PREFIX:-/usr/local}
@@ -17,7 +17,7 @@ case $PREFIX in
 *) UNITS=${UNITS:-/etc/systemd} CONF=/etc CNI=${CNI:-/opt/cni/bin} ;;
 esac
 
-# The one list of what goes where: MODE FILE DESTINATION. `sub` marks one whose paths follow PREFIX.
+# The list of installed files: MODE FILE DESTINATION. `sub`: paths inside the file follow PREFIX. `conf`: a changed file is kept.
 list() {
     cat <<LIST
 0755 bin/overlayd $PREFIX/sbin/overlayd
@@ -50,14 +50,14 @@ put() {
     sub) sed "s|/usr/sbin/|$PREFIX/sbin/|" "$from" >"$to.new" && chmod 0644 "$to.new" ;;
     conf)
         if [ -e "$to" ] && ! cmp -s "$from" "$to"; then
-            echo "kept $to, which is not the default; the default is $from"
+            echo "kept the changed file $to; the default is $from"
             return 0
         fi
         install -m 0644 "$from" "$to.new"
         ;;
     *) install -m "$mode" "$from" "$to.new" ;;
     esac
-    # A program that runs cannot be written to, but replaced.
+    # A running program's file cannot be written, only replaced.
     mv -f "$to.new" "$to"
 }
 
@@ -84,7 +84,7 @@ case ${1:-} in
     if [ -z "$DESTDIR" ] && [ -d /run/systemd/system ]; then
         systemctl daemon-reload
     fi
-    echo "removed; /etc/overlayd, /var/lib/overlayd and the data path are left (overlayd cleanup, before, takes the overlay off the host)"
+    echo "removed; /etc/overlayd, /var/lib/overlayd and the data path are kept (run overlayd cleanup before to remove the overlay from the host)"
     exit 0
     ;;
 *)

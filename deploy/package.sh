@@ -6,9 +6,9 @@
 #   VERSION=0.1.0+lab2 ./deploy/package.sh another version of the package
 #   OUT=DIR ./deploy/package.sh            into another directory
 #
-# The same sources give the same bytes: times are those of the last commit (SOURCE_DATE_EPOCH), orders and owners are fixed, and release
-# binaries hold no path of this machine. Needs cargo, Debian's protobuf-compiler, libprotobuf-dev and dpkg-dev; cargo-deb is built on the first
-# run, in the version named here.
+# Builds are reproducible: times are those of the last commit (SOURCE_DATE_EPOCH), file order and owners are fixed, and release binaries
+# contain no path of this machine. Needs cargo and Debian's protobuf-compiler, libprotobuf-dev and dpkg-dev; the first run builds cargo-deb
+# in the version below.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 umask 022
@@ -33,7 +33,7 @@ for program in cargo protoc dpkg-shlibdeps strip gzip; do
     fi
 done
 
-# CHANGELOG.md as deb-changelog(5) has it.
+# Converts CHANGELOG.md to the format of deb-changelog(5).
 changelog() {
     local date
     date=$(date -u -R -d "@$SOURCE_DATE_EPOCH")
@@ -48,7 +48,7 @@ changelog() {
 echo "== programs ($PROFILE)"
 case $PROFILE in
 release)
-    # A directory of its own, because other flags mean other objects.
+    # A separate directory, because other flags give other objects.
     export CARGO_TARGET_DIR=$root/target/package-build
     export RUSTFLAGS="${RUSTFLAGS:-} --remap-path-prefix=$root=/usr/src/overlayd --remap-path-prefix=${CARGO_HOME:-$HOME/.cargo}=/usr/src/cargo"
     built=$CARGO_TARGET_DIR/release
@@ -57,7 +57,7 @@ dev) built=${CARGO_TARGET_DIR:-$root/target}/debug ;;
 *) echo "deploy/package.sh: PROFILE is release or dev, not $PROFILE" >&2 && exit 2 ;;
 esac
 cargo build --locked --profile "$PROFILE" -p overlay-agent -p overlayctl
-# The plugin is a process of some milliseconds for each container: without libraries to load it takes a third of a millisecond less.
+# The plugin runs for some milliseconds per container: static linking saves a third of a millisecond of library loading.
 cargo rustc --locked --profile "$PROFILE" -p overlayctl --bin overlay-cni -- -C target-feature=+crt-static
 unset RUSTFLAGS
 
@@ -100,7 +100,7 @@ fi
 deb=$OUT/overlayd_${VERSION}_$arch.deb
 if [ "$PROFILE" = dev ]; then compression=(--compress-type xz --fast); else compression=(--compress-type xz); fi
 PATH=$tools/bin:$PATH CARGO_TARGET_DIR=$stage/cargo-deb cargo deb --quiet "${compression[@]}" --no-build --no-strip -p overlay-agent --deb-version "$VERSION" --output "$deb"
-# What is installed is named twice, in install.sh and in agent/Cargo.toml: nothing of it may be missing from the package.
+# install.sh and agent/Cargo.toml both list the installed files: every file of install.sh must be in the package.
 forgotten=$(comm -23 <(cd "$stage/deb" && find . -type f | sort) <(dpkg-deb --fsys-tarfile "$deb" | tar -t | sort))
 if [ -n "$forgotten" ]; then
     echo "deploy/package.sh: not in the .deb, see its assets in agent/Cargo.toml:" "$forgotten" >&2

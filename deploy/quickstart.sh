@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Brings up the whole overlay on this one machine, proves that it works, and takes it down again:
-# three hosts with two containers each, a private etcd, every container calling every other one and the world outside.
+# Creates a complete overlay on this machine, checks that it works, and removes it again:
+# three hosts with two containers each and a private etcd; every container calls every other container and an outside host.
 #
-#   sudo ./deploy/quickstart.sh          try it; nothing stays behind but installed packages and target/
-#   sudo ./deploy/quickstart.sh --keep   leave the lab up to play with
-#   sudo ./deploy/quickstart.sh --bin target/debug   with programs that are built already
+#   sudo ./deploy/quickstart.sh          run it; only installed packages and target/ stay
+#   sudo ./deploy/quickstart.sh --keep   leave the lab up for experiments
+#   sudo ./deploy/quickstart.sh --bin target/debug   use existing programs instead of building
 #
 # Everything runs in network namespaces: the machine's own interfaces, routes and firewall are not touched.
 set -euo pipefail
@@ -12,7 +12,7 @@ set -euo pipefail
 readonly LAB=quickstart
 readonly HOSTS=3
 readonly CONTAINERS=2
-# etcd-client's build script compiles protocol files (protoc, and the ones that libprotobuf-dev has); iputils-ping is for playing.
+# The build script of the crate etcd-client compiles protocol files (protoc, and the files of libprotobuf-dev); iputils-ping is for experiments.
 readonly PACKAGES=(gcc libc6-dev protobuf-compiler libprotobuf-dev etcd-server nftables iproute2 iputils-ping)
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -37,7 +37,7 @@ usage() {
     sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
 }
 
-# say STEP: begins a step; what fails from here on is told under this name.
+# say STEP: begins a step; later failures are reported under this name.
 say() {
     step=$1
     printf '\n%s==> %s%s\n' "$bold" "$step" "$plain"
@@ -47,7 +47,7 @@ note() {
     printf '    %s%s%s\n' "$dim" "$*" "$plain"
 }
 
-# die REASON: ends with a reason; the trap cleans up.
+# die REASON: exits with a reason; the trap cleans up.
 die() {
     printf '\n%sFAILED%s while: %s\n    %s\n' "$red$bold" "$plain" "$step" "$*" >&2
     exit 1
@@ -62,31 +62,31 @@ cleanup() {
     if [[ $lab_up == yes && ( $keep == no || $code -ne 0 ) ]]; then
         printf '\n%s==> Taking the lab down%s\n' "$bold" "$plain"
         if ! "$overlayctl" lab down --name "$LAB"; then
-            printf '    the lab is not wholly removed; try again: %s lab down --name %s\n' "$overlayctl" "$LAB" >&2
+            printf '    the lab is not completely removed; try again: %s lab down --name %s\n' "$overlayctl" "$LAB" >&2
             code=1
         fi
     fi
     if [[ $code -eq 0 ]]; then
         rm -rf "$work"
-        printf '\n%sAll is well%s: the quickstart took %s s.\n' "$green$bold" "$plain" "$SECONDS"
+        printf '\n%sSuccess%s: the quickstart took %s s.\n' "$green$bold" "$plain" "$SECONDS"
     elif [[ $code -eq 130 || $code -eq 143 ]]; then
         rm -rf "$work"
         printf '%sInterrupted%s while: %s\n' "$red$bold" "$plain" "$step" >&2
     else
-        # An empty directory is no log.
+        # An empty directory contains no log.
         rmdir "$work" 2>/dev/null || printf '    logs are in %s\n' "$work" >&2
         printf '%sThe quickstart failed%s (exit code %s) while: %s\n' "$red$bold" "$plain" "$code" "$step" >&2
     fi
     exit "$code"
 }
 
-# logged LOG COMMAND...: runs a command quietly; where it fails, the end of its output is shown.
+# logged LOG COMMAND...: runs a command quietly; after a failure it shows the end of the output.
 logged() {
     local log=$work/$1
     shift
     if ! "$@" >"$log" 2>&1; then
         tail -n 20 "$log" | sed 's/^/    /' >&2
-        die "\`$*\` failed; its whole output is in $log"
+        die "\`$*\` failed; its complete output is in $log"
     fi
 }
 
@@ -104,24 +104,24 @@ install_packages() {
     if ! command -v apt-get >/dev/null || ! command -v dpkg-query >/dev/null; then
         local program
         for program in cc protoc etcd nft ip; do
-            command -v "$program" >/dev/null || die "$program is missing, and this is no Debian: install what provides it"
+            command -v "$program" >/dev/null || die "$program is missing, and this system is not Debian: install the package that provides it"
         done
-        note "no Debian, but everything needed is there"
+        note "this system is not Debian, but all needed programs exist"
         return
     fi
     local missing
     mapfile -t missing < <(missing_packages)
     if [[ ${#missing[@]} -eq 0 ]]; then
-        note "all there: ${PACKAGES[*]}"
+        note "all installed: ${PACKAGES[*]}"
         return
     fi
     if [[ $EUID -ne 0 ]]; then
         die "missing: ${missing[*]}. Install them, or run this with sudo: sudo $0"
     fi
     note "installing ${missing[*]}"
-    # etcd-server brings a service; the lab runs its own etcd, so the machine must not get one now or at the next boot.
+    # The package etcd-server has a service. The lab runs its own etcd, so that service must not start, neither now nor at the next boot.
     if [[ ! -e /usr/sbin/policy-rc.d ]]; then
-        printf '#!/bin/sh\n# Of overlay quickstart.sh: no service starts while it installs packages.\nexit 101\n' >/usr/sbin/policy-rc.d
+        printf '#!/bin/sh\n# From overlay quickstart.sh: no service starts while it installs packages.\nexit 101\n' >/usr/sbin/policy-rc.d
         policy=/usr/sbin/policy-rc.d
         chmod 755 "$policy"
     fi
@@ -138,7 +138,7 @@ install_packages() {
     note "done"
 }
 
-# The user who owns the sources: under sudo the one who called, so that target/ stays theirs.
+# The owner of the sources if it is the sudo user, so that target/ keeps that owner.
 build_user() {
     local owner
     owner=$(stat -c %U "$root")
@@ -168,25 +168,25 @@ build() {
             cargo=$home/.cargo/bin/cargo
         fi
     done
-    [[ -n $cargo ]] || die "cargo is not to be found, neither in PATH nor in ~/.cargo/bin: install Rust, see https://rustup.rs"
+    [[ -n $cargo ]] || die "cargo is neither in PATH nor in ~/.cargo/bin: install Rust, see https://rustup.rs"
     local command=("$cargo" build --release --locked --manifest-path "$root/Cargo.toml" --package overlay-agent --package overlayctl)
     if [[ -n $user ]]; then
         home=$(getent passwd "$user" | cut -d: -f6)
         command=(runuser -u "$user" -- env "HOME=$home" "PATH=$(dirname "$cargo"):$PATH" "${command[@]}")
     elif [[ $cargo == */.cargo/bin/cargo ]]; then
-        # Root with somebody else's toolchain: cargo's proxy finds it beside its own directory.
+        # Root with another user's toolchain: cargo's proxy looks in that user's home directory.
         home=${cargo%/.cargo/bin/cargo}
         command=(env "CARGO_HOME=${CARGO_HOME:-$home/.cargo}" "RUSTUP_HOME=${RUSTUP_HOME:-$home/.rustup}" "PATH=$(dirname "$cargo"):$PATH" "${command[@]}")
     fi
-    "${command[@]}" || die "cargo could not build; its messages are above"
+    "${command[@]}" || die "cargo build failed; its messages are above"
     overlayctl=${CARGO_TARGET_DIR:-$root/target}/release/overlayctl
-    [[ -x $overlayctl ]] || die "cargo has built, but $overlayctl is not there"
+    [[ -x $overlayctl ]] || die "cargo build succeeded, but $overlayctl does not exist"
     note "$("$overlayctl" --version) in ${overlayctl%/*}"
 }
 
 bring_up() {
     say "Lab: $HOSTS hosts with $CONTAINERS containers each, IPv4 and IPv6"
-    # One that an earlier run with --keep left up.
+    # Remove a lab of an earlier run with --keep.
     "$overlayctl" lab down --name "$LAB" >"$work/lab-down.log" 2>&1 || die "an earlier lab cannot be removed: $(cat "$work/lab-down.log")"
     lab_up=yes
     "$overlayctl" lab up --name "$LAB" --hosts "$HOSTS" --containers "$CONTAINERS" --family dual ||
@@ -194,10 +194,10 @@ bring_up() {
 }
 
 show() {
-    say "Subnets, as host h1 sees them"
-    "$overlayctl" lab exec --name "$LAB" h1 -- overlayctl subnets || die "h1's agent does not tell the subnets"
-    say "Check: every container calls every other one and the world outside"
-    "$overlayctl" lab check --name "$LAB" || die "not every call went as it must; the calls are above"
+    say "Subnets, on host h1"
+    "$overlayctl" lab exec --name "$LAB" h1 -- overlayctl subnets || die "cannot read the subnets from h1's agent"
+    say "Check: every container calls every other container and an outside host"
+    "$overlayctl" lab check --name "$LAB" || die "at least one call failed; the calls are above"
 }
 
 # tip COMMAND MEANING
@@ -210,15 +210,15 @@ next_steps() {
     address=$("$overlayctl" lab exec --name "$LAB" h2 -- overlayctl endpoints -o json | sed -n 's/.*"v4": "\([0-9.]*\)".*/\1/p' | head -n 1)
     say "What to try next"
     if [[ $keep == no ]]; then
-        note "bring up a lab that stays: ${BASH_SOURCE[0]} --keep. Then, as the same user:"
+        note "keep the lab up: ${BASH_SOURCE[0]} --keep. Then, as the same user:"
     fi
     printf '    export PATH=%s:%s OVERLAY_LAB=%s\n' "${overlayctl%/*}" "\$PATH" "$LAB"
     tip "overlayctl lab status" "hosts, agents, containers"
     tip "overlayctl lab exec h1 -- overlayctl status" "the agent's health"
-    tip "overlayctl lab exec h1 -- overlayctl peers" "how h1 reaches the others"
+    tip "overlayctl lab exec h1 -- overlayctl peers" "how h1 reaches the other hosts"
     tip "overlayctl lab exec h1-c1 -- ping -c 3 ${address:-ADDRESS}" "from a container of h1 to one of h2"
-    tip "overlayctl lab exec h1 -- ip route" "what the agent made of it"
-    tip "overlayctl lab exec h1 -- ip route flush proto 86" "break it, and see it mended"
+    tip "overlayctl lab exec h1 -- ip route" "the agent's routes"
+    tip "overlayctl lab exec h1 -- ip route flush proto 86" "delete the routes; the agent repairs them"
     tip "overlayctl lab exec h1 -- overlayctl attach web" "one more container"
     if [[ $keep == yes ]]; then
         tip "overlayctl lab down" "when you are done"

@@ -1,17 +1,17 @@
 #!/bin/bash
-# Installs what the tests need, looks whether this machine can run them, and runs all of them with formatting, lints and docs.
+# Installs the tests' packages, checks this machine, and runs all tests with formatting, lints and docs.
 #
 #   sudo ./tests/run.sh            everything
-#   sudo ./tests/run.sh --quick    without the stories over real kernels and a real etcd
+#   sudo ./tests/run.sh --quick    without the end-to-end tests on real kernels and a real etcd
 #
-# It can be run again at any time. It needs root: the stories make network namespaces of their own. This machine's own network
-# namespace is never touched; the last section compares it with how it was before.
+# It can be repeated at any time. It needs root, because the end-to-end tests create network namespaces. It does not touch this
+# machine's own network namespace; the last section compares it with its earlier state.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 PACKAGES=(busybox-static ca-certificates containerd containernetworking-plugins curl docker.io etcd-client etcd-server faketime gcc iproute2 iptables
     iputils-ping libc6-dev nftables openssl podman procps prometheus libprotobuf-dev protobuf-compiler runc tcpdump util-linux)
-WELCOME=(shellcheck) # looked for and used, not needed
+WELCOME=(shellcheck) # used if available
 SCRIPTS=(.ci/run tests/run.sh tests/fuzz.sh tests/systemd.sh tests/vagrant.sh)
 
 quick=no
@@ -30,7 +30,7 @@ main() {
         esac
     done
     if [ "$(id -u)" -ne 0 ]; then
-        echo "tests/run.sh: root is needed, to install packages and to make network namespaces: run  sudo $0 $*" >&2
+        echo "tests/run.sh: root is needed to install packages and to create network namespaces: run  sudo $0 $*" >&2
         exit 2
     fi
     trap tidy EXIT
@@ -44,7 +44,7 @@ main() {
     section "clippy" cargo clippy --workspace --all-targets --locked -- -D warnings || true
     section "docs" env RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked || true
     section "scripts" check_scripts || true
-    # The stories start the binaries, so all of them are built before.
+    # The end-to-end tests start the binaries, so all of them are built first.
     section "build" cargo build --workspace --locked || finish
     if [ "$quick" = yes ]; then
         section "tests" cargo test --workspace --locked --no-fail-fast --exclude overlay-tests || true
@@ -64,7 +64,7 @@ section() {
     local name=$1 start=$SECONDS outcome=ok
     shift
     printf '\n=== %s\n' "$name"
-    # A child of its own, so that -e holds inside functions, too.
+    # A subshell, so that -e also applies inside functions.
     set +e
     (
         set -e
@@ -97,7 +97,7 @@ tidy() {
     rm -rf "$work"
 }
 
-# sudo drops the user's PATH: cargo is looked for where rustup puts it, the user's before root's.
+# sudo drops the user's PATH: look for cargo in rustup's directories, the user's before root's.
 find_cargo() {
     local home=
     if [ -n "${SUDO_USER:-}" ]; then
@@ -126,17 +126,17 @@ install_packages() {
     for package in "${PACKAGES[@]}"; do installed "$package" || missing+=("$package"); done
     for package in "${WELCOME[@]}"; do installed "$package" || welcome+=("$package"); done
     if [ $((${#missing[@]} + ${#welcome[@]})) -eq 0 ]; then
-        echo "all there: ${PACKAGES[*]} ${WELCOME[*]}"
+        echo "all installed: ${PACKAGES[*]} ${WELCOME[*]}"
         return
     fi
     if ! command -v apt-get >/dev/null; then
         [ ${#missing[@]} -eq 0 ] && return
-        echo "this is no Debian: install by hand what these Debian packages hold: ${missing[*]}" >&2
+        echo "this is not Debian: install the contents of these Debian packages: ${missing[*]}" >&2
         return 1
     fi
     export DEBIAN_FRONTEND=noninteractive
     local apt=(apt-get -q -o DPkg::Lock::Timeout=120)
-    "${apt[@]}" update || echo "apt-get update failed: trying with the lists that are there"
+    "${apt[@]}" update || echo "apt-get update failed: continuing with the existing package lists"
     if [ ${#missing[@]} -gt 0 ]; then
         keep_services_down
         "${apt[@]}" install -y --no-install-recommends "${missing[@]}" || {
@@ -146,12 +146,12 @@ install_packages() {
         restore_policy
     fi
     if [ ${#welcome[@]} -gt 0 ]; then
-        "${apt[@]}" install -y --no-install-recommends "${welcome[@]}" || echo "without ${welcome[*]}: its section is left out"
+        "${apt[@]}" install -y --no-install-recommends "${welcome[@]}" || echo "without ${welcome[*]}: its section is skipped"
     fi
 }
 
-# etcd-server, containerd, docker.io and prometheus start services when they are installed; the tests run servers of their own. policy-rc.d tells the package so, as invoke-rc.d(8)
-# has it; one that is there already comes back afterwards.
+# etcd-server, containerd, docker.io and prometheus start services at their installation; the tests run their own servers.
+# policy-rc.d prevents the start, see invoke-rc.d(8); an existing one is restored afterwards.
 policy=/usr/sbin/policy-rc.d
 saved=$policy.overlay-saved
 
@@ -166,7 +166,7 @@ restore_policy() {
     if [ -e $saved ]; then mv $saved $policy; fi
 }
 
-# Tries each thing that the stories stand on, in namespaces of its own, and says what to do where one fails.
+# Checks each kernel feature that the end-to-end tests need, in separate namespaces, with advice for each failure.
 check_machine() {
     local bad=0
     try() {
@@ -192,9 +192,9 @@ check_machine() {
         "${in_ns[@]}" 'ip link set lo up && ip nexthop add id 7 dev lo'
     try "nftables with address translation" "modprobe nf_tables nft_masq nft_chain_nat: $modules" \
         "${in_ns[@]}" 'nft "table inet t { chain c { type nat hook postrouting priority 100; ip saddr 192.0.2.0/24 masquerade random,fully-random; }; }"'
-    try "sysctls of a namespace" "/proc/sys has to be writable: run the container privileged" \
+    try "sysctls of a namespace" "/proc/sys must be writable: run the container privileged" \
         "${in_ns[@]}" 'echo 1 >/proc/sys/net/ipv4/ip_forward'
-    try "named namespaces" "/run/netns has to be mountable: CAP_SYS_ADMIN" \
+    try "named namespaces" "/run/netns must be mountable: CAP_SYS_ADMIN" \
         "${in_ns[@]}" 'mount -t tmpfs none /run && ip netns add t && ip netns exec t true'
     try "namespaces without root" "sysctl kernel.unprivileged_userns_clone=1 user.max_user_namespaces=10000" \
         unshare --user --map-root-user --net --mount ip link set lo up
@@ -210,20 +210,20 @@ check_scripts() {
         fi
     done
     if ! command -v shellcheck >/dev/null; then
-        echo "without shellcheck, which is not installed: syntax only"
+        echo "shellcheck is not installed: checking the syntax only"
         return
     fi
     for script in "${SCRIPTS[@]}" deploy/*.sh deploy/etcd/*.sh deploy/debian/p* vagrant/*.sh; do
         if [ -e "$script" ]; then
-            # Its notes on functions called through section() are wrong: warnings count.
+            # Its notes on functions called through section() are wrong, so only warnings count.
             shellcheck --severity=warning "$script"
         fi
     done
 }
 
-# This machine's own network namespace as text: what lives by a clock or a counter is left out.
+# This machine's own network namespace as text, without values that depend on a clock or a counter.
 host_state() {
-    # The numbers behind valid_lft and expires run down.
+    # The values of valid_lft and expires count down.
     local timers='s/(valid_lft|preferred_lft|expires) [^ ]+//g'
     {
         ip -d link | sed 's/^/link: /'
@@ -242,12 +242,12 @@ host_state() {
 
 check_untouched() {
     host_state >"$work/after"
-    # A sysctl that is new came with a kernel module; one that is gone or differs was changed.
+    # A new sysctl came with a kernel module; a missing or different one was changed.
     local known=$work/after.known
     awk 'NR == FNR { split($0, p, " = "); seen[p[1]] = 1; next }
         { split($0, p, " = "); if ($0 !~ /^sysctl: / || p[1] in seen) print }' "$work/before" "$work/after" >"$known"
     if diff -u --label before --label after "$work/before" "$known"; then
-        echo "links, addresses, routes, rules, next hops, nftables and sysctls are as they were ($(wc -l <"$work/before") lines)"
+        echo "links, addresses, routes, rules, next hops, nftables and sysctls are unchanged ($(wc -l <"$work/before") lines)"
     else
         echo "this machine's own network namespace has changed: see the difference above" >&2
         return 1

@@ -1,22 +1,22 @@
 #!/bin/bash
-# Installs the packages on booted systems and lives through what an operator does: two Debian hosts under systemd-nspawn and an etcd with TLS and
-# passwords, on one bridge.
+# Tests the packages on booted systems, through an operator's tasks.
+# Two Debian hosts under systemd-nspawn and an etcd with TLS and passwords share one bridge.
 #
 #   sudo ./tests/systemd.sh            builds the packages (debug binaries) and runs everything
-#   sudo ./tests/systemd.sh --release  the same with the packages that users get
-#   sudo ./tests/systemd.sh --packages DIR  with packages of an earlier run, which both versions are in
-#   sudo ./tests/systemd.sh --fresh    makes the Debian tree anew, which is otherwise kept in /var/cache/overlay-tests
+#   sudo ./tests/systemd.sh --release  the same with release packages
+#   sudo ./tests/systemd.sh --packages DIR  with the packages of an earlier run, which contain both versions
+#   sudo ./tests/systemd.sh --fresh    recreates the Debian tree, which is otherwise kept in /var/cache/overlay-tests
 #
-# MIRROR says where Debian is fetched from, and is this machine's own by default, as its apt has it. CACHE is another place for the tree.
+# MIRROR is the Debian mirror; the default is that of this machine's apt. CACHE is another directory for the tree.
 #
-# Everything happens in namespaces of its own (network, mounts, processes, control groups): when the script ends, nothing of it runs on, and this
-# machine's own network was never touched. The hosts' changes lie in a directory that goes at the end.
+# Everything runs in separate namespaces (network, mounts, processes, control groups): the script leaves no process behind and
+# does not touch this machine's own network. The hosts' changes are in a directory that is removed at the end.
 set -euo pipefail
 top=$(cd "$(dirname "$0")/.." && pwd)
 
 PACKAGES=(debootstrap systemd-container etcd-server etcd-client openssl iproute2 iputils-ping util-linux procps
     libprotobuf-dev protobuf-compiler dpkg-dev binutils gcc libc6-dev)
-# What is on the hosts beside a minimal Debian.
+# The hosts' packages besides a minimal Debian.
 TREE_PACKAGES=systemd,systemd-sysv,dbus,init-system-helpers,iproute2,iputils-ping,procps,nftables,ca-certificates,etcd-server,etcd-client
 SUITE=bookworm
 MIRROR=${MIRROR:-}
@@ -40,7 +40,7 @@ prepare() {
         shift
     done
     if [ "$(id -u)" -ne 0 ]; then
-        echo "tests/systemd.sh: root is needed, to install packages and to boot systems: run  sudo $0" >&2
+        echo "tests/systemd.sh: root is needed to install packages and to boot systems: run  sudo $0" >&2
         exit 2
     fi
     [ -x "$HOME/.cargo/bin/cargo" ] && PATH=$HOME/.cargo/bin:$PATH
@@ -63,12 +63,13 @@ build() {
     PROFILE=$profile OUT=$work/packages VERSION=$version+next nice "$top/deploy/package.sh" >>"$work/package.log" 2>&1
     (cd "$work/packages" && cp "overlayd-$version-$(dpkg --print-architecture).sha256" first)
     PROFILE=$profile OUT=$work/packages nice "$top/deploy/package.sh" >>"$work/package.log" 2>&1
-    (cd "$work/packages" && sha256sum --check --quiet first) || { echo "FAILED: packaged twice, two results" >&2 && exit 1; }
+    (cd "$work/packages" && sha256sum --check --quiet first) || { echo "FAILED: two builds of the packages differ" >&2 && exit 1; }
     ls -sh "$work/packages"
 }
 
 boot_all() {
-    # The processes of a process namespace end with its first one, and with them the mounts and networks that only they held.
+    # The end of a PID namespace's first process ends all its processes, and with them the mounts and networks that only they
+    # held.
     local code=0
     cgroups_make
     WORK=$work VERSION=$version unshare --net --mount --pid --fork --kill-child --mount-proc "$0" --inside || code=$?
@@ -82,7 +83,7 @@ boot_all() {
     exit $code
 }
 
-# Control groups of our own, in which systemd-nspawn makes those of the hosts.
+# Control groups of our own, in which systemd-nspawn creates those of the hosts.
 cgroups_make() {
     local line path mount
     while IFS= read -r line; do
@@ -103,7 +104,7 @@ cgroups_remove() {
     local path
     for path in "${cgroups[@]}"; do
         echo $$ >"${path%/*}/cgroup.procs"
-        # What ended a moment ago may still be counted.
+        # A process that ended a moment ago may still be counted.
         for _ in 1 2 3 4 5 6 7 8 9 10; do
             find "$path" -depth -type d -exec rmdir {} + 2>/dev/null && break
             sleep 0.5
@@ -118,7 +119,7 @@ install_packages() {
     for package in "${PACKAGES[@]}"; do installed "$package" || missing+=("$package"); done
     [ ${#missing[@]} -gt 0 ] || return 0
     echo "== installing ${missing[*]}"
-    # None of them may start a service here.
+    # No installed service may start on this machine.
     if [ -e $policy ]; then mv $policy $policy.overlay-saved; fi
     printf '#!/bin/sh\nexit 101\n' >$policy
     chmod 755 $policy
@@ -130,16 +131,16 @@ install_packages() {
     [ $code -eq 0 ] || { echo "cannot install ${missing[*]}" >&2 && exit 1; }
 }
 
-# Where this machine's apt has Debian from; a mirror has every suite.
+# The mirror of this machine's apt; a mirror has every suite.
 mirror() {
     local found update
     for update in "" "apt-get -q update"; do
         $update >/dev/null
-        # To the end, or apt-get would be told of a pipe that is closed.
+        # Read to the end, or apt-get would report a closed pipe.
         found=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Origin: Debian' 'Label: Debian' 'Component: main' | sed -n '1s|/$||p')
         case $found in http*) echo "$found" && return ;; esac
     done
-    echo "tests/systemd.sh: this machine's apt has no Debian mirror: give one, MIRROR=http://HOST/debian $0" >&2
+    echo "tests/systemd.sh: this machine's apt has no Debian mirror: set one with MIRROR=http://HOST/debian $0" >&2
     return 1
 }
 
@@ -160,13 +161,13 @@ make_tree() {
     mv "$tree.new" "$tree"
 }
 
-# ---- from here on inside the namespaces ----
+# ---- the functions below run inside the namespaces ----
 
 steps=0
 leaders=()
 host_pid=()
 
-# step NAME: begins a step; what fails from here on is told under it.
+# step NAME: begins a step; later failures are reported under its name.
 step() {
     steps=$((steps + 1)) current=$1
     printf '%3d s  %s\n' "$SECONDS" "$current"
@@ -191,23 +192,23 @@ on() {
     nsenter --target "${host_pid[$n]}" --mount --uts --ipc --net --pid --cgroup --root --wd -- env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 "$@"
 }
 
-# eventually SECONDS WHAT COMMAND: until it succeeds.
+# eventually SECONDS WHAT COMMAND: retries it until it succeeds.
 eventually() {
     local limit=$((SECONDS + $1)) what=$2
     shift 2
     until "$@" >"$WORK/out" 2>&1; do
         if [ $SECONDS -ge $limit ]; then
-            fail "not in time: $what; last said: $(tail -3 "$WORK/out")"
+            fail "not in time: $what; last output: $(tail -3 "$WORK/out")"
         fi
         sleep 0.1
     done
 }
 
-want() { # TEXT COMMAND: its output holds the text
+want() { # TEXT COMMAND: its output must contain the text
     local text=$1
     shift
     "$@" >"$WORK/out" 2>&1 || fail "$* failed: $(tail -5 "$WORK/out")"
-    grep -qF -- "$text" "$WORK/out" || fail "\`$*\` does not say '$text' but: $(tail -5 "$WORK/out")"
+    grep -qF -- "$text" "$WORK/out" || fail "\`$*\` does not print '$text' but: $(tail -5 "$WORK/out")"
 }
 
 property() { # N PROPERTY
@@ -220,9 +221,9 @@ boot() {
     mount -t overlay overlay -o "lowerdir=$TREE,upperdir=$WORK/h$n/upper,workdir=$WORK/h$n/work" "$root"
     echo "h$n" >"$root/etc/hostname"
     rm -f "$root/etc/resolv.conf"
-    # As Debian's installer writes it.
+    # As written by Debian's installer.
     printf '127.0.0.1\tlocalhost\n::1\tlocalhost\n' >"$root/etc/hosts"
-    # etcd asks for a network that is online, and here nothing manages the interface.
+    # etcd's unit requires network-online.target, but nothing manages the interface here.
     ln -s /dev/null "$root/etc/systemd/system/systemd-networkd-wait-online.service"
     ip netns add "h$n"
     ip link add "h$n" type veth peer name eth0 netns "h$n"
@@ -246,7 +247,7 @@ booted() {
     case $(on "$n" systemctl is-system-running) in running | degraded) ;; *) return 1 ;; esac
 }
 
-# Traffic from a container of h1 to one of h2 while something happens.
+# Traffic from a container of h1 to one of h2 during an action.
 flow_start() {
     on 1 ip netns exec c1 ping -n -i 0.02 "$remote" >"$WORK/flow" 2>&1 &
     flow=$!
@@ -254,10 +255,10 @@ flow_start() {
 }
 
 flow_end() {
-    # Some more, so that what would come late is seen.
+    # Some more packets, so that late losses are noticed.
     local seen
     seen=$(wc -l <"$WORK/flow")
-    eventually 20 "traffic goes on" awk -v seen=$((seen + 25)) 'END { exit NR < seen }' "$WORK/flow"
+    eventually 20 "traffic continues" awk -v seen=$((seen + 25)) 'END { exit NR < seen }' "$WORK/flow"
     local ping
     ping=$(pgrep -f "^ping -n -i 0.02 $remote" | head -1)
     kill -INT "$ping"
@@ -326,7 +327,7 @@ inside() {
     step "etcd with TLS, roles and passwords"
     etcd_up >"$WORK/etcd-setup.log" 2>&1
 
-    step "two hosts boot"
+    step "boot of two hosts"
     boot 1
     boot 2
     eventually 120 "h1 has booted" booted 1
@@ -350,8 +351,8 @@ inside() {
     echo "$steps" >"$CACHE/last-count"
 }
 
-# documented PAGE SECTION WHICH HOST...: runs the section's blocks that name this script, all or the one of that number, as they stand on the page, with the
-# package that was built here; CHANGED is what else is different here, for sed.
+# documented PAGE SECTION WHICH HOST...: runs the section's blocks that name this script, all or the one of that number, unchanged
+# from the page, with the packages built here; CHANGED holds other replacements for sed.
 documented() {
     local page=$1 section=$2 which=$3 n
     shift 3
@@ -362,7 +363,7 @@ documented() {
         inside && (which == "all" || which == number) { print }
         marked && !inside && $0 == "```sh" { inside = 1; number++ }' "$top/$page" |
         sed -e "s/overlayd_0\.1\.0_amd64\.deb/overlayd_$VERSION${NEXT:-}_$(dpkg --print-architecture).deb/" -e "${CHANGED:-}" >"$WORK/commands"
-    [ -s "$WORK/commands" ] || fail "$page has no such commands: $section, $which"
+    [ -s "$WORK/commands" ] || fail "$page has no commands: $section, $which"
     for n in "$@"; do
         on "$n" bash -euo pipefail -c "cd /root/packages; sudo() { \"\$@\"; }; $(cat "$WORK/commands")" >"$WORK/out" 2>&1 </dev/null ||
             fail "$page, $section, on h$n: $(tail -5 "$WORK/out")"
@@ -371,7 +372,7 @@ documented() {
 
 first_cluster() {
     local page=docs/first-cluster.md n
-    step "the page of the first cluster: etcd, two agents, a network, two containers, and gone again"
+    step "the first-cluster page: etcd, two agents, a network, two containers, removal"
     documented docs/first-cluster.md "etcd" all 1
     grep -q "is healthy" "$WORK/out" || fail "$page: etcd is not healthy"
     documented docs/first-cluster.md "The agents" all 1 2
@@ -383,7 +384,7 @@ first_cluster() {
     documented docs/first-cluster.md "The first containers" 1 1 2
     remote=$(on 2 ip -n first -4 -o address show dev eth0 | awk '{ sub("/.*", "", $4); print $4 }')
     CHANGED="s/10.244.27.2/$remote/" documented docs/first-cluster.md "The first containers" 2 1
-    grep -q " 0% packet loss" "$WORK/out" || fail "$page: no answers"
+    grep -q " 0% packet loss" "$WORK/out" || fail "$page: no replies"
     for n in 1 2; do
         on $n ip netns delete first
         on $n dpkg -P overlayd >"$WORK/h$n/dpkg" 2>&1 || fail "$(tail -5 "$WORK/h$n/dpkg")"
@@ -392,17 +393,17 @@ first_cluster() {
 }
 
 install() {
-    step "install: user, directories, units; the agent waits in the background and touches nothing"
+    step "install: user, directories, units; the agent waits in the background and changes nothing"
     for n in 1 2; do
         on $n dpkg -i "/root/packages/overlayd_${VERSION}_$(dpkg --print-architecture).deb" >"$WORK/h$n/dpkg" 2>&1 || fail "$(tail -5 "$WORK/h$n/dpkg")"
         want overlayd on $n getent passwd overlayd
         want "enabled" on $n systemctl is-enabled overlayd.service overlayd.socket
         want "700 root root" on $n stat -c "%a %U %G" /etc/overlayd/credentials
         eventually 20 "the agent starts" on $n sh -c '[ "$(systemctl show -P ActiveState overlayd.service)" = activating ]'
-        eventually 20 "it says what it waits for" on $n sh -c 'systemctl show -P StatusText overlayd.service | grep -q "Not ready"'
-        # A client is answered although the agent is not ready.
-        eventually 20 "clients are answered" on $n sh -c 'overlayctl status --brief; [ $? -eq 3 ]'
-        [ -z "$(on $n ip link show group 22102)" ] || fail "devices before there is a lease"
+        eventually 20 "the status says that it is not ready" on $n sh -c 'systemctl show -P StatusText overlayd.service | grep -q "Not ready"'
+        # Clients get answers although the agent is not ready.
+        eventually 20 "clients get answers" on $n sh -c 'overlayctl status --brief; [ $? -eq 3 ]'
+        [ -z "$(on $n ip link show group 22102)" ] || fail "devices exist before a lease"
     done
     want "overlayctl" on 1 ls /usr/share/bash-completion/completions
     want '"cniVersion"' on 1 sh -c 'CNI_COMMAND=VERSION /usr/lib/cni/overlay-cni </dev/null'
@@ -411,7 +412,7 @@ install() {
     on 1 systemd-analyze verify --man=no /lib/systemd/system/overlayd.service /lib/systemd/system/overlayd.socket >"$WORK/out" 2>&1 || fail "$(cat "$WORK/out")"
 }
 
-# packaged PART DIRECTORY: the files of deploy/PART are there, as they are in the sources.
+# packaged PART DIRECTORY: checks that the files of deploy/PART are installed unchanged.
 packaged() {
     diff -r "$top/deploy/$1" "$WORK/h1/root$2" >"$WORK/out" 2>&1 || fail "$2: $(head -5 "$WORK/out")"
 }
@@ -428,15 +429,15 @@ first_start() {
         want "\"ready\": true" on $n overlayctl status -o json
     done
     [ "$(keys | grep -c subnets)" -eq 2 ] || fail "leases in etcd: $(keys)"
-    # The same as the page has it, on hosts where it is done already.
+    # The same commands from the page, on configured hosts.
     documented docs/install.md "First start" all 1 2
     for page in man5/overlayd.toml.5 man8/overlayd.8 man8/overlay-cni.8 man1/overlayctl.1 man1/overlayctl-trace.1; do
-        on 1 test -e "/usr/share/man/$page.gz" || fail "no manual page $page"
+        on 1 test -e "/usr/share/man/$page.gz" || fail "missing manual page $page"
     done
 }
 
 rights() {
-    step "the agent has the rights it needs and no others"
+    step "the agent has exactly the capabilities it needs"
     local pid status
     pid=$(property 1 MainPID)
     status=$(on 1 cat "/proc/$pid/status")
@@ -448,38 +449,38 @@ rights() {
     want overlayd on 1 ps -o user= -p "$pid"
     want "inet overlayd" on 1 nft list tables
     want "= 1" on 1 sysctl net.ipv4.ip_forward
-    on 1 sh -c '! su -s /bin/sh nobody -c "overlayctl status"' >"$WORK/out" 2>&1 || fail "nobody may use the socket"
-    grep -q "group" "$WORK/out" || fail "the refusal does not say how: $(cat "$WORK/out")"
+    on 1 sh -c '! su -s /bin/sh nobody -c "overlayctl status"' >"$WORK/out" 2>&1 || fail "user nobody can use the socket"
+    grep -q "group" "$WORK/out" || fail "the error names no remedy: $(cat "$WORK/out")"
     local exposure
     exposure=$(on 1 systemd-analyze security --no-pager overlayd.service | sed -n 's/.*exposure level for overlayd.service: \([0-9.]*\).*/\1/p')
     printf '       exposure %s\n' "$exposure"
     awk -v e="$exposure" 'BEGIN { exit !(e != "" && e <= 2.0) }' || fail "exposure $exposure is above 2.0"
-    # What stays open is written down with its reason.
+    # Each remaining exposure is documented with its reason.
     local open
     while IFS= read -r open; do
-        # A bar inside a table's cell is escaped.
+        # A bar inside a table cell is escaped.
         grep -qF "| \`${open//|/\\|}\` |" "$top/docs/install.md" || fail "docs/install.md gives no reason for $open"
     done < <(on 1 systemd-analyze security --json=short --no-pager overlayd.service | tr '{' '\n' | grep -v '"exposure":null' | sed -n 's/.*"name":"\([^"]*\)".*/\1/p')
-    # Each field of an event is a field of the journal.
+    # Each field of an event is a journal field.
     want "OVERLAYD_SUBNET=10.244." on 1 journalctl -u overlayd -o export --no-pager
     want "PRIORITY=6" on 1 journalctl -u overlayd -o export --no-pager SYSLOG_IDENTIFIER=overlayd
 }
 
 containers() {
-    step "containers talk across; namespaces made after the agent's start are seen"
+    step "containers reach each other across hosts; later namespaces are visible to the agent"
     attach 1 c1 >/dev/null
     remote=$(attach 2 c2)
     [ -n "$remote" ] || fail "no address: $(on 2 overlayctl endpoints)"
     eventually 30 "containers reach each other" on 1 ip netns exec c1 ping -n -c 3 -i 0.1 -W 1 "$remote"
     on 1 overlayctl attach gone >/dev/null
     on 1 overlayctl detach gone >/dev/null
-    on 1 sh -c '[ ! -e /run/netns/gone ]' || fail "the namespace is left over"
-    # The agent's view of the mounts is its own; it must not keep alive what others delete.
+    on 1 sh -c '[ ! -e /run/netns/gone ]' || fail "the namespace is left behind"
+    # The agent has its own mount namespace; it must not keep deleted namespaces alive.
     on 1 ip netns add held
     on 1 ip link add held0 type veth peer name held1 netns held
     on 1 systemctl restart overlayd
     on 1 ip netns delete held
-    eventually 20 "a namespace that is deleted is gone" on 1 sh -c '! ip link show held0'
+    eventually 20 "a deleted namespace disappears" on 1 sh -c '! ip link show held0'
     process_namespace
     for unit in docker containerd; do
         on 1 sh -c "printf '[Service]\nExecStart=/bin/true\n' >/etc/systemd/system/$unit.service; systemctl daemon-reload"
@@ -488,7 +489,7 @@ containers() {
     done
 }
 
-# page N PATH: what the agent of a host answers over TCP, asked from the other host.
+# page N PATH: a host's agent's answer over TCP, requested from the other host.
 page() {
     on $((3 - $1)) bash -c "exec 3<>/dev/tcp/192.0.2.$1/9780; printf 'GET $2 HTTP/1.0\\r\\nHost: x\\r\\n\\r\\n' >&3; cat <&3"
 }
@@ -509,29 +510,29 @@ mesh() {
     for n in 1 2; do
         eventually 60 "h$n reaches h$((3 - n))" reaches $n ok
     done
-    # The tunnel's port is shut at the other end.
+    # The other host blocks the tunnel's port.
     on 2 nft 'add table inet shut; add chain inet shut i { type filter hook input priority -400; }; add rule inet shut i udp dport 8472 drop'
     eventually 60 "the tunnel's fault is told from the underlay's" reaches 1 overlay-down
     on 2 nft delete table inet shut
-    eventually 60 "the tunnel is well again" reaches 1 ok lossy
+    eventually 60 "the tunnel is healthy again" reaches 1 ok lossy
 }
 
-reaches() { # N STATE...: how its one peer is reached
+reaches() { # N STATE...: its only peer has one of these states
     local state
     state=$(on "$1" overlayctl mesh -o json | sed -n 's/.*"state": "\([a-z-]*\)".*/\1/p' | sort -u)
     shift
     case " $* " in *" $state "*) ;; *) echo "'$state'" && return 1 ;; esac
 }
 
-# A namespace that is named by a process needs a right more, which a drop-in gives.
+# A namespace given by a process needs another capability, which a drop-in grants.
 process_namespace() {
     local pid drop=/etc/systemd/system/overlayd.service.d
-    # It ends by a signal, which is no failure.
+    # It ends by a signal, which is not a failure.
     on 1 unshare --net sleep 1000 || true &
-    eventually 20 "a process in a namespace of its own" on 1 pgrep -x sleep
+    eventually 20 "a process in its own namespace" on 1 pgrep -x sleep
     pid=$(on 1 pgrep -x sleep)
-    if on 1 overlayctl attach byproc --netns "/proc/$pid/ns/net" >"$WORK/out" 2>&1; then fail "it has a right that it should not have"; fi
-    grep -q "proc-netns.conf" "$WORK/out" || fail "the refusal does not say what to do: $(cat "$WORK/out")"
+    if on 1 overlayctl attach byproc --netns "/proc/$pid/ns/net" >"$WORK/out" 2>&1; then fail "the attach needs no additional capability"; fi
+    grep -q "proc-netns.conf" "$WORK/out" || fail "the error names no remedy: $(cat "$WORK/out")"
     on 1 sh -c "mkdir -p $drop; cp /usr/share/doc/overlayd/proc-netns.conf $drop; systemctl daemon-reload; systemctl restart overlayd"
     want "10.244." on 1 overlayctl attach byproc --netns "/proc/$pid/ns/net"
     want "10.244." on 1 nsenter --net="/proc/$pid/ns/net" ip -4 address show dev eth0
@@ -541,39 +542,39 @@ process_namespace() {
 }
 
 reloading() {
-    step "reload: the log level is taken up, what waits for a start is named, a mistake is refused"
+    step "reload: the log level changes, settings that need a restart are named, an error is rejected"
     local file=$WORK/h1/root/etc/overlayd/overlayd.toml pid
     pid=$(property 1 MainPID)
     cp "$file" "$WORK/toml"
     printf 'log-level = "debug"\nresync-interval = "1m"\n' >>"$file"
     on 1 systemctl reload overlayd
-    eventually 20 "the waiting setting is named" on 1 sh -c 'journalctl -u overlayd --no-pager -o cat | grep "next start" | grep -q resync-interval'
+    eventually 20 "the setting that needs a restart is named" on 1 sh -c 'journalctl -u overlayd --no-pager -o cat | grep "next start" | grep -q resync-interval'
     on 1 overlayctl attach debug >/dev/null
     on 1 overlayctl detach debug >/dev/null
     eventually 20 "debug events" on 1 sh -c 'journalctl -u overlayd --no-pager -o cat PRIORITY=7 | grep -q .'
     echo 'log-lvl = "info"' >>"$file"
     on 1 systemctl reload overlayd
-    eventually 20 "the mistake is told" on 1 sh -c 'journalctl -u overlayd --no-pager -o cat | grep -q "did you mean"'
+    eventually 20 "the error is reported" on 1 sh -c 'journalctl -u overlayd --no-pager -o cat | grep -q "did you mean"'
     cp "$WORK/toml" "$file"
     on 1 systemctl reload overlayd
     eventually 20 "active again" on 1 sh -c '[ "$(systemctl show -P ActiveState overlayd.service)" = active ]'
-    [ "$(property 1 MainPID)" = "$pid" ] || fail "another process after the reloads"
+    [ "$(property 1 MainPID)" = "$pid" ] || fail "the process has changed after the reloads"
 }
 
-# restarted N OLD: another process is ready.
+# restarted N OLD: a new process is ready.
 restarted() {
     [ "$(property "$1" MainPID)" != "$2" ] && [ "$(property "$1" MainPID)" != 0 ] && [ "$(property "$1" ActiveState)" = active ]
 }
 
 killed() {
-    step "kill -9: systemd starts the agent anew, a client waits, nothing is lost"
+    step "kill -9: systemd restarts the agent, a client waits, no packet is lost"
     local pid
     pid=$(property 1 MainPID)
     flow_start
     for _ in 1 2 3; do
         pid=$(property 1 MainPID)
         on 1 kill -9 "$pid"
-        # At once: nobody accepts yet, and the socket is there.
+        # Immediately: no process accepts yet, but the socket exists.
         want "c1" on 1 overlayctl endpoints
         eventually 30 "the agent is back" restarted 1 "$pid"
     done
@@ -581,15 +582,15 @@ killed() {
 }
 
 watchdog() {
-    step "an agent that is stuck is restarted by the watchdog"
+    step "the watchdog restarts a hanging agent"
     on 1 sh -c 'mkdir -p /run/systemd/system/overlayd.service.d; printf "[Service]\nWatchdogSec=4s\n" >/run/systemd/system/overlayd.service.d/t.conf; systemctl daemon-reload; systemctl restart overlayd'
     local pid
     pid=$(property 1 MainPID)
     flow_start
-    # Fed, it lives: longer than the watchdog's time.
+    # With regular notifications it runs longer than the watchdog's timeout.
     local until=$((SECONDS + 10))
     eventually 20 "ten seconds" eval "[ \$SECONDS -ge $until ]"
-    [ "$(property 1 MainPID)" = "$pid" ] || fail "the watchdog ended an agent that was well"
+    [ "$(property 1 MainPID)" = "$pid" ] || fail "the watchdog ended a healthy agent"
     on 1 kill -STOP "$pid"
     eventually 60 "systemd restarts it" restarted 1 "$pid"
     flow_end "watchdog"
@@ -598,7 +599,7 @@ watchdog() {
 }
 
 upgrade() {
-    step "upgrade in place: nothing is lost, containers stay, the configuration stays"
+    step "upgrade in place: no packet is lost, containers and configuration stay"
     local pid
     pid=$(property 1 MainPID)
     flow_start
@@ -615,50 +616,50 @@ upgrade() {
 }
 
 refused() {
-    step "a wrong configuration is refused by name, and the traffic flows on"
+    step "an invalid configuration is rejected by name, and traffic continues"
     flow_start
     echo 'run-dri = "/run/x"' >>"$WORK/h1/root/etc/overlayd/overlayd.toml"
-    on 1 systemctl restart overlayd >/dev/null 2>&1 && fail "it started"
+    on 1 systemctl restart overlayd >/dev/null 2>&1 && fail "the agent started"
     want "did you mean \`run-dir\`" on 1 journalctl --no-pager -n 20 -u overlayd
-    # What the agent's user may not read, and what systemd has not loaded.
+    # A file that the agent's user cannot read, and a credential that systemd has not loaded.
     sed 's/"ca.crt"/"ca.pem"/; s/"overlay-agent.key"/"\/root\/overlay-agent.key"/' "$WORK/toml" >"$WORK/h1/root/etc/overlayd/overlayd.toml"
-    on 1 systemctl restart overlayd >/dev/null 2>&1 && fail "it started"
+    on 1 systemctl restart overlayd >/dev/null 2>&1 && fail "the agent started"
     want "systemd has loaded no ca.pem from /etc/overlayd/credentials" on 1 journalctl --no-pager -n 20 -u overlayd
     want "give its bare name, \`overlay-agent.key\`" on 1 journalctl --no-pager -n 20 -u overlayd
     on 1 chmod 600 /etc/overlayd/overlayd.toml
-    on 1 systemctl restart overlayd >/dev/null 2>&1 && fail "it started"
+    on 1 systemctl restart overlayd >/dev/null 2>&1 && fail "the agent started"
     want "chmod 644 /etc/overlayd/overlayd.toml" on 1 journalctl --no-pager -n 20 -u overlayd
     on 1 chmod 644 /etc/overlayd/overlayd.toml
     cp "$WORK/toml" "$WORK/h1/root/etc/overlayd/overlayd.toml"
-    eventually 30 "it is tried again by itself" on 1 systemctl is-active overlayd.service
-    flow_end "wrong configuration"
+    eventually 30 "systemd retries the start" on 1 systemctl is-active overlayd.service
+    flow_end "invalid configuration"
 }
 
 removal() {
-    step "remove: the agent goes; configuration, state and traffic stay"
+    step "remove: the agent is gone; configuration, state and traffic stay"
     flow_start
     on 2 dpkg -r overlayd >"$WORK/h2/dpkg" 2>&1 || fail "$(tail -5 "$WORK/h2/dpkg")"
     want "still talk" cat "$WORK/h2/dpkg"
-    on 2 sh -c '! pgrep -x overlayd' || fail "it runs"
+    on 2 sh -c '! pgrep -x overlayd' || fail "the agent is running"
     on 2 test -e /etc/overlayd/overlayd.toml -a -e /var/lib/overlayd/node-id || fail "configuration or state is gone"
-    on 2 sh -c '! command -v overlayd' || fail "the program is there"
+    on 2 sh -c '! command -v overlayd' || fail "the program still exists"
     flow_end "remove"
 
-    step "install again: the agent takes over what it finds"
+    step "install again: the agent adopts the existing state"
     flow_start
     on 2 dpkg -i "/root/packages/overlayd_${VERSION}+next_$(dpkg --print-architecture).deb" >"$WORK/h2/dpkg" 2>&1 || fail "$(tail -5 "$WORK/h2/dpkg")"
     eventually 30 "the agent is ready" restarted 2 0
     want "c2" on 2 overlayctl endpoints
     flow_end "install again"
 
-    step "purge: nothing of the overlay is left on the host, and the lease is given back"
+    step "purge: the overlay is removed from the host, and its lease is deleted"
     on 2 dpkg -P overlayd >"$WORK/h2/dpkg" 2>&1 || fail "$(tail -5 "$WORK/h2/dpkg")"
     [ -z "$(on 2 ip link show group 22102)" ] || fail "devices are left"
     [ -z "$(on 2 ip route show proto 86)" ] || fail "routes are left"
     on 2 sh -c '! nft list tables | grep -q overlayd' || fail "rules are left"
     on 2 sh -c '[ ! -e /etc/overlayd ] && [ ! -e /var/lib/overlayd ] && [ ! -e /run/overlayd ]' || fail "files are left"
-    [ "$(keys | grep -c subnets)" -eq 1 ] || fail "the lease is not given back: $(keys); $(cat "$WORK/h2/dpkg")"
-    eventually 20 "the other host has no peer any more" on 1 sh -c '[ -z "$(ip route show proto 86)" ]'
+    [ "$(keys | grep -c subnets)" -eq 1 ] || fail "the lease is not deleted: $(keys); $(cat "$WORK/h2/dpkg")"
+    eventually 20 "the other host has no peer left" on 1 sh -c '[ -z "$(ip route show proto 86)" ]'
 }
 
 tarball() {
@@ -667,7 +668,7 @@ tarball() {
     on 2 "/root/overlayd-$VERSION/install.sh" >"$WORK/out" 2>&1 || fail "$(tail -5 "$WORK/out")"
     want "/usr/local/sbin/overlayd" on 2 grep ExecStart /etc/systemd/system/overlayd.service
     configure 2
-    on 2 systemctl enable --now overlayd.socket overlayd.service >/dev/null 2>&1 || fail "it does not start"
+    on 2 systemctl enable --now overlayd.socket overlayd.service >/dev/null 2>&1 || fail "the agent does not start"
     on 2 ip netns delete c2 2>/dev/null || true
     remote=$(attach 2 c2)
     eventually 30 "containers reach each other" on 1 ip netns exec c1 ping -n -c 3 -i 0.1 -W 1 "$remote"

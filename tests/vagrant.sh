@@ -1,9 +1,9 @@
 #!/bin/bash
-# The page docs/vagrant.md from its first command to its last, with virtual machines that need neither KVM nor a libvirt of this machine.
+# Runs the page docs/vagrant.md completely, with virtual machines that need neither KVM nor a libvirt of this machine.
 #
-#   sudo ./tests/vagrant.sh        half an hour and more without acceleration; not a part of run.sh for that
+#   sudo ./tests/vagrant.sh        half an hour or more without acceleration; therefore not a part of run.sh
 #
-# The Debian packages that it installs stay; the box, the machines and their networks go.
+# The Debian packages that it installs stay; the box, the virtual machines and their networks are removed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,7 +17,7 @@ VAGRANT_HOME=$(mktemp -d /var/tmp/overlay-vagrant.XXXXXX)
 export VAGRANT_HOME PROFILE=${PROFILE:-dev} DEBIAN_FRONTEND=noninteractive
 policy=/usr/sbin/policy-rc.d
 saved=$policy.overlay-vagrant
-# Nothing that is installed here is to run on this machine; images for containers have such a policy, and keep it.
+# No installed service may start on this machine. Container images have such a policy already, which is restored.
 if [ -e $policy ] && [ ! -e $saved ]; then mv $policy $saved; fi
 unpolicy() {
     rm -f $policy
@@ -34,7 +34,7 @@ trap 'rm -rf "$VAGRANT_HOME"' EXIT
 ./vagrant/make-box.sh --add
 DRIVER=qemu ./vagrant/libvirt.sh ./vagrant/lab.sh all
 ETCD=cluster DRIVER=qemu ./vagrant/libvirt.sh ./vagrant/lab.sh all
-# The same machines by Vagrant's own commands and by the lab's.
+# The same virtual machines with Vagrant's own commands and with the lab's.
 DRIVER=qemu ./vagrant/libvirt.sh bash <<'EOF'
 set -e
 trap './vagrant/lab.sh down' EXIT

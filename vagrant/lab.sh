@@ -1,25 +1,25 @@
 #!/bin/bash
-# The lab of virtual machines: some Debian machines with overlayd, made by Vagrant.
+# A lab of virtual machines: Debian machines with overlayd, created by Vagrant.
 #
-#   ./vagrant/lab.sh up        builds the package of this tree, makes the machines (vagrant up), waits until every agent is ready
-#   ./vagrant/lab.sh check     containers on every machine call each other; a published port, the CNI plugin; the subnets; overlayctl check
-#   ./vagrant/lab.sh status    the subnets as the first machine sees them, and each agent's state
+#   ./vagrant/lab.sh up        builds this tree's package, creates the machines (vagrant up), waits until all agents are ready
+#   ./vagrant/lab.sh check     tests calls between containers, a published port, the CNI plugin and the subnets; runs overlayctl check
+#   ./vagrant/lab.sh status    shows the subnets on the first machine, and each agent's state
 #   ./vagrant/lab.sh ssh nodeN [COMMAND...]
 #   ./vagrant/lab.sh down      removes the machines and the lab's files
-#   ./vagrant/lab.sh all       up, check, down; down also where one of them fails
-#   ./vagrant/lab.sh prepare   only what `vagrant up` needs: package, certificates, settings
-#   ./vagrant/lab.sh package   only the package, the one part that may need the internet
+#   ./vagrant/lab.sh all       up, check, down; down also after a failure
+#   ./vagrant/lab.sh prepare   only creates the input of `vagrant up`: package, certificates, settings
+#   ./vagrant/lab.sh package   only builds the package, the one step that may need the internet
 #
 # Variables: NODES (2, with a cluster 3), ETCD (single, cluster), VAGRANT_DEFAULT_PROVIDER (libvirt, virtualbox); PROFILE=dev builds a debug
-# package, sooner done; the others are in Vagrantfile. Boxes: make-box.sh. Where no libvirt runs: libvirt.sh.
+# package, which is faster; more are in Vagrantfile. Boxes: make-box.sh. Without a running libvirt: libvirt.sh.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 top=$(dirname "$here")
 files=$top/target/vagrant/lab
-# Seconds that a step may take on machines without acceleration.
+# Time limit of a step in seconds, long enough for machines without KVM.
 PATIENCE=${PATIENCE:-900}
 
-# So that Vagrant takes this directory's Vagrantfile from wherever it is called.
+# Vagrant uses this directory's Vagrantfile, independent of the working directory.
 export VAGRANT_CWD=$here
 
 usage() { sed -n '2,14s/^# \{0,1\}//p' "$0"; }
@@ -31,7 +31,7 @@ die() {
     exit 1
 }
 
-# What has to happen at the end, however it comes.
+# The command that runs at every exit.
 finally=:
 
 tidy() {
@@ -75,7 +75,7 @@ main() {
     esac
 }
 
-# As who owns the tree, where root was asked by sudo: cargo is theirs, and the files shall be.
+# Runs a command as the tree's owner under sudo, because cargo and the created files belong to that user.
 as_owner() {
     local owner home
     owner=$(stat -c %U "$top")
@@ -87,7 +87,7 @@ as_owner() {
     fi
 }
 
-# ---- what the machines are made of
+# ---- input of the machines
 
 prepare() {
     settings
@@ -104,14 +104,14 @@ prepare() {
     if [ -n "${SUDO_USER:-}" ]; then chown -R --reference="$top" "$top/target/vagrant/lab"; fi
 }
 
-# Builds this tree's package, or takes the one that DEB names; its path is then in `deb`.
+# Builds this tree's package, or uses the package DEB; sets `deb` to its path.
 package() {
     say "the package"
     as_owner mkdir -p "$top/target/vagrant"
     deb=${DEB:-}
     if [ -z "$deb" ]; then
         as_owner env OUT="$top/target/vagrant/package" "$top/deploy/package.sh" >"$top/target/vagrant/package.log" 2>&1 ||
-            { tail -20 "$top/target/vagrant/package.log" >&2 && die "the package cannot be built; DEB=FILE takes one that is there"; }
+            { tail -20 "$top/target/vagrant/package.log" >&2 && die "cannot build the package; DEB=FILE uses an existing one"; }
         # shellcheck disable=SC2012 # names are ours
         deb=$(ls -t "$top"/target/vagrant/package/overlayd_*.deb | head -1)
     fi
@@ -131,7 +131,7 @@ settings() {
     [ "$NODES" -le 200 ] || die "NODES is at most 200, not $NODES"
     [[ $UNDERLAY =~ ^[0-9]+\.[0-9]+\.[0-9]+$ ]] || die "UNDERLAY is the first three bytes of an IPv4 network, as 192.168.56, not '$UNDERLAY'"
     if [ "$ETCD" = cluster ] && [ "$NODES" -lt 3 ]; then die "a cluster of etcd has three members: NODES is at least 3, not $NODES"; fi
-    # A lab that stands keeps what it was made with.
+    # An existing lab keeps its settings.
     if [ -e "$files/lab.env" ] && [ "$(lab_env)" != "$(cat "$files/lab.env")" ]; then
         die "there is a lab with other settings ($(tr '\n' ' ' <"$files/lab.env")): take it down first, $0 down"
     fi
@@ -141,7 +141,7 @@ lab_env() { printf 'NODES=%s\nETCD=%s\nUNDERLAY=%s\n' "$NODES" "$ETCD" "$UNDERLA
 
 address() { echo "$UNDERLAY.$((10 + $1))"; }
 
-# The endpoints of a cluster of etcd.
+# The endpoints of the etcd cluster.
 cluster() { echo "https://$(address 1):2379,https://$(address 2):2379,https://$(address 3):2379"; }
 
 write_settings() {
@@ -161,7 +161,7 @@ write_settings() {
     )
 }
 
-# pack N PACKAGE: one file with all that a machine needs, and no more.
+# pack N PACKAGE: creates an archive with exactly the files that a machine needs.
 pack() {
     local n=$1 name=node$1 stage members="" endpoints setup="" i
     stage=$(mktemp -d)
@@ -173,7 +173,7 @@ pack() {
     cluster)
         endpoints=$(cluster)
         for i in 1 2 3; do members="$members${members:+ }node$i=$(address $i)"; done
-        # Machines come up in order, so with the third one the cluster answers.
+        # Machines start in order, so the cluster answers when the third machine is up.
         if [ "$n" -eq 3 ]; then setup=yes; fi
         mkdir -m 700 "$stage/pki" "$stage/passwords"
         cp "$files/pki/ca.crt" "$files"/pki/overlay-agent.* "$stage/pki/"
@@ -208,7 +208,7 @@ JSON
 
 # ---- the machines
 
-# Vagrant, without its progress bars where nobody watches.
+# Runs Vagrant, without progress bars if standard output is not a terminal.
 call() {
     if [ -t 1 ]; then vagrant "$@"; else vagrant --no-tty "$@" | grep --line-buffered -v '^\s*$'; fi
 }
@@ -219,7 +219,7 @@ up() {
     say "vagrant up: $NODES machines, etcd $ETCD"
     export OVERLAY_LAB_PREPARED=1
     if [ -e "$files/begun" ]; then
-        # Machines that are there are provisioned anew; `up --provision` does it twice with libvirt.
+        # Existing machines are provisioned again; with libvirt `up --provision` would do it twice.
         call up --no-provision
         call provision
     else
@@ -237,7 +237,7 @@ load() {
     # shellcheck disable=SC1091
     . "$files/lab.env"
     ssh_config=$files/ssh_config
-    # What a command on a machine needs to ask etcd itself: the agent tells where its etcd is, and no secrets.
+    # Flags for commands that query etcd directly: the agent reports etcd's endpoints, but no secrets.
     as_agent=()
     if [ "$ETCD" = cluster ]; then
         local dir=/etc/overlayd/credentials
@@ -245,14 +245,14 @@ load() {
             --etcd-cafile "$dir/ca.crt" --etcd-certfile "$dir/overlay-agent.crt" --etcd-keyfile "$dir/overlay-agent.key"
             --etcd-username overlay-agent --etcd-password-file "$dir/password")
     fi
-    # Vagrant takes seconds to say it.
+    # Cached, because `vagrant ssh-config` takes seconds.
     if [ ! -s "$ssh_config" ] || ! on node1 true 2>/dev/null; then
         (umask 077 && vagrant ssh-config >"$ssh_config.new") || die "the machines do not run: $0 up"
         mv "$ssh_config.new" "$ssh_config"
     fi
 }
 
-# on NODE COMMAND...: as root on a machine.
+# on NODE COMMAND...: runs a command as root on a machine.
 on() {
     local node=$1
     shift
@@ -273,7 +273,7 @@ wait_ready() {
 }
 
 status() {
-    on node1 overlayctl subnets || failed "node1 does not tell the subnets"
+    on node1 overlayctl subnets || failed "cannot read the subnets on node1"
     for_all agent_status
 }
 
@@ -307,41 +307,41 @@ check() {
     say "containers, one on each machine"
     declare -gA v4 v6
     for_all attach
-    say "each calls each other one, over IPv4 and IPv6"
+    say "pings between all containers, over IPv4 and IPv6"
     for_all pings
-    say "a published port of the last machine, from the first"
+    say "a published port of the last machine, called from the first"
     published
-    say "a container that the CNI plugin attaches, from the first machine's"
+    say "a container attached by the CNI plugin, pinged from the first machine's container"
     plugin
     say "subnets"
-    on node1 overlayctl subnets || failed "node1 does not tell the subnets"
+    on node1 overlayctl subnets || failed "cannot read the subnets on node1"
     if [ "$ETCD" = cluster ]; then
-        say "subnets, asked from the cluster"
-        on node1 overlayctl subnets "${as_agent[@]}" || failed "etcd does not tell node1 the subnets"
+        say "subnets, read from the cluster"
+        on node1 overlayctl subnets "${as_agent[@]}" || failed "node1 cannot read the subnets from etcd"
     fi
-    say "nothing of this was taken for a change by others"
+    say "no drift repairs during the check"
     for_all same_repairs
     say "overlayctl check"
     for_all doctor
     if [ $failures -gt 0 ]; then
-        say "the agents' last words"
+        say "the agents' last log lines"
         for_all last_words
         die "$failures checks failed, see FAILED above"
     fi
-    say "all well: $NODES machines, etcd $ETCD"
+    say "all checks passed: $NODES machines, etcd $ETCD"
 }
 
-# field NAME: the first string of that name in JSON.
+# field NAME: the first string with this name in JSON.
 field() { sed -n 's/.*"'"$1"'": "\([^"]*\)".*/\1/p' | head -1; }
 
 attach() {
     local json error=""
     v4[$1]="" v6[$1]=""
-    # Repeated, it is the same container. A machine may stand still until the agent's watchdog has it started anew.
+    # A repeated attach returns the same container. A machine may hang until the watchdog restarts its agent.
     for _ in 1 2 3; do
         error=$(on "$1" overlayctl attach lab 2>&1 >/dev/null) || true
         if json=$(on "$1" overlayctl inspect lab -o json 2>&1); then break; fi
-        echo "$1: once more, after: ${error:-$json}"
+        echo "$1: retrying after: ${error:-$json}"
         wait_ready "$1"
     done
     [ -n "$(field v4 <<<"$json")" ] || { failed "$1 has no container: $error $json" && return; }
@@ -349,8 +349,8 @@ attach() {
     printf '%s: %s %s\n' "$1" "${v4[$1]}" "${v6[$1]}"
 }
 
-# reach NODE ADDRESS: its container gets three answers out of three; the last line of ping. Twice, for a machine may stand still for longer than
-# ping waits.
+# reach NODE ADDRESS: the node's container must get three replies of three; prints ping's last line. Tries twice, because a machine may hang for
+# longer than ping waits.
 reach() {
     local answer
     for _ in 1 2; do
@@ -410,10 +410,10 @@ plugin() {
     on "$last" ip netns delete lab-cni || true
 }
 
-# repairs NODE: how often its agent has put back what it thought was changed by others; kernels differ in what they tell of an agent's own writes.
+# repairs NODE: the agent's number of drift repairs. Kernels differ in the events about an agent's own writes, which must not count as drift.
 repairs() { on "$1" overlayctl status -o json | sed -n 's/.*"drift_repairs": \([0-9]*\).*/\1/p'; }
 
-remember_repairs() { repaired[$1]=$(repairs "$1") || failed "$1 does not tell its state"; }
+remember_repairs() { repaired[$1]=$(repairs "$1") || failed "cannot read the state of $1"; }
 
 same_repairs() {
     local now
@@ -427,7 +427,7 @@ same_repairs() {
 
 last_words() { on "$1" journalctl -u overlayd -n 20 --no-pager || true; }
 
-# Warnings are told, errors count.
+# Warnings are shown, errors count as failures.
 doctor() {
     local code=0 answer
     answer=$(on "$1" overlayctl check "${as_agent[@]}" 2>&1) || code=$?

@@ -1,12 +1,12 @@
 #!/bin/bash
-# Runs a command beside a libvirt of its own, for machines that run none: containers, CI, a look without a trace.
+# Runs a command with a private libvirt, for machines without libvirt: containers, CI, tests without side effects.
 #
 #   sudo ./vagrant/libvirt.sh ./vagrant/lab.sh all
-#   sudo ./vagrant/libvirt.sh bash                   to work in it
+#   sudo ./vagrant/libvirt.sh bash                   for interactive work
 #
-# libvirtd, its networks, virtual machines and Vagrant's memory of them live in namespaces (network, mounts, processes) and in a directory that
-# go with the command; this machine's own network gets nothing. Boxes are read from, and kept in, the caller's VAGRANT_HOME. Needs root and
-# Debian's libvirt-daemon-system, libvirt-clients, qemu-system-x86, qemu-utils and dnsmasq-base.
+# libvirtd, its networks, the virtual machines and Vagrant's state use own namespaces (network, mount, PID) and a temporary directory, which
+# end with the command; this machine's network does not change. Boxes are in the caller's VAGRANT_HOME. Needs root and Debian's
+# libvirt-daemon-system, libvirt-clients, qemu-system-x86, qemu-utils and dnsmasq-base.
 set -euo pipefail
 
 usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; }
@@ -17,21 +17,21 @@ die() {
 }
 
 outside() {
-    [ "$(id -u)" -eq 0 ] || die "root is needed, to make namespaces: run  sudo $0 $*"
+    [ "$(id -u)" -eq 0 ] || die "creating namespaces needs root: run  sudo $0 $*"
     local pair missing=()
     for pair in libvirtd:libvirt-daemon-system virtlogd:libvirt-daemon virsh:libvirt-clients qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils dnsmasq:dnsmasq-base \
         iptables:iptables; do
         PATH=$PATH:/usr/sbin command -v "${pair%%:*}" >/dev/null || missing+=("${pair#*:}")
     done
     [ ${#missing[@]} -eq 0 ] || die "programs are missing: run  sudo apt-get install --no-install-recommends ${missing[*]}"
-    # In there is no way to the internet: what the lab's package needs of it is fetched here.
+    # The namespaces have no internet access, so the lab's package is built here.
     "$(dirname "$0")/lab.sh" package
     work=$(mktemp -d "${TMPDIR:-/var/tmp}/overlay-libvirt.XXXXXX")
-    # libvirt's user reads disks in it.
+    # libvirt's user must read disks in this directory.
     chmod 755 "$work"
     trap 'rm -rf --one-file-system "$work"' EXIT
     local code=0
-    # The processes of a process namespace end with its first one, virtual machines among them.
+    # All processes of a PID namespace, including the virtual machines, end with its first process.
     OVERLAY_LIBVIRT=$work unshare --net --mount --pid --fork --kill-child --mount-proc "$0" "$@" || code=$?
     exit $code
 }
@@ -49,7 +49,7 @@ inside() {
     mount --bind "$work/lib" /var/lib/libvirt
     mount --bind "$work/log" /var/log/libvirt
     mount --bind "$work/cache" /var/cache/libvirt
-    # Where control groups are is another's matter here, and so are the security modules.
+    # cgroups and security modules belong to the outer system, so qemu must not use them.
     printf 'cgroup_controllers = []\nsecurity_driver = "none"\nnamespaces = []\n' >>/etc/libvirt/qemu.conf
     printf 'auth_unix_rw = "none"\nauth_unix_ro = "none"\n' >>/etc/libvirt/libvirtd.conf
     ip link set lo up

@@ -1,19 +1,19 @@
 #!/bin/bash
-# Makes a Vagrant box of a Debian with Debian's own kernel, from the apt mirror that this machine uses. No box site is asked.
+# Creates a Vagrant box of Debian with Debian's own kernel, from this machine's apt mirror. It downloads no box.
 #
 #   sudo ./vagrant/make-box.sh    target/vagrant/debian-SUITE.box for the provider libvirt, and its disk (.qcow2) for qemu
 #
-#   --suite SUITE   Debian's suite (that of this machine, where it is a Debian)
-#   --mirror URL    where packages come from (the mirror in this machine's apt sources)
-#   --size GIB      size of the disk; takes up only what is used of it (10)
-#   --out DIR       another directory
-#   --add           also tell Vagrant of the box, as overlayd/debian-SUITE, for the user who calls sudo
+#   --suite SUITE   Debian's suite (by default this machine's, if it runs Debian)
+#   --mirror URL    mirror of the packages (by default from this machine's apt sources)
+#   --size GIB      size of the sparse disk (10)
+#   --out DIR       output directory
+#   --add           also add the box to Vagrant, as overlayd/debian-SUITE, for the user who calls sudo
 #
-# The box has what the lab's provisioning needs (etcd, OpenSSL, iproute2), so that virtual machines need no network but their own. It is an
-# ordinary Vagrant box: user `vagrant` with Vagrant's well-known key, which Vagrant replaces at the first start. Do not use it for anything else.
+# The box contains the packages that the lab's provisioning needs (etcd, OpenSSL, iproute2), so that the virtual machines need only their own
+# network. It is an ordinary Vagrant box: user `vagrant` with Vagrant's public key pair, which Vagrant replaces at the first start. Use it only for labs.
 #
-# Needs root (debootstrap does) and Debian's debootstrap, e2fsprogs, fdisk and qemu-utils. Nothing is mounted outside the new tree and no loop
-# device is used: file system and boot loader are written into a file.
+# Needs root (for debootstrap) and Debian's debootstrap, e2fsprogs, fdisk and qemu-utils. Mounts nothing outside the new tree and uses no loop
+# device: file system and boot loader are written into a file.
 set -euo pipefail
 top=$(cd "$(dirname "$0")/.." && pwd)
 
@@ -24,11 +24,11 @@ out=$top/target/vagrant
 add=no
 work=
 
-# The kernel is Debian's plain one, not that for clouds: it has the drivers of every virtual machine.
+# Debian's standard kernel, not the cloud kernel: it has drivers for all hypervisors.
 TREE_PACKAGES=(linux-image-amd64 initramfs-tools grub-pc-bin grub-common systemd systemd-sysv dbus init-system-helpers udev
     openssh-server sudo ifupdown isc-dhcp-client ca-certificates iproute2 iputils-ping procps kmod less nftables iptables tcpdump curl
     etcd-server etcd-client openssl busybox)
-# The key pair that everybody has; Vagrant looks for it and puts a new one in its place.
+# Vagrant's insecure public key; Vagrant replaces it with a new key.
 VAGRANT_KEY="ssh-rsa AAAAB3NzaC1yc2EAAAABIwAAAQEA6NF8iallvQVp22WDkTkyrtvp9eWW6A8YVr+kz4TjGYe7gHzIw+niNltGEFHzD8+v1I2YJ6oXevct1YeS0o9HZyN1Q9qgCgzUFtdOKLv6IedplqoPkcmF0aYet2PkEDo3MlTBckFXPITAMzF8dJSIFo9D8HfdOV0IAdx4O7PtixWKn5y2hMNG0zQPyUecp4pzC6kivAIhyfHilFR61RGL+GPXQ2MWZWFYbAGjyiYJnAmCP3NOTd0jMZEnDkbUvxhMmBYSdETk1rRgm+R4LOzFUGaHqHDLKLX+FIPKcF96hrucXzcWyLbIbEgE98OHlnVYCzRdK8jlqm8tehUc9c9WhQ== vagrant insecure public key"
 
 usage() { sed -n '2,16s/^# \{0,1\}//p' "$0"; }
@@ -40,7 +40,7 @@ die() {
 
 tidy() {
     if [ -n "$work" ]; then
-        # debootstrap ends with /proc and /sys mounted where it fails.
+        # A failed debootstrap leaves /proc and /sys mounted.
         umount -q "$work/tree/proc" "$work/tree/sys" 2>/dev/null || true
         rm -rf --one-file-system "$work"
     fi
@@ -66,9 +66,9 @@ main() {
     trap tidy EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM
-    # What is new of it belongs to who called sudo.
+    # New directories belong to the user who called sudo.
     if [ -z "${SUDO_USER:-}" ] || ! runuser -u "$SUDO_USER" -- mkdir -p "$out" 2>/dev/null; then mkdir -p "$out"; fi
-    # Beside the result: a tree of Debian is too much for many a /tmp.
+    # In the output directory, because many a /tmp is too small for a Debian tree.
     work=$(mktemp -d "$out/.make-box.XXXXXX")
     chmod 755 "$work"
     make_tree
@@ -78,8 +78,8 @@ main() {
 }
 
 prerequisites() {
-    [ "$(id -u)" -eq 0 ] || die "root is needed, debootstrap makes files of other users: run  sudo $0"
-    [ "$(dpkg --print-architecture)" = amd64 ] || die "boxes are made on amd64 only, this is $(dpkg --print-architecture)"
+    [ "$(id -u)" -eq 0 ] || die "debootstrap needs root to create files of other users: run  sudo $0"
+    [ "$(dpkg --print-architecture)" = amd64 ] || die "boxes can be created on amd64 only, this machine is $(dpkg --print-architecture)"
     local missing=() pair
     for pair in debootstrap:debootstrap mkfs.ext4:e2fsprogs sfdisk:fdisk qemu-img:qemu-utils; do
         PATH=$PATH:/usr/sbin:/sbin command -v "${pair%%:*}" >/dev/null || missing+=("${pair#*:}")
@@ -92,10 +92,10 @@ find_suite() {
     [ -z "$suite" ] || return 0
     # shellcheck disable=SC1091
     suite=$(. /etc/os-release && [ "${ID:-}" = debian ] && echo "${VERSION_CODENAME:-}") || true
-    [ -n "$suite" ] || die "this machine is no Debian: say which suite, --suite SUITE"
+    [ -n "$suite" ] || die "this machine does not run Debian: name a suite, --suite SUITE"
 }
 
-# The mirror of the suite in this machine's own apt sources; else of any suite of Debian in them, which has the others, too.
+# The suite's mirror in this machine's apt sources, else the mirror of any Debian suite there, because mirrors have all suites.
 find_mirror() {
     [ -z "$mirror" ] || return 0
     local list
@@ -128,11 +128,11 @@ configure_tree() {
     echo debian >"$tree/etc/hostname"
     printf '127.0.0.1 localhost\n127.0.1.1 debian\n::1 localhost ip6-localhost ip6-loopback\nff02::1 ip6-allnodes\nff02::2 ip6-allrouters\n' >"$tree/etc/hosts"
     rm -f "$tree/etc/resolv.conf" "$tree"/etc/ssh/ssh_host_*
-    # Each machine makes its own; an empty file, so that systemd does.
+    # An empty file makes systemd generate an ID for each machine.
     : >"$tree/etc/machine-id"
     rm -f "$tree/var/lib/dbus/machine-id"
     mkdir -p "$tree/etc/network/interfaces.d"
-    # Vagrant's own network; Vagrant adds the others.
+    # Vagrant's management network; Vagrant adds the other interfaces.
     printf 'source /etc/network/interfaces.d/*\n\nauto lo\niface lo inet loopback\n\nauto eth0\niface eth0 inet dhcp\n' >"$tree/etc/network/interfaces"
 
     cat >"$tree/etc/systemd/system/ssh-host-keys.service" <<'UNIT'
@@ -143,7 +143,7 @@ ConditionPathExists=!/etc/ssh/ssh_host_ed25519_key
 
 [Service]
 Type=oneshot
-# Those of elliptic curves: without acceleration an RSA key takes a minute.
+# Elliptic curves, because an RSA key takes a minute without KVM.
 ExecStart=/usr/bin/ssh-keygen -q -t ed25519 -N "" -f /etc/ssh/ssh_host_ed25519_key
 ExecStart=/usr/bin/ssh-keygen -q -t ecdsa -N "" -f /etc/ssh/ssh_host_ecdsa_key
 
@@ -151,7 +151,7 @@ ExecStart=/usr/bin/ssh-keygen -q -t ecdsa -N "" -f /etc/ssh/ssh_host_ecdsa_key
 WantedBy=multi-user.target
 UNIT
     in_tree systemctl enable --quiet ssh-host-keys.service
-    # The lab sets up etcd of its own, or none.
+    # The lab configures etcd itself, if it needs it on this machine.
     in_tree systemctl disable --quiet etcd.service
     printf 'UseDNS no\nHostKey /etc/ssh/ssh_host_ed25519_key\nHostKey /etc/ssh/ssh_host_ecdsa_key\n' >"$tree/etc/ssh/sshd_config.d/vagrant.conf"
 
@@ -162,7 +162,7 @@ UNIT
     in_tree chown -R vagrant: /home/vagrant/.ssh
     echo 'vagrant ALL=(ALL) NOPASSWD: ALL' >"$tree/etc/sudoers.d/vagrant"
     chmod 440 "$tree/etc/sudoers.d/vagrant"
-    # A network card is eth0, whatever its slot: what Vagrant counts on. /vmlinuz is always the newest kernel.
+    # Vagrant expects the name eth0, independent of the card's slot (net.ifnames=0). /vmlinuz is always the newest kernel.
     mkdir -p "$tree/boot/grub"
     cat >"$tree/boot/grub/grub.cfg" <<GRUB
 set root=(hd0,msdos1)
@@ -170,14 +170,14 @@ linux /vmlinuz root=UUID=$uuid ro net.ifnames=0 biosdevname=0 console=tty0 conso
 initrd /initrd.img
 boot
 GRUB
-    [ -e "$tree/vmlinuz" ] || die "$suite's kernel has left no /vmlinuz"
+    [ -e "$tree/vmlinuz" ] || die "$suite's kernel package has created no /vmlinuz"
     kernel=$(basename "$(readlink "$tree/vmlinuz")")
 }
 
 make_disk() {
     local tree=$work/tree core=$work/core.img start=2048 sectors=$((size * 1024 * 1024 * 2))
     echo "== disk with ${kernel/vmlinuz-/kernel }"
-    # The loader stands behind the partition table, sectors in a row, where its first sector looks unless somebody says otherwise.
+    # core.img follows the partition table in contiguous sectors from sector 1, the default place that boot.img reads.
     in_tree grub-mkimage -O i386-pc -p '(hd0,msdos1)/boot/grub' -o /boot/core.img biosdisk part_msdos ext2 linux normal all_video
     mv "$tree/boot/core.img" "$core"
     [ "$(stat -c %s "$core")" -lt $(((start - 1) * 512)) ] || die "the boot loader does not fit before the first partition"
@@ -186,9 +186,9 @@ make_disk() {
     printf 'label: dos\nstart=%s, type=83, bootable\n' $start | sfdisk --quiet "$work/disk.raw"
     dd if="$tree/usr/lib/grub/i386-pc/boot.img" of="$work/disk.raw" bs=440 count=1 conv=notrunc status=none
     dd if="$core" of="$work/disk.raw" bs=512 seek=1 conv=notrunc status=none
-    # -d fills the file system from the tree, so nothing is mounted.
+    # -d fills the file system from the tree without a mount.
     mkfs.ext4 -q -F -L root -U "$uuid" -E "offset=$((start * 512)),lazy_itable_init=0,lazy_journal_init=0" -d "$tree" \
-        "$work/disk.raw" "$(((sectors - start) / 2))k" 2>"$work/mkfs.log" || { cat "$work/mkfs.log" >&2 && die "the file system cannot be made"; }
+        "$work/disk.raw" "$(((sectors - start) / 2))k" 2>"$work/mkfs.log" || { cat "$work/mkfs.log" >&2 && die "cannot create the file system"; }
 }
 
 make_box() {
@@ -198,7 +198,7 @@ make_box() {
     qemu-img convert -c -O qcow2 "$work/disk.raw" "$work/box/box.img"
     printf '{"provider": "libvirt", "format": "qcow2", "virtual_size": %s}\n' "$size" >"$work/box/metadata.json"
     printf 'Vagrant.configure("2") do |config|\n  config.vm.synced_folder ".", "/vagrant", disabled: true\nend\n' >"$work/box/Vagrantfile"
-    # What is compressed already is only wrapped.
+    # The image is compressed already, so the fastest gzip level suffices.
     tar -C "$work/box" --sort=name --owner=0 --group=0 -cf - metadata.json Vagrantfile box.img | gzip -1 >"$box.new"
     mv "$work/box/box.img" "$disk"
     mv "$box.new" "$box"
@@ -206,7 +206,7 @@ make_box() {
     ls -sh "$box" "$disk"
     local tell=(vagrant box add --force --provider libvirt --name "$name" "$box")
     if [ $add = no ]; then
-        echo "now, as the user of Vagrant: ${tell[*]}"
+        echo "next, as Vagrant's user: ${tell[*]}"
     elif [ -n "${SUDO_USER:-}" ]; then
         runuser -u "$SUDO_USER" -- "${tell[@]}"
     else

@@ -1,9 +1,9 @@
 #!/bin/sh
-# Makes one machine of the lab a host of the overlay; runs on it as root, in the directory of files that `lab.sh prepare` made for it. It can be
-# repeated: what differs is set anew.
+# Makes one machine of the lab a host of the overlay. Runs on the machine as root, in the directory of files from `lab.sh prepare`. It can be
+# repeated.
 #
-# Nothing here waits for another machine, so that they can be provisioned in any order; but the machine whose etcd is there last, see SETUP, waits
-# for etcd and writes the network's configuration.
+# It does not wait for other machines, so that they can be provisioned in any order. Exception: the machine with SETUP, which is provisioned last
+# among etcd's members, waits for etcd and writes the network's configuration.
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -18,7 +18,7 @@ say() { echo "$NAME: $*"; }
 installed() { [ "$(dpkg-query -W -f='${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
 
 packages() {
-    # What an interrupted run left half installed.
+    # Complete the installation of an interrupted run.
     dpkg --configure -a
     missing=
     for package in etcd-server etcd-client openssl iproute2 iputils-ping nftables curl busybox; do
@@ -28,12 +28,12 @@ packages() {
         say "installing$missing"
         # shellcheck disable=SC2086
         if ! apt-get -q update || ! apt-get -q -o DPkg::Lock::Timeout=300 install -y --no-install-recommends $missing; then
-            echo "$NAME: no apt mirror gives$missing: is there a way out of this machine? A box of make-box.sh has all of them" >&2
+            echo "$NAME: no apt mirror has$missing: does this machine have internet access? A box of make-box.sh has all packages" >&2
             exit 1
         fi
     fi
     say "installing overlayd $(dpkg-deb --field "$here/overlayd.deb" Version)"
-    # The same version may be another build.
+    # --reinstall, because another build may have the same version.
     apt-get -q -o DPkg::Lock::Timeout=300 install -y --reinstall --allow-downgrades "$here/overlayd.deb" >"$here/apt.log" 2>&1 || {
         cat "$here/apt.log" >&2
         exit 1
@@ -86,7 +86,7 @@ etcd_member() {
     for file in ca.crt "$NAME.crt" "$NAME.key"; do install -m 600 -o etcd -g etcd "$here/pki/$file" $pki/; done
     # shellcheck disable=SC2086
     sh "$here/etcd/member.sh" "$NAME" $pki $MEMBERS >/etc/overlay-etcd/etcd.env
-    # Without acceleration an answer may take a second, and members would choose a leader again and again.
+    # Without KVM an answer may take a second, and members would elect a new leader again and again.
     if [ "$(systemd-detect-virt)" = qemu ]; then
         printf 'ETCD_HEARTBEAT_INTERVAL=1000\nETCD_ELECTION_TIMEOUT=10000\n' >>/etc/overlay-etcd/etcd.env
     fi
@@ -101,7 +101,7 @@ agent() {
     {
         echo "# By the lab's provision.sh."
         echo "etcd-endpoints = [\"$(echo "$ENDPOINTS" | sed 's/,/", "/g')\"]"
-        # By its address: what the card is called differs between boxes.
+        # By address, because the card's name differs between boxes.
         echo "iface = [\"$ADDRESS4\"]"
         echo "node-name = \"$NAME\""
         if [ "$ETCD" = cluster ]; then
@@ -113,7 +113,7 @@ agent() {
         for file in ca.crt overlay-agent.crt overlay-agent.key; do install -m 600 "$here/pki/$file" /etc/overlayd/credentials/; done
         install -m 600 "$here/passwords/overlay-agent" /etc/overlayd/credentials/password
     fi
-    # Ready it is when etcd has the network's configuration.
+    # --no-block: the agent becomes ready only after etcd has the network's configuration.
     systemctl restart --no-block overlayd.service
 }
 
@@ -156,6 +156,6 @@ cluster) etcd_member ;;
 esac
 agent
 setup
-# Keys and passwords are where they are used.
+# Keys and passwords are installed; the copies are not needed any more.
 rm -rf "$here/pki" "$here/passwords"
 say "done"

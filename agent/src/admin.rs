@@ -1,9 +1,9 @@
-//! How people and programs see and steer the agent: HTTP/1.1 with JSON over a UNIX socket, and on wish metrics and health over TCP.
+//! HTTP/1.1 and JSON API over a UNIX socket; optional metrics and health over TCP.
 //!
-//! Owns the socket file. Knows nothing of the parts of the agent: [`Backend`] is what it asks, and `app` implements it.
+//! Owns the socket file. Independent of the agent's other parts: it queries a [`Backend`], which `app` implements.
 //!
-//! Tasks: [`run_web_server`] and [`serve_metrics`] are each one task that the caller runs, with one task for each connection (at most
-//! [`MAX_CONNECTIONS`]) that ends with it.
+//! Tasks: [`serve()`] and [`serve_metrics`] each run as one task of the caller, with one child task per connection (at most
+//! [`MAX_CONNECTIONS`]), which ends with it.
 
 mod routes;
 mod serve;
@@ -25,86 +25,88 @@ pub use socket::{AdminSocket, SocketError};
 
 use serve::Limits;
 
-/// Why a request is not answered as asked. The text names the value, the place and the remedy.
+/// The error of a request. The text names the value, the place and the remedy.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct ApiError {
-    /// Decides the status code.
+    /// Determines the status code.
     pub kind: ErrorKind,
-    /// Fit for a person.
+    /// Human-readable text.
     pub message: String,
 }
 
-/// What kind of error it is.
+/// The kind of an [`ApiError`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ErrorKind {
-    /// 400: the request cannot be right.
+    /// 400: the request is invalid.
     BadValue,
-    /// 404: what it names is not there.
+    /// 404: the named object does not exist.
     NotFound,
-    /// 409: right, but not beside what is there.
+    /// 409: the request is valid but conflicts with existing state.
     Conflict,
-    /// 503: can be right later.
+    /// 503: the request may succeed later.
     NotReady,
-    /// 500: the host failed.
+    /// 500: an operation of the host failed.
     Internal,
 }
 
 impl ApiError {
-    /// An error of that kind.
+    /// An error of this kind.
     pub fn new(kind: ErrorKind, message: impl ToString) -> ApiError {
         ApiError { kind, message: message.to_string() }
     }
 }
 
-/// What the socket answers from. Futures may be dropped at any await: work that has to come to its end sees to that itself.
+/// The agent as seen by the socket. Futures may be dropped at any await: the implementation must protect work that has to complete.
 pub trait Backend: Send + Sync + 'static {
     /// The agent's health.
     fn status(&self) -> impl Future<Output = Result<Status, ApiError>> + Send;
 
-    /// Every lease.
+    /// All leases.
     fn subnets(&self) -> impl Future<Output = Result<Subnets, ApiError>> + Send;
 
-    /// How each peer is reached.
+    /// The peers with their kernel entries.
     fn peers(&self) -> impl Future<Output = Result<Peers, ApiError>> + Send;
 
-    /// How this host reaches each peer, by its probes.
+    /// The reachability of each peer, from this host's probes.
     fn mesh(&self) -> Mesh;
 
     /// The containers of this host.
     fn endpoints(&self) -> impl Future<Output = Result<Endpoints, ApiError>> + Send;
 
-    /// The network as this host has it.
+    /// The network on this host.
     fn network(&self) -> impl Future<Output = Result<NetworkView, ApiError>> + Send;
 
     /// Attaches a container.
     fn attach(&self, name: EndpointName, request: AttachRequest)
     -> impl Future<Output = Result<AttachResponse, ApiError>> + Send;
 
-    /// Detaches a container; where `force` is given also one whose namespace others share.
+    /// Detaches a container; with `force` also one whose namespace other containers share.
     fn detach(&self, name: EndpointName, force: bool) -> impl Future<Output = Result<DetachResponse, ApiError>> + Send;
 
-    /// Whether the agent makes progress; the reason where it does not.
+    /// Whether the agent makes progress; the reason if not.
     fn alive(&self) -> impl Future<Output = Result<(), String>> + Send;
 
-    /// Whether the agent is ready; the reasons where it is not.
+    /// Whether the agent is ready; the reasons if not.
     fn ready(&self) -> impl Future<Output = Result<(), Vec<String>>> + Send;
 
-    /// A number that changes whenever the answer of [`Backend::subnets`] may have changed.
+    /// A number that changes whenever the result of [`Backend::subnets`] may have changed.
     fn changes(&self) -> channel::Receiver<u64>;
 
-    /// The page for Prometheus.
+    /// The Prometheus page.
     fn metrics(&self) -> impl Future<Output = String> + Send;
 
-    /// The log's filter in force.
+    /// The current log filter.
     fn log_level(&self) -> String;
 
-    /// Puts another filter in force.
+    /// Changes the log filter.
     fn set_log_level(&self, level: &str) -> Result<(), ApiError>;
 }
 
-/// Serves the whole interface on the socket until `stop_agent`; then lets running requests end within a deadline and removes the socket file.
-/// Failures of single connections are logged and end only these.
+/// Serves the complete API on the socket until `stop`.
+///
+/// Then running requests may complete until a deadline, and the socket file is removed. A failed connection is logged and affects no other
+/// connection.
 pub async fn serve<B: Backend>(socket: AdminSocket, backend: Arc<B>, stop: CancellationToken) {
     serve_with_limits(socket, backend, Limits::DEFAULT, stop).await;
 }
@@ -114,7 +116,7 @@ async fn serve_with_limits<B: Backend>(socket: AdminSocket, backend: Arc<B>, lim
     serve::accept_connections(socket.listener(), routes, limits, &stop).await;
 }
 
-/// Serves `/metrics`, `/healthz`, `/readyz` and `/mesh` over TCP until `stop_agent`.
+/// Serves `/metrics`, `/healthz`, `/readyz` and `/mesh` over TCP until `stop`.
 pub async fn serve_metrics<B: Backend>(listener: TcpListener, backend: Arc<B>, stop: CancellationToken) {
     serve::accept_connections(&listener, routes::metrics_router(backend, Limits::DEFAULT), Limits::DEFAULT, &stop).await;
 }

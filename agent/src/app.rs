@@ -1,8 +1,22 @@
-//! The one place that wires everything, and notices the end of every task.
+//! Wires all parts of the agent together and supervises their tasks.
 //!
-//! Tasks: `signals`, `fake_kernel` (follows the kernel's events), `inject_store_fault`, `reconcile`, `endpoint_count` (audit), `overlay` (tells endpoints and
-//! `local_subnet.env` of the overlay once it is in place), `admin` (the socket), `systemd` (tells it how the agent is), `reload` (SIGHUP), `mesh` (probes
-//! peers), `path-mtu` (has the kernel learn the MTU of the path to each), and `metrics` where a TCP address is set. Channels between them are bounded. A task that ends while it should run ends the agent with an error, and systemd starts it anew: the data path forwards on meanwhile.
+//! | task | does |
+//! | --- | --- |
+//! | `signals` | SIGTERM and SIGINT |
+//! | `kernel` | follows kernel events |
+//! | `store` | follows etcd and keeps the lease |
+//! | `reconcile` | the reconcile loop |
+//! | `endpoints` | audits endpoints |
+//! | `overlay` | passes the overlay's parameters to endpoints, `subnet.env` and the CNI network list |
+//! | `admin` | serves the UNIX socket |
+//! | `systemd` | sends readiness, status and watchdog messages |
+//! | `reload` | SIGHUP |
+//! | `mesh` | probes peers |
+//! | `path-mtu` | makes the kernel learn the path MTU to each peer |
+//! | `metrics` | serves metrics over TCP, if an address is set |
+//!
+//! Channels between tasks are bounded. An unexpected end of a task ends the agent with an error, and systemd restarts the agent; the data
+//! path keeps forwarding meanwhile.
 
 mod backend;
 mod cleanup;
@@ -44,15 +58,15 @@ use supervision::HealthInputs;
 
 /// The socket's name in the run directory.
 const SOCKET_NAME: &str = "overlayd.sock";
-/// How long tasks may take to end once they were told to.
+/// Time limit for tasks to end after the stop signal.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(5);
-/// Events and questions that may wait. A store that is faster than the reconciler waits at the channel, which etcd's flow control passes on.
+/// Channel capacities. If the reconciler is slower than the store, the store waits at the channel; flow control passes that on to etcd.
 const STORE_EVENT_CAPACITY: usize = 1024;
 const QUERY_CAPACITY: usize = 64;
 
-/// Runs the agent until a signal, or until something fails that no retry can heal.
+/// Runs the agent until a signal or an unrecoverable error.
 pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource) -> anyhow::Result<()> {
-    // First, before anything else can be mistaken for it.
+    // Before the process opens a file that could get the inherited descriptor's number.
     let inherited = take_listener(&config.run_dir.join(SOCKET_NAME))?;
     preflight::check_capabilities()?;
     let signals = Signals::catch().context("cannot catch signals")?;
@@ -154,7 +168,7 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
             let done = shutdown.graceful.clone();
             tokio::select! {
                 () = signals.watch(shutdown) => {}
-                // Whoever else began the end: nothing is left to wait for.
+                // A failed task started the shutdown: no signal is needed any more.
                 () = done.cancelled() => {}
             }
             Ok::<_, std::convert::Infallible>(())
@@ -193,7 +207,7 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
     supervise(tasks, shutdown).await
 }
 
-/// Waits for the signal, or for a task that ends without being told to.
+/// Waits for a signal or for an unexpected end of a task, then stops all tasks.
 async fn supervise(mut tasks: Tasks, shutdown: Shutdown) -> anyhow::Result<()> {
     let unexpected_exit = tokio::select! {
         biased;
@@ -201,30 +215,31 @@ async fn supervise(mut tasks: Tasks, shutdown: Shutdown) -> anyhow::Result<()> {
         end = tasks.next_exit() => end,
     };
     if let Some(end) = &unexpected_exit {
-        tracing::error!(%end, "a task ended that should not have");
+        tracing::error!(%end, "task exited unexpectedly");
     }
     shutdown.graceful.cancel();
     let failed = tokio::select! {
         failed = tasks.join_all(SHUTDOWN_DEADLINE) => failed,
-        () = shutdown.immediate.cancelled() => anyhow::bail!("ended at once by a second signal"),
+        () = shutdown.immediate.cancelled() => anyhow::bail!("exited immediately after a second signal"),
     };
     for end in &failed {
-        tracing::warn!(%end, "while ending");
+        tracing::warn!(%end, "task failed during shutdown");
     }
     match unexpected_exit {
         Some(end) => match &end.outcome {
-            TaskOutcome::Completed => anyhow::bail!("task {} ended although nothing asked it to", end.task),
+            TaskOutcome::Completed => anyhow::bail!("task {} exited unexpectedly", end.task),
             _ => anyhow::bail!("{end}"),
         },
         None => {
-            tracing::info!("ended; the data path is left forwarding");
+            tracing::info!("stopped; data path keeps forwarding");
             Ok(())
         }
     }
 }
 
-/// Tells all who build on the overlay that it is in place (`local_subnet.env`, the CNI network list), and again at each change; has containers wired anew whose interface others removed
-/// or whose MTU is another now.
+/// Publishes the overlay's parameters at each change: to endpoints, `subnet.env` and the CNI network list.
+///
+/// Also recreates veth pairs that another process deleted, or whose MTU differs from the overlay's.
 async fn publish_overlay(
     mut overlays: watch::Receiver<Option<Overlay>>,
     mut ports_lost: watch::Receiver<u64>,
@@ -253,8 +268,8 @@ async fn publish_overlay(
                     tracing::info!(file = %config.subnet_file.display(), subnet = %overlay.subnet, mtu = overlay.mtu, "overlay in place")
                 }
                 Ok(false) => {}
-                // Containers are attached all the same; only other tools miss the file.
-                Err(error) => tracing::error!(%error, "the subnet file cannot be written"),
+                // Only other tools need the file: attaching containers works without it.
+                Err(error) => tracing::error!(%error, "cannot write subnet file"),
             }
             if let Some(conflist) = &mut conflist {
                 conflist.write();
@@ -274,7 +289,7 @@ async fn publish_overlay(
 
 async fn reconcile_ports(endpoints: &Endpoints<PortManager>) {
     for (endpoint, error) in endpoints.reconcile_ports().await {
-        tracing::warn!(%endpoint, %error, "an endpoint cannot be wired anew");
+        tracing::warn!(%endpoint, %error, "cannot recreate veth pair");
     }
 }
 

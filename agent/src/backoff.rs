@@ -1,11 +1,11 @@
-//! Waiting times between tries of what failed: exponential with full jitter, so that many hosts that lost the same etcd do not come
-//! back at the same moment. Pure: the caller brings the random numbers and does the waiting.
+//! Exponential backoff with full jitter, so that hosts that lost the same etcd do not reconnect at the same moment.
+//! Pure: the caller supplies the random numbers and waits.
 
 use std::time::Duration;
 
 use rand::{Rng, RngExt};
 
-/// The waiting times of one thing that is tried again and again.
+/// The retry delays of one repeated operation.
 #[derive(Debug, Clone)]
 pub struct Backoff {
     base: Duration,
@@ -14,19 +14,19 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// Waits from `base_chain` up to `cap`.
+    /// Delays from `base` up to `cap`.
     pub const fn new(base: Duration, cap: Duration) -> Backoff {
         Backoff { base, cap, failures: 0 }
     }
 
-    /// The waiting time after one more failure: evenly distributed from `base_chain` to `base_chain * 2^list_failures`, at most `cap`.
+    /// The delay after one more failure: uniformly distributed from `base` to `base * 2^failures`, at most `cap`.
     pub fn next_delay(&mut self, random: &mut impl Rng) -> Duration {
         let ceiling = self.base.saturating_mul(1_u32.checked_shl(self.failures).unwrap_or(u32::MAX)).min(self.cap).max(self.base);
         self.failures = self.failures.saturating_add(1);
         if ceiling == self.base { self.base } else { random.random_range(self.base..=ceiling) }
     }
 
-    /// Starts from the shortest wait again, after a success.
+    /// Restarts with the shortest delay, after a success.
     pub fn reset(&mut self) {
         self.failures = 0;
     }

@@ -1,7 +1,8 @@
-//! Flags, environment and file made into one validated [`HostConfig`]; all mistakes are reported at once, before anything is touched.
+//! Merges flags, environment and file into one validated [`HostConfig`].
 //!
-//! [`SETTINGS`] is the one list of settings: flags, environment variables, keys of the file and the reference in
-//! `docs/configuration.md` follow from it. A flag wins over the environment, the environment over the file, the file over the default.
+//! All errors are reported at once, before the agent changes anything. [`SETTINGS`] is the single list of settings: flags, environment
+//! variables, keys of the file and the reference in `docs/configuration.md` are derived from it. A flag overrides the environment, the
+//! environment the file, the file the default.
 
 mod credential;
 mod raw;
@@ -24,79 +25,79 @@ use crate::model::PerFamily;
 use crate::plan::underlay::UnderlaySelector;
 use crate::telemetry::{LOG_FORMATS, LogFormat, parse_filter};
 
-/// Everything that a host's agent is told from outside.
+/// The agent's configuration on this host.
 #[derive(Debug, Clone)]
 pub struct HostConfig {
-    /// How etcd is reached.
+    /// The connection to etcd.
     pub etcd: EtcdConfig,
-    /// How the external interface is chosen.
+    /// Selection of the external interface.
     pub selection: UnderlaySelector,
-    /// The name that people see.
+    /// The host's display name.
     pub node_name: String,
-    /// Whether what leaves the overlay gets the host's address.
+    /// Whether traffic that leaves the overlay is masqueraded.
     pub ip_masq: bool,
-    /// Whether a part of the subnet is left to Docker's containers on the bridge.
+    /// Whether a part of the subnet is reserved for Docker's containers on the bridge.
     pub docker: bool,
-    /// Where socket, lock and `local_subnet.env` are.
+    /// Directory of the socket, the lock and `subnet.env`.
     pub run_dir: PathBuf,
-    /// Where identity, MACs and endpoints are kept.
+    /// Directory of the host's identity, MACs and endpoints.
     pub state_dir: PathBuf,
-    /// The file for other tools.
+    /// The file with the leased subnet, for other tools.
     pub subnet_file: PathBuf,
-    /// The CNI network list of the default network; none where absent.
+    /// File of the default network's CNI network list; `None`: not written.
     pub cni_conflist: Option<PathBuf>,
-    /// TCP address for metrics and health; off where absent.
+    /// TCP address for metrics and health; `None`: disabled.
     pub metrics_listen: Option<SocketAddr>,
     /// A filter of the `tracing` crate.
     pub log_level: String,
-    /// How log lines look.
+    /// Format of the log.
     pub log_format: LogFormat,
     /// Transmit checksum offload on the VXLAN devices.
     pub vxlan_tx_checksum: bool,
-    /// Whether next-hop objects may be used; classic routes otherwise.
+    /// Whether the agent may use next-hop objects instead of classic routes.
     pub nexthop_objects: bool,
-    /// Time between two full comparisons with the kernel.
+    /// Interval of full comparisons with the kernel's state.
     pub resync_interval: Duration,
-    /// Time between two probes of a peer; none are sent where absent.
+    /// Interval of probes to each peer; `None`: no probes.
     pub mesh_interval: Option<Duration>,
 }
 
-/// How etcd is reached.
+/// The connection to etcd.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EtcdConfig {
-    /// URLs; empty where they are discovered.
+    /// URLs; empty with `discovery_srv`.
     pub endpoints: Vec<String>,
     /// Domain whose SRV records name the endpoints.
     pub discovery_srv: Option<String>,
-    /// Key prefix without a slash at the end.
+    /// Key prefix without a trailing slash.
     pub prefix: String,
     /// CA certificate file (PEM).
     pub cafile: Option<PathBuf>,
     /// Client certificate and its key (PEM).
     pub client_certificate: Option<(PathBuf, PathBuf)>,
-    /// User and the file that holds the password.
+    /// User name and password file.
     pub user: Option<(String, PathBuf)>,
 }
 
-/// One thing that is wrong.
+/// One error in the configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SettingError {
-    /// Where the value stands: flag, variable, or key and file.
+    /// The value's place: flag, environment variable, or key and file.
     pub place: String,
     /// The value.
     pub value: String,
-    /// What is wrong, and what is allowed.
+    /// The violated rule, with the allowed values.
     pub rule: String,
 }
 
-/// Everything that is wrong.
+/// All errors in the configuration.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub struct SettingErrors(pub Vec<SettingError>);
 
 impl fmt::Display for SettingErrors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let count = self.0.len();
-        write!(f, "{count} {} in the configuration:", if count == 1 { "mistake" } else { "mistakes" })?;
+        write!(f, "{count} {} in the configuration:", if count == 1 { "error" } else { "errors" })?;
         for SettingError { place, value, rule } in &self.0 {
             write!(f, "\n  {place}: `{value}` {rule}")?;
         }
@@ -104,14 +105,14 @@ impl fmt::Display for SettingErrors {
     }
 }
 
-/// Takes values out of [`Raw`] and collects what is wrong with them.
+/// Parses the values of [`RawSettings`] and collects all errors.
 struct Validator {
     raw: RawSettings,
     errors: Vec<SettingError>,
 }
 
 impl HostConfig {
-    /// Checks all values together. The file system is only read.
+    /// Validates all values together. Only reads from the file system.
     pub fn validate(raw: RawSettings) -> Result<HostConfig, SettingErrors> {
         let errors = raw.errors.clone();
         let mut validator = Validator { raw, errors };
@@ -154,7 +155,7 @@ impl Validator {
                 self.fail("etcd-discovery-srv", domain, "is not a domain name");
             }
             if self.raw.is_set("etcd-endpoints") {
-                self.fail("etcd-discovery-srv", domain, "cannot go with --etcd-endpoints: choose one of the two");
+                self.fail("etcd-discovery-srv", domain, "cannot be combined with --etcd-endpoints: choose one of the two");
             }
         }
         let endpoints = if discovery_srv.is_some() { Vec::new() } else { self.raw.list("etcd-endpoints") };
@@ -188,15 +189,15 @@ impl Validator {
         let client_certificate = match (self.readable_file("etcd-certfile"), self.readable_file("etcd-keyfile")) {
             (Some(certificate), Some(key)) => Some((certificate, key)),
             (Some(certificate), None) => {
-                // One that is given and cannot be read is told of already.
+                // A key file that is set but unreadable is reported already.
                 if !self.raw.is_set("etcd-keyfile") {
-                    self.fail("etcd-certfile", &certificate.display().to_string(), "needs --etcd-keyfile beside it");
+                    self.fail("etcd-certfile", &certificate.display().to_string(), "needs --etcd-keyfile as well");
                 }
                 None
             }
             (None, Some(key)) => {
                 if !self.raw.is_set("etcd-certfile") {
-                    self.fail("etcd-keyfile", &key.display().to_string(), "needs --etcd-certfile beside it");
+                    self.fail("etcd-keyfile", &key.display().to_string(), "needs --etcd-certfile as well");
                 }
                 None
             }
@@ -212,12 +213,12 @@ impl Validator {
             (Some(user), Some(file)) => Some((user, file)),
             (Some(user), None) => {
                 if !self.raw.is_set("etcd-password-file") {
-                    self.fail("etcd-username", &user, "needs --etcd-password-file beside it");
+                    self.fail("etcd-username", &user, "needs --etcd-password-file as well");
                 }
                 None
             }
             (None, Some(file)) => {
-                self.fail("etcd-password-file", &file.display().to_string(), "needs --etcd-username beside it");
+                self.fail("etcd-password-file", &file.display().to_string(), "needs --etcd-username as well");
                 None
             }
             (None, None) => None,
@@ -230,7 +231,7 @@ impl Validator {
             Ok(regex) => Some(regex),
             Err(error) => {
                 let detail = error.to_string().lines().last().unwrap_or_default().trim().to_owned();
-                self.fail("iface-regex", &text, &format!("is no regular expression: {detail}"));
+                self.fail("iface-regex", &text, &format!("is not a regular expression: {detail}"));
                 None
             }
         });
@@ -269,7 +270,7 @@ impl Validator {
     fn log_level(&mut self) -> String {
         let text = self.raw.text("log-level").unwrap_or_default();
         if let Err(error) = parse_filter(&text) {
-            self.fail("log-level", &text, &format!("is no filter: {error}"));
+            self.fail("log-level", &text, &format!("is not a filter: {error}"));
         }
         text
     }
@@ -343,7 +344,7 @@ impl Validator {
     }
 }
 
-/// Stands in for a value that was refused: the configuration as a whole is refused then.
+/// Placeholder for an invalid value; the configuration is rejected anyway.
 const fn placeholder_duration() -> Duration {
     Duration::from_secs(300)
 }
@@ -391,14 +392,14 @@ mod tests {
             &["--public-ip=::1", "--etcd-endpoints=127.0.0.1:2379", "--iface-regex=("],
             "run-dri = 1\nlog-format = \"xml\"\nresync-interval = \"0s\"\netcd-certfile = \"/nonexistent\"\nip-masq = 3\n",
         )
-        .expect_err("mistakes");
+        .expect_err("errors");
         for wanted in [
-            "8 mistakes",
+            "8 errors",
             "--public-ip: `::1`",
             "--etcd-endpoints: `127.0.0.1:2379` has no scheme: http://127.0.0.1:2379, or https://",
-            "--iface-regex: `(` is no regular expression",
+            "--iface-regex: `(` is not a regular expression",
             "run-dri in ",
-            "is no setting: did you mean `run-dir`?",
+            "is not a setting: did you mean `run-dir`?",
             "log-format in ",
             "`xml` is not auto or text or json or journal",
             "resync-interval in ",
@@ -413,9 +414,9 @@ mod tests {
     fn errors_do_not_reveal_secrets() {
         for (args, file, wanted) in [
             (&["--etcd-endpoints=https://root:hunter2@a:2379"][..], "", "use --etcd-username and --etcd-password-file"),
-            (&[][..], "etcd-password = \"hunter2\"\n", "etcd-password-file or etcd-keyfile names"),
+            (&[][..], "etcd-password = \"hunter2\"\n", "name it in etcd-password-file or etcd-keyfile"),
             (&[][..], "etcd-password = \"hunter2\n", "is not TOML"),
-            (&[][..], "[etcd]\npassword = \"hunter2\"\n", "but a table: settings stand at the top of the file"),
+            (&[][..], "[etcd]\npassword = \"hunter2\"\n", "but a table: settings belong at the top level of the file"),
         ] {
             let error = check(args, file).expect_err(wanted);
             assert!(error.contains(wanted) && !error.contains("hunter2"), "{error}");

@@ -1,14 +1,19 @@
-//! The Linux kernel: links, addresses, forwarding, neighbour, next-hop and route entries, sysctls, nftables, network namespaces.
+//! Access to the Linux kernel: links, addresses, forwarding, neighbours, next hops, routes, sysctls, nf_tables, network
+//! namespaces.
 //!
-//! [`SimulatedKernel`] is the data path that `reconcile` dumps and changes, [`PortManager`] wires containers, [`Monitor`] follows what others change.
-//! They belong to the network namespace of the thread that calls [`SimulatedKernel::open_sockets`] and share what is known of it (`known`).
+//! [`Kernel`] is the data path: `reconcile` dumps it and changes it. [`PortManager`] attaches containers. [`Monitor`] reports
+//! changes made by other processes. All three belong to the network namespace of the thread that calls [`Kernel::open`], and
+//! share one cache of its state (`cache`).
 //!
-//! Only here are netlink sockets opened. Links, addresses and single routes are changed by `rtnetlink` (`rtnl`) and read by `netlink-packet-route`
-//! (`read_objects`) over a blocking socket (`socket`); what grows with the number of peers goes through messages of our own (`wire`, `apply_time`). The
-//! kernel works a request through before `send` returns, whoever makes it: a single one is made where it is needed, what takes longer is kept away
-//! from the runtime's other tasks (`blocking`).
+//! Only this module opens netlink sockets. `rtnl` changes links, addresses and single routes through `rtnetlink`. `objects` reads
+//! them with `netlink-packet-route` over a blocking socket (`route_socket`). Entries whose number grows with the peers use
+//! messages of our own (`peer_messages`, `batch`).
 //!
-//! Two tasks: the connection's of `rtnetlink`, which `rtnl` owns, and the monitor's, which `app` runs and which ends when the other one does.
+//! The kernel processes a request before `send` returns, in the thread that sends it. So a single request is sent in place.
+//! Longer work runs in `blocking`, which keeps it away from the runtime's other tasks.
+//!
+//! Two tasks run: that of the `rtnetlink` connection, owned by `rtnl`, and the monitor's, run by `app`. The monitor ends when the
+//! connection ends.
 
 pub mod abstract_socket;
 mod address;
@@ -65,21 +70,21 @@ use crate::plan::state::{LinkState, PROTOCOL, State};
 use crate::plan::underlay::HostInventory;
 use crate::plan::{ApplyReport, Batch, DataPath, KernelEvent, Key, Op, OpError, Value};
 
-/// Ops that are applied before others who want the shared state get their turn.
+/// Ops applied per acquisition of the shared lock, so that other waiters get it in between.
 const OPS_PER_LOCK: usize = 4096;
-/// FDB entries or elements of a batch from which on the monitor does not listen to their events (`ears`).
+/// From this many FDB entries or set elements in a batch, the monitor pauses their events (`subscription`).
 const PAUSE_EVENTS_ABOVE: usize = 512;
-/// Elements of sets from which on they are written beside the peers' entries that follow them, on another processor.
+/// From this many set elements, they are applied in parallel with the peers' entries that follow, on another processor.
 const PARALLEL_ABOVE: usize = 512;
-/// How many of those entries, for each element: the kernel takes some three times as long for an element.
+/// Peers' entries per element in a parallel run: the kernel takes some three times as long for an element as for an entry.
 const PARALLEL_ENTRIES_PER_ELEMENT: usize = 3;
 
-/// How to use the kernel.
+/// Options of [`Kernel::open`].
 #[derive(Debug, Clone)]
 pub struct KernelOptions {
-    /// Use classic onlink routes also where the kernel has next-hop objects.
+    /// Use classic onlink routes even if the kernel supports next-hop objects.
     pub force_classic_routes: bool,
-    /// Room for events that nobody has taken yet; what does not fit is kept together in the monitor.
+    /// Capacity of the event channel. The monitor merges events that do not fit.
     pub event_capacity: usize,
 }
 
@@ -89,8 +94,8 @@ impl Default for KernelOptions {
     }
 }
 
-/// What the data path, the plugger and the monitor share, each holding it while it works: an event is judged either before or after a change
-/// of ours, never in its middle.
+/// State shared by the data path, the port manager and the monitor; each locks it while it works. So the monitor processes an
+/// event before or after one of our changes, never during it.
 struct Shared {
     rtnl: Rtnl,
     socket: RouteSocket,
@@ -106,24 +111,26 @@ impl Shared {
     }
 }
 
-/// The data path in the kernel. Its calls are worked through without a pause, up to 4,096 ops at a time: whoever abandons
-/// [`DataPath::apply`] has whole turns applied and no report.
+/// The kernel's data path. It applies ops without yielding, up to 4,096 at a time. If [`DataPath::apply`] is cancelled, only
+/// complete runs of that size are applied, and no report is returned.
 pub struct Kernel {
     shared: Arc<Mutex<Shared>>,
     connections: Arc<ConntrackCleaner>,
     batch: BatchSocket,
     subscriptions: Arc<EventSubscriptions>,
-    /// Whether the kernel has them: those of an earlier run are seen, and removed, also where they are not to be used.
+    /// Whether the kernel supports next-hop objects. Those of an earlier run are read and removed even if `nexthop_objects` is
+    /// off.
     has_nexthop_objects: bool,
     nexthop_objects: bool,
 }
 
 impl Kernel {
-    /// Opens the calling thread's network namespace: the data path, the events of others' changes from now on, and the task that reads them
-    /// (run [`Monitor::run`] and notice its end). Must be called inside a tokio runtime with I/O.
+    /// Opens the data path in the calling thread's network namespace. Also returns the events of other processes' changes from
+    /// now on, and the monitor that produces them: run [`Monitor::run`] and watch for its end. Must be called inside a tokio
+    /// runtime with I/O enabled.
     ///
     /// # Errors
-    /// A socket cannot be opened (no file descriptors left, no netlink, no permission).
+    /// A socket cannot be opened: no file descriptors left, no netlink, or no permission.
     pub fn open(options: &KernelOptions) -> Result<(Kernel, mpsc::Receiver<KernelEvent>, Monitor), OpError> {
         let mut shared = Shared {
             rtnl: Rtnl::open()?,
@@ -148,30 +155,31 @@ impl Kernel {
         Ok((Kernel { shared, connections, batch, subscriptions, has_nexthop_objects, nexthop_objects }, events, monitor))
     }
 
-    /// Whether routes lead to next-hop objects; else each has its gateway itself.
+    /// Whether routes use next-hop objects; otherwise each route has its own gateway.
     pub fn nexthop_objects(&self) -> bool {
         self.nexthop_objects
     }
 
-    /// What wires containers; clones share its socket.
+    /// Returns the manager of container ports. Clones share its socket.
     pub fn port_manager(&self) -> PortManager {
         PortManager::new(Arc::clone(&self.shared), Arc::clone(&self.connections))
     }
 
-    /// Has the monitor not listen to what a large batch writes, until the answer is dropped.
+    /// Pauses the monitor's events for a large batch, until the returned guard is dropped.
     async fn pause_for(&self, batch: &Batch) -> Option<PauseGuard> {
         if batch.len() < PAUSE_EVENTS_ABOVE {
             return None;
         }
         let count = |counted: fn(&Op) -> bool| batch.iter().filter(|op| counted(op)).count();
         let fdb = count(|op| matches!(op.key(), Key::Fdb(..)));
-        // Neighbours and FDB entries may go with their device; routes go one by one.
+        // Routes measure a removal of peers: they are removed one by one, while neighbours and FDB entries may be removed with
+        // their device.
         let removed_routes = count(|op| matches!(op, Op::Delete(Key::Route(_), _)));
         let elements = count(|op| matches!(op.key(), Key::Element(_)));
         let mut classes = Vec::new();
         let mut shared = self.shared.lock().await;
         let present = shared.cache.fdb.len();
-        // Reading all afterwards is cheaper than to hear of each entry that goes only where few are left.
+        // A full read afterwards is cheaper than an event per removed entry only if few entries are left.
         if removed_routes >= PAUSE_EVENTS_ABOVE && 2 * removed_routes >= present.max(fdb) {
             classes.push(EventClass::PeerEntries);
         } else if fdb >= PAUSE_EVENTS_ABOVE {
@@ -206,7 +214,7 @@ impl DataPath for Kernel {
         let mut begin = 0;
         while begin < batch.len() {
             let mut end = batch.len().min(begin + OPS_PER_LOCK);
-            // A table and the elements of its sets are one transaction.
+            // A table and the elements of its sets form one transaction.
             end += batch[end..].iter().take_while(|op| nft::is_ruleset_key(op.key())).count();
             let rules = batch[begin..end].iter().rev().take_while(|op| nft::is_ruleset_key(op.key())).count();
             if rules >= PARALLEL_ABOVE {
@@ -220,7 +228,8 @@ impl DataPath for Kernel {
             let translations = NatMappings::capture(&batch[begin..end], &shared.cache.rules);
             apply(&mut shared, &mut self.batch, &batch[begin..end], begin, &mut report).await;
             let stale = translations.stale_filters(&shared.cache.rules);
-            // Who waits for the shared state has it next. Nothing else makes way: another processor would begin with cold caches.
+            // The next waiter gets the lock here. Nothing else yields: on another processor the work would continue with cold
+            // caches.
             drop(shared);
             delete_stale_connections(&self.connections, stale);
             begin = end;
@@ -253,7 +262,8 @@ impl DataPath for Kernel {
     }
 }
 
-/// Applies ops in their order: runs of peers' entries through the batch socket, the others one by one.
+/// Applies ops in order. Runs of peers' entries go through the batch socket, ruleset ops form transactions, link deletions run in
+/// parallel, and all other ops are applied one by one.
 async fn apply(shared: &mut Shared, batch: &mut BatchSocket, ops: &[Op], first: usize, report: &mut ApplyReport) {
     let mut rest = ops;
     while let Some(op) = rest.first() {
@@ -266,7 +276,7 @@ async fn apply(shared: &mut Shared, batch: &mut BatchSocket, ops: &[Op], first: 
             rest = &rest[run..];
         } else if rules > 0 {
             let (rules, following) = rest.split_at(rules);
-            // What may come in does not stand on where to send, nor the other way round.
+            // Set elements (what the host accepts) and peers' entries (where it sends) do not depend on each other.
             let sets = |op: &Op| matches!(op, Op::Set(..));
             let deletes_elements = |op: &Op| matches!(op, Op::Delete(Key::Element(_), _));
             let same_kind = rules.iter().all(sets) || rules.iter().all(deletes_elements);
@@ -289,18 +299,18 @@ async fn apply(shared: &mut Shared, batch: &mut BatchSocket, ops: &[Op], first: 
     }
 }
 
-/// Deletes what conntrack holds of what is no longer so. Where that fails, flows of before keep their translation for as long as they send.
+/// Deletes stale conntrack entries. If that fails, existing flows keep their NAT mapping for as long as they send.
 fn delete_stale_connections(connections: &ConntrackCleaner, stale: Vec<StaleFilter>) {
     if stale.is_empty() {
         return;
     }
     match blocking(|| connections.delete(stale)) {
-        Ok(deleted) => tracing::debug!(deleted, "stale connections deleted"),
-        Err(error) => tracing::warn!(%error, "flows of before keep their translation while they go on"),
+        Ok(deleted) => tracing::debug!(deleted, "deleted stale conntrack entries"),
+        Err(error) => tracing::warn!(%error, "cannot delete stale conntrack entries; existing flows keep their NAT mapping"),
     }
 }
 
-/// Applies rules, and the peers' entries that follow them at the same time.
+/// Applies ruleset ops and, in parallel, the peers' entries that follow them.
 fn apply_parallel(
     shared: &mut Shared,
     batch: &mut BatchSocket,
@@ -316,7 +326,8 @@ fn apply_parallel(
         blocking(|| nft.apply(rules, &mut cached_rules))
     } else {
         std::thread::scope(|scope| {
-            // Begun before the runtime goes on elsewhere, while the other processor is idle: the scheduler puts a new thread where nothing runs.
+            // Spawned before `blocking` moves the runtime's other tasks, while the other processor is still idle: the scheduler
+            // places a new thread on an idle processor.
             let other = scope.spawn(|| nft.apply(rules, &mut cached_rules));
             blocking(|| {
                 batch.apply(entries, at + rules.len(), cache, &mut entries_report);
@@ -336,7 +347,7 @@ async fn apply_one(shared: &mut Shared, op: &Op) -> Result<(), OpError> {
             shared.cache.sysctls.insert(path.to_string(), text.to_string());
             Ok(())
         }
-        // A sysctl is always there; what it was before is not known.
+        // A sysctl cannot be removed, and its previous value is not known.
         Op::Delete(Key::Sysctl(_), _) => Ok(()),
         Op::Set(Key::Link(name), Value::Link(link)) => shared.links().set(name, link).await,
         Op::Set(Key::Address(device, address), Value::Address) => {
@@ -354,13 +365,15 @@ async fn apply_one(shared: &mut Shared, op: &Op) -> Result<(), OpError> {
             Ok(())
         }
         Op::Set(key, value) => {
-            Err(OpError { errno: libc::EINVAL, message: format!("{key} cannot hold `{value}`: the plan is wrong") })
+            Err(OpError { errno: libc::EINVAL, message: format!("internal error: {key} cannot hold `{value}`") })
         }
-        Op::Delete(key, _) => Err(OpError { errno: libc::EINVAL, message: format!("{key} goes through the batch socket") }),
+        Op::Delete(key, _) => {
+            Err(OpError { errno: libc::EINVAL, message: format!("internal error: {key} must be deleted in a batch") })
+        }
     }
 }
 
-/// Whether the kernel knows next-hop objects (since Linux 5.3).
+/// Whether the kernel supports next-hop objects (since Linux 5.3).
 fn has_nexthop_objects(socket: &mut RouteSocket) -> Result<bool, OpError> {
     match socket.dump(&EntryQuery::Nexthops, || (), |(), _, _| ()) {
         Ok(()) => Ok(true),

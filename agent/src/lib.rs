@@ -1,13 +1,13 @@
-//! The agent of the overlay network, as a library.
+//! The overlay network agent, as a library.
 //!
-//! One agent per host leases a subnet from etcd, builds the host's bridge and VXLAN device and keeps one forwarding, neighbour,
-//! next-hop and route entry per peer in the kernel. The floors, from the top; imports point down only:
+//! One agent per host leases a subnet from etcd and creates the host's bridge and VXLAN device. It keeps one forwarding, neighbour,
+//! next-hop and route entry per peer in the kernel. The layers, from the top; imports point down only:
 //!
-//! | floor | modules |
+//! | layer | modules |
 //! | --- | --- |
 //! | wiring | [`app`] |
-//! | middle (siblings do not import each other) | [`reconcile`], [`inject_store_fault`], [`fake_kernel`], [`endpoint`], [`admin`] |
-//! | helpers of the middle floor | [`config`], [`state`], [`backoff`], [`allocator`], [`metrics`], [`telemetry`], [`shutdown`], [`systemd`] |
+//! | middle (siblings do not import each other) | [`reconcile`], [`store`], [`kernel`], [`endpoint`], [`admin`] |
+//! | helpers of the middle layer | [`config`], [`state`], [`backoff`], [`allocator`], [`metrics`], [`telemetry`], [`shutdown`], [`systemd`] |
 //! | pure | [`plan`], and below it [`model`] |
 
 pub mod model;

@@ -1,4 +1,4 @@
-//! `overlayd_command`: arguments, log, runtime, exit code.
+//! The program `overlayd`: arguments, log, runtime, exit code.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -6,13 +6,13 @@ use std::time::Duration;
 use overlay_agent::config::{HostConfig, command, load_settings};
 use overlay_agent::{allocator, app, telemetry};
 
-/// Two threads: the reconciler can apply a large batch on one while the store and the socket go on on the other.
+/// Two threads: the reconciler can apply a large batch on one while the store and the socket run on the other.
 const WORKER_THREADS: usize = 2;
 
-/// How long work that cannot be cancelled, such as a question to the system's resolver, is waited for at the end.
+/// Time limit at shutdown for work that cannot be cancelled, such as a query of the system's resolver.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(1);
 
-/// Exit codes of the command line: error, usage.
+/// Exit codes: runtime error, usage error.
 const EXIT_ERROR: u8 = 1;
 const EXIT_USAGE: u8 = 2;
 
@@ -38,7 +38,7 @@ fn main() -> ExitCode {
             _ => app::run(config, level, app::SettingsSource::new(matches, raw)).await,
         }
     });
-    // Every task has ended or was given up; a question to a resolver that does not answer is no reason to stay.
+    // All tasks have ended or were aborted; a resolver query without an answer must not delay the exit.
     runtime.shutdown_timeout(SHUTDOWN_GRACE);
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -46,7 +46,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// An error with its causes; what a message has said already is not said again.
+/// The error followed by its causes. A cause is left out if an earlier message already contains its text.
 fn error_chain(error: &anyhow::Error) -> String {
     let mut parts: Vec<String> = Vec::new();
     for cause in error.chain().map(ToString::to_string) {
@@ -59,7 +59,7 @@ fn error_chain(error: &anyhow::Error) -> String {
 
 fn fail(error: &dyn std::fmt::Display, code: u8) -> ExitCode {
     use std::io::Write;
-    // A closed stderr is no reason to panic.
+    // A closed stderr must not cause a panic.
     let _ = writeln!(std::io::stderr(), "overlayd: {error}");
     ExitCode::from(code)
 }

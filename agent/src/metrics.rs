@@ -1,5 +1,5 @@
-//! Counters and gauges of the agent, rendered in Prometheus' text format. Owns the numbers; no tasks, no sockets.
-//! Callers count through methods; `admin` serves [`Metrics::render`]. What each one means is in `docs/metrics.md`.
+//! The agent's counters and gauges, rendered in Prometheus' text format. Owns the values; no tasks, no sockets.
+//! Callers update them through methods; `admin` serves [`Metrics::render`]. `docs/metrics.md` documents each metric.
 
 mod mesh;
 mod page;
@@ -16,11 +16,12 @@ use crate::plan::mesh::{ProbePath, Summary};
 use mesh::MeshMetrics;
 use page::{Histogram, Page, seconds};
 
-/// Upper bounds of the batch size histogram, in ops: a single repair up to a snapshot of 100,000 peers and more.
+/// Upper bounds of the batch size histogram, in ops: from a single repair to a snapshot of 100,000 peers and more.
 const BATCH_SIZE_BOUNDS: [u64; 6] = [1, 10, 100, 1_000, 10_000, 100_000];
 
-/// Upper bounds of the histograms of durations, in nanoseconds, with the text Prometheus sees in seconds: 0.1 ms (one peer; etcd on the same machine)
-/// up to 10 s (a very large snapshot; beyond the limit of a request to etcd).
+/// Upper bounds of the duration histograms, in nanoseconds and as Prometheus' text in seconds.
+///
+/// From 0.1 ms (one peer; etcd on the same machine) to 10 s (a very large snapshot; more than the timeout of an etcd request).
 const DURATION_BOUNDS: [(u64, &str); 11] = [
     (100_000, "0.0001"),
     (500_000, "0.0005"),
@@ -35,7 +36,7 @@ const DURATION_BOUNDS: [(u64, &str); 11] = [
     (10_000_000_000, "10"),
 ];
 
-/// The agent's numbers. All methods may be called from any thread.
+/// The agent's metrics. All methods may be called from any thread.
 #[derive(Debug)]
 pub struct Metrics {
     started: SystemTime,
@@ -67,27 +68,27 @@ pub struct Metrics {
     full_reads: [AtomicU64; FULL_READS.len()],
 }
 
-/// Where events come from, by [`Source`].
+/// Label values of [`EventSource`].
 const EVENT_SOURCES: [&str; 2] = ["kernel", "store"];
 
-/// What is read as a whole, by [`Whole`].
+/// Label values of [`FullRead`].
 const FULL_READS: [&str; 2] = ["interfaces", "state"];
 
-/// Where an event comes from.
+/// The source of an event.
 #[derive(Debug, Clone, Copy)]
 pub enum EventSource {
-    /// The kernel: an entry that others changed, or foreign interfaces that did.
+    /// The kernel: another process changed an entry, or a foreign interface changed.
     Kernel,
     /// The store: a lease or the configuration changed.
     Store,
 }
 
-/// What is read from the kernel as a whole.
+/// A full read of kernel state.
 #[derive(Debug, Clone, Copy)]
 pub enum FullRead {
-    /// Every interface with its addresses, and the default routes.
+    /// All interfaces with their addresses, and the default routes.
     Interfaces,
-    /// All that is the agent's.
+    /// All entries of the agent.
     State,
 }
 
@@ -98,7 +99,9 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// All zero, begun now. What is counted by label begins with every value at zero: a first increase would not be seen as one otherwise.
+    /// All metrics at zero, with the current time as start.
+    ///
+    /// Counters with a label start with all label values at zero, because Prometheus would not see the first increase of a new series.
     pub fn new() -> Metrics {
         let zeros = |words: &[&'static str]| Mutex::new(words.iter().map(|word| (*word, 0)).collect());
         Metrics {
@@ -147,18 +150,18 @@ impl Metrics {
         self.peers.store(count as u64, Ordering::Relaxed);
     }
 
-    /// Leases seen in the store, and how many of them are left out.
+    /// Leases in the store, and how many of them are rejected.
     pub fn set_leases(&self, total: usize, rejected: usize) {
         self.leases.store(total as u64, Ordering::Relaxed);
         self.rejected_leases.store(rejected as u64, Ordering::Relaxed);
     }
 
-    /// A value of the store was refused that was not refused before; `reason` as of `RejectReason::word`.
+    /// Counts a newly rejected value of the store; `reason` is a `RejectReason::as_str`.
     pub fn count_rejected_value(&self, reason: &'static str) {
         *lock(&self.rejected_values).entry(reason).or_default() += 1;
     }
 
-    /// Fields of the configuration in the store that are bad, while the last good one is in force.
+    /// Invalid fields of the configuration in the store, while the last valid configuration stays in use.
     pub fn set_config_errors(&self, count: usize) {
         self.config_errors.store(count as u64, Ordering::Relaxed);
     }
@@ -168,17 +171,17 @@ impl Metrics {
         self.endpoints.store(count as u64, Ordering::Relaxed);
     }
 
-    /// Entries that could not be programmed and are tried again.
+    /// Entries that could not be programmed and are retried.
     pub fn set_failed_entries(&self, count: usize) {
         self.failed_entries.store(count as u64, Ordering::Relaxed);
     }
 
-    /// Entries that something else on this host changes again and again.
+    /// Entries that another process on this host changes again and again.
     pub fn set_contended_entries(&self, count: usize) {
         self.contended_entries.store(count as u64, Ordering::Relaxed);
     }
 
-    /// Whether the store answers. Each change from no to yes but the first is a reconnect.
+    /// Whether the store answers. Each change from no to yes except the first is a reconnect.
     pub fn set_store_connected(&self, connected: bool) {
         let was = self.store_connected.swap(connected, Ordering::Relaxed);
         if connected && !was && self.store_was_connected.swap(true, Ordering::Relaxed) {
@@ -186,7 +189,7 @@ impl Metrics {
         }
     }
 
-    /// A request to the store has ended: how long it took, and whether it was answered as asked.
+    /// Records a finished request to the store: its duration, and whether it succeeded.
     pub fn store_request_finished(&self, took: Duration, answered: bool) {
         self.store_requests.observe(nanoseconds(took), DURATION_BOUNDS.map(|(bound, _)| bound));
         if !answered {
@@ -194,22 +197,22 @@ impl Metrics {
         }
     }
 
-    /// An entry was put back after others changed it; `kind` as of `plan::state::Key::kind`.
+    /// Counts the repair of an entry that another process changed; `kind` is a `plan::state::Key::kind`.
     pub fn drift_repaired(&self, kind: &'static str) {
         *lock(&self.drift_repairs).entry(kind).or_default() += 1;
     }
 
-    /// Entries put back since the start, of all kinds.
+    /// Repaired entries of all kinds since the start.
     pub fn drift_repairs(&self) -> u64 {
         lock(&self.drift_repairs).values().sum()
     }
 
-    /// Packets that the guards dropped, as the kernel counts them; by reason, as of `plan::ruleset::AddCounter::name`.
+    /// Packets dropped by our rules, from the kernel's counters, by reason (`plan::ruleset::Counter::name`).
     pub fn set_dropped(&self, packets: BTreeMap<&'static str, u64>) {
         *lock(&self.dropped) = packets;
     }
 
-    /// A batch was applied: its ops, how many of them failed, and how long it took.
+    /// Records an applied batch: its ops, the failed ops, and the duration.
     pub fn batch_applied(&self, ops: usize, failed: usize, took: Duration) {
         self.ops_applied.fetch_add(ops.saturating_sub(failed) as u64, Ordering::Relaxed);
         self.ops_failed.fetch_add(failed as u64, Ordering::Relaxed);
@@ -217,42 +220,42 @@ impl Metrics {
         self.batch_duration.observe(nanoseconds(took), DURATION_BOUNDS.map(|(bound, _)| bound));
     }
 
-    /// A probe of a peer was answered.
+    /// Records the reply to a probe of a peer.
     pub fn probe_answered(&self, path: ProbePath, took: Duration) {
         self.mesh.answered(path, took);
     }
 
-    /// A probe of a peer was not answered in time, or could not be sent.
+    /// Counts a probe of a peer without a reply in time, or that could not be sent.
     pub fn probe_lost(&self, path: ProbePath) {
         self.mesh.lost(path);
     }
 
-    /// Whether peers are probed, and what the probes say now.
+    /// Whether peers are probed, and the current results.
     pub fn set_mesh(&self, probing: bool, summary: Summary) {
         self.mesh.set(probing, summary);
     }
 
-    /// Events have come that many at once.
+    /// Counts events that arrived together.
     pub fn count_events(&self, source: EventSource, count: usize) {
         self.events[source as usize].fetch_add(count as u64, Ordering::Relaxed);
     }
 
-    /// The reconcile loop has gone through a round.
+    /// Counts an iteration of the reconcile loop.
     pub fn count_loop_iteration(&self) {
         self.loop_iterations.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// The timer woke the reconcile loop and there was nothing to do.
+    /// Counts a timer wake-up of the reconcile loop without work.
     pub fn count_idle_wakeup(&self) {
         self.idle_wakeups.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Something was read from the kernel as a whole.
+    /// Counts a full read of kernel state.
     pub fn count_full_read(&self, what: FullRead) {
         self.full_reads[what as usize].fetch_add(1, Ordering::Relaxed);
     }
 
-    /// The page that Prometheus reads.
+    /// The page for Prometheus.
     pub fn render(&self) -> String {
         let mut page = Page::new();
         let value = |number: &AtomicU64| number.load(Ordering::Relaxed);
@@ -269,47 +272,43 @@ impl Metrics {
         page.line(&format!("process_start_time_seconds {}", seconds(nanoseconds(started))));
         page.gauge(
             "overlayd_ready",
-            "1 when a snapshot is seen, the own lease is held and nothing failed is pending.",
+            "1 if a snapshot was received, the lease is held and no failed entry is pending.",
             flag(&self.ready),
         );
         page.gauge("overlayd_lease_held", "1 while this host holds its lease, as far as it knows.", flag(&self.lease_held));
         page.gauge("overlayd_peers", "Peers in the data path.", value(&self.peers));
-        page.gauge("overlayd_leases", "Leases seen in the store, this host's included.", value(&self.leases));
-        page.gauge("overlayd_refused_leases", "Leases that are left out of the data path.", value(&self.rejected_leases));
+        page.gauge("overlayd_leases", "Leases in the store, including this host's.", value(&self.leases));
+        page.gauge("overlayd_refused_leases", "Rejected leases, which are not in the data path.", value(&self.rejected_leases));
         page.counters(
             "overlayd_refused_values_total",
-            "Values of the store that were refused, by reason.",
+            "Rejected values of the store, by reason.",
             "reason",
             lock(&self.rejected_values).iter().map(|(reason, count)| (*reason, *count)),
         );
         page.gauge(
             "overlayd_config_errors",
-            "Bad fields of the configuration in the store; the last good one is in force.",
+            "Invalid fields of the configuration in the store; the last valid one stays in use.",
             value(&self.config_errors),
         );
         page.gauge("overlayd_endpoints", "Containers of this host on the overlay.", value(&self.endpoints));
-        page.gauge("overlayd_failed_entries", "Kernel entries that failed and are tried again.", value(&self.failed_entries));
+        page.gauge("overlayd_failed_entries", "Kernel entries that failed and are retried.", value(&self.failed_entries));
         page.gauge(
             "overlayd_contested_entries",
-            "Kernel entries that something else on this host changes again and again.",
+            "Kernel entries that another process on this host changes again and again.",
             value(&self.contended_entries),
         );
         page.gauge("overlayd_store_connected", "1 while the store answers.", flag(&self.store_connected));
-        page.counter(
-            "overlayd_store_reconnects_total",
-            "Times that the store answered again after it did not.",
-            value(&self.store_reconnects),
-        );
+        page.counter("overlayd_store_reconnects_total", "Reconnects to the store.", value(&self.store_reconnects));
         self.store_requests.render(
             &mut page,
             "overlayd_store_request_duration_seconds",
-            "Time of a round trip to the store, whether it was answered as asked or not.",
+            "Round-trip time of requests to the store, failed ones included.",
             DURATION_BOUNDS.map(|(_, text)| text),
             seconds,
         );
         page.counter(
             "overlayd_store_request_failures_total",
-            "Requests to the store that were refused, or not answered in time.",
+            "Requests to the store that were rejected or timed out.",
             value(&self.store_requests_failed),
         );
         page.counters(
@@ -320,13 +319,13 @@ impl Metrics {
         );
         page.counters(
             "overlayd_drift_repairs_total",
-            "Entries put back after others changed them, by kind of entry.",
+            "Entries repaired after another process changed them, by kind of entry.",
             "kind",
             lock(&self.drift_repairs).iter().map(|(kind, count)| (*kind, *count)),
         );
         page.counters(
             "overlayd_dropped_packets_total",
-            "Packets that the guards dropped, by reason.",
+            "Packets dropped by the agent's rules, by reason.",
             "reason",
             lock(&self.dropped).iter().map(|(reason, packets)| (*reason, *packets)),
         );
@@ -334,7 +333,7 @@ impl Metrics {
         self.batch_size.render(
             &mut page,
             "overlayd_batch_ops",
-            "Kernel changes a batch.",
+            "Kernel changes per batch.",
             std::array::from_fn(|i| sizes[i].as_str()),
             |sum| sum.to_string(),
         );
@@ -350,24 +349,14 @@ impl Metrics {
             let [first, second] = numbers.each_ref().map(value);
             [(names[0], first), (names[1], second)]
         };
-        page.counters(
-            "overlayd_events_total",
-            "Events handled, by where they come from.",
-            "source",
-            each(EVENT_SOURCES, &self.events),
-        );
-        page.counter("overlayd_rounds_total", "Rounds of the reconcile loop.", value(&self.loop_iterations));
+        page.counters("overlayd_events_total", "Events handled, by source.", "source", each(EVENT_SOURCES, &self.events));
+        page.counter("overlayd_rounds_total", "Iterations of the reconcile loop.", value(&self.loop_iterations));
         page.counter(
             "overlayd_idle_turns_total",
-            "Timer wake-ups of the reconcile loop that found nothing to do.",
+            "Timer wake-ups of the reconcile loop without work.",
             value(&self.idle_wakeups),
         );
-        page.counters(
-            "overlayd_kernel_reads_total",
-            "Times that something was read from the kernel as a whole.",
-            "what",
-            each(FULL_READS, &self.full_reads),
-        );
+        page.counters("overlayd_kernel_reads_total", "Full reads of kernel state.", "what", each(FULL_READS, &self.full_reads));
         page.text()
     }
 }

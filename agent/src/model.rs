@@ -1,4 +1,4 @@
-//! Pure types of the overlay: what a network, subnet, lease, peer and endpoint are. No I/O, no clock, no kernel.
+//! Pure types of the overlay: network, subnet, lease, peer, endpoint. No I/O, no clock, no kernel.
 
 pub mod api;
 pub mod device;

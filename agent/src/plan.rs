@@ -1,5 +1,7 @@
-//! Pure functions from what is known to what the kernel should do. No tokio, no I/O: [`desired`] says what the kernel should hold,
-//! [`diff`] what has to change, [`mesh`] which peer is probed next and what that says, [`roster`] which leases count, [`underlay`] which interface is the external one.
+//! Pure functions that compute kernel changes from the agent's inputs. No tokio, no I/O.
+//!
+//! [`desired`] computes desired kernel state, [`diff`] the changes to reach it, [`lease_table`] the accepted leases, [`underlay`]
+//! the external interface, and [`mesh`] the schedule and the results of probes.
 
 pub mod bulk;
 pub mod contribution;

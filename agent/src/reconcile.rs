@@ -164,7 +164,7 @@ pub struct Channels {
     pub changes: watch::Sender<u64>,
     /// Whether the agent is ready.
     pub ready: watch::Sender<bool>,
-    /// Incremented whenever another process removed the host end of an endpoint's veth pair. Only [`crate::endpoint`] can
+    /// Incremented whenever another process removed the host end of an endpoint's veth pair. Only `endpoint` can
     /// recreate it.
     pub ports_lost: watch::Sender<u64>,
     /// Incremented by each iteration of the loop. An idle loop does not iterate, so a liveness probe has to send a query.

@@ -1,6 +1,6 @@
-//! How the agent ends: signals become tokens, and every task has a name and a watched end.
+//! Shutdown: signals become cancellation tokens, and every task has a name and a recorded outcome.
 //!
-//! One task of its own, run by the caller: [`Signals::watch`]. Nothing here calls `exit`; `main` does, when it sees what happened.
+//! One task, spawned by the caller: [`Signals::watch`]. Nothing here calls `exit`; `main` returns the exit code.
 
 use std::collections::HashMap;
 use std::fmt::Display;
@@ -10,16 +10,16 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::{Id, JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 
-/// The two steps of an end.
+/// The two stages of a shutdown.
 #[derive(Debug, Clone, Default)]
 pub struct Shutdown {
-    /// End in order: let go of clients, leave the data path as it is.
+    /// Graceful shutdown: close client connections, leave the data path unchanged.
     pub graceful: CancellationToken,
-    /// End at once: a second signal came.
+    /// Immediate shutdown, after a second signal.
     pub immediate: CancellationToken,
 }
 
-/// SIGTERM and SIGINT, caught from the moment this is made.
+/// SIGTERM and SIGINT, caught from the construction of this value.
 #[derive(Debug)]
 pub struct Signals {
     terminate: Signal,
@@ -27,18 +27,18 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Catches the signals. Needs a tokio runtime; the error is the system's.
+    /// Installs the signal handlers. Needs a tokio runtime; the error is the system's.
     pub fn catch() -> std::io::Result<Signals> {
         Ok(Signals { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
     }
 
-    /// The task: the first signal cancels `begin`, the second `now`, and then it ends. Cancel-safe.
+    /// The task: the first signal cancels `graceful`, the second `immediate`; then the task ends. Cancel-safe.
     pub async fn watch(mut self, shutdown: Shutdown) {
         let name = self.next().await;
-        tracing::info!(signal = name, "ending; a second signal ends at once");
+        tracing::info!(signal = name, "shutting down; a second signal exits immediately");
         shutdown.graceful.cancel();
         let name = self.next().await;
-        tracing::warn!(signal = name, "ending at once");
+        tracing::warn!(signal = name, "second signal: exiting immediately");
         shutdown.immediate.cancel();
     }
 
@@ -50,16 +50,16 @@ impl Signals {
     }
 }
 
-/// How a task ended.
+/// The outcome of a task.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TaskOutcome {
-    /// It returned well.
+    /// The task returned `Ok`.
     Completed,
-    /// It returned an error; its text.
+    /// The task returned an error, with this text.
     Failed(String),
-    /// It panicked; the panic's text.
+    /// The task panicked, with this text.
     Panicked(String),
-    /// It did not end within the deadline and was aborted.
+    /// The task did not end before the deadline and was aborted.
     Aborted,
 }
 
@@ -68,7 +68,7 @@ pub enum TaskOutcome {
 pub struct TaskExit {
     /// The task's name.
     pub task: &'static str,
-    /// How it ended.
+    /// The task's outcome.
     pub outcome: TaskOutcome,
 }
 
@@ -83,7 +83,7 @@ impl Display for TaskExit {
     }
 }
 
-/// The agent's long-lived tasks. Dropping it aborts them all.
+/// The agent's long-lived tasks. Dropping this value aborts them all.
 #[derive(Debug, Default)]
 pub struct Tasks {
     set: JoinSet<Result<(), String>>,
@@ -91,7 +91,7 @@ pub struct Tasks {
 }
 
 impl Tasks {
-    /// No task yet.
+    /// An empty set of tasks.
     pub fn new() -> Tasks {
         Tasks::default()
     }
@@ -102,14 +102,15 @@ impl Tasks {
         self.names.insert(handle.id(), task);
     }
 
-    /// The next task that ends; `None` when there is none left. Cancel-safe.
+    /// Waits for the next task to end; `None` if no task is left. Cancel-safe.
     pub async fn next_exit(&mut self) -> Option<TaskExit> {
         let joined = self.set.join_next_with_id().await?;
         Some(self.record_exit(joined))
     }
 
-    /// Waits for all tasks, which the caller has asked to end, until the deadline; aborts those that are left. Returns every end that was
-    /// not [`Outcome::Completed`].
+    /// Waits until the deadline for all tasks to end, then aborts the remaining tasks.
+    ///
+    /// The caller has told the tasks to stop before. Returns each exit other than [`TaskOutcome::Completed`].
     pub async fn join_all(&mut self, deadline: Duration) -> Vec<TaskExit> {
         let mut ends = Vec::new();
         let drain = async {
@@ -137,11 +138,11 @@ impl Tasks {
     }
 }
 
-/// The text of a task's panic; `None` where it was aborted.
+/// The panic message of a task; `None` if the task was aborted.
 pub fn panic_text(error: JoinError) -> Option<String> {
     let payload = error.try_into_panic().ok()?;
     let text = payload.downcast_ref::<&str>().map(|s| (*s).to_owned()).or_else(|| payload.downcast_ref::<String>().cloned());
-    Some(text.unwrap_or_else(|| "without a text".to_owned()))
+    Some(text.unwrap_or_else(|| "no panic message".to_owned()))
 }
 
 #[cfg(test)]

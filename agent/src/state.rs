@@ -1,7 +1,7 @@
-//! What the agent keeps on disk: the state directory (`--state-lab_dir`), the locks that keep a second agent out, and `local_subnet.env`.
+//! Files of the agent: the state directory (`--state-dir`), lock files against a second agent, and `subnet.env`.
 //!
-//! All functions block on the file system; asynchronous callers use `tokio::task::spawn_blocking`. No tasks of its own. Files are
-//! written whole by [`write_whole`], so that a reader or a crash sees the old text or the new one and nothing between.
+//! All functions block on the file system; asynchronous callers use `tokio::task::spawn_blocking`. The module has no tasks.
+//! [`write_atomic`] replaces files atomically, so that a reader or a crash sees either the old text or the new one.
 
 mod file;
 mod journal;
@@ -23,16 +23,16 @@ pub use journal::Journal;
 pub use lock::{DirLock, LockError};
 pub use subnet_env::{subnet_env, write_subnet_env};
 
-/// The version of the files' shapes. A file of a later version is refused, not set aside: a newer agent wrote it.
+/// Version of the file formats. A file of a later version is an error and not quarantined, because a newer agent wrote it.
 const VERSION: u32 = 1;
 
-/// Mode of the state directory: its files say how containers are wired, which is nobody else's business.
+/// Mode of the state directory: no other user may read how containers are connected.
 const DIRECTORY_MODE: u32 = 0o700;
 
 /// Mode of the files in it.
 const FILE_MODE: u32 = 0o600;
 
-/// The state directory, held by a lock for as long as this value lives.
+/// The state directory, locked while this value exists.
 #[derive(Debug)]
 pub struct StateDir {
     path: PathBuf,
@@ -42,15 +42,15 @@ pub struct StateDir {
 /// Why the state directory cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
-    /// The file system refused.
+    /// A file system error.
     #[error(transparent)]
     File(#[from] FileError),
-    /// Another agent holds the directory.
+    /// Another agent has locked the directory.
     #[error(transparent)]
     Lock(#[from] LockError),
     /// The file was written by a later version.
     #[error(
-        "{path} has version {found}, this overlayd knows {VERSION}: a newer overlayd wrote it; run that one, or move the file away"
+        "{path} has version {found}, but this overlayd supports {VERSION}: a newer overlayd wrote it; run that one, or move the file away"
     )]
     Version {
         /// The file.
@@ -60,27 +60,27 @@ pub enum StateError {
     },
 }
 
-/// What this host remembers of itself (`state.json`), so that a restart or reboot changes nothing for its peers.
+/// Persistent state of this host (`state.json`), so that a restart or reboot changes nothing for its peers.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostState {
-    /// The MAC of each device of ours, by the device's name, which says VNI and family.
+    /// The MAC of each device of ours, by device name, which contains VNI and family.
     #[serde(default)]
     macs: BTreeMap<String, Mac>,
-    /// The subnet held last.
+    /// The last subnet.
     #[serde(default)]
     pub subnet: Option<Subnet>,
-    /// The underlay addresses published last.
+    /// The last published underlay addresses.
     #[serde(default)]
     pub public_ip: PerFamily<IpAddr>,
-    /// The values of sysctls before the agent first changed them, by path below `/proc/sys/net`; `overlayd_command run_cleanup` puts them back.
+    /// Values of sysctls from before the agent's first change, by path below `/proc/sys/net`; `overlayd cleanup` restores them.
     #[serde(default)]
     pub sysctls: BTreeMap<String, String>,
 }
 
 impl HostState {
-    /// The MAC of a device: the one remembered, else the one found on the device (whose peers know it), else a new one. A bridge of another VNI
-    /// has that of the one before it: containers hold it as their gateway's, and would send to nobody until they ask again, a minute later.
-    /// Returns whether it has to be saved.
+    /// The MAC of a device: the stored one, else the one found on the device (which peers know), else a new one. A bridge of a
+    /// new VNI gets the MAC of the previous bridge: containers have it cached as their gateway's MAC, and would lose their
+    /// packets until they resolve it again, a minute later. Returns whether the state has to be saved.
     pub fn device_mac(&mut self, device: Device, found: Option<Mac>) -> (Mac, bool) {
         let gateway = (device.role == Role::Bridge).then(|| self.gateway_mac()).flatten();
         let mut new = false;
@@ -91,14 +91,14 @@ impl HostState {
         (mac, new)
     }
 
-    /// The MAC of a bridge, whatever its VNI.
+    /// The stored MAC of any bridge.
     fn gateway_mac(&self) -> Option<Mac> {
         let bridges = self.macs.iter().filter(|(name, _)| Device::from_name(name).is_some_and(|d| d.role == Role::Bridge));
         bridges.map(|(_, mac)| *mac).next()
     }
 }
 
-/// A file's content behind its version.
+/// A file's version and content.
 #[derive(Serialize, Deserialize)]
 struct Versioned<T> {
     version: u32,
@@ -106,27 +106,27 @@ struct Versioned<T> {
     content: T,
 }
 
-/// The version alone, read first so that a later shape is not taken for a torn file.
+/// Only the version, decoded first, so that a later format is not treated as a corrupt file.
 #[derive(Serialize, Deserialize)]
 struct VersionHeader {
     version: u32,
 }
 
 impl StateDir {
-    /// Opens the directory, made with mode 0700 where it is missing, and locks it. Two agents cannot share one: the second is refused.
+    /// Opens and locks the directory; creates it with mode 0700 if it is missing. Fails if another agent has locked it.
     pub fn open(path: &Path) -> Result<StateDir, StateError> {
         std::fs::DirBuilder::new()
             .recursive(true)
             .mode(DIRECTORY_MODE)
             .create(path)
-            .map_err(|source| FileError::new("make the directory", path, source))?;
+            .map_err(|source| FileError::new("create the directory", path, source))?;
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(DIRECTORY_MODE))
             .map_err(|source| FileError::new("set the mode of", path, source))?;
         let lock = DirLock::acquire_named(path, lock::STATE_LOCK)?;
         Ok(StateDir { path: path.to_owned(), _lock: lock })
     }
 
-    /// Removes everything that the agent keeps, and the directory where nothing else is in it.
+    /// Removes the agent's files, and the directory if it is empty then.
     pub fn remove(self) -> Result<(), StateError> {
         let removed = ["endpoints.json", "endpoints.journal", "state.json", "node-id", lock::STATE_LOCK].iter().map(|name| {
             let path = self.path.join(name);
@@ -137,7 +137,7 @@ impl StateDir {
         });
         removed.collect::<Result<(), FileError>>()?;
         match std::fs::remove_dir(&self.path) {
-            // Files that were set aside as torn are for a person to look at, and a mount point is not ours to remove.
+            // Quarantined files are left for the operator, and a mount point is not ours to remove.
             Err(source) if !matches!(source.kind(), std::io::ErrorKind::DirectoryNotEmpty | std::io::ErrorKind::ResourceBusy) => {
                 Err(FileError::new("remove the directory", &self.path, source).into())
             }
@@ -150,8 +150,8 @@ impl StateDir {
         &self.path
     }
 
-    /// The host's identity (`node-id`): 32 hex digits, made at the first start. With a new one the MACs that are remembered are forgotten: whoever
-    /// removes the file of a copied host wants another host, and what devices of this one are there keep theirs.
+    /// The host's identity (`node-id`): 32 hex digits, created at the first start. A new identity clears the stored MACs, because
+    /// removing the file is how a copied host becomes another host. Existing devices keep their MACs.
     pub fn node_id(&self) -> Result<String, StateError> {
         let path = self.path.join("node-id");
         if let Some(text) = file::read(&path)? {
@@ -168,21 +168,21 @@ impl StateDir {
         }
         let id = format!("{:032x}", rand::random::<u128>());
         write_atomic(&path, format!("{id}\n").as_bytes(), FILE_MODE)?;
-        tracing::info!(node_id = id, path = %path.display(), "made this host's identity");
+        tracing::info!(node_id = id, path = %path.display(), "created node id");
         Ok(id)
     }
 
-    /// What the host remembers (`state.json`); nothing at the first start and where the file was torn.
+    /// Reads the host's state (`state.json`); the default at the first start, or if the file was corrupt.
     pub fn load_host(&self) -> Result<HostState, StateError> {
         Ok(self.load("state.json")?.unwrap_or_default())
     }
 
-    /// Keeps what the host is to remember; without a write where it stands there already.
+    /// Saves the host's state; does not write if it is unchanged.
     pub fn save_host(&self, state: &HostState) -> Result<(), StateError> {
         self.save("state.json", state)
     }
 
-    /// The content of a JSON file in the directory; `None` where it is not there, or was torn and has been set aside.
+    /// Reads a JSON file of the directory; `None` if it is missing, or was corrupt and has been quarantined.
     pub fn load<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, StateError> {
         let path = self.path.join(name);
         let Some(bytes) = file::read(&path)? else { return Ok(None) };
@@ -205,35 +205,36 @@ impl StateDir {
         }
     }
 
-    /// Writes a JSON file of the directory whole; not at all where the same text stands there.
+    /// Replaces a JSON file of the directory; does not write if the text is unchanged.
     pub fn save<T: Serialize>(&self, name: &str, content: &T) -> Result<(), StateError> {
         let path = self.path.join(name);
         write_if_changed(&path, &encode(&path, content)?, FILE_MODE)?;
         Ok(())
     }
 
-    /// The same, written in any case: afterwards the disk has it for certain, whoever wrote the same text before.
+    /// As [`StateDir::save`], but always writes, so that the text is synced to disk even if an unsynced write stored the same
+    /// text before.
     pub fn save_synced<T: Serialize>(&self, name: &str, content: &T) -> Result<(), StateError> {
         let path = self.path.join(name);
         write_atomic(&path, &encode(&path, content)?, FILE_MODE)?;
         Ok(())
     }
 
-    /// The same without waiting for the disk, which takes milliseconds: for what is worth nothing after a loss of power, because what it is about
-    /// is gone as well.
+    /// As [`StateDir::save_synced`], but without a sync, which takes milliseconds. For state that is useless after a power
+    /// failure, because the objects that it describes are gone too.
     pub fn save_unsynced<T: Serialize>(&self, name: &str, content: &T) -> Result<(), StateError> {
         let path = self.path.join(name);
         file::write_atomic_unsynced(&path, &encode(&path, content)?, FILE_MODE)?;
         Ok(())
     }
 
-    /// The journal of changes to a file of the directory.
+    /// A journal in the directory.
     pub fn journal(&self, name: &str) -> Journal {
         Journal::at(self.path.join(name))
     }
 }
 
-/// The content of a JSON file of a state directory that another agent may hold; `None` where it is not there. Changes nothing.
+/// Reads a JSON file of a state directory that an agent may have locked; `None` if it is missing. Changes nothing.
 pub fn peek<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, FileError> {
     file::peek(path, |bytes| serde_json::from_slice(bytes))
 }

@@ -1,24 +1,24 @@
-//! The etcd cluster, as this host sees it: the network's configuration, every host's lease, and this host's own. Only here is
-//! `etcd-client` named.
+//! etcd client: watches the network's configuration and all leases, and keeps this host's lease. Only this module uses
+//! `etcd-client`.
 //!
-//! [`Store::run`] is one task. In it the watch (`watch`) and the lease holder (`hold`) run side by side over one connection to one
-//! server; where either fails, both are dropped and start again over a new connection, after a jittered wait. Neither spawns anything.
+//! [`Store::run`] is one task. It runs the watch (`watch`) and the lease keeper (`lease_keeper`) concurrently over one connection
+//! to one server. If either fails, both are dropped and restarted over a new connection after a jittered delay. Neither spawns a
+//! task.
 //!
 //! ```text
-//!               wish                          StoreEvent
-//!   reconcile ---------> hold --+-> etcd      (bounded)
-//!                          ^    |         watch ---------> reconcile
-//!                          +----+--- board --+
+//!   reconcile --LeaseRequest--> lease_keeper --> etcd --> watch --StoreEvent (bounded)--> reconcile
+//!                                     ^                      |
+//!                                     +----- WatchState -----+
 //! ```
 //!
-//! | file | holds |
+//! | file | contents |
 //! | --- | --- |
-//! | `connect` | settings, endpoints, TLS, login, timeouts; `discovery` finds endpoints by DNS |
-//! | `next_keys`, `codec` | keys and values of the flannel v3 schema |
-//! | `read`, `watch` | everything at one revision, page by page; then every change |
-//! | `lease`, `by_family` | what to do about the own lease, as pure functions |
-//! | `hold`, `write`, `renew` | doing it: transactions, renewal, proof of life |
-//! | `oneshot` | single requests for programs without an agent; `clock` asks a server what time it is |
+//! | `connect` | settings, endpoints, TLS, login, timeouts; `discovery`: endpoints by DNS; `certificate`: expiry dates |
+//! | `keys`, `codec` | keys and values of the flannel v3 schema |
+//! | `read`, `watch` | a paged snapshot at one revision; then every change after it |
+//! | `lease`, `pick` | decisions about this host's lease, as pure functions |
+//! | `lease_keeper`, `write`, `renew` | their execution: transactions, renewal, liveness checks of another lease's holder |
+//! | `oneshot` | single requests for programs without an agent; `clock` reads an etcd server's clock |
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -61,12 +61,12 @@ pub use oneshot::{
     release, remaining_ttls,
 };
 
-/// Waiting before connecting again.
+/// Delay before reconnecting.
 const RECONNECT_BACKOFF: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(15));
-/// A connection that lasted this long was a good one: the next wait is short again.
+/// A connection that lasted this long resets the backoff.
 const STABLE_AFTER: Duration = Duration::from_secs(10);
 
-/// The store, for an agent.
+/// The agent's etcd client.
 #[derive(Debug, Clone)]
 pub struct Store {
     config: StoreConfig,
@@ -74,23 +74,23 @@ pub struct Store {
 }
 
 impl Store {
-    /// A store with these settings. Nothing is connected yet.
+    /// Creates a store with these settings. Does not connect.
     pub fn new(config: StoreConfig) -> Store {
         Store { config, metrics: None }
     }
 
-    /// The same, with its round trips counted.
+    /// Records the duration and result of each request in `metrics`.
     pub fn with_metrics(self, metrics: Arc<Metrics>) -> Store {
         Store { metrics: Some(metrics), ..self }
     }
 
-    /// Hands on what happens in the store, and takes and keeps the lease that is wished, until the token is cancelled. An etcd that
-    /// cannot be reached is no error: it is told as [`Connection::Down`] and tried again, whatever its answer was.
+    /// Sends store events and keeps the requested lease until the token is cancelled. An unreachable etcd is not an error: it is
+    /// reported as [`Connection::Down`] and retried, whatever its answer was.
     ///
-    /// Ending does not give the lease back: the data path goes on, and the next start finds it again.
+    /// The lease is kept on return: the data path continues, and the next start reuses the lease.
     ///
     /// # Errors
-    /// Settings that no retry can heal (see [`StoreConfig::validate`]), or [`StoreError::ReceiverClosed`].
+    /// Invalid settings, which no retry can fix (see [`StoreConfig::validate`]), or [`StoreError::ReceiverClosed`].
     pub async fn run(
         &self,
         events: mpsc::Sender<StoreEvent>,
@@ -130,8 +130,8 @@ impl Store {
                 }
                 let error = error.to_string();
                 match last_reported {
-                    Some(Connection::Down { error: ref known }) if *known == error => debug!(error, "etcd cannot be used"),
-                    _ => warn!(error, "etcd cannot be used, trying again; the data path stays as it is"),
+                    Some(Connection::Down { error: ref known }) if *known == error => debug!(error, "etcd unavailable"),
+                    _ => warn!(error, "etcd unavailable; retrying, data path unchanged"),
                 }
                 if let Err(gone) = watcher.report_down(error, &mut last_reported, &events).await {
                     return gone;
@@ -150,7 +150,8 @@ impl Store {
         result
     }
 
-    /// Connects to a server, and hands on the addresses of all before: what this host makes unreachable must not be among them.
+    /// Connects to a server and sends the addresses of all endpoints first. The agent must not install a route or rule that makes
+    /// an etcd server unreachable.
     async fn connect(
         &self,
         servers: &mut BTreeSet<IpAddr>,
@@ -165,7 +166,7 @@ impl Store {
         connect::connect_to_any(&self.config, endpoints, self.metrics.as_ref()).await
     }
 
-    /// Hands on what happens in the store until the token is cancelled, without a lease.
+    /// Sends store events until the token is cancelled, without a lease.
     ///
     /// # Errors
     /// As [`Store::run`].

@@ -1,7 +1,7 @@
-//! What passes between the agent and systemd: readiness, status and watchdog (`sd_notify(3)`), and the socket that systemd holds for the agent
-//! (`sd_listen_fds(3)`). Without systemd all of it is silence.
+//! The systemd protocols: `sd_notify(3)` for readiness, status and watchdog, and `sd_listen_fds(3)` for the inherited socket.
 //!
-//! Both protocols are a few lines over a datagram and two environment variables; a library would bring as much code as it saves.
+//! Without systemd nothing is sent. Both protocols are a few lines over a datagram and two environment variables; a library would add as
+//! much code as it saves.
 
 mod listen;
 
@@ -17,10 +17,10 @@ use tokio::net::UnixDatagram;
 
 pub use listen::{ListenError, take_listener};
 
-/// The longest status text, in characters: one line of `systemctl map_status`.
+/// The longest status text, in characters: one line of `systemctl status`.
 const MAX_STATUS_LENGTH: usize = 300;
 
-/// Tells systemd how the agent is. A message that cannot be sent is logged and forgotten: systemd then acts by its timeouts.
+/// Sends notifications to systemd. A failed message is logged and not retried: systemd then acts by its timeouts.
 #[derive(Debug)]
 pub struct Notifier {
     socket: Option<UnixDatagram>,
@@ -28,32 +28,32 @@ pub struct Notifier {
     ready: AtomicBool,
 }
 
-/// Why systemd cannot be told anything.
+/// The reason why systemd cannot be notified.
 #[derive(Debug, thiserror::Error)]
 pub enum NotifyError {
-    /// The variable is no address.
+    /// `NOTIFY_SOCKET` is not an address.
     #[error("NOTIFY_SOCKET is `{}`, which is neither an absolute path nor an abstract name (`@...`): {source}", address.display())]
     Address {
-        /// Its value.
+        /// The variable's value.
         address: PathBuf,
-        /// What is wrong with it.
+        /// The parse error.
         source: io::Error,
     },
-    /// No socket.
+    /// The socket cannot be opened or connected.
     #[error("cannot reach systemd at NOTIFY_SOCKET `{}`: {source}", address.display())]
     Socket {
-        /// Its value.
+        /// The variable's value.
         address: PathBuf,
-        /// The system's answer.
+        /// The system's error.
         source: io::Error,
     },
 }
 
 impl Notifier {
-    /// By the environment that systemd sets (`NOTIFY_SOCKET`, `WATCHDOG_USEC`, `WATCHDOG_PID`). Needs a tokio runtime.
+    /// Reads systemd's environment variables (`NOTIFY_SOCKET`, `WATCHDOG_USEC`, `WATCHDOG_PID`). Needs a tokio runtime.
     pub fn from_environment() -> Result<Notifier, NotifyError> {
         let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
-        // A watchdog that is meant for another process was inherited by mistake.
+        // With another PID the watchdog is for another process, and the variables were inherited by mistake.
         let ours = number("WATCHDOG_PID").is_none_or(|pid| pid == u64::from(std::process::id()));
         let watchdog = number("WATCHDOG_USEC").filter(|usec| ours && *usec > 0).map(Duration::from_micros);
         match std::env::var_os("NOTIFY_SOCKET").filter(|address| !address.is_empty()) {
@@ -62,53 +62,54 @@ impl Notifier {
         }
     }
 
-    /// Tells whoever listens at this address, who wants to hear [`Notifier::alive`] that often. Needs a tokio runtime.
+    /// Connects to the notification socket; `watchdog` is the timeout for [`Notifier::feed_watchdog`]. Needs a tokio runtime.
     pub fn connect_to(address: PathBuf, watchdog: Option<Duration>) -> Result<Notifier, NotifyError> {
         Ok(Notifier { socket: Some(connect(address)?), watchdog, ready: AtomicBool::new(false) })
     }
 
-    /// How long systemd waits for [`Notifier::alive`] before it ends the agent and starts it anew.
+    /// How long systemd waits for [`Notifier::feed_watchdog`] before it restarts the agent.
     pub fn watchdog(&self) -> Option<Duration> {
         self.watchdog
     }
 
-    /// Whether anybody listens.
+    /// Whether there is a notification socket.
     pub fn is_enabled(&self) -> bool {
         self.socket.is_some()
     }
 
-    /// The agent is ready. What waits for it starts now; said again it does nothing.
+    /// Reports readiness, so that systemd starts the units ordered after the agent. Repeated calls do nothing.
     pub async fn ready(&self) {
         if !self.ready.swap(true, Ordering::Relaxed) {
             self.send("READY=1").await;
         }
     }
 
-    /// One line for `systemctl map_status`.
+    /// Sets the status line of `systemctl status`.
     pub async fn status(&self, text: &str) {
         let line: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_STATUS_LENGTH).collect();
         self.send(&format!("STATUS={line}")).await;
     }
 
-    /// The agent makes progress.
+    /// Reports progress to the watchdog.
     pub async fn feed_watchdog(&self) {
         self.send("WATCHDOG=1").await;
     }
 
-    /// The end began.
+    /// Reports the begin of the shutdown.
     pub async fn stopping(&self) {
-        self.send("STOPPING=1\nSTATUS=Ending; the data path stays").await;
+        self.send("STOPPING=1\nSTATUS=Stopping; the data path keeps forwarding").await;
     }
 
-    /// The configuration is read again; [`Notifier::reloaded`] has to follow. Before the agent was ready systemd is not told of either: the
-    /// message that ends a reload is the one that ends a start.
+    /// Reports the begin of a reload; [`Notifier::reloaded`] has to follow.
+    ///
+    /// Both do nothing before the agent is ready: the message that ends a reload, `READY=1`, would also end the start.
     pub async fn reloading(&self) {
         if self.ready.load(Ordering::Relaxed) {
             self.send(&format!("RELOADING=1\nMONOTONIC_USEC={}", monotonic_time().as_micros())).await;
         }
     }
 
-    /// The configuration was read again.
+    /// Reports the end of a reload.
     pub async fn reloaded(&self) {
         if self.ready.load(Ordering::Relaxed) {
             self.send("READY=1").await;
@@ -118,8 +119,8 @@ impl Notifier {
     async fn send(&self, message: &str) {
         let Some(socket) = &self.socket else { return };
         match socket.send(message.as_bytes()).await {
-            Ok(_) => tracing::trace!(message, "told systemd"),
-            Err(error) => tracing::warn!(message, %error, "systemd cannot be told"),
+            Ok(_) => tracing::trace!(message, "notified systemd"),
+            Err(error) => tracing::warn!(message, %error, "cannot notify systemd"),
         }
     }
 }
@@ -141,7 +142,7 @@ fn connect(address: PathBuf) -> Result<UnixDatagram, NotifyError> {
     open().map_err(|source| NotifyError::Socket { address, source })
 }
 
-/// `CLOCK_MONOTONIC`, by which systemd tells a reload that has ended from one that begins.
+/// `CLOCK_MONOTONIC`; systemd uses it to tell the end of an earlier reload from the begin of a new one.
 fn monotonic_time() -> Duration {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: `now` is a valid, writable timespec for the whole call.
@@ -153,7 +154,7 @@ fn monotonic_time() -> Duration {
 mod tests {
     use super::*;
 
-    /// A listener in systemd's place, and the agent's end.
+    /// A socket in place of systemd's, and a notifier connected to it.
     fn socket_and_notifier(address: &str) -> (std::os::unix::net::UnixDatagram, Notifier) {
         let ours = match address.strip_prefix('@') {
             Some(name) => std::os::unix::net::UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(name).unwrap()).unwrap(),

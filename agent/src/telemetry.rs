@@ -1,9 +1,14 @@
-//! Logging: `tracing` to standard error, as text for people or JSON for programs, or to the journal with each field a field of its own; with a
-//! level that can be changed while the agent runs.
+//! Logging with `tracing`: to standard error as text or JSON, or to the journal with its fields. The level can be changed at run time.
 //!
-//! Levels: `error` the agent cannot go on or a user's wish failed for good; `print_warnings` something needs a look and the agent goes on; `info`
-//! what an operator wants in the journal (start, lease, peers, repairs); `debug` each event and batch; `trace` each message. Secrets are
-//! logged at no level.
+//! | level | events |
+//! | --- | --- |
+//! | `error` | the agent cannot continue, or a user's request failed permanently |
+//! | `warn` | the operator should check something; the agent continues |
+//! | `info` | start, lease, peers, repairs |
+//! | `debug` | each event and batch |
+//! | `trace` | each message |
+//!
+//! Secrets are logged at no level.
 
 mod journal;
 
@@ -17,26 +22,26 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
 
-/// The longest filter that is taken, in bytes: some twenty directives.
+/// The longest accepted filter, in bytes: some twenty directives.
 const MAX_FILTER_LENGTH: usize = 1024;
 
 const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
 
-/// The form of the log (`--log_file-format`).
+/// The format of the log (`--log-format`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum LogFormat {
-    /// The journal where standard error is its stream, text otherwise.
+    /// The journal if standard error is connected to it, text otherwise.
     #[default]
     Auto,
-    /// One line an event, for people.
+    /// One text line per event.
     Text,
-    /// One JSON object an event.
+    /// One JSON object per event.
     Json,
     /// The journal, with fields.
     Journal,
 }
 
-/// The words for the formats.
+/// The names of the formats.
 pub const LOG_FORMATS: [(&str, LogFormat); 4] =
     [("auto", LogFormat::Auto), ("text", LogFormat::Text), ("json", LogFormat::Json), ("journal", LogFormat::Journal)];
 
@@ -49,36 +54,36 @@ impl FromStr for LogFormat {
     }
 }
 
-/// Why the log is not as wished.
+/// The reason why the log cannot be set up or changed.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum TelemetryError {
-    /// The filter is none.
+    /// The filter is invalid.
     #[error(
-        "`{text}` is no log level: {reason}; expected off, error, warn, info, debug or trace, and for single parts \
+        "`{text}` is not a log level: {reason}; expected off, error, warn, info, debug or trace, and for single modules \
          TARGET=LEVEL, such as info,overlay_agent::store=debug"
     )]
     Level {
-        /// The refused text, cut to 80 characters.
+        /// The rejected text, cut to 80 characters.
         text: String,
-        /// What is wrong with it.
+        /// The rule that the text violates.
         reason: String,
     },
-    /// The format is none.
-    #[error("`{text}` is no log format: expected auto, text, json or journal")]
+    /// The format is unknown.
+    #[error("`{text}` is not a log format: expected auto, text, json or journal")]
     Format {
-        /// The refused text, cut to 80 characters.
+        /// The rejected text, cut to 80 characters.
         text: String,
     },
-    /// The journal cannot be written to.
+    /// The journal's socket cannot be connected.
     #[error("cannot write to the journal (--log-format=journal): {source}; without systemd choose text or json")]
     Journal {
-        /// The system's answer.
+        /// The system's error.
         source: Arc<io::Error>,
     },
-    /// The process has a log already.
+    /// The process already has a log.
     #[error("the log was set up twice in one process")]
     AlreadyInitialized,
-    /// The log is gone: only while the process ends.
+    /// The log was dropped, which happens only at the end of the process.
     #[error("the log is closed already")]
     Closed,
 }
@@ -88,21 +93,21 @@ pub enum TelemetryError {
 pub struct LevelHandle(reload::Handle<EnvFilter, Registry>);
 
 impl LevelHandle {
-    /// The filter in force.
+    /// The current filter.
     pub fn get(&self) -> String {
         self.0.with_current(ToString::to_string).unwrap_or_default()
     }
 
-    /// Puts another filter in force, from the next event on.
+    /// Changes the filter, from the next event on.
     pub fn set(&self, level: &str) -> Result<(), TelemetryError> {
         self.0.reload(parse_filter(level)?).map_err(|_| TelemetryError::Closed)
     }
 }
 
-/// Sets the process's log up, on standard error or in the journal.
+/// Sets up the process's log, on standard error or in the journal.
 pub fn init(level: &str, format: LogFormat) -> Result<LevelHandle, TelemetryError> {
     let journal = match format {
-        // A journal that is promised and not there is no reason to be silent.
+        // If JOURNAL_STREAM names a journal that cannot be opened, the log falls back to text.
         LogFormat::Auto if journal::is_journal_stream(std::env::var_os("JOURNAL_STREAM").as_deref(), io::stderr()) => {
             journal::JournalLayer::open().ok()
         }
@@ -122,7 +127,7 @@ pub fn init(level: &str, format: LogFormat) -> Result<LevelHandle, TelemetryErro
     Ok(handle)
 }
 
-/// The log on another writer.
+/// Builds the text or JSON log for this writer.
 fn build_subscriber<W>(
     level: &str,
     format: LogFormat,
@@ -141,8 +146,9 @@ where
     Ok((tracing_subscriber::registry().with(filter).with(output), LevelHandle(handle)))
 }
 
-/// A filter of the `tracing` crate. A bare word has to be a level: `tracing` itself takes any other one for a target, so that a slip
-/// (`inof`) would silence the log.
+/// Parses a filter of the `tracing` crate.
+///
+/// A bare word must be a level: `tracing` itself takes any other word as a target, so a typo (`inof`) would silence the log.
 pub fn parse_filter(text: &str) -> Result<EnvFilter, TelemetryError> {
     let error = |reason: &str| TelemetryError::Level { text: crate::model::lease::printable(text), reason: reason.to_owned() };
     if text.len() > MAX_FILTER_LENGTH {
@@ -151,13 +157,13 @@ pub fn parse_filter(text: &str) -> Result<EnvFilter, TelemetryError> {
     let level = |word: &str| LEVELS.iter().any(|level| word.eq_ignore_ascii_case(level));
     for part in text.split(',') {
         match part.rsplit_once('=') {
-            None if part.is_empty() => return Err(error("a part of it is empty")),
-            None if !level(part) => return Err(error("that word is unknown")),
-            Some((target, word)) if target.is_empty() || !level(word) => return Err(error("a part of it is not TARGET=LEVEL")),
+            None if part.is_empty() => return Err(error("one of its parts is empty")),
+            None if !level(part) => return Err(error("unknown level")),
+            Some((target, word)) if target.is_empty() || !level(word) => return Err(error("one of its parts is not TARGET=LEVEL")),
             _ => {}
         }
     }
-    // `debug` and `trace` alone mean the agent's own events: below them the HTTP/2 library tells of every frame.
+    // A bare `debug` or `trace` applies to the agent's own events only, because the HTTP/2 library logs every frame at these levels.
     let ours = |part: &str| match part.to_ascii_lowercase().as_str() {
         word @ ("debug" | "trace") => format!("info,overlay_agent={word}"),
         _ => part.to_owned(),
@@ -233,7 +239,7 @@ mod tests {
         }
         for bad in ["", "inof", "info,", "=info", "store=loud", "info debug", "a=b=c", "\u{1b}[31m", &"x".repeat(2000)] {
             let error = parse_filter(bad).expect_err(bad).to_string();
-            assert!(error.contains("is no log level") && !error.contains('\u{1b}') && error.len() < 400, "{error}");
+            assert!(error.contains("is not a log level") && !error.contains('\u{1b}') && error.len() < 400, "{error}");
         }
         assert!("jsn".parse::<LogFormat>().is_err());
     }

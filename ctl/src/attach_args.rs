@@ -1,4 +1,4 @@
-//! What a container shall get, as flags that `attach_filter` and `run` share.
+//! Flags of an attachment, shared by `overlayctl attach` and `overlayctl run`.
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -10,49 +10,49 @@ use crate::cmd::CommandError;
 use crate::netns::PrefixArg;
 use crate::resolver::ResolverArgs;
 
-/// The flags.
+/// Flags of an attachment.
 #[derive(Debug, clap::Args)]
 pub struct AttachArgs {
-    /// What the container gets: overlay (an interface with addresses of this host's subnet), none (loopback only), host (the host's
-    /// network), container:NAME (the namespace of another endpoint)
+    /// Mode: overlay (an interface with addresses of this host's subnet), none (loopback only), host (the host's network),
+    /// container:NAME (the namespace of another endpoint)
     #[arg(long, value_name = "MODE", default_value_t = Mode::Overlay)]
     pub mode: Mode,
-    /// A wished address of this host's subnet; once per family
+    /// Requested address of this host's subnet; once per family
     #[arg(long = "ip", value_name = "ADDRESS")]
     ips: Vec<IpAddr>,
-    /// A wished MAC for the interface
+    /// Requested MAC of the interface
     #[arg(long, value_name = "MAC")]
     mac: Option<Mac>,
-    /// The interface to make in the namespace [default: eth0]
+    /// Name of the interface in the namespace [default: eth0]
     #[arg(long, value_name = "NAME")]
     interface: Option<String>,
-    /// A port of the host that leads to the container: [ADDRESS:]HOST[-LAST]:CONTAINER[-LAST][/tcp|udp|sctp]
+    /// Port of the host to forward to the container: [ADDRESS:]HOST[-LAST]:CONTAINER[-LAST][/tcp|udp|sctp]
     #[arg(short, long, value_name = "PORTS")]
     publish: Vec<PublishedPort>,
-    /// Let the container send with addresses and MACs that are not its own: for routers and virtual addresses
+    /// Let the container send with foreign addresses and MACs: for routers and virtual addresses
     #[arg(long)]
     no_source_check: bool,
-    /// Make no default route, only one to the overlay network: for a container whose default route is another network's
+    /// Create no default route, only one to the overlay network: for a container with a default route to another network
     #[arg(long)]
     no_default_route: bool,
-    /// What makes it, to be shown by `endpoint_count`
+    /// Owner, shown by `endpoints`
     #[arg(long, value_name = "TEXT", hide = true)]
     owner: Option<String>,
-    /// Its resolvers
+    /// Resolver settings
     #[command(flatten)]
     pub resolver: ResolverArgs,
-    /// For labs
+    /// Namespace prefix, for labs
     #[command(flatten)]
     pub prefix: PrefixArg,
 }
 
 impl AttachArgs {
-    /// Whether the mode has a network namespace of its own.
+    /// Whether the mode has its own network namespace.
     pub fn has_namespace(&self) -> bool {
         matches!(self.mode, Mode::Overlay | Mode::None)
     }
 
-    /// The request, for that namespace. What makes no sense together is an error of usage.
+    /// Builds the request for a namespace. Conflicting flags are a usage error.
     pub fn request(&self, netns: Option<PathBuf>) -> Result<AttachRequest, CommandError> {
         self.resolver.validate()?;
         let mode = &self.mode;
@@ -75,7 +75,7 @@ impl AttachArgs {
     }
 }
 
-/// The wished addresses by family.
+/// Sorts the requested addresses by family.
 fn addresses_by_family(ips: &[IpAddr]) -> Result<PerFamily<IpAddr>, CommandError> {
     let mut addresses = PerFamily::default();
     for ip in ips {

@@ -1,8 +1,8 @@
-//! What somebody needs who helps from afar: the agent's view, its log, what the kernel holds, versions and configuration, in one archive without
-//! secrets. `overlayctl support-bundle`.
+//! Support archive of `overlayctl support-bundle`: the agent's state, its log, the kernel's state, versions and configuration,
+//! without secrets.
 //!
-//! Works where no agent runs: what cannot be had is named in the list of contents, and the rest is there. [`collect_sources`] says what is collected,
-//! [`redact`] what is taken out of it. No tasks.
+//! Works without a running agent: the list of contents names each missing part with the reason. [`sources`] defines the parts,
+//! [`redact`] removes secrets. No tasks.
 
 pub mod redact;
 pub mod sources;
@@ -17,65 +17,66 @@ use serde::{Deserialize, Serialize};
 
 use redact::Redactor;
 
-/// The largest part that is kept whole, in bytes; of a longer one the end is kept, where the news is.
+/// Largest part that is kept complete, in bytes. Of a longer one the end is kept, which is the most recent.
 const MAX_PART_BYTES: usize = 16 << 20;
 
-/// A part as it was collected.
+/// A collected part.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Part {
-    /// Its path in the archive.
+    /// Path in the archive.
     pub name: String,
-    /// Where it is from: a command, a file, a request.
+    /// Source: a command, a file, a request.
     pub from: String,
-    /// Its text, or why it is not there.
+    /// Text, or the reason for its absence.
     pub content: Result<String, String>,
 }
 
 /// One line of the list of contents.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
-    /// Its path in the archive.
+    /// Path in the archive.
     pub name: String,
-    /// Where it is from.
+    /// Source.
     pub from: String,
-    /// Bytes, secrets taken out.
+    /// Size in bytes, without secrets.
     pub bytes: usize,
-    /// How many secrets were taken out.
+    /// Number of removed secrets.
     pub removed: usize,
-    /// Why it is not there.
+    /// Reason for its absence.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub missing: Option<String>,
 }
 
-/// What became of the archive.
+/// A finished archive.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bundle {
-    /// The file.
+    /// Path of the file.
     pub file: PathBuf,
-    /// Its size in bytes.
+    /// Size in bytes.
     pub bytes: u64,
-    /// What is inside, and what could not be had.
+    /// Contents, including missing parts.
     pub entries: Vec<Entry>,
 }
 
-/// Why there is no archive.
+/// Failure to write the archive.
 #[derive(Debug, thiserror::Error)]
 pub enum BundleError {
-    /// The file.
-    #[error("cannot write {}: {source}; choose another place with --out FILE", path.display())]
+    /// Write error of the file.
+    #[error("cannot write {}: {source}; choose another path with --out FILE", path.display())]
     Write {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system says.
+        /// Error of the system call.
         source: std::io::Error,
     },
 }
 
-/// An archive that is being written, beside its place; it is there under its name once it is whole, and its owner's alone.
+/// An archive in progress, in a temporary file next to its path. It gets its name when it is complete; only its owner can read
+/// it.
 pub struct Archive {
     path: PathBuf,
     partial: PathBuf,
-    /// The first folder of each path inside: what the archive unpacks to.
+    /// First directory of each path inside: the archive unpacks to it.
     top: String,
     tar: tar::Builder<GzEncoder<std::fs::File>>,
     redactor: Redactor,
@@ -84,7 +85,7 @@ pub struct Archive {
 }
 
 impl Archive {
-    /// Begins one. A file that is there already is not overwritten.
+    /// Starts an archive. An existing file is not overwritten.
     pub fn create(path: &Path, top: &str, mtime: u64, redactor: Redactor) -> Result<Archive, BundleError> {
         let failed = |path: &Path| {
             let path = path.to_owned();
@@ -102,7 +103,7 @@ impl Archive {
         Ok(Archive { path: path.to_owned(), partial, top: top.to_owned(), tar, redactor, entries: Vec::new(), mtime })
     }
 
-    /// Adds a part, its secrets taken out.
+    /// Adds a part without its secrets.
     pub fn add(&mut self, part: Part) -> Result<(), BundleError> {
         let Part { name, from, content } = part;
         match content {
@@ -119,14 +120,14 @@ impl Archive {
         Ok(())
     }
 
-    /// Adds the list of contents and puts the archive in its place.
+    /// Adds the list of contents and renames the archive to its path.
     pub fn finish(mut self) -> Result<Bundle, BundleError> {
         let list = contents(&self.entries);
         self.append("CONTENTS.txt", list.as_bytes())?;
         let (path, partial) = (self.path.clone(), self.partial.clone());
         let entries = std::mem::take(&mut self.entries);
         let failed = |source| BundleError::Write { path: path.clone(), source };
-        // The builder is taken out of the archive, whose end would remove the file.
+        // Replaces the builder: dropping the archive would remove the file.
         let empty = tar::Builder::new(GzEncoder::new(std::fs::File::open("/dev/null").map_err(failed)?, Compression::none()));
         let tar = std::mem::replace(&mut self.tar, empty);
         let mut file = tar.into_inner().and_then(GzEncoder::finish).map_err(failed)?;
@@ -148,13 +149,13 @@ impl Archive {
 }
 
 impl Drop for Archive {
-    /// Nothing half-made stays; where it was finished, the file has its own name by now.
+    // An incomplete archive is removed; a finished one has been renamed.
     fn drop(&mut self) {
         let _gone = std::fs::remove_file(&self.partial);
     }
 }
 
-/// The end of a text that is too long, from the beginning of a line on.
+/// End of a text that is too long, from the start of a line.
 fn tail(text: &str) -> &str {
     let Some(mut start) = text.len().checked_sub(MAX_PART_BYTES) else { return text };
     while !text.is_char_boundary(start) {
@@ -163,16 +164,16 @@ fn tail(text: &str) -> &str {
     text[start..].split_once('\n').map_or(&text[start..], |(_, rest)| rest)
 }
 
-/// The list of contents, as text.
+/// Formats the list of contents.
 pub fn contents(entries: &[Entry]) -> String {
-    let mut text = "What is inside, where it is from, and how many secrets were taken out of it.\n\n".to_owned();
+    let mut text = "Contents, with size, removed secrets and source.\n\n".to_owned();
     for entry in entries.iter().filter(|entry| entry.missing.is_none()) {
         let removed = if entry.removed > 0 { format!(", {} secrets removed", entry.removed) } else { String::new() };
         text.push_str(&format!("{}  ({} bytes{removed})  {}\n", entry.name, entry.bytes, entry.from));
     }
     let missing: Vec<&Entry> = entries.iter().filter(|entry| entry.missing.is_some()).collect();
     if !missing.is_empty() {
-        text.push_str("\nNot there:\n\n");
+        text.push_str("\nMissing:\n\n");
     }
     for entry in missing {
         text.push_str(&format!("{}  {}: {}\n", entry.name, entry.from, entry.missing.as_deref().unwrap_or_default()));

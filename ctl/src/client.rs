@@ -1,6 +1,6 @@
-//! HTTP/1 to the agent's UNIX socket. One connection a request: the socket is local, and no state outlives a command.
+//! HTTP/1 client of the agent's UNIX socket. One connection per request: the socket is local, and no state outlives a command.
 //!
-//! The shapes are those of `overlay_agent::model::api`.
+//! The JSON types are in `overlay_agent::model::api`.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -19,90 +19,90 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
-/// Where the agent listens unless told otherwise.
+/// Default path of the agent's socket.
 pub const DEFAULT_SOCKET: &str = "/run/overlayd/overlayd.sock";
 
-/// How long one request may take: a little more than the agent's own limit of 30 s, so that its answer is seen.
+/// Timeout of one request: a little more than the agent's own limit of 30 s, so that its answer arrives.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(35);
 
-/// The largest answer read, in bytes. 10,000 peers are about 3 MB.
+/// Largest response, in bytes. 10,000 peers take about 3 MB.
 const MAX_RESPONSE_BYTES: usize = 256 << 20;
 
-/// Why the agent's answer is not there.
+/// Failure of a request.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nothing is at the socket's path.
+    /// The socket does not exist.
     #[error(
-        "no agent at {}: there is no such socket. Is overlayd running? See `systemctl status overlayd`; an agent with another run \
-         directory is reached with --socket PATH",
+        "no agent at {}: no such socket. Is overlayd running? See `systemctl status overlayd`; for an agent with another run \
+         directory use --socket PATH",
         socket.display()
     )]
     NoSocket {
-        /// The path.
+        /// Path of the socket.
         socket: PathBuf,
     },
-    /// A socket is there that nobody listens on.
-    #[error("no agent answers at {}: the socket is left over from one that has ended. Start it: systemctl start overlayd", socket.display())]
+    /// No process listens on the socket.
+    #[error("no agent at {}: nothing listens on the socket. Start it: systemctl start overlayd", socket.display())]
     ConnectionRefused {
-        /// The path.
+        /// Path of the socket.
         socket: PathBuf,
     },
-    /// The user may not use the socket.
+    /// The user has no permission for the socket.
     #[error(
-        "permission to use {} is denied: become root (sudo overlayctl ...) or a member of the socket's group",
+        "permission denied for {}: become root (sudo overlayctl ...) or a member of the socket's group",
         socket.display()
     )]
     PermissionDenied {
-        /// The path.
+        /// Path of the socket.
         socket: PathBuf,
     },
-    /// The path cannot be connected to.
+    /// The connection failed otherwise.
     #[error("cannot connect to {}: {source}", socket.display())]
     Connect {
-        /// The path.
+        /// Path of the socket.
         socket: PathBuf,
-        /// What the system says.
+        /// Error of the system call.
         source: std::io::Error,
     },
-    /// The conversation broke.
-    #[error("the agent at {} broke off while answering {request}: {reason}. Its log says more: journalctl -u overlayd", socket.display())]
+    /// The connection broke during the request.
+    #[error("the agent at {} closed the connection during {request}: {reason}. See its log: journalctl -u overlayd", socket.display())]
     ConnectionLost {
-        /// The path.
+        /// Path of the socket.
         socket: PathBuf,
         /// Method and path.
         request: String,
-        /// What happened.
+        /// Reason.
         reason: String,
     },
-    /// No answer in time.
+    /// No response before the timeout.
     #[error("the agent at {} did not answer {request} within {}", socket.display(), humantime::format_duration(*limit))]
     TimedOut {
-        /// The path.
+        /// Path of the socket.
         socket: PathBuf,
         /// Method and path.
         request: String,
-        /// The time allowed.
+        /// Timeout.
         limit: Duration,
     },
-    /// The agent refuses, and says why.
+    /// The agent rejects the request.
     #[error("{message}")]
     Problem {
-        /// The HTTP status.
+        /// HTTP status.
         status: StatusCode,
-        /// The agent's words.
+        /// The agent's message.
         message: String,
     },
-    /// The answer has another shape.
-    #[error("cannot read the agent's answer to {request}: {reason}. Are overlayctl {} and overlayd of one version?", env!("CARGO_PKG_VERSION"))]
+    /// The response cannot be parsed.
+    #[error("cannot read the agent's answer to {request}: {reason}. overlayctl is {}: is overlayd the same version?", env!("CARGO_PKG_VERSION"))]
     InvalidResponse {
         /// Method and path.
         request: String,
-        /// What is wrong with it.
+        /// Parse error.
         reason: String,
     },
 }
 
-/// A client of one agent.
+/// Client of one agent.
 #[derive(Debug, Clone)]
 pub struct Client {
     socket: PathBuf,
@@ -110,60 +110,60 @@ pub struct Client {
 }
 
 impl Client {
-    /// A client of the agent that listens at `socket`. Nothing is opened yet.
+    /// Creates a client of the agent that listens at `socket`. Opens no connection.
     pub fn new(socket: impl Into<PathBuf>) -> Client {
         Client { socket: socket.into(), timeout: REQUEST_TIMEOUT }
     }
 
-    /// The same client with another limit for each request.
+    /// Sets the timeout of each request.
     pub fn with_timeout(mut self, timeout: Duration) -> Client {
         self.timeout = timeout;
         self
     }
 
-    /// The socket's path.
+    /// Path of the socket.
     pub fn socket(&self) -> &Path {
         &self.socket
     }
 
-    /// The agent's health.
+    /// Reads the agent's status.
     pub async fn status(&self) -> Result<Status, ClientError> {
         self.request_json(Method::GET, "status", None::<&()>).await
     }
 
-    /// Every lease the agent sees.
+    /// Reads all leases that the agent knows.
     pub async fn subnets(&self) -> Result<Subnets, ClientError> {
         self.request_json(Method::GET, "subnets", None::<&()>).await
     }
 
-    /// Every lease now, and again at each change, until the agent ends.
+    /// Streams all leases, now and on each change, until the agent ends.
     pub async fn watch_subnets(&self) -> Result<SubnetsStream, ClientError> {
         let request = format!("GET /v{VERSION}/subnets?watch=true");
         let (body, driver) = self.within_timeout(&request, self.send(Method::GET, "subnets?watch=true", None::<&()>)).await?;
         Ok(SubnetsStream { socket: self.socket.clone(), request, body, pending: BytesMut::new(), _driver: driver })
     }
 
-    /// How this host reaches each peer.
+    /// Reads the peers and their data-path state.
     pub async fn peers(&self) -> Result<Peers, ClientError> {
         self.request_json(Method::GET, "peers", None::<&()>).await
     }
 
-    /// How this host reaches each peer, by its probes.
+    /// Reads the peers' reachability from the agent's probes.
     pub async fn mesh(&self) -> Result<Mesh, ClientError> {
         self.request_json(Method::GET, "mesh", None::<&()>).await
     }
 
-    /// This host's endpoints.
+    /// Reads this host's endpoints.
     pub async fn endpoints(&self) -> Result<Endpoints, ClientError> {
         self.request_json(Method::GET, "endpoints", None::<&()>).await
     }
 
-    /// The network as this host has it, endpoints and all.
+    /// Reads this host's network, including its endpoints.
     pub async fn network(&self) -> Result<NetworkView, ClientError> {
         self.request_json(Method::GET, "network", None::<&()>).await
     }
 
-    /// The numbers, in Prometheus' text format.
+    /// Reads the metrics, in Prometheus' text format.
     pub async fn metrics(&self) -> Result<String, ClientError> {
         let request = "GET /metrics";
         let bytes = self
@@ -180,18 +180,18 @@ impl Client {
         self.request_json(Method::PUT, &format!("endpoints/{name}"), Some(request)).await
     }
 
-    /// Detaches a container; one that is not there is no error.
+    /// Detaches a container. An unknown container is no error.
     pub async fn detach(&self, name: &EndpointName) -> Result<DetachResponse, ClientError> {
         self.detach_with(name, false).await
     }
 
-    /// Detaches a container; where `force` is given also one whose namespace others share, and they with it.
+    /// Detaches a container. With `force` it also detaches endpoints that share its namespace.
     pub async fn detach_with(&self, name: &EndpointName, force: bool) -> Result<DetachResponse, ClientError> {
         let query = if force { "?force=true" } else { "" };
         self.request_json(Method::DELETE, &format!("endpoints/{name}{query}"), None::<&()>).await
     }
 
-    /// The agent's log filter.
+    /// Reads the agent's log filter.
     pub async fn log_level(&self) -> Result<LogLevel, ClientError> {
         self.request_json(Method::GET, "log-level", None::<&()>).await
     }
@@ -217,9 +217,9 @@ impl Client {
         serde_json::from_slice(&bytes).map_err(|e| ClientError::InvalidResponse { request, reason: e.to_string() })
     }
 
-    /// Sends a request and hands on the body of a successful answer. The driver keeps the connection going while it lives.
+    /// Sends a request and returns the body of a successful response. The connection lives as long as the driver.
     async fn send(&self, method: Method, path: &str, body: Option<&impl Serialize>) -> Result<(Incoming, Driver), ClientError> {
-        // What has no version is asked for by its whole path.
+        // Unversioned paths are given in full.
         let path = if path.starts_with('/') { path.to_owned() } else { format!("/v{VERSION}/{path}") };
         let name = format!("{method} {path}");
         let stream = UnixStream::connect(&self.socket).await.map_err(|source| self.connect_error(source))?;
@@ -228,7 +228,7 @@ impl Client {
             .map_err(|e| self.connection_lost(&name, e.to_string()))?;
         let mut driver = Driver(tokio::task::JoinSet::new());
         driver.0.spawn(async move {
-            // Its end is seen by whoever reads the body.
+            // The reader of the body sees the end of the connection.
             let _ended = connection.await;
         });
         let mut builder = Request::builder().method(method).uri(&path).header("host", "overlayd");
@@ -249,7 +249,7 @@ impl Client {
         let bytes = read_body(answer.into_body()).await.map_err(|reason| self.connection_lost(&name, reason))?;
         let message = match serde_json::from_slice::<ErrorBody>(&bytes) {
             Ok(problem) => problem.error,
-            Err(_) => format!("the agent answers {name} with {status}"),
+            Err(_) => format!("the agent answered {name} with {status}"),
         };
         Err(ClientError::Problem { status, message })
     }
@@ -287,7 +287,7 @@ async fn read_body(body: Incoming) -> Result<Bytes, String> {
     Limited::new(body, MAX_RESPONSE_BYTES).collect().await.map(|all| all.to_bytes()).map_err(|e| e.to_string())
 }
 
-/// The subnets, again at each change.
+/// Stream of the subnets, one item per change.
 #[derive(Debug)]
 pub struct SubnetsStream {
     socket: PathBuf,
@@ -298,7 +298,7 @@ pub struct SubnetsStream {
 }
 
 impl SubnetsStream {
-    /// The next state; `None` when the agent ends in good order. Cancel-safe: what was read is kept.
+    /// Reads the next item; `None` if the agent ended the stream cleanly. Cancel-safe: data already read is kept.
     pub async fn next(&mut self) -> Result<Option<Subnets>, ClientError> {
         loop {
             if let Some(end) = self.pending.iter().position(|b| *b == b'\n') {

@@ -1,7 +1,7 @@
-//! dockerd's options for this host's part of the overlay, and its configuration file. Pure but for [`read`].
+//! dockerd's options for this host's part of the overlay, and its configuration file. Pure except [`read_config`].
 //!
-//! Docker puts its containers on the bridge that the agent keeps, and hands out addresses of the part of the subnet that the agent leaves
-//! to it; `docs/docker_share.md` says why. The file has keys of others as well: they stay, and one that contradicts ours is refused by its name.
+//! Docker attaches its containers to the agent's bridge, and assigns addresses from the part of the subnet that the agent
+//! reserves for it; `docs/docker.md` explains why. The file's other keys stay unchanged; a conflicting key is rejected by name.
 
 use std::path::{Path, PathBuf};
 
@@ -16,18 +16,18 @@ use serde_json::{Map, Value};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct DockerOptions {
-    /// The bridge of the overlay. Its address is the containers' gateway: Docker takes it from the bridge.
+    /// Bridge of the overlay. Its address is the containers' gateway: Docker takes it from the bridge.
     pub bridge: String,
     /// Docker's part of the host's IPv4 subnet.
     pub fixed_cidr: Cidr,
-    /// The overlay's MTU in bytes.
+    /// MTU of the overlay in bytes.
     pub mtu: u32,
-    /// Never: the agent masquerades what leaves the overlay, and what stays in it keeps its addresses.
+    /// Always false: the agent masquerades packets that leave the overlay, and packets inside keep their addresses.
     pub ip_masq: bool,
-    /// Whether containers have IPv6 addresses as well.
+    /// Whether containers also have IPv6 addresses.
     #[serde(skip_serializing_if = "is_false")]
     pub ipv6: bool,
-    /// Where they come from.
+    /// Docker's part of the host's IPv6 subnet.
     #[serde(rename = "fixed-cidr-v6", skip_serializing_if = "Option::is_none")]
     pub fixed_cidr_v6: Option<Cidr>,
 }
@@ -37,72 +37,72 @@ fn is_false(value: &bool) -> bool {
     !value
 }
 
-/// The keys of [`DockerOptions`]: in a file whose bridge is one of ours they are ours, too.
+/// Keys of [`DockerOptions`]: in a file with one of our bridges they are ours too.
 const OWN_KEYS: [&str; 6] = ["bridge", "fixed-cidr", "mtu", "ip-masq", "ipv6", "fixed-cidr-v6"];
 
-/// Keys that do not go with a bridge that is there already, each with the reason.
+/// Keys that conflict with an existing bridge, with the reason.
 const CONFLICTING_KEYS: [(&str, &str); 4] = [
-    ("bip", "Docker takes either an address for a bridge of its own or a bridge that is there"),
-    ("bip6", "Docker takes either an address for a bridge of its own or a bridge that is there"),
-    ("default-gateway", "the gateway is the address of the overlay's bridge, which Docker finds itself"),
-    ("default-gateway-v6", "the gateway is the address of the overlay's bridge, which Docker finds itself"),
+    ("bip", "Docker accepts either an address for its own bridge or an existing bridge"),
+    ("bip6", "Docker accepts either an address for its own bridge or an existing bridge"),
+    ("default-gateway", "the gateway is the address of the overlay's bridge, which Docker detects"),
+    ("default-gateway-v6", "the gateway is the address of the overlay's bridge, which Docker detects"),
 ];
 
-/// Why there are no options, or why they are not in the file.
+/// Failure to determine the options or to write the file.
 #[derive(Debug, thiserror::Error)]
 pub enum DockerError {
-    /// Nothing is leased, or not in place yet.
-    #[error("the overlay is not in place on this host yet: `overlayctl status --wait 2m` waits for it, and says what is missing")]
+    /// The host has no lease, or its data path is not programmed.
+    #[error("the overlay is not ready on this host: `overlayctl status --wait 2m` waits for it and shows the reason")]
     NotReady,
-    /// Docker's default network has IPv4, whatever else it has.
+    /// Docker's default network always needs IPv4.
     #[error("the overlay has no IPv4, which Docker's bridge needs: set Network and EnableIPv4 in the network's configuration")]
     NoIpv4,
-    /// All addresses are the agent's.
+    /// The agent assigns all addresses itself.
     #[error(
-        "the agent hands out every address of {subnet}: set `docker = true` in /etc/overlayd/overlayd.toml (or OVERLAYD_DOCKER=true) \
-         and restart it, so that it leaves a part of them to Docker"
+        "the agent assigns every address of {subnet}: set `docker = true` in /etc/overlayd/overlayd.toml (or OVERLAYD_DOCKER=true) \
+         and restart it, so that it reserves a part of them for Docker"
     )]
     NoShare {
-        /// The host's subnet.
+        /// Subnet of the host.
         subnet: Cidr,
     },
-    /// The subnet is too small for two.
-    #[error("subnet {subnet} is too small to be shared with Docker: give the hosts subnets of /29 or larger (SubnetLen)")]
+    /// The subnet is too small to share.
+    #[error("subnet {subnet} is too small to share with Docker: configure subnets of /29 or larger (SubnetLen)")]
     TooSmall {
-        /// The host's subnet.
+        /// Subnet of the host.
         subnet: Cidr,
     },
-    /// Endpoints from a time when all addresses were the agent's.
+    /// Endpoints hold addresses of Docker's part, from a time before its reservation.
     #[error(
-        "of Docker's part of the subnet, addresses are in use: {}; detach and attach them again, they get others",
+        "addresses of Docker's part of the subnet are in use: {}; detach and attach these endpoints again for new addresses",
         list(.holders)
     )]
     AddressesInUse {
-        /// Who has which.
+        /// Endpoints with their addresses.
         holders: Vec<(EndpointName, std::net::IpAddr)>,
     },
     /// The file cannot be read.
     #[error("cannot read {}: {source}", path.display())]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system says.
+        /// Error of the system call.
         source: std::io::Error,
     },
-    /// The file is no JSON object.
-    #[error("{} is not what dockerd reads: {reason}; correct it, or write another file", path.display())]
+    /// The file is not a JSON object.
+    #[error("{} is not a dockerd configuration: {reason}; correct it, or write another file", path.display())]
     Malformed {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong.
+        /// Error in the file.
         reason: String,
     },
-    /// Keys of the file contradict the options.
-    #[error("{} has what does not go with the overlay:{}\nremove these keys, and try again; nothing was written", path.display(), lines(.conflicts))]
+    /// Keys of the file conflict with the options.
+    #[error("{} has keys that conflict with the overlay:{}\nremove these keys, and try again; nothing was written", path.display(), lines(.conflicts))]
     Conflict {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Each key with its value and what is wrong with it.
+        /// Each key with its value and the reason.
         conflicts: Vec<String>,
     },
 }
@@ -116,7 +116,7 @@ fn lines(conflicts: &[String]) -> String {
 }
 
 impl DockerOptions {
-    /// The options for a host's network as the agent describes it.
+    /// Determines the options from the agent's description of the host's network.
     pub fn from_network(network: &NetworkView) -> Result<DockerOptions, DockerError> {
         let (Some(bridge), Some(mtu)) = (&network.bridge, network.mtu) else { return Err(DockerError::NotReady) };
         if network.ipam.is_empty() {
@@ -154,23 +154,23 @@ impl DockerOptions {
         Ok(DockerOptions { bridge, fixed_cidr, mtu, ip_masq: false, ipv6: fixed_cidr_v6.is_some(), fixed_cidr_v6 })
     }
 
-    /// The options as keys of dockerd's configuration file.
+    /// Formats the options as keys of dockerd's configuration file.
     pub fn keys(&self) -> Map<String, Value> {
         match serde_json::to_value(self) {
             Ok(Value::Object(keys)) => keys,
-            // A struct of texts, numbers and booleans is an object.
+            // A struct always serialises to an object.
             _ => Map::new(),
         }
     }
 
-    /// The options as flags of dockerd.
+    /// Formats the options as dockerd flags.
     pub fn flags(&self) -> String {
         let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
         self.keys().iter().map(|(key, value)| format!("--{key}={}", text(value))).collect::<Vec<_>>().join(" ")
     }
 
-    /// The content of dockerd's configuration file with the options in it. `present` is what it holds now. In a file whose bridge is one of
-    /// the overlay's, the options of an earlier lease are replaced; in any other, one that differs is a conflict.
+    /// Merges the options into the current content of dockerd's configuration file. In a file with one of the overlay's bridges,
+    /// the options of an earlier lease are replaced; in any other, a different value is a conflict.
     pub fn merged(&self, path: &Path, mut present: Map<String, Value>) -> Result<Map<String, Value>, DockerError> {
         let keys = self.keys();
         let mut conflicts: Vec<String> = CONFLICTING_KEYS
@@ -182,7 +182,7 @@ impl DockerOptions {
         }
         for (key, value) in &keys {
             if let Some(other) = present.get(key).filter(|other| *other != value) {
-                conflicts.push(format!("\"{key}\": {other}: it has to be {value}"));
+                conflicts.push(format!("\"{key}\": {other}: it must be {value}"));
             }
         }
         if !conflicts.is_empty() {
@@ -193,12 +193,12 @@ impl DockerOptions {
     }
 }
 
-/// Whether an interface is named as the agent names its bridges.
+/// Whether an interface has the name of one of the agent's bridges.
 fn is_overlay_bridge(interface: &str) -> bool {
     Device::from_name(interface).is_some_and(|device| device.role == Role::Bridge)
 }
 
-/// What dockerd's configuration file holds; nothing where it is not there or empty.
+/// Reads dockerd's configuration file; empty if it is absent or empty.
 pub fn read_config(path: &Path) -> Result<Map<String, Value>, DockerError> {
     let text = match std::fs::read_to_string(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Map::new()),
@@ -209,7 +209,7 @@ pub fn read_config(path: &Path) -> Result<Map<String, Value>, DockerError> {
     let malformed = |reason: String| DockerError::Malformed { path: path.to_owned(), reason };
     match serde_json::from_str(&text) {
         Ok(Value::Object(keys)) => Ok(keys),
-        Ok(other) => Err(malformed(format!("it holds {} where an object is needed", json_type(&other)))),
+        Ok(other) => Err(malformed(format!("it contains {} instead of an object", json_type(&other)))),
         Err(error) => Err(malformed(error.to_string())),
     }
 }
@@ -219,7 +219,7 @@ fn json_type(value: &Value) -> &'static str {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",
         Value::Number(_) => "a number",
-        Value::String(_) => "a text",
+        Value::String(_) => "a string",
         Value::Array(_) => "an array",
         Value::Object(_) => "an object",
     }

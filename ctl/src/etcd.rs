@@ -1,4 +1,4 @@
-//! etcd without an agent: the flags that reach it, the configuration, and every lease.
+//! Access to etcd without an agent: its flags, the network configuration, and all leases.
 //!
 //! [`SubnetsWatch`] runs one task, the store's; it ends with the watch.
 
@@ -15,82 +15,82 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-/// Where etcd is unless told otherwise: as overlayd has it.
+/// Default endpoint, the same as overlayd's.
 const DEFAULT_ENDPOINT: &str = "http://127.0.0.1:2379";
 
-/// Changes that wait to be shown; more hold the store's task up until they are.
+/// Capacity of the event queue; a full queue blocks the store's task.
 const EVENT_QUEUE_CAPACITY: usize = 1024;
 
-/// How to reach etcd, with the names and variables that overlayd has.
+/// Access to etcd, with overlayd's flag names and variables.
 #[derive(Debug, Clone, Default, clap::Args)]
 #[command(next_help_heading = "etcd")]
 pub struct EtcdArgs {
-    /// Servers, as https://HOST:2379
+    /// etcd servers, as https://HOST:2379
     #[arg(long = "etcd-endpoints", value_name = "URLS", env = "OVERLAYD_ETCD_ENDPOINTS", value_delimiter = ',')]
     pub endpoints: Vec<String>,
-    /// The key prefix
+    /// Key prefix
     #[arg(long = "etcd-prefix", value_name = "PREFIX", env = "OVERLAYD_ETCD_PREFIX", default_value = DEFAULT_PREFIX)]
     pub prefix: String,
-    /// The CAs that sign the servers' certificates (PEM)
+    /// CAs that sign the servers' certificates (PEM)
     #[arg(long = "etcd-cafile", value_name = "FILE", env = "OVERLAYD_ETCD_CAFILE")]
     pub cafile: Option<PathBuf>,
-    /// The client certificate (PEM)
+    /// Client certificate (PEM)
     #[arg(long = "etcd-certfile", value_name = "FILE", env = "OVERLAYD_ETCD_CERTFILE")]
     pub certfile: Option<PathBuf>,
-    /// The client certificate's key (PEM)
+    /// Private key of the client certificate (PEM)
     #[arg(long = "etcd-keyfile", value_name = "FILE", env = "OVERLAYD_ETCD_KEYFILE")]
     pub keyfile: Option<PathBuf>,
-    /// The user
+    /// User name
     #[arg(long = "etcd-username", value_name = "NAME", env = "OVERLAYD_ETCD_USERNAME")]
     pub username: Option<String>,
-    /// The file with the user's password
+    /// File with the user's password
     #[arg(long = "etcd-password-file", value_name = "FILE", env = "OVERLAYD_ETCD_PASSWORD_FILE")]
     pub password_file: Option<PathBuf>,
-    /// The domain whose SRV records name the servers
+    /// Domain whose SRV records name the servers
     #[arg(long = "etcd-discovery-srv", value_name = "DOMAIN", env = "OVERLAYD_ETCD_DISCOVERY_SRV")]
     pub discovery_srv: Option<String>,
 }
 
-/// Why etcd was not read or written.
+/// Failure of an access to etcd.
 #[derive(Debug, thiserror::Error)]
 pub enum EtcdError {
-    /// The store.
+    /// Error of the store.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The task that follows the store ended, which it never does by itself.
-    #[error("following etcd ended: {reason}")]
+    /// The store's task ended unexpectedly.
+    #[error("watching etcd ended: {reason}")]
     WatchEnded {
-        /// What is known of it.
+        /// Reason.
         reason: String,
     },
 }
 
-/// The configuration as it stands in etcd.
+/// The network configuration stored in etcd.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredConfig {
-    /// The JSON text.
+    /// JSON text.
     pub text: String,
-    /// The revision of its last change.
+    /// Revision of its last change.
     pub mod_revision: i64,
 }
 
 impl EtcdArgs {
-    /// Servers without TLS or login.
+    /// Settings for servers without TLS or login.
     pub fn without_tls(endpoints: Vec<String>, prefix: &str) -> EtcdArgs {
         EtcdArgs { endpoints, prefix: prefix.to_owned(), ..EtcdArgs::default() }
     }
 
-    /// Whether etcd is to be asked rather than the agent.
+    /// Whether the flags select etcd instead of the agent.
     pub fn is_given(&self) -> bool {
         !self.endpoints.is_empty() || self.discovery_srv.is_some()
     }
 
-    /// The key of the configuration.
+    /// Key of the network configuration.
     pub fn config_key(&self) -> String {
         format!("{}/config", self.prefix.trim_end_matches('/'))
     }
 
-    /// The store's settings.
+    /// Converts the flags to the store's settings.
     pub fn store_config(&self) -> StoreConfig {
         let endpoints = if self.is_given() { self.endpoints.clone() } else { vec![DEFAULT_ENDPOINT.to_owned()] };
         StoreConfig {
@@ -106,20 +106,20 @@ impl EtcdArgs {
         }
     }
 
-    /// The configuration; `None` where none is written.
+    /// Reads the configuration; `None` if none is stored.
     pub async fn read_config(&self) -> Result<Option<StoredConfig>, EtcdError> {
         let found = store::get_config(&self.store_config()).await?;
         Ok(found.text.map(|text| StoredConfig { text, mod_revision: found.mod_revision }))
     }
 
-    /// Writes the configuration in place of the one that was read, or of none; whoever else has written meanwhile is not overwritten.
+    /// Writes the configuration, if etcd still has the previous one or none: a concurrent change is not overwritten.
     pub async fn put_config(&self, text: &str, previous: Option<&StoredConfig>) -> Result<(), EtcdError> {
         let replace = ReplaceCondition::Revision(previous.map_or(0, |b| b.mod_revision));
         store::put_config(&self.store_config(), text, replace).await?;
         Ok(())
     }
 
-    /// Every lease, with the time left of each.
+    /// Reads all leases with their remaining time.
     pub async fn subnets(&self) -> Result<Subnets, EtcdError> {
         let snapshot = store::read_all(&self.store_config(), true).await?;
         let network =
@@ -130,7 +130,7 @@ impl EtcdArgs {
     }
 }
 
-/// The leases as a host sees them that has none itself. Without a configuration none is judged.
+/// Lists the leases from the view of a host without a lease. Without a configuration none is rejected.
 fn list_subnets(leases: &LeaseTable, network: Option<&NetworkConfig>, time_left: &BTreeMap<i64, Duration>) -> Subnets {
     let entry = |(key, value): (&std::sync::Arc<str>, &Result<_, _>)| match value {
         Err(rejected) => SubnetEntry::from_rejected(rejected),
@@ -150,7 +150,7 @@ fn list_subnets(leases: &LeaseTable, network: Option<&NetworkConfig>, time_left:
     Subnets { subnets }
 }
 
-/// Every lease, again at each change. What keeps etcd from answering is told on standard error, and waited out.
+/// Watches all leases. Errors of etcd are printed to standard error and retried.
 #[derive(Debug)]
 pub struct SubnetsWatch {
     events: mpsc::Receiver<StoreEvent>,
@@ -161,7 +161,7 @@ pub struct SubnetsWatch {
 }
 
 impl SubnetsWatch {
-    /// Begins to follow the store. Settings that can never work are an error at once.
+    /// Starts the watch. Settings that can never work are an immediate error.
     pub async fn start(args: &EtcdArgs) -> Result<SubnetsWatch, EtcdError> {
         let config = args.store_config();
         config.validate()?;
@@ -171,7 +171,7 @@ impl SubnetsWatch {
         Ok(SubnetsWatch { events, task, leases: LeaseTable::default(), network: None, has_snapshot: false })
     }
 
-    /// The leases at first, and then after each change; changes that arrive together are one.
+    /// Returns the leases, first at once, then after each change; simultaneous changes count as one.
     pub async fn next(&mut self) -> Result<Subnets, EtcdError> {
         loop {
             let Some(event) = self.events.recv().await else { return Err(self.watch_error().await) };
@@ -185,11 +185,11 @@ impl SubnetsWatch {
         }
     }
 
-    /// Takes an event in; whether what is listed may have changed.
+    /// Applies an event. Returns whether the list may have changed.
     fn apply_event(&mut self, event: StoreEvent) -> bool {
         match event {
             StoreEvent::Config(config) => {
-                // A bad one leaves the last good one in force, as in the agents.
+                // An invalid configuration leaves the last valid one in force, as in the agents.
                 if let Some(Ok(network)) = config {
                     self.network = Some(network);
                 }
@@ -202,7 +202,7 @@ impl SubnetsWatch {
             StoreEvent::Upsert(entry) => !self.leases.upsert(entry).is_empty(),
             StoreEvent::Remove { key } => !self.leases.remove(&key).is_empty(),
             StoreEvent::Connection(Connection::Down { error }) => {
-                eprintln!("overlayctl: etcd does not answer, trying again: {error}");
+                eprintln!("overlayctl: etcd does not answer, retrying: {error}");
                 false
             }
             StoreEvent::Connection(Connection::Up { .. }) | StoreEvent::Own(_) | StoreEvent::Servers(_) => false,
@@ -213,7 +213,7 @@ impl SubnetsWatch {
         match self.task.join_next().await {
             Some(Ok(Err(error))) => error.into(),
             Some(Err(error)) => EtcdError::WatchEnded { reason: error.to_string() },
-            Some(Ok(Ok(()))) | None => EtcdError::WatchEnded { reason: "without a reason".to_owned() },
+            Some(Ok(Ok(()))) | None => EtcdError::WatchEnded { reason: "unknown".to_owned() },
         }
     }
 }

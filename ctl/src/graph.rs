@@ -1,6 +1,6 @@
-//! The overlay as a picture: hosts with their subnets and containers, and the links between them with their state.
+//! Graph of the overlay: hosts with their subnets and containers, and the links between them with their state.
 //!
-//! Made of what agents answer, drawn by `text`, `dot` (Graphviz) or `svg`. The same answers give the same picture, byte for byte.
+//! Built from agents' answers, drawn by `text`, `dot` (Graphviz) or `svg`. The same answers give the same drawing, byte for byte.
 
 mod dot;
 mod svg;
@@ -17,71 +17,71 @@ pub use dot::dot;
 pub use svg::svg;
 pub use text::text;
 
-/// What is drawn of one agent's answers.
+/// One agent's answers, as input of the graph.
 #[derive(Debug, Clone)]
 pub struct AgentSnapshot {
-    /// Its status.
+    /// Status.
     pub status: Status,
-    /// Every lease.
+    /// Leases.
     pub subnets: Subnets,
-    /// Its peers.
+    /// Peers.
     pub peers: Peers,
-    /// Its containers.
+    /// Containers.
     pub endpoints: Endpoints,
 }
 
-/// The picture's content.
+/// Contents of the drawing.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Graph {
-    /// What the overlay is: its ranges, VNI, port.
+    /// Title: the overlay's ranges, VNI, port.
     pub title: String,
-    /// Every host, by its first address.
+    /// Hosts, ordered by their first address.
     pub hosts: Vec<HostNode>,
-    /// The ways between hosts that are known, by the hosts' order.
+    /// Known links between hosts, in the hosts' order.
     pub links: Vec<Link>,
 }
 
 /// A host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostNode {
-    /// Its name, or its subnet where it has none.
+    /// Name, or the subnet if it has none.
     pub name: String,
-    /// Its subnet.
+    /// Subnet.
     pub subnet: String,
-    /// Its underlay addresses.
+    /// Underlay addresses.
     pub public_ip: String,
-    /// `ready`, `not ready`, `known method its lease`, or why its lease is left out.
+    /// `ready`, `not ready`, `known by its lease`, or the reason why its lease is ignored.
     pub state: String,
-    /// Whether all is well, as far as it is known.
+    /// Whether the host is healthy, as far as known.
     pub well: bool,
-    /// Its containers; absent where its own agent was not asked.
+    /// Containers; absent without an answer of its own agent.
     pub containers: Option<Vec<ContainerNode>>,
 }
 
 /// A container.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ContainerNode {
-    /// Its name.
+    /// Name.
     pub name: String,
-    /// Its addresses, or its mode where it has none.
+    /// Addresses, or the mode of a container without any.
     pub address: String,
 }
 
-/// The way between two hosts.
+/// Link between two hosts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Link {
-    /// One host, by its place in [`Graph::start_lab_without_agents`].
+    /// First host, as an index into [`Graph::hosts`].
     pub from: usize,
-    /// The other.
+    /// Second host.
     pub to: usize,
-    /// `programmed`, or what is missing, at which end.
+    /// `programmed`, or the missing entry and its host.
     pub state: String,
-    /// Whether it is whole.
+    /// Whether both directions are programmed.
     pub well: bool,
 }
 
 impl Graph {
-    /// The picture of what one agent or several of one overlay answer. The first one's leases count.
+    /// Builds the graph from the answers of one or more agents of an overlay. The leases are those of the first.
     pub fn from_snapshots(all: &[AgentSnapshot]) -> Graph {
         let Some(first) = all.first() else { return Graph::default() };
         let mut graph = Graph { title: title(&first.status), ..Graph::default() };
@@ -92,7 +92,7 @@ impl Graph {
                 .iter()
                 .find(|one| one.status.lease.as_ref().map(|lease| lease.subnet) == entry.subnet && entry.subnet.is_some());
             let (state, well) = match (&entry.refused, asked) {
-                (Some(reason), _) => (format!("left out: {reason}"), false),
+                (Some(reason), _) => (format!("ignored: {reason}"), false),
                 (None, Some(one)) if one.status.ready => ("ready".to_owned(), true),
                 (None, Some(_)) => ("not ready".to_owned(), false),
                 (None, None) => ("known by its lease".to_owned(), true),
@@ -132,7 +132,7 @@ impl Graph {
         graph
     }
 
-    /// The picture of the first hosts only, and how many were left off.
+    /// Returns the graph of the first hosts, and the number of omitted ones.
     fn truncated(&self, max_hosts: usize) -> (Graph, usize) {
         let left = self.hosts.len().saturating_sub(max_hosts);
         let mut graph = self.clone();

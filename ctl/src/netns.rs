@@ -1,7 +1,7 @@
-//! The named network namespaces that `attach_filter` makes for containers that have none, and `detach` removes.
+//! Named network namespaces that `overlayctl attach` creates for containers without one, and `detach` removes.
 //!
-//! Only what `attach_filter` made may go: a file `path/NAME` beside the agent's socket, with the namespace's inode, says so. It lives, as the
-//! namespaces do, until the next boot.
+//! Only namespaces created by `attach` may be removed: a marker file `netns/NAME` in the directory of the agent's socket holds
+//! the namespace's inode. Like the namespaces, it lasts until the next boot.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -9,60 +9,60 @@ use std::path::{Path, PathBuf};
 use overlay_agent::kernel::netns::{Netns, NetnsError};
 use overlay_agent::model::endpoint::EndpointName;
 
-/// Where named namespaces are kept (`ip-path(8)`).
+/// Directory of named namespaces (`ip-netns(8)`).
 pub const NETNS_DIR: &str = "/run/netns";
 
-/// What stands before the names of namespaces, so that hosts of a lab, which share one machine's names, do not take each other's.
+/// Prefix of the namespaces' names. Hosts of a lab share one machine's names; the prefix keeps them apart.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct PrefixArg {
-    /// Put before the name of a namespace that is made
+    /// Prefix for the name of a created namespace
     #[arg(long, value_name = "TEXT", env = "OVERLAYCTL_NETNS_PREFIX", default_value = "", hide = true)]
     pub netns_prefix: String,
 }
 
-/// Why a namespace was not made or removed.
+/// Failure to create or remove a namespace.
 #[derive(Debug, thiserror::Error)]
 pub enum NamespaceError {
-    /// It is there, and not by us.
+    /// The namespace exists and is not managed.
     #[error(
-        "the network namespace {} exists already and was not made by `overlayctl attach`: to attach it, say --netns {}; to be rid of \
+        "the network namespace {} exists and was not created by `overlayctl attach`: to attach it, use --netns {}; to remove \
          it: ip netns delete {name}",
         path.display(),
         path.display()
     )]
     Exists {
-        /// Its path.
+        /// Path of the namespace.
         path: PathBuf,
-        /// Its name.
+        /// Name of the namespace.
         name: String,
     },
-    /// There is no such process.
-    #[error("there is no process {pid}, or it ended while its network namespace was attached")]
+    /// The process does not exist.
+    #[error("no process {pid}, or it ended while its network namespace was attached")]
     NoProcess {
-        /// Its number.
+        /// PID.
         pid: i32,
     },
-    /// The kernel refuses.
+    /// Error of the kernel.
     #[error(transparent)]
     Kernel(#[from] NetnsError),
-    /// The note of what was made cannot be kept.
-    #[error("cannot keep a note of the namespace in {}: {source}", path.display())]
+    /// The marker file cannot be written.
+    #[error("cannot write the marker file {}: {source}", path.display())]
     Marker {
-        /// The file.
+        /// Path of the marker file.
         path: PathBuf,
-        /// What the system says.
+        /// Error of the system call.
         source: std::io::Error,
     },
 }
 
-/// The named namespaces of one agent's endpoints.
+/// Named namespaces of one agent's endpoints.
 #[derive(Debug)]
 pub struct NamedNamespaces {
     marker_dir: PathBuf,
     prefix: String,
 }
 
-/// A namespace that was just made; removed again when dropped, unless kept.
+/// A new namespace; removed on drop, unless kept.
 #[derive(Debug)]
 pub struct CreatedNamespace<'a> {
     owner: &'a NamedNamespaces,
@@ -71,25 +71,25 @@ pub struct CreatedNamespace<'a> {
 }
 
 impl NamedNamespaces {
-    /// Those of the agent with this socket.
+    /// Namespaces of the agent with this socket.
     pub fn for_socket(socket: &Path, prefix: &PrefixArg) -> NamedNamespaces {
         let marker_dir = socket.parent().unwrap_or_else(|| Path::new("/")).join("netns");
         NamedNamespaces { marker_dir, prefix: prefix.netns_prefix.clone() }
     }
 
-    /// The path of the namespace of an endpoint.
+    /// Path of an endpoint's namespace.
     pub fn path(&self, name: &EndpointName) -> PathBuf {
         Path::new(NETNS_DIR).join(self.full_name(name))
     }
 
-    /// Makes the namespace of an endpoint.
+    /// Creates the namespace of an endpoint.
     pub fn create(&self, name: &EndpointName) -> Result<CreatedNamespace<'_>, NamespaceError> {
         let path = self.path(name);
         if path.exists() {
             if !self.is_managed(name) {
                 return Err(NamespaceError::Exists { path, name: self.full_name(name) });
             }
-            // Left over from an attach that was killed half way, or from before the agent lost its state.
+            // Left by a killed attach, or from before the agent lost its state.
             self.remove(name)?;
         }
         Netns::create(&self.full_name(name))?;
@@ -102,7 +102,7 @@ impl NamedNamespaces {
         Ok(created)
     }
 
-    /// Removes the namespace of an endpoint where [`NamedNamespaces::create`] had made it; whether it had.
+    /// Removes the namespace of an endpoint if [`NamedNamespaces::create`] created it. Returns whether it did.
     pub fn remove(&self, name: &EndpointName) -> Result<bool, NamespaceError> {
         let ours = self.is_managed(name);
         if ours {
@@ -125,7 +125,7 @@ impl NamedNamespaces {
         self.marker_dir.join(self.full_name(name))
     }
 
-    /// Whether the namespace of that name is the one that was noted.
+    /// Whether the namespace of that name matches its marker file.
     fn is_managed(&self, name: &EndpointName) -> bool {
         let noted = std::fs::read_to_string(self.marker_path(name)).ok().and_then(|text| text.trim().parse::<u64>().ok());
         let found = std::fs::metadata(self.path(name)).ok().map(|m| m.ino());
@@ -134,7 +134,7 @@ impl NamedNamespaces {
 }
 
 impl CreatedNamespace<'_> {
-    /// Lets the namespace be.
+    /// Keeps the namespace.
     pub fn keep(mut self) {
         self.kept = true;
     }
@@ -147,9 +147,9 @@ impl Drop for CreatedNamespace<'_> {
         }
         let name = self.owner.full_name(&self.name);
         if let Err(error) = Netns::delete(&name) {
-            eprintln!("overlayctl: the namespace {name} is left over: {error}. Remove it: ip netns delete {name}");
+            eprintln!("overlayctl: cannot remove the namespace {name}: {error}. Remove it: ip netns delete {name}");
         }
-        // A note without its namespace means nothing.
+        // A marker without its namespace is meaningless.
         let _gone = std::fs::remove_file(self.owner.marker_path(&self.name));
     }
 }

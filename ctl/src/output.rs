@@ -1,7 +1,6 @@
-//! What commands print: tables for people, JSON and YAML for programs. Owns standard output.
+//! Output of the commands: tables for people, JSON and YAML for programs. Owns standard output.
 //!
-//! A reader that went away (`overlayctl subnets | head -1`) is a clean end: [`OutputError::Closed`], which the binary turns into exit
-//! code 0.
+//! A closed pipe (`overlayctl subnets | head -1`) is a clean end: [`OutputError::Closed`], which the binary maps to exit code 0.
 
 use std::io::{ErrorKind, IsTerminal, Write};
 
@@ -9,38 +8,38 @@ use clap::ValueEnum;
 use comfy_table::{Attribute, Cell, Color, Row};
 use serde::Serialize;
 
-/// The shape of the output.
+/// Output format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum Format {
-    /// A table with the columns that matter most.
+    /// A table with the most important columns.
     #[default]
     Table,
     /// A table with every column.
     Wide,
-    /// One JSON document; with `--watch` one a line.
+    /// One JSON document; with `--watch` one per line.
     Json,
     /// YAML.
     Yaml,
 }
 
-/// Why output did not arrive.
+/// Failure to write output.
 #[derive(Debug, thiserror::Error)]
 pub enum OutputError {
-    /// The reader went away, which is no mistake.
-    #[error("the reader of the output went away")]
+    /// The reader closed the pipe, which is no error.
+    #[error("the reader closed the output")]
     Closed,
     /// Standard output cannot be written.
     #[error("cannot write to standard output: {source}")]
     Write {
-        /// What the system says.
+        /// Error of the system call.
         source: std::io::Error,
     },
-    /// The value has no such form.
+    /// The value cannot be encoded.
     #[error("cannot print as {format}: {reason}")]
     Encode {
         /// `JSON` or `YAML`.
         format: &'static str,
-        /// What is wrong.
+        /// Reason.
         reason: String,
     },
 }
@@ -51,43 +50,43 @@ impl From<std::io::Error> for OutputError {
     }
 }
 
-/// A value that people read as text and programs as JSON or YAML.
+/// A value that prints as text for people and as JSON or YAML for programs.
 pub trait View: Serialize {
-    /// The text for people, without a line end behind the last line. `wide_network` asks for every column.
+    /// Formats the text, without a final line end. `wide` selects every column.
     fn text(&self, style: Style, wide: bool) -> String;
 }
 
-/// Whether text may carry colours.
+/// Whether text may have colours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Style {
     colour: bool,
 }
 
-/// How a text stands out.
+/// Emphasis of a text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Tone {
-    /// All is well.
+    /// Healthy.
     Good,
-    /// Needs a look.
+    /// Needs attention.
     Warning,
-    /// Is broken.
+    /// Broken.
     Bad,
-    /// Of little weight.
+    /// Secondary.
     Quiet,
 }
 
 impl Style {
-    /// No colours.
+    /// Without colours.
     pub const PLAIN: Style = Style { colour: false };
 
-    /// Colours where the stream is a terminal, `NO_COLOR` (no-color.org) is unset or empty and `TERM` is not `dumb`.
+    /// With colours if the stream is a terminal, `NO_COLOR` (no-color.org) is unset or empty and `TERM` is not `dumb`.
     pub fn for_stream(stream: &impl IsTerminal) -> Style {
         let refused =
             std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty()) || std::env::var_os("TERM").is_some_and(|t| t == "dumb");
         Style { colour: stream.is_terminal() && !refused }
     }
 
-    /// The text in that tone.
+    /// Formats the text in a tone.
     pub fn paint(self, tone: Tone, text: &str) -> String {
         // ECMA-48 "select graphic rendition" parameters.
         let code = match tone {
@@ -108,7 +107,7 @@ pub struct Table {
 }
 
 impl Table {
-    /// An empty table with these column headers.
+    /// Creates an empty table with these column headers.
     pub fn new(style: Style, header: &[&str]) -> Table {
         let mut inner = comfy_table::Table::new();
         inner.load_style(comfy_table::presets::NOTHING);
@@ -128,19 +127,19 @@ impl Table {
         self.inner.add_row(Row::from(cells));
     }
 
-    /// The text of the table.
+    /// Formats the table.
     pub fn text(&self) -> String {
         let lines: Vec<String> = self.inner.lines().map(|line| line.trim_end().to_owned()).collect();
         lines.join("\n")
     }
 
-    /// The style given at the start.
+    /// Style of the table.
     pub fn style(&self) -> Style {
         self.style
     }
 }
 
-/// A cell of text; `None` prints as `-`.
+/// Creates a cell of text; `None` prints as `-`.
 pub fn cell(value: Option<impl ToString>) -> Cell {
     match value {
         Some(value) => Cell::new(value.to_string()),
@@ -148,7 +147,7 @@ pub fn cell(value: Option<impl ToString>) -> Cell {
     }
 }
 
-/// A cell in a tone.
+/// Creates a cell in a tone.
 pub fn toned(tone: Tone, text: impl ToString) -> Cell {
     let cell = Cell::new(text.to_string());
     match tone {
@@ -159,7 +158,7 @@ pub fn toned(tone: Tone, text: impl ToString) -> Cell {
     }
 }
 
-/// Prints values in the chosen format.
+/// Prints values in the selected format.
 #[derive(Debug, Clone, Copy)]
 pub struct Printer {
     format: Format,
@@ -167,22 +166,22 @@ pub struct Printer {
 }
 
 impl Printer {
-    /// A printer to standard output.
+    /// Creates a printer for standard output.
     pub fn new(format: Format) -> Printer {
         Printer { format, style: Style::for_stream(&std::io::stdout()) }
     }
 
-    /// The chosen format.
+    /// Selected format.
     pub fn format(&self) -> Format {
         self.format
     }
 
-    /// Whether people read it: table or wide.
+    /// Whether the format is for people: table or wide.
     pub fn is_human_readable(&self) -> bool {
         matches!(self.format, Format::Table | Format::Wide)
     }
 
-    /// The colours of standard output.
+    /// Style of standard output.
     pub fn style(&self) -> Style {
         self.style
     }
@@ -193,8 +192,8 @@ impl Printer {
         self.print_line(&text)
     }
 
-    /// Prints one of a sequence of values: JSON on one line, YAML as a document of its own, tables one below the other, on a terminal in
-    /// place of the one before.
+    /// Prints one value of a sequence: JSON on one line, YAML as a separate document, tables below each other, or on a terminal
+    /// in place of the previous one.
     pub fn print_next(&self, value: &impl View) -> Result<(), OutputError> {
         match self.format {
             Format::Json => self.print_line(&encode_json(value, false)?),
@@ -202,7 +201,7 @@ impl Printer {
             Format::Table | Format::Wide => {
                 let text = self.render(value)?;
                 if std::io::stdout().is_terminal() {
-                    // Home, then clear what is below: no flicker, and the scroll-back stays.
+                    // Cursor home, then clear below: no flicker, and the scroll-back stays.
                     self.print_line(&format!("\u{1b}[H\u{1b}[J{text}"))
                 } else {
                     self.print_line(&format!("{text}\n"))
@@ -216,7 +215,7 @@ impl Printer {
         self.write_raw(format!("{text}\n").as_bytes())
     }
 
-    /// Writes bytes as they are.
+    /// Writes bytes unchanged.
     pub fn write_raw(&self, bytes: &[u8]) -> Result<(), OutputError> {
         let mut out = std::io::stdout().lock();
         out.write_all(bytes)?;
@@ -241,7 +240,7 @@ fn encode_json(value: &impl Serialize, pretty: bool) -> Result<String, OutputErr
         .map_err(|e| OutputError::Encode { format: "JSON", reason: e.to_string() })
 }
 
-/// A span of seconds for people, in its two largest units: `23h59m`, `4m7s`, `12s`.
+/// Formats a number of seconds in its two largest units: `23h59m`, `4m7s`, `12s`.
 pub fn format_seconds(total: u64) -> String {
     let units = [("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1)];
     let first = units.iter().position(|(_, size)| total >= *size).unwrap_or(units.len() - 1);
@@ -257,13 +256,13 @@ pub fn format_seconds(total: u64) -> String {
     text
 }
 
-/// How long ago a time (seconds since the epoch) was, as in `4m7s format_ago`.
+/// Formats the age of a time (seconds since the epoch), as in `4m7s ago`.
 pub fn format_ago(at: u64) -> String {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(at, |d| d.as_secs());
     format!("{} ago", format_seconds(now.saturating_sub(at)))
 }
 
-/// Both families' values on one line; `-` where there is none.
+/// Joins both families' values on one line; `-` for none.
 pub fn joined<T: ToString>(values: impl IntoIterator<Item = T>) -> String {
     let texts: Vec<String> = values.into_iter().map(|v| v.to_string()).collect();
     if texts.is_empty() { "-".to_owned() } else { texts.join(" ") }

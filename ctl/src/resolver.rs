@@ -1,8 +1,8 @@
-//! The resolver file of a named network namespace, `/etc/path/NAME/resolv.conf`, which `ip path exec` puts in place of `/etc/resolv.conf`
-//! (`ip-path(8)`).
+//! Resolver file of a named network namespace: `/etc/netns/NAME/resolv.conf`, which `ip netns exec` mounts on `/etc/resolv.conf`
+//! (`ip-netns(8)`).
 //!
-//! Its first line says that it is ours and whose; a file without that line is somebody else's and stays as it is. What `/run` holds is gone
-//! after a reboot and `/etc` is not, so no note elsewhere could say it.
+//! Its first line marks it as managed, with the endpoint's name; a file without that line is foreign and stays unchanged. `/run`
+//! is lost at a reboot and `/etc` is not, so a marker elsewhere would not work.
 
 use std::fs;
 use std::io::{self, Write};
@@ -15,65 +15,65 @@ use overlay_agent::state::{FileError, write_atomic};
 use crate::cmd::CommandError;
 use crate::netns::NETNS_DIR;
 
-/// Where `ip path exec` looks.
+/// Directory in which `ip netns exec` looks for the file.
 const NETNS_CONFIG_DIR: &str = "/etc/netns";
-/// The host's own file.
+/// Resolver file of the host.
 const HOST_RESOLV_CONF: &str = "/etc/resolv.conf";
-/// What a host's file leads to that names only a resolver of its own, on loopback: systemd-resolved's and NetworkManager's files with the
-/// resolvers behind that one.
+/// Files with the upstream resolvers, used if the host's file only names a stub on loopback: systemd-resolved's and
+/// NetworkManager's.
 const UPSTREAM_RESOLV_CONFS: [&str; 2] = ["/run/systemd/resolve/resolv.conf", "/run/NetworkManager/no-stub-resolv.conf"];
-/// The C library uses no more (`MAXNS` in `resolv.h`).
+/// Maximum number of resolvers that the C library uses (`MAXNS` in `resolv.h`).
 const MAX_NAMESERVERS: usize = 3;
-/// How a file of ours begins.
+/// Start of a managed file.
 const MARKER: &str = "# Written by overlayctl for endpoint";
-/// Readable for everybody, as the host's.
+/// File mode: readable by everybody, like the host's.
 const FILE_MODE: u32 = 0o644;
 
-/// What the resolver file shall say; the host's words where nothing is given.
+/// Contents of the resolver file; the host's values are the defaults.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct ResolverArgs {
-    /// A resolver for the container instead of the host's; up to three
+    /// Resolver for the container instead of the host's; up to three
     #[arg(long = "dns", value_name = "ADDRESS")]
     servers: Vec<IpAddr>,
-    /// A domain that names are looked up in instead of the host's; `.` for none
+    /// Search domain instead of the host's; `.` for none
     #[arg(long = "dns-search", value_name = "DOMAIN")]
     search: Vec<String>,
-    /// An option of resolv.conf(5) instead of the host's
+    /// Option of resolv.conf(5) instead of the host's
     #[arg(long = "dns-option", value_name = "OPTION")]
     options: Vec<String>,
 }
 
-/// Why there is no resolver file.
+/// Failure to write the resolver file.
 #[derive(Debug, thiserror::Error)]
 pub enum ResolverError {
-    /// Somebody else's file is there.
+    /// A foreign file exists.
     #[error(
-        "{} is there and was not written for endpoint {endpoint}: remove it, or leave out --dns, --dns-search and --dns-option to keep it",
+        "{} exists and was not written for endpoint {endpoint}: remove it, or omit --dns, --dns-search and --dns-option to keep it",
         path.display()
     )]
     Foreign {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// The endpoint.
+        /// Name of the endpoint.
         endpoint: EndpointName,
     },
-    /// The file system.
+    /// Error of the file system.
     #[error(transparent)]
     File(#[from] FileError),
 }
 
-/// The text of a resolver file.
+/// Contents of a resolver file.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct ResolvConf {
     servers: Vec<IpAddr>,
     search: Vec<String>,
     options: Vec<String>,
-    /// Resolvers that a container cannot reach, and others that are none.
+    /// Resolvers that a container cannot reach, and invalid ones.
     unreachable: Vec<String>,
 }
 
 impl ResolverArgs {
-    /// Whether anything is asked for.
+    /// Whether any value is given.
     pub fn is_given(&self) -> bool {
         !(self.servers.is_empty() && self.search.is_empty() && self.options.is_empty())
     }
@@ -106,7 +106,7 @@ impl ResolverArgs {
 }
 
 impl ResolvConf {
-    /// Reads a file as resolv.conf(5) has it. `domain` is an older word for `explore`, and the last one counts.
+    /// Parses a file as in resolv.conf(5). `domain` is an older word for `search`, and the last one applies.
     fn parse(text: &str) -> ResolvConf {
         let mut all = ResolvConf::default();
         for line in text.lines() {
@@ -114,7 +114,8 @@ impl ResolvConf {
             match words.next() {
                 Some("nameserver") => match words.next().map(|word| (word, word.parse::<IpAddr>())) {
                     Some((_, Ok(server))) if !is_host_local(server) => all.servers.push(server),
-                    // Loopback is another one in each namespace; one with a zone (`fe80::1%eth0`) is behind an interface that it has not.
+                    // Loopback differs in each namespace; an address with a zone (`fe80::1%eth0`) needs an interface that the
+                    // namespace lacks.
                     Some((word, _)) => all.unreachable.push(word.to_owned()),
                     None => {}
                 },
@@ -127,7 +128,7 @@ impl ResolvConf {
         all
     }
 
-    /// The host's, by way of the resolvers behind one that listens on loopback.
+    /// Reads the host's resolvers; replaces a stub on loopback by its upstream resolvers.
     fn from_host(read: impl Fn(&Path) -> io::Result<String>) -> ResolvConf {
         let host = ResolvConf::parse(&read(Path::new(HOST_RESOLV_CONF)).unwrap_or_default());
         if !host.servers.is_empty() || host.unreachable.is_empty() {
@@ -136,7 +137,7 @@ impl ResolvConf {
         let upstream =
             UPSTREAM_RESOLV_CONFS.iter().filter_map(|path| read(Path::new(path)).ok()).map(|text| ResolvConf::parse(&text));
         match upstream.into_iter().find(|text| !text.servers.is_empty()) {
-            // What stands beside the stub's address is about the stub.
+            // The options next to the stub's address apply to the stub only.
             Some(behind) => ResolvConf { search: if behind.search.is_empty() { host.search } else { behind.search }, ..behind },
             None => host,
         }
@@ -155,12 +156,12 @@ impl ResolvConf {
     }
 }
 
-/// Whether an address is the asking host's own: loopback, or unspecified, which resolvers take for loopback.
+/// Whether an address is local to the host: loopback, or unspecified, which resolvers treat as loopback.
 fn is_host_local(server: IpAddr) -> bool {
     server.is_loopback() || server.is_unspecified() || matches!(server, IpAddr::V6(v6) if v6.is_unicast_link_local())
 }
 
-/// Removes the files of ours of all namespaces whose name begins with a text: those of a lab.
+/// Removes the managed files of all namespaces whose name starts with a prefix: those of a lab.
 pub fn remove_managed(prefix: &str) -> Result<(), ResolverError> {
     for entry in fs::read_dir(NETNS_CONFIG_DIR).into_iter().flatten().flatten() {
         if !entry.file_name().as_encoded_bytes().starts_with(prefix.as_bytes()) {
@@ -171,25 +172,25 @@ pub fn remove_managed(prefix: &str) -> Result<(), ResolverError> {
             continue;
         }
         fs::remove_file(&path).map_err(|source| FileError::new("remove", &path, source))?;
-        // What else is in it is somebody's.
+        // Foreign files in the directory stay.
         let _kept = fs::remove_dir(entry.path());
     }
     Ok(())
 }
 
-/// The first line of a file of ours.
+/// First line of a managed file.
 fn marker_line(endpoint: &EndpointName) -> String {
     format!("{MARKER} {endpoint}, removed when it is detached; without this line it is left alone.\n")
 }
 
-/// The resolver file of a named namespace.
+/// Resolver file of a named namespace.
 #[derive(Debug, Clone)]
 pub struct ResolverFile {
     path: PathBuf,
     endpoint: EndpointName,
 }
 
-/// A file that was just written; put back as it was when dropped, unless kept.
+/// A written file; restored to its previous state on drop, unless kept.
 #[derive(Debug)]
 pub struct WriteGuard {
     file: ResolverFile,
@@ -198,19 +199,19 @@ pub struct WriteGuard {
 }
 
 impl ResolverFile {
-    /// That of the namespace at a path; `None` where it has no name, so that nothing would look for the file.
+    /// Resolver file for a namespace's path; `None` without a name: nothing would read the file.
     pub fn for_namespace(netns: &Path, endpoint: &EndpointName) -> Option<ResolverFile> {
         let name = netns.strip_prefix(NETNS_DIR).ok().filter(|name| name.components().count() == 1)?;
         Some(ResolverFile { path: Path::new(NETNS_CONFIG_DIR).join(name).join("resolv.conf"), endpoint: endpoint.clone() })
     }
 
-    /// The file's path, where there is a file.
+    /// Path of the file, if it exists.
     pub fn existing(&self) -> Option<&Path> {
         self.path.exists().then_some(&self.path)
     }
 
-    /// Writes the file. `fresh` says that the namespace was made just now: otherwise a file of ours that is there is what an earlier attach
-    /// asked for, and stays unless something is asked for. `None` where nothing was written.
+    /// Writes the file. A managed file of an existing namespace (`new_namespace` is false) comes from an earlier attach, and
+    /// stays unless values are given. `None` if nothing was written.
     pub fn write(&self, args: &ResolverArgs, new_namespace: bool) -> Result<Option<WriteGuard>, ResolverError> {
         let previous = match fs::read(&self.path) {
             Ok(bytes) => Some(bytes),
@@ -230,11 +231,11 @@ impl ResolverFile {
         let text = args.merge_with_host(&ResolvConf::from_host(|path| fs::read_to_string(path)));
         if text.servers.is_empty() && !text.unreachable.is_empty() {
             let left_out = text.unreachable.join(", ");
-            warn(&format!("no resolver of this host can be reached from the container ({left_out}): name one with --dns"));
+            warn(&format!("the container can reach no resolver of this host ({left_out}): set one with --dns"));
         }
         match self.write_atomically(text.render(&self.endpoint).as_bytes()) {
             Ok(()) => Ok(Some(WriteGuard { file: self.clone(), previous, kept: false })),
-            // As in a user namespace, where /etc is the machine's.
+            // For example in a user namespace, where /etc is the machine's.
             Err(error) if !args.is_given() => {
                 warn(&format!("the container has no resolver file of its own: {error}"));
                 Ok(None)
@@ -253,7 +254,7 @@ impl ResolverFile {
         written
     }
 
-    /// Removes the file where it is ours, and its directory where nothing else is in it.
+    /// Removes a managed file, and its directory if it is empty.
     pub fn remove(&self) -> Result<(), ResolverError> {
         let ours = fs::read(&self.path).is_ok_and(|bytes| bytes.starts_with(marker_line(&self.endpoint).as_bytes()));
         if ours && let Err(source) = fs::remove_file(&self.path) {
@@ -266,13 +267,13 @@ impl ResolverFile {
     }
 
     fn remove_empty_dir(&self) {
-        // What else is in it is somebody's.
+        // Foreign files in the directory stay.
         let _kept = self.path.parent().map(fs::remove_dir);
     }
 }
 
 impl WriteGuard {
-    /// Lets the file be.
+    /// Keeps the file.
     pub fn keep(mut self) {
         self.kept = true;
     }
@@ -292,7 +293,7 @@ impl Drop for WriteGuard {
 }
 
 fn warn(text: &str) {
-    // A closed standard error is no reason to stop.
+    // A closed standard error must not stop the command.
     let _ = writeln!(io::stderr(), "overlayctl: {text}");
 }
 

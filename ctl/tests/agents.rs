@@ -1,6 +1,6 @@
-//! The lab with agents, by the library's own interface and by the commands inside it.
+//! The lab with agents, through the library's interface and through the commands inside it.
 //!
-//! Needs root, etcd, and the agent beside the test's directory: `cargo create_port -p overlay-agent`.
+//! Needs root, etcd, and the agent's binary: `cargo build -p overlay-agent`.
 
 use std::path::Path;
 use std::process::Output;
@@ -9,14 +9,14 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use overlayctl::lab::{Families, Lab, LabGuard, LabName, LabOptions, LabsDir, Progress, check};
 
-/// How long an agent may take for anything on a busy machine.
+/// Timeout of any operation of an agent on a busy machine.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// A lab below a directory of its own.
+/// Starts a lab below its own directory.
 async fn lab(dir: &Path, options: LabOptions) -> LabGuard {
     let lab = Lab::up(&LabsDir::at(dir), &options, Progress::silent()).await;
     lab.unwrap_or_else(|error| panic!("root, etcd and overlayd are needed: {error}")).guarded()
@@ -26,7 +26,7 @@ fn temp_dir() -> tempfile::TempDir {
     tempfile::Builder::new().prefix("ovl").tempdir_in("/tmp").expect("a temporary directory")
 }
 
-/// `overlayctl ARGUMENTS` on a host.
+/// Runs `overlayctl ARGUMENTS` on a host.
 fn ctl(lab: &Lab, host: &str, arguments: &[&str]) -> Output {
     lab.exec(host, &[&[env!("CARGO_BIN_EXE_overlayctl")][..], arguments].concat()).expect("overlayctl runs")
 }
@@ -41,7 +41,7 @@ async fn lab_check_passes_and_detects_nat() {
     assert!(report.ok, "{report:#?}");
     assert_eq!((report.overlay.len(), report.egress.len()), (4, 4));
 
-    // The data path goes on without the agent, so nothing mends what breaks now: address translation is seen, family by family.
+    // The data path works without the agent, and nothing repairs it: the check must detect address translation, family by family.
     let host = lab.host("h1").expect("a host");
     host.agent_stop(Signal::SIGTERM).expect("it ends");
     let rules = "add table ip evil; add chain ip evil post { type nat hook postrouting priority 90; }; \
@@ -69,20 +69,24 @@ async fn detach_removes_only_namespaces_that_attach_created() {
     let attached: serde_json::Value = serde_json::from_slice(&attached.stdout).expect("JSON");
     assert_eq!(attached["endpoint"]["netns"], path.to_str().expect("a path"));
     let again = ctl(&lab, "h1", &["attach", "web", "-o", "json"]);
-    assert_eq!(serde_json::from_slice::<serde_json::Value>(&again.stdout).expect("JSON"), attached, "asked again: the same");
+    assert_eq!(
+        serde_json::from_slice::<serde_json::Value>(&again.stdout).expect("JSON"),
+        attached,
+        "the second attach returns the same"
+    );
     assert!(text(&ctl(&lab, "h1", &["endpoints"]).stdout).contains("web"));
     assert!(ctl(&lab, "h1", &["detach", "web"]).status.success());
     assert!(!path.exists());
-    assert!(ctl(&lab, "h1", &["detach", "web"]).status.success(), "gone already is what was asked for");
+    assert!(ctl(&lab, "h1", &["detach", "web"]).status.success(), "an unknown endpoint is no error");
 
-    // The agent refuses: nothing stays.
+    // A rejected attach leaves nothing behind.
     let refused = ctl(&lab, "h1", &["attach", "web", "--ip", "192.0.2.1"]);
     assert_eq!(refused.status.code(), Some(1));
     assert!(text(&refused.stderr).contains("192.0.2.1"), "{}", text(&refused.stderr));
     assert!(!path.exists());
     assert_eq!(ctl(&lab, "h1", &["attach", "web", "--ip", "10.0.0.1", "--ip", "10.0.0.2"]).status.code(), Some(2));
 
-    // A namespace that somebody else made is not taken without being named, and never removed.
+    // A foreign namespace must be named explicitly, and is never removed.
     let made = overlay_agent::kernel::netns::Netns::create(&namespace).expect("a namespace");
     let taken = ctl(&lab, "h1", &["attach", "web"]);
     assert!(text(&taken.stderr).contains("--netns"), "{}", text(&taken.stderr));
@@ -109,7 +113,7 @@ async fn status_exit_code_follows_health() {
     assert_eq!(ready.status.code(), Some(0), "{}", text(&ready.stderr));
     assert!(text(&ready.stdout).starts_with("h1 ready 10.244."), "{}", text(&ready.stdout));
 
-    // etcd gone: degraded, and the data path as it was.
+    // Without etcd: degraded, and the data path is unchanged.
     let etcd = overlayctl::lab::ProcessId::from_pid_file(&overlayctl::lab::etcd::pid_file(lab.dir())).expect("etcd's record");
     etcd.signal(Signal::SIGKILL).expect("it runs");
     host.wait_status(TIMEOUT, "etcd's end is not seen", |status| !status.store.connected).await.expect("it is noticed");

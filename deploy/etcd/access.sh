@@ -1,11 +1,11 @@
 #!/bin/sh
-# Roles and users of etcd for the overlay, each with the least it needs; then authentication is switched on.
+# Creates etcd's roles and users for the overlay, each with the least rights it needs; then enables authentication.
 #
 #   ETCDCTL_ENDPOINTS=https://etcd-1:2379 ETCDCTL_CACERT=ca.crt ETCDCTL_CERT=admin.crt ETCDCTL_KEY=admin.key \
 #       access.sh PASSWORDS [PREFIX]
 #
-# PASSWORDS is a directory with one file a user: root, overlay-admin, overlay-agent, overlay-reader; where one is missing a password is made up
-# and written there. PREFIX is the overlay's, /coreos.com/network by default. It can be repeated: permissions and passwords are then set anew.
+# PASSWORDS is a directory with one file per user: root, overlay-admin, overlay-agent, overlay-reader. A missing file is created with a random
+# password. PREFIX is the overlay's, by default /coreos.com/network. A repeated run sets permissions and passwords again.
 #
 #   role            may                                                    for
 #   overlay-agent   read below PREFIX/, write below PREFIX/subnets/        overlayd on every host
@@ -28,7 +28,7 @@ mkdir -p "$passwords"
 password() { # USER
     if [ ! -s "$passwords/$1" ]; then
         openssl rand -hex 24 >"$passwords/$1"
-        echo "made up a password for $1: $passwords/$1" >&2
+        echo "created a random password for $1: $passwords/$1" >&2
     fi
     cat "$passwords/$1"
 }
@@ -37,7 +37,7 @@ ctl() {
     etcdctl "$@"
 }
 
-# Once authentication is on, only root may go on. The password is in no list of processes.
+# After authentication is enabled only root may continue. The password is passed in the environment, so that process lists do not show it.
 if ! etcdctl role list >/dev/null 2>&1; then
     ctl() {
         ETCDCTL_USER="root:$(password root)" etcdctl "$@"
@@ -53,7 +53,7 @@ role() { # NAME
 }
 
 user() { # NAME ROLE
-    # On standard input, so that the password is in no list of processes.
+    # On standard input, so that process lists do not show the password.
     if have user "$1"; then
         password "$1" | ctl user passwd "$1" --interactive=false
     else
@@ -66,7 +66,7 @@ role root
 role overlay-agent
 role overlay-reader
 role overlay-admin
-# Two ranges, not a prefix: a prefix without its slash would hold its neighbours' keys as well.
+# Ranges that end at the slash: a prefix without its slash would also match keys of other prefixes that begin with it.
 ctl role grant-permission overlay-agent read "$prefix/" "${prefix}0"
 ctl role grant-permission overlay-agent readwrite "$prefix/subnets/" "$prefix/subnets0"
 ctl role grant-permission overlay-reader read "$prefix/" "${prefix}0"
@@ -76,4 +76,4 @@ user overlay-agent overlay-agent
 user overlay-reader overlay-reader
 user overlay-admin overlay-admin
 ctl auth enable
-echo "authentication is on; agents are user overlay-agent with the password in $passwords/overlay-agent"
+echo "authentication is enabled; agents use the user overlay-agent with the password in $passwords/overlay-agent"

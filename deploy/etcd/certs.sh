@@ -1,11 +1,11 @@
 #!/bin/sh
-# Certificates of an etcd cluster for the overlay, made with openssl.
+# Creates the certificates of an etcd cluster for the overlay, with openssl.
 #
-#   certs.sh DIR ca                        the CA: DIR/ca.crt, and DIR/ca.key, which stays where you make certificates
-#   certs.sh DIR member NAME HOST...       a member: DIR/NAME.crt and .key, for its names and addresses (also as a client of the others)
+#   certs.sh DIR ca                        the CA: DIR/ca.crt and DIR/ca.key; keep ca.key on this machine
+#   certs.sh DIR member NAME HOST...       a member: DIR/NAME.crt and .key, for its names and addresses (also as a client of other members)
 #   certs.sh DIR client NAME               a client: DIR/NAME.crt and .key; NAME is its common name
 #
-# A file that is there is kept, so it can be repeated; delete one to renew it. DAYS (365; the CA ten times that) is how long they last.
+# Existing files are kept, so it can be repeated; delete a file to renew it. Certificates are valid for DAYS (365; the CA ten times as long).
 set -eu
 
 DAYS=${DAYS:-365}
@@ -26,7 +26,7 @@ key() { # FILE
     mv "$1.new" "$1"
 }
 
-# sign NAME EXTENSIONS: a certificate by the CA.
+# sign NAME EXTENSIONS: creates a certificate signed by the CA.
 sign() {
     if [ -e "$dir/$1.crt" ]; then
         echo "kept $dir/$1.crt"
@@ -78,7 +78,7 @@ member)
         *) names=$names,DNS:$host ;;
         esac
     done
-    # Members are each other's clients, too.
+    # Members are also clients of each other.
     sign "$name" "$common
 extendedKeyUsage=serverAuth,clientAuth
 subjectAltName=$names"

@@ -3,8 +3,8 @@
 #
 #   member.sh NAME CERTIFICATES NAME=ADDRESS NAME=ADDRESS NAME=ADDRESS >/etc/overlay-etcd/etcd.env
 #
-# NAME is this member; CERTIFICATES the directory with ca.crt, NAME.crt and NAME.key. Clients need a certificate of the CA, members too.
-# DATA is the data directory (/var/lib/overlay-etcd), TOKEN tells clusters apart, STATE is `existing` for a member that joins a running cluster.
+# NAME is this member; CERTIFICATES the directory with ca.crt, NAME.crt and NAME.key. Clients and members need a certificate of the CA.
+# DATA is the data directory (/var/lib/overlay-etcd), TOKEN identifies the cluster, STATE is `existing` to join a running cluster.
 set -eu
 
 if [ $# -lt 3 ]; then
@@ -44,7 +44,7 @@ ETCD_PEER_TRUSTED_CA_FILE=$certificates/ca.crt
 ETCD_PEER_CERT_FILE=$certificates/$name.crt
 ETCD_PEER_KEY_FILE=$certificates/$name.key
 ETCD_PEER_CLIENT_CERT_AUTH=true
-# History older than an hour is dropped, so that the database stays small; agents that fall behind read all anew.
+# History older than an hour is compacted, so that the database stays small. Agents that fall behind read all leases again.
 ETCD_AUTO_COMPACTION_MODE=periodic
 ETCD_AUTO_COMPACTION_RETENTION=1h
 SETTINGS

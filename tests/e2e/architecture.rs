@@ -1,5 +1,7 @@
-//! The rules of the house, read from the sources: imports point down only, foreign interfaces are named in one place each, files stay
-//! about one thing. `docs/architecture.md` has the floors.
+//! Architecture rules, checked on the sources.
+//!
+//! Imports point to lower layers only, foreign interfaces are named in one place each, and files are about one subject.
+//! `docs/architecture.md` describes the layers.
 
 #[path = "architecture/source.rs"]
 mod source;
@@ -9,14 +11,14 @@ use std::path::{Path, PathBuf};
 
 use source::{ImportPath, Token, paths, tokens, without_tests};
 
-/// What may stand at the top of the repository, dotfiles and `target` aside.
+/// Allowed top-level entries of the repository, apart from dotfiles and `target`.
 const TOP_LEVEL_ENTRIES: [&str; 11] =
     ["Cargo.toml", "Cargo.lock", "agent", "ctl", "deploy", "vagrant", "tests", "docs", "README.md", "LICENSE", "CHANGELOG.md"];
 
-/// The most lines a source file has.
+/// Maximum number of lines of a source file.
 const MAX_LINES: usize = 500;
 
-/// The floors of the agent, from the ground. Modules on one floor do not import each other, except helpers.
+/// The agent's layers, from the lowest. Modules of one layer do not import each other, except helpers.
 const LAYERS: [(&str, &[&str]); 5] = [
     ("model", &["model"]),
     ("plan", &["plan"]),
@@ -26,8 +28,8 @@ const LAYERS: [(&str, &[&str]); 5] = [
 ];
 const HELPER_LAYER: usize = 2;
 
-/// What `ctl` takes from the agent: the pure floors, the agent's command line for its manual page, the state directory's layout and the endpoints
-/// in it, the store's one-shot functions and the verbs for namespaces and links.
+/// Modules of the agent that `ctl` may import: the pure layers, the command line for its manual page, the layout of the state
+/// directory and its endpoints, the store's one-shot functions, and functions for namespaces and links.
 const CTL_ALLOWED_IMPORTS: [&[&str]; 11] = [
     &["model"],
     &["plan"],
@@ -42,7 +44,7 @@ const CTL_ALLOWED_IMPORTS: [&[&str]; 11] = [
     &["kernel", "icmp"],
 ];
 
-/// Parts of the standard library that do I/O, start something or read a clock.
+/// Parts of the standard library that do I/O, start a thread or process, or read a clock.
 const IMPURE: [&str; 8] = ["fs", "io", "process", "env", "thread", "os", "SystemTime", "Instant"];
 
 /// One source file, by its path from the top of the repository.
@@ -69,7 +71,7 @@ impl SourceFile {
     }
 }
 
-/// All that is wrong with a file, each as `PATH:LINE: what`.
+/// All rule violations of a file, each as `PATH:LINE: what`.
 fn rule_violations(file: &SourceFile) -> Vec<String> {
     let all = tokens(&file.text);
     let own = if file.is_test() { Vec::new() } else { without_tests(&all) };
@@ -77,14 +79,14 @@ fn rule_violations(file: &SourceFile) -> Vec<String> {
     let mut fault = |line: usize, what: String| faults.push(format!("{}:{line}: {what}", file.path));
 
     if file.path.ends_with("/mod.rs") {
-        fault(1, "a module is foo.rs beside foo/, never mod.rs".to_owned());
+        fault(1, "a module file is foo.rs next to foo/, never mod.rs".to_owned());
     }
     let lines = file.text.lines().count();
     if lines > MAX_LINES {
-        fault(lines, format!("{lines} lines are more than {MAX_LINES}: the file is about two things"));
+        fault(lines, format!("{lines} lines exceed {MAX_LINES}: split the file by subject"));
     }
     if !file.is_test() && !file.text.starts_with("//!") {
-        fault(1, "a file begins with what it owns, as `//!` lines".to_owned());
+        fault(1, "a file begins with a `//!` doc that says what it owns".to_owned());
     }
     for token in &all {
         let name = token.text.as_str();
@@ -118,32 +120,32 @@ fn rule_violations(file: &SourceFile) -> Vec<String> {
                     .iter()
                     .any(|allowed| rest.iter().zip(*allowed).filter(|(a, b)| a == b).count() == allowed.len())
             {
-                fault(path.line, format!("ctl takes {} from the agent", rest.join("::")));
+                fault(path.line, format!("ctl imports {} from the agent", rest.join("::")));
             }
         }
     }
     faults
 }
 
-/// Why an import breaks the floors, if it does.
+/// The reason why an import violates the layers, if it does.
 fn layer_violation(module: &[String], path: &ImportPath) -> Option<String> {
-    let floor = |name: &str| LAYERS.iter().position(|(_, modules)| modules.contains(&name));
-    // main.rs and lib.rs stand above all floors.
+    let layer_of = |name: &str| LAYERS.iter().position(|(_, modules)| modules.contains(&name));
+    // main.rs and lib.rs are above all layers.
     let from = module.first()?;
-    let Some(own_floor) = floor(from) else {
-        return Some(format!("module {from} is on no floor: give it one here, in agent/src/lib.rs and in docs/architecture.md"));
+    let Some(own_layer) = layer_of(from) else {
+        return Some(format!("module {from} has no layer: add it here, in agent/src/lib.rs and in docs/architecture.md"));
     };
     let (first, rest) = path.parts.split_first()?;
-    if own_floor < HELPER_LAYER {
+    if own_layer < HELPER_LAYER {
         let impure = first == "std" && rest.iter().any(|part| IMPURE.contains(&part.as_str()));
         if first == "tokio" || impure {
             return Some(format!("{from} is pure and names {}", path.parts.join("::")));
         }
     }
     let to = if first == "crate" || first == "overlay_agent" { rest.first()? } else { return None };
-    let target = floor(to)?;
-    let allowed = from == to || target < own_floor || (target == own_floor && target == HELPER_LAYER);
-    (!allowed).then(|| format!("{from} ({} floor) imports {to} ({} floor)", LAYERS[own_floor].0, LAYERS[target].0))
+    let target = layer_of(to)?;
+    let allowed = from == to || target < own_layer || (target == own_layer && target == HELPER_LAYER);
+    (!allowed).then(|| format!("{from} ({} layer) imports {to} ({} layer)", LAYERS[own_layer].0, LAYERS[target].0))
 }
 
 /// `unwrap()` and `expect(`.
@@ -189,7 +191,7 @@ fn sources_follow_architecture_rules() {
     }
     assert!(files.len() > 20, "the sources are found: {}", files.len());
     let faults: Vec<String> = files.iter().flat_map(rule_violations).collect();
-    assert!(faults.is_empty(), "{} faults:\n{}", faults.len(), faults.join("\n"));
+    assert!(faults.is_empty(), "{} violations:\n{}", faults.len(), faults.join("\n"));
 }
 
 #[test]
@@ -199,39 +201,39 @@ fn top_level_has_only_allowed_entries() {
         .map(|e| e.expect("an entry").file_name().into_string().expect("UTF-8"));
     let strange: Vec<String> =
         names.filter(|name| !name.starts_with('.') && name != "target" && !TOP_LEVEL_ENTRIES.contains(&name.as_str())).collect();
-    assert!(strange.is_empty(), "{strange:?} at the top level, which holds only {TOP_LEVEL_ENTRIES:?} and dotfiles");
+    assert!(strange.is_empty(), "{strange:?} at the top level: only {TOP_LEVEL_ENTRIES:?} and dotfiles are allowed");
 }
 
-/// Each rule, broken once; and code that only looks like it.
+/// A violation of each rule, and valid code that resembles one.
 #[test]
 fn rule_violations_are_detected() {
     for (path, text, wanted) in [
-        ("agent/src/plan/x.rs", "use crate::store::Key;", Some("plan (plan floor) imports store (middle floor)")),
-        ("agent/src/plan/x.rs", "fn f() { super::super::kernel::dump() }", Some("plan (plan floor) imports kernel")),
-        ("agent/src/model/x.rs", "use crate::{plan::{Key, State as S}, model::Mac};", Some("model (model floor) imports plan")),
+        ("agent/src/plan/x.rs", "use crate::store::Key;", Some("plan (plan layer) imports store (middle layer)")),
+        ("agent/src/plan/x.rs", "fn f() { super::super::kernel::dump() }", Some("plan (plan layer) imports kernel")),
+        ("agent/src/model/x.rs", "use crate::{plan::{Key, State as S}, model::Mac};", Some("model (model layer) imports plan")),
         ("agent/src/model/x.rs", "use tokio::net::UnixStream;", Some("model is pure and names tokio::net::UnixStream")),
         ("agent/src/plan/x.rs", "fn f() { std::fs::read(p) }", Some("plan is pure and names std::fs::read")),
         ("agent/src/plan/x.rs", "use std::time::{Duration, Instant};", Some("plan is pure and names std::time::Instant")),
-        ("agent/src/store/x.rs", "use crate::kernel::Batch;", Some("store (middle floor) imports kernel (middle floor)")),
-        ("agent/src/admin.rs", "use super::reconcile::Command;", Some("admin (middle floor) imports reconcile")),
-        ("agent/src/config.rs", "use crate::store::Tls;", Some("config (helpers floor) imports store")),
-        ("agent/src/kernel/x.rs", "use crate::app::App;", Some("kernel (middle floor) imports app")),
-        ("agent/src/extra.rs", "use std::net::IpAddr;", Some("module extra is on no floor")),
+        ("agent/src/store/x.rs", "use crate::kernel::Batch;", Some("store (middle layer) imports kernel (middle layer)")),
+        ("agent/src/admin.rs", "use super::reconcile::Command;", Some("admin (middle layer) imports reconcile")),
+        ("agent/src/config.rs", "use crate::store::Tls;", Some("config (helpers layer) imports store")),
+        ("agent/src/kernel/x.rs", "use crate::app::App;", Some("kernel (middle layer) imports app")),
+        ("agent/src/extra.rs", "use std::net::IpAddr;", Some("module extra has no layer")),
         ("agent/src/reconcile.rs", "use etcd_client::Client;", Some("etcd_client is named outside")),
         ("ctl/src/lab.rs", "fn f() -> rtnetlink::Handle {}", Some("rtnetlink is named outside")),
         ("ctl/src/lab.rs", "use netlink_sys::Socket;", Some("netlink_sys is named outside")),
-        ("ctl/src/cmd/x.rs", "use overlay_agent::reconcile::Core;", Some("ctl takes reconcile::Core from the agent")),
+        ("ctl/src/cmd/x.rs", "use overlay_agent::reconcile::Core;", Some("ctl imports reconcile::Core from the agent")),
         (
             "ctl/src/cmd/x.rs",
             "use overlay_agent::kernel::{netns::enter, batch::Writer};",
-            Some("ctl takes kernel::batch::Writer"),
+            Some("ctl imports kernel::batch::Writer"),
         ),
         ("agent/src/endpoint.rs", "fn f() { x.unwrap() }", Some("unwrap( outside tests")),
         ("ctl/src/lab.rs", "fn f() { x\n.expect(\"y\") }", Some(":3: expect( outside tests")),
         ("agent/src/endpoint.rs", "fn f() { println!(\"x\") }", Some("println! in the agent")),
         ("agent/src/endpoint.rs", "fn f() { eprintln!(\"x\") }", Some("eprintln! in the agent")),
         ("agent/src/kernel/mod.rs", "", Some("never mod.rs")),
-        // Keeping the rules.
+        // Valid code.
         ("agent/src/main.rs", "use overlay_agent::app;\nfn main() { eprintln!(\"x\") }", None),
         ("agent/src/app.rs", "use crate::{store, kernel, reconcile, plan, model};", None),
         ("agent/src/store/x.rs", "use etcd_client::Client; use super::keys; use crate::backoff::Backoff;", None),
@@ -263,5 +265,5 @@ fn rule_violations_are_detected() {
     let long = SourceFile { path: "ctl/src/x.rs".to_owned(), text: format!("//! x\n{}", "fn f() {}\n".repeat(MAX_LINES)) };
     assert!(rule_violations(&long)[0].contains("501 lines"));
     let bare = SourceFile { path: "ctl/src/x.rs".to_owned(), text: "fn f() {}\n".to_owned() };
-    assert!(rule_violations(&bare)[0].contains("begins with what it owns"));
+    assert!(rule_violations(&bare)[0].contains("begins with a `//!` doc"));
 }

@@ -1,4 +1,4 @@
-//! Bad requests and containers that die half way: a clear error, and nothing left behind.
+//! Invalid requests and containers that die during an attach: a clear error, and no leftovers.
 
 use std::net::TcpListener;
 use std::process::{Command, Stdio};
@@ -18,7 +18,7 @@ async fn invalid_attach_values_are_rejected() {
     let held: AttachResponse = lab.ctl("h1", &["-o", "json", "attach", "held", "--publish", "8080:80"]).assert_code(0).json();
     let taken = held.endpoint.addresses().v4.expect_ok("IPv4").to_string();
     let mac = held.endpoint.port.expect_ok("a port").mac.to_string();
-    // A socket of the host waits on a port.
+    // A host's socket listens on a port.
     let listener = lab.open_netns("h1").run(|| TcpListener::bind("0.0.0.0:0")).expect_ok("enter").expect_ok("a port");
     let busy = listener.local_addr().expect_ok("bound").port();
     let (busy_port, own) = (format!("{busy}:80"), format!("(process {})", std::process::id()));
@@ -32,11 +32,11 @@ async fn invalid_attach_values_are_rejected() {
         (&["attach", "a", "--netns", "/etc/passwd"], 1, &["/etc/passwd"]),
         (&["attach", "a", "--netns", "/run"], 1, &["/run"]),
         (&["attach", "a", "--netns", "/proc/self/ns/mnt"], 1, &["no network namespace at /proc/self/ns/mnt"]),
-        (&["attach", "a", "--interface", "eth 0"], 1, &["no interface name"]),
+        (&["attach", "a", "--interface", "eth 0"], 1, &["invalid interface name"]),
         (&["attach", "a", "--ip", &taken], 1, &[&taken, "in use by endpoint held"]),
         (&["attach", "a", "--ip", "192.0.2.1"], 1, &["192.0.2.1", "outside this host's subnet"]),
         (&["attach", "a", "--mac", &mac], 1, &[&mac, "in use by endpoint held"]),
-        (&["attach", "a", "--publish", "80"], 2, &["`80` publishes no port"]),
+        (&["attach", "a", "--publish", "80"], 2, &["`80` is not a valid published port"]),
         (&["attach", "a", "--publish", "8000-8100:1-101"], 1, &["endpoint held has 8080:80/tcp"]),
         (&["attach", "a", "--publish", &busy_port], 1, &[&busy_port, &own, "listens on 0.0.0.0"]),
         (&["attach", "a", "--publish", "8472:1/udp"], 1, &["8472:1/udp", "the kernel"]),
@@ -51,7 +51,7 @@ async fn invalid_attach_values_are_rejected() {
         lab.ctl("h1", arguments).assert_code(code).assert_stderr_contains(wanted);
         before.assert_unchanged(&lab, &arguments.join(" ")).await;
     }
-    // The same by the socket alone, as no command line would send it.
+    // The same directly over the socket, with values that no command line would send.
     let socket = lab.host("h1").socket();
     let put = |path: &str, body: &str| http::request(&socket, "PUT", path, body);
     for (path, body, status) in [
@@ -89,8 +89,8 @@ async fn attach_rejects_existing_interface() {
     let attach = |more: &[&str]| lab.ctl("h1", &[&["attach", "mine", "--netns", &format!("/run/netns/{name}")], more].concat());
     attach(&[]).assert_code(1).assert_stderr_contains(&["has an interface of that name already: choose another one"]);
     assert_eq!(NetnsDump::of(&lab.open_netns("h1-mine")).changes_since(&inside), "");
-    host.assert_unchanged(&lab, "an interface that is there").await;
-    // Nor is a default route taken over.
+    host.assert_unchanged(&lab, "an existing interface").await;
+    // An existing default route is not replaced either.
     let route = "ip address add 192.0.2.2/24 dev eth0 && ip link set eth0 up && ip route add default via 192.0.2.1";
     kernel::shell(&lab, "h1-mine", route);
     attach(&["--interface", "eth1"]).assert_code(1).assert_stderr_contains(&[
@@ -103,7 +103,7 @@ async fn attach_rejects_existing_interface() {
         !kernel::text(&kernel::link(&lab, "h1-mine", "lo").expect_ok("lo"), "operstate").contains("UNKNOWN"),
         "lo is still down"
     );
-    host.assert_unchanged(&lab, "a default route that is there").await;
+    host.assert_unchanged(&lab, "an existing default route").await;
     kernel::run(&lab, "h1-mine", &["ip", "route", "del", "default"]);
     attach(&["--interface", "eth1"]).assert_code(0);
 }
@@ -128,7 +128,7 @@ async fn commands_fail_without_agent() {
     before.assert_unchanged(&lab, "commands without an agent").await;
 }
 
-/// The container's process ends while it is attached, at whatever moment.
+/// The container's process ends at any moment of the attach.
 #[tokio::test(flavor = "multi_thread")]
 async fn container_killed_during_attach_leaves_nothing() {
     require_program("unshare", "util-linux");
@@ -140,18 +140,18 @@ async fn container_killed_during_attach_leaves_nothing() {
         let mut command = Command::new("unshare");
         let mut process = command.args(["--net", "sleep", "600"]).stdin(Stdio::null()).spawn().expect_ok("unshare");
         let pid = process.id();
-        eventually("it has a namespace of its own", CONVERGE_TIMEOUT, || {
+        eventually("the process has its own namespace", CONVERGE_TIMEOUT, || {
             let apart = Netns::open(format!("/proc/{pid}/ns/net")).and_then(|netns| netns.is_same(&own)).map(|same| !same);
             if apart.as_ref().is_ok_and(|apart| *apart) { Ok(()) } else { Err(format!("{apart:?}")) }
         })
         .await;
         let killer = std::thread::spawn(move || {
-            // Different moments of the attach, no synchronisation.
+            // Different moments of the attach, without synchronisation.
             std::thread::sleep(std::time::Duration::from_millis(delay));
             process.kill().and_then(|()| process.wait())
         });
         let output = lab.ctl("h1", &["attach", "dying", "--pid", &pid.to_string()]);
-        killer.join().join_or_panic().expect_ok("its end");
+        killer.join().join_or_panic().expect_ok("the end of the process");
         match output.code {
             Some(0) => attached += 1,
             Some(1) => {
@@ -163,7 +163,7 @@ async fn container_killed_during_attach_leaves_nothing() {
         lab.ctl("h1", &["detach", "dying"]).assert_code(0);
     }
     before.assert_unchanged(&lab, "dying containers").await;
-    eprintln!("{attached} were attached before they died, {refused} not");
+    eprintln!("{attached} containers were attached before they died, {refused} were not");
 }
 
 trait JoinOrPanic<T> {

@@ -1,4 +1,6 @@
-//! `overlay-bench` measures: each command documented docs/performance.md "How to repeat" with small numbers and one run. Its figures here say nothing.
+//! Runs each `overlay-bench` command of docs/performance.md, "How to repeat", with small numbers and one run.
+//!
+//! The resulting figures are not meaningful.
 
 use std::process::Command;
 
@@ -6,7 +8,7 @@ use overlay_tests::doc_page::{blocks, page_text};
 use overlay_tests::programs::{CommandOutput, require_program, require_root, workspace_binary};
 use overlay_tests::shell;
 
-/// What makes a measurement small, beside what the page has.
+/// Extra arguments that make a measurement small.
 fn quick_arguments(measurement: &str) -> &'static [&'static str] {
     match measurement {
         "peers" | "start" => &["--peers", "20", "--runs", "1"],
@@ -16,7 +18,7 @@ fn quick_arguments(measurement: &str) -> &'static [&'static str] {
         "data" => &["--turns", "1", "--rules", "1", "--time", "50"],
         "join" => &["--peers", "0", "--samples", "3", "--hosts", "1"],
         "attach" => &["--samples", "3", "--endpoints", "2"],
-        // A fleet rests for a minute. Only that there is such a measurement.
+        // A fleet is quiet for a minute; check only that the measurement exists.
         _ => &["--help"],
     }
 }
@@ -44,7 +46,7 @@ fn documented_measurements_run() {
             said.assert_code(0);
             continue;
         }
-        // 3: a goal is missed, which is nothing to go by here.
+        // 3: a goal is missed, which does not matter here.
         assert!(matches!(said.code, Some(0 | 3)), "{}: {:?}\n{}", said.command, said.code, said.stderr);
         let report: serde_json::Value = said.json();
         assert!(report["rows"].as_array().is_some_and(|rows| !rows.is_empty()), "{}: {report}", said.command);

@@ -1,4 +1,4 @@
-//! The edge of the overlay: its addresses do not leave by the underlay, and what comes from outside enters it by way of any host.
+//! The overlay's boundary: its addresses do not leave by the underlay, and outside traffic enters through any host.
 
 use std::net::IpAddr;
 
@@ -25,17 +25,17 @@ async fn start_lab(agent_args: &[&str]) -> TestLab {
 /// The address of the container of a host.
 async fn container_address(lab: &TestLab, host: &str, family: Family) -> IpAddr {
     let endpoints = lab.host(host).client().endpoints().await.expect_ok(host).endpoints;
-    *endpoints.first().expect_ok("a container").addresses().get(family).expect_ok("its address")
+    *endpoints.first().expect_ok("a container").addresses().get(family).expect_ok("the container's address")
 }
 
-/// This host's address in the overlay, which its VXLAN device has.
+/// This host's address in the overlay, on its VXLAN device.
 async fn overlay_address(lab: &TestLab, host: &str, family: Family) -> IpAddr {
     let Subnets { subnets } = lab.host(host).client().subnets().await.expect_ok("subnets");
     let own = subnets.into_iter().find(|entry| entry.own).and_then(|entry| entry.subnet).expect_ok("the own subnet");
     own.get(family).expect_ok("the own range").base()
 }
 
-/// An address of the overlay that no host's subnet has.
+/// An overlay address outside every host's subnet.
 async fn unassigned_address(lab: &TestLab, family: Family) -> IpAddr {
     let Subnets { subnets } = lab.host("h1").client().subnets().await.expect_ok("subnets");
     let config = NetworkConfig::parse(&lab.layout().config).expect_ok("the configuration").config;
@@ -46,7 +46,7 @@ async fn unassigned_address(lab: &TestLab, family: Family) -> IpAddr {
     free.and_then(|range| range.nth(9)).expect_ok("a free subnet")
 }
 
-/// The hosts that the packets and what is inside them go to.
+/// The destinations of the packets and of their inner packets.
 fn destinations(packets: &[Packet]) -> Vec<IpAddr> {
     let inner = packets.iter().filter_map(|packet| packet.vxlan.as_ref()).map(|(_, inner)| &**inner);
     packets.iter().chain(inner).filter_map(|packet| packet.addresses).map(|(_, destination)| destination).collect()
@@ -58,13 +58,13 @@ fn trace(lab: &TestLab, host: &str, from: &str, to: &str) -> Trace {
     serde_json::from_str(&output.stdout).unwrap_or_else(|error| panic!("{error}: {} {}", output.stdout, output.stderr))
 }
 
-/// A ping from a target is refused at once, and nothing of it goes out by the host's wire.
+/// A ping from a target fails at once, and none of its packets leaves by the host's underlay interface.
 async fn assert_ping_is_refused_locally(lab: &TestLab, target: &str, address: IpAddr, what: &str) {
     let capture = Capture::start(lab, "h1", "eth0");
     let output = kernel::attempt(lab, target, &["ping", "-n", "-c", "1", "-W", "5", &address.to_string()]);
     let text = format!("{}{}", output.stdout, output.stderr).to_lowercase();
     assert_ne!(output.code, Some(0), "{what}: {text}");
-    assert!(["unreachable", "no route to host"].iter().any(|word| text.contains(word)), "{what}: it is told at once: {text}");
+    assert!(["unreachable", "no route to host"].iter().any(|word| text.contains(word)), "{what}: unreachable at once: {text}");
     let sent = destinations(&capture.stop());
     assert!(!sent.contains(&address), "{what}: a packet to {address} left by the underlay");
 }
@@ -84,17 +84,17 @@ async fn unassigned_address_is_unreachable() {
         assert!(last.answer.contains("is unreachable") && last.answer.contains("no host holds a subnet with it"), "{last:?}");
     }
     lab.assert_full_reachability().await;
-    // The lease of a host is lost: its containers are not talked to in clear.
+    // A host loses its lease: traffic to its containers must not leave unencapsulated.
     lab.host("h2").agent_stop(Signal::SIGKILL).expect_ok("stop the agent");
     etcd::delete(&lab, &lab.lease_of("h2").key);
     for address in [far4, far6] {
         let gone = || kernel::attempt(&lab, "h1", &["ip", "route", "get", &address.to_string()]).code != Some(0);
-        eventually_true("the way to h2 is gone", CONVERGE_TIMEOUT, gone).await;
+        eventually_true("the route to h2 is gone", CONVERGE_TIMEOUT, gone).await;
         assert_ping_is_refused_locally(&lab, "h1-c1", address, "a container of a host that lost its lease").await;
     }
 }
 
-/// etcd has an address that the pool may lease, and only the default route leads there.
+/// etcd's address is inside the leasable pool, and only the default route leads to it.
 #[tokio::test(flavor = "multi_thread")]
 async fn etcd_inside_pool_uses_default_route() {
     let lab = TestLab::without_agents(1, Families::V4).await;
@@ -108,33 +108,33 @@ async fn etcd_inside_pool_uses_default_route() {
     );
     lab.start_agent("h1").await;
     let route = |address: &str| kernel::attempt(&lab, "h1", &["ip", "route", "get", address]);
-    eventually("what nobody holds is unreachable", CONVERGE_TIMEOUT, || match route("10.100.0.9").code {
+    eventually("an unassigned address is unreachable", CONVERGE_TIMEOUT, || match route("10.100.0.9").code {
         Some(0) => Err(route("10.100.0.9").stdout),
         _ => Ok(()),
     })
     .await;
     assert!(route(&etcd.to_string()).assert_code(0).stdout.contains(&format!("via {gateway}")));
-    // Another server of the same range is not etcd's.
+    // Only etcd's address is exempt, not another one of the same range.
     assert_ne!(route("10.99.7.7").code, Some(0));
-    // With all of this in place, the next agent finds etcd as well.
+    // The next agent reaches etcd with these routes in place.
     lab.host("h1").agent_stop(Signal::SIGTERM).expect_ok("stop");
     lab.start_agent("h1").await;
     let found = lab.ctl("h1", &["check", "addresses"]);
     assert!(found.stdout.contains("etcd lies inside the overlay network"), "{}{}", found.stdout, found.stderr);
 }
 
-/// The world knows one host's address as the way to the overlay, and that host is not the container's.
+/// The outside client routes the overlay via one host, which is not the container's host.
 #[tokio::test(flavor = "multi_thread")]
 async fn outside_client_reaches_container_via_other_host() {
     let lab = start_lab(&[]).await;
     for family in Family::ALL {
         let far = container_address(&lab, "h2", family).await;
         route_overlay_via_h1(&lab, family);
-        let own = *lab.host("h1").layout().addresses.get(family).expect_ok("its address");
+        let own = *lab.host("h1").layout().addresses.get(family).expect_ok("the host's address");
         for (target, source) in [("world", outside_address(family)), ("world", gateway_address(family)), ("h1", own)] {
             ping(&lab, target, source, far).assert_code(0);
         }
-        // The packet as it comes to the other host: from this host's own subnet.
+        // The packet's source on the other host is this host's own subnet.
         let masqueraded = overlay_address(&lab, "h1", family).await;
         let here = trace(&lab, "h1", &outside_address(family).to_string(), &far.to_string());
         assert_eq!(here.outcome, TraceOutcome::Ok, "{here:#?}");
@@ -144,9 +144,9 @@ async fn outside_client_reaches_container_via_other_host() {
         let there = trace(&lab, "h2", &masqueraded.to_string(), &far.to_string());
         assert_eq!(there.outcome, TraceOutcome::Ok, "{there:#?}");
     }
-    // Inside the overlay everybody is seen by his own address.
+    // Inside the overlay every source address is preserved.
     lab.assert_full_reachability().await;
-    // Another bridge's container on the same host.
+    // A container of another bridge on the same host.
     let far = container_address(&lab, "h2", Family::V4).await;
     let guest = lab.open_netns("h1-c1");
     let name = guest.path().file_name().and_then(|name| name.to_str()).expect_ok("a name").to_owned();
@@ -166,7 +166,7 @@ async fn outside_client_reaches_container_via_other_host() {
     assert_eq!(lab.status("h2").await.data_path.dropped["tunnel"], 0);
 }
 
-/// Where hosts do not masquerade, what enters from outside keeps its source, and the peer takes from a host its own subnet only.
+/// Without masquerade, outside traffic keeps its source, and the peer accepts only this host's subnet from it.
 #[tokio::test(flavor = "multi_thread")]
 async fn outside_client_is_dropped_without_masquerade() {
     let lab = start_lab(&["--ip-masq=false"]).await;
@@ -184,15 +184,15 @@ async fn outside_client_is_dropped_without_masquerade() {
             "{here:#?}"
         );
         let there = trace(&lab, "h2", &outside.to_string(), &far.to_string());
-        let note = |note: &String| note.contains("by way of another host, h1") && note.contains("chain inet overlayd vxlan");
+        let note = |note: &String| note.contains("another host such as h1") && note.contains("chain inet overlayd vxlan");
         assert!(there.notes.iter().any(note), "{there:#?}");
     }
 }
 
-/// The world has the overlay behind host one.
+/// Routes the overlay via h1 in `world`.
 fn route_overlay_via_h1(lab: &TestLab, family: Family) {
     let network = *lab.layout().networks.get(family).expect_ok("a network");
-    let via = *lab.host("h1").layout().addresses.get(family).expect_ok("its address");
+    let via = *lab.host("h1").layout().addresses.get(family).expect_ok("the host's address");
     kernel::run(lab, "world", &["ip", "route", "replace", &network.to_string(), "via", &via.to_string()]);
 }
 

@@ -1,6 +1,6 @@
-//! The doctor: a healthy lab has nothing, and each thing that is broken in it is named, with its evidence and a remedy.
+//! `overlayctl check`: no findings on a healthy lab, and a finding with evidence and remedy for each fault.
 //!
-//! What is broken is mended again before the next, and the doctor says that, too.
+//! Each fault is repaired before the next one, and its finding must disappear.
 
 #[path = "check/etcd.rs"]
 mod check_etcd;
@@ -19,7 +19,7 @@ use overlay_tests::{ExpectContext, TestLab, etcd, eventually, kernel};
 use overlayctl::check::{Finding, Report, Severity, names};
 use overlayctl::lab::{Families, process};
 
-/// How long the host may take to be as it was once a thing is mended.
+/// Time limit for the end of a finding after a repair.
 const REPAIR_TIMEOUT: Duration = Duration::from_secs(30);
 
 async fn start_lab(families: Families) -> TestLab {
@@ -35,7 +35,7 @@ async fn start_lab(families: Families) -> TestLab {
     .await
 }
 
-/// What the doctor says on h1, and its exit code.
+/// The report of `overlayctl check` on h1, and its exit code.
 #[track_caller]
 fn run_check(lab: &TestLab, arguments: &[&str]) -> (Report, Option<i32>) {
     let state = lab.host("h1").state_dir();
@@ -49,7 +49,7 @@ fn run_check(lab: &TestLab, arguments: &[&str]) -> (Report, Option<i32>) {
     (output.json(), output.code)
 }
 
-/// The doctor finds exactly this grave thing, and each of the words in it.
+/// Checks that there is exactly one finding above information, and that it contains each of the words.
 #[track_caller]
 fn assert_finding(lab: &TestLab, arguments: &[&str], severity: Severity, words: &[&str]) -> Finding {
     let (report, code) = run_check(lab, arguments);
@@ -65,13 +65,13 @@ fn assert_finding(lab: &TestLab, arguments: &[&str], severity: Severity, words: 
         Some(Severity::Warning) => 3,
         _ => 0,
     };
-    assert_eq!(code, Some(wanted), "the exit code says the worst");
+    assert_eq!(code, Some(wanted), "the exit code is that of the worst finding");
     found
 }
 
-/// Nothing above information is found; the host may take a moment to be well again.
+/// Waits until there is no finding above information.
 async fn wait_no_findings(lab: &TestLab, arguments: &[&str]) {
-    eventually(&format!("{arguments:?} finds nothing"), REPAIR_TIMEOUT, || {
+    eventually(&format!("{arguments:?} has no findings"), REPAIR_TIMEOUT, || {
         let (report, code) = run_check(lab, arguments);
         let grave: Vec<&Finding> = report.findings.iter().filter(|finding| finding.severity > Severity::Info).collect();
         if grave.is_empty() && code == Some(0) { Ok(()) } else { Err(format!("{grave:#?}, exit code {code:?}")) }
@@ -79,7 +79,7 @@ async fn wait_no_findings(lab: &TestLab, arguments: &[&str]) {
     .await;
 }
 
-/// Breaks something on h1, sees it found, mends it, sees that.
+/// Breaks something on h1, checks its finding, repairs it, and checks that the finding is gone.
 async fn assert_fault_is_found_and_cleared(
     lab: &TestLab,
     check: &str,
@@ -127,12 +127,12 @@ async fn firewall_faults_are_found() {
     )
     .await;
     let output = "iptables -N BAD; iptables -A BAD -p udp -m multiport --dports 53,8472 -j REJECT; iptables -A OUTPUT -j BAD";
-    let mend = "iptables -F; iptables -X BAD";
+    let repair = "iptables -F; iptables -X BAD";
     assert_fault_is_found_and_cleared(
         &lab,
         "firewall",
         output,
-        mend,
+        repair,
         Severity::Error,
         &["to peers", "chain BAD", "8472", "reject"],
     )
@@ -158,10 +158,10 @@ async fn firewall_faults_are_found() {
         &["to the world", "ip evil", "eth0"],
     )
     .await;
-    // Docker's policy: the agent adds its accept, so nothing is found, though others are dropped.
+    // Docker's policy: the agent adds its accept rule, so nothing is found, although other traffic is dropped.
     kernel::shell(&lab, "h1", "iptables -P FORWARD DROP");
     wait_no_findings(&lab, &["firewall"]).await;
-    // firewalld and ufw by their chains.
+    // firewalld and ufw, recognised by their chains.
     let firewalld = "nft 'table inet firewalld { chain filter_INPUT { type filter hook input priority 10; ct state { established, related } accept; \
                      iifname \"lo\" accept; tcp dport 22 accept; reject with icmpx admin-prohibited; }; }'";
     assert_fault_is_found_and_cleared(
@@ -211,12 +211,12 @@ async fn address_and_neighbour_faults_are_found() {
     .await;
     let other = "ip link add wrong0 type bridge; ip link set wrong0 up; ip route add 10.99.1.2/32 dev wrong0";
     let filter = format!("{other}; echo 1 >/proc/sys/net/ipv4/conf/eth0/rp_filter");
-    let mend = "ip link delete wrong0; echo 0 >/proc/sys/net/ipv4/conf/eth0/rp_filter";
+    let repair = "ip link delete wrong0; echo 0 >/proc/sys/net/ipv4/conf/eth0/rp_filter";
     assert_fault_is_found_and_cleared(
         &lab,
         "addresses",
         &filter,
-        mend,
+        repair,
         Severity::Error,
         &["reverse path filter", "wrong0", "rp_filter=2"],
     )
@@ -260,15 +260,15 @@ async fn address_and_neighbour_faults_are_found() {
     assert_finding(&lab, &["neighbours", "--root", &path], Severity::Warning, &["flannel", "FLANNEL_NETWORK=10.244.0.0/16"]);
 
     let left = "ip link add flannel.1 type vxlan id 9 dev eth0 dstport 8472 nolearning; ip link add cni0 type bridge; iptables -N FLANNEL-FWD";
-    let mend = "ip link delete flannel.1; ip link delete cni0; iptables -X FLANNEL-FWD";
-    assert_fault_is_found_and_cleared(&lab, "neighbours", left, mend, Severity::Warning, &["flannel.1", "cni0", "FLANNEL-FWD"])
+    let repair = "ip link delete flannel.1; ip link delete cni0; iptables -X FLANNEL-FWD";
+    assert_fault_is_found_and_cleared(&lab, "neighbours", left, repair, Severity::Warning, &["flannel.1", "cni0", "FLANNEL-FWD"])
         .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn peer_path_faults_are_found() {
     let lab = start_lab(Families::V4).await;
-    // A switch's port that carries less than the hosts believe; the kernel's bridge allows for a VLAN tag (`is_skb_forwardable`).
+    // A switch port with a smaller MTU than the hosts'; the kernel's bridge allows for a VLAN tag (`is_skb_forwardable`).
     kernel::shell(&lab, "net", "ip link set h2 mtu 1400");
     assert_finding(
         &lab,
@@ -278,7 +278,7 @@ async fn peer_path_faults_are_found() {
     );
     kernel::shell(&lab, "net", "ip link set h2 mtu 1500");
     wait_no_findings(&lab, &["paths"]).await;
-    // The underlay cuts large packets up, which the tunnel's survive and what must not be cut up does not.
+    // The underlay fragments large packets. Tunnel packets survive this; packets with the don't-fragment flag do not.
     let whole =
         "nft 'table bridge evil { chain f { type filter hook forward priority 0; ip length > 1400 ip protocol icmp drop; }; }'";
     kernel::shell(&lab, "net", whole);
@@ -295,7 +295,7 @@ async fn peer_path_faults_are_found() {
     assert_finding(&lab, &["paths"], Severity::Error, &["h2 is reached by the underlay, but not by the overlay", "10.99.1.2"]);
     kernel::shell(&lab, "h2", "nft delete table inet evil");
     wait_no_findings(&lab, &["paths"]).await;
-    // TCP alone does not arrive: as with checksums that a network card has broken.
+    // Only TCP is lost, as with checksums broken by a network card.
     kernel::shell(
         &lab,
         "h2",
@@ -311,14 +311,14 @@ async fn peer_path_faults_are_found() {
     assert_finding(&lab, &["paths"], Severity::Warning, &["large sends do not arrive at h2"]);
     kernel::shell(&lab, "h2", "nft delete table inet evil");
     wait_no_findings(&lab, &["paths"]).await;
-    // The host is gone.
+    // The host is down.
     let gone = Fault::UnderlayDown("h2");
     gone.begin(&lab).await;
     assert_finding(&lab, &["paths"], Severity::Warning, &["h2 is not reached at all"]);
 }
 
-/// A network card that writes wrong checksums into what is inside the tunnel: here the switch spoils them. The agents do not leave checksums to the card, so
-/// that they are on the wire at all.
+/// A network card that writes wrong checksums into the inner packets; here the switch corrupts them. The agents do not offload
+/// checksums to the card, so that the packets on the wire have checksums at all.
 #[tokio::test(flavor = "multi_thread")]
 async fn corrupted_checksums_are_found() {
     let lab = TestLab::up(|options| {
@@ -328,13 +328,13 @@ async fn corrupted_checksums_are_found() {
     })
     .await;
     wait_no_findings(&lab, &["paths"]).await;
-    // From the outer UDP header on: 8 bytes of it, VXLAN 8, Ethernet 14; then the inner IPv4 header with the protocol at 9, and 16 bytes into TCP its checksum.
+    // From the outer UDP header: 8 bytes UDP, 8 VXLAN, 14 Ethernet; then inner IPv4 (protocol at 9), and TCP (checksum at 16).
     let spoil = "nft 'table bridge evil { chain f { type filter hook forward priority 0; udp dport 8472 @th,312,8 6 @th,528,16 set 0x1234; }; }'";
     kernel::shell(&lab, "net", spoil);
     assert_finding(&lab, &["paths"], Severity::Error, &["h2", "no TCP", "checksums arrive broken", "--vxlan-tx-checksum=false"]);
     kernel::shell(&lab, "net", "nft delete table bridge evil");
     wait_no_findings(&lab, &["paths"]).await;
-    // UDP in one piece and in segments: the same at 6 bytes into UDP.
+    // UDP in one packet and in segments: the same at 6 bytes into UDP.
     let spoil = "nft 'table bridge evil { chain f { type filter hook forward priority 0; udp dport 8472 @th,312,8 17 @th,448,16 set 0x1234; }; }'";
     kernel::shell(&lab, "net", spoil);
     assert_finding(&lab, &["paths"], Severity::Warning, &["large sends do not arrive at h2"]);
@@ -353,15 +353,15 @@ async fn container_faults_are_found() {
     lab.ctl("h1", &["attach", "web"]).assert_code(0);
     wait_no_findings(&lab, &["endpoints"]).await;
     let web = endpoint(&lab, "web").await;
-    let address = web.addresses().v4.expect_ok("its address");
+    let address = web.addresses().v4.expect_ok("the container's address");
     kernel::shell(&lab, "h1", &format!("nsenter --net={} ip address delete {address}/24 dev eth0", web.netns.display()));
     assert_finding(&lab, &["endpoints"], Severity::Warning, &["the container web", &address.to_string(), "detach web"]);
-    // The default route went along with it: what the remedy says mends both.
+    // The default route was lost with the address: the finding's remedy repairs both.
     lab.ctl("h1", &["detach", "web"]).assert_code(0);
     lab.ctl("h1", &["attach", "web"]).assert_code(0);
     wait_no_findings(&lab, &["endpoints"]).await;
     let web = endpoint(&lab, "web").await;
-    let address = web.addresses().v4.expect_ok("its address");
+    let address = web.addresses().v4.expect_ok("the container's address");
 
     let leaked = "ip link add ove0badbad0 type veth peer name ovepeer; ip link set ove0badbad0 master ovb.1";
     assert_fault_is_found_and_cleared(
@@ -374,7 +374,7 @@ async fn container_faults_are_found() {
     )
     .await;
 
-    // The state directory says otherwise.
+    // The state directory differs from the agent.
     let copy = tempfile::tempdir().expect_ok("a directory");
     let file = lab.host("h1").state_dir().join("endpoints.json");
     let path = copy.path().to_string_lossy().into_owned();
@@ -384,7 +384,7 @@ async fn container_faults_are_found() {
     fs::write(copy.path().join("endpoints.json"), "{\"version\":1,\"endpo").expect_ok("a torn copy");
     assert_finding(&lab, &["endpoints", "--state-dir", &path], Severity::Error, &["cannot be read", "endpoints.json"]);
 
-    // A namespace that goes away under its container, and one that stays behind its container.
+    // A namespace deleted before its container, and one left behind by its container.
     kernel::shell(&lab, "h1", &format!("umount {0} && rm {0}", web.netns.display()));
     assert_finding(&lab, &["endpoints"], Severity::Warning, &["web", "detach web"]);
     lab.ctl("h1", &["detach", "web"]).assert_code(0);
@@ -395,7 +395,7 @@ async fn container_faults_are_found() {
         &lab,
         &["endpoints"],
         Severity::Warning,
-        &["left was made for a container that is no more", "ip netns delete"],
+        &["left belongs to a container that no longer exists", "ip netns delete"],
     );
 }
 
@@ -403,7 +403,7 @@ async fn container_faults_are_found() {
 async fn agent_and_kernel_faults_are_found() {
     let lab = start_lab(Families::V4).await;
     wait_no_findings(&lab, &["kernel"]).await;
-    // A kernel without VXLAN, as iproute2 tells it.
+    // A kernel without VXLAN, simulated by iproute2's error message.
     let tools = tempfile::tempdir().expect_ok("a directory");
     let ip = tools.path().join("ip");
     fs::write(&ip, "#!/bin/sh\ncase \"$*\" in *vxlan*|*nexthop*) echo 'Error: Unknown device type.' >&2; exit 2;; esac\nexec /sbin/ip \"$@\"\n").expect_ok("ip");
@@ -423,7 +423,7 @@ async fn agent_and_kernel_faults_are_found() {
     conflict.begin(&lab).await;
     kernel::shell(&lab, "h1", "ip link delete ovx.1; ip link add ovx.1 type bridge");
     conflict.end(&lab).await;
-    eventually("the agent says so", REPAIR_TIMEOUT, || {
+    eventually("the agent reports it", REPAIR_TIMEOUT, || {
         let (report, _) = run_check(&lab, &["agent"]);
         let is_reported = report
             .findings

@@ -1,4 +1,4 @@
-//! Without next-hop objects: classic routes do the same, and switching between the two loses nothing and leaves nothing behind.
+//! Classic routes instead of next-hop objects, and loss-free switches between the two.
 
 use std::time::Duration;
 
@@ -35,7 +35,7 @@ async fn mesh_works_without_nexthop_objects() {
     assert!(peers.iter().all(|p| p.nexthop_id.is_none() && p.state == "programmed"), "{peers:#?}");
     lab.assert_full_reachability().await;
 
-    // Drift is repaired here as well.
+    // Drift is repaired in this mode as well.
     kernel::shell(&lab, "h1", "ip route show proto 86 type unicast | while read dst _; do ip route delete $dst proto 86; done");
     wait_converged_as(&lab, "h1", true).await;
     lab.assert_full_reachability().await;

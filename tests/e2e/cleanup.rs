@@ -1,4 +1,4 @@
-//! `overlayd_command run_cleanup`: the host is as it was before the agent ever ran.
+//! `overlayd cleanup` restores the host to its state before the agent's first run.
 
 use nix::sys::signal::Signal;
 use overlay_tests::dump::NetnsDump;
@@ -16,7 +16,7 @@ fn run_cleanup(lab: &TestLab, host: &str) -> CommandOutput {
 #[tokio::test(flavor = "multi_thread")]
 async fn cleanup_restores_host_state() {
     let lab = TestLab::without_agents(2, Families::Dual).await;
-    // Something of the host's own, which is not ours to touch.
+    // The host's own configuration, which must not change.
     kernel::shell(
         &lab,
         "h1",
@@ -42,18 +42,18 @@ async fn cleanup_restores_host_state() {
     assert_eq!(etcd::leases(&lab).len(), 2);
 
     for (number, host) in ["h1", "h2"].into_iter().enumerate() {
-        assert!(!NetnsDump::of(&lab.open_netns(host)).changes_since(&before[number]).is_empty(), "the agent did something");
+        assert!(!NetnsDump::of(&lab.open_netns(host)).changes_since(&before[number]).is_empty(), "the agent changed the host");
         lab.host(host).agent_stop(Signal::SIGTERM).expect_ok("stop");
         let (run_dir, state_dir) = (lab.host(host).run_dir(), lab.host(host).state_dir());
         run_cleanup(&lab, host).assert_code(0);
         let changes = NetnsDump::of(&lab.open_netns(host)).changes_since(&before[number]);
-        assert!(changes.is_empty(), "{host} is not as it was:\n{changes}");
+        assert!(changes.is_empty(), "{host} has changed:\n{changes}");
         assert_eq!(etcd::leases(&lab).len(), 1 - number, "the lease of {host} is gone");
         assert!(!run_dir.exists(), "{} is gone", run_dir.display());
         assert!(!state_dir.exists(), "{} is gone", state_dir.display());
         let inside = kernel::list_json(&lab, &format!("{host}-c1"), "ip", &["link", "show"]);
-        assert_eq!(inside.len(), 1, "the containers keep their loopback device alone: {inside:#?}");
-        // Again, with nothing left to do.
+        assert_eq!(inside.len(), 1, "the containers keep only their loopback device: {inside:#?}");
+        // A second run has nothing to do.
         run_cleanup(&lab, host).assert_code(0);
     }
 }
@@ -63,10 +63,10 @@ async fn cleanup_keeps_reservation() {
     let lab = TestLab::without_agents(1, Families::V4).await;
     lab.start_agent("h1").await;
     let lease = lab.lease_of("h1");
-    // The operator makes it one: a key without an etcd lease.
+    // The operator turns it into a reservation: a key without an etcd lease.
     etcd::put(&lab, &lease.key, &lease.value);
     lab.host("h1")
-        .wait_status(CONVERGE_TIMEOUT, "the reservation is not seen", |s| {
+        .wait_status(CONVERGE_TIMEOUT, "the reservation is not noticed", |s| {
             s.ready && s.lease.as_ref().is_some_and(|l| l.reservation)
         })
         .await
@@ -75,7 +75,7 @@ async fn cleanup_keeps_reservation() {
     assert_eq!((&kept.key, kept.lease), (&lease.key, 0), "it never becomes a lease again");
     lab.host("h1").agent_stop(Signal::SIGTERM).expect_ok("stop");
     run_cleanup(&lab, "h1").assert_code(0);
-    assert_eq!(etcd::leases(&lab), [kept], "it is its owner's to delete");
+    assert_eq!(etcd::leases(&lab), [kept], "only its owner deletes it");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -112,9 +112,9 @@ async fn cleanup_withdraws_lease_and_works_without_etcd() {
 
     lab.host("h2").agent_stop(Signal::SIGTERM).expect_ok("stop");
     etcd::kill(&lab);
-    let output = run_cleanup(&lab, "h2").assert_code(1).assert_stderr_contains(&["lease in etcd is not given back"]);
+    let output = run_cleanup(&lab, "h2").assert_code(1).assert_stderr_contains(&["lease in etcd is not released"]);
     assert!(kernel::link(&lab, "h2", "ovx.1").is_none(), "the kernel is cleaned all the same: {}", output.stderr);
     etcd::start(&lab).await;
     run_cleanup(&lab, "h2").assert_code(0);
-    assert_eq!(etcd::leases(&lab), [], "repeated, it gives the lease back");
+    assert_eq!(etcd::leases(&lab), [], "a second run deletes the lease");
 }

@@ -1,4 +1,4 @@
-//! Debian's containerd: `ctr run --cni`, which gives a container's namespace as `/proc/PID/ns/net` and calls DEL when the container has ended.
+//! Debian's containerd: `ctr run --cni` passes `/proc/PID/ns/net` and calls DEL after the container's end.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -15,7 +15,7 @@ use overlay_tests::test_lab::READY_TIMEOUT;
 use overlay_tests::{ExpectContext, TestLab, eventually, eventually_true, kernel};
 use serde_json::json;
 
-/// A containerd of a host, with a configuration and directories of its own.
+/// A host's containerd, with its own configuration and directories.
 struct Containerd<'a> {
     lab: &'a TestLab,
     dir: PathBuf,
@@ -27,7 +27,7 @@ impl<'a> Containerd<'a> {
         require_program("containerd", "containerd");
         require_program("ctr", "containerd");
         require_program("runc", "runc");
-        // A socket's path has room for 107 bytes.
+        // A socket path is limited to 107 bytes.
         let dir = lab.host(host).dir().join("ctd");
         for name in ["root", "state", "net.d", "bin"] {
             fs::create_dir_all(dir.join(name)).expect_ok(name);
@@ -57,8 +57,7 @@ impl<'a> Containerd<'a> {
         containerd
     }
 
-    /// Runs a line of shell with `ctr` in it where the network list and the plugins are in the places that `ctr` looks at: in a mount
-    /// namespace of its own.
+    /// Runs a shell line with `ctr` in a mount namespace where the network list and the plugins are in `ctr`'s directories.
     fn ctr(&self, line: &str) -> overlay_tests::programs::CommandOutput {
         kernel::attempt(self.lab, "h1", &["unshare", "--mount", "sh", "-ec", &self.script(line)])
     }
@@ -78,13 +77,13 @@ impl<'a> Containerd<'a> {
 
 impl Drop for Containerd<'_> {
     fn drop(&mut self) {
-        // Each container has a process of containerd's that outlives it.
+        // Each container has a containerd process that outlives it.
         let _gone = self.ctr("sh -c 'for task in $(ctr task ls -q); do ctr task rm -f $task; ctr container rm $task; done'");
         let pid = i32::try_from(self.process.id()).unwrap_or_default();
         let _told = kill(Pid::from_raw(pid), Signal::SIGTERM);
         let _ended = self.process.wait();
         if std::thread::panicking() {
-            eprintln!("--- the log of containerd\n{}", fs::read_to_string(self.dir.join("log")).unwrap_or_default());
+            eprintln!("--- containerd's log\n{}", fs::read_to_string(self.dir.join("log")).unwrap_or_default());
         }
     }
 }
@@ -101,9 +100,9 @@ async fn ctr_run_attaches_and_detaches() {
     let root = build_rootfs(&containerd.dir).display().to_string();
     let output = containerd.ctr(&format!("ctr run --rm --cni --rootfs {root} first /bin/ip -o address show eth0")).assert_code(0);
     assert!(output.stdout.contains("inet 10.244."), "{}", output.stdout);
-    assert_eq!(containerd.endpoints().await.len(), before, "its DEL came");
+    assert_eq!(containerd.endpoints().await.len(), before, "DEL was called");
 
-    // One that serves, called from a container of another host, until it is killed.
+    // A web server, called from another host's container, until it is killed.
     let script = containerd.script(&format!("ctr run --rm --cni --rootfs {root} web /bin/httpd -f -p 80 -h /www"));
     let start = || Command::new("unshare").args(["--mount", "sh", "-ec", &script]).stdin(Stdio::null()).spawn();
     let mut running = lab.open_netns("h1").run(start).expect_ok("enter the host").expect_ok("ctr");
@@ -111,7 +110,7 @@ async fn ctr_run_attaches_and_detaches() {
         overlay_tests::wait::eventually_async("web is attached", limit, || async {
             let all = containerd.endpoints().await;
             let found = all.into_iter().find(|e| e.owner.as_deref() == Some("cni/overlay/default-web/eth0"));
-            found.ok_or_else(|| "it is not there".to_owned())
+            found.ok_or_else(|| "not attached".to_owned())
         })
         .await
     };
@@ -125,5 +124,5 @@ async fn ctr_run_attaches_and_detaches() {
     .await;
     containerd.ctr("ctr task kill --signal SIGKILL web").assert_code(0);
     eventually_true("ctr ends with its container", READY_TIMEOUT, || running.try_wait().is_ok_and(|ended| ended.is_some())).await;
-    assert_eq!(containerd.endpoints().await.len(), before, "its DEL came");
+    assert_eq!(containerd.endpoints().await.len(), before, "DEL was called");
 }

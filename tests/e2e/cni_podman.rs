@@ -1,4 +1,4 @@
-//! Debian's podman with its CNI backend, by the network list that the agent writes: containers on two hosts, reached by their own addresses.
+//! Debian's podman with its CNI backend and the agent's network list: containers on two hosts reach each other's addresses.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -14,7 +14,7 @@ use overlay_tests::{ExpectContext, TestLab, eventually_true, kernel};
 use overlayctl::lab::Families;
 use serde_json::Value;
 
-/// The podman of one host: its own directories, its own configuration; all that is left of it goes when it is dropped.
+/// The podman of one host, with its own directories and configuration; its leftovers are removed on drop.
 struct Podman<'a> {
     lab: &'a TestLab,
     host: &'static str,
@@ -22,7 +22,7 @@ struct Podman<'a> {
 }
 
 impl<'a> Podman<'a> {
-    /// Starts the host's agent, which writes the network list, and makes the image.
+    /// Starts the host's agent, which writes the network list, and builds the image.
     async fn start(lab: &'a TestLab, host: &'static str) -> Podman<'a> {
         require_program("podman", "podman");
         require_program("runc", "runc");
@@ -52,7 +52,7 @@ impl<'a> Podman<'a> {
             fs::create_dir_all(self.dir.join(name)).expect_ok(name);
         }
         symlink(workspace_binary("overlay-cni"), self.dir.join("bin/overlay-cni")).expect_ok("the plugin");
-        // crun refuses the mixed control groups that some machines have; limits as low as any machine's.
+        // crun refuses the hybrid cgroups of some machines; the limits are no higher than on any machine.
         let containers = format!(
             "[containers]\ndefault_ulimits = [\"nofile=1024:1024\", \"nproc=1024:1024\"]\n\
              [network]\nnetwork_backend = \"cni\"\ncni_plugin_dirs = [\"{}\", \"/usr/lib/cni\"]\nnetwork_config_dir = \"{}\"\n\
@@ -80,7 +80,7 @@ impl<'a> Podman<'a> {
         kernel::attempt(self.lab, self.host, &[&command, arguments].concat())
     }
 
-    /// Starts a container with a web server; what podman says of its network.
+    /// Starts a container with a web server; returns podman's view of its network.
     fn serve(&self, name: &str, more: &[&str]) -> Value {
         let command = [&["run", "--detach", "--name", name, "--network", "overlay"], more, &["busybox"]].concat();
         self.run(&[&command[..], &["httpd", "-f", "-p", "80", "-h", "/www"]].concat()).assert_code(0);
@@ -88,13 +88,13 @@ impl<'a> Podman<'a> {
         all[0]["NetworkSettings"]["Networks"]["overlay"].clone()
     }
 
-    /// The namespace of a container, as the agent was told it.
+    /// A container's namespace, as the agent knows it.
     async fn open_netns(&self, name: &str) -> Netns {
         let id = self.run(&["inspect", "--format", "{{.Id}}", name]).assert_code(0).stdout;
         let all = self.lab.host(self.host).client().endpoints().await.expect_ok("endpoints").endpoints;
         let owner = format!("cni/overlay/{}/eth0", id.trim());
         let found = all.into_iter().find(|e| e.owner.as_deref() == Some(&owner)).expect_ok(&owner);
-        Netns::open(&found.netns).expect_ok("its namespace")
+        Netns::open(&found.netns).expect_ok("the container's namespace")
     }
 
     async fn endpoint_count(&self) -> usize {
@@ -104,7 +104,7 @@ impl<'a> Podman<'a> {
 
 impl Drop for Podman<'_> {
     fn drop(&mut self) {
-        // Also when the story has failed: nothing of podman runs on.
+        // Also after a failed test: no podman process stays.
         let _gone = self.run(&["rm", "--all", "--force", "--time", "0"]);
     }
 }
@@ -122,9 +122,9 @@ async fn containers_on_two_hosts_reach_each_other() {
     assert!(listed.lines().any(|name| name == "overlay"), "{listed}");
 
     let subnet = lab.status("h2").await.lease.expect_ok("a lease").subnet;
-    let wished = subnet.get(Family::V4).and_then(|range| range.nth(99)).expect_ok("an address").to_string();
-    let web = two.serve("web", &["--ip", &wished, "--mac-address", "02:00:5e:10:00:99"]);
-    assert_eq!((field(&web, "IPAddress"), field(&web, "MacAddress")), (wished.as_str(), "02:00:5e:10:00:99"));
+    let requested = subnet.get(Family::V4).and_then(|range| range.nth(99)).expect_ok("an address").to_string();
+    let web = two.serve("web", &["--ip", &requested, "--mac-address", "02:00:5e:10:00:99"]);
+    assert_eq!((field(&web, "IPAddress"), field(&web, "MacAddress")), (requested.as_str(), "02:00:5e:10:00:99"));
     let near = one.serve("near", &[]);
     for (from, name, to) in [(&one, "near", &web), (&two, "web", &near)] {
         let inside = from.open_netns(name).await;
@@ -136,8 +136,8 @@ async fn containers_on_two_hosts_reach_each_other() {
     let known = lab.host("h2").client().endpoints().await.expect_ok("endpoints").endpoints;
     assert!(known.len() == 1 && known[0].owner.as_ref().is_some_and(|o| o.starts_with("cni/overlay/") && o.ends_with("/eth0")));
 
-    // Taken is taken.
-    let output = two.run(&["run", "--network", "overlay", "--ip", &wished, "busybox", "ip", "address"]);
+    // An address in use is refused.
+    let output = two.run(&["run", "--network", "overlay", "--ip", &requested, "busybox", "ip", "address"]);
     assert!(output.code != Some(0) && output.stderr.contains("is in use by endpoint"), "{}", output.stderr);
     assert_eq!(two.endpoint_count().await, 1);
 
@@ -155,8 +155,8 @@ async fn conflist_edit_survives_agent_restart() {
     let before = fs::read_to_string(podman.conflist()).expect_ok("the list");
     podman.serve("web", &[]);
     lab.host("h1").agent_stop(Signal::SIGTERM).expect_ok("SIGTERM");
-    assert_eq!(fs::read_to_string(podman.conflist()).expect_ok("the list"), before, "it stays when the agent ends");
-    // With others' changes it is theirs.
+    assert_eq!(fs::read_to_string(podman.conflist()).expect_ok("the list"), before, "it stays after the agent's end");
+    // An edited list belongs to its editor.
     let mut changed: Value = serde_json::from_str(&before).expect_ok("the list");
     changed.as_object_mut().and_then(|list| list.remove("writtenBy")).expect_ok("the agent's mark");
     changed["plugins"][0]["timeout"] = "1s".into();
@@ -169,7 +169,7 @@ async fn conflist_edit_survives_agent_restart() {
     lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("ready");
     lab.wait_for_log("h1", &["WARN", "left alone", &list]).await;
     assert_eq!(fs::read_to_string(podman.conflist()).expect_ok("the list"), shorter);
-    assert_eq!(podman.endpoint_count().await, 1, "the container from before, and nothing of the one that failed");
+    assert_eq!(podman.endpoint_count().await, 1, "the earlier container, and none of the failed one");
     podman.run(&["rm", "--force", "--time", "0", "web"]).assert_code(0);
     assert_eq!(podman.endpoint_count().await, 0);
 }

@@ -1,4 +1,5 @@
-//! Flows that go on while what they go by changes: a client that never pauses gets what holds now, not what held for its first packet.
+//! Continuous flows while their rules change. Each packet is handled by the current rules, not by those of the flow's first
+//! packet.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -14,11 +15,11 @@ use overlay_tests::test_lab::{CONVERGE_TIMEOUT, REPAIR_DEADLINE};
 use overlay_tests::{ExpectContext, TestLab, eventually, kernel};
 use overlayctl::lab::Families;
 
-/// Ten datagrams a second: each renews the entry of its flow, which the kernel forgets after 30 seconds without.
+/// Ten datagrams a second: each renews the flow's conntrack entry, which expires after 30 seconds.
 const SEND_INTERVAL: Duration = Duration::from_millis(100);
 const PORT: u16 = 5353;
 
-/// Two hosts with a container each, both families.
+/// Two hosts with one container each, in both families.
 async fn start_lab() -> TestLab {
     TestLab::up(|options| {
         options.hosts = 2;
@@ -38,30 +39,30 @@ fn socket(lab: &TestLab, target: &str, at: SocketAddr) -> UdpSocket {
     lab.open_netns(target).run(|| UdpSocket::bind(at)).expect_ok("enter").expect_ok("a socket")
 }
 
-/// A socket that hears what comes to a port, and answers where it is to.
+/// A socket that receives on a port and answers.
 struct Server(UdpSocket);
 
 impl Server {
     fn bind(lab: &TestLab, target: &str, port: u16) -> Server {
         let socket = socket(lab, target, (Ipv6Addr::UNSPECIFIED, port).into());
-        socket.set_nonblocking(true).expect_ok("a socket that does not wait");
+        socket.set_nonblocking(true).expect_ok("a nonblocking socket");
         Server(socket)
     }
 
-    /// From whom datagrams came since the last look.
+    /// The sources of datagrams since the last call.
     fn drain_sources(&self) -> Vec<SocketAddr> {
         let mut buffer = [0; 64];
         std::iter::from_fn(|| self.0.recv_from(&mut buffer).ok()).map(|(_, from)| from).collect()
     }
 
-    /// Waits until a datagram comes; from whom.
+    /// Waits for a datagram; returns its source.
     async fn wait_for_datagram(&self, what: &str, limit: Duration) -> IpAddr {
-        let from = eventually(what, limit, || self.drain_sources().pop().ok_or_else(|| "nothing came".to_owned())).await;
+        let from = eventually(what, limit, || self.drain_sources().pop().ok_or_else(|| "no datagram".to_owned())).await;
         from.ip().to_canonical()
     }
 }
 
-/// A client that sends from one socket without a pause, until it is dropped.
+/// A client that sends continuously from one socket until it is dropped.
 struct Client {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
@@ -75,7 +76,7 @@ impl Client {
         let stopped = Arc::clone(&stop);
         let thread = thread::spawn(move || {
             while !stopped.load(Ordering::Relaxed) {
-                // What an earlier datagram met (a port that nobody has) is not this one's.
+                // An error may belong to an earlier datagram (port unreachable).
                 let _sent = socket.send_to(b"?", to);
                 thread::sleep(SEND_INTERVAL);
             }
@@ -97,7 +98,7 @@ fn published_address(lab: &TestLab, family: Family) -> SocketAddr {
     SocketAddr::new(*lab.host("h1").layout().addresses.get(family).expect_ok("an address"), PORT)
 }
 
-/// The flows that the first host's conntrack has entries of.
+/// The flows in the first host's conntrack table.
 fn conntrack_entries(lab: &TestLab) -> BTreeSet<String> {
     let listed = kernel::shell(lab, "h1", "cat /proc/net/nf_conntrack");
     let flow = |line: &str| {
@@ -116,7 +117,7 @@ async fn udp_flow_follows_published_port() {
         .into_iter()
         .flat_map(|family| ["world", "h1", "h1-c1"].map(|from| Client::start(&lab, from, published_address(&lab, family))))
         .collect();
-    // Before anybody published the port: the entries of the clients have no translation.
+    // Before the port is published: the clients' conntrack entries have no translation.
     eventually("the clients have entries", CONVERGE_TIMEOUT, || {
         let count = conntrack_entries(&lab).iter().filter(|flow| flow.contains("dport=5353")).count();
         if count >= clients.len() { Ok(()) } else { Err(format!("{count} of {}", clients.len())) }
@@ -131,12 +132,12 @@ async fn udp_flow_follows_published_port() {
         attach(&lab, name, &publish);
         let server = Server::bind(&lab, &format!("h1-{name}"), PORT);
         let mut callers = BTreeSet::new();
-        eventually(&format!("{name} hears each client"), REPAIR_DEADLINE * 2, || {
+        eventually(&format!("{name} receives from each client"), REPAIR_DEADLINE * 2, || {
             callers.extend(server.drain_sources());
             if callers.len() >= clients.len() { Ok(()) } else { Err(format!("{callers:?}")) }
         })
         .await;
-        println!("{name} heard all clients {} ms after its attach began", begin.elapsed().as_millis());
+        println!("{name} received from all clients {} ms after its attach began", begin.elapsed().as_millis());
     }
 }
 
@@ -153,16 +154,16 @@ async fn detach_deletes_only_own_conntrack_entries() {
         client.send_to(b"?", to).expect_ok("send");
         client
     };
-    // Flows that send nothing more: an entry that was deleted does not come back.
+    // Flows that send no more: a deleted entry does not come back.
     let mut idle = Vec::new();
     for (family, world) in Family::ALL.into_iter().zip(world) {
         for from in ["h1-a1", "h1-other", "h1-c1"] {
             idle.push(once(from, world));
-            server.wait_for_datagram(&format!("the world hears {from}"), CONVERGE_TIMEOUT).await;
+            server.wait_for_datagram(&format!("world receives from {from}"), CONVERGE_TIMEOUT).await;
         }
         for (port, inner) in [(5353, &inner[0]), (5354, &inner[1])] {
             idle.push(once("world", SocketAddr::new(published_address(&lab, family).ip(), port)));
-            inner.wait_for_datagram(&format!("port {port} is heard"), CONVERGE_TIMEOUT).await;
+            inner.wait_for_datagram(&format!("port {port} receives"), CONVERGE_TIMEOUT).await;
         }
     }
     let before = conntrack_entries(&lab);
@@ -175,13 +176,13 @@ async fn detach_deletes_only_own_conntrack_entries() {
         .filter(|flow| flow.contains("dport=7000") || flow.contains("dport=5354"))
         .filter(|flow| !after.contains(flow))
         .collect();
-    assert!(missing.is_empty(), "entries of others went: {missing:?}");
+    assert!(missing.is_empty(), "entries of other flows were deleted: {missing:?}");
     let left: Vec<&String> = after.iter().filter(|flow| is_own(flow)).collect();
-    assert!(left.is_empty(), "entries of a container that is gone: {left:?}");
+    assert!(left.is_empty(), "entries of a detached container remain: {left:?}");
     drop(idle);
 }
 
-/// An address as `/proc/net/nf_conntrack` has it: IPv6 in full length.
+/// An address in the format of `/proc/net/nf_conntrack`: IPv6 in full length.
 fn conntrack_address(address: IpAddr) -> String {
     match address {
         IpAddr::V4(address) => address.to_string(),
@@ -189,20 +190,20 @@ fn conntrack_address(address: IpAddr) -> String {
     }
 }
 
-/// A flow that begins while somebody has deleted the rules would leave the overlay with the container's own address for as long as it goes on.
+/// A flow that begins without rules would leave the overlay with the container's own address for its whole life.
 #[tokio::test(flavor = "multi_thread")]
 async fn flow_is_masqueraded_after_rules_return() {
     let lab = start_lab().await;
     let server = Server::bind(&lab, "world", 7000);
     let agent = lab.host("h1").agent().expect_ok("an agent");
     agent.signal(Signal::SIGSTOP).expect_ok("SIGSTOP");
-    // Another's rule keeps conntrack at work meanwhile, as on a host with a firewall.
+    // Another program's rule keeps conntrack active meanwhile, as on a host with a firewall.
     let other = "add table inet other; add chain inet other forward { type filter hook forward priority 0; }; \
                  add rule inet other forward ct state established accept; delete table inet overlayd";
     kernel::run(&lab, "h1", &["nft", other]);
     let client = Client::start(&lab, "h1-c1", "10.99.0.254:7000".parse().expect_ok("an address"));
-    let source = server.wait_for_datagram("the world hears the container", CONVERGE_TIMEOUT).await;
-    assert!(source.to_string().starts_with("10.244."), "the case is one without masquerade: {source}");
+    let source = server.wait_for_datagram("world receives from the container", CONVERGE_TIMEOUT).await;
+    assert!(source.to_string().starts_with("10.244."), "the flow begins without masquerade: {source}");
     agent.signal(Signal::SIGCONT).expect_ok("SIGCONT");
     let host = published_address(&lab, Family::V4).ip();
     eventually("the flow is masqueraded", CONVERGE_TIMEOUT, || {

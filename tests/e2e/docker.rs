@@ -1,4 +1,4 @@
-//! Docker's containers on the overlay: Debian's dockerd on lab hosts, told what `overlayctl docker_share-docker_options_match_lease` says.
+//! Docker containers on the overlay: Debian's dockerd on lab hosts, with the options of `overlayctl docker-options`.
 
 use std::fs;
 use std::net::IpAddr;
@@ -21,7 +21,7 @@ const DROP_IN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/docker/60-
 /// An address outside the overlay, with no route into it.
 const OUTSIDE_ADDRESS: &str = "203.0.113.1";
 
-/// The commands that the drop-in runs before dockerd, on a host of the lab: with dockerd's file at another place.
+/// The drop-in's commands before dockerd for a lab host, with another path of dockerd's configuration file.
 fn exec_start_pre_commands(lab: &TestLab, host: &str, config: &Path) -> Vec<Command> {
     let text = fs::read_to_string(DROP_IN).expect_ok(DROP_IN);
     let lines: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("ExecStartPre=")).collect();
@@ -59,11 +59,11 @@ async fn assert_reaches(from: (&Docker<'_>, &str), to: (&Docker<'_>, &str), fami
     let ping = if family == Family::V4 { "/bin/ping" } else { "/bin/ping6" };
     let other_text = other.to_string();
     from.0.run(&["exec", from.1, ping, "-c", "2", "-W", "10", &other_text]);
-    // Not by wget: the static busybox has no services by name, which it asks for.
+    // Without wget: the static busybox has no service names, which wget needs.
     let request = format!("printf 'GET / HTTP/1.0\r\n\r\n' | /bin/nc -w 20 {other} 80");
     let fetched = from.0.run(&["exec", from.1, "/bin/sh", "-c", &request]);
     assert!(fetched.starts_with("HTTP/1.") && fetched.ends_with(page), "{fetched}");
-    eventually(&format!("{other} was asked by {own}"), CONVERGE_TIMEOUT, || {
+    eventually(&format!("{other} has a request of {own}"), CONVERGE_TIMEOUT, || {
         let output = to.0.attempt(&["logs", to.1]);
         // httpd writes `[ADDRESS]:PORT: response:200`, IPv4 as ::ffff:ADDRESS.
         let seen = |line: &str| line.contains("response:200") && line.contains(&format!("{own}]:"));
@@ -82,12 +82,12 @@ fn forward_policy(lab: &TestLab, host: &str) -> String {
     rules.lines().next().expect_ok("a policy").to_owned()
 }
 
-/// Two hosts: on one Docker ran before there was an overlay, and left its FORWARD policy DROP; on the other it waits for the lease.
+/// On h1 Docker ran before the overlay, and left its FORWARD policy DROP; on h2 Docker's start waits for the lease.
 #[tokio::test(flavor = "multi_thread")]
 async fn containers_on_two_hosts_reach_each_other() {
     let lab = TestLab::without_agents(2, Families::V4).await;
     let (files1, files2) = (DockerFiles::new(&lab, "h1"), DockerFiles::new(&lab, "h2"));
-    // A host that forwards nothing: then dockerd switches forwarding on, and closes what it has opened.
+    // On a host without forwarding, dockerd enables it and sets the DROP policy.
     kernel::shell(&lab, "h1", "echo 0 >/proc/sys/net/ipv4/ip_forward");
     drop(files1.start(&lab, "h1", None).await);
     assert_eq!(forward_policy(&lab, "h1"), "-P FORWARD DROP");
@@ -98,7 +98,7 @@ async fn containers_on_two_hosts_reach_each_other() {
     let mut first: Child = waiting.next().expect_ok("a command").stdout(Stdio::null()).spawn().expect_ok("overlayctl");
     lab.host("h1").agent_start(&["--docker"]).expect_ok("the agent");
     lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("ready");
-    assert!(first.try_wait().expect_ok("wait").is_none(), "it waits while h2 has no agent");
+    assert!(first.try_wait().expect_ok("wait").is_none(), "docker-options waits while h2 has no agent");
     assert!(!files2.config().exists());
     lab.host("h2").agent_start(&["--docker"]).expect_ok("the agent");
     lab.wait_full_mesh().await;
@@ -115,7 +115,7 @@ async fn containers_on_two_hosts_reach_each_other() {
         let own = address(docker, name, Family::V4);
         assert!(
             DockerShare::from_range(subnet).expect_ok("a share").fixed_cidr.contains(own),
-            "{own} is of Docker's part of {subnet}"
+            "{own} is in Docker's part of {subnet}"
         );
         let network = docker.network_settings(name);
         assert_eq!(network["Gateway"], json!(subnet.nth(1).expect_ok("a gateway").to_string()));
@@ -123,13 +123,13 @@ async fn containers_on_two_hosts_reach_each_other() {
         let link = docker.run(&["exec", name, "/bin/ip", "link", "show", "eth0"]);
         assert!(link.contains("mtu 1450"), "{link}");
     }
-    // What stood in the file before is kept, and heeded.
+    // Earlier settings of the file are kept and have effect.
     assert_eq!(d1.run(&["inspect", "--format", "{{index .HostConfig.LogConfig.Config \"max-size\"}}", "one"]), "1m");
     assert_eq!(forward_policy(&lab, "h1"), "-P FORWARD DROP");
 
     assert_reaches((&d1, "one"), (&d2, "two"), Family::V4, "the page of h2").await;
     assert_reaches((&d2, "two"), (&d1, "one"), Family::V4, "the page of h1").await;
-    // What leaves the overlay has the host's address: the world outside has no way back to a container.
+    // Packets to the outside have the host's address, because the outside has no route to a container.
     d1.run(&["exec", "one", "/bin/ping", "-c", "2", "-W", "10", OUTSIDE_ADDRESS]);
     let nat = kernel::shell(&lab, "h1", "iptables -t nat -S");
     assert!(!nat.contains("MASQUERADE"), "Docker masquerades nothing:\n{nat}");
@@ -140,7 +140,7 @@ async fn containers_on_two_hosts_reach_each_other() {
     assert_drop_policy_is_handled(&lab, &d1, &d2).await;
 }
 
-/// Docker's containers and endpoints are on one bridge, each with an address of its own part.
+/// Docker's containers and endpoints share one bridge, with addresses of separate ranges.
 async fn assert_reaches_overlay_endpoints(lab: &TestLab, d1: &Docker<'_>, d2: &Docker<'_>) {
     let attached: AttachResponse = lab.ctl("h1", &["-o", "json", "attach", "web"]).assert_code(0).json();
     let own = *attached.endpoint.addresses().get(Family::V4).expect_ok("an address");
@@ -150,16 +150,16 @@ async fn assert_reaches_overlay_endpoints(lab: &TestLab, d1: &Docker<'_>, d2: &D
         kernel::run(lab, "h1-web", &["ping", "-c", "2", "-W", "10", &other]);
         docker.run(&["exec", name, "/bin/ping", "-c", "2", "-W", "10", &own.to_string()]);
     }
-    let held = lab.ctl("h1", &["attach", "wish", "--ip", &address(d1, "one", Family::V4).to_string()]);
+    let held = lab.ctl("h1", &["attach", "other", "--ip", &address(d1, "one", Family::V4).to_string()]);
     held.assert_code(1).assert_stderr_contains(&["is in Docker's part of subnet"]);
-    // Docker's port is shown as nobody's endpoint.
+    // Docker's port belongs to no endpoint.
     let view: NetworkView = lab.ctl("h1", &["-o", "json", "inspect"]).assert_code(0).json();
     let ports = view.bridge.expect_ok("the bridge").ports;
     assert_eq!(ports.iter().filter(|port| port.endpoint.is_none()).count(), 1, "{ports:?}");
     assert_eq!(ports.len(), 2);
 }
 
-/// A port that Docker publishes leads to its container, from a host of the overlay and from the world; to an endpoint it is taken.
+/// A port published by Docker is reachable from another host and from outside; an endpoint cannot publish it.
 async fn assert_docker_published_port(lab: &TestLab, d1: &Docker<'_>) {
     require_program("curl", "curl");
     d1.run(&["run", "--detach", "--name", "open", "--publish", "8080:80", IMAGE, "/bin/httpd", "-f", "-p", "80", "-h", "/www"]);
@@ -175,7 +175,7 @@ async fn assert_docker_published_port(lab: &TestLab, d1: &Docker<'_>) {
     d1.run(&["rm", "--force", "open"]);
 }
 
-/// The agent leaves Docker's port alone, also when it starts anew, and when it has to repair the bridge's.
+/// The agent does not touch Docker's port, also after a restart, and when it repairs the bridge's ports.
 async fn assert_survives_crash(lab: &TestLab, d1: &Docker<'_>, d2: &Docker<'_>) {
     let host = lab.host("h1");
     host.agent_stop(Signal::SIGKILL).expect_ok("SIGKILL");
@@ -183,17 +183,17 @@ async fn assert_survives_crash(lab: &TestLab, d1: &Docker<'_>, d2: &Docker<'_>) 
     host.wait_ready(READY_TIMEOUT).await.expect_ok("ready");
     assert_eq!(lab.status("h1").await.data_path.drift_repairs, 0);
     assert_reaches((d2, "two"), (d1, "one"), Family::V4, "the page of h1").await;
-    // Docker ends, and takes its own away; the bridge is the agent's and stays.
+    // Docker ends and removes its state; the bridge belongs to the agent and stays.
     d2.run(&["rm", "--force", "two"]);
     lab.wait_converged("h2", CONVERGE_TIMEOUT).await;
     d2.run_web_server("two");
 }
 
-/// It is the agent's accept that lets packets through where Docker's policy drops them.
+/// The agent's accept rule lets packets through despite Docker's DROP policy.
 async fn assert_drop_policy_is_handled(lab: &TestLab, d1: &Docker<'_>, d2: &Docker<'_>) {
     let target = address(d1, "one", Family::V4).to_string();
-    // Each connection is a new one to the kernel. A ping may not be: its identifier is the process' number, which comes back in a new
-    // container, and Docker lets answers and what belongs to them through.
+    // Each connection is a new one to conntrack. A ping may not be: its identifier is the PID, which is reused in a new
+    // container, and Docker accepts established and related packets.
     let request = format!("printf 'GET / HTTP/1.0\r\n\r\n' | /bin/nc -w 5 {target} 80");
     let page = || d2.attempt(&["exec", "two", "/bin/sh", "-c", &request]);
     let arrives = || assert!(page().assert_code(0).stdout.ends_with("the page of h1"));
@@ -215,7 +215,7 @@ async fn assert_drop_policy_is_handled(lab: &TestLab, d1: &Docker<'_>, d2: &Dock
     host.wait_ready(READY_TIMEOUT).await.expect_ok("ready");
     arrives();
     assert_eq!(forward_policy(lab, "h1"), "-P FORWARD DROP");
-    // And while it runs: the rules are back by themselves.
+    // With a running agent the rules come back.
     kernel::shell(lab, "h1", "iptables -F FORWARD");
     eventually("the agent's accept is back", CONVERGE_TIMEOUT, || {
         let rules = kernel::shell(lab, "h1", "iptables -S FORWARD");
@@ -225,7 +225,7 @@ async fn assert_drop_policy_is_handled(lab: &TestLab, d1: &Docker<'_>, d2: &Dock
     arrives();
 }
 
-/// Both families: Docker makes IPv6 addresses of MACs, far from those that the agent hands out.
+/// Both families: Docker derives IPv6 addresses from MACs, far from the agent's range.
 #[tokio::test(flavor = "multi_thread")]
 async fn dual_stack_containers_reach_each_other() {
     let lab = TestLab::up(|options| {
@@ -254,12 +254,12 @@ async fn dual_stack_containers_reach_each_other() {
         assert_reaches((&d1, "one"), (&d2, "two"), family, "the page of h2").await;
         assert_reaches((&d2, "two"), (&d1, "one"), family, "the page of h1").await;
     }
-    // Docker sets addresses of bridges, too: the agent's are as they were.
+    // Docker also sets bridge addresses: the agent's must be unchanged.
     lab.wait_converged("h1", CONVERGE_TIMEOUT).await;
     lab.wait_converged("h2", CONVERGE_TIMEOUT).await;
 }
 
-/// What `docker_share-docker_options_match_lease` prints, and when it prints nothing.
+/// The output of `overlayctl docker-options`, and its refusals.
 #[tokio::test(flavor = "multi_thread")]
 async fn docker_options_match_lease() {
     let lab = TestLab::up(|options| {
@@ -268,12 +268,12 @@ async fn docker_options_match_lease() {
     })
     .await;
     let refused = lab.ctl("h1", &["docker-options"]).assert_code(1);
-    refused.assert_stderr_contains(&["hands out every address of", "docker = true"]);
+    refused.assert_stderr_contains(&["assigns every address of", "docker = true"]);
     let subnet: Subnet = lab.status("h1").await.lease.expect_ok("a lease").subnet;
     let range = subnet.get(Family::V4).expect_ok("IPv4");
     let share = DockerShare::from_range(range).expect_ok("a share");
 
-    // An endpoint from a time when all addresses were the agent's.
+    // An endpoint from the time before the address range was divided.
     lab.ctl("h1", &["attach", "early", "--ip", &share.first_address.to_string()]).assert_code(0);
     let host = lab.host("h1");
     host.agent_stop(Signal::SIGTERM).expect_ok("SIGTERM");
@@ -299,27 +299,27 @@ async fn docker_options_match_lease() {
     assert!(write().assert_code(0).stdout.contains("written"));
     let first = fs::read_to_string(&file).expect_ok("the file");
     assert_eq!(serde_json::from_str::<Value>(&first).expect_ok("JSON"), wanted);
-    assert!(write().assert_code(0).stdout.contains("as it was"));
+    assert!(write().assert_code(0).stdout.contains("unchanged"));
     let contrary = r#"{"bip": "172.17.0.1/16", "debug": true}"#;
     fs::write(&file, contrary).expect_ok("the file");
     write().assert_code(1).assert_stderr_contains(&["\"bip\": \"172.17.0.1/16\"", "nothing was written"]);
     assert_eq!(fs::read_to_string(&file).expect_ok("the file"), contrary);
-    // Nothing else is left in the directory.
+    // No other file is left in the directory.
     assert_eq!(fs::read_dir(dir.path().join("etc")).expect_ok("the directory").count(), 1);
 }
 
-/// A test run that is killed cannot clear up: the next one does, as far as the processes of the first are over.
+/// The next test run cleans up after a killed one, once the processes of the killed one have ended.
 #[test]
 fn leftovers_of_killed_run_are_removed() {
     require_root();
-    let controllers = fs::read_dir("/sys/fs/cgroup").expect_ok("control groups").flatten().map(|entry| entry.path());
+    let controllers = fs::read_dir("/sys/fs/cgroup").expect_ok("cgroups").flatten().map(|entry| entry.path());
     let parents: Vec<PathBuf> = controllers.filter(|path| path.join("cgroup.procs").is_file()).collect();
     let parents = if parents.is_empty() { vec![PathBuf::from("/sys/fs/cgroup")] } else { parents };
     let made = |lab: &str| {
         let groups = parents.iter().map(|parent| parent.join(format!("overlay-tests-{lab}-h1")));
         let all: Vec<PathBuf> = groups.chain([PathBuf::from(format!("/var/tmp/overlay-docker-{lab}-x"))]).collect();
         for path in &all {
-            fs::create_dir_all(path.join("docker/inner")).expect_ok("a group or a directory");
+            fs::create_dir_all(path.join("docker/inner")).expect_ok("a cgroup or a directory");
         }
         all
     };

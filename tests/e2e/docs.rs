@@ -1,4 +1,4 @@
-//! What the documentation says is so: settings, JSON shapes, metrics, dependencies and links are compared with the code.
+//! Compares the documentation with the code: settings, JSON shapes, metrics, dependencies and links.
 
 #[path = "docs/commands.rs"]
 mod commands;
@@ -21,7 +21,7 @@ fn read(path: &str) -> String {
     fs::read_to_string(repo_root().join(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
 }
 
-/// The table of settings, as the reference has it.
+/// The reference's table of settings.
 fn settings_table() -> String {
     let mut table = "| flag | value | default | what it does |\n| --- | --- | --- | --- |\n".to_owned();
     for setting in SETTINGS {
@@ -48,19 +48,19 @@ fn reference_documents_every_setting() {
         let text = format!("{before}<!-- begin settings{marker}-->\n{wanted}<!-- end settings -->{after}");
         fs::write(repo_root().join(PAGE), text).expect(PAGE);
     } else {
-        assert_eq!(found, wanted, "OVERLAY_REGENERATE=1 writes the table anew");
+        assert_eq!(found, wanted, "OVERLAY_REGENERATE=1 regenerates the table");
     }
 }
 
-/// The commented configuration that the packages install: every setting with what it does and its default, all switched off.
+/// The packages' commented configuration: every setting with description and default, all commented out.
 fn default_configuration() -> String {
     let mut text = "# Configuration of overlayd, the overlay network's agent; overlayd(8).
 #
-# Every setting stands here with its default, or with the kind of value it takes where it has none. A setting is also a flag of overlayd and an
-# environment variable; those win over this file. `systemctl reload overlayd` takes up the log level, `systemctl restart overlayd` all of it.
-# Neither cuts traffic.
+# This file lists every setting with its default, or with the type of its value if it has no default. Each setting is also a flag of overlayd
+# and an environment variable; both override this file. `systemctl reload overlayd` applies the log level, `systemctl restart overlayd` all
+# settings. Neither interrupts traffic.
 #
-# A file of etcd that is given by a bare name is looked for in /etc/overlayd/credentials, which root alone can read and systemd hands to the
+# A bare file name in an etcd setting is looked up in /etc/overlayd/credentials, which only root can read and systemd passes to the
 # service: etcd-keyfile = \"client.key\"
 "
     .to_owned();
@@ -85,8 +85,8 @@ fn packaged_config_has_every_setting() {
     if std::env::var_os("OVERLAY_REGENERATE").is_some_and(|value| value == "1") {
         fs::write(repo_root().join(FILE), &wanted).expect(FILE);
     }
-    assert_eq!(read(FILE), wanted, "OVERLAY_REGENERATE=1 writes the file anew");
-    // As it is it sets nothing; with every line switched on it sets everything, each as a value of its type.
+    assert_eq!(read(FILE), wanted, "OVERLAY_REGENERATE=1 regenerates the file");
+    // As installed it sets nothing; with every line uncommented it sets every value with the right type.
     let set = |text: &str| {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("overlayd.toml");
@@ -101,7 +101,7 @@ fn packaged_config_has_every_setting() {
     assert_eq!((set(&wanted), set(&on)), (0, SETTINGS.len()), "{on}");
 }
 
-/// Whether a JSON text is a value of the type, with every field that the type writes.
+/// Checks that a JSON text is a value of the type, with every field that the type serialises.
 fn assert_round_trips<T: Serialize + DeserializeOwned>(json: &str) -> Result<(), String> {
     let value: serde_json::Value = serde_json::from_str(json).map_err(|e| e.to_string())?;
     let typed: T = serde_json::from_value(value.clone()).map_err(|e| e.to_string())?;
@@ -173,7 +173,7 @@ fn every_direct_dependency_has_its_reason() {
     assert_eq!(rows, direct);
 }
 
-/// Each promise of the page names the tests that hold it: `STORY::TEST` for `tests/e2e/STORY.rs`, a path of modules for `agent/src`.
+/// Each promise of the page cites its tests: `FILE::TEST` for `tests/e2e/FILE.rs`, a module path for `agent/src`.
 #[test]
 fn cited_tests_exist() {
     let text = read("docs/reliability.md");
@@ -186,20 +186,20 @@ fn cited_tests_exist() {
     for path in named {
         let (modules, test) = path.rsplit_once("::").expect("a module");
         let file = modules.replace("::", "/");
-        // Tests may stand in the module itself, below `mod tests`.
+        // Tests may be in the module itself, below `mod tests`.
         let inside = file.strip_suffix("/tests").unwrap_or(&file);
         let candidates = [format!("tests/e2e/{file}.rs"), format!("agent/src/{file}.rs"), format!("agent/src/{inside}.rs")];
         let found = candidates.iter().filter_map(|path| fs::read_to_string(repo_root().join(path)).ok()).any(|text| {
             let before = text.split_once(&format!("fn {test}(")).map(|(before, _)| before.to_owned());
-            // The attribute is on one of the lines before.
+            // The attribute is on one of the previous lines.
             before.is_some_and(|before| before.lines().rev().take(4).any(|line| line.contains("test")))
         });
-        assert!(found, "docs/reliability.md names `{path}`, which is no test of {candidates:?}");
+        assert!(found, "docs/reliability.md cites `{path}`, which is not a test in {candidates:?}");
     }
-    // No row without one.
+    // Every row cites a test.
     let rows = text.lines().filter(|line| line.starts_with("| ") && !line.contains("| --- ") && !line.contains("held by |"));
     for row in rows {
-        assert!(row.split('`').skip(1).step_by(2).any(|word| is_path(&word)), "no test holds: {row}");
+        assert!(row.split('`').skip(1).step_by(2).any(|word| is_path(&word)), "no test cited: {row}");
     }
 }
 
@@ -226,13 +226,13 @@ fn doc_links_resolve() {
                 linked.lines().filter(|line| line.starts_with('#')).map(|line| anchor(line.trim_start_matches('#'))).collect();
             assert!(
                 heading.is_empty() || headings.iter().any(|h| h == heading),
-                "{page}: {link} names no heading of {headings:?}"
+                "{page}: {link} is not a heading of {headings:?}"
             );
         }
     }
 }
 
-/// The name by which a heading is linked to.
+/// The link anchor of a heading.
 fn anchor(heading: &str) -> String {
     let kept = heading.trim().to_lowercase().replace(' ', "-");
     kept.chars().filter(|c| c.is_alphanumeric() || matches!(c, '-' | '_')).collect()
@@ -240,16 +240,16 @@ fn anchor(heading: &str) -> String {
 
 #[test]
 fn every_tutorial_is_run() {
-    let mut stories = String::new();
+    let mut sources = String::new();
     for entry in fs::read_dir(repo_root().join("tests/e2e")).expect("tests/e2e") {
         let name = entry.expect("an entry").file_name().into_string().expect("UTF-8");
         if name.starts_with("tutorial_") {
-            stories += &read(&format!("tests/e2e/{name}"));
+            sources += &read(&format!("tests/e2e/{name}"));
         }
     }
     let sections = overlay_tests::tutorial::sections();
     assert!(sections.len() >= 6, "{sections:?}");
     for section in sections {
-        assert!(stories.contains(&format!("Tutorial::begin(\"{section}\")")), "no tests/e2e/tutorial_*.rs runs `{section}`");
+        assert!(sources.contains(&format!("Tutorial::begin(\"{section}\")")), "no tests/e2e/tutorial_*.rs runs `{section}`");
     }
 }

@@ -1,4 +1,4 @@
-//! Somebody deletes or changes by hand what the agent made: it is back within a second, counted, and traffic flows again.
+//! Manual deletions and changes of the agent's kernel state: repaired within a second, counted, and traffic recovers.
 
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,7 @@ async fn start_lab() -> TestLab {
     lab
 }
 
-/// Waits until a host's kernel is as it was; how long that took.
+/// Waits until a host's kernel state is as before; returns the time.
 async fn wait_repaired(lab: &TestLab, what: &str, before: &std::collections::BTreeSet<String>) -> Duration {
     let start = Instant::now();
     overlay_tests::eventually(what, REPAIR_DEADLINE, || {
@@ -33,7 +33,7 @@ async fn wait_repaired(lab: &TestLab, what: &str, before: &std::collections::BTr
     start.elapsed()
 }
 
-/// What is wrong with the ports of the bridge.
+/// Faults of the bridge's ports.
 fn port_faults(lab: &TestLab) -> Vec<String> {
     let links = kernel::list_json(lab, "h1", "ip", &["link", "show"]);
     let ports: Vec<_> = links.iter().filter(|link| kernel::text(link, "ifname").starts_with("ove")).collect();
@@ -48,7 +48,7 @@ fn port_faults(lab: &TestLab) -> Vec<String> {
     wrong
 }
 
-/// Both families of a container of h1 reach one of h2, each within a second.
+/// A container of h1 reaches one of h2 in both families, each within a second.
 async fn assert_traffic_flows(lab: &TestLab, what: &str) {
     for family in Family::ALL {
         let flow = lab.start_ping("h1-c1", "h2-c1", family).await;
@@ -61,10 +61,10 @@ async fn assert_traffic_flows(lab: &TestLab, what: &str) {
 async fn each_drift_is_repaired() {
     let lab = start_lab().await;
     let before = kernel::actual_state(&lab, "h1");
-    for damage in kernel_fault::ALL {
-        let what = damage.name;
+    for fault in kernel_fault::ALL {
+        let what = fault.name;
         let repairs = lab.status("h1").await.data_path.drift_repairs;
-        damage.inject(&lab, "h1");
+        fault.inject(&lab, "h1");
         let took = wait_repaired(&lab, what, &before).await;
         let status = lab.host("h1").wait_status(REPAIR_DEADLINE, "ready", |s| s.ready).await.expect_ok(what);
         assert!(status.data_path.drift_repairs > repairs, "{what}: the repairs are counted: {:#?}", status.data_path);
@@ -88,7 +88,7 @@ async fn simultaneous_drift_is_repaired() {
         .filter(|d| chosen.contains(&d.name) || more.contains(&d.name))
         .map(kernel_fault::KernelFault::script)
         .collect();
-    assert_eq!(script.len(), 9, "each is in the list");
+    assert_eq!(script.len(), 9, "each change is in the list");
     kernel_fault::shell(&lab, "h1", &script.join("\n"));
     wait_repaired(&lab, "all entries", &before).await;
     assert_traffic_flows(&lab, "all entries").await;
@@ -99,7 +99,7 @@ async fn simultaneous_drift_is_repaired() {
     lab.assert_full_reachability().await;
 }
 
-/// The interface of a container is deleted on the host's side: it is made anew, with its address.
+/// A container's host interface is deleted: the agent recreates it, with the container's address.
 #[tokio::test(flavor = "multi_thread")]
 async fn deleted_container_interface_is_recreated() {
     let lab = start_lab().await;
@@ -116,7 +116,7 @@ async fn deleted_container_interface_is_recreated() {
     assert_traffic_flows(&lab, "a container's interface").await;
 }
 
-/// The kernel tells nobody when a device begins to take router advertisements: the full comparison finds it.
+/// The kernel sends no notification when a device begins to accept router advertisements: the periodic resync finds it.
 #[tokio::test(flavor = "multi_thread")]
 async fn resync_repairs_silent_drift() {
     let lab = TestLab::up(|options| {

@@ -1,5 +1,6 @@
-//! Drift with a thousand peers present: each kind of entry deleted or altered, one at a time and all at once. It is back, counted, logged with
-//! what differed; how long it was away is printed.
+//! Drift with a thousand peers: each kind of entry deleted or changed, one at a time and all at once.
+//!
+//! It is repaired, counted, and logged with the difference; the time of absence is printed.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -11,19 +12,19 @@ use overlay_tests::test_lab::CONVERGE_TIMEOUT;
 use overlay_tests::{ExpectContext, TestLab, eventually, http, kernel, synthetic_leases};
 use overlayctl::lab::Families;
 
-/// Peers that are leases alone, besides the one host.
+/// Peers that exist only as leases, besides the one host.
 const PEERS: u16 = 1000;
 
-/// No entry may be away longer. The goals are printed beside the figures: 20 ms at the median, 200 ms at worst.
+/// Maximum absence of an entry. The goals are printed next to the figures: 20 ms median, 200 ms maximum.
 const MAX_ABSENCE: Duration = Duration::from_secs(1);
 
-/// How often each kind of entry is deleted or altered alone.
+/// How often each kind of entry is deleted or changed alone.
 const REPEATS: usize = 5;
 
-/// Silence after which a repair is over.
+/// Period without notifications after which a repair is complete.
 const QUIET_PERIOD: Duration = Duration::from_millis(150);
 
-/// One entry each: what is done to the entry number `$1` of its list, and what the entry is called in metrics.
+/// Single-entry changes: a name, the script for entry number `$1` of its list, and the entry's kind in metrics.
 const SINGLE_ENTRY_FAULTS: [(&str, &str, &str); 8] = [
     ("route deleted", "route", "ip route delete $(ip route show proto 86 type unicast | sed -n ${1}p | cut -d' ' -f1) proto 86"),
     (
@@ -59,7 +60,7 @@ const SINGLE_ENTRY_FAULTS: [(&str, &str, &str); 8] = [
     ),
 ];
 
-/// All entries of a kind, as fast as a program can.
+/// Changes of all entries of a kind, as fast as a program can make them.
 const BULK_FAULTS: [(&str, &str); 5] = [
     (
         "all routes deleted",
@@ -92,7 +93,7 @@ async fn start_lab() -> TestLab {
     let all = usize::from(PEERS) + 1;
     for host in ["h1", "h2"] {
         let whole = |s: &overlay_agent::model::api::Status| s.ready && s.data_path.peers == all;
-        lab.host(host).wait_status(CONVERGE_TIMEOUT, "it has not every peer", whole).await.expect_ok(host);
+        lab.host(host).wait_status(CONVERGE_TIMEOUT, "not all peers", whole).await.expect_ok(host);
     }
     lab
 }
@@ -138,13 +139,13 @@ async fn single_entry_drift_is_repaired() {
             let script = format!("set -- {}; {script}", 100 + 150 * number);
             kernel::shell(&lab, "h1", &script);
             let EventSpans { entries, total: span } = stopwatch.collect_until_quiet(QUIET_PERIOD, CONVERGE_TIMEOUT).await;
-            // A foreign route replaces ours without an end of its own; whatever there was, the whole of it counts.
+            // A foreign route replaces ours without a deletion message of ours; then the whole span counts.
             times.add(entries.values().max().copied().unwrap_or_default().max(span));
             whole = whole.max(span);
         }
         print_row(what, &times, whole);
         wait_repaired(&lab, what, &before).await;
-        assert!(times.worst() > Duration::ZERO, "{what}: something happened");
+        assert!(times.worst() > Duration::ZERO, "{what}: a change was recorded");
         assert!(times.worst() < MAX_ABSENCE, "{what}: {times:?}");
         all.extend(std::iter::once(times.worst()));
         let count = REPEATS as u64;
@@ -156,7 +157,7 @@ async fn single_entry_drift_is_repaired() {
             log.lines().filter(|line| line.contains("an entry changed by another process")).skip(lines).collect();
         let (first, one) = (logged.first().expect_ok("a line"), format!("entry={kind}"));
         assert!(logged.iter().filter(|line| line.contains(kind)).count() >= REPEATS, "{what}: {one}: {logged:#?}");
-        assert!(first.contains("found=") && first.contains("wanted="), "{what}: says what differed: {first}");
+        assert!(first.contains("found=") && first.contains("wanted="), "{what}: the difference is logged: {first}");
         assert!(logged.len() <= 3 * REPEATS, "{what}: each is logged once: {logged:#?}");
     }
     println!("worst of each kind: {:?} at the median (goal 20 ms), {:?} at worst (goal 200 ms)", all.median(), all.worst());
@@ -185,15 +186,19 @@ async fn bulk_drift_is_repaired() {
         flow.run_for(Duration::from_millis(250)).await;
         flow.stop().await.assert_no_loss(&format!("after: {what}"));
     }
-    assert_eq!(lab.host("h1").client().endpoints().await.expect_ok("endpoints").endpoints, endpoints, "endpoints came through");
+    assert_eq!(
+        lab.host("h1").client().endpoints().await.expect_ok("endpoints").endpoints,
+        endpoints,
+        "the endpoints are unchanged"
+    );
     let log = lab.log("h1");
     let lines = log.lines().filter(|line| line.contains("drift: restoring")).count();
     let repairs = lab.status("h1").await.data_path.drift_repairs;
-    assert!(lines * 4 < usize::try_from(repairs).expect_ok("a number"), "{repairs} repairs, and {lines} lines of log");
+    assert!(lines * 4 < usize::try_from(repairs).expect_ok("a number"), "{repairs} repairs, but {lines} log lines");
     lab.assert_full_reachability().await;
 }
 
-/// Somebody deletes a route every 10 ms: the agent neither gives in nor spins, and says so loudly.
+/// Another process deletes a route every 10 ms. The agent neither gives up nor spins, and logs an error.
 #[tokio::test(flavor = "multi_thread")]
 async fn contended_route_is_rate_limited() {
     let lab = start_lab().await;
@@ -202,7 +207,7 @@ async fn contended_route_is_rate_limited() {
     let peer =
         lab.host("h1").client().peers().await.expect_ok("peers").peers.into_iter().find(|p| p.subnet.family() == Family::V4);
     let route = peer.expect_ok("a peer").subnet.to_string();
-    let used = process_cpu_time(agent.pid).expect_ok("the agent's processor time");
+    let used = process_cpu_time(agent.pid).expect_ok("the agent's CPU time");
     let repairs = lab.status("h1").await.data_path.drift_repairs;
     let script = format!(
         "end=$(($(date +%s%N) + {})); n=0
@@ -211,19 +216,19 @@ async fn contended_route_is_rate_limited() {
         time.as_nanos()
     );
     let deleted: u64 = kernel::shell(&lab, "h1", &script).trim().parse().expect_ok("a number");
-    let used = process_cpu_time(agent.pid).expect_ok("the agent's processor time") - used;
+    let used = process_cpu_time(agent.pid).expect_ok("the agent's CPU time") - used;
     let status = lab.status("h1").await;
     let repaired = status.data_path.drift_repairs - repairs;
-    println!("{deleted} deletions, {repaired} repairs, {} ms of processor time in {} ms", used.as_millis(), time.as_millis());
-    assert!(deleted >= 10, "there was a fight: {deleted}");
+    println!("{deleted} deletions, {repaired} repairs, {} ms of CPU time in {} ms", used.as_millis(), time.as_millis());
+    assert!(deleted >= 10, "the route was contended: {deleted} deletions");
     assert!(repaired <= 40, "the rate is bounded: {repaired} repairs");
-    assert!(used < time / 2, "the processor is not spun: {used:?} of {time:?}");
+    assert!(used < time / 2, "the agent does not spin: {used:?} of {time:?}");
     assert!(status.problems.iter().any(|p| p.contains(&route)), "the status names it: {:?}", status.problems);
     let loud = lab.wait_for_log("h1", &["ERROR", "keeps changing an entry", &route]).await;
-    assert_eq!(lab.log("h1").matches("keeps changing an entry").count(), 1, "told once: {loud}");
-    // The other one gives up: the route is back when the pause is over.
+    assert_eq!(lab.log("h1").matches("keeps changing an entry").count(), 1, "logged once: {loud}");
+    // The other process stops: the route is back at the end of the backoff.
     lab.host("h1")
-        .wait_status(2 * CONVERGE_TIMEOUT, "it does not come to rest", |s| s.ready && s.data_path.failed.is_empty())
+        .wait_status(2 * CONVERGE_TIMEOUT, "it does not become stable", |s| s.ready && s.data_path.failed.is_empty())
         .await
         .expect_ok("h1");
     assert!(kernel::run(&lab, "h1", &["ip", "route", "show", &route]).contains("proto 86"));

@@ -1,4 +1,4 @@
-//! Containers attached and detached by `overlayctl`, as a person does it: names, wished addresses, what is taken, what is full, what is gone.
+//! Containers attached and detached with `overlayctl`: names, requested addresses, conflicts, a full subnet, deleted namespaces.
 
 use overlay_agent::model::api::{AttachResponse, Health, Status};
 use overlay_agent::model::{Endpoint, Family};
@@ -28,7 +28,7 @@ async fn endpoint_is_attached_listed_and_detached() {
     assert_eq!(kernel::text(&inner, "address"), attached.endpoint.port.as_ref().expect_ok("a port").mac.to_string());
     assert_eq!(kernel::sysctl(&lab, "h1-web", "ipv6/conf/eth0/accept_ra"), "0");
 
-    // The same again answers the same.
+    // A repeated attach has the same answer.
     let again: AttachResponse = lab.ctl("h1", &["-o", "json", "attach", "web"]).assert_code(0).json();
     assert_eq!(again.endpoint, attached.endpoint);
     assert_eq!(lab.endpoints("h1"), std::slice::from_ref(&attached.endpoint));
@@ -38,9 +38,9 @@ async fn endpoint_is_attached_listed_and_detached() {
 
     lab.ctl("h1", &["detach", "web"]).assert_code(0);
     assert!(lab.endpoints("h1").is_empty());
-    assert!(lab.netns("h1-web").is_err(), "the namespace that attach made is gone");
+    assert!(lab.netns("h1-web").is_err(), "the namespace created by attach is gone");
     assert!(kernel::link(&lab, "h1", &attached.endpoint.port.as_ref().expect_ok("a port").host_interface).is_none());
-    assert_eq!(kernel::difference(&kernel::actual_state(&lab, "h1"), &before), "", "the host is as it was before");
+    assert_eq!(kernel::difference(&kernel::actual_state(&lab, "h1"), &before), "", "the host is unchanged");
     let output = lab.ctl("h1", &["detach", "web"]).assert_code(0);
     assert!(output.stdout.contains("was not attached"), "{}", output.stdout);
 }
@@ -60,15 +60,15 @@ async fn requested_addresses_are_assigned_or_refused() {
     refused(&v4, &[&v4, "in use by endpoint a", "overlayctl detach a"]);
     refused(&v6, &[&v6, "in use by endpoint a"]);
     refused("192.0.2.1", &["192.0.2.1", "outside this host's subnet"]);
-    refused(&nth(Family::V4, 0), &["subnet", "for containers"]);
-    refused(&nth(Family::V4, 1), &["gateway", "for containers"]);
-    refused(&nth(Family::V4, 255), &["broadcast", "for containers"]);
+    refused(&nth(Family::V4, 0), &["subnet", "containers can have"]);
+    refused(&nth(Family::V4, 1), &["gateway", "containers can have"]);
+    refused(&nth(Family::V4, 255), &["broadcast", "containers can have"]);
     lab.ctl("h1", &["attach", "b", "--ip", &v4, "--ip", "10.0.0.1"]).assert_code(2).assert_stderr_contains(&["one IPv4 address"]);
     lab.ctl("h1", &["attach", "../b"]).assert_code(2);
     lab.ctl("h1", &["attach", "b", "--interface", "much-too-long-for-a-name"])
         .assert_code(1)
-        .assert_stderr_contains(&["no interface name"]);
-    // The name, with another wish.
+        .assert_stderr_contains(&["invalid interface name"]);
+    // The same name with another requested address.
     let other = nth(Family::V4, 78);
     lab.ctl("h1", &["attach", "a", "--ip", &other])
         .assert_code(1)
@@ -86,7 +86,7 @@ async fn full_subnet_refuses_attach() {
     .await;
     let subnet = lab.status("h1").await.lease.expect_ok("a lease").subnet.to_string();
     assert!(subnet.ends_with("/30"), "{subnet}");
-    // A /30 has four addresses: the subnet's own, the gateway's, one container's, broadcast.
+    // A /30 has four addresses: the subnet's base, the gateway, one container, broadcast.
     lab.ctl("h1", &["attach", "first"]).assert_code(0);
     lab.ctl("h1", &["attach", "second"]).assert_code(1).assert_stderr_contains(&[
         &format!("subnet {subnet} is full"),
@@ -95,7 +95,7 @@ async fn full_subnet_refuses_attach() {
     ]);
     lab.ctl("h1", &["detach", "first"]).assert_code(0);
     lab.ctl("h1", &["attach", "second"]).assert_code(0);
-    // One whose namespace was deleted takes no address.
+    // An endpoint with a deleted namespace occupies no address.
     kernel::run(&lab, "h1", &["ip", "netns", "delete", &lab.layout().namespace("h1-second")]);
     lab.ctl("h1", &["attach", "third"]).assert_code(0);
     assert_eq!(lab.endpoints("h1").len(), 1);
@@ -112,40 +112,41 @@ async fn invalid_netns_paths_are_refused() {
     attach("a", "/tmp").assert_code(1).assert_stderr_contains(&["/tmp"]);
     let own = lab.layout().namespace("h1");
     let output = attach("a", &format!("/run/netns/{own}"));
-    assert_eq!(output.code, Some(1), "the host's own namespace is no container: {}{}", output.stdout, output.stderr);
+    assert_eq!(output.code, Some(1), "the host's own namespace is not a container: {}{}", output.stdout, output.stderr);
     assert!(lab.endpoints("h1").is_empty());
 
-    // One of its own making, by path; detach leaves it.
+    // A user-created namespace, by path; detach keeps it.
     let name = lab.layout().namespace("h1-mine");
     kernel::run(&lab, "h1", &["ip", "netns", "add", &name]);
     attach("mine", &format!("/run/netns/{name}")).assert_code(0);
     attach("other", &format!("/run/netns/{name}")).assert_code(1).assert_stderr_contains(&["belongs to endpoint mine"]);
     lab.ctl("h1", &["detach", "mine"]).assert_code(0);
-    assert!(lab.netns("h1-mine").is_ok(), "it was not made by attach");
+    assert!(lab.netns("h1-mine").is_ok(), "detach keeps a namespace that attach did not create");
     assert!(kernel::link(&lab, "h1-mine", "eth0").is_none());
 }
 
-/// A namespace goes away with its container: the address is free again.
+/// A deleted namespace frees the container's address.
 #[tokio::test(flavor = "multi_thread")]
 async fn deleted_namespace_can_be_reattached() {
     let lab = TestLab::one_host(Families::V4).await;
     let attached: AttachResponse = lab.ctl("h1", &["-o", "json", "attach", "web"]).assert_code(0).json();
     let address = attached.endpoint.addresses().v4.expect_ok("an address").to_string();
     kernel::run(&lab, "h1", &["ip", "netns", "delete", &lab.layout().namespace("h1-web")]);
-    eventually_true("its interface goes with it", CONVERGE_TIMEOUT, || {
+    eventually_true("the interface disappears with the namespace", CONVERGE_TIMEOUT, || {
         kernel::link(&lab, "h1", &attached.endpoint.port.as_ref().expect_ok("a port").host_interface).is_none()
     })
     .await;
     let well = |s: &Status| s.ready && s.problems.is_empty();
-    lab.host("h1").wait_status(REPAIR_DEADLINE, "a container's end is no fault of the host", well).await.expect_ok("h1");
-    // The same name and address again: nobody else has them.
+    lab.host("h1").wait_status(REPAIR_DEADLINE, "the host is not healthy after a container's end", well).await.expect_ok("h1");
+    // The same name and address again: both are free.
     let again: AttachResponse = lab.ctl("h1", &["-o", "json", "attach", "web", "--ip", &address]).assert_code(0).json();
     assert_eq!(again.endpoint.addresses(), attached.endpoint.addresses());
     kernel::run(&lab, "h1-web", &["ping", "-c", "1", "-W", "2", &again.gateway.v4.expect_ok("a gateway").to_string()]);
     assert_eq!(lab.endpoints("h1").len(), 1);
 }
 
-/// What a container has whose namespace was deleted is given to the next one at once, also by an agent that knows it from its files only.
+/// The address, MAC and port of a deleted namespace are available at once, also for an agent that knows it only from its state
+/// files.
 #[tokio::test(flavor = "multi_thread")]
 async fn deleted_namespace_frees_address_mac_and_port() {
     let lab = TestLab::one_host(Families::V4).await;
@@ -167,7 +168,7 @@ async fn deleted_namespace_frees_address_mac_and_port() {
     assert_eq!(lab.endpoints("h1").into_iter().map(|e| e.name.to_string()).collect::<Vec<_>>(), ["last"]);
 }
 
-/// An address goes to another container, with another MAC: nobody who knew the old one waits.
+/// An address moves to another container with another MAC: clients with the old MAC do not wait.
 #[tokio::test(flavor = "multi_thread")]
 async fn moved_address_is_reachable_at_once() {
     let lab = TestLab::up(|options| {
@@ -186,7 +187,8 @@ async fn moved_address_is_reachable_at_once() {
     let all_reach = |whom: &str| {
         for from in ["h1-c1", "h1", "h2-c1", "h2"] {
             for address in &addresses {
-                // More than one: the kernel takes an IPv6 address into use in a task of its own (`addrconf_dad_work`), the first packet may be earlier.
+                // Three packets: the kernel enables an IPv6 address in a separate task (`addrconf_dad_work`), possibly after the
+                // first one.
                 let output = kernel::attempt(&lab, from, &["ping", "-c", "3", "-i", "0.2", "-W", "1", address]);
                 let known = kernel::run(&lab, from, &["ip", "neigh"]);
                 assert_eq!(
@@ -203,11 +205,12 @@ async fn moved_address_is_reachable_at_once() {
     lab.ctl("h1", &["detach", "a1"]).assert_code(0);
     let second = attach("a2", &addresses);
     assert_eq!(second.addresses(), first.addresses());
-    assert_ne!(second.port.expect_ok("a port").mac, first.port.expect_ok("a port").mac, "the case is one of two MACs");
+    assert_ne!(second.port.expect_ok("a port").mac, first.port.expect_ok("a port").mac, "the MACs differ");
     all_reach("a2");
 }
 
-/// A container with a network of its own and the overlay beside it: the default route stays that network's, also when the wire is made anew.
+/// A container with another network besides the overlay. That network keeps the default route, also after the veth pair is
+/// recreated.
 #[tokio::test(flavor = "multi_thread")]
 async fn second_interface_reaches_overlay_only() {
     let lab = TestLab::up(|options| {
@@ -243,21 +246,21 @@ async fn second_interface_reaches_overlay_only() {
     let default = [&arguments[..8]].concat();
     lab.ctl("h1", &default).assert_code(1).assert_stderr_contains(&["default route off, not default route on"]);
 
-    // The agent is killed, and the wire is lost while none runs.
+    // The agent is killed, and the veth pair is deleted while no agent runs.
     lab.host("h1").agent_stop(nix::sys::signal::Signal::SIGKILL).expect_ok("SIGKILL");
     kernel::run(&lab, "h1-two", &["ip", "link", "delete", "eth1"]);
     lab.start_agent("h1").await;
-    eventually_true("the wire is there again", CONVERGE_TIMEOUT, || kernel::link(&lab, "h1-two", "eth1").is_some()).await;
+    eventually_true("the veth pair is back", CONVERGE_TIMEOUT, || kernel::link(&lab, "h1-two", "eth1").is_some()).await;
     reached();
 }
 
-/// Endpoints outlive the agent.
+/// Endpoints survive the agent.
 #[tokio::test(flavor = "multi_thread")]
 async fn endpoints_survive_agent_restart() {
     let lab = TestLab::one_host(Families::V4).await;
     let attached: AttachResponse = lab.ctl("h1", &["-o", "json", "attach", "web"]).assert_code(0).json();
     lab.host("h1").agent_stop(nix::sys::signal::Signal::SIGKILL).expect_ok("SIGKILL");
-    lab.ctl("h1", &["endpoints"]).assert_code(1).assert_stderr_contains(&["no agent answers"]);
+    lab.ctl("h1", &["endpoints"]).assert_code(1).assert_stderr_contains(&["nothing listens"]);
     lab.host("h1").agent_start(&[]).expect_ok("start");
     lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("ready");
     assert_eq!(lab.endpoints("h1"), [attached.endpoint]);
@@ -265,7 +268,7 @@ async fn endpoints_survive_agent_restart() {
     assert!(lab.netns("h1-web").is_err());
 }
 
-/// The host gets another subnet: its endpoints lead nowhere, and the status says which to restart.
+/// The host gets another subnet: its endpoints are unreachable, and the status names those that need a restart.
 #[tokio::test(flavor = "multi_thread")]
 async fn subnet_change_reports_stale_endpoints() {
     let lab = TestLab::one_host(Families::V4).await;
@@ -278,7 +281,7 @@ async fn subnet_change_reports_stale_endpoints() {
     etcd::put(&lab, &before.key, other);
     lab.host("h1").agent_start(&[]).expect_ok("start");
     let named = |s: &Status| s.problems.iter().any(|p| p.contains("restart them: web"));
-    let status = lab.host("h1").wait_status(READY_TIMEOUT, "the endpoint is named", named).await.expect_ok("h1");
+    let status = lab.host("h1").wait_status(READY_TIMEOUT, "the endpoint is not named", named).await.expect_ok("h1");
     assert_eq!(status.health, Health::Degraded);
     let view = lab.ctl("h1", &["inspect", "web"]).assert_code(0).stdout;
     assert!(view.contains("outside the present subnet"), "{view}");
@@ -290,5 +293,5 @@ async fn subnet_change_reports_stale_endpoints() {
     let subnet = lab.status("h1").await.lease.expect_ok("a lease").subnet;
     assert!(subnet.get(Family::V4).expect_ok("IPv4").contains(attached.endpoint.addresses().v4.expect_ok("an address")));
     let well = |s: &Status| !s.problems.iter().any(|p| p.contains("restart them"));
-    lab.host("h1").wait_status(CONVERGE_TIMEOUT, "none is named any more", well).await.expect_ok("h1");
+    lab.host("h1").wait_status(CONVERGE_TIMEOUT, "an endpoint is still named", well).await.expect_ok("h1");
 }

@@ -1,5 +1,6 @@
-//! A cluster of three as `deploy/etcd` sets it up: TLS on both sides, roles with the least that agents need. What an agent may do, and what it says
-//! where a certificate, a password or a role is wrong.
+//! An etcd cluster of three set up by `deploy/etcd`: mutual TLS, and least-privilege roles.
+//!
+//! Covers an agent's permissions, and its errors for a wrong certificate, password or role.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -17,13 +18,13 @@ use overlayctl::client::Client;
 use overlayctl::lab::process::{self, ProcessId, TERM_GRACE};
 use overlayctl::lab::{Families, layout};
 
-/// A member a host: each checks that the others come from the address in their certificate.
+/// One member per host: each verifies that the others connect from the address in their certificate.
 const MEMBERS: [(&str, &str); 3] = [("h1", "10.99.1.1"), ("h2", "10.99.1.2"), ("h3", "10.99.1.3")];
 
-/// How long the cluster may take to elect a leader, or an agent to see that a server is gone.
+/// Time limit for a leader election, or for an agent to notice that a server is gone.
 const ELECTION_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A lab with hosts and no agents, and a member of the cluster on each.
+/// A lab with hosts and without agents, and a cluster member on each host.
 struct Cluster {
     lab: TestLab,
     members: Vec<ProcessId>,
@@ -60,14 +61,14 @@ impl Cluster {
             let output = run(&mut command, Some(&net));
             std::future::ready(if output.code == Some(0) { Ok(()) } else { Err(output.stderr) })
         };
-        eventually_async("all members are well", ELECTION_TIMEOUT, healthy).await;
+        eventually_async("all members are healthy", ELECTION_TIMEOUT, healthy).await;
         let mut access = cluster.etcdctl(Some("access.sh"));
         access.arg(cluster.file("passwords"));
         run(&mut access, Some(&net)).assert_code(0);
         cluster
     }
 
-    /// Starts a member of the cluster of this list.
+    /// Starts a member of the cluster with this member list.
     fn start_member(&mut self, netns_name: &str, name: &str, list: &[String]) {
         let mut settings = Command::new(script("member.sh"));
         settings.arg(name).arg(self.file("pki")).args(list).env("DATA", self.file(&format!("{name}-etcd")));
@@ -80,7 +81,7 @@ impl Cluster {
         self.members.push(process::start(etcd, Some(&self.lab.open_netns(netns_name)), &log, &record).expect_ok(name));
     }
 
-    /// A server of its own whose certificate has expired; its URL.
+    /// Starts a separate server with an expired certificate; returns its URL.
     fn start_expired_server(&mut self) -> String {
         let net = self.lab.open_netns("net");
         let shown =
@@ -98,7 +99,7 @@ impl Cluster {
         self.lab.dir().join(name)
     }
 
-    /// A CA with certificates for all members and for clients that last that many days.
+    /// Creates a CA with certificates for all members and the clients, valid for that many days.
     fn create_certificates(&self, dir: &str, days: &str, clients: &[&str]) {
         let certs = |arguments: &[&str], days: &str| {
             let mut command = Command::new(script("certs.sh"));
@@ -124,7 +125,7 @@ impl Cluster {
         command
     }
 
-    /// etcdctl as one of the users.
+    /// Runs etcdctl as one of the users.
     fn etcdctl_as_user(&self, user: &str, arguments: &[&str]) -> CommandOutput {
         let password = std::fs::read_to_string(self.file("passwords").join(user)).expect_ok("a password");
         let mut command = self.etcdctl(None);
@@ -132,7 +133,7 @@ impl Cluster {
         run(&mut command, Some(&self.lab.open_netns("net")))
     }
 
-    /// The flags by which a client reaches the cluster as a user, with a certificate of that name out of that directory.
+    /// The flags of a client for the cluster: a user, the CA's directory, and a certificate name.
     fn flags(&self, user: &str, pki: &str, certificate: &str) -> Vec<String> {
         let path = |name: String| self.file(&name).display().to_string();
         vec![
@@ -145,7 +146,7 @@ impl Cluster {
         ]
     }
 
-    /// Writes the network's configuration as its administrator.
+    /// Writes the network configuration as its administrator.
     fn write_network_config(&self) {
         let network = self.file("network.json");
         std::fs::write(&network, r#"{"Network": "10.244.0.0/16"}"#).expect_ok("a file");
@@ -154,11 +155,11 @@ impl Cluster {
         run(&mut command, Some(&self.lab.open_netns("h1"))).assert_code(0);
     }
 
-    /// Starts an agent with these flags; it ends with the story.
+    /// Starts an agent with these flags; it ends with the test.
     fn start_agent(&mut self, host: &str, flags: &[String]) -> Client {
         let dir = self.file(&format!("{host}-{}", self.members.len()));
         let mut command = self.lab.overlayd_command(host, dir.join("run"), dir.join("state"));
-        // The harness names the lab's own etcd.
+        // Replace the endpoints of the lab's own etcd, which the harness sets.
         let mut arguments: Vec<_> = command.get_args().map(ToOwned::to_owned).collect();
         let named = arguments.iter().position(|a| a == "--etcd-endpoints").expect_ok("the lab's etcd");
         arguments.drain(named..named + 2);
@@ -175,7 +176,7 @@ impl Cluster {
         Client::new(dir.join("run/overlayd.sock"))
     }
 
-    /// Ends what was started last.
+    /// Ends the agent that was started last.
     fn stop_last(&mut self) {
         let last = self.members.pop().expect_ok("an agent");
         assert_eq!(process::terminate_all(&[last], TERM_GRACE), Vec::<String>::new());
@@ -215,7 +216,7 @@ async fn agent_role_has_least_privilege() {
     let status = wait_status("the first agent is ready", &first, |status| status.ready).await;
     let subnet = status.lease.expect_ok("a lease").subnet;
 
-    // Its password opens neither the configuration nor what lies beside the prefix, and no administration.
+    // Its password gives no access to the configuration, to keys outside the prefix, or to administration.
     let lease = format!("{}/subnets/x", layout::ETCD_PREFIX);
     cluster.etcdctl_as_user("overlay-agent", &["put", &lease, "{}"]).assert_code(0);
     cluster.etcdctl_as_user("overlay-agent", &["del", &lease]).assert_code(0);
@@ -236,7 +237,8 @@ async fn agent_role_has_least_privilege() {
         .etcdctl_as_user("overlay-reader", &["put", &lease, "{}"])
         .assert_code(1)
         .assert_stderr_contains(&["permission denied"]);
-    // A certificate is the user that its name is; one that names no user gets nothing without a password, and no certificate no answer.
+    // A certificate's name selects its user. An unknown name has no access without a password; without a certificate, no
+    // connection.
     cluster.create_certificates("pki", "365", &["passer-by"]);
     for (certificate, code) in [("overlay-agent", 0), ("passer-by", 1), ("none", 1)] {
         let mut nameless = cluster.etcdctl(None);
@@ -250,14 +252,16 @@ async fn agent_role_has_least_privilege() {
         run(&mut nameless, Some(&cluster.lab.open_netns("net"))).assert_code(code);
     }
 
-    // Two of three members are a cluster: whichever the agent speaks to, it goes on, and another host joins.
+    // Two of three members are a quorum: the agent continues with any of them, and another host joins.
     let gone = cluster.members[0];
     gone.signal(Signal::SIGKILL).expect_ok("kill a member");
     assert!(gone.wait(TERM_GRACE), "the member is gone");
     let second = cluster.start_agent("h2", &flags);
-    wait_status("the second agent is ready with a member gone", &second, |status| status.ready && status.data_path.peers == 1)
+    wait_status("the second agent is ready without one member", &second, |status| status.ready && status.data_path.peers == 1)
         .await;
-    let status = wait_status("the first one sees it", &first, |s| s.ready && s.store.connected && s.data_path.peers == 1).await;
+    let status =
+        wait_status("the first agent has the second as peer", &first, |s| s.ready && s.store.connected && s.data_path.peers == 1)
+            .await;
     assert_eq!(status.lease.expect_ok("a lease").subnet, subnet);
 }
 
@@ -266,7 +270,7 @@ async fn each_wrong_credential_has_its_own_error() {
     let mut cluster = Cluster::up().await;
     cluster.write_network_config();
     cluster.create_certificates("other", "365", &[]);
-    // An expired one of the right CA, and a good one of the other.
+    // An expired certificate of the right CA, and a valid one of another CA.
     cluster.create_certificates("pki", "0", &["expired"]);
     cluster.create_certificates("other", "365", &["stranger"]);
     for ending in ["crt", "key"] {
@@ -307,10 +311,10 @@ async fn each_wrong_credential_has_its_own_error() {
     }
     errors.sort_unstable();
     errors.dedup();
-    assert_eq!(errors.len(), 6, "each has its own words: {errors:#?}");
+    assert_eq!(errors.len(), 6, "the errors are distinct: {errors:#?}");
     let text = errors.join("\n");
     assert!(!text.contains("not the password"), "{text}");
-    // Nothing was touched by agents without a lease.
+    // Agents without a lease have changed nothing.
     let changes = NetnsDump::of(&cluster.lab.open_netns("h1")).changes_since(&before);
     assert!(changes.is_empty(), "{changes}");
     let keys = cluster.etcdctl_as_user("root", &["get", "--prefix", "--keys-only", layout::ETCD_PREFIX]).assert_code(0).stdout;

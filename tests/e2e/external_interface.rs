@@ -1,11 +1,12 @@
-//! Which interface is the external one: by default route, name, address, regular expression, reachability; and which address peers are told.
+//! Selection of the external interface (default route, name, address, regular expression, reachability), and the published
+//! address.
 
 use overlay_agent::model::api::Status;
 use overlay_tests::test_lab::{CONVERGE_TIMEOUT, READY_TIMEOUT};
 use overlay_tests::{ExpectContext, TestLab, kernel};
 use overlayctl::lab::Families;
 
-/// Hosts with a second interface, `eth1`, with 10.98.0.N/24, behind which 10.97.0.0/16 is reached.
+/// Hosts with a second interface, `eth1`, with 10.98.0.N/24 and a route to 10.97.0.0/16.
 async fn start_lab_with_two_interfaces(hosts: u16) -> TestLab {
     let lab = TestLab::without_agents(hosts, Families::V4).await;
     for number in 1..=hosts {
@@ -23,7 +24,7 @@ async fn start_lab_with_two_interfaces(hosts: u16) -> TestLab {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn selection_flags_choose_interface() {
-    // Each on a host of its own: a host that comes back with another address first has to show that it is no copy.
+    // Each on its own host: a host that returns with another address first has to prove that it is not a copy.
     let ways = [
         ("", "eth0", "10.99.1.1", "10.99.1.1"),
         ("--iface=eth1", "eth1", "10.98.0.2", "10.98.0.2"),
@@ -50,11 +51,11 @@ async fn selection_flags_choose_interface() {
         assert_eq!(found, (interface, public_ip, local.to_owned()), "{flags:?}");
         assert_eq!(kernel::text(data, "link"), interface);
         let lease = lab.lease_of(&name).value;
-        assert!(lease.contains(&format!("\"PublicIP\":\"{public_ip}\"")), "the lease says so, too: {lease}");
+        assert!(lease.contains(&format!("\"PublicIP\":\"{public_ip}\"")), "the lease has the same address: {lease}");
     }
-    // A peer sends to the address that it is told.
-    let behind = kernel::list_json(&lab, "h1", "bridge", &["fdb", "show", "dev", "ovx.1"]);
-    assert!(behind.iter().any(|fdb| kernel::text(fdb, "dst") == "198.51.100.7"), "{behind:#?}");
+    // A peer sends to the published address.
+    let entries = kernel::list_json(&lab, "h1", "bridge", &["fdb", "show", "dev", "ovx.1"]);
+    assert!(entries.iter().any(|fdb| kernel::text(fdb, "dst") == "198.51.100.7"), "{entries:#?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -78,7 +79,7 @@ async fn missing_interface_error_lists_candidates() {
     }
 }
 
-/// As in flannel's own example: the hosts' addresses lie in the network, outside the range that is leased.
+/// As in flannel's own example: the hosts' addresses are in the network, but outside the leasable range.
 #[tokio::test(flavor = "multi_thread")]
 async fn underlay_inside_network_outside_pool_works() {
     let lab = TestLab::up(|options| {
@@ -94,7 +95,7 @@ async fn underlay_inside_network_outside_pool_works() {
         lab.wait_converged(host, CONVERGE_TIMEOUT).await;
         let status = lab.status(host).await;
         assert!(status.ready && status.problems.is_empty(), "{:?}", status.problems);
-        // A host has no way back to a container of another one but by the address of the container's host.
+        // A host reaches a container of another host only via that host's address.
         let container = format!("{host}-c1");
         kernel::shell(&lab, &container, &format!("ping -c 1 -W 5 {other}"));
         let remote = if host == "h1" { "h2" } else { "h1" };
@@ -122,7 +123,7 @@ async fn public_ip_inside_leased_subnet_is_reported() {
     }
 }
 
-/// The interface comes later than the agent: no restart is needed.
+/// The interface appears after the agent's start: no restart is needed.
 #[tokio::test(flavor = "multi_thread")]
 async fn agent_waits_for_late_interface() {
     let lab = TestLab::without_agents(1, Families::V4).await;
@@ -141,7 +142,7 @@ async fn agent_waits_for_late_interface() {
     assert_eq!(status.underlay.expect_ok("an underlay").interface, "late0");
 }
 
-/// Its MTU changes: so does the overlay's, the containers' new interfaces included.
+/// A change of the underlay's MTU changes the overlay's MTU, including new container interfaces.
 #[tokio::test(flavor = "multi_thread")]
 async fn overlay_mtu_follows_underlay_mtu() {
     let lab = TestLab::up(|options| {

@@ -1,7 +1,7 @@
-//! What goes wrong on the first day: each mistake is made as a new user makes it, and what is said names the value, the place and the remedy.
+//! Mistakes of the first day, as a new user makes them. Each error names the value, the place and the remedy.
 //!
-//! Stories of their own have a second agent, rights that are missing and unknown keys (`refusal`), a configuration that comes late or is bad
-//! (`late_config`), values of an attach (`invalid_input_is_rejected`), and certificates, passwords and roles (`etcd_access`).
+//! Other tests cover a second agent, missing privileges and unknown keys (`refusal`), a late or invalid network configuration
+//! (`late_config`), attach values (`bad_input`), and certificates, passwords and roles (`etcd_access`).
 
 use std::fs;
 use std::net::{TcpListener, UdpSocket};
@@ -15,12 +15,12 @@ use overlay_tests::wait::eventually_async;
 use overlay_tests::{ExpectContext, TestLab, etcd, kernel, synthetic_leases};
 use overlayctl::lab::{Families, agent, process};
 
-/// Hosts whose agents have not been started yet.
+/// Hosts without running agents.
 async fn start_lab_without_agents(count: u16, families: Families) -> TestLab {
     TestLab::without_agents(count, families).await
 }
 
-/// Starts the agent of h1 with this endpoint and no other.
+/// Starts the agent of h1 with only this endpoint.
 fn start_agent_with_endpoint(lab: &TestLab, endpoint: &str) {
     let host = lab.host("h1");
     for dir in [host.run_dir(), host.state_dir()] {
@@ -32,7 +32,7 @@ fn start_agent_with_endpoint(lab: &TestLab, endpoint: &str) {
     process::start(command, Some(&lab.open_netns("h1")), &host.log(), &agent::pid_file(lab.dir(), "h1")).expect_ok("start");
 }
 
-/// Starts the agent of h1 so, and waits until a problem has all these words; the problem.
+/// Starts the agent of h1, waits for a problem with all these words, and returns it.
 async fn start_and_wait_for_problem(lab: &TestLab, flags: &[&str], words: &[&str]) -> String {
     let host = lab.host("h1");
     host.agent_start(flags).expect_ok("start");
@@ -53,14 +53,15 @@ async fn unreachable_etcd_is_reported() {
     let etcd = lab.layout().etcd_endpoints()[0].clone();
     let unused = |flag: &str| etcd.replace("2379", flag);
     for (endpoint, words) in [
-        // Nothing listens; nothing has the address, which the kernel finds after three seconds or the agent gives up after five; the name is nobody's.
+        // No listener; an unused address, found by the kernel after three seconds or by the agent's timeout of five; an unknown
+        // name.
         (unused("2399"), &["2399 cannot be reached: Connection refused", "start etcd, or set --etcd-endpoints"][..]),
         ("http://10.99.77.77:2379".to_owned(), &["etcd http://10.99.77.77:2379 "]),
         ("http://no-such-host.invalid:2379".to_owned(), &["http://no-such-host.invalid:2379", "name"]),
-        // The wrong scheme.
+        // Wrong scheme.
         (etcd.replace("http:", "https:"), &["TLS with etcd https://", "use an http:// endpoint"]),
     ] {
-        // A resolver may take a while to give a name up.
+        // A resolver may take some time to give up.
         let host = lab.host("h1");
         start_agent_with_endpoint(&lab, &endpoint);
         let output = |status: &Status| {
@@ -71,12 +72,12 @@ async fn unreachable_etcd_is_reported() {
             host.wait_status(READY_TIMEOUT, &format!("{endpoint}: {words:?} are not output"), output).await.expect_ok("h1");
         assert!(status.network.is_none() && status.lease.is_none(), "{status:#?}");
         let shown = lab.ctl("h1", &["status"]).assert_code(3).stdout;
-        // Once, and without the advice to write a configuration that may well be there.
+        // Once, and without advice to write a configuration that may exist.
         assert!(shown.contains("store        not connected ("), "{shown}");
         assert!(shown.contains("not known yet") && !shown.contains("config set"), "{shown}");
         stop_agent(&lab);
     }
-    // The same of a command that asks etcd itself.
+    // The same for a command that connects to etcd itself.
     let output = lab.ctl("h1", &["config", "show", "--etcd-endpoints", &unused("2399")]).assert_code(1);
     output.assert_stderr_contains(&["Connection refused", "start etcd, or set --etcd-endpoints"]);
     let flags = |endpoint: &str| {
@@ -96,10 +97,10 @@ async fn unreachable_etcd_is_reported() {
 #[tokio::test(flavor = "multi_thread")]
 async fn plain_http_to_tls_etcd_is_reported() {
     let lab = start_lab_without_agents(1, Families::V4).await;
-    // What a TLS server does with a request in the clear: it ends the connection.
+    // A TLS server closes the connection on a plaintext request.
     let listener = lab.open_netns("h1").run(|| TcpListener::bind("127.0.0.1:2398")).expect_ok("h1").expect_ok("a port");
     let server = std::thread::spawn(move || {
-        // Each try of the agent, until the test asks for nothing.
+        // Each attempt of the agent, until the test connects and sends nothing.
         while let Ok((mut stream, _)) = listener.accept() {
             use std::io::Read;
             let mut asked = [0; 64];
@@ -122,11 +123,11 @@ async fn missing_external_interface_is_reported() {
         .await;
     lab.ctl("h1", &["attach", "web"]).assert_code(1).assert_stderr_contains(&["not in place", "overlayctl status"]);
     stop_agent(&lab);
-    // It is there, and lacks what the network needs.
+    // The interface exists, but lacks an address that the network needs.
     kernel::shell(&lab, "h1", "ip -6 address flush dev eth0 scope global");
     start_and_wait_for_problem(&lab, &[], &["eth0 has no IPv6 address", "--iface"]).await;
     kernel::shell(&lab, "h1", "ip address add fd99::1:1/64 dev eth0 nodad");
-    lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("ready once it has one");
+    lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("ready with an IPv6 address");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -149,10 +150,10 @@ async fn invalid_config_file_is_reported() {
         let mut command = Command::new(overlayd());
         command.arg("--config").arg(&path);
         let output =
-            lab.run_to_exit("h1", command).assert_code(2).assert_stderr_contains(&[&["1 mistake", &shown], words].concat());
+            lab.run_to_exit("h1", command).assert_code(2).assert_stderr_contains(&[&["1 error", &shown], words].concat());
         assert!(!output.stderr.contains("hush"), "{}", output.stderr);
     }
-    // A key that others may read is told once, not as a certificate without its key as well.
+    // A world-readable key is one error, without a second one about a certificate without its key.
     let (certificate, key) = (lab.dir().join("a.crt"), lab.dir().join("a.key"));
     fs::write(&certificate, "x").expect_ok("a file");
     fs::write(&key, "x").expect_ok("a file");
@@ -187,11 +188,11 @@ async fn invalid_network_file_is_reported() {
         output.assert_stderr_contains(&[&[shown.as_str(), "nothing was written"], words].concat());
     }
     assert_eq!(stored(), before);
-    // One that got there by other hands.
+    // An invalid one written by other means.
     etcd::put(&lab, &etcd::config_key(), "{\"Network\": \"10.244.0.0/16\"");
-    start_and_wait_for_problem(&lab, &[], &["/config is bad", "is not JSON", "overlayctl config set FILE"]).await;
+    start_and_wait_for_problem(&lab, &[], &["/config is invalid", "is not JSON", "overlayctl config set FILE"]).await;
     let output = lab.ctl("h1", &["status"]).assert_code(3).stdout;
-    assert!(output.contains("what is written is bad"), "{output}");
+    assert!(output.contains("the stored configuration is invalid"), "{output}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -218,14 +219,14 @@ async fn taken_ports_are_reported() {
 
     let tunnel = lab.open_netns("h1").run(|| UdpSocket::bind("0.0.0.0:8472")).expect_ok("h1").expect_ok("a port");
     start_and_wait_for_problem(&lab, &[], &["UDP port 8472 is taken", "ss -ulnp", "Backend.Port"]).await;
-    // The lease is held: that is not what is missing.
+    // The lease is held, so it is not named as the missing part.
     lab.ctl("h1", &["attach", "web"]).assert_code(1).assert_stderr_contains(&["devices are not in place", "overlayctl status"]);
     drop(tunnel);
-    lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("ready once the port is free");
+    lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("ready with a free port");
     stop_agent(&lab);
 }
 
-/// All that peers need stands on the device: its failure is reported, with the remedy, and none of those that follow from it.
+/// All peer entries depend on the device: only its failure is reported, with the remedy.
 #[tokio::test(flavor = "multi_thread")]
 async fn leftover_flannel_device_is_sole_reported_cause() {
     const PEERS: u16 = 20;
@@ -242,7 +243,7 @@ async fn leftover_flannel_device_is_sole_reported_cause() {
     let cause = ["set link ovx.1", "in use by interface flannel.1", "delete it"];
     let output = start_and_wait_for_problem(&lab, &[], &cause).await;
     assert!(output.starts_with("1 entry cannot be programmed: set link ovx.1"), "{output}");
-    // Some tries later it is the same.
+    // It is the same after some retries.
     let waited = lab.ctl("h1", &["status", "--wait", "3s"]).assert_code(4).stdout;
     assert!(cause.iter().all(|word| waited.contains(word)), "{waited}");
     let status = lab.status("h1").await;
@@ -257,7 +258,7 @@ async fn leftover_flannel_device_is_sole_reported_cause() {
 
     kernel::shell(&lab, "h1", "ip link delete flannel.1");
     let all = |status: &Status| status.ready && status.data_path.peers == usize::from(PEERS) + 1;
-    lab.host("h1").wait_status(READY_TIMEOUT, "it has not all peers once the device is gone", all).await.expect_ok("h1");
+    lab.host("h1").wait_status(READY_TIMEOUT, "not all peers after the device is removed", all).await.expect_ok("h1");
     lab.wait_converged("h1", CONVERGE_TIMEOUT).await;
 }
 
@@ -275,12 +276,12 @@ async fn exhausted_pool_is_reported() {
     .await;
     assert!(output.starts_with("no subnet is leased"), "{output}");
     etcd::put(&lab, &etcd::config_key(), &lab.layout().config);
-    lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("ready once there are more");
+    lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("ready with a larger pool");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn too_small_mtu_is_reported() {
-    // IPv6 needs 1280 bytes, and the kernel has none on a device with less.
+    // IPv6 needs 1280 bytes; the kernel disables it on a device with a smaller MTU.
     let lab = start_lab_without_agents(1, Families::Dual).await;
     kernel::shell(&lab, "h1", "ip link set eth0 mtu 1349");
     start_and_wait_for_problem(&lab, &[], &["the overlay's MTU is 1279", "IPv6 needs 1280", "eth0 (now 1349) to 1350"]).await;
@@ -290,7 +291,7 @@ async fn too_small_mtu_is_reported() {
     lab.wait_converged("h1", CONVERGE_TIMEOUT).await;
 }
 
-/// Without IPv6 in the network there is nothing wrong with it; and when it grows, nothing of IPv6 comes that the agent does not want.
+/// A small MTU is no problem without IPv6 in the network. A larger one later enables no unwanted IPv6.
 #[tokio::test(flavor = "multi_thread")]
 async fn small_mtu_works_without_ipv6() {
     let lab = start_lab_without_agents(1, Families::V4).await;
@@ -300,9 +301,9 @@ async fn small_mtu_works_without_ipv6() {
     lab.ctl("h1", &["attach", "web"]).assert_code(0);
     kernel::shell(&lab, "h1", "ip link set eth0 mtu 1500");
     let grown = |status: &Status| status.ready && status.data_path.mtu == Some(1450);
-    lab.host("h1").wait_status(CONVERGE_TIMEOUT, "the MTU is not followed", grown).await.expect_ok("h1");
+    lab.host("h1").wait_status(CONVERGE_TIMEOUT, "the MTU is not updated", grown).await.expect_ok("h1");
     lab.wait_converged("h1", CONVERGE_TIMEOUT).await;
-    eventually_async("no router is listened to, and no address is made up", CONVERGE_TIMEOUT, || {
+    eventually_async("no router advertisement is accepted, and no address is generated", CONVERGE_TIMEOUT, || {
         let output = kernel::shell(
             &lab,
             "h1",
@@ -338,7 +339,7 @@ async fn copied_or_torn_state_is_reported() {
     let lab = start_lab_without_agents(2, Families::V4).await;
     lab.start_agent("h1").await;
     stop_agent(&lab);
-    // A copy of the first host, by its disk.
+    // A copy of the first host's disk.
     let (own, copy) = (lab.host("h1").state_dir(), lab.host("h2").state_dir());
     fs::create_dir_all(&copy).expect_ok("a directory");
     for name in ["node-id", "state.json"] {
@@ -350,17 +351,17 @@ async fn copied_or_torn_state_is_reported() {
     let named = |status: &Status| {
         status.problems.iter().any(|p| p.contains("this host's identity is that of host h1") && p.contains("node-id"))
     };
-    host.wait_status(READY_TIMEOUT, "the copy is not named", named).await.expect_ok("h2");
-    assert!(lab.status("h1").await.ready, "the first one keeps what it has");
+    host.wait_status(READY_TIMEOUT, "the copy is not reported", named).await.expect_ok("h2");
+    assert!(lab.status("h1").await.ready, "the first host keeps its lease");
     host.agent_stop(Signal::SIGTERM).expect_ok("stop");
 
-    // The remedy is enough: what else was copied does not stand in the way.
+    // The remedy suffices: the other copied files do no harm.
     fs::remove_file(copy.join("node-id")).expect_ok("the remedy");
     lab.start_agent("h2").await;
     lab.wait_full_mesh().await;
     host.agent_stop(Signal::SIGTERM).expect_ok("stop");
 
-    // Files that are torn are set aside by name, and one that is in the way is named with its flag.
+    // Truncated files are renamed and reported; a file in place of a directory is reported with its flag.
     fs::write(copy.join("state.json"), "{\"torn").expect_ok("a torn file");
     lab.start_agent("h2").await;
     lab.wait_for_log("h2", &["state.json", "set aside", "torn"]).await;

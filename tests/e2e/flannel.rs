@@ -1,5 +1,5 @@
-//! Side by side with flannel hosts: what flannel v0.20.2 wrote is understood, its renewals are no event, and a host that changes over keeps
-//! its subnet.
+//! Coexistence with flannel hosts: leases of flannel v0.20.2 are parsed, its renewals are ignored, and a migrated host keeps its
+//! subnet.
 
 use std::path::Path;
 
@@ -9,7 +9,7 @@ use overlay_tests::test_lab::{CONVERGE_TIMEOUT, READY_TIMEOUT};
 use overlay_tests::{ExpectContext, TestLab, etcd, kernel};
 use overlayctl::lab::Families;
 
-/// The keys and values of a recording, as `etcdctl http_get_metrics --prefix` printed them; the configuration is followed by an empty line.
+/// The keys and values of a recording of `etcdctl get --prefix`; an empty line follows the configuration.
 fn read_recording(name: &str) -> Vec<(String, String)> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/flannel-v0.20.2").join(name).join("etcd.txt");
     let text = std::fs::read_to_string(&path).expect_ok(&path.display().to_string());
@@ -17,7 +17,7 @@ fn read_recording(name: &str) -> Vec<(String, String)> {
     lines.chunks(2).map(|pair| (pair[0].to_owned(), pair[1].to_owned())).collect()
 }
 
-/// Writes a recording into etcd: leases by flannel's TTL of a day.
+/// Writes a recording into etcd, with flannel's TTL of a day for leases.
 fn replay_recording(lab: &TestLab, name: &str) -> Vec<(String, String)> {
     let all = read_recording(name);
     assert_eq!(all.len(), 3, "a configuration and two leases");
@@ -32,7 +32,7 @@ fn replay_recording(lab: &TestLab, name: &str) -> Vec<(String, String)> {
     all
 }
 
-/// A lab whose host 1 is none of the recorded ones.
+/// A lab whose host 1 is not one of the recorded hosts.
 async fn start_lab(families: Families) -> TestLab {
     let lab = TestLab::without_agents(3, families).await;
     etcd::delete(&lab, &etcd::config_key());
@@ -56,7 +56,10 @@ async fn flannel_hosts_become_peers() {
         let table = lab.ctl("h3", &["subnets"]).assert_code(0).stdout;
         assert_eq!(table.matches(" ok").count(), 2, "{name}: {table}");
         let own = lab.lease_of("h3").value;
-        assert!(own.contains("\"PublicIPv6\":") && own.contains("\"BackendType\":\"vxlan\""), "what flannel reads: {own}");
+        assert!(
+            own.contains("\"PublicIPv6\":") && own.contains("\"BackendType\":\"vxlan\""),
+            "the fields that flannel reads: {own}"
+        );
     }
 }
 
@@ -64,7 +67,7 @@ async fn flannel_hosts_become_peers() {
 async fn other_backends_are_listed_and_ignored() {
     let lab = start_lab(Families::V4).await;
     let all = replay_recording(&lab, "host-gw");
-    // A configuration for host-gw is not served; with one for vxlan its hosts are left out.
+    // A configuration for host-gw is not supported; with one for vxlan, host-gw hosts are ignored.
     let host = lab.host("h3");
     host.agent_start(&[]).expect_ok("start");
     let refused = |s: &overlay_agent::model::api::Status| s.store.config_errors.iter().any(|e| e.field == "Backend.Type");
@@ -95,7 +98,7 @@ async fn sizes_and_unknown_fields_are_understood() {
     assert_eq!(to, ["10.244.17.128/26", "10.244.18.192/26"]);
 }
 
-/// A flannel host is upgraded: the lease with its public IP becomes ours, with its subnet.
+/// A flannel host is migrated: the lease with its public IP becomes ours, with its subnet.
 #[tokio::test(flavor = "multi_thread")]
 async fn migrated_host_keeps_subnet() {
     let lab = start_lab(Families::V4).await;
@@ -114,7 +117,7 @@ async fn migrated_host_keeps_subnet() {
     lab.wait_converged("h3", CONVERGE_TIMEOUT).await;
 }
 
-/// flanneld renews by a new etcd lease and an unconditional put of the same value: an event, and nothing has changed.
+/// flanneld renews with a new etcd lease and an unconditional put of the same value. This is a watch event without a change.
 #[tokio::test(flavor = "multi_thread")]
 async fn flannel_renewal_changes_nothing() {
     let lab = start_lab(Families::V4).await;
@@ -131,7 +134,7 @@ async fn flannel_renewal_changes_nothing() {
         }
         let revision = etcd::revision(&lab);
         let seen = |s: &overlay_agent::model::api::Status| s.store.revision >= revision;
-        lab.host("h3").wait_status(CONVERGE_TIMEOUT, &format!("renewal {round} is not seen"), seen).await.expect_ok("h3");
+        lab.host("h3").wait_status(CONVERGE_TIMEOUT, &format!("renewal {round} is not noticed"), seen).await.expect_ok("h3");
     }
     tokio::time::sleep(std::time::Duration::from_millis(300)).await;
     notifications.assert_none("three renewals of each flannel host");

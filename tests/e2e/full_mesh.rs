@@ -1,5 +1,5 @@
-//! Three hosts with two containers each: every container reaches every other by its own address, the world sees the host's, and each
-//! kernel holds exactly what the design says.
+//! Three hosts with two containers each. Every container reaches every other one by its own address, the outside sees the host's
+//! address, and each kernel state is exactly the expected one.
 
 use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt;
@@ -49,7 +49,7 @@ async fn assert_full_mesh(families: Families, mtu: u64) {
     assert_containers(&lab, mtu).await;
 }
 
-/// On the underlay: nothing between hosts but the tunnel, nothing of the overlay outside of it, no broadcast inside of it.
+/// Checks the underlay: only tunnel packets between hosts, no overlay addresses outside the tunnel, no broadcast inside it.
 async fn assert_only_tunnel_between_hosts(lab: &TestLab, packets: &[overlay_tests::capture::Packet]) {
     let hosts: Vec<IpAddr> = lab.hosts().flat_map(|h| h.layout().addresses.iter().map(|(_, a)| *a).collect::<Vec<_>>()).collect();
     let networks = lab.layout().networks;
@@ -68,30 +68,30 @@ async fn assert_only_tunnel_between_hosts(lab: &TestLab, packets: &[overlay_test
         assert!(!in_overlay(from) && !in_overlay(to), "an overlay address on the underlay: {packet:?}");
         assert!(
             packet.neighbour.is_none_or(|target| !in_overlay(target)),
-            "a container is asked for on the underlay: {packet:?}"
+            "neighbour discovery for a container on the underlay: {packet:?}"
         );
         if hosts.contains(&from) && hosts.contains(&to) && !packet.is_neighbour_discovery() {
-            let Some((vni, inner)) = &packet.vxlan else { panic!("between hosts, and not the tunnel: {packet:?}") };
+            let Some((vni, inner)) = &packet.vxlan else { panic!("a packet between hosts outside the tunnel: {packet:?}") };
             assert_eq!((*vni, packet.port), (1, Some(VXLAN_PORT)));
             assert!(!inner.is_multicast() && !inner.is_neighbour_discovery(), "broadcast through the tunnel: {packet:?}");
             let (inner_from, inner_to) = inner.addresses.expect_ok("an inner IP packet");
             assert!(holds(from, inner_from) && holds(to, inner_to), "outer H1 to H2, inner C1 to C2: {packet:?}");
             tunnelled += 1;
         } else {
-            assert!(packet.vxlan.is_none(), "the tunnel leads elsewhere: {packet:?}");
+            assert!(packet.vxlan.is_none(), "a tunnel packet to a wrong destination: {packet:?}");
         }
     }
-    assert!(tunnelled > 20, "the calls went through the tunnel: {tunnelled} packets of {}", packets.len());
+    assert!(tunnelled > 20, "the calls use the tunnel: {tunnelled} packets of {}", packets.len());
 }
 
-/// The bridge has a fixed MAC and the overlay's MTU; its ports have no address.
+/// Checks that the bridge has a fixed MAC and the overlay's MTU, and that its ports have no address.
 async fn assert_bridge_and_ports(lab: &TestLab, host: &str, mtu: u64) {
     let bridge = kernel::link(lab, host, "ovb.1").expect_ok("the bridge");
     let endpoints = lab.host(host).client().endpoints().await.expect_ok(host).endpoints;
     for endpoint in endpoints {
         let host_end = &endpoint.port.as_ref().expect_ok("a port").host_interface;
-        let port = kernel::link(lab, host, host_end).expect_ok("the host's end");
-        // One that is not set is the lowest of the ports', and changes as they come and go.
+        let port = kernel::link(lab, host, host_end).expect_ok("the host interface");
+        // An unset MAC of a bridge is the lowest of its ports', and changes with them.
         assert_ne!(kernel::text(&port, "address"), kernel::text(&bridge, "address"));
         assert_eq!((kernel::text(&port, "master").as_str(), kernel::number(&port, "mtu")), ("ovb.1", mtu), "{port}");
         let addresses = kernel::list_json(lab, host, "ip", &["address", "show", "dev", host_end]);
@@ -99,7 +99,7 @@ async fn assert_bridge_and_ports(lab: &TestLab, host: &str, mtu: u64) {
     }
 }
 
-/// `local_subnet.env` has flannel's names in flannel's order.
+/// `subnet.env` has flannel's names in flannel's order.
 async fn assert_subnet_env(lab: &TestLab, host: &str, mtu: u64) {
     let path = lab.host(host).run_dir().join("subnet.env");
     let subnet = lab.status(host).await.lease.expect_ok("a lease").subnet;
@@ -115,8 +115,8 @@ async fn assert_subnet_env(lab: &TestLab, host: &str, mtu: u64) {
     assert_eq!(std::fs::metadata(&path).expect_ok("subnet.env").permissions().mode() & 0o7777, 0o644);
 }
 
-/// A container has its address with the subnet's length, the bridge as default gateway, and an MTU that fits: the largest packet goes through
-/// whole, a larger one is refused before it is sent.
+/// Checks a container's address and prefix length, its default gateway, and its MTU: the largest packet passes unfragmented, a
+/// larger one fails at the sender.
 async fn assert_containers(lab: &TestLab, mtu: u64) {
     let to = lab.host("h2").client().endpoints().await.expect_ok("h2").endpoints;
     let subnet = lab.status("h1").await.lease.expect_ok("a lease").subnet;
@@ -140,7 +140,7 @@ async fn assert_containers(lab: &TestLab, mtu: u64) {
     }
 }
 
-/// The lab's addresses are where the stories think they are.
+/// The lab's addresses agree with the tests' assumptions.
 #[test]
 fn underlay_and_overlay_are_disjoint() {
     for family in Family::ALL {

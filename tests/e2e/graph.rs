@@ -1,4 +1,4 @@
-//! The picture of a real overlay: every host and container is in it, and a link that is broken shows.
+//! `overlayctl graph` of a real overlay: it contains every host and container, and shows a broken link.
 
 use overlay_tests::faults::Fault;
 use overlay_tests::{ExpectContext, TestLab, eventually, kernel};
@@ -33,18 +33,18 @@ async fn graph_shows_every_host_and_broken_link() {
     assert_eq!(pictures, ["svg", "dot", "text"].map(drawn), "the same overlay gives the same pictures");
     assert_eq!(pictures[0].matches("<path class=\"link\"").count(), 3, "each pair of hosts is linked: {}", pictures[0]);
 
-    // One agent alone knows the others by their leases.
+    // A single agent knows the other hosts from their leases.
     let alone: Graph = lab.ctl("h1", &["-o", "json", "graph"]).assert_code(0).json();
     let known: Vec<bool> = alone.hosts.iter().map(|host| host.containers.is_some()).collect();
     assert_eq!((alone.hosts.len(), alone.links.len()), (3, 2));
-    assert_eq!(known.iter().filter(|known| **known).count(), 1, "its own containers alone");
+    assert_eq!(known.iter().filter(|known| **known).count(), 1, "only its own containers");
 
-    // With somebody else's device in the place of ours no link of this host is whole.
+    // With a foreign device under our device's name, no link of this host works.
     let hang = Fault::AgentFrozen("h1");
     hang.begin(&lab).await;
     kernel::shell(&lab, "h1", "ip link delete ovx.1; ip link add ovx.1 type bridge");
     hang.end(&lab).await;
-    eventually("the broken links show", overlay_tests::test_lab::CONVERGE_TIMEOUT, || {
+    eventually("the broken links are shown", overlay_tests::test_lab::CONVERGE_TIMEOUT, || {
         let graph: Graph = lab.ctl("h1", &["-o", "json", "graph"]).json();
         let broken = graph.links.iter().filter(|link| !link.well && link.state.contains("missing")).count();
         let svg = lab.ctl("h1", &["graph", "--format", "svg"]).stdout;

@@ -1,5 +1,5 @@
-//! `etcd grpc-proxy` stands between the agents and the cluster: leases are taken, kept alive and followed through it, and a proxy that is killed is as
-//! a server that is.
+//! `etcd grpc-proxy` between the agents and the cluster: leases are acquired, renewed and watched through it. A killed proxy is
+//! like a killed server.
 
 use std::time::Duration;
 
@@ -11,9 +11,9 @@ use overlay_tests::{ExpectContext, TestLab, churn, cluster, etcd, eventually, pr
 use overlayctl::lab::LabOptions;
 use serde_json::Value;
 
-/// How long the agents may take to notice that nobody answers, or that somebody does again.
+/// Time limit for the agents to notice that the proxies are gone or back.
 const DETECT_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long a renewal may take to come: it is due every 20 s.
+/// Time limit for a renewal, which is due every 20 s.
 const RENEWAL_TIMEOUT: Duration = Duration::from_secs(60);
 
 fn three_hosts(options: &mut LabOptions) {
@@ -31,7 +31,7 @@ async fn wait_all_status(lab: &TestLab, what: &str, condition: impl Fn(&Status) 
     }
 }
 
-/// Subnets that no host has, as keys of leases.
+/// Lease keys of free subnets.
 fn free_keys(lab: &TestLab) -> [String; 3] {
     let taken = etcd::leases(lab);
     let keys = (1..=254).rev().map(|third| etcd::lease_key(&format!("10.244.{third}.0-24")));
@@ -39,19 +39,19 @@ fn free_keys(lab: &TestLab) -> [String; 3] {
     free.try_into().ok().expect_ok("three free subnets")
 }
 
-/// A lease that somebody else writes at the cluster itself.
+/// Writes a lease directly to the cluster.
 fn put_foreign(lab: &TestLab, key: &str, number: u8) {
     cluster::etcdctl_at_member(lab, 1, &["put", "--", key, &churn::lease(number, 1)]).assert_code(0);
 }
 
-/// Seconds that an etcd lease has left, as the cluster says.
+/// Remaining seconds of an etcd lease, according to the cluster.
 fn remaining_ttl(lab: &TestLab, lease: i64) -> i64 {
     let output = cluster::etcdctl_at_member(lab, 2, &["lease", "timetolive", &format!("{lease:x}"), "-w", "json"]).assert_code(0);
     let answer: Value = output.json();
     answer["ttl"].as_i64().expect_ok("a time to live")
 }
 
-/// Watches that the members serve.
+/// The number of watches on the members.
 fn watcher_count(lab: &TestLab) -> u32 {
     let of_member = |member: &u8| {
         let url = format!("{}/metrics", cluster::url(*member, 2379));
@@ -75,14 +75,14 @@ async fn leases_work_through_proxies() {
     assert_eq!(leases.len(), 6, "{leases:?}");
     assert!(leases.iter().all(|entry| entry.lease != 0), "each is bound to an etcd lease: {leases:?}");
 
-    // What is written at the cluster itself arrives.
+    // A write directly to the cluster arrives.
     let [first, second, _] = free_keys(&lab);
     put_foreign(&lab, &first, 1);
     wait_all_status(&lab, "the foreign lease does not arrive", |s| s.data_path.peers == 6).await;
     cluster::etcdctl_at_member(&lab, 3, &["del", "--", &first]).assert_code(0);
     wait_all_status(&lab, "the foreign lease does not go", |s| s.data_path.peers == 5).await;
 
-    // A proxy asks the cluster once for all who ask it the same, once a change has brought them to the same revision. Two more it has of its own.
+    // A proxy merges equal watches once a change has brought them to the same revision. It has two more of its own.
     let proxies = u32::try_from(proxy::PROXIES.len()).expect_ok("a few");
     let mut round = 0;
     eventually("the members serve one watch for each proxy", CONVERGE_TIMEOUT, || {
@@ -97,7 +97,7 @@ async fn leases_work_through_proxies() {
     })
     .await;
 
-    // Each is renewed: the time left goes down, and up again.
+    // Each lease is renewed: the remaining time decreases, and increases again.
     for entry in &leases {
         let mut lowest = i64::MAX;
         eventually(&format!("{} is renewed", entry.key), RENEWAL_TIMEOUT, || {
@@ -111,7 +111,7 @@ async fn leases_work_through_proxies() {
         .await;
     }
     let own: Vec<_> = etcd::leases(&lab).into_iter().filter(|entry| entry.lease != 0).collect();
-    assert_eq!(own, leases, "a renewal writes nothing");
+    assert_eq!(own, leases, "a renewal writes no key");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -120,13 +120,13 @@ async fn agents_recover_from_killed_proxies() {
     let leases = etcd::leases(&lab);
     let flow = lab.start_ping("h1-c1", "h2-c1", Family::V4).await;
 
-    // One of two: who was behind it goes to the other one.
+    // One of two proxies: its agents move to the other one.
     let [first, second, _] = free_keys(&lab);
     proxy::kill(&lab, 1);
     put_foreign(&lab, &first, 1);
-    wait_all_status(&lab, "it does not follow by the other proxy", |s| is_healthy(s) && s.data_path.peers == 3).await;
+    wait_all_status(&lab, "it does not reconnect to the other proxy", |s| is_healthy(s) && s.data_path.peers == 3).await;
 
-    // Both: the data path stays, and what is missed meanwhile arrives afterwards.
+    // Both: the data path stays, and missed changes arrive later.
     proxy::kill(&lab, 2);
     wait_all_status(&lab, "it does not notice", |s| !s.store.connected && s.health == Health::Degraded).await;
     put_foreign(&lab, &second, 2);
@@ -137,9 +137,9 @@ async fn agents_recover_from_killed_proxies() {
         proxy::start(&lab, number).await;
     }
     wait_all_status(&lab, "it does not come back", |s| is_healthy(s) && s.data_path.peers == 3).await;
-    // As many leases as before, but others.
+    // The same number of leases, with different keys.
     for host in lab.hosts() {
-        eventually_async(&format!("{} has what it missed", host.name()), CONVERGE_TIMEOUT, async || {
+        eventually_async(&format!("{} has the missed changes", host.name()), CONVERGE_TIMEOUT, async || {
             let peers = host.client().peers().await.map_err(|error| error.to_string())?.peers;
             let subnets: Vec<String> = peers.iter().map(|peer| peer.subnet.to_string()).collect();
             let has = |key: &str| subnets.iter().any(|subnet| etcd::lease_key(&subnet.replace('/', "-")) == key);
@@ -147,7 +147,7 @@ async fn agents_recover_from_killed_proxies() {
         })
         .await;
     }
-    flow.stop().await.assert_no_loss("while both proxies were gone");
+    flow.stop().await.assert_no_loss("without proxies");
     let now = etcd::leases(&lab);
     let own: Vec<_> = now.into_iter().filter(|entry| entry.lease != 0).collect();
     assert_eq!(own, leases, "each host has kept its subnet");
@@ -171,7 +171,7 @@ async fn agent_starts_through_proxy_after_compaction() {
     }
     let whole = |s: &Status| is_healthy(s) && s.data_path.peers == 5;
     for host in lab.hosts() {
-        host.wait_status(CONVERGE_TIMEOUT, "it has not all peers", whole).await.expect_ok(host.name());
+        host.wait_status(CONVERGE_TIMEOUT, "not all peers", whole).await.expect_ok(host.name());
     }
     assert_eq!(etcd::leases(&lab).len(), 6);
 }

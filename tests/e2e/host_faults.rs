@@ -1,4 +1,4 @@
-//! Faults of the host itself: its wire, its address, its disk, and an agent that stands still beyond its lease's end.
+//! Host faults: its underlay interface, its address, its disk, and an agent frozen past its lease's expiry.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -27,7 +27,7 @@ async fn start_lab() -> TestLab {
     .await
 }
 
-/// Pings a second.
+/// Pings per second.
 const PINGS_PER_SECOND: usize = 100;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -45,8 +45,8 @@ async fn underlay_link_flap_recovers() {
     }
     assert_eq!(kernel::difference(&kernel::actual_state(&lab, "h1"), &before), "");
     traffic.run_for(Duration::from_secs(1)).await;
-    // What was sent while the wire was down, and until the two found each other again.
-    traffic.stop().await.assert_loss_at_most(6 * PINGS_PER_SECOND, Duration::from_secs(15), "two seconds without a wire");
+    // Loss: packets sent while the interface was down, and until both hosts resolved each other again.
+    traffic.stop().await.assert_loss_at_most(6 * PINGS_PER_SECOND, Duration::from_secs(15), "two seconds without a link");
     lab.assert_full_reachability().await;
 }
 
@@ -63,10 +63,10 @@ async fn underlay_mtu_change_is_followed() {
     lab.host("h1").wait_status(CONVERGE_TIMEOUT, "MTU 1450", |s| s.data_path.mtu == Some(1450) && s.ready).await.expect_ok("h1");
     lab.wait_converged("h1", CONVERGE_TIMEOUT).await;
     traffic.run_for(Duration::from_millis(500)).await;
-    traffic.stop().await.assert_no_loss("the wire's MTU goes down and up");
+    traffic.stop().await.assert_no_loss("the underlay MTU decreases and increases");
 }
 
-/// The host gets another address: its peers are told, and the traffic goes on as soon as they know.
+/// The host's address changes: its peers learn the new one, and traffic recovers at once.
 #[tokio::test(flavor = "multi_thread")]
 async fn underlay_address_change_is_followed() {
     let lab = start_lab().await;
@@ -81,7 +81,7 @@ async fn underlay_address_change_is_followed() {
         } else {
             fault.end(&lab).await
         };
-        eventually("the peer sends there", READY_TIMEOUT, || {
+        eventually("the peer sends to the new address", READY_TIMEOUT, || {
             let fdb = kernel::run(&lab, "h2", &["bridge", "fdb", "show", "dev", "ovx.1"]);
             if fdb.contains(&format!("dst {address} ")) { Ok(()) } else { Err(fdb) }
         })
@@ -100,7 +100,7 @@ async fn underlay_address_change_is_followed() {
     lab.assert_full_reachability().await;
 }
 
-/// As a virtual machine that was suspended: meanwhile its lease has ended and its subnet is another host's.
+/// Like a resumed virtual machine: its lease has expired meanwhile, and its subnet belongs to another host.
 #[tokio::test(flavor = "multi_thread")]
 async fn frozen_agent_moves_to_new_subnet() {
     let lab = TestLab::up(|options| {
@@ -120,12 +120,12 @@ async fn frozen_agent_moves_to_new_subnet() {
         |s: &Status| s.ready && s.lease.as_ref().is_some_and(|lease| etcd::lease_key(&lease.subnet.to_key()) != before.key);
     lab.host("h1").wait_status(READY_TIMEOUT, "it does not move", moved).await.expect_ok("h1");
     lab.wait_for_log("h1", &["WARN", "SUBNET HAS CHANGED"]).await;
-    assert!(etcd::leases(&lab).iter().any(|entry| entry.key == before.key && entry.value == other), "the other one keeps it");
+    assert!(etcd::leases(&lab).iter().any(|entry| entry.key == before.key && entry.value == other), "the new owner keeps it");
     lab.wait_converged("h1", CONVERGE_TIMEOUT).await;
 }
 
-/// A script that runs the agent with a wall clock of its own, which is off by what stands in a file (`faketime(1)`, "advanced usage"). The clock that only
-/// goes on is left alone, as a step leaves it.
+/// A script that runs the agent with its own wall clock, whose offset is read from a file (`faketime(1)`, "advanced usage"). The
+/// monotonic clock is unchanged, as in a step of the wall clock.
 fn faketime_wrapper(folder: &Path) -> PathBuf {
     let libraries = fs::read_dir("/usr/lib").into_iter().flatten().flatten();
     let library = libraries.map(|lib| lib.path().join("faketime/libfaketimeMT.so.1")).find(|file| file.exists());
@@ -144,7 +144,8 @@ fn faketime_wrapper(folder: &Path) -> PathBuf {
     script
 }
 
-/// The wall clock is stepped by years under an agent that runs: what it does follows the clock that only goes on, and etcd ends leases by its own.
+/// The wall clock steps by years under a running agent. The agent uses the monotonic clock, and etcd's lease expiry its own
+/// clock.
 #[tokio::test(flavor = "multi_thread")]
 async fn wall_clock_step_has_no_effect() {
     let folder = tempfile::tempdir().expect_ok("a directory");
@@ -165,11 +166,11 @@ async fn wall_clock_step_has_no_effect() {
     for offset in ["+0", "+3650d", "-3650d", "+0"] {
         step(offset);
         tokio::time::sleep(Duration::from_secs(2)).await;
-        assert_eq!(lab.lease_of("h1"), lease, "{offset}: the lease is the same, and was not written anew");
+        assert_eq!(lab.lease_of("h1"), lease, "{offset}: the lease is the same, and was not rewritten");
         let status = lab.status("h1").await;
         assert!(status.ready && status.health == Health::Ok, "{offset}: {status:?}");
         notifications.assert_none(&format!("the clock is off by {offset}"));
-        // It works on: a container comes and goes. What it logs shows that its clock was off.
+        // The agent still works: a container is attached and detached. Its log timestamps show the wrong clock.
         let lines = lab.log("h1").lines().count();
         lab.ctl("h1", &["attach", "late"]).assert_code(0);
         lab.ctl("h1", &["detach", "late"]).assert_code(0);
@@ -181,7 +182,7 @@ async fn wall_clock_step_has_no_effect() {
     lab.wait_converged("h1", CONVERGE_TIMEOUT).await;
 }
 
-/// Containers' namespaces, made before the small disk: what is mounted later is not seen beside it.
+/// Creates the containers' namespaces before the tmpfs: later mounts are not visible in its mount namespace.
 fn create_container_namespaces(lab: &TestLab) {
     for target in ["h1-c1", "h1-web", "h2-c1"] {
         kernel::run(lab, "net", &["ip", "netns", "add", &lab.layout().namespace(target)]);
@@ -198,7 +199,7 @@ async fn full_disk_is_survived() {
     let lab = TestLab::without_agents(2, Families::V4).await;
     create_container_namespaces(&lab);
     let volume = Tmpfs::new(&lab, "h1").await;
-    // Before the first start: nothing can be kept, so nothing is begun.
+    // Before the first start: no state can be saved, so nothing is begun.
     volume.fill();
     volume.start_agent();
     eventually("the agent ends", CONVERGE_TIMEOUT, || {
@@ -216,12 +217,12 @@ async fn full_disk_is_survived() {
         attach(&lab, host, "c1").assert_code(0);
     }
 
-    // At its end it makes one file of what it appended: a few lines more would have had room in the journal's last block.
+    // At its end the agent compacts its journal: without that, a few more lines would fit into the journal's last block.
     lab.host("h1").agent_stop(Signal::SIGTERM).expect_ok("SIGTERM");
     volume.start_agent();
     lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("ready");
 
-    // While it runs: what needs the disk is refused with the reason, the rest works on.
+    // While it runs: requests that need the disk are refused with the reason, all others work.
     let traffic = Traffic::start(&lab, "h1-c1", "h2-c1", Family::V4).await;
     let before = kernel::actual_state(&lab, "h1");
     volume.fill();
@@ -238,7 +239,7 @@ async fn full_disk_is_survived() {
         if difference.is_empty() { Ok(()) } else { Err(difference) }
     })
     .await;
-    // A restart on the full disk: what is there is read, and forwards on.
+    // A restart on the full disk: existing state is read, and forwarding continues.
     lab.host("h1").agent_stop(Signal::SIGKILL).expect_ok("SIGKILL");
     volume.start_agent();
     lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("ready on a full disk");
@@ -246,7 +247,7 @@ async fn full_disk_is_survived() {
     volume.free_space();
     attach(&lab, "h1", "web").assert_code(0);
     assert!(!volume.file_names().iter().any(|name| name.ends_with(".tmp")), "no half written file: {:?}", volume.file_names());
-    // One route led elsewhere for a moment.
+    // One route was wrong for a moment.
     traffic.stop().await.assert_loss_at_most(PINGS_PER_SECOND / 5, Duration::from_secs(5), "a full disk");
 }
 
@@ -270,7 +271,7 @@ async fn read_only_state_dir_is_survived() {
     assert_eq!(lab.status("h1").await.endpoints, 1);
     notifications.drain();
 
-    // It cannot start so: it says why, and the data path stays as it is.
+    // A start fails with the reason, and the data path stays as it is.
     lab.host("h1").agent_stop(Signal::SIGTERM).expect_ok("SIGTERM");
     volume.start_agent();
     eventually("the agent ends", CONVERGE_TIMEOUT, || {

@@ -1,4 +1,4 @@
-//! Settings of the host's interfaces under which the kernel would not carry the overlay's traffic, made before the agent starts and while it runs.
+//! Interface sysctls that would block the overlay's traffic, set before the agent starts and while it runs.
 
 use std::net::IpAddr;
 
@@ -20,7 +20,7 @@ fn read_sysctl(lab: &TestLab, path: &str) -> String {
     kernel::sysctl(lab, "h1", path)
 }
 
-/// Runs `overlayd_command run_cleanup` on h1.
+/// Runs `overlayd cleanup` on h1.
 fn run_cleanup(lab: &TestLab) {
     let mut cleanup = lab.overlayd_command("h1", lab.host("h1").run_dir(), lab.host("h1").state_dir());
     cleanup.arg("cleanup");
@@ -59,7 +59,7 @@ async fn forwarding_is_enabled_on_new_interfaces() {
     lab.wait_converged("h1", CONVERGE_TIMEOUT).await;
     lab.assert_full_reachability().await;
 
-    // While it runs: what the kernel tells of is back at once.
+    // While it runs: changes with a netlink notification are repaired at once.
     for (path, right, wrong) in [
         ("ipv4/conf/ovb.1/forwarding", "1", "0"),
         ("ipv4/conf/ovx.1/forwarding", "1", "0"),
@@ -74,7 +74,7 @@ async fn forwarding_is_enabled_on_new_interfaces() {
     lab.ctl("h1", &["check", "kernel"]).assert_code(0);
     lab.assert_full_reachability().await;
 
-    // Without the agent they stay wrong, and are named.
+    // Without the agent they stay wrong, and `overlayctl check` names them.
     lab.host("h1").agent_stop(Signal::SIGTERM).expect_ok("stop");
     for (path, wrong, words) in [
         ("ipv4/conf/ovx.1/forwarding", "0", ["net.ipv4/conf/ovx.1/forwarding = 0", "sysctl -w net/ipv4/conf/ovx.1/forwarding=1"]),
@@ -90,11 +90,11 @@ async fn forwarding_is_enabled_on_new_interfaces() {
 
     run_cleanup(&lab);
     for (path, value) in before {
-        assert_eq!(read_sysctl(&lab, path), value, "{path} is as it was");
+        assert_eq!(read_sysctl(&lab, path), value, "{path} is unchanged");
     }
 }
 
-/// IPv6 switched off for devices to come, as hardened hosts have it.
+/// IPv6 disabled for new devices, as on hardened hosts.
 #[tokio::test(flavor = "multi_thread")]
 async fn ipv6_is_enabled_on_new_interfaces() {
     let lab = TestLab::without_agents(2, Families::Dual).await;
@@ -102,14 +102,14 @@ async fn ipv6_is_enabled_on_new_interfaces() {
     start_agents(&lab).await;
     lab.wait_converged("h1", CONVERGE_TIMEOUT).await;
     lab.assert_full_reachability().await;
-    // A namespace whose interfaces come without, as Docker makes them.
+    // A namespace whose new interfaces have IPv6 disabled, as Docker creates them.
     let netns = lab.layout().namespace("h1-other");
     kernel::run(&lab, "net", &["ip", "netns", "add", &netns]);
     kernel::shell(&lab, "h1-other", "echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6");
     lab.ctl("h1", &["attach", "other", "--netns", &format!("/run/netns/{netns}")]).assert_code(0);
     assert_eq!(kernel::sysctl(&lab, "h1-other", "ipv6/conf/eth0/disable_ipv6"), "0");
 
-    // Switched off on a device while the agent runs: its addresses come back with it.
+    // Disabled on a device while the agent runs: its addresses come back with IPv6.
     for device in ["ovb.1", "ovx6.1"] {
         let path = format!("ipv6/conf/{device}/disable_ipv6");
         write_sysctl(&lab, &path, "1");
@@ -119,18 +119,18 @@ async fn ipv6_is_enabled_on_new_interfaces() {
     lab.assert_full_reachability().await;
 }
 
-/// Sends a router's advertisement into an interface of a host, and waits for the default route that comes of it on h1.
+/// Sends a router advertisement into a host's interface, and waits for its default route on h1.
 async fn send_router_advertisement(lab: &TestLab, from: (&str, &str), device: &str, mac: packet_builder::Mac) {
-    let wire = PacketSocket::open(&lab.open_netns(from.0), from.1);
+    let packet_socket = PacketSocket::open(&lab.open_netns(from.0), from.1);
     let advertisement = packet_builder::router_advertisement(mac, "2001:db8:7::".parse().expect_ok("a prefix"));
-    eventually(&format!("a router is taken on {device}"), CONVERGE_TIMEOUT, || {
-        wire.send(&advertisement);
+    eventually(&format!("a router advertisement is accepted on {device}"), CONVERGE_TIMEOUT, || {
+        packet_socket.send(&advertisement);
         if default_routers(lab, device).is_empty() { Err("no route".to_owned()) } else { Ok(()) }
     })
     .await;
 }
 
-/// The default routes of an interface of h1 that came from router advertisements.
+/// The default routes from router advertisements on an interface of h1.
 fn default_routers(lab: &TestLab, device: &str) -> String {
     kernel::run(lab, "h1", &["ip", "-6", "route", "show", "default", "proto", "ra", "dev", device])
 }
@@ -139,7 +139,7 @@ fn accept_ra(lab: &TestLab, device: &str) -> String {
     read_sysctl(lab, &format!("ipv6/conf/{device}/accept_ra"))
 }
 
-/// Gives h1 a second card `eth1`, whose wire ends in `wall`.
+/// Adds a second interface `eth1` to h1, whose veth peer is in `wall`.
 fn add_second_interface(lab: &TestLab) {
     kernel::shell(
         lab,
@@ -151,7 +151,7 @@ fn add_second_interface(lab: &TestLab) {
 const FIRST_ROUTER: packet_builder::Mac = [2, 0, 0, 0, 0x17, 1];
 const SECOND_ROUTER: packet_builder::Mac = [2, 0, 0, 0, 0x17, 2];
 
-/// Takes the default routes of router advertisements from an interface of h1.
+/// Deletes the default routes from router advertisements on an interface of h1.
 fn delete_default_routers(lab: &TestLab, device: &str) {
     kernel::run(lab, "h1", &["ip", "-6", "route", "flush", "default", "proto", "ra", "dev", device]);
 }
@@ -160,7 +160,7 @@ fn delete_default_routers(lab: &TestLab, device: &str) {
 async fn enabling_forwarding_keeps_router_advertisements() {
     let lab = TestLab::without_agents(2, Families::Dual).await;
     add_second_interface(&lab);
-    // A bridge and a container's interface that take what comes as the kernel's default has it.
+    // A bridge and a container's interface with the kernel's default `accept_ra`.
     kernel::shell(&lab, "h1", "ip link add other0 type bridge; ip link add pod0 type veth peer name pod1");
     send_router_advertisement(&lab, ("h1", "wall"), "eth1", FIRST_ROUTER).await;
     let before = default_routers(&lab, "eth1");
@@ -172,18 +172,18 @@ async fn enabling_forwarding_keeps_router_advertisements() {
     assert_eq!(expires(&default_routers(&lab, "eth1")), expires(&before), "the route stays");
     delete_default_routers(&lab, "eth1");
     send_router_advertisement(&lab, ("h1", "wall"), "eth1", SECOND_ROUTER).await;
-    // The external card, which had no router yet.
+    // The external interface, which had no router yet.
     assert_eq!(default_routers(&lab, "eth0"), "");
     send_router_advertisement(&lab, ("h2", "eth0"), "eth0", FIRST_ROUTER).await;
 
-    // A card that comes later; what containers are at stays as it is, and what takes none.
+    // A later interface; container interfaces and interfaces with `accept_ra` 0 stay unchanged.
     kernel::shell(
         &lab,
         "h1",
         "ip link add link eth1 name late0 type macvlan; ip link set late0 up; ip link add late1 type bridge
          echo 0 >/proc/sys/net/ipv6/conf/default/accept_ra; ip link add link eth1 name late2 type macvlan",
     );
-    eventually_true("late0 takes routers", REPAIR_DEADLINE, || accept_ra(&lab, "late0") == "2").await;
+    eventually_true("late0 accepts router advertisements", REPAIR_DEADLINE, || accept_ra(&lab, "late0") == "2").await;
     for (device, value) in [("other0", "1"), ("pod0", "1"), ("late1", "1"), ("late2", "0")] {
         assert_eq!(accept_ra(&lab, device), value, "{device}");
     }
@@ -195,7 +195,7 @@ async fn enabling_forwarding_keeps_router_advertisements() {
     kernel::shell(&lab, "h1", "ip link delete late0");
     run_cleanup(&lab);
     for device in ["eth0", "eth1"] {
-        assert_eq!(accept_ra(&lab, device), "1", "{device} is as it was");
+        assert_eq!(accept_ra(&lab, device), "1", "{device} is unchanged");
     }
     assert_eq!(read_sysctl(&lab, "ipv6/conf/all/forwarding"), "0");
 }
@@ -209,9 +209,9 @@ async fn ignored_router_advertisements_stay_ignored() {
     kernel::shell(&lab, "h1", "ip link add link eth1 name late0 type macvlan; ip link set late0 up");
     lab.wait_converged("h1", CONVERGE_TIMEOUT).await;
     let advertisement = packet_builder::router_advertisement(FIRST_ROUTER, "2001:db8:7::".parse().expect_ok("a prefix"));
-    let wire = PacketSocket::open(&lab.open_netns("h1"), "wall");
+    let packet_socket = PacketSocket::open(&lab.open_netns("h1"), "wall");
     for _ in 0..10 {
-        wire.send(&advertisement);
+        packet_socket.send(&advertisement);
         tokio::time::sleep(REPAIR_DEADLINE / 10).await;
     }
     assert_eq!(default_routers(&lab, "eth1"), "");
@@ -220,7 +220,7 @@ async fn ignored_router_advertisements_stay_ignored() {
     }
 }
 
-/// Whether a container reaches an address, with one packet or a few.
+/// Checks that a container reaches an address, with one packet or a few.
 async fn assert_reaches(lab: &TestLab, from: &str, address: IpAddr) {
     let address = address.to_string();
     let ping = || kernel::attempt(lab, from, &["ping", "-c1", "-W1", &address]);
@@ -231,12 +231,12 @@ async fn assert_reaches(lab: &TestLab, from: &str, address: IpAddr) {
     .await;
 }
 
-/// A status with a problem that has these words.
+/// Whether a status has a problem with these words.
 fn has_problem(status: &Status, words: &[&str]) -> bool {
     status.problems.iter().any(|problem| words.iter().all(|word| problem.contains(word)))
 }
 
-/// The words of [`wait_problem`] where IPv6 is switched off on the external interface.
+/// The words for [`has_problem`] if IPv6 is disabled on the external interface.
 const IPV6_OFF: [&str; 3] = ["IPv6 is switched off", "eth0", "sysctl -w net/ipv6/conf/eth0/disable_ipv6=0"];
 
 #[tokio::test(flavor = "multi_thread")]
@@ -253,20 +253,20 @@ async fn host_without_ipv6_serves_ipv4() {
         lab.host(host).attach("c1").await.expect_ok("attach");
         addresses.push(lab.endpoints(host)[0].addresses());
     }
-    assert_eq!(addresses[0].families().collect::<Vec<_>>(), [Family::V4], "IPv4 is all that this host has");
+    assert_eq!(addresses[0].families().collect::<Vec<_>>(), [Family::V4], "this host has only IPv4");
     assert_reaches(&lab, "h1-c1", addresses[1].v4.expect_ok("an address")).await;
     assert_reaches(&lab, "h2-c1", addresses[0].v4.expect_ok("an address")).await;
     let lease = lab.lease_of("h1");
     assert!(!lease.key.contains('&') && !lease.value.contains("PublicIPv6\":\""), "{lease:?}");
 
-    // Back on: nothing changes for the containers until the agent starts again.
+    // Enabled again: the containers stay unchanged until the agent restarts.
     kernel::shell(
         &lab,
         "h1",
         &format!("echo 0 >/proc/sys/net/ipv6/conf/all/disable_ipv6; ip address add {address} dev eth0 nodad"),
     );
     let back = |status: &Status| has_problem(status, &["IPv6 is enabled again", "restart overlayd"]);
-    lab.host("h1").wait_status(CONVERGE_TIMEOUT, "that it is on again", back).await.expect_ok("h1");
+    lab.host("h1").wait_status(CONVERGE_TIMEOUT, "IPv6 is not reported as back on", back).await.expect_ok("h1");
     assert_eq!(lab.lease_of("h1"), lease);
     assert_reaches(&lab, "h1-c1", addresses[1].v4.expect_ok("an address")).await;
     lab.host("h1").agent_stop(Signal::SIGTERM).expect_ok("stop");
@@ -274,7 +274,7 @@ async fn host_without_ipv6_serves_ipv4() {
     assert!(lab.lease_of("h1").key.contains('&') && status.lease.is_some(), "both families");
 }
 
-/// All that was built stays, over a restart too: IPv4 works on, and IPv6 does again when it is back.
+/// The data path stays, also over a restart: IPv4 continues, and IPv6 recovers when it is enabled again.
 #[tokio::test(flavor = "multi_thread")]
 async fn ipv6_disabled_at_runtime_keeps_ipv4() {
     let lab = TestLab::up(|options| {
@@ -290,7 +290,7 @@ async fn ipv6_disabled_at_runtime_keeps_ipv4() {
     let traffic = Traffic::start(&lab, "h1-c1", "h2-c1", Family::V4).await;
     write_sysctl(&lab, "ipv6/conf/all/disable_ipv6", "1");
     let off = |status: &Status| has_problem(status, &IPV6_OFF);
-    lab.host("h1").wait_status(CONVERGE_TIMEOUT, "that IPv6 is off", off).await.expect_ok("h1");
+    lab.host("h1").wait_status(CONVERGE_TIMEOUT, "IPv6 is not reported as off", off).await.expect_ok("h1");
     lab.wait_converged("h1", CONVERGE_TIMEOUT).await;
     lab.host("h1").attach("c2").await.expect_ok("attach");
     lab.host("h1").agent_stop(Signal::SIGTERM).expect_ok("stop");
@@ -305,7 +305,10 @@ async fn ipv6_disabled_at_runtime_keeps_ipv4() {
             "echo 0 >/proc/sys/net/ipv6/conf/eth0/disable_ipv6; ip address add {address} dev eth0 nodad; ip -6 route replace {line}"
         ),
     );
-    lab.host("h1").wait_status(CONVERGE_TIMEOUT, "that it is back", |s| s.ready && s.problems.is_empty()).await.expect_ok("h1");
+    lab.host("h1")
+        .wait_status(CONVERGE_TIMEOUT, "not ready with IPv6 back", |s| s.ready && s.problems.is_empty())
+        .await
+        .expect_ok("h1");
     lab.wait_converged("h1", CONVERGE_TIMEOUT).await;
     traffic.stop().await.assert_no_loss("IPv6 off and on");
     lab.assert_full_reachability().await;

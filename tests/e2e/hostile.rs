@@ -1,5 +1,5 @@
-//! What others write into etcd is refused where it cannot be right: named, counted, left out. The rest works, and nothing leads out of the
-//! network.
+//! Hostile leases and configurations in etcd are rejected: named, counted, ignored. Everything else works, and no traffic leaves
+//! the network.
 
 use overlay_agent::model::api::Status;
 use overlay_agent::model::{Family, Subnet};
@@ -13,14 +13,14 @@ fn lease(public_ip: &str, mac: &str) -> String {
     format!(r#"{{"PublicIP":"{public_ip}","PublicIPv6":null,"BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"{mac}"}}}}"#)
 }
 
-/// A key in a block of thirty subnets where no host of the story has its own, which it chose by a hash.
+/// Keys in a block of thirty subnets without a host's own subnet, which a hash selects.
 fn free_subnet_keys(taken: &[Subnet]) -> impl Fn(u8) -> String + use<> {
     let free = |block: u8| (block..block + 30).all(|n| taken.iter().all(|subnet| subnet.to_key() != format!("10.244.{n}.0-24")));
     let block = [201, 101, 1].into_iter().find(|block| free(*block)).expect_ok("two hosts cannot hold a part of three blocks");
     move |n| format!("10.244.{}.0-24", block + n)
 }
 
-/// Name, key, value, and a word that the reason holds.
+/// Name, key, value, and a word of the rejection's reason.
 fn hostile_leases(own: &str, peer_subnet: &str, v4: &impl Fn(u8) -> String) -> Vec<(&'static str, String, String, &'static str)> {
     let good = lease("10.99.7.7", PEER_MAC);
     let plain = |n: u8, mac: &str| lease(&format!("10.99.7.{n}"), mac);
@@ -105,24 +105,24 @@ async fn hostile_leases_are_refused() {
         let entry = subnets.iter().find(|s| s.key == *key || s.key == shown).expect_ok(&format!("{name}: an entry {shown}"));
         let refused = entry.refused.as_deref().unwrap_or_default();
         assert!(refused.contains(reason), "{name}: `{refused}` does not say `{reason}`");
-        assert!(log.lines().any(|line| line.contains(&shown) && line.contains("is left out")), "{name}: not in the log: {shown}");
+        assert!(log.lines().any(|line| line.contains(&shown) && line.contains("is ignored")), "{name}: not in the log: {shown}");
     }
     assert!(subnets.iter().any(|s| s.refused.as_deref().is_some_and(|r| r.contains("more than the"))), "1 MB is named");
     let table = lab.ctl("h1", &["subnets"]).assert_code(0);
-    assert_eq!(table.stdout.matches("left out:").count(), count, "{}", table.stdout);
+    assert_eq!(table.stdout.matches("ignored:").count(), count, "{}", table.stdout);
     for text in [&table.stdout, &log] {
-        assert!(!text.contains('\u{1b}') && !text.contains('\u{7}'), "no escapes of others reach a terminal");
-        assert!(text.lines().all(|line| line.len() < 2000), "no line is blown up");
+        assert!(!text.contains('\u{1b}') && !text.contains('\u{7}'), "no foreign escape sequence reaches a terminal");
+        assert!(text.lines().all(|line| line.len() < 2000), "no line is too long");
     }
     let metrics = http::request(&lab.host("h1").socket(), "GET", "/metrics", "").body;
     assert!(metrics.contains(&format!("overlayd_refused_leases {count}\n")), "{metrics}");
 
-    assert_eq!(kernel::difference(&kernel::actual_state(&lab, "h1"), &before), "", "nothing of it reaches the kernel");
+    assert_eq!(kernel::difference(&kernel::actual_state(&lab, "h1"), &before), "", "the kernel state is unchanged");
     assert_eq!(lab.host("h1").client().peers().await.expect_ok("peers").peers.len(), 1);
     lab.assert_full_reachability().await;
-    flow.stop().await.assert_no_loss("while hostile values came");
+    flow.stop().await.assert_no_loss("during hostile writes");
 
-    // The agent starts beside them as well.
+    // The agent also starts with them present.
     lab.host("h1").agent_stop(nix::sys::signal::Signal::SIGTERM).expect_ok("stop");
     lab.start_agent("h1").await;
     assert_eq!(kernel::difference(&kernel::actual_state(&lab, "h1"), &before), "");
@@ -131,10 +131,10 @@ async fn hostile_leases_are_refused() {
     }
     etcd::delete(&lab, &megabyte);
     let well = |s: &Status| s.store.refused.is_empty() && s.problems.is_empty();
-    lab.host("h1").wait_status(CONVERGE_TIMEOUT, "it is not well again", well).await.expect_ok("h1");
+    lab.host("h1").wait_status(CONVERGE_TIMEOUT, "not healthy again", well).await.expect_ok("h1");
 }
 
-/// A route that is outside the network must not come to be, whatever stands in etcd at the start.
+/// A route outside the network must not be created, whatever etcd contains at the start.
 #[tokio::test(flavor = "multi_thread")]
 async fn oldest_of_conflicting_leases_wins() {
     let lab = TestLab::without_agents(1, Families::V4).await;
@@ -144,10 +144,10 @@ async fn oldest_of_conflicting_leases_wins() {
     let status = lab.start_agent("h1").await;
     assert_eq!((status.data_path.peers, status.store.refused.len()), (1, 2), "{status:#?}");
     lab.wait_converged("h1", CONVERGE_TIMEOUT).await;
-    // The older one goes: the younger ones come in.
+    // The older one is deleted: the younger ones are accepted.
     etcd::delete(&lab, &etcd::lease_key("10.244.50.0-24"));
     lab.host("h1")
-        .wait_status(CONVERGE_TIMEOUT, "the younger ones do not come in", |s| {
+        .wait_status(CONVERGE_TIMEOUT, "the younger ones are not accepted", |s| {
             s.data_path.peers == 2 && s.store.refused.is_empty()
         })
         .await
@@ -214,9 +214,9 @@ async fn exhausted_pool_is_reported() {
     assert!(!status.ready && status.lease.is_none(), "{status:#?}");
     lab.wait_for_log("h3", &["10.200.0.0/28"]).await;
     etcd::delete(&lab, &reserved);
-    lab.host("h3").wait_ready(READY_TIMEOUT).await.expect_ok("it takes the one that has become free");
+    lab.host("h3").wait_ready(READY_TIMEOUT).await.expect_ok("it acquires the freed subnet");
     lab.wait_full_mesh().await;
-    eventually("all are well", CONVERGE_TIMEOUT, || {
+    eventually("all agents are healthy", CONVERGE_TIMEOUT, || {
         let output = lab.ctl("h3", &["status"]);
         if output.code == Some(0) { Ok(()) } else { Err(output.stdout) }
     })

@@ -1,4 +1,4 @@
-//! `overlayctl inspect` and `GET /v1/network`, compared with what the kernel's own tools say.
+//! `overlayctl inspect` and `GET /v1/network`, compared with the output of the kernel's tools.
 
 use overlay_agent::model::Family;
 use overlay_agent::model::api::{AttachResponse, EndpointView, NetworkView};
@@ -40,7 +40,7 @@ async fn inspect_matches_kernel_state() {
         let free = (1_u128 << (family.bits() - range.length())) - if family == Family::V4 { 3 } else { 2 } - 2;
         assert_eq!(ipam.free, free.to_string());
     }
-    // Devices as `ip` has them.
+    // Devices as `ip` shows them.
     for device in seen.devices.iter().chain(seen.bridge.iter().map(|b| &b.device)) {
         let link = kernel::link(&lab, "h1", &device.interface).expect_ok(&device.interface);
         assert_eq!(device.mac.expect_ok("a MAC").to_string(), kernel::text(&link, "address"));
@@ -48,7 +48,7 @@ async fn inspect_matches_kernel_state() {
         assert!(!device.addresses.is_empty(), "{}", device.interface);
     }
     assert_eq!(seen.devices.len(), 2);
-    // Ports as `bridge_name` has them.
+    // Ports as `bridge` shows them.
     let ports = &seen.bridge.expect_ok("the bridge").ports;
     let listed = kernel::list_json(&lab, "h1", "bridge", &["link", "show"]);
     assert_eq!(ports.len(), listed.len());
@@ -65,14 +65,14 @@ async fn inspect_matches_kernel_state() {
     let side = endpoint(&lab, "side");
     assert!(side.counters.is_none() && side.bridge_port.is_none() && side.state == "in place");
 
-    // Counters, from the container's side.
+    // Counters, from the container's point of view.
     let before = view.counters.expect_ok("counters");
     let gateway = web.gateway.v4.expect_ok("IPv4").to_string();
     kernel::run(&lab, "h1-web", &["ping", "-c", "3", "-i", "0.05", "-s", "1000", "-W", "2", &gateway]);
     let after = endpoint(&lab, "web").counters.expect_ok("counters");
     assert!(after.tx_bytes >= before.tx_bytes + 3000 && after.rx_packets >= before.rx_packets + 3, "{before:?} {after:?}");
 
-    // For people.
+    // The text output.
     let text = lab.ctl("h1", &["inspect", "web"]).assert_code(0).stdout;
     for wanted in ["8080:80/tcp", &port.host_interface, &port.mac.to_string(), "shared by", "side", "in place"] {
         assert!(text.contains(wanted), "{wanted} in {text}");
@@ -83,7 +83,7 @@ async fn inspect_matches_kernel_state() {
     let tree = lab.ctl("h1", &["inspect", "--tree"]).assert_code(0).stdout;
     let line = tree.lines().find(|line| line.contains(&port.host_interface)).expect_ok("its line");
     assert!(line.contains("forwarding") && line.contains("eth0 of web"), "{tree}");
-    lab.ctl("h1", &["inspect", "nobody"]).assert_code(1).assert_stderr_contains(&["there is no endpoint nobody"]);
+    lab.ctl("h1", &["inspect", "nobody"]).assert_code(1).assert_stderr_contains(&["no endpoint nobody"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -98,7 +98,7 @@ async fn inspect_names_missing_parts() {
     let gateway = web.gateway.v4.expect_ok("a gateway");
     for (break_it, state) in [
         ("ip link set eth0 down".to_owned(), "eth0 is down".to_owned()),
-        ("ip route del default".to_owned(), format!("the default route via {gateway} is not there")),
+        ("ip route del default".to_owned(), format!("the default route via {gateway} is missing")),
         ("ip link set eth0 address 02:00:00:00:00:99".to_owned(), "eth0 has MAC 02:00:00:00:00:99".to_owned()),
         ("ip link set eth0 mtu 1300".to_owned(), "eth0 has MTU 1300, not 1450".to_owned()),
         (format!("ip address del {address}/{length} dev eth0"), format!("eth0 lacks {address}/{length}")),
@@ -106,18 +106,18 @@ async fn inspect_names_missing_parts() {
         kernel::shell(&lab, "h1-web", &break_it);
         let found = endpoint(&lab, "web").state;
         assert!(found.starts_with(&state), "{break_it}: {found}, not {state}");
-        // Asked for again, it is whole again.
+        // A repeated attach repairs it.
         lab.ctl("h1", &["attach", "web"]).assert_code(0);
         assert_eq!(endpoint(&lab, "web").state, "in place", "{break_it}");
     }
-    // A port that somebody else made is shown as nobody's.
+    // A foreign port belongs to no endpoint.
     kernel::shell(&lab, "h1", "ip link add name mine type veth peer name mine2 && ip link set mine master ovb.1");
     let ports = network(&lab).bridge.expect_ok("the bridge").ports;
     let mine = ports.iter().find(|port| port.interface == "mine").expect_ok("the foreign port");
     assert!(mine.endpoint.is_none() && ports.len() == 2);
-    assert!(lab.ctl("h1", &["inspect", "--tree"]).assert_code(0).stdout.contains("of no endpoint"));
+    assert!(lab.ctl("h1", &["inspect", "--tree"]).assert_code(0).stdout.contains("  no endpoint"));
     kernel::run(&lab, "h1", &["ip", "netns", "delete", &lab.layout().namespace("h1-web")]);
-    eventually("the namespace that is gone is named", CONVERGE_TIMEOUT, || {
+    eventually("the deleted namespace is named", CONVERGE_TIMEOUT, || {
         let state = endpoint(&lab, "web").state;
         if state == "its network namespace is gone" { Ok(()) } else { Err(state) }
     })

@@ -1,4 +1,4 @@
-//! Junk in etcd, by the thousand: no crash, no way out of the network, no effect on those who behave, and memory that has a bound.
+//! Thousands of invalid values in etcd: no crash, no routes outside the network, no effect on valid peers, and bounded memory.
 
 use overlay_agent::model::Family;
 use overlay_agent::model::api::Status;
@@ -8,15 +8,15 @@ use overlay_tests::test_lab::CONVERGE_TIMEOUT;
 use overlay_tests::{ExpectContext, TestLab, etcd, kernel, process_memory};
 use overlayctl::lab::layout;
 
-/// Seeds of the generator; another one may be given, to repeat what a longer run has found.
+/// The generator's seed; another one repeats the result of a longer run.
 fn seed() -> u64 {
     std::env::var("OVERLAY_SEED").ok().map_or(1, |text| text.parse().expect_ok("OVERLAY_SEED is a number"))
 }
 
-/// Values of the generator that are tried.
+/// Number of generated values.
 const ITERATIONS: usize = 3_000;
 
-/// Inputs that a fuzzer found worth keeping.
+/// Inputs that the fuzzer kept.
 fn corpus(target: &str) -> Vec<Vec<u8>> {
     let directory = format!("{}/fuzz/corpus/{target}", env!("CARGO_MANIFEST_DIR"));
     let files = std::fs::read_dir(&directory).expect_ok(&directory);
@@ -26,7 +26,7 @@ fn corpus(target: &str) -> Vec<Vec<u8>> {
 #[test]
 fn random_entries_are_handled() {
     let kept = corpus("entry");
-    assert!(kept.len() >= 8, "the corpus is there: {}", kept.len());
+    assert!(kept.len() >= 8, "the corpus is missing: {}", kept.len());
     for data in kept {
         let (key, value) = data.split_at(data.iter().position(|b| *b == b'\n').unwrap_or(data.len()));
         check_entry(&String::from_utf8_lossy(key), value.get(1..).unwrap_or_default());
@@ -51,7 +51,7 @@ fn random_configs_are_handled() {
     }
 }
 
-/// A conversation with the lab's etcd.
+/// Runs a function with a connection to the lab's etcd.
 fn with_etcd_gateway<T: Send>(lab: &TestLab, work: impl FnOnce(&mut EtcdGateway) -> anyhow::Result<T> + Send) -> T {
     let address = std::net::SocketAddr::new(layout::etcd_address(Family::V4), layout::ETCD_PORT);
     let done = lab.open_netns("net").run(|| work(&mut EtcdGateway::connect(address)?));
@@ -73,7 +73,7 @@ async fn running_agent_ignores_invalid_values() {
         ours.push(lab.status(host).await.lease.expect_ok("a lease").subnet);
     }
     let mut junk = InvalidValueGenerator::new(seed());
-    // The hosts' own keys are for other stories: whoever overwrites one takes the subnet.
+    // The hosts' own keys are for other tests: overwriting one takes its subnet.
     let entries: Vec<_> =
         std::iter::from_fn(|| Some(junk.random_entry())).filter(|(key, _)| !overlaps_any(key, &ours)).take(3000).collect();
     let all: std::collections::BTreeMap<String, Vec<u8>> =
@@ -83,11 +83,11 @@ async fn running_agent_ignores_invalid_values() {
     let revision = etcd::revision(&lab);
     let seen = |s: &Status| s.store.revision >= revision && s.store.leases > all.len() / 2;
     for host in ["h1", "h2"] {
-        let status = lab.host(host).wait_status(CONVERGE_TIMEOUT, "it does not see all of it", seen).await.expect_ok(host);
+        let status = lab.host(host).wait_status(CONVERGE_TIMEOUT, "it has not read all of them", seen).await.expect_ok(host);
         assert!(status.ready && status.data_path.failed.is_empty(), "{status:#?}");
         assert!(!status.store.refused.is_empty());
     }
-    // Some of it is no worse than a lease; none of it leads out of the network or to us.
+    // Some of them are valid leases; none leads outside the network or to us.
     let network: overlay_agent::model::Cidr = "10.244.0.0/16".parse().expect_ok("a network");
     for route in kernel::list_json(&lab, "h1", "ip", &["-4", "route", "show", "proto", "86", "type", "unicast"]) {
         let text = kernel::text(&route, "dst");
@@ -97,14 +97,14 @@ async fn running_agent_ignores_invalid_values() {
     }
     assert_eq!(kernel::list_json(&lab, "h1", "ip", &["-6", "route", "show", "proto", "86"]), Vec::<serde_json::Value>::new());
     lab.assert_full_reachability().await;
-    flow.stop().await.assert_no_loss("while junk came");
-    assert_eq!(lab.host("h1").agent().expect_ok("h1").pid, pid, "the same agent all the while");
+    flow.stop().await.assert_no_loss("during invalid writes");
+    assert_eq!(lab.host("h1").agent().expect_ok("h1").pid, pid, "the agent has not restarted");
     with_etcd_gateway(&lab, |etcd| {
         all.keys().try_for_each(|key| etcd.delete(key).map(drop))?;
         Ok(())
     });
     let well = |s: &Status| s.store.leases == 2 && s.problems.is_empty();
-    lab.host("h1").wait_status(CONVERGE_TIMEOUT, "it is not well again", well).await.expect_ok("h1");
+    lab.host("h1").wait_status(CONVERGE_TIMEOUT, "not healthy again", well).await.expect_ok("h1");
     assert_eq!(kernel::difference(&kernel::actual_state(&lab, "h1"), &before), "");
 }
 
@@ -128,7 +128,7 @@ async fn agent_memory_is_bounded_under_100k_leases() {
         let data = format!(r#"{{"VNI":1,"VtepMAC":"02:00:{a:02x}:{b:02x}:{c:02x}:{d:02x}"}}"#);
         format!(r#"{{"PublicIP":"{a}.{b}.{c}.{d}","BackendType":"vxlan","BackendData":{data}}}"#)
     };
-    // Half of it cannot be read, the other half are leases outside the network.
+    // Half of them cannot be parsed, the other half are leases outside the network.
     let pairs: Vec<(String, String)> = (0..COUNT)
         .map(|n| match n % 2 {
             0 => (etcd::lease_key(&format!("junk-{n}")), "{".to_owned()),
@@ -137,13 +137,13 @@ async fn agent_memory_is_bounded_under_100k_leases() {
         .collect();
     with_etcd_gateway(&lab, |etcd| etcd.put_all(&pairs));
     let all = |s: &Status| s.store.leases == COUNT as usize + 1;
-    let status = lab.host("h1").wait_status(CONVERGE_TIMEOUT * 6, "it does not see all of it", all).await.expect_ok("h1");
+    let status = lab.host("h1").wait_status(CONVERGE_TIMEOUT * 6, "it has not read all of them", all).await.expect_ok("h1");
     assert!(status.ready && status.store.refused.len() <= 100, "{}", status.store.refused.len());
     assert!(status.problems.iter().any(|p| p.contains(&format!("{COUNT} leases ignored"))), "{:?}", status.problems);
     let with_junk = agent_memory_mib(&lab, "h1");
     let new_lines = lab.log("h1").lines().count() - lines;
-    println!("{COUNT} entries of junk: {base} MiB before, {with_junk} MiB with it, {new_lines} lines in the log");
-    assert!(with_junk < base + 150, "1.5 KiB an entry at most: {with_junk} MiB");
+    println!("{COUNT} invalid entries: {base} MiB before, {with_junk} MiB with it, {new_lines} lines in the log");
+    assert!(with_junk < base + 150, "at most 1.5 KiB per entry: {with_junk} MiB");
     assert!(new_lines < 2_000, "the log is not flooded: {new_lines} lines");
     assert_eq!(kernel::difference(&kernel::actual_state(&lab, "h1"), &before), "");
     let prefix = etcd::lease_key("");
@@ -152,5 +152,5 @@ async fn agent_memory_is_bounded_under_100k_leases() {
         etcd.delete_range(&format!("{prefix}junk-"), &format!("{prefix}junk."))
     });
     let well = |s: &Status| s.store.leases == 1 && s.problems.is_empty() && s.ready;
-    lab.host("h1").wait_status(CONVERGE_TIMEOUT * 6, "it is not well again", well).await.expect_ok("h1");
+    lab.host("h1").wait_status(CONVERGE_TIMEOUT * 6, "not healthy again", well).await.expect_ok("h1");
 }

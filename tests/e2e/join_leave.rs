@@ -1,4 +1,4 @@
-//! A host joins, leaves, returns; is restarted; changes its address: its peers follow, and it keeps what is its own.
+//! A host joins, leaves, returns, restarts, and changes its address: its peers follow, and it keeps its subnet.
 
 use std::time::Duration;
 
@@ -43,7 +43,7 @@ async fn returning_host_gets_same_subnet() {
     }
     let mac = vtep_mac(&lab, "h3");
 
-    // An end in good order keeps the lease: the data path forwards on, and so the peers keep theirs.
+    // A regular stop keeps the lease: the data path keeps forwarding, and so the peers keep their routes.
     lab.host("h3").agent_stop(Signal::SIGTERM).expect_ok("SIGTERM");
     tokio::time::sleep(Duration::from_millis(300)).await;
     for host in ["h1", "h2"] {
@@ -62,7 +62,7 @@ async fn returning_host_gets_same_subnet() {
     }
 
     let returned = lab.start_agent("h3").await.lease.expect_ok("a lease").subnet;
-    assert_eq!((returned, vtep_mac(&lab, "h3")), (joined, mac), "the same subnet and MAC after the lease had gone");
+    assert_eq!((returned, vtep_mac(&lab, "h3")), (joined, mac), "the same subnet and MAC after the loss of the lease");
     lab.wait_full_mesh().await;
     for host in lab.hosts() {
         lab.wait_converged(host.name(), CONVERGE_TIMEOUT).await;
@@ -97,7 +97,7 @@ async fn restart_and_reboot_keep_subnet_and_mac() {
         lab.start_agent("h1").await;
         assert_eq!((lab.status("h1").await.lease, vtep_mac(&lab, "h1"), lab.lease_of("h1").value), before, "after {signal}");
     }
-    // What a reboot does: the state directory is all that is left, /run and the kernel's state are gone.
+    // A reboot: only the state directory remains; /run and the kernel state are gone.
     lab.host("h1").agent_stop(Signal::SIGTERM).expect_ok("SIGTERM");
     for device in ["ovx.1", "ovx6.1", "ovb.1"] {
         kernel::run(&lab, "h1", &["ip", "link", "delete", device]);
@@ -139,7 +139,7 @@ async fn new_underlay_address_reaches_peers() {
         let all = kernel::list_json(lab, "h1", "bridge", &["fdb", "show", "dev", "ovx.1"]);
         all.iter().map(|fdb| kernel::text(fdb, "dst")).collect::<Vec<_>>()
     };
-    eventually("h1 sends to the new address alone", CONVERGE_TIMEOUT, || {
+    eventually("h1 sends only to the new address", CONVERGE_TIMEOUT, || {
         let found = behind(&lab);
         if found == ["10.99.1.222"] { Ok(()) } else { Err(format!("{found:?}")) }
     })
@@ -151,8 +151,8 @@ async fn new_underlay_address_reaches_peers() {
     lab.wait_converged("h2", CONVERGE_TIMEOUT).await;
 }
 
-/// Its address changed while the agent was down. It could be a copy of a host that still lives, so it first looks whether the lease is
-/// renewed; then it takes it, with the same subnet.
+/// Its address changed while the agent was down. It could be a copy of a live host, so it first observes whether the lease is
+/// renewed; then it takes the lease over, with the same subnet.
 #[tokio::test(flavor = "multi_thread")]
 async fn host_with_new_address_keeps_subnet() {
     let lab = TestLab::up(|options| {

@@ -1,4 +1,4 @@
-//! The lab itself: several side by side, one that is killed half way, and the machine's own namespace untouched by all of it.
+//! The lab itself: several labs in parallel, one killed during `up`, and the machine's own namespace unchanged.
 
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -12,7 +12,7 @@ use overlay_tests::programs::{CommandOutput, overlayctl, require_root};
 use overlay_tests::{ExpectContext, eventually_true};
 use overlayctl::lab::LabName;
 
-/// Labs of one test, by the command line; taken down at the end.
+/// Labs of one test, created with the command line; removed at the end.
 struct Labs {
     dir: tempfile::TempDir,
     names: Vec<String>,
@@ -47,7 +47,7 @@ impl Labs {
         Netns::list().expect_ok("namespaces").into_iter().filter(|n| n.starts_with(&prefix)).collect()
     }
 
-    /// Processes that name the lab's directory.
+    /// Processes whose command line contains the lab's directory.
     fn processes(&self, name: &str) -> Vec<String> {
         let mark = self.dir.path().join(name).to_string_lossy().into_owned();
         let all = std::fs::read_dir("/proc").expect_ok("/proc").flatten();
@@ -97,9 +97,9 @@ async fn labs_run_side_by_side() {
         labs.run(&["check", "--name", name]).assert_code(0);
         assert_eq!(labs.namespaces(name).len(), 6, "two hosts, two containers, the switch and the world");
     }
-    labs.run(&["up", "--name", &labs.names[0]]).assert_code(1).assert_stderr_contains(&["is there already", "lab down"]);
+    labs.run(&["up", "--name", &labs.names[0]]).assert_code(1).assert_stderr_contains(&["exists", "lab down"]);
     labs.run(&["check", "--name", &labs.names[0]]).assert_code(0);
-    // One goes, the others stay as they are.
+    // One is removed, the others stay unchanged.
     labs.run(&["down", "--name", &labs.names[0]]).assert_code(0);
     labs.assert_nothing_left(&labs.names[0]).await;
     for name in &labs.names[1..] {
@@ -125,7 +125,7 @@ async fn killed_lab_up_is_cleaned_by_down() {
         labs.run(&["down", "--name", name]).assert_code(0);
         labs.assert_nothing_left(name).await;
     }
-    // The name is free again.
+    // The name is available again.
     labs.run(&["up", "--name", name, "--hosts", "1", "--containers", "1"]).assert_code(0);
     labs.run(&["down", "--name", name]).assert_code(0);
     labs.assert_nothing_left(name).await;
@@ -137,7 +137,7 @@ async fn interrupted_lab_up_leaves_nothing() {
     let name = &labs.names[0];
     for signal in [Signal::SIGINT, Signal::SIGTERM] {
         let child = labs.spawn(&["up", "--name", name, "--hosts", "3", "--containers", "2"]);
-        eventually_true("it has begun", Duration::from_secs(10), || !labs.namespaces(name).is_empty()).await;
+        eventually_true("`lab up` has begun", Duration::from_secs(10), || !labs.namespaces(name).is_empty()).await;
         kill(Pid::from_raw(i32::try_from(child.id()).expect_ok("a process id")), signal).expect_ok("a signal");
         let output = CommandOutput::from_output(&["lab up"], &child.wait_with_output().expect_ok("overlayctl"));
         assert_eq!(output.code, Some(128 + signal as i32), "{}", output.stderr);
@@ -150,13 +150,13 @@ async fn invalid_arguments_create_nothing() {
     let labs = Labs::new(1);
     let name = &labs.names[0];
     for (arguments, code, wanted) in [
-        (&["up", "--name", "Bad_Name"][..], 2, "no name for a lab"),
+        (&["up", "--name", "Bad_Name"][..], 2, "not a lab name"),
         (&["up", "--name", name, "--hosts", "0"], 1, "--hosts 0"),
         (&["up", "--name", name, "--network", "10.99.0.0/16"], 1, "underlay"),
         (&["up", "--name", name, "--network", "10.1.0.0/16", "--network", "10.2.0.0/16"], 2, "one IPv4 network"),
         (&["up", "--name", name, "--overlayd", "/no/such/overlayd"], 1, "/no/such/overlayd"),
-        (&["check", "--name", name], 1, "there is no lab"),
-        (&["exec", "--name", name, "h1", "--", "true"], 1, "there is no lab"),
+        (&["check", "--name", name], 1, "no lab `"),
+        (&["exec", "--name", name, "h1", "--", "true"], 1, "no lab `"),
     ] {
         labs.run(arguments).assert_code(code).assert_stderr_contains(&[wanted]);
         assert!(labs.namespaces(name).is_empty() && !labs.path(name).join("lab.json").exists(), "{arguments:?}");

@@ -1,4 +1,4 @@
-//! The network's configuration comes late, is wrong, changes: the agents wait and say so, keep the last good one, and follow.
+//! A late, invalid or changed network configuration. The agents wait and report it, keep the last valid one, and follow changes.
 
 use overlay_agent::model::Family;
 use overlay_agent::model::api::Health;
@@ -17,32 +17,35 @@ async fn agents_wait_for_config() {
     for host in lab.hosts() {
         let waits = |s: &overlay_agent::model::api::Status| s.store.connected && s.problems.iter().any(|p| p.contains(&key));
         let status = host
-            .wait_status(CONVERGE_TIMEOUT, "it does not say that it waits for a configuration", waits)
+            .wait_status(CONVERGE_TIMEOUT, "it does not report that it waits for a configuration", waits)
             .await
             .expect_ok("status");
         assert!(!status.ready && status.health == Health::Waiting && status.lease.is_none(), "{status:#?}");
         assert!(status.problems[0].contains("waiting for the network's configuration"), "{:?}", status.problems);
-        assert!(status.problems[0].contains("overlayctl config set FILE"), "the remedy is said: {:?}", status.problems);
+        assert!(status.problems[0].contains("overlayctl config set FILE"), "the remedy is named: {:?}", status.problems);
         lab.wait_for_log(host.name(), &["waiting for the network's configuration", &key]).await;
         lab.ctl(host.name(), &["status"]).assert_code(3);
         assert_eq!(http::request(&host.socket(), "GET", "/healthz", "").status, 200);
         assert_eq!(http::request(&host.socket(), "GET", "/readyz", "").status, 503);
         let output = lab.ctl(host.name(), &["attach", "early"]).assert_code(1);
         assert!(output.stderr.contains("no subnet is leased yet"), "{}", output.stderr);
-        assert!(kernel::link(&lab, host.name(), "ovx.1").is_none(), "nothing is made yet");
+        assert!(kernel::link(&lab, host.name(), "ovx.1").is_none(), "nothing is created yet");
     }
     lab.ctl("h1", &["status", "--wait", "300ms"]).assert_code(4);
 
-    // A wrong one is named field by field, and waited over.
+    // The errors of an invalid one are named by field, and the agent keeps waiting.
     etcd::put(&lab, &key, r#"{"Network":"10.244.0.1/16","SubnetLen":99,"Backend":{"Type":"carrier-pigeon"}}"#);
     let status = lab
         .host("h1")
-        .wait_status(CONVERGE_TIMEOUT, "it does not name what is wrong", |s| !s.store.config_errors.is_empty())
+        .wait_status(CONVERGE_TIMEOUT, "it does not report the errors", |s| !s.store.config_errors.is_empty())
         .await
         .expect_ok("status");
     let fields: Vec<&str> = status.store.config_errors.iter().map(|e| e.field.as_str()).collect();
     assert!(fields.contains(&"Network") && fields.contains(&"Backend.Type"), "{fields:?}");
-    assert!(!status.ready && status.problems.iter().any(|p| p.contains("is bad") && p.contains("10.244.0.1/16")), "{status:#?}");
+    assert!(
+        !status.ready && status.problems.iter().any(|p| p.contains("is invalid") && p.contains("10.244.0.1/16")),
+        "{status:#?}"
+    );
     lab.wait_for_log("h1", &["10.244.0.1/16"]).await;
 
     let file = lab.dir().join("network.json");
@@ -67,7 +70,7 @@ async fn invalid_config_keeps_last_valid_one() {
     etcd::put(&lab, &etcd::config_key(), r#"{"Network":"10.244.0.0/33"}"#);
     let status = lab
         .host("h1")
-        .wait_status(CONVERGE_TIMEOUT, "it does not see the wrong one", |s| !s.store.config_errors.is_empty())
+        .wait_status(CONVERGE_TIMEOUT, "it does not notice the invalid one", |s| !s.store.config_errors.is_empty())
         .await
         .expect_ok("h1");
     assert_eq!((status.store.config_errors[0].field.as_str(), status.health), ("Network", Health::Degraded), "{status:#?}");
@@ -75,12 +78,12 @@ async fn invalid_config_keeps_last_valid_one() {
     lab.ctl("h1", &["status"]).assert_code(3);
     etcd::delete(&lab, &etcd::config_key());
     let gone = |s: &overlay_agent::model::api::Status| s.problems.iter().any(|p| p.contains("was deleted; the last one stays"));
-    lab.host("h1").wait_status(CONVERGE_TIMEOUT, "it does not say that it is gone", gone).await.expect_ok("h1");
+    lab.host("h1").wait_status(CONVERGE_TIMEOUT, "it does not report the missing configuration", gone).await.expect_ok("h1");
     assert_eq!(kernel::difference(&kernel::actual_state(&lab, "h1"), &before), "");
     etcd::put(&lab, &etcd::config_key(), &lab.layout().config);
     let well = |s: &overlay_agent::model::api::Status| s.health == Health::Ok;
-    lab.host("h1").wait_status(CONVERGE_TIMEOUT, "it is not well again", well).await.expect_ok("h1");
-    flow.stop().await.assert_no_loss("while the configuration was wrong and away");
+    lab.host("h1").wait_status(CONVERGE_TIMEOUT, "not healthy again", well).await.expect_ok("h1");
+    flow.stop().await.assert_no_loss("while the configuration was invalid and missing");
     assert_eq!(kernel::difference(&kernel::actual_state(&lab, "h1"), &before), "");
 }
 
@@ -92,7 +95,7 @@ async fn vni_and_port_change_is_followed() {
     })
     .await;
     let subnets = subnets_of(&lab).await;
-    // The containers learn their gateway's MAC, which has to stay: they would send to nobody for a minute.
+    // The gateway's MAC must stay: containers cache it, and would send to a wrong MAC for a minute.
     lab.assert_full_reachability().await;
     let gateway = |name: &str| kernel::text(&kernel::link(&lab, "h1", name).expect_ok(name), "address");
     let before = gateway("ovb.1");
@@ -139,9 +142,9 @@ async fn subnet_length_change_is_followed() {
             let length = s.lease.as_ref().and_then(|l| l.subnet.get(Family::V4)).map(|c| c.length());
             s.ready && length == Some(26) && s.data_path.peers == 1
         };
-        host.wait_status(READY_TIMEOUT, "it has no /26 and one peer", small).await.expect_ok("status");
+        host.wait_status(READY_TIMEOUT, "no /26 or not one peer", small).await.expect_ok("status");
     }
-    eventually("the old leases are given back", CONVERGE_TIMEOUT, || {
+    eventually("the old leases are deleted", CONVERGE_TIMEOUT, || {
         let keys: Vec<String> = etcd::leases(&lab).into_iter().map(|e| e.key).collect();
         if keys.len() == 2 && keys.iter().all(|k| k.ends_with("-26")) { Ok(()) } else { Err(format!("{keys:?}")) }
     })

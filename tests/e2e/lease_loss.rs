@@ -1,5 +1,7 @@
-//! A long partition from the store, over which the lease ends. What a host does then: its own data path stays as it is while it cannot know; once
-//! it is back it takes the same subnet again where nobody has it, and moves where somebody has, naming the containers that need a restart.
+//! A partition from the store that outlasts the lease.
+//!
+//! The host keeps its data path while it is disconnected. When it is back it takes the same subnet if it is free; otherwise it
+//! moves, and names the containers that need a restart.
 
 use std::time::Duration;
 
@@ -12,10 +14,10 @@ use overlay_tests::traffic::Traffic;
 use overlay_tests::{ExpectContext, TestLab, cluster, etcd, eventually, kernel};
 use overlayctl::lab::Families;
 
-/// How long an agent may take to notice that its store is silent: 10 s by pings, and what a request takes.
+/// Time limit for an agent to notice a silent store: 10 s by pings, plus a request's timeout.
 const DETECT_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Cuts h1 off until it knows, and ends its etcd lease as its TTL would.
+/// Partitions h1, waits until it notices, and ends its etcd lease as its TTL would.
 async fn expire_lease(lab: &TestLab, partition: &Fault) -> etcd::Entry {
     let lease = lab.lease_of("h1");
     partition.begin(lab).await;
@@ -36,14 +38,14 @@ async fn host_reclaims_free_subnet() {
     let before = (kernel::actual_state(&lab, "h1"), lab.status("h1").await);
     let lease = expire_lease(&lab, &cut).await;
 
-    // It cannot know: nothing changes, it says how it stands, and works on.
+    // It cannot know of the expiry: nothing changes, it reports the disconnection, and keeps working.
     let status = lab.status("h1").await;
     assert_eq!((&status.lease, status.health), (&before.1.lease, Health::Degraded));
     assert_eq!(kernel::difference(&kernel::actual_state(&lab, "h1"), &before.0), "");
-    notifications.assert_none("the lease has ended, and h1 cannot know");
+    notifications.assert_none("the lease has expired without h1's knowledge");
     lab.ctl("h1", &["attach", "late"]).assert_code(0);
     lab.ctl("h1", &["detach", "late"]).assert_code(0);
-    // The others have let it go.
+    // The other host has removed it.
     lab.host("h2").wait_status(CONVERGE_TIMEOUT, "h2 keeps its peer", |s| s.data_path.peers == 0).await.expect_ok("h2");
 
     cut.end(&lab).await;
@@ -51,18 +53,18 @@ async fn host_reclaims_free_subnet() {
     let again = lab.lease_of("h1");
     assert_eq!((&again.key, &again.value), (&lease.key, &lease.value), "the same subnet");
     assert_ne!(again.lease, lease.lease, "by a new etcd lease");
-    lab.wait_for_log("h1", &["WARN", "lease is lost"]).await;
+    lab.wait_for_log("h1", &["WARN", "lease lost"]).await;
     for host in ["h1", "h2"] {
         lab.wait_converged(host, CONVERGE_TIMEOUT).await;
     }
     lab.assert_full_reachability().await;
-    // On the host itself nothing is ever lost. Between hosts, what is sent while the lease is gone; TCP outlives it.
+    // Local traffic loses nothing. Traffic between hosts is lost while the lease is missing; TCP survives it.
     inside.stop().await.assert_no_loss("inside the host");
-    let toll = between.stop().await;
-    toll.assert_loss_at_most(toll.pings.sent, Duration::from_secs(45), "between the hosts");
+    let stats = between.stop().await;
+    stats.assert_loss_at_most(stats.pings.sent, Duration::from_secs(45), "between the hosts");
 }
 
-/// A pool of two subnets for two hosts that live and one that is new: the new one gets what was h1's.
+/// A pool of two subnets for two running hosts and a new one. The new one gets h1's subnet.
 #[tokio::test(flavor = "multi_thread")]
 async fn host_moves_when_subnet_is_taken() {
     let lab = cluster::up(|options| {
@@ -83,18 +85,18 @@ async fn host_moves_when_subnet_is_taken() {
     let cut = Fault::LinkCut(LinkCut::from_cluster("h1"));
     let lease = expire_lease(&lab, &cut).await;
     lab.start_agent("h3").await;
-    assert_eq!(lab.lease_of("h3").key, lease.key, "the only one that is free");
+    assert_eq!(lab.lease_of("h3").key, lease.key, "the only free subnet");
     let difference = kernel::difference(&kernel::actual_state(&lab, "h1"), &before);
-    assert_eq!(difference, "", "h1 cannot know, and forwards on");
+    assert_eq!(difference, "", "h1 keeps forwarding without knowing");
 
-    // Back again, there is none left for it: it does not take what is another's, and says so.
+    // Back again, there is no free subnet: it does not take another host's subnet, and reports it.
     cut.end(&lab).await;
     let without = |s: &Status| s.store.connected && s.lease.is_none() && s.problems.iter().any(|p| p.contains("no free subnet"));
-    lab.host("h1").wait_status(READY_TIMEOUT, "it does not say that there is none left", without).await.expect_ok("h1");
+    lab.host("h1").wait_status(READY_TIMEOUT, "it does not report the exhausted pool", without).await.expect_ok("h1");
     assert_eq!(lab.lease_of("h3").key, lease.key);
     assert_eq!(etcd::leases(&lab).len(), 3, "h2's, h3's and the reservation");
 
-    // One becomes free: it moves there, loudly, and names the container that has an address of the old one.
+    // One becomes free: it moves there, logs a warning, and names the container with an address of the old one.
     etcd::delete(&lab, &reserved);
     let named = |s: &Status| {
         let problem = s.problems.iter().any(|p| p.contains("outside this host's subnet") && p.contains("c1"));

@@ -1,7 +1,6 @@
-//! Users of the host without rights: the agent's files, its socket and its ports give them nothing. And secrets: where they may stand, and that they
-//! show nowhere.
+//! Unprivileged users of the host: no access through the agent's files, socket or ports. Secrets: allowed places, and no leaks.
 //!
-//! The agent's directories lie where everybody may go, so that what is closed is closed by its own mode.
+//! The agent's directories are below world-accessible ones, so that only their own modes protect them.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -23,14 +22,14 @@ use overlayctl::lab::Families;
 use overlayctl::lab::process::{self, ProcessId, TERM_GRACE};
 use tempfile::TempDir;
 
-/// The agent's password, and one that is not.
+/// The agent's password, and a wrong one.
 const PASSWORD: &str = "tulips-in-may";
 const WRONG_PASSWORD: &str = "roses-in-june";
 
-/// Where metrics are, where they are.
+/// The address of the metrics listener, if enabled.
 const METRICS_ADDRESS: &str = "127.0.0.1:9780";
 
-/// One host, an etcd that asks for a password, and room that everybody may enter.
+/// One host, an etcd with a password, and a world-accessible directory.
 struct AuthLab {
     lab: TestLab,
     dir: TempDir,
@@ -59,7 +58,7 @@ impl AuthLab {
             fs::write(place.file(name), format!("{password}\n")).expect_ok(name);
             set_mode(&place.file(name), 0o600);
         }
-        // A copy that everybody may run, wherever the sources are.
+        // A copy that every user may run, wherever the sources are.
         fs::copy(overlayctl(), place.file("overlayctl")).expect_ok("a copy of overlayctl");
         set_mode(&place.file("overlayctl"), 0o755);
         let agent = format!("agent:{PASSWORD}");
@@ -83,7 +82,7 @@ impl AuthLab {
         self.file(name).display().to_string()
     }
 
-    /// The agent, with the password in that file.
+    /// The agent's command, with the password in that file.
     fn agent_command(&self, password_file: &str) -> Command {
         let mut command = self.lab.overlayd_command("h1", self.file("run"), self.file("state"));
         command.args(["--log-level", "trace", "--etcd-username", "agent"]);
@@ -91,7 +90,7 @@ impl AuthLab {
         command
     }
 
-    /// Starts the agent in place of the one that runs, and waits until it is as wished.
+    /// Replaces the running agent, and waits for a status condition.
     async fn start_agent(&mut self, command: Command, condition: impl Fn(&Status) -> bool) -> Status {
         if let Some(agent) = self.agent.take() {
             assert_eq!(process::terminate_all(&[agent], TERM_GRACE), Vec::<String>::new());
@@ -106,24 +105,24 @@ impl AuthLab {
                 Err(error) => Err(error.to_string()),
             }
         };
-        eventually_async("the agent is as it should be", READY_TIMEOUT, ask).await
+        eventually_async("the agent's status is as expected", READY_TIMEOUT, ask).await
     }
 
-    /// A command of an ordinary user on the host.
+    /// Runs a command as an unprivileged user on the host.
     fn run_as_nobody(&self, command: &[&str]) -> CommandOutput {
         let user =
             ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all", "--"];
         kernel::attempt(&self.lab, "h1", &[&user[..], command].concat())
     }
 
-    /// overlayctl of root, or of an ordinary user.
+    /// Runs overlayctl as root, or as an unprivileged user.
     fn ctl(&self, root: bool, arguments: &[&str]) -> CommandOutput {
         let (program, socket) = (self.path("overlayctl"), self.path("run/overlayd.sock"));
         let command = [&[program.as_str(), "--socket", &socket][..], arguments].concat();
         if root { kernel::attempt(&self.lab, "h1", &command) } else { self.run_as_nobody(&command) }
     }
 
-    /// What `find` finds as an ordinary user, from the room on.
+    /// The output of `find` as an unprivileged user, from the shared directory.
     fn find_as_nobody(&self, conditions: &[&str]) -> Vec<String> {
         let (run, state) = (self.path("run"), self.path("state"));
         let output = self.run_as_nobody(&[&["find", &run, &state][..], conditions].concat());
@@ -140,7 +139,7 @@ async fn unprivileged_user_has_no_access() {
     place.ctl(true, &["attach", "web"]).assert_code(0);
     let attached = place.ctl(true, &["-o", "json", "endpoints"]).assert_code(0).stdout;
 
-    // The socket.
+    // Socket.
     for arguments in [
         &["status"][..],
         &["subnets"],
@@ -152,40 +151,40 @@ async fn unprivileged_user_has_no_access() {
         &["detach", "web"],
         &["run", "--", "true"],
     ] {
-        place.ctl(false, arguments).assert_code(1).assert_stderr_contains(&["is denied", "become root"]);
+        place.ctl(false, arguments).assert_code(1).assert_stderr_contains(&["permission denied", "become root"]);
     }
-    // Files: what runtimes read of the subnet, and which namespace overlayctl made; nothing can be changed, made or removed.
+    // Files: readable are the subnet for runtimes, and the namespace created by overlayctl; nothing is writable.
     let namespace = place.lab.layout().namespace("h1-web");
     let readable = place.find_as_nobody(&["-type", "f", "-readable"]);
     assert_eq!(readable, [format!("run/netns/{namespace}"), "run/subnet.env".to_owned()]);
     assert_eq!(place.find_as_nobody(&["!", "-type", "l", "-writable"]), Vec::<String>::new());
     assert_eq!(place.find_as_nobody(&["-type", "d", "-readable"]), ["run", "run/netns"]);
     place.run_as_nobody(&["ls", &place.path("state")]).assert_code(2).assert_stderr_contains(&["Permission denied"]);
-    // The namespace of a container.
+    // The container's namespace.
     let netns = format!("/run/netns/{namespace}");
     kernel::run(&place.lab, "h1", &["nsenter", &format!("--net={netns}"), "true"]);
     place.run_as_nobody(&["nsenter", &format!("--net={netns}"), "true"]).assert_code(1);
     place.run_as_nobody(&["ip", "link", "delete", "ovb.1"]).assert_code(2);
-    // The process.
+    // Process.
     let pid = place.agent.expect_ok("the agent").pid;
     place.run_as_nobody(&["cat", &format!("/proc/{pid}/environ")]).assert_code(1);
     place.run_as_nobody(&["ls", &format!("/proc/{pid}/fd")]).assert_code(2);
     place.run_as_nobody(&["kill", &pid.to_string()]).assert_code(1);
-    // Nothing listens on any address; the tunnel's own port is the kernel's.
+    // No TCP listener at all; the tunnel's UDP port belongs to the kernel.
     let listening = kernel::run(&place.lab, "h1", &["ss", "-H", "--listening", "--tcp", "--processes"]);
     assert_eq!(listening, "");
 
-    assert_eq!(place.ctl(true, &["-o", "json", "endpoints"]).assert_code(0).stdout, attached, "all as it was");
+    assert_eq!(place.ctl(true, &["-o", "json", "endpoints"]).assert_code(0).stdout, attached, "nothing has changed");
     place.ctl(true, &["status", "--brief"]).assert_code(0);
 }
 
-/// The agent's name among abstract sockets, which anybody may take, keeps only another agent from starting.
+/// Any user may bind the agent's abstract socket name, which otherwise only prevents a second agent.
 #[tokio::test(flavor = "multi_thread")]
 async fn taken_abstract_socket_does_not_block_agent() {
     let mut place = AuthLab::up().await;
     let take = |user: u32| {
         let held = place.lab.open_netns("h1").run(|| {
-            // The user of this thread alone: whoever makes a socket owns it.
+            // The file-system UID of this thread only: it becomes the socket's owner.
             setfsuid(Uid::from_raw(user));
             let address = std::os::unix::net::SocketAddr::from_abstract_name("overlayd").expect_ok("a name");
             UnixListener::bind_addr(&address)
@@ -207,7 +206,7 @@ async fn taken_abstract_socket_does_not_block_agent() {
     assert!(warning.contains("WARN") && warning.contains("user=65534"), "{warning}");
 }
 
-/// Asks over TCP, inside the host.
+/// Sends a request over TCP, inside the host.
 fn http_request(lab: &TestLab, address: &str, method: &str, path: &str) -> Option<(u16, String)> {
     let address: SocketAddr = address.parse().expect_ok("an address");
     let mut stream =
@@ -233,7 +232,7 @@ async fn tcp_listener_serves_only_metrics() {
         let (code, body) = http_request(&place.lab, METRICS_ADDRESS, "GET", path).expect_ok(path);
         assert_eq!(code, 200, "{path}: {body}");
         for secret in [PASSWORD, "web", "10.244.", "fd00:", "agent"] {
-            assert!(!body.contains(secret), "{path} tells of `{secret}`: {body}");
+            assert!(!body.contains(secret), "{path} reveals `{secret}`: {body}");
         }
         assert_eq!(http_request(&place.lab, METRICS_ADDRESS, "PUT", path).expect_ok(path).0, 405, "PUT {path}");
     }
@@ -247,7 +246,7 @@ async fn tcp_listener_serves_only_metrics() {
     ] {
         assert_eq!(http_request(&place.lab, METRICS_ADDRESS, method, path).expect_ok(path).0, 404, "{method} {path}");
     }
-    // Where it was asked for, and nowhere else.
+    // It listens on the requested address only.
     let elsewhere = place.lab.host("h1").layout().addresses.v4.expect_ok("IPv4");
     assert_eq!(http_request(&place.lab, &format!("{elsewhere}:9780"), "GET", "/metrics"), None);
     assert!(place.ctl(true, &["endpoints"]).assert_code(0).stdout.contains("web"));
@@ -275,7 +274,7 @@ async fn password_is_never_exposed() {
         }
     };
     every_word(&place, "password");
-    // The same where etcd refuses it.
+    // The same when etcd rejects it.
     let refused = |status: &Status| status.problems.iter().any(|problem| problem.contains("--etcd-password-file"));
     place.start_agent(place.agent_command("wrong"), refused).await;
     every_word(&place, "wrong");
@@ -285,7 +284,7 @@ async fn password_is_never_exposed() {
     let kept = ["run", "state"].map(|dir| kernel::attempt(&place.lab, "h1", &["grep", "-rls", "in-", &place.path(dir)]).stdout);
     for secret in [PASSWORD, WRONG_PASSWORD] {
         let line = log.lines().chain(output.lines()).find(|line| line.contains(secret));
-        assert_eq!(line, None, "{secret} is told");
+        assert_eq!(line, None, "{secret} is revealed");
     }
     for file in kept.iter().flat_map(|list| list.lines()) {
         let text = fs::read(file).expect_ok(file);
@@ -294,7 +293,7 @@ async fn password_is_never_exposed() {
     }
 }
 
-/// A file with a secret that others may read, or change, is refused before anything is touched: whoever names it, and wherever.
+/// A world-readable or writable secret file is rejected before any change, in every place that can name it.
 #[tokio::test(flavor = "multi_thread")]
 async fn world_readable_secret_files_are_refused() {
     let place = AuthLab::up().await;
@@ -337,7 +336,7 @@ async fn world_readable_secret_files_are_refused() {
     place.ctl(true, &[&["config", "show"][..], &login].concat()).assert_code(1).assert_stderr_contains(&[&remedy]);
     assert!(!place.file("state").exists() && !place.file("run").exists(), "nothing was touched");
 
-    // The settings themselves, where they name a secret: who changes them sends it elsewhere.
+    // The settings file itself, if it names a secret: a user who can write it could redirect the secret.
     open(0o600);
     for value in [0o664, 0o646] {
         let command = with_file(naming.clone());
@@ -345,7 +344,7 @@ async fn world_readable_secret_files_are_refused() {
         let warning = format!("can be changed by others (mode {value:04o}): chmod 644 {settings}");
         place.lab.run_to_exit("h1", command).assert_code(2).assert_stderr_contains(&[&warning]);
     }
-    // A secret that stands in the settings is not repeated.
+    // A secret inside the settings is not printed.
     for text in [format!("etcd-password = \"{PASSWORD}\"\n"), format!("etcd-password = \"{PASSWORD}\n")] {
         let output = place.lab.run_to_exit("h1", with_file(text)).assert_code(2);
         assert!(!output.stderr.contains(PASSWORD) && output.stderr.contains(&settings), "{}", output.stderr);
@@ -358,6 +357,6 @@ async fn world_readable_secret_files_are_refused() {
         let output = place.ctl(true, &["config", "show", &flag]);
         assert!(matches!(output.code, Some(1 | 2)) && !output.stderr.contains(PASSWORD), "{}", output.stderr);
     }
-    // All as it should be.
+    // Valid files work.
     place.ctl(true, &[&["config", "show"][..], &login].concat()).assert_code(0);
 }

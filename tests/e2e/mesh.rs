@@ -1,4 +1,5 @@
-//! `overlayctl mesh` and `overlayctl ping-mesh`: a whole mesh, the two faults told apart, a host that is down, one that has left, and what it costs.
+//! `overlayctl mesh` and `overlayctl ping-mesh`: a healthy mesh, overlay and underlay faults, a host down, a departed host, the
+//! cost.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -10,7 +11,7 @@ use overlay_tests::{ExpectContext, TestLab, etcd, eventually, http, kernel};
 use overlayctl::cmd::mesh::Matrix;
 use overlayctl::lab::Families;
 
-/// Rounds of a second take two until a path counts as silent.
+/// With rounds of one second, two missed rounds make a path silent.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(30);
 
 async fn start_lab(families: Families) -> TestLab {
@@ -23,7 +24,7 @@ async fn start_lab(families: Families) -> TestLab {
     .await
 }
 
-/// All rows, as the sockets of the lab's hosts tell them.
+/// The complete matrix, from the sockets of the lab's hosts.
 fn read_matrix(lab: &TestLab) -> Matrix {
     let sockets: Vec<PathBuf> = ["h2", "h3"].iter().map(|host| lab.host(host).socket()).collect();
     let sockets: Vec<&str> = sockets.iter().flat_map(|path| ["--also", path.to_str().expect_ok("a path")]).collect();
@@ -32,7 +33,7 @@ fn read_matrix(lab: &TestLab) -> Matrix {
     serde_json::from_str(&output.stdout).expect_ok("the matrix")
 }
 
-/// How one host reaches another, over all families.
+/// The reachability from one host to another, in all families.
 fn states(matrix: &Matrix, from: &str, to: &str) -> Vec<Reachability> {
     let paths = matrix.paths.iter().filter(|p| p.from == from && p.entry.host.as_deref() == Some(to));
     paths.map(|p| p.entry.state).collect()
@@ -45,7 +46,7 @@ fn metric_sample(lab: &TestLab, name: &str) -> f64 {
     value.expect_ok(&format!("{name} in {page}"))
 }
 
-/// How many peers of h1 are in a state, by its metrics.
+/// The number of h1's peers in a state, from its metrics.
 fn peer_count(lab: &TestLab, state: Reachability) -> f64 {
     metric_sample(lab, &format!("overlayd_mesh_peers{{state=\"{}\"}}", state.as_str()))
 }
@@ -62,7 +63,7 @@ async fn wait_matrix(lab: &TestLab, what: &str, condition: impl Fn(&Matrix) -> b
 async fn overlay_and_underlay_faults_are_distinguished() {
     let lab = start_lab(Families::Dual).await;
     let all_well = |m: &Matrix| m.paths.len() == 12 && m.paths.iter().all(|p| p.entry.state == Reachability::Ok);
-    let matrix = wait_matrix(&lab, "everyone reaches everyone", all_well).await;
+    let matrix = wait_matrix(&lab, "every host reaches every host", all_well).await;
     assert_eq!(matrix.hosts, ["h1", "h2", "h3"]);
     assert!(matrix.paths.iter().all(|p| p.entry.overlay.mean_micros.is_some() && p.entry.underlay.mean_micros.is_some()));
     eventually("the metrics say the same", PROBE_TIMEOUT, || {
@@ -75,13 +76,13 @@ async fn overlay_and_underlay_faults_are_distinguished() {
         let worst = metric_sample(&lab, &format!("overlayd_mesh_worst_round_trip_seconds{{way=\"{way}\"}}"));
         assert!(worst > 0.0 && worst < 2.0, "{way}: {worst} s");
     }
-    // The same over TCP, which the other hosts' agents are asked by.
+    // The same over TCP, by which the other hosts' agents are queried.
     let over_tcp: Matrix = lab.ctl("h1", &["-o", "json", "mesh", "--port", "9780"]).assert_code(0).json();
     assert_eq!((over_tcp.hosts.len(), over_tcp.missing.len()), (3, 0), "{over_tcp:#?}");
     let text = lab.ctl("h1", &["mesh", "--port", "9781"]).assert_code(0).stdout;
-    assert!(text.contains("no row of h2") && text.contains("--metrics-listen"), "{text}");
+    assert!(text.contains("no row from h2") && text.contains("--metrics-listen"), "{text}");
 
-    // Only the tunnel: the port of VXLAN is shut at h2.
+    // Only the tunnel fails: h2 drops VXLAN's port.
     kernel::shell(
         &lab,
         "h2",
@@ -92,7 +93,7 @@ async fn overlay_and_underlay_faults_are_distinguished() {
     })
     .await;
     assert_eq!(matrix.paths[0].entry.state, Reachability::OverlayDown, "the worst is first");
-    // Another round may have gone by since.
+    // Another round may have passed since.
     eventually("the metrics say the same", PROBE_TIMEOUT, || {
         let states = [Reachability::OverlayDown, Reachability::Ok].map(|state| peer_count(&lab, state));
         if states == [2.0, 2.0] { Ok(()) } else { Err(format!("{states:?}")) }
@@ -107,7 +108,7 @@ async fn overlay_and_underlay_faults_are_distinguished() {
     );
     kernel::shell(&lab, "h2", "nft delete table inet shut");
 
-    // Only the underlay's ICMP.
+    // Only the underlay's ICMP fails.
     kernel::shell(
         &lab,
         "h2",
@@ -117,7 +118,7 @@ async fn overlay_and_underlay_faults_are_distinguished() {
     wait_matrix(&lab, "only the underlay to h2 is silent", |m| states(m, "h1", "h2") == [Reachability::UnderlaySilent; 2]).await;
     kernel::shell(&lab, "h2", "nft delete table inet shut");
 
-    // Cut off, and alive: its agent still renews.
+    // Partitioned but alive: its agent still renews its lease.
     for device in ["underlay drop in", "underlay drop out"] {
         let hook = if device.ends_with("in") { "input" } else { "output" };
         kernel::shell(
@@ -131,8 +132,8 @@ async fn overlay_and_underlay_faults_are_distinguished() {
     }
     let matrix = wait_matrix(&lab, "h3 is cut off", |m| states(m, "h1", "h3") == [Reachability::Unreachable; 2]).await;
     let path = matrix.paths.iter().find(|p| p.from == "h1" && p.entry.host.as_deref() == Some("h3")).expect_ok("h3");
-    assert!(path.lease_idle_seconds == Some(0) && path.says.contains("rather than down"), "{path:#?}");
-    // It leaves: its lease is gone.
+    assert!(path.lease_idle_seconds == Some(0) && path.says.contains("not down"), "{path:#?}");
+    // It leaves: its lease is deleted.
     lab.host("h3").agent_stop(Signal::SIGKILL).expect_ok("stop the agent");
     etcd::delete(&lab, &lab.lease_of("h3").key);
     let matrix = wait_matrix(&lab, "h3 has gone", |m| {
@@ -144,12 +145,12 @@ async fn overlay_and_underlay_faults_are_distinguished() {
     assert_eq!(
         (peer_count(&lab, Reachability::Unreachable), peer_count(&lab, Reachability::Unknown)),
         (0.0, 0.0),
-        "what has gone is no peer"
+        "a departed host is not a peer"
     );
     assert!(path.says.contains("its lease ended") && matrix.missing.len() == 1, "{matrix:#?}");
 }
 
-/// Echo requests that a host has sent since it was made.
+/// The number of echo requests that a host has sent since its creation.
 fn echo_requests_sent(lab: &TestLab, host: &str) -> u64 {
     let text = kernel::shell(lab, host, "grep ^Icmp: /proc/net/snmp");
     let mut lines = text.lines().map(|line| line.split(' ').collect::<Vec<_>>());
@@ -176,10 +177,10 @@ async fn disabled_probing_sends_nothing() {
     let before = echo_requests_sent(&lab, "h1");
     let probed: Matrix = lab.ctl("h1", &["-o", "json", "ping-mesh", "--count", "2"]).assert_code(0).json();
     assert_eq!(states(&probed, "h1", "h2"), [Reachability::Ok]);
-    assert_eq!(echo_requests_sent(&lab, "h1") - before, 4, "two probes of two paths, and nothing beside");
+    assert_eq!(echo_requests_sent(&lab, "h1") - before, 4, "two probes of two paths, and no others");
 }
 
-/// A round every millisecond would be 2,000 echo requests a second: no more are sent than promised.
+/// An interval of a millisecond would give 2,000 echo requests a second: the documented limit holds.
 #[tokio::test(flavor = "multi_thread")]
 async fn probe_rate_is_bounded() {
     let lab = start_pair("1ms").await;
@@ -194,6 +195,6 @@ async fn probe_rate_is_bounded() {
     })
     .await;
     let (count, took) = (echo_requests_sent(&lab, "h1") - from, start.elapsed());
-    // One more may stand on either edge.
+    // One more may fall on either edge of the interval.
     assert!(f64::from(u32::try_from(count).expect_ok("few")) <= 50.0 * took.as_secs_f64() + 2.0, "{count} in {took:?}");
 }

@@ -1,4 +1,4 @@
-//! Numbers and health: Prometheus' own tools read what the agent serves, the alerts and the dashboard name what there is, and ready goes away again.
+//! Metrics and health: promtool accepts them, alerts and dashboard use existing metrics, and readiness follows the state.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -15,7 +15,7 @@ use overlay_tests::{ExpectContext, TestLab, etcd, eventually, http, kernel};
 use overlayctl::lab::Families;
 use serde_json::Value;
 
-/// How long an agent may take to notice that etcd answers again.
+/// Time limit for an agent to notice that etcd answers again.
 const DETECT_TIMEOUT: Duration = Duration::from_secs(20);
 
 fn repo_root() -> PathBuf {
@@ -37,7 +37,7 @@ fn promtool(arguments: &[&str], input: &str) -> CommandOutput {
     CommandOutput::from_output(&command, &output)
 }
 
-/// The families of a page.
+/// The metric families of a page.
 fn metric_families(page: &str) -> BTreeSet<String> {
     page.lines().filter_map(|line| Some(line.strip_prefix("# TYPE ")?.split_once(' ')?.0.to_owned())).collect()
 }
@@ -47,7 +47,7 @@ fn sample(page: &str, name: &str) -> Option<f64> {
     page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
 }
 
-/// The agent's metrics that an expression names.
+/// The agent's metrics in an expression.
 fn metric_names(expression: &str) -> BTreeSet<String> {
     let words = expression.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
     let ours = words.filter(|word| word.starts_with("overlayd_") || word.starts_with("process_"));
@@ -64,12 +64,12 @@ async fn metrics_pass_promtool() {
     .await;
     let socket = lab.host("h1").socket();
     let page = || http::request(&socket, "GET", "/metrics", "").body;
-    // A value that is refused, drift of two kinds, and an etcd that goes and comes back: so that every family has something to show.
+    // A rejected value, drift of two kinds, and an etcd outage, so that every family has a sample.
     etcd::put(&lab, &etcd::lease_key("10.244.77.0-24"), "{");
     kernel::shell(&lab, "h1", "ip route delete $(ip route show proto 86 type unicast | cut -d' ' -f1 | head -1) proto 86");
     kernel::shell(&lab, "h1", "echo 0 >/proc/sys/net/ipv4/conf/ovb.1/forwarding");
     etcd::kill(&lab);
-    eventually("the loss of etcd is seen", DETECT_TIMEOUT, || {
+    eventually("the loss of etcd is noticed", DETECT_TIMEOUT, || {
         let page = page();
         match (sample(&page, "overlayd_store_connected"), sample(&page, "overlayd_store_request_failures_total")) {
             (Some(0.0), Some(failures)) if failures >= 1.0 => Ok(()),
@@ -78,7 +78,7 @@ async fn metrics_pass_promtool() {
     })
     .await;
     etcd::start(&lab).await;
-    let seen = eventually("all of it is counted", DETECT_TIMEOUT, || {
+    let seen = eventually("everything is counted", DETECT_TIMEOUT, || {
         let page = page();
         let wanted = [
             ("overlayd_store_reconnects_total", 1.0),
@@ -109,7 +109,7 @@ async fn metrics_pass_promtool() {
     }
     let output = promtool(&["check", "metrics"], &seen).assert_code(0);
     assert_eq!((output.stdout.as_str(), output.stderr.as_str()), ("", ""), "nothing to remark");
-    assert_eq!(metric_families(&seen), metric_families(&Metrics::new().render()), "every family is there from the start");
+    assert_eq!(metric_families(&seen), metric_families(&Metrics::new().render()), "every family exists from the start");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -122,8 +122,8 @@ async fn readiness_follows_agent_state() {
     let socket = lab.host("h1").socket();
     let asked = |path: &str| http::request(&socket, "GET", path, "");
     assert_eq!((asked("/healthz").status, asked("/readyz").status), (200, 200));
-    // A device of somebody else's in the place of ours: nothing can be built on it, and it is not ours to remove. The agent would be faster than
-    // the second command, so it does not run meanwhile.
+    // A foreign device under our device's name: nothing can be built on it, and we must not delete it. The agent is frozen
+    // meanwhile, because it would be faster than the second command.
     let hang = Fault::AgentFrozen("h1");
     hang.begin(&lab).await;
     kernel::shell(&lab, "h1", "ip link delete ovx.1; ip link add ovx.1 type bridge");
@@ -133,7 +133,7 @@ async fn readiness_follows_agent_state() {
         answer => Err(format!("{} {}", answer.status, answer.body)),
     })
     .await;
-    assert!(broken.contains("ovx.1"), "the reason is told: {broken}");
+    assert!(broken.contains("ovx.1"), "the reason is given: {broken}");
     assert_eq!(asked("/healthz").status, 200, "the agent lives");
     kernel::shell(&lab, "h1", "ip link delete ovx.1");
     let ready = |lab: &TestLab| http::request(&lab.host("h1").socket(), "GET", "/readyz", "");
@@ -160,7 +160,7 @@ async fn health_over_tcp_follows_the_agent() {
     };
     assert_eq!(["/healthz", "/readyz", "/metrics", "/v1/status"].map(status), ["200", "200", "200", "404"]);
     host.agent_stop(Signal::SIGTERM).expect_ok("stop");
-    assert_eq!(status("/healthz"), "", "nobody answers");
+    assert_eq!(status("/healthz"), "", "no answer");
 }
 
 #[test]
@@ -183,7 +183,7 @@ fn alert_rules_pass_promtool() {
         assert!(page.contains(&format!("| `{name}` |")), "{name} is not in docs/metrics.md");
         let expression = rule.lines().find_map(|line| line.strip_prefix("        expr: ")).unwrap_or_default();
         let unknown: Vec<String> = metric_names(expression).difference(&known).cloned().collect();
-        assert!(unknown.is_empty(), "{name} names metrics that the agent has not: {unknown:?}");
+        assert!(unknown.is_empty(), "{name} uses unknown metrics: {unknown:?}");
         alerts += 1;
     }
     assert!(alerts > 10, "{alerts} alerts");
@@ -194,7 +194,7 @@ fn dashboard_uses_known_metrics() {
     let dashboard: Value = serde_json::from_str(&read("deploy/monitoring/grafana.json")).expect_ok("the dashboard");
     let known = metric_families(&Metrics::new().render());
     let panels = dashboard["panels"].as_array().expect_ok("panels");
-    // As recording rules the expressions can be judged by Prometheus' own parser.
+    // As recording rules the expressions can be checked by Prometheus' own parser.
     let mut rules = "groups:\n  - name: dashboard\n    rules:\n".to_owned();
     let mut shown = BTreeSet::new();
     for panel in panels {
@@ -206,7 +206,7 @@ fn dashboard_uses_known_metrics() {
         for target in targets {
             let expression = target["expr"].as_str().expect_ok(title);
             let unknown: Vec<String> = metric_names(expression).difference(&known).cloned().collect();
-            assert!(unknown.is_empty(), "{title} names metrics that the agent has not: {unknown:?}");
+            assert!(unknown.is_empty(), "{title} uses unknown metrics: {unknown:?}");
             shown.extend(metric_names(expression));
             let plain = expression.replace("$__rate_interval", "5m").replace("$host", ".*");
             rules += &format!("      - record: dashboard:{}:expression\n        expr: '{plain}'\n", shown.len());

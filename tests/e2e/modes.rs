@@ -1,4 +1,4 @@
-//! The modes side by side, sharing and letting go, the namespaces of processes.
+//! The attach modes: side by side, shared namespaces, detach, and namespaces of processes.
 
 use std::process::{Child, Command, Stdio};
 
@@ -14,7 +14,7 @@ fn modes(lab: &TestLab) -> Vec<String> {
     lab.endpoints("h1").iter().map(|e| format!("{} {}", e.name, e.mode)).collect()
 }
 
-/// The interfaces in a namespace that anybody has to do with: a kernel with tunnels as modules puts some into each.
+/// The relevant interfaces of a namespace: a kernel with tunnel modules adds some to each.
 fn interfaces(netns: &Netns) -> Vec<String> {
     let listed = netns.run(|| std::fs::read_to_string("/proc/thread-self/net/dev")).expect_ok("enter").expect_ok("/proc/net/dev");
     let names = listed.lines().filter_map(|line| Some(line.split_once(':')?.0.trim().to_owned()));
@@ -28,7 +28,7 @@ async fn modes_work_side_by_side() {
     let lab = TestLab::one_host(Families::Dual).await;
     let before = Leftovers::baseline(&lab).await;
     let attached: AttachResponse = lab.ctl("h1", &["-o", "json", "attach", "o"]).assert_code(0).json();
-    // Usable at once in both families: one packet, no second try.
+    // Usable at once in both families: one packet, no retry.
     for (_, gateway) in attached.gateway.iter() {
         kernel::run(&lab, "h1-o", &["ping", "-c", "1", "-W", "2", &gateway.to_string()]);
     }
@@ -54,7 +54,7 @@ async fn modes_work_side_by_side() {
     let table = lab.ctl("h1", &["endpoints"]).assert_code(0).stdout;
     assert!(table.contains("container:o") && table.contains("MODE"), "{table}");
 
-    // Shared: not to be let go but by force.
+    // Shared: detach needs --force.
     let held = lab.endpoints("h1");
     lab.ctl("h1", &["detach", "o"])
         .assert_code(1)
@@ -76,7 +76,7 @@ async fn modes_work_side_by_side() {
 async fn unsupported_mode_options_are_refused() {
     let lab = TestLab::one_host(Families::Dual).await;
     for (arguments, code, wanted) in [
-        (&["attach", "a", "--mode", "bridge"][..], 2, "`bridge` is no mode: overlay, none, host or container:NAME"),
+        (&["attach", "a", "--mode", "bridge"][..], 2, "`bridge` is not a mode: use overlay, none, host or container:NAME"),
         (&["attach", "a", "--mode", "container:../b"], 2, "is no endpoint name"),
         (&["attach", "a", "--mode", "container:b"], 1, "there is no endpoint b"),
         (&["attach", "a", "--mode", "host", "--pid", "1"], 2, "leave out --netns and --pid"),
@@ -90,7 +90,7 @@ async fn unsupported_mode_options_are_refused() {
     }
 }
 
-/// A process in a namespace of its own; ended with the test.
+/// A process in its own namespace; killed with the test.
 struct NetnsProcess(Child);
 
 impl NetnsProcess {
@@ -100,7 +100,7 @@ impl NetnsProcess {
         command.args(["--net", "sleep", "600"]).stdin(Stdio::null());
         let process = NetnsProcess(command.spawn().expect_ok("unshare"));
         let own = Netns::current().expect_ok("this namespace");
-        eventually("the process has a namespace of its own", CONVERGE_TIMEOUT, || {
+        eventually("the process has its own namespace", CONVERGE_TIMEOUT, || {
             let apart = process.netns().and_then(|netns| netns.is_same(&own)).map(|same| !same);
             if apart.as_ref().is_ok_and(|apart| *apart) { Ok(()) } else { Err(format!("{apart:?}")) }
         })
@@ -140,27 +140,27 @@ async fn process_namespace_is_attached() {
     let again: AttachResponse = lab.ctl("h1", &["-o", "json", "attach", "p", "--pid", &process.pid()]).assert_code(0).json();
     assert_eq!(again.endpoint, attached.endpoint);
 
-    // Over a restart of the agent: it is known to be the same one.
+    // Over a restart of the agent: it recognises the same namespace.
     lab.ctl("h1", &["attach", "host", "--mode", "host"]).assert_code(0);
     lab.host("h1").agent_stop(nix::sys::signal::Signal::SIGKILL).expect_ok("SIGKILL");
     lab.host("h1").agent_start(&[]).expect_ok("start");
     lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("ready");
     let after = lab.endpoints("h1");
     assert_eq!(after.iter().find(|e| e.name.as_str() == "p"), Some(&attached.endpoint));
-    // The host's namespace has another path now, that of the new agent.
+    // The path of the host's namespace is now that of the new agent.
     let host = after.iter().find(|e| e.name.as_str() == "host").expect_ok("host");
     assert!(Netns::open(&host.netns).expect_ok("its path").is_same(&lab.open_netns("h1")).expect_ok("compare"));
     lab.ctl("h1", &["detach", "host"]).assert_code(0);
 
-    // It ends: its name is free for another one, which gets an interface of its own.
+    // The process ends: its name is available for another endpoint, with its own interface.
     let old = attached.endpoint.port.expect_ok("a port").host_interface;
     let gone = process.pid();
     process.end();
-    lab.ctl("h1", &["attach", "q", "--pid", &gone]).assert_code(1).assert_stderr_contains(&["there is no process", &gone]);
+    lab.ctl("h1", &["attach", "q", "--pid", &gone]).assert_code(1).assert_stderr_contains(&["no process", &gone]);
     let other = NetnsProcess::start().await;
     let attached: AttachResponse = lab.ctl("h1", &["-o", "json", "attach", "p", "--pid", &other.pid()]).assert_code(0).json();
     assert_eq!(interfaces(&other.netns().expect_ok("its namespace")), ["eth0", "lo"]);
-    assert_eq!(lab.endpoints("h1"), std::slice::from_ref(&attached.endpoint), "the old one is gone");
+    assert_eq!(lab.endpoints("h1"), std::slice::from_ref(&attached.endpoint), "the old endpoint is gone");
     assert_eq!(attached.endpoint.port.expect_ok("a port").host_interface, old);
     lab.ctl("h1", &["detach", "p"]).assert_code(0);
     assert_eq!(interfaces(&other.netns().expect_ok("its namespace")), ["lo"]);

@@ -1,4 +1,4 @@
-//! `docs/migrating-sender_socket-flannel.md`, from the first block to the last, on hosts where flannel is played as it was recorded.
+//! Runs `docs/migrating-from-flannel.md` completely, on hosts with a simulated flannel.
 
 use overlay_tests::doc_hosts::DocHosts;
 use overlay_tests::doc_pages::DocPage;
@@ -18,13 +18,13 @@ async fn migration_page_runs() {
     let reaches = async |from: &str, container: &str, address: &str| {
         machines.wait_for(from, &format!("ip netns exec {container} ping -c 1 -W 1 {address}")).await;
     };
-    // flannel as it is played carries packets; else what follows would prove little.
+    // The simulated flannel carries packets; otherwise the rest would prove little.
     reaches("host-1", "c1", "10.244.9.2").await;
     let mut page = DocPage::open("docs/migrating-from-flannel.md", &machines);
     page.run_until_section("Back").await;
     reaches("host-3", "c3", "10.244.7.2").await;
     page.run_to_end().await;
-    // Those that were not changed noticed nothing else.
+    // Unchanged hosts notice nothing.
     reaches("host-2", "c2", "10.244.12.2").await;
     machines.run("host-1", "flannel-container c1 10.244.7.2");
     reaches("host-2", "c2", "10.244.7.2").await;

@@ -1,4 +1,4 @@
-//! `docs/operations.md`, from the first block to the last, on hosts as the page has them.
+//! Runs `docs/operations.md` completely, on the page's hosts.
 
 use overlay_tests::doc_hosts::DocHosts;
 use overlay_tests::doc_pages::DocPage;
@@ -14,13 +14,13 @@ async fn operations_page_runs() {
     machines.run("host-3", "kill -KILL $(cat /run/machine/overlayd.pid)");
     page.run_until_section("Reserve a subnet").await;
     machines.run("host-3", "systemctl start overlayd");
-    // What happened behind the snapshot's back, so that etcd is behind what the agents have seen.
+    // A change after the snapshot, so that the restored etcd is behind the agents' revision.
     page.run_until_section("Restore").await;
     machines.run("etcd", "for n in $(seq 9); do etcdctl put /coreos.com/network/subnets/10.200.250.0-24 $n; done");
     machines.wait_for("host-1", "overlayctl subnets | grep 10.200.250.0").await;
     page.run_until_section("Lost wholly, with no backup").await;
     machines.wait_for("host-1", "grep 'restored or replaced' /var/log/overlayd.log").await;
-    // The page has its reader copy the file.
+    // The page asks its reader to copy the file.
     page.run_until_section("Move to another cluster").await;
     page.run_block().await;
     machines.copy("etcd", "etcd-1", "/var/tmp/overlay.db");

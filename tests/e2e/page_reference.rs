@@ -1,4 +1,4 @@
-//! The commands of the pages that describe one thing each, on hosts as the pages have them.
+//! Runs the commands of the reference pages, on their hosts.
 
 use overlay_tests::doc_hosts::DocHosts;
 use overlay_tests::doc_page::repo_root;
@@ -68,7 +68,7 @@ async fn docker_page_runs() {
     let machines = DocHosts::with_overlay(&[]).await;
     machines.run("host-2", "echo 'docker = true' >>/etc/overlayd/overlayd.toml");
     let drop_in = std::fs::read_to_string(repo_root().join("deploy/docker/60-overlay.conf")).expect("the drop-in");
-    // Where the programs are on these machines, in place of the packages' directory.
+    // Replace the packages' program directory by that of these hosts.
     machines.write("host-2", "/root/deploy/docker/60-overlay.conf", &drop_in.replace("/usr/bin/", ""));
     DocPage::open("docs/docker.md", &machines).run_to_end().await;
     let options = machines.run("host-2", "cat /etc/docker/daemon.json");

@@ -1,9 +1,9 @@
-//! `docs/troubleshooting.md`: each of its faults is made, and its commands have to print what the page says.
+//! `docs/troubleshooting.md`: causes each of its faults, and compares its commands' output with the page.
 
 use overlay_tests::doc_hosts::DocHosts;
 use overlay_tests::doc_pages::DocPage;
 
-/// Where the settings of a host are.
+/// The path of a host's settings file.
 const CONFIG_PATH: &str = "/etc/overlayd/overlayd.toml";
 
 #[tokio::test(flavor = "multi_thread")]
@@ -29,7 +29,7 @@ async fn troubleshooting_page_runs() {
     let foreign = "ip netns exec api ip address add 10.244.7.99/24 dev eth0; ip netns exec api ping -I 10.244.7.99 -c 1 -W 1 10.244.7.1 || true";
     machines.run("host-1", foreign);
     page.run_until_section("Left over after a crash").await;
-    // The agent forgets a container, as after a loss of power.
+    // The agent forgets a container, as after a power loss.
     let kept = "/var/lib/overlayd/endpoints.*";
     let attach = format!("mkdir kept; cp {kept} kept/; overlayctl attach old; systemctl stop overlayd");
     machines.run("host-1", &format!("{attach}; rm {kept}; cp kept/* /var/lib/overlayd/"));
@@ -37,7 +37,7 @@ async fn troubleshooting_page_runs() {
     page.run_to_end().await;
 }
 
-/// Agents that do not start, or wait.
+/// Agents that fail to start, or wait.
 async fn run_agent_sections(hosts: &DocHosts, page: &mut DocPage<'_>) {
     let host = "host-3";
     let start_in_vain = "START_LIMIT=2s systemctl start overlayd || true";
@@ -56,7 +56,7 @@ async fn run_agent_sections(hosts: &DocHosts, page: &mut DocPage<'_>) {
     hosts.run(host, "systemctl start overlayd");
 }
 
-/// Packets that do not arrive at another container.
+/// Packets that do not reach another container.
 async fn run_container_sections(hosts: &DocHosts, page: &mut DocPage<'_>) {
     const LEASE: &str = "/coreos.com/network/subnets/10.244.12.0-24";
     let input = "nft add table inet filter; nft add chain inet filter input '{ type filter hook input priority 0; }'; \
@@ -66,7 +66,7 @@ async fn run_container_sections(hosts: &DocHosts, page: &mut DocPage<'_>) {
     hosts.run("host-2", "nft delete table inet filter");
     hosts.run("host-3", "systemctl stop overlayd");
     hosts.run("etcd", &format!("etcdctl put {LEASE} '{{\"PublicIP\": \"127.0.0.1\", \"BackendType\": \"vxlan\"}}'"));
-    hosts.wait_for("host-1", "overlayctl subnets | grep 'left out'").await;
+    hosts.wait_for("host-1", "overlayctl subnets | grep 'ignored:'").await;
     page.run_until_section("Small packets pass, large ones hang").await;
     hosts.run("etcd", &format!("etcdctl del {LEASE}"));
     hosts.run("host-3", "systemctl start overlayd");

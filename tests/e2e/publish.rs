@@ -1,5 +1,4 @@
-//! Ports of a host that lead to a container: from everywhere where they are meant to be reached, from nowhere else, and as long as the endpoint is
-//! there.
+//! Published ports: reachable from every intended place and from nowhere else, for the endpoint's lifetime.
 
 #[path = "publish/calls.rs"]
 mod calls;
@@ -22,7 +21,7 @@ use overlay_tests::{ExpectContext, TestLab, eventually, kernel};
 use overlayctl::lab::Families;
 use tokio::task::JoinSet;
 
-/// Two hosts with a container each, both families.
+/// Two hosts with one container each, in both families.
 async fn start_lab(agent_args: &[&str]) -> TestLab {
     TestLab::up(|options| {
         options.hosts = 2;
@@ -33,7 +32,7 @@ async fn start_lab(agent_args: &[&str]) -> TestLab {
     .await
 }
 
-/// Switches netfilter's hooks for frames that stay on a bridge on or off, which `br_netfilter` brings. Whether there are any.
+/// Switches the hooks of `br_netfilter` for bridged frames on or off. Returns whether the kernel has them.
 fn set_bridge_netfilter(lab: &TestLab, on: bool) -> bool {
     let names = ["iptables", "ip6tables"].map(|name| format!("/proc/sys/net/bridge/bridge-nf-call-{name}"));
     if !Path::new(&names[0]).exists() {
@@ -43,7 +42,7 @@ fn set_bridge_netfilter(lab: &TestLab, on: bool) -> bool {
     true
 }
 
-/// Attaches a container to the first host, with servers in it.
+/// Attaches a container with servers to the first host.
 fn attach(lab: &TestLab, name: &str, publish: &[&str], ports: &[(Protocol, u16)]) -> (AttachResponse, JoinSet<()>) {
     let flags = publish.iter().flat_map(|port| ["--publish", port]);
     let arguments: Vec<&str> = ["-o", "json", "attach", name].into_iter().chain(flags).collect();
@@ -68,15 +67,15 @@ async fn container_addresses(lab: &TestLab, host: &str) -> PerFamily<IpAddr> {
     endpoints.into_iter().find(|endpoint| endpoint.name.as_str() == "c1").expect_ok("c1").addresses()
 }
 
-/// What the server sees of a call; the call must be answered.
+/// The source address that the server sees; the call must succeed.
 async fn observed_source(lab: &TestLab, from: &str, to: SocketAddr, protocol: Protocol) -> IpAddr {
     observe_source(&lab.open_netns(from), to, protocol).await.expect_ok(&format!("{from} calls {to} ({protocol:?})"))
 }
 
-/// How long nobody answers.
+/// Time without an answer that counts as unreachable.
 const NO_ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A call that nobody answers.
+/// Checks that a call is not answered.
 async fn assert_unreachable(lab: &TestLab, from: &str, to: &str) {
     let to = to.parse().expect_ok("an address and a port");
     for protocol in [Tcp, Udp] {
@@ -95,7 +94,7 @@ async fn published_port_is_reachable_from_everywhere() {
     let publish = ["8080:80", "8080:80/udp", "9000-9002:7000-7002"];
     let ports = [(Tcp, 80), (Udp, 80), (Tcp, 7000), (Tcp, 7001), (Tcp, 7002)];
     let (web, _servers) = attach(&lab, "web", &publish, &ports);
-    // Without and with netfilter's hooks for what stays on the bridge.
+    // Without and with br_netfilter's hooks for bridged frames.
     println!("this kernel has br_netfilter: {}", set_bridge_netfilter(&lab, false));
     assert_reachable_from_everywhere(&lab, &web, false).await;
     if set_bridge_netfilter(&lab, true) {
@@ -136,7 +135,8 @@ async fn assert_reachable_from_everywhere(lab: &TestLab, web: &AttachResponse, h
                 ("h1-web", host, 8080, gateway, "from the container itself"),
             ] {
                 if hooks && to == loopback_address(Family::V6) {
-                    // The limit: the answer is translated back on the bridge, and the kernel takes nothing to ::1 from a wire (`ip6_rcv_core`).
+                    // A limit: the answer is translated on the bridge, and the kernel accepts no ::1 from a device
+                    // (`ip6_rcv_core`).
                     assert_unreachable(lab, from, &socket_address(to, port)).await;
                     continue;
                 }
@@ -152,7 +152,7 @@ async fn assert_reachable_from_everywhere(lab: &TestLab, web: &AttachResponse, h
     }
 }
 
-/// Where nothing is masqueraded, another host's container is seen by its own address also by way of the host's.
+/// Without masquerade, another host's container keeps its own address, also via the host's address.
 #[tokio::test(flavor = "multi_thread")]
 async fn unmasqueraded_source_address_is_kept() {
     let lab = start_lab(&["--ip-masq=false"]).await;
@@ -164,7 +164,7 @@ async fn unmasqueraded_source_address_is_kept() {
         for protocol in [Tcp, Udp] {
             assert_eq!(observed_source(&lab, "h2-c1", host, protocol).await, *own, "{family}, {protocol:?}");
             assert_eq!(observed_source(&lab, "world", host, protocol).await, world_address(family));
-            // Answers of a neighbour and of the container itself would go past the host.
+            // Answers of a neighbour and of the container itself would bypass the host.
             for from in ["h1-c1", "h1-web", "h1"] {
                 observed_source(&lab, from, host, protocol).await;
             }
@@ -173,7 +173,7 @@ async fn unmasqueraded_source_address_is_kept() {
     }
 }
 
-/// A port of one address is reached by that address alone, one of loopback from the host alone.
+/// A port bound to an address is reachable only by that address. One on loopback only from the host.
 #[tokio::test(flavor = "multi_thread")]
 async fn bound_port_is_reachable_only_there() {
     let lab = start_lab(&[]).await;
@@ -208,14 +208,14 @@ async fn bound_port_is_reachable_only_there() {
     }
     assert_unreachable(&lab, "h1", "127.0.0.2:8081").await;
 
-    // Not by a packet made by hand, either: from outside to loopback, and from "loopback".
+    // Not by handmade packets either: from outside to loopback, and with a loopback source.
     let mac = |host: &str| -> packet_builder::Mac {
         let link = kernel::link(&lab, host, "eth0").expect_ok("eth0");
         let bytes = kernel::text(&link, "address");
         let bytes: Vec<u8> = bytes.split(':').map(|byte| u8::from_str_radix(byte, 16).expect_ok("a MAC")).collect();
         bytes.try_into().ok().expect_ok("six bytes")
     };
-    let wire = PacketSocket::open(&lab.open_netns("world"), "eth0");
+    let packet_socket = PacketSocket::open(&lab.open_netns("world"), "eth0");
     let tap = PacketSocket::open(&lab.open_netns("h1-web"), "eth0");
     let (to, from) = (mac("h1"), mac("world"));
     let own: SocketAddr = SocketAddr::new(own[0], 8082);
@@ -227,20 +227,20 @@ async fn bound_port_is_reachable_only_there() {
         ("10.99.0.254:9", &own.to_string(), marks[3]),
     ] {
         let parsed = |text: &str| text.parse().expect_ok("an address");
-        wire.send(&packet_builder::ip_frame(to, from, &packet_builder::udp(parsed(source), parsed(destination), mark)));
+        packet_socket.send(&packet_builder::ip_frame(to, from, &packet_builder::udp(parsed(source), parsed(destination), mark)));
     }
     let mut came = Vec::new();
-    eventually("the one that may come has come", CONVERGE_TIMEOUT, || {
+    eventually("the allowed packet has arrived", CONVERGE_TIMEOUT, || {
         came.extend(tap.frames());
         if came.iter().any(|frame| frame.ends_with(marks[3])) { Ok(()) } else { Err("not yet".to_owned()) }
     })
     .await;
     for mark in &marks[..3] {
-        assert!(!came.iter().any(|frame| frame.ends_with(mark)), "{} came", String::from_utf8_lossy(mark));
+        assert!(!came.iter().any(|frame| frame.ends_with(mark)), "{} was delivered", String::from_utf8_lossy(mark));
     }
 }
 
-/// Who holds a port already is named, and nothing is left of what was refused.
+/// The error names the current holder of a port, and a refused attach leaves nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn taken_ports_are_refused() {
     let lab = start_lab(&[]).await;
@@ -250,7 +250,7 @@ async fn taken_ports_are_refused() {
     let bound = inside.run(|| UdpSocket::bind((own, 8091))).expect_ok("enter").expect_ok("a socket");
     let six = inside.run(|| TcpListener::bind("[::1]:8092")).expect_ok("enter").expect_ok("a listener");
     let program = std::env::current_exe().expect_ok("this program");
-    // As /proc/PID/comm has it.
+    // The name in /proc/PID/comm.
     let name: String = program.file_name().expect_ok("a name").to_string_lossy().chars().take(15).collect();
     let (_web, _servers) = attach(&lab, "web", &["8080:80", "9000-9009:7000-7009", "10.99.1.1:8200:80"], &[(Tcp, 80)]);
     let refused = |ports: &str, words: &[&str]| {
@@ -269,19 +269,19 @@ async fn taken_ports_are_refused() {
     refused("192.0.2.1:8300:80", &["192.0.2.1"]);
     let listed: Endpoints = lab.ctl("h1", &["-o", "json", "endpoints"]).assert_code(0).json();
     assert_eq!(listed.endpoints.len(), 2, "web and c1: {listed:?}");
-    // No conflict: another protocol, another address, a port beside.
+    // No conflict: another protocol, another address, the next port.
     let free = ["8090:80/udp", "8091:80", "127.0.0.1:8091:80/udp", "127.0.0.1:8200:80", "9010:80", "10.99.1.1:8092:80"];
     let (_other, _servers) = attach(&lab, "other", &free, &[(Tcp, 80), (Udp, 80)]);
     for (protocol, port) in [(Udp, 8090), (Tcp, 8091), (Tcp, 9010), (Tcp, 8092)] {
         observed_source(&lab, "world", SocketAddr::new(own, port), protocol).await;
     }
     drop((listener, bound, six));
-    // Once the holder is gone the port is free.
+    // The holder's end frees the port.
     lab.ctl("h1", &["detach", "web"]).assert_code(0);
     attach(&lab, "next", &["8080:80", "8090:80"], &[]);
 }
 
-/// Runtimes publish on both wildcards by default, also where containers have one family.
+/// Runtimes publish on both wildcards by default, even if containers have one family.
 #[tokio::test(flavor = "multi_thread")]
 async fn dual_stack_wildcards_are_accepted_in_single_family() {
     for (families, family) in [(Families::V4, Family::V4), (Families::V6, Family::V6)] {
@@ -309,24 +309,24 @@ async fn dual_stack_wildcards_are_accepted_in_single_family() {
         assert!(status.ready && status.problems.is_empty(), "{:?}", status.problems);
         lab.ctl("h1", &["attach", "other", "--publish", specific])
             .assert_code(1)
-            .assert_stderr_contains(&[specific, "no container could answer"]);
-        // What has no effect is no claim to the port.
+            .assert_stderr_contains(&[specific, "no container could reply"]);
+        // An ineffective binding does not claim the port.
         attach(&lab, "next", &["8081:80"], &[]);
     }
 }
 
-/// What the first host's kernel has for published ports, without order: a table that was made anew has its parts in another one.
+/// The first host's kernel state of published ports, without order: a recreated table has another order.
 fn publish_state(lab: &TestLab) -> BTreeSet<String> {
     let rules = kernel::run(lab, "h1", &["nft", "-s", "list", "ruleset"]);
     let routes = kernel::run(lab, "h1", &["ip", "-6", "route", "show", "table", "all"]);
-    // The underlay's own addresses come when they like.
+    // The underlay's own addresses change by themselves.
     let routes = routes.lines().filter(|line| line.contains("ovb."));
     let localnet = format!("route_localnet {}", kernel::sysctl(lab, "h1", "ipv4/conf/ovb.1/route_localnet"));
     let parts = rules.split(['\n', ',', '{', '}']).chain(routes).chain([localnet.as_str()]);
     parts.map(|part| part.trim().trim_start_matches("elements = ").to_owned()).collect()
 }
 
-/// Ports end with the endpoint; a killed agent, a new one and somebody who flushes all rules end none.
+/// Ports end with the endpoint; a killed agent, a new agent and flushed rules end none.
 #[tokio::test(flavor = "multi_thread")]
 async fn published_port_lives_as_long_as_endpoint() {
     let lab = start_lab(&[]).await;
@@ -360,7 +360,7 @@ async fn published_port_lives_as_long_as_endpoint() {
     for connection in &mut connections {
         connection.ask().await.expect_ok("a connection that was there before");
     }
-    // On a busy machine the kernel itself forgets neighbours of the underlay (port 0).
+    // On a busy machine the kernel itself removes underlay neighbours (port 0).
     let by_agent = |line: &String| !(line.starts_with("neighbour") && line.ends_with("by port 0"));
     let changes: Vec<String> = kernel_changes.drain().into_iter().filter(by_agent).collect();
     assert!(changes.is_empty(), "a killed agent and the next one changed the kernel: {changes:?}");
@@ -372,7 +372,7 @@ async fn published_port_lives_as_long_as_endpoint() {
             observe_source(&lab.open_netns(from), to, Tcp).await.map(|_| ())
         })
         .await;
-        // What had an entry of conntrack as it was without rules must not be in the way of a new call.
+        // A conntrack entry from the time without rules must not block a new call.
         eventually_async(&format!("{from} reaches {to} again by UDP"), CONVERGE_TIMEOUT, || async move {
             observe_source(&lab.open_netns(from), to, Udp).await.map(|_| ())
         })
@@ -382,14 +382,14 @@ async fn published_port_lives_as_long_as_endpoint() {
     for (from, to) in all(&lab).into_iter().filter(|(from, _)| *from != "h1-web") {
         assert_unreachable(&lab, from, &to.to_string()).await;
     }
-    eventually("nothing of it is left", CONVERGE_TIMEOUT, || {
+    eventually("no state is left", CONVERGE_TIMEOUT, || {
         let difference = kernel::difference(&publish_state(&lab), &before);
         if difference.is_empty() { Ok(()) } else { Err(format!("\n{difference}")) }
     })
     .await;
 }
 
-/// `run` publishes as `attach_filter` does, for as long as the command takes.
+/// `overlayctl run` publishes ports for the command's lifetime.
 #[tokio::test(flavor = "multi_thread")]
 async fn run_publishes_ports_while_command_runs() {
     let lab = start_lab(&[]).await;
@@ -397,10 +397,8 @@ async fn run_publishes_ports_while_command_runs() {
     let program = overlay_tests::programs::overlayctl().to_string_lossy().into_owned();
     let command = [&program, "run", "--name", "web", "--publish", "8080:80", "--", "sleep", "60"].map(String::from);
     let mut running = lab.command("h1", &command).expect_ok("h1").spawn().expect_ok("overlayctl run");
-    eventually("the command's namespace is there", CONVERGE_TIMEOUT, || {
-        lab.netns("h1-web").map(|_| ()).map_err(|e| e.to_string())
-    })
-    .await;
+    eventually("the command's namespace exists", CONVERGE_TIMEOUT, || lab.netns("h1-web").map(|_| ()).map_err(|e| e.to_string()))
+        .await;
     let _servers = serve(&lab.open_netns("h1-web"), &[(Tcp, 80)]);
     let reached = || async { observe_source(&lab.open_netns("world"), own, Tcp).await };
     eventually_async("the port is published", CONVERGE_TIMEOUT, || async { reached().await.map(|_| ()) }).await;
@@ -410,7 +408,7 @@ async fn run_publishes_ports_while_command_runs() {
     assert!(reached().await.is_err(), "the port ends with the command");
 }
 
-/// SCTP is translated like the others; this machine's kernel need not have sockets of it, so the first packet of an association is made by hand.
+/// SCTP is translated like TCP and UDP. The machine's kernel may lack SCTP sockets, so the first packet is handmade.
 #[tokio::test(flavor = "multi_thread")]
 async fn sctp_port_is_translated() {
     let lab = start_lab(&[]).await;
@@ -420,18 +418,18 @@ async fn sctp_port_is_translated() {
         let to = SocketAddr::new(underlay_address(&lab, "h1", family), 2905);
         let init = sctp_init(4000, to.port());
         let packet = packet_builder::ip(world_address(family), to.ip(), IPPROTO_SCTP, &init);
-        let wire = PacketSocket::open(&lab.open_netns("world"), "eth0");
+        let packet_socket = PacketSocket::open(&lab.open_netns("world"), "eth0");
         let link = |host: &str| kernel::text(&kernel::link(&lab, host, "eth0").expect_ok("eth0"), "address");
         let mac = |host: &str| -> packet_builder::Mac {
             let bytes: Vec<u8> = link(host).split(':').map(|byte| u8::from_str_radix(byte, 16).expect_ok("a MAC")).collect();
             bytes.try_into().ok().expect_ok("six bytes")
         };
         let frame = packet_builder::ip_frame(mac("h1"), mac("world"), &packet);
-        wire.send(&frame);
-        // Behind its IP header: the ports, of which the second is the container's now.
+        packet_socket.send(&frame);
+        // The ports follow the IP header; the second one is now the container's.
         let ports = [4000_u16.to_be_bytes(), 2906_u16.to_be_bytes()].concat();
         let address = packet_builder::octets(*inner);
-        eventually(&format!("the association's first packet comes ({family})"), CONVERGE_TIMEOUT, || {
+        eventually(&format!("the association's first packet arrives ({family})"), CONVERGE_TIMEOUT, || {
             let frames = tap.frames();
             let header = if family == Family::V4 { 14 + 20 } else { 14 + 40 };
             let is_it = |frame: &&Vec<u8>| {
@@ -454,7 +452,7 @@ async fn sctp_port_is_translated() {
 /// SCTP's protocol number (IANA).
 const IPPROTO_SCTP: u8 = 132;
 
-/// An INIT chunk in a packet of its own (RFC 9260 sections 3.1 and 3.3.2).
+/// A packet with a single INIT chunk (RFC 9260 sections 3.1 and 3.3.2).
 fn sctp_init(source: u16, destination: u16) -> Vec<u8> {
     let head = [source.to_be_bytes(), destination.to_be_bytes()].concat();
     let chunk =

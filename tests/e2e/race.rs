@@ -1,4 +1,4 @@
-//! Agents that start at the same moment: each gets a subnet of its own, and a way to every other.
+//! Simultaneous starts of agents: each gets its own subnet, and routes to all other hosts.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use overlayctl::lab::{Families, agent};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_hosts_get_distinct_subnets() {
-    // Races are won and lost by chance: again and again from nothing.
+    // The result of a race is random: repeat it from an empty store.
     for _ in 0..5 {
         assert_distinct_subnets(2, Families::V4, "10.244.0.0/16").await;
     }
@@ -20,7 +20,7 @@ async fn twenty_hosts_get_distinct_subnets() {
     assert_distinct_subnets(20, Families::V4, "10.244.0.0/16").await;
 }
 
-/// As many subnets as hosts: every host meets others at its choice, and the last one has a single subnet left.
+/// As many subnets as hosts: the hosts' choices collide, and the last host has a single free subnet.
 #[tokio::test(flavor = "multi_thread")]
 async fn full_pool_gives_every_host_a_subnet() {
     assert_distinct_subnets(7, Families::V4, "10.200.0.0/27").await;
@@ -46,12 +46,12 @@ async fn assert_distinct_subnets(hosts: u16, families: Families, network: &str) 
     for host in lab.hosts() {
         let status = host.client().status().await.expect_ok(host.name());
         let subnet = status.lease.expect_ok("a lease").subnet;
-        assert!(!subnets.iter().any(|other| other.overlaps(&subnet)), "{} has {subnet}, as another one", host.name());
+        assert!(!subnets.iter().any(|other| other.overlaps(&subnet)), "{} has {subnet}, like another host", host.name());
         subnets.push(subnet);
         assert!(status.problems.is_empty(), "{}: {:?}", host.name(), status.problems);
         lab.wait_converged(host.name(), test_lab::CONVERGE_TIMEOUT).await;
     }
     let keys: BTreeSet<String> = etcd::leases(&lab).into_iter().map(|entry| entry.key).collect();
     let held: BTreeSet<String> = subnets.iter().map(|subnet| etcd::lease_key(&subnet.to_key())).collect();
-    assert_eq!(keys, held, "one lease a host, and none is left behind by a lost race");
+    assert_eq!(keys, held, "one lease per host, and none left behind by a lost race");
 }

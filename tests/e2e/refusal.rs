@@ -1,4 +1,4 @@
-//! What the agent refuses to start with, or to touch: each told with the value, the place and what to do, and before anything is changed.
+//! Refusals of the agent: each error names the value, the place and the remedy, and precedes any change.
 
 use std::os::unix::net::UnixListener;
 use std::process::Command;
@@ -12,7 +12,7 @@ use overlay_tests::test_lab::{CONVERGE_TIMEOUT, READY_TIMEOUT};
 use overlay_tests::{ExpectContext, TestLab, kernel};
 use overlayctl::lab::Families;
 
-/// A host whose agent has not run: what is refused must leave it as it is.
+/// A host without a previous agent: a refusal must leave it unchanged.
 async fn start_quiet_host() -> (TestLab, NetnsDump) {
     let lab = TestLab::without_agents(1, Families::V4).await;
     Notifications::subscribe(&lab.open_netns("h1")).wait_quiet().await;
@@ -23,10 +23,10 @@ async fn start_quiet_host() -> (TestLab, NetnsDump) {
 #[track_caller]
 fn assert_untouched(lab: &TestLab, before: &NetnsDump) {
     let changes = NetnsDump::of(&lab.open_netns("h1")).changes_since(before);
-    assert!(changes.is_empty(), "it was touched:\n{changes}");
+    assert!(changes.is_empty(), "the host has changed:\n{changes}");
 }
 
-/// The agent's command with directories of its own, which are not there yet.
+/// The agent's command with separate directories, which do not exist yet.
 fn agent_command(lab: &TestLab) -> Command {
     lab.overlayd_command("h1", lab.dir().join("new/run"), lab.dir().join("new/state"))
 }
@@ -38,7 +38,7 @@ async fn all_invalid_flags_are_reported() {
     command.args(["--public-ip=nowhere", "--iface-regex=(", "--log-format=xml", "--resync-interval=0s", "--etcd-username=me"]);
     command.args(["--etcd-cafile=/no/such/file", "--etcd-prefix=relative"]);
     lab.run_to_exit("h1", command).assert_code(2).assert_stderr_contains(&[
-        "7 mistakes",
+        "7 errors",
         "--public-ip: `nowhere`",
         "--iface-regex: `(`",
         "--log-format: `xml`",
@@ -50,7 +50,7 @@ async fn all_invalid_flags_are_reported() {
     let mut unknown = agent_command(&lab);
     unknown.arg("--no-such-flag");
     lab.run_to_exit("h1", unknown).assert_code(2).assert_stderr_contains(&["--no-such-flag"]);
-    assert!(!lab.dir().join("new").exists(), "not even a directory is made");
+    assert!(!lab.dir().join("new").exists(), "no directory is created");
     assert_untouched(&lab, &before);
 }
 
@@ -62,7 +62,7 @@ async fn unknown_config_key_is_refused() {
     let mut command = Command::new(overlayd());
     command.arg("--config").arg(&file);
     let place = format!("run-dri in {}", file.display());
-    lab.run_to_exit("h1", command).assert_code(2).assert_stderr_contains(&[&place, "is no setting", "did you mean `run-dir`?"]);
+    lab.run_to_exit("h1", command).assert_code(2).assert_stderr_contains(&[&place, "is not a setting", "did you mean `run-dir`?"]);
 
     std::fs::write(&file, "log-level = [\n").expect_ok("a file");
     let mut torn = Command::new(overlayd());
@@ -87,7 +87,7 @@ async fn missing_cap_net_admin_is_refused() {
     cleanup.args(["--bounding-set=-net_admin", "--inh-caps=-net_admin"]).arg(inner.get_program()).args(inner.get_args());
     cleanup.arg("cleanup");
     lab.run_to_exit("h1", cleanup).assert_code(1).assert_stderr_contains(&["CAP_NET_ADMIN"]);
-    assert!(!lab.dir().join("new").exists(), "not even a directory is made");
+    assert!(!lab.dir().join("new").exists(), "no directory is created");
     assert_untouched(&lab, &before);
 }
 
@@ -109,7 +109,7 @@ async fn second_agent_is_refused() {
     lab.run_to_exit("h1", agent_command(&lab))
         .assert_code(1)
         .assert_stderr_contains(&["another overlayd runs in this network namespace"]);
-    // In another namespace, with the state of this one.
+    // In another namespace, with this one's state directory.
     let state = lab.host("h1").state_dir();
     let same_state = lab.overlayd_command("h1", lab.dir().join("new/run"), state.clone());
     let output = lab.run_to_exit("world", same_state).assert_code(1);
@@ -127,7 +127,7 @@ async fn occupied_socket_path_is_refused() {
     let socket = run.join("overlayd.sock");
     let shown = socket.display().to_string();
 
-    // Somebody who answers: here it is this test.
+    // A listener on the socket: this test.
     let live = UnixListener::bind(&socket).expect_ok("a socket");
     let output = lab.run_to_exit("h1", lab.overlayd_command("h1", run.clone(), state.clone())).assert_code(1);
     output.assert_stderr_contains(&[&shown, "belongs to a live agent", &format!("pid {}", std::process::id())]);
@@ -137,12 +137,12 @@ async fn occupied_socket_path_is_refused() {
     std::fs::write(&socket, "precious").expect_ok("a file");
     lab.run_to_exit("h1", lab.overlayd_command("h1", run.clone(), state)).assert_code(1).assert_stderr_contains(&[
         &shown,
-        "is no socket",
+        "is not a socket",
         "left alone",
     ]);
     assert_eq!(std::fs::read_to_string(&socket).expect_ok("the file"), "precious");
 
-    // A socket that nobody listens on any more, as a killed agent leaves it, is replaced.
+    // A stale socket of a killed agent is replaced.
     let host = lab.host("h1");
     std::fs::create_dir_all(host.run_dir()).expect_ok("a directory");
     drop(UnixListener::bind(host.socket()).expect_ok("a socket"));
@@ -165,16 +165,16 @@ async fn foreign_device_with_agent_name_is_kept() {
                 && s.data_path.failed.iter().any(|f| f.entry.contains(device))
         };
         let status =
-            lab.host("h1").wait_status(CONVERGE_TIMEOUT, &format!("it does not name {device}"), named).await.expect_ok("h1");
+            lab.host("h1").wait_status(CONVERGE_TIMEOUT, &format!("it does not report {device}"), named).await.expect_ok("h1");
         let failed = status.data_path.failed.iter().find(|f| f.entry.contains(device)).expect_ok(device);
         assert!(failed.error.contains("not ours") || failed.error.contains("not made by"), "{kind}: {failed:?}");
         lab.wait_for_log("h1", &[device, "kernel rejected an entry"]).await;
         let after = kernel::list_json(&lab, "h1", "ip", &["address", "show", "dev", device]);
-        assert_eq!(after, before, "it is left alone");
+        assert_eq!(after, before, "it is unchanged");
         lab.ctl("h1", &["status"]).assert_code(3);
 
         kernel::run(&lab, "h1", &["ip", "link", "delete", device]);
-        lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("ready once it is gone");
+        lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("ready after its removal");
         lab.wait_full_mesh().await;
         lab.wait_converged("h1", CONVERGE_TIMEOUT).await;
         lab.host("h1").agent_stop(Signal::SIGTERM).expect_ok("stop");
@@ -184,7 +184,7 @@ async fn foreign_device_with_agent_name_is_kept() {
     }
 }
 
-/// What is not ours is not removed either, however much it looks like ours.
+/// Foreign entries are kept, even if they resemble ours.
 #[tokio::test(flavor = "multi_thread")]
 async fn foreign_routes_are_kept() {
     let lab = TestLab::without_agents(2, Families::V4).await;

@@ -1,4 +1,5 @@
-//! The resolver files of named namespaces: made from flags or the host's, found by `ip path exec`, removed, and never taken from others.
+//! Resolver files of named namespaces: created from flags or from the host's file, used by `ip netns exec`, removed, never
+//! overwritten.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,7 +13,7 @@ fn resolv_conf_path(lab: &TestLab, name: &str) -> PathBuf {
     Path::new("/etc/netns").join(lab.layout().namespace(&format!("h1-{name}"))).join("resolv.conf")
 }
 
-/// What a command in the namespace finds in /etc/resolv.conf, without comments.
+/// The contents of /etc/resolv.conf for a command in the namespace, without comments.
 fn effective_resolv_conf(lab: &TestLab, name: &str) -> String {
     let namespace = lab.layout().namespace(&format!("h1-{name}"));
     let text = kernel::run(lab, "h1", &["ip", "netns", "exec", &namespace, "cat", "/etc/resolv.conf"]);
@@ -26,12 +27,12 @@ async fn dns_flags_write_resolv_conf() {
     lab.ctl("h1", &[&["attach", "web"], &flags[..]].concat()).assert_code(0);
     let wanted = "nameserver 192.0.2.53|nameserver 2001:db8::53|search a.example|options ndots:3";
     assert_eq!(effective_resolv_conf(&lab, "web"), wanted);
-    // The same again without flags leaves it, with others changes it.
+    // A repeated attach without flags keeps it, with other flags changes it.
     lab.ctl("h1", &["attach", "web"]).assert_code(0);
     assert_eq!(effective_resolv_conf(&lab, "web"), wanted);
     lab.ctl("h1", &["attach", "web", "--dns", "192.0.2.54", "--dns-search", ".", "--dns-option", "rotate"]).assert_code(0);
     assert_eq!(effective_resolv_conf(&lab, "web"), "nameserver 192.0.2.54|options rotate");
-    // One that is refused changes nothing.
+    // A refused attach changes nothing.
     let ip = ["--ip", "192.0.2.1", "--dns", "192.0.2.55"];
     lab.ctl("h1", &[&["attach", "web"], &ip[..]].concat()).assert_code(1);
     lab.ctl("h1", &[&["attach", "other"], &ip[..]].concat()).assert_code(1);
@@ -45,7 +46,7 @@ async fn dns_flags_write_resolv_conf() {
     }
 }
 
-/// overlayctl where the host's /etc/resolv.conf is another one: in a mount namespace of its own.
+/// Runs overlayctl with another /etc/resolv.conf, in its own mount namespace.
 fn ctl_with_host_resolv_conf(lab: &TestLab, host_file: &Path, arguments: &[&str]) -> CommandOutput {
     require_program("unshare", "util-linux");
     let script = "mount --bind \"$1\" /etc/resolv.conf; shift; exec \"$@\"";
@@ -60,7 +61,7 @@ async fn host_resolvers_skip_unreachable_ones() {
     let directory = tempfile::tempdir().expect_ok("a directory");
     let host = directory.path().join("resolv.conf");
     let name = lab.layout().namespace("h1-web");
-    // Made here: what is mounted in the command's own mount namespace is not seen outside.
+    // Created here: mounts in the command's own mount namespace are invisible outside.
     Netns::create(&name).expect_ok("a namespace");
     let path = format!("/run/netns/{name}");
     let attach = ["attach", "web", "--netns", path.as_str()];
@@ -69,13 +70,13 @@ async fn host_resolvers_skip_unreachable_ones() {
     ctl_with_host_resolv_conf(&lab, &host, &attach).assert_code(0);
     assert_eq!(effective_resolv_conf(&lab, "web"), "nameserver 192.0.2.9|search b.example");
     lab.ctl("h1", &["detach", "web"]).assert_code(0);
-    assert!(!resolv_conf_path(&lab, "web").exists() && lab.netns("h1-web").is_ok(), "the namespace is not ours, the file was");
-    // Nothing can be reached: said, and not in the way.
+    assert!(!resolv_conf_path(&lab, "web").exists() && lab.netns("h1-web").is_ok(), "the namespace stays, our file is gone");
+    // No reachable resolver: a warning, but no failure.
     fs::write(&host, "nameserver 127.0.0.1\n").expect_ok("a file");
     let output = ctl_with_host_resolv_conf(&lab, &host, &attach).assert_code(0);
     let resolved = [Path::new("/run/systemd/resolve/resolv.conf"), Path::new("/run/NetworkManager/no-stub-resolv.conf")];
     if resolved.iter().all(|path| !path.exists()) {
-        output.assert_stderr_contains(&["no resolver of this host can be reached", "127.0.0.1", "--dns"]);
+        output.assert_stderr_contains(&["can reach no resolver of this host", "127.0.0.1", "--dns"]);
         assert_eq!(effective_resolv_conf(&lab, "web"), "");
     }
     assert!(!effective_resolv_conf(&lab, "web").contains("127."));
@@ -98,7 +99,7 @@ async fn foreign_resolv_conf_is_kept() {
     assert_eq!(effective_resolv_conf(&lab, "web"), "nameserver 192.0.2.200");
     lab.ctl("h1", &["detach", "web"]).assert_code(0);
     assert_eq!(fs::read_to_string(&file).expect_ok("the file"), "nameserver 192.0.2.200\n");
-    // What a killed `overlayctl` left is ours, also after a reboot: it says so itself.
+    // A file left by a killed `overlayctl` is recognised by its contents, also after a reboot.
     fs::remove_file(&file).expect_ok("remove it");
     lab.ctl("h1", &["attach", "web", "--dns", "192.0.2.1"]).assert_code(0);
     kernel::run(&lab, "h1", &["ip", "netns", "delete", &lab.layout().namespace("h1-web")]);
@@ -106,18 +107,18 @@ async fn foreign_resolv_conf_is_kept() {
     assert_eq!(effective_resolv_conf(&lab, "web").split('|').next(), Some("nameserver 192.0.2.2"));
     lab.ctl("h1", &["detach", "web"]).assert_code(0);
     assert!(!directory.exists());
-    // A process has no name that a file could be found by.
+    // A process has no name for a resolver file.
     lab.ctl("h1", &["attach", "web", "--netns", "/proc/1/ns/net", "--dns", "192.0.2.1"])
         .assert_code(2)
         .assert_stderr_contains(&["/run/netns/NAME"]);
 }
 
-/// Removes a directory at the end, however it comes.
+/// Removes a directory on drop.
 struct RemoveOnDrop(PathBuf);
 
 impl Drop for RemoveOnDrop {
     fn drop(&mut self) {
-        // It is gone where all went well.
+        // On success it is already gone.
         let _gone = fs::remove_dir_all(&self.0);
     }
 }

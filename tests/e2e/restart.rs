@@ -1,5 +1,4 @@
-//! The agent's end and start under traffic: not one packet is lost, and where nothing differs nothing is written, neither to the kernel nor
-//! to etcd.
+//! Restarts of the agent under traffic. No packet is lost, and without a difference nothing is written to the kernel or to etcd.
 
 use std::time::Duration;
 
@@ -10,7 +9,7 @@ use overlay_tests::test_lab::READY_TIMEOUT;
 use overlay_tests::{ExpectContext, TestLab, etcd};
 use overlayctl::lab::Families;
 
-/// How long after the restart something may still come to light.
+/// How long after the restart late changes are awaited.
 const OBSERVATION_PERIOD: Duration = Duration::from_millis(700);
 
 #[tokio::test(flavor = "multi_thread")]
@@ -42,7 +41,7 @@ async fn assert_restart_is_silent(signal: Signal, families: Families) {
     for host in ["h1", "h2"] {
         let before = lab.status(host).await;
         lab.host(host).agent_stop(signal).expect_ok("stop the agent");
-        // Some packets without it.
+        // Some packets without a running agent.
         tokio::time::sleep(Duration::from_millis(200)).await;
         lab.host(host).agent_start(&[]).expect_ok("start the agent");
         let after = lab.host(host).wait_ready(READY_TIMEOUT).await.expect_ok("ready again");
@@ -53,16 +52,16 @@ async fn assert_restart_is_silent(signal: Signal, families: Families) {
         assert_eq!((after.lease, after.node_id), (before.lease, before.node_id));
         assert_eq!(lab.status(host).await.data_path.drift_repairs, 0, "nothing had to be repaired");
     }
-    assert_eq!(etcd::revision(&lab), revision, "etcd's revision: nothing is written there either");
+    assert_eq!(etcd::revision(&lab), revision, "etcd's revision: nothing was written");
     for (family, flow) in flows {
         flow.stop().await.assert_no_loss(&format!("{family} over two restarts"));
     }
     let endpoints = lab.host("h1").client().endpoints().await.expect_ok("endpoints").endpoints;
-    assert_eq!(endpoints.len(), 2, "the endpoints are known again");
+    assert_eq!(endpoints.len(), 2, "the endpoints are restored");
     lab.assert_full_reachability().await;
 }
 
-/// Restarts while the kernel and the store change underneath: what was missed is made up for.
+/// Restarts while kernel and store change: missed changes are applied.
 #[tokio::test(flavor = "multi_thread")]
 async fn repeated_kill_during_start_converges() {
     let lab = TestLab::up(|options| {
@@ -79,6 +78,6 @@ async fn repeated_kill_during_start_converges() {
     }
     lab.start_agent("h1").await;
     lab.wait_converged("h1", READY_TIMEOUT).await;
-    flow.stop().await.assert_no_loss("killed again and again while it starts");
-    assert_eq!(etcd::leases(&lab).len(), 2, "one lease a host");
+    flow.stop().await.assert_no_loss("killed repeatedly during the start");
+    assert_eq!(etcd::leases(&lab).len(), 2, "one lease per host");
 }

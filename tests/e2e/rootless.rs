@@ -1,4 +1,4 @@
-//! A lab without root: as an ordinary user, inside namespaces of its own. Up, check, down, and nothing left.
+//! A lab without root: up, check and down as an unprivileged user in its own namespaces, without leftovers.
 
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
@@ -9,10 +9,10 @@ use overlay_tests::dump::NetnsDump;
 use overlay_tests::programs::{CommandOutput, overlayctl, overlayd, require_program, require_root};
 use overlay_tests::{ExpectContext, eventually_true};
 
-/// `no_endpoints` of every Debian system.
+/// The UID of `nobody` on every Debian system.
 const NOBODY_UID: u32 = 65_534;
 
-/// Runs overlayctl as the user, its labs and programs in a directory that the user can reach.
+/// Runs overlayctl as that user, with labs and programs in a directory that the user can access.
 fn ctl(dir: &Path, arguments: &[&str]) -> CommandOutput {
     let program = dir.join("bin/overlayctl");
     let mut command = Command::new("timeout");
@@ -23,7 +23,7 @@ fn ctl(dir: &Path, arguments: &[&str]) -> CommandOutput {
     CommandOutput::from_output(&[&["overlayctl"], arguments].concat(), &output)
 }
 
-/// The user's processes of this test: those that have its directory in their environment.
+/// The user's processes of this test: those with its directory in their environment.
 fn processes(dir: &Path) -> Vec<String> {
     let mark = dir.join("labs").to_string_lossy().into_owned();
     let ids = std::fs::read_dir("/proc").expect_ok("/proc").flatten().filter_map(|e| e.file_name().into_string().ok());
@@ -41,7 +41,7 @@ async fn lab_works_without_root() {
     require_program("setpriv", "util-linux");
     let before = NetnsDump::of(&Netns::current().expect_ok("the machine's namespace"));
     let names = Netns::list().expect_ok("the named namespaces");
-    // The build directory may lie where the user cannot go.
+    // The user may have no access to the build directory.
     let temporary = tempfile::Builder::new().prefix("ovr").tempdir_in("/tmp").expect_ok("a directory");
     let dir = temporary.path();
     std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o755)).expect_ok("its mode");
@@ -62,7 +62,7 @@ async fn lab_works_without_root() {
     assert!(routes.stdout.contains("ovx.1"), "{}", routes.stdout);
     let peers = ctl(dir, &["lab", "exec", "--name", "poor", "h1", "--", "overlayctl", "peers"]).assert_code(0);
     assert!(peers.stdout.contains("h2"), "{}", peers.stdout);
-    ctl(dir, &["lab", "up", "--name", "poor"]).assert_code(1).assert_stderr_contains(&["is there already"]);
+    ctl(dir, &["lab", "up", "--name", "poor"]).assert_code(1).assert_stderr_contains(&["lab `poor` exists"]);
     ctl(dir, &["lab", "exec", "--name", "poor", "h9", "--", "true"]).assert_code(1).assert_stderr_contains(&["has no `h9`"]);
     assert_eq!(Netns::list().expect_ok("the named namespaces").difference(&names).filter(|n| n.contains("poor")).count(), 0);
 

@@ -1,4 +1,4 @@
-//! `overlayctl run`: a command on the overlay from its start to its end, whatever ends it.
+//! `overlayctl run`: a command on the overlay from its start to its end, for every kind of end.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
@@ -40,7 +40,7 @@ async fn command_gets_own_network_and_leaves_nothing() {
         lab.ctl("h1", &run_args(&[], command)).assert_code(code);
         before.assert_unchanged(&lab, &command.join(" ")).await;
     }
-    // What the agent refuses is never begun.
+    // A refused command does not start.
     let output = lab.ctl("h1", &run_args(&["--ip", "192.0.2.1"], &["echo", "begun"])).assert_code(1);
     assert!(
         output.stdout.is_empty() && output.stderr.contains("outside this host's subnet"),
@@ -50,7 +50,7 @@ async fn command_gets_own_network_and_leaves_nothing() {
     );
     lab.ctl("h1", &["run"]).assert_code(2);
     lab.ctl("h1", &run_args(&["--name", "a/b"], &["true"])).assert_code(2);
-    before.assert_unchanged(&lab, "commands that are refused").await;
+    before.assert_unchanged(&lab, "refused commands").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -64,20 +64,18 @@ async fn run_supports_all_modes() {
     assert!(output.stdout.contains("127.0.0.1") && !output.stdout.contains("eth0"), "{}", output.stdout);
     let output = lab.ctl("h1", &run_args(&["--mode", "host"], &["ip", "-o", "link"])).assert_code(0);
     assert!(output.stdout.contains("ovb.1"), "{}", output.stdout);
-    lab.ctl("h1", &run_args(&["--name", "web"], &["true"]))
-        .assert_code(2)
-        .assert_stderr_contains(&["endpoint web is there already"]);
+    lab.ctl("h1", &run_args(&["--name", "web"], &["true"])).assert_code(2).assert_stderr_contains(&["endpoint web exists"]);
     assert_eq!(lab.endpoints("h1").len(), 1, "web is still there, the others are gone");
     kernel::run(&lab, "h1-web", &["ip", "link", "show", "eth0"]);
 }
 
-/// overlayctl in the background; killed with the test.
+/// A background overlayctl; killed with the test.
 struct BackgroundRun(Child);
 
 impl BackgroundRun {
     /// Starts it and waits for its first line.
     fn start(lab: &TestLab, words: &[&str]) -> BackgroundRun {
-        // Whoever runs the tests in the background of a script has SIGINT ignored, and what is ignored stays so.
+        // A background job of a shell script has SIGINT ignored, which its children inherit.
         let defaults = ["env", "--default-signal=HUP,INT,TERM"].map(str::to_owned);
         let mut command: Vec<String> = defaults.into_iter().chain([overlayctl().display().to_string()]).collect();
         command.extend(words.iter().map(|w| (*w).to_owned()));
@@ -130,14 +128,14 @@ async fn signals_reach_command_and_cleanup_follows() {
         assert_eq!(running.wait().await, Some(code), "{signal}: {trap}");
         before.assert_unchanged(&lab, trap).await;
     }
-    // A terminal, for what wants one; Ctrl-C is the command's alone.
+    // A terminal, for interactive commands; Ctrl-C reaches only the command.
     require_program("script", "bsdutils");
     let inner = format!("{} run -- sh -c 'test -t 0 && tty >/dev/null && echo a terminal'", overlayctl().display());
     let output = kernel::attempt(&lab, "h1", &["script", "-qec", &inner, "/dev/null"]).assert_code(0);
     assert!(output.stdout.contains("a terminal"), "{}", output.stdout);
 }
 
-/// The agent starts anew while a command runs: what was made is taken down all the same.
+/// The agent restarts while a command runs: the endpoint is removed all the same.
 #[tokio::test(flavor = "multi_thread")]
 async fn run_cleanup_survives_agent_restart() {
     let lab = TestLab::one_host(Families::Dual).await;
@@ -148,7 +146,7 @@ async fn run_cleanup_survives_agent_restart() {
     );
     lab.host("h1").agent_stop(Signal::SIGKILL).expect_ok("SIGKILL");
     running.signal(Signal::SIGTERM);
-    // The namespace stays until the agent has let go of what is in it.
+    // The namespace stays until the agent has released its contents.
     eventually("the command has ended", CONVERGE_TIMEOUT, || {
         let pids = lab.open_netns("h1-web").pids().expect_ok("its processes");
         if pids.is_empty() { Ok(()) } else { Err(format!("{pids:?}")) }

@@ -1,7 +1,8 @@
-//! A long life in short: hosts join and leave, containers come and go, agents end and hang, kernel state is damaged, the store fails; and at each
-//! quiet point all is as it should be. The seed is printed; with it the same steps come again.
+//! Soak test: random steps with hosts, containers, agents, kernel faults and store faults, with checkpoints in between.
 //!
-//! `OVERLAY_SOAK_MINUTES` makes it longer, `OVERLAY_SOAK_SEED` repeats one.
+//! At each checkpoint all faults have ended, and all invariants are checked. The seed is printed; it repeats the same steps.
+//!
+//! `OVERLAY_SOAK_MINUTES` sets the duration, `OVERLAY_SOAK_SEED` the seed.
 
 #[path = "soak/quiet.rs"]
 mod quiet;
@@ -28,58 +29,58 @@ use rand::{RngExt, SeedableRng};
 const MINUTES_VAR: &str = "OVERLAY_SOAK_MINUTES";
 const SEED_VAR: &str = "OVERLAY_SOAK_SEED";
 
-/// How long it takes where nobody says otherwise, the lab's coming and going aside.
+/// The default duration, without the lab's setup and removal.
 const DEFAULT_DURATION: Duration = Duration::from_secs(15);
 
-/// Steps that are told where something is wrong: those since the last but one quiet point.
+/// Number of steps reported on a failure: those since the last checkpoint but one.
 const REPORTED_STEPS: usize = 3 * STEPS_PER_CHECKPOINT;
 
-/// The first one stays and is never restarted: growth would show there.
+/// The hosts. The first one stays and is never restarted, to detect growth.
 const HOSTS: [&str; 4] = ["h1", "h2", "h3", "h4"];
 const STABLE_HOST: &str = HOSTS[0];
 
-/// More containers than this on a host say nothing more.
+/// Maximum number of containers on a host; more would test nothing new.
 const MAX_CONTAINERS: usize = 4;
 
-/// Ports that containers publish: so few that some are taken.
+/// Ports that containers publish: so few that conflicts occur.
 const PUBLISHED_PORTS: Range<u16> = 7000..7016;
-/// Where a container serves them.
+/// The port of a container's server.
 const SERVICE_PORT: u16 = 7080;
 
-/// Steps between two quiet points.
+/// Steps between two checkpoints.
 const STEPS_PER_CHECKPOINT: usize = 8;
 
-/// What a container was attached with.
+/// The kind of a container's attachment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AttachKind {
-    /// Addresses of the overlay.
+    /// Overlay addresses.
     Overlay,
-    /// The same, and this TCP port of the host leads to it.
+    /// Overlay addresses, and this published TCP port of the host.
     Published(u16),
     /// Loopback only.
     LoopbackOnly,
 }
 
-/// The lab and what must be true of it.
+/// The lab and its expected state.
 struct Soak {
     lab: TestLab,
     rng: SmallRng,
-    /// How long a fault of the store may last.
+    /// Maximum duration of a store fault.
     max_fault_duration: Duration,
-    /// Hosts that take part, with their containers.
+    /// Participating hosts, with their containers.
     containers_by_host: BTreeMap<&'static str, BTreeMap<String, AttachKind>>,
-    /// Peers that are leases alone.
+    /// Peers that exist only as leases.
     peers: BTreeSet<u8>,
-    /// What lasts at the moment.
+    /// The current lasting fault.
     fault: Option<Fault>,
-    /// Numbers containers.
+    /// The number of the next container.
     next_container: u32,
-    /// The hosts before an agent ran there.
+    /// The hosts' state before their first agent.
     initial_dumps: BTreeMap<&'static str, NetnsDump>,
-    /// Open files and anonymous memory of each agent at its first quiet point.
+    /// Open files and anonymous memory of each agent at its first checkpoint.
     sizes: BTreeMap<i32, quiet::ProcessSize>,
     counts: BTreeMap<String, u32>,
-    /// What was done, in order.
+    /// All steps, in order.
     steps: Vec<String>,
 }
 
@@ -87,7 +88,7 @@ impl Drop for Soak {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let last = &self.steps[self.steps.len().saturating_sub(REPORTED_STEPS)..];
-            eprintln!("--- the last steps of {}:\n  {}", self.steps.len(), last.join("\n  "));
+            eprintln!("--- last steps of {}:\n  {}", self.steps.len(), last.join("\n  "));
         }
     }
 }
@@ -99,7 +100,7 @@ impl Soak {
             options.containers = 0;
             options.agents = false;
             options.families = Families::Dual;
-            // The hosts' subnets are apart from those of the peers that are leases alone.
+            // The hosts' subnets are separate from those of the lease-only peers.
             options.config.insert("SubnetMax".to_owned(), "10.244.200.0".into());
         })
         .await;
@@ -129,19 +130,19 @@ impl Soak {
         soak
     }
 
-    /// The containers of a host that have addresses.
+    /// The number of a host's containers with addresses.
     fn addressed_containers(&self, host: &str) -> usize {
         self.containers_by_host[host].values().filter(|kind| **kind != AttachKind::LoopbackOnly).count()
     }
 
-    /// Notes what is done, and where.
+    /// Records a step and its place.
     fn record_step(&mut self, location: &str, what: impl Into<String>) {
         let what = what.into();
         self.steps.push(format!("{location}: {what}"));
         *self.counts.entry(what).or_default() += 1;
     }
 
-    /// One of the hosts that take part.
+    /// One of the participating hosts.
     fn random_host(&mut self) -> &'static str {
         let all: Vec<&'static str> = self.containers_by_host.keys().copied().collect();
         all.choose(&mut self.rng).copied().expect_ok("a host")
@@ -155,10 +156,10 @@ impl Soak {
             32..44 => self.detach(host).await,
             44..56 => self.restart(host).await,
             56..76 => {
-                let damage = kernel_fault::ALL.choose(&mut self.rng).expect_ok("a damage");
-                self.record_step(host, format!("damage: {}", damage.name));
-                // What it would damage may be away already.
-                damage.try_inject(&self.lab, host);
+                let fault = kernel_fault::ALL.choose(&mut self.rng).expect_ok("a kernel fault");
+                self.record_step(host, format!("kernel fault: {}", fault.name));
+                // The entries may be missing already.
+                fault.try_inject(&self.lab, host);
             }
             76..86 => self.toggle_peer(),
             _ => self.inject_store_fault(host).await,
@@ -175,7 +176,7 @@ impl Soak {
         }
         let others: Vec<&'static str> = self.containers_by_host.keys().copied().filter(|host| *host != STABLE_HOST).collect();
         let host = others.choose(&mut self.rng).copied().expect_ok("another host");
-        // Its lease is given back only while the store answers.
+        // Its lease can be deleted only while the store answers.
         if self.fault.is_some() {
             return;
         }
@@ -208,7 +209,7 @@ impl Soak {
             2..5 => AttachKind::Published(self.rng.random_range(PUBLISHED_PORTS)),
             _ => AttachKind::Overlay,
         };
-        // A host that has no lease yet, or whose bridge was just deleted, says so, and nothing is left behind.
+        // A host without a lease, or with a deleted bridge, refuses and leaves nothing behind.
         match self.attach_as(host, &name, kind).await {
             Ok(()) => {
                 self.containers_by_host.entry(host).or_default().insert(name, kind);
@@ -228,7 +229,7 @@ impl Soak {
         }
     }
 
-    /// Makes the namespace and has the agent attach it.
+    /// Creates the namespace and attaches it.
     async fn attach_as(&self, host: &str, name: &str, kind: AttachKind) -> Result<(), ClientError> {
         let netns = Netns::create(&self.namespace_name(host, name)).expect_ok("a container's namespace");
         let mut request = AttachRequest { netns: Some(netns.path().to_owned()), ..AttachRequest::default() };
@@ -274,7 +275,7 @@ impl Soak {
         self.record_step(host, format!("agent ends: {signal}"));
         Fault::AgentKilled(host, signal).begin(&self.lab).await;
         Fault::AgentKilled(host, signal).end(&self.lab).await;
-        // So that the next step finds a socket.
+        // The next step needs the socket.
         let socket = self.lab.host(host).client();
         overlay_tests::wait::eventually_async("the agent answers", overlay_tests::test_lab::CONVERGE_TIMEOUT, || async {
             socket.status().await.map(|_| ()).map_err(|error| error.to_string())
@@ -282,7 +283,7 @@ impl Soak {
         .await;
     }
 
-    /// A peer that is a lease alone comes, changes or goes.
+    /// Adds, changes or removes a lease-only peer.
     fn toggle_peer(&mut self) {
         if self.fault.is_some() {
             return;
@@ -290,16 +291,16 @@ impl Soak {
         let number = self.rng.random_range(1..=12u8);
         let key = etcd::lease_key(&format!("10.244.{}.0-24", 200 + number));
         if self.peers.remove(&number) {
-            self.record_step(&key, "peer goes");
+            self.record_step(&key, "peer leaves");
             etcd::delete(&self.lab, &key);
         } else {
-            self.record_step(&key, "peer comes");
+            self.record_step(&key, "peer joins");
             self.peers.insert(number);
             etcd::put(&self.lab, &key, &churn::lease(number, self.rng.random_range(0..9)));
         }
     }
 
-    /// Something happens to the store, or between it and a host.
+    /// Injects a fault of the store, or between the store and a host.
     async fn inject_store_fault(&mut self, host: &'static str) {
         if self.fault.is_some() {
             self.end_fault().await;
@@ -311,7 +312,7 @@ impl Soak {
             0 => Some((Fault::LeaderMoves, "leader moves")),
             1 => Some((Fault::HistoryCompacted, "compacted")),
             2 => Some((Fault::Defragmented, "defragmented")),
-            // Right after another fault it may have no lease: nothing to end.
+            // After another fault it may have no lease to revoke.
             3 if self.has_lease(host) => Some((Fault::LeaseRevoked(host), "lease revoked")),
             4 if self.has_lease(host) => Some((Fault::KeyDeleted(host), "key deleted")),
             3 | 4 => return,
@@ -338,7 +339,7 @@ impl Soak {
         etcd::leases(&self.lab).iter().any(|entry| entry.value.contains(&named) && entry.lease != 0)
     }
 
-    /// Lets what lasts last a while, and ends it.
+    /// Lets the current fault last, and ends it.
     async fn end_fault(&mut self) {
         let Some(fault) = self.fault.take() else { return };
         let longest = u64::try_from(self.max_fault_duration.as_millis()).expect_ok("milliseconds");
@@ -357,7 +358,7 @@ async fn random_faults_converge() {
     let mut soak = Soak::new(seed, minutes.is_some()).await;
     let end = Instant::now() + minutes.map_or(DEFAULT_DURATION, |minutes| Duration::from_secs(minutes * 60));
     let (mut rounds, mut steps) = (0, 0);
-    // On a machine that is busy with other things, too, there is more than one.
+    // At least two checkpoints, even on a busy machine.
     while Instant::now() < end || rounds < 2 {
         for _ in 0..STEPS_PER_CHECKPOINT {
             soak.step().await;
@@ -366,8 +367,8 @@ async fn random_faults_converge() {
         soak.check_invariants().await;
         rounds += 1;
         if rounds % 20 == 0 {
-            println!("{rounds} quiet points after {steps} steps: {}", soak.growth());
+            println!("{rounds} checkpoints after {steps} steps: {}", soak.growth());
         }
     }
-    println!("{rounds} quiet points, {steps} steps: {:#?}\n{}", soak.counts, soak.growth());
+    println!("{rounds} checkpoints, {steps} steps: {:#?}\n{}", soak.counts, soak.growth());
 }

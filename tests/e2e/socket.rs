@@ -1,4 +1,4 @@
-//! The agent's socket as any program sees it: who may connect, what the answers look like, what is refused.
+//! The agent's socket for any client: access, response format, rejected requests.
 
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::time::Duration;
@@ -50,7 +50,7 @@ async fn api_responses_have_expected_fields() {
     for line in ["overlayd_ready 1\n", "overlayd_peers 1\n", "overlayd_leases 2\n", "overlayd_endpoints 1\n"] {
         assert!(metrics.body.contains(line), "{line} in {}", metrics.body);
     }
-    // The same by overlayctl.
+    // The same from overlayctl.
     let printed: Status = lab.ctl("h1", &["-o", "json", "status"]).assert_code(0).json();
     assert_eq!((printed.node_id, printed.lease), (status.node_id, status.lease));
     let yaml = lab.ctl("h1", &["-o", "yaml", "peers"]).assert_code(0).stdout;
@@ -79,10 +79,10 @@ async fn invalid_requests_are_refused() {
     }
     let huge = format!(r#"{{"level":"{}"}}"#, "x".repeat(100 << 10));
     assert_eq!(request(&socket, "PUT", "/v1/log-level", &huge).status, 413);
-    // Deleting what is not there is no error.
+    // Deleting an endpoint that does not exist is not an error.
     let answer = request(&socket, "DELETE", "/v1/endpoints/nobody", "");
     assert_eq!((answer.status, answer.json::<DetachResponse>().endpoint), (200, None));
-    assert!(lab.status("h1").await.ready, "none of it did any harm");
+    assert!(lab.status("h1").await.ready, "the agent is unaffected");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -94,9 +94,9 @@ async fn log_level_changes_at_runtime() {
     assert_eq!(debug(lab.log("h1")), 0);
     let answer = request(&socket, "PUT", "/v1/log-level", r#"{"level":"trace"}"#);
     assert!(answer.status == 200 && answer.json::<LogLevel>().level.contains("trace"), "{answer:?}");
-    // Something to tell of.
+    // An event to log.
     kernel::run(&lab, "h1", &["nft", "delete", "table", "inet", "overlayd"]);
-    eventually("there are lines below info", CONVERGE_TIMEOUT, || {
+    eventually("the log has debug lines", CONVERGE_TIMEOUT, || {
         let count = debug(lab.log("h1"));
         if count > 0 { Ok(()) } else { Err(format!("{count} lines")) }
     })
@@ -112,7 +112,7 @@ async fn subnet_watch_streams_changes() {
     let mut stream = client.watch_subnets().await.expect_ok("a stream");
     let next = async |stream: &mut overlayctl::client::SubnetsStream| {
         let next = tokio::time::timeout(CONVERGE_TIMEOUT, stream.next()).await.expect_ok("in time").expect_ok("the stream");
-        next.expect_ok("the agent goes on").subnets
+        next.expect_ok("the stream continues").subnets
     };
     assert_eq!(next(&mut stream).await.len(), 2, "the present state first");
     let key = "10.244.200.0-24";
@@ -122,7 +122,7 @@ async fn subnet_watch_streams_changes() {
     etcd::delete(&lab, &etcd::lease_key(key));
     while next(&mut stream).await.iter().any(|s| s.key == key) {}
 
-    // The command ends cleanly where its reader goes away: at the next change it has nobody to tell.
+    // The command exits cleanly when its reader is gone: it notices at the next change.
     let script = format!("set -o pipefail; {} subnets --watch | head -1", overlay_tests::programs::overlayctl().display());
     let netns = lab.open_netns("h1");
     let mut command = lab.command("h1", &["timeout", "10", "bash", "-c", &script]).expect_ok("a command");
@@ -133,7 +133,7 @@ async fn subnet_watch_streams_changes() {
     let said = overlay_tests::programs::CommandOutput::from_output(&[&script], &output).assert_code(0);
     assert!(said.stdout.starts_with("SUBNET") && said.stderr.is_empty(), "{said:?}");
 
-    // The stream ends in good order with the agent.
+    // The stream ends regularly with the agent.
     lab.host("h1").agent_stop(nix::sys::signal::Signal::SIGTERM).expect_ok("stop");
     let end = async {
         while let Some(subnets) = stream.next().await.expect_ok("the stream") {

@@ -1,5 +1,7 @@
-//! A container can use no address and no MAC but its own, is no router and no DHCP server, and cannot forge encapsulation: frames made by hand go
-//! into its interface, and each that does not keep to that is dropped and counted under its reason; the same with right addresses passes.
+//! A container can use only its own addresses and MAC, is neither router nor DHCP server, and cannot forge encapsulation.
+//!
+//! Handmade frames are sent from its interface. Each violation is dropped and counted under its reason; frames with correct
+//! addresses pass.
 
 #[path = "spoof/frames.rs"]
 mod frames;
@@ -39,7 +41,7 @@ fn bridge_mac(lab: &TestLab, host: &str) -> Mac {
     bytes.try_into().ok().expect_ok("six bytes")
 }
 
-/// Two hosts with two containers each, both families.
+/// Two hosts with two containers each, in both families.
 async fn start_lab() -> TestLab {
     TestLab::up(|options| {
         options.hosts = 2;
@@ -49,7 +51,8 @@ async fn start_lab() -> TestLab {
     .await
 }
 
-/// The sender's wire, the wire of who shares its bridge, and a packet that always passes: what was sent before it has been judged when it comes.
+/// Sockets of the sender and of a receiver on the same bridge, and a frame that always passes. Its arrival shows that earlier
+/// frames have been filtered.
 struct SpoofFixture<'a> {
     lab: &'a TestLab,
     sender_socket: PacketSocket,
@@ -73,7 +76,7 @@ impl<'a> SpoofFixture<'a> {
         }
     }
 
-    /// A datagram to the other, which has a number.
+    /// A numbered datagram to the receiver.
     fn marker_frame(&mut self) -> Vec<u8> {
         self.marker_count += 1;
         let packet = packet_builder::udp(
@@ -84,7 +87,7 @@ impl<'a> SpoofFixture<'a> {
         packet_builder::ip_frame(self.receiver.mac, self.sender.mac, &packet)
     }
 
-    /// Sends a frame and checks what becomes of it: it comes to the other, or it is counted under its reason and does not. No other counter moves.
+    /// Sends a frame and checks its outcome: delivered, or counted under its reason and not delivered. No other counter changes.
     async fn assert_outcome(&mut self, name: &str, frame: &[u8], expected: ExpectedOutcome) {
         let before = drop_counts(self.lab, "h1").await;
         let mut wanted = before.clone();
@@ -96,12 +99,12 @@ impl<'a> SpoofFixture<'a> {
         let fence = self.marker_frame();
         self.sender_socket.send(&fence);
         let mut seen: Vec<Vec<u8>> = Vec::new();
-        eventually(&format!("{name}: what was sent is judged"), CONVERGE_TIMEOUT, || {
+        eventually(&format!("{name}: the frame has been filtered"), CONVERGE_TIMEOUT, || {
             seen.extend(self.receiver_socket.frames());
             let has = |frame: &[u8]| seen.iter().any(|s| s == frame);
             match (has(&fence), has(frame) || expected != ExpectedOutcome::Delivered) {
                 (true, true) => Ok(()),
-                (fence, frame) => Err(format!("the frame has come: {frame}, the one behind it: {fence}")),
+                (fence, frame) => Err(format!("the frame has arrived: {frame}, the next one: {fence}")),
             }
         })
         .await;
@@ -113,7 +116,7 @@ impl<'a> SpoofFixture<'a> {
         .await;
         seen.extend(self.receiver_socket.frames());
         let came = seen.iter().any(|s| s == frame);
-        assert_eq!(came, expected == ExpectedOutcome::Delivered, "{name}: whether it came; {expected:?}");
+        assert_eq!(came, expected == ExpectedOutcome::Delivered, "{name}: arrival; {expected:?}");
     }
 }
 
@@ -126,17 +129,17 @@ async fn spoofed_addresses_macs_and_roles_are_dropped() {
         v4: lab.status("h1").await.lease.expect_ok("a lease").subnet.gateway(Family::V4).expect_ok("IPv4"),
         v6: lab.status("h1").await.lease.expect_ok("a lease").subnet.gateway(Family::V6).expect_ok("IPv6"),
     };
-    let mut scene = SpoofFixture::new(&lab, "c1").await;
-    let (me, other) = (scene.sender, scene.receiver);
+    let mut fixture = SpoofFixture::new(&lab, "c1").await;
+    let (me, other) = (fixture.sender, fixture.receiver);
     for (name, frame, verdict) in frames::frames_with_source_check(me, other, far, gateway) {
-        scene.assert_outcome(&name, &frame, verdict).await;
+        fixture.assert_outcome(&name, &frame, verdict).await;
     }
     let noticed = drop_counts(&lab, "h1").await;
     for reason in ["source", "router", "dhcp"] {
         assert!(noticed[reason] > 0, "{noticed:?}");
     }
 
-    // The same numbers for people and for Prometheus.
+    // The same numbers in the status and in the metrics.
     let output = lab.ctl("h1", &["status"]).assert_code(0).stdout;
     let line = output.lines().find(|line| line.contains("dropped")).expect_ok(&output);
     assert!(line.contains(&format!("{} source", noticed["source"])) && !line.contains("tunnel"), "{line}");
@@ -146,30 +149,30 @@ async fn spoofed_addresses_macs_and_roles_are_dropped() {
         assert!(metrics.lines().any(|line| line == sample), "{sample} is not in\n{metrics}");
     }
 
-    // One that is not checked: a router, or one with virtual addresses.
+    // An endpoint without source check: a router, or one with virtual addresses.
     lab.ctl("h1", &["attach", "router", "--no-source-check"]).assert_code(0);
-    let mut scene = SpoofFixture::new(&lab, "router").await;
-    for (name, frame, verdict) in frames::frames_without_source_check(scene.sender, scene.receiver, far) {
-        scene.assert_outcome(&format!("unchecked, {name}"), &frame, verdict).await;
+    let mut fixture = SpoofFixture::new(&lab, "router").await;
+    for (name, frame, verdict) in frames::frames_without_source_check(fixture.sender, fixture.receiver, far) {
+        fixture.assert_outcome(&format!("unchecked, {name}"), &frame, verdict).await;
     }
 
-    // The counters outlive the agent, and the guard does not need it.
+    // The counters survive the agent, and the source filter works without it.
     let before = drop_counts(&lab, "h1").await;
     lab.host("h1").agent_stop(nix::sys::signal::Signal::SIGKILL).expect_ok("SIGKILL");
-    let mut scene = SpoofFixture {
+    let mut fixture = SpoofFixture {
         sender_socket: PacketSocket::open(&lab.open_netns("h1-c1"), "eth0"),
         sender: me,
         receiver: other,
-        ..scene
+        ..fixture
     };
-    drop(scene.receiver_socket.frames());
+    drop(fixture.receiver_socket.frames());
     let forged = packet_builder::udp(SocketAddr::new(other.v4, 9), SocketAddr::new(other.v4, 9), b"forged");
-    scene.sender_socket.send(&packet_builder::ip_frame(other.mac, me.mac, &forged));
-    let fence = scene.marker_frame();
-    scene.sender_socket.send(&fence);
-    eventually("the frame behind it comes", CONVERGE_TIMEOUT, || {
-        let seen = scene.receiver_socket.frames();
-        assert!(!seen.iter().any(|frame| frame.ends_with(b"forged")), "forged while there is no agent");
+    fixture.sender_socket.send(&packet_builder::ip_frame(other.mac, me.mac, &forged));
+    let fence = fixture.marker_frame();
+    fixture.sender_socket.send(&fence);
+    eventually("the next frame arrives", CONVERGE_TIMEOUT, || {
+        let seen = fixture.receiver_socket.frames();
+        assert!(!seen.iter().any(|frame| frame.ends_with(b"forged")), "a forged frame passes without an agent");
         if seen.contains(&fence) { Ok(()) } else { Err("not yet".to_owned()) }
     })
     .await;
@@ -178,13 +181,13 @@ async fn spoofed_addresses_macs_and_roles_are_dropped() {
     lab.assert_full_reachability().await;
 }
 
-/// Encapsulation that a container forges: to its own host, which would take it for a peer's, and to others, where it would come from this host.
+/// Encapsulation forged by a container. Its own host would accept it as a peer's, and other hosts as this host's.
 #[tokio::test(flavor = "multi_thread")]
 async fn forged_encapsulation_is_dropped() {
     let lab = start_lab().await;
     let far = find_station(&lab, "h2", "c1").await;
-    let mut scene = SpoofFixture::new(&lab, "c1").await;
-    let (me, other, gateway) = (scene.sender, scene.receiver, bridge_mac(&lab, "h1"));
+    let mut fixture = SpoofFixture::new(&lab, "c1").await;
+    let (me, other, gateway) = (fixture.sender, fixture.receiver, bridge_mac(&lab, "h1"));
     let subnets = lab.host("h1").client().subnets().await.expect_ok("subnets").subnets;
     let vtep =
         |own: bool, family| subnets.iter().find(|s| s.own == own).and_then(|s| s.vtep.get(family).copied()).expect_ok("a VTEP").0;
@@ -195,7 +198,7 @@ async fn forged_encapsulation_is_dropped() {
         let underlay = |host: &str| *lab.host(host).layout().addresses.get(family).expect_ok("an address");
         let subnet = lab.status("h1").await.lease.expect_ok("a lease").subnet;
         let bridge: IpAddr = subnet.gateway(family).expect_ok("a gateway");
-        // As if the other host's container wrote to ours, and ours to the other host's.
+        // As if the other host's container sent to ours, and the reverse.
         let inner = |from: Station, to: Station, mac: Mac| {
             let packet = packet_builder::udp(SocketAddr::new(own(from), 5000), SocketAddr::new(own(to), 5001), b"smuggled");
             packet_builder::vxlan(1, &packet_builder::ip_frame(mac, [2, 0, 0, 0, 0, 1], &packet))
@@ -212,49 +215,52 @@ async fn forged_encapsulation_is_dropped() {
             ("nothing inside", underlay("h2"), Vec::new()),
         ] {
             let forged = outer(to, vxlan_port(), &data);
-            scene
+            fixture
                 .assert_outcome(
                     &format!("encapsulation to {name} ({family})"),
                     &forged,
                     ExpectedOutcome::Dropped("encapsulation"),
                 )
                 .await;
-            assert!(!comes(scene.receiver_socket.frames()) && !comes(far_tap.frames()), "what was encapsulated came out: {name}");
+            assert!(
+                !comes(fixture.receiver_socket.frames()) && !comes(far_tap.frames()),
+                "the inner packet was delivered: {name}"
+            );
         }
-        // It is the port alone that is closed.
+        // Only this port is blocked.
         for host in ["h1", "h2"] {
             let address = SocketAddr::new(underlay(host), vxlan_port() + 1);
             let server = lab.open_netns(host).run(|| UdpSocket::bind(address)).expect_ok(host).expect_ok("a socket");
             server.set_read_timeout(Some(CONVERGE_TIMEOUT)).expect_ok("a limit");
-            scene.sender_socket.send(&outer(address.ip(), address.port(), b"plain"));
+            fixture.sender_socket.send(&outer(address.ip(), address.port(), b"plain"));
             let mut buffer = [0; 64];
             let (length, _) = server.recv_from(&mut buffer).expect_ok(&format!("a datagram to {address}"));
             assert_eq!(&buffer[..length], b"plain");
         }
     }
-    // Addresses of the loopback device are on no wire, even while ports of 127.0.0.1 are published.
+    // Loopback addresses are never on the wire, even while ports of 127.0.0.1 are published.
     lab.ctl("h1", &["attach", "web", "--publish", "127.0.0.1:8080:80"]).assert_code(0);
     let packet = packet_builder::udp(SocketAddr::new(me.v4, 5000), "127.0.0.1:8080".parse().expect_ok("an address"), b"inside");
-    scene
+    fixture
         .assert_outcome("to 127.0.0.1", &packet_builder::ip_frame(gateway, me.mac, &packet), ExpectedOutcome::Dropped("loopback"))
         .await;
     lab.ctl("h1", &["attach", "router", "--no-source-check"]).assert_code(0);
-    let mut scene = SpoofFixture::new(&lab, "router").await;
+    let mut fixture = SpoofFixture::new(&lab, "router").await;
     let packet = packet_builder::udp("127.0.0.1:5000".parse().expect_ok("an address"), SocketAddr::new(far.v4, 5001), b"inside");
-    scene
+    fixture
         .assert_outcome(
             "from 127.0.0.1",
-            &packet_builder::ip_frame(gateway, scene.sender.mac, &packet),
+            &packet_builder::ip_frame(gateway, fixture.sender.mac, &packet),
             ExpectedOutcome::Dropped("loopback"),
         )
         .await;
     let to_own = SocketAddr::new(*lab.host("h1").layout().addresses.get(Family::V4).expect_ok("IPv4"), vxlan_port());
-    let packet = packet_builder::udp(SocketAddr::new(scene.sender.v4, 5000), to_own, b"inside");
+    let packet = packet_builder::udp(SocketAddr::new(fixture.sender.v4, 5000), to_own, b"inside");
     let name = "encapsulation of one that is not checked";
-    scene
+    fixture
         .assert_outcome(
             name,
-            &packet_builder::ip_frame(gateway, scene.sender.mac, &packet),
+            &packet_builder::ip_frame(gateway, fixture.sender.mac, &packet),
             ExpectedOutcome::Dropped("encapsulation"),
         )
         .await;
@@ -265,8 +271,8 @@ fn vxlan_port() -> u16 {
     overlay_tests::capture::VXLAN_PORT
 }
 
-/// The host takes no router advertisement from the bridge, whoever is at it: also from an interface that somebody else plugged in, which no guard
-/// judges. The same advertisement works where they are taken.
+/// The host accepts no router advertisement from the bridge, not even from an interface that another program added, which has no
+/// source filter. The same advertisement works on an interface that accepts it.
 #[tokio::test(flavor = "multi_thread")]
 async fn host_ignores_router_advertisements() {
     let lab = start_lab().await;
@@ -291,23 +297,23 @@ async fn host_ignores_router_advertisements() {
         addresses.contains("2001:db8:bad:") || routes.contains("2001:db8:bad:") || routes.contains("default")
     };
     let send = |device: &str| PacketSocket::open(&lab.open_netns("h1"), device).send(&advertisement);
-    eventually("an advertisement works where it is taken", CONVERGE_TIMEOUT, || {
+    eventually("an advertisement works on an accepting interface", CONVERGE_TIMEOUT, || {
         send("tameb");
-        if has("tamea") { Ok(()) } else { Err("no address came of it".to_owned()) }
+        if has("tamea") { Ok(()) } else { Err("no address was generated".to_owned()) }
     })
     .await;
     let tap = PacketSocket::open(&lab.open_netns("h1-c2"), "eth0");
-    eventually("it comes through the bridge", CONVERGE_TIMEOUT, || {
+    eventually("it passes the bridge", CONVERGE_TIMEOUT, || {
         send("wildb");
         if tap.frames().contains(&advertisement) { Ok(()) } else { Err("not yet".to_owned()) }
     })
     .await;
-    // What the bridge itself has taken it has taken before it handed it on to the last of its ports, or a moment later.
+    // The bridge itself has processed it before it forwarded it to its last port, or a moment later.
     let end = std::time::Instant::now() + Duration::from_secs(1);
     while std::time::Instant::now() < end {
         send("wildb");
         for device in ["ovb.1", "wilda"] {
-            assert!(!has(device), "{device} took a router's word");
+            assert!(!has(device), "{device} accepted a router advertisement");
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
@@ -317,7 +323,7 @@ async fn host_ignores_router_advertisements() {
     }
 }
 
-/// Containers that do nothing wrong are not counted: neither while their interfaces come up nor later, with and without IPv6.
+/// Legitimate containers are not counted: neither while their interfaces come up nor later, with and without IPv6.
 #[tokio::test(flavor = "multi_thread")]
 async fn legitimate_traffic_is_not_counted() {
     for families in [Families::V4, Families::Dual] {
@@ -334,7 +340,7 @@ async fn legitimate_traffic_is_not_counted() {
         assert!(counted.values().all(|packets| *packets == 0), "{families:?}: {counted:?}");
         assert!(!lab.ctl("h1", &["status"]).assert_code(0).stdout.contains("dropped"));
     }
-    // Where the network has no IPv6, a container has none: not even a link-local address would be let through.
+    // In a network without IPv6, a container has none: even a link-local address would be dropped.
     let lab = TestLab::up(|options| options.hosts = 1).await;
     let status: Status = lab.status("h1").await;
     assert_eq!(status.data_path.dropped["source"], 0);

@@ -1,4 +1,4 @@
-//! etcd goes away, comes back, forgets: the data path forwards on, the status says how it stands, and what was lost is taken again.
+//! etcd outages and data loss. The data path keeps forwarding, the status reports it, and lost leases are restored.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ async fn start_lab() -> TestLab {
     .await
 }
 
-/// How long the agent may take to notice that etcd does not answer, or answers again: its requests' limits and its back-off.
+/// Time limit for the agent to notice that etcd is gone or back: its request timeouts and its backoff.
 const DETECT_TIMEOUT: Duration = Duration::from_secs(20);
 
 fn is_disconnected(status: &Status) -> bool {
@@ -42,7 +42,7 @@ async fn data_path_survives_etcd_outage() {
     assert_eq!((status.lease, status.data_path.peers), (before.lease.clone(), 1), "nothing changes");
     let output = lab.ctl("h1", &["status"]).assert_code(3);
     assert!(output.stdout.contains("not connected"), "{}", output.stdout);
-    // What needs no etcd works on: containers come and go.
+    // Everything that does not need etcd works: containers are attached and detached.
     lab.ctl("h1", &["attach", "late"]).assert_code(0);
     lab.ctl("h1", &["detach", "late"]).assert_code(0);
     // Drift is repaired as well.
@@ -56,10 +56,10 @@ async fn data_path_survives_etcd_outage() {
         lab.host(host).wait_status(DETECT_TIMEOUT, "it does not come back", is_healthy).await.expect_ok(host);
     }
     tokio::time::sleep(Duration::from_millis(500)).await;
-    notifications.assert_none("etcd is back, and nothing has changed");
+    notifications.assert_none("etcd is back without changes");
     assert_eq!(lab.status("h1").await.lease, before.lease);
     let outcome = flow.stop().await;
-    // The routes were deleted on purpose: what was sent in that moment may be lost, and nothing else.
+    // The routes were deleted on purpose: packets sent in that moment may be lost, but no others.
     assert!(outcome.lost.len() <= 20, "{} packets lost at {:?}", outcome.lost.len(), outcome.lost);
     lab.assert_full_reachability().await;
 }
@@ -72,19 +72,19 @@ async fn agents_recover_from_hung_etcd() {
     for host in ["h1", "h2"] {
         lab.host(host).wait_status(DETECT_TIMEOUT, "it does not come back", is_healthy).await.expect_ok(host);
     }
-    // A lease written now reaches both.
+    // A lease written now reaches both agents.
     let value = r#"{"PublicIP":"10.99.7.7","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:77"}}"#;
     etcd::put(&lab, &etcd::lease_key("10.244.200.0-24"), value);
     for host in ["h1", "h2"] {
         lab.host(host)
-            .wait_status(DETECT_TIMEOUT, "it does not follow any more", |s| s.data_path.peers == 2)
+            .wait_status(DETECT_TIMEOUT, "it no longer receives changes", |s| s.data_path.peers == 2)
             .await
             .expect_ok(host);
     }
     flow.stop().await.assert_no_loss("while etcd hung");
 }
 
-/// The agent starts while etcd is away: the data path of its last run is left as it is.
+/// The agent starts without etcd: the data path of its last run is kept.
 #[tokio::test(flavor = "multi_thread")]
 async fn agent_start_without_etcd_keeps_data_path() {
     let lab = start_lab().await;
@@ -96,13 +96,13 @@ async fn agent_start_without_etcd_keeps_data_path() {
     lab.host("h1").agent_stop(Signal::SIGTERM).expect_ok("stop");
     lab.host("h1").agent_start(&[]).expect_ok("start");
     let waiting = |s: &Status| !s.ready && s.problems.iter().any(|p| p.contains("etcd does not answer"));
-    lab.host("h1").wait_status(DETECT_TIMEOUT, "it does not say that it waits", waiting).await.expect_ok("h1");
+    lab.host("h1").wait_status(DETECT_TIMEOUT, "it does not report that it waits", waiting).await.expect_ok("h1");
     tokio::time::sleep(Duration::from_secs(1)).await;
     notifications.assert_none("the agent has started without etcd");
     assert_eq!(kernel::difference(&kernel::actual_state(&lab, "h1"), &before), "");
     etcd::start(&lab).await;
     lab.host("h1").wait_status(DETECT_TIMEOUT, "it does not become ready", is_healthy).await.expect_ok("h1");
-    notifications.assert_none("etcd has come, and nothing differs");
+    notifications.assert_none("etcd is back without differences");
     flow.stop().await.assert_no_loss("over a start without etcd");
 }
 
@@ -126,16 +126,16 @@ async fn revoked_etcd_lease_is_restored() {
     lab.assert_full_reachability().await;
 }
 
-/// The same subnet is taken again at once, and the peer has its way back.
+/// Checks that the same subnet is taken again at once, and that the peer has its route again.
 async fn assert_lease_restored(lab: &TestLab, before: &etcd::Entry) {
-    let again = eventually("the lease is there again", CONVERGE_TIMEOUT, || {
+    let again = eventually("the lease is restored", CONVERGE_TIMEOUT, || {
         let all = etcd::leases(lab);
         all.iter().find(|e| e.key == before.key).cloned().ok_or_else(|| format!("{all:?}"))
     })
     .await;
     assert_eq!(again.value, before.value);
     assert_ne!(again.lease, 0, "bound to an etcd lease");
-    lab.host("h1").wait_status(CONVERGE_TIMEOUT, "it is not well again", is_healthy).await.expect_ok("h1");
+    lab.host("h1").wait_status(CONVERGE_TIMEOUT, "not healthy again", is_healthy).await.expect_ok("h1");
     lab.host("h2")
         .wait_status(CONVERGE_TIMEOUT, "h2 does not have its peer again", |s| s.data_path.peers == 1)
         .await
@@ -145,7 +145,7 @@ async fn assert_lease_restored(lab: &TestLab, before: &etcd::Entry) {
     lab.wait_for_log("h1", &["WARN", "lease"]).await;
 }
 
-/// Another host has taken the subnet in the meantime: this one moves and says so loudly.
+/// Another host has taken the subnet in the meantime: this one moves and logs a warning.
 #[tokio::test(flavor = "multi_thread")]
 async fn host_moves_when_subnet_is_taken() {
     let lab = TestLab::up(|options| {
@@ -163,7 +163,7 @@ async fn host_moves_when_subnet_is_taken() {
     let status = lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("ready");
     let now = lab.lease_of("h1");
     assert_ne!(now.key, before.key);
-    assert_eq!(status.data_path.peers, 2, "the other one is a peer like any");
+    assert_eq!(status.data_path.peers, 2, "the new owner is a regular peer");
     lab.wait_converged("h1", CONVERGE_TIMEOUT).await;
     lab.wait_for_log("h1", &["WARN", "SUBNET HAS CHANGED"]).await;
 }

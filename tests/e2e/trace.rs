@@ -1,4 +1,4 @@
-//! `overlayctl trace`: the way of a packet on a whole lab, and with each part of it broken by hand, without an agent that would put it back.
+//! `overlayctl trace`: a packet's path on a healthy lab, and with each part broken manually, without an agent to repair it.
 
 use std::net::IpAddr;
 
@@ -25,7 +25,7 @@ async fn address(lab: &TestLab, container: &str, family: Family) -> IpAddr {
     *endpoints.iter().find(|e| e.name.as_str() == name).expect_ok(container).addresses().get(family).expect_ok("its address")
 }
 
-/// The trace, whatever the exit code, which has to fit.
+/// Runs a trace and checks that its exit code fits its outcome.
 #[track_caller]
 fn trace(lab: &TestLab, arguments: &[&str]) -> Trace {
     let state = lab.host("h1").state_dir();
@@ -44,12 +44,12 @@ fn trace(lab: &TestLab, arguments: &[&str]) -> Trace {
     trace
 }
 
-/// The steps, as `PLACE/BLOCK_TIMEOUT`.
+/// The hops, as `PLACE/STEP`.
 fn hop_names(trace: &Trace) -> Vec<String> {
     trace.hops.iter().map(|hop| format!("{}/{}", hop.place, hop.step)).collect()
 }
 
-/// It stops at this hop, and says this.
+/// Checks that the trace stops at this hop, with these words.
 #[track_caller]
 fn assert_stops_at(trace: &Trace, at: &str, words: &[&str], what: &str) {
     let last = trace.hops.last().expect_ok("a hop");
@@ -73,7 +73,7 @@ async fn trace_passes_on_healthy_lab() {
         };
         let far = address(&lab, "h2-c1", family).await.to_string();
         let near = address(&lab, "h1-c1", family).await;
-        // To another host: every entry that leads there.
+        // To another host: every entry on the path.
         let over = ask(&["c1", &far]);
         let peer = lab.host("h1").client().peers().await.expect_ok("peers").peers;
         let peer = peer.into_iter().find(|p| p.subnet.family() == family).expect_ok("a peer");
@@ -84,7 +84,7 @@ async fn trace_passes_on_healthy_lab() {
         assert!(answer("fdb").contains(&peer.vtep.to_string()) && answer("fdb").contains(&peer.public_ip.to_string()));
         assert!(over.end.contains("h2") && over.to.what == "on host h2" && over.from.address == near, "{over:#?}");
         assert!(over.hops.iter().any(|h| h.step == "translation" && h.answer.starts_with("none")), "{over:#?}");
-        // The other host's half of it, from the other end.
+        // The other host's half, from its side.
         let back = ask(&[&far, "c1"]);
         assert!(
             hop_names(&back).contains(&"host/outer rules input".to_owned()) && back.end.contains("container c1"),
@@ -95,7 +95,7 @@ async fn trace_passes_on_healthy_lab() {
         assert!(ask(&["c1", "host"]).end.contains("this host"));
         assert!(ask(&["host", &far]).end.contains("h2"));
         assert_eq!(ask(&["c1", "h2"]).to.address, peer.subnet.base());
-        // Out of the overlay.
+        // To the outside.
         let outside = overlayctl::lab::layout::outside_address(family).to_string();
         let out = ask(&["c1", &outside]);
         assert!(out.hops.iter().any(|h| h.step == "translation" && h.answer.contains("masquerade")), "{out:#?}");
@@ -110,12 +110,14 @@ async fn trace_passes_on_healthy_lab() {
     }
     let text = lab.ctl("h1", &["trace", "c1", "h2"]).assert_code(0).stdout;
     assert!(text.contains("It passes") && text.contains("WHERE"), "{text}");
-    lab.ctl("h1", &["trace", "nobody", "h2"]).assert_code(1).assert_stderr_contains(&["`nobody` is no container of this host"]);
-    lab.ctl("h1", &["trace", "c1", "h2:x"]).assert_code(1).assert_stderr_contains(&["`h2:x`: the port is no number"]);
+    lab.ctl("h1", &["trace", "nobody", "h2"])
+        .assert_code(1)
+        .assert_stderr_contains(&["`nobody` is not a container of this host"]);
+    lab.ctl("h1", &["trace", "c1", "h2:x"]).assert_code(1).assert_stderr_contains(&["`h2:x`: the port is not a number"]);
 }
 
-/// What is broken, by which script (`$1` is the container's address on the other host, `$2` the MAC, `$3` the base, `$4` the id of the next hop, `$5`
-/// the port of the container's bridge), and what trace says of it.
+/// A fault, its script, the hop and words of the trace's answer. Script arguments: `$1` the container's address on the other
+/// host, `$2` the MAC, `$3` the base, `$4` the id of the next hop, `$5` the port of the container's bridge.
 const DATA_PATH_FAULTS: [(&str, &str, &str, &[&str]); 13] = [
     ("FDB entry", "bridge fdb del $2 dev ovx.1", "host/fdb", &["has no entry for"]),
     ("neighbour", "ip neigh del $3 dev ovx.1", "host/neighbour", &["on ovx.1"]),
@@ -135,7 +137,7 @@ const DATA_PATH_FAULTS: [(&str, &str, &str, &[&str]); 13] = [
     ),
     ("tunnel down", "ip link set ovx.1 down", "host/route", &["in the overlay network"]),
     ("port down", "ip link set $5 down", "host/port", &["is down"]),
-    ("port off the bridge", "ip link set $5 nomaster", "host/port", &["is no port of ovb.1"]),
+    ("port off the bridge", "ip link set $5 nomaster", "host/port", &["is not a port of ovb.1"]),
     ("bridge down", "ip link set ovb.1 down", "host/bridge", &["is down"]),
     ("forwarding off", "sysctl -qw net.ipv4.ip_forward=0", "host/forwarding", &["is 0"]),
     (
@@ -167,18 +169,18 @@ async fn trace_names_each_broken_part() {
         kernel::run(&lab, "h1", &["sh", "-ec", script, "sh", &far, &mac, &base, &id, &port]);
         let found = trace(&lab, &["c1", &far]);
         assert_stops_at(&found, at, words, what);
-        assert!(found.notes.iter().any(|note| note.contains("Names are taken from")), "{what}: {found:#?}");
+        assert!(found.notes.iter().any(|note| note.contains("Names come from")), "{what}: {found:#?}");
         kernel::shell(&lab, "h1", "for t in 'inet block' 'ip out'; do nft delete table $t 2>/dev/null || true; done");
         lab.start_agent("h1").await;
     }
 }
 
-/// With an agent that lives but does not answer, the kernel is asked all the same; and with one that answers, leases are told.
+/// With a hanging agent the kernel is still queried; with a responsive one leases are shown as well.
 #[tokio::test(flavor = "multi_thread")]
 async fn trace_covers_underlay_containers_and_leases() {
     let lab = start_lab(Families::V4).await;
     let far = address(&lab, "h2-c1", Family::V4).await.to_string();
-    // A container's own part.
+    // The container's own part.
     kernel::shell(&lab, "h1-c1", "ip route del default");
     assert_stops_at(&trace(&lab, &["c1", &far]), "container c1/route", &["no route", "inspect c1"], "the default route");
     kernel::shell(&lab, "h1-c2", "ip link set eth0 down");
@@ -189,34 +191,34 @@ async fn trace_covers_underlay_containers_and_leases() {
         "eth0",
     );
     lab.ctl("h1", &["attach", "c1"]).assert_code(0);
-    // The underlay: the peer is not there.
+    // The underlay: the peer is down.
     kernel::shell(&lab, "h2", "ip link set eth0 down");
     kernel::run(&lab, "h1", &["sh", "-c", "ip neigh flush dev eth0; ping -c 1 -W 1 10.99.1.2 || true"]);
-    eventually("the peer is known not to answer", CONVERGE_TIMEOUT, || {
+    eventually("the neighbour entry has failed", CONVERGE_TIMEOUT, || {
         let found = trace(&lab, &["c1", &far]);
         let last = found.hops.last().expect_ok("a hop").clone();
         if last.step == "outer neighbour" && last.outcome == TraceOutcome::Stop { Ok(()) } else { Err(format!("{last:?}")) }
     })
     .await;
     kernel::shell(&lab, "h2", "ip link set eth0 up");
-    // Its lease ends while this host's agent follows.
+    // Its lease ends while this host's agent watches.
     lab.host("h2").agent_stop(Signal::SIGKILL).expect_ok("stop the agent");
     let lease = lab.lease_of("h2");
     overlay_tests::etcd::delete(&lab, &lease.key);
-    eventually("the peer has gone", CONVERGE_TIMEOUT, || {
+    eventually("the peer is gone", CONVERGE_TIMEOUT, || {
         let found = trace(&lab, &["c1", &far]);
         let last = found.hops.last().expect_ok("a hop").clone();
         let is_reported = last.step == "route" && last.answer.contains("no host holds a subnet with it");
         if is_reported { Ok(()) } else { Err(format!("{last:?}")) }
     })
     .await;
-    // An agent that lives and does not answer.
+    // A running agent that does not answer.
     let pid = lab.host("h1").agent().expect_ok("an agent");
     pid.signal(Signal::SIGSTOP).expect_ok("stop it");
     let found = trace(&lab, &["c1", "host"]);
     assert_eq!(found.outcome, TraceOutcome::Ok, "{found:#?}");
     assert!(found.notes.iter().any(|note| note.contains("did not answer")), "{found:#?}");
-    pid.signal(Signal::SIGCONT).expect_ok("let it go on");
+    pid.signal(Signal::SIGCONT).expect_ok("SIGCONT");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -226,7 +228,7 @@ async fn live_trace_shows_packets() {
         let flag: &[&str] = if family == Family::V6 { &["-6"] } else { &[] };
         let far = address(&lab, "h2-c1", family).await.to_string();
         let found = trace(&lab, &[flag, &["c1", &far, "--live", "--send", "--wait", "20s"]].concat());
-        let live = found.live.expect_ok("what was seen");
+        let live = found.live.expect_ok("the live part");
         assert!(live.answered && !live.dropped, "{live:#?}");
         let tunnel = if family == Family::V4 { "ovx.1" } else { "ovx6.1" };
         let at = |packet: &str, place: &str, what: &str| {
@@ -239,7 +241,7 @@ async fn live_trace_shows_packets() {
         assert!(at("reply", "eth0", "in VXLAN from") && at("reply", tunnel, "in"), "{live:#?}");
         assert!(live.rules.iter().any(|s| s.place == "inet overlayd incoming" && s.what.ends_with("accept")), "{live:#?}");
     }
-    // A rule that no look at the tables can judge, and that drops each packet.
+    // A rule that `trace` cannot evaluate, and that drops each packet.
     let far = address(&lab, "h2-c1", Family::V4).await.to_string();
     kernel::shell(
         &lab,
@@ -249,10 +251,10 @@ async fn live_trace_shows_packets() {
     );
     let found = trace(&lab, &["c1", &far, "--live", "--send", "--wait", "20s"]);
     assert_eq!(found.outcome, TraceOutcome::Unsure, "{found:#?}");
-    let live = found.live.expect_ok("what was seen");
+    let live = found.live.expect_ok("the live part");
     assert!(live.dropped && !live.answered && live.summary.contains("inet block f"), "{live:#?}");
     kernel::shell(&lab, "h1", "nft delete table inet block");
-    // Nothing stays behind, not even of one that is killed.
+    // No leftovers, not even of a killed one.
     let tables = || kernel::run(&lab, "h1", &["nft", "list", "tables"]);
     assert!(!tables().contains("overlay-trace"), "{}", tables());
     let program = overlay_tests::programs::overlayctl();

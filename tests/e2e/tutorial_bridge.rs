@@ -1,4 +1,5 @@
-//! Two containers on one bridge, by hand and by the agent: pings, a line of text, the world outside with forwarding and masquerade and not without.
+//! Two containers on one bridge, manually and by the agent: pings, a line of text, and the outside with and without forwarding
+//! and masquerade.
 
 use overlay_tests::tutorial::Tutorial;
 

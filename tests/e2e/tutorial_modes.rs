@@ -1,4 +1,4 @@
-//! The four modes, each with the interfaces that it shows.
+//! The four attach modes, each with its interfaces.
 
 use overlay_tests::tutorial::Tutorial;
 

@@ -1,4 +1,4 @@
-//! A published port, from hosts outside and from its own.
+//! A published port, from outside hosts and from its own host.
 
 use overlay_tests::tutorial::Tutorial;
 

@@ -1,4 +1,4 @@
-//! Which of its addresses a host gives its peers: floating addresses beside its own, and one family of a dual-stack host in trouble.
+//! A host's published address: floating addresses, and a dual-stack host that loses one family.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use overlay_tests::traffic::Traffic;
 use overlay_tests::{ExpectContext, TestLab, eventually, kernel};
 use overlayctl::lab::Families;
 
-/// A host's own address as a DHCP client sets it: with a lifetime.
+/// A host's own address with a DHCP client's lifetime.
 const DHCP_LIFETIME: &str = "valid_lft 900 preferred_lft 900";
 /// A floating address, as keepalived sets it.
 const FLOATING_ADDRESS: &str = "10.99.50.50/32";
@@ -24,7 +24,7 @@ async fn start_pair(families: Families) -> TestLab {
     .await
 }
 
-/// The address that the VXLAN device of a family sends from.
+/// The source address of a family's VXLAN device.
 fn vxlan_local_address(lab: &TestLab, host: &str, family: Family) -> String {
     let (name, field) = match family {
         Family::V4 => ("ovx.1", "local"),
@@ -33,7 +33,7 @@ fn vxlan_local_address(lab: &TestLab, host: &str, family: Family) -> String {
     kernel::text(&kernel::link(lab, host, name).expect_ok(name)["linkinfo"]["info_data"], field)
 }
 
-/// Both that the lease says so, and that the tunnel sends from there.
+/// Waits until the lease has the addresses, and the tunnel uses them as source.
 async fn wait_published(lab: &TestLab, host: &str, v4: &str, v6: Option<&str>) {
     eventually(&format!("{host} has {v4} and {v6:?}"), READY_TIMEOUT, || {
         let lease = lab.lease_of(host).value;
@@ -79,7 +79,7 @@ async fn ipv4_change_is_published_while_ipv6_is_missing() {
          ip route replace default via 10.99.0.254 dev eth0",
     );
     wait_published(&lab, "h2", "10.99.7.7", Some(v6)).await;
-    // A start finds the family missing as well: what was held goes on.
+    // The family is also missing at a start: the held subnet stays.
     restart_agent(&lab, "h2").await;
     lab.host("h2")
         .wait_status(READY_TIMEOUT, "the lease", |status| status.lease.is_some() && status.data_path.peers > 0)
@@ -88,10 +88,10 @@ async fn ipv4_change_is_published_while_ipv6_is_missing() {
     wait_problem(&lab, "h2", &format!("{v6} stays in use")).await;
     wait_published(&lab, "h2", "10.99.7.7", Some(v6)).await;
     traffic.run_for(Duration::from_secs(1)).await;
-    traffic.stop().await.assert_loss_at_most(400, Duration::from_secs(5), "IPv4's change while IPv6 is missing");
+    traffic.stop().await.assert_loss_at_most(400, Duration::from_secs(5), "a change of IPv4 while IPv6 is missing");
     let flow = lab.start_ping("h1-c1", "h2-c1", Family::V4).await;
     flow.run_for(Duration::from_millis(500)).await;
-    flow.stop().await.assert_no_loss("IPv4 is whole while IPv6 is missing");
+    flow.stop().await.assert_no_loss("IPv4 works while IPv6 is missing");
     kernel::shell(&lab, "h2", &format!("ip address add {v6}/64 dev eth0 nodad"));
     wait_no_problem(&lab, "h2").await;
     let flow = lab.start_ping("h1-c1", "h2-c1", Family::V6).await;
@@ -103,7 +103,7 @@ async fn ipv4_change_is_published_while_ipv6_is_missing() {
 async fn ipv6_change_is_published_while_ipv4_is_missing() {
     let lab = start_pair(Families::Dual).await;
     let v4 = "10.99.1.2";
-    // Its default route goes along with it.
+    // The default route is deleted with it.
     kernel::shell(&lab, "h2", &format!("ip address delete {v4}/16 dev eth0"));
     wait_problem(&lab, "h2", "eth0 has no IPv4 address").await;
     wait_problem(&lab, "h2", "no IPv4 default route").await;
@@ -111,7 +111,7 @@ async fn ipv6_change_is_published_while_ipv4_is_missing() {
     wait_published(&lab, "h2", v4, Some("fd99::7:7")).await;
     let flow = lab.start_ping("h1-c1", "h2-c1", Family::V6).await;
     flow.run_for(Duration::from_millis(500)).await;
-    flow.stop().await.assert_no_loss("IPv6 is whole while IPv4 is missing");
+    flow.stop().await.assert_no_loss("IPv6 works while IPv4 is missing");
     kernel::shell(&lab, "h2", &format!("ip address add {v4}/16 dev eth0; ip route replace default via 10.99.0.254 dev eth0"));
     wait_no_problem(&lab, "h2").await;
     wait_published(&lab, "h2", v4, Some("fd99::7:7")).await;
@@ -145,8 +145,8 @@ async fn floating_address_changes_nothing() {
     lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("h1");
     stays("the agent starts again").await;
     kernel::shell(&lab, "h1", &delete);
-    stays("it goes to the other host").await;
-    assert!(!lab.log("h1").contains("is another one now"), "{}", lab.log("h1"));
+    stays("it moves to the other host").await;
+    assert!(!lab.log("h1").contains("underlay address changed"), "{}", lab.log("h1"));
     traffic.stop().await.assert_no_loss("a floating address");
     for host in ["h1", "h2"] {
         wait_no_problem(&lab, host).await;
@@ -159,9 +159,10 @@ async fn removed_address_moves_tunnel_to_next() {
     kernel::shell(&lab, "h1", &format!("ip address add {FLOATING_ADDRESS} dev eth0; ip address add 10.99.7.7/24 dev eth0"));
     kernel::shell(&lab, "h1", "ip address delete 10.99.1.1/16 dev eth0; ip route replace 10.99.0.0/16 dev eth0 src 10.99.7.7");
     wait_published(&lab, "h1", "10.99.7.7", None).await;
-    let log = lab.wait_for_log("h1", &["is another one now", "old=10.99.1.1", "new=10.99.7.7", "no longer on this host"]).await;
-    assert!(log.lines().any(|line| line.contains("WARN") && line.contains("is another one now")), "{log}");
-    // The last resort is used as well, and left for the host's own once that is back.
+    let log =
+        lab.wait_for_log("h1", &["underlay address changed", "old=10.99.1.1", "new=10.99.7.7", "no longer on this host"]).await;
+    assert!(log.lines().any(|line| line.contains("WARN") && line.contains("underlay address changed")), "{log}");
+    // The floating address is used as a last resort, and left once the host's own address is back.
     kernel::shell(&lab, "h1", "ip address delete 10.99.7.7/24 dev eth0; ip route replace 10.99.0.0/16 dev eth0 src 10.99.50.50");
     wait_published(&lab, "h1", "10.99.50.50", None).await;
     kernel::shell(&lab, "h1", "ip address add 10.99.1.1/16 dev eth0; ip route replace default via 10.99.0.254 dev eth0");

@@ -1,5 +1,6 @@
-//! Conntrack takes no notice of the tunnel's own packets, whatever else it does on a host: neither is its table filled with them, nor do they cost what a
-//! connection costs. What containers say to each other it sees, and VXLAN that a host only forwards for somebody it translates.
+//! Conntrack ignores the tunnel's own packets: they neither fill its table nor cost a connection's processing.
+//!
+//! It does track containers' traffic, and VXLAN that the host only forwards and translates.
 
 use std::net::{SocketAddr, UdpSocket};
 
@@ -11,13 +12,13 @@ use overlay_tests::{ExpectContext, TestLab, eventually, eventually_true, kernel}
 use overlayctl::lab::Families;
 use overlayctl::lab::layout::gateway_address;
 
-/// A firewall that knows connections, for all that goes in, out and through.
+/// A firewall with connection tracking on input, output and forward.
 const CONNTRACK_FIREWALL: &str = "nft 'table inet firewall {
     chain i { type filter hook input priority 0; ct state invalid drop; }
     chain f { type filter hook forward priority 0; ct state invalid drop; }
     chain o { type filter hook output priority 0; ct state invalid drop; }; }'";
 
-/// One that takes nothing but what belongs to a connection, neighbour discovery and the tunnel.
+/// A firewall that accepts only tracked connections, neighbour discovery and the tunnel.
 const STATEFUL_FIREWALL: &str = "nft 'table inet firewall { chain i {
     type filter hook input priority 0; policy drop;
     ct state established,related accept
@@ -26,7 +27,7 @@ const STATEFUL_FIREWALL: &str = "nft 'table inet firewall { chain i {
     icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert, nd-router-solicit, nd-router-advert } accept
     udp dport 8472 accept; }; }'";
 
-/// How addresses of the lab's networks begin, as the table writes them.
+/// Prefixes of the lab's networks in the conntrack table's format.
 const NETWORK_PREFIXES: [&str; 2] = ["10.244.", "fd00:0010:0244:"];
 
 async fn start_lab() -> TestLab {
@@ -49,16 +50,16 @@ async fn vxlan_packets_are_not_tracked() {
         let table = kernel::run(&lab, host, &["cat", "/proc/net/nf_conntrack"]);
         let port = format!("dport={VXLAN_PORT} ");
         let tunnel: Vec<&str> = table.lines().filter(|line| line.contains(&port)).collect();
-        assert!(tunnel.is_empty(), "{host} follows the tunnel: {tunnel:#?}");
-        // The containers' own connections are what it is there for.
+        assert!(tunnel.is_empty(), "{host} tracks the tunnel: {tunnel:#?}");
+        // The containers' own connections are tracked.
         for network in NETWORK_PREFIXES {
             let inside = |line: &str| line.contains(&format!("src={network}")) && line.contains(&format!("dst={network}"));
-            assert!(table.lines().any(inside), "{host} does not follow what containers of {network} say: {table}");
+            assert!(table.lines().any(inside), "{host} does not track connections of {network}: {table}");
         }
     }
 }
 
-/// Between the hosts stands a router whose next wire carries less than theirs, and their firewalls take of what it says only what is related.
+/// A router with a smaller MTU is between the hosts, and their firewalls accept only its related ICMP messages.
 #[tokio::test(flavor = "multi_thread")]
 async fn large_packets_pass_router_with_smaller_mtu() {
     let lab = TestLab::without_agents(2, Families::Dual).await;
@@ -97,14 +98,14 @@ async fn large_packets_pass_router_with_smaller_mtu() {
     kernel::run(&lab, "h2", &["nft", "add", "rule", "inet", "firewall", "i", "meta", "l4proto", "{ icmp, ipv6-icmp }", "accept"]);
     let found = lab.ctl("h1", &["check", "paths"]);
     assert!(
-        found.stdout.contains("bytes: senders are told so") && found.stdout.contains("mtu 1400"),
+        found.stdout.contains("bytes: senders learn the path MTU") && found.stdout.contains("mtu 1400"),
         "{}{}",
         found.stdout,
         found.stderr
     );
 }
 
-/// A guest of a host, behind its address, has an overlay of its own by the same port.
+/// A guest of a host, behind the host's address, has its own overlay on the same port.
 #[tokio::test(flavor = "multi_thread")]
 async fn forwarded_vxlan_is_masqueraded() {
     let lab = start_lab().await;
@@ -130,7 +131,7 @@ async fn forwarded_vxlan_is_masqueraded() {
     let from = guest.run(bind(([192, 168, 77, 2], 0).into())).expect_ok("h1-c1").expect_ok("a socket");
     from.send_to(b"a guest's own tunnel", SocketAddr::new(world, VXLAN_PORT)).expect_ok("sending");
     let mut buffer = [0; 64];
-    let (_, source) = server.recv_from(&mut buffer).expect_ok("a datagram of the guest");
+    let (_, source) = server.recv_from(&mut buffer).expect_ok("the guest's datagram");
     let host = *lab.host("h1").layout().addresses.get(Family::V4).expect_ok("its address");
-    assert_eq!(source.ip(), host, "the guest's packet keeps its own address");
+    assert_eq!(source.ip(), host, "the guest's packet is masqueraded");
 }

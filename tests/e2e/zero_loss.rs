@@ -1,4 +1,4 @@
-//! Faults of the agent and of the store under traffic: no packet is lost, and where nothing differs the kernel is told nothing.
+//! Faults of agent and store under traffic. No packet is lost, and without a difference nothing is written to the kernel.
 
 use std::time::Duration;
 
@@ -12,21 +12,21 @@ use overlay_tests::traffic::Traffic;
 use overlay_tests::{ExpectContext, TestLab, cluster, etcd};
 use overlayctl::lab::LabOptions;
 
-/// How long after a fault something may still come to light.
+/// How long after a fault late changes are awaited.
 const OBSERVATION_PERIOD: Duration = Duration::from_millis(700);
 
 const SHORT_FAULT: Duration = Duration::from_secs(2);
 
-/// Longer than an agent takes to notice that a silent server is gone (10 s).
+/// Longer than an agent's detection of a silent server (10 s).
 const LONG_FAULT: Duration = Duration::from_secs(12);
 
-/// The hosts' subnets are apart from those of peers that are leases alone.
+/// Separates the hosts' subnets from those of lease-only peers.
 fn reserve_subnets(options: &mut LabOptions) {
     options.config.insert("SubnetMax".to_owned(), "10.244.200.0".into());
 }
 
-/// Faults one after the other, in a lab with a cluster, under one traffic; between them nothing may be written to a kernel or, the faults' own
-/// writes aside, to the store.
+/// Faults in sequence, in a lab with a cluster, under continuous traffic. Between them nothing may be written to a kernel, or to
+/// the store apart from the faults' own writes.
 async fn assert_faults_are_silent(faults: &[(Fault, Duration)]) {
     let lab = cluster::up(|options| {
         options.hosts = 2;
@@ -48,7 +48,7 @@ async fn assert_faults_are_silent(faults: &[(Fault, Duration)]) {
             assert_eq!(repairs, 0, "{host}, after {fault}: nothing had to be repaired");
         }
         assert_eq!((etcd::revision(&lab), etcd::leases(&lab)), (revision, leases.clone()), "the store, after {fault}");
-        println!("{fault}: silence on both hosts");
+        println!("{fault}: no writes on both hosts");
     }
     traffic.stop().await.assert_no_loss("faults of agents and store");
     lab.assert_full_reachability().await;
@@ -82,14 +82,14 @@ async fn etcd_member_faults_lose_no_packet() {
 async fn etcd_partition_loses_no_packet() {
     assert_faults_are_silent(&[
         (Fault::LinkCut(LinkCut::from_cluster("h1")), SHORT_FAULT),
-        // Requests arrive and answers do not.
+        // Requests arrive, but responses do not.
         (Fault::LinkCut(LinkCut::one_way(&["e1", "e2", "e3"], &["h1", "h2"])), LONG_FAULT),
         (Fault::LinkCut(LinkCut::between(&["e1"], &["e2", "e3"])), SHORT_FAULT),
     ])
     .await;
 }
 
-/// History is dropped; with a host cut off meanwhile, which then has to read all leases again: no peer flaps.
+/// Compaction of the history, also while a host is partitioned, which then has to read all leases again. No peer flaps.
 #[tokio::test(flavor = "multi_thread")]
 async fn compaction_loses_no_packet() {
     let lab = cluster::up(|options| {
@@ -109,21 +109,21 @@ async fn compaction_loses_no_packet() {
     cut.begin(&lab).await;
     let gone = |s: &overlay_agent::model::api::Status| !s.store.connected;
     lab.host("h1").wait_status(READY_TIMEOUT, "it does not notice", gone).await.expect_ok("h1");
-    // What h1 misses: a lease that comes and goes, so that its place in the history is not the end.
+    // A lease that h1 misses, so that h1's revision is not the latest.
     let key = etcd::lease_key("10.244.240.0-24");
     etcd::put(&lab, &key, &overlay_tests::churn::lease(1, 1));
     etcd::delete(&lab, &key);
     Fault::HistoryCompacted.begin(&lab).await;
     cut.end(&lab).await;
     cluster::wait_agents_healthy(&lab).await;
-    lab.wait_for_log("h1", &["reading all leases again"]).await;
+    lab.wait_for_log("h1", &["rereading all leases"]).await;
     traffic.run_for(OBSERVATION_PERIOD).await;
     notifications.assert_none("all leases were read again");
     traffic.stop().await.assert_no_loss("history dropped");
     lab.assert_full_reachability().await;
 }
 
-/// Other peers come, change and go while the lead moves and a member ends: who has nothing to do with it loses nothing.
+/// Other peers join, change and leave while the leader moves and a member ends. Unrelated hosts lose no packet.
 #[tokio::test(flavor = "multi_thread")]
 async fn peer_churn_loses_no_packet() {
     let lab = cluster::up(|options| {
@@ -145,15 +145,15 @@ async fn peer_churn_loses_no_packet() {
     }
     let count = churn.stop().await;
     println!("{count:?}");
-    assert!(count.succeeded >= 50, "peers came and went: {count:?}");
+    assert!(count.succeeded >= 50, "peers joined and left: {count:?}");
     cluster::wait_agents_healthy(&lab).await;
     for host in ["h1", "h2"] {
         lab.wait_converged(host, READY_TIMEOUT).await;
     }
-    traffic.stop().await.assert_no_loss("others come and go");
+    traffic.stop().await.assert_no_loss("other peers join and leave");
 }
 
-/// The binary is replaced as a package manager does it, under the running agent, and the agent is started anew.
+/// The running agent's binary is replaced as by a package manager, and the agent is restarted.
 #[tokio::test(flavor = "multi_thread")]
 async fn upgrade_loses_no_packet() {
     let place = tempfile::tempdir().expect_ok("a directory");
@@ -171,7 +171,7 @@ async fn upgrade_loses_no_packet() {
         notifications.wait_quiet().await;
     }
     let traffic = Traffic::start(&lab, "h1-c1", "h2-c1", Family::V4).await;
-    // Another file with another content; what follows an ELF file's sections is nobody's.
+    // A file with other content; ELF ignores data after its sections.
     let new = place.path().join("overlayd.new");
     std::fs::copy(&binary, &new).expect_ok("another copy");
     let mut file = std::fs::File::options().append(true).open(&new).expect_ok("the copy");

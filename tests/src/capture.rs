@@ -1,4 +1,6 @@
-//! What goes over a wire: packets captured by tcpdump inside a namespace, taken apart as far as stories need it, VXLAN's inner ones included.
+//! Packet capture with tcpdump inside a namespace.
+//!
+//! Packets are parsed as far as the tests need it, including VXLAN's inner packets.
 
 use std::io::{BufRead, BufReader};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -16,7 +18,7 @@ use crate::programs::require_program;
 /// VXLAN's port in the overlay (`wire.md`).
 pub const VXLAN_PORT: u16 = 8472;
 
-/// A capture that runs.
+/// A running capture.
 #[derive(Debug)]
 pub struct Capture {
     child: Child,
@@ -30,9 +32,9 @@ pub struct Packet {
     pub to_mac: [u8; 6],
     /// `EtherType`: 0x0800 IPv4, 0x0806 ARP, 0x86dd IPv6.
     pub ether_type: u16,
-    /// Source and destination: of the IP header, or sender and target of ARP.
+    /// Source and destination of the IP header, or sender and target of ARP.
     pub addresses: Option<(IpAddr, IpAddr)>,
-    /// The IP protocol; 0 where there is none.
+    /// The IP protocol; 0 without an IP header.
     pub protocol: u8,
     /// The UDP or TCP destination port.
     pub port: Option<u16>,
@@ -43,19 +45,19 @@ pub struct Packet {
 }
 
 impl Packet {
-    /// Whether it goes to more than one station.
+    /// Whether the destination MAC is a group address.
     pub fn is_multicast(&self) -> bool {
         self.to_mac[0] & 1 == 1
     }
 
-    /// ARP, or neighbour discovery of IPv6.
+    /// Whether this is ARP or IPv6 neighbour discovery.
     pub fn is_neighbour_discovery(&self) -> bool {
         self.ether_type == 0x0806 || self.neighbour.is_some()
     }
 }
 
 impl Capture {
-    /// Begins to capture at an interface, every packet whole.
+    /// Starts a capture at an interface, with no snap length.
     pub fn start(lab: &Lab, target: &str, interface: &str) -> Capture {
         require_program("tcpdump", "tcpdump");
         let file = lab.dir().join(format!("{target}-{interface}.pcap"));
@@ -64,21 +66,21 @@ impl Capture {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let netns = lab.netns(target).expect_ok(target);
         let mut child = netns.run(|| command.spawn()).expect_ok("enter the namespace").expect_ok("tcpdump");
-        let mut output = BufReader::new(child.stderr.take().expect_ok("tcpdump's words"));
+        let mut output = BufReader::new(child.stderr.take().expect_ok("tcpdump's standard error"));
         let mut line = String::new();
         while !line.contains("listening on") {
             let before = line.len();
-            output.read_line(&mut line).expect_ok("tcpdump's words");
+            output.read_line(&mut line).expect_ok("tcpdump's standard error");
             assert!(line.len() > before, "tcpdump ended: {line}");
         }
-        // It says more only at its end; a closed pipe must not end it before.
+        // tcpdump prints its statistics at the end; a closed pipe would kill it before that.
         child.stderr = Some(output.into_inner());
         Capture { child, file }
     }
 
-    /// Ends the capture; what went over the wire meanwhile.
+    /// Ends the capture and returns its packets.
     pub fn stop(mut self) -> Vec<Packet> {
-        // Packets reach tcpdump at once, the file a moment later.
+        // tcpdump receives packets at once, but writes the file a moment later.
         std::thread::sleep(Duration::from_millis(200));
         self.terminate(Signal::SIGINT);
         let bytes = std::fs::read(&self.file).expect_ok("the capture");
@@ -99,7 +101,7 @@ impl Drop for Capture {
     }
 }
 
-/// The packets of a capture file of the classic form (pcap-savefile(5)), written on this machine.
+/// The packets of a classic capture file (pcap-savefile(5)), in this machine's byte order.
 fn packets(bytes: &[u8]) -> Vec<Packet> {
     let mut found = Vec::new();
     let mut rest = bytes.get(24..).unwrap_or_default();
@@ -148,12 +150,12 @@ fn parse_ethernet(frame: &[u8]) -> Option<Packet> {
     };
     match packet.protocol {
         6 | 17 => packet.port = u16_at(payload, 2),
-        // ICMPv6: 135 and 136 are neighbour solicitation and advertisement, with the target behind eight bytes (RFC 4861 section 4.3).
+        // ICMPv6 types 135 and 136: neighbour solicitation and advertisement, target after eight bytes (RFC 4861 section 4.3).
         58 if matches!(payload.first(), Some(135 | 136)) => packet.neighbour = v6(48),
         _ => {}
     }
     if packet.protocol == 17 && packet.port == Some(VXLAN_PORT) {
-        // UDP 8 bytes, VXLAN 8 bytes with the VNI in the fifth to seventh (RFC 7348 section 5).
+        // UDP 8 bytes, VXLAN 8 bytes with the VNI in bytes five to seven (RFC 7348 section 5).
         let vni = payload.get(12..15)?.iter().fold(0, |vni, byte| vni << 8 | u32::from(*byte));
         packet.vxlan = Some((vni, Box::new(parse_ethernet(payload.get(16..)?)?)));
     }

@@ -1,6 +1,6 @@
-//! Unrelated peers that come, change and go in the store, again and again, while a story goes on.
+//! Repeated writes and deletions of unrelated peers in etcd during a test.
 //!
-//! One thread, which ends with [`Churn::stop_agent`], or when the churn is dropped.
+//! One thread, which ends with [`Churn::stop`], or when the churn is dropped.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,23 +10,23 @@ use overlayctl::lab::Lab;
 
 use crate::etcd;
 
-/// Writes and deletions that come and go.
+/// Background writes and deletions of leases.
 #[derive(Debug)]
 pub struct Churn {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<ChurnStats>>,
 }
 
-/// How much there was.
+/// Numbers of operations.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct ChurnStats {
-    /// Writes and deletions that etcd took.
+    /// Writes and deletions that etcd accepted.
     pub succeeded: u32,
-    /// Those that it did not take in time, or refused.
+    /// Writes and deletions that etcd rejected or did not answer in time.
     pub failed: u32,
 }
 
-/// The value of a peer that no host is.
+/// The lease value of a peer without a host.
 pub fn lease(number: u8, mac: u8) -> String {
     format!(
         r#"{{"PublicIP":"10.99.77.{number}","PublicIPv6":null,"BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"02:00:00:77:{mac:02x}:{number:02x}"}}}}"#
@@ -34,7 +34,7 @@ pub fn lease(number: u8, mac: u8) -> String {
 }
 
 impl Churn {
-    /// Begins: subnets of the block 10.244.240.0 to 10.244.247.0, of which the caller knows that no host has one, or does not mind.
+    /// Starts the churn in the subnets 10.244.240.0 to 10.244.247.0. No host may own one of these, or the test must tolerate it.
     pub fn start(lab: &Lab) -> Churn {
         let stop = Arc::new(AtomicBool::new(false));
         let (lab, ended) = (lab.clone(), Arc::clone(&stop));
@@ -46,7 +46,7 @@ impl Churn {
                 let number = round % 8;
                 let key = etcd::lease_key(&format!("10.244.{}.0-24", 240 + number));
                 let value = lease(number + 1, round / 16);
-                // Every third time it goes, so that next time it comes anew.
+                // Every third operation is a deletion, so that the next write creates the key.
                 let output = match round % 3 {
                     0 => etcd::etcdctl(&lab, &["del", "--", &key]),
                     _ => etcd::etcdctl(&lab, &["put", "--", &key, &value]),
@@ -65,14 +65,14 @@ impl Churn {
         Churn { stop, thread: Some(thread) }
     }
 
-    /// Ends it and removes what is left of it.
+    /// Stops the churn and deletes its remaining keys.
     pub async fn stop(mut self) -> ChurnStats {
         self.stop.store(true, Ordering::Relaxed);
         let Some(thread) = self.thread.take() else { return ChurnStats::default() };
         let joined = tokio::task::spawn_blocking(move || thread.join()).await;
         match joined {
             Ok(Ok(count)) => count,
-            other => panic!("the churn ended otherwise: {other:?}"),
+            other => panic!("unexpected end of the churn thread: {other:?}"),
         }
     }
 }

@@ -1,5 +1,7 @@
-//! An etcd of three members, each in a namespace of its own on a lab's switch, so that members can be killed, stopped and cut off one by
-//! one. The lab then has no etcd of its own.
+//! An etcd cluster of three members in a lab.
+//!
+//! Each member has its own namespace on the lab's switch, so that members can be killed, stopped and partitioned one by one. The
+//! lab has no etcd of its own.
 
 use std::process::Command;
 use std::time::Duration;
@@ -15,13 +17,13 @@ use serde_json::Value;
 use crate::test_lab::READY_TIMEOUT;
 use crate::{ExpectContext, TestLab, etcd, eventually};
 
-/// The members, by number.
+/// The numbers of the members.
 pub const MEMBERS: [u8; 3] = [1, 2, 3];
 
-/// How long a cluster may take to have a leader: an election is a second or two, more on a busy machine.
+/// Time limit for a leader election: one or two seconds, more on a busy machine.
 const ELECTION_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Brings up a lab as [`TestLab::report_up`] does, with a cluster in place of its own etcd.
+/// Brings up a lab like [`TestLab::up`], with a cluster instead of its own etcd.
 pub async fn up(configure: impl FnOnce(&mut LabOptions)) -> TestLab {
     let mut agents = true;
     let lab = TestLab::up(|options| {
@@ -39,7 +41,7 @@ pub async fn up(configure: impl FnOnce(&mut LabOptions)) -> TestLab {
     lab
 }
 
-/// Writes the network's configuration by what the agents are told to use as etcd, and where it is wished starts them.
+/// Writes the network configuration to the agents' etcd endpoints, and starts the agents on request.
 pub(crate) async fn configure_and_start_agents(lab: &TestLab, agents: bool) {
     lab::etcd::configure(lab).await.expect_ok("write the network's configuration");
     if agents {
@@ -51,9 +53,9 @@ pub(crate) async fn configure_and_start_agents(lab: &TestLab, agents: bool) {
     }
 }
 
-/// Makes a namespace with a wire to the underlay's switch, for a program that serves the hosts.
+/// Creates a namespace with a veth pair to the underlay switch, for a server.
 pub(crate) async fn add_switch_namespace(lab: &TestLab, name: &str, address: [u8; 4]) {
-    let at = "a server's wire";
+    let at = "connect a server to the switch";
     let switch = NetnsBuilder::open(&lab.open_netns("net")).expect_ok("the switch");
     let netns = Netns::create(&lab.layout().namespace(name)).expect_ok("a server's namespace");
     switch.add_veth(name, underlay::UPLINK, &netns).await.expect_ok(at);
@@ -65,7 +67,7 @@ pub(crate) async fn add_switch_namespace(lab: &TestLab, name: &str, address: [u8
     own.set_up(underlay::UPLINK).await.expect_ok(at);
 }
 
-/// The namespace of a member, as the lab names it.
+/// The lab's name of a member's namespace.
 pub fn name(member: u8) -> String {
     format!("e{member}")
 }
@@ -75,13 +77,13 @@ pub fn address(member: u8) -> [u8; 4] {
     [10, 99, 0, 10 + member]
 }
 
-/// Where a member answers on that port.
+/// The URL of a member's port.
 pub fn url(member: u8, port: u16) -> String {
     let [a, b, c, d] = address(member);
     format!("http://{a}.{b}.{c}.{d}:{port}")
 }
 
-/// Starts a member, on its data where there is some. Does not wait.
+/// Starts a member, with its existing data if present. Does not wait.
 pub fn start(lab: &Lab, member: u8) {
     const PEER: u16 = 2380;
     let dir = lab.dir().join(name(member));
@@ -92,7 +94,7 @@ pub fn start(lab: &Lab, member: u8) {
     let own = url(member, layout::ETCD_PORT);
     command.args(["--name", &name(member), "--logger", "zap", "--log-outputs", "stderr"]);
     command.arg("--data-dir").arg(dir.join("data"));
-    // The loopback address is for commands that ask this very member.
+    // The loopback address serves commands that query this one member.
     command.args(["--listen-client-urls", &format!("{own},http://127.0.0.1:{}", layout::ETCD_PORT)]);
     command.args(["--advertise-client-urls", &own, "--listen-peer-urls", &url(member, PEER)]);
     command.args(["--initial-advertise-peer-urls", &url(member, PEER)]);
@@ -101,13 +103,13 @@ pub fn start(lab: &Lab, member: u8) {
     process::start(command, Some(&netns), &dir.join("etcd.log"), &pid_file(lab, member)).expect_ok("start a member");
 }
 
-/// Takes away what the caller's environment would tell a program of etcd's.
+/// Removes etcd's variables of the caller's environment.
 pub(crate) fn clear_etcd_env(command: &mut Command) {
     for (variable, _) in std::env::vars_os().filter(|(n, _)| n.to_string_lossy().starts_with("ETCD_")) {
         command.env_remove(variable);
     }
     if cfg!(not(target_arch = "x86_64")) {
-        // etcd 3.4 asks for this word of consent on every other architecture.
+        // etcd 3.4 requires this variable on every other architecture.
         command.env("ETCD_UNSUPPORTED_ARCH", if cfg!(target_arch = "aarch64") { "arm64" } else { std::env::consts::ARCH });
     }
 }
@@ -142,7 +144,7 @@ pub fn etcdctl_at_member(lab: &Lab, member: u8, arguments: &[&str]) -> crate::pr
     etcd::etcdctl_at(lab, &name(member), &format!("http://127.0.0.1:{}", layout::ETCD_PORT), arguments)
 }
 
-/// The member that leads; the caller knows that there is one.
+/// The leading member; there must be one.
 pub async fn leader(lab: &Lab) -> u8 {
     eventually("one member leads", ELECTION_TIMEOUT, || {
         let ids = MEMBERS.map(|member| (member, status(lab, member)));
@@ -153,7 +155,7 @@ pub async fn leader(lab: &Lab) -> u8 {
     .await
 }
 
-/// The ids of a member and of who leads in its eyes; `None` where it does not answer.
+/// A member's id and the id of its leader; `None` if it does not answer.
 fn status(lab: &Lab, member: u8) -> Option<(u64, u64)> {
     let output = etcdctl_at_member(lab, member, &["endpoint", "status", "-w", "json"]);
     let all: Value = if output.code == Some(0) { output.json() } else { return None };
@@ -161,22 +163,22 @@ fn status(lab: &Lab, member: u8) -> Option<(u64, u64)> {
     Some((status["header"]["member_id"].as_u64()?, status["leader"].as_u64()?))
 }
 
-/// Hands the lead to another member; which one leads now.
+/// Moves the leadership to another member; returns the new leader.
 pub async fn move_leader(lab: &Lab) -> u8 {
     let from = leader(lab).await;
     let to = from % 3 + 1;
-    let (id, _) = status(lab, to).expect_ok("a follower that answers");
+    let (id, _) = status(lab, to).expect_ok("a responding follower");
     etcdctl_at_member(lab, from, &["move-leader", &format!("{id:x}")]).assert_code(0);
     let now = leader(lab).await;
-    assert_ne!(now, from, "the lead has moved");
+    assert_ne!(now, from, "the leadership has moved");
     now
 }
 
-/// Drops all history up to now on every member, and returns the space to the disk.
+/// Compacts all history up to now on every member, and returns the space to the disk.
 pub fn compact(lab: &Lab) {
     let revision = etcd::revision(lab);
     let output = etcd::etcdctl(lab, &["compact", "--physical", &revision.to_string()]);
-    // Nothing was written since the last time.
+    // No write since the last compaction.
     if !output.stderr.contains("required revision has been compacted") {
         output.assert_code(0);
     }
@@ -186,7 +188,7 @@ pub fn compact(lab: &Lab) {
 pub async fn wait_agents_healthy(lab: &TestLab) {
     for host in lab.hosts() {
         let well = |s: &overlay_agent::model::api::Status| s.ready && s.store.connected;
-        host.wait_status(READY_TIMEOUT, "it is not well again", well).await.expect_ok(host.name());
+        host.wait_status(READY_TIMEOUT, "not healthy again", well).await.expect_ok(host.name());
     }
-    agent::wait_mesh(lab, READY_TIMEOUT).await.expect_ok("every agent has a way to every other");
+    agent::wait_mesh(lab, READY_TIMEOUT).await.expect_ok("every agent reaches every other agent");
 }

@@ -1,5 +1,7 @@
-//! A container runtime as the CNI specification has it: runs the plugins of a network list one after the other, hands the result on, and
-//! knows nothing but what the plugins say.
+//! A container runtime according to the CNI specification.
+//!
+//! It runs the plugins of a network list in order, passes each result to the next plugin, and relies on the plugins' output
+//! alone.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -11,10 +13,10 @@ use serde_json::{Value, json};
 use crate::programs::{CommandOutput, workspace_binary};
 use crate::{ExpectContext, TestLab};
 
-/// Where Debian's package containernetworking-plugins has its plugins.
+/// The directory of the plugins in Debian's package containernetworking-plugins.
 pub const DEBIAN_PLUGINS: &str = "/usr/lib/cni";
 
-/// The versions that are served.
+/// The supported CNI versions.
 pub const SUPPORTED_VERSIONS: [&str; 4] = ["0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 
 /// One interface of one container.
@@ -30,7 +32,7 @@ pub struct Attachment {
     pub arguments: String,
 }
 
-/// A network list, and the host whose runtime runs it.
+/// A network list on one host.
 #[derive(Debug, Clone)]
 pub struct Network {
     /// The namespace of the host.
@@ -39,13 +41,13 @@ pub struct Network {
     pub version: String,
     /// `name`.
     pub name: String,
-    /// The plugins' own keys.
+    /// The plugins' configurations.
     pub plugins: Vec<Value>,
-    /// What the runtime asks for by capabilities.
+    /// The runtime's values for capabilities (`runtimeConfig`).
     pub runtime: Value,
 }
 
-/// The keys of our plugin for a host's agent.
+/// Our plugin's configuration for a host's agent.
 pub fn plugin_config(lab: &TestLab, host: &str) -> Value {
     json!({
         "type": "overlay-cni",
@@ -57,7 +59,7 @@ pub fn plugin_config(lab: &TestLab, host: &str) -> Value {
     })
 }
 
-/// The error that a plugin printed: code and message.
+/// The code and message of a plugin's error.
 #[track_caller]
 pub fn parse_error(output: &CommandOutput) -> (u64, String) {
     assert_ne!(output.code, Some(0), "`{}` succeeded: {}", output.command, output.stdout);
@@ -68,7 +70,7 @@ pub fn parse_error(output: &CommandOutput) -> (u64, String) {
 }
 
 impl Attachment {
-    /// A new namespace of a container, which goes with the lab.
+    /// A new namespace for a container, removed with the lab.
     #[track_caller]
     pub fn new(lab: &TestLab, host: &str, name: &str) -> Attachment {
         let netns = Netns::create(&lab.layout().namespace(&format!("{host}-{name}"))).expect_ok("a namespace");
@@ -88,7 +90,7 @@ impl Attachment {
 }
 
 impl Network {
-    /// A network of our plugin alone.
+    /// A network with only our plugin.
     pub fn overlay_only(lab: &TestLab, host: &str, version: &str) -> Network {
         Network {
             host: lab.open_netns(host),
@@ -99,7 +101,7 @@ impl Network {
         }
     }
 
-    /// The configuration of one plugin, as `SPEC.md`, "Deriving execution configuration from plugin configuration", has it.
+    /// The configuration of one plugin (`SPEC.md`, "Deriving execution configuration from plugin configuration").
     pub fn config(&self, plugin: &Value, extra: &[(&str, Value)]) -> Value {
         let mut config = plugin.clone();
         config["cniVersion"] = self.version.clone().into();
@@ -117,7 +119,7 @@ impl Network {
         config
     }
 
-    /// ADD by each plugin; the first that fails ends it.
+    /// Runs ADD of each plugin; stops at the first failure.
     pub fn add(&self, attachment: &Attachment) -> Result<Value, CommandOutput> {
         let mut result = Value::Null;
         for plugin in &self.plugins {
@@ -130,21 +132,21 @@ impl Network {
         Ok(result)
     }
 
-    /// CHECK by each plugin, with the result of ADD.
+    /// Runs CHECK of each plugin, with the result of ADD.
     pub fn check(&self, attachment: &Attachment, result: &Value) -> Result<(), CommandOutput> {
         self.plugins.iter().try_for_each(|plugin| {
             into_result(self.exec_plugin("CHECK", attachment, plugin, &self.config(plugin, &[("prevResult", result.clone())])))
         })
     }
 
-    /// DEL by each plugin in reverse order; `result` may be null.
+    /// Runs DEL of each plugin in reverse order; `result` may be null.
     pub fn del(&self, attachment: &Attachment, result: &Value) -> Result<(), CommandOutput> {
         self.plugins.iter().rev().try_for_each(|plugin| {
             into_result(self.exec_plugin("DEL", attachment, plugin, &self.config(plugin, &[("prevResult", result.clone())])))
         })
     }
 
-    /// GC of our plugin, with what is to be kept.
+    /// Runs GC of our plugin, with the valid attachments.
     pub fn gc(&self, keep: &[&Attachment]) -> Result<(), CommandOutput> {
         let keep: Vec<Value> = keep
             .iter()
@@ -155,17 +157,17 @@ impl Network {
         )
     }
 
-    /// STATUS of our plugin.
+    /// Runs STATUS of our plugin.
     pub fn status(&self) -> Result<(), CommandOutput> {
         into_result(self.exec_own_plugin("STATUS", &self.config(&self.plugins[0], &[]).to_string()))
     }
 
-    /// Our plugin with a verb, an input and nothing else.
+    /// Runs our plugin with only a verb and an input.
     pub fn exec_own_plugin(&self, verb: &str, input: &str) -> CommandOutput {
         self.exec_with_env(&workspace_binary("overlay-cni"), &[("CNI_COMMAND", verb), ("CNI_PATH", DEBIAN_PLUGINS)], input)
     }
 
-    /// One plugin, one verb.
+    /// Runs one verb of one plugin.
     pub fn exec_plugin(&self, verb: &str, attachment: &Attachment, plugin: &Value, config: &Value) -> CommandOutput {
         let name = plugin["type"].as_str().expect_ok("a type");
         let variables = [
@@ -179,7 +181,7 @@ impl Network {
         self.exec_with_env(&plugin_path(name), &variables, &config.to_string())
     }
 
-    /// A plugin with an environment, empty values left out, and an input.
+    /// Runs a plugin with an environment, without empty values, and an input.
     #[track_caller]
     pub fn exec_with_env(&self, program: &Path, variables: &[(&str, &str)], input: &str) -> CommandOutput {
         let output = self.host.run(|| {
@@ -188,7 +190,7 @@ impl Network {
             command.envs(variables.iter().filter(|(_, value)| !value.is_empty()).copied());
             let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
             if let Some(mut stdin) = child.stdin.take() {
-                // One that ends before it has read all says why on its output.
+                // A plugin that exits before it has read its input reports the reason on its output.
                 let _ = stdin.write_all(input.as_bytes());
             }
             child.wait_with_output()
@@ -205,7 +207,7 @@ fn into_result(output: CommandOutput) -> Result<(), CommandOutput> {
     if output.code == Some(0) { Ok(()) } else { Err(output) }
 }
 
-/// Where a plugin is: ours beside the tests, the others where Debian has them.
+/// The path of a plugin: ours next to the tests, the others in Debian's directory.
 fn plugin_path(name: &str) -> PathBuf {
     if name == "overlay-cni" {
         return workspace_binary(name);

@@ -1,15 +1,17 @@
-//! Machines for the pages: what stands in the documentation is run on them as it stands, in the directories and at the addresses of the pages.
+//! Hosts for the documentation pages.
 //!
-//! A machine is a set of namespaces (network, mounts, processes, host name) on one switch, with a root of its own as far as it is written to
-//! (`machines/boot.sh`). What it has in place of systemd and its journal stands in `machines/bin`; services are started by the same commands as their
-//! units do it, and the units themselves are tested on booted systems by `tests/systemd.sh`.
+//! The pages' commands run here unchanged, with the directories and addresses of the pages.
+//!
+//! A host is a set of namespaces (network, mounts, processes, host name) on one switch. The directories that it writes to are its
+//! own (`machines/boot.sh`). `machines/bin` holds its substitutes for systemd and the journal. They start services by the same
+//! commands as the units; `tests/systemd.sh` tests the units themselves on booted systems.
 //!
 //! | name | address |
 //! | --- | --- |
 //! | `host-1`, `host-2`, ... | 192.0.2.1, 192.0.2.2, ... |
 //! | `etcd` | 192.0.2.10 |
 //! | `etcd-1`, `etcd-2`, `etcd-3` | 192.0.2.11 to 192.0.2.13 |
-//! | `net` | the switch; default gateway 192.0.2.254, and 203.0.113.1 in the world outside |
+//! | `net` | the switch; default gateway 192.0.2.254, and 203.0.113.1 outside the network |
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -19,13 +21,13 @@ use std::time::Duration;
 use crate::programs::{CommandOutput, overlayctl, require_program, require_root};
 use crate::{ExpectContext, eventually};
 
-/// How long a machine may take to be there: a fraction of a second.
+/// Time limit for a host's boot: usually a fraction of a second.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long a condition on a machine may take to hold: a moment, more where the machines share a busy processor.
+/// Time limit for a condition on a host. Usually a moment, more if the hosts share a busy processor.
 const CONDITION_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The machines of a story. All of it goes with this value.
+/// The hosts of a test. All of them end with this value.
 #[derive(Debug)]
 pub struct DocHosts {
     hosts: BTreeMap<String, DocHost>,
@@ -33,14 +35,14 @@ pub struct DocHosts {
 
 #[derive(Debug)]
 struct DocHost {
-    /// `unshare`, whose end is that of all processes of the machine.
+    /// `unshare`; its end terminates all processes of the host.
     supervisor: Child,
-    /// The machine's first process, as it is seen from outside.
+    /// The PID of the host's init process in the test's PID namespace.
     init_pid: i32,
 }
 
 impl DocHosts {
-    /// Boots three hosts with an agent each and the subnets of the pages, `etcd`, and what else is named.
+    /// Boots three hosts with an agent each and the subnets of the pages, `etcd`, and the named hosts.
     pub async fn with_overlay(more: &[&str]) -> DocHosts {
         let machines = DocHosts::boot(&[&["host-1", "host-2", "host-3", "etcd"], more].concat()).await;
         machines.start_etcd("etcd");
@@ -52,7 +54,7 @@ impl DocHosts {
         machines
     }
 
-    /// Boots a switch and these machines.
+    /// Boots a switch and these hosts.
     pub async fn boot(names: &[&str]) -> DocHosts {
         require_root();
         for (program, package) in [
@@ -82,9 +84,9 @@ impl DocHosts {
         all
     }
 
-    /// A machine's interface `eth0`, on the switch.
+    /// Connects a host's interface `eth0` to the switch.
     fn attach_to_switch(&self, name: &str) {
-        // The kernel takes the number of the switch's process as the caller sees it, who is outside.
+        // The kernel resolves the switch's PID in the caller's PID namespace, which is outside of the host.
         let net = self.host("net").init_pid;
         let enter = |init: i32, script: String| {
             let output = Command::new("nsenter")
@@ -105,13 +107,13 @@ impl DocHosts {
     }
 
     fn host(&self, name: &str) -> &DocHost {
-        self.hosts.get(name).expect_ok(&format!("a machine `{name}`"))
+        self.hosts.get(name).expect_ok(&format!("a host `{name}`"))
     }
 
-    /// A command that runs on a machine as root, in root's directory.
+    /// A command that runs on a host as root, in root's directory.
     pub fn command(&self, name: &str, program: &str, arguments: &[&str]) -> Command {
         let init = self.host(name).init_pid.to_string();
-        let own = overlayctl().parent().expect_ok("its directory").to_path_buf();
+        let own = overlayctl().parent().expect_ok("overlayctl's directory").to_path_buf();
         let path = format!("/usr/local/sbin:/usr/local/bin:{}:/usr/sbin:/usr/bin:/sbin:/bin", own.display());
         let mut command = Command::new("nsenter");
         command.args([
@@ -134,14 +136,14 @@ impl DocHosts {
         command
     }
 
-    /// Runs a script on a machine; what it printed. It has to end well.
+    /// Runs a script on a host and returns its output. The script must succeed.
     #[track_caller]
     pub fn run(&self, name: &str, script: &str) -> String {
         let output = self.command(name, "bash", &["-euo", "pipefail", "-c", script]).output().expect_ok("nsenter");
         CommandOutput::from_output(&[name, script], &output).assert_code(0).stdout
     }
 
-    /// Waits until a script ends well on a machine.
+    /// Waits until a script succeeds on a host.
     pub async fn wait_for(&self, name: &str, script: &str) {
         eventually(&format!("on {name}: {script}"), CONDITION_TIMEOUT, || {
             let output = self.command(name, "bash", &["-euo", "pipefail", "-c", script]).output().expect_ok("nsenter");
@@ -151,24 +153,24 @@ impl DocHosts {
         .await;
     }
 
-    /// Writes a file of a machine.
+    /// Writes a file on a host.
     #[track_caller]
     pub fn write(&self, name: &str, path: &str, text: &str) {
-        // As the machine's own processes see it.
+        // The path as the host's own processes see it.
         let init = self.host(name).init_pid;
         let path = PathBuf::from(format!("/proc/{init}/root{path}"));
         std::fs::create_dir_all(path.parent().expect_ok("a directory")).expect_ok("a directory");
         std::fs::write(&path, text).expect_ok(&path.display().to_string());
     }
 
-    /// Copies a file of one machine to another one.
+    /// Copies a file from one host to another.
     #[track_caller]
     pub fn copy(&self, from: &str, to: &str, path: &str) {
         let file = |name: &str| PathBuf::from(format!("/proc/{}/root{path}", self.host(name).init_pid));
         std::fs::copy(file(from), file(to)).expect_ok(path);
     }
 
-    /// Starts etcd on a machine, reachable at the machine's address.
+    /// Starts etcd on a host, listening on the host's address.
     #[track_caller]
     pub fn start_etcd(&self, name: &str) {
         let url = format!("http://192.0.2.{}:2379", host_number(name));
@@ -177,21 +179,21 @@ impl DocHosts {
         self.run(name, "systemctl start etcd");
     }
 
-    /// Writes the network's configuration into the etcd at `etcd`.
+    /// Writes the network configuration to the etcd at `etcd`.
     #[track_caller]
     pub fn set_network_config(&self, name: &str, config: &str) {
         self.write(name, "/run/network.json", config);
         self.run(name, "overlayctl config set /run/network.json --etcd-endpoints http://192.0.2.10:2379");
     }
 
-    /// Gives a host its configuration, with etcd at `etcd`, and the memory of a subnet that it had: the one that the pages show. Its agent is not started.
+    /// Configures a host with the etcd at `etcd`, and saves the subnet of the pages as its last one. Does not start its agent.
     #[track_caller]
     pub fn configure(&self, name: &str, subnet: &str) {
         self.write(name, "/etc/overlayd/overlayd.toml", "etcd-endpoints = [\"http://192.0.2.10:2379\"]\n");
         self.write_saved_subnet(name, subnet);
     }
 
-    /// Gives a host the memory of a subnet that it had.
+    /// Writes a host's state file with a saved subnet.
     #[track_caller]
     pub fn write_saved_subnet(&self, name: &str, subnet: &str) {
         self.run(name, "install -d -m 0700 /var/lib/overlayd");
@@ -206,7 +208,7 @@ impl Drop for DocHosts {
             if failed && name.starts_with("host") {
                 let output = self.command(name, "tail", &["-n", "25", "/var/log/overlayd.log"]).output();
                 let log = output.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
-                eprintln!("--- the end of the log of {name} ({})\n{log}", machine.init_pid);
+                eprintln!("--- last lines of the log of {name} ({})\n{log}", machine.init_pid);
             }
         }
         for machine in self.hosts.values_mut() {
@@ -218,7 +220,7 @@ impl Drop for DocHosts {
 impl DocHost {
     async fn boot(name: &str) -> DocHost {
         let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/machines");
-        // Ended with this thread, and its processes with it, also where the test is killed.
+        // A SIGKILL at the end of this thread ends it with its processes, also if the test is killed.
         let mut command = Command::new("setpriv");
         command.args([
             "--pdeathsig",
@@ -240,20 +242,20 @@ impl DocHost {
         command.stdin(Stdio::null()).stdout(Stdio::null());
         let keeper = command.spawn().expect_ok("unshare");
         let children = format!("/proc/{0}/task/{0}/children", keeper.id());
-        let init = eventually(&format!("machine {name} is there"), BOOT_TIMEOUT, || {
+        let init = eventually(&format!("host {name} is up"), BOOT_TIMEOUT, || {
             let text = std::fs::read_to_string(&children).unwrap_or_default();
-            let init: i32 = text.trim().parse().map_err(|_| "it has no first process".to_owned())?;
+            let init: i32 = text.trim().parse().map_err(|_| "no init process".to_owned())?;
             let ready = Path::new(&format!("/proc/{init}/root/run/machine/ready")).exists();
-            if ready { Ok(init) } else { Err("it is not ready".to_owned()) }
+            if ready { Ok(init) } else { Err("not ready".to_owned()) }
         })
         .await;
         DocHost { supervisor: keeper, init_pid: init }
     }
 }
 
-/// The last number of a machine's address.
+/// The last byte of a host's address.
 fn host_number(name: &str) -> u8 {
-    let number = |text: &str| text.parse::<u8>().expect_ok("a machine's number");
+    let number = |text: &str| text.parse::<u8>().expect_ok("a host's number");
     match name.split_once('-') {
         Some(("host", n)) => number(n),
         Some(("etcd", n)) => 10 + number(n),

@@ -1,14 +1,16 @@
-//! A page of the documentation as blocks of commands, each with where it is run.
+//! Parses a documentation page into blocks of commands with their run targets.
 //!
-//! A block of commands is fenced with ```` ```sh ````. The comment right above it, which readers do not see, says where the block is run:
+//! A block of commands is fenced with ```` ```sh ````. The HTML comment directly above it states where the block is run:
 //!
-//! - `<!-- on host-1 host-2 -->`: on these [machines](crate::machines), one after the other, by the story that runs the page ([`crate::pages`]).
-//!   `, assert_code 3` behind it is the exit code that the block has to end with; `, soon` means that it is tried for half a minute, until it
-//!   ends so and prints what the page shows; `, is_removed on` that it runs on while the blocks behind it are run.
-//! - `<!-- as in tests/systemd.sh -->`: by that script, where this suite cannot: it has a line `documented PAGE "SECTION"`, and takes the commands from the
-//!   page; or each of the block's lines stands in it, `sudo` before a command and a remark behind it aside.
+//! - `<!-- on host-1 host-2 -->`: on these [hosts](crate::doc_hosts), in order, by the test that runs the page
+//!   ([`crate::doc_pages`]). The suffix `, exits 3` is the expected exit code. `, soon` retries the block for half a minute,
+//!   until it has this exit code and prints the page's output. `, goes on` runs the block in the background while later blocks
+//!   run.
+//! - `<!-- as in tests/systemd.sh -->`: by that script, because this suite cannot run it. Either the script has a line
+//!   `documented PAGE "SECTION"` and takes the commands from the page, or it contains each of the block's lines, apart from
+//!   `sudo` before a command and a comment after it.
 //!
-//! A block ```` ```text ```` right behind it is what it prints.
+//! A block ```` ```text ```` directly after it is its output.
 
 use std::path::{Path, PathBuf};
 
@@ -19,49 +21,49 @@ use crate::ExpectContext;
 pub struct Block {
     /// The line of its fence.
     pub line: usize,
-    /// The heading that it stands under; empty before the first one.
+    /// The heading above it; empty before the first heading.
     pub section: String,
-    /// Where it is run; `None` where nothing says so.
+    /// The run target; `None` without a marker.
     pub target: Option<RunTarget>,
     /// The commands.
     pub commands: String,
-    /// What the page says that they print.
+    /// The output on the page.
     pub expected_output: Option<String>,
 }
 
-/// Where a block is run.
+/// The run target of a block.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RunTarget {
-    /// On machines.
+    /// On hosts.
     Hosts {
-        /// Their names.
+        /// The names of the hosts.
         hosts: Vec<String>,
-        /// How it is run there.
+        /// The run mode.
         mode: RunMode,
     },
-    /// By a script, or a story that holds the same lines.
+    /// By a script, or by a test with the same lines.
     Script(PathBuf),
 }
 
-/// How a block is run.
+/// The run mode of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RunMode {
-    /// Once, in the machine's shell: variables and the directory stay.
+    /// Once, in the host's shell: variables and the directory stay.
     Plain,
-    /// Once, in a shell of its own, which has to end with this code.
+    /// Once, in a separate shell, which must exit with this code.
     ExpectExit(i32),
-    /// Again and again, in a shell of its own, until it ends with this code and prints what is shown.
+    /// Repeatedly, in a separate shell, until it exits with this code and prints the page's output.
     RetryUntilExit(i32),
     /// In the background.
     Background,
 }
 
-/// The directory of the sources.
+/// The top directory of the repository.
 pub fn repo_root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-/// The pages: `README.md` and all of `docs`, as paths from the top.
+/// The paths of the pages below the top directory: `README.md` and all of `docs`.
 pub fn page_paths() -> Vec<String> {
     let docs = std::fs::read_dir(repo_root().join("docs")).expect_ok("docs");
     let names = docs.map(|entry| entry.expect_ok("an entry").file_name().into_string().ok().expect_ok("UTF-8"));
@@ -76,12 +78,12 @@ pub fn page_text(page: &str) -> String {
     std::fs::read_to_string(repo_root().join(page)).expect_ok(page)
 }
 
-/// The blocks of commands of a page. What is wrong with its markers is told with the line.
+/// The blocks of commands of a page. An error names the line of a wrong marker.
 pub fn blocks(page: &str) -> Result<Vec<Block>, String> {
     let mut blocks: Vec<Block> = Vec::new();
     let mut section = String::new();
     let mut marker: Option<String> = None;
-    // Whether the line before ended a block of commands.
+    // Whether the previous line ended a block of commands.
     let mut behind = false;
     let mut lines = page.lines().enumerate();
     while let Some((number, line)) = lines.next() {
@@ -90,7 +92,7 @@ pub fn blocks(page: &str) -> Result<Vec<Block>, String> {
         }
         let Some(kind) = line.strip_prefix("```") else {
             if line.starts_with("    ") && !line.trim().is_empty() {
-                return Err(format!("{}: an indented block: fence it, with ```sh where it is commands", number + 1));
+                return Err(format!("{}: an indented block: fence it, commands with ```sh", number + 1));
             }
             marker = line.strip_prefix("<!-- ").and_then(|rest| rest.strip_suffix(" -->")).map(str::to_owned);
             behind = false;

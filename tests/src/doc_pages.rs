@@ -1,5 +1,6 @@
-//! Runs the commands of a page on [machines](crate::machines), block by block, and compares what they print with what the page shows
-//! ([`crate::doc_page`] says how a block tells where it is run).
+//! Runs a page's commands on [hosts](crate::doc_hosts) and compares the output with the page.
+//!
+//! [`crate::doc_page`] describes how a block states its run target.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io::Write;
@@ -11,14 +12,14 @@ use crate::doc_page::{Block, RunMode, RunTarget, blocks, page_text};
 use crate::output_match::matches;
 use crate::{ExpectContext, eventually};
 
-/// How long a block may take.
+/// Time limit of one block.
 const BLOCK_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// How long a block may be tried again that is to hold soon.
+/// Time limit for the retries of a `soon` block.
 const RETRY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What reads how a block is run and the file that it is in, and runs each: with nothing to read, for the names are not for the commands. A block in the
-/// background ends with its machine.
+/// Reads run modes and file names, and runs each file. The commands have no standard input, because the shell's input is the list
+/// of files. A background block ends with its host.
 const SHELL_LOOP: &str = r#"set -eu -o pipefail
 while read -r __way __step; do
     case $__way in
@@ -29,7 +30,7 @@ while read -r __way __step; do
     printf '\001%s %s\n' "$__step" "$__code"
 done"#;
 
-/// A page that is being run.
+/// A page in progress.
 #[derive(Debug)]
 pub struct DocPage<'a> {
     name: String,
@@ -47,7 +48,7 @@ struct Shell {
 }
 
 impl<'a> DocPage<'a> {
-    /// Opens a page. Blocks that another script runs are left out.
+    /// Opens a page, without the blocks of other scripts.
     pub fn open(name: &str, hosts: &'a DocHosts) -> DocPage<'a> {
         let all = blocks(&page_text(name)).unwrap_or_else(|error| panic!("{name}:{error}"));
         let blocks: VecDeque<Block> =
@@ -69,7 +70,7 @@ impl<'a> DocPage<'a> {
         }
     }
 
-    /// Runs what is left.
+    /// Runs the remaining blocks.
     pub async fn run_to_end(mut self) {
         while self.next_section().is_some() {
             self.run_block().await;
@@ -78,7 +79,7 @@ impl<'a> DocPage<'a> {
 
     /// Runs the next block, on each of its machines.
     pub async fn run_block(&mut self) {
-        let block = self.blocks.pop_front().expect_ok("a block that is left");
+        let block = self.blocks.pop_front().expect_ok("a remaining block");
         let Some(RunTarget::Hosts { hosts: machines, mode: way }) = &block.target else { return };
         for machine in machines {
             let end = Instant::now() + RETRY_TIMEOUT;
@@ -95,7 +96,7 @@ impl<'a> DocPage<'a> {
         }
     }
 
-    /// Runs a block on one machine; the error says how it ended otherwise than the page has it.
+    /// Runs a block on one host; the error describes the difference from the page.
     async fn run_on_host(&mut self, host: &str, block: &Block, mode: RunMode) -> Result<(), String> {
         let file = self.scratch.path().join(format!("step-{}", self.blocks_run));
         self.blocks_run += 1;
@@ -108,14 +109,14 @@ impl<'a> DocPage<'a> {
         let (machines, scratch) = (self.hosts, self.scratch.path());
         let shell = self.shells.entry(host.to_owned()).or_insert_with(|| Shell::start(machines, host, scratch));
         let before = shell.read_output().len();
-        writeln!(shell.bash.stdin.as_mut().expect_ok("its input"), "{word} {}", file.display()).expect_ok("bash");
+        writeln!(shell.bash.stdin.as_mut().expect_ok("the shell's input"), "{word} {}", file.display()).expect_ok("bash");
         let mark = format!("\u{1}{} ", file.display());
         let place = format!("{}:{} ends on {host}", self.name, block.line);
         let (printed, code) = eventually(&place, BLOCK_TIMEOUT, || {
             let text = shell.read_output();
             let ended = shell.bash.try_wait().expect_ok("bash");
             match text[before..].split_once(&mark) {
-                // What runs on in the background may print behind it.
+                // Commands in the background may print after the mark.
                 Some((printed, rest)) if rest.contains('\n') => {
                     Ok((printed.to_owned(), rest.lines().next().and_then(|code| code.parse::<i32>().ok())))
                 }
@@ -129,8 +130,9 @@ impl<'a> DocPage<'a> {
             return Err(format!("ends with {code} and prints\n{printed}"));
         }
         match &block.expected_output {
-            Some(shown) => matches(shown, &printed)
-                .map_err(|line| format!("the page shows\n{shown}but it prints\n{printed}what is missing: {line}")),
+            Some(shown) => {
+                matches(shown, &printed).map_err(|line| format!("the page shows\n{shown}but it prints\n{printed}missing: {line}"))
+            }
             None => Ok(()),
         }
     }
@@ -152,7 +154,7 @@ impl Shell {
 
 impl Drop for Shell {
     fn drop(&mut self) {
-        // What it started ends with the machine.
+        // Its other processes end with the host.
         let _ended = self.bash.kill().and_then(|()| self.bash.wait());
     }
 }

@@ -1,5 +1,7 @@
-//! Docker on a host of a lab: Debian's dockerd with a containerd of its own, in the host's network namespace. Mounts and processes are in
-//! namespaces of their own, so that nothing of it meets a Docker of the machine, and all of it ends with [`Docker`].
+//! Docker on a lab host: Debian's dockerd with its own containerd, in the host's network namespace.
+//!
+//! Mounts and processes are in separate namespaces, so that it cannot interfere with a Docker of the machine. All of it ends with
+//! [`Docker`].
 
 use std::fs;
 use std::io::Write;
@@ -15,26 +17,26 @@ use tempfile::TempDir;
 use crate::programs::{CommandOutput, require_program};
 use crate::{ExpectContext, eventually};
 
-/// The image that every Docker here has.
+/// The image in every test Docker.
 pub const IMAGE: &str = "overlay-tests";
 
-/// Debian's client; the search path may have another one first.
+/// Debian's client; the search path may contain another one first.
 const DOCKER_CLIENT: &str = "/usr/bin/docker";
 
-/// Where images and containers are, and the beginning of the directory's name; the lab's follows.
+/// The parent directory of images and containers, and the directory's name prefix; the lab's name follows.
 const DATA_DIR: (&str, &str) = ("/var/tmp", "overlay-docker-");
 
-/// The beginning of the control groups' names; the lab's and the host's follow.
+/// The prefix of cgroup names; the names of lab and host follow.
 const CGROUP_PREFIX: &str = "overlay-tests-";
 
-/// Where the control groups of version 2 are, and below it those of each controller of version 1.
+/// The cgroup v2 root, with the v1 controllers' hierarchies below it.
 const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
-/// How long containerd and dockerd may take to start, or to end.
+/// Time limit for the start or end of containerd and dockerd.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// What runs inside the new namespaces. The first process: when it ends, the kernel ends all others; and it ends when nobody holds its
-/// standard input any more, however this test ends.
+/// The script of the init process in the new namespaces. At its end the kernel kills all other processes. It ends when its
+/// standard input is closed, so also if the test is killed.
 const INIT_SCRIPT: &str = r#"
 mount --make-rprivate /
 mount -t proc proc /proc
@@ -48,14 +50,14 @@ for _ in $(seq 600); do [ -S /run/containerd.sock ] && break; sleep 0.1; done
 cat >/dev/null
 "#;
 
-/// The files of a Docker: images stay over a restart of its daemon.
+/// Docker's files: images survive a restart of the daemon.
 #[derive(Debug)]
 pub struct DockerFiles {
     dir: TempDir,
     cgroup: String,
 }
 
-/// A Docker that runs.
+/// A running Docker.
 #[derive(Debug)]
 pub struct Docker<'a> {
     files: &'a DockerFiles,
@@ -63,7 +65,7 @@ pub struct Docker<'a> {
 }
 
 impl DockerFiles {
-    /// Files for a host of a lab.
+    /// Creates the files for a lab host.
     pub fn new(lab: &Lab, host: &str) -> DockerFiles {
         for (program, package) in
             [("dockerd", "docker.io"), ("containerd", "containerd"), ("runc", "runc"), ("busybox", "busybox-static")]
@@ -74,18 +76,18 @@ impl DockerFiles {
         let lab = &lab.layout().name;
         let dir =
             tempfile::Builder::new().prefix(&format!("{}{lab}-", DATA_DIR.1)).tempdir_in(DATA_DIR.0).expect_ok("a directory");
-        // Without the part for Kubernetes, which opens ports.
+        // Without the Kubernetes plugin, which opens ports.
         fs::write(dir.path().join("containerd.toml"), "version = 2\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n")
             .expect_ok("containerd's configuration");
         DockerFiles { dir, cgroup: format!("{CGROUP_PREFIX}{lab}-{host}") }
     }
 
-    /// Where dockerd's configuration file is to be.
+    /// The path of dockerd's configuration file.
     pub fn config(&self) -> PathBuf {
         self.dir.path().join("daemon.json")
     }
 
-    /// Starts containerd and dockerd inside a host; they answer when it returns. `config` is dockerd's configuration file.
+    /// Starts containerd and dockerd inside a host and waits until they answer. `config` is dockerd's configuration file.
     pub async fn start(&self, lab: &Lab, host: &str, config: Option<&Path>) -> Docker<'_> {
         let dir = self.dir.path();
         let socket = dir.join("docker.sock");
@@ -105,7 +107,7 @@ impl DockerFiles {
             if output.code == Some(0) { Ok(()) } else { Err(format!("{}\n{}", output.stderr, docker.log())) }
         })
         .await;
-        assert!(docker.init.try_wait().expect_ok("wait").is_none(), "it ended: {}", docker.log());
+        assert!(docker.init.try_wait().expect_ok("wait").is_none(), "dockerd's namespaces ended: {}", docker.log());
         docker
     }
 }
@@ -118,7 +120,7 @@ impl Drop for DockerFiles {
     }
 }
 
-/// Removes what test runs that were killed have left: control groups and files of labs that are over. What is still in use stays for the next time.
+/// Removes leftovers of killed test runs: cgroups and files of labs that no longer exist. Busy ones stay for the next run.
 pub fn remove_leftovers(is_finished: impl Fn(&str) -> bool) {
     let left = |parent: &Path, prefix: &str| -> Vec<PathBuf> {
         let entries = fs::read_dir(parent).into_iter().flatten().flatten();
@@ -129,18 +131,18 @@ pub fn remove_leftovers(is_finished: impl Fn(&str) -> bool) {
         remove_cgroup(&group);
     }
     for dir in left(Path::new(DATA_DIR.0), DATA_DIR.1) {
-        // Another test process may be at it as well.
+        // Another test process may remove the same files.
         let _gone_already = fs::remove_dir_all(dir);
     }
 }
 
-/// Where groups may be.
+/// The directories that may contain cgroups.
 fn cgroup_parents() -> Vec<PathBuf> {
     let controllers = fs::read_dir(CGROUP_ROOT).into_iter().flatten().flatten().map(|entry| entry.path());
     controllers.filter(|path| path.is_dir()).chain([PathBuf::from(CGROUP_ROOT)]).collect()
 }
 
-/// Removes a group with those below it; a group goes by itself only when it is told to.
+/// Removes a cgroup and its children; a v1 or v2 cgroup is only removed by an explicit rmdir.
 fn remove_cgroup(group: &Path) {
     for inner in fs::read_dir(group).into_iter().flatten().flatten().filter(|entry| entry.path().is_dir()) {
         remove_cgroup(&inner.path());
@@ -149,7 +151,7 @@ fn remove_cgroup(group: &Path) {
 }
 
 impl Docker<'_> {
-    /// Runs Docker's client, however it ends.
+    /// Runs Docker's client and accepts any exit code.
     pub fn attempt(&self, arguments: &[&str]) -> CommandOutput {
         self.attempt_with(arguments, &[])
     }
@@ -161,21 +163,21 @@ impl Docker<'_> {
         command.env("DOCKER_CONFIG", dir).env_remove("DOCKER_HOST").env_remove("DOCKER_CONTEXT");
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().expect_ok(DOCKER_CLIENT);
-        let mut stdin = child.stdin.take().expect_ok("its input");
-        // A client that does not read its input ends all the same.
+        let mut stdin = child.stdin.take().expect_ok("the client's input");
+        // A client that does not read its input succeeds as well.
         let _closed = stdin.write_all(input);
         drop(stdin);
         let output = child.wait_with_output().expect_ok(DOCKER_CLIENT);
         CommandOutput::from_output(&[&["docker"], arguments].concat(), &output)
     }
 
-    /// Runs Docker's client; it must end well. What it said, without the last line end.
+    /// Runs Docker's client, which must succeed. Returns its output without the last newline.
     #[track_caller]
     pub fn run(&self, arguments: &[&str]) -> String {
         self.attempt(arguments).assert_code(0).stdout.trim_end().to_owned()
     }
 
-    /// Makes [`IMAGE`]: busybox, and a page in `/www` that names the host.
+    /// Builds [`IMAGE`]: busybox, and a page in `/www` that names the host.
     #[track_caller]
     pub fn import_image(&self, page: &str) {
         let root = self.files.dir.path().join("image");
@@ -195,7 +197,7 @@ impl Docker<'_> {
         self.attempt_with(&["import", "-", IMAGE], &tar.stdout).assert_code(0);
     }
 
-    /// Starts a container that serves its page, and ends at once when it is told to.
+    /// Starts a container with a web server that ends at once on a stop.
     #[track_caller]
     pub fn run_web_server(&self, name: &str) {
         self.run(&[
@@ -216,14 +218,14 @@ impl Docker<'_> {
         ]);
     }
 
-    /// A container's settings on Docker's default network.
+    /// A container's settings in Docker's default network.
     #[track_caller]
     pub fn network_settings(&self, container: &str) -> Value {
         let text = self.run(&["inspect", "--format", "{{json .NetworkSettings.Networks.bridge}}", container]);
         serde_json::from_str(&text).expect_ok(&text)
     }
 
-    /// The ends of the daemons' logs.
+    /// The last lines of the daemons' logs.
     pub fn log(&self) -> String {
         let dir = self.files.dir.path();
         let end = |name: &str| overlayctl::lab::process::log_tail(&dir.join(name));

@@ -1,5 +1,6 @@
-//! Everything that a network namespace holds, as lines: to compare before and after. What runs by itself (counters, timers, learned
-//! neighbours) is left out.
+//! The complete state of a network namespace as lines, for comparisons.
+//!
+//! Values that change by themselves (counters, timers, learned neighbours) are left out.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -36,7 +37,7 @@ const VOLATILE: [&str; 13] = [
 const VOLATILE_SYSCTLS: [&str; 3] = ["nf_conntrack_count", "tcp_fastopen_key", "stable_secret"];
 
 impl NetnsDump {
-    /// What the namespace holds now.
+    /// Dumps the namespace's current state.
     pub fn of(netns: &Netns) -> NetnsDump {
         require_program("nft", "nftables");
         let mut lines = BTreeSet::new();
@@ -72,7 +73,7 @@ impl NetnsDump {
         &self.0
     }
 
-    /// What has changed since another dump, as text; empty where nothing has. Sysctls that are new came with a kernel module.
+    /// The differences from an earlier dump as text; empty if equal. New sysctls are ignored: a kernel module brought them.
     pub fn changes_since(&self, before: &NetnsDump) -> String {
         let names = |dump: &NetnsDump| -> BTreeSet<String> {
             dump.0.iter().filter(|l| l.starts_with("sysctl ")).filter_map(|l| l.split(" = ").next().map(str::to_owned)).collect()
@@ -94,7 +95,7 @@ fn run_command(netns: &Netns, command: &[&str]) -> CommandOutput {
         .assert_code(0)
 }
 
-/// Takes out what changes by itself, at any depth.
+/// Removes volatile fields at any depth.
 fn remove_volatile(value: &mut Value) {
     match value {
         Value::Object(fields) => {
@@ -113,7 +114,7 @@ fn read_sysctls(dir: &Path, lines: &mut BTreeSet<String>) {
             read_sysctls(&path, lines);
             continue;
         }
-        // Some can only be written, some only be read once they are set.
+        // Some sysctls are write-only, others are readable only after they were set.
         let Ok(text) = fs::read_to_string(&path) else { continue };
         let name = path.strip_prefix("/proc/sys").unwrap_or(&path).display().to_string();
         if !VOLATILE_SYSCTLS.iter().any(|volatile| name.contains(volatile)) {

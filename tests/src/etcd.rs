@@ -1,4 +1,4 @@
-//! A lab's etcd as an adversary or an operator sees it: raw keys, leases, revisions, and the process itself.
+//! Direct access to a lab's etcd: raw keys, leases, revisions, and the process itself.
 
 use std::time::Duration;
 
@@ -10,22 +10,22 @@ use serde_json::Value;
 use crate::ExpectContext;
 use crate::programs::{CommandOutput, require_program};
 
-/// The configuration's key.
+/// The key of the network configuration.
 pub fn config_key() -> String {
     format!("{}/config", layout::ETCD_PREFIX)
 }
 
-/// The key of a lease.
+/// The key of a subnet lease.
 pub fn lease_key(name: &str) -> String {
     format!("{}/subnets/{name}", layout::ETCD_PREFIX)
 }
 
-/// Runs etcdctl against a lab's etcd; whatever happens.
+/// Runs etcdctl against a lab's etcd and accepts any exit code.
 pub fn etcdctl(lab: &Lab, arguments: &[&str]) -> CommandOutput {
     etcdctl_at(lab, "net", &lab.layout().etcd_endpoints().join(","), arguments)
 }
 
-/// Runs etcdctl inside a target against chosen endpoints; whatever happens.
+/// Runs etcdctl inside a target against chosen endpoints and accepts any exit code.
 pub fn etcdctl_at(lab: &Lab, target: &str, endpoints: &str, arguments: &[&str]) -> CommandOutput {
     require_program("etcdctl", "etcd-client");
     let endpoint = format!("--endpoints={endpoints}");
@@ -37,12 +37,12 @@ pub fn etcdctl_at(lab: &Lab, target: &str, endpoints: &str, arguments: &[&str]) 
     CommandOutput::from_output(&command, &output)
 }
 
-/// Writes a key; a reservation where it lies below `subnets/`.
+/// Writes a key; below `subnets/` this is a reservation.
 pub fn put(lab: &Lab, key: &str, value: &str) {
     etcdctl(lab, &["put", "--", key, value]).assert_code(0);
 }
 
-/// Writes a key with a value that is too long for a command line.
+/// Writes a key whose value is too long for a command line.
 pub fn put_long(lab: &Lab, key: &str, value: &[u8]) {
     let file = lab.dir().join("value");
     std::fs::write(&file, value).expect_ok("a file for the value");
@@ -53,29 +53,29 @@ pub fn put_long(lab: &Lab, key: &str, value: &[u8]) {
     CommandOutput::from_output(&command, &lab.exec("net", &command).expect_ok("etcdctl")).assert_code(0);
 }
 
-/// Makes an etcd lease of that many seconds; its id as etcdctl writes it.
+/// Grants an etcd lease with a TTL in seconds; returns its id as etcdctl prints it.
 pub fn grant(lab: &Lab, seconds: u32) -> String {
     let output = etcdctl(lab, &["lease", "grant", &seconds.to_string()]).assert_code(0);
     output.stdout.split_whitespace().nth(1).expect_ok("the id of an etcd lease").to_owned()
 }
 
-/// Writes a key that ends with an etcd lease.
+/// Writes a key attached to an etcd lease.
 pub fn put_leased(lab: &Lab, key: &str, value: &str, lease: &str) {
     etcdctl(lab, &["put", &format!("--lease={lease}"), "--", key, value]).assert_code(0);
 }
 
-/// Deletes a key; it must have been there.
+/// Deletes a key, which must exist.
 pub fn delete(lab: &Lab, key: &str) {
     let output = etcdctl(lab, &["del", "--", key]).assert_code(0);
     assert_eq!(output.stdout.trim(), "1", "{key} is deleted");
 }
 
-/// Ends an etcd lease, and with it its keys.
+/// Revokes an etcd lease, which deletes its keys.
 pub fn revoke(lab: &Lab, lease: i64) {
     etcdctl(lab, &["lease", "revoke", &format!("{lease:x}")]).assert_code(0);
 }
 
-/// A key with all that etcd says of it.
+/// A key with its metadata.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
     /// The key.
@@ -84,7 +84,7 @@ pub struct Entry {
     pub value: String,
     /// The etcd lease; 0 for none.
     pub lease: i64,
-    /// The revision of its making.
+    /// The revision of its creation.
     pub create_revision: i64,
     /// The revision of its last change.
     pub mod_revision: i64,
@@ -109,12 +109,12 @@ pub fn list(lab: &Lab, prefix: &str) -> Vec<Entry> {
         .collect()
 }
 
-/// Every lease of the overlay network.
+/// All subnet leases of the overlay network.
 pub fn leases(lab: &Lab) -> Vec<Entry> {
     list(lab, &lease_key(""))
 }
 
-/// The lease whose value holds this text.
+/// The subnet lease whose value contains this text.
 #[track_caller]
 pub fn lease_with(lab: &Lab, text: &str) -> Entry {
     let all = leases(lab);
@@ -122,25 +122,25 @@ pub fn lease_with(lab: &Lab, text: &str) -> Entry {
     found.expect_ok(&format!("a lease with {text} in {all:#?}"))
 }
 
-/// The store's revision: every write makes it greater.
+/// The store's revision, which every write increases.
 pub fn revision(lab: &Lab) -> i64 {
     let answer: Value = etcdctl(lab, &["get", "-w", "json", "no-such-key"]).assert_code(0).json();
     answer["header"]["revision"].as_i64().expect_ok("a revision")
 }
 
-/// Ends etcd without warning.
+/// Kills etcd with SIGKILL.
 pub fn kill(lab: &Lab) {
     let id = ProcessId::from_pid_file(&lab::etcd::pid_file(lab.dir())).expect_ok("etcd's process id");
     id.signal(Signal::SIGKILL).expect_ok("SIGKILL to etcd");
     assert!(id.wait(TERM_GRACE), "etcd ends on SIGKILL");
 }
 
-/// Starts etcd again, with its data.
+/// Starts etcd again with its data.
 pub async fn start(lab: &Lab) {
     lab::etcd::start(lab).await.expect_ok("etcd starts again");
 }
 
-/// Stops etcd in the middle of whatever it does, for that long: connections stay open and nothing answers.
+/// Stops etcd (SIGSTOP) for some time: connections stay open without an answer.
 pub async fn freeze(lab: &Lab, time: Duration) {
     let id = ProcessId::from_pid_file(&lab::etcd::pid_file(lab.dir())).expect_ok("etcd's process id");
     id.signal(Signal::SIGSTOP).expect_ok("SIGSTOP to etcd");
@@ -148,7 +148,7 @@ pub async fn freeze(lab: &Lab, time: Duration) {
     id.signal(Signal::SIGCONT).expect_ok("SIGCONT to etcd");
 }
 
-/// The text of a base64 value (RFC 4648 section 4), as etcdctl writes keys and values.
+/// Decodes base64 (RFC 4648 section 4), the encoding of keys and values in etcdctl's JSON.
 fn decode_base64(text: &str) -> String {
     let mut bytes = Vec::new();
     let (mut bits, mut count) = (0u32, 0);

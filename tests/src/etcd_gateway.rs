@@ -1,4 +1,5 @@
-//! etcd's JSON gateway over one persistent HTTP/1.1 connection: puts and deletions whose moment of sending and of acknowledgement are known.
+//! etcd's JSON gateway over one persistent HTTP/1.1 connection, with the times of each request and response.
+//!
 //! Paths and fields: etcd's `rpc.swagger.json`; keys and values are base64 there.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -8,24 +9,24 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 use serde_json::{Value, json};
 
-/// How long etcd may take to answer.
+/// Time limit of etcd's response.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Operations of one transaction; etcd's default limit is 128.
+/// Maximum number of operations of one transaction; etcd's default limit is 128.
 const MAX_OPS_PER_TXN: usize = 100;
 
-/// A connection.
+/// A connection to etcd.
 #[derive(Debug)]
 pub struct EtcdGateway {
     host: String,
     stream: BufReader<TcpStream>,
 }
 
-/// When a request was sent and its answer was read.
+/// The times of a request and its response.
 #[derive(Debug, Clone, Copy)]
 pub struct RequestTiming {
-    /// Right before the request was written.
+    /// Directly before the request was written.
     pub sent: Instant,
-    /// Right after the answer was read.
+    /// Directly after the response was read.
     pub acknowledged: Instant,
 }
 
@@ -52,14 +53,14 @@ impl EtcdGateway {
         self.request("/v3/kv/deleterange", &json!({ "key": base64(key.as_bytes()) })).map(|(exchange, _)| exchange)
     }
 
-    /// Deletes the keys from one up to another, which stays. Returns how many there were.
+    /// Deletes a range of keys, `to` excluded. Returns the number of deleted keys.
     pub fn delete_range(&mut self, from: &str, to: &str) -> anyhow::Result<u64> {
         let request = json!({ "key": base64(from.as_bytes()), "range_end": base64(to.as_bytes()) });
         let (_, answer) = self.request("/v3/kv/deleterange", &request)?;
         Ok(answer["deleted"].as_str().and_then(|count| count.parse().ok()).unwrap_or(0))
     }
 
-    /// Writes many keys, some to a transaction.
+    /// Writes many keys, in transactions of several keys.
     pub fn put_all<K: AsRef<[u8]>, V: AsRef<[u8]>>(&mut self, pairs: &[(K, V)]) -> anyhow::Result<()> {
         for chunk in pairs.chunks(MAX_OPS_PER_TXN) {
             let put = |(key, value): &(K, V)| json!({ "requestPut": put_request(key.as_ref(), value.as_ref()) });
@@ -80,7 +81,7 @@ impl EtcdGateway {
         let request = head + &body;
         let sent = Instant::now();
         self.stream.get_mut().write_all(request.as_bytes())?;
-        let (status, answer) = self.read_response().with_context(|| format!("etcd's answer to {path} cannot be read"))?;
+        let (status, answer) = self.read_response().with_context(|| format!("cannot read etcd's response to {path}"))?;
         let acknowledged = Instant::now();
         if status != 200 {
             bail!("etcd answers {path} with {status}: {}", String::from_utf8_lossy(&answer));
@@ -88,7 +89,7 @@ impl EtcdGateway {
         Ok((RequestTiming { sent, acknowledged }, serde_json::from_slice(&answer)?))
     }
 
-    /// Reads an answer, of known length or in chunks (RFC 9112 sections 6.3 and 7.1).
+    /// Reads a response of known length or in chunks (RFC 9112 sections 6.3 and 7.1).
     fn read_response(&mut self) -> anyhow::Result<(u16, Vec<u8>)> {
         let status = self.read_line()?;
         let code = status.split(' ').nth(1).and_then(|code| code.parse().ok()).with_context(|| format!("`{status}`"))?;

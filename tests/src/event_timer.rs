@@ -1,7 +1,9 @@
-//! How long entries of a namespace's kernel state are other than they should be: from the kernel's own notifications, each with the moment of its
-//! arrival, so that neither the start of a program nor a look at the state is measured along.
+//! Measures how long kernel state of a namespace differs from its expected state.
 //!
-//! One thread, which ends when the stopwatch is dropped.
+//! The source is the kernel's notifications with their times of arrival, so that neither a program's start nor a state dump is
+//! part of the measurement.
+//!
+//! One thread, which ends when the timer is dropped.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -18,10 +20,10 @@ use overlay_agent::kernel::netns::Netns;
 use crate::ExpectContext;
 use crate::notify::{self, messages};
 
-/// A change, by what it is about.
+/// The time and the key of a changed entry.
 type TimedEvent = (Instant, String);
 
-/// Notes every change in a namespace.
+/// Records every change in a namespace.
 #[derive(Debug)]
 pub struct EventTimer {
     stop: Arc<AtomicBool>,
@@ -29,17 +31,17 @@ pub struct EventTimer {
     thread: Option<JoinHandle<()>>,
 }
 
-/// What happened in a lap.
+/// The duration of changes in one measurement.
 #[derive(Debug, Clone, Default)]
 pub struct EventSpans {
     /// For each entry that changed more than once, the time from its first change to its last.
     pub entries: BTreeMap<String, Duration>,
-    /// From the first change of any to the last of any.
+    /// From the first change of any entry to the last change of any entry.
     pub total: Duration,
 }
 
 impl EventTimer {
-    /// Begins.
+    /// Starts to record.
     pub fn start(netns: &Netns) -> EventTimer {
         let sockets = notify::sockets(netns);
         let (stop, changes) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Vec::new())));
@@ -53,7 +55,7 @@ impl EventTimer {
         EventTimer { stop, events: changes, thread: Some(thread) }
     }
 
-    /// Waits until nothing has changed for a while, and tells what changed since the last lap.
+    /// Waits for a period without changes, and returns the changes since the last call.
     pub async fn collect_until_quiet(&self, quiet_period: Duration, limit: Duration) -> EventSpans {
         let end = Instant::now() + limit;
         loop {
@@ -94,18 +96,18 @@ impl EventSpans {
     }
 }
 
-/// The calling thread runs as soon as it can: read late, a change and its repair would look as if they were one moment apart.
+/// Gives the calling thread real-time priority. A late read would record a change and its repair at almost the same time.
 fn use_realtime_scheduling() {
-    // Priority 1 of sched(7)'s real-time scheduling is before all ordinary threads.
+    // Priority 1 of sched(7)'s real-time scheduling precedes all ordinary threads.
     let first = libc::sched_param { sched_priority: 1 };
-    // SAFETY: the kernel reads the structure and keeps nothing of it; 0 is the calling thread.
+    // SAFETY: the kernel reads the structure and keeps no reference to it; 0 is the calling thread.
     let result = unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const first) };
     if result != 0 {
         println!("without real-time scheduling ({}): times may come out too short", std::io::Error::last_os_error());
     }
 }
 
-/// Reads what is there, and waits a little where nothing is.
+/// Reads the available messages, or waits briefly for the next ones.
 fn read_events(sockets: &[(&'static str, OwnedFd); 2], events: &Mutex<Vec<TimedEvent>>) {
     let mut wanted: Vec<PollFd> = sockets.iter().map(|(_, fd)| PollFd::new(fd.as_fd(), PollFlags::POLLIN)).collect();
     let _ready = poll(&mut wanted, PollTimeout::from(50u8));
@@ -126,10 +128,11 @@ fn read_events(sockets: &[(&'static str, OwnedFd); 2], events: &Mutex<Vec<TimedE
     }
 }
 
-/// What a message is about: the same for an entry's end and its return; `None` for what the kernel does by itself.
+/// The key of a changed entry, equal for its deletion and its addition; `None` for changes by the kernel itself.
 fn entry_key(kind: &str, message: &[u8]) -> Option<String> {
     let code = u16::from_ne_bytes(message.get(4..6)?.try_into().ok()?);
-    // A lasting neighbour that is deleted is no lasting one in the message of its end; NDA_PROTOCOL tells it from the learned ones.
+    // The message of a deleted permanent neighbour no longer has the permanent state; NDA_PROTOCOL distinguishes it from learned
+    // ones.
     let made = matches!(code, 28 | 29) && message.get(28..).and_then(|attributes| find_attribute(attributes, 12)).is_some();
     if !made {
         notify::describe(kind, message)?;
@@ -139,7 +142,7 @@ fn entry_key(kind: &str, message: &[u8]) -> Option<String> {
     }
     let body = message.get(16..)?;
     let family = body.first()?;
-    // The structures and attributes of linux/rtnetlink.h, linux/neighbour.h and linux/nexthop.h.
+    // Structures and attributes: linux/rtnetlink.h, linux/neighbour.h and linux/nexthop.h.
     let (name, attribute) = match code {
         16 | 17 => return Some(format!("link {}", i32::from_ne_bytes(body.get(4..8)?.try_into().ok()?))),
         20 | 21 => ("address", find_attribute(body.get(8..)?, 1)?),
@@ -153,7 +156,7 @@ fn entry_key(kind: &str, message: &[u8]) -> Option<String> {
     Some(format!("{name} {attribute:?}"))
 }
 
-/// An attribute's value.
+/// The value of an attribute.
 fn find_attribute(mut bytes: &[u8], attribute_type: u16) -> Option<&[u8]> {
     loop {
         let length = usize::from(u16::from_ne_bytes(bytes.get(..2)?.try_into().ok()?));
@@ -166,34 +169,34 @@ fn find_attribute(mut bytes: &[u8], attribute_type: u16) -> Option<&[u8]> {
     }
 }
 
-/// Times of repairs, for a table: median and worst.
+/// Repair times for a table: median and maximum.
 #[derive(Debug, Clone, Default)]
 pub struct RepairTimes(Vec<Duration>);
 
 impl RepairTimes {
-    /// Adds one.
+    /// Adds a time.
     pub fn add(&mut self, time: Duration) {
         self.0.push(time);
     }
 
-    /// How many there are.
+    /// The number of times.
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// There are none.
+    /// Whether there are no times.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// The median; the upper one of two.
+    /// The median; of an even number, the upper of the two middle times.
     pub fn median(&self) -> Duration {
         let mut sorted = self.0.clone();
         sorted.sort_unstable();
         sorted.get(sorted.len() / 2).copied().expect_ok("a time")
     }
 
-    /// The longest.
+    /// The maximum.
     pub fn worst(&self) -> Duration {
         self.0.iter().max().copied().expect_ok("a time")
     }

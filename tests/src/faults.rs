@@ -1,7 +1,7 @@
-//! What can go wrong, as values that a story composes: each begins and ends.
+//! Faults as values that a test combines: each has a begin and an end.
 //!
-//! What happens at one moment (a lease revoked, history compacted) has nothing to end. What lasts is ended by [`Fault::end`]; where a story
-//! panics before, the lab's end takes all of it along, as it lives in the lab's namespaces.
+//! A momentary fault (a lease revoked, history compacted) needs no end. [`Fault::end`] ends a lasting one. If a test panics
+//! earlier, the fault ends with the lab, because it exists only in the lab's namespaces.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -30,25 +30,25 @@ pub enum Fault {
     EtcdKilled,
     /// The lab's own etcd is stopped until the end.
     EtcdFrozen,
-    /// Packets from the ones to the others are dropped on the switch until the end.
+    /// Packets in one or both directions are dropped on the switch until the end.
     LinkCut(LinkCut),
-    /// Another member of the cluster leads.
+    /// The leadership of the cluster moves to another member.
     LeaderMoves,
-    /// All history of the store is dropped.
+    /// All history of the store is compacted.
     HistoryCompacted,
-    /// The store is defragmented: it answers nothing meanwhile.
+    /// The store is defragmented: it does not answer meanwhile.
     Defragmented,
-    /// A host's etcd lease is revoked, as at its expiry: its key goes with it.
+    /// A host's etcd lease is revoked, as at its expiry, which deletes its key.
     LeaseRevoked(&'static str),
     /// A host's key is deleted.
     KeyDeleted(&'static str),
-    /// A host's wire is down until the end.
+    /// A host's underlay interface is down until the end.
     UnderlayDown(&'static str),
-    /// A host's wire takes this MTU; at the end its old one again.
+    /// A host's underlay interface has this MTU until the end.
     UnderlayMtu(&'static str, u32),
-    /// A host's address on the underlay is changed to this one; at the end its old one is back.
+    /// A host's underlay address is this one until the end.
     UnderlayAddress(&'static str, IpAddr),
-    /// A piece of a host's kernel state is deleted or altered: the name of one of [`kernel_fault::BULK_FAULTS`].
+    /// A part of a host's kernel state is deleted or changed: a name in [`kernel_fault::ALL`].
     KernelFault(&'static str, &'static str),
 }
 
@@ -57,30 +57,30 @@ pub enum Fault {
 pub struct LinkCut {
     /// Hosts (`h1`), members (`e1`), or `net` for the lab's own etcd.
     pub from: Vec<String>,
-    /// The others.
+    /// The other side of the partition.
     pub to: Vec<String>,
-    /// Whether packets the other way are dropped as well.
+    /// Whether packets in the opposite direction are dropped as well.
     pub bidirectional: bool,
 }
 
 impl LinkCut {
-    /// Nothing passes between the ones and the others.
+    /// Drops everything between two sides.
     pub fn between(from: &[&str], to: &[&str]) -> LinkCut {
         let owned = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
         LinkCut { from: owned(from), to: owned(to), bidirectional: true }
     }
 
-    /// Nothing passes from the ones to the others; the other way all does.
+    /// Drops everything from one side to the other, but not in the opposite direction.
     pub fn one_way(from: &[&str], to: &[&str]) -> LinkCut {
         LinkCut { bidirectional: false, ..LinkCut::between(from, to) }
     }
 
-    /// Nothing passes between a host and every member of the cluster.
+    /// Drops everything between a host and every member of the cluster.
     pub fn from_cluster(host: &str) -> LinkCut {
         LinkCut::between(&[host], &["e1", "e2", "e3"])
     }
 
-    /// The name of its table on the switch.
+    /// The name of the partition's table on the switch.
     fn table_name(&self) -> String {
         let letters = |names: &[String]| names.join("_");
         format!("cut_{}_{}", letters(&self.from), letters(&self.to))
@@ -98,7 +98,8 @@ impl LinkCut {
                 }
             }
         }
-        // What passes the switch, and what the switch's own namespace (the lab's own etcd) receives and sends.
+        // `forward` covers switched packets; `input` and `output` those of the switch's own namespace, which holds the lab's
+        // etcd.
         let chain = |hook: &str| format!("chain {hook} {{\ntype filter hook {hook} priority -300\n{rules}}}\n");
         format!("table bridge {} {{\n{}{}{}}}\n", self.table_name(), chain("forward"), chain("input"), chain("output"))
     }
@@ -109,7 +110,7 @@ fn drop_rule(from: IpAddr, to: IpAddr) -> String {
     format!("{family} saddr {from} {family} daddr {to} counter drop\n")
 }
 
-/// The addresses of two targets on the underlay, of the families that both have.
+/// The underlay addresses of two targets, in the families that both have.
 fn pairs(lab: &TestLab, a: &str, b: &str) -> Vec<(IpAddr, IpAddr)> {
     let addresses = |target: &str| -> Vec<IpAddr> {
         if target == "net" {
@@ -125,7 +126,7 @@ fn pairs(lab: &TestLab, a: &str, b: &str) -> Vec<(IpAddr, IpAddr)> {
 }
 
 impl Fault {
-    /// Makes it happen.
+    /// Begins the fault.
     pub async fn begin(&self, lab: &TestLab) {
         match self {
             Fault::AgentKilled(host, signal) => lab.host(host).agent_stop(*signal).expect_ok("stop the agent"),
@@ -159,7 +160,7 @@ impl Fault {
         }
     }
 
-    /// Ends it. Does not wait for what follows from that.
+    /// Ends the fault. Does not wait for the recovery.
     pub async fn end(&self, lab: &TestLab) {
         match self {
             Fault::AgentKilled(host, _) => {
@@ -174,7 +175,7 @@ impl Fault {
                 kernel::run(lab, "net", &["nft", "delete", "table", "bridge", &cut.table_name()]);
             }
             Fault::UnderlayDown(host) => {
-                // The default route went with the link.
+                // The default route was lost with the link.
                 kernel::shell(lab, host, "ip link set eth0 up; ip route replace default via 10.99.0.254 dev eth0");
             }
             Fault::UnderlayMtu(host, _) => {
@@ -190,7 +191,7 @@ impl Fault {
         }
     }
 
-    /// Begins it, lets it last, ends it, and waits until every agent is well again.
+    /// Begins the fault, ends it after some time, and waits until every agent is healthy again.
     pub async fn run_for(&self, lab: &TestLab, time: Duration) {
         self.begin(lab).await;
         tokio::time::sleep(time).await;
@@ -201,7 +202,7 @@ impl Fault {
         cluster::wait_agents_healthy(lab).await;
     }
 
-    /// All members of the cluster at once, by SIGKILL.
+    /// SIGKILL to all members of the cluster at once.
     pub fn all_members_killed() -> Fault {
         Fault::MembersKilled(MEMBERS.to_vec())
     }
@@ -213,13 +214,13 @@ impl fmt::Display for Fault {
     }
 }
 
-/// The address of a host on the underlay, as the lab gave it.
+/// A host's underlay address in the lab's layout.
 fn own_address(lab: &TestLab, host: &str) -> IpAddr {
     let addresses = &lab.host(host).layout().addresses;
     addresses.v4.or(addresses.v6).expect_ok("an address")
 }
 
-/// The new address is there before the old one goes, and is not taken along by it.
+/// Adds the new address before it deletes the old one; `promote_secondaries` keeps the new one.
 fn replace_address(lab: &TestLab, host: &str, old: IpAddr, new: IpAddr) {
     let length = layout::underlay(overlay_agent::model::Family::of(new)).length();
     let script = format!(

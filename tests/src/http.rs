@@ -1,4 +1,4 @@
-//! HTTP over the agent's socket with nothing between: what any program sees that is not our client.
+//! Raw HTTP over the agent's socket, without our client.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -9,10 +9,10 @@ use serde::de::DeserializeOwned;
 
 use crate::ExpectContext;
 
-/// How long an answer may take.
+/// Time limit of a response.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// An answer.
+/// A response.
 #[derive(Debug, Clone)]
 pub struct Response {
     /// The status code.
@@ -24,7 +24,7 @@ pub struct Response {
 }
 
 impl Response {
-    /// The body as JSON of a shape.
+    /// Parses the body as JSON.
     #[track_caller]
     pub fn json<T: DeserializeOwned>(&self) -> T {
         match serde_json::from_str(&self.body) {
@@ -34,7 +34,7 @@ impl Response {
     }
 }
 
-/// Asks the socket. HTTP/1.0: the answer ends with the connection.
+/// Sends a request to the socket. HTTP/1.0: the response ends with the connection.
 #[track_caller]
 pub fn request(socket: &Path, method: &str, path: &str, body: &str) -> Response {
     let mut stream = UnixStream::connect(socket).expect_ok(&socket.display().to_string());
@@ -46,7 +46,7 @@ pub fn request(socket: &Path, method: &str, path: &str, body: &str) -> Response 
     stream.write_all(request.as_bytes()).expect_ok(path);
     let mut bytes = Vec::new();
     match stream.read_to_end(&mut bytes) {
-        // The agent may answer before it has read all of a request that it refuses, and close then.
+        // The agent may answer and close the connection before it has read all of a rejected request.
         Err(error) if bytes.is_empty() || error.kind() != ErrorKind::ConnectionReset => panic!("{path}: {error}"),
         _ => {}
     }

@@ -1,4 +1,4 @@
-//! A container's root directory, made of busybox alone: enough to answer HTTP and to look at one's own network.
+//! A container's root directory with busybox only: enough for HTTP and network diagnosis.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -11,19 +11,19 @@ use overlay_agent::kernel::netns::Netns;
 
 use crate::ExpectContext;
 
-/// Where Debian's package busybox-static has it.
+/// The path in Debian's package busybox-static.
 const BUSYBOX: &str = "/bin/busybox";
 
-/// The programs of busybox that stories run.
+/// The busybox applets that tests run.
 const APPLETS: [&str; 5] = ["sh", "ip", "ping", "httpd", "sleep"];
 
-/// How long a call may take.
+/// Time limit of a request.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What a container's web server says.
+/// The web server's page in a container.
 pub const PAGE_BODY: &str = "a page from inside\n";
 
-/// Makes the tree below a directory; its path.
+/// Creates the tree below a directory; returns its path.
 pub fn build_rootfs(dir: &Path) -> PathBuf {
     let root = dir.join("rootfs");
     for name in ["bin", "etc", "proc", "sys", "dev", "tmp", "www"] {
@@ -38,8 +38,8 @@ pub fn build_rootfs(dir: &Path) -> PathBuf {
     root
 }
 
-/// Fetches the page of a container from inside a namespace; what went wrong as text. The busybox of some distributions cannot resolve even a
-/// numeric address, so it is not asked.
+/// Fetches a container's page from inside a namespace; an error is text. It does not use busybox, because some distributions'
+/// busybox cannot resolve even a numeric address.
 pub fn fetch_page(from: &Netns, to: IpAddr) -> Result<String, String> {
     let call = || -> std::io::Result<String> {
         let mut stream = TcpStream::connect_timeout(&SocketAddr::new(to, 80), FETCH_TIMEOUT)?;

@@ -1,5 +1,6 @@
-//! What others may write into etcd: broken and hostile leases and configurations, made up from what a real flanneld wrote, and what has to hold
-//! whatever stands there. A seed gives the same junk again.
+//! Random invalid and hostile leases and configurations in etcd, and the invariants for them.
+//!
+//! The values are derived from those of a real flanneld. The same seed gives the same values.
 
 use std::net::IpAddr;
 
@@ -13,15 +14,15 @@ use serde_json::{Value, json};
 
 use crate::ExpectContext;
 
-/// The network that junk is judged in.
+/// The network configuration for the classification of random entries.
 const NETWORK_CONFIG: &str = r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/56"}"#;
-/// This host's subnet, address and MAC, and those of two peers that were there before.
+/// Subnet key and number (address, MAC) of this host, and of two peers with valid leases.
 const OWN_LEASE: (&str, u8) = ("10.244.9.0-24&fd00:10:244:9::-64", 9);
 const VALID_PEERS: [(&str, u8); 2] = [("10.244.1.0-24&fd00:10:244:1::-64", 1), ("10.244.2.0-24&fd00:10:244:2::-64", 2)];
-/// The longest text about an entry, in bytes: one line of a log.
+/// Maximum length in bytes of a text about an entry: one log line.
 const MAX_LINE_LENGTH: usize = 2000;
 
-/// What a real flanneld wrote: keys' last parts and values.
+/// Key suffixes and values written by a real flanneld.
 pub fn recorded_leases() -> Vec<(String, String)> {
     let texts = [
         include_str!("../fixtures/flannel-v0.20.2/vxlan/etcd.txt"),
@@ -37,12 +38,12 @@ pub fn recorded_leases() -> Vec<(String, String)> {
     pairs.collect()
 }
 
-/// Whatever an entry is: it is read without a panic, the same way twice; what is said of it fits a line of a log; and it neither takes a good
-/// peer's place nor leads anywhere outside the network, to this host, or to no host at all.
+/// Checks the invariants of any entry. It is parsed without a panic and always with the same result; its texts fit a log line. It
+/// does not displace a valid peer, and does not lead outside the network, to this host, or to an address that is no host.
 pub fn check_entry(key: &str, value: &[u8]) {
     let network = NetworkConfig::parse(NETWORK_CONFIG).expect_ok("the network").config;
     let entry = read_entry(key, value, 100);
-    assert_eq!(entry, read_entry(key, value, 100), "read twice it is the same");
+    assert_eq!(entry, read_entry(key, value, 100), "a second read has the same result");
     if let Err(refusal) = &entry.value {
         assert_log_line(&refusal.to_string());
     }
@@ -54,9 +55,9 @@ pub fn check_entry(key: &str, value: &[u8]) {
     roster.upsert(entry);
     for (good, _) in VALID_PEERS.iter().filter(|(good, _)| *good != key) {
         let standing = roster.classify(good, &network, Some(&own));
-        assert!(matches!(standing, Some(Classification::Accepted(_))), "{good} is out of the data path: {standing:?}");
+        assert!(matches!(standing, Some(Classification::Accepted(_))), "{good} is not accepted: {standing:?}");
     }
-    match roster.classify(key, &network, Some(&own)).expect_ok("it is there") {
+    match roster.classify(key, &network, Some(&own)).expect_ok("the entry is in the table") {
         Classification::Own => assert_eq!(Subnet::from_key(key).ok(), Some(own.subnet)),
         Classification::Rejected(refusal) => assert_log_line(&refusal.to_string()),
         Classification::Accepted(peer) => {
@@ -64,12 +65,16 @@ pub fn check_entry(key: &str, value: &[u8]) {
                 let pool = network.pools.get(family).expect_ok("a family of the network");
                 assert!(pool.network.covers(reach.subnet), "{} is outside the network", reach.subnet);
                 assert!(reach.subnet.length() >= pool.network.length() + 2, "{} is most of the network", reach.subnet);
-                assert!(!own.subnet.get(family).expect_ok("ours").overlaps(reach.subnet), "{} is ours", reach.subnet);
+                assert!(
+                    !own.subnet.get(family).expect_ok("the own subnet").overlaps(reach.subnet),
+                    "{} overlaps the own subnet",
+                    reach.subnet
+                );
                 assert!(
                     is_unicast_host(reach.public_ip)
                         && !pool.covers_address(reach.public_ip)
                         && !reach.subnet.contains(reach.public_ip),
-                    "{} is no host",
+                    "{} is not a host address",
                     reach.public_ip
                 );
                 assert_ne!(Some(&reach.public_ip), own.public_ip.get(family), "our own address");
@@ -79,7 +84,8 @@ pub fn check_entry(key: &str, value: &[u8]) {
     }
 }
 
-/// Whatever a configuration is: it is read without a panic, its mistakes fit lines of a log, and what is accepted gives out subnets of the network.
+/// Checks the invariants of any configuration. It is parsed without a panic, its errors fit log lines, and pools lie inside the
+/// network.
 pub fn check_config(text: &str) {
     match NetworkConfig::parse(text) {
         Err(errors) => errors.0.iter().for_each(|error| assert_log_line(&error.to_string())),
@@ -126,7 +132,7 @@ fn host_entry((key, number): (&str, u8), revision: i64) -> StoreEntry {
     read_entry(key, value.to_string().as_bytes(), revision)
 }
 
-/// Makes junk up.
+/// Generates random entries and configurations.
 #[derive(Debug)]
 pub struct InvalidValueGenerator {
     rng: StdRng,
@@ -134,19 +140,19 @@ pub struct InvalidValueGenerator {
 }
 
 impl InvalidValueGenerator {
-    /// The junk of a seed.
+    /// A generator with a seed.
     pub fn new(seed: u64) -> InvalidValueGenerator {
         InvalidValueGenerator { rng: StdRng::seed_from_u64(seed), recorded_leases: recorded_leases() }
     }
 
-    /// The last part of a key, and a value.
+    /// A random key suffix and value.
     pub fn random_entry(&mut self) -> (String, Vec<u8>) {
         let (key, value) = self.recorded_leases[self.rng.random_range(0..self.recorded_leases.len())].clone();
         let key = if self.rng.random_bool(0.8) { self.random_key() } else { key };
         (key, self.mutate(&value))
     }
 
-    /// A configuration.
+    /// A random configuration.
     pub fn random_config(&mut self) -> Vec<u8> {
         let good = [
             NETWORK_CONFIG,
@@ -199,7 +205,7 @@ impl InvalidValueGenerator {
         }
     }
 
-    /// Changes a JSON text in a few places, as JSON or as bytes.
+    /// Changes a JSON text in several places, as JSON or as bytes.
     fn mutate(&mut self, text: &str) -> Vec<u8> {
         let mut value: Value = serde_json::from_str(text).expect_ok("recorded JSON");
         for _ in 0..self.rng.random_range(0..4) {
@@ -276,13 +282,13 @@ impl InvalidValueGenerator {
     }
 }
 
-/// As a key has it, with the host bits as they are now and then.
+/// A subnet in key form, sometimes with host bits set.
 fn subnet_key(address: IpAddr, length: u8) -> String {
     let whole = Cidr::containing(address, length).filter(|_| address.is_ipv4() || length % 16 != 1);
     whole.map_or_else(|| format!("{address}-{length}"), |c| format!("{}-{}", c.base(), c.length()))
 }
 
-/// Whether an entry's key lies in a range of these, in either family.
+/// Whether an entry's key overlaps one of these ranges, in either family.
 pub fn overlaps_any(key: &str, ranges: &[Subnet]) -> bool {
     let claims = |subnet: &Subnet| Family::ALL.into_iter().filter_map(|family| subnet.get(family)).collect::<Vec<_>>();
     Subnet::from_key(key).is_ok_and(|subnet| {

@@ -1,7 +1,7 @@
-//! The kernel's state of a lab's host, read with the tools that an operator has: `ip`, `bridge_name`, `nft`, /proc/sys.
+//! The kernel state of a lab host, read with an operator's tools: `ip`, `bridge`, `nft`, /proc/sys.
 //!
-//! [`actual`] writes down what there is of the overlay, one line an entry; [`expected_state`] what section 5 of the design asks for, from the
-//! leases alone. A story compares the two.
+//! [`actual_state`] lists the overlay's entries, one per line. [`expected_state`] derives the same lines from the leases and
+//! section 5 of the design. A test compares the two.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -18,28 +18,28 @@ use crate::ExpectContext;
 use crate::programs::{CommandOutput, require_program};
 use crate::rules::{self, ExpectedRuleset};
 
-/// The protocol number of all that is the agent's.
+/// The route protocol number of the agent.
 pub const ROUTE_PROTOCOL: &str = "86";
 
-/// Runs a command inside a target; it must end well.
+/// Runs a command inside a target; it must succeed.
 #[track_caller]
 pub fn run(lab: &Lab, target: &str, command: &[&str]) -> String {
     attempt(lab, target, command).assert_code(0).stdout
 }
 
-/// Runs a command inside a target, however it ends.
+/// Runs a command inside a target and accepts any exit code.
 #[track_caller]
 pub fn attempt(lab: &Lab, target: &str, command: &[&str]) -> CommandOutput {
     CommandOutput::from_output(command, &lab.exec(target, command).expect_ok(&format!("{target}: {}", command.join(" "))))
 }
 
-/// Runs a line of shell inside a target; it must end well.
+/// Runs a shell script inside a target; it must succeed.
 #[track_caller]
 pub fn shell(lab: &Lab, target: &str, script: &str) -> String {
     run(lab, target, &["sh", "-ec", script])
 }
 
-/// The elements that `ip -j -d` or `bridge_name -j` lists; none where nothing is printed.
+/// The elements of the output of `ip -j -d` or `bridge -j`; none without output.
 #[track_caller]
 pub fn list_json(lab: &Lab, target: &str, program: &str, arguments: &[&str]) -> Vec<Value> {
     require_program(program, "iproute2");
@@ -52,7 +52,7 @@ pub fn list_json(lab: &Lab, target: &str, program: &str, arguments: &[&str]) -> 
     all.into_iter().filter(|v| v.as_object().is_some_and(|fields| !fields.is_empty())).collect()
 }
 
-/// A link by name, where it is there.
+/// A link by name, if it exists.
 pub fn link(lab: &Lab, target: &str, name: &str) -> Option<Value> {
     list_json(lab, target, "ip", &["link", "show"]).into_iter().find(|link| link["ifname"] == name)
 }
@@ -65,7 +65,7 @@ pub fn sysctl(lab: &Lab, target: &str, path: &str) -> String {
     read.expect_ok(&format!("{target}: {}", file.display())).trim().to_owned()
 }
 
-/// Everything of the overlay that a host's kernel holds, one line an entry. The ids of next-hop objects are resolved.
+/// All overlay entries of a host's kernel, one per line. The ids of next-hop objects are resolved.
 pub fn actual_state(lab: &Lab, target: &str) -> BTreeSet<String> {
     let mut all = BTreeSet::new();
     for link in list_json(lab, target, "ip", &["link", "show"]) {
@@ -77,7 +77,7 @@ pub fn actual_state(lab: &Lab, target: &str) -> BTreeSet<String> {
             continue;
         }
         for address in link["addr_info"].as_array().map(Vec::as_slice).unwrap_or_default() {
-            // The kernel makes link-local addresses itself; the bridge's is the agent's and comes from its MAC.
+            // The kernel adds link-local addresses itself; the bridge's comes from the MAC that the agent sets.
             if address["scope"] == "global" {
                 all.insert(format!("address {}/{} dev {name}", text(address, "local"), number(address, "prefixlen")));
             }
@@ -142,7 +142,8 @@ pub fn actual_state(lab: &Lab, target: &str) -> BTreeSet<String> {
     all
 }
 
-/// What section 5 of the design asks for on a host: from the leases, the network and the underlay. Lines as [`actual`] has them.
+/// A host's expected state according to section 5 of the design, from leases, network and underlay. Same lines as
+/// [`actual_state`].
 pub async fn expected_state(host: &Host<'_>, classic: bool) -> BTreeSet<String> {
     let lab = host.lab();
     let Subnets { subnets } = host.client().subnets().await.expect_ok("the subnets");
@@ -192,9 +193,9 @@ pub async fn expected_state(host: &Host<'_>, classic: bool) -> BTreeSet<String> 
     if published && subnet.get(Family::V6).is_some() {
         all.insert(format!("route local ::1 dev ovb.{vni} proto {ROUTE_PROTOCOL}"));
     }
-    // Of the configuration in force: a story may have written another one than the lab's.
+    // The network configuration in force, because a test may have replaced the lab's.
     let pools = host.client().status().await.expect_ok("the status").network.expect_ok("the network").pools;
-    // The hosts of a lab have the machine's resolvers, which may have any address.
+    // The lab's hosts use the machine's resolvers, at any address.
     let resolvers = resolvers();
     for range in pools.iter().flat_map(|(_, pool)| pool.leasable_without(&resolvers)) {
         all.insert(format!("route unreachable {range} metric {} proto {ROUTE_PROTOCOL}", u32::MAX));
@@ -221,7 +222,7 @@ fn resolvers() -> BTreeSet<IpAddr> {
     text.lines().filter_map(|line| line.trim().strip_prefix("nameserver")?.trim().parse().ok()).collect()
 }
 
-/// The sysctls that the agent holds, with their values; without one where it is forwarding of a family that the network may not have.
+/// The sysctls that the agent sets. `None` as a value is forwarding of a family that the network may not have.
 fn expected_sysctls(lab: &Lab) -> Vec<(String, Option<&'static str>)> {
     let (vni, networks) = (vni(lab), lab.layout().networks);
     let (bridge, v4, v6) = (format!("ovb.{vni}"), format!("ovx.{vni}"), format!("ovx6.{vni}"));
@@ -248,10 +249,10 @@ fn expected_sysctls(lab: &Lab) -> Vec<(String, Option<&'static str>)> {
     all
 }
 
-/// What stands in one and not in the other, for messages; empty where they are equal.
+/// The lines of only one of the two sets, for messages; empty if they are equal.
 pub fn difference(actual: &BTreeSet<String>, expected: &BTreeSet<String>) -> String {
     let missing = expected.difference(actual).map(|line| format!("  missing: {line}\n"));
-    missing.chain(actual.difference(expected).map(|line| format!("  too much: {line}\n"))).collect()
+    missing.chain(actual.difference(expected).map(|line| format!("  unexpected: {line}\n"))).collect()
 }
 
 /// The VNI in the lab's configuration.
@@ -269,7 +270,7 @@ fn backend(lab: &Lab, field: &str, default: u64) -> u64 {
     config["Backend"][field].as_u64().unwrap_or(default)
 }
 
-/// Whether a link is one of the agent's devices, the ports of the bridge aside.
+/// Whether a link is one of the agent's devices, without the bridge ports.
 pub fn is_agent_device(name: &str) -> bool {
     ["ovx.", "ovx6.", "ovb."].iter().any(|prefix| name.starts_with(prefix))
 }
@@ -309,12 +310,12 @@ fn is_up(link: &Value) -> bool {
     link["flags"].as_array().is_some_and(|flags| flags.iter().any(|flag| flag == "UP"))
 }
 
-/// A field's text; empty where there is none.
+/// The text of a field; empty if missing.
 pub fn text(value: &Value, name: &str) -> String {
     value[name].as_str().unwrap_or_default().to_owned()
 }
 
-/// A field's number; 0 where there is none.
+/// The number of a field; 0 if missing.
 pub fn number(value: &Value, name: &str) -> u64 {
     value[name].as_u64().unwrap_or_default()
 }

@@ -1,11 +1,11 @@
-//! What is done by hand to a host's kernel state, each with its name: the deletion or the change of one kind of entry.
+//! Manual changes of a host's kernel state: each deletes or changes one kind of entry.
 
 use crate::{ExpectContext, TestLab, kernel};
 
-/// A damage.
+/// A named change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KernelFault {
-    /// What is done.
+    /// The name of the change.
     pub name: &'static str,
     script: &'static str,
 }
@@ -14,7 +14,7 @@ const fn kernel_fault(name: &'static str, script: &'static str) -> KernelFault {
     KernelFault { name, script }
 }
 
-/// All of them.
+/// All changes.
 pub const ALL: [KernelFault; 26] = [
     kernel_fault(
         "routes deleted",
@@ -71,7 +71,7 @@ pub const ALL: [KernelFault; 26] = [
     ),
 ];
 
-/// Deletes one after the other. (`flush` looks whether it has worked, and gives up after ten rounds: the agent is faster.)
+/// Deletes entries one by one. (`flush` verifies its result and gives up after ten rounds, because the agent is faster.)
 const SHELL_FUNCTIONS: &str = "addresses() {
     ip -o $1 address show dev $2 scope global | while read _ _ _ address _; do ip address delete $address dev $2; done
 }
@@ -81,29 +81,29 @@ neighbours() {
 ";
 
 impl KernelFault {
-    /// Does it to a host.
+    /// Applies the change to a host.
     pub fn inject(&self, lab: &TestLab, host: &str) {
         shell(lab, host, self.script);
     }
 
-    /// The same, whether there is anything to damage or not.
+    /// Applies the change and accepts any exit code, for example if the entry does not exist.
     pub fn try_inject(&self, lab: &TestLab, host: &str) {
         kernel::attempt(lab, host, &["sh", "-c", &format!("{SHELL_FUNCTIONS}{}", self.script)]);
     }
 
-    /// Its line of shell, for [`shell`].
+    /// The shell script, for [`shell`].
     pub fn script(&self) -> &'static str {
         self.script
     }
 }
 
-/// The damage of that name.
+/// The change of that name.
 #[track_caller]
 pub fn by_name(name: &str) -> KernelFault {
-    ALL.into_iter().find(|damage| damage.name == name).expect_ok(name)
+    ALL.into_iter().find(|fault| fault.name == name).expect_ok(name)
 }
 
-/// Runs a line of shell on a host, with the functions that damages use.
+/// Runs a shell script on a host, with the functions of the changes.
 pub fn shell(lab: &TestLab, host: &str, script: &str) {
     kernel::shell(lab, host, &format!("{SHELL_FUNCTIONS}{script}"));
 }

@@ -1,4 +1,4 @@
-//! What containers can leave on a host: to compare before and after.
+//! Possible leftovers of containers on a host, for comparisons.
 
 use overlay_agent::kernel::netns::Netns;
 use overlay_agent::model::Endpoint;
@@ -7,27 +7,27 @@ use crate::dump::NetnsDump;
 use crate::test_lab::CONVERGE_TIMEOUT;
 use crate::{ExpectContext, TestLab, eventually};
 
-/// All that an attach can leave: in the host's namespace, among the names of namespaces and of resolver files, with the agent.
+/// The state that an attach can leave: in the host's namespace, in the names of namespaces and resolver files, and in the agent.
 #[derive(Debug, Clone)]
 pub struct Leftovers {
     host_dump: NetnsDump,
     names: Vec<String>,
-    /// With the agent.
+    /// Endpoints of the agent.
     pub endpoints: Vec<Endpoint>,
 }
 
 impl Leftovers {
-    /// What there is on host `h1`, once it is quiet. One container has come and gone by then: the first port changes the bridge for good,
-    /// its operational state and the sizes that it offloads.
+    /// The state of host `h1` once it is quiet. It first attaches and detaches a container, because the first port changes the
+    /// bridge permanently: its operational state and its offload sizes.
     pub async fn baseline(lab: &TestLab) -> Leftovers {
         lab.ctl("h1", &["attach", "first"]).assert_code(0);
         lab.ctl("h1", &["detach", "first"]).assert_code(0);
-        // The kernel tells a bridge without ports that it has no carrier up to a second later.
+        // The kernel reports the lost carrier of a bridge without ports up to a second later.
         let has = |dump: &NetnsDump, words: &[&str]| dump.lines().iter().any(|line| words.iter().all(|word| line.contains(word)));
-        eventually("the first container's traces are gone", CONVERGE_TIMEOUT, || {
+        eventually("the host is quiet after the first container", CONVERGE_TIMEOUT, || {
             let left = Leftovers::collect(lab);
             if has(&left.host_dump, &["\"tentative\":true"]) {
-                return Err("duplicate address detection goes on".to_owned());
+                return Err("duplicate address detection is in progress".to_owned());
             }
             let without_ports = !has(&left.host_dump, &["\"ifname\":\"ove"]);
             if without_ports && !has(&left.host_dump, &["\"ifname\":\"ovb.", "\"NO-CARRIER\""]) {
@@ -51,7 +51,7 @@ impl Leftovers {
         }
     }
 
-    /// Waits until it is the same again: the kernel takes a namespace down some time after its last process.
+    /// Waits for the same state again: the kernel destroys a namespace some time after its last process.
     pub async fn assert_unchanged(&self, lab: &TestLab, action: &str) {
         eventually(&format!("nothing is left behind after {action}"), CONVERGE_TIMEOUT, || {
             let now = Leftovers::collect(lab);

@@ -1,8 +1,8 @@
-//! The harness of the stories: labs that are taken down whatever happens, waiting with a deadline, traffic that is counted, the kernel's and
-//! etcd's state as a test wants to see it.
+//! The harness of the end-to-end tests: labs with guaranteed cleanup, waiting with a deadline, counted traffic, kernel and etcd
+//! state.
 //!
-//! A lab is what `overlayctl start_lab report_up` makes; every story has its own, with a name of its own, so that stories run side by side. Nothing here
-//! touches the machine's own network namespace. What is missing on the machine fails with advice, it never skips.
+//! A lab is the result of `overlayctl lab up`. Every test has its own lab with a unique name, so that tests run in parallel. The
+//! harness does not touch the machine's own network namespace. A missing program fails the test with advice; it is never skipped.
 
 pub mod capture;
 pub mod churn;
@@ -45,9 +45,9 @@ use std::fmt::Display;
 pub use test_lab::TestLab;
 pub use wait::{eventually, eventually_true};
 
-/// Turns an error into the end of the test, with what was to be done.
+/// Turns an error into a panic with context.
 pub trait ExpectContext<T> {
-    /// The value, or a panic that says what failed and why.
+    /// The value, or a panic with the failed action and the reason.
     fn expect_ok(self, what: &str) -> T;
 }
 
@@ -66,7 +66,7 @@ impl<T> ExpectContext<T> for Option<T> {
     fn expect_ok(self, what: &str) -> T {
         match self {
             Some(value) => value,
-            None => panic!("{what}: there is none"),
+            None => panic!("{what}: missing"),
         }
     }
 }

@@ -1,7 +1,9 @@
-//! What the kernel tells everybody who listens: each change of links, addresses, routes, rules, next hops, lasting neighbours, forwarding and
-//! nftables. A story that says "nothing is written" listens meanwhile.
+//! The kernel's netlink notifications of links, addresses, routes, rules, next hops, permanent neighbours, forwarding and
+//! nftables.
 //!
-//! Neighbours that the kernel learns and forgets by itself are left out.
+//! A test that asserts "no writes" subscribes to them meanwhile.
+//!
+//! Neighbours that the kernel learns and removes itself are left out.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -14,23 +16,24 @@ use overlay_agent::kernel::netns::Netns;
 
 use crate::ExpectContext;
 
-/// Groups of `linux/rtnetlink.h`: link, neighbours, IPv4 address, route and rule, IPv6 address, route and rule, the two of netconf, next hops.
+/// Groups of `linux/rtnetlink.h`: link, neighbours, IPv4 address, route and rule, IPv6 address, route and rule, both netconf,
+/// next hops.
 const ROUTE_GROUPS: [u32; 11] = [1, 3, 5, 7, 8, 9, 11, 19, 24, 25, 32];
 
 /// `NFNLGRP_NFTABLES` of `linux/netfilter/nfnetlink.h`.
 const NFT_GROUPS: [u32; 1] = [7];
 
-/// Room for some ten thousand notifications.
+/// Receive buffer in bytes, for some ten thousand notifications.
 const RECEIVE_BUFFER_SIZE: usize = 8 << 20;
 
-/// How long a host must be silent to be at rest, and how long it may take until then.
+/// A host is quiet after this period without notifications, and the time limit for it.
 const QUIET_PERIOD: Duration = Duration::from_millis(300);
 const QUIET_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// A header is 16 bytes (`struct nlmsghdr`).
+/// The length of a header (`struct nlmsghdr`).
 const NLMSG_HDRLEN: usize = 16;
 
-/// Listens in one namespace, from when it is made.
+/// A subscription in one namespace.
 #[derive(Debug)]
 pub struct Notifications {
     netns: Netns,
@@ -38,12 +41,12 @@ pub struct Notifications {
 }
 
 impl Notifications {
-    /// Begins to listen.
+    /// Subscribes.
     pub fn subscribe(netns: &Netns) -> Notifications {
         Notifications { netns: netns.clone(), sockets: sockets(netns) }
     }
 
-    /// What came since the last call, one line each.
+    /// The notifications since the last call, one line each.
     pub fn drain(&self) -> Vec<String> {
         let mut lines = Vec::new();
         let mut buffer = vec![0; 64 << 10];
@@ -60,14 +63,14 @@ impl Notifications {
         lines
     }
 
-    /// Checks that nothing came.
+    /// Checks that there were no notifications.
     #[track_caller]
     pub fn assert_none(&self, what: &str) {
         let lines = self.drain();
-        assert!(lines.is_empty(), "{what}: the kernel tells of {} changes:\n  {}", lines.len(), lines.join("\n  "));
+        assert!(lines.is_empty(), "{what}: the kernel reports {} changes:\n  {}", lines.len(), lines.join("\n  "));
     }
 
-    /// Waits until every new address has passed duplicate address detection (which takes a second or two) and nothing has come for a while.
+    /// Waits until duplicate address detection has ended for every address (one or two seconds) and a quiet period has passed.
     pub async fn wait_quiet(&self) {
         let start = Instant::now();
         let mut last = start;
@@ -76,12 +79,12 @@ impl Notifications {
             if !lines.is_empty() || !tentative.is_empty() {
                 last = Instant::now();
             }
-            assert!(start.elapsed() < QUIET_TIMEOUT, "the host does not come to rest: {lines:?} {tentative}");
+            assert!(start.elapsed() < QUIET_TIMEOUT, "the host does not become quiet: {lines:?} {tentative}");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
 
-    /// Addresses that are not yet usable.
+    /// The addresses that are not usable yet.
     fn tentative_addresses(&self) -> String {
         let mut command = std::process::Command::new("ip");
         command.args(["-6", "-o", "address", "show", "tentative"]);
@@ -91,7 +94,7 @@ impl Notifications {
     }
 }
 
-/// The sockets that hear of every change in a namespace, each with the name of its protocol.
+/// The sockets that receive every change in a namespace, each with the name of its protocol.
 pub(crate) fn sockets(netns: &Netns) -> [(&'static str, OwnedFd); 2] {
     let open = |protocol, groups: &[u32]| -> nix::Result<OwnedFd> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
@@ -106,10 +109,10 @@ pub(crate) fn sockets(netns: &Netns) -> [(&'static str, OwnedFd); 2] {
             ("nftables", open(SockProtocol::NetlinkNetFilter, &NFT_GROUPS)?),
         ])
     };
-    netns.run(all).expect_ok("enter the namespace").expect_ok("listen to the kernel (root is needed)")
+    netns.run(all).expect_ok("enter the namespace").expect_ok("subscribe to netlink groups (root is needed)")
 }
 
-/// Cuts a datagram into messages.
+/// Splits a datagram into messages.
 pub(crate) fn messages(mut bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
     std::iter::from_fn(move || {
         let length = usize::try_from(u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?)).ok()?;
@@ -119,7 +122,7 @@ pub(crate) fn messages(mut bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
     })
 }
 
-/// A line for a message; `None` for what the kernel does by itself.
+/// A line for a message; `None` for changes by the kernel itself.
 pub(crate) fn describe(kind: &str, message: &[u8]) -> Option<String> {
     let code = u16::from_ne_bytes(message.get(4..6)?.try_into().ok()?);
     let sender = u32::from_ne_bytes(message.get(12..16)?.try_into().ok()?);
@@ -146,19 +149,19 @@ pub(crate) fn describe(kind: &str, message: &[u8]) -> Option<String> {
         _ => "message",
     };
     let detail = match code {
-        // Half a minute after a port came up a timer of the bridge tells of it once more (br_forward_delay_timer_expired in
-        // net/bridge/br_stp_timer.c): AF_BRIDGE, and nobody's doing.
+        // Half a minute after a port came up, a bridge timer reports it once more (br_forward_delay_timer_expired in
+        // net/bridge/br_stp_timer.c): AF_BRIDGE, without a requesting process.
         16 if body.first() == Some(&7) && sender == 0 => return None,
         // struct ndmsg: family, padding, interface, state.
         28 | 29 => {
             let state = u16::from_ne_bytes(body.get(8..10)?.try_into().ok()?);
-            // NUD_NOARP and NUD_PERMANENT of linux/neighbour.h: those that are made, not learned.
+            // NUD_NOARP and NUD_PERMANENT of linux/neighbour.h: configured neighbours, not learned ones.
             if state & 0xc0 == 0 {
                 return None;
             }
             format!("interface {}, family {}", i32::from_ne_bytes(body.get(4..8)?.try_into().ok()?), body.first()?)
         }
-        // struct ifinfomsg and struct ifaddrmsg have the interface behind four bytes.
+        // struct ifinfomsg and struct ifaddrmsg: the interface follows four bytes.
         16 | 17 | 20 | 21 => {
             format!("interface {}, family {}", i32::from_ne_bytes(body.get(4..8)?.try_into().ok()?), body.first()?)
         }

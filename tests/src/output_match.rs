@@ -1,9 +1,11 @@
-//! What a page shows, compared with what was printed: line by line, where `...` is any text, alone on a line any lines, and runs of blanks count as one.
+//! Compares a page's output with the actual output, line by line.
+//!
+//! `...` in a line matches any text, a line `...` matches any lines, and consecutive blanks count as one.
 
-/// Compares what is shown with what was printed; the first line that is shown and not found, or printed and not shown.
+/// Compares expected and actual output. An error is the first line that only one of them has.
 pub fn matches(expected: &str, actual: &str) -> Result<(), String> {
     let plain = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
-    // What bash says of a server that ran in the background and went with its lab, now or later.
+    // bash's message about a background server that ended with its lab; it may come at any time.
     let mut printed = actual.lines().filter(|line| !matches!(*line, "Terminated" | "Killed")).map(plain);
     let mut any = false;
     for line in expected.lines().map(plain) {
@@ -22,12 +24,12 @@ pub fn matches(expected: &str, actual: &str) -> Result<(), String> {
         any = false;
     }
     match printed.next() {
-        Some(line) if !any => Err(format!("`{line}` on the page")),
+        Some(line) if !any => Err(format!("`{line}` of the page")),
         _ => Ok(()),
     }
 }
 
-/// Whether a line is as the page has it, where `...` is any text.
+/// Whether a line matches a pattern in which `...` is any text.
 fn line_matches(pattern: &str, line: &str) -> bool {
     let Some((start, rest)) = pattern.split_once("...") else { return pattern == line };
     let Some(mut line) = line.strip_prefix(start) else { return false };

@@ -1,8 +1,8 @@
-//! Frames made by hand, and the wire that carries them: what a container or a host sends that does not keep to the rules.
+//! Builds arbitrary frames, and sends and receives them: for containers and hosts that break the rules.
 //!
-//! A [`PacketSocket`] is a packet socket (`packet(7)`) at one interface of a namespace: it sends a frame as it stands, and sees every frame that comes. The
-//! other functions make what goes into a frame, from the inside out; checksums are right, so that nothing is dropped for another reason than the
-//! one that a story is about.
+//! A [`PacketSocket`] is a packet socket (`packet(7)`) at one interface of a namespace: it sends frames unchanged, and receives
+//! every frame. The other functions build parts of a frame, from the inside out. Checksums are correct, so that a packet is
+//! dropped only for the tested reason.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -17,9 +17,9 @@ use crate::rules::link_local;
 /// An Ethernet address.
 pub type Mac = [u8; 6];
 
-/// All stations.
+/// The broadcast address.
 pub const BROADCAST: Mac = [0xff; 6];
-/// The station of all IPv6 nodes (RFC 2464 section 7).
+/// The multicast address of all IPv6 nodes (RFC 2464 section 7).
 pub const ALL_NODES: Mac = [0x33, 0x33, 0, 0, 0, 1];
 /// IP protocol numbers (IANA).
 pub const UDP: u8 = 17;
@@ -29,11 +29,11 @@ pub const ICMPV6: u8 = 58;
 pub const ARP: u16 = 0x0806;
 /// The ICMPv6 type of a router's advertisement (RFC 4861 section 4.2).
 pub const ROUTER_ADVERTISEMENT: u8 = 134;
-/// VXLAN's header (RFC 7348 section 5): the flag that says that the VNI is valid.
+/// VXLAN header (RFC 7348 section 5): the flag of a valid VNI.
 const VNI_VALID: u8 = 0x08;
-/// Receive buffer in bytes: a story looks at what came only now and then.
+/// Receive buffer in bytes: a test reads the frames only now and then.
 const RECEIVE_BUFFER_SIZE: usize = 4 << 20;
-/// More than a frame of the overlay has.
+/// Longer than any frame of the overlay.
 const MAX_FRAME_SIZE: usize = 9000;
 
 /// A packet socket at an interface.
@@ -43,7 +43,7 @@ pub struct PacketSocket {
 }
 
 impl PacketSocket {
-    /// Opens one at an interface of a namespace.
+    /// Opens a packet socket at an interface of a namespace.
     #[track_caller]
     pub fn open(netns: &Netns, interface: &str) -> PacketSocket {
         netns
@@ -57,7 +57,7 @@ impl PacketSocket {
         let kind = libc::SOCK_RAW | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
         // SAFETY: no pointers; the result is checked.
         let fd = Errno::result(unsafe { libc::socket(libc::AF_PACKET, kind, i32::from(everything)) })?;
-        // SAFETY: just opened, and nobody else's.
+        // SAFETY: just opened, and without another owner.
         let socket = unsafe { OwnedFd::from_raw_fd(fd) };
         // SAFETY: a plain structure of integers, for which all zeros is a value.
         let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
@@ -66,7 +66,7 @@ impl PacketSocket {
         let index = nix::net::if_::if_nametoindex(interface)?;
         address.sll_ifindex = i32::try_from(index).map_err(io::Error::other)?;
         let length = u32::try_from(size_of_val(&address)).map_err(io::Error::other)?;
-        // SAFETY: the address lives over the call and has that length.
+        // SAFETY: the address outlives the call and has that length.
         Errno::result(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) })?;
         nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::RcvBufForce, &RECEIVE_BUFFER_SIZE)?;
         Ok(PacketSocket { socket })
@@ -79,7 +79,7 @@ impl PacketSocket {
         assert_eq!(sent.expect_ok("send a frame"), frame.len());
     }
 
-    /// The frames that came, or went, since the last look.
+    /// The frames received or sent since the last call.
     #[track_caller]
     pub fn frames(&self) -> Vec<Vec<u8>> {
         let mut all = Vec::new();
@@ -95,18 +95,19 @@ impl PacketSocket {
     }
 }
 
-/// A frame.
+/// Builds a frame.
 pub fn frame(to: Mac, from: Mac, ether_type: u16, payload: &[u8]) -> Vec<u8> {
     [to.as_slice(), &from, &ether_type.to_be_bytes(), payload].concat()
 }
 
-/// A frame with an IP packet.
+/// Builds a frame with an IP packet.
 pub fn ip_frame(to: Mac, from: Mac, packet: &[u8]) -> Vec<u8> {
     let v4 = packet.first().is_some_and(|first| first >> 4 == 4);
     frame(to, from, if v4 { 0x0800 } else { 0x86dd }, packet)
 }
 
-/// An IP packet, of the family that the addresses have. The hop limit is 255: what has less is no neighbour discovery (RFC 4861 section 6.1).
+/// Builds an IP packet, in the family of the addresses. The hop limit is 255, as neighbour discovery requires (RFC 4861 section
+/// 6.1).
 pub fn ip(source: IpAddr, destination: IpAddr, protocol: u8, payload: &[u8]) -> Vec<u8> {
     match (source, destination) {
         (IpAddr::V4(source), IpAddr::V4(destination)) => {
@@ -123,27 +124,27 @@ pub fn ip(source: IpAddr, destination: IpAddr, protocol: u8, payload: &[u8]) -> 
             let header = [0x60, 0, 0, 0, length[0], length[1], protocol, 255];
             [header.as_slice(), &source.octets(), &destination.octets(), payload].concat()
         }
-        _ => panic!("{source} and {destination} are not of one family"),
+        _ => panic!("{source} and {destination} have different families"),
     }
 }
 
-/// An IP packet with a UDP datagram.
+/// Builds an IP packet with a UDP datagram.
 pub fn udp(source: SocketAddr, destination: SocketAddr, data: &[u8]) -> Vec<u8> {
     let length = length(8 + data.len());
     let mut datagram = [source.port().to_be_bytes(), destination.port().to_be_bytes(), length, [0, 0]].concat();
     datagram.extend(data);
     let sum = transport_checksum(source.ip(), destination.ip(), UDP, &datagram);
-    // Zero would say that there is none (RFC 768).
+    // Zero would mean "no checksum" (RFC 768).
     datagram[6..8].copy_from_slice(if sum == [0, 0] { &[0xff, 0xff] } else { &sum });
     ip(source.ip(), destination.ip(), UDP, &datagram)
 }
 
-/// An IPv6 packet with an ICMPv6 message; `parse_body` begins behind the checksum.
+/// Builds an IPv6 packet with an ICMPv6 message; `body` follows the checksum.
 pub fn icmpv6(source: IpAddr, destination: IpAddr, kind: u8, body: &[u8]) -> Vec<u8> {
     ip(source, destination, ICMPV6, &icmpv6_message(source, destination, kind, body))
 }
 
-/// A router's advertisement with a prefix of /64 to make an address of, for an hour.
+/// Builds a router advertisement with a /64 prefix for address autoconfiguration, valid for an hour.
 pub fn router_advertisement(mac: Mac, prefix: IpAddr) -> Vec<u8> {
     let all_nodes = IpAddr::from([0xff02, 0, 0, 0, 0, 0, 0, 1]);
     let (hour, source) = (3600_u32.to_be_bytes(), link_local(mac));
@@ -152,7 +153,7 @@ pub fn router_advertisement(mac: Mac, prefix: IpAddr) -> Vec<u8> {
     ip_frame(ALL_NODES, mac, &icmpv6(source, all_nodes, ROUTER_ADVERTISEMENT, &body))
 }
 
-/// The message alone.
+/// Builds an ICMPv6 message without an IP header.
 pub fn icmpv6_message(source: IpAddr, destination: IpAddr, kind: u8, body: &[u8]) -> Vec<u8> {
     let mut message = [&[kind, 0, 0, 0], body].concat();
     let sum = transport_checksum(source, destination, ICMPV6, &message);
@@ -160,13 +161,13 @@ pub fn icmpv6_message(source: IpAddr, destination: IpAddr, kind: u8, body: &[u8]
     message
 }
 
-/// What ARP says (RFC 826): `operation` 1 asks, 2 answers.
+/// Builds an ARP packet (RFC 826): `operation` 1 is a request, 2 a reply.
 pub fn arp(operation: u8, sender: (Mac, IpAddr), target: (Mac, IpAddr)) -> Vec<u8> {
     let head = [0, 1, 0x08, 0, 6, 4, 0, operation];
     [head.as_slice(), &sender.0, &octets(sender.1), &target.0, &octets(target.1)].concat()
 }
 
-/// A VXLAN header with an inner frame.
+/// Builds a VXLAN header with an inner frame.
 pub fn vxlan(vni: u32, inner: &[u8]) -> Vec<u8> {
     [&[VNI_VALID, 0, 0, 0], (vni << 8).to_be_bytes().as_slice(), inner].concat()
 }
@@ -183,12 +184,12 @@ fn length(bytes: usize) -> [u8; 2] {
     u16::try_from(bytes).expect_ok("a packet that fits its header").to_be_bytes()
 }
 
-/// With the pseudo header of both families (RFC 768, RFC 8200 section 8.1): the sum is the same whatever the order of its words.
+/// A checksum with the pseudo header of either family (RFC 768, RFC 8200 section 8.1). The order of the words does not matter.
 fn transport_checksum(source: IpAddr, destination: IpAddr, protocol: u8, payload: &[u8]) -> [u8; 2] {
     checksum(&[&octets(source), &octets(destination), &length(payload.len()), &[0, protocol], payload])
 }
 
-/// The Internet checksum (RFC 1071) of parts, all but the last of an even length.
+/// The Internet checksum (RFC 1071) of parts; all but the last have an even length.
 fn checksum(parts: &[&[u8]]) -> [u8; 2] {
     let word = |pair: &[u8]| u32::from(pair[0]) << 8 | pair.get(1).map_or(0, |low| u32::from(*low));
     let mut sum: u32 = parts.iter().flat_map(|part| part.chunks(2).map(word)).sum();
@@ -203,12 +204,12 @@ fn checksum(parts: &[&[u8]]) -> [u8; 2] {
 mod tests {
     use super::*;
 
-    /// RFC 1071 section 3 has these bytes and their sum.
+    /// RFC 1071 section 3 gives these bytes and their sum.
     #[test]
     fn checksums_match_rfc_examples() {
         assert_eq!(checksum(&[&[0x00, 0x01, 0xf2, 0x03], &[0xf4, 0xf5, 0xf6, 0xf7]]), [0x22, 0x0d]);
         let address = "192.0.2.1:9".parse().expect("an address");
         let packet = udp(address, address, b"odd");
-        assert_eq!(checksum(&[&packet[..20]]), [0, 0], "a header with its checksum sums up to nothing");
+        assert_eq!(checksum(&[&packet[..20]]), [0, 0], "a header with its checksum has the sum zero");
     }
 }

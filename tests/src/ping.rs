@@ -1,7 +1,6 @@
-//! Traffic under which things happen: numbered UDP packets from one container to another and back, at a steady pace, with every loss
-//! counted.
+//! Traffic during a test: numbered UDP packets between two containers at a constant rate, with every loss counted.
 //!
-//! Tasks: one that sends, one that receives, one that echoes; all end with [`Flow::stop_agent`], or when the flow is dropped.
+//! Three tasks send, receive and echo; all end with [`PingFlow::stop`], or when the flow is dropped.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -16,19 +15,19 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use crate::ExpectContext;
 
-/// The port of the echo: of the dynamic range, and not the lab check's.
+/// The port of the echo server: in the dynamic range, and different from the lab check's.
 const ECHO_PORT: u16 = 49_773;
 
 /// A hundred packets a second.
 const PING_INTERVAL: Duration = Duration::from_millis(10);
 
-/// Fewer packets than this say nothing.
+/// Minimum number of packets for a meaningful result.
 const MIN_PACKETS: usize = 20;
 
-/// How long a packet may be under way at the end before it counts as lost.
+/// How long an outstanding packet is awaited at the end before it counts as lost.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Packets that go to and fro.
+/// A flow of packets with echoes.
 #[derive(Debug)]
 pub struct PingFlow {
     tasks: JoinSet<()>,
@@ -39,33 +38,33 @@ pub struct PingFlow {
 
 #[derive(Debug, Default)]
 struct Counts {
-    /// When each packet was sent, since the start.
+    /// The time of each packet since the start.
     sent: Vec<Duration>,
-    /// Which of them came back.
+    /// Whether each packet was answered.
     answered: Vec<bool>,
-    /// Errors of sending and receiving, each with how often it came.
+    /// Errors of sending and receiving, with their counts.
     errors: BTreeMap<String, u32>,
 }
 
-/// What became of the packets.
+/// The result of a flow.
 #[derive(Debug, Clone)]
 pub struct PingStats {
-    /// How many were sent.
+    /// The number of packets sent.
     pub sent: usize,
-    /// When those were sent that did not come back, since the start of the flow.
+    /// The send times of the lost packets since the start of the flow.
     pub lost: Vec<Duration>,
-    /// Errors of sending and receiving, each with how often it came.
+    /// Errors of sending and receiving, with their counts.
     pub errors: BTreeMap<String, u32>,
 }
 
 impl PingStats {
-    /// Checks that packets were sent and all of them came back.
+    /// Checks that packets were sent and none was lost.
     #[track_caller]
     pub fn assert_no_loss(&self, what: &str) {
-        assert!(self.sent >= MIN_PACKETS, "{what}: only {} packets were sent, which shows nothing", self.sent);
+        assert!(self.sent >= MIN_PACKETS, "{what}: only {} packets were sent, too few for a result", self.sent);
         assert!(
             self.lost.is_empty(),
-            "{what}: {} of {} packets were lost, sent at {:?} behind the start; errors: {:?}",
+            "{what}: {} of {} packets were lost, sent at {:?} after the start; errors: {:?}",
             self.lost.len(),
             self.sent,
             self.lost,
@@ -75,7 +74,7 @@ impl PingStats {
 }
 
 impl PingFlow {
-    /// Starts a flow from a container to an address of another one, and waits until the first packet has come back.
+    /// Starts a flow from a container to another container's address, and waits for the first reply.
     pub async fn start(from: &Netns, to: &Netns, address: IpAddr) -> PingFlow {
         let echo = socket(to, SocketAddr::new(address, ECHO_PORT));
         let any: IpAddr = if address.is_ipv4() { [0u8; 4].into() } else { [0u16; 8].into() };
@@ -87,7 +86,7 @@ impl PingFlow {
         tasks.spawn(async move {
             let mut buffer = [0; 64];
             loop {
-                // An error belongs to an earlier packet (a port that is unreachable): the next one counts for itself.
+                // An error belongs to an earlier packet (port unreachable); the next packet is counted separately.
                 if let Ok((length, caller)) = echo.recv_from(&mut buffer).await {
                     let _sent = echo.send_to(&buffer[..length], caller).await;
                 }
@@ -98,10 +97,10 @@ impl PingFlow {
         let flow = PingFlow { tasks, sender, stop, counts };
         let end = Instant::now() + Duration::from_secs(10);
         while !flow.with_counts(|counts| counts.answered.iter().any(|a| *a)) {
-            assert!(Instant::now() < end, "no packet comes back from {address}: {:?}", flow.with_counts(|c| c.errors.clone()));
+            assert!(Instant::now() < end, "no reply from {address}: {:?}", flow.with_counts(|c| c.errors.clone()));
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        // What was lost while neighbours were looked for is not the story's.
+        // Packets lost during neighbour resolution are not part of the test.
         flow.with_counts(|counts| {
             counts.answered.iter_mut().for_each(|a| *a = true);
             counts.errors.clear();
@@ -109,21 +108,21 @@ impl PingFlow {
         flow
     }
 
-    /// Lets the flow go on for a time.
+    /// Lets the flow continue for some time.
     pub async fn run_for(&self, time: Duration) {
         tokio::time::sleep(time).await;
     }
 
-    /// Stops sending, waits for what is under way, and tells what became of the packets.
+    /// Stops sending, waits for outstanding packets, and returns the result.
     pub async fn stop(mut self) -> PingStats {
-        // On a busy machine the pace is slower: fewer packets would show nothing.
+        // A busy machine sends more slowly: fewer packets are not a meaningful result.
         let end = Instant::now() + DRAIN_TIMEOUT;
         while self.with_counts(|counts| counts.sent.len()) < MIN_PACKETS && Instant::now() < end {
             tokio::time::sleep(PING_INTERVAL).await;
         }
         self.stop.store(true, Ordering::Relaxed);
-        // It may be about to send one more, which is under way like the others.
-        (&mut self.sender).await.expect_ok("the task that sends");
+        // The sender may send one more packet, which is awaited like the others.
+        (&mut self.sender).await.expect_ok("the sending task");
         let end = Instant::now() + DRAIN_TIMEOUT;
         while self.with_counts(|counts| counts.answered.contains(&false)) && Instant::now() < end {
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -163,7 +162,7 @@ fn socket(netns: &Netns, at: SocketAddr) -> UdpSocket {
 
 async fn send(socket: Arc<UdpSocket>, counts: Arc<Mutex<Counts>>, stop: Arc<AtomicBool>, start: Instant) {
     let mut pace = tokio::time::interval(PING_INTERVAL);
-    // A busy machine sends later, never in bursts.
+    // A busy machine sends late, but never in bursts.
     pace.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     while !stop.load(Ordering::Relaxed) {
         pace.tick().await;

@@ -1,4 +1,4 @@
-//! The programs that stories start: our own, built in the same target directory, and those of the system.
+//! The programs that tests start: our own from the same target directory, and the system's.
 
 use std::path::{Path, PathBuf};
 use std::process::Output;
@@ -8,24 +8,24 @@ use nix::errno::Errno;
 
 use crate::ExpectContext;
 
-/// A binary of this workspace, from the directory above the running test's.
+/// A binary of this workspace, from the directory above the running test binary.
 pub fn workspace_binary(name: &str) -> PathBuf {
     let own = std::env::current_exe().expect_ok("the path of the running test");
     let found = own.ancestors().skip(1).take(2).map(|dir| dir.join(name)).find(|path| path.is_file());
-    found.expect_ok(&format!("{name} is not built beside {}: run `cargo build --workspace` first", own.display()))
+    found.expect_ok(&format!("{name} not found near {}: run `cargo build --workspace` first", own.display()))
 }
 
-/// The agent.
+/// The path of the agent.
 pub fn overlayd() -> PathBuf {
     workspace_binary("overlayd")
 }
 
-/// The command line.
+/// The path of the command line program.
 pub fn overlayctl() -> PathBuf {
     workspace_binary("overlayctl")
 }
 
-/// Fails with advice where a program of the system is not installed.
+/// Fails with advice if a program of the system is not installed.
 pub fn require_program(program: &str, package: &str) {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&path)
@@ -34,18 +34,18 @@ pub fn require_program(program: &str, package: &str) {
     assert!(found, "{program} is not installed: apt-get install {package}");
 }
 
-/// Fails with advice where the test does not run as root.
+/// Fails with advice if the test does not run as root.
 pub fn require_root() {
     assert!(
         nix::unistd::geteuid().is_root(),
-        "this story makes network namespaces: run it as root (sudo cargo test ...), or all of them by sudo ./tests/run.sh"
+        "this test needs root for network namespaces: run it as root (sudo cargo test ...), or all tests with sudo ./tests/run.sh"
     );
 }
 
-/// How a program ended and what it said, as text.
+/// The exit code and output of a program, as text.
 #[derive(Debug, Clone)]
 pub struct CommandOutput {
-    /// The exit code; `None` where a signal ended it.
+    /// The exit code; `None` if a signal ended it.
     pub code: Option<i32>,
     /// Standard output.
     pub stdout: String,
@@ -56,7 +56,7 @@ pub struct CommandOutput {
 }
 
 impl CommandOutput {
-    /// What a program said.
+    /// Converts the output of a program.
     pub fn from_output(command: &[impl AsRef<str>], output: &Output) -> CommandOutput {
         let names: Vec<&str> = command
             .iter()
@@ -70,20 +70,20 @@ impl CommandOutput {
         }
     }
 
-    /// The same, after checking the exit code.
+    /// Checks the exit code and returns the output.
     #[track_caller]
     pub fn assert_code(self, code: i32) -> CommandOutput {
-        assert_eq!(self.code, Some(code), "`{}` ended otherwise; it said:\n{}{}", self.command, self.stdout, self.stderr);
+        assert_eq!(self.code, Some(code), "`{}` has another exit code; output:\n{}{}", self.command, self.stdout, self.stderr);
         self
     }
 
-    /// The same, after checking that standard error holds each of these.
+    /// Checks that standard error contains each of these, and returns the output.
     #[track_caller]
     pub fn assert_stderr_contains(self, texts: &[&str]) -> CommandOutput {
         for text in texts {
             assert!(
                 self.stderr.contains(text),
-                "`{}` does not say `{text}`; it said:\n{}{}",
+                "`{}` does not print `{text}`; output:\n{}{}",
                 self.command,
                 self.stdout,
                 self.stderr
@@ -102,16 +102,16 @@ impl CommandOutput {
     }
 }
 
-/// Time on processors that a process has used, threads that have ended included, to the nanosecond.
+/// CPU time of a process in nanosecond resolution, including threads that have ended.
 pub fn process_cpu_time(pid: i32) -> nix::Result<Duration> {
     let mut clock: libc::clockid_t = 0;
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the system writes one value to the place that it is given.
+    // SAFETY: the system writes one value through the given pointer.
     match unsafe { libc::clock_getcpuclockid(pid, &raw mut clock) } {
         0 => {}
         errno => return Err(Errno::from_raw(errno)),
     }
-    // SAFETY: the same.
+    // SAFETY: as above.
     Errno::result(unsafe { libc::clock_gettime(clock, &raw mut time) })?;
     Ok(Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or_default()))
 }

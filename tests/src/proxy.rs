@@ -1,4 +1,4 @@
-//! Proxies of etcd (`etcd grpc-proxy`) between the agents and a cluster, each in a namespace of its own on the underlay.
+//! etcd proxies (`etcd grpc-proxy`) between the agents and a cluster, each in its own namespace on the underlay.
 
 use std::process::Command;
 
@@ -10,10 +10,10 @@ use crate::programs::CommandOutput;
 use crate::test_lab::READY_TIMEOUT;
 use crate::{ExpectContext, TestLab, cluster, etcd, eventually};
 
-/// The proxies, by number.
+/// The numbers of the proxies.
 pub const PROXIES: [u8; 2] = [1, 2];
 
-/// Brings up a lab as [`cluster_id::report_up`] does, whose agents know the proxies alone.
+/// Brings up a lab like [`cluster::up`], whose agents know only the proxies.
 pub async fn up(configure: impl FnOnce(&mut LabOptions)) -> TestLab {
     let mut agents = true;
     let lab = TestLab::up(|options| {
@@ -35,7 +35,7 @@ pub async fn up(configure: impl FnOnce(&mut LabOptions)) -> TestLab {
     lab
 }
 
-/// The namespace of a proxy, as the lab names it.
+/// The lab's name of a proxy's namespace.
 pub fn name(proxy: u8) -> String {
     format!("p{proxy}")
 }
@@ -44,17 +44,17 @@ fn address(proxy: u8) -> [u8; 4] {
     [10, 99, 0, 20 + proxy]
 }
 
-/// Where a proxy answers.
+/// The URL of a proxy.
 pub fn url(proxy: u8) -> String {
     let [a, b, c, d] = address(proxy);
     format!("http://{a}.{b}.{c}.{d}:{}", layout::ETCD_PORT)
 }
 
-/// As `docs/scale.md` has it.
+/// The command line in `docs/scale.md`.
 const PROXY_COMMAND: &str = "etcd grpc-proxy start --endpoints=https://e1:2379,https://e2:2379,https://e3:2379 --listen-addr=0.0.0.0:2379 --advertise-client-url=PROXY:2379 --max-send-bytes=33554432";
 const DOC_ENDPOINTS: &str = "https://e1:2379,https://e2:2379,https://e3:2379";
 
-/// Starts a proxy and waits until it hands on what it is asked.
+/// Starts a proxy and waits until it forwards requests.
 pub async fn start(lab: &TestLab, proxy: u8) {
     let dir = lab.dir().join(name(proxy));
     std::fs::create_dir_all(&dir).expect_ok("a proxy's directory");
@@ -67,7 +67,7 @@ pub async fn start(lab: &TestLab, proxy: u8) {
     command.args(words.split_whitespace().skip(1)).arg("--data-dir").arg(dir.join("data"));
     let netns = lab.netns(&name(proxy)).expect_ok("a proxy's namespace");
     process::start(command, Some(&netns), &dir.join("proxy.log"), &pid_file(lab, proxy)).expect_ok("start a proxy");
-    eventually(&format!("{} hands on", name(proxy)), READY_TIMEOUT, || {
+    eventually(&format!("{} forwards requests", name(proxy)), READY_TIMEOUT, || {
         match etcdctl_via_proxy(lab, proxy, &["get", "no-such-key"]) {
             output if output.code == Some(0) => Ok(()),
             output => Err(output.stderr),
@@ -76,7 +76,7 @@ pub async fn start(lab: &TestLab, proxy: u8) {
     .await;
 }
 
-/// Ends a proxy without warning.
+/// Kills a proxy with SIGKILL.
 pub fn kill(lab: &Lab, proxy: u8) {
     let id = ProcessId::from_pid_file(&pid_file(lab, proxy)).expect_ok("a proxy's process id");
     id.signal(Signal::SIGKILL).expect_ok("kill a proxy");

@@ -1,7 +1,9 @@
-//! Shell text taken apart into its simple commands, as far as the pages use the language: quotes, continued lines, comments, substitutions, pipes, lists,
-//! redirections and here-documents. Nothing is expanded: a variable stays as it is written.
+//! Parses shell text into simple commands, as far as the pages use the language.
+//!
+//! Supported: quotes, continued lines, comments, substitutions, pipes, lists, redirections and here-documents. Nothing is
+//! expanded: variables stay as written.
 
-/// The simple commands of a text, each as its words; those of substitutions behind the one that they stand in.
+/// The simple commands of a text as words; commands of substitutions follow the containing command.
 pub fn commands(text: &str) -> Vec<Vec<String>> {
     let mut lexer = Lexer { chars: text.chars().collect(), at: 0, found: Vec::new(), inner: Vec::new(), documents: Vec::new() };
     lexer.run();
@@ -11,7 +13,7 @@ pub fn commands(text: &str) -> Vec<Vec<String>> {
     found
 }
 
-/// The words of a command without what stands before its name: assignments, keywords, and programs that run another.
+/// The words of a command without its prefix: assignments, keywords, and wrapper programs.
 fn strip(mut words: Vec<String>) -> Vec<String> {
     const KEYWORDS: [&str; 14] =
         ["if", "then", "elif", "else", "fi", "while", "until", "do", "done", "!", "{", "}", "time", "exec"];
@@ -25,7 +27,7 @@ fn strip(mut words: Vec<String>) -> Vec<String> {
         };
         let drop = match words.first().map(String::as_str) {
             Some(word) if KEYWORDS.contains(&word) || assignment(word) || matches!(word, "sudo" | "env") => 1,
-            // As the tutorials have it: on HOST COMMAND.
+            // The tutorials' form: on HOST COMMAND.
             Some("on") => 2,
             Some("ip") if words.len() > 4 && words[1..3] == ["netns", "exec"] => 4,
             _ => return words,
@@ -40,7 +42,7 @@ struct Lexer {
     found: Vec<Vec<String>>,
     /// The texts of substitutions.
     inner: Vec<String>,
-    /// The ends of here-documents whose text begins on the next line.
+    /// The delimiters of here-documents that begin on the next line.
     documents: Vec<String>,
 }
 
@@ -78,7 +80,7 @@ impl Lexer {
                 '<' | '>' => self.redirection(),
                 _ => {
                     let word = self.word();
-                    // The number of a redirection.
+                    // A redirection's file descriptor.
                     let number = word.chars().all(|c| c.is_ascii_digit()) && matches!(self.peek(), Some('<' | '>'));
                     if !number {
                         words.push(word);
@@ -164,7 +166,7 @@ impl Lexer {
         word
     }
 
-    /// What stands behind a `$`: a substitution's text is kept for itself, all else stays in the word.
+    /// Parses the text after a `$`. A substitution is also stored separately, all other text stays in the word.
     fn dollar(&mut self, word: &mut String) {
         word.push('$');
         if self.peek() != Some('(') {

@@ -1,4 +1,4 @@
-//! Peers that are leases in the store and no hosts of the lab: as many as a story wants.
+//! Synthetic peers: leases in etcd without a host in the lab, in any number.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -9,7 +9,7 @@ use crate::etcd::{etcdctl, lease_key};
 use crate::programs::{CommandOutput, require_program};
 use crate::{ExpectContext, etcd};
 
-/// Operations of one transaction; etcd's limit is 128.
+/// Maximum number of operations of one transaction; etcd's limit is 128.
 const MAX_OPS_PER_TXN: usize = 100;
 
 /// The networks of a lab with room for 4,000 peers.
@@ -17,7 +17,7 @@ pub fn networks() -> PerFamily<Cidr> {
     PerFamily { v4: "10.240.0.0/12".parse().ok(), v6: "fd00:10:240::/48".parse().ok() }
 }
 
-/// The key and the value of a peer's lease; its subnets are the ones at place `4000 - number` of [`networks`].
+/// The key and value of a peer's lease; its subnets have the index `4000 - number` in [`networks`].
 pub fn lease(number: u16, dual: bool) -> (String, String) {
     let place = 4000 - number;
     let [high, low] = number.to_be_bytes();
@@ -35,19 +35,19 @@ pub fn lease(number: u16, dual: bool) -> (String, String) {
     (format!("{subnet}-24&{}-64", subnet6), format!(r#"{{"PublicIP":"{address}","PublicIPv6":"{address6}",{v4},{v6},{node}}}"#))
 }
 
-/// So many peers beside the hosts that the lab has already.
+/// The given number of leases, without the subnets of the lab's hosts.
 pub fn unused_leases(lab: &Lab, count: u16, dual: bool) -> Vec<(String, String)> {
     let taken: Vec<String> = etcd::leases(lab).into_iter().map(|entry| entry.key).collect();
     let free = (1..4000).map(|number| lease(number, dual)).filter(|(key, _)| !taken.contains(&lease_key(key)));
     free.take(usize::from(count)).collect()
 }
 
-/// Writes many keys, some to a transaction.
+/// Writes many keys, in transactions of several keys.
 pub fn put_all(lab: &Lab, pairs: &[(String, String)]) {
     require_program("etcdctl", "etcd-client");
     let file = lab.dir().join("transaction");
     for chunk in pairs.chunks(MAX_OPS_PER_TXN) {
-        // Comparisons, requests if they hold, requests if not; each part ends with an empty line.
+        // Comparisons, requests for success, requests for failure; each part ends with an empty line.
         let puts: String = chunk.iter().map(|(key, value)| format!("put {} {value:?}\n", lease_key(key))).collect();
         std::fs::write(&file, format!("\n{puts}\n\n")).expect_ok("a file for the transaction");
         let endpoints = lab.layout().etcd_endpoints().join(",");
@@ -58,7 +58,7 @@ pub fn put_all(lab: &Lab, pairs: &[(String, String)]) {
     }
 }
 
-/// Deletes every lease that is not of a host of the lab.
+/// Deletes every lease that is not of a lab host.
 pub fn delete_all(lab: &Lab) {
     for entry in etcd::leases(lab).iter().filter(|entry| entry.lease == 0) {
         etcdctl(lab, &["del", "--", &entry.key]).assert_code(0);

@@ -1,6 +1,6 @@
-//! A TCP transfer under which things happen: a steady stream of numbered words from one container to another, checked word by word.
+//! A TCP transfer during a test: a steady stream of numbered words between two containers, each verified.
 //!
-//! Tasks: one that sends, one that receives; both end with [`Transfer::stop_agent`], or when the transfer is dropped.
+//! Two tasks send and receive; both end with [`Transfer::stop`], or when the transfer is dropped.
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsRawFd;
@@ -15,17 +15,17 @@ use tokio::task::JoinHandle;
 
 use crate::ExpectContext;
 
-/// The port of the receiver: of the dynamic range, beside the flow's.
+/// The port of the receiver: in the dynamic range, next to the ping flow's.
 const RECEIVER_PORT: u16 = 49_774;
 
-/// Words of 8 bytes in a block, and the time between two blocks: some 3 MB a second, which leaves the machine to the story.
+/// Words of 8 bytes in a block, and the interval of blocks: some 3 MB a second, which leaves the machine to the test.
 const WORDS_PER_BLOCK: u64 = 2048;
 const BLOCK_INTERVAL: Duration = Duration::from_millis(5);
 
-/// How long what is under way may take at the end: TCP repeats what was lost after 0.2, 0.4, 0.8 ... seconds (RFC 6298).
+/// Time limit for outstanding data at the end: TCP retransmits after 0.2, 0.4, 0.8 ... seconds (RFC 6298).
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// A transfer under way.
+/// A transfer in progress.
 #[derive(Debug)]
 pub struct Transfer {
     sender: JoinHandle<std::io::Result<u32>>,
@@ -36,38 +36,38 @@ pub struct Transfer {
     longest_stall: Arc<Mutex<Duration>>,
 }
 
-/// What became of it.
+/// The result of a transfer.
 #[derive(Debug, Clone)]
 pub struct TransferStats {
-    /// Bytes that were sent.
+    /// Bytes sent.
     pub sent: u64,
-    /// Bytes that came, each where it belongs.
+    /// Bytes received in order.
     pub received: u64,
-    /// Segments that TCP sent again. On a busy machine an answer that is late counts here, too.
+    /// Retransmitted segments. On a busy machine a late ACK counts as well.
     pub retransmitted: u32,
     /// The longest time without a byte.
     pub longest_stall: Duration,
-    /// What broke it.
+    /// The error that ended it.
     pub error: Option<String>,
 }
 
 impl TransferStats {
-    /// Checks that the connection held and every byte arrived, with no silence longer than this.
+    /// Checks that the connection survived, every byte arrived, and no stall exceeded the limit.
     #[track_caller]
     pub fn assert_complete(&self, what: &str, max_stall: Duration) {
-        assert!(self.error.is_none() && self.sent > 0 && self.sent == self.received, "{what}: the transfer broke: {self:?}");
-        assert!(self.longest_stall <= max_stall, "{what}: the transfer stood still for {:?}: {self:?}", self.longest_stall);
+        assert!(self.error.is_none() && self.sent > 0 && self.sent == self.received, "{what}: the transfer failed: {self:?}");
+        assert!(self.longest_stall <= max_stall, "{what}: the transfer stalled for {:?}: {self:?}", self.longest_stall);
     }
 }
 
 impl Transfer {
-    /// Starts a transfer to an address of a container, and waits until the first bytes have come.
+    /// Starts a transfer to a container's address, and waits for the first bytes.
     pub async fn start(from: &Netns, to: &Netns, address: IpAddr) -> Transfer {
         let at = SocketAddr::new(address, RECEIVER_PORT);
         let listen = || std::net::TcpListener::bind(at).and_then(|l| l.set_nonblocking(true).map(|()| l));
         let listener = to.run(listen).expect_ok("enter the container").expect_ok(&format!("listen at {at}"));
         let listener = TcpListener::from_std(listener).expect_ok("a listener of the runtime");
-        // The kernel answers the connection by itself, before anybody accepts it.
+        // The kernel completes the handshake before accept().
         let connect = || {
             let stream = std::net::TcpStream::connect_timeout(&at, Duration::from_secs(10))?;
             stream.set_nonblocking(true)?;
@@ -86,30 +86,30 @@ impl Transfer {
             received,
             longest_stall: longest,
         };
-        crate::eventually_true("the first bytes come", DRAIN_TIMEOUT, || transfer.received.load(Ordering::Relaxed) > 0).await;
+        crate::eventually_true("the first bytes arrive", DRAIN_TIMEOUT, || transfer.received.load(Ordering::Relaxed) > 0).await;
         transfer
     }
 
-    /// Bytes that have come so far.
+    /// Bytes received so far.
     pub fn received(&self) -> u64 {
         self.received.load(Ordering::Relaxed)
     }
 
-    /// Stops sending, waits for what is under way, and tells what became of it.
+    /// Stops sending, waits for outstanding data, and returns the result.
     pub async fn stop(mut self) -> TransferStats {
         self.stop.store(true, Ordering::Relaxed);
         let (repeated, mut error) = match tokio::time::timeout(DRAIN_TIMEOUT, &mut self.sender).await {
             Ok(Ok(Ok(repeated))) => (repeated, None),
             Ok(Ok(Err(error))) => (0, Some(format!("sending: {error}"))),
             Ok(Err(error)) => (0, Some(format!("sending: {error}"))),
-            Err(_) => (0, Some(format!("sending does not come to an end within {DRAIN_TIMEOUT:?}"))),
+            Err(_) => (0, Some(format!("sending does not end within {DRAIN_TIMEOUT:?}"))),
         };
         let received = tokio::time::timeout(DRAIN_TIMEOUT, &mut self.receiver).await;
         error = error.or(match received {
             Ok(Ok(Ok(()))) => None,
             Ok(Ok(Err(error))) => Some(error),
             Ok(Err(error)) => Some(format!("receiving: {error}")),
-            Err(_) => Some(format!("receiving does not come to an end within {DRAIN_TIMEOUT:?}")),
+            Err(_) => Some(format!("receiving does not end within {DRAIN_TIMEOUT:?}")),
         });
         let longest = *self.longest_stall.lock().unwrap_or_else(PoisonError::into_inner);
         TransferStats {
@@ -129,7 +129,7 @@ impl Drop for Transfer {
     }
 }
 
-/// Returns how many segments TCP sent again.
+/// Sends until stopped. Returns the number of retransmitted segments.
 async fn send(mut stream: TcpStream, stop: Arc<AtomicBool>, sent: Arc<AtomicU64>) -> std::io::Result<u32> {
     let mut pace = tokio::time::interval(BLOCK_INTERVAL);
     pace.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -146,12 +146,12 @@ async fn send(mut stream: TcpStream, stop: Arc<AtomicBool>, sent: Arc<AtomicU64>
     Ok(repeated)
 }
 
-/// Segments that a connection sent again: `tcpi_total_retrans` of `TCP_INFO` (tcp(7)).
+/// Retransmitted segments of a connection: `tcpi_total_retrans` of `TCP_INFO` (tcp(7)).
 fn retransmitted_segments(stream: &TcpStream) -> std::io::Result<u32> {
     // SAFETY: all of its fields are integers, for which zero is a value.
     let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
     let mut length = libc::socklen_t::try_from(size_of::<libc::tcp_info>()).unwrap_or_default();
-    // SAFETY: the kernel writes at most `encoded_length` bytes, the size of the structure, which consists of integers alone.
+    // SAFETY: the kernel writes at most `length` bytes, the size of the structure, which consists of integers alone.
     let result = unsafe {
         libc::getsockopt(stream.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, (&raw mut info).cast(), &raw mut length)
     };
@@ -167,7 +167,7 @@ async fn receive(mut stream: TcpStream, received: Arc<AtomicU64>, longest: Arc<M
         let mut longest = longest.lock().unwrap_or_else(PoisonError::into_inner);
         *longest = silence.max(*longest);
         if count == 0 {
-            return if filled == 0 { Ok(()) } else { Err(format!("the end comes inside word {next}")) };
+            return if filled == 0 { Ok(()) } else { Err(format!("the stream ends inside word {next}")) };
         }
         filled += count;
         received.fetch_add(count as u64, Ordering::Relaxed);

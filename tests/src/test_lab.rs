@@ -1,4 +1,4 @@
-//! A lab with a story's life: its own name, taken down at the end whatever happens, the agents' logs told where the story fails.
+//! A lab for one test: a unique name, guaranteed cleanup, and the agents' logs on a failure.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -13,32 +13,32 @@ use overlayctl::lab::{Families, Host, Lab, LabGuard, LabName, LabOptions, LabsDi
 use crate::programs::{CommandOutput, overlayctl, overlayd, require_program, require_root};
 use crate::{ExpectContext, docker, etcd, eventually, kernel, ping::PingFlow};
 
-/// How long an agent may take to be ready: a fraction of a second, more where twenty share two processors.
+/// Time limit for an agent's readiness: a fraction of a second, more if twenty share two processors.
 pub const READY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long a change in etcd or in the kernel may take until all have followed. "Within a second" is the promise; tests that hold the
-/// agent to it use a second.
+/// Time limit for the convergence after a change in etcd or in the kernel. The documented promise is one second; tests of that
+/// promise use a second.
 pub const CONVERGE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The promise for drift: back within a second.
+/// The documented promise for drift: repair within a second.
 pub const REPAIR_DEADLINE: Duration = Duration::from_secs(1);
 
-/// Where the labs of stories are: apart from a person's, so that what is left over can be told.
+/// The directory of test labs: separate from a user's labs, so that leftovers are recognisable.
 pub fn lab_dir() -> LabsDir {
     LabsDir::at("/run/overlay-lab-tests")
 }
 
-/// A lab of one story.
+/// A lab of one test.
 #[derive(Debug)]
 pub struct TestLab {
     lab: LabGuard,
-    /// How often the kernel's neighbour table had been full before.
+    /// The number of neighbour table overflows before.
     neighbour_overflows_before: u64,
 }
 
 impl TestLab {
-    /// Brings a lab up; `change` sets what differs from three hosts with two containers each, IPv4. All agents are ready, see each other, and
-    /// the containers are attached.
+    /// Brings a lab up; `configure` changes the defaults: three hosts with two containers each, IPv4. All agents are ready and
+    /// reach each other, and the containers are attached.
     pub async fn up(configure: impl FnOnce(&mut LabOptions)) -> TestLab {
         prepare();
         let mut options = LabOptions { overlayd: Some(overlayd()), ..LabOptions::new(LabName::unique()) };
@@ -46,7 +46,7 @@ impl TestLab {
         if !options.agents {
             options.overlayd = None;
         }
-        // On a story's wires is what the story sends; one about probes asks for them.
+        // Test traffic must be the only traffic; tests of probes set the interval themselves.
         if !options.agent_args.iter().any(|argument| argument.starts_with("--mesh-interval")) {
             options.agent_args.push("--mesh-interval=0s".to_owned());
         }
@@ -55,7 +55,7 @@ impl TestLab {
         TestLab { lab: lab.guarded(), neighbour_overflows_before: overflows }
     }
 
-    /// Hosts, switch and etcd, with the configuration written and no agent started.
+    /// Hosts, switch and etcd, with the network configuration but without running agents.
     pub async fn without_agents(hosts: u16, families: Families) -> TestLab {
         TestLab::up(|options| {
             options.hosts = hosts;
@@ -66,7 +66,7 @@ impl TestLab {
         .await
     }
 
-    /// One host without containers, its agent ready.
+    /// One host without containers, with a ready agent.
     pub async fn one_host(families: Families) -> TestLab {
         TestLab::up(|options| {
             options.hosts = 1;
@@ -76,7 +76,7 @@ impl TestLab {
         .await
     }
 
-    /// The endpoints of a host, as `overlayctl` lists them.
+    /// A host's endpoints in the output of `overlayctl`.
     #[track_caller]
     pub fn endpoints(&self, host: &str) -> Vec<Endpoint> {
         self.ctl(host, &["-o", "json", "endpoints"]).assert_code(0).json::<Endpoints>().endpoints
@@ -106,12 +106,12 @@ impl TestLab {
         self.host(host).client().status().await.expect_ok(host)
     }
 
-    /// Waits until every agent is ready and has a way to every other.
+    /// Waits until every agent is ready and reaches every other agent.
     pub async fn wait_full_mesh(&self) {
-        agent::wait_mesh(&self.lab, READY_TIMEOUT).await.expect_ok("every agent has a way to every other");
+        agent::wait_mesh(&self.lab, READY_TIMEOUT).await.expect_ok("every agent reaches every other agent");
     }
 
-    /// Every container calls every other one and the world; checks all calls.
+    /// Checks calls from every container to every other container and to the outside.
     pub async fn assert_full_reachability(&self) {
         let report = check::check(&self.lab).await.expect_ok("check the lab");
         let bad: Vec<String> = report
@@ -120,31 +120,31 @@ impl TestLab {
             .chain(&report.egress)
             .filter_map(|c| c.error.as_ref().map(|e| format!("  {} to {} ({}): {e}", c.from, c.to, c.address)))
             .collect();
-        assert!(bad.is_empty() && report.ok, "{} calls went wrong:\n{}", bad.len(), bad.join("\n"));
+        assert!(bad.is_empty() && report.ok, "{} calls failed:\n{}", bad.len(), bad.join("\n"));
         assert!(!report.overlay.is_empty(), "there were calls");
     }
 
-    /// Starts a flow from one container to another.
+    /// Starts a ping flow from one container to another.
     pub async fn start_ping(&self, from: &str, to: &str, family: Family) -> PingFlow {
         let (host, name) = to.split_once('-').expect_ok("a container HOST-NAME");
         let endpoints = self.host(host).client().endpoints().await.expect_ok(host).endpoints;
         let endpoint = endpoints.into_iter().find(|e| e.name.as_str() == name).expect_ok(to);
-        let address = *endpoint.addresses().get(family).expect_ok("its address");
+        let address = *endpoint.addresses().get(family).expect_ok("the container's address");
         PingFlow::start(&self.open_netns(from), &self.open_netns(to), address).await
     }
 
-    /// Waits until a host's kernel holds exactly what the design asks for.
+    /// Waits until a host's kernel state is exactly the expected one.
     pub async fn wait_converged(&self, host: &str, limit: Duration) {
         let host = self.host(host);
         let expected = kernel::expected_state(&host, false).await;
-        eventually(&format!("the kernel of {} is as the design has it", host.name()), limit, || {
+        eventually(&format!("the kernel state of {} is as expected", host.name()), limit, || {
             let difference = kernel::difference(&kernel::actual_state(&self.lab, host.name()), &expected);
             if difference.is_empty() { Ok(()) } else { Err(format!("\n{difference}")) }
         })
         .await;
     }
 
-    /// Runs overlayctl on a host, against its agent.
+    /// Runs overlayctl on a host against its agent.
     #[track_caller]
     pub fn ctl(&self, host: &str, args: &[&str]) -> CommandOutput {
         let program = overlayctl().to_string_lossy().into_owned();
@@ -152,8 +152,8 @@ impl TestLab {
         kernel::attempt(&self.lab, host, &command)
     }
 
-    /// A command of the agent's program for a host, outside of what the lab starts: the caller gives every flag that differs from the
-    /// lab's directories and etcd. The lab's own agent of that host must not be disturbed by it.
+    /// A command of the agent's program for a host, independent of the lab's agent. The caller sets every flag that differs from
+    /// the lab's directories and etcd. It must not disturb the lab's own agent of that host.
     pub fn overlayd_command(&self, host: &str, run_dir: PathBuf, state_dir: PathBuf) -> Command {
         let mut command = Command::new(overlayd());
         for (name, _) in std::env::vars_os().filter(|(n, _)| n.to_string_lossy().starts_with("OVERLAYD_")) {
@@ -165,8 +165,8 @@ impl TestLab {
         command
     }
 
-    /// Runs a command of [`TestLab::overlayd_command`] that must end by itself, in the host's namespace. One that runs on is killed, and the test
-    /// fails.
+    /// Runs a command of [`TestLab::overlayd_command`] in the host's namespace. It must exit by itself; otherwise it is killed
+    /// and the test fails.
     #[track_caller]
     pub fn run_to_exit(&self, host: &str, mut command: Command) -> CommandOutput {
         let shown: Vec<String> = std::iter::once(command.get_program())
@@ -174,7 +174,7 @@ impl TestLab {
             .map(|part| part.to_string_lossy().into_owned())
             .collect();
         let wrapped = {
-            // timeout(1) ends it also where this test is killed in the meantime.
+            // timeout(1) kills it even if this test is killed.
             let mut timeout = Command::new("timeout");
             timeout.args(["--signal=KILL", "20"]).arg(command.get_program()).args(command.get_args());
             for (name, value) in command.get_envs() {
@@ -189,16 +189,22 @@ impl TestLab {
         };
         let output = self.open_netns(host).run(|| wrapped.output()).expect_ok("enter the host").expect_ok("timeout");
         let said = CommandOutput::from_output(&shown, &output);
-        assert!(!matches!(said.code, Some(124 | 137)), "`{}` runs on; it said:\n{}{}", said.command, said.stdout, said.stderr);
+        assert!(
+            !matches!(said.code, Some(124 | 137)),
+            "`{}` does not exit; output:\n{}{}",
+            said.command,
+            said.stdout,
+            said.stderr
+        );
         said
     }
 
-    /// The agent's log of a host.
+    /// The log of a host's agent.
     pub fn log(&self, host: &str) -> String {
         std::fs::read_to_string(self.host(host).log()).unwrap_or_default()
     }
 
-    /// Waits until the log of a host holds each of these, in one line.
+    /// Waits until one line of a host's log contains each of these.
     pub async fn wait_for_log(&self, host: &str, patterns: &[&str]) -> String {
         eventually(&format!("{host} logs {patterns:?}"), CONVERGE_TIMEOUT, || {
             let log = self.log(host);
@@ -208,7 +214,7 @@ impl TestLab {
         .await
     }
 
-    /// The lease of a host, as it stands in etcd.
+    /// A host's lease in etcd.
     #[track_caller]
     pub fn lease_of(&self, host: &str) -> etcd::Entry {
         etcd::lease_with(&self.lab, &format!("\"Name\":\"{host}\""))
@@ -228,13 +234,13 @@ impl Drop for TestLab {
         if std::thread::panicking() {
             if neighbour_overflows() > self.neighbour_overflows_before {
                 eprintln!(
-                    "--- meanwhile the kernel's neighbour table, which all namespaces share, was full: containers could not find each \
+                    "--- the kernel's neighbour table, which all namespaces share, overflowed meanwhile: containers could not resolve each \
                      other. Stop what else runs on this machine, or raise net.ipv4.neigh.default.gc_thresh3"
                 );
             }
             for host in self.lab.hosts() {
                 eprintln!(
-                    "--- the end of the log of {} in lab {}\n{}",
+                    "--- last lines of the log of {} in lab {}\n{}",
                     host.name(),
                     self.lab.layout().name,
                     last_lines(&self.log(host.name()))
@@ -244,13 +250,13 @@ impl Drop for TestLab {
     }
 }
 
-/// The last lines of a log, more than the lab shows: what failed may lie a little back.
+/// The last lines of a log, more than the lab prints: the cause may be some lines earlier.
 fn last_lines(log: &str) -> String {
     let lines: Vec<&str> = log.lines().collect();
     lines[lines.len().saturating_sub(40)..].join("\n")
 }
 
-/// How often an IPv4 neighbour found no room (`table_fulls`, in hexadecimal, one line a processor).
+/// The number of IPv4 neighbour table overflows (`table_fulls`, in hexadecimal, one line per processor).
 fn neighbour_overflows() -> u64 {
     let text = std::fs::read_to_string("/proc/net/stat/arp_cache").unwrap_or_default();
     let mut lines = text.lines();
@@ -260,7 +266,7 @@ fn neighbour_overflows() -> u64 {
     lines.filter_map(value).sum()
 }
 
-/// What every story needs; and once, the labs of test runs that were killed are taken down.
+/// Checks the requirements of every test; removes the labs of killed test runs once.
 pub(crate) fn prepare() {
     static ONCE: Once = Once::new();
     require_root();
@@ -271,7 +277,7 @@ pub(crate) fn prepare() {
         let home = lab_dir();
         for name in home.labs().unwrap_or_default() {
             if is_stale_lab(&name.to_string()) {
-                // Another test process may be at it as well: what one misses the other removes.
+                // Another test process may remove the same lab at the same time.
                 let _removed = overlayctl::lab::down::down(&home.lab_dir(&name), &name);
             }
         }
@@ -279,7 +285,7 @@ pub(crate) fn prepare() {
     });
 }
 
-/// Whether a lab has a name of [`LabName::unique`] of a process that has ended.
+/// Whether a lab name comes from [`LabName::unique`] in a process that has ended.
 fn is_stale_lab(name: &str) -> bool {
     let parts = name.strip_prefix('t').and_then(|rest| rest.split_once('n'));
     let Some((pid, number)) = parts else { return false };

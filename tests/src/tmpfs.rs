@@ -1,5 +1,6 @@
-//! A small disk for one host's state: a tmpfs in a mount namespace of its own, which a sleeping process holds. It ends with the lab, as the process
-//! does; nothing is mounted where others see it.
+//! A small tmpfs for one host's state directory, in a mount namespace of its own.
+//!
+//! A sleeping process holds the namespace and ends with the lab; the mount is invisible elsewhere.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -11,10 +12,10 @@ use crate::programs::{CommandOutput, overlayd};
 use crate::test_lab::CONVERGE_TIMEOUT;
 use crate::{ExpectContext, TestLab, eventually_true};
 
-/// Bytes of the disk: a state directory takes some kilobytes.
+/// The size in bytes: a state directory takes some kilobytes.
 const TMPFS_SIZE: &str = "256k";
 
-/// The disk of a host's state directory.
+/// The file system of a host's state directory.
 #[derive(Debug)]
 pub struct Tmpfs<'a> {
     lab: &'a TestLab,
@@ -23,23 +24,23 @@ pub struct Tmpfs<'a> {
 }
 
 impl<'a> Tmpfs<'a> {
-    /// Makes the disk for a host whose agent does not run yet.
+    /// Creates the file system for a host whose agent is not running yet.
     pub async fn new(lab: &'a TestLab, host: &'static str) -> Tmpfs<'a> {
         let at = lab.host(host);
         std::fs::create_dir_all(at.state_dir()).expect_ok("the state directory");
         std::fs::create_dir_all(at.run_dir()).expect_ok("the run directory");
         let mut command = Command::new("unshare");
-        // The holder's command line tells when the disk is there.
+        // The command line of the holding process shows when the mount is done.
         let script = "mount -t tmpfs -o size=$2,mode=700 none \"$1\" && exec sleep 86399";
         command.args(["--mount", "sh", "-c", script, "sh"]).arg(at.state_dir()).arg(TMPFS_SIZE);
         let (log, record) = (at.dir().join("volume.log"), at.dir().join("volume.pid"));
         let holder = process::start(command, Some(&lab.open_netns(host)), &log, &record).expect_ok("unshare (util-linux)");
         let sleeps = || std::fs::read(format!("/proc/{}/cmdline", holder.pid)).is_ok_and(|line| line.starts_with(b"sleep"));
-        eventually_true("the small disk is there", CONVERGE_TIMEOUT, sleeps).await;
+        eventually_true("the tmpfs is mounted", CONVERGE_TIMEOUT, sleeps).await;
         Tmpfs { lab, host, mount_process: holder }
     }
 
-    /// Starts the host's agent with its state on this disk. Does not wait.
+    /// Starts the host's agent with its state on this file system. Does not wait.
     pub fn start_agent(&self) {
         let at = self.lab.host(self.host);
         let mut command = self.nsenter_command();
@@ -50,31 +51,31 @@ impl<'a> Tmpfs<'a> {
         process::start(command, Some(&self.lab.open_netns(self.host)), &at.log(), &record).expect_ok("nsenter (util-linux)");
     }
 
-    /// Takes all the space that is left.
+    /// Fills the file system.
     pub fn fill(&self) {
-        // dd ends with an error when the disk is full.
+        // dd fails when the file system is full.
         self.run("dd if=/dev/zero of=\"$1\"/ballast bs=4k 2>/dev/null; rm -f \"$1\"/drop; ! head -c 8192 /dev/zero >\"$1\"/drop");
         self.run("rm -f \"$1\"/drop; dd if=/dev/zero of=\"$1\"/more bs=1 count=4096 2>/dev/null || true");
     }
 
-    /// Gives it back.
+    /// Frees the space again.
     pub fn free_space(&self) {
         self.run("rm -f \"$1\"/ballast \"$1\"/more");
     }
 
-    /// Makes the directory read-only for every file opened from now on, or writable again.
+    /// Makes the directory read-only for files opened from now on, or writable again.
     pub fn set_read_only(&self, read_only: bool) {
-        // A mount on top: the agent's open files, its lock among them, keep the one below writable.
+        // A mount on top: the agent's open files, including its lock, keep using the writable one below.
         let script = "mount --bind \"$1\" \"$1\" && mount -o remount,bind,ro \"$1\"";
         self.run(if read_only { script } else { "umount \"$1\"" });
     }
 
-    /// The names in the directory.
+    /// The names of the files in the directory.
     pub fn file_names(&self) -> Vec<String> {
         self.run("ls -A \"$1\"").lines().map(str::to_owned).collect()
     }
 
-    /// The state directory as it is seen from outside.
+    /// The state directory's path in the test's mount namespace.
     pub fn host_path(&self) -> PathBuf {
         let dir = self.lab.host(self.host).state_dir();
         PathBuf::from(format!("/proc/{}/root", self.mount_process.pid)).join(dir.strip_prefix("/").unwrap_or(&dir))

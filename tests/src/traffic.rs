@@ -1,4 +1,4 @@
-//! What runs in every story of a fault: pings and a TCP transfer between two containers, and the judgement over both.
+//! Pings and a TCP transfer between two containers during a fault, and the checks of both.
 
 use std::time::Duration;
 
@@ -8,10 +8,10 @@ use crate::ping::{PingFlow, PingStats};
 use crate::tcp_stream::{Transfer, TransferStats};
 use crate::{ExpectContext, TestLab};
 
-/// A silence of the transfer that a busy machine explains: not one packet need be lost for it.
+/// Maximum stall of the transfer on a busy machine, even without packet loss.
 const MAX_STALL: Duration = Duration::from_secs(5);
 
-/// Pings and a transfer.
+/// A ping flow and a transfer.
 #[derive(Debug)]
 pub struct Traffic {
     label: String,
@@ -19,10 +19,10 @@ pub struct Traffic {
     transfer: Transfer,
 }
 
-/// What became of them.
+/// The results of both.
 #[derive(Debug)]
 pub struct TrafficStats {
-    /// Who spoke with whom.
+    /// The two containers and the family.
     pub label: String,
     /// The pings.
     pub pings: PingStats,
@@ -31,24 +31,24 @@ pub struct TrafficStats {
 }
 
 impl Traffic {
-    /// Between two containers, as the lab names them (`h1-c1`).
+    /// Starts both between two containers with the lab's names (`h1-c1`).
     pub async fn start(lab: &TestLab, from: &str, to: &str, family: Family) -> Traffic {
         let (host, name) = to.split_once('-').expect_ok("a container HOST-NAME");
         let endpoints = lab.host(host).client().endpoints().await.expect_ok(host).endpoints;
         let endpoint = endpoints.into_iter().find(|e| e.name.as_str() == name).expect_ok(to);
-        let address = *endpoint.addresses().get(family).expect_ok("its address");
+        let address = *endpoint.addresses().get(family).expect_ok("the container's address");
         let (near, far) = (lab.open_netns(from), lab.open_netns(to));
         let pings = PingFlow::start(&near, &far, address).await;
         let transfer = Transfer::start(&near, &far, address).await;
         Traffic { label: format!("{from} to {to} ({family})"), pings, transfer }
     }
 
-    /// Lets it go on for a time.
+    /// Lets both continue for some time.
     pub async fn run_for(&self, time: Duration) {
         tokio::time::sleep(time).await;
     }
 
-    /// Ends it.
+    /// Ends both.
     pub async fn stop(self) -> TrafficStats {
         let transfer = self.transfer.stop().await;
         TrafficStats { label: self.label, pings: self.pings.stop().await, transfer }
@@ -56,7 +56,7 @@ impl Traffic {
 }
 
 impl TrafficStats {
-    /// No ping is lost, and the transfer is whole.
+    /// Checks that no ping is lost and the transfer is complete.
     #[track_caller]
     pub fn assert_no_loss(&self, what: &str) {
         println!("{what}: {self}");
@@ -64,7 +64,7 @@ impl TrafficStats {
         self.transfer.assert_complete(&format!("{what}, {}", self.label), MAX_STALL);
     }
 
-    /// At most so many pings are lost, and the transfer is whole, with no silence longer than this.
+    /// Checks a limit of lost pings, and a complete transfer with a limited stall.
     #[track_caller]
     pub fn assert_loss_at_most(&self, max_lost: usize, max_stall: Duration, what: &str) {
         println!("{what}: {self}");
@@ -79,7 +79,7 @@ impl std::fmt::Display for TrafficStats {
         let (pings, tcp) = (&self.pings, &self.transfer);
         write!(
             f,
-            "{}: {} of {} pings lost; {} kB over TCP, {} segments repeated, longest silence {} ms",
+            "{}: {} of {} pings lost; {} kB over TCP, {} segments retransmitted, longest stall {} ms",
             self.label,
             pings.lost.len(),
             pings.sent,

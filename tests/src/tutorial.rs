@@ -1,7 +1,8 @@
-//! `docs/tutorial.md` as a test: runs the commands of a section, block by block in one bash, and compares what they print with what the page shows.
+//! Runs the commands of a section of `docs/tutorial.md` and compares their output with the page.
 //!
-//! A block ```` ```sh ```` expect_ok end well; a block ```` ```text ```` valid_attachments behind it is all that it actual ([`crate::shown`]). The page's subnets
-//! 10.244.N.0/24 stand for those of the lab, in the order in which they first appear, each for one throughout.
+//! The blocks run in order in one bash. A block ```` ```sh ```` must succeed; a block ```` ```text ```` directly after it is its
+//! complete output ([`crate::output_match`]). The page's subnets 10.244.N.0/24 stand for the lab's subnets, assigned in the order
+//! of their first appearance.
 
 use std::collections::VecDeque;
 use std::io::Write;
@@ -17,41 +18,41 @@ use crate::programs::{CommandOutput, overlayctl, require_program};
 use crate::test_lab::{lab_dir, prepare};
 use crate::{ExpectContext, eventually};
 
-/// The page.
+/// The path of the page.
 const PAGE_PATH: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/tutorial.md");
 
-/// The section whose commands come before each other one's.
+/// The section whose commands run before those of every other section.
 const PREREQUISITES_SECTION: &str = "Before you begin";
 
-/// How long a block may take; the longest brings two labs up.
+/// Time limit of one block; the longest one brings up two labs.
 const BLOCK_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// What reads the names of files, and runs each: with nothing to read, for the names are not for the commands.
+/// Reads file names and runs each file, without standard input: the shell's input is the list of files.
 const SHELL_LOOP: &str =
     r#"set -eu -o pipefail; while IFS= read -r step; do . "$step" </dev/null; printf '\001%s\n' "$step"; done"#;
 
-/// A block of commands and what the page says that they print.
+/// A block of commands and its output on the page.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct TutorialBlock {
     commands: String,
     expected_output: Option<String>,
 }
 
-/// A section that is being run.
+/// A section in progress.
 #[derive(Debug)]
 pub struct Tutorial {
     name: LabName,
     scratch: tempfile::TempDir,
     bash: Child,
     blocks: VecDeque<TutorialBlock>,
-    /// How many steps were run.
+    /// The number of blocks run so far.
     blocks_run: usize,
     /// The page's subnets so far, and the lab's.
     subnets: (Vec<String>, Vec<String>),
 }
 
 impl Tutorial {
-    /// Begins a section: what comes before all of them is run.
+    /// Begins a section: runs the prerequisites first.
     pub async fn begin(section: &str) -> Tutorial {
         prepare();
         for (program, package) in [
@@ -76,7 +77,7 @@ impl Tutorial {
         for (variable, _) in std::env::vars_os().filter(|(n, _)| n.to_string_lossy().starts_with("OVERLAY")) {
             bash.env_remove(variable);
         }
-        let own = overlayctl().parent().expect_ok("its directory").to_path_buf();
+        let own = overlayctl().parent().expect_ok("overlayctl's directory").to_path_buf();
         let path = std::env::var_os("PATH").unwrap_or_default();
         let path = std::env::join_paths([own].into_iter().chain(std::env::split_paths(&path))).expect_ok("a search path");
         bash.args(["-c", SHELL_LOOP]).env("PATH", path).env("LC_ALL", "C.UTF-8").env("TMPDIR", scratch.path());
@@ -97,18 +98,18 @@ impl Tutorial {
         Lab::open(&lab_dir(), &self.name).expect_ok("the section's lab")
     }
 
-    /// The commands that come next; `None` at the end.
+    /// The next commands; `None` at the end.
     pub fn next_commands(&self) -> Option<&str> {
         self.blocks.front().map(|step| step.commands.as_str())
     }
 
-    /// Runs the next block. What it printed.
+    /// Runs the next block; returns its output.
     pub async fn run_block(&mut self) -> String {
-        let step = self.blocks.pop_front().expect_ok("a block that is left");
+        let step = self.blocks.pop_front().expect_ok("a remaining block");
         let before = self.output();
         let file = self.scratch.path().join(format!("step-{}", self.blocks_run));
         std::fs::write(&file, &step.commands).expect_ok("a file");
-        writeln!(self.bash.stdin.as_mut().expect_ok("its input"), "{}", file.display()).expect_ok("bash");
+        writeln!(self.bash.stdin.as_mut().expect_ok("the shell's input"), "{}", file.display()).expect_ok("bash");
         let mark = format!("\u{1}{}\n", file.display());
         let output = self.scratch.path().join("output");
         let bash = &mut self.bash;
@@ -117,7 +118,7 @@ impl Tutorial {
             let ended = bash.try_wait().expect_ok("bash").is_some();
             match text.get(before.len()..).and_then(|new| new.split_once(&mark)) {
                 Some((printed, _)) => Ok(printed.to_owned()),
-                None if ended => panic!("one of these commands ends badly:\n{}\n{}", step.commands, &text[before.len()..]),
+                None if ended => panic!("one of these commands failed:\n{}\n{}", step.commands, &text[before.len()..]),
                 None => Err(text[before.len()..].to_owned()),
             }
         })
@@ -134,14 +135,14 @@ impl Tutorial {
         printed
     }
 
-    /// Runs the blocks before the one that holds a text.
+    /// Runs the blocks before the one that contains a text.
     pub async fn run_until(&mut self, text: &str) {
         while !self.next_commands().expect_ok(&format!("a block with `{text}`")).contains(text) {
             self.run_block().await;
         }
     }
 
-    /// Runs what is left; nothing of the lab is there afterwards.
+    /// Runs the remaining blocks, and checks that the lab is completely removed.
     pub async fn run_to_end(mut self) {
         while self.next_commands().is_some() {
             self.run_block().await;
@@ -150,7 +151,7 @@ impl Tutorial {
         let prefix = overlayctl::lab::layout::prefix(&self.name);
         let left: Vec<String> =
             Netns::list().expect_ok("the namespaces").into_iter().filter(|name| name.starts_with(&prefix)).collect();
-        assert!(left.is_empty(), "it leaves {left:?}");
+        assert!(left.is_empty(), "namespaces left behind: {left:?}");
     }
 
     fn output(&self) -> String {
@@ -162,7 +163,7 @@ impl Drop for Tutorial {
     fn drop(&mut self) {
         let _ended = self.bash.kill().and_then(|()| self.bash.wait());
         if Lab::open(&lab_dir(), &self.name).is_ok() {
-            // What a section that failed leaves; servers and captures of it end with its namespaces.
+            // The leftovers of a failed section; its servers and captures end with their namespaces.
             let mut down = Command::new(overlayctl());
             down.args(["lab", "down", "--name", &self.name.to_string()]).env("OVERLAY_LAB_DIR", lab_dir().base());
             if let Ok(output) = down.stdin(Stdio::null()).output() {
@@ -179,7 +180,7 @@ fn read(path: &Path) -> String {
     String::from_utf8_lossy(&std::fs::read(path).expect_ok(&path.display().to_string())).into_owned()
 }
 
-/// The headings of the page's sections but the one that comes before all.
+/// The headings of the page's sections, without the prerequisites.
 pub fn sections() -> Vec<String> {
     let page = read(&PathBuf::from(PAGE_PATH));
     page.lines()
@@ -205,7 +206,7 @@ fn section_blocks(page: &str, heading: &str) -> Vec<TutorialBlock> {
         match (kind, found.last_mut()) {
             ("sh", _) => found.push(TutorialBlock { commands: text, expected_output: None }),
             ("text", Some(step)) if adjacent => step.expected_output = Some(text),
-            _ => panic!("{heading}: a block `{kind}` that is neither `sh` nor right behind one: {text}"),
+            _ => panic!("{heading}: a block `{kind}` is neither `sh` nor directly after one: {text}"),
         }
         adjacent = true;
     }
@@ -213,7 +214,7 @@ fn section_blocks(page: &str, heading: &str) -> Vec<TutorialBlock> {
     found
 }
 
-/// The subnets of the lab's network in a text: each `N` of `10.244.N.`, with what stands before and behind it.
+/// The subnets of the lab's network in a text: each `N` of `10.244.N.`, with the text before and after it.
 fn split_at_subnets(text: &str) -> impl Iterator<Item = (&str, Option<&str>)> {
     const NETWORK: &str = "10.244.";
     text.split_inclusive(NETWORK).scan(false, |after, part| {
@@ -225,7 +226,7 @@ fn split_at_subnets(text: &str) -> impl Iterator<Item = (&str, Option<&str>)> {
 }
 
 fn collect_subnets(known: &mut Vec<String>, text: &str) {
-    // 10.244.0.0/16 is the network itself, and this range what of it is leased.
+    // 10.244.0.0/16 is the network itself, and this range its leasable part.
     let text = text.replace("10.244.1.0-10.244.255.255", "");
     for number in split_at_subnets(&text).filter_map(|(_, number)| number).filter(|number| *number != "0") {
         if !known.iter().any(|k| k == number) {
@@ -234,7 +235,7 @@ fn collect_subnets(known: &mut Vec<String>, text: &str) {
     }
 }
 
-/// A text of the page with the lab's subnets in place of its own.
+/// A text of the page with the lab's subnets instead of the page's.
 fn replace_subnets(text: &str, page: &[String], lab: &[String]) -> String {
     let own = |number: &str| page.iter().position(|p| p == number).and_then(|i| lab.get(i)).cloned();
     split_at_subnets(text)

@@ -1,11 +1,11 @@
-//! Waiting: always with a limit, always with what is waited for and how it stood at the end.
+//! Waiting with a time limit, a description, and the last state in the failure message.
 
 use std::time::{Duration, Instant};
 
-/// How often a condition is looked at again.
+/// The interval between two checks of a condition.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// Waits until `look` has a value; its error says how it stands. Panics at the limit.
+/// Waits until `check` returns a value; its error describes the current state. Panics at the limit.
 #[track_caller]
 pub fn eventually<T>(what: &str, limit: Duration, mut check: impl FnMut() -> Result<T, String>) -> impl Future<Output = T> {
     let place = std::panic::Location::caller();
@@ -16,7 +16,7 @@ pub fn eventually<T>(what: &str, limit: Duration, mut check: impl FnMut() -> Res
             match check() {
                 Ok(value) => return value,
                 Err(state) if Instant::now() >= end => {
-                    panic!("{place}: {what}: not within {} ms; at the end: {state}", limit.as_millis())
+                    panic!("{place}: {what}: not within {} ms; last state: {state}", limit.as_millis())
                 }
                 Err(_) => tokio::time::sleep(POLL_INTERVAL).await,
             }
@@ -24,13 +24,13 @@ pub fn eventually<T>(what: &str, limit: Duration, mut check: impl FnMut() -> Res
     }
 }
 
-/// Waits until `look` is true. Panics at the limit.
+/// Waits until `check` is true. Panics at the limit.
 #[track_caller]
 pub fn eventually_true(what: &str, limit: Duration, mut check: impl FnMut() -> bool) -> impl Future<Output = ()> {
-    eventually(what, limit, move || if check() { Ok(()) } else { Err("it is not so".to_owned()) })
+    eventually(what, limit, move || if check() { Ok(()) } else { Err("the condition is false".to_owned()) })
 }
 
-/// The same with a question that is asked of somebody and awaited. Panics at the limit.
+/// The same as [`eventually`] for an asynchronous check. Panics at the limit.
 pub async fn eventually_async<T, F: Future<Output = Result<T, String>>>(
     what: &str,
     limit: Duration,
@@ -41,7 +41,7 @@ pub async fn eventually_async<T, F: Future<Output = Result<T, String>>>(
         match check().await {
             Ok(value) => return value,
             Err(state) if Instant::now() >= end => {
-                panic!("{what}: not within {} ms; at the end: {state}", limit.as_millis())
+                panic!("{what}: not within {} ms; last state: {state}", limit.as_millis())
             }
             Err(_) => tokio::time::sleep(POLL_INTERVAL).await,
         }

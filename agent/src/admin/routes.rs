@@ -25,7 +25,7 @@ use crate::model::api::{
 use crate::model::endpoint::EndpointName;
 use crate::model::lease::printable;
 
-/// The largest body of a request, in bytes. The largest that makes sense has a few hundred.
+/// The largest request body, in bytes. The largest sensible body has a few hundred.
 const MAX_BODY_SIZE: usize = 64 << 10;
 
 struct ApiState<B> {
@@ -39,7 +39,7 @@ impl<B> Clone for ApiState<B> {
     }
 }
 
-/// The whole interface.
+/// The complete API.
 pub(super) fn api_router<B: Backend>(backend: Arc<B>, limits: Limits, stop: CancellationToken) -> Router {
     let shared = ApiState { backend: Arc::clone(&backend), stop };
     let v1 = Router::new()
@@ -55,15 +55,15 @@ pub(super) fn api_router<B: Backend>(backend: Arc<B>, limits: Limits, stop: Canc
     with_fallbacks(v1.merge(health_router(backend)), limits)
 }
 
-/// Metrics and health alone.
+/// Metrics and health only.
 pub(super) fn metrics_router<B: Backend>(backend: Arc<B>, limits: Limits) -> Router {
     with_fallbacks(health_router(backend), limits)
 }
 
-/// What a client is told for whom there is no room; it is to close its connection then.
+/// Answers every request with 503 and closes the connection, for clients above the connection limit.
 pub(super) fn busy_router(max_connections: usize) -> Router {
     Router::new().fallback(async move || {
-        let text = format!("{max_connections} connections are open, which is the most: close some, or try again in a moment");
+        let text = format!("{max_connections} connections are open, the maximum: close some, or try again in a moment");
         ([(header::CONNECTION, HeaderValue::from_static("close"))], ErrorResponse(StatusCode::SERVICE_UNAVAILABLE, text))
             .into_response()
     })
@@ -81,7 +81,7 @@ fn health_router<B: Backend>(backend: Arc<B>) -> Router {
 fn with_fallbacks(router: Router, limits: Limits) -> Router {
     let no_path = async |uri: Uri| ErrorResponse(StatusCode::NOT_FOUND, format!("there is no {}", printable(uri.path())));
     let no_method = async |method: Method, uri: Uri| {
-        let text = format!("{} cannot be asked with {}", printable(uri.path()), printable(method.as_str()));
+        let text = format!("{} does not support {}", printable(uri.path()), printable(method.as_str()));
         ErrorResponse(StatusCode::METHOD_NOT_ALLOWED, text)
     };
     router
@@ -90,27 +90,27 @@ fn with_fallbacks(router: Router, limits: Limits) -> Router {
         .layer(middleware::from_fn_with_state(limits.request_timeout, timeout_layer))
 }
 
-/// Bounds a request's time, and turns a panic into an answer.
+/// Limits a request's duration, and turns a panic into a 500 response.
 async fn timeout_layer(State(timeout): State<Duration>, request: Request, next: Next) -> Response {
     let what = format!("{} {}", printable(request.method().as_str()), printable(request.uri().path()));
     match tokio::time::timeout(timeout, AssertUnwindSafe(next.run(request)).catch_unwind()).await {
         Ok(Ok(response)) => response,
         Ok(Err(_panic)) => {
-            tracing::error!(request = what, "a request's handler panicked");
+            tracing::error!(request = what, "request handler panicked");
             ErrorResponse(
                 StatusCode::INTERNAL_SERVER_ERROR,
-                format!("{what} failed by a defect of the agent: see its log, and please report it"),
+                format!("{what} failed because of a bug in the agent: see its log, and please report it"),
             )
             .into_response()
         }
         Err(_elapsed) => {
-            let text = format!("{what} took longer than {} s; it may still be done: ask again", timeout.as_secs());
+            let text = format!("{what} took longer than {} s; it may still complete: try again", timeout.as_secs());
             ErrorResponse(StatusCode::GATEWAY_TIMEOUT, text).into_response()
         }
     }
 }
 
-/// An answer that is no success.
+/// An error response.
 struct ErrorResponse(StatusCode, String);
 
 impl From<ApiError> for ErrorResponse {
@@ -134,14 +134,14 @@ impl IntoResponse for ErrorResponse {
 
 type JsonResult<T> = Result<Json<T>, ErrorResponse>;
 
-/// The value of a JSON body.
+/// Parses a JSON body.
 async fn parse_body<T: DeserializeOwned>(body: Body) -> Result<T, ErrorResponse> {
     let bytes = axum::body::to_bytes(body, MAX_BODY_SIZE).await.map_err(|_| {
-        let text = format!("the request's body did not arrive whole or has more than {MAX_BODY_SIZE} bytes");
+        let text = format!("the request's body is incomplete or has more than {MAX_BODY_SIZE} bytes");
         ErrorResponse(StatusCode::PAYLOAD_TOO_LARGE, text)
     })?;
     serde_json::from_slice(&bytes)
-        .map_err(|e| bad_request(format!("the request's body is not as expected: {}", printable(&e.to_string()))))
+        .map_err(|e| bad_request(format!("the request's body is invalid: {}", printable(&e.to_string()))))
 }
 
 fn bad_request(text: impl ToString) -> ErrorResponse {
@@ -168,7 +168,8 @@ async fn subnets<B: Backend>(
     State(shared): State<ApiState<B>>,
     query: Result<Query<SubnetsQuery>, QueryRejection>,
 ) -> Result<Response, ErrorResponse> {
-    let Query(query) = query.map_err(|e| bad_request(format!("{}; known is watch=true", printable(&e.body_text()))))?;
+    let Query(query) =
+        query.map_err(|e| bad_request(format!("{}; the only parameter is watch=true", printable(&e.body_text()))))?;
     if query.watch {
         let lines = watch::stream_subnets(shared.backend, shared.stop);
         return Ok(([(header::CONTENT_TYPE, HeaderValue::from_static("application/x-ndjson"))], lines).into_response());
@@ -184,7 +185,7 @@ async fn mesh<B: Backend>(State(shared): State<ApiState<B>>) -> Json<Mesh> {
     Json(shared.backend.mesh())
 }
 
-/// The same over TCP: what `overlayctl mesh --port` asks other hosts for.
+/// The same over TCP: `overlayctl mesh --port` queries it on other hosts.
 async fn mesh_over_tcp<B: Backend>(State(backend): State<Arc<B>>) -> Json<Mesh> {
     Json(backend.mesh())
 }
@@ -220,7 +221,8 @@ async fn detach<B: Backend>(
     query: Result<Query<DetachQuery>, QueryRejection>,
 ) -> JsonResult<DetachResponse> {
     let name = endpoint_name(path)?;
-    let Query(query) = query.map_err(|e| bad_request(format!("{}; known is force=true", printable(&e.body_text()))))?;
+    let Query(query) =
+        query.map_err(|e| bad_request(format!("{}; the only parameter is force=true", printable(&e.body_text()))))?;
     Ok(Json(shared.backend.detach(name, query.force).await?))
 }
 

@@ -1,4 +1,4 @@
-//! Connections: accepted, bounded in number and time, and ended.
+//! Accepts connections, limits their number and duration, and closes them at shutdown.
 
 use std::io;
 use std::net::SocketAddr;
@@ -16,21 +16,21 @@ use tokio_util::sync::CancellationToken;
 
 use super::write_timeout::WriteTimeout;
 
-/// How many connections are served at the same time; a request on a further one is answered 503. Far above what people and monitoring need.
+/// Maximum number of connections served at the same time; a request on a further one is answered 503. Users and monitoring need far fewer.
 pub const MAX_CONNECTIONS: usize = 128;
 
-/// What clients may use.
+/// Resource limits of clients.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Limits {
-    /// Connections that are served.
+    /// Maximum number of served connections.
     pub(super) max_connections: usize,
-    /// How long a client may take for a request's head, and how long a connection may be idle.
+    /// Time limit for a request's head, and for an idle connection.
     pub(super) header_timeout: Duration,
-    /// How long a request may take until the head of its answer is there.
+    /// Time limit from the request to the head of its response.
     pub(super) request_timeout: Duration,
-    /// How long a client may leave its answer unread.
+    /// How long a client may stop reading the response.
     pub(super) write_timeout: Duration,
-    /// How long running requests may go on after the stop.
+    /// Time limit for running requests after the stop signal.
     pub(super) shutdown_grace: Duration,
 }
 
@@ -40,29 +40,29 @@ impl Limits {
         header_timeout: Duration::from_secs(10),
         request_timeout: Duration::from_secs(30),
         write_timeout: Duration::from_secs(30),
-        // Below the five seconds that the whole agent has for its end.
+        // Below the agent's shutdown deadline of five seconds.
         shutdown_grace: Duration::from_secs(3),
     };
 }
 
-/// How many connections beyond [`MAX_CONNECTIONS`] are kept open to be told so; what comes above that is closed at once.
+/// How many connections above [`MAX_CONNECTIONS`] get a 503 response; further ones are closed at once.
 const MAX_BUSY_RESPONSES: usize = 32;
 
-/// How long a client that is told so may take for its request.
+/// Time limit for the request on a connection that gets the 503 response.
 const BUSY_RESPONSE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The largest head of a request, in bytes.
+/// The largest request head, in bytes.
 const MAX_HEADER_SIZE: usize = 16 << 10;
 
-/// How long to wait after a failed accept: what makes it fail (no free descriptors) takes a moment to pass.
+/// Delay after a failed accept: its cause (no free descriptors) takes a moment to pass.
 const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 
-/// Where connections come from.
+/// A source of connections.
 pub(super) trait Listener {
-    /// A connection.
+    /// The connection type.
     type Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static;
 
-    /// The next connection. Cancel-safe.
+    /// Accepts the next connection. Cancel-safe.
     fn next(&self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
 }
 
@@ -82,7 +82,7 @@ impl Listener for TcpListener {
     }
 }
 
-/// Listens for Prometheus.
+/// Binds the TCP listener for metrics and health.
 pub async fn bind_tcp(address: SocketAddr) -> io::Result<TcpListener> {
     TcpListener::bind(address).await.map_err(|e| {
         let remedy = match e.kind() {
@@ -94,7 +94,7 @@ pub async fn bind_tcp(address: SocketAddr) -> io::Result<TcpListener> {
     })
 }
 
-/// Accepts and serves until `stop_agent`; returns when every connection has ended, or was ended at the deadline.
+/// Accepts and serves connections until `stop`; returns when all connections have ended or were closed at the deadline.
 pub(super) async fn accept_connections<L: Listener>(listener: &L, routes: Router, limits: Limits, stop: &CancellationToken) {
     let mut connections = JoinSet::new();
     let permits = Arc::new(Semaphore::new(limits.max_connections));
@@ -118,13 +118,13 @@ pub(super) async fn accept_connections<L: Listener>(listener: &L, routes: Router
                         let limits = Limits { header_timeout: BUSY_RESPONSE_TIMEOUT, write_timeout: BUSY_RESPONSE_TIMEOUT, ..limits };
                         connections.spawn(serve_connection(stream, busy.clone(), limits, stop));
                     } else {
-                        tracing::debug!(open = connections.len(), "closing a connection: too many are open");
+                        tracing::debug!(open = connections.len(), "closing connection: too many are open");
                     }
                 }
                 Err(error) => {
                     failures += 1;
                     if failures.is_power_of_two() {
-                        tracing::warn!(%error, failures, "cannot accept a connection; trying again");
+                        tracing::warn!(%error, failures, "cannot accept connection; retrying");
                     }
                     tokio::select! {
                         () = stop.cancelled() => break,
@@ -140,7 +140,7 @@ pub(super) async fn accept_connections<L: Listener>(listener: &L, routes: Router
         }
     });
     if drained.await.is_err() {
-        tracing::warn!(open = connections.len(), "closing connections whose requests did not end in time");
+        tracing::warn!(open = connections.len(), "closing connections with unfinished requests");
         connections.shutdown().await;
     }
 }
@@ -171,6 +171,6 @@ async fn serve_connection<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
 
 fn log_panic(end: Result<(), tokio::task::JoinError>) {
     if let Some(panic) = end.err().and_then(crate::shutdown::panic_text) {
-        tracing::error!(panic, "a connection's task panicked");
+        tracing::error!(panic, "connection task panicked");
     }
 }

@@ -1,4 +1,4 @@
-//! The socket file: who may connect, and whose it is.
+//! The socket file: its mode and its owner.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -11,72 +11,72 @@ use nix::sys::socket::{
 use nix::sys::stat::{Mode, fchmod};
 use tokio::net::UnixListener;
 
-/// Root and the socket's group may connect, nobody else: whoever can connect can attach to any namespace.
+/// Only root and the socket's group may connect: a client can attach to any network namespace.
 const SOCKET_MODE: u32 = 0o660;
 
-/// Connections that wait to be accepted.
+/// Maximum number of connections that wait for accept.
 const BACKLOG: i32 = 128;
 
-/// The agent's socket, listening. Dropping it removes the file, unless it is another's (by then, or systemd's from the start).
+/// The agent's listening socket. Dropping it removes the file, unless another agent has replaced it or systemd owns it.
 #[derive(Debug)]
 pub struct AdminSocket {
     listener: UnixListener,
     path: PathBuf,
-    /// Device and inode of the file, where it is the agent's.
+    /// Device and inode of the file; `None` if systemd owns it.
     file_id: Option<(u64, u64)>,
 }
 
-/// Why there is no socket.
+/// The reason why the socket cannot be created.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
-    /// An agent answers there.
+    /// A live agent listens on the path.
     #[error("{path} belongs to a live agent ({holder}): stop that one, or start this one with its own --run-dir and --state-dir")]
     InUse {
         /// The socket's path.
         path: PathBuf,
-        /// `pid 123`, or that it is not known.
+        /// `pid 123`, or a text for an unknown PID.
         holder: String,
     },
-    /// Something else stands there.
-    #[error("{path} is there and is no socket: it is left alone; move it away, or choose another --run-dir")]
+    /// The path is not a socket.
+    #[error("{path} exists and is not a socket: it is left unchanged; move it away, or choose another --run-dir")]
     NotASocket {
         /// The path.
         path: PathBuf,
     },
-    /// The path does not fit into an address.
+    /// The path does not fit into `sockaddr_un`.
     #[error("the socket path {path} is too long: a UNIX socket's path has at most 107 bytes; choose a shorter --run-dir")]
     TooLong {
         /// The path.
         path: PathBuf,
     },
-    /// The system refused.
+    /// A system call failed.
     #[error("cannot {action} the socket {path}: {source}")]
     System {
-        /// What was to be done.
+        /// The attempted action.
         action: &'static str,
         /// The path.
         path: PathBuf,
-        /// The system's answer.
+        /// The system's error.
         source: io::Error,
     },
 }
 
 impl AdminSocket {
-    /// Listens at `path` with mode 0660. A socket file on which nobody answers is replaced; anything else that stands there is an error.
-    /// Needs a tokio runtime. Does not block but for the file system.
+    /// Listens on `path` with mode 0660. A stale socket file is replaced; any other existing file is an error.
+    /// Needs a tokio runtime. Blocks only for file system operations.
     pub fn bind(path: &Path) -> Result<AdminSocket, SocketError> {
         let system = |action| move |source: io::Error| SocketError::System { action, path: path.to_owned(), source };
         let address = UnixAddr::new(path).map_err(|_| SocketError::TooLong { path: path.to_owned() })?;
         remove_stale(path, &address)?;
-        let fd = listen_private(&address).map_err(|e| system("make")(e.into()))?;
+        let fd = listen_private(&address).map_err(|e| system("create")(e.into()))?;
         // The umask can only have narrowed the mode.
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(SOCKET_MODE)).map_err(system("set the mode of"))?;
-        let metadata = std::fs::symlink_metadata(path).map_err(system("look at"))?;
+        let metadata = std::fs::symlink_metadata(path).map_err(system("stat"))?;
         let listener = UnixListener::from_std(std::os::unix::net::UnixListener::from(fd)).map_err(system("listen on"))?;
         Ok(AdminSocket { listener, path: path.to_owned(), file_id: Some((metadata.dev(), metadata.ino())) })
     }
 
-    /// Serves a socket that listens already, at `path`: whose file it is, its mode and its end are the giver's affair. Needs a tokio runtime.
+    /// Uses an inherited listening socket at `path`; systemd owns its file, mode and removal. Needs a tokio runtime.
     pub fn from_listener(listener: std::os::unix::net::UnixListener, path: &Path) -> Result<AdminSocket, SocketError> {
         let system = |source: io::Error| SocketError::System { action: "listen on", path: path.to_owned(), source };
         listener.set_nonblocking(true).map_err(system)?;
@@ -98,32 +98,32 @@ impl Drop for AdminSocket {
     fn drop(&mut self) {
         let ours = |m: &std::fs::Metadata| Some((m.dev(), m.ino())) == self.file_id;
         if std::fs::symlink_metadata(&self.path).is_ok_and(|m| ours(&m)) {
-            // One that stays is stale, and replaced at the next start.
+            // If the removal fails, the next start replaces the stale file.
             let _ = std::fs::remove_file(&self.path);
         }
     }
 }
 
-/// Makes room at the path if what stands there is a socket on which nobody answers.
+/// Removes a stale socket, on which no process listens, from the path.
 fn remove_stale(path: &Path, address: &UnixAddr) -> Result<(), SocketError> {
     let system = |action| move |source: io::Error| SocketError::System { action, path: path.to_owned(), source };
     match std::fs::symlink_metadata(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(e) => return Err(system("look at")(e)),
+        Err(e) => return Err(system("stat")(e)),
         Ok(m) if !m.file_type().is_socket() => return Err(SocketError::NotASocket { path: path.to_owned() }),
         Ok(_) => {}
     }
     let probe = stream_socket().map_err(|e| system("probe")(e.into()))?;
     match connect(probe.as_raw_fd(), address) {
         Err(nix::errno::Errno::ECONNREFUSED) => {
-            tracing::info!(path = %path.display(), "replacing a socket on which nobody answers");
+            tracing::info!(path = %path.display(), "replacing stale socket");
             match std::fs::remove_file(path) {
                 Err(e) if e.kind() != io::ErrorKind::NotFound => Err(system("remove the stale")(e)),
                 _ => Ok(()),
             }
         }
         Err(nix::errno::Errno::ENOENT) => Ok(()),
-        // EAGAIN: somebody listens, and does not keep up.
+        // EAGAIN: the listener's backlog is full.
         Ok(()) | Err(nix::errno::Errno::EAGAIN) => {
             let pid = getsockopt(&probe, sockopt::PeerCredentials).map(|c| c.pid()).unwrap_or_default();
             let holder = if pid > 0 { format!("pid {pid}") } else { "its pid is not known".to_owned() };
@@ -137,8 +137,9 @@ fn stream_socket() -> nix::Result<OwnedFd> {
     socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)
 }
 
-/// A listening socket whose file has at most the wished mode from its first moment: on Linux the file takes the mode of the socket's inode,
-/// less the umask (`unix_bind_bsd` in the kernel's net/unix/af_unix.c).
+/// Creates a listening socket whose file never has more than [`SOCKET_MODE`], not even for a moment.
+///
+/// On Linux the file gets the mode of the socket's inode, less the umask (`unix_bind_bsd` in the kernel's net/unix/af_unix.c).
 fn listen_private(address: &UnixAddr) -> nix::Result<OwnedFd> {
     let fd = stream_socket()?;
     fchmod(&fd, Mode::from_bits_truncate(SOCKET_MODE))?;
@@ -162,7 +163,7 @@ mod tests {
             let raw = dir.path().join(format!("raw-{umask:o}"));
             let whole = dir.path().join(format!("whole-{umask:o}"));
             let runtime = tokio::runtime::Handle::current();
-            // The umask belongs to the process; a thread that no longer shares it changes only its own.
+            // The umask belongs to the process. A thread with CLONE_FS unshared changes only its own.
             std::thread::scope(|scope| {
                 scope.spawn(|| {
                     nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS).unwrap();
@@ -187,18 +188,18 @@ mod tests {
         let error = AdminSocket::bind(&path).unwrap_err();
         assert!(matches!(error, SocketError::InUse { .. }));
         assert!(error.to_string().contains(&format!("pid {}", std::process::id())), "{error}");
-        // The refused one has left the file alone; the owner removes it.
+        // The rejected bind leaves the file; its owner removes it.
         assert!(path.exists());
         drop(socket);
         assert!(!path.exists());
-        // An owner does not remove what is another's by now.
+        // The first owner does not remove a file that another agent has replaced.
         let first = AdminSocket::bind(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
         let second = AdminSocket::bind(&path).unwrap();
         drop(first);
         assert!(path.exists());
         drop(second);
-        // One that was inherited stays for the next agent.
+        // An inherited socket stays for the next agent.
         let held = std::os::unix::net::UnixListener::bind(&path).unwrap();
         drop(AdminSocket::from_listener(held.try_clone().unwrap(), &path).unwrap());
         assert!(path.exists());

@@ -1,4 +1,4 @@
-//! Real requests over a real socket, good and hostile, to a backend that is made up.
+//! Valid and hostile requests over a real socket to a fake backend.
 
 mod backend;
 mod hostile;
@@ -39,7 +39,7 @@ impl Agent {
         UnixStream::connect(&self.path).await.unwrap()
     }
 
-    /// Sends bytes as they are and reads to the end.
+    /// Sends raw bytes and reads until the end of the stream.
     async fn send_raw(&self, bytes: &[u8]) -> String {
         let mut stream = self.connect().await;
         stream.write_all(bytes).await.unwrap();
@@ -66,7 +66,7 @@ impl Agent {
 
 async fn read_all(stream: &mut UnixStream) -> String {
     let mut bytes = Vec::new();
-    // A reset behind the last byte is an end too.
+    // A reset after the last byte also ends the stream.
     let _ = tokio::time::timeout(Duration::from_secs(20), stream.read_to_end(&mut bytes)).await.expect("an end in time");
     String::from_utf8_lossy(&bytes).into_owned()
 }
@@ -117,16 +117,16 @@ async fn errors_have_matching_status_and_body() {
     for ((method, path, body), status, expected) in [
         (get("/"), 404, "there is no /"),
         (get("/v2/status"), 404, "there is no /v2/status"),
-        (get("/v1/endpoints/c1"), 405, "/v1/endpoints/c1 cannot be asked with GET"),
-        (("POST", "/v1/status".to_owned(), ""), 405, "/v1/status cannot be asked with POST"),
-        (("BREW", "/v1/status".to_owned(), ""), 405, "cannot be asked with BREW"),
-        (get("/v1/subnets?watch=maybe"), 400, "known is watch=true"),
+        (get("/v1/endpoints/c1"), 405, "/v1/endpoints/c1 does not support GET"),
+        (("POST", "/v1/status".to_owned(), ""), 405, "/v1/status does not support POST"),
+        (("BREW", "/v1/status".to_owned(), ""), 405, "does not support BREW"),
+        (get("/v1/subnets?watch=maybe"), 400, "the only parameter is watch=true"),
         (get("/v1/subnets?wach=true"), 400, "wach"),
-        (("DELETE", "/v1/endpoints/c1?force=perhaps".to_owned(), ""), 400, "known is force=true"),
+        (("DELETE", "/v1/endpoints/c1?force=perhaps".to_owned(), ""), 400, "the only parameter is force=true"),
         (attach("c1", ""), 400, "EOF while parsing"),
-        (attach("c1", "{"), 400, "is not as expected"),
+        (attach("c1", "{"), 400, "the request's body is invalid"),
         (attach("c1", r#"{"netns":"/a","ip":"10.0.0.1"}"#), 400, "unknown field `ip`"),
-        (attach("c1", r#"{"netns":"/a","addresses":{"v4":"10.0.0"}}"#), 400, "is not as expected"),
+        (attach("c1", r#"{"netns":"/a","addresses":{"v4":"10.0.0"}}"#), 400, "the request's body is invalid"),
         (attach("-c1", good), 400, "`-c1` is no endpoint name"),
         (attach("a%2Fb", good), 400, "`a/b` is no endpoint name"),
         (attach("%1b%5b31m", good), 400, "is no endpoint name"),
@@ -136,7 +136,7 @@ async fn errors_have_matching_status_and_body() {
         (attach("early", good), 503, "not yet"),
         (attach("broken", good), 500, "disk"),
         (attach("missing", good), 404, "no such"),
-        (attach("panics", good), 500, "failed by a defect of the agent"),
+        (attach("panics", good), 500, "failed because of a bug in the agent"),
         (("DELETE", "/v1/endpoints/%20".to_owned(), ""), 400, "is no endpoint name"),
         (("PUT", "/v1/log-level".to_owned(), r#"{"level":"inof"}"#), 400, "inof"),
         (("PUT", "/v1/log-level".to_owned(), r#"{"level":3}"#), 400, "invalid type"),
@@ -165,7 +165,7 @@ async fn connection_is_kept_alive_between_requests() {
         let read = stream.read(&mut bytes).await.unwrap();
         assert!(bytes[..read].ends_with(b"ok\n"));
     }
-    // An idle connection does not hold up the end.
+    // An idle connection does not delay the shutdown.
     let began = Instant::now();
     agent.shut_down().await;
     assert!(began.elapsed() < Duration::from_secs(3));
@@ -190,7 +190,7 @@ async fn watch_streams_changes_until_stop() {
     let agent = Agent::start();
     let mut lines = open_watch(&agent).await;
     assert!(next_keys(&mut lines).await.is_empty());
-    // A change elsewhere is not told; many together are told once, with the last state.
+    // An unrelated change sends no line; simultaneous changes send one line with the last state.
     agent.backend.notify_change();
     tokio::time::sleep(Duration::from_millis(60)).await;
     for i in 0..100 {

@@ -1,4 +1,4 @@
-//! The stream behind `GET /v1/subnets?watch=true`: one JSON object a line, the first at once, then one at each change.
+//! The stream of `GET /v1/subnets?watch=true`: one JSON object per line, the first at once, then one per change.
 
 use std::convert::Infallible;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -13,18 +13,18 @@ use tokio_util::sync::CancellationToken;
 
 use super::Backend;
 
-/// How long changes are gathered before they are told: many hosts starting together are one line, and a person sees no delay.
+/// How long changes are collected into one line, for example if many hosts start together. Too short for users to notice.
 const COALESCE_DELAY: Duration = Duration::from_millis(20);
 
 struct SubnetsWatch<B> {
     backend: Arc<B>,
     changes: Receiver<u64>,
     stop: CancellationToken,
-    /// A hash of the last line, so that a change elsewhere in the agent does not repeat it.
+    /// A hash of the last line, so that an unrelated change of the agent does not repeat it.
     last_hash: Option<u64>,
 }
 
-/// The answer's body. Ends with the client or at `stop_agent`. A client that reads slowly misses states in between, never the last one.
+/// The response body. Ends with the client or at `stop`. A slow client misses intermediate states, never the last one.
 pub(super) fn stream_subnets<B: Backend>(backend: Arc<B>, stop: CancellationToken) -> Body {
     let changes = backend.changes();
     let watch = SubnetsWatch { backend, changes, stop, last_hash: None };
@@ -44,7 +44,7 @@ impl<B: Backend> SubnetsWatch<B> {
                 }
                 tokio::time::sleep(COALESCE_DELAY).await;
             }
-            // Marked as seen before it is read: what changes while it is read is another change.
+            // Marked as seen before the read, so that a change during the read causes another line.
             self.changes.borrow_and_update();
             let line = self.encode_line().await?;
             let mut hasher = DefaultHasher::new();
@@ -60,12 +60,11 @@ impl<B: Backend> SubnetsWatch<B> {
         let subnets = match self.backend.subnets().await {
             Ok(subnets) => subnets,
             Err(error) => {
-                tracing::warn!(%error, "a watch of the subnets ends");
+                tracing::warn!(%error, "subnet watch ended");
                 return None;
             }
         };
-        let mut line =
-            serde_json::to_vec(&subnets).inspect_err(|error| tracing::error!(%error, "subnets cannot be encoded")).ok()?;
+        let mut line = serde_json::to_vec(&subnets).inspect_err(|error| tracing::error!(%error, "cannot encode subnets")).ok()?;
         line.push(b'\n');
         Some(line.into())
     }

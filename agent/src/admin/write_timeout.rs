@@ -1,4 +1,4 @@
-//! A stream that fails when its peer does not take what is written to it.
+//! A stream wrapper that fails writes when its peer stops reading.
 
 use std::io;
 use std::pin::Pin;
@@ -8,11 +8,11 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep};
 
-/// Wraps a stream: a write that makes no progress for `timeout` fails with `TimedOut`. Reads are untouched.
+/// Wraps a stream: a write that makes no progress for `timeout` fails with `TimedOut`. Reads are passed through.
 pub(super) struct WriteTimeout<S> {
     stream: S,
     timeout: Duration,
-    /// Runs while a write waits.
+    /// Armed while a write waits.
     deadline: Pin<Box<Sleep>>,
     waiting: bool,
 }
@@ -36,7 +36,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> WriteTimeout<S> {
             self.deadline.as_mut().reset(Instant::now() + self.timeout);
         }
         ready!(self.deadline.as_mut().poll(cx));
-        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client does not read its answer")))
+        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client does not read the response")))
     }
 }
 
@@ -93,7 +93,7 @@ mod tests {
         let (written, read) = tokio::join!(stall.write_all(&[7; 40]), reader);
         written.unwrap();
         assert_eq!(read, 32);
-        // Now nobody reads.
+        // The reader has stopped.
         assert_eq!(stall.write_all(&[7; 40]).await.unwrap_err().kind(), io::ErrorKind::TimedOut);
     }
 }

@@ -1,4 +1,4 @@
-//! What the socket answers from: the reconciler for what it owns, the endpoints for containers, the store for the time left of leases.
+//! [`Backend`] of the socket: queries the reconciler, the endpoints for containers, and etcd for the remaining TTLs of leases.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,16 +16,17 @@ use crate::reconcile::ReconcilerQuery;
 use crate::store::{self, StoreConfig};
 use crate::telemetry::LevelHandle;
 
-/// How long a look at the leases' ends counts: a table that is watched asks etcd no more often.
+/// How long fetched lease TTLs are reused, which bounds the queries to etcd of `overlayctl subnets --watch`.
 const TTL_CACHE_AGE: Duration = Duration::from_secs(10);
-/// How long etcd may take to tell; the table comes without the ends of leases then.
+/// Time limit of the TTL query; after it the table is served without expiry times.
 const TTL_QUERY_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How long an attach waits for the network where the agent is ready.
+/// How long an attach waits for the network if the agent is ready.
 const NETWORK_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How long the reconcile loop may be busy before it counts as stuck. A batch of the largest fleets takes a second or two; `/healthz` must answer
-/// before the socket gives a request up.
+/// How long the reconcile loop may be busy before it counts as stuck.
+///
+/// The largest batches take a second or two, and `/healthz` must answer before the socket's request timeout.
 const STUCK_LOOP_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// The agent behind its socket.
@@ -42,7 +43,7 @@ pub(super) struct AgentBackend {
     pub(super) level: LevelHandle,
 }
 
-/// When each etcd lease ends, as far as was known at some moment.
+/// The remaining TTL of each etcd lease at the time of the query.
 pub(super) struct CachedTtls {
     fetched_at: Instant,
     remaining: BTreeMap<i64, Duration>,
@@ -50,42 +51,44 @@ pub(super) struct CachedTtls {
 
 impl AgentBackend {
     async fn query_reconciler<T>(&self, query: impl FnOnce(oneshot::Sender<T>) -> ReconcilerQuery) -> Result<T, ApiError> {
-        ReconcilerQuery::ask(&self.queries, query).await.ok_or_else(|| ApiError::new(ErrorKind::NotReady, "the agent is ending"))
+        ReconcilerQuery::ask(&self.queries, query)
+            .await
+            .ok_or_else(|| ApiError::new(ErrorKind::NotReady, "the agent is shutting down"))
     }
 
-    /// The status, or that the loop which knows it is stuck.
+    /// The status, or an error if the reconcile loop does not answer.
     async fn query_status_with_timeout(&self) -> Result<api::Status, String> {
         match tokio::time::timeout(STUCK_LOOP_TIMEOUT, self.query_reconciler(ReconcilerQuery::Status)).await {
             Ok(answer) => answer.map_err(|error| error.to_string()),
             Err(_) => Err(format!(
-                "the reconcile loop has not turned for {} s: the data path forwards on, but follows nothing any more; restart overlayd, and please \
-                 report its log",
+                "the reconcile loop has made no progress for {} s: the data path keeps forwarding, but no longer follows changes; restart \
+                 overlayd, and please report its log",
                 STUCK_LOOP_TIMEOUT.as_secs()
             )),
         }
     }
 
-    /// Packets that the guards dropped, by reason; `None` where the kernel does not tell.
+    /// Packets dropped by our rules, by reason; `None` if the kernel's counters cannot be read.
     async fn dropped(&self) -> Option<BTreeMap<&'static str, u64>> {
         let port_manager = self.port_manager.clone();
         let result = tokio::task::spawn_blocking(move || port_manager.dropped_packets()).await;
         match result.map_err(|error| error.to_string()).and_then(|counted| counted.map_err(|error| error.to_string())) {
             Ok(counted) => Some(counted.into_iter().map(|(counter, packets)| (counter.name(), packets)).collect()),
             Err(error) => {
-                tracing::debug!(error, "the counters of dropped packets cannot be read");
+                tracing::debug!(error, "cannot read counters of dropped packets");
                 None
             }
         }
     }
 
-    /// Seconds until each of these etcd leases ends; what is not known is not there.
+    /// Seconds until each of these etcd leases expires; leases with an unknown TTL are left out.
     async fn remaining_seconds(&self, ids: Vec<i64>) -> BTreeMap<i64, i64> {
         let mut cache = self.ttl_cache.lock().await;
         if cache.as_ref().is_none_or(|known| known.fetched_at.elapsed() > TTL_CACHE_AGE) {
             let left = match tokio::time::timeout(TTL_QUERY_TIMEOUT, store::remaining_ttls(&self.store, ids)).await {
                 Ok(Ok(left)) => left,
                 Ok(Err(error)) => {
-                    tracing::debug!(%error, "etcd does not tell when leases end");
+                    tracing::debug!(%error, "cannot read lease TTLs from etcd");
                     BTreeMap::new()
                 }
                 Err(_) => BTreeMap::new(),
@@ -144,7 +147,7 @@ impl Backend for AgentBackend {
     async fn network(&self) -> Result<api::NetworkView, ApiError> {
         let status = self.query_reconciler(ReconcilerQuery::Status).await?;
         let missing =
-            || ApiError::new(ErrorKind::NotReady, "the network's configuration is not there yet: see `overlayctl status`");
+            || ApiError::new(ErrorKind::NotReady, "the network's configuration is not known yet: see `overlayctl status`");
         let network = status.network.ok_or_else(missing)?;
         let (port_manager, bridge) = (self.port_manager.clone(), Device::bridge(network.vxlan.vni));
         let result = tokio::task::spawn_blocking(move || port_manager.snapshot(bridge)).await;
@@ -177,7 +180,7 @@ impl Backend for AgentBackend {
     async fn attach(&self, name: EndpointName, request: api::AttachRequest) -> Result<api::AttachResponse, ApiError> {
         let attach = || self.endpoints.attach(name.clone(), request.clone());
         let outcome = match attach().await {
-            // The agent is ready, and its endpoints are about to learn of the network.
+            // The agent is ready, so the endpoints receive the network's parameters within moments.
             Err(EndpointError::NoSubnet) if self.ready().await.is_ok() => {
                 let _known = tokio::time::timeout(NETWORK_TIMEOUT, self.endpoints.wait_for_network()).await;
                 attach().await
@@ -196,7 +199,7 @@ impl Backend for AgentBackend {
     }
 
     async fn ready(&self) -> Result<(), Vec<String>> {
-        // Asked rather than remembered: a loop that is stuck would be ready for ever.
+        // Queried rather than cached: a stuck loop would stay ready for ever.
         match self.query_status_with_timeout().await {
             Ok(status) if status.ready => Ok(()),
             Ok(status) if status.problems.is_empty() => Err(vec!["the data path is being programmed".to_owned()]),
@@ -224,7 +227,7 @@ impl Backend for AgentBackend {
 
     fn set_log_level(&self, level: &str) -> Result<(), ApiError> {
         self.level.set(level).map_err(|error| ApiError::new(ErrorKind::BadValue, error))?;
-        tracing::info!(level, "log level set through the socket");
+        tracing::info!(level, "log level changed through the socket");
         Ok(())
     }
 }

@@ -1,4 +1,4 @@
-//! `overlayd_command run_cleanup`: removes what the agent made on the host, and gives its lease back.
+//! `overlayd cleanup`: removes everything the agent created on the host and releases its lease.
 
 use std::path::Path;
 use std::time::Duration;
@@ -13,11 +13,12 @@ use crate::plan::{DataPath, Key, LinkKind, Op, PortDriver, State, Value};
 use crate::state::{DirLock, HostState, StateDir};
 use crate::store;
 
-/// How long etcd may take to give the lease back.
+/// Time limit for the release of the lease in etcd.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Removes everything: endpoints' interfaces, devices, routes and next hops of our protocol number, rules, changed sysctls, the lease, the state.
-/// Goes on over errors and names them all at the end; safe to repeat.
+/// Removes endpoints' interfaces, devices, routes and next hops with our protocol number, rules, the lease and the state.
+///
+/// Also restores changed sysctls. Continues after errors and returns all of them at the end; safe to repeat.
 pub async fn cleanup(config: HostConfig) -> anyhow::Result<()> {
     preflight::check_capabilities()?;
     let run_lock = DirLock::acquire(&config.run_dir).context("cleanup needs the agent stopped")?;
@@ -25,7 +26,7 @@ pub async fn cleanup(config: HostConfig) -> anyhow::Result<()> {
     let state = StateDir::open(&config.state_dir)?;
     let mut failures: Vec<String> = Vec::new();
     let host = state.load_host().unwrap_or_else(|error| {
-        failures.push(format!("what this host remembers is lost, its sysctls stay as they are: {error}"));
+        failures.push(format!("the saved host state cannot be read, changed sysctls are not restored: {error}"));
         HostState::default()
     });
     clean_kernel(&host, &mut failures).await?;
@@ -35,20 +36,20 @@ pub async fn cleanup(config: HostConfig) -> anyhow::Result<()> {
         remove_file(path, &mut failures);
     }
     if failures.is_empty() {
-        // The identity goes last, so that a repeated cleanup still knows which lease is this host's.
+        // The identity is removed last: a repeated cleanup needs it to find this host's lease.
         if let Err(error) = state.remove() {
             failures.push(error.to_string());
         }
         drop(run_lock);
         remove_file(&config.run_dir.join("overlayd.lock"), &mut failures);
-        // Where others put files of theirs the directory stays, which is no failure.
+        // A directory with foreign files stays; that is not a failure.
         let _ = std::fs::remove_dir(&config.run_dir);
     }
     if failures.is_empty() {
-        tracing::info!("nothing of the agent is left on this host");
+        tracing::info!("cleanup complete");
         return Ok(());
     }
-    bail!("cleanup is not complete; mend this and repeat it:\n  {}", failures.join("\n  "))
+    bail!("cleanup is not complete; fix these errors and repeat it:\n  {}", failures.join("\n  "))
 }
 
 async fn clean_kernel(host: &HostState, failures: &mut Vec<String>) -> anyhow::Result<()> {
@@ -64,7 +65,7 @@ async fn clean_kernel(host: &HostState, failures: &mut Vec<String>) -> anyhow::R
         }
     }
     let mut batch = diff(&State::new(), &actual);
-    // Switched back last: until then nothing else differs for the host's other traffic. Those of interfaces that are gone went with them.
+    // Sysctls are restored last, because they affect the host's other traffic. Sysctls of deleted interfaces no longer exist.
     let present =
         kernel.watch_sysctls(host.sysctls.keys().cloned().collect()).await.context("the host's settings cannot be read")?;
     let before = host.sysctls.iter().map(|(path, value)| (Key::Sysctl(path.clone().into()), Value::Sysctl(value.clone().into())));
@@ -90,15 +91,15 @@ async fn release_lease(config: &HostConfig, state: &StateDir, failures: &mut Vec
     match tokio::time::timeout(RELEASE_TIMEOUT, store::release(&store_config(&config.etcd), &id)).await {
         Ok(Ok(done)) => {
             for key in done.released {
-                tracing::info!(key, "lease given back");
+                tracing::info!(key, "lease released");
             }
             for key in done.reservations {
-                tracing::info!(key, "reservation kept: it is its owner's to delete");
+                tracing::info!(key, "reservation kept; delete its key to end it");
             }
         }
-        Ok(Err(error)) => failures.push(format!("the lease in etcd is not given back: {error}")),
+        Ok(Err(error)) => failures.push(format!("the lease in etcd is not released: {error}")),
         Err(_) => failures.push(format!(
-            "the lease in etcd is not given back: no answer within {} s; without it the lease ends by itself a day after its last renewal",
+            "the lease in etcd is not released: no answer within {} s; the lease expires a day after its last renewal",
             RELEASE_TIMEOUT.as_secs()
         )),
     }

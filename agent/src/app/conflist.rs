@@ -1,5 +1,7 @@
-//! The CNI network list of the default network, for container runtimes to find (`--cni-conflist`). It is written when the overlay is in place and
-//! never removed: without it a runtime would start containers on no network or another one, with it they wait for the agent.
+//! The CNI network list of the default network, for container runtimes (`--cni-conflist`).
+//!
+//! It is written once the overlay is up and never removed. Without it a runtime would start containers without a network or on another
+//! network; with it the containers wait for the agent.
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -9,16 +11,16 @@ use serde_json::{Value, json};
 use crate::config::HostConfig;
 use crate::state::{FileError, write_if_changed};
 
-/// The network's name for runtimes: `podman run --network overlay`.
+/// The network's name in runtimes: `podman run --network overlay`.
 const NETWORK_NAME: &str = "overlay";
 
-/// The version that runtimes of all ages read; newer ones look at `cniVersions`.
+/// The version that old and new runtimes support; new ones read `cniVersions`.
 const CNI_VERSION: &str = "1.0.0";
 
-/// The key that tells our file from one that others wrote or changed, and its value.
+/// The key and value that mark the file as ours.
 const OWNER_FIELD: (&str, &str) = ("writtenBy", "overlayd");
 
-/// The largest file that is looked at, in bytes.
+/// The largest file that is read, in bytes.
 const MAX_FILE_SIZE: u64 = 1 << 20;
 
 /// The list's file.
@@ -26,11 +28,11 @@ const MAX_FILE_SIZE: u64 = 1 << 20;
 pub(super) struct Conflist {
     path: PathBuf,
     text: String,
-    /// Whether it was said that the file is another's.
+    /// Whether the warning about a foreign file was logged.
     warned: bool,
 }
 
-/// What stands at the file's path.
+/// The state of the file's path.
 #[derive(Debug, PartialEq, Eq)]
 enum ExistingFile {
     Missing,
@@ -39,19 +41,20 @@ enum ExistingFile {
 }
 
 impl Conflist {
-    /// The file that the configuration asks for, if it does; the socket is the agent's.
+    /// The file named by the configuration, if any; `socket` is the agent's.
     pub(super) fn from_config(config: &HostConfig, socket: &Path) -> Option<Conflist> {
         let path = config.cni_conflist.clone()?;
         Some(Conflist { path, text: render(socket), warned: false })
     }
 
-    /// Writes the file where it is missing or an older one of ours; says what it did. An error keeps no container off the network that is
-    /// attached otherwise, so it is only logged.
+    /// Writes the file if it is missing or is an older one of ours.
+    ///
+    /// Errors are only logged, because containers can be attached without the file.
     pub(super) fn write(&mut self) {
         match self.try_write() {
             Ok(true) => tracing::info!(file = %self.path.display(), network = NETWORK_NAME, "CNI network list written"),
             Ok(false) => {}
-            Err(error) => tracing::error!(%error, "the CNI network list cannot be written"),
+            Err(error) => tracing::error!(%error, "cannot write CNI network list"),
         }
     }
 
@@ -61,7 +64,7 @@ impl Conflist {
                 let key = OWNER_FIELD.0;
                 tracing::warn!(
                     file = %self.path.display(),
-                    "the CNI network list was written or changed by others (it lacks the key {key}) and is left alone; remove it to have it written anew"
+                    "CNI network list is not ours (it lacks the key {key}), leaving it unchanged; remove it to have it rewritten"
                 );
             }
             return Ok(false);
@@ -79,7 +82,7 @@ fn inspect_file(path: &Path) -> Result<ExistingFile, FileError> {
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(ExistingFile::Missing),
         metadata => metadata.map_err(failed)?,
     };
-    // A link leads to a file of others, which must not be replaced by ours.
+    // A symbolic link points to a foreign file, which we must not replace.
     if !metadata.is_file() || metadata.len() > MAX_FILE_SIZE {
         return Ok(ExistingFile::Foreign);
     }

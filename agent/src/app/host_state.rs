@@ -1,4 +1,4 @@
-//! What the reconciler keeps over restarts, in the state directory's `state.json`.
+//! The reconciler's persistent state, in `state.json` of the state directory.
 
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -7,7 +7,7 @@ use crate::model::{Device, Mac, PerFamily, Subnet};
 use crate::reconcile::StateStore;
 use crate::state::{HostState, StateDir, StateError};
 
-/// The host's state and its file. A write that fails is logged and tried again at the next change: what is in memory counts meanwhile.
+/// The host's state and its file. A failed write is logged and retried at the next change; meanwhile the state in memory is used.
 #[derive(Debug, Clone)]
 pub(super) struct HostStateStore {
     state_dir: Arc<StateDir>,
@@ -20,7 +20,7 @@ impl HostStateStore {
         Ok(HostStateStore { state_dir: state, host: Arc::new(Mutex::new(host)) })
     }
 
-    /// Notes the subnet that is held.
+    /// Saves the leased subnet and the published addresses.
     pub(super) fn record_held_subnet(&self, subnet: Subnet, public_ip: PerFamily<IpAddr>) {
         let mut host = self.lock();
         if host.subnet != Some(subnet) || host.public_ip != public_ip {
@@ -36,7 +36,7 @@ impl HostStateStore {
 
     fn save(&self, host: &HostState) {
         if let Err(error) = self.state_dir.save_host(host) {
-            tracing::error!(%error, "the host's state cannot be kept: a restart may change its MAC or subnet");
+            tracing::error!(%error, "cannot save the host's state; a restart may change its MAC or subnet");
         }
     }
 }

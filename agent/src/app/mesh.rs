@@ -1,5 +1,7 @@
-//! The task that probes peers: one echo request at a time, never more than [`MAX_PROBES_PER_SECOND`](crate::plan::mesh::MAX_PROBES_PER_SECOND) a second. What it finds
-//! is in a [`Shared`] book, which the socket answers from. It ends only when told to: that nothing can be probed is said there, and in the log once.
+//! The task that probes peers with ICMP echo requests.
+//!
+//! It sends one request at a time, at most [`MAX_PROBES_PER_SECOND`](crate::plan::mesh::MAX_PROBES_PER_SECOND) a second. The results are
+//! in [`MeshState`], which the socket serves. The task runs until `stop`; an error that prevents probing is kept there and logged once.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -16,11 +18,10 @@ use crate::model::{Family, PerFamily};
 use crate::plan::mesh::{Probe, ProbeTable};
 use crate::reconcile::ReconcilerQuery;
 
-/// How long to wait before it is looked for peers again once something changed where there were none, and before it is tried again where no socket
-/// can be had.
+/// Delay before the next round if there were no peers and something changed, or if no socket could be opened.
 const IDLE_RETRY_DELAY: Duration = Duration::from_secs(5);
 
-/// What the probes found.
+/// The probes' results.
 #[derive(Debug)]
 pub(super) struct MeshState {
     node: String,
@@ -34,7 +35,7 @@ impl MeshState {
         MeshState { node, interval, state: Mutex::default(), metrics }
     }
 
-    /// Brings the numbers that are of this moment up to date.
+    /// Updates the gauges.
     pub(super) fn update_metrics(&self) {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         self.metrics.set_mesh(self.interval.is_some() && state.1.is_none(), state.0.summary());
@@ -55,13 +56,13 @@ impl MeshState {
     fn set_error(&self, error: Option<String>) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(error) = error.as_ref().filter(|error| state.1.as_ref() != Some(*error)) {
-            tracing::warn!(%error, "peers cannot be probed; --mesh-interval=0s switches it off");
+            tracing::warn!(%error, "cannot probe peers; --mesh-interval=0s disables probing");
         }
         state.1 = error;
     }
 }
 
-/// Probes until `stop_agent`; `changes` counts up with what may be new among the peers.
+/// Probes peers until `stop`; `changes` is incremented when the peers may have changed.
 pub(super) async fn run(
     shared: Arc<MeshState>,
     queries: mpsc::Sender<ReconcilerQuery>,
@@ -76,7 +77,7 @@ pub(super) async fn run(
     stop.cancelled().await;
 }
 
-/// Rounds without end, until the agent does.
+/// Probes in rounds until the agent stops.
 async fn probe_peers(
     shared: &MeshState,
     interval: Duration,
@@ -86,7 +87,7 @@ async fn probe_peers(
     let start = Instant::now();
     let now = || u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
     let mut sockets: PerFamily<AsyncFd<PingSocket>> = PerFamily::default();
-    // Not all hosts at the same moment, where a cluster is started as one.
+    // A random delay, so that hosts started together do not probe at the same moment.
     tokio::time::sleep(interval.mul_f64(rand::random::<f64>())).await;
     loop {
         changes.mark_unchanged();
@@ -117,13 +118,13 @@ async fn probe_peers(
     }
 }
 
-/// The sockets that are needed and not open yet.
+/// Opens the sockets of these families that are not open yet.
 fn open_sockets(sockets: &mut PerFamily<AsyncFd<PingSocket>>, families: impl Iterator<Item = Family>) -> Result<(), String> {
     for family in families {
         let slot = sockets.slot(family);
         if slot.is_none() {
             let echo = PingSocket::open(family, rand::random(), None).map_err(|error| error.message)?;
-            // SAFETY: `PingSocket` owns its descriptor, hands on the same one each time and closes it when it is dropped, not before.
+            // SAFETY: `PingSocket` owns its descriptor, always returns the same one, and closes it only when it is dropped.
             let registered = unsafe { AsyncFd::register_with_interest(echo, Interest::READABLE) };
             *slot = Some(registered.map_err(|error| error.into_parts().1.to_string())?);
         }
@@ -134,7 +135,7 @@ fn open_sockets(sockets: &mut PerFamily<AsyncFd<PingSocket>>, families: impl Ite
 fn send_probe(shared: &MeshState, sockets: &PerFamily<AsyncFd<PingSocket>>, probe: Probe) {
     let sent = match sockets.get(Family::of(probe.address)) {
         Some(socket) => socket.get_ref().send(probe.address, probe.number).map_err(|error| error.to_string()),
-        None => Err("no socket of its family".to_owned()),
+        None => Err("no ICMP socket for the address's family".to_owned()),
     };
     if let Err(error) = sent
         && let Some(way) = shared.with_table(|book| book.send_failed(probe.number, error))
@@ -143,7 +144,7 @@ fn send_probe(shared: &MeshState, sockets: &PerFamily<AsyncFd<PingSocket>>, prob
     }
 }
 
-/// Takes what comes in for a while.
+/// Receives replies for the given time, then expires old probes.
 async fn receive_for(shared: &MeshState, sockets: &PerFamily<AsyncFd<PingSocket>>, pause: Duration, now: &impl Fn() -> u64) {
     let end = tokio::time::Instant::now() + pause;
     loop {
@@ -156,7 +157,7 @@ async fn receive_for(shared: &MeshState, sockets: &PerFamily<AsyncFd<PingSocket>
     shared.with_table(|book| book.expire(now(), |way| shared.metrics.probe_lost(way)));
 }
 
-/// Waits for answers of one socket and takes them. Cancel-safe: nothing is awaited once one is read.
+/// Waits for replies on one socket and records them. Cancel-safe: there is no await after a read.
 async fn receive_replies(shared: &MeshState, socket: Option<&AsyncFd<PingSocket>>, now: &impl Fn() -> u64) {
     let Some(socket) = socket else { return std::future::pending().await };
     let Ok(mut ready) = socket.readable().await else { return std::future::pending().await };
@@ -172,7 +173,7 @@ async fn receive_replies(shared: &MeshState, socket: Option<&AsyncFd<PingSocket>
                 return;
             }
             Err(error) => {
-                tracing::debug!(%error, "an answer to a probe cannot be read");
+                tracing::debug!(%error, "cannot receive echo reply");
                 ready.clear_ready();
                 return;
             }

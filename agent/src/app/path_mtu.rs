@@ -1,8 +1,9 @@
-//! The task that has the kernel learn the MTU of the path to each peer over IPv6.
+//! The task that makes the kernel learn the path MTU to each peer over IPv6.
 //!
-//! The tunnel's packets are untracked, so what a router says of one of them ("packet too big") belongs to no connection: a firewall that accepts only what is
-//! related drops it, and from some size on all that the tunnel carries is lost. An echo request is tracked. What a router says of it is related and passes, the
-//! kernel keeps the MTU for the address (`ip -6 route http_get_metrics ADDRESS`), and the tunnel goes by it. IPv4 needs none of this: routers fragment the tunnel's packets.
+//! The tunnel's packets are untracked, so a router's "packet too big" message about one of them belongs to no connection. A firewall that
+//! accepts only related ICMPv6 drops the message, and the tunnel loses all packets above some size. An echo request is tracked: a router's
+//! message about it is related and passes, the kernel stores the MTU for the address (`ip -6 route get ADDRESS`), and the tunnel uses it.
+//! IPv4 does not need this, because routers fragment the tunnel's packets.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -16,16 +17,16 @@ use crate::kernel::icmp::PingSocket;
 use crate::model::Family;
 use crate::reconcile::ReconcilerQuery;
 
-/// How long until a path is probed again. The kernel keeps an MTU for 600 s (`net.is_ipv6.route.mtu_expires`): two of three probes may be lost.
+/// Interval of probes of a path. The kernel keeps an MTU for 600 s (`net.ipv6.route.mtu_expires`): two of three probes may be lost.
 const PROBE_INTERVAL: Duration = Duration::from_secs(190);
-/// The same where no probe could be sent: there is no route yet, say.
+/// Delay after a probe that could not be sent, for example because there is no route yet.
 const RETRY_INTERVAL: Duration = Duration::from_secs(10);
-/// Pause between two probes: fifty a second, as the mesh's, 75 kB at the usual MTU.
+/// Pause between two probes: fifty a second, as in the mesh, which is 75 kB/s at the usual MTU.
 const PROBE_SPACING: Duration = Duration::from_millis(20);
-/// How long changes settle before peers are asked for again.
+/// How long changes are collected before the peers are queried again.
 const SETTLE_DELAY: Duration = Duration::from_secs(1);
 
-/// Probes until `stop_agent`; `changes` counts up with what may be new among the peers.
+/// Probes paths until `stop`; `changes` is incremented when the peers may have changed.
 pub(super) async fn run(queries: mpsc::Sender<ReconcilerQuery>, changes: watch::Receiver<u64>, stop: CancellationToken) {
     tokio::select! {
         () = stop.cancelled() => {}
@@ -34,7 +35,7 @@ pub(super) async fn run(queries: mpsc::Sender<ReconcilerQuery>, changes: watch::
     stop.cancelled().await;
 }
 
-/// Rounds without end; `None` once nobody answers any more.
+/// Probes in rounds; returns `None` once the reconciler no longer answers.
 async fn probe_peers(queries: &mpsc::Sender<ReconcilerQuery>, mut changes: watch::Receiver<u64>) -> Option<()> {
     let mut echo = None;
     let mut due: HashMap<IpAddr, Instant> = HashMap::new();
@@ -57,7 +58,7 @@ async fn probe_peers(queries: &mpsc::Sender<ReconcilerQuery>, mut changes: watch
             let delay = match send_probe(&mut echo, *address, mtu) {
                 Ok(()) => PROBE_INTERVAL,
                 Err(error) => {
-                    tracing::debug!(%address, mtu, error, "the MTU of the path cannot be probed");
+                    tracing::debug!(%address, mtu, error, "cannot probe path MTU");
                     RETRY_INTERVAL
                 }
             };

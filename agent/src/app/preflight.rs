@@ -1,4 +1,4 @@
-//! What has to hold before anything is touched: the rights the agent needs, and that it is alone in its network namespace.
+//! Checks before the agent changes anything: its capabilities, and that no other agent runs in its network namespace.
 
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
@@ -8,8 +8,10 @@ use anyhow::{Context, bail};
 use crate::kernel::abstract_socket;
 
 /// `CAP_NET_ADMIN` and `CAP_SYS_ADMIN` in `linux/capability.h`.
-const REQUIRED_CAPABILITIES: [(u32, &str, &str); 2] =
-    [(12, "CAP_NET_ADMIN", "to make links, routes and rules"), (21, "CAP_SYS_ADMIN", "to enter containers' network namespaces")];
+const REQUIRED_CAPABILITIES: [(u32, &str, &str); 2] = [
+    (12, "CAP_NET_ADMIN", "to create links, routes and rules"),
+    (21, "CAP_SYS_ADMIN", "to enter containers' network namespaces"),
+];
 
 /// Fails unless the process has the capabilities it needs.
 pub(super) fn check_capabilities() -> anyhow::Result<()> {
@@ -20,7 +22,7 @@ pub(super) fn check_capabilities() -> anyhow::Result<()> {
     }
     let list: Vec<String> = missing.iter().map(|(_, name, purpose)| format!("{name} ({purpose})")).collect();
     bail!(
-        "the agent lacks {}: run it as root, or by the systemd unit, which grants them. Nothing was touched",
+        "the agent lacks {}: run it as root, or use the systemd unit, which grants them. Nothing was touched",
         list.join(" and ")
     )
 }
@@ -34,14 +36,14 @@ fn missing_capabilities(status: &str) -> Vec<&'static (u32, &'static str, &'stat
     REQUIRED_CAPABILITIES.iter().filter(|(bit, ..)| effective & (1 << bit) == 0).collect()
 }
 
-/// The name that says that an agent runs in a network namespace.
+/// Abstract socket name that an agent holds in its network namespace.
 const LOCK_NAME: &str = "overlayd";
 
-/// A name in the namespace's abstract socket address space, held as long as this lives: two agents with different directories would still
-/// fight over the same devices. The kernel lets go of it when the process ends, however it ends.
+/// Binds an abstract socket name as a lock of the network namespace, held until the listener is dropped.
 ///
-/// Anybody may take that name, also to keep the agent from starting: where its holders are neither root nor this user, they are told of and passed
-/// over; then there is no lock.
+/// Two agents with different directories would otherwise manage the same devices. The kernel releases the name when the process ends for
+/// any reason. Every user may bind the name, also to keep the agent from starting: if neither root nor this user holds it, the holder is
+/// logged and ignored, and there is no lock (`None`).
 pub(super) fn lock_namespace() -> anyhow::Result<Option<UnixListener>> {
     let address = SocketAddr::from_abstract_name(LOCK_NAME).context("cannot name the namespace's lock")?;
     match UnixListener::bind_addr(&address) {
@@ -54,8 +56,8 @@ pub(super) fn lock_namespace() -> anyhow::Result<Option<UnixListener>> {
             {
                 tracing::warn!(
                     user = foreign_user,
-                    "the name @{LOCK_NAME} is held by a user who cannot run the agent, and is passed over: a second agent of this network namespace would \
-                     not be noticed (`ss -xlp src @{LOCK_NAME}` shows who it is)"
+                    "the name @{LOCK_NAME} is held by a user who cannot run the agent; starting without the lock: a second agent in this \
+                     network namespace would not be detected (`ss -xlp src @{LOCK_NAME}` shows the holder)"
                 );
                 return Ok(None);
             }

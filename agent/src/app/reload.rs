@@ -1,4 +1,4 @@
-//! SIGHUP: reads the settings again, puts in force what can be put in force while the agent runs, and names what cannot.
+//! SIGHUP: reads the settings again, applies the reloadable ones and logs the others that changed.
 
 use std::sync::Arc;
 
@@ -10,25 +10,25 @@ use crate::config::{HostConfig, RawSettings, load_settings};
 use crate::systemd::Notifier;
 use crate::telemetry::LevelHandle;
 
-/// The settings that a running agent takes up; the others are read once. What the etcd files hold is read at each connect anyway.
+/// The settings that a reload applies; all others are read once. The contents of etcd's files are read at each connect.
 const RELOADABLE: [&str; 1] = ["log-level"];
 
-/// Where the settings came from, so that they can be read again.
+/// The source of the settings, to read them again.
 #[derive(Debug)]
 pub struct SettingsSource {
     matches: ArgMatches,
-    /// As they were at the start.
+    /// The settings at the start.
     running: RawSettings,
 }
 
 impl SettingsSource {
-    /// The settings of a command line, as the agent starts with them.
+    /// The command line, and the settings that the agent starts with.
     pub fn new(matches: ArgMatches, running: RawSettings) -> SettingsSource {
         SettingsSource { matches, running }
     }
 }
 
-/// SIGHUP, caught from the moment this is made.
+/// SIGHUP, caught from the construction of this value.
 pub(super) struct Reload {
     hangup: Signal,
     source: SettingsSource,
@@ -37,12 +37,12 @@ pub(super) struct Reload {
 }
 
 impl Reload {
-    /// Catches the signal. Needs a tokio runtime; the error is the system's.
+    /// Installs the signal handler. Needs a tokio runtime; the error is the system's.
     pub(super) fn catch(source: SettingsSource, level: LevelHandle, notifier: Arc<Notifier>) -> std::io::Result<Reload> {
         Ok(Reload { hangup: signal(SignalKind::hangup())?, source, level, notifier })
     }
 
-    /// The task: a reload at each signal, until `stop_agent`.
+    /// The task: a reload at each signal, until `stop`.
     pub(super) async fn run(mut self, stop: CancellationToken) {
         loop {
             tokio::select! {
@@ -63,24 +63,24 @@ fn reload(source: &SettingsSource, level: &LevelHandle) {
     let config = match HostConfig::validate(raw.clone()) {
         Ok(config) => config,
         Err(mistakes) => {
-            tracing::error!(%mistakes, "the settings were read again and are refused as a whole; the agent goes on as it was");
+            tracing::error!(%mistakes, "reloaded settings are invalid; keeping the current settings");
             return;
         }
     };
     match level.set(&config.log_level) {
-        Ok(()) => tracing::info!(log_level = config.log_level, "the settings were read again"),
-        Err(error) => tracing::error!(%error, "the log level stays"),
+        Ok(()) => tracing::info!(log_level = config.log_level, "settings reloaded"),
+        Err(error) => tracing::error!(%error, "cannot change the log level"),
     }
     let (_, waiting) = split_reloadable(source.running.changed_settings(&raw));
     if !waiting.is_empty() {
         tracing::warn!(
             settings = waiting.join(", "),
-            "these settings have changed and take effect at the next start: systemctl restart overlayd, which cuts no traffic"
+            "changed settings take effect at the next start: systemctl restart overlayd, which interrupts no traffic"
         );
     }
 }
 
-/// Changed settings: those that take effect at once, those that wait for the next start.
+/// Splits changed settings into those that take effect at once and those that need a restart.
 fn split_reloadable(changed: Vec<&'static str>) -> (Vec<&'static str>, Vec<&'static str>) {
     changed.into_iter().partition(|name| RELOADABLE.contains(name))
 }
@@ -97,7 +97,7 @@ mod tests {
         let matches = || command().get_matches_from(["overlayd".as_ref(), "--config".as_ref(), file.as_os_str()]);
         std::fs::write(&file, "iface = [\"eth0\"]\nip-masq = true\n").unwrap();
         let before = load_settings(&matches());
-        // `ip-masq` was the default before: written or not, nothing has changed.
+        // `ip-masq` had its default value before, so leaving it out is no change.
         std::fs::write(&file, "iface = [\"eth1\"]\nlog-level = \"debug\"\nresync-interval = \"1m\"\n").unwrap();
         let after = load_settings(&matches());
         assert_eq!(split_reloadable(before.changed_settings(&after)), (vec!["log-level"], vec!["iface", "resync-interval"]));

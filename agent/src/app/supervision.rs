@@ -1,4 +1,4 @@
-//! What systemd is told while the agent runs: that it is ready, how it is, that it makes progress.
+//! Messages to systemd while the agent runs: readiness, status line, watchdog.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,29 +10,31 @@ use crate::admin::{ApiError, Backend};
 use crate::model::api;
 use crate::systemd::Notifier;
 
-/// How often the status line is renewed where no watchdog asks for more.
+/// Interval of status line updates, unless the watchdog needs a shorter one.
 const STATUS_INTERVAL: Duration = Duration::from_secs(10);
-/// How many times within the watchdog's time the agent says that it makes progress.
+/// Watchdog messages per watchdog timeout.
 const WATCHDOG_DIVISOR: u32 = 4;
-/// How long the answer for the status line may take: it comes from the loop that the watchdog is about.
+/// Time limit of the status query. The reconcile loop answers it, and the watchdog supervises that loop.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What the task watches.
+/// Inputs of the task.
 pub(super) struct HealthInputs {
     /// Whether the agent is ready.
     pub(super) ready: watch::Receiver<bool>,
-    /// Counts up with each turn of the reconcile loop; a question for the status is a turn.
+    /// Incremented in each iteration of the reconcile loop; a status query causes an iteration.
     pub(super) heartbeat: watch::Receiver<u64>,
 }
 
-/// The task: tells systemd until `stop_agent`. The watchdog is fed only where the reconcile loop has turned since the last time, so that a loop that is
-/// stuck ends the agent, whatever its other tasks do. A loop with nothing to do turns because it is asked for the status here.
+/// The task: sends messages to systemd until `stop`.
+///
+/// It feeds the watchdog only if the reconcile loop has made an iteration since the last message, so that a stuck loop ends the agent even
+/// if all other tasks run. An idle loop makes an iteration because of the status query here.
 pub(super) async fn notify<B: Backend>(notifier: Arc<Notifier>, inputs: HealthInputs, backend: Arc<B>, stop: CancellationToken) {
     let query_status = || async { tokio::time::timeout(STATUS_TIMEOUT, backend.status()).await.ok() };
     notify_with(&notifier, inputs, query_status, stop).await;
 }
 
-/// `ask` answers the agent's status, or nothing where that takes too long.
+/// `query_status` returns the agent's status, or `None` after its timeout.
 async fn notify_with<F>(notifier: &Notifier, mut inputs: HealthInputs, query_status: impl Fn() -> F, stop: CancellationToken)
 where
     F: Future<Output = Option<Result<api::Status, ApiError>>>,
@@ -45,7 +47,7 @@ where
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut last_sent = None;
     loop {
-        // Before the status, whose answer may be long in coming.
+        // Before the status query, which may take a while.
         if inputs.heartbeat.has_changed().unwrap_or(false) {
             inputs.heartbeat.mark_unchanged();
             notifier.feed_watchdog().await;
@@ -89,7 +91,7 @@ mod tests {
     use crate::admin::ErrorKind;
     use tokio::net::UnixDatagram;
 
-    /// The next message, within the watchdog's time.
+    /// The next message, or `None` after the given time.
     async fn receive_message(systemd: &UnixDatagram, watchdog: Duration) -> Option<String> {
         let mut bytes = [0; 1024];
         let length = tokio::time::timeout(watchdog, systemd.recv(&mut bytes)).await.ok()?.unwrap();
@@ -107,16 +109,16 @@ mod tests {
         let (readiness, ready) = watch::channel(false);
         let stop = CancellationToken::new();
         let stopped = stop.clone();
-        // The loop is so stuck that it does not answer either.
+        // A stuck loop does not answer the status query either.
         let task = tokio::spawn(async move {
             let ask = || async { None };
             notify_with(&notifier, HealthInputs { ready, heartbeat: heartbeats }, ask, stopped).await;
         });
         assert_eq!(receive_message(&systemd, watchdog).await.as_deref(), Some("STATUS=Not ready: the reconcile loop is busy"));
-        assert_eq!(receive_message(&systemd, 2 * watchdog).await, None, "fed although the loop has not turned");
+        assert_eq!(receive_message(&systemd, 2 * watchdog).await, None, "fed although the loop has made no progress");
         heartbeat.send_modify(|count| *count += 1);
         assert_eq!(receive_message(&systemd, 4 * watchdog).await.as_deref(), Some("WATCHDOG=1"));
-        assert_eq!(receive_message(&systemd, 2 * watchdog).await, None, "fed twice for one turn");
+        assert_eq!(receive_message(&systemd, 2 * watchdog).await, None, "fed twice for one iteration");
         readiness.send_replace(true);
         assert_eq!(receive_message(&systemd, 4 * watchdog).await.as_deref(), Some("READY=1"));
         assert!(receive_message(&systemd, 4 * watchdog).await.unwrap().starts_with("STATUS=Ready"));
@@ -126,12 +128,12 @@ mod tests {
                 return task.await.unwrap();
             }
         }
-        panic!("the end is not told");
+        panic!("no STOPPING=1 was sent");
     }
 
     #[test]
     fn error_is_shown_in_status_line() {
-        let error = ApiError::new(ErrorKind::NotReady, "the agent is ending");
-        assert_eq!(status_line(false, Some(Err(error))), "Not ready: the agent is ending");
+        let error = ApiError::new(ErrorKind::NotReady, "the agent is shutting down");
+        assert_eq!(status_line(false, Some(Err(error))), "Not ready: the agent is shutting down");
     }
 }

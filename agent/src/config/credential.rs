@@ -1,23 +1,23 @@
-//! Files that are given by a bare name: credentials, which systemd hands to the service (`systemd.exec(5)`, `LoadCredential=`).
+//! Resolves bare file names to systemd credentials (`systemd.exec(5)`, `LoadCredential=`).
 //!
-//! `overlayd_command.service` loads all of `/etc/overlayd_command/read_credentials` under the id `overlayd_command`, so the file `client.key` there is
-//! `$CREDENTIALS_DIRECTORY/overlayd_client.key`. A name alone means the same file in the service and for root at the shell.
+//! `overlayd.service` loads all files of `/etc/overlayd/credentials` with the ID `overlayd`, so the file `client.key` there becomes
+//! `$CREDENTIALS_DIRECTORY/overlayd_client.key`. A bare name means the same file in the service and in a root shell.
 
 use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Where secrets are kept that the service loads.
+/// Directory of the secrets that the service loads.
 const CREDENTIALS_DIR: &str = "/etc/overlayd/credentials";
-/// The id under which the service loads that directory.
+/// The credential ID of that directory in the service.
 const CREDENTIAL_ID: &str = "overlayd";
 
-/// The file that a setting means: a path as it stands, a bare name among the credentials.
+/// The file of a setting: a path is used unchanged, a bare name is looked up among the credentials.
 pub(super) fn resolve(text: &str) -> PathBuf {
     resolve_in(text, std::env::var_os("CREDENTIALS_DIRECTORY"), Path::new(CREDENTIALS_DIR))
 }
 
-/// What to do where the file that a setting means cannot be read; empty where the system's words have to do.
+/// The remedy for an unreadable file; empty if the system's error text suffices.
 pub(super) fn advice(text: &str, error: &io::Error) -> String {
     advice_in(text, error.kind(), std::env::var_os("CREDENTIALS_DIRECTORY").is_some())
 }
@@ -30,11 +30,11 @@ fn advice_in(text: &str, kind: io::ErrorKind, service: bool) -> String {
             )
         }
         (false, io::ErrorKind::NotFound) => {
-            format!("; a bare name is a file in {CREDENTIALS_DIR}: put it there, or give a whole path")
+            format!("; a bare name is a file in {CREDENTIALS_DIR}: put it there, or give a full path")
         }
         (true, io::ErrorKind::PermissionDenied) => {
             format!(
-                "; the agent's user may not: put the file into {CREDENTIALS_DIR} and give its bare name, `{}`",
+                "; the agent's user has no permission: put the file into {CREDENTIALS_DIR} and give its bare name, `{}`",
                 file_name(text)
             )
         }
@@ -63,7 +63,7 @@ mod tests {
     fn unreadable_file_advice_names_remedy() {
         use io::ErrorKind::{NotFound, PermissionDenied};
         for (text, kind, service, words) in [
-            // The service's user cannot even look into the directory.
+            // The service's user cannot search the directory.
             ("ca.crt", PermissionDenied, true, "systemd has loaded no ca.crt from /etc/overlayd/credentials"),
             ("ca.crt", NotFound, false, "a bare name is a file in /etc/overlayd/credentials"),
             ("/etc/ssl/private/a.key", PermissionDenied, true, "give its bare name, `a.key`"),

@@ -1,4 +1,4 @@
-//! Values as they were written, with the place where each stands.
+//! Unparsed settings, each with its origin.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -9,20 +9,20 @@ use clap::parser::ValueSource;
 use super::settings::{DEFAULT_CONFIG_FILE, SECRET_FILES, SETTINGS, SettingKind, env_variable};
 use super::{SettingError, secret};
 
-/// Where a value stands.
+/// The origin of a value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Origin {
-    /// On the command line.
+    /// The command line.
     Flag,
-    /// In the environment.
+    /// An environment variable.
     Environment,
-    /// In the file.
+    /// The configuration file.
     File(PathBuf),
-    /// Nowhere: it is the default.
+    /// The built-in default.
     Default,
 }
 
-/// All values as they were written, and the mistakes of the file itself.
+/// All unparsed values, and the errors of the file's syntax and keys.
 #[derive(Debug, Clone, Default)]
 pub struct RawSettings {
     values: BTreeMap<&'static str, (Vec<String>, Origin)>,
@@ -30,23 +30,23 @@ pub struct RawSettings {
 }
 
 impl RawSettings {
-    /// A setting's value; `None` where there is none, not even by default. An empty text is no value.
+    /// A setting's value; `None` if it is unset without a default, or empty.
     pub fn text(&self, name: &str) -> Option<String> {
         self.values.get(name).and_then(|(values, _)| values.last()).filter(|text| !text.is_empty()).cloned()
     }
 
-    /// A setting's values.
+    /// The values of a list setting.
     pub fn list(&self, name: &str) -> Vec<String> {
         let values = self.values.get(name).map(|(values, _)| values.clone()).unwrap_or_default();
         values.iter().map(|v| v.trim().to_owned()).filter(|v| !v.is_empty()).collect()
     }
 
-    /// Whether somebody set it.
+    /// Whether the setting has a value other than by default.
     pub fn is_set(&self, name: &str) -> bool {
         self.values.get(name).is_some_and(|(_, origin)| *origin != Origin::Default)
     }
 
-    /// The settings whose values differ, wherever they stand.
+    /// The settings whose values differ, regardless of their origin.
     pub fn changed_settings(&self, other: &RawSettings) -> Vec<&'static str> {
         let differs = |name: &&'static str| {
             let value = |raw: &RawSettings| raw.values.get(name).map(|(values, _)| values.clone());
@@ -55,7 +55,7 @@ impl RawSettings {
         SETTINGS.iter().map(|setting| setting.name).filter(differs).collect()
     }
 
-    /// Where a setting's value stands, for messages.
+    /// The origin of a setting's value, for messages.
     pub fn place(&self, name: &str) -> String {
         match self.values.get(name).map(|(_, origin)| origin) {
             Some(Origin::Environment) => env_variable(name),
@@ -65,7 +65,7 @@ impl RawSettings {
     }
 }
 
-/// Puts flags, environment, file and defaults together.
+/// Merges flags, environment, file and defaults.
 pub fn load_settings(matches: &ArgMatches) -> RawSettings {
     let mut raw = RawSettings::default();
     let named = matches.get_one::<String>("config").map(PathBuf::from);
@@ -109,7 +109,7 @@ pub fn load_settings(matches: &ArgMatches) -> RawSettings {
     raw
 }
 
-/// The file's values as texts. Unknown keys and values of another type are mistakes.
+/// The file's values as text. Unknown keys and values of a wrong type are errors.
 fn parse_file(text: &str, path: &Path, errors: &mut Vec<SettingError>) -> BTreeMap<&'static str, Vec<String>> {
     let mut values = BTreeMap::new();
     let table = match text.parse::<toml::Table>() {
@@ -128,14 +128,14 @@ fn parse_file(text: &str, path: &Path, errors: &mut Vec<SettingError>) -> BTreeM
     for (key, value) in table {
         let place = format!("{key} in {}", path.display());
         let shown = match &value {
-            // What stands in it may be a secret.
+            // The table may contain a secret.
             toml::Value::Table(_) => format!("[{key}]"),
             other => other.to_string(),
         };
         let mut fail = |rule: String| errors.push(SettingError { place: place.clone(), value: shown.clone(), rule });
         let Some(setting) = SETTINGS.iter().find(|setting| setting.name == key) else {
             if secret::looks_secret(&key) {
-                let rule = "is no setting: a secret stands in a file of its own, which etcd-password-file or etcd-keyfile names";
+                let rule = "is not a setting: put the secret into its own file and name it in etcd-password-file or etcd-keyfile";
                 errors.push(SettingError { place, value: "...".to_owned(), rule: rule.to_owned() });
                 continue;
             }
@@ -143,7 +143,7 @@ fn parse_file(text: &str, path: &Path, errors: &mut Vec<SettingError>) -> BTreeM
                 toml::Value::Table(table) => table_advice(&key, table),
                 _ => nearest_setting(&key).map_or_else(String::new, |name| format!(": did you mean `{name}`?")),
             };
-            fail(format!("is no setting{near}"));
+            fail(format!("is not a setting{near}"));
             continue;
         };
         let texts = match (&value, setting.kind) {
@@ -169,14 +169,14 @@ fn parse_file(text: &str, path: &Path, errors: &mut Vec<SettingError>) -> BTreeM
     values
 }
 
-/// What to write in place of a table, which no setting stands in.
+/// The remedy for a table, which cannot contain a setting.
 fn table_advice(table: &str, inside: &toml::Table) -> String {
     let meant = inside.keys().find_map(|key| nearest_setting(&format!("{table}-{key}")).or_else(|| nearest_setting(key)));
     let such = meant.map_or_else(String::new, |name| format!(", as `{name} = ...`"));
-    format!(" but a table: settings stand at the top of the file, not below a line in brackets{such}")
+    format!(" but a table: settings belong at the top level of the file, not below a line in brackets{such}")
 }
 
-/// The setting whose name is nearest, where one is near: at most two letters added, left out or changed.
+/// The setting with the most similar name, at most two letters added, left out or changed; `None` without such a name.
 fn nearest_setting(key: &str) -> Option<&'static str> {
     let key = key.replace('_', "-");
     let distance = |name| strsim::damerau_levenshtein(&key, name);

@@ -1,4 +1,4 @@
-//! Secrets: who may read the files that hold them, and how little of them a message may show.
+//! Secrets: mode checks of the files that contain them, and redaction in messages.
 
 use std::fmt;
 use std::fs::{File, Metadata};
@@ -6,14 +6,15 @@ use std::io::{self, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-/// Others read, write or search; the group writes. That a group reads is allowed: a service's own group is how root hands a file to it.
+/// Forbidden: any permission for others, and write permission for the group. Group read is allowed, because root gives a service access to
+/// a file by the service's own group.
 const FORBIDDEN_SECRET_MODE: u32 = 0o027;
-/// Group or others write.
+/// Forbidden: write permission for group or others.
 const FORBIDDEN_WRITE_MODE: u32 = 0o022;
-/// Words in the names of what is secret.
+/// Words in the names of secrets.
 const SECRET_WORDS: [&str; 4] = ["passw", "secret", "token", "credential"];
 
-/// A file that more people may use than should.
+/// A file whose mode permits too much.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExposedFile {
     path: PathBuf,
@@ -29,41 +30,41 @@ impl fmt::Display for ExposedFile {
     }
 }
 
-/// Why a secret was not read.
+/// The reason why a secret was not read.
 #[derive(Debug)]
 pub enum SecretError {
-    /// The system's answer.
+    /// The system's error.
     File(io::Error),
-    /// It is open to others.
+    /// The file's mode permits too much.
     Exposed(ExposedFile),
 }
 
-/// Opens a file with a secret, and reads nothing yet.
+/// Opens a file with a secret, without reading it.
 ///
 /// # Errors
-/// It cannot be opened, or others than its owner and its group may read it, or others than its owner write it. What is no regular file (a pipe, a
-/// device) has no mode that says anything.
+/// The file cannot be opened, users other than its owner and group may read it, or users other than its owner may write it. The mode of a
+/// pipe or device is not checked, because it is not meaningful.
 pub fn open(path: &Path) -> Result<File, SecretError> {
     let file = File::open(path).map_err(SecretError::File)?;
     let metadata = file.metadata().map_err(SecretError::File)?;
-    let why = "holds a secret and is open to others";
+    let why = "contains a secret and is accessible to other users";
     check_mode(path, &metadata, FORBIDDEN_SECRET_MODE, 0o600, why).map_or(Ok(file), |exposed| Err(SecretError::Exposed(exposed)))
 }
 
 /// Reads a file with a secret.
 ///
 /// # Errors
-/// Those of [`open_sockets`], and what goes wrong while it is read.
+/// The errors of [`open`], and read errors.
 pub fn read(path: &Path) -> Result<Vec<u8>, SecretError> {
     let mut bytes = Vec::new();
     open(path)?.read_to_end(&mut bytes).map_err(SecretError::File)?;
     Ok(bytes)
 }
 
-/// What is wrong with the mode of a file that names secrets: whoever writes it sends them elsewhere.
+/// Checks the mode of a file that names secret files: a user who can write it can redirect the secrets.
 pub fn writable_by_others(path: &Path) -> Option<ExposedFile> {
     let metadata = std::fs::metadata(path).ok()?;
-    check_mode(path, &metadata, FORBIDDEN_WRITE_MODE, 0o644, "names files with secrets and can be changed by others")
+    check_mode(path, &metadata, FORBIDDEN_WRITE_MODE, 0o644, "names files with secrets and is writable by other users")
 }
 
 fn check_mode(path: &Path, metadata: &Metadata, forbidden: u32, allowed: u32, why: &'static str) -> Option<ExposedFile> {
@@ -71,7 +72,7 @@ fn check_mode(path: &Path, metadata: &Metadata, forbidden: u32, allowed: u32, wh
     (metadata.is_file() && mode & forbidden != 0).then(|| ExposedFile { path: path.to_owned(), mode, allowed, why })
 }
 
-/// A URL as messages show it: without a user and password.
+/// Removes user and password from a URL, for messages.
 pub fn redact_credentials(url: &str) -> String {
     let scheme = url.find("://").map_or(0, |at| at + 3);
     match url[scheme..].rsplit_once('@') {
@@ -80,7 +81,7 @@ pub fn redact_credentials(url: &str) -> String {
     }
 }
 
-/// Whether a key that is no setting looks as if its value were a secret.
+/// Whether the name of an unknown key suggests that its value is a secret.
 pub fn looks_secret(key: &str) -> bool {
     let key = key.to_lowercase();
     SECRET_WORDS.iter().any(|word| key.contains(word))
@@ -114,7 +115,7 @@ mod tests {
         let Err(SecretError::Exposed(exposed)) = open(&path) else { panic!("it is open to all") };
         let text = exposed.to_string();
         assert!(text.contains("mode 0666") && text.contains(&format!("chmod 600 {}", path.display())), "{text}");
-        // A device has no owner to ask.
+        // The mode of a device is not checked.
         assert!(open(Path::new("/dev/null")).is_ok());
         assert!(matches!(open(&dir.path().join("none")), Err(SecretError::File(_))));
     }

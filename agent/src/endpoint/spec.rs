@@ -257,7 +257,7 @@ mod tests {
             (r#"{"mode": "none", "netns": "/a", "default_route": false}"#, "does not support a default route"),
             (r#"{"netns": "/a", "owner": "a\u001b[0m"}"#, "invalid owner"),
             (r#"{"netns": "/a", "owner": ""}"#, "invalid owner"),
-            (r#"{"netns": "/a", "publish": [{"host_port": 0, "container_port": 1}]}"#, "port 0 is none"),
+            (r#"{"netns": "/a", "publish": [{"host_port": 0, "container_port": 1}]}"#, "port 0 is not valid"),
             (
                 r#"{"netns": "/a", "publish": [{"host_port": 80, "container_port": 1}, {"host_port": 79, "container_port": 1, "count": 2}]}"#,
                 "79-80:1-2/tcp and 80:1/tcp",

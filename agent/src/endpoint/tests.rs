@@ -409,7 +409,7 @@ async fn attach_beyond_bridge_port_limit_is_rejected() {
     }
     let before = host.kernel.port_specs();
     let error = endpoints.attach(name("late"), attach_request(&namespaces[0])).await.unwrap_err();
-    assert!(error.to_string().contains("all of the 1023 ports that the kernel gives it"), "{error}");
+    assert!(error.to_string().contains("bridge uses all 1023 ports that the kernel allows"), "{error}");
     assert_eq!((error.class(), host.kernel.port_specs().len()), (ErrorClass::Conflict, before.len()));
     endpoints.detach(name("c7"), false).await.unwrap();
     endpoints.attach(name("late"), attach_request(&namespaces[0])).await.unwrap();

@@ -1,6 +1,8 @@
-//! Whose a name in the abstract socket address space is (unix(7)): anybody may take any name there, so a name that is taken says nothing by itself.
+//! Finds the owners of a name in the abstract socket address space (unix(7)).
 //!
-//! Asked of the kernel by sock_diag(7) (`linux/unix_diag.h`), which tells the owner's user since Linux 5.3.
+//! Any user may take any name there, so a taken name proves nothing by itself.
+//!
+//! The query uses sock_diag(7) (`linux/unix_diag.h`), which reports the owner's user since Linux 5.3.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -13,22 +15,22 @@ use super::nlmsg::{Message, attributes, messages, u32_at};
 /// `NETLINK_SOCK_DIAG` in `linux/netlink.h`, `SOCK_DIAG_BY_FAMILY` in `linux/sock_diag.h`.
 const NETLINK_SOCK_DIAG: isize = 4;
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
-/// `UDIAG_SHOW_NAME` and `UDIAG_SHOW_UID`, and the attributes that they bring.
+/// `UDIAG_SHOW_NAME` and `UDIAG_SHOW_UID`, and the attributes that they request.
 const UDIAG_SHOW: u32 = 0x1 | 0x40;
 const UNIX_DIAG_NAME: u16 = 0;
 const UNIX_DIAG_UID: u16 = 7;
 /// The length of `struct unix_diag_msg`.
 const UNIX_DIAG_MSG_LEN: usize = 16;
-/// Room for one answer of a dump: the kernel's are 32 KiB at the most.
+/// Size of the receive buffer in bytes: the kernel's replies to a dump are at most 32 KiB.
 const RECEIVE_SIZE: usize = 64 << 10;
-/// How long all answers together may take.
+/// Time limit for all replies together.
 const QUERY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The users who have sockets of that abstract name in the calling thread's network namespace, as this user namespace numbers them; empty where the kernel
-/// does not tell.
+/// Lists the users that have sockets of that abstract name in the calling thread's network namespace. The numbers are those of
+/// this user namespace. Empty if the kernel does not report users.
 ///
 /// # Errors
-/// The kernel cannot be asked.
+/// The query failed.
 pub fn owners(name: &str) -> io::Result<Vec<u32>> {
     let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
     socket.bind_auto()?;
@@ -47,7 +49,7 @@ pub fn owners(name: &str) -> io::Result<Vec<u32>> {
     socket.send(&request, 0)?;
     let (mut users, mut input, deadline) = (Vec::new(), vec![0; RECEIVE_SIZE], Instant::now() + QUERY_TIMEOUT);
     while Instant::now() < deadline {
-        // The kernel's answers are there when `send` and each `recv` return.
+        // The kernel's replies are queued when `send` and each `recv` return.
         let received = match socket.recv(&mut input.as_mut_slice(), libc::MSG_DONTWAIT) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             other => other?,
@@ -63,7 +65,7 @@ pub fn owners(name: &str) -> io::Result<Vec<u32>> {
     Err(io::ErrorKind::TimedOut.into())
 }
 
-/// The owner of a socket that has this name.
+/// The owner of the socket, if it has this name.
 fn owner(body: &[u8], name: &str) -> Option<u32> {
     let attribute = |wanted: u16| attributes(body, UNIX_DIAG_MSG_LEN).find(|(kind, _)| *kind == wanted).map(|(_, value)| value);
     // A zero before the name makes it abstract.

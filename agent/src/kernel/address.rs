@@ -1,4 +1,4 @@
-//! Addresses of our devices.
+//! Sets and removes addresses of our devices.
 
 use ipnetwork::IpNetwork;
 
@@ -8,21 +8,23 @@ use super::sysctl;
 use crate::model::Device;
 use crate::plan::OpError;
 
-/// Sets or removes an address of a device of ours.
+/// Sets or removes an address of one of our devices.
 pub async fn set(links: &mut Links<'_>, device: Device, address: IpNetwork, present: bool) -> Result<(), OpError> {
     let verb = if present { "add" } else { "remove" };
     let what = || format!("cannot {verb} address {address} on {device}");
     let result = match links.known.index(device) {
         Some(index) if present => links.rtnl.add_address(index, address).await,
         Some(index) => links.rtnl.delete_address(index, address).await,
-        None => Err(KernelError { errno: libc::ENODEV, detail: format!("{device} is not there") }),
+        None => Err(KernelError { errno: libc::ENODEV, detail: format!("device {device} does not exist") }),
     };
     match result {
-        // Gone already, or with its device.
+        // The address was removed before, or with its device.
         Err(e) if !present && matches!(e.errno, libc::EADDRNOTAVAIL | libc::ENODEV) => {}
         Err(e) if e.errno == libc::EACCES && address.is_ipv6() => {
             let mut error = e.context(what());
-            error.message.push_str(&format!("; sysctl -w net/{}=0", sysctl::disable_ipv6(&device.name())));
+            error
+                .message
+                .push_str(&format!("; IPv6 may be switched off there: sysctl -w net/{}=0", sysctl::disable_ipv6(&device.name())));
             return Err(error);
         }
         other => other.map_err(|e| e.context(what()))?,

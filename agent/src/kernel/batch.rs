@@ -1,9 +1,9 @@
-//! The batch writer: many entries to one `send`, without an acknowledgement each.
+//! The batch writer: sends many entries per `send`, without an acknowledgement for each.
 //!
-//! The kernel works through all messages of a `send` before it returns and goes on behind one that fails (`netlink_rcv_skb` in
-//! `net/netlink/af_netlink.c`). Each failure is answered with the message's sequence number; the last message asks for an acknowledgement, which
-//! shows that the whole `send` was worked through. Where answers were lost for want of buffer, the messages are sent again one by one: all of them
-//! can be repeated.
+//! The kernel processes all messages of a `send` before it returns, and continues after a failed one (`netlink_rcv_skb` in
+//! `net/netlink/af_netlink.c`). It answers each failure with the message's sequence number. The last message requests an
+//! acknowledgement, which shows that the whole `send` was processed. If replies are lost for lack of buffer space, the messages
+//! are sent again one by one. All of them are idempotent.
 
 use std::io;
 use std::net::IpAddr;
@@ -20,14 +20,15 @@ use super::route_socket::{KernelError, parse_ack};
 use crate::plan::state::RouteTarget;
 use crate::plan::{ApplyReport, Key, Op, OpError, Value};
 
-/// Ops to one `send`: with more, the gain is below a percent, and the table locks are held longer.
+/// Ops per `send`. More would gain less than one percent and hold the table locks longer.
 const OPS_PER_SEND: usize = 200;
-/// Socket buffers in bytes: room for an error of some hundred bytes to each message of a chunk, many times over.
+/// Size of each socket buffer in bytes. An error takes some hundred bytes; this is many times the room for one per message of a
+/// chunk.
 const SOCKET_BUFFER_SIZE: usize = 8 << 20;
-/// Answers are datagrams of some hundred bytes each.
+/// Size of the receive buffer in bytes. Replies are datagrams of some hundred bytes each.
 const RECEIVE_SIZE: usize = 16 * 1024;
 
-/// The socket of the batches.
+/// The netlink socket for batches.
 #[derive(Debug)]
 pub struct BatchSocket {
     socket: Socket,
@@ -35,18 +36,18 @@ pub struct BatchSocket {
     sequence: u32,
     output: Vec<u8>,
     input: Vec<u8>,
-    /// The messages of the chunk, in order.
+    /// The messages of the current chunk, in order.
     sent: Vec<SentMessage>,
 }
 
 /// A message of a chunk.
 #[derive(Debug, Clone, Copy)]
 struct SentMessage {
-    /// The op it belongs to, within the chunk.
+    /// Index of its op within the chunk.
     op_index: usize,
-    /// It removes something: that there is nothing to remove is success.
+    /// Whether it removes an entry: a missing entry then counts as success.
     is_delete: bool,
-    /// Where its header begins in the output.
+    /// Offset of its header in the output.
     start: usize,
 }
 
@@ -61,7 +62,8 @@ impl BatchSocket {
         let port_id = socket.bind_auto()?.port_number();
         socket.set_cap_ack(true)?;
         socket.set_ext_ack(true)?;
-        // Without CAP_NET_ADMIN in the initial user namespace the size is cut to net.core.{r,w}mem_max: then losses are more likely, no more.
+        // Without CAP_NET_ADMIN in the initial user namespace the kernel caps the size at net.core.{r,w}mem_max. That only makes
+        // lost replies more likely.
         if setsockopt(&socket, sockopt::RcvBufForce, &SOCKET_BUFFER_SIZE).is_err() {
             setsockopt(&socket, sockopt::RcvBuf, &SOCKET_BUFFER_SIZE)?;
         }
@@ -71,18 +73,19 @@ impl BatchSocket {
         Ok(BatchSocket { socket, port_id, sequence: 0, output: Vec::new(), input: vec![0; RECEIVE_SIZE], sent: Vec::new() })
     }
 
-    /// The port id by which the kernel names this socket in events.
+    /// The port id that identifies this socket in the kernel's events.
     pub fn port_id(&self) -> u32 {
         self.port_id
     }
 
-    /// A receive buffer of that many bytes, so small that answers get lost.
+    /// Shrinks the receive buffer to this many bytes, so that replies get lost.
     #[cfg(test)]
     pub fn set_receive_buffer(&self, bytes: usize) {
         setsockopt(&self.socket, sockopt::RcvBuf, &bytes).expect("a small buffer");
     }
 
-    /// Applies ops that are all of the kinds of [`wire::is_peer_entry`]; `first` is the index of the first one in the report.
+    /// Applies ops, all of which must satisfy [`peer_messages::is_peer_entry`]. `first` is the index of the first op in the
+    /// report.
     pub fn apply(&mut self, ops: &[Op], first: usize, cache: &mut KernelCache, report: &mut ApplyReport) {
         cache.reserve(ops);
         for (n, chunk) in ops.chunks(OPS_PER_SEND).enumerate() {
@@ -90,7 +93,7 @@ impl BatchSocket {
             let mut failed = Vec::new();
             if !self.send_chunk(chunk, cache, &mut failed) {
                 failed.clear();
-                tracing::debug!(ops = chunk.len(), "answers to a batch were lost; sending its messages one by one");
+                tracing::debug!(ops = chunk.len(), "batch replies lost; resending messages one by one");
                 for (i, op) in chunk.iter().enumerate() {
                     let mut failure = Vec::new();
                     if !self.send_chunk(std::slice::from_ref(op), cache, &mut failure) {
@@ -105,7 +108,7 @@ impl BatchSocket {
         }
     }
 
-    /// Sends a chunk and collects its failures. False: the outcome is not known.
+    /// Sends a chunk and collects its failures. Returns false if the outcome is unknown.
     fn send_chunk(&mut self, ops: &[Op], cache: &mut KernelCache, failed: &mut Vec<(usize, KernelError)>) -> bool {
         let base = self.sequence.wrapping_add(1);
         self.output.clear();
@@ -119,14 +122,14 @@ impl BatchSocket {
         let flags = last.start + 6;
         let with_ack = u16::from_ne_bytes([self.output[flags], self.output[flags + 1]]) | NLM_F_ACK;
         self.output[flags..flags + 2].copy_from_slice(&with_ack.to_ne_bytes());
-        // A failure shows in the missing acknowledgement.
+        // Not returned: a failed send shows as a missing acknowledgement.
         if let Err(error) = self.socket.send(&self.output, 0) {
-            tracing::debug!(%error, bytes = self.output.len(), "a batch could not be sent");
+            tracing::debug!(%error, bytes = self.output.len(), "cannot send batch");
         }
         self.read_replies(base, failed)
     }
 
-    /// Reads all answers to the messages from sequence number `base_chain` on.
+    /// Reads all replies to the messages from sequence number `base` on.
     fn read_replies(&mut self, base: u32, failed: &mut Vec<(usize, KernelError)>) -> bool {
         let (mut complete, mut lost) = (false, false);
         loop {
@@ -135,7 +138,7 @@ impl BatchSocket {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return complete && !lost,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(e) => {
-                    // ENOBUFS is told once; what arrived before it is still to be read.
+                    // ENOBUFS is reported once; replies that arrived earlier are still queued.
                     lost = true;
                     if e.raw_os_error() == Some(libc::ENOBUFS) {
                         continue;
@@ -166,10 +169,11 @@ impl BatchSocket {
         };
         let device = peer_messages::entry_device(key, value);
         let Some(index) = device.map_or(Some(0), |d| cache.index(d)) else {
-            let detail = device.map_or_else(String::new, |d| format!("{d} is not there"));
+            let detail = device.map_or_else(String::new, |d| format!("device {d} does not exist"));
             return match op {
                 Op::Set(..) => Err(KernelError { errno: libc::ENODEV, detail }),
-                // The kernel removed the entry with its device. Of a next hop or route only the id and destination count.
+                // The kernel removed FDB entries and neighbours with their device. Deleting a next hop or route needs only its id
+                // or destination.
                 Op::Delete(Key::Fdb(..) | Key::Neigh(..), _) => Ok(()),
                 Op::Delete(..) => {
                     self.append_message(i, true, |buffer, sequence| peer_messages::write_delete(buffer, sequence, 0, key));
@@ -186,7 +190,7 @@ impl BatchSocket {
             }
         };
         if !written {
-            return Err(KernelError { errno: libc::EINVAL, detail: "this value cannot be written".to_owned() });
+            return Err(KernelError { errno: libc::EINVAL, detail: "this value cannot be encoded".to_owned() });
         }
         match (op, key, value) {
             (Op::Set(..), Key::Fdb(_, mac), Value::Fdb(remote)) => {
@@ -218,17 +222,18 @@ impl BatchSocket {
     }
 }
 
-/// The error of an op, with the remedy where one is known.
+/// The error of an op, with a remedy if one is known.
 fn op_error(op: &Op, cause: &KernelError) -> OpError {
     let mut error = cause.context(op);
-    // `ip6_route_check_nh_onlink` in `net/is_ipv6/route.c` looks the gateway up although it is on link, and ignores only default routes.
+    // `ip6_route_check_nh_onlink` in `net/ipv6/route.c` looks up even an on-link gateway, and ignores only default routes.
     let gateway = match op {
         Op::Set(_, Value::Nexthop { gateway, .. } | Value::Route(RouteTarget::Gateway(_, gateway))) => Some(*gateway),
         _ => None,
     };
     if let (libc::EINVAL, Some(gateway @ IpAddr::V6(_))) = (cause.errno, gateway) {
-        let remedy =
-            format!("; does a route by another interface cover {gateway}? ip -6 route show match {gateway} tells: remove it");
+        let remedy = format!(
+            "; a route by another interface may cover {gateway}: find it (ip -6 route show match {gateway}) and remove it"
+        );
         error.message.push_str(&remedy);
     }
     error

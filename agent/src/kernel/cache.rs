@@ -1,8 +1,10 @@
-//! What the kernel is known to hold of the few things that are ours besides the peers' entries, and which interface index is which device.
+//! Caches our kernel state, and maps interface indices to our devices.
 //!
-//! Written by the agent's own changes, by dumps and by events. An event that says what is known already is an echo of ours and wakes nobody:
-//! that way echoes are told apart where the kernel's event does not name the socket that asked (FDB entries, addresses, many link events, see
-//! [`super::monitor`]).
+//! Of the peers' entries it keeps only FDB remotes and removed neighbours.
+//!
+//! The agent's own changes, dumps and events update the cache. An event that matches the cache is an echo of our own change and
+//! is not reported. This identifies echoes if the kernel's event does not name the requesting socket (FDB entries, addresses,
+//! many link events, see [`super::monitor`]).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
@@ -15,13 +17,13 @@ use crate::model::{Device, Mac, Role, Vni};
 use crate::plan::state::{LINK_ALIAS, LinkKind, LinkState, Value, Vxlan};
 use crate::plan::{Key, Op, State};
 
-/// The group (`ip link print group N`) that links of ours are created with. The alias can only be set in a second request: by the group a link
-/// is known whose creation a crash cut in two. The number is the protocol's, twice.
+/// The group (`ip link show group N`) of links that we create. The alias needs a second request: the group identifies a link
+/// whose creation was interrupted by a crash. The number is our protocol number, twice.
 pub const LINK_GROUP: u32 = 0x5656;
-/// How many links that we removed are remembered.
+/// Maximum number of removed links to remember.
 const MAX_TOMBSTONES: usize = 4096;
 
-/// The memory.
+/// Our state in one network namespace, as last written, read or reported.
 #[derive(Debug, Default)]
 pub struct KernelCache {
     /// Our links by name, with their index.
@@ -32,22 +34,22 @@ pub struct KernelCache {
     pub sysctls: BTreeMap<String, String>,
     /// The ruleset and the accept rules in iptables' chains.
     pub rules: State,
-    /// The remote that was last set, read or reported, by interface index and MAC.
+    /// The remote last set, read or reported, by interface index and MAC.
     pub fdb: HashMap<(u32, Mac), IpAddr>,
-    /// Neighbours that we removed: the kernel's event does not say that it was us.
+    /// Neighbours that we removed: the kernel's event does not name our socket.
     pub removed_neighbours: HashSet<(u32, IpAddr)>,
-    /// Links that we removed, by index, the latest ones: their last events are still to come, or were filtered out.
+    /// Indices of the latest links that we removed: their last events may still arrive, or were filtered out.
     removed_links: BTreeSet<u32>,
     devices: Vec<(u32, Device)>,
 }
 
 impl KernelCache {
-    /// The interface index of a device of ours; `None` where it is not there.
+    /// The interface index of one of our devices; `None` if it does not exist.
     pub fn index(&self, device: Device) -> Option<u32> {
         self.devices.iter().find(|(_, d)| *d == device).map(|(index, _)| *index)
     }
 
-    /// The device of ours with that interface index.
+    /// Our device with that interface index.
     pub fn device(&self, index: u32) -> Option<Device> {
         self.devices.iter().find(|(i, _)| *i == index).map(|(_, device)| *device)
     }
@@ -62,14 +64,14 @@ impl KernelCache {
         self.links.iter().find(|(_, (i, _))| *i == index).map(|(name, _)| name.as_str())
     }
 
-    /// Makes room for what ops will add, so that nothing is moved about while they are applied.
+    /// Reserves capacity for ops, so that no table is reallocated while they are applied.
     pub fn reserve(&mut self, ops: &[Op]) {
         let count = |counted: fn(&Op) -> bool| ops.iter().filter(|op| counted(op)).count();
         self.fdb.reserve(count(|op| matches!(op, Op::Set(Key::Fdb(..), _))));
         self.removed_neighbours.reserve(count(|op| matches!(op, Op::Delete(Key::Neigh(..), _))));
     }
 
-    /// Notes a link of ours.
+    /// Records a link of ours.
     pub fn insert_link(&mut self, name: &str, index: u32, state: LinkState) {
         if self.links.get(name).is_some_and(|(old, _)| *old != index) {
             self.remove_link(name);
@@ -83,10 +85,10 @@ impl KernelCache {
         self.links.insert(name.to_owned(), (index, state));
     }
 
-    /// Forgets a link and all that went with it; what it was.
+    /// Removes a link and everything cached about it; returns its state.
     pub fn remove_link(&mut self, name: &str) -> Option<LinkState> {
         let (index, state) = self.links.remove(name)?;
-        // Nothing else is known of a container's port.
+        // For a container's port nothing else is cached.
         if let Some(device) = Device::from_name(name) {
             self.devices.retain(|(i, _)| *i != index);
             self.addresses.retain(|(d, _)| *d != device);
@@ -97,7 +99,7 @@ impl KernelCache {
         Some(state)
     }
 
-    /// Notes that we removed the link with that index. Indices only grow: the smallest one is the oldest.
+    /// Records that we removed the link with that index. Indices only grow: the smallest one is the oldest.
     pub fn mark_removed(&mut self, index: u32) {
         self.removed_links.insert(index);
         if self.removed_links.len() > MAX_TOMBSTONES {
@@ -105,7 +107,7 @@ impl KernelCache {
         }
     }
 
-    /// Takes that back: it could not be removed.
+    /// Undoes [`KernelCache::mark_removed`] if the link could not be removed.
     pub fn unmark_removed(&mut self, index: u32) {
         self.removed_links.remove(&index);
     }
@@ -115,12 +117,13 @@ impl KernelCache {
         self.removed_links.contains(&index)
     }
 
-    /// What a dump begins with: nothing, but which sysctls to read.
+    /// The cache at the start of a dump: empty except for the sysctls to read and the removed links.
     pub fn new_for_dump(&self) -> KernelCache {
         KernelCache { sysctls: self.sysctls.clone(), removed_links: self.removed_links.clone(), ..KernelCache::default() }
     }
 
-    /// A link as plans see it: `None` where its name is none of ours. `tx_checksum` is asked only about VXLAN devices.
+    /// Converts a link to the form that plans use. `None` if its name is not one of ours. `tx_checksum` is called only for VXLAN
+    /// devices.
     pub fn link_state(&self, link: &LinkInfo, tx_checksum: impl FnOnce(&str) -> bool) -> Option<LinkState> {
         let device = Device::from_name(&link.name);
         if device.is_none() && !link.name.starts_with(PORT_PREFIX) {
@@ -158,7 +161,7 @@ impl KernelCache {
     }
 }
 
-/// Whether a link carries our mark.
+/// Whether a link is ours: by its alias, or by its group if it has no alias.
 pub fn is_own_link(link: &LinkInfo) -> bool {
     link.alias == LINK_ALIAS || (link.alias.is_empty() && link.group == LINK_GROUP)
 }

@@ -1,8 +1,10 @@
-//! Wires containers: a veth pair whose inner end is made in the container's namespace under its final name, and whose outer end is a port of the
-//! bridge. All or nothing: where a step fails the pair is removed, which takes both ends and all that was set on them.
+//! Attaches containers to the bridge through veth pairs.
 //!
-//! What the container may send is in the sets of the guard before its port joins the bridge: not one packet of it is judged by another measure, and
-//! the first one is not lost.
+//! The inner end is created in the container's namespace under its final name. The outer end becomes a port of the bridge.
+//! Attaching is all or nothing: if a step fails, the pair is removed, which takes both ends and all their settings.
+//!
+//! The container's elements are in the source filter's sets before its port joins the bridge. So the filter checks each packet by
+//! the same rules and does not drop the first one.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -34,11 +36,11 @@ use crate::plan::ruleset::{Counter, Element, Table};
 use crate::plan::state::PROTOCOL;
 use crate::plan::{HostPorts, Key, Op, OpError, PortDriver, PortSpec, SourceFilter, Value};
 
-/// How often, and how long in between, a new interface is looked at until it runs: 50 ms, where the kernel's own task takes less than one.
+/// Number and interval of polls until a new interface is running: 50 ms in total. The kernel's own task takes less than 1 ms.
 const MAX_RUNNING_POLLS: u32 = 100;
 const RUNNING_POLL_INTERVAL: Duration = Duration::from_micros(500);
 
-/// The maker of containers' wires. Cheap to clone.
+/// Attaches and detaches container ports. Cheap to clone.
 #[derive(Clone)]
 pub struct PortManager {
     shared: Arc<Mutex<Shared>>,
@@ -50,13 +52,13 @@ impl PortManager {
         PortManager { shared, connections }
     }
 
-    /// The bridge, its ports and the tunnel's devices as they are now. Waits for nothing that is being changed; blocks.
+    /// Reads the current state of the bridge, its ports and the VXLAN devices. Does not wait for running changes; blocks.
     pub fn snapshot(&self, bridge: Device) -> Result<OverlaySnapshot, OpError> {
         snapshot::read_overlay(bridge)
     }
 
-    /// What the guards have dropped since their tables were made, in packets. Waits for nothing that is being changed but a transaction of
-    /// nf_tables; blocks.
+    /// Reads how many packets our filters have dropped since their tables were created. Waits only for a running nf_tables
+    /// transaction; blocks.
     pub fn dropped_packets(&self) -> Result<BTreeMap<Counter, u64>, OpError> {
         snapshot::dropped_packets()
     }
@@ -77,7 +79,7 @@ impl PortDriver for PortManager {
         let (bridge, link) = match found {
             Ok(found) => found,
             Err(e) if e.errno == libc::ENODEV => {
-                return Ok(Some(format!("{} or the bridge is not there", spec.host_interface)));
+                return Ok(Some(format!("{} or the bridge does not exist", spec.host_interface)));
             }
             Err(e) => return Err(e.context(format!("cannot examine interface {}", spec.host_interface))),
         };
@@ -123,7 +125,7 @@ impl PortDriver for PortManager {
         match Netns::open(netns).and_then(|netns| netns.id()) {
             Ok(id) => Some(id),
             Err(error) => {
-                tracing::debug!(%error, "a network namespace cannot be told from others");
+                tracing::debug!(%error, "cannot identify network namespace");
                 None
             }
         }
@@ -134,7 +136,7 @@ impl PortDriver for PortManager {
     }
 
     fn host_netns(&self) -> PathBuf {
-        // The host's in the sense of a person: the first process's, where that is where the agent runs.
+        // For users the host's namespace is that of process 1; name it if the agent runs there.
         let first = Path::new("/proc/1/ns/net");
         if self.is_host_netns(first) { first.to_owned() } else { format!("/proc/{}/ns/net", std::process::id()).into() }
     }
@@ -163,7 +165,7 @@ async fn attach_port(shared: &mut Shared, spec: &PortSpec) -> Result<SourceFilte
     let bridge = spec.bridge;
     let name = bridge.name();
     let bridge = objects::link(&mut shared.socket, &name)
-        .map_err(|e| e.context(format!("cannot plug {}: the overlay's bridge {name} is not there", spec.host_interface)))?;
+        .map_err(|e| e.context(format!("cannot attach {}: the overlay's bridge {name} does not exist", spec.host_interface)))?;
     match objects::link(&mut shared.socket, &spec.host_interface) {
         Err(e) if e.errno == libc::ENODEV => {}
         Err(e) => return Err(e.context(format!("cannot examine interface {}", spec.host_interface))),
@@ -177,10 +179,10 @@ async fn attach_port(shared: &mut Shared, spec: &PortSpec) -> Result<SourceFilte
             match outer.map_or_else(inner, |difference| Ok(Some(difference)))? {
                 None => return allow_source(shared, spec),
                 Some(difference) => {
-                    tracing::info!(interface = spec.host_interface, difference, "a container's wire is made anew");
+                    tracing::info!(interface = spec.host_interface, difference, "recreating veth pair");
                 }
             }
-            // Half of a pair that a crash left, or one with other settings.
+            // A pair left incomplete by a crash, or one with other settings.
             shared.links().delete(&spec.host_interface).await?;
         }
     }
@@ -189,13 +191,13 @@ async fn attach_port(shared: &mut Shared, spec: &PortSpec) -> Result<SourceFilte
     if result.is_err()
         && let Err(error) = shared.links().delete(&spec.host_interface).await
     {
-        tracing::warn!(%error, interface = spec.host_interface, "half of a container's wire stays behind");
+        tracing::warn!(%error, interface = spec.host_interface, "cannot remove incomplete veth pair");
     }
     result
 }
 
-/// All steps in a row over blocking sockets: to hand each request to another task costs as much as the kernel takes for it. Nor is another thread
-/// of the runtime told to go on in the place of this one: all of it takes less than two milliseconds.
+/// Runs all steps in a row over blocking sockets: handing each request to another task costs as much as the kernel needs for it.
+/// The runtime's other tasks are not moved to another thread either, because all steps together take less than two milliseconds.
 fn create_port(shared: &mut Shared, spec: &PortSpec, netns: &Netns, bridge: u32) -> Result<SourceFilter, OpError> {
     let host = &spec.host_interface;
     let inner = LinkUnspec::new_with_name(&spec.interface)
@@ -204,13 +206,14 @@ fn create_port(shared: &mut Shared, spec: &PortSpec, netns: &Netns, bridge: u32)
         .mtu(spec.mtu);
     let pair = veth(host, inner.build()).link_group(LINK_GROUP).mtu(spec.mtu);
     shared.socket.create(&RouteNetlinkMessage::NewLink(pair.build())).map_err(|e| {
-        let mut error = e.context(format!("cannot make {host} with {} in {}", spec.interface, spec.netns.display()));
+        let mut error = e.context(format!("cannot create veth pair {host} with {} in {}", spec.interface, spec.netns.display()));
         if e.errno == libc::EEXIST {
             error.message.push_str("; the namespace has an interface of that name already: choose another one");
         }
         error
     })?;
-    let index = objects::link(&mut shared.socket, host).map_err(|e| e.context(format!("cannot find {host} just made")))?.index;
+    let index =
+        objects::link(&mut shared.socket, host).map_err(|e| e.context(format!("cannot find {host} after creating it")))?.index;
     let ipv6 = shared.ipv6_conf_dir.disable_accept_ra(host)?;
     change_link(&mut shared.socket, alias_message(index, ipv6)).map_err(|e| alias_error(host, &e))?;
     let (mut netns_socket, inner) = netns.run_in_place(|| configure_inner(spec)).map_err(|e| OpError::from(&e))??;
@@ -228,21 +231,22 @@ fn create_port(shared: &mut Shared, spec: &PortSpec, netns: &Netns, bridge: u32)
     let announced =
         wait_until_running(&mut shared.socket, host).and_then(|()| announce_addresses(&mut netns_socket, inner, spec));
     announced.map_err(|e| e.context(format!("cannot announce {} in {}", spec.interface, spec.netns.display())))?;
-    // The last step, for it is the only one that does not go with the pair.
+    // The last step, because removing the pair does not undo it.
     let loopback = change_link(&mut netns_socket, LinkUnspec::new_with_index(LOOPBACK_IFINDEX).up().build());
     loopback.map_err(|e| e.context(format!("cannot set lo up in {}", spec.netns.display())))?;
     Ok(source_filter)
 }
 
-/// Has the kernel announce the inner end's addresses, which it does where the MAC is set, also to the same one (`inetdev_event` in
-/// net/ipv4/devinet.c, `ndisc_netdev_event` in net/ipv6/ndisc.c): neighbours replace the MAC of the addresses' last owner.
+/// Makes the kernel announce the inner end's addresses. It does so whenever the MAC is set, even to the same value
+/// (`inetdev_event` in net/ipv4/devinet.c, `ndisc_netdev_event` in net/ipv6/ndisc.c). Neighbours then replace the MAC of the
+/// addresses' last owner.
 fn announce_addresses(socket: &mut RouteSocket, index: u32, spec: &PortSpec) -> Result<(), KernelError> {
     wait_until_running(socket, &spec.interface)?;
     change_link(socket, LinkUnspec::new_with_index(index).address(spec.mac.0.to_vec()).build())
 }
 
-/// Waits until an interface that is up sends and, as a port, forwards: the kernel gets to that in a task of its own (`linkwatch_do_dev` in
-/// net/core/link_watch.c), since Linux 6.8 at once where the interface is asked for.
+/// Waits until an interface that is up is running: it sends and, as a bridge port, forwards. The kernel sets that state in a task
+/// of its own (`linkwatch_do_dev` in net/core/link_watch.c); since Linux 6.8 a query of the interface sets it at once.
 fn wait_until_running(socket: &mut RouteSocket, name: &str) -> Result<(), KernelError> {
     for _ in 0..MAX_RUNNING_POLLS {
         if objects::link(socket, name)?.flags.contains(LinkFlags::Running) {
@@ -250,7 +254,7 @@ fn wait_until_running(socket: &mut RouteSocket, name: &str) -> Result<(), Kernel
         }
         std::thread::sleep(RUNNING_POLL_INTERVAL);
     }
-    tracing::warn!(interface = name, "not running yet; neighbours may keep the MAC of an address's last owner for half a minute");
+    tracing::warn!(interface = name, "interface not running yet; neighbours may keep stale MACs for half a minute");
     Ok(())
 }
 
@@ -258,8 +262,8 @@ fn change_link(socket: &mut RouteSocket, change: LinkMessage) -> Result<(), Kern
     socket.change(&RouteNetlinkMessage::NewLink(change))
 }
 
-/// Lets the container send with its own addresses, or any where its source is not checked, and with nothing that another had behind that interface.
-/// Where the table is not there yet, it comes with all elements.
+/// Allows the container's own addresses as sources, or any source if its sources are not checked. Removes elements of an earlier
+/// user of the interface. If the table does not exist yet, its creation adds all elements.
 fn allow_source(shared: &mut Shared, spec: &PortSpec) -> Result<SourceFilter, OpError> {
     if !shared.cache.rules.contains_key(&Key::Ruleset(Table::Bridge)) {
         return Ok(SourceFilter::Pending);
@@ -268,16 +272,16 @@ fn allow_source(shared: &mut Shared, spec: &PortSpec) -> Result<SourceFilter, Op
     let elements: Vec<Element> = source_elements(&spec.host_interface, spec.mac, own, spec.source_check).collect();
     let mut ops = source_deletions(shared, &spec.host_interface, |element| !elements.contains(element));
     ops.extend(elements.iter().map(|element| Op::Set(Key::Element(element.clone()), Value::Element(None))));
-    apply_rules(shared, &ops, "cannot say what the container may send").map(|()| SourceFilter::Applied)
+    apply_rules(shared, &ops, "cannot add the container's addresses to the source filter").map(|()| SourceFilter::Applied)
 }
 
-/// Takes what was behind an interface out of the guard's sets.
+/// Removes an interface's elements from the source filter's sets.
 fn revoke_source(shared: &mut Shared, host_interface: &str) -> Result<(), OpError> {
     let ops = source_deletions(shared, host_interface, |_| true);
-    apply_rules(shared, &ops, "cannot take back what the container might send")
+    apply_rules(shared, &ops, "cannot remove the container's addresses from the source filter")
 }
 
-/// The ops that remove an interface's elements.
+/// The ops that remove an interface's elements, if `filter` accepts them.
 fn source_deletions(shared: &Shared, interface: &str, filter: impl Fn(&Element) -> bool) -> Vec<Op> {
     let first = Element::Source(Box::new((interface.to_owned(), Mac([0; 6]), Family::V4.unspecified())));
     let rules = &shared.cache.rules;
@@ -299,7 +303,8 @@ fn apply_rules(shared: &mut Shared, ops: &[Op], what: &str) -> Result<(), OpErro
     }
 }
 
-/// Configures the inner end. Runs inside the namespace; the answer is a socket for what is left to be done there, and the inner end's index.
+/// Configures the inner end; runs inside the namespace. Returns a socket for the remaining steps there, and the inner end's
+/// index.
 fn configure_inner(spec: &PortSpec) -> Result<(RouteSocket, u32), OpError> {
     let inner = &spec.interface;
     let step = |what: &str, error: KernelError| error.context(format!("cannot {what} in {}", spec.netns.display()));
@@ -308,12 +313,13 @@ fn configure_inner(spec: &PortSpec) -> Result<(RouteSocket, u32), OpError> {
     sysctl::write_if_exists(&sysctl::accept_ra(inner), "0")?;
     sysctl::write_if_exists(&sysctl::ndisc_notify(inner), "1")?;
     if spec.source_check && !spec.addresses.iter().any(IpNetwork::is_ipv6) {
-        // Without an IPv6 address of the overlay it may send no IPv6 at all: each interface that comes up would be counted as a forger for the
-        // link-local address that the kernel makes and announces unasked.
+        // Without an overlay IPv6 address the container may send no IPv6. But the kernel creates and announces a link-local
+        // address for each interface that comes up, which the source filter would count as spoofed.
         sysctl::write_if_exists(&sysctl::addr_gen_mode(inner), "1")?;
     }
     if spec.addresses.iter().any(IpNetwork::is_ipv6) {
-        // The namespace may make its interfaces without (`conf/default/disable_ipv6`): the kernel would refuse the address.
+        // New interfaces in the namespace may have IPv6 disabled (`conf/default/disable_ipv6`): the kernel would refuse the
+        // address.
         sysctl::write_if_exists(&sysctl::disable_ipv6(inner), sysctl::OFF)?;
     }
     for address in &spec.addresses {
@@ -329,10 +335,10 @@ fn configure_inner(spec: &PortSpec) -> Result<(RouteSocket, u32), OpError> {
             let mut error = step(&format!("add {} via {gateway}", route_name(*destination)), e);
             if error.errno == libc::EEXIST {
                 error.message.push_str(if destination.length() == 0 {
-                    "; it has a default route already: keep that one with --no-default-route (in a CNI network \"isDefaultGateway\": false), or \
+                    "; the namespace has a default route already: keep it with --no-default-route (in a CNI network \"isDefaultGateway\": false), or \
                      remove it"
                 } else {
-                    "; it has such a route already: one interface on the overlay is enough for a container, or remove that route"
+                    "; the namespace has this route already: one interface on the overlay is enough for a container; else remove the route"
                 });
             }
             error
@@ -341,8 +347,8 @@ fn configure_inner(spec: &PortSpec) -> Result<(RouteSocket, u32), OpError> {
     Ok((socket, index))
 }
 
-/// Gives the inner end the wished MTU, where it is the other end of that interface and only its MTU may be wrong: a pair that is made anew
-/// loses packets.
+/// Sets the inner end's MTU in place if it is the other end of the host's interface and its MTU differs. Recreating the pair
+/// would lose packets.
 fn set_inner_mtu(spec: &PortSpec, netns: &Netns, host_index: u32) -> Result<(), OpError> {
     let inner = &spec.interface;
     run_in_netns(netns, || {
@@ -356,25 +362,25 @@ fn set_inner_mtu(spec: &PortSpec, netns: &Netns, host_index: u32) -> Result<(), 
     })
 }
 
-/// What of the host's end is not as wanted.
+/// The first setting of the host's end that differs from `spec`.
 fn outer_difference(spec: &PortSpec, link: &LinkInfo, bridge: u32) -> Option<String> {
     let name = &spec.host_interface;
     let checks = [
-        (!is_own_link(link), format!("{name} is not ours")),
-        (link.master != Some(bridge), format!("{name} is no port of {}", spec.bridge)),
+        (!is_own_link(link), format!("{name} is not managed by overlayd")),
+        (link.master != Some(bridge), format!("{name} is not a port of {}", spec.bridge)),
         (link.mtu != spec.mtu, format!("{name} has MTU {}, not {}", link.mtu, spec.mtu)),
         (!link.up(), format!("{name} is down")),
     ];
     checks.into_iter().find(|(is_wrong, _)| *is_wrong).map(|(_, what)| what)
 }
 
-/// Runs inside the namespace: what of it is not in place, as the other end of the host's interface with that index.
+/// The first setting inside the namespace that differs from `spec`. Runs inside it; `host_index` is the index of the host's end.
 fn inner_difference(spec: &PortSpec, host_index: u32) -> Result<Option<String>, OpError> {
     let mut socket = RouteSocket::open()?;
     let name = &spec.interface;
     let link: LinkInfo = match objects::link(&mut socket, name) {
         Ok(link) => link,
-        Err(e) if e.errno == libc::ENODEV => return Ok(Some(format!("{name} is not there"))),
+        Err(e) if e.errno == libc::ENODEV => return Ok(Some(format!("{name} does not exist"))),
         Err(e) => return Err(e.context(format!("cannot examine {name} in {}", spec.netns.display()))),
     };
     let mac = link.mac.map(|mac| mac.to_string()).unwrap_or_default();
@@ -394,13 +400,13 @@ fn inner_difference(spec: &PortSpec, host_index: u32) -> Result<Option<String>, 
     }
     for (destination, gateway) in &spec.routes {
         if !has_route(&mut socket, *destination, *gateway, link.index)? {
-            return Ok(Some(format!("{} via {gateway} is not there", route_name(*destination))));
+            return Ok(Some(format!("{} via {gateway} is missing", route_name(*destination))));
         }
     }
     Ok(None)
 }
 
-/// A route for a person.
+/// Describes a route in messages.
 fn route_name(destination: Cidr) -> String {
     if destination.length() == 0 { "the default route".to_owned() } else { format!("the route to {destination}") }
 }

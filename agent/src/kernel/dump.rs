@@ -1,5 +1,6 @@
-//! All of ours that the kernel holds, read at one go. The kernel filters by device, table and protocol (`NETLINK_GET_STRICT_CHK`); on a kernel that
-//! does not, the same is filtered here.
+//! Reads all our state from the kernel in one pass.
+//!
+//! The kernel filters by device, table and protocol (`NETLINK_GET_STRICT_CHK`). For kernels that do not, this module filters too.
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -14,7 +15,7 @@ use crate::plan::desired::sysctls;
 use crate::plan::state::{NEXTHOP_IDS, RouteTarget};
 use crate::plan::{Key, OpError, State, Value};
 
-/// Reads everything, and makes it what is known.
+/// Reads all our state and replaces the cache with it. If a read fails, the cache stays unchanged.
 pub fn read_state(shared: &mut Shared, nexthop_objects: bool) -> Result<State, OpError> {
     let fresh = shared.cache.new_for_dump();
     let before = std::mem::replace(&mut shared.cache, fresh);
@@ -51,7 +52,7 @@ fn read_all(shared: &mut Shared, nexthop_objects: bool) -> Result<State, OpError
     Ok(state)
 }
 
-/// Where each permanent FDB entry of our VXLAN devices leads.
+/// Reads the remotes of our VXLAN devices' permanent FDB entries.
 pub fn read_fdb(shared: &mut Shared) -> Result<HashMap<(u32, Mac), IpAddr>, OpError> {
     let vxlan = shared.cache.devices().iter().filter(|(_, device)| matches!(device.role, Role::Vxlan(_)));
     let mut found = HashMap::with_capacity(shared.cache.fdb.len());
@@ -61,7 +62,7 @@ pub fn read_fdb(shared: &mut Shared) -> Result<HashMap<(u32, Mac), IpAddr>, OpEr
     Ok(found)
 }
 
-/// A permanent FDB entry with a remote.
+/// The cache key and remote of a permanent FDB entry; `None` for any other entry.
 fn fdb_remote(entry: &KernelEntry) -> Option<((u32, Mac), IpAddr)> {
     match *entry {
         KernelEntry::Fdb { index, mac, remote, permanent: true } => remote.map(|remote| ((index, mac), remote)),
@@ -80,7 +81,7 @@ fn read_entries(shared: &mut Shared, query: EntryQuery) -> Result<Vec<KernelEntr
     }
 }
 
-/// Takes an entry into a dumped state, if it is ours.
+/// Adds an entry to a dumped state if it is ours.
 fn insert(state: &mut State, cache: &mut KernelCache, entry: KernelEntry) {
     cache.fdb.extend(fdb_remote(&entry));
     if matches!(entry, KernelEntry::Route { protocol, .. } | KernelEntry::Unreachable { protocol, .. } if !is_own_protocol(protocol))
@@ -92,7 +93,8 @@ fn insert(state: &mut State, cache: &mut KernelCache, entry: KernelEntry) {
     }
 }
 
-/// What an entry means to the overlay: the key, and the value if it is of a form that ours have. `None` where it is no business of ours.
+/// Converts an entry to its key and value in [`State`]. The value is `None` if the entry is gone or has a form that ours never
+/// have. Returns `None` if the entry is not managed by us.
 pub fn state_change(cache: &KernelCache, entry: &KernelEntry, present: bool) -> Option<(Key, Option<Value>)> {
     let vxlan = |index: u32| cache.device(index).filter(|d| matches!(d.role, Role::Vxlan(_)));
     match *entry {
@@ -127,7 +129,7 @@ pub fn state_change(cache: &KernelCache, entry: &KernelEntry, present: bool) -> 
             };
             Some((Key::Route(destination), present.then_some(Value::Route(via))))
         }
-        // One of others in its place counts as none: ours replaces it.
+        // A foreign route in its place counts as missing: ours replaces it.
         KernelEntry::Unreachable { destination, protocol, unreachable } => {
             let valid = present && unreachable && is_own_protocol(protocol);
             Some((Key::Unreachable(destination), valid.then_some(Value::Unreachable)))
@@ -139,7 +141,7 @@ fn read_links(shared: &mut Shared) -> Result<(), OpError> {
     let mut links = objects::links(&mut shared.socket)?;
     // Bridges first: a port's state names its bridge.
     links.sort_by_key(|link| link.kind != "bridge");
-    // One that is on its way out takes some milliseconds to go.
+    // A link that we removed stays visible for some milliseconds.
     links.retain(|link| !shared.cache.is_removed(link.index));
     for link in links {
         if let Some(state) = shared.cache.link_state(&link, |name| shared.ethtool.tx_checksum(name)) {
@@ -160,7 +162,7 @@ fn read_addresses(shared: &mut Shared) -> Result<(), OpError> {
     Ok(())
 }
 
-/// Reads sysctls: they are known from now on, and what others make of them is told. One that is not there is left out.
+/// Reads sysctls and tracks them: from now on the monitor reports changes by other processes. Missing sysctls are left out.
 pub fn track_sysctls(cache: &mut KernelCache, paths: impl IntoIterator<Item = String>) -> Result<(), OpError> {
     for path in paths {
         let found = sysctl::read(&path)?.or_else(|| sysctl::is_implicitly_off(&path).then(|| sysctl::OFF.to_owned()));
@@ -171,7 +173,7 @@ pub fn track_sysctls(cache: &mut KernelCache, paths: impl IntoIterator<Item = St
     Ok(())
 }
 
-/// Reads the sysctls of always, those of our devices, and those that were ever read or written.
+/// Reads the fixed sysctls, those of our devices, and all that were read or written before.
 fn read_sysctls(cache: &mut KernelCache) -> Result<(), OpError> {
     let mut paths: BTreeSet<String> = cache.sysctls.keys().cloned().collect();
     paths.extend(Family::ALL.map(|family| sysctls::forwarding(family).to_owned()));

@@ -1,4 +1,5 @@
-//! Transmit checksum offload of an interface, by the ethtool ioctls (`linux/ethtool.h`, `ETHTOOL_GTXCSUM` and `ETHTOOL_STXCSUM`).
+//! Transmit checksum offload of an interface, through the ethtool ioctls (`linux/ethtool.h`, `ETHTOOL_GTXCSUM` and
+//! `ETHTOOL_STXCSUM`).
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -20,27 +21,27 @@ struct EthtoolValue {
     data: u32,
 }
 
-/// A socket for the ioctls, of the network namespace that it was opened in.
+/// A socket for the ioctls. It belongs to the network namespace in which it was opened.
 #[derive(Debug)]
 pub struct Ethtool {
     socket: OwnedFd,
 }
 
 impl Ethtool {
-    /// Opens it in the calling thread's network namespace.
+    /// Opens the socket in the calling thread's network namespace.
     pub fn open() -> Result<Ethtool, OpError> {
         let opened = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None);
         let socket = opened.map_err(|e| KernelError::from(io::Error::from(e)).context("cannot open a socket for ethtool"))?;
         Ok(Ethtool { socket })
     }
 
-    /// Whether the interface computes, or leaves to what is below it, the checksums of what it sends. An interface that cannot be asked
-    /// has the kernel's default: it does.
+    /// Whether transmit checksum offload is on: the interface, or a device below it, computes the checksums of sent packets. If
+    /// the query fails, the kernel's default is assumed: on.
     pub fn tx_checksum(&self, interface: &str) -> bool {
         self.ioctl(interface, ETHTOOL_GTXCSUM, 0).map_or(true, |value| value != 0)
     }
 
-    /// Switches it.
+    /// Switches transmit checksum offload on or off.
     pub fn set_tx_checksum(&self, interface: &str, on: bool) -> Result<(), OpError> {
         self.ioctl(interface, ETHTOOL_STXCSUM, u32::from(on)).map(|_| ()).map_err(|e| {
             let wanted = if on { "on" } else { "off" };
@@ -53,7 +54,7 @@ impl Ethtool {
         let mut value = EthtoolValue { command, data };
         // SAFETY: all-zero bytes are a valid ifreq: integers, arrays and pointers that the kernel does not read for this request.
         let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-        // The last byte stays zero: it ends the name.
+        // The last byte stays zero to terminate the name.
         let max_length = request.ifr_name.len() - 1;
         if interface.is_empty() || interface.len() > max_length {
             return Err(io::Error::from_raw_os_error(libc::ENODEV));
@@ -62,8 +63,8 @@ impl Ethtool {
             *to = libc::c_char::from_ne_bytes([from]);
         }
         request.ifr_ifru.ifru_data = (&raw mut value).cast();
-        // SAFETY: both structures live until the call returns, have the layout that SIOCETHTOOL expects, and the kernel writes no more than an
-        // ethtool_value for these two commands (dev_ethtool in net/ethtool/ioctl.c).
+        // SAFETY: both structures live until the call returns and have the layout that SIOCETHTOOL expects. The kernel writes at
+        // most an ethtool_value for these two commands (dev_ethtool in net/ethtool/ioctl.c).
         let result = unsafe { libc::ioctl(self.socket.as_raw_fd(), SIOCETHTOOL.into(), &raw mut request) };
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(value.data) }
     }

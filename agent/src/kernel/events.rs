@@ -1,4 +1,6 @@
-//! What rtnetlink's events mean to the overlay: each message is judged against what is known, and what is new is kept until it is handed on.
+//! Applies rtnetlink events to the cache, and collects changes to report.
+//!
+//! Each message is compared with the cache. New changes are kept until the monitor delivers them.
 
 use std::collections::btree_map::Entry as Place;
 use std::collections::{BTreeMap, HashMap};
@@ -22,10 +24,10 @@ use crate::model::{Device, Mac, Role};
 use crate::plan::desired::sysctls;
 use crate::plan::{KernelEvent, Key, LinkKind, OpError, Value};
 
-/// Changes that are kept one by one; where more wait, a dump is cheaper.
+/// Maximum number of pending changes; beyond it a dump is cheaper.
 const MAX_PENDING_CHANGES: usize = 16 * 1024;
 
-/// News that nobody has taken yet; of each entry the last.
+/// Changes that are not delivered yet; for each entry the last one.
 #[derive(Debug, Default)]
 pub struct PendingEvents {
     changes: BTreeMap<Key, PendingChange>,
@@ -33,21 +35,21 @@ pub struct PendingEvents {
     host_network_changed: bool,
 }
 
-/// A change of an entry.
+/// A pending change of an entry.
 #[derive(Debug)]
 struct PendingChange {
-    /// What was known before, where that is kept.
+    /// The cached value before the change, if this kind of entry is cached.
     before: Option<Option<Value>>,
     now: Option<Value>,
 }
 
 impl PendingEvents {
-    /// Whether there is no news.
+    /// Whether nothing is pending.
     pub fn is_empty(&self) -> bool {
         self.changes.is_empty() && self.resync_reason.is_none() && !self.host_network_changed
     }
 
-    /// The next event.
+    /// Takes the next event.
     pub fn next_event(&mut self) -> Option<KernelEvent> {
         if !self.changes.is_empty() {
             let changed = std::mem::take(&mut self.changes).into_iter().map(|(key, change)| (key, change.now));
@@ -59,17 +61,18 @@ impl PendingEvents {
         std::mem::take(&mut self.host_network_changed).then_some(KernelEvent::HostNetworkChanged)
     }
 
-    /// An entry changed, and what was known of it is not kept.
+    /// Records a change of an entry whose previous value is not cached.
     pub fn record(&mut self, key: Key, now: Option<Value>) {
         self.insert(key, None, now);
     }
 
-    /// An entry changed from what was known of it.
+    /// Records a change of an entry from its cached value.
     pub fn record_change(&mut self, key: Key, before: Option<Value>, now: Option<Value>) {
         self.insert(key, Some(before), now);
     }
 
-    /// Drops what changed there and back again: one change of ours to a link is several events, the last of which says what is known.
+    /// Drops changes that ended at their old value: one change of ours to a link causes several events, and the last one matches
+    /// the cache.
     pub fn drop_reverted(&mut self) {
         self.changes.retain(|_, change| change.before.as_ref() != Some(&change.now));
     }
@@ -77,7 +80,7 @@ impl PendingEvents {
     fn insert(&mut self, key: Key, before: Option<Option<Value>>, now: Option<Value>) {
         if self.changes.len() >= MAX_PENDING_CHANGES {
             self.changes.clear();
-            self.require_resync("more changed at once than is kept one by one");
+            self.require_resync("too many changes are pending");
         }
         match self.changes.entry(key) {
             Place::Occupied(mut change) => change.get_mut().now = now,
@@ -87,18 +90,18 @@ impl PendingEvents {
         }
     }
 
-    /// More changed than events say.
+    /// Requests a full dump, because more changed than the events say.
     pub fn require_resync(&mut self, reason: &'static str) {
         self.resync_reason.get_or_insert(reason);
     }
 
-    /// Something that is not ours changed.
+    /// Records a change of the host's network outside our control.
     pub fn host_network_changed(&mut self) {
         self.host_network_changed = true;
     }
 }
 
-/// What was last told about interfaces that are not ours: events that tell the same again are no news.
+/// The last reported state of interfaces that are not ours; an event that repeats it is not reported.
 #[derive(Debug, Default)]
 pub struct HostInterfaces {
     links: HashMap<u32, (String, u32, bool)>,
@@ -106,7 +109,7 @@ pub struct HostInterfaces {
 }
 
 impl HostInterfaces {
-    /// What there is to begin with.
+    /// Reads the initial state.
     pub fn read(socket: &mut RouteSocket) -> Result<HostInterfaces, OpError> {
         let links = objects::links(socket)?;
         let addresses = objects::addresses(socket, 0)?;
@@ -122,7 +125,7 @@ impl HostInterfaces {
     }
 }
 
-/// Judges one message.
+/// Applies one message to the cache and records new changes.
 pub fn apply_event(
     header: NetlinkHeader,
     body: &[u8],
@@ -155,8 +158,8 @@ pub fn apply_event(
     }
 }
 
-/// Judges what was told of a link: that it is there, or that it went away. What the kernel tells by itself may be older than the last change of ours,
-/// whose own event is not heard: who is told looks at the link before it does anything about it.
+/// Applies a link event: `present` means that the link exists, otherwise it was removed. An event that the kernel sends by itself
+/// may be older than our last change, whose own event is filtered out. So the receiver reads the link before it acts.
 fn on_link(
     present: bool,
     link: &LinkInfo,
@@ -165,24 +168,24 @@ fn on_link(
     pending: &mut PendingEvents,
 ) {
     let cache = &mut shared.cache;
-    // We removed it: what it went through on its way out is no news.
+    // We removed this link: the events of its removal are not reported.
     if cache.is_removed(link.index) {
         return;
     }
-    // A link of ours that has another name now is gone under its own.
+    // A renamed link of ours counts as removed under its old name.
     let own_name = cache.link_name(link.index).map(str::to_owned);
     if let Some(old) = &own_name
         && (*old != link.name || !present)
     {
         let before = cache.remove_link(old).map(|state| Value::Link(Box::new(state)));
         pending.record_change(Key::Link(old.clone().into()), before, None);
-        pending.require_resync("a link of ours went away, and what was on it");
+        pending.require_resync("a link of ours was removed, with its addresses and routes");
     }
     if !present {
         host_interfaces.links.remove(&link.index);
         if own_name.is_none() {
             pending.host_network_changed();
-            // A change of ours came in between, found nothing, and forgot the link: others do not know yet.
+            // Our own change ran in between, found no link and removed it from the cache: that is not reported yet.
             if is_own_link(link) && !cache.links.contains_key(&link.name) {
                 pending.record(Key::Link(link.name.clone().into()), None);
             }
@@ -198,14 +201,14 @@ fn on_link(
         }
     }
     let Some(state) = state else { return };
-    // All bits: the announcement of a new link. Other changes than of flags announce no bits.
+    // A mask of all bits announces a new link. Changes other than of flags announce no bits.
     let went_down = !link.up() && link.change_mask.contains(LinkFlags::Up) && link.change_mask.bits() != u32::MAX;
     let before = cache.links.get(&link.name).map(|(index, old)| (*index, old.clone()));
     match &before {
-        Some((index, _)) if *index != link.index => pending.require_resync("a link of ours was made again by others"),
+        Some((index, _)) if *index != link.index => pending.require_resync("another process recreated a link of ours"),
         // IPv4 routes, next hops and neighbours of a device that goes down are removed without an event of their own.
         Some((_, old)) if went_down && old.up && Device::from_name(&link.name).is_some() => {
-            pending.require_resync("a device of ours went down, and routes with it");
+            pending.require_resync("a device of ours went down, with its routes");
         }
         Some((_, old)) if *old == state => return,
         _ => {}
@@ -249,7 +252,8 @@ fn on_address(
     }
 }
 
-/// An address went. The kernel tells nobody that IPv6 was switched off on a device, only that its addresses go; its routes and neighbours go untold.
+/// Detects that IPv6 was switched off, after an address was removed. The kernel reports only the removal of the addresses; it
+/// sends no event for the switch, nor for the device's routes and neighbours.
 fn on_ipv6_disabled(device: Device, cache: &mut KernelCache, pending: &mut PendingEvents) {
     let path = sysctl::disable_ipv6(&device.name());
     if let Ok(Some(text)) = sysctl::read(&path)
@@ -257,12 +261,12 @@ fn on_ipv6_disabled(device: Device, cache: &mut KernelCache, pending: &mut Pendi
         && cache.sysctls.get(&path).is_some_and(|before| *before != text)
     {
         on_sysctl(path, text, cache, pending);
-        pending.require_resync("IPv6 was switched off on a device of ours, and what it had went");
+        pending.require_resync("IPv6 was switched off on a device of ours, which removed its entries");
     }
 }
 
-/// A setting of an interface, or of the whole namespace, was changed: forwarding, the reverse path filter, proxy ARP. The kernel tells of no others.
-/// (`netlink-packet-route` has no netconf messages.)
+/// Applies a netconf event: forwarding, the reverse path filter or proxy ARP of an interface or of the whole namespace. The
+/// kernel sends none for other settings. (`netlink-packet-route` has no netconf messages.)
 fn on_netconf(body: &[u8], cache: &mut KernelCache, host_interfaces: &HostInterfaces, pending: &mut PendingEvents) {
     let Some(family) = body.first().copied().and_then(family_of) else { return };
     let index = attributes(body, 1).find(|(kind, _)| *kind == NETCONFA_IFINDEX).and_then(|(_, value)| u32_at(value, 0));
@@ -286,7 +290,7 @@ fn on_netconf(body: &[u8], cache: &mut KernelCache, host_interfaces: &HostInterf
     }
 }
 
-/// A sysctl has this value now. Only what was read or written counts.
+/// Records the new value of a sysctl. Only sysctls that were read or written are tracked.
 fn on_sysctl(path: String, text: String, cache: &mut KernelCache, pending: &mut PendingEvents) {
     let Some(value) = cache.sysctls.get_mut(&path) else { return };
     if *value != text {
@@ -298,8 +302,9 @@ fn on_sysctl(path: String, text: String, cache: &mut KernelCache, pending: &mut 
 fn on_entry(header: NetlinkHeader, entry: &KernelEntry, cache: &mut KernelCache, pending: &mut PendingEvents) {
     let present = matches!(header.message_type, libc::RTM_NEWNEIGH | RTM_NEWNEXTHOP | libc::RTM_NEWROUTE);
     match *entry {
-        // Before Linux 6.13 the kernel's core tells of each entry that is set or removed once more, behind the device's own event, and without
-        // where it leads (`rtnl_fdb_notify` in `net/core/rtnetlink.c`). A VXLAN device's own event always says it (`vxlan_fdb_info`).
+        // Before Linux 6.13 rtnetlink's core reports each set or removed entry once more, after the device's own event and
+        // without the remote (`rtnl_fdb_notify` in `net/core/rtnetlink.c`). A VXLAN device's own event always has it
+        // (`vxlan_fdb_info`).
         KernelEntry::Fdb { remote: None, .. } => return,
         KernelEntry::Fdb { index, mac, remote, permanent } => {
             if let Some(device) = cache.device(index).filter(|d| matches!(d.role, Role::Vxlan(_))) {
@@ -318,10 +323,10 @@ fn on_entry(header: NetlinkHeader, entry: &KernelEntry, cache: &mut KernelCache,
         }
         KernelEntry::Nexthop { protocol, .. } => {
             if !present && is_own_protocol(protocol) {
-                pending.require_resync("a next hop of ours was removed, and its routes with it");
+                pending.require_resync("a next hop of ours was removed, with its routes");
             }
         }
-        // A route of others matters only where it took the place of one that was there.
+        // A foreign route matters only if it replaced an existing one.
         KernelEntry::Route { protocol, .. } | KernelEntry::Unreachable { protocol, .. } => {
             let replaces = present && header.flags & NLM_F_REPLACE != 0;
             if !is_own_protocol(protocol) && !replaces {
@@ -334,7 +339,8 @@ fn on_entry(header: NetlinkHeader, entry: &KernelEntry, cache: &mut KernelCache,
     }
 }
 
-/// Follows an FDB entry; whether it is news. Its events never name the socket that asked, so ours are known by what they say.
+/// Updates the cache from an FDB event; returns whether the event is new. Its events never name the requesting socket, so our own
+/// are recognised by their content.
 fn update_fdb(cache: &mut KernelCache, index: u32, mac: Mac, remote: Option<IpAddr>, present: bool) -> bool {
     let at = (index, mac);
     let before = cache.fdb.get(&at).copied();

@@ -1,8 +1,10 @@
-//! Which of the host's own sockets wait on a port, and whose they are: read from `/proc/net` of the agent's namespace (`proc_pid_net(5)`), which
-//! every kernel has, and from the descriptors of processes, only where a port is taken.
+//! Finds the host's own sockets that listen on a port, and their owners.
 //!
-//! An IPv6 socket on `::` counts for IPv4 as well: the tables do not say whether it is for IPv6 alone (`IPV6_V6ONLY`), and taking IPv4's
-//! connections away from one that is not would be worse than refusing a port.
+//! The sockets come from `/proc/net` of the agent's namespace (`proc_pid_net(5)`), which every kernel has. Processes' descriptors
+//! are read only if a port is taken.
+//!
+//! An IPv6 socket on `::` counts for IPv4 as well, because the tables do not show whether it is for IPv6 alone (`IPV6_V6ONLY`).
+//! Refusing a port is better than diverting the IPv4 connections of a dual-stack socket.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -13,14 +15,14 @@ use crate::model::lease::printable;
 use crate::model::{Family, PublishedPort, Transport};
 use crate::plan::{HostPorts, HostSocket, OpError};
 
-/// Where the tables are. Not `/proc/net`, which is the main thread's.
+/// Directory of the socket tables. `/proc/net` would be the main thread's.
 const PROC_NET: &str = "/proc/thread-self/net";
 
-/// States of a socket that waits (`include/net/tcp_states.h`): a TCP listener, and a UDP socket without a remote end.
+/// States of a listening socket (`include/net/tcp_states.h`): a TCP listener, and a UDP socket without a remote end.
 const TCP_LISTEN: &str = "0A";
 const UDP_UNCONNECTED: &str = "07";
 
-/// A socket that waits on a port.
+/// A socket that listens on a port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct ListeningSocket {
     address: IpAddr,
@@ -28,7 +30,7 @@ struct ListeningSocket {
     inode: u64,
 }
 
-/// The host's addresses, and the sockets that wait on one of these ports.
+/// Reads the host's addresses, and the sockets that listen on one of these ports.
 pub fn query(wanted: &[PublishedPort]) -> Result<HostPorts, OpError> {
     let addresses = nix::ifaddrs::getifaddrs()
         .map_err(|errno| OpError { errno: errno as i32, message: format!("cannot list the host's addresses: {errno}") })?;
@@ -51,7 +53,7 @@ pub fn query(wanted: &[PublishedPort]) -> Result<HostPorts, OpError> {
     if !conflicting.is_empty() {
         let owners = socket_owners(&conflicting.iter().map(|(_, socket)| socket.inode).collect::<Vec<_>>());
         // A VXLAN device's socket has no process.
-        let unknown_owner = || "the kernel (a tunnel's port) or a process that cannot be seen from here".to_owned();
+        let unknown_owner = || "the kernel (a tunnel's port) or a process not visible to the agent".to_owned();
         let name = |inode: u64| owners.get(&inode).cloned().unwrap_or_else(unknown_owner);
         found.sockets = conflicting
             .into_iter()
@@ -61,7 +63,7 @@ pub fn query(wanted: &[PublishedPort]) -> Result<HostPorts, OpError> {
     Ok(found)
 }
 
-/// Whether a published port would take away what is sent to a socket.
+/// Whether a published port would divert the traffic of a socket.
 fn conflicts(publish: &PublishedPort, socket: &ListeningSocket) -> bool {
     let offset = u32::from(socket.port).checked_sub(u32::from(publish.host_port));
     let same_port = offset.is_some_and(|behind| behind < u32::from(publish.count));
@@ -74,7 +76,7 @@ fn conflicts(publish: &PublishedPort, socket: &ListeningSocket) -> bool {
         }
 }
 
-/// The sockets of a protocol that wait. A table that the kernel has not holds none.
+/// The listening sockets of a protocol. A table that the kernel lacks counts as empty.
 fn listening_sockets(protocol: Transport) -> Result<Vec<ListeningSocket>, OpError> {
     let (names, state): (&[&str], _) = match protocol {
         Transport::Tcp => (&["tcp", "tcp6"], TCP_LISTEN),
@@ -97,7 +99,7 @@ fn listening_sockets(protocol: Transport) -> Result<Vec<ListeningSocket>, OpErro
             }
             match parse_line(&line) {
                 Some((found, socket)) if found == state => all.push(socket),
-                // Listeners come first (`tcp_seq_start`): the connections behind them may be a hundred thousand.
+                // Listeners come first (`tcp_seq_start`); a hundred thousand connections may follow them.
                 Some(_) if protocol == Transport::Tcp => break,
                 _ => {}
             }
@@ -110,7 +112,7 @@ fn read_error(path: &str, error: &io::Error) -> OpError {
     OpError { errno: error.raw_os_error().unwrap_or_default(), message: format!("cannot read {path}: {error}") }
 }
 
-/// A line of `tcp`, `udp` and their IPv6 counterparts: the state and the socket.
+/// Parses a line of `tcp`, `udp` or their IPv6 tables: the state and the socket.
 fn parse_line(line: &str) -> Option<(&str, ListeningSocket)> {
     let mut fields = line.split_ascii_whitespace();
     let (address, port) = fields.nth(1)?.split_once(':')?;
@@ -119,7 +121,7 @@ fn parse_line(line: &str) -> Option<(&str, ListeningSocket)> {
     Some((state, ListeningSocket { address: hex_address(address)?, port: u16::from_str_radix(port, 16).ok()?, inode }))
 }
 
-/// Words of 32 bits in hexadecimal, each in the machine's byte order.
+/// Parses an address: 32-bit words in hexadecimal, each in the machine's byte order.
 fn hex_address(text: &str) -> Option<IpAddr> {
     let word = |at: usize| Some(u32::from_str_radix(text.get(at * 8..at * 8 + 8)?, 16).ok()?.to_ne_bytes());
     match text.len() {
@@ -135,7 +137,8 @@ fn hex_address(text: &str) -> Option<IpAddr> {
     }
 }
 
-/// A line of `sctp_port_is_translated/eps`: `ENDPT SOCK STY SST HBKT LPORT UNIX_DIAG_UID INODE LADDRS` (`net/sctp_port_is_translated/proc.c`); one socket for each of its addresses.
+/// Parses a line of `sctp/eps`: `ENDPT SOCK STY SST HBKT LPORT UID INODE LADDRS` (`net/sctp/proc.c`). Returns one socket for each
+/// local address.
 fn parse_sctp_line(line: &str) -> Vec<ListeningSocket> {
     let fields: Vec<&str> = line.split_ascii_whitespace().collect();
     let (Some(Ok(port)), Some(Ok(inode))) = (fields.get(5).map(|p| p.parse()), fields.get(7).map(|i| i.parse())) else {
@@ -145,12 +148,12 @@ fn parse_sctp_line(line: &str) -> Vec<ListeningSocket> {
     addresses.map(|address| ListeningSocket { address, port, inode }).collect()
 }
 
-/// The processes that have these sockets open, each as `NAME (process PID)`.
+/// The processes that hold these sockets, each as `NAME (process PID)`.
 fn socket_owners(inodes: &[u64]) -> BTreeMap<u64, String> {
     let mut found = BTreeMap::new();
     let pids = fs::read_dir("/proc").into_iter().flatten().flatten().filter_map(|e| e.file_name().to_str()?.parse::<u32>().ok());
     for pid in pids {
-        // A process that has ended, or that we may not look into, is passed over.
+        // Skip a process that has ended or that the agent may not inspect.
         for entry in fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten() {
             let Ok(target) = fs::read_link(entry.path()) else { continue };
             let inode = target.to_str().and_then(|t| t.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok());
@@ -204,7 +207,7 @@ mod tests {
         };
         assert!(conflicts("80:1", "0.0.0.0", 80) && conflicts("80:1", "127.0.0.1", 80) && conflicts("79-80:1-2", "::1", 80));
         assert!(conflicts("127.0.0.1:80:1", "0.0.0.0", 80) && conflicts("0.0.0.0:80:1", "10.0.0.1", 80));
-        assert!(conflicts("127.0.0.1:80:1", "::", 80), "it may be for both families");
+        assert!(conflicts("127.0.0.1:80:1", "::", 80), "the socket may serve both families");
         assert!(!conflicts("80:1", "0.0.0.0", 81) && !conflicts("81:1", "0.0.0.0", 80) && !conflicts("78-79:1-2", "0.0.0.0", 80));
         assert!(!conflicts("127.0.0.1:80:1", "127.0.0.2", 80) && !conflicts("[::]:80:1", "0.0.0.0", 80));
         assert!(!conflicts("127.0.0.1:80:1", "::1", 80));
@@ -223,7 +226,7 @@ mod tests {
         let own = format!("(process {})", std::process::id());
         assert_eq!(holders.len(), 2, "{holders:?}");
         assert!(holders.iter().all(|(_, _, holder)| holder.ends_with(&own)), "{holders:?}");
-        // A connection is no listener.
+        // A connection does not count as a listener.
         let client = std::net::TcpStream::connect(tcp.local_addr().expect("bound")).expect("a connection");
         let port = client.local_addr().expect("bound").port();
         assert!(query(&[format!("{port}:1").parse().expect("a port")]).expect("readable").sockets.is_empty());

@@ -1,5 +1,7 @@
-//! ICMP echo: requests out, replies in, over one socket a family. The kernel's own sockets for it (`IPPROTO_ICMP` datagrams, `icmp(7)`) need no
-//! capability where `net.ipv4.ping_group_range` has the group, as some distributions set it; else a raw socket is tried (`CAP_NET_RAW`).
+//! ICMP echo: sends requests and receives replies, over one socket per family.
+//!
+//! The kernel's ping sockets (`IPPROTO_ICMP` datagrams, `icmp(7)`) need no capability if `net.ipv4.ping_group_range` contains the
+//! group, as some distributions set it. Otherwise a raw socket is tried (`CAP_NET_RAW`).
 
 use std::io;
 use std::net::{IpAddr, SocketAddrV4, SocketAddrV6};
@@ -15,12 +17,12 @@ use nix::sys::time::TimeVal;
 use crate::model::Family;
 use crate::plan::OpError;
 
-/// Bytes of the header (RFC 792, RFC 4443 section 4.1).
+/// Length of the header (RFC 792, RFC 4443 section 4.1).
 const ICMP_HEADER_LEN: usize = 8;
-/// Bytes behind it: the token and the number.
+/// Minimum length of the payload: the token and the sequence number.
 const MIN_PAYLOAD_LEN: usize = 16;
 
-/// Types of the messages: RFC 792 and RFC 4443 section 4.
+/// Types of echo request and echo reply (RFC 792 and RFC 4443 section 4).
 const fn echo_types(family: Family) -> (u8, u8) {
     match family {
         Family::V4 => (8, 0),
@@ -28,12 +30,12 @@ const fn echo_types(family: Family) -> (u8, u8) {
     }
 }
 
-/// A reply.
+/// An echo reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EchoReply {
-    /// Who answers.
+    /// Its source address.
     pub from: IpAddr,
-    /// The number of the request.
+    /// Sequence number of the request.
     pub sequence: u64,
 }
 
@@ -47,11 +49,11 @@ pub struct PingSocket {
 }
 
 impl PingSocket {
-    /// Opens one. With a pause, [`PingSocket::receive`] waits that long at the most; without one it does not wait. `token` tells own replies from those
-    /// of others.
+    /// Opens a socket. [`PingSocket::receive`] waits at most `receive_timeout`; without one it does not wait. `token`
+    /// distinguishes our replies from those to other sockets.
     ///
     /// # Errors
-    /// Neither kind of socket may be opened.
+    /// Neither kind of socket can be opened.
     pub fn open(family: Family, token: u64, receive_timeout: Option<Duration>) -> Result<PingSocket, OpError> {
         let domain = if family == Family::V4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
         let protocol = if family == Family::V4 { SockProtocol::Icmp } else { SockProtocol::IcmpV6 };
@@ -77,10 +79,11 @@ impl PingSocket {
         Ok(PingSocket { socket, family, raw, token })
     }
 
-    /// Opens one whose requests are as large as an interface can send, whatever the kernel knows of the path. Replies are not for it.
+    /// Opens a socket whose requests may be as large as the interface can send, regardless of the known path MTU. It is not for
+    /// receiving replies.
     ///
     /// # Errors
-    /// As [`PingSocket::open_sockets`].
+    /// As [`PingSocket::open`].
     pub fn open_pmtu_probe(family: Family) -> Result<PingSocket, OpError> {
         let echo = PingSocket::open(family, 0, None)?;
         let (level, option, probe) = match family {
@@ -88,16 +91,16 @@ impl PingSocket {
             Family::V6 => (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_PROBE),
         };
         let length = libc::socklen_t::try_from(size_of_val(&probe)).unwrap_or_default();
-        // SAFETY: the kernel reads `encoded_length` bytes, the size of the integer that the pointer leads to.
+        // SAFETY: the kernel reads `length` bytes, the size of the integer that the pointer refers to.
         let set = unsafe { libc::setsockopt(echo.socket.as_raw_fd(), level, option, (&raw const probe).cast(), length) };
         nix::Error::result(set).map_err(|errno| OpError {
             errno: errno as i32,
-            message: format!("cannot have a socket probe the path over {family}: {errno}"),
+            message: format!("cannot enable path MTU probing over {family}: {errno}"),
         })?;
         Ok(echo)
     }
 
-    /// Sends a request that fills a packet of `process_size` bytes.
+    /// Sends a request in a packet of `size` bytes.
     ///
     /// # Errors
     /// As [`PingSocket::send`].
@@ -110,17 +113,17 @@ impl PingSocket {
     /// Sends a request.
     ///
     /// # Errors
-    /// There is no route, the rules drop it (`EPERM`), or the address is of the other family.
+    /// There is no route, a rule drops the request (`EPERM`), or the address is of the other family.
     pub fn send(&self, to: IpAddr, sequence: u64) -> io::Result<()> {
         self.send_request(to, sequence, MIN_PAYLOAD_LEN)
     }
 
-    /// Sends a request with so many bytes behind the header, at least [`PAYLOAD`].
+    /// Sends a request with `payload` bytes after the header, at least [`MIN_PAYLOAD_LEN`].
     fn send_request(&self, to: IpAddr, sequence: u64, payload: usize) -> io::Result<()> {
         let (request, _) = echo_types(self.family);
         let mut message = vec![0; ICMP_HEADER_LEN];
         message[0] = request;
-        // The kernel puts in its own where the socket is no raw one.
+        // A ping socket overwrites the identifier with its own.
         message[4..6].copy_from_slice(&self.token.to_be_bytes()[..2]);
         message[6..8].copy_from_slice(&sequence.to_be_bytes()[6..]);
         message.extend_from_slice(&self.token.to_be_bytes());
@@ -138,7 +141,7 @@ impl PingSocket {
         Ok(())
     }
 
-    /// Reads the next reply to a request of this socket; `None` where there is none (yet).
+    /// Reads the next reply to a request of this socket; `None` if there is none (yet).
     ///
     /// # Errors
     /// The socket failed.
@@ -149,7 +152,7 @@ impl PingSocket {
                 Ok(received) => received,
                 Err(nix::Error::EAGAIN) => return Ok(None),
                 Err(nix::Error::EINTR) => continue,
-                // What the network says of an earlier request.
+                // An ICMP error about an earlier request.
                 Err(nix::Error::EHOSTUNREACH | nix::Error::ENETUNREACH | nix::Error::ECONNREFUSED | nix::Error::EMSGSIZE) => {
                     continue;
                 }
@@ -166,9 +169,9 @@ impl PingSocket {
         }
     }
 
-    /// The number of a reply of ours.
+    /// The sequence number of the message, if it is a reply to this socket.
     fn parse_reply(&self, bytes: &[u8]) -> Option<u64> {
-        // A raw socket of IPv4 hands on the IP header, too (raw(7)).
+        // A raw IPv4 socket also delivers the IP header (raw(7)).
         let skip = if self.raw && self.family == Family::V4 { usize::from(bytes.first()? & 0xf) * 4 } else { 0 };
         let message = bytes.get(skip..)?;
         let word = |at: usize| Some(u64::from_be_bytes(message.get(at..at + 8)?.try_into().ok()?));
@@ -191,7 +194,7 @@ impl AsRawFd for PingSocket {
     }
 }
 
-/// RFC 1071.
+/// The Internet checksum (RFC 1071).
 fn checksum(bytes: &[u8]) -> u16 {
     let words = bytes.chunks(2).map(|b| u32::from(u16::from_be_bytes([b[0], b.get(1).copied().unwrap_or(0)])));
     let mut sum: u32 = words.sum();
@@ -217,7 +220,7 @@ mod tests {
                 let other = PingSocket::open(family, 8, Some(Duration::from_millis(20))).expect("a socket");
                 echo.send(address, 1 << 40).expect("sent");
                 assert_eq!(echo.receive().expect("received"), Some(EchoReply { from: address, sequence: 1 << 40 }), "{family}");
-                assert_eq!(other.receive().expect("received"), None, "{family}: the reply is another's");
+                assert_eq!(other.receive().expect("received"), None, "{family}: the reply belongs to the first socket");
                 assert!(echo.send("192.0.2.1".parse().expect("ip"), 2).is_err(), "there is no route");
             }
         });

@@ -1,4 +1,4 @@
-//! What the external interface is chosen from: links that are not ours, their addresses, default routes.
+//! Reads the inputs for choosing the external interface: foreign links, their addresses, default routes.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -18,7 +18,7 @@ use crate::model::{Device, Family};
 use crate::plan::OpError;
 use crate::plan::underlay::{DefaultRoute, Flaw, ForeignLink, HostAddress, HostInventory, nameservers};
 
-/// Reads it.
+/// Reads the inventory.
 pub fn inventory(shared: &mut Shared) -> Result<HostInventory, OpError> {
     let links = objects::links(&mut shared.socket)?;
     let mut addresses = objects::addresses(&mut shared.socket, 0)?;
@@ -33,7 +33,7 @@ pub fn inventory(shared: &mut Shared) -> Result<HostInventory, OpError> {
             mtu: link.mtu,
             up: link.up(),
             loopback: link.flags.contains(LinkFlags::Loopback),
-            // A VRF's members have their own addresses.
+            // Members of a VRF keep their own addresses, so they do not count as ports.
             is_port: link.master.is_some_and(|master| !vrfs.contains(&master)),
             kind: link.kind,
             ipv6: link.ipv6,
@@ -48,7 +48,8 @@ pub fn inventory(shared: &mut Shared) -> Result<HostInventory, OpError> {
     Ok(HostInventory { links, default_routes: defaults, forward_drops: shared.nft.dump()?.forward_drops, resolvers: resolvers() })
 }
 
-/// The servers of resolv.conf(5), and those that systemd-resolved asks in turn where it is the only one there.
+/// The name servers of resolv.conf(5) and the upstream servers of systemd-resolved. Both files are read, because resolv.conf may
+/// name only the stub of systemd-resolved.
 fn resolvers() -> BTreeSet<IpAddr> {
     let files =
         ["/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"].map(|path| std::fs::read_to_string(path).unwrap_or_default());
@@ -57,7 +58,7 @@ fn resolvers() -> BTreeSet<IpAddr> {
 
 fn host_address(info: &objects::AddressInfo) -> HostAddress {
     let (address, has) = (info.address.ip(), |flag| info.flags.contains(flag));
-    // One bit, which says either (`IFA_F_SECONDARY` and `IFA_F_TEMPORARY`, linux/if_addr.h).
+    // `IFA_F_SECONDARY` and `IFA_F_TEMPORARY` are the same bit (linux/if_addr.h).
     let (secondary, temporary) = match Family::of(address) {
         Family::V4 => (has(AddressFlags::Secondary), false),
         Family::V6 => (false, has(AddressFlags::Secondary)),
@@ -65,7 +66,7 @@ fn host_address(info: &objects::AddressInfo) -> HostAddress {
     let flaws = [
         (temporary, Flaw::Temporary),
         (has(AddressFlags::Deprecated), Flaw::Deprecated),
-        // An optimistic one is used while it is tentative (RFC 4429).
+        // An optimistic address is usable while it is tentative (RFC 4429).
         (has(AddressFlags::Tentative) && !has(AddressFlags::Optimistic), Flaw::Tentative),
         (has(AddressFlags::Dadfailed), Flaw::Duplicate),
         (matches!(address, IpAddr::V4(v4) if v4.is_link_local()), Flaw::LinkLocal),
@@ -91,7 +92,7 @@ fn default_routes(socket: &mut RouteSocket, family: Family) -> Result<Vec<Defaul
     for route in routes {
         let interface = match (route.interface, route.nexthop) {
             (Some(index), _) => Some(index),
-            // With net.ipv4.nexthop_compat_mode=0 the route names only its next hop.
+            // With net.ipv4.nexthop_compat_mode=0 the route names only its next-hop object.
             (None, Some(id)) => nexthop_interface(socket, id),
             (None, None) => None,
         };
@@ -112,9 +113,9 @@ fn nexthop_interface(socket: &mut RouteSocket, id: u32) -> Option<u32> {
     socket.get(&EntryQuery::Nexthop(id), read).ok()
 }
 
-/// The interface by which the kernel would send to an address.
+/// The interface through which the kernel would send to an address.
 pub fn route_to(socket: &mut RouteSocket, address: IpAddr) -> Result<Option<u32>, OpError> {
-    // IPv6 answers with an unreachable route where IPv4 answers with an error.
+    // If an address is unreachable, IPv6 replies with an unreachable route, IPv4 with an error.
     let is_reachable = |route: &RouteInfo| matches!(route.kind, RouteType::Unicast | RouteType::Local);
     let read = |body: &[u8]| RouteInfo::read(body).filter(is_reachable)?.interface;
     match socket.get(&objects::route_request(address), read) {

@@ -1,5 +1,7 @@
-//! Our links: VXLAN devices and bridges are made, changed in place and removed, veth ports are changed. A link of the same name that is not ours
-//! is never touched.
+//! Creates, changes and removes our links.
+//!
+//! VXLAN devices and bridges are created, changed in place and removed; veth ports are only changed and removed. A foreign link
+//! with one of our names is never touched.
 
 use std::net::IpAddr;
 
@@ -19,37 +21,37 @@ use crate::model::network::IPV6_MIN_MTU;
 use crate::plan::OpError;
 use crate::plan::state::{LINK_ALIAS, LinkKind, LinkState, Vxlan};
 
-/// TTL of outer packets. The kernel's default is 1 for multicast and the route's for unicast; a number of our own spares us the host's setting.
-/// 64 is the recommended default (RFC 1700).
+/// TTL of outer packets. The kernel's default is 1 for multicast and the route's for unicast; a fixed value is independent of the
+/// host's setting. 64 is the recommended default (RFC 1700).
 const TTL: u8 = 64;
 
 /// `BR_BOOLOPT_NO_LL_LEARN`.
 const NO_LL_LEARN: BridgeBooleanOptionFlags = BridgeBooleanOptionFlags::NoLinkLocalLearn;
 
-/// What link changes need.
+/// The sockets and the cache that link changes need.
 pub struct Links<'a> {
-    /// By which links are changed.
+    /// Changes links.
     pub rtnl: &'a Rtnl,
-    /// By which they are read.
+    /// Reads links.
     pub socket: &'a mut RouteSocket,
-    /// Offload settings.
+    /// Reads and changes offload settings.
     pub ethtool: &'a Ethtool,
-    /// What is known; updated with what was done.
+    /// The cache; updated with each change.
     pub known: &'a mut KernelCache,
 }
 
 impl Links<'_> {
-    /// Makes the link, or gives it this state. A VXLAN device whose fixed settings differ is made again.
+    /// Creates the link or changes it to this state. A VXLAN device is recreated if its fixed settings differ.
     pub async fn set(&mut self, name: &str, wanted: &LinkState) -> Result<(), OpError> {
         let result = self.set_steps(name, wanted).await;
-        // What was reached counts as known, also where a step failed: its events are ours.
+        // Cache the reached state even if a step failed: the events so far are our own.
         let refreshed = self.refresh(name);
         result.and(refreshed)
     }
 
     async fn set_steps(&mut self, name: &str, wanted: &LinkState) -> Result<(), OpError> {
         if let LinkKind::Foreign { .. } = wanted.kind {
-            return Err(error(libc::EINVAL, format!("cannot make interface {name}: a foreign link is never wanted")));
+            return Err(error(libc::EINVAL, format!("internal error: interface {name} cannot be created as a foreign link")));
         }
         let existing = match self.find(name)? {
             Some(link) => self.reuse_or_delete(link, wanted).await?,
@@ -67,12 +69,12 @@ impl Links<'_> {
         self.change_hairpin(&link, wanted).await
     }
 
-    /// Removes a link of ours. That it is gone already is success.
+    /// Removes a link of ours. Succeeds if it does not exist.
     pub async fn delete(&mut self, name: &str) -> Result<(), OpError> {
         self.delete_all(&[name]).await.pop().unwrap_or(Ok(()))
     }
 
-    /// Removes links of ours at the same time; what became of each.
+    /// Removes links of ours in parallel; returns the result of each.
     pub async fn delete_all(&mut self, names: &[&str]) -> Vec<Result<(), OpError>> {
         let begin = |name: &&str| match self.find(name)? {
             Some(link) if !is_own_link(&link) => Err(foreign_link_error(&link)),
@@ -98,7 +100,7 @@ impl Links<'_> {
         results
     }
 
-    /// Reads a link anew and notes it.
+    /// Reads a link and updates the cache.
     pub fn refresh(&mut self, name: &str) -> Result<(), OpError> {
         match self.find(name)? {
             None => {
@@ -122,7 +124,7 @@ impl Links<'_> {
         }
     }
 
-    /// The link that is there, if it can become the wanted one; one of ours that cannot is removed.
+    /// Returns the existing link if it can be changed to the wanted state; otherwise removes it. A foreign link is an error.
     async fn reuse_or_delete(&mut self, link: LinkInfo, wanted: &LinkState) -> Result<Option<LinkInfo>, OpError> {
         if !is_own_link(&link) {
             return Err(foreign_link_error(&link));
@@ -151,35 +153,37 @@ impl Links<'_> {
                 let link = LinkMessageBuilder::<LinkBridge>::new(name)
                     .append_info_data(InfoBridge::StpState(BridgeStpState::Disabled))
                     .append_info_data(InfoBridge::MulticastSnooping(false))
-                    // Frames to the bridge's own group addresses (LLDP, say) come before all rules: nothing is to be learned from them, or a
-                    // container could draw another one's frames to itself (`br_handle_frame` in net/bridge/br_input.c).
+                    // Frames to the bridge's own group addresses (such as LLDP) bypass all rules (`br_handle_frame` in
+                    // net/bridge/br_input.c). The bridge must not learn from them, or a container could attract another
+                    // container's frames.
                     .append_info_data(InfoBridge::MultiBoolOpt(BridgeBooleanOptions { value: NO_LL_LEARN, mask: NO_LL_LEARN }));
                 build_with_defaults(link, wanted)
             }
             LinkKind::Port | LinkKind::Foreign { .. } => {
                 return Err(error(
                     libc::ENODEV,
-                    format!("interface {name} is gone: attach its container again, that makes a new pair"),
+                    format!("interface {name} is gone: attach its container again to create a new pair"),
                 ));
             }
         };
         match (self.rtnl.add_link(link).await, &wanted.kind) {
             (Ok(()), _) => {}
             (Err(e), LinkKind::Vxlan(vxlan)) => return Err(self.vxlan_error(name, vxlan, &e)),
-            (Err(e), _) => return Err(e.context(format!("cannot make bridge {name}"))),
+            (Err(e), _) => return Err(e.context(format!("cannot create bridge {name}"))),
         }
-        let link = objects::link(self.socket, name).map_err(|e| e.context(format!("cannot find interface {name} just made")))?;
-        // In force before the link is up for the first time.
+        let link =
+            objects::link(self.socket, name).map_err(|e| e.context(format!("cannot find interface {name} after creating it")))?;
+        // Set before the link comes up for the first time.
         sysctl::write_if_exists(&sysctl::accept_ra(name), "0")?;
         Ok(link)
     }
 
-    /// Gives a link our alias, and takes from it what IPv6 would do by itself.
+    /// Gives a link our alias and disables IPv6's automatic configuration, unless it has the alias.
     async fn ensure_alias(&mut self, link: &LinkInfo) -> Result<(), OpError> {
         if link.alias == LINK_ALIAS { Ok(()) } else { self.set_alias(link).await }
     }
 
-    /// The same whatever alias it has.
+    /// Like [`Links::ensure_alias`], but regardless of the current alias.
     async fn set_alias(&mut self, link: &LinkInfo) -> Result<(), OpError> {
         let ipv6 = sysctl::read(&sysctl::accept_ra(&link.name))?.is_some();
         let change = alias_message(link.index, ipv6);
@@ -199,11 +203,11 @@ impl Links<'_> {
         Ok(())
     }
 
-    /// MAC, MTU, bridge and state, as far as they differ.
+    /// Changes MAC, MTU, bridge and up state, as far as they differ.
     async fn change(&mut self, link: &LinkInfo, wanted: &LinkState) -> Result<(), OpError> {
         let name = &link.name;
         let master = wanted.master.map_or(Ok(0), |bridge| {
-            let gone = || error(libc::ENODEV, format!("cannot make {name} a port of {bridge}: the bridge is not there yet"));
+            let gone = || error(libc::ENODEV, format!("cannot make {name} a port of {bridge}: the bridge does not exist yet"));
             self.known.index(bridge).ok_or_else(gone)
         })?;
         let mac = wanted.mac.filter(|mac| link.mac != Some(*mac));
@@ -234,20 +238,22 @@ impl Links<'_> {
         Ok(())
     }
 
-    /// Takes from a link on which the kernel has just begun IPv6 what it then does by itself, and has done: a link-local address is there already.
+    /// Undoes IPv6's automatic configuration on a link where the kernel has just started IPv6. A link-local address exists by
+    /// then.
     async fn disable_ipv6_autoconf(&mut self, link: &LinkInfo) -> Result<(), OpError> {
         sysctl::write_if_exists(&sysctl::accept_ra(&link.name), "0")?;
         self.set_alias(link).await?;
         let switch = sysctl::disable_ipv6(&link.name);
         if sysctl::read(&switch)?.as_deref() == Some(sysctl::OFF) {
-            // There was no IPv6 a moment ago: no address is lost but that one.
+            // IPv6 has only just started, so no other address is lost.
             sysctl::write(&switch, "1")?;
             sysctl::write(&switch, sysctl::OFF)?;
         }
         Ok(())
     }
 
-    /// Whether frames may leave by the port that they came in by. A port that joins another bridge begins without.
+    /// Sets whether frames may leave through the port by which they arrived. A port that joins another bridge starts with that
+    /// off.
     async fn change_hairpin(&mut self, link: &LinkInfo, wanted: &LinkState) -> Result<(), OpError> {
         let joins = wanted.master.and_then(|bridge| self.known.index(bridge)) != link.master;
         if wanted.master.is_none() || wanted.hairpin == (link.hairpin && !joins) {
@@ -258,9 +264,9 @@ impl Links<'_> {
         changed.map_err(|e| change_error(&link.name, wanted, &e))
     }
 
-    /// Who stands in the way of a VXLAN device.
+    /// The error of a VXLAN device; names the conflicting device if there is one.
     fn vxlan_error(&mut self, name: &str, wanted: &Vxlan, cause: &KernelError) -> OpError {
-        let mut e = cause.context(format!("cannot make VXLAN device {name}"));
+        let mut e = cause.context(format!("cannot create VXLAN device {name}"));
         let remedy = match cause.errno {
             libc::EEXIST => {
                 let conflict = objects::links(self.socket).unwrap_or_default().into_iter().find(|l| {
@@ -268,11 +274,11 @@ impl Links<'_> {
                 });
                 let conflict = conflict.map_or_else(|| "another device".to_owned(), |l| format!("interface {}", l.name));
                 format!(
-                    "; VNI {} on UDP port {} is in use by {conflict}: stop what made it (flanneld makes flannel.{}) and delete it, or choose another VNI or port",
+                    "; VNI {} on UDP port {} is in use by {conflict}: stop the program that created it (flanneld creates flannel.{}) and delete it, or choose another VNI or port",
                     wanted.vni, wanted.port, wanted.vni
                 )
             }
-            libc::EOPNOTSUPP => "; does the kernel have VXLAN? try: modprobe vxlan".to_owned(),
+            libc::EOPNOTSUPP => "; the kernel may lack VXLAN: try modprobe vxlan".to_owned(),
             libc::EAFNOSUPPORT => "; IPv6 is switched off in the kernel: switch it on or use IPv4".to_owned(),
             libc::ENODEV => format!("; the external interface (index {}) is gone", wanted.underlay),
             _ => String::new(),
@@ -282,9 +288,11 @@ impl Links<'_> {
     }
 }
 
-/// Begins to remove a link; that it is gone already is success. The kernel takes some 15 ms for it, most of them waiting until no processor can see the
-/// link any more (`netdev_run_todo` in `net/core/dev.c`), but several at once hardly longer: so each on a thread and a socket of its own. By that
-/// socket nobody knows that it was us: the link is to be known as removed before its events are judged.
+/// Starts to remove a link; succeeds if it does not exist.
+///
+/// The kernel takes some 15 ms, mostly waiting until no processor can see the link any more (`netdev_run_todo` in
+/// `net/core/dev.c`), but hardly longer for several links at once. So each removal has its own thread and socket. The port id of
+/// that socket is not filtered from the events: record the link as removed before its events are processed.
 pub fn delete_by_index(index: u32) -> impl Future<Output = Result<(), KernelError>> {
     let removed = tokio::task::spawn_blocking(move || {
         let mut socket = RouteSocket::open().map_err(|e| KernelError { errno: e.errno, detail: e.message })?;
@@ -294,31 +302,32 @@ pub fn delete_by_index(index: u32) -> impl Future<Output = Result<(), KernelErro
             _ => Ok(()),
         }
     });
-    // It fails only while the runtime ends.
+    // The join fails only while the runtime shuts down.
     async { removed.await.unwrap_or_else(|e| Err(KernelError { errno: libc::ECANCELED, detail: e.to_string() })) }
 }
 
-/// The change that gives a link our alias, and where it has IPv6 takes from it what the kernel would do by itself: a link-local address, router
-/// solicitations. Without IPv6 on the link (switched off, or an MTU below 1280) the kernel refuses that part.
+/// The change that gives a link our alias. If the link has IPv6, it also disables what the kernel would do by itself: a
+/// link-local address, router solicitations. Without IPv6 on the link (switched off, or an MTU below 1280) the kernel refuses
+/// that part.
 pub fn alias_message(index: u32, ipv6: bool) -> LinkMessage {
     let change = LinkUnspec::new_with_index(index).alias(LINK_ALIAS);
     let change = if ipv6 { change.append_extra_attribute(no_link_local()) } else { change };
     change.build()
 }
 
-/// The error where it is refused.
+/// The error of a refused alias.
 pub fn alias_error(name: &str, cause: &KernelError) -> OpError {
-    cause.context(format!("cannot mark interface {name}"))
+    cause.context(format!("cannot set the alias of interface {name}"))
 }
 
-/// The error for a link of our name that is not ours.
+/// The error for a foreign link with one of our names.
 pub fn foreign_link_error(link: &LinkInfo) -> OpError {
     let LinkInfo { name, kind, .. } = link;
     let kind = if kind.is_empty() { "hardware" } else { kind };
     error(
         libc::EEXIST,
         format!(
-            "interface {name} exists and is not ours (kind {kind}, no alias `{LINK_ALIAS}`): remove or rename it: ip link delete {name}"
+            "interface {name} exists and is not managed by overlayd (kind {kind}, no alias `{LINK_ALIAS}`): remove or rename it: ip link delete {name}"
         ),
     )
 }
@@ -333,10 +342,10 @@ fn change_error(name: &str, wanted: &LinkState, cause: &KernelError) -> OpError 
             )
         }
         (libc::EINVAL, LinkKind::Vxlan(_)) => format!(
-            "; is MTU {} more than the external interface's MTU allows? VXLAN needs 50 bytes over IPv4 and 70 over IPv6",
+            "; MTU {} may be more than the external interface's MTU allows: VXLAN needs 50 bytes over IPv4 and 70 over IPv6",
             wanted.mtu
         ),
-        (libc::EADDRNOTAVAIL, _) => "; the MAC is no unicast address".to_owned(),
+        (libc::EADDRNOTAVAIL, _) => "; the MAC is not a unicast address".to_owned(),
         _ => String::new(),
     };
     e.message.push_str(&remedy);
@@ -347,7 +356,7 @@ fn error(errno: i32, message: String) -> OpError {
     OpError { errno, message }
 }
 
-/// What all links of ours are made with.
+/// Builds a link with the settings that all our links share.
 fn build_with_defaults<T>(link: LinkMessageBuilder<T>, wanted: &LinkState) -> LinkMessage {
     let link = link.link_group(LINK_GROUP);
     match wanted.mac {
@@ -356,7 +365,7 @@ fn build_with_defaults<T>(link: LinkMessageBuilder<T>, wanted: &LinkState) -> Li
     }
 }
 
-/// The way that outer packets take, which can be changed in place.
+/// Adds the underlay settings of outer packets, which can be changed in place.
 fn with_underlay(link: LinkMessageBuilder<LinkVxlan>, vxlan: &Vxlan) -> LinkMessageBuilder<LinkVxlan> {
     let link = link.dev(vxlan.underlay);
     match vxlan.local {

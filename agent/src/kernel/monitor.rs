@@ -1,15 +1,16 @@
-//! Follows what others change: rtnetlink's multicast groups and nf_tables' events become [`KernelEvent`]s.
+//! Reports changes by other processes: rtnetlink and nf_tables events become [`KernelEvent`]s.
 //!
-//! One task, [`Monitor::run`], which `app` runs and whose end it notices. It reads whatever is readable at once and hands it on as one event, so
-//! that a flood of changes is one wake-up. While nobody takes events they are folded together; no fact is lost, and the kernel's queue is
-//! emptied all the same.
+//! One task, [`Monitor::run`], which `app` runs and whose end it notices. It reads all queued messages at once and delivers them
+//! as one event, so that a flood of changes is one wake-up. While the receiver is busy, changes are merged; none is lost, and the
+//! kernel's queue is still emptied.
 //!
-//! Changes of our own must not wake us. A filter on the socket drops messages that carry the port id of one of our sockets, before they are queued.
-//! Some events carry none (FDB entries, addresses, the removal of a neighbour, several of links, netconf): these are compared with what is known
-//! (`known`), which our own changes update first. What the kernel does by itself because of a change of ours may carry our port id too, and
-//! is not reported then: whoever removes a next hop or a device has to know that its routes go with it.
+//! Our own changes must not wake the agent. A socket filter drops messages that carry the port id of one of our sockets, before
+//! they are queued. Some events carry none (FDB entries, addresses, the removal of a neighbour, several of links, netconf): these
+//! are compared with the cache (`cache`), which our own changes update first. A side effect of our own change may carry our port
+//! id too and is then not reported: code that removes a next hop or a device must remember that its routes go with it.
 //!
-//! While many entries are written, their events are kept out too ([`EventSubscriptions`]), and what others did meanwhile is found afterwards.
+//! While many entries are written, their events are paused too ([`EventSubscriptions`]); other processes' changes of that time
+//! are found afterwards.
 
 use std::collections::HashMap;
 use std::future::poll_fn;
@@ -37,17 +38,17 @@ use super::{Shared, blocking, dump};
 use crate::model::{Family, Mac};
 use crate::plan::{KernelEvent, Key, OpError, Value};
 
-/// Receive buffer in bytes: an event takes some 800 bytes of kernel memory.
+/// Size of the socket's receive buffer in bytes: an event takes some 800 bytes of kernel memory.
 const RECEIVE_BUFFER_SIZE: usize = 32 << 20;
-/// Bytes of a receive: an event is a datagram of its own, links' are the largest with some 2 KiB.
+/// Bytes per receive. Each event is a datagram of its own; link events are the largest with some 2 KiB.
 const MAX_DATAGRAM_SIZE: usize = 32 * 1024;
-/// Messages that are read before others who want the shared state get their turn.
+/// Messages read per acquisition of the shared lock, so that other waiters get it in between.
 const MESSAGES_PER_LOCK: usize = 8192;
 
-/// How long after it was missed something is looked at: who waits for the batch that was the cause goes first.
+/// Delay before rereading paused state, so that the batch's caller returns first.
 const RESYNC_DELAY: Duration = Duration::from_millis(10);
 
-/// How many sockets of ours cause events.
+/// Number of our sockets that cause events.
 pub(super) const OWN_SOCKETS: usize = 3;
 
 /// The monitor of one network namespace.
@@ -66,8 +67,8 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// Begins to listen in the calling thread's network namespace. Messages caused by sockets with the port ids `own` are dropped;
-    /// `foreign` is what is there and not ours.
+    /// Subscribes to events in the calling thread's network namespace. Drops messages caused by sockets with the port ids
+    /// `own_ports` and `nft_port`. `host_interfaces` is the initial state of interfaces that are not ours.
     pub(super) fn open(
         shared: Arc<Mutex<Shared>>,
         own_ports: [u32; OWN_SOCKETS],
@@ -76,7 +77,7 @@ impl Monitor {
         sender: mpsc::Sender<KernelEvent>,
     ) -> Result<Monitor, OpError> {
         let nft = NftMonitor::open(Some(nft_port))?;
-        let socket = open_socket(own_ports).map_err(|e| KernelError::from(e).context("cannot listen to the kernel's changes"))?;
+        let socket = open_socket(own_ports).map_err(|e| KernelError::from(e).context("cannot subscribe to kernel events"))?;
         Ok(Monitor {
             socket,
             nft,
@@ -92,17 +93,18 @@ impl Monitor {
         })
     }
 
-    /// What is let through.
+    /// Returns the handle that pauses the monitor's events.
     pub(super) fn subscriptions(&self) -> Result<Arc<EventSubscriptions>, OpError> {
         let subscriptions =
             EventSubscriptions::new(self.socket.socket_ref(), self.nft.socket(), self.own_ports, Arc::clone(&self.missed));
-        subscriptions.map(Arc::new).map_err(|e| KernelError::from(e).context("cannot share the sockets of the kernel's changes"))
+        subscriptions.map(Arc::new).map_err(|e| KernelError::from(e).context("cannot duplicate the monitor's sockets"))
     }
 
     /// Follows the kernel until the receiver of the events is dropped. Cancel-safe: it may be aborted at any await.
     ///
     /// # Errors
-    /// A socket failed; the kernel's changes are no longer seen. Or the connection ended by which links and addresses are changed.
+    /// A socket failed, so that the kernel's changes are no longer seen; or the connection that changes links and addresses
+    /// ended.
     pub async fn run(mut self) -> Result<(), OpError> {
         let sender = self.sender.clone();
         let mut ended = pin!(self.shared.lock().await.rtnl.closed());
@@ -137,12 +139,12 @@ impl Monitor {
         }
     }
 
-    /// Looks at what was not heard of.
+    /// Rereads the state whose events were paused.
     async fn reread_missed(&mut self) {
         let missed = self.missed.take();
         if missed.peer_entries {
-            self.pending.require_resync("most peers went, and nobody listened to changes of entries");
-            // A default route of others may have changed.
+            self.pending.require_resync("most peers were removed while entry events were paused");
+            // A foreign default route may have changed.
             self.pending.host_network_changed();
         }
         if missed.fdb {
@@ -156,7 +158,7 @@ impl Monitor {
         }
     }
 
-    /// Reads the FDB and tells what differs from what is known.
+    /// Reads the FDB and reports differences from the cache.
     async fn reread_fdb(&mut self) {
         let mut shared = self.shared.lock().await;
         match blocking(|| dump::read_fdb(&mut shared)) {
@@ -172,13 +174,13 @@ impl Monitor {
                 }
             }
             Err(error) => {
-                tracing::warn!(%error, "the FDB could not be read");
-                self.pending.require_resync("the FDB could not be read");
+                tracing::warn!(%error, "cannot read the FDB");
+                self.pending.require_resync("cannot read the FDB");
             }
         }
     }
 
-    /// Reads the rules anew and tells what differs from what is known.
+    /// Reads the rules and reports differences from the cache.
     async fn reread_rules(&mut self, change: NftChange) {
         let mut shared = self.shared.lock().await;
         let forward_only = change == NftChange::Forward;
@@ -186,8 +188,8 @@ impl Monitor {
         let rules = match read {
             Ok(rules) => rules,
             Err(error) => {
-                tracing::warn!(%error, ?change, "nf_tables changed and could not be read");
-                self.pending.require_resync("nf_tables changed and could not be read");
+                tracing::warn!(%error, ?change, "cannot read nf_tables after a change");
+                self.pending.require_resync("cannot read nf_tables after a change");
                 return;
             }
         };
@@ -211,7 +213,7 @@ impl Monitor {
         }
     }
 
-    /// A receive buffer of that many bytes, so small that events get lost.
+    /// Shrinks the receive buffer to this many bytes, so that events get lost.
     #[cfg(test)]
     pub fn set_receive_buffer(&self, bytes: usize) {
         setsockopt(self.socket.socket_ref(), sockopt::RcvBuf, &bytes).expect("a small buffer");
@@ -219,10 +221,10 @@ impl Monitor {
 }
 
 fn read_error(error: io::Error) -> OpError {
-    KernelError::from(error).context("cannot read the kernel's changes")
+    KernelError::from(error).context("cannot read kernel events")
 }
 
-/// Waits for a moment; without one, for ever.
+/// Sleeps until the deadline; without one, forever.
 async fn sleep_until(deadline: Option<Instant>) {
     match deadline {
         Some(moment) => tokio::time::sleep_until(moment).await,
@@ -230,15 +232,15 @@ async fn sleep_until(deadline: Option<Instant>) {
     }
 }
 
-/// Waits for a message. Cancel-safe: it is read only where the wait ends.
+/// Receives a message. Cancel-safe: the message is read only when the wait ends.
 async fn receive_first(socket: &TokioSocket, buffer: &mut Vec<u8>) -> io::Result<()> {
     buffer.clear();
     poll_fn(|context| socket.poll_recv(context, buffer)).await?;
-    // A full buffer means that the end was cut off.
+    // A full buffer means that the message was truncated.
     if buffer.len() == buffer.capacity() { Err(io::Error::from_raw_os_error(libc::EMSGSIZE)) } else { Ok(()) }
 }
 
-/// Where messages are judged, with the shared state held.
+/// Decodes events while the shared state is locked.
 struct EventDecoder<'a> {
     shared: &'a mut Shared,
     host_interfaces: &'a mut HostInterfaces,
@@ -246,7 +248,7 @@ struct EventDecoder<'a> {
 }
 
 impl EventDecoder<'_> {
-    /// Reads what is there, up to a bound.
+    /// Reads all queued messages, up to a limit.
     fn drain(&mut self, socket: &Socket, input: &mut [u8]) -> io::Result<()> {
         for _ in 0..MESSAGES_PER_LOCK {
             let received = socket.recv(&mut &mut *input, libc::MSG_DONTWAIT | libc::MSG_TRUNC);
@@ -259,7 +261,7 @@ impl EventDecoder<'_> {
         Ok(())
     }
 
-    /// Judges what was received.
+    /// Applies the received messages, or records the receive error.
     fn handle(&mut self, received: io::Result<&[u8]>) -> io::Result<()> {
         match received {
             Ok(bytes) => {
@@ -269,9 +271,9 @@ impl EventDecoder<'_> {
             }
             Err(e) => match e.raw_os_error() {
                 Some(libc::EINTR) => {}
-                Some(libc::EMSGSIZE) => self.pending.require_resync("an event was too long to be read"),
+                Some(libc::EMSGSIZE) => self.pending.require_resync("an event was truncated"),
                 Some(libc::ENOBUFS) => {
-                    self.pending.require_resync("events were lost: more came than the receive buffer holds");
+                    self.pending.require_resync("events were lost: the receive buffer overflowed");
                     self.pending.host_network_changed();
                 }
                 _ => return Err(e),
@@ -284,7 +286,8 @@ impl EventDecoder<'_> {
 fn open_socket(own_ports: [u32; OWN_SOCKETS]) -> io::Result<TokioSocket> {
     let mut listener = TokioSocket::new(NETLINK_ROUTE)?;
     let socket = listener.socket_mut();
-    // Without CAP_NET_ADMIN in the initial user namespace the size is cut to net.core.rmem_max: overruns are more likely, no more.
+    // Without CAP_NET_ADMIN in the initial user namespace the kernel caps the size at net.core.rmem_max. That only makes overruns
+    // more likely.
     if setsockopt(socket, sockopt::RcvBufForce, &RECEIVE_BUFFER_SIZE).is_err() {
         setsockopt(socket, sockopt::RcvBuf, &RECEIVE_BUFFER_SIZE)?;
     }
@@ -294,7 +297,7 @@ fn open_socket(own_ports: [u32; OWN_SOCKETS]) -> io::Result<TokioSocket> {
     Ok(listener)
 }
 
-/// Begins to listen to groups.
+/// Joins multicast groups.
 pub(super) fn join_groups(socket: &Socket, groups: impl IntoIterator<Item = u32>) -> io::Result<()> {
     groups.into_iter().try_for_each(|group| match socket.add_membership(group) {
         // RTNLGRP_NEXTHOP is unknown to kernels without next-hop objects.
@@ -303,8 +306,8 @@ pub(super) fn join_groups(socket: &Socket, groups: impl IntoIterator<Item = u32>
     })
 }
 
-/// Drops messages whose `nlmsg_pid` is one of ours, and those about FDB entries unless `fdb`: a classic BPF program (`linux/filter.h`), run by the
-/// kernel on each message before it is queued.
+/// Attaches a filter that drops messages whose `nlmsg_pid` is one of ours, and FDB events unless `with_fdb`. The kernel runs this
+/// classic BPF program (`linux/filter.h`) on each message before it is queued.
 pub(super) fn attach_filter(socket: BorrowedFd<'_>, own_ports: [u32; OWN_SOCKETS], with_fdb: bool) -> io::Result<()> {
     /// Offsets of `nlmsg_type` and `nlmsg_pid` in `struct nlmsghdr`, and of `ndm_family` behind it.
     const TYPE: u32 = 4;
@@ -328,7 +331,8 @@ pub(super) fn attach_filter(socket: BorrowedFd<'_>, own_ports: [u32; OWN_SOCKETS
         step(JUMP_IF_EQUAL, 7, 0, loaded(own_ports[1])),
         step(JUMP_IF_EQUAL, 6, 0, loaded(own_ports[2])),
         step(LOAD_BYTE, 0, 0, FAMILY),
-        // Links have a family at the same place, which is the bridge's for what bridges tell of their ports.
+        // Link messages have a family at the same offset, AF_BRIDGE in those of bridges about their ports: so the type is checked
+        // too.
         step(JUMP_IF_EQUAL, 0, 3, family),
         step(LOAD_HALF, 0, 0, TYPE),
         step(JUMP_IF_EQUAL, 2, 0, loaded_half(libc::RTM_NEWNEIGH)),
@@ -338,7 +342,8 @@ pub(super) fn attach_filter(socket: BorrowedFd<'_>, own_ports: [u32; OWN_SOCKETS
     ];
     let filter = libc::sock_fprog { len: 11, filter: program.as_mut_ptr() };
     let length = libc::socklen_t::try_from(size_of::<libc::sock_fprog>()).unwrap_or_default();
-    // SAFETY: the program and its description live until the call returns; the kernel copies both (sk_attach_filter in net/core/filter.c).
+    // SAFETY: the program and its description live until the call returns; the kernel copies both (sk_attach_filter in
+    // net/core/filter.c).
     let result = unsafe {
         libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, (&raw const filter).cast(), length)
     };

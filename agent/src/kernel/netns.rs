@@ -1,7 +1,9 @@
-//! Network namespaces by file: made, opened, entered by a thread of its own, and deleted, as `ip path` does (`ip-path(8)`).
+//! Creates, opens, enters and deletes network namespaces by file, as `ip netns` does (`ip-netns(8)`).
 //!
-//! What has to run inside one runs on a thread that is made for it, or where that would cost more than the work, on the calling thread, which is
-//! back before anything else can run on it ([`Netns::run_in_place`]). Everything works inside a user namespace too, where the caller owns a mount namespace and has a writable `/run/path`.
+//! Code that must run inside a namespace runs on a new thread. If that would cost more than the work, it runs on the calling
+//! thread, which returns before anything else can run on it ([`Netns::run_in_place`]).
+//!
+//! Everything also works inside a user namespace, if the caller owns a mount namespace and has a writable `/run/netns`.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -21,14 +23,14 @@ use rtnetlink::LinkUnspec;
 use super::route_socket::RouteSocket;
 use crate::plan::OpError;
 
-/// Where named namespaces are.
+/// Directory of the named namespaces.
 pub const NETNS_RUN_DIR: &str = "/run/netns";
 /// Interface index of `lo` in each namespace (`LOOPBACK_IFINDEX` in `include/net/net_namespace.h`).
 pub(super) const LOOPBACK_IFINDEX: u32 = 1;
 /// The calling thread's namespace. `/proc/self` would be the main thread's.
 const CURRENT_NETNS: &str = "/proc/thread-self/ns/net";
 
-/// Why a namespace could not be made, opened, entered or deleted.
+/// An error of creating, opening, entering or deleting a namespace.
 #[derive(Debug, thiserror::Error)]
 pub enum NetnsError {
     /// The name cannot be a file name.
@@ -43,26 +45,28 @@ pub enum NetnsError {
         /// Its path.
         path: PathBuf,
     },
-    /// Nothing is there.
-    #[error("there is no network namespace {path}: `ip netns list` shows the named ones, a process has /proc/PID/ns/net")]
+    /// The path does not exist.
+    #[error(
+        "there is no network namespace {path}: `ip netns list` lists the named ones, and that of a process is /proc/PID/ns/net"
+    )]
     NotFound {
         /// The path.
         path: PathBuf,
     },
-    /// Something else is there.
+    /// The path is another kind of file.
     #[error("{path} is not a network namespace")]
     NotNetns {
         /// The path.
         path: PathBuf,
     },
-    /// The system refused.
+    /// A system call failed.
     #[error("cannot {action} {path}: {source}{}", advice(source))]
     Io {
-        /// What was tried.
+        /// The attempted action.
         action: &'static str,
-        /// On which file.
+        /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -71,7 +75,7 @@ pub enum NetnsError {
     Loopback {
         /// The namespace.
         path: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         #[source]
         source: OpError,
     },
@@ -82,7 +86,9 @@ fn advice(error: &io::Error) -> &'static str {
         Some(libc::EPERM | libc::EACCES) => {
             "; this needs CAP_SYS_ADMIN: run as root, or inside `unshare --user --map-root-user --mount --net` with a tmpfs on /run/netns"
         }
-        Some(libc::ENOSPC) => "; a limit of namespaces is reached: see /proc/sys/user/max_net_namespaces and max_mnt_namespaces",
+        Some(libc::ENOSPC) => {
+            "; the limit of namespaces is reached: see /proc/sys/user/max_net_namespaces and max_mnt_namespaces"
+        }
         _ => "",
     }
 }
@@ -95,7 +101,7 @@ pub struct Netns {
 }
 
 impl Netns {
-    /// Makes a named namespace with its loopback device up. Nothing is left where it fails.
+    /// Creates a named namespace with its loopback device up. Leaves nothing behind if it fails.
     pub fn create(name: &str) -> Result<Netns, NetnsError> {
         let path = named_path(name)?;
         prepare_directory()?;
@@ -104,7 +110,7 @@ impl Netns {
             _ => NetnsError::Io { action: "create", path: path.clone(), source },
         })?;
         let made = run_on_thread(&path, || {
-            unshare(CloneFlags::CLONE_NEWNET).map_err(io_error("make a network namespace for", &path))?;
+            unshare(CloneFlags::CLONE_NEWNET).map_err(io_error("create a network namespace for", &path))?;
             mount(Some(CURRENT_NETNS), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
                 .map_err(io_error("mount on", &path))?;
             set_loopback_up().map_err(|source| NetnsError::Loopback { path: path.clone(), source })
@@ -113,17 +119,17 @@ impl Netns {
             Ok(netns) => Ok(netns),
             Err(error) => {
                 if let Err(second) = Netns::delete(name) {
-                    tracing::warn!(error = %second, "a half-made network namespace stays behind");
+                    tracing::warn!(error = %second, "cannot remove incomplete network namespace");
                 }
                 Err(error)
             }
         }
     }
 
-    /// Opens the namespace of a file: `/run/path/NAME`, `/proc/PID/ns/net`. Any other file is refused.
+    /// Opens the namespace of a file: `/run/netns/NAME`, `/proc/PID/ns/net`. Refuses any other file.
     pub fn open(path: impl AsRef<Path>) -> Result<Netns, NetnsError> {
         let path = path.as_ref().to_owned();
-        // Opening a FIFO would wait, opening a device may do anything: a namespace is a regular file of nsfs.
+        // Opening a FIFO would block, and opening a device may have side effects. A namespace is a regular file of nsfs.
         let is_file = fs::metadata(&path).map(|m| m.is_file());
         let opened = match is_file {
             Ok(true) => File::open(&path),
@@ -135,7 +141,7 @@ impl Netns {
             Err(source) if source.kind() == io::ErrorKind::NotFound => return Err(NetnsError::NotFound { path }),
             Err(source) => return Err(NetnsError::Io { action: "open", path, source }),
         };
-        // SAFETY: NS_GET_NSTYPE takes no argument and only reads; on a file that is no namespace the kernel answers ENOTTY (ioctl_nsfs(2)).
+        // SAFETY: NS_GET_NSTYPE takes no argument and only reads; on any other file the kernel returns ENOTTY (ioctl_nsfs(2)).
         let kind = unsafe { libc::ioctl(fd.as_raw_fd(), libc::NS_GET_NSTYPE) };
         if kind != libc::CLONE_NEWNET {
             return Err(NetnsError::NotNetns { path });
@@ -143,7 +149,7 @@ impl Netns {
         Ok(Netns { path, fd: Arc::new(fd) })
     }
 
-    /// Opens a namespace by its name in `/run/path`.
+    /// Opens a namespace by its name in `/run/netns`.
     pub fn named(name: &str) -> Result<Netns, NetnsError> {
         Netns::open(named_path(name)?)
     }
@@ -153,12 +159,12 @@ impl Netns {
         Netns::open(CURRENT_NETNS)
     }
 
-    /// Unmounts and removes a named namespace. The namespace itself goes when its last process and open file are gone. That it is gone
-    /// already is success.
+    /// Unmounts and removes a named namespace. The kernel frees it when its last process and open file are gone. Succeeds if the
+    /// name does not exist.
     pub fn delete(name: &str) -> Result<(), NetnsError> {
         let path = named_path(name)?;
         match umount2(&path, MntFlags::MNT_DETACH) {
-            // EINVAL: the file is no mount point, as a crash between its creation and the mount leaves it.
+            // EINVAL: the file is not a mount point, as after a crash between its creation and the mount.
             Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
             Err(errno) => return Err(io_error("unmount", &path)(errno)),
         }
@@ -168,7 +174,7 @@ impl Netns {
         }
     }
 
-    /// The names in `/run/path`, sorted; none where the directory is missing.
+    /// The names in `/run/netns`, sorted; empty if the directory does not exist.
     pub fn list() -> Result<BTreeSet<String>, NetnsError> {
         let failed = |source| NetnsError::Io { action: "read", path: PathBuf::from(NETNS_RUN_DIR), source };
         let entries = match fs::read_dir(NETNS_RUN_DIR) {
@@ -188,9 +194,9 @@ impl Netns {
         &self.path
     }
 
-    /// Runs a function inside the namespace, on a thread of its own, and waits for it. A panic of the function goes on in the caller.
+    /// Runs a function inside the namespace, on a new thread, and waits for it. A panic of the function continues in the caller.
     ///
-    /// Sockets opened inside stay in the namespace, so do threads and processes started inside.
+    /// Sockets opened inside stay in the namespace. So do threads and processes started inside.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T, NetnsError> {
         run_on_thread(&self.path, || {
             setns(&self.fd, CloneFlags::CLONE_NEWNET).map_err(io_error("enter", &self.path))?;
@@ -198,17 +204,17 @@ impl Netns {
         })?
     }
 
-    /// Runs a short function inside the namespace on the calling thread, which is outside again when this returns; a panic goes on then. To make a
-    /// thread for it takes some 200 µs.
+    /// Runs a short function inside the namespace on the calling thread, which has left the namespace when this returns. A panic
+    /// continues after that. A new thread would take some 200 µs.
     ///
-    /// A thread that could not come back would do other work in the wrong namespace: then the process is aborted. That takes a kernel without
-    /// memory for a few hundred bytes, as what is needed to go in is needed to come back.
+    /// A thread that could not return would do other work in the wrong namespace: the process is aborted then. That happens only
+    /// if the kernel lacks memory for a few hundred bytes, because returning needs the same resources as entering.
     pub fn run_in_place<T>(&self, work: impl FnOnce() -> T) -> Result<T, NetnsError> {
         let original = Netns::current()?;
         setns(&self.fd, CloneFlags::CLONE_NEWNET).map_err(io_error("enter", &self.path))?;
         let outcome = panic::catch_unwind(panic::AssertUnwindSafe(work));
         if let Err(errno) = setns(&original.fd, CloneFlags::CLONE_NEWNET) {
-            tracing::error!(%errno, netns = %self.path.display(), "cannot leave a container's network namespace");
+            tracing::error!(%errno, netns = %self.path.display(), "cannot leave network namespace; aborting");
             std::process::abort();
         }
         outcome.map_err(|cause| panic::resume_unwind(cause))
@@ -219,14 +225,14 @@ impl Netns {
         Ok(self.device_and_inode()? == other.device_and_inode()?)
     }
 
-    /// What tells the namespace from every other one, now and later: the kernel's number for it, which it gives to no other until it is
-    /// booted again (`SO_NETNS_COOKIE`, since Linux 5.14), behind the boot's own. Paths and inode numbers come back.
+    /// Identifies the namespace uniquely: by the boot id and the kernel's cookie (`SO_NETNS_COOKIE`, since Linux 5.14). The
+    /// kernel reuses no cookie before a reboot. Paths and inode numbers are reused.
     pub fn id(&self) -> Result<String, NetnsError> {
         let boot = Path::new("/proc/sys/kernel/random/boot_id");
         let read = |source| NetnsError::Io { action: "read", path: boot.to_owned(), source };
         let boot = fs::read_to_string(boot).map_err(read)?;
         let cookie = self.run_in_place(netns_cookie)?.map_err(|source| NetnsError::Io {
-            action: "ask for the number of",
+            action: "read the cookie of",
             path: self.path.clone(),
             source,
         })?;
@@ -240,7 +246,7 @@ impl Netns {
         let entries = fs::read_dir(proc).map_err(|source| NetnsError::Io { action: "read", path: proc.to_owned(), source })?;
         let own = std::process::id().cast_signed();
         let in_namespace = |pid: &i32| {
-            // A process that ended meanwhile, or whose namespace we may not see, is none that we could end.
+            // Skip a process that has ended, or whose namespace is not visible: the caller could not end it.
             fs::metadata(proc.join(pid.to_string()).join("ns/net")).is_ok_and(|m| (m.dev(), m.ino()) == identity)
         };
         let pids = entries.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok());
@@ -259,7 +265,7 @@ impl AsFd for Netns {
     }
 }
 
-/// The path of a named namespace, whether it is there or not.
+/// The path of a named namespace, whether it exists or not.
 pub fn named_path(name: &str) -> Result<PathBuf, NetnsError> {
     let invalid = name.is_empty() || name.len() > 255 || name == "." || name == ".." || name.contains(['/', '\0']);
     if invalid {
@@ -268,7 +274,7 @@ pub fn named_path(name: &str) -> Result<PathBuf, NetnsError> {
     Ok(Path::new(NETNS_RUN_DIR).join(name))
 }
 
-/// Makes `/run/path` a shared mount point, as `ip path push_additions` does, so that a deletion in one mount namespace reaches the others.
+/// Makes `/run/netns` a shared mount point, as `ip netns add` does, so that a deletion in one mount namespace reaches the others.
 fn prepare_directory() -> Result<(), NetnsError> {
     let path = Path::new(NETNS_RUN_DIR);
     fs::create_dir_all(path).map_err(|source| NetnsError::Io { action: "create", path: path.to_owned(), source })?;
@@ -288,7 +294,7 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(nix::Error) -> Net
     move |errno| NetnsError::Io { action, path, source: errno.into() }
 }
 
-/// Runs on a thread that ends with the work, so that whatever namespace it enters is nobody else's.
+/// Runs on a thread that ends with the work, so that no other code runs in the namespace that it enters.
 fn run_on_thread<T: Send>(path: &Path, work: impl FnOnce() -> T + Send) -> Result<T, NetnsError> {
     thread::scope(|scope| {
         let thread = thread::Builder::new()
@@ -299,12 +305,12 @@ fn run_on_thread<T: Send>(path: &Path, work: impl FnOnce() -> T + Send) -> Resul
     })
 }
 
-/// The kernel's number for the calling thread's network namespace.
+/// The kernel's cookie of the calling thread's network namespace.
 fn netns_cookie() -> io::Result<u64> {
     let socket = std::os::unix::net::UnixDatagram::unbound()?;
     let mut cookie = 0_u64;
     let mut length = libc::socklen_t::try_from(size_of::<u64>()).map_err(io::Error::other)?;
-    // SAFETY: the kernel writes at most `encoded_length` bytes to `netns_cookie`, which has as many, and their number to `encoded_length`.
+    // SAFETY: the kernel writes at most `length` bytes to `cookie`, which has as many, and the written size to `length`.
     let outcome = unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),
@@ -317,7 +323,7 @@ fn netns_cookie() -> io::Result<u64> {
     if outcome == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
 }
 
-/// On the blocking socket: a namespace is made also where no runtime runs.
+/// Sets `lo` up, over the blocking socket: namespaces are also created without a runtime.
 pub(super) fn set_loopback_up() -> Result<(), OpError> {
     let up = LinkUnspec::new_with_index(LOOPBACK_IFINDEX).up().build();
     RouteSocket::open()?.change(&RouteNetlinkMessage::SetLink(up)).map_err(|e| e.context("cannot set lo up"))

@@ -1,5 +1,7 @@
-//! Links, addresses and routes of any network namespace, by name: what the lab and the tests build hosts and wires with. The agent's own links
-//! go another way (`super::link`): they are ops of a batch.
+//! Changes links, addresses and routes of any network namespace, by interface name.
+//!
+//! The lab and the tests use it to build hosts and veth pairs. The agent changes its own links through `super::link`, as ops of a
+//! batch.
 
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd};
@@ -16,15 +18,15 @@ use super::rtnl::{Rtnl, route, veth};
 use crate::model::{Cidr, Mac};
 use crate::plan::OpError;
 
-/// A connection into a namespace and what can be asked through it. Clones share the connection.
+/// A connection into a network namespace. Clones share it.
 #[derive(Debug, Clone)]
 pub struct NetnsBuilder {
     rtnl: Arc<Rtnl>,
 }
 
 impl NetnsBuilder {
-    /// Connects into the namespace. Must be called inside a tokio runtime with I/O and time, which the connection's task runs on until the last
-    /// clone is dropped.
+    /// Connects into the namespace. Must be called inside a tokio runtime with I/O and time enabled. The connection's task runs
+    /// on that runtime until the last clone is dropped.
     pub fn open(netns: &Netns) -> Result<NetnsBuilder, OpError> {
         Ok(NetnsBuilder { rtnl: Arc::new(Rtnl::open_in(netns)?) })
     }
@@ -34,26 +36,26 @@ impl NetnsBuilder {
         self.rtnl.link_index(name).await.map_err(|e| e.context(format!("cannot find interface {name}")))
     }
 
-    /// Makes a bridge, down, without multicast snooping.
+    /// Creates a bridge, down, without multicast snooping.
     pub async fn add_bridge(&self, name: &str) -> Result<(), OpError> {
         let bridge = LinkMessageBuilder::<LinkBridge>::new(name).append_info_data(InfoBridge::MulticastSnooping(false));
-        self.rtnl.add_link(bridge.build()).await.map_err(|e| e.context(format!("cannot make bridge {name}")))
+        self.rtnl.add_link(bridge.build()).await.map_err(|e| e.context(format!("cannot create bridge {name}")))
     }
 
-    /// Makes a veth pair, both ends down: `name` here, `toggle_peer` in another namespace (or in this one).
+    /// Creates a veth pair, both ends down: `name` here, `peer` in another namespace (or in this one).
     pub async fn add_veth(&self, name: &str, peer: &str, peer_netns: &Netns) -> Result<(), OpError> {
         let end = LinkUnspec::new_with_name(peer).setns_by_fd(peer_netns.as_fd().as_raw_fd());
         let made = self.rtnl.add_link(veth(name, end.build()).build()).await;
-        made.map_err(|e| e.context(format!("cannot make veth pair {name} with {peer} in {}", peer_netns.path().display())))
+        made.map_err(|e| e.context(format!("cannot create veth pair {name} with {peer} in {}", peer_netns.path().display())))
     }
 
-    /// Moves a link to another namespace, where it is down and without addresses.
+    /// Moves a link to another namespace. It arrives there down and without addresses.
     pub async fn move_to(&self, name: &str, netns: &Netns) -> Result<(), OpError> {
         let fd = netns.as_fd().as_raw_fd();
         self.change(name, |link| link.setns_by_fd(fd)).await
     }
 
-    /// Gives a link another name; on most kernels it has to be down.
+    /// Renames a link; most kernels require it to be down.
     pub async fn rename(&self, name: &str, new: &str) -> Result<(), OpError> {
         self.change(name, |link| link.name(new)).await
     }
@@ -84,7 +86,7 @@ impl NetnsBuilder {
         self.change(name, |link| link.address(mac.0.to_vec())).await
     }
 
-    /// Adds an address, IPv6 without duplicate address detection. That it is there already is success.
+    /// Adds an address, for IPv6 without duplicate address detection. Succeeds if the address exists already.
     pub async fn add_address(&self, name: &str, address: IpNetwork) -> Result<(), OpError> {
         let added = async { self.rtnl.add_address(self.rtnl.link_index(name).await?, address).await };
         added.await.map_err(|e| e.context(format!("cannot add {address} to {name}")))
@@ -96,7 +98,8 @@ impl NetnsBuilder {
         removed.await.map_err(|e| e.context(format!("cannot remove {address} from {name}")))
     }
 
-    /// Adds a route to the main table or replaces the one to the same destination; `None` is the default route, of the gateway's family.
+    /// Adds a route to the main table, or replaces the one to the same destination. `None` is the default route of the gateway's
+    /// family.
     pub async fn add_route(&self, destination: Option<Cidr>, via: Option<IpAddr>, device: Option<&str>) -> Result<(), OpError> {
         let added = async {
             let index = match device {
@@ -113,7 +116,7 @@ impl NetnsBuilder {
         })
     }
 
-    /// Removes a link. That it is gone already is success.
+    /// Removes a link. Succeeds if it does not exist.
     pub async fn delete_link(&self, name: &str) -> Result<(), OpError> {
         let deleted = async { self.rtnl.delete_link(self.rtnl.link_index(name).await?).await };
         match deleted.await {

@@ -1,8 +1,9 @@
-//! The byte form of netlink messages: a header, a fixed body, attributes. Layout: `linux/netlink.h`; numbers are in the host's byte order unless an
-//! attribute says otherwise.
+//! Encodes and decodes netlink messages: a header, a fixed body, attributes.
 //!
-//! Reading goes over `netlink-packet-core`'s headers, without copying. Writing is for the peers' entries only, into a buffer that is
-//! used again ([`super::wire`]); all other requests are values of `netlink-packet-route`.
+//! Layout: `linux/netlink.h`. Numbers are in the host's byte order unless an attribute says otherwise.
+//!
+//! Decoding uses `netlink-packet-core`'s headers, without copying. Encoding is for peers' entries ([`super::peer_messages`]),
+//! into a reused buffer, and for a few queries. All other requests are values of `netlink-packet-route`.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -10,7 +11,7 @@ use netlink_packet_core::{NLA_HEADER_SIZE, NLA_TYPE_MASK, NLM_F_REQUEST, Netlink
 
 use crate::model::Mac;
 
-/// Bytes of a message's header, `struct nlmsghdr`.
+/// Length of a message's header, `struct nlmsghdr`.
 const NLMSG_HDRLEN: usize = 16;
 
 /// A message that is being written at the end of a buffer.
@@ -67,7 +68,7 @@ impl<'a> Message<'a> {
 }
 
 impl Drop for Message<'_> {
-    /// A message is complete when it goes out of scope: its length is known then.
+    /// Completes the message: its length is known only now.
     fn drop(&mut self) {
         self.pad();
         let length = u32::try_from(self.buffer.len() - self.start).unwrap_or(u32::MAX);
@@ -75,7 +76,7 @@ impl Drop for Message<'_> {
     }
 }
 
-/// The messages in what was received; ends at the first one that is cut off.
+/// Iterates over received messages; ends at the first truncated one.
 pub fn messages(mut bytes: &[u8]) -> impl Iterator<Item = (NetlinkHeader, &[u8])> {
     std::iter::from_fn(move || {
         let message = NetlinkBuffer::new_checked(bytes).ok()?;
@@ -86,8 +87,8 @@ pub fn messages(mut bytes: &[u8]) -> impl Iterator<Item = (NetlinkHeader, &[u8])
     })
 }
 
-/// The attributes behind a fixed body of `skip` bytes, as kind and value; ends at the first one that is cut off. Of our own, for it is the innermost
-/// loop of ten thousand peers' dump, a tenth of which `NlasIterator` costs with its buffers and errors.
+/// Iterates over the attributes after a fixed body of `skip` bytes, as kind and value; ends at the first truncated one. This is
+/// the innermost loop of a dump of ten thousand peers: the buffers and errors of `NlasIterator` would cost a tenth of it.
 pub fn attributes(body: &[u8], skip: usize) -> impl Iterator<Item = (u16, &[u8])> {
     let mut bytes = body.get(nlmsg_align(skip)..).unwrap_or_default();
     std::iter::from_fn(move || {
@@ -109,7 +110,7 @@ pub fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes.get(offset..offset.checked_add(4)?)?.try_into().ok()?))
 }
 
-/// A text attribute, without its closing zero; what is not UTF-8 is replaced.
+/// A text attribute, without its terminating zero; invalid UTF-8 is replaced.
 pub fn text(value: &[u8]) -> String {
     let end = value.iter().position(|&b| b == 0).unwrap_or(value.len());
     String::from_utf8_lossy(&value[..end]).into_owned()

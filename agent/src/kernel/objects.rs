@@ -1,7 +1,8 @@
-//! Links, addresses and routes as the kernel tells them, in answers and in events: decoded by `netlink-packet-route`, and of that what counts here.
+//! Decodes links, addresses and routes from rtnetlink's replies and events.
 //!
-//! Attribute by attribute: one that cannot be decoded is passed over with a line in the log, and the rest of the message still counts. Drivers and
-//! newer kernels send attributes that no library knows, and anybody may give an interface an alias that is no UTF-8.
+//! `netlink-packet-route` decodes them attribute by attribute. An attribute that cannot be decoded is logged and skipped; the
+//! rest of the message still counts. Drivers and newer kernels send attributes that no library knows, and an interface's alias
+//! need not be UTF-8.
 
 use std::net::IpAddr;
 
@@ -28,10 +29,10 @@ use crate::plan::{Key, OpError};
 const IFINFOMSG_LEN: usize = 16;
 /// Length of `struct ifaddrmsg`.
 const IFADDRMSG_LEN: usize = 8;
-/// Length of `struct put_rtmsg`.
+/// Length of `struct rtmsg`.
 const RTMSG_LEN: usize = 12;
 
-/// What the kernel tells about a link, as far as it is needed here.
+/// A link as the kernel reports it, with the attributes that the agent needs.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LinkInfo {
     /// Interface index.
@@ -40,9 +41,9 @@ pub struct LinkInfo {
     pub name: String,
     /// `IFF_...`.
     pub flags: LinkFlags,
-    /// Which of the flags the message announces as changed.
+    /// The flags that the message announces as changed.
     pub change_mask: LinkFlags,
-    /// `vxlan_chain`, `bridge_name`, `veth`; empty for hardware.
+    /// `vxlan`, `bridge`, `veth`; empty for hardware.
     pub kind: String,
     /// `ifalias`.
     pub alias: String,
@@ -50,21 +51,21 @@ pub struct LinkInfo {
     pub mac: Option<Mac>,
     /// MTU in bytes.
     pub mtu: u32,
-    /// Interface group; 0 unless one was given.
+    /// Interface group; 0 by default.
     pub group: u32,
     /// Interface index of the bridge.
     pub master: Option<u32>,
-    /// As a port of a bridge: frames may leave by the port that they came in by.
+    /// As a bridge port: frames may leave through the port by which they arrived.
     pub hairpin: bool,
     /// Interface index of a veth pair's other end.
     pub peer: Option<u32>,
     /// The VXLAN settings.
     pub vxlan: Option<VxlanInfo>,
-    /// The IPv6 settings, where it has IPv6.
+    /// The IPv6 settings, if the link has IPv6.
     pub ipv6: Option<Ipv6Settings>,
 }
 
-/// A VXLAN device's settings as the kernel tells them.
+/// A VXLAN device's settings as the kernel reports them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct VxlanInfo {
     /// VNI.
@@ -73,14 +74,15 @@ pub struct VxlanInfo {
     pub port: u16,
     /// Source of outer packets.
     pub local: Option<IpAddr>,
-    /// Underlay interface index; 0 where there is none.
+    /// Underlay interface index; 0 if none.
     pub link: u32,
     /// Whether it learns from traffic.
     pub learning: bool,
 }
 
 impl LinkInfo {
-    /// Reads a link message's body; `None` where it is none, or one of a bridge about its port (family `AF_BRIDGE`), which says less.
+    /// Decodes a link message's body. Returns `None` for other messages and for a bridge's message about its port (family
+    /// `AF_BRIDGE`), which has fewer attributes.
     pub fn read(body: &[u8]) -> Option<LinkInfo> {
         let header = LinkHeader::parse(body).ok()?;
         if header.interface_family != AddressFamily::Unspec {
@@ -103,7 +105,7 @@ impl LinkInfo {
                 Ok(LinkAttribute::Link(peer)) => link.peer = Some(peer),
                 Ok(LinkAttribute::LinkInfo(infos)) => link.apply_link_info(infos),
                 Ok(_) => {}
-                // An interface is still one where its name is no UTF-8.
+                // A link whose name is not UTF-8 still counts.
                 Err(_) if attribute.kind() == libc::IFLA_IFNAME => link.name = text(attribute.value()),
                 Err(error) => log_undecoded("link", header.index, attribute.kind(), &error),
             }
@@ -124,13 +126,13 @@ impl LinkInfo {
         }
     }
 
-    /// Administratively up.
+    /// Whether the link is administratively up.
     pub fn up(&self) -> bool {
         self.flags.contains(LinkFlags::Up)
     }
 }
 
-/// What a link has for IPv6: an array that grows with the kernel, of which `netlink-packet-route` wants the whole.
+/// Decodes a link's IPv6 settings. The array grows with the kernel version, and `netlink-packet-route` needs its full length.
 fn ipv6_settings(families: &[u8]) -> Option<Ipv6Settings> {
     let nested = |bytes, wanted| attributes(bytes, 0).find(|(kind, _)| *kind == wanted).map(|(_, value)| value);
     let family = nested(families, u16::from(u8::from(AddressFamily::Inet6)))?;
@@ -161,14 +163,14 @@ impl From<Vec<InfoVxlan>> for VxlanInfo {
     }
 }
 
-/// The link of that name.
+/// Reads the link with that name.
 pub fn link(socket: &mut RouteSocket, name: &str) -> Result<LinkInfo, KernelError> {
     let mut request = link_request();
     request.attributes.push(LinkAttribute::IfName(check_interface_name(name)?.to_owned()));
     socket.get(&RouteNetlinkMessage::GetLink(request), LinkInfo::read)
 }
 
-/// A name that an interface can have; the kernel's own answer to others would be about their length, not about the interface.
+/// Checks the length of an interface name. The kernel's error would be about the length, not about the interface.
 pub fn check_interface_name(name: &str) -> Result<&str, KernelError> {
     if name.is_empty() || name.len() > 15 {
         return Err(KernelError { errno: libc::ENODEV, detail: "interface names have 1 to 15 bytes".to_owned() });
@@ -176,7 +178,7 @@ pub fn check_interface_name(name: &str) -> Result<&str, KernelError> {
     Ok(name)
 }
 
-/// All links.
+/// Lists all links.
 pub fn links(socket: &mut RouteSocket) -> Result<Vec<LinkInfo>, OpError> {
     let read = socket.dump(&RouteNetlinkMessage::GetLink(link_request()), Vec::new, |all, header, body| {
         if header.message_type == libc::RTM_NEWLINK {
@@ -186,14 +188,14 @@ pub fn links(socket: &mut RouteSocket) -> Result<Vec<LinkInfo>, OpError> {
     read.map_err(|e| e.context("cannot list the links"))
 }
 
-/// A request without the counters, which are most of an answer.
+/// A request without the counters, which make up most of a reply.
 fn link_request() -> LinkMessage {
     let mut request = LinkMessage::default();
     request.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
     request
 }
 
-/// An address as the kernel tells it.
+/// An address as the kernel reports it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AddressInfo {
     /// Interface index.
@@ -207,14 +209,14 @@ pub struct AddressInfo {
 }
 
 impl AddressInfo {
-    /// Reads the body of an address message.
+    /// Decodes the body of an address message.
     pub fn read(body: &[u8]) -> Option<AddressInfo> {
         let header = AddressHeader::parse(body).ok()?;
         let (mut local, mut address) = (None, None);
         let mut flags = AddressFlags::from_bits_retain(u32::from(header.flags.bits()));
         for attribute in raw_attributes(body, IFADDRMSG_LEN) {
             match AddressAttribute::parse(&attribute) {
-                // On a point-to-point link IFA_ADDRESS is the other end; IPv6 without a peer has only that.
+                // On a point-to-point link IFA_ADDRESS is the other end; IPv6 without a peer has only IFA_ADDRESS.
                 Ok(AddressAttribute::Local(ip)) => local = Some(ip),
                 Ok(AddressAttribute::Address(ip)) => address = Some(ip),
                 Ok(AddressAttribute::Flags(all)) => flags = all,
@@ -226,18 +228,18 @@ impl AddressInfo {
         Some(AddressInfo { index: header.index, address, scope: header.scope, flags })
     }
 
-    /// As an address of a device of ours: of global scope, on the bridge also link-local.
+    /// Its key as an address of one of our devices: of global scope, or link-local on the bridge.
     pub fn address_key(&self, device: Device) -> Option<Key> {
         let is_relevant = self.is_global() || (device.role == Role::Bridge && self.scope == AddressScope::Link);
         is_relevant.then_some(Key::Address(device, self.address))
     }
 
-    /// Of global scope.
+    /// Whether it has global scope.
     pub fn is_global(&self) -> bool {
         self.scope == AddressScope::Universe
     }
 
-    /// The flags that say how fit it is as a source.
+    /// The flags that matter for source address selection.
     pub fn source_selection_flags(&self) -> AddressFlags {
         self.flags
             & (AddressFlags::Secondary
@@ -248,7 +250,7 @@ impl AddressInfo {
     }
 }
 
-/// Addresses of all interfaces (index 0), or of one.
+/// Lists the addresses of all interfaces (index 0), or of one.
 pub fn addresses(socket: &mut RouteSocket, index: u32) -> Result<Vec<AddressInfo>, OpError> {
     let mut all = Vec::new();
     for family in Family::ALL {
@@ -269,27 +271,27 @@ pub fn addresses(socket: &mut RouteSocket, index: u32) -> Result<Vec<AddressInfo
     Ok(all)
 }
 
-/// What the kernel tells about a route, as far as it is needed here.
+/// A route as the kernel reports it, with the attributes that the agent needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RouteInfo {
-    /// Who made it.
+    /// Protocol number of its creator.
     pub protocol: RouteProtocol,
     /// Unicast, local, unreachable.
     pub kind: RouteType,
-    /// Among several to one destination the one with the lowest counts.
+    /// Among routes to one destination, the lowest metric wins.
     pub metric: u32,
-    /// The gateway of its family.
+    /// The gateway, of the route's own family.
     pub gateway: Option<IpAddr>,
     /// The preferred source.
     pub source: Option<IpAddr>,
-    /// Interface index; of a route over several gateways the first one's.
+    /// Interface index; for a multipath route that of the first gateway.
     pub interface: Option<u32>,
     /// Id of the next-hop object.
     pub nexthop: Option<u32>,
 }
 
 impl RouteInfo {
-    /// Reads the body of a route message.
+    /// Decodes the body of a route message.
     pub fn read(body: &[u8]) -> Option<RouteInfo> {
         let header = RouteHeader::parse(body).ok()?;
         let (family, kind) = (header.address_family, header.kind);
@@ -312,18 +314,19 @@ impl RouteInfo {
         Some(route)
     }
 
-    /// Reads it where it is a default route of the main table; what others say is not decoded, for they may be ten thousand.
+    /// Decodes a default route of the main table. Returns `None` for any other route without decoding it: there may be ten
+    /// thousand.
     pub fn read_default(body: &[u8]) -> Option<RouteInfo> {
         RouteInfo::read_main_table(body, 0)
     }
 
-    /// Reads it where it is a route of the main table to that destination.
+    /// Decodes a route of the main table to that destination; `None` for any other route.
     pub fn read_to(body: &[u8], destination: Cidr) -> Option<RouteInfo> {
         let base = match destination.base() {
             IpAddr::V4(base) => base.octets().to_vec(),
             IpAddr::V6(base) => base.octets().to_vec(),
         };
-        // A default route names no destination.
+        // A default route has no destination attribute.
         let to = raw_attributes(body, RTMSG_LEN).find(|attribute| attribute.kind() == libc::RTA_DST);
         let destination_matches = to.map_or(destination.length() == 0, |to| to.value() == base);
         RouteInfo::read_main_table(body, destination.length()).filter(|_| destination_matches)
@@ -348,7 +351,7 @@ pub fn route_request(address: IpAddr) -> RouteNetlinkMessage {
     RouteNetlinkMessage::GetRoute(request)
 }
 
-/// The kernel's word for a family.
+/// Converts a family to the type of `netlink-packet-route`.
 pub fn address_family(family: Family) -> AddressFamily {
     match family {
         Family::V4 => AddressFamily::Inet,
@@ -361,7 +364,7 @@ pub fn raw_attributes(body: &[u8], skip: usize) -> impl Iterator<Item = NlaBuffe
 }
 
 fn log_undecoded(what: &str, index: u32, attribute: u16, error: &DecodeError) {
-    tracing::debug!(what, index, attribute, %error, "the kernel tells something that cannot be decoded; it is passed over");
+    tracing::debug!(what, index, attribute, %error, "skipping netlink attribute that cannot be decoded");
 }
 
 #[cfg(test)]
@@ -396,7 +399,7 @@ mod tests {
         let valid = LinkInfo::read(&body).expect("a link");
         assert_eq!((valid.index, valid.mtu, valid.up(), valid.kind.as_str()), (7, 1450, true, "vxlan"));
         assert_eq!(valid.vxlan, Some(VxlanInfo { id: 5, port: 8472, local: None, link: 2, learning: true }));
-        // An alias that is no UTF-8, an MTU of one byte, an attribute of the future, and the end of one that was cut off.
+        // An alias that is not UTF-8, an MTU of one byte, an unknown attribute, and a truncated attribute.
         let mut junk = Vec::new();
         junk.extend_from_slice(&[6, 0, 20, 0, 0xff, 0xfe, 0, 0]);
         junk.extend_from_slice(&[5, 0, 4, 0, 1, 0, 0, 0]);

@@ -1,6 +1,7 @@
-//! The four kinds of entry that grow with the number of peers, in netlink's byte form: FDB entries, neighbours, next hops and routes. Written
-//! without allocation, read without copying. `netlink-packet-route` knows no next-hop objects, and its values cost an allocation for each message and
-//! attribute: at ten thousand peers these are most of the time.
+//! Encodes and decodes the four entry kinds whose number grows with the peers: FDB entries, neighbours, next hops, routes.
+//!
+//! Messages are written without allocation and read without copying. `netlink-packet-route` lacks next-hop objects, and it
+//! allocates for each message and attribute: at ten thousand peers that is most of the time.
 
 use std::net::IpAddr;
 
@@ -13,85 +14,86 @@ use crate::model::{Cidr, Device, Family, Mac};
 use crate::plan::state::{PROTOCOL, RouteTarget, UNREACHABLE_METRIC};
 use crate::plan::{Key, Value};
 
-/// Length of `struct put_ndmsg`.
+/// Length of `struct ndmsg`.
 const NDMSG_LEN: usize = 12;
 /// Length of `struct nhmsg`.
 pub const NHMSG_LEN: usize = 8;
-/// Length of `struct put_rtmsg`.
+/// Length of `struct rtmsg`.
 const RTMSG_LEN: usize = 12;
-/// IPv6's metric of a route that names none (`IP6_RT_PRIO_USER` in `linux/ipv6_route.h`); IPv4's is 0.
+/// IPv6's metric of a route without one (`IP6_RT_PRIO_USER` in `linux/ipv6_route.h`); IPv4's is 0.
 const IP6_RT_PRIO_USER: u32 = 1024;
-/// A clone in the cache, no route of the table (`linux/rtnetlink.h`).
+/// The route is a cached clone, not an entry of the table (`linux/rtnetlink.h`).
 const RTM_F_CLONED: u32 = 0x200;
-/// The entry is the bridge's, not the device's (`linux/set_neighbour.h`).
+/// The entry is the bridge's, not the device's (`linux/neighbour.h`).
 const NTF_MASTER: u8 = 0x04;
 
-/// An entry as the kernel tells it, by interface index.
+/// An entry as the kernel reports it, by interface index.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KernelEntry {
-    /// An FDB entry of a VXLAN device. A unicast MAC has one remote (`vxlan_fdb_update_existing` in the kernel appends to others only).
+    /// An FDB entry of a VXLAN device. A unicast MAC has one remote (`vxlan_fdb_update_existing` in the kernel appends remotes
+    /// only to other MACs).
     Fdb {
         /// Interface index.
         index: u32,
         /// The MAC.
         mac: Mac,
-        /// The underlay address; the unspecified one where the entry leads elsewhere in a way that ours never do.
+        /// The underlay address; unspecified if the entry has its own port, VNI or interface, which ours never have.
         remote: Option<IpAddr>,
-        /// Neither learned nor ageing.
+        /// Whether the entry is permanent: neither learned nor ageing.
         permanent: bool,
     },
     /// A neighbour.
     Neigh {
         /// Interface index.
         index: u32,
-        /// The address that is mapped.
+        /// The IP address.
         address: IpAddr,
-        /// To which MAC, where the entry is permanent.
+        /// Its MAC, if the entry is permanent.
         mac: Option<Mac>,
     },
     /// A next-hop object.
     Nexthop {
         /// Its id.
         id: u32,
-        /// Who made it.
+        /// Protocol number of its creator.
         protocol: u8,
-        /// Interface index and gateway; `None` where it is of another form.
+        /// Interface index and gateway; `None` for any other form.
         hop: Option<(u32, IpAddr)>,
     },
     /// A route of the main table, without a metric of its own.
     Route {
         /// Its destination.
         destination: Cidr,
-        /// Who made it.
+        /// Protocol number of its creator.
         protocol: u8,
-        /// Where it leads.
+        /// Its target.
         hop: KernelRouteTarget,
     },
     /// A route of the main table with the metric of our unreachable ones.
     Unreachable {
         /// Its destination.
         destination: Cidr,
-        /// Who made it.
+        /// Protocol number of its creator.
         protocol: u8,
-        /// Whether it is unreachable indeed.
+        /// Whether its type is unreachable.
         unreachable: bool,
     },
 }
 
-/// Where a route leads.
+/// The target of a route.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KernelRouteTarget {
-    /// To a next-hop object.
+    /// A next-hop object.
     Nexthop(u32),
-    /// To a gateway on link of an interface.
+    /// An onlink gateway on an interface.
     Gateway(u32, IpAddr),
-    /// To this host, by an interface.
+    /// This host, on an interface.
     Local(u32),
-    /// Elsewhere.
+    /// Any other target.
     Other,
 }
 
-/// Whether entries of this kind go through this codec.
+/// Whether this codec handles entries with this key.
 pub fn is_peer_entry(key: &Key) -> bool {
     matches!(key, Key::Fdb(..) | Key::Neigh(..) | Key::Nexthop(_) | Key::Route(_) | Key::Unreachable(_))
 }
@@ -107,8 +109,8 @@ pub fn entry_device(key: &Key, value: &Value) -> Option<Device> {
     }
 }
 
-/// Writes the request that makes or replaces an entry. `link_index` is that of [`entry_device`]. Returns whether key and value fit; where they do not,
-/// nothing is written.
+/// Writes the request that creates or replaces an entry. `index` is that of [`entry_device`]. Returns false and writes nothing if
+/// key and value do not match.
 pub fn write_set(buffer: &mut Vec<u8>, sequence: u32, index: u32, key: &Key, value: &Value) -> bool {
     let flags = NLM_F_CREATE | NLM_F_REPLACE;
     match (key, value) {
@@ -169,8 +171,9 @@ pub fn write_delete(buffer: &mut Vec<u8>, sequence: u32, index: u32, key: &Key) 
             let mut m = Message::begin(buffer, RTM_DELNEXTHOP, 0, sequence);
             m.body(&[0; NHMSG_LEN]).put_u32(NHA_ID, *id);
         }
-        // The protocol number is compared by the kernel: somebody else's route to the same destination stays. Of ours the metric tells which is meant; 0 is
-        // any for the kernel, so IPv4 goes by the type, which IPv6 does not compare.
+        // The kernel compares the protocol number, so a foreign route to the same destination stays. Our two routes to a
+        // destination differ by metric. For the kernel metric 0 is any, so IPv4's request names the type, which IPv6 does not
+        // compare.
         Key::Route(destination) => {
             let mut m = Message::begin(buffer, libc::RTM_DELROUTE, 0, sequence);
             match destination.family() {
@@ -227,7 +230,7 @@ fn put_rtmsg(m: &mut Message<'_>, destination: Cidr, scope: u8, kind: u8, flags:
     m.put_address(RTA_DST, destination.base());
 }
 
-/// The entries of a kind that a dump asks for.
+/// A dump request for entries of one kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EntryQuery {
     /// The FDB of an interface.
@@ -253,7 +256,7 @@ impl EntryQuery {
 }
 
 impl Request for EntryQuery {
-    /// Needs `NETLINK_GET_STRICT_CHK` for the kernel to filter.
+    /// The kernel filters only on a socket with `NETLINK_GET_STRICT_CHK`.
     fn write(&self, buffer: &mut Vec<u8>, flags: u16, sequence: u32) {
         let mut m = Message::begin(buffer, self.kind(), flags, sequence);
         match *self {
@@ -271,8 +274,8 @@ impl Request for EntryQuery {
 }
 
 impl KernelEntry {
-    /// Reads a message about an entry, be it there or gone; `None` for what is none of the four kinds, or of no form that ours can have or
-    /// stand in the way of.
+    /// Decodes a message about a new or removed entry. Returns `None` for any other kind, and for a form that is neither ours nor
+    /// in conflict with ours.
     pub fn read(header: NetlinkHeader, body: &[u8]) -> Option<KernelEntry> {
         match header.message_type {
             libc::RTM_NEWNEIGH | libc::RTM_DELNEIGH => read_neigh(body),
@@ -411,7 +414,7 @@ mod tests {
                 let mut buffer = Vec::new();
                 write_set(&mut buffer, 1, 7, &Key::Route(subnet), &Value::Route(via));
                 if family == Family::V6 {
-                    // The kernel fills in its metric; here we do.
+                    // The kernel fills in IPv6's default metric; here the test does it.
                     append_metric(&mut buffer);
                 }
                 let (header, body) = messages(&buffer).next().expect("a message");

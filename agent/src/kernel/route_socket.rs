@@ -1,9 +1,12 @@
-//! A blocking rtnetlink socket for what is read, one object or one dump, and for the steps of a container's wire, which one thread takes in a row. It belongs to the network namespace of the thread that opened it, whoever
-//! uses it later.
+//! A blocking rtnetlink socket, for reads and for the steps that attach a container.
 //!
-//! Beside `rtnetlink`'s connection ([`super::rtnl`]), by which links, addresses and single routes are changed, for three reasons: a dump that changes
-//! disturbed has to be begun again (`NLM_F_DUMP_INTR`, which `rtnetlink`'s requests do not hand on); an answer of which one attribute cannot be
-//! decoded still counts, where `netlink-proto` would drop it and wait on; and ten thousand peers' entries are read without a channel between.
+//! A read is one object or one dump; one thread takes all steps of an attach in a row. The socket belongs to the network
+//! namespace of the thread that opened it, whichever thread uses it later.
+//!
+//! It exists next to `rtnetlink`'s connection ([`super::rtnl`]), which changes links, addresses and single routes, for three
+//! reasons. A dump interrupted by changes must restart, and `rtnetlink` does not pass on `NLM_F_DUMP_INTR`. A reply with one
+//! undecodable attribute still counts, while `netlink-proto` would drop it and wait on. And ten thousand peers' entries are read
+//! without a channel in between.
 
 use std::io;
 use std::time::Duration;
@@ -22,30 +25,30 @@ use super::nlmsg::{attributes, messages, text};
 use super::uapi::NLMSGERR_ATTR_MSG;
 use crate::plan::OpError;
 
-/// The kernel answers before `send` returns; this only bounds what a defect could cost.
+/// Receive timeout. The kernel answers before `send` returns; this only limits the cost of a defect.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
-/// A dump's datagrams are at most 32 KiB (`netlink_dump` in `net/netlink/af_netlink.c`).
+/// Size of the receive buffer in bytes. A dump's datagrams are at most 32 KiB (`netlink_dump` in `net/netlink/af_netlink.c`).
 const RECEIVE_SIZE: usize = 64 * 1024;
-/// How often a dump that was disturbed by a change is begun again.
+/// Maximum attempts at a dump that changes interrupt.
 const MAX_DUMP_ATTEMPTS: u32 = 5;
 
-/// Why the kernel refused.
+/// An error returned by the kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KernelError {
     /// The error number, positive.
     pub errno: i32,
-    /// What the kernel says beyond the number; often empty.
+    /// The kernel's extended acknowledgement message; often empty.
     pub detail: String,
 }
 
 impl KernelError {
-    /// As the error of an op: what was tried, what the kernel said, and the remedy where the number has a general one.
+    /// Converts it to an op's error: the failed action, the kernel's reason, and a remedy if the number has a general one.
     pub fn context(&self, what: impl std::fmt::Display) -> OpError {
         let detail = if self.detail.is_empty() { String::new() } else { format!(": {}", self.detail) };
         let reason = io::Error::from_raw_os_error(self.errno);
         let remedy = match self.errno {
             libc::EPERM => "; this needs CAP_NET_ADMIN in the network namespace: run as root or grant the capability",
-            libc::ENOMEM | libc::ENOBUFS => "; the kernel is short of memory, it is tried again",
+            libc::ENOMEM | libc::ENOBUFS => "; the kernel is short of memory; the agent will retry",
             _ => "",
         };
         OpError { errno: self.errno, message: format!("{what}: {reason}{detail}{remedy}") }
@@ -53,7 +56,7 @@ impl KernelError {
 }
 
 impl KernelError {
-    /// The kernel has no IPv6, or the device went while its entries were listed.
+    /// Whether the kernel has no IPv6, or the device disappeared while its entries were listed.
     pub fn is_unsupported_family(&self) -> bool {
         matches!(self.errno, libc::EAFNOSUPPORT | libc::EOPNOTSUPP | libc::ENODEV)
     }
@@ -68,10 +71,10 @@ impl From<io::Error> for KernelError {
     }
 }
 
-/// What the body of a message of kind `NLMSG_ERROR` says: success or the refusal.
+/// Parses the body of an `NLMSG_ERROR` message: success or the kernel's error.
 pub fn parse_ack(body: &[u8]) -> Result<(), KernelError> {
     let Ok(error) = ErrorBuffer::new_checked(body) else {
-        return Err(KernelError { errno: libc::EPROTO, detail: "an answer was cut off".to_owned() });
+        return Err(KernelError { errno: libc::EPROTO, detail: "truncated reply".to_owned() });
     };
     match error.code() {
         None => Ok(()),
@@ -79,16 +82,16 @@ pub fn parse_ack(body: &[u8]) -> Result<(), KernelError> {
     }
 }
 
-/// What the kernel says beyond the number, which stands behind the request's header: all our sockets have `NETLINK_CAP_ACK`, so that the
-/// request's body is left out.
+/// The extended acknowledgement's message, which follows the request's header. All our sockets have `NETLINK_CAP_ACK`, so the
+/// kernel leaves out the request's body.
 pub fn ext_ack_message(payload: &[u8]) -> String {
     let attribute = attributes(payload, NetlinkHeader::default().buffer_len()).find(|(kind, _)| *kind == NLMSGERR_ATTR_MSG);
     attribute.map(|(_, value)| text(value)).unwrap_or_default()
 }
 
-/// A request, in whatever form it is at hand.
+/// A netlink request in any representation.
 pub trait Request {
-    /// Appends it with these flags (besides `NLM_F_REQUEST`) and this sequence number.
+    /// Appends the request with these flags (besides `NLM_F_REQUEST`) and this sequence number.
     fn write(&self, buffer: &mut Vec<u8>, flags: u16, sequence: u32);
 }
 
@@ -106,7 +109,7 @@ impl Request for RouteNetlinkMessage {
     }
 }
 
-/// The socket.
+/// A blocking rtnetlink socket.
 #[derive(Debug)]
 pub struct RouteSocket {
     socket: Socket,
@@ -132,31 +135,31 @@ impl RouteSocket {
         Ok(RouteSocket { socket, sequence: 0, output: Vec::new(), input: vec![0; RECEIVE_SIZE] })
     }
 
-    /// Sends one request that changes something and reads its acknowledgement.
+    /// Sends a request that changes an object, and reads its acknowledgement.
     pub fn change(&mut self, request: &impl Request) -> Result<(), KernelError> {
         self.exchange(request, NLM_F_ACK, |_, _| ())
     }
 
-    /// The same for one that makes what must not be there yet.
+    /// Like [`RouteSocket::change`], for an object that must not exist yet.
     pub fn create(&mut self, request: &impl Request) -> Result<(), KernelError> {
         self.exchange(request, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, |_, _| ())
     }
 
-    /// The port id by which the kernel names this socket in events.
+    /// The port id that identifies this socket in the kernel's events.
     pub fn port_id(&self) -> io::Result<u32> {
         let mut address = SocketAddr::new(0, 0);
         self.socket.get_address(&mut address)?;
         Ok(address.port_number())
     }
 
-    /// Sends one request for one object and reads it.
+    /// Requests one object and reads it.
     pub fn get<T>(&mut self, request: &impl Request, read: impl Fn(&[u8]) -> Option<T>) -> Result<T, KernelError> {
         let mut found = None;
         self.exchange(request, NLM_F_ACK, |_, body| found = read(body))?;
-        found.ok_or_else(|| KernelError { errno: libc::EPROTO, detail: "the answer holds no such object".to_owned() })
+        found.ok_or_else(|| KernelError { errno: libc::EPROTO, detail: "the reply contains no such object".to_owned() })
     }
 
-    /// Asks for all objects of a kind. A dump that a change disturbed is begun again, with what `fresh` gives.
+    /// Requests all objects of a kind. A dump interrupted by a change restarts with a new state from `init`.
     pub fn dump<S>(
         &mut self,
         request: &impl Request,
@@ -174,7 +177,7 @@ impl RouteSocket {
             attempts += 1;
             if !interrupted || attempts == MAX_DUMP_ATTEMPTS {
                 if interrupted {
-                    tracing::debug!("a dump was disturbed by changes again and again; taking the last one");
+                    tracing::debug!("dump interrupted by changes on every attempt; using the last one");
                 }
                 return Ok(state);
             }
@@ -194,7 +197,10 @@ impl RouteSocket {
         loop {
             let received = self.socket.recv(&mut self.input.as_mut_slice(), libc::MSG_TRUNC)?;
             let Some(bytes) = self.input.get(..received) else {
-                return Err(KernelError { errno: libc::EMSGSIZE, detail: format!("an answer of {received} bytes") });
+                return Err(KernelError {
+                    errno: libc::EMSGSIZE,
+                    detail: format!("a reply of {received} bytes exceeds the receive buffer"),
+                });
             };
             for (header, body) in messages(bytes) {
                 if header.sequence_number != self.sequence {
@@ -204,7 +210,7 @@ impl RouteSocket {
                     NLMSG_ERROR => return parse_ack(body),
                     NLMSG_DONE => {
                         each(header, &[]);
-                        // A dump that fails half way says so in its last message.
+                        // A dump that fails midway reports the error in its last message.
                         let code = DoneBuffer::new_checked(body).map_or(0, |done| done.code());
                         return if code < 0 {
                             Err(KernelError { errno: code.saturating_neg(), detail: String::new() })

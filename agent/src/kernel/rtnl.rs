@@ -1,7 +1,7 @@
-//! Changes of links, addresses and single routes, by `rtnetlink`'s handle.
+//! Changes links, addresses and single routes through `rtnetlink`'s handle.
 //!
-//! One task: the connection's, which moves messages between the handle and its socket. It belongs to the [`Rtnl`] that started it and is aborted with
-//! it; that it ended before is an error of each later request, and wakes [`Rtnl::ended`].
+//! One task: the connection's, which moves messages between the handle and its socket. The [`Rtnl`] that started it aborts it
+//! when dropped. If the task ends earlier, each later request fails and [`Rtnl::closed`] completes.
 
 use std::io;
 use std::net::IpAddr;
@@ -44,17 +44,17 @@ impl Drop for Rtnl {
 }
 
 impl Rtnl {
-    /// Connects in the calling thread's network namespace. Must be called inside a tokio runtime with I/O and time.
+    /// Connects in the calling thread's network namespace. Must be called inside a tokio runtime with I/O and time enabled.
     pub fn open() -> Result<Rtnl, OpError> {
         let runtime = runtime::Handle::try_current().map_err(io::Error::other);
         runtime.and_then(|runtime| Rtnl::connect(&runtime)).map_err(open_error)
     }
 
-    /// Connects in another network namespace; under the same condition.
+    /// Connects in another network namespace, under the same condition.
     pub fn open_in(netns: &Netns) -> Result<Rtnl, OpError> {
         let runtime = runtime::Handle::try_current().map_err(|e| open_error(io::Error::other(e)))?;
         let connected = netns.run(|| {
-            // The thread that enters the namespace is none of the runtime's.
+            // The thread that enters the namespace does not belong to the runtime.
             let _entered = runtime.enter();
             Rtnl::connect(&runtime)
         });
@@ -68,7 +68,7 @@ impl Rtnl {
         socket.set_cap_ack(true)?;
         socket.set_ext_ack(true)?;
         let (mut connection, handle, _) = rtnetlink::from_socket(listener);
-        // Else a connection that ended looks like success to a request that waits for its acknowledgement: see `acknowledged`.
+        // Otherwise a request that waits for its acknowledgement takes the connection's end for success: see `expect_ack`.
         connection.set_forward_ack(true);
         let closed = CancellationToken::new();
         let guard = closed.clone().drop_guard();
@@ -79,23 +79,23 @@ impl Rtnl {
         Ok(Rtnl { handle, port_id, task, closed })
     }
 
-    /// The port id by which the kernel names this connection in events.
+    /// The port id that identifies this connection in the kernel's events.
     pub fn port_id(&self) -> u32 {
         self.port_id
     }
 
-    /// Comes to its end with the connection: then nothing can be changed any more.
+    /// Completes when the connection ends; nothing can be changed afterwards.
     pub fn closed(&self) -> WaitForCancellationFutureOwned {
         self.closed.clone().cancelled_owned()
     }
 
-    /// Ends the connection, as a failure of its socket would.
+    /// Ends the connection, as a socket failure would.
     #[cfg(test)]
     pub fn abort(&self) {
         self.task.abort();
     }
 
-    /// The interface index of the link of that name.
+    /// The interface index of the link with that name.
     pub async fn link_index(&self, name: &str) -> Result<u32, KernelError> {
         use futures_util::TryStreamExt;
         let mut answers = std::pin::pin!(self.handle.link().get().match_name(check_interface_name(name)?).execute());
@@ -106,12 +106,12 @@ impl Rtnl {
         }
     }
 
-    /// Makes a link. Fails with `EEXIST` where the name is taken.
+    /// Creates a link. Fails with `EEXIST` if the name is taken.
     pub async fn add_link(&self, link: LinkMessage) -> Result<(), KernelError> {
         expect_ack(self.handle.link().add(link).execute()).await
     }
 
-    /// Changes the link whose index the message has.
+    /// Changes the link whose index is in the message.
     pub async fn change_link(&self, link: LinkMessage) -> Result<(), KernelError> {
         expect_ack(self.handle.link().change(link).execute()).await
     }
@@ -121,7 +121,7 @@ impl Rtnl {
         expect_ack(self.handle.link().del(index).execute()).await
     }
 
-    /// Adds an address, without duplicate address detection; that it is there already is success.
+    /// Adds an address, without duplicate address detection. Succeeds if the address exists already.
     pub async fn add_address(&self, index: u32, address: IpNetwork) -> Result<(), KernelError> {
         let mut request = self.handle.address().add(index, address.ip(), address.prefix()).replace();
         *request.message_mut() = new_address(index, address);
@@ -133,20 +133,20 @@ impl Rtnl {
         expect_ack(self.handle.address().del(address_message(index, address)).execute()).await
     }
 
-    /// Adds a route, in place of the one to that destination.
+    /// Adds a route, or replaces the one to that destination.
     pub async fn replace_route(&self, route: RouteMessage) -> Result<(), KernelError> {
         expect_ack(self.handle.route().add(route).replace().execute()).await
     }
 }
 
-/// Gives the request a bound in time.
+/// Limits a request to `ANSWER_TIMEOUT`.
 async fn with_timeout<T>(request: impl Future<Output = T>) -> Result<T, KernelError> {
-    let late = |_| KernelError { errno: libc::ETIMEDOUT, detail: "no answer that could be read".to_owned() };
+    let late = |_| KernelError { errno: libc::ETIMEDOUT, detail: "no readable reply".to_owned() };
     timeout(ANSWER_TIMEOUT, request).await.map_err(late)
 }
 
-/// The outcome of a request that is acknowledged. The acknowledgement itself is handed on as an error without a number; where nothing came, the
-/// connection ended before.
+/// Awaits the acknowledgement of a request. `rtnetlink` delivers it as an error without a number; without one, the connection
+/// ended first.
 async fn expect_ack(request: impl Future<Output = Result<(), Error>>) -> Result<(), KernelError> {
     match with_timeout(request).await? {
         Err(Error::NetlinkError(answer)) if answer.code.is_none() => Ok(()),
@@ -175,7 +175,7 @@ impl From<Error> for KernelError {
     }
 }
 
-/// An address to be added, without duplicate address detection.
+/// The message that adds an address, without duplicate address detection.
 pub fn new_address(index: u32, address: IpNetwork) -> AddressMessage {
     let mut message = address_message(index, address);
     if address.is_ipv6() {
@@ -184,7 +184,7 @@ pub fn new_address(index: u32, address: IpNetwork) -> AddressMessage {
     message
 }
 
-/// `rtnetlink`'s builders add a broadcast address to IPv4's, of which the overlay has none.
+/// The message for an address. For IPv4 `rtnetlink`'s builder adds a broadcast address, which the overlay does not use.
 fn address_message(index: u32, address: IpNetwork) -> AddressMessage {
     let mut message = match address {
         IpNetwork::V4(a) => AddressMessageBuilder::<std::net::Ipv4Addr>::new().index(index).address(a.ip(), a.prefix()).build(),
@@ -194,12 +194,12 @@ fn address_message(index: u32, address: IpNetwork) -> AddressMessage {
     message
 }
 
-/// A veth pair: this end's name, the other end as it is to be. More can be said of this end before it is built.
+/// Builds a veth pair from this end's name and the other end's message. The caller may add attributes to this end.
 ///
-/// Each end has one queue, as many as the kernel uses of them unless told otherwise: one for each processor is what it would make (`veth_get_num_queues`
-/// in drivers/net/veth.c), at the cost of a fifth of the time that a pair takes here, and more with more processors.
+/// Each end has one queue; by default the kernel uses no more. It would create one for each processor (`veth_get_num_queues` in
+/// drivers/net/veth.c), which takes a fifth of the time that a pair takes here, and more with more processors.
 pub fn veth(name: &str, peer: LinkMessage) -> LinkMessageBuilder<LinkVeth> {
-    // The builder knows no more of the other end than its name, which the whole message takes the place of.
+    // The builder sets only the other end's name; the full message replaces it.
     let one_queue = [LinkAttribute::NumTxQueues(1), LinkAttribute::NumRxQueues(1)];
     let mut peer = peer;
     peer.attributes.extend(one_queue.clone());
@@ -207,20 +207,20 @@ pub fn veth(name: &str, peer: LinkMessage) -> LinkMessageBuilder<LinkVeth> {
     one_queue.into_iter().fold(pair, LinkMessageBuilder::append_extra_attribute)
 }
 
-/// The attribute that keeps IPv6 from making a link-local address, and with it router solicitations and multicast reports.
+/// The attribute that keeps IPv6 from creating a link-local address, and with it router solicitations and multicast reports.
 pub fn no_link_local() -> LinkAttribute {
     LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)])])
 }
 
-/// The attribute that sets an interface's `arp_notify`: in a request that is made anyway it costs less than the file of the sysctl.
+/// The attribute that sets an interface's `arp_notify`. In a request that is sent anyway it costs less than the sysctl's file.
 pub fn arp_notify() -> LinkAttribute {
     let mut settings = InetDevConf::default();
     settings.arp_notify = 1;
     LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet(vec![AfSpecInet::DevConfRequest(settings)])])
 }
 
-/// A route of the main table: the default route where there is no destination. The family is the gateway's or the destination's, IPv4 without
-/// either.
+/// Builds a route of the main table; without a destination it is the default route. The family is the gateway's or the
+/// destination's, or IPv4 without either.
 pub fn route(destination: Option<Cidr>, via: Option<IpAddr>, device: Option<u32>, protocol: RouteProtocol) -> RouteMessage {
     let family = via.map(Family::of).or(destination.map(Cidr::family)).unwrap_or(Family::V4);
     let mut route = RouteMessage::default();

@@ -1,5 +1,6 @@
-//! Looks at the bridge, its ports and the tunnel's devices, with their counters, and at what the guards have dropped: for people, so on sockets of
-//! its own and without waiting for what is being changed.
+//! Reads the bridge, its ports, the VXLAN devices, their counters and the filters' drop counters, for display.
+//!
+//! It uses sockets of its own, so that it does not wait for running changes.
 
 use std::collections::BTreeMap;
 
@@ -20,23 +21,23 @@ use crate::plan::ruleset::Counter;
 /// Length of `struct ifinfomsg`.
 const IFINFOMSG_LEN: usize = 16;
 
-/// The devices of the overlay as the kernel has them. Ports are told by their interfaces; whose they are is for the caller to add.
+/// The overlay's devices as the kernel has them. Ports are named by interface; the caller adds their endpoints.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct OverlaySnapshot {
-    /// The tunnel's devices.
+    /// The VXLAN devices.
     pub devices: Vec<DeviceView>,
     /// The bridge.
     pub bridge: Option<BridgeView>,
 }
 
-/// A link with what the agent itself does not need.
+/// A link with its counters and bridge port state, which the agent itself does not need.
 struct LinkStats {
     info: LinkInfo,
     counters: Counters,
     port: Option<(u16, String)>,
 }
 
-/// Looks. Blocks for as long as a dump of all links takes.
+/// Reads the snapshot. Blocks for as long as a dump of all links takes.
 pub fn read_overlay(bridge: Device) -> Result<OverlaySnapshot, OpError> {
     let mut socket = RouteSocket::open()?;
     let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
@@ -72,7 +73,7 @@ pub fn read_overlay(bridge: Device) -> Result<OverlaySnapshot, OpError> {
     Ok(snapshot)
 }
 
-/// What the guards have dropped, in packets; nothing where our tables are not there.
+/// Reads how many packets our filters have dropped; empty if our tables do not exist.
 pub fn dropped_packets() -> Result<BTreeMap<Counter, u64>, OpError> {
     let counted = Nft::open()?.counters()?;
     Ok(counted.into_iter().map(|(counter, counted)| (counter, counted.packets)).collect())

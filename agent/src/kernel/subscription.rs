@@ -1,11 +1,13 @@
-//! What the monitor does not listen to while many entries are written: to wake a reader for each, or only to write a message for it, costs the kernel as
-//! much as the entry. What others did meanwhile is found afterwards: the monitor is told, and looks.
+//! Pauses the monitor's events while many entries are written.
 //!
-//! | kept out | how | afterwards |
+//! Waking a reader for each entry, or just writing a message for it, costs the kernel as much as the entry. The monitor is
+//! notified afterwards and rereads the paused state, so that it finds other processes' changes.
+//!
+//! | paused | how | afterwards |
 //! | --- | --- | --- |
-//! | FDB entries | by the filter: other neighbours are told in the same group | the FDB is read and compared |
-//! | all of peers' entries, while most of them go | by leaving their groups: nobody to tell | all is read |
-//! | rules and elements | by leaving the group of nf_tables | they are read where others made a transaction, which their number tells |
+//! | FDB entries | by the filter: the group also carries other neighbours | the FDB is read and compared |
+//! | all peers' entries, while most are removed | by leaving their groups: the kernel writes no messages | everything is read |
+//! | rules and elements | by leaving nf_tables' group | they are read if other processes' transaction count has changed |
 
 use std::io;
 use std::os::fd::{AsFd, FromRawFd, IntoRawFd};
@@ -18,26 +20,26 @@ use super::monitor::{OWN_SOCKETS, attach_filter, join_groups};
 use super::nft::NFNLGRP_NFTABLES;
 use super::uapi::PEER_ENTRY_GROUPS;
 
-/// What is kept out.
+/// A class of events that can be paused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum EventClass {
     Fdb,
     PeerEntries,
-    /// With the number of others' transactions until now.
+    /// Carries the number of other processes' transactions so far.
     Rules(u32),
 }
 
-/// What the monitor has to look at, because it was not listened to.
+/// State that the monitor must reread, because its events were paused.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct MissedEvents {
     pub fdb: bool,
     pub peer_entries: bool,
     pub rules: bool,
-    /// How many transactions others had made when rules began not to be heard. Nothing where that was taken already.
+    /// Other processes' transaction count when rule events were paused; `None` if it was taken already.
     pub foreign_generation: Option<u32>,
 }
 
-/// Tells the monitor what it missed.
+/// Notifies the monitor of missed events.
 #[derive(Debug, Default)]
 pub(super) struct MissedEventsQueue {
     missed: Mutex<MissedEvents>,
@@ -45,12 +47,12 @@ pub(super) struct MissedEventsQueue {
 }
 
 impl MissedEventsQueue {
-    /// Waits until something was missed. Cancel-safe.
+    /// Waits until events were missed. Cancel-safe.
     pub async fn wait(&self) {
         self.notify.notified().await;
     }
 
-    /// What was missed until now.
+    /// Takes the events missed so far.
     pub fn take(&self) -> MissedEvents {
         std::mem::take(&mut self.lock())
     }
@@ -60,7 +62,7 @@ impl MissedEventsQueue {
     }
 }
 
-/// What the monitor's sockets let through, for the one who writes.
+/// The writer's handle to the monitor's sockets.
 pub(super) struct EventSubscriptions {
     route_socket: Socket,
     nft_socket: Socket,
@@ -69,7 +71,7 @@ pub(super) struct EventSubscriptions {
 }
 
 impl EventSubscriptions {
-    /// Of the two sockets, whose owners keep them.
+    /// Duplicates the two sockets; their owners keep the originals.
     pub fn new(
         route_socket: &Socket,
         nft_socket: &Socket,
@@ -84,7 +86,7 @@ impl EventSubscriptions {
         })
     }
 
-    /// Keeps these out, at least one, until the answer is dropped; the monitor then looks for itself.
+    /// Pauses these classes, at least one, until the returned guard is dropped. The monitor rereads them then.
     pub fn pause(self: &Arc<Self>, classes: Vec<EventClass>) -> PauseGuard {
         for out in &classes {
             let paused = match out {
@@ -93,20 +95,20 @@ impl EventSubscriptions {
                     PEER_ENTRY_GROUPS.into_iter().try_for_each(|group| self.route_socket.drop_membership(group))
                 }
                 EventClass::Rules(others) => {
-                    // Unless an earlier number was not taken yet: what came after it is to be found.
+                    // Keep an earlier number that was not taken yet: changes since then must be found.
                     self.missed.lock().foreign_generation.get_or_insert(*others);
                     self.nft_socket.drop_membership(NFNLGRP_NFTABLES)
                 }
             };
             if let Err(error) = paused {
-                tracing::debug!(%error, ?out, "events cannot be kept out");
+                tracing::debug!(%error, ?out, "cannot pause events");
             }
         }
         PauseGuard { subscriptions: Arc::clone(self), classes }
     }
 }
 
-/// While this lives the monitor does not hear about some entries.
+/// Pauses some of the monitor's events while it lives.
 pub(super) struct PauseGuard {
     subscriptions: Arc<EventSubscriptions>,
     classes: Vec<EventClass>,
@@ -125,8 +127,8 @@ impl Drop for PauseGuard {
             };
             *flag = true;
             if let Err(error) = resumed {
-                // Cannot be: the same was done before. The resync finds what is not heard.
-                tracing::error!(%error, ?out, "changes are not heard any more");
+                // Unexpected: the same calls succeeded before. The periodic resync finds later changes.
+                tracing::error!(%error, ?out, "cannot resume netlink events; relying on periodic resync");
             }
         }
         drop(missed);
@@ -134,7 +136,7 @@ impl Drop for PauseGuard {
     }
 }
 
-/// Another descriptor of the same socket.
+/// Duplicates the descriptor of a socket.
 fn duplicate_socket(socket: &Socket) -> io::Result<Socket> {
     let descriptor = socket.as_fd().try_clone_to_owned()?;
     // SAFETY: the descriptor is a netlink socket's, and this is its only owner.

@@ -1,5 +1,7 @@
-//! Sysctls of the network namespace: files below `/proc/sys/net`, which are those of the namespace of the thread that opens them. A value is
-//! read before it is written: where it stands already, nothing is written, and a read-only `/proc/sys` is no error.
+//! Reads and writes sysctls of the network namespace.
+//!
+//! They are files below `/proc/sys/net`, which shows the namespace of the thread that opens them. A value is read before it is
+//! written: if it is already set, nothing is written, and a read-only `/proc/sys` is no error.
 
 use std::fs;
 use std::io::{self, Write};
@@ -13,37 +15,39 @@ use crate::plan::OpError;
 
 const ROOT: &str = "/proc/sys/net";
 
-/// Whether an interface takes its addresses and routes from router advertisements.
+/// Path of `accept_ra`: whether an interface takes addresses and routes from router advertisements.
 pub fn accept_ra(interface: &str) -> String {
     format!("ipv6/conf/{interface}/accept_ra")
 }
 
-/// Whether an interface announces its IPv6 addresses where its MAC is set or it comes up, by unsolicited neighbour advertisements.
+/// Path of `ndisc_notify`: whether an interface announces its IPv6 addresses by unsolicited neighbour advertisements when its MAC
+/// is set or it comes up.
 pub fn ndisc_notify(interface: &str) -> String {
     format!("ipv6/conf/{interface}/ndisc_notify")
 }
 
-/// How an interface makes itself a link-local address; 1 is not at all (`enum in6_addr_gen_mode` in `linux/if_link.h`).
+/// Path of `addr_gen_mode`: how an interface generates its link-local address. 1 is not at all (`enum in6_addr_gen_mode` in
+/// `linux/if_link.h`).
 pub fn addr_gen_mode(interface: &str) -> String {
     format!("ipv6/conf/{interface}/addr_gen_mode")
 }
 
-/// Whether an interface is without IPv6; switched on, all its addresses go.
+/// Path of `disable_ipv6`: switching it on removes all IPv6 addresses of the interface.
 pub fn disable_ipv6(interface: &str) -> String {
     format!("ipv6/conf/{interface}/disable_ipv6")
 }
 
-/// Whether packets from and to 127.0.0.0/8 may pass an interface.
+/// Path of `route_localnet`: whether packets from and to 127.0.0.0/8 may pass an interface.
 pub fn route_localnet(interface: &str) -> String {
     format!("ipv4/conf/{interface}/route_localnet")
 }
 
-/// The value at a path below `/proc/sys/net`; `None` where there is no such file, as without IPv6.
+/// Reads the value at a path below `/proc/sys/net`; `None` if there is no such file, for example without IPv6.
 pub fn read(path: &str) -> Result<Option<String>, OpError> {
     read_file(fs::File::open(sysctl_path(path)?), path)
 }
 
-/// What stands in a sysctl's file; `None` where there is no such file.
+/// Reads a sysctl's file; `None` if it does not exist.
 fn read_file(file: io::Result<fs::File>, path: &str) -> Result<Option<String>, OpError> {
     match file.and_then(io::read_to_string) {
         Ok(text) => Ok(Some(text.trim_end().to_owned())),
@@ -52,7 +56,7 @@ fn read_file(file: io::Result<fs::File>, path: &str) -> Result<Option<String>, O
     }
 }
 
-/// Writes a value where another one stands.
+/// Writes a value unless the sysctl already has it.
 pub fn write(path: &str, value: &str) -> Result<(), OpError> {
     let found = read(path)?;
     if found.as_deref() == Some(value) || (found.is_none() && value == OFF && is_implicitly_off(path)) {
@@ -62,7 +66,7 @@ pub fn write(path: &str, value: &str) -> Result<(), OpError> {
 }
 
 fn overwrite(path: &str, value: &str) -> Result<(), OpError> {
-    // Without O_CREAT: /proc/sys refuses it with a misleading EACCES where the file is missing.
+    // Without O_CREAT: /proc/sys refuses it with a misleading EACCES if the file is missing.
     write_file(fs::File::options().write(true).open(sysctl_path(path)?), path, value)
 }
 
@@ -70,21 +74,21 @@ fn write_file(file: io::Result<fs::File>, path: &str, value: &str) -> Result<(),
     file.and_then(|mut file| file.write_all(value.as_bytes())).map_err(|e| error("write", path, &e))
 }
 
-/// The IPv6 settings of the interfaces of one namespace, by their directory, which is held open. For each namespace in which `net/is_ipv6` was ever
-/// looked up the kernel keeps an entry, all of one name and in one list: with hundreds of containers a look-up from the root takes several times as
-/// long.
+/// The directory of one namespace's IPv6 interface settings, held open. The kernel keeps an entry for each namespace in which
+/// `net/ipv6` was ever looked up, all of one name and in one list. With hundreds of containers a lookup from the root takes
+/// several times as long.
 #[derive(Debug)]
 pub struct Ipv6ConfDir(Option<OwnedFd>);
 
 impl Ipv6ConfDir {
-    /// Those of the calling thread's namespace.
+    /// Opens the directory of the calling thread's namespace.
     pub fn open() -> Ipv6ConfDir {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         // A kernel without IPv6 has no such directory.
         Ipv6ConfDir(open(&PathBuf::from(format!("{ROOT}/ipv6/conf")), flags, Mode::empty()).ok())
     }
 
-    /// Has an interface take nothing from router advertisements. Whether it has IPv6 at all.
+    /// Makes an interface ignore router advertisements. Returns whether it has IPv6 at all.
     pub fn disable_accept_ra(&self, interface: &str) -> Result<bool, OpError> {
         let Some(directory) = &self.0 else { return Ok(false) };
         let path = accept_ra(interface);
@@ -100,11 +104,11 @@ impl Ipv6ConfDir {
     }
 }
 
-/// The value of what is switched off.
+/// The value of a setting that is switched off.
 pub const OFF: &str = "0";
 
-/// Whether a sysctl that is missing is as good as switched off: the kernel has no IPv6 at all (`is_ipv6.disable=1`), or none on an interface that is
-/// there, because its MTU is below 1280 (`addrconf_notify` in `net/is_ipv6/addrconf.c`).
+/// Whether a missing sysctl counts as switched off. Then the kernel has no IPv6 at all (`ipv6.disable=1`), or none on an existing
+/// interface, because its MTU is below 1280 (`addrconf_notify` in `net/ipv6/addrconf.c`).
 pub fn is_implicitly_off(path: &str) -> bool {
     let exists = |path: &str| PathBuf::from(format!("{ROOT}/{path}")).exists();
     let Some(rest) = path.strip_prefix("ipv6/") else { return false };
@@ -112,7 +116,7 @@ pub fn is_implicitly_off(path: &str) -> bool {
     !exists("ipv6") || interface.is_some_and(|name| !exists(&format!("ipv6/conf/{name}")) && exists(&format!("ipv4/conf/{name}")))
 }
 
-/// Writes a value where there is such a sysctl.
+/// Writes a value if the sysctl exists.
 pub fn write_if_exists(path: &str, value: &str) -> Result<(), OpError> {
     match read(path)? {
         Some(found) if found != value => overwrite(path, value),
@@ -123,7 +127,7 @@ pub fn write_if_exists(path: &str, value: &str) -> Result<(), OpError> {
 fn sysctl_path(path: &str) -> Result<PathBuf, OpError> {
     let is_plain = |part: &str| !part.is_empty() && part != "." && part != ".." && !part.contains('\0');
     if !path.split('/').all(is_plain) {
-        let message = format!("`{path}` is no path of a sysctl below {ROOT}");
+        let message = format!("`{path}` is not a sysctl path below {ROOT}");
         return Err(OpError { errno: libc::EINVAL, message });
     }
     Ok(PathBuf::from(format!("{ROOT}/{path}")))

@@ -1,4 +1,4 @@
-//! Tests over the real kernel, each in network namespaces that it makes itself. They need root.
+//! Tests against the real kernel. Each creates its own network namespaces. They need root.
 
 mod container;
 mod links;

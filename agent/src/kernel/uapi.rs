@@ -1,4 +1,4 @@
-//! Numbers of the kernel's interface that the `libc` crate does not have. The names are the kernel's.
+//! Constants of the kernel's UAPI that the `libc` crate lacks, under the kernel's names.
 
 /// `linux/rtnetlink.h`.
 pub const RTM_NEWNEXTHOP: u16 = 104;
@@ -18,9 +18,10 @@ pub const NETCONFA_RP_FILTER: u16 = 3;
 pub const NETCONFA_PROXY_NEIGH: u16 = 5;
 /// `linux/netconf.h`: the setting of the whole namespace (-1).
 pub const NETCONFA_IFINDEX_ALL: u32 = u32::MAX;
-/// Multicast groups of `linux/rtnetlink.h`: link, neigh, IPv4 ifaddr and route, IPv6 ifaddr and route, IPv4 and IPv6 netconf, nexthop.
+/// Multicast groups of `linux/rtnetlink.h`: link, neigh, IPv4 ifaddr and route, IPv6 ifaddr and route, IPv4 and IPv6 netconf,
+/// nexthop.
 pub const MONITORED_GROUPS: [u32; 9] = [1, 3, 5, 7, 9, 11, 24, 25, 32];
-/// Those of them in which peers' entries are told: neigh, IPv4 and IPv6 route, nexthop.
+/// Those of them that carry peers' entries: neigh, IPv4 and IPv6 route, nexthop.
 pub const PEER_ENTRY_GROUPS: [u32; 4] = [3, 7, 11, 32];
 /// `linux/rtnetlink.h`.
 pub const RTA_DST: u16 = 1;
@@ -36,7 +37,7 @@ pub const RTA_MULTIPATH: u16 = 9;
 pub const RTA_TABLE: u16 = 15;
 /// `linux/rtnetlink.h`: id of a next-hop object.
 pub const RTA_NH_ID: u16 = 30;
-/// `linux/rtnetlink.h`: the gateway is on link whatever the addresses say.
+/// `linux/rtnetlink.h`: the gateway is on link, regardless of the addresses.
 pub const RTNH_F_ONLINK: u32 = 4;
 /// `linux/rtnetlink.h`.
 pub const RT_TABLE_MAIN: u8 = 254;
@@ -47,28 +48,28 @@ pub const RTN_UNREACHABLE: u8 = 7;
 /// `linux/rtnetlink.h`: any scope, in a deletion.
 pub const RT_SCOPE_NOWHERE: u8 = 255;
 
-/// `linux/set_neighbour.h`: the address that is mapped.
+/// `linux/neighbour.h`: the address that is mapped.
 pub const NDA_DST: u16 = 1;
-/// `linux/set_neighbour.h`.
+/// `linux/neighbour.h`.
 pub const NDA_LLADDR: u16 = 2;
-/// `linux/set_neighbour.h`: in an FDB entry, another UDP port than the device's.
+/// `linux/neighbour.h`: in an FDB entry, another UDP port than the device's.
 pub const NDA_PORT: u16 = 6;
-/// `linux/set_neighbour.h`: in an FDB entry, another VNI than the device's.
+/// `linux/neighbour.h`: in an FDB entry, another VNI than the device's.
 pub const NDA_VNI: u16 = 7;
-/// `linux/set_neighbour.h`: filter of a dump.
+/// `linux/neighbour.h`: filter of a dump.
 pub const NDA_IFINDEX: u16 = 8;
-/// `linux/set_neighbour.h`.
+/// `linux/neighbour.h`.
 pub const NDA_PROTOCOL: u16 = 12;
-/// `linux/set_neighbour.h`.
+/// `linux/neighbour.h`.
 pub const NUD_PERMANENT: u16 = 0x80;
-/// `linux/set_neighbour.h`: the entry is the device's own, not its bridge's.
+/// `linux/neighbour.h`: the entry is the device's own, not its bridge's.
 pub const NTF_SELF: u8 = 0x02;
 
-/// `linux/set_nexthop.h`.
+/// `linux/nexthop.h`.
 pub const NHA_ID: u16 = 1;
-/// `linux/set_nexthop.h`.
+/// `linux/nexthop.h`.
 pub const NHA_OIF: u16 = 5;
-/// `linux/set_nexthop.h`.
+/// `linux/nexthop.h`.
 pub const NHA_GATEWAY: u16 = 6;
 
 /// `linux/rtnetlink.h`.
@@ -77,7 +78,7 @@ pub const RT_SCOPE_HOST: u8 = 254;
 
 /// `linux/if_link.h`: the array of an interface's settings.
 pub const IFLA_INET6_CONF: u16 = 2;
-/// `linux/is_ipv6.h`: places in that array.
+/// `linux/ipv6.h`: indices in that array.
 pub const DEVCONF_FORWARDING: usize = 0;
 pub const DEVCONF_ACCEPT_RA: usize = 3;
 pub const DEVCONF_DISABLE_IPV6: usize = 26;

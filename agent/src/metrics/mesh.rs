@@ -1,4 +1,4 @@
-//! What the probes of peers come to: numbers that do not grow with the number of peers. Who it is that a host does not reach, `overlayctl mesh` says.
+//! Metrics of the peer probes. Their number does not grow with the number of peers; `overlayctl mesh` names the unreachable peers.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,8 +10,9 @@ use super::page::{Histogram, Page, seconds};
 use crate::model::api::Reachability;
 use crate::plan::mesh::{ProbePath, Summary};
 
-/// Upper bounds of the round trips in nanoseconds, with the text Prometheus sees in seconds: from 0.1 ms, within a rack, to 1 s; an answer is waited for
-/// [`PATIENCE`](crate::plan::mesh::PATIENCE).
+/// Upper bounds of the round-trip histogram, in nanoseconds and as Prometheus' text in seconds.
+///
+/// From 0.1 ms, within a rack, to 1 s; a reply may take up to [`PROBE_TIMEOUT`](crate::plan::mesh::PROBE_TIMEOUT).
 const ROUND_TRIP_BOUNDS: [(u64, &str); 12] = [
     (100_000, "0.0001"),
     (250_000, "0.00025"),
@@ -27,7 +28,7 @@ const ROUND_TRIP_BOUNDS: [(u64, &str); 12] = [
     (1_000_000_000, "1"),
 ];
 
-/// The states that a peer may have; one that has gone is none any more.
+/// The states of current peers; departed peers are not counted.
 const STATES: [Reachability; 6] = [
     Reachability::Ok,
     Reachability::Lossy,
@@ -37,14 +38,14 @@ const STATES: [Reachability; 6] = [
     Reachability::Unknown,
 ];
 
-/// The numbers of one of the two ways to peers.
+/// The metrics of one probe path: overlay or underlay.
 #[derive(Debug, Default)]
 struct PathMetrics {
     answered: Histogram<{ ROUND_TRIP_BOUNDS.len() }>,
     lost: AtomicU64,
 }
 
-/// The numbers.
+/// All metrics of the probes.
 #[derive(Debug, Default)]
 pub(super) struct MeshMetrics {
     overlay: PathMetrics,
@@ -76,27 +77,27 @@ impl MeshMetrics {
         let (probing, summary) = self.current.lock().unwrap_or_else(PoisonError::into_inner).clone();
         page.gauge(
             "overlayd_mesh_probing",
-            "1 while peers are probed: 0 where it is switched off or not allowed.",
+            "1 while peers are probed; 0 if probing is disabled or not permitted.",
             u64::from(probing),
         );
-        page.header("overlayd_mesh_peers", "Peers by how they are reached, one a family.", "gauge");
+        page.header("overlayd_mesh_peers", "Peers by reachability; each address family counts separately.", "gauge");
         let counts: BTreeMap<Reachability, u64> = summary.states;
         for state in STATES {
             let count = counts.get(&state).copied().unwrap_or_default();
             page.line(&format!("overlayd_mesh_peers{{state=\"{}\"}} {count}", state.as_str()));
         }
         let ways = [(ProbePath::Overlay, summary.worst_overlay), (ProbePath::Underlay, summary.worst_underlay)];
-        page.header("overlayd_mesh_worst_round_trip_seconds", "The longest of the peers' mean round trips.", "gauge");
+        page.header("overlayd_mesh_worst_round_trip_seconds", "The longest mean round trip of all peers.", "gauge");
         for (way, worst) in ways {
             let worst = seconds(worst.saturating_mul(1_000));
             page.line(&format!("overlayd_mesh_worst_round_trip_seconds{{way=\"{}\"}} {worst}", way.as_str()));
         }
-        page.header("overlayd_mesh_lost_probes_total", "Probes that were not answered in time, or could not be sent.", "counter");
+        page.header("overlayd_mesh_lost_probes_total", "Probes without a reply in time, or that could not be sent.", "counter");
         for (way, _) in ways {
             let lost = self.path_metrics(way).lost.load(Ordering::Relaxed);
             page.line(&format!("overlayd_mesh_lost_probes_total{{way=\"{}\"}} {lost}", way.as_str()));
         }
-        page.header("overlayd_mesh_round_trip_seconds", "Round trips of the probes that were answered.", "histogram");
+        page.header("overlayd_mesh_round_trip_seconds", "Round trips of answered probes.", "histogram");
         for (way, _) in ways {
             let label = format!("way=\"{}\"", way.as_str());
             let bounds = ROUND_TRIP_BOUNDS.map(|(_, text)| text);

@@ -1,9 +1,9 @@
-//! Prometheus' text format (version 0.0.4): the page as it grows, and histograms.
+//! Prometheus' text format (version 0.0.4): a page builder and histograms.
 
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// The text as it grows.
+/// Builds the page's text.
 pub(super) struct Page(String);
 
 impl Page {
@@ -35,7 +35,7 @@ impl Page {
         self.line(&format!("{name} {value}"));
     }
 
-    /// A counter by one label whose values are words of ours: they need no escapes.
+    /// A counter with one label. The label's values are our own constants and need no escapes.
     pub(super) fn counters<'a>(&mut self, name: &str, help: &str, label: &str, values: impl IntoIterator<Item = (&'a str, u64)>) {
         self.header(name, help, "counter");
         for (value, count) in values {
@@ -44,7 +44,7 @@ impl Page {
     }
 }
 
-/// Observations by bucket; what is above the last bound counts only in `count`.
+/// Observations by bucket; values above the last bound count only in `count`.
 #[derive(Debug)]
 pub(super) struct Histogram<const N: usize> {
     buckets: [AtomicU64; N],
@@ -67,13 +67,13 @@ impl<const N: usize> Histogram<N> {
         self.count.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// `sum` writes the sum in the unit of the name, from the one in which it was observed.
+    /// `sum` converts the sum from the observed unit to the metric's unit.
     pub(super) fn render(&self, page: &mut Page, name: &str, help: &str, bounds: [&str; N], sum: impl FnOnce(u64) -> String) {
         page.header(name, help, "histogram");
         self.samples(page, name, "", bounds, sum);
     }
 
-    /// The samples alone, each with a label (`name="value"`) where it is not empty: several histograms may be one family.
+    /// Writes the samples without header, with a label (`name="value"`) unless it is empty, so that a family can have several histograms.
     pub(super) fn samples(&self, page: &mut Page, name: &str, label: &str, bounds: [&str; N], sum: impl FnOnce(u64) -> String) {
         let (first, all) =
             if label.is_empty() { (String::new(), String::new()) } else { (format!("{label},"), format!("{{{label}}}")) };
@@ -82,7 +82,7 @@ impl<const N: usize> Histogram<N> {
             below += bucket.load(Ordering::Relaxed);
             page.line(&format!("{name}_bucket{{{first}le=\"{bound}\"}} {below}"));
         }
-        // Read behind the buckets, and never below them: a scrape may run beside an observation.
+        // Read after the buckets and at least their sum, because an observation may run concurrently.
         let count = self.count.load(Ordering::Relaxed).max(below);
         page.line(&format!("{name}_bucket{{{first}le=\"+Inf\"}} {count}"));
         page.line(&format!("{name}_sum{all} {}", sum(self.sum.load(Ordering::Relaxed))));

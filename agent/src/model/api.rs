@@ -1,4 +1,4 @@
-//! The JSON of the agent's socket, version 1. Fields are only ever added; `overlayctl -o json` prints the same shapes.
+//! JSON types of the agent's API, version 1. Fields are only ever added. `overlayctl -o json` prints the same types.
 
 mod mesh;
 mod view;
@@ -16,22 +16,22 @@ use super::{Backend, Cidr, Endpoint, LeaseRecord, Mac, NetworkConfig, PerFamily,
 pub use mesh::{Mesh, MeshEntry, PathView, Reachability};
 pub use view::{BridgeView, Counters, DeviceView, EndpointView, IpamView, NetworkView, PortView};
 
-/// The version of these shapes, the first part of each path: `/v1/...`.
+/// The version of these types, the first part of each path: `/v1/...`.
 pub const VERSION: u32 = 1;
 
-/// How well a part or the whole is.
+/// Health of a part or of the whole agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Health {
-    /// All is well.
+    /// No problem.
     Ok,
-    /// Works, but something needs a look.
+    /// Works, but needs attention.
     Degraded,
-    /// Not working yet, or no longer.
+    /// Not working yet, or not working any more.
     Waiting,
 }
 
-/// `GET /v1/map_status`.
+/// `GET /v1/status`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     /// The agent's version.
@@ -42,15 +42,15 @@ pub struct Status {
     pub node_id: String,
     /// Seconds since the agent started.
     pub uptime_seconds: u64,
-    /// Snapshot seen, own lease held, nothing failed pending.
+    /// The snapshot was read, the own lease is held, and no failed operation is pending.
     pub ready: bool,
-    /// The worst of the parts.
+    /// The worst health of all parts.
     pub health: Health,
-    /// What is not well, each fit for a person and with the remedy.
+    /// Problems, human-readable, each with the remedy.
     pub problems: Vec<String>,
     /// The store.
     pub store: StoreStatus,
-    /// The network's configuration; absent until it is there.
+    /// The network's configuration; absent until it exists.
     pub network: Option<NetworkConfig>,
     /// This host's lease; absent until it is held.
     pub lease: Option<LeaseStatus>,
@@ -65,7 +65,7 @@ pub struct Status {
 /// The store's part of the status.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StoreStatus {
-    /// Whether it answers.
+    /// Whether etcd answers.
     pub connected: bool,
     /// The endpoints in use.
     pub endpoints: Vec<String>,
@@ -73,13 +73,13 @@ pub struct StoreStatus {
     pub prefix: String,
     /// The last revision seen.
     pub revision: i64,
-    /// The last error while it does not answer.
+    /// The last error while etcd does not answer.
     pub error: Option<String>,
-    /// Mistakes in the configuration that stands in etcd, while the last good one is used.
+    /// Errors of the configuration in etcd, while the last valid one stays in use.
     pub config_errors: Vec<FieldError>,
-    /// Leases seen, this host's included.
+    /// Number of leases seen, including this host's.
     pub leases: usize,
-    /// Leases that are left out, and why.
+    /// Ignored leases, with the reason.
     pub refused: Vec<RejectedLease>,
 }
 
@@ -101,10 +101,10 @@ pub struct UnderlayStatus {
     pub mtu: u32,
     /// This host's underlay addresses.
     pub public_ip: PerFamily<IpAddr>,
-    /// The addresses of the interface that the tunnels send from: others than `public_ip` behind NAT.
+    /// The interface's addresses that the tunnels send from. They differ from `public_ip` behind NAT.
     #[serde(default)]
     pub local: PerFamily<IpAddr>,
-    /// Why they were chosen.
+    /// Why these addresses were chosen.
     #[serde(default)]
     pub reasons: PerFamily<String>,
 }
@@ -112,11 +112,11 @@ pub struct UnderlayStatus {
 /// The data path's part of the status.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DataPathStatus {
-    /// Peers in the data path.
+    /// Number of peers in the data path.
     pub peers: usize,
-    /// Entries that could not be programmed, with the kernel's answer; they are tried again.
+    /// Entries that could not be programmed, with the kernel's error; they are retried.
     pub failed: Vec<FailedOp>,
-    /// Entries that were put back after others changed them, since the agent started.
+    /// Number of entries restored since the agent started, after another program changed them.
     pub drift_repairs: u64,
     /// The last repair.
     pub last_drift: Option<Drift>,
@@ -124,7 +124,7 @@ pub struct DataPathStatus {
     pub mtu: Option<u32>,
     /// Whether routes use next-hop objects.
     pub nexthop_objects: bool,
-    /// Packets that the guards dropped, by reason; empty where the tables are not there yet.
+    /// Packets dropped by the source filters, by reason; empty until the tables exist.
     #[serde(default)]
     pub dropped: BTreeMap<String, u64>,
 }
@@ -132,15 +132,15 @@ pub struct DataPathStatus {
 /// An entry that could not be programmed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FailedOp {
-    /// The entry, as `ip` would print it.
+    /// The entry, in the format of `ip`.
     pub entry: String,
-    /// The kernel's answer and what to do about it.
+    /// The kernel's error, and the remedy.
     pub error: String,
-    /// How often it was tried.
+    /// Number of attempts.
     pub attempts: u32,
 }
 
-/// An entry that differed through no act of the agent.
+/// An entry that another program changed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Drift {
     /// The entry.
@@ -152,7 +152,7 @@ pub struct Drift {
 /// `GET /v1/subnets`, and each line of `GET /v1/subnets?watch=true`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Subnets {
-    /// Every lease, ordered by subnet; those left out behind them.
+    /// All leases, ordered by subnet; ignored ones last.
     pub subnets: Vec<SubnetEntry>,
 }
 
@@ -161,7 +161,7 @@ pub struct Subnets {
 pub struct SubnetEntry {
     /// The key below `<prefix>/subnets/`.
     pub key: String,
-    /// The subnet; absent where the key names none.
+    /// The subnet; absent if the key is not a subnet.
     pub subnet: Option<Subnet>,
     /// The host's name; absent for a flannel host.
     pub host: Option<String>,
@@ -169,24 +169,24 @@ pub struct SubnetEntry {
     pub node_id: Option<String>,
     /// The host's underlay addresses.
     pub public_ip: PerFamily<IpAddr>,
-    /// The backend, `vxlan_chain` for those in the data path.
+    /// The backend; `vxlan` for leases in the data path.
     pub backend: Option<String>,
     /// The VNI.
     pub vni: Option<Vni>,
     /// The VTEP's MAC in each family.
     pub vtep: PerFamily<Mac>,
-    /// Seconds until the lease ends unless it is renewed; absent for a reservation and where it was not asked for.
+    /// Seconds until the lease expires unless renewed; absent for a reservation, and if not requested.
     pub expires_in_seconds: Option<i64>,
     /// Whether it never expires.
     pub reservation: bool,
-    /// Whether it is this host's.
+    /// Whether it is this host's lease.
     pub own: bool,
-    /// Why it is left out of the data path; absent where it is in it.
+    /// Why the lease is ignored; absent for a lease in the data path.
     pub refused: Option<String>,
 }
 
 impl SubnetEntry {
-    /// The lease as it stands in the store; whose it is and whether it counts is for the caller to add.
+    /// Converts a stored lease. The caller adds `own` and `refused`.
     pub fn from_record(key: &str, record: &LeaseRecord) -> SubnetEntry {
         let lease = &record.lease;
         let (vni, vtep) = match &lease.backend {
@@ -209,7 +209,7 @@ impl SubnetEntry {
         }
     }
 
-    /// An entry that is no lease.
+    /// Converts a rejected entry.
     pub fn from_rejected(rejected: &RejectedLease) -> SubnetEntry {
         SubnetEntry {
             key: rejected.key.clone(),
@@ -228,10 +228,10 @@ impl SubnetEntry {
     }
 }
 
-/// `GET /v1/synthetic_leases`.
+/// `GET /v1/peers`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Peers {
-    /// Every peer in the data path, one element a family, ordered by subnet.
+    /// All peers in the data path, one element per family, ordered by subnet.
     pub peers: Vec<PeerEntry>,
 }
 
@@ -248,7 +248,7 @@ pub struct PeerEntry {
     pub vtep: Mac,
     /// Our device towards it.
     pub device: String,
-    /// The next-hop object's id; absent with classic routes.
+    /// The next-hop object's ID; absent with classic routes.
     pub nexthop_id: Option<u32>,
     /// `programmed`, or what is missing.
     pub state: String,
@@ -256,84 +256,84 @@ pub struct PeerEntry {
     pub last_repair: Option<u64>,
 }
 
-/// `GET /v1/endpoint_count`.
+/// `GET /v1/endpoints`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Endpoints {
-    /// Every endpoint of this host, by name.
+    /// All endpoints of this host, by name.
     pub endpoints: Vec<Endpoint>,
 }
 
-/// `PUT /v1/endpoint_count/NAME`: attaches a container. The same request again answers the same endpoint.
+/// `PUT /v1/endpoints/NAME`: attaches a container. Idempotent: the same request returns the same endpoint.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AttachRequest {
-    /// What the container gets; `overlay` where absent.
+    /// The container's network mode; default `overlay`.
     #[serde(default)]
     pub mode: Mode,
-    /// Absolute path of the network namespace; needed in modes overlay and none, absent in the others.
+    /// Absolute path of the network namespace; required in modes overlay and none, absent in the other modes.
     #[serde(default)]
     pub netns: Option<PathBuf>,
-    /// The interface to make in it; `eth0` where absent.
+    /// The interface to create in it; default `eth0`.
     #[serde(default)]
     pub interface: Option<String>,
-    /// Wished addresses; the others are chosen.
+    /// Requested addresses; the agent allocates the missing ones.
     #[serde(default)]
     pub addresses: PerFamily<IpAddr>,
-    /// The wished MAC of the interface, of one station; only in mode overlay.
+    /// The requested unicast MAC of the interface; only in mode overlay.
     #[serde(default)]
     pub mac: Option<Mac>,
-    /// Ports of the host that shall lead to it; only in mode overlay.
+    /// Host ports to forward to it; only in mode overlay.
     #[serde(default)]
     pub publish: Vec<PublishedPort>,
-    /// Whether packets with an address or MAC of another are dropped; yes where absent.
+    /// Whether packets with a foreign source address or MAC are dropped; default true.
     #[serde(default)]
     pub source_check: Option<bool>,
-    /// Whether the container's default route leads over the overlay; yes where absent. Without it, a route to the overlay network does. Absent from
-    /// the text where it is not asked for: an agent of an older version does not know it.
+    /// Whether the container's default route uses the overlay; default true. If false, only a route to the overlay network does.
+    /// Omitted from the JSON if not set, because older agents do not know it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub default_route: Option<bool>,
-    /// What asks for it, where that is no person: printable text of at most 256 bytes.
+    /// The program that attaches it, if any: printable text of at most 256 bytes.
     #[serde(default)]
     pub owner: Option<String>,
 }
 
-/// The answer to an attach: the endpoint and what a container needs to know.
+/// Response to an attach: the endpoint and the container's network settings.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AttachResponse {
     /// The endpoint.
     pub endpoint: Endpoint,
-    /// The address with the subnet's length, per family, as `ip addr` has it.
+    /// The prefix length of the address, per family, as in `ip addr`.
     pub prefix_length: PerFamily<u8>,
     /// The gateway on the bridge.
     pub gateway: PerFamily<IpAddr>,
-    /// What leads over the gateway, per family: everything, or without a default route the overlay network.
+    /// The route's destination via the gateway, per family: all addresses, or without a default route the overlay network.
     #[serde(default)]
     pub routes: PerFamily<Cidr>,
-    /// MTU of the interface in bytes; absent where there is none.
+    /// MTU of the interface in bytes; absent without an interface.
     pub mtu: Option<u32>,
 }
 
-/// The answer to a detach.
+/// Response to a detach.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DetachResponse {
-    /// The endpoint that was there; absent where there was none, which is no error.
+    /// The detached endpoint; absent if it did not exist, which is not an error.
     pub endpoint: Option<EndpointName>,
-    /// The endpoints that shared its namespace and were detached with it.
+    /// Endpoints in the same namespace, which were detached with it.
     #[serde(default)]
     pub sharers: Vec<EndpointName>,
 }
 
-/// `GET` and `PUT /v1/log_file-level`.
+/// `GET` and `PUT /v1/log-level`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LogLevel {
-    /// A filter of the `tracing` crate: `info`, `debug`, `overlay_agent::inject_store_fault=debug`.
+    /// A filter of the `tracing` crate: `info`, `debug`, `overlay_agent::store=debug`.
     pub level: String,
 }
 
-/// The body of every answer that is no success.
+/// The body of every error response.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ErrorBody {
-    /// What is wrong, with the value, the place and the remedy.
+    /// The error, with value, place and remedy.
     pub error: String,
 }

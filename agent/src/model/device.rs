@@ -1,4 +1,4 @@
-//! The network devices that the agent makes, by what they are for. The name is a function of role and VNI, so it is never stored.
+//! The network devices that the agent creates, by role. The name is a function of role and VNI, so it is never stored.
 
 use std::fmt;
 
@@ -6,20 +6,20 @@ use serde::{Deserialize, Serialize};
 
 use super::{Family, Vni};
 
-/// What the names of the host's ends of endpoints' veth pairs begin with.
+/// Name prefix of the host's ends of the endpoints' veth pairs.
 pub const PORT_PREFIX: &str = "ove";
 
-/// The most ports that the kernel gives one bridge (`BR_MAX_PORTS` in `net/bridge_name/br_private.h`, less number 0).
+/// Maximum number of ports of a bridge in the kernel (`BR_MAX_PORTS` in `net/bridge/br_private.h`, minus number 0).
 pub const MAX_BRIDGE_PORTS: usize = 1023;
 
-/// What to tell where a bridge has no port left.
+/// Error message for a bridge without a free port.
 pub fn bridge_full_message() -> String {
     format!(
-        "this host's bridge has all of the {MAX_BRIDGE_PORTS} ports that the kernel gives it: detach containers, or attach this one on another host"
+        "this host's bridge uses all {MAX_BRIDGE_PORTS} ports that the kernel allows: detach containers, or attach this one on another host"
     )
 }
 
-/// What a device of ours does.
+/// Role of a device of the agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
@@ -29,10 +29,10 @@ pub enum Role {
     Bridge,
 }
 
-/// A device of ours: its role in the overlay network of that VNI.
+/// A device of the agent: its role in the overlay network with this VNI.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Device {
-    /// What it does.
+    /// Its role.
     pub role: Role,
     /// The overlay network it belongs to.
     pub vni: Vni,
@@ -49,12 +49,12 @@ impl Device {
         Device { role: Role::Bridge, vni }
     }
 
-    /// The interface name: `ovx.<VNI_FIELD>`, `ovx6.<VNI_FIELD>` or `ovb.<VNI_FIELD>`; 13 characters at the most, of the kernel's 15.
+    /// The interface name: `ovx.<VNI>`, `ovx6.<VNI>` or `ovb.<VNI>`; at most 13 characters, of the kernel's 15.
     pub fn name(self) -> String {
         self.to_string()
     }
 
-    /// The device that has this interface name; `None` for a name that is not of our form.
+    /// The device with this interface name; `None` if the name does not have our format.
     pub fn from_name(name: &str) -> Option<Device> {
         let (prefix, number) = name.split_once('.')?;
         let vni = Vni::try_from(number.parse::<u32>().ok()?).ok()?;

@@ -1,32 +1,33 @@
-//! What of a host's subnet is left to Docker, where it is told to put its containers on our bridge (`docs/docker_share.md`). Pure.
+//! The part of a host's subnet that is left to Docker, if Docker attaches its containers to our bridge (`docs/docker.md`). Pure.
 
 use std::net::IpAddr;
 
 use super::family::address_value;
 use super::{Cidr, Family};
 
-/// The longest IPv6 prefix in which Docker makes a container's address of its MAC; in a longer one it counts from the base, as we do
-/// (libnetwork, `daemon_unix.go`: `deferIPv6Alloc`).
+/// The longest IPv6 prefix in which Docker derives a container's address from its MAC. In a longer prefix it counts from the
+/// base, as we do (libnetwork, `daemon_unix.go`: `deferIPv6Alloc`).
 const MAX_MAC_DERIVED_PREFIX: u8 = 80;
 
-/// Of such a prefix we hand out the lowest 2^32 addresses. Docker's have the MAC, which begins with 02:42, in the last 48 bits.
+/// The agent allocates the lowest 2^32 addresses of such a prefix. Docker's addresses have the MAC, which begins with 02:42, in
+/// the last 48 bits.
 const OWN_IPV6_BITS: u32 = 32;
 
-/// The longest IPv4 subnet of which half is worth anything to either.
+/// The longest IPv4 prefix of which half is still usable for both sides.
 const MAX_SHARED_IPV4_PREFIX: u8 = 29;
 
 /// Docker's part of one family's range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DockerShare {
-    /// What Docker is told as its `fixed_cidr-subnet_key` (IPv6: `fixed_cidr-subnet_key-v6`).
+    /// The value of Docker's `fixed-cidr` (IPv6: `fixed-cidr-v6`).
     pub fixed_cidr: Cidr,
-    /// From here to the range's end the agent hands out nothing.
+    /// The agent allocates no address from here to the end of the range.
     pub first_address: IpAddr,
 }
 
 impl DockerShare {
-    /// Docker's part of a host's range: the upper half in IPv4, all but the lowest 2^32 addresses in IPv6. `None` where the range is too small
-    /// to be shared (IPv4 longer than /29, IPv6 longer than /80).
+    /// Docker's part of a host's range: the upper half in IPv4, all but the lowest 2^32 addresses in IPv6. `None` if the range is
+    /// too small to be shared (IPv4 longer than /29, IPv6 longer than /80).
     pub fn from_range(range: Cidr) -> Option<DockerShare> {
         let family = range.family();
         let own = match family {
@@ -37,7 +38,7 @@ impl DockerShare {
         let first = family.address(address_value(range.base()) + own);
         let fixed = match family {
             Family::V4 => Cidr::containing(first, range.length() + 1)?,
-            // The gateway has to lie in it, or Docker gives the bridge an address of its own choice.
+            // It must contain the gateway, or Docker gives the bridge an address of its own choice.
             Family::V6 => range,
         };
         Some(DockerShare { fixed_cidr: fixed, first_address: first })

@@ -8,32 +8,33 @@ use serde::{Deserialize, Serialize};
 
 use super::{Mac, PerFamily, PublishedPort};
 
-/// A container's attachment, as it is kept in the state directory and shown by `overlayctl endpoint_count`.
+/// A container's attachment, as stored in the state directory and shown by `overlayctl endpoints`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Endpoint {
     /// The name, unique on the host.
     pub name: EndpointName,
-    /// What the container gets.
+    /// The container's network mode.
     #[serde(default)]
     pub mode: Mode,
     /// The path of its network namespace: the host's own in mode host, the other endpoint's in mode container.
     pub netns: PathBuf,
-    /// Its way onto the bridge; only in mode overlay.
+    /// Its veth pair to the bridge; only in mode overlay.
     #[serde(flatten)]
     pub port: Option<Port>,
-    /// Ports of the host that lead to it.
+    /// Host ports that are forwarded to it.
     #[serde(default)]
     pub published: Vec<PublishedPort>,
-    /// Whether packets from it are dropped that carry an address or MAC of another; off for routers and virtual addresses.
+    /// Whether packets from it with a foreign source address or MAC are dropped. Off for routers and virtual addresses.
     #[serde(default = "yes")]
     pub source_check: bool,
-    /// Whether its default route leads over the overlay; else a route to the overlay network does, and the default route is another network's.
+    /// Whether its default route uses the overlay. Otherwise only a route to the overlay network does, and another network
+    /// provides the default route.
     #[serde(default = "yes")]
     pub default_route: bool,
-    /// What made it, where that was no person: text for `overlayctl endpoint_count` and for what the maker wants to find again.
+    /// The program that attached it, if any: text for `overlayctl endpoints`, and for the program to find its endpoints again.
     #[serde(default)]
     pub owner: Option<String>,
-    /// Seconds since the epoch at which it was attached.
+    /// Time of the attachment in seconds since the epoch.
     pub attached_at: u64,
 }
 
@@ -42,7 +43,7 @@ fn yes() -> bool {
 }
 
 impl Endpoint {
-    /// One with this port on the bridge, and nothing else that is remarkable.
+    /// An endpoint with this port on the bridge, and defaults otherwise.
     #[cfg(test)]
     pub fn on_bridge(name: &str, port: Port) -> Endpoint {
         Endpoint {
@@ -58,12 +59,12 @@ impl Endpoint {
         }
     }
 
-    /// Its addresses of the host's subnet; none but in mode overlay.
+    /// Its addresses in the host's subnet; empty except in mode overlay.
     pub fn addresses(&self) -> PerFamily<IpAddr> {
         self.port.as_ref().map(|port| port.addresses).unwrap_or_default()
     }
 
-    /// Whether one of its published ports leads to an address of it.
+    /// Whether a published port has an address of this endpoint to forward to.
     pub fn has_address_for(&self, published: &PublishedPort) -> bool {
         published.has_effect(|family| self.addresses().get(family).is_some())
     }
@@ -72,7 +73,7 @@ impl Endpoint {
 /// An endpoint's veth pair: one end in the container, the other a port of the bridge.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Port {
-    /// The interface inside the namespace; `eth0` unless asked otherwise.
+    /// The interface inside the namespace; default `eth0`.
     pub interface: String,
     /// The host's end of the veth pair, a port of the bridge.
     pub host_interface: String,
@@ -82,7 +83,7 @@ pub struct Port {
     pub addresses: PerFamily<IpAddr>,
 }
 
-/// What a container gets. As text: `overlay`, `none`, `host`, `container:NAME`.
+/// A container's network mode. As text: `overlay`, `none`, `host`, `container:NAME`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Mode {
@@ -91,22 +92,22 @@ pub enum Mode {
     Overlay,
     /// A namespace with loopback only.
     None,
-    /// The host's own namespace: nothing is made.
+    /// The host's own namespace; no interface is created.
     Host,
     /// The namespace of another endpoint.
     Container(EndpointName),
 }
 
-/// Why a text is no [`Mode`].
+/// Error of parsing a [`Mode`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ModeError {
-    /// None of the words.
-    #[error("`{text}` is no mode: overlay, none, host or container:NAME")]
+    /// The text is none of the modes.
+    #[error("`{text}` is not a mode: use overlay, none, host or container:NAME")]
     Unknown {
-        /// The refused text, cut to 80 characters.
+        /// The rejected text, cut to 80 characters.
         text: String,
     },
-    /// The name behind `container:`.
+    /// The name after `container:` is invalid.
     #[error(transparent)]
     Name(#[from] EndpointNameError),
 }
@@ -153,16 +154,16 @@ impl fmt::Display for Mode {
 }
 
 /// The name of an endpoint: 1 to 63 of `a-z A-Z 0-9 . _ -`, the first one a letter or digit. It is used as a file name
-/// (`/run/path/NAME`), so it can hold no slash.
+/// (`/run/netns/NAME`), so it must not contain a slash.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct EndpointName(String);
 
-/// Why a text is no [`EndpointName`].
+/// Error of parsing an [`EndpointName`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{text}` is no endpoint name: 1 to 63 of a-z A-Z 0-9 . _ - beginning with a letter or digit")]
 pub struct EndpointNameError {
-    /// The refused text, cut to 80 characters.
+    /// The rejected text, cut to 80 characters.
     pub text: String,
 }
 

@@ -1,4 +1,4 @@
-//! The small types through which the store, the kernel and the endpoints meet in `reconcile`.
+//! Messages between the store and `reconcile`.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -7,34 +7,34 @@ use super::lease::Node;
 use super::network::ConfigErrors;
 use super::{LeaseRecord, Mac, NetworkConfig, PerFamily, RejectedLease, Subnet};
 
-/// One entry below `<prefix>/subnets/`: its key's last part, and what it decodes to.
+/// One entry below `<prefix>/subnets/`: the last part of its key, and its decoded value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoreEntry {
-    /// The part of the key behind `<prefix>/subnets/`, as it stands in the store.
+    /// The part of the key after `<prefix>/subnets/`, unchanged.
     pub key: String,
-    /// The lease, or why it is none.
+    /// The lease, or the reason for rejection.
     pub value: Result<LeaseRecord, RejectedLease>,
 }
 
-/// What the store hands on, in the order of etcd's revisions.
+/// Event of the store, in the order of etcd's revisions.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StoreEvent {
-    /// The network's configuration: `None` while the key is not there. Comes before the first snapshot and at each change.
+    /// The network's configuration; `None` while the key does not exist. Sent before the first snapshot and at each change.
     Config(Option<Result<NetworkConfig, ConfigErrors>>),
-    /// Every entry at one revision: what it lacks is gone.
+    /// All entries at one revision. Any entry that is missing here was removed.
     Snapshot(Vec<StoreEntry>),
-    /// An entry was made or changed.
+    /// An entry was created or changed.
     Upsert(StoreEntry),
-    /// An entry is gone.
+    /// An entry was removed.
     Remove {
-        /// The part of the key behind `<prefix>/subnets/`.
+        /// The part of the key after `<prefix>/subnets/`.
         key: String,
     },
-    /// This host's own lease.
+    /// The state of this host's own lease.
     Own(OwnLease),
-    /// Whether the store answers.
+    /// The store's availability.
     Connection(Connection),
-    /// The addresses of the store's servers: those that its endpoints stood for at any time since the start.
+    /// All addresses that the store's endpoints resolved to since the start.
     Servers(BTreeSet<IpAddr>),
 }
 
@@ -43,37 +43,37 @@ pub enum StoreEvent {
 pub enum Connection {
     /// Requests are answered.
     Up {
-        /// The revision of the last answer.
+        /// The revision of the last response.
         revision: i64,
     },
-    /// They are not; the data path stays as it is.
+    /// Requests fail; the data path stays unchanged.
     Down {
-        /// The last error, fit for a person.
+        /// The last error, human-readable.
         error: String,
     },
 }
 
-/// What the host wants to hold. Whenever it changes, the lease follows.
+/// The lease that this host requests. The lease keeper updates the lease whenever the request changes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LeaseRequest {
     /// The network.
     pub network: NetworkConfig,
-    /// Who we are.
+    /// This host's name and identity.
     pub node: Node,
     /// This host's underlay addresses; one for each family of the network.
     pub public_ip: PerFamily<IpAddr>,
     /// The MACs of this host's VXLAN devices; one for each family of the network.
     pub vtep: PerFamily<Mac>,
-    /// The subnet that the state file remembers.
+    /// The subnet in the state file.
     pub preferred: Option<Subnet>,
 }
 
 /// The state of this host's own lease.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum OwnLease {
-    /// Not held, and why; the next try follows by itself.
+    /// Not held; retried automatically.
     NotHeld {
-        /// What stands in the way, fit for a person.
+        /// The reason, human-readable.
         reason: String,
     },
     /// Held.
@@ -87,17 +87,17 @@ pub struct HeldLease {
     pub subnet: Subnet,
     /// The etcd lease; `None` for a reservation.
     pub etcd_lease: Option<i64>,
-    /// How it was got.
+    /// How it was obtained.
     pub origin: LeaseOrigin,
 }
 
-/// How a lease was got.
+/// How a lease was obtained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LeaseOrigin {
-    /// It named this host already.
+    /// It already named this host.
     Reused,
-    /// It had this host's public IP and its holder is gone.
+    /// It had this host's public IP, and its holder is dead.
     TakenOver,
-    /// It was free.
+    /// Its subnet was free.
     Acquired,
 }

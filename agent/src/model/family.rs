@@ -1,4 +1,4 @@
-//! Address families as values: IPv4 and IPv6 go through the same code.
+//! Address families as values, so that IPv4 and IPv6 use the same code.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -18,7 +18,7 @@ pub enum Family {
 }
 
 impl Family {
-    /// Both families, in the order in which they are handled everywhere.
+    /// Both families, in the order of processing.
     pub const ALL: [Family; 2] = [Family::V4, Family::V6];
 
     /// The family of an address.
@@ -43,7 +43,7 @@ impl Family {
         }
     }
 
-    /// The address of this family that stands for "none given" (`0.0.0.0`, `::`).
+    /// The unspecified address of this family (`0.0.0.0`, `::`).
     pub const fn unspecified(self) -> IpAddr {
         match self {
             Family::V4 => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
@@ -104,7 +104,7 @@ impl<T> PerFamily<T> {
         }
     }
 
-    /// The place of one family's value.
+    /// Mutable access to one family's value.
     pub fn slot(&mut self, family: Family) -> &mut Option<T> {
         match family {
             Family::V4 => &mut self.v4,
@@ -112,7 +112,7 @@ impl<T> PerFamily<T> {
         }
     }
 
-    /// The values that are there, IPv4 first.
+    /// The present values, IPv4 first.
     pub fn iter(&self) -> impl Iterator<Item = (Family, &T)> {
         Family::ALL.into_iter().filter_map(|family| self.get(family).map(|value| (family, value)))
     }
@@ -122,12 +122,12 @@ impl<T> PerFamily<T> {
         self.iter().map(|(family, _)| family)
     }
 
-    /// Neither family has a value.
+    /// Whether neither family has a value.
     pub fn is_empty(&self) -> bool {
         self.v4.is_none() && self.v6.is_none()
     }
 
-    /// Both families' values through a function; what is absent stays absent.
+    /// Maps both families' values; an absent value stays absent.
     pub fn map<U>(&self, mut f: impl FnMut(Family, &T) -> U) -> PerFamily<U> {
         PerFamily { v4: self.v4.as_ref().map(|v| f(Family::V4, v)), v6: self.v6.as_ref().map(|v| f(Family::V6, v)) }
     }
@@ -143,7 +143,7 @@ impl<T> FromIterator<(Family, T)> for PerFamily<T> {
     }
 }
 
-/// The values that are there, IPv4 first, with a blank between them.
+/// The present values, IPv4 first, separated by a space.
 impl<T: fmt::Display> fmt::Display for PerFamily<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (i, (_, value)) in self.iter().enumerate() {
@@ -153,23 +153,23 @@ impl<T: fmt::Display> fmt::Display for PerFamily<T> {
     }
 }
 
-/// An address range in CIDR form whose host bits are zero, always.
+/// An address range in CIDR form. Its host bits are always zero.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Cidr(IpNetwork);
 
-/// Why a text is no [`Cidr`].
+/// Error of parsing a [`Cidr`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CidrError {
-    /// The text has another form than `ADDRESS/LENGTH`.
+    /// The text does not have the format `ADDRESS/LENGTH`.
     #[error("`{text}` is not a CIDR: expected ADDRESS/LENGTH such as 10.244.0.0/16 or fd00:10:244::/56")]
     Syntax {
-        /// The refused text.
+        /// The rejected text.
         text: String,
     },
-    /// Bits are set behind the prefix length.
+    /// Bits after the prefix length are set.
     #[error("`{text}` has host bits set: the network of that length is {masked}")]
     HostBits {
-        /// The refused text.
+        /// The rejected text.
         text: String,
         /// The same range with its host bits cleared.
         masked: Cidr,
@@ -177,7 +177,7 @@ pub enum CidrError {
 }
 
 impl Cidr {
-    /// The range of `encoded_length` leading bits that holds `address`; `None` where the length does not fit the family.
+    /// The range of prefix length `length` that contains `address`; `None` if the length exceeds the family's.
     pub fn containing(address: IpAddr, length: u8) -> Option<Cidr> {
         let family = Family::of(address);
         if length > family.bits() {
@@ -219,7 +219,7 @@ impl Cidr {
         self.0.prefix()
     }
 
-    /// The address `offset` above the base; `None` outside the range.
+    /// The address at `offset` from the base; `None` outside the range.
     pub fn nth(self, offset: u128) -> Option<IpAddr> {
         let value = address_value(self.base()).checked_add(offset)?;
         (value <= address_value(self.last())).then(|| self.family().address(value))
@@ -231,7 +231,7 @@ impl Cidr {
             && address_value(address) & mask(self.family(), self.length()) == address_value(self.base())
     }
 
-    /// Whether the whole other range lies in this one.
+    /// Whether the other range lies entirely in this one.
     pub fn covers(self, other: Cidr) -> bool {
         other.length() >= self.length() && self.contains(other.base())
     }
@@ -254,7 +254,7 @@ const fn family_max(family: Family) -> u128 {
     }
 }
 
-/// The network mask of `encoded_length` bits as an integer.
+/// The network mask of `length` bits as an integer.
 const fn mask(family: Family, length: u8) -> u128 {
     let max = family_max(family);
     if length == 0 { 0 } else { max & (max << (family.bits() - length)) }

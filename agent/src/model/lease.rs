@@ -1,4 +1,4 @@
-//! What a lease in etcd says: who holds a subnet, and how its host is reached.
+//! A lease in etcd: the holder of a subnet, and how to reach it.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -18,7 +18,7 @@ pub enum Backend {
         /// The VTEP's MAC in each family's device.
         vtep: PerFamily<Mac>,
     },
-    /// By a backend that this agent has not; such a peer is listed and left out of the data path.
+    /// By a backend that this agent does not support. Such a peer is listed but excluded from the data path.
     Other {
         /// The `BackendType` of the lease.
         name: String,
@@ -35,12 +35,12 @@ impl Backend {
     }
 }
 
-/// Who wrote a lease: an addition of ours, which flannel ignores. A lease without it is a flannel host's.
+/// The host that wrote a lease. This is our extension, which flannel ignores; a lease without it belongs to a flannel host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Node {
-    /// The name that people see.
+    /// The display name.
     pub name: String,
-    /// The host's identity: made at first start and kept in the state directory.
+    /// The host's identity, generated at first start and kept in the state directory.
     pub id: String,
 }
 
@@ -51,28 +51,28 @@ pub struct Lease {
     pub public_ip: PerFamily<IpAddr>,
     /// How the host is reached.
     pub backend: Backend,
-    /// Who wrote it.
+    /// The host that wrote it.
     pub node: Option<Node>,
 }
 
-/// A lease as it stands in the store.
+/// A lease with its key and etcd metadata.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LeaseRecord {
     /// The subnet, from the key.
     pub subnet: Subnet,
     /// The decoded value.
     pub lease: Lease,
-    /// The etcd revision at which the key was created: the older of two conflicting leases is the one that counts.
+    /// The etcd revision at which the key was created. Of two conflicting leases the older one wins.
     pub create_revision: i64,
     /// The etcd revision of the last change.
     pub mod_revision: i64,
-    /// The etcd lease that the key is bound to; `None` is a reservation, which never expires.
+    /// The etcd lease that the key is bound to. `None` for a reservation, which never expires.
     pub etcd_lease: Option<i64>,
 }
 
-/// A value in the store that is left out of the data path, and why. The others still work.
+/// A lease that is excluded from the data path, and the reason. Other leases are not affected.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
-#[error("lease `{key}` is left out: {kind}")]
+#[error("lease `{key}` is ignored: {kind}")]
 pub struct RejectedLease {
     /// The key below `<prefix>/subnets/`, cut to 80 characters and with control characters replaced.
     pub key: String,
@@ -80,17 +80,17 @@ pub struct RejectedLease {
     pub kind: RejectReason,
 }
 
-/// The reasons to leave a lease out.
+/// The reasons for ignoring a lease.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[serde(tag = "reason", rename_all = "kebab-case")]
 pub enum RejectReason {
-    /// The key names no subnet.
+    /// The key is not a subnet.
     #[error("its key is no subnet: {detail}")]
     Key {
-        /// What is wrong.
+        /// The cause.
         detail: String,
     },
-    /// The value is larger than a lease can be.
+    /// The value exceeds the size limit.
     #[error("its value has {size} bytes, more than the {limit} allowed")]
     TooLarge {
         /// Bytes found.
@@ -98,13 +98,13 @@ pub enum RejectReason {
         /// Bytes allowed.
         limit: usize,
     },
-    /// The value is no JSON, or no lease.
-    #[error("its value is no lease: {detail}")]
+    /// The value is not JSON, or not a lease.
+    #[error("its value is not a lease: {detail}")]
     Malformed {
-        /// What is wrong.
+        /// The cause.
         detail: String,
     },
-    /// A field has a value that cannot be.
+    /// A field has an invalid value.
     #[error("{field} is {value}: {rule}")]
     Field {
         /// The field, as in the JSON.
@@ -122,13 +122,13 @@ pub enum RejectReason {
         /// The configured network.
         network: Cidr,
     },
-    /// The network has no such family.
+    /// The network does not use this family.
     #[error("{subnet} is of a family that the network does not use")]
     FamilyNotUsed {
         /// The offending range.
         subnet: Cidr,
     },
-    /// The subnet is more of the network than one host can hold.
+    /// The subnet is larger than one host may hold.
     #[error("{subnet} is more than a quarter of the network {network}")]
     TooWide {
         /// The offending range.
@@ -136,16 +136,16 @@ pub enum RejectReason {
         /// The configured network.
         network: Cidr,
     },
-    /// The range is part of this host's own subnet, or holds it.
+    /// The range overlaps this host's own subnet.
     #[error("{subnet} overlaps this host's own subnet {own}")]
     OverlapsOwn {
         /// The offending subnet.
         subnet: Subnet,
-        /// This host's.
+        /// This host's subnet.
         own: Subnet,
     },
-    /// The range, which the network does not lease any more, holds the underlay address of a host.
-    #[error("{subnet} holds {address}, which is the address of a host")]
+    /// The range, which the network no longer leases, contains the underlay address of a host.
+    #[error("{subnet} contains the underlay address {address} of a host")]
     CoversHost {
         /// The offending range.
         subnet: Cidr,
@@ -178,16 +178,16 @@ pub enum RejectReason {
         /// The key of the older lease.
         other: String,
     },
-    /// The host uses another VNI, so no packet of it would arrive.
-    #[error("it uses VNI {theirs}, the network's is {ours}")]
+    /// The host uses another VNI, so none of its packets would arrive.
+    #[error("it uses VNI {theirs}, the network uses {ours}")]
     OtherVni {
-        /// The peer's.
+        /// The peer's VNI.
         theirs: Vni,
-        /// The network's.
+        /// The network's VNI.
         ours: Vni,
     },
     /// The host uses another backend.
-    #[error("its backend is `{name}`, only vxlan is served")]
+    #[error("its backend is `{name}`, only vxlan is supported")]
     OtherBackend {
         /// The `BackendType`.
         name: String,
@@ -195,7 +195,7 @@ pub enum RejectReason {
 }
 
 impl RejectReason {
-    /// Every word of [`RejectReason::word`].
+    /// All values of [`RejectReason::as_str`].
     pub const NAMES: [&str; 15] = [
         "key",
         "too-large",
@@ -214,7 +214,7 @@ impl RejectReason {
         "other-backend",
     ];
 
-    /// A short stable word for metrics and JSON.
+    /// A short stable name for metrics and JSON.
     pub fn as_str(&self) -> &'static str {
         match self {
             RejectReason::Key { .. } => "key",
@@ -236,7 +236,7 @@ impl RejectReason {
     }
 }
 
-/// Text from the store made fit for a log line or a terminal: control characters replaced, at most 80 characters.
+/// Sanitises text from the store for logs and terminals: control characters are replaced, at most 80 characters are kept.
 pub fn printable(text: &str) -> String {
     text.chars().take(80).map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }

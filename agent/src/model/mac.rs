@@ -9,22 +9,23 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Mac(pub [u8; 6]);
 
-/// Why a text is no [`Mac`].
+/// Error of parsing a [`Mac`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{text}` is not a MAC address: expected six bytes as in 02:00:5e:10:00:01")]
 pub struct MacError {
-    /// The refused text, cut to 80 characters.
+    /// The rejected text, cut to 80 characters.
     pub text: String,
 }
 
 impl Mac {
-    /// A locally administered unicast address (IEEE 802 section 8.4: bit 1 of the first byte set, bit 0 clear) of these bytes.
+    /// Makes a locally administered unicast address (IEEE 802 section 8.4: bit 1 of the first byte set, bit 0 clear) of these
+    /// bytes.
     pub fn local(mut bytes: [u8; 6]) -> Mac {
         bytes[0] = (bytes[0] | 0x02) & !0x01;
         Mac(bytes)
     }
 
-    /// Whether one station can own this address: neither a group address nor all zeros.
+    /// Whether the address is unicast: neither a group address nor all zeros.
     pub fn is_unicast(self) -> bool {
         self.0[0] & 0x01 == 0 && self.0 != [0; 6]
     }

@@ -1,6 +1,6 @@
-//! The network's configuration in etcd: every rule of flannel's schema, checked as a whole.
+//! The network's configuration in etcd: parses flannel's schema and checks all rules at once.
 //!
-//! Source of the rules: `docs/wire.md`. Keys are matched without regard to case, as Go does it.
+//! Source of the rules: `docs/wire.md`. Keys are matched case-insensitively, like Go does.
 
 mod pool;
 
@@ -19,7 +19,7 @@ pub use pool::Pool;
 /// The configured network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetworkConfig {
-    /// The pool of each family that is switched on.
+    /// The pool of each enabled family.
     pub pools: PerFamily<Pool>,
     /// VXLAN settings.
     pub vxlan: VxlanConfig,
@@ -28,21 +28,21 @@ pub struct NetworkConfig {
 /// Settings of the VXLAN backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VxlanConfig {
-    /// The VXLAN network identifier; 1 unless set.
+    /// The VXLAN network identifier; default 1.
     pub vni: Vni,
-    /// The UDP destination port; 8472 unless set.
+    /// The UDP destination port; default 8472.
     pub port: u16,
-    /// The underlay's MTU in bytes where it is set here; the external interface's otherwise.
+    /// The underlay's MTU in bytes; default: the external interface's MTU.
     pub mtu: Option<u32>,
 }
 
-/// flannel's default VXLAN port: Linux' own from before RFC 7348, which has 4789.
+/// flannel's default VXLAN port. It is Linux's default from before RFC 7348, which assigns 4789.
 pub const DEFAULT_PORT: u16 = 8472;
 
-/// The least MTU in bytes that IPv6 works with (RFC 8200, section 5); below it the kernel has no IPv6 on an interface.
+/// IPv6's minimum MTU in bytes (RFC 8200, section 5). Below it the kernel disables IPv6 on an interface.
 pub const IPV6_MIN_MTU: u32 = 1280;
 
-/// One thing that is wrong in a configuration.
+/// One error or warning of a configuration field.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{field}: `{value}` {rule}")]
 pub struct FieldError {
@@ -50,21 +50,21 @@ pub struct FieldError {
     pub field: String,
     /// The value found, cut to 80 characters.
     pub value: String,
-    /// What is allowed.
+    /// The violated rule.
     pub rule: String,
 }
 
-/// Everything that is wrong in a configuration.
+/// All errors of a configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
 pub struct ConfigErrors(pub Vec<FieldError>);
 
-/// A configuration that is good, and what is worth saying of it.
+/// A valid configuration with its warnings.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ParsedConfig {
     /// The configuration.
     pub config: NetworkConfig,
-    /// Unknown fields, and known ones without effect here.
+    /// Unknown fields, known fields without effect, and questionable values.
     pub warnings: Vec<FieldError>,
 }
 
@@ -74,7 +74,7 @@ impl NetworkConfig {
         self.pools.families()
     }
 
-    /// The network without the other families.
+    /// The network reduced to these families.
     pub fn restricted_to(&self, families: impl IntoIterator<Item = Family>) -> NetworkConfig {
         let pools = families.into_iter().filter_map(|family| Some((family, *self.pools.get(family)?))).collect();
         NetworkConfig { pools, ..self.clone() }
@@ -85,7 +85,7 @@ impl NetworkConfig {
         self.pools.get(family).map(|pool| pool.network)
     }
 
-    /// Whether a host may hold this subnet: its families are the network's and each range is one of its pool.
+    /// Whether a host may hold this subnet: its families are the network's, and each range is a subnet of its pool.
     pub fn allows_subnet(&self, subnet: &Subnet) -> bool {
         Family::ALL.into_iter().all(|family| match (self.pools.get(family), subnet.get(family)) {
             (Some(pool), Some(cidr)) => pool.allows_subnet(cidr),
@@ -94,7 +94,7 @@ impl NetworkConfig {
         })
     }
 
-    /// Reads the JSON text under `<prefix>/config`. All mistakes are reported at once.
+    /// Parses the JSON text under `<prefix>/config`. Reports all errors at once.
     pub fn parse(text: &str) -> Result<ParsedConfig, ConfigErrors> {
         let fields = match serde_json::from_str::<Value>(text) {
             Ok(Value::Object(map)) => map,
@@ -108,7 +108,7 @@ impl NetworkConfig {
             reader.errors.push(field_error(
                 "EnableIPv4",
                 "false",
-                "switches IPv4 off while EnableIPv6 is not on: no family is left",
+                "disables IPv4 while EnableIPv6 is not true: no family is left",
             ));
         }
         let pools: PerFamily<Pool> =
@@ -129,7 +129,7 @@ fn field_error(field: &str, value: &str, rule: &str) -> FieldError {
     FieldError { field: field.to_owned(), value: printable(value), rule: rule.to_owned() }
 }
 
-/// The fields of one family before they are put together.
+/// The raw fields of one family.
 struct FamilyFields {
     family: Family,
     enabled: bool,
@@ -155,13 +155,13 @@ impl Family {
         }
     }
 
-    /// The longest subnet: two bits for base, gateway and at least one container.
+    /// The longest subnet prefix: two host bits for base, gateway and at least one container.
     fn max_subnet_length(self) -> u8 {
         self.bits() - 2
     }
 }
 
-/// Takes known fields out of a JSON object; what is left over is unknown.
+/// Takes known fields out of a JSON object; the remaining fields are unknown.
 struct FieldReader {
     path: String,
     fields: Map<String, Value>,
@@ -174,7 +174,7 @@ impl FieldReader {
         FieldReader { path: path.to_owned(), fields, errors: Vec::new(), warnings: Vec::new() }
     }
 
-    /// A field by name without regard to case. Of several spellings the last one counts, as in Go. `null` is absent.
+    /// Takes a field by case-insensitive name. Of several spellings the last one wins, as in Go. `null` counts as absent.
     fn take_field(&mut self, name: &str) -> Option<Value> {
         let spellings: Vec<String> = self.fields.keys().filter(|k| k.eq_ignore_ascii_case(name)).cloned().collect();
         let mut found = None;
@@ -248,7 +248,7 @@ impl FieldReader {
         }
     }
 
-    /// The pool of a family that is switched on and whose fields are good; reports the others.
+    /// Builds the pool of an enabled family; `None` if disabled or invalid. Reports invalid fields.
     fn pool(&mut self, fields: FamilyFields) -> Option<Pool> {
         let family = fields.family;
         if !fields.enabled {
@@ -307,7 +307,7 @@ impl FieldReader {
             min: first_subnet(network, length)?,
             max: Cidr::containing(network.last(), length)?,
         };
-        // The first subnet is never used: its base is the network's own address.
+        // The first subnet is skipped by default: its base is the network's own address.
         let default_min = full_pool.nth(1)?;
         let min = self.bound(&family.field_name("SubnetMin"), fields.min, default_min, &full_pool)?;
         let max = self.bound(&family.field_name("SubnetMax"), fields.max, full_pool.max, &full_pool)?;
@@ -317,10 +317,10 @@ impl FieldReader {
             return None;
         }
         let containers = address_value(min.last()) - address_value(min.base()) - 2;
-        // No IPv6 subnet of a usual length could be served by one bridge, and none is meant to be: only IPv4's length is chosen for containers.
+        // Only the IPv4 length is chosen by the number of containers. An IPv6 subnet of any usual length exceeds one bridge.
         if family == Family::V4 && containers > MAX_BRIDGE_PORTS as u128 {
             let rule = format!(
-                "of {length} gives each host {containers} addresses for containers, more than the {MAX_BRIDGE_PORTS} ports that the kernel gives its \
+                "of {length} gives each host {containers} addresses for containers, more than the {MAX_BRIDGE_PORTS} ports that the kernel allows on its \
                  bridge: 22 is enough"
             );
             self.warn(&family.field_name("SubnetLen"), &rule);
@@ -359,20 +359,20 @@ impl FieldReader {
         let mut backend = FieldReader::new("Backend.", fields);
         let kind = backend.string("Type").unwrap_or_else(|| "vxlan".to_owned());
         if kind != "vxlan" {
-            backend.fail("Type", &kind, "is not served: only vxlan is");
+            backend.fail("Type", &kind, "is not supported: only vxlan is");
         }
-        // As in flannel, 0 stands for the default.
+        // As in flannel, 0 means the default.
         let vni = backend.number("VNI", 0, (1 << 24) - 1).filter(|v| *v != 0);
         let port = backend.number("Port", 0, u64::from(u16::MAX)).filter(|p| *p != 0);
         let mtu = backend.number("MTU", 0, 65_535).filter(|m| *m != 0);
         if let Some(mtu) = mtu.filter(|m| *m < 1350) {
-            // IPV6_MIN_MTU and the overhead over IPv6.
+            // IPV6_MIN_MTU plus the VXLAN overhead over IPv6.
             backend.fail("MTU", &mtu.to_string(), "is below 1350 bytes: IPv6 needs 1280, and VXLAN takes up to 70");
         }
         for (name, why) in [
-            ("GBP", "is not served: group policy tags are not set"),
-            ("Learning", "is not served: forwarding entries come from leases only"),
-            ("DirectRouting", "is not served: all peers are reached by VXLAN, which also works where they share a link"),
+            ("GBP", "is not supported: group policy tags are not set"),
+            ("Learning", "is not supported: forwarding entries come from leases only"),
+            ("DirectRouting", "is not supported: all peers are reached by VXLAN, which also works on a shared link"),
         ] {
             if backend.boolean(name) == Some(true) {
                 backend.warn(name, why);
@@ -405,19 +405,19 @@ fn first_subnet(network: Cidr, length: u8) -> Option<Cidr> {
     Cidr::containing(network.base(), length)
 }
 
-/// Address space that no overlay can have.
+/// Why an address space cannot be used for an overlay.
 fn unusable_reason(network: Cidr) -> Option<&'static str> {
     let hits = |text: &str| text.parse::<Cidr>().is_ok_and(|other| other.overlaps(network));
     if network.length() == 0 {
-        Some("is every address there is")
+        Some("covers the whole address space")
     } else if hits("127.0.0.0/8") || hits("::1/128") {
-        Some("holds loopback addresses")
+        Some("contains loopback addresses")
     } else if hits("224.0.0.0/4") || hits("ff00::/8") {
-        Some("holds multicast addresses")
+        Some("contains multicast addresses")
     } else if hits("169.254.0.0/16") || hits("fe80::/10") {
-        Some("holds link-local addresses")
+        Some("contains link-local addresses")
     } else if hits("0.0.0.0/8") || hits("240.0.0.0/4") {
-        Some("holds reserved addresses")
+        Some("contains reserved addresses")
     } else {
         None
     }

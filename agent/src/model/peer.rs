@@ -1,4 +1,4 @@
-//! Another host, as far as the data path is concerned.
+//! A peer host, reduced to the fields that the data path needs.
 
 use std::net::IpAddr;
 
@@ -20,6 +20,6 @@ pub struct RemoteSubnet {
 /// A peer whose lease has passed every check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Peer {
-    /// What the peer holds and the way to it, per family.
+    /// The peer's subnet and its tunnel endpoint, per family.
     pub remote_subnets: PerFamily<RemoteSubnet>,
 }

@@ -1,4 +1,4 @@
-//! Ports of the host that lead to a container.
+//! Published ports: host ports that are forwarded to a container.
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -8,18 +8,18 @@ use serde::{Deserialize, Serialize};
 use super::Family;
 use super::lease::printable;
 
-/// One published port, or a run of them. As text `[ADDRESS:]HOST[-LAST]:CONTAINER[-LAST][/tcp|udp|sctp_port_is_translated]`, an IPv6 address in brackets.
+/// A published port or port range. As text `[ADDRESS:]HOST[-LAST]:CONTAINER[-LAST][/tcp|udp|sctp]`, an IPv6 address in brackets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PublishedPort {
-    /// The host's address that it is bound to; any of the host's where absent.
+    /// The host's address that it is bound to; `None`: any address of the host.
     #[serde(default)]
     pub address: Option<IpAddr>,
     /// The first port on the host.
     pub host_port: u16,
     /// The first port in the container.
     pub container_port: u16,
-    /// How many ports follow each other on both sides, at least 1.
+    /// Number of consecutive ports on both sides, at least 1.
     #[serde(default = "one")]
     pub count: u16,
     /// The transport protocol.
@@ -44,31 +44,31 @@ pub enum Transport {
     Sctp,
 }
 
-/// Why a text is no [`PublishedPort`].
+/// Error of parsing or validating a [`PublishedPort`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "`{text}` publishes no port: {reason}; write [ADDRESS:]HOST[-LAST]:CONTAINER[-LAST][/tcp|udp|sctp], an IPv6 address in brackets"
+    "`{text}` is not a valid published port: {reason}; use [ADDRESS:]HOST[-LAST]:CONTAINER[-LAST][/tcp|udp|sctp], an IPv6 address in brackets"
 )]
 pub struct PublishError {
-    /// The refused text, cut to 80 characters.
+    /// The rejected text, cut to 80 characters.
     pub text: String,
-    /// What is wrong with it.
+    /// The cause.
     pub reason: String,
 }
 
 impl PublishedPort {
-    /// Checks what a text cannot say wrong but a JSON value can: port 0, an empty run, one that goes beyond 65535.
+    /// Checks rules that a JSON value can violate but a parsed text cannot: port 0, an empty range, a range beyond 65535.
     ///
     /// # Errors
-    /// The rule that is broken.
+    /// The violated rule.
     pub fn validate(&self) -> Result<(), PublishError> {
         let beyond = |first: u16| u32::from(first) + u32::from(self.count) > 65_536;
         let reason = if self.host_port == 0 || self.container_port == 0 {
-            "port 0 is none"
+            "port 0 is not valid"
         } else if self.count == 0 {
-            "the run of ports is empty"
+            "the port range is empty"
         } else if beyond(self.host_port) || beyond(self.container_port) {
-            "the run goes beyond port 65535"
+            "the port range exceeds 65535"
         } else {
             return Ok(());
         };
@@ -80,8 +80,8 @@ impl PublishedPort {
         self.address.map(Family::of)
     }
 
-    /// Whether it leads to a container with addresses of these families. Runtimes publish on `0.0.0.0` and `::` together by default, whatever the
-    /// container has, so the wildcard of a family that is missing asks for nothing.
+    /// Whether it forwards to a container with addresses of these families. Runtimes publish on both `0.0.0.0` and `::` by
+    /// default, for any container, so the wildcard address of a family that the container lacks has no effect.
     pub fn has_effect(&self, has: impl Fn(Family) -> bool) -> bool {
         self.family().is_none_or(has)
     }
@@ -91,18 +91,18 @@ impl PublishedPort {
         self.address.is_some_and(|address| address.is_unspecified())
     }
 
-    /// Whether both lead a port of the host that they share to the same port of a container.
+    /// Whether both map a shared host port to the same container port.
     pub fn is_compatible_with(&self, other: &PublishedPort) -> bool {
         let offset = |p: &PublishedPort| i32::from(p.container_port) - i32::from(p.host_port);
         offset(self) == offset(other)
     }
 
-    /// Whether both want a port of the host on an address that they share.
+    /// Whether both use the same host port on a shared address.
     pub fn conflicts_with(&self, other: &PublishedPort) -> bool {
         let end = |p: &PublishedPort| u32::from(p.host_port) + u32::from(p.count);
         let ports = u32::from(self.host_port) < end(other) && u32::from(other.host_port) < end(self);
         let addresses = match (self.address, other.address) {
-            // The unspecified address is every one of its family.
+            // The unspecified address matches every address of its family.
             (Some(a), Some(b)) => a == b || (a.is_ipv4() == b.is_ipv4() && (a.is_unspecified() || b.is_unspecified())),
             _ => true,
         };
@@ -111,7 +111,7 @@ impl PublishedPort {
 }
 
 impl Transport {
-    /// Its number in the IP header (IANA protocol numbers).
+    /// The protocol number in the IP header (IANA).
     pub fn number(self) -> u8 {
         match self {
             Transport::Tcp => 6,
@@ -120,7 +120,7 @@ impl Transport {
         }
     }
 
-    /// Its name.
+    /// The protocol name.
     pub fn name(self) -> &'static str {
         match self {
             Transport::Tcp => "tcp",
@@ -139,7 +139,7 @@ impl fmt::Display for Transport {
 impl fmt::Display for PublishedPort {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.address {
-            // Brackets around IPv6.
+            // `SocketAddr` puts IPv6 into brackets.
             Some(address) => write!(f, "{}", SocketAddr::new(address, self.host_port))?,
             None => write!(f, "{}", self.host_port)?,
         }
@@ -168,9 +168,9 @@ fn parse(text: &str) -> Result<PublishedPort, String> {
         Some((ports, "tcp")) => (ports, Transport::Tcp),
         Some((ports, "udp")) => (ports, Transport::Udp),
         Some((ports, "sctp")) => (ports, Transport::Sctp),
-        Some((_, other)) => return Err(format!("`{}` is no protocol", printable(other))),
+        Some((_, other)) => return Err(format!("`{}` is not a protocol", printable(other))),
     };
-    let (rest, container) = ports.rsplit_once(':').ok_or("a port of the container is missing")?;
+    let (rest, container) = ports.rsplit_once(':').ok_or("the container port is missing")?;
     let (address, host) = match rest.rsplit_once(':') {
         None => (None, rest),
         Some((address, host)) => {
@@ -179,10 +179,10 @@ fn parse(text: &str) -> Result<PublishedPort, String> {
                 Some(inside) => inside.parse().ok().filter(IpAddr::is_ipv6),
                 None => address.parse().ok().filter(IpAddr::is_ipv4),
             };
-            (Some(parsed.ok_or_else(|| format!("`{}` is no address", printable(address)))?), host)
+            (Some(parsed.ok_or_else(|| format!("`{}` is not an address", printable(address)))?), host)
         }
     };
-    // 0.0.0.0 and :: are other ways to say "any of this family": they stay as they are, the family counts.
+    // 0.0.0.0 and :: mean any address of their family. They are kept because the family matters.
     let (host_port, count) = parse_port_range(host)?;
     let (container_port, container_count) = parse_port_range(container)?;
     if count != container_count {
@@ -191,17 +191,17 @@ fn parse(text: &str) -> Result<PublishedPort, String> {
     Ok(PublishedPort { address, host_port, container_port, count, protocol })
 }
 
-/// `PORT` or `FIRST-LAST`: the first one and how many.
+/// Parses `PORT` or `FIRST-LAST` into the first port and the count.
 fn parse_port_range(text: &str) -> Result<(u16, u16), String> {
     let port = |text: &str| match text.parse::<u16>() {
         Ok(port) if port > 0 && text.bytes().all(|b| b.is_ascii_digit()) => Ok(port),
-        _ => Err(format!("`{}` is no port from 1 to 65535", printable(text))),
+        _ => Err(format!("`{}` is not a port from 1 to 65535", printable(text))),
     };
     let Some((first, last)) = text.split_once('-') else { return Ok((port(text)?, 1)) };
     let (first, last) = (port(first)?, port(last)?);
     match last.checked_sub(first) {
         Some(more) => Ok((first, more + 1)),
-        None => Err(format!("{first}-{last} runs backwards")),
+        None => Err(format!("{first}-{last} ends before it begins")),
     }
 }
 

@@ -1,4 +1,4 @@
-//! The part of the overlay network that one host holds, and its name as an etcd key.
+//! A host's part of the overlay network, and its etcd key.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -12,22 +12,22 @@ use super::{Cidr, Family, PerFamily};
 #[serde(try_from = "PerFamily<Cidr>", into = "PerFamily<Cidr>")]
 pub struct Subnet(PerFamily<Cidr>);
 
-/// Why two CIDRs or a key are no [`Subnet`].
+/// Error of building or parsing a [`Subnet`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SubnetError {
-    /// Neither family is there, or a CIDR stands in the other family's place.
+    /// No CIDR is present, or a CIDR is in the other family's field.
     #[error("a subnet needs an IPv4 CIDR, an IPv6 CIDR or one of each")]
     Families,
-    /// The key has another form than `10.244.1.0-24`, `fd00::-64` or `10.244.1.0-24&fd00::-64`.
-    #[error("`{key}` is no subnet key: expected 10.244.1.0-24, fd00:10:244:1::-64 or both joined by `&`")]
+    /// The key does not have the format `10.244.1.0-24`, `fd00::-64` or `10.244.1.0-24&fd00::-64`.
+    #[error("`{key}` is not a subnet key: expected 10.244.1.0-24, fd00:10:244:1::-64 or both joined by `&`")]
     Key {
-        /// The refused key, cut to 80 characters.
+        /// The rejected key, cut to 80 characters.
         key: String,
     },
 }
 
 impl Subnet {
-    /// A subnet of these CIDRs.
+    /// Creates a subnet of these CIDRs.
     pub fn new(cidrs: PerFamily<Cidr>) -> Result<Subnet, SubnetError> {
         if cidrs.is_empty() || cidrs.iter().any(|(family, cidr)| cidr.family() != family) {
             return Err(SubnetError::Families);
@@ -50,23 +50,24 @@ impl Subnet {
         self.0.families()
     }
 
-    /// Whether any family's ranges share an address.
+    /// Whether the ranges of any family overlap.
     pub fn overlaps(&self, other: &Subnet) -> bool {
         self.iter().any(|(family, cidr)| other.get(family).is_some_and(|o| o.overlaps(cidr)))
     }
 
-    /// The bridge's address in a family: base + 1, which the containers have as gateway.
+    /// The bridge's address in a family: base + 1, the gateway of the containers.
     pub fn gateway(&self, family: Family) -> Option<IpAddr> {
         self.get(family)?.nth(1)
     }
 
-    /// The last part of the key in etcd, as flannel writes it: `10.244.27.0-24`, dual-stack `10.244.101.0-24&fd00:10:244:51::-64`.
+    /// The last part of the etcd key in flannel's format: `10.244.27.0-24`, dual-stack
+    /// `10.244.101.0-24&fd00:10:244:51::-64`.
     pub fn to_key(&self) -> String {
         let part = |cidr: Cidr| format!("{}-{}", cidr.base(), cidr.length());
         self.iter().map(|(_, cidr)| part(cidr)).collect::<Vec<_>>().join("&")
     }
 
-    /// The subnet that a key names. Only the canonical text is accepted, so that two keys never name one subnet.
+    /// Parses a key. Accepts only the canonical text, so that two keys never name the same subnet.
     pub fn from_key(key: &str) -> Result<Subnet, SubnetError> {
         let error = || SubnetError::Key { key: key.chars().take(80).collect() };
         let mut cidrs = PerFamily::default();

@@ -4,8 +4,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// A VXLAN network identifier: 24 bits (RFC 7348 section 5), never 0 here because Linux gives 0 a meaning of its own on collect-metadata
-/// devices. Three bytes, the highest first: it stands in the name of every entry of every peer.
+/// A VXLAN network identifier: 24 bits (RFC 7348 section 5). Never 0, because 0 has a special meaning on Linux collect-metadata
+/// devices. Stored as three big-endian bytes to save space: every data path entry of every peer contains one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "u32", into = "u32")]
 pub struct Vni([u8; 3]);

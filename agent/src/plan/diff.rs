@@ -1,8 +1,9 @@
-//! What has to change so that actual state becomes desired state, in an order in which nothing that carries traffic breaks.
+//! Computes the batch that turns actual state into desired state without interrupting traffic.
 //!
-//! The comparison goes over the union of keys: what is desired and differs is set, what is there and not desired is deleted. All settings come
-//! before all deletions (make before break); settings in the order of their stages, each standing on those before, deletions in reverse.
-//! Only what lives on a device that has to be made again goes first, and comes back with it.
+//! The comparison covers the union of keys: it sets desired entries that differ, and deletes entries that are not desired. All
+//! `Set` ops come before all `Delete` ops (make before break). `Set` ops are in the order of their stages, each stage depending
+//! on earlier ones; `Delete` ops are in reverse order. The exception are entries on a device that has to be recreated: they are
+//! deleted first and set with it.
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
@@ -12,13 +13,13 @@ use super::ruleset::Table;
 use super::state::{Entries, Key, LinkKind, LinkState, RouteTarget, State, Value, device_of};
 use crate::model::Device;
 
-/// The batch that makes all of `actual` equal to `desired`.
+/// The batch that makes `actual` equal to `desired`.
 pub fn diff(desired: &impl Entries, actual: &State) -> Batch {
     compare(desired, actual, union(desired, actual))
 }
 
-/// The same for some keys only, each named once. A device's link stands for all that lives on it where the device is made, made again or
-/// removed. Costs in time grow with the number of keys, not with that of the entries.
+/// As [`diff`], but for some keys only. A device's link includes all entries on the device if it is created, recreated or
+/// deleted. The run time grows with the number of keys, not with the number of entries.
 pub fn diff_keys<'a>(desired: &'a impl Entries, actual: &'a State, keys: impl IntoIterator<Item = &'a Key>) -> Batch {
     let mut keys: BTreeSet<&Key> = keys.into_iter().collect();
     let mut changes = DeviceChanges::new(desired, actual);
@@ -37,10 +38,10 @@ pub fn diff_keys<'a>(desired: &'a impl Entries, actual: &'a State, keys: impl In
     compare(desired, actual, keys.into_iter().map(|key| (key, desired.get(key), actual.get(key))))
 }
 
-/// An entry as it is wanted and as it is found.
+/// A key with its desired and its actual value.
 type EntryPair<'a> = (&'a Key, Option<&'a Value>, Option<&'a Value>);
 
-/// Both states side by side, in the order of the keys: each is walked once and nothing is looked up.
+/// Merges both states in the order of the keys, in one pass and without lookups.
 fn union<'a>(desired: &'a impl Entries, actual: &'a State) -> impl Iterator<Item = EntryPair<'a>> {
     let (mut desired, mut actual) = (desired.iter().peekable(), actual.iter().peekable());
     std::iter::from_fn(move || {
@@ -71,14 +72,15 @@ fn compare<'a>(desired: &impl Entries, actual: &State, pairs: impl Iterator<Item
         };
         let (wanted_on, found_on) = (device_change(wanted, desired), device_change(found, actual));
         if wanted_on == Some(DeviceChange::Conflict) || (key.device().is_some() && found_on == Some(DeviceChange::Conflict)) {
-            // The link is somebody else's: setting it fails with advice, and nothing is done to it.
+            // The link is foreign: the op on the link itself fails with a remedy in its error, and its entries get no ops.
             continue;
         }
         if let Some(value) = found
             && let Some(change) = found_on
             && change.removes(key)
         {
-            // Left to the kernel, each next hop that goes with its device walks the whole routing table.
+            // Deleted explicitly, because otherwise the kernel walks the whole routing table for each next hop of a deleted
+            // device.
             if change == DeviceChange::Recreate && matches!(key, Key::Route(_) | Key::Nexthop(_)) {
                 teardown.push(Op::Delete(key.clone(), value.clone()));
             }
@@ -95,7 +97,7 @@ fn compare<'a>(desired: &impl Entries, actual: &State, pairs: impl Iterator<Item
                 sets.push(Op::Set(key.clone(), wanted.clone()));
             }
             (None, Some(found)) if is_managed(key, found) => {
-                // What stands on a device alone goes with it, an element with its table.
+                // The kernel deletes entries with their device, and elements with their table.
                 let removed_implicitly = match key {
                     Key::Element(element) => removed_tables.contains(&element.set().table()),
                     key => key.device().is_some() && found_on == Some(DeviceChange::Delete),
@@ -109,33 +111,34 @@ fn compare<'a>(desired: &impl Entries, actual: &State, pairs: impl Iterator<Item
     }
     teardown.sort_by_key(|op| std::cmp::Reverse(stage(op.key())));
     sets.sort_by_key(|op| stage(op.key()));
-    // What may come in does not stand on where to send: elements are removed first, and so beside the entries that follow them, as they are set.
+    // Elements do not depend on the entries of outgoing traffic. They are deleted first, so that they run in parallel with those
+    // entries, as they do when set.
     deletions.sort_by_key(|op| (!matches!(op.key(), Key::Element(_)), std::cmp::Reverse(stage(op.key()))));
     teardown.append(&mut sets);
     teardown.append(&mut deletions);
     teardown
 }
 
-/// What becomes of a device, and so of what lives on it.
+/// Change of a device, which also affects the entries on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum DeviceChange {
-    /// It stays as it is, or changes in a way that what lives on it survives.
+    /// It is unchanged, or changes in a way that its entries survive.
     Unchanged,
-    /// It gets another MAC: the kernel forgets its neighbours then, permanent ones included (`neigh_changeaddr` in
-    /// `net/core/set_neighbour.c`).
+    /// It gets another MAC: the kernel then deletes its neighbours, including permanent ones (`neigh_changeaddr` in
+    /// `net/core/neighbour.c`).
     MacChanged,
-    /// It is not there yet.
+    /// It does not exist yet.
     Create,
-    /// It is deleted and made.
+    /// It is deleted and created again.
     Recreate,
     /// It is deleted.
     Delete,
-    /// A link of its name is not ours.
+    /// A foreign link has its name.
     Conflict,
 }
 
 impl DeviceChange {
-    /// Whether the entry is gone, or a port loose, once the link is as wanted.
+    /// Whether the change removes the entry, or detaches a port from its bridge.
     fn removes(self, key: &Key) -> bool {
         match self {
             DeviceChange::Create | DeviceChange::Recreate => true,
@@ -145,7 +148,7 @@ impl DeviceChange {
     }
 }
 
-/// The fates of devices, each found once.
+/// Cache of the changes of devices.
 struct DeviceChanges<'a, D> {
     desired: &'a D,
     actual: &'a State,
@@ -157,7 +160,7 @@ impl<'a, D: Entries> DeviceChanges<'a, D> {
         DeviceChanges { desired, actual, cache: BTreeMap::new() }
     }
 
-    /// Whether any device changes. Usually none does, and an entry's device does not matter then.
+    /// Whether any device changes. Usually none does, and then the devices of entries need not be looked up.
     fn any_changes(&mut self) -> bool {
         // Most links are ports, which are not devices.
         let devices: BTreeSet<Device> = (self.desired.links().chain(self.actual.links()))
@@ -185,7 +188,7 @@ impl<'a, D: Entries> DeviceChanges<'a, D> {
     }
 }
 
-/// The device that an entry needs: the one it lives on, and for a port its bridge.
+/// The device that an entry requires: the one that it is on, or for a port its bridge.
 fn required_device(key: &Key, value: &Value, state: &impl Entries) -> Option<Device> {
     match value {
         Value::Link(link) => link.master,
@@ -193,7 +196,7 @@ fn required_device(key: &Key, value: &Value, state: &impl Entries) -> Option<Dev
     }
 }
 
-/// The entry that this one stands on and cannot be set without; `None` for what stands alone.
+/// The entry that has to exist before this one can be set; `None` if there is none.
 pub fn prerequisite(key: &Key, value: &Value, state: &impl Entries) -> Option<Key> {
     match (key, value) {
         (Key::Element(element), _) => Some(Key::Ruleset(element.set().table())),
@@ -202,7 +205,7 @@ pub fn prerequisite(key: &Key, value: &Value, state: &impl Entries) -> Option<Ke
     }
 }
 
-/// The device that a link is; `None` for ports and for entries that are no links.
+/// The device of a link's key; `None` for ports and for other entries.
 fn link_device(key: &Key) -> Option<Device> {
     match key {
         Key::Link(name) => Device::from_name(name),
@@ -210,7 +213,7 @@ fn link_device(key: &Key) -> Option<Device> {
     }
 }
 
-/// Whether what is found is as good as what is wanted.
+/// Whether the found value satisfies the wanted one.
 pub fn is_satisfied(wanted: &Value, found: &Value) -> bool {
     match (wanted, found) {
         (Value::Link(wanted), Value::Link(found)) => {
@@ -226,19 +229,19 @@ pub fn is_satisfied(wanted: &Value, found: &Value) -> bool {
     }
 }
 
-/// Whether a link has to be deleted before it can be as wanted.
+/// Whether a link has to be deleted and created again to get the wanted value.
 fn needs_recreate(wanted: &Value, found: &Value) -> bool {
     match (wanted, found) {
         (Value::Link(wanted), Value::Link(found)) => match (&wanted.kind, &found.kind) {
             (LinkKind::Vxlan(wanted), LinkKind::Vxlan(found)) => !found.changes_in_place(wanted),
-            // A foreign link is never touched: setting it fails with advice.
+            // A foreign link is never changed: setting it fails with a remedy in the error.
             _ => false,
         },
         _ => false,
     }
 }
 
-/// Whether an entry may be deleted: sysctls have no absence, foreign things are not ours, and endpoints own their links.
+/// Whether an entry may be deleted: sysctls cannot be deleted, foreign entries are not ours, and the endpoints own their links.
 fn is_managed(key: &Key, found: &Value) -> bool {
     match (key, found) {
         (Key::Sysctl(_), _) | (_, Value::Route(RouteTarget::Foreign)) => false,
@@ -247,17 +250,18 @@ fn is_managed(key: &Key, found: &Value) -> bool {
     }
 }
 
-/// The order in which entries are made: each stands on those of earlier stages.
+/// Stage of an entry, for the order in which entries are set: an entry depends on those of earlier stages only.
 ///
-/// Router advertisements are settled before forwarding is switched on, because the kernel drops default routes that came from them at that
-/// moment (`rt6_purge_dflt_routers` in `net/is_ipv6/route.c`). The FDB entry comes before the neighbour, so that no neighbour points to a MAC
-/// without a destination; the route comes last, because it draws the traffic. What a peer may send passes before anything is sent to it.
+/// `accept_ra` is set before forwarding is enabled, because at that moment the kernel drops default routes from router
+/// advertisements (`rt6_purge_dflt_routers` in `net/ipv6/route.c`). The FDB entry precedes the neighbour, so that no neighbour
+/// has a MAC without a destination. The route comes last, because it attracts the traffic. The elements that accept a peer's
+/// packets precede its route.
 pub fn stage(key: &Key) -> u8 {
     match key {
         // Ports need their bridge.
         Key::Link(name) => u8::from(Device::from_name(name).is_none()),
         Key::Sysctl(path) if path.ends_with("accept_ra") => 2,
-        // What lets 127.0.0.0/8 leave the host comes behind the rules that keep others from it.
+        // This lets 127.0.0.0/8 leave the host, so the rules that restrict it come first.
         Key::Sysctl(path) if path.ends_with("route_localnet") => 8,
         Key::Sysctl(_) => 3,
         Key::Address(..) => 4,
@@ -268,7 +272,7 @@ pub fn stage(key: &Key) -> u8 {
         Key::Neigh(..) => 10,
         Key::Nexthop(_) => 11,
         Key::Route(_) => 12,
-        // Last, so that what a peer's route is made for is not refused before.
+        // Last, so that no packet for a peer's subnet is rejected before the peer's route exists.
         Key::Unreachable(_) => 13,
     }
 }

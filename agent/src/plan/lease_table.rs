@@ -1,9 +1,9 @@
-//! Which leases count: every entry of the store, indexed so that one change is judged without looking at the others.
+//! Table of all leases in the store, and their classification. Indexes make one change independent of the number of leases.
 //!
-//! An entry is left out where it cannot be right by itself (outside the network, another backend), where it contradicts this host (its
-//! subnet, address or MAC), and where it contradicts another entry that ranks before it. Rank is: leases that the network's pools would give
-//! out before others, then the older before the younger. An entry that is itself left out still ranks, so that the verdict on each entry
-//! depends on its neighbours only, never on a chain.
+//! A lease is rejected if it is invalid by itself (outside the network, another backend), if it conflicts with this host (subnet,
+//! address or MAC), or if it conflicts with a lease that ranks before it. Leases that the network's pools could allocate rank
+//! before others; then older ones rank before younger ones. A rejected lease keeps its rank, so that a classification depends on
+//! directly conflicting leases only, never on a chain of them.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -15,13 +15,13 @@ use crate::model::{
     Backend, Cidr, Family, LeaseRecord, Mac, NetworkConfig, Peer, PerFamily, RejectReason, RejectedLease, Subnet,
 };
 
-/// The part of a lease's key behind `<prefix>/subnets/`.
+/// The part of a lease's key after `<prefix>/subnets/`.
 pub type LeaseKey = Arc<str>;
 
-/// This host, as far as other leases can contradict it.
+/// The properties of this host that leases can conflict with.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LocalHost {
-    /// The subnet it holds.
+    /// Its subnet.
     pub subnet: Subnet,
     /// Its underlay addresses.
     pub public_ip: PerFamily<IpAddr>,
@@ -29,35 +29,35 @@ pub struct LocalHost {
     pub vtep: PerFamily<Mac>,
 }
 
-/// What an entry is to this host.
+/// Classification of a lease from this host's view.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Classification {
     /// This host's own lease.
     Own,
     /// A peer in the data path.
     Accepted(Peer),
-    /// Left out.
+    /// A rejected lease.
     Rejected(RejectedLease),
 }
 
-/// All entries of the store.
+/// All leases in the store.
 #[derive(Debug, Default)]
 pub struct LeaseTable {
     entries: BTreeMap<LeaseKey, Result<LeaseRecord, RejectedLease>>,
     by_cidr: BTreeMap<Cidr, Owners>,
-    /// How many ranges there are of each length: usually all have one, and nothing shorter is looked for.
+    /// Number of ranges of each prefix length. Usually all have the same, and no lookup of shorter ones is needed.
     prefix_lengths: BTreeMap<(Family, u8), usize>,
     by_mac: HashMap<(Family, Mac), Owners>,
-    /// Whether two entries may share an address or a MAC. Where none do, which is nearly always, no verdict has to look for others.
+    /// Whether two leases may share an address or a MAC. Usually none do, and then classification skips the search for conflicts.
     has_conflicts: bool,
 }
 
-/// The entries that hold one range or one MAC, in order: one nearly always, which then takes no memory of its own.
+/// Sorted keys of the leases of one range or one MAC. Usually there is one, which needs no allocation.
 #[derive(Debug)]
 enum Owners {
     One(LeaseKey),
-    /// Also none, for a moment. Boxed, so that the one above takes no more than itself.
-    #[expect(clippy::box_collection, reason = "a vector would make each of the many others half as large again")]
+    /// Empty only temporarily. Boxed, so that `One` takes no more than a key.
+    #[expect(clippy::box_collection, reason = "a vector would enlarge each of the many `One` values by half")]
     Many(Box<Vec<LeaseKey>>),
 }
 
@@ -99,28 +99,28 @@ impl Owners {
 }
 
 impl LeaseTable {
-    /// Every entry, by key.
+    /// Every lease, by key.
     pub fn iter(&self) -> impl Iterator<Item = (&LeaseKey, &Result<LeaseRecord, RejectedLease>)> {
         self.entries.iter()
     }
 
-    /// One entry.
+    /// One lease.
     pub fn get(&self, key: &str) -> Option<&Result<LeaseRecord, RejectedLease>> {
         self.entries.get(key)
     }
 
-    /// Number of entries, those left out included.
+    /// Number of leases, including rejected ones.
     pub fn len(&self) -> usize {
         self.entries.len()
     }
 
-    /// Whether there is none.
+    /// Whether there is no lease.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
-    /// Makes the entries those of a snapshot: what it lacks is gone. Returns the keys whose verdict may have changed; `None` for all, where
-    /// there was nothing before or most of it goes.
+    /// Replaces the leases by those of a snapshot. Returns the keys whose classification may have changed; `None` for all keys,
+    /// if the table was empty or most leases are gone.
     pub fn replace(&mut self, snapshot: Vec<StoreEntry>) -> Option<BTreeSet<LeaseKey>> {
         if self.entries.len() > 2 * snapshot.len() || self.entries.is_empty() {
             *self = LeaseTable::default();
@@ -139,7 +139,7 @@ impl LeaseTable {
         Some(affected)
     }
 
-    /// Fills what is empty: each index is made as a whole, which takes a quarter of the time that entry by entry takes.
+    /// Fills an empty table. It builds each index in bulk, in a quarter of the time of inserting lease by lease.
     fn fill(&mut self, snapshot: Vec<StoreEntry>) {
         self.entries = snapshot.into_iter().map(|entry| (entry.key.into(), entry.value)).collect();
         self.by_mac.reserve(self.entries.len());
@@ -156,7 +156,7 @@ impl LeaseTable {
             }
         }
         ranges.sort_unstable();
-        // In order, a range that overlaps an earlier one overlaps the one that reaches furthest of them.
+        // In sorted order, a range that overlaps any earlier one overlaps the earlier one that extends furthest.
         let mut furthest: Option<Cidr> = None;
         for (cidr, _) in &ranges {
             self.has_conflicts |= furthest.is_some_and(|before| before.overlaps(*cidr));
@@ -177,13 +177,13 @@ impl LeaseTable {
         self.by_cidr = owners.into_iter().collect();
     }
 
-    /// Adds or changes an entry. Returns the keys whose verdict may have changed: none where nothing that matters did.
+    /// Adds or changes a lease. Returns the keys whose classification may have changed; none if only revisions changed.
     pub fn upsert(&mut self, entry: StoreEntry) -> BTreeSet<LeaseKey> {
         let StoreEntry { key, value } = entry;
         if let Some(old) = self.entries.get(key.as_str())
             && is_equivalent(old, &value)
         {
-            // A renewal: the revisions change, the meaning does not.
+            // A renewal changes the revision only.
             self.entries.insert(key.into(), value);
             return BTreeSet::new();
         }
@@ -209,7 +209,7 @@ impl LeaseTable {
         affected
     }
 
-    /// Takes an entry away. Returns the keys whose verdict may have changed, its own included.
+    /// Removes a lease. Returns the keys whose classification may have changed, including its own.
     pub fn remove(&mut self, key: &str) -> BTreeSet<LeaseKey> {
         let Some((key, value)) = self.entries.remove_entry(key) else { return BTreeSet::new() };
         let mut affected = BTreeSet::new();
@@ -232,12 +232,12 @@ impl LeaseTable {
         affected
     }
 
-    /// What an entry is to this host; `None` for a key that is not there.
+    /// Classifies a lease; `None` for an unknown key.
     pub fn classify(&self, key: &str, network: &NetworkConfig, own: Option<&LocalHost>) -> Option<Classification> {
         self.entries.get(key).map(|value| self.classify_entry(key, value, network, own))
     }
 
-    /// What each entry is to this host, in the order of the keys.
+    /// Classifies all leases, in the order of the keys.
     pub fn classify_all(
         &self,
         network: &NetworkConfig,
@@ -268,8 +268,8 @@ impl LeaseTable {
         }
     }
 
-    /// The address of this host or of another entry's that lies in this entry's range: its tunnel would lead into itself. No range that the
-    /// pools lease has one: such an address is left out itself.
+    /// Rejects a lease whose range contains the underlay address of this host or of another lease: the tunnel to it would be
+    /// routed into itself. Ranges that the pools allocate need no check, because a lease with such an address is rejected itself.
     fn covered_host(
         &self,
         key: &str,
@@ -294,12 +294,12 @@ impl LeaseTable {
         })
     }
 
-    /// The entries whose range holds a record's address.
+    /// The leases whose range contains an address of a record.
     fn entries_covering(&self, record: &LeaseRecord) -> impl Iterator<Item = LeaseKey> {
         record.lease.public_ip.iter().flat_map(|(_, address)| self.overlapping(Cidr::host(*address)))
     }
 
-    /// The first contradiction with an entry that ranks before this one.
+    /// The first conflict with a lease that ranks before this one.
     fn conflict(&self, key: &str, record: &LeaseRecord, network: &NetworkConfig) -> Option<RejectReason> {
         if !self.has_conflicts {
             return None;
@@ -315,7 +315,7 @@ impl LeaseTable {
         }
         macs(record).find_map(|(family, mac)| {
             let other = self.by_mac.get(&(family, mac))?.iter().find(|other| {
-                // The same host twice (a lease that it has left behind) has one address behind the MAC: no contradiction.
+                // Two leases of one host (one of them stale) have the same address for the MAC, which is no conflict.
                 let same_place = self.entries.get(*other).is_some_and(|value| {
                     value.as_ref().is_ok_and(|o| o.lease.public_ip.get(family) == record.lease.public_ip.get(family))
                 });
@@ -325,7 +325,7 @@ impl LeaseTable {
         })
     }
 
-    /// The entries that share an address or a MAC with a record.
+    /// The leases that share an address or a MAC with a record.
     fn conflict_candidates(&self, record: &LeaseRecord) -> BTreeSet<LeaseKey> {
         let mut keys = BTreeSet::new();
         for (_, cidr) in record.subnet.iter() {
@@ -337,7 +337,7 @@ impl LeaseTable {
         keys
     }
 
-    /// Takes a key from a range.
+    /// Removes a key from a range.
     fn remove_range(&mut self, cidr: Cidr, key: &LeaseKey) {
         let Some(keys) = self.by_cidr.get_mut(&cidr) else { return };
         keys.remove(key);
@@ -354,7 +354,7 @@ impl LeaseTable {
         }
     }
 
-    /// The entries whose range overlaps: those that cover it (one look-up per shorter length that there is) and those that lie in it.
+    /// The leases whose range overlaps `cidr`: those that cover it (one lookup per existing shorter length) and those inside it.
     fn overlapping(&self, cidr: Cidr) -> Vec<LeaseKey> {
         let shorter = self.prefix_lengths.range((cidr.family(), 0)..(cidr.family(), cidr.length()));
         let covering = shorter.filter_map(|((_, length), _)| self.by_cidr.get(&Cidr::containing(cidr.base(), *length)?));
@@ -363,7 +363,7 @@ impl LeaseTable {
     }
 }
 
-/// Whether two values mean the same: all but the revision of the last change.
+/// Whether two values are equal except for the revision of the last change.
 fn is_equivalent(a: &Result<LeaseRecord, RejectedLease>, b: &Result<LeaseRecord, RejectedLease>) -> bool {
     match (a, b) {
         (Ok(a), Ok(b)) => a.subnet == b.subnet && a.lease == b.lease && a.create_revision == b.create_revision,
@@ -371,7 +371,7 @@ fn is_equivalent(a: &Result<LeaseRecord, RejectedLease>, b: &Result<LeaseRecord,
     }
 }
 
-/// Lower ranks first.
+/// Rank of a lease; lower ranks win a conflict.
 fn rank(record: &LeaseRecord, network: &NetworkConfig) -> (bool, i64) {
     let of_pools =
         record.subnet.iter().all(|(family, cidr)| network.pools.get(family).is_some_and(|pool| pool.allows_subnet(cidr)));
@@ -386,7 +386,7 @@ fn macs(record: &LeaseRecord) -> impl Iterator<Item = (Family, Mac)> + '_ {
     vtep.into_iter().flat_map(|vtep| vtep.iter().map(|(family, mac)| (family, *mac)))
 }
 
-/// What can be said of a record without looking at others.
+/// Checks a record without regard to other leases.
 fn check_record(record: &LeaseRecord, network: &NetworkConfig, own: Option<&LocalHost>) -> Result<Peer, RejectReason> {
     let (vni, vtep) = match &record.lease.backend {
         Backend::Vxlan { vni, vtep } => (*vni, vtep),
@@ -401,7 +401,7 @@ fn check_record(record: &LeaseRecord, network: &NetworkConfig, own: Option<&Loca
         if !pool.network.covers(subnet) {
             return Err(RejectReason::OutsideNetwork { subnet, network: pool.network });
         }
-        // The least that a network is cut into (`SubnetLen`): nobody holds more than a quarter of it.
+        // `SubnetLen` divides a network into at least four subnets, so no valid lease has more than a quarter of it.
         if subnet.length() < pool.network.length() + 2 {
             return Err(RejectReason::TooWide { subnet, network: pool.network });
         }
@@ -421,7 +421,7 @@ fn check_record(record: &LeaseRecord, network: &NetworkConfig, own: Option<&Loca
             }
         }
         if pool.covers_address(public_ip) || subnet.contains(public_ip) {
-            // The outer packet would be routed into the overlay again.
+            // The outer packet would be routed into the overlay.
             return Err(RejectReason::Field {
                 field: "PublicIP".to_owned(),
                 value: public_ip.to_string(),

@@ -1,5 +1,5 @@
-//! The book of probes: which peer is probed next over which path, what came back, and what that says. Pure: the time is given, in microseconds of
-//! any clock that only goes forward.
+//! Table of probes: schedule, replies, and the reachability of each peer. Pure: callers pass the time, in microseconds of a
+//! monotonic clock.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::IpAddr;
@@ -8,19 +8,20 @@ use std::time::Duration;
 use crate::model::Cidr;
 use crate::model::api::{Mesh, MeshEntry, PathView, PeerEntry, Reachability};
 
-/// The most echo requests a second, however many peers: 10,000 peers, with two paths each, are probed once in 400 s, for some 4 kB/s.
+/// Maximum number of echo requests per second. 10,000 peers with two paths each are probed once in 400 s, with some 4 kB/s.
 pub const MAX_PROBES_PER_SECOND: u32 = 50;
-/// How long an answer is waited for.
+/// Time after which a probe without a reply counts as lost.
 pub const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
-/// Probes of a path that are remembered, a bit each.
+/// Number of remembered probes per path, one bit each.
 const PROBE_HISTORY: u32 = 16;
-/// The last probes that have to be lost for a path to count as silent: one may be lost by chance.
+/// Number of consecutive lost probes after which a path counts as silent: a single probe may be lost by chance.
 const SILENT_AFTER: u32 = 2;
-/// How long a peer that has gone is told of, and how many at the most.
+/// Time for which a departed peer is reported.
 const DEPARTED_RETENTION: Duration = Duration::from_secs(3600);
+/// Maximum number of reported departed peers.
 const MAX_DEPARTED: usize = 64;
 
-/// One of the two ways to a peer.
+/// One of the two paths to a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ProbePath {
     /// To its VTEP.
@@ -30,7 +31,7 @@ pub enum ProbePath {
 }
 
 impl ProbePath {
-    /// As a word.
+    /// The path as a word.
     pub const fn as_str(self) -> &'static str {
         match self {
             ProbePath::Overlay => "overlay",
@@ -39,30 +40,30 @@ impl ProbePath {
     }
 }
 
-/// What all probes come to.
+/// Summary of all probes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Summary {
-    /// How many peers are reached how; those that have gone are not counted.
+    /// Number of peers by reachability, without departed ones.
     pub states: BTreeMap<Reachability, u64>,
-    /// The longest of the means to a VTEP, in microseconds; 0 where nothing has answered.
+    /// Longest mean round-trip time to a VTEP, in microseconds; 0 without any reply.
     pub worst_overlay: u64,
-    /// The same to a public IP.
+    /// Longest mean round-trip time to a public IP, in microseconds.
     pub worst_underlay: u64,
 }
 
-/// A probe to be sent.
+/// A probe to send.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Probe {
-    /// Tells its answer from others.
+    /// Identifies its reply.
     pub number: u64,
-    /// Whom to ask.
+    /// Destination.
     pub address: IpAddr,
 }
 
 #[derive(Debug, Clone)]
 struct PathStats {
     address: IpAddr,
-    /// The outcomes, the last one in the lowest bit; a lost one is 1.
+    /// Outcomes, the latest in the lowest bit; 1 is a lost probe.
     loss_bits: u32,
     count: u32,
     last_rtt: Option<u64>,
@@ -80,7 +81,7 @@ impl PathStats {
         self.count = (self.count + 1).min(PROBE_HISTORY);
     }
 
-    /// Whether it answers; `None` where that is not known yet.
+    /// Whether the path replies; `None` before the first outcome.
     fn is_responding(&self) -> Option<bool> {
         let last = self.count.min(SILENT_AFTER);
         (last > 0).then(|| self.loss_bits & ((1 << last) - 1) != (1 << last) - 1)
@@ -136,21 +137,21 @@ impl PeerProbes {
     }
 }
 
-/// The book.
+/// Table of peers and their probes.
 #[derive(Debug, Default)]
 pub struct ProbeTable {
     rows: BTreeMap<Cidr, PeerProbes>,
-    /// With the second since the epoch at which each was found gone.
+    /// Departed peers, with the time at which each was found gone, in seconds since the epoch.
     departed: BTreeMap<Cidr, (PeerProbes, u64)>,
-    /// What this round has still to probe.
+    /// Remaining probes of this round.
     queue: VecDeque<(Cidr, ProbePath)>,
-    /// Probes that wait for their answer, by number: ascending in number and in time.
+    /// Probes without a reply yet, by number: ascending in number and in time.
     in_flight: BTreeMap<u64, (Cidr, ProbePath, u64)>,
     last_number: u64,
 }
 
 impl ProbeTable {
-    /// Begins a round over these peers; `epoch` is the second since 1970. A peer with another address than before begins anew.
+    /// Starts a round over these peers; `epoch` is in seconds since 1970. A new address resets a peer's statistics.
     pub fn start_round(&mut self, peers: &[PeerEntry], epoch: u64) {
         let mut before = std::mem::take(&mut self.rows);
         self.queue.clear();
@@ -174,7 +175,7 @@ impl ProbeTable {
         }
     }
 
-    /// The next probe of this round; `None` at its end.
+    /// The next probe of this round; `None` at the end of the round.
     pub fn next_probe(&mut self, now: u64) -> Option<Probe> {
         let (subnet, path) = self.queue.pop_front()?;
         let address = self.rows.get_mut(&subnet)?.stats_mut(path).address;
@@ -183,7 +184,7 @@ impl ProbeTable {
         Some(Probe { number: self.last_number, address })
     }
 
-    /// A probe could not be sent. By which way it was, where its peer is still there.
+    /// Records that a probe could not be sent. Returns its path, if its peer still exists.
     pub fn send_failed(&mut self, number: u64, error: String) -> Option<ProbePath> {
         let (subnet, path, _) = self.in_flight.remove(&number)?;
         let stats = self.rows.get_mut(&subnet)?.stats_mut(path);
@@ -192,8 +193,8 @@ impl ProbeTable {
         Some(path)
     }
 
-    /// An answer came. One that nobody waits for any more is passed over, and so is one from another address than was asked. By which way it came,
-    /// and how many microseconds it took.
+    /// Records a reply. Ignores replies to expired probes, and replies from another address than the probe's destination. Returns
+    /// the path and the round-trip time in microseconds.
     pub fn on_reply(&mut self, number: u64, from: IpAddr, now: u64) -> Option<(ProbePath, u64)> {
         let &(subnet, path, sent) = self.in_flight.get(&number)?;
         let stats = self.rows.get_mut(&subnet).map(|row| row.stats_mut(path)).filter(|path| path.address == from)?;
@@ -206,7 +207,7 @@ impl ProbeTable {
         Some((path, took))
     }
 
-    /// Gives up those that have waited too long; `lost` is told of each whose peer is still there.
+    /// Expires probes after [`PROBE_TIMEOUT`]; calls `on_lost` for each one whose peer still exists.
     pub fn expire(&mut self, now: u64, mut on_lost: impl FnMut(ProbePath)) {
         let timeout = u64::try_from(PROBE_TIMEOUT.as_micros()).unwrap_or(u64::MAX);
         while let Some((&number, &(subnet, path, sent))) = self.in_flight.first_key_value() {
@@ -221,25 +222,25 @@ impl ProbeTable {
         }
     }
 
-    /// Whether answers are waited for.
+    /// Whether any probe awaits its reply.
     pub fn has_in_flight(&self) -> bool {
         !self.in_flight.is_empty()
     }
 
-    /// The pause between two probes, so that a round takes `interval`, or longer where that would be too many a second.
+    /// Pause between two probes. A round takes `interval`, or longer if that would exceed [`MAX_PROBES_PER_SECOND`].
     pub fn probe_interval(&self, interval: Duration) -> Duration {
         let probes = u32::try_from(self.rows.len() * 2).unwrap_or(u32::MAX).max(1);
         (interval / probes).max(Duration::from_secs(1) / MAX_PROBES_PER_SECOND)
     }
 
-    /// All of it.
+    /// The table for the API.
     pub fn view(&self, node: &str, interval: Duration) -> Mesh {
         let mut peers: Vec<MeshEntry> = self.rows.iter().map(|(subnet, row)| row.entry(*subnet, None)).collect();
         peers.extend(self.departed.iter().map(|(subnet, (row, since))| row.entry(*subnet, Some(*since))));
         Mesh { node: node.to_owned(), interval_seconds: interval.as_secs(), error: None, peers }
     }
 
-    /// What it comes to.
+    /// Summary of the table.
     pub fn summary(&self) -> Summary {
         let mut all = Summary::default();
         for row in self.rows.values() {
@@ -268,7 +269,7 @@ mod tests {
         }
     }
 
-    /// Goes some rounds; `answers` says of an address how long it takes, if it answers at all.
+    /// Runs some rounds; `answers` returns an address's round-trip time, or `None` if it does not reply.
     fn run_rounds(table: &mut ProbeTable, peers: &[PeerEntry], count: u64, answers: impl Fn(IpAddr) -> Option<u64>) -> Mesh {
         for round in 0..count {
             let now = round * 10_000_000;
@@ -313,7 +314,7 @@ mod tests {
         let mesh = run_rounds(&mut table, &[peer(1)], 1, |_| None);
         assert_eq!(mesh.peers[0].state, Reachability::Unreachable);
         let mesh = run_rounds(&mut table, &[peer(1)], 16, |_| Some(100));
-        assert_eq!(mesh.peers[0].state, Reachability::Ok, "it is forgotten after 16");
+        assert_eq!(mesh.peers[0].state, Reachability::Ok, "lost probes are forgotten after 16 more");
     }
 
     #[test]

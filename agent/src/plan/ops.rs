@@ -1,4 +1,4 @@
-//! One kernel change, an ordered list of them, and what became of it.
+//! Kernel changes, batches of them and their results, and the traits that apply them.
 
 use std::fmt;
 
@@ -7,13 +7,13 @@ use serde::{Deserialize, Serialize};
 use super::state::{Key, LinkState, RouteTarget, State, Value, device_of};
 use crate::model::Device;
 
-/// One change of the kernel. Setting is idempotent: what is there with another value is replaced.
+/// One change of the kernel. `Set` is idempotent: it replaces an entry with another value.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Op {
-    /// Make the entry, or give it this value.
+    /// Create the entry, or give it this value.
     Set(Key, Value),
-    /// Take the entry away. That it is gone already is success. The value is what stands there now: the kernel wants part of it.
+    /// Remove the entry; a missing entry is success. The value is the present one, parts of which the kernel requires.
     Delete(Key, Value),
 }
 
@@ -21,15 +21,16 @@ pub enum Op {
 pub type Batch = Vec<Op>;
 
 impl Op {
-    /// The entry that changes.
+    /// The changed entry.
     pub fn key(&self) -> &Key {
         match self {
             Op::Set(key, _) | Op::Delete(key, _) => key,
         }
     }
 
-    /// Follows in `state` what the kernel does when it has applied the op: a device takes along what lives on it, a next hop the routes
-    /// that use it, a table its elements, and a device with a new MAC forgets its neighbours (`neigh_changeaddr` in `net/core/set_neighbour.c`).
+    /// Applies the op to `state` with the kernel's side effects. Deleting a device removes its entries, deleting a next hop its
+    /// routes, and deleting a table its elements. A new MAC of a device removes its neighbours (`neigh_changeaddr` in
+    /// `net/core/neighbour.c`).
     pub fn apply_to(&self, state: &mut State) {
         match self {
             Op::Set(key, value) => {
@@ -60,7 +61,7 @@ impl Op {
     }
 }
 
-/// Removes the entries of one kind from the device that `link` is; a bridge's ports lose their master.
+/// Removes matching entries of the device `link`. Its ports lose their master.
 fn remove_device_entries(state: &mut State, link: &Key, kind: impl Fn(&Key) -> bool) {
     let Key::Link(name) = link else { return };
     let Some(device) = Device::from_name(name) else { return };
@@ -92,69 +93,69 @@ impl fmt::Display for Op {
     }
 }
 
-/// Why the kernel refused an op.
+/// Error of a failed op.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct OpError {
-    /// The kernel's error number (positive); 0 where it did not come from the kernel.
+    /// The kernel's error number (positive); 0 if the error is not the kernel's.
     pub errno: i32,
-    /// What it said (extended acknowledgement where there is one), and the remedy where one is known.
+    /// The kernel's text (the extended acknowledgement if there is one), and the remedy if one is known.
     pub message: String,
 }
 
-/// What became of a batch: every op that is not named here was applied.
+/// Result of a batch: all ops that are not listed were applied.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ApplyReport {
     /// Indices into the batch, ascending, with the error of each.
     pub failed: Vec<(usize, OpError)>,
 }
 
-/// The data path as `reconcile` sees it; `fake_kernel` implements it.
+/// Interface of `reconcile` to the data path; `kernel` implements it.
 pub trait DataPath: Send {
-    /// Everything of ours that the kernel holds. Errors are fit for a person.
+    /// Reads all of our entries from the kernel. Errors are readable for an operator.
     fn dump(&mut self) -> impl Future<Output = Result<State, OpError>> + Send;
 
-    /// Applies a batch in its order. An op that fails stops no other.
+    /// Applies a batch in order. A failed op does not stop the others.
     fn apply(&mut self, batch: &Batch) -> impl Future<Output = ApplyReport> + Send;
 
-    /// Sysctls by their paths, those that are there; from now on dumps have them, and changes of them are told.
+    /// Reads the existing ones of these sysctls. From now on dumps include them, and changes of them cause events.
     fn watch_sysctls(&mut self, paths: Vec<String>) -> impl Future<Output = Result<State, OpError>> + Send;
 
-    /// A link by its name, as it is at this moment; `None` where it is not there.
+    /// Reads a link's present state by name; `None` if it does not exist.
     fn get_link(&mut self, name: &str) -> impl Future<Output = Result<Option<LinkState>, OpError>> + Send;
 
-    /// Links, addresses and default routes of the host that are not ours: what the external interface is chosen from.
+    /// Reads the host's links, addresses and default routes that are not ours, for the selection of the external interface.
     fn inventory(&mut self) -> impl Future<Output = Result<super::underlay::HostInventory, OpError>> + Send;
 
-    /// The interface by which the kernel would send to an address; `None` where there is no route.
+    /// The interface of the kernel's route to an address; `None` without a route.
     fn route_to(&mut self, address: std::net::IpAddr) -> impl Future<Output = Result<Option<u32>, OpError>> + Send;
 }
 
-/// What happened in the kernel through others.
+/// Changes in the kernel by other processes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum KernelEvent {
-    /// Entries changed: the value now, or `None` where the entry is gone. Of a link it may be older than the last change of ours, and is a hint to look
-    /// at it ([`DataPath::link`]).
+    /// Entries changed: the new value, or `None` if the entry was deleted. A link's value may be older than our own last change,
+    /// so it is only a hint to read the link ([`DataPath::get_link`]).
     Changed(Vec<(Key, Option<Value>)>),
-    /// More changed than the event says (a device went down or away and took entries with it, events were lost): dump again.
+    /// A dump is needed: events were lost, or a device went down or vanished together with its entries.
     ResyncNeeded {
-        /// What happened, for the log.
+        /// The reason, for the log.
         reason: &'static str,
     },
-    /// Links, addresses or default routes that are not ours changed.
+    /// Foreign links, addresses or default routes changed.
     HostNetworkChanged,
 }
 
-/// What a container's attachment needs in the kernel.
+/// Specification of a container's port: a veth pair with its addresses and routes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PortSpec {
     /// Path of the container's network namespace.
     pub netns: std::path::PathBuf,
-    /// The interface to make in it.
+    /// The interface in that namespace.
     pub interface: String,
-    /// The host's end of the veth pair.
+    /// The host end of the veth pair.
     pub host_interface: String,
-    /// The bridge that the host's end becomes a port of.
+    /// The bridge of the host end.
     pub bridge: crate::model::Device,
     /// The inner interface's MAC.
     pub mac: crate::model::Mac,
@@ -162,77 +163,79 @@ pub struct PortSpec {
     pub mtu: u32,
     /// The inner interface's addresses, with the subnet's prefix length.
     pub addresses: Vec<ipnetwork::IpNetwork>,
-    /// Routes, each with its gateway, the bridge's address: the default route in each family, or those to the overlay network.
+    /// Routes with their gateway, the bridge's address: a default route in each family, or routes to the overlay network.
     pub routes: Vec<(crate::model::Cidr, std::net::IpAddr)>,
-    /// Whether it may send with its own MAC and addresses only.
+    /// Whether it may use only its own MAC and addresses as source.
     pub source_check: bool,
 }
 
-/// How `endpoint` has containers wired; `fake_kernel` implements it.
+/// Interface of `endpoint` for containers' ports; `kernel` implements it.
 pub trait PortDriver: Send + Sync {
-    /// Makes the veth pair, its addresses, routes and loopback; all or nothing. Where the very same plug is in place it succeeds
-    /// without a change.
+    /// Creates the veth pair, its addresses and routes, and brings loopback up; all or nothing. If the same port exists, it
+    /// changes nothing.
     fn attach_port(&self, spec: &PortSpec) -> impl Future<Output = Result<SourceFilter, OpError>> + Send;
 
-    /// What of a plug is not in place, for a person; `None` where all is. Blocks.
+    /// Compares a port with the kernel. Returns the first difference as a text for the operator; `None` if there is none. Blocks.
     fn check_port(&self, spec: &PortSpec) -> Result<Option<String>, OpError>;
 
-    /// Removes the pair by its host end. That it is gone already is success.
+    /// Removes the veth pair by its host end; a missing pair is success.
     fn detach_port(&self, host_interface: &str) -> impl Future<Output = Result<(), OpError>> + Send;
 
-    /// Ends the connections of addresses that are nobody's any more: who gets one next is not to get what was meant for the last. Blocks.
+    /// Deletes the connections of released addresses, so that the next owner of an address does not receive packets for the last
+    /// one. Blocks.
     fn flush_connections(&self, addresses: &crate::model::PerFamily<std::net::IpAddr>);
 
-    /// Whether the namespace is still there, for the audit of leaked endpoints.
+    /// Whether the namespace exists, for the audit of leaked endpoints.
     fn netns_exists(&self, netns: &std::path::Path) -> bool;
 
-    /// What tells the namespace at a path from every other one, now and later; `None` where there is none, or the kernel is too old to say.
+    /// Unique id of the namespace at a path, also over time; `None` if there is no namespace, or if the kernel is too old for
+    /// ids.
     fn netns_id(&self, netns: &std::path::Path) -> Option<String>;
 
-    /// Whether the path leads to the host's own namespace.
+    /// Whether the path is that of the host's own namespace.
     fn is_host_netns(&self, netns: &std::path::Path) -> bool;
 
-    /// A path of the host's own namespace, good until the agent ends.
+    /// A path of the host's own namespace, valid while the agent runs.
     fn host_netns(&self) -> std::path::PathBuf;
 
     /// Brings up the loopback device of a namespace.
     fn set_loopback_up(&self, netns: &std::path::Path) -> impl Future<Output = Result<(), OpError>> + Send;
 
-    /// The host's addresses, and which of these ports its own sockets hold.
+    /// The host's addresses, and its sockets that listen on these ports.
     fn host_ports(&self, wanted: &[crate::model::PublishedPort]) -> Result<HostPorts, OpError>;
 
-    /// The host's ends of all veth pairs of ours, whether an endpoint is known for them or not.
+    /// The host ends of all our veth pairs, also of those without a known endpoint.
     fn list_host_interfaces(&self) -> Result<Vec<String>, OpError>;
 }
 
-/// Whether the guard has what a container may send.
+/// Whether the source filter has a container's elements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum SourceFilter {
-    /// It was told before the container's port joined the bridge.
+    /// They were added before the container's port joined the bridge.
     Applied,
-    /// Its table is not there yet: what is plugged comes with it.
+    /// The filter's table does not exist yet; it will be created with the elements.
     #[default]
     Pending,
 }
 
-/// What of the host's own stands beside published ports.
+/// The host's own addresses and sockets, to check published ports against.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct HostPorts {
     /// Every address of the host.
     pub addresses: std::collections::BTreeSet<std::net::IpAddr>,
-    /// Sockets that wait on a wanted port.
+    /// Sockets that listen on a requested port.
     pub sockets: Vec<HostSocket>,
 }
 
-/// A socket of the host that waits on a port.
+/// A listening socket of the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostSocket {
-    /// The wanted port that it has.
+    /// The requested port that it conflicts with.
     pub wanted: crate::model::PublishedPort,
-    /// Its address; unspecified where it waits on every one.
+    /// Its address; unspecified if it listens on all addresses.
     pub address: std::net::IpAddr,
     /// Its port.
     pub port: u16,
-    /// Whose it is, for a person: `nginx (process 812)`.
+    /// Its process, for messages: `nginx (process 812)`.
     pub holder: String,
 }

@@ -1,4 +1,4 @@
-//! What a kernel holds, or should hold, for the overlay: one map from [`Key`] to [`Value`], the same type for desired and actual state.
+//! Kernel state of the overlay: a map from [`Key`] to [`Value`]. Desired and actual state have the same type.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -11,48 +11,49 @@ use super::Ruleset;
 use super::ruleset::{Element, TABLE, Table};
 use crate::model::{Cidr, Device, Family, Mac, Role, Vni};
 
-/// The protocol number of all that is ours in the kernel (`ip route print proto 86`); unassigned in `/etc/iproute2/rt_protos` and
+/// Protocol number of all our entries in the kernel (`ip route show proto 86`); unassigned in `/etc/iproute2/rt_protos` and
 /// `linux/rtnetlink.h`.
 pub const PROTOCOL: u8 = 86;
 
-/// The ids of our next-hop objects: a range of 16 million behind this one.
+/// Id range of our next-hop objects: 16 million ids.
 pub const NEXTHOP_IDS: std::ops::Range<u32> = 0x5600_0000..0x5700_0000;
 
-/// The metric of our unreachable routes: each other route to the same destination is preferred.
+/// Metric of our unreachable routes: any other route to the same destination is preferred.
 pub const UNREACHABLE_METRIC: u32 = u32::MAX;
 
-/// The `ifalias` of each link of ours: how we know them again.
+/// The `ifalias` that marks our links.
 pub const LINK_ALIAS: &str = "overlayd";
 
-/// The name of one entry. There are five a peer and family, twice: texts are boxed, so that the many others take 24 bytes.
+/// Key of an entry. Each peer has five entries per family, in two states: texts are boxed, so that a key takes only 24 bytes.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Key {
-    /// A file below `/proc/sys/net`, by its path from there: `ipv4/ip_forward`.
+    /// A sysctl, by its path below `/proc/sys/net`: `ipv4/ip_forward`.
     Sysctl(Box<str>),
-    /// A link of ours by interface name: VXLAN devices, the bridge, and the host's ends of the endpoints' veth pairs.
+    /// A link of ours, by interface name: VXLAN devices, the bridge, and the host ends of the endpoints' veth pairs.
     Link(Box<str>),
     /// An address on a device of ours, with its prefix length and host bits.
     Address(Device, IpNetwork),
-    /// The table `inet overlayd_command` or `bridge_name overlayd_command`, but for what its sets hold.
+    /// The table `inet overlayd` or `bridge overlayd`, without the elements of its sets.
     Ruleset(Table),
-    /// An element of one of its sets. It goes with its table, and stays where the table is replaced.
+    /// An element of a set. It is deleted with its table, and kept if the table is replaced.
     Element(Element),
     /// Our accept rules in iptables' FORWARD chain (`ip filter` or `ip6 filter`), where its policy is DROP.
     ForwardAccept(Family),
-    /// Where a VTEP's MAC is reached (`bridge_name fdb`, flags self permanent).
+    /// The FDB entry of a VTEP's MAC (`bridge fdb`, flags self permanent).
     Fdb(Device, Mac),
     /// The MAC of a peer's subnet base (`ip neigh`, permanent).
     Neigh(Device, IpAddr),
-    /// A next-hop object of ours by id.
+    /// A next-hop object of ours, by id.
     Nexthop(u32),
     /// A route of ours in the main table.
     Route(Cidr),
-    /// An unreachable route of ours in the main table, behind every other route to the same destination ([`UNREACHABLE_METRIC`]).
+    /// An unreachable route of ours in the main table, which any other route to the same destination overrides
+    /// ([`UNREACHABLE_METRIC`]).
     Unreachable(Cidr),
 }
 
-/// What stands under a [`Key`], in 24 bytes. Each kind of key has its kind of value; [`Key::fits`] tells.
+/// Value of a [`Key`], in 24 bytes. Each kind of key has its kind of value, which [`Key::fits`] checks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Value {
@@ -60,51 +61,51 @@ pub enum Value {
     Sysctl(Box<str>),
     /// A link.
     Link(Box<LinkState>),
-    /// An address is there or not.
+    /// An address exists.
     Address,
     /// The rules.
     Ruleset(Box<Ruleset>),
-    /// An element is there; in a map, where it leads.
+    /// An element exists; in a map, with its target.
     Element(Option<Box<SocketAddr>>),
-    /// The network from and to which forwarding is accepted there.
+    /// The network from and to which the rules accept forwarding.
     ForwardAccept(Cidr),
-    /// The underlay address behind a MAC.
+    /// The underlay address of a MAC.
     Fdb(IpAddr),
     /// The MAC of an address.
     Neigh(Mac),
-    /// The gateway, on link of the device.
+    /// The gateway, on link at the device.
     Nexthop {
         /// Our device towards the gateway.
         device: Device,
         /// The peer's subnet base.
         gateway: IpAddr,
     },
-    /// Where a route leads.
+    /// The target of a route.
     Route(RouteTarget),
-    /// An unreachable route is there or not.
+    /// An unreachable route exists.
     Unreachable,
 }
 
-/// Where a route leads.
+/// Target of a route.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RouteTarget {
-    /// By a next-hop object of ours.
+    /// A next-hop object of ours.
     Nexthop(u32),
-    /// By a gateway that is on link of our device (kernel without next-hop objects).
+    /// A gateway on link at our device (kernel without next-hop objects).
     Gateway(Device, IpAddr),
-    /// To this host, for what comes in by our device.
+    /// This host, for packets received on our device.
     Local(Device),
-    /// Neither of these: somebody else's route to the same destination. Only in actual state.
+    /// A foreign route to the same destination. Only in actual state.
     Foreign,
 }
 
 /// A link of ours.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LinkState {
-    /// What kind of link.
+    /// Kind of link.
     pub kind: LinkKind,
-    /// Its MAC; `None` in desired state where any will do.
+    /// Its MAC; `None` in desired state if any MAC is fine.
     pub mac: Option<Mac>,
     /// MTU in bytes.
     pub mtu: u32,
@@ -112,12 +113,12 @@ pub struct LinkState {
     pub up: bool,
     /// The bridge it is a port of.
     pub master: Option<Device>,
-    /// As a port of a bridge: frames may leave by the port that they came in by (`hairpin on`).
+    /// As a port of a bridge: frames may leave by the port that received them (`hairpin on`).
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub hairpin: bool,
 }
 
-/// The kinds of link, with what cannot be changed on a link that exists.
+/// Kinds of link, with the settings that are fixed at creation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LinkKind {
@@ -125,11 +126,11 @@ pub enum LinkKind {
     Vxlan(Vxlan),
     /// A bridge.
     Bridge,
-    /// The host's end of an endpoint's veth pair. Never created by a batch: endpoints make them.
+    /// The host end of an endpoint's veth pair. A batch never creates one: the endpoints do.
     Port,
-    /// A link of that name which is not ours (other kind, or without our alias). Only in actual state; it is never touched.
+    /// A link of that name that is not ours (another kind, or without our alias). Only in actual state; never changed.
     Foreign {
-        /// What the kernel calls it: `vxlan_chain`, `dummy`, empty for hardware.
+        /// The kernel's name of the kind: `vxlan`, `dummy`; empty for hardware.
         kind: String,
     },
 }
@@ -141,7 +142,7 @@ pub struct Vxlan {
     pub vni: Vni,
     /// UDP destination port.
     pub port: u16,
-    /// The underlay address that outer packets carry as source.
+    /// The underlay address that is the source of outer packets.
     pub local: IpAddr,
     /// Interface index of the external interface.
     pub underlay: u32,
@@ -152,8 +153,8 @@ pub struct Vxlan {
 }
 
 impl Vxlan {
-    /// Whether a device with these settings can be changed into the other without being made again. VNI, port and learning are
-    /// fixed at creation (`vxlan_changelink` in the kernel's `drivers/net/vxlan_chain/vxlan_core.c` takes local address and underlay link).
+    /// Whether a device with these settings can be changed to `wanted` without recreating it. VNI, port and learning are fixed at
+    /// creation (`vxlan_changelink` in the kernel's `drivers/net/vxlan/vxlan_core.c` accepts local address and underlay link).
     pub fn changes_in_place(&self, wanted: &Vxlan) -> bool {
         self.vni == wanted.vni
             && self.port == wanted.port
@@ -162,10 +163,10 @@ impl Vxlan {
     }
 }
 
-// Ten a peer and family: a longer variant would make each of them longer.
+// Ten entries per peer and family: a larger variant would enlarge all of them.
 const _: () = assert!(size_of::<(Key, Value)>() == 48);
 
-/// Entries by name.
+/// Entries by key.
 pub type State = BTreeMap<Key, Value>;
 
 /// Read access to entries: those of one [`State`], or of several together.
@@ -203,12 +204,11 @@ impl Entries for State {
 }
 
 impl Key {
-    /// The device that the entry lives on and goes with; `None` for what stands alone. A next hop's and a route's device is in their
-    /// values.
+    /// The device whose deletion removes the entry; `None` if there is none. The device of a next hop or a route is in its value.
     pub fn device(&self) -> Option<Device> {
         match self {
             Key::Address(device, _) | Key::Fdb(device, _) | Key::Neigh(device, _) => Some(*device),
-            // `is_ipv6/conf/ovx6.1/accept_ra`
+            // `ipv6/conf/ovx6.1/accept_ra`
             Key::Sysctl(path) => path.split('/').nth(2).and_then(Device::from_name),
             Key::Link(_)
             | Key::Ruleset(_)
@@ -238,11 +238,11 @@ impl Key {
         )
     }
 
-    /// Every word of [`Key::kind`].
+    /// All values of [`Key::kind`].
     pub const KINDS: [&str; 11] =
         ["sysctl", "link", "address", "ruleset", "element", "forward-accept", "fdb", "neigh", "nexthop", "route", "unreachable"];
 
-    /// The kind of entry in one word, for metrics and messages.
+    /// The kind of entry as a word, for metrics and messages.
     pub fn kind(&self) -> &'static str {
         match self {
             Key::Sysctl(_) => "sysctl",
@@ -311,12 +311,12 @@ impl fmt::Display for Value {
             Value::Route(RouteTarget::Nexthop(id)) => write!(f, "nhid {id}"),
             Value::Route(RouteTarget::Gateway(device, gateway)) => write!(f, "via {gateway} dev {device} onlink"),
             Value::Route(RouteTarget::Local(device)) => write!(f, "local dev {device}"),
-            Value::Route(RouteTarget::Foreign) => f.write_str("of others"),
+            Value::Route(RouteTarget::Foreign) => f.write_str("foreign"),
         }
     }
 }
 
-/// The device that has the entry's traffic: also for next hops and routes, whose device is in the value.
+/// The device that carries the entry's traffic, also for next hops and routes, whose device is in the value.
 pub fn device_of(key: &Key, value: &Value, state: &impl Entries) -> Option<Device> {
     match (key, value) {
         (_, Value::Nexthop { device, .. }) | (_, Value::Route(RouteTarget::Gateway(device, _) | RouteTarget::Local(device))) => {

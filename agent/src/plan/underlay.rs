@@ -1,8 +1,9 @@
-//! Which interface is the external one, and which addresses of it peers send to.
+//! Selection of the external interface and of its addresses that peers send to.
 //!
-//! The address in use stays while it is fit. Otherwise the choice is the kernel's own source for the default route, and behind it what an operator or
-//! a daemon adds beside the host's own address: secondary addresses, and those of host length, as VRRP has them. Lifetimes do not matter: a
-//! DHCP lease has one, a floating address has none. Each family is chosen by itself; the trouble of one does not hold up the other.
+//! The address in use stays while it is usable. Otherwise the kernel's source address of the default route is preferred.
+//! Addresses that an operator or a daemon adds to the host's own address come last: secondary addresses, and those of host
+//! length, as VRRP uses them. Lifetimes do not matter: a DHCP lease has one, a floating address has none. Each family is selected
+//! separately; a problem in one family does not delay the other.
 
 mod address;
 
@@ -17,29 +18,30 @@ use crate::model::{Cidr, Family, PerFamily};
 
 pub use address::{Flaw, HostAddress};
 
-/// How the external interface is chosen: the first of the names and addresses that is there, else the first link whose name or address
-/// matches the expression, else the one by which an address is reached, else that of the default route.
+/// Selection rules for the external interface. The first configured rule applies: the first existing name or address, the first
+/// link whose name or address matches the expression, or the interface of the route to an address. Without a rule it is that of
+/// the default route.
 #[derive(Debug, Clone, Default)]
 pub struct UnderlaySelector {
     /// Interface names or addresses, in order of preference.
     pub interfaces: Vec<String>,
-    /// An expression for names and addresses.
+    /// A regular expression for names and addresses.
     pub regex: Option<Regex>,
     /// An address that is reached through the interface.
     pub can_reach: Option<IpAddr>,
-    /// Addresses that peers send to, where they differ from the interface's (behind NAT).
+    /// Addresses that peers send to, if they differ from the interface's (behind NAT).
     pub public_ip: PerFamily<IpAddr>,
 }
 
 /// Why no external interface could be chosen.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum UnderlayError {
-    /// None of the names or addresses is there.
+    /// None of the names or addresses exists.
     #[error("--iface: this host has no interface {}; candidates: {candidates}", .wanted.join(" or "))]
     NoSuchInterface {
-        /// What was asked for.
+        /// The configured names and addresses.
         wanted: Vec<String>,
-        /// What there is.
+        /// The existing interfaces.
         candidates: String,
     },
     /// Nothing matches the expression.
@@ -47,7 +49,7 @@ pub enum UnderlayError {
     NoMatch {
         /// The expression.
         regex: String,
-        /// What there is.
+        /// The existing interfaces.
         candidates: String,
     },
     /// There is no route to the address.
@@ -55,7 +57,7 @@ pub enum UnderlayError {
     Unreachable {
         /// The address.
         address: IpAddr,
-        /// What there is.
+        /// The existing interfaces.
         candidates: String,
     },
     /// There is no default route.
@@ -63,10 +65,10 @@ pub enum UnderlayError {
     NoDefaultRoute {
         /// The first family of the network.
         family: Family,
-        /// What there is.
+        /// The existing interfaces.
         candidates: String,
     },
-    /// The chosen interface has no IPv6, and IPv4 alone is no way out.
+    /// The selected interface has no IPv6, and IPv4 cannot replace it.
     #[error(
         "IPv6 is switched off on interface {interface}, and the network needs it: {}, or choose another interface with --iface; \
          candidates: {candidates}",
@@ -75,10 +77,10 @@ pub enum UnderlayError {
     Ipv6Disabled {
         /// The interface.
         interface: String,
-        /// What there is.
+        /// The existing interfaces.
         candidates: String,
     },
-    /// The chosen interface lacks an address that the network needs.
+    /// The selected interface lacks an address that the network needs.
     #[error(
         "interface {interface} has no {family} address, which the {family} network needs: add one, or choose another interface with --iface; candidates: {candidates}"
     )]
@@ -87,7 +89,7 @@ pub enum UnderlayError {
         interface: String,
         /// The family.
         family: Family,
-        /// What there is.
+        /// The existing interfaces.
         candidates: String,
     },
 }
@@ -99,9 +101,10 @@ pub struct HostInventory {
     pub links: Vec<ForeignLink>,
     /// Default routes, the preferred (lowest metric) first within each family.
     pub default_routes: Vec<DefaultRoute>,
-    /// Families in which iptables' FORWARD chain (`ip filter FORWARD`, `ip6 filter FORWARD`) has policy DROP, as Docker and ufw set it.
+    /// Families in which iptables' FORWARD chain (`ip filter FORWARD`, `ip6 filter FORWARD`) has policy DROP, which Docker and
+    /// ufw set.
     pub forward_drops: Vec<Family>,
-    /// The servers that names are asked of.
+    /// The host's DNS servers.
     pub resolvers: BTreeSet<IpAddr>,
 }
 
@@ -118,20 +121,20 @@ pub struct ForeignLink {
     pub up: bool,
     /// The loopback device.
     pub loopback: bool,
-    /// `bridge_name`, `veth`, `vlan`; empty for hardware.
+    /// `bridge`, `veth`, `vlan`; empty for hardware.
     pub kind: String,
-    /// It is part of another interface (a bridge, a bond), which has the addresses.
+    /// Whether it is a port of another interface (a bridge, a bond), which has the addresses.
     pub is_port: bool,
-    /// Its IPv6 settings; absent where the kernel has no IPv6 (`is_ipv6.disable=1`), or none on an interface with an MTU below 1280.
+    /// Its IPv6 settings; absent if the kernel has no IPv6 (`ipv6.disable=1`), or if the interface's MTU is below 1280.
     pub ipv6: Option<Ipv6Settings>,
     /// Its addresses of global scope, in the kernel's order.
     pub addresses: Vec<HostAddress>,
 }
 
-/// The settings below `/proc/sys/net/is_ipv6/conf` of an interface, as far as they matter for an interface that is not ours.
+/// The settings below `/proc/sys/net/ipv6/conf` that matter for a foreign interface.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ipv6Settings {
-    /// `check_forwarding`: it is a router's, and ignores router advertisements unless `accept_ra` is 2.
+    /// `forwarding`: it acts as a router, and ignores router advertisements unless `accept_ra` is 2.
     pub forwarding: bool,
     /// `accept_ra`.
     pub accept_ra: u32,
@@ -148,13 +151,13 @@ pub struct DefaultRoute {
     pub interface: u32,
     /// The preferred source.
     pub source: Option<IpAddr>,
-    /// The router; `None` where all is on link.
+    /// The router; `None` if all destinations are on link.
     pub gateway: Option<IpAddr>,
     /// Learned from a router advertisement.
     pub from_router_advertisement: bool,
 }
 
-/// The chosen underlay.
+/// The selected underlay.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Underlay {
     /// Interface index of the external interface.
@@ -165,18 +168,18 @@ pub struct Underlay {
     pub mtu: u32,
     /// The address that peers send to, per family.
     pub public_ip: PerFamily<IpAddr>,
-    /// The address that the VXLAN device has as source, per family: differs from `public_ip` behind NAT.
+    /// The source address of the VXLAN device, per family: differs from `public_ip` behind NAT.
     pub local: PerFamily<IpAddr>,
 }
 
-/// The external interface and the addresses that are in use, by this agent or the one before it.
+/// The external interface and addresses in use, by this agent or by its previous run.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct CurrentUnderlay {
     /// Interface index.
     pub link: Option<u32>,
     /// The source of each VXLAN device.
     pub local: PerFamily<IpAddr>,
-    /// What was published last, where there is no device: after a reboot.
+    /// The last published address, if there is no device: after a reboot.
     pub published: PerFamily<IpAddr>,
 }
 
@@ -187,20 +190,20 @@ impl CurrentUnderlay {
     }
 }
 
-/// Why an address was chosen.
+/// Why an address was selected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SelectionReason {
     /// It is named by `--iface`, or matches `--iface-regex`.
     Configured,
-    /// There is no other one.
+    /// It is the only usable one.
     Only,
     /// It was in use before.
     InUse,
-    /// The kernel sends from it by the default route.
+    /// It is the kernel's source address for the default route.
     DefaultRouteSource,
-    /// It is the first one that is as good.
+    /// It is the first of equally good ones.
     First,
-    /// The interface does not have it any more, nor another one.
+    /// The interface has no usable address any more.
     Retained,
 }
 
@@ -217,20 +220,21 @@ impl fmt::Display for SelectionReason {
     }
 }
 
-/// A chosen underlay, and how it was chosen.
+/// A selected underlay, with reasons and problems.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UnderlayChoice {
     /// The underlay.
     pub underlay: Underlay,
-    /// Why each address was chosen.
+    /// Why each address was selected.
     pub reasons: PerFamily<SelectionReason>,
-    /// What was looked for and is not there: what was in use stays.
+    /// Missing interfaces and addresses, for which those in use stay.
     pub problems: Vec<String>,
 }
 
 impl UnderlaySelector {
-    /// Chooses the external interface and an address of it for each family of the pools. `reach` is the interface by which the kernel would send to
-    /// [`UnderlaySelector::can_reach`], `None` where there is no route. What is not found and is in use stays, and is named among the problems.
+    /// Selects the external interface and one of its addresses for each family of the pools. `reachable_link` is the interface of
+    /// the kernel's route to [`UnderlaySelector::can_reach`]; `None` without a route. If an interface or address in use is not
+    /// found, it stays in use and is reported as a problem.
     pub fn choose(
         &self,
         inventory: &HostInventory,
@@ -253,13 +257,13 @@ impl UnderlaySelector {
         let mut local = PerFamily::default();
         let mut reasons = PerFamily::default();
         for family in families {
-            // On a kernel without IPv6 only what was built with it can stay.
+            // Without IPv6, only an existing device's address can stay.
             let lacks_ipv6 = family == Family::V6 && link.lacks_ipv6();
             let before = if lacks_ipv6 { in_use.local.v6 } else { in_use.address(family) };
             if lacks_ipv6 && before.is_none() && pools.get(Family::V4).is_some() {
                 continue;
             }
-            // Where what is asked for by its address is gone, no other one takes its place.
+            // If an address is configured and missing, no other address replaces it.
             let configured_before = before.filter(|address| not_found && self.is_configured(*address));
             let (address, reason) = match configured.filter(|address| Family::of(*address) == family) {
                 Some(address) => (address, SelectionReason::Configured),
@@ -275,7 +279,7 @@ impl UnderlaySelector {
                             false => UnderlayError::NoAddress { interface, family, candidates },
                         };
                         let Some(before) = before else { return Err(error) };
-                        problems.push(format!("{error}; {before} stays in use until then, and other families do not wait"));
+                        problems.push(format!("{error}; {before} stays in use until then; other families are not affected"));
                         (before, SelectionReason::Retained)
                     }
                 },
@@ -293,7 +297,7 @@ impl UnderlaySelector {
         Ok(UnderlayChoice { underlay, reasons, problems })
     }
 
-    /// The external interface, and the address that was asked for where it was found by one.
+    /// The external interface, and the configured address if the interface was found by its address.
     fn select_link<'a>(
         &self,
         inventory: &'a HostInventory,
@@ -332,14 +336,14 @@ impl UnderlaySelector {
         }
     }
 
-    /// Whether `--iface` or `--iface-regex` asks for this very address.
+    /// Whether `--iface` or `--iface-regex` selects this address.
     fn is_configured(&self, address: IpAddr) -> bool {
         let text = address.to_string();
         self.interfaces.contains(&text) || self.regex.as_ref().is_some_and(|regex| regex.is_match(&text))
     }
 }
 
-/// The best address of a family that a link has, and why it is.
+/// The best address of a link in a family, with the reason.
 fn best_address(
     inventory: &HostInventory,
     link: &ForeignLink,
@@ -357,7 +361,8 @@ fn best_address(
     let route = inventory.default_routes.iter().find(|route| route.family == family && route.interface == link.index);
     let is_source = |address: &HostAddress| match route {
         Some(DefaultRoute { source: Some(source), .. }) => address.address == *source,
-        // As the kernel chooses (`inet_select_addr` in net/ipv4/devinet.c): a primary address whose subnet the gateway is in.
+        // As the kernel selects it (`inet_select_addr` in net/ipv4/devinet.c): a primary address whose subnet contains the
+        // gateway.
         Some(DefaultRoute { gateway: Some(gateway), .. }) => {
             !address.secondary
                 && Cidr::containing(address.address, address.length).is_some_and(|subnet| subnet.contains(*gateway))
@@ -387,44 +392,44 @@ impl ForeignLink {
     }
 }
 
-/// The servers that a resolv.conf(5) names.
+/// The DNS servers in a resolv.conf(5).
 pub fn nameservers(resolv_conf: &str) -> impl Iterator<Item = IpAddr> + '_ {
     resolv_conf.lines().filter_map(|line| line.trim().strip_prefix("nameserver")?.trim().parse().ok())
 }
 
-/// How IPv6 is switched on on an interface.
+/// Remedy to enable IPv6 on an interface.
 pub fn ipv6_remedy(interface: &str) -> String {
     format!(
-        "sysctl -w net/ipv6/conf/{interface}/disable_ipv6=0 (where there is no such setting the kernel was started with ipv6.disable=1, or \
+        "sysctl -w net/ipv6/conf/{interface}/disable_ipv6=0 (if there is no such setting, the kernel was started with ipv6.disable=1, or \
          the MTU of {interface} is below 1280)"
     )
 }
 
 impl ForeignLink {
-    /// IPv6 is switched off on it.
+    /// Whether IPv6 is disabled on it.
     pub fn lacks_ipv6(&self) -> bool {
         self.ipv6.is_none_or(|ipv6| ipv6.disabled)
     }
 }
 
 impl HostInventory {
-    /// Addresses of the underlay that this host depends on: its routers and its resolvers.
+    /// Underlay addresses that this host depends on: its routers and its resolvers.
     pub fn required_addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
         self.default_routes.iter().filter_map(|route| route.gateway).chain(self.resolvers.iter().copied())
     }
 
-    /// What became of an address that was in use and is not any more, for messages.
+    /// Why an address is not in use any more, for messages.
     pub fn explain_loss(&self, address: IpAddr, interface: u32) -> String {
         let found = self.links.iter().find_map(|link| Some((link, link.address(address)?)));
         match found {
             None => "no longer on this host".to_owned(),
             Some((link, _)) if link.index != interface => format!("on {}, which is not the external interface", link.name),
             Some((_, HostAddress { flaw: Some(flaw), .. })) => flaw.to_string(),
-            Some(_) => "a better one is there".to_owned(),
+            Some(_) => "a better one exists".to_owned(),
         }
     }
 
-    /// The interfaces by which containers reach the world outside over IPv4: the external one, and those with a default route.
+    /// The interfaces through which containers reach external IPv4 networks: the external one, and those with a default route.
     pub fn uplinks(&self, external: u32) -> Vec<String> {
         let has_default_route =
             |index: u32| self.default_routes.iter().any(|route| route.family == Family::V4 && route.interface == index);
@@ -432,7 +437,7 @@ impl HostInventory {
         uplinks.map(|link| link.name.clone()).collect()
     }
 
-    /// The interfaces to choose from, with their addresses, for messages.
+    /// The selectable interfaces with their addresses, for messages.
     pub fn candidates(&self) -> String {
         let usable: Vec<String> = self
             .links

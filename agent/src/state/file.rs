@@ -1,4 +1,4 @@
-//! Files that are written whole, and errors of the file system that say what to do.
+//! Atomic file replacement, and file system errors with a remedy.
 
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, Read, Write};
@@ -6,39 +6,39 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// The largest file that is read, in bytes: 65,536 endpoints take some 20 MiB; anything above is not ours.
+/// Maximum size of a file to read, in bytes: 65,536 endpoints take some 20 MiB; a larger file is not ours.
 const MAX_FILE_SIZE: u64 = 64 << 20;
 
-/// The file system refused.
+/// A file system error.
 #[derive(Debug)]
 pub struct FileError {
-    /// What was to be done, as a verb: `write`.
+    /// The failed action, as a verb: `write`.
     pub action: &'static str,
     /// The file or directory.
     pub path: PathBuf,
-    /// The system's answer.
+    /// The system's error.
     pub source: io::Error,
 }
 
 impl FileError {
-    /// The error of an action on a path.
+    /// An error of an action on a path.
     pub fn new(action: &'static str, path: &Path, source: io::Error) -> FileError {
         FileError { action, path: path.to_owned(), source }
     }
 
-    /// What helps against the error; `None` where the system's own words have to do.
+    /// Remedy for the error; `None` if there is only the system's text.
     fn remedy(&self) -> Option<&'static str> {
         match self.source.raw_os_error()? {
             libc::ENOSPC => Some("the file system is full: free space on it (`df -h`, and `df -i` for inodes)"),
             libc::EDQUOT => Some("the quota is used up: free space or raise it"),
             libc::EROFS => Some("the file system is read-only: remount it writable, or choose another directory"),
             libc::EACCES | libc::EPERM => {
-                Some("overlayd runs as root and needs to own this path; look at its owner, mode and attributes")
+                Some("overlayd runs as root and needs to own this path; check its owner, mode and attributes")
             }
-            libc::EIO => Some("the disk reports an error: look at `dmesg`"),
+            libc::EIO => Some("the disk reports an error: see `dmesg`"),
             libc::ENOTDIR => Some("a part of the path is a file where a directory is needed: remove it"),
             libc::EISDIR => Some("there is a directory where a file is needed: remove it"),
-            libc::ENOENT => Some("the directory is not there: make it, or choose another path"),
+            libc::ENOENT => Some("the directory does not exist: create it, or choose another path"),
             libc::EMFILE | libc::ENFILE => Some("too many open files: raise the limit (`LimitNOFILE=` in the unit)"),
             libc::ENAMETOOLONG => Some("choose a shorter path"),
             _ => None,
@@ -59,15 +59,15 @@ impl std::error::Error for FileError {
     }
 }
 
-/// Replaces a file as a whole: temporary file in the same directory, fsync, rename, fsync of the directory. After an error the old
-/// file is as it was. The mode is set exactly, whatever the umask.
+/// Replaces a file atomically: temporary file in the same directory, fsync, rename, fsync of the directory. After an error the
+/// old file is unchanged. The mode does not depend on the umask.
 pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
     replace(path, bytes, mode, File::sync_all)?;
     sync_directory(path)
 }
 
-/// As [`write_whole`], but it is left to the kernel when the file reaches the disk: whatever becomes of this process, a reader sees the old
-/// text or the new one; a machine that loses its power may come back with either, or with a torn file.
+/// As [`write_atomic`], but without a sync. Even if this process is killed, a reader sees either the old text or the new one. A
+/// power failure may leave either of them, or a corrupt file.
 pub fn write_atomic_unsynced(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
     replace(path, bytes, mode, |_| Ok(()))
 }
@@ -83,14 +83,14 @@ fn replace(path: &Path, bytes: &[u8], mode: u32, sync: impl Fn(&File) -> io::Res
         .map_err(|source| FileError::new("write", &temporary, source))
         .and_then(|()| std::fs::rename(&temporary, path).map_err(|source| FileError::new("replace", path, source)));
     if let Err(error) = written {
-        // The first error is the one worth reporting; a temporary file that stays is taken over by the next write.
+        // Only the first error is worth reporting; the next write replaces a leftover temporary file.
         let _ = std::fs::remove_file(&temporary);
         return Err(error);
     }
     Ok(())
 }
 
-/// As [`write_whole`], but only where content or mode differ. Returns whether it wrote.
+/// As [`write_atomic`], but only if content or mode differ. Returns whether it wrote.
 pub fn write_if_changed(path: &Path, bytes: &[u8], mode: u32) -> Result<bool, FileError> {
     if content_matches(path, bytes, mode).unwrap_or(false) {
         return Ok(false);
@@ -105,7 +105,7 @@ fn content_matches(path: &Path, bytes: &[u8], mode: u32) -> io::Result<bool> {
 }
 
 fn write_new(path: &Path, bytes: &[u8], mode: u32) -> io::Result<File> {
-    // Left over by a crash; never followed if somebody put a symbolic link there, because the file is created anew.
+    // A leftover of a crash. A symbolic link at this path is not followed, because the file is created anew.
     match std::fs::remove_file(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
         _ => {}
@@ -124,7 +124,7 @@ fn sync_directory(path: &Path) -> Result<(), FileError> {
     File::open(directory).and_then(|d| d.sync_all()).map_err(|source| FileError::new("sync the directory", directory, source))
 }
 
-/// The content of a file; `None` where there is none, or where it could not be read as a file and has been set aside.
+/// Reads a file; `None` if it does not exist, or if it was unreadable and has been quarantined.
 pub(super) fn read(path: &Path) -> Result<Option<Vec<u8>>, FileError> {
     let unreadable = |e: &io::Error| matches!(e.raw_os_error(), Some(libc::EIO | libc::EISDIR | libc::ELOOP));
     let mut bytes = Vec::new();
@@ -138,7 +138,7 @@ pub(super) fn read(path: &Path) -> Result<Option<Vec<u8>>, FileError> {
     }
 }
 
-/// What `decode` makes of a file that another agent may hold; `None` where there is none. Changes nothing.
+/// Reads and decodes a file that an agent may be using; `None` if it does not exist. Changes nothing.
 pub(super) fn peek<T, E>(path: &Path, decode: impl FnOnce(&[u8]) -> Result<T, E>) -> Result<Option<T>, FileError>
 where
     E: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -152,7 +152,7 @@ where
     decode(&bytes).map(Some).map_err(torn)
 }
 
-/// Moves a file that cannot be used to `NAME.torn-<unix time>` and says so.
+/// Renames an unusable file to `NAME.torn-<unix time>` and logs that.
 pub(super) fn quarantine(path: &Path, reason: &str) -> Result<(), FileError> {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let candidate = |attempt: u32| {
@@ -163,13 +163,13 @@ pub(super) fn quarantine(path: &Path, reason: &str) -> Result<(), FileError> {
         }
         PathBuf::from(name)
     };
-    // At most as many as one second can leave behind; the last one is overwritten.
+    // Maximum number of such files per second; beyond it the last one is overwritten.
     let aside = (0..100).map(candidate).find(|p| !p.exists()).unwrap_or_else(|| candidate(100));
     std::fs::rename(path, &aside).map_err(|source| FileError::new("set aside", path, source))?;
     sync_directory(path)?;
     tracing::warn!(
         path = %path.display(), aside = %aside.display(), reason,
-        "a state file cannot be used and was set aside; starting without what it held"
+        "unusable state file set aside, starting without its content"
     );
     Ok(())
 }

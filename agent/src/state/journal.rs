@@ -1,7 +1,7 @@
-//! Changes to what a file holds, behind it in a file of their own: a line of JSON each, appended, until the first one is written whole again.
+//! Append-only journal of changes to a snapshot file: one JSON line per change, until the next snapshot.
 //!
-//! To replace a file costs the file system several hundred microseconds (ext4 begins to write the new data out when it takes the place of
-//! another's, `auto_da_alloc` in ext4(5)) and grows with the file; to append a line costs some ten.
+//! Replacing a file takes several hundred microseconds, and longer for larger files (ext4 starts writing the new data on a rename
+//! over an existing file, `auto_da_alloc` in ext4(5)). Appending a line takes some ten microseconds.
 
 use std::fs::OpenOptions;
 use std::io::{self, Write};
@@ -14,24 +14,25 @@ use serde::de::DeserializeOwned;
 use super::file::{self, FileError};
 use super::{FILE_MODE, StateError, VERSION, VersionHeader};
 
-/// Bytes from which on the file behind which it stands is to be written whole again.
+/// Length in bytes at which a new snapshot has to be written.
 const MAX_LENGTH: u64 = 256 << 10;
 
-/// A journal. After a failed append it is as it was before.
+/// A journal. A failed append leaves it unchanged.
 #[derive(Debug)]
 pub struct Journal {
     path: PathBuf,
-    /// Its length in bytes, as far as this process wrote it.
+    /// Number of bytes written by this process.
     length: u64,
 }
 
 impl Journal {
-    /// The journal at a path; nothing is opened.
+    /// The journal at a path; does not open it.
     pub(super) fn at(path: PathBuf) -> Journal {
         Journal { path, length: 0 }
     }
 
-    /// The changes in it, in their order. A last line that a kill cut off is no change; what cannot be read beyond that is set aside with the rest.
+    /// Reads its changes in order. An incomplete last line, as a kill leaves it, is ignored. At any other unreadable line the
+    /// file is quarantined, and the changes before that line are returned.
     pub fn read<C: DeserializeOwned>(&self) -> Result<Vec<C>, StateError> {
         let Some(bytes) = file::read(&self.path)? else { return Ok(Vec::new()) };
         match parse(&bytes) {
@@ -44,12 +45,12 @@ impl Journal {
         }
     }
 
-    /// The same of a journal that another agent may hold: changes nothing.
+    /// As [`Journal::read`], but changes nothing, so that it works while an agent uses the journal.
     pub fn peek<C: DeserializeOwned>(path: &Path) -> Result<Vec<C>, FileError> {
         Ok(file::peek(path, |bytes| parse(bytes).map_err(|torn| torn.reason))?.unwrap_or_default())
     }
 
-    /// Adds changes, all or none, to one that has room. It is left to the kernel when they reach the disk.
+    /// Appends changes, all or none, without a sync. The journal must have room.
     pub fn append<C: Serialize>(&mut self, changes: impl Iterator<Item = C>) -> Result<(), FileError> {
         let fail = |source| FileError::new("write", &self.path, source);
         let mut lines = Vec::new();
@@ -59,11 +60,12 @@ impl Journal {
         for change in changes {
             append_line(&mut lines, &change).map_err(fail)?;
         }
-        // Opened each time: a file system that became read-only says so.
+        // Opened each time, so that a file system that became read-only causes an error.
         let opened = OpenOptions::new().create_new(self.length == 0).append(true).mode(FILE_MODE).open(&self.path);
         let mut file = opened.map_err(fail)?;
         if let Err(error) = file.write_all(&lines) {
-            // What part of it was written would make the next line unreadable; where it cannot be taken back, its length says so.
+            // A partial write would make the next line unreadable. If the truncation fails too, `has_room` detects the wrong
+            // length.
             let _ = file.set_len(self.length);
             return Err(fail(error));
         }
@@ -71,13 +73,14 @@ impl Journal {
         Ok(())
     }
 
-    /// Whether it can take more: it is not too long, and it is what this process wrote: nobody took it away, and no line in it is half a one.
+    /// Whether changes can be appended: it is not too long, and its length is what this process wrote. Otherwise it was removed,
+    /// or has a partial line.
     pub fn has_room(&self) -> bool {
         let found = self.path.symlink_metadata().map(|m| m.len());
         self.length < MAX_LENGTH && found.map_or(self.length == 0, |found| found == self.length && found > 0)
     }
 
-    /// Removes it: all of it stands in the other file now.
+    /// Removes it, once the snapshot contains all its changes.
     pub fn clear(&mut self) -> Result<(), FileError> {
         self.length = 0;
         match std::fs::remove_file(&self.path) {
@@ -87,16 +90,16 @@ impl Journal {
     }
 }
 
-/// Where a journal cannot be read any further.
+/// An unreadable line of a journal, and the changes before it.
 struct ParseError<C> {
     entries: Vec<C>,
-    /// The version of one that a newer agent wrote.
+    /// The journal's version, if a newer agent wrote it.
     version: Option<u32>,
     reason: String,
 }
 
 fn parse<C: DeserializeOwned>(bytes: &[u8]) -> Result<Vec<C>, ParseError<C>> {
-    // What stands behind the last line's end was never finished.
+    // Bytes after the last line end are an incomplete append.
     let complete_length = bytes.iter().rposition(|b| *b == b'\n').map_or(0, |end| end + 1);
     let mut lines = bytes[..complete_length].split_inclusive(|b| *b == b'\n');
     let mut before = Vec::new();

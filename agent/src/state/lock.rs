@@ -1,4 +1,4 @@
-//! One agent a directory: an flock on a file in it, for as long as the process lives.
+//! Lock of a directory against a second agent: an flock on a file in it, for the lifetime of the process.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, Write};
@@ -7,20 +7,20 @@ use std::path::{Path, PathBuf};
 
 use super::FileError;
 
-/// The lock file of a run directory.
+/// Lock file of a run directory.
 const RUN_LOCK: &str = "overlayd.lock";
 
-/// The lock file of a state directory; another name, so that one directory may be both.
+/// Lock file of a state directory; its name differs, so that one directory can be both.
 pub(super) const STATE_LOCK: &str = "state.lock";
 
-/// A held lock. The kernel lets go of it when the process ends, however it ends. The file stays: removing it would race with the next
-/// agent.
+/// A held lock. The kernel releases it when the process ends, also after a crash. The file is not removed, since that would race
+/// with the next agent.
 #[derive(Debug)]
 pub struct DirLock {
     _file: File,
 }
 
-/// Why the lock is not held.
+/// Why the lock could not be acquired.
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
     /// Another agent uses the directory.
@@ -30,7 +30,7 @@ pub enum LockError {
     Held {
         /// The directory.
         directory: PathBuf,
-        /// `pid 123`, or that it is not known.
+        /// `pid 123`, or a text if the pid is unknown.
         holder: String,
     },
     /// The lock file cannot be used.
@@ -39,7 +39,7 @@ pub enum LockError {
 }
 
 impl DirLock {
-    /// Locks a run directory, made with mode 0755 where it is missing. Does not wait.
+    /// Locks a run directory, without waiting; creates it with mode 0755 if it is missing.
     pub fn acquire(directory: &Path) -> Result<DirLock, LockError> {
         DirLock::acquire_named(directory, RUN_LOCK)
     }
@@ -49,7 +49,7 @@ impl DirLock {
             .recursive(true)
             .mode(0o755)
             .create(directory)
-            .map_err(|source| FileError::new("make the directory", directory, source))?;
+            .map_err(|source| FileError::new("create the directory", directory, source))?;
         let path = directory.join(name);
         let mut file = OpenOptions::new()
             .read(true)
@@ -67,7 +67,7 @@ impl DirLock {
             }
             Err(TryLockError::Error(source)) => return Err(FileError::new("lock", &path, source).into()),
         }
-        // The pid is for the other agent's message only: without it (disk full) the lock is as good.
+        // The pid is only for the error message of another agent, so a failed write (disk full) does not affect the lock.
         let written = file.set_len(0).and_then(|()| file.rewind()).and_then(|()| writeln!(file, "{}", std::process::id()));
         if let Err(error) = written {
             tracing::warn!(path = %path.display(), %error, "cannot write the pid into the lock file");
@@ -81,6 +81,6 @@ fn holder(file: &mut File) -> String {
     let read = file.take(32).read_to_string(&mut text);
     match (read, text.trim().parse::<u32>()) {
         (Ok(_), Ok(pid)) => format!("pid {pid}"),
-        _ => "its pid is not known".to_owned(),
+        _ => "pid unknown".to_owned(),
     }
 }

@@ -1,4 +1,4 @@
-//! `local_subnet.env`: what other tools (the flannel CNI plugin, Docker option scripts) read to learn the host's subnet.
+//! `subnet.env`: the host's subnet for other tools, such as the flannel CNI plugin and Docker option scripts.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -6,8 +6,9 @@ use std::path::Path;
 use super::{FileError, write_if_changed};
 use crate::model::{Cidr, Family, PerFamily, Subnet};
 
-/// The text of the file, with flannel's names in flannel's order. The subnet is given as the gateway's address with the subnet's length.
-/// `mtu` in bytes is the overlay's: with two families the smaller one, because a container's interface has one MTU for both.
+/// The text of the file, with flannel's names in flannel's order. The subnet is written as the gateway's address with the
+/// subnet's length. `mtu` is the overlay's in bytes: with two families the smaller one, because a container's interface has one
+/// MTU for both.
 pub fn subnet_env(network: &PerFamily<Cidr>, subnet: &Subnet, mtu: u32, ip_masq: bool) -> String {
     let mut text = String::new();
     for (family, range) in subnet.iter() {
@@ -24,11 +25,11 @@ pub fn subnet_env(network: &PerFamily<Cidr>, subnet: &Subnet, mtu: u32, ip_masq:
     text
 }
 
-/// Writes the file whole with mode 0644, its directory made where it is missing; not at all where the same text stands there.
+/// Replaces the file atomically, with mode 0644; creates its directory if it is missing. Does not write if the text is unchanged.
 /// Returns whether it wrote.
 pub fn write_subnet_env(path: &Path, text: &str) -> Result<bool, FileError> {
     if let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
-        std::fs::create_dir_all(parent).map_err(|source| FileError::new("make the directory", parent, source))?;
+        std::fs::create_dir_all(parent).map_err(|source| FileError::new("create the directory", parent, source))?;
     }
     write_if_changed(path, text.as_bytes(), 0o644)
 }

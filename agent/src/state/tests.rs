@@ -1,3 +1,5 @@
+//! Tests of the state directory, its files, locks and journals.
+
 use std::os::unix::fs::{MetadataExt, symlink};
 
 use super::*;
@@ -44,7 +46,7 @@ fn corrupt_files_are_quarantined() {
     let (mac, _) = host.device_mac(Device::vxlan(Family::V6, Vni::DEFAULT), None);
     state.save_host(&host).unwrap();
     let whole = std::fs::read(dir.path().join("state.json")).unwrap();
-    // Every way of losing the end of the file, and what is no text at all.
+    // Truncations at many lengths, and content that is not text or has another type.
     let mut torn: Vec<Vec<u8>> = (0..whole.len() - 2).step_by(7).map(|n| whole[..n].to_vec()).collect();
     torn.extend([
         b"\xff\xfe\0\0".to_vec(),
@@ -91,7 +93,7 @@ fn newer_version_is_rejected_and_kept() {
     let path = dir.path().join("state.json");
     std::fs::write(&path, "{\"version\":2,\"subnet\":{\"other\":1}}").unwrap();
     let error = state.load_host().unwrap_err().to_string();
-    assert!(error.contains("has version 2, this overlayd knows 1"), "{error}");
+    assert!(error.contains("has version 2, but this overlayd supports 1"), "{error}");
     assert!(path.exists() && quarantined_files(dir.path()).is_empty());
 }
 
@@ -123,7 +125,7 @@ fn second_agent_is_rejected_with_pid() {
     drop(held);
     let state = StateDir::open(dir.path()).unwrap();
     assert!(matches!(StateDir::open(dir.path()), Err(StateError::Lock(LockError::Held { .. }))));
-    // One directory may be both run and state directory of one agent.
+    // One directory can be both run and state directory of an agent.
     let run = DirLock::acquire(dir.path()).unwrap();
     drop((state, run));
     StateDir::open(dir.path()).unwrap();
@@ -185,7 +187,7 @@ fn subnet_env_is_world_readable_and_written_on_change() {
     assert!(write_subnet_env(&path, "A=2\n").unwrap());
 }
 
-/// Runs on a thread with a mount namespace of its own in which `directory` is a tmpfs with these options.
+/// Runs `test` on a thread with its own mount namespace, in which `directory` is a tmpfs with these options.
 fn on_tmpfs(directory: &Path, options: &str, test: impl FnOnce() + Send) {
     use nix::mount::{MsFlags, mount};
     use nix::sched::{CloneFlags, unshare};
@@ -215,7 +217,7 @@ fn full_disk_keeps_old_file_and_reports() {
             "{error}"
         );
         assert_eq!(std::fs::read(&file).unwrap(), b"old");
-        // What the failed write took is free again.
+        // The space of the failed write is free again.
         write_atomic(&file, &vec![b'x'; 30 << 10], 0o600).unwrap();
     });
 }
@@ -242,20 +244,20 @@ fn journal_replays_appends_and_drops_partial_line() {
     assert_eq!(read().unwrap(), [1, 2, 3]);
     assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o7777, 0o600);
     let whole = std::fs::read(&path).unwrap();
-    // A kill in the middle of an append: all lines that came to their end count.
+    // A kill during an append: all complete lines count.
     for length in 0..whole.len() {
         std::fs::write(&path, &whole[..length]).unwrap();
         let lines = whole[..length].iter().filter(|b| **b == b'\n').count();
         assert_eq!(read().unwrap(), [1, 2, 3][..lines.saturating_sub(1)], "{length} bytes");
     }
     assert!(quarantined_files(dir.path()).is_empty());
-    // What cannot be read is set aside, what stands before it counts.
+    // An unreadable line quarantines the file; the lines before it count.
     std::fs::write(&path, b"{\"version\":1}\n1\n\"x\"\n3\n").unwrap();
     assert_eq!(read().unwrap(), [1]);
     assert_eq!((quarantined_files(dir.path()).len(), path.exists()), (1, false));
     std::fs::write(&path, b"{\"version\":9}\n1\n").unwrap();
     assert!(matches!(read(), Err(StateError::Version { found: 9, .. })));
-    assert!(path.exists(), "a newer agent's is left alone");
+    assert!(path.exists(), "the journal of a newer agent is left alone");
 }
 
 #[test]
@@ -266,7 +268,7 @@ fn journal_has_room_until_long_or_removed() {
     assert!(journal.has_room());
     journal.append([1_u32].iter()).unwrap();
     assert!(journal.has_room());
-    assert!(!state.journal("j").has_room(), "what another left may end in half a line");
+    assert!(!state.journal("j").has_room(), "a journal of another process may end in a partial line");
     std::fs::remove_file(dir.path().join("j")).unwrap();
     assert!(!journal.has_room());
     journal.clear().unwrap();

@@ -1,6 +1,6 @@
-//! When a certificate ends, read from its PEM file: servers that refuse an expired one do not all say why. Pure.
+//! Reads a certificate's expiry from its PEM file. Not every server that rejects an expired certificate reports the reason. Pure.
 //!
-//! Only the way to `notAfter` is read (RFC 5280, section 4.1); whether the certificate is good is TLS' affair.
+//! Parses only up to `notAfter` (RFC 5280, section 4.1); TLS validates the certificate.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -11,7 +11,7 @@ const GENERALIZED_TIME: u8 = 0x18;
 const SEQUENCE: u8 = 0x30;
 const VERSION: u8 = 0xa0;
 
-/// Whether the first certificate of a PEM text has ended by then; `None` where it cannot be read.
+/// Whether the first certificate of a PEM text has expired at `now`; `None` if it cannot be parsed.
 pub(super) fn has_expired(pem: &[u8], now: SystemTime) -> Option<bool> {
     let der = first_block(&String::from_utf8_lossy(pem))?;
     let now = now.duration_since(UNIX_EPOCH).ok()?.as_secs();
@@ -42,7 +42,7 @@ fn first_block(text: &str) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-/// Splits off the first element: tag, content, what follows.
+/// Splits off the first element: tag, content, rest.
 fn element(der: &[u8]) -> Option<(u8, &[u8], &[u8])> {
     let (&tag, rest) = der.split_first()?;
     let (&first, rest) = rest.split_first()?;
@@ -57,12 +57,12 @@ fn element(der: &[u8]) -> Option<(u8, &[u8], &[u8])> {
     Some((tag, content, rest))
 }
 
-/// The content of the first element, which must have that tag, and what follows.
+/// The content of the first element, which must have this tag, and the rest.
 fn expect_tag(der: &[u8], wanted: u8) -> Option<(&[u8], &[u8])> {
     element(der).filter(|(tag, ..)| *tag == wanted).map(|(_, content, rest)| (content, rest))
 }
 
-/// `YYYYMMDDHHMMSS` of the end.
+/// `notAfter` as `YYYYMMDDHHMMSS`.
 fn not_after(der: &[u8]) -> Option<String> {
     let (certificate, _) = expect_tag(der, SEQUENCE)?;
     let (tbs, _) = expect_tag(certificate, SEQUENCE)?;
@@ -76,13 +76,13 @@ fn not_after(der: &[u8]) -> Option<String> {
     let text = std::str::from_utf8(text).ok()?.strip_suffix('Z')?;
     match tag {
         GENERALIZED_TIME => Some(text.to_owned()),
-        // Two digits: from 50 on they are of the last century (RFC 5280, section 4.1.2.5.1).
+        // Two-digit years from 50 on belong to the 20th century (RFC 5280, section 4.1.2.5.1).
         UTC_TIME => Some(format!("{}{text}", if text >= "5" { "19" } else { "20" })),
         _ => None,
     }
 }
 
-/// `YYYYMMDDHHMMSS` of seconds since 1970, by the days-to-civil algorithm for the proleptic Gregorian calendar.
+/// Formats seconds since 1970 as `YYYYMMDDHHMMSS`, by the days-to-civil algorithm for the proleptic Gregorian calendar.
 fn format_utc(seconds: u64) -> String {
     let (days, rest) = (seconds / 86_400 + 719_468, seconds % 86_400);
     let (era, of_era) = (days / 146_097, days % 146_097);
@@ -118,7 +118,7 @@ mod tests {
     fn openssl_certificate_expiry_is_detected() {
         let now = SystemTime::now();
         let day = Duration::from_secs(86_400);
-        // Beyond 2049 the time is written in another form.
+        // From 2050 on the time is a GeneralizedTime.
         for days in [2_u32, 400, 20_000] {
             let dir = tempfile::tempdir().unwrap();
             let made = Command::new("openssl")

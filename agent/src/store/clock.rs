@@ -1,4 +1,5 @@
-//! A server's clock, as it tells it in the `Date` of an HTTP answer: etcd serves `/ip_version` on its client port, over TLS as without.
+//! Reads a server's clock from the `Date` header of an HTTP response. etcd serves `/version` on its client port, with and without
+//! TLS.
 
 use std::io;
 use std::sync::Arc;
@@ -16,15 +17,15 @@ use tracing::debug;
 use super::StoreError;
 use super::connect::{StoreConfig, normalise_endpoint};
 
-/// How long the answer may take, with the connection before it.
+/// Timeout for connecting and the response.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
-/// The largest head of an answer, in bytes.
+/// Maximum size of the response header, in bytes.
 const MAX_HEADER_SIZE: usize = 16 << 10;
 
-/// The clock of the first endpoint, in seconds since 1970; `None` where its answer has no date. No login is needed for it. Takes 5 s at the most.
+/// The clock of the first endpoint, in seconds since 1970; `None` if its response has no date. Needs no login. Takes at most 5 s.
 ///
 /// # Errors
-/// [`StoreError::Unreachable`] where there is no answer, and the errors of the settings and their files.
+/// [`StoreError::Unreachable`] if there is no response, or an error of the settings and their files.
 pub async fn server_clock(config: &StoreConfig) -> Result<Option<u64>, StoreError> {
     let endpoint = config.endpoints.first().ok_or(StoreError::NoEndpoint)?;
     let url = normalise_endpoint(endpoint, config.uses_tls())?;
@@ -37,17 +38,17 @@ pub async fn server_clock(config: &StoreConfig) -> Result<Option<u64>, StoreErro
     match head {
         Ok(head) => Ok(date_header(&head)),
         Err(error) => {
-            debug!(url, %error, "a server's clock cannot be read");
+            debug!(url, %error, "cannot read etcd server clock");
             Err(StoreError::Unreachable { endpoint: url, detail: error.to_string() })
         }
     }
 }
 
-/// The TLS settings that the connection to etcd itself is made with.
+/// The same TLS settings as for the gRPC connection to etcd.
 fn tls_connector(config: &StoreConfig) -> Result<TlsConnector, StoreError> {
     let unusable = |error: String| StoreError::Endpoint {
         endpoint: config.endpoints.join(","),
-        rule: format!("cannot be asked over TLS: {error}"),
+        rule: format!("cannot be reached over TLS: {error}"),
     };
     let (authorities, identity) = config.tls_files()?;
     let mut roots = RootCertStore::empty();
@@ -75,7 +76,7 @@ async fn fetch_head(authority: &str, tls: Option<TlsConnector>) -> io::Result<St
     request_head(tls.connect(name, stream).await?, authority).await
 }
 
-/// Asks, and reads up to the empty line behind the head, or to the end.
+/// Sends the request, and reads up to the empty line after the header, or to the end of the stream.
 async fn request_head(mut stream: impl AsyncRead + AsyncWrite + Unpin, authority: &str) -> io::Result<String> {
     stream.write_all(format!("GET /version HTTP/1.0\r\nHost: {authority}\r\n\r\n").as_bytes()).await?;
     stream.flush().await?;
@@ -95,7 +96,7 @@ fn date_header(head: &str) -> Option<u64> {
     parse_date(date?.1.trim())
 }
 
-/// An HTTP date in its usual form (RFC 9110, 5.6.7): `Sun, 06 Nov 1994 08:49:37 GMT`.
+/// Parses an HTTP date in its preferred form, IMF-fixdate (RFC 9110, 5.6.7): `Sun, 06 Nov 1994 08:49:37 GMT`.
 fn parse_date(text: &str) -> Option<u64> {
     const MONTHS: &str = "JanFebMarAprMayJunJulAugSepOctNovDec";
     let words: Vec<&str> = text.split_whitespace().collect();

@@ -1,6 +1,6 @@
-//! Lease values between JSON and [`Lease`]. Pure. Source of the form: `docs/wire.md`, recorded from a real flanneld.
+//! Converts lease values between JSON and [`Lease`]. Pure. The format is in `docs/wire.md`, recorded from a real flanneld.
 //!
-//! Only what can be told from the entry alone is checked here; what depends on the network or on other leases is `plan`'s.
+//! Checks only rules that need nothing but the entry. `plan` checks rules that depend on the network or on other leases.
 
 use std::net::IpAddr;
 
@@ -12,16 +12,16 @@ use crate::model::event::StoreEntry;
 use crate::model::lease::printable;
 use crate::model::{Backend, Family, Lease, LeaseRecord, Mac, Node, PerFamily, RejectReason, RejectedLease, Subnet, Vni};
 
-/// The largest value that is looked at, in bytes. A lease of ours has some 300.
+/// Maximum size of a value, in bytes. This agent's leases take some 300.
 pub const MAX_VALUE: usize = 16 * 1024;
-/// The longest host name, in bytes (RFC 1035 section 2.3.4, without the root's length byte and dots at either end).
+/// Maximum length of a host name, in bytes (RFC 1035 section 2.3.4, without the root's length byte and dots at either end).
 pub const MAX_NODE_NAME: usize = 253;
-/// The longest host identity, in bytes.
+/// Maximum length of a host identity, in bytes.
 pub const MAX_NODE_ID: usize = 64;
-/// The longest name of a backend, in bytes.
+/// Maximum length of a backend name, in bytes.
 const MAX_BACKEND_NAME: usize = 32;
 
-/// What an entry says of its holder, read leniently: reservations made by hand often hold no more.
+/// An entry's holder. Decoded leniently, because reservations made by hand often contain nothing else.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(super) struct Owner {
     /// The underlay addresses.
@@ -30,13 +30,13 @@ pub(super) struct Owner {
     pub(super) node: Option<Node>,
 }
 
-/// Reads an entry from its key's last part and its value, as the watch reads it: for whoever tries what others may write.
+/// Decodes an entry from the last part of its key and its value, as the watch does. Public for tests of foreign values.
 pub fn read_entry(key: &str, value: &[u8], create_revision: i64) -> StoreEntry {
     let (key, value) = (key.to_owned(), value.to_vec());
     decode(&RawEntry { key, value, create_revision, mod_revision: create_revision, etcd_lease: None })
 }
 
-/// Reads an entry; every value that is no lease becomes a [`Refusal`].
+/// Decodes an entry; an invalid value becomes a [`RejectedLease`].
 pub(super) fn decode(entry: &RawEntry) -> StoreEntry {
     let value = decode_record(entry).map_err(|kind| RejectedLease { key: printable(&entry.key), kind });
     StoreEntry { key: entry.key.clone(), value }
@@ -53,7 +53,7 @@ fn decode_record(entry: &RawEntry) -> Result<LeaseRecord, RejectReason> {
     })
 }
 
-/// Reads the value of a lease of this subnet.
+/// Decodes the value of this subnet's lease.
 pub(super) fn decode_value(subnet: &Subnet, value: &[u8]) -> Result<Lease, RejectReason> {
     if value.len() > MAX_VALUE {
         return Err(RejectReason::TooLarge { size: value.len(), limit: MAX_VALUE });
@@ -76,7 +76,7 @@ pub(super) fn decode_value(subnet: &Subnet, value: &[u8]) -> Result<Lease, Rejec
     Ok(Lease { public_ip, backend, node })
 }
 
-/// Writes a lease as flannel does, with our addition.
+/// Encodes a lease in flannel's format, with our field `Node`.
 pub(super) fn encode(lease: &Lease) -> Result<String, serde_json::Error> {
     let data = |family: Family| match &lease.backend {
         Backend::Vxlan { vni, vtep } => vtep.get(family).map(|mac| VxlanData { vni: *vni, vtep_mac: *mac }),
@@ -92,7 +92,7 @@ pub(super) fn encode(lease: &Lease) -> Result<String, serde_json::Error> {
     })
 }
 
-/// Who an entry belongs to, as far as its value says; nothing where it says nothing.
+/// The holder of an entry; empty fields if its value does not contain them.
 pub(super) fn owner(value: &[u8]) -> Owner {
     if value.len() > MAX_VALUE {
         return Owner::default();
@@ -151,7 +151,7 @@ fn object(value: &[u8]) -> Result<Map<String, Value>, RejectReason> {
     }
 }
 
-/// A field by its exact name, or as Go finds it: without regard to case. `null` is absent.
+/// Looks up a field by its exact name, then case-insensitively as Go does. `null` counts as absent.
 fn get<'a>(fields: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
     fields
         .get(name)
@@ -159,7 +159,7 @@ fn get<'a>(fields: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
         .filter(|value| !value.is_null())
 }
 
-/// A field that must be a string; empty where it is absent.
+/// A field that must be a string; empty if absent.
 fn text(fields: &Map<String, Value>, name: &str, path: &str) -> Result<String, RejectReason> {
     match get(fields, name) {
         None => Ok(String::new()),
@@ -179,12 +179,12 @@ fn address(fields: &Map<String, Value>, family: Family) -> Result<IpAddr, Reject
         _ => return Err(field_error(name, &value, &format!("must be an {family} address"))),
     };
     match unusable_reason(address) {
-        Some(what) => Err(field_error(name, &value, &format!("{what} is no address of a host on the underlay"))),
+        Some(what) => Err(field_error(name, &value, &format!("{what} cannot be a host's underlay address"))),
         None => Ok(address),
     }
 }
 
-/// Why no tunnel can end at an address.
+/// Why an address cannot be a tunnel endpoint.
 fn unusable_reason(address: IpAddr) -> Option<&'static str> {
     if address.is_unspecified() {
         Some("the unspecified address")
@@ -215,7 +215,7 @@ fn vxlan(fields: &Map<String, Value>, subnet: &Subnet) -> Result<Backend, Reject
         let data = match get(fields, name) {
             Some(Value::Object(data)) => data,
             Some(other) => return Err(field_error(name, &other.to_string(), "must be an object with VNI and VtepMAC")),
-            None => return Err(field_error(name, "", "a vxlan lease names its VNI and VTEP MAC here")),
+            None => return Err(field_error(name, "", "a vxlan lease must have its VNI and VTEP MAC here")),
         };
         let path = format!("{name}.");
         let number = get(data, "VNI").map(ToString::to_string).unwrap_or_default();
@@ -223,7 +223,7 @@ fn vxlan(fields: &Map<String, Value>, subnet: &Subnet) -> Result<Backend, Reject
         let here =
             here.ok_or_else(|| field_error(&format!("{path}VNI"), &number, "must be a whole number from 1 to 16777215"))?;
         if vni.is_some_and(|other| other != here) {
-            return Err(field_error(&format!("{path}VNI"), &number, "both families of a host have the same VNI"));
+            return Err(field_error(&format!("{path}VNI"), &number, "must be the same VNI for both families of a host"));
         }
         vni = Some(here);
         let mac = text(data, "VtepMAC", &path)?;

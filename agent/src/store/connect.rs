@@ -1,7 +1,7 @@
-//! From settings to a connection with one etcd server that answers: endpoints, TLS, login, timeouts.
+//! Connects to one etcd server that answers: endpoints, TLS, login, timeouts.
 //!
-//! One server at a time: a session reads, watches and writes through the same one, so that what it has written it also sees; when it
-//! fails, the next one in the list is tried. Files are read at each connect: renewed certificates and passwords are taken up by themselves.
+//! A session reads, watches and writes through the same server, so that it sees its own writes. If the server fails, the next
+//! endpoint is tried. Files are read at each connect, so that renewed certificates and passwords take effect without a restart.
 
 use std::fs;
 use std::future::Future;
@@ -22,52 +22,52 @@ use super::{StoreError, certificate, discovery};
 use crate::config::secret::{self, SecretError};
 use crate::metrics::Metrics;
 
-/// How long opening a connection may take.
+/// Timeout for opening a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long one server has until the next one is tried beside it: one in a family that this host cannot send by does not answer at all.
+/// Delay before the next endpoint is tried concurrently. An endpoint in a family that this host cannot send by never answers.
 const CONNECTION_ATTEMPT_DELAY: Duration = Duration::from_secs(1);
-/// How long an answer may take.
+/// Timeout for a response.
 pub(super) const RPC_TIMEOUT: Duration = Duration::from_secs(5);
-/// A ping is sent after this long without a frame. etcd ends connections that ping more often than every 5 s
+/// HTTP/2 ping after this long without a frame. etcd closes connections that ping more often than every 5 s
 /// (`--grpc-keepalive-min-time`).
 const PING_INTERVAL: Duration = Duration::from_secs(6);
-/// A server that does not answer a ping for this long is dead; with the interval: noticed within 10 s.
+/// A server that does not answer a ping for this long is dead. With the interval: detected within 10 s.
 const PING_TIMEOUT: Duration = Duration::from_secs(4);
-/// The port of an endpoint that names none.
+/// Port of an endpoint without one.
 const DEFAULT_PORT: u16 = 2379;
-/// The largest answer that is accepted, in bytes: 2,000 leases have some 0.6 MB.
+/// Largest accepted response, in bytes; 2,000 leases take some 0.6 MB.
 const MAX_RESPONSE_SIZE: usize = 32 << 20;
-/// Where distributions keep the certificates of public CAs in one file.
+/// Bundle of public CA certificates in most distributions.
 const SYSTEM_CA_FILE: &str = "/etc/ssl/certs/ca-certificates.crt";
-/// TTL of the etcd lease behind a subnet: flannel's.
+/// TTL of the etcd lease behind a subnet; flannel's value.
 const LEASE_TTL: Duration = Duration::from_secs(24 * 60 * 60);
-/// The longest time between two renewals of an etcd lease. Far shorter than the TTL needs: so that a host that stopped renewing can be
-/// told from a living one within half a minute.
+/// Maximum time between two renewals of an etcd lease. Far shorter than the TTL needs: a host that stopped renewing is
+/// recognised as dead within half a minute.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(20);
 
-/// How to reach etcd, and where in it the network stands. Holds no secret, only the paths of files that do.
+/// How to reach etcd, and the network's key prefix. Contains no secrets, only the paths of files that do.
 #[derive(Debug, Clone)]
 pub struct StoreConfig {
-    /// URLs such as `https://etcd1:2379`; without a scheme, https where TLS files are given and http otherwise; port 2379 unless given.
+    /// URLs such as `https://etcd1:2379`. Without a scheme: https if TLS files are given, otherwise http. Default port 2379.
     pub endpoints: Vec<String>,
-    /// A domain whose SRV records name the endpoints, in place of `endpoint_count`.
+    /// Domain whose SRV records name the endpoints; replaces `endpoints`.
     pub discovery_srv: Option<String>,
     /// The key prefix.
     pub prefix: String,
-    /// PEM file of the CAs that sign the servers' certificates; the system's where it is absent.
+    /// PEM file of the CAs that sign the servers' certificates. Default: the system's CAs.
     pub cafile: Option<PathBuf>,
     /// PEM file of the client certificate.
     pub certfile: Option<PathBuf>,
     /// PEM file of the client certificate's key.
     pub keyfile: Option<PathBuf>,
-    /// The user.
+    /// The etcd user.
     pub username: Option<String>,
-    /// The file whose content, without the line end, is the user's password.
+    /// File that contains the user's password. A trailing line end is stripped.
     pub password_file: Option<PathBuf>,
-    /// TTL of the etcd lease behind a subnet; for tests only, 24 h otherwise.
+    /// TTL of the etcd lease behind a subnet: 24 h; only tests change it.
     #[doc(hidden)]
     pub lease_ttl: Duration,
-    /// The longest time between two renewals, the same on all hosts; for tests only, 20 s otherwise.
+    /// Maximum time between two renewals, the same on all hosts: 20 s; only tests change it.
     #[doc(hidden)]
     pub keep_alive: Duration,
 }
@@ -90,7 +90,7 @@ impl Default for StoreConfig {
 }
 
 impl StoreConfig {
-    /// Finds what no retry can heal: missing and contradicting settings. Files are not looked at.
+    /// Checks for missing and contradicting settings, which no retry can fix. Does not read files.
     ///
     /// # Errors
     /// [`StoreError::NoEndpoint`], [`StoreError::Prefix`], [`StoreError::Endpoint`], [`StoreError::Incomplete`].
@@ -115,7 +115,7 @@ impl StoreConfig {
         Keys::new(&self.prefix)
     }
 
-    /// How long a lease lasts at least while etcd does not answer: its TTL, less the time that may have passed since the last renewal.
+    /// Minimum remaining validity of a lease when etcd stops answering: the TTL minus the maximum time since the last renewal.
     pub fn min_lease_validity(&self) -> Duration {
         self.lease_ttl.saturating_sub(keep_alive_interval(self.lease_ttl, self.keep_alive))
     }
@@ -124,14 +124,14 @@ impl StoreConfig {
         self.cafile.is_some() || self.certfile.is_some()
     }
 
-    /// The endpoints in the order in which they are to be tried.
+    /// The endpoints, in the order to try.
     pub(super) async fn candidates(&self) -> Result<Vec<String>, StoreError> {
         if let Some(name) = &self.discovery_srv {
             return discovery::endpoints(name, self.uses_tls()).await;
         }
         let mut endpoints =
             self.endpoints.iter().map(|e| normalise_endpoint(e, self.uses_tls())).collect::<Result<Vec<_>, StoreError>>()?;
-        // So that the agents of many hosts spread over the servers.
+        // Spreads the agents of many hosts over the servers.
         endpoints.shuffle(&mut rand::rng());
         Ok(endpoints)
     }
@@ -145,7 +145,7 @@ impl StoreConfig {
         })
     }
 
-    /// The CAs, and where there is one the client certificate with its key; all as PEM.
+    /// The CAs, and the client certificate with its key if configured; all as PEM.
     pub(super) fn tls_files(&self) -> Result<TlsFiles, StoreError> {
         let system = PathBuf::from(SYSTEM_CA_FILE);
         let cafile = self.cafile.as_ref().unwrap_or(&system);
@@ -157,7 +157,7 @@ impl StoreConfig {
         Ok((authorities, Some((certificate, key))))
     }
 
-    /// Whether the client certificate has expired by this host's clock. A file that cannot be read is told of elsewhere.
+    /// Whether the client certificate has expired by this host's clock. Read errors are reported by [`Self::tls_files`].
     fn certificate_expired(&self) -> bool {
         let pem = self.certfile.as_ref().and_then(|path| fs::read(path).ok());
         pem.and_then(|pem| certificate::has_expired(&pem, SystemTime::now())).unwrap_or(false)
@@ -168,11 +168,11 @@ impl StoreConfig {
         let purpose = "etcd password file (--etcd-password-file)";
         let bytes = read_secret(purpose, path)?;
         let text =
-            String::from_utf8(bytes).map_err(|_| StoreError::Content { purpose, path: path.clone(), rule: "is no UTF-8" })?;
+            String::from_utf8(bytes).map_err(|_| StoreError::Content { purpose, path: path.clone(), rule: "is not UTF-8" })?;
         let password = text.strip_suffix('\n').unwrap_or(&text);
         let password = password.strip_suffix('\r').unwrap_or(password);
         if password.is_empty() {
-            return Err(StoreError::Content { purpose, path: path.clone(), rule: "is empty: it must hold the password" });
+            return Err(StoreError::Content { purpose, path: path.clone(), rule: "is empty: write the password into it" });
         }
         Ok(Some((user.clone(), password.to_owned())))
     }
@@ -181,13 +181,13 @@ impl StoreConfig {
 /// CAs, and a client certificate with its key.
 type TlsFiles = (Vec<u8>, Option<(Vec<u8>, Vec<u8>)>);
 
-/// A PEM file that has at least one block of this kind.
+/// Reads a PEM file that must contain at least one block of this kind.
 fn read_pem(purpose: &'static str, path: &Path, kind: &str) -> Result<Vec<u8>, StoreError> {
     let bytes = fs::read(path).map_err(|source| StoreError::File { purpose, path: path.to_owned(), source })?;
     check_pem(bytes, purpose, path, kind)
 }
 
-/// A file that nobody but its owner, and who its owner gave it to, may read.
+/// Reads a secret file. Fails if others have access, or the group may write.
 fn read_secret(purpose: &'static str, path: &Path) -> Result<Vec<u8>, StoreError> {
     secret::read(path).map_err(|error| match error {
         SecretError::File(source) => StoreError::File { purpose, path: path.to_owned(), source },
@@ -204,7 +204,7 @@ fn check_pem(bytes: Vec<u8>, purpose: &'static str, path: &Path, kind: &str) -> 
     }
 }
 
-/// An endpoint as URL with scheme and port.
+/// Normalises an endpoint to a URL with scheme and port.
 pub(super) fn normalise_endpoint(endpoint: &str, tls: bool) -> Result<String, StoreError> {
     let error = |rule: &str| {
         let endpoint = crate::model::lease::printable(&secret::redact_credentials(endpoint));
@@ -215,9 +215,9 @@ pub(super) fn normalise_endpoint(endpoint: &str, tls: bool) -> Result<String, St
         None => (if tls { "https" } else { "http" }.to_owned(), endpoint.trim()),
     };
     match scheme.as_str() {
-        "http" if tls => return Err(error("is not TLS although TLS files are given: use https://")),
+        "http" if tls => return Err(error("is http:// although TLS files are given: use https://")),
         "http" | "https" => {}
-        _ => return Err(error("has another scheme than http:// or https://")),
+        _ => return Err(error("has an unsupported scheme: use http:// or https://")),
     }
     let authority = rest.trim_end_matches('/');
     if authority.contains('@') {
@@ -244,11 +244,11 @@ pub(super) struct Session {
     pub(super) client: Client,
     pub(super) context: Context,
     pub(super) keys: Keys,
-    /// What the server's first answer said of it.
+    /// Cluster state in the server's first response.
     pub(super) cluster_state: ClusterState,
 }
 
-/// Where a server stands; tells a restored or replaced cluster from the one seen before.
+/// Cluster ID, Raft term and revision of a response; used to detect a restored or replaced cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct ClusterState {
     pub(super) cluster_id: u64,
@@ -257,22 +257,22 @@ pub(super) struct ClusterState {
 }
 
 impl ClusterState {
-    /// Whether a server that answers like this may be of the cluster that was seen before: revisions and terms only grow.
+    /// Whether this state can follow `before` in the same cluster: revisions and terms only grow.
     pub(super) fn is_continuation_of(&self, before: &ClusterState, last_revision: i64) -> bool {
         self.cluster_id == before.cluster_id && self.term >= before.term && self.revision >= last_revision
     }
 }
 
-/// Connects to the first endpoint that answers. They are tried one after the other, and side by side where one takes long.
+/// Connects to the first endpoint that answers. Endpoints are tried in order; after a delay the next one is tried concurrently.
 ///
 /// # Errors
-/// [`StoreError::AllFailed`] with every endpoint's error, or the error of the settings.
+/// [`StoreError::AllFailed`] with every endpoint's error, or a settings error.
 pub(super) async fn connect(config: &StoreConfig) -> Result<Session, StoreError> {
     config.validate()?;
     connect_to_any(config, config.candidates().await?, None).await
 }
 
-/// The same with endpoints that were found already; the connection's round trips are counted.
+/// Like [`connect`], with endpoints that are already known. Records requests in `metrics`.
 pub(super) async fn connect_to_any(
     config: &StoreConfig,
     endpoints: Vec<String>,
@@ -297,7 +297,7 @@ pub(super) async fn connect_to_any(
                     return Ok(session);
                 }
                 Err(error) => {
-                    debug!(%error, "an etcd endpoint cannot be used");
+                    debug!(%error, "etcd endpoint unusable");
                     errors.push(error);
                 }
             },
@@ -324,7 +324,7 @@ async fn connect_to(
     let mut options = ConnectOptions::new()
         .with_connect_timeout(CONNECT_TIMEOUT)
         .with_keep_alive(PING_INTERVAL, PING_TIMEOUT)
-        // etcd counts pings without an open stream as abuse.
+        // etcd treats pings without an open stream as abuse.
         .with_keep_alive_while_idle(false)
         .with_tcp_keepalive(PING_INTERVAL)
         .with_require_leader(true)
@@ -339,7 +339,7 @@ async fn connect_to(
     let open = |options| with_timeout(&context, "log in", Client::connect([context.endpoint.clone()], Some(options)));
     let client = match open(with_user).await {
         Err(StoreError::RequestFailed { detail, .. }) if detail.contains("authentication is not enabled") => {
-            warn!(endpoint = context.endpoint, "etcd has no authentication enabled: --etcd-username is not needed");
+            warn!(endpoint = context.endpoint, "etcd authentication is disabled; ignoring --etcd-username");
             open(options).await?
         }
         other => other?,
@@ -352,7 +352,7 @@ async fn connect_to(
     Ok(session)
 }
 
-/// Waits for an answer, but not for ever, and turns the library's errors into ours.
+/// Awaits a response with a timeout, and maps the library's errors to [`StoreError`].
 pub(super) async fn with_timeout<T>(
     context: &Context,
     what: &'static str,
@@ -381,7 +381,7 @@ impl Session {
         self.client.watch_client().max_decoding_message_size(MAX_RESPONSE_SIZE)
     }
 
-    /// Waits for an answer of this server.
+    /// Awaits a response of this server with a timeout.
     pub(super) async fn with_timeout<T>(
         &self,
         what: &'static str,
@@ -414,7 +414,7 @@ mod tests {
         for (given, tls, wanted) in [
             ("", false, "is not of the form"),
             ("http://", false, "is not of the form"),
-            ("ftp://x", false, "another scheme"),
+            ("ftp://x", false, "unsupported scheme"),
             ("http://x", true, "use https://"),
             ("http://x:0", false, "a port outside"),
             ("http://x:99999", false, "a port outside"),

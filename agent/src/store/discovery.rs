@@ -1,5 +1,5 @@
-//! etcd's endpoints from DNS: SRV records `_etcd-client-ssl._tcp.NAME` (TLS) and `_etcd-client._tcp.NAME`, as etcd's own client finds
-//! them. Asked anew at each connect, with the resolver that the system is set to at that moment.
+//! Finds etcd endpoints by DNS SRV records `_etcd-client-ssl._tcp.NAME` (TLS) and `_etcd-client._tcp.NAME`, like etcd's own
+//! client. Each connect queries again, with the system's resolver settings at that moment.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -11,10 +11,10 @@ use rand::{Rng, RngExt};
 
 use super::StoreError;
 
-/// How long the resolver may take for all its tries.
+/// Timeout of an SRV lookup, with all retries of the resolver.
 const SRV_LOOKUP_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long the name of a server may take to be resolved. Connecting resolves it again, and has more time.
+/// Timeout for resolving a server's name. Connecting resolves it again, with a longer timeout.
 const HOST_LOOKUP_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// One SRV record (RFC 2782).
@@ -26,7 +26,7 @@ struct SrvRecord {
     port: u16,
 }
 
-/// The endpoints of a domain as URLs, in the order in which they are to be tried. With `tls`, only those that speak it.
+/// The endpoints of a domain as URLs, in the order to try. With `tls`, only TLS endpoints.
 pub(super) async fn endpoints(name: &str, tls: bool) -> Result<Vec<String>, StoreError> {
     let resolver = TokioResolver::builder_tokio().and_then(|builder| builder.build());
     let resolver = resolver.map_err(|e| StoreError::Discovery { name: name.to_owned(), detail: e.to_string() })?;
@@ -44,7 +44,7 @@ async fn endpoints_with(resolver: &TokioResolver, name: &str, tls: bool) -> Resu
     let mut endpoints = Vec::new();
     let mut errors = Vec::new();
     for (service, scheme) in services {
-        // With the dot at the end no search domain is appended.
+        // The trailing dot prevents that a search domain is appended.
         let answer = tokio::time::timeout(SRV_LOOKUP_TIMEOUT, resolver.srv_lookup(format!("{service}.{domain}."))).await;
         match answer {
             Err(_) => errors.push(format!("no answer within {} s", SRV_LOOKUP_TIMEOUT.as_secs())),
@@ -59,7 +59,7 @@ async fn endpoints_with(resolver: &TokioResolver, name: &str, tls: bool) -> Resu
                     }),
                     _ => None,
                 });
-                // The root as target says that the service is not there (RFC 2782).
+                // The root as target means that the service is not available (RFC 2782).
                 let targets = targets.filter(|target| !target.host.is_empty()).collect();
                 let sorted = order_records(targets, &mut rand::rng());
                 endpoints.extend(sorted.into_iter().map(|target| format!("{scheme}://{}:{}", target.host, target.port)));
@@ -69,25 +69,25 @@ async fn endpoints_with(resolver: &TokioResolver, name: &str, tls: bool) -> Resu
     match (endpoints.is_empty(), errors.is_empty()) {
         (false, _) => Ok(endpoints),
         (true, false) => Err(failed(errors.join("; "))),
-        (true, true) => Err(failed("the answer holds no SRV record with a target".to_owned())),
+        (true, true) => Err(failed("the response contains no SRV record with a target".to_owned())),
     }
 }
 
-/// The addresses that endpoints as URLs stand for now. A name without an answer in time has none.
+/// Resolves endpoint URLs to their current addresses. A name that does not resolve in time yields none.
 pub(super) async fn resolve_addresses(endpoints: &[String]) -> BTreeSet<IpAddr> {
     let mut found = BTreeSet::new();
     for endpoint in endpoints {
         let authority = endpoint.rsplit("://").next().unwrap_or_default();
         match tokio::time::timeout(HOST_LOOKUP_TIMEOUT, tokio::net::lookup_host(authority)).await {
             Ok(Ok(addresses)) => found.extend(addresses.map(|address| address.ip())),
-            Ok(Err(error)) => tracing::debug!(endpoint, %error, "the name of an etcd server is not resolved"),
-            Err(_) => tracing::debug!(endpoint, "the name of an etcd server is not resolved in time"),
+            Ok(Err(error)) => tracing::debug!(endpoint, %error, "cannot resolve etcd server name"),
+            Err(_) => tracing::debug!(endpoint, "timeout resolving etcd server name"),
         }
     }
     found
 }
 
-/// Lowest priority first; within one, drawn by weight (RFC 2782).
+/// Sorts by ascending priority; within one priority, draws by weight (RFC 2782).
 fn order_records(mut targets: Vec<SrvRecord>, random: &mut impl Rng) -> Vec<SrvRecord> {
     targets.sort_by_key(|target| (target.priority, target.weight));
     let mut sorted = Vec::with_capacity(targets.len());

@@ -1,4 +1,4 @@
-//! What can go wrong between the agent and etcd, each with the place, the value and the remedy. No message ever holds a password.
+//! Errors of the etcd client, each with place, value and remedy. No message contains a password.
 
 use std::error::Error;
 use std::io;
@@ -9,73 +9,73 @@ use crate::metrics::Metrics;
 
 use crate::config::secret::ExposedFile;
 
-/// Why something could not be read from or written to etcd.
+/// An error of a request or connection to etcd.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// Neither endpoints nor a discovery name are given.
-    #[error("no etcd endpoint is given: set --etcd-endpoints or --etcd-discovery-srv")]
+    /// Neither endpoints nor a discovery name are configured.
+    #[error("no etcd endpoint configured: set --etcd-endpoints or --etcd-discovery-srv")]
     NoEndpoint,
-    /// The key prefix cannot be one.
-    #[error("etcd prefix `{prefix}` {rule}: use one such as /coreos.com/network")]
+    /// The key prefix is invalid.
+    #[error("etcd prefix `{prefix}` {rule}: use a path such as /coreos.com/network")]
     Prefix {
-        /// The refused prefix.
+        /// The rejected prefix.
         prefix: String,
-        /// What is wrong with it.
+        /// The violated rule.
         rule: &'static str,
     },
-    /// An endpoint is no URL of an etcd server.
+    /// An endpoint is not a valid URL of an etcd server.
     #[error("etcd endpoint `{endpoint}` {rule}")]
     Endpoint {
-        /// The refused endpoint.
+        /// The rejected endpoint.
         endpoint: String,
-        /// What is wrong with it and what is allowed.
+        /// The violated rule, and what is allowed.
         rule: String,
     },
-    /// A file that the connection needs cannot be read.
+    /// A configured file cannot be read.
     #[error("the {purpose} {} cannot be read: {source}", path.display())]
     File {
-        /// What the file is for, with the flag that names it.
+        /// The file's purpose, with its flag.
         purpose: &'static str,
         /// The file.
         path: PathBuf,
-        /// The system's answer.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
-    /// A file that the connection needs has another content than it must have.
+    /// A configured file has invalid content.
     #[error("the {purpose} {} {rule}", path.display())]
     Content {
-        /// What the file is for, with the flag that names it.
+        /// The file's purpose, with its flag.
         purpose: &'static str,
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The violated rule.
         rule: &'static str,
     },
-    /// A file with a secret is open to others than it should be.
+    /// The mode of a secret file is too permissive.
     #[error("the {purpose} {} {exposed}", path.display())]
     Exposed {
-        /// What the file is for, with the flag that names it.
+        /// The file's purpose, with its flag.
         purpose: &'static str,
         /// The file.
         path: PathBuf,
-        /// Its mode, and the remedy.
+        /// The file's mode, and the remedy.
         exposed: ExposedFile,
     },
     /// A user without a password file, a certificate without a key, or the reverse.
-    #[error("{given} needs {missing} as well")]
+    #[error("{given} also needs {missing}")]
     Incomplete {
         /// The flag that is given.
         given: &'static str,
         /// The flag that is missing.
         missing: &'static str,
     },
-    /// The SRV records could not be had.
-    #[error("etcd discovery by SRV records of `{name}` failed: {detail}; look at `dig SRV _etcd-client._tcp.{name}`")]
+    /// The SRV lookup failed.
+    #[error("etcd discovery by SRV records of `{name}` failed: {detail}; check with `dig SRV _etcd-client._tcp.{name}`")]
     Discovery {
         /// The domain.
         name: String,
-        /// The resolver's answer.
+        /// The resolver's error.
         detail: String,
     },
     /// An endpoint cannot be reached.
@@ -86,16 +86,16 @@ pub enum StoreError {
         /// The cause.
         detail: String,
     },
-    /// An endpoint does not answer in time.
+    /// An endpoint did not answer in time.
     #[error(
-        "etcd {endpoint} did not answer within {seconds} s ({what}): it does not run, its name is unknown here, or a firewall drops its packets"
+        "etcd {endpoint} did not answer within {seconds} s ({what}): it is not running, its name does not resolve here, or a firewall drops its packets"
     )]
     Timeout {
         /// The endpoint.
         endpoint: String,
-        /// What was asked.
+        /// The request.
         what: &'static str,
-        /// How long was waited, in seconds.
+        /// The timeout, in seconds.
         seconds: f32,
     },
     /// The TLS connection failed.
@@ -103,97 +103,96 @@ pub enum StoreError {
     Tls {
         /// The endpoint.
         endpoint: String,
-        /// The TLS library's words.
+        /// The TLS library's message.
         detail: String,
-        /// What to do.
+        /// The remedy.
         remedy: &'static str,
     },
-    /// The user is refused.
+    /// etcd rejected the user.
     #[error("etcd {endpoint} refuses {who}: {detail}; check --etcd-username and --etcd-password-file")]
     Login {
         /// The endpoint.
         endpoint: String,
-        /// Who was refused.
+        /// The rejected user.
         who: String,
-        /// etcd's words.
+        /// etcd's message.
         detail: String,
     },
-    /// The user may not do this.
+    /// The user lacks a permission.
     #[error(
         "{who} may not {what} at etcd {endpoint}: grant it with `etcdctl role grant-permission ROLE readwrite --prefix {prefix}/`"
     )]
     Permission {
         /// The endpoint.
         endpoint: String,
-        /// Who was refused.
+        /// The rejected user.
         who: String,
-        /// What was asked.
+        /// The request.
         what: &'static str,
         /// The prefix.
         prefix: String,
     },
-    /// etcd's database is full.
+    /// etcd's database quota is exhausted.
     #[error("etcd {endpoint} is out of space and accepts no writes: compact and defragment it, then `etcdctl alarm disarm`")]
     NoSpace {
         /// The endpoint.
         endpoint: String,
     },
     /// An etcd lease has expired or was revoked.
-    #[error("etcd lease {lease:x} is not there any more")]
+    #[error("etcd lease {lease:x} does not exist: it expired or was revoked")]
     LeaseNotFound {
         /// The etcd lease.
         lease: i64,
     },
-    /// The connection may hang on an address that this host no longer has; the kernel would let it wait for answers that cannot come.
-    #[error("this host's underlay address has changed: connecting to etcd anew")]
+    /// This host's underlay address has changed. The connection may be bound to an address that the host no longer has; the
+    /// kernel would keep waiting for responses that cannot arrive.
+    #[error("this host's underlay address has changed: reconnecting to etcd")]
     AddressChanged,
-    /// The revision that is asked for has been compacted away.
-    #[error("etcd has compacted the revisions behind {revision} away")]
+    /// The requested revision has been compacted.
+    #[error("etcd has compacted the requested revision {revision}")]
     Compacted {
-        /// The revision that was asked for.
+        /// The requested revision; 0 if unknown.
         revision: i64,
     },
-    /// An answer is larger than is accepted.
-    #[error("etcd {endpoint} sent an answer that is too large: {detail}")]
+    /// A response exceeds the size limit.
+    #[error("etcd {endpoint} sent a response that is too large: {detail}")]
     TooLarge {
         /// The endpoint.
         endpoint: String,
         /// The sizes.
         detail: String,
     },
-    /// Any other answer that is no success.
+    /// Any other error response.
     #[error("etcd {endpoint} could not {what}: {detail}")]
     RequestFailed {
         /// The endpoint.
         endpoint: String,
-        /// What was asked.
+        /// The request.
         what: &'static str,
-        /// etcd's words.
+        /// etcd's message.
         detail: String,
     },
     /// None of the endpoints can be used.
-    #[error("no etcd endpoint can be used: {}", errors.join("; "))]
+    #[error("no usable etcd endpoint: {}", errors.join("; "))]
     AllFailed {
-        /// What each of them said.
+        /// The error of each endpoint.
         errors: Vec<String>,
     },
-    /// The configuration was changed by somebody else in the meantime.
-    #[error(
-        "the configuration was changed meanwhile (revision {found} instead of {expected}): look at it again, then write it again"
-    )]
+    /// Another client changed the configuration in the meantime.
+    #[error("the configuration was changed meanwhile (revision {found} instead of {expected}): read it again, then retry")]
     Conflict {
-        /// The revision of the last change that the caller knew; 0 for none.
+        /// The revision of the last change that the caller expected; 0 for none.
         expected: i64,
         /// The revision found; 0 for none.
         found: i64,
     },
-    /// Nobody receives events any more.
-    #[error("the receiver of store events is gone")]
+    /// The receiver of store events was dropped.
+    #[error("the receiver of store events was dropped")]
     ReceiverClosed,
 }
 
 impl StoreError {
-    /// Whether the connection is of no use any more, as against an answer that is no success.
+    /// Whether the connection is unusable. `false` for error responses over a working connection.
     pub(super) fn ends_session(&self) -> bool {
         use StoreError as E;
         matches!(
@@ -203,20 +202,20 @@ impl StoreError {
     }
 }
 
-/// Where and for whom a request was made; turns the client library's errors into ours.
+/// Endpoint and user of a request; maps the client library's errors to [`StoreError`].
 #[derive(Debug, Clone)]
 pub(super) struct Context {
     /// The endpoint.
     pub(super) endpoint: String,
-    /// The user, where there is one.
+    /// The user, if configured.
     pub(super) user: Option<String>,
     /// The prefix.
     pub(super) prefix: String,
-    /// Whether the server has answered anything yet.
+    /// Whether the server has answered a request yet.
     pub(super) has_responded: bool,
     /// Whether the client certificate has expired.
     pub(super) certificate_expired: bool,
-    /// Where round trips are counted.
+    /// The metrics that record requests.
     pub(super) metrics: Option<Arc<Metrics>>,
 }
 
@@ -228,10 +227,10 @@ const RESOURCE_EXHAUSTED: i32 = 8;
 const UNAVAILABLE: i32 = 14;
 const UNAUTHENTICATED: i32 = 16;
 
-/// How a connection looks that the server ended after it was made.
+/// Error texts of a connection that the server closed after it was established.
 const CONNECTION_CLOSED_TEXTS: [&str; 3] = ["connection closed", "broken pipe", "reset by peer"];
 
-/// The client library's own words, which say nothing to whoever reads them behind the system's.
+/// Prefixes and suffixes of the client library that add nothing to the system's error message.
 const REDUNDANT_TEXTS: [&str; 3] = ["tcp connect error: ", "transport error: ", ": transport error"];
 
 impl Context {
@@ -239,7 +238,7 @@ impl Context {
         self.user.as_ref().map_or_else(|| "a client without a user name".to_owned(), |user| format!("user `{user}`"))
     }
 
-    /// Our error for the library's.
+    /// Maps an error of the client library.
     pub(super) fn map_error(&self, what: &'static str, error: etcd_client::Error) -> StoreError {
         use etcd_client::Error as E;
         let endpoint = self.endpoint.clone();
@@ -250,7 +249,7 @@ impl Context {
             }
             E::TransportError(error) => self.map_transport_error(error_chain("", Some(&error))),
             E::IoError(error) => StoreError::Unreachable { endpoint, detail: error.to_string() },
-            E::InvalidUri(error) => StoreError::Endpoint { endpoint, rule: format!("is no URL: {error}") },
+            E::InvalidUri(error) => StoreError::Endpoint { endpoint, rule: format!("is not a URL: {error}") },
             other => StoreError::RequestFailed { endpoint, what, detail: other.to_string() },
         }
     }
@@ -283,7 +282,7 @@ impl Context {
         }
     }
 
-    /// A failure below gRPC: TLS tells what is wrong only in words.
+    /// Maps a failure below gRPC. TLS errors can only be told apart by their text.
     fn map_transport_error(&self, detail: String) -> StoreError {
         let endpoint = self.endpoint.clone();
         let says = |text: &str| detail.contains(text);
@@ -292,7 +291,7 @@ impl Context {
                 && !self.has_responded
                 && CONNECTION_CLOSED_TEXTS.iter().any(|words| says(words)));
         let remedy = if self.certificate_expired && alert {
-            // Not every server says so.
+            // Not every server reports the expiry.
             "the client certificate of --etcd-certfile has expired: renew it, or set this host's clock right"
         } else if says("UnknownIssuer") || says("BadSignature") {
             "its certificate is not signed by the CA of --etcd-cafile (by none that this host trusts, where no file is given)"
@@ -305,15 +304,15 @@ impl Context {
         } else if says("CertificateRequired") || says("certificate required") || says("BadCertificate") || says("UnknownCA") {
             "it wants a client certificate of its CA: set --etcd-certfile and --etcd-keyfile"
         } else if says("InvalidContentType") || says("corrupt message") || says("handshake eof") {
-            "where it does not speak TLS, use an http:// endpoint"
+            "if the server does not speak TLS, use an http:// endpoint"
         } else if endpoint.starts_with("https://")
             && !self.has_responded
             && CONNECTION_CLOSED_TEXTS.iter().any(|words| says(words))
         {
-            // TLS 1.3 servers look at the client's certificate only after the handshake. One without TLS says so where its words arrive before the end
-            // of the connection, which they need not.
-            "servers that want a client certificate of their CA end the connection so: set --etcd-certfile and --etcd-keyfile; and servers \
-             without TLS may: for these use an http:// endpoint"
+            // TLS 1.3 servers check the client's certificate only after the handshake. A server without TLS sends an error
+            // response, but it need not arrive before the connection is closed.
+            "the server closed the connection: if it requires a client certificate of its CA, set --etcd-certfile and --etcd-keyfile; \
+             if it does not speak TLS, use an http:// endpoint"
         } else if says("certificate") || says("tls") || says("TLS") || says("fatal alert") {
             "check --etcd-cafile, --etcd-certfile and --etcd-keyfile"
         } else {
@@ -327,26 +326,27 @@ fn strip_redundant_text(detail: &str) -> String {
     REDUNDANT_TEXTS.iter().fold(detail.to_owned(), |detail, noise| detail.replace(noise, ""))
 }
 
-/// What to do about an endpoint that cannot be reached, by the system's words.
+/// The remedy for an unreachable endpoint, by the system's error message.
 fn unreachable(endpoint: &str, detail: &str) -> String {
     let says = |text: &str| detail.contains(text);
     if says("refused") {
-        "nothing listens there: start etcd, or set --etcd-endpoints to where it is".to_owned()
+        "nothing listens there: start etcd, or set --etcd-endpoints to its address".to_owned()
     } else if says("o route to host") || says("etwork is unreachable") {
-        "is the address of --etcd-endpoints right? `ip route get ADDRESS` shows this host's way there".to_owned()
+        "is the address of --etcd-endpoints right? `ip route get ADDRESS` shows this host's route to it".to_owned()
     } else if says("lookup") || says("dns error") {
         let host = endpoint.rsplit_once("://").map_or(endpoint, |(_, rest)| rest);
         let name = host.rsplit_once(':').map_or(host, |(name, _)| name);
-        format!("is the name of --etcd-endpoints right? `getent hosts {name}` asks as the agent does")
+        format!("is the name of --etcd-endpoints right? `getent hosts {name}` resolves it like the agent")
     } else if endpoint.starts_with("http://") && CONNECTION_CLOSED_TEXTS.iter().any(|words| says(words)) {
-        "servers that speak TLS end the connection so: use an https:// endpoint, and --etcd-cafile; and etcd's client port, usually 2379"
+        "the server closed the connection: if it speaks TLS, use an https:// endpoint and --etcd-cafile; use etcd's client \
+         port, usually 2379"
             .to_owned()
     } else {
-        "does etcd run there, and is its client port open from here?".to_owned()
+        "is etcd running there, and is its client port reachable from this host?".to_owned()
     }
 }
 
-/// An error's words and those of its sources, without repetition.
+/// An error's message and those of its sources, without repetition.
 fn error_chain(first: &str, source: Option<&(dyn Error + 'static)>) -> String {
     let mut parts: Vec<String> = if first.is_empty() { Vec::new() } else { vec![first.to_owned()] };
     let mut next = source;

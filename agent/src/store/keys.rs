@@ -1,4 +1,4 @@
-//! Where things stand in etcd: `<prefix>/config` and `<prefix>/subnets/<local_subnet>`. Pure.
+//! Keys in etcd: `<prefix>/config` and `<prefix>/subnets/<subnet>`. Pure.
 
 use super::StoreError;
 use crate::model::Cidr;
@@ -6,42 +6,42 @@ use crate::model::Cidr;
 /// flannel's default prefix.
 pub const DEFAULT_PREFIX: &str = "/coreos.com/network";
 
-/// The keys below one prefix. The prefix is kept as flannel's `path.Join` leaves it: no slash at the end, none doubled.
+/// The keys below one prefix. The prefix is normalised like flannel's `path.Join` does: no trailing and no double slashes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Keys {
     prefix: String,
 }
 
-/// What a key below the prefix is.
+/// Kind of a key below the prefix.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum KeyKind {
     /// The network's configuration.
     Config,
-    /// An entry of `subnets/`, by the part behind it.
+    /// An entry of `subnets/`, with the part after it.
     Subnet(String),
-    /// Something else, which is none of our business.
+    /// Any other key; ignored.
     Other,
 }
 
 impl Keys {
-    /// The keys below this prefix.
+    /// Creates the keys below this prefix.
     ///
     /// # Errors
-    /// [`StoreError::Prefix`] where it is empty or holds control characters.
+    /// [`StoreError::Prefix`] if it is empty or contains control characters.
     pub fn new(prefix: &str) -> Result<Keys, StoreError> {
         let error = |rule| StoreError::Prefix { prefix: crate::model::lease::printable(prefix), rule };
         if prefix.chars().any(char::is_control) {
-            return Err(error("holds control characters"));
+            return Err(error("contains control characters"));
         }
         let parts: Vec<&str> = prefix.split('/').filter(|part| !part.is_empty()).collect();
         if parts.is_empty() {
-            return Err(error("names no key"));
+            return Err(error("has no path component"));
         }
         let root = if prefix.starts_with('/') { "/" } else { "" };
         Ok(Keys { prefix: format!("{root}{}", parts.join("/")) })
     }
 
-    /// The prefix without a slash at the end.
+    /// The prefix without a trailing slash.
     pub fn prefix(&self) -> &str {
         &self.prefix
     }
@@ -51,22 +51,22 @@ impl Keys {
         format!("{}/config", self.prefix)
     }
 
-    /// The key of an entry by its last part.
+    /// The full key of an entry, from its last part.
     pub fn subnet(&self, key: &str) -> String {
         format!("{}/subnets/{key}", self.prefix)
     }
 
-    /// The range that holds everything below the prefix: from (inclusive), to (exclusive).
+    /// The range of all keys below the prefix: from (inclusive), to (exclusive).
     pub(super) fn prefix_range(&self) -> (String, String) {
         (format!("{}/", self.prefix), format!("{}0", self.prefix))
     }
 
-    /// The range that holds every entry: from (inclusive), to (exclusive).
+    /// The range of all entries: from (inclusive), to (exclusive).
     pub(super) fn subnets_range(&self) -> (String, String) {
         (format!("{}/subnets/", self.prefix), format!("{}/subnets0", self.prefix))
     }
 
-    /// What a key is.
+    /// Classifies a key.
     pub(super) fn kind_of(&self, key: &[u8]) -> KeyKind {
         let Some(rest) = key.strip_prefix(self.prefix.as_bytes()) else { return KeyKind::Other };
         if rest == b"/config" {
@@ -79,8 +79,8 @@ impl Keys {
     }
 }
 
-/// Every range that an entry's key claims, also where it is not in canonical form: such a key is refused as a lease, but nobody else may
-/// take what it names.
+/// All ranges that an entry's key claims, in canonical form or not. A non-canonical key is rejected as a lease, but no host may
+/// allocate the ranges that it names.
 pub(super) fn claimed_ranges(key: &str) -> Vec<Cidr> {
     key.split('&')
         .filter_map(|part| {

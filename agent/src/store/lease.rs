@@ -1,5 +1,5 @@
-//! What a host without a lease, or with one, does next: a pure function of what stands in the store, what is wished and what is remembered.
-//! [`hold`](super::hold) carries it out.
+//! Decides the next action for this host's lease: a pure function of the store's content, the lease request and the holder's
+//! state. [`lease_keeper`](super::lease_keeper) executes it.
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -12,26 +12,26 @@ use crate::model::event::{HeldLease, LeaseOrigin, LeaseRequest};
 use crate::model::lease::printable;
 use crate::model::{Backend, Cidr, Lease, NetworkConfig, PerFamily, Subnet};
 
-/// How long a host waits that cannot get a subnet before it looks again by itself.
+/// Delay before a host that cannot get a subnet reads a new snapshot without a change.
 pub(super) const RETRY_INTERVAL: Duration = Duration::from_secs(10);
 
-/// An entry of the store, as far as who holds what is concerned.
+/// An entry of the store, reduced to its ranges and holder.
 #[derive(Debug, Clone)]
 pub(super) struct LeaseEntry {
     pub(super) key: String,
-    /// The subnet, where the key is in canonical form.
+    /// The subnet, if the key is in canonical form.
     pub(super) subnet: Option<Subnet>,
-    /// Every range that the key names in any form.
+    /// All ranges that the key names, in any form.
     ranges: Vec<Cidr>,
     pub(super) owner: Owner,
-    /// The value, where it is of this host.
+    /// The value if the entry is this host's, otherwise empty.
     value: Vec<u8>,
     pub(super) mod_revision: i64,
     create_revision: i64,
     pub(super) etcd_lease: Option<i64>,
 }
 
-/// Everything in the store at one revision.
+/// Configuration and all entries at one revision.
 #[derive(Debug, Clone)]
 pub(super) struct LeaseSnapshot {
     pub(super) revision: i64,
@@ -39,16 +39,16 @@ pub(super) struct LeaseSnapshot {
     pub(super) entries: Vec<LeaseEntry>,
 }
 
-/// What a holder remembers from one look to the next.
+/// The holder's state between two snapshots.
 #[derive(Debug, Clone, Default)]
 pub(super) struct HolderState {
-    /// What this process holds.
+    /// The entry that this process holds.
     pub(super) held: Option<HeldEntry>,
-    /// What it held before it lost it.
+    /// The subnet that it held before the loss.
     pub(super) last_subnet: Option<Subnet>,
-    /// The entry (key and revision of its last change) whose holder was found to be gone.
+    /// The entry (key and revision of its last change) whose holder was found dead.
     pub(super) dead_entry: Option<(String, i64)>,
-    /// Who overwrote our entry.
+    /// The host that overwrote our entry.
     pub(super) contender: Option<Owner>,
     /// Races lost since the last success.
     pub(super) attempt: u32,
@@ -58,38 +58,38 @@ pub(super) struct HolderState {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct HeldEntry {
     pub(super) key: String,
-    /// The revision of the last change that is known to be good.
+    /// The revision of the last change that is verified as ours.
     pub(super) mod_revision: i64,
     pub(super) lease: HeldLease,
 }
 
-/// What to do next. Every write is guarded by the revision of what the decision rests on.
+/// The next action. Each write is conditional on the revisions that the decision is based on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Action {
-    /// The entry is ours and as it should be.
+    /// The entry is ours and correct.
     Keep(HeldEntry),
-    /// The entry is ours (now): write our value; the etcd lease stays as it is.
+    /// The entry is ours or becomes ours: write our value and keep its etcd lease.
     Write(HeldEntry),
-    /// The entry's holder is gone: write our value with an etcd lease of our own.
+    /// The entry's holder is dead: write our value with our own etcd lease.
     TakeOver(HeldEntry),
-    /// Make a new entry.
+    /// Create a new entry.
     Acquire {
         subnet: Subnet,
-        /// Also compare that nothing at all was made since the look, because another key could name the same range.
+        /// Also compare that no entry at all was created since the snapshot, because another key could name the same range.
         compare_all: bool,
     },
-    /// The entry is ours and must go.
+    /// The entry is ours and must be deleted.
     Release { key: String, mod_revision: i64, etcd_lease: Option<i64>, reason: String },
-    /// Find out whether the holder still renews this etcd lease.
+    /// Check whether the holder still renews this etcd lease.
     VerifyLiveness { key: String, mod_revision: i64, etcd_lease: i64, reason: String },
-    /// Nothing can be done now.
+    /// No action is possible now.
     RetryLater { reason: String },
-    /// The wish rests on an older configuration than the store's: nothing is to be done before the next wish.
+    /// The lease request is based on an older configuration than the store's: wait for the next request.
     Idle,
 }
 
 impl LeaseSnapshot {
-    /// What a listing says to the host with this identity.
+    /// Builds a snapshot from a listing, for the host with this identity.
     pub(super) fn from_listing(listing: Listing, id: &str) -> LeaseSnapshot {
         let claims = listing.entries.into_iter().map(|entry| LeaseEntry::from_raw(entry, id)).collect();
         LeaseSnapshot { revision: listing.revision, config: listing.config, entries: claims }
@@ -107,7 +107,7 @@ impl LeaseSnapshot {
 impl LeaseEntry {
     fn from_raw(entry: RawEntry, id: &str) -> LeaseEntry {
         let owner = codec::owner(&entry.value);
-        // Others' values are not needed again, and there can be many.
+        // The values of other hosts are not needed again, and there can be many.
         let ours = owner.node.as_ref().is_some_and(|node| node.id == id);
         LeaseEntry {
             subnet: Subnet::from_key(&entry.key).ok(),
@@ -125,7 +125,7 @@ impl LeaseEntry {
         self.owner.node.as_ref().is_some_and(|node| node.id == request.node.id)
     }
 
-    /// The entry as one that we hold.
+    /// This entry as a held one.
     fn to_held(&self, subnet: Subnet, origin: LeaseOrigin) -> HeldEntry {
         let lease = HeldLease { subnet, etcd_lease: self.etcd_lease, origin };
         HeldEntry { key: self.key.clone(), mod_revision: self.mod_revision, lease }
@@ -141,7 +141,7 @@ impl LeaseEntry {
     }
 }
 
-/// The lease that a wish asks for.
+/// The lease value for a lease request.
 pub(super) fn lease_value(request: &LeaseRequest) -> Lease {
     let backend = Backend::Vxlan { vni: request.network.vxlan.vni, vtep: request.vtep };
     Lease { public_ip: request.public_ip, backend, node: Some(request.node.clone()) }
@@ -152,7 +152,7 @@ fn shares_address(one: &PerFamily<IpAddr>, other: &PerFamily<IpAddr>) -> bool {
 }
 
 impl HolderState {
-    /// Takes note of a lease that is not ours any more, and tells why. `None` where nothing is lost.
+    /// Detects the loss of the held lease. Returns the entry and the reason, `None` if it is not lost.
     pub(super) fn detect_loss(&mut self, snapshot: &LeaseSnapshot, request: &LeaseRequest) -> Option<(HeldEntry, String)> {
         let held = self.held.clone()?;
         let reason = match snapshot.entry(&held.key) {
@@ -168,14 +168,14 @@ impl HolderState {
         Some((held, reason))
     }
 
-    /// Forgets what is held; the subnet stays the first choice.
+    /// Forgets the held entry. Its subnet stays the first choice.
     pub(super) fn forget_held(&mut self) {
         if let Some(held) = self.held.take() {
             self.last_subnet = Some(held.lease.subnet);
         }
     }
 
-    /// Whether a claim with our identity was written by this host, as far as one look can tell.
+    /// Whether an entry with our identity was written by this host, as far as one snapshot shows.
     fn is_this_host(&self, entry: &LeaseEntry, request: &LeaseRequest) -> bool {
         let untouched = self.held.as_ref().is_some_and(|h| h.key == entry.key && h.mod_revision == entry.mod_revision);
         untouched || entry.owner.public_ip.is_empty() || shares_address(&entry.owner.public_ip, &request.public_ip)
@@ -190,21 +190,21 @@ impl HolderState {
     }
 }
 
-/// What to do next.
+/// Decides the next action.
 pub(super) fn decide(snapshot: &LeaseSnapshot, request: &LeaseRequest, state: &HolderState) -> Action {
     let config = snapshot.config.as_ref().and_then(|config| NetworkConfig::parse(&config.text).ok());
     if config.is_some_and(|parsed| parsed.config != request.network) {
-        // Whoever wishes has not seen it yet; the next wish comes from it.
+        // The requester has not seen this configuration yet; its next request will be based on it.
         return Action::Idle;
     }
-    // A host on which IPv6 is switched off has no address to lease a subnet of it with.
+    // A host with IPv6 disabled has no IPv6 address for a lease of an IPv6 subnet.
     let request = &LeaseRequest { network: request.network.restricted_to(request.public_ip.families()), ..request.clone() };
     action_for_own_entry(snapshot, request, state)
         .or_else(|| action_for_shared_address(snapshot, request, state))
         .unwrap_or_else(|| action_for_new_entry(snapshot, request, state))
 }
 
-/// An entry that names this host.
+/// The action for an entry that names this host.
 fn action_for_own_entry(snapshot: &LeaseSnapshot, request: &LeaseRequest, state: &HolderState) -> Option<Action> {
     let mut ours: Vec<(&LeaseEntry, Subnet)> = snapshot
         .entries
@@ -214,7 +214,7 @@ fn action_for_own_entry(snapshot: &LeaseSnapshot, request: &LeaseRequest, state:
         .collect();
     let here = |claim: &LeaseEntry| state.is_this_host(claim, request);
     let held = |claim: &LeaseEntry| state.held.as_ref().is_some_and(|held| held.key == claim.key);
-    // The best first: ours for certain, held, fitting, reserved, oldest.
+    // Best first: certainly ours, held, inside the network, reserved, oldest.
     ours.sort_by_key(|(claim, subnet)| {
         (!here(claim), !held(claim), !request.network.allows_subnet(subnet), claim.etcd_lease.is_some(), claim.create_revision)
     });
@@ -230,7 +230,7 @@ fn action_for_own_entry(snapshot: &LeaseSnapshot, request: &LeaseRequest, state:
                 let (key, mod_revision) = (claim.key.clone(), claim.mod_revision);
                 return Some(Action::VerifyLiveness { key, mod_revision, etcd_lease, reason });
             }
-            // A reservation does not tell whether its holder lives. It is followed unless its other holder just took it from us.
+            // The liveness of a reservation's holder cannot be checked. We use it unless the other holder just took it from us.
             None if state.contender.as_ref() == Some(&claim.owner) => return Some(Action::RetryLater { reason }),
             None => {}
         }
@@ -238,7 +238,7 @@ fn action_for_own_entry(snapshot: &LeaseSnapshot, request: &LeaseRequest, state:
     if !request.network.allows_subnet(&subnet) {
         let networks: Vec<String> =
             request.network.pools.iter().map(|(_, p)| format!("{} (/{})", p.network, p.subnet_length)).collect();
-        let misfit = format!("{subnet} is no subnet of the network {} any more", networks.join(" "));
+        let misfit = format!("{subnet} is not a subnet of the network {}", networks.join(" "));
         return Some(match claim.etcd_lease {
             None => Action::RetryLater {
                 reason: format!(
@@ -264,7 +264,8 @@ fn release(entry: &LeaseEntry, reason: String) -> Action {
     Action::Release { key: entry.key.clone(), mod_revision: entry.mod_revision, etcd_lease: entry.etcd_lease, reason }
 }
 
-/// An entry with this host's public IP and another identity, or none: it is this host's from before it lost its state or ran flannel.
+/// The action for an entry with this host's public IP and another identity, or none. This host wrote it before it lost its state,
+/// or while it ran flannel.
 fn action_for_shared_address(snapshot: &LeaseSnapshot, request: &LeaseRequest, state: &HolderState) -> Option<Action> {
     let mut same: Vec<(&LeaseEntry, Subnet)> = snapshot
         .entries
@@ -272,7 +273,7 @@ fn action_for_shared_address(snapshot: &LeaseSnapshot, request: &LeaseRequest, s
         .filter(|claim| !claim.belongs_to(request) && shares_address(&claim.owner.public_ip, &request.public_ip))
         .filter_map(|claim| Some((claim, claim.subnet?)))
         .collect();
-    // One that may be somebody's who lives comes first: it decides whether anything may be taken at all.
+    // An entry whose holder may be alive comes first: it decides whether any entry may be taken over.
     let doubtful = |claim: &LeaseEntry| claim.owner.node.is_some() && claim.etcd_lease.is_some() && !state.is_dead(claim);
     same.sort_by_key(|(claim, subnet)| (!doubtful(claim), !request.network.allows_subnet(subnet), claim.create_revision));
     let (claim, subnet) = *same.first()?;
@@ -280,8 +281,8 @@ fn action_for_shared_address(snapshot: &LeaseSnapshot, request: &LeaseRequest, s
         let shared: Vec<String> = request.public_ip.iter().map(|(_, ip)| ip.to_string()).collect();
         format!(
             "public IP {} is in use by {}, which holds {subnet}: give each host an address of its own (--public-ip), or run `overlayd \
-             cleanup` on the other one; where that is this very host, which has lost its state directory, it takes the lease over by itself \
-             once nobody renews it",
+             cleanup` on the other host; if this host wrote it before it lost its state directory, overlayd takes it over by itself \
+             once it is no longer renewed",
             shared.join(", "),
             claim.describe_holder(),
         )
@@ -302,7 +303,7 @@ fn action_for_shared_address(snapshot: &LeaseSnapshot, request: &LeaseRequest, s
     )
 }
 
-/// A subnet that nobody has.
+/// The action for a new entry with a free subnet.
 fn action_for_new_entry(snapshot: &LeaseSnapshot, request: &LeaseRequest, state: &HolderState) -> Action {
     let network = &request.network;
     let allocated = snapshot.allocated_ranges();
@@ -324,7 +325,7 @@ fn action_for_new_entry(snapshot: &LeaseSnapshot, request: &LeaseRequest, state:
     if let Some(reason) = peer_reject_reason(&subnet, request) {
         return Action::RetryLater { reason };
     }
-    // Where every key has the form of ours, the key alone decides a race; a foreign one may name the range in another form.
+    // If all keys have our form, the key alone decides a race. A foreign key may name the range in another form.
     let usual = |claim: &LeaseEntry| claim.owner.node.is_some() && claim.subnet.is_some_and(|s| same_shape(network, &s));
     let whole = network.families().count() > 1 || snapshot.config.is_none() || !snapshot.entries.iter().all(usual);
     Action::Acquire { subnet, compare_all: whole }
@@ -339,17 +340,17 @@ fn same_shape(network: &NetworkConfig, subnet: &Subnet) -> bool {
         && subnet.iter().all(|(family, cidr)| network.pools.get(family).is_some_and(|pool| pool.subnet_length == cidr.length()))
 }
 
-/// Why others would refuse our own value; nobody is helped by a lease that is left out everywhere.
+/// Why other hosts would reject our own value. Such a lease must not be written: every host would ignore it.
 fn peer_reject_reason(subnet: &Subnet, request: &LeaseRequest) -> Option<String> {
     let lease = lease_value(request);
     let text = match codec::encode(&lease) {
         Ok(text) => text,
-        Err(error) => return Some(format!("this host's lease cannot be written: {error}")),
+        Err(error) => return Some(format!("cannot encode this host's lease: {error}")),
     };
     match codec::decode_value(subnet, text.as_bytes()) {
         Ok(read) if read == lease => None,
-        Ok(_) => Some("this host's public IPs and MACs are not of the network's families".to_owned()),
-        Err(kind) => Some(format!("other hosts would refuse this host's lease: {kind}")),
+        Ok(_) => Some("this host's public IPs and MACs do not match the network's families".to_owned()),
+        Err(kind) => Some(format!("other hosts would reject this host's lease: {kind}")),
     }
 }
 

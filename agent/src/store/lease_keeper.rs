@@ -1,7 +1,8 @@
-//! Taking, renewing and giving back this host's lease: carries out what [`lease`] decides.
+//! Acquires, renews and releases this host's lease: executes the decisions of [`lease`].
 //!
-//! Runs beside the watch in the task of [`Store::run`](super::Store::run) and never holds it up. It may be dropped at any await: whatever
-//! was written is found again by the next look, because the entry names this host; [`Memory`] only spares work.
+//! Runs concurrently with the watch in the task of [`Store::run`](super::Store::run) and never blocks it. It may be dropped at
+//! any await: the next snapshot contains every completed write, because the entry names this host. [`HolderState`] only saves
+//! work.
 
 use std::time::Duration;
 
@@ -21,14 +22,14 @@ use crate::backoff::Backoff;
 use crate::model::Subnet;
 use crate::model::event::{HeldLease, LeaseOrigin, LeaseRequest, OwnLease, StoreEvent};
 
-/// Waiting between tries after a lost race. Short: the other one has finished, and the next choice is another.
+/// Backoff after a lost race. Short: the other host has finished, and the next choice is a different subnet.
 const RACE_BACKOFF: Backoff = Backoff::new(Duration::from_millis(1), Duration::from_millis(500));
-/// Waiting between tries after an answer that was an error.
+/// Backoff after an error response.
 const ERROR_BACKOFF: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(15));
-/// How long giving back an unused etcd lease may hold up the end.
+/// Timeout for revoking an unused etcd lease at shutdown.
 const REVOKE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Holds this host's lease over any number of connections.
+/// Keeps this host's lease across connections.
 pub(super) struct LeaseKeeper<'a> {
     ttl: Duration,
     keep_alive: Duration,
@@ -36,30 +37,30 @@ pub(super) struct LeaseKeeper<'a> {
     events: mpsc::Sender<StoreEvent>,
     lease_request: watch::Receiver<Option<LeaseRequest>>,
     state: HolderState,
-    /// What was handed on last.
+    /// The state that was reported last.
     last_reported: Option<OwnLease>,
-    /// The revision up to which the state of the held entry is known.
+    /// The held entry is known up to this revision.
     known_revision: i64,
-    /// An etcd lease that was granted and is not bound to a key yet.
+    /// An etcd lease that was granted and is not yet bound to a key.
     unused_lease: Option<i64>,
     /// The etcd lease of an entry that was lost.
     stale_lease: Option<i64>,
-    /// The etcd lease whose holder is being watched, and since when.
+    /// The etcd lease whose liveness is being checked, and the start of the check.
     probed_lease: Option<(i64, Instant)>,
     random: SmallRng,
     race_backoff: Backoff,
     error_backoff: Backoff,
 }
 
-/// What follows a step.
+/// What to do after an action.
 enum ActionOutcome {
-    /// Look again.
+    /// Read a new snapshot.
     Retry,
-    /// Look again after a short wait: somebody was faster.
+    /// Read a new snapshot after a short delay: another host was faster.
     LostRace,
-    /// Look again after this long or when something changes.
+    /// Read a new snapshot after this delay, or earlier on a change.
     RetryAfter(Duration),
-    /// Renew until something changes.
+    /// Renew until a change.
     Renew,
 }
 
@@ -88,7 +89,7 @@ impl<'a> LeaseKeeper<'a> {
         }
     }
 
-    /// Takes and holds the wished lease until the connection fails.
+    /// Acquires and keeps the requested lease until the connection fails.
     pub(super) async fn run(&mut self, session: &Session) -> StoreError {
         let mut address = None;
         loop {
@@ -118,28 +119,28 @@ impl<'a> LeaseKeeper<'a> {
         }
     }
 
-    /// Gives back what was granted and not used.
+    /// Revokes an etcd lease that was granted and not used.
     pub(super) async fn revoke_unused(&mut self, session: &Session) {
         if let Some(id) = self.unused_lease.take()
             && !matches!(tokio::time::timeout(REVOKE_TIMEOUT, session.revoke(id)).await, Ok(Ok(())))
         {
-            debug!(etcd_lease = format!("{id:x}"), "an unused etcd lease is left to expire");
+            debug!(etcd_lease = format!("{id:x}"), "unused etcd lease not revoked; it will expire");
         }
     }
 
-    /// Looks, decides, acts; returns when it is time to look again.
+    /// Reads a snapshot, decides and executes; returns when the next snapshot is due.
     async fn step(&mut self, session: &Session, request: &LeaseRequest) -> Result<(), StoreError> {
         let snapshot = LeaseSnapshot::from_listing(session.list().await?, &request.node.id);
         self.known_revision = snapshot.revision;
         if let Some((lost, reason)) = self.state.detect_loss(&snapshot, request) {
-            warn!(subnet = %lost.lease.subnet, reason, "this host's lease is lost, taking one again");
+            warn!(subnet = %lost.lease.subnet, reason, "lease lost; acquiring a new one");
             self.stale_lease = lost.lease.etcd_lease.or(self.stale_lease);
             self.report_state(OwnLease::NotHeld { reason }).await?;
         }
         if let Some(id) = self.stale_lease.take_if(|id| !snapshot.entries.iter().any(|claim| claim.etcd_lease == Some(*id))) {
-            // Nothing is bound to it, so nothing goes with it.
+            // No entry is bound to it, so the revocation deletes none.
             if let Err(error) = session.revoke(id).await {
-                debug!(%error, "the etcd lease of the lost entry is left to expire");
+                debug!(%error, "etcd lease of the lost entry not revoked; it will expire");
             }
         }
         let step = lease::decide(&snapshot, request, &self.state);
@@ -161,7 +162,7 @@ impl<'a> LeaseKeeper<'a> {
         }
     }
 
-    /// Waits for a new wish, an entry that goes, or the end of the delay.
+    /// Waits for a new lease request, a removed entry, or the end of the delay.
     async fn wait_for_change(&mut self, delay: Duration) {
         let mut progress = self.watch_state.progress.subscribe();
         let removals = progress.borrow_and_update().removals;
@@ -185,7 +186,7 @@ impl<'a> LeaseKeeper<'a> {
                 self.watch_state.held_key.send_replace(Some(held.key.clone()));
                 let watched_revision = self.watch_state.progress.borrow().revision;
                 if watched_revision > snapshot.revision {
-                    // The watch is already behind the look and did not look out for this entry.
+                    // The watch has already passed the snapshot's revision, at a time when it did not track this entry.
                     drop(snapshot);
                     let (now, revision) = session.get_entry(&held.key).await?;
                     if now.is_none_or(|entry| entry.mod_revision != held.mod_revision) {
@@ -202,7 +203,7 @@ impl<'a> LeaseKeeper<'a> {
             }
             Action::TakeOver(mut held) => {
                 let from = snapshot.entry(&held.key).and_then(|claim| claim.owner.node.clone()).map(|node| node.name);
-                info!(subnet = %held.lease.subnet, from, "taking over the lease that has this host's public IP");
+                info!(subnet = %held.lease.subnet, from, "taking over lease with this host's public IP");
                 drop(snapshot);
                 if held.lease.etcd_lease.is_some() {
                     held.lease.etcd_lease = Some(self.grant(session).await?);
@@ -211,7 +212,7 @@ impl<'a> LeaseKeeper<'a> {
             }
             Action::Acquire { subnet, compare_all: whole } => self.acquire(session, request, &snapshot, subnet, whole).await,
             Action::Release { key, mod_revision, etcd_lease, reason } => {
-                warn!(key, reason, "giving up a lease");
+                warn!(key, reason, "releasing lease");
                 if self.state.held.as_ref().is_some_and(|held| held.key == key) {
                     self.state.held = None;
                     self.report_state(OwnLease::NotHeld { reason }).await?;
@@ -238,7 +239,7 @@ impl<'a> LeaseKeeper<'a> {
         }
     }
 
-    /// Writes our value into an entry that stands there, unless it was changed since the look.
+    /// Writes this host's value into an existing entry, unless it was changed since the snapshot.
     async fn overwrite(
         &mut self,
         session: &Session,
@@ -255,14 +256,14 @@ impl<'a> LeaseKeeper<'a> {
             None => Ok(ActionOutcome::LostRace),
             Some(revision) => {
                 held.mod_revision = revision;
-                info!(subnet = %held.lease.subnet, reservation = held.lease.etcd_lease.is_none(), "wrote this host's lease");
+                info!(subnet = %held.lease.subnet, reservation = held.lease.etcd_lease.is_none(), "lease written");
                 self.record_held(held);
                 Ok(ActionOutcome::Renew)
             }
         }
     }
 
-    /// Makes a new entry in one transaction that fails where anybody was faster.
+    /// Creates a new entry in one transaction, which fails if another host was faster.
     async fn acquire(
         &mut self,
         session: &Session,
@@ -278,22 +279,22 @@ impl<'a> LeaseKeeper<'a> {
         self.watch_state.held_key.send_replace(Some(key.clone()));
         let written = session.create(&key, Self::encode_lease(session, request)?, etcd_lease, config, max_create_revision).await;
         let Some(mod_revision) = self.expired_as_lost_race(written)? else {
-            debug!(%subnet, attempt = self.state.attempt, "somebody was faster");
+            debug!(%subnet, attempt = self.state.attempt, "lost race for subnet");
             self.state.attempt = self.state.attempt.saturating_add(1);
             return Ok(ActionOutcome::LostRace);
         };
         match self.state.last_subnet.or(request.preferred) {
             Some(last) if last != subnet => {
-                warn!(from = %last, to = %subnet, "THIS HOST'S SUBNET HAS CHANGED: its old one is not free any more or does not fit the network");
+                warn!(from = %last, to = %subnet, "THIS HOST'S SUBNET HAS CHANGED: the old one is allocated or outside the network");
             }
-            _ => info!(%subnet, "took a free subnet"),
+            _ => info!(%subnet, "acquired free subnet"),
         }
         let lease = HeldLease { subnet, etcd_lease: Some(etcd_lease), origin: LeaseOrigin::Acquired };
         self.record_held(HeldEntry { key, mod_revision, lease });
         Ok(ActionOutcome::Renew)
     }
 
-    /// Our value as text.
+    /// This host's value as JSON.
     fn encode_lease(session: &Session, request: &LeaseRequest) -> Result<String, StoreError> {
         codec::encode(&lease::lease_value(request)).map_err(|error| StoreError::RequestFailed {
             endpoint: session.context.endpoint.clone(),
@@ -302,7 +303,7 @@ impl<'a> LeaseKeeper<'a> {
         })
     }
 
-    /// A spare etcd lease that expired while it waited to be used is a race lost.
+    /// Treats an unused etcd lease that expired as a lost race.
     fn expired_as_lost_race(&mut self, answer: Result<Option<i64>, StoreError>) -> Result<Option<i64>, StoreError> {
         match answer {
             Err(StoreError::LeaseNotFound { .. }) if self.unused_lease.is_some() => {
@@ -313,7 +314,7 @@ impl<'a> LeaseKeeper<'a> {
         }
     }
 
-    /// An etcd lease that is bound to no key yet.
+    /// Returns an etcd lease that is not yet bound to a key.
     async fn grant(&mut self, session: &Session) -> Result<i64, StoreError> {
         if let Some(id) = self.unused_lease {
             return Ok(id);
@@ -323,7 +324,7 @@ impl<'a> LeaseKeeper<'a> {
         Ok(id)
     }
 
-    /// Finds out whether the holder of an entry that could be ours lives.
+    /// Checks whether the holder of an entry that may be this host's is alive.
     async fn verify_liveness(
         &mut self,
         session: &Session,
@@ -338,24 +339,26 @@ impl<'a> LeaseKeeper<'a> {
         };
         self.probed_lease = Some((etcd_lease, since));
         let Some(ttl) = session.time_to_live(etcd_lease).await? else {
-            // Expired: the entry goes in a moment.
+            // Expired: etcd deletes the entry shortly.
             return Ok(ActionOutcome::LostRace);
         };
         let (reason, again) = match renew::liveness(ttl, self.keep_alive, now - since) {
             Liveness::Dead => {
-                info!(key = entry.0, "the holder of the entry has stopped renewing it");
+                info!(key = entry.0, "entry's holder has stopped renewing");
                 self.state.dead_entry = Some(entry);
                 self.probed_lease = None;
                 return Ok(ActionOutcome::Retry);
             }
             Liveness::Alive { recheck_after: again } => (reason, again),
-            Liveness::Unknown { recheck_after: again } => (format!("{reason}; waiting whether it still renews its lease"), again),
+            Liveness::Unknown { recheck_after: again } => {
+                (format!("{reason}; checking whether it still renews its lease"), again)
+            }
         };
         self.report_not_held(reason).await?;
         Ok(ActionOutcome::RetryAfter(again))
     }
 
-    /// Takes note of what is held.
+    /// Records the held entry.
     fn record_held(&mut self, held: HeldEntry) {
         if held.lease.etcd_lease == self.unused_lease {
             self.unused_lease = None;
@@ -368,7 +371,7 @@ impl<'a> LeaseKeeper<'a> {
         self.race_backoff.reset();
     }
 
-    /// Renews until the wish or the entry changes.
+    /// Renews until the lease request or the entry changes.
     async fn renew_until_change(&mut self, session: &Session, request: &LeaseRequest) -> Result<(), StoreError> {
         let Some(held) = self.state.held.clone() else { return Ok(()) };
         let mut renewal = match held.lease.etcd_lease {
@@ -398,40 +401,40 @@ impl<'a> LeaseKeeper<'a> {
         }
     }
 
-    /// The etcd lease behind our entry is gone, so the entry goes too.
+    /// Handles the loss of the held entry's etcd lease; etcd deletes the entry with it.
     async fn handle_expired(&mut self, held: &HeldEntry, id: i64) -> Result<StoreError, StoreError> {
         let reason = format!("the etcd lease of {} has expired or was revoked", held.lease.subnet);
-        warn!(subnet = %held.lease.subnet, etcd_lease = format!("{id:x}"), "this host's etcd lease has expired or was revoked");
+        warn!(subnet = %held.lease.subnet, etcd_lease = format!("{id:x}"), "etcd lease expired or revoked");
         self.state.forget_held();
         self.report_state(OwnLease::NotHeld { reason }).await?;
         Ok(StoreError::LeaseNotFound { lease: id })
     }
 
-    /// Says that an error stands in the way.
+    /// Reports an error that prevents holding the lease.
     async fn report_error(&mut self, error: &StoreError) -> Result<(), StoreError> {
         match error {
             StoreError::LeaseNotFound { .. } | StoreError::Compacted { .. } => Ok(()),
-            // What is held stays held; only its change or renewal waits.
+            // The held lease stays valid; only its change or renewal is delayed.
             _ if self.state.held.is_some() => {
-                warn!(%error, "this host's lease could not be updated, trying again");
+                warn!(%error, "cannot update lease; retrying");
                 Ok(())
             }
             _ => self.report_not_held(error.to_string()).await,
         }
     }
 
-    /// Hands on that no lease is held, and logs it when the reason is new.
+    /// Reports that no lease is held, and logs a new reason.
     async fn report_not_held(&mut self, reason: String) -> Result<(), StoreError> {
         let not_held = OwnLease::NotHeld { reason };
         if self.last_reported.as_ref() != Some(&not_held)
             && let OwnLease::NotHeld { reason } = &not_held
         {
-            warn!(reason, "this host has no lease");
+            warn!(reason, "no lease held");
         }
         self.report_state(not_held).await
     }
 
-    /// Hands on the state of the lease where it differs from what was handed on before.
+    /// Reports the state of the lease if it changed.
     async fn report_state(&mut self, own: OwnLease) -> Result<(), StoreError> {
         if self.last_reported.as_ref() != Some(&own) {
             self.last_reported = Some(own.clone());
@@ -441,15 +444,15 @@ impl<'a> LeaseKeeper<'a> {
     }
 }
 
-/// Waits for a new wish; for ever where nobody can wish any more.
+/// Waits for a new lease request; never returns once the sender is dropped.
 async fn request_changed(request: &mut watch::Receiver<Option<LeaseRequest>>) {
     if request.changed().await.is_err() {
         std::future::pending::<()>().await;
     }
 }
 
-/// Waits for a sighting.
+/// Waits until the watch's progress satisfies the predicate.
 async fn wait_until(progress: &mut watch::Receiver<WatchProgress>, predicate: impl FnMut(&WatchProgress) -> bool) {
-    // The board lives longer than whoever waits on it.
+    // The sender in `WatchState` outlives every receiver, so this cannot fail.
     let _ = progress.wait_for(predicate).await;
 }

@@ -1,4 +1,4 @@
-//! Single requests for programs that are no agent: `overlayctl` straight at etcd, and `overlayd_command run_cleanup`.
+//! Single requests for programs without an agent: `overlayctl` commands that access etcd directly, and `overlayd cleanup`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -12,12 +12,12 @@ use super::lease::{LeaseEntry, LeaseSnapshot};
 use super::{StoreError, codec};
 use crate::model::event::StoreEntry;
 
-/// Requests for the time left of etcd leases that are under way at once.
+/// Maximum number of concurrent requests for remaining TTLs.
 const MAX_CONCURRENT_REQUESTS: usize = 64;
-/// How often an entry is looked at again that was changed while it was being released.
+/// Maximum number of attempts to release entries that change concurrently.
 const MAX_RELEASE_ATTEMPTS: u32 = 5;
 
-/// Everything in the store at one revision.
+/// Configuration and all entries at one revision.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Snapshot {
     /// The revision.
@@ -26,52 +26,52 @@ pub struct Snapshot {
     pub config: ConfigText,
     /// Every entry below `<prefix>/subnets/`.
     pub entries: Vec<StoreEntry>,
-    /// What is left of each etcd lease, by its id, where it was asked for.
+    /// Remaining TTL of each etcd lease by its ID, if requested.
     pub remaining_ttls: BTreeMap<i64, Duration>,
 }
 
-/// The network's configuration as it stands in the store.
+/// The network's configuration as stored.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct ConfigText {
-    /// The JSON text; absent where nothing was configured.
+    /// The JSON text; `None` if no configuration exists.
     pub text: Option<String>,
-    /// The revision of its last change; 0 where it is absent.
+    /// The revision of its last change; 0 if absent.
     pub mod_revision: i64,
 }
 
-/// What one server says of itself.
+/// Status that one etcd server reports of itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MemberStatus {
     /// etcd's version.
     pub version: String,
-    /// Whether the cluster has a leader, as this server sees it.
+    /// Whether this server knows a leader of the cluster.
     pub has_leader: bool,
-    /// What it reports as wrong: no space, a damaged database.
+    /// Active alarms: no space, corrupt database.
     pub alarms: Vec<String>,
 }
 
-/// Which configuration may be replaced.
+/// Condition for replacing the configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ReplaceCondition {
-    /// The one that was last changed at this revision; 0 where there must be none.
+    /// Its last change was at this revision; 0: it must not exist.
     Revision(i64),
-    /// Any.
+    /// No condition.
     Any,
 }
 
-/// What became of a host's entries.
+/// Result of releasing a host's entries.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct ReleaseReport {
-    /// Keys that were deleted.
+    /// Deleted keys.
     pub released: Vec<String>,
-    /// Keys of reservations, which stay.
+    /// Keys of reservations, which are kept.
     pub reservations: Vec<String>,
 }
 
-/// Reads the configuration and every lease; with `time_left`, also what is left of each etcd lease.
+/// Reads the configuration and all leases; with `with_remaining_ttls`, also the remaining TTL of each etcd lease.
 ///
 /// # Errors
-/// Whatever keeps etcd from answering.
+/// Any error of the connection or a request.
 pub async fn read_all(config: &StoreConfig, with_remaining_ttls: bool) -> Result<Snapshot, StoreError> {
     let session = connect(config).await?;
     let listing = session.list().await?;
@@ -84,10 +84,10 @@ pub async fn read_all(config: &StoreConfig, with_remaining_ttls: bool) -> Result
     Ok(Snapshot { revision: listing.revision, config, entries, remaining_ttls: left })
 }
 
-/// What is left of these etcd leases; one that is gone is not in the answer.
+/// Reads the remaining TTLs of these etcd leases. An expired lease is missing from the result.
 ///
 /// # Errors
-/// Whatever keeps etcd from answering.
+/// Any error of the connection or a request.
 pub async fn remaining_ttls(config: &StoreConfig, ids: Vec<i64>) -> Result<BTreeMap<i64, Duration>, StoreError> {
     request_remaining_ttls(&connect(config).await?, ids).await
 }
@@ -105,10 +105,10 @@ async fn request_remaining_ttls(
         .await
 }
 
-/// Asks the first server that answers about itself, after it has let us read the configuration.
+/// Reads the status of the first server that answers. Connecting has already read the configuration from it.
 ///
 /// # Errors
-/// Whatever keeps etcd from answering.
+/// Any error of the connection or a request.
 pub async fn member_status(config: &StoreConfig) -> Result<MemberStatus, StoreError> {
     let session = connect(config).await?;
     let mut client = session.client.maintenance_client();
@@ -119,7 +119,7 @@ pub async fn member_status(config: &StoreConfig) -> Result<MemberStatus, StoreEr
 /// Reads the network's configuration.
 ///
 /// # Errors
-/// Whatever keeps etcd from answering.
+/// Any error of the connection or a request.
 pub async fn get_config(config: &StoreConfig) -> Result<ConfigText, StoreError> {
     Ok(config_text(connect(config).await?.get_config().await?.0))
 }
@@ -128,10 +128,10 @@ fn config_text(raw: Option<super::read::RawConfig>) -> ConfigText {
     raw.map_or_else(ConfigText::default, |raw| ConfigText { text: Some(raw.text), mod_revision: raw.mod_revision })
 }
 
-/// Writes the network's configuration as it is given: the caller has checked it. Returns the revision of the change.
+/// Writes the network's configuration unchanged; the caller has validated it. Returns the revision of the change.
 ///
 /// # Errors
-/// [`StoreError::Conflict`] where another one stands there than the caller wants to replace.
+/// [`StoreError::Conflict`] if the stored configuration is not the one that the caller wants to replace.
 pub async fn put_config(config: &StoreConfig, text: &str, replace: ReplaceCondition) -> Result<i64, StoreError> {
     let session = connect(config).await?;
     let key = session.keys.config();
@@ -151,10 +151,10 @@ pub async fn put_config(config: &StoreConfig, text: &str, replace: ReplaceCondit
     }
 }
 
-/// Gives back what the host with this identity holds: deletes its entries and revokes their etcd leases. Reservations stay.
+/// Releases the leases of the host with this identity: deletes its entries and revokes their etcd leases. Reservations are kept.
 ///
 /// # Errors
-/// Whatever keeps etcd from answering; what was released before stays released.
+/// Any error of the connection or a request. Entries released before the error stay released.
 pub async fn release(config: &StoreConfig, node_id: &str) -> Result<ReleaseReport, StoreError> {
     let session = connect(config).await?;
     let mut report = ReleaseReport::default();
@@ -172,7 +172,7 @@ pub async fn release(config: &StoreConfig, node_id: &str) -> Result<ReleaseRepor
                     session.revoke(id).await?;
                 }
             } else {
-                debug!(key = claim.key, "changed while it was being released, looking again");
+                debug!(key = claim.key, "entry changed during release; retrying");
                 again = true;
             }
         }

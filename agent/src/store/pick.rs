@@ -1,21 +1,21 @@
-//! Which subnet a host without one takes. Pure.
+//! Chooses a free subnet for a host that has none. Pure.
 //!
-//! The first choice follows from the host's identity alone, so that a host that lost everything lands on its old subnet where it is
-//! free. Where it is taken, or a race was lost, the next choice is an even one among the free subnets, so that many hosts that start
-//! together scatter and do not run after each other through the pool.
+//! The first choice is a hash of the host's identity, so that a host that lost its state gets its old subnet back if that is
+//! free. If the subnet is taken or a race is lost, the next choice is uniformly distributed over the free subnets. Many hosts
+//! that start at once thus choose different subnets, and do not all contend for the next one in order.
 
 use crate::model::family::address_value;
 use crate::model::network::Pool;
 use crate::model::{Cidr, Family, NetworkConfig, PerFamily, Subnet};
 
-/// The subnets of a pool that are taken: disjoint ranges of indexes (first and last, inclusive), ascending.
+/// The allocated subnets of a pool: disjoint ranges of indexes (first and last, inclusive), ascending.
 struct AllocatedRanges(Vec<(u128, u128)>);
 
 impl AllocatedRanges {
     fn from_ranges(pool: &Pool, ranges: &[Cidr]) -> AllocatedRanges {
         let shift = u32::from(pool.network.family().bits() - pool.subnet_length);
         let (first, last) = (address_value(pool.min.base()), address_value(pool.max.last()));
-        // A range as large as the network is nobody's subnet: it must not keep every host out.
+        // A range as large as the network is not a valid subnet. It must not block the whole pool.
         let ours = |range: &&Cidr| range.family() == pool.network.family() && !range.covers(pool.network);
         let spans = ranges.iter().filter(ours).filter_map(|range| {
             let low = address_value(range.base()).max(first);
@@ -45,13 +45,13 @@ impl AllocatedRanges {
         self.0.iter().any(|(low, high)| (*low..=*high).contains(&index))
     }
 
-    /// How many of the first `count` indexes are free.
+    /// Number of free indexes among the first `count`.
     fn free_count(&self, count: u128) -> u128 {
         let taken = self.0.iter().filter(|(low, _)| *low < count).map(|(low, high)| (*high).min(count - 1) - low + 1);
         count - taken.sum::<u128>()
     }
 
-    /// The free index number `n`, from 0; the caller knows that there are as many.
+    /// The `n`-th free index, from 0. The caller ensures that it exists.
     fn nth_free(&self, n: u128) -> u128 {
         let mut index = n;
         for (low, high) in &self.0 {
@@ -63,7 +63,7 @@ impl AllocatedRanges {
         index
     }
 
-    /// The choice number `attempt` of a host among the first `count` indexes; `None` where none is free.
+    /// The index that a host chooses at this attempt, among the first `count`. `None` if none is free.
     fn choose(&self, count: u128, identity: &str, attempt: u32) -> Option<u128> {
         let first = hash(identity, 0) % count;
         if attempt == 0 && !self.contains(first) {
@@ -74,9 +74,9 @@ impl AllocatedRanges {
     }
 }
 
-/// A free subnet of the network for this host; another one for each attempt. `None` where a family has no free one left.
+/// Picks a free subnet for this host, a different one at each attempt. `None` if a family has no free subnet.
 ///
-/// `taken` is every range that any entry of the store names. With two families the same index in both pools is preferred, which makes
+/// `allocated` lists the ranges of all entries in the store. With two families the same index in both pools is preferred, so that
 /// the two subnets of a host look alike.
 pub(super) fn pick(network: &NetworkConfig, allocated: &[Cidr], identity: &str, attempt: u32) -> Option<Subnet> {
     let pools: Vec<(Family, Pool, AllocatedRanges)> =
@@ -95,8 +95,8 @@ pub(super) fn pick(network: &NetworkConfig, allocated: &[Cidr], identity: &str, 
     Subnet::new(cidrs).ok()
 }
 
-/// FNV-1a over 128 bits (draft-eastlake-fnv), the attempt behind the text; stable over versions of this program, and folded once so that
-/// all bits depend on all of the text.
+/// FNV-1a over 128 bits (draft-eastlake-fnv) of the text followed by the attempt. Stable across versions of this program. Folded
+/// once, so that every bit depends on the whole text.
 fn hash(text: &str, attempt: u32) -> u128 {
     const OFFSET: u128 = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d;
     const PRIME: u128 = 0x0000_0000_0100_0000_0000_0000_0000_013b;
@@ -143,7 +143,7 @@ mod tests {
         for attempt in 0..50 {
             assert_eq!(pick(&network, &taken, "h", attempt).map(|s| s.to_string()).as_deref(), Some("10.1.18.0/24"));
         }
-        assert!(pick(&network, &cidrs(&["0.0.0.0/0", "10.1.0.0/16"]), "h", 0).is_some(), "nonsense keeps nobody out");
+        assert!(pick(&network, &cidrs(&["0.0.0.0/0", "10.1.0.0/16"]), "h", 0).is_some(), "network-wide range is ignored");
     }
 
     #[test]
@@ -154,7 +154,7 @@ mod tests {
         };
         let subnet = pick(&network, &[], "h", 0).expect("free");
         assert_eq!(index(&subnet, Family::V4), index(&subnet, Family::V6));
-        // Crosswise taken: no index is free in both, each family still has one.
+        // No index is free in both families, but each family has a free one.
         let taken = cidrs(&["10.1.10.0/24", "10.1.11.0/24", "fd00:0:0:3::/64", "fd00:0:0:4::/64"]);
         let subnet = pick(&network, &taken, "h", 5).expect("free");
         assert!(network.allows_subnet(&subnet) && subnet.iter().all(|(_, c)| !taken.contains(&c)), "{subnet}");
@@ -168,7 +168,7 @@ mod tests {
             let mut all: Vec<_> = (0..1000).filter_map(|n| pick(&network, &[], &format!("host-{n}"), attempt)).collect();
             all.sort_unstable();
             all.dedup();
-            assert!(all.len() > 980, "{} of 1000 hosts have a choice of their own", all.len());
+            assert!(all.len() > 980, "{} distinct choices among 1000 hosts", all.len());
         }
     }
 

@@ -1,4 +1,4 @@
-//! Reading the configuration and every lease at one revision, page by page, because one answer of etcd is limited.
+//! Reads the configuration and all leases at one revision, page by page, because etcd limits the size of a response.
 
 use std::time::Instant;
 
@@ -9,20 +9,20 @@ use super::StoreError;
 use super::connect::{ClusterState, Session};
 use super::keys::KeyKind;
 
-/// Leases in one answer.
+/// Maximum number of leases in one response.
 const PAGE_SIZE: i64 = 2_000;
 
-/// The configuration as it stands in the store.
+/// The raw configuration in the store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct RawConfig {
     pub(super) text: String,
     pub(super) mod_revision: i64,
 }
 
-/// An entry of `subnets/` as it stands in the store.
+/// A raw entry of `subnets/` in the store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct RawEntry {
-    /// The part of the key behind `subnets/`.
+    /// The part of the key after `subnets/`.
     pub(super) key: String,
     pub(super) value: Vec<u8>,
     pub(super) create_revision: i64,
@@ -30,7 +30,7 @@ pub(super) struct RawEntry {
     pub(super) etcd_lease: Option<i64>,
 }
 
-/// Everything at one revision.
+/// Configuration and all entries at one revision.
 #[derive(Debug, Clone)]
 pub(super) struct Listing {
     pub(super) revision: i64,
@@ -45,7 +45,7 @@ impl RawConfig {
 }
 
 impl RawEntry {
-    /// An entry from its key's last part and what etcd says of it.
+    /// Builds an entry from the last part of its key and etcd's key-value record.
     pub(super) fn from_kv(key: String, kv: &KeyValue) -> RawEntry {
         RawEntry {
             key,
@@ -57,7 +57,7 @@ impl RawEntry {
     }
 }
 
-/// Where a server stands, by the header of an answer.
+/// The cluster state in a response header.
 pub(super) fn cluster_state(header: Option<&ResponseHeader>) -> ClusterState {
     match header {
         Some(h) => ClusterState { cluster_id: h.cluster_id(), term: h.raft_term(), revision: h.revision() },
@@ -66,14 +66,14 @@ pub(super) fn cluster_state(header: Option<&ResponseHeader>) -> ClusterState {
 }
 
 impl Session {
-    /// The configuration now.
+    /// Reads the current configuration.
     pub(super) async fn get_config(&self) -> Result<(Option<RawConfig>, ClusterState), StoreError> {
         let mut kv = self.kv();
         let answer = self.with_timeout("read the configuration", kv.get(self.keys.config(), None)).await?;
         Ok((answer.kvs().first().map(RawConfig::from_kv), cluster_state(answer.header())))
     }
 
-    /// One entry, and the revision at which it is so.
+    /// Reads one entry, and the revision of the read.
     pub(super) async fn get_entry(&self, key: &str) -> Result<(Option<RawEntry>, i64), StoreError> {
         let mut kv = self.kv();
         let answer = self.with_timeout("read a lease", kv.get(self.keys.subnet(key), None)).await?;
@@ -81,10 +81,10 @@ impl Session {
         Ok((entry, cluster_state(answer.header()).revision))
     }
 
-    /// The configuration and every entry at one revision.
+    /// Reads the configuration and all entries at one revision.
     ///
     /// # Errors
-    /// Also [`StoreError::HistoryCompacted`] where the revision was compacted away between two pages: read again.
+    /// [`StoreError::Compacted`] if the revision was compacted between two pages; the caller reads again.
     pub(super) async fn list(&self) -> Result<Listing, StoreError> {
         let started = Instant::now();
         let (config, now) = self.get_config().await?;
@@ -96,9 +96,9 @@ impl Session {
             let options = GetOptions::new().with_range(to.clone()).with_limit(page).with_revision(listing.revision);
             let mut kv = self.kv();
             let answer = match self.with_timeout("read the leases", kv.get(from.clone(), Some(options))).await {
-                // Somebody put large values there: ask for fewer of them.
+                // Another client wrote large values: request fewer entries per page.
                 Err(StoreError::TooLarge { detail, .. }) if page > 1 => {
-                    debug!(page, detail, "answer too large, asking for smaller pages");
+                    debug!(page, detail, "response too large; requesting smaller pages");
                     page = (page / 8).max(1);
                     continue;
                 }
@@ -112,7 +112,7 @@ impl Session {
             }
             match kvs.last() {
                 Some(last) if answer.more() => {
-                    // The next key in order is this one with a zero byte behind it.
+                    // The next key in order is this one with a zero byte appended.
                     from = [last.key(), &[0]].concat();
                 }
                 _ => {

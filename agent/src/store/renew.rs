@@ -1,4 +1,4 @@
-//! etcd leases: getting, renewing and ending them, and telling whether somebody else renews one.
+//! Grants, renews and revokes etcd leases, and checks whether another host renews one.
 
 use std::time::Duration;
 
@@ -7,39 +7,39 @@ use tokio::time::{Instant, MissedTickBehavior};
 use super::StoreError;
 use super::connect::Session;
 
-/// The time between two renewals of an etcd lease with this TTL.
+/// Interval between two renewals of an etcd lease with this TTL.
 pub(super) fn keep_alive_interval(ttl: Duration, max_interval: Duration) -> Duration {
     (ttl / 3).min(max_interval)
 }
 
-/// What etcd says of an etcd lease: seconds granted and left.
+/// Granted and remaining TTL of an etcd lease.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct LeaseTtl {
     pub(super) granted: Duration,
     pub(super) remaining: Duration,
 }
 
-/// Whether somebody renews an etcd lease.
+/// Whether an etcd lease is being renewed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Liveness {
-    /// Not renewed for longer than a living host waits.
+    /// Not renewed for longer than a running agent's interval.
     Dead,
-    /// Renewed since the first look.
+    /// Renewed since the first check.
     Alive {
         /// Look again after this long.
         recheck_after: Duration,
     },
-    /// Cannot be told yet.
+    /// Undecided yet.
     Unknown {
         /// Look again after this long.
         recheck_after: Duration,
     },
 }
 
-/// Whether somebody renews an etcd lease, `watched` after the first look at it; hosts renew at least every `longest`.
+/// Whether an etcd lease is being renewed, `observed_for` after the first check. Hosts renew at least every `max_interval`.
 pub(super) fn liveness(ttl: LeaseTtl, max_interval: Duration, observed_for: Duration) -> Liveness {
     let age = ttl.granted.saturating_sub(ttl.remaining);
-    // etcd counts in whole seconds, rounded down at both ends: one second each, and half an interval for a busy host.
+    // etcd rounds both TTLs down to whole seconds: one second for each, and half an interval for a busy host.
     let limit = keep_alive_interval(ttl.granted, max_interval) * 3 / 2 + Duration::from_secs(2);
     if age > limit {
         Liveness::Dead
@@ -50,17 +50,18 @@ pub(super) fn liveness(ttl: LeaseTtl, max_interval: Duration, observed_for: Dura
     }
 }
 
-/// One etcd lease kept alive.
+/// Keeps one etcd lease alive.
 ///
-/// Each renewal has a stream of its own, for the sake of `etcd grpc-proxy`: on a stream that stays open it answers the first renewal at once, and later
-/// ones only when a third of the TTL has passed, which is eight hours (`keepAliveLoop` in etcd's `proxy/grpcproxy/lease.go`).
+/// Each renewal opens a new stream because of `etcd grpc-proxy`. On a long-lived stream the proxy answers the first renewal at
+/// once, and later ones only after a third of the TTL, which is eight hours (`keepAliveLoop` in etcd's
+/// `proxy/grpcproxy/lease.go`).
 pub(super) struct Renewal {
     id: i64,
     interval: tokio::time::Interval,
 }
 
 impl Renewal {
-    /// Renews once and goes on in the rhythm that the lease's TTL asks for.
+    /// Renews once, and schedules further renewals by the lease's TTL.
     pub(super) async fn start(session: &Session, id: i64, max_interval: Duration) -> Result<Renewal, StoreError> {
         Renewal::renew(session, id).await?;
         let ttl = session.time_to_live(id).await?.ok_or(StoreError::LeaseNotFound { lease: id })?.granted;
@@ -70,17 +71,17 @@ impl Renewal {
         Ok(Renewal { id, interval })
     }
 
-    /// Waits until it is time and renews; never ends where there is nothing to renew.
+    /// Waits until the next renewal is due and renews. Never returns if `renewal` is `None`.
     pub(super) async fn next(renewal: &mut Option<Renewal>, session: &Session) -> Result<(), StoreError> {
         let Some(Renewal { id, interval: ticks }) = renewal else { return std::future::pending().await };
         ticks.tick().await;
         Renewal::renew(session, *id).await
     }
 
-    /// Asks for one renewal and waits for the answer.
+    /// Sends one renewal and awaits the response.
     async fn renew(session: &Session, id: i64) -> Result<(), StoreError> {
         let mut client = session.client.lease_client();
-        // The library opens the stream, asks once and reads one answer: dropped, the stream is closed.
+        // The library opens a stream, sends one request and reads one response. Dropping the stream closes it.
         match session.with_timeout("renew the lease", client.keep_alive(id)).await {
             Ok(_) => Ok(()),
             Err(StoreError::RequestFailed { detail, .. }) if detail.contains("lease not found") => {
@@ -99,7 +100,7 @@ impl Session {
         Ok(self.with_timeout("get an etcd lease", client.grant(seconds, None)).await?.id())
     }
 
-    /// Ends an etcd lease; no error where it is gone already.
+    /// Revokes an etcd lease. Succeeds if it does not exist.
     pub(super) async fn revoke(&self, id: i64) -> Result<(), StoreError> {
         match self.with_timeout("revoke an etcd lease", self.client.lease_client().revoke(id)).await {
             Ok(_) | Err(StoreError::LeaseNotFound { .. }) => Ok(()),
@@ -107,7 +108,7 @@ impl Session {
         }
     }
 
-    /// What is left of an etcd lease; `None` where it is gone.
+    /// Reads the TTLs of an etcd lease; `None` if it does not exist.
     pub(super) async fn time_to_live(&self, id: i64) -> Result<Option<LeaseTtl>, StoreError> {
         let mut client = self.client.lease_client();
         let answer = self.with_timeout("read an etcd lease", client.time_to_live(id, None)).await?;

@@ -1,4 +1,4 @@
-//! Stories against a real etcd on loopback ports, and a model of the lease protocol that is searched through.
+//! Tests against a real etcd on loopback ports, and an exhaustive search of a lease protocol model.
 
 mod contention;
 mod harness;

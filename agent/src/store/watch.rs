@@ -1,7 +1,7 @@
-//! Following the store: a snapshot at one revision, then every change behind it, in etcd's order.
+//! Watches the store: a snapshot at one revision, then all later changes in etcd's order.
 //!
-//! Runs inside the task of [`Store::run`](super::Store::run). The place to go on from survives a lost connection: it moves only when
-//! everything of an answer has been handed on, so that being dropped at any await repeats events and never loses one.
+//! Runs inside the task of [`Store::run`](super::Store::run). The resume revision survives a lost connection. It advances only
+//! after all events of a response were sent: dropping the future at any await repeats events and never loses one.
 
 use std::time::Instant;
 
@@ -16,28 +16,28 @@ use super::{StoreError, codec};
 use crate::model::NetworkConfig;
 use crate::model::event::{Connection, StoreEntry, StoreEvent};
 
-/// How often a read is tried again at once because its revision was compacted away under it.
+/// Maximum number of immediate retries of a read whose revision was compacted meanwhile.
 const MAX_READ_RETRIES: u32 = 5;
 
-/// What the watch and the lease holder tell each other. Both run in one task; each side only ever looks at the latest state.
+/// State shared between the watch and the lease keeper. Both run in one task; each side reads only the latest state.
 #[derive(Debug)]
 pub(super) struct WatchState {
-    /// The entry that the holder holds or is about to take, by the last part of its key.
+    /// The entry that the keeper holds or is about to write, by the last part of its key.
     pub(super) held_key: watch::Sender<Option<String>>,
-    /// This host's identity: an entry that names it under another key is of its making, too.
+    /// This host's identity: an entry that names it under another key is also this host's.
     pub(super) node_id: watch::Sender<Option<String>>,
-    /// What the watch has seen.
+    /// Progress of the watch.
     pub(super) progress: watch::Sender<WatchProgress>,
 }
 
-/// What the watch has seen, as far as the lease holder is concerned.
+/// Progress of the watch, for the lease keeper.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct WatchProgress {
-    /// The revision up to which everything was seen.
+    /// All changes up to this revision were seen.
     pub(super) revision: i64,
-    /// The revision of the last change of the held entry, or of another one of this host's.
+    /// The revision of the last change of the held entry or of another entry of this host.
     pub(super) held_revision: i64,
-    /// Number of entries seen to go.
+    /// Number of removals seen.
     pub(super) removals: u64,
 }
 
@@ -52,20 +52,20 @@ impl WatchState {
 }
 
 impl WatchState {
-    /// Whether an entry is of this host's making, whatever its key: a write whose answer was lost may arrive when another entry is held
-    /// already.
+    /// Whether this host wrote an entry, under any key. A write whose response was lost may arrive when another entry is already
+    /// held.
     fn is_own_entry(&self, entry: &StoreEntry) -> bool {
         let node = entry.value.as_ref().ok().and_then(|record| record.lease.node.as_ref());
         node.is_some_and(|node| self.node_id.borrow().as_ref() == Some(&node.id))
     }
 }
 
-/// Follows the store over any number of connections.
+/// Watches the store across connections.
 #[derive(Debug)]
 pub(super) struct Watcher {
-    /// The first revision that has not been handed on, and where the server stood; absent until the first snapshot.
+    /// The first undelivered revision and the server's cluster state; `None` until the first snapshot.
     resume_from: Option<(i64, ClusterState)>,
-    /// The configuration that was handed on last; absent before the first.
+    /// The configuration delivered last; `None` before the first delivery.
     delivered_config: Option<Option<RawConfig>>,
     connected: bool,
 }
@@ -75,7 +75,7 @@ impl Watcher {
         Watcher { resume_from: None, delivered_config: None, connected: false }
     }
 
-    /// Hands on what happens until something fails.
+    /// Sends store events until an error.
     pub(super) async fn run(
         &mut self,
         session: &Session,
@@ -88,7 +88,7 @@ impl Watcher {
         }
     }
 
-    /// Hands on that the store does not answer, once for each reason.
+    /// Reports the store as down, once per reason.
     pub(super) async fn report_down(
         &mut self,
         error: String,
@@ -129,7 +129,7 @@ impl Watcher {
             warn!(
                 seen = next - 1,
                 revision = session.cluster_state.revision,
-                "etcd is behind what was seen: it was restored or replaced"
+                "etcd is behind the last seen revision; it was restored or replaced"
             );
             self.resume_from = None;
         }
@@ -148,7 +148,7 @@ impl Watcher {
                 let message = match stream.message().await {
                     Ok(Some(message)) => message,
                     Ok(None) => {
-                        let detail = "the server ended the watch".to_owned();
+                        let detail = "the server closed the watch".to_owned();
                         return Err(StoreError::Unreachable { endpoint: session.context.endpoint.clone(), detail });
                     }
                     Err(error) => match session.context.map_error("watch the network", error) {
@@ -160,11 +160,7 @@ impl Watcher {
                     },
                 };
                 if message.compact_revision() > 0 {
-                    info!(
-                        from = next,
-                        compacted = message.compact_revision(),
-                        "revisions were compacted away, reading all leases again"
-                    );
+                    info!(from = next, compacted = message.compact_revision(), "revisions compacted; rereading all leases");
                     self.resume_from = None;
                     break;
                 }
@@ -176,7 +172,7 @@ impl Watcher {
         }
     }
 
-    /// Reads everything and hands it on; returns the revision to watch from.
+    /// Reads and sends a snapshot; returns the revision to watch from.
     async fn deliver_snapshot(
         &mut self,
         session: &Session,
@@ -200,7 +196,7 @@ impl Watcher {
         send_event(events, StoreEvent::Snapshot(entries)).await?;
         watch_state.progress.send_modify(|seen| {
             seen.revision = listing.revision;
-            // Whatever happened in between, the holder looks for itself.
+            // Changes since the last watch are unknown: wakes the lease keeper, which reads its own snapshot.
             seen.held_revision = listing.revision;
             seen.removals += 1;
         });
@@ -240,7 +236,8 @@ impl Watcher {
                 KeyKind::Other => {}
             }
         }
-        // The header of an answer with events can be ahead of them; only that of a progress notification is a place to go on from.
+        // The header revision of a response with events can be ahead of the events. Only that of a progress notification is safe
+        // to resume from.
         let progress = (!message.created()).then(|| message.header().map(|header| header.revision())).flatten();
         if let Some(seen) = last.or(progress) {
             let next = self.resume_from.map_or(0, |(next, _)| next).max(seen + 1);
@@ -253,7 +250,7 @@ impl Watcher {
         Ok(())
     }
 
-    /// Hands on the configuration where it differs from what was handed on before.
+    /// Sends the configuration if its text changed.
     async fn deliver_config(
         &mut self,
         session: &Session,
@@ -268,12 +265,12 @@ impl Watcher {
         let parsed = config.as_ref().map(|config| NetworkConfig::parse(&config.text));
         match &parsed {
             None => info!(key, "waiting for the network's configuration: `overlayctl config set FILE` writes it"),
-            Some(Err(errors)) => warn!(key, %errors, "the network's configuration is wrong"),
+            Some(Err(errors)) => warn!(key, %errors, "invalid network configuration"),
             Some(Ok(parsed)) => {
                 for warning in &parsed.warnings {
-                    warn!(key, %warning, "the network's configuration");
+                    warn!(key, %warning, "network configuration");
                 }
-                info!(key, "read the network's configuration");
+                info!(key, "network configuration read");
             }
         }
         send_event(events, StoreEvent::Config(parsed.map(|result| result.map(|parsed| parsed.config)))).await?;
@@ -282,7 +279,7 @@ impl Watcher {
     }
 }
 
-/// What a watch that etcd cancelled for another reason than compaction means.
+/// The error for a watch that etcd cancelled for another reason than compaction.
 fn cancel_error(session: &Session, reason: &str) -> StoreError {
     let context = &session.context;
     let what = "watch the network";
@@ -298,7 +295,7 @@ fn cancel_error(session: &Session, reason: &str) -> StoreError {
     }
 }
 
-/// Hands on an event; waits while the receiver is busy.
+/// Sends an event; waits while the channel is full.
 pub(super) async fn send_event(events: &mpsc::Sender<StoreEvent>, event: StoreEvent) -> Result<(), StoreError> {
     events.send(event).await.map_err(|_| StoreError::ReceiverClosed)
 }

@@ -1,7 +1,7 @@
-//! Guarded writes of entries: each goes through only where nothing has changed that the decision rests on.
+//! Conditional writes of entries: each succeeds only if the data that the decision was based on is unchanged.
 //!
-//! What guards a write is a value ([`Guard`]), made by pure functions and turned into etcd's comparison at the last moment: the model of the
-//! protocol in `tests/model.rs` judges the same values.
+//! The condition is a value ([`Precondition`]) that pure functions build. It becomes an etcd comparison only when it is sent: the
+//! protocol model in `tests/model.rs` evaluates the same values.
 
 use etcd_client::{Compare, CompareOp, PutOptions, Txn, TxnOp};
 
@@ -9,31 +9,30 @@ use super::StoreError;
 use super::connect::Session;
 use super::keys::Keys;
 
-/// What becomes of the etcd lease that an entry is bound to.
+/// The etcd lease that a write binds an entry to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum LeaseBinding {
-    /// It stays as it is; the entry must be there.
+    /// Keep the current etcd lease; the entry must exist.
     Keep,
-    /// The entry is bound to this etcd lease.
+    /// Bind the entry to this etcd lease.
     To(i64),
 }
 
-/// What must be so for a write to go through. etcd compares at the moment of the write, in one step with it; a key that is not there has
-/// the revisions 0.
+/// Condition of a write. etcd evaluates it atomically with the write. A missing key has the revisions 0.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) enum Precondition {
-    /// The key was changed at this revision last; 0: it is not there.
+    /// The key's last change was at this revision; 0: the key does not exist.
     Unchanged {
-        /// The whole key.
+        /// The full key.
         key: String,
         /// The revision.
         revision: i64,
     },
-    /// No key of a range was made behind this revision; 0: there is none.
+    /// No key of the range was created after this revision; 0: the range is empty.
     NoneCreated {
         /// The first key of the range.
         from: String,
-        /// The key behind the range.
+        /// The end of the range, exclusive.
         to: String,
         /// The revision.
         after_revision: i64,
@@ -51,16 +50,16 @@ impl Precondition {
     }
 }
 
-/// An entry may be changed or deleted where it was not changed since this revision.
+/// Preconditions for changing or deleting an entry: it is unchanged since this revision.
 pub(super) fn change_preconditions(keys: &Keys, key: &str, mod_revision: i64) -> Vec<Precondition> {
     vec![Precondition::Unchanged { key: keys.subnet(key), revision: mod_revision }]
 }
 
-/// An entry may be made where nobody has one for the same range and the configuration was not changed since revision `config` (0: absent).
-/// With `whole`, also only where no entry at all was made behind that revision.
+/// Preconditions for creating an entry: no entry exists for the same range, and the configuration is unchanged since revision
+/// `config` (0: absent). With `max_create_revision`, additionally: no entry at all was created after that revision.
 pub(super) fn create_preconditions(keys: &Keys, key: &str, config: i64, max_create_revision: Option<i64>) -> Vec<Precondition> {
     let full = keys.subnet(key);
-    // `A` and `A&B` both name the range A; the apostrophe is the character behind `&`.
+    // `A` and `A&B` both name the range A; the apostrophe is the character after `&`.
     let first = full.split('&').next().unwrap_or(&full).to_owned();
     let mut preconditions = vec![
         Precondition::Unchanged { key: keys.config(), revision: config },
@@ -74,7 +73,8 @@ pub(super) fn create_preconditions(keys: &Keys, key: &str, config: i64, max_crea
 }
 
 impl Session {
-    /// Writes an entry where it was not changed since this revision. Returns the revision of the write; `None` where it was changed.
+    /// Overwrites an entry if it is unchanged since this revision. Returns the revision of the write; `None` if the entry was
+    /// changed.
     pub(super) async fn overwrite(
         &self,
         key: &str,
@@ -85,7 +85,7 @@ impl Session {
         self.put(key, value, binding, change_preconditions(&self.keys, key, mod_revision)).await
     }
 
-    /// Makes an entry under [`create_preconditions`]. Returns the revision of the write; `None` where anything stood in the way.
+    /// Creates an entry under [`create_preconditions`]. Returns the revision of the write; `None` if a precondition failed.
     pub(super) async fn create(
         &self,
         key: &str,
@@ -98,7 +98,7 @@ impl Session {
         self.put(key, value, LeaseBinding::To(etcd_lease), preconditions).await
     }
 
-    /// Deletes an entry where it was not changed since this revision; whether it is gone.
+    /// Deletes an entry if it is unchanged since this revision. Returns whether it was deleted.
     pub(super) async fn remove(&self, key: &str, mod_revision: i64) -> Result<bool, StoreError> {
         let compares: Vec<Compare> =
             change_preconditions(&self.keys, key, mod_revision).into_iter().map(Precondition::into_compare).collect();

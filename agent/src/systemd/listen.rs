@@ -1,4 +1,4 @@
-//! The listening socket that systemd holds, so that clients wait over a restart instead of being refused.
+//! The listening socket inherited from systemd. Clients wait during an agent's restart instead of getting ECONNREFUSED.
 
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
@@ -7,42 +7,43 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::socket::{SockType, getsockopt, sockopt};
 
-/// The first descriptor that systemd hands over (`SD_LISTEN_FDS_START` in `sd-daemon.h`).
+/// The first descriptor that systemd passes (`SD_LISTEN_FDS_START` in `sd-daemon.h`).
 const SD_LISTEN_FDS_START: RawFd = 3;
 
-/// Why the socket that systemd hands over cannot be used.
+/// The reason why the inherited socket cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
-    /// It is another one.
+    /// The descriptor is not the agent's socket.
     #[error(
-        "systemd hands over {found}, but the agent's socket is {}: set ListenStream= in overlayd.socket to that path, or --run-dir to the \
+        "systemd passes {found}, but the agent's socket is {}: set ListenStream= in overlayd.socket to that path, or --run-dir to the \
          socket's directory, or disable overlayd.socket",
         wanted.display()
     )]
     WrongSocket {
-        /// What it is.
+        /// The inherited descriptor.
         found: String,
-        /// What it should be.
+        /// The expected path.
         wanted: PathBuf,
     },
-    /// There are several.
-    #[error("systemd hands over {count} sockets; the agent takes one: leave a single ListenStream= in overlayd.socket")]
+    /// More than one socket.
+    #[error("systemd passes {count} sockets; the agent takes one: leave a single ListenStream= in overlayd.socket")]
     TooMany {
-        /// How many.
+        /// The number of sockets.
         count: i32,
     },
-    /// The descriptor is bad.
-    #[error("LISTEN_FDS promises a socket as descriptor {fd}, which is not there: {source}")]
+    /// The descriptor is not open.
+    #[error("LISTEN_FDS announces a socket as descriptor {fd}, which is not open: {source}")]
     Descriptor {
-        /// Its number.
+        /// The descriptor.
         fd: RawFd,
-        /// The system's answer.
+        /// The system's error.
         source: nix::Error,
     },
 }
 
-/// The socket that systemd hands over; `None` where it hands over none. To be called once, before the process opens anything that could take
-/// the descriptor's number.
+/// Takes the socket that systemd passes; `None` if it passes none.
+///
+/// Call it once, before the process opens a file that could get the descriptor's number.
 pub fn take_listener(wanted: &Path) -> Result<Option<UnixListener>, ListenError> {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<i32>().ok());
     let ours = number("LISTEN_PID").is_some_and(|pid| u32::try_from(pid) == Ok(std::process::id()));
@@ -57,23 +58,23 @@ pub fn take_listener(wanted: &Path) -> Result<Option<UnixListener>, ListenError>
 }
 
 fn adopt_listener(fd: RawFd, wanted: &Path) -> Result<UnixListener, ListenError> {
-    // SAFETY: the descriptor's number comes from systemd, which leaves its ownership to this process (sd_listen_fds(3)); nothing else in the
-    // process knows it. Whether it is open is what the next call tells.
+    // SAFETY: systemd passes the descriptor and its ownership to this process (sd_listen_fds(3)), and no other code uses it. The next
+    // call checks whether it is open.
     let fd_owned = unsafe { OwnedFd::from_raw_fd(fd) };
     if let Err(source) = fcntl(&fd_owned, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)) {
-        // Closing what is not open would be a defect.
+        // Dropping it would close a descriptor that is not open.
         std::mem::forget(fd_owned);
         return Err(ListenError::Descriptor { fd, source });
     }
     let other = |found: String| ListenError::WrongSocket { found, wanted: wanted.to_owned() };
     let listens = getsockopt(&fd_owned, sockopt::AcceptConn).unwrap_or(false);
     if !listens || getsockopt(&fd_owned, sockopt::SockType) != Ok(SockType::Stream) {
-        return Err(other("something that is no listening stream socket".to_owned()));
+        return Err(other("a descriptor that is not a listening stream socket".to_owned()));
     }
     let listener = UnixListener::from(fd_owned);
     let address = listener.local_addr().ok();
     let path = address.as_ref().and_then(|address| address.as_pathname());
-    // One of them may be written by way of a symbolic link, as /var/run is.
+    // One of the paths may contain a symbolic link, such as /var/run.
     let whole = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
     match path {
         Some(path) if whole(path) == whole(wanted) => Ok(listener),
@@ -104,8 +105,8 @@ mod tests {
         let error = adopt_listener(other, &path).unwrap_err().to_string();
         assert!(error.contains("other") && error.contains("ListenStream="), "{error}");
         let datagram = UnixDatagram::bind(dir.path().join("datagram")).unwrap().into_raw_fd();
-        assert!(adopt_listener(datagram, &path).unwrap_err().to_string().contains("no listening stream socket"));
-        // Far above what a test's process has open.
+        assert!(adopt_listener(datagram, &path).unwrap_err().to_string().contains("not a listening stream socket"));
+        // Far above the open descriptors of a test process.
         assert!(matches!(adopt_listener(60_000, &path), Err(ListenError::Descriptor { fd: 60_000, .. })));
     }
 }

@@ -1,7 +1,7 @@
-//! The journal's native protocol (systemd's `JOURNAL_NATIVE_PROTOCOL.md`): one datagram an event, each field a field of the journal.
+//! The journal's native protocol (systemd's `JOURNAL_NATIVE_PROTOCOL.md`): one datagram per event, with one journal field per field.
 //!
-//! `MESSAGE` holds the whole line, fields included, because that is what `journalctl -u overlayd_command` shows; the fields stand beside it as
-//! `OVERLAYD_<NAME>` to search by (`journalctl OVERLAYD_PEER=...`).
+//! `MESSAGE` holds the complete line including the fields, because `journalctl -u overlayd` shows it. The fields are repeated as
+//! `OVERLAYD_<NAME>` for searches (`journalctl OVERLAYD_PEER=...`).
 
 use std::ffi::OsStr;
 use std::fmt::{Debug, Write as _};
@@ -16,20 +16,20 @@ use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::Context;
 
-/// Where journald listens.
+/// The path of journald's socket.
 const JOURNAL_SOCKET: &str = "/run/systemd/journal/socket";
-/// The longest name of a field (systemd's `journal_field_valid`).
+/// The longest field name (systemd's `journal_field_valid`).
 const MAX_FIELD_NAME_LENGTH: usize = 64;
-/// How long a journal that does not keep up may hold an event up; it goes to standard error then, where the journal listens, too.
+/// How long a slow journal may block an event. After that the event goes to standard error, which the journal also reads.
 const SEND_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Writes events to the journal.
+/// A `tracing` layer that writes events to the journal.
 pub(super) struct JournalLayer {
     socket: UnixDatagram,
 }
 
 impl JournalLayer {
-    /// A writer to the system's journal.
+    /// Connects to the system's journal.
     pub(super) fn open() -> io::Result<JournalLayer> {
         JournalLayer::connect_to(Path::new(JOURNAL_SOCKET))
     }
@@ -42,8 +42,7 @@ impl JournalLayer {
     }
 }
 
-/// Whether a variable such as systemd's `JOURNAL_STREAM` (`<entry_device>:<inode>`) names this descriptor: what is written there goes to the
-/// journal.
+/// Whether systemd's `JOURNAL_STREAM` (`<device>:<inode>`) names this descriptor, so that its output goes to the journal.
 pub(super) fn is_journal_stream(variable: Option<&OsStr>, stream: impl AsFd) -> bool {
     let named = variable.and_then(OsStr::to_str).and_then(|text| text.split_once(':'));
     let Some((device, inode)) = named else { return false };
@@ -69,7 +68,7 @@ impl<S: Subscriber> Layer<S> for JournalLayer {
             append_field(&mut entry, &field_name(name), value);
         }
         if self.socket.send(&entry).is_err() {
-            // `<N>` is the priority of a line to journald (sd-daemon(3)). Where even that fails, nobody is left to tell.
+            // The prefix `<N>` is the line's priority for journald (sd-daemon(3)). If this write fails too, the event is lost.
             let _ = io::Write::write_fmt(&mut io::stderr(), format_args!("<{}>{}\n", priority(*metadata.level()), fields.line()));
         }
     }
@@ -79,7 +78,7 @@ impl<S: Subscriber> Layer<S> for JournalLayer {
 #[derive(Default)]
 struct EventFields {
     message: String,
-    /// Name, value as it is, value as the line shows it.
+    /// Name and raw value of each field.
     named_fields: Vec<(&'static str, String)>,
     rendered_fields: String,
 }
@@ -110,7 +109,7 @@ impl Visit for EventFields {
     }
 }
 
-/// syslog's severities (`syslog(3)`); below debug there is none.
+/// Severity of `syslog(3)`; `debug` is the lowest.
 fn priority(level: Level) -> &'static str {
     match level {
         Level::ERROR => "3",
@@ -120,13 +119,13 @@ fn priority(level: Level) -> &'static str {
     }
 }
 
-/// A name that the journal takes: capitals, digits and underscores, no underscore first.
+/// A valid journal field name: capitals, digits and underscores, without a leading underscore.
 fn field_name(name: &str) -> String {
     let upper = name.chars().map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_uppercase() } else { '_' });
     format!("OVERLAYD_{}", upper.collect::<String>()).chars().take(MAX_FIELD_NAME_LENGTH).collect()
 }
 
-/// Adds a field; the length goes before a value of several lines, so that no value can pass for another field.
+/// Appends a field. A multi-line value is preceded by its length, so that it cannot forge another field.
 fn append_field(entry: &mut Vec<u8>, name: &str, value: &str) {
     entry.extend_from_slice(name.as_bytes());
     if value.contains('\n') {
@@ -146,7 +145,7 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
     use tracing_subscriber::layer::SubscriberExt;
 
-    /// The fields of a datagram, as journald reads them.
+    /// Parses a datagram as journald does.
     fn parse(mut bytes: &[u8]) -> BTreeMap<String, String> {
         let mut fields = BTreeMap::new();
         while !bytes.is_empty() {

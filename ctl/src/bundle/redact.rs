@@ -1,39 +1,40 @@
-//! Takes secrets out of texts: private keys, passwords in URLs and behind words that name one, and whatever is known to be one.
+//! Removes secrets from texts: private keys, passwords in URLs and after keywords, and all known secrets.
 
 use std::path::Path;
 
 use regex::{Captures, Regex};
 
-/// What stands in a secret's place.
+/// Replacement for a secret.
 pub const REDACTED: &str = "<removed>";
 
-/// Shorter ones would be found in every word.
+/// Minimum length of a known secret: shorter ones would match ordinary words.
 const MIN_SECRET_LEN: usize = 4;
 
-/// Takes secrets out.
+/// Removes secrets.
 #[derive(Debug)]
 pub struct Redactor {
-    /// Texts that are secrets, the longest first.
+    /// Known secrets, the longest first.
     secrets: Vec<String>,
     patterns: Vec<(Regex, Kind)>,
 }
 
-/// What a pattern finds.
+/// Secret part of a pattern's match.
 #[derive(Debug, Clone, Copy)]
 enum Kind {
-    /// All of it is secret.
+    /// The whole match.
     Whole,
-    /// The group `write_secret` is.
+    /// The group `secret`.
     Group,
 }
 
-/// Patterns, by what they find. A word that ends in `file`, `path`, `lab_dir` or the like names where a secret is kept, which is none.
+/// Patterns with their secret part. A keyword that ends in `file`, `path`, `dir` or the like names the location of a secret,
+/// which is not secret.
 const PATTERNS: [(&str, Kind); 5] = [
     (r"(?s)-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----.*?(-----END [A-Z0-9 ]*PRIVATE KEY-----|\z)", Kind::Whole),
     (r"[A-Za-z][A-Za-z0-9+.-]*://(?P<secret>[^\s/@'\x22]+)@", Kind::Group),
     (r"(?i)\b(?:proxy-)?authorization\s*[:=]\s*(?P<secret>(?:basic|bearer|digest)\s+[^\s'\x22,;]+)", Kind::Group),
     (
-        // `password_file = "x"`, `"Password": "x"`, `--token=x`, `ETCD_PASSWORD=x`, `write_secret: x`
+        // `password_file = "x"`, `"Password": "x"`, `--token=x`, `ETCD_PASSWORD=x`, `secret: x`
         r#"(?im)[\w.-]*(?:passw(?:or)?d|passphrase|secret|token|api[_-]?key|private[_-]?key|psk|preshared[_-]?key)(?:[\w.-]*(?:data|value|text))?["']?\s*[:=]\s*(?:"(?P<secret>(?:[^"\\]|\\.)*)"|'(?P<single>[^']*)'|(?P<bare>[^\s"',;}\]]+))"#,
         Kind::Group,
     ),
@@ -41,17 +42,17 @@ const PATTERNS: [(&str, Kind); 5] = [
 ];
 
 impl Redactor {
-    /// One that also takes these out, wherever they stand.
+    /// Creates a redactor that also removes these known secrets.
     pub fn new(mut secrets: Vec<String>) -> Redactor {
         secrets.retain(|text| text.len() >= MIN_SECRET_LEN);
         secrets.sort_by_key(|text| std::cmp::Reverse(text.len()));
         secrets.dedup();
-        // A pattern that is wrong fails the tests.
+        // Tests detect an invalid pattern.
         let patterns = PATTERNS.iter().filter_map(|(pattern, kind)| Some((Regex::new(pattern).ok()?, *kind))).collect();
         Redactor { secrets, patterns }
     }
 
-    /// The text without secrets, and how many there were.
+    /// Returns the text without secrets, and their number.
     pub fn redact(&self, text: &str) -> (String, usize) {
         let (mut text, mut count) = (text.to_owned(), 0);
         for secret in &self.secrets {
@@ -84,12 +85,12 @@ impl Redactor {
     }
 }
 
-/// What the files hold that are there to keep secrets: each line of each, and each file whole. What cannot be read is not found anywhere else either.
+/// Reads the known secrets from secret files: each line of each file, and each file as a whole. An unreadable file yields none.
 pub fn known_secrets(files: &[&Path], directory: &Path) -> Vec<String> {
     let inside = std::fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path());
     let mut found = Vec::new();
     for path in files.iter().map(|path| path.to_path_buf()).chain(inside) {
-        // A certificate is public, a key is found by its form.
+        // A certificate is public, and a pattern matches a key.
         let text = std::fs::read_to_string(&path).unwrap_or_default();
         if text.contains("-----BEGIN") {
             continue;
@@ -123,7 +124,7 @@ mod tests {
             ("a -----BEGIN EC PRIVATE KEY-----\ngeheim\n-----END EC PRIVATE KEY----- b", "a <removed> b"),
             ("-----BEGIN PRIVATE KEY-----\ngeheim cut off", "<removed>"),
             ("secret = 'geheim'", "secret = '<removed>'"),
-            // Where a secret is kept is none.
+            // The location of a secret is not secret.
             ("etcd-password-file = \"/etc/overlayd/pw\"", "etcd-password-file = \"/etc/overlayd/pw\""),
             ("--etcd-keyfile=/etc/overlayd/client.key", "--etcd-keyfile=/etc/overlayd/client.key"),
             ("http://10.0.0.1:2379", "http://10.0.0.1:2379"),

@@ -1,4 +1,4 @@
-//! What is collected: commands, files, and the agent's answers. None of them may hold the archive up: each has its time.
+//! Sources of the archive's parts: commands, files, and the agent's answers. Each has a timeout, so that none blocks the archive.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -10,61 +10,61 @@ use serde::Serialize;
 use super::Part;
 use crate::client::{Client, ClientError};
 
-/// How long one command may take.
+/// Timeout of a command.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(15);
-/// How long the agent may take for one answer.
+/// Timeout of a request to the agent.
 const AGENT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Containers whose namespaces are looked into: enough to compare, and not a thousand.
+/// Maximum number of containers whose namespaces are read: enough to compare.
 const MAX_CONTAINERS: usize = 32;
 
-/// Where a host's things are.
+/// Paths of a host's files.
 #[derive(Debug, Clone)]
 pub struct HostPaths {
-    /// The agent's configuration file.
+    /// Configuration file of the agent.
     pub config: PathBuf,
-    /// Its state directory.
+    /// State directory of the agent.
     pub state_dir: PathBuf,
-    /// Its run directory.
+    /// Run directory of the agent.
     pub run_dir: PathBuf,
-    /// Logs that are files, where the agent is not under systemd.
+    /// Log files, if the agent does not log to the journal.
     pub logs: Vec<PathBuf>,
-    /// How far back the journal is read, as journalctl has it.
+    /// Start of the journal extract, in journalctl's syntax.
     pub since: String,
 }
 
-/// One thing to collect.
+/// Source of one part.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
-    /// A command's output.
+    /// Output of a command.
     Command(Vec<String>),
-    /// The same inside a container's namespace.
+    /// Output of a command inside a container's namespace.
     NetnsCommand(PathBuf, Vec<String>),
-    /// A file.
+    /// Contents of a file.
     File(PathBuf),
-    /// An answer of the agent.
+    /// Answer of the agent.
     Agent(AgentQuery),
 }
 
-/// Which answer.
+/// Request to the agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AgentQuery {
-    /// `GET /v1/map_status`, and so on.
+    /// `GET /v1/status`, and so on.
     Status,
-    /// Every lease.
+    /// Leases.
     Subnets,
-    /// How each peer is reached.
+    /// Peers.
     Peers,
     /// Containers.
     Endpoints,
-    /// The network with what the kernel holds.
+    /// Network, with the kernel's state.
     Network,
-    /// How peers are reached.
+    /// Reachability of the peers.
     Mesh,
-    /// The numbers.
+    /// Metrics.
     Metrics,
 }
 
-/// Commands, by the name of their output. The kernel is asked as an operator would ask it: whoever reads the archive knows these by heart.
+/// Commands, by the name of their output. An operator would run the same commands, so readers know their output.
 const COMMANDS: [(&str, &str); 22] = [
     ("versions/kernel.txt", "uname -a"),
     ("versions/tools.txt", "ip -V"),
@@ -111,7 +111,7 @@ const AGENT_QUERIES: [(&str, AgentQuery); 7] = [
     ("agent/metrics.txt", AgentQuery::Metrics),
 ];
 
-/// All that is collected, in this order. `endpoint_count` are the host's containers, as far as they are known.
+/// Lists all sources, in order. `endpoints` are the known containers of the host.
 pub fn all(paths: &HostPaths, endpoints: &[Endpoint]) -> Vec<(String, Source)> {
     let words = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
     let mut all: Vec<(String, Source)> = Vec::new();
@@ -140,7 +140,7 @@ pub fn all(paths: &HostPaths, endpoints: &[Endpoint]) -> Vec<(String, Source)> {
     all
 }
 
-/// Collects one.
+/// Collects one part.
 pub async fn collect(name: String, source: &Source, client: &Client) -> Part {
     let (from, content) = match source {
         Source::Command(words) => (words.join(" "), run_command(words, None).await),
@@ -173,7 +173,7 @@ async fn query_agent(answer: AgentQuery, client: &Client) -> Result<String, Stri
     }
 }
 
-/// A command's output, what it says on standard error behind it.
+/// Runs a command. Returns its output, followed by its standard error.
 async fn run_command(words: &[String], netns: Option<&Path>) -> Result<String, String> {
     let (program, arguments) = words.split_first().ok_or_else(|| "no command".to_owned())?;
     let mut command = std::process::Command::new(program);
@@ -185,7 +185,7 @@ async fn run_command(words: &[String], netns: Option<&Path>) -> Result<String, S
         None => command.spawn(),
         Some(path) => {
             let netns = Netns::open(path).map_err(|error| error.to_string())?;
-            // The runtime is that of this thread; a thread of another namespace borrows it.
+            // A thread inside another namespace uses this thread's runtime.
             let runtime = tokio::runtime::Handle::current();
             netns
                 .run(|| {
@@ -201,12 +201,12 @@ async fn run_command(words: &[String], netns: Option<&Path>) -> Result<String, S
     })?;
     let output = match tokio::time::timeout(COMMAND_TIMEOUT, child.wait_with_output()).await {
         Ok(output) => output.map_err(|error| error.to_string())?,
-        Err(_) => return Err(format!("not within {} s", COMMAND_TIMEOUT.as_secs())),
+        Err(_) => return Err(format!("not finished within {} s", COMMAND_TIMEOUT.as_secs())),
     };
     let lossy_text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     if !output.status.success() && output.stdout.is_empty() {
         let words = lossy_text(&output.stderr);
-        return Err(format!("{}: {}", output.status, words.lines().next().unwrap_or("nothing said")));
+        return Err(format!("{}: {}", output.status, words.lines().next().unwrap_or("no error output")));
     }
     let mut text = lossy_text(&output.stdout);
     if !output.stderr.is_empty() {

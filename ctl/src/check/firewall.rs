@@ -1,8 +1,9 @@
-//! Rules of others that drop the tunnel or forwarding. The packets that the overlay lives from are walked through the rules of every table but ours, as the
-//! kernel would; a rule that drops one is named.
+//! Foreign rules that drop the tunnel or forwarding. The overlay's packets are evaluated against the rules of every table except
+//! the agent's, as in the kernel; a finding names the rule that drops one.
 //!
-//! `rules` reads what `nft filter ruleset` prints, which is nftables' own and what `iptables-nft`, firewalld, ufw and Docker write through it. The
-//! older `iptables-legacy_ruleset` is translated by `iptables-restore-translate`, of the same package.
+//! `rules` parses the output of `nft list ruleset`: the rules of nftables, and those that `iptables-nft`, firewalld, ufw and
+//! Docker write through it. `iptables-restore-translate`, of the same package, translates the rules of the older
+//! `iptables-legacy`.
 
 mod packet;
 mod rules;
@@ -20,28 +21,28 @@ use super::{Facts, Findings};
 use packet::{Hook, Packet};
 use rules::{Dropped, Ruleset};
 
-/// Our own tables.
+/// The agent's tables.
 const OWN_TABLE: &str = "overlayd";
-/// The container's port in the packets that are walked: one that no rule is likely to name.
+/// Container port of the evaluated packets: no rule is likely to match it.
 const ANY_PORT: u16 = 49_771;
-/// How many peers' packets are walked: rules rarely name single ones.
+/// Maximum number of peers whose packets are evaluated: rules rarely match single peers.
 const MAX_PEERS: usize = 8;
 
 pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
     let mut all = Vec::new();
     match run_tool(&["nft", "-a", "list", "ruleset"]).await {
         Ok(text) => all.push(Ruleset::parse(&text)),
-        Err(error) => report_unchecked(findings, "nftables and what is written through it", &error),
+        Err(error) => report_unchecked(findings, "the rules of nftables", &error),
     }
     for family in [Family::V4, Family::V6] {
         match legacy_ruleset(family).await {
             Ok(rules) => all.extend(rules),
-            Err(error) => report_unchecked(findings, &format!("the older iptables of {family}"), &error),
+            Err(error) => report_unchecked(findings, &format!("the legacy {family} rules of iptables"), &error),
         }
     }
     for (what, hurts, packet) in packets(facts) {
         let dropped: Vec<Dropped> = all.iter().filter_map(|rules| rules.verdict(&packet, OWN_TABLE)).collect();
-        // What several tables drop is told once a table; the same of several peers once.
+        // One finding per table, and one for the same rule with several peers.
         for drop in dropped {
             let summary =
                 format!("{what} {}", if drop.certain { "are dropped by a firewall" } else { "may be dropped by a firewall" });
@@ -60,13 +61,14 @@ pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
 }
 
 impl Findings {
-    /// Whether this was found already.
+    /// Whether an equal finding exists.
     fn contains(&self, summary: &str, rule: &str) -> bool {
         self.items.iter().any(|finding| finding.summary == summary && finding.evidence.iter().any(|line| line == rule))
     }
 }
 
-/// The rules of `iptables-legacy_ruleset`, where there are any. The program itself loads the kernel's module: it is not run where no module is there.
+/// Reads the rules of `iptables-legacy`, if there are any. The program itself loads the kernel's module, so it only runs if the
+/// module is loaded.
 async fn legacy_ruleset(family: Family) -> Result<Option<Ruleset>, ToolError> {
     let (names, program) = match family {
         Family::V4 => ("/proc/net/ip_tables_names", "iptables"),
@@ -80,7 +82,7 @@ async fn legacy_ruleset(family: Family) -> Result<Option<Ruleset>, ToolError> {
     Ok(Some(Ruleset::parse_commands(&translated)))
 }
 
-/// The packets that the overlay lives from: what they are, whether the overlay itself is hurt without them, and one of them.
+/// Lists sample packets of the overlay: description, whether their loss breaks the overlay, and the packet.
 fn packets(facts: &Facts) -> Vec<(String, bool, Packet)> {
     let mut all = Vec::new();
     let (Some(status), Some(port)) = (facts.status(), facts.port()) else { return all };
@@ -122,8 +124,8 @@ fn packets(facts: &Facts) -> Vec<(String, bool, Packet)> {
     all
 }
 
-/// Where there is no peer yet: what one will be like, a neighbour on the underlay with a subnet of the same network. What is dropped of it is a
-/// warning only, because a rule may well accept the real ones by name.
+/// Sample peers for a host without peers: neighbours on the underlay with a subnet of the same network. A drop is only a warning,
+/// because a rule may accept the real peers by address.
 fn sample_peers(status: &Status, underlay: &UnderlayStatus) -> Vec<PeerEntry> {
     let (Some(network), Some(lease)) = (&status.network, &status.lease) else { return Vec::new() };
     let one = |(family, own): (Family, Cidr)| {
@@ -146,7 +148,7 @@ fn sample_peers(status: &Status, underlay: &UnderlayStatus) -> Vec<PeerEntry> {
     lease.subnet.iter().filter_map(one).collect()
 }
 
-/// What to do about it, in the words of whoever wrote the rule.
+/// Remedy, in the syntax of the tool that wrote the rule.
 fn remedy(drop: &Dropped, packet: &Packet) -> String {
     let port = packet.destination_port;
     let tunnel = packet.hook != Hook::Forward;

@@ -7,7 +7,7 @@ use tokio::net::UnixListener;
 
 use super::*;
 
-/// Answers one connection with these bytes and hands back the request.
+/// Answers one connection with these bytes and returns the request.
 fn serve_once(dir: &Path, answer: &'static str) -> (Client, tokio::task::JoinHandle<String>) {
     let socket = dir.join("overlayd.sock");
     let listener = UnixListener::bind(&socket).expect("a socket in a temporary directory");
@@ -48,7 +48,7 @@ async fn unexpected_response_is_reported() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let (client, _task) = serve_once(dir.path(), "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n[]");
     let message = client.status().await.expect_err("no status").to_string();
-    assert!(message.contains("GET /v1/status") && message.contains("one version"), "{message}");
+    assert!(message.contains("GET /v1/status") && message.contains("same version"), "{message}");
 }
 
 #[tokio::test]
@@ -61,7 +61,7 @@ async fn lost_connection_is_reported() {
 #[tokio::test]
 async fn missing_stale_and_silent_sockets_are_distinguished() {
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let missing = Client::new(dir.path().join("none.sock")).peers().await.expect_err("nobody there");
+    let missing = Client::new(dir.path().join("none.sock")).peers().await.expect_err("no agent");
     assert!(missing.to_string().contains("systemctl status overlayd"), "{missing}");
 
     let stale = dir.path().join("stale.sock");

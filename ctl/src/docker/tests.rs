@@ -32,7 +32,7 @@ fn foreign_keys_are_kept() {
         "bridge": "ovb.1", "fixed-cidr": "10.244.7.128/25", "mtu": 1450, "ip-masq": false
     });
     assert_eq!(found, expected);
-    // The same again changes nothing.
+    // A second merge changes nothing.
     assert_eq!(merged(&options(), &expected.to_string()).expect("no conflict"), expected);
 }
 
@@ -53,17 +53,17 @@ fn every_conflict_is_reported() {
     for part in [
         "/etc/docker/daemon.json",
         r#""bip": "172.17.0.1/16": "#,
-        r#""bridge": "docker0": it has to be "ovb.1""#,
-        r#""mtu": 1500: it has to be 1450"#,
+        r#""bridge": "docker0": it must be "ovb.1""#,
+        r#""mtu": 1500: it must be 1450"#,
         r#""default-gateway": "172.17.0.1": "#,
         "nothing was written",
     ] {
         assert!(error.contains(part), "{part} in {error}");
     }
     assert!(!error.contains("ip-masq"), "{error}");
-    // What begins like one of ours is not ours for that.
+    // A similar prefix does not make a bridge ours.
     assert!(merged(&options(), r#"{"bridge": "ovb.x"}"#).is_err());
-    // Nor is a key ours that we never write, in a file that is otherwise ours.
+    // A key that we never write is not ours, even in a file that is otherwise ours.
     assert!(merged(&options(), r#"{"bridge": "ovb.1", "bip": "10.244.7.1/24"}"#).is_err());
 }
 
@@ -72,7 +72,7 @@ fn malformed_config_is_refused() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let path = dir.path().join("daemon.json");
     assert_eq!(read_config(&path).expect("none is none"), Map::new());
-    for (text, complaint) in [("[]", "it holds an array"), ("{\"mtu\": }", "line 1"), ("{} x", "trailing")] {
+    for (text, complaint) in [("[]", "it contains an array"), ("{\"mtu\": }", "line 1"), ("{} x", "trailing")] {
         std::fs::write(&path, text).expect("writable");
         let error = read_config(&path).expect_err(text).to_string();
         assert!(error.contains(complaint) && error.contains("daemon.json"), "{error}");

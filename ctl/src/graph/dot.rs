@@ -1,8 +1,8 @@
-//! The picture for Graphviz (`overlayctl graph --format dot | dot -Tpng`).
+//! The graph for Graphviz (`overlayctl graph --format dot | dot -Tpng`).
 
 use super::Graph;
 
-/// An undirected graph with a cluster a host.
+/// Writes an undirected graph with one cluster per host.
 pub fn dot(graph: &Graph) -> String {
     let mut lines = vec![
         "graph overlay {".to_owned(),
@@ -33,7 +33,7 @@ pub fn dot(graph: &Graph) -> String {
     lines.join("\n")
 }
 
-/// A quoted string of the DOT language; a line end is `\n` in it.
+/// Quotes a string of the DOT language; a line end becomes `\n`.
 fn quoted(text: &str) -> String {
     format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n"))
 }

@@ -1,32 +1,33 @@
-//! The picture as SVG: hosts as boxes side by side, their links as arcs above them. No script, no font but the reader's own; readable on white and on black.
+//! The graph as SVG: hosts as boxes in a row, their links as arcs above them. No script, only the reader's own fonts; readable on
+//! white and on black.
 
 use std::fmt::Write;
 
 use super::{Graph, HostNode};
 
-/// Hosts that are drawn; of a larger fleet the rest is a line of text.
+/// Maximum number of drawn hosts; a line of text counts the rest.
 const MAX_HOSTS: usize = 24;
-/// Sizes in pixels: a box and the gap between two, the lines in it, the margin, and how much higher an arc is for each host that it spans.
+/// Sizes in pixels: a box and the gap between two, its lines, the margin, and the arc's height per spanned host.
 const BOX: usize = 210;
 const GAP: usize = 30;
 const LINE: usize = 20;
 const MARGIN: usize = 24;
 const ARC_RISE: usize = 26;
-/// Letters of 12 pixels that fit into a box.
+/// Characters of 12 pixels that fit into a box.
 const MAX_LABEL_CHARS: usize = 28;
 
 const STYLE: &str = "text{font:12px sans-serif;fill:#223}.name{font-weight:bold;font-size:14px}.quiet{fill:#667}.bad{fill:#b3261e}.label{paint-order:stroke;stroke:#fff;stroke-width:4px}\
                      .host{fill:#f4f7fb;stroke:#5b7aa6}.host.bad{stroke:#b3261e}.container{fill:#fff;stroke:#9db3d1}\
                      .link{fill:none;stroke:#2e7d32;stroke-width:2}.link.bad{stroke:#b3261e;stroke-dasharray:6 4}.page{fill:#fff}";
 
-/// The whole document.
+/// Writes the complete document.
 pub fn svg(graph: &Graph) -> String {
     let (graph, left) = graph.truncated(MAX_HOSTS);
     let span = graph.links.iter().map(|link| link.to - link.from).max().unwrap_or(0);
     let top = MARGIN + 2 * LINE + span * ARC_RISE + LINE;
     let tallest = graph.hosts.iter().map(height).max().unwrap_or(0);
     let row = graph.hosts.len() * BOX + graph.hosts.len().saturating_sub(1) * GAP;
-    // The title needs some room of its own.
+    // The title may be wider than the boxes.
     let width = 2 * MARGIN + row.max(graph.title.chars().count() * 8);
     let bottom = top + tallest + MARGIN;
     let whole = bottom + if left > 0 { LINE } else { 0 };
@@ -53,7 +54,7 @@ pub fn svg(graph: &Graph) -> String {
             escape(&format!("{} - {}: {}", graph.hosts[link.from].name, graph.hosts[link.to].name, link.state)),
         );
     }
-    // Behind all arcs, so that none crosses a text.
+    // After all arcs, so that none crosses a text.
     for link in graph.links.iter().filter(|link| !link.well) {
         let _ = writeln!(
             out,
@@ -119,12 +120,12 @@ fn draw(out: &mut String, host: &HostNode, x: usize, y: usize) {
     out.push_str("</g>\n");
 }
 
-/// Text that is too long for its place, with dots at its end.
+/// Truncates text to its space, with dots at its end.
 fn ellipsize(text: &str, max: usize) -> String {
     if text.chars().count() <= max { text.to_owned() } else { text.chars().take(max - 1).chain(['…']).collect() }
 }
 
-/// Text as XML has it; control characters, which XML has no form for, are replaced.
+/// Escapes text for XML; control characters, which XML cannot represent, are replaced.
 fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {

@@ -1,10 +1,10 @@
-//! A fleet of three, one of them with a fault, drawn; and the pictures that the documentation shows.
+//! The drawing of three hosts, one of them with a fault; and the drawings in the documentation.
 
 use std::path::Path;
 
 use super::{AgentSnapshot, Graph, dot, svg, text};
 
-/// What the agent of host `n` of three answers; `worker-2` lacks a route to `worker-3`.
+/// Answers of the agent on host `n` of three; `worker-2` lacks a route to `worker-3`.
 fn snapshot(n: usize) -> AgentSnapshot {
     let subnets: Vec<serde_json::Value> = (1..=3)
         .map(|m| {
@@ -65,7 +65,7 @@ fn well_formed(document: &str) -> Vec<String> {
             None => open.push(tag.split(' ').next().unwrap_or_default().to_owned()),
         }
         rest = &rest[end + 1..];
-        assert!(rest.is_empty() || !open.is_empty(), "something stands behind the root");
+        assert!(rest.is_empty() || !open.is_empty(), "content after the root element");
     }
     assert!(open.is_empty(), "left open: {open:?}");
     texts
@@ -111,7 +111,7 @@ fn hostile_names_are_escaped() {
     well_formed(&svg(&Graph::default()));
 }
 
-/// `docs/graph.svg` and the text in `docs/graph.md` are what is drawn of this fleet.
+/// `docs/graph.svg` and the text in `docs/graph.md` are the drawings of these hosts.
 #[test]
 fn documentation_matches_drawing() {
     let graph = Graph::from_snapshots(&[snapshot(1), snapshot(2), snapshot(3)]);

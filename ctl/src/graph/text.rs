@@ -1,8 +1,8 @@
-//! The picture as text.
+//! The graph as text.
 
 use super::Graph;
 
-/// Hosts with their containers as a tree, and below them the links.
+/// Writes hosts with their containers as a tree, and the links below them.
 pub fn text(graph: &Graph) -> String {
     let mut lines = vec![graph.title.clone()];
     let width = |of: fn(&super::HostNode) -> &str| graph.hosts.iter().map(|host| of(host).chars().count()).max().unwrap_or(0);

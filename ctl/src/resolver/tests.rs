@@ -1,4 +1,4 @@
-//! Resolver files, read, made and left alone.
+//! Resolver files: parsing, writing, and foreign files.
 
 use super::*;
 
@@ -97,7 +97,7 @@ fn managed_file_is_removed_and_foreign_file_kept() {
     assert!(read().contains("nameserver 192.0.2.1\n"));
     assert!(file.write(&ResolverArgs::default(), false).expect("left").is_none() && read().contains("192.0.2.1"));
     drop(file.write(&given("192.0.2.2"), false).expect("writable").expect("written"));
-    assert!(read().contains("192.0.2.1"), "as it was before");
+    assert!(read().contains("192.0.2.1"), "the previous file is restored");
     let other = ResolverFile { endpoint: name("other"), ..file.clone() };
     assert!(matches!(other.write(&given("192.0.2.3"), true), Err(ResolverError::Foreign { .. })));
     other.remove().expect("nothing to do");

@@ -1,9 +1,11 @@
-//! `attach_filter`: a container attached and detached, through the agent's socket and by the CNI plugin as a whole process, beside Debian's plugins
-//! `bridge_name` and `host-local` that do the same work (veth pair, bridge port, address, default route).
+//! `attach`: attaches and detaches a container, through the agent's socket and by the CNI plugin as a whole process.
 //!
-//! Two hosts of one lab, each with a real agent: one without endpoints, one with many; two namespaces for the reference with as many of its own
-//! containers; and two more, each with a bridge and as many ports, where nothing is done but what the kernel has to do in any case: a veth pair,
-//! and its one end a port that is up. One turn goes through all of them, so that what disturbs the machine disturbs all.
+//! The reference is Debian's plugins `bridge` and `host-local`, which do the same work (veth pair, bridge port, address, default
+//! route).
+//!
+//! Two hosts of one lab have a real agent each: one without endpoints, one with many. Two namespaces have the reference, with as
+//! many containers of its own. Two more have a bridge with as many ports and do only the kernel's unavoidable work: a veth pair
+//! with one end as a bridge port that is up. One turn goes through all of them, so that a disturbance of the machine affects all.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -26,43 +28,44 @@ use super::progress;
 use super::report::{Report, Row};
 use super::stats::milliseconds;
 
-/// Where Debian's package containernetworking-plugins has its plugins.
+/// The directory of the plugins in Debian's package containernetworking-plugins.
 const DEBIAN_PLUGINS: &str = "/usr/lib/cni";
-/// An ADD at the median, one at a time, in milliseconds.
+/// Goal of the median of a single ADD, in milliseconds.
 const MAX_ADD_MS: f64 = 10.0;
-/// An ADD to the reference's.
+/// Goal of an ADD's time relative to the reference's.
 const MAX_ADD_RATIO: f64 = 1.0 / 3.0;
-/// An ADD with many endpoints to one with none: no slower, but for what two runs of the same differ by.
+/// Goal of an ADD's time with many endpoints relative to one with none. They must be equal, apart from the variation between two
+/// equal runs.
 const MAX_SCALING_RATIO: f64 = 1.1;
-/// How many at once.
+/// Number of concurrent operations.
 const CONCURRENCY: usize = 8;
-/// Four on each of two hosts.
+/// Number of competitors: four on each of two hosts.
 const COMPETITORS: usize = 8;
-/// Turns at the begin of which caches are cold.
+/// Initial turns, with cold caches.
 const WARM_UP_ROUNDS: usize = 3;
 
-/// How to measure.
+/// Options of the measurement.
 #[derive(Debug, Args)]
 pub struct AttachArguments {
     /// Turns of each
     #[arg(long, value_name = "K", default_value_t = 100)]
     samples: usize,
-    /// Endpoints that are there already on the second host
+    /// Endpoints already on the second host
     #[arg(long, value_name = "N", default_value_t = 200)]
     endpoints: usize,
 }
 
-/// Who attaches.
+/// The method of attaching.
 enum Method<'a> {
-    /// The socket, by the client that `overlayctl` uses, in this process.
+    /// The socket, with the client of `overlayctl`, in this process.
     Socket { client: Client, runtime: &'a Runtime },
-    /// A plugin, one process a verb.
+    /// A plugin, one process per verb.
     Plugin { program: PathBuf, config: String },
-    /// A veth pair and a bridge's port alone.
+    /// Only a veth pair and a bridge port.
     Kernel { setup: NetnsBuilder, runtime: &'a Runtime },
 }
 
-/// Somebody who attaches containers of one host.
+/// One method on one host.
 struct Competitor<'a> {
     name: &'static str,
     host: Netns,
@@ -70,7 +73,7 @@ struct Competitor<'a> {
     containers: &'a [ContainerNetns],
 }
 
-/// A container's namespace, which goes when it is dropped.
+/// A container's namespace, removed on drop.
 struct ContainerNetns {
     name: String,
     path: PathBuf,
@@ -120,7 +123,7 @@ impl Competitor<'_> {
             }
             Method::Plugin { program, config } => run_plugin(program, config, verb, slot),
             Method::Kernel { setup, runtime } => {
-                // A name of its own for each slot, short enough for an interface.
+                // A distinct name for each slot, short enough for an interface.
                 let port = format!("k-{}", slot.name.rsplit('-').next().unwrap_or_default());
                 let netns = Netns::open(&slot.path)?;
                 runtime.block_on(async {
@@ -136,7 +139,7 @@ impl Competitor<'_> {
         }
     }
 
-    /// The same for the first so many slots, all at once; from the first one's begin to the last one's end.
+    /// The same for several slots concurrently; returns the time from the first begin to the last end.
     fn execute_concurrently(&self, verb: Verb, count: usize) -> anyhow::Result<Duration> {
         let barrier = Barrier::new(count);
         let work = |slot: &ContainerNetns| {
@@ -159,7 +162,7 @@ impl Competitor<'_> {
     }
 }
 
-/// Runs a plugin as a runtime does, in the calling thread's namespace.
+/// Runs a plugin like a container runtime, in the calling thread's namespace.
 fn run_plugin(program: &Path, config: &str, verb: Verb, slot: &ContainerNetns) -> anyhow::Result<()> {
     let command = match verb {
         Verb::Add => "ADD",
@@ -182,10 +185,10 @@ fn run_plugin(program: &Path, config: &str, verb: Verb, slot: &ContainerNetns) -
     Ok(())
 }
 
-/// A sample of each contestant, in milliseconds.
+/// Samples of each competitor, in milliseconds.
 type Samples = Vec<Vec<f64>>;
 
-/// Measures.
+/// Runs the measurement.
 pub fn measure(arguments: &AttachArguments, report: &mut Report) -> anyhow::Result<()> {
     let bridge = Path::new(DEBIAN_PLUGINS).join("bridge");
     ensure!(bridge.is_file(), "{} is needed: apt-get install containernetworking-plugins", bridge.display());
@@ -242,7 +245,7 @@ pub fn measure(arguments: &AttachArguments, report: &mut Report) -> anyhow::Resu
     detach_preloaded(&contestants, &crowd)
 }
 
-/// Who has company on the second host, and which.
+/// The competitors with preloaded endpoints on the second host, and these endpoints.
 fn preloaded<'a, 'b>(
     competitors: &'a [Competitor<'b>],
     preload: &'a [Vec<ContainerNetns>; 2],
@@ -250,7 +253,7 @@ fn preloaded<'a, 'b>(
     [(&competitors[5], &preload[0]), (&competitors[6], &preload[1]), (&competitors[7], &preload[1])]
 }
 
-/// Detaches what was there for company, so that nothing outlives its namespace.
+/// Detaches the preloaded containers, so that no endpoint outlives its namespace.
 fn detach_preloaded(competitors: &[Competitor<'_>], preload: &[Vec<ContainerNetns>; 2]) -> anyhow::Result<()> {
     for (contestant, slots) in preloaded(competitors, preload) {
         for slot in slots {
@@ -260,7 +263,7 @@ fn detach_preloaded(competitors: &[Competitor<'_>], preload: &[Vec<ContainerNetn
     Ok(())
 }
 
-/// One row for each host, verb and way; and how the host with many endpoints compares with the one with none.
+/// One row per host, verb and method; and the ratio of the host with many endpoints to the one with none.
 fn add_rows(
     report: &mut Report,
     arguments: &AttachArguments,
@@ -301,5 +304,5 @@ fn add_rows(
 
 fn columns(samples: &Samples) -> anyhow::Result<[&[f64]; COMPETITORS]> {
     let all: Vec<&[f64]> = samples.iter().map(Vec::as_slice).collect();
-    <[&[f64]; COMPETITORS]>::try_from(all).map_err(|_| anyhow!("each contestant has samples"))
+    <[&[f64]; COMPETITORS]>::try_from(all).map_err(|_| anyhow!("each competitor has samples"))
 }

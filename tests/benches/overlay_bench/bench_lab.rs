@@ -1,4 +1,4 @@
-//! A lab whose etcd is full of leases before its agents start.
+//! A lab with many leases in etcd before its agents start.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -11,22 +11,22 @@ use overlayctl::lab::{Families, Host, Lab, LabGuard, LabName, LabOptions, LabsDi
 use super::synthetic_peer::{SUBNET_LENGTH, SyntheticPeer, network_cidr, synthetic_peers};
 use overlay_tests::etcd_gateway::EtcdGateway;
 
-/// How long the agents may take to have every peer in the data path.
+/// Time limit for the agents to program every peer.
 const CONVERGE_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// The family of the labs.
 pub const FAMILY: Family = Family::V4;
 
-/// A lab that is taken down when dropped.
+/// A lab, taken down on drop.
 pub struct BenchLab {
     /// The lab.
     pub lab: LabGuard,
-    /// The peers that are not hosts of the lab.
+    /// The peers without a host in the lab.
     pub peers: Vec<SyntheticPeer>,
 }
 
 impl BenchLab {
-    /// Brings up hosts, etcd with so many leases beside the hosts' own, and the agents, and waits until all of it is in each kernel.
+    /// Brings up hosts, etcd with this many additional leases, and the agents, and waits until each kernel has all entries.
     pub async fn new(hosts: u16, peers: u32) -> anyhow::Result<BenchLab> {
         BenchLab::with_agent_flags(hosts, peers, &[]).await
     }
@@ -36,7 +36,7 @@ impl BenchLab {
         BenchLab::without_agents(hosts, peers).await?.start_agents(flags).await
     }
 
-    /// Hosts with room for 250 containers each, without peers, and the agents.
+    /// Brings up hosts with room for 250 containers each, without peers, and the agents.
     pub async fn for_containers(hosts: u16) -> anyhow::Result<BenchLab> {
         BenchLab::with_subnet_length(24, hosts, 0).await?.start_agents(&[]).await
     }
@@ -75,17 +75,17 @@ impl BenchLab {
         Ok(stage)
     }
 
-    /// Waits until a host has a way to each peer.
+    /// Waits until a host has routes to each peer.
     pub async fn wait_converged(&self, host: &Host<'_>) -> anyhow::Result<()> {
         let peers = self.peers.len() + self.lab.hosts().count() - 1;
-        let what = format!("{} has no way to each of {peers} peers", host.name());
+        let what = format!("{} does not reach each of {peers} peers", host.name());
         let whole = |status: &overlay_agent::model::api::Status| status.ready && status.data_path.peers == peers;
         let status = host.wait_status(CONVERGE_TIMEOUT, &what, whole).await?;
         ensure!(status.data_path.failed.is_empty(), "{}: {:?}", host.name(), status.data_path.failed);
         Ok(())
     }
 
-    /// Peers that are neither in the store nor hosts of the lab.
+    /// Peers outside the store that are no hosts of the lab.
     pub async fn unused_peers(&self, count: usize) -> anyhow::Result<Vec<SyntheticPeer>> {
         let mut taken = Vec::new();
         for host in self.lab.hosts() {
@@ -98,18 +98,18 @@ impl BenchLab {
         Ok(free.take(count).collect())
     }
 
-    /// Runs a conversation with etcd inside the namespace of its switch.
+    /// Runs a function with a connection to etcd, inside the switch's namespace.
     pub fn with_etcd_gateway<T: Send>(&self, work: impl FnOnce(EtcdGateway) -> anyhow::Result<T> + Send) -> anyhow::Result<T> {
         self.lab.netns("net")?.run(|| work(EtcdGateway::connect(etcd_socket_addr())?))?
     }
 }
 
-/// A member's key in etcd.
+/// A peer's key in etcd.
 pub fn etcd_key(member: &SyntheticPeer) -> anyhow::Result<String> {
     Ok(format!("{ETCD_PREFIX}/subnets/{}", member.store_key()?))
 }
 
-/// Where etcd answers, inside the lab.
+/// etcd's address inside the lab.
 pub fn etcd_socket_addr() -> SocketAddr {
     let address: IpAddr = etcd_address(FAMILY);
     SocketAddr::new(address, ETCD_PORT)

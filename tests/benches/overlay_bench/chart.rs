@@ -1,4 +1,4 @@
-//! Pictures of what was measured: curves as SVG, from the reports that `--json` printed. No script, no font of its own: they show in any browser.
+//! Charts as SVG, from the reports of `--json`. Without scripts or fonts, so that any browser shows them.
 
 use std::fmt::Write as _;
 
@@ -10,30 +10,30 @@ pub struct Curve {
     pub points: Vec<(f64, f64)>,
 }
 
-/// What the axes say.
+/// The labels and scale of the axes.
 pub struct Axes {
-    /// The headline.
+    /// The title.
     pub title: String,
-    /// Along x, with its unit.
+    /// The label of x, with its unit.
     pub x: String,
-    /// Along y, with its unit.
+    /// The label of y, with its unit.
     pub y: String,
-    /// Whether each step along x is ten times the one before, as far as values are positive.
+    /// Whether x is logarithmic (base ten), for positive values.
     pub logarithmic: bool,
 }
 
-/// Size of the picture at the least, and of the field that the curves are in, in pixels. Longer names make it wider, by so much a letter.
+/// Minimum size of the picture, and the plot area, in pixels. Long legends widen it by this width per letter.
 const MIN_SIZE: (f64, f64) = (760.0, 420.0);
 const LETTER_WIDTH: f64 = 7.5;
 const PLOT_AREA: (f64, f64, f64, f64) = (70.0, 50.0, 480.0, 310.0);
-/// From the field to the names.
+/// The gap between plot area and legend.
 const LEGEND_GAP: f64 = 48.0;
-/// Colours that also the colour-blind tell apart (Okabe and Ito, "Color Universal Design").
+/// Colours for colour-blind readers (Okabe and Ito, "Color Universal Design").
 const COLOURS: [&str; 8] = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000"];
-/// About how many steps an axis has.
+/// Approximate number of steps of an axis.
 const AXIS_STEPS: f64 = 5.0;
 
-/// The picture.
+/// Renders the chart.
 pub fn svg(axes: &Axes, curves: &[Curve]) -> String {
     let points = || curves.iter().flat_map(|curve| &curve.points);
     let smallest = points().map(|(x, _)| *x).filter(|x| *x > 0.0).fold(f64::INFINITY, f64::min);
@@ -84,7 +84,7 @@ pub fn svg(axes: &Axes, curves: &[Curve]) -> String {
         let places: Vec<(f64, f64)> = curve.points.iter().map(at).collect();
         let path: Vec<String> = places.iter().map(|(px, py)| format!("{px:.1} {py:.1}")).collect();
         let _ = write!(out, "\n<path d=\"M{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"/>", path.join("L"));
-        // Where there are few points each of them is one measurement.
+        // With few points, each is marked as a single measurement.
         if places.len() <= 12 {
             for (px, py) in &places {
                 let _ = write!(out, "\n<circle cx=\"{px:.1}\" cy=\"{py:.1}\" r=\"3.5\" fill=\"{colour}\"/>");
@@ -103,7 +103,7 @@ pub fn svg(axes: &Axes, curves: &[Curve]) -> String {
     out
 }
 
-/// Where a value stands on an axis.
+/// Maps values to positions on an axis.
 struct Scale {
     from: f64,
     to: f64,
@@ -112,7 +112,7 @@ struct Scale {
 }
 
 impl Scale {
-    /// From 0, or where the smallest value above 0 is given, in powers of ten from below it.
+    /// A linear scale from 0. With `smallest`, a logarithmic scale from a power of ten below it.
     fn new(values: impl Iterator<Item = f64>, smallest: Option<f64>) -> Scale {
         let greatest = values.fold(0.0, f64::max);
         if let Some(smallest) = smallest {
@@ -127,7 +127,7 @@ impl Scale {
 
     /// 0 at the begin of the axis, 1 at its end.
     fn position(&self, value: f64) -> f64 {
-        // Nothing at all stands at the begin of powers of ten.
+        // On a logarithmic scale zero is drawn at the begin.
         let value = if self.logarithmic { value.max(10_f64.powf(self.from)).log10() } else { value };
         (value - self.from) / (self.to - self.from)
     }
@@ -139,7 +139,7 @@ impl Scale {
     }
 }
 
-/// A number beside an axis: `50000` is 50,000, `0.25` stays.
+/// An axis label: 50000 is `50,000`, 0.25 stays.
 fn tick_label(value: f64) -> String {
     if value < 1.0 && value > 0.0 {
         let text = format!("{value:.3}");
@@ -186,7 +186,7 @@ mod tests {
         assert_eq!(picture.matches("stroke-width=\"2\"").count(), 2);
         assert_eq!(picture.matches("<circle").count(), 4);
         assert!(picture.contains("cost &amp; count") && picture.contains("raw &lt;limit&gt;"), "{picture}");
-        // The greatest value is at the top of the field or below, the least at its bottom or above.
+        // Values stay within the plot area.
         assert!(!picture.contains("NaN") && !picture.contains("inf"), "{picture}");
     }
 

@@ -1,7 +1,7 @@
-//! `churn`: leases that change all the time. Does the agent keep up, how many changes does it take at once, and what does it cost?
+//! `churn`: continuous changes of leases. Does the agent keep up, how many changes does it batch, and what does it cost?
 //!
-//! Writers put, delete and put again at a steady rate, each lease in its turn. A thread that listens to the kernel's route events and the store's
-//! bare watch tell when each change had arrived; begin and end of the time are compared.
+//! Writers put, delete and put again at a steady rate, each lease in turn. The kernel's route events and a bare watch of the
+//! store give the arrival time of each change; the begin and the end of the run are compared.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::AtomicBool;
@@ -23,50 +23,50 @@ use super::stats::milliseconds;
 use super::synthetic_peer::SyntheticPeer;
 use overlay_tests::etcd_gateway::EtcdGateway;
 
-/// How long the last changes may take to arrive.
+/// Time limit for the arrival of the last changes.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
-/// The parts at the begin and at the end that are compared: this fraction of the whole.
+/// The compared parts at the begin and at the end: this fraction of the run.
 const EDGE_FRACTION: u32 = 6;
-/// The end to the begin, at the median: above it there is a backlog.
+/// Goal of the median latency at the end relative to the begin: above it there is a backlog.
 const MAX_SLOWDOWN: f64 = 1.5;
 
-/// How to measure.
+/// Options of the measurement.
 #[derive(Debug, Args)]
 pub struct ChurnArguments {
-    /// Changes of leases a second
+    /// Changes of leases per second
     #[arg(long, value_name = "N", default_value_t = 1_000)]
     rate: u32,
-    /// How long
+    /// Duration in seconds
     #[arg(long, value_name = "S", default_value_t = 60)]
     seconds: u32,
-    /// Leases, which change one after the other
+    /// Leases, changed one after the other
     #[arg(long, value_name = "N", default_value_t = 1_000)]
     peers: u32,
-    /// Connections by which etcd is written to
+    /// Connections that write to etcd
     #[arg(long, value_name = "K", default_value_t = 8)]
     writers: usize,
 }
 
-/// A change that was sent.
+/// A sent change.
 #[derive(Debug, Clone, Copy)]
 struct SentChange {
     subnet: Cidr,
-    /// Whether the lease is there afterwards.
+    /// Whether the lease exists afterwards.
     present: bool,
-    /// Whether the kernel's route comes or goes with it.
+    /// Whether it adds or removes the kernel's route.
     changes_route: bool,
     at: Instant,
 }
 
-/// When each change arrived, in milliseconds after it was sent, by the moment of sending.
+/// The latency of each change in milliseconds, with the time of sending.
 #[derive(Debug, Default)]
 struct Latencies {
     samples: Vec<(Instant, f64)>,
-    /// Changes that were followed by another one of the same lease before they arrived.
+    /// Changes superseded by another one of the same lease before they arrived.
     superseded: usize,
 }
 
-/// Measures.
+/// Runs the measurement.
 pub fn measure(arguments: &ChurnArguments, report: &mut Report) -> anyhow::Result<()> {
     let ChurnArguments { rate, seconds, peers, writers } = *arguments;
     ensure!(rate > 0 && seconds > 0 && peers > 0 && writers > 0, "rate, seconds, peers and writers have to be at least 1");
@@ -128,18 +128,18 @@ pub fn measure(arguments: &ChurnArguments, report: &mut Report) -> anyhow::Resul
     Ok(())
 }
 
-/// Waits until the agent has a way to exactly the leases that are there now.
+/// Waits until the agent has routes to exactly the current leases.
 async fn wait_converged(stage: &BenchLab, sent: &[SentChange]) -> anyhow::Result<()> {
     let mut present: BTreeMap<Cidr, bool> = stage.peers.iter().map(|member| (member.subnet, true)).collect();
-    // Of one lease the changes are in order: one writer has it.
+    // The changes of one lease are in order, because it has one writer.
     present.extend(sent.iter().map(|sent| (sent.subnet, sent.present)));
     let peers = present.values().filter(|there| **there).count();
     let whole = |status: &overlay_agent::model::api::Status| status.ready && status.data_path.peers == peers;
-    stage.lab.host("h1")?.wait_status(DRAIN_TIMEOUT, &format!("h1 has not {peers} peers after the churn"), whole).await?;
+    stage.lab.host("h1")?.wait_status(DRAIN_TIMEOUT, &format!("h1 does not have {peers} peers after the churn"), whole).await?;
     Ok(())
 }
 
-/// Writes, while others note what arrives.
+/// Writes changes while threads record their arrivals.
 fn listen_and_write(stage: &BenchLab, arguments: &ChurnArguments) -> anyhow::Result<(Vec<SentChange>, Vec<Observation>)> {
     let (host, net) = (stage.lab.netns("h1")?, stage.lab.netns("net")?);
     let over = AtomicBool::new(false);
@@ -178,7 +178,7 @@ fn listen_and_write(stage: &BenchLab, arguments: &ChurnArguments) -> anyhow::Res
                 Err(_) => bail!("a writer panicked"),
             }
         }
-        // What is still on its way arrives while nothing is sent any more.
+        // Outstanding changes arrive after the last write.
         thread::sleep(Duration::from_secs(2));
         drop(ending);
         for thread in [watcher, listener] {
@@ -192,7 +192,7 @@ fn listen_and_write(stage: &BenchLab, arguments: &ChurnArguments) -> anyhow::Res
     })
 }
 
-/// One writer: every so-manieth lease, each change at its time or as soon after it as etcd takes it.
+/// One writer: every n-th lease, each change at its time, or as soon after as etcd accepts it.
 fn write(stage: &BenchLab, arguments: &ChurnArguments, number: usize, start: Instant) -> anyhow::Result<Vec<SentChange>> {
     let mut gateway = EtcdGateway::connect(etcd_socket_addr())?;
     let own: Vec<&SyntheticPeer> = stage.peers.iter().skip(number).step_by(arguments.writers).collect();
@@ -206,7 +206,7 @@ fn write(stage: &BenchLab, arguments: &ChurnArguments, number: usize, start: Ins
         let turn = sent.len() / own.len();
         let member = own[sent.len() % own.len()];
         let key = etcd_key(member)?;
-        // Another MAC, gone, back.
+        // Another MAC, deleted, restored.
         let exchange = match turn % 3 {
             1 => gateway.delete(&key)?,
             _ => gateway.put(&key, &with_mac(member, turn).lease_value())?,
@@ -221,13 +221,13 @@ fn write(stage: &BenchLab, arguments: &ChurnArguments, number: usize, start: Ins
     Ok(sent)
 }
 
-/// The member with the MAC that it has in a turn.
+/// The peer with its MAC of a turn.
 fn with_mac(member: &SyntheticPeer, turn: usize) -> SyntheticPeer {
     let [a, b, _, d, e, f] = member.mac.0;
     SyntheticPeer { mac: Mac([a, b, u8::try_from(1 + turn % 200).unwrap_or(1), d, e, f]), ..*member }
 }
 
-/// Matches what was sent with what arrived at one place.
+/// Matches sent changes with the arrivals at one observer.
 fn match_latencies<'a>(
     selected: impl Iterator<Item = &'a SentChange>,
     all: &[SentChange],
@@ -262,7 +262,7 @@ impl Latencies {
     }
 }
 
-/// In order, so that the ratio of two sets of samples is that of their quantiles.
+/// Sorted samples, so that the ratio of two sets of samples is that of their quantiles.
 fn sorted(samples: &[f64]) -> Vec<f64> {
     let mut sorted = samples.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -284,7 +284,7 @@ mod tests {
         let sent = |ms, present| SentChange { subnet, present, changes_route: true, at: at(ms) };
         let seen = |ms, present| Observation { observer: Observer::Host(0), subnet, present, at: at(ms) };
         let all = [sent(0, false), sent(100, true), sent(200, false), sent(300, true)];
-        // The third change was overtaken by the fourth.
+        // The fourth change superseded the third one.
         let arrived = [seen(2, false), seen(105, true), seen(310, true)];
         let lags = match_latencies(all.iter(), &all, &arrived, Observer::Host(0));
         assert_eq!(lags.samples.iter().map(|(_, lag)| *lag).collect::<Vec<_>>(), [2.0, 5.0, 10.0]);

@@ -1,7 +1,8 @@
-//! `data`: what passes between containers, beside what passes between their hosts; and what the rules cost.
+//! `data`: throughput between containers compared with that between their hosts, and the cost of the rules.
 //!
-//! Two hosts of one lab, their agents held, and a plain bridge. First what passes in a second, on threads side by side; then what one packet, one request and one
-//! megabyte cost, with rules and without, by one thread on one processor. Each turn goes through all ways, or all rules, from another one on than the last turn.
+//! Two hosts of one lab with frozen agents, and a plain bridge. First the throughput, with threads in parallel; then the cost of
+//! one packet, one request and one megabyte, with and without rules, by one thread on one processor. Each turn goes through all
+//! paths, or all rulesets, and starts with another one than the previous turn.
 
 mod ablation;
 mod parallel;
@@ -25,30 +26,31 @@ use rules::{Rules, RulesetSwitch, set_on_all};
 use single_flow::{FlowEnds, Operation};
 use testbed::{OverlayHosts, PlainBridge};
 
-/// The overlay's packets with our rules to those without.
+/// Goal of the overlay's cost per packet with our rules, relative to that without.
 const MAX_OVERHEAD_RATIO: f64 = 1.01;
-/// The MTU of the lab's containers in bytes: its wires' 1500 less what VXLAN takes.
+/// The underlay MTU of the lab in bytes; the containers' is smaller by VXLAN's overhead.
 const UNDERLAY_MTU: u32 = 1500;
 
-/// How to measure.
+/// Options of the measurement.
 #[derive(Debug, Args)]
 pub struct DataArguments {
-    /// Turns through all ways; 0 leaves them out
+    /// Turns through all paths; 0 omits them
     #[arg(long, value_name = "K", default_value_t = 15)]
     turns: usize,
-    /// Turns through all rules; 0 leaves them out
+    /// Turns through all rulesets; 0 omits them
     #[arg(long, value_name = "K", default_value_t = 40)]
     rules: usize,
-    /// Only these of the rules, for a profile; may be given several times
+    /// Only these rulesets, for a profile; may be given several times
     #[arg(long, value_name = "RULES")]
     only: Vec<Rules>,
-    /// A shell command that makes a setting on each host, such as `ethtool -K eth0 gro off`: the overlay with it and without it, and nothing else
+    /// A shell command that applies a setting on each host, such as `ethtool -K eth0 gro off`: measures only the overlay with and
+    /// without it
     #[arg(long, value_name = "COMMAND", requires = "without")]
     with: Option<String>,
-    /// The command that takes the setting back
+    /// The command that reverts the setting
     #[arg(long, value_name = "COMMAND", requires = "with")]
     without: Option<String>,
-    /// Milliseconds that each load lasts in a turn; those for the rules last a fifth
+    /// Milliseconds of each load in a turn; a fifth of it for the rules
     #[arg(long, value_name = "MS", default_value_t = 500)]
     time: u64,
     /// The family of underlay and overlay: 4 or 6
@@ -56,7 +58,7 @@ pub struct DataArguments {
     family: Family,
 }
 
-/// What is sent side by side.
+/// The loads of the throughput measurement.
 const LOADS: [(Load, &str, &str, f64); 4] = [
     (Load::Streams(1), "TCP, one stream", "Gbit/s", 8e-9),
     (Load::Streams(4), "TCP, four streams", "Gbit/s", 8e-9),
@@ -64,7 +66,7 @@ const LOADS: [(Load, &str, &str, f64); 4] = [
     (Load::Packets, "UDP packets of 64 bytes", "1/s", 1.0),
 ];
 
-/// Measures.
+/// Runs the measurement.
 pub fn measure(arguments: &DataArguments, report: &mut Report) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let family = arguments.family;
@@ -80,14 +82,14 @@ pub fn measure(arguments: &DataArguments, report: &mut Report) -> anyhow::Result
         add_throughput(report, family, &paths, arguments.turns, time)?;
     }
     if arguments.rules > 0 {
-        // The thread that measures stays on one processor; it ends here, so that nothing else is bound by that.
+        // The measuring thread is pinned to one processor; it ends here, so that nothing else is pinned.
         let measured = std::thread::scope(|scope| scope.spawn(|| add_costs(report, &hosts, arguments)).join());
         measured.map_err(|_| anyhow::anyhow!("the thread that measures panicked"))??;
     }
     Ok(())
 }
 
-/// What passes in a second.
+/// Measures the throughput.
 fn add_throughput(
     report: &mut Report,
     family: Family,
@@ -122,7 +124,7 @@ fn add_throughput(
     Ok(())
 }
 
-/// What a setting does: what passes in a second, and what one costs.
+/// Measures the effect of a setting: throughput, and cost of single operations.
 fn add_ablation(
     report: &mut Report,
     hosts: &OverlayHosts,
@@ -169,7 +171,7 @@ fn add_ablation(
     Ok(())
 }
 
-/// What the rules cost.
+/// Measures the cost of the rules.
 fn add_costs(report: &mut Report, hosts: &OverlayHosts, arguments: &DataArguments) -> anyhow::Result<()> {
     pin_to_cpu(true)?;
     let (family, turns, time) = (arguments.family, arguments.rules, Duration::from_millis(arguments.time.max(10)) / 5);
@@ -178,7 +180,7 @@ fn add_costs(report: &mut Report, hosts: &OverlayHosts, arguments: &DataArgument
     let mut ends = paths.iter().map(|(_, way)| FlowEnds::open(way)).collect::<anyhow::Result<Vec<_>>>()?;
     let mut each = Rules::WITH_BASELINE.to_vec();
     each.retain(|(rules, _)| arguments.only.is_empty() || arguments.only.contains(rules));
-    // By way, kind, rules.
+    // Indexed by path, operation, ruleset.
     let mut samples = vec![vec![vec![Vec::new(); each.len()]; Operation::ALL.len()]; paths.len()];
     for turn in 0..turns {
         progress(&format!("{family}, rules: turn {} of {turns}", turn + 1));
@@ -187,7 +189,7 @@ fn add_costs(report: &mut Report, hosts: &OverlayHosts, arguments: &DataArgument
             set_on_all(&mut switches, each[number].0)?;
             for (ends, samples) in ends.iter_mut().zip(&mut samples) {
                 for (kind, samples) in Operation::ALL.into_iter().zip(samples) {
-                    // The first packets make entries and fill caches.
+                    // The first packets create entries and fill caches.
                     ends.cost(kind, time / 10)?;
                     let cost = ends.cost(kind, time).with_context(|| format!("with {}", each[number].0.label()))?;
                     samples[number].push(cost);

@@ -1,4 +1,4 @@
-//! `draw`: pictures from reports that `--json` printed: what grows with the number of peers and agents, and how latencies are distributed.
+//! `draw`: charts from reports of `--json`: growth with the number of peers and agents, and distributions of latencies.
 
 use std::fs;
 use std::path::PathBuf;
@@ -10,18 +10,18 @@ use serde::Deserialize;
 use super::chart::{Axes, Curve, svg};
 use super::stats::Summary;
 
-/// What to draw.
+/// Options of `draw`.
 #[derive(Debug, Args)]
 pub struct DrawArguments {
-    /// Reports: what the other sub-commands printed with --json
+    /// Reports: the output of the other sub-commands with --json
     #[arg(required = true, value_name = "REPORT")]
     reports: Vec<PathBuf>,
-    /// Where the pictures go
+    /// Directory of the charts
     #[arg(long, value_name = "DIRECTORY", default_value = "docs/performance")]
     to: PathBuf,
 }
 
-/// A report, as far as it is drawn.
+/// The drawn fields of a report.
 #[derive(Debug, Deserialize)]
 struct PlotInput {
     rows: Vec<Row>,
@@ -37,22 +37,22 @@ struct Row {
     baseline_value: Option<Summary>,
 }
 
-/// What is drawn of a measurement that has rows.
+/// The chart of a measurement.
 struct Plot {
     measurement: &'static str,
-    /// What of it, each a curve of its own for each of the conditions.
+    /// The drawn quantities, each a curve for each of the conditions.
     what: &'static [&'static str],
     title: &'static str,
     shape: PlotKind,
     unit: &'static str,
-    /// Whether the baseline is a curve of its own; else it is another point of the same one.
+    /// Whether the baseline is a curve of its own; otherwise it is another point of the same curve.
     with_baseline: bool,
 }
 
 enum PlotKind {
-    /// The median against the number in the conditions that stands before this word.
+    /// The median against the number before this word in the conditions.
     MedianBy(&'static str),
-    /// The share of samples that were no greater.
+    /// The cumulative share of samples.
     Distribution,
 }
 
@@ -99,14 +99,14 @@ const PLOTS: [Plot; 5] = [
     },
 ];
 
-/// Draws what there is, and says which files.
+/// Draws all possible charts, and returns the names of the files.
 pub fn draw(arguments: &DrawArguments) -> anyhow::Result<String> {
     let mut rows = Vec::new();
     for path in &arguments.reports {
         let shown = path.display();
         let text = fs::read(path).with_context(|| format!("cannot read {shown}"))?;
         let report: PlotInput = serde_json::from_slice(&text)
-            .with_context(|| format!("{shown} is no report: make one with  overlay-bench --json peers >{shown}"))?;
+            .with_context(|| format!("{shown} is not a report: make one with  overlay-bench --json peers >{shown}"))?;
         rows.extend(report.rows);
     }
     fs::create_dir_all(&arguments.to).with_context(|| format!("cannot make {}", arguments.to.display()))?;
@@ -133,7 +133,7 @@ impl Plot {
         Axes { title: self.title.to_owned(), x, y, logarithmic: matches!(self.shape, PlotKind::Distribution) }
     }
 
-    /// Curves of rows that differ in nothing but the number, in the order in which they come.
+    /// Curves of rows that differ only in the number, in the order of their first appearance.
     fn curves(&self, rows: &[Row]) -> Vec<Curve> {
         let mut curves: Vec<Curve> = Vec::new();
         let mut add = |name: String, points: &[(f64, f64)]| match curves.iter_mut().find(|curve| curve.name == name) {
@@ -168,13 +168,13 @@ impl Plot {
     }
 }
 
-/// The samples that are no greater than a value, as a share of all.
+/// The values with the share of samples that are not greater.
 fn cumulative_shares(summary: &Summary) -> Vec<(f64, f64)> {
     let steps = f64::from(u32::try_from(summary.distribution.len() - 1).unwrap_or(u32::MAX));
     (0_u32..).map(f64::from).zip(summary.distribution).map(|(n, value)| (value, 100.0 * n / steps)).collect()
 }
 
-/// The number before a word, and the conditions without both: of `IPv4, 10000 synthetic_leases` 10,000 and `IPv4`.
+/// The number before a word, and the conditions without both: for `IPv4, 10000 peers`, 10,000 and `IPv4`.
 fn number_before(conditions: &str, word: &str) -> Option<(f64, String)> {
     let mut number = None;
     let rest: Vec<&str> = conditions
@@ -225,6 +225,6 @@ mod tests {
         assert!(fs::read_to_string(to.join("peers.svg")).expect("a picture").contains("raw netlink, IPv6"));
         fs::write(&file, "{}").expect("written");
         let error = draw(&DrawArguments { reports: vec![file], to }).expect_err("no report");
-        assert!(format!("{error:#}").contains("is no report"), "{error:#}");
+        assert!(format!("{error:#}").contains("is not a report"), "{error:#}");
     }
 }

@@ -1,5 +1,6 @@
-//! The agent's own path without its process: the reconciler with the real data path and its monitor, in a fresh namespace, fed by channels as the
-//! store would.
+//! The agent's data path without its process: the reconciler with the real data path and monitor, in a fresh namespace.
+//!
+//! Channels feed it like the store would.
 
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -26,49 +27,49 @@ use super::synthetic_peer::{SyntheticPeer, network_config, store_entry};
 
 /// Worker threads of the agent's runtime (`agent/src/main.rs`).
 const WORKER_THREADS: usize = 2;
-/// How long one step of a turn may take.
+/// Time limit of one step of a turn.
 const STEP_TIMEOUT: Duration = Duration::from_secs(60);
-/// Nothing changes for this long: the agent has come to rest. Longer than what it lets the underlay settle for.
+/// Period without changes after which the agent is quiet; longer than its delay for changes of the underlay.
 const QUIET_PERIOD: Duration = Duration::from_millis(300);
 
-/// What a snapshot took.
+/// The times of a snapshot.
 #[derive(Debug, Clone, Copy)]
 pub struct SnapshotTiming {
-    /// From the snapshot's sending until the batch with the last entry was applied.
+    /// From sending the snapshot until the batch with the last entry was applied.
     pub last_applied: Duration,
-    /// Of this, applying.
+    /// The time of applying, a part of this.
     pub apply_time: Duration,
-    /// Until the reconciler had taken note of everything and said so.
+    /// Until the reconciler had processed everything and reported it.
     pub settled: Cost,
 }
 
-/// What the agent took.
+/// The agent's times.
 #[derive(Debug, Clone, Copy)]
 pub struct AgentTiming {
-    /// All peers come.
+    /// Adding all peers.
     pub set: SnapshotTiming,
-    /// All peers go.
+    /// Removing all peers.
     pub removed: SnapshotTiming,
-    /// `overlayd_command run_cleanup` with all peers there: what it finds read, compared and removed with the devices.
+    /// `overlayd cleanup` with all peers present: existing entries are read, compared and removed with the devices.
     pub cleanup: Duration,
-    /// Of this, applying.
+    /// The time of applying, a part of this.
     pub cleanup_apply: Duration,
 }
 
-/// The agent's path in a namespace of its own, for the members of each family. What the kernel holds is counted after each step.
+/// Measures the agent in its own namespace, for the peers of each family. The kernel's entries are counted after each step.
 pub async fn measure_agent(fleet: &[&[SyntheticPeer]]) -> anyhow::Result<AgentTiming> {
     let space = NetnsGuard::new().await?;
     let peers = fleet.first().map_or(0, |members| members.len());
     let peer = |n: usize| store_entry(&fleet.iter().filter_map(|members| members.get(n).copied()).collect::<Vec<_>>());
     let entries = (0..peers).map(peer).collect::<anyhow::Result<Vec<_>>>()?;
     space.netns().run(|| {
-        // Threads that the runtime starts are in the namespace because this one is.
+        // The runtime's threads inherit the namespace of this one.
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(WORKER_THREADS).enable_all().build()?;
         runtime.block_on(run_snapshots(&space, fleet, entries)).context("agent")
     })?
 }
 
-/// Feeds a reconciler until it is ready, then the snapshots, and cleans up behind it.
+/// Feeds a reconciler until it is ready, then with the snapshots, and cleans up.
 async fn run_snapshots(space: &NetnsGuard, fleet: &[&[SyntheticPeer]], entries: Vec<StoreEntry>) -> anyhow::Result<AgentTiming> {
     let families: Vec<Family> = fleet.iter().filter_map(|members| Some(members.first()?.subnet.family())).collect();
     let mut agent = Agent::start(&families).await?;
@@ -99,7 +100,7 @@ async fn run_snapshots(space: &NetnsGuard, fleet: &[&[SyntheticPeer]], entries: 
     Ok(AgentTiming { set, removed, cleanup: taken_down, cleanup_apply: taken_down_batch })
 }
 
-/// Who asks a reconciler, plugs endpoints in, and hears what it wishes and what is in place.
+/// The other ends of the reconciler's channels: requests, endpoints, lease requests and status.
 type OtherEnds = (
     mpsc::Sender<ReconcilerQuery>,
     watch::Sender<Vec<Arc<Endpoint>>>,
@@ -107,14 +108,14 @@ type OtherEnds = (
     watch::Receiver<Option<Overlay>>,
 );
 
-/// A reconciler that runs.
+/// A running reconciler.
 struct Agent {
     store: mpsc::Sender<StoreEvent>,
     changed: watch::Receiver<u64>,
     apply_stats: SharedApplyStats,
     stop: CancellationToken,
     tasks: JoinSet<anyhow::Result<()>>,
-    /// The other ends of its channels: without them it would end, or wait for nothing.
+    /// The other ends of its channels: without them it would end, or wait for ever.
     _other_ends: OtherEnds,
 }
 
@@ -178,7 +179,7 @@ impl Agent {
         Ok(Agent { store: store_in, changed, apply_stats: clock, stop, tasks, _other_ends: (asked, plugged, wishes, overlays) })
     }
 
-    /// Hands it a snapshot and waits until all of it is in the kernel.
+    /// Sends it a snapshot and waits until all of it is in the kernel.
     async fn apply_snapshot(&mut self, entries: Vec<StoreEntry>) -> anyhow::Result<SnapshotTiming> {
         self.apply_stats.reset();
         let begun = CostTimer::start()?;
@@ -213,7 +214,7 @@ async fn wait_quiet(changed: &mut watch::Receiver<u64>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What the store says before the peers come.
+/// The store's events before the peers.
 fn initial_events(families: &[Family]) -> anyhow::Result<[StoreEvent; 4]> {
     let network = NetworkConfig::parse(&network_config(families))?.config;
     let own = |family: &Family| -> anyhow::Result<(Family, Cidr)> {
@@ -229,7 +230,7 @@ fn initial_events(families: &[Family]) -> anyhow::Result<[StoreEvent; 4]> {
     ])
 }
 
-/// What was applied since the last reset.
+/// The applied changes since the last reset.
 #[derive(Debug, Clone, Copy, Default)]
 struct ApplyStats {
     last_applied: Option<Instant>,
@@ -250,7 +251,7 @@ impl SharedApplyStats {
     }
 }
 
-/// A data path that notes how long it takes.
+/// A data path that records its times.
 struct TimedDataPath<D> {
     inner: D,
     apply_stats: SharedApplyStats,
@@ -290,7 +291,7 @@ impl<D: DataPath> DataPath for TimedDataPath<D> {
     }
 }
 
-/// A memory that remembers nothing: each device has a MAC of its own.
+/// A state store without persistence: each device has a random MAC.
 struct EphemeralState;
 
 impl StateStore for EphemeralState {

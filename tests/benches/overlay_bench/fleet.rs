@@ -1,7 +1,7 @@
-//! `fleet`: real agents by the hundred, each a host of one lab, all on one etcd.
+//! `fleet`: hundreds of real agents, each a host of one lab, all on one etcd.
 //!
-//! All are started at once; once everyone has a way to everyone they rest and are looked at; then one more joins, and the third one is killed and comes
-//! back. Whether all have a way to all is asked of one agent at a time, in turns, so that asking costs next to nothing.
+//! All start at once. Once every host reaches every other one, the idle cost is measured; then one more joins, and the third one
+//! is killed and restarted. Full reachability is polled from one agent at a time, in turns, so that polling costs almost nothing.
 
 use std::time::{Duration, Instant};
 
@@ -17,59 +17,60 @@ use super::progress;
 use super::report::{Report, Row};
 use super::stats::{Summary, milliseconds};
 
-/// Without probes: with them each host asks for the address of each other one, and the kernel keeps the answers of all namespaces in one table of 1,024
-/// entries (`net.ipv4.neigh.default.gc_thresh3`), which 33 hosts fill; then nobody reaches anybody. Hosts of their own have such a table each.
+/// Probes are off. With them each host resolves the address of each other one, and the kernel keeps the neighbours of all
+/// namespaces in one table of 1,024 entries (`net.ipv4.neigh.default.gc_thresh3`), which 33 hosts fill; then no host reaches
+/// another. Separate machines have separate tables.
 const AGENT_FLAGS: &[&str] = &["--log-level", "warn", "--mesh-interval", "0s"];
-/// How long all may take to have a way to all.
+/// Time limit until every agent reaches every other one.
 const CONVERGE_TIMEOUT: Duration = Duration::from_secs(300);
-/// How often an agent that has not everything yet is asked again.
+/// Interval of polling an agent that is not complete.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
-/// The time at rest that is measured: three renewals of each lease.
+/// The measured idle period: three renewals of each lease.
 const IDLE_PERIOD: Duration = Duration::from_secs(60);
-/// Between the full mesh and the time at rest: threads of the start end, memory is given back.
+/// Delay before the idle period: threads of the start end, memory is returned.
 const SETTLE_TIME: Duration = Duration::from_secs(12);
-/// One joins, and all have a way to it, in milliseconds.
+/// Goal of a join until every host reaches the new one, in milliseconds.
 const MAX_JOIN_MS: f64 = 2_000.0;
-/// Processor time of an agent at the start, the largest fleet to the smallest: below the ratio of their sizes.
+/// Goal of an agent's CPU time at the start, largest fleet to smallest. It must stay below the ratio of their sizes.
 const GROWTH_BASELINE: &str = "the smallest fleet";
 
-/// How to measure.
+/// Options of the measurement.
 #[derive(Debug, Args)]
 pub struct FleetArguments {
     /// Number of agents; may be given several times
     #[arg(long, value_name = "N", default_values_t = [25, 50, 100, 150])]
     agents: Vec<u16>,
-    /// Fleets of each
+    /// Fleets of each size
     #[arg(long, value_name = "K", default_value_t = 1)]
     runs: usize,
 }
 
-/// What one fleet came to.
+/// The result of one fleet.
 #[derive(Debug, Default, Clone)]
 struct FleetResult {
-    /// From the first agent's start until all had a way to all, in ms.
+    /// From the first agent's start until every host reached every other one, in ms.
     mesh: f64,
-    /// Starting the processes alone, in ms.
+    /// Starting the processes only, in ms.
     spawn_time: f64,
-    /// Processor time of each agent until then, in ms.
+    /// CPU time of each agent until then, in ms.
     agent_cpu_times: Vec<f64>,
     etcd: f64,
     requests: f64,
     events: f64,
     sent_mib: f64,
-    /// In MiB: proportional size of an agent, at the median, and etcd's resident size.
+    /// In MiB: median proportional size of an agent, and resident size of etcd.
     memory: f64,
     etcd_memory: f64,
-    /// At rest, shares of one processor in per cent.
+    /// Idle, in per cent of one processor.
     idle_agent_cpu: f64,
     idle_etcd_cpu: f64,
     idle_requests: f64,
     idle_wakeups: f64,
-    /// One joins: until it is ready with a way to all, and until all have a way to it.
+    /// A host joins: until it is ready and complete, and until every host reaches it.
     join_time: f64,
     join_agent_cpu: f64,
     join_etcd_cpu: f64,
-    /// The third is killed and started again.
+    /// The third agent is killed and restarted.
     rejoin_time: f64,
     rejoin_ops: f64,
 }
@@ -124,10 +125,10 @@ fn add_rows(report: &mut Report, conditions: &str, fleets: &[FleetResult], first
     report.add(row.map(|row| row.median_goal(0.0)));
 }
 
-/// The overlay's network: 4,095 subnets, more hosts than a lab has.
+/// The overlay's network: 4,095 subnets, more than the maximum number of hosts of a lab.
 const NETWORK: &str = "10.240.0.0/12";
 
-/// One fleet from its start to its end.
+/// Runs one fleet from its start to its end.
 async fn measure_fleet(agents: u16) -> anyhow::Result<FleetResult> {
     // The last host joins later.
     let options = LabOptions {
@@ -185,7 +186,7 @@ async fn measure_fleet(agents: u16) -> anyhow::Result<FleetResult> {
     Ok(fleet)
 }
 
-/// What agents and etcd use while nothing happens.
+/// The usage of agents and etcd while idle.
 async fn measure_idle(lab: &Lab, hosts: &[Host<'_>], etcd: i32, fleet: &mut FleetResult) -> anyhow::Result<()> {
     let (page, used, before) = (MetricsPage::of_etcd(lab)?, Usage::now(etcd)?, agent_usages(hosts)?);
     tokio::time::sleep(IDLE_PERIOD).await;
@@ -200,12 +201,12 @@ async fn measure_idle(lab: &Lab, hosts: &[Host<'_>], etcd: i32, fleet: &mut Flee
     Ok(())
 }
 
-/// Requests that etcd has begun to answer, streams counted once.
+/// The number of requests that etcd has started to handle; a stream counts once.
 fn requests(after: &MetricsPage, before: &MetricsPage) -> f64 {
     after.delta(before, "grpc_server_started_total", "")
 }
 
-/// Waits until each of these agents is ready and has that many peers in its kernel.
+/// Waits until each of these agents is ready and has this many peers in its kernel.
 async fn wait_all_converged(hosts: &[Host<'_>], peers: usize) -> anyhow::Result<()> {
     let end = Instant::now() + CONVERGE_TIMEOUT;
     for host in hosts {
@@ -243,7 +244,7 @@ fn mean(all: &[UsageDelta], value: impl Fn(&UsageDelta) -> f64) -> f64 {
     all.iter().map(value).sum::<f64>() / f64::from(u32::try_from(all.len().max(1)).unwrap_or(u32::MAX))
 }
 
-/// A line `InvalidName:   123 kB` of a process, in MiB.
+/// A line `Name:   123 kB` of a process, in MiB.
 fn proc_mib(pid: i32, file: &str, name: &str) -> anyhow::Result<f64> {
     proc_field_mib(&read_proc_file(pid, file)?, name)
 }

@@ -1,7 +1,7 @@
-//! `join`: a lease is put into a real etcd; how long until it is a route in the kernel of every host with a real agent.
+//! `join`: the time from a lease's put into a real etcd until every host with a real agent has its route in the kernel.
 //!
-//! One thread a host listens to route events in the host's namespace; one more runs the store's bare watch, without agent and kernel, as
-//! the baseline. One sample at a time: put, wait until all have seen it, delete, wait until all have seen that, pause.
+//! One thread per host listens to route events in the host's namespace; another one runs a bare watch of the store, without agent
+//! and kernel, as the baseline. One sample at a time: put, wait for all observers, delete, wait for all observers, pause.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -29,23 +29,23 @@ use overlay_tests::etcd_gateway::{EtcdGateway, RequestTiming};
 
 /// `RTMGRP_IPV4_ROUTE` (`linux/rtnetlink.h`).
 const RTMGRP_IPV4_ROUTE: u32 = 0x40;
-/// How long a sample may take.
+/// Time limit of a sample.
 const SAMPLE_TIMEOUT: Duration = Duration::from_secs(10);
-/// How often a listening thread looks whether it is over.
+/// Interval at which a listening thread checks for its end.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
-/// Between samples, so that each finds all at rest.
+/// Pause between samples, so that each starts in a quiet state.
 const PAUSE: Duration = Duration::from_millis(5);
-/// From the event of the bare watch to the route in the last of the hosts, in milliseconds: the median, the 99th percentile.
+/// Goal from the bare watch's event to the route on the last host, in milliseconds: median, 99th percentile.
 const MAX_LATENCY_MS: (f64, f64) = (1.0, 3.0);
-/// With peers present as a multiple of the same with the first number of them.
+/// Goal of the latency with peers relative to that with the first number of them.
 const MAX_SCALING_RATIO: f64 = 1.1;
-/// Samples at the begin of which connections and caches are cold.
+/// Initial samples, with cold connections and caches.
 const WARM_UP_SAMPLES: usize = 10;
 
-/// How to measure.
+/// Options of the measurement.
 #[derive(Debug, Args)]
 pub struct JoinArguments {
-    /// Number of peers that are there already; may be given several times
+    /// Number of existing peers; may be given several times
     #[arg(long, value_name = "N", default_values_t = [0, 1_000, 10_000])]
     peers: Vec<u32>,
     /// Samples of each
@@ -56,14 +56,14 @@ pub struct JoinArguments {
     hosts: u16,
 }
 
-/// Who has seen a change.
+/// The observer of a change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Observer {
     Watcher,
     Host(usize),
 }
 
-/// A change that somebody has seen.
+/// A change seen by an observer.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Observation {
     pub(super) observer: Observer,
@@ -72,7 +72,7 @@ pub(super) struct Observation {
     pub(super) at: Instant,
 }
 
-/// In milliseconds; one of each a sample, of `each_*` one a host.
+/// In milliseconds; one value per sample, in `each_*` one per host.
 #[derive(Debug, Default)]
 struct Samples {
     acknowledged: Vec<f64>,
@@ -97,7 +97,7 @@ pub fn measure(arguments: &JoinArguments, report: &mut Report) -> anyhow::Result
         let samples = listen_and_sample(&stage, &newcomers)?;
         let conditions = format!("{} agents, {peers} peers", arguments.hosts);
         add_rows(report, &conditions, &samples);
-        // Each in times of the bare watch of its own sample: between two sizes the machine may change.
+        // Relative to the bare watch of the same sample, because the machine may change between two sizes.
         let watches = ratios(&samples.last, &samples.watched);
         if let Some(first) = &first {
             let row = Row::new("join", &conditions, "put sent to route on every host, in bare watches", "x", &watches);
@@ -129,7 +129,7 @@ fn listen_and_sample(stage: &BenchLab, newcomers: &[SyntheticPeer]) -> anyhow::R
     let stop = CancellationToken::new();
     let (sender, seen) = sync_channel(4096);
     thread::scope(|scope| {
-        // Whatever happens the threads are told to end, or the scope would wait for them for ever.
+        // The threads must end in every case, or the scope would wait for them for ever.
         let ending = StopOnDrop { finished: &over, stop: stop.clone() };
         let (ready, ready_seen) = sync_channel(namespaces.len() + 1);
         let mut threads = Vec::new();
@@ -161,7 +161,7 @@ fn listen_and_sample(stage: &BenchLab, newcomers: &[SyntheticPeer]) -> anyhow::R
     })
 }
 
-/// Tells the listening threads to end when it is dropped.
+/// Stops the listening threads on drop.
 pub(super) struct StopOnDrop<'a> {
     pub(super) finished: &'a AtomicBool,
     pub(super) stop: CancellationToken,
@@ -174,7 +174,7 @@ impl Drop for StopOnDrop<'_> {
     }
 }
 
-/// Tells of every route that comes or goes in a namespace.
+/// Sends every route that is added or removed in a namespace.
 pub(super) fn listen_routes(
     netns: &Netns,
     observer: Observer,
@@ -200,7 +200,7 @@ pub(super) fn listen_routes(
                 }
             })?;
             for event in events {
-                // Where nobody listens any more, it is over.
+                // Without a receiver, the thread ends.
                 let _gone = sender.send(event);
             }
         }
@@ -208,7 +208,7 @@ pub(super) fn listen_routes(
     })?
 }
 
-/// Tells of every lease that comes or goes, as the store hands it on.
+/// Sends every lease that is added or removed in the store.
 pub(super) fn watch_leases(
     netns: &Netns,
     sender: &SyncSender<Observation>,
@@ -292,13 +292,13 @@ impl Samples {
     }
 }
 
-/// When the watcher, the first host and the last host saw it.
+/// The times at which the watcher, the first host and the last host saw it.
 fn observation_times(all: &BTreeMap<Observer, Instant>) -> Option<(Instant, Instant, Instant)> {
     let hosts = || all.iter().filter(|(who, _)| **who != Observer::Watcher).map(|(_, at)| *at);
     Some((*all.get(&Observer::Watcher)?, hosts().min()?, hosts().max()?))
 }
 
-/// Milliseconds from one moment to another, negative where that came first: a route may be there before the acknowledgement.
+/// Milliseconds between two times, possibly negative: a route may exist before the acknowledgement.
 fn signed_milliseconds(from: Instant, to: Instant) -> f64 {
     milliseconds(to.saturating_duration_since(from)) - milliseconds(from.saturating_duration_since(to))
 }

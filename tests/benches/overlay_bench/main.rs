@@ -1,17 +1,17 @@
-//! `overlay-bench`: what the agent costs, each figure beside its baseline from the same run.
+//! `overlay-bench`: the agent's costs, each next to a baseline from the same run.
 //!
 //! | module | holds |
 //! | --- | --- |
-//! | `synthetic_leases`, `start`, `join`, `churn`, `run_batch`, `fleet`, `memory`, `attach_filter`, `data` | one measurement each |
+//! | `peers`, `start`, `join`, `churn`, `storm`, `fleet`, `memory`, `attach`, `data` | one measurement each |
 //! | `stats`, `report` | samples to medians and spreads, rows to a table or JSON |
-//! | `draw`, `chart` | reports to pictures, curves to SVG |
-//! | `member` | peers as leases, as the store's entries and as the kernel's |
-//! | `rtnl`, `limit` | a minimal rtnetlink, and the raw limit made of it |
-//! | `driver` | the agent's path without its process |
-//! | `netns_guard`, `bench_lab` | a namespace, a lab full of leases |
-//! | `process_stats` | what a process has used, what agents and etcd say of themselves |
+//! | `draw`, `chart` | reports to charts, curves to SVG |
+//! | `synthetic_peer` | peers as leases, as the store's entries and as kernel entries |
+//! | `rtnl`, `raw_netlink` | a minimal rtnetlink, and the raw limit measured with it |
+//! | `driver` | the agent's data path without its process |
+//! | `netns_guard`, `bench_lab` | a namespace, a lab with many leases |
+//! | `process_stats` | the usage of a process, the metrics of agents and etcd |
 //!
-//! It needs root (network namespaces of its own), iproute2 and, for all but `synthetic_leases`, etcd and an `overlayd_command` of the same profile.
+//! It needs root (for network namespaces), iproute2 and, for all but `peers`, etcd and an `overlayd` of the same profile.
 //! `docs/performance.md` shows results and how to repeat them.
 
 mod attach;
@@ -47,7 +47,7 @@ use report::Report;
 #[derive(Debug, Parser)]
 #[command(name = "overlay-bench", version)]
 struct Arguments {
-    /// Print JSON in place of the table; `docs/performance.md` has its fields
+    /// Print JSON instead of the table; `docs/performance.md` documents its fields
     #[arg(long, global = true)]
     json: bool,
     #[command(subcommand)]
@@ -56,25 +56,26 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Measurement {
-    /// Peers that come in one snapshot and go in another, until the last route is in the kernel or gone from it; baseline: raw netlink
+    /// Peers added by one snapshot and removed by another, until the last route is in the kernel or gone; baseline: raw netlink
     Peers(peers::PeersArguments),
-    /// An agent's process begun, until the overlay is in place, in an empty kernel and in one where all is in place; baseline: etcdctl and raw netlink
+    /// Start of an agent's process until the overlay is in place, with an empty and with a complete kernel; baseline: etcdctl and
+    /// raw netlink
     Start(start::StartArguments),
-    /// A lease put into etcd, until it is a route in every host's kernel; baseline: a bare watcher
+    /// A lease put into etcd until it is a route in every host's kernel; baseline: a bare watcher
     Join(join::JoinArguments),
-    /// Leases that change all the time; baseline: a bare watcher, and the begin of the run
+    /// Continuous changes of leases; baseline: a bare watcher, and the begin of the run
     Churn(churn::ChurnArguments),
-    /// Foreign routes and links that come and go by the thousand; baseline: who makes them
+    /// Thousands of foreign routes and links, added and removed; baseline: the process that makes them
     Storm(storm::StormArguments),
-    /// Real agents by the hundred on one etcd; baseline: the smallest number of them
+    /// Hundreds of real agents on one etcd; baseline: the smallest number of them
     Fleet(fleet::FleetArguments),
     /// Resident memory of an agent; baseline: the same agent without peers
     Memory(memory::MemoryArguments),
-    /// A container attached and detached, by the socket and by the CNI plugin; baseline: Debian's plugins bridge and host-local
+    /// Attach and detach of a container, by the socket and by the CNI plugin; baseline: Debian's plugins bridge and host-local
     Attach(attach::AttachArguments),
-    /// What passes between containers, and what the rules cost; baseline: the hosts, a plain bridge, the same way without rules
+    /// Throughput between containers, and cost of the rules; baseline: the hosts, a plain bridge, the same path without rules
     Data(data::DataArguments),
-    /// Pictures from what the others printed with --json
+    /// Charts from the output of the other sub-commands with --json
     Draw(draw::DrawArguments),
 }
 
@@ -85,13 +86,13 @@ fn main() -> ExitCode {
     }
     let printed = measure(&arguments.measurement).and_then(|report| {
         let text = if arguments.json { report.json()? } else { report.table() };
-        // A reader that has seen enough is no error.
+        // A closed standard output is not an error.
         let _closed = writeln!(std::io::stdout(), "{text}");
         Ok(report)
     });
     match printed {
         Ok(report) if report.goals_met() => ExitCode::SUCCESS,
-        // As `overlayctl` has it: it works, but not as well as it should.
+        // As in `overlayctl`: it works, but not as well as it should.
         Ok(_) => ExitCode::from(3),
         Err(error) => {
             eprintln!("overlay-bench: {error:#}");
@@ -138,7 +139,7 @@ fn measure(measurement: &Measurement) -> anyhow::Result<Report> {
     Ok(report)
 }
 
-/// Tells a person what is being done.
+/// Prints the current step on standard error.
 fn progress(text: &str) {
     eprintln!("# {text}");
 }

@@ -1,5 +1,4 @@
-//! `memory`: what a real `overlayd_command` keeps resident, once all its peers are in the kernel and it has come to rest; how often it wakes up then, and the
-//! size of its program.
+//! `memory`: resident memory of a real `overlayd` with all peers in the kernel while idle, its wake-ups, and its program size.
 
 use std::fs;
 use std::time::Duration;
@@ -13,27 +12,27 @@ use super::process_stats::{Usage, UsageDelta};
 use super::progress;
 use super::report::{Report, Row};
 
-/// How long the agent rests before it is looked at: what the start needed has been given back by then, as far as it is.
+/// Delay before memory is read. By then the agent has returned the memory of its start, as far as it does.
 const SETTLE_BEFORE_READ: Duration = Duration::from_secs(3);
-/// Threads that work at the start brought about end, and memory is given back, before wake-ups are counted.
+/// Delay before wake-ups are counted: threads of the start end, and memory is returned.
 const SETTLE_BEFORE_WAKEUPS: Duration = Duration::from_secs(15);
-/// The time over which wake-ups are counted.
+/// The period of counting wake-ups.
 const WAKEUP_WINDOW: Duration = Duration::from_secs(60);
-/// What an agent has beside what it needs for its peers is measured by itself.
+/// Without probes: the agent's other costs are measured alone.
 const NO_PROBES: &[&str] = &["--mesh-interval", "0s"];
-/// Resident size in MiB, for a number of peers.
+/// Goal of the resident size in MiB, for a number of peers.
 const MAX_RSS_MIB: [(u32, f64); 2] = [(0, 12.0), (10_000, 25.0)];
-/// Wake-ups of an agent's threads in a minute at rest. Its timers are three renewals of the lease, ten pings of the connection to etcd (each answered
-/// a moment later, at which the thread wakes up again) and two looks after the endpoints.
+/// Goal of wake-ups of an agent's threads in an idle minute. Its timers are three renewals of the lease, ten pings of the
+/// connection to etcd (each with a later answer, which wakes the thread again) and two checks of the endpoints.
 const MAX_WAKEUPS: f64 = 60.0;
 
-/// How to measure.
+/// Options of the measurement.
 #[derive(Debug, Args)]
 pub struct MemoryArguments {
-    /// Number of leases beside the agent's own; may be given several times
+    /// Number of leases besides the agent's own; may be given several times
     #[arg(long, value_name = "N", default_values_t = [0, 1_000, 10_000, 50_000])]
     peers: Vec<u32>,
-    /// Agents started for each
+    /// Agents started for each number
     #[arg(long, value_name = "K", default_value_t = 3)]
     runs: usize,
     /// Do not count wake-ups, which takes more than a minute for each number of leases
@@ -41,7 +40,7 @@ pub struct MemoryArguments {
     no_wakes: bool,
 }
 
-/// What a process occupies, in MiB.
+/// Memory sizes of a process, in MiB.
 #[derive(Debug, Default, Clone, Copy)]
 struct MemorySize {
     resident: f64,
@@ -50,7 +49,7 @@ struct MemorySize {
     peak: f64,
 }
 
-/// Measures all sizes.
+/// Runs the measurement for all sizes.
 pub fn measure(arguments: &MemoryArguments, report: &mut Report) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let sizes = |peers: u32| -> anyhow::Result<(Vec<MemorySize>, Vec<UsageDelta>)> {
@@ -108,7 +107,7 @@ pub fn measure(arguments: &MemoryArguments, report: &mut Report) -> anyhow::Resu
     Ok(())
 }
 
-/// An agent of its own lab, and where it is wished its size after a minute at rest and what it did in it.
+/// Starts an agent in its own lab. On request also reads its size and its usage after an idle minute.
 async fn measure_agent(
     peers: u32,
     wakes: bool,
@@ -137,15 +136,15 @@ fn read_memory_size(pid: i32) -> anyhow::Result<MemorySize> {
     })
 }
 
-/// What `/proc` says of a process.
+/// A file of a process in `/proc`.
 pub fn read_proc_file(pid: i32, file: &str) -> anyhow::Result<String> {
     let path = format!("/proc/{pid}/{file}");
     fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))
 }
 
-/// A line `InvalidName:   123 kB`, in MiB.
+/// A line `Name:   123 kB`, in MiB.
 pub fn proc_field_mib(text: &str, name: &str) -> anyhow::Result<f64> {
-    let rest = text.lines().find_map(|line| line.strip_prefix(name)).with_context(|| format!("there is no line {name}"))?;
+    let rest = text.lines().find_map(|line| line.strip_prefix(name)).with_context(|| format!("no line {name}"))?;
     let kib: f64 = rest.trim().trim_end_matches(" kB").parse().with_context(|| format!("{name}{rest}"))?;
     Ok(kib / 1024.0)
 }

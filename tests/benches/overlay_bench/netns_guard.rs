@@ -1,4 +1,4 @@
-//! A network namespace for one turn of a measurement, with an interface that serves as underlay.
+//! A network namespace for one turn of a measurement, with an underlay interface.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -7,12 +7,12 @@ use overlay_agent::kernel::netns::Netns;
 use overlay_agent::kernel::netns_builder::NetnsBuilder;
 use overlay_agent::model::Family;
 
-/// The underlay's interface.
+/// The underlay interface.
 pub const UNDERLAY: &str = "wan0";
-/// The bridge where the kernel is measured without an agent.
+/// The bridge of the measurement without an agent.
 pub const BRIDGE: &str = "br0";
 
-/// A namespace that goes when it is dropped.
+/// A namespace, removed on drop.
 #[derive(Debug)]
 pub struct NetnsGuard {
     name: String,
@@ -20,7 +20,7 @@ pub struct NetnsGuard {
 }
 
 impl NetnsGuard {
-    /// Makes a namespace with an underlay of both families.
+    /// Creates a namespace with an underlay of both families.
     pub async fn new() -> anyhow::Result<NetnsGuard> {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
         let name = format!("ovbench-{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
@@ -45,7 +45,7 @@ impl NetnsGuard {
         Ok(NetnsBuilder::open(&self.netns)?.link_index(link).await?)
     }
 
-    /// Makes the VXLAN device that the agent would make, by `ip`, up and with an address of its own. Its interface index.
+    /// Creates the agent's VXLAN device with `ip`, up and with its own address. Returns its interface index.
     pub async fn add_vxlan(&self, family: Family) -> anyhow::Result<u32> {
         let (device, local, address) = match family {
             Family::V4 => ("ovx.1", "10.99.0.1", "10.255.255.0/32"),
@@ -58,7 +58,7 @@ impl NetnsGuard {
         self.link_index(device).await
     }
 
-    /// Makes a bridge as the agent would, up. Its interface index.
+    /// Creates the agent's bridge, up. Returns its interface index.
     pub async fn add_bridge(&self) -> anyhow::Result<u32> {
         let setup = NetnsBuilder::open(&self.netns)?;
         setup.add_bridge(BRIDGE).await?;

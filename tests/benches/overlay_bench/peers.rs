@@ -1,6 +1,7 @@
-//! `synthetic_leases`: N peers in one snapshot, until the last route is in the kernel; all of them gone in another; and all taken down with the devices.
+//! `peers`: N peers added by one snapshot, until the last route is in the kernel; removed by another; and removed with the
+//! devices.
 //!
-//! The agent (`driver`) runs in turns with the raw limit (`limit`), each turn in a fresh namespace.
+//! The agent (`driver`) runs in turns with the raw limit (`raw_netlink`), each turn in a fresh namespace.
 
 use std::time::Duration;
 
@@ -14,17 +15,17 @@ use super::report::{Report, Row};
 use super::stats::{milliseconds, ratios};
 use super::synthetic_peer::{SyntheticPeer, synthetic_peers};
 
-/// Between turns: the kernel removes a namespace in the background, and frees what was in it when RCU's grace periods are over.
+/// Pause between turns. The kernel removes a namespace in the background, and frees its contents after RCU's grace periods.
 const PAUSE: Duration = Duration::from_millis(400);
-/// What the kernel is busy for, as a multiple of the raw limit; and until the last entry, all else included.
+/// Goals relative to the raw limit: the kernel's busy time, and the total time until the last entry.
 const MAX_BATCH_RATIO: f64 = 1.2;
 const MAX_TOTAL_RATIO: f64 = 1.5;
-/// What the batch is of the raw limit, as a multiple of what it is in the first size: it grows with the peers as the kernel does. And the batch of IPv6
-/// as a multiple of that of IPv4.
+/// Goal of the batch's ratio to the raw limit, relative to that of the first size. It must scale with the peers like the kernel.
+/// And goal of the IPv6 batch relative to the IPv4 batch.
 const MAX_SCALING_RATIO: f64 = 1.2;
 const MAX_IPV6_RATIO: f64 = 2.0;
 
-/// How to measure.
+/// Options of the measurement.
 #[derive(Debug, Args)]
 pub struct PeersArguments {
     /// Number of peers; may be given several times
@@ -33,12 +34,12 @@ pub struct PeersArguments {
     /// Turns of each; a turn is the raw limit once and the agent once
     #[arg(long, value_name = "K", default_value_t = 7)]
     runs: usize,
-    /// Only these peers: of IPv4, of IPv6, of both
+    /// Only peers of these families: 4, 6 or both
     #[arg(long, value_name = "4|6|both", value_parser = families)]
     family: Option<Families>,
 }
 
-/// Which families a peer has.
+/// The families of a peer.
 pub type Families = &'static [Family];
 
 const BOTH: Families = &Family::ALL;
@@ -54,7 +55,7 @@ fn families(text: &str) -> Result<Families, String> {
     }
 }
 
-/// A family by its number.
+/// Parses a family's number.
 pub fn family(text: &str) -> Result<Family, String> {
     match text {
         "4" => Ok(Family::V4),
@@ -63,7 +64,7 @@ pub fn family(text: &str) -> Result<Family, String> {
     }
 }
 
-/// What the turns of one size took, in milliseconds.
+/// The times of all turns of one size, in milliseconds.
 #[derive(Debug, Default)]
 struct PhaseTimings {
     set: PhaseSamples,
@@ -71,7 +72,7 @@ struct PhaseTimings {
     taken_down: PhaseSamples,
 }
 
-/// One step, turn by turn.
+/// The times of one step.
 #[derive(Debug, Default)]
 struct PhaseSamples {
     raw: Vec<f64>,
@@ -82,11 +83,11 @@ struct PhaseSamples {
     processor: Vec<f64>,
 }
 
-/// Measures all sizes in all families.
+/// Runs the measurement for all sizes in all families.
 pub fn measure(arguments: &PeersArguments, report: &mut Report) -> anyhow::Result<()> {
-    // With a thread of its own, so that the connections of a turn end with it and do not hold its namespace until the next one.
+    // With its own thread, so that a turn's connections end with it and do not hold its namespace until the next turn.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-    // The first size's parts of the raw limit, of each of the families.
+    // The raw limit's times for the first size, for each set of families.
     let mut firsts: [Option<Vec<f64>>; FAMILY_SETS.len()] = Default::default();
     for peers in &arguments.peers {
         let mut ipv4 = None;
@@ -98,7 +99,7 @@ pub fn measure(arguments: &PeersArguments, report: &mut Report) -> anyhow::Resul
             let mut turns = PhaseTimings::default();
             for turn in 0..arguments.runs {
                 progress(&format!("{conditions}: turn {} of {}", turn + 1, arguments.runs));
-                // In every other turn the agent goes first, so that whatever the first one finds cold is cold for both.
+                // In every other turn the agent runs first, so that cold caches affect both.
                 for part in 0..2 {
                     std::thread::sleep(PAUSE);
                     if (turn + part) % 2 == 0 {

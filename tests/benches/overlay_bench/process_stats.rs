@@ -1,4 +1,4 @@
-//! What a process has used and what an agent says of itself, read now and again later.
+//! The usage of a process and the metrics of an agent, at one time and as differences.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,10 +14,10 @@ use overlayctl::lab::{self, Lab, ProcessId};
 
 use super::bench_lab::etcd_socket_addr;
 
-/// How long an answer may take.
+/// Time limit of a response.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The samples of a page in Prometheus' text format, by name and labels as they stand there.
+/// The samples of a page in Prometheus' text format, by name with labels.
 #[derive(Debug, Clone, Default)]
 pub struct MetricsPage(BTreeMap<String, f64>);
 
@@ -30,16 +30,16 @@ impl MetricsPage {
         MetricsPage(text.lines().filter(|line| !line.starts_with('#')).filter_map(sample).collect())
     }
 
-    /// The page of an agent, from its socket.
+    /// Reads an agent's page from its socket.
     pub fn of_agent(socket: &Path) -> anyhow::Result<MetricsPage> {
         let stream = UnixStream::connect(socket).with_context(|| format!("cannot connect to {}", socket.display()))?;
         stream.set_read_timeout(Some(RESPONSE_TIMEOUT))?;
         Ok(MetricsPage::parse(
-            &http_get_metrics(stream, "overlayd").with_context(|| format!("{} does not tell its metrics", socket.display()))?,
+            &http_get_metrics(stream, "overlayd").with_context(|| format!("{} does not return its metrics", socket.display()))?,
         ))
     }
 
-    /// The page of a lab's etcd.
+    /// Reads the page of a lab's etcd.
     pub fn of_etcd(lab: &Lab) -> anyhow::Result<MetricsPage> {
         let text = lab.netns("net")?.run(|| -> anyhow::Result<String> {
             let stream = TcpStream::connect_timeout(&etcd_socket_addr(), RESPONSE_TIMEOUT)?;
@@ -49,18 +49,18 @@ impl MetricsPage {
         Ok(MetricsPage::parse(&text))
     }
 
-    /// The sum of all samples whose name and labels begin so and hold that text.
+    /// The sum of all samples whose name with labels has this prefix and contains this text.
     pub fn sum(&self, prefix: &str, substring: &str) -> f64 {
         self.0.iter().filter(|(name, _)| name.starts_with(prefix) && name.contains(substring)).map(|(_, value)| value).sum()
     }
 
-    /// What was added since an earlier page, by the same rule.
+    /// The increase of this sum since an earlier page.
     pub fn delta(&self, before: &MetricsPage, prefix: &str, substring: &str) -> f64 {
         self.sum(prefix, substring) - before.sum(prefix, substring)
     }
 }
 
-/// `GET /metrics`. HTTP/1.0: the answer ends with the connection.
+/// `GET /metrics`. HTTP/1.0: the response ends with the connection.
 fn http_get_metrics(mut stream: impl Read + Write, host: &str) -> anyhow::Result<String> {
     write!(stream, "GET /metrics HTTP/1.0\r\nHost: {host}\r\n\r\n")?;
     let mut answer = String::new();
@@ -74,33 +74,33 @@ pub fn etcd_process(lab: &Lab) -> anyhow::Result<ProcessId> {
     ProcessId::from_pid_file(&lab::etcd::pid_file(lab.dir())).context("the lab's etcd has ended")
 }
 
-/// What a process has used by a moment.
+/// The usage of a process at one time.
 #[derive(Debug, Clone)]
 pub struct Usage {
     at: Instant,
     cpu_time: Duration,
-    /// Times that each thread went to sleep by itself: each is a wake-up.
+    /// Voluntary context switches of each thread: each is a wake-up.
     voluntary_switches: BTreeMap<u32, u64>,
 }
 
-/// What a process used between two moments.
+/// The usage of a process between two times.
 #[derive(Debug, Clone, Copy)]
 pub struct UsageDelta {
-    /// Time that passed.
+    /// Elapsed time.
     pub wall: Duration,
-    /// Processor time.
+    /// CPU time.
     pub cpu_time: Duration,
     /// Wake-ups of its threads.
     pub wakeups: u64,
 }
 
 impl Usage {
-    /// By now.
+    /// Reads the current usage.
     pub fn now(pid: i32) -> anyhow::Result<Usage> {
         let mut sleeps = BTreeMap::new();
         for thread in fs::read_dir(format!("/proc/{pid}/task")).with_context(|| format!("process {pid} has ended"))? {
             let dir = thread?.path();
-            // One may end meanwhile.
+            // A thread may end meanwhile.
             let Ok(status) = fs::read_to_string(dir.join("status")) else { continue };
             let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
             let id = dir.file_name().and_then(|name| name.to_str()?.parse::<u32>().ok());
@@ -110,12 +110,12 @@ impl Usage {
         Ok(Usage { at: Instant::now(), cpu_time: processor, voluntary_switches: sleeps })
     }
 
-    /// Processor time since the process was started.
+    /// CPU time since the process was started.
     pub fn total_cpu_time(&self) -> Duration {
         self.cpu_time
     }
 
-    /// Between an earlier moment and this one.
+    /// The difference from an earlier usage.
     pub fn since(&self, before: &Usage) -> UsageDelta {
         let then = |id: &u32| before.voluntary_switches.get(id).copied().unwrap_or_default();
         UsageDelta {
@@ -127,7 +127,7 @@ impl Usage {
 }
 
 impl UsageDelta {
-    /// Processor time as a share of one processor, in percent.
+    /// CPU time in per cent of one processor.
     pub fn cpu_percent(&self) -> f64 {
         100.0 * self.cpu_time.as_secs_f64() / self.wall.as_secs_f64()
     }

@@ -1,8 +1,8 @@
-//! The raw limit: the messages for N peers, built beforehand, sent 200 at a time over one blocking socket, and nothing else.
+//! The raw limit: only the netlink messages for N peers, built beforehand, sent 200 at a time over one blocking socket.
 //!
-//! What the kernel does for them is the same as for the agent: an FDB entry, a neighbour, a next-hop object and a route a peer, set with
-//! `NLM_F_CREATE | NLM_F_REPLACE`, and the same removed, once by itself and once with the device. Nobody listens to events, nothing is compared,
-//! remembered or logged.
+//! The kernel's work is the same as for the agent: an FDB entry, a neighbour, a next-hop object and a route per peer, set with
+//! `NLM_F_CREATE | NLM_F_REPLACE`, and the same removed, once by itself and once with the device. No process listens to events,
+//! and nothing is compared, stored or logged.
 
 use anyhow::{Context, ensure};
 use overlay_agent::model::{Cidr, Family};
@@ -12,7 +12,7 @@ use super::rtnl::{RTM_DELNEXTHOP, RTM_GETNEXTHOP, RTM_NEWNEXTHOP, Rtnl, address,
 use super::stats::{Cost, CostTimer};
 use super::synthetic_peer::SyntheticPeer;
 
-/// Messages to one `send`.
+/// Messages of one `send`.
 const MESSAGES_PER_SEND: usize = 200;
 /// The first next-hop id.
 const FIRST_NEXTHOP_ID: u32 = 1_000_000;
@@ -23,48 +23,48 @@ const RTN_UNICAST: u8 = 1;
 const RTNH_F_ONLINK: u32 = 4;
 const RTA_DST: u16 = 1;
 const RTA_NH_ID: u16 = 30;
-/// `linux/set_neighbour.h`.
+/// `linux/neighbour.h`.
 const NDA_DST: u16 = 1;
 const NDA_LLADDR: u16 = 2;
 const NUD_PERMANENT: u16 = 0x80;
 const NTF_SELF: u8 = 2;
-/// `linux/set_nexthop.h`.
+/// `linux/nexthop.h`.
 const NHA_ID: u16 = 1;
 const NHA_OIF: u16 = 5;
 const NHA_GATEWAY: u16 = 6;
-/// Lengths of `struct put_ndmsg`, `struct nhmsg` and `struct put_rtmsg` in bytes.
+/// Lengths of `struct ndmsg`, `struct nhmsg` and `struct rtmsg` in bytes.
 const NDMSG: usize = 12;
 const NHMSG: usize = 8;
 const RTMSG: usize = 12;
 
-/// Appends one member's message: buffer, sequence number, member, interface index.
+/// Appends a peer's message: buffer, sequence number, peer, interface index.
 type MessageWriter = fn(&mut Vec<u8>, u32, &SyntheticPeer, u32);
 
-/// What is set for a member, in this order.
+/// The messages that add a peer, in this order.
 const SET: [MessageWriter; 4] = [set_fdb, set_neighbour, set_nexthop, set_route];
-/// What is removed of it; the last two go with the device as well.
+/// The messages that remove a peer; a removed device takes the last two entries with it.
 const REMOVE: [MessageWriter; 4] = [del_route, del_nexthop, del_neighbour, del_fdb];
 
-/// Members of one family, and the interface index of their VXLAN device.
+/// Peers of one family, and the interface index of their VXLAN device.
 pub type DevicePeers<'a> = (&'a [SyntheticPeer], u32);
 
-/// The requests for a fleet, in sends.
+/// The requests for a fleet, grouped by `send`.
 #[derive(Debug)]
 pub struct Requests(Vec<Vec<u8>>);
 
 impl Requests {
-    /// Those that set all entries.
+    /// Requests that add all entries.
     pub fn set(fleet: &[DevicePeers<'_>]) -> Requests {
         Requests::of(&SET, fleet)
     }
 
-    /// Those that remove each entry.
+    /// Requests that remove each entry.
     pub fn remove(fleet: &[DevicePeers<'_>]) -> Requests {
         Requests::of(&REMOVE, fleet)
     }
 
-    /// Those that remove routes and next hops, and then the devices with all else, the bridge too: left to the kernel, each next hop that goes with
-    /// its device walks the whole routing table.
+    /// Requests that remove routes and next hops, and then the devices with everything else, including the bridge. Without the
+    /// explicit removal, the kernel would walk the whole routing table for each next hop of a removed device.
     pub fn take_down(fleet: &[DevicePeers<'_>], bridge: u32) -> Requests {
         let mut requests = Requests::of(&REMOVE[..2], fleet);
         requests.0.extend(fleet.iter().map(|(_, device)| *device).chain([bridge]).map(|device| {
@@ -94,7 +94,7 @@ impl Requests {
         Requests(sends)
     }
 
-    /// Sends them in the calling thread's namespace. What that took.
+    /// Sends them in the calling thread's namespace. Returns the cost.
     pub fn send(&self) -> anyhow::Result<Cost> {
         let mut socket = Rtnl::open().context("cannot open an rtnetlink socket")?;
         let begun = CostTimer::start()?;
@@ -108,18 +108,18 @@ impl Requests {
     }
 }
 
-/// What the raw limit took.
+/// The costs of the raw limit.
 #[derive(Debug, Clone, Copy)]
 pub struct RawTiming {
-    /// To set all entries.
+    /// Adding all entries.
     pub set: Cost,
-    /// To remove each of them.
+    /// Removing each entry.
     pub removed: Cost,
-    /// To remove routes and next hops and then the devices.
+    /// Removing routes and next hops, and then the devices.
     pub taken_down: Cost,
 }
 
-/// The raw limit in a namespace of its own, for the members of each family. What the kernel holds is counted after each step.
+/// Measures the raw limit in its own namespace, for the peers of each family. The kernel's entries are counted after each step.
 pub async fn measure_raw(fleet: &[&[SyntheticPeer]]) -> anyhow::Result<RawTiming> {
     let space = NetnsGuard::new().await?;
     let mut behind = Vec::new();
@@ -196,7 +196,7 @@ fn del_route(buffer: &mut Vec<u8>, sequence: u32, member: &SyntheticPeer, _devic
     write(buffer, libc::RTM_DELROUTE, 0, sequence, &body, &[(RTA_DST, &octets(member.subnet.base()))]);
 }
 
-/// Apart for the families, whose next hops share one range of ids.
+/// Distinct for the families, whose next hops share one range of ids.
 fn nexthop_id(member: &SyntheticPeer) -> [u8; 4] {
     let first = match member.subnet.family() {
         Family::V4 => FIRST_NEXTHOP_ID,
@@ -225,12 +225,12 @@ fn af(family: Family) -> libc::c_int {
     }
 }
 
-/// Address families and the like, all of which are below 256.
+/// Converts address families and similar numbers, all of which are below 256.
 fn byte(number: libc::c_int) -> u8 {
     u8::try_from(number).unwrap_or_default()
 }
 
-/// What the kernel holds for peers in one family: of one device, and next hops and routes through these.
+/// The kernel's entries for peers in one family: of one device, and the next hops and routes through it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct KernelEntryCounts {
     /// FDB entries.
@@ -279,7 +279,7 @@ impl KernelEntryCounts {
         Ok(())
     }
 
-    /// Fails unless there is one of each for every member of each family, or, where none should be left, nothing.
+    /// Fails unless every peer of each family has one of each entry or, if `present` is false, unless no entry is left.
     pub fn assert_all(fleet: &[DevicePeers<'_>], present: bool) -> anyhow::Result<()> {
         for (members, device) in fleet {
             let family = members.first().context("a fleet without members")?.subnet.family();

@@ -1,4 +1,4 @@
-//! Rows to a table for people and JSON for programs.
+//! Formats rows as a table and as JSON.
 
 use std::time::Instant;
 
@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::stats::Summary;
 
-/// The version of the JSON: fields are only ever added within one.
+/// The version of the JSON: within a version, fields are only added.
 const JSON_VERSION: u32 = 1;
 
 /// All results of a run.
@@ -20,42 +20,42 @@ pub struct Report {
     started: Instant,
 }
 
-/// Where it ran.
+/// The machine of the run.
 #[derive(Debug, Serialize)]
 struct Machine {
     kernel: String,
     processors: usize,
-    /// Processes that were ready to run, as a mean over the last minute, when the run began and when it ended.
+    /// The load average of the last minute, at the begin and at the end of the run.
     load_before: f64,
     load_after: f64,
-    /// Seconds that the run took.
+    /// The duration of the run in seconds.
     seconds: f64,
 }
 
-/// One figure and what it is compared with.
+/// One figure with its baseline.
 #[derive(Debug, Clone, Serialize)]
 pub struct Row {
     /// The sub-command.
     pub measurement: &'static str,
-    /// The conditions: `IPv4, 10000 synthetic_leases`.
+    /// The conditions: `IPv4, 10000 peers`.
     pub conditions: String,
-    /// What is measured.
+    /// The measured quantity.
     pub what: String,
-    /// The unit of all values of the row but the ratio.
+    /// The unit of all values of the row except the ratio.
     pub unit: &'static str,
     /// The figure.
     pub value: Summary,
-    /// What the baseline is; absent where the row is one.
+    /// The name of the baseline; absent if the row has none.
     pub baseline: Option<&'static str>,
     /// The baseline's figure from the same run.
     pub baseline_value: Option<Summary>,
     /// Figure to baseline, sample by sample.
     pub ratio: Option<Summary>,
-    /// What the figure should keep to.
+    /// The goal of the figure.
     pub goal: Option<Goal>,
 }
 
-/// A limit, and whether it is kept.
+/// A limit, and whether it is met.
 #[derive(Debug, Clone, Serialize)]
 pub struct Goal {
     /// `median <= 2 ms`.
@@ -65,7 +65,7 @@ pub struct Goal {
 }
 
 impl Row {
-    /// A row without a baseline or goal; `None` where there is no sample.
+    /// A row without a baseline or goal; `None` without samples.
     pub fn new(
         measurement: &'static str,
         conditions: &str,
@@ -88,7 +88,7 @@ impl Row {
         Some(row)
     }
 
-    /// With a baseline: one sample for each of the row's.
+    /// Adds a baseline: one sample for each of the row's.
     pub fn with_baseline(mut self, baseline: &'static str, samples: &[f64], baseline_samples: &[f64]) -> Row {
         self.baseline = Some(baseline);
         self.baseline_value = Summary::of(baseline_samples);
@@ -96,21 +96,21 @@ impl Row {
         self
     }
 
-    /// The median ratio should be at most this.
+    /// Sets a maximum of the median ratio.
     pub fn ratio_goal(mut self, limit: f64) -> Row {
         let met = self.ratio.is_some_and(|ratio| ratio.median <= limit);
         self.goal = Some(Goal { text: format!("ratio <= {limit}"), met });
         self
     }
 
-    /// The median and the 99th percentile should be at most these, in the row's unit.
+    /// Sets maxima of the median and the 99th percentile, in the row's unit.
     pub fn latency_goal(mut self, median: f64, p99: f64) -> Row {
         let text = format!("median <= {median} {}, p99 <= {p99} {}", self.unit, self.unit);
         self.goal = Some(Goal { text, met: self.value.median <= median && self.value.p99 <= p99 });
         self
     }
 
-    /// The median should be at most this, in the row's unit.
+    /// Sets a maximum of the median, in the row's unit.
     pub fn median_goal(mut self, limit: f64) -> Row {
         self.goal = Some(Goal { text: format!("median <= {limit} {}", self.unit), met: self.value.median <= limit });
         self
@@ -118,7 +118,7 @@ impl Row {
 }
 
 impl Report {
-    /// An empty report, of a run that begins now.
+    /// An empty report of a run that begins now.
     pub fn new() -> Report {
         let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned();
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
@@ -127,28 +127,28 @@ impl Report {
         Report { version: JSON_VERSION, machine, rows: Vec::new(), started: Instant::now() }
     }
 
-    /// Adds what there is a sample of.
+    /// Adds a row, if it has samples.
     pub fn add(&mut self, row: Option<Row>) {
         self.rows.extend(row);
     }
 
-    /// Notes that the run is over.
+    /// Records the end of the run.
     pub fn finish(&mut self) {
         self.machine.load_after = load_average();
         self.machine.seconds = self.started.elapsed().as_secs_f64();
     }
 
-    /// Whether no row misses its goal.
+    /// Whether all rows meet their goals.
     pub fn goals_met(&self) -> bool {
         self.rows.iter().all(|row| row.goal.as_ref().is_none_or(|goal| goal.met))
     }
 
-    /// For programs.
+    /// The report as JSON.
     pub fn json(&self) -> serde_json::Result<String> {
         serde_json::to_string_pretty(self)
     }
 
-    /// For people.
+    /// The report as a table.
     pub fn table(&self) -> String {
         let header = [
             "conditions",
@@ -196,7 +196,7 @@ impl Report {
     }
 }
 
-/// Three digits that count.
+/// Three significant digits.
 fn format_number(value: f64) -> String {
     match value.abs() {
         v if v < 10.0 => format!("{value:.2}"),

@@ -1,5 +1,7 @@
-//! As much of rtnetlink as a baseline needs, on its own so that it shares no mistake with the agent's: one blocking socket, requests written by
-//! hand, dumps that are counted. Layout: `linux/netlink.h`, `linux/rtnetlink.h`, `linux/set_neighbour.h`, `linux/set_nexthop.h`.
+//! A minimal rtnetlink for baselines: one blocking socket, handmade requests, counted dumps.
+//!
+//! It shares no code with the agent, and so none of its errors. Layout: `linux/netlink.h`, `linux/rtnetlink.h`,
+//! `linux/neighbour.h`, `linux/nexthop.h`.
 
 use std::io;
 use std::net::IpAddr;
@@ -12,7 +14,7 @@ use nix::sys::socket::{
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 
-/// Socket buffers in bytes, as in the C program.
+/// Socket buffers in bytes, the same as in the C program.
 const SOCKET_BUFFER_SIZE: usize = 8 << 20;
 /// Bytes of a receive: the kernel fills dumps up to 32 KiB.
 const RECEIVE_SIZE: usize = 64 * 1024;
@@ -39,7 +41,7 @@ impl Rtnl {
         Rtnl::with_groups(0)
     }
 
-    /// Opens a socket that gets the events of a mask of groups (`RTMGRP_...` in `linux/rtnetlink.h`).
+    /// Opens a socket that receives the events of a mask of groups (`RTMGRP_...` in `linux/rtnetlink.h`).
     pub fn with_groups(groups: u32) -> io::Result<Rtnl> {
         let fd = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, Some(SockProtocol::NetlinkRoute))?;
         setsockopt(&fd, sockopt::SndBufForce, &SOCKET_BUFFER_SIZE)?;
@@ -48,13 +50,13 @@ impl Rtnl {
         Ok(Rtnl { fd, sequence: 0, receive_buffer: vec![0; RECEIVE_SIZE] })
     }
 
-    /// Makes [`Rtnl::next`] give up after a while.
+    /// Sets the time limit of [`Rtnl::next_events`].
     pub fn set_timeout(&self, limit: Duration) -> io::Result<()> {
         let limit = TimeVal::milliseconds(i64::try_from(limit.as_millis()).unwrap_or(i64::MAX));
         Ok(setsockopt(&self.fd, sockopt::ReceiveTimeout, &limit)?)
     }
 
-    /// Sends requests, which the kernel works through before this returns, and counts its refusals.
+    /// Sends requests, which the kernel processes before this returns; returns the number of rejected ones.
     pub fn request(&mut self, messages: &[u8]) -> io::Result<usize> {
         send(self.fd.as_raw_fd(), messages, MsgFlags::empty())?;
         let mut refusals = 0;
@@ -69,7 +71,7 @@ impl Rtnl {
         }
     }
 
-    /// Asks for all objects of a kind; `parse_body` is the request's fixed part.
+    /// Dumps all objects of a kind; `body` is the request's fixed part.
     pub fn dump(&mut self, kind: u16, body: &[u8], mut each: impl FnMut(&[u8])) -> io::Result<()> {
         self.sequence += 1;
         let mut request = Vec::new();
@@ -89,7 +91,7 @@ impl Rtnl {
         }
     }
 
-    /// Waits for events and hands each on; false: none came in time.
+    /// Waits for events and passes each to `each`; returns false at the time limit.
     pub fn next_events(&mut self, mut each: impl FnMut(u16, &[u8])) -> io::Result<bool> {
         match recv(self.fd.as_raw_fd(), &mut self.receive_buffer, MsgFlags::empty()) {
             Ok(received) => {
@@ -104,13 +106,13 @@ impl Rtnl {
     }
 }
 
-/// A message that was received.
+/// A received message.
 struct Message<'a> {
     kind: u16,
     body: &'a [u8],
 }
 
-/// The error number of an answer that is one.
+/// The error number of an error message.
 fn error_code(message: &Message<'_>) -> Option<i32> {
     let is_error = libc::c_int::from(message.kind) == libc::NLMSG_ERROR;
     let code = u32_at(message.body, 0).filter(|_| is_error)?.cast_signed();
@@ -127,7 +129,7 @@ fn parse_messages(mut bytes: &[u8]) -> impl Iterator<Item = Message<'_>> {
     })
 }
 
-/// The attributes behind a fixed part, as kind and value.
+/// The attributes after a fixed part, as kind and value.
 pub fn attributes(body: &[u8], fixed: usize) -> impl Iterator<Item = (u16, &[u8])> {
     let mut bytes = body.get(fixed..).unwrap_or_default();
     std::iter::from_fn(move || {
@@ -153,7 +155,7 @@ pub fn address(value: &[u8]) -> Option<IpAddr> {
     }
 }
 
-/// An address as an attribute's value.
+/// An address as the value of an attribute.
 pub fn octets(address: IpAddr) -> Vec<u8> {
     match address {
         IpAddr::V4(a) => a.octets().to_vec(),
@@ -161,7 +163,7 @@ pub fn octets(address: IpAddr) -> Vec<u8> {
     }
 }
 
-/// Appends a request: `NLM_F_REQUEST` is added to the flags.
+/// Appends a request; `NLM_F_REQUEST` is added to the flags.
 pub fn write(buffer: &mut Vec<u8>, kind: u16, flags: u16, sequence: u32, body: &[u8], attributes: &[(u16, &[u8])]) {
     let padded = |length: usize| length.next_multiple_of(4);
     let start = buffer.len();

@@ -1,5 +1,6 @@
-//! `start`: a real `overlayd_command` from the start of its process until the overlay is in place with all peers: in a kernel that holds nothing of it, and
-//! again where everything is in place. The parts are what the agent says of itself in its log.
+//! `start`: a real `overlayd` from its process start until the overlay is in place with all peers.
+//!
+//! Once with an empty kernel, and again with a complete one. The phases come from the agent's own log.
 
 use std::fs;
 use std::path::Path;
@@ -18,21 +19,21 @@ use super::raw_netlink::measure_raw;
 use super::report::{Report, Row};
 use super::stats::milliseconds;
 
-/// Until the overlay is in place, in ms, with so many leases: in an empty kernel, and where everything is in place.
+/// Goal of the time until the overlay is in place, in ms, for a number of leases: with an empty kernel, and with a complete one.
 const MAX_START_MS: (u32, f64, f64) = (10_000, 400.0, 250.0);
 
-/// How to measure.
+/// Options of the measurement.
 #[derive(Debug, Args)]
 pub struct StartArguments {
-    /// Number of leases beside the agent's own; may be given several times
+    /// Number of leases besides the agent's own; may be given several times
     #[arg(long, value_name = "N", default_values_t = [0, 1_000, 10_000])]
     peers: Vec<u32>,
-    /// Turns of each: a start in an empty kernel, and one more
+    /// Turns of each: a start with an empty kernel, and another one
     #[arg(long, value_name = "K", default_value_t = 5)]
     runs: usize,
 }
 
-/// A part of a start: what it is called in the table, and by which message of the log its time is told.
+/// The phases of a start: the label in the table, and the log message with its time.
 const PHASES: [(&str, &str); 6] = [
     ("kernel state read", "kernel state read"),
     ("leases read from etcd", "leases read"),
@@ -42,17 +43,17 @@ const PHASES: [(&str, &str); 6] = [
     ("applied", "batch applied"),
 ];
 
-/// One start, in ms.
+/// The times of one start, in ms.
 #[derive(Debug, Default, Clone)]
 struct StartTiming {
     in_place: f64,
     processor: f64,
     phases: [f64; PHASES.len()],
-    /// Changes of the kernel.
+    /// Number of kernel changes.
     ops: u64,
 }
 
-/// Measures all sizes.
+/// Runs the measurement for all sizes.
 pub fn measure(arguments: &StartArguments, report: &mut Report) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     for peers in &arguments.peers {
@@ -99,7 +100,7 @@ pub fn measure(arguments: &StartArguments, report: &mut Report) -> anyhow::Resul
     Ok(())
 }
 
-/// All leases read by etcd's own tool, as a whole process, in ms.
+/// All leases read by etcdctl as a whole process, in ms.
 fn etcdctl_read(stage: &BenchLab, peers: u32) -> anyhow::Result<f64> {
     let endpoints = format!("--endpoints={}", etcd_socket_addr());
     let begun = std::time::Instant::now();
@@ -114,7 +115,8 @@ fn etcdctl_read(stage: &BenchLab, peers: u32) -> anyhow::Result<f64> {
     Ok(took)
 }
 
-/// What the log holds behind a place, once the overlay is told to be in place: shortly after the kernel is, for the file for other tools comes between.
+/// The log after a position, once it reports the overlay in place. The report follows the kernel shortly, because the agent
+/// writes a file in between.
 async fn wait_in_place_logged(log: &Path, before: usize) -> anyhow::Result<Vec<u8>> {
     const IN_PLACE_MESSAGE: &[u8] = b"overlay in place";
     for _ in 0..500 {
@@ -128,11 +130,11 @@ async fn wait_in_place_logged(log: &Path, before: usize) -> anyhow::Result<Vec<u
     bail!("{} does not say that the overlay is in place", log.display())
 }
 
-/// Starts the agent and reads from its log what it did until the overlay was in place with all peers.
+/// Starts the agent and reads its phases from the log, until the overlay is in place with all peers.
 async fn start_agent(stage: &BenchLab, host: &Host<'_>) -> anyhow::Result<StartTiming> {
     let log = host.log();
     let before = fs::metadata(&log).map_or(0, |file| file.len());
-    // Written anew, and told, at each start: as after a boot.
+    // The agent rewrites and reports it at each start, as after a boot.
     let _absent = fs::remove_file(host.run_dir().join("subnet.env"));
     let begun = SystemTime::now().duration_since(UNIX_EPOCH)?;
     let agent = host.agent_start(&["--log-level", "debug", "--log-format", "json"])?;

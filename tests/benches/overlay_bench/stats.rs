@@ -1,4 +1,4 @@
-//! Samples to medians and spreads.
+//! Medians and spreads of samples, and costs.
 
 use std::time::{Duration, Instant};
 
@@ -6,28 +6,28 @@ use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
 use serde::{Deserialize, Serialize};
 
-/// How many values a distribution has.
+/// Number of values of a distribution.
 const QUANTILES: usize = 21;
 
-/// What a set of samples comes to. In the unit of the samples.
+/// The summary of a set of samples, in their unit.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Summary {
     /// Number of samples.
     pub samples: usize,
-    /// The median: the mean of the two middle ones where their number is even.
+    /// The median: of an even number, the mean of the two middle samples.
     pub median: f64,
-    /// The least.
+    /// The minimum.
     pub min: f64,
     /// The 99th percentile, by nearest rank.
     pub p99: f64,
-    /// The greatest.
+    /// The maximum.
     pub max: f64,
-    /// The values that so many samples are no greater than, by nearest rank: none (the least), 5 %, 10 % and so on to all.
+    /// Quantiles by nearest rank: 0 % (the minimum), 5 %, 10 % and so on to 100 %.
     pub distribution: [f64; QUANTILES],
 }
 
 impl Summary {
-    /// The summary; `None` where there is no sample.
+    /// The summary; `None` without samples.
     pub fn of(samples: &[f64]) -> Option<Summary> {
         let mut sorted = samples.to_vec();
         sorted.sort_by(f64::total_cmp);
@@ -40,48 +40,48 @@ impl Summary {
         Some(Summary { samples: sorted.len(), median, min, p99: nearest_rank(99, 100), max, distribution })
     }
 
-    /// The summary of the ratios, each of a sample and the baseline's of the same turn: what disturbs the machine for longer than a turn
-    /// is in both and goes out.
+    /// The summary of the ratios of samples to the baseline's of the same turn. A disturbance that lasts longer than a turn
+    /// affects both and cancels out.
     pub fn of_ratios(samples: &[f64], baseline: &[f64]) -> Option<Summary> {
         Summary::of(&ratios(samples, baseline))
     }
 }
 
-/// Each sample in times of the baseline's of the same turn.
+/// Each sample divided by the baseline's of the same turn.
 pub fn ratios(samples: &[f64], baseline: &[f64]) -> Vec<f64> {
     samples.iter().zip(baseline).map(|(sample, baseline)| sample / baseline).collect()
 }
 
-/// A moment from which costs are counted.
+/// A start time for costs.
 #[derive(Debug, Clone, Copy)]
 pub struct CostTimer {
     wall: Instant,
     processor: Duration,
 }
 
-/// What something took.
+/// The cost of an operation.
 #[derive(Debug, Clone, Copy)]
 pub struct Cost {
-    /// Time that passed.
+    /// Elapsed time.
     pub wall: Duration,
-    /// Processor time of this process, in user mode and in the kernel. Others who use the machine count less in it.
+    /// CPU time of this process, user and kernel mode. Other load on the machine affects it less.
     pub processor: Duration,
 }
 
 impl CostTimer {
-    /// This moment.
+    /// Starts now.
     pub fn start() -> nix::Result<CostTimer> {
         let processor = processor_time()?;
         Ok(CostTimer { wall: Instant::now(), processor })
     }
 
-    /// What it took since.
+    /// The cost since the start.
     pub fn cost(&self) -> nix::Result<Cost> {
         let wall = self.wall.elapsed();
         Ok(Cost { wall, processor: processor_time()?.saturating_sub(self.processor) })
     }
 
-    /// The moment itself.
+    /// The start time.
     pub fn wall(&self) -> Instant {
         self.wall
     }

@@ -1,5 +1,6 @@
-//! `run_batch`: foreign routes and links that come and go in the host's namespace by the thousand. What does it cost an agent that has nothing to do with
-//! them, against what they cost who makes them?
+//! `storm`: thousands of foreign routes and links, added and removed in the host's namespace.
+//!
+//! Compares the cost for an agent that ignores them with the cost for the process that makes them.
 
 use std::fmt::Write;
 use std::time::{Duration, Instant};
@@ -16,16 +17,16 @@ use super::progress;
 use super::report::{Report, Row};
 use super::stats::milliseconds;
 
-/// The agent has come to rest when it has not used a processor for this long.
+/// The agent is quiet when it has used no CPU time for this long.
 const QUIET_PERIOD: Duration = Duration::from_millis(500);
-/// How long it may take to.
+/// Time limit until the agent is quiet.
 const QUIET_TIMEOUT: Duration = Duration::from_secs(60);
-/// The group of the foreign links, by which they go at once.
+/// The link group of the foreign links, for their removal in one command.
 const LINK_GROUP: &str = "77";
-/// What the agent uses, as a part of what who makes the storm does.
+/// Goal of the agent's CPU time relative to that of the process that makes the storm.
 const MAX_CPU_RATIO: f64 = 0.5;
 
-/// How to measure.
+/// Options of the measurement.
 #[derive(Debug, Args)]
 pub struct StormArguments {
     /// Foreign routes
@@ -42,18 +43,18 @@ pub struct StormArguments {
     runs: usize,
 }
 
-/// What one part of a storm came to.
+/// The result of one phase of a storm.
 struct StormPhase {
-    /// Processor time of who made it.
+    /// CPU time of the process that made it.
     generator_cpu_time: Duration,
-    /// From its begin until it was over.
+    /// From its begin to its end.
     duration: Duration,
     agent: UsageDelta,
     reads: [f64; 2],
     repairs: f64,
 }
 
-/// Measures routes and links, coming and going.
+/// Measures adding and removing of routes and links.
 pub fn measure(arguments: &StormArguments, report: &mut Report) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let StormArguments { routes, links, peers, runs } = *arguments;
@@ -104,7 +105,7 @@ fn add_rows(report: &mut Report, conditions: &str, parts: &[StormPhase]) {
     report.add(row("entries taken for drift", "entries", |p| p.repairs).map(|r| r.median_goal(0.0)));
 }
 
-/// Runs a list of commands in the host's namespace, and waits until the agent rests.
+/// Runs a list of commands in the host's namespace, and waits until the agent is quiet.
 fn run_batch(host: &Host<'_>, batch: &str) -> anyhow::Result<StormPhase> {
     let pid = host.agent().context("the agent has ended")?.pid;
     let file = host.dir().join("storm");
@@ -118,7 +119,7 @@ fn run_batch(host: &Host<'_>, batch: &str) -> anyhow::Result<StormPhase> {
     loop {
         std::thread::sleep(QUIET_PERIOD);
         let now = Usage::now(pid)?;
-        // A look costs it nothing; what it does beside the storm is well below a hundredth.
+        // Polling costs the agent nothing; its other activity is well below one per cent.
         if now.since(&last).cpu_percent() < 1.0 {
             break;
         }
@@ -137,7 +138,7 @@ fn run_batch(host: &Host<'_>, batch: &str) -> anyhow::Result<StormPhase> {
     })
 }
 
-/// Processor time of the children that have ended.
+/// CPU time of the ended child processes.
 fn children_cpu_time() -> nix::Result<Duration> {
     let usage = getrusage(UsageWho::RUSAGE_CHILDREN)?;
     let micros = usage.user_time().num_microseconds() + usage.system_time().num_microseconds();

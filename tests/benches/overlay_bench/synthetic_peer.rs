@@ -1,4 +1,4 @@
-//! The peers of a measurement: the same ones as the store's entries, as leases in etcd, and for the raw limit.
+//! Synthetic peers, in three forms: the store's entries, leases in etcd, and kernel entries for the raw limit.
 
 use std::net::IpAddr;
 
@@ -9,9 +9,9 @@ use overlay_agent::model::{Backend, Cidr, Family, Lease, LeaseRecord, Mac, Netwo
 /// One peer in one family.
 #[derive(Debug, Clone, Copy)]
 pub struct SyntheticPeer {
-    /// Its place in the fleet, from 1 on.
+    /// Its number in the fleet, from 1.
     pub number: u32,
-    /// Its part of the overlay.
+    /// Its subnet.
     pub subnet: Cidr,
     /// Its underlay address.
     pub public_ip: IpAddr,
@@ -19,7 +19,7 @@ pub struct SyntheticPeer {
     pub mac: Mac,
 }
 
-/// The overlay network, apart from the lab's underlay.
+/// The overlay network, separate from the lab's underlay.
 pub fn network_cidr(family: Family) -> &'static str {
     match family {
         Family::V4 => "10.128.0.0/9",
@@ -27,10 +27,10 @@ pub fn network_cidr(family: Family) -> &'static str {
     }
 }
 
-/// The length of an IPv4 peer's subnet: room for 131,000 of them.
+/// The prefix length of an IPv4 peer's subnet: room for 131,000 of them.
 pub const SUBNET_LENGTH: u8 = 26;
 
-/// The configuration of a network of these families, as it stands in etcd.
+/// The network configuration for these families, as in etcd.
 pub fn network_config(families: &[Family]) -> String {
     let mut config =
         serde_json::json!({ "EnableIPv4": families.contains(&Family::V4), "EnableIPv6": families.contains(&Family::V6) });
@@ -46,7 +46,7 @@ pub fn network_config(families: &[Family]) -> String {
     config.to_string()
 }
 
-/// The members of these numbers.
+/// The peers with these numbers.
 pub fn synthetic_peers(family: Family, numbers: std::ops::RangeInclusive<u32>) -> anyhow::Result<Vec<SyntheticPeer>> {
     let network = NetworkConfig::parse(&network_config(&[family]))?.config;
     let pool = network.pools.get(family).context("the network lacks its family")?;
@@ -85,7 +85,7 @@ impl SyntheticPeer {
     }
 }
 
-/// A peer as the store hands it on: one member, or the two of the same number in both families.
+/// A peer as an entry of the store: one family, or both families of the same number.
 pub fn store_entry(peer: &[SyntheticPeer]) -> anyhow::Result<StoreEntry> {
     let number = peer.first().context("a peer without a family")?.number;
     let subnet = Subnet::new(peer.iter().map(|member| (member.subnet.family(), member.subnet)).collect())?;

@@ -1,6 +1,6 @@
-//! A Rust source reduced to what the rules of the house are about: its tokens without comments, texts and tests, and the paths they name.
+//! Tokenises a Rust source for the architecture rules: tokens without comments, strings and tests, and the paths in them.
 
-/// One token: an identifier with its text, or a single character of punctuation.
+/// A token: an identifier, or one punctuation character.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Token {
     /// The text.
@@ -12,7 +12,7 @@ pub struct Token {
 /// A path as the compiler would resolve it: `["crate", "plan", "state"]`, `["tokio", "net"]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImportPath {
-    /// Its parts; a leading `super` or `self` is resolved into `crate` and the module's path.
+    /// Its parts; a leading `super` or `self` is resolved to `crate` and the module's path.
     pub parts: Vec<String>,
     /// The line, from 1.
     pub line: usize,
@@ -81,7 +81,7 @@ fn end_of_comment(chars: &[char], mut at: usize) -> usize {
     at
 }
 
-/// Behind the closing quote of a string whose first character is at `at`.
+/// The index after the closing quote of a string whose first character is at `at`.
 fn end_of_string(chars: &[char], mut at: usize) -> usize {
     while at < chars.len() && chars[at] != '"' {
         at += if chars[at] == '\\' { 2 } else { 1 };
@@ -97,7 +97,7 @@ fn end_of_char(chars: &[char], at: usize) -> usize {
     end + 1
 }
 
-/// Length of a string's prefix (`r`, `br`, `b`, `c`, `cr`), 0 where no string begins. The quote or the first `#` follows it.
+/// The length of a string's prefix (`r`, `br`, `b`, `c`, `cr`); 0 without one. The quote or the first `#` follows it.
 fn string_prefix_len(chars: &[char]) -> usize {
     ["br", "cr", "r", "b", "c"]
         .into_iter()
@@ -112,7 +112,7 @@ fn string_prefix_len(chars: &[char]) -> usize {
         .map_or(0, str::len)
 }
 
-/// Behind a raw string whose hashes and quote begin at `at`.
+/// The index after a raw string whose hashes and quote begin at `at`.
 fn end_of_raw(chars: &[char], at: usize) -> usize {
     let hashes = chars[at..].iter().take_while(|c| **c == '#').count();
     let mut end = at + hashes + 1;
@@ -125,7 +125,7 @@ fn end_of_raw(chars: &[char], at: usize) -> usize {
     end
 }
 
-/// The tokens without items that only tests have: those behind `#[cfg(test)]` and `#[test]`.
+/// The tokens without test items: those after `#[cfg(test)]` and `#[test]`.
 pub fn without_tests(tokens: &[Token]) -> Vec<Token> {
     let mut kept = Vec::new();
     let mut at = 0;
@@ -141,7 +141,7 @@ pub fn without_tests(tokens: &[Token]) -> Vec<Token> {
     kept
 }
 
-/// Behind the item at `at`: its `;`, or the brace that closes its body.
+/// The index after the item at `at`: its `;`, or the closing brace of its body.
 fn end_of_item(tokens: &[Token], mut at: usize) -> usize {
     let mut depth = 0usize;
     while at < tokens.len() {
@@ -161,10 +161,10 @@ fn end_of_item(tokens: &[Token], mut at: usize) -> usize {
     at
 }
 
-/// Every path with two parts or more that the tokens name, `use` trees spread out. `module` is the path of the file's module in its crate.
+/// Every path of two or more parts, with `use` trees expanded. `module` is the path of the file's module in its crate.
 pub fn paths(tokens: &[Token], module: &[String]) -> Vec<ImportPath> {
     let mut found = Vec::new();
-    // Inline modules that are open, with the depth of their braces.
+    // Open inline modules, with their brace depth.
     let mut inline: Vec<(String, usize)> = Vec::new();
     let (mut at, mut depth) = (0, 0usize);
     while at < tokens.len() {
@@ -197,7 +197,7 @@ fn is_separator(tokens: &[Token], at: usize) -> bool {
     [at, at + 1].iter().all(|i| tokens.get(*i).is_some_and(|t| t.text == ":"))
 }
 
-/// Spreads the path or `use` tree at `at` behind `prefix` into `found`; returns the place behind it.
+/// Expands the path or `use` tree at `at` after `prefix` into `found`; returns the index after it.
 fn expand_use_tree(tokens: &[Token], mut at: usize, prefix: &[String], module: &[String], found: &mut Vec<ImportPath>) -> usize {
     let mut parts = prefix.to_vec();
     let line = tokens[at].line;
@@ -232,7 +232,7 @@ fn expand_use_tree(tokens: &[Token], mut at: usize, prefix: &[String], module: &
     }
 }
 
-/// `super` and `self` replaced by what they stand for in the module `here`.
+/// Resolves `super` and `self` in the module `module`.
 fn resolve(parts: &[String], module: &[String]) -> Vec<String> {
     let ups = parts.iter().take_while(|part| *part == "super" || *part == "self").count();
     if ups == 0 {

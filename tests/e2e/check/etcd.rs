@@ -1,4 +1,4 @@
-//! `overlayctl check etcd`: servers that fail, and clocks that differ.
+//! `overlayctl check store`: failing servers, and clock skew.
 
 use super::*;
 
@@ -15,7 +15,7 @@ async fn etcd_faults_and_clock_skew_are_found() {
         Severity::Error,
         &["etcd does not answer", "https://10.99.0.2:2379"],
     );
-    // A server whose clock is wrong: its HTTP has a date of long ago.
+    // A server with a wrong clock: its HTTP date is years ago.
     let listener = lab.open_netns("h1").run(|| std::net::TcpListener::bind("127.0.0.1:2399")).expect_ok("h1").expect_ok("a port");
     listener.set_nonblocking(true).expect_ok("a listener");
     static STOP: AtomicBool = AtomicBool::new(false);
@@ -56,7 +56,7 @@ async fn etcd_clock_skew_is_found_over_tls() {
         let made = Command::new(&script).arg(&pki).args(arguments).output().expect_ok("certs.sh");
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
     }
-    // A server whose clock is wrong, and that wants a client certificate: openssl serves whole answers out of files.
+    // A server with a wrong clock that requires a client certificate: openssl serves complete responses from files.
     fs::create_dir_all(&answers).expect_ok("a directory");
     fs::write(answers.join("version"), "HTTP/1.0 200 OK\r\nDate: Sun, 06 Nov 1994 08:49:37 GMT\r\n\r\n{}").expect_ok("an answer");
     let file = |name: &str| pki.join(name).to_string_lossy().into_owned();
@@ -99,7 +99,7 @@ async fn etcd_clock_skew_is_found_over_tls() {
         }
     })
     .await;
-    assert_eq!(clocks(given(&[])), Vec::<String>::new(), "who is refused is told no clock");
+    assert_eq!(clocks(given(&[])), Vec::<String>::new(), "no clock without a client certificate");
     let failures = process::terminate_all(&[server], process::TERM_GRACE);
     assert!(failures.is_empty(), "{failures:?}");
 }

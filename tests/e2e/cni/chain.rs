@@ -1,4 +1,4 @@
-//! In a chain with the plugins of Debian's package: each goes on from what ours has made.
+//! A chain with the plugins of Debian's package, which continue from our result.
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
@@ -15,10 +15,10 @@ use serde_json::{Value, json};
 
 use super::{dump_when_stable, endpoints, wait_unchanged};
 
-/// How long a call may take.
+/// Time limit of a call.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Says a word to whoever calls, once, inside a namespace.
+/// Answers one connection inside a namespace with a word.
 fn serve_hello_once(inside: &Netns, port: u16) -> thread::JoinHandle<()> {
     let listener = inside.run(|| TcpListener::bind(("0.0.0.0", port))).expect_ok("enter").expect_ok("bind");
     thread::spawn(move || {
@@ -28,7 +28,7 @@ fn serve_hello_once(inside: &Netns, port: u16) -> thread::JoinHandle<()> {
     })
 }
 
-/// What is said to a call from a namespace.
+/// The answer to a connection from a namespace.
 #[track_caller]
 fn read_hello(from: &Netns, to: IpAddr, port: u16) -> String {
     let output = from.run(|| {
@@ -50,7 +50,7 @@ async fn chain_with_debian_plugins_works() {
     })
     .await;
     let mut network = Network::overlay_only(&lab, "h1", "1.0.0");
-    // Published by the chained plugin, not by ours.
+    // The chained plugin publishes ports, not ours.
     network.plugins[0]["capabilities"]["portMappings"] = false.into();
     network.plugins.extend([
         json!({ "type": "portmap", "capabilities": { "portMappings": true } }),
@@ -64,21 +64,21 @@ async fn chain_with_debian_plugins_works() {
     let public = lab.status("h1").await.underlay.expect_ok("an underlay").public_ip.v4.expect_ok("IPv4");
     let attachment = Attachment::new(&lab, "h1", "c1");
     let mut before = None;
-    // Debian's plugins speak these.
+    // The versions that Debian's plugins support.
     for version in &SUPPORTED_VERSIONS[1..3] {
         network.version = (*version).to_owned();
         let result = network
             .add(&attachment)
             .unwrap_or_else(|output| panic!("{version}: `{}`: {}{}", output.command, output.stdout, output.stderr));
-        assert_eq!(result["interfaces"][1]["name"], "eth0", "ours comes first: {result}");
+        assert_eq!(result["interfaces"][1]["name"], "eth0", "our plugin is first: {result}");
         let tuned = kernel::sysctl(&lab, "h1-c1", "ipv4/conf/eth0/arp_filter");
         assert_eq!(tuned, "1", "tuning found the interface");
         let qdiscs = kernel::run(&lab, "h1", &["tc", "qdisc", "show"]);
-        assert!(qdiscs.contains("tbf"), "bandwidth found the host's end: {qdiscs}");
+        assert!(qdiscs.contains("tbf"), "bandwidth found the host side: {qdiscs}");
         let answering = serve_hello_once(&attachment.open_netns(), 80);
         assert_eq!(read_hello(&lab.open_netns("h2"), public, 8080), "hello", "from another host, by the published port");
         answering.join().unwrap_or_else(|_| panic!("the server panicked"));
-        // CHECK of Debian's portmap 1.1.1 looks for IPv4's rules in ip6tables, too, and never succeeds where that is installed.
+        // CHECK of Debian's portmap 1.1.1 also looks for IPv4 rules in ip6tables, and always fails where that is installed.
         let mut checked = network.clone();
         checked.plugins.retain(|plugin| plugin["type"] != "portmap");
         checked
@@ -88,7 +88,7 @@ async fn chain_with_debian_plugins_works() {
             .del(&attachment, &result)
             .unwrap_or_else(|output| panic!("{version}: `{}`: {}{}", output.command, output.stdout, output.stderr));
         assert!(endpoints(&lab).await.is_empty());
-        // What the others leave behind is theirs (chains of iptables); from the second round on there is no more of it.
+        // The other plugins leave iptables chains behind; from the second round on there are no new ones.
         let (host, inside) = (lab.open_netns("h1"), attachment.open_netns());
         if let Some((host_before, inside_before)) = &before {
             wait_unchanged(&format!("{version}: the host"), &host, host_before).await;
@@ -99,7 +99,7 @@ async fn chain_with_debian_plugins_works() {
     }
 }
 
-/// Behind another plugin: what it has made stays in the result, and ours is added.
+/// After another plugin: its part of the result stays, and ours is added.
 #[tokio::test(flavor = "multi_thread")]
 async fn chained_plugin_extends_previous_result() {
     let lab = TestLab::one_host(Families::V4).await;
@@ -121,15 +121,15 @@ async fn chained_plugin_extends_previous_result() {
     let count = |value: &Value, key: &str| value[key].as_array().map_or(0, Vec::len);
     assert_eq!(count(&result, "interfaces"), count(&first, "interfaces") + 2);
     assert_eq!(result["ips"][0], first["ips"][0]);
-    let place = usize::try_from(result["ips"][1]["interface"].as_u64().expect_ok("a place")).expect_ok("a place");
+    let place = usize::try_from(result["ips"][1]["interface"].as_u64().expect_ok("an index")).expect_ok("an index");
     assert_eq!(result["interfaces"][place]["name"], "eth1", "{result}");
     network.check(&attachment, &result).unwrap_or_else(|output| panic!("{}{}", output.stdout, output.stderr));
     network.del(&attachment, &result).unwrap_or_else(|output| panic!("{}{}", output.stdout, output.stderr));
     assert!(kernel::link(&lab, "h1-c1", "eth1").is_none() && kernel::link(&lab, "h1-c1", "eth0").is_some());
 }
 
-/// The overlay as the second network of a container whose first one has the default route: refused with the key as the remedy, and with that key in
-/// each version.
+/// The overlay as a second network, after one with the default route. The error names a key as the remedy; with it, ADD succeeds
+/// in each version.
 #[tokio::test(flavor = "multi_thread")]
 async fn second_network_keeps_first_default_route() {
     let lab = TestLab::up(|options| {
@@ -176,7 +176,7 @@ async fn second_network_keeps_first_default_route() {
             network.check(&attachment, &result).unwrap_or_else(|output| panic!("{version}: {}{}", output.stdout, output.stderr));
             kernel::run(&lab, "h1-c2", &["ip", "route", "delete", &routes[0].to_string()]);
             let (code, text) = parse_error(&network.check(&attachment, &result).expect_err("a route is gone"));
-            assert!(code == 103 && text.contains(&format!("there is no route to {} via", routes[0])), "{code}: {text}");
+            assert!(code == 103 && text.contains(&format!("no route to {} via", routes[0])), "{code}: {text}");
         }
         network.del(&attachment, &result).unwrap_or_else(|output| panic!("{version}: {}{}", output.stdout, output.stderr));
     }

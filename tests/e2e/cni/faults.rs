@@ -1,5 +1,4 @@
-//! What goes wrong: bad input, an agent that is away or ends in the middle, a container that dies, memories that are lost. A clear error, and
-//! nothing left behind.
+//! Failures: invalid input, a missing or restarted agent, a dying container, lost state. A clear error, and no leftovers.
 
 use std::fs;
 use std::thread;
@@ -15,7 +14,8 @@ use serde_json::{Value, json};
 
 use super::{dump_when_stable, endpoints, wait_unchanged};
 
-/// A story with one host, after its first container came and went: what comes along with the first one is there.
+/// A lab with one host after its first container was removed. The first container's lasting side effects are part of the
+/// baseline.
 async fn start_lab_with_network() -> (TestLab, Network) {
     let lab = TestLab::one_host(Families::Dual).await;
     let network = Network::overlay_only(&lab, "h1", "1.1.0");
@@ -57,7 +57,7 @@ async fn invalid_input_is_rejected() {
     config(&attachment, "name", "a/b".into(), (7, "a/b"));
     config(&attachment, "name", long.clone().into(), (7, "bytes"));
     config(&attachment, "socket", "here".into(), (7, "here"));
-    config(&attachment, "socket", plain.clone().into(), (11, "no agent answers"));
+    config(&attachment, "socket", plain.clone().into(), (11, "nothing listens"));
     config(&attachment, "ipam", serde_json::json!({ "type": "host-local" }), (2, "ipam"));
     config(
         &as_who(&|attachment| attachment.netns = "/run/netns/there-is-none".to_owned()),
@@ -104,12 +104,12 @@ async fn plugin_fails_without_agent() {
     assert!(code == 50 && text.contains("Is overlayd running?"), "{code}: {text}");
     assert_eq!(parse_error(&network.check(&known, &result).expect_err("CHECK")).0, 11);
     assert_eq!(parse_error(&network.gc(&[]).expect_err("GC")).0, 11);
-    assert_eq!(parse_error(&network.del(&known, &result).expect_err("DEL while the namespace is there")).0, 11);
+    assert_eq!(parse_error(&network.del(&known, &result).expect_err("DEL while the namespace exists")).0, 11);
     wait_unchanged("the host", &lab.open_netns("h1"), &before.0).await;
     wait_unchanged("the container", &attachment.open_netns(), &before.1).await;
-    // With the namespace the interface goes; the agent finds out by itself when it is back.
+    // Deleting the namespace deletes the interface; a returning agent notices this itself.
     Netns::delete(known.netns.rsplit_once('/').expect_ok("a name").1).expect_ok("delete");
-    network.del(&known, &result).map_err(|output| output.stdout).expect_ok("DEL of what is gone");
+    network.del(&known, &result).map_err(|output| output.stdout).expect_ok("DEL of a deleted namespace");
     lab.start_agent("h1").await;
     network.status().map_err(|output| output.stdout).expect_ok("STATUS");
     assert_eq!(endpoints(&lab).await.len(), 1, "the agent still knows it");
@@ -117,7 +117,7 @@ async fn plugin_fails_without_agent() {
     assert!(endpoints(&lab).await.is_empty());
 }
 
-/// Runs a verb beside what happens meanwhile; returns when the plugin has spoken to the agent, or has tried to.
+/// Runs a verb in the background; returns once the plugin's log shows its request to the agent.
 async fn start_in_background<T: Send + 'static>(
     lab: &TestLab,
     log_pattern: &str,
@@ -143,14 +143,14 @@ async fn agent_restart_during_verb_leaves_nothing() {
         let (network, attachment) = (network.clone(), attachment.clone());
         move || network.add(&attachment)
     };
-    // It is away when the verb begins.
+    // The agent is stopped when the verb begins.
     lab.host("h1").agent_stop(Signal::SIGKILL).expect_ok("SIGKILL");
     let running = start_in_background(&lab, "PUT /v1/endpoints/c1", add(&attachment)).await;
     lab.start_agent("h1").await;
     let result = join(running).map_err(|output| output.stdout).expect_ok("ADD");
     network.check(&attachment, &result).map_err(|output| output.stdout).expect_ok("CHECK");
 
-    // It is killed while it has the request.
+    // The agent is killed while it holds the request.
     let second = Attachment::new(&lab, "h1", "c2");
     lab.host("h1").agent().expect_ok("the agent").signal(Signal::SIGSTOP).expect_ok("SIGSTOP");
     let running = start_in_background(&lab, "PUT /v1/endpoints/c2", add(&second)).await;
@@ -160,7 +160,7 @@ async fn agent_restart_during_verb_leaves_nothing() {
     network.check(&second, &result).map_err(|output| output.stdout).expect_ok("CHECK");
     assert_eq!(endpoints(&lab).await.len(), 2);
 
-    // And so with DEL.
+    // The same with DEL.
     lab.host("h1").agent().expect_ok("the agent").signal(Signal::SIGSTOP).expect_ok("SIGSTOP");
     let running = {
         let (network, second) = (network.clone(), second.clone());
@@ -192,12 +192,12 @@ async fn container_killed_during_add_leaves_nothing() {
     wait_unchanged("the host", &lab.open_netns("h1"), &before).await;
     network.del(&attachment, &Value::Null).map_err(|output| output.stdout).expect_ok("DEL");
 
-    // The runtime itself gives up half way: its DEL finds whatever the agent has made of it.
+    // The runtime gives up half way: its DEL removes what the agent has created by then.
     let attachment = Attachment::new(&lab, "h1", "c2");
     lab.host("h1").agent().expect_ok("the agent").signal(Signal::SIGSTOP).expect_ok("SIGSTOP");
     let mut short = network.clone();
     short.plugins[0]["timeout"] = "1s".into();
-    let (code, text) = parse_error(&short.add(&attachment).expect_err("nobody answers"));
+    let (code, text) = parse_error(&short.add(&attachment).expect_err("the agent does not answer"));
     assert!(code == 11 && text.contains("did not answer in time"), "{code}: {text}");
     lab.host("h1").agent().expect_ok("the agent").signal(Signal::SIGCONT).expect_ok("SIGCONT");
     network.del(&attachment, &Value::Null).map_err(|output| output.stdout).expect_ok("DEL");
@@ -214,7 +214,7 @@ async fn del_works_after_endpoint_state_is_lost() {
     let before = (dump_when_stable(&lab.open_netns("h1")).await, dump_when_stable(&attachment.open_netns()).await);
     network.add(&attachment).map_err(|output| output.stdout).expect_ok("ADD");
     lab.host("h1").agent_stop(Signal::SIGTERM).expect_ok("SIGTERM");
-    fs::remove_file(lab.host("h1").state_dir().join("endpoints.json")).expect_ok("the agent's memory");
+    fs::remove_file(lab.host("h1").state_dir().join("endpoints.json")).expect_ok("the agent's endpoint file");
     lab.host("h1").agent_start(&[]).expect_ok("start");
     lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("ready");
     assert!(endpoints(&lab).await.is_empty());
@@ -224,7 +224,7 @@ async fn del_works_after_endpoint_state_is_lost() {
     wait_unchanged("the container", &attachment.open_netns(), &before.1).await;
 }
 
-/// A container that is lost without a DEL, and another one at once in a namespace of the same path.
+/// A container lost without DEL, and immediately another one in a namespace of the same path.
 #[tokio::test(flavor = "multi_thread")]
 async fn container_lost_without_del_frees_its_port() {
     let (lab, mut network) = start_lab_with_network().await;

@@ -1,4 +1,4 @@
-//! The specification, verb by verb, in each version that is served.
+//! The CNI specification, verb by verb, in each supported version.
 
 use overlay_agent::kernel::netns::Netns;
 use overlay_agent::model::Family;
@@ -17,7 +17,7 @@ fn is_at_least(version: &str, first: &str) -> bool {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_verb_works_in_every_version() {
     let lab = TestLab::one_host(Families::Dual).await;
-    // Modules that come with the first container bring sysctls along.
+    // Kernel modules loaded for the first container add sysctls.
     let first = Attachment::new(&lab, "h1", "first");
     let network = Network::overlay_only(&lab, "h1", "1.1.0");
     let result = network.add(&first).map_err(|output| output.stdout).expect_ok("ADD");
@@ -42,7 +42,7 @@ async fn every_verb_works_in_every_version() {
         // "If the requested interface name already exists in the container, the CNI plugin MUST return with an error."
         let (code, text) = parse_error(&network.add(&attachment).expect_err("a second ADD"));
         assert!(code == 101 && text.contains("eth0"), "{code}: {text}");
-        assert_eq!(endpoints(&lab).await, listed, "what is there stays");
+        assert_eq!(endpoints(&lab).await, listed, "the existing endpoint stays");
 
         match network.check(&attachment, &result) {
             Ok(()) => assert!(is_at_least(version, "0.4.0")),
@@ -56,9 +56,9 @@ async fn every_verb_works_in_every_version() {
                 }
             }
         }
-        assert_eq!(endpoints(&lab).await, listed, "GC keeps what is named");
+        assert_eq!(endpoints(&lab).await, listed, "GC keeps the named attachments");
 
-        // The second time nothing is there any more, and without a previous result.
+        // The second time nothing exists any more, and there is no previous result.
         network.del(&attachment, &result).unwrap_or_else(|output| panic!("{version}: {}{}", output.stdout, output.stderr));
         network.del(&attachment, &Value::Null).unwrap_or_else(|output| panic!("{version}: {}{}", output.stdout, output.stderr));
         assert!(endpoints(&lab).await.is_empty());
@@ -66,16 +66,16 @@ async fn every_verb_works_in_every_version() {
         wait_unchanged(&format!("{version}: the container"), &inside, &before.1).await;
     }
     let log = std::fs::read_to_string(lab.host("h1").dir().join("cni.log")).expect_ok("the log file");
-    for wanted in ["ADD c1", "CHECK c1", "DEL c1", "has an interface eth0 already"] {
+    for wanted in ["ADD c1", "CHECK c1", "DEL c1", "already has an interface eth0"] {
         assert!(log.contains(wanted), "{wanted} in:\n{log}");
     }
 }
 
-/// The result has what its version has, and nothing of another.
+/// Checks that the result has exactly the fields of its version.
 fn assert_result_fields(version: &str, result: &Value, attachment: &Attachment) {
     assert_eq!(result["cniVersion"], version);
     let interfaces = result["interfaces"].as_array().expect_ok("interfaces");
-    assert_eq!(interfaces.len(), 2, "the host's end and the container's: {result}");
+    assert_eq!(interfaces.len(), 2, "the host's and the container's interface: {result}");
     assert!(interfaces[0].get("sandbox").is_none() && interfaces[0]["name"].as_str().is_some_and(|n| n.starts_with("ove")));
     assert_eq!((&interfaces[1]["name"], &interfaces[1]["sandbox"]), (&json!("eth0"), &json!(attachment.netns)));
     assert_eq!(interfaces[1]["mac"].as_str().map(str::len), Some(17));
@@ -91,7 +91,7 @@ fn assert_result_fields(version: &str, result: &Value, attachment: &Attachment) 
     assert!(result["dns"].is_object());
 }
 
-/// The kernel holds what the result says.
+/// Checks that the kernel state agrees with the result.
 fn assert_kernel_matches_result(lab: &overlay_tests::TestLab, result: &Value, attachment: &Attachment) {
     let name = attachment.netns.rsplit_once("h1-").expect_ok("a container of h1").1;
     let target = format!("h1-{name}");
@@ -125,7 +125,7 @@ async fn check_reports_changes() {
         ("ip -6 route delete default", "no default route via fd"),
         ("ip link set eth0 down", "eth0 is down"),
         ("ip link set eth0 address 02:00:00:00:00:77", "has the MAC 02:00:00:00:00:77"),
-        ("ip link set eth0 down; ip link set eth0 name eth7", "eth0 is gone"),
+        ("ip link set eth0 down; ip link set eth0 name eth7", "eth0 is missing"),
     ]
     .into_iter()
     .enumerate()
@@ -142,19 +142,19 @@ async fn check_reports_changes() {
     }
     let attachment = Attachment::new(&lab, "h1", "last");
     let result = network.add(&attachment).map_err(|output| output.stdout).expect_ok("ADD");
-    // The agent's part: it has another address for it than the runtime has.
+    // The agent's part: its address differs from the runtime's.
     let mut other = result.clone();
     other["ips"][0]["address"] = "10.255.255.9/24".into();
     let output = network.check(&attachment, &other).expect_err("another result");
     assert!(
-        output.stdout.contains("which prevResult has not") && output.stdout.contains("packets from it are dropped"),
+        output.stdout.contains("which prevResult lacks") && output.stdout.contains("packets from it are dropped"),
         "{}",
         output.stdout
     );
-    // What the agent does not know, whatever the kernel holds.
+    // An attachment unknown to the agent, whatever the kernel state.
     lab.ctl("h1", &["detach", endpoints(&lab).await[0].name.as_str()]).assert_code(0);
     let output = network.check(&attachment, &result).expect_err("detached");
-    assert!(output.stdout.contains("the agent knows no endpoint"), "{}", output.stdout);
+    assert!(output.stdout.contains("the agent has no endpoint"), "{}", output.stdout);
     assert_eq!(parse_error(&network.check(&attachment, &Value::Null).expect_err("no prevResult")).0, 7);
 }
 
@@ -172,8 +172,7 @@ async fn runtime_capabilities_are_applied() {
         "bandwidth": { "ingressRate": 1000 },
     });
     let a = Attachment::new(&lab, "h1", "a");
-    let result =
-        network.add(&a).map_err(|output| output.stdout).expect_ok("ADD: a capability that is not declared is not passed on");
+    let result = network.add(&a).map_err(|output| output.stdout).expect_ok("ADD: an undeclared capability is not passed on");
     assert_eq!(result["ips"][0]["address"], format!("{}/24", nth(Family::V4, 77)));
     assert_eq!(result["ips"][1]["address"], format!("{}/64", nth(Family::V6, 0x77)));
     assert_eq!(result["interfaces"][1]["mac"], "02:00:5e:10:00:77");
@@ -183,7 +182,7 @@ async fn runtime_capabilities_are_applied() {
     assert_eq!(result["dns"], wanted);
     network.check(&a, &result).map_err(|output| output.stdout).expect_ok("CHECK");
 
-    // Of another, taken, outside; by each of the three ways.
+    // Addresses of another endpoint, addresses in use and addresses outside the subnet; by each of the three ways.
     network.runtime = json!({});
     let mut b = Attachment::new(&lab, "h1", "b");
     let mut refused = |network: &Network, arguments: &str, wanted: (u64, &str)| {
@@ -208,7 +207,7 @@ async fn runtime_capabilities_are_applied() {
         (&json!(format!("{free}/24")), &json!("02:00:5e:10:00:78"))
     );
 
-    // Ports on both wildcards, on one that is missing here, and one twice: as runtimes send them.
+    // Ports on both wildcards, without the matching family, and duplicates: as runtimes send them.
     let d = Attachment::new(&lab, "h1", "d");
     let mapping = |ip: &str| json!({ "hostPort": 8080, "containerPort": 80, "protocol": "tcp", "hostIP": ip });
     network.runtime = json!({ "portMappings": [mapping("0.0.0.0"), mapping("::"), mapping(""), mapping("")] });
@@ -216,13 +215,13 @@ async fn runtime_capabilities_are_applied() {
     network.check(&d, &result).map_err(|output| output.stdout).expect_ok("CHECK");
     network.del(&d, &result).map_err(|output| output.stdout).expect_ok("DEL");
 
-    // A limit that nothing would keep is refused by name.
+    // A limit that nothing would enforce is rejected by name.
     let c = Attachment::new(&lab, "h1", "c");
     network.plugins[0]["capabilities"]["bandwidth"] = true.into();
     network.runtime = json!({ "bandwidth": { "ingressRate": 1000, "ingressBurst": 1000, "egressRate": 0, "egressBurst": 0 } });
     let (code, text) = parse_error(&network.add(&c).expect_err("bandwidth"));
     assert!(code == 2 && text.contains("bandwidth") && text.contains("1000"), "{code}: {text}");
-    assert_eq!(endpoints(&lab).await.len(), 2, "nothing is left of what failed");
+    assert_eq!(endpoints(&lab).await.len(), 2, "failed attachments leave nothing");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -230,23 +229,24 @@ async fn gc_removes_unknown_attachments() {
     let lab = TestLab::one_host(Families::V4).await;
     let network = Network::overlay_only(&lab, "h1", "1.1.0");
     let other = Network { name: "overlay2".to_owned(), ..network.clone() };
-    let who: Vec<Attachment> = ["a", "b", "c", "d"].iter().map(|name| Attachment::new(&lab, "h1", name)).collect();
-    for attachment in &who[..3] {
+    let attachments: Vec<Attachment> = ["a", "b", "c", "d"].iter().map(|name| Attachment::new(&lab, "h1", name)).collect();
+    for attachment in &attachments[..3] {
         network.add(attachment).map_err(|output| output.stdout).expect_ok("ADD");
     }
     let second = Attachment { interface: "eth1".to_owned(), ..Attachment::new(&lab, "h1", "e") };
     network.add(&second).map_err(|output| output.stdout).expect_ok("ADD of eth1");
-    other.add(&who[3]).map_err(|output| output.stdout).expect_ok("ADD to another network");
+    other.add(&attachments[3]).map_err(|output| output.stdout).expect_ok("ADD to another network");
     lab.ctl("h1", &["attach", "person"]).assert_code(0);
-    // One whose namespace is gone already.
-    Netns::delete(who[2].netns.rsplit_once('/').expect_ok("a name").1).expect_ok("delete");
+    // One with a deleted namespace.
+    Netns::delete(attachments[2].netns.rsplit_once('/').expect_ok("a name").1).expect_ok("delete");
     network
-        .gc(&[&who[0], &Attachment { interface: "eth0".to_owned(), ..second.clone() }])
+        .gc(&[&attachments[0], &Attachment { interface: "eth0".to_owned(), ..second.clone() }])
         .map_err(|output| output.stdout)
         .expect_ok("GC");
     let left: Vec<String> = endpoints(&lab).await.into_iter().map(|e| e.owner.unwrap_or_default()).collect();
-    let owner = |network: &str, who: &Attachment| format!("cni/{network}/{}/{}", who.container, who.interface);
-    let mut wanted = vec![String::new(), owner("overlay", &who[0]), owner("overlay2", &who[3])];
+    let owner =
+        |network: &str, attachment: &Attachment| format!("cni/{network}/{}/{}", attachment.container, attachment.interface);
+    let mut wanted = vec![String::new(), owner("overlay", &attachments[0]), owner("overlay2", &attachments[3])];
     wanted.sort();
     assert_eq!(
         {
@@ -258,7 +258,7 @@ async fn gc_removes_unknown_attachments() {
     );
     network.gc(&[]).map_err(|output| output.stdout).expect_ok("GC of all");
     assert_eq!(endpoints(&lab).await.len(), 2);
-    // What to keep is not said: nothing is removed.
+    // Without a list of valid attachments nothing is removed.
     let output = other.exec_own_plugin("GC", &other.config(&other.plugins[0], &[]).to_string());
     assert_eq!(parse_error(&output).0, 7);
     assert_eq!(endpoints(&lab).await.len(), 2);

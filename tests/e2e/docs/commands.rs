@@ -1,4 +1,4 @@
-//! Every command on the pages: our own programs take it, and something runs it.
+//! Every command of the pages: our programs accept it, and a test runs it.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -8,20 +8,20 @@ use overlay_tests::doc_page::{self, Block, RunTarget};
 use overlay_tests::shell;
 use overlayctl::cmd::Cli;
 
-/// The page whose sections the stories `tutorial_*` run.
+/// The page whose sections the `tutorial_*` tests run.
 const TUTORIAL: &str = "docs/tutorial.md";
 
-/// A word that stands for what is left out.
+/// A placeholder for omitted words.
 const PLACEHOLDER: &str = "...";
 
 fn blocks(page: &str) -> Vec<Block> {
     doc_page::blocks(&doc_page::page_text(page)).unwrap_or_else(|error| panic!("{page}:{error}"))
 }
 
-/// What is wrong with a command line of ours; `None` for one that is well, or is another program's.
+/// The error of one of our command lines; `None` for a valid one, or another program's.
 fn command_error(words: &[String]) -> Option<String> {
     let program = words.first()?.rsplit('/').next()?;
-    // What a function is called with is not known here.
+    // A function's arguments are unknown here.
     if words.iter().any(|word| word.starts_with("$1") || word.starts_with("$2")) {
         return inline_command_error(&words.iter().map(String::as_str).collect::<Vec<_>>());
     }
@@ -31,7 +31,7 @@ fn command_error(words: &[String]) -> Option<String> {
     };
     match program {
         "overlayctl" => {
-            // What runs inside is a command line of its own.
+            // The inner command is a command line of its own.
             let inner = words.iter().position(|word| word == "--").and_then(|at| command_error(&words[at + 1..]));
             inner.or_else(|| parse(Cli::command(), words))
         }
@@ -64,7 +64,7 @@ fn documented_command_lines_parse() {
     assert!(seen > 100, "{seen} command lines");
 }
 
-/// What is wrong with a command line of ours that stands in a sentence: there it may lack arguments, and words in capitals stand for values.
+/// The error of one of our command lines within a sentence. It may lack arguments, and capital words stand for values.
 fn inline_command_error(words: &[&str]) -> Option<String> {
     let mut command = match words.first()?.rsplit('/').next()? {
         "overlayctl" => Cli::command(),
@@ -75,7 +75,7 @@ fn inline_command_error(words: &[&str]) -> Option<String> {
     let mut note = |command: &Command| flags.extend(command.get_arguments().filter_map(|a| a.get_long()).map(str::to_owned));
     note(&command);
     let mut at = 1;
-    // Options may stand before the subcommand.
+    // Options may precede the subcommand.
     while let Some(word) = words.get(at) {
         if let Some(found) = command.find_subcommand(word).cloned() {
             command = found;
@@ -122,7 +122,7 @@ fn inline_commands_parse() {
     assert!(seen > 60, "{seen} command lines");
 }
 
-/// The lines of a block as a script has them: whole, without `sudo` and remarks.
+/// The lines of a block in a script's form: complete, without `sudo` and trailing comments.
 fn normalized_lines(commands: &str) -> Vec<String> {
     let whole = commands.replace("\\\n", " ");
     let bare = whole.lines().map(|line| line.split_once("  #").map_or(line, |(line, _)| line));
@@ -130,7 +130,7 @@ fn normalized_lines(commands: &str) -> Vec<String> {
     bare.filter(|line| !line.is_empty() && !line.starts_with('#')).collect()
 }
 
-/// What is wrong with a script's claim to run a block.
+/// The first line of a block that a script lacks, although the page says that it runs the block.
 fn missing_line(script: &str, page: &str, block: &Block) -> Option<String> {
     let text = script.split_whitespace().collect::<Vec<_>>().join(" ");
     if text.contains(&format!("documented {page} \"{}\"", block.section)) {
@@ -139,16 +139,16 @@ fn missing_line(script: &str, page: &str, block: &Block) -> Option<String> {
     normalized_lines(&block.commands).into_iter().find(|line| !text.contains(line.as_str()))
 }
 
-/// A page's stories: `Page::open_sockets("PAGE"` in `tests/e2e`.
+/// The sources in `tests/e2e`, for the search for `DocPage::open("PAGE"`.
 fn e2e_sources() -> String {
     let entries = fs::read_dir(doc_page::repo_root().join("tests/e2e")).expect("tests/e2e");
     let paths = entries.map(|entry| entry.expect("an entry").path()).filter(|path| path.is_file());
-    paths.map(|path| fs::read_to_string(path).expect("a story")).collect()
+    paths.map(|path| fs::read_to_string(path).expect("a readable source")).collect()
 }
 
 #[test]
 fn every_command_block_is_run() {
-    let stories = e2e_sources();
+    let sources = e2e_sources();
     let mut bad = Vec::new();
     let mut seen = 0;
     for page in doc_page::page_paths().iter().filter(|page| *page != TUTORIAL) {
@@ -159,13 +159,11 @@ fn every_command_block_is_run() {
                 .iter()
                 .all(|words| matches!(words.as_slice(), [cargo, test, ..] if cargo == "cargo" && test == "test"));
             match &block.target {
-                // Tests themselves: that there are such is looked at above.
+                // Commands that run tests: their existence is checked above.
                 None if own => {}
-                None => bad.push(format!(
-                    "{place}: nothing says where this is run: put `<!-- on MACHINE -->` or `<!-- as in FILE -->` above it"
-                )),
-                Some(RunTarget::Hosts { .. }) if !stories.contains(&format!("Page::open(\"{page}\"")) => {
-                    bad.push(format!("{place}: no story has Page::open(\"{page}\""));
+                None => bad.push(format!("{place}: no run target: put `<!-- on MACHINE -->` or `<!-- as in FILE -->` above it")),
+                Some(RunTarget::Hosts { .. }) if !sources.contains(&format!("Page::open(\"{page}\"")) => {
+                    bad.push(format!("{place}: no test has DocPage::open(\"{page}\""));
                 }
                 Some(RunTarget::Hosts { .. }) => {}
                 Some(RunTarget::Script(file)) => match fs::read_to_string(doc_page::repo_root().join(file)) {

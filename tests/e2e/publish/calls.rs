@@ -1,4 +1,4 @@
-//! Servers that answer each caller with the address that they see, and calls of them.
+//! Servers that answer each caller with its source address, and calls to them.
 
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -10,17 +10,17 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, UdpSocket};
 use tokio::task::JoinSet;
 
-/// How long a call may take: a SYN that was lost is sent again after one second and three (RFC 6298).
+/// Time limit of a call: a lost SYN is retransmitted after one and three seconds (RFC 6298).
 const CALL_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// How one calls.
+/// The protocol of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Protocol {
     Tcp,
     Udp,
 }
 
-/// Serves ports of a namespace, of every address, until it is dropped.
+/// Serves ports on every address of a namespace until dropped.
 pub fn serve(netns: &Netns, ports: &[(Protocol, u16)]) -> JoinSet<()> {
     let mut tasks = JoinSet::new();
     for (protocol, port) in ports {
@@ -52,7 +52,7 @@ fn bind_nonblocking_udp(at: SocketAddr) -> io::Result<std::net::UdpSocket> {
     Ok(socket)
 }
 
-/// Each line that a caller writes is answered, so that a connection can be seen to go on.
+/// Answers each line of a caller, so that a test can check that its connection still works.
 async fn serve_tcp(listener: TcpListener) {
     let mut callers = JoinSet::new();
     loop {
@@ -94,7 +94,7 @@ impl Connection {
         Ok(Connection(socket.connect(to).await.map_err(|error| error.to_string())?))
     }
 
-    /// Asks once: the address that the server sees.
+    /// Sends a line; returns the source address that the server sees.
     pub async fn ask(&mut self) -> Result<IpAddr, String> {
         let mut buffer = [0; 64];
         let asked = async {
@@ -114,12 +114,12 @@ fn parse_address(reply: &[u8]) -> Result<IpAddr, String> {
     text.trim().parse().map_err(|error| format!("`{text}`: {error}"))
 }
 
-/// Calls from a namespace: the address that the server sees. Over UDP the answer counts only from the address that was called.
+/// Calls from a namespace; returns the source address that the server sees. A UDP answer must come from the called address.
 pub async fn observe_source(from: &Netns, to: SocketAddr, protocol: Protocol) -> Result<IpAddr, String> {
     observe_source_within(from, to, protocol, CALL_TIMEOUT).await
 }
 
-/// The same, with another limit.
+/// The same with another time limit.
 pub async fn observe_source_within(from: &Netns, to: SocketAddr, protocol: Protocol, limit: Duration) -> Result<IpAddr, String> {
     let called = async {
         match protocol {

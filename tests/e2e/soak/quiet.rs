@@ -1,4 +1,4 @@
-//! The quiet points: everything that must be true once all faults have ended.
+//! The checkpoints: invariants that hold once all faults have ended.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -13,9 +13,9 @@ use overlayctl::lab::check;
 
 use super::{AttachKind, HOSTS, SERVICE_PORT, STABLE_HOST, Soak};
 
-/// Open files that an agent may have more than at its first quiet point: connections that come and go.
+/// Open files of an agent beyond those at its first checkpoint: temporary connections.
 const MAX_EXTRA_FILES: usize = 12;
-/// Anonymous memory that it may have more, in kB.
+/// Growth limit of its anonymous memory, in kB.
 const MAX_EXTRA_KIB: u64 = 4 << 10;
 
 /// Open files and anonymous memory (kB) of an agent.
@@ -26,7 +26,7 @@ pub struct ProcessSize {
 }
 
 impl Soak {
-    /// Ends what lasts, waits until all agents are well, and looks at everything.
+    /// Ends the current fault, waits until all agents are healthy, and checks all invariants.
     pub async fn check_invariants(&mut self) {
         self.end_fault().await;
         self.steps.push("quiet".to_owned());
@@ -41,20 +41,20 @@ impl Soak {
         self.assert_no_growth().await;
     }
 
-    /// Every agent is ready, has every peer, and nothing waits for another try.
+    /// Waits until every agent is ready and has every peer, without pending retries.
     async fn wait_converged(&self) {
         let peers = self.containers_by_host.len() - 1 + self.peers.len();
         let well = |s: &Status| s.ready && s.store.connected && s.data_path.peers == peers && s.data_path.failed.is_empty();
         for host in self.containers_by_host.keys() {
             self.lab
                 .host(host)
-                .wait_status(2 * READY_TIMEOUT, &format!("{host} has not {peers} peers"), well)
+                .wait_status(2 * READY_TIMEOUT, &format!("{host} does not have {peers} peers"), well)
                 .await
                 .expect_ok(host);
         }
     }
 
-    /// A host whose lease was another's for a moment has moved: its containers are attached anew, as an operator would.
+    /// A host that lost its subnet to another one has moved. Its containers are attached again, as an operator would.
     async fn reattach_moved_containers(&mut self) {
         for host in HOSTS.into_iter().filter(|host| self.containers_by_host.contains_key(host)).collect::<Vec<_>>() {
             let subnet = self.lab.status(host).await.lease.expect_ok("a lease").subnet;
@@ -68,7 +68,7 @@ impl Soak {
                 let name = endpoint.name.as_str();
                 let kind = self.containers_by_host[host][name];
                 self.detach_named(host, name).await;
-                self.attach_as(host, name, kind).await.expect_ok("attach anew");
+                self.attach_as(host, name, kind).await.expect_ok("attach again");
             }
         }
     }
@@ -76,12 +76,12 @@ impl Soak {
     async fn assert_full_reachability(&self) {
         let report = check::check(&self.lab).await.expect_ok("check");
         let bad: Vec<_> = report.overlay.iter().chain(&report.egress).filter(|call| call.error.is_some()).collect();
-        assert!(bad.is_empty() && report.ok, "calls went wrong: {bad:#?} {:?}", report.remarks);
+        assert!(bad.is_empty() && report.ok, "calls failed: {bad:#?} {:?}", report.remarks);
         let containers: usize = self.containers_by_host.keys().map(|host| self.addressed_containers(host)).sum();
         assert_eq!(report.containers.len(), containers, "{:?}", report.containers);
     }
 
-    /// From the world outside, by each address of the host.
+    /// Checks published ports from outside, by each address of the host.
     async fn assert_published_ports(&self) {
         let world = self.lab.open_netns("world");
         for (host, containers) in &self.containers_by_host {
@@ -91,7 +91,7 @@ impl Soak {
                 // One socket for both families.
                 let server =
                     inside.run(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, SERVICE_PORT))).expect_ok("enter").expect_ok("serve");
-                server.set_nonblocking(true).expect_ok("a server that does not wait");
+                server.set_nonblocking(true).expect_ok("a nonblocking server");
                 for (_, address) in self.lab.host(host).layout().addresses.iter() {
                     let to = SocketAddr::new(*address, *port);
                     let call = || world.run(|| TcpStream::connect_timeout(&to, CONVERGE_TIMEOUT)).expect_ok("enter");
@@ -101,14 +101,14 @@ impl Soak {
                     assert_eq!(
                         caller.port(),
                         stream.local_addr().expect_ok("an address").port(),
-                        "{name} by {to}: another's call"
+                        "{name} by {to}: a call of another client"
                     );
                 }
             }
         }
     }
 
-    /// Namespaces, endpoints, ports, leases: those that there should be and no others. Hosts that left are as they were.
+    /// Checks namespaces, endpoints, ports and leases: no more and no fewer than expected. Hosts that left are as before.
     async fn assert_no_leftovers(&self) {
         let layout = self.lab.layout();
         let mut wanted: BTreeSet<String> = ["net", "world", "e1", "e2", "e3"].iter().map(|name| layout.namespace(name)).collect();
@@ -132,7 +132,7 @@ impl Soak {
         let leases = etcd::leases(&self.lab);
         assert_eq!(leases.len(), self.containers_by_host.len() + self.peers.len(), "leases: {leases:#?}");
         for host in HOSTS.iter().filter(|host| !self.containers_by_host.contains_key(*host)) {
-            eventually("a host that left is as it was", READY_TIMEOUT, || {
+            eventually("a host that left has its initial state", READY_TIMEOUT, || {
                 let changes = NetnsDump::of(&self.lab.open_netns(host)).changes_since(&self.initial_dumps[host]);
                 if changes.is_empty() { Ok(()) } else { Err(format!("{host}:\n{changes}")) }
             })
@@ -140,7 +140,7 @@ impl Soak {
         }
     }
 
-    /// Growth is what is left after the agent gave unused memory back, which it does a second after its last batch.
+    /// Checks growth after the agent has returned unused memory, one second after its last batch.
     async fn assert_no_growth(&mut self) {
         for host in self.containers_by_host.keys() {
             let pid = self.lab.host(host).agent().expect_ok("an agent").pid;
@@ -148,13 +148,13 @@ impl Soak {
             eventually(&format!("open files and memory of {host}"), CONVERGE_TIMEOUT, || {
                 let now = process_size(pid);
                 let grown = now.files > first.files + MAX_EXTRA_FILES || now.memory_kib > first.memory_kib + MAX_EXTRA_KIB;
-                if grown { Err(format!("{first:?} at the first quiet point, now {now:?}")) } else { Ok(()) }
+                if grown { Err(format!("{first:?} at the first checkpoint, now {now:?}")) } else { Ok(()) }
             })
             .await;
         }
     }
 
-    /// How the agent that stays has grown, for people.
+    /// The growth of the agent that is never restarted, as text.
     pub fn growth(&self) -> String {
         let pid = self.lab.host(STABLE_HOST).agent().expect_ok("an agent").pid;
         format!("{STABLE_HOST}: {:?}, at first {:?}", process_size(pid), self.sizes.get(&pid))

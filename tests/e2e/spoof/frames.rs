@@ -1,4 +1,4 @@
-//! The frames: each with its name and with what must become of it.
+//! The test frames, each with its name and expected outcome.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -7,18 +7,18 @@ use overlay_tests::packet_builder::{
 };
 use overlay_tests::rules::link_local;
 
-/// What must become of a frame.
+/// The expected outcome of a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ExpectedOutcome {
-    /// It comes to the other end.
+    /// It reaches the receiver.
     Delivered,
-    /// It does not, and is counted under this reason.
+    /// It is dropped and counted under this reason.
     Dropped(&'static str),
 }
 
 use ExpectedOutcome::{Delivered, Dropped};
 
-/// Who sends, or whose name is used.
+/// A sender, or a spoofed one.
 #[derive(Debug, Clone, Copy)]
 pub struct Station {
     pub mac: Mac,
@@ -33,7 +33,7 @@ const ROUTER_SOLICITATION: u8 = 133;
 const SOLICITATION: u8 = 135;
 const ADVERTISEMENT: u8 = 136;
 const REDIRECT: u8 = 137;
-/// The options source and target link-layer address.
+/// The options source and target link-layer address (RFC 4861 section 4.6).
 const SOURCE_MAC: u8 = 1;
 const TARGET_MAC: u8 = 2;
 
@@ -47,7 +47,7 @@ fn option(kind: u8, mac: Mac) -> Vec<u8> {
     [[kind, 1].as_slice(), &mac].concat()
 }
 
-/// Flags or nothing, a target, options: what solicitations and advertisements have behind the checksum.
+/// The body of solicitations and advertisements after the checksum: flags or zero, a target, options.
 fn nd_message_body(flags: u8, target: IpAddr, options: &[u8]) -> Vec<u8> {
     [&[flags, 0, 0, 0], packet_builder::octets(target).as_slice(), options].concat()
 }
@@ -57,7 +57,7 @@ fn udp(to: Mac, from: Mac, source: (IpAddr, u16), destination: (IpAddr, u16)) ->
     ip_frame(to, from, &packet)
 }
 
-/// A DHCP server's offers, with its own addresses.
+/// Offers of a DHCP server with its own addresses.
 fn dhcp_offers(sender: Station, receiver: Station) -> TestFrames {
     let broadcast = parse("255.255.255.255");
     vec![
@@ -76,7 +76,7 @@ fn dhcp_offers(sender: Station, receiver: Station) -> TestFrames {
     ]
 }
 
-/// What only a router says.
+/// Messages that only a router sends.
 fn router_messages(sender: Station, receiver: Station) -> TestFrames {
     let local = link_local(sender.mac);
     let redirect = [&[0; 4], packet_builder::octets(local).as_slice(), &packet_builder::octets(receiver.v6)].concat();
@@ -88,24 +88,24 @@ fn router_messages(sender: Station, receiver: Station) -> TestFrames {
             "a router solicitation",
             ip_frame(ALL_NODES, sender.mac, &icmpv6(local, parse("ff02::1"), ROUTER_SOLICITATION, &[0; 4])),
         ),
-        named("a router advertisement behind a VLAN tag", {
+        named("a router advertisement after a VLAN tag", {
             let plain = router_advertisement(sender.mac, parse("2001:db8:bad::"));
             [&plain[..12], &[0x81, 0, 0, 5], &plain[12..]].concat()
         }),
-        named("a router advertisement behind another header", {
+        named("a router advertisement after another header", {
             let message = packet_builder::icmpv6_message(local, parse("ff02::1"), ROUTER_ADVERTISEMENT, &[0; 12]);
             ip_frame(ALL_NODES, sender.mac, &with_destination_options(local, parse("ff02::1"), &message))
         }),
     ]
 }
 
-/// An ICMPv6 message behind a header of destination options (RFC 8200 section 4.6), which holds padding.
+/// An ICMPv6 message after a destination options header (RFC 8200 section 4.6) with padding.
 fn with_destination_options(source: IpAddr, destination: IpAddr, message: &[u8]) -> Vec<u8> {
     let padding = [packet_builder::ICMPV6, 0, 1, 4, 0, 0, 0, 0];
     packet_builder::ip(source, destination, 60, &[padding.as_slice(), message].concat())
 }
 
-/// What an endpoint may send whatever its checks say: its own.
+/// Frames that an endpoint may always send: with its own addresses.
 fn legitimate_frames(sender: Station, receiver: Station) -> TestFrames {
     let local = link_local(sender.mac);
     let named = |name: &str, frame| (name.to_owned(), frame, Delivered);
@@ -160,7 +160,7 @@ fn legitimate_frames(sender: Station, receiver: Station) -> TestFrames {
     ]
 }
 
-/// What pretends: addresses and MACs of others.
+/// Spoofed frames: with foreign addresses and MACs.
 fn forged_frames(sender: Station, receiver: Station, far: Station, gateway: Station) -> TestFrames {
     let local = link_local(sender.mac);
     let mut all: TestFrames = Vec::new();
@@ -171,12 +171,12 @@ fn forged_frames(sender: Station, receiver: Station, far: Station, gateway: Stat
         ("the gateway", gateway.v4),
         ("the world", parse("192.0.2.1")),
         ("loopback", parse("127.0.0.1")),
-        ("nobody", parse("0.0.0.0")),
+        ("the unspecified address", parse("0.0.0.0")),
         ("a far container in IPv6", far.v6),
         ("the gateway in IPv6", gateway.v6),
         ("the world in IPv6", parse("2001:db8::1")),
         ("the neighbour's link-local address", link_local(receiver.mac)),
-        ("nobody in IPv6", parse("::")),
+        ("the unspecified IPv6 address", parse("::")),
     ] {
         let destination = if address.is_ipv4() { receiver.v4 } else { receiver.v6 };
         add(format!("source of {whose}"), udp(receiver.mac, sender.mac, (address, 9), (destination, 9)));
@@ -199,7 +199,9 @@ fn forged_frames(sender: Station, receiver: Station, far: Station, gateway: Stat
             ),
         );
     }
-    for (whose, address) in [("a far container", far.v4), ("the gateway", gateway.v4), ("nobody", parse("0.0.0.0"))] {
+    for (whose, address) in
+        [("a far container", far.v4), ("the gateway", gateway.v4), ("the unspecified address", parse("0.0.0.0"))]
+    {
         for (word, operation) in [("request", 1), ("answer", 2)] {
             let output = packet_builder::arp(operation, (sender.mac, address), (receiver.mac, receiver.v4));
             add(format!("ARP {word} for {whose}"), packet_builder::frame(receiver.mac, sender.mac, ARP, &output));
@@ -242,7 +244,7 @@ fn forged_frames(sender: Station, receiver: Station, far: Station, gateway: Stat
         &nd_message_body(0x20, far.v6, &option(TARGET_MAC, sender.mac)),
     );
     add(
-        "advertisement behind another header".to_owned(),
+        "advertisement after another header".to_owned(),
         ip_frame(receiver.mac, sender.mac, &with_destination_options(sender.v6, receiver.v6, &message)),
     );
     add("a frame of no known protocol".to_owned(), packet_builder::frame(receiver.mac, sender.mac, 0x88cc, &[0; 50]));
@@ -252,13 +254,13 @@ fn forged_frames(sender: Station, receiver: Station, far: Station, gateway: Stat
     );
     let inner = packet_builder::udp(SocketAddr::new(far.v4, 9), SocketAddr::new(receiver.v4, 9), b"made by hand");
     let tagged = [[0, 5, 0x08, 0].as_slice(), &inner].concat();
-    add("a forged source behind a VLAN tag".to_owned(), packet_builder::frame(receiver.mac, sender.mac, 0x8100, &tagged));
+    add("a forged source after a VLAN tag".to_owned(), packet_builder::frame(receiver.mac, sender.mac, 0x8100, &tagged));
     let twice = [[0, 5, 0x81, 0].as_slice(), &tagged].concat();
-    add("a forged source behind two VLAN tags".to_owned(), packet_builder::frame(receiver.mac, sender.mac, 0x88a8, &twice));
+    add("a forged source after two VLAN tags".to_owned(), packet_builder::frame(receiver.mac, sender.mac, 0x88a8, &twice));
     all
 }
 
-/// For an endpoint whose source is checked.
+/// Frames for an endpoint with source check.
 pub fn frames_with_source_check(sender: Station, receiver: Station, far: Station, gateway: Station) -> TestFrames {
     let parts = [
         legitimate_frames(sender, receiver),
@@ -269,7 +271,7 @@ pub fn frames_with_source_check(sender: Station, receiver: Station, far: Station
     parts.into_iter().flatten().collect()
 }
 
-/// For one whose source is not checked: its addresses and MACs are its own affair; to be a router or a DHCP server is not.
+/// Frames for one without source check. Its addresses and MACs are free; router and DHCP server messages are not.
 pub fn frames_without_source_check(sender: Station, receiver: Station, far: Station) -> TestFrames {
     let stranger = [2, 0, 0, 0, 0, 0x77];
     let virtual_mac = [0, 0, 0x5e, 0, 1, 7];

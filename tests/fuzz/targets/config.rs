@@ -1,4 +1,4 @@
-//! The network's configuration.
+//! Fuzzes the network configuration.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! An entry below `<prefix>/subnets/`: the last part of its key, a line end, its value.
+//! Fuzzes an entry below `<prefix>/subnets/`: its key's last part, a newline, its value.
 
 #![no_main]
 

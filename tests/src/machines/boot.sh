@@ -1,14 +1,14 @@
 #!/bin/bash
-# The first process of a machine of a page, in namespaces of its own (network, mounts, processes, host name): files that are written in /etc, /root and /var
-# lie in memory and go with it; /run is its own.
+# The init process of a host for a documentation page, in its own namespaces (network, mounts, processes, host name). Files
+# written to /etc, /root, /var and /usr are in memory and vanish with it; /run is its own.
 #
-#   boot.sh NAME PROGRAMS: PROGRAMS is a directory that stands first in the search path
+#   boot.sh NAME PROGRAMS: PROGRAMS is a directory that comes first in the search path
 set -euo pipefail
 name=$1 programs=$2
 mount --make-rprivate /
 hostname "$name"
 mount -t tmpfs tmpfs /mnt
-# What stands in /run is the machine's own; programs may lie there.
+# /run is replaced below, and PROGRAMS may be inside it.
 mkdir /mnt/programs
 cp "$programs"/* /mnt/programs/
 for dir in etc root var usr; do
@@ -20,10 +20,10 @@ mount -t sysfs sysfs /sys
 mkdir -p /run/machine /etc/overlayd
 cp /mnt/programs/* /usr/local/sbin/
 ip link set lo up
-# As systemd does, so that a group may ping.
+# As systemd does, so that unprivileged users may ping.
 echo "0 2147483647" >/proc/sys/net/ipv4/ping_group_range
 touch /run/machine/ready
-# What is left behind by others is collected, as a first process has to.
+# An init process has to reap orphaned processes.
 trap : CHLD
 while :; do
     sleep 1000 &

@@ -1,4 +1,4 @@
-//! A made-up agent behind the socket.
+//! A fake backend.
 
 use std::sync::Mutex;
 

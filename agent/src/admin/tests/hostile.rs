@@ -1,4 +1,4 @@
-//! What clients do that should not: the others must not notice.
+//! Misbehaving clients must not affect other clients.
 
 use super::*;
 
@@ -16,7 +16,7 @@ async fn oversized_body_is_rejected() {
     for head in ["content-length: 99999999999", "transfer-encoding: chunked"] {
         let mut stream = agent.connect().await;
         stream.write_all(format!("PUT /v1/endpoints/a HTTP/1.1\r\nhost: x\r\n{head}\r\n\r\n").as_bytes()).await.unwrap();
-        // As much as is taken; the agent closes long before the end.
+        // The agent closes the connection long before the last chunk.
         let chunk = format!("10000\r\n{}\r\n", "x".repeat(0x10000));
         for _ in 0..64 {
             if stream.write_all(chunk.as_bytes()).await.is_err() {
@@ -48,7 +48,7 @@ async fn garbage_is_rejected_and_agent_keeps_serving() {
     ];
     for bytes in garbage {
         let mut stream = agent.connect().await;
-        // The agent may close before all of it is written.
+        // The agent may close before all bytes are written.
         let _ = stream.write_all(bytes).await;
         let answer = read_all(&mut stream).await;
         assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 4"), "{answer}");
@@ -64,7 +64,7 @@ async fn idle_connections_are_bounded_and_time_out() {
     for _ in 0..1000 {
         idle.push(agent.connect().await);
     }
-    // Those for whom there is no room are told so or closed; all the others stay silent.
+    // Connections above the limit get a 503 or are closed; the others stay silent.
     let mut closed = 0;
     for stream in &mut idle {
         let mut byte = [0; 1];
@@ -72,7 +72,7 @@ async fn idle_connections_are_bounded_and_time_out() {
         closed += usize::from(read.is_ok());
     }
     assert!(closed >= 700, "{closed} closed");
-    // Once the idle ones are given up, all is as before, though their clients are still there.
+    // After the idle timeout the agent serves again, although the idle clients still exist.
     let began = Instant::now();
     loop {
         let mut stream = agent.connect().await;
@@ -94,7 +94,7 @@ async fn idle_connections_are_bounded_and_time_out() {
 #[tokio::test]
 async fn slow_clients_time_out_without_blocking_others() {
     let agent = Agent::start_with_limits(SHORT_LIMITS);
-    // One that trickles its head, one that trickles its body, one whose handler hangs, one that does not read a large answer.
+    // Four slow clients: a trickled head, a trickled body, a hanging handler, an unread large response.
     let mut head = agent.connect().await;
     head.write_all(b"GET /v1/st").await.unwrap();
     let mut body = agent.connect().await;
@@ -109,11 +109,11 @@ async fn slow_clients_time_out_without_blocking_others() {
     unread.write_all(b"GET /v1/subnets HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
     let began = Instant::now();
     assert_eq!(agent.get("/healthz").await.0, 200);
-    // Less than the slow ones have: nobody waited for them.
+    // Less than the slow clients' timeouts: this request did not wait for them.
     assert!(began.elapsed() < SHORT_LIMITS.header_timeout);
 
     let (status, text) = split_response(&read_all(&mut hangs).await);
-    assert!(status == 504 && text.contains("it may still be done"), "{status} {text}");
+    assert!(status == 504 && text.contains("it may still complete"), "{status} {text}");
     assert!(read_all(&mut body).await.starts_with("HTTP/1.1 504"));
     assert_eq!(split_response(&read_all(&mut head).await).0, 0, "closed without an answer, or with a refusal");
     tokio::time::sleep(Duration::from_millis(900)).await;
@@ -128,7 +128,7 @@ async fn shutdown_waits_for_requests_up_to_deadline() {
     let mut hangs = agent.connect().await;
     let text = "PUT /v1/endpoints/slow HTTP/1.1\r\nhost: x\r\ncontent-length: 14\r\n\r\n{\"netns\":\"/a\"}";
     hangs.write_all(text.as_bytes()).await.unwrap();
-    // Answered, so the one before has been accepted.
+    // This answer proves that the connection before was accepted.
     assert_eq!(agent.get("/healthz").await.0, 200);
     let began = Instant::now();
     agent.shut_down().await;

@@ -1,4 +1,4 @@
-//! Containers are wired, all or nothing.
+//! Attaching containers is idempotent, and all or nothing.
 
 use super::support::*;
 use crate::kernel::netns::{Netns, named_path};
@@ -32,11 +32,11 @@ fn attach_and_detach_are_idempotent() {
         let port_manager: PortManager = host.kernel.port_manager();
         let spec = port_spec(&container);
         let error = port_manager.attach_port(&spec).await.expect_err("no bridge yet");
-        assert!(error.message.contains("bridge ovb.1 is not there"), "{error}");
+        assert!(error.message.contains("bridge ovb.1 does not exist"), "{error}");
         host.create_devices().await;
         host.drain_events().await;
         let before = netns_state(&container.netns);
-        port_manager.attach_port(&spec).await.expect("plugged");
+        port_manager.attach_port(&spec).await.expect("attached");
         host.expect_no_events().await;
         let inside = netns_state(&container.netns);
         for part in [
@@ -58,13 +58,13 @@ fn attach_and_detach_are_idempotent() {
         assert!(host.dump().await.contains_key(&Key::Link("ove1".into())));
 
         port_manager.attach_port(&spec).await.expect("again");
-        assert_eq!(netns_state(&container.netns), inside, "nothing was made anew");
+        assert_eq!(netns_state(&container.netns), inside, "nothing was recreated");
         host.expect_no_events().await;
         container.netns.run(|| run("ip address del 10.244.0.2/24 dev eth0")).expect("inside");
         port_manager.attach_port(&spec).await.expect("repaired");
         assert!(netns_state(&container.netns).contains("10.244.0.2/24"));
 
-        port_manager.detach_port("ove1").await.expect("unplugged");
+        port_manager.detach_port("ove1").await.expect("detached");
         port_manager.detach_port("ove1").await.expect("again");
         assert_eq!(netns_state(&container.netns), before, "the namespace is as it was");
         host.expect_no_events().await;
@@ -89,7 +89,7 @@ fn second_interface_gets_overlay_routes_only() {
         assert!(error.message.contains("--no-default-route") && error.message.contains("\"isDefaultGateway\": false"), "{error}");
         let networks = ["10.244.0.0/16", "fd00:244::/56"].map(|text| text.parse::<Cidr>().expect(text));
         spec.routes = networks.into_iter().zip([ip("10.244.0.1"), ip("fd00:244::1")]).collect();
-        port_manager.attach_port(&spec).await.expect("plugged");
+        port_manager.attach_port(&spec).await.expect("attached");
         assert_eq!(port_manager.check_port(&spec), Ok(None));
         let inside = netns_state(&container.netns);
         for part in [
@@ -101,10 +101,10 @@ fn second_interface_gets_overlay_routes_only() {
         }
         assert!(!inside.contains("default via 10.244") && !inside.contains("default via fd00"), "{inside}");
         port_manager.attach_port(&spec).await.expect("again");
-        assert_eq!(netns_state(&container.netns), inside, "nothing was made anew");
+        assert_eq!(netns_state(&container.netns), inside, "nothing was recreated");
         for (route, wanted) in [
-            ("ip route del 10.244.0.0/16", "the route to 10.244.0.0/16 via 10.244.0.1 is not there"),
-            ("ip -6 route del fd00:244::/56", "the route to fd00:244::/56 via fd00:244::1 is not there"),
+            ("ip route del 10.244.0.0/16", "the route to 10.244.0.0/16 via 10.244.0.1 is missing"),
+            ("ip -6 route del fd00:244::/56", "the route to fd00:244::/56 via fd00:244::1 is missing"),
         ] {
             change(route);
             assert_eq!(port_manager.check_port(&spec), Ok(Some(wanted.to_owned())));
@@ -113,7 +113,7 @@ fn second_interface_gets_overlay_routes_only() {
         }
         assert!(netns_state(&container.netns).contains("default via 192.0.2.1 dev eth0"));
 
-        // A second one on the same overlay.
+        // A second interface on the same overlay.
         let mut second = port_spec(&container);
         (second.interface, second.host_interface, second.mac) = ("eth2".to_owned(), "ove2".to_owned(), Mac([2, 0, 0, 0, 2, 3]));
         second.addresses = ["10.244.0.3/24", "fd00:244::3/64"].map(|text| text.parse().expect(text)).to_vec();
@@ -134,15 +134,15 @@ fn link_query_reads_current_port_state() {
         let mut port =
             LinkState { kind: LinkKind::Port, mac: None, mtu: spec.mtu, up: true, master: Some(bridge()), hairpin: true };
         assert_eq!(host.kernel.get_link("ove1").await, Ok(None));
-        host.kernel.port_manager().attach_port(&spec).await.expect("plugged");
+        host.kernel.port_manager().attach_port(&spec).await.expect("attached");
         host.apply(&vec![Op::Set(Key::Link("ove1".into()), Value::Link(Box::new(port.clone())))]).await;
         host.drain_events().await;
 
         run("ip link set ove1 mtu 1300");
         port.mtu = 1300;
-        let link = host.kernel.get_link("ove1").await.expect("looked").expect("a port");
+        let link = host.kernel.get_link("ove1").await.expect("read").expect("a port");
         assert_eq!(LinkState { mac: None, ..link }, port);
-        // What was told meanwhile is known by now.
+        // The query has updated the cache, so the pending link event is not reported.
         host.expect_no_events().await;
     });
 }
@@ -185,7 +185,7 @@ fn failed_attach_leaves_nothing() {
         assert!(!port_manager.netns_exists(&gone.netns) && port_manager.netns_exists(&port_spec(&container).netns));
         run("ip link add ove1 type bridge");
         let error = port_manager.attach_port(&port_spec(&container)).await.expect_err("a foreign interface");
-        assert!(error.message.contains("is not ours"), "{error}");
+        assert!(error.message.contains("is not managed by overlayd"), "{error}");
         assert!(port_manager.detach_port("ove1").await.is_err());
     });
 }
@@ -208,12 +208,12 @@ fn attach_to_full_bridge_names_kernel_limit() {
         run(&format!("ip -batch {}", file.path().display()));
         let before = netns_state(&container.netns);
         let error = host.kernel.port_manager().attach_port(&port_spec(&container)).await.expect_err("the bridge is full");
-        assert!(error.message.contains("all of the 1023 ports that the kernel gives it: detach containers"), "{error}");
+        assert!(error.message.contains("bridge uses all 1023 ports that the kernel allows: detach containers"), "{error}");
         assert_eq!((netns_state(&container.netns), run("ip -o link").contains("ove1")), (before, false));
     });
 }
 
-/// Those who know the addresses' last MAC replace it, though none of them sends anything.
+/// Neighbours replace an address's old MAC although neither container sends anything.
 #[test]
 fn attach_with_new_mac_updates_neighbours() {
     let [neighbour, first, second] = ["ctrnear", "ctrfirst", "ctrsecond"].map(TestNetns::new);
@@ -226,15 +226,15 @@ fn attach_with_new_mac_updates_neighbours() {
             addresses: vec!["10.244.0.9/24".parse().expect("address"), "fd00:244::9/64".parse().expect("address")],
             ..port_spec(&neighbour)
         };
-        port_manager.attach_port(&near).await.expect("plugged");
-        port_manager.attach_port(&port_spec(&first)).await.expect("plugged");
+        port_manager.attach_port(&near).await.expect("attached");
+        port_manager.attach_port(&port_spec(&first)).await.expect("attached");
         let ping = || ["10.244.0.2", "fd00:244::2"].map(|address| run(&format!("ping -c 1 -W 2 {address}")));
         let neighbours = || ["-4", "-6"].map(|family| run(&format!("ip {family} neigh show"))).concat();
         ping();
         neighbour.netns.run(ping).expect("inside");
 
-        port_manager.detach_port("ove1").await.expect("unplugged");
-        port_manager.attach_port(&PortSpec { mac: Mac([2, 0, 0, 0, 2, 3]), ..port_spec(&second) }).await.expect("plugged");
+        port_manager.detach_port("ove1").await.expect("detached");
+        port_manager.attach_port(&PortSpec { mac: Mac([2, 0, 0, 0, 2, 3]), ..port_spec(&second) }).await.expect("attached");
         let end = std::time::Instant::now() + std::time::Duration::from_secs(1);
         loop {
             let tables = [neighbours(), neighbour.netns.run(neighbours).expect("inside")];

@@ -1,4 +1,4 @@
-//! Links, addresses, sysctls: set, read back, changed in place, refused.
+//! Links, addresses and sysctls are set, read back, changed in place and refused.
 
 use super::support::*;
 use crate::kernel::KernelOptions;
@@ -12,7 +12,7 @@ use crate::plan::{DataPath, Key, Op, Value};
 #[test]
 fn setting_devices_is_idempotent() {
     on_host("devices", KernelOptions::default(), async |host| {
-        assert!(host.dump().await.keys().all(|key| matches!(key, Key::Sysctl(_))), "nothing of ours at first");
+        assert!(host.dump().await.keys().all(|key| matches!(key, Key::Sysctl(_))), "no state of ours at first");
         let batch = devices(host.underlay);
         for _ in 0..2 {
             host.apply(&batch).await;
@@ -63,7 +63,7 @@ fn link_changes_in_place_when_possible() {
         settings.port = 4789;
         host.apply(&vec![set_link(vxlan(Family::V4), wanted.clone())]).await;
         assert_eq!(link_of(host.dump().await.get(&key)), wanted);
-        assert_ne!(number(&before), number(&run("ip -o link show ovx.1")), "a port cannot be changed: made again");
+        assert_ne!(number(&before), number(&run("ip -o link show ovx.1")), "the UDP port cannot be changed in place: recreated");
         host.expect_no_events().await;
     });
 }
@@ -89,7 +89,7 @@ fn foreign_link_with_own_name_is_refused() {
         let message = of("ovx.1", 0);
         assert_eq!(
             message,
-            "interface ovx.1 exists and is not ours (kind bridge, no alias `overlayd`): remove or rename it: ip link delete ovx.1"
+            "interface ovx.1 exists and is not managed by overlayd (kind bridge, no alias `overlayd`): remove or rename it: ip link delete ovx.1"
         );
         assert_eq!(of("ovx.1", 1), message, "nor is it deleted");
         assert!(of("ovb.1", 0).contains("kind veth"));
@@ -125,7 +125,7 @@ fn vxlan_conflict_error_names_the_cause() {
         let mut large = vxlan_link(Family::V4, host.underlay);
         large.mtu = 70_000;
         let report = host.kernel.apply(&vec![set_link(vxlan(Family::V4), large)]).await;
-        assert!(report.failed[0].1.message.contains("is MTU 70000 more than"), "{:?}", report.failed);
+        assert!(report.failed[0].1.message.contains("MTU 70000 may be more than"), "{:?}", report.failed);
     });
 }
 
@@ -139,7 +139,7 @@ fn port_is_changed_but_never_created() {
         assert_eq!(report.failed[0].1.errno, libc::ENODEV);
         run("ip link add ove0 type veth peer name inner");
         let report = host.kernel.apply(&set).await;
-        assert!(report.failed[0].1.message.contains("is not ours"), "{:?}", report.failed);
+        assert!(report.failed[0].1.message.contains("is not managed by overlayd"), "{:?}", report.failed);
         run("ip link set ove0 alias overlayd");
         host.apply(&set).await;
         let is = link_of(host.dump().await.get(&Key::Link("ove0".into())));
@@ -156,7 +156,7 @@ fn sysctls_are_written_and_read_back() {
         host.apply(&vec![set(&key, "1"), set(&other, "2")]).await;
         let state = host.dump().await;
         assert_eq!(state.get(&key), Some(&Value::Sysctl("1".into())));
-        assert_eq!(state.get(&other), Some(&Value::Sysctl("2".into())), "what was written is read from then on");
+        assert_eq!(state.get(&other), Some(&Value::Sysctl("2".into())), "a written sysctl is read from then on");
         assert_eq!(state.get(&Key::Sysctl(sysctls::IPV6_FORWARD.into())), Some(&Value::Sysctl("0".into())));
         host.expect_no_events().await;
         let report = host.kernel.apply(&vec![set(&Key::Sysctl("ipv4/none".into()), "1"), set(&other, "0")]).await;

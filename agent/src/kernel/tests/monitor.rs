@@ -1,4 +1,4 @@
-//! What others change is reported, what we change is not.
+//! The monitor reports changes by other processes, and none of our own.
 
 use netlink_packet_core::NetlinkHeader;
 
@@ -85,14 +85,14 @@ fn pausing_entry_events_requires_resync() {
         run(&format!("ip neigh del {first} dev {device}"));
         host.expect_no_events().await;
         drop(pause_guard);
-        host.wait_for_resync("most peers went").await;
+        host.wait_for_resync("most peers were removed").await;
         host.drain_events().await;
         run(&format!("ip neigh del {second} dev {device}"));
-        assert_eq!(host.wait_for_change(&Key::Neigh(*device, *second)).await, None, "it is heard again");
+        assert_eq!(host.wait_for_change(&Key::Neigh(*device, *second)).await, None, "events are resumed");
     });
 }
 
-/// What is applied to the kernel is heard of all the same where it is little: most of the peers that go are not.
+/// Removing a few peers pauses no entry events; removing most of them does.
 #[test]
 fn removing_most_peers_pauses_entry_events() {
     on_host("leave", KernelOptions::default(), async |host| {
@@ -100,20 +100,20 @@ fn removing_most_peers_pauses_entry_events() {
         let batch = peers(Family::V4, 0..1200, true);
         host.apply(&batch).await;
         host.drain_events().await;
-        // Of some that go each is told apart: all that is left is not read for them.
+        // Removing fewer than half of the peers causes no full read.
         host.apply(&deletions(&peers(Family::V4, 0..550, true))).await;
         host.expect_no_events().await;
         host.apply(&deletions(&peers(Family::V4, 550..1150, true))).await;
-        host.wait_for_resync("most peers went").await;
+        host.wait_for_resync("most peers were removed").await;
         let left = host.dump().await.keys().filter(|key| matches!(key, Key::Neigh(..))).count();
         assert_eq!(left, 50);
-        // Those whose other entries go with their device.
+        // Only routes and next hops are deleted explicitly; the other entries go with their device.
         let batch = peers(Family::V4, 0..600, true);
         host.apply(&batch).await;
         host.drain_events().await;
         let deleted_explicitly = |op: &Op| matches!(op.key(), Key::Route(_) | Key::Nexthop(_));
         host.apply(&deletions(&batch).into_iter().filter(deleted_explicitly).collect()).await;
-        host.wait_for_resync("most peers went").await;
+        host.wait_for_resync("most peers were removed").await;
     });
 }
 
@@ -130,7 +130,7 @@ fn fdb_changes_during_pause_are_found() {
         run(&format!("bridge fdb del {first} dev {device}"));
         run(&format!("bridge fdb replace {second} dev {device} dst 10.99.66.6 self permanent"));
         run("bridge fdb add 02:66:66:66:66:66 dev ovx.1 dst 10.99.66.7 self permanent");
-        // All else is heard the while.
+        // Other events still arrive.
         run("ip link set ovb.1 mtu 1301");
         let bridge = Key::Link("ovb.1".into());
         match host.events.recv().await.expect("an event") {
@@ -150,13 +150,13 @@ fn fdb_changes_during_pause_are_found() {
             KernelEvent::Changed(changes) => assert_eq!(changes, wanted),
             other => panic!("{other:?}"),
         }
-        // And from then on they are heard again.
+        // Later FDB events arrive again.
         run("bridge fdb del 02:66:66:66:66:66 dev ovx.1");
         assert_eq!(host.wait_for_change(&stranger).await, None);
     });
 }
 
-/// What the core of a kernel before 6.13 tells of an FDB entry that was set or removed, behind the device's own event.
+/// The second event of a set or removed FDB entry, which rtnetlink's core sends after the device's own before Linux 6.13.
 fn rtnl_fdb_notification(kind: u16, index: u32, key: &Key) -> (NetlinkHeader, Vec<u8>) {
     let mut buffer = Vec::new();
     assert!(peer_messages::write_delete(&mut buffer, 0, index, key), "{key}");
@@ -219,7 +219,7 @@ fn external_link_and_address_changes_are_reported() {
 
         run("ip link delete ovb.1");
         assert_eq!(host.wait_for_change(&Key::Link("ovb.1".into())).await, None);
-        host.wait_for_resync("of ours went").await;
+        host.wait_for_resync("link of ours was removed").await;
         host.drain_events().await;
         run("ip link delete ovx.1");
         assert_eq!(host.wait_for_change(&key).await, None);
@@ -280,7 +280,7 @@ fn external_interface_sysctl_changes_are_reported() {
     });
 }
 
-/// The kernel tells only that addresses go.
+/// The kernel reports only the removal of the addresses.
 #[test]
 fn external_ipv6_disable_is_reported() {
     on_host("noipv6", KernelOptions::default(), async |host| {
@@ -329,7 +329,7 @@ fn rule_changes_during_pause_are_found() {
         let pause_guard = host.kernel.subscriptions.pause(vec![EventClass::Rules(generation)]);
         run("nft delete table inet overlayd");
         host.expect_no_events().await;
-        // An earlier number counts as long as nobody has looked.
+        // An earlier number counts until the monitor has taken it.
         let generation = host.kernel.shared.lock().await.nft.foreign_generation().expect("a number");
         drop(host.kernel.subscriptions.pause(vec![EventClass::Rules(generation)]));
         drop(pause_guard);
@@ -337,7 +337,7 @@ fn rule_changes_during_pause_are_found() {
         host.apply(&tables()).await;
         host.drain_events().await;
         run("nft delete table bridge overlayd");
-        assert_eq!(host.wait_for_change(&Key::Ruleset(Table::Bridge)).await, None, "they are heard again");
+        assert_eq!(host.wait_for_change(&Key::Ruleset(Table::Bridge)).await, None, "events are resumed");
     });
 }
 
@@ -357,7 +357,7 @@ fn host_network_changes_are_reported() {
         ] {
             run(command);
             loop {
-                // Device eth0's MTU may bring the VXLAN devices' along.
+                // The MTU of eth0 may change that of the VXLAN devices.
                 match host.next_event().await {
                     KernelEvent::HostNetworkChanged => break,
                     KernelEvent::Changed(_) => {}

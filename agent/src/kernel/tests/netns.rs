@@ -1,4 +1,4 @@
-//! Namespaces and the verbs of set-up.
+//! Namespaces, and the operations of [`NetnsBuilder`] in them.
 
 use std::fs;
 use std::net::{TcpListener, TcpStream};
@@ -19,10 +19,10 @@ fn namespace_is_created_entered_and_deleted() {
     let inside = scratch.netns.run(|| Netns::current().expect("inside")).expect("run");
     assert!(inside.is_same(&scratch.netns).expect("same"));
     assert!(!before.is_same(&scratch.netns).expect("same"));
-    assert!(before.is_same(&Netns::current().expect("own")).expect("same"), "the caller stays where it was");
-    let inside = scratch.netns.run_in_place(|| Netns::current().expect("inside")).expect("visit");
+    assert!(before.is_same(&Netns::current().expect("own")).expect("same"), "the caller stays in its namespace");
+    let inside = scratch.netns.run_in_place(|| Netns::current().expect("inside")).expect("run in place");
     assert!(inside.is_same(&scratch.netns).expect("same"));
-    assert!(before.is_same(&Netns::current().expect("own")).expect("same"), "a visitor comes back");
+    assert!(before.is_same(&Netns::current().expect("own")).expect("same"), "the thread has returned");
     let links = scratch.netns.run(|| run("ip -br link")).expect("run");
     assert!(links.starts_with("lo") && links.contains("UP"), "{links}");
 
@@ -62,7 +62,7 @@ fn panic_inside_namespace_reaches_caller() {
     let caught = |work: &dyn Fn()| std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err();
     assert!(caught(&|| scratch.netns.run(|| panic!("inside")).expect("entered")));
     assert!(caught(&|| scratch.netns.run_in_place(|| panic!("inside")).expect("entered")));
-    assert!(before.is_same(&Netns::current().expect("own")).expect("same"), "a visitor comes back");
+    assert!(before.is_same(&Netns::current().expect("own")).expect("same"), "the thread has returned");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The entries that grow with the number of peers: through the batch writer and back.
+//! Peers' entries are written by the batch writer and read back.
 
 use super::support::*;
 use crate::kernel::KernelOptions;
@@ -29,18 +29,18 @@ fn set_and_delete_peers(what: &str, options: KernelOptions, count: u32) {
                 let is = peer_entries(host.dump().await);
                 let wanted = state_of(&batch);
                 assert_eq!(is.len(), wanted.len(), "{family}");
-                assert!(is == wanted, "{family}: what is read is what was set");
+                assert!(is == wanted, "{family}: read and set entries are equal");
             }
             host.expect_no_events().await;
             let gone = deletions(&batch);
             host.apply(&gone).await;
             assert_eq!(peer_entries(host.dump().await), State::new());
             if many {
-                host.wait_for_resync("most peers went").await;
+                host.wait_for_resync("most peers were removed").await;
             }
             host.apply(&gone).await;
             if many {
-                host.wait_for_resync("most peers went").await;
+                host.wait_for_resync("most peers were removed").await;
                 host.drain_events().await;
             }
             host.expect_no_events().await;
@@ -116,7 +116,7 @@ fn failed_op_is_reported_and_batch_continues() {
     });
 }
 
-/// Many elements are written beside the entries that follow them, and all that is refused of both is told in order.
+/// Many elements and the entries that follow are applied in parallel; the failures of both are reported in order.
 #[test]
 fn elements_and_entries_apply_in_parallel() {
     on_host("beside", KernelOptions::default(), async |host| {
@@ -133,7 +133,7 @@ fn elements_and_entries_apply_in_parallel() {
             let [a, b] = n.to_be_bytes();
             let peer =
                 Element::Peer(PeerPair::new(IpAddr::from([198, 18, a, b]), IpAddr::from([10, a, b, 0])).expect("one family"));
-            // There is no such set where containers' packets are masqueraded.
+            // This set does not exist if containers' packets are masqueraded.
             let host = Element::Host(IpAddr::from([198, 18, a, b]));
             Op::Set(Key::Element(if n == 7 { host } else { peer }), Value::Element(None))
         };
@@ -171,7 +171,7 @@ fn missing_device_fails_set_but_not_delete() {
         let batch = peers(Family::V4, 0..3, true);
         let report = host.kernel.apply(&batch).await;
         assert_eq!(report.failed.len(), batch.len());
-        assert!(report.failed[0].1.message.contains("ovx.1 is not there"), "{:?}", report.failed);
+        assert!(report.failed[0].1.message.contains("device ovx.1 does not exist"), "{:?}", report.failed);
         host.apply(&deletions(&batch)).await;
     });
 }
@@ -194,7 +194,8 @@ fn foreign_route_is_neither_listed_nor_removed() {
     });
 }
 
-/// A peer's route and the unreachable one of the same range are two entries: each goes by itself, and the peer's is taken.
+/// A peer's route and the unreachable route to the same range are separate entries. Each is removed by itself, and the kernel
+/// uses the peer's.
 #[test]
 fn peer_route_takes_precedence_over_unreachable_route() {
     on_host("unreachable", KernelOptions::default(), async |host| {
@@ -210,14 +211,14 @@ fn peer_route_takes_precedence_over_unreachable_route() {
                     host.apply(&both).await;
                     assert!(peer_entries(host.dump().await) == state_of(&both), "{family}");
                     let found = host.kernel.route_to(range.base()).await.expect("an answer");
-                    assert!(found.is_some_and(|index| index != host.underlay), "{family}: the peer's route is taken: {found:?}");
+                    assert!(found.is_some_and(|index| index != host.underlay), "{family}: the peer's route is used: {found:?}");
                     host.apply(&deletions(&unreachable)).await;
                     assert!(peer_entries(host.dump().await) == state_of(&batch), "{family}: the peer's stays");
                     host.apply(&unreachable).await;
                     host.apply(&deletions(&batch)).await;
                     assert!(peer_entries(host.dump().await) == state_of(&unreachable), "{family}: the unreachable one stays");
                     assert_eq!(host.kernel.route_to(range.base()).await.expect("an answer"), None, "{family}");
-                    // With nothing of a peer's left to remove.
+                    // Delete the peer's entries once more when none is left.
                     host.apply(&deletions(&batch)).await;
                     assert!(peer_entries(host.dump().await) == state_of(&unreachable), "{family}: the unreachable one stays");
                     host.apply(&deletions(&unreachable)).await;
@@ -226,7 +227,7 @@ fn peer_route_takes_precedence_over_unreachable_route() {
                 host.apply(&unreachable).await;
                 let (key, flag) = (Key::Unreachable(range), if family == Family::V4 { "-4" } else { "-6" });
                 run(&format!("ip {flag} route replace blackhole {range} metric 4294967295"));
-                assert_eq!(host.wait_for_change(&key).await, None, "{family}: one of others in its place");
+                assert_eq!(host.wait_for_change(&key).await, None, "{family}: replaced by a foreign route");
                 host.apply(&unreachable).await;
                 assert!(peer_entries(host.dump().await) == state_of(&unreachable), "{family}: it is replaced");
                 run(&format!("ip {flag} route delete unreachable {range} metric 4294967295"));

@@ -1,4 +1,4 @@
-//! The connection of `rtnetlink`: what it makes, what it says when it is refused, and that its end is noticed.
+//! The `rtnetlink` connection: its changes, the kernel's error messages, and the detection of its end.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ fn request_on_closed_connection_fails() {
         assert_eq!(rtnl.link_index("lo").await, Ok(LOOPBACK_IFINDEX));
         let closed = rtnl.closed();
         rtnl.abort();
-        timeout(CLOSE_TIMEOUT, closed).await.expect("its end is told");
+        timeout(CLOSE_TIMEOUT, closed).await.expect("its end is signalled");
         assert_eq!(rtnl.delete_link(99).await.map_err(|e| e.errno), Err(libc::EPIPE));
         assert_eq!(rtnl.link_index("lo").await.map_err(|e| e.errno), Err(libc::EPIPE));
     });
@@ -43,7 +43,7 @@ fn kernel_error_carries_ext_ack_message() {
         let rtnl = Rtnl::open().expect("a connection");
         let destination = "10.9.0.0/16".parse().expect("cidr");
         let nowhere = route(Some(destination), Some(ip("10.8.0.1")), None, RouteProtocol::Static);
-        let error = rtnl.replace_route(nowhere).await.expect_err("a gateway that cannot be reached");
+        let error = rtnl.replace_route(nowhere).await.expect_err("the gateway is unreachable");
         assert_eq!((error.errno, error.detail.as_str()), (libc::ENETUNREACH, "Nexthop has invalid gateway"));
     });
 }

@@ -1,4 +1,4 @@
-//! Namespaces for tests, removed also when a test fails, and a host in one of them.
+//! Network namespaces for tests, removed even if a test fails, and a host in one of them.
 
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -25,7 +25,7 @@ impl TestNetns {
     pub fn new(what: &str) -> TestNetns {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
         let name = format!("ovt-{what}-{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
-        let netns = Netns::create(&name).unwrap_or_else(|e| panic!("these tests make network namespaces: {e}"));
+        let netns = Netns::create(&name).unwrap_or_else(|e| panic!("these tests create network namespaces: {e}"));
         TestNetns { name, netns }
     }
 
@@ -43,12 +43,12 @@ impl TestNetns {
 impl Drop for TestNetns {
     fn drop(&mut self) {
         if let Err(error) = Netns::delete(&self.name) {
-            eprintln!("left behind: {error}");
+            eprintln!("cannot delete network namespace: {error}");
         }
     }
 }
 
-/// Runs a command in the namespace of the calling thread and gives what it prints.
+/// Runs a command in the namespace of the calling thread and returns its output.
 pub fn run(command: &str) -> String {
     let mut words = command.split_whitespace();
     let program = words.next().expect("a command");
@@ -77,7 +77,7 @@ pub fn on_host(what: &str, options: KernelOptions, test: impl AsyncFnOnce(&mut H
     on_host_with_monitor(what, options, |_| (), test);
 }
 
-/// The same, with the monitor changed before it runs.
+/// Like [`on_host`], but `configure` changes the monitor before it runs.
 pub fn on_host_with_monitor(
     what: &str,
     options: KernelOptions,
@@ -112,7 +112,7 @@ fn on_host_in(
         let mut host = Host { kernel, events, monitor, underlay };
         host.drain_events().await;
         test(&mut host).await;
-        assert!(!host.monitor.is_finished(), "the monitor runs on");
+        assert!(!host.monitor.is_finished(), "the monitor still runs");
     });
 }
 
@@ -121,7 +121,7 @@ impl Host {
     pub async fn apply(&mut self, batch: &Batch) {
         let report = self.kernel.apply(batch).await;
         assert!(report.failed.is_empty(), "{:?}", report.failed);
-        // The agent's monitor runs beside, on another thread.
+        // The agent's monitor runs on another thread; here it needs a yield.
         tokio::task::yield_now().await;
     }
 
@@ -129,7 +129,7 @@ impl Host {
         self.kernel.dump().await.expect("a dump")
     }
 
-    /// Makes all devices with their addresses.
+    /// Creates all devices with their addresses.
     pub async fn create_devices(&mut self) {
         let batch = devices(self.underlay);
         self.apply(&batch).await;
@@ -138,10 +138,10 @@ impl Host {
     /// The next event, within two seconds.
     pub async fn next_event(&mut self) -> KernelEvent {
         let next = tokio::time::timeout(Duration::from_secs(2), self.events.recv()).await;
-        next.expect("an event within two seconds").expect("the monitor is there")
+        next.expect("an event within two seconds").expect("the monitor runs")
     }
 
-    /// The changes of the next events until they hold the key; also whether `Stale` came meanwhile.
+    /// Waits for the next change of the key and returns its new value.
     pub async fn wait_for_change(&mut self, key: &Key) -> Option<Value> {
         for _ in 0..50 {
             if let KernelEvent::Changed(changes) = self.next_event().await
@@ -153,7 +153,7 @@ impl Host {
         panic!("50 events without {key}");
     }
 
-    /// Waits for a `Stale` whose reason holds the text.
+    /// Waits for a `ResyncNeeded` event whose reason contains the text.
     pub async fn wait_for_resync(&mut self, text: &str) {
         for _ in 0..50 {
             if let KernelEvent::ResyncNeeded { reason } = self.next_event().await
@@ -162,16 +162,16 @@ impl Host {
                 return;
             }
         }
-        panic!("50 events without Stale ({text})");
+        panic!("50 events without ResyncNeeded ({text})");
     }
 
-    /// Nothing more happens for a while.
+    /// Asserts that no event arrives for 150 ms.
     pub async fn expect_no_events(&mut self) {
         let next = tokio::time::timeout(Duration::from_millis(150), self.events.recv()).await;
         assert!(next.is_err(), "unexpected: {next:?}");
     }
 
-    /// Takes what has happened, until it is quiet.
+    /// Discards events until none arrives for 100 ms.
     pub async fn drain_events(&mut self) {
         while tokio::time::timeout(Duration::from_millis(100), self.events.recv()).await.is_ok() {}
     }
@@ -231,7 +231,7 @@ pub fn devices(underlay: u32) -> Batch {
     batch
 }
 
-/// The entries of the peers with these numbers, kind after kind.
+/// The entries of the peers with these numbers, grouped by kind.
 pub fn peers(family: Family, numbers: std::ops::Range<u32>, nexthops: bool) -> Batch {
     let device = vxlan(family);
     let mut kinds: [Batch; 4] = Default::default();
@@ -244,7 +244,7 @@ pub fn peers(family: Family, numbers: std::ops::Range<u32>, nexthops: bool) -> B
                 (IpAddr::from([0xfd00, 0x245, high, low, 0, 0, 0, 0]), 64, IpAddr::from([0xfd99, 0, 0, 0, 0, 0, high, low]))
             }
         };
-        // IPv4 subnets are single addresses here, so that a byte more counts.
+        // IPv4 subnets are single addresses here, so that one more byte numbers the peers.
         let mac = Mac([2, 1, 0, a, b, c]);
         let id = NEXTHOP_IDS.start + n * 2 + u32::from(family == Family::V6);
         kinds[0].push(Op::Set(Key::Fdb(device, mac), Value::Fdb(public)));
@@ -261,7 +261,7 @@ pub fn peers(family: Family, numbers: std::ops::Range<u32>, nexthops: bool) -> B
     kinds.concat()
 }
 
-/// What a batch of `AddSet` makes.
+/// The state that a batch of `Set` ops creates.
 pub fn state_of(batch: &Batch) -> State {
     let entry = |op: &Op| match op {
         Op::Set(key, value) => (key.clone(), value.clone()),
@@ -270,7 +270,7 @@ pub fn state_of(batch: &Batch) -> State {
     batch.iter().map(entry).collect()
 }
 
-/// The ops that remove what a batch makes, in reverse.
+/// The ops that remove all entries of a batch, in reverse.
 pub fn deletions(batch: &Batch) -> Batch {
     state_of(batch).into_iter().rev().map(|(key, value)| Op::Delete(key, value)).collect()
 }

@@ -1,4 +1,4 @@
-//! `GET /v1/mesh`: how this host reaches each other host, over the overlay and over the underlay.
+//! `GET /v1/mesh`: reachability of each peer over the overlay and the underlay.
 
 use std::net::IpAddr;
 
@@ -6,54 +6,54 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::Cidr;
 
-/// One host's row of the mesh.
+/// Reachability of all peers from one host.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mesh {
-    /// The host that probes.
+    /// The probing host.
     pub node: String,
-    /// Seconds between two probes of a peer, as asked for; 0 where probing is off.
+    /// Configured seconds between two probes of a peer; 0 if probing is off.
     pub interval_seconds: u64,
-    /// Why nothing is probed although it should be; absent where all is well.
+    /// Why probing is enabled but does not work; absent if it works.
     pub error: Option<String>,
-    /// Every peer, by its subnet; those that have gone behind them.
+    /// All peers, ordered by subnet; departed ones last.
     pub peers: Vec<MeshEntry>,
 }
 
-/// One peer, one element a family.
+/// One family of a peer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MeshEntry {
     /// The peer's range.
     pub subnet: Cidr,
     /// The host's name; absent for a flannel host.
     pub host: Option<String>,
-    /// What the two paths come to.
+    /// Summary of the two paths.
     pub state: Reachability,
-    /// To the peer's VTEP, through the tunnel.
+    /// The path to the peer's VTEP, through the tunnel.
     pub overlay: PathView,
-    /// To the peer's public IP.
+    /// The path to the peer's public IP.
     pub underlay: PathView,
-    /// Seconds since the epoch since when its lease is gone; absent while it is there.
+    /// Seconds since the epoch at which its lease was removed; absent while the lease exists.
     pub gone_since: Option<u64>,
 }
 
-/// What probes of one path say.
+/// Probe results of one path.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PathView {
-    /// The address that is probed.
+    /// The probed address.
     pub address: IpAddr,
-    /// Probes that were answered or given up, the last 16 at the most.
+    /// Number of completed probes, answered or timed out; at most the last 16.
     pub probes: u32,
-    /// Those of them that were not answered.
+    /// Number of those without a reply.
     pub lost: u32,
-    /// Round trip of the last answer in microseconds.
+    /// Round-trip time of the last reply in microseconds.
     pub last_micros: Option<u64>,
-    /// The mean of the last answers, each counting an eighth, in microseconds (RFC 6298).
+    /// Smoothed round-trip time in microseconds, each reply weighted 1/8 (RFC 6298).
     pub mean_micros: Option<u64>,
-    /// Why the last probe could not even be sent.
+    /// Why the last probe could not be sent.
     pub error: Option<String>,
 }
 
-/// How a peer is reached. The order is the one of concern.
+/// Reachability of a peer, ordered by ascending severity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Reachability {
@@ -61,20 +61,20 @@ pub enum Reachability {
     Ok,
     /// Not probed yet.
     Unknown,
-    /// The overlay answers, the underlay does not: something there drops ICMP.
+    /// Only the overlay answers: the underlay drops ICMP.
     UnderlaySilent,
-    /// Both answer, and some probes are lost.
+    /// Both paths answer, but some probes are lost.
     Lossy,
-    /// Its lease is gone: it has left.
+    /// Its lease was removed: it has left.
     Gone,
-    /// The underlay answers, the overlay does not: the tunnel is at fault.
+    /// Only the underlay answers: the tunnel is broken.
     OverlayDown,
-    /// Neither answers, and its lease is there.
+    /// Neither path answers, but the lease exists.
     Unreachable,
 }
 
 impl Reachability {
-    /// As a word.
+    /// The name in JSON.
     pub const fn as_str(self) -> &'static str {
         match self {
             Reachability::Ok => "ok",

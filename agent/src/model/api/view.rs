@@ -1,4 +1,4 @@
-//! `GET /v1/network`: an overlay network as this host has it, with what the kernel holds of it.
+//! `GET /v1/network`: the overlay network on this host, with the kernel's state of it.
 
 use std::net::IpAddr;
 
@@ -7,12 +7,12 @@ use serde::{Deserialize, Serialize};
 use crate::model::endpoint::EndpointName;
 use crate::model::{Cidr, Endpoint, Mac, PerFamily, Vni};
 
-/// The network.
+/// The overlay network on this host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetworkView {
     /// Its name.
     pub name: String,
-    /// How hosts reach each other: `vxlan_chain`.
+    /// The encapsulation between hosts: `vxlan`.
     pub driver: String,
     /// VXLAN network identifier.
     pub vni: Vni,
@@ -20,19 +20,19 @@ pub struct NetworkView {
     pub port: u16,
     /// The overlay's MTU in bytes; absent until the overlay is in place.
     pub mtu: Option<u32>,
-    /// Whether what leaves the overlay gets the host's address.
+    /// Whether traffic that leaves the overlay is masqueraded.
     pub masquerade: bool,
-    /// Addresses, by family.
+    /// Address allocation, by family.
     pub ipam: PerFamily<IpamView>,
     /// The tunnel's devices.
     pub devices: Vec<DeviceView>,
-    /// The bridge; absent until it is there.
+    /// The bridge; absent until it exists.
     pub bridge: Option<BridgeView>,
     /// This host's endpoints, by name.
     pub endpoints: Vec<EndpointView>,
 }
 
-/// The addresses of one family.
+/// Address allocation of one family.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IpamView {
     /// The network's range.
@@ -41,19 +41,19 @@ pub struct IpamView {
     pub subnet: Cidr,
     /// The gateway's address, on the bridge.
     pub gateway: IpAddr,
-    /// The part that is left to Docker, as it is to be told; absent where none is.
+    /// The value of Docker's `fixed-cidr`; absent if no part is left to Docker.
     pub docker: Option<Cidr>,
-    /// The lowest address that containers get.
+    /// The lowest address for containers.
     pub first: IpAddr,
-    /// The highest one.
+    /// The highest address for containers.
     pub last: IpAddr,
-    /// Addresses in use.
+    /// Number of addresses in use.
     pub in_use: usize,
-    /// Addresses that are free: as a text, for it can be more than a JSON number holds exactly.
+    /// Number of free addresses. A string, because it can exceed the exact range of a JSON number.
     pub free: String,
 }
 
-/// A device of ours.
+/// A device of the agent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceView {
     /// The interface.
@@ -62,11 +62,11 @@ pub struct DeviceView {
     pub mac: Option<Mac>,
     /// Its MTU in bytes.
     pub mtu: u32,
-    /// Administratively up.
+    /// Whether it is administratively up.
     pub up: bool,
     /// Its addresses with their prefix lengths.
     pub addresses: Vec<String>,
-    /// What went through it.
+    /// Its traffic counters.
     pub counters: Counters,
 }
 
@@ -76,7 +76,7 @@ pub struct BridgeView {
     /// The bridge as a device.
     #[serde(flatten)]
     pub device: DeviceView,
-    /// Its ports, by number; those that others made, too.
+    /// All its ports, by number, including those that other programs added.
     pub ports: Vec<PortView>,
 }
 
@@ -87,17 +87,17 @@ pub struct PortView {
     pub number: u16,
     /// The host's interface.
     pub interface: String,
-    /// Whose it is; absent where it is no endpoint's.
+    /// The endpoint it belongs to, if any.
     pub endpoint: Option<EndpointName>,
-    /// `check_forwarding`, `disabled`, `blocking` and so on.
+    /// The port's STP state: `forwarding`, `disabled`, `blocking` and so on.
     pub state: String,
     /// Its MTU in bytes.
     pub mtu: u32,
-    /// What went through it, as the host sees it.
+    /// Its traffic counters, seen from the host.
     pub counters: Counters,
 }
 
-/// What went through an interface since it was made.
+/// Traffic of an interface since its creation.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counters {
     /// Bytes received.
@@ -110,12 +110,12 @@ pub struct Counters {
     pub tx_bytes: u64,
     /// Packets sent.
     pub tx_packets: u64,
-    /// Packets that were to be sent and dropped.
+    /// Packets dropped on transmit.
     pub tx_dropped: u64,
 }
 
 impl Counters {
-    /// The same seen from the other end of a veth pair.
+    /// The counters seen from the other end of the veth pair.
     pub fn reversed(self) -> Counters {
         let Counters { rx_bytes, rx_packets, rx_dropped, tx_bytes, tx_packets, tx_dropped } = self;
         Counters {
@@ -129,18 +129,18 @@ impl Counters {
     }
 }
 
-/// An endpoint with what the kernel holds of it.
+/// An endpoint with the kernel's state of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EndpointView {
     /// The endpoint.
     #[serde(flatten)]
     pub endpoint: Endpoint,
-    /// `in place`, or what is not as it should be.
+    /// `in place`, or the deviation.
     pub state: String,
-    /// The number of its port on the bridge; absent without one.
+    /// The number of its bridge port; absent without one.
     pub bridge_port: Option<u16>,
-    /// Who shares its namespace.
+    /// The endpoints that share its namespace.
     pub shared_by: Vec<EndpointName>,
-    /// What went through its interface, as the container sees it; absent without one.
+    /// The traffic counters of its interface, seen from the container; absent without an interface.
     pub counters: Option<Counters>,
 }

@@ -1,4 +1,4 @@
-//! Which subnets of a network are leased.
+//! The leasable subnets of a network.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -8,26 +8,26 @@ use serde::{Deserialize, Serialize};
 use crate::model::family::address_value;
 use crate::model::{Cidr, Family};
 
-/// The subnets of one family: the network cut into ranges of one length, of which those from `min` to `max` are leased.
+/// The subnets of one family: the network is divided into ranges of equal length, and those from `min` to `max` can be leased.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pool {
     /// The whole address space.
     pub network: Cidr,
     /// Prefix length of each subnet.
     pub subnet_length: u8,
-    /// The first subnet that is leased.
+    /// The first leasable subnet.
     pub min: Cidr,
-    /// The last subnet that is leased.
+    /// The last leasable subnet.
     pub max: Cidr,
 }
 
 impl Pool {
-    /// How many subnets the pool leases. Shape: at least 1.
+    /// Number of leasable subnets, at least 1.
     pub fn count(&self) -> u128 {
         ((self.value(self.max) - self.value(self.min)) >> self.shift()) + 1
     }
 
-    /// The subnet number `link_index`, from 0 at `min`; `None` behind `max`.
+    /// The subnet with this index, from 0 at `min`; `None` after `max`.
     pub fn nth(&self, index: u128) -> Option<Cidr> {
         if index >= self.count() {
             return None;
@@ -36,24 +36,24 @@ impl Pool {
         Cidr::containing(base, self.subnet_length)
     }
 
-    /// The number of a subnet in the pool; `None` where it is not one of it.
+    /// The index of a subnet in the pool; `None` if it is not part of it.
     pub fn index_of(&self, subnet: Cidr) -> Option<u128> {
         self.allows_subnet(subnet).then(|| (self.value(subnet) - self.value(self.min)) >> self.shift())
     }
 
-    /// Whether the pool leases this very subnet.
+    /// Whether exactly this subnet can be leased.
     pub fn allows_subnet(&self, subnet: Cidr) -> bool {
         subnet.length() == self.subnet_length
             && subnet.family() == self.network.family()
             && (self.min..=self.max).contains(&subnet)
     }
 
-    /// Whether an address lies in a subnet that the pool leases.
+    /// Whether an address lies in a leasable subnet.
     pub fn covers_address(&self, address: IpAddr) -> bool {
         Family::of(address) == self.network.family() && (self.min.base()..=self.max.last()).contains(&address)
     }
 
-    /// The smallest CIDR that holds every address that the pool leases.
+    /// The smallest CIDR that covers all leasable addresses.
     pub fn span(&self) -> Cidr {
         let holds = |cidr: &Cidr| cidr.contains(self.max.last());
         let mut spans =
@@ -61,15 +61,15 @@ impl Pool {
         spans.find(holds).unwrap_or(self.network)
     }
 
-    /// The fewest CIDRs that hold every address that the pool leases and no other, ascending. Shape: one where `min` and `max` are the
-    /// network's first and last subnet, else at most two for each bit between network and subnet length.
+    /// The minimal list of CIDRs that cover exactly the leasable addresses, ascending. It has one element if `min` and `max` are
+    /// the network's first and last subnet, otherwise at most two for each bit between network and subnet length.
     pub fn leasable(&self) -> Vec<Cidr> {
         let family = self.network.family();
         let last = address_value(self.max.last());
         let mut ranges = Vec::new();
         let mut next = Some(self.value(self.min));
         while let Some(base) = next.filter(|base| *base <= last) {
-            // The shortest prefix that begins at `base_chain` and does not reach beyond `last`.
+            // The shortest prefix that begins at `base` and does not extend beyond `last`.
             let fits = |length: &u8| {
                 Cidr::containing(family.address(base), *length)
                     .filter(|cidr| self.value(*cidr) == base && address_value(cidr.last()) <= last)
@@ -81,7 +81,7 @@ impl Pool {
         ranges
     }
 
-    /// The same without the subnets that hold one of these addresses.
+    /// Like [`Self::leasable`], without the subnets that contain any of these addresses.
     pub fn leasable_without(&self, addresses: &BTreeSet<IpAddr>) -> Vec<Cidr> {
         let mut ranges = Vec::new();
         let mut pending: Vec<Cidr> = self.leasable().into_iter().rev().collect();

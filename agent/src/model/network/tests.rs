@@ -1,4 +1,4 @@
-//! Every rule of the configuration, by an example of a value that keeps it or breaks it.
+//! Tests of each configuration rule with a valid or invalid value.
 
 use super::*;
 
@@ -54,7 +54,7 @@ fn every_error_names_field_value_and_rule() {
         (r#"{"Network":"fd00::/64"}"#, "is not an IPv4 CIDR"),
         (r#"{"Network":7}"#, "Network: `7` is not a string"),
         (r#"{"Network":"127.0.0.0/8"}"#, "loopback"),
-        (r#"{"Network":"0.0.0.0/0"}"#, "every address"),
+        (r#"{"Network":"0.0.0.0/0"}"#, "covers the whole address space"),
         (r#"{"Network":"10.0.0.0/16","SubnetLen":31}"#, "SubnetLen: `31` is outside 18 to 30"),
         (r#"{"Network":"10.0.0.0/16","SubnetLen":17}"#, "SubnetLen: `17` is outside 18 to 30"),
         (r#"{"Network":"10.0.0.0/16","SubnetMin":"10.1.0.0"}"#, "SubnetMin: `10.1.0.0` is not inside 10.0.0.0/16"),
@@ -65,7 +65,7 @@ fn every_error_names_field_value_and_rule() {
         ),
         (r#"{"Network":"10.0.0.0/16","EnableIPv4":false}"#, "no family is left"),
         (r#"{"Network":"10.0.0.0/16","EnableIPv6":true}"#, "IPv6Network: `` is missing"),
-        (r#"{"Network":"10.0.0.0/16","Backend":{"Type":"host-gw"}}"#, "Backend.Type: `host-gw` is not served"),
+        (r#"{"Network":"10.0.0.0/16","Backend":{"Type":"host-gw"}}"#, "Backend.Type: `host-gw` is not supported"),
         (r#"{"Network":"10.0.0.0/16","Backend":{"VNI":16777216}}"#, "Backend.VNI: `16777216`"),
         (r#"{"Network":"10.0.0.0/16","Backend":{"Port":-1}}"#, "Backend.Port: `-1`"),
         (r#"{"Network":"10.0.0.0/16","Backend":{"MTU":900}}"#, "Backend.MTU: `900` is below 1350"),
@@ -74,7 +74,7 @@ fn every_error_names_field_value_and_rule() {
         assert!(message.contains(wanted), "{text}: {message}");
     }
     let all = parse_errors(r#"{"Network":"10.0.0.1/16","Backend":{"Type":"udp","VNI":"x"}}"#);
-    assert_eq!(all.matches(';').count(), 2, "all at once: {all}");
+    assert_eq!(all.matches(';').count(), 2, "all errors are reported at once: {all}");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Properties of the comparison, from any actual state to any desired one, on a kernel that follows the real one's rules.
+//! Property tests of the comparison: any actual and any desired state, on a simulated kernel.
 
 mod cases;
 mod simulation;
@@ -13,7 +13,7 @@ use super::*;
 use crate::model::{Cidr, Mac};
 use crate::plan::nexthop_ids::NexthopIds;
 
-/// Devices and ports that somebody else's link of that name keeps us from.
+/// Keys of devices and ports whose names foreign links have.
 fn foreign_links(state: &State) -> BTreeSet<Key> {
     state
         .iter()
@@ -26,14 +26,14 @@ fn on_foreign_link(device: Option<Device>, foreign: &BTreeSet<Key>) -> bool {
     device.is_some_and(|device| foreign.contains(&Key::Link(device.name().into())))
 }
 
-/// Whether nothing that the agent may do makes this entry as desired: a link of others is in the way, or an endpoint's port is gone.
+/// Whether the agent cannot reach the desired value: a foreign link has the name, or an endpoint's port is missing.
 fn cannot_converge(key: &Key, desired: &State, actual: &State, foreign: &BTreeSet<Key>) -> bool {
     let wanted = &desired[key];
     let lost_port = matches!(wanted, Value::Link(link) if link.kind == LinkKind::Port) && !actual.contains_key(key);
     lost_port || foreign.contains(key) || on_foreign_link(required_device(key, wanted, desired), foreign)
 }
 
-/// Where the data path sends a packet for a subnet: the inner MAC and the outer address. `None` where it is lost on the way.
+/// The inner MAC and the outer address of a packet to a subnet; `None` if the data path drops it.
 fn resolve(state: &State, subnet: Cidr) -> Option<(Mac, IpAddr)> {
     let Some(Value::Route(via)) = state.get(&Key::Route(subnet)) else { return None };
     let (device, gateway) = match via {
@@ -50,15 +50,15 @@ fn resolve(state: &State, subnet: Cidr) -> Option<(Mac, IpAddr)> {
     (up && gateway == subnet.base()).then_some((*mac, *public_ip))
 }
 
-/// Whether what lives on the device of a subnet's desired route survives the batch.
+/// Whether the entries on the device of a subnet's desired route survive the batch.
 fn device_survives(subnet: Cidr, desired: &State, actual: &State) -> bool {
     let key = Key::Route(subnet);
     let device = desired.get(&key).and_then(|value| device_of(&key, value, desired));
     device.is_some_and(|device| DeviceChanges::new(desired, actual).get(device) == DeviceChange::Unchanged)
 }
 
-/// Checks at each step of a batch that every subnet that works before and is desired after goes the old way or the new one. Returns how many
-/// were watched.
+/// Checks after each op of a batch that packets take the old path or the new one, for every subnet that works before and is
+/// desired after. Returns the number of checked subnets.
 fn watch_traffic(desired: &State, actual: &State, new_macs_only: bool) -> usize {
     let macs_before: BTreeSet<Mac> =
         actual.keys().filter_map(|key| if let Key::Fdb(_, mac) = key { Some(*mac) } else { None }).collect();
@@ -83,7 +83,7 @@ fn watch_traffic(desired: &State, actual: &State, new_macs_only: bool) -> usize 
     watched.len()
 }
 
-/// The batch with the ops of each stage, whose order is free, sorted.
+/// Sorts the ops within each stage, where their order is arbitrary.
 fn sort_within_stages(mut batch: Batch) -> Batch {
     let step = |op: &Op| (matches!(op, Op::Set(..)), stage(op.key()));
     for ops in batch.chunk_by_mut(|a, b| step(a) == step(b)) {
@@ -102,7 +102,7 @@ fn desired_for(setup: &Setup, actual: &State) -> State {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// From any actual state one batch leads to the desired one, a second has nothing to do, and what is not ours stays.
+    /// From any actual state, one batch leads to the desired state, a second batch is empty, and foreign entries stay.
     #[test]
     fn any_actual_state_converges(setup in any_setup(), actual in any_state()) {
         let desired = desired_for(&setup, &actual);
@@ -123,7 +123,7 @@ proptest! {
             let not_ours = !is_managed(key, found) && !matches!(found, Value::Sysctl(_));
             if not_ours && !desired.contains_key(key) || foreign.contains(key) || on_foreign_link(key.device(), &foreign) {
                 match (found, after.get(key)) {
-                    // A port may lose its bridge, but never goes.
+                    // A port may lose its bridge, but is never deleted.
                     (Value::Link(old), Some(Value::Link(new))) => prop_assert_eq!(&old.kind, &new.kind),
                     (_, now) => prop_assert_eq!(now, Some(found), "{}", key),
                 }
@@ -135,13 +135,14 @@ proptest! {
         }
     }
 
-    /// What works before and after works at every step between, whatever else stands in the kernel.
+    /// Subnets that work before and after a batch work after each of its ops, whatever other entries the kernel has.
     #[test]
     fn traffic_is_never_interrupted(setup in any_setup(), actual in any_state()) {
         watch_traffic(&desired_for(&setup, &actual), &actual, false);
     }
 
-    /// The same where the agent's own state changes into another: peers that change address or MAC go the old way or the new one.
+    /// The same for a change from one state of the agent to another: packets to peers with a new address or MAC take the old path
+    /// or the new one.
     #[test]
     fn changing_peers_stay_reachable((before, after) in similar_setups()) {
         let mut ids = NexthopIds::default();
@@ -153,7 +154,8 @@ proptest! {
         }
     }
 
-    /// Comparing some keys gives what comparing all gives for them, and for all that lives on a device whose link is among them and changes.
+    /// A comparison of some keys has the same result as a full one for these keys, and for all entries on a changing device among
+    /// them.
     #[test]
     fn partial_diff_equals_part_of_full_diff(setup in any_setup(), actual in any_state(), picks in prop::collection::vec(any::<prop::sample::Index>(), 0..12)) {
         let desired = desired_for(&setup, &actual);
@@ -175,7 +177,7 @@ proptest! {
         prop_assert_eq!(sort_within_stages(diff_keys(&desired, &actual, some.iter().copied())), sort_within_stages(wanted));
     }
 
-    /// The made-up kernel states are such as a kernel can hold.
+    /// The generated kernel states are possible ones.
     #[test]
     fn generated_states_are_valid(actual in any_state()) {
         prop_assert_eq!(normalise(actual.clone()), actual);

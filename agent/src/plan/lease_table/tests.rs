@@ -1,4 +1,4 @@
-//! Verdicts by example, and their properties over made-up stores.
+//! Examples of classifications, and property tests with generated stores.
 
 use proptest::prelude::*;
 
@@ -54,7 +54,7 @@ fn status_word(roster: &LeaseTable, key: &str) -> &'static str {
     }
 }
 
-/// The network of flannel's own example: hosts have addresses inside it, outside the range that is leased.
+/// The network of flannel's own example: hosts have addresses inside the network, but outside the leasable range.
 fn wide_network() -> NetworkConfig {
     NetworkConfig::parse(r#"{"Network":"10.0.0.0/8","SubnetMin":"10.10.0.0","SubnetMax":"10.99.0.0"}"#)
         .expect("a configuration")
@@ -105,7 +105,7 @@ fn lease_covering_host_address_is_rejected() {
     roster.upsert(record_at(stale, 1, "192.0.2.1"));
     assert_eq!(status_word_in_wide_network(&roster, stale), "peer");
     let affected = roster.upsert(record_at(host, 2, "10.200.7.1"));
-    assert!(affected.contains(stale), "judged again: {affected:?}");
+    assert!(affected.contains(stale), "classified again: {affected:?}");
     assert_eq!(
         (status_word_in_wide_network(&roster, stale), status_word_in_wide_network(&roster, host)),
         ("covers-host", "peer")
@@ -118,7 +118,7 @@ fn lease_covering_host_address_is_rejected() {
     assert_eq!(status_word_in_wide_network(&roster, stale), "peer");
     let own = LocalHost { public_ip: PerFamily { v4: "10.200.7.1".parse().ok(), v6: None }, ..local_host() };
     let refused = matches!(roster.classify(stale, &wide_network(), Some(&own)), Some(Classification::Rejected(r)) if r.kind.as_str() == "covers-host");
-    assert!(refused, "this host's own address counts, too");
+    assert!(refused, "this host's own address counts too");
 }
 
 #[test]
@@ -142,7 +142,7 @@ fn leases_are_classified() {
         roster.upsert(record(key, revision, ip, mac));
         assert_eq!(status_word(&roster, key), wanted, "{key}");
     }
-    assert_eq!(status_word(&roster, "10.244.1.0-24"), "peer", "the good peer stays");
+    assert_eq!(status_word(&roster, "10.244.1.0-24"), "peer", "the valid peer stays");
 }
 
 #[test]
@@ -178,7 +178,8 @@ fn any_entry() -> impl Strategy<Value = StoreEntry> {
 }
 
 proptest! {
-    /// The incremental answer of `upsert` and `delete_by_index` names every key whose verdict changes, and equals that of a fresh roster.
+    /// The result of `upsert` and `remove` contains every key whose classification changes, and incremental classifications equal
+    /// those of a new table.
     #[test]
     fn incremental_update_equals_full_rebuild(steps in prop::collection::vec((any_entry(), any::<bool>()), 1..24)) {
         let mut roster = LeaseTable::default();
@@ -201,7 +202,7 @@ proptest! {
         }
     }
 
-    /// No two peers ever overlap, whatever stands in the store.
+    /// No two peers overlap, whatever the store contains.
     #[test]
     fn peers_never_overlap(entries in prop::collection::vec(any_entry(), 1..16)) {
         let mut roster = LeaseTable::default();

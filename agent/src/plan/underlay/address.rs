@@ -1,4 +1,4 @@
-//! An address of the host, and what speaks against it.
+//! An address of the host, and its flaws as an underlay address.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -12,29 +12,29 @@ pub struct HostAddress {
     pub length: u8,
     /// Whether the kernel has another address of the same subnet before it (IPv4 only).
     pub secondary: bool,
-    /// Why the kernel does not prefer it as a source.
+    /// Why it is a bad source address.
     pub flaw: Option<Flaw>,
 }
 
-/// Why an address is no good source, the least first.
+/// Flaws of an address as a source, the least severe first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Flaw {
     /// A privacy address (RFC 8981), which the kernel replaces within hours.
     Temporary,
     /// Its preferred lifetime is over.
     Deprecated,
-    /// The overlay leases it: outer packets would be routed into the tunnel.
+    /// It is in the overlay's leasable range: outer packets would be routed into the tunnel.
     Leased,
-    /// Duplicate address detection is not through.
+    /// Duplicate address detection is not complete.
     Tentative,
-    /// Another host has it, as duplicate address detection found.
+    /// Duplicate address detection found it on another host.
     Duplicate,
-    /// Of 169.254.0.0/16, which is not routed.
+    /// It is in 169.254.0.0/16, which is not routed.
     LinkLocal,
 }
 
 impl Flaw {
-    /// Whether the kernel sends from such an address at all: it is chosen where there is no better one.
+    /// Whether the kernel can send from such an address. It is then selected if there is no better one.
     pub(super) const fn is_usable(self) -> bool {
         matches!(self, Flaw::Temporary | Flaw::Deprecated | Flaw::Leased)
     }

@@ -1,4 +1,4 @@
-//! The choice of the interface, and of one address among several.
+//! Tests of the selection of the interface, and of one of its addresses.
 
 use super::*;
 use crate::model::NetworkConfig;
@@ -23,7 +23,7 @@ fn pools(families: &[Family]) -> PerFamily<Pool> {
     families.iter().filter_map(|family| Some((*family, *pools.get(*family)?))).collect()
 }
 
-/// `ADDRESS/LENGTH`, with what the kernel says of it behind.
+/// Parses `ADDRESS/LENGTH`, followed by the kernel's flags of the address.
 fn address(text: &str) -> HostAddress {
     let mut words = text.split(' ');
     let network: ipnetwork::IpNetwork = words.next().expect("an address").parse().expect(text);
@@ -132,7 +132,7 @@ fn errors_name_the_candidates() {
     }
 }
 
-/// What is chosen on eth0, which has these addresses and the default route in both families.
+/// The choice on eth0, which has these addresses and the default route in both families.
 fn choose_on_eth0(addresses: &[&str], in_use: &[&str], route: DefaultRoute) -> UnderlayChoice {
     let families: &[Family] = if addresses.iter().any(|a| a.contains("::")) { &Family::ALL } else { &[Family::V4] };
     let inventory =
@@ -182,7 +182,7 @@ fn address_kinds_are_ranked() {
         ),
         ("in use stays", &["192.0.2.7/24", "198.51.100.7/24"], "198.51.100.7", gateway, "198.51.100.7", SelectionReason::InUse),
         (
-            "in use beside a preferred source",
+            "in use, with a preferred source present",
             &["192.0.2.7/24", "192.0.2.9/24"],
             "192.0.2.7",
             source,
@@ -190,7 +190,7 @@ fn address_kinds_are_ranked() {
             SelectionReason::InUse,
         ),
         (
-            "in use beside a new one of host length",
+            "in use, with a new one of host length present",
             &["192.0.2.100/32", "192.0.2.7/24"],
             "192.0.2.7",
             plain,
@@ -198,7 +198,7 @@ fn address_kinds_are_ranked() {
             SelectionReason::InUse,
         ),
         (
-            "in use, but beside the host's own",
+            "in use, but additional to the host's own",
             &["192.0.2.7/24", "192.0.2.100/32"],
             "192.0.2.100",
             plain,

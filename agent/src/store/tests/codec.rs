@@ -1,3 +1,5 @@
+//! Tests of decoding and encoding lease values.
+
 use proptest::prelude::*;
 
 use super::*;
@@ -14,7 +16,7 @@ fn decode_valid(key: &str, value: &str) -> Lease {
     decode(&entry(key, value)).value.unwrap_or_else(|e| panic!("{e}: {value}")).lease
 }
 
-/// The entries of a recorded etcd dump: a key and its value in turn.
+/// The entries of a recorded etcd dump, which alternates keys and values.
 fn recorded_values(folder: &str) -> Vec<(String, String)> {
     let path = format!("{}/../tests/fixtures/flannel-v0.20.2/{folder}/etcd.txt", env!("CARGO_MANIFEST_DIR"));
     let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
@@ -131,7 +133,7 @@ fn hostile_values_are_rejected_with_field_and_rule() {
         let refusal = decoded.value.expect_err(&value);
         let message = refusal.to_string();
         assert!(message.contains(wanted), "`{wanted}` is not in: {message}");
-        assert!(message.len() < 500 && !message.contains(char::is_control), "fit for a log line: {message}");
+        assert!(message.len() < 500 && !message.contains(char::is_control), "not fit for a log line: {message}");
     }
 }
 

@@ -1,4 +1,4 @@
-//! Many hosts at the same moment: each gets a subnet, no two overlap.
+//! Many hosts acquire leases at the same time: each gets a subnet, no two overlap.
 
 use std::time::{Duration, Instant};
 
@@ -28,10 +28,10 @@ async fn acquire_concurrently(network: &str, hosts: u16) -> Duration {
         agent.stop().await;
     }
     let (entries, _) = etcd.subnets().await;
-    assert_eq!(entries.len(), usize::from(hosts), "one entry a host");
+    assert_eq!(entries.len(), usize::from(hosts), "one entry per host");
     assert!(entries.iter().all(|(_, _, etcd_lease)| *etcd_lease != 0));
     let leases = etcd.client().await.leases().await.unwrap().leases().len();
-    assert_eq!(leases, usize::from(hosts), "no etcd lease dangles");
+    assert_eq!(leases, usize::from(hosts), "an etcd lease is not bound to an entry");
     took
 }
 
@@ -57,7 +57,7 @@ async fn twenty_dual_stack_hosts_fill_tight_pool() {
     assert!(took < Duration::from_secs(15), "{took:?}");
 }
 
-/// Whatever is done to the agents, their entries and etcd: no two entries ever overlap, and in the end each host has one.
+/// Injects random faults into agents, entries and etcd. No two entries may ever overlap, and each host must have one in the end.
 async fn run_with_random_faults(network: &str, seed: u64) {
     const HOSTS: u16 = 8;
     let mut random = SmallRng::seed_from_u64(seed);
@@ -77,7 +77,7 @@ async fn run_with_random_faults(network: &str, seed: u64) {
             (4..6, Some((key, _, _))) => drop(etcd.client().await.delete(format!("{PREFIX}/subnets/{key}"), None).await),
             (6..8, Some((_, _, lease))) => drop(etcd.client().await.lease_revoke(lease).await),
             (8, Some((key, value, lease))) => {
-                // Another host's words over this one's.
+                // Overwrites this host's value with another host's.
                 let theirs = value
                     .replace("\"Id\":\"id-", "\"Id\":\"x-")
                     .replace("192.168.0.", "192.168.7.")
@@ -105,7 +105,7 @@ async fn run_with_random_faults(network: &str, seed: u64) {
         assert_disjoint(&entries);
         if (1..=HOSTS).all(|n| entries.iter().filter(|(_, value, _)| value.contains(&format!("\"id-{n}\""))).count() == 1) {
             assert_eq!(entries.len(), usize::from(HOSTS), "{entries:#?}");
-            println!("seed {seed}: came to rest after {:?}", settling.elapsed());
+            println!("seed {seed}: settled after {:?}", settling.elapsed());
             break;
         }
         assert!(Instant::now() < deadline, "seed {seed}: not every host has one entry: {entries:#?}");

@@ -1,3 +1,5 @@
+//! Tests of SRV discovery against a local name server.
+
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use hickory_resolver::config::{ConnectionConfig, NameServerConfig, ResolverConfig};
@@ -30,7 +32,7 @@ fn records_are_ordered_by_priority_and_weight() {
     assert!(count("heavy") > 820 && count("light") > 50 && count("nil") < 30, "{first:?}");
 }
 
-/// A name server on a loopback port that knows some SRV records and that all other names do not exist.
+/// Starts a name server on a loopback port that serves these SRV records, and NXDOMAIN for all other names.
 async fn name_server(records: Vec<(&'static str, SRV)>) -> SocketAddr {
     let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let address = socket.local_addr().unwrap();
@@ -86,7 +88,7 @@ async fn endpoints_come_from_srv_records() {
         let error = endpoints_with(&resolver, name, false).await.unwrap_err().to_string();
         assert!(error.contains(name) && error.contains("dig SRV"), "{error}");
     }
-    // Records without TLS are not good enough where TLS is asked for.
+    // Records without TLS are ignored if TLS is requested.
     assert!(endpoints_with(&resolver, "plain.test", true).await.is_err());
 }
 
@@ -94,5 +96,5 @@ async fn endpoints_come_from_srv_records() {
 async fn ip_endpoints_resolve_to_themselves() {
     let endpoints = ["http://192.0.2.7:2379", "https://[2001:db8::7]:2379", "http://server.invalid:2379"].map(str::to_owned);
     let found: Vec<String> = resolve_addresses(&endpoints).await.iter().map(ToString::to_string).collect();
-    assert_eq!(found, ["192.0.2.7", "2001:db8::7"], "a name that is not resolved has none");
+    assert_eq!(found, ["192.0.2.7", "2001:db8::7"], "an unresolvable name yields no address");
 }

@@ -1,4 +1,4 @@
-//! A private etcd, and agents' stores that talk to it.
+//! Test harness: a private etcd, and agents' stores connected to it.
 
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -16,24 +16,24 @@ use crate::model::event::{HeldLease, LeaseRequest, OwnLease, StoreEvent};
 use crate::model::{Family, Mac, NetworkConfig, Node, PerFamily, Subnet};
 use crate::store::{Store, StoreConfig, StoreError};
 
-/// Nothing that a test waits for takes longer.
+/// Timeout of every wait in a test.
 pub(super) const TEST_TIMEOUT: Duration = Duration::from_secs(30);
 pub(super) const PREFIX: &str = "/coreos.com/network";
 pub(super) const NETWORK: &str = r#"{"Network":"10.244.0.0/16"}"#;
 pub(super) const DUAL: &str = r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/56"}"#;
 
-/// Files of a server that speaks TLS.
+/// Certificate files of a TLS server.
 pub(super) struct ServerTls {
     pub(super) ca: PathBuf,
     pub(super) certificate: PathBuf,
     pub(super) key: PathBuf,
 }
 
-/// An etcd of its own; ends with the test.
+/// A private etcd; it ends with the test.
 pub(super) struct Etcd {
     directory: TempDir,
     ports: [u16; 2],
-    /// Its place in the cluster, and the peer ports of all members.
+    /// Its index in the cluster, and the peer ports of all members.
     cluster_member: (usize, Vec<u16>),
     tls: Option<ServerTls>,
     child: Option<Child>,
@@ -45,7 +45,7 @@ impl Etcd {
     }
 
     pub(super) async fn start_with(tls: Option<ServerTls>) -> Etcd {
-        // A port that was free a moment ago may be taken by another test: then etcd ends, and others are tried.
+        // Another test may take a port after it was found free. etcd then exits, and other ports are tried.
         for _ in 0..10 {
             let ports = free_ports();
             let tls =
@@ -58,7 +58,7 @@ impl Etcd {
         panic!("etcd found no free ports in ten tries");
     }
 
-    /// Three that are one cluster.
+    /// Starts a cluster of three members.
     pub(super) async fn cluster() -> [Etcd; 3] {
         'tries: for _ in 0..10 {
             let ports = [free_ports(), free_ports(), free_ports()];
@@ -81,7 +81,7 @@ impl Etcd {
         panic!("etcd found no free ports in ten tries");
     }
 
-    /// Starts it on its data; whether it listens.
+    /// Starts etcd on its data directory. Returns whether it listens.
     pub(super) async fn run(&mut self) -> bool {
         let url = |scheme: &str, port: u16| format!("{scheme}://127.0.0.1:{port}");
         let (client, peer) = (self.endpoint(), url("http", self.ports[1]));
@@ -97,7 +97,7 @@ impl Etcd {
             command.arg("--client-cert-auth").arg("--trusted-ca-file").arg(&tls.ca);
         }
         let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-        let child = child.unwrap_or_else(|e| panic!("etcd cannot be started ({e}): run `apt-get install etcd-server`"));
+        let child = child.unwrap_or_else(|e| panic!("cannot start etcd ({e}): run `apt-get install etcd-server`"));
         let child = self.child.insert(child);
         let deadline = Instant::now() + TEST_TIMEOUT;
         while Instant::now() < deadline {
@@ -113,7 +113,7 @@ impl Etcd {
         false
     }
 
-    /// Ends it as a power cut would; its data stays.
+    /// Kills it, as a power failure would. Its data stays.
     pub(super) fn kill(&mut self) {
         if let Some(mut child) = self.child.take() {
             child.kill().ok();
@@ -126,14 +126,14 @@ impl Etcd {
         std::fs::remove_dir_all(self.directory.path().join("data")).unwrap();
     }
 
-    /// Stops it from running at all, or lets it go on: as a machine that hangs.
+    /// Suspends the process like a hung machine, or resumes it.
     pub(super) fn freeze(&self, frozen: bool) {
         use nix::sys::signal::{Signal, kill};
         let pid = nix::unistd::Pid::from_raw(self.child.as_ref().unwrap().id().try_into().unwrap());
         kill(pid, if frozen { Signal::SIGSTOP } else { Signal::SIGCONT }).unwrap();
     }
 
-    /// How many requests of this kind it has answered.
+    /// Number of answered requests of this gRPC method.
     pub(super) async fn request_count(&self, method: &str) -> u64 {
         use tokio::io::{AsyncReadExt, AsyncWriteExt};
         let mut stream = tokio::net::TcpStream::connect((Ipv4Addr::LOCALHOST, self.ports[0])).await.unwrap();
@@ -154,7 +154,7 @@ impl Etcd {
         StoreConfig { endpoints: vec![self.endpoint()], ..StoreConfig::default() }
     }
 
-    /// A client of the test's own.
+    /// A separate client for the test.
     pub(super) async fn client(&self) -> Client {
         let deadline = Instant::now() + TEST_TIMEOUT;
         loop {
@@ -180,7 +180,7 @@ impl Etcd {
         self.client().await.lease_grant(seconds, None).await.unwrap().id()
     }
 
-    /// Every entry: key, value, etcd lease; and the revision.
+    /// All entries (key, value, etcd lease), and the revision.
     pub(super) async fn subnets(&self) -> (Vec<(String, String, i64)>, i64) {
         let answer = self.client().await.get(format!("{PREFIX}/subnets/"), Some(GetOptions::new().with_prefix())).await.unwrap();
         let prefix = format!("{PREFIX}/subnets/");
@@ -197,12 +197,12 @@ impl Drop for Etcd {
     }
 }
 
-/// Two ports that are free now. Below the range from which the kernel takes ports by itself (32768 and up), so that nobody else gets one
-/// while the etcd that listens there is down.
+/// Finds two free ports. They are below the kernel's ephemeral range (32768 and up), so that no other process gets one while the
+/// etcd that listens there is down.
 fn free_ports() -> [u16; 2] {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let free = || loop {
-        // Other test programs start elsewhere.
+        // Other test processes start at another port.
         let n = std::process::id().wrapping_mul(101).wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
         let port = u16::try_from(20_000 + n % 12_000).unwrap();
         if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
@@ -216,7 +216,7 @@ fn directory() -> TempDir {
     tempfile::Builder::new().prefix("overlay-etcd-").tempdir().unwrap()
 }
 
-/// The wish of host number `number`.
+/// The lease request of host `number`.
 pub(super) fn lease_request(network: &str, number: u16) -> LeaseRequest {
     let network = NetworkConfig::parse(network).expect(network).config;
     let [high, low] = number.to_be_bytes();
@@ -253,21 +253,21 @@ impl Agent {
         Agent { events, lease_request, shutdown, task: Some(task) }
     }
 
-    /// The next event, the addresses of servers aside.
+    /// The next event, except server addresses.
     pub(super) async fn next(&mut self) -> StoreEvent {
         self.find(|event| (!matches!(event, StoreEvent::Servers(_))).then(|| event.clone())).await
     }
 
-    /// The first event that the function makes something of; the others are passed over.
+    /// Waits for the first event that `f` maps to a value; skips other events.
     pub(super) async fn find<T>(&mut self, mut f: impl FnMut(&StoreEvent) -> Option<T>) -> T {
         let deadline = Instant::now() + TEST_TIMEOUT;
         let mut passed = Vec::new();
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let Ok(event) = tokio::time::timeout(left, self.events.recv()).await else {
-                panic!("not in time; passed: {passed:#?}")
+                panic!("timeout; skipped events: {passed:#?}")
             };
-            let event = event.unwrap_or_else(|| panic!("the store has ended; passed: {passed:#?}"));
+            let event = event.unwrap_or_else(|| panic!("the store has ended; skipped events: {passed:#?}"));
             if let Some(found) = f(&event) {
                 return found;
             }
@@ -291,7 +291,7 @@ impl Agent {
         .await
     }
 
-    /// Ends it in the orderly way.
+    /// Stops it gracefully.
     pub(super) async fn stop(mut self) {
         self.shutdown.cancel();
         let task = self.task.take().unwrap();
@@ -313,10 +313,10 @@ pub(super) fn subnet(key: &str) -> Subnet {
     Subnet::from_key(key).expect(key)
 }
 
-/// Runs a command to its end and fails with its words where it fails.
+/// Runs a command, and panics with its stderr if it fails.
 pub(super) fn run_command(directory: &Path, command: &str, arguments: &[&str]) {
     let output = Command::new(command).args(arguments).current_dir(directory).output();
-    let output = output.unwrap_or_else(|e| panic!("{command} cannot be started ({e}): run `apt-get install {command}`"));
+    let output = output.unwrap_or_else(|e| panic!("cannot start {command} ({e}): run `apt-get install {command}`"));
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{command} {arguments:?}: {said}");
 }

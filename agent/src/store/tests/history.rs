@@ -1,7 +1,7 @@
-//! Real runs, judged by etcd's own history: many agents over a real cluster of three under random faults; afterwards every change since revision 1
-//! is read back, and at no revision did two hosts have overlapping entries.
+//! Tests the lease protocol with real agents against a real three-member cluster under random faults. Afterwards all changes
+//! since revision 1 are read from etcd's history: at no revision may two hosts have overlapping entries.
 //!
-//! A host is known by its public IP here, which stays when it loses its identity.
+//! A host is identified by its public IP, which stays when it loses its identity.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -19,30 +19,30 @@ use crate::store::StoreConfig;
 use crate::store::codec;
 use crate::store::keys::claimed_ranges;
 
-/// Fixes the faults of a run that failed; it prints its seed.
+/// Environment variable: seed that repeats the faults of a failed run. Each run prints its seed.
 const SEED_ENV: &str = "OVERLAY_HISTORY_SEED";
 
-/// A pool with one subnet more than there are agents, so that everybody wants what somebody has.
+/// A pool with one subnet more than agents, so that agents contend for the same subnets.
 const TIGHT_NETWORK: &str = r#"{"Network":"10.244.0.0/16","SubnetMin":"10.244.1.0","SubnetMax":"10.244.11.0"}"#;
-/// The same in two families.
+/// The same with two families.
 const TIGHT_DUAL_NETWORK: &str = r#"{"Network":"10.244.0.0/16","SubnetMin":"10.244.1.0","SubnetMax":"10.244.11.0","EnableIPv6":true,"IPv6Network":"fd00:10:244::/56","IPv6SubnetMin":"fd00:10:244:1::","IPv6SubnetMax":"fd00:10:244:d::"}"#;
 const AGENTS: u16 = 10;
 
-/// Expiry is a matter of seconds.
+/// Short TTL, so that leases expire during the test.
 const TTL: Duration = Duration::from_secs(3);
 const KEEP_ALIVE: Duration = Duration::from_secs(1);
 
-/// How many seconds faults come, and what sets another number.
+/// Duration of the faults in seconds, and the environment variable that changes it.
 const FAULT_SECONDS: u64 = 12;
 const SECONDS_ENV: &str = "OVERLAY_HISTORY_SECONDS";
 
-/// One host: its way to the cluster and its agent, where one runs.
+/// One host: its proxy to the cluster and its agent, if running.
 struct Host {
     number: u16,
     generation: u32,
     proxy: PausableProxy,
     agent: Option<Agent>,
-    /// What its agents said they hold, one after the other.
+    /// The subnets that its agents reported as held, in order.
     held: Vec<Subnet>,
 }
 
@@ -56,7 +56,7 @@ impl Host {
         self.agent = Some(Agent::start(config, Some(request)));
     }
 
-    /// Takes what the agent has said; whether it holds a lease by the last of it.
+    /// Drains the agent's events and records the reported subnets.
     fn drain_events(&mut self) {
         let Some(agent) = &mut self.agent else { return };
         while let Ok(event) = agent.events.try_recv() {
@@ -67,7 +67,7 @@ impl Host {
     }
 }
 
-/// How often each fault came.
+/// Number of occurrences of each fault.
 type FaultCounts = BTreeMap<&'static str, u32>;
 
 async fn run_with_faults(network: &str) {
@@ -88,7 +88,7 @@ async fn run_with_faults(network: &str) {
     let seconds = std::env::var(SECONDS_ENV).map_or(FAULT_SECONDS, |text| text.parse().expect("seconds"));
     let end = Instant::now() + Duration::from_secs(seconds);
     while Instant::now() < end {
-        // One member at a time is dead or stopped, so that there is a majority.
+        // Only one member at a time is killed or suspended, so that a majority remains.
         if let Some((member, killed, since)) = failed_member
             && since.elapsed() > Duration::from_secs(2)
         {
@@ -134,18 +134,18 @@ async fn run_with_faults(network: &str) {
     wait_until_settled(&members[0], &mut hosts).await;
     let (changes, holders) = verify_history(&members[0]).await;
     println!("{changes} changes, {} holders of {} subnets, faults: {counts:?}", hosts.len(), holders.len());
-    assert!(changes > 2 * usize::from(AGENTS), "there was something to judge");
-    // What an agent believed to hold it did hold.
+    assert!(changes > 2 * usize::from(AGENTS), "the test caused too few changes");
+    // Each subnet that an agent reported as held must appear in the history as its own.
     for host in &hosts {
         let ip = lease_request(network, host.number).public_ip.v4.expect("IPv4");
         for subnet in &host.held {
             let all = holders.get(&subnet.to_key()).map(Vec::as_slice).unwrap_or_default();
-            assert!(all.contains(&ip), "host {} says that it held {subnet}, of which etcd knows {all:?}", host.number);
+            assert!(all.contains(&ip), "host {} reported {subnet} as held, but its holders in etcd were {all:?}", host.number);
         }
     }
 }
 
-/// Something happens to a host.
+/// Injects a random fault into a host.
 fn inject_fault(host: &mut Host, network: &str, random: &mut SmallRng) -> &'static str {
     if host.agent.is_none() {
         host.start(network);
@@ -153,7 +153,7 @@ fn inject_fault(host: &mut Host, network: &str, random: &mut SmallRng) -> &'stat
     }
     if host.proxy.is_paused() {
         host.proxy.set_paused(false);
-        return "is linked again";
+        return "is reconnected";
     }
     match random.random_range(0..6) {
         0..3 => {
@@ -174,7 +174,7 @@ fn inject_fault(host: &mut Host, network: &str, random: &mut SmallRng) -> &'stat
     }
 }
 
-/// Somebody deletes a key or revokes an etcd lease.
+/// Deletes a key or revokes an etcd lease, like an operator.
 async fn tamper_with_store(member: &Etcd, random: &mut SmallRng) -> &'static str {
     let (entries, _) = member.subnets().await;
     let Some((key, _, lease)) = entries.get(random.random_range(0..entries.len().max(1))) else { return "nothing to delete" };
@@ -183,13 +183,13 @@ async fn tamper_with_store(member: &Etcd, random: &mut SmallRng) -> &'static str
         client.delete(format!("{PREFIX}/subnets/{key}"), None).await.expect("a deletion");
         "a key is deleted"
     } else {
-        // It may be gone already.
+        // The lease may have expired already.
         let _gone = client.lease_revoke(*lease).await;
         "an etcd lease is revoked"
     }
 }
 
-/// Waits until each host holds exactly one entry, and nothing else is there.
+/// Waits until each host holds exactly one entry and no other entry exists.
 async fn wait_until_settled(member: &Etcd, hosts: &mut [Host]) {
     let deadline = Instant::now() + 2 * TEST_TIMEOUT;
     loop {
@@ -201,7 +201,7 @@ async fn wait_until_settled(member: &Etcd, hosts: &mut [Host]) {
         if owners.len() == hosts.len() && entries.len() == hosts.len() && !doubled {
             return;
         }
-        assert!(Instant::now() < deadline, "the hosts do not come to rest: {entries:#?}");
+        assert!(Instant::now() < deadline, "the hosts do not settle: {entries:#?}");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
@@ -210,14 +210,15 @@ fn ip(value: &str) -> Option<IpAddr> {
     codec::owner(value.as_bytes()).public_ip.v4
 }
 
-/// Reads every change since revision 1; at each revision no two hosts' entries overlap. Returns the number of changes and who ever had each key.
+/// Reads all changes since revision 1, and asserts that no two hosts' entries overlap at any revision. Returns the number of
+/// changes and all holders of each key.
 async fn verify_history(member: &Etcd) -> (usize, BTreeMap<String, Vec<IpAddr>>) {
     let (_, revision) = member.subnets().await;
     let mut client = member.client().await;
     let prefix = format!("{PREFIX}/subnets/");
     let options = WatchOptions::new().with_prefix().with_start_revision(1);
     let mut stream = client.watch(prefix.clone(), Some(options)).await.expect("a watch from the beginning");
-    // What stands last in the history is made now.
+    // This key marks the end of the history.
     client.put(format!("{prefix}end"), "", None).await.expect("the end of the history");
     let mut entries: BTreeMap<String, IpAddr> = BTreeMap::new();
     let mut holders: BTreeMap<String, Vec<IpAddr>> = BTreeMap::new();
@@ -225,7 +226,7 @@ async fn verify_history(member: &Etcd) -> (usize, BTreeMap<String, Vec<IpAddr>>)
     loop {
         let message = tokio::time::timeout(TEST_TIMEOUT, stream.message()).await.expect("history in time");
         let message = message.expect("history").expect("more history");
-        assert_eq!(message.compact_revision(), 0, "the history is whole");
+        assert_eq!(message.compact_revision(), 0, "the history is compacted");
         for event in message.events() {
             let kv = event.kv().expect("a key");
             let key = kv.key_str().expect("text").strip_prefix(&prefix).expect("the prefix").to_owned();
@@ -245,7 +246,7 @@ async fn verify_history(member: &Etcd) -> (usize, BTreeMap<String, Vec<IpAddr>>)
                 let overlap = claimed_ranges(other).iter().any(|o| ranges.iter().any(|r| o.overlaps(*r)));
                 assert!(!overlap, "at revision {at} {owner} has {key} and {theirs} has {other}");
             }
-            // Nobody's entry passes to another host without having been gone in between.
+            // An entry must be deleted before another host may create it.
             let before = entries.insert(key.clone(), owner);
             assert!(before.is_none_or(|before| before == owner), "at revision {at} {owner} takes {key} from {before:?}");
             holders.entry(key).or_default().push(owner);

@@ -1,3 +1,5 @@
+//! Tests of the lease decisions.
+
 use super::*;
 use crate::model::{Mac, Node};
 
@@ -15,7 +17,7 @@ fn lease_request(network: &str) -> LeaseRequest {
     }
 }
 
-/// A value as a host of this identity and address writes it.
+/// The value that a host with this identity and address writes.
 fn value(id: &str, ip: &str) -> String {
     let mut request = lease_request(NETWORK);
     request.node.id = id.to_owned();
@@ -49,7 +51,7 @@ fn empty_store_acquires_with_key_precondition_only() {
         panic!("acquire")
     };
     assert!(lease_request(NETWORK).network.allows_subnet(&subnet) && !compare_all);
-    // The same host, the same subnet; another attempt, another one.
+    // The same host chooses the same subnet; another attempt chooses another one.
     let again = decide(&snapshot(&[]), &lease_request(NETWORK), &HolderState::default());
     assert_eq!(again, Action::Acquire { subnet, compare_all });
     let other = decide(&snapshot(&[]), &lease_request(NETWORK), &HolderState { attempt: 1, ..HolderState::default() });
@@ -96,12 +98,16 @@ fn last_held_subnet_precedes_preferred_one() {
     memory.last_subnet = Some(Subnet::from_key(B).unwrap());
     assert_eq!(subnet(decide(&snapshot(&[]), &request, &memory)), B);
     memory.attempt = 3;
-    assert_eq!(subnet(decide(&snapshot(&[]), &request, &memory)), B, "a lost race is no reason to move while it is free");
+    assert_eq!(
+        subnet(decide(&snapshot(&[]), &request, &memory)),
+        B,
+        "the preferred subnet is kept after a lost race while it is free"
+    );
     let taken = snapshot(&[(B, value("x", "192.168.0.9"), Some(1))]);
     assert_eq!(subnet(decide(&taken, &request, &memory)), A);
     request.preferred = Some(Subnet::from_key("10.9.0.0-24").unwrap());
     memory.last_subnet = None;
-    assert_ne!(subnet(decide(&snapshot(&[]), &request, &memory)), "10.9.0.0-24", "not of the network");
+    assert_ne!(subnet(decide(&snapshot(&[]), &request, &memory)), "10.9.0.0-24", "the subnet is outside the network");
 }
 
 #[test]
@@ -134,7 +140,7 @@ fn best_of_several_own_entries_is_kept() {
     let Action::Release { key, mod_revision: 10, etcd_lease: Some(5), .. } =
         decide(&both, &lease_request(NETWORK), &HolderState::default())
     else {
-        panic!("the reservation is kept")
+        panic!("the reservation is not kept")
     };
     assert_eq!(key, A);
     let fits = snapshot(&[("10.9.0.0-24", value("id7", IP), Some(5)), (B, value("id7", IP), Some(6))]);
@@ -150,20 +156,20 @@ fn own_entry_with_foreign_address_needs_liveness_check() {
     let Action::VerifyLiveness { key, mod_revision: 10, etcd_lease: 5, reason } =
         decide(&entries, &lease_request(NETWORK), &memory)
     else {
-        panic!("prove")
+        panic!("no liveness check")
     };
     assert!(key == A && reason.contains("h7") && reason.contains("192.168.0.99") && reason.contains("node-id"), "{reason}");
     memory.dead_entry = Some((A.to_owned(), 9));
     assert!(
         matches!(decide(&entries, &lease_request(NETWORK), &memory), Action::VerifyLiveness { .. }),
-        "the proof is of another revision"
+        "the liveness check was of another revision"
     );
     memory.dead_entry = Some((A.to_owned(), 10));
     assert_eq!(
         decide(&entries, &lease_request(NETWORK), &memory),
         Action::Write(held_entry(A, 10, Some(5), LeaseOrigin::Reused))
     );
-    // What this process wrote itself needs none: its own address has changed.
+    // An entry that this process wrote needs no liveness check: only its own address has changed.
     let memory = HolderState { held: Some(held_entry(A, 10, Some(5), LeaseOrigin::Acquired)), ..HolderState::default() };
     assert_eq!(
         decide(&entries, &lease_request(NETWORK), &memory),
@@ -215,7 +221,7 @@ fn lease_loss_is_detected_with_reason() {
     );
     assert!(notice(&[(A, "rubbish".to_owned(), None)]).unwrap().0.contains("overwritten by a flannel host (no public IP)"));
     assert!(notice(&[(A, value("id7", IP), Some(6))]).is_none());
-    // A copy of this host took it: it is not written back, and a reservation not followed.
+    // A copy of this host took the entry: it is not overwritten, and a reservation is not used.
     let (_, memory) = notice(&[(A, value("id7", "192.168.0.99"), None)]).unwrap();
     assert!(matches!(
         decide(&snapshot(&[(A, value("id7", "192.168.0.99"), None)]), &lease_request(NETWORK), &memory),
@@ -227,7 +233,7 @@ fn lease_loss_is_detected_with_reason() {
 fn outdated_request_is_ignored() {
     let request = lease_request(r#"{"Network":"10.99.0.0/16"}"#);
     assert_eq!(decide(&snapshot(&[]), &request, &HolderState::default()), Action::Idle);
-    // Broken or gone: the last good one still counts.
+    // With a broken or missing configuration the last valid one stays in use.
     let mut look = snapshot(&[]);
     look.config = Some(RawConfig { text: "{".to_owned(), mod_revision: 50 });
     assert!(matches!(decide(&look, &request, &HolderState::default()), Action::Acquire { compare_all: false, .. }));

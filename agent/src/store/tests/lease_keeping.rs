@@ -1,4 +1,4 @@
-//! One host's lease: getting, keeping, losing, changing.
+//! Tests of one host's lease: acquiring, keeping, losing and changing it.
 
 use std::time::{Duration, Instant};
 
@@ -43,7 +43,7 @@ async fn remembered_subnet_is_preferred() {
     assert_eq!(agent.next_held().await.subnet, subnet("10.244.77.0-24"));
     agent.stop().await;
     release(&etcd.config(), "id-7").await.unwrap();
-    // Taken, even if by rubbish: another one.
+    // The subnet is taken, even though the value is invalid: the agent chooses another one.
     etcd.put_subnet("10.244.77.9-24", "rubbish", None).await;
     let mut agent = Agent::start(etcd.config(), Some(request));
     assert_ne!(agent.next_held().await.subnet, subnet("10.244.77.0-24"));
@@ -64,7 +64,7 @@ async fn changed_request_is_written_with_same_etcd_lease() {
             matches!(event, StoreEvent::Upsert(e) if e.value.as_ref().unwrap().lease.public_ip == changed.public_ip).then_some(())
         })
         .await;
-    assert!(begun.elapsed() < Duration::from_secs(1), "no proof of life is needed for what this process holds");
+    assert!(begun.elapsed() < Duration::from_secs(1), "an entry that this process holds needs no liveness check");
     let (entries, _) = etcd.subnets().await;
     assert_eq!((entries.len(), Some(entries[0].2)), (1, held.etcd_lease));
     agent.stop().await;
@@ -89,7 +89,7 @@ async fn renewal_emits_no_event() {
 #[tokio::test(flavor = "multi_thread")]
 async fn reservation_is_kept_across_restart() {
     let etcd = start_etcd(NETWORK).await;
-    // Made by hand with no more than the address, and one that flannel wrote.
+    // A reservation made by hand with only the address, one that flannel wrote, and one with only the identity.
     for value in [r#"{"PublicIP":"192.168.0.7"}"#, FLANNEL, r#"{"Node":{"Name":"x","Id":"id-7"}}"#] {
         etcd.put_subnet("10.244.55.0-24", value, None).await;
         let mut agent = Agent::start(etcd.config(), Some(lease_request(NETWORK, 7)));
@@ -136,7 +136,7 @@ async fn deleted_lease_is_reacquired() {
     let third = agent.next_held().await;
     assert_eq!(third.subnet, first.subnet);
     let leases: Vec<i64> = etcd.client().await.leases().await.unwrap().leases().iter().map(|lease| lease.id()).collect();
-    assert_eq!(leases, [third.etcd_lease.unwrap()], "nothing dangles");
+    assert_eq!(leases, [third.etcd_lease.unwrap()], "only the held etcd lease remains");
     agent.stop().await;
 }
 
@@ -149,7 +149,7 @@ async fn lease_expired_during_outage_is_reacquired() {
     let first = agent.next_held().await;
     etcd.kill();
     assert!(etcd.run().await);
-    // As an operator who empties it before the agent is back.
+    // An operator deletes the entries before the agent has reconnected.
     etcd.client().await.lease_revoke(first.etcd_lease.unwrap()).await.unwrap();
     assert_eq!(agent.next_held().await.subnet, first.subnet);
     agent.stop().await;
@@ -167,7 +167,7 @@ async fn overwritten_lease_is_not_contested() {
     let second = agent.next_held().await;
     assert_ne!(second.subnet, first.subnet);
     assert!(etcd.subnets().await.0.iter().any(|(key, value, id)| (key, value, id) == (&first.subnet.to_key(), &theirs, &lease)));
-    // Altered but still ours: put back.
+    // An altered entry that still names this host is restored.
     let (entries, _) = etcd.subnets().await;
     let ours = entries.into_iter().find(|(key, _, _)| *key == second.subnet.to_key()).unwrap();
     etcd.put_subnet(&ours.0, &ours.1.replace("\"VNI\":1", "\"VNI\":9"), Some(ours.2)).await;
@@ -179,13 +179,13 @@ async fn overwritten_lease_is_not_contested() {
         .await;
     let deadline = Instant::now() + TEST_TIMEOUT;
     while !etcd.subnets().await.0.contains(&ours) {
-        assert!(Instant::now() < deadline, "put back");
+        assert!(Instant::now() < deadline, "the entry is not restored");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     agent.stop().await;
 }
 
-/// A server that hung carries out a write that its host has long repeated elsewhere.
+/// A hung server executes a write after its host has repeated it through another server.
 #[tokio::test(flavor = "multi_thread")]
 async fn late_second_lease_is_released() {
     let etcd = start_etcd(NETWORK).await;
@@ -196,10 +196,10 @@ async fn late_second_lease_is_released() {
     etcd.put_subnet(late, &entries[0].1, held.etcd_lease).await;
     let deadline = Instant::now() + TEST_TIMEOUT;
     while etcd.subnets().await.0 != entries {
-        assert!(Instant::now() < deadline, "only the lease that is held stays: {:?}", etcd.subnets().await.0);
+        assert!(Instant::now() < deadline, "the second lease is not released: {:?}", etcd.subnets().await.0);
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    // The etcd lease is that of the entry that stays.
+    // Both entries are bound to the same etcd lease, so it must not be revoked.
     tokio::time::sleep(Duration::from_millis(300)).await;
     assert_eq!(etcd.subnets().await.0, entries);
     agent.stop().await;
@@ -219,7 +219,7 @@ async fn own_flannel_lease_is_taken_over() {
     agent.stop().await;
 }
 
-/// Two hosts that are one: same identity, or same public IP.
+/// Starts a second host with the same identity or public IP, and asserts that it waits.
 async fn assert_duplicate_host_waits(second: impl Fn(&mut crate::model::event::LeaseRequest), words: &str, origin: LeaseOrigin) {
     let etcd = start_etcd(NETWORK).await;
     let mut config = etcd.config();
@@ -231,9 +231,9 @@ async fn assert_duplicate_host_waits(second: impl Fn(&mut crate::model::event::L
     let mut double = Agent::start(config, Some(copy));
     let reason = double.next_not_held().await;
     assert!(reason.contains(words) && reason.contains("host7"), "{reason}");
-    // Told once it is certain, and the first host keeps what it has.
+    // The second report comes once the liveness is certain. The first host keeps its lease.
     let certain = double.next_not_held().await;
-    assert!(certain.contains(words) && !certain.contains("waiting"), "{certain}");
+    assert!(certain.contains(words) && !certain.contains("checking"), "{certain}");
     assert_eq!(etcd.subnets().await.0.len(), 1);
     first.stop().await;
     let taken = double.next_held().await;
@@ -279,7 +279,7 @@ async fn changed_network_moves_host_subnet() {
     let network = r#"{"Network":"10.77.0.0/16"}"#;
     etcd.put_config(network).await;
     agent.lease_request.send(Some(lease_request(network, 7))).unwrap();
-    assert!(agent.next_not_held().await.contains("is no subnet of the network 10.77.0.0/16 (/24) any more"));
+    assert!(agent.next_not_held().await.contains("is not a subnet of the network 10.77.0.0/16 (/24)"));
     let new = agent.next_held().await;
     assert!(lease_request(network, 7).network.allows_subnet(&new.subnet) && new.subnet != old.subnet);
     assert_eq!(etcd.subnets().await.0.len(), 1, "the old one is gone");
@@ -293,7 +293,7 @@ async fn misfit_reservation_is_reported_and_kept() {
     let mut agent = Agent::start(etcd.config(), Some(lease_request(NETWORK, 7)));
     let reason = agent.next_not_held().await;
     assert!(
-        reason.contains("the reservation 10.9.0.0/24 is no subnet of the network") && reason.contains("`10.9.0.0-24`"),
+        reason.contains("the reservation 10.9.0.0/24 is not a subnet of the network") && reason.contains("`10.9.0.0-24`"),
         "{reason}"
     );
     assert_eq!(etcd.subnets().await.0.len(), 1);
@@ -323,7 +323,7 @@ async fn hostile_entries_do_not_block_acquisition() {
             _ => None,
         })
         .await;
-    assert_eq!(refused, 7, "the default route is a key like any other here; the plan leaves it out");
+    assert_eq!(refused, 7, "the store accepts the default route's key; only the plan rejects it");
     agent.next_held().await;
     agent.stop().await;
 }
@@ -359,7 +359,7 @@ async fn lease_state_is_unchanged_during_outage() {
 #[tokio::test(flavor = "multi_thread")]
 async fn held_lease_causes_no_extra_requests() {
     let etcd = start_etcd(NETWORK).await;
-    // Found again behind other hosts' changes, and after a new connection: each must come to rest.
+    // The lease is found again after other hosts' changes and after a new connection. The keeper must settle each time.
     for _ in 0..2 {
         let mut agent = Agent::start(etcd.config(), Some(lease_request(NETWORK, 7)));
         agent.next_held().await;
@@ -381,7 +381,7 @@ async fn unseen_configuration_delays_acquisition() {
     let held = agent.next_held().await;
     etcd.put_config(r#"{"Network":"10.244.0.0/16","SubnetMin":"10.244.1.0"}"#).await;
     let (entries, _) = etcd.subnets().await;
-    // Touched while the wish is still the old one: looked at once, not again and again.
+    // The entry changes while the request still has the old network: the keeper reads one snapshot and does not loop.
     etcd.put_config(r#"{"Network":"10.244.0.0/15"}"#).await;
     etcd.put_subnet(&entries[0].0, &entries[0].1, Some(entries[0].2)).await;
     while tokio::time::timeout(Duration::from_millis(500), agent.events.recv()).await.is_ok() {}

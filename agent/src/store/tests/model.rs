@@ -1,13 +1,13 @@
-//! The lease protocol, searched through: every interleaving of a few hosts' steps, with crashes, lost answers, partitions, writes that arrive
-//! late, leases that expire, keys that are deleted and a configuration that changes, as far as a number of faults allows.
+//! Exhaustive search of the lease protocol: every interleaving of a few hosts' steps, with crashes, lost responses, partitions,
+//! late writes, expired leases, deleted keys and configuration changes, up to a number of faults.
 //!
-//! The model has the real parts: `Look`, `Memory` and `decide` choose each step, the guards of `write` are judged, keys and values are the
-//! real ones. What is written anew is etcd itself and the order in which `hold` does things (`model/world.rs`); that `hold` keeps to that
-//! order is `history.rs`' to show, against a real etcd.
+//! The model uses the real code: `LeaseSnapshot`, `HolderState` and `decide` choose each step, the preconditions of `write` are
+//! evaluated, keys and values are real. It reimplements only etcd (`model/etcd.rs`) and the order of steps in `lease_keeper`
+//! (`model/state.rs`). `history.rs` tests that order against a real etcd.
 //!
-//! In every state: no two hosts have entries that overlap, and nobody's write or deletion goes over the entry of a host that holds it. From
-//! every state the hosts come to rest without another fault, and then each holds a subnet. And the search sees what it should see: protocols that
-//! lack a guard are found out.
+//! Invariants of every state: no two hosts have overlapping entries, and no host overwrites or deletes an entry that another host
+//! holds. From every state the hosts settle without another fault, and then each holds a subnet. The search itself is tested: it
+//! must find the violations of protocols that lack a precondition.
 
 mod canonical;
 mod etcd;
@@ -18,38 +18,39 @@ use std::collections::VecDeque;
 
 use state::{Defect, ModelState};
 
-/// More states than this are more than memory is for.
+/// Limit of states, to bound memory.
 const MAX_STATES: usize = 4_000_000;
 
-/// Adds so many faults to each scenario: a search of minutes in place of seconds.
+/// Environment variable: number of additional faults per scenario. The search then takes minutes instead of seconds.
 const EXTRA_FAULTS_ENV: &str = "OVERLAY_MODEL_FAULTS";
 
 /// Three subnets.
 const THREE_SUBNETS: &str = r#"{"Network":"10.1.0.0/16","SubnetMin":"10.1.10.0","SubnetMax":"10.1.12.0"}"#;
 /// Two subnets.
 const TWO_SUBNETS: &str = r#"{"Network":"10.1.0.0/16","SubnetMin":"10.1.10.0","SubnetMax":"10.1.11.0"}"#;
-/// The same range in other sizes: a subnet of the one overlaps two of the other.
+/// The same range with longer prefixes: a subnet of `TWO_SUBNETS` overlaps two of these.
 const HALF_SIZE_SUBNETS: &str = r#"{"Network":"10.1.0.0/16","SubnetLen":25,"SubnetMin":"10.1.10.0","SubnetMax":"10.1.11.128"}"#;
-/// Two families, of three and of four subnets.
+/// Two families, with three and four subnets.
 const DUAL: &str = r#"{"Network":"10.1.0.0/16","SubnetMin":"10.1.10.0","SubnetMax":"10.1.12.0","EnableIPv6":true,"IPv6Network":"fd00::/48","IPv6SubnetMin":"fd00:0:0:1::","IPv6SubnetMax":"fd00:0:0:4::"}"#;
 
-/// Reservations that leave two subnets in each family and no place that is free in both: keys differ while a part of them is the same.
+/// Reservations that leave two free subnets in each family, but no index that is free in both. Different keys then share the
+/// subnet of one family.
 const CROSSED_RESERVATIONS: [&str; 3] = ["10.1.10.0-24", "fd00:0:0:2::-64", "fd00:0:0:3::-64"];
 
-/// What a search found.
+/// Result of a search.
 #[derive(Debug)]
 struct SearchResult {
     states: usize,
     steps: usize,
     quiescent: usize,
-    /// The first violation, with the way to it.
+    /// The first violation, with the steps that lead to it.
     violation: Option<String>,
 }
 
-/// Goes through all states that can be reached.
+/// Explores all reachable states.
 fn explore(start: ModelState) -> SearchResult {
     let mut numbers: HashMap<u64, u32> = HashMap::new();
-    // How each state was reached first, and from where it can be reached.
+    // For each state: the first predecessor with its step, and all predecessors without a fault.
     let mut predecessors: Vec<(u32, String)> = vec![(0, "start".to_owned())];
     let mut before: Vec<Vec<u32>> = vec![Vec::new()];
     let mut resting: Vec<u32> = Vec::new();
@@ -86,14 +87,14 @@ fn explore(start: ModelState) -> SearchResult {
                 queue.push_back((fresh, next));
                 assert!(predecessors.len() < MAX_STATES, "the scenario has more than {MAX_STATES} states");
             }
-            // A fault need not come: only what goes on by itself leads to rest.
+            // Faults are not guaranteed to occur: settling may only depend on steps without a fault.
             if !step.fault && target != number {
                 before[usize::try_from(target).unwrap()].push(number);
             }
         }
         if rests {
             if let Some(fault) = world.quiescence_violation() {
-                found.violation = Some(format!("at rest, {fault}:\n  {}\n{world:#?}", way(&predecessors, number)));
+                found.violation = Some(format!("settled, but {fault}:\n  {}\n{world:#?}", way(&predecessors, number)));
                 return found;
             }
             resting.push(number);
@@ -108,7 +109,7 @@ fn explore(start: ModelState) -> SearchResult {
         }
     }
     if let Some(stuck) = reaches.iter().position(|reaches| !reaches) {
-        found.violation = Some(format!("never comes to rest:\n  {}", way(&predecessors, u32::try_from(stuck).unwrap())));
+        found.violation = Some(format!("never settles:\n  {}", way(&predecessors, u32::try_from(stuck).unwrap())));
     }
     found
 }
@@ -116,18 +117,18 @@ fn explore(start: ModelState) -> SearchResult {
 #[track_caller]
 fn assert_holds(what: &str, start: ModelState) {
     let found = explore(start);
-    println!("{what}: {} states, {} steps, {} at rest", found.states, found.steps, found.quiescent);
+    println!("{what}: {} states, {} steps, {} settled", found.states, found.steps, found.quiescent);
     if let Some(violation) = found.violation {
         panic!("{what}: {violation}");
     }
-    assert!(found.states > 50 && found.quiescent > 0, "{what}: the search went somewhere: {found:?}");
+    assert!(found.states > 50 && found.quiescent > 0, "{what}: the search explored too little: {found:?}");
 }
 
-/// The search must find the violation that a protocol with a defect has.
+/// Asserts that the search finds the violation of a defective protocol.
 #[track_caller]
 fn assert_violates(what: &str, wanted: &str, start: ModelState) {
     let found = explore(start);
-    let violation = found.violation.unwrap_or_else(|| panic!("{what}: {} states, and no violation is seen", found.states));
+    let violation = found.violation.unwrap_or_else(|| panic!("{what}: {} states, but no violation found", found.states));
     println!("{what}: found after {} steps: {violation}\n", found.steps);
     assert!(violation.starts_with(wanted), "{what}: {violation}");
 }
@@ -169,7 +170,7 @@ fn defective_protocols_are_detected() {
         let reserved = if configs == [DUAL] { &CROSSED_RESERVATIONS[..] } else { &[] };
         ModelState::new(configs, reserved, 2, faults).with_defect(defect)
     };
-    assert_violates("entries are made without a guard", "h", broken(&[TWO_SUBNETS], 0, Defect::UnconditionalCreate));
+    assert_violates("entries are created without preconditions", "h", broken(&[TWO_SUBNETS], 0, Defect::UnconditionalCreate));
     assert_violates("only the own key is compared, with two families", "h", broken(&[DUAL], 0, Defect::UncheckedRange));
     assert_violates(
         "the configuration is not compared",
@@ -177,7 +178,7 @@ fn defective_protocols_are_detected() {
         broken(&[TWO_SUBNETS, HALF_SIZE_SUBNETS], 0, Defect::UncheckedConfig),
     );
     assert_violates(
-        "entries are changed and deleted without a guard",
+        "entries are changed and deleted without preconditions",
         "h",
         broken(&[TWO_SUBNETS], 2, Defect::UnconditionalChange),
     );

@@ -1,4 +1,4 @@
-//! Single requests, and many leases.
+//! Tests of single requests, and of many leases.
 
 use std::time::{Duration, Instant};
 
@@ -77,7 +77,7 @@ async fn ten_thousand_leases_are_paginated() {
     let begun = Instant::now();
     let mut agent = Agent::start(etcd.config(), Some(lease_request(network, 0xffff)));
     agent.find(|event| matches!(event, StoreEvent::Snapshot(all) if all.len() == 10_000).then_some(())).await;
-    println!("10,000 leases handed on {:?} after start", begun.elapsed());
+    println!("10,000 leases delivered {:?} after start", begun.elapsed());
     agent.next_held().await;
     println!("own lease among 10,000 held {:?} after start", begun.elapsed());
     agent.stop().await;

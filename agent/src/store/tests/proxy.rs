@@ -1,4 +1,4 @@
-//! The way from one agent to the members of a cluster, which can be held up: what was sent meanwhile arrives when it goes on.
+//! TCP proxy from one agent to the members of a cluster. It can be paused; data sent meanwhile arrives after it resumes.
 
 use std::net::Ipv4Addr;
 
@@ -10,7 +10,7 @@ use tokio::task::{AbortHandle, JoinSet};
 
 use super::harness::Etcd;
 
-/// A way; it ends when it is dropped.
+/// A pausable proxy; it stops when dropped.
 pub(super) struct PausableProxy {
     port: u16,
     paused: watch::Sender<bool>,
@@ -18,7 +18,7 @@ pub(super) struct PausableProxy {
 }
 
 impl PausableProxy {
-    /// A way to the members, one after the other with each connection.
+    /// Starts a proxy that connects to the members in rotation.
     pub(super) async fn connect_to(members: &[Etcd]) -> PausableProxy {
         let targets: Vec<u16> =
             members.iter().map(|m| m.endpoint().rsplit(':').next().and_then(|port| port.parse().ok()).expect("a port")).collect();
@@ -33,7 +33,7 @@ impl PausableProxy {
                 connections.spawn(async move {
                     let Ok(far) = TcpStream::connect((Ipv4Addr::LOCALHOST, target)).await else { return };
                     let ((near_in, near_out), (far_in, far_out)) = (near.into_split(), far.into_split());
-                    // Where one direction ends, both do.
+                    // The end of one direction ends both.
                     tokio::select! {
                         () = copy_stream(near_in, far_out, holds.clone()) => {}
                         () = copy_stream(far_in, near_out, holds) => {}
@@ -49,7 +49,7 @@ impl PausableProxy {
         format!("http://127.0.0.1:{}", self.port)
     }
 
-    /// Holds everything up, or lets it go on.
+    /// Pauses or resumes all connections.
     pub(super) fn set_paused(&self, paused: bool) {
         self.paused.send_replace(paused);
     }

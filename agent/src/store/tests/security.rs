@@ -1,4 +1,4 @@
-//! TLS, login, permissions.
+//! Tests of TLS, login and permissions.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -10,7 +10,7 @@ use super::harness::*;
 use crate::model::event::{Connection, StoreEvent};
 use crate::store::{StoreConfig, StoreError, get_config, put_config, read_all, server_clock};
 
-/// A CA, and certificates signed by it for the server and for a client.
+/// Creates a CA, and certificates signed by it for the server and a client.
 fn create_certificates(directory: &Path) {
     let openssl = |arguments: &[&str]| run_command(directory, "openssl", arguments);
     let key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"];
@@ -100,7 +100,8 @@ async fn tls_to_plaintext_server_is_reported() {
     assert!(matches!(error, StoreError::Tls { .. }) && error.to_string().contains("http://"), "{error}");
 }
 
-/// Users `root` and `agent` (may write below the prefix) and `reader` (may read there), all with the same password.
+/// Enables authentication with the users `root`, `agent` (may write below the prefix), `reader` (may read there) and `nobody` (no
+/// rights), all with the same password.
 async fn enable_auth(etcd: &Etcd) -> StoreConfig {
     let mut client: Client = etcd.client().await;
     for user in ["root", "agent", "reader", "nobody"] {
@@ -132,7 +133,7 @@ async fn password_authentication_works() {
         write_secret(&directory.path().join(name), text);
         Some(directory.path().join(name))
     };
-    // A password where etcd asks for none is no error.
+    // A configured password is no error if etcd's authentication is disabled.
     let superfluous = StoreConfig { username: Some("agent".to_owned()), password_file: file("any", "x"), ..etcd.config() };
     get_config(&superfluous).await.unwrap();
 
@@ -163,7 +164,7 @@ async fn password_authentication_works() {
     let empty = StoreConfig { password_file: file("empty", "\n"), ..config.clone() };
     assert!(get_config(&empty).await.unwrap_err().to_string().contains("is empty"));
 
-    // Who may only read still follows the network, and is told why there is no lease.
+    // A user with read permission only still watches the network, and the missing permission is reported.
     let reader = StoreConfig { username: Some("reader".to_owned()), ..good };
     let mut agent = Agent::start(reader, Some(lease_request(NETWORK, 8)));
     agent.find(|event| matches!(event, StoreEvent::Snapshot(_)).then_some(())).await;
@@ -174,13 +175,13 @@ async fn password_authentication_works() {
     agent.stop().await;
 }
 
-/// A file for its owner alone.
+/// Writes a file that only its owner can access.
 fn write_secret(path: &Path, text: &str) {
     fs::write(path, text).unwrap();
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
 }
 
-/// Everything that is logged at any level, as text.
+/// Captures the log of all levels as text.
 #[derive(Clone, Default)]
 struct LogBuffer(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
 
@@ -195,12 +196,12 @@ impl std::io::Write for LogBuffer {
     }
 }
 
-/// Set in the process that runs the test below by itself.
+/// Set in the child process that runs only the test below.
 const ISOLATED_ENV: &str = "OVERLAY_TEST_ALONE";
 
 #[tokio::test]
 async fn password_is_never_logged() {
-    // What other tests do with their subscribers decides, for the whole process, which events are made at all.
+    // Subscribers of other tests determine, for the whole process, which events are emitted at all.
     if std::env::var_os(ISOLATED_ENV).is_none() {
         let this = std::thread::current().name().unwrap().to_owned();
         let output = std::process::Command::new(std::env::current_exe().unwrap())
@@ -221,12 +222,12 @@ async fn password_is_never_logged() {
     let log = LogBuffer::default();
     let writer = log.clone();
     let subscriber = tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_writer(move || writer.clone()).finish();
-    // One thread runs everything, so this thread's subscriber sees everything.
+    // All tasks run on one thread, so this thread's subscriber receives all events.
     let _guard = tracing::subscriber::set_default(subscriber);
     get_config(&config).await.unwrap();
     fs::write(&file, "s3cret of none").unwrap();
     get_config(&config).await.unwrap_err();
     let text = String::from_utf8_lossy(&log.0.lock().unwrap()).into_owned();
-    assert!(text.len() > 4096, "the log was written: {} bytes", text.len());
+    assert!(text.len() > 4096, "the log is too short: {} bytes", text.len());
     assert!(!text.contains("s3cret"));
 }

@@ -1,5 +1,5 @@
-//! Two hundred agents whose etcd is back after an outage: they come back spread over time. Each moment of a new connection is noted by a gate
-//! between them and the server.
+//! Reconnects of two hundred agents after an etcd outage are spread over time. A gate between the agents and the server records
+//! the time of each connection.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,15 +15,15 @@ use crate::store::StoreConfig;
 
 const AGENTS: u16 = 200;
 
-/// By then an agent has failed some six times, and waits for up to six seconds.
+/// After this outage an agent has failed some six times, and its backoff is up to six seconds.
 const OUTAGE: Duration = Duration::from_secs(5);
 
-/// The width of the histogram's columns, and the most agents in one: evenly spread over six seconds there would be 17, in a
-/// stampede 200. A busy machine lets several columns go at once.
+/// Width of the histogram's columns, and the maximum number of agents in one. Evenly spread over six seconds, a column has 17
+/// agents; in a stampede it has 200. A busy machine can merge several columns.
 const BUCKET_WIDTH: Duration = Duration::from_millis(500);
 const MAX_PER_BUCKET: usize = 100;
 
-/// Where agents connect.
+/// The gate that agents connect to.
 struct ConnectionGate {
     at: SocketAddr,
     target: SocketAddr,
@@ -42,7 +42,7 @@ impl ConnectionGate {
                 arrivals.lock().unwrap().push(Instant::now());
                 connections.spawn(async move {
                     if let Ok(mut far) = TcpStream::connect(target).await {
-                        // However it ends, the agent comes again.
+                        // The result does not matter: the agent reconnects.
                         let _ended = tokio::io::copy_bidirectional(&mut near, &mut far).await;
                     }
                 });
@@ -50,11 +50,11 @@ impl ConnectionGate {
         }));
     }
 
-    /// Every connection ends, new ones are refused.
+    /// Closes all connections and refuses new ones.
     async fn close(&mut self) {
         if let Some(task) = self.task.take() {
             task.abort();
-            // The listener goes with the task.
+            // The task owns the listener.
             let _ended = task.await;
         }
     }
@@ -73,7 +73,7 @@ async fn reconnects_are_spread_after_outage() {
         agent.next_held().await;
     }
     let (before, _) = etcd.subnets().await;
-    // Each agent is listened to, else it would wait for its events to be taken.
+    // An agent blocks while its event channel is full.
     let ups = Arc::new(AtomicUsize::new(0));
     let mut listeners = JoinSet::new();
     for mut agent in agents {
@@ -118,5 +118,5 @@ async fn reconnects_are_spread_after_outage() {
     assert!(*most <= MAX_PER_BUCKET, "a stampede: {columns:?}");
     assert!(used >= 5, "spread over some seconds: {columns:?}");
     assert!(arrivals.len() < 2 * usize::from(AGENTS), "most come once: {}", arrivals.len());
-    assert_eq!(etcd.subnets().await.0, before, "nobody lost anything");
+    assert_eq!(etcd.subnets().await.0, before, "no lease changed");
 }

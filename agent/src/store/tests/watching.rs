@@ -1,4 +1,4 @@
-//! Snapshot, changes, lost connections, compaction.
+//! Tests of the watch: snapshot, changes, lost connections, compaction.
 
 use std::time::Instant;
 
@@ -79,7 +79,7 @@ async fn etcd_restart_resumes_without_snapshot() {
     let StoreEvent::Connection(Connection::Down { error }) = agent.next().await else { panic!("down") };
     assert!(error.contains(&etcd.endpoint()), "{error}");
     assert!(etcd.run().await);
-    // Written before the agent is back: it must not miss it.
+    // The agent must not miss a write from before it reconnects.
     etcd.put_subnet("10.244.2.0-24", VALUE, None).await;
     let started = Instant::now();
     agent
@@ -112,7 +112,7 @@ async fn replaced_etcd_data_triggers_new_snapshot() {
     etcd.wipe();
     assert!(etcd.run().await);
     etcd.put_subnet("10.244.9.0-24", VALUE, None).await;
-    // Depending on who was first the entry is in the snapshot or behind it.
+    // Depending on timing, the entry is part of the snapshot or follows it.
     agent.find(|event| (event == &StoreEvent::Config(None)).then_some(())).await;
     let keys = agent.find(snapshot_keys).await;
     if keys.is_empty() {
@@ -142,7 +142,7 @@ async fn compaction_triggers_new_snapshot() {
         error = follower.run(&session, &board, &sender) => panic!("{error}"),
         entries = first => assert_eq!(entries, 1),
     }
-    // Away from the stream, the world goes on and forgets.
+    // The store changes and is compacted while no watch is connected.
     etcd.client().await.delete(format!("{PREFIX}/subnets/10.244.1.0-24"), None).await.unwrap();
     for n in 2..6 {
         etcd.put_subnet(&format!("10.244.{n}.0-24"), VALUE, None).await;
@@ -174,7 +174,7 @@ async fn compaction_triggers_new_snapshot() {
 #[tokio::test(flavor = "multi_thread")]
 async fn missing_etcd_is_retried_until_available() {
     let mut etcd = Etcd::start().await;
-    // An etcd that is killed before it has a leader never gets one.
+    // An etcd that is killed before its first leader election never elects a leader.
     etcd.client().await;
     etcd.kill();
     let mut agent = Agent::start(etcd.config(), None);
@@ -195,7 +195,7 @@ async fn dead_endpoint_falls_back_to_next() {
         assert_eq!(session.context.endpoint, etcd.endpoint());
     }
     config.endpoints.remove(0);
-    let Err(error) = connect(&config).await else { panic!("nobody is there") };
+    let Err(error) = connect(&config).await else { panic!("no server listens") };
     let error = error.to_string();
     assert!(error.contains("127.0.0.1:1 cannot be reached") && error.contains("127.0.0.2:1 cannot be reached"), "{error}");
 }
@@ -227,12 +227,12 @@ async fn hanging_server_is_detected() {
     etcd.put_config(NETWORK).await;
     let mut agent = Agent::start(etcd.config(), None);
     agent.find(snapshot_keys).await;
-    // Let the watch be answered: only the ping can notice now.
+    // Once the watch is established, only the ping can detect the failure.
     tokio::time::sleep(std::time::Duration::from_secs(1)).await;
     etcd.freeze(true);
     let begun = Instant::now();
     agent.find(|event| matches!(event, StoreEvent::Connection(Connection::Down { .. })).then_some(())).await;
-    println!("a server that hangs was noticed after {:?}", begun.elapsed());
+    println!("hung server detected after {:?}", begun.elapsed());
     assert!(begun.elapsed().as_secs() < 15, "{:?}", begun.elapsed());
     etcd.freeze(false);
     agent.find(|event| matches!(event, StoreEvent::Connection(Connection::Up { .. })).then_some(())).await;
@@ -247,11 +247,11 @@ async fn member_or_leader_loss_is_survived() {
     config.endpoints = members.iter().map(Etcd::endpoint).collect();
     let mut agent = Agent::start(config, Some(lease_request(NETWORK, 7)));
     let held = agent.next_held().await;
-    // A majority is left: whichever server was used, another one serves.
+    // A majority remains: another server takes over, whichever was used.
     members[0].kill();
     members[1].put_subnet("10.244.9.0-24", VALUE, None).await;
     agent.find(|event| (upsert_key(event)? == "10.244.9.0-24").then_some(())).await;
-    // None is left: the remaining one does not know what happens, and says so.
+    // Without a majority the remaining server has no leader and reports that.
     members[1].kill();
     agent.find(|event| matches!(event, StoreEvent::Connection(Connection::Down { .. })).then_some(())).await;
     assert!(members[0].run().await && members[1].run().await);

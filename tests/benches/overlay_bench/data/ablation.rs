@@ -1,25 +1,25 @@
-//! The overlay with a setting and without it: a command that makes the setting on each host, and one that takes it back, in turns.
+//! The overlay with and without a setting: one command applies it on each host, another one reverts it, in turns.
 
 use std::process::Command;
 
 use anyhow::{Context, ensure};
 use overlay_agent::kernel::netns::Netns;
 
-/// A setting to be tried.
+/// A setting under test.
 #[derive(Debug, Clone, Copy)]
 pub struct Setting<'a> {
-    /// Makes it.
+    /// The command that applies it.
     pub with: &'a str,
-    /// Takes it back.
+    /// The command that reverts it.
     pub without: &'a str,
 }
 
 impl Setting<'_> {
-    /// Makes it, or takes it back, on all hosts.
+    /// Applies or reverts it on all hosts.
     pub fn set(&self, hosts: &[Netns], enable: bool) -> anyhow::Result<()> {
         let script = if enable { self.with } else { self.without };
         for host in hosts {
-            // The devices below /sys are those of the namespace that it was mounted in.
+            // /sys shows the devices of the namespace in which it was mounted.
             let whole = format!("mount -t sysfs none /sys && {{ {script}; }}");
             let run = || Command::new("unshare").args(["-m", "sh", "-ec", &whole]).output();
             let output = host.run(run)?.context("`unshare` is needed: apt-get install util-linux")?;

@@ -1,4 +1,4 @@
-//! Senders and receivers side by side, each on a thread of its own, as programs are: what passes in a second.
+//! Throughput with senders and receivers in parallel, each on its own thread, like separate programs.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -11,31 +11,31 @@ use anyhow::{Context, anyhow, ensure};
 
 use super::path::{TrafficPath, UDP_PAYLOAD_LEN, pin_to_cpu};
 
-/// Bytes that a program hands over at once.
+/// Bytes of one write.
 const WRITE_SIZE: usize = 128 << 10;
 
-/// What is sent.
+/// The load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Load {
-    /// So many TCP connections that send as fast as they can.
+    /// This many TCP connections, as fast as they can.
     Streams(usize),
-    /// One byte by TCP and one back, again and again, one connection.
+    /// One byte over TCP and one back, repeatedly, on one connection.
     Requests,
-    /// UDP packets of [`PAYLOAD`] bytes, as fast as they go.
+    /// UDP packets of [`UDP_PAYLOAD_LEN`] bytes, as fast as possible.
     Packets,
 }
 
-/// What passed.
+/// The result of a load.
 #[derive(Debug, Clone, Copy)]
 pub struct Throughput {
-    /// In a second: bytes, requests answered, or packets that arrived.
+    /// Per second: bytes, answered requests, or arrived packets.
     pub per_second: f64,
-    /// Seconds of processor time of the whole machine, in a second.
+    /// CPU seconds of the whole machine per second.
     pub processor: f64,
 }
 
 impl Load {
-    /// Sends for a time, once it has begun to flow.
+    /// Sends for some time, measured once data flows.
     pub fn run(self, path: &TrafficPath, time: Duration) -> anyhow::Result<Throughput> {
         match self {
             Load::Streams(count) => streams(path, count, time),
@@ -49,7 +49,7 @@ fn streams(path: &TrafficPath, count: usize, time: Duration) -> anyhow::Result<T
     let pairs = (0..count).map(|_| path.connect()).collect::<anyhow::Result<Vec<_>>>()?;
     let received = AtomicU64::new(0);
     let ends: Vec<&TcpStream> = pairs.iter().flat_map(|(near, far)| [near, far]).collect();
-    // One stream is told where to run, so that no two turns differ in that; several spread by themselves.
+    // A single stream is pinned, so that turns do not differ in its placement; several streams spread by themselves.
     let chosen = count == 1;
     thread::scope(|scope| {
         for (near, far) in &pairs {
@@ -116,7 +116,7 @@ fn packets(path: &TrafficPath, time: Duration) -> anyhow::Result<Throughput> {
         scope.spawn(|| -> anyhow::Result<()> {
             pin_to_cpu(false)?;
             while going() {
-                // A queue that is full loses the packet: it does not arrive, and is not counted.
+                // A full queue loses the packet: it does not arrive and is not counted.
                 let _lost = near.send(&[0x5a; UDP_PAYLOAD_LEN]);
             }
             Ok(())
@@ -137,7 +137,7 @@ fn packets(path: &TrafficPath, time: Duration) -> anyhow::Result<Throughput> {
     })
 }
 
-/// Waits a little, and then looks how fast a count grows, and what the machine does for it.
+/// Waits briefly, and then measures the growth rate of a count and the CPU time of the machine.
 fn measure_rate(count: &AtomicU64, time: Duration) -> anyhow::Result<Throughput> {
     thread::sleep(time / 5);
     let (begin, idle, before) = (Instant::now(), idle_seconds()?, count.load(Ordering::Relaxed));
@@ -146,12 +146,12 @@ fn measure_rate(count: &AtomicU64, time: Duration) -> anyhow::Result<Throughput>
     let idle = self::idle_seconds()? - idle;
     ensure!(grown > 0, "nothing arrives");
     let processors = u32::try_from(thread::available_parallelism().map_or(1, usize::from))?;
-    // A count of that size is exact in a double.
+    // A count of this size is exact in a double.
     let each_second = u32::try_from(grown >> 16).map(f64::from)? * 65536.0 + f64::from(u16::try_from(grown & 0xffff)?);
     Ok(Throughput { per_second: each_second / seconds, processor: (f64::from(processors) - idle / seconds).max(0.0) })
 }
 
-/// Seconds that the processors were idle since the machine started (`proc_stat(5)`), together. The kernel measures them; times of work it only samples.
+/// Total idle seconds of all processors since boot (`proc_stat(5)`). The kernel measures idle time; busy times are only sampled.
 fn idle_seconds() -> anyhow::Result<f64> {
     let text = fs::read_to_string("/proc/stat").context("cannot read /proc/stat")?;
     parse_idle_seconds(&text).ok_or_else(|| anyhow!("/proc/stat does not begin with the sum of all processors"))
@@ -160,7 +160,7 @@ fn idle_seconds() -> anyhow::Result<f64> {
 fn parse_idle_seconds(text: &str) -> Option<f64> {
     let mut fields = text.lines().next()?.strip_prefix("cpu ")?.split_whitespace().skip(3);
     let (idle, waiting): (f64, f64) = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
-    // USER_HZ, which is 100 on every machine that Rust runs on but Alpha.
+    // USER_HZ is 100 on every platform of Rust except Alpha.
     Some((idle + waiting) / 100.0)
 }
 

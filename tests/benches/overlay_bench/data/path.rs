@@ -1,4 +1,4 @@
-//! A way from one namespace to another, and sockets at its two ends.
+//! A path from one namespace to another, and sockets at both ends.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -10,11 +10,12 @@ use nix::sys::socket::{setsockopt, sockopt};
 use nix::unistd::Pid;
 use overlay_agent::kernel::netns::Netns;
 
-/// How long a socket waits for what was sent, before the measurement counts as failed.
+/// Time limit of a receive, after which the measurement has failed.
 pub const SOCKET_TIMEOUT: Duration = Duration::from_secs(5);
-/// Room for packets that have come and were not read, in bytes: more than the sender is ever ahead.
+/// Receive buffer in bytes: more than a sender is ever ahead.
 const SOCKET_BUFFER_SIZE: usize = 8 << 20;
-/// UDP payload in bytes: 18 with UDP's 8, IPv4's 20 and Ethernet's 14 bytes and its checksum of 4 are a frame of 64, the shortest there is (IEEE 802.3).
+/// UDP payload in bytes: 18, plus 8 of UDP, 20 of IPv4, 14 of Ethernet and 4 of its checksum, is the minimum frame of 64 (IEEE
+/// 802.3).
 pub const UDP_PAYLOAD_LEN: usize = 18;
 
 /// From one namespace to an address in another one.
@@ -29,7 +30,7 @@ pub struct TrafficPath {
 }
 
 impl TrafficPath {
-    /// A connection: the sender's end, the receiver's end.
+    /// Opens a connection: the sender's and the receiver's end.
     pub fn connect(&self) -> anyhow::Result<(TcpStream, TcpStream)> {
         let at = SocketAddr::new(self.address, 0);
         let listener = self.to.run(|| TcpListener::bind(at))?.with_context(|| format!("cannot listen at {at}"))?;
@@ -38,7 +39,7 @@ impl TrafficPath {
             .from
             .run(|| TcpStream::connect_timeout(&at, SOCKET_TIMEOUT))?
             .with_context(|| format!("cannot connect to {at}"))?;
-        // The kernel has answered before anybody accepts.
+        // The kernel completes the handshake before accept().
         let (far, _) = listener.accept()?;
         for end in [&near, &far] {
             end.set_nodelay(true)?;
@@ -48,7 +49,7 @@ impl TrafficPath {
         Ok((near, far))
     }
 
-    /// A pair of UDP sockets: one that sends to the other, one that receives.
+    /// Opens a pair of UDP sockets: a connected sender, and a receiver.
     pub fn datagrams(&self) -> anyhow::Result<(UdpSocket, UdpSocket)> {
         let far = self.to.run(|| UdpSocket::bind(SocketAddr::new(self.address, 0)))?.context("cannot bind a UDP socket")?;
         let at = far.local_addr()?;
@@ -68,7 +69,7 @@ impl TrafficPath {
     }
 }
 
-/// Keeps the calling thread on one processor: the first, or the last.
+/// Pins the calling thread to one processor: the first, or the last.
 pub fn pin_to_cpu(last: bool) -> anyhow::Result<()> {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     let mut set = CpuSet::new();

@@ -1,4 +1,4 @@
-//! The same way with rules and without: the agents stand still, and the tables are taken away and put back by the agent's own writer.
+//! Rulesets for one path: the agents are frozen, and the agent's own writer removes and restores the tables.
 
 use std::process::Command;
 use std::thread;
@@ -11,35 +11,35 @@ use overlay_agent::kernel::nft::Nft;
 use overlay_agent::plan::ruleset::{ChainKind, Expr, OVERLAY_CHAIN, Rule, Table};
 use overlay_agent::plan::{Key, Op, OpError, Ruleset, State, Value};
 
-/// What others have: a firewall that knows connections, as Docker, kube-proxy, firewalld and ufw bring it.
+/// A foreign firewall with connection tracking, like those of Docker, kube-proxy, firewalld and ufw.
 const FIREWALL: &str = "add table inet others; add chain inet others c { type filter hook forward priority 10; }; \
                         add rule inet others c ct state established,related accept";
 
-/// Which rules stand.
+/// The loaded rulesets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Rules {
-    /// None.
+    /// No rules.
     None,
-    /// All of ours.
+    /// All our rules.
     All,
-    /// What containers may send.
+    /// Our bridge table, which filters packets from containers.
     Bridge,
-    /// The other table.
+    /// Our inet table.
     Inet,
-    /// The other table without address translation, and so without conntrack.
+    /// Our inet table without address translation, and so without conntrack.
     Stateless,
-    /// All of ours, with the tunnel's packets in conntrack.
+    /// All our rules, with the tunnel's packets in conntrack.
     Tracked,
-    /// All of ours, and conntrack takes no notice of what stays in the overlay either: published ports and stateful firewalls would miss it.
+    /// All our rules, and no conntrack for packets inside the overlay. Published ports and stateful firewalls would not work.
     InnerUntracked,
-    /// None of ours, and somebody's firewall with conntrack.
+    /// None of ours, and a foreign firewall with conntrack.
     Others,
-    /// All of ours and that firewall.
+    /// All our rules and that firewall.
     AllAndOthers,
 }
 
 impl Rules {
-    /// Each, behind what it is compared with.
+    /// All rulesets, each with its baseline.
     pub const WITH_BASELINE: [(Rules, Option<Rules>); 9] = [
         (Rules::None, None),
         (Rules::All, Some(Rules::None)),
@@ -52,7 +52,7 @@ impl Rules {
         (Rules::AllAndOthers, Some(Rules::Others)),
     ];
 
-    /// For the table.
+    /// The label in the table.
     pub const fn label(self) -> &'static str {
         match self {
             Rules::None => "no rules",
@@ -71,7 +71,7 @@ impl Rules {
         matches!(self, Rules::Others | Rules::AllAndOthers)
     }
 
-    /// What of a table of ours stands.
+    /// The part of one of our tables that is loaded.
     fn select(self, ruleset: &Ruleset) -> Option<Ruleset> {
         match (self, ruleset.table) {
             (Rules::All | Rules::AllAndOthers, _) | (Rules::Bridge, Table::Bridge) | (Rules::Inet, Table::Inet) => {
@@ -105,18 +105,18 @@ impl Rules {
     }
 }
 
-/// The rules of a host.
+/// Switches a host's rules.
 pub struct RulesetSwitch {
     netns: Netns,
     nft: Nft,
-    /// What the agent made.
+    /// The tables made by the agent.
     original: State,
     current: State,
     foreign_firewall: bool,
 }
 
 impl RulesetSwitch {
-    /// Looks at what a host has, which should be both tables.
+    /// Reads a host's rules, which must be both tables.
     pub fn new(netns: &Netns) -> anyhow::Result<RulesetSwitch> {
         let mut nft = netns.run(Nft::open)??;
         let made = nft.dump()?.rules;
@@ -126,7 +126,7 @@ impl RulesetSwitch {
         Ok(RulesetSwitch { netns: netns.clone(), nft, current: made.clone(), original: made, foreign_firewall: false })
     }
 
-    /// Has these rules stand, and no others.
+    /// Loads exactly these rules.
     pub fn set(&mut self, rules: Rules) -> anyhow::Result<()> {
         let gone: Vec<Op> = self.current.iter().filter(|(key, _)| matches!(key, Key::Ruleset(_))).map(delete_op).collect();
         let tables: Vec<Ruleset> =
@@ -148,13 +148,13 @@ impl RulesetSwitch {
         Ok(())
     }
 
-    /// Whether the kernel has again what the agent had made.
+    /// Whether the kernel has the agent's rules again.
     pub fn is_restored(&mut self) -> anyhow::Result<bool> {
         Ok(self.nft.dump()?.rules == self.original)
     }
 }
 
-/// Has these rules stand on all hosts, and lets the kernel come to rest: it takes hooks away when no processor is inside any more.
+/// Loads these rules on all hosts, and waits for the kernel. It frees hooks once no processor uses them.
 pub fn set_on_all(switches: &mut [RulesetSwitch], rules: Rules) -> anyhow::Result<()> {
     for switch in &mut *switches {
         switch.set(rules)?;

@@ -1,5 +1,7 @@
-//! One thread on one processor that holds both ends: it sends, and then reads what has come. Nobody is woken and nobody waits, the kernel carries each packet to
-//! the other end before the call returns, so the time that passes is what the way costs. Rules that cost one part in a hundred show.
+//! Cost of single operations: one thread on one processor holds both ends; it sends, and then reads.
+//!
+//! No thread is woken and none waits. The kernel delivers each packet to the other end before the call returns, so the elapsed
+//! time is the cost of the path. Rules with a cost of one per cent are measurable.
 
 use std::io::{Read, Write};
 use std::net::{TcpStream, UdpSocket};
@@ -9,27 +11,27 @@ use anyhow::Context;
 
 use super::path::{TrafficPath, UDP_PAYLOAD_LEN};
 
-/// Packets under way at once.
+/// Packets in flight.
 const PACKETS_IN_FLIGHT: usize = 32;
-/// Bytes under way at once: less than the buffers of a connection that has just begun.
+/// Bytes in flight: less than the buffers of a new connection.
 const BLOCK_SIZE: usize = 48 << 10;
 
-/// What is sent.
+/// The operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Operation {
-    /// UDP packets of [`PAYLOAD`] bytes.
+    /// UDP packets of [`UDP_PAYLOAD_LEN`] bytes.
     Packet,
-    /// One byte by TCP and one back.
+    /// One byte over TCP and one back.
     Request,
-    /// Much by TCP, in megabytes.
+    /// Bulk TCP, in megabytes.
     Megabyte,
 }
 
 impl Operation {
-    /// Each.
+    /// All operations.
     pub const ALL: [Operation; 3] = [Operation::Packet, Operation::Request, Operation::Megabyte];
 
-    /// What its cost is the cost of, and the unit.
+    /// The label of its cost, and the unit.
     pub const fn label(self) -> (&'static str, &'static str) {
         match self {
             Operation::Packet => ("a UDP packet of 64 bytes", "us"),
@@ -39,7 +41,7 @@ impl Operation {
     }
 }
 
-/// Both ends of a way.
+/// Both ends of a path.
 #[derive(Debug)]
 pub struct FlowEnds {
     datagrams: (UdpSocket, UdpSocket),
@@ -47,12 +49,12 @@ pub struct FlowEnds {
 }
 
 impl FlowEnds {
-    /// Opens them.
+    /// Opens both ends.
     pub fn open(path: &TrafficPath) -> anyhow::Result<FlowEnds> {
         Ok(FlowEnds { datagrams: path.datagrams()?, stream: path.connect()? })
     }
 
-    /// Sends for a time. Microseconds for one.
+    /// Sends for some time. Returns the microseconds of one operation.
     pub fn cost(&mut self, kind: Operation, time: Duration) -> anyhow::Result<f64> {
         let begin = Instant::now();
         let mut done = 0.0;

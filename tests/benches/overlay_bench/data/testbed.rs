@@ -1,4 +1,4 @@
-//! What is measured on: two hosts with two containers each, whose agents stand still, and a bridge without an agent.
+//! The testbed: two hosts with two containers each and frozen agents, and a bridge without an agent.
 
 use std::time::Duration;
 
@@ -13,18 +13,18 @@ use overlayctl::lab::{Families, Lab, LabGuard, LabName, LabOptions, LabsDir, Pro
 use super::super::netns_guard::{NetnsGuard, UNDERLAY};
 use super::path::TrafficPath;
 
-/// How long an agent may take to have the other host in its data path.
+/// Time limit for an agent to program the other host.
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Two hosts.
+/// Two overlay hosts.
 pub struct OverlayHosts {
-    // Agents go on before their lab is taken down: fields are dropped in this order.
+    // Agents continue before their lab is taken down: fields are dropped in this order.
     _paused: Vec<PausedAgent>,
     lab: LabGuard,
     family: Family,
 }
 
-/// An agent that stands still, so that nobody puts back what is taken away.
+/// A frozen agent, so that it does not repair removed entries.
 struct PausedAgent(ProcessId);
 
 impl PausedAgent {
@@ -37,13 +37,13 @@ impl PausedAgent {
 impl Drop for PausedAgent {
     fn drop(&mut self) {
         if let Err(error) = self.0.signal(Signal::SIGCONT) {
-            eprintln!("overlay-bench: an agent stands still: {error}");
+            eprintln!("overlay-bench: an agent stays frozen: {error}");
         }
     }
 }
 
 impl OverlayHosts {
-    /// Brings them up, with everything in place, and holds the agents.
+    /// Brings them up completely, and freezes the agents.
     pub async fn new(family: Family) -> anyhow::Result<OverlayHosts> {
         let families = match family {
             Family::V4 => Families::V4,
@@ -65,19 +65,19 @@ impl OverlayHosts {
         Ok(self.lab.hosts().map(|host| host.netns()).collect::<Result<_, _>>()?)
     }
 
-    /// From one host to the other.
+    /// The path from one host to the other.
     pub fn underlay(&self) -> anyhow::Result<TrafficPath> {
         let (from, to) = (self.lab.host("h1")?, self.lab.host("h2")?);
         let address = *to.layout().addresses.get(self.family).context("a host has no address")?;
         Ok(TrafficPath { from: from.netns()?, to: to.netns()?, address })
     }
 
-    /// From a container of one host to one of the other.
+    /// The path from a container of one host to one of the other.
     pub fn overlay(&self) -> anyhow::Result<TrafficPath> {
         self.containers(("h1", "c1"), ("h2", "c1"))
     }
 
-    /// From a container to another one of the same host.
+    /// The path from a container to another one of the same host.
     pub fn bridge(&self) -> anyhow::Result<TrafficPath> {
         self.containers(("h1", "c1"), ("h1", "c2"))
     }
@@ -93,16 +93,16 @@ impl OverlayHosts {
     }
 }
 
-/// Two containers on a bridge that nobody guards, with the same MTU as on the overlay's.
+/// Two containers on a bridge without rules, with the overlay's MTU.
 pub struct PlainBridge {
     ends: Vec<Netns>,
     names: Vec<String>,
-    // The bridge goes last.
+    // The bridge is dropped last.
     _netns_guard: NetnsGuard,
 }
 
 impl PlainBridge {
-    /// Makes it.
+    /// Creates it.
     pub async fn new(family: Family, mtu: u32) -> anyhow::Result<PlainBridge> {
         let space = NetnsGuard::new().await?;
         let host = NetnsBuilder::open(space.netns())?;
@@ -125,7 +125,7 @@ impl PlainBridge {
         Ok(plain)
     }
 
-    /// From one to the other.
+    /// The path from one container to the other.
     pub fn path(&self, family: Family) -> anyhow::Result<TrafficPath> {
         let [from, to] = self.ends.as_slice() else { anyhow::bail!("there are no two containers") };
         Ok(TrafficPath { from: from.clone(), to: to.clone(), address: address(family, 3, false).parse()? })
@@ -142,7 +142,7 @@ impl Drop for PlainBridge {
     }
 }
 
-/// An address of the space's network (`NetnsGuard::new`), with its length where wanted.
+/// An address of the bridge's network (`NetnsGuard::new`), with its prefix length on request.
 fn address(family: Family, number: u32, with_length: bool) -> String {
     let (address, length) = match family {
         Family::V4 => (format!("10.99.0.{number}"), 16),

@@ -1,6 +1,6 @@
-//! Cases to read: `tests/fixtures/diff/<case>/` holds desired and actual state as JSON and the ops as text, one a line.
+//! Golden cases: `tests/fixtures/diff/<case>/` has desired and actual state as JSON, and the ops as text, one per line.
 //!
-//! `OVERLAY_REGENERATE=1 cargo test -p overlay-agent plan::diff` writes them anew; look at the difference before committing it.
+//! `OVERLAY_REGENERATE=1 cargo test -p overlay-agent plan::diff` regenerates them; review the changes before a commit.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -24,7 +24,7 @@ const V4: u8 = 0;
 const V6: u8 = 1;
 const DUAL: u8 = 2;
 
-/// A host with masquerade and next-hop objects and three peers of its families.
+/// A host with masquerade, next-hop objects, and three peers of its families.
 fn host(families: u8) -> Setup {
     let peer = Some((0, 0, families));
     Setup {
@@ -41,7 +41,7 @@ fn host(families: u8) -> Setup {
     }
 }
 
-/// What a kernel holds, in a state that the agent made and `spoil` changed, becomes what `wish` wants.
+/// A case: actual state is the agent's own, changed by `spoil`; desired state is that of `wish`.
 fn case(name: &'static str, before: Setup, mutate_actual: impl Fn(&mut State), mutate_setup: impl Fn(&mut Setup)) -> Case {
     let mut actual = before.desired(&mut NexthopIds::default());
     mutate_actual(&mut actual);
@@ -58,7 +58,7 @@ fn empty(name: &'static str, families: u8) -> Case {
 
 fn no_change(_: &mut State) {}
 
-/// The ports as endpoints have just made them: on no bridge yet.
+/// Ports that the endpoints have just created: not on a bridge yet.
 fn ports_without_bridge(state: &mut State, host: &Setup) {
     for (key, value) in host.desired(&mut NexthopIds::default()) {
         if let Value::Link(mut link) = value
@@ -151,7 +151,7 @@ fn fixture_dir() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/diff")
 }
 
-/// A state as JSON, one entry a line.
+/// A state as JSON, one entry per line.
 fn to_json(state: &State) -> String {
     let lines: Vec<String> = state.iter().map(|entry| serde_json::to_string(&entry).expect("an entry is JSON")).collect();
     format!("[\n{}\n]\n", lines.join(",\n"))
@@ -185,7 +185,7 @@ fn cases_match_fixtures() {
             entries.into_iter().collect()
         };
         let (desired, actual) = (state("desired.json"), state("actual.json"));
-        assert_eq!(to_json(&desired), to_json(&case.desired), "{name}: what the host and its peers want has changed");
+        assert_eq!(to_json(&desired), to_json(&case.desired), "{name}: desired state has changed");
         assert_eq!(to_json(&actual), to_json(&case.actual), "{name}: actual state has changed");
         let batch = diff(&desired, &actual);
         assert_eq!(to_text(&batch), read(&folder.join("ops.txt")), "{name}");
@@ -209,7 +209,7 @@ fn cases_match_fixtures() {
     assert_eq!(written, known, "each folder has its case");
 }
 
-/// What goes with a device or a table is not removed one by one.
+/// Entries that the kernel deletes with a device or a table get no ops of their own.
 #[test]
 fn empty_desired_removes_everything() {
     let actual = host(DUAL).desired(&mut NexthopIds::default());

@@ -1,4 +1,4 @@
-//! A kernel that follows the real one's rules, and made-up hosts, peers and kernel states.
+//! A simulated kernel, and generators of hosts, peers and kernel states.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -18,9 +18,9 @@ use crate::plan::ruleset::{Element, Expr, PeerPair, Rule, Table};
 use crate::plan::state::{Key, LinkKind, LinkState, NEXTHOP_IDS, RouteTarget, State, Value, device_of};
 use crate::plan::underlay::Underlay;
 
-/// Applies ops as the kernel and the batch writer do.
+/// Applies ops as the kernel and the writer of batches do.
 pub struct SimulatedKernel {
-    /// What it holds.
+    /// Its entries.
     pub state: State,
 }
 
@@ -29,7 +29,7 @@ impl SimulatedKernel {
         SimulatedKernel { state }
     }
 
-    /// Applies an op; `false` where it is refused with advice. Panics at an op that must never be sent.
+    /// Applies an op; returns `false` if it fails with a remedy in its error. Panics at an op that must never be sent.
     pub fn apply(&mut self, op: &Op) -> bool {
         let found = self.state.get(op.key());
         let device_is_ours = |device: Device| {
@@ -60,7 +60,7 @@ impl SimulatedKernel {
                 device_of(key, value, &self.state).into_iter().for_each(device_is_ours);
             }
             Op::Delete(key, value) => {
-                assert_eq!(found, Some(value), "`{op}` names what is not there");
+                assert_eq!(found, Some(value), "`{op}` names a missing entry or a wrong value");
                 assert!(!matches!(key, Key::Sysctl(_)), "`{op}`: a sysctl cannot be deleted");
                 assert!(*value != Value::Route(RouteTarget::Foreign), "`{op}`: the route is not ours");
                 match value {
@@ -80,8 +80,8 @@ fn is_foreign(link: &LinkState) -> bool {
     matches!(link.kind, LinkKind::Foreign { .. })
 }
 
-/// Takes out of a made-up state what no kernel can hold: entries on links that are not there, routes by next hops that are not there, next hops
-/// on links that are down, elements without their table.
+/// Removes impossible entries from a generated state: entries on missing links, routes with missing next hops, next hops and
+/// routes on links that are down, and elements without their table.
 pub fn normalise(mut state: State) -> State {
     loop {
         let old = state.clone();
@@ -113,7 +113,7 @@ pub fn normalise(mut state: State) -> State {
     }
 }
 
-/// A host and its peers, in few enough forms that chance brings them into conflict.
+/// A host and its peers, with few enough values that random ones conflict.
 #[derive(Debug, Clone)]
 pub struct Setup {
     pub families: u8,
@@ -134,12 +134,12 @@ impl Setup {
         Family::ALL.into_iter().filter(move |family| which == 2 || *family == Family::ALL[usize::from(which)])
     }
 
-    /// All that the devices follow from.
+    /// All settings that the devices depend on.
     pub fn device_settings(&self) -> (u32, u16, u8, bool) {
         (self.vni, self.port, self.own_mac, self.flags[3])
     }
 
-    /// How many subnets both have, one a family, that keep or newly get an address and a MAC that nobody else had.
+    /// Number of subnets, one per family, of peers that both setups have, so that the change must not interrupt their packets.
     pub fn surviving_peer_count(&self, other: &Setup) -> usize {
         let both =
             self.peers.iter().zip(&other.peers).filter(|(a, b)| a.is_some() && b.is_some() && a.map(|p| p.2) == b.map(|p| p.2));
@@ -191,7 +191,7 @@ impl Setup {
         state
     }
 
-    /// An endpoint: the first one is not checked, the last one has published ports.
+    /// An endpoint: the first has no source check, the last has published ports.
     fn endpoint(&self, i: u8) -> Arc<Endpoint> {
         let address = |family| subnet(family, self.own_subnet).nth(2 + u128::from(i)).expect("an address");
         let port = Port {
@@ -272,7 +272,7 @@ pub fn any_setup() -> impl Strategy<Value = Setup> {
     )
 }
 
-/// Two setups of one host: what only a new start can change is the same, and mostly the peers, too.
+/// Two setups of one host with the same start-up settings and mostly the same peers.
 pub fn similar_setups() -> impl Strategy<Value = (Setup, Setup)> {
     (any_setup(), any_setup(), any::<[bool; 5]>()).prop_map(|(before, after, kept)| {
         let mut peers = before.peers;
@@ -281,13 +281,13 @@ pub fn similar_setups() -> impl Strategy<Value = (Setup, Setup)> {
                 *peer = other;
             }
         }
-        // Ports exist, whoever the peers are.
+        // Ports exist in both setups.
         let after = Setup { families: before.families, ports: before.ports.clone(), peers, ..after };
         (before, after)
     })
 }
 
-/// Any state that a kernel can hold: another setup's entries, of which some are lost and others added or changed.
+/// Any possible kernel state: another setup's entries, with some removed and others added or changed.
 pub fn any_state() -> impl Strategy<Value = State> {
     let changes = prop::collection::vec((any_entry(), any::<Option<prop::sample::Index>>()), 0..16);
     (prop::option::weighted(0.8, any_setup()), changes).prop_map(|(setup, changes)| {
@@ -360,7 +360,7 @@ fn drifted_ruleset(setup: &Setup) -> (Key, Value) {
     (Key::Ruleset(table), Value::Ruleset(rules))
 }
 
-/// A link as another setup has it, drifted, of others, or an endpoint's port.
+/// A link of another setup: unchanged, drifted, foreign, or an endpoint's port.
 fn any_link() -> impl Strategy<Value = (Key, Value)> {
     (any_setup(), any::<prop::sample::Index>(), 0u8..8).prop_map(|(setup, index, form)| {
         let links: Vec<(Key, Value)> =

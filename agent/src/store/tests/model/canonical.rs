@@ -1,4 +1,5 @@
-//! Worlds that are the same but for the size of their numbers are one: of revisions only the order counts, of etcd leases only which are the same.
+//! Canonical form of model states. States are equal if they differ only in the values of revisions and etcd lease IDs: only the
+//! order of revisions and the equality of lease IDs matter.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Write as _};
@@ -9,7 +10,7 @@ use crate::store::lease::HeldEntry;
 use crate::store::write::Precondition;
 
 impl ModelState {
-    /// The same world with small numbers: of revisions only the order counts, of etcd leases only which are the same.
+    /// The equivalent state with the smallest numbers.
     pub(super) fn canonical(&self) -> ModelState {
         let mut world = self.clone();
         let (mut revisions, mut leases) = (BTreeSet::from([0]), BTreeSet::new());
@@ -29,7 +30,7 @@ impl ModelState {
         world
     }
 
-    /// Visits every revision and every etcd lease.
+    /// Visits all revisions and etcd lease IDs.
     fn visit_numbers(&mut self, revision: &mut dyn FnMut(&mut i64), lease: &mut dyn FnMut(&mut i64)) {
         revision(&mut self.revision);
         revision(&mut self.config.1);
@@ -61,11 +62,11 @@ impl ModelState {
         }
     }
 
-    /// A number that is the same for the same world.
+    /// A hash of the state.
     pub(super) fn fingerprint(&self) -> u64 {
         let mut text = String::with_capacity(2048);
         write!(text, "{self:?}").unwrap();
-        // As rustc's own hasher does it: some hundred thousand worlds are told apart by 64 bits.
+        // Same algorithm as rustc's own hasher. 64 bits are enough to distinguish some hundred thousand states.
         let word = |bytes: &[u8]| bytes.iter().rev().fold(0u64, |sum, byte| sum << 8 | u64::from(*byte));
         let step = |hash: u64, word: u64| (hash.rotate_left(5) ^ word).wrapping_mul(0x517c_c1b7_2722_0a95);
         let words = text.as_bytes().chunks_exact(8);

@@ -1,4 +1,4 @@
-//! etcd: entries, leases, and transactions that compare and write in one step.
+//! Model of etcd: entries, leases, and atomic transactions.
 
 use std::collections::hash_map::DefaultHasher;
 use std::fmt;
@@ -12,7 +12,7 @@ use crate::store::lease::HeldEntry;
 use crate::store::read::{Listing, RawConfig, RawEntry};
 use crate::store::write::Precondition;
 
-/// The writer of reservations, which is no host.
+/// The writer of reservations, which is not a host.
 pub(super) const NO_HOST: usize = usize::MAX;
 
 #[derive(Debug, Clone)]
@@ -24,7 +24,7 @@ pub(super) struct StoredEntry {
     pub(super) etcd_lease: Option<i64>,
 }
 
-/// A transaction on its way.
+/// A transaction in flight.
 #[derive(Debug, Clone)]
 pub(super) struct TxnRequest {
     pub(super) key: String,
@@ -34,13 +34,13 @@ pub(super) struct TxnRequest {
 
 #[derive(Debug, Clone)]
 pub(super) enum Operation {
-    /// Put this value, bound to another etcd lease where one is given; with success this is held.
+    /// Put this value, bound to another etcd lease if one is given. On success the writer holds `held`.
     Put { value: Rc<StoredValue>, binding: Option<i64>, held: HeldEntry, creates: bool },
-    /// Delete, and end the etcd lease where nothing else is bound to it.
+    /// Delete, and revoke the etcd lease if one is given.
     Remove { etcd_lease: Option<i64> },
 }
 
-/// A value, with a number by which it is told from others at a glance.
+/// A value with a hash, for compact debug output.
 pub(super) struct StoredValue {
     pub(super) bytes: Vec<u8>,
     /// The identity that it names.
@@ -63,7 +63,7 @@ impl fmt::Debug for StoredValue {
     }
 }
 
-/// How a transaction ended.
+/// Result of a transaction.
 pub(super) enum TxnResult {
     Written(i64),
     PreconditionFailed,
@@ -84,7 +84,7 @@ impl ModelState {
         Listing { revision: self.revision, config: Some(config), entries: entries.collect() }
     }
 
-    /// A transaction, as etcd does it: compare and write in one step.
+    /// Executes a transaction like etcd: compares and writes atomically.
     pub(super) fn commit(&mut self, number: usize, request: &TxnRequest) -> Result<TxnResult, String> {
         if !request.preconditions.iter().all(|guard| self.satisfies(guard)) {
             return Ok(TxnResult::PreconditionFailed);
@@ -96,7 +96,7 @@ impl ModelState {
             Operation::Put { binding: Some(id), .. } if !self.live_leases.contains(id) => return Ok(TxnResult::LeaseNotFound),
             Operation::Put { value, binding, .. } => {
                 let Some(etcd_lease) = binding.map(Some).or(before.as_ref().map(|stored| stored.etcd_lease)) else {
-                    // The lease is to stay as it is, of a key that is not there: etcd refuses.
+                    // etcd rejects keeping the lease of a key that does not exist.
                     return Ok(TxnResult::PreconditionFailed);
                 };
                 self.revision += 1;
@@ -141,7 +141,7 @@ impl ModelState {
         }
     }
 
-    /// Two hosts' entries that overlap, one of which was just written.
+    /// Describes an overlap between the entry just written and another host's entry.
     fn overlap(&self, number: usize, key: &str) -> Option<String> {
         let ranges = claimed_ranges(key);
         let others = self.entries.iter().filter(|(_, stored)| stored.writer != number);
@@ -160,7 +160,7 @@ impl ModelState {
         self.revision += i64::from(self.entries.len() != before);
     }
 
-    /// Whether the writer of an entry is up and linked and holds it.
+    /// Whether the writer of an entry is up, connected and holds it.
     pub(super) fn is_held(&self, key: &str, stored: &StoredEntry) -> bool {
         let Some(host) = self.hosts.get(stored.writer) else { return false };
         let held = host.state.held.as_ref().is_some_and(|held| held.key == *key && held.mod_revision == stored.mod_revision);

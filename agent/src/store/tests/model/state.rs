@@ -1,4 +1,4 @@
-//! etcd and the hosts as one value, and every step that can come next.
+//! Model state: etcd and the hosts as one value, and all possible next steps.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
@@ -13,58 +13,58 @@ use crate::store::lease::{Action, HeldEntry, HolderState, LeaseSnapshot, decide,
 use crate::store::pick::pick;
 use crate::store::write::{Precondition, change_preconditions, create_preconditions};
 
-/// Races after which a host's choice repeats: a bound for the search, not of the protocol.
+/// Number of lost races after which a host's choice repeats. It bounds the search; the protocol has no such limit.
 const MAX_ATTEMPTS: u32 = 4;
 
-/// A protocol that lacks something.
+/// Defect of a protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Defect {
-    /// Entries are made wherever the choice fell.
+    /// Entries are created without preconditions.
     UnconditionalCreate,
     /// Other keys that could name the same range are not compared.
     UncheckedRange,
-    /// The configuration that the choice rests on is not compared.
+    /// The configuration that the choice is based on is not compared.
     UncheckedConfig,
-    /// Entries are changed and deleted whatever has become of them.
+    /// Entries are changed and deleted without preconditions.
     UnconditionalChange,
 }
 
-/// All there is.
+/// The complete state of the model.
 #[derive(Clone)]
 pub(super) struct ModelState {
     pub(super) scenario: Rc<Scenario>,
     pub(super) revision: i64,
-    /// Which configuration is there, and since which revision.
+    /// The current configuration's index, and the revision of its last change.
     pub(super) config: (usize, i64),
     pub(super) entries: BTreeMap<String, StoredEntry>,
-    /// etcd leases that have not ended.
+    /// etcd leases that are not expired or revoked.
     pub(super) live_leases: BTreeSet<i64>,
     pub(super) last_lease_id: i64,
     pub(super) hosts: Vec<Host>,
-    /// Writes that a server received and has not carried out: nobody waits for their answer any more.
+    /// Writes that a server received but has not executed. Their senders no longer wait for the response.
     pub(super) delayed_writes: Vec<(usize, TxnRequest)>,
-    /// Faults that may still come.
+    /// Number of faults that may still occur.
     pub(super) remaining_faults: u8,
 }
 
-/// What does not change.
+/// The constant part of a scenario.
 pub(super) struct Scenario {
     pub(super) keys: Keys,
     pub(super) configs: Vec<(String, NetworkConfig)>,
-    /// Identities of each host: the next one when it lost its state.
+    /// Identities of each host; it uses the next one after it lost its state.
     pub(super) identities: Vec<Vec<String>>,
     pub(super) defect: Option<Defect>,
 }
 
 #[derive(Debug, Clone)]
 pub(super) struct Host {
-    /// How often it lost its state.
+    /// Number of times it lost its state.
     pub(super) generation: usize,
     pub(super) up: bool,
     pub(super) connected: bool,
     /// The configuration that it has seen.
     pub(super) seen_config: usize,
-    /// What its state file remembers.
+    /// The subnet in its state file.
     pub(super) preferred: Option<Subnet>,
     pub(super) state: HolderState,
     pub(super) unused_lease: Option<i64>,
@@ -72,11 +72,11 @@ pub(super) struct Host {
     pub(super) stage: Stage,
 }
 
-/// What a host does next.
+/// The next step of a host.
 #[derive(Debug, Clone)]
 pub(super) enum Stage {
     Decide,
-    /// Get an etcd lease, then make or take over the entry.
+    /// Get an etcd lease, then create or take over the entry.
     Grant(PlannedWrite),
     Write(TxnRequest),
     Hold,
@@ -88,18 +88,18 @@ pub(super) enum PlannedWrite {
     TakeOver(HeldEntry),
 }
 
-/// A step and where it leads.
+/// A step and its result.
 pub(super) struct Transition {
     pub(super) label: String,
-    /// Whether it is one that need not come.
+    /// Whether it is a fault, which may not occur.
     pub(super) fault: bool,
-    /// The world behind it, or the property that it violates.
+    /// The state after it, or the violated property.
     pub(super) outcome: Result<ModelState, String>,
 }
 
 impl ModelState {
-    /// So many hosts that know the first configuration; each change to a later one is free, faults are counted. The hosts' first choices have
-    /// the first family's part in common.
+    /// Creates hosts that know the first configuration. Changes to later configurations do not count as faults. The hosts' first
+    /// choices share the subnet of the first family.
     pub(super) fn new(configs: &[&str], reserved: &[&str], hosts: usize, faults: u8) -> ModelState {
         let configs: Vec<(String, NetworkConfig)> =
             configs.iter().map(|text| ((*text).to_owned(), NetworkConfig::parse(text).unwrap().config)).collect();
@@ -146,7 +146,7 @@ impl ModelState {
         }
     }
 
-    /// The same with a defect.
+    /// Adds a defect.
     pub(super) fn with_defect(mut self, defect: Defect) -> ModelState {
         if let Some(setting) = Rc::get_mut(&mut self.scenario) {
             setting.defect = Some(defect);
@@ -166,7 +166,7 @@ impl ModelState {
         StoredValue::new(codec::encode(&lease_value(request)).unwrap())
     }
 
-    /// Every step that can come next.
+    /// All possible next steps.
     pub(super) fn transitions(&self) -> Vec<Transition> {
         let mut all = Vec::new();
         for number in 0..self.hosts.len() {
@@ -202,14 +202,14 @@ impl ModelState {
         }
         if self.remaining_faults > 0 {
             for (key, stored) in self.entries.iter().filter(|(_, stored)| stored.writer != NO_HOST) {
-                add(format!("somebody deletes {key}"), true, &|world| {
+                add(format!("an operator deletes {key}"), true, &|world| {
                     world.remaining_faults -= 1;
                     world.revision += 1;
                     world.entries.remove(key);
                     Ok(())
                 });
                 if let Some(id) = stored.etcd_lease.filter(|id| self.is_renewed(*id)) {
-                    add(format!("somebody revokes etcd lease {id}"), true, &|world| {
+                    add(format!("an operator revokes etcd lease {id}"), true, &|world| {
                         world.remaining_faults -= 1;
                         world.revoke_lease(id);
                         Ok(())
@@ -245,7 +245,7 @@ impl ModelState {
             });
         }
         if !host.connected {
-            add("is linked again", false, &|world| {
+            add("is reconnected", false, &|world| {
                 world.hosts[number].connected = true;
                 world.hosts[number].stage = Stage::Decide;
                 Ok(())
@@ -256,7 +256,7 @@ impl ModelState {
         if self.remaining_faults == 0 || !host.connected {
             return;
         }
-        // What is on its way is lost, or arrives and only its answer is lost, or arrives at any later time.
+        // A write in flight is lost, or arrives with its response lost, or arrives at any later time.
         let fates: &[&str] = if matches!(host.stage, Stage::Write(_)) { &["lost", "done", "late"] } else { &["none"] };
         for fate in fates {
             for what in ["crashes", "crashes and loses its state", "is cut off"] {
@@ -288,18 +288,18 @@ impl ModelState {
         }
     }
 
-    /// What a host that is up and linked would do now.
+    /// The next step of a host that is up and connected.
     fn next_step(&self, number: usize) -> Option<String> {
         let host = &self.hosts[number];
         match &host.stage {
-            Stage::Decide => Some("looks and decides".to_owned()),
+            Stage::Decide => Some("reads a snapshot and decides".to_owned()),
             Stage::Grant(_) => Some("gets an etcd lease".to_owned()),
             Stage::Write(request) => Some(format!("writes or deletes {}", request.key)),
             Stage::Hold => {
                 let held = host.state.held.as_ref()?;
                 let gone = held.lease.etcd_lease.is_some_and(|id| !self.live_leases.contains(&id));
                 let same = self.entries.get(&held.key).is_some_and(|stored| stored.mod_revision == held.mod_revision);
-                // The watch looks out for entries that name this host, too: a write that arrives late makes one.
+                // The watch also reports other entries that name this host: a late write creates one.
                 let second = self.entries.iter().any(|(key, stored)| *key != held.key && self.names_host(number, stored));
                 (gone || !same || second).then(|| "notices a change".to_owned())
             }
@@ -343,7 +343,7 @@ impl ModelState {
         Ok(())
     }
 
-    /// One look, and what `decide` makes of it: the order of `LeaseKeeper::turn` and `LeaseKeeper::execute`.
+    /// Takes a snapshot and executes `decide`, in the order of `LeaseKeeper::step` and `LeaseKeeper::execute`.
     fn decide_next(&mut self, number: usize) {
         let request = self.lease_request(number);
         let snapshot = LeaseSnapshot::from_listing(self.listing(), &request.node.id);
@@ -382,7 +382,7 @@ impl ModelState {
             }
             Action::VerifyLiveness { key, mod_revision, etcd_lease, .. } => {
                 state.forget_held();
-                // Whoever is up and linked renews. What is renewed no more is known to be so after half a minute.
+                // Each connected host that is up renews. A lease that is not renewed is recognised as such after half a minute.
                 if self.live_leases.contains(&etcd_lease) && !self.is_renewed(etcd_lease) {
                     state.dead_entry = Some((key, mod_revision));
                 }
@@ -464,7 +464,7 @@ impl ModelState {
         self.hosts[number].stage = stage;
     }
 
-    /// What is remembered of what is held: `LeaseKeeper::record_held`.
+    /// The holder's state after a success, as in `LeaseKeeper::record_held`.
     fn record_held(&mut self, number: usize, held: HeldEntry) -> HolderState {
         let host = &mut self.hosts[number];
         for slot in [&mut host.unused_lease, &mut host.stale_lease] {
@@ -475,7 +475,7 @@ impl ModelState {
         HolderState { last_subnet: Some(held.lease.subnet), held: Some(held), ..HolderState::default() }
     }
 
-    /// Whether a host that is up and linked keeps this etcd lease alive, or has just got it.
+    /// Whether a connected host that is up renews this etcd lease, or has just obtained it.
     fn is_renewed(&self, id: i64) -> bool {
         let keeps = |host: &Host| {
             let held = host.state.held.as_ref().and_then(|held| held.lease.etcd_lease);
@@ -484,7 +484,7 @@ impl ModelState {
         self.hosts.iter().any(keeps)
     }
 
-    /// What is not as it should be where nothing goes on any more.
+    /// The violation in a settled state, if any.
     pub(super) fn quiescence_violation(&self) -> Option<String> {
         let holds = |number: &usize| {
             let Some(held) = &self.hosts[*number].state.held else { return false };
@@ -492,7 +492,7 @@ impl ModelState {
         };
         let without: Vec<usize> = (0..self.hosts.len()).filter(|number| !holds(number)).collect();
         if !without.is_empty() {
-            return Some(format!("hosts {without:?} hold nothing"));
+            return Some(format!("hosts {without:?} hold no subnet"));
         }
         let leases = self.entries.values().filter(|stored| stored.writer != NO_HOST).count();
         (leases != self.hosts.len()).then(|| format!("{leases} entries of {} hosts", self.hosts.len()))
