@@ -25,7 +25,7 @@ use crate::model::api;
 use crate::model::event::{LeaseRequest, OwnLease, StoreEvent};
 use crate::model::peer::RemoteSubnet;
 use crate::model::{Device, Endpoint, Mac, NetworkConfig, NetworkName, Node, PerFamily, Subnet};
-use crate::plan::contribution::{Contribution, HostView, NetworkProgress, Progress, ReconcilerInput};
+use crate::plan::contribution::{HostView, NetworkProgress, Progress, ReconcilerInput};
 use crate::plan::lease_table::LeaseKey;
 use crate::plan::underlay::UnderlaySelector;
 
@@ -95,11 +95,20 @@ pub struct PeerRow {
     pub host: Option<String>,
 }
 
+/// A network's part of the status.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetworkStatus {
+    /// The status, without its health and without the state of the kernel and of the endpoints.
+    pub status: api::Status,
+    /// The problem text if leases are rejected; it comes after all other problems.
+    pub rejected_problem: Option<String>,
+}
+
 /// Queries to a network.
 #[derive(Debug)]
 pub enum NetworkQuery {
-    /// The status, without what the reconciler and the endpoints know.
-    Status(oneshot::Sender<api::Status>),
+    /// The status.
+    Status(oneshot::Sender<NetworkStatus>),
     /// Every lease.
     Subnets(oneshot::Sender<Vec<SubnetRow>>),
     /// Every peer in the data path.
@@ -147,7 +156,8 @@ pub struct Network<M> {
     planner: Planner,
     dirty: Dirty,
     progress: Progress,
-    /// The contribution after which `applied_endpoints` has to be sent; `None` if it was sent.
+    endpoints_changed: bool,
+    /// The contribution that has the endpoints; `None` once they are reported as applied.
     endpoints_sequence: Option<u64>,
     /// Whether the answer to a query may have changed.
     changed: bool,
@@ -176,32 +186,41 @@ impl<M: NetworkStateStore> Network<M> {
             state_store,
             metrics,
             started: now,
-            underlay: UnderlayState::new(now),
+            underlay: UnderlayState::default(),
             endpoints: Vec::new(),
             planner: Planner::default(),
             dirty: Dirty::default(),
             progress: Progress::default(),
-            endpoints_sequence: Some(0),
+            endpoints_changed: true,
+            endpoints_sequence: None,
             changed: true,
         }
     }
 
     /// Runs until `shutdown`, or until the reconciler has ended.
     pub async fn run(mut self, mut channels: Channels, shutdown: CancellationToken) {
+        channels.host.mark_changed();
+        channels.endpoints.mark_changed();
+        channels.progress.mark_changed();
         let mut queries = Vec::new();
-        self.fold_watches(&mut channels);
         loop {
-            channels.heartbeat.send_modify(|count| *count += 1);
-            let sent = tokio::select! {
-                sent = self.converge(&channels) => sent,
-                () = shutdown.cancelled() => false,
-            };
-            if !sent {
-                return;
+            // Everything queued is folded into one iteration, so that answers include it. The channels' sizes bound it.
+            while let Ok(event) = channels.store.try_recv() {
+                self.fold_store(event);
             }
-            // A client that has gone away is no error.
+            self.fold_watches(&mut channels);
+            while let Ok(query) = channels.queries.try_recv() {
+                queries.push(query);
+            }
+            channels.heartbeat.send_modify(|count| *count += 1);
+            let deadline = tokio::select! {
+                reconciler = self.converge(&channels) => match reconciler {
+                    Ok(()) => self.next_deadline(),
+                    Err(_ended) => return,
+                },
+                () = shutdown.cancelled() => return,
+            };
             queries.drain(..).for_each(|query| self.answer_query(query));
-            let deadline = self.next_deadline();
             let timer = async {
                 match deadline {
                     Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
@@ -217,14 +236,6 @@ impl<M: NetworkStateStore> Network<M> {
                 Some(query) = channels.queries.recv() => queries.push(query),
                 () = timer => {}
             }
-            // Everything queued is folded into the same iteration, so that answers include it. The channels' sizes bound it.
-            while let Ok(event) = channels.store.try_recv() {
-                self.fold_store(event);
-            }
-            self.fold_watches(&mut channels);
-            while let Ok(query) = channels.queries.try_recv() {
-                queries.push(query);
-            }
         }
     }
 
@@ -236,15 +247,15 @@ impl<M: NetworkStateStore> Network<M> {
     }
 
     fn fold_watches(&mut self, channels: &mut Channels) {
-        if channels.host.has_changed().unwrap_or(false) {
-            if let Some(view) = &*channels.host.borrow_and_update() {
-                self.underlay.view = Some(Arc::clone(view));
-                self.dirty.underlay = true;
-            }
+        if channels.host.has_changed().unwrap_or(false)
+            && let Some(view) = channels.host.borrow_and_update().clone()
+        {
+            self.underlay.view = Some(view);
+            self.dirty.underlay = true;
         }
         if channels.endpoints.has_changed().unwrap_or(false) {
             self.endpoints = channels.endpoints.borrow_and_update().clone();
-            self.endpoints_sequence = Some(u64::MAX);
+            self.endpoints_changed = true;
             self.dirty.host = true;
         }
         if channels.progress.has_changed().unwrap_or(false) {
@@ -256,35 +267,103 @@ impl<M: NetworkStateStore> Network<M> {
 
     /// The next time at which work is due without an event.
     fn next_deadline(&self) -> Option<Instant> {
-        [self.store.lease_expires_at(), self.underlay.due()].into_iter().flatten().min()
+        [self.store.lease_expires_at(), self.underlay.reselect_at].into_iter().flatten().min()
     }
 
-    /// Plans what is dirty, sends it to the reconciler and publishes changed values. Returns whether the reconciler runs.
-    async fn converge(&mut self, channels: &Channels) -> bool {
+    /// Plans what is dirty, sends it to the reconciler, and publishes changed values. Fails if the reconciler has ended.
+    async fn converge(&mut self, channels: &Channels) -> Result<(), mpsc::error::SendError<ReconcilerInput>> {
         let now = Instant::now();
         self.changed |= self.store.check_lease_expiry(now);
-        let config_changed = self.store.take_config_changed();
-        let mut sent = true;
-        if config_changed {
+        if self.store.take_config_changed() {
             // The families that the external interface has to serve may have changed.
             self.dirty.underlay = true;
-            sent = channels.reconciler.send(ReconcilerInput::RefreshHost).await.is_ok();
+            channels.reconciler.send(ReconcilerInput::RefreshHost).await?;
         }
-        if std::mem::take(&mut self.dirty.underlay) || self.underlay.due().is_some_and(|due| now >= due) {
-            self.update_underlay(now);
+        if std::mem::take(&mut self.dirty.underlay) || self.underlay.reselect_at.is_some_and(|at| now >= at) {
+            self.select_underlay(now);
         }
-        self.plan(now);
-        if std::mem::take(&mut self.dirty_request()) {
+        if self.dirty.host {
             self.request_lease(channels);
         }
+        self.plan(now);
         if let Some(contribution) = self.planner.take_contribution(&self.settings.name) {
             self.changed = true;
-            sent = channels.reconciler.send(ReconcilerInput::Contribution(contribution)).await.is_ok();
+            channels.reconciler.send(ReconcilerInput::Contribution(contribution)).await?;
         }
-        if self.endpoints_sequence == Some(u64::MAX) {
+        if std::mem::take(&mut self.endpoints_changed) {
             self.endpoints_sequence = Some(self.planner.sequence());
         }
         self.publish(channels);
-        sent
+        Ok(())
     }
+
+    /// Sends the lease request of this host to the store.
+    fn request_lease(&mut self, channels: &Channels) {
+        let (Some(network), Some(underlay)) = (self.store.config.clone(), self.underlay.selected.clone()) else { return };
+        let preferred = match &self.store.own_lease {
+            OwnLease::Held(held) => Some(held.subnet),
+            OwnLease::NotHeld { .. } => {
+                self.planner.host.as_ref().map(|host| host.subnet).or_else(|| self.state_store.preferred_subnet())
+            }
+        };
+        let vtep = self.vtep(&network.restricted_to(underlay.local.families()));
+        let request = LeaseRequest { node: self.settings.node.clone(), public_ip: underlay.public_ip, vtep, preferred, network };
+        replace_if_changed(&channels.lease_request, Some(request));
+    }
+
+    /// What the reconciler applied of this network.
+    fn applied(&self) -> NetworkProgress {
+        self.progress.networks.get(&self.settings.name).copied().unwrap_or_default()
+    }
+
+    /// Whether the snapshot was read, the own lease is held, this host's entries are applied, and no failed entry is pending.
+    fn is_ready(&self) -> bool {
+        let applied = self.applied();
+        self.store.has_snapshot
+            && self.planner.host.is_some()
+            && self.store.holds_lease()
+            && applied.sequence >= self.planner.host_sequence
+            && applied.failed == 0
+            && !self.progress.dump_failed
+    }
+
+    /// Publishes metrics and changed values on the channels.
+    fn publish(&mut self, channels: &Channels) {
+        self.metrics.set_peers(self.planner.peers.len());
+        self.metrics.set_leases(self.store.leases.len(), self.planner.rejected.len());
+        self.metrics.set_config_errors(self.store.config_errors.as_ref().map_or(0, |errors| errors.0.len()));
+        self.metrics.set_lease_held(self.store.holds_lease());
+        let ready = self.is_ready();
+        self.metrics.set_ready(ready);
+        replace_if_changed(&channels.ready, ready);
+        let applied = self.applied();
+        if let Some(host) = &self.planner.host
+            && applied.sequence >= self.planner.host_sequence
+            && !applied.base_failed
+        {
+            let overlay = Overlay {
+                network: host.network.clone(),
+                subnet: host.subnet,
+                bridge: Device::bridge(host.network.vxlan.vni),
+                mtu: host.mtu(),
+                public_ip: host.underlay.public_ip,
+            };
+            replace_if_changed(&channels.overlay, Some(overlay));
+        }
+        if self.endpoints_sequence.is_some_and(|sequence| applied.sequence >= sequence) {
+            self.endpoints_sequence = None;
+            channels.applied_endpoints.send_replace(self.endpoints.clone());
+        }
+        if std::mem::take(&mut self.changed) {
+            channels.changes.send_modify(|count| *count += 1);
+        }
+    }
+}
+
+fn replace_if_changed<T: PartialEq>(channel: &watch::Sender<T>, value: T) {
+    channel.send_if_modified(|current| {
+        let changed = *current != value;
+        *current = value;
+        changed
+    });
 }

@@ -11,6 +11,7 @@
 //! Secrets are logged at no level.
 
 mod journal;
+pub mod rate_limit;
 
 use std::io::{self, IsTerminal};
 use std::str::FromStr;

@@ -110,7 +110,7 @@ pub struct UnderlayStatus {
 }
 
 /// The data path's part of the status.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DataPathStatus {
     /// Number of peers in the data path.
     pub peers: usize,

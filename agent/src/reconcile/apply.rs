@@ -2,15 +2,17 @@
 //!
 //! Devices are applied first. Entries that depend on a failed entry are left out.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::time::Instant;
 
-use super::{BULK_THRESHOLD, HEAP_TRIM_DELAY, Reconciler, StateStore};
+use super::{HEAP_TRIM_DELAY, Reconciler, SysctlStore};
 use crate::model::Device;
+use crate::plan::bulk::{BULK_THRESHOLD, merge};
 use crate::plan::diff::prerequisite;
+use crate::plan::state::Entries;
 use crate::plan::{Batch, DataPath, Key, LinkKind, Op, Value};
 
-impl<D: DataPath, M: StateStore> Reconciler<D, M> {
+impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
     /// Applies the ops that are not backing off. Returns whether there was one.
     pub(super) async fn apply_due(&mut self, mut batch: Batch, now: Instant) -> bool {
         batch.retain(|op| !self.retries.is_backing_off(op.key(), now));
@@ -64,11 +66,11 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
                 && key.device().is_none()
                 && let Some(Value::Sysctl(was)) = self.actual.get(key)
             {
-                self.state_store.save_sysctl(path, was);
+                self.sysctl_store.save_sysctl(path, was);
             }
         }
         if batch.len() > BULK_THRESHOLD {
-            self.heap_trim_due = Some(Instant::now() + HEAP_TRIM_DELAY);
+            self.schedule.heap_trim = Some(Instant::now() + HEAP_TRIM_DELAY);
         }
         let begun = Instant::now();
         let report = self.data_path.apply(&batch).await;
@@ -81,11 +83,11 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         for (index, op) in batch.into_iter().enumerate() {
             if let Some((_, error)) = failed.next_if(|(i, _)| *i == index) {
                 let cause = if let Op::Set(key, value) = &op { self.blocked_by(key, value) } else { None };
-                self.retries.record_failure(&op, error, cause);
+                self.retries.record_failure(&op, error, cause, Instant::now());
                 continue;
             }
             if self.retries.record_success(op.key()) {
-                self.all_dirty |= matches!(op, Op::Set(Key::Link(_), _));
+                self.dirty.all |= matches!(op, Op::Set(Key::Link(_), _));
                 recovered.insert(op.key().clone());
             }
             match op {
@@ -98,7 +100,7 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
         }
         merge(&mut self.actual, set);
         if !recovered.is_empty() {
-            self.dirty_keys.extend(self.retries.release_dependents(&recovered));
+            self.dirty.keys.extend(self.retries.release_dependents(&recovered));
         }
         self.changed = true;
     }
@@ -115,23 +117,5 @@ impl<D: DataPath, M: StateStore> Reconciler<D, M> {
             }
             op => op.apply_to(&mut self.actual),
         }
-    }
-}
-
-/// Whether to merge and compare this many entries in bulk: the entries of more than 256 peers, and more than a quarter of those
-/// present.
-pub(super) fn is_bulk(present: usize, entries: usize) -> bool {
-    entries > BULK_THRESHOLD && entries > present / 4
-}
-
-/// Inserts entries into a state; the last entry of a key wins. Building a tree from sorted entries is faster than inserting them
-/// one by one, and fills its nodes, so it takes half the memory.
-pub(super) fn merge<K: Ord, V>(map: &mut BTreeMap<K, V>, entries: Vec<(K, V)>) {
-    if map.is_empty() {
-        *map = entries.into_iter().collect();
-    } else if is_bulk(map.len(), entries.len()) {
-        map.append(&mut entries.into_iter().collect());
-    } else {
-        map.extend(entries);
     }
 }

@@ -1,35 +1,22 @@
-//! Retry queue of failed entries, and contention with other processes.
-//!
-//! Entries that the kernel rejects are retried with jittered back-off. Entries that another process keeps changing are restored
-//! at a bounded rate.
+//! Retry queue: entries that the kernel rejected or that are contended, each with jittered back-off.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use rand::RngExt;
-
-use crate::model::api::{Drift, FailedOp};
+use super::drift::CONTENTION_WINDOW;
+use crate::model::api::FailedOp;
 use crate::plan::diff::stage;
 use crate::plan::{Key, Op, OpError};
 
 /// Shortest and longest pause before a retry.
 const MIN_BACKOFF: Duration = Duration::from_millis(50);
 const MAX_BACKOFF: Duration = Duration::from_secs(30);
-/// Repairs of one entry within [`CONTENTION_WINDOW`] above which the entry counts as contended.
-const CONTENTION_THRESHOLD: u32 = 10;
-const CONTENTION_WINDOW: Duration = Duration::from_secs(10);
-/// Number of entries with tracked repairs above which old ones are pruned.
-const MAX_TRACKED_REPAIRS: usize = 4096;
-
-/// Pending retries by entry, and statistics of repairs.
-#[derive(Debug, Default)]
+/// Pending retries by entry.
+#[derive(Debug)]
 pub(super) struct RetryQueue {
     pending: BTreeMap<Key, Pending>,
-    contention: BTreeMap<Key, Contention>,
-    /// Number of tracked entries that the last pruning kept.
-    live_after_prune: usize,
-    repair_count: u64,
-    last_drift: Option<Drift>,
+    /// Returns a random fraction for the jitter.
+    random: fn() -> f64,
 }
 
 #[derive(Debug)]
@@ -42,16 +29,14 @@ struct Pending {
     cause: Option<Key>,
 }
 
-#[derive(Debug)]
-struct Contention {
-    since: Instant,
-    repairs: u32,
-    last_repair_at: u64,
-}
-
 impl RetryQueue {
+    /// An empty queue. `random` returns a fraction from 0 to 1.
+    pub(super) fn new(random: fn() -> f64) -> RetryQueue {
+        RetryQueue { pending: BTreeMap::new(), random }
+    }
+
     /// Schedules a retry of an op that the kernel rejected. `cause` is the failed entry that the op depends on.
-    pub(super) fn record_failure(&mut self, op: &Op, error: OpError, cause: Option<Key>) {
+    pub(super) fn record_failure(&mut self, op: &Op, error: OpError, cause: Option<Key>, now: Instant) {
         let attempts = self.pending.get(op.key()).map_or(0, |w| w.attempts) + 1;
         // Logged at the first failure, then each time the pause has grown eightfold, to limit the log.
         if let Some(cause) = &cause {
@@ -59,19 +44,34 @@ impl RetryQueue {
         } else if attempts == 1 || attempts.is_multiple_of(3) {
             tracing::warn!(op = %op, errno = error.errno, error = %error, attempts, "kernel rejected an entry, retrying");
         }
-        self.schedule(op.key().clone(), op.to_string(), error.message, attempts, cause);
+        let due = self.retry_at(attempts, now);
+        self.pending.insert(op.key().clone(), Pending { entry: op.to_string(), error: error.message, attempts, due, cause });
     }
 
-    fn schedule(&mut self, key: Key, entry: String, error: String, attempts: u32, cause: Option<Key>) {
-        let due = retry_at(attempts);
-        self.pending.insert(key, Pending { entry, error, attempts, due, cause });
+    /// Schedules the repair of a contended entry. `excess` is the number of repairs beyond the threshold.
+    pub(super) fn record_contention(&mut self, key: &Key, repairs: u32, excess: u32, now: Instant) {
+        let error = format!(
+            "changed by another process {repairs} times within {} s: find it with `ip monitor`",
+            CONTENTION_WINDOW.as_secs()
+        );
+        let due = self.retry_at(excess, now);
+        self.pending.insert(key.clone(), Pending { entry: key.to_string(), error, attempts: excess, due, cause: None });
+    }
+
+    /// Time of the retry after `attempts` attempts.
+    fn retry_at(&self, attempts: u32, now: Instant) -> Instant {
+        let pause = MIN_BACKOFF.saturating_mul(1 << attempts.clamp(1, 12)).min(MAX_BACKOFF);
+        now + pause.mul_f64((1.0 + (self.random)()) / 2.0)
     }
 
     /// Reschedules every due entry. Due entries that produced an op in this round are already rescheduled or no longer pending.
     pub(super) fn reschedule_due(&mut self, now: Instant) {
-        for waiting in self.pending.values_mut().filter(|waiting| waiting.due <= now) {
-            waiting.attempts += 1;
-            waiting.due = retry_at(waiting.attempts);
+        for key in self.due_keys(now) {
+            let attempts = self.pending.get(&key).map_or(0, |entry| entry.attempts) + 1;
+            let due = self.retry_at(attempts, now);
+            if let Some(entry) = self.pending.get_mut(&key) {
+                (entry.attempts, entry.due) = (attempts, due);
+            }
         }
     }
 
@@ -94,40 +94,9 @@ impl RetryQueue {
         self.pending.remove(key);
     }
 
-    /// Removes every pending entry.
-    pub(super) fn clear(&mut self) {
-        self.pending.clear();
-    }
-
-    /// Records a change of our entry by another process. Returns whether to restore it at once; otherwise it is scheduled.
-    pub(super) fn record_drift(&mut self, key: &Key) -> bool {
-        let (now, at) = (Instant::now(), unix_time());
-        self.repair_count += 1;
-        self.last_drift = Some(Drift { entry: key.to_string(), at });
-        let contention = self.contention.entry(key.clone()).or_insert(Contention { since: now, repairs: 0, last_repair_at: at });
-        if now.duration_since(contention.since) > CONTENTION_WINDOW {
-            *contention = Contention { since: now, repairs: 0, last_repair_at: at };
-        }
-        contention.repairs += 1;
-        contention.last_repair_at = at;
-        let repairs = contention.repairs;
-        // Only once their number has doubled: if thousands drift at once, none is old, and each call would scan all of them.
-        if self.contention.len() > MAX_TRACKED_REPAIRS.max(2 * self.live_after_prune) {
-            self.contention.retain(|_, fight| now.duration_since(fight.since) <= CONTENTION_WINDOW);
-            self.live_after_prune = self.contention.len();
-        }
-        if repairs <= CONTENTION_THRESHOLD {
-            return true;
-        }
-        if repairs == CONTENTION_THRESHOLD + 1 {
-            tracing::error!(entry = %key, repairs, "another process keeps changing an entry; limiting the rate of repairs");
-        }
-        let error = format!(
-            "changed by another process {repairs} times within {} s: find it with `ip monitor`",
-            CONTENTION_WINDOW.as_secs()
-        );
-        self.schedule(key.clone(), key.to_string(), error, repairs - CONTENTION_THRESHOLD, None);
-        false
+    /// Removes the pending entries that match.
+    pub(super) fn remove_all(&mut self, matches: impl Fn(&Key) -> bool) {
+        self.pending.retain(|key, _| !matches(key));
     }
 
     /// Whether an entry's retry is not due yet.
@@ -145,14 +114,9 @@ impl RetryQueue {
         self.pending.values().map(|waiting| waiting.due).min()
     }
 
-    /// Drops pending entries that are in sync by now.
-    pub(super) fn prune_satisfied(&mut self, is_in_sync: impl Fn(&Key) -> bool) {
-        self.pending.retain(|key, _| !is_in_sync(key));
-    }
-
-    /// Whether any pending key matches.
-    pub(super) fn any(&self, wanted: impl Fn(&Key) -> bool) -> bool {
-        self.pending.keys().any(wanted)
+    /// The pending entries.
+    pub(super) fn keys(&self) -> impl Iterator<Item = &Key> {
+        self.pending.keys()
     }
 
     /// Number of pending entries.
@@ -187,39 +151,6 @@ impl RetryQueue {
     pub(super) fn error_of(&self, key: &Key) -> Option<&str> {
         self.pending.get(key).map(|w| w.error.as_str())
     }
-
-    /// The entries under contention now, with their numbers of repairs.
-    pub(super) fn contended(&self) -> impl Iterator<Item = (&Key, u32)> {
-        let is_contended =
-            |fight: &Contention| fight.repairs > CONTENTION_THRESHOLD && fight.since.elapsed() <= CONTENTION_WINDOW;
-        self.contention.iter().filter(move |(_, fight)| is_contended(fight)).map(|(key, fight)| (key, fight.repairs))
-    }
-
-    /// Number of repairs since the start.
-    pub(super) fn repair_count(&self) -> u64 {
-        self.repair_count
-    }
-
-    /// The last repair.
-    pub(super) fn last_drift(&self) -> Option<&Drift> {
-        self.last_drift.as_ref()
-    }
-
-    /// Time of an entry's last repair, in seconds since the epoch; old repairs are forgotten.
-    pub(super) fn last_repair_of(&self, key: &Key) -> Option<u64> {
-        self.contention.get(key).map(|fight| fight.last_repair_at)
-    }
-}
-
-/// Time of the retry after `attempts` attempts.
-fn retry_at(attempts: u32) -> Instant {
-    let pause = MIN_BACKOFF.saturating_mul(1 << attempts.clamp(1, 12)).min(MAX_BACKOFF);
-    Instant::now() + pause.mul_f64(rand::rng().random_range(0.5..1.0))
-}
-
-/// Seconds since the epoch.
-fn unix_time() -> u64 {
-    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
 #[cfg(test)]
@@ -237,23 +168,23 @@ mod tests {
 
     #[test]
     fn due_entry_is_rescheduled_with_longer_backoff() {
-        let mut queue = RetryQueue::default();
-        queue.record_failure(&op("ipv4/a"), kernel_error(), None);
+        let (mut queue, now) = (RetryQueue::new(|| 0.5), Instant::now());
+        queue.record_failure(&op("ipv4/a"), kernel_error(), None, now);
         let due = queue.next_due().expect("a retry");
         queue.reschedule_due(due - Duration::from_millis(1));
         assert_eq!(queue.next_due(), Some(due), "not due yet");
         queue.reschedule_due(due);
-        assert!(queue.next_due().is_some_and(|next| next > due && next > Instant::now()));
+        assert_eq!(queue.next_due(), Some(due + MIN_BACKOFF * 3), "twice the base pause, with half the jitter");
         assert_eq!(queue.list_failures(1)[0].attempts, 2);
     }
 
     #[test]
     fn recovered_cause_releases_dependents() {
-        let mut queue = RetryQueue::default();
+        let (mut queue, now) = (RetryQueue::new(|| 0.5), Instant::now());
         let [a, b, c] = ["ipv4/a", "ipv4/b", "ipv4/c"].map(op);
-        queue.record_failure(&a, kernel_error(), Some(c.key().clone()));
-        queue.record_failure(&b, kernel_error(), None);
-        queue.record_failure(&c, kernel_error(), None);
+        queue.record_failure(&a, kernel_error(), Some(c.key().clone()), now);
+        queue.record_failure(&b, kernel_error(), None, now);
+        queue.record_failure(&c, kernel_error(), None, now);
         assert_eq!((queue.len(), queue.root_failure_count()), (3, 2));
         let entries: Vec<String> = queue.list_failures(10).into_iter().map(|failed| failed.entry).collect();
         assert_eq!(entries, [&b, &c, &a].map(ToString::to_string));

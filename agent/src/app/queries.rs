@@ -1,0 +1,77 @@
+//! Queries to the agent's tasks, whose answers it puts together.
+
+use tokio::sync::{mpsc, oneshot};
+
+use crate::model::api::{Health, PeerEntry, Peers, Status};
+use crate::network::{NetworkQuery, NetworkStatus, PeerRow, SubnetRow};
+use crate::reconcile::{DataPathReport, PeerState, ReconcilerQuery};
+
+/// A handle for queries; cheap to clone. Each answer is `None` if a task has ended.
+#[derive(Debug, Clone)]
+pub struct Queries {
+    /// To the network.
+    pub network: mpsc::Sender<NetworkQuery>,
+    /// To the reconciler of its network namespace.
+    pub reconciler: mpsc::Sender<ReconcilerQuery>,
+}
+
+impl Queries {
+    /// The agent's status, without what the endpoints know.
+    pub async fn status(&self) -> Option<Status> {
+        let network = ask(&self.network, NetworkQuery::Status).await?;
+        let data_path = ask(&self.reconciler, ReconcilerQuery::Status).await?;
+        Some(merge_status(network, data_path))
+    }
+
+    /// Every lease.
+    pub async fn subnets(&self) -> Option<Vec<SubnetRow>> {
+        ask(&self.network, NetworkQuery::Subnets).await
+    }
+
+    /// Every peer in the data path.
+    pub async fn peers(&self) -> Option<Peers> {
+        let rows = ask(&self.network, NetworkQuery::Peers).await?;
+        let keys = rows.iter().map(|row| (row.device, row.remote)).collect();
+        let states = ask(&self.reconciler, |reply| ReconcilerQuery::Peers(keys, reply)).await?;
+        let mut peers: Vec<PeerEntry> = rows.into_iter().zip(states).map(peer_entry).collect();
+        peers.sort_by_key(|peer| peer.subnet);
+        Some(Peers { peers })
+    }
+}
+
+async fn ask<Q, T>(queries: &mpsc::Sender<Q>, query: impl FnOnce(oneshot::Sender<T>) -> Q) -> Option<T> {
+    let (reply, answer) = oneshot::channel();
+    queries.send(query(reply)).await.ok()?;
+    answer.await.ok()
+}
+
+fn merge_status(network: NetworkStatus, data_path: DataPathReport) -> Status {
+    let NetworkStatus { mut status, rejected_problem } = network;
+    let DataPathReport { failed, drift_repairs, last_drift, nexthop_objects, problems } = data_path;
+    status.problems.extend(problems.into_iter().chain(rejected_problem));
+    (status.data_path.failed, status.data_path.drift_repairs) = (failed, drift_repairs);
+    (status.data_path.last_drift, status.data_path.nexthop_objects) = (last_drift, nexthop_objects);
+    status.health = match (status.ready, status.problems.is_empty()) {
+        (true, true) => Health::Ok,
+        (true, false) => Health::Degraded,
+        // An existing data path keeps forwarding while the agent waits.
+        (false, _) if status.data_path.mtu.is_some() => Health::Degraded,
+        (false, _) => Health::Waiting,
+    };
+    status
+}
+
+fn peer_entry((row, state): (PeerRow, PeerState)) -> PeerEntry {
+    let PeerRow { device, remote, host } = row;
+    let PeerState { nexthop_id, state, last_repair } = state;
+    PeerEntry {
+        subnet: remote.subnet,
+        host,
+        public_ip: remote.public_ip,
+        vtep: remote.vtep,
+        device: device.name(),
+        nexthop_id,
+        state,
+        last_repair,
+    }
+}

@@ -1,0 +1,100 @@
+//! Reads the host's interfaces for the networks, plans the shared entries, and reads the sysctls of the host's own interfaces.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::{Channels, HOST_READ_PAUSE_FACTOR, Reconciler, SysctlStore};
+use crate::metrics::FullRead;
+use crate::model::{Device, Family};
+use crate::plan::contribution::HostView;
+use crate::plan::desired::sysctls;
+use crate::plan::shared::{NamespaceFacts, SharedSpec, shared_entries};
+use crate::plan::state::{Entries, Value};
+use crate::plan::{DataPath, Key, LinkKind};
+
+impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
+    /// Reads the host's interfaces and sends them to the networks.
+    pub(super) async fn read_host(&mut self, channels: &Channels) {
+        self.schedule.host_read = None;
+        self.metrics.count_full_read(FullRead::Interfaces);
+        let begun = Instant::now();
+        let read = self.data_path.inventory().await;
+        self.schedule.host_read_not_before = Instant::now() + begun.elapsed() * HOST_READ_PAUSE_FACTOR;
+        let mut view = self.host.take().unwrap_or_default();
+        match read {
+            Ok(inventory) => {
+                view.inventory = inventory;
+                view.error = None;
+                view.probe_route = match self.settings.probe_address {
+                    Some(address) => self.data_path.route_to(address).await.unwrap_or_default(),
+                    None => None,
+                };
+            }
+            Err(error) => {
+                tracing::error!(%error, "cannot read the host's interfaces, retrying in 1 s");
+                view.error = Some(error.to_string());
+                self.schedule.host_read = Some(Instant::now() + Duration::from_secs(1));
+            }
+        }
+        let ours = self.actual.links().filter(|(_, link)| !matches!(link.kind, LinkKind::Foreign { .. } | LinkKind::Port));
+        view.devices = ours
+            .filter_map(|(key, link)| match key {
+                Key::Link(name) => Some((Device::from_name(name)?, link.clone())),
+                _ => None,
+            })
+            .collect();
+        channels.host.send_replace(Some(Arc::new(view.clone())));
+        self.host = Some(view);
+        self.dirty.shared = true;
+    }
+
+    /// Plans the entries that the networks share.
+    pub(super) fn plan_shared(&mut self) {
+        let Some(host) = &self.host else { return };
+        let specs: Vec<&SharedSpec> =
+            self.contributors.values().filter_map(|contributor| contributor.shared.as_ref()).collect();
+        let forwarding = Key::Sysctl(sysctls::IPV6_FORWARD.into());
+        let is_off = |value: &Value| *value == Value::Sysctl("0".into());
+        let enabled_by_agent = self.actual.get(&forwarding).is_some_and(is_off)
+            || self.sysctl_store.saved_sysctl(sysctls::IPV6_FORWARD).is_some_and(|before| before == "0");
+        let changed =
+            |name: &str| self.sysctl_store.saved_sysctl(&sysctls::interface_path(name, Family::V6, "accept_ra")).is_some();
+        let mut facts = NamespaceFacts { forward_drops: host.inventory.forward_drops.clone(), ..NamespaceFacts::default() };
+        for spec in &specs {
+            facts.uplinks.extend(host.inventory.uplinks(spec.external));
+            facts.accept_ra_interfaces.extend(sysctls::accept_ra_interfaces(
+                &host.inventory,
+                spec.external,
+                enabled_by_agent,
+                changed,
+            ));
+        }
+        let entries = shared_entries(&specs, &facts);
+        let before = std::mem::take(&mut self.desired.shared);
+        let differs = |key: &&Key| before.get(key) != entries.get(key);
+        let keys: Vec<Key> = before.keys().chain(entries.keys()).filter(differs).cloned().collect();
+        self.desired.shared = entries;
+        for key in keys {
+            self.retries.remove(&key);
+            self.dirty.keys.insert(key);
+        }
+    }
+
+    /// Reads the desired sysctls of the host's own interfaces that were not read before, so that their old values can be
+    /// restored.
+    pub(super) async fn read_sysctls(&mut self) {
+        let is_unread = |key: &&Key| key.device().is_none() && !self.actual.contains_key(key);
+        let sysctls = self.desired.iter().map(|(key, _)| key).take_while(|key| matches!(key, Key::Sysctl(_)));
+        let paths: Vec<String> = sysctls
+            .filter(is_unread)
+            .filter_map(|key| if let Key::Sysctl(path) = key { Some(path.to_string()) } else { None })
+            .collect();
+        if paths.is_empty() {
+            return;
+        }
+        match self.data_path.watch_sysctls(paths).await {
+            Ok(found) => self.actual.extend(found),
+            Err(error) => tracing::warn!(%error, "cannot read a sysctl of an interface"),
+        }
+    }
+}
