@@ -1,7 +1,7 @@
 //! The overlay network agent, as a library.
 //!
-//! One agent per host leases a subnet from etcd and creates the host's bridge and VXLAN device. It keeps one forwarding, neighbour,
-//! next-hop and route entry per peer in the kernel. The layers, from the top; imports point down only:
+//! One agent per host leases a subnet from etcd and creates the host's bridge and VXLAN device. It keeps one forwarding,
+//! neighbour, next-hop and route entry per peer in the kernel. The layers, from the top; imports point down only:
 //!
 //! | layer | modules |
 //! | --- | --- |

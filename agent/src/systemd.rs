@@ -1,7 +1,7 @@
 //! The systemd protocols: `sd_notify(3)` for readiness, status and watchdog, and `sd_listen_fds(3)` for the inherited socket.
 //!
-//! Without systemd nothing is sent. Both protocols are a few lines over a datagram and two environment variables; a library would add as
-//! much code as it saves.
+//! Without systemd nothing is sent. Both protocols are a few lines over a datagram and two environment variables; a library would
+//! add as much code as it saves.
 
 mod listen;
 
