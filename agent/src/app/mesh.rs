@@ -19,7 +19,7 @@ use crate::model::{Family, PerFamily};
 use crate::plan::mesh::{Probe, ProbeTable};
 use crate::reconcile::ReconcilerQuery;
 
-/// Delay before the next round if there were no peers and something changed, or if no socket could be opened.
+/// Delay before a new round after one without peers or without a socket.
 const IDLE_RETRY_DELAY: Duration = Duration::from_secs(5);
 
 /// The probes' results.
