@@ -57,7 +57,8 @@ impl ApiError {
     }
 }
 
-/// The agent as seen by the socket. Futures may be dropped at any await: the implementation must protect work that has to complete.
+/// The agent as seen by the socket. Futures may be dropped at any await: the implementation must protect work that has to
+/// complete.
 pub trait Backend: Send + Sync + 'static {
     /// The agent's health.
     fn status(&self) -> impl Future<Output = Result<Status, ApiError>> + Send;
@@ -105,8 +106,8 @@ pub trait Backend: Send + Sync + 'static {
 
 /// Serves the complete API on the socket until `stop`.
 ///
-/// Then running requests may complete until a deadline, and the socket file is removed. A failed connection is logged and affects no other
-/// connection.
+/// Then running requests may complete until a deadline, and the socket file is removed. A failed connection is logged and affects
+/// no other connection.
 pub async fn serve<B: Backend>(socket: AdminSocket, backend: Arc<B>, stop: CancellationToken) {
     serve_with_limits(socket, backend, Limits::DEFAULT, stop).await;
 }

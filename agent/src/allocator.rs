@@ -5,9 +5,9 @@ const MIN_PAGE_SIZE: usize = 4096;
 
 /// Makes all threads share one malloc arena. Call it before other threads exist.
 ///
-/// By default glibc gives each thread its own arena: memory freed by one of the agent's two threads would lie idle while the other thread
-/// asked the kernel for more. With ten thousand peers that was up to 10 MiB. Each thread still has its own cache of small chunks
-/// (`mallopt(3)`), so the threads rarely wait for each other.
+/// By default glibc gives each thread its own arena: memory freed by one of the agent's two threads would lie idle while the
+/// other thread asked the kernel for more. With ten thousand peers that was up to 10 MiB. Each thread still has its own cache of
+/// small chunks (`mallopt(3)`), so the threads rarely wait for each other.
 pub fn use_single_arena() {
     #[cfg(target_env = "gnu")]
     // SAFETY: mallopt takes two integers and changes only the allocator's own settings.
@@ -24,9 +24,9 @@ pub fn trim_memory() {
 
 /// Returns empty heap pages to the kernel.
 ///
-/// After a snapshot of thousands of leases the empty pages outnumber the used ones: the snapshot's text, the batch and the merged trees
-/// were freed. By itself glibc returns only memory at the end of a heap (`malloc_trim(3)`). Takes some milliseconds with ten thousand
-/// peers.
+/// After a snapshot of thousands of leases the empty pages outnumber the used ones: the snapshot's text, the batch and the merged
+/// trees were freed. By itself glibc returns only memory at the end of a heap (`malloc_trim(3)`). Takes some milliseconds with
+/// ten thousand peers.
 fn trim_heap() {
     #[cfg(target_env = "gnu")]
     // SAFETY: malloc_trim takes no pointer, and the allocator locks its own data (malloc_trim(3): MT-Safe).
@@ -37,8 +37,8 @@ fn trim_heap() {
 
 /// Unmaps the program's unmodified pages: code and constants.
 ///
-/// These pages stay in the page cache, which all agents of the host share. The next access maps them again, 64 KiB at a time, without
-/// disk I/O.
+/// These pages stay in the page cache, which all agents of the host share. The next access maps them again, 64 KiB at a time,
+/// without disk I/O.
 fn unmap_unmodified_pages() {
     // SAFETY: the callback only reads its argument, and only during the call.
     unsafe {
@@ -61,9 +61,9 @@ unsafe extern "C" fn unmap_read_only_segments(
     for header in headers.iter().filter(|header| header.p_type == libc::PT_LOAD && header.p_flags & libc::PF_W == 0) {
         let start = (base + header.p_vaddr) & !page;
         let Ok(length) = usize::try_from(((base + header.p_vaddr + header.p_memsz + page) & !page) - start) else { continue };
-        // SAFETY: a segment that is never writable equals the file: the loader's relocations go to writable segments (`PT_GNU_RELRO` is
-        // part of those and becomes read-only later). An unmapped page is read from the file again at the next access, including the
-        // pages of this function.
+        // SAFETY: a segment that is never writable equals the file: the loader's relocations go to writable segments
+        // (`PT_GNU_RELRO` is part of those and becomes read-only later). An unmapped page is read from the file again at the next
+        // access, including the pages of this function.
         unsafe {
             libc::madvise(start as *mut libc::c_void, length, libc::MADV_DONTNEED);
         }

@@ -15,8 +15,8 @@
 //! | `path-mtu` | makes the kernel learn the path MTU to each peer |
 //! | `metrics` | serves metrics over TCP, if an address is set |
 //!
-//! Channels between tasks are bounded. An unexpected end of a task ends the agent with an error, and systemd restarts the agent; the data
-//! path keeps forwarding meanwhile.
+//! Channels between tasks are bounded. An unexpected end of a task ends the agent with an error, and systemd restarts the agent;
+//! the data path keeps forwarding meanwhile.
 
 mod backend;
 mod cleanup;
@@ -60,7 +60,8 @@ use supervision::HealthInputs;
 const SOCKET_NAME: &str = "overlayd.sock";
 /// Time limit for tasks to end after the stop signal.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(5);
-/// Channel capacities. If the reconciler is slower than the store, the store waits at the channel; flow control passes that on to etcd.
+/// Channel capacities. If the reconciler is slower than the store, the store waits at the channel; flow control passes that on to
+/// etcd.
 const STORE_EVENT_CAPACITY: usize = 1024;
 const QUERY_CAPACITY: usize = 64;
 

@@ -1,5 +1,6 @@
-//! Exponential backoff with full jitter, so that hosts that lost the same etcd do not reconnect at the same moment.
-//! Pure: the caller supplies the random numbers and waits.
+//! Exponential backoff with full jitter. Pure: the caller supplies the random numbers and waits.
+//!
+//! Jitter keeps hosts that lost the same etcd from reconnecting at the same moment.
 
 use std::time::Duration;
 

@@ -1,8 +1,8 @@
 //! Merges flags, environment and file into one validated [`HostConfig`].
 //!
-//! All errors are reported at once, before the agent changes anything. [`SETTINGS`] is the single list of settings: flags, environment
-//! variables, keys of the file and the reference in `docs/configuration.md` are derived from it. A flag overrides the environment, the
-//! environment the file, the file the default.
+//! All errors are reported at once, before the agent changes anything. [`SETTINGS`] is the single list of settings: flags,
+//! environment variables, keys of the file and the reference in `docs/configuration.md` are derived from it. A flag overrides the
+//! environment, the environment the file, the file the default.
 
 mod credential;
 mod raw;

@@ -1,13 +1,13 @@
 //! The overlay network agent, as a library.
 //!
-//! One agent per host leases a subnet from etcd and creates the host's bridge and VXLAN device. It keeps one forwarding, neighbour,
-//! next-hop and route entry per peer in the kernel. The layers, from the top; imports point down only:
+//! One agent per host leases a subnet from etcd and creates the host's bridge and VXLAN device. It keeps one forwarding,
+//! neighbour, next-hop and route entry per peer in the kernel. The layers, from the top; imports point down only:
 //!
 //! | layer | modules |
 //! | --- | --- |
 //! | wiring | [`app`] |
 //! | middle (siblings do not import each other) | [`reconcile`], [`store`], [`kernel`], [`endpoint`], [`admin`] |
-//! | helpers of the middle layer | [`config`], [`state`], [`backoff`], [`allocator`], [`metrics`], [`telemetry`], [`shutdown`], [`systemd`] |
+//! | helpers | [`config`], [`state`], [`backoff`], [`allocator`], [`metrics`], [`telemetry`], [`shutdown`], [`systemd`] |
 //! | pure | [`plan`], and below it [`model`] |
 
 pub mod model;

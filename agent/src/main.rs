@@ -9,7 +9,7 @@ use overlay_agent::{allocator, app, telemetry};
 /// Two threads: the reconciler can apply a large batch on one while the store and the socket run on the other.
 const WORKER_THREADS: usize = 2;
 
-/// Time limit at shutdown for work that cannot be cancelled, such as a query of the system's resolver.
+/// Time limit at shutdown for uncancellable work, such as a query of the system's resolver.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(1);
 
 /// Exit codes: runtime error, usage error.

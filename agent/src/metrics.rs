@@ -101,7 +101,8 @@ impl Default for Metrics {
 impl Metrics {
     /// All metrics at zero, with the current time as start.
     ///
-    /// Counters with a label start with all label values at zero, because Prometheus would not see the first increase of a new series.
+    /// Counters with a label start with all label values at zero, because Prometheus would not see the first increase of a new
+    /// series.
     pub fn new() -> Metrics {
         let zeros = |words: &[&'static str]| Mutex::new(words.iter().map(|word| (*word, 0)).collect());
         Metrics {

@@ -1,7 +1,7 @@
 //! The systemd protocols: `sd_notify(3)` for readiness, status and watchdog, and `sd_listen_fds(3)` for the inherited socket.
 //!
-//! Without systemd nothing is sent. Both protocols are a few lines over a datagram and two environment variables; a library would add as
-//! much code as it saves.
+//! Without systemd nothing is sent. Both protocols are a few lines over a datagram and two environment variables; a library would
+//! add as much code as it saves.
 
 mod listen;
 
@@ -95,12 +95,12 @@ impl Notifier {
         self.send("WATCHDOG=1").await;
     }
 
-    /// Reports the begin of the shutdown.
+    /// Reports the start of the shutdown.
     pub async fn stopping(&self) {
         self.send("STOPPING=1\nSTATUS=Stopping; the data path keeps forwarding").await;
     }
 
-    /// Reports the begin of a reload; [`Notifier::reloaded`] has to follow.
+    /// Reports the start of a reload; call [`Notifier::reloaded`] after it.
     ///
     /// Both do nothing before the agent is ready: the message that ends a reload, `READY=1`, would also end the start.
     pub async fn reloading(&self) {
@@ -142,7 +142,7 @@ fn connect(address: PathBuf) -> Result<UnixDatagram, NotifyError> {
     open().map_err(|source| NotifyError::Socket { address, source })
 }
 
-/// `CLOCK_MONOTONIC`; systemd uses it to tell the end of an earlier reload from the begin of a new one.
+/// `CLOCK_MONOTONIC`; systemd uses it to tell the end of an earlier reload from the start of a new one.
 fn monotonic_time() -> Duration {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: `now` is a valid, writable timespec for the whole call.

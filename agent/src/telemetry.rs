@@ -1,4 +1,5 @@
-//! Logging with `tracing`: to standard error as text or JSON, or to the journal with its fields. The level can be changed at run time.
+//! Logging with `tracing`: to standard error as text or JSON, or to the journal with its fields. The level can be changed at run
+//! time.
 //!
 //! | level | events |
 //! | --- | --- |
@@ -160,11 +161,14 @@ pub fn parse_filter(text: &str) -> Result<EnvFilter, TelemetryError> {
         match part.rsplit_once('=') {
             None if part.is_empty() => return Err(error("one of its parts is empty")),
             None if !level(part) => return Err(error("unknown level")),
-            Some((target, word)) if target.is_empty() || !level(word) => return Err(error("one of its parts is not TARGET=LEVEL")),
+            Some((target, word)) if target.is_empty() || !level(word) => {
+                return Err(error("one of its parts is not TARGET=LEVEL"));
+            }
             _ => {}
         }
     }
-    // A bare `debug` or `trace` applies to the agent's own events only, because the HTTP/2 library logs every frame at these levels.
+    // A bare `debug` or `trace` applies to the agent's own events only, because the HTTP/2 library logs every frame at these
+    // levels.
     let ours = |part: &str| match part.to_ascii_lowercase().as_str() {
         word @ ("debug" | "trace") => format!("info,overlay_agent={word}"),
         _ => part.to_owned(),

@@ -167,7 +167,7 @@ async fn conflist_edit_survives_agent_restart() {
 
     lab.host("h1").agent_start(&["--cni-conflist", &list]).expect_ok("start the agent");
     lab.host("h1").wait_ready(READY_TIMEOUT).await.expect_ok("ready");
-    lab.wait_for_log("h1", &["WARN", "left alone", &list]).await;
+    lab.wait_for_log("h1", &["WARN", "leaving it unchanged", &list]).await;
     assert_eq!(fs::read_to_string(podman.conflist()).expect_ok("the list"), shorter);
     assert_eq!(podman.endpoint_count().await, 1, "the earlier container, and none of the failed one");
     podman.run(&["rm", "--force", "--time", "0", "web"]).assert_code(0);

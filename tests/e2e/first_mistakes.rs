@@ -141,7 +141,7 @@ async fn invalid_config_file_is_reported() {
             "[etcd]\nendpoints = \"http://x:1\"\npassword = \"hush\"\n",
             &["etcd in", "`[etcd]`", "a table", "`etcd-endpoints = ...`"],
         ),
-        ("[overlayd]\niface = \"eth0\"\n", &["overlayd in", "top of the file", "`iface = ...`"]),
+        ("[overlayd]\niface = \"eth0\"\n", &["overlayd in", "top level of the file", "`iface = ...`"]),
         ("etcd-endpoints = http://x:1\n", &["line 1", "is not TOML", "quoted"]),
         ("iface = \"eth0\"\nlog-level = \n", &["line 2", "is not TOML"]),
         ("ip-masq = \"no\"\n", &["ip-masq in", "`no` is not true or false"]),

@@ -303,7 +303,7 @@ async fn world_readable_secret_files_are_refused() {
     let remedy = format!("chmod 600 {password}");
     for value in [0o644, 0o604, 0o620, 0o666] {
         open(value);
-        let warning = format!("is open to others (mode {value:04o})");
+        let warning = format!("is accessible to other users (mode {value:04o})");
         let wanted = ["etcd-password-file", &warning, &remedy];
         place.lab.run_to_exit("h1", place.agent_command("password")).assert_code(2).assert_stderr_contains(&wanted);
     }
@@ -341,7 +341,7 @@ async fn world_readable_secret_files_are_refused() {
     for value in [0o664, 0o646] {
         let command = with_file(naming.clone());
         set_mode(&place.file("overlayd.toml"), value);
-        let warning = format!("can be changed by others (mode {value:04o}): chmod 644 {settings}");
+        let warning = format!("is writable by other users (mode {value:04o}): chmod 644 {settings}");
         place.lab.run_to_exit("h1", command).assert_code(2).assert_stderr_contains(&[&warning]);
     }
     // A secret inside the settings is not printed.

@@ -18,7 +18,7 @@ async fn operations_page_runs() {
     page.run_until_section("Restore").await;
     machines.run("etcd", "for n in $(seq 9); do etcdctl put /coreos.com/network/subnets/10.200.250.0-24 $n; done");
     machines.wait_for("host-1", "overlayctl subnets | grep 10.200.250.0").await;
-    page.run_until_section("Lost wholly, with no backup").await;
+    page.run_until_section("Complete loss without a backup").await;
     machines.wait_for("host-1", "grep 'restored or replaced' /var/log/overlayd.log").await;
     // The page asks its reader to copy the file.
     page.run_until_section("Move to another cluster").await;

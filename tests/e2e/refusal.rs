@@ -62,7 +62,11 @@ async fn unknown_config_key_is_refused() {
     let mut command = Command::new(overlayd());
     command.arg("--config").arg(&file);
     let place = format!("run-dri in {}", file.display());
-    lab.run_to_exit("h1", command).assert_code(2).assert_stderr_contains(&[&place, "is not a setting", "did you mean `run-dir`?"]);
+    lab.run_to_exit("h1", command).assert_code(2).assert_stderr_contains(&[
+        &place,
+        "is not a setting",
+        "did you mean `run-dir`?",
+    ]);
 
     std::fs::write(&file, "log-level = [\n").expect_ok("a file");
     let mut torn = Command::new(overlayd());
@@ -138,7 +142,7 @@ async fn occupied_socket_path_is_refused() {
     lab.run_to_exit("h1", lab.overlayd_command("h1", run.clone(), state)).assert_code(1).assert_stderr_contains(&[
         &shown,
         "is not a socket",
-        "left alone",
+        "left unchanged",
     ]);
     assert_eq!(std::fs::read_to_string(&socket).expect_ok("the file"), "precious");
 

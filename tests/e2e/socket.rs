@@ -65,7 +65,7 @@ async fn invalid_requests_are_refused() {
     for (method, path, body, status, wanted) in [
         ("GET", "/v1/nothing", "", 404, "/v1/nothing"),
         ("DELETE", "/v1/status", "", 405, "DELETE"),
-        ("PUT", "/v1/endpoints/a", "{", 400, "not as expected"),
+        ("PUT", "/v1/endpoints/a", "{", 400, "body is invalid"),
         ("PUT", "/v1/endpoints/a", r#"{"netns":"/run/netns/x","colour":"red"}"#, 400, "colour"),
         ("PUT", "/v1/endpoints/a", r#"{"netns":"relative"}"#, 400, "absolute path"),
         ("PUT", "/v1/endpoints/a", r#"{"netns":"/run/netns/none"}"#, 400, "/run/netns/none"),

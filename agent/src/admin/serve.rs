@@ -16,7 +16,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::write_timeout::WriteTimeout;
 
-/// Maximum number of connections served at the same time; a request on a further one is answered 503. Users and monitoring need far fewer.
+/// Maximum number of connections served at the same time; a request on a further one is answered 503. Users and monitoring need
+/// far fewer.
 pub const MAX_CONNECTIONS: usize = 128;
 
 /// Resource limits of clients.

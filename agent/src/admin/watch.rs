@@ -20,7 +20,7 @@ struct SubnetsWatch<B> {
     backend: Arc<B>,
     changes: Receiver<u64>,
     stop: CancellationToken,
-    /// A hash of the last line, so that an unrelated change of the agent does not repeat it.
+    /// Hash of the last line. It suppresses identical lines after unrelated changes.
     last_hash: Option<u64>,
 }
 

@@ -16,9 +16,10 @@ use crate::store;
 /// Time limit for the release of the lease in etcd.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Removes endpoints' interfaces, devices, routes and next hops with our protocol number, rules, the lease and the state.
+/// Removes everything the agent created on this host and restores changed sysctls.
 ///
-/// Also restores changed sysctls. Continues after errors and returns all of them at the end; safe to repeat.
+/// Removes endpoints' interfaces, devices, routes and next hops with our protocol number, rules, the lease and the state.
+/// Continues after errors and returns all of them at the end; safe to repeat.
 pub async fn cleanup(config: HostConfig) -> anyhow::Result<()> {
     preflight::check_capabilities()?;
     let run_lock = DirLock::acquire(&config.run_dir).context("cleanup needs the agent stopped")?;

@@ -1,7 +1,7 @@
 //! The CNI network list of the default network, for container runtimes (`--cni-conflist`).
 //!
-//! It is written once the overlay is up and never removed. Without it a runtime would start containers without a network or on another
-//! network; with it the containers wait for the agent.
+//! It is written once the overlay is up and never removed. Without it a runtime would start containers without a network or on
+//! another network; with it the containers wait for the agent.
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};

@@ -1,7 +1,8 @@
 //! The task that probes peers with ICMP echo requests.
 //!
-//! It sends one request at a time, at most [`MAX_PROBES_PER_SECOND`](crate::plan::mesh::MAX_PROBES_PER_SECOND) a second. The results are
-//! in [`MeshState`], which the socket serves. The task runs until `stop`; an error that prevents probing is kept there and logged once.
+//! It sends one request at a time, at most [`MAX_PROBES_PER_SECOND`](crate::plan::mesh::MAX_PROBES_PER_SECOND) a second. The
+//! results are in [`MeshState`], which the socket serves. The task runs until `stop`; an error that prevents probing is kept
+//! there and logged once.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -18,7 +19,7 @@ use crate::model::{Family, PerFamily};
 use crate::plan::mesh::{Probe, ProbeTable};
 use crate::reconcile::ReconcilerQuery;
 
-/// Delay before the next round if there were no peers and something changed, or if no socket could be opened.
+/// Delay before a new round after one without peers or without a socket.
 const IDLE_RETRY_DELAY: Duration = Duration::from_secs(5);
 
 /// The probes' results.

@@ -1,9 +1,9 @@
 //! The task that makes the kernel learn the path MTU to each peer over IPv6.
 //!
-//! The tunnel's packets are untracked, so a router's "packet too big" message about one of them belongs to no connection. A firewall that
-//! accepts only related ICMPv6 drops the message, and the tunnel loses all packets above some size. An echo request is tracked: a router's
-//! message about it is related and passes, the kernel stores the MTU for the address (`ip -6 route get ADDRESS`), and the tunnel uses it.
-//! IPv4 does not need this, because routers fragment the tunnel's packets.
+//! The tunnel's packets are untracked, so a router's "packet too big" message about one of them belongs to no connection. A
+//! firewall that accepts only related ICMPv6 drops the message, and the tunnel loses all packets above some size. An echo request
+//! is tracked: a router's message about it is related and passes, the kernel stores the MTU for the address
+//! (`ip -6 route get ADDRESS`), and the tunnel uses it. IPv4 does not need this, because routers fragment the tunnel's packets.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -17,7 +17,7 @@ use crate::kernel::icmp::PingSocket;
 use crate::model::Family;
 use crate::reconcile::ReconcilerQuery;
 
-/// Interval of probes of a path. The kernel keeps an MTU for 600 s (`net.ipv6.route.mtu_expires`): two of three probes may be lost.
+/// Interval of probes of a path. The kernel keeps an MTU for 600 s (`net.ipv6.route.mtu_expires`), so two of three may be lost.
 const PROBE_INTERVAL: Duration = Duration::from_secs(190);
 /// Delay after a probe that could not be sent, for example because there is no route yet.
 const RETRY_INTERVAL: Duration = Duration::from_secs(10);

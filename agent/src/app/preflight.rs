@@ -39,11 +39,11 @@ fn missing_capabilities(status: &str) -> Vec<&'static (u32, &'static str, &'stat
 /// Abstract socket name that an agent holds in its network namespace.
 const LOCK_NAME: &str = "overlayd";
 
-/// Binds an abstract socket name as a lock of the network namespace, held until the listener is dropped.
+/// Locks the network namespace by an abstract socket name, until the listener is dropped.
 ///
-/// Two agents with different directories would otherwise manage the same devices. The kernel releases the name when the process ends for
-/// any reason. Every user may bind the name, also to keep the agent from starting: if neither root nor this user holds it, the holder is
-/// logged and ignored, and there is no lock (`None`).
+/// Two agents with different directories would otherwise manage the same devices. The kernel releases the name when the process
+/// ends for any reason. Every user may bind the name, also to keep the agent from starting: if neither root nor this user holds
+/// it, the holder is logged and ignored, and there is no lock (`None`).
 pub(super) fn lock_namespace() -> anyhow::Result<Option<UnixListener>> {
     let address = SocketAddr::from_abstract_name(LOCK_NAME).context("cannot name the namespace's lock")?;
     match UnixListener::bind_addr(&address) {

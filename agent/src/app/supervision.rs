@@ -27,8 +27,8 @@ pub(super) struct HealthInputs {
 
 /// The task: sends messages to systemd until `stop`.
 ///
-/// It feeds the watchdog only if the reconcile loop has made an iteration since the last message, so that a stuck loop ends the agent even
-/// if all other tasks run. An idle loop makes an iteration because of the status query here.
+/// It feeds the watchdog only after a new iteration of the reconcile loop. So a stuck loop ends the agent even if all other tasks
+/// run. An idle loop makes an iteration because of the status query here.
 pub(super) async fn notify<B: Backend>(notifier: Arc<Notifier>, inputs: HealthInputs, backend: Arc<B>, stop: CancellationToken) {
     let query_status = || async { tokio::time::timeout(STATUS_TIMEOUT, backend.status()).await.ok() };
     notify_with(&notifier, inputs, query_status, stop).await;

@@ -1,7 +1,7 @@
 //! Resolves bare file names to systemd credentials (`systemd.exec(5)`, `LoadCredential=`).
 //!
-//! `overlayd.service` loads all files of `/etc/overlayd/credentials` with the ID `overlayd`, so the file `client.key` there becomes
-//! `$CREDENTIALS_DIRECTORY/overlayd_client.key`. A bare name means the same file in the service and in a root shell.
+//! `overlayd.service` loads all files of `/etc/overlayd/credentials` with the ID `overlayd`, so the file `client.key` there
+//! becomes `$CREDENTIALS_DIRECTORY/overlayd_client.key`. A bare name means the same file in the service and in a root shell.
 
 use std::ffi::OsString;
 use std::io;

@@ -6,8 +6,8 @@ use std::io::{self, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-/// Forbidden: any permission for others, and write permission for the group. Group read is allowed, because root gives a service access to
-/// a file by the service's own group.
+/// Forbidden: any permission for others, and write permission for the group. Group read is allowed, because root gives a service
+/// access to a file by the service's own group.
 const FORBIDDEN_SECRET_MODE: u32 = 0o027;
 /// Forbidden: write permission for group or others.
 const FORBIDDEN_WRITE_MODE: u32 = 0o022;
@@ -42,8 +42,8 @@ pub enum SecretError {
 /// Opens a file with a secret, without reading it.
 ///
 /// # Errors
-/// The file cannot be opened, users other than its owner and group may read it, or users other than its owner may write it. The mode of a
-/// pipe or device is not checked, because it is not meaningful.
+/// The file cannot be opened, users other than its owner and group may read it, or users other than its owner may write it. The
+/// mode of a pipe or device is not checked, because it is not meaningful.
 pub fn open(path: &Path) -> Result<File, SecretError> {
     let file = File::open(path).map_err(SecretError::File)?;
     let metadata = file.metadata().map_err(SecretError::File)?;

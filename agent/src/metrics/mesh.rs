@@ -1,4 +1,5 @@
-//! Metrics of the peer probes. Their number does not grow with the number of peers; `overlayctl mesh` names the unreachable peers.
+//! Metrics of the peer probes. Their number does not grow with the number of peers; `overlayctl mesh` names the unreachable
+//! peers.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};

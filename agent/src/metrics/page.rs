@@ -73,7 +73,9 @@ impl<const N: usize> Histogram<N> {
         self.samples(page, name, "", bounds, sum);
     }
 
-    /// Writes the samples without header, with a label (`name="value"`) unless it is empty, so that a family can have several histograms.
+    /// Writes the samples without the header, so that a family can have several histograms.
+    ///
+    /// `label` is `name="value"`, or empty.
     pub(super) fn samples(&self, page: &mut Page, name: &str, label: &str, bounds: [&str; N], sum: impl FnOnce(u64) -> String) {
         let (first, all) =
             if label.is_empty() { (String::new(), String::new()) } else { (format!("{label},"), format!("{{{label}}}")) };

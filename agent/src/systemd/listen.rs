@@ -58,8 +58,8 @@ pub fn take_listener(wanted: &Path) -> Result<Option<UnixListener>, ListenError>
 }
 
 fn adopt_listener(fd: RawFd, wanted: &Path) -> Result<UnixListener, ListenError> {
-    // SAFETY: systemd passes the descriptor and its ownership to this process (sd_listen_fds(3)), and no other code uses it. The next
-    // call checks whether it is open.
+    // SAFETY: systemd passes the descriptor and its ownership to this process (sd_listen_fds(3)), and no other code uses it. The
+    // next call checks whether it is open.
     let fd_owned = unsafe { OwnedFd::from_raw_fd(fd) };
     if let Err(source) = fcntl(&fd_owned, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)) {
         // Dropping it would close a descriptor that is not open.

@@ -1,4 +1,5 @@
-//! The journal's native protocol (systemd's `JOURNAL_NATIVE_PROTOCOL.md`): one datagram per event, with one journal field per field.
+//! The journal's native protocol (systemd's `JOURNAL_NATIVE_PROTOCOL.md`): one datagram per event, with one journal field per
+//! field.
 //!
 //! `MESSAGE` holds the complete line including the fields, because `journalctl -u overlayd` shows it. The fields are repeated as
 //! `OVERLAYD_<NAME>` for searches (`journalctl OVERLAYD_PEER=...`).

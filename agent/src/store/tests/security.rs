@@ -160,7 +160,10 @@ async fn password_authentication_works() {
     let open = file("open", "s3cret of all");
     fs::set_permissions(open.as_ref().unwrap(), fs::Permissions::from_mode(0o644)).unwrap();
     let error = get_config(&StoreConfig { password_file: open, ..config.clone() }).await.unwrap_err().to_string();
-    assert!(error.contains("is open to others (mode 0644): chmod 600 ") && error.contains("--etcd-password-file"), "{error}");
+    assert!(
+        error.contains("is accessible to other users (mode 0644): chmod 600 ") && error.contains("--etcd-password-file"),
+        "{error}"
+    );
     let empty = StoreConfig { password_file: file("empty", "\n"), ..config.clone() };
     assert!(get_config(&empty).await.unwrap_err().to_string().contains("is empty"));
 
