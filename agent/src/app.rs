@@ -25,6 +25,7 @@ mod host_state;
 mod mesh;
 mod path_mtu;
 mod preflight;
+pub(crate) mod queries;
 mod reload;
 mod supervision;
 
@@ -39,8 +40,10 @@ use crate::config::{EtcdConfig, HostConfig};
 use crate::endpoint::{EndpointNetwork, Endpoints};
 use crate::kernel::{Kernel, KernelOptions, PortManager};
 use crate::metrics::Metrics;
-use crate::model::{Node, PerFamily};
-use crate::reconcile::{Channels, Overlay, Reconciler, Settings};
+use crate::model::{NetworkName, Node, PerFamily};
+use crate::network::{self, Network, Overlay};
+use crate::plan::contribution::Progress;
+use crate::reconcile::{self, Reconciler};
 use crate::shutdown::{Shutdown, Signals, TaskOutcome, Tasks};
 use crate::state::{DirLock, StateDir, subnet_env, write_subnet_env};
 use crate::store::{Store, StoreConfig};
@@ -53,6 +56,7 @@ pub use reload::SettingsSource;
 use backend::AgentBackend;
 use conflist::Conflist;
 use host_state::HostStateStore;
+use queries::Queries;
 use reload::Reload;
 use supervision::HealthInputs;
 
@@ -64,6 +68,8 @@ const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(5);
 /// etcd.
 const STORE_EVENT_CAPACITY: usize = 1024;
 const QUERY_CAPACITY: usize = 64;
+/// A network whose contributions wait here plans later changes together.
+const CONTRIBUTION_CAPACITY: usize = 4;
 
 /// Runs the agent until a signal or an unrecoverable error.
 pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource) -> anyhow::Result<()> {
@@ -102,24 +108,49 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
     );
 
     let (store_events_in, store_events) = mpsc::channel(STORE_EVENT_CAPACITY);
-    let (queries_in, queries) = mpsc::channel(QUERY_CAPACITY);
+    let (inputs_in, inputs) = mpsc::channel(CONTRIBUTION_CAPACITY);
+    let (network_queries_in, network_queries) = mpsc::channel(QUERY_CAPACITY);
+    let (reconciler_queries_in, reconciler_queries) = mpsc::channel(QUERY_CAPACITY);
+    let queries = Queries { network: network_queries_in, reconciler: reconciler_queries_in };
+    let (host, host_views) = watch::channel(None);
+    let (progress, progress_reports) = watch::channel(Progress::default());
     let (lease_request, lease_requests) = watch::channel(None);
     let (overlay, overlays) = watch::channel(None);
     let (changes, changed) = watch::channel(0);
     let (ready, readiness) = watch::channel(false);
     let (ports_lost, losses) = watch::channel(0);
-    let (heartbeat, heartbeats) = watch::channel(0);
-    let health_inputs = HealthInputs { ready: readiness, heartbeat: heartbeats };
+    let (network_heartbeat, network_heartbeats) = watch::channel(0);
+    let (reconciler_heartbeat, reconciler_heartbeats) = watch::channel(0);
+    let health_inputs = HealthInputs { ready: readiness, heartbeats: vec![network_heartbeats, reconciler_heartbeats] };
     let store_config = store_config(&config.etcd);
     let reconciler = Reconciler::new(
-        Settings {
+        reconcile::Settings {
+            nexthop_objects: kernel.nexthop_objects(),
+            resync: config.resync_interval,
+            probe_address: config.selection.can_reach,
+        },
+        kernel,
+        host_state.clone(),
+        Arc::clone(&metrics),
+    );
+    let reconciler_channels = reconcile::Channels {
+        networks: inputs,
+        kernel: kernel_events,
+        queries: reconciler_queries,
+        host,
+        progress,
+        changes: changes.clone(),
+        ports_lost,
+        heartbeat: reconciler_heartbeat,
+    };
+    let network = Network::new(
+        network::Settings {
+            name: NetworkName::default(),
             node,
             selection: config.selection.clone(),
             masquerade: config.ip_masq,
             tx_checksum: config.vxlan_tx_checksum,
             docker: config.docker,
-            nexthop_objects: kernel.nexthop_objects(),
-            resync: config.resync_interval,
             lease_ttl: store_config.min_lease_validity(),
             store_endpoints: match &config.etcd.discovery_srv {
                 Some(domain) => vec![format!("srv:{domain}")],
@@ -127,29 +158,29 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
             },
             store_prefix: config.etcd.prefix.clone(),
         },
-        kernel,
         host_state.clone(),
         Arc::clone(&metrics),
     );
-    let channels = Channels {
+    let network_channels = network::Channels {
         store: store_events,
-        kernel: kernel_events,
-        queries,
+        host: host_views,
         endpoints: endpoints.ports(),
+        progress: progress_reports,
+        queries: network_queries,
+        reconciler: inputs_in,
         applied_endpoints: endpoints.applied_endpoints(),
         lease_request,
         overlay,
         changes,
         ready,
-        ports_lost,
-        heartbeat,
+        heartbeat: network_heartbeat,
     };
     let store = Store::new(store_config.clone()).with_metrics(Arc::clone(&metrics));
     let mesh = Arc::new(mesh::MeshState::new(config.node_name.clone(), config.mesh_interval, Arc::clone(&metrics)));
-    let (probes, mesh_changes) = (queries_in.clone(), changed.clone());
+    let (probes, mesh_changes) = (queries.clone(), changed.clone());
     let backend = Arc::new(AgentBackend {
         mesh: Arc::clone(&mesh),
-        queries: queries_in,
+        queries,
         endpoints: endpoints.clone(),
         port_manager,
         masquerade: config.ip_masq,
@@ -188,7 +219,8 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
         let stop = stop_token();
         tasks.spawn("store", async move { store.run(store_events_in, lease_requests, stop).await });
     }
-    tasks.spawn("reconcile", into_infallible(reconciler.run(channels, stop_token())));
+    tasks.spawn("network", into_infallible(network.run(network_channels, stop_token())));
+    tasks.spawn("reconcile", into_infallible(reconciler.run(reconciler_channels, stop_token())));
     {
         let (endpoints, stop) = (endpoints.clone(), stop_token());
         tasks.spawn("endpoints", into_infallible(async move { endpoints.run(stop).await }));

@@ -6,7 +6,7 @@
 //! | layer | modules |
 //! | --- | --- |
 //! | wiring | [`app`] |
-//! | middle (siblings do not import each other) | [`reconcile`], [`store`], [`kernel`], [`endpoint`], [`admin`] |
+//! | middle (siblings do not import each other) | [`network`], [`reconcile`], [`store`], [`kernel`], [`endpoint`], [`admin`] |
 //! | helpers | [`config`], [`state`], [`backoff`], [`allocator`], [`metrics`], [`telemetry`], [`shutdown`], [`systemd`] |
 //! | pure | [`plan`], and below it [`model`] |
 
@@ -22,6 +22,7 @@ pub mod config;
 pub mod endpoint;
 pub mod kernel;
 pub mod metrics;
+pub mod network;
 pub mod reconcile;
 pub mod shutdown;
 pub mod state;

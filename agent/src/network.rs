@@ -204,14 +204,15 @@ impl<M: NetworkStateStore> Network<M> {
         channels.progress.mark_changed();
         let mut queries = Vec::new();
         loop {
+            // Queries first: an answer includes every event sent before its query.
+            while let Ok(query) = channels.queries.try_recv() {
+                queries.push(query);
+            }
             // Everything queued is folded into one iteration, so that answers include it. The channels' sizes bound it.
             while let Ok(event) = channels.store.try_recv() {
                 self.fold_store(event);
             }
             self.fold_watches(&mut channels);
-            while let Ok(query) = channels.queries.try_recv() {
-                queries.push(query);
-            }
             channels.heartbeat.send_modify(|count| *count += 1);
             let deadline = tokio::select! {
                 reconciler = self.converge(&channels) => match reconciler {

@@ -27,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::allocator;
 use crate::metrics::{FullRead, Metrics};
-use crate::model::{Device, NetworkName, api};
+use crate::model::{Device, NetworkName};
 use crate::plan::bulk::BULK_THRESHOLD;
 use crate::plan::contribution::{HostView, NetworkProgress, Progress, ReconcilerInput};
 use crate::plan::diff::{diff, diff_keys};
@@ -36,7 +36,7 @@ use crate::plan::ruleset::Table;
 use crate::plan::shared::SharedSpec;
 use crate::plan::state::Entries;
 use crate::plan::union::DesiredState;
-use crate::plan::{Batch, DataPath, KernelEvent, Key, LinkKind, State, Value};
+use crate::plan::{Batch, DataPath, KernelEvent, Key, LinkKind, State};
 
 pub use report::{DataPathReport, PeerState};
 
@@ -206,15 +206,16 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
         let mut woken_by_timer = false;
         let mut timer_not_before = Instant::now();
         loop {
+            // Queries first: an answer includes every event sent before its query.
+            while let Ok(query) = channels.queries.try_recv() {
+                queries.push(query);
+            }
             // Everything queued is folded into one round, so that answers include it. The channels' sizes bound it.
             while let Ok(event) = channels.kernel.try_recv() {
                 self.fold_kernel(event);
             }
             while let Ok(input) = channels.networks.try_recv() {
                 self.fold_network(input);
-            }
-            while let Ok(query) = channels.queries.try_recv() {
-                queries.push(query);
             }
             channels.heartbeat.send_modify(|count| *count += 1);
             let progress = self.converge(&channels).await;
@@ -321,9 +322,8 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
                 if self.actual.len() > BULK_THRESHOLD {
                     self.schedule.heap_trim = Some(Instant::now() + HEAP_TRIM_DELAY);
                 }
-                let is_lost = |(key, link): (&Key, &crate::plan::LinkState)| {
-                    link.kind == LinkKind::Port && !self.actual.contains_key(key)
-                };
+                let is_lost =
+                    |(key, link): (&Key, &crate::plan::LinkState)| link.kind == LinkKind::Port && !self.actual.contains_key(key);
                 self.port_lost |= self.desired.links().any(is_lost);
                 self.has_desired_state().then_some(before)
             }
@@ -371,9 +371,8 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
     /// What is applied of each network. A failed entry counts for every network except those that another one contributed.
     fn progress(&self) -> Progress {
         let networks = self.contributors.iter().map(|(name, contributor)| {
-            let of_another = |key: &Key| {
-                self.desired.networks.iter().any(|(other, entries)| other != name && entries.contains_key(key))
-            };
+            let of_another =
+                |key: &Key| self.desired.networks.iter().any(|(other, entries)| other != name && entries.contains_key(key));
             let failed: Vec<&Key> = self.retries.keys().filter(|key| !of_another(key)).collect();
             let base_failed = failed.iter().any(|key| match key {
                 // Missing container ports do not count: the endpoints recreate them once the overlay is in place.

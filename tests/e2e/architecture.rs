@@ -23,7 +23,7 @@ const LAYERS: [(&str, &[&str]); 5] = [
     ("model", &["model"]),
     ("plan", &["plan"]),
     ("helpers", &["config", "state", "backoff", "blocking", "allocator", "metrics", "telemetry", "shutdown", "systemd"]),
-    ("middle", &["store", "kernel", "endpoint", "admin", "reconcile"]),
+    ("middle", &["store", "kernel", "endpoint", "admin", "network", "reconcile"]),
     ("wiring", &["app"]),
 ];
 const HELPER_LAYER: usize = 2;

@@ -1,18 +1,18 @@
-//! [`Backend`] of the socket: queries the reconciler, the endpoints for containers, and etcd for the remaining TTLs of leases.
+//! [`Backend`] of the socket: queries the network and the reconciler, the endpoints for containers, and etcd for the remaining TTLs of leases.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::{Mutex, mpsc, oneshot, watch};
+use tokio::sync::{Mutex, watch};
 
+use super::queries::Queries;
 use crate::admin::{ApiError, Backend, ErrorKind};
 use crate::endpoint::{EndpointError, Endpoints, ErrorClass};
 use crate::kernel::PortManager;
 use crate::metrics::Metrics;
 use crate::model::endpoint::EndpointName;
-use crate::model::{Device, api};
-use crate::reconcile::ReconcilerQuery;
+use crate::model::{Device, NetworkName, api};
 use crate::store::{self, StoreConfig};
 use crate::telemetry::LevelHandle;
 
@@ -31,7 +31,7 @@ const STUCK_LOOP_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// The agent behind its socket.
 pub(super) struct AgentBackend {
-    pub(super) queries: mpsc::Sender<ReconcilerQuery>,
+    pub(super) queries: Queries,
     pub(super) endpoints: Endpoints<PortManager>,
     pub(super) port_manager: PortManager,
     pub(super) mesh: Arc<super::mesh::MeshState>,
@@ -50,15 +50,13 @@ pub(super) struct CachedTtls {
 }
 
 impl AgentBackend {
-    async fn query_reconciler<T>(&self, query: impl FnOnce(oneshot::Sender<T>) -> ReconcilerQuery) -> Result<T, ApiError> {
-        ReconcilerQuery::ask(&self.queries, query)
-            .await
-            .ok_or_else(|| ApiError::new(ErrorKind::NotReady, "the agent is shutting down"))
+    async fn query_status(&self) -> Result<api::Status, ApiError> {
+        self.queries.status().await.ok_or_else(stopping)
     }
 
     /// The status, or an error if the reconcile loop does not answer.
     async fn query_status_with_timeout(&self) -> Result<api::Status, String> {
-        match tokio::time::timeout(STUCK_LOOP_TIMEOUT, self.query_reconciler(ReconcilerQuery::Status)).await {
+        match tokio::time::timeout(STUCK_LOOP_TIMEOUT, self.query_status()).await {
             Ok(answer) => answer.map_err(|error| error.to_string()),
             Err(_) => Err(format!(
                 "the reconcile loop has made no progress for {} s: the data path keeps forwarding, but no longer follows changes; restart \
@@ -104,7 +102,7 @@ impl AgentBackend {
 
 impl Backend for AgentBackend {
     async fn status(&self) -> Result<api::Status, ApiError> {
-        let mut status = self.query_reconciler(ReconcilerQuery::Status).await?;
+        let mut status = self.query_status().await?;
         let stale = self.endpoints.stale();
         if !stale.is_empty() {
             let names: Vec<String> = stale.iter().map(|endpoint| endpoint.name.to_string()).collect();
@@ -120,7 +118,7 @@ impl Backend for AgentBackend {
     }
 
     async fn subnets(&self) -> Result<api::Subnets, ApiError> {
-        let rows = self.query_reconciler(ReconcilerQuery::Subnets).await?;
+        let rows = self.queries.subnets().await.ok_or_else(stopping)?;
         let left = self.remaining_seconds(rows.iter().filter_map(|(_, lease)| *lease).collect()).await;
         let subnets = rows
             .into_iter()
@@ -137,7 +135,7 @@ impl Backend for AgentBackend {
     }
 
     async fn peers(&self) -> Result<api::Peers, ApiError> {
-        self.query_reconciler(ReconcilerQuery::Peers).await
+        self.queries.peers().await.ok_or_else(stopping)
     }
 
     async fn endpoints(&self) -> Result<api::Endpoints, ApiError> {
@@ -145,7 +143,7 @@ impl Backend for AgentBackend {
     }
 
     async fn network(&self) -> Result<api::NetworkView, ApiError> {
-        let status = self.query_reconciler(ReconcilerQuery::Status).await?;
+        let status = self.query_status().await?;
         let missing =
             || ApiError::new(ErrorKind::NotReady, "the network's configuration is not known yet: see `overlayctl status`");
         let network = status.network.ok_or_else(missing)?;
@@ -164,7 +162,7 @@ impl Backend for AgentBackend {
             }
         }
         Ok(api::NetworkView {
-            name: "default".to_owned(),
+            name: NetworkName::default().to_string(),
             driver: "vxlan".to_owned(),
             vni: network.vxlan.vni,
             port: network.vxlan.port,
@@ -230,6 +228,11 @@ impl Backend for AgentBackend {
         tracing::info!(level, "log level changed through the socket");
         Ok(())
     }
+}
+
+/// The answer while the agent stops.
+fn stopping() -> ApiError {
+    ApiError::new(ErrorKind::NotReady, "the agent is shutting down")
 }
 
 fn api_error(error: EndpointError) -> ApiError {

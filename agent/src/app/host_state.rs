@@ -4,7 +4,8 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::model::{Device, Mac, PerFamily, Subnet};
-use crate::reconcile::StateStore;
+use crate::network::NetworkStateStore;
+use crate::reconcile::SysctlStore;
 use crate::state::{HostState, StateDir, StateError};
 
 /// The host's state and its file. A failed write is logged and retried at the next change; meanwhile the state in memory is used.
@@ -41,7 +42,7 @@ impl HostStateStore {
     }
 }
 
-impl StateStore for HostStateStore {
+impl NetworkStateStore for HostStateStore {
     fn device_mac(&mut self, device: Device, found: Option<Mac>) -> Mac {
         let mut host = self.lock();
         let (mac, new) = host.device_mac(device, found);
@@ -58,7 +59,9 @@ impl StateStore for HostStateStore {
     fn published_addresses(&self) -> PerFamily<IpAddr> {
         self.lock().public_ip
     }
+}
 
+impl SysctlStore for HostStateStore {
     fn save_sysctl(&mut self, path: &str, value: &str) {
         let mut host = self.lock();
         if !host.sysctls.contains_key(path) {

@@ -9,15 +9,15 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::queries::Queries;
 use crate::kernel::icmp::PingSocket;
 use crate::metrics::Metrics;
 use crate::model::api::{Mesh, Peers};
 use crate::model::{Family, PerFamily};
 use crate::plan::mesh::{Probe, ProbeTable};
-use crate::reconcile::ReconcilerQuery;
 
 /// Delay before a new round after one without peers or without a socket.
 const IDLE_RETRY_DELAY: Duration = Duration::from_secs(5);
@@ -64,12 +64,7 @@ impl MeshState {
 }
 
 /// Probes peers until `stop`; `changes` is incremented when the peers may have changed.
-pub(super) async fn run(
-    shared: Arc<MeshState>,
-    queries: mpsc::Sender<ReconcilerQuery>,
-    changes: watch::Receiver<u64>,
-    stop: CancellationToken,
-) {
+pub(super) async fn run(shared: Arc<MeshState>, queries: Queries, changes: watch::Receiver<u64>, stop: CancellationToken) {
     let Some(interval) = shared.interval else { return stop.cancelled().await };
     tokio::select! {
         () = stop.cancelled() => {}
@@ -79,12 +74,7 @@ pub(super) async fn run(
 }
 
 /// Probes in rounds until the agent stops.
-async fn probe_peers(
-    shared: &MeshState,
-    interval: Duration,
-    queries: &mpsc::Sender<ReconcilerQuery>,
-    mut changes: watch::Receiver<u64>,
-) {
+async fn probe_peers(shared: &MeshState, interval: Duration, queries: &Queries, mut changes: watch::Receiver<u64>) {
     let start = Instant::now();
     let now = || u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
     let mut sockets: PerFamily<AsyncFd<PingSocket>> = PerFamily::default();
@@ -92,7 +82,7 @@ async fn probe_peers(
     tokio::time::sleep(interval.mul_f64(rand::random::<f64>())).await;
     loop {
         changes.mark_unchanged();
-        let Some(Peers { peers }) = ReconcilerQuery::ask(queries, ReconcilerQuery::Peers).await else { return };
+        let Some(Peers { peers }) = queries.peers().await else { return };
         let epoch = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
         shared.with_table(|book| book.start_round(&peers, epoch));
         if peers.is_empty() {

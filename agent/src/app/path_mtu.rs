@@ -9,13 +9,13 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::queries::Queries;
 use crate::kernel::icmp::PingSocket;
 use crate::model::Family;
-use crate::reconcile::ReconcilerQuery;
 
 /// Interval of probes of a path. The kernel keeps an MTU for 600 s (`net.ipv6.route.mtu_expires`), so two of three may be lost.
 const PROBE_INTERVAL: Duration = Duration::from_secs(190);
@@ -27,7 +27,7 @@ const PROBE_SPACING: Duration = Duration::from_millis(20);
 const SETTLE_DELAY: Duration = Duration::from_secs(1);
 
 /// Probes paths until `stop`; `changes` is incremented when the peers may have changed.
-pub(super) async fn run(queries: mpsc::Sender<ReconcilerQuery>, changes: watch::Receiver<u64>, stop: CancellationToken) {
+pub(super) async fn run(queries: Queries, changes: watch::Receiver<u64>, stop: CancellationToken) {
     tokio::select! {
         () = stop.cancelled() => {}
         _gone = probe_peers(&queries, changes) => {}
@@ -36,17 +36,13 @@ pub(super) async fn run(queries: mpsc::Sender<ReconcilerQuery>, changes: watch::
 }
 
 /// Probes in rounds; returns `None` once the reconciler no longer answers.
-async fn probe_peers(queries: &mpsc::Sender<ReconcilerQuery>, mut changes: watch::Receiver<u64>) -> Option<()> {
+async fn probe_peers(queries: &Queries, mut changes: watch::Receiver<u64>) -> Option<()> {
     let mut echo = None;
     let mut due: HashMap<IpAddr, Instant> = HashMap::new();
     loop {
         changes.mark_unchanged();
-        let underlay = ReconcilerQuery::ask(queries, ReconcilerQuery::Status)
-            .await?
-            .underlay
-            .filter(|underlay| underlay.public_ip.v6.is_some());
-        let peers =
-            if underlay.is_some() { ReconcilerQuery::ask(queries, ReconcilerQuery::Peers).await?.peers } else { Vec::new() };
+        let underlay = queries.status().await?.underlay.filter(|underlay| underlay.public_ip.v6.is_some());
+        let peers = if underlay.is_some() { queries.peers().await?.peers } else { Vec::new() };
         let now = Instant::now();
         due = peers
             .iter()

@@ -21,14 +21,14 @@ const STATUS_TIMEOUT: Duration = Duration::from_secs(1);
 pub(super) struct HealthInputs {
     /// Whether the agent is ready.
     pub(super) ready: watch::Receiver<bool>,
-    /// Incremented in each iteration of the reconcile loop; a status query causes an iteration.
-    pub(super) heartbeat: watch::Receiver<u64>,
+    /// One per loop of the network and of the reconciler: incremented in each iteration; a status query causes an iteration.
+    pub(super) heartbeats: Vec<watch::Receiver<u64>>,
 }
 
 /// The task: sends messages to systemd until `stop`.
 ///
-/// It feeds the watchdog only after a new iteration of the reconcile loop. So a stuck loop ends the agent even if all other tasks
-/// run. An idle loop makes an iteration because of the status query here.
+/// It feeds the watchdog only after a new iteration of each loop. So a stuck loop ends the agent even if all other tasks run. An
+/// idle loop makes an iteration because of the status query here.
 pub(super) async fn notify<B: Backend>(notifier: Arc<Notifier>, inputs: HealthInputs, backend: Arc<B>, stop: CancellationToken) {
     let query_status = || async { tokio::time::timeout(STATUS_TIMEOUT, backend.status()).await.ok() };
     notify_with(&notifier, inputs, query_status, stop).await;
@@ -48,8 +48,8 @@ where
     let mut last_sent = None;
     loop {
         // Before the status query, which may take a while.
-        if inputs.heartbeat.has_changed().unwrap_or(false) {
-            inputs.heartbeat.mark_unchanged();
+        if inputs.heartbeats.iter().all(|heartbeat| heartbeat.has_changed().unwrap_or(false)) {
+            inputs.heartbeats.iter_mut().for_each(watch::Receiver::mark_unchanged);
             notifier.feed_watchdog().await;
         }
         let ready = *inputs.ready.borrow_and_update();
@@ -105,18 +105,21 @@ mod tests {
         let path = dir.path().join("notify");
         let systemd = UnixDatagram::bind(&path).unwrap();
         let notifier = Notifier::connect_to(path, Some(watchdog)).unwrap();
-        let (heartbeat, heartbeats) = watch::channel(0);
+        let (heartbeat, first) = watch::channel(0);
+        let (other_heartbeat, second) = watch::channel(0);
         let (readiness, ready) = watch::channel(false);
         let stop = CancellationToken::new();
         let stopped = stop.clone();
         // A stuck loop does not answer the status query either.
         let task = tokio::spawn(async move {
             let ask = || async { None };
-            notify_with(&notifier, HealthInputs { ready, heartbeat: heartbeats }, ask, stopped).await;
+            notify_with(&notifier, HealthInputs { ready, heartbeats: vec![first, second] }, ask, stopped).await;
         });
         assert_eq!(receive_message(&systemd, watchdog).await.as_deref(), Some("STATUS=Not ready: the reconcile loop is busy"));
         assert_eq!(receive_message(&systemd, 2 * watchdog).await, None, "fed although the loop has made no progress");
         heartbeat.send_modify(|count| *count += 1);
+        assert_eq!(receive_message(&systemd, 2 * watchdog).await, None, "fed although one loop has made no progress");
+        other_heartbeat.send_modify(|count| *count += 1);
         assert_eq!(receive_message(&systemd, 4 * watchdog).await.as_deref(), Some("WATCHDOG=1"));
         assert_eq!(receive_message(&systemd, 2 * watchdog).await, None, "fed twice for one iteration");
         readiness.send_replace(true);

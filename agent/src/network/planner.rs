@@ -208,8 +208,9 @@ impl<M: NetworkStateStore> Network<M> {
         }
         let view = self.underlay.view.as_ref()?;
         let required = view.inventory.required_addresses().chain(self.store.servers.iter().copied());
-        let leasable =
-            |address: &std::net::IpAddr| network.pools.get(Family::of(*address)).is_some_and(|pool| pool.covers_address(*address));
+        let leasable = |address: &std::net::IpAddr| {
+            network.pools.get(Family::of(*address)).is_some_and(|pool| pool.covers_address(*address))
+        };
         let reserved = required.filter(leasable).collect();
         let vtep = self.vtep(&network);
         let bridge_mac = self.device_mac(Device::bridge(network.vxlan.vni));

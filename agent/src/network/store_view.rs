@@ -76,7 +76,12 @@ impl StoreView {
                 self.config_errors = None;
                 if self.config.as_ref() != Some(&config) {
                     let ranges = config.pools.iter().map(|(_, pool)| pool.network.to_string()).collect::<Vec<_>>().join(" ");
-                    tracing::info!(network = ranges, vni = config.vxlan.vni.get(), port = config.vxlan.port, "network configured");
+                    tracing::info!(
+                        network = ranges,
+                        vni = config.vxlan.vni.get(),
+                        port = config.vxlan.port,
+                        "network configured"
+                    );
                     self.config = Some(config);
                     self.config_changed = true;
                     dirty.host = true;

@@ -190,18 +190,7 @@ impl HostSpec {
 
     /// Whether both are equal except for their ports.
     fn eq_ignoring_ports(&self, other: &HostSpec) -> bool {
-        let HostSpec {
-            network,
-            subnet,
-            underlay,
-            vtep,
-            bridge_mac,
-            masquerade,
-            tx_checksum,
-            docker,
-            ports: _,
-            reserved,
-        } = self;
+        let HostSpec { network, subnet, underlay, vtep, bridge_mac, masquerade, tx_checksum, docker, ports: _, reserved } = self;
         *network == other.network
             && *subnet == other.subnet
             && *underlay == other.underlay

@@ -66,11 +66,9 @@ fn compare<'a>(desired: &impl Entries, actual: &State, pairs: impl Iterator<Item
     let mut sets = Vec::new();
     let mut deletions = Vec::new();
     for (key, wanted, mut found) in pairs {
-        let mut device_change = |value: Option<&Value>, state| {
-            let value = value.filter(|_| any_device_changes)?;
-            required_device(key, value, state).map(|device| changes.get(device))
-        };
-        let (wanted_on, found_on) = (device_change(wanted, desired), device_change(found, actual));
+        let wanted_on = wanted.filter(|_| any_device_changes).and_then(|value| required_device(key, value, desired));
+        let found_on = found.filter(|_| any_device_changes).and_then(|value| required_device(key, value, actual));
+        let (wanted_on, found_on) = (wanted_on.map(|device| changes.get(device)), found_on.map(|device| changes.get(device)));
         if wanted_on == Some(DeviceChange::Conflict) || (key.device().is_some() && found_on == Some(DeviceChange::Conflict)) {
             // The link is foreign: the op on the link itself fails with a remedy in its error, and its entries get no ops.
             continue;

@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 use super::{Channels, HOST_READ_PAUSE_FACTOR, Reconciler, SysctlStore};
 use crate::metrics::FullRead;
 use crate::model::{Device, Family};
-use crate::plan::contribution::HostView;
 use crate::plan::desired::sysctls;
 use crate::plan::shared::{NamespaceFacts, SharedSpec, shared_entries};
 use crate::plan::state::{Entries, Value};
@@ -51,8 +50,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
     /// Plans the entries that the networks share.
     pub(super) fn plan_shared(&mut self) {
         let Some(host) = &self.host else { return };
-        let specs: Vec<&SharedSpec> =
-            self.contributors.values().filter_map(|contributor| contributor.shared.as_ref()).collect();
+        let specs: Vec<&SharedSpec> = self.contributors.values().filter_map(|contributor| contributor.shared.as_ref()).collect();
         let forwarding = Key::Sysctl(sysctls::IPV6_FORWARD.into());
         let is_off = |value: &Value| *value == Value::Sysctl("0".into());
         let enabled_by_agent = self.actual.get(&forwarding).is_some_and(is_off)

@@ -6,9 +6,15 @@ mod liveness;
 
 use self::fake_kernel::FakeKernel;
 use super::*;
-use crate::model::event::{HeldLease, LeaseOrigin, StoreEntry};
-use crate::model::{Backend, Family, Lease, LeaseRecord, RejectReason, Vni};
+use crate::app::queries::Queries;
+use crate::model::event::{Connection, HeldLease, LeaseOrigin, LeaseRequest, OwnLease, StoreEntry, StoreEvent};
+use crate::model::{
+    Backend, Endpoint, Family, Lease, LeaseRecord, Mac, NetworkConfig, Node, PerFamily, RejectReason, RejectedLease, Subnet, Vni,
+    api,
+};
+use crate::network::{self, Network, NetworkStateStore};
 use crate::plan::state::{LinkState, device_of};
+use crate::plan::underlay::UnderlaySelector;
 use crate::plan::{LinkKind, Op, Value};
 
 /// TTL of the lease while the store does not answer.
@@ -16,7 +22,7 @@ const LEASE_TTL: Duration = Duration::from_millis(500);
 
 struct FakeStateStore;
 
-impl StateStore for FakeStateStore {
+impl NetworkStateStore for FakeStateStore {
     fn device_mac(&mut self, device: Device, _: Option<Mac>) -> Mac {
         Mac([2, 0, 0, 0, 0, if device == Device::bridge(Vni::DEFAULT) { 0xb0 } else { 0x64 }])
     }
@@ -26,6 +32,9 @@ impl StateStore for FakeStateStore {
     fn published_addresses(&self) -> PerFamily<IpAddr> {
         PerFamily::default()
     }
+}
+
+impl SysctlStore for FakeStateStore {
     fn save_sysctl(&mut self, _: &str, _: &str) {}
     fn saved_sysctl(&self, _: &str) -> Option<String> {
         None
@@ -37,14 +46,14 @@ struct Fixture {
     kernel: FakeKernel,
     store: mpsc::Sender<StoreEvent>,
     events: mpsc::Sender<KernelEvent>,
-    queries: mpsc::Sender<ReconcilerQuery>,
+    queries: Queries,
     ready: watch::Receiver<bool>,
     heartbeat: watch::Receiver<u64>,
     lease_request: watch::Receiver<Option<LeaseRequest>>,
     stop: CancellationToken,
     endpoints: watch::Sender<Vec<Arc<Endpoint>>>,
     applied_endpoints: watch::Receiver<Vec<Arc<Endpoint>>>,
-    _task: tokio::task::JoinHandle<()>,
+    _tasks: [tokio::task::JoinHandle<()>; 2],
 }
 
 impl Drop for Fixture {
@@ -78,54 +87,70 @@ impl Fixture {
     }
 
     fn start_with(kernel: FakeKernel, resync: Duration) -> Fixture {
-        let settings = Settings {
+        let (store, store_events) = mpsc::channel(64);
+        let (events, kernel_events) = mpsc::channel(64);
+        let (inputs, contributions) = mpsc::channel(4);
+        let (network_queries, network_queries_out) = mpsc::channel(8);
+        let (reconciler_queries, reconciler_queries_out) = mpsc::channel(8);
+        let (host, host_views) = watch::channel(None);
+        let (progress, progress_reports) = watch::channel(Progress::default());
+        let (endpoints, endpoints_out) = watch::channel(Vec::new());
+        let (applied, applied_endpoints) = watch::channel(Vec::new());
+        let (requests, lease_request) = watch::channel(None);
+        let (readiness, ready) = watch::channel(false);
+        let (heartbeats, heartbeat) = watch::channel(0);
+        let stop = CancellationToken::new();
+        let metrics = Arc::new(Metrics::new());
+        let settings = network::Settings {
+            name: NetworkName::default(),
             node: Node { name: "h".to_owned(), id: "id".to_owned() },
             selection: UnderlaySelector::default(),
             masquerade: true,
             tx_checksum: true,
             docker: false,
-            nexthop_objects: true,
-            resync,
             lease_ttl: LEASE_TTL,
             store_endpoints: Vec::new(),
             store_prefix: "/test".to_owned(),
         };
-        let (store, store_events) = mpsc::channel(64);
-        let (events, kernel_events) = mpsc::channel(64);
-        let (queries, query_events) = mpsc::channel(8);
-        let (endpoints, plugged) = watch::channel(Vec::new());
-        let (programmed_in, programmed) = watch::channel(Vec::new());
-        let (wish_in, wish) = watch::channel(None);
-        let (ready_in, ready) = watch::channel(false);
-        let (beat, beats) = watch::channel(0);
-        let channels = Channels {
+        let channels = network::Channels {
             store: store_events,
-            kernel: kernel_events,
-            queries: query_events,
-            endpoints: plugged,
-            applied_endpoints: programmed_in,
-            lease_request: wish_in,
+            host: host_views,
+            endpoints: endpoints_out,
+            progress: progress_reports,
+            queries: network_queries_out,
+            reconciler: inputs,
+            applied_endpoints: applied,
+            lease_request: requests,
             overlay: watch::channel(None).0,
             changes: watch::channel(0).0,
-            ready: ready_in,
-            ports_lost: watch::channel(0).0,
-            heartbeat: beat,
+            ready: readiness,
+            heartbeat: watch::channel(0).0,
         };
-        let stop = CancellationToken::new();
-        let reconciler = Reconciler::new(settings, kernel.clone(), FakeStateStore, Arc::new(Metrics::new()));
-        let task = tokio::spawn(reconciler.run(channels, stop.clone()));
+        let network = Network::new(settings, FakeStateStore, Arc::clone(&metrics)).run(channels, stop.clone());
+        let settings = Settings { nexthop_objects: true, resync, probe_address: None };
+        let channels = Channels {
+            networks: contributions,
+            kernel: kernel_events,
+            queries: reconciler_queries_out,
+            host,
+            progress,
+            changes: watch::channel(0).0,
+            ports_lost: watch::channel(0).0,
+            heartbeat: heartbeats,
+        };
+        let reconciler = Reconciler::new(settings, kernel.clone(), FakeStateStore, metrics).run(channels, stop.clone());
         Fixture {
             kernel,
             store,
             events,
-            queries,
+            queries: Queries { network: network_queries, reconciler: reconciler_queries },
             ready,
-            heartbeat: beats,
-            lease_request: wish,
+            heartbeat,
+            lease_request,
             stop,
             endpoints,
-            applied_endpoints: programmed,
-            _task: task,
+            applied_endpoints,
+            _tasks: [tokio::spawn(network), tokio::spawn(reconciler)],
         }
     }
 
@@ -158,16 +183,22 @@ impl Fixture {
 
     /// The status after all events sent before are folded and applied.
     async fn status(&self) -> api::Status {
-        // Two queries: the first may be answered in the round that folds the events.
-        for _ in 0..2 {
-            let (reply, answer) = oneshot::channel();
-            self.queries.send(ReconcilerQuery::Status(reply)).await.unwrap();
-            answer.await.unwrap();
+        // Each answer includes what was sent to its task before. The first query makes the network send its contribution, the
+        // reconciler reports progress to the network, which the last query includes.
+        self.queries.status().await.unwrap();
+        self.queries.status().await.unwrap()
+    }
+
+    /// Waits until a status is as wanted.
+    async fn wait_status(&self, what: &str, wanted: impl Fn(&api::Status) -> bool) -> api::Status {
+        for _ in 0..1000 {
+            let status = self.status().await;
+            if wanted(&status) {
+                return status;
+            }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        let (reply, answer) = oneshot::channel();
-        self.queries.send(ReconcilerQuery::Status(reply)).await.unwrap();
-        answer.await.unwrap()
+        panic!("{what}: {:?}", self.status().await)
     }
 
     fn route(&self, number: u8) -> Option<Value> {
@@ -332,8 +363,7 @@ async fn drift_is_repaired_and_counted() {
         world.state.remove(&route(2));
     }
     fixture.events.send(KernelEvent::ResyncNeeded { reason: "test" }).await.unwrap();
-    tokio::time::sleep(Duration::from_millis(50)).await;
-    assert_eq!(fixture.status().await.data_path.drift_repairs, 3);
+    fixture.wait_status("the dump finds both", |status| status.data_path.drift_repairs == 3).await;
     assert!(fixture.route(2).is_some());
     assert!(!fixture.kernel.lock().state.contains_key(&extra));
 }
@@ -451,10 +481,9 @@ async fn link_event_triggers_reread() {
 async fn adopting_existing_state_writes_nothing() {
     let first = Fixture::ready([1, 2, 3]).await;
     let state = first.kernel.lock().state.clone();
-    let second = Fixture::start();
-    second.kernel.lock().state = state.clone();
-    second.events.send(KernelEvent::ResyncNeeded { reason: "test" }).await.unwrap();
-    tokio::time::sleep(Duration::from_millis(50)).await;
+    let kernel = FakeKernel::default();
+    kernel.lock().state = state.clone();
+    let second = Fixture::start_with(kernel, Duration::from_secs(3600));
     second.send(StoreEvent::Config(Some(Ok(network())))).await;
     second.send(StoreEvent::Snapshot([3, 1, 2].map(|n| entry(n, n)).into())).await;
     second.send(held_lease(100)).await;

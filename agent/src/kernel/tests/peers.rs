@@ -125,8 +125,7 @@ fn elements_and_entries_apply_in_parallel() {
         let own = network.pools.v4.and_then(|pool| pool.nth(3)).map(|cidr| (Family::V4, cidr));
         let own = Subnet::new(own.into_iter().collect()).expect("a subnet");
         let local = std::iter::once((Family::V4, [192, 0, 2, 1].into())).collect();
-        let rules =
-            InetTableSpec { network: network.clone(), subnet: own, local, masquerade: true, publishes: false }.ruleset();
+        let rules = InetTableSpec { network: network.clone(), subnet: own, local, masquerade: true, publishes: false }.ruleset();
         host.apply(&vec![Op::Set(Key::Ruleset(Table::Inet), Value::Ruleset(Box::new(rules)))]).await;
         let before = peer_entries(host.dump().await).len();
         let element = |n: u16| {

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::model::peer::RemoteSubnet;
-use crate::model::{Cidr, Vni};
+use crate::model::Cidr;
 use crate::plan::nexthop_ids::NexthopIds;
 use crate::plan::ruleset::Table;
 use crate::plan::shared::{NamespaceFacts, shared_entries};

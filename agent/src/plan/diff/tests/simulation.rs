@@ -13,8 +13,8 @@ use crate::model::{Cidr, Device, Endpoint, Family, Mac, NetworkConfig, Peer, Per
 use crate::plan::Op;
 use crate::plan::desired::HostSpec;
 use crate::plan::nexthop_ids::NexthopIds;
-use crate::plan::shared::{NamespaceFacts, shared_entries};
 use crate::plan::ruleset::{Element, Expr, PeerPair, Rule, Table};
+use crate::plan::shared::{NamespaceFacts, shared_entries};
 use crate::plan::state::{Key, LinkKind, LinkState, NEXTHOP_IDS, RouteTarget, State, Value, device_of};
 use crate::plan::underlay::Underlay;
 
@@ -363,8 +363,7 @@ fn drifted_ruleset(setup: &Setup) -> (Key, Value) {
 /// A link of another setup: unchanged, drifted, foreign, or an endpoint's port.
 fn any_link() -> impl Strategy<Value = (Key, Value)> {
     (any_setup(), any::<prop::sample::Index>(), 0u8..8).prop_map(|(setup, index, form)| {
-        let links: Vec<(Key, Value)> =
-            setup.entries().into_iter().filter(|(_, value)| matches!(value, Value::Link(_))).collect();
+        let links: Vec<(Key, Value)> = setup.entries().into_iter().filter(|(_, value)| matches!(value, Value::Link(_))).collect();
         let (key, value) = links[index.index(links.len())].clone();
         let Value::Link(mut link) = value else { unreachable!("only links are left") };
         link.mac = link.mac.or(Some(Mac([2, 3, 0, 0, 0, 1])));
