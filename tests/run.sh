@@ -47,16 +47,30 @@ main() {
     # The end-to-end tests start the binaries, so all of them are built first.
     section "build" cargo build --workspace --locked || finish
     if [ "$quick" = yes ]; then
-        section "tests" cargo test --workspace --locked --no-fail-fast --exclude overlay-tests || true
+        section "tests" run_tests --exclude overlay-tests || true
         section "architecture" cargo test --locked -p overlay-tests --test architecture --test docs || true
     else
-        section "tests" cargo test --workspace --locked --no-fail-fast || true
+        section "tests" run_tests || true
     fi
     if [ "$quick" = no ]; then
         section "quickstart" ./deploy/quickstart.sh --bin "${CARGO_TARGET_DIR:-target}/debug" || true
     fi
     section "untouched" check_untouched || true
     finish
+}
+
+# Runs the tests of the workspace, several side by side: most of their time they wait. Keeps how long each took for the summary.
+run_tests() {
+    # libtest prints times only with unstable options, so the test binaries, not the compiler, run with RUSTC_BOOTSTRAP.
+    local runner
+    runner=CARGO_TARGET_$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')_RUNNER
+    env "$runner=env RUSTC_BOOTSTRAP=1" RUST_TEST_THREADS="${RUST_TEST_THREADS:-$(($(nproc) * 2))}" \
+        cargo test --workspace --locked --no-fail-fast --lib --bins --tests "$@" -- -Z unstable-options --report-time | tee "$work/tests"
+}
+
+# The tests that took longest, from the output of run_tests: "test NAME ... ok <1.234s>".
+slowest() {
+    sed -nE 's/^test (.*) \.\.\. [a-zA-Z]+ <([0-9.]+)s>$/\2 s  \1/p' "$work/tests" | sort -rn | head -10
 }
 
 # Runs a command under a heading and keeps its outcome for the summary.
@@ -84,6 +98,9 @@ section() {
 finish() {
     printf '\n=== summary\n'
     printf '%s\n' "${summary[@]}"
+    if [ -s "$work/tests" ]; then
+        printf 'the ten slowest tests:\n%s\n' "$(slowest)"
+    fi
     if [ ${#failed[@]} -gt 0 ]; then
         echo "FAILED: ${failed[*]}"
         exit 1
