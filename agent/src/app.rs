@@ -25,9 +25,10 @@ mod host_state;
 mod mesh;
 mod path_mtu;
 mod preflight;
-pub(crate) mod queries;
+pub mod queries;
 mod reload;
 mod supervision;
+pub mod wiring;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -42,7 +43,6 @@ use crate::kernel::{Kernel, KernelOptions, PortManager};
 use crate::metrics::Metrics;
 use crate::model::{NetworkName, Node, PerFamily};
 use crate::network::{self, Network, Overlay};
-use crate::plan::contribution::Progress;
 use crate::reconcile::{self, Reconciler};
 use crate::shutdown::{Shutdown, Signals, TaskOutcome, Tasks};
 use crate::state::{DirLock, StateDir, subnet_env, write_subnet_env};
@@ -56,7 +56,6 @@ pub use reload::SettingsSource;
 use backend::AgentBackend;
 use conflist::Conflist;
 use host_state::HostStateStore;
-use queries::Queries;
 use reload::Reload;
 use supervision::HealthInputs;
 
@@ -67,9 +66,6 @@ const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(5);
 /// Channel capacities. If the reconciler is slower than the store, the store waits at the channel; flow control passes that on to
 /// etcd.
 const STORE_EVENT_CAPACITY: usize = 1024;
-const QUERY_CAPACITY: usize = 64;
-/// A network whose contributions wait here plans later changes together.
-const CONTRIBUTION_CAPACITY: usize = 4;
 
 /// Runs the agent until a signal or an unrecoverable error.
 pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource) -> anyhow::Result<()> {
@@ -108,20 +104,14 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
     );
 
     let (store_events_in, store_events) = mpsc::channel(STORE_EVENT_CAPACITY);
-    let (inputs_in, inputs) = mpsc::channel(CONTRIBUTION_CAPACITY);
-    let (network_queries_in, network_queries) = mpsc::channel(QUERY_CAPACITY);
-    let (reconciler_queries_in, reconciler_queries) = mpsc::channel(QUERY_CAPACITY);
-    let queries = Queries { network: network_queries_in, reconciler: reconciler_queries_in };
-    let (host, host_views) = watch::channel(None);
-    let (progress, progress_reports) = watch::channel(Progress::default());
-    let (lease_request, lease_requests) = watch::channel(None);
-    let (overlay, overlays) = watch::channel(None);
-    let (changes, changed) = watch::channel(0);
-    let (ready, readiness) = watch::channel(false);
-    let (ports_lost, losses) = watch::channel(0);
-    let (network_heartbeat, network_heartbeats) = watch::channel(0);
-    let (reconciler_heartbeat, reconciler_heartbeats) = watch::channel(0);
-    let health_inputs = HealthInputs { ready: readiness, heartbeats: vec![network_heartbeats, reconciler_heartbeats] };
+    let (network_channels, reconciler_channels, outputs) = wiring::connect(wiring::Inputs {
+        store: store_events,
+        kernel: kernel_events,
+        endpoints: endpoints.ports(),
+        applied_endpoints: endpoints.applied_endpoints(),
+    });
+    let wiring::Outputs { queries, lease_request, overlay, changes, ready, ports_lost, heartbeats, progress: _ } = outputs;
+    let health_inputs = HealthInputs { ready, heartbeats: heartbeats.into() };
     let store_config = store_config(&config.etcd);
     let reconciler = Reconciler::new(
         reconcile::Settings {
@@ -133,16 +123,6 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
         host_state.clone(),
         Arc::clone(&metrics),
     );
-    let reconciler_channels = reconcile::Channels {
-        networks: inputs,
-        kernel: kernel_events,
-        queries: reconciler_queries,
-        host,
-        progress,
-        changes: changes.clone(),
-        ports_lost,
-        heartbeat: reconciler_heartbeat,
-    };
     let network = Network::new(
         network::Settings {
             name: NetworkName::default(),
@@ -161,23 +141,9 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
         host_state.clone(),
         Arc::clone(&metrics),
     );
-    let network_channels = network::Channels {
-        store: store_events,
-        host: host_views,
-        endpoints: endpoints.ports(),
-        progress: progress_reports,
-        queries: network_queries,
-        reconciler: inputs_in,
-        applied_endpoints: endpoints.applied_endpoints(),
-        lease_request,
-        overlay,
-        changes,
-        ready,
-        heartbeat: network_heartbeat,
-    };
     let store = Store::new(store_config.clone()).with_metrics(Arc::clone(&metrics));
     let mesh = Arc::new(mesh::MeshState::new(config.node_name.clone(), config.mesh_interval, Arc::clone(&metrics)));
-    let (probes, mesh_changes) = (queries.clone(), changed.clone());
+    let (probes, mesh_changes) = (queries.clone(), changes.clone());
     let backend = Arc::new(AgentBackend {
         mesh: Arc::clone(&mesh),
         queries,
@@ -187,7 +153,7 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
         store: store_config.clone(),
         ttl_cache: tokio::sync::Mutex::new(None),
         metrics: Arc::clone(&metrics),
-        changes: changed,
+        changes,
         level,
     });
 
@@ -217,7 +183,7 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
     }
     {
         let stop = stop_token();
-        tasks.spawn("store", async move { store.run(store_events_in, lease_requests, stop).await });
+        tasks.spawn("store", async move { store.run(store_events_in, lease_request, stop).await });
     }
     tasks.spawn("network", into_infallible(network.run(network_channels, stop_token())));
     tasks.spawn("reconcile", into_infallible(reconciler.run(reconciler_channels, stop_token())));
@@ -225,7 +191,7 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
         let (endpoints, stop) = (endpoints.clone(), stop_token());
         tasks.spawn("endpoints", into_infallible(async move { endpoints.run(stop).await }));
     }
-    tasks.spawn("overlay", publish_overlay(overlays, losses, endpoints, config.clone(), host_state, stop_token()));
+    tasks.spawn("overlay", publish_overlay(overlay, ports_lost, endpoints, config.clone(), host_state, stop_token()));
     {
         let (backend, stop) = (Arc::clone(&backend), stop_token());
         tasks.spawn("admin", into_infallible(admin::serve(socket, backend, stop)));

@@ -1,7 +1,8 @@
 //! One overlay network: folds store events and facts about the host, and plans the network's desired entries.
 //!
 //! One task per network, [`Network::run`], owns the lease table and the peers, so nothing is locked. It changes nothing in the
-//! kernel: it sends each change of desired entries to the reconciler of its network namespace as a [`Contribution`], and learns
+//! kernel: it sends each change of desired entries to the reconciler of its network namespace as a
+//! [`Contribution`](crate::plan::contribution::Contribution), and learns
 //! from [`Progress`] which of them are applied.
 //!
 //! Cancel safety: every await of the `select!` is a channel's `recv`, `changed` or a timer; no event is lost when another arm
@@ -289,7 +290,7 @@ impl<M: NetworkStateStore> Network<M> {
         self.plan(now);
         if let Some(contribution) = self.planner.take_contribution(&self.settings.name) {
             self.changed = true;
-            channels.reconciler.send(ReconcilerInput::Contribution(contribution)).await?;
+            channels.reconciler.send(ReconcilerInput::Contribution(Box::new(contribution))).await?;
         }
         if std::mem::take(&mut self.endpoints_changed) {
             self.endpoints_sequence = Some(self.planner.sequence());

@@ -11,7 +11,7 @@ use crate::model::{Device, NetworkName};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ReconcilerInput {
     /// A network's desired entries changed.
-    Contribution(Contribution),
+    Contribution(Box<Contribution>),
     /// A network needs a [`HostView`] that is newer than this message.
     RefreshHost,
 }

@@ -14,7 +14,7 @@ use crate::plan::{DataPath, KernelEvent, Key, LinkKind, Op};
 impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
     pub(super) fn fold_network(&mut self, input: ReconcilerInput) {
         match input {
-            ReconcilerInput::Contribution(contribution) => self.fold_contribution(contribution),
+            ReconcilerInput::Contribution(contribution) => self.fold_contribution(*contribution),
             ReconcilerInput::RefreshHost => self.schedule.host_read = Some(Instant::now()),
         }
     }

@@ -7,6 +7,7 @@ mod liveness;
 use self::fake_kernel::FakeKernel;
 use super::*;
 use crate::app::queries::Queries;
+use crate::app::wiring;
 use crate::model::event::{Connection, HeldLease, LeaseOrigin, LeaseRequest, OwnLease, StoreEntry, StoreEvent};
 use crate::model::{
     Backend, Endpoint, Family, Lease, LeaseRecord, Mac, NetworkConfig, Node, PerFamily, RejectReason, RejectedLease, Subnet, Vni,
@@ -89,16 +90,12 @@ impl Fixture {
     fn start_with(kernel: FakeKernel, resync: Duration) -> Fixture {
         let (store, store_events) = mpsc::channel(64);
         let (events, kernel_events) = mpsc::channel(64);
-        let (inputs, contributions) = mpsc::channel(4);
-        let (network_queries, network_queries_out) = mpsc::channel(8);
-        let (reconciler_queries, reconciler_queries_out) = mpsc::channel(8);
-        let (host, host_views) = watch::channel(None);
-        let (progress, progress_reports) = watch::channel(Progress::default());
         let (endpoints, endpoints_out) = watch::channel(Vec::new());
         let (applied, applied_endpoints) = watch::channel(Vec::new());
-        let (requests, lease_request) = watch::channel(None);
-        let (readiness, ready) = watch::channel(false);
-        let (heartbeats, heartbeat) = watch::channel(0);
+        let inputs =
+            wiring::Inputs { store: store_events, kernel: kernel_events, endpoints: endpoints_out, applied_endpoints: applied };
+        let (network_channels, channels, outputs) = wiring::connect(inputs);
+        let wiring::Outputs { queries, lease_request, ready, heartbeats: [_, heartbeat], .. } = outputs;
         let stop = CancellationToken::new();
         let metrics = Arc::new(Metrics::new());
         let settings = network::Settings {
@@ -112,38 +109,14 @@ impl Fixture {
             store_endpoints: Vec::new(),
             store_prefix: "/test".to_owned(),
         };
-        let channels = network::Channels {
-            store: store_events,
-            host: host_views,
-            endpoints: endpoints_out,
-            progress: progress_reports,
-            queries: network_queries_out,
-            reconciler: inputs,
-            applied_endpoints: applied,
-            lease_request: requests,
-            overlay: watch::channel(None).0,
-            changes: watch::channel(0).0,
-            ready: readiness,
-            heartbeat: watch::channel(0).0,
-        };
-        let network = Network::new(settings, FakeStateStore, Arc::clone(&metrics)).run(channels, stop.clone());
+        let network = Network::new(settings, FakeStateStore, Arc::clone(&metrics)).run(network_channels, stop.clone());
         let settings = Settings { nexthop_objects: true, resync, probe_address: None };
-        let channels = Channels {
-            networks: contributions,
-            kernel: kernel_events,
-            queries: reconciler_queries_out,
-            host,
-            progress,
-            changes: watch::channel(0).0,
-            ports_lost: watch::channel(0).0,
-            heartbeat: heartbeats,
-        };
         let reconciler = Reconciler::new(settings, kernel.clone(), FakeStateStore, metrics).run(channels, stop.clone());
         Fixture {
             kernel,
             store,
             events,
-            queries: Queries { network: network_queries, reconciler: reconciler_queries },
+            queries,
             ready,
             heartbeat,
             lease_request,

@@ -1,4 +1,4 @@
-//! The agent's data path without its process: the reconciler with the real data path and monitor, in a fresh namespace.
+//! The agent's data path without its process: network and reconciler with the real kernel and monitor, in a fresh namespace.
 //!
 //! Channels feed it like the store would.
 
@@ -7,15 +7,18 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use overlay_agent::app::wiring;
 use overlay_agent::kernel::{Kernel, KernelOptions};
 use overlay_agent::metrics::Metrics;
-use overlay_agent::model::event::{Connection, HeldLease, LeaseOrigin, LeaseRequest, OwnLease, StoreEntry, StoreEvent};
-use overlay_agent::model::{Cidr, Device, Endpoint, Family, Mac, NetworkConfig, Node, PerFamily, Subnet, Vni};
+use overlay_agent::model::event::{Connection, HeldLease, LeaseOrigin, OwnLease, StoreEntry, StoreEvent};
+use overlay_agent::model::{Cidr, Device, Endpoint, Family, Mac, NetworkConfig, NetworkName, Node, PerFamily, Subnet, Vni};
+use overlay_agent::network::{self, Network, NetworkStateStore};
+use overlay_agent::plan::contribution::Progress;
 use overlay_agent::plan::diff::diff;
 use overlay_agent::plan::state::LinkState;
 use overlay_agent::plan::underlay::{HostInventory, UnderlaySelector};
 use overlay_agent::plan::{ApplyReport, Batch, DataPath, OpError, State};
-use overlay_agent::reconcile::{Channels, Overlay, Reconciler, ReconcilerQuery, Settings, StateStore};
+use overlay_agent::reconcile::{self, Reconciler, SysctlStore};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -100,14 +103,6 @@ async fn run_snapshots(space: &NetnsGuard, fleet: &[&[SyntheticPeer]], entries: 
     Ok(AgentTiming { set, removed, cleanup: taken_down, cleanup_apply: taken_down_batch })
 }
 
-/// The other ends of the reconciler's channels: requests, endpoints, lease requests and status.
-type OtherEnds = (
-    mpsc::Sender<ReconcilerQuery>,
-    watch::Sender<Vec<Arc<Endpoint>>>,
-    watch::Receiver<Option<LeaseRequest>>,
-    watch::Receiver<Option<Overlay>>,
-);
-
 /// A running reconciler.
 struct Agent {
     store: mpsc::Sender<StoreEvent>,
@@ -115,8 +110,9 @@ struct Agent {
     apply_stats: SharedApplyStats,
     stop: CancellationToken,
     tasks: JoinSet<anyhow::Result<()>>,
+    progress: watch::Receiver<Progress>,
     /// The other ends of its channels: without them it would end, or wait for ever.
-    _other_ends: OtherEnds,
+    _other_ends: (watch::Sender<Vec<Arc<Endpoint>>>, wiring::Outputs),
 }
 
 impl Agent {
@@ -124,67 +120,60 @@ impl Agent {
     async fn start(families: &[Family]) -> anyhow::Result<Agent> {
         let (kernel, kernel_events, monitor) = Kernel::open(&KernelOptions::default())?;
         let clock = SharedApplyStats::default();
-        let settings = Settings {
+        ensure!(kernel.nexthop_objects(), "this kernel has no next-hop objects: the raw limit needs Linux 5.3");
+        let settings = network::Settings {
+            name: NetworkName::default(),
             node: Node { name: "bench".to_owned(), id: "bench".to_owned() },
             selection: UnderlaySelector { interfaces: vec![UNDERLAY.to_owned()], ..UnderlaySelector::default() },
             masquerade: true,
             tx_checksum: true,
             docker: false,
-            nexthop_objects: kernel.nexthop_objects(),
-            resync: Duration::from_secs(300),
             lease_ttl: Duration::from_secs(3600),
             store_endpoints: Vec::new(),
             store_prefix: String::new(),
         };
-        ensure!(settings.nexthop_objects, "this kernel has no next-hop objects: the raw limit needs Linux 5.3");
+        let metrics = Arc::new(Metrics::new());
+        let network = Network::new(settings, EphemeralState, Arc::clone(&metrics));
+        let settings = reconcile::Settings { nexthop_objects: true, resync: Duration::from_secs(300), probe_address: None };
         let data_path = TimedDataPath { inner: kernel, apply_stats: clock.clone() };
-        let reconciler = Reconciler::new(settings, data_path, EphemeralState, Arc::new(Metrics::new()));
-
+        let reconciler = Reconciler::new(settings, data_path, EphemeralState, metrics);
         let (store_in, store) = mpsc::channel(1024);
-        let (asked, queries) = mpsc::channel(1);
-        let (plugged, endpoints) = watch::channel(Vec::new());
-        let (wish, wishes) = watch::channel(None);
-        let (overlay, overlays) = watch::channel(None);
-        let (changes, mut changed) = watch::channel(0);
-        let (ready, mut readiness) = watch::channel(false);
-        let channels = Channels {
-            store,
-            kernel: kernel_events,
-            queries,
-            endpoints,
-            lease_request: wish,
-            overlay,
-            changes,
-            ready,
-            applied_endpoints: watch::channel(Vec::new()).0,
-            ports_lost: watch::channel(0).0,
-            heartbeat: watch::channel(0).0,
-        };
+        let (ports, endpoints) = watch::channel(Vec::new());
+        let inputs = wiring::Inputs { store, kernel: kernel_events, endpoints, applied_endpoints: watch::channel(Vec::new()).0 };
+        let (network_channels, reconciler_channels, mut outputs) = wiring::connect(inputs);
         let stop = CancellationToken::new();
         let mut tasks = JoinSet::new();
         tasks.spawn(async move { monitor.run().await.context("the monitor ended") });
-        let (reconcile, token) = (reconciler.run(channels, stop.clone()), stop.clone());
+        let (network, token) = (network.run(network_channels, stop.clone()), stop.clone());
         tasks.spawn(async move {
-            reconcile.await;
+            network.await;
+            token.cancel();
+            Ok(())
+        });
+        let (reconciler, token) = (reconciler.run(reconciler_channels, stop.clone()), stop.clone());
+        tasks.spawn(async move {
+            reconciler.await;
             token.cancel();
             Ok(())
         });
         for event in initial_events(families)? {
             store_in.send(event).await?;
         }
-        tokio::time::timeout(STEP_TIMEOUT, readiness.wait_for(|ready| *ready))
+        tokio::time::timeout(STEP_TIMEOUT, outputs.ready.wait_for(|ready| *ready))
             .await
             .context("the agent does not become ready")??;
+        let (mut changed, progress) = (outputs.changes.clone(), outputs.progress.clone());
         wait_quiet(&mut changed).await?;
-        Ok(Agent { store: store_in, changed, apply_stats: clock, stop, tasks, _other_ends: (asked, plugged, wishes, overlays) })
+        Ok(Agent { store: store_in, changed, apply_stats: clock, stop, tasks, progress, _other_ends: (ports, outputs) })
     }
 
     /// Sends it a snapshot and waits until all of it is in the kernel.
     async fn apply_snapshot(&mut self, entries: Vec<StoreEntry>) -> anyhow::Result<SnapshotTiming> {
         self.apply_stats.reset();
         let begun = CostTimer::start()?;
+        self.progress.mark_unchanged();
         self.store.send(StoreEvent::Snapshot(entries)).await?;
-        tokio::time::timeout(STEP_TIMEOUT, self.changed.changed()).await.context("the snapshot has no effect")??;
+        tokio::time::timeout(STEP_TIMEOUT, self.progress.changed()).await.context("the snapshot has no effect")??;
         let settled = begun.cost()?;
         let applied = self.apply_stats.read();
         wait_quiet(&mut self.changed).await?;
@@ -294,7 +283,7 @@ impl<D: DataPath> DataPath for TimedDataPath<D> {
 /// A state store without persistence: each device has a random MAC.
 struct EphemeralState;
 
-impl StateStore for EphemeralState {
+impl NetworkStateStore for EphemeralState {
     fn device_mac(&mut self, device: Device, _found: Option<Mac>) -> Mac {
         let last = device.name().bytes().fold(0u8, u8::wrapping_add);
         Mac::local([0x02, 0xbb, 0, 0, 0, last])
@@ -307,7 +296,9 @@ impl StateStore for EphemeralState {
     fn published_addresses(&self) -> PerFamily<IpAddr> {
         PerFamily::default()
     }
+}
 
+impl SysctlStore for EphemeralState {
     fn save_sysctl(&mut self, _path: &str, _value: &str) {}
 
     fn saved_sysctl(&self, _path: &str) -> Option<String> {

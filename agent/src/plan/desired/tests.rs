@@ -1,8 +1,8 @@
 //! Tests of desired state, entry by entry.
 
 use super::*;
-use crate::model::peer::RemoteSubnet;
 use crate::model::Cidr;
+use crate::model::peer::RemoteSubnet;
 use crate::plan::nexthop_ids::NexthopIds;
 use crate::plan::ruleset::Table;
 use crate::plan::shared::{NamespaceFacts, shared_entries};
