@@ -180,7 +180,8 @@ impl<C: PortDriver + 'static> Endpoints<C> {
     async fn release_dead_holders(&self, error: &EndpointError) -> bool {
         let holders = lock(&self.0.table).holders(error);
         if holders.is_empty() {
-            return false;
+            // A concurrent attach or detach has released the resource since.
+            return error.holder().is_some();
         }
         let inner = Arc::clone(&self.0);
         let dead =

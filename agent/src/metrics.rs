@@ -326,7 +326,7 @@ impl Metrics {
         );
         page.counters(
             "overlayd_dropped_packets_total",
-            "Packets dropped by the agent's rules, by reason.",
+            "Packets dropped by our rules, by reason.",
             "reason",
             lock(&self.dropped).iter().map(|(reason, packets)| (*reason, *packets)),
         );

@@ -277,9 +277,10 @@ impl<M: NetworkStateStore> Network<M> {
         let now = Instant::now();
         self.changed |= self.store.check_lease_expiry(now);
         if self.store.take_config_changed() {
-            // The families that the external interface has to serve may have changed.
-            self.dirty.underlay = true;
-            channels.reconciler.send(ReconcilerInput::RefreshHost).await?;
+            // The families that the external interface has to serve may have changed. The selection waits for a new read.
+            self.underlay.refresh += 1;
+            let refresh = ReconcilerInput::RefreshHost { network: self.settings.name.clone(), number: self.underlay.refresh };
+            channels.reconciler.send(refresh).await?;
         }
         if std::mem::take(&mut self.dirty.underlay) || self.underlay.reselect_at.is_some_and(|at| now >= at) {
             self.select_underlay(now);

@@ -126,6 +126,8 @@ pub struct Reconciler<D, S> {
 
     /// The host, as last read; `None` before the first read.
     host: Option<HostView>,
+    /// The last request of each network for a new read.
+    refreshes: BTreeMap<NetworkName, u64>,
     dirty: Dirty,
     schedule: Schedule,
     retries: RetryQueue,
@@ -191,6 +193,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             actual: State::new(),
             nexthop_ids: NexthopIds::default(),
             host: None,
+            refreshes: BTreeMap::new(),
             dirty: Dirty::default(),
             retries: RetryQueue::new(random_fraction),
             drift: DriftLog::default(),

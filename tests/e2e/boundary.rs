@@ -100,7 +100,12 @@ async fn etcd_inside_pool_uses_default_route() {
     let lab = TestLab::without_agents(1, Families::V4).await;
     etcd::put(&lab, &etcd::config_key(), r#"{"Network":"10.96.0.0/12"}"#);
     let (etcd, gateway) = (etcd_address(Family::V4), gateway_address(Family::V4));
-    kernel::shell(&lab, "world", "echo 1 >/proc/sys/net/ipv4/ip_forward");
+    // Without redirects, which would show h1 the direct path.
+    kernel::shell(
+        &lab,
+        "world",
+        "echo 1 >/proc/sys/net/ipv4/ip_forward; for f in /proc/sys/net/ipv4/conf/*/send_redirects; do echo 0 >$f; done",
+    );
     kernel::shell(
         &lab,
         "h1",

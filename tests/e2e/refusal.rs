@@ -171,7 +171,7 @@ async fn foreign_device_with_agent_name_is_kept() {
         let status =
             lab.host("h1").wait_status(CONVERGE_TIMEOUT, &format!("it does not report {device}"), named).await.expect_ok("h1");
         let failed = status.data_path.failed.iter().find(|f| f.entry.contains(device)).expect_ok(device);
-        assert!(failed.error.contains("not ours") || failed.error.contains("not made by"), "{kind}: {failed:?}");
+        assert!(failed.error.contains("not managed by overlayd"), "{kind}: {failed:?}");
         lab.wait_for_log("h1", &[device, "kernel rejected an entry"]).await;
         let after = kernel::list_json(&lab, "h1", "ip", &["address", "show", "dev", device]);
         assert_eq!(after, before, "it is unchanged");

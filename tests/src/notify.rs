@@ -156,7 +156,8 @@ pub(crate) fn describe(kind: &str, message: &[u8]) -> Option<String> {
         28 | 29 => {
             let state = u16::from_ne_bytes(body.get(8..10)?.try_into().ok()?);
             // NUD_NOARP and NUD_PERMANENT of linux/neighbour.h: configured neighbours, not learned ones.
-            if state & 0xc0 == 0 {
+            // The kernel makes and removes NUD_NOARP entries by itself, such as those of multicast addresses.
+            if state & 0xc0 == 0 || (state & 0x80 == 0 && sender == 0) {
                 return None;
             }
             format!("interface {}, family {}", i32::from_ne_bytes(body.get(4..8)?.try_into().ok()?), body.first()?)

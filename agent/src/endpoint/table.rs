@@ -131,14 +131,26 @@ impl EndpointTable {
         self.records.values()
     }
 
-    /// The endpoints that hold the resource that an attach was refused; for a full subnet or bridge, all in it.
+    /// The endpoints that still hold the resource that an attach was refused; for a full subnet or bridge, all in it.
     pub(super) fn holders(&self, error: &EndpointError) -> Vec<EndpointRecord> {
-        let holds = |record: &&EndpointRecord| match error {
-            EndpointError::Address(IpamError::Full { range, .. }) => {
-                record.endpoint.addresses().iter().any(|(_, address)| range.contains(*address))
+        let holds = |record: &&EndpointRecord| {
+            let endpoint = &record.endpoint;
+            let is_holder = error.holder() == Some(&endpoint.name);
+            match error {
+                EndpointError::Address(IpamError::Full { range, .. }) => {
+                    endpoint.addresses().iter().any(|(_, address)| range.contains(*address))
+                }
+                EndpointError::BridgeFull => endpoint.port.is_some(),
+                EndpointError::PublishInUse { held, .. } => is_holder && endpoint.published.contains(held),
+                EndpointError::MacInUse { mac, .. } => is_holder && endpoint.port.as_ref().is_some_and(|port| port.mac == *mac),
+                EndpointError::AddressInUse { address, .. } => {
+                    is_holder && endpoint.addresses().iter().any(|(_, held)| held == address)
+                }
+                EndpointError::NetnsInUse { netns, .. } | EndpointError::InterfaceInUse { netns, .. } => {
+                    is_holder && endpoint.netns == *netns
+                }
+                _ => is_holder,
             }
-            EndpointError::BridgeFull => record.endpoint.port.is_some(),
-            _ => error.holder() == Some(&record.endpoint.name),
         };
         self.records.values().filter(holds).cloned().collect()
     }

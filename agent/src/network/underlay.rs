@@ -25,6 +25,8 @@ pub(super) struct UnderlayState {
     pub(super) reasons: PerFamily<SelectionReason>,
     /// Problems of the selection.
     pub(super) errors: Vec<String>,
+    /// Number of the last request for a new read of the host.
+    pub(super) refresh: u64,
     /// Time at which the selection has to be made again without an event.
     pub(super) reselect_at: Option<Instant>,
     /// IPv6 was disabled when the external interface was selected.
@@ -36,6 +38,9 @@ impl<M: NetworkStateStore> Network<M> {
     pub(super) fn select_underlay(&mut self, now: Instant) {
         self.underlay.reselect_at = None;
         let (Some(network), Some(view)) = (&self.store.config, self.underlay.view.clone()) else { return };
+        if view.refreshes.get(&self.settings.name).copied().unwrap_or_default() < self.underlay.refresh {
+            return;
+        }
         let pools = network.pools;
         let in_use = self.current_underlay(network, &view);
         let problems = match self.settings.selection.choose(&view.inventory, &pools, view.probe_route, &in_use) {

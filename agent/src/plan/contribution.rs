@@ -12,8 +12,13 @@ use crate::model::{Device, NetworkName};
 pub enum ReconcilerInput {
     /// A network's desired entries changed.
     Contribution(Box<Contribution>),
-    /// A network needs a [`HostView`] that is newer than this message.
-    RefreshHost,
+    /// A network needs a [`HostView`] that is read after this message.
+    RefreshHost {
+        /// The network.
+        network: NetworkName,
+        /// Number of this request, from 1; [`HostView::refreshes`] repeats it.
+        number: u64,
+    },
 }
 
 /// A change of a network's desired entries in one network namespace.
@@ -52,6 +57,8 @@ pub struct HostView {
     pub devices: BTreeMap<Device, LinkState>,
     /// Index of the interface with the route to the address that the external interface has to reach.
     pub probe_route: Option<u32>,
+    /// The last served [`ReconcilerInput::RefreshHost`] of each network.
+    pub refreshes: BTreeMap<NetworkName, u64>,
     /// Why the interfaces could not be read; the rest is that of the last successful read then.
     pub error: Option<String>,
 }

@@ -20,6 +20,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
         let read = self.data_path.inventory().await;
         self.schedule.host_read_not_before = Instant::now() + begun.elapsed() * HOST_READ_PAUSE_FACTOR;
         let mut view = self.host.take().unwrap_or_default();
+        view.refreshes.clone_from(&self.refreshes);
         match read {
             Ok(inventory) => {
                 view.inventory = inventory;

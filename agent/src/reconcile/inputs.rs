@@ -15,7 +15,10 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
     pub(super) fn fold_network(&mut self, input: ReconcilerInput) {
         match input {
             ReconcilerInput::Contribution(contribution) => self.fold_contribution(*contribution),
-            ReconcilerInput::RefreshHost => self.schedule.host_read = Some(Instant::now()),
+            ReconcilerInput::RefreshHost { network, number } => {
+                self.refreshes.insert(network, number);
+                self.schedule.host_read = Some(Instant::now());
+            }
         }
     }
 

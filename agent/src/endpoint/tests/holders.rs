@@ -213,3 +213,16 @@ async fn crossed_attaches_do_not_deadlock() {
     b.unwrap();
     assert_eq!(endpoints.list().len(), 2);
 }
+
+/// A concurrent attach replaces the holder between the rejection and the look at the holder.
+#[tokio::test]
+async fn resource_released_since_rejection_is_requested_again() {
+    let host = TestHost::new(&["/ns/a", "/ns/b"]);
+    let endpoints = host.start(DUAL).await;
+    endpoints.attach(name("b"), publish_request("/ns/b", &["8081:80"])).await.unwrap();
+    let error = endpoints.attach(name("a"), publish_request("/ns/a", &["8081:80"])).await.unwrap_err();
+    assert!(!endpoints.release_dead_holders(&error).await, "b still publishes the port");
+    endpoints.detach(name("b"), false).await.unwrap();
+    endpoints.attach(name("b"), publish_request("/ns/b", &["8080:80"])).await.unwrap();
+    assert!(endpoints.release_dead_holders(&error).await, "b publishes another port now");
+}
