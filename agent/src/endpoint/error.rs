@@ -7,7 +7,7 @@ use super::ipam::IpamError;
 use crate::model::device::bridge_full_message;
 use crate::model::endpoint::EndpointName;
 use crate::model::publish::PublishError;
-use crate::model::{Family, Mac, Mode, PublishedPort, Subnet};
+use crate::model::{Endpoint, Family, Mac, Mode, PublishedPort, Subnet};
 use crate::plan::OpError;
 use crate::state::StateError;
 
@@ -298,6 +298,26 @@ impl EndpointError {
             | EndpointError::AddressInUse { holder, .. }
             | EndpointError::InterfaceInUse { holder, .. } => Some(holder),
             _ => None,
+        }
+    }
+
+    /// Whether the endpoint holds the requested resource now; for a full subnet or bridge, whether it is in it.
+    pub(super) fn is_caused_by(&self, endpoint: &Endpoint) -> bool {
+        let is_holder = self.holder() == Some(&endpoint.name);
+        match self {
+            EndpointError::Address(IpamError::Full { range, .. }) => {
+                endpoint.addresses().iter().any(|(_, address)| range.contains(*address))
+            }
+            EndpointError::BridgeFull => endpoint.port.is_some(),
+            EndpointError::PublishInUse { held, .. } => is_holder && endpoint.published.contains(held),
+            EndpointError::MacInUse { mac, .. } => is_holder && endpoint.port.as_ref().is_some_and(|port| port.mac == *mac),
+            EndpointError::AddressInUse { address, .. } => {
+                is_holder && endpoint.addresses().iter().any(|(_, held)| held == address)
+            }
+            EndpointError::NetnsInUse { netns, .. } | EndpointError::InterfaceInUse { netns, .. } => {
+                is_holder && endpoint.netns == *netns
+            }
+            _ => is_holder,
         }
     }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
-use super::ipam::{Ipam, IpamError};
+use super::ipam::Ipam;
 use super::spec::{AttachMode, AttachSpec, NetnsRef, free_mac, veth_name};
 use super::{EndpointError, EndpointNetwork};
 use crate::model::api::AttachResponse;
@@ -131,27 +131,9 @@ impl EndpointTable {
         self.records.values()
     }
 
-    /// The endpoints that still hold the resource that an attach was refused; for a full subnet or bridge, all in it.
+    /// The endpoints that still hold the resource that an attach was refused.
     pub(super) fn holders(&self, error: &EndpointError) -> Vec<EndpointRecord> {
-        let holds = |record: &&EndpointRecord| {
-            let endpoint = &record.endpoint;
-            let is_holder = error.holder() == Some(&endpoint.name);
-            match error {
-                EndpointError::Address(IpamError::Full { range, .. }) => {
-                    endpoint.addresses().iter().any(|(_, address)| range.contains(*address))
-                }
-                EndpointError::BridgeFull => endpoint.port.is_some(),
-                EndpointError::PublishInUse { held, .. } => is_holder && endpoint.published.contains(held),
-                EndpointError::MacInUse { mac, .. } => is_holder && endpoint.port.as_ref().is_some_and(|port| port.mac == *mac),
-                EndpointError::AddressInUse { address, .. } => {
-                    is_holder && endpoint.addresses().iter().any(|(_, held)| held == address)
-                }
-                EndpointError::NetnsInUse { netns, .. } | EndpointError::InterfaceInUse { netns, .. } => {
-                    is_holder && endpoint.netns == *netns
-                }
-                _ => is_holder,
-            }
-        };
+        let holds = |record: &&EndpointRecord| error.is_caused_by(&record.endpoint);
         self.records.values().filter(holds).cloned().collect()
     }
 
