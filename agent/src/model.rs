@@ -19,7 +19,7 @@ pub use device::{Device, Role};
 pub use docker::DockerShare;
 pub use endpoint::{Endpoint, Mode, Port};
 pub use family::{Cidr, Family, PerFamily};
-pub use lease::{Backend, Lease, LeaseRecord, Node, RejectReason, RejectedLease};
+pub use lease::{Backend, ExpiryId, Lease, LeaseRecord, Node, RejectReason, RejectedLease, StorePosition};
 pub use mac::Mac;
 pub use network::NetworkConfig;
 pub use network_name::NetworkName;

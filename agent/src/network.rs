@@ -25,7 +25,7 @@ use crate::metrics::{EventSource, Metrics};
 use crate::model::api;
 use crate::model::event::{LeaseRequest, OwnLease, StoreEvent};
 use crate::model::peer::RemoteSubnet;
-use crate::model::{Device, Endpoint, Mac, NetworkConfig, NetworkName, Node, PerFamily, Subnet};
+use crate::model::{Device, Endpoint, ExpiryId, Mac, NetworkConfig, NetworkName, Node, PerFamily, Subnet};
 use crate::plan::contribution::{HostView, NetworkProgress, Progress, ReconcilerInput};
 use crate::plan::lease_table::LeaseKey;
 use crate::plan::underlay::UnderlaySelector;
@@ -82,8 +82,8 @@ pub struct Overlay {
     pub public_ip: PerFamily<IpAddr>,
 }
 
-/// A row of `overlayctl subnets`, with the id of its etcd lease, for which the caller queries the remaining time.
-pub type SubnetRow = (api::SubnetEntry, Option<i64>);
+/// A row of `overlayctl subnets`, with its expiry, for which the caller queries the remaining time.
+pub type SubnetRow = (api::SubnetEntry, Option<ExpiryId>);
 
 /// A peer in one family.
 #[derive(Debug, Clone, PartialEq, Eq)]

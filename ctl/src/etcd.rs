@@ -6,9 +6,9 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use overlay_agent::model::NetworkConfig;
 use overlay_agent::model::api::{SubnetEntry, Subnets};
 use overlay_agent::model::event::{Connection, StoreEvent};
+use overlay_agent::model::{ExpiryId, NetworkConfig};
 use overlay_agent::plan::lease_table::{Classification, LeaseTable};
 use overlay_agent::store::{self, DEFAULT_PREFIX, ReplaceCondition, Store, StoreConfig, StoreError};
 use tokio::sync::mpsc;
@@ -131,12 +131,12 @@ impl EtcdArgs {
 }
 
 /// Lists the leases from the view of a host without a lease. Without a configuration none is rejected.
-fn list_subnets(leases: &LeaseTable, network: Option<&NetworkConfig>, time_left: &BTreeMap<i64, Duration>) -> Subnets {
+fn list_subnets(leases: &LeaseTable, network: Option<&NetworkConfig>, time_left: &BTreeMap<ExpiryId, Duration>) -> Subnets {
     let entry = |(key, value): (&std::sync::Arc<str>, &Result<_, _>)| match value {
         Err(rejected) => SubnetEntry::from_rejected(rejected),
         Ok(record) => {
             let mut entry = SubnetEntry::from_record(key, record);
-            let left = record.etcd_lease.and_then(|id| time_left.get(&id));
+            let left = record.expiry.and_then(|id| time_left.get(&id));
             entry.expires_in_seconds = left.and_then(|left| i64::try_from(left.as_secs()).ok());
             let status = network.and_then(|network| leases.classify(key, network, None));
             if let Some(Classification::Rejected(rejected)) = status {
@@ -221,7 +221,7 @@ impl SubnetsWatch {
 #[cfg(test)]
 mod tests {
     use overlay_agent::model::event::StoreEntry;
-    use overlay_agent::model::{Backend, Lease, LeaseRecord, PerFamily, Subnet, Vni};
+    use overlay_agent::model::{Backend, Lease, LeaseRecord, PerFamily, StorePosition, Subnet, Vni};
 
     use super::*;
 
@@ -232,9 +232,9 @@ mod tests {
         let record = LeaseRecord {
             subnet,
             lease: Lease { public_ip, backend, node: None },
-            create_revision: 1,
-            mod_revision: 1,
-            etcd_lease: lease,
+            created: StorePosition(1),
+            changed: StorePosition(1),
+            expiry: lease.map(ExpiryId),
         };
         StoreEntry { key: key.to_owned(), value: Ok(record) }
     }
@@ -244,7 +244,7 @@ mod tests {
         let network = NetworkConfig::parse(r#"{"Network":"10.244.0.0/16"}"#).expect("a network").config;
         let mut leases = LeaseTable::default();
         leases.replace(vec![entry("10.1.1.0-24", Some(7)), entry("10.244.9.0-24", None), entry("10.244.1.0-24", Some(8))]);
-        let time_left = BTreeMap::from([(8, Duration::from_secs(60))]);
+        let time_left = BTreeMap::from([(ExpiryId(8), Duration::from_secs(60))]);
         let subnets = list_subnets(&leases, Some(&network), &time_left).subnets;
         let keys: Vec<&str> = subnets.iter().map(|s| s.key.as_str()).collect();
         assert_eq!(keys, ["10.244.1.0-24", "10.244.9.0-24", "10.1.1.0-24"]);

@@ -12,7 +12,7 @@ use crate::endpoint::{EndpointError, Endpoints, ErrorClass};
 use crate::kernel::PortManager;
 use crate::metrics::Metrics;
 use crate::model::endpoint::EndpointName;
-use crate::model::{Device, NetworkName, api};
+use crate::model::{Device, ExpiryId, NetworkName, api};
 use crate::store::{self, StoreConfig};
 use crate::telemetry::LevelHandle;
 
@@ -46,7 +46,7 @@ pub(super) struct AgentBackend {
 /// The remaining TTL of each etcd lease at the time of the query.
 pub(super) struct CachedTtls {
     fetched_at: Instant,
-    remaining: BTreeMap<i64, Duration>,
+    remaining: BTreeMap<ExpiryId, Duration>,
 }
 
 impl AgentBackend {
@@ -80,7 +80,7 @@ impl AgentBackend {
     }
 
     /// Seconds until each of these etcd leases expires; leases with an unknown TTL are left out.
-    async fn remaining_seconds(&self, ids: Vec<i64>) -> BTreeMap<i64, i64> {
+    async fn remaining_seconds(&self, ids: Vec<ExpiryId>) -> BTreeMap<ExpiryId, i64> {
         let mut cache = self.ttl_cache.lock().await;
         if cache.as_ref().is_none_or(|known| known.fetched_at.elapsed() > TTL_CACHE_AGE) {
             let left = match tokio::time::timeout(TTL_QUERY_TIMEOUT, store::remaining_ttls(&self.store, ids)).await {

@@ -203,7 +203,7 @@ impl SubnetEntry {
             vni,
             vtep,
             expires_in_seconds: None,
-            reservation: record.etcd_lease.is_none(),
+            reservation: record.expiry.is_none(),
             own: false,
             refused: None,
         }

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use super::lease::Node;
 use super::network::ConfigErrors;
-use super::{LeaseRecord, Mac, NetworkConfig, PerFamily, RejectedLease, Subnet};
+use super::{ExpiryId, LeaseRecord, Mac, NetworkConfig, PerFamily, RejectedLease, StorePosition, Subnet};
 
 /// One entry below `<prefix>/subnets/`: the last part of its key, and its decoded value.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -16,12 +16,12 @@ pub struct StoreEntry {
     pub value: Result<LeaseRecord, RejectedLease>,
 }
 
-/// Event of the store, in the order of etcd's revisions.
+/// Event of the store, in the order of the store's history.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StoreEvent {
     /// The network's configuration; `None` while the key does not exist. Sent before the first snapshot and at each change.
     Config(Option<Result<NetworkConfig, ConfigErrors>>),
-    /// All entries at one revision. Any entry that is missing here was removed.
+    /// All entries at one position. Any entry that is missing here was removed.
     Snapshot(Vec<StoreEntry>),
     /// An entry was created or changed.
     Upsert(StoreEntry),
@@ -43,8 +43,8 @@ pub enum StoreEvent {
 pub enum Connection {
     /// Requests are answered.
     Up {
-        /// The revision of the last response.
-        revision: i64,
+        /// The position of the last response.
+        position: StorePosition,
     },
     /// Requests fail; the data path stays unchanged.
     Down {
@@ -85,8 +85,8 @@ pub enum OwnLease {
 pub struct HeldLease {
     /// The subnet.
     pub subnet: Subnet,
-    /// The etcd lease; `None` for a reservation.
-    pub etcd_lease: Option<i64>,
+    /// Its expiry; `None` for a reservation, which never expires.
+    pub expiry: Option<ExpiryId>,
     /// How it was obtained.
     pub origin: LeaseOrigin,
 }

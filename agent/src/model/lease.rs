@@ -55,19 +55,28 @@ pub struct Lease {
     pub node: Option<Node>,
 }
 
-/// A lease with its key and etcd metadata.
+/// Position in the store's history: of two changes, the later one has the greater position.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct StorePosition(pub i64);
+
+/// Handle of an entry's expiry, by which the store tells the remaining time. Only the store interprets it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ExpiryId(pub i64);
+
+/// A lease with its key and the store's metadata.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LeaseRecord {
     /// The subnet, from the key.
     pub subnet: Subnet,
     /// The decoded value.
     pub lease: Lease,
-    /// The etcd revision at which the key was created. Of two conflicting leases the older one wins.
-    pub create_revision: i64,
-    /// The etcd revision of the last change.
-    pub mod_revision: i64,
-    /// The etcd lease that the key is bound to. `None` for a reservation, which never expires.
-    pub etcd_lease: Option<i64>,
+    /// When the entry was created. Of two conflicting leases the older one wins.
+    pub created: StorePosition,
+    /// When it was changed last.
+    pub changed: StorePosition,
+    /// Its expiry. `None` for a reservation, which never expires.
+    pub expiry: Option<ExpiryId>,
 }
 
 /// A lease that is excluded from the data path, and the reason. Other leases are not affected.

@@ -4,7 +4,7 @@ use super::{Network, NetworkQuery, NetworkStateStore, NetworkStatus, PeerRow, Su
 use crate::model::api::{DataPathStatus, Health, LeaseStatus, Status, StoreStatus, SubnetEntry, UnderlayStatus};
 use crate::model::event::{Connection, OwnLease};
 use crate::model::network::IPV6_MIN_MTU;
-use crate::model::{Device, Family};
+use crate::model::{Device, Family, StorePosition};
 use crate::plan::desired::HostSpec;
 
 /// Maximum number of rejected leases that the status lists; the count is complete.
@@ -25,9 +25,9 @@ impl<M: NetworkStateStore> Network<M> {
     }
 
     fn own_status(&self) -> Status {
-        let (connected, revision, error) = match &self.store.connection {
-            Connection::Up { revision } => (true, *revision, None),
-            Connection::Down { error } => (false, 0, Some(error.clone())),
+        let (connected, position, error) = match &self.store.connection {
+            Connection::Up { position } => (true, *position, None),
+            Connection::Down { error } => (false, StorePosition::default(), Some(error.clone())),
         };
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -41,7 +41,7 @@ impl<M: NetworkStateStore> Network<M> {
                 connected,
                 endpoints: self.settings.store_endpoints.clone(),
                 prefix: self.settings.store_prefix.clone(),
-                revision,
+                revision: position.0,
                 error,
                 config_errors: self.store.config_errors.as_ref().map(|errors| errors.0.clone()).unwrap_or_default(),
                 leases: self.store.leases.len(),
@@ -49,7 +49,7 @@ impl<M: NetworkStateStore> Network<M> {
             },
             network: self.store.config.clone(),
             lease: match &self.store.own_lease {
-                OwnLease::Held(held) => Some(LeaseStatus { subnet: held.subnet, reservation: held.etcd_lease.is_none() }),
+                OwnLease::Held(held) => Some(LeaseStatus { subnet: held.subnet, reservation: held.expiry.is_none() }),
                 OwnLease::NotHeld { .. } => None,
             },
             underlay: self.underlay.selected.as_ref().map(|underlay| UnderlayStatus {
@@ -124,7 +124,7 @@ impl<M: NetworkStateStore> Network<M> {
                         let mut entry = SubnetEntry::from_record(key, record);
                         entry.own = own;
                         entry.refused = refused;
-                        (entry, record.etcd_lease)
+                        (entry, record.expiry)
                     }
                     Err(refusal) => (SubnetEntry::from_rejected(refusal), None),
                 }

@@ -98,8 +98,8 @@ impl StoreView {
                 self.has_snapshot = true;
             }
             StoreEvent::Upsert(entry) => {
-                if let (Connection::Up { revision }, Ok(record)) = (&mut self.connection, &entry.value) {
-                    *revision = record.mod_revision.max(*revision);
+                if let (Connection::Up { position }, Ok(record)) = (&mut self.connection, &entry.value) {
+                    *position = record.changed.max(*position);
                 }
                 dirty.leases.extend(self.leases.upsert(entry));
             }
@@ -162,7 +162,7 @@ impl StoreView {
 
     /// Whether the own lease can expire; a reservation cannot.
     fn lease_can_expire(&self) -> bool {
-        matches!(&self.own_lease, OwnLease::Held(held) if held.etcd_lease.is_some())
+        matches!(&self.own_lease, OwnLease::Held(held) if held.expiry.is_some())
     }
 
     /// Whether the own lease may have expired because of an outage of the store.

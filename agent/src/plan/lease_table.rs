@@ -12,7 +12,7 @@ use std::sync::Arc;
 use crate::model::event::StoreEntry;
 use crate::model::peer::RemoteSubnet;
 use crate::model::{
-    Backend, Cidr, Family, LeaseRecord, Mac, NetworkConfig, Peer, PerFamily, RejectReason, RejectedLease, Subnet,
+    Backend, Cidr, Family, LeaseRecord, Mac, NetworkConfig, Peer, PerFamily, RejectReason, RejectedLease, StorePosition, Subnet,
 };
 
 /// The part of a lease's key after `<prefix>/subnets/`.
@@ -177,13 +177,13 @@ impl LeaseTable {
         self.by_cidr = owners.into_iter().collect();
     }
 
-    /// Adds or changes a lease. Returns the keys whose classification may have changed; none if only revisions changed.
+    /// Adds or changes a lease. Returns the keys whose classification may have changed; none if only positions changed.
     pub fn upsert(&mut self, entry: StoreEntry) -> BTreeSet<LeaseKey> {
         let StoreEntry { key, value } = entry;
         if let Some(old) = self.entries.get(key.as_str())
             && is_equivalent(old, &value)
         {
-            // A renewal changes the revision only.
+            // A renewal changes the position only.
             self.entries.insert(key.into(), value);
             return BTreeSet::new();
         }
@@ -363,19 +363,19 @@ impl LeaseTable {
     }
 }
 
-/// Whether two values are equal except for the revision of the last change.
+/// Whether two values are equal except for the position of the last change.
 fn is_equivalent(a: &Result<LeaseRecord, RejectedLease>, b: &Result<LeaseRecord, RejectedLease>) -> bool {
     match (a, b) {
-        (Ok(a), Ok(b)) => a.subnet == b.subnet && a.lease == b.lease && a.create_revision == b.create_revision,
+        (Ok(a), Ok(b)) => a.subnet == b.subnet && a.lease == b.lease && a.created == b.created,
         (a, b) => a == b,
     }
 }
 
 /// Rank of a lease; lower ranks win a conflict.
-fn rank(record: &LeaseRecord, network: &NetworkConfig) -> (bool, i64) {
+fn rank(record: &LeaseRecord, network: &NetworkConfig) -> (bool, StorePosition) {
     let of_pools =
         record.subnet.iter().all(|(family, cidr)| network.pools.get(family).is_some_and(|pool| pool.allows_subnet(cidr)));
-    (!of_pools, record.create_revision)
+    (!of_pools, record.created)
 }
 
 fn macs(record: &LeaseRecord) -> impl Iterator<Item = (Family, Mac)> + '_ {

@@ -10,8 +10,8 @@ use crate::app::queries::Queries;
 use crate::app::wiring;
 use crate::model::event::{Connection, HeldLease, LeaseOrigin, LeaseRequest, OwnLease, StoreEntry, StoreEvent};
 use crate::model::{
-    Backend, Endpoint, Family, Lease, LeaseRecord, Mac, NetworkConfig, Node, PerFamily, RejectReason, RejectedLease, Subnet, Vni,
-    api,
+    Backend, Endpoint, ExpiryId, Family, Lease, LeaseRecord, Mac, NetworkConfig, Node, PerFamily, RejectReason, RejectedLease,
+    StorePosition, Subnet, Vni, api,
 };
 use crate::network::{self, Network, NetworkStateStore};
 use crate::plan::state::{LinkState, device_of};
@@ -78,7 +78,13 @@ fn entry(number: u8, ip: u8) -> StoreEntry {
         backend: Backend::Vxlan { vni: Vni::DEFAULT, vtep: PerFamily { v4: Some(Mac([2, 0, 0, 0, 0, ip])), v6: None } },
         node: None,
     };
-    let record = LeaseRecord { subnet, lease, create_revision: i64::from(number), mod_revision: 1, etcd_lease: Some(1) };
+    let record = LeaseRecord {
+        subnet,
+        lease,
+        created: StorePosition(number.into()),
+        changed: StorePosition(1),
+        expiry: Some(ExpiryId(1)),
+    };
     StoreEntry { key: subnet.to_key(), value: Ok(record) }
 }
 
@@ -137,7 +143,7 @@ impl Fixture {
 
     /// Sends the store events that a host needs to become ready, with these peers.
     async fn join(&self, peers: impl IntoIterator<Item = u8>) {
-        self.send(StoreEvent::Connection(Connection::Up { revision: 1 })).await;
+        self.send(StoreEvent::Connection(Connection::Up { position: StorePosition(1) })).await;
         self.send(StoreEvent::Config(Some(Ok(network())))).await;
         self.send(StoreEvent::Snapshot(peers.into_iter().map(|n| entry(n, n)).collect())).await;
         self.send(held_lease(100)).await;
@@ -199,7 +205,11 @@ fn route(number: u8) -> Key {
 }
 
 fn held_lease(number: u8) -> StoreEvent {
-    StoreEvent::Own(OwnLease::Held(HeldLease { subnet: subnet(number), etcd_lease: Some(7), origin: LeaseOrigin::Acquired }))
+    StoreEvent::Own(OwnLease::Held(HeldLease {
+        subnet: subnet(number),
+        expiry: Some(ExpiryId(7)),
+        origin: LeaseOrigin::Acquired,
+    }))
 }
 
 #[tokio::test]
@@ -294,7 +304,7 @@ async fn renewal_writes_nothing() {
     fixture.kernel.lock().applied_ops.clear();
     let mut renewed = entry(1, 1);
     if let Ok(record) = &mut renewed.value {
-        (record.mod_revision, record.etcd_lease) = (50, Some(9));
+        (record.changed, record.expiry) = (StorePosition(50), Some(ExpiryId(9)));
     }
     fixture.send(StoreEvent::Upsert(renewed)).await;
     fixture.send(StoreEvent::Snapshot(vec![entry(1, 1), entry(2, 2)])).await;
@@ -390,10 +400,10 @@ async fn store_outage_beyond_lease_ttl_clears_readiness() {
     let status = fixture.status().await;
     assert!(status.problems.iter().any(|problem| problem.contains("another host may get its subnet")), "{:?}", status.problems);
     assert_eq!(fixture.kernel.lock().applied_ops, [], "the data path is unchanged");
-    fixture.send(StoreEvent::Connection(Connection::Up { revision: 9 })).await;
+    fixture.send(StoreEvent::Connection(Connection::Up { position: StorePosition(9) })).await;
     fixture.ready.wait_for(|ready| *ready).await.unwrap();
     // A reservation does not expire.
-    let reservation = HeldLease { subnet: subnet(100), etcd_lease: None, origin: LeaseOrigin::Reused };
+    let reservation = HeldLease { subnet: subnet(100), expiry: None, origin: LeaseOrigin::Reused };
     fixture.send(StoreEvent::Own(OwnLease::Held(reservation))).await;
     fixture.send(down()).await;
     tokio::time::sleep(2 * LEASE_TTL).await;

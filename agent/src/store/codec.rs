@@ -10,7 +10,9 @@ use serde_json::{Map, Value};
 use super::read::RawEntry;
 use crate::model::event::StoreEntry;
 use crate::model::lease::printable;
-use crate::model::{Backend, Family, Lease, LeaseRecord, Mac, Node, PerFamily, RejectReason, RejectedLease, Subnet, Vni};
+use crate::model::{
+    Backend, ExpiryId, Family, Lease, LeaseRecord, Mac, Node, PerFamily, RejectReason, RejectedLease, StorePosition, Subnet, Vni,
+};
 
 /// Maximum size of a value, in bytes. This agent's leases take some 300.
 pub const MAX_VALUE: usize = 16 * 1024;
@@ -47,9 +49,9 @@ fn decode_record(entry: &RawEntry) -> Result<LeaseRecord, RejectReason> {
     Ok(LeaseRecord {
         subnet,
         lease: decode_value(&subnet, &entry.value)?,
-        create_revision: entry.create_revision,
-        mod_revision: entry.mod_revision,
-        etcd_lease: entry.etcd_lease,
+        created: StorePosition(entry.create_revision),
+        changed: StorePosition(entry.mod_revision),
+        expiry: entry.etcd_lease.map(ExpiryId),
     })
 }
 

@@ -8,9 +8,9 @@ use super::codec::{self, Owner};
 use super::keys::claimed_ranges;
 use super::pick;
 use super::read::{Listing, RawConfig, RawEntry};
-use crate::model::event::{HeldLease, LeaseOrigin, LeaseRequest};
+use crate::model::event::{self, LeaseOrigin, LeaseRequest};
 use crate::model::lease::printable;
-use crate::model::{Backend, Cidr, Lease, NetworkConfig, PerFamily, Subnet};
+use crate::model::{Backend, Cidr, ExpiryId, Lease, NetworkConfig, PerFamily, Subnet};
 
 /// Delay before a host that cannot get a subnet reads a new snapshot without a change.
 pub(super) const RETRY_INTERVAL: Duration = Duration::from_secs(10);
@@ -52,6 +52,24 @@ pub(super) struct HolderState {
     pub(super) contender: Option<Owner>,
     /// Races lost since the last success.
     pub(super) attempt: u32,
+}
+
+/// A lease that this host holds, with its etcd lease.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct HeldLease {
+    /// The subnet.
+    pub(super) subnet: Subnet,
+    /// The etcd lease; `None` for a reservation.
+    pub(super) etcd_lease: Option<i64>,
+    /// How it was obtained.
+    pub(super) origin: LeaseOrigin,
+}
+
+impl HeldLease {
+    /// The lease as the other layers see it.
+    pub(super) fn to_event(&self) -> event::HeldLease {
+        event::HeldLease { subnet: self.subnet, expiry: self.etcd_lease.map(ExpiryId), origin: self.origin }
+    }
 }
 
 /// An entry that this process holds.

@@ -13,14 +13,14 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::connect::{Session, StoreConfig};
-use super::lease::{self, Action, HeldEntry, HolderState, LeaseSnapshot, RETRY_INTERVAL};
+use super::lease::{self, Action, HeldEntry, HeldLease, HolderState, LeaseSnapshot, RETRY_INTERVAL};
 use super::renew::{self, Liveness, Renewal};
 use super::watch::{WatchProgress, WatchState, send_event};
 use super::write::LeaseBinding;
 use super::{StoreError, codec};
 use crate::backoff::Backoff;
 use crate::model::Subnet;
-use crate::model::event::{HeldLease, LeaseOrigin, LeaseRequest, OwnLease, StoreEvent};
+use crate::model::event::{LeaseOrigin, LeaseRequest, OwnLease, StoreEvent};
 
 /// Backoff after a lost race. Short: the other host has finished, and the next choice is a different subnet.
 const RACE_BACKOFF: Backoff = Backoff::new(Duration::from_millis(1), Duration::from_millis(500));
@@ -381,7 +381,7 @@ impl<'a> LeaseKeeper<'a> {
                 other => Some(other?),
             },
         };
-        self.report_state(OwnLease::Held(held.lease.clone())).await?;
+        self.report_state(OwnLease::Held(held.lease.to_event())).await?;
         let known = self.known_revision.max(held.mod_revision);
         let mut progress = self.watch_state.progress.subscribe();
         loop {

@@ -10,6 +10,7 @@ use tracing::debug;
 use super::connect::{Session, StoreConfig, connect};
 use super::lease::{LeaseEntry, LeaseSnapshot};
 use super::{StoreError, codec};
+use crate::model::ExpiryId;
 use crate::model::event::StoreEntry;
 
 /// Maximum number of concurrent requests for remaining TTLs.
@@ -27,7 +28,7 @@ pub struct Snapshot {
     /// Every entry below `<prefix>/subnets/`.
     pub entries: Vec<StoreEntry>,
     /// Remaining TTL of each etcd lease by its ID, if requested.
-    pub remaining_ttls: BTreeMap<i64, Duration>,
+    pub remaining_ttls: BTreeMap<ExpiryId, Duration>,
 }
 
 /// The network's configuration as stored.
@@ -88,19 +89,19 @@ pub async fn read_all(config: &StoreConfig, with_remaining_ttls: bool) -> Result
 ///
 /// # Errors
 /// Any error of the connection or a request.
-pub async fn remaining_ttls(config: &StoreConfig, ids: Vec<i64>) -> Result<BTreeMap<i64, Duration>, StoreError> {
-    request_remaining_ttls(&connect(config).await?, ids).await
+pub async fn remaining_ttls(config: &StoreConfig, ids: Vec<ExpiryId>) -> Result<BTreeMap<ExpiryId, Duration>, StoreError> {
+    request_remaining_ttls(&connect(config).await?, ids.into_iter().map(|id| id.0)).await
 }
 
 async fn request_remaining_ttls(
     session: &Session,
     ids: impl IntoIterator<Item = i64>,
-) -> Result<BTreeMap<i64, Duration>, StoreError> {
+) -> Result<BTreeMap<ExpiryId, Duration>, StoreError> {
     let ids: BTreeSet<i64> = ids.into_iter().collect();
     stream::iter(ids)
         .map(|id| async move { Ok::<_, StoreError>((id, session.time_to_live(id).await?)) })
         .buffer_unordered(MAX_CONCURRENT_REQUESTS)
-        .try_filter_map(|(id, ttl)| async move { Ok(ttl.map(|ttl| (id, ttl.remaining))) })
+        .try_filter_map(|(id, ttl)| async move { Ok(ttl.map(|ttl| (ExpiryId(id), ttl.remaining))) })
         .try_collect()
         .await
 }

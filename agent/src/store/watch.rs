@@ -13,8 +13,8 @@ use super::connect::{ClusterState, Session};
 use super::keys::KeyKind;
 use super::read::{RawConfig, RawEntry};
 use super::{StoreError, codec};
-use crate::model::NetworkConfig;
 use crate::model::event::{Connection, StoreEntry, StoreEvent};
+use crate::model::{NetworkConfig, StorePosition};
 
 /// Maximum number of immediate retries of a read whose revision was compacted meanwhile.
 const MAX_READ_RETRIES: u32 = 5;
@@ -107,7 +107,7 @@ impl Watcher {
     async fn report_up(&mut self, revision: i64, events: &mpsc::Sender<StoreEvent>) -> Result<(), StoreError> {
         if !self.connected {
             self.connected = true;
-            send_event(events, StoreEvent::Connection(Connection::Up { revision })).await?;
+            send_event(events, StoreEvent::Connection(Connection::Up { position: StorePosition(revision) })).await?;
         }
         Ok(())
     }

@@ -11,7 +11,9 @@ use overlay_agent::app::wiring;
 use overlay_agent::kernel::{Kernel, KernelOptions};
 use overlay_agent::metrics::Metrics;
 use overlay_agent::model::event::{Connection, HeldLease, LeaseOrigin, OwnLease, StoreEntry, StoreEvent};
-use overlay_agent::model::{Cidr, Device, Endpoint, Family, Mac, NetworkConfig, NetworkName, Node, PerFamily, Subnet, Vni};
+use overlay_agent::model::{
+    Cidr, Device, Endpoint, Family, Mac, NetworkConfig, NetworkName, Node, PerFamily, StorePosition, Subnet, Vni,
+};
 use overlay_agent::network::{self, Network, NetworkStateStore};
 use overlay_agent::plan::contribution::Progress;
 use overlay_agent::plan::diff::diff;
@@ -210,9 +212,9 @@ fn initial_events(families: &[Family]) -> anyhow::Result<[StoreEvent; 4]> {
         Ok((*family, network.pools.get(*family).context("the network lacks its family")?.max))
     };
     let subnet = Subnet::new(families.iter().map(own).collect::<anyhow::Result<_>>()?)?;
-    let held = HeldLease { subnet, etcd_lease: None, origin: LeaseOrigin::Acquired };
+    let held = HeldLease { subnet, expiry: None, origin: LeaseOrigin::Acquired };
     Ok([
-        StoreEvent::Connection(Connection::Up { revision: 1 }),
+        StoreEvent::Connection(Connection::Up { position: StorePosition(1) }),
         StoreEvent::Config(Some(Ok(network))),
         StoreEvent::Own(OwnLease::Held(held)),
         StoreEvent::Snapshot(Vec::new()),

@@ -4,7 +4,9 @@ use std::net::IpAddr;
 
 use anyhow::Context;
 use overlay_agent::model::event::StoreEntry;
-use overlay_agent::model::{Backend, Cidr, Family, Lease, LeaseRecord, Mac, NetworkConfig, Node, Subnet, Vni};
+use overlay_agent::model::{
+    Backend, Cidr, ExpiryId, Family, Lease, LeaseRecord, Mac, NetworkConfig, Node, StorePosition, Subnet, Vni,
+};
 
 /// One peer in one family.
 #[derive(Debug, Clone, Copy)]
@@ -96,7 +98,13 @@ pub fn store_entry(peer: &[SyntheticPeer]) -> anyhow::Result<StoreEntry> {
         node: Some(Node { name: format!("n{number}"), id: format!("{number:032x}") }),
     };
     let revision = i64::from(number);
-    let record = LeaseRecord { subnet, lease, create_revision: revision, mod_revision: revision, etcd_lease: Some(revision) };
+    let record = LeaseRecord {
+        subnet,
+        lease,
+        created: StorePosition(revision),
+        changed: StorePosition(revision),
+        expiry: Some(ExpiryId(revision)),
+    };
     Ok(StoreEntry { key: subnet.to_key(), value: Ok(record) })
 }
 

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::model::{Lease, Vni};
+use crate::model::{ExpiryId, Lease, Vni};
 
 fn network() -> NetworkConfig {
     NetworkConfig::parse(r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/56"}"#)
@@ -26,9 +26,9 @@ fn record(key: &str, revision: i64, ip: u8, mac: u8) -> StoreEntry {
         value: Ok(LeaseRecord {
             subnet,
             lease: Lease { public_ip, backend: Backend::Vxlan { vni: Vni::DEFAULT, vtep }, node: None },
-            create_revision: revision,
-            mod_revision: revision,
-            etcd_lease: Some(1),
+            created: StorePosition(revision),
+            changed: StorePosition(revision),
+            expiry: Some(ExpiryId(1)),
         }),
     }
 }
@@ -159,7 +159,7 @@ fn renewal_affects_no_lease() {
     roster.upsert(record("10.244.1.0-24", 1, 1, 1));
     let mut renewed = record("10.244.1.0-24", 1, 1, 1);
     if let Ok(record) = &mut renewed.value {
-        record.mod_revision = 99;
+        record.changed = StorePosition(99);
     }
     assert!(roster.upsert(renewed).is_empty());
     assert_eq!(roster.upsert(record("10.244.1.0-24", 1, 2, 1)).len(), 1);

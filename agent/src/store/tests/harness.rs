@@ -12,8 +12,9 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::model::event::{HeldLease, LeaseRequest, OwnLease, StoreEvent};
+use crate::model::event::{LeaseRequest, OwnLease, StoreEvent};
 use crate::model::{Family, Mac, NetworkConfig, Node, PerFamily, Subnet};
+use crate::store::lease::HeldLease;
 use crate::store::{Store, StoreConfig, StoreError};
 
 /// Timeout of every wait in a test.
@@ -277,7 +278,9 @@ impl Agent {
 
     pub(super) async fn next_held(&mut self) -> HeldLease {
         self.find(|event| match event {
-            StoreEvent::Own(OwnLease::Held(held)) => Some(held.clone()),
+            StoreEvent::Own(OwnLease::Held(held)) => {
+                Some(HeldLease { subnet: held.subnet, etcd_lease: held.expiry.map(|id| id.0), origin: held.origin })
+            }
             _ => None,
         })
         .await

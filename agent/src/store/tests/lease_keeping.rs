@@ -3,7 +3,8 @@
 use std::time::{Duration, Instant};
 
 use super::harness::*;
-use crate::model::event::{HeldLease, LeaseOrigin, OwnLease, StoreEvent};
+use crate::model::event::{LeaseOrigin, OwnLease, StoreEvent};
+use crate::store::lease::HeldLease;
 use crate::store::release;
 
 const FLANNEL: &str =

@@ -7,6 +7,7 @@ use tokio::sync::mpsc;
 
 use super::harness::*;
 use crate::model::event::{Connection, StoreEvent};
+use crate::model::{ExpiryId, StorePosition};
 use crate::store::connect::connect;
 use crate::store::watch::{WatchState, Watcher};
 
@@ -33,17 +34,17 @@ async fn snapshot_is_followed_by_every_change() {
     etcd.put_config(NETWORK).await;
     etcd.put_subnet("10.244.1.0-24", VALUE, None).await;
     let mut agent = Agent::start(etcd.config(), None);
-    assert!(matches!(agent.next().await, StoreEvent::Connection(Connection::Up { revision }) if revision >= 3));
+    assert!(matches!(agent.next().await, StoreEvent::Connection(Connection::Up { position }) if position >= StorePosition(3)));
     assert!(matches!(agent.next().await, StoreEvent::Config(Some(Ok(_)))));
     let StoreEvent::Snapshot(entries) = agent.next().await else { panic!("a snapshot") };
     let record = entries[0].value.clone().unwrap();
-    assert_eq!((record.subnet, record.etcd_lease), (subnet("10.244.1.0-24"), None));
+    assert_eq!((record.subnet, record.expiry), (subnet("10.244.1.0-24"), None));
 
     let lease = etcd.grant(60).await;
     etcd.put_subnet("10.244.2.0-24", VALUE, Some(lease)).await;
     let StoreEvent::Upsert(entry) = agent.next().await else { panic!("an upsert") };
     let record = entry.value.unwrap();
-    assert_eq!((record.etcd_lease, record.create_revision), (Some(lease), record.mod_revision));
+    assert_eq!((record.expiry, record.created), (Some(ExpiryId(lease)), record.changed));
     etcd.client().await.put(format!("{PREFIX}/other/x"), "not ours", None).await.unwrap();
     etcd.client().await.lease_revoke(lease).await.unwrap();
     assert_eq!(agent.next().await, StoreEvent::Remove { key: "10.244.2.0-24".to_owned() });

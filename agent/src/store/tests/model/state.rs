@@ -5,11 +5,11 @@ use std::rc::Rc;
 
 use super::super::harness::{PREFIX, lease_request};
 use super::etcd::{NO_HOST, Operation, StoredEntry, StoredValue, TxnRequest, TxnResult};
-use crate::model::event::{HeldLease, LeaseOrigin, LeaseRequest};
+use crate::model::event::{LeaseOrigin, LeaseRequest};
 use crate::model::{Cidr, NetworkConfig, Subnet};
 use crate::store::codec;
 use crate::store::keys::{Keys, claimed_ranges};
-use crate::store::lease::{Action, HeldEntry, HolderState, LeaseSnapshot, decide, lease_value};
+use crate::store::lease::{Action, HeldEntry, HeldLease, HolderState, LeaseSnapshot, decide, lease_value};
 use crate::store::pick::pick;
 use crate::store::write::{Precondition, change_preconditions, create_preconditions};
 
