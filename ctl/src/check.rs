@@ -1,18 +1,18 @@
-//! The doctor: looks at what on this host stands in the way of the overlay, with evidence and a remedy for each finding. It changes nothing.
+//! Diagnosis of this host: findings with evidence and a remedy each. It changes nothing.
 //!
-//! This file is the engine: what a finding is, which families of checks there are, how they are run. Each family has a file of its own and reads what
-//! it needs through [`Facts`].
+//! This file is the engine: the finding type, the list of checks, and their execution. Each check has its own file and reads its
+//! input from [`Facts`].
 //!
-//! | file | looks at |
+//! | file | checks |
 //! | --- | --- |
-//! | `agent` | whether it answers, what it says itself, its rights |
-//! | `fake_kernel` | features, tried in a network namespace of its own; sysctls; the connection table |
-//! | `inject_store_fault` | etcd: reachable, version, TLS, clock |
+//! | `agent` | whether the agent answers, its reported problems, its capabilities |
+//! | `kernel` | features, tried in a temporary network namespace; sysctls; the connection table |
+//! | `store` | etcd: reachable, version, TLS, clock |
 //! | `addresses` | the overlay's ranges against routes, Docker's networks, resolvers; reverse path filters |
 //! | `firewall` | rules that drop the tunnel or forwarding |
 //! | `paths` | every peer: MTU end to end, checksums and segmentation, by real packets |
-//! | `neighbours` | who else manages our devices: NetworkManager, systemd-networkd, flannel |
-//! | `endpoint_count` | the containers: agent, state directory and kernel agree |
+//! | `neighbours` | other managers of the agent's devices: NetworkManager, systemd-networkd, flannel |
+//! | `endpoints` | the containers: agent, state directory and kernel agree |
 
 mod addresses;
 mod agent;
@@ -32,66 +32,66 @@ use serde::{Deserialize, Serialize};
 pub(crate) use facts::read_net_stat;
 pub use facts::{Facts, Settings};
 
-/// The part of a table of the kernel, in percent, from which on it is called nearly full.
+/// Fill level from which a kernel table counts as nearly full, in percent.
 const FULL_WARNING_PERCENT: usize = 90;
 
-/// The version of the report's JSON. Within a version fields and checks are only ever added.
+/// Version of the report's JSON. Within a version fields and checks are only added.
 pub const VERSION: u32 = 1;
 
-/// How grave a finding is.
+/// Severity of a finding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Severity {
-    /// Worth knowing; or what could not be looked at, and why.
+    /// Information, or a check that could not run, with the reason.
     Info,
-    /// Works, but not well, or not for long.
+    /// The overlay works, but badly, or not for long.
     Warning,
     /// Traffic is lost.
     Error,
 }
 
-/// One thing that was found.
+/// Result of a check that needs attention.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Finding {
-    /// The family of checks, as in [`Report::checks`].
+    /// Name of the check, as in [`Report::checks`].
     pub check: String,
-    /// How grave it is.
+    /// Severity.
     pub severity: Severity,
-    /// What is the matter, in one line.
+    /// Summary on one line.
     pub summary: String,
-    /// What was seen: a rule, a route, a measured value.
+    /// Evidence: a rule, a route, a measured value.
     pub evidence: Vec<String>,
-    /// What to do about it.
+    /// Remedy.
     pub remedy: String,
 }
 
-/// One family of checks, as it was run.
+/// Result of one check.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckResult {
-    /// Its name.
+    /// Name of the check.
     pub name: String,
-    /// What it looks at.
+    /// Subject of the check.
     pub about: String,
-    /// The gravest of its findings; absent where there is none.
+    /// Highest severity of its findings; absent without findings.
     pub worst: Option<Severity>,
-    /// How long it took, in milliseconds.
+    /// Duration in milliseconds.
     pub milliseconds: u64,
 }
 
-/// What the doctor says.
+/// Report of all checks that ran.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
     /// [`VERSION`].
     pub version: u32,
-    /// The gravest finding; absent where there is none.
+    /// Highest severity; absent without findings.
     pub worst: Option<Severity>,
-    /// The families, in the order in which they were run.
+    /// Checks, in the order of their execution.
     pub checks: Vec<CheckResult>,
-    /// What was found, the gravest first.
+    /// Findings, highest severity first.
     pub findings: Vec<Finding>,
 }
 
-/// Takes findings of one family.
+/// Collects the findings of one check.
 #[derive(Debug)]
 pub struct Findings {
     check: &'static str,
@@ -99,7 +99,7 @@ pub struct Findings {
 }
 
 impl Findings {
-    /// Of a family, none yet.
+    /// Creates an empty collection for a check.
     pub fn for_check(check: &'static str) -> Findings {
         Findings { check, items: Vec::new() }
     }
@@ -110,45 +110,45 @@ impl Findings {
         self.items.push(Finding { check: self.check.to_owned(), severity, summary, evidence, remedy });
     }
 
-    /// Traffic is lost.
+    /// Adds an error: traffic is lost.
     fn error(&mut self, summary: impl Display, evidence: Vec<String>, remedy: impl Display) {
         self.add(Severity::Error, summary, evidence, remedy);
     }
 
-    /// Works, but not well.
+    /// Adds a warning: the overlay works, but badly.
     fn warning(&mut self, summary: impl Display, evidence: Vec<String>, remedy: impl Display) {
         self.add(Severity::Warning, summary, evidence, remedy);
     }
 
-    /// Worth knowing.
+    /// Adds information.
     fn info(&mut self, summary: impl Display, evidence: Vec<String>, remedy: impl Display) {
         self.add(Severity::Info, summary, evidence, remedy);
     }
 
-    /// The findings.
+    /// Returns the findings.
     pub fn into_vec(self) -> Vec<Finding> {
         self.items
     }
 }
 
-/// The families: name, and what each looks at.
+/// Name and subject of each check.
 const CHECKS: [(&str, &str); 8] = [
-    ("agent", "the agent answers, and has the rights that it needs"),
+    ("agent", "the agent answers and has its capabilities"),
     ("kernel", "features, sysctls, connection table"),
     ("store", "etcd: reachable, version, TLS, clock"),
-    ("addresses", "the overlay's ranges beside the host's routes, reverse path filters"),
+    ("addresses", "the overlay's ranges against the host's routes, reverse path filters"),
     ("firewall", "rules that drop the tunnel or forwarding"),
     ("paths", "peers: MTU, checksums, segmentation, by real packets"),
     ("neighbours", "NetworkManager, systemd-networkd, flannel"),
     ("endpoints", "containers: agent, state directory and kernel agree"),
 ];
 
-/// The names of all families.
+/// Names of all checks.
 pub fn names() -> impl Iterator<Item = &'static str> {
     CHECKS.iter().map(|(name, _)| *name)
 }
 
-/// Runs the families; those named, or all where none is.
+/// Runs the named checks, or all if none is named.
 pub async fn run(settings: Settings, only: &[String]) -> Report {
     let facts = Facts::gather(settings).await;
     let mut report = Report { version: VERSION, worst: None, checks: Vec::new(), findings: Vec::new() };

@@ -1,4 +1,4 @@
-//! The commands: one file each, with its arguments and what it does.
+//! Commands of `overlayctl`: one file each, with arguments and execution.
 
 pub mod attach;
 pub mod check;
@@ -35,104 +35,104 @@ use crate::output::{Format, OutputError, Printer};
 use crate::resolver::ResolverError;
 use crate::trace::TraceError;
 
-/// See and steer the overlay network of this host.
+/// Inspect and control the overlay network of this host.
 #[derive(Debug, Parser)]
 #[command(name = "overlayctl", version, propagate_version = true, max_term_width = 110)]
-#[command(after_help = "Exit codes: 0 well, 1 error, 2 usage, 3 degraded, 4 timed out.")]
+#[command(after_help = "Exit codes: 0 success, 1 error, 2 usage, 3 degraded, 4 timed out.")]
 pub struct Cli {
-    /// The agent's socket
+    /// Path of the agent's socket
     #[arg(long, global = true, value_name = "PATH", env = "OVERLAYD_SOCKET", default_value = DEFAULT_SOCKET)]
     pub socket: PathBuf,
-    /// The shape of the output
+    /// Output format
     #[arg(short, long, global = true, value_enum, default_value_t = Format::Table)]
     pub output: Format,
-    /// What to do
+    /// Command to run
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// What to do.
+/// The command to run.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Every host's subnet, from the agent or straight from etcd
+    /// List every host's subnet, from the agent or directly from etcd
     Subnets(subnets::Args),
-    /// How this host reaches each peer
+    /// List the peers and their data-path state
     Peers(peers::Args),
-    /// The agent's health
+    /// Show the agent's health
     Status(status::Args),
-    /// The network's configuration in etcd
+    /// Show, set or validate the network configuration in etcd
     #[command(subcommand)]
     Config(config::Args),
     /// Attach a container's network namespace to the overlay
     Attach(attach::Args),
-    /// Run a command in a fresh network namespace on the overlay
+    /// Run a command in a new network namespace on the overlay
     Run(run::Args),
     /// Detach a container
     Detach(detach::Args),
-    /// The containers of this host
+    /// List the containers of this host
     Endpoints(endpoints::Args),
-    /// The network of this host in detail: addresses, devices, ports, containers, counters
+    /// Show this host's network in detail: addresses, devices, ports, containers, counters
     Inspect(inspect::Args),
-    /// The overlay as a picture: hosts, subnets, containers, links
+    /// Draw the overlay: hosts, subnets, containers, links
     Graph(graph::Args),
-    /// What on this host stands in the way, and what to do about it
+    /// Diagnose this host: findings with evidence and remedies
     Check(check::Args),
-    /// Which host reaches which, over overlay and underlay, by the agents' probes
+    /// Show reachability between hosts, over overlay and underlay, from the agents' probes
     Mesh(mesh::Args),
     /// Probe every peer from this host now
     PingMesh(ping_mesh::Args),
-    /// The way a packet takes, hop by hop, from the kernel's own answers
+    /// Trace a packet's path hop by hop, from the kernel's own lookups
     Trace(trace::Args),
-    /// State, logs, what the kernel holds and versions in one archive, without secrets
+    /// Write one archive for support: state, logs, kernel state and versions, without secrets
     SupportBundle(support_bundle::Args),
-    /// What dockerd has to be told so that its containers are on the overlay
+    /// Print the dockerd options that put its containers on the overlay
     DockerOptions(docker_options::Args),
-    /// Several hosts on this machine, each with its own agent, and a private etcd
+    /// Run several hosts on this machine, each with its own agent, and a private etcd
     #[command(subcommand)]
     Lab(lab::Args),
-    /// Completions for a shell
+    /// Print shell completions
     Completions(completions::Args),
-    /// Manual pages
+    /// Print or write the manual pages
     Man(man::Args),
 }
 
-/// How a command ended that did what it was asked for.
+/// Result of a command that ran to its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
     /// Exit code 0.
     Ok,
-    /// Exit code 1: the answer is no.
+    /// Exit code 1: the answer is negative.
     Negative,
     /// Exit code 3.
     Degraded,
     /// Exit code 4.
     TimedOut,
-    /// The exit code of a command that ran inside a lab or a container.
+    /// Exit code of a command that ran inside a lab or a container.
     Code(u8),
 }
 
-/// Why a command did not do what it was asked for.
+/// Failure of a command.
 #[derive(Debug, thiserror::Error)]
 pub enum CommandError {
-    /// The agent.
+    /// Request to the agent.
     #[error(transparent)]
     Client(#[from] ClientError),
-    /// etcd.
+    /// Request to etcd.
     #[error(transparent)]
     Etcd(#[from] EtcdError),
-    /// The lab.
+    /// Lab.
     #[error(transparent)]
     Lab(#[from] LabError),
-    /// A network namespace.
+    /// Network namespace.
     #[error(transparent)]
     Namespace(#[from] NamespaceError),
-    /// A resolver file.
+    /// Resolver file.
     #[error(transparent)]
     Resolver(#[from] ResolverError),
-    /// The archive.
+    /// Support archive.
     #[error(transparent)]
     Bundle(#[from] BundleError),
-    /// The way of a packet.
+    /// Packet trace.
     #[error(transparent)]
     Trace(#[from] TraceError),
     /// Docker's options.
@@ -141,46 +141,46 @@ pub enum CommandError {
     /// Standard output.
     #[error(transparent)]
     Output(#[from] OutputError),
-    /// A file that was named.
+    /// A file that the command line names cannot be read.
     #[error("cannot read {}: {source}", path.display())]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system says.
+        /// Error of the system call.
         source: std::io::Error,
     },
-    /// A file or directory that cannot be written.
+    /// A file or directory cannot be written.
     #[error("cannot write {}: {source}", path.display())]
     Write {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system says.
+        /// Error of the system call.
         source: std::io::Error,
     },
-    /// There is no such thing.
+    /// The named object does not exist.
     #[error("{message}")]
     Missing {
-        /// What is not there, and where to look.
+        /// The missing object and how to list the existing ones.
         message: String,
     },
-    /// The arguments are well-formed but make no sense together; exit code 2.
+    /// The arguments are well-formed but conflict; exit code 2.
     #[error("{message}")]
     Usage {
-        /// What is wrong, and what to write instead.
+        /// The conflict and the remedy.
         message: String,
     },
 }
 
-/// What every command gets.
+/// Shared input of every command.
 #[derive(Debug)]
 pub struct Context {
-    /// The agent.
+    /// Client of the agent.
     pub client: Client,
     /// Standard output.
     pub printer: Printer,
 }
 
-/// Runs the command of a command line.
+/// Runs the parsed command.
 pub async fn run(cli: Cli) -> Result<Outcome, CommandError> {
     let context = Context { client: Client::new(cli.socket), printer: Printer::new(cli.output) };
     match cli.command {
@@ -206,7 +206,7 @@ pub async fn run(cli: Cli) -> Result<Outcome, CommandError> {
     }
 }
 
-/// Tells an error on standard error and turns the result into the exit code.
+/// Prints an error to standard error and maps the result to the exit code.
 pub fn finish(result: Result<Outcome, CommandError>) -> ExitCode {
     match result {
         Ok(Outcome::Ok) | Err(CommandError::Output(OutputError::Closed)) => ExitCode::SUCCESS,

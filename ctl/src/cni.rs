@@ -1,20 +1,20 @@
-//! The CNI plugin: what a container runtime runs to put a container on the overlay (Container Network Interface specification 0.3.1 to 1.1.0,
-//! `containernetworking/cni` `SPEC.md`).
+//! The CNI plugin: a container runtime runs it to attach a container to the overlay (Container Network Interface specification
+//! 0.3.1 to 1.1.0, `containernetworking/cni` `SPEC.md`).
 //!
-//! One process a verb: it reads its environment and standard input, asks the agent over its socket, prints a result or an error as JSON, and
-//! ends. Addresses, interfaces and published ports are the agent's. Nothing is kept between two runs, and no async runtime is started: the one
-//! conversation with the agent is blocking, which makes the start of the process cheap.
+//! One process per verb: it reads its environment and standard input, sends requests to the agent's socket, prints a result or an
+//! error as JSON, and exits. The agent owns addresses, interfaces and published ports. The plugin keeps no state between runs. It
+//! starts no async runtime: the requests are blocking, which keeps the start of the process cheap.
 //!
 //! | module | owns |
 //! | --- | --- |
 //! | [`environment`] | the verb and the attachment, from `CNI_*` |
-//! | [`config`], [`wish`] | the network configuration on standard input; what it asks of the agent |
-//! | [`ip_version`], [`error`], [`result`] | the specification's shapes |
-//! | [`name`] | how an attachment is called at the agent |
-//! | [`agent`] | the socket, with a deadline and retries |
-//! | [`sandbox`] | a look into a container's namespace |
-//! | [`verbs`], [`check`] | what each verb does |
-//! | [`log_file`] | the log file |
+//! | [`config`], [`attach_request`] | the network configuration on standard input; the request to the agent |
+//! | [`version`], [`error`], [`result`] | the specification's versions, errors and results |
+//! | [`name`] | an attachment's endpoint name and owner at the agent |
+//! | [`agent`] | the agent's socket, with a deadline and retries |
+//! | [`sandbox`] | reads a container's network namespace |
+//! | [`verbs`], [`check`] | the verbs |
+//! | [`log`] | the log file |
 
 pub mod agent;
 pub mod attach_request;
@@ -42,11 +42,11 @@ use error::{CniError, Code};
 use log::Log;
 use version::Version;
 
-/// The largest input read, in bytes: a configuration has a few hundred, the list of GC some 150 an attachment.
+/// Largest input, in bytes: a configuration has a few hundred, the list of GC some 150 per attachment.
 const MAX_INPUT_BYTES: u64 = 16 << 20;
 
-/// Runs one verb with this process's environment and standard input. An error is printed as the specification has it, and the exit code
-/// is 1 then.
+/// Runs one verb with this process's environment and standard input. Prints an error in the specification's format; the exit code
+/// is then 1.
 pub fn run() -> ExitCode {
     let started = Instant::now();
     let variable = |name: &str| std::env::var_os(name);
@@ -62,14 +62,14 @@ pub fn run() -> ExitCode {
         Ok(Some(value)) => (value, ExitCode::SUCCESS),
         Err(failed) => (failed.error.to_json(failed.version), ExitCode::FAILURE),
     };
-    // A runtime that has gone away cannot be told anything more; it undoes an attachment by DEL.
+    // A failed write cannot be reported: the runtime has closed its end, and undoes an attachment with DEL.
     match writeln!(std::io::stdout(), "{output}") {
         Ok(()) => code,
         Err(_) => ExitCode::FAILURE,
     }
 }
 
-/// An error, and the version in which the runtime wants it.
+/// An error, with the version of its JSON format.
 struct VersionedError {
     version: Version,
     error: CniError,
@@ -80,16 +80,13 @@ fn handle(
     input: impl FnOnce(u64) -> std::io::Result<Vec<u8>>,
     started: Instant,
 ) -> Result<Option<Value>, VersionedError> {
-    // Before the configuration is read no other version is known.
+    // No other version is known before the configuration is read.
     let early = |error| VersionedError { version: Version::LATEST, error };
     let verb = environment::verb(&variable).map_err(early)?;
     let bytes = input(MAX_INPUT_BYTES + 1)
         .map_err(|e| early(CniError::new(Code::Io, format!("cannot read the network configuration from standard input: {e}"))))?;
     if bytes.len() as u64 > MAX_INPUT_BYTES {
-        return Err(early(CniError::new(
-            Code::Decode,
-            format!("the network configuration has more than {MAX_INPUT_BYTES} bytes"),
-        )));
+        return Err(early(CniError::new(Code::Decode, format!("the network configuration exceeds {MAX_INPUT_BYTES} bytes"))));
     }
     if verb == Verb::Version {
         return config::requested_version(&bytes).map(|asked| Some(version::supported(asked.as_deref()))).map_err(early);
@@ -111,7 +108,7 @@ fn dispatch(
     started: Instant,
 ) -> Result<Option<Value>, CniError> {
     if config.version < verb.since() {
-        let text = format!("cniVersion {} has no {verb}: it came with {}", config.version, verb.since());
+        let text = format!("cniVersion {} has no {verb}: {verb} requires {}", config.version, verb.since());
         return Err(CniError::new(Code::IncompatibleVersion, text));
     }
     let context = verbs::Context { config, log, started };
@@ -129,7 +126,7 @@ fn dispatch(
     }
 }
 
-/// A plugin has no arguments; a person who starts it by hand is told what it is.
+/// Prints the usage. A plugin takes no arguments, so a person runs it by hand.
 fn print_usage(argument: &str) -> ExitCode {
     let own = env!("CARGO_PKG_VERSION");
     if matches!(argument, "--version" | "-V") {

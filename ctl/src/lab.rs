@@ -1,7 +1,8 @@
-//! The lab: several hosts on one machine, each a network namespace with its own agent, and a private etcd. A feature for people
-//! (`overlayctl start_lab`), and what the test suite builds its stories on.
+//! The lab: several hosts on one machine, each a network namespace with its own agent, and a private etcd. `overlayctl lab` runs
+//! it for people, and the end-to-end tests build on it.
 //!
-//! Everything lives in namespaces named `ov-NAME-*` and in one directory; the machine's own namespace gets no link, address or rule.
+//! All objects are in namespaces named `ov-NAME-*` and in one directory; the machine's own namespace gets no link, address or
+//! rule.
 //!
 //! ```text
 //!   ov-NAME-net    the underlay switch (a bridge) and etcd
@@ -10,7 +11,8 @@
 //!   ov-NAME-h1-c1.. containers, attached by the host's overlayd
 //! ```
 //!
-//! `start_lab.json` describes all of it and is written before anything is made, so that [`Lab::report_down`] removes what a crash left half made.
+//! `lab.json` describes the whole lab. It is written before anything is created, so that [`Lab::down`] removes what a crash left
+//! behind.
 
 pub mod agent;
 pub mod check;
@@ -37,18 +39,17 @@ pub use labs_dir::LabsDir;
 pub use layout::{Families, LabName, LabOptions, Layout};
 pub use process::ProcessId;
 
-/// How long the whole data path of a lab may take to stand once its agents run: a second for a few hosts, more where fifty share two
-/// processors.
+/// Time for the complete data path of a lab after its agents start: a second for a few hosts, more if fifty share two processors.
 const MESH_TIMEOUT: Duration = Duration::from_secs(90);
 
-/// A lab that is up, or was when it was opened.
+/// A lab. It ran when it was opened.
 #[derive(Debug, Clone)]
 pub struct Lab {
     dir: PathBuf,
     layout: Layout,
 }
 
-/// Is told each step as it is done.
+/// Reports each completed step.
 #[derive(Clone, Copy)]
 pub struct Progress<'a> {
     start: Instant,
@@ -56,12 +57,12 @@ pub struct Progress<'a> {
 }
 
 impl<'a> Progress<'a> {
-    /// Calls the function with the time since now and a line for each step.
+    /// Creates a reporter; the function gets the elapsed time and one line per step.
     pub fn new(report: &'a (dyn Fn(Duration, &str) + Send + Sync)) -> Progress<'a> {
         Progress { start: Instant::now(), report }
     }
 
-    /// Tells nobody.
+    /// Creates a reporter without output.
     pub fn silent() -> Progress<'static> {
         Progress { start: Instant::now(), report: &|_, _| {} }
     }
@@ -72,7 +73,7 @@ impl<'a> Progress<'a> {
 }
 
 impl Lab {
-    /// Brings a lab up. Where that fails, what was made is taken down again.
+    /// Starts a lab. A failure removes everything that was created.
     pub async fn up(labs_dir: &LabsDir, options: &LabOptions, progress: Progress<'_>) -> Result<Lab, LabError> {
         let layout = Layout::new(options)?;
         etcd::find_program()?;
@@ -82,7 +83,7 @@ impl Lab {
         match lab.build(progress).await {
             Ok(()) => Ok(lab),
             Err(error) => {
-                progress.step("failed: taking down what was made");
+                progress.step("failed: removing the incomplete lab");
                 match lab.down() {
                     Ok(_) => Err(error),
                     Err(second) => Err(LabError::RollbackFailed { error: Box::new(error), second: Box::new(second) }),
@@ -109,7 +110,7 @@ impl Lab {
             host.agent_start(&[])?;
         }
         agent::wait_mesh(self, MESH_TIMEOUT).await?;
-        progress.step(&format!("{} agents ready, each with a subnet and a way to every other", layout.hosts.len()));
+        progress.step(&format!("{} agents ready, each with a subnet and routes to all others", layout.hosts.len()));
         let containers: usize = layout.hosts.iter().map(|h| h.containers.len()).sum();
         if containers > 0 {
             container::attach_all(self).await?;
@@ -118,32 +119,32 @@ impl Lab {
         Ok(())
     }
 
-    /// The lab of that name.
+    /// Opens the lab of that name.
     pub fn open(labs_dir: &LabsDir, name: &LabName) -> Result<Lab, LabError> {
         Ok(Lab { dir: labs_dir.lab_dir(name), layout: labs_dir.read_layout(name)? })
     }
 
-    /// What the lab consists of.
+    /// Layout of the lab.
     pub fn layout(&self) -> &Layout {
         &self.layout
     }
 
-    /// The lab's directory.
+    /// Directory of the lab.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// The hosts.
+    /// Hosts of the lab.
     pub fn hosts(&self) -> impl Iterator<Item = Host<'_>> {
         self.layout.hosts.iter().map(|layout| Host::new(self, layout))
     }
 
-    /// The host of that name (`h1`).
+    /// Finds a host by name (`h1`).
     pub fn host(&self, name: &str) -> Result<Host<'_>, LabError> {
         self.hosts().find(|h| h.name() == name).ok_or_else(|| self.unknown_target(name))
     }
 
-    /// The namespace of a target: `net`, `world`, `h1`, `h1-c1`, or what was attached to a host by hand, `h1-NAME`.
+    /// Opens the namespace of a target: `net`, `world`, `h1`, `h1-c1`, or a container that was attached manually, `h1-NAME`.
     pub fn netns(&self, target: &str) -> Result<Netns, LabError> {
         let namespace = self.layout.namespace(target);
         if target.contains('/') || !Netns::list()?.contains(&namespace) {
@@ -152,7 +153,7 @@ impl Lab {
         Ok(Netns::named(&namespace)?)
     }
 
-    /// Runs a command inside a target and waits for it. Blocks.
+    /// Runs a command inside a target and waits for its end. Blocks.
     pub fn exec(&self, target: &str, command: &[&str]) -> Result<std::process::Output, LabError> {
         let netns = self.netns(target)?;
         let mut prepared = self.command(target, command)?;
@@ -160,7 +161,7 @@ impl Lab {
         netns.run(|| prepared.output())?.map_err(|source| LabError::Spawn { program, source })
     }
 
-    /// A command with the environment of a target: the agent's socket of a host, this program's directory first in the path.
+    /// Builds a command with a target's environment: the socket of the host's agent, and this program's directory first in PATH.
     pub fn command(&self, target: &str, command: &[impl AsRef<std::ffi::OsStr>]) -> Result<std::process::Command, LabError> {
         let Some((program, arguments)) = command.split_first() else {
             return Err(LabError::Options { message: "no command to run".to_owned() });
@@ -182,12 +183,13 @@ impl Lab {
         Ok(prepared)
     }
 
-    /// Takes the lab down: processes, namespaces, directory. Blocks, for a few seconds at most. Goes on over errors and names them all.
+    /// Removes the lab: processes, namespaces, directory. Blocks for a few seconds at most. Continues after errors and reports
+    /// all.
     pub fn down(&self) -> Result<down::TeardownSummary, LabError> {
         down::down(&self.dir, &self.layout.name)
     }
 
-    /// The lab as a guard that takes it down when dropped, for tests.
+    /// Wraps the lab in a guard that removes it on drop, for tests.
     pub fn guarded(self) -> LabGuard {
         LabGuard { lab: self }
     }
@@ -202,7 +204,7 @@ impl Lab {
     }
 }
 
-/// Takes its lab down when dropped.
+/// Guard that removes its lab on drop.
 #[derive(Debug)]
 pub struct LabGuard {
     lab: Lab,

@@ -1,21 +1,21 @@
-//! The command line of the overlay network, as a library: the binaries are a few lines each and the test suite uses the same code.
+//! Library behind `overlayctl` and `overlay-cni`. The binaries are a few lines each, and the test suite uses the same code.
 //!
 //! | module | owns |
 //! | --- | --- |
-//! | [`cmd`] | one file a command: its arguments and what it does |
-//! | [`check`] | the doctor: what on this host stands in the way |
-//! | [`bundle`] | the archive of support data |
+//! | [`attach_args`] | the flags of an attachment: `attach`, `run` |
+//! | [`bundle`] | the support archive |
+//! | [`check`] | the diagnosis of this host |
 //! | [`client`] | HTTP to the agent's socket |
-//! | [`docker_share`] | dockerd's options, and its configuration file |
-//! | [`etcd`] | the flags that reach etcd without an agent |
-//! | [`path`] | the named namespaces that `attach_filter` makes |
-//! | [`resolver`] | the resolver files of named namespaces |
-//! | [`trace`] | the way of a packet, from the kernel's answers |
-//! | [`wish`] | the flags that say what a container gets |
-//! | [`run_command`] | table, wide, json, yaml |
+//! | [`cmd`] | the commands, one file each: arguments and execution |
 //! | [`cni`] | the CNI plugin |
-//! | [`graph`] | the overlay as a picture |
-//! | [`start_lab`] | several hosts on one machine |
+//! | [`docker`] | dockerd's options and its configuration file |
+//! | [`etcd`] | the flags for access to etcd without an agent |
+//! | [`graph`] | the drawing of the overlay: text, SVG, DOT |
+//! | [`lab`] | several hosts on one machine |
+//! | [`netns`] | the named namespaces that `overlayctl attach` creates |
+//! | [`output`] | output formats: table, wide, JSON, YAML |
+//! | [`resolver`] | the resolver files of named namespaces |
+//! | [`trace`] | the path of a packet, from kernel queries |
 
 pub mod attach_args;
 pub mod bundle;

@@ -1,7 +1,8 @@
-//! The way a packet takes, hop by hop, from the kernel's own answers: `overlayctl trace`.
+//! Traces the path of a packet hop by hop, from the kernel's own lookups: `overlayctl trace`.
 //!
-//! Asks the kernel itself, so that it works where the agent is the fault. The agent is asked for names only: whose an address is, which host holds
-//! a subnet. [`ends`] says what SRC and DST are, [`tracer`] goes the way on this host, [`running_agent_ignores_invalid_values`] watches packets that are sent. Everything blocks.
+//! It queries the kernel itself, so that it works if the agent is the fault. The agent only provides names: the endpoint of an
+//! address, the host of a subnet. [`targets`] resolves SRC and DST, [`tracer`] follows the path on this host, [`live`] watches
+//! sent packets. Everything blocks.
 
 mod container;
 mod hop_log;
@@ -17,87 +18,87 @@ use overlay_agent::kernel::netns::NetnsError;
 use overlay_agent::plan::OpError;
 use serde::{Deserialize, Serialize};
 
-/// Why nothing can be said.
+/// Failure of a trace.
 #[derive(Debug, thiserror::Error)]
 pub enum TraceError {
-    /// The kernel cannot be asked.
+    /// The kernel cannot be queried.
     #[error("{}", .0.message)]
     Kernel(#[from] OpError),
     /// A container's namespace cannot be entered.
     #[error(transparent)]
     Namespace(#[from] NetnsError),
-    /// SRC or DST is nothing that is known.
+    /// SRC or DST is unknown.
     #[error("{message}")]
     Target {
-        /// What is wrong, and what to write instead.
+        /// The error and the valid forms.
         message: String,
     },
 }
 
-/// How a hop turned out.
+/// Outcome of a hop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TraceOutcome {
-    /// The packet goes on.
+    /// The packet continues.
     Ok,
-    /// It goes on, but something is worth a look or cannot be known.
+    /// The packet continues; the hop needs attention, or its outcome is unknown.
     Unsure,
-    /// Here it stops.
+    /// The packet stops here.
     Stop,
 }
 
-/// One hop, or one question to the kernel on the way.
+/// One hop, or one query to the kernel.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hop {
-    /// Where: `host`, or `container NAME`.
+    /// Location: `host`, or `container NAME`.
     pub place: String,
-    /// What was asked: `route`, `next hop`, `set_neighbour`, `fdb`, `outer route`, `rules forward` and so on.
+    /// Subject of the query: `route`, `next hop`, `neighbour`, `fdb`, `outer route`, `rules forward` and so on.
     pub step: String,
-    /// How it turned out.
+    /// Outcome.
     pub outcome: TraceOutcome,
     /// The kernel's answer.
     pub answer: String,
-    /// What to do about it, where the packet stops.
+    /// Remedy, if the packet stops or the outcome is unsure.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub remedy: Option<String>,
 }
 
-/// One end of the way.
+/// One end of the path.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EndView {
-    /// What it is: `container web`, `this host`, `host worker-9`, `outside the overlay`.
+    /// Description: `container web`, `this host`, `host worker-9`, `outside the overlay`.
     pub what: String,
-    /// Its address.
+    /// Address.
     pub address: IpAddr,
 }
 
-/// What was found.
+/// Result of a trace.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Trace {
-    /// From where.
+    /// Source.
     pub from: EndView,
-    /// To where.
+    /// Destination.
     pub to: EndView,
     /// `icmp`, `tcp`, `udp`.
     pub protocol: String,
-    /// The port at the destination; absent for `icmp`.
+    /// Destination port; absent for `icmp`.
     pub port: Option<u16>,
-    /// The worst of the hops.
+    /// Worst outcome of the hops.
     pub outcome: TraceOutcome,
-    /// Where the way ends, for a person.
+    /// End of the path, for the operator.
     pub end: String,
-    /// The hops, in order; behind the one that stops there is none.
+    /// Hops, in order; a hop that stops the packet is the last.
     pub hops: Vec<Hop>,
-    /// What a reader should know beside them.
+    /// Remarks for the reader.
     #[serde(default)]
     pub notes: Vec<String>,
-    /// What was seen of packets that were sent; only where that was asked for.
+    /// Observation of sent packets; absent unless requested.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub live: Option<live::Live>,
-    /// Source and destination in every form that they take on the way.
+    /// Every form of source and destination along the path.
     #[serde(skip)]
     pub addresses_seen: Vec<(IpAddr, IpAddr)>,
-    /// The tunnel's UDP port.
+    /// UDP port of the tunnel.
     #[serde(skip)]
     pub tunnel_port: u16,
 }

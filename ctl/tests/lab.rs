@@ -1,4 +1,4 @@
-//! The lab without agents, through the binary as people use it: it stands, works, goes, and leaves nothing, whatever happens to it.
+//! The lab without agents, through the binary: it starts, works and ends, and leaves nothing behind, also after a crash.
 //!
 //! Needs root (or `unshare --user --map-root-user --mount --net` with a tmpfs on /run/netns) and etcd.
 
@@ -9,7 +9,7 @@ use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-/// A lab's name and directory of its own; taken down however the test ends.
+/// A lab with its own name and directory; removed at the end of the test, whatever its result.
 struct TestLab {
     name: String,
     dir: tempfile::TempDir,
@@ -19,12 +19,12 @@ impl TestLab {
     fn new() -> TestLab {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
         let name = format!("c{:x}n{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
-        // Short, because a socket's path is.
+        // A short path, because a socket's path has a maximum length.
         let dir = tempfile::Builder::new().prefix("ovl").tempdir_in("/tmp").expect("a temporary directory");
         TestLab { name, dir }
     }
 
-    /// `overlayctl start_lab VERB --name NAME ARGUMENTS`, to be run.
+    /// Builds `overlayctl lab VERB --name NAME ARGUMENTS`.
     fn command(&self, verb: &str, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_overlayctl"));
         command.args(["lab", verb, "--name", &self.name]).args(arguments).env("OVERLAY_LAB_DIR", self.dir.path());
@@ -35,7 +35,7 @@ impl TestLab {
         self.command(verb, arguments).output().expect("overlayctl runs")
     }
 
-    /// The same, which has to go well; its standard output.
+    /// Runs the command, which must succeed. Returns its standard output.
     fn run_ok(&self, verb: &str, arguments: &[&str]) -> String {
         let output = self.run(verb, arguments);
         assert!(output.status.success(), "lab {verb} {arguments:?}: {}", text(&output.stderr));
@@ -48,7 +48,7 @@ impl TestLab {
         entries.filter_map(|e| e.file_name().into_string().ok()).filter(|n| n.starts_with(&prefix)).collect()
     }
 
-    /// Nothing of the lab is left: no namespace, no file, no process that names its directory.
+    /// Asserts that nothing of the lab remains: no namespace, no file, no process that names its directory.
     fn assert_gone(&self) {
         assert_eq!(self.namespaces(), BTreeSet::new());
         let files: Vec<_> =
@@ -74,7 +74,7 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// Every process with its command line.
+/// Lists every process with its command line.
 fn processes() -> impl Iterator<Item = (u32, String)> {
     std::fs::read_dir("/proc").expect("/proc").flatten().filter_map(|entry| {
         let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
@@ -83,7 +83,7 @@ fn processes() -> impl Iterator<Item = (u32, String)> {
     })
 }
 
-/// Links and addresses of this process' own namespace.
+/// Links and addresses of this process's own namespace.
 fn own_namespace() -> String {
     text(&Command::new("ip").args(["-o", "address"]).output().expect("iproute2 is installed").stdout)
 }
@@ -95,15 +95,15 @@ fn parallel_labs_leave_nothing_behind() {
     one.run_ok("up", &["--hosts", "2", "--no-agents", "--family", "dual"]);
     two.run_ok("up", &["--hosts", "1", "--no-agents", "--family", "6"]);
     assert_eq!(one.namespaces().len(), 4);
-    assert_eq!(own_namespace(), before, "the machine's own namespace is untouched");
+    assert_eq!(own_namespace(), before, "the machine's own namespace is unchanged");
 
-    // Hosts reach each other and the world in every family, by the lab's own tools.
+    // Hosts reach each other and the world in every family, tested with iproute2.
     let route = one.run_ok("exec", &["h1", "--", "ip", "-o", "route", "get", "203.0.113.1"]);
     assert!(route.contains("via 10.99.0.254") && route.contains("src 10.99.1.1"), "{route}");
     let route = two.run_ok("exec", &["h1", "--", "ip", "-o", "route", "get", "2001:db8:ffff::1"]);
     assert!(route.contains("via fd99::254"), "{route}");
 
-    // The network stands in etcd, reached from a host.
+    // A host can read the network configuration from etcd.
     let endpoints = ["--etcd-endpoints", "http://10.99.0.2:2379"];
     let config = one.run_ok("exec", &[&["h2", "--", "overlayctl", "config", "show"][..], &endpoints].concat());
     assert!(config.contains("10.244.0.0/16") && config.contains("fd00:10:244::/56"), "{config}");
@@ -139,7 +139,7 @@ fn invalid_configuration_is_not_written() {
     let done = config(&["set", path]);
     assert!(done.status.success(), "{}", text(&done.stderr));
     assert!(text(&done.stderr).contains("Netwrk"), "unknown fields are named");
-    assert!(text(&done.stdout).contains("10.244.0.0/16"), "what was there before is told");
+    assert!(text(&done.stdout).contains("10.244.0.0/16"), "the previous configuration is printed");
     assert!(text(&config(&["set", path]).stdout).contains("nothing to change"));
     std::fs::remove_file(&file).expect("there");
 }
@@ -156,12 +156,12 @@ fn exec_returns_exit_code_of_command() {
     let status: serde_json::Value = serde_json::from_str(&lab.run_ok("status", &["-o", "json"])).expect("JSON");
     assert_eq!((&status["hosts"][0]["name"], &status["etcd_running"]), (&"h1".into(), &true.into()));
 
-    // A second one of that name is refused and harms nothing.
+    // A second lab of that name is rejected and changes nothing.
     let second = lab.run("up", &["--no-agents"]);
     assert!(text(&second.stderr).contains("lab down"), "{}", text(&second.stderr));
     lab.run_ok("exec", &["h1", "--", "true"]);
 
-    // What was left running inside goes too, however it takes SIGTERM.
+    // A process inside is ended too, even if it ignores SIGTERM.
     let ignores_sigterm = ["h1", "--", "sh", "-c", "trap '' TERM; while :; do sleep 0.1; done"];
     let mut child = lab.command("exec", &ignores_sigterm).spawn().expect("overlayctl runs");
     lab.run_ok("down", &[]);
@@ -169,7 +169,7 @@ fn exec_returns_exit_code_of_command() {
     lab.assert_gone();
 }
 
-/// Killed at any moment, a lab is taken down whole by its name, and can be brought up again.
+/// A lab that was killed during its start can be removed by its name, and started again.
 #[test]
 fn down_removes_half_built_lab() {
     let lab = TestLab::new();
@@ -199,11 +199,11 @@ fn interrupt_removes_half_built_lab() {
     lab.assert_gone();
 }
 
-/// As an ordinary user, whom nothing but a user namespace helps.
+/// An ordinary user's lab depends on a user namespace.
 #[test]
 fn lab_works_without_root() {
     let lab = TestLab::new();
-    // Where the build is, that user may not look.
+    // The ordinary user may not read the build directory.
     let program = lab.dir.path().join("overlayctl");
     std::fs::copy(env!("CARGO_BIN_EXE_overlayctl"), &program).expect("a copy");
     let home = lab.dir.path().join("home");
@@ -219,11 +219,11 @@ fn lab_works_without_root() {
     for kill_keeper in [false, true] {
         let up = run("up", &["--hosts", "2", "--no-agents", "--family", "dual"]);
         assert!(up.status.success(), "user namespaces are needed: {}", text(&up.stderr));
-        assert_eq!(lab.namespaces(), BTreeSet::new(), "the machine knows nothing of it");
+        assert_eq!(lab.namespaces(), BTreeSet::new(), "no namespaces on the machine itself");
         let route = text(&run("exec", &["h2", "--", "ip", "-o", "route", "get", "10.99.1.1"]).stdout);
         assert!(route.contains("dev eth0 src 10.99.1.2"), "{route}");
         assert_eq!(run("exec", &["h2", "--", "sh", "-c", "exit 9"]).status.code(), Some(9));
-        assert!(text(&run("up", &["--no-agents"]).stderr).contains("there already"));
+        assert!(text(&run("up", &["--no-agents"]).stderr).contains("exists"));
         if kill_keeper {
             let record = std::fs::read_to_string(home.join(&lab.name).join("keeper.pid")).expect("the keeper's record");
             let pid = record.split(' ').next().and_then(|p| p.parse().ok()).expect("a process id");

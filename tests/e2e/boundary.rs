@@ -184,7 +184,7 @@ async fn outside_client_is_dropped_without_masquerade() {
             "{here:#?}"
         );
         let there = trace(&lab, "h2", &outside.to_string(), &far.to_string());
-        let note = |note: &String| note.contains("by way of another host, h1") && note.contains("chain inet overlayd vxlan");
+        let note = |note: &String| note.contains("another host such as h1") && note.contains("chain inet overlayd vxlan");
         assert!(there.notes.iter().any(note), "{there:#?}");
     }
 }

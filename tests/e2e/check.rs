@@ -395,7 +395,7 @@ async fn container_faults_are_found() {
         &lab,
         &["endpoints"],
         Severity::Warning,
-        &["left was made for a container that is no more", "ip netns delete"],
+        &["left belongs to a container that no longer exists", "ip netns delete"],
     );
 }
 

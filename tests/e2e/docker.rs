@@ -299,7 +299,7 @@ async fn docker_options_match_lease() {
     assert!(write().assert_code(0).stdout.contains("written"));
     let first = fs::read_to_string(&file).expect_ok("the file");
     assert_eq!(serde_json::from_str::<Value>(&first).expect_ok("JSON"), wanted);
-    assert!(write().assert_code(0).stdout.contains("as it was"));
+    assert!(write().assert_code(0).stdout.contains("unchanged"));
     let contrary = r#"{"bip": "172.17.0.1/16", "debug": true}"#;
     fs::write(&file, contrary).expect_ok("the file");
     write().assert_code(1).assert_stderr_contains(&["\"bip\": \"172.17.0.1/16\"", "nothing was written"]);

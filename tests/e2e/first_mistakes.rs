@@ -191,7 +191,7 @@ async fn invalid_network_file_is_reported() {
     etcd::put(&lab, &etcd::config_key(), "{\"Network\": \"10.244.0.0/16\"");
     start_and_wait_for_problem(&lab, &[], &["/config is bad", "is not JSON", "overlayctl config set FILE"]).await;
     let output = lab.ctl("h1", &["status"]).assert_code(3).stdout;
-    assert!(output.contains("what is written is bad"), "{output}");
+    assert!(output.contains("the stored configuration is invalid"), "{output}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

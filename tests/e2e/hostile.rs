@@ -109,7 +109,7 @@ async fn hostile_leases_are_refused() {
     }
     assert!(subnets.iter().any(|s| s.refused.as_deref().is_some_and(|r| r.contains("more than the"))), "1 MB is named");
     let table = lab.ctl("h1", &["subnets"]).assert_code(0);
-    assert_eq!(table.stdout.matches("left out:").count(), count, "{}", table.stdout);
+    assert_eq!(table.stdout.matches("ignored:").count(), count, "{}", table.stdout);
     for text in [&table.stdout, &log] {
         assert!(!text.contains('\u{1b}') && !text.contains('\u{7}'), "no escapes of others reach a terminal");
         assert!(text.lines().all(|line| line.len() < 2000), "no line is blown up");

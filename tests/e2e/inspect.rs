@@ -83,7 +83,7 @@ async fn inspect_matches_kernel_state() {
     let tree = lab.ctl("h1", &["inspect", "--tree"]).assert_code(0).stdout;
     let line = tree.lines().find(|line| line.contains(&port.host_interface)).expect_ok("its line");
     assert!(line.contains("forwarding") && line.contains("eth0 of web"), "{tree}");
-    lab.ctl("h1", &["inspect", "nobody"]).assert_code(1).assert_stderr_contains(&["there is no endpoint nobody"]);
+    lab.ctl("h1", &["inspect", "nobody"]).assert_code(1).assert_stderr_contains(&["no endpoint nobody"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -115,7 +115,7 @@ async fn inspect_names_missing_parts() {
     let ports = network(&lab).bridge.expect_ok("the bridge").ports;
     let mine = ports.iter().find(|port| port.interface == "mine").expect_ok("the foreign port");
     assert!(mine.endpoint.is_none() && ports.len() == 2);
-    assert!(lab.ctl("h1", &["inspect", "--tree"]).assert_code(0).stdout.contains("of no endpoint"));
+    assert!(lab.ctl("h1", &["inspect", "--tree"]).assert_code(0).stdout.contains("  no endpoint"));
     kernel::run(&lab, "h1", &["ip", "netns", "delete", &lab.layout().namespace("h1-web")]);
     eventually("the namespace that is gone is named", CONVERGE_TIMEOUT, || {
         let state = endpoint(&lab, "web").state;

@@ -97,7 +97,7 @@ async fn labs_run_side_by_side() {
         labs.run(&["check", "--name", name]).assert_code(0);
         assert_eq!(labs.namespaces(name).len(), 6, "two hosts, two containers, the switch and the world");
     }
-    labs.run(&["up", "--name", &labs.names[0]]).assert_code(1).assert_stderr_contains(&["is there already", "lab down"]);
+    labs.run(&["up", "--name", &labs.names[0]]).assert_code(1).assert_stderr_contains(&["exists", "lab down"]);
     labs.run(&["check", "--name", &labs.names[0]]).assert_code(0);
     // One goes, the others stay as they are.
     labs.run(&["down", "--name", &labs.names[0]]).assert_code(0);
@@ -150,13 +150,13 @@ async fn invalid_arguments_create_nothing() {
     let labs = Labs::new(1);
     let name = &labs.names[0];
     for (arguments, code, wanted) in [
-        (&["up", "--name", "Bad_Name"][..], 2, "no name for a lab"),
+        (&["up", "--name", "Bad_Name"][..], 2, "not a lab name"),
         (&["up", "--name", name, "--hosts", "0"], 1, "--hosts 0"),
         (&["up", "--name", name, "--network", "10.99.0.0/16"], 1, "underlay"),
         (&["up", "--name", name, "--network", "10.1.0.0/16", "--network", "10.2.0.0/16"], 2, "one IPv4 network"),
         (&["up", "--name", name, "--overlayd", "/no/such/overlayd"], 1, "/no/such/overlayd"),
-        (&["check", "--name", name], 1, "there is no lab"),
-        (&["exec", "--name", name, "h1", "--", "true"], 1, "there is no lab"),
+        (&["check", "--name", name], 1, "no lab `"),
+        (&["exec", "--name", name, "h1", "--", "true"], 1, "no lab `"),
     ] {
         labs.run(arguments).assert_code(code).assert_stderr_contains(&[wanted]);
         assert!(labs.namespaces(name).is_empty() && !labs.path(name).join("lab.json").exists(), "{arguments:?}");

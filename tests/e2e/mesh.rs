@@ -79,7 +79,7 @@ async fn overlay_and_underlay_faults_are_distinguished() {
     let over_tcp: Matrix = lab.ctl("h1", &["-o", "json", "mesh", "--port", "9780"]).assert_code(0).json();
     assert_eq!((over_tcp.hosts.len(), over_tcp.missing.len()), (3, 0), "{over_tcp:#?}");
     let text = lab.ctl("h1", &["mesh", "--port", "9781"]).assert_code(0).stdout;
-    assert!(text.contains("no row of h2") && text.contains("--metrics-listen"), "{text}");
+    assert!(text.contains("no row from h2") && text.contains("--metrics-listen"), "{text}");
 
     // Only the tunnel: the port of VXLAN is shut at h2.
     kernel::shell(

@@ -66,7 +66,7 @@ async fn run_container_sections(hosts: &DocHosts, page: &mut DocPage<'_>) {
     hosts.run("host-2", "nft delete table inet filter");
     hosts.run("host-3", "systemctl stop overlayd");
     hosts.run("etcd", &format!("etcdctl put {LEASE} '{{\"PublicIP\": \"127.0.0.1\", \"BackendType\": \"vxlan\"}}'"));
-    hosts.wait_for("host-1", "overlayctl subnets | grep 'left out'").await;
+    hosts.wait_for("host-1", "overlayctl subnets | grep 'ignored:'").await;
     page.run_until_section("Small packets pass, large ones hang").await;
     hosts.run("etcd", &format!("etcdctl del {LEASE}"));
     hosts.run("host-3", "systemctl start overlayd");

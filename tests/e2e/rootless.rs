@@ -62,7 +62,7 @@ async fn lab_works_without_root() {
     assert!(routes.stdout.contains("ovx.1"), "{}", routes.stdout);
     let peers = ctl(dir, &["lab", "exec", "--name", "poor", "h1", "--", "overlayctl", "peers"]).assert_code(0);
     assert!(peers.stdout.contains("h2"), "{}", peers.stdout);
-    ctl(dir, &["lab", "up", "--name", "poor"]).assert_code(1).assert_stderr_contains(&["is there already"]);
+    ctl(dir, &["lab", "up", "--name", "poor"]).assert_code(1).assert_stderr_contains(&["lab `poor` exists"]);
     ctl(dir, &["lab", "exec", "--name", "poor", "h9", "--", "true"]).assert_code(1).assert_stderr_contains(&["has no `h9`"]);
     assert_eq!(Netns::list().expect_ok("the named namespaces").difference(&names).filter(|n| n.contains("poor")).count(), 0);
 

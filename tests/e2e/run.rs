@@ -64,9 +64,7 @@ async fn run_supports_all_modes() {
     assert!(output.stdout.contains("127.0.0.1") && !output.stdout.contains("eth0"), "{}", output.stdout);
     let output = lab.ctl("h1", &run_args(&["--mode", "host"], &["ip", "-o", "link"])).assert_code(0);
     assert!(output.stdout.contains("ovb.1"), "{}", output.stdout);
-    lab.ctl("h1", &run_args(&["--name", "web"], &["true"]))
-        .assert_code(2)
-        .assert_stderr_contains(&["endpoint web is there already"]);
+    lab.ctl("h1", &run_args(&["--name", "web"], &["true"])).assert_code(2).assert_stderr_contains(&["endpoint web exists"]);
     assert_eq!(lab.endpoints("h1").len(), 1, "web is still there, the others are gone");
     kernel::run(&lab, "h1-web", &["ip", "link", "show", "eth0"]);
 }

@@ -110,8 +110,10 @@ async fn trace_passes_on_healthy_lab() {
     }
     let text = lab.ctl("h1", &["trace", "c1", "h2"]).assert_code(0).stdout;
     assert!(text.contains("It passes") && text.contains("WHERE"), "{text}");
-    lab.ctl("h1", &["trace", "nobody", "h2"]).assert_code(1).assert_stderr_contains(&["`nobody` is no container of this host"]);
-    lab.ctl("h1", &["trace", "c1", "h2:x"]).assert_code(1).assert_stderr_contains(&["`h2:x`: the port is no number"]);
+    lab.ctl("h1", &["trace", "nobody", "h2"])
+        .assert_code(1)
+        .assert_stderr_contains(&["`nobody` is not a container of this host"]);
+    lab.ctl("h1", &["trace", "c1", "h2:x"]).assert_code(1).assert_stderr_contains(&["`h2:x`: the port is not a number"]);
 }
 
 /// What is broken, by which script (`$1` is the container's address on the other host, `$2` the MAC, `$3` the base, `$4` the id of the next hop, `$5`
@@ -135,7 +137,7 @@ const DATA_PATH_FAULTS: [(&str, &str, &str, &[&str]); 13] = [
     ),
     ("tunnel down", "ip link set ovx.1 down", "host/route", &["in the overlay network"]),
     ("port down", "ip link set $5 down", "host/port", &["is down"]),
-    ("port off the bridge", "ip link set $5 nomaster", "host/port", &["is no port of ovb.1"]),
+    ("port off the bridge", "ip link set $5 nomaster", "host/port", &["is not a port of ovb.1"]),
     ("bridge down", "ip link set ovb.1 down", "host/bridge", &["is down"]),
     ("forwarding off", "sysctl -qw net.ipv4.ip_forward=0", "host/forwarding", &["is 0"]),
     (
@@ -167,7 +169,7 @@ async fn trace_names_each_broken_part() {
         kernel::run(&lab, "h1", &["sh", "-ec", script, "sh", &far, &mac, &base, &id, &port]);
         let found = trace(&lab, &["c1", &far]);
         assert_stops_at(&found, at, words, what);
-        assert!(found.notes.iter().any(|note| note.contains("Names are taken from")), "{what}: {found:#?}");
+        assert!(found.notes.iter().any(|note| note.contains("Names come from")), "{what}: {found:#?}");
         kernel::shell(&lab, "h1", "for t in 'inet block' 'ip out'; do nft delete table $t 2>/dev/null || true; done");
         lab.start_agent("h1").await;
     }

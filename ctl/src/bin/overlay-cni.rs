@@ -1,4 +1,4 @@
-//! `overlay-cni`: the CNI plugin, run by a container runtime once for each verb.
+//! `overlay-cni`: the CNI plugin. The container runtime runs it once per CNI verb.
 
 use std::process::ExitCode;
 

@@ -1,4 +1,4 @@
-//! `overlayctl`: how a person sees and steers the overlay.
+//! `overlayctl`: command line of the overlay network.
 
 use std::process::ExitCode;
 
@@ -15,7 +15,7 @@ fn main() -> ExitCode {
         }
     };
     let result = runtime.block_on(cmd::run(cli));
-    // What still runs is a blocked read of standard input at most: nothing to wait for.
+    // Only a blocked read of standard input can still run: do not wait for it.
     runtime.shutdown_background();
     cmd::finish(result)
 }

@@ -1,5 +1,5 @@
-//! The overlay's ranges beside what else this host routes: foreign routes and Docker's networks inside them, resolvers and etcd inside them, and reverse path
-//! filters that drop what takes another way back.
+//! Conflicts between the overlay's ranges and the host's routing: foreign routes, Docker's networks, resolvers and etcd inside
+//! the ranges, and reverse path filters that drop packets with an asymmetric return path.
 
 use std::net::IpAddr;
 
@@ -11,14 +11,14 @@ use serde_json::Value;
 use super::facts::{ToolError, is_overlay_link, is_tunnel, report_unchecked, run_tool_json, sysctl};
 use super::{Facts, Findings};
 
-/// The protocol number of the agent's routes.
+/// Protocol number of the agent's routes.
 const OUR_PROTOCOL: &str = "86";
 
 pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
     for (family, pool) in facts.pools().iter() {
         match routes(family).await {
             Ok(routes) => collisions(pool, &routes, findings),
-            Err(error) => report_unchecked(findings, &format!("what this host routes by {family}"), &error),
+            Err(error) => report_unchecked(findings, &format!("the host's {family} routes"), &error),
         }
         reserved_addresses(facts, pool, findings);
     }
@@ -31,7 +31,7 @@ async fn routes(family: Family) -> Result<Vec<Value>, ToolError> {
 }
 
 fn collisions(pool: &Pool, routes: &[Value], findings: &mut Findings) {
-    // The kernel's own table for addresses of this host (`RT_TABLE_LOCAL`) says nothing of where packets go to.
+    // The kernel's table of local addresses (`RT_TABLE_LOCAL`) does not route packets to other hosts.
     const RT_TABLE_LOCAL: &str = "255";
     let Pool { network, min, max, .. } = pool;
     for route in routes {
@@ -41,7 +41,7 @@ fn collisions(pool: &Pool, routes: &[Value], findings: &mut Findings) {
             && !is_overlay_link(device)
             && text("table") != RT_TABLE_LOCAL
             && text("table") != "local";
-        // Only what is leased collides: hosts may lie in the rest of the network.
+        // Only the range of leased subnets can conflict: hosts may use addresses in the rest of the network.
         let leased = |range: &Cidr| range.base() <= max.last() && min.base() <= range.last();
         let Some(range) = parse_destination(destination).filter(|range| foreign && leased(range)) else { continue };
         let evidence = vec![format!("route {destination} dev {device} proto {}", protocol_name(text("protocol")))];
@@ -49,7 +49,7 @@ fn collisions(pool: &Pool, routes: &[Value], findings: &mut Findings) {
             let who = device_owner(device);
             findings.error(
                 format!(
-                    "the overlay network {network} collides with {who}: containers with these addresses are not reached from here"
+                    "the overlay network {network} collides with {who}: containers with these addresses are unreachable from this host"
                 ),
                 evidence,
                 match who.starts_with("a route") {
@@ -64,7 +64,7 @@ fn collisions(pool: &Pool, routes: &[Value], findings: &mut Findings) {
             findings.info(
                 format!("the overlay network {network} lies inside a range that this host routes elsewhere"),
                 evidence,
-                "subnets that are leased go the overlay's way, and what may be leased and is not is unreachable from here: choose ranges that do not \
+                "leased subnets use the overlay, and unleased subnets of the range are unreachable from this host: choose ranges that do not \
                  overlap",
             );
         }
@@ -78,20 +78,20 @@ fn parse_destination(destination: &str) -> Option<Cidr> {
     destination.parse::<Cidr>().ok().or_else(|| Some(Cidr::host(destination.parse::<IpAddr>().ok()?)))
 }
 
-/// The names of `/etc/iproute2/rt_protos` that are met most; `-N` prints numbers.
+/// Maps common protocol numbers to the names in `/etc/iproute2/rt_protos`, because `-N` prints numbers.
 fn protocol_name(protocol: &str) -> &str {
     match protocol {
         "2" => "kernel",
         "3" => "boot",
         "4" => "static",
         "16" => "dhcp",
-        // What `ip route push_additions` writes unless it is told another, and leaves out when it prints.
+        // The default protocol of `ip route add`, which `ip route show` omits.
         "" => "boot",
         other => other,
     }
 }
 
-/// Whose a device is, as far as its name says.
+/// Guesses a device's owner from its name.
 fn device_owner(device: &str) -> String {
     let who = match device {
         "docker0" | "docker_gwbridge" => "Docker's network",
@@ -105,7 +105,7 @@ fn device_owner(device: &str) -> String {
     format!("{who} on {device}")
 }
 
-/// Addresses that must not lie among the overlay's subnets: the underlay's, the resolvers', etcd's.
+/// Reports addresses inside the overlay's subnets that must stay outside: the underlay's, the resolvers', etcd's.
 fn reserved_addresses(facts: &Facts, pool: &Pool, findings: &mut Findings) {
     let resolvers = std::fs::read_to_string(facts.path("/etc/resolv.conf")).unwrap_or_default();
     let endpoints = facts.status().map(|status| status.store.endpoints.as_slice()).unwrap_or_default();
@@ -122,15 +122,15 @@ fn reserved_addresses(facts: &Facts, pool: &Pool, findings: &mut Findings) {
     let leased = |address: IpAddr| pool.covers_address(address) || facts.peers.iter().any(|peer| peer.subnet.contains(address));
     for (what, address) in all.filter(|(_, address)| Family::of(*address) == pool.network.family() && leased(*address)) {
         findings.error(
-            format!("{what} lies inside the overlay network {}, among the subnets that are leased", pool.network),
+            format!("{what} lies inside the overlay network {}, in the range of leased subnets", pool.network),
             vec![address.to_string()],
-            "packets to it go into the tunnel once its subnet is leased, and until then that subnet alone is not unreachable: choose an overlay \
-             network that no real address is in, or leave its range out by SubnetMin and SubnetMax",
+            "the tunnel takes its packets once its subnet is leased; until then only that subnet is exempt from the unreachable route: choose an overlay \
+             network without real addresses, or exclude its range with SubnetMin and SubnetMax",
         );
     }
 }
 
-/// The way to each peer, and whether a reverse path filter (RFC 3704) drops what comes back the other way.
+/// Checks the route to each peer, and whether a reverse path filter (RFC 3704) drops packets with an asymmetric return path.
 async fn peer_routes(facts: &Facts, findings: &mut Findings) {
     let Some(underlay) = facts.status().and_then(|status| status.underlay.as_ref()) else { return };
     for peer in facts.peers.iter().take(facts.settings.peers) {
@@ -145,9 +145,9 @@ async fn peer_routes(facts: &Facts, findings: &mut Findings) {
             let host = peer.host.clone().unwrap_or_else(|| peer.subnet.to_string());
             match strict {
                 Some(filter) if !is_tunnel(device) => findings.error(
-                    format!("the reverse path filter drops what comes from {host} by {wanted}: the way back is {device}"),
+                    format!("the reverse path filter drops packets from {host} on {wanted}: the return path is {device}"),
                     evidence.into_iter().chain([filter]).collect(),
-                    format!("mend the route, or sysctl -w net.ipv4.conf.{wanted}.rp_filter=2 (loose)"),
+                    format!("fix the route, or sysctl -w net.ipv4.conf.{wanted}.rp_filter=2 (loose)"),
                 ),
                 _ => findings.warning(
                     format!("packets to {host} do not leave by {wanted}"),
@@ -159,7 +159,8 @@ async fn peer_routes(facts: &Facts, findings: &mut Findings) {
     }
 }
 
-/// The strict filter of an interface: the larger of its own and the common setting counts (`ip-sysctl.rst`). IPv6 has none.
+/// Describes a strict filter of an interface. The larger of the interface's and the `all` setting applies (`ip-sysctl.rst`). IPv6
+/// has none.
 fn strict_rp_filter(family: Family, interface: &str) -> Option<String> {
     if family == Family::V6 {
         return None;

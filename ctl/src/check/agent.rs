@@ -1,4 +1,4 @@
-//! The agent: whether it answers, what it says itself, and the rights it has.
+//! The agent: whether it answers, its reported problems, and its capabilities.
 
 use tokio::net::UnixStream;
 
@@ -12,25 +12,26 @@ pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
         Ok(status) => status,
         Err(error) => {
             let remedy =
-                "start it: systemctl start overlayd, then journalctl -u overlayd; what needs its answers is not looked at";
+                "start it: systemctl start overlayd, then journalctl -u overlayd; checks that need its answers are skipped";
             return findings.error("the agent does not answer", vec![error.clone()], remedy);
         }
     };
     if !status.ready {
         let summary = "the agent is not ready";
-        findings.error(summary, status.problems.clone(), "the lines say what to do; `overlayctl -o wide status` has more");
+        findings.error(summary, status.problems.clone(), "follow the evidence; `overlayctl -o wide status` has more");
     } else if !status.problems.is_empty() {
-        findings.warning("the agent works, but something needs a look", status.problems.clone(), "the lines say what to do");
+        findings.warning("the agent works, but reports problems", status.problems.clone(), "follow the evidence");
     }
     let own = env!("CARGO_PKG_VERSION");
     if status.version != own {
         let remedy = "restart the agent after an upgrade: systemctl restart overlayd cuts no traffic";
-        findings.info("overlayctl and the agent are of different versions", vec![format!("{own}, {}", status.version)], remedy);
+        findings.info("overlayctl and the agent have different versions", vec![format!("{own}, {}", status.version)], remedy);
     }
     capabilities(facts, findings).await;
 }
 
-/// The capabilities of the process behind the socket. Where systemd made the socket, that is systemd: nothing is said then.
+/// Checks the capabilities of the process behind the socket. A systemd-activated socket belongs to systemd: then it reports
+/// nothing.
 async fn capabilities(facts: &Facts, findings: &mut Findings) {
     let Ok(stream) = UnixStream::connect(facts.settings.client.socket()).await else { return };
     let Some(pid) = stream.peer_cred().ok().and_then(|peer| peer.pid()) else { return };
@@ -41,9 +42,9 @@ async fn capabilities(facts: &Facts, findings: &mut Findings) {
     let missing = missing_capabilities(&read("status"));
     if !missing.is_empty() {
         findings.error(
-            format!("the agent (process {pid}) has lost rights that it needs"),
+            format!("the agent (process {pid}) lacks required capabilities"),
             vec![format!("not in its effective set: {}", missing.join(", "))],
-            "let it run by its systemd unit, which grants them: systemctl restart overlayd",
+            "run it from its systemd unit, which grants them: systemctl restart overlayd",
         );
     }
 }
@@ -62,6 +63,6 @@ mod tests {
     fn missing_capabilities_use_effective_set() {
         assert!(missing_capabilities("CapEff:\t000001ffffffffff\n").is_empty());
         assert_eq!(missing_capabilities("CapPrm:\t000001ffffffffff\nCapEff:\t0000000000001000\n"), ["CAP_SYS_ADMIN"]);
-        assert!(missing_capabilities("").is_empty(), "what cannot be read is no finding");
+        assert!(missing_capabilities("").is_empty(), "an unreadable status is no finding");
     }
 }

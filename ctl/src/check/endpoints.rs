@@ -1,4 +1,4 @@
-//! The containers of this host: what the agent says, what its state directory holds, and what the kernel has, must agree.
+//! The containers of this host: agent, state directory and kernel must agree.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
@@ -32,44 +32,44 @@ pub(super) fn check(facts: &Facts, findings: &mut Findings) {
     }
 }
 
-/// What the state directory holds; nothing where it is another one, or not to be read.
+/// Reads the state directory; `None` if it is another agent's or unreadable.
 fn stored_endpoints(facts: &Facts, findings: &mut Findings) -> Option<Vec<StoredEndpoint>> {
     match read_stored(&facts.settings.state_dir) {
         // None: no container was ever attached, or the agent has another directory.
         Ok(stored) => stored,
         Err(StateError::File(error)) if error.source.kind() != ErrorKind::InvalidData => {
             let evidence = vec![error.to_string()];
-            findings.info("the state directory was not looked at", evidence, "run this as root, with the agent's --state-dir");
+            findings.info("not checked: the state directory", evidence, "run this as root, with the agent's --state-dir");
             None
         }
         Err(error) => {
             findings.error(
                 "the table of containers in the state directory cannot be read",
                 vec![error.to_string()],
-                "restart the agent: it sets a torn file aside and says so in its log; then attach the containers anew",
+                "restart the agent: it moves a torn file aside and logs that; then attach the containers again",
             );
             None
         }
     }
 }
 
-/// Endpoints that the agent itself finds not in place.
+/// Reports endpoints whose state the agent finds incorrect.
 fn endpoint_states(network: &NetworkView, findings: &mut Findings) {
     for view in network.endpoints.iter().filter(|view| view.state != "in place") {
         let name = &view.endpoint.name;
         let gone = !view.endpoint.netns.exists();
         findings.warning(
-            format!("the container {name} is not as it should be"),
+            format!("the container {name} is in an incorrect state"),
             vec![view.state.clone(), format!("namespace {}", view.endpoint.netns.display())],
             match gone {
-                true => format!("its namespace is gone: overlayctl detach {name} gives its addresses back (the agent does so itself after two looks)"),
+                true => format!("its namespace is gone: overlayctl detach {name} releases its addresses (the agent does so itself in its second audit)"),
                 false => format!("overlayctl detach {name}, then attach it again"),
             },
         );
     }
 }
 
-/// Ports of our bridge that are no endpoint's.
+/// Reports ports of the agent's bridge without an endpoint.
 fn ports(network: &NetworkView, findings: &mut Findings) {
     if let Some(bridge) = &network.bridge {
         free_bridge_ports(bridge.ports.len(), findings);
@@ -86,25 +86,25 @@ fn ports(network: &NetworkView, findings: &mut Findings) {
     }
     for port in foreign {
         findings.info(
-            format!("{} is a port of the bridge that the agent did not make", port.interface),
+            format!("{} is a port of the bridge that the agent did not create", port.interface),
             vec![format!("port {} of the bridge, {}", port.number, port.state)],
-            "nothing, where another runtime (Docker, a virtual machine) attached it on purpose",
+            "none, if another runtime (Docker, a virtual machine) attached it on purpose",
         );
     }
 }
 
-/// The bridge has ports left.
+/// Reports a bridge that is nearly out of ports.
 fn free_bridge_ports(taken: usize, findings: &mut Findings) {
     if taken * 100 >= MAX_BRIDGE_PORTS * FULL_WARNING_PERCENT {
         findings.warning(
             "the bridge is nearly full: the kernel will refuse more containers on this host",
             vec![format!("{taken} of the {MAX_BRIDGE_PORTS} ports that the kernel gives a bridge are taken")],
-            "attach further containers on other hosts; a SubnetLen of 22 or longer hands out no more addresses than a bridge has ports",
+            "attach further containers on other hosts; a SubnetLen of 22 or longer has no more addresses than a bridge has ports",
         );
     }
 }
 
-/// The agent's table beside the file.
+/// Compares the agent's table with its file.
 fn compare(network: &NetworkView, stored: &[StoredEndpoint], findings: &mut Findings) {
     let file: BTreeMap<String, &StoredEndpoint> =
         stored.iter().map(|record| (record.endpoint.name.to_string(), record)).collect();
@@ -123,23 +123,23 @@ fn compare(network: &NetworkView, stored: &[StoredEndpoint], findings: &mut Find
         findings.warning(
             "the agent and its state directory do not agree on containers",
             vec![differing.join(", ")],
-            "somebody wrote to the state directory while the agent ran, or --state-dir names another agent's: systemctl restart overlayd reads it anew",
+            "the state directory was modified while the agent ran, or --state-dir names another agent's: systemctl restart overlayd reads it again",
         );
     }
     if !in_transition.is_empty() {
-        let remedy = "wait some seconds and look again; what stays is cleared by the agent's next audit";
+        let remedy = "wait some seconds and check again; the agent's next audit clears the rest";
         findings.info("containers are being attached or detached", vec![in_transition.join(", ")], remedy);
     }
 }
 
-/// The container's interface has its addresses.
+/// Checks that the container's interface has its addresses.
 fn container_addresses(endpoint: &Endpoint, findings: &mut Findings) {
     let Some(port) = &endpoint.port else { return };
     let Ok(netns) = Netns::open(&endpoint.netns) else {
         return findings.warning(
             format!("the namespace of the container {} is gone", endpoint.name),
             vec![endpoint.netns.display().to_string()],
-            format!("overlayctl detach {} gives its addresses back", endpoint.name),
+            format!("overlayctl detach {} releases its addresses", endpoint.name),
         );
     };
     let Ok(Ok(all)) = netns.run(|| getifaddrs().map(Iterator::collect::<Vec<InterfaceAddress>>)) else { return };
@@ -147,11 +147,11 @@ fn container_addresses(endpoint: &Endpoint, findings: &mut Findings) {
     let have: Vec<IpAddr> = all.iter().filter(|one| one.interface_name == port.interface).filter_map(interface_address).collect();
     let missing: Vec<String> = port.addresses.iter().filter(|(_, a)| !have.contains(a)).map(|(_, a)| a.to_string()).collect();
     if !missing.is_empty() {
-        let found = if there { "is there without" } else { "is not there, so there is no" };
+        let found = if there { "exists without" } else { "is missing, and with it" };
         findings.warning(
-            format!("the container {} lacks addresses that are its own", endpoint.name),
+            format!("the container {} lacks its addresses", endpoint.name),
             vec![format!("{} in {} {found} {}", port.interface, endpoint.netns.display(), missing.join(", "))],
-            format!("something inside took them away: overlayctl detach {}, then attach it again", endpoint.name),
+            format!("a process inside removed them: overlayctl detach {}, then attach it again", endpoint.name),
         );
     }
 }
@@ -162,7 +162,7 @@ fn interface_address(one: &InterfaceAddress) -> Option<IpAddr> {
     v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::from(a.ip())))
 }
 
-/// Namespaces that `overlayctl attach_filter` made, as its notes beside the socket say, and that no container uses any more.
+/// Reports namespaces that `overlayctl attach` created, by its notes beside the socket, and that no container uses.
 fn leaked_namespaces(facts: &Facts, network: &NetworkView, findings: &mut Findings) {
     let Some(notes) = facts.settings.client.socket().parent().and_then(|run| std::fs::read_dir(run.join("netns")).ok()) else {
         return;
@@ -174,7 +174,7 @@ fn leaked_namespaces(facts: &Facts, network: &NetworkView, findings: &mut Findin
     for name in left {
         let name = name.to_string_lossy();
         findings.warning(
-            format!("the namespace {name} was made for a container that is no more"),
+            format!("the namespace {name} belongs to a container that no longer exists"),
             vec![format!("{NETNS_RUN_DIR}/{name}")],
             format!("it leaked: ip netns delete {name}"),
         );

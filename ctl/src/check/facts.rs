@@ -1,4 +1,4 @@
-//! What the checks read: the agent's answers, the kernel's tables as iproute2 prints them, files. Nothing here judges.
+//! Input of the checks: the agent's answers, the kernel's tables as iproute2 prints them, files. No evaluation here.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -13,48 +13,48 @@ use super::Findings;
 use crate::client::Client;
 use crate::etcd::EtcdArgs;
 
-/// How long a program of the system may take.
+/// Timeout of an external program.
 const TOOL_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// What the doctor is told.
+/// Settings of a diagnosis.
 #[derive(Debug)]
 pub struct Settings {
-    /// The agent.
+    /// Client of the agent.
     pub client: Client,
-    /// etcd, where it is to be asked by other ways than the agent's own.
+    /// Access to etcd, if it differs from the agent's.
     pub etcd: EtcdArgs,
-    /// The agent's state directory.
+    /// State directory of the agent.
     pub state_dir: PathBuf,
-    /// Where `/run` and `/etc` are looked for: `/`, save for tests.
+    /// Directory that contains `/run` and `/etc`: `/`, except in tests.
     pub root: PathBuf,
-    /// How many peers get packets.
+    /// Maximum number of peers to probe.
     pub peers: usize,
 }
 
-/// What is known of this host.
+/// State of this host.
 #[derive(Debug)]
 pub struct Facts {
     pub(super) settings: Settings,
     pub(super) status: Result<Status, String>,
     pub(super) peers: Vec<PeerEntry>,
     pub(super) network: Option<NetworkView>,
-    /// `ip -j -d link`; `None` where it cannot be read.
+    /// Output of `ip -j -d link`; `None` if it cannot be read.
     pub(super) links: Option<Vec<Value>>,
 }
 
-/// Why a program of the system said nothing.
+/// Failure of an external program.
 #[derive(Debug, Clone, thiserror::Error)]
 pub(super) enum ToolError {
-    /// It is not installed.
+    /// The program is not installed.
     #[error("{0} is not installed")]
     Missing(String),
-    /// It failed.
+    /// The program failed.
     #[error("`{command}` failed: {reason}")]
     Failed { command: String, reason: String },
 }
 
 impl Facts {
-    /// Asks the agent and the kernel.
+    /// Reads the agent's answers and the kernel's links.
     pub async fn gather(settings: Settings) -> Facts {
         let client = settings.client.clone().with_timeout(TOOL_TIMEOUT);
         let status = client.status().await.map_err(|error| error.to_string());
@@ -66,46 +66,46 @@ impl Facts {
         Facts { settings, status, peers, network, links }
     }
 
-    /// The status, where the agent answers.
+    /// The agent's status, if it answered.
     pub(super) fn status(&self) -> Option<&Status> {
         self.status.as_ref().ok()
     }
 
-    /// The overlay's pool of each family.
+    /// Overlay pool of each family.
     pub(super) fn pools(&self) -> PerFamily<Pool> {
         self.status().and_then(|status| status.network.as_ref()).map(|network| network.pools).unwrap_or_default()
     }
 
-    /// The VXLAN port.
+    /// VXLAN port.
     pub(super) fn port(&self) -> Option<u16> {
         self.status()?.network.as_ref().map(|network| network.vxlan.port)
     }
 
-    /// The names of links that `wanted` is true for.
+    /// Names of the links that match the predicate.
     pub(super) fn link_names(&self, predicate: impl Fn(&str) -> bool) -> Vec<String> {
         let names = self.links.iter().flatten().filter_map(|link| link["ifname"].as_str());
         names.filter(|name| predicate(name)).map(str::to_owned).collect()
     }
 
-    /// A link by its name.
+    /// Finds a link by name.
     pub(super) fn link(&self, name: &str) -> Option<&Value> {
         self.links.iter().flatten().find(|link| link["ifname"] == name)
     }
 
-    /// A file of the system.
+    /// Path of a system file below the root.
     pub(super) fn path(&self, absolute: &str) -> PathBuf {
         self.settings.root.join(absolute.trim_start_matches('/'))
     }
 
-    /// The families that have a tunnel of ours, by its devices.
+    /// Families that have a tunnel device of the agent.
     pub(super) fn families(&self) -> Vec<Family> {
         let has = |prefix: &str| !self.link_names(|name| is_tunnel(name) && name.starts_with(prefix)).is_empty();
         [(Family::V4, "ovx."), (Family::V6, "ovx6.")].into_iter().filter(|(_, p)| has(p)).map(|(family, _)| family).collect()
     }
 }
 
-/// A column of a file below `/proc/net/stat`: one value a processor. Empty where the file is not there: it is one for all network namespaces, and
-/// seen from the machine's own alone.
+/// Reads a column of a file below `/proc/net/stat`: one value per processor. Empty if the file is absent: only the initial
+/// network namespace shows it, with the values of all.
 pub(crate) fn read_net_stat(file: &str, column: &str) -> Vec<u64> {
     let text = std::fs::read_to_string(Path::new("/proc/net/stat").join(file)).unwrap_or_default();
     let mut lines = text.lines();
@@ -114,44 +114,44 @@ pub(crate) fn read_net_stat(file: &str, column: &str) -> Vec<u64> {
     lines.filter_map(value).collect()
 }
 
-/// Whether a link has the name of one of our VXLAN devices.
+/// Whether the name is that of one of the agent's VXLAN devices.
 pub(super) fn is_tunnel(name: &str) -> bool {
     name.starts_with("ovx.") || name.starts_with("ovx6.")
 }
 
-/// Whether a link has the name of one of ours.
+/// Whether the name is that of one of the agent's links.
 pub(super) fn is_overlay_link(name: &str) -> bool {
     is_tunnel(name) || name.starts_with("ovb.") || name.starts_with("ove")
 }
 
-/// What a program prints.
+/// Runs a program and returns its output.
 pub(super) async fn run_tool(command: &[&str]) -> Result<String, ToolError> {
     run_tool_with_timeout(command, TOOL_TIMEOUT).await
 }
 
-/// The same within a limit.
+/// Runs a program with another timeout.
 pub(super) async fn run_tool_with_timeout(command: &[&str], limit: Duration) -> Result<String, ToolError> {
     let Some((program, arguments)) = command.split_first() else { return Ok(String::new()) };
     let failed = |reason: String| ToolError::Failed { command: command.join(" "), reason };
     let mut child = tokio::process::Command::new(program);
     child.args(arguments).env("LC_ALL", "C").stdin(Stdio::null()).kill_on_drop(true);
-    // An unprivileged shell's search path misses the directories of the system's programs.
+    // The PATH of an unprivileged shell lacks the sbin directories.
     let path = std::env::var("PATH").unwrap_or_default();
     child.env("PATH", format!("{path}:/usr/sbin:/sbin:/usr/bin:/bin"));
     match tokio::time::timeout(limit, child.output()).await {
-        Err(_) => Err(failed(format!("no end within {} s", limit.as_secs()))),
+        Err(_) => Err(failed(format!("not finished within {} s", limit.as_secs()))),
         Ok(Err(error)) if error.kind() == std::io::ErrorKind::NotFound => Err(ToolError::Missing((*program).to_owned())),
         Ok(Err(error)) => Err(failed(error.to_string())),
         Ok(Ok(output)) if output.status.success() => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
         Ok(Ok(output)) => {
             let stream = if output.stderr.is_empty() { &output.stdout } else { &output.stderr };
             let text = String::from_utf8_lossy(stream);
-            Err(failed(text.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("without a word").trim().to_owned()))
+            Err(failed(text.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("no error output").trim().to_owned()))
         }
     }
 }
 
-/// The list that a program prints as JSON; empty where it prints nothing.
+/// Runs a program and parses its output as a JSON list; empty for empty output.
 pub(super) async fn run_tool_json(command: &[&str]) -> Result<Vec<Value>, ToolError> {
     let text = run_tool(command).await?;
     if text.trim().is_empty() {
@@ -161,19 +161,19 @@ pub(super) async fn run_tool_json(command: &[&str]) -> Result<Vec<Value>, ToolEr
     serde_json::from_str(&text).map_err(reason)
 }
 
-/// Tells that something could not be looked at.
+/// Adds information about a check that could not run.
 pub(super) fn report_unchecked(findings: &mut Findings, what: &str, error: &ToolError) {
     let remedy = match error {
         ToolError::Missing(program) => match debian_package(program) {
-            Some(package) => format!("install it, then run this again: apt-get install {package}"),
-            None => "install it, then run this again".to_owned(),
+            Some(package) => format!("install it, then repeat the check: apt-get install {package}"),
+            None => "install it, then repeat the check".to_owned(),
         },
         ToolError::Failed { .. } => "run this as root".to_owned(),
     };
-    findings.info(format!("{what} was not looked at"), vec![error.to_string()], remedy);
+    findings.info(format!("not checked: {what}"), vec![error.to_string()], remedy);
 }
 
-/// The Debian package of a program.
+/// Debian package of a program.
 fn debian_package(program: &str) -> Option<&'static str> {
     Some(match program {
         "ip" | "bridge" => "iproute2",
@@ -185,12 +185,12 @@ fn debian_package(program: &str) -> Option<&'static str> {
     })
 }
 
-/// A file's first line, without blanks around it.
+/// Reads a file's first line, trimmed.
 pub(super) fn first_line(path: &Path) -> Option<String> {
     Some(std::fs::read_to_string(path).ok()?.lines().next()?.trim().to_owned())
 }
 
-/// A sysctl below `/proc/sys/net`, of this namespace.
+/// Reads a sysctl below `/proc/sys/net` of this namespace.
 pub(super) fn sysctl(path: &str) -> Option<String> {
     first_line(&Path::new("/proc/sys/net").join(path))
 }

@@ -1,4 +1,4 @@
-//! The kernel: each feature is tried in a network namespace that is made for it and gone afterwards; sysctls and limits are read.
+//! The kernel: tries each feature in a temporary network namespace; reads sysctls and limits.
 
 use overlay_agent::model::{Device, Family};
 use overlay_agent::plan::desired::sysctls;
@@ -6,7 +6,7 @@ use overlay_agent::plan::desired::sysctls;
 use super::facts::{ToolError, read_net_stat, report_unchecked, run_tool, sysctl};
 use super::{FULL_WARNING_PERCENT, Facts, Findings};
 
-/// A feature: what it is, the commands that need it, and whether the overlay stands without it.
+/// A kernel feature: name, commands that need it, and whether the overlay requires it.
 struct Feature {
     name: &'static str,
     script: &'static str,
@@ -60,7 +60,7 @@ pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
                 probe_feature(feature, findings).await;
             }
         }
-        Err(error) => report_unchecked(findings, "what the kernel can do", &error),
+        Err(error) => report_unchecked(findings, "kernel features", &error),
     }
     forwarding(facts, findings);
     interface_sysctls(facts, findings);
@@ -71,20 +71,21 @@ pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
             Family::V6 => ("ndisc_cache", "ipv6/neigh/default/gc_thresh3"),
         };
         let most = sysctl(limit).and_then(|text| text.parse().ok());
-        // Each processor's line has the number of all.
+        // Each processor's line has the total of all.
         if let (Some(entries), Some(most)) = (read_net_stat(file, "entries").first(), most) {
-            // The agent's own are permanent and do not count against the limit.
+            // The agent's own entries are permanent and do not count against the limit.
             neighbour_table(family, entries.saturating_sub(facts.peers.len() as u64), most, findings);
         }
     }
 }
 
-/// The kernel's neighbour table, one for all network namespaces: a container's entry for the gateway counts like the host's for the container.
+/// Checks the kernel's neighbour table. All network namespaces share it: a container's entry for the gateway counts like the
+/// host's for the container.
 fn neighbour_table(family: Family, entries: u64, most: u64, findings: &mut Findings) {
     if most > 0 && entries * 100 >= most * FULL_WARNING_PERCENT as u64 {
         let name = format!("net.{}.neigh.default.gc_thresh", family.to_string().to_lowercase());
         findings.warning(
-            format!("the kernel's {family} neighbour table is nearly full: containers and hosts will not find each other"),
+            format!("the kernel's {family} neighbour table is nearly full: containers and hosts will fail to resolve each other"),
             vec![format!("{entries} entries, {name}3 = {most}")],
             format!("sysctl -w {name}1={} {name}2={} {name}3={}, and the same in /etc/sysctl.d", most, most * 2, most * 4),
         );
@@ -110,7 +111,7 @@ async fn probe_feature(feature: &Feature, findings: &mut Findings) {
     }
 }
 
-/// Forwarding in each family that has a tunnel. An agent that runs puts it back at once, so what is seen here lasts.
+/// Checks forwarding in each family with a tunnel. A running agent restores it at once, so a value found here persists.
 fn forwarding(facts: &Facts, findings: &mut Findings) {
     for family in facts.families() {
         let path = sysctls::forwarding(family);
@@ -118,15 +119,15 @@ fn forwarding(facts: &Facts, findings: &mut Findings) {
         match sysctl(path).as_deref() {
             Some("1" | "2") => {}
             Some(value) => findings.error(
-                format!("the host does not forward {family}: containers reach nobody outside their host"),
+                format!("the host does not forward {family}: containers reach only their own host"),
                 vec![format!("{name} = {value}")],
                 format!(
-                    "the agent sets it while it runs: see the check `agent`. Until then: sysctl -w {name}=1; and look for a file that \
+                    "a running agent sets it: see the check `agent`. Until then: sysctl -w {name}=1; and look for a file that \
                      switches it off: grep -r forward /etc/sysctl.d /etc/sysctl.conf"
                 ),
             ),
             None => findings.info(
-                format!("whether the host forwards {family} was not looked at"),
+                format!("not checked: forwarding of {family}"),
                 vec![format!("{name} cannot be read")],
                 "run this as root, with /proc mounted",
             ),
@@ -134,7 +135,7 @@ fn forwarding(facts: &Facts, findings: &mut Findings) {
     }
 }
 
-/// Settings of interfaces with which the kernel does not carry the overlay's traffic, whatever the global ones are.
+/// Checks per-interface settings that stop the overlay's traffic regardless of the global ones.
 fn interface_sysctls(facts: &Facts, findings: &mut Findings) {
     let ours: Vec<Device> = facts.link_names(|_| true).iter().filter_map(|name| Device::from_name(name)).collect();
     for family in facts.families() {
@@ -146,16 +147,16 @@ fn interface_sysctls(facts: &Facts, findings: &mut Findings) {
         let number = |path: &str| sysctl(path).and_then(|text| text.parse::<u32>().ok());
         for (path, value) in wanted {
             let Some(found) = sysctl(&path).filter(|found| found != value) else { continue };
-            // The larger of this and the common one counts, and only 1 (strict) is in the way.
+            // The larger of this and the `all` setting applies, and only 1 (strict) drops.
             let all = sysctls::interface_path("all", family, "rp_filter");
             if path.ends_with("/rp_filter") && number(&all).max(number(&path)) != Some(1) {
                 continue;
             }
             findings.error(
-                format!("a setting of an interface keeps the overlay's {family} traffic from passing"),
+                format!("an interface setting blocks the overlay's {family} traffic"),
                 vec![format!("net.{path} = {found}, not {value}")],
                 format!(
-                    "the agent sets it while it runs: see the check `agent`. Until then: sysctl -w net/{path}={value}; and look for a \
+                    "a running agent sets it: see the check `agent`. Until then: sysctl -w net/{path}={value}; and look for a \
                      file that sets it: grep -rE '{}' /etc/sysctl.d /etc/sysctl.conf",
                     path.rsplit('/').next().unwrap_or_default()
                 ),
@@ -164,9 +165,9 @@ fn interface_sysctls(facts: &Facts, findings: &mut Findings) {
         let all = sysctls::interface_path("all", family, "arp_ignore");
         if family == Family::V4 && number(&all) == Some(8) {
             findings.error(
-                "this host answers no ARP request: containers do not find their gateway",
+                "this host answers no ARP requests: containers cannot resolve their gateway",
                 vec!["net.ipv4.conf.all.arp_ignore = 8".to_owned()],
-                "it counts for every interface, whatever the interface's own is: sysctl -w net.ipv4.conf.all.arp_ignore=0 (1 and 2 do no harm)",
+                "it applies to every interface, regardless of the interface's own value: sysctl -w net.ipv4.conf.all.arp_ignore=0 (1 and 2 do no harm)",
             );
         }
     }
@@ -179,7 +180,7 @@ fn conntrack_usage(findings: &mut Findings) {
         && count * 100 >= most * FULL_WARNING_PERCENT as u64
     {
         findings.warning(
-            "the table of connections is nearly full: new connections will be dropped",
+            "the conntrack table is nearly full: new connections will be dropped",
             vec![format!("nf_conntrack_count = {count}, nf_conntrack_max = {most}")],
             format!("sysctl -w net.netfilter.nf_conntrack_max={}, and the same in /etc/sysctl.d", most * 2),
         );

@@ -1,4 +1,4 @@
-//! Who else manages what is the agent's: NetworkManager, systemd-networkd, and what a flannel that ran here left behind.
+//! Other managers of the agent's devices: NetworkManager, systemd-networkd, and leftovers of a flannel.
 
 use std::path::Path;
 
@@ -10,15 +10,15 @@ pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
     flannel(facts, findings).await;
 }
 
-/// The links of ours by index and name.
+/// The agent's links by index and name.
 fn overlay_links(facts: &Facts) -> Vec<(u64, String)> {
     let links = facts.links.iter().flatten();
     let pairs = links.filter_map(|link| Some((link["ifindex"].as_u64()?, link["ifname"].as_str()?.to_owned())));
     pairs.filter(|(_, name)| is_overlay_link(name)).collect()
 }
 
-/// NetworkManager keeps a file a device (`/run/NetworkManager/devices/INDEX`, `managed=`), systemd-networkd as well (`/run/systemd/netif/links/INDEX`,
-/// `ADMIN_STATE=`).
+/// NetworkManager has one file per device (`/run/NetworkManager/devices/INDEX`, `managed=`), as has systemd-networkd
+/// (`/run/systemd/netif/links/INDEX`, `ADMIN_STATE=`).
 fn managers(facts: &Facts, findings: &mut Findings) {
     let held = |directory: &str, is_managed: fn(&str) -> bool| -> Vec<String> {
         let directory = facts.path(directory);
@@ -28,7 +28,7 @@ fn managers(facts: &Facts, findings: &mut Findings) {
     let by_manager = held("/run/NetworkManager/devices", |line| line == "managed=true" || line == "managed=1");
     if !by_manager.is_empty() {
         findings.warning(
-            "NetworkManager manages devices of the agent: it may take their addresses away",
+            "NetworkManager manages devices of the agent: it may remove their addresses",
             vec![by_manager.join(", ")],
             "write `[keyfile]` and `unmanaged-devices=interface-name:ovx*;interface-name:ovb.*;interface-name:ove*` to \
              /etc/NetworkManager/conf.d/overlayd.conf, then: nmcli general reload",
@@ -40,7 +40,7 @@ fn managers(facts: &Facts, findings: &mut Findings) {
     });
     if !by_networkd.is_empty() {
         findings.warning(
-            "systemd-networkd manages devices of the agent: it removes routes and addresses that it does not know",
+            "systemd-networkd manages devices of the agent: it removes unknown routes and addresses",
             vec![by_networkd.join(", ")],
             "write `[Match]`, `Name=ovx* ovb.* ove*`, `[Link]`, `Unmanaged=yes` to /etc/systemd/network/05-overlayd.network, then: \
              networkctl reload",
@@ -73,15 +73,15 @@ async fn flannel(facts: &Facts, findings: &mut Findings) {
     if environment.exists() {
         left.push(format!("{}: {}", environment.display(), read(&environment).lines().collect::<Vec<_>>().join(" ")));
     }
-    // What cannot be read is said by the check of the firewall.
+    // The firewall check reports a failure of `nft`.
     let chains = run_tool(&["nft", "list", "chains"]).await.unwrap_or_default();
     let chain = |line: &str| line.trim().strip_prefix("chain ").map(|rest| rest.trim_end_matches([' ', '{']).to_owned());
     left.extend(chains.lines().filter_map(chain).filter(|name| name.starts_with("FLANNEL")).map(|name| format!("chain {name}")));
     if !left.is_empty() {
         findings.warning(
-            "a flannel that ran on this host left things behind",
+            "a former flannel on this host left objects behind",
             left,
-            "once flanneld is stopped and its containers are moved: ip link delete flannel.1; ip link delete cni0; rm -r /run/flannel; \
+            "after flanneld is stopped and its containers are moved: ip link delete flannel.1; ip link delete cni0; rm -r /run/flannel; \
              iptables -t nat -F FLANNEL-POSTRTG; iptables -F FLANNEL-FWD",
         );
     }

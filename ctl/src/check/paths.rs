@@ -1,7 +1,8 @@
-//! Every peer, by real packets: pings that must not be fragmented, over the underlay and over the overlay; a TCP connection to a port on which nobody listens,
-//! whose refusal shows that checksums arrive whole both ways; and a train of UDP segments that the kernel or the network card cuts up.
+//! Tests every peer with real packets: pings with the don't-fragment flag, over the underlay and over the overlay; a TCP
+//! connection to a closed port, whose refusal proves that checksums arrive intact both ways; and a train of UDP segments that the
+//! kernel or the network card splits.
 //!
-//! Bounded: so many peers as asked for, eight at once; for each some twenty packets and at most 64 KiB.
+//! Bounded: the requested number of peers, eight at once; some twenty packets and at most 64 KiB for each.
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -16,13 +17,14 @@ use tokio::net::TcpStream;
 use super::facts::{ToolError, report_unchecked, run_tool, run_tool_json, run_tool_with_timeout};
 use super::{Facts, Findings};
 
-/// Peers that are asked at once.
+/// Maximum number of peers probed at once.
 const MAX_CONCURRENT: usize = 8;
-/// Discard (RFC 863): hardly anybody listens there, and who does swallows what comes.
+/// Discard (RFC 863): hardly any host listens there, and a listener discards the data.
 const DISCARD_PORT: u16 = 9;
-/// How long an answer may take: a lost SYN is sent again after 1 s (RFC 6298).
+/// Timeout of an answer: a lost SYN is sent again after 1 s (RFC 6298).
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
-/// IPv4 and IPv6 headers without options, and those of ICMP echo and UDP, in bytes (RFC 791, RFC 8200, RFC 792, RFC 768).
+/// Length of IPv4 and IPv6 headers without options, and of ICMP echo and UDP headers, in bytes (RFC 791, RFC 8200, RFC 792, RFC
+/// 768).
 const fn ip_header_len(family: Family) -> u32 {
     match family {
         Family::V4 => 20,
@@ -30,27 +32,27 @@ const fn ip_header_len(family: Family) -> u32 {
     }
 }
 const L4_HEADER_LEN: u32 = 8;
-/// The smallest packet that each family carries (RFC 791, RFC 8200): pings of it need no path MTU.
+/// Smallest packet that each family guarantees (RFC 791, RFC 8200): pings of that size need no path MTU.
 const fn min_packet_len(family: Family) -> u32 {
     match family {
         Family::V4 => 576,
         Family::V6 => 1280,
     }
 }
-/// Segments of the train, and how often it is sent: a kernel tells of closed ports at a bounded rate (`icmp_ratelimit`).
+/// Segments per train, and number of trains: a kernel reports closed ports at a limited rate (`icmp_ratelimit`).
 const SEGMENTS: u32 = 16;
 const TRAINS: u32 = 3;
 
-/// What was seen of one peer.
+/// Results for one peer.
 #[derive(Debug)]
 struct PeerProbe {
     name: String,
     peer: PeerEntry,
-    /// Bytes that the underlay carries whole: 0 where not even the smallest ping is answered.
+    /// Bytes that the underlay carries unfragmented; 0 if not even the smallest ping is answered.
     underlay: u32,
-    /// The same for the overlay.
+    /// Same for the overlay.
     overlay: u32,
-    /// The MTU of the way there that the kernel has learnt from routers and goes by.
+    /// Path MTU to the peer that the kernel has learnt from routers and applies.
     cached_path_mtu: Option<u64>,
     tcp: Option<bool>,
     segments: Option<bool>,
@@ -63,15 +65,15 @@ pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
         return;
     }
     if let Err(error) = run_tool(&["ping", "-V"]).await {
-        return report_unchecked(findings, "the way to peers", &error);
+        return report_unchecked(findings, "paths to peers", &error);
     }
     let probed: Vec<PeerEntry> = facts.peers.iter().take(facts.settings.peers).cloned().collect();
     let left = facts.peers.len() - probed.len();
     if left > 0 {
         findings.info(
-            format!("{left} of {} peers were not asked", facts.peers.len()),
-            vec![format!("the first {} were", probed.len())],
-            "overlayctl check --peers NUMBER asks more",
+            format!("{left} of {} peers were not probed", facts.peers.len()),
+            vec![format!("the first {} were probed", probed.len())],
+            "overlayctl check --peers NUMBER probes more",
         );
     }
     let probes = stream::iter(probed).map(|peer| probe_peer(peer, underlay.mtu, overlay_mtu));
@@ -99,7 +101,7 @@ async fn query_path_mtu(address: IpAddr) -> Option<u64> {
     answer.first()?["metrics"].as_array()?.iter().find_map(|metric| metric["mtu"].as_u64())
 }
 
-/// The largest packet up to `most` that is answered without being fragmented; 0 where not even the smallest is.
+/// Finds the largest packet up to `max_size` that is answered unfragmented; 0 if not even the smallest is.
 async fn probe_mtu(address: IpAddr, max_size: u32) -> u32 {
     if ping(address, max_size).await {
         return max_size;
@@ -108,7 +110,7 @@ async fn probe_mtu(address: IpAddr, max_size: u32) -> u32 {
     if !ping(address, good).await {
         return 0;
     }
-    // Eleven halvings find any MTU of Ethernet; jumbo frames take three more.
+    // Eleven halvings find any Ethernet MTU; jumbo frames take three more.
     while bad - good > 1 {
         let middle = good + (bad - good) / 2;
         if ping(address, middle).await {
@@ -120,16 +122,16 @@ async fn probe_mtu(address: IpAddr, max_size: u32) -> u32 {
     good
 }
 
-/// Whether one of two pings of a whole size, which must not be fragmented, is answered.
+/// Whether one of two unfragmented pings of this size is answered.
 async fn ping(address: IpAddr, size: u32) -> bool {
     let payload = size.saturating_sub(ip_header_len(Family::of(address)) + L4_HEADER_LEN).to_string();
     let target = address.to_string();
     let command = ["ping", "-n", "-q", "-M", "do", "-c", "2", "-i", "0.2", "-W", "1", "-s", &payload, &target];
-    // ping ends well where one of them was answered.
+    // ping exits with 0 if one of them was answered.
     run_tool_with_timeout(&command, ANSWER_TIMEOUT + ANSWER_TIMEOUT).await.map_err(|error: ToolError| error).is_ok()
 }
 
-/// Whether TCP gets an answer: a refusal, or a connection where somebody listens after all.
+/// Whether TCP gets an answer: a refusal, or a connection if a process listens.
 async fn tcp_answers(address: IpAddr) -> bool {
     match tokio::time::timeout(ANSWER_TIMEOUT, TcpStream::connect(SocketAddr::new(address, DISCARD_PORT))).await {
         Ok(Ok(_)) => true,
@@ -138,7 +140,8 @@ async fn tcp_answers(address: IpAddr) -> bool {
     }
 }
 
-/// Whether UDP segments arrive that are handed to the kernel in one piece (`UDP_SEGMENT`, udp(7)): the peer says that the port is closed.
+/// Whether UDP segments arrive that the kernel receives in one piece (`UDP_SEGMENT`, udp(7)): the peer reports the port as
+/// closed.
 async fn udp_segments_answered(address: IpAddr, mtu: u32) -> bool {
     let sent = tokio::task::spawn_blocking(move || -> std::io::Result<bool> {
         let socket = UdpSocket::bind(SocketAddr::new(Family::of(address).unspecified(), 0))?;
@@ -173,13 +176,13 @@ fn report(probe: &PeerProbe, underlay_mtu: u32, overlay_mtu: u32, findings: &mut
             findings.error(
                 format!("{name} is reached by the underlay, but not by the overlay"),
                 evidence,
-                "its UDP port is closed on the way (security group, the peer's firewall), or its agent does not run: overlayctl check over there",
+                "its UDP port is blocked on the path (security group, the peer's firewall), or its agent is not running: run overlayctl check on that host",
             );
         } else {
             findings.warning(
                 format!("{name} is not reached at all"),
                 evidence,
-                "it is off, or the underlay is cut: where the host is gone for good, its lease goes with its time",
+                "it is off, or the underlay is down: if the host is gone for good, its lease expires",
             );
         }
         return;
@@ -188,7 +191,7 @@ fn report(probe: &PeerProbe, underlay_mtu: u32, overlay_mtu: u32, findings: &mut
         let evidence =
             format!("ping -M do -s {} {inside}: no answer", overlay_mtu - ip_header_len(Family::of(inside)) - L4_HEADER_LEN);
         let remedy = format!(
-            "raise the MTU on the way to {public} by {} bytes, or set `Backend.MTU`, the underlay's, to {} in the network's configuration \
+            "raise the MTU on the path to {public} by {} bytes, or set `Backend.MTU`, the underlay's, to {} in the network's configuration \
              (overlayctl config set)",
             overlay_mtu - overlay,
             overlay + Family::of(public).vxlan_overhead()
@@ -196,7 +199,7 @@ fn report(probe: &PeerProbe, underlay_mtu: u32, overlay_mtu: u32, findings: &mut
         match learnt {
             Some(mtu) => findings.warning(
                 format!(
-                    "the overlay to {name} carries {overlay} of {overlay_mtu} bytes: senders are told so when their first large packet is lost"
+                    "the overlay to {name} carries {overlay} of {overlay_mtu} bytes: senders learn the path MTU when their first large packet is lost"
                 ),
                 vec![evidence, format!("ip route get {public}: mtu {mtu}")],
                 remedy,
@@ -209,21 +212,21 @@ fn report(probe: &PeerProbe, underlay_mtu: u32, overlay_mtu: u32, findings: &mut
         }
     } else if *underlay > 0 && *underlay < underlay_mtu {
         findings.warning(
-            format!("the underlay to {name} carries {underlay} of {underlay_mtu} bytes whole: the tunnel's packets are fragmented, or lost"),
+            format!("the underlay to {name} carries {underlay} of {underlay_mtu} bytes unfragmented: the tunnel's packets are fragmented, or lost"),
             vec![format!("ping -M do -s {} {public}: no answer", underlay_mtu - ip_header_len(Family::of(public)) - L4_HEADER_LEN)],
             format!(
-                "raise the MTU on the way, or set `Backend.MTU`, the underlay's, to {underlay} in the network's configuration (overlayctl config set)"
+                "raise the MTU on the path, or set `Backend.MTU`, the underlay's, to {underlay} in the network's configuration (overlayctl config set)"
             ),
         );
     } else if *underlay == 0 {
         findings.info(
-            format!("{name} answers no ping over the underlay: its path's MTU is known for the overlay alone"),
+            format!("{name} answers no ping over the underlay: the path MTU is known for the overlay only"),
             vec![format!("ping {public}: no answer; ping {inside}: {overlay} bytes")],
-            "nothing, as long as the overlay works",
+            "none, if the overlay works",
         );
     }
     let offload = "try overlayd --vxlan-tx-checksum=false on both hosts (at once: ethtool -K DEVICE tx off): some network cards and hypervisors write wrong \
-                   checksums into tunnelled packets; else look for a firewall on the peer that drops such packets"
+                   checksums into tunnelled packets; otherwise look for a firewall on the peer that drops such packets"
         .replace("DEVICE", &peer.device);
     if *tcp == Some(false) {
         findings.error(
@@ -236,7 +239,9 @@ fn report(probe: &PeerProbe, underlay_mtu: u32, overlay_mtu: u32, findings: &mut
         );
     } else if *segments == Some(false) {
         findings.warning(
-            format!("large sends do not arrive at {name}: segmentation by kernel or network card is broken, or UDP is dropped"),
+            format!(
+                "large sends do not arrive at {name}: segmentation by the kernel or the network card is broken, or UDP is dropped"
+            ),
             vec![format!("{TRAINS} trains of {SEGMENTS} UDP segments to {inside} port {DISCARD_PORT}: no answer")],
             offload,
         );

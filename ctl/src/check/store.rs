@@ -1,4 +1,5 @@
-//! etcd, asked from here: every server by itself, with the settings given on the command line, else those of the agent where they need no file.
+//! etcd, queried from this host: every server separately, with the settings of the command line, or the agent's if they need no
+//! file.
 
 use std::time::Duration;
 
@@ -7,22 +8,22 @@ use tokio::time::Instant;
 
 use super::{Facts, Findings};
 
-/// The oldest etcd that its project still mends; the agent needs leases and watches with progress, which older ones have, too.
+/// Oldest etcd that its project still maintains. The agent needs leases and watches with progress, which older versions have too.
 const MIN_ETCD_VERSION: (u32, u32) = (3, 4);
-/// A round trip that takes longer is worth a word: renewals have five seconds.
+/// Response time that is worth a warning: renewals have five seconds.
 const SLOW_RESPONSE: Duration = Duration::from_millis(500);
-/// Clocks may differ by that many seconds. HTTP's `Date` has whole seconds, and certificates are judged by minutes.
+/// Maximum difference of the clocks in seconds. HTTP's `Date` has whole seconds, and certificates are valid by minutes.
 const MAX_CLOCK_SKEW: u64 = 5;
 
 pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
     let Some(config) = store_config(facts) else {
         if let Some(status) = facts.status().filter(|status| !status.store.connected) {
             let error = status.store.error.clone().unwrap_or_default();
-            findings.error("the agent has no answer of etcd", vec![error], "the line says what to do");
+            findings.error("the agent has no connection to etcd", vec![error], "follow the evidence");
         }
         let remedy =
-            "overlayctl check --etcd-endpoints URLS, with --etcd-cafile and the other flags where etcd wants TLS or a login";
-        return findings.info("etcd itself was not asked", vec![String::new()], remedy);
+            "overlayctl check --etcd-endpoints URLS, with --etcd-cafile and the other flags if etcd requires TLS or a login";
+        return findings.info("not checked: etcd itself", vec![String::new()], remedy);
     };
     let mut unreachable = Vec::new();
     for endpoint in &config.endpoints {
@@ -38,17 +39,18 @@ pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
     match unreachable.len() {
         0 => {}
         count if count == all => {
-            let remedy = "see that etcd runs and that its port is open from here; the data path stays as it is meanwhile";
+            let remedy =
+                "check that etcd runs and that its port is reachable from this host; the data path keeps working meanwhile";
             findings.error("etcd does not answer", unreachable, remedy);
         }
         count => {
-            let remedy = "mend them, or take them out of --etcd-endpoints; the agent uses the others";
+            let remedy = "repair them, or remove them from --etcd-endpoints; the agent uses the remaining servers";
             findings.warning(format!("{count} of {all} etcd servers do not answer"), unreachable, remedy);
         }
     }
 }
 
-/// The settings given, else the agent's endpoints. TLS and logins need files that the agent alone may read.
+/// Returns the given settings, or the agent's endpoints. TLS and logins need files that only the agent may read.
 fn store_config(facts: &Facts) -> Option<StoreConfig> {
     let args = &facts.settings.etcd;
     if args.is_given() {
@@ -77,27 +79,27 @@ fn report_member(endpoint: &str, member: &store::MemberStatus, elapsed: Duration
     }
     if !member.alarms.is_empty() {
         let remedy = "etcdctl alarm list; for NOSPACE: etcdctl compact, etcdctl defrag, etcdctl alarm disarm";
-        findings.error("etcd reports trouble of its own", member.alarms.clone(), remedy);
+        findings.error("etcd reports alarms", member.alarms.clone(), remedy);
     }
     if elapsed > SLOW_RESPONSE {
         findings.warning(
-            "etcd is slow to answer",
-            vec![format!("{endpoint}: {} ms for connecting and two answers", elapsed.as_millis())],
-            "its disk and its network: etcdctl check perf",
+            "etcd answers slowly",
+            vec![format!("{endpoint}: {} ms for a connection and two responses", elapsed.as_millis())],
+            "check its disk and its network: etcdctl check perf",
         );
     }
 }
 
-/// The server's clock beside ours. One that cannot be asked is told of as a server that does not answer.
+/// Compares the server's clock with this host's. An unreachable server is reported elsewhere, as one that does not answer.
 async fn clock_skew(server: &StoreConfig, findings: &mut Findings) {
     let Ok(Some(theirs)) = store::server_clock(server).await else { return };
     let ours = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |time| time.as_secs());
     let apart = ours.abs_diff(theirs);
     if apart > MAX_CLOCK_SKEW {
         findings.warning(
-            format!("this host's clock and that of etcd are {apart} s apart"),
+            format!("the clocks of this host and etcd differ by {apart} s"),
             vec![format!("{} says {theirs}, this host {ours} (seconds since 1970)", server.endpoints.join(", "))],
-            "let both follow the same time: systemctl status systemd-timesyncd, or chronyc tracking. Certificates and logs are judged by it",
+            "synchronise both: systemctl status systemd-timesyncd, or chronyc tracking. Certificates and logs depend on it",
         );
     }
 }
@@ -120,7 +122,7 @@ mod tests {
             (member("3.3.27", true, &[]), fast, "older than 3.4"),
             (member("2.3.8", true, &[]), fast, "older than 3.4"),
             (member("3.5.16", false, &[]), fast, "no leader"),
-            (member("3.5.16", true, &["memberID:1 alarm:NOSPACE"]), fast, "trouble of its own"),
+            (member("3.5.16", true, &["memberID:1 alarm:NOSPACE"]), fast, "reports alarms"),
             (member("3.5.16", true, &[]), Duration::from_secs(2), "slow"),
         ] {
             let mut findings = Findings::for_check("store");

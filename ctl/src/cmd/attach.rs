@@ -1,4 +1,4 @@
-//! `overlayctl attach_filter`: puts a network namespace on the overlay; without one, makes a named one first.
+//! `overlayctl attach`: attaches a network namespace to the overlay; without `--netns` and `--pid` it creates a named one first.
 
 use std::path::PathBuf;
 
@@ -20,17 +20,17 @@ use crate::resolver::ResolverFile;
 pub struct Args {
     /// The endpoint's name, unique on this host
     name: EndpointName,
-    /// The network namespace to attach; without it a namespace NAME is made, as by `ip path push_additions`, and removed again by `detach`
+    /// Network namespace to attach. Default: creates a namespace NAME, as `ip netns add` does; `detach` removes it
     #[arg(long, value_name = "PATH", conflicts_with = "pid")]
     netns: Option<PathBuf>,
-    /// Attach the network namespace of a process
+    /// Process whose network namespace is attached
     #[arg(long, value_name = "PID")]
     pid: Option<i32>,
     #[command(flatten)]
     attach: AttachArgs,
 }
 
-/// Attaches.
+/// Attaches the endpoint and prints it.
 pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
     let Args { name, attach, .. } = args;
     if !attach.has_namespace() && (args.netns.is_some() || args.pid.is_some()) {
@@ -52,7 +52,7 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
         (None, None) => {
             let existing = context.client.endpoints().await?.endpoints.into_iter().find(|e| e.name == *name);
             let path = namespaces.path(name);
-            // One that has gone away in the meantime is made again, and the endpoint plugged into it.
+            // Recreates a namespace that has disappeared since; the agent attaches the endpoint to the new one.
             if !(existing.is_some_and(|e| e.netns == path) && path.exists()) {
                 created = Some(namespaces.create(name)?);
             }
@@ -66,7 +66,7 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
         .filter(|_| attach.mode == Mode::Overlay);
     if attach.resolver.is_given() && file.is_none() {
         let message =
-            "--dns, --dns-search and --dns-option need a namespace with a name (/run/netns/NAME): a resolver file is found by it";
+            "--dns, --dns-search and --dns-option need a named namespace (/run/netns/NAME): its name selects the resolver file";
         return Err(CommandError::Usage { message: message.to_owned() });
     }
     let written = match &file {
@@ -75,7 +75,7 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
     };
     let attached = context.client.attach(name, &request).await?;
     if let Some(process) = process.filter(|process| !process.is_alive()) {
-        // Whatever has its number now is not what was meant.
+        // The process ended meanwhile and PIDs are reused: the namespace may be another process's.
         context.client.detach(name).await?;
         return Err(NamespaceError::NoProcess { pid: process.pid }.into());
     }

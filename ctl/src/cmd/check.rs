@@ -1,4 +1,4 @@
-//! `overlayctl check`: what on this host stands in the way, and what to do about it.
+//! `overlayctl check`: diagnoses this host, with evidence and a remedy for each finding.
 
 use std::path::PathBuf;
 
@@ -11,26 +11,26 @@ use crate::output::{Style, Tone, View};
 
 /// The arguments.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Run it as root: what cannot be looked at is told as information. It changes nothing.\n\
-                        Exit codes: 0 nothing above information, 3 warnings, 1 errors.")]
+#[command(after_help = "Run it as root: a check without permission reports information only. It changes nothing.\n\
+                        Exit codes: 0 no finding above information, 3 warnings, 1 errors.")]
 pub struct Args {
-    /// Only these checks: agent, kernel, store, addresses, firewall, paths, neighbours, endpoints
+    /// Run only these checks: agent, kernel, store, addresses, firewall, paths, neighbours, endpoints
     #[arg(value_name = "CHECK", value_parser = clap::builder::PossibleValuesParser::new(check::names()))]
     only: Vec<String>,
-    /// How many peers get packets
+    /// Maximum number of peers to probe
     #[arg(long, value_name = "NUMBER", default_value_t = 32)]
     peers: usize,
-    /// The agent's state directory
+    /// State directory of the agent
     #[arg(long, value_name = "DIRECTORY", env = "OVERLAYD_STATE_DIR", default_value = "/var/lib/overlayd")]
     state_dir: PathBuf,
     #[command(flatten)]
     etcd: EtcdArgs,
-    /// Where /run and /etc are looked for
+    /// Directory that contains /run and /etc
     #[arg(long, value_name = "DIRECTORY", default_value = "/", hide = true)]
     root: PathBuf,
 }
 
-/// Looks, and prints what was found.
+/// Runs the checks and prints the report.
 pub async fn run(context: &Context, args: Args) -> Result<Outcome, CommandError> {
     let Args { only, peers, state_dir, etcd, root } = args;
     let settings = Settings { client: context.client.clone(), etcd, state_dir, root, peers };

@@ -1,4 +1,4 @@
-//! `overlayctl completions SHELL_LOOP`.
+//! `overlayctl completions SHELL`: shell completions.
 
 use clap::CommandFactory;
 use clap_complete::Shell;
@@ -9,7 +9,7 @@ use super::{Cli, CommandError, Context, Outcome};
 #[derive(Debug, clap::Args)]
 #[command(after_help = "overlayctl completions bash > /etc/bash_completion.d/overlayctl")]
 pub struct Args {
-    /// The shell
+    /// Shell to complete for
     #[arg(value_enum)]
     shell: Shell,
 }

@@ -1,4 +1,4 @@
-//! `overlayctl config`: the network's configuration in etcd.
+//! `overlayctl config`: the network configuration in etcd.
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -11,38 +11,38 @@ use super::{CommandError, Context, Outcome};
 use crate::etcd::EtcdArgs;
 use crate::output::{Style, Tone, View};
 
-/// The largest configuration read from a file, in bytes; etcd's own limit for a request is 1.5 MiB.
+/// Largest configuration file, in bytes; etcd's own limit for a request is 1.5 MiB.
 const MAX_FILE_BYTES: u64 = 1 << 20;
 
-/// How long the agent may take to say where etcd is.
+/// Timeout of the request for the agent's etcd endpoints.
 const AGENT_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// The arguments.
 #[derive(Debug, clap::Subcommand)]
-#[command(after_help = "Without --etcd-endpoints: the servers of this host's agent, else http://127.0.0.1:2379.")]
+#[command(after_help = "Default of --etcd-endpoints: the servers of this host's agent, else http://127.0.0.1:2379.")]
 pub enum Args {
     /// Print the configuration
     Show {
-        /// How to reach etcd
+        /// Access to etcd
         #[command(flatten)]
         etcd: EtcdArgs,
     },
-    /// Check a configuration and write it to etcd; a bad one is refused with all its mistakes
+    /// Check a configuration and write it to etcd; an invalid one is rejected with all its errors
     Set {
-        /// The file with the JSON; `-` is standard input
+        /// File with the JSON; `-` is standard input
         file: PathBuf,
-        /// How to reach etcd
+        /// Access to etcd
         #[command(flatten)]
         etcd: EtcdArgs,
     },
     /// Check a configuration without writing it
     Validate {
-        /// The file with the JSON; `-` is standard input
+        /// File with the JSON; `-` is standard input
         file: PathBuf,
     },
 }
 
-/// Shows, sets or validates.
+/// Shows, sets or validates the configuration.
 pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
     match args {
         Args::Show { etcd } => show(context, &resolve_endpoints(context, etcd).await).await,
@@ -51,8 +51,8 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
     }
 }
 
-/// The flags; where they name no server, those of this host's agent, if one answers. What the agent does not tell (certificates, login) has
-/// to be said all the same.
+/// Completes the etcd flags from this host's agent if they name no server. The agent does not reveal certificates and login:
+/// those flags are still needed.
 async fn resolve_endpoints(context: &Context, etcd: &EtcdArgs) -> EtcdArgs {
     if etcd.is_given() {
         return etcd.clone();
@@ -65,7 +65,7 @@ async fn resolve_endpoints(context: &Context, etcd: &EtcdArgs) -> EtcdArgs {
 
 async fn show(context: &Context, etcd: &EtcdArgs) -> Result<Outcome, CommandError> {
     let Some(stored) = etcd.read_config().await? else {
-        eprintln!("overlayctl: there is no configuration at {}. Write one: overlayctl config set FILE", etcd.config_key());
+        eprintln!("overlayctl: no configuration at {}; write one: overlayctl config set FILE", etcd.config_key());
         return Ok(Outcome::Negative);
     };
     let outcome = match NetworkConfig::parse(&stored.text) {
@@ -80,7 +80,7 @@ async fn show(context: &Context, etcd: &EtcdArgs) -> Result<Outcome, CommandErro
     };
     match serde_json::from_str::<serde_json::Value>(&stored.text) {
         Ok(json) => context.printer.print(&Document(json))?,
-        // No JSON: as it stands, so that it can be mended.
+        // Not JSON: prints the text unchanged, so that it can be corrected.
         Err(_) => context.printer.print_line(&stored.text)?,
     }
     Ok(outcome)
@@ -131,7 +131,7 @@ fn read_file(file: &Path) -> Result<String, CommandError> {
     };
     let length = length.map_err(error)?;
     if u64::try_from(length).unwrap_or(u64::MAX) > MAX_FILE_BYTES {
-        return Err(error(std::io::Error::other(format!("it has more than {MAX_FILE_BYTES} bytes, which no configuration has"))));
+        return Err(error(std::io::Error::other(format!("larger than the limit of {MAX_FILE_BYTES} bytes"))));
     }
     Ok(text)
 }
@@ -150,7 +150,7 @@ fn print_errors(place: &str, errors: &ConfigErrors) {
     }
 }
 
-/// A pool on one line.
+/// Describes a pool on one line.
 fn pool_line(pool: &Pool) -> String {
     format!("{}: {} subnets of /{}, {} to {}", pool.network, pool.count(), pool.subnet_length, pool.min.base(), pool.max.base())
 }

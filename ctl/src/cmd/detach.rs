@@ -1,4 +1,4 @@
-//! `overlayctl detach`: takes a container off the overlay, and removes its namespace and resolver file where `attach_filter` had made them.
+//! `overlayctl detach`: detaches a container; removes its namespace and resolver file if `overlayctl attach` created them.
 
 use overlay_agent::model::api::DetachResponse;
 use overlay_agent::model::endpoint::EndpointName;
@@ -14,19 +14,19 @@ use crate::resolver::ResolverFile;
 pub struct Args {
     /// The endpoint's name
     name: EndpointName,
-    /// Also where others share its network namespace: they are detached with it
+    /// Detach even if other endpoints share the network namespace; they are detached too
     #[arg(long)]
     force: bool,
     #[command(flatten)]
     prefix: PrefixArg,
 }
 
-/// Detaches. One that is not there is no error: what was asked for is the case.
+/// Detaches the endpoint. An unknown endpoint is no error: the requested state holds.
 pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
     let existing = context.client.endpoints().await?.endpoints.into_iter().find(|e| e.name == args.name);
     let detached = context.client.detach_with(&args.name, args.force).await?;
     let namespaces = NamedNamespaces::for_socket(context.client.socket(), &args.prefix);
-    // Also where the agent knew of none: an attach that was killed half way leaves a namespace.
+    // Cleans up even if the agent knows no such endpoint: a killed `attach` leaves a namespace behind.
     let netns = existing.map_or_else(|| namespaces.path(&args.name), |endpoint| endpoint.netns);
     if let Some(file) = ResolverFile::for_namespace(&netns, &args.name) {
         file.remove()?;
@@ -48,10 +48,10 @@ struct DetachedView<'a> {
 impl View for DetachedView<'_> {
     fn text(&self, _style: Style, _wide: bool) -> String {
         let DetachResponse { endpoint, sharers } = self.detached;
-        let namespace = if self.namespace_removed { "; its namespace is removed" } else { "" };
+        let namespace = if self.namespace_removed { "; namespace removed" } else { "" };
         let sharers = if sharers.is_empty() { String::new() } else { format!(", and with it {}", joined(sharers)) };
         match endpoint {
-            Some(name) => format!("{name} is detached{sharers}{namespace}"),
+            Some(name) => format!("{name} detached{sharers}{namespace}"),
             None => format!("{} was not attached{namespace}", self.name),
         }
     }

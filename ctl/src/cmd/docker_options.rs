@@ -1,4 +1,4 @@
-//! `overlayctl docker_share-docker_options_match_lease`: what dockerd has to be told so that its containers are on the overlay.
+//! `overlayctl docker-options`: the dockerd options that put its containers on the overlay.
 
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -12,17 +12,17 @@ use super::{CommandError, Context, Outcome};
 use crate::docker::{DockerOptions, read_config};
 use crate::output::{Style, View};
 
-/// The mode of a file that was not there; it holds nothing secret.
+/// File mode of a new configuration file; it contains no secrets.
 const DEFAULT_MODE: u32 = 0o644;
 
 /// The arguments.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "overlayctl docker-options --write /etc/docker/daemon.json && systemctl restart docker")]
 pub struct Args {
-    /// Merge them into this file, dockerd's configuration
+    /// Merge the options into this file, dockerd's configuration
     #[arg(long, value_name = "FILE")]
     write: Option<PathBuf>,
-    /// Print them as flags of dockerd
+    /// Print the options as dockerd flags
     #[arg(long, conflicts_with = "write")]
     flags: bool,
 }
@@ -33,7 +33,7 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
     let options = DockerOptions::from_network(&network)?;
     let subnets: PerFamily<_> = network.ipam.map(|_, ipam| ipam.subnet);
     if let (Some(subnet), None) = (subnets.get(Family::V6), options.fixed_cidr_v6) {
-        eprintln!("overlayctl: Docker's containers have no IPv6: {subnet} is longer than /80");
+        eprintln!("overlayctl: Docker containers get no IPv6: {subnet} is longer than /80");
     }
     let Some(path) = &args.write else {
         if args.flags {
@@ -48,10 +48,10 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
     Ok(Outcome::Ok)
 }
 
-/// Merges the options into the file, which is written whole and keeps its mode; whether it changed.
+/// Merges the options into the file atomically and keeps its mode. Returns whether the file changed.
 fn write(path: &Path, options: &DockerOptions) -> Result<bool, CommandError> {
     let failed = |source: io::Error| CommandError::Write { path: path.to_owned(), source };
-    // A link stays one: what it leads to is replaced.
+    // Replaces the target of a symbolic link and keeps the link.
     let target = match path.canonicalize() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => std::path::absolute(path).map_err(failed)?,
         other => other.map_err(failed)?,
@@ -94,9 +94,9 @@ impl View for WrittenView<'_> {
     fn text(&self, _style: Style, _wide: bool) -> String {
         let file = self.file.display();
         if self.changed {
-            format!("{file}: written; dockerd takes it up when it is started again: systemctl restart docker")
+            format!("{file}: written; restart dockerd to apply it: systemctl restart docker")
         } else {
-            format!("{file}: as it was")
+            format!("{file}: unchanged")
         }
     }
 }

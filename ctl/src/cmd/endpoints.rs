@@ -1,4 +1,4 @@
-//! `overlayctl endpoint_count`: the containers of this host.
+//! `overlayctl endpoints`: the containers of this host.
 
 use overlay_agent::model::api::Endpoints;
 use serde::Serialize;
@@ -24,7 +24,7 @@ struct EndpointsView<'a>(&'a Endpoints);
 impl View for EndpointsView<'_> {
     fn text(&self, style: Style, wide: bool) -> String {
         if self.0.endpoints.is_empty() {
-            return "no endpoints on this host. Attach one: overlayctl attach NAME".to_owned();
+            return "no endpoints on this host; attach one: overlayctl attach NAME".to_owned();
         }
         let mut header = vec!["NAME", "MODE", "ADDRESS", "PUBLISHED", "NAMESPACE", "ATTACHED"];
         if wide {

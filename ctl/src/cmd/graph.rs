@@ -1,4 +1,4 @@
-//! `overlayctl graph`: the overlay as a picture.
+//! `overlayctl graph`: a drawing of the overlay.
 
 use std::path::PathBuf;
 
@@ -10,31 +10,31 @@ use crate::client::{Client, ClientError};
 use crate::graph::{AgentSnapshot, Graph, dot, svg, text};
 use crate::output::{Style, View};
 
-/// How the picture is drawn.
+/// Format of the drawing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum Drawing {
     /// Text
     #[default]
     Text,
-    /// A picture for a browser or a page
+    /// SVG, for a browser or a page
     Svg,
-    /// For Graphviz
+    /// DOT, for Graphviz
     Dot,
 }
 
 /// The arguments.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "An agent knows every host and its own containers. `-o json` prints what is drawn.")]
+#[command(after_help = "An agent knows every host and its own containers. `-o json` prints the graph's data.")]
 pub struct Args {
-    /// How it is drawn
+    /// Format of the drawing
     #[arg(long, value_enum, default_value_t = Drawing::Text)]
     format: Drawing,
-    /// Sockets of other agents on this machine (as in a lab), whose containers are drawn as well
+    /// Socket of another agent on this machine (as in a lab) whose containers are drawn too
     #[arg(long, value_name = "SOCKET")]
     also: Vec<PathBuf>,
 }
 
-/// Draws it.
+/// Fetches the snapshots and draws the graph.
 pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
     let mut all = vec![fetch_snapshot(&context.client).await?];
     for socket in &args.also {

@@ -1,4 +1,4 @@
-//! `overlayctl inspect`: the network of this host, or one endpoint, with what the kernel holds of it.
+//! `overlayctl inspect`: the network of this host, or one endpoint, with the kernel's state.
 
 use overlay_agent::model::api::{Counters, DeviceView, EndpointView, NetworkView, PortView};
 use overlay_agent::model::endpoint::EndpointName;
@@ -10,20 +10,20 @@ use crate::output::{Style, Table, Tone, View, cell, format_ago, joined};
 /// The arguments.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// One endpoint; all of the network without it
+    /// Endpoint to show; the whole network by default
     name: Option<EndpointName>,
-    /// The bridge and its ports as a tree, as `brctl print` has them
+    /// Show the bridge and its ports as a tree, like `brctl show`
     #[arg(long, conflicts_with = "name")]
     tree: bool,
 }
 
-/// Prints it. JSON and YAML have all there is, whatever is asked for.
+/// Prints the network or the endpoint. JSON and YAML always contain all fields.
 pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
     let network = context.client.network().await?;
     match &args.name {
         Some(name) => {
             let missing = || {
-                let message = format!("there is no endpoint {name} on this host: `overlayctl endpoints` lists them");
+                let message = format!("no endpoint {name} on this host: `overlayctl endpoints` lists them");
                 CommandError::Missing { message }
             };
             let endpoint = network.endpoints.iter().find(|view| view.endpoint.name == *name).ok_or_else(missing)?;
@@ -35,7 +35,7 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
     Ok(Outcome::Ok)
 }
 
-/// Names in one column and values in the next.
+/// Aligns names in one column and values in the next.
 fn key_value_lines(style: Style, pairs: &[(&str, String)]) -> String {
     let width = pairs.iter().map(|(name, _)| name.len()).max().unwrap_or(0) + 2;
     let line = |(name, value): &(&str, String)| format!("{}{value}", style.paint(Tone::Quiet, &format!("{name:width$}")));
@@ -126,7 +126,7 @@ impl View for EndpointDetailView<'_> {
             ("attached", format_ago(endpoint.attached_at)),
         ];
         if let Some(port) = &endpoint.port {
-            let number = bridge_port.map_or("no port of the bridge".to_owned(), |number| format!("port {number} of the bridge"));
+            let number = bridge_port.map_or("not a bridge port".to_owned(), |number| format!("port {number} of the bridge"));
             pairs.push(("interface", format!("{}, MAC {}", port.interface, port.mac)));
             pairs.push(("on the host", format!("{}, {number}", port.host_interface)));
             pairs.push(("addresses", joined(port.addresses.iter().map(|(_, a)| a))));
@@ -176,7 +176,7 @@ impl TreeView<'_> {
             Some((endpoint, inner)) => {
                 format!("{} of {}  {}", inner.interface, endpoint.name, joined(inner.addresses.iter().map(|(_, a)| a)))
             }
-            None => style.paint(Tone::Warning, "of no endpoint"),
+            None => style.paint(Tone::Warning, "no endpoint"),
         };
         format!("{}  {}  {}  {behind}", port.number, port.interface, port.state)
     }

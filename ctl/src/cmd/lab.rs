@@ -1,7 +1,7 @@
-//! `overlayctl start_lab`: several hosts on this machine.
+//! `overlayctl lab`: several hosts on this machine.
 //!
-//! Without root each command runs itself again inside the lab's namespaces ([`rootless`]); `report_up` starts their keeper before that, `report_down`
-//! ends it and everything else inside.
+//! Without root each command re-executes itself inside the lab's namespaces ([`rootless`]). `lab up` starts their supervisor
+//! first; `lab down` ends the supervisor and every other process inside.
 
 mod view;
 
@@ -24,87 +24,87 @@ use view::{CheckView, DownView, StatusView};
 /// The arguments.
 #[derive(Debug, clap::Subcommand)]
 pub enum Args {
-    /// Bring a lab up: hosts, a switch between them, a world outside, etcd, an agent a host, containers
+    /// Start a lab: hosts, a switch between them, an outside world, etcd, one agent per host, containers
     Up(UpArgs),
-    /// Take a lab down: its processes, namespaces and files
+    /// Stop a lab and remove its processes, namespaces and files
     Down {
-        /// Which lab
+        /// Lab to stop
         #[command(flatten)]
         name: NameArg,
-        /// Every lab of this user
+        /// Stop every lab of this user
         #[arg(long, conflicts_with = "name")]
         all: bool,
     },
-    /// The hosts of a lab, their agents, subnets and containers
+    /// Show the hosts of a lab, their agents, subnets and containers
     Status {
-        /// Which lab
+        /// Lab to show
         #[command(flatten)]
         name: NameArg,
     },
     /// Run a command inside a lab
     #[command(after_help = "overlayctl lab exec h1 -- overlayctl peers\noverlayctl lab exec h1-c1 -- ip address")]
     Exec {
-        /// Which lab
+        /// Lab to run in
         #[command(flatten)]
         name: NameArg,
-        /// A host (h1), a container (h1-c1), net (switch and etcd) or world (outside)
+        /// Host (h1), container (h1-c1), net (switch and etcd) or world (outside)
         target: String,
-        /// The command and its arguments
+        /// Command and its arguments
         #[arg(last = true, required = true, value_name = "COMMAND")]
         command: Vec<OsString>,
     },
-    /// Every container calls every other one and the world: by its own address inside, by its host's outside
+    /// Check that every container reaches every other (with its own address) and the world (with its host's address)
     Check {
-        /// Which lab
+        /// Lab to check
         #[command(flatten)]
         name: NameArg,
     },
     /// Hold the namespaces of a lab without root
     #[command(hide = true)]
     Keeper {
-        /// The lab's directory
+        /// Directory of the lab
         #[arg(long)]
         directory: PathBuf,
     },
 }
 
-/// Which lab.
+/// Selects a lab.
 #[derive(Debug, Clone, clap::Args)]
 pub struct NameArg {
-    /// The lab's name: 1 to 12 of a-z 0-9
+    /// Name of the lab: 1 to 12 of a-z 0-9
     #[arg(long, env = "OVERLAY_LAB", default_value = "lab")]
     name: LabName,
 }
 
-/// The arguments of `start_lab report_up`.
+/// The arguments of `lab up`.
 #[derive(Debug, clap::Args)]
 pub struct UpArgs {
     #[command(flatten)]
     name: NameArg,
-    /// Hosts
+    /// Number of hosts
     #[arg(long, default_value_t = 3)]
     hosts: u16,
-    /// Containers a host
+    /// Containers per host
     #[arg(long, default_value_t = 2)]
     containers: u16,
     /// Address families of underlay and overlay
     #[arg(long, value_enum, default_value_t = Families::V4)]
     family: Families,
-    /// The overlay network; once per family
+    /// Overlay network; once per family
     #[arg(long, value_name = "CIDR")]
     network: Vec<Cidr>,
-    /// Hosts, switch, world and etcd only
+    /// Start hosts, switch, world and etcd only
     #[arg(long)]
     no_agents: bool,
-    /// The agent's program [default: beside overlayctl, else in the path]
+    /// The agent's binary [default: next to overlayctl, else in PATH]
     #[arg(long, value_name = "PATH", env = "OVERLAYD_BIN")]
     overlayd: Option<PathBuf>,
-    /// A flag that each agent gets, such as --agent-arg=--log-level=debug
+    /// Flag for each agent, such as --agent-arg=--log-level=debug
     #[arg(long = "agent-arg", value_name = "FLAG", allow_hyphen_values = true)]
     agent_args: Vec<String>,
 }
 
-/// Runs the command, or runs it again where it must be inside.
+/// Runs the command, if necessary again inside the lab's namespaces.
 pub async fn run(context: &Context, args: Args) -> Result<Outcome, CommandError> {
     let labs_dir = LabsDir::for_user();
     let enter = rootless::is_needed();
@@ -127,7 +127,7 @@ pub async fn run(context: &Context, args: Args) -> Result<Outcome, CommandError>
     }
 }
 
-/// What the options ask for.
+/// Builds the lab's options from the arguments.
 fn options(args: &UpArgs) -> Result<LabOptions, CommandError> {
     let mut networks: PerFamily<Cidr> = PerFamily::default();
     for network in &args.network {
@@ -155,7 +155,7 @@ async fn up(context: &Context, labs_dir: &LabsDir, args: &UpArgs) -> Result<Outc
         eprintln!("{} {text}", style.paint(Tone::Quiet, &format!("{:>6.2}s", elapsed.as_secs_f64())));
     };
     let (mut interrupt, mut terminate) = (signal_stream(SignalKind::interrupt())?, signal_stream(SignalKind::terminate())?);
-    // Interrupted means: nothing stays. The lab's name alone tells what to remove.
+    // An interrupted start leaves nothing behind. The lab's name is enough to find what to remove.
     let code = tokio::select! {
         lab = Lab::up(labs_dir, &options, Progress::new(&report)) => {
             context.printer.print(&StatusView(&status::status(&lab?).await))?;
@@ -164,19 +164,19 @@ async fn up(context: &Context, labs_dir: &LabsDir, args: &UpArgs) -> Result<Outc
         _ = interrupt.recv() => 130,
         _ = terminate.recv() => 143,
     };
-    eprintln!("overlayctl: taking down what was made");
+    eprintln!("overlayctl: removing the incomplete lab");
     down::down(&labs_dir.lab_dir(&options.name), &options.name)?;
     Ok(Outcome::Code(code))
 }
 
 fn signal_stream(kind: SignalKind) -> Result<Signal, CommandError> {
-    Ok(signal(kind).map_err(|source| LabError::Spawn { program: "a watch on signals".to_owned(), source })?)
+    Ok(signal(kind).map_err(|source| LabError::Spawn { program: "a signal handler".to_owned(), source })?)
 }
 
-/// Starts a keeper, and brings the lab up inside of it.
+/// Starts a supervisor and starts the lab inside its namespaces.
 fn up_rootless(labs_dir: &LabsDir, args: &UpArgs) -> Result<Outcome, CommandError> {
     let name = &args.name.name;
-    // Mistakes are told before anything is made.
+    // Rejects bad options before anything is created.
     crate::lab::Layout::new(&options(args)?)?;
     if labs_dir.read_layout(name).is_ok() || rootless::supervisor(labs_dir, name).is_some() {
         return Err(LabError::Exists { name: name.to_string(), dir: labs_dir.lab_dir(name) }.into());
@@ -191,7 +191,7 @@ fn up_rootless(labs_dir: &LabsDir, args: &UpArgs) -> Result<Outcome, CommandErro
 
 /// Runs this command again inside the lab.
 fn run_inside(labs_dir: &LabsDir, name: &LabName) -> Result<Outcome, CommandError> {
-    // An interrupt is for the command inside; its end is waited for here.
+    // The command inside handles an interrupt; this process only waits for its end.
     let _watches = (signal_stream(SignalKind::interrupt())?, signal_stream(SignalKind::terminate())?);
     Ok(match rootless::enter(labs_dir, name)? {
         0 => Outcome::Ok,
@@ -206,7 +206,7 @@ fn down_all(context: &Context, labs_dir: &LabsDir, names: Vec<LabName>) -> Resul
         match down_one(labs_dir, &name) {
             Ok(removed) => views.push(DownView { name: name.to_string(), removed }),
             Err(error) => {
-                // Every lab is tried; all but the first error are told at once.
+                // Every lab is tried. The first error is the result; the others are printed at once.
                 if let Some(before) = first_error.replace(error) {
                     eprintln!("overlayctl: {before}");
                 }
@@ -217,20 +217,20 @@ fn down_all(context: &Context, labs_dir: &LabsDir, names: Vec<LabName>) -> Resul
         context.printer.print(view)?;
     }
     if views.is_empty() && first_error.is_none() {
-        eprintln!("no lab is up");
+        eprintln!("no lab is running");
     }
     first_error.map_or(Ok(Outcome::Ok), Err)
 }
 
 fn down_one(labs_dir: &LabsDir, name: &LabName) -> Result<TeardownSummary, CommandError> {
     if rootless::is_inside() {
-        let message = "this is the inside of a lab without root: take it down from outside".to_owned();
+        let message = "this process runs inside a rootless lab: run `overlayctl lab down` outside".to_owned();
         return Err(CommandError::Usage { message });
     }
     Ok(if rootless::is_needed() { rootless::down(labs_dir, name)? } else { down::down(&labs_dir.lab_dir(name), name)? })
 }
 
-/// Becomes the command, inside the target's namespace.
+/// Replaces this process by the command, inside the target's namespace.
 fn exec(lab: &Lab, target: &str, command: &[OsString]) -> Result<Outcome, CommandError> {
     let netns = lab.netns(target)?;
     let mut prepared = lab.command(target, command)?;
@@ -240,7 +240,7 @@ fn exec(lab: &Lab, target: &str, command: &[OsString]) -> Result<Outcome, Comman
     let source = prepared.exec();
     let error = LabError::Spawn { program, source };
     eprintln!("overlayctl: {error}");
-    // As shells do: 127 not found, 126 not to be run.
+    // Exit codes of a shell: 127 not found, 126 not executable.
     let missing = matches!(&error, LabError::Spawn { source, .. } if source.kind() == std::io::ErrorKind::NotFound);
     Ok(Outcome::Code(if missing { 127 } else { 126 }))
 }
@@ -251,7 +251,7 @@ async fn run_check(context: &Context, lab: &Lab) -> Result<Outcome, CommandError
     }
     let report = check::check(lab).await?;
     if report.containers.is_empty() {
-        let message = format!("lab `{}` has no containers: there is nothing to check", lab.layout().name);
+        let message = format!("lab `{}` has no containers to check", lab.layout().name);
         return Err(LabError::Options { message }.into());
     }
     context.printer.print(&CheckView(&report))?;

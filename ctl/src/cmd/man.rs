@@ -1,4 +1,4 @@
-//! `overlayctl man`: the manual pages, made from the command lines themselves.
+//! `overlayctl man`: manual pages, generated from the command lines and from pages of the documentation.
 
 mod markdown;
 
@@ -10,7 +10,7 @@ use clap_mangen::Man;
 use super::{Cli, CommandError, Context, Outcome};
 use markdown::PageMeta;
 
-/// The documentation's pages that are manual pages too.
+/// Documentation pages that are also manual pages.
 const CONFIGURATION_MD: &str = include_str!("../../../docs/configuration.md");
 const CNI_MD: &str = include_str!("../../../docs/cni.md");
 
@@ -28,7 +28,7 @@ const PLUGIN_PAGE: PageMeta = PageMeta {
     see_also: "overlayd(8), overlayctl-endpoints(1)",
 };
 
-/// What the agent's command line does not tell of it.
+/// Sections of overlayd(8) that its command line does not contain.
 const AGENT_SECTIONS: &str = r"
 .SH SIGNALS
 .TP
@@ -61,12 +61,12 @@ overlayctl(1), overlayd.toml(5), overlay\-cni(8); the pages in /usr/share/doc/ov
 #[derive(Debug, clap::Args)]
 #[command(after_help = "overlayctl man | man -l -\noverlayctl man --dir /usr/local/share/man")]
 pub struct Args {
-    /// Write a page for every command, and the agent's, below this directory (man1, man5, man8) instead of printing the main page
+    /// Write the pages of all commands and of the agent to this directory (man1, man5, man8) instead of printing the main page
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
 }
 
-/// Prints the page, or writes all of them.
+/// Prints the main page, or writes all pages.
 pub fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
     let command = Cli::command();
     match &args.dir {
@@ -82,7 +82,7 @@ pub fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
     Ok(Outcome::Ok)
 }
 
-/// The programs' pages come from their command lines, the others from the documentation's pages.
+/// Generates the programs' pages from their command lines, and the rest from the documentation's pages.
 fn write_pages(dir: &Path, command: clap::Command) -> std::io::Result<()> {
     let [commands, files, daemons] = ["man1", "man5", "man8"].map(|section| dir.join(section));
     for section in [&commands, &files, &daemons] {

@@ -1,7 +1,7 @@
-//! `overlayctl mesh`: which host reaches which, over the overlay and over the underlay, the worst first.
+//! `overlayctl mesh`: reachability between hosts, over the overlay and over the underlay, worst first.
 //!
-//! An agent knows its own row, and the socket tells it. The other rows are asked for where the operator has the agents listen on TCP
-//! (`--metrics-listen`), or at other sockets of this machine, as in a lab.
+//! The socket of this host's agent returns only its own row. Other rows come from agents that listen on TCP (`--metrics-listen`),
+//! or from other sockets of this machine, as in a lab.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -19,63 +19,63 @@ use super::{CommandError, Context, Outcome};
 use crate::client::Client;
 use crate::output::{Style, Table, Tone, View, cell, format_ago, format_seconds, toned};
 
-/// How long another host may take to answer.
+/// Timeout of a request to another agent.
 const PEER_TIMEOUT: Duration = Duration::from_secs(3);
-/// Hosts that are asked at the same time.
+/// Maximum number of concurrent requests.
 const MAX_CONCURRENT: usize = 16;
-/// The largest row, in bytes: 10,000 peers are some 5 MB.
+/// Largest row, in bytes: 10,000 peers take some 5 MB.
 const MAX_RESPONSE_BYTES: u64 = 64 << 20;
-/// An agent renews its lease at least every 20 s: one that is this far behind this host's has not for a while.
+/// Seconds by which a peer's lease may lag behind this host's. An agent renews its lease at least every 20 s.
 const LEASE_IDLE_THRESHOLD: i64 = 90;
 
 /// The arguments.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Ask every other host as well, on the TCP port of its --metrics-listen
+    /// Query every other host too, on the TCP port of its --metrics-listen
     #[arg(long, value_name = "PORT")]
     port: Option<u16>,
-    /// Ask the agent at another socket of this machine as well; can be repeated
+    /// Query the agent at another socket of this machine too; repeatable
     #[arg(long, value_name = "SOCKET")]
     also: Vec<PathBuf>,
 }
 
-/// What was found.
+/// Reachability matrix.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Matrix {
-    /// Who was asked and answered.
+    /// Hosts whose agents answered.
     pub hosts: Vec<String>,
-    /// Every path between two hosts, the worst first.
+    /// Every path between two hosts, worst first.
     pub paths: Vec<PathEntry>,
-    /// Hosts whose row could not be had, and why.
+    /// Hosts without a row, with the reason.
     pub missing: Vec<MissingHost>,
-    /// What keeps hosts from probing.
+    /// Errors that prevent hosts from probing.
     pub problems: Vec<String>,
 }
 
-/// From one host to another.
+/// Path from one host to another.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PathEntry {
-    /// The host that probes.
+    /// Probing host.
     pub from: String,
-    /// What it found.
+    /// Result of its probes.
     #[serde(flatten)]
     pub entry: MeshEntry,
-    /// Seconds for which the peer's agent has not renewed its lease; 0 where it does, absent where that is not known.
+    /// Seconds since the peer's agent last renewed its lease; 0 if it renews it, absent if unknown.
     pub lease_idle_seconds: Option<i64>,
-    /// What it comes to, for a person.
+    /// Diagnosis for the operator.
     pub says: String,
 }
 
-/// A host without a row.
+/// Host without a row.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MissingHost {
-    /// The host.
+    /// Name of the host.
     pub host: String,
-    /// Why.
+    /// Reason.
     pub error: String,
 }
 
-/// Prints the matrix. Exit code 3 where a host is cut off.
+/// Prints the matrix. Exit code 3 if a host is unreachable.
 pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
     let own = context.client.mesh().await?;
     let leases = context.client.subnets().await?.subnets;
@@ -103,13 +103,13 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
     Ok(outcome)
 }
 
-/// Whether anything is cut off.
+/// `Degraded` if any path is down.
 pub(super) fn outcome(matrix: &Matrix) -> Outcome {
     let cut = matrix.paths.iter().any(|path| matches!(path.entry.state, Reachability::OverlayDown | Reachability::Unreachable));
     if cut || !matrix.problems.is_empty() { Outcome::Degraded } else { Outcome::Ok }
 }
 
-/// The rows as paths, the worst first.
+/// Builds the matrix from the rows, worst path first.
 pub(super) fn matrix(rows: Vec<Mesh>, leases: &[SubnetEntry], missing: Vec<MissingHost>) -> Matrix {
     let idle = lease_idle(leases);
     let mut matrix = Matrix { hosts: Vec::new(), paths: Vec::new(), missing, problems: Vec::new() };
@@ -140,8 +140,8 @@ pub(super) fn matrix(rows: Vec<Mesh>, leases: &[SubnetEntry], missing: Vec<Missi
     matrix
 }
 
-/// For how long each peer's lease was not renewed. Measured against this host's own, which is renewed: both live as long. Hosts that renew in
-/// another way (flannel) tell nothing by it.
+/// Computes how long each peer's lease was not renewed. The reference is this host's own renewed lease, which has the same TTL.
+/// Hosts that renew differently (flannel) give no value.
 fn lease_idle(leases: &[SubnetEntry]) -> BTreeMap<Cidr, Option<i64>> {
     let own = leases.iter().find(|lease| lease.own).and_then(|lease| lease.expires_in_seconds);
     let mut all = BTreeMap::new();
@@ -162,7 +162,7 @@ fn diagnosis(entry: &MeshEntry, idle: Option<i64>) -> String {
     match (entry.state, idle, entry.gone_since) {
         (Reachability::Unreachable, Some(0), _) => {
             format!(
-                "no answer on either path, and its lease was renewed within the last {LEASE_IDLE_THRESHOLD} s: cut off from here rather than down"
+                "no answer on either path, but its lease was renewed within the last {LEASE_IDLE_THRESHOLD} s: partitioned from this host, not down"
             )
         }
         (Reachability::Unreachable, Some(idle), _) => {
@@ -171,7 +171,7 @@ fn diagnosis(entry: &MeshEntry, idle: Option<i64>) -> String {
         }
         (Reachability::Unreachable, None, _) => "no answer on either path".to_owned(),
         (Reachability::OverlayDown, ..) => {
-            "the underlay answers, the tunnel does not: `overlayctl trace host HOST` says where it stops".to_owned()
+            "the underlay answers, the tunnel does not: `overlayctl trace host HOST` shows where it stops".to_owned()
         }
         (Reachability::UnderlaySilent, ..) => "the overlay answers; the underlay drops ICMP".to_owned(),
         (Reachability::Lossy, ..) => "some probes are lost".to_owned(),
@@ -185,7 +185,7 @@ fn host_name(lease: &SubnetEntry) -> String {
     lease.host.clone().unwrap_or_else(|| lease.key.clone())
 }
 
-/// Asks another host's agent over TCP, at its public IP, then at its VTEP.
+/// Queries another host's agent over TCP, at its public IP, then at its VTEP.
 async fn query_host(lease: &SubnetEntry, port: u16) -> Result<Mesh, String> {
     let public = lease.public_ip.iter().map(|(_, address)| *address);
     let vteps = lease.subnet.iter().flat_map(|subnet| subnet.iter()).map(|(_, range)| range.base());
@@ -197,24 +197,24 @@ async fn query_host(lease: &SubnetEntry, port: u16) -> Result<Mesh, String> {
             Err(_) => errors.push(format!("{address}: no answer within {} s", PEER_TIMEOUT.as_secs())),
         }
     }
-    errors.push(format!("its agent has to listen there: --metrics-listen ADDRESS:{port}"));
+    errors.push(format!("its agent must listen there: --metrics-listen ADDRESS:{port}"));
     Err(errors.join("; "))
 }
 
-/// One request of HTTP/1.0, whose answer ends with the connection.
+/// Sends one HTTP/1.0 request; the response ends with the connection.
 async fn fetch(address: SocketAddr) -> Result<Mesh, String> {
     let mut stream = TcpStream::connect(address).await.map_err(|e| e.to_string())?;
     let request = format!("GET /mesh HTTP/1.0\r\nHost: {address}\r\n\r\n");
     stream.write_all(request.as_bytes()).await.map_err(|e| e.to_string())?;
     let mut answer = Vec::new();
     stream.take(MAX_RESPONSE_BYTES).read_to_end(&mut answer).await.map_err(|e| e.to_string())?;
-    let split = answer.windows(4).position(|w| w == b"\r\n\r\n").ok_or("no answer of HTTP")?;
+    let split = answer.windows(4).position(|w| w == b"\r\n\r\n").ok_or("not an HTTP response")?;
     let head = String::from_utf8_lossy(&answer[..split]);
     let status = head.split(' ').nth(1).unwrap_or_default();
     if status != "200" {
-        return Err(format!("it answers {}", head.lines().next().unwrap_or_default()));
+        return Err(format!("HTTP response {}", head.lines().next().unwrap_or_default()));
     }
-    serde_json::from_slice(&answer[split + 4..]).map_err(|e| format!("its answer is not as expected: {e}"))
+    serde_json::from_slice(&answer[split + 4..]).map_err(|e| format!("cannot parse its response: {e}"))
 }
 
 #[derive(Serialize)]
@@ -269,7 +269,7 @@ impl View for MatrixView<'_> {
             text.push_str(&format!("\nproblem: {problem}"));
         }
         for missing in &matrix.missing {
-            text.push_str(&format!("\nno row of {}: {}", missing.host, missing.error));
+            text.push_str(&format!("\nno row from {}: {}", missing.host, missing.error));
         }
         text
     }
@@ -321,7 +321,7 @@ mod tests {
             matrix.paths.iter().map(|p| (p.entry.host.as_deref().unwrap_or_default(), p.lease_idle_seconds)).collect();
         assert_eq!(reported, [("h3", Some(295)), ("h4", Some(0)), ("h2", Some(0))]);
         assert!(matrix.paths[0].says.contains("not renewed for 4m55s: the host is down"), "{}", matrix.paths[0].says);
-        assert!(matrix.paths[1].says.contains("cut off from here rather than down"), "{}", matrix.paths[1].says);
+        assert!(matrix.paths[1].says.contains("partitioned from this host, not down"), "{}", matrix.paths[1].says);
         assert_eq!(outcome(&matrix), Outcome::Degraded);
         let text = MatrixView(&matrix).text(Style::PLAIN, false);
         assert!(text.lines().nth(1).is_some_and(|line| line.contains("h3") && line.contains("no answer, 4/4 lost")), "{text}");

@@ -1,4 +1,4 @@
-//! `overlayctl synthetic_leases`: how this host reaches each peer.
+//! `overlayctl peers`: the peers and their data-path state.
 
 use overlay_agent::model::api::Peers;
 use serde::Serialize;
@@ -24,7 +24,7 @@ struct PeersView<'a>(&'a Peers);
 impl View for PeersView<'_> {
     fn text(&self, style: Style, wide: bool) -> String {
         if self.0.peers.is_empty() {
-            return "no peers: this host is the only one in the data path".to_owned();
+            return "no peers: this host is alone in the data path".to_owned();
         }
         let mut header = vec!["SUBNET", "HOST", "PUBLIC IP", "DEVICE", "STATE"];
         if wide {

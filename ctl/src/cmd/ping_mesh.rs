@@ -10,25 +10,25 @@ use overlay_agent::plan::mesh::ProbeTable;
 use super::mesh::{Matrix, MatrixView, matrix, outcome};
 use super::{CommandError, Context, Outcome};
 
-/// How long one look for answers takes at the most.
+/// Timeout of one read for replies.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// The arguments.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Probes of each path; 50 a second over all are sent at the most
+    /// Probes per path; at most 50 per second over all paths
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=16))]
     count: u8,
 }
 
-/// Probes and prints.
+/// Probes all peers and prints the row.
 pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
     let peers = context.client.peers().await?.peers;
     let leases = context.client.subnets().await?.subnets;
     let node = context.client.status().await?.node;
     let count = args.count;
     let probed = tokio::task::spawn_blocking(move || probe_peers(&node, &peers, count)).await;
-    let row = probed.unwrap_or_else(|error| Err(format!("probing broke off: {error}")));
+    let row = probed.unwrap_or_else(|error| Err(format!("probing failed: {error}")));
     let row = row.map_err(|message| CommandError::Missing { message })?;
     let matrix: Matrix = matrix(vec![row], &leases, Vec::new());
     let outcome = outcome(&matrix);
@@ -36,7 +36,7 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
     Ok(outcome)
 }
 
-/// Some rounds over all peers.
+/// Runs `count` rounds of probes over all peers.
 fn probe_peers(node: &str, peers: &[PeerEntry], count: u8) -> Result<Mesh, String> {
     let start = Instant::now();
     let now = || u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
@@ -71,7 +71,7 @@ fn probe_peers(node: &str, peers: &[PeerEntry], count: u8) -> Result<Mesh, Strin
         poll_replies(&mut probes, &sockets, &now)?;
         probes.expire(now(), |_| {});
     }
-    // An interval, so that nobody takes it for switched off.
+    // A non-zero interval: 0 would mean that probing is switched off.
     Ok(probes.view(node, Duration::from_secs(1)))
 }
 

@@ -1,4 +1,4 @@
-//! `overlayctl map_status`: the agent's health, and waiting for it.
+//! `overlayctl status`: the agent's health, and waiting until it is ready.
 
 use std::time::Duration;
 
@@ -11,17 +11,17 @@ use super::{CommandError, Context, Outcome};
 use crate::client::ClientError;
 use crate::output::{Style, Tone, View, format_ago, format_seconds, joined};
 
-/// How often `--wait` looks: short beside the second or so that a start takes, long beside the millisecond of one request.
+/// Interval of `--wait`: short next to an agent's start (about 1 s), long next to a request (1 ms).
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The arguments.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Exit codes: 0 well, 1 no agent, 3 degraded or not ready, 4 not ready in time (--wait).")]
+#[command(after_help = "Exit codes: 0 success, 1 no agent, 3 degraded or not ready, 4 not ready in time (--wait).")]
 pub struct Args {
-    /// Wait until the agent is ready, at most so long (30s, 2m); an agent that is not there yet is waited for too
+    /// Wait until the agent is ready, at most this long (30s, 2m); also waits for the agent to start
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     wait: Option<Duration>,
-    /// One line only
+    /// Print one line only
     #[arg(long)]
     brief: bool,
 }
@@ -49,10 +49,11 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
     Ok(outcome)
 }
 
-/// The status as soon as the agent is ready, the last one at the limit; `None`, told on standard error, where no agent came.
+/// Returns the status once the agent is ready, or the last one at the limit. `None`, with an error on standard error, if no agent
+/// answered.
 async fn wait(context: &Context, limit: Duration) -> Result<Option<Status>, CommandError> {
     let end = Instant::now() + limit;
-    // A request that hangs must not outlast the wait by much.
+    // Bounds a request that hangs, so that it does not outlast the limit by much.
     let client = context.client.clone().with_timeout(limit.clamp(POLL_INTERVAL, Duration::from_secs(5)));
     loop {
         let answer = client.status().await;
@@ -158,16 +159,15 @@ fn full(status: &Status, style: Style, wide: bool) -> String {
 fn store(status: &Status, style: Style) -> String {
     let store = &status.store;
     let state = if store.connected { "connected".to_owned() } else { style.paint(Tone::Bad, "not connected") };
-    // Why is the first thing below.
-    let refused = if store.refused.is_empty() { String::new() } else { format!(", {} left out", store.refused.len()) };
+    let refused = if store.refused.is_empty() { String::new() } else { format!(", {} ignored", store.refused.len()) };
     format!("{state} ({} under {}), {} leases{refused}", store.endpoints.join(", "), store.prefix, store.leases)
 }
 
 fn network(status: &Status) -> String {
     match &status.network {
         None if !status.store.connected => "not known yet".to_owned(),
-        None if !status.store.config_errors.is_empty() => "none: what is written is bad".to_owned(),
-        None => "none yet: `overlayctl config set FILE` writes one".to_owned(),
+        None if !status.store.config_errors.is_empty() => "none: the stored configuration is invalid".to_owned(),
+        None => "none yet: write one with `overlayctl config set FILE`".to_owned(),
         Some(network) => {
             let pools = joined(network.pools.iter().map(|(_, pool)| pool.network));
             format!("{pools}, VXLAN VNI {} port {}", network.vxlan.vni, network.vxlan.port)
@@ -192,7 +192,7 @@ fn underlay(status: &Status) -> String {
     }
 }
 
-/// Why the underlay addresses were chosen, where there was a choice.
+/// Reasons for the chosen underlay addresses, if there was a choice.
 fn address_reasons(status: &Status, wide: bool) -> Option<String> {
     let underlay = status.underlay.as_ref()?;
     let only = SelectionReason::Only.to_string();
@@ -214,7 +214,7 @@ fn data_path(status: &Status) -> String {
     format!("{} peers{mtu}, {routes}, {} repairs{failed}", path.peers, path.drift_repairs)
 }
 
-/// What the guards dropped, as far as they did: `dropped` in `docs/security.md` says what each word means.
+/// Packets that the rules dropped, by reason; `dropped` in `docs/security.md` explains each.
 fn dropped(status: &Status) -> Option<String> {
     let counted = status.data_path.dropped.iter().filter(|(_, packets)| **packets > 0);
     let words: Vec<String> = counted.map(|(reason, packets)| format!("{packets} {reason}")).collect();

@@ -1,4 +1,4 @@
-//! `overlayctl subnets`: every host's subnet, from the agent's socket or, with etcd flags, straight from etcd.
+//! `overlayctl subnets`: every host's subnet, from the agent's socket or, with etcd flags, directly from etcd.
 
 use overlay_agent::model::api::{SubnetEntry, Subnets};
 use serde::Serialize;
@@ -10,7 +10,7 @@ use crate::output::{Style, Table, Tone, View, cell, format_seconds, joined, tone
 /// The arguments.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Print again at each change, until interrupted
+    /// Print again on each change, until interrupted
     #[arg(short, long)]
     watch: bool,
     #[command(flatten)]
@@ -86,7 +86,7 @@ fn expiry(entry: &SubnetEntry) -> String {
 
 fn state(entry: &SubnetEntry) -> comfy_table::Cell {
     match &entry.refused {
-        Some(reason) => toned(Tone::Bad, format!("left out: {reason}")),
+        Some(reason) => toned(Tone::Bad, format!("ignored: {reason}")),
         None if entry.own => toned(Tone::Good, "this host"),
         None => cell(Some("ok")),
     }
@@ -113,7 +113,7 @@ mod tests {
             "SUBNET         HOST  PUBLIC IP  BACKEND  EXPIRES  STATE\n\
              10.244.1.0/24  h1    10.99.1.1  vxlan    23h59m   this host\n\
              10.244.2.0/24  -     10.99.1.2  vxlan    never    ok\n\
-             junk           -     -          -        -        left out: its key is no subnet"
+             junk           -     -          -        -        ignored: its key is no subnet"
         );
     }
 }

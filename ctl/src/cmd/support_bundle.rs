@@ -1,4 +1,4 @@
-//! `overlayctl support-bundle`: everything that helps somebody to help, in one archive, without secrets.
+//! `overlayctl support-bundle`: one archive with the data that support needs, without secrets.
 
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -13,34 +13,34 @@ use crate::bundle::{Archive, Bundle, Part, contents};
 use crate::output::{Style, Tone, View};
 use crate::trace::targets::Inventory;
 
-/// How long the agent may take to say which containers there are.
+/// Timeout of the request for the agent's containers.
 const AGENT_TIMEOUT: Duration = Duration::from_secs(3);
-/// Where the service's secrets are.
+/// Directory of the service's secrets.
 const CREDENTIALS_DIR: &str = "credentials";
-/// Cells of the progress bar.
+/// Width of the progress bar, in cells.
 const BAR_WIDTH: usize = 30;
 
 /// The arguments.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The archive; a new file [default: overlay-support-HOST-TIME.tar.gz here]
+    /// New archive file [default: overlay-support-HOST-TIME.tar.gz in the working directory]
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
-    /// The agent's configuration file
+    /// Configuration file of the agent
     #[arg(long, value_name = "FILE", env = "OVERLAYD_CONFIG", default_value = "/etc/overlayd/overlayd.toml")]
     config: PathBuf,
-    /// The agent's state directory
+    /// State directory of the agent
     #[arg(long, value_name = "DIR", env = "OVERLAYD_STATE_DIR", default_value = "/var/lib/overlayd")]
     state_dir: PathBuf,
-    /// A log that is a file, where the agent does not log to the journal; can be repeated
+    /// Log file to include, if the agent does not log to the journal; repeatable
     #[arg(long, value_name = "FILE")]
     log: Vec<PathBuf>,
-    /// How far back the journal is read, as journalctl has it
+    /// Start of the journal extract, in journalctl's syntax
     #[arg(long, value_name = "TIME", default_value = "-24h")]
     since: String,
 }
 
-/// Writes the archive and prints what is inside.
+/// Writes the archive and prints its contents.
 pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
     let now = SystemTime::now();
     let host = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_else(|| "host".to_owned());
@@ -75,7 +75,7 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
     Ok(Outcome::Ok)
 }
 
-/// What is known to be secret: the password's file that the configuration or the environment names, and the service's credentials.
+/// Reads the known secrets: the password file that the configuration or the environment names, and the service's credentials.
 fn secrets(config: &Path) -> Vec<String> {
     let text = std::fs::read_to_string(config).unwrap_or_default();
     let credentials = config.parent().unwrap_or(Path::new("/etc/overlayd")).join(CREDENTIALS_DIR);
@@ -93,7 +93,7 @@ fn secrets(config: &Path) -> Vec<String> {
     all
 }
 
-/// A bar on standard error, where that is a terminal.
+/// Progress bar on standard error, if that is a terminal.
 struct Progress {
     total: usize,
     is_terminal: bool,
@@ -106,7 +106,7 @@ impl Progress {
 
     fn show(&self, done: usize, what: &str) {
         if self.is_terminal {
-            // A closed standard error is no reason to stop.
+            // A closed standard error must not stop the command.
             let _ = write!(std::io::stderr(), "\r\u{1b}[K{}", bar(done, self.total, what));
         }
     }
@@ -132,7 +132,7 @@ impl View for BundleView<'_> {
         let bundle = self.0;
         let removed: usize = bundle.entries.iter().map(|entry| entry.removed).sum();
         let head = format!("{}: {} bytes, {removed} secrets removed", bundle.file.display(), bundle.bytes);
-        let advice = "Look through it before you hand it on: it has addresses, names and log lines of this host.";
+        let advice = "Review it before you share it: it contains addresses, names and log lines of this host.";
         format!("{}\n\n{}\n{advice}", contents(&bundle.entries), style.paint(Tone::Good, &head))
     }
 }

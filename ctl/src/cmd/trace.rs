@@ -1,4 +1,4 @@
-//! `overlayctl trace`: the way a packet takes, and where it stops.
+//! `overlayctl trace`: the path of a packet, and the hop that stops it.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -12,36 +12,36 @@ use crate::trace::live::{self, Live};
 use crate::trace::targets::{Inventory, TargetArg, TraceEnd};
 use crate::trace::{self, Trace, TraceError};
 
-/// How long the agent may take to say what it knows: the kernel is what counts here.
+/// Timeout of the agent's requests. Short, because the kernel's answers count, not the agent's.
 const AGENT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The arguments.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// From where: a container of this host, `host`, or an address
+    /// Source: a container of this host, `host`, or an address
     #[arg(value_name = "SRC")]
     from: String,
-    /// To where: a container of this host, a host of the overlay, or an address; with a port, as in ADDRESS:80/tcp
+    /// Destination: a container of this host, a host of the overlay, or an address; with a port, as in ADDRESS:80/tcp
     #[arg(value_name = "DST")]
     to: String,
-    /// IPv6, where both ends have either
+    /// Use IPv6 if both ends have both families
     #[arg(short = '6', long = "ipv6")]
     v6: bool,
-    /// Watch packets that are sent: where rules and interfaces see them
+    /// Watch sent packets at rules and interfaces
     #[arg(long)]
     live: bool,
-    /// Send one packet from SRC to be watched
+    /// Send one packet from SRC to watch
     #[arg(long, requires = "live")]
     send: bool,
-    /// How long to wait for a packet
+    /// Maximum time to wait for a packet
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = humantime::parse_duration, requires = "live")]
     wait: Duration,
-    /// The agent's state directory, for the names of containers where the agent does not answer
+    /// State directory of the agent, used for container names if the agent does not answer
     #[arg(long, value_name = "DIR", env = "OVERLAYD_STATE_DIR", default_value = "/var/lib/overlayd")]
     state_dir: PathBuf,
 }
 
-/// Prints the way. Exit code 1 where the packet stops, 3 where that cannot be known.
+/// Prints the path. Exit code 1 if the packet stops, 3 if that is unknown.
 pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
     let (inventory, note) = load_inventory(context, args).await;
     let (from, to) = (args.from.clone(), args.to.clone());
@@ -58,9 +58,8 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
         }
         Ok(trace)
     };
-    let trace = tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|e| TraceError::Target { message: format!("tracing broke off: {e}") })??;
+    let trace =
+        tokio::task::spawn_blocking(work).await.map_err(|e| TraceError::Target { message: format!("tracing failed: {e}") })??;
     context.printer.print(&TraceView(&trace))?;
     Ok(match (trace.outcome, &trace.live) {
         (_, Some(live)) if live.dropped => Outcome::Negative,
@@ -70,7 +69,7 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
     })
 }
 
-/// What is known beside the kernel, and a note where that is less than it could be.
+/// Loads the hosts and containers, with a note if the agent does not answer.
 async fn load_inventory(context: &Context, args: &Args) -> (Inventory, Option<String>) {
     let client = context.client.clone().with_timeout(AGENT_TIMEOUT);
     match client.endpoints().await {
@@ -79,7 +78,7 @@ async fn load_inventory(context: &Context, args: &Args) -> (Inventory, Option<St
             (Inventory { endpoints: endpoints.endpoints, leases }, None)
         }
         Err(error) => {
-            let note = format!("{error}. Names are taken from {}; the way is the kernel's own answer", args.state_dir.display());
+            let note = format!("{error}. Names come from {}; the path comes from the kernel", args.state_dir.display());
             (Inventory::from_state(&args.state_dir), Some(note))
         }
     }
@@ -114,7 +113,7 @@ impl View for TraceView<'_> {
         let (tone, _) = outcome_style(trace.outcome);
         let head = match trace.outcome {
             trace::TraceOutcome::Ok => "It passes",
-            trace::TraceOutcome::Unsure => "It passes, as far as can be known",
+            trace::TraceOutcome::Unsure => "It passes as far as known",
             trace::TraceOutcome::Stop => "It stops",
         };
         text.push_str(&format!("\n\n{}: {}", style.paint(tone, head), trace.end));
@@ -149,7 +148,7 @@ fn live_text(live: &Live, style: Style) -> String {
     let tone = if live.answered && !live.dropped { Tone::Good } else { Tone::Bad };
     text.push_str(&style.paint(tone, &live.summary));
     if live.lost {
-        text.push_str("\nnote: more packets were there than could be shown");
+        text.push_str("\nnote: more packets arrived than are shown");
     }
     text
 }

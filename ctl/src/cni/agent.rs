@@ -1,7 +1,8 @@
-//! The agent's socket, blocking, with one deadline for all of a verb.
+//! Blocking client of the agent's socket, with one deadline per verb.
 //!
-//! An agent that is not there, breaks off or is not ready may be one that starts again: it is asked anew until the deadline. Each request can be
-//! repeated, for the agent answers the same attach with the same endpoint. HTTP/1.0, so that an answer ends with the connection.
+//! An agent that is absent, closes the connection or is not ready may be restarting: the client retries until the deadline. Each
+//! request is idempotent, because the agent answers the same attach with the same endpoint. HTTP/1.0, so that a response ends
+//! with the connection.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
@@ -19,14 +20,14 @@ use serde::de::DeserializeOwned;
 use super::error::{CniError, Code};
 use super::log::Log;
 
-/// The pause before the second try; each further one is twice as long, up to the longest.
+/// Pause before the second try. Each further pause doubles, up to `MAX_BACKOFF`.
 const INITIAL_BACKOFF: Duration = Duration::from_millis(5);
 const MAX_BACKOFF: Duration = Duration::from_millis(200);
 
-/// The largest answer read, in bytes: 65,536 endpoints have some 25 MiB.
+/// Largest response, in bytes: 65,536 endpoints take some 25 MiB.
 const MAX_RESPONSE_BYTES: u64 = 64 << 20;
 
-/// The agent of this host.
+/// Client of this host's agent.
 #[derive(Debug)]
 pub struct AgentClient<'a> {
     socket: &'a Path,
@@ -34,44 +35,44 @@ pub struct AgentClient<'a> {
     log: &'a Log,
 }
 
-/// Why one try has no answer.
+/// Failure of one try.
 #[derive(Debug)]
 enum Failure {
-    /// Another try may have one.
+    /// Another try may succeed.
     Retryable(String),
-    /// The agent's word, or what no waiting heals.
+    /// The agent's error, or an error that no retry resolves.
     Final(CniError),
 }
 
 impl<'a> AgentClient<'a> {
-    /// The agent behind a socket, asked until the deadline.
+    /// Creates a client that retries until the deadline.
     pub fn new(socket: &'a Path, deadline: Instant, log: &'a Log) -> AgentClient<'a> {
         AgentClient { socket, deadline, log }
     }
 
-    /// The same agent with another deadline.
+    /// Copies the client with another deadline.
     pub fn with_deadline(&self, deadline: Instant) -> AgentClient<'a> {
         AgentClient { deadline, ..*self }
     }
 
-    /// Attaches.
+    /// Attaches an endpoint.
     pub fn attach(&self, name: &EndpointName, request: &AttachRequest) -> Result<AttachResponse, CniError> {
         let body =
             serde_json::to_vec(request).map_err(|e| CniError::new(Code::Failed, format!("cannot write the request: {e}")))?;
         self.request("PUT", &endpoint_path(name), &body)
     }
 
-    /// Detaches, with all that share its namespace: a runtime's word is that the container goes. One that is not there is no error.
+    /// Detaches an endpoint and all that share its namespace: the runtime deletes the container. An unknown endpoint is no error.
     pub fn detach(&self, name: &EndpointName) -> Result<DetachResponse, CniError> {
         self.request("DELETE", &format!("{}?force=true", endpoint_path(name)), &[])
     }
 
-    /// All endpoints of the host.
+    /// Lists all endpoints of the host.
     pub fn endpoints(&self) -> Result<Endpoints, CniError> {
         self.request("GET", &format!("/v{VERSION}/endpoints"), &[])
     }
 
-    /// Whether the agent is ready now; the error says what is missing. Asks once.
+    /// Checks once whether the agent is ready; the error is its reason.
     pub fn check_ready(&self) -> Result<(), String> {
         match self.attempt("GET", "/readyz", &[]) {
             Ok(_) => Ok(()),
@@ -102,20 +103,20 @@ impl<'a> AgentClient<'a> {
         serde_json::from_slice(&bytes).map_err(|e| {
             let own = env!("CARGO_PKG_VERSION");
             let text = format!(
-                "cannot read the agent's answer to {method} {path}: {e}. Are overlay-cni {own} and overlayd of one version?"
+                "cannot read the agent's answer to {method} {path}: {e}. overlay-cni is {own}: is overlayd the same version?"
             );
             CniError::new(Code::Failed, text)
         })
     }
 
-    /// One request over a connection of its own.
+    /// Sends one request over its own connection.
     fn attempt(&self, method: &str, path: &str, body: &[u8]) -> Result<Vec<u8>, Failure> {
         let socket = self.socket.display();
         self.log.debug(format_args!("{method} {path}"));
         let mut stream = connect(self.socket, self.time_left()?)?;
         let broken = |e: std::io::Error| match e.kind() {
             ErrorKind::WouldBlock | ErrorKind::TimedOut => self.deadline_exceeded(),
-            _ => Failure::Retryable(format!("the agent at {socket} broke off while answering {method} {path}: {e}")),
+            _ => Failure::Retryable(format!("the agent at {socket} closed the connection during {method} {path}: {e}")),
         };
         let head = format!(
             "{method} {path} HTTP/1.0\r\nHost: overlayd\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
@@ -125,7 +126,7 @@ impl<'a> AgentClient<'a> {
         let mut answer = Vec::new();
         let mut piece = [0; 16 << 10];
         let (status, start) = loop {
-            // What arrives piece by piece has one deadline for all of it.
+            // One deadline covers all reads of a response that arrives in pieces.
             stream.set_read_timeout(Some(self.time_left()?)).map_err(broken)?;
             let read = match stream.read(&mut piece) {
                 Err(e) if e.kind() == ErrorKind::Interrupted => continue,
@@ -152,7 +153,7 @@ impl<'a> AgentClient<'a> {
         }
     }
 
-    /// The time that is left.
+    /// Time until the deadline.
     fn time_left(&self) -> Result<Duration, Failure> {
         Some(self.deadline.saturating_duration_since(Instant::now()))
             .filter(|left| !left.is_zero())
@@ -160,53 +161,52 @@ impl<'a> AgentClient<'a> {
     }
 
     fn deadline_exceeded(&self) -> Failure {
-        let text =
-            format!("the agent at {} did not answer in time. Its log says more: journalctl -u overlayd", self.socket.display());
+        let text = format!("the agent at {} did not answer in time. See its log: journalctl -u overlayd", self.socket.display());
         Failure::Retryable(text)
     }
 }
 
 fn endpoint_path(name: &EndpointName) -> String {
-    // A name has no character that a path would have to hide.
+    // A name contains no character that needs percent-encoding.
     format!("/v{VERSION}/endpoints/{name}")
 }
 
-/// Connects. A server whose queue is full lets a connection wait, so that has a limit too.
+/// Connects. The timeout covers a server with a full backlog too.
 fn connect(path: &Path, timeout: Duration) -> Result<UnixStream, Failure> {
     let shown = path.display();
     let failed = |errno: nix::Error| match errno {
-        nix::Error::ENOENT => Failure::Retryable(format!(
-            "no agent at {shown}: there is no such socket. Is overlayd running? systemctl status overlayd"
-        )),
-        nix::Error::ECONNREFUSED => Failure::Retryable(format!(
-            "no agent answers at {shown}: the socket is left over from one that has ended. systemctl start overlayd"
-        )),
+        nix::Error::ENOENT => {
+            Failure::Retryable(format!("no agent at {shown}: no such socket. Is overlayd running? systemctl status overlayd"))
+        }
+        nix::Error::ECONNREFUSED => {
+            Failure::Retryable(format!("no agent at {shown}: nothing listens on the socket. Start it: systemctl start overlayd"))
+        }
         nix::Error::EAGAIN | nix::Error::EINTR => Failure::Retryable(format!("the agent at {shown} does not accept connections")),
         nix::Error::EACCES | nix::Error::EPERM => {
-            let text = format!("permission to use {shown} is denied: the runtime has to run overlay-cni as root");
+            let text = format!("permission denied for {shown}: the runtime must run overlay-cni as root");
             Failure::Final(CniError::new(Code::Io, text))
         }
         _ => Failure::Final(CniError::new(Code::Io, format!("cannot connect to {shown}: {}", errno.desc()))),
     };
     let address = UnixAddr::new(path).map_err(failed)?;
     let fd = socket::socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).map_err(failed)?;
-    // 0 would be no limit.
+    // 0 means no timeout.
     let limit = TimeVal::microseconds(i64::try_from(timeout.as_micros()).unwrap_or(i64::MAX).max(1));
     socket::setsockopt(&fd, sockopt::SendTimeout, &limit).map_err(failed)?;
     socket::connect(fd.as_raw_fd(), &address).map_err(failed)?;
     Ok(UnixStream::from(fd))
 }
 
-/// The head of an answer.
+/// Head of a response.
 struct ResponseHead {
     status: u16,
-    /// Where the body begins.
+    /// Offset of the body.
     start: usize,
-    /// Where it ends, where the head says so.
+    /// End of the body, if the head has a content length.
     end: Option<usize>,
 }
 
-/// The head, once it is there.
+/// Parses the head, once it is complete.
 fn parse_head(bytes: &[u8]) -> Option<ResponseHead> {
     let start = bytes.windows(4).position(|w| w == b"\r\n\r\n")? + 4;
     let head = String::from_utf8_lossy(&bytes[..start]);
@@ -219,11 +219,11 @@ fn parse_head(bytes: &[u8]) -> Option<ResponseHead> {
     Some(ResponseHead { status, start, end: length.and_then(|length| start.checked_add(length)) })
 }
 
-/// The agent's no (`docs/api.md`, "Errors").
+/// Parses the agent's error response (`docs/api.md`, "Errors").
 fn error_response(status: u16, body: &[u8], method: &str, path: &str) -> Failure {
     let message = match serde_json::from_slice::<ErrorBody>(body) {
         Ok(problem) => problem.error,
-        Err(_) => format!("the agent answers {method} {path} with status {status}"),
+        Err(_) => format!("the agent answered {method} {path} with status {status}"),
     };
     match status {
         503 | 504 => Failure::Retryable(message),

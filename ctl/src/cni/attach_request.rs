@@ -1,4 +1,4 @@
-//! What a configuration and `CNI_ARGS` ask of the agent for one attachment. Pure.
+//! Builds the agent's attach request from the network configuration and `CNI_ARGS`. Pure.
 
 use std::net::IpAddr;
 
@@ -11,7 +11,7 @@ use super::config::{Config, PortMapping};
 use super::environment::{Arguments, Attachment, quoted};
 use super::error::{CniError, Code};
 
-/// The request of an ADD.
+/// Builds the request of an ADD.
 pub fn request(
     config: &Config,
     attachment: &Attachment,
@@ -20,7 +20,7 @@ pub fn request(
 ) -> Result<AttachRequest, CniError> {
     if let Some(limits) = config.runtime_config.bandwidth.as_ref().filter(|value| is_requested(value)) {
         let text = format!(
-            "runtimeConfig.bandwidth {limits} is not served: take the capability from overlay-cni, and chain the plugin `bandwidth` behind it"
+            "runtimeConfig.bandwidth {limits} is not supported: remove the capability from overlay-cni, and chain the plugin `bandwidth` after it"
         );
         return Err(CniError::new(Code::UnsupportedField, text));
     }
@@ -37,7 +37,7 @@ pub fn request(
     })
 }
 
-/// Whether a limit is asked for: absent, null and 0 are none.
+/// Whether a limit is requested: absent, null and 0 mean no limit.
 fn is_requested(value: &Value) -> bool {
     match value {
         Value::Null => false,
@@ -47,7 +47,7 @@ fn is_requested(value: &Value) -> bool {
     }
 }
 
-/// The wished addresses of all three places, one a family. A prefix length says nothing new and is passed over.
+/// Merges the requested addresses of all three sources, one per family. A prefix length is ignored: the subnet determines it.
 fn addresses(config: &Config, arguments: &Arguments) -> Result<PerFamily<IpAddr>, CniError> {
     let mut requested = PerFamily::default();
     let places = [
@@ -58,11 +58,12 @@ fn addresses(config: &Config, arguments: &Arguments) -> Result<PerFamily<IpAddr>
     for (place, code, texts) in places {
         for text in texts {
             let address = text.parse::<IpAddr>().ok().or_else(|| text.parse::<IpNetwork>().ok().map(|network| network.ip()));
-            let address = address.ok_or_else(|| CniError::new(code, format!("{place}: {} is no IP address", quoted(text))))?;
+            let address =
+                address.ok_or_else(|| CniError::new(code, format!("{place}: {} is not an IP address", quoted(text))))?;
             let family = Family::of(address);
             match requested.slot(family).replace(address) {
                 Some(before) if before != address => {
-                    let text = format!("{place}: {address} is asked for beside {before}: an endpoint has one {family} address");
+                    let text = format!("{place}: {address} conflicts with {before}: an endpoint has one {family} address");
                     return Err(CniError::new(code, text));
                 }
                 _ => {}
@@ -72,7 +73,7 @@ fn addresses(config: &Config, arguments: &Arguments) -> Result<PerFamily<IpAddr>
     Ok(requested)
 }
 
-/// The wished MAC: that of the capability before the other two places.
+/// Selects the requested MAC; the capability precedes the other two sources.
 fn mac(config: &Config, arguments: &Arguments) -> Result<Option<Mac>, CniError> {
     let places = [
         ("runtimeConfig.mac", Code::InvalidConfig, &config.runtime_config.mac),
@@ -86,14 +87,10 @@ fn mac(config: &Config, arguments: &Arguments) -> Result<Option<Mac>, CniError> 
         return Ok(None);
     };
     let mac = text.parse::<Mac>().map_err(|e| CniError::new(code, format!("{place}: {e}")))?;
-    if mac.is_unicast() {
-        Ok(Some(mac))
-    } else {
-        Err(CniError::new(code, format!("{place}: {mac} is no address of one station")))
-    }
+    if mac.is_unicast() { Ok(Some(mac)) } else { Err(CniError::new(code, format!("{place}: {mac} is not a unicast address"))) }
 }
 
-/// The ports to publish. Ports that follow each other on both sides are one run, as the runtime was told it.
+/// Converts the port mappings. Mappings with consecutive ports on both sides become one range.
 fn ports(mappings: &[PortMapping]) -> Result<Vec<PublishedPort>, CniError> {
     let mut runs: Vec<PublishedPort> = Vec::new();
     for mapping in mappings {
@@ -127,7 +124,7 @@ fn port(mapping: &PortMapping) -> Result<PublishedPort, CniError> {
     };
     let address = match mapping.host_ip.as_str() {
         "" => None,
-        text => Some(text.parse().map_err(|_| bad(format!("hostIP {} is no IP address", quoted(text))))?),
+        text => Some(text.parse().map_err(|_| bad(format!("hostIP {} is not an IP address", quoted(text))))?),
     };
     Ok(PublishedPort {
         address,

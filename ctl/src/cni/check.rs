@@ -1,5 +1,5 @@
-//! CHECK: whether the container is as its ADD left it, by what the kernel holds and what the agent knows, compared with the previous result.
-//! What other plugins of the chain have made is theirs to check.
+//! CHECK: compares the previous result with the kernel's state and the agent's. Parts of other plugins in the chain are not
+//! checked.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -14,16 +14,16 @@ use super::result::{Address, CniResult, Interface, Route};
 use super::sandbox::{self, InterfaceState};
 use super::verbs::{Context, endpoint_name};
 
-/// Our part of a previous result.
+/// This plugin's part of a previous result.
 struct AttachResult<'a> {
     interface: &'a Interface,
     addresses: Vec<&'a Address>,
-    /// Those over the gateways of these addresses.
+    /// Routes over the gateways of these addresses.
     routes: Vec<&'a Route>,
 }
 
 impl<'a> AttachResult<'a> {
-    /// The interface in the container, and what belongs to it.
+    /// Selects the container's interface and its addresses and routes.
     fn from_result(result: &'a CniResult, name: &str) -> Option<AttachResult<'a>> {
         let ours = |interface: &&Interface| interface.name == name && !interface.sandbox.is_empty();
         let place = result.interfaces.iter().position(|interface| ours(&interface))?;
@@ -38,17 +38,17 @@ impl<'a> AttachResult<'a> {
 }
 
 impl Context<'_> {
-    /// Compares; an error has each difference as a line of its details.
+    /// Runs CHECK. An error lists each difference as a line of its details.
     pub fn check(&self, attachment: &Attachment) -> Result<(), CniError> {
         let owner = name::owner(self.config, attachment)?;
         let endpoint = endpoint_name(&owner)?;
         let Some(previous) = &self.config.prev_result else {
-            return Err(CniError::new(Code::InvalidConfig, "CHECK without prevResult: there is nothing to compare with"));
+            return Err(CniError::new(Code::InvalidConfig, "CHECK without prevResult"));
         };
         let interface = &attachment.interface;
         let Some(attached) = AttachResult::from_result(previous, interface) else {
             let text =
-                format!("prevResult has no interface {interface} of a container: it is not the result of this attachment's ADD");
+                format!("prevResult has no container interface {interface}: it is not the result of this attachment's ADD");
             return Err(CniError::new(Code::InvalidConfig, text));
         };
         let netns = sandbox::open(attachment.netns.as_deref().unwrap_or_else(|| std::path::Path::new("")))?;
@@ -58,21 +58,21 @@ impl Context<'_> {
         match &registered {
             Some(Endpoint { port: Some(port), source_check, netns: at, .. }) => {
                 if at.canonicalize().ok() != netns.path().canonicalize().ok() {
-                    differences.push(format!("the agent has endpoint {endpoint} in {}", at.display()));
+                    differences.push(format!("the agent has endpoint {endpoint} in {} instead", at.display()));
                 }
                 differences.extend(compare_with_agent(&attached, port, *source_check));
                 if if_nametoindex(port.host_interface.as_str()).is_err() {
-                    differences.push(format!("the host's end {} is gone", port.host_interface));
+                    differences.push(format!("the host interface {} is missing", port.host_interface));
                 }
             }
-            _ => differences.push(format!("the agent knows no endpoint {endpoint}")),
+            _ => differences.push(format!("the agent has no endpoint {endpoint}")),
         }
         if differences.is_empty() {
-            self.log.info(format_args!("CHECK {endpoint}: as it was attached, by {owner} after {:.1} ms", self.elapsed_ms()));
+            self.log.info(format_args!("CHECK {endpoint}: unchanged, owner {owner}, {:.1} ms", self.elapsed_ms()));
             return Ok(());
         }
         let first = &differences[0];
-        let mut text = format!("{interface} in {} is not as it was attached: {first}", netns.path().display());
+        let mut text = format!("{interface} in {} differs from its attachment: {first}", netns.path().display());
         if differences.len() > 1 {
             // Writing to a String cannot fail.
             let _ = write!(text, ", and {} more", differences.len() - 1);
@@ -81,10 +81,10 @@ impl Context<'_> {
     }
 }
 
-/// The result against the kernel.
+/// Compares the result with the kernel's state.
 fn compare_with_kernel(attached: &AttachResult<'_>, interfaces: &BTreeMap<String, InterfaceState>) -> Vec<String> {
     let name = &attached.interface.name;
-    let Some(found) = interfaces.get(name) else { return vec![format!("{name} is gone")] };
+    let Some(found) = interfaces.get(name) else { return vec![format!("{name} is missing")] };
     let mut differences = Vec::new();
     if !found.up {
         differences.push(format!("{name} is down"));
@@ -102,13 +102,13 @@ fn compare_with_kernel(attached: &AttachResult<'_>, interfaces: &BTreeMap<String
     for Route { dst, gw, .. } in &attached.routes {
         if let Some(gateway) = gw.filter(|gateway| !found.routes.contains(&(*dst, *gateway))) {
             let what = if dst.prefix() == 0 { "default route".to_owned() } else { format!("route to {dst}") };
-            differences.push(format!("there is no {what} via {gateway} over {name}"));
+            differences.push(format!("no {what} via {gateway} over {name}"));
         }
     }
     differences
 }
 
-/// The result against the agent, whose source check lets pass only what it knows.
+/// Compares the result with the agent's endpoint: its source check passes only the addresses and the MAC that it has.
 fn compare_with_agent(attached: &AttachResult<'_>, port: &Port, source_check: bool) -> Vec<String> {
     let mut differences = Vec::new();
     if port.interface != attached.interface.name {
@@ -116,19 +116,19 @@ fn compare_with_agent(attached: &AttachResult<'_>, port: &Port, source_check: bo
     }
     for (_, known) in port.addresses.iter() {
         if !attached.addresses.iter().any(|address| address.address.ip() == *known) {
-            differences.push(format!("the agent gave it {known}, which prevResult has not"));
+            differences.push(format!("the agent assigned {known}, which prevResult lacks"));
         }
     }
     for address in attached.addresses.iter().map(|address| address.address.ip()) {
         if source_check && !port.addresses.iter().any(|(_, known)| *known == address) {
-            differences.push(format!("the agent did not give it {address}: packets from it are dropped"));
+            differences.push(format!("the agent did not assign {address}: packets from it are dropped"));
         }
     }
     if let Ok(mac) = attached.interface.mac.to_ascii_lowercase().parse::<Mac>()
         && source_check
         && mac != port.mac
     {
-        differences.push(format!("the agent knows it by the MAC {}, not {mac}: packets from it are dropped", port.mac));
+        differences.push(format!("the agent has the MAC {}, not {mac}: packets from it are dropped", port.mac));
     }
     differences
 }

@@ -1,4 +1,5 @@
-//! The network configuration on standard input (`SPEC.md`, "Plugin configuration objects"): the keys of the specification, and ours.
+//! The network configuration on standard input (`SPEC.md`, "Plugin configuration objects"): the specification's keys, and this
+//! plugin's.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -13,26 +14,25 @@ use super::result::{CniResult, Dns};
 use super::version::Version;
 use crate::client::DEFAULT_SOCKET;
 
-/// How long a verb may take unless `timeout` says otherwise: an agent that starts again is back in one or two seconds, and runtimes wait
-/// for a minute or more.
+/// Default of `timeout`. An agent is back from a restart in one or two seconds, and runtimes wait for a minute or more.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What `timeout` can be.
+/// Valid values of `timeout`.
 const TIMEOUT_RANGE: std::ops::RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(600);
 
-/// The key by which GC is told what to keep.
+/// Key of GC's list of attachments to keep.
 const VALID_ATTACHMENTS: &str = "cni.dev/valid-attachments";
 
-/// A configuration whose values can be right.
+/// A validated configuration.
 #[derive(Debug, Clone)]
 pub struct Config {
     /// `cniVersion`.
     pub version: Version,
-    /// `name`: the network's.
+    /// `name`: name of the network.
     pub name: String,
-    /// `socket`: the agent's.
+    /// `socket`: path of the agent's socket.
     pub socket: PathBuf,
-    /// `timeout`: how long a verb may take.
+    /// `timeout`: limit of one verb.
     pub timeout: Duration,
     /// `logFile`.
     pub log_file: Option<PathBuf>,
@@ -40,17 +40,17 @@ pub struct Config {
     pub log_level: Level,
     /// `sourceCheck`.
     pub source_check: Option<bool>,
-    /// `isDefaultGateway`, as the plugin `bridge_name` calls it.
+    /// `isDefaultGateway`, named as in the plugin `bridge`.
     pub default_route: Option<bool>,
-    /// `dns`, as it goes into the result.
+    /// `dns`, copied to the result.
     pub dns: Dns,
-    /// `runtimeConfig`: what the runtime asks for by capabilities.
+    /// `runtimeConfig`: the runtime's values by capability.
     pub runtime_config: RuntimeConfig,
-    /// `args.cni`: what the runtime asks for by the older convention.
+    /// `args.cni`: the runtime's values by the older convention.
     pub args: CniArgs,
-    /// `prevResult`: of the plugin before this one, or of the last ADD.
+    /// `prevResult`: the result of the previous plugin, or of the last ADD.
     pub prev_result: Option<CniResult>,
-    /// `cni.dev/valid_attachments-attachments`.
+    /// `cni.dev/valid-attachments`.
     pub valid_attachments: Option<Vec<ValidAttachment>>,
 }
 
@@ -58,15 +58,15 @@ pub struct Config {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct RuntimeConfig {
-    /// Wished addresses, with or without a prefix length.
+    /// Requested addresses, with or without a prefix length.
     pub ips: Vec<String>,
-    /// The wished MAC.
+    /// Requested MAC.
     pub mac: Option<String>,
     /// Ports to publish.
     pub port_mappings: Vec<PortMapping>,
-    /// Limits; not served.
+    /// Bandwidth limits; not supported.
     pub bandwidth: Option<Value>,
-    /// The resolver.
+    /// Resolver settings.
     pub dns: Option<RuntimeDns>,
 }
 
@@ -74,19 +74,19 @@ pub struct RuntimeConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PortMapping {
-    /// On the host.
+    /// Port on the host.
     pub host_port: i64,
-    /// In the container.
+    /// Port in the container.
     pub container_port: i64,
-    /// `tcp` where it is absent or empty.
+    /// Protocol; `tcp` if absent or empty.
     #[serde(default)]
     pub protocol: String,
-    /// The host's address; any where it is absent or empty.
+    /// Address of the host; any if absent or empty.
     #[serde(default, rename = "hostIP")]
     pub host_ip: String,
 }
 
-/// The resolver by capability (`CONVENTIONS.md`, `dns`).
+/// Resolver settings by capability (`CONVENTIONS.md`, `dns`).
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 pub struct RuntimeDns {
@@ -99,13 +99,13 @@ pub struct RuntimeDns {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 pub struct CniArgs {
-    /// Wished addresses.
+    /// Requested addresses.
     pub ips: Vec<String>,
-    /// The wished MAC.
+    /// Requested MAC.
     pub mac: Option<String>,
 }
 
-/// One attachment that the runtime still has.
+/// An attachment that the runtime keeps.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct ValidAttachment {
     /// `CNI_CONTAINERID` of its ADD.
@@ -116,23 +116,23 @@ pub struct ValidAttachment {
     pub interface: String,
 }
 
-/// The keys by name, taken out one at a time.
+/// The configuration's keys; each is removed when it is read.
 struct Keys(Map<String, Value>);
 
 impl Keys {
-    /// A key's value; `None` where it is absent or null.
+    /// Removes a key and returns its value; `None` if absent or null.
     fn take<T: serde::de::DeserializeOwned>(&mut self, key: &str) -> Result<Option<T>, CniError> {
         let Some(value) = self.0.remove(key).filter(|value| !value.is_null()) else { return Ok(None) };
         serde_json::from_value(value)
             .map(Some)
-            .map_err(|e| CniError::new(Code::Decode, format!("key {key} of the network configuration is not as expected: {e}")))
+            .map_err(|e| CniError::new(Code::Decode, format!("key {key} of the network configuration is invalid: {e}")))
     }
 
-    /// A path, which has to be absolute: the runtime's working directory may be any.
+    /// Reads a path. It must be absolute: the runtime's working directory is arbitrary.
     fn path(&mut self, key: &str) -> Result<Option<PathBuf>, CniError> {
         let path = self.take::<PathBuf>(key)?;
         match path {
-            Some(path) if !path.is_absolute() => Err(invalid_value(key, &path.display().to_string(), "is no absolute path")),
+            Some(path) if !path.is_absolute() => Err(invalid_value(key, &path.display().to_string(), "is not an absolute path")),
             path => Ok(path),
         }
     }
@@ -145,12 +145,12 @@ fn invalid_value(key: &str, value: &str, rule: &str) -> CniError {
 fn parse_object(bytes: &[u8]) -> Result<Keys, CniError> {
     match serde_json::from_slice(bytes) {
         Ok(Value::Object(keys)) => Ok(Keys(keys)),
-        Ok(_) => Err(CniError::new(Code::Decode, "the network configuration on standard input is no JSON object")),
-        Err(e) => Err(CniError::new(Code::Decode, format!("the network configuration on standard input is no JSON: {e}"))),
+        Ok(_) => Err(CniError::new(Code::Decode, "the network configuration on standard input is not a JSON object")),
+        Err(e) => Err(CniError::new(Code::Decode, format!("the network configuration on standard input is not JSON: {e}"))),
     }
 }
 
-/// The version that VERSION is asked with; none where nothing at all is said, as very old runtimes do.
+/// Reads the version of a VERSION request; `None` for empty input, which very old runtimes send.
 pub fn requested_version(bytes: &[u8]) -> Result<Option<String>, CniError> {
     if bytes.iter().all(u8::is_ascii_whitespace) {
         return Ok(None);
@@ -159,7 +159,7 @@ pub fn requested_version(bytes: &[u8]) -> Result<Option<String>, CniError> {
 }
 
 impl Config {
-    /// Reads the configuration; an error has the version to answer in.
+    /// Reads the configuration. An error comes with the version of its JSON format.
     pub fn decode(bytes: &[u8]) -> Result<Config, (Version, CniError)> {
         let early = |error| (Version::LATEST, error);
         let mut keys = parse_object(bytes).map_err(early)?;
@@ -172,15 +172,15 @@ impl Config {
         let name: String =
             keys.take("name")?.ok_or_else(|| CniError::new(Code::InvalidConfig, "the network configuration has no name"))?;
         if !is_identifier(&name) {
-            let rule = "is no network name: it begins with a letter or digit, and has only a-z A-Z 0-9 . _ -";
+            let rule = "is not a network name: it must start with a letter or digit and contain only a-z A-Z 0-9 . _ -";
             return Err(invalid_value("name", &name, rule));
         }
-        // Whoever writes one expects it to choose the addresses.
+        // An IPAM plugin would choose the addresses, and here the agent chooses them.
         let ipam: Option<Map<String, Value>> = keys.take("ipam")?;
         if let Some(ipam) = ipam.filter(|ipam| !ipam.is_empty()) {
             let shown = Value::Object(ipam);
             let text =
-                format!("ipam {shown} is not served: the agent gives the addresses of the host's subnet; remove the key ipam");
+                format!("ipam {shown} is not supported: the agent assigns addresses of the host's subnet; remove the key ipam");
             return Err(CniError::new(Code::UnsupportedField, text));
         }
         let runtime: RuntimeConfig = keys.take("runtimeConfig")?.unwrap_or_default();
@@ -199,7 +199,7 @@ impl Config {
             or(options, &mut dns.options);
         }
         let valid = match keys.0.get(VALID_ATTACHMENTS) {
-            // An empty list of the reference library.
+            // Go's reference library writes an empty list as null.
             Some(Value::Null) => Some(Vec::new()),
             _ => keys.take(VALID_ATTACHMENTS)?,
         };
@@ -225,7 +225,7 @@ impl Config {
 fn timeout(keys: &mut Keys) -> Result<Duration, CniError> {
     let Some(text) = keys.take::<String>("timeout")? else { return Ok(DEFAULT_TIMEOUT) };
     let given = humantime::parse_duration(&text).ok().filter(|duration| TIMEOUT_RANGE.contains(duration));
-    given.ok_or_else(|| invalid_value("timeout", &text, "is no duration from 1s to 10m, such as 30s"))
+    given.ok_or_else(|| invalid_value("timeout", &text, "is not a duration from 1s to 10m, such as 30s"))
 }
 
 fn log_level(keys: &mut Keys) -> Result<Level, CniError> {

@@ -1,4 +1,4 @@
-//! What a runtime says by the environment: the verb and the attachment (`SPEC.md`, "Parameters").
+//! The runtime's parameters in the environment: the verb and the attachment (`SPEC.md`, "Parameters").
 
 use std::ffi::OsString;
 use std::fmt;
@@ -7,23 +7,23 @@ use std::path::PathBuf;
 use super::error::{CniError, Code};
 use super::version::Version;
 
-/// The longest interface name in bytes: `IFNAMSIZ` - 1 (linux/if.h).
+/// Longest interface name in bytes: `IFNAMSIZ` - 1 (linux/if.h).
 const MAX_INTERFACE_NAME: usize = 15;
 
-/// What is to be done.
+/// Verb of the specification.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verb {
     /// Attach a container.
     Add,
-    /// Detach it.
+    /// Detach the container.
     Del,
-    /// Look whether it is as it was attached.
+    /// Compare the container with its attachment.
     Check,
-    /// Detach all but those that the runtime names.
+    /// Detach all attachments except the listed ones.
     Gc,
-    /// Say whether containers can be attached.
+    /// Report whether containers can be attached.
     Status,
-    /// Say which versions are served.
+    /// Report the supported versions.
     Version,
 }
 
@@ -42,7 +42,7 @@ impl Verb {
         }
     }
 
-    /// The version of the specification that it came with, of those that are served.
+    /// Oldest supported version of the specification that has the verb.
     pub fn since(self) -> Version {
         match self {
             Verb::Add | Verb::Del | Verb::Version => Version::V0_3_1,
@@ -58,23 +58,23 @@ impl fmt::Display for Verb {
     }
 }
 
-/// One interface of one container; with the network's name what the runtime knows an attachment by.
+/// One interface of one container. Together with the network's name it identifies an attachment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Attachment {
     /// `CNI_CONTAINERID`.
     pub container: String,
     /// `CNI_IFNAME`.
     pub interface: String,
-    /// `CNI_NETNS`; may be absent at DEL, where the namespace can be gone.
+    /// `CNI_NETNS`. Optional for DEL: the namespace can be gone.
     pub netns: Option<PathBuf>,
 }
 
-/// What `CNI_ARGS` can ask for.
+/// Values of `CNI_ARGS`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Arguments {
-    /// `IP`: wished addresses, separated by commas.
+    /// `IP`: requested addresses, separated by commas.
     pub ips: Vec<String>,
-    /// `PEER_MAC`: the wished MAC.
+    /// `MAC`: the requested MAC.
     pub mac: Option<String>,
 }
 
@@ -82,7 +82,7 @@ fn invalid(text: impl Into<String>) -> CniError {
     CniError::new(Code::InvalidEnvironment, text)
 }
 
-/// A variable; an empty one is as good as none.
+/// Reads a variable; an empty one counts as unset.
 fn optional(variable: &impl Fn(&str) -> Option<OsString>, name: &str) -> Result<Option<String>, CniError> {
     match variable(name).filter(|value| !value.is_empty()) {
         None => Ok(None),
@@ -91,48 +91,45 @@ fn optional(variable: &impl Fn(&str) -> Option<OsString>, name: &str) -> Result<
 }
 
 fn required(variable: &impl Fn(&str) -> Option<OsString>, name: &str) -> Result<String, CniError> {
-    optional(variable, name)?.ok_or_else(|| invalid(format!("{name} is not set: a runtime sets it for this verb")))
+    optional(variable, name)?.ok_or_else(|| invalid(format!("{name} is not set: the runtime must set it for this verb")))
 }
 
-/// The verb.
+/// Reads the verb.
 pub fn verb(variable: &impl Fn(&str) -> Option<OsString>) -> Result<Verb, CniError> {
     let Some(asked) = optional(variable, "CNI_COMMAND")? else {
-        return Err(invalid(
-            "CNI_COMMAND is not set: overlay-cni is run by a container runtime, not by hand (see overlay-cni --help)",
-        ));
+        return Err(invalid("CNI_COMMAND is not set: a container runtime runs overlay-cni (see overlay-cni --help)"));
     };
     Verb::ALL.into_iter().find(|verb| verb.as_str() == asked).ok_or_else(|| {
         let known = Verb::ALL.map(Verb::as_str).join(", ");
-        invalid(format!("CNI_COMMAND={} is unknown: known are {known}", quoted(&asked)))
+        invalid(format!("CNI_COMMAND={} is unknown; valid: {known}", quoted(&asked)))
     })
 }
 
-/// The attachment; `with_netns` where its namespace is needed.
+/// Reads the attachment; `with_netns` requires its namespace.
 pub fn attachment(variable: &impl Fn(&str) -> Option<OsString>, with_netns: bool) -> Result<Attachment, CniError> {
     let container = required(variable, "CNI_CONTAINERID")?;
     if !is_identifier(&container) {
-        let rule = "it begins with a letter or digit, and has only a-z A-Z 0-9 . _ -";
-        return Err(invalid(format!("CNI_CONTAINERID={} is no container id: {rule}", quoted(&container))));
+        let rule = "it must start with a letter or digit and contain only a-z A-Z 0-9 . _ -";
+        return Err(invalid(format!("CNI_CONTAINERID={} is not a container ID: {rule}", quoted(&container))));
     }
     let interface = required(variable, "CNI_IFNAME")?;
     if !is_interface_name(&interface) {
         let rule = "1 to 15 visible ASCII characters without / : %, and not `lo`, `.` or `..`";
-        return Err(invalid(format!("CNI_IFNAME={} is no interface name: {rule}", quoted(&interface))));
+        return Err(invalid(format!("CNI_IFNAME={} is not an interface name: {rule}", quoted(&interface))));
     }
     let netns = if with_netns { Some(required(variable, "CNI_NETNS")?) } else { optional(variable, "CNI_NETNS")? };
     Ok(Attachment { container, interface, netns: netns.map(PathBuf::from) })
 }
 
-/// What `CNI_ARGS` asks for (`SPEC.md`: `FOO=BAR_WIDTH;ABC=123`). A key that is not known is refused unless `IgnoreUnknown` says otherwise, as
-/// the reference library does.
+/// Parses `CNI_ARGS` (`SPEC.md`: `FOO=BAR;ABC=123`). Rejects an unknown key unless `IgnoreUnknown` is set, as the reference
+/// library does.
 pub fn arguments(variable: &impl Fn(&str) -> Option<OsString>) -> Result<Arguments, CniError> {
     let all = optional(variable, "CNI_ARGS")?.unwrap_or_default();
     let mut arguments = Arguments::default();
     let mut ignore = false;
     let mut unknown = Vec::new();
     for pair in all.split(';').map(str::trim).filter(|pair| !pair.is_empty()) {
-        let (key, value) =
-            pair.split_once('=').ok_or_else(|| invalid(format!("CNI_ARGS has {}, which is no KEY=VALUE", quoted(pair))))?;
+        let (key, value) = pair.split_once('=').ok_or_else(|| invalid(format!("CNI_ARGS: {} is not KEY=VALUE", quoted(pair))))?;
         match key {
             "IgnoreUnknown" => {
                 ignore = match value.to_ascii_lowercase().as_str() {
@@ -150,23 +147,23 @@ pub fn arguments(variable: &impl Fn(&str) -> Option<OsString>) -> Result<Argumen
     if unknown.is_empty() || ignore {
         Ok(arguments)
     } else {
-        Err(invalid(format!("CNI_ARGS has unknown keys: {}; known are IP, MAC and IgnoreUnknown=1", unknown.join(", "))))
+        Err(invalid(format!("CNI_ARGS has unknown keys: {}; valid: IP, MAC and IgnoreUnknown=1", unknown.join(", "))))
     }
 }
 
-/// Whether a text is a container id or a network name: `^[a-zA-Z0-9][a-zA-Z0-9_.\-]*$` in both places of `SPEC.md`.
+/// Whether a text is a container ID or a network name: `SPEC.md` defines both as `^[a-zA-Z0-9][a-zA-Z0-9_.\-]*$`.
 pub(super) fn is_identifier(text: &str) -> bool {
     text.starts_with(|c: char| c.is_ascii_alphanumeric())
         && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'))
 }
 
-/// As the agent has it, so that the error names the variable.
+/// The agent's rule for interface names, checked here so that the error names the variable.
 fn is_interface_name(name: &str) -> bool {
     let allowed = |b: u8| b.is_ascii_graphic() && !matches!(b, b'/' | b':' | b'%');
     (1..=MAX_INTERFACE_NAME).contains(&name.len()) && name.bytes().all(allowed) && !matches!(name, "." | ".." | "lo")
 }
 
-/// A value for a message: printable, and not longer than a line.
+/// Quotes a value for a message: printable, and at most one line long.
 pub(super) fn quoted(text: &str) -> String {
     let cut: String = text.chars().take(80).collect();
     format!("{cut:?}")

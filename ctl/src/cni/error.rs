@@ -1,4 +1,4 @@
-//! Errors as the specification has them: a code, a message, details.
+//! Errors in the specification's format: code, message, details.
 
 use std::fmt;
 
@@ -6,61 +6,61 @@ use serde_json::{Value, json};
 
 use super::version::Version;
 
-/// The codes in use: below 100 the specification's, from 100 on ours. `docs/cni.md` has them for people.
+/// Error codes: below 100 the specification's, from 100 on this plugin's. `docs/cni.md` documents them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Code {
-    /// The configuration's version is not served, or has no such verb.
+    /// The configuration's version is unsupported, or has no such verb.
     IncompatibleVersion = 1,
-    /// A field of the configuration asks for what is not served; the message has its key and value.
+    /// A field of the configuration requests an unsupported feature; the message has its key and value.
     UnsupportedField = 2,
-    /// The container's namespace is not there.
+    /// The container's namespace does not exist.
     UnknownContainer = 3,
-    /// A variable of the environment is missing or wrong; the message has its name.
+    /// An environment variable is missing or invalid; the message has its name.
     InvalidEnvironment = 4,
-    /// Standard input, or the agent's socket, cannot be used.
+    /// Standard input or the agent's socket is unusable.
     Io = 5,
-    /// The configuration is no JSON of the right shape.
+    /// The configuration is not JSON of the expected structure.
     Decode = 6,
-    /// The configuration says what cannot be.
+    /// The configuration has an invalid value.
     InvalidConfig = 7,
-    /// The agent did not answer, or is not ready, in the time there is.
+    /// The agent did not answer, or was not ready, before the deadline.
     TryAgain = 11,
-    /// STATUS: no container can be attached now.
+    /// STATUS: no container can be attached at present.
     NotAvailable = 50,
-    /// The agent refuses a value.
+    /// The agent rejects a value.
     Refused = 100,
-    /// What is asked for contradicts what is there: an address or port in use, a subnet that is full, an interface that exists.
+    /// The request conflicts with existing state: an address or port in use, a full subnet, an existing interface.
     Conflict = 101,
     /// The agent or the kernel failed.
     Failed = 102,
-    /// CHECK: the container is not as its attachment left it.
+    /// CHECK: the container differs from its attachment.
     Mismatch = 103,
 }
 
-/// Why a verb failed.
+/// Failure of a verb.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CniError {
-    /// The code.
+    /// Error code.
     pub code: Code,
-    /// The value, the place and the remedy.
+    /// The value, its location and the remedy.
     pub message: String,
-    /// More of it, one thing a line; may be empty.
+    /// Further details, one per line; may be empty.
     pub details: String,
 }
 
 impl CniError {
-    /// An error without details.
+    /// Creates an error without details.
     pub fn new(code: Code, message: impl Into<String>) -> CniError {
         CniError { code, message: message.into(), details: String::new() }
     }
 
-    /// The same with details.
+    /// Adds details.
     pub fn with_details(mut self, details: impl Into<String>) -> CniError {
         self.details = details.into();
         self
     }
 
-    /// The error as a runtime reads it (`SPEC.md`, "Error").
+    /// Formats the error as JSON (`SPEC.md`, "Error").
     pub fn to_json(&self, version: Version) -> Value {
         let mut value = json!({ "cniVersion": version.as_str(), "code": self.code as u32, "msg": self.message });
         if !self.details.is_empty() {

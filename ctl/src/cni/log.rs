@@ -1,4 +1,4 @@
-//! The log file: one line an event, appended, so that any number of processes can write to one and it can be rotated by renaming.
+//! The log file: one line per event, appended. Any number of processes can write to it, and renaming rotates it.
 
 use std::fmt::Arguments;
 use std::fs::{File, OpenOptions};
@@ -8,21 +8,21 @@ use std::time::SystemTime;
 
 use super::config::Config;
 
-/// What is worth a line.
+/// Severity of a log line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
     /// A verb failed.
     Error,
-    /// A verb succeeded in another way than usual.
+    /// A verb succeeded after an anomaly.
     Warn,
     /// A verb succeeded.
     Info,
-    /// Each step.
+    /// Each step of a verb.
     Debug,
 }
 
 impl Level {
-    /// All of them.
+    /// All levels.
     pub const ALL: [Level; 4] = [Level::Error, Level::Warn, Level::Info, Level::Debug];
 
     /// The value of `logLevel`.
@@ -36,7 +36,7 @@ impl Level {
     }
 }
 
-/// The log; writes nowhere where no file is configured.
+/// The log. Writes nothing if no file is configured.
 #[derive(Debug)]
 pub struct Log {
     file: Option<File>,
@@ -44,7 +44,7 @@ pub struct Log {
 }
 
 impl Log {
-    /// Opens the configured file. One that cannot be opened is told on standard error and keeps no container from its network.
+    /// Opens the configured file. A failure is reported on standard error and does not fail the verb.
     pub fn open(config: &Config) -> Log {
         let open = |path: &std::path::PathBuf| {
             let opened = OpenOptions::new().append(true).create(true).mode(0o640).open(path);
@@ -53,22 +53,22 @@ impl Log {
         Log { file: config.log_file.as_ref().and_then(open), level: config.log_level }
     }
 
-    /// A verb failed.
+    /// Logs a failed verb.
     pub fn error(&self, text: Arguments<'_>) {
         self.write(Level::Error, text);
     }
 
-    /// It went otherwise than usual.
+    /// Logs an anomaly.
     pub fn warn(&self, text: Arguments<'_>) {
         self.write(Level::Warn, text);
     }
 
-    /// A verb succeeded.
+    /// Logs a successful verb.
     pub fn info(&self, text: Arguments<'_>) {
         self.write(Level::Info, text);
     }
 
-    /// A step.
+    /// Logs a step.
     pub fn debug(&self, text: Arguments<'_>) {
         self.write(Level::Debug, text);
     }
@@ -76,7 +76,7 @@ impl Log {
     fn write(&self, level: Level, text: Arguments<'_>) {
         let Some(mut file) = self.file.as_ref().filter(|_| level <= self.level) else { return };
         let time = humantime::format_rfc3339_millis(SystemTime::now());
-        // One write a line: lines of several processes do not mix. What contains a line break stays one line.
+        // One write per line, so that lines of several processes do not mix; line breaks are escaped.
         let body = text.to_string().replace('\n', "\\n");
         let line = format!("{time} {:5} [{}] {body}\n", level.as_str(), std::process::id());
         if let Err(error) = file.write_all(line.as_bytes()) {

@@ -1,5 +1,5 @@
-//! How an attachment is called at the agent: the owner is what a runtime knows it by, the endpoint's name follows from it, so that nothing
-//! has to be remembered between ADD and DEL.
+//! Names of an attachment at the agent. The owner is the runtime's identification; the endpoint's name derives from it, so that
+//! no state is needed between ADD and DEL.
 
 use overlay_agent::model::endpoint::{EndpointName, EndpointNameError};
 
@@ -7,42 +7,42 @@ use super::config::Config;
 use super::environment::Attachment;
 use super::error::{CniError, Code};
 
-/// The longest owner in bytes that the agent takes.
+/// Longest owner that the agent accepts, in bytes.
 const MAX_OWNER_BYTES: usize = 256;
 
-/// How many characters of the container's id a name shows: as many as `docker_share ps` and `podman ps` do.
+/// Characters of the container's ID in a name: as many as `docker ps` and `podman ps` show.
 const SHORT_ID_LEN: usize = 12;
 
-/// What stands before the owners of a network's attachments: `cni/NETWORK/`. None of the parts can have a slash.
+/// Prefix of the owners of a network's attachments: `cni/NETWORK/`. No part can contain a slash.
 pub fn owner_prefix(network: &str) -> String {
     format!("cni/{network}/")
 }
 
-/// The owner of an attachment: `cni/NETWORK/CONTAINERID/IFNAME`.
+/// Builds the owner of an attachment: `cni/NETWORK/CONTAINERID/IFNAME`.
 pub fn owner(config: &Config, attachment: &Attachment) -> Result<String, CniError> {
     let owner = format!("{}{}/{}", owner_prefix(&config.name), attachment.container, attachment.interface);
     if owner.len() <= MAX_OWNER_BYTES {
         return Ok(owner);
     }
     let room = MAX_OWNER_BYTES - owner_prefix("").len() - 2;
-    let text =
-        format!("the network's name, CNI_CONTAINERID and CNI_IFNAME have {} bytes together, more than {room}", owner.len());
+    let text = format!("the network's name, CNI_CONTAINERID and CNI_IFNAME have {} bytes together, limit {room}", owner.len());
     Err(CniError::new(Code::InvalidConfig, text))
 }
 
-/// The endpoint of an owner: `0123456789ab-eth0-` and 16 hex digits of the owner's hash.
+/// Derives the endpoint name of an owner: `0123456789ab-eth0-` and 16 hex digits of the owner's hash.
 pub fn endpoint(owner: &str) -> Result<EndpointName, EndpointNameError> {
     let mut parts = owner.rsplit('/');
     let (interface, container) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
     let plain = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-') { c } else { '_' };
     let interface: String = interface.chars().map(plain).collect();
-    // The id has ASCII only.
+    // The ID has only ASCII characters.
     let shown: String = container.chars().take(SHORT_ID_LEN).collect();
     format!("{shown}-{interface}-{:016x}", fnv1a(owner.as_bytes())).parse()
 }
 
-/// FNV-1a, 64 bits: it has to be the same in every version, because DEL may come from another than ADD. Two attachments of one host with
-/// the same name are 2^64 to the number of pairs against; the agent would refuse the second, for its namespace differs.
+/// FNV-1a, 64 bits. It must not change between versions: DEL may come from another version than ADD. The odds against a name
+/// collision are 2^64 to the number of pairs of a host's attachments; the agent would reject the second, because its namespace
+/// differs.
 fn fnv1a(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }
@@ -57,7 +57,7 @@ mod tests {
         let name = endpoint(&long).expect("a name");
         assert!(name.as_str().starts_with("0123456789ab-eth0-"), "{name}");
         assert!(name.as_str().len() <= 63);
-        // The same in every version.
+        // Fixed for every version.
         assert_eq!(endpoint("cni/net/c1/eth0").expect("a name").as_str(), "c1-eth0-c4d29313054bf7a8");
         let others = ["cni/net/c1/eth1", "cni/net2/c1/eth0", "cni/net/c2/eth0", "cni/net/c1/e!h0"];
         for other in others {

@@ -1,4 +1,4 @@
-//! Results (`SPEC.md`, "ADD Success"): read in any version that is served, written in the one that is asked for.
+//! Results (`SPEC.md`, "ADD Success"): parsed from any supported version, written in the requested one.
 
 use std::net::IpAddr;
 
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::error::{CniError, Code};
 use super::version::Version;
 
-/// What all plugins of a chain have made: the fields of every version.
+/// The result of all plugins of a chain so far, with the fields of every version.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct CniResult {
@@ -19,7 +19,7 @@ pub struct CniResult {
     pub ips: Vec<Address>,
     /// Routes in the container.
     pub routes: Vec<Route>,
-    /// The resolver.
+    /// Resolver settings.
     pub dns: Dns,
 }
 
@@ -27,21 +27,21 @@ pub struct CniResult {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Interface {
-    /// Its name.
+    /// Name.
     pub name: String,
-    /// Its MAC; empty where it is not known.
+    /// MAC; empty if unknown.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub mac: String,
-    /// From 1.1.0 on: its MTU in bytes.
+    /// MTU in bytes, since 1.1.0.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u32>,
-    /// The path of its namespace; empty for one of the host.
+    /// Path of its namespace; empty for an interface of the host.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub sandbox: String,
-    /// From 1.1.0 on: the path of a socket that stands for it.
+    /// Path of the socket that represents the interface, since 1.1.0.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub socket_path: String,
-    /// From 1.1.0 on: its PCI address.
+    /// PCI address, since 1.1.0.
     #[serde(rename = "pciID", skip_serializing_if = "String::is_empty")]
     pub pci_id: String,
 }
@@ -49,15 +49,15 @@ pub struct Interface {
 /// An address of an interface.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Address {
-    /// Before 1.0.0: `4` or `6`.
+    /// `4` or `6`, before 1.0.0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<String>,
-    /// Where the interface stands in the list.
+    /// Index of the interface in the list.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub interface: Option<usize>,
-    /// The address with its prefix length.
+    /// Address with its prefix length.
     pub address: IpNetwork,
-    /// The gateway.
+    /// Gateway.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gateway: Option<IpAddr>,
 }
@@ -65,50 +65,50 @@ pub struct Address {
 /// A route in the container.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Route {
-    /// The destination.
+    /// Destination.
     pub dst: IpNetwork,
-    /// The gateway; absent for one that is on the link.
+    /// Gateway; absent for an on-link route.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gw: Option<IpAddr>,
-    /// From 1.1.0 on: MTU, MSS, priority, table and scope, as another plugin set them.
+    /// MTU, MSS, priority, table and scope, as another plugin set them; since 1.1.0.
     #[serde(flatten)]
     pub extra: serde_json::Map<String, Value>,
 }
 
-/// The resolver.
+/// Resolver settings.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Dns {
-    /// Servers, in the order in which they are asked.
+    /// Servers, in query order.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub nameservers: Vec<String>,
-    /// The local domain.
+    /// Local domain.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub domain: String,
-    /// Domains to search.
+    /// Search domains.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub search: Vec<String>,
-    /// Options of the resolver.
+    /// Resolver options.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub options: Vec<String>,
 }
 
 impl CniResult {
-    /// Reads a `prevResult`. Lists that are null are empty ones, as Go writes them.
+    /// Parses a `prevResult`. Null lists count as empty: Go writes those.
     pub fn parse(value: Value) -> Result<CniResult, CniError> {
         let Value::Object(mut fields) = value else {
-            return Err(CniError::new(Code::Decode, "prevResult is no JSON object"));
+            return Err(CniError::new(Code::Decode, "prevResult is not a JSON object"));
         };
         fields.retain(|_, value| !value.is_null());
         if fields.contains_key("ip4") || fields.contains_key("ip6") {
-            let text = "prevResult has ip4 or ip6: it is of a version before 0.3.0, which is not served";
+            let text = "prevResult has ip4 or ip6: its version is before 0.3.0, which is not supported";
             return Err(CniError::new(Code::IncompatibleVersion, text));
         }
         serde_json::from_value(Value::Object(fields))
-            .map_err(|e| CniError::new(Code::Decode, format!("prevResult is not as expected: {e}")))
+            .map_err(|e| CniError::new(Code::Decode, format!("prevResult is invalid: {e}")))
     }
 
-    /// The result as that version has it. Lists are there where they are empty, too: some runtimes look into them.
+    /// Formats the result for a version. Empty lists are written too: some runtimes read them unconditionally.
     pub fn to_json(&self, version: Version) -> Value {
         let mut converted = self.clone();
         for address in &mut converted.ips {

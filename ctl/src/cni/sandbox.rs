@@ -1,4 +1,4 @@
-//! A look into a container's namespace: interfaces, addresses, routes. Changes nothing.
+//! Reads a container's network namespace: interfaces, addresses, routes. Changes nothing.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -11,25 +11,26 @@ use overlay_agent::kernel::netns::{Netns, NetnsError};
 
 use super::error::{CniError, Code};
 
-/// The IPv4 routes of the thread's namespace (`proc_pid_net(5)`), one a line: interface, destination, gateway in the host's byte order.
+/// IPv4 routes of the thread's namespace (`proc_pid_net(5)`), one per line: interface, destination, gateway in the host's byte
+/// order.
 const ROUTES_V4: &str = "/proc/thread-self/net/route";
-/// The IPv6 ones: destination, its length, source, its length, gateway, metric, two counters, flags, interface.
+/// IPv6 routes: destination, its length, source, its length, gateway, metric, two counters, flags, interface.
 const ROUTES_V6: &str = "/proc/thread-self/net/ipv6_route";
 
-/// An interface as the kernel has it.
+/// State of an interface in the kernel.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct InterfaceState {
-    /// Whether it is up.
+    /// Whether the interface is up.
     pub up: bool,
-    /// Its MAC.
+    /// MAC.
     pub mac: Option<[u8; 6]>,
-    /// Its addresses.
+    /// Addresses.
     pub addresses: Vec<IpNetwork>,
-    /// The routes over it that have a gateway: destination and gateway.
+    /// Routes over the interface with a gateway: destination and gateway.
     pub routes: Vec<(IpNetwork, IpAddr)>,
 }
 
-/// Opens a container's namespace, other than this process's own: attaching that would take the host off its network.
+/// Opens a container's namespace. Rejects this process's own: attaching it would take the host off its network.
 pub fn open(path: &Path) -> Result<Netns, CniError> {
     let netns = Netns::open(path).map_err(|e| {
         let code = match &e {
@@ -40,7 +41,7 @@ pub fn open(path: &Path) -> Result<Netns, CniError> {
     })?;
     let own = Netns::current().and_then(|own| own.is_same(&netns));
     if own.map_err(|e| CniError::new(Code::Failed, e.to_string()))? {
-        let text = format!("CNI_NETNS={} is the host's own network namespace, which is not attached", path.display());
+        let text = format!("CNI_NETNS={} is the host's own network namespace, which cannot be attached", path.display());
         return Err(CniError::new(Code::InvalidEnvironment, text));
     }
     Ok(netns)
@@ -51,7 +52,7 @@ pub fn has_interface(netns: &Netns, name: &str) -> Result<bool, CniError> {
     in_namespace(netns, || Ok(if_nametoindex(name).is_ok()))
 }
 
-/// All interfaces of the namespace by name.
+/// Reads all interfaces of the namespace by name.
 pub fn interfaces(netns: &Netns) -> Result<BTreeMap<String, InterfaceState>, CniError> {
     in_namespace(netns, || {
         let mut all: BTreeMap<String, InterfaceState> = BTreeMap::new();
@@ -78,15 +79,14 @@ pub fn interfaces(netns: &Netns) -> Result<BTreeMap<String, InterfaceState>, Cni
 }
 
 fn in_namespace<T>(netns: &Netns, read: impl FnOnce() -> std::io::Result<T>) -> Result<T, CniError> {
-    let failed =
-        |e: &dyn std::fmt::Display| CniError::new(Code::Failed, format!("cannot look into {}: {e}", netns.path().display()));
+    let failed = |e: &dyn std::fmt::Display| CniError::new(Code::Failed, format!("cannot read {}: {e}", netns.path().display()));
     netns.run_in_place(read).map_err(|e| failed(&e))?.map_err(|e| failed(&e))
 }
 
-/// An interface, a destination and a gateway.
+/// Interface, destination and gateway.
 type GatewayRoute = (String, IpNetwork, IpAddr);
 
-/// The routes of the thread's namespace that have a gateway. A kernel without a family has no file for it.
+/// Reads the routes of the thread's namespace that have a gateway. The file of a family that the kernel lacks is absent.
 fn routes() -> std::io::Result<Vec<GatewayRoute>> {
     let text = |path| match std::fs::read_to_string(path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(String::new()),
@@ -139,7 +139,7 @@ mod tests {
         let zeros = "0".repeat(32);
         let v6 = format!("{zeros} 00 {zeros} 00 fd100000000000000000000000000001 00000400 00000001 00000000 00000003 eth0");
         assert_eq!(route_v6(&v6), Some(("eth0".to_owned(), to("::/0"), "fd10::1".parse().expect("an address"))));
-        // The kernel's own, that there is no route.
+        // The kernel's own entry for "no route".
         let none = format!("{zeros} 00 {zeros} 00 {zeros} ffffffff 00000001 00000000 00200200 lo");
         assert_eq!(route_v6(&none), None);
         let subnet = format!("fd100000000000000000000000000000 40 {zeros} 00 {zeros} 00000100 00000001 00000000 00000001 eth0");

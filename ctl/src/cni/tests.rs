@@ -12,7 +12,7 @@ fn run_plugin(command: &str, more: &[(&str, &str)], input: &str) -> Result<Optio
 const CNI_ENV: [(&str, &str); 3] = [("CNI_CONTAINERID", "c1"), ("CNI_IFNAME", "eth0"), ("CNI_NETNS", "/run/netns/none")];
 const NETWORK_CONFIG: &str = r#"{"cniVersion":"1.1.0","name":"net","type":"overlay-cni","socket":"/nonexistent","timeout":"1s"}"#;
 
-/// A configuration with more keys.
+/// Adds keys to the configuration.
 fn config_with(more: &str) -> String {
     NETWORK_CONFIG.replace("\"1s\"}", &format!("\"1s\",{more}}}"))
 }
@@ -53,12 +53,12 @@ fn environment_is_validated() {
         }
     }
     for (arguments, wanted) in
-        [("x", "KEY=VALUE"), ("a=b", "unknown keys"), ("IgnoreUnknown=perhaps", "neither"), ("IP=1.2.3", "no IP address")]
+        [("x", "KEY=VALUE"), ("a=b", "unknown keys"), ("IgnoreUnknown=perhaps", "neither"), ("IP=1.2.3", "not an IP address")]
     {
         let error = run_plugin("ADD", &[&CNI_ENV[..], &[("CNI_ARGS", arguments)]].concat(), NETWORK_CONFIG).expect_err(arguments);
         assert!(error.code == Code::InvalidEnvironment && error.message.contains(wanted), "{arguments}: {error}");
     }
-    // It gets past the arguments.
+    // The arguments are accepted; the error is a later one.
     let ignored = run_plugin(
         "ADD",
         &[&CNI_ENV[..], &[("CNI_ARGS", "IgnoreUnknown=1;K8S_POD_NAME=p;IP=10.0.0.1")]].concat(),
@@ -100,7 +100,7 @@ fn configuration_is_validated() {
         ),
         (&config_with(r#""runtimeConfig":{"bandwidth":{"ingressRate":1000}}"#), Code::UnsupportedField),
         (&config_with(r#""prevResult":{"ip4":{}}"#), Code::IncompatibleVersion),
-        // These can be right, and get as far as the container.
+        // These configurations are valid; the error is the missing container.
         (
             &config_with(r#""runtimeConfig":{"bandwidth":{"ingressRate":0}},"ipam":{},"args":{"other":1},"unknown":[]"#),
             Code::UnknownContainer,
@@ -124,17 +124,17 @@ fn verb_requires_its_spec_version() {
         assert_eq!(error_code(run_plugin(verb, &CNI_ENV, &older(version))), Code::IncompatibleVersion, "{verb} {version}");
     }
     assert_eq!(error_code(run_plugin("CHECK", &CNI_ENV, &older("0.4.0"))), Code::InvalidConfig, "no prevResult");
-    assert_eq!(error_code(run_plugin("GC", &[], NETWORK_CONFIG)), Code::InvalidConfig, "what to keep is not said");
+    assert_eq!(error_code(run_plugin("GC", &[], NETWORK_CONFIG)), Code::InvalidConfig, "no list of attachments");
     assert_eq!(error_code(run_plugin("STATUS", &[], NETWORK_CONFIG)), Code::NotAvailable);
     assert_eq!(error_code(run_plugin("GC", &[], &config_with(r#""cni.dev/valid-attachments":null"#))), Code::TryAgain);
 }
 
 #[test]
 fn del_without_agent_depends_on_namespace() {
-    // The namespace is gone: nothing is left to do but for the agent, which finds out by itself.
+    // The namespace is gone: the agent's audit releases the endpoint by itself.
     assert_eq!(run_plugin("DEL", &CNI_ENV, NETWORK_CONFIG), Ok(None));
     assert_eq!(run_plugin("DEL", &CNI_ENV[..2], NETWORK_CONFIG), Ok(None));
-    // Where one is there, the runtime has to come again.
+    // The namespace exists: the runtime must retry.
     let here = CNI_ENV.map(|(n, v)| (n, if n == "CNI_NETNS" { "/proc/self/ns/net" } else { v }));
     assert_eq!(error_code(run_plugin("DEL", &here, NETWORK_CONFIG)), Code::TryAgain);
     let error = run_plugin("ADD", &here, NETWORK_CONFIG).expect_err("the host's own");

@@ -1,4 +1,4 @@
-//! What each verb does. CHECK has a file of its own.
+//! The verbs, except CHECK.
 
 use std::time::{Duration, Instant};
 
@@ -16,35 +16,35 @@ use super::log::Log;
 use super::result::{Address, CniResult, Interface, Route};
 use super::{attach_request, name, sandbox};
 
-/// How long STATUS waits for an answer: it is asked often, and says "not now" rather than wait.
+/// Timeout of STATUS. Runtimes call it often, and it reports "not now" instead of waiting.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How long an ADD that failed may take to undo what the agent may have done.
+/// Timeout of the undo after a failed ADD.
 const UNDO_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// One run of the plugin.
 #[derive(Debug, Clone, Copy)]
 pub struct Context<'a> {
-    /// The configuration.
+    /// Network configuration.
     pub config: &'a Config,
-    /// The log.
+    /// Log file.
     pub log: &'a Log,
-    /// When the process began.
+    /// Start time of the process.
     pub started: Instant,
 }
 
 impl Context<'_> {
-    /// ADD: attaches. Where it fails nothing is left behind.
+    /// ADD: attaches the container. A failure leaves nothing behind.
     pub fn add(&self, attachment: &Attachment, arguments: &Arguments) -> Result<CniResult, CniError> {
         let owner = name::owner(self.config, attachment)?;
         let endpoint = endpoint_name(&owner)?;
         let request = attach_request::request(self.config, attachment, arguments, owner)?;
         let path = attachment.netns.as_deref().unwrap_or_else(|| std::path::Path::new(""));
         let netns = sandbox::open(path)?;
-        // The specification has a second ADD fail. What is there stays as it is.
+        // The specification requires a second ADD to fail. The existing interface stays unchanged.
         if sandbox::has_interface(&netns, &attachment.interface)? {
             let text = format!(
-                "{} has an interface {} already: DEL it first, or choose another CNI_IFNAME",
+                "{} already has an interface {}: DEL it first, or choose another CNI_IFNAME",
                 path.display(),
                 attachment.interface
             );
@@ -52,7 +52,7 @@ impl Context<'_> {
         }
         drop(netns);
         let attached = self.attach(&endpoint, &request).map_err(|error| {
-            // A container that died meanwhile is the runtime's affair, whatever the kernel said about it.
+            // A container that ended meanwhile is reported as such, whatever error the kernel returned.
             match sandbox::open(path) {
                 Err(gone) if gone.code == Code::UnknownContainer => gone.with_details(error.message),
                 _ => error,
@@ -76,21 +76,21 @@ impl Context<'_> {
                 let unserved = unsupported(request, &attached);
                 unserved.map_or(Ok(attached), |error| Err(self.undo(&agent, name, error)))
             }
-            // Nobody knows how far it came.
+            // The request may have been applied in part or in full.
             Err(error) if error.code == Code::TryAgain => Err(self.undo(&agent, name, error)),
             Err(error) => Err(error),
         }
     }
 
-    /// Takes an attachment back, as far as the agent lets itself be asked; the runtime's DEL does the rest.
+    /// Undoes an attachment if the agent answers; otherwise the runtime's DEL does.
     fn undo(&self, agent: &AgentClient<'_>, name: &EndpointName, error: CniError) -> CniError {
         if let Err(second) = agent.with_deadline(Instant::now() + UNDO_TIMEOUT).detach(name) {
-            self.log.warn(format_args!("ADD {name}: failed, and may be half done until DEL: {second}"));
+            self.log.warn(format_args!("ADD {name}: undo failed, endpoint may remain until DEL: {second}"));
         }
         error
     }
 
-    /// What all plugins so far have made, ours behind the others'.
+    /// Builds the result of the chain: the previous plugins' parts, then this plugin's.
     fn result(&self, attachment: &Attachment, attached: &AttachResponse) -> CniResult {
         let mut outcome = self.config.prev_result.clone().unwrap_or_default();
         outcome.dns = match &self.config.prev_result {
@@ -110,7 +110,7 @@ impl Context<'_> {
         for (family, address) in port.addresses.iter() {
             let length = attached.prefix_length.get(family).copied().unwrap_or(family.bits());
             let gateway = attached.gateway.get(family).copied();
-            // It does not fail: the lengths are those of the families.
+            // Cannot fail: the length fits the family.
             let Ok(address) = IpNetwork::new(*address, length) else { continue };
             outcome.ips.push(Address { version: None, interface: Some(place), address, gateway });
             let route = |dst: &Cidr| Route { dst: dst.network(), gw: gateway, extra: serde_json::Map::new() };
@@ -119,7 +119,7 @@ impl Context<'_> {
         outcome
     }
 
-    /// DEL: detaches. What is not there any more is no error, whatever of it is gone.
+    /// DEL: detaches the container. Missing parts are no error.
     pub fn del(&self, attachment: &Attachment) -> Result<(), CniError> {
         let owner = name::owner(self.config, attachment)?;
         let endpoint = endpoint_name(&owner)?;
@@ -129,20 +129,20 @@ impl Context<'_> {
                 self.log.info(format_args!("DEL {endpoint}: {what}, by {owner} after {:.1} ms", self.elapsed_ms()));
                 Ok(())
             }
-            // Its interface went with its namespace, and the agent gives back by itself what belongs to a namespace that is gone: nothing
-            // that a second DEL would do.
+            // The interface disappeared with its namespace, and the agent releases the endpoint of a missing namespace by itself:
+            // a second DEL would do nothing more.
             Err(error) if error.code == Code::TryAgain && namespace_is_gone(attachment) => {
-                self.log.warn(format_args!("DEL {endpoint}: left to the agent's audit, for its namespace is gone: {error}"));
+                self.log.warn(format_args!("DEL {endpoint}: namespace missing, left to the agent's audit: {error}"));
                 Ok(())
             }
             Err(error) => Err(error),
         }
     }
 
-    /// GC: detaches what this network attached and the runtime has no longer. Goes on where one fails, and tells of all.
+    /// GC: detaches this network's attachments that the runtime does not list. Continues after a failure and reports all.
     pub fn gc(&self) -> Result<(), CniError> {
         let Some(valid) = &self.config.valid_attachments else {
-            let text = "GC without cni.dev/valid-attachments: what to keep is not said, so nothing is removed";
+            let text = "GC without cni.dev/valid-attachments: nothing is removed";
             return Err(CniError::new(Code::InvalidConfig, text));
         };
         let prefix = name::owner_prefix(&self.config.name);
@@ -161,11 +161,10 @@ impl Context<'_> {
         }
         let Some((_, first)) = failed.first() else { return Ok(()) };
         let details: Vec<String> = failed.iter().map(|(name, error)| format!("{name}: {}", error.message)).collect();
-        Err(CniError::new(first.code, format!("{} endpoints could not be detached", failed.len()))
-            .with_details(details.join("\n")))
+        Err(CniError::new(first.code, format!("cannot detach {} endpoints", failed.len())).with_details(details.join("\n")))
     }
 
-    /// STATUS: whether an ADD would be served now.
+    /// STATUS: reports whether an ADD would succeed now.
     pub fn status(&self) -> Result<(), CniError> {
         let limit = self.config.timeout.min(STATUS_TIMEOUT);
         let agent = AgentClient::new(&self.config.socket, self.started + limit, self.log);
@@ -174,7 +173,7 @@ impl Context<'_> {
             .map_err(|reason| CniError::new(Code::NotAvailable, format!("no container can be attached now: {reason}")))
     }
 
-    /// The agent, asked until the verb's time is over.
+    /// Client of the agent with the verb's deadline.
     pub(super) fn agent(&self) -> AgentClient<'_> {
         AgentClient::new(&self.config.socket, self.started + self.config.timeout, self.log)
     }
@@ -184,19 +183,19 @@ impl Context<'_> {
     }
 }
 
-/// The name at the agent.
+/// Derives the endpoint name.
 pub(super) fn endpoint_name(owner: &str) -> Result<EndpointName, CniError> {
     name::endpoint(owner).map_err(|e| CniError::new(Code::InvalidEnvironment, e.to_string()))
 }
 
-/// What was asked for and is not there: an agent of an older version passes over what it does not know.
+/// Detects requested features that are missing in the response: an agent of an older version ignores unknown fields.
 fn unsupported(request: &AttachRequest, attached: &AttachResponse) -> Option<CniError> {
     let missing: Vec<String> =
         request.publish.iter().filter(|port| !attached.endpoint.published.contains(port)).map(ToString::to_string).collect();
     (!missing.is_empty()).then(|| {
         let text = format!(
-            "runtimeConfig.portMappings {} is not served by this agent: take the capability from overlay-cni, and chain the plugin \
-             `portmap` behind it",
+            "runtimeConfig.portMappings {} is not supported by this agent: remove the capability from overlay-cni, and chain the plugin \
+             `portmap` after it",
             missing.join(", ")
         );
         CniError::new(Code::UnsupportedField, text)

@@ -1,4 +1,4 @@
-//! The versions of the specification.
+//! Versions of the specification.
 
 use std::fmt;
 
@@ -6,23 +6,23 @@ use serde_json::{Value, json};
 
 use super::error::{CniError, Code};
 
-/// A version that is served, in order.
+/// A supported version, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Version {
     /// 0.3.1: ADD, DEL, VERSION.
     V0_3_1,
-    /// 0.4.0: CHECK as well, and the previous result at DEL.
+    /// 0.4.0: adds CHECK, and the previous result for DEL.
     V0_4_0,
-    /// 1.0.0: addresses without a `ip_version` field.
+    /// 1.0.0: addresses without a `version` field.
     V1_0_0,
-    /// 1.1.0: STATUS and GC as well, the MTU in results.
+    /// 1.1.0: adds STATUS, GC, and the MTU in results.
     V1_1_0,
 }
 
 impl Version {
-    /// All of them.
+    /// All versions.
     pub const ALL: [Version; 4] = [Version::V0_3_1, Version::V0_4_0, Version::V1_0_0, Version::V1_1_0];
-    /// The one that speaks where none is known.
+    /// Version of the response if the request's is unknown.
     pub const LATEST: Version = Version::V1_1_0;
 
     /// The text in `cniVersion`.
@@ -35,13 +35,13 @@ impl Version {
         }
     }
 
-    /// The version of a configuration. One that names none is of 0.1.0, as the specification had it.
+    /// Parses `cniVersion`. The specification defines 0.1.0 as the default.
     pub fn parse(text: Option<&str>) -> Result<Version, CniError> {
         let text = text.unwrap_or("0.1.0");
         Version::ALL.into_iter().find(|version| version.as_str() == text).ok_or_else(|| {
             let shown: String = text.chars().take(80).collect();
-            CniError::new(Code::IncompatibleVersion, format!("cniVersion {shown:?} is not served by overlay-cni"))
-                .with_details(format!("served are {}", Version::ALL.map(Version::as_str).join(", ")))
+            CniError::new(Code::IncompatibleVersion, format!("cniVersion {shown:?} is not supported by overlay-cni"))
+                .with_details(format!("supported: {}", Version::ALL.map(Version::as_str).join(", ")))
         })
     }
 }
@@ -52,7 +52,7 @@ impl fmt::Display for Version {
     }
 }
 
-/// The answer to VERSION: the version that was asked with, and all that are served.
+/// Builds the VERSION response: the requested version, and all supported ones.
 pub fn supported(requested: Option<&str>) -> Value {
     json!({
         "cniVersion": requested.unwrap_or(Version::LATEST.as_str()),

@@ -1,4 +1,4 @@
-//! The agents of a lab: their program, starting and stopping them, and waiting until all of them see each other.
+//! Agents of a lab: their program, start and stop, and waiting for the full mesh.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,16 +11,16 @@ use super::process::{ProcessId, ended_error, log_tail};
 use super::{Host, Lab, LabError, etcd};
 use crate::client::ClientError;
 
-/// The agent's program.
+/// Name of the agent's program.
 const PROGRAM: &str = "overlayd";
 
-/// How often an agent that is not ready is asked again.
+/// Interval between status requests to an agent that is not ready.
 const POLL_INTERVAL: Duration = Duration::from_millis(25);
 
-/// How many agents are asked at once.
+/// Maximum number of concurrent requests to agents.
 const MAX_CONCURRENT: usize = 16;
 
-/// The agent's program: the one given, `$OVERLAYD_BIN`, the one beside this program (of a test: one directory up), the search path's.
+/// Finds the agent's program: the given path, `$OVERLAYD_BIN`, the one next to this program (for a test: one directory up), PATH.
 pub fn find_program(given: Option<&Path>) -> Result<PathBuf, LabError> {
     let named =
         given.map(Path::to_owned).or_else(|| std::env::var_os("OVERLAYD_BIN").filter(|v| !v.is_empty()).map(PathBuf::from));
@@ -33,29 +33,29 @@ pub fn find_program(given: Option<&Path>) -> Result<PathBuf, LabError> {
     let sibling = own.iter().flat_map(|p| p.ancestors().skip(1).take(2)).map(|dir| dir.join(PROGRAM)).find(|p| p.is_file());
     sibling.or_else(|| etcd::find_in_path(PROGRAM)).ok_or_else(|| LabError::Program {
         program: PROGRAM.to_owned(),
-        remedy: "build it (cargo build -p overlay-agent), or say where it is: --overlayd PATH or OVERLAYD_BIN".to_owned(),
+        remedy: "build it (cargo build -p overlay-agent), or set its path: --overlayd PATH or OVERLAYD_BIN".to_owned(),
     })
 }
 
-/// The socket of a host's agent.
+/// Socket of a host's agent.
 pub fn socket_path(lab_dir: &Path, host: &str) -> PathBuf {
     lab_dir.join(host).join("run/overlayd.sock")
 }
 
-/// Where the process id of a host's agent is kept.
+/// PID file of a host's agent.
 pub fn pid_file(lab_dir: &Path, host: &str) -> PathBuf {
     lab_dir.join(host).join("overlayd.pid")
 }
 
-/// The command of a host's agent.
+/// Builds the command line of a host's agent.
 pub(super) fn command(host: &Host<'_>, program: &Path, extra_args: &[&str]) -> Command {
     let layout = host.lab().layout();
     let mut command = Command::new(program);
-    // What the caller's own agent is told must not reach the lab's.
+    // The settings of the caller's own agent must not reach the lab's.
     for (name, _) in std::env::vars_os().filter(|(n, _)| n.to_string_lossy().starts_with("OVERLAYD_")) {
         command.env_remove(name);
     }
-    // Nor what stands in the machine's own file.
+    // Nor the machine's configuration file.
     command.args(["--config", "/dev/null"]);
     command.arg("--run-dir").arg(host.run_dir()).arg("--state-dir").arg(host.state_dir());
     command.args(["--node-name", host.name(), "--etcd-endpoints", &layout.etcd_endpoints().join(",")]);
@@ -64,23 +64,23 @@ pub(super) fn command(host: &Host<'_>, program: &Path, extra_args: &[&str]) -> C
     command
 }
 
-/// Waits until every agent is ready and has a way to every other one.
+/// Waits until every agent is ready and has routes to all others.
 pub async fn wait_mesh(lab: &Lab, limit: Duration) -> Result<(), LabError> {
     let families = lab.layout().families().count();
     let others = lab.layout().hosts.len() - 1;
     let end = Instant::now() + limit;
-    // A peer counts once, or once a family.
+    // A peer counts once, or once per family.
     let whole =
         |status: &Status| status.ready && (status.data_path.peers == others || status.data_path.peers == others * families);
     let waits = stream::iter(lab.hosts()).map(|host| {
-        let what = format!("{} has no way to each of {others} peers", host.name());
+        let what = format!("{} has not all {others} peers", host.name());
         async move { wait_status(&host, whole, end, limit, &what).await }
     });
     waits.buffer_unordered(MAX_CONCURRENT).try_collect::<Vec<_>>().await?;
     Ok(())
 }
 
-/// Waits until the agent's status is as wished.
+/// Waits until the agent's status fulfils a condition.
 pub(super) async fn wait_status(
     host: &Host<'_>,
     predicate: impl Fn(&Status) -> bool,
@@ -118,7 +118,7 @@ fn describe(status: &Status) -> String {
     format!("{state}, {} leases seen, {} peers; {}", status.store.leases, status.data_path.peers, status.problems.join("; "))
 }
 
-/// The process of a host's agent, where it runs.
+/// Process of a host's agent, if it runs.
 pub(super) fn running_process(host: &Host<'_>) -> Option<ProcessId> {
     ProcessId::from_pid_file(&pid_file(host.lab().dir(), host.name())).filter(ProcessId::is_alive)
 }

@@ -1,9 +1,9 @@
-//! Does the overlay of a lab do its work? Every container calls every other one, which answers with the address that it sees: it must be
-//! the caller's own, so there is no address translation on the way. And every container calls the world outside, which must see the
-//! address of the container's host.
+//! Connectivity check of a lab. Every container calls every other one, which answers with the address that it sees: it must be
+//! the caller's own, so there is no address translation. Every container also calls the outside world, which must see the address
+//! of the container's host.
 //!
-//! Everything runs in this process: a socket belongs to the namespace of the thread that opened it, wherever it is used. The tasks are
-//! the servers (one a container, one in the world) and at most sixteen calls at once; all end with [`check`].
+//! Everything runs in this process: a socket belongs to the namespace of the thread that opened it, whichever thread uses it. The
+//! tasks are the servers (one per container, one in the world) and at most sixteen calls at once; all end with [`check`].
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -22,19 +22,19 @@ use super::layout::outside_address;
 use super::{Lab, LabError};
 use crate::check::read_net_stat;
 
-/// The port of the servers: of the dynamic range, so that nothing in a container is likely to have it.
+/// Port of the servers: in the dynamic range, so a container's own service is unlikely to use it.
 const SERVER_PORT: u16 = 49_771;
 
-/// How many calls are under way at once.
+/// Maximum number of concurrent calls.
 const MAX_CONCURRENT: usize = 16;
 
-/// After this many failed calls the others are not made: something is wrong at large, and each would take its whole time.
+/// Failed calls after which the rest is skipped: the fault is general, and each call would take its full timeout.
 const MAX_FAILURES: usize = 96;
 
-/// After this long no further call is made: thousands take some seconds where all is well.
+/// Time after which no further call starts: thousands take some seconds in a healthy lab.
 const TOTAL_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// What calls that are not made yet depend on.
+/// Limits on the remaining calls: failures and time.
 struct TimeBudget {
     failures: AtomicUsize,
     end: Instant,
@@ -45,56 +45,56 @@ impl TimeBudget {
         TimeBudget { failures: AtomicUsize::new(0), end: Instant::now() + TOTAL_TIMEOUT }
     }
 
-    /// Why no further call is made.
+    /// Reason for not starting a further call.
     fn exhausted(&self) -> Option<String> {
         if self.failures.load(Ordering::Relaxed) >= MAX_FAILURES {
-            return Some(format!("not tried, {MAX_FAILURES} calls had failed before"));
+            return Some(format!("skipped: {MAX_FAILURES} calls failed before"));
         }
         (Instant::now() >= self.end)
-            .then(|| format!("not tried, the others had taken {} already", humantime::format_duration(TOTAL_TIMEOUT)))
+            .then(|| format!("skipped: the other calls took {} already", humantime::format_duration(TOTAL_TIMEOUT)))
     }
 }
 
-/// How long one call may take: a lost SYN is sent again after 1 s and 3 s (RFC 6298), so a call that takes longer has no way.
+/// Timeout of one call: a lost SYN is sent again after 1 s and 3 s (RFC 6298), so a slower call has no path.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What a check found.
+/// Result of a check.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Report {
-    /// Whether every call was answered as it should be.
+    /// Whether every call had the expected answer.
     pub ok: bool,
-    /// The names of the containers, in the order of the calls.
+    /// Names of the containers, in call order.
     pub containers: Vec<String>,
-    /// Every container to every other one, in each family.
+    /// Calls from every container to every other one, in each family.
     pub overlay: Vec<Probe>,
-    /// Every container to the world outside, in each family.
+    /// Calls from every container to the outside world, in each family.
     pub egress: Vec<Probe>,
-    /// What else is known of failed calls.
+    /// Further information about failed calls.
     pub remarks: Vec<String>,
 }
 
 /// One call and its outcome.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Probe {
-    /// Who calls: a container such as `h1-c1`.
+    /// Caller: a container such as `h1-c1`.
     pub from: String,
-    /// Who is called: a container, or `world`.
+    /// Callee: a container, or `world`.
     pub to: String,
-    /// By which family.
+    /// Address family.
     pub family: Family,
-    /// The called address.
+    /// Called address.
     pub address: IpAddr,
-    /// The caller's address that the other side must see.
+    /// Caller address that the callee must see.
     pub expected: IpAddr,
-    /// The one that it did see.
+    /// Caller address that the callee saw.
     pub seen: Option<IpAddr>,
-    /// Microseconds from the first packet until the answer was there.
+    /// Microseconds from the first packet to the answer.
     pub micros: Option<u64>,
-    /// What is wrong; absent where all is well.
+    /// Error; absent for a successful call.
     pub error: Option<String>,
 }
 
-/// A container with its namespace open.
+/// A container with its open namespace.
 struct Prober {
     name: String,
     netns: Netns,
@@ -136,7 +136,7 @@ pub async fn check(lab: &Lab) -> Result<Report, LabError> {
     let mut remarks = Vec::new();
     if !ok && neighbour_overflows() > overflows {
         remarks.push(
-            "the kernel's neighbour table, one for all namespaces of the machine, overflowed meanwhile: take fewer hosts, or on a machine of \
+            "the kernel's neighbour table, shared by all namespaces of the machine, overflowed during the check: use fewer hosts, or on a machine of \
              your own sysctl net.ipv4.neigh.default.gc_thresh3=16384 net.ipv6.neigh.default.gc_thresh3=16384"
                 .to_owned(),
         );
@@ -144,13 +144,13 @@ pub async fn check(lab: &Lab) -> Result<Report, LabError> {
     Ok(Report { ok, containers: probers.into_iter().map(|p| p.name).collect(), overlay, egress, remarks })
 }
 
-/// How often the kernel's neighbour tables were full since the boot; 0 where that is not to be seen. Hosts that all talk to each other need
-/// as many entries as there are pairs of them, and `gc_thresh3` (arp(7)) counts those of every namespace together.
+/// Number of overflows of the kernel's neighbour tables since boot; 0 if unreadable. Hosts in full mesh need one entry per pair,
+/// and `gc_thresh3` (arp(7)) counts the entries of all namespaces together.
 fn neighbour_overflows() -> u64 {
     ["arp_cache", "ndisc_cache"].into_iter().flat_map(|file| read_net_stat(file, "table_fulls")).sum()
 }
 
-/// Every container of every host, as the kernel has them: a data path must work while its agent does not run.
+/// Lists every container of every host from the kernel's state: a data path must work while its agent is stopped.
 fn list_probers(lab: &Lab) -> Result<Vec<Prober>, LabError> {
     let mut probers = Vec::new();
     for host in lab.hosts() {
@@ -162,7 +162,7 @@ fn list_probers(lab: &Lab) -> Result<Vec<Prober>, LabError> {
     Ok(probers)
 }
 
-/// Starts a server at an address of a namespace: each caller is sent the address that it is seen by.
+/// Starts a server at an address of a namespace. It sends each caller the address that it sees.
 fn serve(servers: &mut JoinSet<()>, netns: &Netns, name: &str, address: IpAddr) -> Result<(), LabError> {
     let at = SocketAddr::new(address, SERVER_PORT);
     let bind = || -> std::io::Result<std::net::TcpListener> {
@@ -173,7 +173,7 @@ fn serve(servers: &mut JoinSet<()>, netns: &Netns, name: &str, address: IpAddr) 
     let error = |source: std::io::Error| LabError::Spawn { program: format!("a server at {at} in {name}"), source };
     let listener = netns.run(bind)?.and_then(TcpListener::from_std).map_err(error)?;
     servers.spawn(async move {
-        // Callers wait for the answer, so one after the other is enough; a failed accept is the caller's error too.
+        // Sequential service is enough, because callers wait; a failed accept shows up as the caller's error.
         while let Ok((mut stream, caller)) = listener.accept().await {
             let _sent = stream.write_all(format!("{}\n", caller.ip()).as_bytes()).await;
         }
@@ -181,7 +181,7 @@ fn serve(servers: &mut JoinSet<()>, netns: &Netns, name: &str, address: IpAddr) 
     Ok(())
 }
 
-/// A call before it is made.
+/// Prepares a call.
 fn plan_probe(from: &Prober, family: Family, to: &str, address: Option<&IpAddr>, expected: Option<&IpAddr>) -> Probe {
     let absent = family.unspecified();
     let error = match (address, expected) {
@@ -201,7 +201,7 @@ fn plan_probe(from: &Prober, family: Family, to: &str, address: Option<&IpAddr>,
     }
 }
 
-/// Makes a call, and counts it where it fails.
+/// Makes a call, and counts a failure.
 async fn run_probe(from: Option<&Prober>, mut probe: Probe, budget: &TimeBudget) -> Probe {
     let (Some(from), None) = (from, &probe.error) else { return probe };
     if let Some(reason) = budget.exhausted() {
@@ -213,7 +213,7 @@ async fn run_probe(from: Option<&Prober>, mut probe: Probe, budget: &TimeBudget)
             probe.seen = Some(seen);
             probe.micros = u64::try_from(time.as_micros()).ok();
             if seen != probe.expected {
-                probe.error = Some(format!("the other side sees {seen} instead of {}", probe.expected));
+                probe.error = Some(format!("the callee sees {seen} instead of {}", probe.expected));
             }
         }
         Ok(Err(error)) => probe.error = Some(error.to_string()),
@@ -225,7 +225,7 @@ async fn run_probe(from: Option<&Prober>, mut probe: Probe, budget: &TimeBudget)
     probe
 }
 
-/// Asks the server at an address by which address it sees a caller from this namespace, and how long connecting and answer took.
+/// Asks the server at an address for the caller address that it sees. Returns it with the time for connection and answer.
 async fn query_seen_address(netns: &Netns, address: IpAddr) -> std::io::Result<(IpAddr, Duration)> {
     let open = || if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
     let socket = netns.run(open).map_err(std::io::Error::other)??;
@@ -235,7 +235,7 @@ async fn query_seen_address(netns: &Netns, address: IpAddr) -> std::io::Result<(
     (&mut stream).take(64).read_to_string(&mut answer).await?;
     let time = start.elapsed();
     let seen =
-        answer.trim().parse().map_err(|_| std::io::Error::other(format!("the answer `{}` is no address", answer.trim())))?;
+        answer.trim().parse().map_err(|_| std::io::Error::other(format!("the answer `{}` is not an address", answer.trim())))?;
     Ok((seen, time))
 }
 
@@ -243,7 +243,7 @@ async fn query_seen_address(netns: &Netns, address: IpAddr) -> std::io::Result<(
 mod tests {
     use super::*;
 
-    /// In a namespace of its own: the loopback address is seen as itself, and a closed port is an error.
+    /// In a separate namespace: the loopback address is seen unchanged, and a closed port is an error.
     #[tokio::test]
     async fn probe_detects_nat_and_closed_port() {
         let name = format!("ovt-check-{}", std::process::id());
@@ -268,14 +268,14 @@ mod tests {
             &budget,
         )
         .await;
-        assert_eq!(translated.error.as_deref(), Some("the other side sees 127.0.0.1 instead of 10.0.0.1"));
+        assert_eq!(translated.error.as_deref(), Some("the callee sees 127.0.0.1 instead of 10.0.0.1"));
         let absent = run_probe(Some(&prober), plan_probe(&prober, Family::V6, "b", None, None), &budget).await;
         assert_eq!(absent.error.as_deref(), Some("b has no IPv6 address"));
         servers.shutdown().await;
         let closed =
             run_probe(Some(&prober), plan_probe(&prober, Family::V4, "b", Some(&loopback), Some(&loopback)), &budget).await;
         assert!(closed.error.is_some_and(|e| e.contains("refused")));
-        // The absent address never was a call.
+        // No call was made to the absent address.
         assert_eq!(budget.failures.into_inner(), 2);
     }
 }

@@ -1,4 +1,4 @@
-//! The containers of a lab: named namespaces that the hosts' agents attach.
+//! Containers of a lab: named namespaces that the hosts' agents attach.
 
 use std::net::IpAddr;
 
@@ -10,10 +10,10 @@ use overlay_agent::model::{Family, PerFamily};
 
 use super::{Host, Lab, LabError};
 
-/// How many hosts attach theirs at once.
+/// Maximum number of hosts that attach containers at once.
 const MAX_CONCURRENT_HOSTS: usize = 8;
 
-/// Attaches every container of the layout: on each host one after the other, so that addresses follow the names.
+/// Attaches every container of the layout. Each host attaches sequentially, so that addresses follow the names.
 pub async fn attach_all(lab: &Lab) -> Result<(), LabError> {
     let attached = stream::iter(lab.hosts()).map(|host| async move {
         for name in &host.layout().containers {
@@ -25,7 +25,7 @@ pub async fn attach_all(lab: &Lab) -> Result<(), LabError> {
     Ok(())
 }
 
-/// Makes the namespace and has the agent attach it. Where the agent refuses, the namespace is removed again.
+/// Creates the namespace and attaches it. Removes the namespace if the agent refuses.
 pub(super) async fn attach(host: &Host<'_>, name: &str) -> Result<AttachResponse, LabError> {
     let endpoint: EndpointName = name.parse().map_err(|e| LabError::Options { message: format!("{e}") })?;
     let namespace = host.lab().layout().namespace(&format!("{}-{name}", host.name()));
@@ -40,18 +40,18 @@ pub(super) async fn attach(host: &Host<'_>, name: &str) -> Result<AttachResponse
     }
 }
 
-/// A container that is on the overlay, as the kernel has it.
+/// A container on the overlay, from the kernel's state.
 #[derive(Debug)]
 pub struct AttachedContainer {
-    /// Its name on the host: `c1`.
+    /// Name on the host: `c1`.
     pub name: String,
-    /// Its namespace.
+    /// Namespace.
     pub netns: Netns,
-    /// Its addresses.
+    /// Addresses.
     pub addresses: PerFamily<IpAddr>,
 }
 
-/// The containers of a host, those attached by hand too, whether the agent runs or not.
+/// Lists the containers of a host, including manually attached ones, whether the agent runs or not.
 pub fn list_attached(host: &Host<'_>) -> Result<Vec<AttachedContainer>, LabError> {
     let prefix = host.lab().layout().namespace(&format!("{}-", host.name()));
     let mut all = Vec::new();
@@ -62,7 +62,7 @@ pub fn list_attached(host: &Host<'_>) -> Result<Vec<AttachedContainer>, LabError
             path: netns.path().to_owned(),
             source: errno.into(),
         })?;
-        // One that was never attached, or is detached, is no part of the overlay.
+        // A namespace without addresses is not attached.
         if !addresses.is_empty() {
             all.push(AttachedContainer { name: name.to_owned(), netns, addresses });
         }
@@ -70,7 +70,7 @@ pub fn list_attached(host: &Host<'_>) -> Result<Vec<AttachedContainer>, LabError
     Ok(all)
 }
 
-/// The addresses of the calling thread's namespace that are neither loopback nor link-local: one per family in a container.
+/// Addresses of the calling thread's namespace except loopback and link-local: one per family in a container.
 fn global_addresses() -> nix::Result<PerFamily<IpAddr>> {
     let all = nix::ifaddrs::getifaddrs()?.filter_map(|i| {
         let address = i.address?;

@@ -1,5 +1,5 @@
-//! Taking a lab down: its processes, its namespaces, its directory. Works from the lab's name alone, so that it does not matter how far
-//! bringing it up had come; goes on over errors and names them all.
+//! Removal of a lab: its processes, its namespaces, its directory. It needs only the lab's name, so that it also removes an
+//! incomplete lab. It continues after errors and reports all.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -12,28 +12,28 @@ use super::process::{ProcessId, TERM_GRACE, terminate_all};
 use super::{LabError, agent, etcd, rootless};
 use crate::resolver;
 
-/// How often processes are looked for again, in case one was just starting another.
+/// Maximum number of searches for processes: one may be starting another.
 pub(super) const MAX_KILL_ROUNDS: usize = 3;
 
-/// What was there to remove.
+/// Removed objects.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
 pub struct TeardownSummary {
-    /// Processes ended.
+    /// Number of ended processes.
     pub processes: usize,
-    /// Namespaces deleted.
+    /// Number of deleted namespaces.
     pub namespaces: usize,
-    /// Whether there was a directory.
+    /// Whether the directory existed.
     pub directory: bool,
 }
 
 impl TeardownSummary {
-    /// Whether there was nothing at all.
+    /// Whether nothing existed.
     pub fn is_empty(&self) -> bool {
         *self == TeardownSummary::default()
     }
 }
 
-/// Takes a lab down. Blocks.
+/// Removes a lab. Blocks.
 pub fn down(dir: &Path, name: &LabName) -> Result<TeardownSummary, LabError> {
     let mut removed = TeardownSummary::default();
     let mut failures = Vec::new();
@@ -59,8 +59,8 @@ pub fn down(dir: &Path, name: &LabName) -> Result<TeardownSummary, LabError> {
     if let Err(error) = resolver::remove_managed(&prefix(name)) {
         failures.push(error.to_string());
     }
-    // With something left its description stays, so that the next try knows of it. Inside a keeper's namespaces the directory with the
-    // keeper's record is for the command outside to remove.
+    // After a failure the layout file stays for the next try. Inside a supervisor's namespaces the command outside removes the
+    // directory, with the supervisor's PID file.
     if failures.is_empty() && !rootless::is_inside() {
         match remove_dir(dir) {
             Ok(there) => removed.directory = there,
@@ -71,7 +71,7 @@ pub fn down(dir: &Path, name: &LabName) -> Result<TeardownSummary, LabError> {
     if failures.is_empty() { Ok(removed) } else { Err(LabError::NotRemoved { name: name.to_string(), failures }) }
 }
 
-/// Removes the lab's directory; whether there was one.
+/// Removes the lab's directory. Returns whether it existed.
 pub(super) fn remove_dir(dir: &Path) -> Result<bool, String> {
     match fs::remove_dir_all(dir) {
         Ok(()) => Ok(true),
@@ -80,13 +80,13 @@ pub(super) fn remove_dir(dir: &Path) -> Result<bool, String> {
     }
 }
 
-/// The namespaces of a lab, by their prefix.
+/// Lists the namespaces of a lab, by their prefix.
 fn namespaces(name: &LabName) -> Result<Vec<String>, LabError> {
     let prefix = prefix(name);
     Ok(Netns::list()?.into_iter().filter(|n| n.starts_with(&prefix)).collect())
 }
 
-/// Every process that is in a namespace of the lab or was recorded.
+/// Lists every process that is in a namespace of the lab or in a PID file.
 fn processes(dir: &Path, name: &LabName, failures: &mut Vec<String>) -> BTreeSet<ProcessId> {
     let mut found: BTreeSet<ProcessId> = recorded_processes(dir);
     let names = match namespaces(name) {
@@ -97,7 +97,7 @@ fn processes(dir: &Path, name: &LabName, failures: &mut Vec<String>) -> BTreeSet
         }
     };
     for namespace in names {
-        // One that is no namespace (a crash between its file and its mount) has no processes.
+        // A file without a mounted namespace (after a crash between the two) has no processes.
         let Ok(netns) = Netns::named(&namespace) else { continue };
         match netns.pids() {
             Ok(pids) => found.extend(pids.into_iter().filter_map(ProcessId::from_pid)),
@@ -107,7 +107,7 @@ fn processes(dir: &Path, name: &LabName, failures: &mut Vec<String>) -> BTreeSet
     found
 }
 
-/// The processes that the lab's files name and that still run.
+/// Lists the running processes from the lab's PID files.
 pub(super) fn recorded_processes(dir: &Path) -> BTreeSet<ProcessId> {
     let hosts = fs::read_dir(dir).into_iter().flatten().flatten().filter_map(|e| e.file_name().into_string().ok());
     let files = hosts.map(|host| agent::pid_file(dir, &host)).chain([etcd::pid_file(dir)]);

@@ -1,4 +1,4 @@
-//! What can go wrong with a lab.
+//! Errors of a lab.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -9,143 +9,143 @@ use overlay_agent::plan::OpError;
 use crate::client::ClientError;
 use crate::etcd::EtcdError;
 
-/// Why a lab does not do what it should.
+/// Failure of an operation on a lab.
 #[derive(Debug, thiserror::Error)]
 pub enum LabError {
-    /// The options make no lab.
+    /// The options are invalid.
     #[error("{message}")]
     Options {
-        /// What is wrong, and what is allowed.
+        /// The error, and the valid values.
         message: String,
     },
-    /// There is one of that name.
-    #[error("lab `{name}` is there already ({}): take it down with `overlayctl lab down --name {name}`, or choose another --name", dir.display())]
+    /// A lab of that name exists.
+    #[error("lab `{name}` exists ({}): remove it with `overlayctl lab down --name {name}`, or choose another --name", dir.display())]
     Exists {
-        /// Its name.
+        /// Name of the lab.
         name: String,
-        /// Its directory.
+        /// Directory of the lab.
         dir: PathBuf,
     },
-    /// There is none of that name.
-    #[error("there is no lab `{name}`{}. Bring one up: overlayctl lab up --name {name}", known_labs(known))]
+    /// No lab has that name.
+    #[error("no lab `{name}`{}; start one: overlayctl lab up --name {name}", known_labs(known))]
     Missing {
-        /// The name asked for.
+        /// Requested name.
         name: String,
-        /// The labs that are there.
+        /// Existing labs.
         known: Vec<String>,
     },
-    /// There is no such host or container.
+    /// The lab has no such host or container.
     #[error("lab `{lab}` has no `{target}`; it has {}", known.join(" "))]
     UnknownTarget {
-        /// The lab.
+        /// Name of the lab.
         lab: String,
-        /// What was asked for.
+        /// Requested target.
         target: String,
-        /// What is there.
+        /// Existing targets.
         known: Vec<String>,
     },
-    /// A file of the lab.
+    /// Operation on a file of the lab.
     #[error("cannot {action} {}: {source}", path.display())]
     File {
-        /// What was tried.
+        /// Attempted action.
         action: &'static str,
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system says.
+        /// Error of the system call.
         source: std::io::Error,
     },
-    /// The description of the lab cannot be read.
-    #[error("{} is damaged: {reason}. `overlayctl lab down` removes the lab all the same", path.display())]
+    /// The layout file is invalid.
+    #[error("{} is damaged: {reason}. `overlayctl lab down` still removes the lab", path.display())]
     Damaged {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Reason.
         reason: String,
     },
-    /// A network namespace.
+    /// Network namespace.
     #[error(transparent)]
     Netns(#[from] NetnsError),
-    /// A link, address or route.
+    /// Operation on a link, address or route.
     #[error("{what}: {source}")]
     Link {
-        /// Where.
+        /// Location.
         what: String,
-        /// The kernel's answer.
+        /// The kernel's error.
         source: OpError,
     },
-    /// A program is not there.
+    /// A program is not installed.
     #[error("{program} is not installed: {remedy}")]
     Program {
-        /// Its name.
+        /// Name of the program.
         program: String,
-        /// How to get it.
+        /// How to install it.
         remedy: String,
     },
     /// A program cannot be started.
     #[error("cannot run {program}: {source}")]
     Spawn {
-        /// Its name or path.
+        /// Name or path of the program.
         program: String,
-        /// What the system says.
+        /// Error of the system call.
         source: std::io::Error,
     },
-    /// A program ended that should run.
-    #[error("{program} ended by itself; the end of its log ({}):\n{tail}", log.display())]
+    /// A program ended unexpectedly.
+    #[error("{program} ended unexpectedly; the end of its log ({}):\n{tail}", log.display())]
     Ended {
-        /// Which.
+        /// Name of the program.
         program: String,
-        /// Its log.
+        /// Path of its log.
         log: PathBuf,
-        /// The last lines.
+        /// Last lines of its log.
         tail: String,
     },
-    /// Something is not the case in time.
+    /// A condition was not met in time.
     #[error("{what} within {}: {detail}", humantime::format_duration(*limit))]
     TimedOut {
-        /// What is not the case.
+        /// The unmet condition.
         what: String,
-        /// The time allowed.
+        /// Timeout.
         limit: Duration,
-        /// How it stands.
+        /// State at the timeout.
         detail: String,
     },
-    /// An agent's answer.
+    /// Response of an agent.
     #[error("{host}: {source}")]
     Agent {
-        /// The host.
+        /// Name of the host.
         host: String,
-        /// The answer.
+        /// The client's error.
         source: ClientError,
     },
     /// The private etcd.
     #[error(transparent)]
     Etcd(#[from] EtcdError),
-    /// No namespaces without root.
-    #[error("cannot make a lab without root: {reason}. Run it as root (sudo overlayctl lab ...){advice}")]
+    /// Namespaces cannot be created without root.
+    #[error("cannot create a lab without root: {reason}. Run it as root (sudo overlayctl lab ...){advice}")]
     Rootless {
-        /// What happened.
+        /// Reason.
         reason: String,
-        /// What may be switched off.
+        /// Setting that may allow it.
         advice: String,
     },
-    /// Bringing up failed, and so did taking down what was made.
-    #[error("{error}\nand taking down what was made failed too: {second}")]
+    /// The start failed, and the removal of the incomplete lab too.
+    #[error("{error}\nremoving the incomplete lab failed too: {second}")]
     RollbackFailed {
-        /// The first error.
+        /// Error of the start.
         error: Box<LabError>,
-        /// The second one.
+        /// Error of the removal.
         second: Box<LabError>,
     },
-    /// Something stays behind.
-    #[error("lab `{name}` is not wholly removed:\n  {}", failures.join("\n  "))]
+    /// Objects of the lab remain.
+    #[error("lab `{name}` is not completely removed:\n  {}", failures.join("\n  "))]
     NotRemoved {
-        /// The lab.
+        /// Name of the lab.
         name: String,
-        /// What stays, and why.
+        /// Remaining objects, with the reason.
         failures: Vec<String>,
     },
 }
 
 fn known_labs(known: &[String]) -> String {
-    if known.is_empty() { String::new() } else { format!(" (there is {})", known.join(", ")) }
+    if known.is_empty() { String::new() } else { format!(" (existing: {})", known.join(", ")) }
 }

@@ -1,4 +1,5 @@
-//! The lab's private etcd: Debian's program with its own data directory, in the switch's namespace, so that its ports are nobody else's.
+//! The lab's private etcd: Debian's program with its own data directory, in the switch's namespace, so that no other process
+//! shares its ports.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -11,13 +12,13 @@ use super::process::{ProcessId, ended_error, log_tail, start as start_process};
 use super::{Lab, LabError};
 use crate::etcd::{EtcdArgs, EtcdError};
 
-/// etcd's port for other members, of which there are none.
+/// etcd's port for other members; the lab has none.
 const PEER_PORT: u16 = 2380;
 
-/// How long etcd may take to answer: a fraction of a second usually, more on a busy machine with a slow disk.
+/// Time for etcd to answer: usually a fraction of a second, more on a busy machine with a slow disk.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Where etcd's program is.
+/// Finds etcd's program.
 pub fn find_program() -> Result<PathBuf, LabError> {
     find_in_path("etcd").ok_or_else(|| LabError::Program {
         program: "etcd".to_owned(),
@@ -25,14 +26,14 @@ pub fn find_program() -> Result<PathBuf, LabError> {
     })
 }
 
-/// A program of the search path.
+/// Finds a program in PATH.
 pub fn find_in_path(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let usual = ["/usr/local/bin", "/usr/bin", "/usr/sbin"].map(PathBuf::from);
     std::env::split_paths(&path).chain(usual).map(|dir| dir.join(name)).find(|p| p.is_file())
 }
 
-/// Where the process id is kept.
+/// PID file of etcd.
 pub fn pid_file(dir: &Path) -> PathBuf {
     dir.join("etcd.pid")
 }
@@ -41,7 +42,7 @@ fn log_file(dir: &Path) -> PathBuf {
     dir.join("etcd.log")
 }
 
-/// Starts etcd and waits until it answers. On a lab whose etcd was stopped: starts it again with its data.
+/// Starts etcd and waits until it answers. A stopped etcd of the lab restarts with its data.
 pub async fn start(lab: &Lab) -> Result<ProcessId, LabError> {
     let urls = |port: u16| lab.layout().families().map(|family| etcd_url(family, port)).collect::<Vec<_>>().join(",");
     let data = lab.dir().join("etcd");
@@ -50,7 +51,7 @@ pub async fn start(lab: &Lab) -> Result<ProcessId, LabError> {
         command.env_remove(name);
     }
     if cfg!(not(target_arch = "x86_64")) {
-        // etcd 3.4 asks for this word of consent on every other architecture.
+        // etcd 3.4 requires this variable on every other architecture.
         command.env("ETCD_UNSUPPORTED_ARCH", if cfg!(target_arch = "aarch64") { "arm64" } else { std::env::consts::ARCH });
     }
     command.args(["--name", "lab", "--logger", "zap", "--log-outputs", "stderr", "--data-dir"]).arg(data);
@@ -83,7 +84,7 @@ async fn wait_ready(lab: &Lab, id: ProcessId) -> Result<(), LabError> {
     }
 }
 
-/// Whether etcd says that it is healthy. Blocks for a second at most.
+/// Whether etcd reports itself healthy. Blocks for a second at most.
 fn is_healthy(address: SocketAddr) -> bool {
     let limit = Duration::from_secs(1);
     let ask = || -> std::io::Result<String> {
@@ -97,12 +98,12 @@ fn is_healthy(address: SocketAddr) -> bool {
     ask().is_ok_and(|answer| answer.contains("\"health\":\"true\""))
 }
 
-/// The flags by which this etcd is reached from inside the lab.
+/// Flags that reach this etcd from inside the lab.
 pub fn etcd_args(lab: &Lab) -> EtcdArgs {
     EtcdArgs::without_tls(lab.layout().etcd_endpoints(), ETCD_PREFIX)
 }
 
-/// Writes the network's configuration where there is none.
+/// Writes the network configuration if there is none.
 pub async fn configure(lab: &Lab) -> Result<(), LabError> {
     let arguments = etcd_args(lab);
     let text = lab.layout().config.clone();
@@ -115,7 +116,7 @@ pub async fn configure(lab: &Lab) -> Result<(), LabError> {
     .map_err(LabError::from)
 }
 
-/// Runs a conversation with etcd inside the switch's namespace, on a thread and runtime of its own: sockets belong to the namespace of the
+/// Runs requests to etcd inside the switch's namespace, on a separate thread and runtime: sockets belong to the namespace of the
 /// thread that opens them.
 fn in_switch_namespace<T: Send, F: Future<Output = Result<T, EtcdError>>>(
     lab: &Lab,
@@ -126,5 +127,5 @@ fn in_switch_namespace<T: Send, F: Future<Output = Result<T, EtcdError>>>(
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         Ok(runtime.block_on(work()))
     };
-    netns.run(talk)?.map_err(|source| LabError::Spawn { program: "a thread that talks to etcd".to_owned(), source })
+    netns.run(talk)?.map_err(|source| LabError::Spawn { program: "a thread for requests to etcd".to_owned(), source })
 }

@@ -26,67 +26,68 @@ impl<'a> Host<'a> {
         Host { lab, layout }
     }
 
-    /// Its name: `h1`.
+    /// Name of the host: `h1`.
     pub fn name(&self) -> &'a str {
         &self.layout.name
     }
 
-    /// Its addresses and containers.
+    /// Addresses and containers of the host.
     pub fn layout(&self) -> &'a HostLayout {
         self.layout
     }
 
-    /// The lab that it is part of.
+    /// The host's lab.
     pub fn lab(&self) -> &'a Lab {
         self.lab
     }
 
-    /// Its namespace.
+    /// Opens the host's namespace.
     pub fn netns(&self) -> Result<Netns, LabError> {
         self.lab.netns(self.name())
     }
 
-    /// The directory of its files.
+    /// Directory of the host's files.
     pub fn dir(&self) -> PathBuf {
         self.lab.dir().join(self.name())
     }
 
-    /// The agent's run directory.
+    /// Run directory of the agent.
     pub fn run_dir(&self) -> PathBuf {
         self.dir().join("run")
     }
 
-    /// The agent's state directory.
+    /// State directory of the agent.
     pub fn state_dir(&self) -> PathBuf {
         self.dir().join("state")
     }
 
-    /// The agent's socket.
+    /// Socket of the agent.
     pub fn socket(&self) -> PathBuf {
         agent::socket_path(self.lab.dir(), self.name())
     }
 
-    /// The agent's log.
+    /// Log file of the agent.
     pub fn log(&self) -> PathBuf {
         self.dir().join("overlayd.log")
     }
 
-    /// A client of the agent.
+    /// Client of the agent.
     pub fn client(&self) -> Client {
         Client::new(self.socket())
     }
 
-    /// Runs a command on the host and waits for it. Blocks.
+    /// Runs a command on the host and waits for its end. Blocks.
     pub fn exec(&self, command: &[&str]) -> Result<Output, LabError> {
         self.lab.exec(self.name(), command)
     }
 
-    /// The agent's process, where it runs.
+    /// Process of the agent, if it runs.
     pub fn agent(&self) -> Option<ProcessId> {
         agent::running_process(self)
     }
 
-    /// Starts the agent, with flags beside the lab's own. Where one runs already, it is left as it is. Does not wait until it is ready.
+    /// Starts the agent, with flags in addition to the lab's. An agent that runs already is left unchanged. Does not wait until
+    /// it is ready.
     pub fn agent_start(&self, flags: &[&str]) -> Result<ProcessId, LabError> {
         if let Some(running) = self.agent() {
             return Ok(running);
@@ -102,7 +103,7 @@ impl<'a> Host<'a> {
         process::start(command, Some(&self.netns()?), &self.log(), &agent::pid_file(self.lab.dir(), self.name()))
     }
 
-    /// Sends the agent a signal and waits until it has ended; one that does not within five seconds is killed, which is an error. Blocks.
+    /// Sends the agent a signal and waits for its end. After five seconds it kills the agent, and returns an error. Blocks.
     pub fn agent_stop(&self, signal: Signal) -> Result<(), LabError> {
         let Some(running) = self.agent() else { return Ok(()) };
         let refused = |detail: String| LabError::TimedOut {
@@ -125,7 +126,7 @@ impl<'a> Host<'a> {
         agent::wait_status(self, |status| status.ready, Instant::now() + limit, limit, &what).await
     }
 
-    /// Waits until the agent's status is as wished; `what` says in the error what is not the case.
+    /// Waits until the agent's status fulfils a condition; `what` names the unmet condition in the error.
     pub async fn wait_status(
         &self,
         limit: Duration,
@@ -135,7 +136,7 @@ impl<'a> Host<'a> {
         agent::wait_status(self, predicate, Instant::now() + limit, limit, what).await
     }
 
-    /// Makes a container's namespace and attaches it; the container is the lab's target `HOST-NAME`.
+    /// Creates a container's namespace and attaches it; the lab's target is then `HOST-NAME`.
     pub async fn attach(&self, name: &str) -> Result<AttachResponse, LabError> {
         container::attach(self, name).await
     }

@@ -1,4 +1,4 @@
-//! Where labs keep their files: one directory a lab below a directory of the user's.
+//! Files of labs: one directory per lab below a directory of the user.
 
 use std::fs::{self, DirBuilder, File};
 use std::io::Write;
@@ -11,23 +11,24 @@ use nix::unistd::geteuid;
 use super::layout::{LabName, Layout};
 use super::{LabError, agent};
 
-/// Names the directory of the labs; set inside a lab without root, where the user looks like root.
+/// Variable with the directory of the labs. A rootless lab sets it inside, where the user appears as root.
 pub const DIR_VARIABLE: &str = "OVERLAY_LAB_DIR";
 
-/// What a lab's directory takes, in bytes: etcd writes two segments of its log of 64 MB each at once, and some more.
+/// Space that a lab's directory needs, in bytes: etcd writes two log segments of 64 MB each at once, and some more.
 const REQUIRED_FREE_BYTES: u64 = 160 << 20;
 
-/// The description of a lab in its directory.
+/// Layout file in a lab's directory.
 const LAYOUT_FILE: &str = "lab.json";
 
-/// The directory of a user's labs.
+/// Directory of a user's labs.
 #[derive(Debug, Clone)]
 pub struct LabsDir {
     base: PathBuf,
 }
 
 impl LabsDir {
-    /// The directory of this user: `$OVERLAY_LAB_DIR`, for root /run/overlay-lab, else `$XDG_RUNTIME_DIR/overlay-start_lab` or /tmp/overlay-lab-UID.
+    /// Directory of this user: `$OVERLAY_LAB_DIR`, for root /run/overlay-lab, else `$XDG_RUNTIME_DIR/overlay-lab` or
+    /// /tmp/overlay-lab-UID.
     pub fn for_user() -> LabsDir {
         let set = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
         let base = match set(DIR_VARIABLE) {
@@ -41,22 +42,22 @@ impl LabsDir {
         LabsDir { base }
     }
 
-    /// Another directory.
+    /// Uses another directory.
     pub fn at(base: impl Into<PathBuf>) -> LabsDir {
         LabsDir { base: base.into() }
     }
 
-    /// The directory itself.
+    /// Path of the directory.
     pub fn base(&self) -> &Path {
         &self.base
     }
 
-    /// A lab's directory, whether it is there or not.
+    /// Path of a lab's directory, existing or not.
     pub fn lab_dir(&self, name: &LabName) -> PathBuf {
         self.base.join(name.to_string())
     }
 
-    /// The labs that have a directory.
+    /// Lists the labs that have a directory.
     pub fn labs(&self) -> Result<Vec<LabName>, LabError> {
         let entries = match fs::read_dir(&self.base) {
             Ok(entries) => entries,
@@ -68,27 +69,27 @@ impl LabsDir {
         Ok(names)
     }
 
-    /// Makes a lab's directory, for nobody but this user.
+    /// Creates a lab's directory, accessible to this user only.
     pub fn create_lab_dir(&self, name: &LabName) -> Result<PathBuf, LabError> {
         let dir = self.lab_dir(name);
         for path in [&self.base, &dir] {
             let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
             made.map_err(|source| LabError::File { action: "make", path: path.clone(), source })?;
-            // In /tmp anybody can have made it first.
+            // In /tmp another user can have created it first.
             let found =
                 fs::symlink_metadata(path).map_err(|source| LabError::File { action: "examine", path: path.clone(), source })?;
             if !found.is_dir() || found.uid() != geteuid().as_raw() {
                 return Err(LabError::File {
                     action: "use",
                     path: path.clone(),
-                    source: std::io::Error::other("it is not a directory of this user's: remove it, or set OVERLAY_LAB_DIR"),
+                    source: std::io::Error::other("it is not a directory of this user: remove it, or set OVERLAY_LAB_DIR"),
                 });
             }
         }
         Ok(dir)
     }
 
-    /// Takes a name for a lab: its description is written, whole, where there was none.
+    /// Claims a lab's name: writes its layout file atomically, unless one exists.
     pub fn claim(&self, layout: &Layout) -> Result<PathBuf, LabError> {
         let dir = self.create_lab_dir(&layout.name)?;
         let longest = agent::socket_path(&dir, layout.hosts.last().map_or("", |h| h.name.as_str()));
@@ -120,7 +121,7 @@ impl LabsDir {
         File::create(&temporary)
             .and_then(|mut f| f.write_all(text.as_bytes()).and_then(|()| f.sync_all()))
             .map_err(file("write", &temporary))?;
-        // A link, unlike a rename, fails where one is there: of two that start at once one has the name.
+        // link(2) fails if the target exists, unlike rename(2): of two concurrent starts only one gets the name.
         let linked = fs::hard_link(&temporary, &path);
         fs::remove_file(&temporary).map_err(file("remove", &temporary))?;
         match linked {
@@ -132,7 +133,7 @@ impl LabsDir {
         }
     }
 
-    /// Reads a lab's description.
+    /// Reads a lab's layout.
     pub fn read_layout(&self, name: &LabName) -> Result<Layout, LabError> {
         let path = self.lab_dir(name).join(LAYOUT_FILE);
         match fs::read_to_string(&path) {
@@ -161,7 +162,7 @@ mod tests {
         assert_eq!(labs_dir.read_layout(&layout.name).expect("there"), layout);
         assert_eq!(labs_dir.labs().expect("a list"), vec![layout.name.clone()]);
         let missing = labs_dir.read_layout(&"two".parse().expect("a name")).expect_err("none").to_string();
-        assert!(missing.contains("there is one"), "{missing}");
+        assert!(missing.contains("existing: one"), "{missing}");
         let names: Vec<_> =
             fs::read_dir(labs_dir.lab_dir(&layout.name)).expect("a directory").flatten().map(|e| e.file_name()).collect();
         assert_eq!(names, ["lab.json"]);

@@ -1,4 +1,4 @@
-//! What a lab consists of: names and addresses, from the options alone. Pure.
+//! Layout of a lab: names and addresses, from the options alone. Pure.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -12,25 +12,25 @@ use serde::{Deserialize, Serialize};
 
 use super::LabError;
 
-/// The prefix in the private etcd: the usual one.
+/// Key prefix in the private etcd: the default one.
 pub const ETCD_PREFIX: &str = "/coreos.com/network";
 /// etcd's client port.
 pub const ETCD_PORT: u16 = 2379;
-/// More ports than this a Linux bridge does not take (`BR_MAX_PORTS` is 1024; two are the world's and spare).
+/// Maximum number of hosts: a Linux bridge takes no more ports (`BR_MAX_PORTS` is 1024; two are the world's and spare).
 pub const MAX_HOSTS: u16 = 1000;
-/// More containers a host than this have no use in a lab.
+/// Maximum number of containers per host: more are useless in a lab.
 pub const MAX_CONTAINERS: u16 = 200;
 
-/// The name of a lab: 1 to 12 of `a-z 0-9`, so that it fits namespaces' names and no name is another one's prefix with a dash.
+/// Name of a lab: 1 to 12 of `a-z 0-9`. It fits into namespace names, and no name followed by a dash is a prefix of another.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct LabName(String);
 
 impl LabName {
-    /// A name that no other test of this machine has: from this process' id and a counter.
+    /// Generates a name that no other test of this machine has: from this process's ID and a counter.
     pub fn unique() -> LabName {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
-        // Process ids have 22 bits at most (PID_MAX_LIMIT).
+        // Process IDs have 22 bits at most (PID_MAX_LIMIT).
         LabName(format!("t{:x}n{:x}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed) % 0xfff))
     }
 }
@@ -44,7 +44,7 @@ impl FromStr for LabName {
             Ok(LabName(text.to_owned()))
         } else {
             let shown: String = text.chars().take(40).collect();
-            Err(format!("`{shown}` is no name for a lab: 1 to 12 of a-z 0-9"))
+            Err(format!("`{shown}` is not a lab name: 1 to 12 of a-z 0-9"))
         }
     }
 }
@@ -69,7 +69,7 @@ impl fmt::Display for LabName {
     }
 }
 
-/// The families of a lab.
+/// Address families of a lab.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum Families {
     /// IPv4 only
@@ -85,7 +85,7 @@ pub enum Families {
 }
 
 impl Families {
-    /// The families.
+    /// Lists the families.
     pub fn list(self) -> &'static [Family] {
         match self {
             Families::V4 => &[Family::V4],
@@ -95,33 +95,33 @@ impl Families {
     }
 }
 
-/// What lab is wanted.
+/// Options of a new lab.
 #[derive(Debug, Clone)]
 pub struct LabOptions {
-    /// Its name.
+    /// Name of the lab.
     pub name: LabName,
-    /// Hosts, 1 to [`MAX_HOSTS`].
+    /// Number of hosts, 1 to [`MAX_HOSTS`].
     pub hosts: u16,
-    /// Containers a host, 0 to [`MAX_CONTAINERS`].
+    /// Containers per host, 0 to [`MAX_CONTAINERS`].
     pub containers: u16,
-    /// The families of underlay and overlay.
+    /// Families of underlay and overlay.
     pub families: Families,
-    /// The overlay network of each family; those not given are 10.244.0.0/16 and fd00:10:244::/56.
+    /// Overlay network of each family; defaults: 10.244.0.0/16 and fd00:10:244::/56.
     pub networks: PerFamily<Cidr>,
-    /// Fields of the network's configuration beside networks and families, such as `Backend`.
+    /// Further fields of the network configuration, such as `Backend`.
     pub config: serde_json::Map<String, serde_json::Value>,
-    /// Whether an agent is started on each host.
+    /// Whether each host gets an agent.
     pub agents: bool,
-    /// The agent's program; found by itself where absent.
+    /// Path of the agent's program; found automatically if absent.
     pub overlayd: Option<PathBuf>,
-    /// Flags that each agent gets beside the lab's own.
+    /// Flags for each agent in addition to the lab's.
     pub agent_args: Vec<String>,
-    /// The URLs of an etcd that somebody else brings; where there are none, the lab starts its own and writes the configuration.
+    /// URLs of an external etcd. Without any, the lab starts its own and writes the configuration.
     pub etcd: Vec<String>,
 }
 
 impl LabOptions {
-    /// Three hosts with two containers each, IPv4.
+    /// Default options: three hosts with two containers each, IPv4.
     pub fn new(name: LabName) -> LabOptions {
         LabOptions {
             name,
@@ -138,39 +138,39 @@ impl LabOptions {
     }
 }
 
-/// Everything a lab consists of, as kept in `start_lab.json`.
+/// Layout of a lab, as stored in `lab.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Layout {
-    /// The lab's name.
+    /// Name of the lab.
     pub name: LabName,
-    /// The overlay network of each of its families.
+    /// Overlay network of each family of the lab.
     pub networks: PerFamily<Cidr>,
-    /// The network's configuration as it is written to etcd.
+    /// Network configuration, as written to etcd.
     pub config: String,
-    /// The hosts.
+    /// Hosts.
     pub hosts: Vec<HostLayout>,
-    /// The agent's program; absent in a lab without agents.
+    /// Path of the agent's program; absent in a lab without agents.
     pub overlayd: Option<PathBuf>,
-    /// Flags that each agent gets beside the lab's own.
+    /// Flags for each agent in addition to the lab's.
     pub agent_args: Vec<String>,
-    /// The URLs of an etcd that is not the lab's own.
+    /// URLs of an external etcd.
     #[serde(default)]
     pub etcd: Vec<String>,
 }
 
-/// One host.
+/// One host of the layout.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostLayout {
     /// `h1`, `h2`, ...
     pub name: String,
-    /// Its address on the underlay, in each of the lab's families.
+    /// Address on the underlay in each of the lab's families.
     pub addresses: PerFamily<IpAddr>,
-    /// The names of its containers: `c1`, `c2`, ...
+    /// Names of its containers: `c1`, `c2`, ...
     pub containers: Vec<String>,
 }
 
 impl Layout {
-    /// The lab that the options ask for.
+    /// Builds the layout from the options.
     pub fn new(options: &LabOptions) -> Result<Layout, LabError> {
         let refuse = |message: String| Err(LabError::Options { message });
         if !(1..=MAX_HOSTS).contains(&options.hosts) {
@@ -182,7 +182,7 @@ impl Layout {
         let families = options.families.list();
         for (family, network) in options.networks.iter() {
             if !families.contains(&family) {
-                return refuse(format!("--network {network} is {family}, which this lab has not: see --family"));
+                return refuse(format!("--network {network} is {family}, which this lab does not use: see --family"));
             }
         }
         let networks: PerFamily<Cidr> =
@@ -190,7 +190,7 @@ impl Layout {
         let config = network_config(&networks, &options.config);
         let pools = match NetworkConfig::parse(&config) {
             Ok(parsed) => parsed.config.pools,
-            Err(errors) => return refuse(format!("the lab's network cannot be: {errors}")),
+            Err(errors) => return refuse(format!("the lab's network is invalid: {errors}")),
         };
         for (family, pool) in pools.iter() {
             let underlay = underlay(family);
@@ -226,22 +226,22 @@ impl Layout {
         })
     }
 
-    /// What stands before every namespace's name.
+    /// Prefix of every namespace's name.
     pub fn prefix(&self) -> String {
         prefix(&self.name)
     }
 
-    /// The namespace of a target: `net`, `world`, `h1`, `h1-c1`.
+    /// Name of a target's namespace: `net`, `world`, `h1`, `h1-c1`.
     pub fn namespace(&self, target: &str) -> String {
         format!("{}{target}", self.prefix())
     }
 
-    /// The families of underlay and overlay.
+    /// Families of underlay and overlay.
     pub fn families(&self) -> impl Iterator<Item = Family> + '_ {
         self.networks.families()
     }
 
-    /// etcd's URLs.
+    /// URLs of etcd.
     pub fn etcd_endpoints(&self) -> Vec<String> {
         if !self.etcd.is_empty() {
             return self.etcd.clone();
@@ -250,12 +250,12 @@ impl Layout {
     }
 }
 
-/// What stands before the names of a lab's namespaces.
+/// Prefix of the names of a lab's namespaces.
 pub fn prefix(name: &LabName) -> String {
     format!("ov-{name}-")
 }
 
-/// The underlay's range.
+/// Range of the underlay.
 pub fn underlay(family: Family) -> Cidr {
     match family {
         Family::V4 => network([10, 99, 0, 0], [0; 8], 16, family),
@@ -263,27 +263,27 @@ pub fn underlay(family: Family) -> Cidr {
     }
 }
 
-/// etcd's address on the underlay.
+/// Address of etcd on the underlay.
 pub fn etcd_address(family: Family) -> IpAddr {
     by_family(family, [10, 99, 0, 2], [0xfd99, 0, 0, 0, 0, 0, 0, 2])
 }
 
-/// The world's address on the underlay, the hosts' default gateway.
+/// Address of the world on the underlay: the hosts' default gateway.
 pub fn gateway_address(family: Family) -> IpAddr {
     by_family(family, [10, 99, 0, 254], [0xfd99, 0, 0, 0, 0, 0, 0, 0x254])
 }
 
-/// The world's address that is outside underlay and overlay (documentation ranges, RFC 5737 and RFC 3849).
+/// Address of the world outside underlay and overlay (documentation ranges, RFC 5737 and RFC 3849).
 pub fn outside_address(family: Family) -> IpAddr {
     by_family(family, [203, 0, 113, 1], [0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, 1])
 }
 
-/// etcd's URL at a port.
+/// URL of etcd with a port.
 pub fn etcd_url(family: Family, port: u16) -> String {
     format!("http://{}", std::net::SocketAddr::new(etcd_address(family), port))
 }
 
-/// Host 1 is 10.99.1.1 and fd99::1:1, host 251 is 10.99.2.1 and fd99::2:1: both families read alike.
+/// Address of a host. Host 1 is 10.99.1.1 and fd99::1:1, host 251 is 10.99.2.1 and fd99::2:1: both families look alike.
 fn host_address(family: Family, number: u16) -> IpAddr {
     let (high, low) = (1 + (number - 1) / 250, 1 + (number - 1) % 250);
     match family {
@@ -295,7 +295,7 @@ fn host_address(family: Family, number: u16) -> IpAddr {
     }
 }
 
-/// The number whose hexadecimal digits are these decimal ones (of up to four).
+/// Returns the number whose hexadecimal digits are the decimal digits of `number` (at most four).
 fn decimal_digits_as_hex(number: u16) -> u16 {
     (0..4).fold(0, |sum, digit| sum | (number / 10u16.pow(digit) % 10) << (4 * digit))
 }
@@ -319,7 +319,7 @@ fn network(v4: [u8; 4], v6: [u16; 8], length: u8, family: Family) -> Cidr {
     Cidr::containing(address, length).unwrap_or_else(|| Cidr::host(address))
 }
 
-/// The configuration in flannel's schema.
+/// Writes the configuration in flannel's schema.
 fn network_config(networks: &PerFamily<Cidr>, extra: &serde_json::Map<String, serde_json::Value>) -> String {
     let mut fields = serde_json::Map::new();
     for (family, network) in networks.iter() {

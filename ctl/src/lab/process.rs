@@ -1,5 +1,5 @@
-//! Processes of a lab: started in a namespace and a session of their own, so that they outlive the command that starts them; known by
-//! process id and start time, so that no stranger that got the same id is ever ended.
+//! Processes of a lab. Each starts in its namespace and its own session, so that it outlives the command that starts it. PID and
+//! start time identify it, because PIDs are reused: only the lab's own processes are ended.
 
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
@@ -16,29 +16,29 @@ use serde::{Deserialize, Serialize};
 
 use super::LabError;
 
-/// How long a process may take to end on SIGTERM before it is killed.
+/// Time for a process to end after SIGTERM; then it is killed.
 pub const TERM_GRACE: Duration = Duration::from_secs(5);
 
-/// How long a killed process may take to go: only one that hangs in the kernel takes longer.
+/// Time for a killed process to end: only a hang in the kernel takes longer.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long a process may take to stop, as `KILL_TIMEOUT`.
+/// Time for a process to stop, as `KILL_TIMEOUT`.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How often ending and stopping processes are looked at.
+/// Poll interval for ending and stopping processes.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// A process, told apart from later ones with the same id.
+/// Identity of a process, distinct from later processes with the same PID.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ProcessId {
-    /// The process id.
+    /// PID.
     pub pid: i32,
-    /// Clock ticks between boot and its start (`proc_pid_stat(5)`, field 22).
+    /// Clock ticks between boot and the process's start (`proc_pid_stat(5)`, field 22).
     pub start_time: u64,
 }
 
 impl ProcessId {
-    /// The process that has this id now; `None` where there is none or it has ended and only waits to be collected.
+    /// Identifies the process with this PID; `None` if there is none, or only a zombie.
     pub fn from_pid(pid: i32) -> Option<ProcessId> {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         let fields = stat_fields(&stat)?;
@@ -48,14 +48,14 @@ impl ProcessId {
         Some(ProcessId { pid, start_time: fields.get(19)?.parse().ok()? })
     }
 
-    /// Whether it still runs, if only one of its threads does. A child of this process that has ended is collected.
+    /// Whether any of its threads runs. Reaps an ended child of this process.
     pub fn is_alive(&self) -> bool {
         let _collected = waitpid(Pid::from_raw(self.pid), Some(WaitPidFlag::WNOHANG));
         ProcessId::from_pid(self.pid) == Some(*self)
     }
 
-    /// Sends a signal; one that has ended is no error. After SIGSTOP none of its threads runs any more: `remove_netns(2)` itself returns before, and on a busy
-    /// machine a thread may answer a request in between. Blocks.
+    /// Sends a signal; an ended process is no error. SIGSTOP returns once all threads are stopped: `kill(2)` itself returns
+    /// earlier, and on a busy machine a thread may answer a request in between. Blocks.
     pub fn signal(&self, signal: Signal) -> Result<(), Errno> {
         if !self.is_alive() {
             return Ok(());
@@ -78,12 +78,12 @@ impl ProcessId {
         Ok(())
     }
 
-    /// Waits until it has ended; whether it has in time. Blocks.
+    /// Waits for its end. Returns whether it ended in time. Blocks.
     pub fn wait(&self, limit: Duration) -> bool {
         wait_all(&[*self], limit).is_empty()
     }
 
-    /// Keeps the id in a file, written whole.
+    /// Writes the PID file atomically.
     pub fn write_pid_file(&self, path: &Path) -> Result<(), LabError> {
         let temporary = path.with_extension("new");
         let text = format!("{} {}\n", self.pid, self.start_time);
@@ -94,7 +94,7 @@ impl ProcessId {
         })
     }
 
-    /// The id kept in a file; `None` where none is, or the file is torn.
+    /// Reads a PID file; `None` if it is absent or torn.
     pub fn from_pid_file(path: &Path) -> Option<ProcessId> {
         let text = fs::read_to_string(path).ok()?;
         let (pid, start_time) = text.trim().split_once(' ')?;
@@ -102,7 +102,7 @@ impl ProcessId {
     }
 }
 
-/// Starts a command that goes on by itself: in the namespace, in a session of its own, with its output appended to a log.
+/// Starts a background process: in the namespace, in its own session, with its output appended to a log.
 pub fn start(mut command: Command, netns: Option<&Netns>, log: &Path, pid_file: &Path) -> Result<ProcessId, LabError> {
     let program = command.get_program().to_string_lossy().into_owned();
     let file = |source| LabError::File { action: "write", path: log.to_owned(), source };
@@ -129,8 +129,8 @@ pub fn start(mut command: Command, netns: Option<&Netns>, log: &Path, pid_file: 
     Ok(id)
 }
 
-/// Whether threads of a process live on whose first one has ended: killed, one that is inside the kernel ends later than the others, and holds all files and
-/// locks till then.
+/// Whether threads remain after the end of the main thread: a killed thread inside the kernel ends later than the others, and
+/// holds all files and locks until then.
 fn has_threads(pid: i32) -> bool {
     fs::read_dir(format!("/proc/{pid}/task")).is_ok_and(|threads| threads.count() > 1)
 }
@@ -143,17 +143,18 @@ fn is_stopped(pid: i32) -> bool {
         .is_ok_and(|threads| threads.flatten().all(|thread| state(thread).is_none_or(stopped)))
 }
 
-/// The fields of `proc_pid_stat(5)` from the third on. The name, field 2, stands in parentheses and can hold blanks and parentheses itself.
+/// Fields of `proc_pid_stat(5)` from the third on. Field 2, the name, is in parentheses and can contain blanks and parentheses
+/// itself.
 fn stat_fields(stat: &str) -> Option<Vec<&str>> {
     stat.rsplit_once(')').map(|(_, rest)| rest.split_ascii_whitespace().collect())
 }
 
-/// The error for a program that has ended, with the end of its log.
+/// Error for a program that has ended, with the end of its log.
 pub fn ended_error(program: &str, log: &Path) -> LabError {
     LabError::Ended { program: program.to_owned(), log: log.to_owned(), tail: log_tail(log) }
 }
 
-/// The last lines of a log, indented.
+/// Last lines of a log, indented.
 pub fn log_tail(log: &Path) -> String {
     let text = String::from_utf8_lossy(&fs::read(log).unwrap_or_default()).into_owned();
     let lines: Vec<&str> = text.lines().collect();
@@ -165,13 +166,13 @@ pub fn log_tail(log: &Path) -> String {
     }
 }
 
-/// Ends processes: SIGTERM, a wait, SIGKILL, a wait. What could not be ended is named. Blocks.
+/// Ends processes: SIGTERM, a wait, SIGKILL, a wait. Returns a line for each process that remains. Blocks.
 pub fn terminate_all(processes: &[ProcessId], grace: Duration) -> Vec<String> {
     let mut failures = Vec::new();
     let mut send = |left: &[ProcessId], signal: Signal| {
         for process in left {
             if let Err(errno) = process.signal(signal) {
-                failures.push(format!("process {}: {signal} is refused: {}", process.pid, errno.desc()));
+                failures.push(format!("process {}: cannot send {signal}: {}", process.pid, errno.desc()));
             }
         }
     };
@@ -184,11 +185,11 @@ pub fn terminate_all(processes: &[ProcessId], grace: Duration) -> Vec<String> {
         send(&left, Signal::SIGKILL);
         left = wait_all(&left, KILL_TIMEOUT);
     }
-    failures.extend(left.iter().map(|p| format!("process {} does not end, not even by SIGKILL", p.pid)));
+    failures.extend(left.iter().map(|p| format!("process {} does not end after SIGKILL", p.pid)));
     failures
 }
 
-/// Those that are still alive at the limit, or none as soon as all have ended.
+/// Returns the processes still alive at the limit, or none as soon as all have ended.
 fn wait_all(processes: &[ProcessId], limit: Duration) -> Vec<ProcessId> {
     let end = Instant::now() + limit;
     let mut left = processes.to_vec();
@@ -221,11 +222,11 @@ mod tests {
         let reused_pid = ProcessId { start_time: id.start_time + 1, ..id };
         assert!(!reused_pid.is_alive());
         assert_eq!(terminate_all(&[reused_pid], TERM_GRACE), Vec::<String>::new());
-        assert!(id.is_alive(), "a stranger's end is not its end");
+        assert!(id.is_alive(), "the end of another process is not its end");
         id.signal(Signal::SIGSTOP).expect("it stops");
         assert!(is_stopped(id.pid));
         id.signal(Signal::SIGCONT).expect("it goes on");
-        // It ignores SIGTERM.
+        // The process ignores SIGTERM.
         assert_eq!(terminate_all(&[id], Duration::from_millis(100)), Vec::<String>::new());
         assert!(!id.is_alive());
         assert_eq!(log_tail(&log), "  started");

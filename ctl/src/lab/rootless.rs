@@ -1,8 +1,8 @@
-//! Labs without root: a keeper process holds a user, a mount and a network namespace in which the user is root, and every later command on
-//! the lab runs itself again inside of them.
+//! Labs without root. A supervisor process holds a user, a mount and a network namespace in which the user is root; every later
+//! command on the lab re-executes itself inside them.
 //!
-//! The keeper is `unshare --user --map-root-user --mount --net overlayctl start_lab supervisor`; commands enter by `nsenter`; both programs are of
-//! util-linux, which every system has.
+//! The supervisor is `unshare --user --map-root-user --mount --net overlayctl lab keeper`; commands enter with `nsenter`. Both
+//! programs are part of util-linux, which every system has.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -21,26 +21,26 @@ use super::labs_dir::DIR_VARIABLE;
 use super::process::{ProcessId, TERM_GRACE, log_tail, start, terminate_all};
 use super::{LabError, LabName, LabsDir};
 
-/// Set for a command that runs inside a keeper's namespaces.
+/// Variable of a command that runs inside a supervisor's namespaces.
 const INSIDE_VARIABLE: &str = "OVERLAY_LAB_INSIDE";
 
-/// The caller's working directory, which entering a mount namespace loses.
+/// Variable with the caller's working directory, which entering a mount namespace loses.
 const CWD_VARIABLE: &str = "OVERLAY_LAB_CWD";
 
-/// How long the keeper may take to set itself up: some milliseconds of system calls.
+/// Time for the supervisor to become ready: some milliseconds of system calls.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Whether this process is inside a keeper's namespaces.
+/// Whether this process is inside a supervisor's namespaces.
 pub fn is_inside() -> bool {
     std::env::var_os(INSIDE_VARIABLE).is_some()
 }
 
-/// Whether labs of this user need a keeper.
+/// Whether labs of this user need a supervisor.
 pub fn is_needed() -> bool {
     !geteuid().is_root()
 }
 
-/// Where the keeper's process id is kept.
+/// PID file of the supervisor.
 fn pid_file(dir: &Path) -> PathBuf {
     dir.join("keeper.pid")
 }
@@ -49,12 +49,12 @@ fn log_file(dir: &Path) -> PathBuf {
     dir.join("keeper.log")
 }
 
-/// The keeper of a lab, where it runs.
+/// Supervisor of a lab, if it runs.
 pub fn supervisor(labs_dir: &LabsDir, name: &LabName) -> Option<ProcessId> {
     ProcessId::from_pid_file(&pid_file(&labs_dir.lab_dir(name))).filter(ProcessId::is_alive)
 }
 
-/// Starts the keeper of a lab. Blocks until it is set up.
+/// Starts the supervisor of a lab. Blocks until it is ready.
 pub fn start_supervisor(labs_dir: &LabsDir, name: &LabName) -> Result<ProcessId, LabError> {
     let dir = labs_dir.create_lab_dir(name)?;
     let own = current_program()?;
@@ -68,7 +68,7 @@ pub fn start_supervisor(labs_dir: &LabsDir, name: &LabName) -> Result<ProcessId,
             std::thread::sleep(Duration::from_millis(5));
             continue;
         }
-        let reason = format!("its keeper did not come up:\n{}", log_tail(&log_file(&dir)));
+        let reason = format!("its supervisor did not start:\n{}", log_tail(&log_file(&dir)));
         let mut left = terminate_all(&[supervisor], Duration::ZERO);
         left.extend(remove_dir(&dir).err());
         return Err(LabError::Rootless {
@@ -79,7 +79,7 @@ pub fn start_supervisor(labs_dir: &LabsDir, name: &LabName) -> Result<ProcessId,
     Ok(supervisor)
 }
 
-/// What on this machine may forbid user namespaces.
+/// Advice on a setting that may forbid user namespaces.
 fn userns_hint() -> String {
     let forbidden = |path: &str, value: &str| fs::read_to_string(path).is_ok_and(|text| text.trim() == value);
     if forbidden("/proc/sys/kernel/apparmor_restrict_unprivileged_userns", "1") {
@@ -94,15 +94,15 @@ fn userns_hint() -> String {
 }
 
 fn current_program() -> Result<PathBuf, LabError> {
-    std::env::current_exe().map_err(|source| LabError::Spawn { program: "overlayctl again".to_owned(), source })
+    std::env::current_exe().map_err(|source| LabError::Spawn { program: "overlayctl inside the lab".to_owned(), source })
 }
 
-/// Runs this very command again inside the lab's namespaces and waits for it; its exit code. Blocks.
+/// Runs the current command again inside the lab's namespaces and waits for it. Returns its exit code. Blocks.
 pub fn enter(labs_dir: &LabsDir, name: &LabName) -> Result<u8, LabError> {
     let Some(supervisor) = supervisor(labs_dir, name) else {
-        // Either there is no such lab, or its keeper is gone and with it every name in it.
+        // Either the lab does not exist, or its supervisor is gone and its namespaces with it.
         labs_dir.read_layout(name)?;
-        let reason = format!("the keeper of lab `{name}` is gone: take the lab down (overlayctl lab down --name {name})");
+        let reason = format!("the supervisor of lab `{name}` is gone: remove the lab (overlayctl lab down --name {name})");
         return Err(LabError::Rootless { reason, advice: String::new() });
     };
     let mut command = Command::new("nsenter");
@@ -113,21 +113,21 @@ pub fn enter(labs_dir: &LabsDir, name: &LabName) -> Result<u8, LabError> {
         command.env(CWD_VARIABLE, cwd);
     }
     let status = command.status().map_err(|source| LabError::Spawn { program: "nsenter".to_owned(), source })?;
-    // As shells count: 128 and the signal.
+    // Exit code of a shell: 128 plus the signal.
     let code = status.code().or_else(|| status.signal().map(|s| 128 + s)).unwrap_or(1);
     Ok(u8::try_from(code).unwrap_or(1))
 }
 
-/// Goes where the caller of [`nsenter_command`] was.
+/// Restores the working directory of the caller of [`enter`].
 pub fn restore_directory() {
     if let Some(dir) = std::env::var_os(CWD_VARIABLE) {
-        // One that cannot be entered any more leaves the command at the root.
+        // An inaccessible directory leaves the command at the root.
         let _moved = std::env::set_current_dir(dir);
     }
 }
 
-/// Takes a lab down that has a keeper: ends every process in its user namespace, the keeper too, and removes the directory. Namespaces and
-/// mounts end with the last process in them. Works without the keeper as well, from what was recorded. Blocks.
+/// Removes a rootless lab: ends every process in its user namespace, the supervisor too, and removes the directory. Namespaces
+/// and mounts end with their last process. Also works without the supervisor, from the PID files. Blocks.
 pub fn down(labs_dir: &LabsDir, name: &LabName) -> Result<TeardownSummary, LabError> {
     let dir = labs_dir.lab_dir(name);
     let mut removed = TeardownSummary::default();
@@ -151,7 +151,7 @@ pub fn down(labs_dir: &LabsDir, name: &LabName) -> Result<TeardownSummary, LabEr
     if failures.is_empty() { Ok(removed) } else { Err(LabError::NotRemoved { name: name.to_string(), failures }) }
 }
 
-/// Every process in the user namespaces of these, unless that is our own.
+/// Lists every process in the user namespaces of the given processes, except in this process's own.
 fn user_namespace_processes(processes: &BTreeSet<ProcessId>) -> BTreeSet<ProcessId> {
     let namespace = |pid: &str| fs::metadata(format!("/proc/{pid}/ns/user")).ok().map(|m| (m.dev(), m.ino()));
     let Some(own) = namespace("self") else { return BTreeSet::new() };
@@ -163,18 +163,18 @@ fn user_namespace_processes(processes: &BTreeSet<ProcessId>) -> BTreeSet<Process
     inside.filter_map(ProcessId::from_pid).collect()
 }
 
-/// What the keeper does: makes /run/netns writable, says so, and stays until it is ended. Returns only where something fails.
+/// Runs the supervisor: makes /run/netns writable, reports that it is ready, and waits for its end. Returns only on failure.
 pub fn run_supervisor(dir: &Path) -> Result<std::convert::Infallible, LabError> {
     let file = |action, path: PathBuf| move |source| LabError::File { action, path, source };
-    prepare_run_netns(dir).map_err(file("make room for namespaces in", PathBuf::from("/run")))?;
+    prepare_run_netns(dir).map_err(file("prepare namespaces in", PathBuf::from("/run")))?;
     fs::write(dir.join("keeper.ready"), "").map_err(file("write", dir.join("keeper.ready")))?;
     loop {
-        // SIGTERM ends it: there is nothing to put in order, the namespaces go with it.
+        // SIGTERM ends it. No cleanup is needed: the namespaces end with it.
         nix::unistd::pause();
     }
 }
 
-/// An empty /run/netns of our own. Where there is none, /run itself becomes ours, with everything that was in it.
+/// Mounts an empty /run/netns. If the directory is absent, replaces /run by a tmpfs that contains all of its entries.
 fn prepare_run_netns(dir: &Path) -> io::Result<()> {
     let netns = Path::new("/run/netns");
     let tmpfs = |at: &Path| mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=0755"));
@@ -185,7 +185,7 @@ fn prepare_run_netns(dir: &Path) -> io::Result<()> {
     let before = dir.join("run-before");
     fs::create_dir_all(&before)?;
     mount(Some(run), &before, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)?;
-    // The lab's directory can be below /run itself: only the working directory still leads to it once /run is covered.
+    // The lab's directory can be below /run itself: after the mount on /run only the working directory still reaches it.
     std::env::set_current_dir(&before)?;
     tmpfs(run)?;
     for entry in fs::read_dir(".")?.flatten() {
@@ -198,7 +198,7 @@ fn prepare_run_netns(dir: &Path) -> io::Result<()> {
             made.and_then(|()| Ok(mount(Some(&from), &to, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)?))
         };
         if let Err(error) = bound {
-            eprintln!("{} is not seen inside the lab: {error}", to.display());
+            eprintln!("{} is missing inside the lab: {error}", to.display());
         }
     }
     std::env::set_current_dir("/")?;

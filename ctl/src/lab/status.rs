@@ -1,4 +1,4 @@
-//! How a lab stands: each host's agent, subnet and containers.
+//! Status of a lab: each host's agent, subnet and containers.
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -9,56 +9,56 @@ use serde::{Deserialize, Serialize};
 
 use super::{Host, Lab, container};
 
-/// How long one agent may take to answer.
+/// Timeout of a status request to an agent.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// How many agents are asked at once.
+/// Maximum number of concurrent requests to agents.
 const MAX_CONCURRENT: usize = 16;
 
-/// A lab.
+/// Status of a lab.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LabStatus {
-    /// Its name.
+    /// Name.
     pub name: String,
-    /// Its directory.
+    /// Directory.
     pub directory: std::path::PathBuf,
-    /// etcd's URLs, inside the lab.
+    /// URLs of etcd, inside the lab.
     pub etcd: Vec<String>,
     /// Whether etcd runs.
     pub etcd_running: bool,
-    /// The hosts.
+    /// Hosts.
     pub hosts: Vec<HostStatus>,
 }
 
-/// A host of a lab.
+/// Status of a host.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct HostStatus {
-    /// Its name.
+    /// Name.
     pub name: String,
-    /// The agent's process id, where it runs.
+    /// PID of the agent, if it runs.
     pub agent_pid: Option<i32>,
     /// `ready`, `degraded`, `waiting`, `silent` (runs and does not answer) or `stopped`.
     pub agent: String,
-    /// What is not well, in the agent's words.
+    /// Problems that the agent reports.
     pub problems: Vec<String>,
-    /// Its subnet.
+    /// Subnet of the host.
     pub subnet: Option<Subnet>,
-    /// Its addresses on the underlay.
+    /// Addresses on the underlay.
     pub addresses: PerFamily<IpAddr>,
-    /// Its containers, as the kernel has them.
+    /// Containers, from the kernel's state.
     pub containers: Vec<ContainerStatus>,
 }
 
-/// A container of a lab.
+/// A container of a host.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ContainerStatus {
-    /// Its name on the host.
+    /// Name on the host.
     pub name: String,
-    /// Its addresses.
+    /// Addresses.
     pub addresses: PerFamily<IpAddr>,
 }
 
-/// Asks every agent. What does not answer is said to be so; there is no error.
+/// Queries every agent. A failed query sets the agent's state and is no error.
 pub async fn status(lab: &Lab) -> LabStatus {
     let hosts =
         stream::iter(lab.hosts()).map(|host| async move { host_status(&host).await }).buffered(MAX_CONCURRENT).collect().await;

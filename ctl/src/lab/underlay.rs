@@ -1,4 +1,4 @@
-//! The underlay: namespaces, the switch, the world outside, and each host's wire.
+//! The underlay: namespaces, the switch, the outside world, and each host's veth pair.
 
 use std::net::IpAddr;
 
@@ -11,12 +11,12 @@ use overlay_agent::plan::OpError;
 use super::LabError;
 use super::layout::{Layout, etcd_address, gateway_address, outside_address, underlay};
 
-/// The switch in its namespace.
+/// Name of the switch's bridge.
 pub const SWITCH: &str = "switch";
-/// The wire's end in a host and in the world.
+/// Name of the veth end in a host and in the world.
 pub const UPLINK: &str = "eth0";
 
-/// Makes everything that stands before the first process.
+/// Creates the namespaces, links, addresses and routes, before any process starts.
 pub async fn build(layout: &Layout) -> Result<(), LabError> {
     let net = Netns::create(&layout.namespace("net"))?;
     let switch = NetnsBuilder::open(&net).map_err(link_error("net"))?;
@@ -43,7 +43,7 @@ pub async fn build(layout: &Layout) -> Result<(), LabError> {
     Ok(())
 }
 
-/// Lays a wire from a port of the switch to `eth0` of a namespace.
+/// Creates a veth pair from a switch port to `eth0` of a namespace.
 async fn connect_to_switch(switch: &NetnsBuilder, port: &str, netns: &Netns) -> Result<NetnsBuilder, OpError> {
     switch.add_veth(port, UPLINK, netns).await?;
     switch.set_master(port, SWITCH).await?;

@@ -1,4 +1,5 @@
-//! The part of the way inside containers of this host and on the bridge: out of one, across, into one.
+//! The part of the path inside containers of this host and on the bridge: out of a container, across the bridge, into a
+//! container.
 
 use std::net::IpAddr;
 
@@ -14,15 +15,15 @@ use super::hop_log::Step;
 use super::host_view::{HostView, link_fault};
 use super::tracer::{HOST, Tracer};
 
-/// Where a packet of a container is, once the bridge has it.
+/// Next stage of a container's packet after the bridge.
 pub(super) enum BridgeDecision {
-    /// For the host to forward or to take, in by this interface.
+    /// The host forwards or receives it; input interface.
     ToHost(Flow, Box<Link>),
-    /// Where it ends.
+    /// The packet's destination.
     Delivered(String),
 }
 
-/// What a container's namespace says.
+/// Lookups in a container's namespace.
 struct NetnsView {
     route: Result<Route, String>,
     link: Option<Link>,
@@ -30,7 +31,7 @@ struct NetnsView {
 }
 
 impl Tracer<'_> {
-    /// From a container's namespace to the bridge, or across it.
+    /// Follows the packet from a container's namespace to the bridge, or across it.
     pub(super) fn leave_container(
         &mut self,
         endpoint: &Endpoint,
@@ -52,20 +53,20 @@ impl Tracer<'_> {
         let route = match view.route {
             Ok(route) => route,
             Err(reason) => {
-                let remedy = format!("`overlayctl inspect {}` says what is not in place; attach it again", endpoint.name);
+                let remedy = format!("`overlayctl inspect {}` shows the fault; attach it again", endpoint.name);
                 return Err(self.log.stop(&place, "route", format!("no route to {destination}: {reason}"), remedy));
             }
         };
         *origin = source.or(route.source).unwrap_or(*origin);
         let name = view.link.as_ref().map_or_else(|| "no interface".to_owned(), |link| link.name.clone());
         if route.kind == "local" {
-            self.log.ok(&place, "route", format!("{destination} is its own address"));
+            self.log.ok(&place, "route", format!("{destination} is the container's own address"));
             return Ok(BridgeDecision::Delivered(format!("never leaves {place}")));
         }
         let via = route.gateway.map(|gateway| format!(" via {gateway}")).unwrap_or_default();
         self.log.ok(&place, "route", format!("{destination}{via} dev {name} from {origin}"));
         if let Some(fault) = view.link.as_ref().and_then(link_fault) {
-            // No carrier inside is mostly the fault of the host's end.
+            // A missing carrier inside is usually a fault of the host interface.
             if let (Some(port), Some(true)) = (&endpoint.port, view.link.as_ref().map(|link| link.up)) {
                 self.check_port(&port.host_interface)?;
             }
@@ -79,7 +80,7 @@ impl Tracer<'_> {
         let next = route.gateway.unwrap_or(destination);
         let station = self.check_neighbour(&place, next, view.neighbour)?;
         let Some(Port { host_interface, mac, .. }) = endpoint.port.clone() else {
-            return Err(self.log.stop(&place, "port", "it is not on the bridge", "attach it in mode overlay"));
+            return Err(self.log.stop(&place, "port", "the container is not on the bridge", "attach it in mode overlay"));
         };
         let bridge = self.check_port(&host_interface)?;
         let flow = Flow { source: *origin, destination, protocol, port };
@@ -102,7 +103,7 @@ impl Tracer<'_> {
             Some(found) if found.is_usable() => {
                 let mac = found.mac.unwrap_or(Mac([0; 6]));
                 if gateway && bridge.is_some_and(|bridge| bridge != mac) {
-                    let answer = format!("{next} is taken for {mac} ({}), which is not the bridge", found.state);
+                    let answer = format!("{next} resolves to {mac} ({}), which is not the bridge", found.state);
                     return Err(self.log.stop(
                         place,
                         "neighbour",
@@ -114,28 +115,28 @@ impl Tracer<'_> {
                 Ok(Some(mac))
             }
             Some(found) if found.state == "FAILED" => {
-                let answer = format!("{next} did not answer when it was asked for last ({})", found.state);
-                self.log.unsure(place, "neighbour", answer, "it is asked for again with the next packet");
+                let answer = format!("{next} did not answer the last request ({})", found.state);
+                self.log.unsure(place, "neighbour", answer, "the next packet triggers a new request");
                 Ok(None)
             }
             _ => {
-                self.log.ok(place, "neighbour", format!("{next} is not known yet: it is asked for with the first packet"));
+                self.log.ok(place, "neighbour", format!("{next} is unresolved: the first packet triggers a request"));
                 Ok(None)
             }
         }
     }
 
-    /// The host's end of a container's veth pair and the bridge that it is to be a port of.
+    /// Checks the host interface of a container's veth pair, and that it is a port of the bridge.
     pub(super) fn check_port(&mut self, host_interface: &str) -> Step<Link> {
-        let remedy = "the agent puts it back: `overlayctl status`, or `ip link set dev NAME up master BRIDGE`";
+        let remedy = "the agent restores it: `overlayctl status`, or `ip link set dev NAME up master BRIDGE`";
         let Some(port) = self.host.links.iter().find(|link| link.name == host_interface).cloned() else {
-            return Err(self.log.stop(HOST, "port", format!("{host_interface} is not there"), remedy));
+            return Err(self.log.stop(HOST, "port", format!("{host_interface} is missing"), remedy));
         };
         let Some(bridge) = self.host.bridge().cloned() else {
             return Err(self.log.stop(
                 HOST,
                 "bridge",
-                "the overlay's bridge is not there",
+                "the overlay's bridge is missing",
                 "start the agent: systemctl start overlayd",
             ));
         };
@@ -143,7 +144,7 @@ impl Tracer<'_> {
             return Err(self.log.stop(HOST, "port", fault, remedy));
         }
         if port.master != Some(bridge.index) {
-            return Err(self.log.stop(HOST, "port", format!("{host_interface} is no port of {}", bridge.name), remedy));
+            return Err(self.log.stop(HOST, "port", format!("{host_interface} is not a port of {}", bridge.name), remedy));
         }
         if let Some(fault) = link_fault(&bridge) {
             return Err(self.log.stop(HOST, "bridge", fault, format!("ip link set {} up", bridge.name)));
@@ -156,7 +157,7 @@ impl Tracer<'_> {
         Ok(bridge)
     }
 
-    /// From one port of the bridge to another. Where bridges ask the IP rules (`br_netfilter`), these count, too.
+    /// Follows the packet between two ports of the bridge. With `br_netfilter` the IP rules apply too.
     fn forward_on_bridge(&mut self, flow: Flow, bridge: &Link) -> Step<String> {
         let calls = if flow.family() == Family::V4 { "iptables" } else { "ip6tables" };
         if HostView::sysctl(&format!("bridge/bridge-nf-call-{calls}")).as_deref() == Some("1") {
@@ -168,7 +169,7 @@ impl Tracer<'_> {
         self.deliver_to_container(flow.destination, bridge)
     }
 
-    /// To a container of this host.
+    /// Delivers the packet to a container of this host.
     pub(super) fn deliver_to_container(&mut self, destination: IpAddr, bridge: &Link) -> Step<String> {
         let Some(endpoint) = self.inventory.container_with_address(destination).cloned() else {
             let neighbour = self.host.kernel.neighbour(bridge.index, destination);
@@ -177,18 +178,18 @@ impl Tracer<'_> {
                     self.log.unsure(
                         HOST,
                         "endpoint",
-                        format!("{destination} is no container that the agent knows, but answers on {}", bridge.name),
+                        format!("{destination} is not an endpoint of the agent, but answers on {}", bridge.name),
                         "",
                     );
                     return Ok(format!("delivered on {}", bridge.name));
                 }
-                _ => format!("{destination} is no container of this host"),
+                _ => format!("{destination} is not a container of this host"),
             };
             return Err(self.log.stop(
                 HOST,
                 "endpoint",
                 answer,
-                "`overlayctl endpoints` lists them: the container has ended, or has another address",
+                "the container has ended, or has another address: `overlayctl endpoints` lists them",
             ));
         };
         let place = format!("container {}", endpoint.name);
@@ -209,9 +210,9 @@ impl Tracer<'_> {
                 Ok((link, kernel.addresses(0)?))
             })
             .map_err(TraceError::from)??;
-        let remedy = format!("`overlayctl inspect {}` says what is not in place; attach it again", endpoint.name);
+        let remedy = format!("`overlayctl inspect {}` shows the fault; attach it again", endpoint.name);
         match link {
-            None => return Err(self.log.stop(&place, "interface", "its interface is not there", remedy)),
+            None => return Err(self.log.stop(&place, "interface", "the interface is missing", remedy)),
             Some(link) => {
                 if let Some(fault) = link_fault(&link) {
                     return Err(self.log.stop(&place, "interface", fault, remedy));

@@ -1,4 +1,4 @@
-//! The hops as they are gone: each is noted, and the first that stops ends the way.
+//! Log of the hops: each hop is recorded, and the first that stops the packet ends the trace.
 
 use std::fmt::Display;
 
@@ -7,12 +7,12 @@ use overlay_agent::plan::OpError;
 
 use super::{Hop, TraceError, TraceOutcome};
 
-/// Why the way is not gone on.
+/// Reason for the end of a trace.
 #[derive(Debug)]
 pub enum Stop {
-    /// The hop that was noted last stops the packet.
+    /// The last recorded hop stops the packet.
     AtLastHop,
-    /// The kernel could not be asked.
+    /// A query to the kernel failed.
     Failed(TraceError),
 }
 
@@ -28,15 +28,15 @@ impl From<TraceError> for Stop {
     }
 }
 
-/// Goes on, or ends.
+/// Result of a step: continue, or end the trace.
 pub type Step<T> = Result<T, Stop>;
 
 /// The hops so far.
 #[derive(Debug, Default)]
 pub struct HopLog {
-    /// In order.
+    /// Hops, in order.
     pub hops: Vec<Hop>,
-    /// What a reader should know beside them.
+    /// Remarks for the reader.
     pub notes: Vec<String>,
 }
 
@@ -45,24 +45,24 @@ impl HopLog {
         self.hops.push(Hop { place: place.to_owned(), step: step.to_owned(), outcome, answer, remedy });
     }
 
-    /// The packet goes on.
+    /// Records a hop that the packet passes.
     pub fn ok(&mut self, place: &str, step: &str, answer: impl Display) {
         self.add(place, step, TraceOutcome::Ok, answer.to_string(), None);
     }
 
-    /// The packet goes on, as far as can be known.
+    /// Records a hop that the packet passes as far as known.
     pub fn unsure(&mut self, place: &str, step: &str, answer: impl Display, remedy: &str) {
         let remedy = (!remedy.is_empty()).then(|| remedy.to_owned());
         self.add(place, step, TraceOutcome::Unsure, answer.to_string(), remedy);
     }
 
-    /// The packet stops here.
+    /// Records a hop that stops the packet.
     pub fn stop(&mut self, place: &str, step: &str, answer: impl Display, remedy: impl Display) -> Stop {
         self.add(place, step, TraceOutcome::Stop, answer.to_string(), Some(remedy.to_string()));
         Stop::AtLastHop
     }
 
-    /// What rules do with it: `step` is `rules forward` and the like.
+    /// Records the rules' verdict; `step` is `rules forward` or the like.
     pub fn record_rules(&mut self, place: &str, step: &str, result: &EvalResult) -> Step<()> {
         let chains = match result.chains.as_slice() {
             [] => "no chains".to_owned(),
@@ -78,14 +78,14 @@ impl HopLog {
             }
             Some(by) => {
                 let unless = result.possible_accepts.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-                let answer = format!("dropped by {by}, unless {unless} lets it pass, which cannot be known beforehand");
-                self.unsure(place, step, answer, &format!("`--live` shows what becomes of a packet; `{}`", by.list_command()));
+                let answer = format!("dropped by {by}, unless {unless} accepts it; the rule's result is not predictable");
+                self.unsure(place, step, answer, &format!("`--live` shows the actual verdict; `{}`", by.list_command()));
                 Ok(())
             }
             None if !result.possible_drops.is_empty() => {
                 let perhaps = result.possible_drops.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-                let answer = format!("accepted, unless {perhaps} drops it, which cannot be known beforehand");
-                self.unsure(place, step, answer, "`--live` shows what becomes of a packet");
+                let answer = format!("accepted, unless {perhaps} drops it; the rule's result is not predictable");
+                self.unsure(place, step, answer, "`--live` shows the actual verdict");
                 Ok(())
             }
             None => {

@@ -1,4 +1,4 @@
-//! The host: its interfaces, addresses and rules, read once, and the kernel to be asked for the rest.
+//! The host's interfaces, addresses and rules, read once, and a handle for further kernel queries.
 
 use std::net::IpAddr;
 
@@ -7,9 +7,9 @@ use overlay_agent::kernel::trace::{KernelQuery, Link, OverlayRanges, RulesetSnap
 use overlay_agent::model::{Family, Role};
 use overlay_agent::plan::OpError;
 
-/// The calling thread's namespace.
+/// State of the calling thread's namespace.
 pub struct HostView {
-    /// Asks.
+    /// Handle for kernel queries.
     pub kernel: KernelQuery,
     /// All rules.
     pub ruleset: RulesetSnapshot,
@@ -17,12 +17,12 @@ pub struct HostView {
     pub links: Vec<Link>,
     /// All addresses.
     pub addresses: Vec<IpAddr>,
-    /// The overlay.
+    /// Ranges of the overlay.
     pub overlay: OverlayRanges,
 }
 
 impl HostView {
-    /// Reads it.
+    /// Reads the state.
     pub fn open() -> Result<HostView, OpError> {
         let mut kernel = KernelQuery::open()?;
         let links = kernel.links()?;
@@ -31,12 +31,12 @@ impl HostView {
         Ok(HostView { kernel, ruleset: RulesetSnapshot::read()?, links, addresses, overlay })
     }
 
-    /// An interface.
+    /// Finds an interface.
     pub fn link(&self, index: Option<u32>) -> Option<&Link> {
         self.links.iter().find(|link| Some(link.index) == index)
     }
 
-    /// Its name, or its number where it is none that is known.
+    /// Name of an interface, or its index if unknown.
     pub fn name(&self, index: Option<u32>) -> String {
         match (self.link(index), index) {
             (Some(link), _) => link.name.clone(),
@@ -45,33 +45,33 @@ impl HostView {
         }
     }
 
-    /// As rules name it.
+    /// Interface as rules match it.
     pub fn interface(&self, index: Option<u32>) -> Option<Interface> {
         self.link(index).map(|link| Interface { index: link.index, name: link.name.clone() })
     }
 
-    /// The overlay's bridge.
+    /// Bridge of the overlay.
     pub fn bridge(&self) -> Option<&Link> {
         self.links.iter().find(|link| link.device().is_some_and(|device| device.role == Role::Bridge))
     }
 
-    /// The VXLAN device of a family.
+    /// VXLAN device of a family.
     pub fn tunnel(&self, family: Family) -> Option<&Link> {
         self.links.iter().find(|link| link.is_tunnel(family))
     }
 
-    /// Whether an address is one that the overlay leases.
+    /// Whether the overlay leases an address.
     pub fn in_overlay(&self, address: IpAddr) -> bool {
         self.overlay.ranges.get(Family::of(address)).is_some_and(|(first, last)| (*first..=*last).contains(&address))
     }
 
-    /// A sysctl below `/proc/sys/net`; `None` where there is none.
+    /// Reads a sysctl below `/proc/sys/net`; `None` if absent.
     pub fn sysctl(path: &str) -> Option<String> {
         std::fs::read_to_string(format!("/proc/sys/net/{path}")).ok().map(|text| text.trim().to_owned())
     }
 }
 
-/// `lo`, 127.0.0.0/8 aside: whether an interface can send.
+/// Describes why an interface cannot send; `None` if it can.
 pub fn link_fault(link: &Link) -> Option<String> {
     if !link.up {
         Some(format!("{} is down", link.name))

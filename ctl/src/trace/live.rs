@@ -1,7 +1,7 @@
-//! Packets that are really sent: where the rules and the interfaces of the host see them, each in its order.
+//! Watches sent packets: at the host's rules and at its interfaces, each in order.
 //!
-//! Two threads listen, one to the trace of nf_tables and one at the interfaces; both end with [`watch`]. The table that marks packets is the
-//! kernel's to remove once this process is gone, however that ends.
+//! Two threads listen, one to the nf_tables trace and one at the interfaces; both end with [`watch`]. The kernel removes the
+//! table that marks packets when this process ends, however it ends.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
@@ -18,51 +18,51 @@ use serde::{Deserialize, Serialize};
 
 use super::{Trace, TraceError};
 
-/// How often the listeners look whether to end.
+/// Interval at which the listeners check whether to stop.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
-/// After the first packet: how long nothing more has to be seen for the watch to end.
+/// Silence after the first packet that ends the watch.
 const QUIET_PERIOD: Duration = Duration::from_millis(1500);
-/// What is kept at the most: a watch is about a few packets.
+/// Maximum number of kept events: a watch covers a few packets.
 const MAX_EVENTS: usize = 400;
-/// What waits between the listeners and the reader.
+/// Capacity of the channel between the listeners and the reader.
 const CHANNEL_CAPACITY: usize = 1024;
 
-/// What to do.
+/// Options of a watch.
 #[derive(Debug, Clone)]
 pub struct WatchOptions {
-    /// How long to wait for a packet.
+    /// Maximum time to wait for a packet.
     pub wait: Duration,
-    /// Sends one packet.
+    /// Whether to send one packet.
     pub send: bool,
-    /// The source's namespace, where that is a container of this host.
+    /// Source namespace, if the source is a container of this host.
     pub netns: Option<PathBuf>,
 }
 
-/// What was seen.
+/// Result of a watch.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Live {
-    /// At the interfaces, in the order in which it was seen.
+    /// Packets at interfaces, in order.
     pub interfaces: Vec<Observation>,
-    /// In the rules, in their order. The kernel does not tell when: how these go between the others is not known.
+    /// Packets in rules, in order. The kernel gives no time, so their order relative to the interfaces is unknown.
     pub rules: Vec<Observation>,
-    /// What it comes to, for a person.
+    /// Summary for the operator.
     pub summary: String,
-    /// A packet was dropped by the rules.
+    /// Whether the rules dropped a packet.
     pub dropped: bool,
-    /// An answer was seen.
+    /// Whether an answer was seen.
     pub answered: bool,
-    /// More was to be seen than could be read.
+    /// Whether events were lost.
     pub lost: bool,
 }
 
-/// A packet at one place.
+/// A packet at one interface or rule.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Observation {
-    /// At interfaces `request` or `reply`; in rules which packet it was, by a number that the kernel gives it.
+    /// At interfaces `request` or `reply`; in rules the packet's trace ID from the kernel.
     pub packet: String,
-    /// The interface, or the chain.
+    /// Interface or chain.
     pub place: String,
-    /// What it did there.
+    /// Event: direction and addresses, or rule and verdict.
     pub what: String,
 }
 
@@ -73,10 +73,10 @@ enum Event {
     Failed(TraceError),
 }
 
-/// Watches packets of the trace's flow. Called on a thread that may block, in the host's namespace.
+/// Watches packets of the trace's flow. Must run on a thread that may block, in the host's namespace.
 ///
 /// # Errors
-/// No permission, a kernel before 5.12, or the packet cannot be sent.
+/// No permission, a kernel older than 5.12, or a failure to send the packet.
 pub fn watch(trace: &Trace, watch: &WatchOptions) -> Result<Live, TraceError> {
     let mut pairs: Vec<(IpAddr, IpAddr)> = Vec::new();
     for (source, destination) in &trace.addresses_seen {
@@ -103,7 +103,7 @@ pub fn watch(trace: &Trace, watch: &WatchOptions) -> Result<Live, TraceError> {
             collected
         });
         stop.store(true, Ordering::Relaxed);
-        // A listener that waits for room is let go.
+        // Unblocks a listener that waits for room in the channel.
         drop(events);
         collected
     })?;
@@ -140,7 +140,7 @@ fn listen_at_interfaces(mut capture: Capture, sender: SyncSender<(Instant, Event
     }
 }
 
-/// A packet's socket, open while its answer is awaited.
+/// Socket of a sent packet, kept open until its answer.
 type OpenSocket = Box<dyn std::any::Any + Send>;
 
 /// Sends one packet from the source's namespace.
@@ -155,7 +155,7 @@ fn send(trace: &Trace, netns: Option<PathBuf>) -> Result<Option<OpenSocket>, Tra
                 echo.send(to, 1).map_err(failed)?;
                 Box::new(echo)
             }
-            // Whether it is accepted is seen on the way.
+            // The watch shows whether it is accepted.
             "tcp" => Box::new(TcpStream::connect_timeout(&SocketAddr::new(to, port), 5 * POLL_INTERVAL).ok()),
             _ => {
                 let socket = UdpSocket::bind(SocketAddr::new(Family::of(to).unspecified(), 0)).map_err(failed)?;
@@ -169,7 +169,7 @@ fn send(trace: &Trace, netns: Option<PathBuf>) -> Result<Option<OpenSocket>, Tra
         None if KernelQuery::open()?.addresses(0)?.contains(&from) => Ok(Some(work()?)),
         None => Err(TraceError::Target {
             message: format!(
-                "{from} is elsewhere: a packet can be sent from a container of this host or from this host; without --send one that is sent there is waited for"
+                "{from} is not on this host: --send needs this host or one of its containers as source; without --send the watch waits for a packet"
             ),
         }),
     }
@@ -225,7 +225,7 @@ fn summarise(trace: &Trace, events: Events, lost: bool, names: &BTreeMap<u32, St
                 });
             }
             Event::Rules(sights) => {
-                // A chain that ends without a verdict is followed by its policy.
+                // A chain that ends without a verdict has a policy event next.
                 for sight in sights.into_iter().filter(|s| s.handle.is_some() || matches!(s.verdict.as_str(), "accept" | "drop"))
                 {
                     let chain = format!("{} {} {}", sight.family, sight.table, sight.chain);
@@ -246,7 +246,7 @@ fn summarise(trace: &Trace, events: Events, lost: bool, names: &BTreeMap<u32, St
     live.dropped = drop_place.is_some();
     live.summary = match (&drop_place, live.answered, last) {
         (Some(place), ..) => format!("dropped by {place}"),
-        (None, true, _) => "a packet went its way, and an answer came back".to_owned(),
+        (None, true, _) => "a packet passed, and an answer came back".to_owned(),
         (None, false, Some(last)) => format!("last seen at {last}; no answer came back"),
         (None, false, None) => "no packet was seen".to_owned(),
     };

@@ -1,4 +1,4 @@
-//! What SRC and DST are: a container of this host by name, this host, a peer by its host's name, or an address.
+//! Resolves SRC and DST: a container of this host by name, this host, a peer by its host's name, or an address.
 
 use std::net::IpAddr;
 use std::path::Path;
@@ -10,42 +10,42 @@ use overlay_agent::model::{Endpoint, Family, Mode, Subnet};
 
 use super::TraceError;
 
-/// The word for this host.
+/// Keyword for this host.
 pub const HOST_KEYWORD: &str = "host";
 
-/// What is known beside the kernel: from the agent, or from its state directory where it does not answer.
+/// Known hosts and containers, from the agent, or from its state directory if it does not answer.
 #[derive(Debug, Clone, Default)]
 pub struct Inventory {
-    /// This host's containers.
+    /// Containers of this host.
     pub endpoints: Vec<Endpoint>,
-    /// Every lease; `None` where the agent does not answer.
+    /// All leases; `None` if the agent does not answer.
     pub leases: Option<Vec<SubnetEntry>>,
 }
 
-/// What a word on the command line says.
+/// A parsed SRC or DST.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TargetArg {
-    /// A name or an address.
+    /// Name or address.
     pub name: String,
-    /// A port there.
+    /// Port and protocol.
     pub port: Option<(u16, Transport)>,
 }
 
-/// One end.
+/// One end of the path.
 #[derive(Debug, Clone)]
 pub enum TraceEnd {
-    /// A container of this host.
+    /// Container of this host.
     Container(Box<Endpoint>),
-    /// This host itself.
+    /// This host.
     Host,
-    /// Another host of the overlay, by its subnet: its VTEP has the first address of it.
+    /// Another host of the overlay with its subnet; its VTEP has the subnet's first address.
     Peer(String, Subnet),
-    /// An address of elsewhere, or of this host's own.
+    /// Any other address, or one of this host's own.
     Address(IpAddr),
 }
 
 impl TargetArg {
-    /// Reads `NAME`, `ADDRESS`, either with `:PORT` and `/ROUTE_PROTOCOL` behind it, an IPv6 address with a port in brackets.
+    /// Parses `NAME` or `ADDRESS`, optionally with `:PORT` and `/PROTOCOL`; an IPv6 address with a port is in brackets.
     pub fn parse(text: &str) -> Result<TargetArg, TraceError> {
         let bad = |reason: &str| {
             let message = format!(
@@ -60,14 +60,14 @@ impl TargetArg {
             Some((rest, "tcp")) => (rest, Some(Transport::Tcp)),
             Some((rest, "udp")) => (rest, Some(Transport::Udp)),
             Some((rest, "sctp")) => (rest, Some(Transport::Sctp)),
-            Some(_) => return Err(bad("the protocol is none of tcp, udp, sctp")),
+            Some(_) => return Err(bad("the protocol is not tcp, udp or sctp")),
             None => (text, None),
         };
         let (name, port) = match rest.rsplit_once(':') {
             Some((name, port)) => {
-                let port: u16 = port.parse().map_err(|_| bad("the port is no number of 1 to 65535"))?;
+                let port: u16 = port.parse().map_err(|_| bad("the port is not a number from 1 to 65535"))?;
                 if port == 0 {
-                    return Err(bad("port 0 is none"));
+                    return Err(bad("port 0 is invalid"));
                 }
                 (name, Some((port, protocol.unwrap_or_default())))
             }
@@ -76,21 +76,21 @@ impl TargetArg {
         };
         let name = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
         if name.is_empty() {
-            return Err(bad("there is no name"));
+            return Err(bad("the name is empty"));
         }
         Ok(TargetArg { name: name.to_owned(), port })
     }
 }
 
 impl Inventory {
-    /// What the state directory says, where the agent does not answer.
+    /// Reads the state directory, for an agent that does not answer.
     pub fn from_state(state_dir: &Path) -> Inventory {
         let stored = read_stored(state_dir).ok().flatten().unwrap_or_default();
         let endpoints = stored.into_iter().map(|stored| stored.endpoint).collect();
         Inventory { endpoints, leases: None }
     }
 
-    /// What a word means.
+    /// Resolves a name.
     pub fn resolve(&self, name: &str) -> Result<TraceEnd, TraceError> {
         if let Ok(address) = name.parse::<IpAddr>() {
             return Ok(self
@@ -115,28 +115,28 @@ impl Inventory {
                 None => Err(TraceError::Target { message: format!("host {name} has no subnet") }),
             };
         }
-        let asked = if self.leases.is_none() { "; the agent does not answer, so peers' names are not known" } else { "" };
+        let asked = if self.leases.is_none() { "; the agent does not answer, so peers' names are unknown" } else { "" };
         let message = format!(
-            "`{name}` is no container of this host (`overlayctl endpoints` lists them), no host of the overlay and no address: a container \
-             of another host is named by its address{asked}"
+            "`{name}` is not a container of this host (`overlayctl endpoints` lists them), not a host of the overlay and not an address: for a container \
+             of another host use its address{asked}"
         );
         Err(TraceError::Target { message })
     }
 
-    /// The container of this host that has an address.
+    /// Finds the container of this host that has an address.
     pub fn container_with_address(&self, address: IpAddr) -> Option<&Endpoint> {
         let has = |endpoint: &&Endpoint| endpoint.addresses().iter().any(|(_, own)| *own == address);
         self.endpoints.iter().find(has)
     }
 
-    /// The lease of whose subnet an address is.
+    /// Finds the lease whose subnet contains an address.
     pub fn lease_for(&self, address: IpAddr) -> Option<&SubnetEntry> {
         let family = Family::of(address);
         let holds = |lease: &&SubnetEntry| lease.subnet.and_then(|s| s.get(family)).is_some_and(|range| range.contains(address));
         self.leases.as_deref().unwrap_or_default().iter().find(holds)
     }
 
-    /// The name of the host behind an underlay address, or the address.
+    /// Name of the host behind an underlay address, or the address.
     pub fn host_name_at(&self, public: IpAddr) -> String {
         let at = |lease: &&SubnetEntry| lease.public_ip.iter().any(|(_, own)| *own == public);
         let name = self.leases.as_deref().unwrap_or_default().iter().find(at).and_then(|lease| lease.host.clone());
@@ -145,7 +145,7 @@ impl Inventory {
 }
 
 impl TraceEnd {
-    /// Its address in a family; this host's is chosen by the route.
+    /// Address in a family; the route chooses this host's.
     pub fn address(&self, family: Family) -> Option<IpAddr> {
         match self {
             TraceEnd::Container(endpoint) => endpoint.addresses().get(family).copied(),
@@ -155,7 +155,7 @@ impl TraceEnd {
         }
     }
 
-    /// The families that it can have.
+    /// Possible address families.
     pub fn families(&self) -> Vec<Family> {
         match self {
             TraceEnd::Host => Family::ALL.to_vec(),

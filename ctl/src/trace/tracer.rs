@@ -1,4 +1,4 @@
-//! The way itself, from the source's namespace through the host's to where the packet leaves it or arrives.
+//! Follows the path from the source's namespace through the host to the packet's exit or arrival.
 
 use std::net::IpAddr;
 
@@ -15,22 +15,22 @@ use super::host_view::HostView;
 use super::targets::{Inventory, TargetArg, TraceEnd};
 use super::{EndView, Trace, TraceError, TraceOutcome};
 
-/// The place of most hops.
+/// Location of most hops.
 pub(super) const HOST: &str = "host";
 
-/// A way that is being gone.
+/// A trace in progress.
 pub(super) struct Tracer<'a> {
     pub(super) host: HostView,
     pub(super) inventory: &'a Inventory,
     pub(super) log: HopLog,
-    /// Source and destination in each form so far.
+    /// Forms of source and destination so far.
     pub(super) addresses_seen: Vec<(IpAddr, IpAddr)>,
 }
 
-/// Goes the way from SRC to DST. To be called on a thread that may block, in the host's namespace.
+/// Traces the path from SRC to DST. Must run on a thread that may block, in the host's namespace.
 ///
 /// # Errors
-/// The kernel cannot be asked, or an end is nothing that is known. That the packet stops is none.
+/// The kernel cannot be queried, or an end is unknown. A stopped packet is not an error.
 pub fn trace(from: &str, to: &str, family: Option<Family>, inventory: &Inventory) -> Result<Trace, TraceError> {
     let (source, target) = (TargetArg::parse(from)?, TargetArg::parse(to)?);
     let (start, goal) = (inventory.resolve(&source.name)?, inventory.resolve(&target.name)?);
@@ -73,8 +73,7 @@ pub fn trace(from: &str, to: &str, family: Option<Family>, inventory: &Inventory
     };
     let legacy = std::fs::read_to_string("/proc/net/ip_tables_names").unwrap_or_default();
     if !legacy.trim().is_empty() {
-        let note =
-            "this host has rules of iptables-legacy (`iptables-legacy -S`), which cannot be read here: they may drop what passes";
+        let note = "this host has rules of iptables-legacy (`iptables-legacy -S`), which are not evaluated: they may drop packets that pass here";
         walk.log.notes.push(note.to_owned());
     }
     let HopLog { hops, notes } = walk.log;
@@ -102,11 +101,11 @@ fn protocol_name(protocol: u8) -> String {
     }
 }
 
-/// The address that is sent to.
+/// Chooses the destination address.
 fn resolve_destination(goal: &TraceEnd, family: Family, start: &TraceEnd, host: &HostView) -> Result<IpAddr, TraceError> {
     match goal {
         TraceEnd::Host => {
-            // Containers call this host by the gateway's address; everyone else by the one that the tunnel has.
+            // Containers reach this host at the gateway's address, all others at the tunnel's.
             let bridge = host.bridge().map(|link| link.index);
             let of = |index: Option<u32>| {
                 let mut kernel = KernelQuery::open().ok()?;
@@ -120,7 +119,7 @@ fn resolve_destination(goal: &TraceEnd, family: Family, start: &TraceEnd, host: 
             let found =
                 if matches!(start, TraceEnd::Container(_)) { of(bridge).or(tunnel) } else { tunnel.or_else(|| of(bridge)) };
             found.ok_or_else(|| TraceError::Target {
-                message: "this host has no address in the overlay: write its address".to_owned(),
+                message: "this host has no address in the overlay: use one of its addresses".to_owned(),
             })
         }
         goal => goal
@@ -193,7 +192,7 @@ impl Tracer<'_> {
         }
     }
 
-    /// Through the host: the rules before routing, the route, the rules behind it, and out.
+    /// Follows the packet through the host: rules before routing, the route, rules after it, and out.
     pub(super) fn through_host(&mut self, mut flow: Flow, input: Option<Link>) -> Step<String> {
         if !self.addresses_seen.contains(&(flow.source, flow.destination)) {
             self.addresses_seen.push((flow.source, flow.destination));
@@ -219,7 +218,7 @@ impl Tracer<'_> {
             translated = true;
             self.addresses_seen.push((flow.source, flow.destination));
         }
-        // Without forwarding the kernel answers as if there were no route.
+        // Without forwarding the kernel returns the same error as without a route.
         if let Some(input) = input.as_ref().filter(|_| !self.host.addresses.contains(&flow.destination)) {
             self.check_forwarding(flow.family(), &input.name)?;
         }
@@ -250,7 +249,7 @@ impl Tracer<'_> {
         self.log.record_rules(HOST, "rules postrouting", &result)?;
         self.apply_snat(&mut flow, &result, exit);
         let Some(link) = self.host.link(exit).cloned() else {
-            return Err(self.log.stop(HOST, "interface", "the route names no interface", "ip route get"));
+            return Err(self.log.stop(HOST, "interface", "the route has no interface", "ip route get"));
         };
         if link.is_tunnel(flow.family()) {
             return self.through_tunnel(&flow, &route, &link);
@@ -275,7 +274,7 @@ impl Tracer<'_> {
         self.log.ok(HOST, "route", format!("{}{entry}:{kind}{via} dev {name}{id}", flow.destination));
     }
 
-    /// Asks for the route; where there is none the way ends.
+    /// Looks up the route; without one the path ends.
     pub(super) fn lookup_route(&mut self, lookup: RouteLookup) -> Step<Route> {
         match self.host.kernel.route(lookup)? {
             Ok(route) => Ok(route),
@@ -283,19 +282,17 @@ impl Tracer<'_> {
                 let flow = Flow::echo_request(lookup.source.unwrap_or(lookup.destination), lookup.destination);
                 let what = match self.host.kernel.unreachable_route(lookup.destination) {
                     Some(range) => {
-                        format!("no peer's route covers it: {range} is unreachable but for the subnets that hosts hold")
+                        format!("no peer's route covers it: {range} is unreachable except for leased subnets")
                     }
                     None => "the kernel has no route".to_owned(),
                 };
                 Err(self.no_overlay_route(&flow, &what))
             }
             Err(reason) => {
-                let from = lookup
-                    .input
-                    .map(|index| format!(" for what comes in by {}", self.host.name(Some(index))))
-                    .unwrap_or_default();
+                let from =
+                    lookup.input.map(|index| format!(" for packets from {}", self.host.name(Some(index)))).unwrap_or_default();
                 let strict = if reason.contains("cross-device") {
-                    "; the reverse path filter refuses the source: sysctl net.ipv4.conf.all.rp_filter"
+                    "; the reverse path filter rejects the source: sysctl net.ipv4.conf.all.rp_filter"
                 } else {
                     ""
                 };
@@ -305,7 +302,8 @@ impl Tracer<'_> {
         }
     }
 
-    /// `net.ipv4.conf.IN.check_forwarding`, the setting that counts for what comes in by an interface; for IPv6 that of all interfaces does.
+    /// Checks `net.ipv4.conf.IN.forwarding`, which applies to packets from an interface; for IPv6 the setting of all interfaces
+    /// applies.
     fn check_forwarding(&mut self, family: Family, input: &str) -> Step<()> {
         let path = match family {
             Family::V4 => sysctls::interface_path(input, family, "forwarding"),
@@ -317,7 +315,7 @@ impl Tracer<'_> {
                 Err(self.log.stop(HOST, "forwarding", format!("net.{name} is 0"), format!("sysctl -w net/{path}=1")))
             }
             _ => {
-                self.log.ok(HOST, "forwarding", format!("on for what comes in by {input}"));
+                self.log.ok(HOST, "forwarding", format!("on for packets from {input}"));
                 Ok(())
             }
         }
@@ -341,15 +339,13 @@ impl Tracer<'_> {
                 flow.source = *address;
                 self.addresses_seen.push((flow.source, flow.destination));
             }
-            Some((_, place)) => {
-                self.log.unsure(HOST, "translation", format!("translated by {place} in a way that cannot be read"), "")
-            }
-            None => self.log.ok(HOST, "translation", "none: source and destination stay"),
+            Some((_, place)) => self.log.unsure(HOST, "translation", format!("translated by {place} in an unknown way"), ""),
+            None => self.log.ok(HOST, "translation", "none: source and destination unchanged"),
         }
     }
 }
 
-/// An address with a port, where there is one.
+/// Formats an address, with the port if it is not 0.
 pub(super) fn socket_text(address: IpAddr, port: u16) -> String {
     if port == 0 { address.to_string() } else { std::net::SocketAddr::new(address, port).to_string() }
 }

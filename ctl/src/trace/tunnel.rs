@@ -1,5 +1,5 @@
-//! The part of the way that hosts of the overlay have between them: the peer's route, next hop, neighbour and FDB entry, the outer packet, and
-//! what comes in from another host or from outside.
+//! The part of the path between hosts of the overlay: the peer's route, next hop, neighbour and FDB entry, the outer packet, and
+//! packets that arrive from another host or from outside.
 
 use std::net::IpAddr;
 
@@ -12,10 +12,11 @@ use super::hop_log::{Step, Stop};
 use super::host_view::link_fault;
 use super::tracer::{HOST, Tracer};
 
-/// What heals most of what is wrong with entries of peers.
-const REPAIR_HINT: &str = "the agent puts it back: `overlayctl status` and `overlayctl peers` say how it is; systemctl start overlayd where it does not run";
+/// Remedy for most faults of peer entries.
+const REPAIR_HINT: &str =
+    "the agent restores it: see `overlayctl status` and `overlayctl peers`; if it is not running: systemctl start overlayd";
 
-/// Where a packet for a peer goes.
+/// A peer's underlay and link-layer addresses.
 struct Remote {
     gateway: IpAddr,
     public: IpAddr,
@@ -23,19 +24,19 @@ struct Remote {
 }
 
 impl Tracer<'_> {
-    /// Whether a route for an address of the overlay leads where the overlay is.
+    /// Whether a route for an overlay address leads into the overlay.
     pub(super) fn routes_into_overlay(&self, route: &Route) -> bool {
         self.host.link(route.interface).is_some_and(|link| link.device().is_some())
     }
 
-    /// The destination is of the overlay, and no peer's route leads to it.
+    /// Stops the trace: the destination is in the overlay, and no peer's route leads to it.
     pub(super) fn no_peer_route(&mut self, flow: &Flow, route: &Route) -> Stop {
         let by = route.destination.map(|entry| format!("the route {entry}")).unwrap_or_else(|| "another route".to_owned());
         let what = format!("no peer's route covers it: {by} would send it out by {}", self.host.name(route.interface));
         self.no_overlay_route(flow, &what)
     }
 
-    /// The same, with what the leases and the next-hop objects say of it.
+    /// Stops the trace, with the state of the leases and the next-hop objects.
     pub(super) fn no_overlay_route(&mut self, flow: &Flow, what: &str) -> Stop {
         let destination = flow.destination;
         let mut answer = format!("{destination} is in the overlay network, but {what}");
@@ -45,34 +46,34 @@ impl Tracer<'_> {
                 let host = lease.host.clone().unwrap_or_else(|| lease.key.clone());
                 let base = lease.subnet.and_then(|s| s.get(Family::of(destination))).map(|range| range.base());
                 if let Some(refused) = &lease.refused {
-                    answer.push_str(&format!("; the lease of {host} is left out: {refused}"));
+                    answer.push_str(&format!("; the lease of {host} is ignored: {refused}"));
                 } else {
                     let hop = base.is_some_and(|base| !self.host.kernel.nexthops_to(base).is_empty());
                     let missing = if hop {
-                        "the next hop is there, the route is not"
+                        "the next hop exists, the route does not"
                     } else {
-                        "neither the route nor its next hop is there: a next hop that goes takes its route along"
+                        "neither the route nor its next hop exists: the kernel deletes routes with their next hop"
                     };
                     answer.push_str(&format!("; {host} holds its subnet, {missing}"));
                 }
                 REPAIR_HINT.to_owned()
             }
             (None, true) => {
-                answer.push_str("; no host holds a subnet with it: its lease has ended, or never was");
-                "`overlayctl subnets` lists the leases; start the agent of the host that should have it".to_owned()
+                answer.push_str("; no host holds a subnet with it: its lease expired or never existed");
+                "`overlayctl subnets` lists the leases; start the agent of its host".to_owned()
             }
             (None, false) => {
-                answer.push_str("; the agent does not answer, so whether a host holds it is not known");
+                answer.push_str("; the agent does not answer, so its host is unknown");
                 format!("{REPAIR_HINT}; `overlayctl subnets --etcd-endpoints URL` lists the leases without an agent")
             }
         };
         self.log.stop(HOST, "route", answer, remedy)
     }
 
-    /// Through the tunnel's device to the peer.
+    /// Follows the packet through the tunnel device to the peer.
     pub(super) fn through_tunnel(&mut self, flow: &Flow, route: &Route, device: &Link) -> Step<String> {
         let Some(vxlan) = device.vxlan.clone() else {
-            return Err(self.log.stop(HOST, "tunnel", format!("{} is no VXLAN device", device.name), REPAIR_HINT));
+            return Err(self.log.stop(HOST, "tunnel", format!("{} is not a VXLAN device", device.name), REPAIR_HINT));
         };
         if let Some(fault) = link_fault(device) {
             return Err(self.log.stop(HOST, "tunnel", fault, format!("ip link set {} up; {REPAIR_HINT}", device.name)));
@@ -113,7 +114,7 @@ impl Tracer<'_> {
         let result = self.host.ruleset.evaluate(Hook::Postrouting, false, &packet);
         self.log.record_rules(HOST, "outer rules postrouting", &result)?;
         let Some(exit) = exit else {
-            return Err(self.log.stop(HOST, "outer route", "it names no interface", REPAIR_HINT));
+            return Err(self.log.stop(HOST, "outer route", "the route has no interface", REPAIR_HINT));
         };
         let need = device.mtu + Family::of(remote.public).vxlan_overhead();
         if exit.mtu < need {
@@ -126,21 +127,21 @@ impl Tracer<'_> {
         self.leave_host(remote.public, &outer, &exit, "outer ")?;
         let host = self.inventory.host_name_at(remote.public);
         if !self.host.in_overlay(flow.source) && flow.source != source {
-            let answer = format!("{} is not of the overlay: {host} drops it as `tunnel`, unless it runs flannel", flow.source);
-            let remedy = "--ip-masq=true, the default, has this host put its own address of the overlay in place";
+            let answer = format!("{} is not in the overlay: {host} drops it as `tunnel`, unless it runs flannel", flow.source);
+            let remedy = "--ip-masq=true, the default, replaces the source by this host's overlay address";
             self.log.unsure(HOST, "peer's guard", answer, remedy);
         }
         Ok(format!(
-            "leaves this host by {} for {host}; goes on there: overlayctl trace {} {} on that host",
+            "leaves this host by {} for {host}; continue on that host: overlayctl trace {} {}",
             exit.name, flow.source, flow.destination
         ))
     }
 
-    /// Next hop, neighbour and FDB entry, in this order.
+    /// Resolves next hop, neighbour and FDB entry, in this order.
     fn resolve_remote(&mut self, destination: IpAddr, route: &Route, device: &Link) -> Step<Remote> {
         if let Some(id) = route.nexthop {
             let Some(hop) = self.host.kernel.nexthop(id) else {
-                return Err(self.log.stop(HOST, "next hop", format!("object {id} is not there"), REPAIR_HINT));
+                return Err(self.log.stop(HOST, "next hop", format!("object {id} is missing"), REPAIR_HINT));
             };
             let leads = hop.gateway.map_or_else(|| "nowhere".to_owned(), |gateway| format!("via {gateway}"));
             let leads = format!("object {id} leads {leads} dev {}", self.host.name(hop.interface));
@@ -156,7 +157,8 @@ impl Tracer<'_> {
             self.log.ok(HOST, "next hop", leads);
         }
         let Some(gateway) = route.gateway else {
-            let answer = format!("the route to {destination} has no gateway: a peer's leads via the base of its subnet");
+            let answer =
+                format!("the route to {destination} has no gateway: a peer's route has the base of its subnet as gateway");
             return Err(self.log.stop(HOST, "next hop", answer, REPAIR_HINT));
         };
         let mac = match self.host.kernel.neighbour(device.index, gateway) {
@@ -170,12 +172,12 @@ impl Tracer<'_> {
                 return Err(self.log.stop(HOST, "neighbour", answer, REPAIR_HINT));
             }
             None => {
-                let answer = format!("{gateway} is not known on {}, and a tunnel asks nobody", device.name);
+                let answer = format!("{gateway} is unknown on {}, and a tunnel sends no neighbour requests", device.name);
                 return Err(self.log.stop(HOST, "neighbour", answer, REPAIR_HINT));
             }
         };
         let Some(public) = self.host.kernel.fdb_destination(device.index, mac) else {
-            let answer = format!("{} has no entry for {mac}: it does not know behind which host that is", device.name);
+            let answer = format!("{} has no entry for {mac}, so its host is unknown", device.name);
             return Err(self.log.stop(HOST, "fdb", answer, REPAIR_HINT));
         };
         self.log.ok(HOST, "fdb", format!("{mac} is behind {}", self.inventory.host_name_at(public)));
@@ -183,24 +185,24 @@ impl Tracer<'_> {
         Ok(Remote { gateway, public, mac })
     }
 
-    /// Notes where the lease says otherwise than the kernel.
+    /// Records a difference between the lease and the kernel.
     fn compare_with_lease(&mut self, destination: IpAddr, public: IpAddr) {
         match self.inventory.lease_for(destination) {
             Some(lease) if lease.public_ip.iter().all(|(_, own)| *own != public) => {
                 let wanted: Vec<String> = lease.public_ip.iter().map(|(_, own)| own.to_string()).collect();
                 let host = lease.host.clone().unwrap_or_default();
-                let answer = format!("the lease of {host} says {}, the kernel {public}", wanted.join(" "));
+                let answer = format!("the lease of {host} has {}, the kernel {public}", wanted.join(" "));
                 self.log.unsure(HOST, "lease", answer, REPAIR_HINT);
             }
             None if self.inventory.leases.is_some() => {
-                let answer = format!("no host holds a subnet with {destination} any more, yet the kernel leads there");
+                let answer = format!("no host holds a subnet with {destination} any more, but the kernel has its entries");
                 self.log.unsure(HOST, "lease", answer, "`overlayctl subnets` lists the leases");
             }
             _ => {}
         }
     }
 
-    /// Out by an interface of the underlay.
+    /// Follows the packet out of an underlay interface.
     pub(super) fn leave_host(&mut self, destination: IpAddr, route: &Route, link: &Link, prefix: &str) -> Step<()> {
         if let Some(fault) = link_fault(link) {
             return Err(self.log.stop(HOST, &format!("{prefix}interface"), fault, format!("ip link set {} up", link.name)));
@@ -214,15 +216,15 @@ impl Tracer<'_> {
             }
             Some(found) if matches!(found.state.as_str(), "FAILED" | "INCOMPLETE") => {
                 let answer = format!("{next} does not answer on {} ({})", link.name, found.state);
-                let remedy = format!("the underlay is at fault: is {next} up, and on this network? `ip neigh show {next}`");
+                let remedy = format!("check the underlay: is {next} up, and on this network? `ip neigh show {next}`");
                 return Err(self.log.stop(HOST, &step, answer, remedy));
             }
-            _ => self.log.ok(HOST, &step, format!("{next} is not known yet: it is asked for with the first packet")),
+            _ => self.log.ok(HOST, &step, format!("{next} is unresolved: the first packet triggers a request")),
         }
         Ok(())
     }
 
-    /// From outside, or from another host of the overlay.
+    /// Follows a packet that arrives from outside, or from another host of the overlay.
     pub(super) fn arrive(&mut self, source: IpAddr, destination: IpAddr, protocol: u8, port: u16) -> Step<String> {
         let flow = Flow { source, destination, protocol, port };
         let back = self.lookup_route(RouteLookup { destination: source, source: None, input: None })?;
@@ -231,14 +233,15 @@ impl Tracer<'_> {
         }
         let input = self.host.link(back.interface).cloned();
         let name = self.host.name(back.interface);
-        self.log.ok(HOST, "arrival", format!("taken to come in by {name}, by which {source} is reached"));
+        self.log.ok(HOST, "arrival", format!("assumed input interface {name}, the route to {source}"));
         if self.host.in_overlay(destination) {
             self.note_source_filter(&flow);
         }
         self.through_host(flow, input)
     }
 
-    /// Notes what becomes of a packet from outside the overlay that a peer hands on through the tunnel as it is.
+    /// Notes that the source filter drops packets from outside the overlay that a peer forwards through the tunnel without
+    /// masquerade.
     fn note_source_filter(&mut self, flow: &Flow) {
         let peers = self.inventory.leases.iter().flatten().filter(|lease| !lease.own && lease.refused.is_none());
         let public = peers.filter_map(|lease| lease.public_ip.get(flow.family()).copied()).next();
@@ -249,13 +252,13 @@ impl Tracer<'_> {
         if let Some(by) = result.dropped.as_ref().filter(|_| result.is_certain_drop()) {
             let (source, host) = (flow.source, self.inventory.host_name_at(public));
             self.log.notes.push(format!(
-                "what comes from {source} by way of another host, {host} for one, and is not masqueraded there is dropped here by {by} (`{}`)",
+                "packets from {source} that another host such as {host} forwards without masquerade are dropped here by {by} (`{}`)",
                 by.list_command()
             ));
         }
     }
 
-    /// A packet as it arrives by the tunnel from a peer; `None` where the tunnel has no address of its own.
+    /// Builds the packet as it arrives through the tunnel from a peer; `None` if the tunnel has no address.
     fn tunnelled(&mut self, flow: &Flow, public: IpAddr, vxlan: &overlay_agent::kernel::trace::Vxlan) -> Option<Packet> {
         let outer_flow = Flow { source: public, destination: vxlan.local?, protocol: UDP, port: vxlan.port };
         let outer = self.host.kernel.route(RouteLookup { destination: public, source: None, input: None }).ok()?;
@@ -272,7 +275,7 @@ impl Tracer<'_> {
         let Some((device, vxlan)) = device.and_then(|device| device.vxlan.clone().map(|vxlan| (device, vxlan))) else {
             return Err(self.no_peer_route(&Flow { destination: flow.source, ..flow }, back));
         };
-        self.log.ok(HOST, "way back", format!("{} is reached by {}", flow.source, device.name));
+        self.log.ok(HOST, "way back", format!("the route to {} uses {}", flow.source, device.name));
         let remote = self.resolve_remote(flow.source, back, &device)?;
         let Some(mut packet) = self.tunnelled(&flow, remote.public, &vxlan) else {
             return Err(self.log.stop(HOST, "tunnel", format!("{} has no address of its own", device.name), REPAIR_HINT));
@@ -285,7 +288,7 @@ impl Tracer<'_> {
         if let Some(fault) = link_fault(&device) {
             return Err(self.log.stop(HOST, "tunnel", fault, format!("ip link set {} up; {REPAIR_HINT}", device.name)));
         }
-        self.log.ok(HOST, "tunnel", format!("{} takes it out, from {} ({})", device.name, remote.gateway, remote.mac));
+        self.log.ok(HOST, "tunnel", format!("{} decapsulates it, from {} ({})", device.name, remote.gateway, remote.mac));
         self.through_host(flow, Some(device))
     }
 }

@@ -176,7 +176,7 @@ async fn second_network_keeps_first_default_route() {
             network.check(&attachment, &result).unwrap_or_else(|output| panic!("{version}: {}{}", output.stdout, output.stderr));
             kernel::run(&lab, "h1-c2", &["ip", "route", "delete", &routes[0].to_string()]);
             let (code, text) = parse_error(&network.check(&attachment, &result).expect_err("a route is gone"));
-            assert!(code == 103 && text.contains(&format!("there is no route to {} via", routes[0])), "{code}: {text}");
+            assert!(code == 103 && text.contains(&format!("no route to {} via", routes[0])), "{code}: {text}");
         }
         network.del(&attachment, &result).unwrap_or_else(|output| panic!("{version}: {}{}", output.stdout, output.stderr));
     }

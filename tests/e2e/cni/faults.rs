@@ -57,7 +57,7 @@ async fn invalid_input_is_rejected() {
     config(&attachment, "name", "a/b".into(), (7, "a/b"));
     config(&attachment, "name", long.clone().into(), (7, "bytes"));
     config(&attachment, "socket", "here".into(), (7, "here"));
-    config(&attachment, "socket", plain.clone().into(), (11, "no agent answers"));
+    config(&attachment, "socket", plain.clone().into(), (11, "nothing listens"));
     config(&attachment, "ipam", serde_json::json!({ "type": "host-local" }), (2, "ipam"));
     config(
         &as_who(&|attachment| attachment.netns = "/run/netns/there-is-none".to_owned()),

@@ -66,7 +66,7 @@ async fn every_verb_works_in_every_version() {
         wait_unchanged(&format!("{version}: the container"), &inside, &before.1).await;
     }
     let log = std::fs::read_to_string(lab.host("h1").dir().join("cni.log")).expect_ok("the log file");
-    for wanted in ["ADD c1", "CHECK c1", "DEL c1", "has an interface eth0 already"] {
+    for wanted in ["ADD c1", "CHECK c1", "DEL c1", "already has an interface eth0"] {
         assert!(log.contains(wanted), "{wanted} in:\n{log}");
     }
 }
@@ -125,7 +125,7 @@ async fn check_reports_changes() {
         ("ip -6 route delete default", "no default route via fd"),
         ("ip link set eth0 down", "eth0 is down"),
         ("ip link set eth0 address 02:00:00:00:00:77", "has the MAC 02:00:00:00:00:77"),
-        ("ip link set eth0 down; ip link set eth0 name eth7", "eth0 is gone"),
+        ("ip link set eth0 down; ip link set eth0 name eth7", "eth0 is missing"),
     ]
     .into_iter()
     .enumerate()
@@ -147,14 +147,14 @@ async fn check_reports_changes() {
     other["ips"][0]["address"] = "10.255.255.9/24".into();
     let output = network.check(&attachment, &other).expect_err("another result");
     assert!(
-        output.stdout.contains("which prevResult has not") && output.stdout.contains("packets from it are dropped"),
+        output.stdout.contains("which prevResult lacks") && output.stdout.contains("packets from it are dropped"),
         "{}",
         output.stdout
     );
     // What the agent does not know, whatever the kernel holds.
     lab.ctl("h1", &["detach", endpoints(&lab).await[0].name.as_str()]).assert_code(0);
     let output = network.check(&attachment, &result).expect_err("detached");
-    assert!(output.stdout.contains("the agent knows no endpoint"), "{}", output.stdout);
+    assert!(output.stdout.contains("the agent has no endpoint"), "{}", output.stdout);
     assert_eq!(parse_error(&network.check(&attachment, &Value::Null).expect_err("no prevResult")).0, 7);
 }
 

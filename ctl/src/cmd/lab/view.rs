@@ -1,4 +1,4 @@
-//! What `overlayctl start_lab` prints.
+//! Output of `overlayctl lab`.
 
 use overlay_agent::model::Family;
 use serde::Serialize;
@@ -8,16 +8,16 @@ use crate::lab::down::TeardownSummary;
 use crate::lab::status::{ContainerStatus, HostStatus, LabStatus};
 use crate::output::{Style, Table, Tone, View, cell, joined, toned};
 
-/// A matrix of more containers than this does not fit a terminal.
+/// Most containers in the matrix: a larger one does not fit a terminal.
 const MAX_MATRIX_CONTAINERS: usize = 12;
 
-/// Containers of a host beyond this many are only counted.
+/// Most containers listed per host; the rest is counted.
 const MAX_CONTAINERS_SHOWN: usize = 6;
 
-/// Failures beyond this many are only counted.
+/// Most failures listed; the rest is counted.
 const MAX_FAILURES_SHOWN: usize = 20;
 
-/// `start_lab map_status`.
+/// Output of `lab status`.
 #[derive(Serialize)]
 #[serde(transparent)]
 pub(super) struct StatusView<'a>(pub(super) &'a LabStatus);
@@ -37,7 +37,7 @@ impl View for StatusView<'_> {
         }
         let mut lines = vec![table.text()];
         if !lab.etcd_running {
-            lines.push(style.paint(Tone::Bad, "etcd does not run"));
+            lines.push(style.paint(Tone::Bad, "etcd is not running"));
         }
         for host in &lab.hosts {
             lines.extend(host.problems.iter().map(|p| format!("{} {}: {p}", style.paint(Tone::Bad, "!"), host.name)));
@@ -62,7 +62,7 @@ fn agent(host: &HostStatus) -> comfy_table::Cell {
     toned(tone, format!("{}{pid}", host.agent))
 }
 
-/// One line a container.
+/// Lists one container per line.
 fn containers(host: &HostStatus, wide: bool) -> String {
     let shown = if wide { usize::MAX } else { MAX_CONTAINERS_SHOWN };
     let one = |e: &ContainerStatus| format!("{} {}", e.name, joined(e.addresses.iter().map(|(_, a)| a)));
@@ -73,7 +73,7 @@ fn containers(host: &HostStatus, wide: bool) -> String {
     if lines.is_empty() { "-".to_owned() } else { lines.join("\n") }
 }
 
-/// `start_lab report_down`.
+/// Output of `lab down`.
 #[derive(Serialize)]
 pub(super) struct DownView {
     pub(super) name: String,
@@ -85,15 +85,15 @@ impl View for DownView {
     fn text(&self, _style: Style, _wide: bool) -> String {
         let TeardownSummary { processes, namespaces, .. } = self.removed;
         if self.removed.is_empty() {
-            return format!("there is no lab {}: nothing to do", self.name);
+            return format!("no lab {}: nothing to do", self.name);
         }
-        // Without root the namespaces are not deleted by name: they end with the processes.
+        // A rootless lab's namespaces have no names to delete: they end with their processes.
         let with = if namespaces == 0 { String::new() } else { format!(" and {namespaces} namespaces") };
         format!("lab {} is down: {processes} processes{with} removed", self.name)
     }
 }
 
-/// `start_lab check`.
+/// Output of `lab check`.
 #[derive(Serialize)]
 #[serde(transparent)]
 pub(super) struct CheckView<'a>(pub(super) &'a Report);
@@ -106,22 +106,22 @@ impl View for CheckView<'_> {
             lines.push(matrix(report, style));
             lines.push(String::new());
         }
-        lines.push(summary(&report.overlay, style, "overlay", "each seen by its own address: no NAT inside the overlay"));
-        lines.push(summary(&report.egress, style, "egress", "each seen by its host's address: masqueraded on the way out"));
+        lines.push(summary(&report.overlay, style, "overlay", "each seen with its own address: no NAT inside the overlay"));
+        lines.push(summary(&report.egress, style, "egress", "each seen with its host's address: masqueraded on egress"));
         let failed: Vec<&Probe> = report.overlay.iter().chain(&report.egress).filter(|c| c.error.is_some()).collect();
         for call in failed.iter().take(MAX_FAILURES_SHOWN) {
             let reason = call.error.as_deref().unwrap_or_default();
             lines.push(format!("{} {} -> {} ({}): {reason}", style.paint(Tone::Bad, "!"), call.from, call.to, call.address));
         }
         if failed.len() > MAX_FAILURES_SHOWN {
-            lines.push(format!("  and {} more: -o json has them all", failed.len() - MAX_FAILURES_SHOWN));
+            lines.push(format!("  and {} more: -o json lists all", failed.len() - MAX_FAILURES_SHOWN));
         }
         lines.extend(report.remarks.iter().cloned());
         lines.join("\n")
     }
 }
 
-/// One row a caller, one column a callee; a cell holds every family.
+/// Builds the matrix: one row per caller, one column per callee; a cell covers every family.
 fn matrix(report: &Report, style: Style) -> String {
     let mut columns: Vec<&str> = report.containers.iter().map(String::as_str).collect();
     columns.push("world");
@@ -195,7 +195,7 @@ mod tests {
              h2-c1      IPv6   .      ok\n\
              \n\
              overlay  3 of 4 calls ok, median 1.25 ms\n\
-             egress   2 of 2 calls ok, median 1.25 ms; each seen by its host's address: masqueraded on the way out\n\
+             egress   2 of 2 calls ok, median 1.25 ms; each seen with its host's address: masqueraded on egress\n\
              ! h2-c1 -> h1-c1 (::): no answer within 5s\na remark"
         );
     }

@@ -1,19 +1,19 @@
-//! Manual pages out of the documentation's own pages, so that both say the same: Markdown, as far as the pages use it, to `man(7)`.
+//! Converts documentation pages to manual pages: from the Markdown subset that they use to `man(7)`.
 
-/// What stands around a page's text.
+/// Header and footer of a manual page.
 #[derive(Debug, Clone, Copy)]
 pub struct PageMeta {
-    /// The name of the page.
+    /// Name of the page.
     pub name: &'static str,
-    /// Its section of the manual.
+    /// Section of the manual.
     pub section: &'static str,
-    /// What it is about, in one line.
+    /// Summary on one line.
     pub about: &'static str,
-    /// Other pages, as `overlayd_command(8)`.
+    /// Related pages, as `overlayd(8)`.
     pub see_also: &'static str,
 }
 
-/// The page as `man(7)` has it. The title of the text is left out: the name stands for it.
+/// Converts a page to `man(7)`. The page's title is dropped: NAME replaces it.
 pub fn page(meta: PageMeta, text: &str) -> String {
     let PageMeta { name, section, about, see_also } = meta;
     let version = env!("CARGO_PKG_VERSION");
@@ -40,9 +40,9 @@ pub fn page(meta: PageMeta, text: &str) -> String {
 
 struct Writer {
     out: String,
-    /// The head of the table that is being read.
+    /// Header of the current table.
     header: Option<Vec<String>>,
-    /// Whether the next words begin a paragraph.
+    /// Whether the next text starts a paragraph.
     paragraph: bool,
 }
 
@@ -52,7 +52,7 @@ impl Writer {
         self.out.push('\n');
     }
 
-    /// Words that must not be taken for a request.
+    /// Writes text; escapes a leading `.` or `'`, which roff would read as a request.
     fn text(&mut self, text: &str) {
         let guard = if text.starts_with(['.', '\'']) { "\\&" } else { "" };
         self.line(&format!("{guard}{text}"));
@@ -88,7 +88,7 @@ impl Writer {
         }
     }
 
-    /// A row of a table: its first cell as a term, the last as what it means, those between with their heads.
+    /// Writes a table row: the first cell as a term, the last as its description, the cells between with their column headers.
     fn row(&mut self, row: &str) {
         let marked = row.replace("\\|", "\u{1}");
         let cells: Vec<String> =
@@ -119,12 +119,12 @@ fn list_item(line: &str) -> Option<(&str, &str)> {
     number.chars().all(|c| c.is_ascii_digit()).then_some((&line[..=number.len()], words))
 }
 
-/// Characters that roff reads otherwise. A hyphen stays the one that is typed, so that flags can be copied.
+/// Escapes roff's special characters. A hyphen stays an ASCII hyphen, so that flags can be copied.
 fn escape(text: &str) -> String {
     text.replace('\\', "\\e").replace('-', "\\-")
 }
 
-/// Code and strong words in bold; of a link its words.
+/// Renders code and strong text in bold, and a link as its text.
 fn render_inline(text: &str) -> String {
     let mut out = String::new();
     for (number, part) in text.split('`').enumerate() {
@@ -140,7 +140,7 @@ fn render_inline(text: &str) -> String {
     out
 }
 
-/// A text with the words of its links in place of them.
+/// Replaces each link by its text.
 fn strip_links(text: &str) -> String {
     let mut out = String::new();
     let mut rest = text;
