@@ -150,9 +150,7 @@ impl<'a> Registers<'a> {
                 }
             },
             // ebtables has other matches, some of the same names.
-            "match" if self.chain.family != codec::NFPROTO_BRIDGE => {
-                xtables::evaluate_match(data, self.packet, self.untracked)
-            }
+            "match" if self.chain.family != codec::NFPROTO_BRIDGE => xtables::evaluate_match(data, self.packet, self.untracked),
             "objref" => match number(NFTA_OBJREF_IMM_TYPE) {
                 Some(kind) if !MATCHING_OBJECTS.contains(&kind) => MatchResult::True,
                 _ => MatchResult::Unknown,

@@ -146,7 +146,10 @@ pub fn legacy_tables(family: Family) -> Vec<String> {
         Family::V4 => "/proc/thread-self/net/ip_tables_names",
         Family::V6 => "/proc/thread-self/net/ip6_tables_names",
     };
-    std::fs::read_to_string(path).unwrap_or_default().split_whitespace().map(str::to_owned).collect()
+    let mut names: Vec<String> =
+        std::fs::read_to_string(path).unwrap_or_default().split_whitespace().map(str::to_owned).collect();
+    names.sort();
+    names
 }
 
 /// The families whose chains see IP packets, and the bridge family.

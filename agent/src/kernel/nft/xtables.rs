@@ -75,7 +75,8 @@ impl Info<'_> {
     /// The port ranges of `struct xt_tcp` and `struct xt_udp`; the inversion flags are at `invert`.
     fn ports(&self, packet: &Packet, protocol: u8, invert: usize) -> Option<bool> {
         let invert = self.byte(invert)?;
-        let within = |port: usize, first: usize| Some((self.u16(first)?..=self.u16(first + 2)?).contains(&port_at(packet, port)?));
+        let within =
+            |port: usize, first: usize| Some((self.u16(first)?..=self.u16(first + 2)?).contains(&port_at(packet, port)?));
         if packet.protocol != protocol {
             return Some(false);
         }

@@ -151,8 +151,8 @@ impl Packet {
     pub fn assumed_transport_bytes(&self) -> &'static [Range<usize>] {
         match self.protocol {
             TCP => &[4..12, 14..20],
-            ICMP | ICMPV6 => &[2..8],
-            _ => &[4..8],
+            ICMP | ICMPV6 => &[2..4, 4..8],
+            _ => &[4..6, 6..8],
         }
     }
 

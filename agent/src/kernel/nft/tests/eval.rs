@@ -4,6 +4,9 @@
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 
 use super::*;
+use crate::kernel::nft::codec;
+use crate::kernel::nft::snapshot::{ChainDump, RuleDump};
+use crate::kernel::nft::table::hook_number;
 use crate::kernel::nft::{RulesetSnapshot, Translation, legacy_tables};
 use crate::kernel::trace::packet::{Flow, Interface, Packet, SOURCE_PORT, TCP, UDP};
 use crate::plan::ruleset::Hook;
@@ -40,7 +43,7 @@ const RULES: [&str; 27] = [
 ];
 
 /// Arguments of iptables for the output chain of IPv4.
-const IPTABLES_RULES: [&str; 17] = [
+const IPTABLES_RULES: [&str; 18] = [
     "-p udp --dport 53 -j DROP",
     "-p udp ! --dport 53 -j DROP",
     "-p udp -m multiport --dports 53,8000:9000 -j DROP",
@@ -58,6 +61,7 @@ const IPTABLES_RULES: [&str; 17] = [
     "-m iprange ! --src-range 10.0.0.0-10.9.9.9 -j DROP",
     "-m pkttype --pkt-type unicast -p udp --dport 53 -j DROP",
     "-m pkttype --pkt-type broadcast -j DROP",
+    "-j MARK --set-mark 1",
 ];
 
 /// Rules after a chain that exempts two of the ports from conntrack.
@@ -256,4 +260,37 @@ fn legacy_tables_are_listed() {
         assert!(legacy_tables(Family::V4).is_empty());
         assert_eq!(legacy_tables(Family::V6), ["filter"]);
     });
+}
+
+#[test]
+fn queue_and_unknown_target_may_accept_or_drop() {
+    // The attribute `NFTA_TARGET_NAME`, padded to four bytes.
+    let target = |name: &[u8; 8]| [&[12, 0, 1, 0], name.as_slice()].concat();
+    for (name, data) in [("queue", Vec::new()), ("target", target(b"NFQUEUE\0")), ("target", target(b"STRANGE\0"))] {
+        in_netns(|| {
+            let mut snapshot = RulesetSnapshot::read().expect("the rules");
+            let rule = RuleDump { handle: 1, comment: None, exprs: vec![(name.to_owned(), data)] };
+            let chain = |name: &str, policy_drop, rules| ChainDump {
+                family: codec::NFPROTO_INET,
+                table: "t".to_owned(),
+                name: name.to_owned(),
+                base: Some((hook_number(Hook::Input), 0)),
+                policy_drop,
+                is_nat: false,
+                rules,
+            };
+            let [source, destination] = ["10.0.0.1", "10.0.0.2"].map(|text| text.parse().expect("ip"));
+            let packet = Packet::new(&Flow { source, destination, protocol: UDP, port: 53 });
+            snapshot.chains.push(chain("a", false, vec![rule]));
+            let result = snapshot.evaluate(Hook::Input, false, &packet);
+            assert!(result.dropped.is_none() && result.possible_drops.len() == 1, "{name}: {result:?}");
+            snapshot.chains[0].policy_drop = true;
+            let result = snapshot.evaluate(Hook::Input, false, &packet);
+            assert!(!result.is_certain_drop() && result.possible_drops.len() == 1, "{name}: {result:?}");
+            // Also where the packet is accepted, later chains see it.
+            snapshot.chains[0].policy_drop = false;
+            snapshot.chains.push(chain("b", true, Vec::new()));
+            assert!(snapshot.evaluate(Hook::Input, false, &packet).is_certain_drop());
+        });
+    }
 }
