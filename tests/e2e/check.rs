@@ -148,6 +148,8 @@ async fn firewall_faults_are_found() {
         let tables = format!("tables of {program}-legacy: {tables}");
         assert_finding(&lab, &["firewall"], Severity::Info, &[&summary, &tables, &format!("{program}-legacy-save")]);
     }
+    let traced = lab.ctl("h1", &["trace", "c1", "203.0.113.1"]).stdout;
+    assert!(traced.contains("rules of iptables-legacy (`iptables-legacy -S`), which are not evaluated"), "{traced}");
     let world =
         "nft 'table ip evil { chain f { type filter hook forward priority 5; iifname \"ovb.*\" oifname \"eth0\" reject; }; }'";
     assert_fault_is_found_and_cleared(

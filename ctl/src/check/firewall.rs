@@ -42,7 +42,7 @@ struct Probe {
 
 /// A rule or policy that drops a probe.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Drop {
+struct DropVerdict {
     rule: RuleRef,
     /// Whether it depends on no uncertain rule.
     certain: bool,
@@ -62,7 +62,7 @@ pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
                 format!("not checked: {program}-legacy has tables, which may drop the tunnel or forwarding"),
                 vec![format!("tables of {program}-legacy: {tables}")],
                 format!(
-                    "{program}-legacy-save shows their rules; what nftables holds is checked: update-alternatives --config {program}"
+                    "{program}-legacy-save lists their rules; to have them checked, move them to nftables: update-alternatives --config {program}"
                 ),
             );
         }
@@ -70,10 +70,10 @@ pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
 }
 
 /// Evaluates the probes. Returns each drop once per description.
-fn evaluate(probes: Vec<Probe>) -> Result<Vec<(Probe, Drop)>, OpError> {
+fn evaluate(probes: Vec<Probe>) -> Result<Vec<(Probe, DropVerdict)>, OpError> {
     // The agent's own tables drop what is not the overlay's, such as packets of a sample peer.
     let ruleset = RulesetSnapshot::read()?.without_table(TABLE);
-    let mut drops: Vec<(Probe, Drop)> = Vec::new();
+    let mut drops: Vec<(Probe, DropVerdict)> = Vec::new();
     for probe in probes {
         let Some(drop) = first_drop(&ruleset, &probe) else { continue };
         if !drops.iter().any(|(known, by)| known.what == probe.what && *by == drop) {
@@ -84,28 +84,30 @@ fn evaluate(probes: Vec<Probe>) -> Result<Vec<(Probe, Drop)>, OpError> {
 }
 
 /// Evaluates the hooks that a probe passes. Returns the first certain drop, else the first uncertain one.
-fn first_drop(ruleset: &RulesetSnapshot, probe: &Probe) -> Option<Drop> {
+fn first_drop(ruleset: &RulesetSnapshot, probe: &Probe) -> Option<DropVerdict> {
     let hooks: &[Hook] = match probe.hook {
         Hook::Input => &[Hook::Prerouting, Hook::Input],
         Hook::Output => &[Hook::Output, Hook::Postrouting],
         _ => &[Hook::Prerouting, Hook::Forward, Hook::Postrouting],
     };
     let mut uncertain = None;
+    // The agent's rules exempt the tunnel from conntrack.
+    let mut untracked = probe.hook != Hook::Forward;
     for hook in hooks {
         let packet = Packet {
             input: probe.input.clone(),
             output: probe.output.clone().filter(|_| *hook != Hook::Prerouting),
             destination_is_local: Some(probe.hook == Hook::Input),
-            // The agent's rules exempt the tunnel from conntrack.
-            untracked: probe.hook != Hook::Forward,
+            untracked,
             // Any program may set marks, also outside the rules.
             mark: None,
             ..Packet::new(&probe.flow)
         };
         let result = ruleset.evaluate(*hook, false, &packet);
+        untracked = result.untracked;
         let certain = result.is_certain_drop();
         let rule = result.dropped.or_else(|| result.possible_drops.into_iter().next());
-        match rule.map(|rule| Drop { rule, certain }) {
+        match rule.map(|rule| DropVerdict { rule, certain }) {
             Some(drop) if drop.certain => return Some(drop),
             drop => uncertain = uncertain.or(drop),
         }
@@ -113,7 +115,7 @@ fn first_drop(ruleset: &RulesetSnapshot, probe: &Probe) -> Option<Drop> {
     uncertain
 }
 
-async fn report_drops(drops: Vec<(Probe, Drop)>, findings: &mut Findings) {
+async fn report_drops(drops: Vec<(Probe, DropVerdict)>, findings: &mut Findings) {
     for (probe, drop) in drops {
         let RuleRef { family, table, chain, .. } = &drop.rule;
         let verb = if drop.certain { "are" } else { "may be" };

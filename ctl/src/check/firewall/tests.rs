@@ -38,12 +38,12 @@ fn after<T: Send>(program: &[&str], input: &str, body: impl FnOnce() -> T + Send
 }
 
 /// What drops a probe in a rule set.
-fn dropped_by(rules: &str, probe: Probe) -> Option<Drop> {
+fn dropped_by(rules: &str, probe: Probe) -> Option<DropVerdict> {
     let drops = after(&["nft", "-f", "-"], rules, || evaluate(vec![probe])).expect("the rules");
     drops.into_iter().next().map(|(_, drop)| drop)
 }
 
-fn input(rules: &str) -> Option<Drop> {
+fn input(rules: &str) -> Option<DropVerdict> {
     let text = format!(
         "table inet filter {{\n set open {{\n type inet_service\n flags interval\n elements = {{ 22, 8000-9000, 53 }}\n }}\n chain other {{\n drop\n }}\n \
          chain input {{\n type filter hook input priority filter; policy accept;\n{rules}\n }}\n}}\n"
@@ -123,6 +123,18 @@ fn certain_drop_is_preferred_to_uncertain_one() {
 }
 
 #[test]
+fn packet_that_rules_exempt_from_conntrack_stays_untracked() {
+    let rules = |raw: &str| {
+        format!(
+            "table ip t {{ chain p {{ type filter hook prerouting priority raw; {raw}; }}; chain f {{ type filter hook forward priority 0; \
+             ct state untracked drop; }}; }}"
+        )
+    };
+    assert!(dropped_by(&rules("ip saddr 10.244.0.0/16 notrack"), forwarded()).is_some_and(|drop| drop.certain));
+    assert_eq!(dropped_by(&rules("ip saddr 10.9.0.0/16 notrack"), forwarded()), None);
+}
+
+#[test]
 fn forwarding_by_policy_and_through_chains_of_others() {
     let docker = |accept: &str| {
         format!(
@@ -142,6 +154,14 @@ fn forwarding_by_policy_and_through_chains_of_others() {
     let dropped = dropped_by(firewalld, forwarded()).expect("dropped");
     assert!(remedy(&dropped.rule, &forwarded()).starts_with("firewall-cmd --permanent --zone=trusted"), "{dropped:?}");
     assert_eq!(dropped_by(&firewalld.replace("firewalld", "overlayd"), forwarded()), None, "our own");
+}
+
+#[tokio::test]
+async fn rule_that_nft_does_not_list_is_named_by_its_location() {
+    let absent = "table inet absent-here { chain i { type filter hook input priority 0; udp dport 8472 drop; }; }";
+    let dropped = dropped_by(absent, tunnel()).expect("dropped");
+    let handle = dropped.rule.handle.expect("a rule");
+    assert_eq!(rule_text(&dropped.rule).await, format!("rule {handle} of chain inet absent-here i"));
 }
 
 #[test]

@@ -167,9 +167,10 @@ fn undecidable_matches_are_reported() {
         load_rules("limit rate 5/second return; drop", "accept", "");
         let result = evaluate();
         assert!(result.dropped.is_none() && result.possible_drops.len() == 1, "{result:?}");
-        load_rules("limit rate 5/second return; accept", "drop", "");
+        load_rules("limit rate 5/second return; accept; drop", "drop", "");
         let result = evaluate();
         assert!(!result.is_certain_drop() && result.possible_accepts.len() == 1, "{result:?}");
+        assert!(result.possible_drops.is_empty(), "the accept ends the chain: {result:?}");
         // An uncertain accept ends its own base chain only.
         load_rules("limit rate 5/second accept", "accept", "chain p { type filter hook output priority 9; tcp dport 80 drop; }");
         assert!(evaluate().is_certain_drop());
@@ -180,7 +181,7 @@ fn undecidable_matches_are_reported() {
         // that differ from packet to packet.
         for rules in [
             "meta cpu vmap { 0 : drop, 1 : accept }",
-            "tcp dport 80 tcp option maxseg size 1-500 drop",
+            "tcp dport 80 tcp option maxseg size 500-600 drop",
             "limit name \"l\" drop",
             "quota name \"q\" drop",
             "ip length > 1000 drop",
