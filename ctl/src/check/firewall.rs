@@ -200,8 +200,8 @@ fn probes(facts: &Facts) -> Vec<Probe> {
     all
 }
 
-/// Where there is no peer yet: what one will be like, a neighbour on the underlay with a subnet of the same network. What is dropped of it is a
-/// warning only, because a rule may well accept the real ones by name.
+/// Sample peers for a host without peers: neighbours on the underlay, with a subnet of the network. Drops of their packets are
+/// only warnings, because a rule may accept the real peers by address.
 fn sample_peers(status: &Status, underlay: &UnderlayStatus) -> Vec<PeerEntry> {
     let (Some(network), Some(lease)) = (&status.network, &status.lease) else { return Vec::new() };
     let one = |(family, own): (Family, Cidr)| {
