@@ -1,8 +1,8 @@
 //! Rules of others that drop the tunnel or forwarding.
 //!
-//! Probes are the packets that the overlay depends on. [`RulesetSnapshot`] evaluates them against the rules of every table but the
-//! agent's: nftables' own, and what `iptables-nft`, firewalld, ufw and Docker write. Rules of `iptables-legacy` are not evaluated,
-//! only reported as present.
+//! Probes are the packets that the overlay depends on. [`RulesetSnapshot`] evaluates them against the rules of every table but
+//! the agent's: nftables' own, and what `iptables-nft`, firewalld, ufw and Docker write. Tables of `iptables-legacy` are only
+//! reported as present.
 
 #[cfg(test)]
 mod tests;

@@ -3,8 +3,8 @@
 //! The packet headers go through the expressions of each chain as in the kernel (`nft_do_chain` in
 //! net/netfilter/nf_tables_core.c). The packet is assumed to be the first of its connection.
 //!
-//! A rule is uncertain if it depends on state that cannot be predicted: a limit, an unsupported xtables match, an unknown mark. The
-//! result lists such rules.
+//! A rule is uncertain if it depends on state that cannot be predicted: a limit, an unsupported xtables match, an unknown mark.
+//! The result lists such rules.
 
 use serde::{Deserialize, Serialize};
 

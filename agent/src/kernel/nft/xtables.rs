@@ -1,5 +1,6 @@
-//! Evaluates the xtables matches that iptables-nft writes into rules. Layouts are in `linux/netfilter/xt_*.h`; numbers are in host
-//! byte order, addresses in network byte order. A match that is not listed here is unknown.
+//! Evaluates the xtables matches that iptables-nft writes into rules. Layouts are in `linux/netfilter/xt_*.h`.
+//!
+//! Numbers are in host byte order, addresses in network byte order. A match that is not listed here is unknown.
 
 use super::codec;
 use super::expr::uapi::*;
