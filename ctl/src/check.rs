@@ -165,7 +165,7 @@ pub async fn run(settings: Settings, only: &[String]) -> Report {
             "addresses" => addresses::check(&facts, &mut findings).await,
             "firewall" => firewall::check(&facts, &mut findings).await,
             "paths" => paths::check(&facts, &mut findings).await,
-            "neighbours" => neighbours::check(&facts, &mut findings).await,
+            "neighbours" => neighbours::check(&facts, &mut findings),
             _ => endpoints::check(&facts, &mut findings),
         }
         let found = findings.into_vec();

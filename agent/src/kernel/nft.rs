@@ -22,6 +22,7 @@ mod table;
 #[cfg(test)]
 mod tests;
 mod trace_monitor;
+mod xtables;
 
 use std::collections::BTreeMap;
 
@@ -30,7 +31,7 @@ pub(super) use codec::NFNLGRP_NFTABLES;
 pub(super) use conntrack::{ConntrackCleaner, NatMappings, StaleFilter};
 pub use eval::{EvalResult, Translation};
 pub use monitor::{NftChange, NftMonitor};
-pub use snapshot::{RuleRef, RulesetSnapshot};
+pub use snapshot::{RuleRef, RulesetSnapshot, legacy_tables};
 pub use table::CounterValue;
 pub use trace_monitor::{TraceEvent, TraceMonitor, TraceRead};
 

@@ -29,7 +29,7 @@ use crate::plan::OpError;
 use crate::plan::ruleset::{Expr, Field, OVERLAY_CHAIN, Table};
 use crate::plan::state::PROTOCOL;
 
-pub use super::nft::{EvalResult, RuleRef, RulesetSnapshot, TraceEvent, TraceMonitor, TraceRead, Translation};
+pub use super::nft::{EvalResult, RuleRef, RulesetSnapshot, TraceEvent, TraceMonitor, TraceRead, Translation, legacy_tables};
 pub use capture::{Capture, CaptureFilter, CapturedPacket};
 
 /// Length of `struct ifinfomsg`.

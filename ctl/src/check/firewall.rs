@@ -1,93 +1,157 @@
-//! Foreign rules that drop the tunnel or forwarding. The overlay's packets are evaluated against the rules of every table except
-//! the agent's, as in the kernel; a finding names the rule that drops one.
+//! Rules of others that drop the tunnel or forwarding.
 //!
-//! `rules` parses the output of `nft list ruleset`: the rules of nftables, and those that `iptables-nft`, firewalld, ufw and
-//! Docker write through it. `iptables-restore-translate`, of the same package, translates the rules of the older
-//! `iptables-legacy`.
+//! Probes are the packets that the overlay depends on. [`RulesetSnapshot`] evaluates them against the rules of every table but
+//! the agent's: nftables' own, and what `iptables-nft`, firewalld, ufw and Docker write. Tables of `iptables-legacy` are only
+//! reported as present.
 
-mod packet;
-mod rules;
 #[cfg(test)]
 mod tests;
 
+use std::fmt;
 use std::net::IpAddr;
 
+use overlay_agent::kernel::trace::packet::{Flow, Interface, Packet, TCP, UDP};
+use overlay_agent::kernel::trace::{RuleRef, RulesetSnapshot, legacy_tables};
 use overlay_agent::model::api::{PeerEntry, Status, UnderlayStatus};
 use overlay_agent::model::{Cidr, Device, Family, Mac};
+use overlay_agent::plan::OpError;
+use overlay_agent::plan::ruleset::{Hook, TABLE};
 
-use super::facts::{ToolError, report_unchecked, run_tool};
+use super::facts::run_tool;
 use super::{Facts, Findings};
 
-use packet::{Hook, Packet};
-use rules::{Dropped, Ruleset};
-
-/// The agent's tables.
-const OWN_TABLE: &str = "overlayd";
-/// Container port of the evaluated packets: no rule is likely to match it.
+/// Destination port of the containers' probes. Rules are unlikely to name it.
 const ANY_PORT: u16 = 49_771;
-/// Maximum number of peers whose packets are evaluated: rules rarely match single peers.
+/// Maximum number of peers with probes. Rules rarely name single peers.
 const MAX_PEERS: usize = 8;
 
+/// A packet that the overlay depends on, the first of its connection.
+#[derive(Debug, Clone)]
+struct Probe {
+    what: String,
+    /// Whether the overlay is broken without it.
+    required: bool,
+    /// Input, Forward or Output.
+    hook: Hook,
+    flow: Flow,
+    /// Absent for packets of this host.
+    input: Option<Interface>,
+    /// Absent for packets to this host.
+    output: Option<Interface>,
+}
+
+/// A rule or policy that drops a probe.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct DropVerdict {
+    rule: RuleRef,
+    /// Whether it depends on no uncertain rule.
+    certain: bool,
+}
+
 pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
-    let mut all = Vec::new();
-    match run_tool(&["nft", "-a", "list", "ruleset"]).await {
-        Ok(text) => all.push(Ruleset::parse(&text)),
-        Err(error) => report_unchecked(findings, "the rules of nftables", &error),
-    }
-    for family in [Family::V4, Family::V6] {
-        match legacy_ruleset(family).await {
-            Ok(rules) => all.extend(rules),
-            Err(error) => report_unchecked(findings, &format!("the legacy {family} rules of iptables"), &error),
+    match evaluate(probes(facts)) {
+        Ok(drops) => report_drops(drops, findings).await,
+        Err(error) => {
+            findings.info("not checked: nftables and what is written through it", vec![error.message], "run this as root");
         }
     }
-    for (what, hurts, packet) in packets(facts) {
-        let dropped: Vec<Dropped> = all.iter().filter_map(|rules| rules.verdict(&packet, OWN_TABLE)).collect();
-        // One finding per table, and one for the same rule with several peers.
-        for drop in dropped {
-            let summary =
-                format!("{what} {}", if drop.certain { "are dropped by a firewall" } else { "may be dropped by a firewall" });
-            let evidence = vec![drop.place.clone(), drop.rule.clone(), format!("for example: {packet}")];
-            if findings.contains(&summary, &evidence[1]) {
-                continue;
-            }
-            let remedy = remedy(&drop, &packet);
-            match (drop.certain, hurts) {
-                (true, true) => findings.error(summary, evidence, remedy),
-                (true, false) => findings.warning(summary, evidence, remedy),
-                (false, _) => findings.info(summary, evidence, remedy),
-            }
+    for (family, program) in [(Family::V4, "iptables"), (Family::V6, "ip6tables")] {
+        let tables = legacy_tables(family).join(" ");
+        if !tables.is_empty() {
+            findings.info(
+                format!("not checked: {program}-legacy has tables, which may drop the tunnel or forwarding"),
+                vec![format!("tables of {program}-legacy: {tables}")],
+                format!(
+                    "{program}-legacy-save lists their rules; to have them checked, move them to nftables: update-alternatives --config {program}"
+                ),
+            );
         }
     }
 }
 
-impl Findings {
-    /// Whether an equal finding exists.
-    fn contains(&self, summary: &str, rule: &str) -> bool {
-        self.items.iter().any(|finding| finding.summary == summary && finding.evidence.iter().any(|line| line == rule))
+/// Evaluates the probes. Returns each drop once per description.
+fn evaluate(probes: Vec<Probe>) -> Result<Vec<(Probe, DropVerdict)>, OpError> {
+    // The agent's own tables drop what is not the overlay's, such as packets of a sample peer.
+    let ruleset = RulesetSnapshot::read()?.without_table(TABLE);
+    let mut drops: Vec<(Probe, DropVerdict)> = Vec::new();
+    for probe in probes {
+        let Some(drop) = first_drop(&ruleset, &probe) else { continue };
+        if !drops.iter().any(|(known, by)| known.what == probe.what && *by == drop) {
+            drops.push((probe, drop));
+        }
     }
+    Ok(drops)
 }
 
-/// Reads the rules of `iptables-legacy`, if there are any. The program itself loads the kernel's module, so it only runs if the
-/// module is loaded.
-async fn legacy_ruleset(family: Family) -> Result<Option<Ruleset>, ToolError> {
-    let (names, program) = match family {
-        Family::V4 => ("/proc/net/ip_tables_names", "iptables"),
-        Family::V6 => ("/proc/net/ip6_tables_names", "ip6tables"),
+/// Evaluates the hooks that a probe passes. Returns the first certain drop, else the first uncertain one.
+fn first_drop(ruleset: &RulesetSnapshot, probe: &Probe) -> Option<DropVerdict> {
+    let hooks: &[Hook] = match probe.hook {
+        Hook::Input => &[Hook::Prerouting, Hook::Input],
+        Hook::Output => &[Hook::Output, Hook::Postrouting],
+        _ => &[Hook::Prerouting, Hook::Forward, Hook::Postrouting],
     };
-    if std::fs::read_to_string(names).unwrap_or_default().trim().is_empty() {
-        return Ok(None);
+    let mut uncertain = None;
+    // The agent's rules exempt the tunnel from conntrack.
+    let mut untracked = probe.hook != Hook::Forward;
+    for hook in hooks {
+        let packet = Packet {
+            input: probe.input.clone(),
+            output: probe.output.clone().filter(|_| *hook != Hook::Prerouting),
+            destination_is_local: Some(probe.hook == Hook::Input),
+            untracked,
+            // Any program may set marks, also outside the rules.
+            mark: None,
+            ..Packet::new(&probe.flow)
+        };
+        let result = ruleset.evaluate(*hook, false, &packet);
+        untracked = result.untracked;
+        let certain = result.is_certain_drop();
+        let rule = result.dropped.or_else(|| result.possible_drops.into_iter().next());
+        match rule.map(|rule| DropVerdict { rule, certain }) {
+            Some(drop) if drop.certain => return Some(drop),
+            drop => uncertain = uncertain.or(drop),
+        }
     }
-    let script = format!("{program}-legacy-save | {program}-restore-translate -f /dev/stdin");
-    let translated = run_tool(&["sh", "-ec", &script]).await?;
-    Ok(Some(Ruleset::parse_commands(&translated)))
+    uncertain
 }
 
-/// Lists sample packets of the overlay: description, whether their loss breaks the overlay, and the packet.
-fn packets(facts: &Facts) -> Vec<(String, bool, Packet)> {
+async fn report_drops(drops: Vec<(Probe, DropVerdict)>, findings: &mut Findings) {
+    for (probe, drop) in drops {
+        let RuleRef { family, table, chain, .. } = &drop.rule;
+        let verb = if drop.certain { "are" } else { "may be" };
+        let summary = format!("{} {verb} dropped by a firewall", probe.what);
+        let place = format!("table {family} {table}, chain {chain}");
+        let evidence = vec![place, rule_text(&drop.rule).await, format!("for example: {probe}")];
+        let remedy = remedy(&drop.rule, &probe);
+        match (drop.certain, probe.required) {
+            (true, true) => findings.error(summary, evidence, remedy),
+            (true, false) => findings.warning(summary, evidence, remedy),
+            (false, _) => findings.info(summary, evidence, remedy),
+        }
+    }
+}
+
+/// Text of a rule as `nft` prints it; its location if `nft` cannot.
+async fn rule_text(rule: &RuleRef) -> String {
+    let Some(handle) = rule.handle else { return "policy drop".to_owned() };
+    let command = rule.list_command();
+    let listed = run_tool(&command.split(' ').collect::<Vec<_>>()).await.unwrap_or_default();
+    let marker = format!("# handle {handle}");
+    let line = listed.lines().find(|line| line.ends_with(&marker));
+    line.map_or_else(|| rule.to_string(), |line| line.trim().to_owned())
+}
+
+/// The packets that the overlay depends on.
+fn probes(facts: &Facts) -> Vec<Probe> {
     let mut all = Vec::new();
     let (Some(status), Some(port)) = (facts.status(), facts.port()) else { return all };
     let Some(underlay) = &status.underlay else { return all };
-    let bridge = facts.network.as_ref().and_then(|network| network.bridge.as_ref()).map(|bridge| bridge.device.interface.clone());
+    let interface = |name: &str| {
+        let index = facts.link(name).and_then(|link| link["ifindex"].as_u64()).and_then(|index| u32::try_from(index).ok());
+        Some(Interface { index: index.unwrap_or(0), name: name.to_owned() })
+    };
+    let bridge = facts.network.as_ref().and_then(|network| network.bridge.as_ref());
+    let bridge = bridge.and_then(|bridge| interface(&bridge.device.interface));
     let outside = |family: Family| -> IpAddr {
         match family {
             // Documentation ranges (RFC 5737, RFC 3849).
@@ -95,37 +159,49 @@ fn packets(facts: &Facts) -> Vec<(String, bool, Packet)> {
             Family::V6 => IpAddr::from([0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, 1]),
         }
     };
-    let stand_ins = if facts.peers.is_empty() { sample_peers(status, underlay) } else { Vec::new() };
-    let hurts = stand_ins.is_empty();
-    for peer in facts.peers.iter().chain(&stand_ins).take(MAX_PEERS) {
-        let underlay_family = Family::of(peer.public_ip);
-        let Some(own) = underlay.public_ip.get(underlay_family).copied() else { continue };
-        let name = underlay.interface.as_str();
-        let tunnel = format!("the tunnel's packets (UDP port {port})");
-        let (there, here) = (peer.public_ip, own);
-        all.push((format!("{tunnel} from peers"), hurts, Packet::udp(Hook::Input, (name, ""), (there, here), (ANY_PORT, port))));
-        all.push((format!("{tunnel} to peers"), hurts, Packet::udp(Hook::Output, ("", name), (here, there), (ANY_PORT, port))));
+    let samples = if facts.peers.is_empty() { sample_peers(status, underlay) } else { Vec::new() };
+    let required = samples.is_empty();
+    let physical = interface(&underlay.interface);
+    for peer in facts.peers.iter().chain(&samples).take(MAX_PEERS) {
+        let Some(own) = underlay.public_ip.get(Family::of(peer.public_ip)).copied() else { continue };
+        let tunnel = |source, destination| Flow { source, destination, protocol: UDP, port };
+        all.push(Probe {
+            what: format!("the tunnel's packets (UDP port {port}) from peers"),
+            required,
+            hook: Hook::Input,
+            flow: tunnel(peer.public_ip, own),
+            input: physical.clone(),
+            output: None,
+        });
+        all.push(Probe {
+            what: format!("the tunnel's packets (UDP port {port}) to peers"),
+            required,
+            hook: Hook::Output,
+            flow: tunnel(own, peer.public_ip),
+            input: None,
+            output: physical.clone(),
+        });
         let family = peer.subnet.family();
         let subnet = status.lease.as_ref().and_then(|lease| lease.subnet.get(family));
-        let (Some(subnet), Some(bridge)) = (subnet, bridge.as_deref()) else { continue };
+        let (Some(subnet), Some(_)) = (subnet, &bridge) else { continue };
         let (Some(ours), Some(theirs)) = (subnet.nth(2), peer.subnet.nth(2)) else { continue };
-        let ports = (ANY_PORT, ANY_PORT);
-        for (what, interfaces, addresses) in [
-            ("containers' packets to other hosts", (bridge, peer.device.as_str()), (ours, theirs)),
-            ("containers' packets from other hosts", (peer.device.as_str(), bridge), (theirs, ours)),
-        ] {
-            all.push((what.to_owned(), hurts, Packet::tcp(Hook::Forward, interfaces, addresses, ports)));
-        }
+        let mut forward = |what: &str, required, input: &Option<Interface>, output: &Option<Interface>, source, destination| {
+            let flow = Flow { source, destination, protocol: TCP, port: ANY_PORT };
+            let (input, output) = (input.clone(), output.clone());
+            all.push(Probe { what: what.to_owned(), required, hook: Hook::Forward, flow, input, output });
+        };
+        let device = interface(&peer.device);
+        forward("containers' packets to other hosts", required, &bridge, &device, ours, theirs);
+        forward("containers' packets from other hosts", required, &device, &bridge, theirs, ours);
         if underlay.public_ip.get(family).is_some() {
-            let packet = Packet::tcp(Hook::Forward, (bridge, name), (ours, outside(family)), ports);
-            all.push(("containers' packets to the world".to_owned(), false, packet));
+            forward("containers' packets to the world", false, &bridge, &physical, ours, outside(family));
         }
     }
     all
 }
 
-/// Sample peers for a host without peers: neighbours on the underlay with a subnet of the same network. A drop is only a warning,
-/// because a rule may accept the real peers by address.
+/// Sample peers for a host without peers: neighbours on the underlay, with a subnet of the network. Drops of their packets are
+/// only warnings, because a rule may accept the real peers by address.
 fn sample_peers(status: &Status, underlay: &UnderlayStatus) -> Vec<PeerEntry> {
     let (Some(network), Some(lease)) = (&status.network, &status.lease) else { return Vec::new() };
     let one = |(family, own): (Family, Cidr)| {
@@ -148,62 +224,75 @@ fn sample_peers(status: &Status, underlay: &UnderlayStatus) -> Vec<PeerEntry> {
     lease.subnet.iter().filter_map(one).collect()
 }
 
-/// Remedy, in the syntax of the tool that wrote the rule.
-fn remedy(drop: &Dropped, packet: &Packet) -> String {
-    let port = packet.destination_port;
-    let tunnel = packet.hook != Hook::Forward;
-    let bridge = if packet.input.starts_with("ovb.") { &packet.input } else { &packet.output };
-    if drop.place.contains("firewalld") {
-        return match tunnel {
-            true => format!("firewall-cmd --permanent --add-port={port}/udp && firewall-cmd --reload"),
-            false => {
-                let [one, other] = [&packet.input, &packet.output];
-                format!(
-                    "firewall-cmd --permanent --zone=trusted --add-interface={one} --add-interface={other} && firewall-cmd --reload"
-                )
-            }
+/// Remedy, as a command of the firewall that wrote the rule.
+fn remedy(rule: &RuleRef, probe: &Probe) -> String {
+    let port = probe.flow.port;
+    let [input, output] = [&probe.input, &probe.output].map(|interface| interface.as_ref().map_or("", |i| i.name.as_str()));
+    let bridge = if input.starts_with("ovb.") { input } else { output };
+    let tunnel = probe.hook != Hook::Forward;
+    if rule.table == "firewalld" {
+        return if tunnel {
+            format!("firewall-cmd --permanent --add-port={port}/udp && firewall-cmd --reload")
+        } else {
+            format!(
+                "firewall-cmd --permanent --zone=trusted --add-interface={input} --add-interface={output} && firewall-cmd --reload"
+            )
         };
     }
-    if drop.place.contains("chain ufw") || drop.path.iter().any(|chain| chain.starts_with("ufw")) {
-        return match tunnel {
-            true => format!("ufw allow {port}/udp"),
-            false => format!("ufw route allow in on {} out on {}", packet.input, packet.output),
-        };
+    let passes = |prefix: &str| rule.path.iter().any(|chain| chain.starts_with(prefix));
+    if passes("ufw") {
+        return if tunnel { format!("ufw allow {port}/udp") } else { format!("ufw route allow in on {input} out on {output}") };
     }
-    if drop.path.iter().any(|chain| chain.starts_with("DOCKER")) {
-        return "Docker's rules do it; what is accepted in its chain DOCKER-USER goes before them: iptables -I DOCKER-USER -i BRIDGE -j ACCEPT; \
-                iptables -I DOCKER-USER -o BRIDGE -j ACCEPT"
-            .replace("BRIDGE", bridge);
+    if passes("DOCKER") {
+        return format!(
+            "Docker's rules do it; what is accepted in its chain DOCKER-USER goes before them: iptables -I DOCKER-USER -i {bridge} -j \
+             ACCEPT; iptables -I DOCKER-USER -o {bridge} -j ACCEPT"
+        );
     }
-    let program = match (packet.family(), drop.legacy) {
-        (Family::V4, false) => "iptables",
-        (Family::V4, true) => "iptables-legacy",
-        (Family::V6, false) => "ip6tables",
-        (Family::V6, true) => "ip6tables-legacy",
-    };
-    if drop.is_iptables() {
-        return match packet.hook {
-            Hook::Forward if drop.is_policy() && !drop.legacy => format!(
-                "the agent accepts it there while it is ready: see the check `agent`. By hand: {program} -I FORWARD -i {bridge} -j ACCEPT; \
-                 {program} -I FORWARD -o {bridge} -j ACCEPT"
-            ),
-            Hook::Forward if drop.is_policy() => format!(
-                "{program} -I FORWARD -i {bridge} -j ACCEPT; {program} -I FORWARD -o {bridge} -j ACCEPT; better, go over to nftables, where \
-                 the agent sees to it: update-alternatives --config iptables"
-            ),
-            Hook::Forward => format!("{program} -I FORWARD -i {} -o {} -j ACCEPT, before that rule", packet.input, packet.output),
+    let base = rule.path.first().map_or("", String::as_str);
+    if is_iptables(rule, base) {
+        let program = if rule.family == "ip" { "iptables" } else { "ip6tables" };
+        return match probe.hook {
             Hook::Input => {
                 format!("{program} -I INPUT -p udp --dport {port} -j ACCEPT, before that rule; and keep it over restarts")
             }
             Hook::Output => {
                 format!("{program} -I OUTPUT -p udp --dport {port} -j ACCEPT, before that rule; and keep it over restarts")
             }
+            _ if rule.handle.is_none() => format!(
+                "the agent accepts it there while it is ready: see the check `agent`. By hand: {program} -I FORWARD -i {bridge} -j ACCEPT; \
+                 {program} -I FORWARD -o {bridge} -j ACCEPT"
+            ),
+            _ => format!("{program} -I FORWARD -i {input} -o {output} -j ACCEPT, before that rule"),
         };
     }
-    let chain = &drop.chain;
-    let accept = match packet.hook {
-        Hook::Forward => format!("iifname \"{}\" oifname \"{}\" accept", packet.input, packet.output),
-        Hook::Input | Hook::Output => format!("udp dport {port} accept"),
-    };
-    format!("nft insert rule {chain} {accept}; and the same in the file that the rules come from (/etc/nftables.conf)")
+    let accept =
+        if tunnel { format!("udp dport {port} accept") } else { format!("iifname \"{input}\" oifname \"{output}\" accept") };
+    format!(
+        "nft insert rule {} {} {base} {accept}; and the same in the file that the rules come from (/etc/nftables.conf)",
+        rule.family, rule.table
+    )
+}
+
+/// Whether iptables wrote the base chain: its tables have fixed names, and its base chains are in capitals.
+fn is_iptables(rule: &RuleRef, base: &str) -> bool {
+    ["ip", "ip6"].contains(&rule.family.as_str())
+        && ["filter", "mangle", "raw"].contains(&rule.table.as_str())
+        && base.chars().all(|c| c.is_ascii_uppercase())
+}
+
+impl fmt::Display for Probe {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Flow { source, destination, protocol, port } = self.flow;
+        write!(f, "{} from {source} to {destination}", if protocol == UDP { "udp" } else { "tcp" })?;
+        if self.hook != Hook::Forward {
+            write!(f, " port {port}")?;
+        }
+        for (word, interface) in [("in by", &self.input), ("out by", &self.output)] {
+            if let Some(interface) = interface {
+                write!(f, ", {word} {}", interface.name)?;
+            }
+        }
+        Ok(())
+    }
 }

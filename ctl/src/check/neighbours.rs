@@ -2,12 +2,14 @@
 
 use std::path::Path;
 
-use super::facts::{is_overlay_link, run_tool};
+use overlay_agent::kernel::trace::RulesetSnapshot;
+
+use super::facts::is_overlay_link;
 use super::{Facts, Findings};
 
-pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
+pub(super) fn check(facts: &Facts, findings: &mut Findings) {
     managers(facts, findings);
-    flannel(facts, findings).await;
+    flannel(facts, findings);
 }
 
 /// The agent's links by index and name.
@@ -52,7 +54,7 @@ fn read(path: &Path) -> String {
     std::fs::read_to_string(path).unwrap_or_default()
 }
 
-async fn flannel(facts: &Facts, findings: &mut Findings) {
+fn flannel(facts: &Facts, findings: &mut Findings) {
     let port = facts.port();
     let vni = facts.status().and_then(|status| status.network.as_ref()).map(|network| u64::from(network.vxlan.vni.get()));
     let mut left = Vec::new();
@@ -73,10 +75,10 @@ async fn flannel(facts: &Facts, findings: &mut Findings) {
     if environment.exists() {
         left.push(format!("{}: {}", environment.display(), read(&environment).lines().collect::<Vec<_>>().join(" ")));
     }
-    // The firewall check reports a failure of `nft`.
-    let chains = run_tool(&["nft", "list", "chains"]).await.unwrap_or_default();
-    let chain = |line: &str| line.trim().strip_prefix("chain ").map(|rest| rest.trim_end_matches([' ', '{']).to_owned());
-    left.extend(chains.lines().filter_map(chain).filter(|name| name.starts_with("FLANNEL")).map(|name| format!("chain {name}")));
+    // The firewall check reports a failure.
+    if let Ok(ruleset) = RulesetSnapshot::read() {
+        left.extend(ruleset.chain_names().filter(|name| name.starts_with("FLANNEL")).map(|name| format!("chain {name}")));
+    }
     if !left.is_empty() {
         findings.warning(
             "a former flannel on this host left objects behind",

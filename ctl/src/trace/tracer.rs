@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use overlay_agent::kernel::trace::packet::{Flow, ICMP, ICMPV6, Packet, TCP, UDP};
-use overlay_agent::kernel::trace::{EvalResult, KernelQuery, Link, Route, RouteLookup, Translation};
+use overlay_agent::kernel::trace::{EvalResult, KernelQuery, Link, Route, RouteLookup, Translation, legacy_tables};
 use overlay_agent::model::Family;
 use overlay_agent::model::publish::Transport;
 use overlay_agent::plan::desired::sysctls;
@@ -71,10 +71,11 @@ pub fn trace(from: &str, to: &str, family: Option<Family>, inventory: &Inventory
             TraceOutcome::Ok
         }
     };
-    let legacy = std::fs::read_to_string("/proc/net/ip_tables_names").unwrap_or_default();
-    if !legacy.trim().is_empty() {
-        let note = "this host has rules of iptables-legacy (`iptables-legacy -S`), which are not evaluated: they may drop packets that pass here";
-        walk.log.notes.push(note.to_owned());
+    if !legacy_tables(family).is_empty() {
+        let program = if family == Family::V4 { "iptables-legacy" } else { "ip6tables-legacy" };
+        walk.log.notes.push(format!(
+            "this host has rules of {program} (`{program} -S`), which are not evaluated: they may drop packets that pass here"
+        ));
     }
     let HopLog { hops, notes } = walk.log;
     Ok(Trace {

@@ -3,8 +3,8 @@
 //! The packet headers go through the expressions of each chain as in the kernel (`nft_do_chain` in
 //! net/netfilter/nf_tables_core.c). The packet is assumed to be the first of its connection.
 //!
-//! A rule is uncertain if it depends on state that cannot be predicted: a limit, an unsupported xtables match, a mark. The result
-//! lists such rules.
+//! A rule is uncertain if it depends on state that cannot be predicted: a limit, an unsupported xtables match, an unknown mark.
+//! The result lists such rules.
 
 use serde::{Deserialize, Serialize};
 
@@ -27,7 +27,7 @@ const NFT_CONTINUE: u32 = u32::MAX;
 pub struct EvalResult {
     /// The rule or policy that drops the packet; absent if it passes.
     pub dropped: Option<RuleRef>,
-    /// Earlier rules that may accept the packet, whose match is uncertain.
+    /// Earlier rules of the same base chain that may accept the packet, whose match is uncertain.
     pub possible_accepts: Vec<RuleRef>,
     /// Rules that may drop the packet, whose match is uncertain.
     pub possible_drops: Vec<RuleRef>,
@@ -70,8 +70,10 @@ pub enum Translation {
 
 /// The outcome of a chain.
 enum ChainOutcome {
-    Accept,
+    Accept(RuleRef),
     Drop(RuleRef),
+    /// A userspace program or an unsupported expression decides.
+    Undecided(RuleRef),
     /// No rule gave a verdict.
     NoVerdict,
 }
@@ -80,6 +82,8 @@ struct Evaluator<'a> {
     snapshot: &'a RulesetSnapshot,
     packet: &'a Packet,
     result: EvalResult,
+    /// The chains entered from the current base chain, which is the first.
+    path: Vec<String>,
 }
 
 impl RulesetSnapshot {
@@ -94,7 +98,7 @@ impl RulesetSnapshot {
             translation: None,
             chains: Vec::new(),
         };
-        let mut evaluator = Evaluator { snapshot: self, packet, result };
+        let mut evaluator = Evaluator { snapshot: self, packet, result, path: Vec::new() };
         let sees = |family: u8| match (bridge, packet.family) {
             (true, _) => family == NFPROTO_BRIDGE,
             (false, Family::V4) => matches!(family, NFPROTO_INET | NFPROTO_IPV4),
@@ -106,31 +110,30 @@ impl RulesetSnapshot {
         }
         chains.sort_by_key(|(priority, _)| *priority);
         for (_, chain) in chains {
-            evaluator.result.chains.push(format!("{} {} {}", family_name(chain.family), chain.table, chain.name));
-            match evaluator.eval_chain(chain, 0, true) {
-                ChainOutcome::Drop(rule) => {
-                    evaluator.result.dropped = Some(rule);
-                    break;
-                }
-                ChainOutcome::Accept => {}
-                ChainOutcome::NoVerdict if chain.policy_drop => {
-                    evaluator.result.dropped = Some(rule_ref(chain, None));
-                    break;
-                }
-                ChainOutcome::NoVerdict => {}
+            // NAT requires a connection (`nf_nat_inet_fn` in net/netfilter/nf_nat_core.c).
+            if chain.is_nat && evaluator.result.untracked {
+                continue;
             }
+            evaluator.result.chains.push(format!("{} {} {}", family_name(chain.family), chain.table, chain.name));
+            evaluator.path.clear();
+            let outcome = evaluator.eval_chain(chain, 0);
+            let dropped = match outcome {
+                ChainOutcome::Drop(rule) => Some(rule),
+                ChainOutcome::NoVerdict if chain.policy_drop => Some(evaluator.rule_ref(chain, None)),
+                ChainOutcome::Undecided(rule) => {
+                    evaluator.result.possible_drops.push(rule);
+                    None
+                }
+                ChainOutcome::Accept(_) | ChainOutcome::NoVerdict => None,
+            };
+            if dropped.is_some() {
+                evaluator.result.dropped = dropped;
+                break;
+            }
+            // An accept ends only its own base chain, which the packet passes either way.
+            evaluator.result.possible_accepts.clear();
         }
         evaluator.result
-    }
-}
-
-fn rule_ref(chain: &ChainDump, rule: Option<&RuleDump>) -> RuleRef {
-    RuleRef {
-        family: family_name(chain.family).to_owned(),
-        table: chain.table.clone(),
-        chain: chain.name.clone(),
-        handle: rule.map(|rule| rule.handle),
-        comment: rule.and_then(|rule| rule.comment.clone()),
     }
 }
 
@@ -142,34 +145,60 @@ enum Verdict {
     Goto(String),
     Return,
     Continue,
+    Undecided,
 }
 
 impl Evaluator<'_> {
-    /// Evaluates a chain's rules in order. `unconditional` is false after an uncertain jump: verdicts are then recorded, not
-    /// final.
-    fn eval_chain(&mut self, chain: &ChainDump, depth: usize, unconditional: bool) -> ChainOutcome {
+    fn rule_ref(&self, chain: &ChainDump, rule: Option<&RuleDump>) -> RuleRef {
+        RuleRef {
+            family: family_name(chain.family).to_owned(),
+            table: chain.table.clone(),
+            chain: chain.name.clone(),
+            handle: rule.map(|rule| rule.handle),
+            comment: rule.and_then(|rule| rule.comment.clone()),
+            path: self.path.clone(),
+        }
+    }
+
+    /// Evaluates a chain's rules in order. The outcome is certain if the chain is entered; uncertain outcomes on the way are
+    /// recorded in the result.
+    fn eval_chain(&mut self, chain: &ChainDump, depth: usize) -> ChainOutcome {
+        self.path.push(chain.name.clone());
+        // Unknown after a return or goto whose match is uncertain.
+        let mut reached = MatchResult::True;
         for rule in &chain.rules {
             let mut registers = Registers::new(self.packet, self.snapshot, chain, self.result.untracked);
             let (matched, verdict) = self.eval_rule(chain, rule, &mut registers);
-            let certain = unconditional && matched == MatchResult::True;
-            match (matched, verdict) {
-                (MatchResult::False, _) | (_, Verdict::Continue) => {}
-                (_, Verdict::Accept) if certain => return ChainOutcome::Accept,
-                (_, Verdict::Drop) if certain => return ChainOutcome::Drop(rule_ref(chain, Some(rule))),
-                (_, Verdict::Accept) => self.result.possible_accepts.push(rule_ref(chain, Some(rule))),
-                (_, Verdict::Drop) => self.result.possible_drops.push(rule_ref(chain, Some(rule))),
-                (_, Verdict::Return) if matched == MatchResult::True => return ChainOutcome::NoVerdict,
-                // The return is uncertain: evaluation continues with the next rule.
-                (_, Verdict::Return) => {}
-                (_, Verdict::Jump(to)) => match self.eval_jump(chain, &to, depth, certain) {
-                    ChainOutcome::NoVerdict => {}
-                    end => return end,
+            if matched == MatchResult::False {
+                continue;
+            }
+            let outcome = match verdict {
+                Verdict::Continue => continue,
+                Verdict::Accept => ChainOutcome::Accept(self.rule_ref(chain, Some(rule))),
+                Verdict::Drop => ChainOutcome::Drop(self.rule_ref(chain, Some(rule))),
+                Verdict::Undecided => ChainOutcome::Undecided(self.rule_ref(chain, Some(rule))),
+                Verdict::Return => ChainOutcome::NoVerdict,
+                Verdict::Jump(to) => match self.eval_jump(chain, &to, depth) {
+                    ChainOutcome::NoVerdict => continue,
+                    outcome => outcome,
                 },
-                (_, Verdict::Goto(to)) => match self.eval_jump(chain, &to, depth, certain) {
-                    ChainOutcome::NoVerdict if certain => return ChainOutcome::NoVerdict,
-                    ChainOutcome::NoVerdict => {}
-                    end => return end,
-                },
+                Verdict::Goto(to) => self.eval_jump(chain, &to, depth),
+            };
+            if matched.and(reached) == MatchResult::True {
+                return outcome;
+            }
+            match outcome {
+                ChainOutcome::Accept(rule) => self.result.possible_accepts.push(rule),
+                ChainOutcome::Drop(rule) => self.result.possible_drops.push(rule),
+                ChainOutcome::Undecided(rule) => {
+                    self.result.possible_accepts.push(rule.clone());
+                    self.result.possible_drops.push(rule);
+                }
+                ChainOutcome::NoVerdict => reached = MatchResult::Unknown,
+            }
+            // The rule matches, so the chain ends here if it is evaluated this far.
+            if matched == MatchResult::True {
+                return ChainOutcome::NoVerdict;
             }
         }
         ChainOutcome::NoVerdict
@@ -183,11 +212,11 @@ impl Evaluator<'_> {
         family == u32::from(own)
     }
 
-    fn eval_jump(&mut self, from: &ChainDump, name: &str, depth: usize, unconditional: bool) -> ChainOutcome {
+    fn eval_jump(&mut self, from: &ChainDump, name: &str, depth: usize) -> ChainOutcome {
         let snapshot = self.snapshot;
         let same = |chain: &&ChainDump| chain.family == from.family && chain.table == from.table && chain.name == name;
         match snapshot.chains.iter().find(same) {
-            Some(chain) if depth < NFT_JUMP_STACK_SIZE => self.eval_chain(chain, depth + 1, unconditional),
+            Some(chain) if depth < NFT_JUMP_STACK_SIZE => self.eval_chain(chain, depth + 1),
             _ => ChainOutcome::NoVerdict,
         }
     }
@@ -204,11 +233,13 @@ impl Evaluator<'_> {
                     Some((MatchResult::True, found)) => found.and_then(|data| parse_verdict(&data)),
                     Some((MatchResult::False, _)) => return (MatchResult::False, Verdict::Continue),
                     _ => {
-                        matched = matched.and(MatchResult::Unknown);
-                        None
+                        matched = MatchResult::Unknown;
+                        Some(Verdict::Undecided)
                     }
                 },
                 "reject" => Some(Verdict::Drop),
+                // A userspace program decides, or the SYN proxy, which consumes packets.
+                "queue" | "synproxy" => Some(Verdict::Undecided),
                 "notrack" => {
                     self.result.untracked |= matched == MatchResult::True;
                     None
@@ -217,7 +248,7 @@ impl Evaluator<'_> {
                 "nat" if number(NFTA_NAT_FAMILY).is_some_and(|family| !self.is_packet_family(family)) => None,
                 "nat" | "masq" | "redir" => {
                     if matched == MatchResult::True {
-                        self.result.translation = Some((registers.translation(name, data), rule_ref(chain, Some(rule))));
+                        self.result.translation = Some((registers.translation(name, data), self.rule_ref(chain, Some(rule))));
                     }
                     Some(Verdict::Accept)
                 }
@@ -226,11 +257,17 @@ impl Evaluator<'_> {
                     target @ (b"MASQUERADE" | b"DNAT" | b"SNAT" | b"REDIRECT") => {
                         let how = if target == b"MASQUERADE" { Translation::Masquerade } else { Translation::Unknown };
                         if matched == MatchResult::True {
-                            self.result.translation = Some((how, rule_ref(chain, Some(rule))));
+                            self.result.translation = Some((how, self.rule_ref(chain, Some(rule))));
                         }
                         Some(Verdict::Accept)
                     }
-                    _ => None,
+                    // These change the packet or its connection, or report it.
+                    b"CHECKSUM" | b"CLASSIFY" | b"CONNMARK" | b"CONNSECMARK" | b"CT" | b"DSCP" | b"HL" | b"LOG" | b"MARK"
+                    | b"NFLOG" | b"NOTRACK" | b"SECMARK" | b"SET" | b"TCPMSS" | b"TEE" | b"TOS" | b"TRACE" | b"TTL" => None,
+                    _ => {
+                        matched = MatchResult::Unknown;
+                        Some(Verdict::Undecided)
+                    }
                 },
                 _ => {
                     matched = matched.and(registers.execute(name, data));
@@ -262,7 +299,7 @@ fn parse_verdict(data: &[u8]) -> Option<Verdict> {
         NFT_RETURN => Verdict::Return,
         NFT_CONTINUE => Verdict::Continue,
         NF_ACCEPT => Verdict::Accept,
-        // A queue: a userspace program decides.
-        _ => Verdict::Accept,
+        // A queue.
+        _ => Verdict::Undecided,
     })
 }

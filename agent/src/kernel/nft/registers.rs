@@ -2,13 +2,15 @@
 //! are results derived from it.
 
 use std::net::IpAddr;
+use std::ops::Range;
 
 use super::codec;
 use super::eval::Translation;
 use super::expr::uapi::*;
 use super::set::{NFT_SET_CONCAT, NFT_SET_INTERVAL};
 use super::snapshot::{ChainDump, ElementDump, RulesetSnapshot, SetDump};
-use crate::kernel::trace::packet::{Packet, SOURCE_PORT, TCP, UDP, ethertype};
+use super::xtables;
+use crate::kernel::trace::packet::{Packet, ethertype};
 use crate::model::Family;
 
 /// Whether a rule matches (three-valued logic).
@@ -20,7 +22,7 @@ pub(super) enum MatchResult {
 }
 
 impl MatchResult {
-    fn from_bool(value: bool) -> MatchResult {
+    pub(super) fn from_bool(value: bool) -> MatchResult {
         if value { MatchResult::True } else { MatchResult::False }
     }
 
@@ -52,6 +54,7 @@ const NFT_CMP_GT: u32 = 4;
 const NFT_META_MARK: u32 = 3;
 const NFT_META_IIF: u32 = 4;
 const NFT_META_OIF: u32 = 5;
+const NFT_META_PKTTYPE: u32 = 19;
 const NFT_CT_STATE: u32 = 0;
 const NFT_CT_DIRECTION: u32 = 1;
 const NFT_CT_MARK: u32 = 3;
@@ -64,8 +67,10 @@ const NFTA_BYTEORDER_DREG: u16 = 2;
 const NFTA_BYTEORDER_LEN: u16 = 4;
 const NFTA_BYTEORDER_SIZE: u16 = 5;
 const NFT_LOOKUP_F_INV: u32 = 1;
-/// `RTN_UNICAST`, `linux/rtnetlink.h`.
-const RTN_UNICAST: u32 = 1;
+/// `PACKET_HOST`, `linux/if_packet.h`: the packet is addressed to this host's MAC, or sent by it.
+const PACKET_HOST: u8 = 0;
+/// `NFT_OBJECT_QUOTA`, `_LIMIT`, `_CONNLIMIT` and `_SYNPROXY`: objects that match or not, or consume the packet.
+const MATCHING_OBJECTS: [u32; 4] = [2, 4, 5, 10];
 
 /// The register contents during a rule's evaluation.
 pub(super) struct Registers<'a> {
@@ -108,7 +113,7 @@ impl<'a> Registers<'a> {
                         NFT_CT_STATE => Some(CT_STATE_NEW.to_ne_bytes().to_vec()),
                         NFT_CT_DIRECTION => Some(vec![0]),
                         NFT_CT_STATUS => Some(status.to_ne_bytes().to_vec()),
-                        NFT_CT_MARK => Some(vec![0; 4]),
+                        NFT_CT_MARK => self.mark(),
                         _ => None,
                     };
                     self.load(register, 16, value)
@@ -139,12 +144,23 @@ impl<'a> Registers<'a> {
                     }
                     if number(NFTA_LOOKUP_FLAGS).unwrap_or(0) & NFT_LOOKUP_F_INV != 0 { matched.not() } else { matched }
                 }
-                None => MatchResult::Unknown,
+                None => {
+                    self.bytes = [None; REGISTER_WORDS * 4];
+                    MatchResult::Unknown
+                }
             },
-            "match" => self.xtables_match(data),
-            "counter" | "log" | "objref" | "last" | "dup" | "flow_offload" => MatchResult::True,
-            // A limit, a quota, a random number, a socket: the result depends on a real packet.
-            _ => MatchResult::Unknown,
+            // ebtables has other matches, some of the same names.
+            "match" if self.chain.family != codec::NFPROTO_BRIDGE => xtables::evaluate_match(data, self.packet, self.untracked),
+            "objref" => match number(NFTA_OBJREF_IMM_TYPE) {
+                Some(kind) if !MATCHING_OBJECTS.contains(&kind) => MatchResult::True,
+                _ => MatchResult::Unknown,
+            },
+            "counter" | "log" | "last" | "dup" | "flow_offload" => MatchResult::True,
+            // A limit, a quota, a random number, a socket: the result depends on a real packet. It may be in any register.
+            _ => {
+                self.bytes = [None; REGISTER_WORDS * 4];
+                MatchResult::Unknown
+            }
         }
     }
 
@@ -165,7 +181,9 @@ impl<'a> Registers<'a> {
                 Family::V6 => codec::NFPROTO_IPV6,
             }]),
             NFT_META_L4PROTO => Some(vec![packet.protocol]),
-            NFT_META_MARK => Some(vec![0; 4]),
+            NFT_META_MARK => self.mark(),
+            // A bridge also sees frames to other MACs.
+            NFT_META_PKTTYPE if self.chain.family != codec::NFPROTO_BRIDGE => Some(vec![PACKET_HOST]),
             NFT_META_IIF => index(packet.input.as_ref()),
             NFT_META_OIF => index(packet.output.as_ref()),
             NFT_META_IIFNAME => name(packet.input.as_ref()),
@@ -174,15 +192,23 @@ impl<'a> Registers<'a> {
         }
     }
 
+    fn mark(&self) -> Option<Vec<u8>> {
+        self.packet.mark.map(|mark| mark.to_ne_bytes().to_vec())
+    }
+
     fn payload(&self, base: Option<u32>, offset: Option<u32>, length: u32) -> Option<Vec<u8>> {
-        let header = match base? {
-            NFT_PAYLOAD_LINK_HEADER => &self.packet.link,
-            NFT_PAYLOAD_NETWORK_HEADER => &self.packet.network,
-            NFT_PAYLOAD_TRANSPORT_HEADER => &self.packet.transport,
+        let (header, assumed): (_, &[Range<usize>]) = match base? {
+            NFT_PAYLOAD_LINK_HEADER => (&self.packet.link, &[]),
+            NFT_PAYLOAD_NETWORK_HEADER => (&self.packet.network, self.packet.assumed_network_bytes()),
+            NFT_PAYLOAD_TRANSPORT_HEADER => (&self.packet.transport, self.packet.assumed_transport_bytes()),
             _ => return None,
         };
         let offset = offset? as usize;
-        header.get(offset..offset + length as usize).map(<[u8]>::to_vec)
+        let read = offset..offset + length as usize;
+        if assumed.iter().any(|field| field.start < read.end && read.start < field.end) {
+            return None;
+        }
+        header.get(read).map(<[u8]>::to_vec)
     }
 
     /// Loads a value; an unknown value makes `length` bytes unknown.
@@ -276,47 +302,13 @@ impl<'a> Registers<'a> {
         let name = codec::attribute(data, NFTA_LOOKUP_SET).map(codec::strip_nul)?;
         let set = self.snapshot.set(self.chain.family, &self.chain.table, std::str::from_utf8(name).ok()?)?;
         let register = codec::attribute_u32(data, NFTA_LOOKUP_SREG)?;
-        let Some(length) = set.elements.first().map(|element| element.key.len()) else {
+        // The catch-all element of a set has no key.
+        let Some(length) = set.elements.iter().map(|element| element.key.len()).max() else {
             return Some((MatchResult::False, None));
         };
         let value = self.value(register, length)?;
-        let found = find_element(&set, &value);
+        let found = find_element(&set, &value).or_else(|| set.elements.iter().find(|element| element.key.is_empty()));
         Some((MatchResult::from_bool(found.is_some()), found.and_then(|element| element.data.clone())))
-    }
-
-    /// Evaluates the xtables matches that iptables-nft writes as such. Layouts: `linux/netfilter/xt_conntrack.h` and
-    /// `xt_tcpudp.h`.
-    fn xtables_match(&self, data: &[u8]) -> MatchResult {
-        let info = codec::attribute(data, NFTA_MATCH_INFO).unwrap_or_default();
-        let u16_at = |at: usize| info.get(at..at + 2).and_then(|b| b.try_into().ok()).map(u16::from_ne_bytes);
-        match codec::attribute(data, NFTA_MATCH_NAME).map(codec::strip_nul).unwrap_or_default() {
-            b"comment" => MatchResult::True,
-            // `match_flags`, `invert_flags` and `state_mask` of `struct xt_conntrack_mtinfo3`; XT_CONNTRACK_STATE is bit 0.
-            b"conntrack" => match (u16_at(146), u16_at(148), u16_at(150)) {
-                (Some(1), Some(invert), Some(states)) => {
-                    let new = MatchResult::from_bool(u32::from(states) & CT_STATE_NEW != 0);
-                    if invert & 1 != 0 { new.not() } else { new }
-                }
-                _ => MatchResult::Unknown,
-            },
-            b"state" => {
-                info.first().map_or(MatchResult::Unknown, |states| MatchResult::from_bool(u32::from(*states) & CT_STATE_NEW != 0))
-            }
-            kind @ (b"tcp" | b"udp") => {
-                let protocol = if kind == b"tcp" { TCP } else { UDP };
-                let ports = [u16_at(0), u16_at(2), u16_at(4), u16_at(6)];
-                let [Some(from), Some(to), Some(first), Some(last)] = ports else { return MatchResult::Unknown };
-                let to_port = self.packet.transport.get(2..4).map_or(0, |b| u16::from_be_bytes([b[0], b[1]]));
-                // TCP options and flags and inverted ports are not evaluated: the result is then unknown. Inverted ports are
-                // rare.
-                let inverted = info.get(if kind == b"tcp" { 11 } else { 8 }).copied().unwrap_or(0) != 0;
-                let flags = kind == b"tcp" && info.get(8..11).is_some_and(|b| b != [0, 0, 0]);
-                let fits =
-                    self.packet.protocol == protocol && (from..=to).contains(&SOURCE_PORT) && (first..=last).contains(&to_port);
-                if inverted || (fits && flags) { MatchResult::Unknown } else { MatchResult::from_bool(fits) }
-            }
-            _ => MatchResult::Unknown,
-        }
     }
 
     /// Decodes an address translation statement.
@@ -345,10 +337,11 @@ fn register_offset(register: u32) -> usize {
     if register < first32 { register * 16 } else { 16 + (register - first32) * 4 }
 }
 
-/// The set element that contains a value.
+/// The set element that contains a value, except for the catch-all element.
 fn find_element<'s>(set: &'s SetDump, value: &[u8]) -> Option<&'s ElementDump> {
+    let mut elements = set.elements.iter().filter(|element| !element.key.is_empty());
     if set.flags & NFT_SET_INTERVAL == 0 {
-        return set.elements.iter().find(|element| element.key == value);
+        return elements.find(|element| element.key == value);
     }
     if set.flags & NFT_SET_CONCAT != 0 {
         let inside = |element: &&ElementDump| {
@@ -364,10 +357,10 @@ fn find_element<'s>(set: &'s SetDump, value: &[u8]) -> Option<&'s ElementDump> {
                 fits
             })
         };
-        return set.elements.iter().find(inside);
+        return elements.find(inside);
     }
     // Each element is the start of an interval, or the first value after one.
-    let below = set.elements.iter().filter(|element| element.key.as_slice() <= value);
+    let below = elements.filter(|element| element.key.as_slice() <= value);
     let last = below.max_by(|a, b| a.key.cmp(&b.key).then(b.is_interval_end.cmp(&a.is_interval_end)))?;
     (!last.is_interval_end).then_some(last)
 }

@@ -11,6 +11,7 @@ use super::codec::{self, NFPROTO_BRIDGE, NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV
 use super::expr::uapi::{NFTA_EXPR_DATA, NFTA_EXPR_NAME, NFTA_LIST_ELEM};
 use super::nfnl_socket::NfnlSocket;
 use super::set::*;
+use crate::model::Family;
 use crate::plan::OpError;
 
 /// `NFT_TABLE_F_DORMANT`: the chains of the table are not evaluated.
@@ -32,11 +33,14 @@ pub struct RuleRef {
     /// The rule's comment.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub comment: Option<String>,
+    /// The chains entered up to the rule, base chain first.
+    #[serde(skip)]
+    pub path: Vec<String>,
 }
 
 impl fmt::Display for RuleRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let RuleRef { family, table, chain, handle, comment } = self;
+        let RuleRef { family, table, chain, handle, comment, .. } = self;
         match handle {
             Some(handle) => write!(f, "rule {handle} of chain {family} {table} {chain}")?,
             None => write!(f, "the policy of chain {family} {table} {chain}")?,
@@ -62,6 +66,8 @@ pub(super) struct ChainDump {
     pub(super) base: Option<(u32, i32)>,
     /// The policy is drop.
     pub(super) policy_drop: bool,
+    /// The chain's type is `nat`.
+    pub(super) is_nat: bool,
     pub(super) rules: Vec<RuleDump>,
 }
 
@@ -110,6 +116,18 @@ impl RulesetSnapshot {
         Ok(RulesetSnapshot { chains, socket: RefCell::new(socket), sets: RefCell::default() })
     }
 
+    /// Removes the tables of a name.
+    #[must_use]
+    pub fn without_table(mut self, name: &str) -> RulesetSnapshot {
+        self.chains.retain(|chain| chain.table != name);
+        self
+    }
+
+    /// The names of all chains.
+    pub fn chain_names(&self) -> impl Iterator<Item = &str> {
+        self.chains.iter().map(|chain| chain.name.as_str())
+    }
+
     /// A set; `None` if it cannot be read.
     pub(super) fn set(&self, family: u8, table: &str, name: &str) -> Option<Rc<SetDump>> {
         let key = (family, table.to_owned(), name.to_owned());
@@ -120,6 +138,18 @@ impl RulesetSnapshot {
         self.sets.borrow_mut().insert(key, found.clone());
         found
     }
+}
+
+/// The tables of iptables-legacy in the calling thread's namespace. nf_tables does not show them. Empty without permission.
+pub fn legacy_tables(family: Family) -> Vec<String> {
+    let path = match family {
+        Family::V4 => "/proc/thread-self/net/ip_tables_names",
+        Family::V6 => "/proc/thread-self/net/ip6_tables_names",
+    };
+    let mut names: Vec<String> =
+        std::fs::read_to_string(path).unwrap_or_default().split_whitespace().map(str::to_owned).collect();
+    names.sort();
+    names
 }
 
 /// The families whose chains see IP packets, and the bridge family.
@@ -199,6 +229,7 @@ fn read_chain(family: u8, attributes: &[u8]) -> ChainDump {
         name: string_attribute(attributes, codec::NFTA_CHAIN_NAME),
         base,
         policy_drop: base.is_some() && codec::attribute_u32(attributes, codec::NFTA_CHAIN_POLICY) == Some(codec::NF_DROP),
+        is_nat: string_attribute(attributes, codec::NFTA_CHAIN_TYPE) == "nat",
         rules: Vec::new(),
     }
 }

@@ -1,6 +1,7 @@
 //! A packet as the kernel's rules see it: its header bytes and metadata.
 
 use std::net::IpAddr;
+use std::ops::Range;
 
 use crate::model::{Family, Mac};
 
@@ -115,6 +116,8 @@ pub struct Packet {
     pub destination_translated: bool,
     /// Whether conntrack ignores it.
     pub untracked: bool,
+    /// The marks of the packet and its connection; `None` if unknown.
+    pub mark: Option<u32>,
 }
 
 impl Packet {
@@ -132,6 +135,24 @@ impl Packet {
             destination_is_local: None,
             destination_translated: false,
             untracked: false,
+            mark: Some(0),
+        }
+    }
+
+    /// The fields of the IP header that a real packet has otherwise: DSCP, lengths, the fragment ID, TTL, checksum, flow label.
+    pub fn assumed_network_bytes(&self) -> &'static [Range<usize>] {
+        match self.family {
+            Family::V4 => &[1..6, 8..9, 10..12],
+            Family::V6 => &[1..6, 7..8],
+        }
+    }
+
+    /// The fields of the transport header that a real packet has otherwise: sequence numbers, lengths, checksums.
+    pub fn assumed_transport_bytes(&self) -> &'static [Range<usize>] {
+        match self.protocol {
+            TCP => &[4..12, 14..20],
+            ICMP | ICMPV6 => &[2..4, 4..8],
+            _ => &[4..6, 6..8],
         }
     }
 

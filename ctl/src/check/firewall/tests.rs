@@ -1,31 +1,61 @@
-//! Rule sets as firewalls write them, and what becomes of the tunnel's packets in them.
+//! Rule sets as firewalls write them, and which drops the probes meet there. They are loaded into network namespaces, as root.
 
-use super::packet::{Hook, Packet};
-use super::rules::{Dropped, Ruleset};
+use std::io::Write;
+use std::process::{Command, Stdio};
 
-fn tunnel() -> Packet {
-    let addresses = ("10.99.1.2".parse().expect("an address"), "10.99.1.1".parse().expect("an address"));
-    Packet::udp(Hook::Input, ("eth0", ""), addresses, (40_000, 8472))
+use super::*;
+
+fn interface(index: u32, name: &str) -> Option<Interface> {
+    Some(Interface { index, name: name.to_owned() })
 }
 
-fn forwarded() -> Packet {
-    let addresses = ("10.244.1.2".parse().expect("an address"), "10.244.2.2".parse().expect("an address"));
-    Packet::tcp(Hook::Forward, ("ovb.1", "ovx.1"), addresses, (40_000, 40_000))
+fn tunnel() -> Probe {
+    let [source, destination] = ["10.99.1.2", "10.99.1.1"].map(|text| text.parse().expect("an address"));
+    let flow = Flow { source, destination, protocol: UDP, port: 8472 };
+    Probe { what: "tunnel".to_owned(), required: true, hook: Hook::Input, flow, input: interface(2, "eth0"), output: None }
 }
 
-fn input(rules: &str) -> Option<Dropped> {
+fn forwarded() -> Probe {
+    let [source, destination] = ["10.244.1.2", "10.244.2.2"].map(|text| text.parse().expect("an address"));
+    let flow = Flow { source, destination, protocol: TCP, port: ANY_PORT };
+    let (input, output) = (interface(3, "ovb.1"), interface(4, "ovx.1"));
+    Probe { what: "containers".to_owned(), required: true, hook: Hook::Forward, flow, input, output }
+}
+
+/// Runs a program with an input in a new network namespace; then `body` in the same.
+fn after<T: Send>(program: &[&str], input: &str, body: impl FnOnce() -> T + Send) -> T {
+    let run = || {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("a network namespace: run the tests as root");
+        let mut child = Command::new(program[0]).args(&program[1..]).stdin(Stdio::piped()).spawn().expect("a program");
+        child.stdin.take().expect("piped").write_all(input.as_bytes()).expect("the program reads its input");
+        assert!(child.wait().expect("the program ends").success(), "{program:?}: {input}");
+        body()
+    };
+    match std::thread::scope(|scope| scope.spawn(run).join()) {
+        Ok(value) => value,
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
+}
+
+/// What drops a probe in a rule set.
+fn dropped_by(rules: &str, probe: Probe) -> Option<DropVerdict> {
+    let drops = after(&["nft", "-f", "-"], rules, || evaluate(vec![probe])).expect("the rules");
+    drops.into_iter().next().map(|(_, drop)| drop)
+}
+
+fn input(rules: &str) -> Option<DropVerdict> {
     let text = format!(
-        "table inet filter {{ # handle 1\n\tset open {{\n\t\ttype inet_service\n\t\telements = {{ 22, 8000-9000,\n\t\t\t53 }}\n\t}}\n\tchain input \
-         {{ # handle 2\n\t\ttype filter hook input priority filter; policy accept;\n{rules}\n\t}}\n\n\tchain other {{\n\t\tdrop # handle 9\n\t}}\n}}\n"
+        "table inet filter {{\n set open {{\n type inet_service\n flags interval\n elements = {{ 22, 8000-9000, 53 }}\n }}\n chain other {{\n drop\n }}\n \
+         chain input {{\n type filter hook input priority filter; policy accept;\n{rules}\n }}\n}}\n"
     );
-    Ruleset::parse(&text).verdict(&tunnel(), "overlayd")
+    dropped_by(&text, tunnel())
 }
 
 #[test]
 fn rules_that_drop_the_tunnel() {
     for rule in [
-        "udp dport 8472 drop # handle 4",
-        "iifname \"eth0\" ip saddr 10.0.0.0/8 udp dport 8472  counter packets 0 bytes 0 reject # handle 4",
+        "udp dport 8472 drop",
+        "iifname \"eth0\" ip saddr 10.0.0.0/8 udp dport 8472 counter packets 0 bytes 0 reject",
         "meta l4proto udp udp dport { 1, 8472 } counter packets 0 bytes 0 drop",
         "iifname { \"lo\", \"e*\" } meta l4proto 17 drop",
         "udp dport @open drop",
@@ -38,6 +68,8 @@ fn rules_that_drop_the_tunnel() {
         "udp dport 8000-9000 log prefix \"a drop of accept: \" level warn drop",
         "ip saddr != 192.0.2.0/24 drop comment \"accept\"",
         "meta mark set 0x1\ndrop",
+        "meta pkttype host drop",
+        "fib daddr type local drop",
     ] {
         let dropped = input(rule).unwrap_or_else(|| panic!("passes: {rule}"));
         assert!(dropped.certain, "{rule}: {dropped:?}");
@@ -58,8 +90,9 @@ fn rules_that_pass_the_tunnel() {
         "ct state new drop",
         "ct state { new, untracked } udp dport 8472 accept\ndrop",
         "ct state established,related accept",
-        "jump nowhere",
         "ip saddr 10.99.1.3-10.99.1.9 drop",
+        "meta pkttype broadcast drop",
+        "fib daddr type unicast drop",
     ] {
         assert_eq!(input(rule), None, "{rule}");
     }
@@ -67,7 +100,14 @@ fn rules_that_pass_the_tunnel() {
 
 #[test]
 fn unknown_match_is_uncertain() {
-    for rule in ["xt match \"weird\" drop", "limit rate 5/second drop", "meta mark 0x7 accept\ndrop", "udp dport @unknown drop"] {
+    for rule in [
+        "meta cpu 1 drop",
+        "limit rate 5/second drop",
+        "meta mark 0x7 accept\ndrop",
+        "meta mark 0 accept\ndrop",
+        "udp length > 1400 drop",
+        "meta skuid 0 return\ndrop",
+    ] {
         let dropped = input(rule).unwrap_or_else(|| panic!("passes: {rule}"));
         assert!(!dropped.certain, "{rule}: {dropped:?}");
     }
@@ -75,33 +115,60 @@ fn unknown_match_is_uncertain() {
 }
 
 #[test]
-fn forwarding_by_policy_and_through_chains_of_others() {
-    let docker = |accept: &str| {
-        format!(
-            "table ip filter {{\n\tchain FORWARD {{\n\t\ttype filter hook forward priority filter; policy drop;\n\t\t{accept}\n\t\tcounter packets 0 bytes 0 \
-             jump DOCKER-USER # handle 3\n\t\toifname \"docker0\" counter packets 0 bytes 0 jump DOCKER\n\t}}\n\tchain DOCKER-USER {{\n\t\tcounter \
-             packets 0 bytes 0 return\n\t}}\n\tchain DOCKER {{\n\t\tdrop\n\t}}\n}}\n"
-        )
-    };
-    let dropped = Ruleset::parse(&docker("")).verdict(&forwarded(), "overlayd").expect("dropped");
-    assert!(dropped.is_policy() && dropped.certain && dropped.is_iptables(), "{dropped:?}");
-    assert_eq!(dropped.place, "table ip filter, chain FORWARD");
-    let ours = "ip saddr 10.244.0.0/16 counter packets 0 bytes 0 accept comment \"overlayd\"";
-    assert_eq!(Ruleset::parse(&docker(ours)).verdict(&forwarded(), "overlayd"), None);
-    let firewalld = "table inet firewalld {\n\tchain filter_FORWARD {\n\t\ttype filter hook forward priority filter + 10; policy accept;\n\t\tct state { \
-                     established, related } accept\n\t\tiifname \"lo\" accept\n\t\treject with icmpx admin-prohibited\n\t}\n}\n";
-    let dropped = Ruleset::parse(firewalld).verdict(&forwarded(), "overlayd").expect("dropped");
-    assert!(dropped.place.contains("firewalld"), "{dropped:?}");
-    assert_eq!(Ruleset::parse(&firewalld.replace("firewalld", "overlayd")).verdict(&forwarded(), "overlayd"), None, "our own");
+fn certain_drop_is_preferred_to_uncertain_one() {
+    let rules = "table ip a { chain p { type filter hook prerouting priority 0; limit rate 1/second drop; }; \
+                 chain i { type filter hook input priority 0; udp dport 8472 drop; }; }";
+    let dropped = dropped_by(rules, tunnel()).expect("dropped");
+    assert_eq!((dropped.certain, dropped.rule.chain.as_str()), (true, "i"));
 }
 
 #[test]
-fn translated_rules_of_the_older_iptables() {
-    let text = "# Translated by iptables-restore-translate v1.8.9\nadd table ip filter\nadd chain ip filter INPUT { type filter hook input priority 0; \
-                policy accept; }\nadd rule ip filter INPUT udp dport 8472 counter drop\n# Completed\n";
-    let dropped = Ruleset::parse_commands(text).verdict(&tunnel(), "overlayd").expect("dropped");
-    assert_eq!(
-        (dropped.rule.as_str(), dropped.place.as_str()),
-        ("udp dport 8472 counter drop", "table ip filter, chain INPUT (iptables-legacy)")
-    );
+fn packet_that_rules_exempt_from_conntrack_stays_untracked() {
+    let rules = |raw: &str| {
+        format!(
+            "table ip t {{ chain p {{ type filter hook prerouting priority raw; {raw}; }}; chain f {{ type filter hook forward priority 0; \
+             ct state untracked drop; }}; }}"
+        )
+    };
+    assert!(dropped_by(&rules("ip saddr 10.244.0.0/16 notrack"), forwarded()).is_some_and(|drop| drop.certain));
+    assert_eq!(dropped_by(&rules("ip saddr 10.9.0.0/16 notrack"), forwarded()), None);
+}
+
+#[test]
+fn forwarding_by_policy_and_through_chains_of_others() {
+    let docker = |accept: &str| {
+        format!(
+            "table ip filter {{\n chain DOCKER-USER {{\n counter packets 0 bytes 0 return\n }}\n chain DOCKER {{\n drop\n }}\n chain FORWARD {{\n type \
+             filter hook forward priority filter; policy drop;\n {accept}\n counter packets 0 bytes 0 jump DOCKER-USER\n oifname \"docker0\" counter \
+             packets 0 bytes 0 jump DOCKER\n }}\n}}\n"
+        )
+    };
+    let dropped = dropped_by(&docker(""), forwarded()).expect("dropped");
+    assert!(dropped.certain && dropped.rule.handle.is_none() && is_iptables(&dropped.rule, "FORWARD"), "{dropped:?}");
+    assert_eq!(dropped.rule.path, ["FORWARD", "DOCKER-USER"]);
+    assert!(remedy(&dropped.rule, &forwarded()).contains("iptables -I DOCKER-USER -o ovb.1 -j ACCEPT"));
+    let ours = "ip saddr 10.244.0.0/16 counter packets 0 bytes 0 accept comment \"overlayd\"";
+    assert_eq!(dropped_by(&docker(ours), forwarded()), None);
+    let firewalld = "table inet firewalld {\n chain filter_FORWARD {\n type filter hook forward priority filter + 10; policy accept;\n ct state { \
+                     established, related } accept\n iifname \"lo\" accept\n reject with icmpx admin-prohibited\n }\n}\n";
+    let dropped = dropped_by(firewalld, forwarded()).expect("dropped");
+    assert!(remedy(&dropped.rule, &forwarded()).starts_with("firewall-cmd --permanent --zone=trusted"), "{dropped:?}");
+    assert_eq!(dropped_by(&firewalld.replace("firewalld", "overlayd"), forwarded()), None, "our own");
+}
+
+#[tokio::test]
+async fn rule_that_nft_does_not_list_is_named_by_its_location() {
+    let absent = "table inet absent-here { chain i { type filter hook input priority 0; udp dport 8472 drop; }; }";
+    let dropped = dropped_by(absent, tunnel()).expect("dropped");
+    let handle = dropped.rule.handle.expect("a rule");
+    assert_eq!(rule_text(&dropped.rule).await, format!("rule {handle} of chain inet absent-here i"));
+}
+
+#[test]
+fn remedy_names_base_chain_of_rule_in_other_chain() {
+    let nested =
+        "table inet t { chain more { udp dport 8472 drop; }; chain i { type filter hook input priority 0; jump more; }; }";
+    let dropped = dropped_by(nested, tunnel()).expect("dropped");
+    assert_eq!(dropped.rule.chain, "more");
+    assert!(remedy(&dropped.rule, &tunnel()).starts_with("nft insert rule inet t i udp dport 8472 accept"));
 }

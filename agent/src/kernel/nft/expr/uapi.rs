@@ -65,7 +65,8 @@ pub const NFTA_FIB_RESULT: u16 = 2;
 pub const NFTA_FIB_FLAGS: u16 = 3;
 pub const NFT_FIB_RESULT_ADDRTYPE: u32 = 3;
 pub const NFTA_FIB_F_DADDR: u32 = 2;
-/// `RTN_LOCAL`, `linux/rtnetlink.h`.
+/// `RTN_UNICAST` and `RTN_LOCAL`, `linux/rtnetlink.h`.
+pub const RTN_UNICAST: u32 = 1;
 pub const RTN_LOCAL: u32 = 2;
 
 pub const NFTA_CT_DREG: u16 = 1;
@@ -83,8 +84,9 @@ pub const NFTA_MASQ_REG_PROTO_MIN: u16 = 2;
 /// `NF_NAT_RANGE_PROTO_RANDOM | NF_NAT_RANGE_PROTO_RANDOM_FULLY`, `linux/netfilter/nf_nat.h`.
 pub const MASQUERADE_RANDOM: u32 = 0x4 | 0x10;
 
-/// `NFTA_MATCH_NAME` and `NFTA_MATCH_INFO`, `linux/netfilter/nf_tables_compat.h`: a match of xtables inside a rule.
+/// `NFTA_MATCH_NAME` and so on, `linux/netfilter/nf_tables_compat.h`: a match of xtables inside a rule.
 pub const NFTA_MATCH_NAME: u16 = 1;
+pub const NFTA_MATCH_REV: u16 = 2;
 pub const NFTA_MATCH_INFO: u16 = 3;
 
 /// The verdict register, the first register of 16 bytes, and the first of 4 bytes. The last two begin at the same offset. Offsets
