@@ -40,7 +40,8 @@ fn command_error(words: &[String]) -> Option<String> {
             .then(|| "it has no such argument".to_owned()),
         "cargo" if words.get(1).is_some_and(|word| word == "test") => {
             let target = words.iter().position(|word| word == "--test").and_then(|at| words.get(at + 1))?;
-            (!doc_page::repo_root().join(format!("tests/e2e/{target}.rs")).exists()).then(|| format!("no test {target}"))
+            let targets = fs::read_to_string(doc_page::repo_root().join("tests/Cargo.toml")).expect("tests/Cargo.toml");
+            (!targets.contains(&format!("[[test]]\nname = \"{target}\""))).then(|| format!("no test {target}"))
         }
         _ => None,
     }
