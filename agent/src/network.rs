@@ -319,13 +319,14 @@ impl<M: NetworkStateStore> Network<M> {
         self.progress.networks.get(&self.settings.name).copied().unwrap_or_default()
     }
 
-    /// Whether the snapshot was read, the own lease is held, this host's entries are applied, and no failed entry is pending.
+    /// Whether the snapshot was read, the own lease is held, the first contribution is applied, and no failed entry is pending. A
+    /// later contribution on its way to the kernel is no reason to revoke readiness.
     fn is_ready(&self) -> bool {
         let applied = self.applied();
         self.store.has_snapshot
             && self.planner.host.is_some()
             && self.store.holds_lease()
-            && applied.sequence >= self.planner.host_sequence
+            && applied.sequence >= self.planner.first_sequence
             && applied.failed == 0
             && !self.progress.dump_failed
     }

@@ -26,6 +26,8 @@ pub(super) struct Planner {
     pub(super) peers: BTreeMap<LeaseKey, Peer>,
     /// Rejected leases.
     pub(super) rejected: BTreeMap<LeaseKey, RejectedLease>,
+    /// The first contribution.
+    pub(super) first_sequence: u64,
     /// The last contribution that changed `host`.
     pub(super) host_sequence: u64,
     /// The shared input that the reconciler has.
@@ -65,6 +67,9 @@ impl Planner {
             _ => self.replan_all(host, leases, metrics, dirty, now),
         }
         self.host_sequence = self.sequence + 1;
+        if self.first_sequence == 0 {
+            self.first_sequence = self.host_sequence;
+        }
     }
 
     /// Plans the entries of all peers whose leases changed.
